@@ -1,0 +1,88 @@
+// The shape of a model as a list of layers, each with its own kind, heads and widths: everything that the
+// size of its KV cache depends on. Nothing here multiplies "layers x heads x head_dim": a layer that slides,
+// shares its cache with another or keeps a recurrent state is its own entry.
+// Plain values, no I/O; readers (config_json.h, gguf.h, catalogue.h) make it, the arithmetic consumes it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+
+namespace kvtide::planner {
+
+enum class LayerKind {
+  kFull,       // attends over every token
+  kSliding,    // attends over the last `window` tokens
+  kChunked,    // attends within chunks of `window` tokens
+  kMla,        // one latent vector per token (head_dim_k wide), no V
+  kRecurrent,  // a fixed state of state_bytes per sequence
+  kShared,     // reads the cache of layer `shared_with`, owns none
+  kNone,       // no attention and no state (pure MLP layers)
+};
+
+const char* LayerKindName(LayerKind kind);
+
+struct LayerGeometry {
+  LayerKind kind = LayerKind::kFull;
+  int n_kv_heads = 0;
+  int head_dim_k = 0;
+  int head_dim_v = 0;       // 0 for kMla
+  int window = 0;           // kSliding and kChunked, in tokens
+  int shared_with = -1;     // kShared: an earlier layer that owns a cache
+  int64_t state_bytes = 0;  // kRecurrent, per sequence
+
+  bool OwnsCache() const {
+    return kind == LayerKind::kFull || kind == LayerKind::kSliding || kind == LayerKind::kChunked ||
+           kind == LayerKind::kMla;
+  }
+  friend bool operator==(const LayerGeometry&, const LayerGeometry&) = default;
+};
+
+struct ModelGeometry {
+  std::string name;
+  std::string source;      // where the numbers were read
+  std::string confidence;  // catalogue entries: "high", "medium: ...", "low: ..."
+  std::vector<LayerGeometry> layers;
+  int64_t max_context = 0;  // 0 = unknown
+  // 0 = unknown; only estimates of compute buffers and speed use these.
+  int64_t n_embd = 0;
+  int64_t n_vocab = 0;
+  int n_query_heads = 0;
+  int64_t params_total = 0;
+  int64_t params_active = 0;  // 0 = dense
+  int n_experts = 0;
+  int n_experts_used = 0;
+  std::vector<std::string> assumptions;  // everything that a reader filled in without being told
+};
+
+// Layers with the same KV heads, head dims and attention window share pools and block tables.
+struct LayerGroup {
+  LayerKind kind = LayerKind::kFull;
+  int n_kv_heads = 0;
+  int head_dim_k = 0;
+  int head_dim_v = 0;
+  int window = 0;  // 0 = full attention
+  int64_t state_bytes = 0;
+  std::vector<int> layers;  // indices into ModelGeometry::layers, ascending
+};
+
+// Names the first layer and field that make no sense (also sharing that is cyclic or points forward).
+absl::Status ValidateGeometry(const ModelGeometry& model);
+
+// Groups of the layers that own a cache or a state, in order of their first layer.
+std::vector<LayerGroup> GroupLayers(const ModelGeometry& model);
+
+// What one GPU of `ranks` holds under tensor parallelism: KV heads are divided (rounded up, never below one),
+// an MLA latent is replicated, recurrent state is divided.
+ModelGeometry ShardHeads(const ModelGeometry& model, int ranks);
+
+// The contiguous slice of layers of the fullest GPU when `ranks` GPUs split the layers evenly. Shared layers
+// whose owner lies in another slice are dropped with it.
+ModelGeometry FullestLayerSlice(const ModelGeometry& model, int ranks);
+
+// Query heads per KV head of the first layer that owns a cache; 0 when unknown.
+int GroupedQueryRatio(const ModelGeometry& model);
+
+}  // namespace kvtide::planner
