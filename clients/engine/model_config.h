@@ -1,0 +1,56 @@
+// What the engine needs to know of a model, read from the config.json of a Hugging Face folder. The reader accepts
+// the Llama family (Llama, Mistral, Qwen2, Qwen3) and refuses by name every setting that would change the result
+// and that the engine does not compute: a wrong answer would look like a bad cache.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/statusor.h"
+
+namespace kvtide::engine {
+
+enum class RopeScaling { kNone, kLinear, kLlama3 };
+
+struct ModelConfig {
+  std::string architecture;
+  int hidden_size = 0;
+  int intermediate_size = 0;
+  int layers = 0;
+  int query_heads = 0;
+  int kv_heads = 0;
+  int head_dim = 0;
+  int vocab_size = 0;
+  int max_positions = 0;
+  int sliding_window = 0;  // 0 = every layer attends over all tokens
+  float rms_norm_eps = 1e-6f;
+  bool tied_embeddings = false;
+  bool qkv_bias = false;      // Qwen2
+  bool output_bias = false;   // Llama with attention_bias
+  bool query_key_norm = false;  // Qwen3: RMSNorm of each head's q and k before the rotation
+
+  double rope_theta = 10000;
+  RopeScaling rope_scaling = RopeScaling::kNone;
+  double rope_factor = 1;
+  double rope_low_frequency = 1;
+  double rope_high_frequency = 4;
+  double rope_original_positions = 0;
+
+  int32_t bos_token = -1;               // -1 = none
+  std::vector<int32_t> eos_tokens;      // any of them ends a text
+
+  // Query heads that share one KV head.
+  int group() const { return query_heads / kv_heads; }
+};
+
+absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view json_text);
+
+// Reads FOLDER/config.json.
+absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& folder);
+
+// One frequency per pair of channels, head_dim / 2 of them, after the scaling that the config asks for.
+std::vector<double> RopeFrequencies(const ModelConfig& config);
+
+}  // namespace kvtide::engine

@@ -1,0 +1,71 @@
+#include "kernels/format/catalogue.h"
+
+#include <array>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/base/check.h"
+#include "kernels/base/status.h"
+
+namespace kvtide {
+namespace {
+
+template <class C>
+constexpr CacheTypeInfo MakeInfo() {
+  static_assert(Codec<C>);
+  if constexpr (C::kStorage == Storage::kCodes) {
+    static_assert(CodedCodec<C>);
+    return {C::kName, C::kStorage, C::kBits, C::kGroup, C::kVersion, !std::is_same_v<typename C::Rotation, NoRotation>};
+  } else {
+    return {C::kName, C::kStorage, C::kBits, C::kGroup, C::kVersion, false};
+  }
+}
+
+template <class... Codecs>
+constexpr std::array<CacheTypeInfo, sizeof...(Codecs)> MakeTable(CodecList<Codecs...>) {
+  return {MakeInfo<Codecs>()...};
+}
+
+constexpr auto kTable = MakeTable(CacheTypes{});
+
+}  // namespace
+
+const CacheTypeInfo& Info(CacheType type) {
+  KVTIDE_CHECK(static_cast<size_t>(type) < kTable.size(), "cache type ", static_cast<int>(type));
+  return kTable[static_cast<size_t>(type)];
+}
+
+std::vector<CacheType> AllCacheTypes() {
+  std::vector<CacheType> types;
+  for (size_t i = 0; i < kTable.size(); i++) types.push_back(static_cast<CacheType>(i));
+  return types;
+}
+
+absl::StatusOr<CacheType> ParseCacheType(std::string_view name) {
+  std::string known;
+  for (size_t i = 0; i < kTable.size(); i++) {
+    if (name == kTable[i].name) return static_cast<CacheType>(i);
+    absl::StrAppend(&known, i == 0 ? "" : ", ", kTable[i].name);
+  }
+  return absl::InvalidArgumentError(absl::StrCat("unknown cache type '", std::string(name), "'; known: ", known));
+}
+
+absl::StatusOr<CachePair> ParseCachePair(std::string_view text) {
+  const size_t slash = text.find('/');
+  CachePair pair;
+  KVTIDE_ASSIGN_OR_RETURN(pair.k, ParseCacheType(text.substr(0, slash)));
+  if (slash == std::string_view::npos) {
+    pair.v = pair.k;
+  } else {
+    KVTIDE_ASSIGN_OR_RETURN(pair.v, ParseCacheType(text.substr(slash + 1)));
+  }
+  return pair;
+}
+
+std::string PairName(CachePair pair) { return absl::StrCat(Name(pair.k), "/", Name(pair.v)); }
+
+CachePair ExactPair() {
+  static const CacheType kF16 = *ParseCacheType("f16");
+  return {kF16, kF16};
+}
+
+}  // namespace kvtide

@@ -1,0 +1,78 @@
+// The list of cache types. It makes the planner's table, the CPU and CUDA dispatch, the conformance tests and the
+// benchmarks: a new type is one header and one word in CacheTypes. Types travel as names; CacheType is an index
+// that is only valid inside one build.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "kernels/format/codec.h"
+#include "kernels/format/half.h"
+#include "kernels/format/turbo.h"
+#include "kernels/format/uniform.h"
+
+namespace kvtide {
+
+template <class... Codecs>
+struct CodecList {
+  static constexpr int kSize = sizeof...(Codecs);
+};
+
+using CacheTypes = CodecList<F16, Bf16, Q8_0, Q5_0, Q4_0, Turbo4, Turbo3, Turbo2>;
+
+enum class CacheType : uint8_t {};
+constexpr int kCacheTypes = CacheTypes::kSize;
+
+// Plain data of a type, for code that is not templated over codecs.
+struct CacheTypeInfo {
+  const char* name;
+  Storage storage;
+  int bits;       // of a code
+  int group;      // values per f16 scale, 0 without scales
+  int version;
+  bool rotated;   // has a rotation of its own
+};
+
+const CacheTypeInfo& Info(CacheType type);
+inline const char* Name(CacheType type) { return Info(type).name; }
+std::vector<CacheType> AllCacheTypes();
+
+// InvalidArgument for an unknown name; the message lists the known ones.
+absl::StatusOr<CacheType> ParseCacheType(std::string_view name);
+
+// A K type with a V type, written `q8_0/turbo4`.
+struct CachePair {
+  CacheType k{}, v{};
+  bool operator==(const CachePair&) const = default;
+};
+// "a/b", or "a" for the same type on both sides.
+absl::StatusOr<CachePair> ParseCachePair(std::string_view text);
+std::string PairName(CachePair pair);
+CachePair ExactPair();  // f16/f16: the tail and the exact window
+
+namespace internal {
+template <class F, class... Codecs>
+decltype(auto) VisitImpl(CacheType type, F&& f, CodecList<Codecs...>) {
+  using Result = decltype(f(std::declval<F16>()));
+  int index = 0;
+  if constexpr (std::is_void_v<Result>) {
+    (void)((index++ == static_cast<int>(type) ? (f(Codecs{}), true) : false) || ...);
+  } else {
+    Result result{};
+    (void)((index++ == static_cast<int>(type) ? (result = f(Codecs{}), true) : false) || ...);
+    return result;
+  }
+}
+}  // namespace internal
+
+// Calls f with a value of the codec struct of `type`: VisitCodec(type, [](auto codec) { using C = decltype(codec); ... }).
+template <class F>
+decltype(auto) VisitCodec(CacheType type, F&& f) {
+  return internal::VisitImpl(type, std::forward<F>(f), CacheTypes{});
+}
+
+}  // namespace kvtide

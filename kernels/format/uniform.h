@@ -1,0 +1,71 @@
+// Cache types q8_0, q5_0 and q4_0: uniform levels, one f16 scale for 32 values, no rotation. The rounding follows
+// ggml (ggml-org/ggml, ggml-quants): q8_0 has d = amax/127; q5_0 and q4_0 have d = (signed maximum)/-16 and /-8 with
+// levels code-16 and code-8. The bytes of a value are the same, their order in memory is kvtide's (page_order.h).
+#pragma once
+
+#include "kernels/format/codec.h"
+
+namespace kvtide {
+
+// The value of largest magnitude of y[0..n), the first of equals, with its sign.
+KVTIDE_HD inline float SignedMaximum(const float* y, int n) {
+  float best = 0, magnitude = 0;
+  for (int i = 0; i < n; i++) {
+    const float a = y[i] < 0 ? -y[i] : y[i];
+    if (a > magnitude) {
+      magnitude = a;
+      best = y[i];
+    }
+  }
+  return best;
+}
+
+struct Q8_0 {
+  static constexpr char kName[] = "q8_0";
+  static constexpr Storage kStorage = Storage::kCodes;
+  static constexpr int kBits = 8, kGroup = 32, kVersion = 1;
+  static constexpr float kLevelUnit = 1.0f;
+  using Rotation = NoRotation;
+  // The code is the two's complement byte of the level.
+  static KVTIDE_HD int Level(int code) { return code < 128 ? code : code - 256; }
+  static KVTIDE_HD uint16_t EncodeGroup(const float* y, int n, Side, uint8_t* codes) {
+    const float m = SignedMaximum(y, n), amax = m < 0 ? -m : m;
+    const float d = amax / 127.0f, inverse = amax > 0 ? 127.0f / amax : 0.0f;
+    for (int i = 0; i < n; i++) {
+      const float v = Mul(y[i], inverse);
+      const int level = v < 0 ? -static_cast<int>(0.5f - v) : static_cast<int>(v + 0.5f);
+      codes[i] = static_cast<uint8_t>(level);
+    }
+    return ScaleBits(d);
+  }
+};
+
+template <int kHalfRange>
+struct UniformOffset {
+  static constexpr Storage kStorage = Storage::kCodes;
+  static constexpr int kGroup = 32, kVersion = 1;
+  static constexpr float kLevelUnit = 1.0f;
+  using Rotation = NoRotation;
+  static KVTIDE_HD int Level(int code) { return code - kHalfRange; }
+  static KVTIDE_HD uint16_t EncodeGroup(const float* y, int n, Side, uint8_t* codes) {
+    const float m = SignedMaximum(y, n);
+    const float d = m / static_cast<float>(-kHalfRange);
+    const float inverse = m != 0 ? static_cast<float>(-kHalfRange) / m : 0.0f;
+    for (int i = 0; i < n; i++) {
+      const int code = static_cast<int>(MulAdd(y[i], inverse, static_cast<float>(kHalfRange) + 0.5f));
+      codes[i] = static_cast<uint8_t>(code < 2 * kHalfRange ? code : 2 * kHalfRange - 1);
+    }
+    return ScaleBits(d);
+  }
+};
+
+struct Q5_0 : UniformOffset<16> {
+  static constexpr char kName[] = "q5_0";
+  static constexpr int kBits = 5;
+};
+struct Q4_0 : UniformOffset<8> {
+  static constexpr char kName[] = "q4_0";
+  static constexpr int kBits = 4;
+};
+
+}  // namespace kvtide
