@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""The layers of kvtide as a test: reads every include and fails on one that is not in the ladder.
+
+    base <- format <- kernels <- cpu | cuda          format <- planner
+    kernels <- daemon/cache <- daemon/service | daemon/metrics <- daemon main
+    planner <- daemon/service, daemon main, clients/cli       proto <- daemon/service, clients
+
+It also keeps third-party words where they belong: CUDA in kernels/cuda, gRPC and protobuf out of the cache, Prometheus in
+daemon/metrics, no clock but the injected one in the cache.
+
+usage: include_ladder.py REPOSITORY
+       include_ladder.py --self-test     proves that a forbidden include is found
+"""
+import pathlib
+import re
+import sys
+
+# layer -> the other layers that it may include. A layer is the longest matching folder.
+LADDER = {
+    "kernels/base": set(),
+    "kernels/format": {"kernels/base"},
+    "kernels": {"kernels/base", "kernels/format"},
+    "kernels/cpu": {"kernels/base", "kernels/format", "kernels"},
+    "kernels/cuda": {"kernels/base", "kernels/format", "kernels"},
+    "planner": {"kernels/base", "kernels/format"},
+    "proto": set(),
+    "daemon/cache": {"kernels/base", "kernels/format", "kernels"},
+    "daemon/metrics": {"kernels/base", "kernels/format", "kernels", "daemon/cache"},
+    "daemon/service": {"kernels/base", "kernels/format", "kernels", "daemon/cache", "planner", "proto"},
+    "daemon": {"kernels/base", "kernels/format", "kernels", "kernels/cpu", "kernels/cuda", "daemon/cache", "daemon/metrics",
+               "daemon/service", "planner", "proto"},
+    "clients/cpp": {"kernels/base", "kernels/format", "proto"},
+    "clients/engine": {"kernels/base", "kernels/format", "clients/cpp"},
+    "clients/cli": {"kernels/base", "kernels/format", "planner", "proto", "clients/cpp", "clients/engine"},
+}
+# Third-party headers: pattern -> layers that may include it.
+EXTERNAL = [
+    (re.compile(r"^(cuda|cuda_runtime|cuda_fp16|cuda_bf16|cooperative_groups|cub/|cuda/)"), {"kernels/cuda"}),
+    (re.compile(r"^(grpc|grpcpp)/"), {"daemon/service", "daemon", "clients/cpp", "clients/cli"}),
+    (re.compile(r"^google/protobuf/"), {"daemon/service", "daemon", "clients/cpp", "clients/cli"}),
+    (re.compile(r"^prometheus/"), {"daemon/metrics", "daemon"}),
+    (re.compile(r"^(CLI/|spdlog/)"), {"daemon/service", "daemon", "clients/cli"}),
+]
+# The format layer includes the standard library (no slash, no .h of others), base and one hash.
+FORMAT_EXTERNAL = re.compile(r"^(absl/.*|xxhash\.h|[a-z_0-9]+)$")
+INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.M)
+
+
+def layer_of(path):
+    parts = path.split("/")[:-1]
+    while parts:
+        name = "/".join(parts)
+        if name in LADDER:
+            return name
+        parts.pop()
+    return None
+
+
+def check(path, text):
+    """Yields one complaint for each include of the file that the ladder forbids."""
+    layer = layer_of(path)
+    if layer is None:
+        return
+    for kind, name in INCLUDE.findall(text):
+        target = layer_of(name)
+        if kind == '"' and target is None and not name.endswith((".pb.h", ".inc", "-inl.h", "targets.h")):
+            yield f'{path}: "{name}" is not a path from the repository root into a known folder'
+        elif target is None or name.endswith(".pb.h"):
+            if name.endswith(".pb.h") and kind == '"' and "proto" not in LADDER[layer]:
+                yield f"{path}: {layer} must not include generated protobuf code ({name})"
+            for pattern, allowed in EXTERNAL:
+                if pattern.match(name) and layer not in allowed:
+                    yield f"{path}: <{name}> belongs into {', '.join(sorted(allowed))} only"
+            if layer == "kernels/format" and not FORMAT_EXTERNAL.match(name):
+                yield f"{path}: the format layer includes the standard library and base only, not <{name}>"
+        elif target != layer and target not in LADDER[layer]:
+            yield f"{path}: {layer} must not include {target} ({name})"
+    if layer == "daemon/cache" and re.search(r"(system_clock|steady_clock)::now|absl::Now\(", text):
+        yield f"{path}: the cache has no clock but the injected one"
+
+
+def self_test():
+    bad = {
+        "kernels/format/x.h": '#include "kernels/cpu/cpu_backend.h"\n',
+        "daemon/cache/x.cc": "#include <grpcpp/server.h>\n",
+        "daemon/cache/y.cc": "auto t = std::chrono::steady_clock::now();\n",
+        "planner/x.cc": '#include "daemon/cache/kv_cache.h"\n',
+        "daemon/service/x.cc": "#include <cuda_runtime.h>\n",
+    }
+    missed = [path for path, text in bad.items() if not list(check(path, text))]
+    assert not missed, f"not found: {missed}"
+    assert not list(check("kernels/cpu/x.cc", '#include "kernels/backend.h"\n#include <vector>\n'))
+
+
+def main():
+    self_test()
+    if sys.argv[1:] == ["--self-test"]:
+        return 0
+    root = pathlib.Path(sys.argv[1])
+    complaints, files = [], 0
+    for folder in ("kernels", "planner", "daemon", "clients"):
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in (".h", ".cc", ".cu", ".cuh"):
+                files += 1
+                complaints += check(str(path.relative_to(root)), path.read_text())
+    for line in complaints:
+        print(line)
+    print(f"{files} files, {len(complaints)} forbidden includes")
+    return 1 if complaints or not files else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Builds kvtide and runs all tests: the one command of the README, the same that CI runs.
+#   tests/run.sh [preset] [ctest arguments ...]     presets: dev (default), release, asan, tsan, clang, cuda
+# Packages that are missing are installed first. Uses ccache when it is there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+preset="${1:-dev}"
+[ $# -gt 0 ] && shift
+./deploy/install_packages.sh
+cmake --preset "$preset"
+cmake --build --preset "$preset"
+ctest --preset "$preset" "$@"
