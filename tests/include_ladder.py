@@ -63,8 +63,8 @@ def check(path, text):
         return
     for kind, name in INCLUDE.findall(text):
         target = layer_of(name)
-        if kind == '"' and target is None and not name.endswith((".pb.h", ".inc", "-inl.h", "targets.h")):
-            yield f'{path}: "{name}" is not a path from the repository root into a known folder'
+        if kind == '"' and target is None and "/" not in name and not name.endswith(".inc"):
+            yield f'{path}: "{name}": write the path from the repository root'
         elif target is None or name.endswith(".pb.h"):
             if name.endswith(".pb.h") and kind == '"' and "proto" not in LADDER[layer]:
                 yield f"{path}: {layer} must not include generated protobuf code ({name})"
