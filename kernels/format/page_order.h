@@ -52,6 +52,22 @@ KVTIDE_HD constexpr CodePlace ValuePlace(int token, int dim, int /*stored_dim*/)
   return {dim / 32 * 2 + token / 32, 4 * n + c, dim % 32 / 8, token % 8};
 }
 
+// The way back: token and dim of a place.
+struct CodeOwner {
+  int token, dim;
+};
+
+KVTIDE_HD constexpr CodeOwner KeyOwner(CodePlace place, int stored_dim) {
+  const int steps = stored_dim / 32, n = place.lane >> 2, c = place.lane & 3;
+  return {place.quad / steps * 32 + 8 * (n >> 1) + 2 * place.unit + (n & 1),
+          place.quad % steps * 32 + 8 * c + place.element};
+}
+
+KVTIDE_HD constexpr CodeOwner ValueOwner(CodePlace place, int /*stored_dim*/) {
+  const int n = place.lane >> 2, c = place.lane & 3;
+  return {place.quad % 2 * 32 + 8 * c + place.element, place.quad / 2 * 32 + 8 * place.unit + n};
+}
+
 // Byte offset of word `word` of `lane` inside the code plane.
 KVTIDE_HD constexpr size_t LaneWordOffset(int word, int lane) {
   const int n = lane >> 2, c = lane & 3;
