@@ -1,0 +1,51 @@
+// Every limit of the cache, checked once at start. Tiers take their memory at start and never grow.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "kernels/backend.h"
+
+namespace kvtide {
+
+struct TierOptions {
+  std::string name;            // "device", "host"
+  Backend* backend = nullptr;  // borrowed; outlives the cache
+  size_t capacity_bytes = 0;
+  bool checksum = false;       // blocks that come here get an XXH3 checksum, verified when they leave
+};
+
+// When blocks move on their own. Fractions are of a tier's capacity.
+struct TierLimits {
+  double high_watermark = 0.90;  // above it, idle blocks are demoted ...
+  double low_watermark = 0.80;   // ... until this is reached
+  absl::Duration idle = absl::Seconds(5);  // untouched for this long = idle; an append that needs room takes hotter ones too
+  bool promote_on_attend = true;
+  double promote_below = 0.80;   // promotions on attend fill a tier up to here; Prefetch may fill it wholly
+};
+
+struct CacheOptions {
+  std::vector<TierOptions> tiers;  // fastest first: device, host
+  TierLimits limits;
+  size_t max_models = 64;
+  size_t max_sequences = 16384;
+  int64_t max_tokens_per_sequence = int64_t{1} << 22;
+  int64_t max_tokens_per_append = 1 << 16;
+  int64_t max_queries_per_item = 1 << 16;
+  size_t max_batch_items = 1024;
+  size_t move_piece_bytes = size_t{1} << 20;  // copies between tiers are cut into pieces of at most this
+  size_t max_moves_in_flight = 16;            // blocks, per round of the mover
+  bool background_moves = true;               // false: only RunMovesOnce moves by policy (tests, simulation)
+  absl::Duration move_interval = absl::Milliseconds(20);
+  std::function<absl::Time()> clock = absl::Now;
+  uint64_t id_seed = 0;  // of the sequence ids; 0 = random
+};
+
+absl::Status CheckCacheOptions(const CacheOptions& options);
+
+}  // namespace kvtide

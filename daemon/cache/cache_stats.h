@@ -1,0 +1,92 @@
+// A snapshot of the cache for metrics, status displays and tests. Counters only grow; gauges are never negative.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "absl/time/time.h"
+#include "daemon/cache/sequence_options.h"
+
+namespace kvtide {
+
+using SequenceId = uint64_t;  // random, never 0: an id of an earlier process is not valid here
+using ModelId = uint32_t;     // 1, 2, ... in order of registration
+
+struct PairStats {
+  uint64_t blocks = 0;
+  uint64_t bytes = 0;
+};
+
+struct TierStats {
+  std::string name;
+  std::string backend;
+  uint64_t capacity_bytes = 0;
+  uint64_t used_bytes = 0;  // blocks, those reserved by running calls and moves included
+  uint64_t free_bytes = 0;
+  uint64_t largest_free_extent_bytes = 0;
+  uint64_t blocks = 0;
+  uint64_t pinned_blocks = 0;
+  std::map<std::string, PairStats> pairs;  // by pair name
+  uint64_t demoted_blocks = 0;   // counters: moves out of this tier downwards,
+  uint64_t promoted_blocks = 0;  // moves into this tier from below,
+  uint64_t dropped_blocks = 0;   // drops from this tier
+};
+
+struct CacheStats {
+  std::vector<TierStats> tiers;
+  uint64_t models = 0;
+  uint64_t sequences = 0;
+  uint64_t tokens = 0;           // sum of the sequences' lengths
+  uint64_t shared_blocks = 0;    // held by more than one sequence
+  uint64_t stored_bytes = 0;     // of all blocks, each counted once
+  uint64_t f16_equivalent_bytes = 0;   // what the stored tokens of all sequences would take in f16, unpadded, unshared
+  double bits_per_value = 0;     // stored bits per value of the stored tokens, each block once; 0 when empty
+  // Counters.
+  uint64_t sequences_created = 0;
+  uint64_t sequences_closed = 0;
+  uint64_t appended_tokens = 0;  // counted when the last layer has them
+  uint64_t sealed_blocks = 0;
+  uint64_t copied_on_write_blocks = 0;
+  uint64_t window_freed_blocks = 0;  // fell out of a sliding window
+  uint64_t evict_calls = 0;
+  uint64_t prefetch_calls = 0;
+  uint64_t moves = 0;
+  uint64_t failed_moves = 0;
+  uint64_t moved_bytes = 0;      // between tiers
+  uint64_t dropped_blocks = 0;
+  uint64_t attended_blocks = 0;  // block reads by attention, one layer each
+  uint64_t attended_blocks_below_tier0 = 0;
+  uint64_t checksum_failures = 0;
+  uint64_t exhausted = 0;        // calls that ended with ResourceExhausted
+  // Limits, for display beside the gauges.
+  uint64_t max_sequences = 0;
+  uint64_t max_models = 0;
+  int64_t max_tokens_per_sequence = 0;
+};
+
+struct SequenceInfo {
+  SequenceId id = 0;
+  ModelId model = 0;
+  std::string model_name;
+  SequenceOptions options;
+  SequenceId forked_from = 0;  // 0 = not a fork
+  int64_t tokens = 0;          // the sequence's length: the minimum over its layers
+  int64_t max_layer_tokens = 0;
+  absl::Time created, last_used;
+  std::vector<uint64_t> blocks_by_tier;
+  std::vector<uint64_t> bytes_by_tier;  // shared blocks count in every sequence that holds them
+  uint64_t shared_blocks = 0;
+  uint64_t dropped_blocks = 0;
+};
+
+// Blocks and bytes of a sequence at rest, from the same functions as the allocation (kernels/format).
+struct PredictedBytes {
+  uint64_t exact_blocks = 0;
+  uint64_t coded_blocks = 0;
+  uint64_t bytes = 0;
+};
+
+}  // namespace kvtide
