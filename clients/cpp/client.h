@@ -1,0 +1,257 @@
+// The C++ client of kvtided: blocking calls over gRPC, with plain structs and absl::Status, free of protobuf and gRPC
+// headers. A Client may be used from any number of threads at once; each call is one RPC with the deadline of
+// ClientOptions. Spans and tensor views are borrowed for the call only. Statuses carry the daemon's code and message;
+// UNAVAILABLE besides means that the daemon could not be reached.
+//
+// Sequences live until they are closed, also when the client goes away. With ClientOptions::session the client keeps a
+// session stream open, and what it created through it is closed when the Client is destroyed or its process dies.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "kernels/base/data_type.h"
+#include "kernels/format/exact_window.h"
+
+namespace kvtide::client {
+
+using SequenceId = uint64_t;
+
+struct ClientOptions {
+  // Of every call, from its start to its answer; also how long Connect waits for the daemon.
+  absl::Duration timeout = absl::Seconds(60);
+  absl::Duration connect_timeout = absl::Seconds(5);
+  int64_t max_message_bytes = int64_t{64} << 20;
+  // All calls go through one session stream, in order: sequences die with the client. Calls of several threads then wait
+  // for each other.
+  bool session = false;
+};
+
+// A dense, row-major tensor of the caller.
+struct TensorRef {
+  const void* data = nullptr;
+  DataType type = DataType::kF32;
+  std::vector<int64_t> shape;
+
+  static TensorRef F32(std::span<const float> values, std::vector<int64_t> shape) {
+    return {values.data(), DataType::kF32, std::move(shape)};
+  }
+};
+
+// The shape of a model; kvtide.v1.Model explains the fields.
+struct ModelLayer {
+  int kv_heads = 0;
+  int head_dim_k = 0;
+  int head_dim_v = 0;
+  int64_t window = 0;  // 0 = full attention
+  int query_heads = 0;
+  float scale = 0;    // 0 = 1/sqrt(head_dim_k)
+  float softcap = 0;  // 0 = none
+};
+struct Model {
+  std::string name;
+  std::vector<ModelLayer> layers;
+};
+
+enum class KeyCentring { kDefault, kNone, kFirstBlock };
+
+struct SequenceOptions {
+  std::string pair;                         // "q8_0/turbo4"; empty = the daemon's default
+  std::optional<ExactWindow> exact_window;  // none = the daemon's default
+  bool seal_at_once = false;                // evaluation mode: everything is coded before it is attended
+  KeyCentring key_centring = KeyCentring::kDefault;
+  std::string tenant;
+  bool allow_drop = false;
+};
+
+struct LayerTokens {
+  int layer = 0;
+  TensorRef k, v;  // [tokens][kv_heads][head_dim]
+};
+
+// What a call changes about the layer's registered attention.
+struct AttentionOptions {
+  std::optional<float> scale;
+  std::optional<bool> causal;  // none = true
+  std::optional<int64_t> window;
+  std::optional<float> softcap;
+  std::vector<float> sinks;  // one logit for each query head, or empty
+};
+
+// Results are written into `output` [queries][query_heads][head_dim_v] and, unless it is empty, `lse`
+// [queries][query_heads]. Either of the wrong size is INVALID_ARGUMENT (after the call).
+struct AttendItem {
+  SequenceId sequence = 0;
+  std::optional<int64_t> first_query_position;  // none = the queries belong to the last tokens
+  TensorRef q;                                  // [queries][query_heads][head_dim_k]
+  std::span<float> output;
+  std::span<float> lse;
+};
+struct AppendAttendItem {
+  SequenceId sequence = 0;
+  int64_t start_position = 0;
+  TensorRef q;  // [tokens][query_heads][head_dim_k]
+  TensorRef k;  // [tokens][kv_heads][head_dim_k]
+  TensorRef v;  // [tokens][kv_heads][head_dim_v]
+  std::span<float> output;
+  std::span<float> lse;
+};
+
+struct TierInfo {
+  std::string name, backend;
+  int64_t capacity_bytes = 0;
+};
+struct CacheTypeDescription {
+  std::string name;
+  int bits = 0, group = 0, version = 0;
+  double bits_per_value = 0;
+};
+struct ServerInfo {
+  std::string version;
+  int block_tokens = 0;
+  std::vector<TierInfo> tiers;
+  std::vector<CacheTypeDescription> cache_types;
+  std::string default_pair;
+  ExactWindow default_exact_window;
+  std::vector<std::string> models;
+  int64_t max_message_bytes = 0, max_sequences = 0, max_models = 0, max_tokens = 0, max_items = 0;
+  int64_t process_id = 0;
+  double uptime_seconds = 0;
+};
+
+struct TierShare {
+  std::string tier;
+  int64_t blocks = 0, bytes = 0;
+};
+struct SequenceInfo {
+  SequenceId id = 0;
+  std::string model, pair, tenant;
+  int64_t tokens = 0;
+  std::vector<TierShare> tiers;
+  int64_t dropped_tokens = 0;
+  double bits_per_value = 0;
+  double idle_seconds = 0;
+};
+
+struct PairStats {
+  std::string pair;
+  int64_t blocks = 0, bytes = 0;
+};
+struct TierStats {
+  std::string name;
+  int64_t capacity_bytes = 0, used_bytes = 0, largest_free_bytes = 0, logical_bytes = 0;
+  std::vector<PairStats> pairs;
+};
+struct MoveStats {
+  std::string from_tier, to_tier;
+  int64_t blocks = 0, bytes = 0;
+};
+struct ServerStats {
+  std::vector<TierStats> tiers;
+  std::vector<MoveStats> moves;
+  int64_t sequences = 0, tokens = 0, models = 0;
+  int64_t appended_tokens = 0, attended_queries = 0, sealed_blocks = 0, dropped_blocks = 0, evictions = 0;
+  int64_t copied_on_write_blocks = 0;
+  double bits_per_value = 0;
+  double uptime_seconds = 0;
+};
+
+struct MoveResult {
+  int64_t blocks = 0, bytes = 0;
+  int64_t blocks_left = 0;  // Prefetch: blocks that stayed below for want of room
+};
+struct EvictOptions {
+  std::string tier;  // empty = the next lower one
+  bool drop = false;
+};
+
+// The planner's question and answer; kvtide.v1.PlanRequest and PlanResponse explain the fields.
+struct PlanQuestion {
+  std::string model;  // name of a registered model
+  std::vector<int64_t> contexts;
+  int concurrency = 1;
+  int64_t device_bytes = 0, weights_bytes = 0, host_bytes = 0;  // 0 = those of the daemon
+  std::vector<std::string> pairs;                               // empty = all
+  std::optional<ExactWindow> exact_window;
+  std::optional<double> max_perplexity_increase_percent;
+  std::optional<int64_t> margin_bytes;
+};
+enum class PlanVerdict { kFits, kFitsWithTiers, kDoesNotFit };
+struct PlanCandidate {
+  std::string pair, rejection;
+  int64_t kv_bytes = 0, total_bytes = 0, free_bytes = 0;
+  bool fits = false, measured = false;
+  double bits_per_value = 0, ratio_to_f16 = 0, perplexity_increase_percent = 0;
+  int64_t max_context = 0, max_concurrency = 0;
+};
+struct ContextAnswer {
+  int64_t context = 0;
+  PlanVerdict verdict = PlanVerdict::kDoesNotFit;
+  std::string chosen_pair, reason, split_pair;
+  int64_t split_device_bytes = 0, split_host_bytes = 0;
+  std::vector<PlanCandidate> candidates;
+};
+struct PlanAnswer {
+  PlanVerdict verdict = PlanVerdict::kDoesNotFit;
+  int64_t device_budget_bytes = 0;
+  std::vector<ContextAnswer> contexts;
+  std::vector<std::string> assumptions, notes;
+};
+
+class Client {
+ public:
+  // `address`: "unix:/path/to/socket" or "host:port". Waits until the daemon answers; UNAVAILABLE names the address and
+  // what to check.
+  static absl::StatusOr<std::unique_ptr<Client>> Connect(const std::string& address, ClientOptions options = {});
+  ~Client();
+  Client(const Client&) = delete;
+  Client& operator=(const Client&) = delete;
+
+  const std::string& address() const;
+  absl::StatusOr<ServerInfo> GetServerInfo();
+
+  absl::Status RegisterModel(const Model& model);
+  absl::StatusOr<SequenceId> CreateSequence(const std::string& model, const SequenceOptions& options = {});
+  absl::StatusOr<SequenceId> ForkSequence(SequenceId sequence);
+  absl::Status TruncateSequence(SequenceId sequence, int64_t tokens);
+  absl::Status CloseSequence(SequenceId sequence);
+
+  // The length of the sequence after it.
+  absl::StatusOr<int64_t> Append(SequenceId sequence, int64_t start_position, std::span<const LayerTokens> layers);
+  absl::Status Attend(int layer, std::span<const AttendItem> items, const AttentionOptions& options = {});
+  absl::Status AppendAttend(int layer, std::span<const AppendAttendItem> items, const AttentionOptions& options = {});
+
+  absl::StatusOr<MoveResult> EvictSequences(std::span<const SequenceId> sequences, const EvictOptions& options = {});
+  absl::StatusOr<MoveResult> EvictAll(const EvictOptions& options = {});
+  absl::StatusOr<MoveResult> PrefetchSequences(std::span<const SequenceId> sequences);
+
+  // All sequences, or those of a model.
+  absl::StatusOr<std::vector<SequenceInfo>> ListSequences(const std::string& model = "");
+  absl::StatusOr<ServerStats> GetStats();
+  absl::StatusOr<PlanAnswer> Plan(const PlanQuestion& question);
+
+  // OK if the health service says SERVING.
+  absl::Status CheckHealth();
+
+ private:
+  struct Impl;
+  explicit Client(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+// Where the daemon is, when nobody says: $KVTIDE_ADDRESS, else the Unix socket that kvtided listens on by default.
+std::string DefaultAddress();
+
+}  // namespace kvtide::client
+
+namespace kvtide {
+using client::Client;
+}  // namespace kvtide
