@@ -61,15 +61,18 @@ struct Model {
   std::vector<ModelLayer> layers;
 };
 
-enum class KeyCentring { kDefault, kNone, kFirstBlock };
+enum class KeyCentring { kDefault, kNone, kFirstBlock };    // kvtide.v1.KeyCentring
+enum class KeyEqualising { kDefault, kNone, kFirstBlock };  // kvtide.v1.KeyEqualising
 
 struct SequenceOptions {
   std::string pair;                         // "q8_0/turbo4"; empty = the daemon's default
   std::optional<ExactWindow> exact_window;  // none = the daemon's default
   bool seal_at_once = false;                // evaluation mode: everything is coded before it is attended
   KeyCentring key_centring = KeyCentring::kDefault;
+  KeyEqualising key_equalising = KeyEqualising::kDefault;
   std::string tenant;
   bool allow_drop = false;
+  std::vector<std::string> group_pairs;  // by layer group; empty = `pair` for all
 };
 
 struct LayerTokens {
@@ -123,6 +126,7 @@ struct ServerInfo {
   ExactWindow default_exact_window;
   std::vector<std::string> models;
   int64_t max_message_bytes = 0, max_sequences = 0, max_models = 0, max_tokens = 0, max_items = 0;
+  int64_t max_append_tokens = 0;
   int64_t process_id = 0;
   double uptime_seconds = 0;
 };
@@ -132,41 +136,42 @@ struct TierShare {
   int64_t blocks = 0, bytes = 0;
 };
 struct SequenceInfo {
-  SequenceId id = 0;
+  SequenceId id = 0, forked_from = 0;
   std::string model, pair, tenant;
-  int64_t tokens = 0;
+  int64_t tokens = 0, max_layer_tokens = 0;
   std::vector<TierShare> tiers;
-  int64_t dropped_tokens = 0;
-  double bits_per_value = 0;
-  double idle_seconds = 0;
+  int64_t dropped_blocks = 0, shared_blocks = 0;
+  ExactWindow exact_window;
+  bool seal_at_once = false;
+  double idle_seconds = 0, age_seconds = 0;
 };
 
+// kvtide.v1.GetStatsResponse explains the fields.
 struct PairStats {
   std::string pair;
   int64_t blocks = 0, bytes = 0;
 };
 struct TierStats {
-  std::string name;
-  int64_t capacity_bytes = 0, used_bytes = 0, largest_free_bytes = 0, logical_bytes = 0;
+  std::string name, backend;
+  int64_t capacity_bytes = 0, used_bytes = 0, largest_free_bytes = 0, blocks = 0, pinned_blocks = 0;
   std::vector<PairStats> pairs;
-};
-struct MoveStats {
-  std::string from_tier, to_tier;
-  int64_t blocks = 0, bytes = 0;
+  int64_t demoted_blocks = 0, promoted_blocks = 0, dropped_blocks = 0;
 };
 struct ServerStats {
   std::vector<TierStats> tiers;
-  std::vector<MoveStats> moves;
-  int64_t sequences = 0, tokens = 0, models = 0;
-  int64_t appended_tokens = 0, attended_queries = 0, sealed_blocks = 0, dropped_blocks = 0, evictions = 0;
-  int64_t copied_on_write_blocks = 0;
-  double bits_per_value = 0;
-  double uptime_seconds = 0;
+  int64_t models = 0, sequences = 0, tokens = 0, shared_blocks = 0;
+  int64_t stored_bytes = 0, f16_equivalent_bytes = 0;
+  double bits_per_value = 0, uptime_seconds = 0;
+  int64_t sequences_created = 0, sequences_closed = 0, appended_tokens = 0, sealed_blocks = 0;
+  int64_t copied_on_write_blocks = 0, window_freed_blocks = 0, evict_calls = 0, prefetch_calls = 0;
+  int64_t moves = 0, failed_moves = 0, moved_bytes = 0, dropped_blocks = 0;
+  int64_t attended_blocks = 0, attended_blocks_below_first_tier = 0, checksum_failures = 0, exhausted = 0;
 };
 
 struct MoveResult {
   int64_t blocks = 0, bytes = 0;
-  int64_t blocks_left = 0;  // Prefetch: blocks that stayed below for want of room
+  int64_t dropped_blocks = 0;
+  int64_t blocks_left = 0;  // stayed where they are: busy, or no room
 };
 struct EvictOptions {
   std::string tier;  // empty = the next lower one
