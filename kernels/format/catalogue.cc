@@ -12,12 +12,14 @@ namespace {
 template <class C>
 constexpr CacheTypeInfo MakeInfo() {
   static_assert(Codec<C>);
+  CacheTypeInfo info{C::kName, C::kStorage, C::kBits, C::kGroup, C::kVersion, false, Equalise::kNone, nullptr};
   if constexpr (C::kStorage == Storage::kCodes) {
     static_assert(CodedCodec<C>);
-    return {C::kName, C::kStorage, C::kBits, C::kGroup, C::kVersion, !std::is_same_v<typename C::Rotation, NoRotation>};
-  } else {
-    return {C::kName, C::kStorage, C::kBits, C::kGroup, C::kVersion, false};
+    info.rotated = !std::is_same_v<typename C::Rotation, NoRotation>;
   }
+  if constexpr (requires { C::kKeys; }) info.keys = C::kKeys;
+  if constexpr (requires { C::kAliasOf; }) info.alias_of = C::kAliasOf;
+  return info;
 }
 
 template <class... Codecs>

@@ -12,6 +12,9 @@
 #include "absl/status/statusor.h"
 #include "kernels/format/codec.h"
 #include "kernels/format/half.h"
+#include "kernels/format/iso.h"
+#include "kernels/format/planar.h"
+#include "kernels/format/rotor.h"
 #include "kernels/format/turbo.h"
 #include "kernels/format/uniform.h"
 
@@ -22,7 +25,8 @@ struct CodecList {
   static constexpr int kSize = sizeof...(Codecs);
 };
 
-using CacheTypes = CodecList<F16, Bf16, Q8_0, Q5_0, Q4_0, Turbo4, Turbo3, Turbo2>;
+using CacheTypes = CodecList<F16, Bf16, Q8_0, Q5_0, Q4_0, Turbo4, Turbo3, Turbo2, Iso4, Iso3, Planar4, Planar3, Rotor4,
+                             Rotor3, Pq4, Pq3>;
 
 enum class CacheType : uint8_t {};
 constexpr int kCacheTypes = CacheTypes::kSize;
@@ -35,6 +39,8 @@ struct CacheTypeInfo {
   int group;      // values per f16 scale, 0 without scales
   int version;
   bool rotated;   // has a rotation of its own
+  Equalise keys;  // what its keys want from a profile
+  const char* alias_of;  // name of the type with the same bytes, or null
 };
 
 const CacheTypeInfo& Info(CacheType type);
@@ -73,6 +79,20 @@ decltype(auto) VisitImpl(CacheType type, F&& f, CodecList<Codecs...>) {
 template <class F>
 decltype(auto) VisitCodec(CacheType type, F&& f) {
   return internal::VisitImpl(type, std::forward<F>(f), CacheTypes{});
+}
+
+// Like VisitCodec, but with the codec without its rotation: types that differ in the rotation alone (turbo4, iso4, ...)
+// give one and the same type, so that attention kernels are compiled once for each of the few ways of storing.
+template <class F>
+decltype(auto) VisitStored(CacheType type, F&& f) {
+  return VisitCodec(type, [&](auto codec) -> decltype(auto) {
+    using C = decltype(codec);
+    if constexpr (C::kStorage == Storage::kCodes) {
+      return f(typename C::Stored{});
+    } else {
+      return f(codec);
+    }
+  });
 }
 
 }  // namespace kvtide

@@ -50,6 +50,7 @@ struct CodebookCodec {
   // has a normal scale, and smaller ones lose precision gradually down to 4e-7.
   static constexpr float kLevelUnit = 0.25f;
   using Rotation = RotationT;
+  using Stored = CodebookCodec<kBitsT, NoRotation>;
   using Book = Codebook<kBits>;
   static constexpr int kHalf = 1 << (kBits - 1);
 

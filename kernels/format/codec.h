@@ -21,6 +21,11 @@ enum class Storage : uint8_t { kHalf, kCodes };
 // K and V want different scales: K's must not bias logits, V's should have the least squared error.
 enum class Side : uint8_t { kKey, kValue };
 
+// How strongly a profile equalises the channels of keys before a type codes them: channel i is multiplied by
+// rms_i^-exponent (and queries are divided), with exponent 0, 1/2 or 1. Types whose rotation mixes only a few channels
+// need kFull once exact keys stand beside coded ones.
+enum class Equalise : uint8_t { kNone, kRoot, kFull };
+
 // The largest number of values that share a scale; longer head vectors are cut into groups of this size.
 constexpr int kMaxGroup = 128;
 
@@ -33,8 +38,10 @@ concept Codec = requires {
   { C::kVersion } -> std::convertible_to<int>;  // raised with every change of what stored bytes mean
 };
 
+// Any codec may say: kKeys, an Equalise (kNone if absent); kAliasOf, the name of the type with the same bytes.
 // A codec of storage kCodes has besides:
 //   using Rotation;                       Forward(float* x, int stored_dim), Inverse(...), in place, orthogonal
+//   using Stored;                         the codec without rotation; attention needs only this (see VisitStored)
 //   static constexpr float kLevelUnit;    a power of two
 //   static int Level(int code);           -128..127
 //   static uint16_t EncodeGroup(const float* y, int n, Side side, uint8_t* codes);
@@ -43,6 +50,7 @@ concept Codec = requires {
 template <class C>
 concept CodedCodec = Codec<C> && requires(const float* y, float* x, uint8_t* codes) {
   typename C::Rotation;
+  typename C::Stored;
   { C::kLevelUnit } -> std::convertible_to<float>;
   { C::Level(0) } -> std::convertible_to<int>;
   { C::EncodeGroup(y, 32, Side::kKey, codes) } -> std::convertible_to<uint16_t>;
