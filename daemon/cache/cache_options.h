@@ -9,6 +9,7 @@
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "daemon/cache/tier_policy.h"
 #include "kernels/backend.h"
 
 namespace kvtide {
@@ -18,15 +19,6 @@ struct TierOptions {
   Backend* backend = nullptr;  // borrowed; outlives the cache
   size_t capacity_bytes = 0;
   bool checksum = false;       // blocks that come here get an XXH3 checksum, verified when they leave
-};
-
-// When blocks move on their own. Fractions are of a tier's capacity.
-struct TierLimits {
-  double high_watermark = 0.90;  // above it, idle blocks are demoted ...
-  double low_watermark = 0.80;   // ... until this is reached
-  absl::Duration idle = absl::Seconds(5);  // untouched for this long = idle; an append that needs room takes hotter ones too
-  bool promote_on_attend = true;
-  double promote_below = 0.80;   // promotions on attend fill a tier up to here; Prefetch may fill it wholly
 };
 
 struct CacheOptions {
@@ -42,6 +34,7 @@ struct CacheOptions {
   size_t max_moves_in_flight = 16;            // blocks, per round of the mover
   bool background_moves = true;               // false: only RunMovesOnce moves by policy (tests, simulation)
   absl::Duration move_interval = absl::Milliseconds(20);
+  absl::Duration room_wait = absl::Milliseconds(200);  // how long a call waits for pins and moves of others when it finds no room
   std::function<absl::Time()> clock = absl::Now;
   uint64_t id_seed = 0;  // of the sequence ids; 0 = random
 };

@@ -5,8 +5,8 @@
 //
 // Errors (absl::Status), the same everywhere:
 //   InvalidArgument     shape, dtype, NaN/Inf or out-of-f16 values (named position), unsupported pair
-//   NotFound            unknown model or sequence
-//   FailedPrecondition  a sequence that was closed; another spec under a registered name
+//   NotFound            unknown model or sequence (the message says so if it was closed)
+//   FailedPrecondition  another spec under a registered name; a drop that the sequence does not allow
 //   OutOfRange          start position is not the layer's length; tokens that left the sliding window
 //   Aborted             another writer holds the sequence (retry later); it was closed while the call ran
 //   ResourceExhausted   no room in any tier (needed and free bytes are named), or a limit; nothing has changed
@@ -84,10 +84,9 @@ struct MoveReport {
   uint64_t moved_blocks = 0;
   uint64_t moved_bytes = 0;
   uint64_t dropped_blocks = 0;
-  uint64_t left_blocks = 0;  // wanted, but busy (being written or moved) or without room
+  uint64_t left_blocks = 0;    // wanted, but busy (being written or moved) or without room
+  uint64_t shared_blocks = 0;  // not demoted, because a sequence that was not named holds them too
 };
-
-constexpr int kDropTier = -1;
 
 class KvCache {
  public:

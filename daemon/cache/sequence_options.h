@@ -1,6 +1,7 @@
 // How a sequence is stored: cache types, exact window, profile from its first block, and what may be dropped.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -8,14 +9,12 @@
 #include "daemon/cache/model.h"
 #include "kernels/format/catalogue.h"
 #include "kernels/format/exact_window.h"
+#include "kernels/format/profile_maker.h"
 
 namespace kvtide {
 
 // K minus its mean over the sequence's first block (the first tokens of the first append with seal_at_once).
-enum class Centre : uint8_t { kNone, kFirstBlock };
-// One gain per K channel from the first block, so that all channels have equal energy. kTypeDefault: only for types that
-// mix few channels in their rotation (none of today's).
-enum class Equalise : uint8_t { kTypeDefault, kNone, kFirstBlock };
+enum class Centre : uint8_t { kTypeDefault, kNone, kFirstBlock };
 
 struct SequenceOptions {
   CachePair pair = ExactPair();
@@ -24,8 +23,9 @@ struct SequenceOptions {
   // Evaluation mode: every token is coded before anything attends over it, the tail too; the exact window counts as 0/0.
   // Such a sequence serves one call at a time (else Aborted).
   bool seal_at_once = false;
-  Centre centre = Centre::kFirstBlock;
-  Equalise equalise = Equalise::kTypeDefault;
+  Centre centre = Centre::kTypeDefault;
+  std::optional<Equalise> equalise;        // of K's channels, from the same tokens as the mean; unset = the type's default
+  RopePairs rope_pairs = RopePairs::kHalves;
   std::string name_space;   // tenant; shown in lists and stamped on blocks
   bool allow_drop = false;  // blocks may be dropped when the last tier is full; attending over them is DataLoss
 
@@ -34,6 +34,9 @@ struct SequenceOptions {
   }
   ExactWindow EffectiveWindow() const { return seal_at_once ? ExactWindow{0, 0} : exact_window; }
 };
+
+// What is made from the first block for a group whose keys are coded as `key_type`.
+ProfileOptions ProfileOptionsFor(const SequenceOptions& options, CacheType key_type);
 
 absl::Status CheckSequenceOptions(const SequenceOptions& options, const ModelSpec& model);
 
