@@ -1,10 +1,11 @@
-// The C++ client of kvtided: blocking calls over gRPC, with plain structs and absl::Status, free of protobuf and gRPC
-// headers. A Client may be used from any number of threads at once; each call is one RPC with the deadline of
-// ClientOptions. Spans and tensor views are borrowed for the call only. Statuses carry the daemon's code and message;
-// UNAVAILABLE besides means that the daemon could not be reached.
+// The C++ client of kvtided: blocking calls over gRPC, with plain structs and absl::Status, free of protobuf
+// and gRPC headers. A Client may be used from any number of threads at once; each call is one RPC with the
+// deadline of ClientOptions. Spans and tensor views are borrowed for the call only. Statuses carry the
+// daemon's code and message; UNAVAILABLE besides means that the daemon could not be reached.
 //
-// Sequences live until they are closed, also when the client goes away. With ClientOptions::session the client keeps a
-// session stream open, and what it created through it is closed when the Client is destroyed or its process dies.
+// Sequences live until they are closed, also when the client goes away. With ClientOptions::session the
+// client keeps a session stream open, and what it created through it is closed when the Client is destroyed
+// or its process dies.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +31,8 @@ struct ClientOptions {
   absl::Duration timeout = absl::Seconds(60);
   absl::Duration connect_timeout = absl::Seconds(5);
   int64_t max_message_bytes = int64_t{64} << 20;
-  // All calls go through one session stream, in order: sequences die with the client. Calls of several threads then wait
-  // for each other.
+  // All calls go through one session stream, in order: sequences die with the client. Calls of several
+  // threads then wait for each other.
   bool session = false;
 };
 
@@ -213,9 +214,10 @@ struct PlanAnswer {
 
 class Client {
  public:
-  // `address`: "unix:/path/to/socket" or "host:port". Waits until the daemon answers; UNAVAILABLE names the address and
-  // what to check.
-  static absl::StatusOr<std::unique_ptr<Client>> Connect(const std::string& address, ClientOptions options = {});
+  // `address`: "unix:/path/to/socket" or "host:port". Waits until the daemon answers; UNAVAILABLE names the
+  // address and what to check.
+  static absl::StatusOr<std::unique_ptr<Client>> Connect(const std::string& address,
+                                                         ClientOptions options = {});
   ~Client();
   Client(const Client&) = delete;
   Client& operator=(const Client&) = delete;
@@ -230,11 +232,14 @@ class Client {
   absl::Status CloseSequence(SequenceId sequence);
 
   // The length of the sequence after it.
-  absl::StatusOr<int64_t> Append(SequenceId sequence, int64_t start_position, std::span<const LayerTokens> layers);
+  absl::StatusOr<int64_t> Append(SequenceId sequence, int64_t start_position,
+                                 std::span<const LayerTokens> layers);
   absl::Status Attend(int layer, std::span<const AttendItem> items, const AttentionOptions& options = {});
-  absl::Status AppendAttend(int layer, std::span<const AppendAttendItem> items, const AttentionOptions& options = {});
+  absl::Status AppendAttend(int layer, std::span<const AppendAttendItem> items,
+                            const AttentionOptions& options = {});
 
-  absl::StatusOr<MoveResult> EvictSequences(std::span<const SequenceId> sequences, const EvictOptions& options = {});
+  absl::StatusOr<MoveResult> EvictSequences(std::span<const SequenceId> sequences,
+                                            const EvictOptions& options = {});
   absl::StatusOr<MoveResult> EvictAll(const EvictOptions& options = {});
   absl::StatusOr<MoveResult> PrefetchSequences(std::span<const SequenceId> sequences);
 
@@ -252,7 +257,8 @@ class Client {
   std::unique_ptr<Impl> impl_;
 };
 
-// Where the daemon is, when nobody says: $KVTIDE_ADDRESS, else the Unix socket that kvtided listens on by default.
+// Where the daemon is, when nobody says: $KVTIDE_ADDRESS, else the Unix socket that kvtided listens on by
+// default.
 std::string DefaultAddress();
 
 }  // namespace kvtide::client

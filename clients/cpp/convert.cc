@@ -1,0 +1,251 @@
+#include "clients/cpp/convert.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+
+namespace kvtide::client {
+namespace {
+
+v1::DataType ToProto(DataType type) {
+  switch (type) {
+    case DataType::kF32:
+      return v1::DATA_TYPE_F32;
+    case DataType::kF16:
+      return v1::DATA_TYPE_F16;
+    case DataType::kBf16:
+      return v1::DATA_TYPE_BF16;
+  }
+  return v1::DATA_TYPE_UNSPECIFIED;
+}
+
+void ToProto(const ExactWindow& window, v1::ExactWindow* proto) {
+  proto->set_first_blocks(window.first_blocks);
+  proto->set_last_blocks(window.last_blocks);
+}
+
+ExactWindow FromProto(const v1::ExactWindow& proto) { return {proto.first_blocks(), proto.last_blocks()}; }
+
+PlanVerdict FromProto(v1::PlanVerdict verdict) {
+  switch (verdict) {
+    case v1::PLAN_VERDICT_FITS:
+      return PlanVerdict::kFits;
+    case v1::PLAN_VERDICT_FITS_WITH_TIERS:
+      return PlanVerdict::kFitsWithTiers;
+    default:
+      return PlanVerdict::kDoesNotFit;
+  }
+}
+
+absl::Status CopyFloats(const v1::Tensor& tensor, std::span<float> target, const char* what) {
+  if (tensor.dtype() != v1::DATA_TYPE_F32)
+    return absl::InternalError(absl::StrCat(what, " of the answer is not f32"));
+  if (tensor.data().size() != target.size_bytes()) {
+    return absl::InvalidArgumentError(absl::StrCat(what, " holds ", tensor.data().size() / sizeof(float),
+                                                   " values, but the memory given for it holds ",
+                                                   target.size()));
+  }
+  std::memcpy(target.data(), tensor.data().data(), target.size_bytes());
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status FromGrpc(const grpc::Status& status) {
+  return absl::Status(static_cast<absl::StatusCode>(status.error_code()), status.error_message());
+}
+
+void ToProto(const TensorRef& tensor, v1::Tensor* proto) {
+  proto->set_dtype(ToProto(tensor.type));
+  size_t bytes = DataTypeBytes(tensor.type);
+  for (int64_t dimension : tensor.shape) {
+    proto->add_shape(dimension);
+    bytes *= static_cast<size_t>(std::max<int64_t>(0, dimension));
+  }
+  proto->set_data(tensor.data, bytes);
+}
+
+void ToProto(const Model& model, v1::Model* proto) {
+  proto->set_name(model.name);
+  for (const ModelLayer& layer : model.layers) {
+    v1::Layer* out = proto->add_layers();
+    out->set_kv_heads(layer.kv_heads);
+    out->set_head_dim_k(layer.head_dim_k);
+    out->set_head_dim_v(layer.head_dim_v);
+    out->set_window(layer.window);
+    out->set_query_heads(layer.query_heads);
+    out->set_scale(layer.scale);
+    out->set_softcap(layer.softcap);
+  }
+}
+
+void ToProto(const SequenceOptions& options, v1::CreateSequenceRequest* proto) {
+  proto->set_pair(options.pair);
+  if (options.exact_window) ToProto(*options.exact_window, proto->mutable_exact_window());
+  proto->set_seal_at_once(options.seal_at_once);
+  proto->set_key_centring(static_cast<v1::KeyCentring>(options.key_centring));
+  proto->set_key_equalising(static_cast<v1::KeyEqualising>(options.key_equalising));
+  proto->set_tenant(options.tenant);
+  proto->set_allow_drop(options.allow_drop);
+  for (const std::string& pair : options.group_pairs) proto->add_group_pairs(pair);
+}
+static_assert(static_cast<int>(KeyCentring::kFirstBlock) == v1::KEY_CENTRING_FIRST_BLOCK);
+static_assert(static_cast<int>(KeyEqualising::kFirstBlock) == v1::KEY_EQUALISING_FIRST_BLOCK);
+
+void ToProto(const AttentionOptions& options, v1::AttentionOptions* proto) {
+  if (options.scale) proto->set_scale(*options.scale);
+  if (options.causal) proto->set_causal(*options.causal);
+  if (options.window) proto->set_window(*options.window);
+  if (options.softcap) proto->set_softcap(*options.softcap);
+  proto->mutable_sinks()->Add(options.sinks.begin(), options.sinks.end());
+}
+
+void ToProto(const PlanQuestion& question, v1::PlanRequest* proto) {
+  proto->set_model_name(question.model);
+  proto->mutable_contexts()->Add(question.contexts.begin(), question.contexts.end());
+  proto->set_concurrency(question.concurrency);
+  proto->set_device_bytes(question.device_bytes);
+  proto->set_weights_bytes(question.weights_bytes);
+  proto->set_host_bytes(question.host_bytes);
+  for (const std::string& pair : question.pairs) proto->add_pairs(pair);
+  if (question.exact_window) ToProto(*question.exact_window, proto->mutable_exact_window());
+  if (question.max_perplexity_increase_percent) {
+    proto->set_max_perplexity_increase_percent(*question.max_perplexity_increase_percent);
+  }
+  if (question.margin_bytes) proto->set_margin_bytes(*question.margin_bytes);
+}
+
+ServerInfo FromProto(const v1::GetServerInfoResponse& proto) {
+  ServerInfo info;
+  info.version = proto.version();
+  info.block_tokens = proto.block_tokens();
+  for (const v1::TierInfo& tier : proto.tiers()) {
+    info.tiers.push_back({tier.name(), tier.backend(), tier.capacity_bytes()});
+  }
+  for (const v1::CacheTypeInfo& type : proto.cache_types()) {
+    info.cache_types.push_back(
+        {type.name(), type.bits(), type.group(), type.version(), type.bits_per_value()});
+  }
+  info.default_pair = proto.default_pair();
+  info.default_exact_window = FromProto(proto.default_exact_window());
+  info.models.assign(proto.models().begin(), proto.models().end());
+  info.max_message_bytes = proto.limits().max_message_bytes();
+  info.max_sequences = proto.limits().max_sequences();
+  info.max_models = proto.limits().max_models();
+  info.max_tokens = proto.limits().max_tokens();
+  info.max_items = proto.limits().max_items();
+  info.max_append_tokens = proto.limits().max_append_tokens();
+  info.process_id = proto.process_id();
+  info.uptime_seconds = proto.uptime_seconds();
+  return info;
+}
+
+SequenceInfo FromProto(const v1::Sequence& proto) {
+  SequenceInfo info;
+  info.id = proto.sequence_id();
+  info.forked_from = proto.forked_from();
+  info.model = proto.model();
+  info.pair = proto.pair();
+  info.tenant = proto.tenant();
+  info.tokens = proto.tokens();
+  info.max_layer_tokens = proto.max_layer_tokens();
+  for (const v1::TierShare& share : proto.tiers())
+    info.tiers.push_back({share.tier(), share.blocks(), share.bytes()});
+  info.dropped_blocks = proto.dropped_blocks();
+  info.shared_blocks = proto.shared_blocks();
+  info.exact_window = FromProto(proto.exact_window());
+  info.seal_at_once = proto.seal_at_once();
+  info.idle_seconds = proto.idle_seconds();
+  info.age_seconds = proto.age_seconds();
+  return info;
+}
+
+ServerStats FromProto(const v1::GetStatsResponse& proto) {
+  ServerStats stats;
+  for (const v1::TierStats& tier : proto.tiers()) {
+    TierStats out;
+    out.name = tier.name();
+    out.backend = tier.backend();
+    out.capacity_bytes = tier.capacity_bytes();
+    out.used_bytes = tier.used_bytes();
+    out.largest_free_bytes = tier.largest_free_bytes();
+    out.blocks = tier.blocks();
+    out.pinned_blocks = tier.pinned_blocks();
+    for (const v1::PairStats& pair : tier.pairs())
+      out.pairs.push_back({pair.pair(), pair.blocks(), pair.bytes()});
+    out.demoted_blocks = tier.demoted_blocks();
+    out.promoted_blocks = tier.promoted_blocks();
+    out.dropped_blocks = tier.dropped_blocks();
+    stats.tiers.push_back(std::move(out));
+  }
+  stats.models = proto.models();
+  stats.sequences = proto.sequences();
+  stats.tokens = proto.tokens();
+  stats.shared_blocks = proto.shared_blocks();
+  stats.stored_bytes = proto.stored_bytes();
+  stats.f16_equivalent_bytes = proto.f16_equivalent_bytes();
+  stats.bits_per_value = proto.bits_per_value();
+  stats.uptime_seconds = proto.uptime_seconds();
+  stats.sequences_created = proto.sequences_created();
+  stats.sequences_closed = proto.sequences_closed();
+  stats.appended_tokens = proto.appended_tokens();
+  stats.sealed_blocks = proto.sealed_blocks();
+  stats.copied_on_write_blocks = proto.copied_on_write_blocks();
+  stats.window_freed_blocks = proto.window_freed_blocks();
+  stats.evict_calls = proto.evict_calls();
+  stats.prefetch_calls = proto.prefetch_calls();
+  stats.moves = proto.moves();
+  stats.failed_moves = proto.failed_moves();
+  stats.moved_bytes = proto.moved_bytes();
+  stats.dropped_blocks = proto.dropped_blocks();
+  stats.attended_blocks = proto.attended_blocks();
+  stats.attended_blocks_below_first_tier = proto.attended_blocks_below_first_tier();
+  stats.checksum_failures = proto.checksum_failures();
+  stats.exhausted = proto.exhausted();
+  return stats;
+}
+
+PlanAnswer FromProto(const v1::PlanResponse& proto) {
+  PlanAnswer answer;
+  answer.verdict = FromProto(proto.verdict());
+  answer.device_budget_bytes = proto.device_budget_bytes();
+  for (const v1::ContextPlan& context : proto.contexts()) {
+    ContextAnswer out;
+    out.context = context.context();
+    out.verdict = FromProto(context.verdict());
+    out.chosen_pair = context.chosen_pair();
+    out.reason = context.reason();
+    out.split_pair = context.split_pair();
+    out.split_device_bytes = context.split_device_bytes();
+    out.split_host_bytes = context.split_host_bytes();
+    for (const v1::PlanCandidate& candidate : context.candidates()) {
+      PlanCandidate c;
+      c.pair = candidate.pair();
+      c.rejection = candidate.rejection();
+      c.kv_bytes = candidate.kv_bytes();
+      c.total_bytes = candidate.total_bytes();
+      c.free_bytes = candidate.free_bytes();
+      c.fits = candidate.fits();
+      c.measured = candidate.measured();
+      c.bits_per_value = candidate.bits_per_value();
+      c.ratio_to_f16 = candidate.ratio_to_f16();
+      c.perplexity_increase_percent = candidate.perplexity_increase_percent();
+      c.max_context = candidate.max_context();
+      c.max_concurrency = candidate.max_concurrency();
+      out.candidates.push_back(std::move(c));
+    }
+    answer.contexts.push_back(std::move(out));
+  }
+  answer.assumptions.assign(proto.assumptions().begin(), proto.assumptions().end());
+  answer.notes.assign(proto.notes().begin(), proto.notes().end());
+  return answer;
+}
+
+absl::Status CopyResult(const v1::AttendResult& result, std::span<float> output, std::span<float> lse) {
+  absl::Status status = CopyFloats(result.output(), output, "output");
+  if (!status.ok() || lse.empty()) return status;
+  return CopyFloats(result.lse(), lse, "lse");
+}
+
+}  // namespace kvtide::client

@@ -1,0 +1,43 @@
+// One session stream of kvtided: calls in order, one at a time, each with a deadline. Thread-safe: a second
+// caller waits. A call that misses its deadline breaks the session, since its answer could not be told from
+// the next one's; the daemon then closes what was created on it, and every later call is Unavailable.
+#pragma once
+
+#include <memory>
+#include <mutex>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "grpcpp/client_context.h"
+#include "grpcpp/completion_queue.h"
+#include "kvtide/v1/kv_cache_service.grpc.pb.h"
+
+namespace kvtide::client {
+
+class Session {
+ public:
+  static absl::StatusOr<std::unique_ptr<Session>> Start(v1::KvCacheService::Stub* stub,
+                                                        absl::Duration timeout);
+  ~Session();
+
+  // Numbers the request. An error that the daemon reports for the call is returned as a status; the session
+  // goes on.
+  absl::Status Call(v1::SessionRequest* request, v1::SessionResponse* response);
+
+ private:
+  explicit Session(absl::Duration timeout) : timeout_(timeout) {}
+  // Waits for the one operation that is under way.
+  absl::Status Wait(absl::Time deadline);
+  void Break();
+
+  const absl::Duration timeout_;
+  std::mutex mutex_;  // guards all below; held while a call is under way
+  grpc::ClientContext context_;
+  grpc::CompletionQueue queue_;
+  std::unique_ptr<grpc::ClientAsyncReaderWriter<v1::SessionRequest, v1::SessionResponse>> stream_;
+  v1::SessionResponse response_;
+  uint64_t last_request_ = 0;
+  bool broken_ = false;
+};
+
+}  // namespace kvtide::client
