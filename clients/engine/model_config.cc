@@ -20,20 +20,23 @@ constexpr int64_t kLargestSize = 1 << 24;
 bool IsSet(const json& config, const char* key) { return config.contains(key) && !config[key].is_null(); }
 
 absl::Status Unsupported(const std::string& what) {
-  return absl::UnimplementedError(absl::StrCat("config.json: ", what, " is not supported by the reference engine"));
+  return absl::UnimplementedError(
+      absl::StrCat("config.json: ", what, " is not supported by the reference engine"));
 }
 
 // Reads an integer in [1, kLargestSize]. A missing key is an error unless `fallback` is positive.
 absl::Status ReadSize(const json& config, const char* key, int64_t fallback, int* out) {
   int64_t value = fallback;
   if (IsSet(config, key)) {
-    if (!config[key].is_number_integer()) return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, " is not an integer"));
+    if (!config[key].is_number_integer())
+      return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, " is not an integer"));
     value = config[key].get<int64_t>();
   } else if (fallback <= 0) {
     return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, " is missing"));
   }
   if (value < 1 || value > kLargestSize) {
-    return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, " is ", value, ", must be 1 .. ", kLargestSize));
+    return absl::InvalidArgumentError(
+        absl::StrCat("config.json: ", key, " is ", value, ", must be 1 .. ", kLargestSize));
   }
   *out = static_cast<int>(value);
   return absl::OkStatus();
@@ -41,7 +44,8 @@ absl::Status ReadSize(const json& config, const char* key, int64_t fallback, int
 
 absl::Status ReadNumber(const json& config, const char* key, double* out) {
   if (!IsSet(config, key)) return absl::OkStatus();
-  if (!config[key].is_number() || !(config[key].get<double>() > 0) || !std::isfinite(config[key].get<double>())) {
+  if (!config[key].is_number() || !(config[key].get<double>() > 0) ||
+      !std::isfinite(config[key].get<double>())) {
     return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, " is not a positive number"));
   }
   *out = config[key].get<double>();
@@ -50,25 +54,28 @@ absl::Status ReadNumber(const json& config, const char* key, double* out) {
 
 absl::Status ReadFlag(const json& config, const char* key, bool* out) {
   if (!IsSet(config, key)) return absl::OkStatus();
-  if (!config[key].is_boolean()) return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, " is not true or false"));
+  if (!config[key].is_boolean())
+    return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, " is not true or false"));
   *out = config[key].get<bool>();
   return absl::OkStatus();
 }
 
 absl::Status ReadArchitecture(const json& config, ModelConfig* model) {
-  if (IsSet(config, "architectures") && config["architectures"].is_array() && !config["architectures"].empty() &&
-      config["architectures"][0].is_string()) {
+  if (IsSet(config, "architectures") && config["architectures"].is_array() &&
+      !config["architectures"].empty() && config["architectures"][0].is_string()) {
     model->architecture = config["architectures"][0].get<std::string>();
   } else {
-    return absl::InvalidArgumentError("config.json: architectures is missing (for example [\"LlamaForCausalLM\"])");
+    return absl::InvalidArgumentError(
+        "config.json: architectures is missing (for example [\"LlamaForCausalLM\"])");
   }
   if (model->architecture == "Qwen2ForCausalLM") {
     model->qkv_bias = true;
   } else if (model->architecture == "Qwen3ForCausalLM") {
     model->query_key_norm = true;
   } else if (model->architecture != "LlamaForCausalLM" && model->architecture != "MistralForCausalLM") {
-    return Unsupported(absl::StrCat("the architecture ", model->architecture,
-                                    " (supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)"));
+    return Unsupported(absl::StrCat(
+        "the architecture ", model->architecture,
+        " (supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)"));
   }
   return absl::OkStatus();
 }
@@ -82,44 +89,53 @@ absl::Status ReadRope(const json& config, ModelConfig* model) {
   const char* key = IsSet(config, "rope_parameters") ? "rope_parameters" : "rope_scaling";
   if (!IsSet(config, key)) return absl::OkStatus();
   const json& rope = config[key];
-  if (!rope.is_object()) return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, " is not an object"));
+  if (!rope.is_object())
+    return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, " is not an object"));
   KVTIDE_RETURN_IF_ERROR(ReadNumber(rope, "rope_theta", &model->rope_theta));
   std::string type = "default";
   for (const char* type_key : {"type", "rope_type"}) {
     if (!IsSet(rope, type_key)) continue;
-    if (!rope[type_key].is_string()) return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, ".", type_key, " is not a text"));
+    if (!rope[type_key].is_string())
+      return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, ".", type_key, " is not a text"));
     type = rope[type_key].get<std::string>();
   }
   if (type == "default") return absl::OkStatus();
-  if (type != "linear" && type != "llama3") return Unsupported(absl::StrCat("rope type ", type, " (supported: default, linear, llama3)"));
-  if (!IsSet(rope, "factor")) return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, ".factor is missing"));
+  if (type != "linear" && type != "llama3")
+    return Unsupported(absl::StrCat("rope type ", type, " (supported: default, linear, llama3)"));
+  if (!IsSet(rope, "factor"))
+    return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, ".factor is missing"));
   KVTIDE_RETURN_IF_ERROR(ReadNumber(rope, "factor", &model->rope_factor));
   model->rope_scaling = type == "linear" ? RopeScaling::kLinear : RopeScaling::kLlama3;
   if (model->rope_scaling == RopeScaling::kLinear) return absl::OkStatus();
   KVTIDE_RETURN_IF_ERROR(ReadNumber(rope, "low_freq_factor", &model->rope_low_frequency));
   KVTIDE_RETURN_IF_ERROR(ReadNumber(rope, "high_freq_factor", &model->rope_high_frequency));
-  KVTIDE_RETURN_IF_ERROR(ReadNumber(rope, "original_max_position_embeddings", &model->rope_original_positions));
+  KVTIDE_RETURN_IF_ERROR(
+      ReadNumber(rope, "original_max_position_embeddings", &model->rope_original_positions));
   if (model->rope_original_positions <= 0) {
-    return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, ".original_max_position_embeddings is missing"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("config.json: ", key, ".original_max_position_embeddings is missing"));
   }
   if (model->rope_high_frequency <= model->rope_low_frequency) {
-    return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, ": high_freq_factor must exceed low_freq_factor"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("config.json: ", key, ": high_freq_factor must exceed low_freq_factor"));
   }
   return absl::OkStatus();
 }
 
 absl::Status ReadWindow(const json& config, ModelConfig* model) {
-  bool use_sliding_window = model->architecture != "Qwen2ForCausalLM" && model->architecture != "Qwen3ForCausalLM";
+  bool use_sliding_window =
+      model->architecture != "Qwen2ForCausalLM" && model->architecture != "Qwen3ForCausalLM";
   KVTIDE_RETURN_IF_ERROR(ReadFlag(config, "use_sliding_window", &use_sliding_window));
   if (IsSet(config, "layer_types")) {
-    if (!config["layer_types"].is_array()) return absl::InvalidArgumentError("config.json: layer_types is not a list");
+    if (!config["layer_types"].is_array())
+      return absl::InvalidArgumentError("config.json: layer_types is not a list");
     for (const json& type : config["layer_types"]) {
       if (type != "full_attention") return Unsupported(absl::StrCat("layer_types with ", type.dump()));
     }
     return absl::OkStatus();
   }
   if (!use_sliding_window || !IsSet(config, "sliding_window")) return absl::OkStatus();
-  if (IsSet(config, "max_window_layers") && config["max_window_layers"] != config.value("num_hidden_layers", 0)) {
+  if (IsSet(config, "max_window_layers") && config["max_window_layers"] != model->layers) {
     return Unsupported("sliding_window on a part of the layers (max_window_layers)");
   }
   return ReadSize(config, "sliding_window", 0, &model->sliding_window);
@@ -130,11 +146,13 @@ absl::Status ReadTokenIds(const json& config, ModelConfig* model) {
     return id.is_number_integer() && id.get<int64_t>() >= 0 && id.get<int64_t>() < model->vocab_size;
   };
   if (IsSet(config, "bos_token_id")) {
-    if (!valid(config["bos_token_id"])) return absl::InvalidArgumentError("config.json: bos_token_id is not in the vocabulary");
+    if (!valid(config["bos_token_id"]))
+      return absl::InvalidArgumentError("config.json: bos_token_id is not in the vocabulary");
     model->bos_token = config["bos_token_id"].get<int32_t>();
   }
   if (!IsSet(config, "eos_token_id")) return absl::OkStatus();
-  const json ids = config["eos_token_id"].is_array() ? config["eos_token_id"] : json::array({config["eos_token_id"]});
+  const json ids =
+      config["eos_token_id"].is_array() ? config["eos_token_id"] : json::array({config["eos_token_id"]});
   for (const json& id : ids) {
     if (!valid(id)) return absl::InvalidArgumentError("config.json: eos_token_id is not in the vocabulary");
     model->eos_tokens.push_back(id.get<int32_t>());
@@ -154,11 +172,13 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view json_text) {
   KVTIDE_RETURN_IF_ERROR(ReadSize(config, "num_hidden_layers", 0, &model.layers));
   KVTIDE_RETURN_IF_ERROR(ReadSize(config, "num_attention_heads", 0, &model.query_heads));
   KVTIDE_RETURN_IF_ERROR(ReadSize(config, "num_key_value_heads", model.query_heads, &model.kv_heads));
-  KVTIDE_RETURN_IF_ERROR(ReadSize(config, "head_dim", model.hidden_size / model.query_heads, &model.head_dim));
+  KVTIDE_RETURN_IF_ERROR(
+      ReadSize(config, "head_dim", model.hidden_size / model.query_heads, &model.head_dim));
   KVTIDE_RETURN_IF_ERROR(ReadSize(config, "vocab_size", 0, &model.vocab_size));
   KVTIDE_RETURN_IF_ERROR(ReadSize(config, "max_position_embeddings", 2048, &model.max_positions));
   if (model.query_heads % model.kv_heads != 0) {
-    return absl::InvalidArgumentError(absl::StrCat("config.json: ", model.query_heads, " attention heads cannot share ", model.kv_heads, " KV heads"));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "config.json: ", model.query_heads, " attention heads cannot share ", model.kv_heads, " KV heads"));
   }
   if (model.head_dim % 2 != 0) return Unsupported(absl::StrCat("the odd head_dim ", model.head_dim));
   double eps = model.rms_norm_eps;
@@ -170,7 +190,8 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view json_text) {
   KVTIDE_RETURN_IF_ERROR(ReadFlag(config, "mlp_bias", &mlp_bias));
   if (mlp_bias) return Unsupported("mlp_bias");
   if (attention_bias) model.qkv_bias = model.output_bias = true;
-  if (IsSet(config, "hidden_act") && config["hidden_act"] != "silu") return Unsupported(absl::StrCat("hidden_act ", config["hidden_act"].dump()));
+  if (IsSet(config, "hidden_act") && config["hidden_act"] != "silu")
+    return Unsupported(absl::StrCat("hidden_act ", config["hidden_act"].dump()));
   if (IsSet(config, "quantization_config")) return Unsupported("quantization_config (quantised weights)");
   KVTIDE_RETURN_IF_ERROR(ReadRope(config, &model));
   KVTIDE_RETURN_IF_ERROR(ReadWindow(config, &model));
@@ -181,7 +202,9 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view json_text) {
 absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& folder) {
   const std::string path = absl::StrCat(folder, "/config.json");
   std::ifstream in(path, std::ios::binary);
-  if (!in) return absl::NotFoundError(absl::StrCat("cannot open ", path, " (a Hugging Face model folder is expected)"));
+  if (!in)
+    return absl::NotFoundError(
+        absl::StrCat("cannot open ", path, " (a Hugging Face model folder is expected)"));
   std::ostringstream text;
   text << in.rdbuf();
   absl::StatusOr<ModelConfig> model = ParseModelConfig(text.str());

@@ -1,6 +1,6 @@
-// What the engine needs to know of a model, read from the config.json of a Hugging Face folder. The reader accepts
-// the Llama family (Llama, Mistral, Qwen2, Qwen3) and refuses by name every setting that would change the result
-// and that the engine does not compute: a wrong answer would look like a bad cache.
+// What the engine needs to know of a model, read from the config.json of a Hugging Face folder. The reader
+// accepts the Llama family (Llama, Mistral, Qwen2, Qwen3) and refuses by name every setting that would change
+// the result and that the engine does not compute: a wrong answer would look like a bad cache.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +27,8 @@ struct ModelConfig {
   int sliding_window = 0;  // 0 = every layer attends over all tokens
   float rms_norm_eps = 1e-6f;
   bool tied_embeddings = false;
-  bool qkv_bias = false;      // Qwen2
-  bool output_bias = false;   // Llama with attention_bias
+  bool qkv_bias = false;        // Qwen2
+  bool output_bias = false;     // Llama with attention_bias
   bool query_key_norm = false;  // Qwen3: RMSNorm of each head's q and k before the rotation
 
   double rope_theta = 10000;
@@ -38,8 +38,8 @@ struct ModelConfig {
   double rope_high_frequency = 4;
   double rope_original_positions = 0;
 
-  int32_t bos_token = -1;               // -1 = none
-  std::vector<int32_t> eos_tokens;      // any of them ends a text
+  int32_t bos_token = -1;           // -1 = none
+  std::vector<int32_t> eos_tokens;  // any of them ends a text
 
   // Query heads that share one KV head.
   int group() const { return query_heads / kv_heads; }

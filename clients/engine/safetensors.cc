@@ -32,10 +32,22 @@ struct ElementType {
   std::optional<DataType> type;
 };
 constexpr ElementType kElementTypes[] = {
-    {"F32", 4, DataType::kF32}, {"F16", 2, DataType::kF16}, {"BF16", 2, DataType::kBf16},
-    {"F64", 8, {}}, {"I64", 8, {}}, {"I32", 4, {}}, {"I16", 2, {}}, {"I8", 1, {}},
-    {"U64", 8, {}}, {"U32", 4, {}}, {"U16", 2, {}}, {"U8", 1, {}}, {"BOOL", 1, {}},
-    {"F8_E4M3", 1, {}}, {"F8_E5M2", 1, {}}, {"F8_E8M0", 1, {}},
+    {"F32", 4, DataType::kF32},
+    {"F16", 2, DataType::kF16},
+    {"BF16", 2, DataType::kBf16},
+    {"F64", 8, {}},
+    {"I64", 8, {}},
+    {"I32", 4, {}},
+    {"I16", 2, {}},
+    {"I8", 1, {}},
+    {"U64", 8, {}},
+    {"U32", 4, {}},
+    {"U16", 2, {}},
+    {"U8", 1, {}},
+    {"BOOL", 1, {}},
+    {"F8_E4M3", 1, {}},
+    {"F8_E5M2", 1, {}},
+    {"F8_E8M0", 1, {}},
 };
 
 absl::Status Damaged(const std::string& what) {
@@ -43,14 +55,16 @@ absl::Status Damaged(const std::string& what) {
 }
 
 absl::StatusOr<uint64_t> ReadOffset(const json& value, const std::string& name) {
-  if (!value.is_number_unsigned()) return Damaged(absl::StrCat("tensor ", name, " has a data offset that is no count"));
+  if (!value.is_number_unsigned())
+    return Damaged(absl::StrCat("tensor ", name, " has a data offset that is no count"));
   return value.get<uint64_t>();
 }
 
-absl::StatusOr<WeightTensor> ParseTensor(const std::string& name, const json& entry, std::span<const std::byte> data) {
-  if (!entry.is_object() || !entry.contains("dtype") || !entry["dtype"].is_string() || !entry.contains("shape") ||
-      !entry["shape"].is_array() || !entry.contains("data_offsets") || !entry["data_offsets"].is_array() ||
-      entry["data_offsets"].size() != 2) {
+absl::StatusOr<WeightTensor> ParseTensor(const std::string& name, const json& entry,
+                                         std::span<const std::byte> data) {
+  if (!entry.is_object() || !entry.contains("dtype") || !entry["dtype"].is_string() ||
+      !entry.contains("shape") || !entry["shape"].is_array() || !entry.contains("data_offsets") ||
+      !entry["data_offsets"].is_array() || entry["data_offsets"].size() != 2) {
     return Damaged(absl::StrCat("tensor ", name, " lacks dtype, shape or data_offsets"));
   }
   WeightTensor tensor;
@@ -63,7 +77,8 @@ absl::StatusOr<WeightTensor> ParseTensor(const std::string& name, const json& en
   tensor.type = known->type;
   uint64_t bytes = known->bytes;
   for (const json& dim : entry["shape"]) {
-    if (!dim.is_number_unsigned()) return Damaged(absl::StrCat("tensor ", name, " has a negative or fractional dimension"));
+    if (!dim.is_number_unsigned())
+      return Damaged(absl::StrCat("tensor ", name, " has a negative or fractional dimension"));
     const uint64_t n = dim.get<uint64_t>();
     if (n > uint64_t{1} << 48 || __builtin_mul_overflow(bytes, n, &bytes)) {
       return Damaged(absl::StrCat("tensor ", name, " has an impossible shape"));
@@ -73,12 +88,12 @@ absl::StatusOr<WeightTensor> ParseTensor(const std::string& name, const json& en
   KVTIDE_ASSIGN_OR_RETURN(const uint64_t begin, ReadOffset(entry["data_offsets"][0], name));
   KVTIDE_ASSIGN_OR_RETURN(const uint64_t end, ReadOffset(entry["data_offsets"][1], name));
   if (begin > end || end > data.size()) {
-    return Damaged(absl::StrCat("tensor ", name, " ends at byte ", end, " of the data, the file holds ", data.size(),
-                                "; download it again"));
+    return Damaged(absl::StrCat("tensor ", name, " ends at byte ", end, " of the data, the file holds ",
+                                data.size(), "; download it again"));
   }
   if (end - begin != bytes) {
-    return Damaged(absl::StrCat("tensor ", name, " ", tensor.type_name, ShapeText(tensor.shape), " needs ", bytes,
-                                " bytes, its range has ", end - begin));
+    return Damaged(absl::StrCat("tensor ", name, " ", tensor.type_name, ShapeText(tensor.shape), " needs ",
+                                bytes, " bytes, its range has ", end - begin));
   }
   tensor.bytes = data.subspan(begin, end - begin);
   return tensor;
@@ -100,10 +115,12 @@ absl::StatusOr<std::set<std::string>> ShardNames(const std::string& index_path) 
   }
   std::set<std::string> names;
   for (const auto& item : index["weight_map"].items()) {
-    if (!item.value().is_string()) return absl::InvalidArgumentError(absl::StrCat(index_path, ": ", item.key(), " names no file"));
+    if (!item.value().is_string())
+      return absl::InvalidArgumentError(absl::StrCat(index_path, ": ", item.key(), " names no file"));
     const std::string name = item.value().get<std::string>();
     if (name.empty() || name.find('/') != std::string::npos) {
-      return absl::InvalidArgumentError(absl::StrCat(index_path, ": shard name \"", name, "\" leaves the folder"));
+      return absl::InvalidArgumentError(
+          absl::StrCat(index_path, ": shard name \"", name, "\" leaves the folder"));
     }
     names.insert(name);
   }
@@ -112,7 +129,9 @@ absl::StatusOr<std::set<std::string>> ShardNames(const std::string& index_path) 
 
 }  // namespace
 
-std::string ShapeText(std::span<const int64_t> shape) { return absl::StrCat("[", absl::StrJoin(shape, ", "), "]"); }
+std::string ShapeText(std::span<const int64_t> shape) {
+  return absl::StrCat("[", absl::StrJoin(shape, ", "), "]");
+}
 
 absl::StatusOr<WeightMap> ParseSafetensors(std::span<const std::byte> file) {
   if (file.size() < 8) return Damaged(absl::StrCat("it has ", file.size(), " bytes"));
@@ -156,7 +175,8 @@ absl::StatusOr<std::unique_ptr<MappedFile>> MappedFile::Open(const std::string& 
   void* address = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd, 0);
   const int error = errno;
   close(fd);
-  if (address == MAP_FAILED) return absl::InternalError(absl::StrCat("cannot map ", path, ": ", std::strerror(error)));
+  if (address == MAP_FAILED)
+    return absl::InternalError(absl::StrCat("cannot map ", path, ": ", std::strerror(error)));
   return std::unique_ptr<MappedFile>(new MappedFile({static_cast<const std::byte*>(address), size}));
 }
 
@@ -166,7 +186,8 @@ absl::StatusOr<SafetensorsFolder> SafetensorsFolder::Open(const std::string& fol
   namespace fs = std::filesystem;
   std::error_code error;
   if (!fs::is_directory(folder, error)) {
-    return absl::NotFoundError(absl::StrCat("no model folder ", folder, " (a Hugging Face folder with safetensors is expected)"));
+    return absl::NotFoundError(
+        absl::StrCat("no model folder ", folder, " (a Hugging Face folder with safetensors is expected)"));
   }
   const fs::path index = fs::path(folder) / "model.safetensors.index.json";
   std::set<std::string> names;
@@ -184,7 +205,8 @@ absl::StatusOr<SafetensorsFolder> SafetensorsFolder::Open(const std::string& fol
     if (!tensors.ok()) return Annotate(tensors.status(), path);
     for (auto& [tensor_name, tensor] : *tensors) {
       if (!model.tensors_.emplace(tensor_name, std::move(tensor)).second) {
-        return absl::InvalidArgumentError(absl::StrCat(path, ": tensor ", tensor_name, " is in another shard too"));
+        return absl::InvalidArgumentError(
+            absl::StrCat(path, ": tensor ", tensor_name, " is in another shard too"));
       }
     }
     model.files_.push_back(std::move(file));
@@ -192,13 +214,15 @@ absl::StatusOr<SafetensorsFolder> SafetensorsFolder::Open(const std::string& fol
   return model;
 }
 
-absl::StatusOr<WeightTensor> SafetensorsFolder::Get(const std::string& name, std::span<const int64_t> shape) const {
+absl::StatusOr<WeightTensor> SafetensorsFolder::Get(const std::string& name,
+                                                    std::span<const int64_t> shape) const {
   const auto found = tensors_.find(name);
   if (found == tensors_.end()) return absl::NotFoundError(absl::StrCat(folder_, " has no tensor ", name));
   const WeightTensor& tensor = found->second;
   if (!std::equal(shape.begin(), shape.end(), tensor.shape.begin(), tensor.shape.end())) {
-    return absl::InvalidArgumentError(absl::StrCat(folder_, ": tensor ", name, " has the shape ", ShapeText(tensor.shape),
-                                                   ", config.json asks for ", ShapeText(shape)));
+    return absl::InvalidArgumentError(absl::StrCat(folder_, ": tensor ", name, " has the shape ",
+                                                   ShapeText(tensor.shape), ", config.json asks for ",
+                                                   ShapeText(shape)));
   }
   if (!tensor.type) {
     return absl::UnimplementedError(absl::StrCat(folder_, ": tensor ", name, " is ", tensor.type_name,

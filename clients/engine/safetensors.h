@@ -1,6 +1,7 @@
 // Readers of Hugging Face safetensors: one file, or a folder with model.safetensors or a sharded index.
-// Files are memory-mapped read-only; a WeightTensor borrows from the reader that gave it. Readers are immutable after
-// Open and may be used from any thread. A file that is truncated, overlaps or lies about a size is refused whole.
+// Files are memory-mapped read-only; a WeightTensor borrows from the reader that gave it. Readers are
+// immutable after Open and may be used from any thread. A file that is truncated, overlaps or lies about a
+// size is refused whole.
 #pragma once
 
 #include <cstddef>
@@ -53,7 +54,8 @@ class SafetensorsFolder {
   static absl::StatusOr<SafetensorsFolder> Open(const std::string& folder);
 
   bool Has(const std::string& name) const { return tensors_.count(name) > 0; }
-  // NOT_FOUND with the folder and the name; INVALID_ARGUMENT when the shape differs or the type is not a float type.
+  // NOT_FOUND with the folder and the name; INVALID_ARGUMENT when the shape differs or the type is not a
+  // float type.
   absl::StatusOr<WeightTensor> Get(const std::string& name, std::span<const int64_t> shape) const;
   const WeightMap& tensors() const { return tensors_; }
 

@@ -9,7 +9,8 @@
 
 namespace kvtide::engine {
 
-const char kGpt2Pattern[] = R"('(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
+const char kGpt2Pattern[] = R"('(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+)"
+                            R"(|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+)";
 
 namespace {
 
@@ -34,7 +35,8 @@ struct TextSplitter::Code {
   ~Code() { pcre2_code_free(code); }
 
   // The next match at or after `from`; first == npos when there is none.
-  absl::StatusOr<std::pair<size_t, size_t>> Next(const MatchData& match, std::string_view text, size_t from) const {
+  absl::StatusOr<std::pair<size_t, size_t>> Next(const MatchData& match, std::string_view text,
+                                                 size_t from) const {
     const int result = pcre2_match(code, reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), from,
                                    PCRE2_NO_UTF_CHECK, match.data, nullptr);
     if (result == PCRE2_ERROR_NOMATCH) return std::make_pair(std::string_view::npos, std::string_view::npos);
@@ -52,10 +54,11 @@ absl::StatusOr<std::unique_ptr<TextSplitter>> TextSplitter::Create(const std::st
   PCRE2_SIZE offset = 0;
   auto code = std::make_unique<Code>();
   // \s, \p and case folding by Unicode properties, as the tokenizers that wrote the files do.
-  code->code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(), PCRE2_UTF | PCRE2_UCP, &error,
-                             &offset, nullptr);
+  code->code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
+                             PCRE2_UTF | PCRE2_UCP, &error, &offset, nullptr);
   if (code->code == nullptr) {
-    return absl::InvalidArgumentError(absl::StrCat("splitting pattern, character ", offset, ": ", Pcre2Message(error)));
+    return absl::InvalidArgumentError(
+        absl::StrCat("splitting pattern, character ", offset, ": ", Pcre2Message(error)));
   }
   // Without the compiler of machine code the interpreter runs; it is slower and gives the same pieces.
   pcre2_jit_compile(code->code, PCRE2_JIT_COMPLETE);

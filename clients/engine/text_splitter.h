@@ -1,5 +1,6 @@
-// Splits text into the pieces that BPE works on, by regular expressions with Unicode classes (PCRE2). Unmatched
-// stretches are pieces of their own. Immutable after Create; Split may run on any number of threads.
+// Splits text into the pieces that BPE works on, by regular expressions with Unicode classes (PCRE2).
+// Unmatched stretches are pieces of their own. Immutable after Create; Split may run on any number of
+// threads.
 #pragma once
 
 #include <memory>
@@ -12,8 +13,8 @@
 
 namespace kvtide::engine {
 
-// The splitting rule of GPT-2: contractions, then words, numbers and other signs each with one leading space, then
-// white space.
+// The splitting rule of GPT-2: contractions, then words, numbers and other signs each with one leading space,
+// then white space.
 extern const char kGpt2Pattern[];
 
 class TextSplitter {

@@ -1,7 +1,7 @@
 // A ThreadPool runs the iterations of a loop on a fixed number of threads, the calling thread among them.
-// ParallelFor returns when every iteration is done; iterations may run in any order and must not call ParallelFor
-// of the same pool. Calls from several threads are served one after the other. Nothing is queued beyond the loop
-// that runs, so there is nothing to fill up.
+// ParallelFor returns when every iteration is done; iterations may run in any order and must not call
+// ParallelFor of the same pool. Calls from several threads are served one after the other. Nothing is queued
+// beyond the loop that runs, so there is nothing to fill up.
 #pragma once
 
 #include <atomic>

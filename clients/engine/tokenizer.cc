@@ -20,8 +20,8 @@ namespace {
 
 using nlohmann::json;
 
-// Byte-level BPE writes each byte as one printable character: printable Latin-1 bytes stand for themselves, the
-// other 68 bytes take the characters from U+0100 on, in order.
+// Byte-level BPE writes each byte as one printable character: printable Latin-1 bytes stand for themselves,
+// the other 68 bytes take the characters from U+0100 on, in order.
 struct ByteAlphabet {
   std::array<uint32_t, 256> character;
   std::unordered_map<uint32_t, uint8_t> byte;
@@ -65,13 +65,21 @@ struct Merge {
 };
 
 absl::Status Unsupported(const std::string& what) {
-  return absl::UnimplementedError(absl::StrCat("tokenizer.json: ", what, " is not supported; byte-level BPE is"));
+  return absl::UnimplementedError(
+      absl::StrCat("tokenizer.json: ", what, " is not supported; byte-level BPE is"));
 }
 
-absl::Status Malformed(const std::string& what) { return absl::InvalidArgumentError(absl::StrCat("tokenizer.json: ", what)); }
+absl::Status Malformed(const std::string& what) {
+  return absl::InvalidArgumentError(absl::StrCat("tokenizer.json: ", what));
+}
 
-std::string TypeOf(const json& part) {
-  return part.is_object() && part.contains("type") && part["type"].is_string() ? part["type"].get<std::string>() : "";
+// Values of another type read as the fallback.
+bool FlagOr(const json& part, const char* key, bool fallback) {
+  return part.is_object() && part.contains(key) && part[key].is_boolean() ? part[key].get<bool>() : fallback;
+}
+std::string TextOr(const json& part, const char* key, const char* fallback) {
+  return part.is_object() && part.contains(key) && part[key].is_string() ? part[key].get<std::string>()
+                                                                         : fallback;
 }
 
 struct AddedToken {
@@ -82,13 +90,13 @@ struct AddedToken {
 }  // namespace
 
 struct Tokenizer::Impl {
-  std::vector<std::string> token_bytes;                // by id; empty for ids that do not exist
-  absl::flat_hash_map<std::string, int32_t> whole;     // bytes -> id, for ignore_merges
-  absl::flat_hash_map<uint64_t, Merge> merges;         // two ids -> rank and result
-  std::array<int32_t, 256> byte_token;                 // -1: the vocabulary has no such byte
+  std::vector<std::string> token_bytes;             // by id; empty for ids that do not exist
+  absl::flat_hash_map<std::string, int32_t> whole;  // bytes -> id, for ignore_merges
+  absl::flat_hash_map<uint64_t, Merge> merges;      // two ids -> rank and result
+  std::array<int32_t, 256> byte_token;              // -1: the vocabulary has no such byte
   std::vector<std::unique_ptr<TextSplitter>> splitters;
-  std::unique_ptr<TextSplitter> needs_normalising;     // set when the file asks for NFC
-  std::vector<AddedToken> added;                       // longest first
+  std::unique_ptr<TextSplitter> needs_normalising;  // set when the file asks for NFC
+  std::vector<AddedToken> added;                    // longest first
   bool add_prefix_space = false;
   bool ignore_merges = false;
   bool adds_bos = false;
@@ -105,14 +113,14 @@ struct Tokenizer::Impl {
 };
 
 absl::Status Tokenizer::Impl::ReadModel(const json& model) {
-  if (TypeOf(model) != "BPE" && !(model.is_object() && model.contains("merges"))) {
-    return Unsupported(absl::StrCat("the model type \"", TypeOf(model), "\""));
+  if (TextOr(model, "type", "") != "BPE" && !(model.is_object() && model.contains("merges"))) {
+    return Unsupported(absl::StrCat("the model type \"", TextOr(model, "type", ""), "\""));
   }
-  if (model.value("byte_fallback", false)) return Unsupported("byte_fallback (SentencePiece)");
+  if (FlagOr(model, "byte_fallback", false)) return Unsupported("byte_fallback (SentencePiece)");
   for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"}) {
-    if (model.contains(key) && model[key].is_string() && !model[key].get<std::string>().empty()) return Unsupported(key);
+    if (!TextOr(model, key, "").empty()) return Unsupported(key);
   }
-  if (model.contains("ignore_merges") && model["ignore_merges"].is_boolean()) ignore_merges = model["ignore_merges"];
+  ignore_merges = FlagOr(model, "ignore_merges", false);
   if (!model.contains("vocab") || !model["vocab"].is_object()) return Malformed("model.vocab is missing");
   absl::flat_hash_map<std::string, int32_t> ids;
   byte_token.fill(-1);
@@ -134,7 +142,8 @@ absl::Status Tokenizer::Impl::ReadModel(const json& model) {
   return ReadMerges(model["merges"], ids);
 }
 
-absl::Status Tokenizer::Impl::ReadMerges(const json& list, const absl::flat_hash_map<std::string, int32_t>& ids) {
+absl::Status Tokenizer::Impl::ReadMerges(const json& list,
+                                         const absl::flat_hash_map<std::string, int32_t>& ids) {
   int32_t rank = 0;
   for (const json& entry : list) {
     std::string left, right;
@@ -152,7 +161,8 @@ absl::Status Tokenizer::Impl::ReadMerges(const json& list, const absl::flat_hash
     }
     const auto l = ids.find(left), r = ids.find(right), result = ids.find(left + right);
     if (l == ids.end() || r == ids.end() || result == ids.end()) {
-      return Malformed(absl::StrCat("merge ", rank, " (", left, " ", right, ") uses parts that the vocabulary lacks"));
+      return Malformed(
+          absl::StrCat("merge ", rank, " (", left, " ", right, ") uses parts that the vocabulary lacks"));
     }
     merges.emplace(PairKey(l->second, r->second), Merge{rank, result->second});
     ++rank;
@@ -161,21 +171,24 @@ absl::Status Tokenizer::Impl::ReadMerges(const json& list, const absl::flat_hash
 }
 
 absl::Status Tokenizer::Impl::ReadPreTokenizer(const json& part) {
-  const std::string type = TypeOf(part);
+  const std::string type = TextOr(part, "type", "");
   if (type == "Sequence") {
-    if (!part.contains("pretokenizers") || !part["pretokenizers"].is_array()) return Malformed("an empty pre_tokenizer");
+    if (!part.contains("pretokenizers") || !part["pretokenizers"].is_array())
+      return Malformed("an empty pre_tokenizer");
     for (const json& inner : part["pretokenizers"]) KVTIDE_RETURN_IF_ERROR(ReadPreTokenizer(inner));
     return absl::OkStatus();
   }
   std::string pattern;
   if (type == "ByteLevel") {
-    add_prefix_space = part.value("add_prefix_space", false);
-    if (!part.value("use_regex", true)) return absl::OkStatus();
+    add_prefix_space = FlagOr(part, "add_prefix_space", false);
+    if (!FlagOr(part, "use_regex", true)) return absl::OkStatus();
     pattern = kGpt2Pattern;
   } else if (type == "Split") {
     const json& rule = part.contains("pattern") ? part["pattern"] : part;
-    if (!rule.is_object() || !rule.contains("Regex") || !rule["Regex"].is_string()) return Unsupported("a Split without Regex");
-    if (part.value("behavior", "") != "Isolated" || part.value("invert", false)) return Unsupported("a Split that is not Isolated");
+    if (!rule.is_object() || !rule.contains("Regex") || !rule["Regex"].is_string())
+      return Unsupported("a Split without Regex");
+    if (TextOr(part, "behavior", "") != "Isolated" || FlagOr(part, "invert", false))
+      return Unsupported("a Split that is not Isolated");
     pattern = rule["Regex"].get<std::string>();
   } else {
     return Unsupported(absl::StrCat("the pre_tokenizer \"", type, "\""));
@@ -187,18 +200,22 @@ absl::Status Tokenizer::Impl::ReadPreTokenizer(const json& part) {
 
 absl::Status Tokenizer::Impl::ReadNormalizer(const json& part) {
   if (part.is_null()) return absl::OkStatus();
-  if (TypeOf(part) != "NFC") return Unsupported(absl::StrCat("the normalizer \"", TypeOf(part), "\""));
-  // Text without combining marks, Hangul letters and compatibility characters is in NFC already; other text is
-  // refused in Encode rather than tokenised differently from the model's own tokenizer.
-  KVTIDE_ASSIGN_OR_RETURN(needs_normalising,
-                          TextSplitter::Create(R"([\p{M}\x{1100}-\x{11FF}\x{2126}\x{212A}\x{212B}\x{2329}\x{232A}\x{F900}-\x{FAFF}\x{2F800}-\x{2FA1F}])"));
+  if (TextOr(part, "type", "") != "NFC")
+    return Unsupported(absl::StrCat("the normalizer \"", TextOr(part, "type", ""), "\""));
+  // Text without combining marks, Hangul letters and compatibility characters is in NFC already; other text
+  // is refused in Encode rather than tokenised differently from the model's own tokenizer.
+  KVTIDE_ASSIGN_OR_RETURN(
+      needs_normalising,
+      TextSplitter::Create(
+          R"([\p{M}\x{1100}-\x{11FF}\x{2126}\x{212A}\x{212B}\x{2329}\x{232A}\x{F900}-\x{FAFF}\x{2F800}-\x{2FA1F}])"));
   return absl::OkStatus();
 }
 
 absl::Status Tokenizer::Impl::ReadAddedTokens(const json& list) {
   for (const json& entry : list) {
-    if (!entry.is_object() || !entry.contains("id") || !entry["id"].is_number_unsigned() || !entry.contains("content") ||
-        !entry["content"].is_string() || entry["id"].get<uint64_t>() > (1u << 24)) {
+    if (!entry.is_object() || !entry.contains("id") || !entry["id"].is_number_unsigned() ||
+        !entry.contains("content") || !entry["content"].is_string() ||
+        entry["id"].get<uint64_t>() > (1u << 24)) {
       return Malformed("an added token lacks id or content");
     }
     AddedToken token{entry["content"].get<std::string>(), entry["id"].get<int32_t>()};
@@ -207,17 +224,22 @@ absl::Status Tokenizer::Impl::ReadAddedTokens(const json& list) {
     token_bytes[token.id] = token.content;
     added.push_back(std::move(token));
   }
-  std::stable_sort(added.begin(), added.end(),
-                   [](const AddedToken& a, const AddedToken& b) { return a.content.size() > b.content.size(); });
+  std::stable_sort(added.begin(), added.end(), [](const AddedToken& a, const AddedToken& b) {
+    return a.content.size() > b.content.size();
+  });
   return absl::OkStatus();
 }
 
 void Tokenizer::Impl::ReadPostProcessor(const json& part) {
-  if (TypeOf(part) == "Sequence" && part.contains("processors") && part["processors"].is_array()) {
+  if (TextOr(part, "type", "") == "Sequence" && part.contains("processors") &&
+      part["processors"].is_array()) {
     for (const json& inner : part["processors"]) ReadPostProcessor(inner);
   }
-  if (TypeOf(part) != "TemplateProcessing" || !part.contains("single") || !part["single"].is_array()) return;
-  adds_bos = !part["single"].empty() && part["single"][0].is_object() && part["single"][0].contains("SpecialToken");
+  if (TextOr(part, "type", "") != "TemplateProcessing" || !part.contains("single") ||
+      !part["single"].is_array())
+    return;
+  adds_bos =
+      !part["single"].empty() && part["single"][0].is_object() && part["single"][0].contains("SpecialToken");
 }
 
 absl::Status Tokenizer::Impl::EncodePiece(std::string_view piece, std::vector<int32_t>* out) const {
@@ -228,20 +250,24 @@ absl::Status Tokenizer::Impl::EncodePiece(std::string_view piece, std::vector<in
       return absl::OkStatus();
     }
   }
-  // A doubly linked list of parts, and a heap of possible merges, lowest rank first and leftmost among equals: long
-  // pieces (a megabyte of one letter) stay fast. Entries of the heap that an earlier merge changed are skipped.
+  // A doubly linked list of parts, and a heap of possible merges, lowest rank first and leftmost among
+  // equals: long pieces (a megabyte of one letter) stay fast. Entries of the heap that an earlier merge
+  // changed are skipped.
   struct Part {
     int32_t token, previous, next;
   };
   struct Candidate {
     int32_t rank, position, left, right, result;
-    bool operator<(const Candidate& o) const { return rank != o.rank ? rank > o.rank : position > o.position; }
+    bool operator<(const Candidate& o) const {
+      return rank != o.rank ? rank > o.rank : position > o.position;
+    }
   };
   const int32_t size = static_cast<int32_t>(piece.size());
   std::vector<Part> parts(piece.size());
   for (int32_t i = 0; i < size; ++i) {
     const int32_t token = byte_token[static_cast<uint8_t>(piece[i])];
-    if (token < 0) return absl::InvalidArgumentError("the vocabulary of tokenizer.json lacks a byte of the text");
+    if (token < 0)
+      return absl::InvalidArgumentError("the vocabulary of tokenizer.json lacks a byte of the text");
     parts[i] = {token, i - 1, i + 1 < size ? i + 1 : -1};
   }
   std::priority_queue<Candidate> heap;
@@ -274,8 +300,10 @@ absl::Status Tokenizer::Impl::EncodeStretch(std::string_view text, std::vector<i
   if (needs_normalising != nullptr) {
     KVTIDE_ASSIGN_OR_RETURN(const size_t at, needs_normalising->Find(text));
     if (at != std::string_view::npos) {
-      return absl::InvalidArgumentError(absl::StrCat("byte ", at, " of the text may not be in Unicode NFC, which this model's "
-                                                     "tokenizer asks for; normalise the text first (uconv -x any-nfc)"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("byte ", at,
+                       " of the text may not be in Unicode NFC, which this model's "
+                       "tokenizer asks for; normalise the text first (uconv -x any-nfc)"));
     }
   }
   std::string with_space;
@@ -311,7 +339,8 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> Tokenizer::Parse(std::string_view jso
   if (!file.is_object() || !file.contains("model")) return Malformed("not a JSON object with a model");
   auto impl = std::make_unique<Impl>();
   KVTIDE_RETURN_IF_ERROR(impl->ReadModel(file["model"]));
-  if (!file.contains("pre_tokenizer") || file["pre_tokenizer"].is_null()) return Unsupported("a missing pre_tokenizer");
+  if (!file.contains("pre_tokenizer") || file["pre_tokenizer"].is_null())
+    return Unsupported("a missing pre_tokenizer");
   KVTIDE_RETURN_IF_ERROR(impl->ReadPreTokenizer(file["pre_tokenizer"]));
   if (file.contains("normalizer")) KVTIDE_RETURN_IF_ERROR(impl->ReadNormalizer(file["normalizer"]));
   if (file.contains("added_tokens") && file["added_tokens"].is_array()) {
@@ -324,7 +353,9 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> Tokenizer::Parse(std::string_view jso
 absl::StatusOr<std::unique_ptr<Tokenizer>> Tokenizer::Load(const std::string& folder) {
   const std::string path = absl::StrCat(folder, "/tokenizer.json");
   std::ifstream in(path, std::ios::binary);
-  if (!in) return absl::NotFoundError(absl::StrCat("cannot open ", path, " (a Hugging Face model folder is expected)"));
+  if (!in)
+    return absl::NotFoundError(
+        absl::StrCat("cannot open ", path, " (a Hugging Face model folder is expected)"));
   std::ostringstream text;
   text << in.rdbuf();
   auto tokenizer = Parse(text.str());
@@ -356,7 +387,8 @@ absl::StatusOr<std::vector<int32_t>> Tokenizer::Encode(std::string_view text, Ad
 std::string Tokenizer::Decode(std::span<const int32_t> tokens) const {
   std::string out;
   for (const int32_t token : tokens) {
-    if (token >= 0 && static_cast<size_t>(token) < impl_->token_bytes.size()) out += impl_->token_bytes[token];
+    if (token >= 0 && static_cast<size_t>(token) < impl_->token_bytes.size())
+      out += impl_->token_bytes[token];
   }
   return out;
 }

@@ -1,7 +1,7 @@
-// A byte-level BPE tokenizer read from a Hugging Face tokenizer.json (GPT-2, Llama 3, Qwen and the like): text is
-// split by the file's regular expressions with Unicode classes, the bytes of each piece are merged by rank.
-// Encode adds no special tokens by itself but recognises the added tokens of the file in the text when asked.
-// Immutable after Load; Encode and Decode may run on any number of threads.
+// A byte-level BPE tokenizer read from a Hugging Face tokenizer.json (GPT-2, Llama 3, Qwen and the like):
+// text is split by the file's regular expressions with Unicode classes, the bytes of each piece are merged by
+// rank. Encode adds no special tokens by itself but recognises the added tokens of the file in the text when
+// asked. Immutable after Load; Encode and Decode may run on any number of threads.
 #pragma once
 
 #include <cstdint>
@@ -24,11 +24,13 @@ class Tokenizer {
 
   // How the content of added tokens such as <s> in a text is read.
   enum class AddedTokens { kRecognise, kPlainText };
-  // INVALID_ARGUMENT when the text is not UTF-8 (with the byte's position) or has bytes the vocabulary cannot spell.
-  absl::StatusOr<std::vector<int32_t>> Encode(std::string_view text, AddedTokens added = AddedTokens::kPlainText) const;
+  // INVALID_ARGUMENT when the text is not UTF-8 (with the byte's position) or has bytes the vocabulary cannot
+  // spell.
+  absl::StatusOr<std::vector<int32_t>> Encode(std::string_view text,
+                                              AddedTokens added = AddedTokens::kPlainText) const;
 
-  // The bytes of the tokens, added tokens as their content, unknown ids as nothing. A character may be cut at the
-  // end when its tokens are; TextStream holds such bytes back.
+  // The bytes of the tokens, added tokens as their content, unknown ids as nothing. A character may be cut at
+  // the end when its tokens are; TextStream holds such bytes back.
   std::string Decode(std::span<const int32_t> tokens) const;
 
   int vocab_size() const;

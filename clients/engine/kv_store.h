@@ -1,0 +1,52 @@
+// Where the engine's keys and values live. The engine computes q, k and v of a few tokens in one layer, hands
+// them over and gets the attention output back; it keeps none of them. LocalKvStore holds them in this
+// process (the yardstick), DaemonKvStore in kvtided. Calls of one store come from one thread at a time.
+#pragma once
+
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+
+namespace kvtide::engine {
+
+using SequenceId = uint64_t;
+
+struct KvGeometry {
+  int layers = 0;
+  int query_heads = 0;
+  int kv_heads = 0;
+  int head_dim = 0;
+  int sliding_window = 0;  // 0 = all layers attend over every token
+
+  // Logits are scale() * q.k.
+  float scale() const;
+  size_t query_width() const { return static_cast<size_t>(query_heads) * head_dim; }
+  size_t kv_width() const { return static_cast<size_t>(kv_heads) * head_dim; }
+};
+
+class KvStore {
+ public:
+  virtual ~KvStore() = default;
+
+  virtual const KvGeometry& geometry() const = 0;
+
+  virtual absl::StatusOr<SequenceId> CreateSequence() = 0;
+
+  // Appends k and v ([n_tokens][kv_heads][head_dim], keys after RoPE) of the tokens at start, start + 1, ...
+  // in one layer, and attends causally with q ([n_tokens][query_heads][head_dim]) over everything up to each
+  // token itself; out has the shape of q. `start` must be the layer's length. All layers of a chunk come in
+  // order 0, 1, ...; the tokens count as stored when the last layer has them.
+  virtual absl::Status AppendAttend(SequenceId sequence, int layer, int64_t start, int n_tokens,
+                                    const float* q, const float* k, const float* v, float* out) = 0;
+
+  // A second sequence with the same tokens; the two grow apart from here.
+  virtual absl::StatusOr<SequenceId> Fork(SequenceId sequence) = 0;
+
+  // Forgets the tokens from `length` on. Also drops a chunk that reached only some layers.
+  virtual absl::Status Truncate(SequenceId sequence, int64_t length) = 0;
+
+  virtual absl::Status Close(SequenceId sequence) = 0;
+};
+
+}  // namespace kvtide::engine

@@ -1,0 +1,232 @@
+#include "clients/engine/llama_model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "clients/engine/vector_math.h"
+#include "kernels/base/float16.h"
+#include "kernels/base/status.h"
+
+namespace kvtide::engine {
+namespace {
+
+// Element i of a tensor that may be unaligned in its file.
+float ElementAt(const WeightTensor& tensor, size_t i) {
+  if (*tensor.type == DataType::kF32) {
+    float value;
+    std::memcpy(&value, tensor.bytes.data() + i * 4, 4);
+    return value;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, tensor.bytes.data() + i * 2, 2);
+  return *tensor.type == DataType::kF16 ? F16ToF32(bits) : Bf16ToF32(bits);
+}
+
+}  // namespace
+
+// cos and sin of every position of a chunk: [tokens][head_dim / 2].
+struct LlamaModel::Rotation {
+  std::vector<float> cosine, sine;
+
+  Rotation(const std::vector<double>& frequencies, int64_t start, int n_tokens) {
+    cosine.resize(frequencies.size() * n_tokens);
+    sine.resize(cosine.size());
+    size_t at = 0;
+    for (int t = 0; t < n_tokens; ++t) {
+      for (const double frequency : frequencies) {
+        const double angle = static_cast<double>(start + t) * frequency;
+        cosine[at] = static_cast<float>(std::cos(angle));
+        sine[at++] = static_cast<float>(std::sin(angle));
+      }
+    }
+  }
+};
+
+// Reads tensors by their names in the file, and counts what it has read.
+class LlamaModel::Loader {
+ public:
+  Loader(LlamaModel& model, const Progress& progress) : model_(model), progress_(progress) {
+    for (const auto& [name, tensor] : model.files_.tensors()) total_bytes_ += tensor.bytes.size();
+  }
+
+  absl::Status Matrix(const std::string& name, int outputs, int inputs, PackedMatrix* out) {
+    KVTIDE_ASSIGN_OR_RETURN(const WeightTensor tensor, Tensor(name, {outputs, inputs}));
+    *out = PackedMatrix(tensor.bytes.data(), *tensor.type, outputs, inputs);
+    return absl::OkStatus();
+  }
+
+  absl::Status Vector(const std::string& name, int size, std::vector<float>* out) {
+    KVTIDE_ASSIGN_OR_RETURN(const WeightTensor tensor, Tensor(name, {size}));
+    out->resize(size);
+    for (int i = 0; i < size; ++i) (*out)[i] = ElementAt(tensor, i);
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<WeightTensor> Tensor(const std::string& name, const std::vector<int64_t>& shape) {
+    KVTIDE_ASSIGN_OR_RETURN(WeightTensor tensor, model_.files_.Get(name, shape));
+    int64_t values = 1;
+    for (const int64_t n : shape) values *= n;
+    model_.parameters_ += values;
+    read_bytes_ += tensor.bytes.size();
+    if (progress_) progress_(static_cast<double>(read_bytes_) / static_cast<double>(total_bytes_));
+    return tensor;
+  }
+
+  absl::Status LoadLayer(int index, Layer* layer) {
+    const ModelConfig& c = model_.config_;
+    const std::string prefix = absl::StrCat("model.layers.", index, ".");
+    const int q = c.query_heads * c.head_dim, kv = c.kv_heads * c.head_dim;
+    KVTIDE_RETURN_IF_ERROR(Vector(prefix + "input_layernorm.weight", c.hidden_size, &layer->attention_norm));
+    KVTIDE_RETURN_IF_ERROR(
+        Vector(prefix + "post_attention_layernorm.weight", c.hidden_size, &layer->mlp_norm));
+    KVTIDE_RETURN_IF_ERROR(Matrix(prefix + "self_attn.q_proj.weight", q, c.hidden_size, &layer->query));
+    KVTIDE_RETURN_IF_ERROR(Matrix(prefix + "self_attn.k_proj.weight", kv, c.hidden_size, &layer->key));
+    KVTIDE_RETURN_IF_ERROR(Matrix(prefix + "self_attn.v_proj.weight", kv, c.hidden_size, &layer->value));
+    KVTIDE_RETURN_IF_ERROR(Matrix(prefix + "self_attn.o_proj.weight", c.hidden_size, q, &layer->output));
+    KVTIDE_RETURN_IF_ERROR(
+        Matrix(prefix + "mlp.gate_proj.weight", c.intermediate_size, c.hidden_size, &layer->gate));
+    KVTIDE_RETURN_IF_ERROR(
+        Matrix(prefix + "mlp.up_proj.weight", c.intermediate_size, c.hidden_size, &layer->up));
+    KVTIDE_RETURN_IF_ERROR(
+        Matrix(prefix + "mlp.down_proj.weight", c.hidden_size, c.intermediate_size, &layer->down));
+    if (c.qkv_bias) {
+      KVTIDE_RETURN_IF_ERROR(Vector(prefix + "self_attn.q_proj.bias", q, &layer->query_bias));
+      KVTIDE_RETURN_IF_ERROR(Vector(prefix + "self_attn.k_proj.bias", kv, &layer->key_bias));
+      KVTIDE_RETURN_IF_ERROR(Vector(prefix + "self_attn.v_proj.bias", kv, &layer->value_bias));
+    }
+    if (c.output_bias)
+      KVTIDE_RETURN_IF_ERROR(Vector(prefix + "self_attn.o_proj.bias", c.hidden_size, &layer->output_bias));
+    if (c.query_key_norm) {
+      KVTIDE_RETURN_IF_ERROR(Vector(prefix + "self_attn.q_norm.weight", c.head_dim, &layer->query_norm));
+      KVTIDE_RETURN_IF_ERROR(Vector(prefix + "self_attn.k_norm.weight", c.head_dim, &layer->key_norm));
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  LlamaModel& model_;
+  const Progress& progress_;
+  size_t total_bytes_ = 0;
+  size_t read_bytes_ = 0;
+};
+
+LlamaModel::LlamaModel(ModelConfig config, ThreadPool& pool, SafetensorsFolder files)
+    : config_(std::move(config)),
+      pool_(pool),
+      files_(std::move(files)),
+      rope_frequencies_(RopeFrequencies(config_)) {}
+
+absl::StatusOr<std::unique_ptr<LlamaModel>> LlamaModel::Load(const std::string& folder, ThreadPool& pool,
+                                                             const Progress& progress) {
+  KVTIDE_ASSIGN_OR_RETURN(ModelConfig config, ReadModelConfig(folder));
+  KVTIDE_ASSIGN_OR_RETURN(SafetensorsFolder files, SafetensorsFolder::Open(folder));
+  std::unique_ptr<LlamaModel> model(new LlamaModel(std::move(config), pool, std::move(files)));
+  const ModelConfig& c = model->config_;
+  Loader loader(*model, progress);
+  KVTIDE_ASSIGN_OR_RETURN(model->embedding_,
+                          loader.Tensor("model.embed_tokens.weight", {c.vocab_size, c.hidden_size}));
+  model->layers_.resize(c.layers);
+  for (int i = 0; i < c.layers; ++i) KVTIDE_RETURN_IF_ERROR(loader.LoadLayer(i, &model->layers_[i]));
+  KVTIDE_RETURN_IF_ERROR(loader.Vector("model.norm.weight", c.hidden_size, &model->final_norm_));
+  // Folders with tied embeddings leave the head out.
+  if (c.tied_embeddings) {
+    model->head_ =
+        PackedMatrix(model->embedding_.bytes.data(), *model->embedding_.type, c.vocab_size, c.hidden_size);
+  } else {
+    KVTIDE_RETURN_IF_ERROR(loader.Matrix("lm_head.weight", c.vocab_size, c.hidden_size, &model->head_));
+  }
+  return model;
+}
+
+KvGeometry LlamaModel::kv_geometry() const {
+  return {config_.layers, config_.query_heads, config_.kv_heads, config_.head_dim, config_.sliding_window};
+}
+
+void LlamaModel::Embed(std::span<const int32_t> tokens, float* x) const {
+  const size_t width = config_.hidden_size;
+  for (size_t t = 0; t < tokens.size(); ++t) {
+    for (size_t i = 0; i < width; ++i) x[t * width + i] = ElementAt(embedding_, tokens[t] * width + i);
+  }
+}
+
+void LlamaModel::NormRows(const float* x, int rows, const std::vector<float>& weight, float* out) const {
+  const size_t width = weight.size();
+  for (int r = 0; r < rows; ++r)
+    RmsNorm(x + r * width, weight.data(), width, config_.rms_norm_eps, out + r * width);
+}
+
+// Channel i turns with channel i + head_dim / 2 (the half-split form of Hugging Face folders).
+void LlamaModel::Rotate(const Rotation& rotation, int n_tokens, int heads, const std::vector<float>& norm,
+                        float* x) const {
+  const int half = config_.head_dim / 2;
+  if (!norm.empty()) NormRows(x, n_tokens * heads, norm, x);
+  pool_.ParallelFor((n_tokens + 63) / 64, [&](int64_t part) {
+    for (int t = static_cast<int>(part) * 64; t < std::min<int>(n_tokens, static_cast<int>(part) * 64 + 64);
+         ++t) {
+      const float* cosine = &rotation.cosine[static_cast<size_t>(t) * half];
+      const float* sine = &rotation.sine[static_cast<size_t>(t) * half];
+      for (int h = 0; h < heads; ++h) {
+        float* low = x + (static_cast<size_t>(t) * heads + h) * config_.head_dim;
+        float* high = low + half;
+        for (int i = 0; i < half; ++i) {
+          const float a = low[i], b = high[i];
+          low[i] = a * cosine[i] - b * sine[i];
+          high[i] = b * cosine[i] + a * sine[i];
+        }
+      }
+    }
+  });
+}
+
+absl::Status LlamaModel::Forward(KvStore& store, SequenceId sequence, int64_t start,
+                                 std::span<const int32_t> tokens, std::vector<float>* hidden) const {
+  for (const int32_t token : tokens) {
+    if (token < 0 || token >= config_.vocab_size) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("token ", token, " is not in the vocabulary of ", config_.vocab_size));
+    }
+  }
+  const int n = static_cast<int>(tokens.size());
+  const size_t width = config_.hidden_size, inner = config_.intermediate_size;
+  const size_t q_width = store.geometry().query_width(), kv_width = store.geometry().kv_width();
+  const Rotation rotation(rope_frequencies_, start, n);
+  std::vector<float> x(n * width), normed(n * width), q(n * q_width), attended(n * q_width);
+  std::vector<float> k(n * kv_width), v(n * kv_width), gate(n * inner), up(n * inner);
+  const auto bias = [](const std::vector<float>& b) { return b.empty() ? nullptr : b.data(); };
+  Embed(tokens, x.data());
+  for (int l = 0; l < config_.layers; ++l) {
+    const Layer& layer = layers_[l];
+    NormRows(x.data(), n, layer.attention_norm, normed.data());
+    layer.query.Multiply(pool_, normed.data(), n, bias(layer.query_bias), q.data());
+    layer.key.Multiply(pool_, normed.data(), n, bias(layer.key_bias), k.data());
+    layer.value.Multiply(pool_, normed.data(), n, bias(layer.value_bias), v.data());
+    Rotate(rotation, n, config_.query_heads, layer.query_norm, q.data());
+    Rotate(rotation, n, config_.kv_heads, layer.key_norm, k.data());
+    KVTIDE_RETURN_IF_ERROR(
+        store.AppendAttend(sequence, l, start, n, q.data(), k.data(), v.data(), attended.data()));
+    layer.output.Multiply(pool_, attended.data(), n, bias(layer.output_bias), normed.data());
+    AddTo(x.data(), normed.data(), x.size());
+
+    NormRows(x.data(), n, layer.mlp_norm, normed.data());
+    layer.gate.Multiply(pool_, normed.data(), n, nullptr, gate.data());
+    layer.up.Multiply(pool_, normed.data(), n, nullptr, up.data());
+    pool_.ParallelFor((n + 63) / 64, [&](int64_t part) {
+      const size_t from = part * 64 * inner, to = std::min<size_t>(gate.size(), from + 64 * inner);
+      SiluMultiply(gate.data() + from, up.data() + from, to - from);
+    });
+    layer.down.Multiply(pool_, gate.data(), n, nullptr, normed.data());
+    AddTo(x.data(), normed.data(), x.size());
+  }
+  hidden->resize(x.size());
+  NormRows(x.data(), n, final_norm_, hidden->data());
+  return absl::OkStatus();
+}
+
+void LlamaModel::Logits(const float* hidden, int rows, float* logits) const {
+  head_.Multiply(pool_, hidden, rows, nullptr, logits);
+}
+
+}  // namespace kvtide::engine
