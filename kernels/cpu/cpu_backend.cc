@@ -1,0 +1,212 @@
+#include "kernels/cpu/cpu_backend.h"
+
+#include <sys/mman.h>
+
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/base/status.h"
+#include "kernels/cpu/attend.h"
+#include "kernels/cpu/copy_queue.h"
+#include "kernels/cpu/thread_pool.h"
+
+namespace kvtide {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+class HostSlab : public Slab {
+ public:
+  HostSlab(std::byte* mapping, size_t mapped, size_t bytes)
+      : mapping_(mapping), mapped_(mapped), bytes_(bytes) {
+    const uintptr_t start = reinterpret_cast<uintptr_t>(mapping);
+    data_ = mapping + ((start + kHugePage - 1) / kHugePage * kHugePage - start);
+  }
+  ~HostSlab() override { munmap(mapping_, mapped_); }
+  std::byte* data() const override { return data_; }
+  size_t bytes() const override { return bytes_; }
+
+ private:
+  std::byte* const mapping_;
+  const size_t mapped_, bytes_;
+  std::byte* data_;  // aligned to 2 MiB
+};
+
+class CpuBackend : public Backend {
+ public:
+  explicit CpuBackend(const CpuBackendOptions& options)
+      : options_(options), pool_(options.threads), copies_(options.max_copies) {
+    kernels_ = FindPageKernels(options.simd);
+    if (kernels_ == nullptr) kernels_ = FindPageKernels(SimdLevel::kBest);
+  }
+
+  std::string name() const override { return options_.name; }
+
+  absl::Status CheckSupport(const BlockLayout& layout) const override {
+    return CheckGroupShape(layout.shape());
+  }
+
+  absl::StatusOr<std::unique_ptr<Slab>> AllocateSlab(size_t bytes) override {
+    if (bytes == 0) return absl::InvalidArgumentError("a slab of 0 bytes");
+    const size_t mapped = bytes + kHugePage;
+    void* mapping = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapping == MAP_FAILED)
+      return absl::ResourceExhaustedError(
+          absl::StrCat(options_.name, ": no ", bytes, " bytes of host memory: ", strerror(errno)));
+    auto slab = std::make_unique<HostSlab>(static_cast<std::byte*>(mapping), mapped, bytes);
+    // Page-sized strides of small pages defeat the hardware prefetcher; without huge pages reads take twice
+    // as long.
+    if (options_.huge_pages) (void)madvise(slab->data(), bytes, MADV_HUGEPAGE);
+    return std::unique_ptr<Slab>(std::move(slab));
+  }
+
+  absl::Status Append(const AppendArgs& args) override {
+    for (const AppendPiece& piece : args.pieces) KVTIDE_RETURN_IF_ERROR(CheckPiece(piece));
+    ForEachPiece(args.pieces.size(), [&](size_t i) {
+      const AppendPiece& piece = args.pieces[i];
+      const BlockLayout& layout = *piece.layout;
+      const GroupShape& shape = layout.shape();
+      for (int head = 0; head < shape.kv_heads; head++) {
+        std::byte* record = piece.block + layout.RecordOffset(piece.layer, head);
+        const auto store = [&](CacheType type, const HalfLayout& half, TensorView rows, int dim,
+                               std::byte* target) {
+          const size_t stride = static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(dim);
+          const size_t first =
+              piece.source_row * stride + static_cast<size_t>(head) * static_cast<size_t>(dim);
+          kernels_->store_rows(type, half, rows, first, stride, piece.first_token, piece.tokens, target);
+        };
+        store(layout.pair().k, layout.k(), args.k, shape.head_dim_k, record);
+        store(layout.pair().v, layout.v(), args.v, shape.head_dim_v, record + layout.v_codes());
+      }
+    });
+    return absl::OkStatus();
+  }
+
+  absl::Status Recode(std::span<const RecodePiece> pieces) override {
+    std::vector<std::pair<const RecodePiece*, int>> records;  // with the index of the record inside the block
+    for (const RecodePiece& piece : pieces) {
+      KVTIDE_RETURN_IF_ERROR(CheckPiece(piece));
+      const int heads = piece.from->shape().kv_heads;
+      for (int r = piece.first_layer * heads; r < (piece.first_layer + piece.layers) * heads; r++)
+        records.emplace_back(&piece, r);
+    }
+    pool_.ParallelFor(static_cast<int64_t>(records.size()), [&](int64_t i) {
+      const auto& [piece, record] = records[static_cast<size_t>(i)];
+      RecodeRecord(*piece, record);
+    });
+    return absl::OkStatus();
+  }
+
+  absl::Status Attend(const AttendArgs& args) override {
+    return Annotate(AttendOnCpu(args, *kernels_, pool_), options_.name);
+  }
+
+  absl::Status Decode(const DecodeArgs& args) override {
+    if (args.layout == nullptr || args.block == nullptr)
+      return absl::InvalidArgumentError("decode: no layout or no block");
+    const GroupShape& shape = args.layout->shape();
+    if (args.layer < 0 || args.layer >= shape.layers)
+      return absl::InvalidArgumentError(absl::StrCat("decode: layer ", args.layer, " of ", shape.layers));
+    for (int head = 0; head < shape.kv_heads; head++) {
+      const std::byte* record = args.block + args.layout->RecordOffset(args.layer, head);
+      const HeadProfile* profile = args.profile == nullptr ? nullptr : &args.profile->key(args.layer, head);
+      const auto decode = [&](CacheType type, Side side, const HalfLayout& half, const std::byte* source,
+                              float* target) {
+        if (target == nullptr) return;
+        const size_t dim = static_cast<size_t>(half.head_dim), heads = static_cast<size_t>(shape.kv_heads);
+        std::vector<float> rows(kBlockTokens * dim);
+        kernels_->decode(type, side, half, side == Side::kKey ? profile : nullptr, source, rows.data());
+        for (size_t t = 0; t < kBlockTokens; t++)
+          std::memcpy(target + (t * heads + static_cast<size_t>(head)) * dim, rows.data() + t * dim,
+                      dim * sizeof(float));
+      };
+      decode(args.layout->pair().k, Side::kKey, args.layout->k(), record, args.k);
+      decode(args.layout->pair().v, Side::kValue, args.layout->v(), record + args.layout->v_codes(), args.v);
+    }
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<CopyTicket> StartCopy(std::span<const CopyPiece> pieces, CopyDirection) override {
+    return copies_.Submit(pieces);
+  }
+  absl::StatusOr<bool> Poll(CopyTicket ticket) override { return copies_.Poll(ticket); }
+
+ private:
+  template <class F>
+  void ForEachPiece(size_t count, F body) {
+    if (count <= 4) {  // a few rows are copied faster than a thread wakes up
+      for (size_t i = 0; i < count; i++) body(i);
+    } else {
+      pool_.ParallelFor(static_cast<int64_t>(count), [&](int64_t i) { body(static_cast<size_t>(i)); });
+    }
+  }
+
+  static absl::Status CheckPiece(const AppendPiece& piece) {
+    if (piece.layout == nullptr || piece.block == nullptr)
+      return absl::InvalidArgumentError("append: no layout or no block");
+    const CachePair pair = piece.layout->pair();
+    if (Info(pair.k).storage != Storage::kHalf || Info(pair.v).storage != Storage::kHalf)
+      return absl::InvalidArgumentError(absl::StrCat("append to a block of ", PairName(pair),
+                                                     ": tokens are appended to f16 or bf16 blocks"));
+    if (piece.layer < 0 || piece.layer >= piece.layout->shape().layers || piece.first_token < 0 ||
+        piece.tokens < 0 || piece.first_token + piece.tokens > kBlockTokens)
+      return absl::InvalidArgumentError(absl::StrCat("append: layer ", piece.layer, ", tokens ",
+                                                     piece.first_token, " + ", piece.tokens,
+                                                     " lie outside the block"));
+    return absl::OkStatus();
+  }
+
+  static absl::Status CheckPiece(const RecodePiece& piece) {
+    if (piece.from == nullptr || piece.to == nullptr || piece.source == nullptr || piece.target == nullptr)
+      return absl::InvalidArgumentError("recode: no layout or no block");
+    if (!(piece.from->shape() == piece.to->shape()))
+      return absl::InvalidArgumentError("recode: the two layouts differ in shape");
+    if (piece.first_layer < 0 || piece.layers < 0 ||
+        piece.first_layer + piece.layers > piece.from->shape().layers || piece.tokens < 0 ||
+        piece.tokens > kBlockTokens)
+      return absl::InvalidArgumentError(absl::StrCat("recode: layers ", piece.first_layer, " + ",
+                                                     piece.layers, " or ", piece.tokens,
+                                                     " tokens lie outside the block"));
+    return absl::OkStatus();
+  }
+
+  void RecodeRecord(const RecodePiece& piece, int record) const {
+    const size_t index = static_cast<size_t>(record);
+    const std::byte* source = piece.source + piece.from->record_bytes() * index;
+    std::byte* target = piece.target + piece.to->record_bytes() * index;
+    const HeadProfile* from = piece.from_profile == nullptr ? nullptr : &piece.from_profile->k[index];
+    const HeadProfile* to = piece.to_profile == nullptr ? nullptr : &piece.to_profile->k[index];
+    RecodeHalf(Side::kKey, piece.from->pair().k, piece.from->k(), from, source, piece.to->pair().k,
+               piece.to->k(), to, piece.tokens, target);
+    RecodeHalf(Side::kValue, piece.from->pair().v, piece.from->v(), nullptr, source + piece.from->v_codes(),
+               piece.to->pair().v, piece.to->v(), nullptr, piece.tokens, target + piece.to->v_codes());
+  }
+
+  void RecodeHalf(Side side, CacheType from, const HalfLayout& from_layout, const HeadProfile* from_profile,
+                  const std::byte* source, CacheType to, const HalfLayout& to_layout,
+                  const HeadProfile* to_profile, int tokens, std::byte* target) const {
+    const bool same_frame = from_profile == to_profile || Info(from).storage == Storage::kHalf;
+    if (from == to && same_frame && tokens == kBlockTokens) {
+      std::memcpy(target, source, to_layout.bytes);
+      return;
+    }
+    std::vector<float> rows(static_cast<size_t>(kBlockTokens * from_layout.head_dim));
+    kernels_->decode(from, side, from_layout, from_profile, source, rows.data());
+    kernels_->encode(to, side, to_layout, to_profile, rows.data(), tokens, target);
+  }
+
+  const CpuBackendOptions options_;
+  const PageKernels* kernels_;
+  ThreadPool pool_;
+  CopyQueue copies_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> MakeCpuBackend(const CpuBackendOptions& options) {
+  return std::make_unique<CpuBackend>(options);
+}
+
+}  // namespace kvtide

@@ -1,0 +1,96 @@
+#include "tests/kernels/attend_check.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+
+#include "kernels/base/check.h"
+#include "kernels/cpu/reference.h"
+
+namespace kvtide::testing {
+namespace {
+
+template <class Attend>
+AttendResult Run(const TestSequence& sequence, const std::vector<BlockRun>& runs, const AttendCase& c,
+                 const std::vector<float>& q, Attend attend) {
+  const GroupShape& shape = sequence.shape();
+  const int heads = shape.kv_heads * c.group;
+  AttendResult result;
+  // NaN shows what was not written.
+  result.out.assign(static_cast<size_t>(c.queries * heads * shape.head_dim_v), NAN);
+  result.lse.assign(static_cast<size_t>(c.queries * heads), NAN);
+  AttendItem item;
+  item.runs = runs;
+  item.q = q.data();
+  item.queries = c.queries;
+  item.first_query_position =
+      c.first_query_position >= 0 ? c.first_query_position : sequence.tokens() - c.queries;
+  item.out = result.out.data();
+  item.lse = result.lse.data();
+  AttendArgs args;
+  args.layer = c.layer;
+  args.heads = heads;
+  args.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim_k));
+  args.causal = c.causal;
+  args.window = c.window;
+  args.softcap = c.softcap;
+  args.sinks = c.sinks.empty() ? nullptr : c.sinks.data();
+  args.items = {&item, 1};
+  const absl::Status status = attend(args);
+  EXPECT_TRUE(status.ok()) << status;
+  return result;
+}
+
+}  // namespace
+
+std::vector<float> MakeQueries(const TestSequence& sequence, const AttendCase& c) {
+  std::mt19937 random(c.seed);
+  std::normal_distribution<float> normal(0.0f, 1.0f);
+  std::vector<float> q(
+      static_cast<size_t>(c.queries * sequence.shape().kv_heads * c.group * sequence.shape().head_dim_k));
+  for (float& x : q) x = c.query_size * normal(random);
+  return q;
+}
+
+AttendResult AttendOn(Backend& backend, const TestSequence& sequence, std::vector<BlockRun> runs,
+                      const AttendCase& c, const std::vector<float>& q) {
+  return Run(sequence, runs, c, q, [&](const AttendArgs& args) { return backend.Attend(args); });
+}
+
+AttendResult AttendByReference(const TestSequence& sequence, const AttendCase& c,
+                               const std::vector<float>& q) {
+  return Run(sequence, sequence.host_runs(), c, q,
+             [](const AttendArgs& args) { return ReferenceAttend(args); });
+}
+
+void ExpectClose(const AttendResult& got, const AttendResult& wanted, int dim, double tolerance) {
+  ASSERT_EQ(got.lse.size(), wanted.lse.size());
+  const size_t width = static_cast<size_t>(dim);
+  for (size_t row = 0; row < got.lse.size(); row++) {
+    double difference = 0, size = 0;
+    for (size_t d = row * width; d < (row + 1) * width; d++) {
+      const double a = static_cast<double>(got.out[d]), b = static_cast<double>(wanted.out[d]);
+      ASSERT_TRUE(std::isfinite(a)) << "row " << row << " dim " << d % width;
+      difference += (a - b) * (a - b);
+      size += b * b;
+    }
+    ASSERT_LE(std::sqrt(difference), tolerance * std::sqrt(size) + 1e-6)
+        << "output row " << row << " of size " << std::sqrt(size);
+    if (wanted.lse[row] == -INFINITY) {
+      ASSERT_EQ(got.lse[row], -INFINITY) << "row " << row;
+    } else {
+      ASSERT_NEAR(got.lse[row], wanted.lse[row],
+                  2e-3 + 2e-5 * std::fabs(static_cast<double>(wanted.lse[row])))
+          << "row " << row;
+    }
+  }
+}
+
+void CheckAttend(Backend& backend, const TestSequence& sequence, const AttendCase& c, double tolerance) {
+  const std::vector<float> q = MakeQueries(sequence, c);
+  ExpectClose(AttendOn(backend, sequence, sequence.device_runs(), c, q), AttendByReference(sequence, c, q),
+              sequence.shape().head_dim_v, tolerance);
+}
+
+}  // namespace kvtide::testing

@@ -1,0 +1,45 @@
+// Runs one attention on a backend and in the float64 reference, over the same bytes, and compares them.
+#pragma once
+
+#include <vector>
+
+#include "kernels/backend.h"
+#include "tests/kernels/test_sequence.h"
+
+namespace kvtide::testing {
+
+// What a single item asks for; queries stand at the end of the sequence unless first_query_position says
+// otherwise.
+struct AttendCase {
+  int layer = 0;
+  int group = 4;  // query heads per KV head
+  int queries = 1;
+  int64_t first_query_position = -1;
+  float query_size = 1;  // standard deviation of the query values
+  bool causal = true;
+  int64_t window = 0;
+  float softcap = 0;
+  std::vector<float> sinks;
+  uint32_t seed = 1;
+};
+
+struct AttendResult {
+  std::vector<float> out;  // [queries][heads][head_dim_v]
+  std::vector<float> lse;  // [queries][heads]
+};
+
+std::vector<float> MakeQueries(const TestSequence& sequence, const AttendCase& c);
+// Attention by the backend over its copy of the given runs.
+AttendResult AttendOn(Backend& backend, const TestSequence& sequence, std::vector<BlockRun> runs,
+                      const AttendCase& c, const std::vector<float>& q);
+AttendResult AttendByReference(const TestSequence& sequence, const AttendCase& c,
+                               const std::vector<float>& q);
+
+// Adds a failure if an output row differs by more than `tolerance` (relative L2) or an lse by more than 2e-3
+// plus 2e-5 of its size: 16-bit queries bound it.
+void ExpectClose(const AttendResult& got, const AttendResult& wanted, int dim, double tolerance);
+// AttendOn against AttendByReference.
+void CheckAttend(Backend& backend, const TestSequence& sequence, const AttendCase& c,
+                 double tolerance = 1e-3);
+
+}  // namespace kvtide::testing
