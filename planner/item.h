@@ -2,7 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
+
+#include "absl/container/inlined_vector.h"
 
 namespace kvtide::planner {
 
@@ -38,7 +39,7 @@ struct Item {
   Provenance provenance;
 };
 
-using ItemList = std::vector<Item>;
+using ItemList = absl::InlinedVector<Item, 16>;
 
 const char* ItemKindName(ItemKind kind);      // "kv_full": stable, for JSON and CSV
 const char* ItemKindLabel(ItemKind kind);     // "KV, full attention": for people

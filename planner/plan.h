@@ -14,6 +14,7 @@
 #include "planner/engine.h"
 #include "planner/geometry.h"
 #include "planner/item.h"
+#include "planner/kv_sizer.h"
 #include "planner/quality.h"
 #include "planner/speed.h"
 #include "planner/support.h"
@@ -117,6 +118,12 @@ struct Plan {
 
 // InvalidArgument names the field of the request that makes no sense.
 absl::StatusOr<Plan> MakePlan(const PlanRequest& request);
+
+// The request's geometry as one device holds it: heads divided (vllm, kvtide) or layers divided (llama.cpp).
+ModelGeometry PerDeviceGeometry(const PlanRequest& request);
+
+// Name of the exact window in quality rows: "default", "none" or "F+L".
+std::string WindowPolicy(const EngineOptions& engine);
 
 // The fraction of the device that is kept free when the request does not say.
 int64_t DefaultMarginBytes(int64_t device_bytes);
