@@ -122,6 +122,9 @@ class KvCache {
 
   absl::StatusOr<SequenceInfo> GetSequence(SequenceId sequence) const;
   std::vector<SequenceInfo> ListSequences() const;
+  // Cheap questions of every call, unlike GetSequence, which counts blocks.
+  absl::StatusOr<ModelId> ModelOf(SequenceId sequence) const;
+  absl::StatusOr<int64_t> Length(SequenceId sequence) const;
   // Length of one layer; a new token of the layer goes there.
   absl::StatusOr<int64_t> LayerLength(SequenceId sequence, int layer) const;
   CacheStats Stats() const;
