@@ -19,13 +19,16 @@ uint64_t HashProfile(const Profile& profile) {
   XXH3_64bits_reset(state);
   const int shape[4] = {profile.shape.layers, profile.shape.kv_heads, profile.shape.head_dim_k, profile.shape.head_dim_v};
   XXH3_64bits_update(state, shape, sizeof(shape));
-  for (const auto* side : {&profile.k, &profile.v})
+  for (const auto* side : {&profile.k, &profile.v}) {
+    const uint64_t heads = side->size();
+    XXH3_64bits_update(state, &heads, sizeof(heads));
     for (const HeadProfile& head : *side) {
       Update(state, head.mean);
       Update(state, head.gain);
       Update(state, head.transform);
       Update(state, head.widths);
     }
+  }
   const uint64_t hash = XXH3_64bits_digest(state);
   XXH3_freeState(state);
   return hash == 0 ? 1 : hash;
