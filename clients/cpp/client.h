@@ -62,8 +62,9 @@ struct Model {
   std::vector<ModelLayer> layers;
 };
 
-enum class KeyCentring { kDefault, kNone, kFirstBlock };    // kvtide.v1.KeyCentring
-enum class KeyEqualising { kDefault, kNone, kFirstBlock };  // kvtide.v1.KeyEqualising
+enum class KeyCentring { kDefault, kNone, kFirstBlock };         // kvtide.v1.KeyCentring
+enum class KeyEqualising { kDefault, kNone, kRoot, kFull };      // kvtide.v1.KeyEqualising
+enum class RopePairs { kDefault, kNone, kHalves, kNeighbours };  // kvtide.v1.RopePairs
 
 struct SequenceOptions {
   std::string pair;                         // "q8_0/turbo4"; empty = the daemon's default
@@ -71,6 +72,7 @@ struct SequenceOptions {
   bool seal_at_once = false;                // evaluation mode: everything is coded before it is attended
   KeyCentring key_centring = KeyCentring::kDefault;
   KeyEqualising key_equalising = KeyEqualising::kDefault;
+  RopePairs rope_pairs = RopePairs::kDefault;
   std::string tenant;
   bool allow_drop = false;
   std::vector<std::string> group_pairs;  // by layer group; empty = `pair` for all

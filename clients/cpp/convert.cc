@@ -86,12 +86,14 @@ void ToProto(const SequenceOptions& options, v1::CreateSequenceRequest* proto) {
   proto->set_seal_at_once(options.seal_at_once);
   proto->set_key_centring(static_cast<v1::KeyCentring>(options.key_centring));
   proto->set_key_equalising(static_cast<v1::KeyEqualising>(options.key_equalising));
+  proto->set_rope_pairs(static_cast<v1::RopePairs>(options.rope_pairs));
   proto->set_tenant(options.tenant);
   proto->set_allow_drop(options.allow_drop);
   for (const std::string& pair : options.group_pairs) proto->add_group_pairs(pair);
 }
 static_assert(static_cast<int>(KeyCentring::kFirstBlock) == v1::KEY_CENTRING_FIRST_BLOCK);
-static_assert(static_cast<int>(KeyEqualising::kFirstBlock) == v1::KEY_EQUALISING_FIRST_BLOCK);
+static_assert(static_cast<int>(KeyEqualising::kFull) == v1::KEY_EQUALISING_FULL);
+static_assert(static_cast<int>(RopePairs::kNeighbours) == v1::ROPE_PAIRS_NEIGHBOURS);
 
 void ToProto(const AttentionOptions& options, v1::AttentionOptions* proto) {
   if (options.scale) proto->set_scale(*options.scale);

@@ -1,0 +1,180 @@
+#include "daemon/service/address.h"
+
+#include <fcntl.h>
+#include <netdb.h>
+#include <sys/file.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <system_error>
+#include <utility>
+
+#include "absl/cleanup/cleanup.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "kernels/base/status.h"
+
+namespace kvtide::service {
+namespace {
+
+constexpr char kUnixPrefix[] = "unix:";
+
+std::string ErrorText(int error) { return std::system_category().message(error); }
+
+// True if somebody accepts connections on the socket.
+absl::StatusOr<bool> SomebodyListens(const std::string& path) {
+  const int fd = ::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (fd < 0) return absl::InternalError(absl::StrCat("no socket: ", ErrorText(errno)));
+  const absl::Cleanup close_fd = [fd] { ::close(fd); };
+  sockaddr_un name{};
+  name.sun_family = AF_UNIX;
+  std::memcpy(name.sun_path, path.c_str(), path.size() + 1);
+  return ::connect(fd, reinterpret_cast<const sockaddr*>(&name), sizeof(name)) == 0;
+}
+
+// Makes the folder of the socket, and says what is wrong with it.
+absl::Status PrepareFolder(const std::string& path) {
+  const std::filesystem::path folder = std::filesystem::path(path).parent_path();
+  std::error_code error;
+  if (!std::filesystem::exists(folder, error)) {
+    std::filesystem::create_directories(folder.parent_path(), error);
+    if (::mkdir(folder.c_str(), 0750) != 0 && errno != EEXIST) {
+      return absl::PermissionDeniedError(absl::StrCat("cannot make the folder ", folder.string(), ": ",
+                                                      ErrorText(errno),
+                                                      "; make it, or choose another --listen"));
+    }
+  }
+  if (::access(folder.c_str(), W_OK | X_OK) != 0) {
+    return absl::PermissionDeniedError(absl::StrCat("cannot write to the folder ", folder.string(), ": ",
+                                                    ErrorText(errno), "; choose another --listen"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status RemoveStaleSocket(const std::string& path) {
+  struct stat info {};
+  if (::lstat(path.c_str(), &info) != 0) return absl::OkStatus();
+  if (!S_ISSOCK(info.st_mode)) {
+    return absl::AlreadyExistsError(
+        absl::StrCat(path, " exists and is not a socket; move it away, or choose another --listen"));
+  }
+  KVTIDE_ASSIGN_OR_RETURN(const bool taken, SomebodyListens(path));
+  if (taken) {
+    return absl::AlreadyExistsError(absl::StrCat("address in use: another program listens on ", path,
+                                                 "; stop it, or choose another --listen"));
+  }
+  if (::unlink(path.c_str()) != 0) {
+    return absl::PermissionDeniedError(
+        absl::StrCat("cannot remove the stale socket ", path, ": ", ErrorText(errno)));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status TryBind(const Address& address) {
+  addrinfo hints{};
+  hints.ai_socktype = SOCK_STREAM;
+  hints.ai_flags = AI_PASSIVE | AI_NUMERICSERV;
+  addrinfo* found = nullptr;
+  if (const int error =
+          ::getaddrinfo(address.host.c_str(), std::to_string(address.port).c_str(), &hints, &found);
+      error != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("--listen ", address.text, ": ", ::gai_strerror(error)));
+  }
+  const absl::Cleanup free_found = [found] { ::freeaddrinfo(found); };
+  const int fd = ::socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (fd < 0) return absl::InternalError(absl::StrCat("--listen ", address.text, ": ", ErrorText(errno)));
+  const absl::Cleanup close_fd = [fd] { ::close(fd); };
+  const int on = 1;
+  ::setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
+  if (::bind(fd, found->ai_addr, found->ai_addrlen) == 0 && ::listen(fd, 1) == 0) return absl::OkStatus();
+  if (errno == EADDRINUSE) {
+    return absl::AlreadyExistsError(absl::StrCat("address in use: another program listens on ", address.text,
+                                                 " (see `ss -ltnp`); stop it, or choose another --listen"));
+  }
+  return absl::PermissionDeniedError(
+      absl::StrCat("cannot listen on ", address.text, ": ", ErrorText(errno), "; choose another --listen"));
+}
+
+}  // namespace
+
+bool Address::OpenToNetwork() const {
+  return !is_unix() && host != "localhost" && host != "::1" && host.compare(0, 4, "127.") != 0;
+}
+
+absl::StatusOr<Address> ParseAddress(const std::string& text) {
+  Address address;
+  address.text = text;
+  const size_t prefix = sizeof(kUnixPrefix) - 1;
+  if (text.compare(0, prefix, kUnixPrefix) == 0) {
+    std::string path = text.substr(prefix);
+    if (path.compare(0, 2, "//") == 0) path = path.substr(2);  // unix:///absolute/path
+    if (path.empty()) return absl::InvalidArgumentError(absl::StrCat("\"", text, "\": the path is missing"));
+    std::error_code error;
+    path = std::filesystem::absolute(path, error).lexically_normal().string();
+    if (path.size() >= sizeof(sockaddr_un::sun_path)) {
+      return absl::InvalidArgumentError(absl::StrCat("\"", text, "\": a socket path holds at most ",
+                                                     sizeof(sockaddr_un::sun_path) - 1,
+                                                     " bytes, this one has ", path.size()));
+    }
+    address.unix_path = path;
+    address.text = absl::StrCat(kUnixPrefix, path);
+    return address;
+  }
+  const size_t colon = text.rfind(':');
+  if (colon == std::string::npos || colon == 0 ||
+      !absl::SimpleAtoi(absl::string_view(text).substr(colon + 1), &address.port) || address.port < 0 ||
+      address.port > 65535) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "\"", text, "\" is no address; use unix:/path/to/socket or host:port, such as 127.0.0.1:7600"));
+  }
+  address.host = text.substr(0, colon);
+  if (address.host.front() == '[' && address.host.back() == ']') {
+    address.host = address.host.substr(1, address.host.size() - 2);
+  }
+  return address;
+}
+
+absl::StatusOr<std::unique_ptr<AddressClaim>> AddressClaim::Take(const Address& address) {
+  if (!address.is_unix()) {
+    KVTIDE_RETURN_IF_ERROR(TryBind(address));
+    return std::unique_ptr<AddressClaim>(new AddressClaim("", -1));
+  }
+  KVTIDE_RETURN_IF_ERROR(PrepareFolder(address.unix_path));
+  const std::string lock_path = address.unix_path + ".lock";
+  const int lock = ::open(lock_path.c_str(), O_CREAT | O_RDWR | O_CLOEXEC | O_NOFOLLOW, 0600);
+  if (lock < 0) {
+    return absl::PermissionDeniedError(
+        absl::StrCat("cannot open the lock file ", lock_path, ": ", ErrorText(errno)));
+  }
+  absl::Cleanup close_lock = [lock] { ::close(lock); };
+  if (::flock(lock, LOCK_EX | LOCK_NB) != 0) {
+    return absl::AlreadyExistsError(absl::StrCat("address in use: another kvtided listens on ",
+                                                 address.unix_path, "; stop it, or choose another --listen"));
+  }
+  KVTIDE_RETURN_IF_ERROR(RemoveStaleSocket(address.unix_path));
+  std::move(close_lock).Cancel();
+  return std::unique_ptr<AddressClaim>(new AddressClaim(address.unix_path, lock));
+}
+
+AddressClaim::~AddressClaim() {
+  if (lock_ < 0) return;
+  // The lock file stays: removing it would let two daemons lock two files of one name.
+  ::unlink(socket_path_.c_str());
+  ::close(lock_);
+}
+
+std::string DefaultListenAddress() {
+  if (::geteuid() == 0) return "unix:/run/kvtide/kvtided.sock";
+  if (const char* folder = std::getenv("XDG_RUNTIME_DIR"); folder != nullptr && *folder != '\0') {
+    return absl::StrCat("unix:", folder, "/kvtide/kvtided.sock");
+  }
+  return absl::StrCat("unix:/tmp/kvtide-", ::geteuid(), "/kvtided.sock");
+}
+
+}  // namespace kvtide::service

@@ -1,0 +1,250 @@
+#include "daemon/service/convert.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/base/status.h"
+#include "kernels/format/block_layout.h"
+
+namespace kvtide::service {
+namespace {
+
+// Longer ones meet gRPC's limit for headers (8 KiB).
+constexpr size_t kMaxMessageText = 4096;
+
+// Settings that layers of one group share; the count of layers is filled in later.
+LayerGroupSpec GroupOf(const v1::Layer& layer) {
+  LayerGroupSpec group;
+  group.shape = {0, layer.kv_heads(), layer.head_dim_k(), layer.head_dim_v()};
+  group.window = layer.window();
+  group.heads = layer.query_heads();
+  group.scale = layer.scale();
+  group.softcap = layer.softcap();
+  return group;
+}
+
+absl::Status CheckLayer(const v1::Layer& layer) {
+  GroupShape shape{1, layer.kv_heads(), layer.head_dim_k(), layer.head_dim_v()};
+  KVTIDE_RETURN_IF_ERROR(CheckGroupShape(shape));
+  if (layer.window() < 0) return absl::InvalidArgumentError(absl::StrCat("window is ", layer.window()));
+  if (layer.query_heads() <= 0 || layer.query_heads() % layer.kv_heads() != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("query_heads is ", layer.query_heads(),
+                                                   ", expected a multiple of kv_heads (", layer.kv_heads(),
+                                                   ")"));
+  }
+  if (!std::isfinite(layer.scale())) return absl::InvalidArgumentError("scale is not finite");
+  if (!std::isfinite(layer.softcap()) || layer.softcap() < 0) {
+    return absl::InvalidArgumentError(absl::StrCat("softcap is ", layer.softcap()));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status UnknownValue(const char* field, int value) {
+  return absl::InvalidArgumentError(absl::StrCat(field, " ", value, " is unknown to this version"));
+}
+
+int64_t ToSigned(uint64_t value) {
+  return static_cast<int64_t>(std::min<uint64_t>(value, std::numeric_limits<int64_t>::max()));
+}
+
+}  // namespace
+
+grpc::Status ToGrpc(const absl::Status& status) {
+  if (status.ok()) return grpc::Status::OK;
+  std::string message(status.message());
+  if (message.size() > kMaxMessageText) message.resize(kMaxMessageText);
+  return grpc::Status(static_cast<grpc::StatusCode>(status.raw_code()), message);
+}
+
+absl::StatusOr<ModelSpec> FromProto(const v1::Model& proto) {
+  ModelSpec spec;
+  spec.name = proto.name();
+  for (int i = 0; i < proto.layers_size(); i++) {
+    const v1::Layer& layer = proto.layers(i);
+    KVTIDE_RETURN_IF_ERROR(Annotate(CheckLayer(layer), absl::StrCat("layers[", i, "]")));
+    const LayerGroupSpec wanted = GroupOf(layer);
+    auto group = std::find_if(spec.groups.begin(), spec.groups.end(), [&wanted](LayerGroupSpec candidate) {
+      candidate.shape.layers = 0;
+      return candidate == wanted;
+    });
+    if (group == spec.groups.end()) group = spec.groups.insert(group, wanted);
+    spec.layers.push_back({static_cast<int>(group - spec.groups.begin()), group->shape.layers});
+    group->shape.layers++;
+  }
+  return spec;
+}
+
+void ToProto(const ModelSpec& spec, v1::RegisterModelResponse* proto) {
+  for (size_t g = 0; g < spec.groups.size(); g++) {
+    const LayerGroupSpec& group = spec.groups[g];
+    v1::LayerGroup* out = proto->add_groups();
+    for (size_t layer = 0; layer < spec.layers.size(); layer++) {
+      if (spec.layers[layer].group == static_cast<int>(g)) out->add_layers(static_cast<int>(layer));
+    }
+    out->set_kv_heads(group.shape.kv_heads);
+    out->set_head_dim_k(group.shape.head_dim_k);
+    out->set_head_dim_v(group.shape.head_dim_v);
+    out->set_window(group.window);
+    out->set_exact_block_bytes(ToSigned(BlockLayout(group.shape, ExactPair()).block_bytes()));
+  }
+}
+
+absl::StatusOr<SequenceOptions> FromProto(const v1::CreateSequenceRequest& proto,
+                                          const SequenceDefaults& defaults) {
+  SequenceOptions options;
+  options.pair = defaults.pair;
+  options.exact_window = defaults.exact_window;
+  if (!proto.pair().empty()) {
+    auto pair = ParseCachePair(proto.pair());
+    if (!pair.ok()) return Annotate(pair.status(), "pair");
+    options.pair = *pair;
+  }
+  for (int i = 0; i < proto.group_pairs_size(); i++) {
+    auto pair = ParseCachePair(proto.group_pairs(i));
+    if (!pair.ok()) return Annotate(pair.status(), absl::StrCat("group_pairs[", i, "]"));
+    options.group_pairs.push_back(*pair);
+  }
+  if (proto.has_exact_window()) {
+    KVTIDE_ASSIGN_OR_RETURN(options.exact_window, FromProto(proto.exact_window()));
+  }
+  options.seal_at_once = proto.seal_at_once();
+  switch (proto.key_centring()) {
+    case v1::KEY_CENTRING_UNSPECIFIED:
+      options.centre = Centre::kTypeDefault;
+      break;
+    case v1::KEY_CENTRING_NONE:
+      options.centre = Centre::kNone;
+      break;
+    case v1::KEY_CENTRING_FIRST_BLOCK:
+      options.centre = Centre::kFirstBlock;
+      break;
+    default:
+      return UnknownValue("key_centring", proto.key_centring());
+  }
+  switch (proto.key_equalising()) {
+    case v1::KEY_EQUALISING_UNSPECIFIED:
+      break;
+    case v1::KEY_EQUALISING_NONE:
+      options.equalise = Equalise::kNone;
+      break;
+    case v1::KEY_EQUALISING_ROOT:
+      options.equalise = Equalise::kRoot;
+      break;
+    case v1::KEY_EQUALISING_FULL:
+      options.equalise = Equalise::kFull;
+      break;
+    default:
+      return UnknownValue("key_equalising", proto.key_equalising());
+  }
+  switch (proto.rope_pairs()) {
+    case v1::ROPE_PAIRS_UNSPECIFIED:
+      break;
+    case v1::ROPE_PAIRS_NONE:
+      options.rope_pairs = RopePairs::kNone;
+      break;
+    case v1::ROPE_PAIRS_HALVES:
+      options.rope_pairs = RopePairs::kHalves;
+      break;
+    case v1::ROPE_PAIRS_NEIGHBOURS:
+      options.rope_pairs = RopePairs::kNeighbours;
+      break;
+    default:
+      return UnknownValue("rope_pairs", proto.rope_pairs());
+  }
+  if (proto.tenant().size() > 256) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("tenant has ", proto.tenant().size(), " bytes, at most 256"));
+  }
+  options.name_space = proto.tenant();
+  options.allow_drop = proto.allow_drop();
+  return options;
+}
+
+absl::StatusOr<ExactWindow> FromProto(const v1::ExactWindow& proto) {
+  constexpr int kMost = 1 << 20;  // blocks: 64 M tokens
+  if (proto.first_blocks() < 0 || proto.last_blocks() < 0 || proto.first_blocks() > kMost ||
+      proto.last_blocks() > kMost) {
+    return absl::InvalidArgumentError(absl::StrCat("exact_window is ", proto.first_blocks(), " and ",
+                                                   proto.last_blocks(), " blocks; allowed are 0 to ", kMost));
+  }
+  return ExactWindow{proto.first_blocks(), proto.last_blocks()};
+}
+
+void ToProto(const ExactWindow& window, v1::ExactWindow* proto) {
+  proto->set_first_blocks(window.first_blocks);
+  proto->set_last_blocks(window.last_blocks);
+}
+
+void ToProto(const SequenceInfo& info, const std::vector<TierOptions>& tiers, absl::Time now,
+             v1::Sequence* proto) {
+  proto->set_sequence_id(info.id);
+  proto->set_model(info.model_name);
+  proto->set_pair(PairName(info.options.pair));
+  proto->set_tenant(info.options.name_space);
+  proto->set_tokens(info.tokens);
+  for (size_t t = 0; t < info.blocks_by_tier.size() && t < tiers.size(); t++) {
+    v1::TierShare* share = proto->add_tiers();
+    share->set_tier(tiers[t].name);
+    share->set_blocks(ToSigned(info.blocks_by_tier[t]));
+    share->set_bytes(ToSigned(info.bytes_by_tier[t]));
+  }
+  proto->set_dropped_blocks(ToSigned(info.dropped_blocks));
+  proto->set_shared_blocks(ToSigned(info.shared_blocks));
+  proto->set_idle_seconds(absl::ToDoubleSeconds(now - info.last_used));
+  proto->set_age_seconds(absl::ToDoubleSeconds(now - info.created));
+  proto->set_forked_from(info.forked_from);
+  proto->set_max_layer_tokens(info.max_layer_tokens);
+  ToProto(info.options.EffectiveWindow(), proto->mutable_exact_window());
+  proto->set_seal_at_once(info.options.seal_at_once);
+}
+
+void ToProto(const CacheStats& stats, v1::GetStatsResponse* proto) {
+  for (const TierStats& tier : stats.tiers) {
+    v1::TierStats* out = proto->add_tiers();
+    out->set_name(tier.name);
+    out->set_backend(tier.backend);
+    out->set_capacity_bytes(ToSigned(tier.capacity_bytes));
+    out->set_used_bytes(ToSigned(tier.used_bytes));
+    out->set_largest_free_bytes(ToSigned(tier.largest_free_extent_bytes));
+    out->set_blocks(ToSigned(tier.blocks));
+    out->set_pinned_blocks(ToSigned(tier.pinned_blocks));
+    for (const auto& [name, pair] : tier.pairs) {
+      v1::PairStats* out_pair = out->add_pairs();
+      out_pair->set_pair(name);
+      out_pair->set_blocks(ToSigned(pair.blocks));
+      out_pair->set_bytes(ToSigned(pair.bytes));
+    }
+    out->set_demoted_blocks(ToSigned(tier.demoted_blocks));
+    out->set_promoted_blocks(ToSigned(tier.promoted_blocks));
+    out->set_dropped_blocks(ToSigned(tier.dropped_blocks));
+  }
+  proto->set_models(ToSigned(stats.models));
+  proto->set_sequences(ToSigned(stats.sequences));
+  proto->set_tokens(ToSigned(stats.tokens));
+  proto->set_shared_blocks(ToSigned(stats.shared_blocks));
+  proto->set_stored_bytes(ToSigned(stats.stored_bytes));
+  proto->set_f16_equivalent_bytes(ToSigned(stats.f16_equivalent_bytes));
+  proto->set_bits_per_value(stats.bits_per_value);
+  proto->set_sequences_created(ToSigned(stats.sequences_created));
+  proto->set_sequences_closed(ToSigned(stats.sequences_closed));
+  proto->set_appended_tokens(ToSigned(stats.appended_tokens));
+  proto->set_sealed_blocks(ToSigned(stats.sealed_blocks));
+  proto->set_copied_on_write_blocks(ToSigned(stats.copied_on_write_blocks));
+  proto->set_window_freed_blocks(ToSigned(stats.window_freed_blocks));
+  proto->set_evict_calls(ToSigned(stats.evict_calls));
+  proto->set_prefetch_calls(ToSigned(stats.prefetch_calls));
+  proto->set_moves(ToSigned(stats.moves));
+  proto->set_failed_moves(ToSigned(stats.failed_moves));
+  proto->set_moved_bytes(ToSigned(stats.moved_bytes));
+  proto->set_dropped_blocks(ToSigned(stats.dropped_blocks));
+  proto->set_attended_blocks(ToSigned(stats.attended_blocks));
+  proto->set_attended_blocks_below_first_tier(ToSigned(stats.attended_blocks_below_tier0));
+  proto->set_checksum_failures(ToSigned(stats.checksum_failures));
+  proto->set_exhausted(ToSigned(stats.exhausted));
+}
+
+}  // namespace kvtide::service

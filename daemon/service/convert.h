@@ -1,0 +1,36 @@
+// Between the messages of kvtide.v1 and the structs of the cache. Pure functions; what they refuse is named
+// by field.
+#pragma once
+
+#include "absl/status/statusor.h"
+#include "daemon/cache/kv_cache.h"
+#include "grpcpp/support/status.h"
+#include "kvtide/v1/model.pb.h"
+#include "kvtide/v1/sequence.pb.h"
+#include "kvtide/v1/server.pb.h"
+
+namespace kvtide::service {
+
+// Same code, same message. A message that gRPC could not carry is cut (at 4 KiB).
+grpc::Status ToGrpc(const absl::Status& status);
+
+// Layers with equal heads, dims, window and attention settings become a layer group, in order of their first
+// layer.
+absl::StatusOr<ModelSpec> FromProto(const v1::Model& proto);
+void ToProto(const ModelSpec& spec, v1::RegisterModelResponse* proto);
+
+// What a sequence gets when its request does not say.
+struct SequenceDefaults {
+  CachePair pair;
+  ExactWindow exact_window;
+};
+absl::StatusOr<SequenceOptions> FromProto(const v1::CreateSequenceRequest& proto,
+                                          const SequenceDefaults& defaults);
+absl::StatusOr<ExactWindow> FromProto(const v1::ExactWindow& proto);
+void ToProto(const ExactWindow& window, v1::ExactWindow* proto);
+
+void ToProto(const SequenceInfo& info, const std::vector<TierOptions>& tiers, absl::Time now,
+             v1::Sequence* proto);
+void ToProto(const CacheStats& stats, v1::GetStatsResponse* proto);
+
+}  // namespace kvtide::service

@@ -1,0 +1,230 @@
+#include "daemon/service/handlers.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "kernels/base/status.h"
+
+namespace kvtide::service {
+namespace {
+
+int64_t Signed(uint64_t value) { return static_cast<int64_t>(value); }
+
+absl::Status CheckNotCancelled(const Cancelled& cancelled) {
+  if (cancelled.load(std::memory_order_relaxed)) {
+    return absl::CancelledError("the call was cancelled or its deadline has passed; nothing has changed");
+  }
+  return absl::OkStatus();
+}
+
+template <class Ids>
+std::vector<SequenceId> ToVector(const Ids& ids) {
+  return std::vector<SequenceId>(ids.begin(), ids.end());
+}
+
+}  // namespace
+
+Handlers::Handlers(KvCache* cache, const ServiceOptions& options)
+    : cache_(cache), options_(options), started_(cache->options().clock()) {}
+
+absl::StatusOr<Handlers::SpecPointer> Handlers::SpecOfModel(ModelId model) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (const auto found = specs_.find(model); found != specs_.end()) return found->second;
+  }
+  KVTIDE_ASSIGN_OR_RETURN(ModelSpec spec, cache_->GetModel(model));
+  auto shared = std::make_shared<const ModelSpec>(std::move(spec));
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return specs_.emplace(model, std::move(shared)).first->second;
+}
+
+absl::StatusOr<Handlers::SpecPointer> Handlers::SpecOfSequence(SequenceId sequence) {
+  KVTIDE_ASSIGN_OR_RETURN(const ModelId model, cache_->ModelOf(sequence));
+  return SpecOfModel(model);
+}
+
+absl::StatusOr<const LayerGroupSpec*> Handlers::GroupOfLayer(const ModelSpec& spec, int layer) {
+  if (layer < 0 || layer >= static_cast<int>(spec.layers.size())) {
+    return absl::InvalidArgumentError(absl::StrCat("layer is ", layer, ", but model ", spec.name,
+                                                   " has layers 0 to ", spec.layers.size() - 1));
+  }
+  return &spec.groups[static_cast<size_t>(spec.layers[static_cast<size_t>(layer)].group)];
+}
+
+absl::Status Handlers::GetServerInfo(const v1::GetServerInfoRequest&, v1::GetServerInfoResponse* response,
+                                     const Cancelled&) {
+  const CacheStats stats = cache_->Stats();
+  const CacheOptions& limits = cache_->options();
+  response->set_version(options_.version);
+  response->set_block_tokens(kBlockTokens);
+  for (const TierStats& tier : stats.tiers) {
+    v1::TierInfo* out = response->add_tiers();
+    out->set_name(tier.name);
+    out->set_backend(tier.backend);
+    out->set_capacity_bytes(Signed(tier.capacity_bytes));
+  }
+  for (CacheType type : AllCacheTypes()) {
+    const CacheTypeInfo& info = Info(type);
+    v1::CacheTypeInfo* out = response->add_cache_types();
+    out->set_name(info.name);
+    out->set_bits(info.bits);
+    out->set_group(info.group);
+    out->set_version(info.version);
+    out->set_bits_per_value(BlockLayout({1, 1, 128, 128}, {type, type}).BitsPerValue());
+  }
+  response->mutable_limits()->set_max_message_bytes(options_.max_message_bytes);
+  response->mutable_limits()->set_max_sequences(Signed(limits.max_sequences));
+  response->mutable_limits()->set_max_models(Signed(limits.max_models));
+  response->mutable_limits()->set_max_tokens(limits.max_tokens_per_sequence);
+  response->mutable_limits()->set_max_items(Signed(limits.max_batch_items));
+  response->mutable_limits()->set_max_append_tokens(limits.max_tokens_per_append);
+  response->set_default_pair(PairName(options_.defaults.pair));
+  ToProto(options_.defaults.exact_window, response->mutable_default_exact_window());
+  response->set_uptime_seconds(absl::ToDoubleSeconds(limits.clock() - started_));
+  for (ModelId model = 1; model <= stats.models; model++) {
+    if (auto spec = SpecOfModel(model); spec.ok()) response->add_models((*spec)->name);
+  }
+  response->set_process_id(::getpid());
+  return absl::OkStatus();
+}
+
+absl::Status Handlers::RegisterModel(const v1::RegisterModelRequest& request,
+                                     v1::RegisterModelResponse* response, const Cancelled&) {
+  auto spec = FromProto(request.model());
+  if (!spec.ok()) return Annotate(spec.status(), "model");
+  KVTIDE_RETURN_IF_ERROR(cache_->RegisterModel(*spec).status());
+  ToProto(*spec, response);
+  return absl::OkStatus();
+}
+
+absl::Status Handlers::CreateSequence(const v1::CreateSequenceRequest& request,
+                                      v1::CreateSequenceResponse* response, const Cancelled&) {
+  KVTIDE_ASSIGN_OR_RETURN(const SequenceOptions options, FromProto(request, options_.defaults));
+  KVTIDE_ASSIGN_OR_RETURN(const ModelId model, cache_->FindModel(request.model()));
+  KVTIDE_ASSIGN_OR_RETURN(const SequenceId sequence, cache_->CreateSequence(model, options));
+  response->set_sequence_id(sequence);
+  response->set_pair(PairName(options.pair));
+  return absl::OkStatus();
+}
+
+absl::Status Handlers::ForkSequence(const v1::ForkSequenceRequest& request,
+                                    v1::ForkSequenceResponse* response, const Cancelled&) {
+  KVTIDE_ASSIGN_OR_RETURN(const SequenceId fork, cache_->ForkSequence(request.sequence_id()));
+  response->set_sequence_id(fork);
+  return absl::OkStatus();
+}
+
+absl::Status Handlers::TruncateSequence(const v1::TruncateSequenceRequest& request,
+                                        v1::TruncateSequenceResponse* response, const Cancelled& cancelled) {
+  KVTIDE_RETURN_IF_ERROR(CheckNotCancelled(cancelled));
+  if (request.tokens() < 0) return absl::InvalidArgumentError(absl::StrCat("tokens is ", request.tokens()));
+  KVTIDE_RETURN_IF_ERROR(cache_->TruncateSequence(request.sequence_id(), request.tokens()));
+  KVTIDE_ASSIGN_OR_RETURN(const SequenceInfo info, cache_->GetSequence(request.sequence_id()));
+  response->set_tokens(info.tokens);
+  return absl::OkStatus();
+}
+
+absl::Status Handlers::CloseSequence(const v1::CloseSequenceRequest& request, v1::CloseSequenceResponse*,
+                                     const Cancelled&) {
+  return cache_->CloseSequence(request.sequence_id());
+}
+
+void Handlers::Release(SequenceId sequence) {
+  // It may be closed already, by another client: then there is nothing to do.
+  cache_->CloseSequence(sequence).IgnoreError();
+}
+
+namespace {
+
+// Tier to move to: by name, or the one below the first.
+absl::StatusOr<int> FindTier(const std::vector<TierOptions>& tiers, const std::string& name) {
+  if (name.empty()) {
+    if (tiers.size() > 1) return 1;
+    return absl::FailedPreconditionError(
+        "there is no lower tier to move to; start kvtided with --host-memory, or drop the blocks");
+  }
+  std::string known;
+  for (size_t t = 0; t < tiers.size(); t++) {
+    if (tiers[t].name == name) return static_cast<int>(t);
+    absl::StrAppend(&known, t == 0 ? "" : ", ", tiers[t].name);
+  }
+  return absl::InvalidArgumentError(absl::StrCat("unknown tier \"", name, "\"; known: ", known));
+}
+
+}  // namespace
+
+absl::Status Handlers::EvictSequences(const v1::EvictSequencesRequest& request,
+                                      v1::EvictSequencesResponse* response, const Cancelled& cancelled) {
+  KVTIDE_RETURN_IF_ERROR(CheckNotCancelled(cancelled));
+  if (request.all() == (request.sequence_ids_size() > 0)) {
+    return absl::InvalidArgumentError("give sequence_ids or all, one of the two");
+  }
+  if (request.drop() && !request.tier().empty()) {
+    return absl::InvalidArgumentError("give tier or drop, not both");
+  }
+  int tier = kDropTier;
+  if (!request.drop()) {
+    KVTIDE_ASSIGN_OR_RETURN(tier, FindTier(cache_->options().tiers, request.tier()));
+  }
+  KVTIDE_ASSIGN_OR_RETURN(
+      const MoveReport report,
+      request.all() ? cache_->EvictAll(tier) : cache_->Evict(ToVector(request.sequence_ids()), tier));
+  response->set_blocks(Signed(report.moved_blocks));
+  response->set_bytes(Signed(report.moved_bytes));
+  response->set_dropped_blocks(Signed(report.dropped_blocks));
+  response->set_blocks_left(Signed(report.left_blocks));
+  return absl::OkStatus();
+}
+
+absl::Status Handlers::PrefetchSequences(const v1::PrefetchSequencesRequest& request,
+                                         v1::PrefetchSequencesResponse* response,
+                                         const Cancelled& cancelled) {
+  KVTIDE_RETURN_IF_ERROR(CheckNotCancelled(cancelled));
+  if (request.sequence_ids_size() == 0) return absl::InvalidArgumentError("sequence_ids is empty");
+  KVTIDE_ASSIGN_OR_RETURN(const MoveReport report, cache_->Prefetch(ToVector(request.sequence_ids())));
+  response->set_blocks(Signed(report.moved_blocks));
+  response->set_bytes(Signed(report.moved_bytes));
+  response->set_blocks_left(Signed(report.left_blocks));
+  return absl::OkStatus();
+}
+
+absl::Status Handlers::ListSequences(const v1::ListSequencesRequest& request,
+                                     v1::ListSequencesResponse* response, const Cancelled&) {
+  constexpr int kDefaultPage = 100, kLargestPage = 1000;
+  if (request.page_size() < 0)
+    return absl::InvalidArgumentError(absl::StrCat("page_size is ", request.page_size()));
+  const size_t page = static_cast<size_t>(
+      request.page_size() == 0 ? kDefaultPage : std::min(request.page_size(), kLargestPage));
+  SequenceId after = 0;
+  if (!request.page_token().empty() && !absl::SimpleAtoi(request.page_token(), &after)) {
+    return absl::InvalidArgumentError("page_token is not one that ListSequences gave");
+  }
+  std::vector<SequenceInfo> sequences = cache_->ListSequences();
+  std::sort(sequences.begin(), sequences.end(),
+            [](const SequenceInfo& a, const SequenceInfo& b) { return a.id < b.id; });
+  const absl::Time now = cache_->options().clock();
+  for (const SequenceInfo& info : sequences) {
+    if (info.id <= after || (!request.model().empty() && info.model_name != request.model())) continue;
+    if (response->sequences_size() == static_cast<int>(page)) {
+      response->set_next_page_token(absl::StrCat(response->sequences().rbegin()->sequence_id()));
+      break;
+    }
+    ToProto(info, cache_->options().tiers, now, response->add_sequences());
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Handlers::GetStats(const v1::GetStatsRequest&, v1::GetStatsResponse* response,
+                                const Cancelled&) {
+  ToProto(cache_->Stats(), response);
+  response->set_uptime_seconds(absl::ToDoubleSeconds(cache_->options().clock() - started_));
+  return absl::OkStatus();
+}
+
+}  // namespace kvtide::service

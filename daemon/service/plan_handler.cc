@@ -1,0 +1,143 @@
+// The verb Plan: the planner's arithmetic with this daemon's tiers as the default memory.
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "daemon/service/handlers.h"
+#include "kernels/base/status.h"
+#include "planner/plan.h"
+
+namespace kvtide::service {
+namespace {
+
+planner::ModelGeometry ToGeometry(const ModelSpec& spec) {
+  planner::ModelGeometry geometry;
+  geometry.name = spec.name;
+  geometry.source = "registered with kvtided";
+  geometry.confidence = "high";
+  for (const LayerSpec& layer : spec.layers) {
+    const LayerGroupSpec& group = spec.groups[static_cast<size_t>(layer.group)];
+    planner::LayerGeometry out;
+    out.kind = group.window > 0 ? planner::LayerKind::kSliding : planner::LayerKind::kFull;
+    out.n_kv_heads = group.shape.kv_heads;
+    out.head_dim_k = group.shape.head_dim_k;
+    out.head_dim_v = group.shape.head_dim_v;
+    out.window = static_cast<int>(group.window);
+    geometry.layers.push_back(out);
+    geometry.n_query_heads = group.heads;
+  }
+  return geometry;
+}
+
+v1::PlanVerdict ToProto(planner::Verdict verdict) {
+  switch (verdict) {
+    case planner::Verdict::kFits:
+      return v1::PLAN_VERDICT_FITS;
+    case planner::Verdict::kFitsWithTiers:
+      return v1::PLAN_VERDICT_FITS_WITH_TIERS;
+    case planner::Verdict::kDoesNotFit:
+      return v1::PLAN_VERDICT_DOES_NOT_FIT;
+  }
+  return v1::PLAN_VERDICT_UNSPECIFIED;
+}
+
+void ToProto(const planner::Candidate& candidate, v1::PlanCandidate* proto) {
+  proto->set_pair(candidate.asked.Name());
+  proto->set_kv_bytes(candidate.kv_bytes);
+  proto->set_total_bytes(candidate.total_bytes);
+  proto->set_free_bytes(candidate.free_bytes);
+  proto->set_fits(candidate.fits);
+  proto->set_bits_per_value(candidate.bits_per_value);
+  proto->set_ratio_to_f16(candidate.ratio_to_f16);
+  proto->set_measured(candidate.harm.measured);
+  proto->set_perplexity_increase_percent(candidate.harm.ppl_change_percent);
+  proto->set_max_context(candidate.max_context);
+  proto->set_max_concurrency(candidate.max_concurrency);
+  if (candidate.rejection != planner::Rejection::kNone) {
+    proto->set_rejection(planner::RejectionName(candidate.rejection));
+  }
+}
+
+void ToProto(const planner::ContextPlan& plan, v1::ContextPlan* proto) {
+  proto->set_context(plan.context);
+  proto->set_verdict(ToProto(plan.verdict));
+  if (plan.chosen >= 0) {
+    proto->set_chosen_pair(plan.candidates[static_cast<size_t>(plan.chosen)].asked.Name());
+  }
+  proto->set_reason(plan.reason);
+  for (const planner::Candidate& candidate : plan.candidates) ToProto(candidate, proto->add_candidates());
+  if (plan.split) {
+    proto->set_split_pair(plan.split->pair.Name());
+    proto->set_split_device_bytes(plan.split->device_kv_bytes);
+    proto->set_split_host_bytes(plan.split->host_kv_bytes);
+  }
+}
+
+}  // namespace
+
+absl::Status Handlers::Plan(const v1::PlanRequest& request, v1::PlanResponse* response,
+                            const Cancelled& cancelled) {
+  if (cancelled.load()) return absl::CancelledError("the call was cancelled");
+  constexpr int kMostContexts = 256, kMostPairs = 1024;
+  if (request.contexts_size() > kMostContexts || request.pairs_size() > kMostPairs) {
+    return absl::InvalidArgumentError(absl::StrCat("at most ", kMostContexts, " contexts and ", kMostPairs,
+                                                   " pairs are planned in one call"));
+  }
+  if (request.device_bytes() < 0 || request.host_bytes() < 0 || request.weights_bytes() < 0 ||
+      request.concurrency() < 0) {
+    return absl::InvalidArgumentError(
+        "device_bytes, host_bytes, weights_bytes and concurrency are not negative");
+  }
+  planner::PlanRequest question;
+  if (request.model_source_case() == v1::PlanRequest::kModelName) {
+    KVTIDE_ASSIGN_OR_RETURN(const ModelId model, cache_->FindModel(request.model_name()));
+    KVTIDE_ASSIGN_OR_RETURN(const SpecPointer spec, SpecOfModel(model));
+    question.model = ToGeometry(*spec);
+  } else {
+    auto spec = FromProto(request.model());
+    if (!spec.ok()) return Annotate(spec.status(), "model");
+    question.model = ToGeometry(*spec);
+  }
+  const std::vector<TierOptions>& tiers = cache_->options().tiers;
+  const bool own_memory = request.device_bytes() == 0;
+  question.device.name = own_memory ? absl::StrCat("tier ", tiers[0].name) : "as asked";
+  question.device.vram_bytes =
+      own_memory ? static_cast<int64_t>(tiers[0].capacity_bytes) : request.device_bytes();
+  question.device.host_bytes = request.host_bytes();
+  if (request.host_bytes() == 0 && tiers.size() > 1) {
+    question.device.host_bytes = static_cast<int64_t>(tiers[1].capacity_bytes);
+  }
+  question.weights.bytes = request.weights_bytes();
+  question.weights.source = "request";
+  question.workload.contexts.assign(request.contexts().begin(), request.contexts().end());
+  question.workload.concurrency = std::max(1, request.concurrency());
+  question.engine.engine = planner::Engine::kKvtide;
+  question.engine.exact_window = options_.defaults.exact_window;
+  if (request.has_exact_window()) {
+    KVTIDE_ASSIGN_OR_RETURN(question.engine.exact_window, FromProto(request.exact_window()));
+  }
+  for (const std::string& pair : request.pairs()) {
+    auto parsed = ParseCachePair(pair);
+    if (!parsed.ok()) return Annotate(parsed.status(), "pairs");
+    question.pairs.push_back({Name(parsed->k), Name(parsed->v)});
+  }
+  question.quality = planner::BuiltInQuality();
+  if (request.has_max_perplexity_increase_percent()) {
+    question.max_ppl_increase_percent = request.max_perplexity_increase_percent();
+  }
+  // The daemon's own tier holds nothing but the cache.
+  if (request.has_margin_bytes()) {
+    question.margin_bytes = request.margin_bytes();
+  } else if (own_memory) {
+    question.margin_bytes = 0;
+  }
+  KVTIDE_ASSIGN_OR_RETURN(const planner::Plan plan, planner::MakePlan(question));
+  response->set_verdict(ToProto(plan.verdict));
+  response->set_device_budget_bytes(plan.device_budget_bytes);
+  for (const planner::ContextPlan& context : plan.contexts) ToProto(context, response->add_contexts());
+  for (const std::string& text : plan.assumptions) response->add_assumptions(text);
+  for (const std::string& text : plan.notes) response->add_notes(text);
+  return absl::OkStatus();
+}
+
+}  // namespace kvtide::service
