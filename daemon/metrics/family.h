@@ -1,0 +1,30 @@
+// Builds metric families for collectors: gauges and counters whose value is read at scrape time.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "prometheus/metric_family.h"
+
+namespace kvtide::metrics {
+
+using Labels = std::vector<std::pair<std::string, std::string>>;
+
+// Appends families to a vector: Gauge or Counter begins one, Sample adds to the last one.
+class FamilyWriter {
+ public:
+  explicit FamilyWriter(std::vector<prometheus::MetricFamily>* families) : families_(families) {}
+
+  FamilyWriter& Gauge(const char* name, const char* help) { return Begin(name, help, prometheus::MetricType::Gauge); }
+  // `name` ends in _total.
+  FamilyWriter& Counter(const char* name, const char* help) { return Begin(name, help, prometheus::MetricType::Counter); }
+  FamilyWriter& Sample(double value, const Labels& labels = {});
+
+ private:
+  FamilyWriter& Begin(const char* name, const char* help, prometheus::MetricType type);
+
+  std::vector<prometheus::MetricFamily>* const families_;
+};
+
+}  // namespace kvtide::metrics
