@@ -8,7 +8,8 @@ namespace {
 using Value = uint64_t TierStats::*;
 
 void PerTier(FamilyWriter& writer, const CacheStats& stats, Value value) {
-  for (const TierStats& tier : stats.tiers) writer.Sample(static_cast<double>(tier.*value), {{"tier", tier.name}});
+  for (const TierStats& tier : stats.tiers)
+    writer.Sample(static_cast<double>(tier.*value), {{"tier", tier.name}});
 }
 
 void PerPair(FamilyWriter& writer, const CacheStats& stats, uint64_t PairStats::*value) {
@@ -32,31 +33,39 @@ void WritePools(FamilyWriter& writer, const CacheStats& stats) {
   tiers("kvtide_pool_used_bytes", "Bytes of blocks, those reserved by running calls and moves included.",
         &TierStats::used_bytes);
   tiers("kvtide_pool_free_bytes", "Bytes that no block holds.", &TierStats::free_bytes);
-  tiers("kvtide_pool_largest_free_extent_bytes", "The largest block that fits now; far below the free bytes means fragments.",
+  tiers("kvtide_pool_largest_free_extent_bytes",
+        "The largest block that fits now; far below the free bytes means fragments.",
         &TierStats::largest_free_extent_bytes);
   tiers("kvtide_pool_blocks", "Blocks in the tier.", &TierStats::blocks);
   tiers("kvtide_pool_pinned_blocks", "Blocks that may not move now, because a call or a move uses them.",
         &TierStats::pinned_blocks);
   PerPair(writer.Gauge("kvtide_pair_blocks", "Blocks in the tier by pair of cache types (K/V)."), stats,
           &PairStats::blocks);
-  PerPair(writer.Gauge("kvtide_pair_bytes", "Bytes of blocks in the tier by pair of cache types (K/V)."), stats,
-          &PairStats::bytes);
+  PerPair(writer.Gauge("kvtide_pair_bytes", "Bytes of blocks in the tier by pair of cache types (K/V)."),
+          stats, &PairStats::bytes);
 }
 
 void WriteContents(FamilyWriter& writer, const CacheStats& stats) {
-  const auto gauge = [&](const char* name, const char* help, double value) { writer.Gauge(name, help).Sample(value); };
+  const auto gauge = [&](const char* name, const char* help, double value) {
+    writer.Gauge(name, help).Sample(value);
+  };
   gauge("kvtide_models", "Registered models.", static_cast<double>(stats.models));
   gauge("kvtide_sequences", "Open sequences.", static_cast<double>(stats.sequences));
   gauge("kvtide_tokens", "Sum of the lengths of all sequences; shared tokens count for each.",
         static_cast<double>(stats.tokens));
-  gauge("kvtide_shared_blocks", "Blocks that more than one sequence holds.", static_cast<double>(stats.shared_blocks));
-  gauge("kvtide_stored_bytes", "Bytes of all blocks, each counted once.", static_cast<double>(stats.stored_bytes));
-  gauge("kvtide_f16_equivalent_bytes", "What the tokens of all sequences would take in f16, unpadded and unshared.",
+  gauge("kvtide_shared_blocks", "Blocks that more than one sequence holds.",
+        static_cast<double>(stats.shared_blocks));
+  gauge("kvtide_stored_bytes", "Bytes of all blocks, each counted once.",
+        static_cast<double>(stats.stored_bytes));
+  gauge("kvtide_f16_equivalent_bytes",
+        "What the tokens of all sequences would take in f16, unpadded and unshared.",
         static_cast<double>(stats.f16_equivalent_bytes));
   gauge("kvtide_bits_per_value",
-        "Stored bits per K or V value of the stored tokens, with scales, padding and tails; 0 when nothing is stored.",
+        "Stored bits per K or V value of the stored tokens, with scales, padding and tails; 0 when nothing "
+        "is stored.",
         stats.bits_per_value);
-  gauge("kvtide_limit_sequences", "Most sequences that may be open.", static_cast<double>(stats.max_sequences));
+  gauge("kvtide_limit_sequences", "Most sequences that may be open.",
+        static_cast<double>(stats.max_sequences));
   gauge("kvtide_limit_models", "Most models that may be registered.", static_cast<double>(stats.max_models));
   gauge("kvtide_limit_tokens_per_sequence", "Most tokens of one sequence.",
         static_cast<double>(stats.max_tokens_per_sequence));
@@ -68,7 +77,8 @@ void WriteCounters(FamilyWriter& writer, const CacheStats& stats) {
   };
   counter("kvtide_sequences_created_total", "Sequences created, forks included.", stats.sequences_created);
   counter("kvtide_sequences_closed_total", "Sequences closed.", stats.sequences_closed);
-  counter("kvtide_appended_tokens_total", "Tokens appended; counted when the last layer has them.", stats.appended_tokens);
+  counter("kvtide_appended_tokens_total", "Tokens appended; counted when the last layer has them.",
+          stats.appended_tokens);
   counter("kvtide_sealed_blocks_total", "Blocks compressed from f16 into their pair.", stats.sealed_blocks);
   counter("kvtide_copied_on_write_blocks_total", "Shared blocks copied because a sequence wrote into them.",
           stats.copied_on_write_blocks);
@@ -77,22 +87,28 @@ void WriteCounters(FamilyWriter& writer, const CacheStats& stats) {
   counter("kvtide_evict_calls_total", "Evictions that clients asked for.", stats.evict_calls);
   counter("kvtide_prefetch_calls_total", "Prefetches that clients asked for.", stats.prefetch_calls);
   counter("kvtide_moves_total", "Block moves between tiers.", stats.moves);
-  counter("kvtide_failed_moves_total", "Block moves that failed; the block stayed where it was.", stats.failed_moves);
+  counter("kvtide_failed_moves_total", "Block moves that failed; the block stayed where it was.",
+          stats.failed_moves);
   counter("kvtide_moved_bytes_total", "Bytes of block moves between tiers.", stats.moved_bytes);
   const auto tiers = [&](const char* name, const char* help, Value value) {
     PerTier(writer.Counter(name, help), stats, value);
   };
-  tiers("kvtide_demoted_blocks_total", "Blocks moved from this tier to a lower one.", &TierStats::demoted_blocks);
+  tiers("kvtide_demoted_blocks_total", "Blocks moved from this tier to a lower one.",
+        &TierStats::demoted_blocks);
   tiers("kvtide_promoted_blocks_total", "Blocks moved up into this tier.", &TierStats::promoted_blocks);
   tiers("kvtide_dropped_blocks_total", "Blocks dropped from this tier for good.", &TierStats::dropped_blocks);
   // "below" is part of attended_blocks; as labels the two parts add up.
   const uint64_t below = stats.attended_blocks_below_tier0;
   const uint64_t first = stats.attended_blocks > below ? stats.attended_blocks - below : 0;
-  writer.Counter("kvtide_attended_blocks_total", "Blocks read by attention, once for each layer, by where they lay.")
+  writer
+      .Counter("kvtide_attended_blocks_total",
+               "Blocks read by attention, once for each layer, by where they lay.")
       .Sample(static_cast<double>(first), {{"location", "first_tier"}})
       .Sample(static_cast<double>(below), {{"location", "below_first_tier"}});
-  counter("kvtide_checksum_failures_total", "Blocks whose bytes were not those that were stored.", stats.checksum_failures);
-  counter("kvtide_exhausted_calls_total", "Calls that found no room in any tier, or hit a limit.", stats.exhausted);
+  counter("kvtide_checksum_failures_total", "Blocks whose bytes were not those that were stored.",
+          stats.checksum_failures);
+  counter("kvtide_exhausted_calls_total", "Calls that found no room in any tier, or hit a limit.",
+          stats.exhausted);
 }
 
 }  // namespace

@@ -26,14 +26,15 @@ AddressList Resolve(const std::string& host, int port) {
 }
 
 absl::Status BadAddress(const std::string& text, const std::string& why) {
-  return absl::InvalidArgumentError(
-      absl::StrCat("metrics address \"", text, "\": ", why, "; use host:port such as 127.0.0.1:9464, or off"));
+  return absl::InvalidArgumentError(absl::StrCat("metrics address \"", text, "\": ", why,
+                                                 "; use host:port such as 127.0.0.1:9464, or off"));
 }
 
 }  // namespace
 
 std::string EndpointAddress::Text() const {
-  return host.find(':') == std::string::npos ? absl::StrCat(host, ":", port) : absl::StrCat("[", host, "]:", port);
+  return host.find(':') == std::string::npos ? absl::StrCat(host, ":", port)
+                                             : absl::StrCat("[", host, "]:", port);
 }
 
 absl::StatusOr<EndpointAddress> ParseEndpointAddress(const std::string& text) {
@@ -43,7 +44,8 @@ absl::StatusOr<EndpointAddress> ParseEndpointAddress(const std::string& text) {
   const bool brackets = host.size() > 2 && host.front() == '[' && host.back() == ']';
   if (brackets) host = host.substr(1, host.size() - 2);
   if (host.empty()) return BadAddress(text, "there is no host; for all interfaces name 0.0.0.0");
-  if (!brackets && host.find(':') != std::string::npos) return BadAddress(text, "write an IPv6 host in brackets");
+  if (!brackets && host.find(':') != std::string::npos)
+    return BadAddress(text, "write an IPv6 host in brackets");
   EndpointAddress address;
   if (!absl::SimpleAtoi(text.substr(colon + 1), &address.port) || address.port < 0 || address.port > 65535) {
     return BadAddress(text, "the port is not a number from 0 to 65535");

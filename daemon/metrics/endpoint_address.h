@@ -18,7 +18,8 @@ struct EndpointAddress {
 // Resolves the host. InvalidArgument says what an address looks like.
 absl::StatusOr<EndpointAddress> ParseEndpointAddress(const std::string& text);
 
-// Binds and lets go again: OK, or Unavailable (in use), PermissionDenied, InvalidArgument (not an address of this host).
+// Binds and lets go again: OK, or Unavailable (in use), PermissionDenied, InvalidArgument (not an address of
+// this host).
 absl::Status CheckBindable(const EndpointAddress& address);
 
 }  // namespace kvtide::metrics

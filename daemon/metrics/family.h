@@ -16,9 +16,13 @@ class FamilyWriter {
  public:
   explicit FamilyWriter(std::vector<prometheus::MetricFamily>* families) : families_(families) {}
 
-  FamilyWriter& Gauge(const char* name, const char* help) { return Begin(name, help, prometheus::MetricType::Gauge); }
+  FamilyWriter& Gauge(const char* name, const char* help) {
+    return Begin(name, help, prometheus::MetricType::Gauge);
+  }
   // `name` ends in _total.
-  FamilyWriter& Counter(const char* name, const char* help) { return Begin(name, help, prometheus::MetricType::Counter); }
+  FamilyWriter& Counter(const char* name, const char* help) {
+    return Begin(name, help, prometheus::MetricType::Counter);
+  }
   FamilyWriter& Sample(double value, const Labels& labels = {});
 
  private:

@@ -32,7 +32,10 @@ std::string Compiler() {
 class Everything final : public prometheus::Collectable {
  public:
   explicit Everything(MetricsOptions options)
-      : options_(std::move(options)), requests_(&registry_), cache_(options_.stats), allocator_(ProcessMallctl()) {}
+      : options_(std::move(options)),
+        requests_(&registry_),
+        cache_(options_.stats),
+        allocator_(ProcessMallctl()) {}
 
   RequestMetrics& requests() { return requests_; }
 
@@ -40,7 +43,9 @@ class Everything final : public prometheus::Collectable {
     std::vector<prometheus::MetricFamily> families;
     FamilyWriter writer(&families);
     writer.Gauge("kvtide_build_info", "Version and build of the daemon.")
-        .Sample(1, {{"version", options_.version}, {"compiler", Compiler()}, {"cuda", options_.cuda ? "yes" : "no"}});
+        .Sample(1, {{"version", options_.version},
+                    {"compiler", Compiler()},
+                    {"cuda", options_.cuda ? "yes" : "no"}});
     if (options_.calls_under_way) {
       writer.Gauge("kvtide_calls_under_way", "Calls that have arrived and are not answered yet.")
           .Sample(static_cast<double>(options_.calls_under_way()));
@@ -100,6 +105,8 @@ absl::StatusOr<std::string> Metrics::Start(const std::string& address) {
 
 void Metrics::Stop() { impl_->exposer.reset(); }
 
-std::string Metrics::Text() const { return prometheus::TextSerializer().Serialize(impl_->everything->Collect()); }
+std::string Metrics::Text() const {
+  return prometheus::TextSerializer().Serialize(impl_->everything->Collect());
+}
 
 }  // namespace kvtide::metrics

@@ -1,7 +1,7 @@
-// What kvtided tells Prometheus: the cache's books, counts and latencies of calls, the allocator, the process and the build.
-// The owner gives callbacks and reports calls; nothing else of the daemon knows Prometheus. RecordCall is quick and may be
-// called from any thread; the callbacks are called at every scrape, from a thread of the endpoint, until Stop or the
-// destructor has returned.
+// What kvtided tells Prometheus: the cache's books, counts and latencies of calls, the allocator, the process
+// and the build. The owner gives callbacks and reports calls; nothing else of the daemon knows Prometheus.
+// RecordCall is quick and may be called from any thread; the callbacks are called at every scrape, from a
+// thread of the endpoint, until Stop or the destructor has returned.
 #pragma once
 
 #include <cstdint>
@@ -17,17 +17,18 @@
 namespace kvtide::metrics {
 
 struct MetricsOptions {
-  std::string version;                            // "0.1.0"
-  bool cuda = false;                              // this build has the CUDA backend
-  std::function<CacheStats()> stats;              // KvCache::Stats; required
-  std::function<int64_t()> calls_under_way;       // of the service; may be empty
+  std::string version;                       // "0.1.0"
+  bool cuda = false;                         // this build has the CUDA backend
+  std::function<CacheStats()> stats;         // KvCache::Stats; required
+  std::function<int64_t()> calls_under_way;  // of the service; may be empty
 };
 
-// Method names that calls are counted under; calls with other names count as "other". A test holds this against the service.
+// Method names that calls are counted under; calls with other names count as "other". A test holds this
+// against the service.
 constexpr const char* kMethods[] = {
-    "GetServerInfo", "RegisterModel", "CreateSequence", "ForkSequence",   "TruncateSequence",
-    "CloseSequence", "Append",        "Attend",         "AppendAttend",   "EvictSequences",
-    "PrefetchSequences", "ListSequences", "GetStats",   "Plan",           "Session",
+    "GetServerInfo",     "RegisterModel", "CreateSequence", "ForkSequence", "TruncateSequence",
+    "CloseSequence",     "Append",        "Attend",         "AppendAttend", "EvictSequences",
+    "PrefetchSequences", "ListSequences", "GetStats",       "Plan",         "Session",
 };
 
 class Metrics {
@@ -37,12 +38,14 @@ class Metrics {
   Metrics(const Metrics&) = delete;
   Metrics& operator=(const Metrics&) = delete;
 
-  // One finished call. `code` is a gRPC status code. "Session" is a whole stream: it is counted, but its length is not a latency.
+  // One finished call. `code` is a gRPC status code. "Session" is a whole stream: it is counted, but its
+  // length is not a latency.
   void RecordCall(const char* method, int code, absl::Duration duration, int64_t request_bytes,
                   int64_t response_bytes);
 
-  // Serves http://ADDRESS/metrics. ADDRESS is "127.0.0.1:9464", "[::1]:9464" or "localhost:0"; returns it with the port that
-  // was bound. InvalidArgument for no such address, Unavailable for a port in use, both with what to do.
+  // Serves http://ADDRESS/metrics. ADDRESS is "127.0.0.1:9464", "[::1]:9464" or "localhost:0"; returns it
+  // with the port that was bound. InvalidArgument for no such address, Unavailable for a port in use, both
+  // with what to do.
   absl::StatusOr<std::string> Start(const std::string& address);
   // After it no callback runs. Idempotent.
   void Stop();

@@ -18,8 +18,8 @@ std::string ReadAll(const std::string& path) {
   return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
 }
 
-// Fields of /proc/PID/stat from the third one on (proc(5) numbers them from 1). The second is the name in parentheses,
-// which may hold anything.
+// Fields of /proc/PID/stat from the third one on (proc(5) numbers them from 1). The second is the name in
+// parentheses, which may hold anything.
 std::vector<std::string> StatFields(const std::string& stat) {
   const size_t end = stat.rfind(')');
   if (end == std::string::npos) return {};
@@ -51,13 +51,15 @@ std::vector<prometheus::MetricFamily> ProcessCollector::Collect() const {
   const double ticks = static_cast<double>(sysconf(_SC_CLK_TCK));
 
   // Field numbers of proc(5), less 3.
-  constexpr size_t kUserTime = 11, kSystemTime = 12, kThreads = 17, kStartTime = 19, kVirtual = 20, kResident = 21;
+  constexpr size_t kUserTime = 11, kSystemTime = 12, kThreads = 17, kStartTime = 19, kVirtual = 20,
+                   kResident = 21;
   const std::vector<std::string> fields = StatFields(ReadAll(self + "stat"));
   if (fields.size() > kResident) {
     writer.Counter("process_cpu_seconds_total", "Processor time of the process, user and system.")
         .Sample((Number(fields[kUserTime]) + Number(fields[kSystemTime])) / ticks);
     writer.Gauge("process_threads", "Threads of the process.").Sample(Number(fields[kThreads]));
-    writer.Gauge("process_virtual_memory_bytes", "Address space of the process.").Sample(Number(fields[kVirtual]));
+    writer.Gauge("process_virtual_memory_bytes", "Address space of the process.")
+        .Sample(Number(fields[kVirtual]));
     writer.Gauge("process_resident_memory_bytes", "Memory of the process, its tiers in host memory included.")
         .Sample(Number(fields[kResident]) * static_cast<double>(sysconf(_SC_PAGESIZE)));
     const double boot = ValueAfter(ReadAll(proc_ + "/stat"), "btime ");
