@@ -64,10 +64,10 @@ void WriteContents(FamilyWriter& writer, const CacheStats& stats) {
         "Stored bits per K or V value of the stored tokens, with scales, padding and tails; 0 when nothing "
         "is stored.",
         stats.bits_per_value);
-  gauge("kvtide_limit_sequences", "Most sequences that may be open.",
+  gauge("kvtide_sequences_limit", "Most sequences that may be open.",
         static_cast<double>(stats.max_sequences));
-  gauge("kvtide_limit_models", "Most models that may be registered.", static_cast<double>(stats.max_models));
-  gauge("kvtide_limit_tokens_per_sequence", "Most tokens of one sequence.",
+  gauge("kvtide_models_limit", "Most models that may be registered.", static_cast<double>(stats.max_models));
+  gauge("kvtide_sequence_tokens_limit", "Most tokens of one sequence.",
         static_cast<double>(stats.max_tokens_per_sequence));
 }
 

@@ -75,7 +75,7 @@ struct Metrics::Impl {
 };
 
 Metrics::Metrics(MetricsOptions options) {
-  KVTIDE_CHECK(options.stats) << "metrics need the cache's statistics";
+  KVTIDE_CHECK(options.stats, "metrics need the cache's statistics");
   impl_ = std::make_unique<Impl>(std::move(options));
 }
 
@@ -87,7 +87,7 @@ void Metrics::RecordCall(const char* method, int code, absl::Duration duration, 
 }
 
 absl::StatusOr<std::string> Metrics::Start(const std::string& address) {
-  KVTIDE_CHECK(impl_->exposer == nullptr) << "metrics were started already";
+  KVTIDE_CHECK(impl_->exposer == nullptr, "metrics were started already");
   absl::StatusOr<EndpointAddress> endpoint = ParseEndpointAddress(address);
   if (!endpoint.ok()) return endpoint.status();
   try {
