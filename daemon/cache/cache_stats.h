@@ -49,6 +49,7 @@ struct CacheStats {
   uint64_t sequences_closed = 0;
   uint64_t appended_tokens = 0;  // counted when the last layer has them
   uint64_t sealed_blocks = 0;
+  uint64_t failed_seals = 0;     // backend errors; the blocks stay exact and are tried again
   uint64_t copied_on_write_blocks = 0;
   uint64_t window_freed_blocks = 0;  // fell out of a sliding window
   uint64_t evict_calls = 0;

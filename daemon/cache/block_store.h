@@ -1,0 +1,101 @@
+// The BlockStore owns the tiers' memory and all blocks in them: it allocates, counts references and pins, keeps the order of
+// eviction and the gauges per tier and pair. It copies nothing and decides nothing. It never grows: when a tier has no room,
+// Allocate returns null.
+// Not thread-safe; KvCache guards it.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "daemon/cache/block.h"
+#include "daemon/cache/cache_options.h"
+#include "daemon/cache/extent_allocator.h"
+
+namespace kvtide {
+
+// Memory of one kind with the backend that attends there: one slab, taken at start.
+struct Tier {
+  std::string name;
+  Backend* backend = nullptr;
+  bool checksum = false;
+  std::unique_ptr<Slab> slab;
+  ExtentAllocator allocator{0};
+  std::unique_ptr<EvictionPolicy> policy;  // holds exactly the blocks whose place is here
+  uint64_t blocks = 0;                     // places, retired ones included
+  uint64_t pinned = 0;                     // of these
+  std::vector<PairStats> pairs;            // by pair index
+  uint64_t demoted = 0, promoted = 0, dropped = 0;
+};
+
+class BlockStore {
+ public:
+  BlockStore() = default;
+  ~BlockStore();
+  BlockStore(const BlockStore&) = delete;
+  BlockStore& operator=(const BlockStore&) = delete;
+  absl::Status Init(const CacheOptions& options);
+
+  size_t tiers() const { return tiers_.size(); }
+  Tier& tier(int index) { return tiers_[static_cast<size_t>(index)]; }
+  const Tier& tier(int index) const { return tiers_[static_cast<size_t>(index)]; }
+
+  // A block with one hold, `writing` set and no reference yet, or null. f16 blocks come from the top of the slab, others
+  // from the bottom.
+  Block* Allocate(int tier, const BlockLayout* layout);
+  // A place for a copy of the block in another tier, or null.
+  Place* Reserve(int tier, const Block& block);
+
+  void AddRef(Block* block, bool keeper);
+  void Release(Block* block, bool keeper);
+  void Hold(Block* block) { block->holds++; }
+  void Unhold(Block* block);
+  void Pin(Place* place);
+  void Unpin(Place* place);
+
+  // The block lies in `place` from now on; its former place is retired.
+  void SwapPlace(Block* block, Place* place);
+  // The bytes go, the block stays in its tables.
+  void Drop(Block* block);
+  void Retire(Place* place);
+
+  void Touch(Block* block, absl::Time now);
+  uint64_t serial() const { return serial_; }
+  Block* Get(BlockId id) { return blocks_[id].get(); }
+  const Block* Get(BlockId id) const { return blocks_[id].get(); }
+
+  // Nobody writes, moves or reads it.
+  static bool IsIdle(const Block& block) {
+    return block.place != nullptr && !block.writing && !block.moving && block.place->pins == 0;
+  }
+  uint64_t shared_blocks() const { return shared_; }
+  uint64_t stored_bytes() const { return stored_bytes_; }
+  template <class F>
+  void ForEach(F f) const {
+    for (const auto& block : blocks_)
+      if (block != nullptr) f(*block);
+  }
+  void CheckInvariants() const;
+
+ private:
+  Place* NewPlace(int tier, size_t bytes, CachePair pair);
+  void FreePlace(Place* place);
+  void DeleteIfUnused(Block* block);
+
+  std::deque<Tier> tiers_;
+  std::vector<std::unique_ptr<Block>> blocks_;  // by id; null = free slot
+  std::vector<BlockId> free_ids_;
+  std::vector<Place*> retired_;  // waiting for their last pin
+  uint64_t serial_ = 0;
+  uint64_t shared_ = 0;        // blocks with refs > 1
+  uint64_t stored_bytes_ = 0;  // of blocks' places
+};
+
+// Index of a pair in Tier::pairs.
+inline size_t PairIndex(CachePair pair) {
+  return static_cast<size_t>(pair.k) * static_cast<size_t>(kCacheTypes) + static_cast<size_t>(pair.v);
+}
+
+}  // namespace kvtide
