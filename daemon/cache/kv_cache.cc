@@ -201,6 +201,18 @@ void KvCache::Impl::ReleaseTables(Sequence& sequence) {
   changed_.NotifyAll();
 }
 
+absl::StatusOr<ModelId> KvCache::Impl::ModelOf(SequenceId id) const {
+  MutexLock lock(mu_);
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, Find(id));
+  return sequence->model->id;
+}
+
+absl::StatusOr<int64_t> KvCache::Impl::Length(SequenceId id) const {
+  MutexLock lock(mu_);
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, Find(id));
+  return sequence->MinTokens();
+}
+
 absl::StatusOr<int64_t> KvCache::Impl::LayerLength(SequenceId id, int layer) const {
   MutexLock lock(mu_);
   KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, Find(id));
@@ -241,6 +253,8 @@ absl::StatusOr<MoveReport> KvCache::EvictAll(int tier) { return impl_->EvictAll(
 absl::StatusOr<MoveReport> KvCache::Prefetch(std::span<const SequenceId> sequences) { return impl_->Prefetch(sequences); }
 absl::StatusOr<SequenceInfo> KvCache::GetSequence(SequenceId sequence) const { return impl_->GetSequence(sequence); }
 std::vector<SequenceInfo> KvCache::ListSequences() const { return impl_->ListSequences(); }
+absl::StatusOr<ModelId> KvCache::ModelOf(SequenceId sequence) const { return impl_->ModelOf(sequence); }
+absl::StatusOr<int64_t> KvCache::Length(SequenceId sequence) const { return impl_->Length(sequence); }
 absl::StatusOr<int64_t> KvCache::LayerLength(SequenceId sequence, int layer) const {
   return impl_->LayerLength(sequence, layer);
 }

@@ -43,6 +43,8 @@ class KvCache::Impl {
   absl::StatusOr<MoveReport> Prefetch(std::span<const SequenceId> sequences);
   absl::StatusOr<SequenceInfo> GetSequence(SequenceId id) const;
   std::vector<SequenceInfo> ListSequences() const;
+  absl::StatusOr<ModelId> ModelOf(SequenceId id) const;
+  absl::StatusOr<int64_t> Length(SequenceId id) const;
   absl::StatusOr<int64_t> LayerLength(SequenceId id, int layer) const;
   CacheStats Stats() const;
   const CacheOptions& options() const { return options_; }
@@ -171,7 +173,6 @@ class KvCache::Impl {
   void CopyAll(std::span<CopyJob> jobs) const;  // without the lock
   absl::Status CopyOne(CopyJob job) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);  // unlocks
   std::string RoomText(size_t bytes) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void WaitForChange(absl::Duration limit) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void WaitUntilStill(Block* block) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);  // unlocks while it moves
   void RunMover();
 
