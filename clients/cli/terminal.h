@@ -1,0 +1,36 @@
+// What the terminal can do, and numbers as people read them. Colours only where a person looks (a terminal,
+// no NO_COLOR, TERM other than dumb).
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace kvtide::cli {
+
+enum class Paint { kPlain, kBold, kDim, kGreen, kYellow, kRed, kCyan };
+
+class Terminal {
+ public:
+  // For standard output or standard error (1 or 2).
+  static Terminal Of(int file_descriptor);
+  Terminal(bool interactive, bool colour, int width)
+      : interactive_(interactive), colour_(colour), width_(width) {}
+
+  bool interactive() const { return interactive_; }
+  bool colour() const { return colour_; }
+  int width() const { return width_; }
+  std::string Painted(const std::string& text, Paint paint) const;
+
+ private:
+  bool interactive_;
+  bool colour_;
+  int width_;
+};
+
+// Columns that a text takes: UTF-8 characters, escape sequences not counted.
+int DisplayWidth(const std::string& text);
+
+std::string CountText(double count);       // "950", "12.3k", "4.1M"
+std::string DurationText(double seconds);  // "8 s", "2:05", "1:02:05"
+
+}  // namespace kvtide::cli

@@ -1,0 +1,51 @@
+// A KvStore whose keys and values live in kvtided: every layer of every chunk is one AppendAttend call, or a
+// few when a message would be too large. Nothing of a sequence stays in this process but its id. The client
+// is borrowed. Sequences that are still open when the store is destroyed are closed.
+#pragma once
+
+#include <memory>
+#include <set>
+#include <string>
+
+#include "clients/cpp/client.h"
+#include "clients/engine/kv_store.h"
+
+namespace kvtide::engine {
+
+class DaemonKvStore : public KvStore {
+ public:
+  // Registers the model under `model_name` (fine when it is registered already with the same shape).
+  // Sequences are created with `options`. Statuses are those of the daemon.
+  static absl::StatusOr<std::unique_ptr<DaemonKvStore>> Create(client::Client& client,
+                                                               const std::string& model_name,
+                                                               const KvGeometry& geometry,
+                                                               client::SequenceOptions options);
+  ~DaemonKvStore() override;
+
+  const KvGeometry& geometry() const override { return geometry_; }
+  absl::StatusOr<SequenceId> CreateSequence() override;
+  absl::Status AppendAttend(SequenceId sequence, int layer, int64_t start, int n_tokens, const float* q,
+                            const float* k, const float* v, float* out) override;
+  absl::StatusOr<SequenceId> Fork(SequenceId sequence) override;
+  absl::Status Truncate(SequenceId sequence, int64_t length) override;
+  absl::Status Close(SequenceId sequence) override;
+
+  // What the daemon says of a sequence: tokens, blocks and bytes per tier.
+  absl::StatusOr<client::SequenceInfo> Describe(SequenceId sequence);
+
+ private:
+  DaemonKvStore(client::Client& client, std::string model_name, const KvGeometry& geometry,
+                client::SequenceOptions options, int tokens_per_call);
+
+  client::Client& client_;
+  const std::string model_name_;
+  const KvGeometry geometry_;
+  const client::SequenceOptions options_;
+  const int tokens_per_call_;
+  std::set<SequenceId> open_;
+};
+
+// The model's shape in the words of the client library.
+client::Model ClientModel(const std::string& name, const KvGeometry& geometry);
+
+}  // namespace kvtide::engine
