@@ -59,6 +59,7 @@ int64_t VllmActivations(const PlanRequest& request) {
 
 ItemList OverheadItems(const PlanRequest& request, const KvLoad& load, const KvSizer& sizer) {
   ItemList items;
+  if (request.cache_tier_only) return items;
   const bool known = WidthOf(request.model).known;
   switch (request.engine.engine) {
     case Engine::kLlamaCpp:

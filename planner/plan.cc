@@ -398,12 +398,12 @@ class Planner {
             b.support.level == SupportLevel::kRefused) {
           continue;
         }
-        plan->notes.push_back(absl::StrCat(
-            a.asked.Name(), " and ", b.asked.Name(), " differ by ", FormatMiB(b.kv_bytes - a.kv_bytes), " MiB at ",
-            last.context, " tokens; kernel support tells them apart, not size: ", a.asked.Name(), " ",
-            SupportLevelName(a.support.level), a.support.reason.empty() ? "" : " (" + a.support.reason + ")", ", ",
-            b.asked.Name(), " ", SupportLevelName(b.support.level),
-            b.support.reason.empty() ? "" : " (" + b.support.reason + ")"));
+        plan->notes.push_back(absl::StrFormat(
+            "%s and %s differ by %.2f MiB at %d tokens; kernel support tells them apart, not size: %s is %s in the %s tree, %s is "
+            "%s in the %s tree",
+            a.asked.Name(), b.asked.Name(), static_cast<double>(b.kv_bytes - a.kv_bytes) / kMiB, last.context, a.asked.Name(),
+            SupportLevelName(a.support.level), a.support.build, b.asked.Name(), SupportLevelName(b.support.level),
+            b.support.build));
       }
     }
   }

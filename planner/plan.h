@@ -49,6 +49,8 @@ struct PlanRequest {
   // Rows measured on other models count too (marked as such); otherwise only rows of this model do.
   bool accept_proxy_quality = true;
   int64_t margin_bytes = -1;  // kept free per device; < 0: 3 % of the device, at least 512 MiB
+  // The device is a tier of kvtided that holds nothing but cache: no contexts, no compute buffers.
+  bool cache_tier_only = false;
 };
 
 enum class Verdict { kFits, kFitsWithTiers, kDoesNotFit };

@@ -51,6 +51,7 @@ Harm FindHarm(const std::vector<QualityRow>& rows, const TypePair& pair, const s
 // A number somebody published; shown beside a plan, never used in it.
 struct Claim {
   std::string pair;
+  std::string models;  // catalogue names, separated by ';'; empty = any
   std::string claim;
   std::string verdict;
   std::string source;
