@@ -44,10 +44,6 @@ std::string KvCache::Impl::RoomText(size_t bytes) const {
   return text;
 }
 
-void KvCache::Impl::WaitForChange(absl::Duration limit) {
-  changed_.WaitFor(mu_, std::chrono::nanoseconds(std::max<int64_t>(0, absl::ToInt64Nanoseconds(limit))));
-}
-
 void KvCache::Impl::WaitUntilStill(Block* block) {
   while (block->moving) changed_.Wait(mu_);
 }
@@ -65,7 +61,7 @@ Block* KvCache::Impl::AllocateIn(int tier, const BlockLayout* layout, size_t wan
 absl::Status KvCache::Impl::AllocateTogether(std::span<const BlockLayout* const> layouts, size_t want_bytes, Block** blocks) {
   size_t bytes = 0;
   for (const BlockLayout* layout : layouts) bytes += layout->block_bytes();
-  const auto deadline = std::chrono::steady_clock::now() + absl::ToChronoNanoseconds(options_.room_wait);
+  const absl::Time deadline = options_.clock() + options_.room_wait;
   while (true) {
     for (size_t t = 0; t < store_.tiers(); t++) {
       size_t got = 0;
@@ -81,10 +77,10 @@ absl::Status KvCache::Impl::AllocateTogether(std::span<const BlockLayout* const>
         blocks[got] = nullptr;
       }
     }
-    const auto left = deadline - std::chrono::steady_clock::now();
-    if ((moves_running_ == 0 && attends_running_ == 0) || left <= std::chrono::nanoseconds(0))
+    const absl::Duration left = deadline - options_.clock();
+    if ((moves_running_ == 0 && attends_running_ == 0) || left <= absl::ZeroDuration())
       return absl::ResourceExhaustedError(RoomText(bytes));
-    WaitForChange(absl::FromChrono(left));
+    changed_.WaitFor(mu_, absl::ToChronoNanoseconds(left));
   }
 }
 

@@ -1,0 +1,104 @@
+// What the cache's tests share: a cache over CPU backends with a fake clock, random rows, and a client that appends and
+// attends through the public API and compares every answer with a shadow.
+#pragma once
+
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "absl/strings/match.h"
+#include "daemon/cache/kv_cache.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "tests/daemon/cache/fake_clock.h"
+#include "tests/daemon/cache/faulty_backend.h"
+#include "tests/daemon/cache/shadow.h"
+
+namespace kvtide::testing {
+
+constexpr size_t kMiB = size_t{1} << 20;
+
+// 2 layers of 2 KV heads of 64, 4 query heads: an f16 block is 65,536 bytes.
+inline ModelSpec SmallModel(const std::string& name = "small") { return UniformModel(name, {2, 2, 64, 64}, 4); }
+// One layer with full attention, two with a sliding window of 100 tokens and other head dims, interleaved.
+ModelSpec MixedModel();
+
+inline CachePair Pair(const std::string& text) { return *ParseCachePair(text); }
+inline SequenceOptions WithPair(const std::string& pair, ExactWindow window = {}) {
+  SequenceOptions options;
+  options.pair = Pair(pair);
+  options.exact_window = window;
+  return options;
+}
+
+std::vector<float> RandomRows(std::mt19937& random, size_t count, float spread = 1.0f);
+
+// Matches a status by its code and a part of its message.
+inline bool IsError(const absl::Status& status, absl::StatusCode code, const std::string& part) {
+  if (status.code() == code && absl::StrContains(status.message(), part)) return true;
+  ADD_FAILURE() << "expected code " << static_cast<int>(code) << " with '" << part << "', got " << status.ToString();
+  return false;
+}
+
+// Two tiers of CPU memory; limits may be changed before Start.
+class CacheTest : public ::testing::Test {
+ protected:
+  CacheTest();
+  void Start(size_t device_bytes = 8 * kMiB, size_t host_bytes = 8 * kMiB);
+  void TearDown() override;
+  ModelId Register(const ModelSpec& spec) { return cache_->RegisterModel(spec).value(); }
+
+  FakeClock clock_;
+  CacheOptions options_;
+  std::unique_ptr<FaultyBackend> device_, host_;
+  std::unique_ptr<KvCache> cache_;
+  std::mt19937 random_{20260101};
+};
+
+// A sequence with its shadow.
+class Client {
+ public:
+  Client(KvCache& cache, const ModelSpec& model, const SequenceOptions& options, std::mt19937& random);
+  SequenceId id() const { return id_; }
+  int64_t length() const { return shadow_.Length(); }
+  ShadowSequence& shadow() { return shadow_; }
+  const ModelSpec& model() const { return *model_; }
+
+  // All layers in one call.
+  absl::Status Append(int64_t tokens);
+  // Layer by layer with AppendAttend, as an engine does; compares what the new tokens see.
+  absl::Status Step(int64_t tokens);
+  // Attends with queries that end at the last token and compares.
+  absl::Status CheckAttention(int layer, int64_t queries = 1, const float* sinks = nullptr);
+  void CheckAllLayers();
+  absl::Status Truncate(int64_t tokens);
+  Client Fork();
+  absl::Status Close() { return cache_->CloseSequence(id_); }
+  SequenceInfo info() const { return cache_->GetSequence(id_).value(); }
+
+ private:
+  struct Rows {
+    std::vector<float> k, v;
+  };
+  const LayerGroupSpec& group(int layer) const {
+    return model_->groups[static_cast<size_t>(model_->layers[static_cast<size_t>(layer)].group)];
+  }
+  Rows MakeRows(int layer, int64_t tokens);
+
+  KvCache* cache_;
+  std::shared_ptr<const ModelSpec> model_;
+  ShadowSequence shadow_;
+  std::mt19937* random_;
+  SequenceId id_ = 0;
+};
+
+// Relative L2 distance below 3e-3, log-sum-exp within 3e-3.
+void ExpectClose(const AttentionResult& expected, const std::vector<float>& out, const std::vector<float>& lse,
+                 const std::string& what);
+
+uint64_t TotalBytes(const SequenceInfo& info);
+uint64_t UsedBytes(const CacheStats& stats);
+
+}  // namespace kvtide::testing

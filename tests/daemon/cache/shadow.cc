@@ -1,0 +1,191 @@
+#include "tests/daemon/cache/shadow.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kernels/base/check.h"
+#include "kernels/format/page_codec.h"
+#include "kernels/format/profile_maker.h"
+
+namespace kvtide::testing {
+
+ShadowSequence::ShadowSequence(const ModelSpec& model, const SequenceOptions& options) : model_(model), options_(options) {
+  KVTIDE_CHECK(!options.seal_at_once, "the shadow models deferred sealing only");
+  for (const LayerGroupSpec& group : model.groups)
+    groups_.emplace_back().layers.resize(static_cast<size_t>(group.shape.layers));
+}
+
+void ShadowSequence::Append(int layer, const std::vector<float>& k, const std::vector<float>& v, int64_t tokens) {
+  const LayerSpec& spec = model_.layers[static_cast<size_t>(layer)];
+  Layer& to = groups_[static_cast<size_t>(spec.group)].layers[static_cast<size_t>(spec.layer_in_group)];
+  for (const float x : k) to.k.push_back(F16ToF32(F32ToF16(x)));
+  for (const float x : v) to.v.push_back(F16ToF32(F32ToF16(x)));
+  to.tokens += tokens;
+}
+
+void ShadowSequence::CodeBlock(size_t g, int64_t block) {
+  Group& group = groups_[g];
+  const GroupShape& shape = model_.groups[g].shape;
+  const CachePair pair = options_.PairOfGroup(static_cast<int>(g));
+  const auto heads = static_cast<size_t>(shape.kv_heads);
+  for (size_t l = 0; l < group.layers.size(); l++)
+    for (size_t h = 0; h < heads; h++)
+      for (const Side side : {Side::kKey, Side::kValue}) {
+        const bool key = side == Side::kKey;
+        const CacheType type = key ? pair.k : pair.v;
+        const auto dim = static_cast<size_t>(key ? shape.head_dim_k : shape.head_dim_v);
+        std::vector<float>& values = key ? group.layers[l].k : group.layers[l].v;
+        const HeadProfile* profile =
+            key && group.profile != nullptr ? &group.profile->key(static_cast<int>(l), static_cast<int>(h)) : nullptr;
+        const HalfLayout layout = MakeHalfLayout(type, static_cast<int>(dim));
+        std::vector<float> rows(static_cast<size_t>(kBlockTokens) * dim);
+        const auto at = [&](size_t token) { return ((static_cast<size_t>(block * kBlockTokens) + token) * heads + h) * dim; };
+        for (size_t t = 0; t < static_cast<size_t>(kBlockTokens); t++)
+          std::copy_n(values.begin() + static_cast<std::ptrdiff_t>(at(t)), dim, rows.begin() + static_cast<std::ptrdiff_t>(t * dim));
+        std::vector<std::byte> half(layout.bytes);
+        EncodeHalf(type, side, layout, profile, rows.data(), kBlockTokens, half.data());
+        DecodeHalf(type, side, layout, profile, half.data(), rows.data());
+        for (size_t t = 0; t < static_cast<size_t>(kBlockTokens); t++)
+          std::copy_n(rows.begin() + static_cast<std::ptrdiff_t>(t * dim), dim, values.begin() + static_cast<std::ptrdiff_t>(at(t)));
+      }
+  group.coded[static_cast<size_t>(block)] = true;
+}
+
+void ShadowSequence::Settle() {
+  const ExactWindow exact = options_.EffectiveWindow();
+  for (size_t g = 0; g < groups_.size(); g++) {
+    Group& group = groups_[g];
+    int64_t tokens = group.layers.front().tokens, most = 0;
+    for (const Layer& layer : group.layers) {
+      tokens = std::min(tokens, layer.tokens);
+      most = std::max(most, layer.tokens);
+    }
+    group.coded.resize(static_cast<size_t>((most + kBlockTokens - 1) / kBlockTokens), false);
+    const int64_t full = tokens / kBlockTokens;
+    const CachePair pair = options_.PairOfGroup(static_cast<int>(g));
+    const ProfileOptions profile = ProfileOptionsFor(options_, pair.k);
+    if (pair != ExactPair() && full > 0 && group.profile == nullptr && (profile.mean || profile.equalise != Equalise::kNone)) {
+      std::vector<const float*> keys;
+      const GroupShape& shape = model_.groups[g].shape;
+      const auto row = static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(shape.head_dim_k);
+      for (const Layer& layer : group.layers)
+        keys.push_back(layer.k.data() + static_cast<size_t>(group.first_block * kBlockTokens) * row);
+      group.profile = std::make_shared<const Profile>(MakeProfile(shape, keys, kBlockTokens, profile));
+    }
+    group.first_block = std::max(group.first_block, FirstLiveBlock(tokens, model_.groups[g].window));
+    if (pair == ExactPair()) continue;
+    for (int64_t block = group.first_block; block < full; block++)
+      if (!IsExactBlock(block, full, exact) && !group.coded[static_cast<size_t>(block)]) CodeBlock(g, block);
+  }
+}
+
+void ShadowSequence::Truncate(int64_t tokens) {
+  for (size_t g = 0; g < groups_.size(); g++) {
+    Group& group = groups_[g];
+    const GroupShape& shape = model_.groups[g].shape;
+    for (Layer& layer : group.layers) {
+      layer.tokens = std::min(layer.tokens, tokens);
+      layer.k.resize(static_cast<size_t>(layer.tokens * shape.kv_heads * shape.head_dim_k));
+      layer.v.resize(static_cast<size_t>(layer.tokens * shape.kv_heads * shape.head_dim_v));
+    }
+    const int64_t tail = tokens / kBlockTokens;
+    group.coded.resize(static_cast<size_t>((tokens + kBlockTokens - 1) / kBlockTokens), false);
+    if (tokens % kBlockTokens != 0 && group.coded[static_cast<size_t>(tail)]) {
+      group.coded[static_cast<size_t>(tail)] = false;  // decoded values become f16 rows
+      for (Layer& layer : group.layers) {
+        const auto from_k = static_cast<size_t>(tail * kBlockTokens * shape.kv_heads * shape.head_dim_k);
+        const auto from_v = static_cast<size_t>(tail * kBlockTokens * shape.kv_heads * shape.head_dim_v);
+        for (size_t i = from_k; i < layer.k.size(); i++) layer.k[i] = F16ToF32(F32ToF16(layer.k[i]));
+        for (size_t i = from_v; i < layer.v.size(); i++) layer.v[i] = F16ToF32(F32ToF16(layer.v[i]));
+      }
+    }
+    if (tokens == 0) group.first_block = 0;
+    bool any = false;
+    for (size_t b = static_cast<size_t>(group.first_block); b < group.coded.size(); b++) any = any || group.coded[b];
+    if (!any) group.profile.reset();
+  }
+}
+
+int64_t ShadowSequence::LayerLength(int layer) const {
+  const LayerSpec& spec = model_.layers[static_cast<size_t>(layer)];
+  return groups_[static_cast<size_t>(spec.group)].layers[static_cast<size_t>(spec.layer_in_group)].tokens;
+}
+
+int64_t ShadowSequence::Length() const {
+  int64_t tokens = std::numeric_limits<int64_t>::max();
+  for (size_t l = 0; l < model_.layers.size(); l++) tokens = std::min(tokens, LayerLength(static_cast<int>(l)));
+  return tokens;
+}
+
+int64_t ShadowSequence::FirstLiveToken(int layer) const {
+  return groups_[static_cast<size_t>(model_.layers[static_cast<size_t>(layer)].group)].first_block * kBlockTokens;
+}
+
+uint64_t ShadowSequence::BytesAtRest() const {
+  uint64_t bytes = 0;
+  for (size_t g = 0; g < groups_.size(); g++) {
+    const BlockLayout exact(model_.groups[g].shape, ExactPair());
+    const BlockLayout coded(model_.groups[g].shape, options_.PairOfGroup(static_cast<int>(g)));
+    for (size_t b = static_cast<size_t>(groups_[g].first_block); b < groups_[g].coded.size(); b++)
+      bytes += groups_[g].coded[b] ? coded.block_bytes() : exact.block_bytes();
+  }
+  return bytes;
+}
+
+uint64_t ShadowSequence::coded_blocks() const {
+  uint64_t blocks = 0;
+  for (const Group& group : groups_)
+    for (size_t b = static_cast<size_t>(group.first_block); b < group.coded.size(); b++) blocks += group.coded[b] ? 1 : 0;
+  return blocks;
+}
+
+AttentionResult ShadowSequence::Attend(int layer, const std::vector<float>& q, int64_t queries, int64_t first_position,
+                                       bool causal, int64_t window, const float* sinks) const {
+  const LayerSpec& spec = model_.layers[static_cast<size_t>(layer)];
+  const LayerGroupSpec& group = model_.groups[static_cast<size_t>(spec.group)];
+  const Layer& rows = groups_[static_cast<size_t>(spec.group)].layers[static_cast<size_t>(spec.layer_in_group)];
+  const GroupShape& shape = group.shape;
+  const auto heads = static_cast<size_t>(group.heads), kv_heads = static_cast<size_t>(shape.kv_heads),
+             dim_k = static_cast<size_t>(shape.head_dim_k), dim_v = static_cast<size_t>(shape.head_dim_v);
+  if (window == 0) window = group.window;
+  const double scale = group.scale > 0 ? group.scale : 1.0 / std::sqrt(static_cast<double>(dim_k));
+  AttentionResult result;
+  result.out.resize(static_cast<size_t>(queries) * heads * dim_v);
+  result.lse.resize(static_cast<size_t>(queries) * heads);
+  for (size_t i = 0; i < static_cast<size_t>(queries); i++)
+    for (size_t h = 0; h < heads; h++) {
+      const int64_t position = first_position + static_cast<int64_t>(i);
+      const int64_t end = causal ? std::min(rows.tokens, position + 1) : rows.tokens;
+      const int64_t begin = window > 0 ? std::max<int64_t>(0, position - window + 1) : 0;
+      const size_t kv_head = h / (heads / kv_heads);
+      std::vector<double> logits;
+      double largest = sinks != nullptr ? sinks[h] : -std::numeric_limits<double>::infinity();
+      for (int64_t t = begin; t < end; t++) {
+        const float* key = rows.k.data() + (static_cast<size_t>(t) * kv_heads + kv_head) * dim_k;
+        double dot = 0;
+        for (size_t d = 0; d < dim_k; d++) dot += static_cast<double>(q[(i * heads + h) * dim_k + d]) * static_cast<double>(key[d]);
+        dot *= scale;
+        if (group.softcap > 0) dot = group.softcap * std::tanh(dot / group.softcap);
+        logits.push_back(dot);
+        largest = std::max(largest, dot);
+      }
+      if (largest == -std::numeric_limits<double>::infinity()) {
+        result.lse[i * heads + h] = -std::numeric_limits<float>::infinity();
+        continue;
+      }
+      double sum = sinks != nullptr ? std::exp(sinks[h] - largest) : 0;
+      std::vector<double> out(dim_v);
+      for (size_t j = 0; j < logits.size(); j++) {
+        const double weight = std::exp(logits[j] - largest);
+        sum += weight;
+        const float* value = rows.v.data() + ((static_cast<size_t>(begin) + j) * kv_heads + kv_head) * dim_v;
+        for (size_t d = 0; d < dim_v; d++) out[d] += weight * static_cast<double>(value[d]);
+      }
+      for (size_t d = 0; d < dim_v; d++) result.out[(i * heads + h) * dim_v + d] = static_cast<float>(out[d] / sum);
+      result.lse[i * heads + h] = static_cast<float>(largest + std::log(sum));
+    }
+  return result;
+}
+
+}  // namespace kvtide::testing

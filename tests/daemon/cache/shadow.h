@@ -1,0 +1,59 @@
+// The naive model of the cache: every sequence is plain rows of floats, as they are stored, and attention is a double loop over
+// them. Rows are rounded to f16 on append; a block that the cache must have coded by now is encoded and decoded here by the
+// definition of the format. Knows no memory, tier or block table.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "daemon/cache/model.h"
+#include "daemon/cache/sequence_options.h"
+#include "kernels/format/profile.h"
+
+namespace kvtide::testing {
+
+struct AttentionResult {
+  std::vector<float> out;  // [queries][heads][dim_v]
+  std::vector<float> lse;  // [queries][heads]
+};
+
+class ShadowSequence {
+ public:
+  ShadowSequence(const ModelSpec& model, const SequenceOptions& options);
+
+  // New rows of one model layer, [tokens][kv_heads][dim]; what follows an append is done by Settle.
+  void Append(int layer, const std::vector<float>& k, const std::vector<float>& v, int64_t tokens);
+  // After all layers of a call are appended.
+  void Settle();
+  void Truncate(int64_t tokens);
+
+  int64_t LayerLength(int layer) const;
+  int64_t Length() const;
+  // First token that the cache still has to hold in the layer's group.
+  int64_t FirstLiveToken(int layer) const;
+  uint64_t BytesAtRest() const;
+  uint64_t coded_blocks() const;
+
+  AttentionResult Attend(int layer, const std::vector<float>& q, int64_t queries, int64_t first_position, bool causal = true,
+                         int64_t window = 0, const float* sinks = nullptr) const;
+
+ private:
+  struct Layer {
+    std::vector<float> k, v;
+    int64_t tokens = 0;
+  };
+  struct Group {
+    std::vector<Layer> layers;
+    std::vector<bool> coded;  // by block
+    std::shared_ptr<const Profile> profile;
+    int64_t first_block = 0;
+  };
+  void CodeBlock(size_t group, int64_t block);
+
+  ModelSpec model_;
+  SequenceOptions options_;
+  std::vector<Group> groups_;
+};
+
+}  // namespace kvtide::testing
