@@ -18,6 +18,7 @@ constexpr int kTaskRows = 256;
 // Blocks of one task. Few rows: 2,048 tokens, about 250 KiB of 4-bit codes, long against starting a task.
 constexpr int64_t kTaskBlocksFewRows = 32, kTaskBlocks = 512;
 constexpr int kFewRows = 64;
+constexpr int kRowsOfFewKernel = 16;        // more rows are worth decoding a page to f32 tiles
 constexpr int64_t kFar = int64_t{1} << 60;  // beyond any position, far from overflow
 
 int64_t BlocksOf(const BlockRun& run) { return (run.tokens + kBlockTokens - 1) / kBlockTokens; }
@@ -176,8 +177,9 @@ class Work {
     rows.end = end;
     rows.scale = args_.scale;
     rows.softcap = args_.softcap;
-    kernels.attend(segment, rows, out_.data() + task.state * Size(StoredDim(shape_.head_dim_v)),
-                   lse_.data() + task.state);
+    const auto attend = chunk.rows > kRowsOfFewKernel ? kernels.attend_many : kernels.attend;
+    attend(segment, rows, out_.data() + task.state * Size(StoredDim(shape_.head_dim_v)),
+           lse_.data() + task.state);
   }
 
   // States of equal V types merge in their own frame, which is left once per type and row.

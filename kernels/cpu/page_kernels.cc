@@ -1,14 +1,49 @@
 #include "kernels/cpu/page_kernels.h"
 
+#include <array>
+
 #include "kernels/cpu/plain_kernels.h"
+#include "kernels/cpu/simd_attend.h"
 
 namespace kvtide {
+namespace {
 
-std::vector<SimdLevel> SupportedSimdLevels() { return {SimdLevel::kPlain}; }
+constexpr std::array<SimdLevel, 2> kVectorLevels = {SimdLevel::kAvx2, SimdLevel::kAvx512};
+
+// Tables of the supported vector levels, by level.
+std::array<PageKernels, 4> MakeTables() {
+  std::array<PageKernels, 4> tables;
+  for (SimdLevel level : kVectorLevels) {
+    const AttendPages attend = SimdAttendFew(level);
+    if (attend == nullptr) continue;
+    PageKernels& table = tables[static_cast<size_t>(level)];
+    table = PlainKernels();
+    table.name = SimdLevelName(level);
+    table.level = level;
+    table.attend = attend;
+    table.attend_many = SimdAttendMany(level);
+  }
+  return tables;
+}
+
+const PageKernels* FindVectorKernels(SimdLevel level) {
+  static const std::array<PageKernels, 4> kTables = MakeTables();
+  const PageKernels& table = kTables[static_cast<size_t>(level)];
+  return table.attend == nullptr ? nullptr : &table;
+}
+
+}  // namespace
+
+std::vector<SimdLevel> SupportedSimdLevels() {
+  std::vector<SimdLevel> levels = {SimdLevel::kPlain};
+  for (SimdLevel level : kVectorLevels)
+    if (FindVectorKernels(level) != nullptr) levels.push_back(level);
+  return levels;
+}
 
 const PageKernels* FindPageKernels(SimdLevel level) {
   if (level == SimdLevel::kBest) level = SupportedSimdLevels().back();
-  return level == SimdLevel::kPlain ? &PlainKernels() : nullptr;
+  return level == SimdLevel::kPlain ? &PlainKernels() : FindVectorKernels(level);
 }
 
 const char* SimdLevelName(SimdLevel level) {
@@ -21,8 +56,6 @@ const char* SimdLevelName(SimdLevel level) {
       return "avx2";
     case SimdLevel::kAvx512:
       return "avx512";
-    case SimdLevel::kAvx512Vnni:
-      return "avx512_vnni";
   }
   return "unknown";
 }

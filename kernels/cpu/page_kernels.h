@@ -14,7 +14,7 @@
 
 namespace kvtide {
 
-enum class SimdLevel : uint8_t { kBest, kPlain, kAvx2, kAvx512, kAvx512Vnni };
+enum class SimdLevel : uint8_t { kBest, kPlain, kAvx2, kAvx512 };
 
 // Pages of one KV head: the records at `record_offset` in consecutive blocks of one sequence.
 struct PageSegment {
@@ -40,7 +40,9 @@ struct PageKernels {
   SimdLevel level = SimdLevel::kPlain;
   // Attention of the rows over the segment: out [rows][stored_dim_v] in the frame in which V is stored, lse
   // [rows] (natural log, -inf and output 0 where a row sees nothing).
+  // `attend` suits a few rows (decoding), `attend_many` many (prefill); either takes any number.
   void (*attend)(const PageSegment& segment, const QueryRows& rows, float* out, float* lse) = nullptr;
+  void (*attend_many)(const PageSegment& segment, const QueryRows& rows, float* out, float* lse) = nullptr;
   // Writes `tokens` rows, `stride` elements apart, behind the first `first_token` tokens of an f16 or bf16
   // half page.
   void (*store_rows)(CacheType type, const HalfLayout& layout, TensorView rows, size_t first_element,

@@ -97,7 +97,8 @@ void StoreRows(CacheType type, const HalfLayout& layout, TensorView rows, size_t
 }  // namespace
 
 const PageKernels& PlainKernels() {
-  static const PageKernels kKernels{"plain", SimdLevel::kPlain, Attend, StoreRows, EncodeHalf, DecodeHalf};
+  static const PageKernels kKernels{"plain",   SimdLevel::kPlain, Attend,    Attend,
+                                    StoreRows, EncodeHalf,        DecodeHalf};
   return kKernels;
 }
 

@@ -1,0 +1,617 @@
+// Attention of up to 8 rows over pages, for decoding: codes are decoded once for all rows, into 16-bit levels
+// that meet 16-bit queries and weights in integer dot products; f16 and bf16 pages meet f32. Included once
+// for each instruction set.
+//
+// K: lane = token, so a dot product over dims needs no sum across lanes. V: lane = dim. The weights of a page
+// are 16-bit integers relative to its largest, V scale included: neither a sink elsewhere nor large V of
+// tokens without weight can wipe a page out, and rounding cannot carry a weight past 32767 (it is clamped as
+// well).
+#if defined(KVTIDE_KERNELS_CPU_SIMD_FEW_ROWS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef KVTIDE_KERNELS_CPU_SIMD_FEW_ROWS_INL_H_
+#undef KVTIDE_KERNELS_CPU_SIMD_FEW_ROWS_INL_H_
+#else
+#define KVTIDE_KERNELS_CPU_SIMD_FEW_ROWS_INL_H_
+#endif
+
+#include <algorithm>
+
+#include "kernels/cpu/page_kernels.h"
+#include "kernels/cpu/simd_page-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace kvtide {
+namespace HWY_NAMESPACE {
+#if KVTIDE_VECTOR_TARGET
+
+// ---- K of coded types
+
+// One quad row (32 dims) of kVectors token vectors from vector `first` on.
+template <int kBits, int kRows, int kVectors, int kPhase, int kColumn>
+HWY_INLINE void KeyColumn(const Unpacker<kBits>& unpack, const uint8_t* codes, int quads, int quad, int first,
+                          const int32_t* HWY_RESTRICT q, VecI32 (&acc)[kVectors][kRows]) {
+  Units units[kVectors];
+  KVTIDE_UNROLL
+  for (int v = 0; v < kVectors; v++) {
+    const int vector = first + v, half = vector / kQuadVectors;
+    units[v] = unpack.template Load<kPhase, kColumn % 2 == 1>(
+        codes + ColumnOffset(kColumn, vector % kQuadVectors), half * quads + quad);
+  }
+  const auto pair = [&](auto index) HWY_ATTR {
+    constexpr int kPair = decltype(index)::value;
+    VecI16 levels[kVectors];
+    KVTIDE_UNROLL
+    for (int v = 0; v < kVectors; v++) levels[v] = unpack.template Pair<kPair>(units[v]);
+    KVTIDE_UNROLL
+    for (int r = 0; r < kRows; r++) {
+      const VecI16 query = hn::BitCast(TagI16(), hn::Set(TagI32(), q[(kColumn * 4 + kPair) * kRows + r]));
+      KVTIDE_UNROLL
+      for (int v = 0; v < kVectors; v++) acc[v][r] = AddDots(acc[v][r], levels[v], query);
+    }
+  };
+  pair(std::integral_constant<int, 0>());
+  pair(std::integral_constant<int, 1>());
+  pair(std::integral_constant<int, 2>());
+  pair(std::integral_constant<int, 3>());
+}
+
+template <int kBits, int kRows, int kVectors, int kPhase>
+HWY_INLINE void KeyQuad(const Unpacker<kBits>& unpack, const uint8_t* codes, int quads, int quad, int first,
+                        const int32_t* HWY_RESTRICT q, VecI32 (&acc)[kVectors][kRows]) {
+  KeyColumn<kBits, kRows, kVectors, kPhase, 0>(unpack, codes, quads, quad, first, q, acc);
+  KeyColumn<kBits, kRows, kVectors, kPhase, 1>(unpack, codes, quads, quad, first, q, acc);
+  KeyColumn<kBits, kRows, kVectors, kPhase, 2>(unpack, codes, quads, quad, first, q, acc);
+  KeyColumn<kBits, kRows, kVectors, kPhase, 3>(unpack, codes, quads, quad, first, q, acc);
+}
+
+// Dots of kVectors token vectors with all rows: scale times integer dot, summed over the groups.
+template <int kBits, int kRows, int kVectors>
+HWY_INLINE void KeyVectors(const Unpacker<kBits>& unpack, const HalfView& k, const int32_t* q,
+                           const float* scales, int first, float* HWY_RESTRICT dots) {
+  constexpr int kPhases = Unpacker<kBits>::kPhases;
+  const int quads = k.dim / 32, step = k.table->group / 32;
+  const int half = first / kQuadVectors;
+  for (int group = 0; group < k.groups; group++) {
+    VecI32 acc[kVectors][kRows];
+    KVTIDE_UNROLL
+    for (int v = 0; v < kVectors; v++) KVTIDE_UNROLL
+    for (int r = 0; r < kRows; r++) acc[v][r] = hn::Zero(TagI32());
+    const int end = std::min(quads, (group + 1) * step);
+    for (int quad = group * step; quad < end; quad++) {
+      k.prefetch->Step();
+      const int32_t* quad_q = q + quad * 16 * kRows;
+      if constexpr (kPhases == 1) {
+        KeyQuad<kBits, kRows, kVectors, 0>(unpack, k.codes, quads, quad, first, quad_q, acc);
+      } else {
+        switch ((half * quads + quad) % kPhases) {
+          case 0:
+            KeyQuad<kBits, kRows, kVectors, 0>(unpack, k.codes, quads, quad, first, quad_q, acc);
+            break;
+          case 1:
+            KeyQuad<kBits, kRows, kVectors, 1>(unpack, k.codes, quads, quad, first, quad_q, acc);
+            break;
+          case 2:
+            KeyQuad<kBits, kRows, kVectors, kPhases == 4 ? 2 : 0>(unpack, k.codes, quads, quad, first, quad_q,
+                                                                  acc);
+            break;
+          default:
+            KeyQuad<kBits, kRows, kVectors, kPhases == 4 ? 3 : 0>(unpack, k.codes, quads, quad, first, quad_q,
+                                                                  acc);
+            break;
+        }
+      }
+    }
+    KVTIDE_UNROLL
+    for (int v = 0; v < kVectors; v++) {
+      const int at = (first + v) * kLanes;
+      const VecF32 scale = hn::Load(TagF32(), scales + group * kBlockTokens + at);
+      KVTIDE_UNROLL
+      for (int r = 0; r < kRows; r++) {
+        float* target = dots + r * kBlockTokens + at;
+        VecF32 dot = hn::Mul(hn::ConvertTo(TagF32(), acc[v][r]), scale);
+        if (group > 0) dot = hn::Add(dot, hn::Load(TagF32(), target));
+        hn::Store(dot, TagF32(), target);
+      }
+    }
+  }
+}
+
+// Token vectors that are worked on together: as many as leave the sums in registers (32 of 512 bits, 16 of
+// 256).
+constexpr int VectorsFor(int rows) {
+  return kWide ? (rows == 8 ? 2 : 4) : (rows == 1 ? 4 : rows == 8 ? 1 : 2);
+}
+
+template <int kBits, int kRows>
+HWY_NOINLINE void KeyDots(const HalfView& k, const int32_t* q, float* HWY_RESTRICT dots) {
+  alignas(64) float scales[kMaxGroups * kBlockTokens];
+  for (int g = 0; g < k.groups; g++) LoadScales(k.scales + g * kBlockTokens * 2, scales + g * kBlockTokens);
+  const Unpacker<kBits> unpack(*k.table);
+  constexpr int kVectors = VectorsFor(kRows), kPhases = Unpacker<kBits>::kPhases;
+  // Both halves of the tokens at once only where their quads are cut alike.
+  if constexpr (kVectors > kQuadVectors && kPhases > 1) {
+    if (k.dim / 32 % kPhases != 0) {
+      for (int first = 0; first < kPageVectors; first += kQuadVectors)
+        KeyVectors<kBits, kRows, kQuadVectors>(unpack, k, q, scales, first, dots);
+      return;
+    }
+  }
+  for (int first = 0; first < kPageVectors; first += kVectors)
+    KeyVectors<kBits, kRows, kVectors>(unpack, k, q, scales, first, dots);
+}
+
+// ---- V of coded types
+
+template <int kBits, int kRows, int kVectors, int kParity, int kTokens, int kColumn>
+HWY_INLINE void ValueColumn(const Unpacker<kBits>& unpack, const uint8_t* codes, int first,
+                            const int32_t* const* weights, VecI32 (&acc)[kVectors][kRows]) {
+  constexpr int kPhases = Unpacker<kBits>::kPhases;
+  Units units[kVectors];
+  const auto load = [&](auto index) HWY_ATTR {
+    constexpr int kVector = decltype(index)::value;
+    if constexpr (kVector < kVectors) {
+      constexpr int kPhase = (2 * (kParity + kVector / kQuadVectors) + kTokens) % kPhases;
+      const int vector = first + kVector;
+      units[kVector] = unpack.template Load<kPhase, kColumn % 2 == 1>(
+          codes + ColumnOffset(kColumn, vector % kQuadVectors), vector / kQuadVectors * 2 + kTokens);
+    }
+  };
+  load(std::integral_constant<int, 0>());
+  load(std::integral_constant<int, 1>());
+  load(std::integral_constant<int, 2>());
+  load(std::integral_constant<int, 3>());
+  const auto pair = [&](auto index) HWY_ATTR {
+    constexpr int kPair = decltype(index)::value;
+    // The dword of the two weights (see PackWeights).
+    constexpr int kWord =
+        (2 * (4 * kTokens + kColumn) + kPair % 2) * 4 + (kBits == 8 ? kPair / 2 * 2 : kPair / 2);
+    VecI16 levels[kVectors];
+    KVTIDE_UNROLL
+    for (int v = 0; v < kVectors; v++) levels[v] = unpack.template Pair<kPair>(units[v]);
+    KVTIDE_UNROLL
+    for (int r = 0; r < kRows; r++) {
+      KVTIDE_UNROLL
+      for (int v = 0; v < kVectors; v++) {
+        const int32_t word = weights[v / kQuadVectors][r * kBlockTokens + kWord];
+        acc[v][r] = AddDots(acc[v][r], levels[v], hn::BitCast(TagI16(), hn::Set(TagI32(), word)));
+      }
+    }
+  };
+  pair(std::integral_constant<int, 0>());
+  pair(std::integral_constant<int, 1>());
+  pair(std::integral_constant<int, 2>());
+  pair(std::integral_constant<int, 3>());
+}
+
+// Adds to kVectors dim vectors of the output from vector `first` on; kParity: of the group of 32 dims they
+// begin in.
+template <int kBits, int kRows, int kVectors, int kParity>
+HWY_INLINE void ValueVectors(const Unpacker<kBits>& unpack, const HalfView& v, const int32_t* weights,
+                             const float* factors, const PageFactors* page, int first,
+                             float* HWY_RESTRICT out) {
+  VecI32 acc[kVectors][kRows];
+  KVTIDE_UNROLL
+  for (int i = 0; i < kVectors; i++) KVTIDE_UNROLL
+  for (int r = 0; r < kRows; r++) acc[i][r] = hn::Zero(TagI32());
+  const int quad_dim = first / kQuadVectors;
+  const int per_group = v.table->group / 32;
+  constexpr int kDims = (kVectors + kQuadVectors - 1) / kQuadVectors;
+  int groups[kDims];
+  const int32_t* group_weights[kDims];
+  KVTIDE_UNROLL
+  for (int i = 0; i < kDims; i++) {
+    groups[i] = (quad_dim + i) / per_group;
+    group_weights[i] = weights + groups[i] * kRows * kBlockTokens;
+  }
+  v.prefetch->Step();
+  ValueColumn<kBits, kRows, kVectors, kParity, 0, 0>(unpack, v.codes, first, group_weights, acc);
+  ValueColumn<kBits, kRows, kVectors, kParity, 0, 1>(unpack, v.codes, first, group_weights, acc);
+  ValueColumn<kBits, kRows, kVectors, kParity, 0, 2>(unpack, v.codes, first, group_weights, acc);
+  ValueColumn<kBits, kRows, kVectors, kParity, 0, 3>(unpack, v.codes, first, group_weights, acc);
+  ValueColumn<kBits, kRows, kVectors, kParity, 1, 0>(unpack, v.codes, first, group_weights, acc);
+  ValueColumn<kBits, kRows, kVectors, kParity, 1, 1>(unpack, v.codes, first, group_weights, acc);
+  ValueColumn<kBits, kRows, kVectors, kParity, 1, 2>(unpack, v.codes, first, group_weights, acc);
+  ValueColumn<kBits, kRows, kVectors, kParity, 1, 3>(unpack, v.codes, first, group_weights, acc);
+  const TagF32 f32;
+  KVTIDE_UNROLL
+  for (int r = 0; r < kRows; r++) KVTIDE_UNROLL
+  for (int i = 0; i < kVectors; i++) {
+    float* target = out + r * v.dim + (first + i) * kLanes;
+    const VecF32 factor = hn::Set(f32, factors[groups[i / kQuadVectors] * kRows + r]);
+    const VecF32 kept = hn::Mul(hn::Load(f32, target), hn::Set(f32, page[r].keep));
+    hn::Store(hn::MulAdd(hn::ConvertTo(f32, acc[i][r]), factor, kept), f32, target);
+  }
+}
+
+// packed[group][row][64 words]: the weight times the V scale, relative to the largest such product of the row
+// and group, as pairs of 16-bit integers. A block of four positions holds tokens 0,2,4,6 or 1,3,5,7 of an
+// octet; word i of a block is the pair of positions (i, i+2), or (i, i+1) for 8-bit codes, whose pairs are
+// cut so; the other words are not used. factors[group][row]: what one unit of the integer sum stands for.
+template <int kBits, int kRows>
+HWY_INLINE void PackWeights(const HalfView& v, const float* weights, const PageFactors* page,
+                            int32_t* HWY_RESTRICT packed, float* HWY_RESTRICT factors) {
+  const TagF32 f32;
+  const VecI32 limit = hn::Set(TagI32(), 32767);
+  for (int g = 0; g < v.groups; g++) {
+    alignas(64) float scales[kBlockTokens];
+    LoadScales(v.scales + g * kBlockTokens * 2, scales);
+    for (int r = 0; r < kRows; r++) {
+      VecF32 products[kPageVectors];
+      VecF32 largest = hn::Zero(f32);
+      KVTIDE_UNROLL
+      for (int i = 0; i < kPageVectors; i++) {
+        products[i] = hn::Mul(hn::Load(f32, weights + r * kBlockTokens + i * kLanes),
+                              hn::Load(f32, scales + i * kLanes));
+        largest = hn::Max(largest, hn::Abs(products[i]));
+      }
+      const float maximum = hn::GetLane(hn::MaxOfLanes(f32, largest));
+      const VecF32 to_int = hn::Set(f32, maximum > 1e-30f ? 32767.0f / maximum : 0.0f);
+      factors[g * kRows + r] = page[r].page * maximum * (v.table->unit / 32767.0f);
+      KVTIDE_UNROLL
+      for (int i = 0; i < kPageVectors; i++) {
+        VecI32 w = hn::NearestInt(hn::Mul(products[i], to_int));
+        w = hn::Max(hn::Min(w, limit), hn::Neg(limit));
+        const VecI32 partner = kBits == 8 ? hn::Shuffle2301(w) : hn::Shuffle1032(w);
+        const VecI16 pairs =
+            hn::OddEven(hn::BitCast(TagI16(), hn::ShiftLeft<16>(partner)), hn::BitCast(TagI16(), w));
+        hn::Store(hn::BitCast(TagI32(), pairs), TagI32(),
+                  packed + (g * kRows + r) * kBlockTokens + i * kLanes);
+      }
+    }
+  }
+}
+
+template <int kBits, int kRows>
+HWY_NOINLINE void ValueSums(const HalfView& v, const float* weights, const PageFactors* page,
+                            float* HWY_RESTRICT out) {
+  alignas(64) int32_t packed[kMaxGroups * kRows * kBlockTokens];
+  float factors[kMaxGroups * kRows];
+  PackWeights<kBits, kRows>(v, weights, page, packed, factors);
+  const Unpacker<kBits> unpack(*v.table);
+  constexpr int kVectors = VectorsFor(kRows);
+  const int vectors = v.dim / kLanes;
+  if constexpr (kVectors > kQuadVectors) {
+    int first = 0;
+    for (; first + kVectors <= vectors; first += kVectors)
+      ValueVectors<kBits, kRows, kVectors, 0>(unpack, v, packed, factors, page, first, out);
+    if (first < vectors)
+      ValueVectors<kBits, kRows, kQuadVectors, 0>(unpack, v, packed, factors, page, first, out);
+  } else {
+    for (int first = 0; first < vectors; first += kVectors) {
+      if (first / kQuadVectors % 2 == 0) {
+        ValueVectors<kBits, kRows, kVectors, 0>(unpack, v, packed, factors, page, first, out);
+      } else {
+        ValueVectors<kBits, kRows, kVectors, 1>(unpack, v, packed, factors, page, first, out);
+      }
+    }
+  }
+}
+
+// ---- f16 and bf16
+
+// The XOR on the 16-byte chunk index of a token's row (page_order.h), for token 8 * octet + parity + 2 * i.
+HWY_INLINE constexpr int ChunkXor(bool by_64, int parity, int i) { return by_64 ? parity + 2 * i : i; }
+
+// Sums of the lanes of four vectors, stored next to each other.
+HWY_INLINE void StoreSums(VecF32 a, VecF32 b, VecF32 c, VecF32 d, float* HWY_RESTRICT out) {
+  const TagF32 f32;
+  const hn::Repartition<double, TagF32> f64;
+  const VecF32 ab = hn::Add(hn::InterleaveLower(f32, a, b), hn::InterleaveUpper(f32, a, b));
+  const VecF32 cd = hn::Add(hn::InterleaveLower(f32, c, d), hn::InterleaveUpper(f32, c, d));
+  const VecF32 low = hn::BitCast(f32, hn::InterleaveLower(f64, hn::BitCast(f64, ab), hn::BitCast(f64, cd)));
+  const VecF32 high = hn::BitCast(f32, hn::InterleaveUpper(f64, hn::BitCast(f64, ab), hn::BitCast(f64, cd)));
+  const VecF32 sum = hn::Add(low, high);
+#if HWY_TARGET == HWY_AVX2
+  _mm_store_ps(out, _mm_add_ps(_mm256_castps256_ps128(sum.raw), _mm256_extractf128_ps(sum.raw, 1)));
+#else
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sum.raw), _mm512_extractf32x8_ps(sum.raw, 1));
+  _mm_store_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#endif
+}
+
+// q: [rows][dim]; swapped: the same with neighbouring chunks of 8 exchanged (512-bit vectors span two
+// chunks).
+template <int kRows, bool kBf16>
+HWY_NOINLINE void KeyDotsHalf(const HalfView& k, const float* q, const float* swapped,
+                              float* HWY_RESTRICT dots) {
+  constexpr int kStep = kWide ? (kRows < 4 ? kRows : 4) : (kRows < 2 ? kRows : 2);
+  const TagF32 f32;
+  const auto* values = reinterpret_cast<const uint16_t*>(k.codes);
+  const bool by_64 = k.dim % 64 == 0;
+  const int vectors = k.dim / kLanes;
+  for (int octet = 0; octet < 8; octet++)
+    for (int parity = 0; parity < 2; parity++) {
+      const uint16_t* row[4];
+      const float* query[4];
+      int flip[4];  // XOR on the vector index
+      for (int i = 0; i < 4; i++) {
+        const int x = ChunkXor(by_64, parity, i);
+        row[i] = values + (8 * octet + parity + 2 * i) * k.dim;
+        flip[i] = kWide ? x >> 1 : x;
+        query[i] = kWide && (x & 1) ? swapped : q;
+      }
+      k.prefetch->Step();
+      for (int r0 = 0; r0 < kRows; r0 += kStep) {
+        VecF32 acc[4][kStep];
+        KVTIDE_UNROLL
+        for (int i = 0; i < 4; i++) KVTIDE_UNROLL
+        for (int r = 0; r < kStep; r++) acc[i][r] = hn::Zero(f32);
+        if (by_64) {
+          const float* shared = query[0] + r0 * k.dim;
+          for (int j = 0; j < vectors; j++) {
+            VecF32 x[4];
+            KVTIDE_UNROLL
+            for (int i = 0; i < 4; i++) x[i] = LoadHalf(row[i] + (j ^ flip[i]) * kLanes, kBf16);
+            KVTIDE_UNROLL
+            for (int r = 0; r < kStep; r++) {
+              const VecF32 query_r = hn::LoadU(f32, shared + r * k.dim + j * kLanes);
+              KVTIDE_UNROLL
+              for (int i = 0; i < 4; i++) acc[i][r] = hn::MulAdd(x[i], query_r, acc[i][r]);
+            }
+          }
+        } else {
+          for (int j = 0; j < vectors; j++) KVTIDE_UNROLL
+          for (int i = 0; i < 4; i++) {
+            const VecF32 x = LoadHalf(row[i] + (j ^ flip[i]) * kLanes, kBf16);
+            KVTIDE_UNROLL
+            for (int r = 0; r < kStep; r++)
+              acc[i][r] = hn::MulAdd(x, hn::LoadU(f32, query[i] + (r0 + r) * k.dim + j * kLanes), acc[i][r]);
+          }
+        }
+        KVTIDE_UNROLL
+        for (int r = 0; r < kStep; r++)
+          StoreSums(acc[0][r], acc[1][r], acc[2][r], acc[3][r],
+                    dots + (r0 + r) * kBlockTokens + 8 * octet + 4 * parity);
+      }
+    }
+}
+
+HWY_INLINE VecF32 SwapChunks(VecF32 v) {
+#if HWY_TARGET == HWY_AVX2
+  return v;
+#else
+  return VecF32{_mm512_shuffle_f32x4(v.raw, v.raw, 0x4E)};
+#endif
+}
+
+// Adds weight * V of tokens [first_token, last_token) to kVectors vectors of kStep rows.
+template <int kStep, int kVectors, bool kBf16>
+HWY_INLINE void ValueBlockHalf(const HalfView& v, const float* weights, const PageFactors* page,
+                               int first_token, int last_token, int first_vector, float* HWY_RESTRICT out) {
+  const TagF32 f32;
+  const auto* values = reinterpret_cast<const uint16_t*>(v.codes);
+  const bool by_64 = v.dim % 64 == 0;
+  VecF32 acc[kVectors][kStep];
+  KVTIDE_UNROLL
+  for (int r = 0; r < kStep; r++) KVTIDE_UNROLL
+  for (int i = 0; i < kVectors; i++)
+    acc[i][r] =
+        hn::Mul(hn::Load(f32, out + r * v.dim + (first_vector + i) * kLanes), hn::Set(f32, page[r].keep));
+  // Tokens whose chunks lie in order, then (512 bits) those whose neighbouring chunks are exchanged.
+  for (int swap = 0; swap < (kWide ? 2 : 1); swap++) {
+    if (swap == 1) {
+      KVTIDE_UNROLL
+      for (int r = 0; r < kStep; r++) KVTIDE_UNROLL
+      for (int i = 0; i < kVectors; i++) acc[i][r] = SwapChunks(acc[i][r]);
+    }
+    for (int position = 0; position < kBlockTokens; position++) {
+      const int i = position % 4, parity = position / 4 % 2;
+      const int token = TokenAtPosition(position), x = ChunkXor(by_64, parity, i);
+      if ((kWide && (x & 1) != swap) || token < first_token || token >= last_token) continue;
+      const int flip = kWide ? x >> 1 : x;
+      const uint16_t* row = values + token * v.dim;
+      VecF32 value[kVectors];
+      KVTIDE_UNROLL
+      for (int c = 0; c < kVectors; c++)
+        value[c] = LoadHalf(row + ((first_vector + c) ^ flip) * kLanes, kBf16);
+      KVTIDE_UNROLL
+      for (int r = 0; r < kStep; r++) {
+        const VecF32 weight = hn::Set(f32, weights[r * kBlockTokens + position]);
+        KVTIDE_UNROLL
+        for (int c = 0; c < kVectors; c++) acc[c][r] = hn::MulAdd(value[c], weight, acc[c][r]);
+      }
+    }
+  }
+  KVTIDE_UNROLL
+  for (int r = 0; r < kStep; r++) KVTIDE_UNROLL
+  for (int i = 0; i < kVectors; i++)
+    hn::Store(kWide ? SwapChunks(acc[i][r]) : acc[i][r], f32, out + r * v.dim + (first_vector + i) * kLanes);
+}
+
+template <int kRows, bool kBf16>
+HWY_NOINLINE void ValueSumsHalf(const HalfView& v, float* HWY_RESTRICT weights, const PageFactors* page,
+                                int first_token, int last_token, float* HWY_RESTRICT out) {
+  constexpr int kStep = kWide ? (kRows < 4 ? kRows : 4) : (kRows < 2 ? kRows : 2);
+  constexpr int kVectors = 4;
+  const TagF32 f32;
+  for (int r = 0; r < kRows; r++)
+    for (int i = 0; i < kPageVectors; i++) {
+      float* w = weights + r * kBlockTokens + i * kLanes;
+      hn::Store(hn::Mul(hn::Load(f32, w), hn::Set(f32, page[r].page)), f32, w);
+    }
+  const int vectors = v.dim / kLanes;
+  for (int r = 0; r < kRows; r += kStep) {
+    int first = 0;
+    for (; first + kVectors <= vectors; first += kVectors) {
+      v.prefetch->Step();
+      ValueBlockHalf<kStep, kVectors, kBf16>(v, weights + r * kBlockTokens, page + r, first_token, last_token,
+                                             first, out + r * v.dim);
+    }
+    for (; first < vectors; first += 2)
+      ValueBlockHalf<kStep, 2, kBf16>(v, weights + r * kBlockTokens, page + r, first_token, last_token, first,
+                                      out + r * v.dim);
+  }
+}
+
+// ---- Rows and pages
+
+// Up to kRows rows, prepared for K's type; missing rows are zero queries.
+template <int kRows>
+struct PreparedRows {
+  hwy::AlignedFreeUniquePtr<float[]> floats;   // f16, bf16: [kRows][dim], then the same with chunks exchanged
+  hwy::AlignedFreeUniquePtr<int32_t[]> pairs;  // coded: [dim / 32][column][pair][kRows]
+  LogitScale scale[kRows];
+  int64_t begin[kRows], end[kRows];
+};
+
+template <int kRows>
+void PrepareRows(const QueryRows& rows, int first, const CodeTable& table, int dim,
+                 PreparedRows<kRows>& out) {
+  const size_t size = static_cast<size_t>(kRows * dim);
+  std::vector<float> q(size, 0.0f);
+  const int count = std::min(kRows, rows.rows - first);
+  std::copy_n(rows.q + static_cast<size_t>(first) * static_cast<size_t>(dim),
+              static_cast<size_t>(count) * static_cast<size_t>(dim), q.data());
+  for (int r = 0; r < kRows; r++) {
+    const int source = first + std::min(r, count - 1);
+    out.begin[r] = rows.begin[source];
+    out.end[r] = rows.end[source];
+    out.scale[r].factor = rows.scale;
+    out.scale[r].bias = rows.bias == nullptr || r >= count ? 0.0f : rows.bias[source] * rows.scale;
+    out.scale[r].softcap = rows.softcap;
+  }
+  if (!table.coded()) {
+    out.floats = hwy::AllocateAligned<float>(2 * size);
+    for (size_t i = 0; i < size; i++) {
+      out.floats[i] = q[i];
+      out.floats[size + i] = q[i ^ 8];
+    }
+    return;
+  }
+  out.pairs = hwy::AllocateAligned<int32_t>(size / 2);
+  for (int r = 0; r < kRows; r++) {
+    const float* row = q.data() + static_cast<size_t>(r * dim);
+    float largest = 0;
+    for (int d = 0; d < dim; d++) largest = std::max(largest, std::fabs(row[d]));
+    const float to_int = largest > 0 ? 32767.0f / largest : 0.0f;
+    out.scale[r].factor *= largest / 32767.0f * table.unit;
+    const auto rounded = [&](int d) { return static_cast<uint32_t>(std::lrint(row[d] * to_int)) & 0xffffu; };
+    for (int octet = 0; octet < dim / 8; octet++)
+      for (int pair = 0; pair < 4; pair++)
+        out.pairs[static_cast<size_t>((octet * 4 + pair) * kRows + r)] =
+            static_cast<int32_t>(rounded(8 * octet + PairFirst(table.bits, pair)) |
+                                 rounded(8 * octet + PairSecond(table.bits, pair)) << 16);
+  }
+}
+
+template <int kRows>
+HWY_INLINE void PageDots(const HalfView& k, const PreparedRows<kRows>& rows, float* dots) {
+  switch (k.table->bits) {
+    case 0: {
+      const float* swapped = rows.floats.get() + kRows * k.dim;
+      return k.table->bf16 ? KeyDotsHalf<kRows, true>(k, rows.floats.get(), swapped, dots)
+                           : KeyDotsHalf<kRows, false>(k, rows.floats.get(), swapped, dots);
+    }
+    case 2:
+      return KeyDots<2, kRows>(k, rows.pairs.get(), dots);
+    case 3:
+      return KeyDots<3, kRows>(k, rows.pairs.get(), dots);
+    case 4:
+      return KeyDots<4, kRows>(k, rows.pairs.get(), dots);
+    case 5:
+      return KeyDots<5, kRows>(k, rows.pairs.get(), dots);
+    default:
+      return KeyDots<8, kRows>(k, rows.pairs.get(), dots);
+  }
+}
+
+template <int kRows>
+HWY_INLINE void PageSums(const HalfView& v, float* weights, const PageFactors* page, int first, int last,
+                         float* out) {
+  switch (v.table->bits) {
+    case 0:
+      return v.table->bf16 ? ValueSumsHalf<kRows, true>(v, weights, page, first, last, out)
+                           : ValueSumsHalf<kRows, false>(v, weights, page, first, last, out);
+    case 2:
+      return ValueSums<2, kRows>(v, weights, page, out);
+    case 3:
+      return ValueSums<3, kRows>(v, weights, page, out);
+    case 4:
+      return ValueSums<4, kRows>(v, weights, page, out);
+    case 5:
+      return ValueSums<5, kRows>(v, weights, page, out);
+    default:
+      return ValueSums<8, kRows>(v, weights, page, out);
+  }
+}
+
+template <int kRows>
+void AttendRows(const PageSegment& segment, const QueryRows& rows, int first_row, float* out, float* lse) {
+  const BlockLayout& layout = *segment.layout;
+  const CodeTable& k_table = CodeTableOf(layout.pair().k);
+  const CodeTable& v_table = CodeTableOf(layout.pair().v);
+  const int dim_k = layout.k().stored_dim, dim_v = layout.v().stored_dim;
+  PreparedRows<kRows> prepared;
+  PrepareRows<kRows>(rows, first_row, k_table, dim_k, prepared);
+  auto sums = hwy::AllocateAligned<float>(static_cast<size_t>(kRows * dim_v));
+  std::fill_n(sums.get(), kRows * dim_v, 0.0f);
+  RowState states[kRows];
+  Prefetcher prefetch;
+  const size_t record_bytes = layout.record_bytes();
+  // Steps of work on a page, from below: K has one per quad and vector block, V one per block of dims, f16 at
+  // least 16.
+  const int steps = std::max(4, dim_k / 32) + std::max(2, dim_v / 64);
+  prefetch.lines = static_cast<int>(record_bytes / 64) / steps + 1;
+  HalfView k{&k_table, dim_k, layout.k().groups, nullptr, nullptr, &prefetch};
+  HalfView v{&v_table, dim_v, layout.v().groups, nullptr, nullptr, &prefetch};
+  alignas(64) float dots[kRows * kBlockTokens];
+  constexpr size_t kAhead = 2;  // pages
+  for (size_t b = 0; b < segment.blocks.size(); b++) {
+    const int64_t position = segment.first_position + static_cast<int64_t>(b) * kBlockTokens;
+    const int64_t valid = std::min<int64_t>(kBlockTokens, segment.first_position + segment.tokens - position);
+    int first[kRows], last[kRows], page_first = kBlockTokens, page_last = 0;
+    for (int r = 0; r < kRows; r++) {
+      first[r] = static_cast<int>(std::clamp<int64_t>(prepared.begin[r] - position, 0, kBlockTokens));
+      last[r] = static_cast<int>(std::clamp<int64_t>(prepared.end[r] - position, 0, valid));
+      if (first[r] >= last[r]) continue;
+      page_first = std::min(page_first, first[r]);
+      page_last = std::max(page_last, last[r]);
+    }
+    if (page_first >= page_last) continue;
+    const auto* record = reinterpret_cast<const uint8_t*>(segment.blocks[b] + segment.record_offset);
+    if (b + kAhead < segment.blocks.size()) {
+      prefetch.next = reinterpret_cast<const uint8_t*>(segment.blocks[b + kAhead] + segment.record_offset);
+      prefetch.end = prefetch.next + record_bytes;
+    } else {
+      prefetch.end = prefetch.next;
+    }
+    k.codes = record;
+    k.scales = record + layout.k_scales();
+    v.codes = record + layout.v_codes();
+    v.scales = record + layout.v_scales();
+    PageDots<kRows>(k, prepared, dots);
+    PageFactors page[kRows];
+    for (int r = 0; r < kRows; r++)
+      page[r] = SoftmaxPage(dots + r * kBlockTokens, prepared.scale[r], first[r], std::max(first[r], last[r]),
+                            states[r]);
+    PageSums<kRows>(v, dots, page, page_first, page_last, sums.get());
+  }
+  const int count = std::min(kRows, rows.rows - first_row);
+  for (int r = 0; r < count; r++)
+    FinishRow(sums.get() + r * dim_v, states[r], v_table.coded(), dim_v,
+              out + static_cast<size_t>(first_row + r) * static_cast<size_t>(dim_v), lse + first_row + r);
+}
+
+inline void AttendFewRows(const PageSegment& segment, const QueryRows& rows, float* out, float* lse) {
+  for (int row = 0; row < rows.rows;) {
+    const int left = rows.rows - row;
+    if (left > 4) {
+      AttendRows<8>(segment, rows, row, out, lse);
+      row += 8;
+    } else if (left > 2) {
+      AttendRows<4>(segment, rows, row, out, lse);
+      row += 4;
+    } else if (left == 2) {
+      AttendRows<2>(segment, rows, row, out, lse);
+      row += 2;
+    } else {
+      AttendRows<1>(segment, rows, row, out, lse);
+      row += 1;
+    }
+  }
+}
+
+#endif  // KVTIDE_VECTOR_TARGET
+}  // namespace HWY_NAMESPACE
+}  // namespace kvtide
+HWY_AFTER_NAMESPACE();
+#endif  // include guard

@@ -1,0 +1,336 @@
+// Attention of many rows over pages, for prefill: a page is decoded once to f32 tiles and met by all rows in
+// two blocked matrix products. Rows see contiguous tokens and are ordered by query, so those that see a page
+// are neighbours. Included once for each instruction set.
+#if defined(KVTIDE_KERNELS_CPU_SIMD_MANY_ROWS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef KVTIDE_KERNELS_CPU_SIMD_MANY_ROWS_INL_H_
+#undef KVTIDE_KERNELS_CPU_SIMD_MANY_ROWS_INL_H_
+#else
+#define KVTIDE_KERNELS_CPU_SIMD_MANY_ROWS_INL_H_
+#endif
+
+#include <algorithm>
+
+#include "kernels/cpu/page_kernels.h"
+#include "kernels/cpu/simd_page-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace kvtide {
+namespace HWY_NAMESPACE {
+#if KVTIDE_VECTOR_TARGET
+
+// ---- Decoding to tiles. Tokens lie at positions; dims of coded V at positions too (see code_table.h).
+
+// Levels of the pair kPair of a vector of units, as f32.
+template <int kBits, int kPair>
+HWY_INLINE void PairLevels(const Unpacker<kBits>& unpack, const Units& units, VecF32& first, VecF32& second) {
+  const VecI32 pair = hn::BitCast(TagI32(), unpack.template Pair<kPair>(units));
+  first = hn::ConvertTo(TagF32(), hn::ShiftRight<16>(hn::ShiftLeft<16>(pair)));
+  second = hn::ConvertTo(TagF32(), hn::ShiftRight<16>(pair));
+}
+
+template <int kBits>
+HWY_INLINE void AllLevels(const Unpacker<kBits>& unpack, const Units& units, VecF32 (&levels)[8]) {
+  PairLevels<kBits, 0>(unpack, units, levels[PairFirst(kBits, 0)], levels[PairSecond(kBits, 0)]);
+  PairLevels<kBits, 1>(unpack, units, levels[PairFirst(kBits, 1)], levels[PairSecond(kBits, 1)]);
+  PairLevels<kBits, 2>(unpack, units, levels[PairFirst(kBits, 2)], levels[PairSecond(kBits, 2)]);
+  PairLevels<kBits, 3>(unpack, units, levels[PairFirst(kBits, 3)], levels[PairSecond(kBits, 3)]);
+}
+
+// All vectors of one quad, handed to take(column, vector of the column, levels).
+template <int kBits, int kPhase, class Take>
+HWY_INLINE void QuadLevels(const Unpacker<kBits>& unpack, const uint8_t* codes, int quad, const Take& take) {
+  for (int column = 0; column < 4; column++)
+    for (int sub = 0; sub < kQuadVectors; sub++) {
+      const uint8_t* at = codes + ColumnOffset(column, sub);
+      VecF32 levels[8];
+      if (column % 2 == 0) {
+        AllLevels<kBits>(unpack, unpack.template Load<kPhase, false>(at, quad), levels);
+      } else {
+        AllLevels<kBits>(unpack, unpack.template Load<kPhase, true>(at, quad), levels);
+      }
+      take(column, sub, levels);
+    }
+}
+
+template <int kBits, class Take>
+HWY_INLINE void AnyQuadLevels(const Unpacker<kBits>& unpack, const uint8_t* codes, int quad,
+                              const Take& take) {
+  constexpr int kPhases = Unpacker<kBits>::kPhases;
+  switch (quad % kPhases) {
+    case 0:
+      return QuadLevels<kBits, 0>(unpack, codes, quad, take);
+    case 1:
+      return QuadLevels < kBits, kPhases >= 2 ? 1 : 0 > (unpack, codes, quad, take);
+    case 2:
+      return QuadLevels < kBits, kPhases == 4 ? 2 : 0 > (unpack, codes, quad, take);
+    default:
+      return QuadLevels < kBits, kPhases == 4 ? 3 : 0 > (unpack, codes, quad, take);
+  }
+}
+
+struct TakeKeys {
+  const float* scales;  // of the group, at token positions
+  float* tile;          // [dim][64]
+  int half, dim;        // the quad's tokens and first dim
+  HWY_INLINE void operator()(int column, int sub, const VecF32 (&levels)[8]) const {
+    const int at = 32 * half + sub * kLanes;
+    const VecF32 scale = hn::Load(TagF32(), scales + at);
+    KVTIDE_UNROLL
+    for (int e = 0; e < 8; e++)
+      hn::Store(hn::Mul(levels[e], scale), TagF32(), tile + (dim + 8 * column + e) * kBlockTokens + at);
+  }
+};
+
+struct TakeValues {
+  const float* scales;  // of the group, at token positions
+  float* tile;          // [64][dims]
+  int half, dim, dims;
+  HWY_INLINE void operator()(int column, int sub, const VecF32 (&levels)[8]) const {
+    KVTIDE_UNROLL
+    for (int e = 0; e < 8; e++) {
+      const int position = 32 * half + 8 * column + e % 2 * 4 + e / 2;
+      const VecF32 scale = hn::Set(TagF32(), scales[position]);
+      hn::Store(hn::Mul(levels[e], scale), TagF32(), tile + position * dims + dim + sub * kLanes);
+    }
+  }
+};
+
+template <int kBits>
+HWY_NOINLINE void DecodeKeys(const HalfView& k, float* HWY_RESTRICT tile) {
+  const Unpacker<kBits> unpack(*k.table);
+  const int quads = k.dim / 32, step = k.table->group / 32;
+  alignas(64) float scales[kBlockTokens];
+  for (int quad = 0; quad < quads; quad++) {
+    if (quad % step == 0) LoadScaledScales(k, quad / step, scales);
+    for (int half = 0; half < 2; half++)
+      AnyQuadLevels(unpack, k.codes, half * quads + quad, TakeKeys{scales, tile, half, 32 * quad});
+  }
+}
+
+template <int kBits>
+HWY_NOINLINE void DecodeValues(const HalfView& v, float* HWY_RESTRICT tile) {
+  const Unpacker<kBits> unpack(*v.table);
+  const int quads = v.dim / 32, step = v.table->group / 32;
+  alignas(64) float scales[kBlockTokens];
+  for (int quad = 0; quad < quads; quad++) {
+    if (quad % step == 0) LoadScaledScales(v, quad / step, scales);
+    for (int half = 0; half < 2; half++)
+      AnyQuadLevels(unpack, v.codes, 2 * quad + half, TakeValues{scales, tile, half, 32 * quad, v.dim});
+  }
+}
+
+// Row of a token of an f16 or bf16 page, dims in order; `row` has room for dim values.
+HWY_INLINE void DecodeRowHalf(const HalfView& half, int token, float* HWY_RESTRICT row) {
+  const hn::CappedTag<float, 8> f32;
+  const hn::Rebind<uint16_t, decltype(f32)> u16;
+  const hn::Rebind<hwy::float16_t, decltype(f32)> f16;
+  const hn::Rebind<uint32_t, decltype(f32)> u32;
+  const auto* values = reinterpret_cast<const uint16_t*>(half.codes);
+  for (int d = 0; d < half.dim; d += 8) {
+    const uint16_t* p = values + HalfPrecisionIndex(token, d, half.dim);
+    const auto value = half.table->bf16
+                           ? hn::BitCast(f32, hn::ShiftLeft<16>(hn::PromoteTo(u32, hn::LoadU(u16, p))))
+                           : hn::PromoteTo(f32, hn::LoadU(f16, reinterpret_cast<const hwy::float16_t*>(p)));
+    hn::StoreU(value, f32, row + d);
+  }
+}
+
+// [dim][64] from f16 rows; tokens from `valid` on are zeros, their bytes may be anything.
+HWY_NOINLINE inline void DecodeKeysHalf(const HalfView& k, int valid, float* HWY_RESTRICT tile) {
+  const hn::CappedTag<float, 4> f32;
+  const hn::Repartition<double, decltype(f32)> f64;
+  alignas(64) float rows[4 * 512];
+  for (int position = 0; position < kBlockTokens; position += 4) {
+    for (int i = 0; i < 4; i++) {
+      const int token = TokenAtPosition(position + i);
+      if (token < valid) {
+        DecodeRowHalf(k, token, rows + i * k.dim);
+      } else {
+        std::fill_n(rows + i * k.dim, k.dim, 0.0f);
+      }
+    }
+    for (int d = 0; d < k.dim; d += 4) {  // a transposed square of 4 x 4
+      const auto a = hn::LoadU(f32, rows + d), b = hn::LoadU(f32, rows + k.dim + d);
+      const auto c = hn::LoadU(f32, rows + 2 * k.dim + d), e = hn::LoadU(f32, rows + 3 * k.dim + d);
+      const auto ab0 = hn::BitCast(f64, hn::InterleaveLower(f32, a, b)),
+                 ab1 = hn::BitCast(f64, hn::InterleaveUpper(f32, a, b));
+      const auto ce0 = hn::BitCast(f64, hn::InterleaveLower(f32, c, e)),
+                 ce1 = hn::BitCast(f64, hn::InterleaveUpper(f32, c, e));
+      float* target = tile + d * kBlockTokens + position;
+      hn::StoreU(hn::BitCast(f32, hn::InterleaveLower(f64, ab0, ce0)), f32, target);
+      hn::StoreU(hn::BitCast(f32, hn::InterleaveUpper(f64, ab0, ce0)), f32, target + kBlockTokens);
+      hn::StoreU(hn::BitCast(f32, hn::InterleaveLower(f64, ab1, ce1)), f32, target + 2 * kBlockTokens);
+      hn::StoreU(hn::BitCast(f32, hn::InterleaveUpper(f64, ab1, ce1)), f32, target + 3 * kBlockTokens);
+    }
+  }
+}
+
+HWY_NOINLINE inline void DecodeValuesHalf(const HalfView& v, int valid, float* HWY_RESTRICT tile) {
+  for (int position = 0; position < kBlockTokens; position++) {
+    const int token = TokenAtPosition(position);
+    if (token < valid) {
+      DecodeRowHalf(v, token, tile + position * v.dim);
+    } else {
+      std::fill_n(tile + position * v.dim, v.dim, 0.0f);
+    }
+  }
+}
+
+inline void DecodeKeyTile(const HalfView& k, int valid, float* tile) {
+  switch (k.table->bits) {
+    case 0:
+      return DecodeKeysHalf(k, valid, tile);
+    case 2:
+      return DecodeKeys<2>(k, tile);
+    case 3:
+      return DecodeKeys<3>(k, tile);
+    case 4:
+      return DecodeKeys<4>(k, tile);
+    case 5:
+      return DecodeKeys<5>(k, tile);
+    default:
+      return DecodeKeys<8>(k, tile);
+  }
+}
+inline void DecodeValueTile(const HalfView& v, int valid, float* tile) {
+  switch (v.table->bits) {
+    case 0:
+      return DecodeValuesHalf(v, valid, tile);
+    case 2:
+      return DecodeValues<2>(v, tile);
+    case 3:
+      return DecodeValues<3>(v, tile);
+    case 4:
+      return DecodeValues<4>(v, tile);
+    case 5:
+      return DecodeValues<5>(v, tile);
+    default:
+      return DecodeValues<8>(v, tile);
+  }
+}
+
+// ---- Products
+
+constexpr int kProductRows = 6, kProductVectors = kWide ? 4 : 2;
+
+// c[r][..] = keep[r] * c[r][..] + a[r][0..depth) * b[0..depth)[..] for kRows rows and kVectors vectors of
+// columns; without keep, c is overwritten.
+template <int kRows, int kVectors>
+HWY_INLINE void ProductBlock(const float* HWY_RESTRICT a, int a_stride, const float* HWY_RESTRICT b,
+                             int b_stride, int depth, const float* keep, float* HWY_RESTRICT c,
+                             int c_stride) {
+  const TagF32 f32;
+  VecF32 acc[kRows][kVectors];
+  KVTIDE_UNROLL
+  for (int r = 0; r < kRows; r++) KVTIDE_UNROLL
+  for (int i = 0; i < kVectors; i++)
+    acc[r][i] = keep == nullptr
+                    ? hn::Zero(f32)
+                    : hn::Mul(hn::Load(f32, c + r * c_stride + i * kLanes), hn::Set(f32, keep[r]));
+  for (int j = 0; j < depth; j++) {
+    VecF32 value[kVectors];
+    KVTIDE_UNROLL
+    for (int i = 0; i < kVectors; i++) value[i] = hn::Load(f32, b + j * b_stride + i * kLanes);
+    KVTIDE_UNROLL
+    for (int r = 0; r < kRows; r++) {
+      const VecF32 x = hn::Set(f32, a[r * a_stride + j]);
+      KVTIDE_UNROLL
+      for (int i = 0; i < kVectors; i++) acc[r][i] = hn::MulAdd(x, value[i], acc[r][i]);
+    }
+  }
+  KVTIDE_UNROLL
+  for (int r = 0; r < kRows; r++) KVTIDE_UNROLL
+  for (int i = 0; i < kVectors; i++) hn::Store(acc[r][i], f32, c + r * c_stride + i * kLanes);
+}
+
+template <int kVectors>
+HWY_INLINE void ProductColumns(const float* a, int a_stride, int rows, const float* b, int b_stride,
+                               int depth, const float* keep, float* c, int c_stride) {
+  int r = 0;
+  for (; r + kProductRows <= rows; r += kProductRows)
+    ProductBlock<kProductRows, kVectors>(a + r * a_stride, a_stride, b, b_stride, depth,
+                                         keep == nullptr ? nullptr : keep + r, c + r * c_stride, c_stride);
+  for (; r < rows; r++)
+    ProductBlock<1, kVectors>(a + r * a_stride, a_stride, b, b_stride, depth,
+                              keep == nullptr ? nullptr : keep + r, c + r * c_stride, c_stride);
+}
+
+// Columns are a multiple of 32. A slice of b (columns of one block) stays in the L1 cache while all rows
+// pass.
+HWY_NOINLINE inline void Product(const float* a, int a_stride, int rows, const float* b, int depth,
+                                 int columns, const float* keep, float* c, int c_stride) {
+  int first = 0;
+  for (; first + kProductVectors * kLanes <= columns; first += kProductVectors * kLanes)
+    ProductColumns<kProductVectors>(a, a_stride, rows, b + first, columns, depth, keep, c + first, c_stride);
+  for (; first < columns; first += 32)
+    ProductColumns<32 / kLanes>(a, a_stride, rows, b + first, columns, depth, keep, c + first, c_stride);
+}
+
+// ---- Rows and pages
+
+inline void AttendManyRows(const PageSegment& segment, const QueryRows& rows, float* out, float* lse) {
+  const BlockLayout& layout = *segment.layout;
+  const CodeTable& k_table = CodeTableOf(layout.pair().k);
+  const CodeTable& v_table = CodeTableOf(layout.pair().v);
+  const int dim_k = layout.k().stored_dim, dim_v = layout.v().stored_dim;
+  const size_t count = static_cast<size_t>(rows.rows), width = static_cast<size_t>(dim_v);
+  auto k_tile = hwy::AllocateAligned<float>(static_cast<size_t>(dim_k) * kBlockTokens);
+  auto v_tile = hwy::AllocateAligned<float>(static_cast<size_t>(dim_v) * kBlockTokens);
+  auto sums = hwy::AllocateAligned<float>(count * width);
+  auto weights = hwy::AllocateAligned<float>(count * kBlockTokens);
+  std::vector<float> keep(count);
+  std::vector<RowState> states(count);
+  std::fill_n(sums.get(), count * width, 0.0f);
+  LogitScale scale;
+  scale.factor = rows.scale;
+  scale.softcap = rows.softcap;
+  HalfView k{&k_table, dim_k, layout.k().groups, nullptr, nullptr, nullptr};
+  HalfView v{&v_table, dim_v, layout.v().groups, nullptr, nullptr, nullptr};
+  for (size_t b = 0; b < segment.blocks.size(); b++) {
+    const int64_t position = segment.first_position + static_cast<int64_t>(b) * kBlockTokens;
+    const int valid =
+        static_cast<int>(std::min<int64_t>(kBlockTokens, segment.first_position + segment.tokens - position));
+    const auto first_token = [&](size_t r) {
+      return static_cast<int>(std::clamp<int64_t>(rows.begin[r] - position, 0, kBlockTokens));
+    };
+    const auto last_token = [&](size_t r) {
+      return static_cast<int>(std::clamp<int64_t>(rows.end[r] - position, 0, valid));
+    };
+    size_t first = 0, last = count;
+    while (first < last && first_token(first) >= last_token(first)) first++;
+    while (first < last && first_token(last - 1) >= last_token(last - 1)) last--;
+    if (first == last) continue;
+    const auto* record = reinterpret_cast<const uint8_t*>(segment.blocks[b] + segment.record_offset);
+    k.codes = record;
+    k.scales = record + layout.k_scales();
+    v.codes = record + layout.v_codes();
+    v.scales = record + layout.v_scales();
+    DecodeKeyTile(k, valid, k_tile.get());
+    DecodeValueTile(v, valid, v_tile.get());
+    const int seen = static_cast<int>(last - first);
+    float* page_weights = weights.get() + first * kBlockTokens;
+    Product(rows.q + first * static_cast<size_t>(dim_k), dim_k, seen, k_tile.get(), dim_k, kBlockTokens,
+            nullptr, page_weights, kBlockTokens);
+    for (size_t r = first; r < last; r++) {
+      float* row = weights.get() + r * kBlockTokens;
+      scale.bias = rows.bias == nullptr ? 0.0f : rows.bias[r] * rows.scale;
+      const int from = first_token(r);
+      const PageFactors page = SoftmaxPage(row, scale, from, std::max(from, last_token(r)), states[r]);
+      keep[r] = page.keep;
+      if (page.page == 1.0f) continue;
+      for (int i = 0; i < kPageVectors; i++)
+        hn::Store(hn::Mul(hn::Load(TagF32(), row + i * kLanes), hn::Set(TagF32(), page.page)), TagF32(),
+                  row + i * kLanes);
+    }
+    Product(page_weights, kBlockTokens, seen, v_tile.get(), kBlockTokens, dim_v, keep.data() + first,
+            sums.get() + first * width, dim_v);
+  }
+  for (size_t r = 0; r < count; r++)
+    FinishRow(sums.get() + r * width, states[r], v_table.coded(), dim_v, out + r * width, lse + r);
+}
+
+#endif  // KVTIDE_VECTOR_TARGET
+}  // namespace HWY_NAMESPACE
+}  // namespace kvtide
+HWY_AFTER_NAMESPACE();
+#endif  // include guard

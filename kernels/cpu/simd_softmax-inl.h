@@ -1,0 +1,117 @@
+// Vector softmax of one row over one page, in base 2. Included once for each instruction set.
+#if defined(KVTIDE_KERNELS_CPU_SIMD_SOFTMAX_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef KVTIDE_KERNELS_CPU_SIMD_SOFTMAX_INL_H_
+#undef KVTIDE_KERNELS_CPU_SIMD_SOFTMAX_INL_H_
+#else
+#define KVTIDE_KERNELS_CPU_SIMD_SOFTMAX_INL_H_
+#endif
+
+#include <cmath>
+
+#include "kernels/cpu/simd_unpack-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace kvtide {
+namespace HWY_NAMESPACE {
+#if KVTIDE_VECTOR_TARGET
+
+constexpr float kLog2E = 1.44269504088896f, kLn2 = 0.69314718055995f;
+
+// 2^x for x <= 127; 0 for x <= -127. Relative error 2.4e-6 of the polynomial.
+HWY_INLINE VecF32 Exp2(VecF32 x) {
+  const TagF32 f32;
+  const TagI32 i32;
+  x = hn::Max(x, hn::Set(f32, -127.0f));
+  const VecI32 whole = hn::NearestInt(x);
+  const VecF32 part = hn::Sub(x, hn::ConvertTo(f32, whole));
+  VecF32 p = hn::Set(f32, 1.3333558e-3f);
+  p = hn::MulAdd(p, part, hn::Set(f32, 9.6181291e-3f));
+  p = hn::MulAdd(p, part, hn::Set(f32, 5.5504109e-2f));
+  p = hn::MulAdd(p, part, hn::Set(f32, 2.4022651e-1f));
+  p = hn::MulAdd(p, part, hn::Set(f32, 6.9314718e-1f));
+  p = hn::MulAdd(p, part, hn::Set(f32, 1.0f));
+  const VecI32 exponent = hn::ShiftLeft<23>(hn::Add(whole, hn::Set(i32, 127)));
+  return hn::Mul(p, hn::BitCast(f32, exponent));
+}
+
+HWY_INLINE VecF32 Tanh(VecF32 x) {
+  const TagF32 f32;
+  const VecF32 bound = hn::Set(f32, 20.0f);
+  x = hn::Min(hn::Max(x, hn::Neg(bound)), bound);
+  const VecF32 e = Exp2(hn::Mul(x, hn::Set(f32, 2 * kLog2E)));
+  const VecF32 one = hn::Set(f32, 1.0f);
+  return hn::Div(hn::Sub(e, one), hn::Add(e, one));
+}
+
+// How the dots of a row become logits: (dot * factor + bias), soft-capped.
+struct LogitScale {
+  float factor = 0, bias = 0, softcap = 0;
+};
+
+struct RowState {
+  float maximum = -INFINITY;  // of the logits so far, base 2
+  float sum = 0;              // of 2^(logit - maximum)
+};
+// What a page does to a row: the output so far times `keep`, the page's weights times `page`.
+struct PageFactors {
+  float keep = 1, page = 0;
+};
+
+// Turns 64 dots (at token positions) into weights relative to the page's largest logit, and updates the
+// state. Tokens outside [first, last) of the page get weight 0, whatever their dots are.
+HWY_INLINE PageFactors SoftmaxPage(float* HWY_RESTRICT dots, const LogitScale& scale, int first, int last,
+                                   RowState& state) {
+  const TagF32 f32;
+  const TagI32 i32;
+  VecF32 logits[kPageVectors];
+  const bool capped = scale.softcap > 0;
+  const float to_base2 = capped ? 1.0f : kLog2E;
+  const VecF32 factor = hn::Set(f32, scale.factor * to_base2), bias = hn::Set(f32, scale.bias * to_base2);
+  KVTIDE_UNROLL
+  for (int i = 0; i < kPageVectors; i++)
+    logits[i] = hn::MulAdd(hn::Load(f32, dots + i * kLanes), factor, bias);
+  if (capped) {
+    const VecF32 inverse = hn::Set(f32, 1.0f / scale.softcap), cap = hn::Set(f32, scale.softcap * kLog2E);
+    for (int i = 0; i < kPageVectors; i++) logits[i] = hn::Mul(Tanh(hn::Mul(logits[i], inverse)), cap);
+  }
+  if (first > 0 || last < kBlockTokens) {
+    alignas(64) int32_t tokens[kBlockTokens];
+    for (int p = 0; p < kBlockTokens; p++) tokens[p] = TokenAtPosition(p);
+    for (int i = 0; i < kPageVectors; i++) {
+      const VecI32 token = hn::Load(i32, tokens + i * kLanes);
+      const auto seen = hn::And(hn::Gt(token, hn::Set(i32, first - 1)), hn::Lt(token, hn::Set(i32, last)));
+      logits[i] = hn::IfThenElse(hn::RebindMask(f32, seen), logits[i], hn::Set(f32, -INFINITY));
+    }
+  }
+  VecF32 maxima = logits[0];
+  KVTIDE_UNROLL
+  for (int i = 1; i < kPageVectors; i++) maxima = hn::Max(maxima, logits[i]);
+  const float page_maximum = hn::GetLane(hn::MaxOfLanes(f32, maxima));
+  if (page_maximum == -INFINITY) {
+    for (int i = 0; i < kPageVectors; i++) hn::Store(hn::Zero(f32), f32, dots + i * kLanes);
+    return {};
+  }
+  VecF32 sums = hn::Zero(f32);
+  KVTIDE_UNROLL
+  for (int i = 0; i < kPageVectors; i++) {
+    const VecF32 weight = Exp2(hn::Sub(logits[i], hn::Set(f32, page_maximum)));
+    sums = hn::Add(sums, weight);
+    hn::Store(weight, f32, dots + i * kLanes);
+  }
+  const float sum = hn::GetLane(hn::SumOfLanes(f32, sums));
+  PageFactors factors{1, 1};
+  if (page_maximum > state.maximum) {
+    factors.keep = std::exp2(state.maximum - page_maximum);
+    state.maximum = page_maximum;
+  } else {
+    factors.page = std::exp2(page_maximum - state.maximum);
+  }
+  state.sum = state.sum * factors.keep + sum * factors.page;
+  return factors;
+}
+
+#endif  // KVTIDE_VECTOR_TARGET
+}  // namespace HWY_NAMESPACE
+}  // namespace kvtide
+HWY_AFTER_NAMESPACE();
+#endif  // include guard

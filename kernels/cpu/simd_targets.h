@@ -1,0 +1,16 @@
+// Include before any Highway header in a file of vector kernels: it names the instruction sets that the
+// kernels are compiled for. They are written for 256- and 512-bit vectors with byte shuffles; everything else
+// runs the plain kernels.
+#pragma once
+
+#define HWY_WANT_AVX3_DL
+#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SSE4 | HWY_AVX3)
+
+// After the target is known: true in the passes that compile kernels.
+#define KVTIDE_VECTOR_TARGET (HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3_DL)
+
+#if defined(__clang__)
+#define KVTIDE_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define KVTIDE_UNROLL _Pragma("GCC unroll 16")
+#endif

@@ -1,0 +1,274 @@
+// The warp-level code of the CUDA backend, run in an emulated warp and compared with float64 on the stored codes.
+#include "tests/kernels/warp_emulator.h"
+
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "kernels/cuda/coded_tile.h"
+#include "kernels/cuda/half_tile.h"
+#include "kernels/cuda/query_row.h"
+#include "kernels/format/page_codec.h"
+
+namespace kvtide {
+namespace {
+
+using cuda::CodedTile;
+using cuda::HalfTile;
+using cuda::WarpRow;
+using testing::EmulatedWarp;
+using testing::RunWarp;
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+struct Shape {
+  int rows;        // query rows that count
+  int tokens;
+  float magnitude; // of the queries
+  bool equal_v_scales = false;
+};
+
+struct Problem {
+  int dk, dv, pages;
+  std::vector<std::vector<std::byte>> k_halves, v_halves;
+  std::vector<float> k, v;  // rotated frame, [tokens][d]
+  std::vector<float> q;     // [rows][dk], in K's frame
+};
+
+CacheType TypeOf(const char* name) { return *ParseCacheType(name); }
+
+// Random codes; random positive scales. For half types: random values, and noise where no token is.
+Problem MakeProblem(CacheType k_type, CacheType v_type, int dk, int dv, const Shape& shape, unsigned seed) {
+  std::mt19937 rng(seed);
+  std::normal_distribution<float> normal;
+  Problem p{dk, dv, (shape.tokens + 63) / 64, {}, {}, {}, {}, {}};
+  const auto make = [&](Side side, CacheType type, int d, bool equal, std::vector<std::vector<std::byte>>& halves, std::vector<float>& rows) {
+    const HalfLayout layout = MakeHalfLayout(type, d);
+    rows.resize(static_cast<size_t>(p.pages) * 64 * static_cast<size_t>(d));
+    for (int page = 0; page < p.pages; page++) {
+      std::vector<std::byte> half(layout.bytes);
+      if (layout.groups == 0) {
+        std::vector<float> values(static_cast<size_t>(64 * d));
+        for (float& x : values) x = normal(rng);
+        EncodeHalf(type, side, layout, nullptr, values.data(), 64, half.data());
+      } else {
+        for (std::byte& b : half) b = static_cast<std::byte>(rng());
+        for (size_t i = layout.code_bytes; i < half.size(); i += 2) {
+          float scale = equal ? 0.5f : 0.05f + static_cast<float>(rng() % 1000) * 1e-3f;
+          if (Info(type).group == 32 && Info(type).bits < 8 && rng() % 2) scale = -scale;
+          const uint16_t bits = F32ToF16(scale);
+          std::memcpy(&half[i], &bits, 2);
+        }
+      }
+      DecodeHalfRotated(type, side, layout, half.data(), &rows[static_cast<size_t>(page) * 64 * static_cast<size_t>(d)]);
+      halves.push_back(std::move(half));
+    }
+  };
+  make(Side::kKey, k_type, dk, false, p.k_halves, p.k);
+  make(Side::kValue, v_type, dv, shape.equal_v_scales, p.v_halves, p.v);
+  p.q.resize(static_cast<size_t>(shape.rows * dk));
+  for (float& x : p.q) x = shape.magnitude * normal(rng);
+  return p;
+}
+
+// Runs a tile class over the problem as the kernel does and compares with float64.
+template <class Tile, int DK, int DV, class Write>
+void Check(const Problem& p, const Shape& shape, float limit, Write write) {
+  const float scale = 1.0f / std::sqrt(static_cast<float>(DK));
+  std::vector<uint8_t> area(Tile::kQueryBytes + 64);
+  std::vector<float> steps(Tile::kRows);
+  for (int r = 0; r < Tile::kRows; r++)
+    RunWarp([&](int lane) {
+      WarpRow<DK> row;
+      for (int b = 0; b < WarpRow<DK>::kBlocks; b++)
+        for (int i = 0; i < 4; i++) {
+          const int dim = 128 * b + 4 * lane + i;
+          row.x[b][i] = r < shape.rows && dim < DK ? p.q[static_cast<size_t>(r * DK + dim)] : 0.0f;
+        }
+      const float step = write(row, r, area.data());
+      if (lane == 0) steps[static_cast<size_t>(r)] = step;
+    });
+  std::vector<std::vector<uint8_t>> k(p.k_halves.size()), v(p.k_halves.size());
+  for (size_t i = 0; i < k.size(); i++) {
+    const auto* kb = reinterpret_cast<const uint8_t*>(p.k_halves[i].data());
+    const auto* vb = reinterpret_cast<const uint8_t*>(p.v_halves[i].data());
+    k[i].assign(kb, kb + p.k_halves[i].size());
+    v[i].assign(vb, vb + p.v_halves[i].size());
+  }
+  std::vector<std::unique_ptr<Tile>> tiles(32);
+    uint8_t tables[64];
+  std::vector<float> out(static_cast<size_t>(Tile::kRows * DV), NAN), lse(Tile::kRows, NAN);
+  RunWarp([&](int lane) {
+    tiles[static_cast<size_t>(lane)] = std::make_unique<Tile>();
+    Tile& tile = *tiles[static_cast<size_t>(lane)];
+    const int n = lane >> 2, c = lane & 3;
+    constexpr int kTiles = Tile::kRows / 8;
+    float multiplier[kTiles];
+    for (int m = 0; m < kTiles; m++)
+      multiplier[m] = std::fmax(steps[static_cast<size_t>(n + 8 * m)] * scale * kLog2E * Tile::kKUnit, 1e-25f);
+    if (lane == 0) Tile::WriteTables(tables);
+    EmulatedWarp::All(true);
+    tile.Init(tables);
+    tile.rows.Reset();
+    tile.LoadQuery(area.data());
+    for (int page = 0; page < p.pages; page++)
+      for (int t = 0; t < Tile::kTilesPerPage; t++) {
+        float y[kTiles][Tile::kLogits];
+        tile.KeyStage(&k[static_cast<size_t>(page)][static_cast<size_t>(Tile::kKPieceOffset(t))], t, y);
+        for (int m = 0; m < kTiles; m++)
+          for (int l = 0; l < Tile::kLogits; l++)
+            if (page * 64 + t * Tile::kTokens + Tile::TokenOf(l, c) >= shape.tokens) y[m][l] = cuda::kMasked;
+        const int v_offset = Tile::kVPieceOffset(t) - Tile::kVPieceOffset(0);
+        tile.ValueStage(&v[static_cast<size_t>(page)][static_cast<size_t>(v_offset)], t, y, multiplier);
+      }
+    for (int m = 0; m < kTiles; m++) {
+      float sum = tile.rows.sum[m];
+      sum += EmulatedWarp::ShflXor(sum, 1);
+      sum += EmulatedWarp::ShflXor(sum, 2);
+      for (int j = 0; j < DV / 8; j++)
+        for (int e = 0; e < 2; e++)
+          out[static_cast<size_t>((n + 8 * m) * DV + 8 * j + 2 * c + e)] = tile.rows.output[m][j][e] / sum * Tile::kVUnit;
+      if (c == 0) lse[static_cast<size_t>(n + 8 * m)] = (tile.rows.reference[m] + std::log2(sum)) / kLog2E;
+    }
+  });
+  for (int r = 0; r < shape.rows; r++) {
+    std::vector<double> logits(static_cast<size_t>(shape.tokens));
+    double top = -1e300, sum = 0, largest = 0;
+    for (int t = 0; t < shape.tokens; t++) {
+      double dot = 0;
+      for (int d = 0; d < DK; d++)
+        dot += static_cast<double>(p.q[static_cast<size_t>(r * DK + d)]) * static_cast<double>(p.k[static_cast<size_t>(t * DK + d)]);
+      logits[static_cast<size_t>(t)] = dot * static_cast<double>(scale);
+      top = std::max(top, logits[static_cast<size_t>(t)]);
+      largest = std::max(largest, std::fabs(logits[static_cast<size_t>(t)]));
+    }
+    std::vector<double> expected(DV, 0.0);
+    for (int t = 0; t < shape.tokens; t++) {
+      const double w = std::exp(logits[static_cast<size_t>(t)] - top);
+      sum += w;
+      for (int d = 0; d < DV; d++) expected[static_cast<size_t>(d)] += w * static_cast<double>(p.v[static_cast<size_t>(t * DV + d)]);
+    }
+    double error = 0, size = 0;
+    for (int d = 0; d < DV; d++) {
+      const double e = expected[static_cast<size_t>(d)] / sum, x = static_cast<double>(out[static_cast<size_t>(r * DV + d)]);
+      error += (e - x) * (e - x);
+      size += e * e;
+    }
+    EXPECT_LE(std::sqrt(error / size), static_cast<double>(limit)) << "row " << r << " tokens " << shape.tokens;
+    EXPECT_NEAR(static_cast<double>(lse[static_cast<size_t>(r)]), top + std::log(sum), 2e-4 + 1e-4 * largest) << "row " << r;
+  }
+}
+
+template <class KCodec, class VCodec, int DK, int DV, int MT, bool kSplit = true, bool kRegisters = false>
+void CheckCoded(const Shape& shape, unsigned seed, float limit = 5e-4f) {
+  using Tile = CodedTile<EmulatedWarp, KCodec, VCodec, DK, DV, MT, kSplit, kRegisters>;
+  const Problem p = MakeProblem(TypeOf(KCodec::kName), TypeOf(VCodec::kName), DK, DV, shape, seed);
+  Check<Tile, DK, DV>(p, shape, limit, [](const WarpRow<DK>& row, int r, uint8_t* area) {
+    return cuda::WriteCodedQuery<EmulatedWarp, DK, KCodec::kGroup, Tile::KDecoder::kOffset>(row, r, area, Tile::kQueryFragmentBytes);
+  });
+}
+
+template <bool kBf16, int DK, int DV, int MT, int kTokens>
+void CheckHalf(const Shape& shape, unsigned seed) {
+  using Tile = HalfTile<EmulatedWarp, kBf16, DK, DV, MT, kTokens>;
+  const CacheType type = TypeOf(kBf16 ? "bf16" : "f16");
+  const Problem p = MakeProblem(type, type, DK, DV, shape, seed);
+  Check<Tile, DK, DV>(p, shape, kBf16 ? 1e-3f : 1e-4f, [](const WarpRow<DK>& row, int r, uint8_t* area) {
+    return cuda::WriteHalfQuery<EmulatedWarp, DK, kBf16>(row, r, area);
+  });
+}
+
+TEST(WarpEmulator, PermuteReplicatesSigns) {
+  EXPECT_EQ(EmulatedWarp::Prmt(0x03020180u, 0x07060504u, 0x4321u), 0x04030201u);
+  EXPECT_EQ(EmulatedWarp::Prmt(0x03020180u, 0x07060504u, 0x8988u), 0xff00ffffu);
+}
+
+TEST(CodedTile, EveryWidthAgainstFloat64) {
+  CheckCoded<Turbo4, Turbo4, 128, 128, 1>({8, 200, 1.0f}, 1);
+  CheckCoded<Turbo4, Turbo4, 128, 128, 1, false>({8, 200, 1.0f}, 2);
+  CheckCoded<Turbo3, Turbo3, 128, 128, 1>({5, 130, 1.0f}, 3);
+  CheckCoded<Turbo2, Turbo2, 128, 128, 1>({3, 64, 1.0f}, 4);
+  CheckCoded<Q8_0, Q8_0, 128, 128, 1>({8, 130, 1.0f}, 5);
+  CheckCoded<Q5_0, Q5_0, 128, 128, 1>({8, 130, 1.0f}, 6);
+  CheckCoded<Q4_0, Q4_0, 128, 128, 1>({8, 130, 1.0f}, 7);
+  CheckCoded<Q4_0, Q4_0, 128, 128, 1, false>({8, 130, 1.0f}, 8);
+}
+
+TEST(CodedTile, MixedPairs) {
+  CheckCoded<Q8_0, Turbo4, 128, 128, 1>({8, 65, 0.05f}, 11);
+  CheckCoded<Turbo4, Turbo3, 128, 128, 1>({8, 63, 1.0f}, 12);
+  CheckCoded<Turbo3, Q4_0, 128, 128, 1>({8, 1, 1.0f}, 13);
+  CheckCoded<Turbo2, Turbo4, 64, 64, 1>({8, 100, 1.0f}, 14);
+}
+
+TEST(CodedTile, HeadDimsAndSixteenRows) {
+  CheckCoded<Turbo4, Turbo4, 64, 64, 1>({8, 100, 1.0f}, 21);
+  CheckCoded<Turbo3, Turbo3, 64, 64, 2, false>({16, 100, 1.0f}, 22);
+  CheckCoded<Turbo3, Turbo3, 96, 96, 1>({8, 100, 1.0f}, 23);
+  CheckCoded<Turbo4, Turbo4, 192, 128, 1>({8, 70, 1.0f}, 24);
+  CheckCoded<Turbo4, Turbo4, 256, 256, 1>({8, 70, 1.0f}, 25);
+  CheckCoded<Turbo3, Turbo3, 512, 512, 1>({8, 70, 1.0f}, 26);
+  CheckCoded<Turbo4, Turbo4, 128, 128, 2, false>({13, 150, 1.0f}, 27);
+  CheckCoded<Turbo4, Turbo4, 128, 128, 1, true, true>({8, 100, 1.0f}, 28);
+}
+
+// Weights must not wrap: the reference exponent is rounded, which a fixed ceiling of 65535 would not survive.
+TEST(CodedTile, LargeLogitsWithEqualScales) {
+  for (unsigned seed = 0; seed < 4; seed++) {
+    CheckCoded<Turbo4, Turbo4, 128, 128, 1>({8, 300, 100.0f, true}, 30 + seed, 3e-2f);
+    CheckCoded<Turbo3, Turbo3, 128, 128, 1>({8, 300, 1000.0f, true}, 40 + seed, 0.3f);
+    CheckCoded<Q4_0, Q4_0, 128, 128, 1>({8, 300, 100.0f, true}, 50 + seed, 3e-2f);
+  }
+}
+
+TEST(HalfTile, AgainstFloat64) {
+  CheckHalf<false, 128, 128, 1, 32>({8, 200, 1.0f}, 61);
+  CheckHalf<false, 64, 64, 2, 64>({16, 100, 1.0f}, 62);
+  CheckHalf<false, 96, 96, 1, 32>({8, 100, 1.0f}, 63);
+  CheckHalf<false, 256, 256, 1, 16>({8, 65, 1.0f}, 64);
+  CheckHalf<true, 128, 128, 1, 32>({8, 130, 1.0f}, 65);
+  CheckHalf<false, 128, 128, 1, 32>({8, 130, 100.0f}, 66);
+}
+
+template <int D>
+void CheckRotation() {
+  std::mt19937 rng(D);
+  std::normal_distribution<float> normal;
+  std::vector<float> x(D), forward(D), back(D);
+  for (float& v : x) v = normal(rng);
+  std::vector<float> expected = x;
+  RotateForward(TypeOf("turbo4"), expected.data(), D);
+  RunWarp([&](int lane) {
+    WarpRow<D> row;
+    const auto each = [&](auto f) {
+      for (int b = 0; b < WarpRow<D>::kBlocks; b++)
+        for (int i = 0; i < 4; i++)
+          if (128 * b + 4 * lane + i < D) f(row.x[b][i], static_cast<size_t>(128 * b + 4 * lane + i));
+          else row.x[b][i] = 0;
+    };
+    each([&](float& v, size_t d) { v = x[d]; });
+    cuda::RotateHadamard<EmulatedWarp, D, false>(row);
+    each([&](float& v, size_t d) { forward[d] = v; });
+    cuda::RotateHadamard<EmulatedWarp, D, true>(row);
+    each([&](float& v, size_t d) { back[d] = v; });
+  });
+  for (size_t d = 0; d < D; d++) {
+    EXPECT_NEAR(forward[d], expected[d], 1e-5f) << D;
+    EXPECT_NEAR(back[d], x[d], 1e-5f) << D;
+  }
+}
+
+TEST(QueryRow, RotationIsTheFormats) {
+  CheckRotation<64>();
+  CheckRotation<96>();
+  CheckRotation<128>();
+  CheckRotation<192>();
+  CheckRotation<224>();
+  CheckRotation<256>();
+  CheckRotation<512>();
+}
+
+}  // namespace
+}  // namespace kvtide
