@@ -11,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "clients/cli/command_status.h"
 #include "clients/cli/eval_run.h"
 #include "planner/device.h"
 
@@ -78,22 +79,6 @@ absl::Status RunCommand(EvalFlags& flags) {
     return WriteFile(flags.out_file, Render(*report, flags.output, Terminal(false, false, 100)));
   std::cout << Render(*report, flags.output, Terminal::Of(1)) << std::flush;
   return absl::OkStatus();
-}
-
-int ExitCode(const absl::Status& status) {
-  switch (status.code()) {
-    case absl::StatusCode::kOk:
-      return 0;
-    case absl::StatusCode::kCancelled:
-      return 130;
-    case absl::StatusCode::kInvalidArgument:
-    case absl::StatusCode::kNotFound:
-    case absl::StatusCode::kFailedPrecondition:
-    case absl::StatusCode::kUnimplemented:
-      return 2;
-    default:
-      return 1;
-  }
 }
 
 }  // namespace
