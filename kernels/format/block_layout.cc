@@ -8,10 +8,11 @@ namespace kvtide {
 absl::Status CheckGroupShape(const GroupShape& shape) {
   const auto bad_dim = [](int d) { return d < 16 || d > 512 || d % 16 != 0; };
   if (shape.layers < 1 || shape.layers > 1024 || shape.kv_heads < 1 || shape.kv_heads > 1024)
-    return absl::InvalidArgumentError(absl::StrCat("layer group with ", shape.layers, " layers and ", shape.kv_heads,
-                                                   " KV heads: both must be 1 to 1024"));
+    return absl::InvalidArgumentError(absl::StrCat("layer group with ", shape.layers, " layers and ",
+                                                   shape.kv_heads, " KV heads: both must be 1 to 1024"));
   if (bad_dim(shape.head_dim_k) || bad_dim(shape.head_dim_v))
-    return absl::InvalidArgumentError(absl::StrCat("head dims K ", shape.head_dim_k, " and V ", shape.head_dim_v,
+    return absl::InvalidArgumentError(absl::StrCat("head dims K ", shape.head_dim_k, " and V ",
+                                                   shape.head_dim_v,
                                                    ": must be multiples of 16 from 16 to 512"));
   return absl::OkStatus();
 }
@@ -34,12 +35,16 @@ HalfLayout MakeHalfLayout(CacheType type, int head_dim) {
 }
 
 BlockLayout::BlockLayout(const GroupShape& shape, CachePair pair)
-    : shape_(shape), pair_(pair), k_(MakeHalfLayout(pair.k, shape.head_dim_k)), v_(MakeHalfLayout(pair.v, shape.head_dim_v)) {
+    : shape_(shape),
+      pair_(pair),
+      k_(MakeHalfLayout(pair.k, shape.head_dim_k)),
+      v_(MakeHalfLayout(pair.v, shape.head_dim_v)) {
   KVTIDE_CHECK(CheckGroupShape(shape).ok(), std::string(CheckGroupShape(shape).message()));
 }
 
 double BlockLayout::BitsPerValue() const {
-  return 8.0 * static_cast<double>(record_bytes()) / (kBlockTokens * static_cast<double>(shape_.head_dim_k + shape_.head_dim_v));
+  return 8.0 * static_cast<double>(record_bytes()) /
+         (kBlockTokens * static_cast<double>(shape_.head_dim_k + shape_.head_dim_v));
 }
 
 }  // namespace kvtide

@@ -1,5 +1,5 @@
-// BlockLayout: the bytes of a block and the offset of everything in it. The planner's predictions, the pools and all
-// kernels take their numbers from here.
+// BlockLayout: the bytes of a block and the offset of everything in it. The planner's predictions, the pools
+// and all kernels take their numbers from here.
 //
 // A block holds 64 tokens of all layers of one layer group: for each layer, for each KV head, one record
 //     [K codes | K scales | V codes | V scales]
@@ -25,7 +25,8 @@ struct GroupShape {
   bool operator==(const GroupShape&) const = default;
 };
 
-// InvalidArgument if the shape is outside the limits: 1..1024 layers, 1..1024 heads, head dims 16..512, multiples of 16.
+// InvalidArgument if the shape is outside the limits: 1..1024 layers, 1..1024 heads, head dims 16..512,
+// multiples of 16.
 absl::Status CheckGroupShape(const GroupShape& shape);
 
 // One side (K or V) of a record.
@@ -51,7 +52,8 @@ class BlockLayout {
   size_t block_bytes() const { return record_bytes() * static_cast<size_t>(shape_.layers * shape_.kv_heads); }
   // `layer` counts within the layer group.
   size_t RecordOffset(int layer, int kv_head) const {
-    return record_bytes() * (static_cast<size_t>(layer) * static_cast<size_t>(shape_.kv_heads) + static_cast<size_t>(kv_head));
+    return record_bytes() *
+           (static_cast<size_t>(layer) * static_cast<size_t>(shape_.kv_heads) + static_cast<size_t>(kv_head));
   }
   // Inside a record.
   size_t k_codes() const { return 0; }

@@ -12,7 +12,8 @@ namespace {
 template <class C>
 constexpr CacheTypeInfo MakeInfo() {
   static_assert(Codec<C>);
-  CacheTypeInfo info{C::kName, C::kStorage, C::kBits, C::kGroup, C::kVersion, false, Equalise::kNone, nullptr};
+  CacheTypeInfo info{C::kName,    C::kStorage, C::kBits,        C::kGroup,
+                     C::kVersion, false,       Equalise::kNone, nullptr};
   if constexpr (C::kStorage == Storage::kCodes) {
     static_assert(CodedCodec<C>);
     info.rotated = !std::is_same_v<typename C::Rotation, NoRotation>;
@@ -48,7 +49,8 @@ absl::StatusOr<CacheType> ParseCacheType(std::string_view name) {
     if (name == kTable[i].name) return static_cast<CacheType>(i);
     absl::StrAppend(&known, i == 0 ? "" : ", ", kTable[i].name);
   }
-  return absl::InvalidArgumentError(absl::StrCat("unknown cache type '", std::string(name), "'; known: ", known));
+  return absl::InvalidArgumentError(
+      absl::StrCat("unknown cache type '", std::string(name), "'; known: ", known));
 }
 
 absl::StatusOr<CachePair> ParseCachePair(std::string_view text) {

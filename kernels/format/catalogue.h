@@ -1,6 +1,6 @@
-// The list of cache types. It makes the planner's table, the CPU and CUDA dispatch, the conformance tests and the
-// benchmarks: a new type is one header and one word in CacheTypes. Types travel as names; CacheType is an index
-// that is only valid inside one build.
+// The list of cache types. It makes the planner's table, the CPU and CUDA dispatch, the conformance tests and
+// the benchmarks: a new type is one header and one word in CacheTypes. Types travel as names; CacheType is an
+// index that is only valid inside one build.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,8 @@ struct CodecList {
   static constexpr int kSize = sizeof...(Codecs);
 };
 
-using CacheTypes = CodecList<F16, Bf16, Q8_0, Q5_0, Q4_0, Turbo4, Turbo3, Turbo2, Iso4, Iso3, Planar4, Planar3, Rotor4,
-                             Rotor3, Pq4, Pq3>;
+using CacheTypes = CodecList<F16, Bf16, Q8_0, Q5_0, Q4_0, Turbo4, Turbo3, Turbo2, Iso4, Iso3, Planar4,
+                             Planar3, Rotor4, Rotor3, Pq4, Pq3>;
 
 enum class CacheType : uint8_t {};
 constexpr int kCacheTypes = CacheTypes::kSize;
@@ -35,11 +35,11 @@ constexpr int kCacheTypes = CacheTypes::kSize;
 struct CacheTypeInfo {
   const char* name;
   Storage storage;
-  int bits;       // of a code
-  int group;      // values per f16 scale, 0 without scales
+  int bits;   // of a code
+  int group;  // values per f16 scale, 0 without scales
   int version;
-  bool rotated;   // has a rotation of its own
-  Equalise keys;  // what its keys want from a profile
+  bool rotated;          // has a rotation of its own
+  Equalise keys;         // what its keys want from a profile
   const char* alias_of;  // name of the type with the same bytes, or null
 };
 
@@ -75,14 +75,16 @@ decltype(auto) VisitImpl(CacheType type, F&& f, CodecList<Codecs...>) {
 }
 }  // namespace internal
 
-// Calls f with a value of the codec struct of `type`: VisitCodec(type, [](auto codec) { using C = decltype(codec); ... }).
+// Calls f with a value of the codec struct of `type`: VisitCodec(type, [](auto codec) { using C =
+// decltype(codec); ... }).
 template <class F>
 decltype(auto) VisitCodec(CacheType type, F&& f) {
   return internal::VisitImpl(type, std::forward<F>(f), CacheTypes{});
 }
 
-// Like VisitCodec, but with the codec without its rotation: types that differ in the rotation alone (turbo4, iso4, ...)
-// give one and the same type, so that attention kernels are compiled once for each of the few ways of storing.
+// Like VisitCodec, but with the codec without its rotation: types that differ in the rotation alone (turbo4,
+// iso4, ...) give one and the same type, so that attention kernels are compiled once for each of the few ways
+// of storing.
 template <class F>
 decltype(auto) VisitStored(CacheType type, F&& f) {
   return VisitCodec(type, [&](auto codec) -> decltype(auto) {

@@ -1,12 +1,16 @@
-// What a codec is: the code of one cache type, a struct of static functions without state, usable on CPU and GPU.
+// What a codec is: the code of one cache type, a struct of static functions without state, usable on CPU and
+// GPU.
 //
-// Two kinds of storage exist. kHalf keeps values as they are (f16, bf16). kCodes keeps an integer level in -128..127 for
-// every value and one f16 scale for every group of values of a head vector, after the type's rotation:
+// Two kinds of storage exist. kHalf keeps values as they are (f16, bf16). kCodes keeps an integer level in
+// -128..127 for every value and one f16 scale for every group of values of a head vector, after the type's
+// rotation:
 //     stored vector = scale[group] * kLevelUnit * Level(code)          (in the rotated frame)
-// so that logits are integer dot products times a scale on every machine. The rotation of V is taken back once per
-// attention output and queries are rotated once into K's frame; no codec ever rotates stored values while attending.
+// so that logits are integer dot products times a scale on every machine. The rotation of V is taken back
+// once per attention output and queries are rotated once into K's frame; no codec ever rotates stored values
+// while attending.
 //
-// To add a type: write one header with a struct that models Codec and add the struct to CacheTypes in catalogue.h.
+// To add a type: write one header with a struct that models Codec and add the struct to CacheTypes in
+// catalogue.h.
 #pragma once
 
 #include <concepts>
@@ -18,12 +22,13 @@
 namespace kvtide {
 
 enum class Storage : uint8_t { kHalf, kCodes };
-// K and V want different scales: K's must not bias logits, V's should have the least squared error.
+// The side that a vector is coded for. K and V have different code orders; today's types code their values
+// alike.
 enum class Side : uint8_t { kKey, kValue };
 
 // How strongly a profile equalises the channels of keys before a type codes them: channel i is multiplied by
-// rms_i^-exponent (and queries are divided), with exponent 0, 1/2 or 1. Types whose rotation mixes only a few channels
-// need kFull once exact keys stand beside coded ones.
+// rms_i^-exponent (and queries are divided), with exponent 0, 1/2 or 1. Types whose rotation mixes only a few
+// channels need kFull once exact keys stand beside coded ones.
 enum class Equalise : uint8_t { kNone, kRoot, kFull };
 
 // The largest number of values that share a scale; longer head vectors are cut into groups of this size.
@@ -38,15 +43,14 @@ concept Codec = requires {
   { C::kVersion } -> std::convertible_to<int>;  // raised with every change of what stored bytes mean
 };
 
-// Any codec may say: kKeys, an Equalise (kNone if absent); kAliasOf, the name of the type with the same bytes.
-// A codec of storage kCodes has besides:
-//   using Rotation;                       Forward(float* x, int stored_dim), Inverse(...), in place, orthogonal
-//   using Stored;                         the codec without rotation; attention needs only this (see VisitStored)
-//   static constexpr float kLevelUnit;    a power of two
-//   static int Level(int code);           -128..127
-//   static uint16_t EncodeGroup(const float* y, int n, Side side, uint8_t* codes);
-//       y: n rotated values of one group, finite. Writes n codes, returns the f16 bits of the scale. Deterministic: the
-//       same bytes on every backend (no fused multiply-add, sums by TreeSum).
+// Any codec may say: kKeys, an Equalise (kNone if absent); kAliasOf, the name of the type with the same
+// bytes. A codec of storage kCodes has besides:
+//   using Rotation;                       Forward(float* x, int stored_dim), Inverse(...), in place,
+//   orthogonal using Stored;                         the codec without rotation; attention needs only this
+//   (see VisitStored) static constexpr float kLevelUnit;    a power of two static int Level(int code);
+//   -128..127 static uint16_t EncodeGroup(const float* y, int n, Side side, uint8_t* codes);
+//       y: n rotated values of one group, finite. Writes n codes, returns the f16 bits of the scale.
+//       Deterministic: the same bytes on every backend (no fused multiply-add, sums by TreeSum).
 template <class C>
 concept CodedCodec = Codec<C> && requires(const float* y, float* x, uint8_t* codes) {
   typename C::Rotation;
@@ -74,8 +78,8 @@ KVTIDE_HD inline float Mul(float a, float b) {
 #endif
 }
 
-// The sum of f(0) .. f(n-1) in one fixed order that suits a warp and vector units: 32 partial sums of every 32nd term,
-// then halving. n is a multiple of 32.
+// The sum of f(0) .. f(n-1) in one fixed order that suits a warp and vector units: 32 partial sums of every
+// 32nd term, then halving. n is a multiple of 32.
 template <class F>
 KVTIDE_HD inline float TreeSum(int n, F f) {
   float partial[32];

@@ -1,5 +1,5 @@
-// Which blocks of a sequence stay exact (f16): the first and the last full ones, and the tail that is being filled. One
-// function for the planner, which predicts bytes, and for the cache, which allocates them.
+// Which blocks of a sequence stay exact (f16): the first and the last full ones, and the tail that is being
+// filled. One function for the planner, which predicts bytes, and for the cache, which allocates them.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,8 @@
 
 namespace kvtide {
 
-// Full blocks kept exact at either end. The default keeps 1 + 2 blocks: 192 tokens, 0.09 bits per value at 32K.
+// Full blocks kept exact at either end. The default keeps 1 + 2 blocks: 192 tokens, 0.09 bits per value at
+// 32K.
 struct ExactWindow {
   int first_blocks = 1;
   int last_blocks = 2;
@@ -28,8 +29,9 @@ constexpr BlockCounts CountBlocks(int64_t tokens, ExactWindow window) {
   return {full - coded + tail, coded};
 }
 
-// With a sliding window, the first block that a sequence still holds: blocks wholly before `tokens - window` are gone,
-// the first exact blocks too. The next query, at position `tokens`, sees positions from tokens - window + 1 on.
+// With a sliding window, the first block that a sequence still holds: blocks wholly before `tokens - window`
+// are gone, the first exact blocks too. The next query, at position `tokens`, sees positions from tokens -
+// window + 1 on.
 constexpr int64_t FirstLiveBlock(int64_t tokens, int64_t window) {
   return window <= 0 ? 0 : std::max<int64_t>(0, tokens - window + 1) / kBlockTokens;
 }

@@ -1,5 +1,5 @@
-// Cache types f16 and bf16: values as they are, 16 bits each, no scales. The exact window and the tail of every
-// sequence are f16.
+// Cache types f16 and bf16: values as they are, 16 bits each, no scales. The exact window and the tail of
+// every sequence are f16.
 #pragma once
 
 #include "kernels/format/codec.h"

@@ -1,9 +1,10 @@
-// Cache types iso3 and iso4: groups of 4 channels, read as quaternions (w, x, y, z), are multiplied from the left by fixed
-// unit quaternions, then Lloyd-Max levels and one scale for 128 values. After IsoQuant (fast mode) of
-// scrya-com/rotorquant. The quaternions are 32 rows of 4 standard normals, normalised: Box-Muller in blocks of 16 over
-// u = (mt19937 & 0xffffff) / 2^24 seeded with 42 (radius from u[j], angle from u[j + 8], j < 8), which is the table of
-// its CPU code. Its CUDA table is another one and not of unit length (0.787 to 1.003); it is not used here.
-// The 32 quaternions are used again in every 128 channels. Keys are equalised per channel, as for planar (planar.h).
+// Cache types iso3 and iso4: groups of 4 channels, read as quaternions (w, x, y, z), are multiplied from the
+// left by fixed unit quaternions, then Lloyd-Max levels and one scale for 128 values. After IsoQuant (fast
+// mode) of scrya-com/rotorquant. The quaternions are 32 rows of 4 standard normals, normalised: Box-Muller in
+// blocks of 16 over u = (mt19937 & 0xffffff) / 2^24 seeded with 42 (radius from u[j], angle from u[j + 8], j
+// < 8), which is the table of its CPU code. Its CUDA table is another one and not of unit length (0.787
+// to 1.003); it is not used here. The 32 quaternions are used again in every 128 channels. Keys are equalised
+// per channel, as for planar (planar.h).
 #pragma once
 
 #include "kernels/format/codebook.h"

@@ -16,7 +16,8 @@ void EncodeExact(const HalfLayout& layout, const float* rows, int tokens, std::b
     for (int i = 0; i < layout.stored_dim; i++) {
       const bool present = t < tokens && i < layout.head_dim;
       values[HalfPrecisionIndex(t, i, layout.stored_dim)] =
-          present ? C::Pack(rows[static_cast<size_t>(t) * static_cast<size_t>(layout.head_dim) + static_cast<size_t>(i)])
+          present ? C::Pack(rows[static_cast<size_t>(t) * static_cast<size_t>(layout.head_dim) +
+                                 static_cast<size_t>(i)])
                   : uint16_t{0};
     }
 }
@@ -60,8 +61,8 @@ void UnpackPlane(Side side, const HalfLayout& layout, const std::byte* plane, st
 }
 
 template <class C>
-void EncodeCoded(Side side, const HalfLayout& layout, const HeadProfile* profile, const float* rows, int tokens,
-                 std::byte* half) {
+void EncodeCoded(Side side, const HalfLayout& layout, const HeadProfile* profile, const float* rows,
+                 int tokens, std::byte* half) {
   const int d = layout.stored_dim;
   std::memset(half, 0, layout.bytes);
   std::vector<uint8_t> codes(static_cast<size_t>(kBlockTokens * d));
@@ -97,20 +98,25 @@ void DecodeCoded(Side side, const HalfLayout& layout, const std::byte* half, flo
 
 void CheckHalf(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile) {
   const CacheTypeInfo& info = Info(type);
-  KVTIDE_CHECK(layout.stored_dim >= layout.head_dim && layout.stored_dim <= kMaxDim && layout.stored_dim % 32 == 0,
-               info.name, " stored dim ", layout.stored_dim);
-  KVTIDE_CHECK(layout.bytes == MakeHalfLayout(type, layout.head_dim).bytes, "layout is not of type ", info.name);
+  KVTIDE_CHECK(
+      layout.stored_dim >= layout.head_dim && layout.stored_dim <= kMaxDim && layout.stored_dim % 32 == 0,
+      info.name, " stored dim ", layout.stored_dim);
+  KVTIDE_CHECK(layout.bytes == MakeHalfLayout(type, layout.head_dim).bytes, "layout is not of type ",
+               info.name);
   if (profile == nullptr) return;
   const size_t d = static_cast<size_t>(layout.head_dim);
-  KVTIDE_CHECK(profile->mean.empty() || profile->mean.size() == d, "profile mean of ", profile->mean.size(), " for dim ", d);
-  KVTIDE_CHECK(profile->gain.empty() || profile->gain.size() == d, "profile gain of ", profile->gain.size(), " for dim ", d);
-  KVTIDE_CHECK(side == Side::kKey || (profile->mean.empty() && profile->gain.empty()), "a mean or gain of V is not supported");
+  KVTIDE_CHECK(profile->mean.empty() || profile->mean.size() == d, "profile mean of ", profile->mean.size(),
+               " for dim ", d);
+  KVTIDE_CHECK(profile->gain.empty() || profile->gain.size() == d, "profile gain of ", profile->gain.size(),
+               " for dim ", d);
+  KVTIDE_CHECK(side == Side::kKey || (profile->mean.empty() && profile->gain.empty()),
+               "a mean or gain of V is not supported");
 }
 
 }  // namespace
 
-void EncodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile, const float* rows,
-                int tokens, std::byte* half) {
+void EncodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
+                const float* rows, int tokens, std::byte* half) {
   CheckHalf(type, side, layout, profile);
   KVTIDE_CHECK(tokens >= 0 && tokens <= kBlockTokens, "tokens ", tokens);
   VisitCodec(type, [&](auto codec) {
@@ -123,7 +129,8 @@ void EncodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadP
   });
 }
 
-void DecodeHalfRotated(CacheType type, Side side, const HalfLayout& layout, const std::byte* half, float* rows) {
+void DecodeHalfRotated(CacheType type, Side side, const HalfLayout& layout, const std::byte* half,
+                       float* rows) {
   CheckHalf(type, side, layout, nullptr);
   VisitCodec(type, [&](auto codec) {
     using C = decltype(codec);
@@ -131,15 +138,16 @@ void DecodeHalfRotated(CacheType type, Side side, const HalfLayout& layout, cons
       const auto* values = reinterpret_cast<const uint16_t*>(half);
       for (int t = 0; t < kBlockTokens; t++)
         for (int i = 0; i < layout.stored_dim; i++)
-          rows[static_cast<size_t>(t * layout.stored_dim + i)] = C::Unpack(values[HalfPrecisionIndex(t, i, layout.stored_dim)]);
+          rows[static_cast<size_t>(t * layout.stored_dim + i)] =
+              C::Unpack(values[HalfPrecisionIndex(t, i, layout.stored_dim)]);
     } else {
       DecodeCoded<C>(side, layout, half, rows);
     }
   });
 }
 
-void DecodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile, const std::byte* half,
-                float* rows) {
+void DecodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
+                const std::byte* half, float* rows) {
   CheckHalf(type, side, layout, profile);
   std::vector<float> rotated(static_cast<size_t>(kBlockTokens * layout.stored_dim));
   DecodeHalfRotated(type, side, layout, half, rotated.data());
@@ -149,8 +157,10 @@ void DecodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadP
     RotateInverse(type, x, layout.stored_dim);
     for (int i = 0; i < layout.head_dim; i++) {
       float value = x[i];
-      if (coded && profile != nullptr && !profile->gain.empty()) value /= profile->gain[static_cast<size_t>(i)];
-      if (coded && profile != nullptr && !profile->mean.empty()) value += profile->mean[static_cast<size_t>(i)];
+      if (coded && profile != nullptr && !profile->gain.empty())
+        value /= profile->gain[static_cast<size_t>(i)];
+      if (coded && profile != nullptr && !profile->mean.empty())
+        value += profile->mean[static_cast<size_t>(i)];
       rows[static_cast<size_t>(t * layout.head_dim + i)] = value;
     }
   }

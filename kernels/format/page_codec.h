@@ -1,11 +1,12 @@
-// From 64 rows of one KV head to the bytes of half a page and back. This is the definition of the bytes: every encoder,
-// on any machine, gives what EncodeHalf gives. Plain code; the backends have faster ones.
+// From 64 rows of one KV head to the bytes of half a page and back. This is the definition of the bytes:
+// every encoder, on any machine, gives what EncodeHalf gives. Plain code; the backends have faster ones.
 //
-// Keys of coded types are stored as k' = (k - mean) * gain, padded with zeros to the stored dim, rotated, cut into groups
-// of C::kGroup (the last may be shorter), quantised. f16 and bf16 rows are stored as they are: a profile changes nothing
-// there, and an attention over them adds no q.mean. Values never use a profile.
+// Keys of coded types are stored as k' = (k - mean) * gain, padded with zeros to the stored dim, rotated, cut
+// into groups of C::kGroup (the last may be shorter), quantised. f16 and bf16 rows are stored as they are: a
+// profile changes nothing there, and an attention over them adds no q.mean. Values never use a profile.
 //
-// The templates run on CPU and GPU; EncodeHalf and DecodeHalf are for the CPU and may be called from any thread.
+// The templates run on CPU and GPU; EncodeHalf and DecodeHalf are for the CPU and may be called from any
+// thread.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +19,8 @@
 
 namespace kvtide {
 
-// The `bits` words of a lane's quad from its 32 codes, codes[8 * unit + element] (page_order.h says which bit is whose).
+// The `bits` words of a lane's quad from its 32 codes, codes[8 * unit + element] (page_order.h says which bit
+// is whose).
 template <int kBits>
 KVTIDE_HD inline void PackQuad(const uint8_t* codes, uint32_t* words) {
   static_assert(kBits == 8 || kBits == 5 || kBits == 4 || kBits == 3 || kBits == 2);
@@ -70,7 +72,8 @@ KVTIDE_HD inline void UnpackQuad(const uint32_t* words, uint8_t* codes) {
         code = words[unit] >> s & 15u;
       } else if constexpr (kBits == 3) {
         code = unit < 3 ? words[unit] >> s & 7u
-                        : (words[0] >> (s + 3) & 1u) | (words[1] >> (s + 3) & 1u) << 1 | (words[2] >> (s + 3) & 1u) << 2;
+                        : (words[0] >> (s + 3) & 1u) | (words[1] >> (s + 3) & 1u) << 1 |
+                              (words[2] >> (s + 3) & 1u) << 2;
       } else {
         code = words[unit / 2] >> (s + 2 * (unit % 2)) & 3u;
       }
@@ -81,14 +84,16 @@ KVTIDE_HD inline void UnpackQuad(const uint32_t* words, uint8_t* codes) {
 // One word of a code plane; planes are at least 4-byte aligned.
 KVTIDE_HD inline uint32_t LoadWord(const std::byte* plane, int word, int lane) {
   uint32_t value;
-  memcpy(&value, static_cast<const std::byte*>(__builtin_assume_aligned(plane + LaneWordOffset(word, lane), 4)), 4);
+  memcpy(&value,
+         static_cast<const std::byte*>(__builtin_assume_aligned(plane + LaneWordOffset(word, lane), 4)), 4);
   return value;
 }
 KVTIDE_HD inline void StoreWord(std::byte* plane, int word, int lane, uint32_t value) {
   memcpy(static_cast<std::byte*>(__builtin_assume_aligned(plane + LaneWordOffset(word, lane), 4)), &value, 4);
 }
 
-// One code of a plane. StoreCode rewrites the words that it touches: no two threads may store into one quad of a lane.
+// One code of a plane. StoreCode rewrites the words that it touches: no two threads may store into one quad
+// of a lane.
 template <int kBits>
 KVTIDE_HD inline int LoadCode(const std::byte* plane, CodePlace place) {
   uint32_t words[kBits];
@@ -118,20 +123,22 @@ KVTIDE_HD inline void EncodeVector(float* y, int stored_dim, Side side, uint8_t*
   }
 }
 
-// Encodes `tokens` rows [tokens][head_dim] (finite, within f16) into `half`, half.bytes long. Tokens from `tokens` on are
-// stored as zero vectors of the coded frame. `profile` may be null.
-void EncodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile, const float* rows,
-                int tokens, std::byte* half);
+// Encodes `tokens` rows [tokens][head_dim] (finite, within f16) into `half`, half.bytes long. Tokens from
+// `tokens` on are stored as zero vectors of the coded frame. `profile` may be null.
+void EncodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
+                const float* rows, int tokens, std::byte* half);
 
 // Decodes all 64 rows [64][head_dim] in the original frame: rotation, gain and mean are taken back.
-void DecodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile, const std::byte* half,
-                float* rows);
+void DecodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
+                const std::byte* half, float* rows);
 
-// Decodes all 64 rows [64][stored_dim] as they are stored: scale * level in the rotated frame, padding included. For f16
-// and bf16 the values themselves.
-void DecodeHalfRotated(CacheType type, Side side, const HalfLayout& layout, const std::byte* half, float* rows);
+// Decodes all 64 rows [64][stored_dim] as they are stored: scale * level in the rotated frame, padding
+// included. For f16 and bf16 the values themselves.
+void DecodeHalfRotated(CacheType type, Side side, const HalfLayout& layout, const std::byte* half,
+                       float* rows);
 
-// Turns a vector of stored_dim values into a type's rotated frame and back, in place; nothing for types without rotation.
+// Turns a vector of stored_dim values into a type's rotated frame and back, in place; nothing for types
+// without rotation.
 void RotateForward(CacheType type, float* x, int stored_dim);
 void RotateInverse(CacheType type, float* x, int stored_dim);
 

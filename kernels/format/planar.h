@@ -1,15 +1,16 @@
-// Cache types planar3 and planar4: neighbouring channels (2p, 2p+1) are turned by fixed random angles (Givens rotations),
-// then Lloyd-Max levels and one scale for 128 values. After PlanarQuant of scrya-com/rotorquant; the angles are those of
-// its CUDA table (its CPU table differs, so that blocks written by one were misread by the other): angle p is 2 pi u_p,
-// u_p = (s >> 11) / 2^53, s = 6364136223846793005 s + 1442695040888963407 mod 2^64, from s = 42. The 64 pairs are used
-// again in every 128 channels. The 4-bit levels are the correct ones (see codebook.h).
+// Cache types planar3 and planar4: neighbouring channels (2p, 2p+1) are turned by fixed random angles (Givens
+// rotations), then Lloyd-Max levels and one scale for 128 values. After PlanarQuant of scrya-com/rotorquant;
+// the angles are those of its CUDA table (its CPU table differs, so that blocks written by one were misread
+// by the other): angle p is 2 pi u_p, u_p = (s >> 11) / 2^53, s = 6364136223846793005 s + 1442695040888963407
+// mod 2^64, from s = 42. The 64 pairs are used again in every 128 channels. The 4-bit levels are the correct
+// ones (see codebook.h).
 //
-// pq3 and pq4 (PairQuant) are Givens pairs, Lloyd-Max levels, an f16 scale and an inverse rotation that runs once per
-// output instead of once per value. kvtide takes every inverse back that late, so in its layout they are planar3 and
-// planar4 under another name: the same bytes.
+// pq3 and pq4 (PairQuant) are Givens pairs, Lloyd-Max levels, an f16 scale and an inverse rotation that runs
+// once per output instead of once per value. kvtide takes every inverse back that late, so in its layout they
+// are planar3 and planar4 under another name: the same bytes.
 //
-// Pairs mix only two channels, so outlier channels stay outliers and a table made for N(0,1) clips them: keys are
-// equalised per channel by the profile.
+// Pairs mix only two channels, so outlier channels stay outliers and a table made for N(0,1) clips them: keys
+// are equalised per channel by the profile.
 #pragma once
 
 #include "kernels/format/codebook.h"

@@ -17,7 +17,8 @@ void Update(XXH3_state_t* state, const std::vector<T>& values) {
 uint64_t HashProfile(const Profile& profile) {
   XXH3_state_t* state = XXH3_createState();
   XXH3_64bits_reset(state);
-  const int shape[4] = {profile.shape.layers, profile.shape.kv_heads, profile.shape.head_dim_k, profile.shape.head_dim_v};
+  const int shape[4] = {profile.shape.layers, profile.shape.kv_heads, profile.shape.head_dim_k,
+                        profile.shape.head_dim_v};
   XXH3_64bits_update(state, shape, sizeof(shape));
   for (const auto* side : {&profile.k, &profile.v}) {
     const uint64_t heads = side->size();

@@ -1,12 +1,12 @@
-// A profile: data that codecs need per (layer, KV head) of a layer group, made by calibration or from a sequence's first
-// block. It is immutable once shared; blocks carry its hash.
+// A profile: data that codecs need per (layer, KV head) of a layer group, made by calibration or from a
+// sequence's first block. It is immutable once shared; blocks carry its hash.
 //
 // K is coded as k' = (k - mean) * gain, and queries are divided by gain, so that
 //     q . k = (q / gain) . k' + q . mean
-// exactly; the second term is constant over tokens, so softmax does not change and backends add it to the logits of the
-// run (before soft-cap), which also keeps the log-sum-exp right. V is coded as it is.
-// `transform` (stored_dim x stored_dim, row-major) and `widths` (bits of each of 8 groups of 16 coefficients) are carried
-// for calibrated types; today's types leave them empty.
+// exactly; the second term is constant over tokens, so softmax does not change and backends add it to the
+// logits of the run (before soft-cap), which also keeps the log-sum-exp right. V is coded as it is.
+// `transform` (stored_dim x stored_dim, row-major) and `widths` (bits of each of 8 groups of 16 coefficients)
+// are carried for calibrated types; today's types leave them empty.
 #pragma once
 
 #include <cstdint>

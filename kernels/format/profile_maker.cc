@@ -26,7 +26,8 @@ ProfileOptions DefaultProfileOptions(CacheType key_type) {
   return options;
 }
 
-HeadProfile MakeKeyProfile(const float* rows, int tokens, size_t stride, int head_dim, const ProfileOptions& options) {
+HeadProfile MakeKeyProfile(const float* rows, int tokens, size_t stride, int head_dim,
+                           const ProfileOptions& options) {
   KVTIDE_CHECK(tokens >= 1 && head_dim >= 2 && head_dim % 2 == 0, tokens, " tokens, dim ", head_dim);
   const size_t d = static_cast<size_t>(head_dim), n = static_cast<size_t>(tokens);
   HeadProfile profile;
@@ -65,8 +66,10 @@ HeadProfile MakeKeyProfile(const float* rows, int tokens, size_t stride, int hea
   return profile;
 }
 
-Profile MakeProfile(const GroupShape& shape, std::span<const float* const> keys, int tokens, const ProfileOptions& options) {
-  KVTIDE_CHECK(keys.size() == static_cast<size_t>(shape.layers), keys.size(), " layers of keys for ", shape.layers);
+Profile MakeProfile(const GroupShape& shape, std::span<const float* const> keys, int tokens,
+                    const ProfileOptions& options) {
+  KVTIDE_CHECK(keys.size() == static_cast<size_t>(shape.layers), keys.size(), " layers of keys for ",
+               shape.layers);
   Profile profile;
   profile.shape = shape;
   if (!options.mean && options.equalise == Equalise::kNone) return profile;

@@ -1,10 +1,10 @@
-// Cache types rotor3 and rotor4: groups of 3 channels are turned by fixed rotors of Cl(3,0), y = R v R~, then Lloyd-Max
-// levels and one scale for 128 values. After RotorQuant of scrya-com/rotorquant, which never packed it and spent bits on
-// the trivector part; a sandwich product of a vector has none, so here a value is 3 or 4 bits like in the other types.
-// Of every 128 channels 42 groups are turned and the last 2 are left alone (64: 21 and 1, 32: 10 and 2, 96: all).
-// The rotors are uniform random rotations, scalar first, then the parts of e23, e31, e12; made like the quaternions of
-// iso.h from seed 43, in kvtide's own table, as no other bit-packed form exists to be compatible with.
-// Keys are equalised per channel, as for planar (planar.h).
+// Cache types rotor3 and rotor4: groups of 3 channels are turned by fixed rotors of Cl(3,0), y = R v R~, then
+// Lloyd-Max levels and one scale for 128 values. After RotorQuant of scrya-com/rotorquant, which never packed
+// it and spent bits on the trivector part; a sandwich product of a vector has none, so here a value is 3 or 4
+// bits like in the other types. Of every 128 channels 42 groups are turned and the last 2 are left alone (64:
+// 21 and 1, 32: 10 and 2, 96: all). The rotors are uniform random rotations, scalar first, then the parts of
+// e23, e31, e12; made like the quaternions of iso.h from seed 43, in kvtide's own table, as no other
+// bit-packed form exists to be compatible with. Keys are equalised per channel, as for planar (planar.h).
 #pragma once
 
 #include "kernels/format/codebook.h"
@@ -40,7 +40,8 @@ struct Rotors {
     // clang-format on
     return table[4 * g + part];
   }
-  // v = R v R~ with R = w + x e23 + y e31 + z e12, written as v + w t + u x t with u = (x, y, z), t = 2 u x v.
+  // v = R v R~ with R = w + x e23 + y e31 + z e12, written as v + w t + u x t with u = (x, y, z), t = 2 u x
+  // v.
   static KVTIDE_HD void Sandwich(float w, float x, float y, float z, float* v) {
     const float t0 = 2.0f * (Mul(y, v[2]) - Mul(z, v[1]));
     const float t1 = 2.0f * (Mul(z, v[0]) - Mul(x, v[2]));
@@ -54,7 +55,8 @@ struct Rotors {
     for (int run = 0; run < stored_dim; run += 128) {
       const int n = stored_dim - run < 128 ? stored_dim - run : 128;
       for (int g = 0; g < n / 3; g++)
-        Sandwich(Entry(g, 0), direction * Entry(g, 1), direction * Entry(g, 2), direction * Entry(g, 3), x + run + 3 * g);
+        Sandwich(Entry(g, 0), direction * Entry(g, 1), direction * Entry(g, 2), direction * Entry(g, 3),
+                 x + run + 3 * g);
     }
   }
   static KVTIDE_HD void Forward(float* x, int stored_dim) { Turn(x, stored_dim, 1.0f); }

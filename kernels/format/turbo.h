@@ -1,9 +1,11 @@
-// Cache types turbo2, turbo3 and turbo4: a Walsh-Hadamard rotation with sign flips, Lloyd-Max levels, one scale for 128
-// values. After TurboQuant (Zandieh et al., arXiv 2504.19874) as llama.cpp forks store it; signs are those of
-// TheTom/llama-cpp-turboquant, levels are the correct Lloyd-Max ones (its older 4-bit table loses half a bit).
+// Cache types turbo2, turbo3 and turbo4: a Walsh-Hadamard rotation with sign flips, Lloyd-Max levels, one
+// scale for 128 values. After TurboQuant (Zandieh et al., arXiv 2504.19874) as llama.cpp forks store it;
+// signs are those of TheTom/llama-cpp-turboquant, levels are the correct Lloyd-Max ones (its older 4-bit
+// table loses half a bit).
 //
-// A head vector is cut into runs of 128 and a rest of 96, 64 or 32 values. Runs of a power of two: y = S2 H S1 x / sqrt(n).
-// The rest of 96 (head dims 80 and 96): three transforms of 32, then the reflection I - 2/3 J across the three.
+// A head vector is cut into runs of 128 and a rest of 96, 64 or 32 values. Runs of a power of two: y = S2 H
+// S1 x / sqrt(n). The rest of 96 (head dims 80 and 96): three transforms of 32, then the reflection I - 2/3 J
+// across the three.
 #pragma once
 
 #include "kernels/format/codebook.h"

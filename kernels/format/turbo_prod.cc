@@ -11,9 +11,18 @@
 namespace kvtide {
 namespace {
 
+// Codes of C with the least-squares scale: the sketch codes what is left, so that should be small.
 template <class C>
 float Quantise(const float* y, uint8_t* codes) {
-  return F16ToF32(C::EncodeGroup(y, TurboProd::kDim, Side::kValue, codes)) * C::kLevelUnit;
+  C::EncodeGroup(y, TurboProd::kDim, Side::kKey, codes);
+  double dot = 0, squares = 0;
+  for (int i = 0; i < TurboProd::kDim; i++) {
+    const double level = C::Level(codes[i]);
+    dot += static_cast<double>(y[i]) * level;
+    squares += level * level;
+  }
+  return F16ToF32(ScaleBits(static_cast<float>(dot / squares / static_cast<double>(C::kLevelUnit)))) *
+         C::kLevelUnit;
 }
 
 }  // namespace
@@ -30,7 +39,8 @@ TurboProd::Coded TurboProd::Encode(const float* x) const {
   float y[kDim];
   for (int i = 0; i < kDim; i++) y[i] = x[i];
   Hadamard::Forward(y, kDim);
-  coded.scale = bits_ == 4 ? Quantise<Turbo3>(y, coded.codes.data()) : Quantise<Turbo2>(y, coded.codes.data());
+  coded.scale =
+      bits_ == 4 ? Quantise<Turbo3>(y, coded.codes.data()) : Quantise<Turbo2>(y, coded.codes.data());
   double norm = 0;
   for (int i = 0; i < kDim; i++) {
     const uint8_t code = coded.codes[static_cast<size_t>(i)];

@@ -1,8 +1,9 @@
-// turbo-prod: the inner-product variant of TurboQuant, for measurement only. It codes a vector with b-1 bits as turbo does
-// and spends the last bit on the signs of a Gaussian projection of what is left (a 1-bit QJL sketch), so that dot products
-// are unbiased over the choice of the projection. It is no cache type: a value is not level x scale, so no kernel attends
-// over it. And it need not be one: the variance of a dot product is pi/2 D(b-1) / d, five times that of the unbiased scale
-// which the other types store for keys, D(b) / (1 - D(b)) / d, and it costs a second norm.
+// turbo-prod: the inner-product variant of TurboQuant, for measurement only. It codes a vector with b-1 bits
+// as turbo does and spends the last bit on the signs of a Gaussian projection of what is left (a 1-bit QJL
+// sketch), so that dot products are unbiased over the choice of the projection. It is no cache type: a value
+// is not level x scale, so no kernel attends over it. And it need not be one: the variance of a dot product
+// is pi/2 D(b-1) / d, five times that of the unbiased scale which the other types store for keys, D(b) / (1 -
+// D(b)) / d, and it costs a second norm.
 //
 // Immutable after construction; may be used from any thread. Fixed dim 128, the group of the codebook types.
 #pragma once

@@ -7,7 +7,8 @@ namespace {
 
 TEST(CheckDeathTest, NamesTheConditionThePlaceAndTheValues) {
   const int tokens = 65;
-  EXPECT_DEATH(KVTIDE_CHECK(tokens <= 64, "tokens ", tokens), "tokens <= 64 at .*check_test.cc:[0-9]+ tokens 65");
+  EXPECT_DEATH(KVTIDE_CHECK(tokens <= 64, "tokens ", tokens),
+               "tokens <= 64 at .*check_test.cc:[0-9]+ tokens 65");
   EXPECT_DEATH(KVTIDE_CHECK(tokens == 0), "check failed: tokens == 0");
 }
 

@@ -16,10 +16,18 @@ TEST(BlockLayout, TrueBitsAndRatios) {
   const struct {
     const char* pair;
     double bits, ratio;
-  } rows[] = {{"f16/f16", 16, 1},           {"q8_0/q8_0", 8.5, 1.882},       {"q5_0/q5_0", 5.5, 2.909},
-              {"q4_0/q4_0", 4.5, 3.556},    {"turbo4/turbo4", 4.125, 3.879}, {"turbo3/turbo3", 3.125, 5.12},
-              {"turbo2/turbo2", 2.125, 7.529}, {"planar3/turbo3", 3.125, 5.12}, {"planar3/f16", 9.5625, 1.673},
-              {"q8_0/pq4", 6.3125, 2.535},  {"rotor3/rotor3", 3.125, 5.12},  {"iso4/iso4", 4.125, 3.879}};
+  } rows[] = {{"f16/f16", 16, 1},
+              {"q8_0/q8_0", 8.5, 1.882},
+              {"q5_0/q5_0", 5.5, 2.909},
+              {"q4_0/q4_0", 4.5, 3.556},
+              {"turbo4/turbo4", 4.125, 3.879},
+              {"turbo3/turbo3", 3.125, 5.12},
+              {"turbo2/turbo2", 2.125, 7.529},
+              {"planar3/turbo3", 3.125, 5.12},
+              {"planar3/f16", 9.5625, 1.673},
+              {"q8_0/pq4", 6.3125, 2.535},
+              {"rotor3/rotor3", 3.125, 5.12},
+              {"iso4/iso4", 4.125, 3.879}};
   for (const auto& row : rows) {
     EXPECT_DOUBLE_EQ(Layout(row.pair).BitsPerValue(), row.bits) << row.pair;
     EXPECT_NEAR(16 / Layout(row.pair).BitsPerValue(), row.ratio, 0.001) << row.pair;
@@ -59,7 +67,9 @@ TEST(BlockLayout, HalvesHoldTheirCodesAndScalesAndWasteLittle) {
       const HalfLayout half = MakeHalfLayout(type, dim);
       const CacheTypeInfo& info = Info(type);
       const size_t values = static_cast<size_t>(64 * half.stored_dim);
-      const size_t scales = info.group == 0 ? 0 : static_cast<size_t>(64 * ((half.stored_dim + info.group - 1) / info.group) * 2);
+      const size_t scales =
+          info.group == 0 ? 0
+                          : static_cast<size_t>(64 * ((half.stored_dim + info.group - 1) / info.group) * 2);
       EXPECT_GE(half.code_bytes * 8, values * static_cast<size_t>(info.bits));
       EXPECT_LE(half.code_bytes * 8, values * static_cast<size_t>(info.bits) + 8 * 512);
       EXPECT_EQ(half.scale_bytes, scales);
@@ -78,11 +88,13 @@ TEST(BlockLayout, SizesOfKnownModels) {
 TEST(BlockLayout, ShapesOutsideTheLimitsAreRefused) {
   EXPECT_TRUE(CheckGroupShape({1, 1, 16, 512}).ok());
   EXPECT_TRUE(CheckGroupShape({1024, 1024, 128, 128}).ok());
-  for (const GroupShape bad : {GroupShape{0, 1, 128, 128}, GroupShape{1, 0, 128, 128}, GroupShape{1025, 1, 128, 128},
-                               GroupShape{1, 1, 8, 128}, GroupShape{1, 1, 128, 528}, GroupShape{1, 1, 100, 128},
-                               GroupShape{1, 1, -128, 128}})
+  for (const GroupShape bad :
+       {GroupShape{0, 1, 128, 128}, GroupShape{1, 0, 128, 128}, GroupShape{1025, 1, 128, 128},
+        GroupShape{1, 1, 8, 128}, GroupShape{1, 1, 128, 528}, GroupShape{1, 1, 100, 128},
+        GroupShape{1, 1, -128, 128}})
     EXPECT_EQ(CheckGroupShape(bad).code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_THAT(std::string(CheckGroupShape({1, 1, 100, 128}).message()), testing::HasSubstr("multiples of 16"));
+  EXPECT_THAT(std::string(CheckGroupShape({1, 1, 100, 128}).message()),
+              testing::HasSubstr("multiples of 16"));
 }
 
 }  // namespace

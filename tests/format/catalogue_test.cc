@@ -18,14 +18,16 @@ TEST(Catalogue, KnowsTheseTypes) {
     EXPECT_EQ(ParseCacheType(Name(type)).value(), type);
   }
   EXPECT_EQ(static_cast<int>(names.size()), kCacheTypes) << "names must differ";
-  EXPECT_EQ(names, (std::set<std::string>{"f16", "bf16", "q8_0", "q5_0", "q4_0", "turbo4", "turbo3", "turbo2", "iso4", "iso3",
-                                          "planar4", "planar3", "rotor4", "rotor3", "pq4", "pq3"}));
+  EXPECT_EQ(names,
+            (std::set<std::string>{"f16", "bf16", "q8_0", "q5_0", "q4_0", "turbo4", "turbo3", "turbo2",
+                                   "iso4", "iso3", "planar4", "planar3", "rotor4", "rotor3", "pq4", "pq3"}));
 }
 
 TEST(Catalogue, UnknownNamesAreRefusedWithTheListOfKnownOnes) {
   const absl::Status status = ParseCacheType("turbo5").status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_THAT(std::string(status.message()), testing::HasSubstr("unknown cache type 'turbo5'; known: f16, bf16, q8_0"));
+  EXPECT_THAT(std::string(status.message()),
+              testing::HasSubstr("unknown cache type 'turbo5'; known: f16, bf16, q8_0"));
   EXPECT_FALSE(ParseCacheType("").ok());
   EXPECT_FALSE(ParseCacheType("F16").ok());
   EXPECT_FALSE(ParseCacheType("f16 ").ok());
@@ -50,7 +52,8 @@ TEST(Catalogue, AnAliasHasItsOwnNameAndTheBytesOfItsType) {
     EXPECT_EQ(Info(type).alias_of, nullptr);
     for (const Side side : {Side::kKey, Side::kValue}) {
       const std::vector<float> rows = test::BellRows(1, 64, 96);
-      EXPECT_EQ(test::HalfPage(alias, side, 96).Encode(rows).bytes, test::HalfPage(type, side, 96).Encode(rows).bytes);
+      EXPECT_EQ(test::HalfPage(alias, side, 96).Encode(rows).bytes,
+                test::HalfPage(type, side, 96).Encode(rows).bytes);
     }
   }
 }
@@ -58,7 +61,8 @@ TEST(Catalogue, AnAliasHasItsOwnNameAndTheBytesOfItsType) {
 TEST(Catalogue, TypesThatMixFewChannelsAskForEqualisedKeys) {
   for (const CacheType type : AllCacheTypes()) {
     const std::string name = Name(type);
-    const bool few = name.starts_with("planar") || name.starts_with("iso") || name.starts_with("rotor") || name.starts_with("pq");
+    const bool few = name.starts_with("planar") || name.starts_with("iso") || name.starts_with("rotor") ||
+                     name.starts_with("pq");
     EXPECT_EQ(Info(type).keys == Equalise::kFull, few) << name;
   }
 }

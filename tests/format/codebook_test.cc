@@ -44,7 +44,8 @@ TEST(Codebook, NoPairOfIntegersUpTo63IsBetterThanTheTwoBitLevels) {
   for (int high = 3; high <= 63; high++)
     for (int low = 1; low < high; low++)
       for (double sigma = high / 1.7; sigma < high / 1.3; sigma *= 1.004)
-        ASSERT_GT(GaussianError({low, high}, sigma), chosen * (1 - 1e-6)) << low << " " << high << " " << sigma;
+        ASSERT_GT(GaussianError({low, high}, sigma), chosen * (1 - 1e-6))
+            << low << " " << high << " " << sigma;
 }
 
 TEST(Codebook, LevelsAscendAreSymmetricAndFitSevenBits) {
@@ -64,15 +65,19 @@ TEST(Codebook, LevelsAscendAreSymmetricAndFitSevenBits) {
   check(CodebookCodec<4, NoRotation>());
 }
 
-// All codes are reachable, each from its own level, and the scale of a vector of exact levels is the exact one.
+// All codes are reachable, each from its own level, and the scale of a vector of exact levels is the exact
+// one.
 TEST(Codebook, VectorsOfExactLevelsComeBackExactly) {
   const auto check = [](auto codec) {
     using C = decltype(codec);
-    // Levels in the proportions of a Gaussian, so that the rms is one sigma and every level is its own nearest.
+    // Levels in the proportions of a Gaussian, so that the rms is one sigma and every level is its own
+    // nearest.
     float y[128];
     std::vector<int> wanted;
     for (int i = 0, c = 0; i < 128; i++) {
-      while (c + 1 < 1 << C::kBits && Below((C::Level(c) + C::Level(c + 1)) / 2.0 / C::Book::kSigma) < (i + 0.5) / 128) c++;
+      while (c + 1 < 1 << C::kBits &&
+             Below((C::Level(c) + C::Level(c + 1)) / 2.0 / C::Book::kSigma) < (i + 0.5) / 128)
+        c++;
       y[i] = 0.125f * static_cast<float>(C::Level(c));
       wanted.push_back(c);
     }

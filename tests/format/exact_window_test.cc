@@ -15,8 +15,8 @@ namespace {
 TEST(ExactWindow, CountsByHand) {
   const ExactWindow window;  // 1 and 2
   EXPECT_EQ(CountBlocks(0, window).exact, 0);
-  EXPECT_EQ(CountBlocks(1, window).exact, 1);      // the tail
-  EXPECT_EQ(CountBlocks(192, window).exact, 3);    // first and last two, nothing coded
+  EXPECT_EQ(CountBlocks(1, window).exact, 1);    // the tail
+  EXPECT_EQ(CountBlocks(192, window).exact, 3);  // first and last two, nothing coded
   EXPECT_EQ(CountBlocks(192, window).coded, 0);
   EXPECT_EQ(CountBlocks(256, window).coded, 1);
   EXPECT_EQ(CountBlocks(257, window).exact, 4);
@@ -31,7 +31,8 @@ RC_GTEST_PROP(ExactWindow, CountsAreTheSumOverBlocks, ()) {
   const auto window = *rc::gen::oneOf(rc::gen::just<int64_t>(0), rc::gen::inRange<int64_t>(1, 6000));
   const int64_t full = tokens / kBlockTokens, first_live = FirstLiveBlock(tokens, window);
   BlockCounts expected;
-  for (int64_t b = first_live; b < full; b++) (IsExactBlock(b, full, exact) ? expected.exact : expected.coded)++;
+  for (int64_t b = first_live; b < full; b++)
+    (IsExactBlock(b, full, exact) ? expected.exact : expected.coded)++;
   if (tokens % kBlockTokens != 0) expected.exact++;
   const BlockCounts counts = CountLiveBlocks(tokens, exact, window);
   RC_ASSERT(counts.exact == expected.exact);
@@ -46,7 +47,8 @@ RC_GTEST_PROP(ExactWindow, EveryVisibleTokenIsHeldAndDeadBlocksAreNot, ()) {
   const auto tokens = *rc::gen::inRange<int64_t>(0, 5000);
   const auto window = *rc::gen::inRange<int64_t>(1, 3000);
   const int64_t first_live = FirstLiveBlock(tokens, window);
-  const int64_t first_visible = std::max<int64_t>(0, tokens - window + 1);  // to the query at position `tokens`
+  const int64_t first_visible =
+      std::max<int64_t>(0, tokens - window + 1);  // to the query at position `tokens`
   RC_ASSERT(first_live * kBlockTokens <= first_visible);
   RC_ASSERT((first_live + 1) * kBlockTokens > first_visible);
 }

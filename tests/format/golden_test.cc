@@ -1,6 +1,6 @@
-// Freezes the bytes of every type: tests/golden/format/digests.txt has a digest for every type, side and head dim, and
-// TYPE.bin the K and V half pages of head dim 64. If this fails, stored blocks of older versions would be misread: raise
-// the type's kVersion, then write the files anew with
+// Freezes the bytes of every type: tests/golden/format/digests.txt has a digest for every type, side and head
+// dim, and TYPE.bin the K and V half pages of head dim 64. If this fails, stored blocks of older versions
+// would be misread: raise the type's kVersion, then write the files anew with
 //     KVTIDE_WRITE_GOLDEN=1 build/dev/tests/format/kvtide_test_format --gtest_filter='*Golden*'
 // run in the root of the tree.
 #include <gtest/gtest.h>
@@ -55,12 +55,13 @@ std::string Digests() {
       const std::vector<float> rows = GoldenRows(dim);
       const HeadProfile profile = GoldenProfile(dim);
       const uint64_t k = Digest(test::HalfPage(type, Side::kKey, dim).Encode(rows, 61).bytes);
-      const uint64_t k_profile = Digest(test::HalfPage(type, Side::kKey, dim).Encode(rows, 61, &profile).bytes);
+      const uint64_t k_profile =
+          Digest(test::HalfPage(type, Side::kKey, dim).Encode(rows, 61, &profile).bytes);
       const uint64_t v = Digest(test::HalfPage(type, Side::kValue, dim).Encode(rows, 61).bytes);
       char line[160];
-      std::snprintf(line, sizeof(line), "%s v%d d%d k %016llx k+profile %016llx v %016llx\n", Name(type), Info(type).version, dim,
-                    static_cast<unsigned long long>(k), static_cast<unsigned long long>(k_profile),
-                    static_cast<unsigned long long>(v));
+      std::snprintf(line, sizeof(line), "%s v%d d%d k %016llx k+profile %016llx v %016llx\n", Name(type),
+                    Info(type).version, dim, static_cast<unsigned long long>(k),
+                    static_cast<unsigned long long>(k_profile), static_cast<unsigned long long>(v));
       out << line;
     }
   return out.str();
@@ -95,7 +96,9 @@ TEST_P(Golden, HalfPages) {
   CompareOrWrite(std::string(Name(type)) + ".bin", HalfPages(type));
 }
 INSTANTIATE_TEST_SUITE_P(Types, Golden, testing::Range(0, kCacheTypes),
-                         [](const testing::TestParamInfo<int>& p) { return std::string(Name(static_cast<CacheType>(p.param))); });
+                         [](const testing::TestParamInfo<int>& p) {
+                           return std::string(Name(static_cast<CacheType>(p.param)));
+                         });
 
 }  // namespace
 }  // namespace kvtide

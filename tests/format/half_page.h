@@ -17,7 +17,8 @@ struct HalfPage {
   HalfPage(CacheType t, Side s, int head_dim)
       : type(t), side(s), layout(MakeHalfLayout(t, head_dim)), bytes(layout.bytes, std::byte{0xa5}) {}
 
-  HalfPage& Encode(const std::vector<float>& rows, int tokens = kBlockTokens, const HeadProfile* profile = nullptr) {
+  HalfPage& Encode(const std::vector<float>& rows, int tokens = kBlockTokens,
+                   const HeadProfile* profile = nullptr) {
     EncodeHalf(type, side, layout, profile, rows.data(), tokens, bytes.data());
     return *this;
   }

@@ -26,7 +26,8 @@ void ForEachWidth(F f) {
   f(std::integral_constant<int, 8>());
 }
 
-// One set bit walks over every bit of every code of a plane; it must appear in one place of its own and nowhere else.
+// One set bit walks over every bit of every code of a plane; it must appear in one place of its own and
+// nowhere else.
 TEST(PageCodec, EveryBitOfEveryCodeHasItsOwnBitInThePlane) {
   ForEachWidth([](auto width) {
     constexpr int kBits = decltype(width)::value;
@@ -54,7 +55,8 @@ TEST(PageCodec, EveryBitOfEveryCodeHasItsOwnBitInThePlane) {
             }
         ASSERT_TRUE(std::all_of(plane.begin(), plane.end(), [](std::byte x) { return x == std::byte{0}; }));
         size_t used = 0;
-        for (const std::byte x : seen) used += static_cast<size_t>(std::popcount(std::to_integer<unsigned>(x)));
+        for (const std::byte x : seen)
+          used += static_cast<size_t>(std::popcount(std::to_integer<unsigned>(x)));
         ASSERT_EQ(used, static_cast<size_t>(64 * d * kBits));
       }
   });
@@ -116,14 +118,17 @@ TEST(PageCodec, PagesAreReadableWithTheAccessors) {
             for (int i = 0; i < d; i++) {
               float value;
               if constexpr (C::kStorage == Storage::kHalf) {
-                value = C::Unpack(reinterpret_cast<const uint16_t*>(page.bytes.data())[HalfPrecisionIndex(t, i, d)]);
+                value = C::Unpack(
+                    reinterpret_cast<const uint16_t*>(page.bytes.data())[HalfPrecisionIndex(t, i, d)]);
               } else {
                 const CodePlace place = side == Side::kKey ? KeyPlace(t, i, d) : ValuePlace(t, i, d);
-                const auto* scales = reinterpret_cast<const uint16_t*>(page.bytes.data() + page.layout.code_bytes);
+                const auto* scales =
+                    reinterpret_cast<const uint16_t*>(page.bytes.data() + page.layout.code_bytes);
                 value = F16ToF32(scales[i / C::kGroup * 64 + t]) * C::kLevelUnit *
                         static_cast<float>(C::Level(LoadCode<C::kBits>(page.bytes.data(), place)));
               }
-              ASSERT_EQ(rotated[static_cast<size_t>(t * d + i)], value) << Info(type).name << " " << t << " " << i;
+              ASSERT_EQ(rotated[static_cast<size_t>(t * d + i)], value)
+                  << Info(type).name << " " << t << " " << i;
             }
         });
       }
@@ -132,7 +137,8 @@ TEST(PageCodec, PagesAreReadableWithTheAccessors) {
 TEST(PageCodecDeathTest, RefusesAnotherTypesLayoutAndAMeanOfV) {
   HalfPage page(*ParseCacheType("turbo4"), Side::kValue, 128);
   const std::vector<float> rows(64 * 128, 1.0f);
-  EXPECT_DEATH(EncodeHalf(*ParseCacheType("turbo3"), Side::kValue, page.layout, nullptr, rows.data(), 64, page.bytes.data()),
+  EXPECT_DEATH(EncodeHalf(*ParseCacheType("turbo3"), Side::kValue, page.layout, nullptr, rows.data(), 64,
+                          page.bytes.data()),
                "layout is not of type turbo3");
   HeadProfile profile;
   profile.mean.assign(128, 0.5f);

@@ -17,8 +17,8 @@ void ExpectBijection(Place place_of, Owner owner_of, int d) {
   for (int t = 0; t < 64; t++)
     for (int i = 0; i < d; i++) {
       const CodePlace p = place_of(t, i, d);
-      ASSERT_TRUE(p.quad >= 0 && p.quad < 2 * d / 32 && p.lane >= 0 && p.lane < 32 && p.unit >= 0 && p.unit < 4 &&
-                  p.element >= 0 && p.element < 8)
+      ASSERT_TRUE(p.quad >= 0 && p.quad < 2 * d / 32 && p.lane >= 0 && p.lane < 32 && p.unit >= 0 &&
+                  p.unit < 4 && p.element >= 0 && p.element < 8)
           << t << " " << i;
       const size_t index = static_cast<size_t>(((p.quad * 32 + p.lane) * 4 + p.unit) * 8 + p.element);
       ASSERT_FALSE(taken[index]) << "two codes in one place: token " << t << " dim " << i;
@@ -37,7 +37,8 @@ TEST(PageOrder, EveryCodeHasItsOwnPlaceAndTheWayBackIsRight) {
 }
 
 TEST(PageOrder, PlacesByHand) {
-  // Token 37 = 32 + 5: group 1; 5 = 8*0 + 2*2 + 1, so n = 1, unit 2. Dim 75 = 2*32 + 8*1 + 3: step 2, lane column 1.
+  // Token 37 = 32 + 5: group 1; 5 = 8*0 + 2*2 + 1, so n = 1, unit 2. Dim 75 = 2*32 + 8*1 + 3: step 2, lane
+  // column 1.
   const CodePlace k = KeyPlace(37, 75, 128);
   EXPECT_EQ(std::tuple(k.quad, k.lane, k.unit, k.element), std::tuple(1 * 4 + 2, 4 * 1 + 1, 2, 3));
   // As a value: dim 75 = 2*32 + 8*1 + 3: unit 1, n = 3. Token 37 = 32 + 8*0 + 5.

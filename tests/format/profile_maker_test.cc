@@ -12,7 +12,8 @@ namespace {
 
 constexpr int kDim = 128;
 
-// Keys with outlier channels: most channels have rms 1, every 16th has 6, one is silent with its partner, all have a mean.
+// Keys with outlier channels: most channels have rms 1, every 16th has 6, one is silent with its partner, all
+// have a mean.
 std::vector<float> Keys(uint64_t seed, int tokens, float mean) {
   std::vector<float> rows = test::BellRows(seed, tokens, kDim);
   for (int t = 0; t < tokens; t++)
@@ -39,10 +40,13 @@ TEST(ProfileMaker, MeanIsTheChannelMean) {
 TEST(ProfileMaker, FullGainMakesAllPairsOfChannelsEquallyStrong) {
   const std::vector<float> rows = Keys(2, 256, 0.5f);
   for (const RopePairs pairs : {RopePairs::kHalves, RopePairs::kNeighbours, RopePairs::kNone}) {
-    const HeadProfile p = MakeKeyProfile(rows.data(), 256, kDim, kDim, {.mean = true, .equalise = Equalise::kFull, .pairs = pairs});
+    const HeadProfile p = MakeKeyProfile(rows.data(), 256, kDim, kDim,
+                                         {.mean = true, .equalise = Equalise::kFull, .pairs = pairs});
     double first = -1, before = 0, after = 0;
     for (size_t i = 0; i < kDim; i++) {
-      const size_t partner = pairs == RopePairs::kHalves ? (i + 64) % 128 : pairs == RopePairs::kNeighbours ? i ^ 1 : i;
+      const size_t partner = pairs == RopePairs::kHalves       ? (i + 64) % 128
+                             : pairs == RopePairs::kNeighbours ? i ^ 1
+                                                               : i;
       EXPECT_EQ(p.gain[i], p.gain[partner]);
       double square = 0;
       for (size_t t = 0; t < 256; t++)
@@ -65,20 +69,23 @@ TEST(ProfileMaker, RootGainIsTheSquareRootOfTheFullOneUpToAFactor) {
   const HeadProfile full = MakeKeyProfile(rows.data(), 64, kDim, kDim, {.equalise = Equalise::kFull});
   const HeadProfile root = MakeKeyProfile(rows.data(), 64, kDim, kDim, {.equalise = Equalise::kRoot});
   const float factor = root.gain[0] * root.gain[0] / full.gain[0];
-  for (size_t i = 0; i < kDim; i++) EXPECT_NEAR(root.gain[i] * root.gain[i] / full.gain[i] / factor, 1, 1e-5) << i;
+  for (size_t i = 0; i < kDim; i++)
+    EXPECT_NEAR(root.gain[i] * root.gain[i] / full.gain[i] / factor, 1, 1e-5) << i;
 }
 
 TEST(ProfileMaker, KeysWithoutEnergyGiveFiniteGains) {
   const std::vector<float> zero(64 * kDim, 0.0f);
   for (const Equalise equalise : {Equalise::kRoot, Equalise::kFull}) {
-    for (const float g : MakeKeyProfile(zero.data(), 64, kDim, kDim, {.equalise = equalise}).gain) EXPECT_EQ(g, 1.0f);
+    for (const float g : MakeKeyProfile(zero.data(), 64, kDim, kDim, {.equalise = equalise}).gain)
+      EXPECT_EQ(g, 1.0f);
     std::vector<float> one = zero;
     one[5] = 3;
     for (const float g : MakeKeyProfile(one.data(), 64, kDim, kDim, {.equalise = equalise}).gain)
       EXPECT_TRUE(std::isfinite(g) && g > 0);
   }
   const std::vector<float> constant(64 * kDim, 2.0f);  // nothing is left after the mean
-  for (const float g : MakeKeyProfile(constant.data(), 64, kDim, kDim, {.mean = true, .equalise = Equalise::kFull}).gain)
+  for (const float g :
+       MakeKeyProfile(constant.data(), 64, kDim, kDim, {.mean = true, .equalise = Equalise::kFull}).gain)
     EXPECT_EQ(g, 1.0f);
 }
 
@@ -104,8 +111,10 @@ TEST(ProfileMaker, WithoutOptionsThereIsNoProfile) {
   EXPECT_TRUE(p.k.empty());
 }
 
-// Mean of (logit of the coded key) / (logit of the exact key) for queries that look along the key, and error of both.
-double LogitShare(CacheType type, const std::vector<float>& rows, const HeadProfile* profile, int channel_period) {
+// Mean of (logit of the coded key) / (logit of the exact key) for queries that look along the key, and error
+// of both.
+double LogitShare(CacheType type, const std::vector<float>& rows, const HeadProfile* profile,
+                  int channel_period) {
   test::HalfPage page(type, Side::kKey, kDim);
   const std::vector<float> decoded = page.Encode(rows, 64, profile).Decode(profile);
   double both = 0, exact = 0;
@@ -118,12 +127,14 @@ double LogitShare(CacheType type, const std::vector<float>& rows, const HeadProf
   return both / exact;
 }
 
-// The cause of the trouble of these types beside exact keys, and its cure: outlier channels lose part of their logits.
+// The cause of the trouble of these types beside exact keys, and its cure: outlier channels lose part of
+// their logits.
 TEST(ProfileMaker, EqualisationRestoresTheLogitsOfOutlierChannels) {
   for (const CacheType type : AllCacheTypes()) {
     if (Info(type).keys != Equalise::kFull) continue;
     const std::vector<float> rows = Keys(7, 64, 0), calibration = Keys(8, 64, 0);
-    const HeadProfile profile = MakeKeyProfile(calibration.data(), 64, kDim, kDim, DefaultProfileOptions(type));
+    const HeadProfile profile =
+        MakeKeyProfile(calibration.data(), 64, kDim, kDim, DefaultProfileOptions(type));
     EXPECT_LT(LogitShare(type, rows, nullptr, 16), Info(type).bits == 3 ? 0.95 : 0.985) << Name(type);
     EXPECT_NEAR(LogitShare(type, rows, &profile, 16), 1, 0.02) << Name(type);
   }

@@ -57,7 +57,8 @@ void ExpectOrthogonal() {
     const auto columns = MatrixOf([](float* x, int n) { Rotation::Forward(x, n); }, d);
     for (size_t i = 0; i < columns.size(); i++)
       for (size_t j = 0; j <= i; j++)
-        ASSERT_NEAR(test::Dot(columns[i].data(), columns[j].data(), d), i == j ? 1 : 0, 1e-6) << d << " " << i << " " << j;
+        ASSERT_NEAR(test::Dot(columns[i].data(), columns[j].data(), d), i == j ? 1 : 0, 1e-6)
+            << d << " " << i << " " << j;
   }
 }
 
@@ -76,7 +77,8 @@ TEST(Rotation, PlanarAnglesComeFromTheirGenerator) {
     EXPECT_NEAR(GivensPairs::Entry(p, 0), std::cos(angle), 4e-8) << p;
     EXPECT_NEAR(GivensPairs::Entry(p, 1), std::sin(angle), 4e-8) << p;
   }
-  EXPECT_NEAR(GivensPairs::Entry(0, 0), -.9095053, 1e-7);  // as published by the implementation that it is taken from
+  EXPECT_NEAR(GivensPairs::Entry(0, 0), -.9095053,
+              1e-7);  // as published by the implementation that it is taken from
   EXPECT_NEAR(GivensPairs::Entry(3, 0), -.6827218, 1e-7);
 }
 

@@ -1,5 +1,5 @@
-// Deterministic rows for the tests of formats: a 64-bit generator and distributions that use no libm, so that golden
-// files hold on every machine.
+// Deterministic rows for the tests of formats: a 64-bit generator and distributions that use no libm, so that
+// golden files hold on every machine.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +22,7 @@ class Random {
   float Bell() {
     int64_t sum = 0;
     for (int i = 0; i < 16; i++) sum += static_cast<int64_t>(Next() >> 44);  // 20 bits each
-    return static_cast<float>(sum - 16 * (1 << 19)) / 1210791.0f;             // 2^20 * sqrt(16 / 12)
+    return static_cast<float>(sum - 16 * (1 << 19)) / 1210791.0f;            // 2^20 * sqrt(16 / 12)
   }
 
  private:

@@ -18,7 +18,8 @@ struct DotErrors {
   double variance = 0;  // of the error, for q and k of unit length, times d
 };
 
-// Errors of <q, k_hat> for keys of unit variance; `decode` gives k_hat of row k, drawing a new projection per row.
+// Errors of <q, k_hat> for keys of unit variance; `decode` gives k_hat of row k, drawing a new projection per
+// row.
 template <class F>
 DotErrors Measure(F decode, int rows) {
   double both = 0, exact = 0, squares = 0;
@@ -31,8 +32,10 @@ DotErrors Measure(F decode, int rows) {
     const double truth = test::Dot(q.data(), k.data(), kDim);
     both += truth * test::Dot(q.data(), decoded.data(), kDim);
     exact += truth * truth;
-    const double error = test::Dot(noise.data(), decoded.data(), kDim) - test::Dot(noise.data(), k.data(), kDim);
-    squares += error * error / test::Dot(noise.data(), noise.data(), kDim) / test::Dot(k.data(), k.data(), kDim) * kDim;
+    const double error =
+        test::Dot(noise.data(), decoded.data(), kDim) - test::Dot(noise.data(), k.data(), kDim);
+    squares += error * error / test::Dot(noise.data(), noise.data(), kDim) /
+               test::Dot(k.data(), k.data(), kDim) * kDim;
   }
   return {both / exact - 1, squares / rows};
 }
