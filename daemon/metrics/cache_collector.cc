@@ -60,10 +60,11 @@ void WriteContents(FamilyWriter& writer, const CacheStats& stats) {
   gauge("kvtide_f16_equivalent_bytes",
         "What the tokens of all sequences would take in f16, unpadded and unshared.",
         static_cast<double>(stats.f16_equivalent_bytes));
-  gauge("kvtide_bits_per_value",
-        "Stored bits per K or V value of the stored tokens, with scales, padding and tails; 0 when nothing "
-        "is stored.",
-        stats.bits_per_value);
+  gauge(
+      "kvtide_bytes_per_value",
+      "Stored bytes per K or V value of the stored tokens, with scales, padding and tails; times 8 these are "
+      "the true bits per value. 0 when nothing is stored.",
+      stats.bits_per_value / 8);
   gauge("kvtide_sequences_limit", "Most sequences that may be open.",
         static_cast<double>(stats.max_sequences));
   gauge("kvtide_models_limit", "Most models that may be registered.", static_cast<double>(stats.max_models));

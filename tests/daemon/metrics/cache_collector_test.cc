@@ -1,0 +1,139 @@
+#include "daemon/metrics/cache_collector.h"
+
+#include <set>
+
+#include "gtest/gtest.h"
+#include "prometheus/text_serializer.h"
+#include "tests/daemon/metrics/exposition.h"
+
+namespace kvtide::metrics {
+namespace {
+
+Exposition Scrape(const CacheStats& stats) {
+  const CacheCollector collector([stats] { return stats; });
+  return ParseExposition(prometheus::TextSerializer().Serialize(collector.Collect()));
+}
+
+TEST(CacheCollector, FamiliesAndTypes) {
+  const std::map<std::string, std::string> expected = {
+      {"kvtide_tier_info", "gauge"},
+      {"kvtide_pool_capacity_bytes", "gauge"},
+      {"kvtide_pool_used_bytes", "gauge"},
+      {"kvtide_pool_free_bytes", "gauge"},
+      {"kvtide_pool_largest_free_extent_bytes", "gauge"},
+      {"kvtide_pool_blocks", "gauge"},
+      {"kvtide_pool_pinned_blocks", "gauge"},
+      {"kvtide_pair_blocks", "gauge"},
+      {"kvtide_pair_bytes", "gauge"},
+      {"kvtide_models", "gauge"},
+      {"kvtide_sequences", "gauge"},
+      {"kvtide_tokens", "gauge"},
+      {"kvtide_shared_blocks", "gauge"},
+      {"kvtide_stored_bytes", "gauge"},
+      {"kvtide_f16_equivalent_bytes", "gauge"},
+      {"kvtide_bytes_per_value", "gauge"},
+      {"kvtide_sequences_limit", "gauge"},
+      {"kvtide_models_limit", "gauge"},
+      {"kvtide_sequence_tokens_limit", "gauge"},
+      {"kvtide_sequences_created_total", "counter"},
+      {"kvtide_sequences_closed_total", "counter"},
+      {"kvtide_appended_tokens_total", "counter"},
+      {"kvtide_sealed_blocks_total", "counter"},
+      {"kvtide_copied_on_write_blocks_total", "counter"},
+      {"kvtide_window_freed_blocks_total", "counter"},
+      {"kvtide_evict_calls_total", "counter"},
+      {"kvtide_prefetch_calls_total", "counter"},
+      {"kvtide_moves_total", "counter"},
+      {"kvtide_failed_moves_total", "counter"},
+      {"kvtide_moved_bytes_total", "counter"},
+      {"kvtide_demoted_blocks_total", "counter"},
+      {"kvtide_promoted_blocks_total", "counter"},
+      {"kvtide_dropped_blocks_total", "counter"},
+      {"kvtide_attended_blocks_total", "counter"},
+      {"kvtide_checksum_failures_total", "counter"},
+      {"kvtide_exhausted_calls_total", "counter"},
+  };
+  EXPECT_EQ(Scrape(BusyStats()).types, expected);
+}
+
+// No number occurs twice in BusyStats: a field that is missing, or exported from the wrong place, is found.
+TEST(CacheCollector, EveryFieldIsThere) {
+  const CacheStats stats = BusyStats();
+  const Exposition exposition = Scrape(stats);
+  std::multiset<double> values;
+  for (const auto& [name, value] : exposition.samples) values.insert(value);
+  std::vector<uint64_t> fields = {stats.models,
+                                  stats.sequences,
+                                  stats.tokens,
+                                  stats.shared_blocks,
+                                  stats.stored_bytes,
+                                  stats.f16_equivalent_bytes,
+                                  stats.sequences_created,
+                                  stats.sequences_closed,
+                                  stats.appended_tokens,
+                                  stats.sealed_blocks,
+                                  stats.copied_on_write_blocks,
+                                  stats.window_freed_blocks,
+                                  stats.evict_calls,
+                                  stats.prefetch_calls,
+                                  stats.moves,
+                                  stats.failed_moves,
+                                  stats.moved_bytes,
+                                  stats.attended_blocks_below_tier0,
+                                  stats.checksum_failures,
+                                  stats.exhausted,
+                                  stats.max_sequences,
+                                  stats.max_models,
+                                  static_cast<uint64_t>(stats.max_tokens_per_sequence)};
+  for (const TierStats& tier : stats.tiers) {
+    for (const uint64_t field :
+         {tier.capacity_bytes, tier.used_bytes, tier.free_bytes, tier.largest_free_extent_bytes, tier.blocks,
+          tier.pinned_blocks, tier.demoted_blocks, tier.promoted_blocks, tier.dropped_blocks}) {
+      fields.push_back(field);
+    }
+    for (const auto& [name, pair] : tier.pairs) {
+      fields.push_back(pair.blocks);
+      fields.push_back(pair.bytes);
+    }
+  }
+  for (const uint64_t field : fields) EXPECT_EQ(values.count(static_cast<double>(field)), 1u) << field;
+  EXPECT_EQ(exposition.samples.at("kvtide_bytes_per_value"), 7.125 / 8);
+}
+
+TEST(CacheCollector, LabelsAndSums) {
+  const CacheStats stats = BusyStats();
+  const std::map<std::string, double> samples = Scrape(stats).samples;
+  EXPECT_EQ(samples.at("kvtide_tier_info{tier=\"host\",backend=\"cpu\",position=\"1\"}"), 1);
+  EXPECT_EQ(samples.at("kvtide_pair_blocks{tier=\"device\",pair=\"q8_0/turbo4\"}"), 1023);
+  double attended = 0, pairs = 0, used = 0;
+  for (const auto& [name, value] : samples) {
+    if (name.rfind("kvtide_attended_blocks_total{", 0) == 0) attended += value;
+    if (name.rfind("kvtide_pair_bytes{", 0) == 0) pairs += value;
+    if (name.rfind("kvtide_pool_used_bytes{", 0) == 0) used += value;
+  }
+  EXPECT_EQ(attended, static_cast<double>(stats.attended_blocks));
+  EXPECT_EQ(pairs, used);
+  EXPECT_EQ(used, samples.at("kvtide_stored_bytes"));
+}
+
+// Counts are read one after another: parts may be ahead of their sum for a moment, and a gauge below zero is
+// nonsense.
+TEST(CacheCollector, NeverNegative) {
+  CacheStats stats;
+  stats.attended_blocks = 3;
+  stats.attended_blocks_below_tier0 = 5;
+  for (const auto& [name, value] : Scrape(stats).samples) EXPECT_GE(value, 0) << name;
+}
+
+TEST(CacheCollector, OneSnapshotForAScrape) {
+  int calls = 0;
+  const CacheCollector collector([&calls] {
+    ++calls;
+    return BusyStats();
+  });
+  collector.Collect();
+  EXPECT_EQ(calls, 1);
+}
+
+}  // namespace
+}  // namespace kvtide::metrics

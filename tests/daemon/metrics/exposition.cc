@@ -1,0 +1,97 @@
+#include "tests/daemon/metrics/exposition.h"
+
+#include <cstdlib>
+#include <sstream>
+
+namespace kvtide::metrics {
+namespace {
+
+TierStats Tier(const std::string& name, const std::string& backend, uint64_t base) {
+  TierStats tier;
+  tier.name = name;
+  tier.backend = backend;
+  tier.pairs["f16/f16"] = {base + 11, (base + 11) * 4096};
+  tier.pairs["q8_0/turbo4"] = {base + 23, (base + 23) * 1632};
+  tier.pairs["turbo3/turbo3"] = {base + 37, (base + 37) * 800};
+  for (const auto& [pair, stats] : tier.pairs) {
+    tier.blocks += stats.blocks;
+    tier.used_bytes += stats.bytes;
+  }
+  tier.capacity_bytes = base * 100000 + 7;
+  tier.free_bytes = tier.capacity_bytes - tier.used_bytes;
+  tier.largest_free_extent_bytes = tier.free_bytes / 2 + 1;
+  tier.pinned_blocks = base + 3;
+  tier.demoted_blocks = base + 5;
+  tier.promoted_blocks = base + 7;
+  tier.dropped_blocks = base + 9;
+  return tier;
+}
+
+}  // namespace
+
+CacheStats BusyStats() {
+  CacheStats stats;
+  stats.tiers = {Tier("device", "cuda:0", 1000), Tier("host", "cpu", 2000)};
+  for (const TierStats& tier : stats.tiers) {
+    stats.stored_bytes += tier.used_bytes;
+    stats.dropped_blocks += tier.dropped_blocks;
+    stats.moves += tier.demoted_blocks + tier.promoted_blocks;
+  }
+  stats.models = 3;
+  stats.sequences = 5;
+  stats.tokens = 70001;
+  stats.shared_blocks = 71;
+  stats.f16_equivalent_bytes = stats.stored_bytes * 2 + 1;
+  stats.bits_per_value = 7.125;
+  stats.sequences_created = 101;
+  stats.sequences_closed = 96;
+  stats.appended_tokens = 90001;
+  stats.sealed_blocks = 4001;
+  stats.copied_on_write_blocks = 43;
+  stats.window_freed_blocks = 47;
+  stats.evict_calls = 53;
+  stats.prefetch_calls = 59;
+  stats.failed_moves = 61;
+  stats.moved_bytes = 123456789;
+  stats.attended_blocks = 5000001;
+  stats.attended_blocks_below_tier0 = 1000002;
+  stats.checksum_failures = 67;
+  stats.exhausted = 73;
+  stats.max_sequences = 16384;
+  stats.max_models = 64;
+  stats.max_tokens_per_sequence = 4194304;
+  return stats;
+}
+
+std::unique_ptr<Metrics> BusyMetrics() {
+  MetricsOptions options;
+  options.version = "1.2.3";
+  options.stats = BusyStats;
+  options.calls_under_way = [] { return int64_t{4}; };
+  auto metrics = std::make_unique<Metrics>(std::move(options));
+  constexpr int kOk = 0, kResourceExhausted = 8;
+  for (int i = 0; i < 10; ++i)
+    metrics->RecordCall("AppendAttend", kOk, absl::Microseconds(300 + i), 100, 200);
+  metrics->RecordCall("AppendAttend", kResourceExhausted, absl::Seconds(2), 100, 0);
+  metrics->RecordCall("Session", kOk, absl::Hours(3), 0, 0);
+  return metrics;
+}
+
+Exposition ParseExposition(const std::string& text) {
+  Exposition exposition;
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) {
+    if (line.rfind("# TYPE ", 0) == 0) {
+      std::istringstream words(line.substr(7));
+      std::string name, type;
+      words >> name >> type;
+      exposition.types[name] = type;
+    } else if (!line.empty() && line[0] != '#') {
+      const size_t space = line.rfind(' ');
+      exposition.samples[line.substr(0, space)] = std::strtod(line.c_str() + space + 1, nullptr);
+    }
+  }
+  return exposition;
+}
+
+}  // namespace kvtide::metrics
