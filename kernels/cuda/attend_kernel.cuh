@@ -1,0 +1,311 @@
+// The decode attention kernel: persistent CTAs, one per SM, each with an equal contiguous share of the pages of the
+// launch. Inside a CTA the warps take pages in turn, each behind a ring of its own that runs on over the borders of units.
+//
+// At the end of a unit the warps that had pages of it add up their sums one after the other in shared memory, in the order
+// in which they took their first page, and the last one writes the CTA's partial state. Warps never meet at a CTA barrier:
+// one that is done goes on with the next unit. Queries of the next unit are prepared while the current one is read.
+// Everything is added in a fixed order: the same call gives the same bits.
+#pragma once
+
+#include "kernels/cuda/coded_tile.h"
+#include "kernels/cuda/half_tile.h"
+#include "kernels/cuda/pipeline.cuh"
+#include "kernels/cuda/query_row.h"
+#include "kernels/cuda/warp_row.cuh"
+
+namespace kvtide::cuda {
+
+// Coded tiles say their K group and table offset; half tiles have neither.
+template <class Tile>
+struct TileQuery;
+template <class W, class KCodec, class VCodec, int DK, int DV, int MT, bool kSplit, bool kRegisters>
+struct TileQuery<CodedTile<W, KCodec, VCodec, DK, DV, MT, kSplit, kRegisters>> {
+  using Tile = CodedTile<W, KCodec, VCodec, DK, DV, MT, kSplit, kRegisters>;
+  static constexpr int kDk = DK, kDv = DV, kTiles = MT;
+  static constexpr bool kCoded = true;
+  static KVTIDE_DEVICE float Write(const WarpRow<DK>& row, int r, typename W::Shared area) {
+    return WriteCodedQuery<W, DK, KCodec::kGroup, Tile::KDecoder::kOffset>(row, r, area, Tile::kQueryFragmentBytes);
+  }
+};
+template <class W, bool kBf16, int DK, int DV, int MT, int kTokens>
+struct TileQuery<HalfTile<W, kBf16, DK, DV, MT, kTokens>> {
+  static constexpr int kDk = DK, kDv = DV, kTiles = MT;
+  static constexpr bool kCoded = false;
+  static KVTIDE_DEVICE float Write(const WarpRow<DK>& row, int r, typename W::Shared area) {
+    return WriteHalfQuery<W, DK, kBf16>(row, r, area);
+  }
+};
+
+template <class Tile, int kWarpsT, int kSlotsT>
+struct AttendConfig {
+  using Info = TileQuery<Tile>;
+  using Ring = PieceRing<Tile, kWarpsT, kSlotsT>;
+  static constexpr int kWarps = kWarpsT, kSlots = kSlotsT, kThreads = 32 * kWarps;
+  static constexpr int kRows = Tile::kRows;
+  // A query area: fragments, scale and bias of each row, the unit.
+  static constexpr int kQueryBytes = (Tile::kQueryBytes + kRows * 8 + static_cast<int>(sizeof(AttendUnit)) + 127) / 128 * 128;
+  // Sums on their way from warp to warp; rows are padded so that the 8 rows of a store lie in different banks.
+  static constexpr int kSumStride = Info::kDv + 8;
+  static constexpr int kSumBytes = (kRows * (kSumStride + 2) * 4 + 127) / 128 * 128;
+  static constexpr int kQueryAt = kWarps * Ring::kBytes;
+  static constexpr int kSumsAt = kQueryAt + 2 * kQueryBytes;
+  static constexpr int kBarriersAt = kSumsAt + 2 * kSumBytes;
+  static constexpr int kBarriers = kWarps * kSlots + 2 * kWarps + 4;
+  static constexpr int kTablesAt = (kBarriersAt + 8 * kBarriers + 15) / 16 * 16;
+  static constexpr int kUncheckedBytes = kTablesAt + Tile::kTableBytes;
+  static constexpr int kSharedBytes = kUncheckedBytes;
+};
+
+// One query row of a unit into its query area.
+template <class Config, class Tile>
+KVTIDE_DEVICE void PrepareRow(const AttendParams& params, const AttendUnit& unit, int r, uint32_t area) {
+  using Info = typename Config::Info;
+  constexpr int D = Info::kDk;
+  WarpRow<D> row;
+  float bias = 0;
+  if (r < unit.rows) {
+    const int index = unit.first_row + r;
+    const int64_t offset = index / unit.rows_per_query * unit.query_stride +
+                           static_cast<int64_t>(index % unit.rows_per_query) * params.head_dim;
+    LoadRow<D>(unit.query, params.query_type, offset, params.head_dim, row);
+    if (Info::kCoded && unit.mean != nullptr) {
+      WarpRow<D> mean;
+      LoadRow<D>(unit.mean, QueryType::kF32, 0, params.head_dim, mean);
+#pragma unroll
+      for (int b = 0; b < WarpRow<D>::kBlocks; b++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) bias += row.x[b][i] * mean.x[b][i];
+#pragma unroll
+      for (int mask = 16; mask > 0; mask /= 2) bias += DeviceWarp::ShflXor(bias, mask);
+    }
+    if (Info::kCoded && unit.gain != nullptr) {
+      WarpRow<D> gain;
+      LoadRow<D>(unit.gain, QueryType::kF32, 0, params.head_dim, gain);
+#pragma unroll
+      for (int b = 0; b < WarpRow<D>::kBlocks; b++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          if (128 * b + 4 * DeviceWarp::Lane() + i < params.head_dim) row.x[b][i] /= gain.x[b][i];
+    }
+    if constexpr (Info::kCoded) Rotate<D, false>(params.k_rotation, row);
+  } else {
+#pragma unroll
+    for (int b = 0; b < WarpRow<D>::kBlocks; b++) row.x[b][0] = row.x[b][1] = row.x[b][2] = row.x[b][3] = 0;
+  }
+  const float step = Info::Write(row, r, area);
+  if (DeviceWarp::Lane() == 0)
+    DeviceWarp::Store64(area + Tile::kQueryBytes + r * 8,
+                        __float_as_uint(fmaxf(step * params.scale * Tile::kKUnit, 1e-25f)), __float_as_uint(bias * params.scale));
+}
+
+template <class Config, class Tile>
+__global__ void __launch_bounds__(Config::kThreads, 1) AttendKernelFunction(const __grid_constant__ AttendParams params) {
+  static_assert(Config::kSharedBytes <= 227 * 1024);
+  using Info = typename Config::Info;
+  constexpr int kWarps = Config::kWarps, MT = Info::kTiles, DV = Info::kDv;
+  extern __shared__ __align__(128) uint8_t shared[];
+  asm volatile("griddepcontrol.launch_dependents;");
+  const AttendShare share = params.shares[blockIdx.x];
+  if (share.begin >= share.end) return;
+  const int warp = static_cast<int>(threadIdx.x) >> 5, lane = DeviceWarp::Lane(), n = lane >> 2, c = lane & 3;
+  const uint32_t base = SharedAddress(shared);
+  const uint32_t barriers = base + Config::kBarriersAt;
+  const uint32_t chain = barriers + 8 * kWarps * Config::kSlots;  // [2][kWarps]
+  const uint32_t query_full = chain + 16 * kWarps, query_empty = query_full + 16;  // [2] each
+
+  typename Config::Ring ring;
+  ring.Init(base + static_cast<uint32_t>(warp) * Config::Ring::kBytes, barriers + 8 * static_cast<uint32_t>(warp) * Config::kSlots,
+            warp, params, share);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2 * kWarps; i++) Barrier::Init(chain + 8 * i, 1);
+    for (int i = 0; i < 4; i++) Barrier::Init(query_full + 8 * i, kWarps);
+    Barrier::FenceInit();
+    Tile::WriteTables(base + Config::kTablesAt);
+  }
+  __syncthreads();
+
+  Tile tile;
+  tile.Init(base + Config::kTablesAt);
+
+  // Brings unit `index` (local number i) into query area i & 1: rows by different warps, the unit itself by warp 0.
+  const auto prepare = [&](uint32_t index, int i) {
+    const uint32_t area = base + Config::kQueryAt + (i & 1) * Config::kQueryBytes;
+    const AttendUnit& unit = params.units[index];
+    if (i >= 2) Barrier::Wait(query_empty + 8 * (i & 1), ((i >> 1) - 1) & 1);
+    for (int r = warp; r < Config::kRows; r += kWarps) PrepareRow<Config, Tile>(params, unit, r, area);
+    if (warp == 0 && lane < static_cast<int>(sizeof(AttendUnit) / 16)) {
+      const uint4 v = reinterpret_cast<const uint4*>(&unit)[lane];
+      const uint32_t to = area + Tile::kQueryBytes + 8 * Config::kRows + 16 * lane;
+      DeviceWarp::Store64(to, v.x, v.y);
+      DeviceWarp::Store64(to + 8, v.z, v.w);
+    }
+    __syncwarp();
+    if (lane == 0) Barrier::Arrive(query_full + 8 * (i & 1));
+  };
+
+  prepare(share.unit, 0);
+  uint32_t page = share.begin + static_cast<uint32_t>(warp);
+  uint32_t unit_begin = share.begin;  // first page of the unit in this share
+  for (int i = 0;; i++) {
+    const int area_at = Config::kQueryAt + (i & 1) * Config::kQueryBytes;
+    Barrier::Wait(query_full + 8 * (i & 1), (i >> 1) & 1);
+    const AttendUnit& unit = *reinterpret_cast<const AttendUnit*>(shared + area_at + Tile::kQueryBytes + 8 * Config::kRows);
+    const uint32_t unit_index = share.unit + static_cast<uint32_t>(i);
+    const uint32_t unit_end = min(unit.first_page + unit.pages, share.end);
+    const bool last_unit = unit_end >= share.end;
+    const int unit_rows = unit.rows;  // the area is given back before the sums are written
+    const float* row_values = reinterpret_cast<const float*>(shared + area_at + Tile::kQueryBytes);
+    float multiplier[MT], bias[MT];
+    int row_begin[MT], row_end[MT];  // visible tokens of this thread's rows
+    int all_begin, all_end;          // and those visible to every row
+    const bool softcap = params.softcap > 0;
+    {
+      const auto limits = [&](int row, int& begin, int& end) {
+        const int query = (unit.first_row + min(row, unit.rows - 1)) / unit.rows_per_query;
+        begin = max(unit.window_begin + query, 0);
+        end = min(unit.causal_end + query, unit.tokens);
+      };
+#pragma unroll
+      for (int m = 0; m < MT; m++) {
+        multiplier[m] = row_values[2 * (n + 8 * m)];
+        bias[m] = row_values[2 * (n + 8 * m) + 1];
+        limits(n + 8 * m, row_begin[m], row_end[m]);
+      }
+      int unused;
+      limits(0, unused, all_end);
+      limits(unit.rows - 1, all_begin, unused);
+    }
+    tile.rows.Reset();
+    tile.LoadQuery(base + static_cast<uint32_t>(area_at));
+
+    bool prepared = last_unit;
+    const uint32_t my_first = page;
+    for (; page < unit_end; page += kWarps) {
+      const int page_token = static_cast<int>(page - unit.first_page) * kBlockTokens;
+#pragma unroll 1
+      for (int t = 0; t < Tile::kTilesPerPage; t++) {
+        float y[MT][Tile::kLogits];
+        tile.KeyStage(ring.Wait(), t, y);
+        ring.template Release<false>();
+        const int first_token = page_token + t * Tile::kTokens;
+        float factor[MT];
+#pragma unroll
+        for (int m = 0; m < MT; m++) factor[m] = multiplier[m];
+        if (softcap) {
+          const float inverse = 1.0f / params.softcap;
+#pragma unroll
+          for (int m = 0; m < MT; m++) {
+            factor[m] = 1;
+#pragma unroll
+            for (int l = 0; l < Tile::kLogits; l++)
+              y[m][l] = params.softcap * tanhf(fmaf(y[m][l], multiplier[m], bias[m]) * inverse);
+          }
+        }
+        if (first_token < all_begin || first_token + Tile::kTokens > all_end) {
+#pragma unroll
+          for (int m = 0; m < MT; m++)
+#pragma unroll
+            for (int l = 0; l < Tile::kLogits; l++) {
+              const int token = first_token + Tile::TokenOf(l, c);
+              if (token < row_begin[m] || token >= row_end[m]) y[m][l] = kMasked;
+            }
+        }
+        const uint32_t values = ring.Wait();
+        if constexpr (!Info::kCoded) {
+          // Rows that were never written may hold anything, infinities too: weight 0 does not silence those.
+          const int valid = unit.tokens - first_token;
+          if (valid < Tile::kTokens) {
+            const int from = max(valid, 0) * DV * 2;
+            for (int at = from + 16 * lane; at < Tile::kVBytes; at += 512) {
+              DeviceWarp::Store64(values + at, 0, 0);
+              DeviceWarp::Store64(values + at + 8, 0, 0);
+            }
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+            __syncwarp();
+          }
+        }
+        tile.ValueStage(values, t, y, factor);
+        ring.template Release<true>();
+      }
+      if (!prepared) {
+        prepare(unit_index + 1, i + 1);
+        prepared = true;
+      }
+    }
+    if (!prepared) prepare(unit_index + 1, i + 1);
+    __syncwarp();
+    if (lane == 0) Barrier::Arrive(query_empty + 8 * (i & 1));
+
+    // The sums of this CTA: position of a warp = order of first pages; those without pages take no part.
+    const int position = static_cast<int>(my_first - unit_begin);
+    const int takers = min(static_cast<int>(unit_end - unit_begin), kWarps);
+    if (my_first < unit_end) {
+      const uint32_t my_chain = chain + 8 * kWarps * (i & 1);
+      float* const sums = reinterpret_cast<float*>(shared + Config::kSumsAt + (i & 1) * Config::kSumBytes);
+#pragma unroll
+      for (int m = 0; m < MT; m++) {
+        tile.rows.sum[m] += DeviceWarp::ShflXor(tile.rows.sum[m], 1);
+        tile.rows.sum[m] += DeviceWarp::ShflXor(tile.rows.sum[m], 2);
+      }
+      if (position > 0) {
+        Barrier::Wait(my_chain + 8 * position, (i >> 1) & 1);
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+          const float* row = sums + (n + 8 * m) * Config::kSumStride;
+          const float* head = sums + Config::kRows * Config::kSumStride + 2 * (n + 8 * m);
+          const float reference = fmaxf(tile.rows.reference[m], head[0]);
+          const float mine = DeviceWarp::Ex2(tile.rows.reference[m] - reference);
+          const float others = DeviceWarp::Ex2(head[0] - reference);
+          tile.rows.reference[m] = reference;
+          tile.rows.sum[m] = tile.rows.sum[m] * mine + head[1] * others;
+#pragma unroll
+          for (int j = 0; j < DV / 8; j++) {
+            const float2 v = *reinterpret_cast<const float2*>(row + 8 * j + 2 * c);
+            tile.rows.output[m][j][0] = tile.rows.output[m][j][0] * mine + v.x * others;
+            tile.rows.output[m][j][1] = tile.rows.output[m][j][1] * mine + v.y * others;
+          }
+        }
+      } else if (i >= 2) {
+        Barrier::Wait(my_chain, ((i >> 1) - 1) & 1);
+      }
+      if (position + 1 < takers) {
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+          float* row = sums + (n + 8 * m) * Config::kSumStride;
+          float* head = sums + Config::kRows * Config::kSumStride + 2 * (n + 8 * m);
+          __syncwarp();  // all lanes of the row have read its head
+          if (c == 0) *reinterpret_cast<float2*>(head) = make_float2(tile.rows.reference[m], tile.rows.sum[m]);
+#pragma unroll
+          for (int j = 0; j < DV / 8; j++)
+            *reinterpret_cast<float2*>(row + 8 * j + 2 * c) = make_float2(tile.rows.output[m][j][0], tile.rows.output[m][j][1]);
+        }
+        __syncwarp();
+        if (lane == 0) Barrier::Arrive(my_chain + 8 * (position + 1));
+      } else {
+        __syncwarp();
+        if (lane == 0) {
+          for (int w = takers; w < kWarps; w++) Barrier::Arrive(my_chain + 8 * w);
+          Barrier::Arrive(my_chain);
+        }
+        const size_t slot = unit_index + blockIdx.x;
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+          const int r = n + 8 * m;
+          if (r >= unit_rows) continue;
+          float* out = params.outputs + (slot * Config::kRows + r) * DV;
+#pragma unroll
+          for (int j = 0; j < DV / 8; j++)
+            *reinterpret_cast<float2*>(out + 8 * j + 2 * c) =
+                make_float2(tile.rows.output[m][j][0] * Tile::kVUnit, tile.rows.output[m][j][1] * Tile::kVUnit);
+          if (c == 0)
+            params.sums[slot * Config::kRows + r] =
+                make_float2(tile.rows.reference[m] + (softcap ? 0.0f : bias[m]), tile.rows.sum[m]);
+        }
+      }
+    }
+    if (last_unit) break;
+    unit_begin = unit_end;
+  }
+}
+
+}  // namespace kvtide::cuda

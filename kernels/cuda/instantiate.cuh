@@ -1,0 +1,97 @@
+// Makes entries of the kernel list from codecs, head dims and rows: picks warps and ring slots by registers and shared memory.
+#pragma once
+
+#include <type_traits>
+
+#include "kernels/cuda/attend_kernel.cuh"
+#include "kernels/cuda/kernel_list.h"
+
+namespace kvtide::cuda {
+
+constexpr int kSharedLimit = 227 * 1024;
+
+template <class C>
+constexpr Form FormOfCodec() {
+  if (std::is_same_v<C, F16>) return Form::kF16;
+  if (std::is_same_v<C, Bf16>) return Form::kBf16;
+  if (std::is_same_v<C, Q8_0>) return Form::kQ8;
+  if (std::is_same_v<C, Q5_0>) return Form::kQ5;
+  if (std::is_same_v<C, Q4_0>) return Form::kQ4;
+  if (std::is_same_v<C, typename Turbo4::Stored>) return Form::kCode4;
+  if (std::is_same_v<C, typename Turbo3::Stored>) return Form::kCode3;
+  if (std::is_same_v<C, typename Turbo2::Stored>) return Form::kCode2;
+  return Form::kOther;
+}
+
+// Warps that the registers of a tile allow: rows of output, in units of 8 x 128 values, decide.
+constexpr int WarpsByRegisters(int dk, int dv, int tiles, bool half) {
+  const int wide = dk > dv ? dk : dv;
+  if (half) return wide <= 256 && tiles * wide <= 256 ? 8 : 4;
+  if (tiles == 1) return wide <= 128 ? 16 : wide <= 192 ? 12 : 8;
+  return wide <= 96 ? 12 : 8;
+}
+
+template <class Tile, int kMostWarps, bool kDone = false>
+struct ConfigFor {
+  using Trial = AttendConfig<Tile, kMostWarps, 2>;
+  static constexpr int kFixed = Trial::kUncheckedBytes - kMostWarps * Trial::Ring::kBytes;
+  static constexpr int kSlotsThatFit = (kSharedLimit - kFixed - 64 * kMostWarps) / (kMostWarps * Trial::Ring::kPieceBytes);
+  static constexpr int kSlots = kSlotsThatFit > 6 ? 6 : kSlotsThatFit;
+  static constexpr int kFewer = kMostWarps > 12 ? 12 : kMostWarps > 8 ? 8 : kMostWarps > 6 ? 6 : kMostWarps > 4 ? 4 : kMostWarps - 1;
+  static constexpr auto Pick() {
+    if constexpr (kSlots >= 2) {
+      return AttendConfig<Tile, kMostWarps, kSlots>{};
+    } else {
+      return typename ConfigFor<Tile, kFewer>::Type{};
+    }
+  }
+  using Type = decltype(Pick());
+};
+
+template <class Tile>
+AttendKernel MakeEntry(Form k, Form v) {
+  using Info = TileQuery<Tile>;
+  using Config = typename ConfigFor<Tile, WarpsByRegisters(Info::kDk, Info::kDv, Info::kTiles, !Info::kCoded)>::Type;
+  return {k, v, Info::kDk, Info::kDv, Config::kRows, Config::kThreads, Config::kSharedBytes,
+          reinterpret_cast<const void*>(&AttendKernelFunction<Config, Tile>)};
+}
+
+template <class K, class V, int D, int MT>
+AttendKernel MakeCoded() {
+  using KS = typename K::Stored;
+  using VS = typename V::Stored;
+  return MakeEntry<CodedTile<DeviceWarp, KS, VS, D, D, MT, MT == 1, false>>(FormOfCodec<KS>(), FormOfCodec<VS>());
+}
+template <bool kBf16, int D, int MT>
+AttendKernel MakeHalf() {
+  constexpr int kTokens = D <= 64 ? 64 : D <= 128 ? 32 : 16;
+  constexpr Form form = kBf16 ? Form::kBf16 : Form::kF16;
+  return MakeEntry<HalfTile<DeviceWarp, kBf16, D, D, MT, kTokens>>(form, form);
+}
+
+// 8 rows and, where the registers allow, 16.
+template <class K, class V, int D>
+void AddCoded(std::vector<AttendKernel>* list) {
+  list->push_back(MakeCoded<K, V, D, 1>());
+  if constexpr (D <= 256) list->push_back(MakeCoded<K, V, D, 2>());
+}
+template <bool kBf16, int D>
+void AddHalf(std::vector<AttendKernel>* list) {
+  list->push_back(MakeHalf<kBf16, D, 1>());
+  if constexpr (D <= 256) list->push_back(MakeHalf<kBf16, D, 2>());
+}
+
+// The pairs that every head dim has.
+template <int D>
+void AddCommonPairs(std::vector<AttendKernel>* list) {
+  AddHalf<false, D>(list);
+  AddCoded<Q8_0, Q8_0, D>(list);
+  AddCoded<Q8_0, Turbo4, D>(list);
+  AddCoded<Q8_0, Turbo3, D>(list);
+  AddCoded<Turbo4, Turbo4, D>(list);
+  AddCoded<Turbo4, Turbo3, D>(list);
+  AddCoded<Turbo3, Turbo3, D>(list);
+  AddCoded<Turbo2, Turbo2, D>(list);
+}
+
+}  // namespace kvtide::cuda

@@ -1,0 +1,60 @@
+#include "kernels/cuda/kernel_list.h"
+
+#include <type_traits>
+
+#include "kernels/cuda/combine_kernel.cuh"
+
+namespace kvtide::cuda {
+
+Form FormOf(CacheType type) {
+  return VisitStored(type, [](auto codec) {
+    using C = decltype(codec);
+    if (std::is_same_v<C, F16>) return Form::kF16;
+    if (std::is_same_v<C, Bf16>) return Form::kBf16;
+    if (std::is_same_v<C, Q8_0>) return Form::kQ8;
+    if (std::is_same_v<C, Q5_0>) return Form::kQ5;
+    if (std::is_same_v<C, Q4_0>) return Form::kQ4;
+    if (std::is_same_v<C, Turbo4::Stored>) return Form::kCode4;
+    if (std::is_same_v<C, Turbo3::Stored>) return Form::kCode3;
+    if (std::is_same_v<C, Turbo2::Stored>) return Form::kCode2;
+    return Form::kOther;
+  });
+}
+
+const std::vector<AttendKernel>& AllAttendKernels() {
+  static const std::vector<AttendKernel>* const list = [] {
+    auto* all = new std::vector<AttendKernel>;
+    AddKernels64(all);
+    AddKernels96(all);
+    AddKernels128(all);
+    AddKernels192(all);
+    AddKernels256(all);
+    AddKernels512(all);
+    return all;
+  }();
+  return *list;
+}
+
+const AttendKernel* FindAttendKernel(Form k, Form v, int dk, int dv, int rows) {
+  const AttendKernel* best = nullptr;
+  for (const AttendKernel& kernel : AllAttendKernels()) {
+    if (kernel.k != k || kernel.v != v || kernel.dk != dk || kernel.dv != dv) continue;
+    if (best == nullptr || (best->rows < rows && kernel.rows > best->rows) || (kernel.rows >= rows && kernel.rows < best->rows))
+      best = &kernel;
+  }
+  return best;
+}
+
+const void* FindCombineKernel(int dv) {
+  switch (dv) {
+    case 64: return reinterpret_cast<const void*>(&CombineKernel<64>);
+    case 96: return reinterpret_cast<const void*>(&CombineKernel<96>);
+    case 128: return reinterpret_cast<const void*>(&CombineKernel<128>);
+    case 192: return reinterpret_cast<const void*>(&CombineKernel<192>);
+    case 256: return reinterpret_cast<const void*>(&CombineKernel<256>);
+    case 512: return reinterpret_cast<const void*>(&CombineKernel<512>);
+    default: return nullptr;
+  }
+}
+
+}  // namespace kvtide::cuda

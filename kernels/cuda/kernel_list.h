@@ -1,0 +1,43 @@
+// The attention kernels that exist: for pairs of stored forms, head dims and 8 or 16 query rows. What has no kernel of its
+// own is converted to f16 first (cuda_backend.cu). Kernels are instantiated in kernels_d*.cu, one file per head dim.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <vector>
+
+#include "kernels/cuda/attend_plan.h"
+#include "kernels/format/catalogue.h"
+
+namespace kvtide::cuda {
+
+// Ways of storing, whatever the rotation: one attention kernel serves all types of one form.
+enum class Form : int { kF16, kBf16, kQ8, kQ5, kQ4, kCode4, kCode3, kCode2, kOther };
+Form FormOf(CacheType type);
+
+struct AttendKernel {
+  Form k = Form::kOther, v = Form::kOther;
+  int dk = 0, dv = 0;  // stored dims
+  int rows = 0;        // query rows of a unit
+  int threads = 0;
+  int shared_bytes = 0;
+  const void* function = nullptr;  // AttendKernel<...>(AttendParams)
+};
+
+// The kernel for up to `rows` rows: the smallest that takes them all, else the widest. Null if the pair has none.
+const AttendKernel* FindAttendKernel(Form k, Form v, int dk, int dv, int rows);
+const std::vector<AttendKernel>& AllAttendKernels();
+// Function of CombineKernel<dv>, null for a dim without kernels.
+const void* FindCombineKernel(int dv);
+
+// The dims that kernels exist for, ascending.
+inline constexpr int kKernelDims[] = {64, 96, 128, 192, 256, 512};
+
+void AddKernels64(std::vector<AttendKernel>* list);
+void AddKernels96(std::vector<AttendKernel>* list);
+void AddKernels128(std::vector<AttendKernel>* list);
+void AddKernels192(std::vector<AttendKernel>* list);
+void AddKernels256(std::vector<AttendKernel>* list);
+void AddKernels512(std::vector<AttendKernel>* list);
+
+}  // namespace kvtide::cuda

@@ -1,0 +1,10 @@
+#include "kernels/cuda/instantiate.cuh"
+
+namespace kvtide::cuda {
+
+void AddKernels64(std::vector<AttendKernel>* list) {
+  AddCommonPairs<64>(list);
+
+}
+
+}  // namespace kvtide::cuda

@@ -1,0 +1,104 @@
+// Turns one quad of codes (page_order.h) into the B fragments of four m16n8k32 tiles: level bytes in registers, by byte
+// permutes on tables of at most 16 levels.
+//
+// A PRMT looks up four 8-entry tables at once; a selector nibble with bit 3 set gives the sign of the byte instead, which
+// is how 16 levels take two tables. Those join in one of two ways:
+//   joined: both tables hold level + 64, so that the idle one answers 0 and OR joins them; the offset is taken back by
+//           the start value of the sum (kOffset).
+//   split:  codes below 8 have negative levels, so the idle lower table answers -1; the upper table holds level + 1. Both
+//           are multiplied and the sum of the two products is right: one more product instead of two ORs for 8 codes.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/warp.h"
+#include "kernels/format/codec.h"
+
+namespace kvtide::cuda {
+
+template <class W, class Codec, bool kSplitTables>
+struct QuadDecoder {
+  static constexpr int kBits = Codec::kBits;
+  static constexpr bool kSplit = kSplitTables && kBits == 4;
+  static constexpr int kParts = kSplit ? 2 : 1;  // products per tile
+  static constexpr int kOffset = kBits == 4 && !kSplit ? 64 : 0;
+
+  uint32_t table[4];
+
+  static constexpr int kTableBytes = 32;
+
+  // One lane of the CTA writes the tables to shared memory, all lanes read them after a barrier. Constants, and values that
+  // are the same in all lanes, would be moved to a register again before every permute; so there is a copy for the even
+  // and one for the odd lanes, which the compiler cannot know to be equal.
+  static KVTIDE_DEVICE void WriteTables(typename W::Shared area) {
+    uint32_t words[4] = {0, 0, 0, 0};
+    constexpr int kEntries = kBits == 4 ? 16 : kBits == 3 ? 8 : kBits == 2 ? 4 : 0;
+#pragma unroll
+    for (int i = 0; i < kEntries; i++) {
+      const int level = Codec::Level(i) + kOffset + (kSplit && i >= 8 ? 1 : 0);
+      words[i / 4] |= static_cast<uint32_t>(level & 255) << (8 * (i % 4));
+    }
+    if constexpr (kBits == 5) {  // the lower four bits of a code stand for themselves
+      words[0] = 0x03020100u;
+      words[1] = 0x07060504u;
+      words[2] = 0x0b0a0908u;
+      words[3] = 0x0f0e0d0cu;
+    }
+    for (int copy = 0; copy < 2; copy++) {
+      W::Store64(area + 16 * copy, words[0], words[1]);
+      W::Store64(area + 16 * copy + 8, words[2], words[3]);
+    }
+  }
+  KVTIDE_DEVICE void Init(typename W::Shared area) {
+    if constexpr (kBits <= 5) W::Load128(area + 16 * (W::Lane() & 1), table);
+  }
+
+  // 8 codes in nibbles with bit 3 clear.
+  KVTIDE_DEVICE void Octet(uint32_t u, uint32_t (&b)[2]) const {
+    b[0] = W::Prmt(table[0], table[1], u);
+    b[1] = W::Prmt(table[0], table[1], u >> 16);
+  }
+
+  KVTIDE_DEVICE void Decode(const uint32_t* w, uint32_t (&b)[kParts][4][2]) const {
+    if constexpr (kBits == 8) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        b[0][i][0] = w[2 * i];
+        b[0][i][1] = w[2 * i + 1];
+      }
+    } else if constexpr (kBits == 4 || kBits == 5) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const uint32_t x = w[i] ^ 0x88888888u;
+        const uint32_t low0 = W::Prmt(table[0], table[1], w[i]), low1 = W::Prmt(table[0], table[1], w[i] >> 16);
+        const uint32_t high0 = W::Prmt(table[2], table[3], x), high1 = W::Prmt(table[2], table[3], x >> 16);
+        if constexpr (kSplit) {
+          b[0][i][0] = low0;
+          b[0][i][1] = low1;
+          b[1][i][0] = high0;
+          b[1][i][1] = high1;
+        } else if constexpr (kBits == 4) {
+          b[0][i][0] = low0 | high0;
+          b[0][i][1] = low1 | high1;
+        } else {  // bit 4 clear: level = nibble - 16
+          const uint32_t fifth = (w[4] >> i) & 0x11111111u;
+          b[0][i][0] = low0 | high0 | W::Prmt(0x000000f0u, 0, fifth);
+          b[0][i][1] = low1 | high1 | W::Prmt(0x000000f0u, 0, fifth >> 16);
+        }
+      }
+    } else if constexpr (kBits == 3) {
+#pragma unroll
+      for (int i = 0; i < 3; i++) Octet(w[i] & 0x77777777u, b[0][i]);
+      Octet(((w[0] >> 3) & 0x11111111u) | ((w[1] >> 2) & 0x22222222u) | ((w[2] >> 1) & 0x44444444u), b[0][3]);
+    } else {
+      static_assert(kBits == 2);
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        Octet(w[h] & 0x33333333u, b[0][2 * h]);
+        Octet((w[h] >> 2) & 0x33333333u, b[0][2 * h + 1]);
+      }
+    }
+  }
+};
+
+}  // namespace kvtide::cuda
