@@ -21,14 +21,14 @@ absl::Status KvCacheService::CheckNotDraining() const {
 }
 
 absl::Status KvCacheService::Begin() {
-  calls_under_way_++;
+  ++*options_.calls_under_way;
   return CheckNotDraining();
 }
 
 void KvCacheService::End(const char* method, absl::Time start, const absl::Status& status,
                          int64_t request_bytes, int64_t response_bytes) {
   Report(method, start, status, request_bytes, response_bytes);
-  calls_under_way_--;
+  --*options_.calls_under_way;
 }
 
 void KvCacheService::Report(const char* method, absl::Time start, const absl::Status& status,

@@ -21,7 +21,7 @@ class KvCacheService final : public v1::KvCacheService::CallbackService {
   // From now on new calls are answered UNAVAILABLE; those under way go on.
   void Drain() { draining_ = true; }
   // Idle sessions do not count.
-  int64_t calls_under_way() const { return calls_under_way_; }
+  int64_t calls_under_way() const { return *options_.calls_under_way; }
 
   grpc::ServerUnaryReactor* GetServerInfo(grpc::CallbackServerContext*, const v1::GetServerInfoRequest*,
                                           v1::GetServerInfoResponse*) override;
@@ -72,7 +72,6 @@ class KvCacheService final : public v1::KvCacheService::CallbackService {
   const ServiceOptions options_;
   Handlers handlers_;
   std::atomic<bool> draining_{false};
-  std::atomic<int64_t> calls_under_way_{0};
   WorkerPool workers_;  // last: its threads use all above
 };
 

@@ -1,9 +1,11 @@
 // What the service needs to know beside the cache. Checked by the daemon's configuration.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -29,6 +31,8 @@ struct ServiceOptions {
   int threads = 2;
   size_t max_queued_calls = 1024;
   std::function<void(const CallReport&)> report;  // may be empty
+  // Calls being handled or waiting, idle sessions aside; shared with whoever shows the number.
+  std::shared_ptr<std::atomic<int64_t>> calls_under_way = std::make_shared<std::atomic<int64_t>>(0);
 };
 
 }  // namespace kvtide::service

@@ -1,0 +1,183 @@
+#include "daemon/config.h"
+
+#include <algorithm>
+#include <fstream>
+#include <sstream>
+#include <thread>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "daemon/service/address.h"
+#include "daemon/service/convert.h"
+#include "daemon/version.h"
+#include "google/protobuf/util/json_util.h"
+#include "kernels/base/status.h"
+#include "planner/device.h"
+#include "planner/units.h"
+
+namespace kvtide {
+namespace {
+
+constexpr int64_t kDefaultDeviceBytes = int64_t{1} << 30, kDefaultHostBytes = int64_t{2} << 30;
+constexpr int64_t kLeastTierBytes = int64_t{1} << 20;
+constexpr char kDefaultPair[] = "q8_0/turbo4";
+// gRPC counts messages in int.
+constexpr int64_t kLeastMessageBytes = 4096, kMostMessageBytes = (int64_t{1} << 31) - 1;
+
+std::string KnownFields() {
+  std::vector<std::string> names;
+  const google::protobuf::Descriptor* descriptor = v1::KvtidedConfig::descriptor();
+  for (int i = 0; i < descriptor->field_count(); i++) names.push_back(descriptor->field(i)->name());
+  return absl::StrJoin(names, ", ");
+}
+
+// A size from its text, or from its number of bytes, or the default.
+absl::StatusOr<int64_t> ResolveBytes(const char* field, const std::string& text, int64_t bytes,
+                                     int64_t fallback) {
+  if (text.empty()) {
+    if (bytes < 0) return absl::InvalidArgumentError(absl::StrCat(field, " is negative"));
+    return bytes > 0 ? bytes : fallback;
+  }
+  if (text == "0") return 0;
+  auto parsed = planner::ParseBytes(text);
+  if (!parsed.ok()) return Annotate(parsed.status(), field);
+  return *parsed;
+}
+
+template <class T>
+absl::Status CheckRange(const char* field, T value, T least, T most) {
+  if (value >= least && value <= most) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(field, " is ", value, "; allowed are ", least, " to ", most, ", or 0 for the default"));
+}
+
+int Processors() { return std::max(1, static_cast<int>(std::thread::hardware_concurrency())); }
+
+absl::Status ResolveService(const v1::KvtidedConfig& config, service::ServiceOptions* service) {
+  service->version = kVersion;
+  service->listen.assign(config.listen().begin(), config.listen().end());
+  if (service->listen.empty()) service->listen.push_back(service::DefaultListenAddress());
+  for (const std::string& address : service->listen) {
+    KVTIDE_RETURN_IF_ERROR(Annotate(service::ParseAddress(address).status(), "listen"));
+  }
+  auto pair = ParseCachePair(config.default_pair().empty() ? kDefaultPair : config.default_pair());
+  if (!pair.ok()) return Annotate(pair.status(), "default_pair");
+  service->defaults.pair = *pair;
+  if (config.has_exact_window()) {
+    KVTIDE_ASSIGN_OR_RETURN(service->defaults.exact_window, service::FromProto(config.exact_window()));
+  }
+  if (config.max_message_bytes() != 0) {
+    KVTIDE_RETURN_IF_ERROR(
+        CheckRange("max_message_bytes", config.max_message_bytes(), kLeastMessageBytes, kMostMessageBytes));
+    service->max_message_bytes = config.max_message_bytes();
+  }
+  KVTIDE_RETURN_IF_ERROR(CheckRange("service_threads", config.service_threads(), 0, 1024));
+  service->threads = config.service_threads() > 0 ? config.service_threads() : std::max(2, Processors());
+  KVTIDE_RETURN_IF_ERROR(CheckRange("max_queued_calls", config.max_queued_calls(), 0, 1 << 20));
+  if (config.max_queued_calls() > 0)
+    service->max_queued_calls = static_cast<size_t>(config.max_queued_calls());
+  return absl::OkStatus();
+}
+
+absl::Status ResolveLimits(const v1::KvtidedConfig& config, CacheOptions* cache) {
+  KVTIDE_RETURN_IF_ERROR(CheckRange<int64_t>("max_sequences", config.max_sequences(), 0, int64_t{1} << 32));
+  KVTIDE_RETURN_IF_ERROR(CheckRange<int64_t>("max_models", config.max_models(), 0, 1 << 16));
+  KVTIDE_RETURN_IF_ERROR(CheckRange<int64_t>("max_tokens", config.max_tokens(), 0, int64_t{1} << 40));
+  if (config.max_sequences() > 0) cache->max_sequences = static_cast<size_t>(config.max_sequences());
+  if (config.max_models() > 0) cache->max_models = static_cast<size_t>(config.max_models());
+  if (config.max_tokens() > 0) cache->max_tokens_per_sequence = config.max_tokens();
+  return absl::OkStatus();
+}
+
+absl::Status CheckDevice(const std::string& device) {
+  int index = 0;
+  if (device == "cpu" || device == "auto") return absl::OkStatus();
+  if (device.compare(0, 5, "cuda:") == 0 && absl::SimpleAtoi(device.substr(5), &index) && index >= 0) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("device \"", device, "\" is unknown; use cpu, cuda:0 or auto"));
+}
+
+int64_t ReadNumber(const char* path) {
+  std::ifstream file(path);
+  int64_t value = 0;
+  return file >> value ? value : 0;
+}
+
+}  // namespace
+
+absl::StatusOr<v1::KvtidedConfig> ParseConfig(const std::string& json, const std::string& file_name) {
+  v1::KvtidedConfig config;
+  google::protobuf::util::JsonParseOptions options;
+  options.ignore_unknown_fields = false;
+  const auto status = google::protobuf::util::JsonStringToMessage(json, &config, options);
+  if (!status.ok()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "config file ", file_name, ": ", std::string(status.message()), "\nknown fields: ", KnownFields()));
+  }
+  return config;
+}
+
+absl::StatusOr<v1::KvtidedConfig> ReadConfigFile(const std::string& path) {
+  std::ifstream file(path);
+  std::stringstream text;
+  // Reading a folder succeeds to open and fails to read.
+  if (!file || !(text << file.rdbuf())) {
+    return absl::NotFoundError(absl::StrCat("cannot read the config file ", path));
+  }
+  return ParseConfig(text.str(), path);
+}
+
+void MergeConfig(const v1::KvtidedConfig& over, v1::KvtidedConfig* config) {
+  if (over.listen_size() > 0) config->clear_listen();
+  config->MergeFrom(over);
+}
+
+absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config) {
+  DaemonOptions options;
+  options.device = config.device().empty() ? "auto" : config.device();
+  KVTIDE_RETURN_IF_ERROR(CheckDevice(options.device));
+  KVTIDE_ASSIGN_OR_RETURN(
+      options.device_bytes,
+      ResolveBytes("device_memory", config.device_memory(), config.device_tier_bytes(), kDefaultDeviceBytes));
+  KVTIDE_ASSIGN_OR_RETURN(options.host_bytes, ResolveBytes("host_memory", config.host_memory(),
+                                                           config.host_tier_bytes(), kDefaultHostBytes));
+  if (options.device_bytes < kLeastTierBytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("device_memory is ", options.device_bytes, " bytes, at least 1MiB"));
+  }
+  if (options.host_bytes != 0 && options.host_bytes < kLeastTierBytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("host_memory is ", options.host_bytes, " bytes, at least 1MiB, or 0 for no host tier"));
+  }
+  options.metrics_address = config.metrics_address().empty() ? "127.0.0.1:9464" : config.metrics_address();
+  if (options.metrics_address == "off") options.metrics_address.clear();
+  options.log_level = config.log_level().empty() ? "info" : config.log_level();
+  const std::vector<std::string> kLevels = {"trace", "debug", "info", "warning", "error"};
+  if (std::find(kLevels.begin(), kLevels.end(), options.log_level) == kLevels.end()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("log_level \"", options.log_level, "\" is unknown; use ", absl::StrJoin(kLevels, ", ")));
+  }
+  KVTIDE_RETURN_IF_ERROR(CheckRange("compute_threads", config.compute_threads(), 0, 1024));
+  options.compute_threads = config.compute_threads();
+  KVTIDE_RETURN_IF_ERROR(CheckRange("shutdown_seconds", config.shutdown_seconds(), 0, 3600));
+  options.shutdown_grace = absl::Seconds(config.shutdown_seconds() > 0 ? config.shutdown_seconds() : 10);
+  KVTIDE_RETURN_IF_ERROR(ResolveService(config, &options.service));
+  KVTIDE_RETURN_IF_ERROR(ResolveLimits(config, &options.cache));
+  return options;
+}
+
+int64_t HostMemoryBytes() {
+  int64_t total = 0;
+  std::ifstream file("/proc/meminfo");
+  std::string name;
+  int64_t kib = 0;
+  if (file >> name >> kib && name == "MemTotal:") total = kib * 1024;
+  // A limit of "max" reads as 0.
+  const int64_t limit = ReadNumber("/sys/fs/cgroup/memory.max");
+  return limit > 0 && (total == 0 || limit < total) ? limit : total;
+}
+
+}  // namespace kvtide

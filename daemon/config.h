@@ -1,0 +1,43 @@
+// The daemon's configuration: a JSON file (kvtide/v1/kvtided_config.proto is its manual), environment and
+// flags, checked and turned into options. Flags win over the environment, that over the file. Errors name the
+// file and the field.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "daemon/cache/cache_options.h"
+#include "daemon/service/service_options.h"
+#include "kvtide/v1/kvtided_config.pb.h"
+
+namespace kvtide {
+
+struct DaemonOptions {
+  std::string device;  // "cpu", "cuda:0", "auto"
+  int64_t device_bytes = 0;
+  int64_t host_bytes = 0;       // 0 = no host tier
+  std::string metrics_address;  // empty = none
+  std::string log_level;
+  int compute_threads = 0;
+  absl::Duration shutdown_grace;
+  service::ServiceOptions service;
+  CacheOptions cache;  // limits; the tiers are filled in with the backends
+};
+
+// InvalidArgument with the place and the known fields for anything that is not a KvtidedConfig.
+absl::StatusOr<v1::KvtidedConfig> ParseConfig(const std::string& json, const std::string& file_name);
+absl::StatusOr<v1::KvtidedConfig> ReadConfigFile(const std::string& path);
+
+// Fields that are set in `over` replace those of `config`.
+void MergeConfig(const v1::KvtidedConfig& over, v1::KvtidedConfig* config);
+
+// Defaults filled in, everything checked.
+absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config);
+
+// The memory of this machine or of this container, whichever is less.
+int64_t HostMemoryBytes();
+
+}  // namespace kvtide

@@ -1,0 +1,280 @@
+// kvtided: the daemon. Reads its configuration, takes the memory of the tiers, serves until it is told to
+// stop.
+#include <signal.h>
+#include <spdlog/spdlog.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <atomic>
+#include <cstdio>
+#include <memory>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "daemon/backends.h"
+#include "daemon/cache/kv_cache.h"
+#include "daemon/config.h"
+#include "daemon/log.h"
+#include "daemon/metrics/metrics.h"
+#include "daemon/service/address.h"
+#include "daemon/service/server.h"
+#include "daemon/service_manager.h"
+#include "daemon/version.h"
+#include "google/protobuf/util/json_util.h"
+#include "kernels/base/status.h"
+#include "planner/units.h"
+
+#ifdef KVTIDE_JEMALLOC
+// Returns memory of large messages to the kernel in the background.
+extern "C" {
+extern const char* malloc_conf;
+const char* malloc_conf = "background_thread:true,dirty_decay_ms:5000,muzzy_decay_ms:5000";
+}
+#endif
+
+namespace kvtide {
+namespace {
+
+constexpr int kExitBadInput = 2, kExitCannotStart = 1;
+
+struct Flags {
+  std::string config_file;
+  v1::KvtidedConfig config;
+  bool print_config = false;
+  bool version = false;
+};
+
+// One flag for one field of the config; `name` in the environment is KVTIDE_NAME.
+template <class Set>
+void AddFlag(CLI::App* app, const std::string& flag, const std::string& env, Set set,
+             const std::string& help) {
+  app->add_option_function<std::string>(flag, set, help)->envname(env);
+}
+
+void AddFlags(CLI::App* app, Flags* flags) {
+  v1::KvtidedConfig* config = &flags->config;
+  app->add_option("--config", flags->config_file,
+                  "JSON file; kvtide/v1/kvtided_config.proto lists its fields")
+      ->envname("KVTIDE_CONFIG");
+  app->add_option_function<std::vector<std::string>>(
+         "--listen",
+         [config](const std::vector<std::string>& all) {
+           config->mutable_listen()->Assign(all.begin(), all.end());
+         },
+         "address: unix:/path/to/socket or host:port; may be given several times")
+      ->allow_extra_args(false)
+      ->envname("KVTIDE_LISTEN");
+  AddFlag(
+      app, "--device", "KVTIDE_DEVICE", [config](const std::string& v) { config->set_device(v); },
+      "cpu, cuda:0 or auto (default: the first GPU, else cpu)");
+  AddFlag(
+      app, "--device-memory", "KVTIDE_DEVICE_MEMORY",
+      [config](const std::string& v) { config->set_device_memory(v); },
+      "size of the device tier, such as 16GiB (default 1GiB)");
+  AddFlag(
+      app, "--host-memory", "KVTIDE_HOST_MEMORY",
+      [config](const std::string& v) { config->set_host_memory(v); },
+      "size of the host tier, 0 for none (default 2GiB)");
+  AddFlag(
+      app, "--default-pair", "KVTIDE_DEFAULT_PAIR",
+      [config](const std::string& v) { config->set_default_pair(v); },
+      "K and V type of sequences that name none (default q8_0/turbo4)");
+  AddFlag(
+      app, "--metrics-address", "KVTIDE_METRICS_ADDRESS",
+      [config](const std::string& v) { config->set_metrics_address(v); },
+      "where /metrics is served, or off (default 127.0.0.1:9464)");
+  AddFlag(
+      app, "--log-level", "KVTIDE_LOG_LEVEL", [config](const std::string& v) { config->set_log_level(v); },
+      "trace, debug, info, warning or error (default info)");
+  app->add_option_function<int>(
+         "--compute-threads", [config](int v) { config->set_compute_threads(v); },
+         "threads that attend on the CPU (default: one per core)")
+      ->envname("KVTIDE_COMPUTE_THREADS");
+  app->add_option_function<int64_t>(
+         "--max-message-bytes", [config](int64_t v) { config->set_max_message_bytes(v); },
+         "largest message, either way (default 64 MiB)")
+      ->envname("KVTIDE_MAX_MESSAGE_BYTES");
+  app->add_flag("--print-config", flags->print_config, "print the configuration as JSON and stop");
+  app->add_flag("--version", flags->version, "print the version and stop");
+  app->footer(
+      "Examples:\n"
+      "  kvtided                                                   a Unix socket, 1 GiB of device memory\n"
+      "  kvtided --device cpu --device-memory 256MiB --listen unix:/tmp/kv/kvtided.sock\n"
+      "  kvtided --config /etc/kvtide/kvtided.json                 as `kvtide plan --output kvtided-config` "
+      "writes it\n"
+      "  kvtided --listen unix:/run/kvtide/kvtided.sock --listen 127.0.0.1:7600\n"
+      "Stop it with SIGTERM or Ctrl-C: it finishes the calls under way.");
+}
+
+absl::StatusOr<v1::KvtidedConfig> GatherConfig(const Flags& flags) {
+  v1::KvtidedConfig config;
+  if (!flags.config_file.empty()) {
+    KVTIDE_ASSIGN_OR_RETURN(config, ReadConfigFile(flags.config_file));
+  }
+  MergeConfig(flags.config, &config);
+  return config;
+}
+
+// Everything that lives while the daemon serves, in the order in which it is made.
+class Daemon {
+ public:
+  static absl::StatusOr<std::unique_ptr<Daemon>> Start(DaemonOptions options) {
+    std::unique_ptr<Daemon> daemon(new Daemon(std::move(options)));
+    KVTIDE_RETURN_IF_ERROR(daemon->StartCache());
+    KVTIDE_RETURN_IF_ERROR(daemon->StartMetrics());
+    KVTIDE_RETURN_IF_ERROR(daemon->StartServer());
+    return daemon;
+  }
+
+  std::string ReadyLine() const {
+    std::string line = absl::StrCat("kvtided ", kVersion, " ready:");
+    for (const std::string& address : server_->addresses()) absl::StrAppend(&line, " ", address);
+    if (!metrics_address_.empty()) absl::StrAppend(&line, ", metrics http://", metrics_address_, "/metrics");
+    for (const TierStats& tier : cache_->Stats().tiers) {
+      absl::StrAppend(&line, ", ", tier.name, " tier ",
+                      planner::FormatBytes(static_cast<int64_t>(tier.capacity_bytes)), " on ", tier.backend);
+    }
+    return line;
+  }
+
+  void Stop() {
+    server_->Shutdown(options_.shutdown_grace);
+    const CacheStats stats = cache_->Stats();
+    spdlog::info("stopped sequences={} appended_tokens={} moves={}", stats.sequences, stats.appended_tokens,
+                 stats.moves);
+    metrics_->Stop();
+    cache_.reset();
+  }
+
+ private:
+  explicit Daemon(DaemonOptions options) : options_(std::move(options)) {}
+
+  absl::Status StartCache() {
+    KVTIDE_ASSIGN_OR_RETURN(backends_, MakeBackends(options_.device, options_.compute_threads));
+    if (!backends_.note.empty()) spdlog::warn("device=cpu {}", backends_.note);
+    KVTIDE_RETURN_IF_ERROR(CheckHostMemory());
+    options_.cache.tiers.push_back(
+        {"device", backends_.device.get(), static_cast<size_t>(options_.device_bytes), false});
+    if (options_.host_bytes > 0) {
+      Backend* host = backends_.host ? backends_.host.get() : backends_.device.get();
+      options_.cache.tiers.push_back({"host", host, static_cast<size_t>(options_.host_bytes), false});
+    }
+    KVTIDE_ASSIGN_OR_RETURN(cache_, KvCache::Create(options_.cache));
+    return absl::OkStatus();
+  }
+
+  // Tiers take their memory at start, but a kernel that overcommits would only kill the daemon later.
+  absl::Status CheckHostMemory() const {
+    const int64_t wanted = options_.host_bytes + (backends_.host ? 0 : options_.device_bytes);
+    const int64_t there = HostMemoryBytes();
+    if (there == 0 || wanted <= there) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        absl::StrCat("the tiers want ", planner::FormatBytes(wanted), " of host memory, this machine has ",
+                     planner::FormatBytes(there), "; lower --device-memory or --host-memory"));
+  }
+
+  absl::Status StartMetrics() {
+    metrics::MetricsOptions metrics;
+    metrics.version = kVersion;
+    metrics.cuda = KnownBackends() != "cpu";
+    metrics.stats = [cache = cache_.get()] { return cache->Stats(); };
+    metrics.calls_under_way = [this] { return calls_under_way_->load(); };
+    metrics_ = std::make_unique<metrics::Metrics>(std::move(metrics));
+    options_.service.calls_under_way = calls_under_way_;
+    options_.service.report = [this](const service::CallReport& call) {
+      metrics_->RecordCall(call.method, call.code, call.duration, call.request_bytes, call.response_bytes);
+      if (call.code != 0) {
+        spdlog::debug("call method={} code={} us={}", call.method, call.code,
+                      absl::ToInt64Microseconds(call.duration));
+      }
+    };
+    if (options_.metrics_address.empty()) return absl::OkStatus();
+    KVTIDE_ASSIGN_OR_RETURN(metrics_address_, metrics_->Start(options_.metrics_address));
+    return absl::OkStatus();
+  }
+
+  absl::Status StartServer() {
+    for (const std::string& text : options_.service.listen) {
+      KVTIDE_ASSIGN_OR_RETURN(const service::Address address, service::ParseAddress(text));
+      if (address.OpenToNetwork()) {
+        spdlog::warn("address={} is open to the network, and there is no authentication", address.text);
+      }
+    }
+    KVTIDE_ASSIGN_OR_RETURN(server_, service::Server::Start(cache_.get(), options_.service));
+    return absl::OkStatus();
+  }
+
+  DaemonOptions options_;
+  Backends backends_;
+  std::unique_ptr<KvCache> cache_;
+  const std::shared_ptr<std::atomic<int64_t>> calls_under_way_ = std::make_shared<std::atomic<int64_t>>(0);
+  std::unique_ptr<metrics::Metrics> metrics_;
+  std::string metrics_address_;  // as bound; empty = not served
+  std::unique_ptr<service::Server> server_;
+};
+
+// Signals that stop the daemon are taken by WaitForStop alone; every thread that starts later inherits this.
+sigset_t BlockStopSignals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  signal(SIGPIPE, SIG_IGN);
+  return signals;
+}
+
+int Fail(const absl::Status& status, int code) {
+  std::fprintf(stderr, "kvtided: %s\n", std::string(status.message()).c_str());
+  return code;
+}
+
+int Main(int argc, char** argv) {
+  CLI::App app("kvtided keeps the KV cache of inference servers in compressed pools on GPU and host memory.",
+               "kvtided");
+  Flags flags;
+  AddFlags(&app, &flags);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : kExitBadInput;
+  }
+  if (flags.version) {
+    std::printf("kvtided %s (backends: %s)\n", kVersion, KnownBackends().c_str());
+    return 0;
+  }
+  const auto config = GatherConfig(flags);
+  if (!config.ok()) return Fail(config.status(), kExitBadInput);
+  auto options = ResolveConfig(*config);
+  if (!options.ok()) return Fail(options.status(), kExitBadInput);
+  if (flags.print_config) {
+    google::protobuf::util::JsonPrintOptions print;
+    print.add_whitespace = true;
+    print.preserve_proto_field_names = true;
+    std::string json;
+    if (!google::protobuf::util::MessageToJsonString(*config, &json, print).ok()) return kExitBadInput;
+    std::printf("%s", json.c_str());
+    return 0;
+  }
+  SetUpLogging(options->log_level);
+  const sigset_t stop_signals = BlockStopSignals();
+  auto daemon = Daemon::Start(std::move(options).value());
+  if (!daemon.ok()) return Fail(daemon.status(), kExitCannotStart);
+  std::printf("%s\n", (*daemon)->ReadyLine().c_str());
+  std::fflush(stdout);
+  NotifyServiceManager("READY=1");
+
+  int received = 0;
+  sigwait(&stop_signals, &received);
+  NotifyServiceManager("STOPPING=1");
+  spdlog::info("stopping signal={}", received == SIGTERM ? "SIGTERM" : "SIGINT");
+  // A second signal ends the process at once.
+  pthread_sigmask(SIG_UNBLOCK, &stop_signals, nullptr);
+  (*daemon)->Stop();
+  return 0;
+}
+
+}  // namespace
+}  // namespace kvtide
+
+int main(int argc, char** argv) { return kvtide::Main(argc, argv); }

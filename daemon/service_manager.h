@@ -1,0 +1,12 @@
+// What a service manager (systemd, Type=notify) is told: READY=1, STOPPING=1. Nothing happens without one.
+#pragma once
+
+#include <string>
+
+namespace kvtide {
+
+// Sends `state` to the socket in NOTIFY_SOCKET, if there is one. Failures are ignored: the daemon works
+// without.
+void NotifyServiceManager(const std::string& state);
+
+}  // namespace kvtide
