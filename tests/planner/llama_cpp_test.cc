@@ -1,0 +1,118 @@
+#include "planner/llama_cpp.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "planner/catalogue.h"
+#include "planner/units.h"
+
+namespace kvtide::planner {
+namespace {
+
+using ::testing::HasSubstr;
+
+EngineOptions Options() {
+  EngineOptions options;
+  options.engine = Engine::kLlamaCpp;
+  return options;
+}
+
+std::unique_ptr<KvSizer> Sizer(const std::string& model, const TypePair& pair, EngineOptions options = Options()) {
+  const auto geometry = FindModel(model);
+  auto sizer = MakeKvSizer(options, *geometry, GroupLayers(*geometry), pair);
+  EXPECT_TRUE(sizer.ok()) << sizer.status();
+  return sizer.ok() ? *std::move(sizer) : nullptr;
+}
+
+TEST(LlamaCpp, TrueRatios) {
+  const KvLoad load{32768, 1, 0};
+  const double f16 = static_cast<double>(Sizer("qwen2.5-3b", {"f16", "f16"})->Bytes(load).Cache());
+  EXPECT_DOUBLE_EQ(f16 / 32768, 36 * kKiB);  // 36 KiB per token
+  EngineOptions plain = Options();
+  plain.rewrites = false;
+  EXPECT_DOUBLE_EQ(f16 / static_cast<double>(Sizer("qwen2.5-3b", {"turbo3", "turbo3"}, plain)->Bytes(load).Cache()), 5.12);
+  EXPECT_NEAR(f16 / static_cast<double>(Sizer("qwen2.5-3b", {"planar3", "f16"})->Bytes(load).Cache()), 1.673, 0.001);
+}
+
+TEST(LlamaCpp, CellsArePaddedTo256) {
+  const auto sizer = Sizer("llama-3.1-8b", {"f16", "f16"});
+  EXPECT_EQ(sizer->Bytes({1, 1, 0}).Cache(), 256 * 128 * kKiB);
+  EXPECT_EQ(sizer->Bytes({257, 1, 0}).Cache(), 512 * 128 * kKiB);
+}
+
+TEST(LlamaCpp, SeparateCachesPadEachSequence) {
+  EngineOptions options = Options();
+  options.unified = false;
+  const auto separate = Sizer("llama-3.1-8b", {"f16", "f16"}, options);
+  EXPECT_EQ(separate->Bytes({257, 3, 0}).Cache(), 3 * 512 * 128 * kKiB);
+  EXPECT_EQ(Sizer("llama-3.1-8b", {"f16", "f16"})->Bytes({257, 3, 0}).Cache(), 1024 * 128 * kKiB);
+}
+
+TEST(LlamaCpp, SharedPrefixCountsOnceWhenUnified) {
+  const auto sizer = Sizer("llama-3.1-8b", {"f16", "f16"});
+  EXPECT_EQ(sizer->Bytes({8192, 4, 4096}).Cache(), (4096 + 4 * 4096) * 128 * kKiB);
+}
+
+TEST(LlamaCpp, AutoAsymmetricRewritesK) {
+  const auto sizer = Sizer("qwen2.5-3b", {"turbo4", "turbo4"});
+  EXPECT_EQ(sizer->effective(), (TypePair{"q8_0", "turbo4"}));
+  EXPECT_THAT(sizer->rewrites(), ::testing::ElementsAre(HasSubstr("TURBO_AUTO_ASYMMETRIC=0")));
+  EXPECT_EQ(Sizer("gemma-4-26b-a4b", {"turbo4", "turbo4"})->effective().k, "turbo4");  // 2 query heads per KV head
+}
+
+TEST(LlamaCpp, BoundaryVKeepsFourLayersInQ8) {
+  const auto with = Sizer("llama-3.1-8b", {"q8_0", "turbo2"});
+  EngineOptions plain = Options();
+  plain.rewrites = false;
+  const auto without = Sizer("llama-3.1-8b", {"q8_0", "turbo2"}, plain);
+  const int64_t row_q8 = 8 * 128 / 32 * 34, row_turbo2 = 8 * 34;
+  EXPECT_EQ(with->Bytes({256, 1, 0}).Cache() - without->Bytes({256, 1, 0}).Cache(), 256 * 4 * (row_q8 - row_turbo2));
+}
+
+TEST(LlamaCpp, PaddedHeadsAreSaid) {
+  EXPECT_THAT(Sizer("gpt-oss-20b", {"turbo3", "q8_0"})->rewrites(), ::testing::Contains(HasSubstr("padded to 128")));
+}
+
+TEST(LlamaCpp, ScratchIsOneLayerInF16) {
+  const auto sizer = Sizer("gemma-4-26b-a4b", {"q8_0", "pq4"});
+  EXPECT_EQ(sizer->ScratchBytes({32768, 1, 0}), 128 * kMiB);  // a full layer: 32768 x 2 x (512 + 512) x 2
+  EXPECT_EQ(Sizer("gemma-4-26b-a4b", {"f16", "f16"})->ScratchBytes({32768, 1, 0}), 0);
+  EXPECT_EQ(Sizer("llama-3.1-8b", {"f16", "q8_0"})->ScratchBytes({32768, 1, 0}), 32768 * 8 * 128 * 2);
+}
+
+TEST(LlamaCpp, PlanarKeepsItsF16KeysResident) {
+  // Deferred keys: the f16 copy of all layers is never freed, so planar3/f16 takes more than f16/f16.
+  const auto sizer = Sizer("qwen2.5-3b", {"planar3", "f16"});
+  const KvLoad load{8192, 1, 0};
+  EXPECT_GT(sizer->Bytes(load).Cache() + sizer->ScratchBytes(load), Sizer("qwen2.5-3b", {"f16", "f16"})->Bytes(load).Cache());
+}
+
+TEST(LlamaCpp, TreesHaveTheirTypes) {
+  EXPECT_EQ(ResolveTree("auto", {"q8_0", "q8_0"}), "upstream");
+  EXPECT_EQ(ResolveTree("auto", {"q8_0", "turbo4"}), "turboquant");
+  EXPECT_EQ(ResolveTree("auto", {"q8_0", "pq4"}), "pairquant");
+  EXPECT_EQ(ResolveTree("upstream", {"q8_0", "turbo4"}), "");
+  const auto geometry = FindModel("llama-3.1-8b");
+  EngineOptions options = Options();
+  options.build = "upstream";
+  EXPECT_THAT(std::string(MakeKvSizer(options, *geometry, GroupLayers(*geometry), {"q8_0", "turbo4"}).status().message()),
+              HasSubstr("upstream tree"));
+  EXPECT_THAT(std::string(MakeKvSizer(Options(), *geometry, GroupLayers(*geometry), {"q9", "f16"}).status().message()),
+              HasSubstr("known: f16"));
+}
+
+TEST(LlamaCpp, RowsThatDoNotDivideAreRefused) {
+  ModelGeometry odd;
+  odd.layers = {{LayerKind::kFull, 1, 80, 80}};
+  EXPECT_THAT(std::string(MakeKvSizer(Options(), odd, GroupLayers(odd), {"q8_0", "q8_0"}).status().message()),
+              HasSubstr("not a multiple of the 32"));
+}
+
+TEST(LlamaCpp, RecurrentStateIsPerSequence) {
+  const KvBytes bytes = Sizer("qwen3-next-80b", {"f16", "f16"})->Bytes({8192, 3, 0});
+  EXPECT_EQ(bytes.recurrent, 3 * 79036416);
+  EXPECT_EQ(bytes.Cache(), 3 * 192 * kMiB);
+}
+
+}  // namespace
+}  // namespace kvtide::planner

@@ -1,0 +1,289 @@
+// The plan as a whole: what is chosen, why the rest is not, and that nothing is hidden.
+#include "planner/plan.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "planner/catalogue.h"
+#include "planner/explain.h"
+#include "planner/units.h"
+
+namespace kvtide::planner {
+namespace {
+
+using ::testing::Contains;
+using ::testing::HasSubstr;
+
+QualityRow Row(const char* pair, const char* window, double change) {
+  QualityRow row;
+  row.model = "tidelm-7m";
+  row.pair = *ParsePair(pair);
+  row.window_policy = window;
+  row.context = 4096;
+  row.ppl_change_percent = change;
+  return row;
+}
+
+PlanRequest Request(const std::string& model, const std::string& device, Engine engine) {
+  PlanRequest request;
+  request.model = *FindModel(model);
+  request.device = *ParseDevice(device);
+  request.engine.engine = engine;
+  request.workload.contexts = {32768};
+  for (const char* window : {"none", "default"}) {
+    request.quality.push_back(Row("q8_0/q8_0", window, 0.01));
+    request.quality.push_back(Row("q8_0/turbo4", window, 0.1));
+    request.quality.push_back(Row("turbo4/turbo4", window, 0.3));
+    request.quality.push_back(Row("turbo3/turbo3", window, 0.5));
+  }
+  return request;
+}
+
+Plan Make(const PlanRequest& request) {
+  const auto plan = MakePlan(request);
+  EXPECT_TRUE(plan.ok()) << plan.status();
+  return plan.ok() ? *plan : Plan{};
+}
+
+const Candidate& Find(const ContextPlan& context, const std::string& pair) {
+  for (const Candidate& candidate : context.candidates) {
+    if (candidate.asked.Name() == pair) return candidate;
+  }
+  ADD_FAILURE() << "no candidate " << pair;
+  return context.candidates.front();
+}
+
+std::string Chosen(const ContextPlan& context) {
+  return context.chosen < 0 ? "" : context.candidates[static_cast<size_t>(context.chosen)].asked.Name();
+}
+
+std::string Error(const PlanRequest& request) {
+  const auto plan = MakePlan(request);
+  return plan.ok() ? "no error" : std::string(plan.status().message());
+}
+
+TEST(Plan, SixteenGigabytesHoldGemmaInF16AndKernelsTellThePairsApart) {
+  PlanRequest request = Request("gemma-4-26b-a4b", "RTX 5080", Engine::kLlamaCpp);
+  request.weights = *EstimateWeights(request.model, "q4_0");
+  const Plan plan = Make(request);
+  const ContextPlan& context = plan.contexts[0];
+  EXPECT_EQ(context.verdict, Verdict::kFits);
+  EXPECT_EQ(Chosen(context), "f16/f16");
+  EXPECT_EQ(Find(context, "f16/f16").kv_bytes, 940 * kMiB);
+  const Candidate &pq4 = Find(context, "q8_0/pq4"), &turbo4 = Find(context, "q8_0/turbo4");
+  EXPECT_TRUE(pq4.fits);
+  EXPECT_TRUE(turbo4.fits);
+  EXPECT_NEAR(static_cast<double>(turbo4.kv_bytes - pq4.kv_bytes) / kMiB, 3.6, 0.1);
+  EXPECT_EQ(pq4.support.level, SupportLevel::kNative);
+  EXPECT_EQ(turbo4.support.level, SupportLevel::kDequantise);
+  EXPECT_THAT(plan.notes, Contains(HasSubstr("q8_0/pq4 and q8_0/turbo4 differ by 3.67 MiB at 32768 tokens; kernel support tells them apart")));
+  // The caches of full size would turn the claim around: only turbo4/turbo4 and smaller fit.
+  request.engine.swa_full = true;
+  const ContextPlan full = Make(request).contexts[0];
+  EXPECT_FALSE(Find(full, "f16/f16").fits);
+  EXPECT_FALSE(Find(full, "q8_0/pq4").fits);
+}
+
+TEST(Plan, TwentyFourAndTwelveGigabytes) {
+  PlanRequest request = Request("gemma-4-26b-a4b", "RTX 4090", Engine::kLlamaCpp);
+  request.weights = *EstimateWeights(request.model, "q4_0");
+  request.workload.contexts = {131072};
+  EXPECT_EQ(Chosen(Make(request).contexts[0]), "f16/f16");
+  request.device = *ParseDevice("RTX 4070,host=64GiB");
+  const Plan small = Make(request);
+  EXPECT_EQ(small.verdict, Verdict::kFitsWithTiers);  // the weights alone are too large: layers go to the CPU
+  EXPECT_THAT(small.contexts[0].split->how, HasSubstr("layers run on the CPU"));
+}
+
+TEST(Plan, LeastHarmThenFewestBytes) {
+  PlanRequest request = Request("llama-3.1-8b", "vram=9GiB", Engine::kKvtide);
+  request.weights.bytes = 4800 * kMiB;
+  request.margin_bytes = 0;
+  const ContextPlan context = Make(request).contexts[0];
+  EXPECT_EQ(Find(context, "f16/f16").rejection, Rejection::kTooLarge);
+  EXPECT_EQ(Chosen(context), "q8_0/q8_0");
+  EXPECT_EQ(Find(context, "turbo4/turbo4").rejection, Rejection::kMoreHarm);
+  EXPECT_EQ(Find(context, "q4_0/q4_0").rejection, Rejection::kUnmeasured);
+  EXPECT_TRUE(Find(context, "q4_0/q4_0").fits);
+  request.quality.push_back(Row("q4_0/q4_0", "default", 0.01));
+  EXPECT_EQ(Chosen(Make(request).contexts[0]), "q4_0/q4_0");  // as little harm, fewer bytes
+}
+
+TEST(Plan, QualityBudgetRejects) {
+  PlanRequest request = Request("llama-3.1-8b", "vram=7GiB", Engine::kKvtide);
+  request.weights.bytes = 4800 * kMiB;
+  request.margin_bytes = 0;
+  EXPECT_EQ(Chosen(Make(request).contexts[0]), "turbo4/turbo4");
+  request.max_ppl_increase_percent = 0.2;
+  const ContextPlan context = Make(request).contexts[0];
+  EXPECT_EQ(Chosen(context), "");
+  EXPECT_EQ(Find(context, "turbo4/turbo4").rejection, Rejection::kOverBudget);
+  EXPECT_EQ(context.verdict, Verdict::kDoesNotFit);
+  EXPECT_THAT(context.reason, HasSubstr("no host memory was given"));
+}
+
+TEST(Plan, UnmeasuredPairsAreShownButNeverChosen) {
+  PlanRequest request = Request("llama-3.1-8b", "vram=8GiB", Engine::kKvtide);
+  request.weights.bytes = 4800 * kMiB;
+  request.margin_bytes = 0;
+  request.quality.clear();
+  const ContextPlan context = Make(request).contexts[0];
+  EXPECT_EQ(context.chosen, -1);
+  EXPECT_TRUE(Find(context, "turbo4/turbo4").fits);
+  EXPECT_THAT(context.reason, HasSubstr("would fit, but its harm is not measured"));
+}
+
+TEST(Plan, ProxiesCanBeRefused) {
+  PlanRequest request = Request("llama-3.1-8b", "vram=8GiB", Engine::kKvtide);
+  request.weights.bytes = 4800 * kMiB;
+  EXPECT_TRUE(Find(Make(request).contexts[0], "turbo4/turbo4").harm.proxy);
+  request.accept_proxy_quality = false;
+  EXPECT_FALSE(Find(Make(request).contexts[0], "turbo4/turbo4").harm.measured);
+}
+
+TEST(Plan, SplitsOverHostMemoryWithAPrice) {
+  PlanRequest request = Request("llama-3.1-8b", "vram=8GiB,bandwidth=448GB/s,pcie=32GB/s,host=64GiB", Engine::kKvtide);
+  request.weights.bytes = 4800 * kMiB;
+  request.workload.contexts = {131072};
+  const ContextPlan context = Make(request).contexts[0];
+  ASSERT_EQ(context.verdict, Verdict::kFitsWithTiers);
+  ASSERT_TRUE(context.split.has_value());
+  const Candidate& pair = Find(context, context.split->pair.Name());
+  EXPECT_EQ(context.split->device_kv_bytes + context.split->host_kv_bytes, pair.kv_bytes);
+  EXPECT_EQ(context.split->host_kv_bytes, -pair.free_bytes);
+  EXPECT_TRUE(context.split->speed.known);
+  EXPECT_LT(context.split->speed.tokens_per_s, pair.speed.tokens_per_s);
+  request.device.host_bytes = kMiB;
+  EXPECT_EQ(Make(request).verdict, Verdict::kDoesNotFit);
+}
+
+TEST(Plan, LargestContextAndConcurrencyAreExact) {
+  for (Engine engine : {Engine::kLlamaCpp, Engine::kVllm, Engine::kKvtide}) {
+    for (const char* model : {"llama-3.1-8b", "gemma-4-26b-a4b", "qwen3.5-27b"}) {
+      PlanRequest request = Request(model, "vram=32GiB", engine);
+      request.weights.bytes = 14 * kGiB;
+      request.workload.concurrency = 2;
+      const Plan plan = Make(request);
+      for (const Candidate& candidate : plan.contexts[0].candidates) {
+        if (candidate.total_bytes == 0) continue;
+        SCOPED_TRACE(std::string(EngineName(engine)) + " " + model + " " + candidate.asked.Name());
+        PlanRequest probe = request;
+        probe.pairs = {candidate.asked};
+        const auto fits = [&](int64_t context, int concurrency) {
+          probe.workload.contexts = {context};
+          probe.workload.concurrency = concurrency;
+          return Make(probe).contexts[0].candidates[0].fits;
+        };
+        if (candidate.max_context > 0) {
+          EXPECT_TRUE(fits(candidate.max_context, 2));
+        }
+        if (candidate.max_context < request.model.max_context) {
+          EXPECT_FALSE(fits(candidate.max_context + 1, 2));
+        }
+        if (candidate.max_concurrency > 0) {
+          EXPECT_TRUE(fits(32768, static_cast<int>(candidate.max_concurrency)));
+        }
+        EXPECT_FALSE(fits(32768, static_cast<int>(candidate.max_concurrency) + 1));
+      }
+    }
+  }
+}
+
+TEST(Plan, ItemsSumToTheTotal) {
+  PlanRequest request = Request("gemma-4-26b-a4b", "RTX 4090", Engine::kLlamaCpp);
+  request.weights = *EstimateWeights(request.model, "q4_0");
+  request.workload.mmproj_bytes = 1'190'000'000;
+  request.workload.draft_bytes = 500'000'000;
+  for (const Candidate& candidate : Make(request).contexts[0].candidates) {
+    EXPECT_EQ(TotalBytes(candidate.items), candidate.total_bytes);
+    EXPECT_EQ(candidate.fits, candidate.free_bytes >= 0);
+  }
+}
+
+TEST(Plan, CacheTierHoldsNothingButCache) {
+  PlanRequest request = Request("llama-3.1-8b", "vram=4GiB", Engine::kKvtide);
+  request.cache_tier_only = true;
+  request.margin_bytes = 0;
+  const Candidate candidate = Find(Make(request).contexts[0], "q8_0/turbo4");
+  EXPECT_EQ(candidate.total_bytes, candidate.kv_bytes);
+}
+
+TEST(Plan, SeveralDevicesDivideHeadsAndWeights) {
+  PlanRequest request = Request("llama-3.1-70b", "RTX 4090,count=2", Engine::kVllm);
+  request.weights.bytes = 40 * kGiB;
+  const Plan plan = Make(request);
+  EXPECT_EQ(plan.weights_bytes, 20 * kGiB);
+  EXPECT_EQ(Find(plan.contexts[0], "f16/f16").kv_bytes, 32768 * 160 * kKiB);
+  // llama.cpp splits layers instead; both halves of 80 layers are equal.
+  request.engine.engine = Engine::kLlamaCpp;
+  EXPECT_EQ(Find(Make(request).contexts[0], "f16/f16").kv_bytes, 32768 * 160 * kKiB);
+}
+
+TEST(Plan, NothingAssumedIsHidden) {
+  PlanRequest request = Request("gemma-4-e2b", "RTX 4090,host=8GiB", Engine::kKvtide);
+  const Plan plan = Make(request);
+  for (const char* what : {"confidence low", "no weights were given", "driver keeps", "80 GB/s", "prefill is not predicted"}) {
+    EXPECT_THAT(plan.assumptions, Contains(HasSubstr(what)));
+  }
+  request.workload.contexts = {1 << 20};
+  EXPECT_THAT(Make(request).notes, Contains(HasSubstr("beyond the 131072")));
+}
+
+TEST(Plan, LatentModelsTakeKOnly) {
+  PlanRequest request = Request("deepseek-v3", "H200,count=8", Engine::kLlamaCpp);
+  request.pairs = {{"q8_0", "q8_0"}};
+  const Candidate candidate = Make(request).contexts[0].candidates[0];
+  EXPECT_EQ(candidate.asked.Name(), "q8_0/none");
+  EXPECT_EQ(candidate.support.level, SupportLevel::kDequantise);
+}
+
+TEST(Plan, BadRequestsNameTheField) {
+  PlanRequest request = Request("llama-3.1-8b", "RTX 4090", Engine::kKvtide);
+  PlanRequest bad = request;
+  bad.workload.contexts = {};
+  EXPECT_THAT(Error(bad), HasSubstr("context"));
+  bad.workload.contexts = {0};
+  EXPECT_THAT(Error(bad), HasSubstr("context: 0 tokens"));
+  bad = request;
+  bad.workload.concurrency = 0;
+  EXPECT_THAT(Error(bad), HasSubstr("concurrency"));
+  bad = request;
+  bad.workload.shared_prefix_tokens = 32768;
+  EXPECT_THAT(Error(bad), HasSubstr("shared prefix"));
+  bad = request;
+  bad.device.in_use_bytes = bad.device.vram_bytes;
+  EXPECT_THAT(Error(bad), HasSubstr("nothing of its"));
+  bad = request;
+  bad.pairs = {{"q9", "f16"}};
+  EXPECT_THAT(Error(bad), HasSubstr("unknown cache type 'q9'"));
+  bad = request;
+  bad.model.layers[3].n_kv_heads = 0;
+  EXPECT_THAT(Error(bad), HasSubstr("layer 3"));
+}
+
+TEST(Plan, TheContextIsNeverLowered) {
+  PlanRequest request = Request("llama-3.1-8b", "RTX 3060", Engine::kKvtide);
+  request.weights.bytes = 8 * kGiB;
+  request.workload.contexts = {8192, 131072};
+  const Plan plan = Make(request);
+  EXPECT_EQ(plan.contexts[0].context, 8192);
+  EXPECT_EQ(plan.contexts[1].context, 131072);
+  EXPECT_EQ(plan.verdict, std::max(plan.contexts[0].verdict, plan.contexts[1].verdict));
+}
+
+TEST(Explain, ShowsTheArithmeticOfEveryEngine) {
+  PlanRequest request = Request("gemma-4-26b-a4b", "RTX 5080", Engine::kLlamaCpp);
+  request.weights = *EstimateWeights(request.model, "q4_0");
+  const auto llama = ExplainPair(request, {"q8_0", "pq4"}, 32768);
+  ASSERT_TRUE(llama.ok()) << llama.status();
+  EXPECT_THAT(*llama, HasSubstr("K 2 heads x 512 / 32 x 34 B x 5 layers = 5440 B per cell"));
+  EXPECT_THAT(*llama, HasSubstr("pad(min(pad(32768, 256), 1024 + 512), 256) = 1536"));
+  EXPECT_THAT(*llama, HasSubstr("370.9 MiB"));
+  request.engine.engine = Engine::kVllm;
+  EXPECT_THAT(*ExplainPair(request, {"bf16", "bf16"}, 32768), HasSubstr("one request: 1989 blocks x 655360 B"));
+  request.engine.engine = Engine::kKvtide;
+  EXPECT_THAT(*ExplainPair(request, {"q8_0", "turbo4"}, 32768), HasSubstr("509 coded and 3 exact blocks"));
+}
+
+}  // namespace
+}  // namespace kvtide::planner

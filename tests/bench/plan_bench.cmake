@@ -1,0 +1,3 @@
+find_package(benchmark CONFIG REQUIRED)
+kvtide_add_executable(kvtide_bench_plan plan_bench.cc)
+target_link_libraries(kvtide_bench_plan PRIVATE kvtide_planner benchmark::benchmark)
