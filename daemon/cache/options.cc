@@ -57,7 +57,7 @@ ModelSpec UniformModel(std::string name, const GroupShape& shape, int heads) {
 ProfileOptions ProfileOptionsFor(const SequenceOptions& options, CacheType key_type) {
   ProfileOptions profile;
   if (Info(key_type).storage == Storage::kHalf) return profile;
-  profile = DefaultProfileOptions(key_type);
+  profile = DefaultProfileOptions(key_type, !options.seal_at_once);
   if (options.centre != Centre::kTypeDefault) profile.mean = options.centre == Centre::kFirstBlock;
   if (options.equalise.has_value()) profile.equalise = *options.equalise;
   profile.pairs = options.rope_pairs;

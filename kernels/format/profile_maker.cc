@@ -20,9 +20,9 @@ size_t Partner(size_t i, size_t head_dim, RopePairs pairs) {
 
 }  // namespace
 
-ProfileOptions DefaultProfileOptions(CacheType key_type) {
+ProfileOptions DefaultProfileOptions(CacheType key_type, bool beside_exact) {
   ProfileOptions options;
-  options.equalise = Info(key_type).keys;
+  if (beside_exact) options.equalise = Info(key_type).keys;
   return options;
 }
 

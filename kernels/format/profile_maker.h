@@ -28,8 +28,11 @@ struct ProfileOptions {
   bool operator==(const ProfileOptions&) const = default;
 };
 
-// What keys of this type want when a profile is made for them.
-ProfileOptions DefaultProfileOptions(CacheType key_type);
+// What keys of this type want when a profile is made for them. beside_exact: whether exact keys stand in the
+// same softmax, as they do in every sequence with a tail. Where all keys are coded (an evaluation mode),
+// nothing is equalised: the clipped part of outlier channels is then common to all keys and hidden by
+// softmax, and the gain would only move the noise to the strong channels (README.md).
+ProfileOptions DefaultProfileOptions(CacheType key_type, bool beside_exact = true);
 
 // The profile of one head from `tokens` rows; row t starts at rows[t * stride]. tokens >= 1, values finite.
 HeadProfile MakeKeyProfile(const float* rows, int tokens, size_t stride, int head_dim,

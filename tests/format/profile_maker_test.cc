@@ -111,6 +111,14 @@ TEST(ProfileMaker, WithoutOptionsThereIsNoProfile) {
   EXPECT_TRUE(p.k.empty());
 }
 
+TEST(ProfileMaker, TypesAreEqualisedOnlyBesideExactKeys) {
+  const CacheType planar = *ParseCacheType("planar3"), turbo = *ParseCacheType("turbo3");
+  EXPECT_EQ(DefaultProfileOptions(planar).equalise, Equalise::kFull);
+  EXPECT_FALSE(DefaultProfileOptions(planar).mean);
+  EXPECT_EQ(DefaultProfileOptions(planar, false), ProfileOptions());
+  EXPECT_EQ(DefaultProfileOptions(turbo), ProfileOptions());
+}
+
 // Mean of (logit of the coded key) / (logit of the exact key) for queries that look along the key, and error
 // of both.
 double LogitShare(CacheType type, const std::vector<float>& rows, const HeadProfile* profile,
