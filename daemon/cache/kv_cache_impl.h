@@ -147,9 +147,9 @@ class KvCache::Impl {
 
   // kv_cache_seal.cc; the caller has the writer flag
   void Settle(Sequence& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);  // may unlock
-  void MakeFirstBlockProfile(Sequence& sequence, GroupTable& table) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  bool MakeFirstBlockProfile(GroupTable& table) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void FreeFallenBlocks(Sequence& sequence, GroupTable& table) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  bool SealRange(Sequence& sequence, int group, int64_t begin, int64_t end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  int64_t SealRange(Sequence& sequence, int group, int64_t begin, int64_t end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // kv_cache_truncate.cc
   absl::Status ReopenCodedBlock(Sequence& sequence, int group, int64_t index, int64_t tokens, Block** reopened)

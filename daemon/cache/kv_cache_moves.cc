@@ -102,7 +102,7 @@ Snapshot KvCache::Impl::RoomSnapshot(int first_tier, size_t bytes, uint64_t befo
     const bool last = t + 1 == store_.tiers();
     if (last && dropping_sequences_ == 0) continue;
     size_t any = 0, droppable = 0;
-    tier.policy->Peek([&](BlockId id) {
+    tier.policy->Peek([&](BlockId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
       const Block& block = *store_.Get(id);
       if (!BlockStore::IsIdle(block) || block.touch_serial >= before_serial) return true;
       const BlockView candidate = View(block, now);
@@ -298,7 +298,7 @@ MoveReport KvCache::Impl::MoveTo(const std::vector<Block*>& blocks, int tier, ui
     const ExtentAllocator& allocator = store_.tier(tier).allocator;
     for (int round = 0; round < 64 && room && (allocator.free_bytes() < bytes || allocator.LargestFreeExtent() < largest);
          round++)
-      room = MakeRoom(tier, largest, bytes, before_serial);
+      room = MakeRoom(tier, allocator.free_bytes() + largest, bytes, before_serial);
     // Blocks are held, so their ids are still theirs; Execute looks at the rest again.
     add(Execute(moves, true));
   }
@@ -412,7 +412,7 @@ MoveReport KvCache::Impl::RunMovesOnce() {
     view.largest_free_bytes = tier.allocator.LargestFreeExtent();
     const bool full = static_cast<double>(view.used_bytes) > limits.high_watermark * static_cast<double>(view.capacity_bytes);
     if (!full || t + 1 == store_.tiers()) continue;
-    tier.policy->Peek([&](BlockId id) {
+    tier.policy->Peek([&](BlockId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
       const Block& block = *store_.Get(id);
       if (BlockStore::IsIdle(block)) view.coldest.push_back(View(block, now));
       return view.coldest.size() < options_.max_moves_in_flight;

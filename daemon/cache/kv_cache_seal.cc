@@ -20,16 +20,17 @@ void KvCache::Impl::Settle(Sequence& sequence) {
       FreeFallenBlocks(sequence, table);
       continue;
     }
-    if (table.coding() && full > 0 && table.profile == nullptr) MakeFirstBlockProfile(sequence, table);
+    bool ready = table.coding();
+    if (ready && full > 0 && table.profile == nullptr) ready = MakeFirstBlockProfile(table);
     FreeFallenBlocks(sequence, table);
-    if (!table.coding()) continue;
+    if (!ready) continue;
     const int64_t end = std::max<int64_t>(0, full - exact.last_blocks);
     constexpr int64_t kStep = 16;  // blocks that exist twice at a time
     table.sealed = std::max({table.sealed, table.first_block, std::min<int64_t>(end, exact.first_blocks)});
     while (table.sealed < end) {
-      const int64_t step_end = std::min(end, table.sealed + kStep);
-      if (!SealRange(sequence, static_cast<int>(g), table.sealed, step_end)) break;
-      table.sealed = step_end;
+      const int64_t done = SealRange(sequence, static_cast<int>(g), table.sealed, std::min(end, table.sealed + kStep));
+      if (done == table.sealed) break;
+      table.sealed = done;
     }
   }
 }
@@ -49,12 +50,13 @@ void KvCache::Impl::FreeFallenBlocks(Sequence& sequence, GroupTable& table) {
   }
 }
 
-void KvCache::Impl::MakeFirstBlockProfile(Sequence& sequence, GroupTable& table) {
-  if (!table.profile_options.mean && table.profile_options.equalise == Equalise::kNone) return;
+// False if the sequence wants a profile and a backend error was in the way: sealing waits, so that all coded blocks have it.
+bool KvCache::Impl::MakeFirstBlockProfile(GroupTable& table) {
+  if (!table.profile_options.mean && table.profile_options.equalise == Equalise::kNone) return true;
   const int64_t full = table.MinTokens() / kBlockTokens;
   int64_t index = table.first_block;
   while (index < full && (table.at(index)->place == nullptr || table.at(index)->layout != table.exact)) index++;
-  if (index >= full) return;
+  if (index >= full) return true;
   Block* block = table.at(index);
   Place* place = block->place;
   const GroupShape& shape = table.exact->shape();
@@ -84,12 +86,12 @@ void KvCache::Impl::MakeFirstBlockProfile(Sequence& sequence, GroupTable& table)
   changed_.NotifyAll();
   if (!status.ok()) counters_.failed_seals++;
   table.profile = std::move(profile);
-  (void)sequence;
+  return status.ok();
 }
 
-// Codes the exact blocks of [begin, end), each in its tier. False if some had no room or could not be coded: they stay exact
-// until the next append.
-bool KvCache::Impl::SealRange(Sequence& sequence, int group, int64_t begin, int64_t end) {
+// Codes the exact blocks of [begin, end), each in its tier. Returns the first one that had no room or could not be coded, else
+// the end: those stay exact until the next append.
+int64_t KvCache::Impl::SealRange(Sequence& sequence, int group, int64_t begin, int64_t end) {
   GroupTable& table = sequence.groups[static_cast<size_t>(group)];
   struct Seal {
     int64_t index;
@@ -98,7 +100,7 @@ bool KvCache::Impl::SealRange(Sequence& sequence, int group, int64_t begin, int6
     absl::Status status;
   };
   std::vector<Seal> seals;
-  bool complete = true;
+  int64_t done = end;
   for (int64_t index = begin; index < end; index++) {
     Block* source = table.at(index);
     if (source->layout == table.coded || source->place == nullptr) continue;
@@ -108,7 +110,7 @@ bool KvCache::Impl::SealRange(Sequence& sequence, int group, int64_t begin, int6
     Block* target = AllocateIn(place->tier, table.coded, table.coded->block_bytes() * static_cast<size_t>(end - index));
     if (target == nullptr) {
       store_.Unpin(place);
-      complete = false;
+      done = index;
       break;
     }
     seals.push_back({index, place, target, {}});
@@ -149,12 +151,12 @@ bool KvCache::Impl::SealRange(Sequence& sequence, int group, int64_t begin, int6
       counters_.sealed_blocks++;
     } else {
       counters_.failed_seals++;
-      complete = false;
+      done = std::min(done, seal.index);
     }
     store_.Unhold(seal.target);
   }
   changed_.NotifyAll();
-  return complete;
+  return done;
 }
 
 }  // namespace kvtide

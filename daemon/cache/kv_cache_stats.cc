@@ -154,7 +154,9 @@ void KvCache::Impl::CheckInvariants() const {
   store_.CheckInvariants();
   std::map<const Block*, std::pair<int, int>> counted;  // references, keepers
   bool writers = closing_ > 0;
-  for (const auto& [id, sequence] : sequences_) {
+  for (const auto& entry : sequences_) {
+    const SequenceId id = entry.first;
+    const SequencePtr& sequence = entry.second;
     KVTIDE_CHECK(sequence->id == id && !sequence->closed && sequence->readers >= 0);
     writers = writers || sequence->writer;
     const auto count = [&](const Block* block) {

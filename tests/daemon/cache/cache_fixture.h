@@ -70,7 +70,7 @@ class Client {
   absl::Status Append(int64_t tokens);
   // Layer by layer with AppendAttend, as an engine does; compares what the new tokens see.
   absl::Status Step(int64_t tokens);
-  // Attends with queries that end at the last token and compares.
+  // Attends with queries that end at the last token (in a sliding window: that begin after it) and compares.
   absl::Status CheckAttention(int layer, int64_t queries = 1, const float* sinks = nullptr);
   void CheckAllLayers();
   absl::Status Truncate(int64_t tokens);

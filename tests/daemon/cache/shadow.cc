@@ -11,45 +11,68 @@
 namespace kvtide::testing {
 
 ShadowSequence::ShadowSequence(const ModelSpec& model, const SequenceOptions& options) : model_(model), options_(options) {
-  KVTIDE_CHECK(!options.seal_at_once, "the shadow models deferred sealing only");
-  for (const LayerGroupSpec& group : model.groups)
-    groups_.emplace_back().layers.resize(static_cast<size_t>(group.shape.layers));
+  for (const LayerGroupSpec& group : model.groups) {
+    Group& to = groups_.emplace_back();
+    to.layers.resize(static_cast<size_t>(group.shape.layers));
+    to.profiled.resize(to.layers.size());
+  }
 }
 
 void ShadowSequence::Append(int layer, const std::vector<float>& k, const std::vector<float>& v, int64_t tokens) {
   const LayerSpec& spec = model_.layers[static_cast<size_t>(layer)];
-  Layer& to = groups_[static_cast<size_t>(spec.group)].layers[static_cast<size_t>(spec.layer_in_group)];
+  Group& group = groups_[static_cast<size_t>(spec.group)];
+  Layer& to = group.layers[static_cast<size_t>(spec.layer_in_group)];
+  const int64_t start = to.tokens;
   for (const float x : k) to.k.push_back(F16ToF32(F32ToF16(x)));
   for (const float x : v) to.v.push_back(F16ToF32(F32ToF16(x)));
   to.tokens += tokens;
+  const CachePair pair = options_.PairOfGroup(spec.group);
+  if (!options_.seal_at_once || pair == ExactPair()) return;
+  const ProfileOptions wanted = ProfileOptionsFor(options_, pair.k);
+  if (start == 0 && (wanted.mean || wanted.equalise != Equalise::kNone) &&
+      !group.profiled[static_cast<size_t>(spec.layer_in_group)]) {
+    const GroupShape& shape = model_.groups[static_cast<size_t>(spec.group)].shape;
+    const auto heads = static_cast<size_t>(shape.kv_heads), dim = static_cast<size_t>(shape.head_dim_k);
+    auto profile = group.profile != nullptr ? std::make_shared<Profile>(*group.profile) : std::make_shared<Profile>();
+    profile->shape = shape;
+    profile->k.resize(group.layers.size() * heads);
+    for (size_t h = 0; h < heads; h++)
+      profile->k[static_cast<size_t>(spec.layer_in_group) * heads + h] = MakeKeyProfile(
+          k.data() + h * dim, static_cast<int>(std::min<int64_t>(tokens, kBlockTokens)), heads * dim, shape.head_dim_k, wanted);
+    group.profile = profile;
+    group.profiled[static_cast<size_t>(spec.layer_in_group)] = true;
+  }
+  for (int64_t begin = start; begin < to.tokens; begin += kBlockTokens)
+    CodeRows(static_cast<size_t>(spec.group), static_cast<size_t>(spec.layer_in_group), begin,
+             std::min<int64_t>(kBlockTokens, to.tokens - begin));
 }
 
-void ShadowSequence::CodeBlock(size_t g, int64_t block) {
+void ShadowSequence::CodeRows(size_t g, size_t l, int64_t first_token, int64_t tokens) {
   Group& group = groups_[g];
   const GroupShape& shape = model_.groups[g].shape;
   const CachePair pair = options_.PairOfGroup(static_cast<int>(g));
   const auto heads = static_cast<size_t>(shape.kv_heads);
-  for (size_t l = 0; l < group.layers.size(); l++)
-    for (size_t h = 0; h < heads; h++)
-      for (const Side side : {Side::kKey, Side::kValue}) {
-        const bool key = side == Side::kKey;
-        const CacheType type = key ? pair.k : pair.v;
-        const auto dim = static_cast<size_t>(key ? shape.head_dim_k : shape.head_dim_v);
-        std::vector<float>& values = key ? group.layers[l].k : group.layers[l].v;
-        const HeadProfile* profile =
-            key && group.profile != nullptr ? &group.profile->key(static_cast<int>(l), static_cast<int>(h)) : nullptr;
-        const HalfLayout layout = MakeHalfLayout(type, static_cast<int>(dim));
-        std::vector<float> rows(static_cast<size_t>(kBlockTokens) * dim);
-        const auto at = [&](size_t token) { return ((static_cast<size_t>(block * kBlockTokens) + token) * heads + h) * dim; };
-        for (size_t t = 0; t < static_cast<size_t>(kBlockTokens); t++)
-          std::copy_n(values.begin() + static_cast<std::ptrdiff_t>(at(t)), dim, rows.begin() + static_cast<std::ptrdiff_t>(t * dim));
-        std::vector<std::byte> half(layout.bytes);
-        EncodeHalf(type, side, layout, profile, rows.data(), kBlockTokens, half.data());
-        DecodeHalf(type, side, layout, profile, half.data(), rows.data());
-        for (size_t t = 0; t < static_cast<size_t>(kBlockTokens); t++)
-          std::copy_n(rows.begin() + static_cast<std::ptrdiff_t>(t * dim), dim, values.begin() + static_cast<std::ptrdiff_t>(at(t)));
-      }
-  group.coded[static_cast<size_t>(block)] = true;
+  for (size_t h = 0; h < heads; h++)
+    for (const Side side : {Side::kKey, Side::kValue}) {
+      const bool key = side == Side::kKey;
+      const CacheType type = key ? pair.k : pair.v;
+      const auto dim = static_cast<size_t>(key ? shape.head_dim_k : shape.head_dim_v);
+      std::vector<float>& values = key ? group.layers[l].k : group.layers[l].v;
+      const HeadProfile* profile =
+          key && group.profile != nullptr ? &group.profile->key(static_cast<int>(l), static_cast<int>(h)) : nullptr;
+      const HalfLayout layout = MakeHalfLayout(type, static_cast<int>(dim));
+      std::vector<float> rows(static_cast<size_t>(kBlockTokens) * dim);
+      const auto at = [&](size_t token) {
+        return values.begin() + static_cast<std::ptrdiff_t>(((static_cast<size_t>(first_token) + token) * heads + h) * dim);
+      };
+      for (size_t t = 0; t < static_cast<size_t>(tokens); t++)
+        std::copy_n(at(t), dim, rows.begin() + static_cast<std::ptrdiff_t>(t * dim));
+      std::vector<std::byte> half(layout.bytes);
+      EncodeHalf(type, side, layout, profile, rows.data(), static_cast<int>(tokens), half.data());
+      DecodeHalf(type, side, layout, profile, half.data(), rows.data());
+      for (size_t t = 0; t < static_cast<size_t>(tokens); t++)
+        std::copy_n(rows.begin() + static_cast<std::ptrdiff_t>(t * dim), dim, at(t));
+    }
 }
 
 void ShadowSequence::Settle() {
@@ -65,7 +88,7 @@ void ShadowSequence::Settle() {
     const int64_t full = tokens / kBlockTokens;
     const CachePair pair = options_.PairOfGroup(static_cast<int>(g));
     const ProfileOptions profile = ProfileOptionsFor(options_, pair.k);
-    if (pair != ExactPair() && full > 0 && group.profile == nullptr && (profile.mean || profile.equalise != Equalise::kNone)) {
+    if (!options_.seal_at_once && pair != ExactPair() && full > 0 && group.profile == nullptr && (profile.mean || profile.equalise != Equalise::kNone)) {
       std::vector<const float*> keys;
       const GroupShape& shape = model_.groups[g].shape;
       const auto row = static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(shape.head_dim_k);
@@ -75,8 +98,11 @@ void ShadowSequence::Settle() {
     }
     group.first_block = std::max(group.first_block, FirstLiveBlock(tokens, model_.groups[g].window));
     if (pair == ExactPair()) continue;
-    for (int64_t block = group.first_block; block < full; block++)
-      if (!IsExactBlock(block, full, exact) && !group.coded[static_cast<size_t>(block)]) CodeBlock(g, block);
+    for (int64_t block = group.first_block; block < full; block++) {
+      if (IsExactBlock(block, full, exact) || group.coded[static_cast<size_t>(block)]) continue;
+      group.coded[static_cast<size_t>(block)] = true;
+      for (size_t l = 0; !options_.seal_at_once && l < group.layers.size(); l++) CodeRows(g, l, block * kBlockTokens, kBlockTokens);
+    }
   }
 }
 
@@ -103,7 +129,9 @@ void ShadowSequence::Truncate(int64_t tokens) {
     if (tokens == 0) group.first_block = 0;
     bool any = false;
     for (size_t b = static_cast<size_t>(group.first_block); b < group.coded.size(); b++) any = any || group.coded[b];
-    if (!any) group.profile.reset();
+    if (any) continue;
+    group.profile.reset();
+    std::fill(group.profiled.begin(), group.profiled.end(), false);
   }
 }
 
@@ -126,9 +154,11 @@ uint64_t ShadowSequence::BytesAtRest() const {
   uint64_t bytes = 0;
   for (size_t g = 0; g < groups_.size(); g++) {
     const BlockLayout exact(model_.groups[g].shape, ExactPair());
-    const BlockLayout coded(model_.groups[g].shape, options_.PairOfGroup(static_cast<int>(g)));
+    const CachePair pair = options_.PairOfGroup(static_cast<int>(g));
+    const BlockLayout coded(model_.groups[g].shape, pair);
+    const bool twins = options_.seal_at_once && pair != ExactPair();  // a coded block that is not full keeps its f16 twin
     for (size_t b = static_cast<size_t>(groups_[g].first_block); b < groups_[g].coded.size(); b++)
-      bytes += groups_[g].coded[b] ? coded.block_bytes() : exact.block_bytes();
+      bytes += groups_[g].coded[b] ? coded.block_bytes() : exact.block_bytes() + (twins ? coded.block_bytes() : 0);
   }
   return bytes;
 }

@@ -1,6 +1,7 @@
 // The naive model of the cache: every sequence is plain rows of floats, as they are stored, and attention is a double loop over
 // them. Rows are rounded to f16 on append; a block that the cache must have coded by now is encoded and decoded here by the
-// definition of the format. Knows no memory, tier or block table.
+// definition of the format. With seal_at_once every row is coded as it comes (a row's code does not depend on its
+// neighbours); such a sequence may be cut at block boundaries only. Knows no memory, tier or block table.
 #pragma once
 
 #include <cstdint>
@@ -47,9 +48,11 @@ class ShadowSequence {
     std::vector<Layer> layers;
     std::vector<bool> coded;  // by block
     std::shared_ptr<const Profile> profile;
+    std::vector<bool> profiled;  // by layer, with seal_at_once
     int64_t first_block = 0;
   };
-  void CodeBlock(size_t group, int64_t block);
+  // Codes and decodes `tokens` (at most a block) of one layer in place.
+  void CodeRows(size_t group, size_t layer, int64_t first_token, int64_t tokens);
 
   ModelSpec model_;
   SequenceOptions options_;

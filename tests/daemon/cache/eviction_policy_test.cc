@@ -1,0 +1,66 @@
+#include "daemon/cache/eviction_policy.h"
+
+#include <algorithm>
+#include <random>
+#include <vector>
+
+#include "gtest/gtest.h"
+
+namespace kvtide {
+namespace {
+
+std::vector<BlockId> Order(const EvictionPolicy& policy) {
+  std::vector<BlockId> order;
+  policy.Peek([&](BlockId id) {
+    order.push_back(id);
+    return true;
+  });
+  return order;
+}
+
+TEST(LruPolicyTest, ShowsTheColdestFirstAndStopsWhenTold) {
+  const std::unique_ptr<EvictionPolicy> policy = MakeLruPolicy();
+  for (const BlockId id : {4u, 0u, 9u}) policy->Insert(id);
+  policy->Touch(4);
+  EXPECT_EQ(Order(*policy), (std::vector<BlockId>{0, 9, 4}));
+  int seen = 0;
+  policy->Peek([&](BlockId) { return ++seen < 2; });
+  EXPECT_EQ(seen, 2);
+  policy->Remove(9);
+  EXPECT_EQ(Order(*policy), (std::vector<BlockId>{0, 4}));
+  policy->Insert(9);
+  EXPECT_EQ(Order(*policy), (std::vector<BlockId>{0, 4, 9}));
+}
+
+TEST(LruPolicyTest, RandomCallsAgreeWithAList) {
+  std::mt19937 random(5);
+  const std::unique_ptr<EvictionPolicy> policy = MakeLruPolicy();
+  std::vector<BlockId> list;
+  for (int step = 0; step < 5000; step++) {
+    const BlockId id = random() % 40;
+    const auto it = std::find(list.begin(), list.end(), id);
+    if (it == list.end()) {
+      policy->Insert(id);
+      list.push_back(id);
+    } else {
+      list.erase(it);
+      if (random() % 2 != 0) {
+        policy->Touch(id);
+        list.push_back(id);
+      } else {
+        policy->Remove(id);
+      }
+    }
+    ASSERT_EQ(Order(*policy), list);
+  }
+}
+
+TEST(LruPolicyDeathTest, UnknownBlocksStopTheProcess) {
+  const std::unique_ptr<EvictionPolicy> policy = MakeLruPolicy();
+  policy->Insert(1);
+  EXPECT_DEATH(policy->Touch(0), "not in the policy");
+  EXPECT_DEATH(policy->Insert(1), "inserted twice");
+}
+
+}  // namespace
+}  // namespace kvtide

@@ -1,0 +1,249 @@
+// Blocks on their way between tiers: eviction, prefetch, pressure, watermarks, failures. Whatever moves, attention stays equal
+// to the shadow's.
+#include "tests/daemon/cache/cache_fixture.h"
+
+namespace kvtide::testing {
+namespace {
+
+using MovesTest = CacheTest;
+constexpr size_t kBlock = 65536;  // an f16 block of SmallModel
+
+TEST_F(MovesTest, EvictedSequencesAreAttendedInPlaceAndComeBackOnPrefetch) {
+  Start();
+  Client client(*cache_, SmallModel(), WithPair("turbo4", {1, 1}), random_);
+  ASSERT_TRUE(client.Append(64 * 20 + 7).ok());
+  const uint64_t bytes = TotalBytes(client.info());
+  const MoveReport down = *cache_->Evict({{client.id()}}, 1);
+  EXPECT_EQ(down.moved_blocks, 21u);
+  EXPECT_EQ(down.moved_bytes, bytes);
+  EXPECT_EQ(down.left_blocks, 0u);
+  EXPECT_EQ(client.info().bytes_by_tier[1], bytes);
+  EXPECT_EQ(cache_->Stats().tiers[0].used_bytes, 0u);
+  EXPECT_EQ(cache_->Stats().tiers[0].demoted_blocks, 21u);
+  client.CheckAllLayers();
+  const MoveReport up = *cache_->Prefetch({{client.id()}});
+  EXPECT_EQ(up.moved_blocks, 21u);
+  EXPECT_EQ(client.info().bytes_by_tier[0], bytes);
+  EXPECT_EQ(cache_->Stats().tiers[0].promoted_blocks, 21u);
+  client.CheckAllLayers();
+  EXPECT_EQ(cache_->Stats().moved_bytes, 2 * bytes);
+  ASSERT_TRUE(client.Step(100).ok());
+  client.CheckAllLayers();
+}
+
+TEST_F(MovesTest, AnAppendToAParkedSequenceGoesOnWhereItsTailLies) {
+  Start();
+  Client client(*cache_, SmallModel(), WithPair("q8_0", {0, 0}), random_);
+  ASSERT_TRUE(client.Append(100).ok());
+  ASSERT_TRUE(cache_->Evict({{client.id()}}, 1).ok());
+  for (int i = 0; i < 5; i++) ASSERT_TRUE(client.Step(20).ok());
+  client.CheckAllLayers();
+  EXPECT_EQ(TotalBytes(client.info()), client.shadow().BytesAtRest());
+}
+
+TEST_F(MovesTest, UnderPressureTheColdestGoDown) {
+  Start(10 * kBlock, 40 * kBlock);
+  Client cold(*cache_, SmallModel(), WithPair("f16"), random_), hot(*cache_, SmallModel(), WithPair("f16"), random_);
+  ASSERT_TRUE(cold.Append(256).ok());
+  ASSERT_TRUE(hot.Append(256).ok());
+  ASSERT_TRUE(cold.CheckAttention(0).ok());
+  ASSERT_TRUE(hot.CheckAttention(0).ok());
+  ASSERT_TRUE(hot.Append(5 * 64).ok());
+  EXPECT_EQ(hot.info().blocks_by_tier[0], 9u);
+  EXPECT_EQ(cold.info().blocks_by_tier[1], 3u);
+  cold.CheckAllLayers();
+  hot.CheckAllLayers();
+  ASSERT_TRUE(hot.Append(20 * 64).ok());  // more than the device: its own oldest go down too
+  EXPECT_EQ(hot.info().blocks_by_tier[0] + cold.info().blocks_by_tier[0], 10u);
+  cold.CheckAllLayers();
+  hot.CheckAllLayers();
+  cache_->CheckInvariants();
+}
+
+TEST_F(MovesTest, PrefetchMakesRoomFromOthersButNotFromItself) {
+  Start(8 * kBlock, 40 * kBlock);
+  Client a(*cache_, SmallModel(), WithPair("f16"), random_), b(*cache_, SmallModel(), WithPair("f16"), random_);
+  ASSERT_TRUE(a.Append(6 * 64).ok());
+  ASSERT_TRUE(cache_->Evict({{a.id()}}, 1).ok());
+  ASSERT_TRUE(b.Append(7 * 64).ok());
+  MoveReport report = *cache_->Prefetch({{a.id()}});
+  EXPECT_EQ(report.moved_blocks, 6u);
+  EXPECT_EQ(a.info().blocks_by_tier[0], 6u);
+  EXPECT_EQ(b.info().blocks_by_tier[0], 2u);
+  ASSERT_TRUE(cache_->Evict({{a.id()}}, 1).ok());
+  ASSERT_TRUE(a.Append(6 * 64).ok());  // 12 blocks now, the device has room for 8
+  report = *cache_->Prefetch({{a.id()}});
+  EXPECT_EQ(a.info().blocks_by_tier[0], 8u);
+  EXPECT_EQ(report.left_blocks, 4u);
+  a.CheckAllLayers();
+  b.CheckAllLayers();
+}
+
+TEST_F(MovesTest, ParkingABranchLeavesSharedBlocksToTheOther) {
+  Start();
+  Client a(*cache_, SmallModel(), WithPair("f16"), random_);
+  ASSERT_TRUE(a.Append(200).ok());
+  Client b = a.Fork();
+  ASSERT_TRUE(b.Append(100).ok());
+  const MoveReport report = *cache_->Evict({{b.id()}}, 1);
+  EXPECT_EQ(report.shared_blocks, 3u);
+  EXPECT_EQ(report.moved_blocks, 2u);
+  EXPECT_EQ(a.info().blocks_by_tier[1], 0u);
+  const SequenceId both[] = {a.id(), b.id()};
+  EXPECT_EQ(cache_->Evict(both, 1)->shared_blocks, 0u);
+  EXPECT_EQ(cache_->Stats().tiers[0].used_bytes, 0u);
+  a.CheckAllLayers();
+  b.CheckAllLayers();
+}
+
+TEST_F(MovesTest, OnlySequencesThatAllowItLoseBlocksAndSaySo) {
+  Start(4 * kBlock, 4 * kBlock);
+  SequenceOptions droppable = WithPair("f16");
+  droppable.allow_drop = true;
+  Client a(*cache_, SmallModel(), droppable, random_), b(*cache_, SmallModel(), WithPair("f16"), random_);
+  for (int i = 0; i < 5; i++) ASSERT_TRUE(a.Append(64).ok());
+  for (int i = 0; i < 5; i++) ASSERT_TRUE(b.Append(64).ok());
+  EXPECT_EQ(a.info().dropped_blocks, 2u);
+  EXPECT_TRUE(IsError(a.CheckAttention(0), absl::StatusCode::kDataLoss, "tokens 0 to 127 were dropped"));
+  b.CheckAllLayers();
+  ASSERT_TRUE(b.Append(3 * 64).ok());
+  EXPECT_EQ(a.info().dropped_blocks, 5u);
+  EXPECT_TRUE(IsError(b.Append(1), absl::StatusCode::kResourceExhausted, "tier 'host' has 0 of"));
+  EXPECT_TRUE(IsError(cache_->Evict({{b.id()}}, kDropTier).status(), absl::StatusCode::kFailedPrecondition, "allow_drop"));
+  b.CheckAllLayers();
+  ASSERT_TRUE(a.Truncate(0).ok());
+  ASSERT_TRUE(b.Truncate(64).ok());
+  ASSERT_TRUE(a.Step(70).ok());
+  a.CheckAllLayers();
+  EXPECT_EQ(cache_->Evict({{a.id()}}, kDropTier)->dropped_blocks, 2u);
+  EXPECT_TRUE(IsError(a.Append(1), absl::StatusCode::kDataLoss, "tokens 64 to 127 were dropped; truncate to 64"));
+  EXPECT_EQ(cache_->Stats().dropped_blocks, 7u);
+}
+
+TEST_F(MovesTest, IdleBlocksAboveTheWatermarkAreDemotedInTheBackground) {
+  options_.limits.high_watermark = 0.5;
+  options_.limits.low_watermark = 0.25;
+  Start(8 * kBlock, 8 * kBlock);
+  Client client(*cache_, SmallModel(), WithPair("f16"), random_);
+  ASSERT_TRUE(client.Append(6 * 64).ok());
+  EXPECT_EQ(cache_->RunMovesOnce().moved_blocks, 0u) << "hot";
+  clock_.Advance(absl::Seconds(6));
+  EXPECT_EQ(cache_->RunMovesOnce().moved_blocks, 4u);
+  EXPECT_EQ(client.info().blocks_by_tier[1], 4u);
+  EXPECT_EQ(cache_->RunMovesOnce().moved_blocks, 0u);
+  client.CheckAllLayers();
+}
+
+TEST_F(MovesTest, AttentionPromotesWhatItReadsBelowWhenThereIsRoom) {
+  options_.limits.promote_below = 0.5;
+  Start(8 * kBlock, 8 * kBlock);
+  Client client(*cache_, SmallModel(), WithPair("f16"), random_);
+  ASSERT_TRUE(client.Append(6 * 64).ok());
+  ASSERT_TRUE(cache_->Evict({{client.id()}}, 1).ok());
+  EXPECT_EQ(cache_->RunMovesOnce().moved_blocks, 0u) << "nobody reads it";
+  ASSERT_TRUE(client.CheckAttention(0).ok());
+  EXPECT_EQ(cache_->RunMovesOnce().moved_blocks, 4u);
+  EXPECT_EQ(client.info().blocks_by_tier[0], 4u);
+  EXPECT_EQ(cache_->RunMovesOnce().moved_blocks, 0u);
+  client.CheckAllLayers();
+}
+
+TEST_F(MovesTest, AFailedCopyLosesNothing) {
+  Start();
+  Client client(*cache_, SmallModel(), WithPair("f16"), random_);
+  ASSERT_TRUE(client.Append(300).ok());
+  for (const auto leg : {FaultyBackend::kStartCopy, FaultyBackend::kPoll}) {
+    device_->Fail(leg, 2);
+    MoveReport report = *cache_->Evict({{client.id()}}, 1);
+    EXPECT_EQ(report.left_blocks, 2u);
+    EXPECT_EQ(report.moved_blocks, 3u);
+    cache_->CheckInvariants();
+    client.CheckAllLayers();
+    device_->Fail(leg, 1);
+    report = *cache_->Prefetch({{client.id()}});
+    EXPECT_EQ(report.moved_blocks, 2u);
+    EXPECT_EQ(report.left_blocks, 1u);
+    client.CheckAllLayers();
+    ASSERT_TRUE(cache_->Prefetch({{client.id()}}).ok());
+    EXPECT_EQ(client.info().blocks_by_tier[0], 5u);
+  }
+  EXPECT_EQ(cache_->Stats().failed_moves, 6u);
+}
+
+// A host tier that others can write to: the fixture's has checksums on.
+TEST_F(MovesTest, ABlockThatChangedWhileParkedIsDataLossNotWrongTokens) {
+  // The slab of the host tier, to damage it.
+  class Peek : public FaultyBackend {
+   public:
+    using FaultyBackend::FaultyBackend;
+    absl::StatusOr<CopyTicket> StartCopy(std::span<const CopyPiece> pieces, CopyDirection direction) override {
+      if (direction == CopyDirection::kToHost) last_target = pieces.front().target;
+      return FaultyBackend::StartCopy(pieces, direction);
+    }
+    std::byte* last_target = nullptr;
+  };
+  auto owned = std::make_unique<Peek>(MakeCpuBackend({}));
+  Peek* peek = owned.get();
+  device_ = std::move(owned);
+  Start();
+  Client client(*cache_, SmallModel(), WithPair("f16"), random_);
+  ASSERT_TRUE(client.Append(100).ok());
+  ASSERT_EQ(cache_->Evict({{client.id()}}, 1)->moved_blocks, 2u);
+  peek->last_target[17] ^= std::byte{4};  // of the second block
+  const MoveReport report = *cache_->Prefetch({{client.id()}});
+  EXPECT_EQ(report.moved_blocks, 1u);
+  EXPECT_EQ(report.left_blocks, 1u);
+  EXPECT_EQ(cache_->Stats().checksum_failures, 1u);
+  EXPECT_TRUE(IsError(client.CheckAttention(0), absl::StatusCode::kDataLoss, "tokens 64 to 99 were dropped"));
+  ASSERT_TRUE(client.Truncate(64).ok());
+  client.CheckAllLayers();
+}
+
+TEST_F(MovesTest, TiersAndSequencesThatDoNotExistAreRefused) {
+  Start();
+  Client client(*cache_, SmallModel(), WithPair("f16"), random_);
+  EXPECT_TRUE(IsError(cache_->Evict({{client.id()}}, 2).status(), absl::StatusCode::kInvalidArgument, "there are tiers 0 to 1"));
+  EXPECT_TRUE(IsError(cache_->Evict({{client.id() + 1}}, 1).status(), absl::StatusCode::kNotFound, "does not exist"));
+  EXPECT_TRUE(IsError(cache_->Prefetch({{client.id() + 1}}).status(), absl::StatusCode::kNotFound, "does not exist"));
+}
+
+TEST_F(MovesTest, ThreeTiersPassBlocksDownOneByOne) {
+  CpuBackendOptions cpu;
+  cpu.threads = 1;
+  FaultyBackend third(MakeCpuBackend(cpu));
+  options_.tiers = {{"device", device_.get(), 3 * kBlock, false}, {"host", host_.get(), 3 * kBlock, true},
+                    {"far", &third, 30 * kBlock, true}};
+  cache_ = KvCache::Create(options_).value();
+  Client client(*cache_, SmallModel(), WithPair("f16"), random_);
+  for (int i = 0; i < 12; i++) ASSERT_TRUE(client.Step(64).ok());
+  const SequenceInfo info = client.info();
+  EXPECT_EQ(info.blocks_by_tier, (std::vector<uint64_t>{3, 3, 6}));
+  client.CheckAllLayers();
+  EXPECT_EQ(cache_->EvictAll(2)->moved_blocks, 6u);
+  client.CheckAllLayers();
+  EXPECT_EQ(cache_->Prefetch({{client.id()}})->moved_blocks, 3u);
+  client.CheckAllLayers();
+  ASSERT_TRUE(client.Close().ok());
+  cache_.reset();  // before the third backend
+}
+
+// Coded blocks at the bottom and f16 blocks at the top: after a long churn of two coded sizes, most of the free room is one
+// extent.
+TEST_F(MovesTest, ChurnDoesNotFragmentTheTier) {
+  Start(64 * kBlock, 0);
+  std::vector<Client> clients;
+  for (int round = 0; round < 60; round++) {
+    clients.emplace_back(*cache_, SmallModel(), WithPair(round % 2 == 0 ? "turbo4" : "q8_0/turbo3", {1, 1}), random_);
+    ASSERT_TRUE(clients.back().Append(64 * (4 + random_() % 8)).ok());
+    if (clients.size() > 6) {
+      const size_t victim = random_() % clients.size();
+      ASSERT_TRUE(clients[victim].Close().ok());
+      clients.erase(clients.begin() + static_cast<std::ptrdiff_t>(victim));
+    }
+  }
+  const TierStats tier = cache_->Stats().tiers[0];
+  EXPECT_GT(tier.largest_free_extent_bytes * 2, tier.free_bytes) << tier.free_bytes;
+}
+
+}  // namespace
+}  // namespace kvtide::testing

@@ -1,0 +1,93 @@
+// The policy is a pure function: every case is a snapshot and the moves that follow.
+#include "daemon/cache/tier_policy.h"
+
+#include <random>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace kvtide {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::IsEmpty;
+
+BlockView Block(BlockId id, size_t bytes, bool droppable = false, int idle_seconds = 100) {
+  return {id, bytes, droppable, absl::Seconds(idle_seconds)};
+}
+TierView Full(size_t capacity, std::vector<BlockView> coldest) { return {capacity, capacity, 0, std::move(coldest), {}}; }
+
+TEST(PickRoomTest, DemotesTheColdestUntilItFits) {
+  const Snapshot snapshot{{Full(100, {Block(1, 10), Block(2, 10), Block(3, 10)}), {100, 0, 100, {}, {}}}};
+  EXPECT_THAT(PickRoom(snapshot, 0, 15), ElementsAre(Move{1, 0, 1}, Move{2, 0, 1}));
+  EXPECT_THAT(PickRoom(snapshot, 0, 31), IsEmpty());
+  EXPECT_THAT(PickRoom(snapshot, 0, 101), IsEmpty());
+}
+
+TEST(PickRoomTest, MakesRoomBelowFirst) {
+  const Snapshot snapshot{{Full(100, {Block(1, 10)}), Full(100, {Block(2, 6), Block(3, 6)}), {100, 0, 100, {}, {}}}};
+  EXPECT_THAT(PickRoom(snapshot, 0, 10), ElementsAre(Move{2, 1, 2}, Move{3, 1, 2}, Move{1, 0, 1}));
+}
+
+TEST(PickRoomTest, DropsOnlyWhereNothingBelowHasRoomAndTheBlockAllowsIt) {
+  Snapshot snapshot{{Full(100, {Block(1, 10), Block(2, 10, true)}), Full(50, {Block(3, 10, true)})}};
+  EXPECT_THAT(PickRoom(snapshot, 0, 10), ElementsAre(Move{3, 1, kDropTier}, Move{1, 0, 1}));
+  snapshot.tiers[1].coldest.clear();
+  EXPECT_THAT(PickRoom(snapshot, 0, 10), ElementsAre(Move{2, 0, kDropTier}));
+  snapshot.tiers[0].coldest.pop_back();
+  EXPECT_THAT(PickRoom(snapshot, 0, 10), IsEmpty());
+  EXPECT_THAT(PickRoom(snapshot, 1, 10), IsEmpty());
+}
+
+TEST(PickRoomTest, ABlockLargerThanTheTierBelowIsNotDemoted) {
+  const Snapshot snapshot{{Full(100, {Block(1, 60), Block(2, 20)}), {50, 0, 50, {}, {}}}};
+  EXPECT_THAT(PickRoom(snapshot, 0, 20), ElementsAre(Move{2, 0, 1}));
+}
+
+TEST(PickMovesTest, DemotesIdleBlocksFromTheHighToTheLowWatermark) {
+  TierLimits limits;
+  limits.high_watermark = 0.9;
+  limits.low_watermark = 0.7;
+  Snapshot snapshot{{{100, 90, 0, {Block(1, 10), Block(2, 10), Block(3, 10)}, {}}, {100, 0, 100, {}, {}}}};
+  EXPECT_THAT(PickMoves(snapshot, limits, 100), IsEmpty()) << "at the watermark, not above";
+  snapshot.tiers[0].used_bytes = 91;
+  EXPECT_THAT(PickMoves(snapshot, limits, 100), ElementsAre(Move{1, 0, 1}, Move{2, 0, 1}, Move{3, 0, 1}));
+  EXPECT_THAT(PickMoves(snapshot, limits, 1), ElementsAre(Move{1, 0, 1}));
+  snapshot.tiers[0].coldest[0].idle = absl::Seconds(1);  // hot ones stay
+  EXPECT_THAT(PickMoves(snapshot, limits, 100), ElementsAre(Move{2, 0, 1}, Move{3, 0, 1}));
+  snapshot.tiers[1].used_bytes = 85;  // and the tier below is never overfilled
+  EXPECT_THAT(PickMoves(snapshot, limits, 100), ElementsAre(Move{2, 0, 1}));
+}
+
+TEST(PickMovesTest, PromotesWantedBlocksIntoFreeRoomOnly) {
+  TierLimits limits;
+  limits.promote_below = 0.8;
+  Snapshot snapshot{{{100, 50, 50, {}, {}}, {100, 40, 60, {}, {Block(1, 20), Block(2, 20), Block(3, 10)}}}};
+  EXPECT_THAT(PickMoves(snapshot, limits, 100), ElementsAre(Move{1, 1, 0}, Move{3, 1, 0}));
+  limits.promote_on_attend = false;
+  EXPECT_THAT(PickMoves(snapshot, limits, 100), IsEmpty());
+}
+
+// Bug seen elsewhere: evicting from a wrong target takes far too much.
+TEST(PickRoomTest, FreesAtLeastTheBytesAndLessThanOneBlockMore) {
+  std::mt19937 random(11);
+  for (int round = 0; round < 2000; round++) {
+    Snapshot snapshot{{Full(1000, {}), {1000, 0, 1000, {}, {}}}};
+    size_t all = 0;
+    std::vector<size_t> bytes(30);
+    for (size_t i = 0; i < bytes.size(); i++) {
+      bytes[i] = 1 + random() % 30;
+      all += bytes[i];
+      snapshot.tiers[0].coldest.push_back(Block(static_cast<BlockId>(i), bytes[i]));
+    }
+    const size_t need = 1 + random() % all;
+    const std::vector<Move> moves = PickRoom(snapshot, 0, need);
+    size_t freed = 0;
+    for (const Move& move : moves) freed += bytes[move.block];
+    ASSERT_GE(freed, need);
+    ASSERT_LT(freed - bytes[moves.back().block], need);
+  }
+}
+
+}  // namespace
+}  // namespace kvtide
