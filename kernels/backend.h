@@ -54,7 +54,8 @@ struct AppendArgs {
 };
 
 // Re-encodes one layer range of a block from one layout to another: seals (f16 to the pair), or to fewer bits.
-// Tokens from `tokens` on are encoded as zeros. Deterministic: the same bytes on every backend.
+// Tokens from `tokens` on are encoded as zeros. A side whose type and profile stay the same keeps its bytes if all 64 tokens
+// count. Deterministic: the same bytes on every backend.
 struct RecodePiece {
   const BlockLayout* from = nullptr;
   const std::byte* source = nullptr;

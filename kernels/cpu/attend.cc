@@ -7,7 +7,6 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/attention_state.h"
 #include "kernels/base/status.h"
-#include "kernels/format/page_codec.h"
 
 namespace kvtide {
 namespace {
@@ -49,28 +48,39 @@ struct RowChunk {
 
 class Work {
  public:
-  Work(const AttendArgs& args, const GroupShape& shape)
-      : args_(args), shape_(shape), group_(args.heads / shape.kv_heads) {
+  Work(const AttendArgs& args, const GroupShape& shape, const PageKernels& kernels)
+      : args_(args), kernels_(kernels), shape_(shape), group_(args.heads / shape.kv_heads) {
     for (size_t i = 0; i < args.items.size(); i++) AddItem(static_cast<int>(i));
     const size_t dim = Size(StoredDim(shape.head_dim_v));
     out_.resize(states_ * dim);
     lse_.resize(states_);
   }
 
-  void Run(const PageKernels& kernels, ThreadPool& pool) {
+  void Run(ThreadPool& pool) {
     constexpr int64_t kRowsPerStep = 32;
     std::vector<std::pair<int, int64_t>> steps;
     for (size_t f = 0; f < frames_.size(); f++)
       for (int64_t row = 0; row < Rows(*frames_[f].item) * shape_.kv_heads; row += kRowsPerStep)
         steps.emplace_back(static_cast<int>(f), row);
-    pool.ParallelFor(static_cast<int64_t>(steps.size()), [&](int64_t i) {
+    // Rows are turned and merged in about a microsecond each, pages take a few: waking a thread for less
+    // costs more.
+    constexpr int64_t kAloneRows = 64, kAlonePages = 32;
+    int64_t rows = 0, pages = 0;
+    for (const RowChunk& chunk : chunks_) rows += chunk.rows;
+    for (size_t t = 0; t < tasks_.size(); t++)
+      pages += (tasks_[t].end_block - tasks_[t].first_block) * ((chunks_[chunk_of_task_[t]].rows + 7) / 8);
+    const auto run = [&](bool alone, size_t count, absl::FunctionRef<void(int64_t)> body) {
+      if (!alone) return pool.ParallelFor(static_cast<int64_t>(count), body);
+      for (size_t i = 0; i < count; i++) body(static_cast<int64_t>(i));
+    };
+    run(rows <= kAloneRows, steps.size(), [&](int64_t i) {
       Frame& frame = frames_[Size(steps[Size(i)].first)];
       const int64_t first = steps[Size(i)].second;
       const int64_t end = std::min(first + kRowsPerStep, Rows(*frame.item) * shape_.kv_heads);
       for (int64_t row = first; row < end; row++) TurnQuery(frame, row);
     });
-    pool.ParallelFor(static_cast<int64_t>(tasks_.size()), [&](int64_t i) { RunTask(kernels, Size(i)); });
-    pool.ParallelFor(static_cast<int64_t>(chunks_.size()), [&](int64_t i) { Merge(chunks_[Size(i)]); });
+    run(pages <= kAlonePages, tasks_.size(), [&](int64_t i) { RunTask(Size(i)); });
+    run(rows <= kAloneRows, chunks_.size(), [&](int64_t i) { Merge(chunks_[Size(i)]); });
   }
 
  private:
@@ -147,10 +157,10 @@ class Work {
       frame.bias[Size(row)] = bias;
       for (size_t d = 0; d < head.gain.size(); d++) target[d] /= head.gain[d];
     }
-    RotateForward(frame.type, target, frame.dim);
+    kernels_.rotate(frame.type, false, target, frame.dim);
   }
 
-  void RunTask(const PageKernels& kernels, size_t index) {
+  void RunTask(size_t index) {
     const Task& task = tasks_[index];
     const RowChunk& chunk = chunks_[chunk_of_task_[index]];
     const Frame& frame = frames_[Size(task.frame)];
@@ -161,13 +171,11 @@ class Work {
       end[r] = VisibleEnd(item, (chunk.first_row + r) / group_);
     }
     const int64_t skipped = task.first_block * kBlockTokens;
-    PageSegment segment;
-    segment.layout = task.run->layout;
-    segment.record_offset = task.run->layout->RecordOffset(args_.layer, chunk.kv_head);
-    segment.blocks =
-        task.run->blocks.subspan(Size(task.first_block), Size(task.end_block - task.first_block));
-    segment.first_position = task.run->first_position + skipped;
-    segment.tokens = std::min(task.run->tokens, task.end_block * kBlockTokens) - skipped;
+    const PageSegment segment = MakePageSegment(
+        *task.run->layout, args_.layer, chunk.kv_head,
+        task.run->blocks.subspan(Size(task.first_block), Size(task.end_block - task.first_block)),
+        task.run->first_position + skipped,
+        std::min(task.run->tokens, task.end_block * kBlockTokens) - skipped);
     const size_t first_row = Size(chunk.kv_head * Rows(item) + chunk.first_row);
     QueryRows rows;
     rows.rows = chunk.rows;
@@ -177,7 +185,7 @@ class Work {
     rows.end = end;
     rows.scale = args_.scale;
     rows.softcap = args_.softcap;
-    const auto attend = chunk.rows > kRowsOfFewKernel ? kernels.attend_many : kernels.attend;
+    const auto attend = chunk.rows > kRowsOfFewKernel ? kernels_.attend_many : kernels_.attend;
     attend(segment, rows, out_.data() + task.state * Size(StoredDim(shape_.head_dim_v)),
            lse_.data() + task.state);
   }
@@ -196,7 +204,7 @@ class Work {
         const CacheType type = tasks_[t].run->layout->pair().v;
         MergeAttentionState(part.data(), &part_lse, out_.data() + state * Size(dim), lse_[state], dim);
         if (t + 1 < chunk.end_task && tasks_[t + 1].run->layout->pair().v == type) continue;
-        if (part_lse != -INFINITY) RotateInverse(type, part.data(), dim);
+        if (part_lse != -INFINITY) kernels_.rotate(type, true, part.data(), dim);
         MergeAttentionState(whole.data(), &whole_lse, part.data(), part_lse, dim);
         part_lse = -INFINITY;
       }
@@ -210,6 +218,7 @@ class Work {
   }
 
   const AttendArgs& args_;
+  const PageKernels& kernels_;
   const GroupShape shape_;
   const int group_;  // query heads per KV head
   std::vector<Frame> frames_;
@@ -258,8 +267,8 @@ absl::Status AttendOnCpu(const AttendArgs& args, const PageKernels& kernels, Thr
     for (size_t r = 0; r < item.runs.size(); r++)
       KVTIDE_RETURN_IF_ERROR(CheckRun(item.runs[r], shape, static_cast<int>(i), static_cast<int>(r)));
   }
-  Work work(args, shape);
-  work.Run(kernels, pool);
+  Work work(args, shape, kernels);
+  work.Run(pool);
   return absl::OkStatus();
 }
 

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "kernels/base/check.h"
+#include "kernels/format/catalogue.h"
 
 namespace kvtide {
 namespace {

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-#include "kernels/format/catalogue.h"
-
 namespace kvtide {
+
+enum class CacheType : uint8_t;  // catalogue.h, which the slowly compiled kernels do not include
 
 struct CodeTable {
   int bits = 0;   // 0 for f16 and bf16

@@ -184,10 +184,14 @@ class CpuBackend : public Backend {
                piece.to->pair().v, piece.to->v(), nullptr, piece.tokens, target + piece.to->v_codes());
   }
 
+  static bool SameProfile(const HeadProfile* a, const HeadProfile* b) {
+    return a == b || (a != nullptr && b != nullptr && *a == *b);
+  }
+
   void RecodeHalf(Side side, CacheType from, const HalfLayout& from_layout, const HeadProfile* from_profile,
                   const std::byte* source, CacheType to, const HalfLayout& to_layout,
                   const HeadProfile* to_profile, int tokens, std::byte* target) const {
-    const bool same_frame = from_profile == to_profile || Info(from).storage == Storage::kHalf;
+    const bool same_frame = SameProfile(from_profile, to_profile) || Info(from).storage == Storage::kHalf;
     if (from == to && same_frame && tokens == kBlockTokens) {
       std::memcpy(target, source, to_layout.bytes);
       return;

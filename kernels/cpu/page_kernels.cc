@@ -4,6 +4,7 @@
 
 #include "kernels/cpu/plain_kernels.h"
 #include "kernels/cpu/simd_attend.h"
+#include "kernels/cpu/simd_encode.h"
 
 namespace kvtide {
 namespace {
@@ -22,6 +23,7 @@ std::array<PageKernels, 4> MakeTables() {
     table.level = level;
     table.attend = attend;
     table.attend_many = SimdAttendMany(level);
+    UseSimdEncoders(level, table);
   }
   return tables;
 }
@@ -33,6 +35,22 @@ const PageKernels* FindVectorKernels(SimdLevel level) {
 }
 
 }  // namespace
+
+PageSegment MakePageSegment(const BlockLayout& layout, int layer, int kv_head,
+                            std::span<std::byte* const> blocks, int64_t first_position, int64_t tokens) {
+  PageSegment segment;
+  segment.layout = &layout;
+  segment.k = {&CodeTableOf(layout.pair().k), layout.k().stored_dim, layout.k().groups, layout.k_codes(),
+               layout.k_scales()};
+  segment.v = {&CodeTableOf(layout.pair().v), layout.v().stored_dim, layout.v().groups, layout.v_codes(),
+               layout.v_scales()};
+  segment.record_bytes = layout.record_bytes();
+  segment.record_offset = layout.RecordOffset(layer, kv_head);
+  segment.blocks = blocks;
+  segment.first_position = first_position;
+  segment.tokens = tokens;
+  return segment;
+}
 
 std::vector<SimdLevel> SupportedSimdLevels() {
   std::vector<SimdLevel> levels = {SimdLevel::kPlain};

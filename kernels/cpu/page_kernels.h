@@ -9,31 +9,12 @@
 #include <vector>
 
 #include "kernels/base/data_type.h"
+#include "kernels/cpu/page_segment.h"
+#include "kernels/cpu/simd_level.h"
 #include "kernels/format/block_layout.h"
 #include "kernels/format/profile.h"
 
 namespace kvtide {
-
-enum class SimdLevel : uint8_t { kBest, kPlain, kAvx2, kAvx512 };
-
-// Pages of one KV head: the records at `record_offset` in consecutive blocks of one sequence.
-struct PageSegment {
-  const BlockLayout* layout = nullptr;
-  size_t record_offset = 0;
-  std::span<std::byte* const> blocks;
-  int64_t first_position = 0;  // of the first token of blocks[0]
-  int64_t tokens = 0;          // tokens that count, from there on
-};
-
-// The queries that look at one KV head, one row for each (query, query head).
-struct QueryRows {
-  int rows = 0;
-  const float* q = nullptr;        // [rows][stored_dim_k], in the frame in which K is stored
-  const float* bias = nullptr;     // [rows], added to q.k; null = none
-  const int64_t* begin = nullptr;  // [rows] row r sees positions begin[r] <= p < end[r]
-  const int64_t* end = nullptr;
-  float scale = 0, softcap = 0;  // as in AttendArgs
-};
 
 struct PageKernels {
   const char* name = "";
@@ -43,6 +24,8 @@ struct PageKernels {
   // `attend` suits a few rows (decoding), `attend_many` many (prefill); either takes any number.
   void (*attend)(const PageSegment& segment, const QueryRows& rows, float* out, float* lse) = nullptr;
   void (*attend_many)(const PageSegment& segment, const QueryRows& rows, float* out, float* lse) = nullptr;
+  // Turns a vector of stored_dim values into the rotated frame of a type, or back.
+  void (*rotate)(CacheType type, bool inverse, float* x, int stored_dim) = nullptr;
   // Writes `tokens` rows, `stride` elements apart, behind the first `first_token` tokens of an f16 or bf16
   // half page.
   void (*store_rows)(CacheType type, const HalfLayout& layout, TensorView rows, size_t first_element,
@@ -54,10 +37,13 @@ struct PageKernels {
                  const std::byte* half, float* rows) = nullptr;
 };
 
+// The pages of a KV head in a run of blocks.
+PageSegment MakePageSegment(const BlockLayout& layout, int layer, int kv_head,
+                            std::span<std::byte* const> blocks, int64_t first_position, int64_t tokens);
+
 // The levels that this build has and this processor can run, plain first, best last.
 std::vector<SimdLevel> SupportedSimdLevels();
 // The table of a level; null if it is not supported. kBest is always supported.
 const PageKernels* FindPageKernels(SimdLevel level);
-const char* SimdLevelName(SimdLevel level);
 
 }  // namespace kvtide

@@ -76,6 +76,10 @@ void Attend(const PageSegment& segment, const QueryRows& rows, float* out, float
   }
 }
 
+void Rotate(CacheType type, bool inverse, float* x, int stored_dim) {
+  inverse ? RotateInverse(type, x, stored_dim) : RotateForward(type, x, stored_dim);
+}
+
 void StoreRows(CacheType type, const HalfLayout& layout, TensorView rows, size_t first_element, size_t stride,
                int first_token, int tokens, std::byte* half) {
   VisitCodec(type, [&](auto codec) {
@@ -97,8 +101,14 @@ void StoreRows(CacheType type, const HalfLayout& layout, TensorView rows, size_t
 }  // namespace
 
 const PageKernels& PlainKernels() {
-  static const PageKernels kKernels{"plain",   SimdLevel::kPlain, Attend,    Attend,
-                                    StoreRows, EncodeHalf,        DecodeHalf};
+  static const PageKernels kKernels{.name = "plain",
+                                    .level = SimdLevel::kPlain,
+                                    .attend = Attend,
+                                    .attend_many = Attend,
+                                    .rotate = Rotate,
+                                    .store_rows = StoreRows,
+                                    .encode = EncodeHalf,
+                                    .decode = DecodeHalf};
   return kKernels;
 }
 

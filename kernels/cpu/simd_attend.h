@@ -1,7 +1,8 @@
 // Vector attention over the pages of one KV head, for each instruction set that this build has.
 #pragma once
 
-#include "kernels/cpu/page_kernels.h"
+#include "kernels/cpu/page_segment.h"
+#include "kernels/cpu/simd_level.h"
 
 namespace kvtide {
 

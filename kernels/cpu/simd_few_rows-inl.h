@@ -15,7 +15,7 @@
 
 #include <algorithm>
 
-#include "kernels/cpu/page_kernels.h"
+#include "kernels/cpu/page_segment.h"
 #include "kernels/cpu/simd_page-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -277,10 +277,11 @@ HWY_NOINLINE void ValueSums(const HalfView& v, const float* weights, const PageF
       ValueVectors<kBits, kRows, kQuadVectors, 0>(unpack, v, packed, factors, page, first, out);
   } else {
     for (int first = 0; first < vectors; first += kVectors) {
-      if (first / kQuadVectors % 2 == 0) {
+      if (Unpacker<kBits>::kPhases < 4 || first / kQuadVectors % 2 == 0) {
         ValueVectors<kBits, kRows, kVectors, 0>(unpack, v, packed, factors, page, first, out);
       } else {
-        ValueVectors<kBits, kRows, kVectors, 1>(unpack, v, packed, factors, page, first, out);
+        ValueVectors < kBits, kRows, kVectors,
+            Unpacker<kBits>::kPhases<4 ? 0 : 1>(unpack, v, packed, factors, page, first, out);
       }
     }
   }
@@ -536,23 +537,21 @@ HWY_INLINE void PageSums(const HalfView& v, float* weights, const PageFactors* p
 
 template <int kRows>
 void AttendRows(const PageSegment& segment, const QueryRows& rows, int first_row, float* out, float* lse) {
-  const BlockLayout& layout = *segment.layout;
-  const CodeTable& k_table = CodeTableOf(layout.pair().k);
-  const CodeTable& v_table = CodeTableOf(layout.pair().v);
-  const int dim_k = layout.k().stored_dim, dim_v = layout.v().stored_dim;
+  const CodeTable &k_table = *segment.k.table, &v_table = *segment.v.table;
+  const int dim_k = segment.k.dim, dim_v = segment.v.dim;
   PreparedRows<kRows> prepared;
   PrepareRows<kRows>(rows, first_row, k_table, dim_k, prepared);
   auto sums = hwy::AllocateAligned<float>(static_cast<size_t>(kRows * dim_v));
   std::fill_n(sums.get(), kRows * dim_v, 0.0f);
   RowState states[kRows];
   Prefetcher prefetch;
-  const size_t record_bytes = layout.record_bytes();
+  const size_t record_bytes = segment.record_bytes;
   // Steps of work on a page, from below: K has one per quad and vector block, V one per block of dims, f16 at
   // least 16.
   const int steps = std::max(4, dim_k / 32) + std::max(2, dim_v / 64);
   prefetch.lines = static_cast<int>(record_bytes / 64) / steps + 1;
-  HalfView k{&k_table, dim_k, layout.k().groups, nullptr, nullptr, &prefetch};
-  HalfView v{&v_table, dim_v, layout.v().groups, nullptr, nullptr, &prefetch};
+  HalfView k{&k_table, dim_k, segment.k.groups, nullptr, nullptr, &prefetch};
+  HalfView v{&v_table, dim_v, segment.v.groups, nullptr, nullptr, &prefetch};
   alignas(64) float dots[kRows * kBlockTokens];
   constexpr size_t kAhead = 2;  // pages
   for (size_t b = 0; b < segment.blocks.size(); b++) {
@@ -575,9 +574,9 @@ void AttendRows(const PageSegment& segment, const QueryRows& rows, int first_row
       prefetch.end = prefetch.next;
     }
     k.codes = record;
-    k.scales = record + layout.k_scales();
-    v.codes = record + layout.v_codes();
-    v.scales = record + layout.v_scales();
+    k.scales = record + segment.k.scales;
+    v.codes = record + segment.v.codes;
+    v.scales = record + segment.v.scales;
     PageDots<kRows>(k, prepared, dots);
     PageFactors page[kRows];
     for (int r = 0; r < kRows; r++)

@@ -10,7 +10,7 @@
 
 #include <algorithm>
 
-#include "kernels/cpu/page_kernels.h"
+#include "kernels/cpu/page_segment.h"
 #include "kernels/cpu/simd_page-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -119,22 +119,6 @@ HWY_NOINLINE void DecodeValues(const HalfView& v, float* HWY_RESTRICT tile) {
   }
 }
 
-// Row of a token of an f16 or bf16 page, dims in order; `row` has room for dim values.
-HWY_INLINE void DecodeRowHalf(const HalfView& half, int token, float* HWY_RESTRICT row) {
-  const hn::CappedTag<float, 8> f32;
-  const hn::Rebind<uint16_t, decltype(f32)> u16;
-  const hn::Rebind<hwy::float16_t, decltype(f32)> f16;
-  const hn::Rebind<uint32_t, decltype(f32)> u32;
-  const auto* values = reinterpret_cast<const uint16_t*>(half.codes);
-  for (int d = 0; d < half.dim; d += 8) {
-    const uint16_t* p = values + HalfPrecisionIndex(token, d, half.dim);
-    const auto value = half.table->bf16
-                           ? hn::BitCast(f32, hn::ShiftLeft<16>(hn::PromoteTo(u32, hn::LoadU(u16, p))))
-                           : hn::PromoteTo(f32, hn::LoadU(f16, reinterpret_cast<const hwy::float16_t*>(p)));
-    hn::StoreU(value, f32, row + d);
-  }
-}
-
 // [dim][64] from f16 rows; tokens from `valid` on are zeros, their bytes may be anything.
 HWY_NOINLINE inline void DecodeKeysHalf(const HalfView& k, int valid, float* HWY_RESTRICT tile) {
   const hn::CappedTag<float, 4> f32;
@@ -144,7 +128,7 @@ HWY_NOINLINE inline void DecodeKeysHalf(const HalfView& k, int valid, float* HWY
     for (int i = 0; i < 4; i++) {
       const int token = TokenAtPosition(position + i);
       if (token < valid) {
-        DecodeRowHalf(k, token, rows + i * k.dim);
+        DecodeRowHalf(k.codes, k.table->bf16, k.dim, token, rows + i * k.dim);
       } else {
         std::fill_n(rows + i * k.dim, k.dim, 0.0f);
       }
@@ -169,7 +153,7 @@ HWY_NOINLINE inline void DecodeValuesHalf(const HalfView& v, int valid, float* H
   for (int position = 0; position < kBlockTokens; position++) {
     const int token = TokenAtPosition(position);
     if (token < valid) {
-      DecodeRowHalf(v, token, tile + position * v.dim);
+      DecodeRowHalf(v.codes, v.table->bf16, v.dim, token, tile + position * v.dim);
     } else {
       std::fill_n(tile + position * v.dim, v.dim, 0.0f);
     }
@@ -269,10 +253,8 @@ HWY_NOINLINE inline void Product(const float* a, int a_stride, int rows, const f
 // ---- Rows and pages
 
 inline void AttendManyRows(const PageSegment& segment, const QueryRows& rows, float* out, float* lse) {
-  const BlockLayout& layout = *segment.layout;
-  const CodeTable& k_table = CodeTableOf(layout.pair().k);
-  const CodeTable& v_table = CodeTableOf(layout.pair().v);
-  const int dim_k = layout.k().stored_dim, dim_v = layout.v().stored_dim;
+  const CodeTable &k_table = *segment.k.table, &v_table = *segment.v.table;
+  const int dim_k = segment.k.dim, dim_v = segment.v.dim;
   const size_t count = static_cast<size_t>(rows.rows), width = static_cast<size_t>(dim_v);
   auto k_tile = hwy::AllocateAligned<float>(static_cast<size_t>(dim_k) * kBlockTokens);
   auto v_tile = hwy::AllocateAligned<float>(static_cast<size_t>(dim_v) * kBlockTokens);
@@ -284,8 +266,8 @@ inline void AttendManyRows(const PageSegment& segment, const QueryRows& rows, fl
   LogitScale scale;
   scale.factor = rows.scale;
   scale.softcap = rows.softcap;
-  HalfView k{&k_table, dim_k, layout.k().groups, nullptr, nullptr, nullptr};
-  HalfView v{&v_table, dim_v, layout.v().groups, nullptr, nullptr, nullptr};
+  HalfView k{&k_table, dim_k, segment.k.groups, nullptr, nullptr, nullptr};
+  HalfView v{&v_table, dim_v, segment.v.groups, nullptr, nullptr, nullptr};
   for (size_t b = 0; b < segment.blocks.size(); b++) {
     const int64_t position = segment.first_position + static_cast<int64_t>(b) * kBlockTokens;
     const int valid =
@@ -302,9 +284,9 @@ inline void AttendManyRows(const PageSegment& segment, const QueryRows& rows, fl
     if (first == last) continue;
     const auto* record = reinterpret_cast<const uint8_t*>(segment.blocks[b] + segment.record_offset);
     k.codes = record;
-    k.scales = record + layout.k_scales();
-    v.codes = record + layout.v_codes();
-    v.scales = record + layout.v_scales();
+    k.scales = record + segment.k.scales;
+    v.codes = record + segment.v.codes;
+    v.scales = record + segment.v.scales;
     DecodeKeyTile(k, valid, k_tile.get());
     DecodeValueTile(v, valid, v_tile.get());
     const int seen = static_cast<int>(last - first);

@@ -65,6 +65,21 @@ HWY_INLINE void LoadScaledScales(const HalfView& half, int group, float* HWY_RES
               out + i * kLanes);
 }
 
+// Row of a token of an f16 or bf16 page, dims in order; `row` has room for dim values.
+HWY_INLINE void DecodeRowHalf(const uint8_t* half, bool bf16, int dim, int token, float* HWY_RESTRICT row) {
+  const hn::CappedTag<float, 8> f32;
+  const hn::Rebind<uint16_t, decltype(f32)> u16;
+  const hn::Rebind<hwy::float16_t, decltype(f32)> f16;
+  const hn::Rebind<uint32_t, decltype(f32)> u32;
+  const auto* values = reinterpret_cast<const uint16_t*>(half);
+  for (int d = 0; d < dim; d += 8) {
+    const uint16_t* p = values + HalfPrecisionIndex(token, d, dim);
+    const auto value = bf16 ? hn::BitCast(f32, hn::ShiftLeft<16>(hn::PromoteTo(u32, hn::LoadU(u16, p))))
+                            : hn::PromoteTo(f32, hn::LoadU(f16, reinterpret_cast<const hwy::float16_t*>(p)));
+    hn::StoreU(value, f32, row + d);
+  }
+}
+
 // Writes a finished row: normalised, dims in natural order.
 HWY_INLINE void FinishRow(const float* sums, const RowState& state, bool permuted, int dim, float* out,
                           float* lse) {

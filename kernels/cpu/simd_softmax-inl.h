@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "kernels/cpu/simd_unpack-inl.h"
+#include "kernels/format/page_order.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace kvtide {

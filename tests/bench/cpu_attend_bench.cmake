@@ -1,0 +1,2 @@
+kvtide_add_executable(cpu_attend_bench cpu_attend_bench.cc)
+target_link_libraries(cpu_attend_bench PRIVATE kvtide_cpu)
