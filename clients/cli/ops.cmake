@@ -1,0 +1,16 @@
+# The commands that ask a running daemon: status, top, doctor.
+find_package(CLI11 CONFIG REQUIRED)
+find_package(nlohmann_json CONFIG REQUIRED)
+kvtide_add_library(kvtide_cli_ops
+  daemon_flags.cc
+  doctor_checks.cc
+  doctor_command.cc
+  status_command.cc
+  status_report.cc
+  top_command.cc
+  top_screen.cc
+)
+target_compile_definitions(kvtide_cli_ops PRIVATE KVTIDE_VERSION="${PROJECT_VERSION}")
+target_link_libraries(kvtide_cli_ops
+  PUBLIC kvtide_client kvtide_cli_engine CLI11::CLI11
+  PRIVATE kvtide_cli_plan kvtide_planner nlohmann_json::nlohmann_json ${CMAKE_DL_LIBS})

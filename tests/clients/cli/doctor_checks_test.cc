@@ -1,0 +1,149 @@
+#include "clients/cli/doctor_checks.h"
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
+
+namespace kvtide::cli {
+namespace {
+
+using testing::HasSubstr;
+
+constexpr int64_t kGib = int64_t{1} << 30;
+
+client::TierInfo Tier(const std::string& backend, int64_t bytes) { return {"t", backend, bytes}; }
+
+TEST(DoctorChecks, Connection) {
+  EXPECT_EQ(CheckConnection("unix:/x", absl::OkStatus()).verdict, Verdict::kOk);
+  const Finding finding = CheckConnection("unix:/x", absl::UnavailableError("there is no socket /x"));
+  EXPECT_EQ(finding.verdict, Verdict::kFail);
+  EXPECT_THAT(finding.text, HasSubstr("no socket"));
+  EXPECT_THAT(finding.advice, HasSubstr("--address"));
+  EXPECT_EQ(CheckServing(false).verdict, Verdict::kFail);
+}
+
+TEST(DoctorChecks, Versions) {
+  EXPECT_EQ(CheckVersions("0.1.0", "0.1.0").verdict, Verdict::kOk);
+  EXPECT_EQ(CheckVersions("0.1.0", "0.2.0").verdict, Verdict::kWarn);
+}
+
+TEST(DoctorChecks, Cpu) {
+  const Finding fast = CheckCpu(" fpu sse4_2 avx2 fma f16c avx512f avx512bw avx512_vnni");
+  EXPECT_EQ(fast.verdict, Verdict::kOk);
+  EXPECT_THAT(fast.text, HasSubstr("avx512_vnni"));
+  EXPECT_EQ(CheckCpu("fpu sse4_2").verdict, Verdict::kWarn);
+  EXPECT_EQ(CheckCpu("avx2x").verdict, Verdict::kWarn);  // words, not parts of words
+  EXPECT_EQ(CheckCpu("f16c").verdict, Verdict::kWarn);
+}
+
+TEST(DoctorChecks, HugePages) {
+  EXPECT_EQ(CheckHugePages("always [madvise] never\n").text, "madvise");
+  EXPECT_EQ(CheckHugePages("[always] madvise never\n").verdict, Verdict::kOk);
+  EXPECT_EQ(CheckHugePages("always madvise [never]\n").verdict, Verdict::kWarn);
+  EXPECT_EQ(CheckHugePages("").verdict, Verdict::kWarn);
+  EXPECT_EQ(CheckHugePages("][").verdict, Verdict::kWarn);
+}
+
+TEST(DoctorChecks, LockedMemoryMattersWithAGpu) {
+  EXPECT_EQ(CheckLockedMemory(std::nullopt, true).verdict, Verdict::kOk);
+  EXPECT_EQ(CheckLockedMemory(8 << 20, false).verdict, Verdict::kOk);
+  EXPECT_EQ(CheckLockedMemory(8 << 20, true).verdict, Verdict::kWarn);
+}
+
+TEST(DoctorChecks, Gpu) {
+  GpuFacts none;
+  none.found = absl::NotFoundError("no driver");
+  none.driver_library = "cannot open";
+  EXPECT_EQ(CheckGpu(none).verdict, Verdict::kOk);
+  GpuFacts half = none;
+  half.device_files = true;
+  EXPECT_EQ(CheckGpu(half).verdict, Verdict::kFail);
+
+  GpuFacts good;
+  good.device_files = true;
+  good.name = "NVIDIA H200";
+  good.memory_bytes = 141 * kGib;
+  good.cuda_version = 13000;
+  EXPECT_EQ(CheckGpu(good).verdict, Verdict::kOk);
+  EXPECT_THAT(CheckGpu(good).text, HasSubstr("CUDA 13.0"));
+  GpuFacts old = good;
+  old.cuda_version = 12040;
+  EXPECT_EQ(CheckGpu(old).verdict, Verdict::kWarn);
+  EXPECT_THAT(CheckGpu(old).text, HasSubstr("12.4"));
+  GpuFacts no_compute = good;
+  no_compute.driver_library = "libcuda.so.1: cannot open shared object file";
+  EXPECT_EQ(CheckGpu(no_compute).verdict, Verdict::kFail);
+
+  EXPECT_TRUE(CheckGpuUse(good, {Tier("cpu", kGib)}).has_value());
+  EXPECT_FALSE(CheckGpuUse(good, {Tier("cuda:0", kGib), Tier("cpu", kGib)}).has_value());
+  EXPECT_FALSE(CheckGpuUse(good, {}).has_value());
+  EXPECT_FALSE(CheckGpuUse(none, {Tier("cpu", kGib)}).has_value());
+}
+
+TEST(DoctorChecks, MemoryAgainstTheTiers) {
+  EXPECT_EQ(
+      CheckMemory(16 * kGib, 8 * kGib, std::nullopt, {Tier("cpu", kGib), Tier("cpu", 8 * kGib)}).verdict,
+      Verdict::kOk);
+  EXPECT_EQ(CheckMemory(8 * kGib, 4 * kGib, std::nullopt, {Tier("cpu", 8 * kGib)}).verdict, Verdict::kFail);
+  // GPU memory is no host memory.
+  EXPECT_EQ(CheckMemory(8 * kGib, 4 * kGib, std::nullopt, {Tier("cuda:0", 80 * kGib)}).verdict, Verdict::kOk);
+  // The container's limit counts, not the machine.
+  const Finding limited = CheckMemory(64 * kGib, 60 * kGib, 4 * kGib, {Tier("cpu", 4 * kGib)});
+  EXPECT_EQ(limited.verdict, Verdict::kFail);
+  EXPECT_THAT(limited.text, HasSubstr("control group"));
+  EXPECT_EQ(CheckMemory(8 * kGib, kGib / 4, std::nullopt, {}).verdict, Verdict::kWarn);
+}
+
+TEST(DoctorChecks, DiskAndContents) {
+  EXPECT_EQ(CheckDisk("/run", kGib).verdict, Verdict::kOk);
+  EXPECT_EQ(CheckDisk("/run", 0).verdict, Verdict::kWarn);
+  client::ServerStats stats;
+  client::TierStats tier;
+  tier.name = "device";
+  tier.capacity_bytes = 100;
+  tier.used_bytes = 50;
+  stats.tiers = {tier};
+  ASSERT_EQ(CheckContents(stats).size(), 1u);
+  EXPECT_EQ(CheckContents(stats)[0].verdict, Verdict::kOk);
+  stats.tiers[0].used_bytes = 99;
+  stats.checksum_failures = 1;
+  stats.failed_moves = 2;
+  stats.exhausted = 3;
+  const std::vector<Finding> findings = CheckContents(stats);
+  ASSERT_EQ(findings.size(), 4u);
+  EXPECT_EQ(findings[0].verdict, Verdict::kWarn);
+  EXPECT_EQ(findings[1].verdict, Verdict::kFail);
+}
+
+TEST(DoctorChecks, RendersAndCounts) {
+  const std::vector<Finding> findings = {{Verdict::kOk, "one", "fine", ""},
+                                         {Verdict::kFail, "second", "broken", "mend it"}};
+  const std::string text = RenderFindings(findings, Terminal(false, false, 80));
+  EXPECT_THAT(text, HasSubstr("ok    one     fine\n"));
+  EXPECT_THAT(text, HasSubstr("fail  second  broken\n"));
+  EXPECT_THAT(text, HasSubstr("-> mend it"));
+  EXPECT_THAT(text, HasSubstr("2 checks, 0 warnings, 1 failed"));
+  EXPECT_TRUE(AnyFailed(findings));
+  EXPECT_FALSE(AnyFailed({findings[0]}));
+  const nlohmann::json json = nlohmann::json::parse(RenderFindingsJson(findings));
+  EXPECT_EQ(json["ok"], false);
+  EXPECT_EQ(json["findings"][1]["advice"], "mend it");
+}
+
+// Whatever is wrong, the reader learns what to do.
+TEST(DoctorChecks, EveryComplaintHasAdvice) {
+  GpuFacts half;
+  half.device_files = true;
+  half.found = absl::UnavailableError("x");
+  for (const Finding& finding :
+       {CheckConnection("a", absl::UnavailableError("x")), CheckServing(false), CheckVersions("1", "2"),
+        CheckCpu(""), CheckHugePages("[never]"), CheckLockedMemory(0, true), CheckGpu(half),
+        CheckMemory(0, 0, 0, {}), CheckDisk("/", 0)}) {
+    EXPECT_NE(finding.verdict, Verdict::kOk) << finding.subject;
+    EXPECT_FALSE(finding.advice.empty()) << finding.subject;
+    EXPECT_FALSE(finding.text.empty()) << finding.subject;
+  }
+}
+
+}  // namespace
+}  // namespace kvtide::cli

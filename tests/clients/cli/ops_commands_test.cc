@@ -1,0 +1,80 @@
+// The commands as main.cc runs them, without a daemon: they say so, quickly, and with the right exit code.
+#include <unistd.h>
+
+#include <string>
+#include <vector>
+
+#include "CLI/CLI.hpp"
+#include "clients/cli/doctor_command.h"
+#include "clients/cli/status_command.h"
+#include "clients/cli/top_command.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
+
+namespace kvtide::cli {
+namespace {
+
+using testing::HasSubstr;
+
+struct Outcome {
+  int exit_code = -1;
+  std::string out, err;
+};
+
+Outcome Run(std::vector<std::string> words) {
+  CLI::App app("test", "kvtide");
+  Outcome outcome;
+  AddStatusCommand(app, &outcome.exit_code);
+  AddTopCommand(app, &outcome.exit_code);
+  AddDoctorCommand(app, &outcome.exit_code);
+  std::reverse(words.begin(), words.end());
+  testing::internal::CaptureStdout();
+  testing::internal::CaptureStderr();
+  try {
+    app.parse(words);
+  } catch (const CLI::ParseError& error) {
+    outcome.exit_code = 2;
+  }
+  outcome.out = testing::internal::GetCapturedStdout();
+  outcome.err = testing::internal::GetCapturedStderr();
+  return outcome;
+}
+
+const char kNobody[] = "unix:/nonexistent/kvtided.sock";
+
+TEST(OpsCommands, StatusWithoutADaemon) {
+  const Outcome outcome = Run({"status", "--address", kNobody, "--timeout", "0.1"});
+  EXPECT_EQ(outcome.exit_code, 1);
+  EXPECT_EQ(outcome.out, "");
+  EXPECT_THAT(outcome.err, HasSubstr("there is no socket /nonexistent/kvtided.sock"));
+  EXPECT_THAT(outcome.err, HasSubstr("kvtide doctor"));
+}
+
+TEST(OpsCommands, TopWithoutADaemon) {
+  const Outcome outcome = Run({"top", "--address", kNobody, "--timeout", "0.1"});
+  EXPECT_EQ(outcome.exit_code, 1);
+  EXPECT_EQ(outcome.out, "");
+  EXPECT_THAT(outcome.err, HasSubstr("there is no socket"));
+}
+
+TEST(OpsCommands, DoctorWithoutADaemonStillChecksTheMachine) {
+  const Outcome outcome = Run({"doctor", "--address", kNobody, "--timeout", "0.1", "--output", "json"});
+  EXPECT_EQ(outcome.exit_code, 1);
+  const nlohmann::json json = nlohmann::json::parse(outcome.out);
+  EXPECT_EQ(json["ok"], false);
+  std::vector<std::string> subjects;
+  for (const nlohmann::json& finding : json["findings"]) subjects.push_back(finding["subject"]);
+  EXPECT_THAT(subjects, testing::IsSupersetOf({"daemon", "GPU", "processor", "host memory", "huge pages",
+                                               "locked memory", "disk"}));
+  EXPECT_EQ(json["findings"][0]["verdict"], "fail");
+}
+
+TEST(OpsCommands, BadFlags) {
+  EXPECT_EQ(Run({"status", "--output", "xml"}).exit_code, 2);
+  EXPECT_EQ(Run({"top", "--interval", "0"}).exit_code, 2);
+  EXPECT_EQ(Run({"doctor", "--timeout", "-1"}).exit_code, 2);
+}
+
+}  // namespace
+}  // namespace kvtide::cli

@@ -1,0 +1,112 @@
+#include "clients/cli/status_report.h"
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
+
+namespace kvtide::cli {
+namespace {
+
+using testing::HasSubstr;
+using testing::Not;
+
+const Terminal kPlain(false, false, 200);
+
+DaemonSnapshot Sample() {
+  DaemonSnapshot snapshot;
+  snapshot.address = "unix:/run/kvtide/kvtided.sock";
+  snapshot.info.version = "0.1.0";
+  snapshot.info.uptime_seconds = 3725;
+  snapshot.info.process_id = 4242;
+  snapshot.info.max_sequences = 100;
+  snapshot.info.models = {"tidelm-7m"};
+  client::TierStats device;
+  device.name = "device";
+  device.backend = "cpu";
+  device.capacity_bytes = int64_t{1} << 30;
+  device.used_bytes = int64_t{300} << 20;
+  device.largest_free_bytes = int64_t{500} << 20;
+  device.blocks = 120;
+  device.pinned_blocks = 2;
+  device.pairs = {{"f16/f16", 20, int64_t{50} << 20}, {"q8_0/turbo4", 100, int64_t{250} << 20}};
+  snapshot.stats.tiers = {device};
+  snapshot.stats.sequences = 3;
+  snapshot.stats.tokens = 7000;
+  snapshot.stats.stored_bytes = int64_t{300} << 20;
+  snapshot.stats.f16_equivalent_bytes = int64_t{900} << 20;
+  snapshot.stats.bits_per_value = 5.33;
+  snapshot.stats.attended_blocks = 400;
+  snapshot.stats.attended_blocks_below_first_tier = 100;
+  snapshot.stats.exhausted = 9;
+  for (const auto& [id, idle] :
+       {std::pair<uint64_t, double>{11, 5}, {18446744073709551615u, 500}, {33, 50}}) {
+    client::SequenceInfo sequence;
+    sequence.id = id;
+    sequence.idle_seconds = idle;
+    sequence.age_seconds = 1000;
+    sequence.model = "tidelm-7m";
+    sequence.pair = "q8_0/turbo4";
+    sequence.tokens = static_cast<int64_t>(idle) * 10;
+    sequence.tiers = {{"device", 4, int64_t{4} << 20}, {"host", 0, 0}};
+    snapshot.sequences.push_back(sequence);
+  }
+  return snapshot;
+}
+
+TEST(StatusReport, TellsWhatThereIs) {
+  const std::string text = RenderStatus(Sample(), 10, kPlain);
+  EXPECT_THAT(text,
+              HasSubstr("kvtided 0.1.0 at unix:/run/kvtide/kvtided.sock, up 1:02:05, process 4242, serving"));
+  EXPECT_THAT(text, HasSubstr("300 MiB"));
+  EXPECT_THAT(text, HasSubstr("29 %"));
+  EXPECT_THAT(text, HasSubstr("f16/f16 50 MiB, q8_0/turbo4 250 MiB"));
+  EXPECT_THAT(text, HasSubstr("3 of 100 with 7000 tokens; models: tidelm-7m"));
+  EXPECT_THAT(text, HasSubstr("in f16 900 MiB: 5.33 bits per value"));
+  EXPECT_THAT(text, HasSubstr("25 % of them below the first tier"));
+  EXPECT_THAT(text, HasSubstr("9 calls"));
+  EXPECT_THAT(text, Not(HasSubstr("\x1b")));
+}
+
+TEST(StatusReport, LongestIdleFirstAndTheRestCounted) {
+  const std::string text = RenderStatus(Sample(), 2, kPlain);
+  const size_t oldest = text.find("18446744073709551615"), next = text.find("\n33 ");
+  ASSERT_NE(oldest, std::string::npos);
+  ASSERT_NE(next, std::string::npos);
+  EXPECT_LT(oldest, next);
+  EXPECT_EQ(text.find("\n11 "), std::string::npos);
+  EXPECT_THAT(text, HasSubstr("and 1 more"));
+  EXPECT_THAT(RenderStatus(Sample(), 0, kPlain), Not(HasSubstr("18446744073709551615")));
+}
+
+TEST(StatusReport, AnEmptyDaemon) {
+  DaemonSnapshot snapshot;
+  snapshot.serving = false;
+  const std::string text = RenderStatus(snapshot, 10, kPlain);
+  EXPECT_THAT(text, HasSubstr("not serving"));
+  EXPECT_THAT(text, HasSubstr("models: none"));
+  EXPECT_THAT(text, Not(HasSubstr("bits per value")));
+  EXPECT_THAT(text, HasSubstr("attended   0 blocks, - of them"));
+}
+
+TEST(StatusReport, Json) {
+  const nlohmann::json json = nlohmann::json::parse(RenderStatusJson(Sample()));
+  EXPECT_EQ(json["version"], "0.1.0");
+  EXPECT_EQ(json["bits_per_value"], 5.33);
+  EXPECT_EQ(json["tiers"][0]["pairs"][1]["bytes"], int64_t{250} << 20);
+  EXPECT_EQ(json["counters"]["exhausted"], 9);
+  ASSERT_EQ(json["sequence_list"].size(), 3u);
+  // As text: a double would round it.
+  EXPECT_EQ(json["sequence_list"][1]["id"], "18446744073709551615");
+  EXPECT_TRUE(json["sequence_list"][0]["forked_from"].is_null());
+}
+
+TEST(StatusReport, Colours) {
+  EXPECT_EQ(ShareColour(0.5, 0.9, 0.97), Paint::kGreen);
+  EXPECT_EQ(ShareColour(0.9, 0.9, 0.97), Paint::kYellow);
+  EXPECT_EQ(ShareColour(0.97, 0.9, 0.97), Paint::kRed);
+  EXPECT_EQ(PercentText(1, 4), "25 %");
+  EXPECT_EQ(PercentText(1, 0), "-");
+}
+
+}  // namespace
+}  // namespace kvtide::cli

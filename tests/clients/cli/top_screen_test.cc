@@ -1,0 +1,76 @@
+#include "clients/cli/top_screen.h"
+
+#include <algorithm>
+#include <sstream>
+
+#include "absl/strings/str_cat.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace kvtide::cli {
+namespace {
+
+using testing::HasSubstr;
+using testing::Not;
+
+const Terminal kPlain(false, false, 200);
+
+DaemonSnapshot At(double uptime, int64_t tokens) {
+  DaemonSnapshot snapshot;
+  snapshot.address = "127.0.0.1:7600";
+  snapshot.info.version = "0.1.0";
+  snapshot.stats.uptime_seconds = uptime;
+  snapshot.stats.appended_tokens = tokens;
+  snapshot.stats.moved_bytes = tokens << 20;
+  client::TierStats tier;
+  tier.name = "device";
+  tier.capacity_bytes = 1000;
+  tier.used_bytes = 500;
+  tier.demoted_blocks = tokens;
+  snapshot.stats.tiers = {tier};
+  for (int i = 1; i <= 100; ++i) {
+    client::SequenceInfo sequence;
+    sequence.id = static_cast<uint64_t>(i);
+    sequence.tokens = i;
+    sequence.model = "m";
+    snapshot.sequences.push_back(sequence);
+  }
+  return snapshot;
+}
+
+int Lines(const std::string& text) { return static_cast<int>(std::count(text.begin(), text.end(), '\n')); }
+
+TEST(TopScreen, RatesBetweenSnapshots) {
+  const std::string text = RenderTop(At(10, 100), At(12, 300), 2, 60, kPlain);
+  EXPECT_THAT(text, HasSubstr("appended 100 tokens/s"));
+  EXPECT_THAT(text, HasSubstr("moved 100 MiB/s"));
+  EXPECT_THAT(text, HasSubstr("100/s"));  // demoted
+  EXPECT_THAT(text, HasSubstr("[###############...............]"));
+  EXPECT_THAT(text, HasSubstr("50 %"));
+}
+
+TEST(TopScreen, ARestartGivesTheRatesOfTheNewDaemon) {
+  EXPECT_THAT(RenderTop(At(1000, 5000), At(1, 20), 2, 60, kPlain), HasSubstr("appended 10 tokens/s"));
+}
+
+TEST(TopScreen, NoTimeBetween) {
+  EXPECT_THAT(RenderTop(At(10, 100), At(10, 100), 0, 60, kPlain), HasSubstr("appended 0 tokens/s"));
+}
+
+TEST(TopScreen, LongestSequencesAsManyAsFit) {
+  const std::string text = RenderTop(At(10, 1), At(11, 1), 1, 20, kPlain);
+  EXPECT_EQ(Lines(text), 20);
+  EXPECT_THAT(text, HasSubstr("\n100 "));
+  EXPECT_THAT(text, Not(HasSubstr("\n1  ")));
+  for (int height = 1; height < 40; ++height)
+    EXPECT_LE(Lines(RenderTop(At(1, 1), At(2, 2), 1, height, kPlain)), height);
+}
+
+TEST(TopScreen, StaysInsideTheTerminal) {
+  const Terminal narrow(true, true, 40);
+  std::istringstream lines(RenderTop(At(1, 1), At(2, 200), 1, 30, narrow));
+  for (std::string line; std::getline(lines, line);) EXPECT_LE(DisplayWidth(line), 40) << line;
+}
+
+}  // namespace
+}  // namespace kvtide::cli
