@@ -47,8 +47,8 @@ absl::StatusOr<DemoPlan> PlanDemo(const std::string& model_name, const engine::K
   // Two blocks that a chunk of the prompt fills before they are coded, and the tails of two branches.
   request.margin_bytes = 4 * ExactBlockBytes(geometry);
   if (!pair.empty()) {
-    KVTIDE_ASSIGN_OR_RETURN(const planner::TypePair asked, planner::ParsePair(pair));
-    request.pairs = {asked, {"f16", "f16"}};
+    KVTIDE_ASSIGN_OR_RETURN(const CachePair asked, ParseCachePair(pair));
+    request.pairs = {{Name(asked.k), Name(asked.v)}, {"f16", "f16"}};
   }
   KVTIDE_ASSIGN_OR_RETURN(const planner::Plan plan, planner::MakePlan(request));
   const planner::ContextPlan& answer = plan.contexts.front();

@@ -33,8 +33,10 @@ std::string RenderDemoTable(const DemoReport& r, const Terminal& terminal) {
       absl::StrFormat("%.0f of %d in f16: %.2fx smaller", BytesPerToken(r), r.f16_bytes_per_token,
                       static_cast<double>(r.f16_bytes_per_token) / std::max(1.0, BytesPerToken(r))));
   row("sequence",
-      absl::StrCat(r.stored_tokens, " tokens, ", FormatBytes(r.stored_bytes), " held, ",
-                   FormatBytes(r.planned_bytes), " planned, ", FormatBytes(r.f16_bytes), " in f16"));
+      absl::StrCat(r.stored_tokens, " tokens in ", FormatBytes(r.stored_bytes),
+                   r.stored_bytes == r.predicted_bytes
+                       ? ", exactly as planned"
+                       : absl::StrCat(", planned ", r.predicted_bytes - r.stored_bytes, " bytes more")));
   for (const DemoTier& tier : r.tiers) {
     row(tier.name + " tier", absl::StrCat(tier.blocks, " blocks, ", FormatBytes(tier.used_bytes), " of ",
                                           FormatBytes(tier.capacity_bytes)));
@@ -69,6 +71,7 @@ std::string RenderDemoJson(const DemoReport& r) {
                        {"planned_bytes", r.planned_bytes},
                        {"stored_bytes", r.stored_bytes},
                        {"stored_tokens", r.stored_tokens},
+                       {"predicted_bytes", r.predicted_bytes},
                        {"bytes_per_token", BytesPerToken(r)},
                        {"f16_bytes_per_token", r.f16_bytes_per_token},
                        {"prompt_tokens", r.prompt_tokens},

@@ -33,14 +33,15 @@ struct DemoReport {
   bool pair_measured = false;
   int64_t f16_bytes = 0;      // what the planner says the context takes
   int64_t planned_bytes = 0;  // in the pair
-  int64_t stored_bytes = 0;   // what the daemon held when the context was full
+  int64_t stored_bytes = 0;   // what the daemon held after the generation
   int64_t stored_tokens = 0;
+  int64_t predicted_bytes = 0;  // what the planner says stored_tokens take; equals stored_bytes
   int64_t f16_bytes_per_token = 0;
   int64_t prompt_tokens = 0, generated_tokens = 0;
   double prompt_tokens_per_second = 0, generated_tokens_per_second = 0;
   double perplexity = 0, f16_perplexity = 0;  // of the prompt; 0 = not measured
   std::string generated;
-  std::vector<DemoTier> tiers;  // when the context was full
+  std::vector<DemoTier> tiers;  // after the generation
   std::vector<DemoStep> steps;
   int64_t moves = 0, moved_bytes = 0;
   uint64_t seed = 0;

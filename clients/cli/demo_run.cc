@@ -267,6 +267,10 @@ class DemoRun {
     KVTIDE_ASSIGN_OR_RETURN(const client::SequenceInfo info, store_->Describe(main_));
     for (const client::TierShare& tier : info.tiers) report_.stored_bytes += tier.bytes;
     report_.stored_tokens = info.tokens;
+    KVTIDE_ASSIGN_OR_RETURN(const DemoPlan plan,
+                            PlanDemo(report_.model, model_->kv_geometry(), info.tokens,
+                                     report_.device_memory_bytes, report_.host_memory_bytes, report_.pair));
+    report_.predicted_bytes = plan.pair_bytes;
     KVTIDE_ASSIGN_OR_RETURN(const client::ServerStats stats, client_->GetStats());
     for (const client::TierStats& tier : stats.tiers) {
       report_.tiers.push_back({tier.name, tier.capacity_bytes, tier.used_bytes, tier.blocks});
@@ -289,20 +293,29 @@ class DemoRun {
     return tokens;
   }
 
-  absl::Status AddStep(DemoStep step, bool check) {
-    if (check) {
-      KVTIDE_ASSIGN_OR_RETURN(const std::vector<int32_t> tokens, Probe());
-      step.checked = true;
-      step.same_tokens = tokens == probe_;
-      absl::StrAppend(&step.what,
-                      step.same_tokens ? "; the continuation is the same" : "; THE CONTINUATION DIFFERS");
-    }
+  // Compares the continuation with that from before all steps.
+  absl::Status Check(DemoStep* step) {
+    KVTIDE_ASSIGN_OR_RETURN(const std::vector<int32_t> tokens, Probe());
+    step->checked = true;
+    step->same_tokens = tokens == probe_;
+    return absl::OkStatus();
+  }
+
+  absl::Status AddStep(DemoStep step) {
     const bool good = !step.checked || step.same_tokens;
-    Say(absl::StrCat("  ",
-                     out_.Painted(absl::StrFormat("%-8s", step.name), good ? Paint::kCyan : Paint::kRed),
-                     step.what, "\n"));
+    Say(absl::StrCat(
+        "  ", out_.Painted(absl::StrFormat("%-8s", step.name), good ? Paint::kCyan : Paint::kRed), step.what,
+        !step.checked ? ""
+        : good        ? "; same continuation"
+                      : "; THE CONTINUATION DIFFERS",
+        "\n"));
     report_.steps.push_back(std::move(step));
     return absl::OkStatus();
+  }
+
+  absl::Status CheckAndAdd(DemoStep step) {
+    KVTIDE_RETURN_IF_ERROR(Check(&step));
+    return AddStep(std::move(step));
   }
 
   absl::Status ForkParkResumeEvict() {
@@ -331,36 +344,47 @@ class DemoRun {
     options_.narrate = narrate;
     KVTIDE_RETURN_IF_ERROR(next.status());
     branch_next_ = *next;
-    return AddStep({"fork", absl::StrCat("a second branch shares ", before.shared_blocks,
-                                         " blocks and went on by ", generated, " tokens of its own")},
-                   true);
+    return CheckAndAdd({"fork", absl::StrCat("a second branch shares ", before.shared_blocks,
+                                             " blocks and went on by ", generated, " tokens of its own")});
   }
 
   absl::Status Park(SequenceId branch) {
     KVTIDE_ASSIGN_OR_RETURN(const client::MoveResult own, client_->EvictSequences({{branch}}));
-    KVTIDE_RETURN_IF_ERROR(AddStep(
+    KVTIDE_RETURN_IF_ERROR(CheckAndAdd(
         {"park",
          absl::StrCat("the branch rests: ", own.blocks, " blocks of its own (", FormatBytes(own.bytes),
                       ") went to the host tier, shared ones stay with the main branch"),
-         own.blocks, own.bytes},
-        true));
+         own.blocks, own.bytes}));
     KVTIDE_ASSIGN_OR_RETURN(const client::MoveResult all, client_->EvictSequences({{main_, branch}}));
-    return AddStep({"park",
-                    absl::StrCat("both rest: ", all.blocks, " more blocks (", FormatBytes(all.bytes),
-                                 ") went to the host tier and are attended there"),
-                    all.blocks, all.bytes},
-                   true);
+    KVTIDE_ASSIGN_OR_RETURN(const client::ServerStats parked, client_->GetStats());
+    const int64_t promoted_before = PromotedBlocks(parked);
+    DemoStep step{"park",
+                  absl::StrCat("both rest: ", all.blocks, " more blocks (", FormatBytes(all.bytes),
+                               ") went to the host tier"),
+                  all.blocks, all.bytes};
+    KVTIDE_RETURN_IF_ERROR(Check(&step));
+    KVTIDE_ASSIGN_OR_RETURN(const client::ServerStats after, client_->GetStats());
+    promoted_ = PromotedBlocks(after) - promoted_before;
+    absl::StrAppend(&step.what, ", attended there (",
+                    after.attended_blocks_below_first_tier - parked.attended_blocks_below_first_tier,
+                    " block reads)");
+    return AddStep(std::move(step));
+  }
+
+  static int64_t PromotedBlocks(const client::ServerStats& stats) {
+    return stats.tiers.empty() ? 0 : stats.tiers[0].promoted_blocks;
   }
 
   absl::Status Resume(SequenceId branch) {
     KVTIDE_ASSIGN_OR_RETURN(const client::MoveResult back, client_->PrefetchSequences({{main_, branch}}));
-    std::string left;
-    if (back.blocks_left > 0) left = absl::StrCat(", ", back.blocks_left, " stayed for want of room");
-    return AddStep({"resume",
-                    absl::StrCat(back.blocks, " blocks (", FormatBytes(back.bytes),
-                                 ") came back to the device tier", left),
-                    back.blocks, back.bytes},
-                   true);
+    DemoStep step{
+        "resume",
+        absl::StrCat(back.blocks, " blocks (", FormatBytes(back.bytes), ") came back to the device tier"),
+        back.blocks, back.bytes};
+    if (promoted_ > 0)
+      absl::StrAppend(&step.what, " behind ", promoted_, " that came back by themselves when they were used");
+    if (back.blocks_left > 0) absl::StrAppend(&step.what, ", ", back.blocks_left, " stayed for want of room");
+    return CheckAndAdd(std::move(step));
   }
 
   absl::Status Evict(SequenceId branch) {
@@ -373,12 +397,11 @@ class DemoRun {
           absl::StrCat("attending over dropped tokens gave ", attended.ToString(), " instead of DATA_LOSS"));
     }
     KVTIDE_RETURN_IF_ERROR(store_->Close(branch));
-    return AddStep(
+    return CheckAndAdd(
         {"evict",
          absl::StrCat("the branch's own ", gone.dropped_blocks, " blocks were dropped; attending it is ",
                       absl::StatusCodeToString(attended.code()), ", the main branch lost nothing"),
-         gone.dropped_blocks, 0},
-        true);
+         gone.dropped_blocks, 0});
   }
 
   absl::Status MeasureReference() {
@@ -408,6 +431,7 @@ class DemoRun {
   int32_t next_ = 0, branch_next_ = 0;      // picked, not yet appended
   std::vector<float> last_logits_;
   std::vector<int32_t> probe_;
+  int64_t promoted_ = 0;  // blocks that attention brought back while both rested
 };
 
 }  // namespace

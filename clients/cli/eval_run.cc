@@ -268,7 +268,7 @@ class EvalRun {
     for (const auto& [name, score] : totals_) {
       KVTIDE_RETURN_IF_ERROR(CheckStop(stop_));
       KVTIDE_ASSIGN_OR_RETURN(const CachePair pair, ParseCachePair(name));
-      ProfileOptions profile = DefaultProfileOptions(pair.k);
+      ProfileOptions profile = DefaultProfileOptions(pair.k, !policy_.seal_at_once);
       if (options_.key_centring != client::KeyCentring::kDefault) {
         profile.mean = options_.key_centring == client::KeyCentring::kFirstBlock;
       }

@@ -84,7 +84,7 @@ INSTANTIATE_TEST_SUITE_P(
                          "BF16"},
                     Case{"biased", R"(, "attention_bias": true)", "BF16"},
                     Case{"windowed", R"(, "sliding_window": 70)", "BF16"}),
-    [](const testing::TestParamInfo<Case>& info) { return std::string(info.param.name); });
+    [](const testing::TestParamInfo<Case>& test) { return std::string(test.param.name); });
 
 TEST(LlamaModelFamilyTest, Qwen2HasBiasesAndQwen3NormsItsHeads) {
   ThreadPool pool(2);

@@ -1,0 +1,47 @@
+#include "clients/cli/terminal.h"
+
+#include "clients/cli/progress.h"
+#include "clients/cli/table.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace kvtide::cli {
+namespace {
+
+TEST(TerminalTest, PaintsOnlyWithColours) {
+  EXPECT_EQ(Terminal(true, false, 80).Painted("x", Paint::kRed), "x");
+  EXPECT_EQ(Terminal(true, true, 80).Painted("x", Paint::kRed), "\x1b[31mx\x1b[0m");
+  EXPECT_EQ(DisplayWidth("\x1b[31mh\u00e9\x1b[0m"), 2);
+}
+
+TEST(TerminalTest, NumbersReadWell) {
+  EXPECT_EQ(CountText(950), "950");
+  EXPECT_EQ(CountText(12345), "12.3k");
+  EXPECT_EQ(CountText(4.1e6), "4.1M");
+  EXPECT_EQ(DurationText(8.2), "8 s");
+  EXPECT_EQ(DurationText(125), "2:05");
+  EXPECT_EQ(DurationText(3725), "1:02:05");
+}
+
+TEST(TableTest, AlignsTextsLeftAndNumbersRight) {
+  Table table({{"pair", Align::kLeft}, {"bits"}});
+  table.AddRow({"q8_0/q8_0", "8.5"});
+  table.AddRow({"\u00e9", "16"}, Paint::kGreen);
+  EXPECT_EQ(table.Render(Terminal(false, false, 80)),
+            "pair       bits\nq8_0/q8_0   8.5\n\u00e9            16\n");
+}
+
+TEST(ProgressTest, SaysSpeedAndTimeLeftWithinTheWidth) {
+  const ProgressState state{"eval", "tokens", 25000, 100000, 10};
+  const std::string line = RenderProgress(state, 100);
+  EXPECT_THAT(line, testing::HasSubstr(" 25 %"));
+  EXPECT_THAT(line, testing::HasSubstr("25.0k/100.0k tokens"));
+  EXPECT_THAT(line, testing::HasSubstr("2.5k/s"));
+  EXPECT_THAT(line, testing::HasSubstr("30 s left"));
+  EXPECT_LE(DisplayWidth(line), 100);
+  EXPECT_THAT(RenderProgress(state, 30), testing::Not(testing::HasSubstr("[")));
+  EXPECT_THAT(RenderProgress({"x", "y", 0, 0, 0}, 80), testing::HasSubstr("100 %"));
+}
+
+}  // namespace
+}  // namespace kvtide::cli
