@@ -1,0 +1,71 @@
+#include "daemon/service/address.h"
+
+#include <stdlib.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace kvtide::service {
+namespace {
+
+using ::testing::HasSubstr;
+
+TEST(Address, ReadsUnixAndTcp) {
+  const auto unix_socket = ParseAddress("unix:/run/kvtide/../kvtide/s.sock");
+  ASSERT_TRUE(unix_socket.ok());
+  EXPECT_EQ(unix_socket->unix_path, "/run/kvtide/s.sock");
+  EXPECT_EQ(unix_socket->text, "unix:/run/kvtide/s.sock");
+  EXPECT_EQ(ParseAddress("unix:///run/s")->unix_path, "/run/s");
+  EXPECT_FALSE(unix_socket->OpenToNetwork());
+  const auto tcp = ParseAddress("127.0.0.1:7600");
+  ASSERT_TRUE(tcp.ok());
+  EXPECT_EQ(tcp->host, "127.0.0.1");
+  EXPECT_EQ(tcp->port, 7600);
+  EXPECT_FALSE(tcp->OpenToNetwork());
+  EXPECT_EQ(ParseAddress("[::1]:0")->host, "::1");
+  EXPECT_FALSE(ParseAddress("[::1]:0")->OpenToNetwork());
+  EXPECT_TRUE(ParseAddress("0.0.0.0:7600")->OpenToNetwork());
+  EXPECT_TRUE(ParseAddress("[::]:7600")->OpenToNetwork());
+}
+
+TEST(Address, RefusesWhatIsNone) {
+  for (const char* text :
+       {"", "7600", ":7600", "host:", "host:port", "host:70000", "host:-1", "unix:", "unix://"}) {
+    const auto address = ParseAddress(text);
+    EXPECT_EQ(address.status().code(), absl::StatusCode::kInvalidArgument) << text;
+  }
+}
+
+class Claim : public ::testing::Test {
+ protected:
+  Claim() : folder_(mkdtemp(name_)), address_(ParseAddress("unix:" + folder_ + "/deep/er/s.sock").value()) {}
+  ~Claim() override { std::filesystem::remove_all(folder_); }
+
+  char name_[32] = "/tmp/kvtide-address-XXXXXX";
+  const std::string folder_;
+  const Address address_;
+};
+
+TEST_F(Claim, MakesTheFolderAndIsTakenOnce) {
+  auto first = AddressClaim::Take(address_);
+  ASSERT_TRUE(first.ok()) << first.status();
+  EXPECT_TRUE(std::filesystem::is_directory(folder_ + "/deep/er"));
+  const auto second = AddressClaim::Take(address_);
+  EXPECT_EQ(second.status().code(), absl::StatusCode::kAlreadyExists);
+  EXPECT_THAT(std::string(second.status().message()), HasSubstr("another kvtided"));
+  first->reset();
+  EXPECT_TRUE(AddressClaim::Take(address_).ok()) << "a claim is free again when its holder is gone";
+}
+
+TEST_F(Claim, LeavesFilesAlone) {
+  std::filesystem::create_directories(folder_ + "/deep/er");
+  std::ofstream(address_.unix_path) << "precious";
+  EXPECT_EQ(AddressClaim::Take(address_).status().code(), absl::StatusCode::kAlreadyExists);
+  EXPECT_TRUE(std::filesystem::is_regular_file(address_.unix_path));
+}
+
+}  // namespace
+}  // namespace kvtide::service

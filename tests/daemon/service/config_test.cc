@@ -1,0 +1,64 @@
+#include "daemon/config.h"
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace kvtide {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+absl::StatusOr<DaemonOptions> Resolve(const std::string& json) {
+  auto config = ParseConfig(json, "test.json");
+  if (!config.ok()) return config.status();
+  return ResolveConfig(*config);
+}
+
+TEST(Config, DefaultsAreComplete) {
+  const auto options = Resolve("{}");
+  ASSERT_TRUE(options.ok()) << options.status();
+  EXPECT_EQ(options->device, "auto");
+  EXPECT_EQ(options->device_bytes, int64_t{1} << 30);
+  EXPECT_EQ(options->host_bytes, int64_t{2} << 30);
+  EXPECT_EQ(options->service.listen.size(), 1u);
+  EXPECT_EQ(options->service.max_message_bytes, int64_t{64} << 20);
+  EXPECT_EQ(PairName(options->service.defaults.pair), "q8_0/turbo4");
+  EXPECT_EQ(options->service.defaults.exact_window, ExactWindow{});
+  EXPECT_EQ(options->metrics_address, "127.0.0.1:9464");
+}
+
+TEST(Config, TakesSizesAsTextOrBytes) {
+  EXPECT_EQ(Resolve("{\"device_memory\": \"3MiB\"}")->device_bytes, 3 << 20);
+  EXPECT_EQ(Resolve("{\"device_tier_bytes\": 4194304, \"host_tier_bytes\": \"5242880\"}")->host_bytes,
+            5 << 20);
+  EXPECT_EQ(Resolve("{\"device_memory\": \"3MiB\", \"device_tier_bytes\": 4194304}")->device_bytes, 3 << 20);
+  EXPECT_EQ(Resolve("{\"host_memory\": \"0\"}")->host_bytes, 0);
+  EXPECT_FALSE(Resolve("{\"device_memory\": \"0\"}").ok());
+  EXPECT_FALSE(Resolve("{\"host_memory\": \"100KiB\"}").ok());
+  EXPECT_FALSE(Resolve("{\"device_tier_bytes\": -1}").ok());
+}
+
+TEST(Config, AnUnknownFieldIsAnErrorThatListsTheKnown) {
+  const auto status = Resolve("{\"devise\": \"cpu\"}").status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()),
+              AllOf(HasSubstr("test.json"), HasSubstr("devise"), HasSubstr("listen, device, device_memory")));
+}
+
+TEST(Config, FlagsWinOverTheFile) {
+  auto config = ParseConfig("{\"device\": \"cpu\", \"listen\": [\"a:1\", \"b:2\"]}", "test.json").value();
+  v1::KvtidedConfig flags;
+  MergeConfig(flags, &config);
+  EXPECT_THAT(config.listen(), ElementsAre("a:1", "b:2"));
+  flags.add_listen("c:3");
+  flags.set_log_level("debug");
+  MergeConfig(flags, &config);
+  EXPECT_THAT(config.listen(), ElementsAre("c:3"));
+  EXPECT_EQ(config.device(), "cpu");
+  EXPECT_EQ(config.log_level(), "debug");
+}
+
+}  // namespace
+}  // namespace kvtide

@@ -1,0 +1,87 @@
+#include "daemon/service/convert.h"
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace kvtide::service {
+namespace {
+
+using ::testing::HasSubstr;
+
+v1::Layer MakeLayer(int kv_heads, int dim, int64_t window, int heads) {
+  v1::Layer layer;
+  layer.set_kv_heads(kv_heads);
+  layer.set_head_dim_k(dim);
+  layer.set_head_dim_v(dim);
+  layer.set_window(window);
+  layer.set_query_heads(heads);
+  return layer;
+}
+
+TEST(Convert, GroupsLayersThatAreAlike) {
+  v1::Model model;
+  model.set_name("m");
+  for (int i = 0; i < 6; i++) *model.add_layers() = MakeLayer(2, 64, i % 3 == 2 ? 0 : 1024, 8);
+  const auto spec = FromProto(model);
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  ASSERT_EQ(spec->groups.size(), 2u);
+  EXPECT_EQ(spec->groups[0].shape.layers, 4);
+  EXPECT_EQ(spec->groups[0].window, 1024);
+  EXPECT_EQ(spec->groups[1].shape.layers, 2);
+  EXPECT_EQ(spec->layers[5], (LayerSpec{1, 1}));
+  EXPECT_EQ(spec->layers[4], (LayerSpec{0, 3}));
+  EXPECT_TRUE(CheckModelSpec(*spec).ok()) << CheckModelSpec(*spec);
+  v1::RegisterModelResponse response;
+  ToProto(*spec, &response);
+  ASSERT_EQ(response.groups_size(), 2);
+  EXPECT_THAT(response.groups(1).layers(), ::testing::ElementsAre(2, 5));
+  // 2 layers x 2 heads x 64 tokens x (64 + 64) values x 2 bytes.
+  EXPECT_EQ(response.groups(1).exact_block_bytes(), 2 * 2 * 64 * 128 * 2);
+}
+
+TEST(Convert, NamesTheLayerThatMakesNoSense) {
+  const v1::Layer kBad[] = {MakeLayer(0, 64, 0, 8), MakeLayer(2, 65, 0, 8), MakeLayer(2, 64, -1, 8),
+                            MakeLayer(2, 64, 0, 7), MakeLayer(2, 64, 0, 0)};
+  for (const v1::Layer& bad : kBad) {
+    v1::Model model;
+    *model.add_layers() = MakeLayer(2, 64, 0, 8);
+    *model.add_layers() = bad;
+    const auto spec = FromProto(model);
+    EXPECT_EQ(spec.status().code(), absl::StatusCode::kInvalidArgument) << bad.ShortDebugString();
+    EXPECT_THAT(std::string(spec.status().message()), HasSubstr("layers[1]"));
+  }
+}
+
+TEST(Convert, SequencesGetDefaultsUnlessTheyAsk) {
+  const SequenceDefaults defaults{ParseCachePair("turbo4/turbo3").value(), {2, 5}};
+  v1::CreateSequenceRequest request;
+  auto options = FromProto(request, defaults);
+  ASSERT_TRUE(options.ok());
+  EXPECT_EQ(options->pair, defaults.pair);
+  EXPECT_EQ(options->exact_window, defaults.exact_window);
+  EXPECT_EQ(options->centre, Centre::kTypeDefault);
+  EXPECT_FALSE(options->equalise.has_value());
+  request.set_pair("q8_0");
+  request.mutable_exact_window();  // set, and zero: no exact blocks
+  request.set_key_equalising(v1::KEY_EQUALISING_FULL);
+  request.set_key_centring(v1::KEY_CENTRING_NONE);
+  options = FromProto(request, defaults);
+  ASSERT_TRUE(options.ok());
+  EXPECT_EQ(PairName(options->pair), "q8_0/q8_0");
+  EXPECT_EQ(options->exact_window, (ExactWindow{0, 0}));
+  EXPECT_EQ(options->equalise, Equalise::kFull);
+  EXPECT_EQ(options->centre, Centre::kNone);
+  request.set_key_centring(static_cast<v1::KeyCentring>(9));
+  EXPECT_THAT(std::string(FromProto(request, defaults).status().message()), HasSubstr("key_centring 9"));
+}
+
+TEST(Convert, StatusesKeepCodeAndMessage) {
+  EXPECT_TRUE(ToGrpc(absl::OkStatus()).ok());
+  const grpc::Status status = ToGrpc(absl::DataLossError("tokens 0 to 63 were dropped"));
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::DATA_LOSS);
+  EXPECT_EQ(status.error_message(), "tokens 0 to 63 were dropped");
+  EXPECT_EQ(ToGrpc(absl::InternalError(std::string(100000, 'x'))).error_message().size(), 4096u);
+}
+
+}  // namespace
+}  // namespace kvtide::service

@@ -1,0 +1,25 @@
+// A client that appends to a sequence of the small model until it is killed: `appender ADDRESS [session]`.
+#include <cstdio>
+#include <string>
+
+#include "tests/e2e/test_daemon.h"
+
+int main(int argc, char** argv) {
+  kvtide::client::ClientOptions options;
+  options.session = argc > 2 && std::string(argv[2]) == "session";
+  auto client = kvtide::Client::Connect(argv[1], options);
+  if (!client.ok()) return std::fprintf(stderr, "%s\n", client.status().ToString().c_str()), 1;
+  kvtide::client::SequenceOptions exact;
+  exact.pair = "f16/f16";
+  const auto sequence = (*client)->CreateSequence("small", exact);
+  if (!sequence.ok()) return std::fprintf(stderr, "%s\n", sequence.status().ToString().c_str()), 1;
+  constexpr int64_t kPiece = 20;
+  for (int64_t start = 0;; start += kPiece) {
+    if (start == 10000) {  // begins again, so that it never ends by itself
+      if (!(*client)->TruncateSequence(*sequence, 200).ok()) return 1;
+      start = 200;
+    }
+    const auto length = (*client)->Append(*sequence, start, kvtide::e2e::Tokens(1, start, kPiece).layers);
+    if (!length.ok()) return std::fprintf(stderr, "%s\n", length.status().ToString().c_str()), 1;
+  }
+}

@@ -1,0 +1,280 @@
+// The life of sequences in a real daemon: what is appended is attended, wherever it lies.
+#include <signal.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <thread>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tests/e2e/test_daemon.h"
+
+namespace kvtide::e2e {
+namespace {
+
+using client::TensorRef;
+using ::testing::HasSubstr;
+
+client::SequenceOptions Exact() {
+  client::SequenceOptions options;
+  options.pair = "f16/f16";
+  return options;
+}
+
+// Attention of `queries` queries over the last positions of a sequence, layer 0.
+absl::StatusOr<std::vector<float>> AttendLast(Client* client, client::SequenceId sequence,
+                                              const std::vector<float>& q) {
+  const int64_t queries = static_cast<int64_t>(q.size()) / (kHeads * kDim);
+  std::vector<float> output(q.size()), lse(static_cast<size_t>(queries * kHeads));
+  client::AttendItem item;
+  item.sequence = sequence;
+  item.q = TensorRef::F32(q, {queries, kHeads, kDim});
+  item.output = output;
+  item.lse = lse;
+  const absl::Status status = client->Attend(0, std::span(&item, 1));
+  if (!status.ok()) return status;
+  return output;
+}
+
+TEST(Life, AttendsWhatWasAppendedAlsoAfterEvictionAndPrefetch) {
+  const auto daemon = TestDaemon::Start();
+  const auto client = daemon->Connect();
+  ASSERT_TRUE(client->RegisterModel(SmallModel()).ok());
+  const auto sequence = client->CreateSequence("small", Exact());
+  ASSERT_TRUE(sequence.ok()) << sequence.status();
+  constexpr int64_t kTokens = 300;
+  const Tokens tokens(1, 0, kTokens);
+  EXPECT_EQ(client->Append(*sequence, 0, tokens.layers).value(), kTokens);
+
+  const std::vector<float> q = Rows(7, 0, 3, kHeads);
+  const std::vector<float> expected = ReferenceAttention(q, tokens.k[0], tokens.v[0], kTokens, 3);
+  const auto on_device = AttendLast(client.get(), *sequence, q);
+  ASSERT_TRUE(on_device.ok()) << on_device.status();
+  EXPECT_LT(LargestDifference(*on_device, expected), 2e-3);
+
+  const auto evicted = client->EvictSequences(std::span(&*sequence, 1));
+  ASSERT_TRUE(evicted.ok()) << evicted.status();
+  EXPECT_EQ(evicted->blocks, 5);
+  EXPECT_EQ(client->ListSequences().value().at(0).tiers.at(1).blocks, 5);
+  const auto on_host = AttendLast(client.get(), *sequence, q);
+  ASSERT_TRUE(on_host.ok()) << on_host.status();
+  EXPECT_LT(LargestDifference(*on_host, expected), 2e-3);
+
+  ASSERT_TRUE(client->PrefetchSequences(std::span(&*sequence, 1)).ok());
+  EXPECT_EQ(client->ListSequences().value().at(0).tiers.at(0).blocks, 5);
+  const auto back = AttendLast(client.get(), *sequence, q);
+  ASSERT_TRUE(back.ok());
+  EXPECT_LT(LargestDifference(*back, expected), 2e-3);
+}
+
+TEST(Life, AppendAttendSeesTheNewTokensAndItsResultsComeInTheAskedType) {
+  const auto daemon = TestDaemon::Start();
+  const auto client = daemon->Connect();
+  ASSERT_TRUE(client->RegisterModel(SmallModel()).ok());
+  const auto sequence = client->CreateSequence("small", Exact());
+  ASSERT_TRUE(sequence.ok());
+  std::vector<float> k, v;
+  // Pieces of several lengths, over block borders; layer 1 keeps up, so that blocks seal.
+  for (const int64_t tokens : {int64_t{1}, int64_t{63}, int64_t{64}, int64_t{70}}) {
+    const int64_t first = static_cast<int64_t>(k.size()) / (kKvHeads * kDim);
+    const Tokens piece(2, first, tokens);
+    const std::vector<float> q = Rows(8, first, tokens, kHeads);
+    std::vector<float> output(q.size());
+    k.insert(k.end(), piece.k[0].begin(), piece.k[0].end());
+    v.insert(v.end(), piece.v[0].begin(), piece.v[0].end());
+    for (int layer = 0; layer < kLayers; layer++) {
+      client::AppendAttendItem item;
+      item.sequence = *sequence;
+      item.start_position = first;
+      item.q = TensorRef::F32(q, {tokens, kHeads, kDim});
+      item.k = piece.layers[static_cast<size_t>(layer)].k;
+      item.v = piece.layers[static_cast<size_t>(layer)].v;
+      std::vector<float> other(q.size());
+      item.output = layer == 0 ? std::span<float>(output) : std::span<float>(other);
+      const absl::Status status = client->AppendAttend(layer, std::span(&item, 1));
+      ASSERT_TRUE(status.ok()) << status;
+    }
+    const std::vector<float> expected = ReferenceAttention(q, k, v, first + tokens, tokens);
+    EXPECT_LT(LargestDifference(output, expected), 2e-3) << "after " << first + tokens << " tokens";
+  }
+  EXPECT_EQ(client->ListSequences().value().at(0).tokens, 198);
+}
+
+TEST(Life, ForkSharesTruncateCutsCloseFrees) {
+  const auto daemon = TestDaemon::Start();
+  const auto client = daemon->Connect();
+  ASSERT_TRUE(client->RegisterModel(SmallModel()).ok());
+  const auto first = client->CreateSequence("small", Exact());
+  ASSERT_TRUE(first.ok());
+  ASSERT_TRUE(client->Append(*first, 0, Tokens(3, 0, 100).layers).ok());
+  const int64_t used = client->GetStats().value().tiers.at(0).used_bytes;
+  const auto fork = client->ForkSequence(*first);
+  ASSERT_TRUE(fork.ok()) << fork.status();
+  EXPECT_EQ(client->GetStats().value().tiers.at(0).used_bytes, used);
+
+  // The branches go apart: the fork's new tokens are its own.
+  ASSERT_TRUE(client->Append(*fork, 100, Tokens(4, 100, 10).layers).ok());
+  EXPECT_GT(client->GetStats().value().tiers.at(0).used_bytes, used);
+  const std::vector<float> q = Rows(9, 0, 1, kHeads);
+  const Tokens all(3, 0, 100);
+  EXPECT_LT(LargestDifference(AttendLast(client.get(), *first, q).value(),
+                              ReferenceAttention(q, all.k[0], all.v[0], 100, 1)),
+            2e-3);
+  ASSERT_TRUE(client->TruncateSequence(*fork, 70).ok());
+  const Tokens cut(3, 0, 70);
+  EXPECT_LT(LargestDifference(AttendLast(client.get(), *fork, q).value(),
+                              ReferenceAttention(q, cut.k[0], cut.v[0], 70, 1)),
+            2e-3);
+  ASSERT_TRUE(client->CloseSequence(*first).ok());
+  ASSERT_TRUE(client->CloseSequence(*fork).ok());
+  const auto stats = client->GetStats();
+  EXPECT_EQ(stats->tiers.at(0).used_bytes, 0);
+  EXPECT_EQ(stats->sequences, 0);
+}
+
+TEST(Life, ASessionThatBreaksReleasesItsSequences) {
+  const auto daemon = TestDaemon::Start();
+  const auto watcher = daemon->Connect();
+  ASSERT_TRUE(watcher->RegisterModel(SmallModel()).ok());
+  const auto kept = watcher->CreateSequence("small", Exact());
+  ASSERT_TRUE(kept.ok());
+  {
+    client::ClientOptions options;
+    options.session = true;
+    const auto session = daemon->Connect(options);
+    const auto sequence = session->CreateSequence("small", Exact());
+    ASSERT_TRUE(sequence.ok()) << sequence.status();
+    ASSERT_TRUE(session->Append(*sequence, 0, Tokens(5, 0, 130).layers).ok());
+    ASSERT_TRUE(session->ForkSequence(*sequence).ok());
+    // An error is an answer like any other; the session goes on.
+    EXPECT_EQ(session->TruncateSequence(*sequence, 131).code(), absl::StatusCode::kOutOfRange);
+    EXPECT_EQ(session->GetStats().value().sequences, 3);
+  }
+  int64_t sequences = 3;
+  for (int i = 0; i < 2000 && sequences > 1; i++) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    sequences = watcher->GetStats().value().sequences;
+  }
+  EXPECT_EQ(sequences, 1);
+  EXPECT_EQ(watcher->GetStats()->tiers.at(0).used_bytes, 0);
+  EXPECT_EQ(watcher->ListSequences().value().at(0).id, *kept);
+}
+
+TEST(Life, AClientKilledWhileItAppendsLeavesWholeTokensBehind) {
+  const auto daemon = TestDaemon::Start({"--device-memory", "16MiB"});
+  const auto client = daemon->Connect();
+  ASSERT_TRUE(client->RegisterModel(SmallModel()).ok());
+  for (const bool session : {false, true}) {
+    std::vector<std::string> command = {APPENDER_PROGRAM, daemon->address()};
+    if (session) command.push_back("session");
+    const pid_t appender = StartProgram(command, daemon->folder() + "/appender.log");
+    ASSERT_GT(appender, 0);
+    int64_t tokens = 0;
+    for (int i = 0; i < 10000 && tokens < 200; i++) {
+      const std::vector<client::SequenceInfo> all = client->ListSequences().value();
+      for (const client::SequenceInfo& info : all) tokens = std::max(tokens, info.tokens);
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    ASSERT_GE(tokens, 200) << ReadWhole(daemon->folder() + "/appender.log");
+    kill(appender, SIGKILL);
+    WaitForExit(appender, 10);
+    ASSERT_TRUE(daemon->Alive());
+    if (session) {
+      int64_t left = 1;
+      for (int i = 0; i < 2000 && left > 0; i++) {
+        left = client->GetStats().value().sequences;
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));
+      }
+      EXPECT_EQ(left, 0) << "the session's sequence was not released";
+      continue;
+    }
+    // An append that had arrived may still be under way: it ends, and the length settles.
+    client::SequenceInfo info = client->ListSequences().value().at(0);
+    for (int i = 0; i < 2000 && info.tokens != info.max_layer_tokens; i++) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+      info = client->ListSequences().value().at(0);
+    }
+    EXPECT_EQ(info.tokens, info.max_layer_tokens) << "half an append is visible";
+    absl::StatusOr<int64_t> length = absl::AbortedError("");
+    for (int i = 0; i < 2000 && absl::IsAborted(length.status()); i++) {
+      info = client->ListSequences().value().at(0);
+      length = client->Append(info.id, info.tokens, Tokens(6, info.tokens, 5).layers);
+    }
+    EXPECT_TRUE(length.ok()) << length.status();
+    ASSERT_TRUE(client->CloseSequence(info.id).ok());
+  }
+}
+
+TEST(Life, TwoWritersOfOneSequenceNeverMix) {
+  const auto daemon = TestDaemon::Start({"--device-memory", "16MiB"});
+  const auto owner = daemon->Connect();
+  ASSERT_TRUE(owner->RegisterModel(SmallModel()).ok());
+  const auto sequence = owner->CreateSequence("small", Exact());
+  ASSERT_TRUE(sequence.ok());
+  // Each writes pieces of its own size at the length that it sees; the other one may be faster.
+  constexpr int kPieces = 40;
+  int64_t written[2] = {0, 0};
+  const auto write = [&](int writer, int64_t size) {
+    const auto client = daemon->Connect();
+    for (int done = 0; done < kPieces;) {
+      const int64_t start = client->ListSequences().value().at(0).max_layer_tokens;
+      const auto length = client->Append(*sequence, start, Tokens(10 + writer, start, size).layers);
+      if (length.ok()) {
+        written[writer] += size;
+        done++;
+      } else {
+        ASSERT_TRUE(length.status().code() == absl::StatusCode::kAborted ||
+                    length.status().code() == absl::StatusCode::kOutOfRange)
+            << length.status();
+      }
+    }
+  };
+  std::thread other(write, 1, 5);
+  write(0, 3);
+  other.join();
+  EXPECT_EQ(owner->ListSequences().value().at(0).tokens, written[0] + written[1]);
+  EXPECT_EQ(written[0] + written[1], kPieces * 8);
+}
+
+TEST(Life, ShutdownIsGracefulAndClosesTheSocket) {
+  const auto daemon = TestDaemon::Start();
+  const auto client = daemon->Connect();
+  EXPECT_TRUE(client->CheckHealth().ok()) << client->CheckHealth();
+  ASSERT_TRUE(client->RegisterModel(SmallModel()).ok());
+  client::ClientOptions options;
+  options.session = true;
+  const auto session = daemon->Connect(options);  // idle: must not hold the shutdown up
+  ASSERT_TRUE(session->CreateSequence("small", Exact()).ok());
+  EXPECT_EQ(daemon->Stop(), 0) << daemon->Log();
+  EXPECT_THAT(daemon->Log(), HasSubstr("stopping signal=SIGTERM"));
+  EXPECT_NE(::access(daemon->socket_path().c_str(), F_OK), 0) << "the socket is still there";
+  EXPECT_EQ(client->GetStats().status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(session->GetStats().status().code(), absl::StatusCode::kUnavailable);
+}
+
+TEST(Life, PlansForItsOwnTiers) {
+  const auto daemon = TestDaemon::Start();
+  const auto client = daemon->Connect();
+  ASSERT_TRUE(client->RegisterModel(SmallModel()).ok());
+  client::PlanQuestion question;
+  question.model = "small";
+  question.contexts = {1024, 1 << 20};
+  question.pairs = {"f16/f16", "turbo4/turbo4"};
+  const auto answer = client->Plan(question);
+  ASSERT_TRUE(answer.ok()) << answer.status();
+  EXPECT_EQ(answer->device_budget_bytes, 4 << 20);
+  ASSERT_EQ(answer->contexts.size(), 2u);
+  EXPECT_EQ(answer->contexts[0].verdict, client::PlanVerdict::kFits);
+  // 16 blocks of 64 KiB.
+  EXPECT_EQ(answer->contexts[0].candidates.at(0).kv_bytes, 16 * 65536);
+  EXPECT_EQ(answer->contexts[1].verdict, client::PlanVerdict::kDoesNotFit);
+  // What the plan says is what the pool takes.
+  const auto sequence = client->CreateSequence("small", Exact());
+  ASSERT_TRUE(client->Append(*sequence, 0, Tokens(12, 0, 1024).layers).ok());
+  EXPECT_EQ(client->GetStats().value().tiers.at(0).used_bytes, answer->contexts[0].candidates.at(0).kv_bytes);
+  question.model = "unknown";
+  EXPECT_EQ(client->Plan(question).status().code(), absl::StatusCode::kNotFound);
+}
+
+}  // namespace
+}  // namespace kvtide::e2e
