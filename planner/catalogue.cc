@@ -111,21 +111,24 @@ absl::StatusOr<ModelGeometry> ReadModel(const CsvRow& csv) {
   const std::string kinds = ExpandKinds(csv.Text("layer_kinds"));
   if (kinds.empty()) return absl::InvalidArgumentError(absl::StrCat(csv.place(), ": layer_kinds is empty"));
   int64_t recurrent_layers = 0;
-  for (int64_t i = 0; i < row.layers; ++i) recurrent_layers += kinds[static_cast<size_t>(i) % kinds.size()] == 'r';
+  for (int64_t i = 0; i < row.layers; ++i)
+    recurrent_layers += kinds[static_cast<size_t>(i) % kinds.size()] == 'r';
   const int64_t state = recurrent_layers > 0 ? row.recurrent / recurrent_layers : 0;
   for (int64_t i = 0; i < row.layers; ++i) {
     model.layers.push_back(MakeLayer(kinds[static_cast<size_t>(i) % kinds.size()], row, state));
   }
   ShareTail(model, row.shared);
   if (model.confidence.substr(0, 4) != "high") {
-    model.assumptions.push_back(absl::StrCat("catalogue geometry of ", model.name, " is of confidence ", model.confidence));
+    model.assumptions.push_back(
+        absl::StrCat("catalogue geometry of ", model.name, " is of confidence ", model.confidence));
   }
   KVTIDE_RETURN_IF_ERROR(Annotate(ValidateGeometry(model), csv.place()));
   return model;
 }
 
 std::vector<ModelGeometry> ReadModels() {
-  absl::StatusOr<std::vector<CsvRow>> rows = ParseCsv(kModelsCsv, "models.csv", {"name", "layers", "layer_kinds"});
+  absl::StatusOr<std::vector<CsvRow>> rows =
+      ParseCsv(kModelsCsv, "models.csv", {"name", "layers", "layer_kinds"});
   KVTIDE_CHECK(rows.ok(), std::string(rows.status().message()));
   std::vector<ModelGeometry> models;
   for (const CsvRow& row : *rows) {
@@ -186,9 +189,11 @@ std::string NearMisses(const std::vector<T>& entries, const std::string& name) {
 
 double BitsOfQuantisation(const std::string& name) {
   static const std::pair<const char*, double> bits[] = {
-      {"q2_k", 2.96},  {"q3_k_m", 3.91}, {"q4_0", 4.5},  {"q4_1", 5.0},  {"q4_k_s", 4.58}, {"q4_k_m", 4.85}, {"iq4_xs", 4.25},
-      {"q5_0", 5.5},   {"q5_k_s", 5.54}, {"q5_k_m", 5.69}, {"q6_k", 6.56}, {"q8_0", 8.5},  {"mxfp4", 4.25},  {"nvfp4", 4.5},
-      {"awq", 4.25},   {"gptq", 4.25},   {"int8", 8.0},  {"fp8", 8.0},   {"bf16", 16.0},   {"f16", 16.0},    {"f32", 32.0}};
+      {"q2_k", 2.96},   {"q3_k_m", 3.91}, {"q4_0", 4.5},   {"q4_1", 5.0},    {"q4_k_s", 4.58},
+      {"q4_k_m", 4.85}, {"iq4_xs", 4.25}, {"q5_0", 5.5},   {"q5_k_s", 5.54}, {"q5_k_m", 5.69},
+      {"q6_k", 6.56},   {"q8_0", 8.5},    {"mxfp4", 4.25}, {"nvfp4", 4.5},   {"awq", 4.25},
+      {"gptq", 4.25},   {"int8", 8.0},    {"fp8", 8.0},    {"bf16", 16.0},   {"f16", 16.0},
+      {"f32", 32.0}};
   for (const auto& entry : bits) {
     if (name == entry.first) return entry.second;
   }
@@ -212,8 +217,9 @@ absl::StatusOr<ModelGeometry> FindModel(const std::string& name) {
   for (const ModelGeometry& model : CatalogueModels()) {
     if (Normal(model.name) == wanted) return model;
   }
-  return absl::NotFoundError(absl::StrCat("no model '", name, "' in the catalogue, and no file of that name; near: ",
-                                          NearMisses(CatalogueModels(), name)));
+  return absl::NotFoundError(absl::StrCat(
+      "no model '", name,
+      "' in the catalogue, and no file of that name; near: ", NearMisses(CatalogueModels(), name)));
 }
 
 absl::StatusOr<DeviceBudget> FindGpu(const std::string& name) {
@@ -222,7 +228,8 @@ absl::StatusOr<DeviceBudget> FindGpu(const std::string& name) {
     const std::string have = Normal(gpu.name);
     if (have == wanted || have == "rtx" + wanted) return gpu;
   }
-  return absl::NotFoundError(absl::StrCat("no card '", name, "' in the catalogue; near: ", NearMisses(CatalogueGpus(), name),
+  return absl::NotFoundError(absl::StrCat("no card '", name,
+                                          "' in the catalogue; near: ", NearMisses(CatalogueGpus(), name),
                                           "; or give numbers: vram=16GiB,bandwidth=960GB/s"));
 }
 
@@ -240,17 +247,19 @@ absl::StatusOr<Weights> EstimateWeights(const ModelGeometry& model, const std::s
   }
   const double bits = BitsOfQuantisation(wanted);
   if (bits == 0) {
-    return absl::InvalidArgumentError(absl::StrCat("unknown weights '", quantisation,
-                                                   "': give a GGUF or safetensors path, a size (14.4GB), or a quantisation "
-                                                   "(q4_0, q4_k_m, q5_k_m, q6_k, q8_0, mxfp4, fp8, bf16, ...)"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("unknown weights '", quantisation,
+                     "': give a GGUF or safetensors path, a size (14.4GB), or a quantisation "
+                     "(q4_0, q4_k_m, q5_k_m, q6_k, q8_0, mxfp4, fp8, bf16, ...)"));
   }
   if (model.params_total <= 0) {
-    return absl::InvalidArgumentError(absl::StrCat("the number of parameters of ", model.name,
-                                                   " is unknown, so '", quantisation,
-                                                   "' gives no size; give --weights a size (14.4GB) or a path"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("the number of parameters of ", model.name, " is unknown, so '", quantisation,
+                     "' gives no size; give --weights a size (14.4GB) or a path"));
   }
   const auto bytes = static_cast<int64_t>(static_cast<double>(model.params_total) * bits / 8);
-  return Weights{bytes, Provenance::kFormula, absl::StrCat(model.params_total, " parameters x ", bits, " bits")};
+  return Weights{bytes, Provenance::kFormula,
+                 absl::StrCat(model.params_total, " parameters x ", bits, " bits")};
 }
 
 }  // namespace kvtide::planner

@@ -1,4 +1,5 @@
-// Models and cards that kvtide knows by name. The tables are CSV files of this folder, built into the program.
+// Models and cards that kvtide knows by name. The tables are CSV files of this folder, built into the
+// program.
 #pragma once
 
 #include <string>

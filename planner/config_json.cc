@@ -18,33 +18,116 @@ constexpr int64_t kMaxLayers = 4096;
 
 // Fields that look as if they could change the cache and that are understood or known not to.
 const std::set<std::string>& KnownFields() {
-  static const std::set<std::string> fields = {
-      "attention_bias", "attention_chunk_size", "attention_dropout", "attention_k_eq_v", "attention_multiplier",
-      "attention_out_bias", "attention_scale", "attn_implementation", "_attn_implementation",
-      "_attn_implementation_autoset", "attn_scale", "attn_temperature_tuning", "attn_logit_softcapping",
-      "attn_output_gate", "attn_pdrop", "attn_qkv_bias", "attn_factor", "cache_implementation", "conv_kernel",
-      "decoder_sparse_step", "first_k_dense_replace", "floor_scale", "full_attention_interval", "global_head_dim",
-      "head_dim", "hidden_size_per_layer_input", "hybrid_override_pattern", "index_head_dim", "index_n_heads",
-      "index_topk", "interleave_moe_layer_step", "kv_lora_rank", "layer_norm_eps", "layer_norm_epsilon",
-      "layer_types", "layers_block_type", "linear_conv_kernel_dim", "linear_key_head_dim", "linear_num_key_heads",
-      "linear_num_value_heads", "linear_value_head_dim", "lm_head_bias", "mamba_head_dim", "mamba_hidden_act",
-      "mamba_num_heads", "mamba_proj_bias", "mamba_ssm_dtype", "max_window_layers", "mlp_layer_types",
-      "mlp_only_layers", "moe_layer_freq", "moe_layers", "mtp_num_hidden_layers", "n_head", "n_kv_heads", "n_layer", "n_layers", "nextn_layers",
-      "no_rope_layer_interval", "no_rope_layers", "num_attention_heads", "num_global_key_value_heads",
-      "num_hidden_layers", "num_key_value_heads", "num_kv_shared_layers", "num_mtp_layers",
-      "num_nextn_predict_layers", "output_hidden_states", "output_attentions", "pre_attn_layernorm", "q_lora_rank", "qk_head_dim",
-      "qk_nope_head_dim", "qk_rope_head_dim", "query_pre_attn_scalar", "residual_in_fp32", "sliding_window",
-      "sliding_window_pattern", "ssm_state_size", "swiglu_limit", "tie_word_embeddings", "use_cache",
-      "use_bidirectional_attention", "use_conv_bias", "use_mamba_kernels", "use_qk_norm", "use_sliding_window",
-      "v_head_dim", "vocab_size_per_layer_input", "use_double_wide_mlp", "layer_scale", "rope_local_base_freq",
-      "add_cross_attention", "cross_attention_hidden_size", "is_decoder", "is_encoder_decoder",
-      "kv_scale", "qkv_bias", "clip_qkv", "num_heads", "max_batch_size", "mup_enabled", "router_z_loss_coef"};
+  static const std::set<std::string> fields = {"attention_bias",
+                                               "attention_chunk_size",
+                                               "attention_dropout",
+                                               "attention_k_eq_v",
+                                               "attention_multiplier",
+                                               "attention_out_bias",
+                                               "attention_scale",
+                                               "attn_implementation",
+                                               "_attn_implementation",
+                                               "_attn_implementation_autoset",
+                                               "attn_scale",
+                                               "attn_temperature_tuning",
+                                               "attn_logit_softcapping",
+                                               "attn_output_gate",
+                                               "attn_pdrop",
+                                               "attn_qkv_bias",
+                                               "attn_factor",
+                                               "cache_implementation",
+                                               "conv_kernel",
+                                               "decoder_sparse_step",
+                                               "first_k_dense_replace",
+                                               "floor_scale",
+                                               "full_attention_interval",
+                                               "global_head_dim",
+                                               "head_dim",
+                                               "hidden_size_per_layer_input",
+                                               "hybrid_override_pattern",
+                                               "index_head_dim",
+                                               "index_n_heads",
+                                               "index_topk",
+                                               "interleave_moe_layer_step",
+                                               "kv_lora_rank",
+                                               "layer_norm_eps",
+                                               "layer_norm_epsilon",
+                                               "layer_types",
+                                               "layers_block_type",
+                                               "linear_conv_kernel_dim",
+                                               "linear_key_head_dim",
+                                               "linear_num_key_heads",
+                                               "linear_num_value_heads",
+                                               "linear_value_head_dim",
+                                               "lm_head_bias",
+                                               "mamba_head_dim",
+                                               "mamba_hidden_act",
+                                               "mamba_num_heads",
+                                               "mamba_proj_bias",
+                                               "mamba_ssm_dtype",
+                                               "max_window_layers",
+                                               "mlp_layer_types",
+                                               "mlp_only_layers",
+                                               "moe_layer_freq",
+                                               "moe_layers",
+                                               "mtp_num_hidden_layers",
+                                               "n_head",
+                                               "n_kv_heads",
+                                               "n_layer",
+                                               "n_layers",
+                                               "nextn_layers",
+                                               "no_rope_layer_interval",
+                                               "no_rope_layers",
+                                               "num_attention_heads",
+                                               "num_global_key_value_heads",
+                                               "num_hidden_layers",
+                                               "num_key_value_heads",
+                                               "num_kv_shared_layers",
+                                               "num_mtp_layers",
+                                               "num_nextn_predict_layers",
+                                               "output_hidden_states",
+                                               "output_attentions",
+                                               "pre_attn_layernorm",
+                                               "q_lora_rank",
+                                               "qk_head_dim",
+                                               "qk_nope_head_dim",
+                                               "qk_rope_head_dim",
+                                               "query_pre_attn_scalar",
+                                               "residual_in_fp32",
+                                               "sliding_window",
+                                               "sliding_window_pattern",
+                                               "ssm_state_size",
+                                               "swiglu_limit",
+                                               "tie_word_embeddings",
+                                               "use_cache",
+                                               "use_bidirectional_attention",
+                                               "use_conv_bias",
+                                               "use_mamba_kernels",
+                                               "use_qk_norm",
+                                               "use_sliding_window",
+                                               "v_head_dim",
+                                               "vocab_size_per_layer_input",
+                                               "use_double_wide_mlp",
+                                               "layer_scale",
+                                               "rope_local_base_freq",
+                                               "add_cross_attention",
+                                               "cross_attention_hidden_size",
+                                               "is_decoder",
+                                               "is_encoder_decoder",
+                                               "kv_scale",
+                                               "qkv_bias",
+                                               "clip_qkv",
+                                               "num_heads",
+                                               "max_batch_size",
+                                               "mup_enabled",
+                                               "router_z_loss_coef"};
   return fields;
 }
 
 bool LooksLikeCache(const std::string& field) {
-  for (const char* word : {"window", "attention", "attn", "kv_", "_kv", "key_value", "head", "layer", "cache", "ssm", "mamba",
-                           "linear_", "conv", "chunk", "lora", "share", "recurrent", "state"}) {
+  for (const char* word :
+       {"window", "attention", "attn", "kv_", "_kv", "key_value", "head", "layer", "cache", "ssm", "mamba",
+        "linear_", "conv", "chunk", "lora", "share", "recurrent", "state"}) {
     if (absl::StrContains(field, word)) return true;
   }
   return false;
@@ -65,7 +148,8 @@ class ConfigReader {
     model_.name = name;
     model_.source = "config.json";
     model_.confidence = "high";
-    type_ = config_.value("model_type", Json("")).is_string() ? config_.value("model_type", std::string()) : "";
+    type_ =
+        config_.value("model_type", Json("")).is_string() ? config_.value("model_type", std::string()) : "";
     KVTIDE_RETURN_IF_ERROR(CheckUnknown());
     KVTIDE_RETURN_IF_ERROR(ReadBasics());
     KVTIDE_ASSIGN_OR_RETURN(const std::vector<std::string> kinds, LayerKinds());
@@ -86,7 +170,8 @@ class ConfigReader {
   absl::StatusOr<int64_t> Field(const char* field, int64_t fallback) const {
     if (!Has(field)) return fallback;
     const Json& value = config_[field];
-    if (!value.is_number_integer() || value.get<double>() < 0 || value.get<double>() > static_cast<double>(kMaxField)) {
+    if (!value.is_number_integer() || value.get<double>() < 0 ||
+        value.get<double>() > static_cast<double>(kMaxField)) {
       return absl::InvalidArgumentError(absl::StrCat("field '", field, "' is ", value.dump().substr(0, 64),
                                                      ", expected a whole number of 0 or more"));
     }
@@ -109,8 +194,9 @@ class ConfigReader {
     for (const auto& [field, value] : config_.items()) {
       if (!LooksLikeCache(field) || KnownFields().count(field) > 0 || IsOff(value)) continue;
       if (!options_.ignore_unknown_fields) {
-        return absl::InvalidArgumentError(absl::StrCat("unknown field '", field.substr(0, 128), "' = ", value.dump().substr(0, 64),
-                                                       " may change the cache; --ignore-unknown-fields goes on without it"));
+        return absl::InvalidArgumentError(
+            absl::StrCat("unknown field '", field.substr(0, 128), "' = ", value.dump().substr(0, 64),
+                         " may change the cache; --ignore-unknown-fields goes on without it"));
       }
       Assume(absl::StrCat("field '", field.substr(0, 128), "' is unknown and was ignored"));
     }
@@ -119,25 +205,29 @@ class ConfigReader {
 
   absl::Status ReadBasics() {
     KVTIDE_ASSIGN_OR_RETURN(const int64_t layers, Required("num_hidden_layers"));
-    if (layers > kMaxLayers) return absl::InvalidArgumentError(absl::StrCat("field 'num_hidden_layers' is ", layers));
+    if (layers > kMaxLayers)
+      return absl::InvalidArgumentError(absl::StrCat("field 'num_hidden_layers' is ", layers));
     layers_ = static_cast<int>(layers);
     KVTIDE_ASSIGN_OR_RETURN(const int64_t heads, Required("num_attention_heads"));
     KVTIDE_ASSIGN_OR_RETURN(model_.n_embd, Required("hidden_size"));
     KVTIDE_ASSIGN_OR_RETURN(model_.n_vocab, Field("vocab_size", 0));
     KVTIDE_ASSIGN_OR_RETURN(model_.max_context, Field("max_position_embeddings", 0));
     KVTIDE_ASSIGN_OR_RETURN(const int64_t kv_heads, Field("num_key_value_heads", 0));
-    if (heads > 65536 || kv_heads > 65536) return absl::InvalidArgumentError("field 'num_attention_heads' is absurdly large");
+    if (heads > 65536 || kv_heads > 65536)
+      return absl::InvalidArgumentError("field 'num_attention_heads' is absurdly large");
     model_.n_query_heads = static_cast<int>(heads);
     kv_heads_ = static_cast<int>(kv_heads > 0 ? kv_heads : heads);
     if (kv_heads == 0) Assume("num_key_value_heads is missing: as many as attention heads");
     KVTIDE_ASSIGN_OR_RETURN(const int64_t head_dim, Field("head_dim", 0));
     if (head_dim == 0 && model_.n_embd % heads != 0 && !Has("kv_lora_rank")) {
-      return absl::InvalidArgumentError(absl::StrCat("field 'head_dim' is missing and hidden_size ", model_.n_embd,
-                                                     " is not a multiple of ", heads, " heads"));
+      return absl::InvalidArgumentError(absl::StrCat("field 'head_dim' is missing and hidden_size ",
+                                                     model_.n_embd, " is not a multiple of ", heads,
+                                                     " heads"));
     }
     if (head_dim > 65536) return absl::InvalidArgumentError("field 'head_dim' is absurdly large");
     head_dim_ = static_cast<int>(head_dim > 0 ? head_dim : model_.n_embd / heads);
-    if (head_dim == 0 && !Has("kv_lora_rank")) Assume(absl::StrCat("head_dim is missing: hidden_size / heads = ", head_dim_));
+    if (head_dim == 0 && !Has("kv_lora_rank"))
+      Assume(absl::StrCat("head_dim is missing: hidden_size / heads = ", head_dim_));
     KVTIDE_ASSIGN_OR_RETURN(window_, Field("sliding_window", 0));
     KVTIDE_ASSIGN_OR_RETURN(chunk_, Field("attention_chunk_size", 0));
     return absl::OkStatus();
@@ -154,12 +244,17 @@ class ConfigReader {
   }
 
   absl::StatusOr<std::vector<std::string>> KindsFromList(const char* field) {
-    static const std::pair<const char*, const char*> names[] = {
-        {"full_attention", "full"}, {"attention", "full"},       {"sliding_attention", "sliding"},
-        {"local_attention", "sliding"}, {"chunked_attention", "chunked"}, {"linear_attention", "linear"}, {"mamba", "mamba"}};
+    static const std::pair<const char*, const char*> names[] = {{"full_attention", "full"},
+                                                                {"attention", "full"},
+                                                                {"sliding_attention", "sliding"},
+                                                                {"local_attention", "sliding"},
+                                                                {"chunked_attention", "chunked"},
+                                                                {"linear_attention", "linear"},
+                                                                {"mamba", "mamba"}};
     const Json& list = config_[field];
     if (!list.is_array() || list.size() < static_cast<size_t>(layers_)) {
-      return absl::InvalidArgumentError(absl::StrCat("field '", field, "' is not a list of ", layers_, " names"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("field '", field, "' is not a list of ", layers_, " names"));
     }
     std::vector<std::string> kinds;
     for (int i = 0; i < layers_; ++i) {
@@ -169,8 +264,8 @@ class ConfigReader {
         if (entry.is_string() && entry.get<std::string>() == name.first) kind = name.second;
       }
       if (kind.empty()) {
-        return absl::InvalidArgumentError(absl::StrCat("field '", field, "' has unknown kind ", entry.dump().substr(0, 64),
-                                                       " for layer ", i));
+        return absl::InvalidArgumentError(absl::StrCat("field '", field, "' has unknown kind ",
+                                                       entry.dump().substr(0, 64), " for layer ", i));
       }
       kinds.push_back(kind);
     }
@@ -182,12 +277,14 @@ class ConfigReader {
     const Json& value = config_["hybrid_override_pattern"];
     const std::string pattern = value.is_string() ? value.get<std::string>() : "";
     if (pattern.size() != static_cast<size_t>(layers_)) {
-      return absl::InvalidArgumentError(absl::StrCat("field 'hybrid_override_pattern' does not have ", layers_, " characters"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("field 'hybrid_override_pattern' does not have ", layers_, " characters"));
     }
     std::vector<std::string> kinds;
     for (char c : pattern) {
       if (c != 'M' && c != '*' && c != '-' && c != 'E') {
-        return absl::InvalidArgumentError(absl::StrCat("field 'hybrid_override_pattern' has unknown kind '", std::string(1, c), "'"));
+        return absl::InvalidArgumentError(
+            absl::StrCat("field 'hybrid_override_pattern' has unknown kind '", std::string(1, c), "'"));
       }
       kinds.push_back(c == 'M' ? "mamba" : c == '*' ? "full" : "none");
     }
@@ -224,15 +321,18 @@ class ConfigReader {
     }
     std::vector<std::string> kinds(static_cast<size_t>(layers_), "sliding");
     KVTIDE_ASSIGN_OR_RETURN(const int64_t first, Field("max_window_layers", 0));
-    for (int64_t i = 0; i < std::min<int64_t>(qwen ? first : 0, layers_); ++i) kinds[static_cast<size_t>(i)] = "full";
+    for (int64_t i = 0; i < std::min<int64_t>(qwen ? first : 0, layers_); ++i)
+      kinds[static_cast<size_t>(i)] = "full";
     return kinds;
   }
 
   int64_t DefaultPeriod() {
-    static const std::pair<const char*, int> periods[] = {{"gemma3", 6}, {"gemma2", 2}, {"cohere2", 4}, {"gpt_oss", 2}};
+    static const std::pair<const char*, int> periods[] = {
+        {"gemma3", 6}, {"gemma2", 2}, {"cohere2", 4}, {"gpt_oss", 2}};
     for (const auto& entry : periods) {
       if (!absl::StartsWith(type_, entry.first)) continue;
-      Assume(absl::StrCat("sliding_window_pattern is missing: ", entry.second, " as ", entry.first, " has it"));
+      Assume(
+          absl::StrCat("sliding_window_pattern is missing: ", entry.second, " as ", entry.first, " has it"));
       return entry.second;
     }
     return 0;
@@ -252,8 +352,9 @@ class ConfigReader {
       layer.kind = kind == "sliding" ? LayerKind::kSliding : LayerKind::kChunked;
       const int64_t window = kind == "sliding" ? window_ : chunk_;
       if (window < 1 || window > INT32_MAX) {
-        return absl::InvalidArgumentError(absl::StrCat("field '", kind == "sliding" ? "sliding_window" : "attention_chunk_size",
-                                                       "' is ", window, " but the layer is ", kind));
+        return absl::InvalidArgumentError(
+            absl::StrCat("field '", kind == "sliding" ? "sliding_window" : "attention_chunk_size", "' is ",
+                         window, " but the layer is ", kind));
       }
       layer.window = static_cast<int>(window);
       return layer;
@@ -274,7 +375,8 @@ class ConfigReader {
     if (global_dim > 65536) return absl::InvalidArgumentError("field 'global_head_dim' is absurdly large");
     if (global_dim > 0) layer.head_dim_k = layer.head_dim_v = static_cast<int>(global_dim);
     KVTIDE_ASSIGN_OR_RETURN(const int64_t global_heads, Field("num_global_key_value_heads", 0));
-    if (global_heads > 0 && Flag("attention_k_eq_v", false)) layer.n_kv_heads = static_cast<int>(std::min<int64_t>(global_heads, 65536));
+    if (global_heads > 0 && Flag("attention_k_eq_v", false))
+      layer.n_kv_heads = static_cast<int>(std::min<int64_t>(global_heads, 65536));
     return layer;
   }
 
@@ -300,7 +402,9 @@ class ConfigReader {
   static absl::StatusOr<int64_t> StateBytes(int64_t conv, int64_t inner, int64_t keys, int64_t state,
                                             const std::vector<int64_t>& fields) {
     for (int64_t field : fields) {
-      if (field > 65536) return absl::InvalidArgumentError(absl::StrCat("a recurrent dimension of ", field, " is absurdly large"));
+      if (field > 65536)
+        return absl::InvalidArgumentError(
+            absl::StrCat("a recurrent dimension of ", field, " is absurdly large"));
     }
     return 4 * ((conv - 1) * (inner + 2 * keys) + state * inner);
   }
@@ -309,15 +413,16 @@ class ConfigReader {
     KVTIDE_ASSIGN_OR_RETURN(const int64_t shared, Field("num_kv_shared_layers", 0));
     if (shared == 0) return absl::OkStatus();
     if (shared >= layers_) {
-      return absl::InvalidArgumentError(absl::StrCat("field 'num_kv_shared_layers' is ", shared, " of ", layers_, " layers"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("field 'num_kv_shared_layers' is ", shared, " of ", layers_, " layers"));
     }
     const int owners = layers_ - static_cast<int>(shared);
     for (int i = owners; i < layers_; ++i) {
       int owner = owners - 1;
       while (owner >= 0 && kinds[static_cast<size_t>(owner)] != kinds[static_cast<size_t>(i)]) --owner;
       if (owner < 0) {
-        return absl::InvalidArgumentError(absl::StrCat("layer ", i, " shares a cache, but no earlier ", kinds[static_cast<size_t>(i)],
-                                                       " layer owns one"));
+        return absl::InvalidArgumentError(absl::StrCat("layer ", i, " shares a cache, but no earlier ",
+                                                       kinds[static_cast<size_t>(i)], " layer owns one"));
       }
       model_.layers[static_cast<size_t>(i)] = LayerGeometry{};
       model_.layers[static_cast<size_t>(i)].kind = LayerKind::kShared;
@@ -356,7 +461,8 @@ class ConfigReader {
 absl::StatusOr<ModelGeometry> GeometryFromConfigJson(const std::string& text, const std::string& name,
                                                      const ReadOptions& options) {
   const Json root = Json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (root.is_discarded() || !root.is_object()) return absl::InvalidArgumentError("config.json is not a JSON object");
+  if (root.is_discarded() || !root.is_object())
+    return absl::InvalidArgumentError("config.json is not a JSON object");
   const bool nested = root.contains("text_config") && root["text_config"].is_object();
   return ConfigReader(nested ? root["text_config"] : root, options).Read(name);
 }

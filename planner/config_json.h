@@ -1,5 +1,6 @@
-// Geometry from a Hugging Face config.json (the text part of multimodal models too). A field that may change the cache
-// and that kvtide does not know is an error with its name, unless the caller asks to go on; then it becomes an assumption.
+// Geometry from a Hugging Face config.json (the text part of multimodal models too). A field that may change
+// the cache and that kvtide does not know is an error with its name, unless the caller asks to go on; then it
+// becomes an assumption.
 #pragma once
 
 #include <string>

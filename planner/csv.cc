@@ -47,7 +47,8 @@ absl::StatusOr<int64_t> CsvRow::Integer(const std::string& column, int64_t fallb
   if (text.empty()) return fallback;
   int64_t value = 0;
   if (!absl::SimpleAtoi(text, &value)) {
-    return absl::InvalidArgumentError(absl::StrCat(place_, ": ", column, " is '", text, "', expected a whole number"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(place_, ": ", column, " is '", text, "', expected a whole number"));
   }
   return value;
 }
@@ -57,7 +58,8 @@ absl::StatusOr<double> CsvRow::Number(const std::string& column, double fallback
   if (text.empty()) return fallback;
   double value = 0;
   if (!absl::SimpleAtod(text, &value) || value != value) {
-    return absl::InvalidArgumentError(absl::StrCat(place_, ": ", column, " is '", text, "', expected a number"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(place_, ": ", column, " is '", text, "', expected a number"));
   }
   return value;
 }
@@ -83,8 +85,8 @@ absl::StatusOr<std::vector<CsvRow>> ParseCsv(const std::string& text, const std:
       for (std::string& name : *fields) header.push_back(Strip(name));
       for (const std::string& column : required) {
         if (std::find(header.begin(), header.end(), column) == header.end()) {
-          return absl::InvalidArgumentError(absl::StrCat(place, ": column '", column, "' is missing; needed: ",
-                                                         absl::StrJoin(required, ", ")));
+          return absl::InvalidArgumentError(absl::StrCat(
+              place, ": column '", column, "' is missing; needed: ", absl::StrJoin(required, ", ")));
         }
       }
       continue;

@@ -1,5 +1,5 @@
-// A small CSV reader for the catalogues and for files of users: header line, quoted fields, comment lines (#), and errors
-// that name file, line and column.
+// A small CSV reader for the catalogues and for files of users: header line, quoted fields, comment lines
+// (#), and errors that name file, line and column.
 #pragma once
 
 #include <cstdint>

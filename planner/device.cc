@@ -18,15 +18,27 @@ struct Unit {
   const char* name;
   double bytes;
 };
-constexpr Unit kUnits[] = {{"", 1},           {"B", 1},           {"KiB", 1024.0},        {"MiB", 1048576.0},
-                           {"GiB", 1073741824.0}, {"TiB", 1099511627776.0}, {"KB", 1e3},  {"MB", 1e6},
-                           {"GB", 1e9},       {"TB", 1e12},       {"K", 1024.0},          {"M", 1048576.0},
-                           {"G", 1073741824.0}, {"T", 1099511627776.0}};
+constexpr Unit kUnits[] = {{"", 1},
+                           {"B", 1},
+                           {"KiB", 1024.0},
+                           {"MiB", 1048576.0},
+                           {"GiB", 1073741824.0},
+                           {"TiB", 1099511627776.0},
+                           {"KB", 1e3},
+                           {"MB", 1e6},
+                           {"GB", 1e9},
+                           {"TB", 1e12},
+                           {"K", 1024.0},
+                           {"M", 1048576.0},
+                           {"G", 1073741824.0},
+                           {"T", 1099511627776.0}};
 
 // Splits "14.4GB" into 14.4 and "GB".
 bool SplitNumber(const std::string& text, double* number, std::string* rest) {
   size_t end = 0;
-  while (end < text.size() && (absl::ascii_isdigit(static_cast<unsigned char>(text[end])) || text[end] == '.')) ++end;
+  while (end < text.size() &&
+         (absl::ascii_isdigit(static_cast<unsigned char>(text[end])) || text[end] == '.'))
+    ++end;
   if (end == 0 || !absl::SimpleAtod(text.substr(0, end), number)) return false;
   *rest = std::string(absl::StripAsciiWhitespace(text.substr(end)));
   return true;
@@ -67,7 +79,8 @@ absl::StatusOr<int64_t> ParseBytes(const std::string& text) {
     for (const Unit& known : kUnits) {
       if (!absl::EqualsIgnoreCase(unit, known.name)) continue;
       const double bytes = number * known.bytes;
-      if (bytes > kMaxBytes) return absl::InvalidArgumentError(absl::StrCat("size '", text, "' is absurdly large"));
+      if (bytes > kMaxBytes)
+        return absl::InvalidArgumentError(absl::StrCat("size '", text, "' is absurdly large"));
       return static_cast<int64_t>(std::llround(bytes));
     }
   }
@@ -83,7 +96,8 @@ absl::StatusOr<double> ParseBandwidth(const std::string& text) {
     if (absl::EqualsIgnoreCase(unit, "TB/s")) return number * 1000;
     if (absl::EqualsIgnoreCase(unit, "GiB/s")) return number * 1.073741824;
   }
-  return absl::InvalidArgumentError(absl::StrCat("'", text, "' is not a bandwidth; write for example 960GB/s"));
+  return absl::InvalidArgumentError(
+      absl::StrCat("'", text, "' is not a bandwidth; write for example 960GB/s"));
 }
 
 absl::StatusOr<DeviceBudget> ParseDevice(const std::string& text) {
@@ -94,17 +108,20 @@ absl::StatusOr<DeviceBudget> ParseDevice(const std::string& text) {
     const size_t equals = field.find('=');
     if (equals == std::string::npos) {
       if (!first) {
-        return absl::InvalidArgumentError(absl::StrCat("device '", text, "': '", field, "' is not key=value"));
+        return absl::InvalidArgumentError(
+            absl::StrCat("device '", text, "': '", field, "' is not key=value"));
       }
       KVTIDE_ASSIGN_OR_RETURN(device, FindGpu(field));
     } else {
-      KVTIDE_RETURN_IF_ERROR(Annotate(SetDeviceField(field.substr(0, equals), field.substr(equals + 1), &device),
-                                      absl::StrCat("device '", text, "'")));
+      KVTIDE_RETURN_IF_ERROR(
+          Annotate(SetDeviceField(field.substr(0, equals), field.substr(equals + 1), &device),
+                   absl::StrCat("device '", text, "'")));
     }
     first = false;
   }
   if (device.vram_bytes <= 0) {
-    return absl::InvalidArgumentError(absl::StrCat("device '", text, "' has no memory; give vram=16GiB or a card's name"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("device '", text, "' has no memory; give vram=16GiB or a card's name"));
   }
   if (device.name.empty()) device.name = text;
   return device;

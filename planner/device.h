@@ -14,12 +14,12 @@ struct DeviceBudget {
   int64_t vram_bytes = 0;            // per device
   int64_t driver_reserve_bytes = 0;  // nominal size minus what the driver reports
   bool driver_reserve_is_guess = false;
-  int64_t in_use_bytes = 0;          // taken by others already (desktop, other processes)
-  double bandwidth_gb_s = 0;         // device memory, 10^9 bytes per second; 0 = unknown
-  double pcie_gb_s = 0;              // one direction, theoretical; 0 = unknown
-  int count = 1;                     // equal devices, tensor parallel (llama.cpp: layers split)
-  int64_t host_bytes = 0;            // host memory for KV; 0 = no host tier
-  double host_bandwidth_gb_s = 0;    // 0 = 80, an assumption that the plan states
+  int64_t in_use_bytes = 0;        // taken by others already (desktop, other processes)
+  double bandwidth_gb_s = 0;       // device memory, 10^9 bytes per second; 0 = unknown
+  double pcie_gb_s = 0;            // one direction, theoretical; 0 = unknown
+  int count = 1;                   // equal devices, tensor parallel (llama.cpp: layers split)
+  int64_t host_bytes = 0;          // host memory for KV; 0 = no host tier
+  double host_bandwidth_gb_s = 0;  // 0 = 80, an assumption that the plan states
 
   int64_t UsableBytes() const { return vram_bytes - driver_reserve_bytes - in_use_bytes; }
 };
@@ -30,8 +30,9 @@ absl::StatusOr<int64_t> ParseBytes(const std::string& text);
 // "960GB/s" or "960".
 absl::StatusOr<double> ParseBandwidth(const std::string& text);
 
-// "vram=16GiB,bandwidth=960GB/s,pcie=32GB/s,count=2,used=1GiB,host=64GiB,host_bandwidth=80GB/s", a catalogue name,
-// or a name with changes: "RTX 5080,used=700MiB". Unknown keys and unknown names are errors that list the known.
+// "vram=16GiB,bandwidth=960GB/s,pcie=32GB/s,count=2,used=1GiB,host=64GiB,host_bandwidth=80GB/s", a catalogue
+// name, or a name with changes: "RTX 5080,used=700MiB". Unknown keys and unknown names are errors that list
+// the known.
 absl::StatusOr<DeviceBudget> ParseDevice(const std::string& text);
 
 }  // namespace kvtide::planner

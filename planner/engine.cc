@@ -6,9 +6,12 @@ namespace kvtide::planner {
 
 const char* EngineName(Engine engine) {
   switch (engine) {
-    case Engine::kLlamaCpp: return "llama.cpp";
-    case Engine::kVllm: return "vllm";
-    case Engine::kKvtide: return "kvtide";
+    case Engine::kLlamaCpp:
+      return "llama.cpp";
+    case Engine::kVllm:
+      return "vllm";
+    case Engine::kKvtide:
+      return "kvtide";
   }
   return "unknown";
 }
@@ -17,7 +20,8 @@ absl::StatusOr<Engine> ParseEngine(const std::string& name) {
   for (Engine engine : {Engine::kLlamaCpp, Engine::kVllm, Engine::kKvtide}) {
     if (name == EngineName(engine)) return engine;
   }
-  return absl::InvalidArgumentError(absl::StrCat("unknown engine '", name, "'; known: llama.cpp, vllm, kvtide"));
+  return absl::InvalidArgumentError(
+      absl::StrCat("unknown engine '", name, "'; known: llama.cpp, vllm, kvtide"));
 }
 
 }  // namespace kvtide::planner

@@ -28,7 +28,7 @@ enum class Place { kNowhere, kDevice, kHost };
 struct Session {
   int kind = 0;
   int gpu = 0;
-  int turn = 0;  // finished turns
+  int turn = 0;            // finished turns
   int64_t bytes = 0;       // as cached on the device or moved to the host
   int64_t copy_bytes = 0;  // of the copy on the host, inclusive mode
   Place place = Place::kNowhere;
@@ -89,7 +89,9 @@ class Simulation {
   }
 
  private:
-  const SessionClass& Class(const Session& session) const { return request_.mix[static_cast<size_t>(session.kind)]; }
+  const SessionClass& Class(const Session& session) const {
+    return request_.mix[static_cast<size_t>(session.kind)];
+  }
   bool Counted() const { return now_ >= kWarmUp * request_.duration_s; }
 
   void Arrivals() {
@@ -131,7 +133,8 @@ class Simulation {
     const int64_t own = session.place == Place::kDevice ? session.bytes : 0;
     if (session.place == Place::kDevice) gpu.idle.erase({session.last_use, id});
     int64_t evictable = 0;
-    for (auto it = gpu.idle.begin(); it != gpu.idle.end() && gpu.device_used - own + need - evictable > machine_.device_bytes; ++it) {
+    for (auto it = gpu.idle.begin();
+         it != gpu.idle.end() && gpu.device_used - own + need - evictable > machine_.device_bytes; ++it) {
       evictable += sessions_[static_cast<size_t>(it->second)].bytes;
     }
     if (gpu.device_used - own + need - evictable > machine_.device_bytes) {
@@ -163,14 +166,16 @@ class Simulation {
     host_hits_ += session.place == Place::kHost || (session.place == Place::kNowhere && session.host_copy);
   }
 
-  // Seconds until the cache of the turn's past is there: nothing, a copy from the host, or prefill. The copy of an
-  // inclusive host tier stays where it is.
+  // Seconds until the cache of the turn's past is there: nothing, a copy from the host, or prefill. The copy
+  // of an inclusive host tier stays where it is.
   double Fetch(int id, Session* session, Gpu* gpu) {
     const int64_t prompt = TokensAfter(*session) - Class(*session).output_tokens;
-    const bool on_host = session->place == Place::kHost || (session->place == Place::kNowhere && session->host_copy);
+    const bool on_host =
+        session->place == Place::kHost || (session->place == Place::kNowhere && session->host_copy);
     if (session->place == Place::kDevice) return 0;
     if (on_host) {
-      const double seconds = machine_.pcie_gb_s > 0 ? static_cast<double>(session->bytes) / (machine_.pcie_gb_s * 1e9) : 0;
+      const double seconds =
+          machine_.pcie_gb_s > 0 ? static_cast<double>(session->bytes) / (machine_.pcie_gb_s * 1e9) : 0;
       if (session->place == Place::kHost) {
         gpu->host.erase({session->last_use, id});
         gpu->host_used -= session->bytes;
@@ -208,7 +213,9 @@ class Simulation {
   }
 
   // Inclusive copies are as large as the session was when its last turn ended.
-  static int64_t HostBytes(const Session& session) { return session.host_copy ? session.copy_bytes : session.bytes; }
+  static int64_t HostBytes(const Session& session) {
+    return session.host_copy ? session.copy_bytes : session.bytes;
+  }
 
   void Finish(int id) {
     Session& session = sessions_[static_cast<size_t>(id)];
@@ -251,7 +258,8 @@ class Simulation {
     point.recomputed_tokens_per_s = static_cast<double>(recomputed_) / counted_s;
     // Turns that still wait count with what they have waited.
     for (Gpu& gpu : gpus_) {
-      for (int id : gpu.waiting) waits_.push_back(request_.duration_s - sessions_[static_cast<size_t>(id)].wished_at);
+      for (int id : gpu.waiting)
+        waits_.push_back(request_.duration_s - sessions_[static_cast<size_t>(id)].wished_at);
       if (gpu.active > 0) gpu.busy_s += request_.duration_s - gpu.busy_since;
       point.busy += gpu.busy_s / request_.duration_s / static_cast<double>(gpus_.size());
     }
@@ -280,12 +288,14 @@ absl::Status CheckMix(const FleetRequest& request) {
   double sessions = 0;
   for (const SessionClass& kind : request.mix) {
     const std::string place = absl::StrCat("workload '", kind.name, "': ");
-    if (kind.context_tokens < 1 || kind.context_tokens > (int64_t{1} << 26) || kind.output_tokens < 1 || kind.turns < 1 ||
-        kind.turns > 10000) {
-      return absl::InvalidArgumentError(absl::StrCat(place, "context_tokens, output_tokens and turns must be 1 or more"));
+    if (kind.context_tokens < 1 || kind.context_tokens > (int64_t{1} << 26) || kind.output_tokens < 1 ||
+        kind.turns < 1 || kind.turns > 10000) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(place, "context_tokens, output_tokens and turns must be 1 or more"));
     }
     if (!(kind.rate_per_s > 0) || !(kind.think_s >= 0)) {
-      return absl::InvalidArgumentError(absl::StrCat(place, "rate_per_s must be above 0 and think_s 0 or more"));
+      return absl::InvalidArgumentError(
+          absl::StrCat(place, "rate_per_s must be above 0 and think_s 0 or more"));
     }
     if (kind.output_tokens > kind.context_tokens) {
       return absl::InvalidArgumentError(absl::StrCat(place, "output_tokens is larger than context_tokens"));
@@ -293,11 +303,13 @@ absl::Status CheckMix(const FleetRequest& request) {
     sessions += kind.rate_per_s * request.duration_s;
   }
   if (sessions > kMaxSessions) {
-    return absl::InvalidArgumentError(absl::StrCat("workload: ", static_cast<int64_t>(sessions), " sessions in ",
-                                                   request.duration_s, " s, at most ", kMaxSessions, "; shorten --duration"));
+    return absl::InvalidArgumentError(absl::StrCat("workload: ", static_cast<int64_t>(sessions),
+                                                   " sessions in ", request.duration_s, " s, at most ",
+                                                   kMaxSessions, "; shorten --duration"));
   }
   if (!(request.duration_s > 0) || !(request.prefill_tokens_per_s > 0) || request.max_gpus < 1) {
-    return absl::InvalidArgumentError("duration, prefill rate and the largest number of GPUs must be above 0");
+    return absl::InvalidArgumentError(
+        "duration, prefill rate and the largest number of GPUs must be above 0");
   }
   return absl::OkStatus();
 }
@@ -352,29 +364,49 @@ std::vector<int64_t> HostSizes(const FleetRequest& request, int64_t device_bytes
   return {0, device_bytes / 4, device_bytes / 2, device_bytes, 2 * device_bytes, 4 * device_bytes};
 }
 
+int FindBest(const std::vector<FleetPoint>& points) {
+  int best = -1;
+  for (int i = 0; i < static_cast<int>(points.size()); ++i) {
+    const FleetPoint& point = points[static_cast<size_t>(i)];
+    if (point.gpus == 0) continue;
+    if (best < 0) {
+      best = i;
+      continue;
+    }
+    const FleetPoint& least = points[static_cast<size_t>(best)];
+    if (point.gpus < least.gpus || (point.gpus == least.gpus && point.host_bytes < least.host_bytes))
+      best = i;
+  }
+  return best;
+}
+
 void AddWarnings(const FleetRequest& request, FleetResult* result) {
   const FleetPoint& none = result->points.front();
   for (const FleetPoint& point : result->points) {
     if (point.host_bytes == 0) continue;
     if (request.mode == HostTierMode::kInclusive && point.host_bytes <= result->device_tier_bytes) {
       result->warnings.push_back(absl::StrCat("a write-through host tier of ", FormatBytes(point.host_bytes),
-                                              " is not larger than the device tier of ", FormatBytes(result->device_tier_bytes),
+                                              " is not larger than the device tier of ",
+                                              FormatBytes(result->device_tier_bytes),
                                               ": it holds copies of what the device has and gains nothing"));
     } else if (none.host_bytes == 0 && point.miss > none.miss - kLittleGain) {
-      result->warnings.push_back(absl::StrCat("a host tier of ", FormatBytes(point.host_bytes), " gains less than ",
-                                              absl::StrFormat("%.1f %%", 100 * kLittleGain), " of the returning turns"));
+      result->warnings.push_back(
+          absl::StrCat("a host tier of ", FormatBytes(point.host_bytes), " gains less than ",
+                       absl::StrFormat("%.1f %%", 100 * kLittleGain), " of the returning turns"));
     }
   }
   for (const SessionClass& kind : request.mix) {
     if (kind.turns > 1) return;
   }
-  result->warnings.push_back("no class has more than one turn: nothing ever comes back, a host tier cannot help");
+  result->warnings.push_back(
+      "no class has more than one turn: nothing ever comes back, a host tier cannot help");
 }
 
 }  // namespace
 
 absl::StatusOr<std::vector<SessionClass>> ParseMixCsv(const std::string& csv, const std::string& file_name) {
-  KVTIDE_ASSIGN_OR_RETURN(const std::vector<CsvRow> rows, ParseCsv(csv, file_name, {"context_tokens", "rate_per_s"}));
+  KVTIDE_ASSIGN_OR_RETURN(const std::vector<CsvRow> rows,
+                          ParseCsv(csv, file_name, {"context_tokens", "rate_per_s"}));
   std::vector<SessionClass> mix;
   for (const CsvRow& row : rows) {
     SessionClass kind;
@@ -382,10 +414,12 @@ absl::StatusOr<std::vector<SessionClass>> ParseMixCsv(const std::string& csv, co
     kind.name = row.Text("name").empty() ? row.place() : row.Text("name");
     KVTIDE_ASSIGN_OR_RETURN(kind.context_tokens, row.Integer("context_tokens"));
     KVTIDE_ASSIGN_OR_RETURN(kind.rate_per_s, row.Number("rate_per_s"));
-    KVTIDE_ASSIGN_OR_RETURN(kind.output_tokens, row.Integer("output_tokens", std::min<int64_t>(256, kind.context_tokens)));
+    KVTIDE_ASSIGN_OR_RETURN(kind.output_tokens,
+                            row.Integer("output_tokens", std::min<int64_t>(256, kind.context_tokens)));
     KVTIDE_ASSIGN_OR_RETURN(turns, row.Integer("turns", 1));
     KVTIDE_ASSIGN_OR_RETURN(kind.think_s, row.Number("think_s", 30));
-    if (turns < 1 || turns > 10000) return absl::InvalidArgumentError(absl::StrCat(row.place(), ": turns is ", turns));
+    if (turns < 1 || turns > 10000)
+      return absl::InvalidArgumentError(absl::StrCat(row.place(), ": turns is ", turns));
     kind.turns = static_cast<int>(turns);
     mix.push_back(kind);
   }
@@ -398,21 +432,24 @@ absl::StatusOr<FleetResult> SimulateFleet(const FleetRequest& request) {
   plan.pairs = {request.pair};
   plan.workload.contexts = {1};
   plan.workload.concurrency = 1;
-  for (const SessionClass& kind : request.mix) plan.workload.contexts[0] = std::max(plan.workload.contexts[0], kind.context_tokens);
+  for (const SessionClass& kind : request.mix)
+    plan.workload.contexts[0] = std::max(plan.workload.contexts[0], kind.context_tokens);
   KVTIDE_ASSIGN_OR_RETURN(const Plan largest, MakePlan(plan));
   const Candidate& candidate = largest.contexts.front().candidates.front();
   if (candidate.free_bytes < 0) {
-    return absl::FailedPreconditionError(absl::StrCat("one session of ", plan.workload.contexts[0], " tokens in ",
-                                                      request.pair.Name(), " misses ", FormatBytes(-candidate.free_bytes),
-                                                      " on ", request.plan.device.name));
+    return absl::FailedPreconditionError(
+        absl::StrCat("one session of ", plan.workload.contexts[0], " tokens in ", request.pair.Name(),
+                     " misses ", FormatBytes(-candidate.free_bytes), " on ", request.plan.device.name));
   }
   if (!candidate.speed.known) {
-    return absl::InvalidArgumentError("the bandwidth of the device and the weights must be known to simulate a fleet");
+    return absl::InvalidArgumentError(
+        "the bandwidth of the device and the weights must be known to simulate a fleet");
   }
   const ModelGeometry rank = PerDeviceGeometry(plan);
   KVTIDE_ASSIGN_OR_RETURN(const std::unique_ptr<KvSizer> sizer,
                           MakeKvSizer(plan.engine, rank, GroupLayers(rank), candidate.asked));
-  Machine machine{candidate.kv_bytes + candidate.free_bytes, sizer.get(), StepTimes(request, *sizer), plan.device.pcie_gb_s};
+  Machine machine{candidate.kv_bytes + candidate.free_bytes, sizer.get(), StepTimes(request, *sizer),
+                  plan.device.pcie_gb_s};
   FleetResult result;
   result.device_tier_bytes = machine.device_bytes;
   for (int64_t host_bytes : HostSizes(request, machine.device_bytes)) {
@@ -425,26 +462,42 @@ absl::StatusOr<FleetResult> SimulateFleet(const FleetRequest& request) {
     point = Simulation(request, machine, result.compared_gpus, point.host_bytes).Run();
     point.gpus = fewest;
   }
+  result.best = FindBest(result.points);
   AddWarnings(request, &result);
   return result;
 }
 
 std::string RenderFleetTable(const FleetRequest& request, const FleetResult& result) {
-  std::string text = absl::StrFormat("%s, %s, %s on %s: device tier %s per GPU, seed %d\n", request.plan.model.name,
-                                     EngineName(request.plan.engine.engine), request.pair.Name(), request.plan.device.name,
-                                     FormatBytes(result.device_tier_bytes), request.seed);
-  absl::StrAppendFormat(&text, "%12s %6s %11s %9s %7s %15s %10s %6s\n", "host/GPU", "GPUs", "device hit", "host hit", "miss",
-                        "recomputed t/s", "wait p95 s", "busy");
+  std::string text =
+      absl::StrFormat("%s, %s, %s on %s: device tier %s per GPU, seed %d\n", request.plan.model.name,
+                      EngineName(request.plan.engine.engine), request.pair.Name(), request.plan.device.name,
+                      FormatBytes(result.device_tier_bytes), request.seed);
+  absl::StrAppendFormat(&text, "%12s %6s %11s %9s %7s %15s %10s %6s\n", "host/GPU", "GPUs", "device hit",
+                        "host hit", "miss", "recomputed t/s", "wait p95 s", "busy");
   for (const FleetPoint& point : result.points) {
-    absl::StrAppendFormat(&text, "%12s %6s %10.1f%% %8.1f%% %6.1f%% %15.0f %10.2f %5.0f%%\n", FormatBytes(point.host_bytes),
-                          point.gpus == 0 ? absl::StrCat(">", request.max_gpus) : absl::StrCat(point.gpus), 100 * point.device_hit,
-                          100 * point.host_hit, 100 * point.miss, point.recomputed_tokens_per_s, point.wait_p95_s, 100 * point.busy);
+    absl::StrAppendFormat(&text, "%12s %6s %10.1f%% %8.1f%% %6.1f%% %15.0f %10.2f %5.0f%%\n",
+                          FormatBytes(point.host_bytes),
+                          point.gpus == 0 ? absl::StrCat(">", request.max_gpus) : absl::StrCat(point.gpus),
+                          100 * point.device_hit, 100 * point.host_hit, 100 * point.miss,
+                          point.recomputed_tokens_per_s, point.wait_p95_s, 100 * point.busy);
   }
-  absl::StrAppendFormat(&text, "hits, waits and load are those of %d GPUs; GPUs = fewest that keep the wait below %.1f s\n",
-                        result.compared_gpus, request.max_wait_s);
+  absl::StrAppendFormat(
+      &text, "hits, waits and load are those of %d GPUs; GPUs = fewest that keep the wait below %.1f s\n",
+      result.compared_gpus, request.max_wait_s);
+  if (result.best >= 0) {
+    const FleetPoint& best = result.points[static_cast<size_t>(result.best)];
+    absl::StrAppend(&text, "answer: ", best.gpus, best.gpus == 1 ? " GPU" : " GPUs", " with ",
+                    best.host_bytes == 0
+                        ? std::string("no host tier")
+                        : absl::StrCat("a host tier of ", FormatBytes(best.host_bytes), " each"),
+                    "\n");
+  } else {
+    absl::StrAppend(&text, "answer: ", request.max_gpus, " GPUs do not suffice\n");
+  }
   for (const std::string& warning : result.warnings) absl::StrAppend(&text, "warning: ", warning, "\n");
-  absl::StrAppendFormat(&text, "assumed: prefill at %.0f tokens/s per GPU; a turn keeps the step time it started with\n",
-                        request.prefill_tokens_per_s);
+  absl::StrAppendFormat(
+      &text, "assumed: prefill at %.0f tokens/s per GPU; a turn keeps the step time it started with\n",
+      request.prefill_tokens_per_s);
   return text;
 }
 
@@ -472,6 +525,7 @@ std::string RenderFleetJson(const FleetRequest& request, const FleetResult& resu
                               {"busy", point.busy},
                               {"turns", point.turns}});
   }
+  json["best"] = result.best >= 0 ? nlohmann::ordered_json(result.best) : nlohmann::ordered_json(nullptr);
   json["warnings"] = result.warnings;
   return json.dump(2) + "\n";
 }

@@ -1,7 +1,7 @@
-// How many GPUs a mix of conversations needs, and what a host tier is worth: a simulation over the planner's bytes and
-// step times. Sessions arrive (Poisson, fixed seed), grow turn by turn, rest between turns, are moved to the host tier
-// or dropped when the device fills (least recently used first), and are recomputed when they come back to nothing.
-// Deterministic for a seed; no clock, no threads.
+// How many GPUs a mix of conversations needs, and what a host tier is worth: a simulation over the planner's
+// bytes and step times. Sessions arrive (Poisson, fixed seed), grow turn by turn, rest between turns, are
+// moved to the host tier or dropped when the device fills (least recently used first), and are recomputed
+// when they come back to nothing. Deterministic for a seed; no clock, no threads.
 #pragma once
 
 #include <cstdint>
@@ -16,11 +16,11 @@ namespace kvtide::planner {
 // One kind of conversation.
 struct SessionClass {
   std::string name;
-  int64_t context_tokens = 0;  // at its end
+  int64_t context_tokens = 0;   // at its end
   int64_t output_tokens = 256;  // per turn
   int turns = 1;
-  double think_s = 30;          // between turns
-  double rate_per_s = 0;        // new sessions per second, whole fleet
+  double think_s = 30;    // between turns
+  double rate_per_s = 0;  // new sessions per second, whole fleet
 };
 
 // CSV with columns context_tokens, rate_per_s and optionally name, output_tokens, turns, think_s.
@@ -32,14 +32,15 @@ enum class HostTierMode {
 };
 
 struct FleetRequest {
-  PlanRequest plan;   // one GPU (or tensor-parallel group); contexts and concurrency are ignored
+  PlanRequest plan;  // one GPU (or tensor-parallel group); contexts and concurrency are ignored
   TypePair pair;
   std::vector<SessionClass> mix;
-  std::vector<int64_t> host_bytes;  // per GPU, one simulation each; empty: 0, 1/4, 1/2, 1, 2, 4 times the device tier
+  std::vector<int64_t>
+      host_bytes;  // per GPU, one simulation each; empty: 0, 1/4, 1/2, 1, 2, 4 times the device tier
   HostTierMode mode = HostTierMode::kExclusive;
   double prefill_tokens_per_s = 5000;  // a guess unless measured
-  double max_wait_s = 2;     // 95th percentile of waiting for room that is still acceptable
-  double duration_s = 3600;  // simulated; the first quarter is not counted
+  double max_wait_s = 2;               // 95th percentile of waiting for room that is still acceptable
+  double duration_s = 3600;            // simulated; the first quarter is not counted
   uint64_t seed = 1;
   int max_gpus = 256;
 };
@@ -59,8 +60,9 @@ struct FleetPoint {
 
 struct FleetResult {
   int64_t device_tier_bytes = 0;  // cache per GPU
-  int compared_gpus = 0;          // the fleet on which the points are compared: the largest that any of them needs
+  int compared_gpus = 0;  // the fleet on which the points are compared: the largest that any of them needs
   std::vector<FleetPoint> points;
+  int best = -1;  // index into points: fewest GPUs, then the smallest host tier; -1 = max_gpus do not suffice
   std::vector<std::string> warnings;
 };
 

@@ -21,7 +21,8 @@ absl::Status ValidateAttention(const LayerGeometry& layer, int index) {
     return LayerError(index, absl::StrCat("n_kv_heads is ", layer.n_kv_heads, ", expected 1 to ", kMaxHeads));
   }
   if (layer.head_dim_k < 1 || layer.head_dim_k > kMaxHeadDim) {
-    return LayerError(index, absl::StrCat("head_dim_k is ", layer.head_dim_k, ", expected 1 to ", kMaxHeadDim));
+    return LayerError(index,
+                      absl::StrCat("head_dim_k is ", layer.head_dim_k, ", expected 1 to ", kMaxHeadDim));
   }
   const bool mla = layer.kind == LayerKind::kMla;
   if (mla ? layer.head_dim_v != 0 : (layer.head_dim_v < 1 || layer.head_dim_v > kMaxHeadDim)) {
@@ -74,13 +75,20 @@ int64_t SliceWeight(const ModelGeometry& model, int begin, int end) {
 
 const char* LayerKindName(LayerKind kind) {
   switch (kind) {
-    case LayerKind::kFull: return "full";
-    case LayerKind::kSliding: return "sliding";
-    case LayerKind::kChunked: return "chunked";
-    case LayerKind::kMla: return "mla";
-    case LayerKind::kRecurrent: return "recurrent";
-    case LayerKind::kShared: return "shared";
-    case LayerKind::kNone: return "none";
+    case LayerKind::kFull:
+      return "full";
+    case LayerKind::kSliding:
+      return "sliding";
+    case LayerKind::kChunked:
+      return "chunked";
+    case LayerKind::kMla:
+      return "mla";
+    case LayerKind::kRecurrent:
+      return "recurrent";
+    case LayerKind::kShared:
+      return "shared";
+    case LayerKind::kNone:
+      return "none";
   }
   return "unknown";
 }
@@ -88,15 +96,16 @@ const char* LayerKindName(LayerKind kind) {
 absl::Status ValidateGeometry(const ModelGeometry& model) {
   if (model.layers.empty()) return absl::InvalidArgumentError("the model has no layers");
   if (model.layers.size() > kMaxLayers) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("the model has ", model.layers.size(), " layers, at most ", kMaxLayers, " are supported"));
+    return absl::InvalidArgumentError(absl::StrCat("the model has ", model.layers.size(), " layers, at most ",
+                                                   kMaxLayers, " are supported"));
   }
   for (int i = 0; i < static_cast<int>(model.layers.size()); ++i) {
     const LayerGeometry& layer = model.layers[i];
     absl::Status status;
     if (layer.OwnsCache()) status = ValidateAttention(layer, i);
     if (layer.kind == LayerKind::kShared) status = ValidateSharing(model, i);
-    if (layer.kind == LayerKind::kRecurrent && (layer.state_bytes < 0 || layer.state_bytes > kMaxStateBytes)) {
+    if (layer.kind == LayerKind::kRecurrent &&
+        (layer.state_bytes < 0 || layer.state_bytes > kMaxStateBytes)) {
       status = LayerError(i, absl::StrCat("state_bytes is ", layer.state_bytes));
     }
     if (!status.ok()) return status;

@@ -22,7 +22,22 @@ constexpr int64_t kMaxElements = int64_t{1} << 48;
 constexpr size_t kMaxHeaderBytes = size_t{1} << 30;
 constexpr int64_t kMaxParts = 9999;
 
-enum ValueType : uint32_t { kU8, kI8, kU16, kI16, kU32, kI32, kF32, kBool, kString, kArray, kU64, kI64, kF64, kTypes };
+enum ValueType : uint32_t {
+  kU8,
+  kI8,
+  kU16,
+  kI16,
+  kU32,
+  kI32,
+  kF32,
+  kBool,
+  kString,
+  kArray,
+  kU64,
+  kI64,
+  kF64,
+  kTypes
+};
 
 int SizeOf(uint32_t type) {
   static const int sizes[kTypes] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
@@ -37,10 +52,11 @@ struct TensorType {
 // ggml's numbers of tensor types; {0, 0} where a number was retired.
 TensorType FindTensorType(uint32_t type) {
   static const TensorType types[] = {
-      {1, 4},     {1, 2},     {32, 18},   {32, 20},   {0, 0},     {0, 0},     {32, 22},   {32, 24},   {32, 34},  {32, 36},
-      {256, 84},  {256, 110}, {256, 144}, {256, 176}, {256, 210}, {256, 292}, {256, 66},  {256, 74},  {256, 98}, {256, 50},
-      {32, 18},   {256, 110}, {256, 82},  {256, 136}, {1, 1},     {1, 2},     {1, 4},     {1, 8},     {1, 8},    {256, 56},
-      {1, 2},     {0, 0},     {0, 0},     {0, 0},     {256, 54},  {256, 66},  {0, 0},     {0, 0},     {0, 0},    {32, 17}};
+      {1, 4},    {1, 2},    {32, 18},  {32, 20},   {0, 0},     {0, 0},     {32, 22},   {32, 24},
+      {32, 34},  {32, 36},  {256, 84}, {256, 110}, {256, 144}, {256, 176}, {256, 210}, {256, 292},
+      {256, 66}, {256, 74}, {256, 98}, {256, 50},  {32, 18},   {256, 110}, {256, 82},  {256, 136},
+      {1, 1},    {1, 2},    {1, 4},    {1, 8},     {1, 8},     {256, 56},  {1, 2},     {0, 0},
+      {0, 0},    {0, 0},    {256, 54}, {256, 66},  {0, 0},     {0, 0},     {0, 0},     {32, 17}};
   return type < std::size(types) ? types[type] : TensorType{0, 0};
 }
 
@@ -60,8 +76,8 @@ class Reader {
   absl::StatusOr<std::string> String(const char* what, uint64_t limit) {
     KVTIDE_ASSIGN_OR_RETURN(const uint64_t length, Scalar<uint64_t>(what));
     if (length > limit) {
-      return absl::InvalidArgumentError(absl::StrCat(what, " of ", length, " bytes at byte ", at_, ", at most ", limit,
-                                                     " are allowed"));
+      return absl::InvalidArgumentError(
+          absl::StrCat(what, " of ", length, " bytes at byte ", at_, ", at most ", limit, " are allowed"));
     }
     if (bytes_.size() - at_ < length) return Truncated(what);
     std::string text(bytes_.substr(at_, length));
@@ -79,7 +95,8 @@ class Reader {
 
  private:
   absl::Status Truncated(const char* what) const {
-    return absl::OutOfRangeError(absl::StrCat("the file ends at byte ", bytes_.size(), " inside ", what, " (truncated?)"));
+    return absl::OutOfRangeError(
+        absl::StrCat("the file ends at byte ", bytes_.size(), " inside ", what, " (truncated?)"));
   }
 
   std::string_view bytes_;
@@ -88,17 +105,27 @@ class Reader {
 
 absl::StatusOr<int64_t> ReadInteger(Reader& reader, uint32_t type) {
   switch (type) {
-    case kU8: case kBool: return reader.Scalar<uint8_t>("a value");
-    case kI8: return reader.Scalar<int8_t>("a value");
-    case kU16: return reader.Scalar<uint16_t>("a value");
-    case kI16: return reader.Scalar<int16_t>("a value");
-    case kU32: return reader.Scalar<uint32_t>("a value");
-    case kI32: return reader.Scalar<int32_t>("a value");
-    case kI64: return reader.Scalar<int64_t>("a value");
-    default: break;
+    case kU8:
+    case kBool:
+      return reader.Scalar<uint8_t>("a value");
+    case kI8:
+      return reader.Scalar<int8_t>("a value");
+    case kU16:
+      return reader.Scalar<uint16_t>("a value");
+    case kI16:
+      return reader.Scalar<int16_t>("a value");
+    case kU32:
+      return reader.Scalar<uint32_t>("a value");
+    case kI32:
+      return reader.Scalar<int32_t>("a value");
+    case kI64:
+      return reader.Scalar<int64_t>("a value");
+    default:
+      break;
   }
   KVTIDE_ASSIGN_OR_RETURN(const uint64_t value, reader.Scalar<uint64_t>("a value"));
-  if (value > static_cast<uint64_t>(INT64_MAX)) return absl::InvalidArgumentError("a number does not fit 63 bits");
+  if (value > static_cast<uint64_t>(INT64_MAX))
+    return absl::InvalidArgumentError("a number does not fit 63 bits");
   return static_cast<int64_t>(value);
 }
 
@@ -110,7 +137,8 @@ absl::StatusOr<GgufArray> ReadArray(Reader& reader) {
     return absl::InvalidArgumentError(absl::StrCat("arrays of value type ", type, " are not supported"));
   }
   if (array.count > kMaxArray) {
-    return absl::InvalidArgumentError(absl::StrCat("an array of ", array.count, " entries, at most ", kMaxArray, " are allowed"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("an array of ", array.count, " entries, at most ", kMaxArray, " are allowed"));
   }
   if (type == kString) {
     for (uint64_t i = 0; i < array.count; ++i) {
@@ -151,7 +179,8 @@ absl::StatusOr<GgufValue> ReadValue(Reader& reader) {
       KVTIDE_ASSIGN_OR_RETURN(GgufArray value, ReadArray(reader));
       return GgufValue(std::move(value));
     }
-    default: break;
+    default:
+      break;
   }
   if (type >= kTypes) return absl::InvalidArgumentError(absl::StrCat("unknown value type ", type));
   KVTIDE_ASSIGN_OR_RETURN(const int64_t value, ReadInteger(reader, type));
@@ -163,7 +192,9 @@ absl::StatusOr<GgufTensor> ReadTensor(Reader& reader) {
   KVTIDE_ASSIGN_OR_RETURN(tensor.name, reader.String("a tensor name", kMaxKeyBytes));
   KVTIDE_ASSIGN_OR_RETURN(const uint32_t dims, reader.Scalar<uint32_t>("a tensor"));
   const std::string name = tensor.name.substr(0, 128);
-  if (dims > 4) return absl::InvalidArgumentError(absl::StrCat("tensor '", name, "' has ", dims, " dimensions, at most 4 are allowed"));
+  if (dims > 4)
+    return absl::InvalidArgumentError(
+        absl::StrCat("tensor '", name, "' has ", dims, " dimensions, at most 4 are allowed"));
   tensor.elements = 1;
   uint64_t row = 1;
   for (uint32_t i = 0; i < dims; ++i) {
@@ -178,10 +209,11 @@ absl::StatusOr<GgufTensor> ReadTensor(Reader& reader) {
   KVTIDE_ASSIGN_OR_RETURN(const uint32_t type, reader.Scalar<uint32_t>("a tensor"));
   KVTIDE_RETURN_IF_ERROR(reader.Scalar<uint64_t>("a tensor").status());
   const TensorType format = FindTensorType(type);
-  if (format.group == 0) return absl::InvalidArgumentError(absl::StrCat("tensor '", name, "' has unknown type ", type));
+  if (format.group == 0)
+    return absl::InvalidArgumentError(absl::StrCat("tensor '", name, "' has unknown type ", type));
   if (row % static_cast<uint64_t>(format.group) != 0) {
-    return absl::InvalidArgumentError(absl::StrCat("tensor '", name, "': rows of ", row, " values are not a multiple of ",
-                                                   format.group));
+    return absl::InvalidArgumentError(
+        absl::StrCat("tensor '", name, "': rows of ", row, " values are not a multiple of ", format.group));
   }
   tensor.bytes = tensor.elements / format.group * format.bytes;
   return tensor;
@@ -190,7 +222,8 @@ absl::StatusOr<GgufTensor> ReadTensor(Reader& reader) {
 // Path of part `number` of a split whose first part is `path`.
 std::string PartPath(const std::string& path, int64_t number, int64_t parts) {
   const std::string suffix = absl::StrFormat("-%05d-of-%05d.gguf", 1, parts);
-  if (path.size() < suffix.size() || path.compare(path.size() - suffix.size(), suffix.size(), suffix) != 0) return "";
+  if (path.size() < suffix.size() || path.compare(path.size() - suffix.size(), suffix.size(), suffix) != 0)
+    return "";
   return path.substr(0, path.size() - suffix.size()) + absl::StrFormat("-%05d-of-%05d.gguf", number, parts);
 }
 
@@ -227,9 +260,11 @@ absl::StatusOr<std::vector<int64_t>> GgufFile::Integers(const std::string& key, 
   if (const int64_t* value = std::get_if<int64_t>(&it->second)) return std::vector<int64_t>(count, *value);
   if (const GgufArray* array = std::get_if<GgufArray>(&it->second)) {
     if (array->integers.size() < count) {
-      return absl::InvalidArgumentError(absl::StrCat("'", key, "' has ", array->integers.size(), " entries, ", count, " are needed"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("'", key, "' has ", array->integers.size(), " entries, ", count, " are needed"));
     }
-    return std::vector<int64_t>(array->integers.begin(), array->integers.begin() + static_cast<std::ptrdiff_t>(count));
+    return std::vector<int64_t>(array->integers.begin(),
+                                array->integers.begin() + static_cast<std::ptrdiff_t>(count));
   }
   return absl::InvalidArgumentError(absl::StrCat("'", key, "' is neither a whole number nor a list of them"));
 }
@@ -243,13 +278,15 @@ absl::StatusOr<GgufFile> ParseGguf(std::string_view header) {
   KVTIDE_RETURN_IF_ERROR(reader.Skip(4, "the magic"));
   KVTIDE_ASSIGN_OR_RETURN(file.version, reader.Scalar<uint32_t>("the version"));
   if (file.version != 2 && file.version != 3) {
-    return absl::InvalidArgumentError(absl::StrCat("GGUF version ", file.version, " is not supported (2 and 3 are",
+    return absl::InvalidArgumentError(absl::StrCat("GGUF version ", file.version,
+                                                   " is not supported (2 and 3 are",
                                                    file.version > 0xffff ? "; a big-endian file?)" : ")"));
   }
   KVTIDE_ASSIGN_OR_RETURN(const uint64_t tensors, reader.Scalar<uint64_t>("the tensor count"));
   KVTIDE_ASSIGN_OR_RETURN(const uint64_t entries, reader.Scalar<uint64_t>("the metadata count"));
   if (tensors > kMaxTensors || entries > kMaxMetadata) {
-    return absl::InvalidArgumentError(absl::StrCat("absurd counts: ", tensors, " tensors, ", entries, " metadata entries"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("absurd counts: ", tensors, " tensors, ", entries, " metadata entries"));
   }
   for (uint64_t i = 0; i < entries; ++i) {
     KVTIDE_ASSIGN_OR_RETURN(std::string key, reader.String("a metadata key", kMaxKeyBytes));
@@ -259,7 +296,8 @@ absl::StatusOr<GgufFile> ParseGguf(std::string_view header) {
   }
   for (uint64_t i = 0; i < tensors; ++i) {
     KVTIDE_ASSIGN_OR_RETURN(GgufTensor tensor, ReadTensor(reader));
-    if (file.tensor_bytes > INT64_MAX - tensor.bytes) return absl::InvalidArgumentError("the sum of all tensors overflows");
+    if (file.tensor_bytes > INT64_MAX - tensor.bytes)
+      return absl::InvalidArgumentError("the sum of all tensors overflows");
     file.tensor_bytes += tensor.bytes;
     file.tensors.push_back(std::move(tensor));
   }
@@ -272,12 +310,14 @@ absl::StatusOr<GgufFile> ReadGguf(const std::string& path) {
   KVTIDE_ASSIGN_OR_RETURN(const int64_t number, file.Integer("split.no", 0));
   if (parts <= 1) return file;
   if (parts > kMaxParts || number != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(path, ": part ", number + 1, " of ", parts, "; name the first part"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(path, ": part ", number + 1, " of ", parts, "; name the first part"));
   }
   for (int64_t part = 2; part <= parts; ++part) {
     const std::string next = PartPath(path, part, parts);
     if (next.empty()) {
-      return absl::InvalidArgumentError(absl::StrCat(path, ": split.count is ", parts, " but the name does not end in ",
+      return absl::InvalidArgumentError(absl::StrCat(path, ": split.count is ", parts,
+                                                     " but the name does not end in ",
                                                      absl::StrFormat("-00001-of-%05d.gguf", parts)));
     }
     KVTIDE_ASSIGN_OR_RETURN(const GgufFile more, ReadOne(next));

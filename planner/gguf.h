@@ -1,6 +1,6 @@
-// Reads the header of a GGUF file: metadata and tensor sizes, no tensor data. Every count, length and product is
-// checked before it is used; a damaged file gives one clear error. Arrays of numbers are kept up to a limit, arrays
-// of strings (vocabularies) only as their length.
+// Reads the header of a GGUF file: metadata and tensor sizes, no tensor data. Every count, length and product
+// is checked before it is used; a damaged file gives one clear error. Arrays of numbers are kept up to a
+// limit, arrays of strings (vocabularies) only as their length.
 #pragma once
 
 #include <cstdint>

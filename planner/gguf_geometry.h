@@ -13,7 +13,8 @@ namespace kvtide::planner {
 absl::StatusOr<ModelGeometry> GeometryFromGguf(const GgufFile& file, const std::string& name,
                                                const ReadOptions& options = {});
 
-// Bytes on the GPU with all layers offloaded: the token embedding stays on the CPU, unless it doubles as output matrix.
+// Bytes on the GPU with all layers offloaded: the token embedding stays on the CPU, unless it doubles as
+// output matrix.
 int64_t GgufDeviceBytes(const GgufFile& file);
 
 }  // namespace kvtide::planner

@@ -41,8 +41,8 @@ struct Item {
 
 using ItemList = absl::InlinedVector<Item, 16>;
 
-const char* ItemKindName(ItemKind kind);      // "kv_full": stable, for JSON and CSV
-const char* ItemKindLabel(ItemKind kind);     // "KV, full attention": for people
+const char* ItemKindName(ItemKind kind);   // "kv_full": stable, for JSON and CSV
+const char* ItemKindLabel(ItemKind kind);  // "KV, full attention": for people
 const char* ProvenanceName(Provenance provenance);
 
 inline int64_t TotalBytes(const ItemList& items) {

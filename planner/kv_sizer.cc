@@ -11,13 +11,24 @@ namespace kvtide::planner {
 
 void KvBytes::Add(LayerKind kind, int64_t bytes) {
   switch (kind) {
-    case LayerKind::kFull: full += bytes; break;
-    case LayerKind::kSliding: sliding += bytes; break;
-    case LayerKind::kChunked: chunked += bytes; break;
-    case LayerKind::kMla: latent += bytes; break;
-    case LayerKind::kRecurrent: recurrent += bytes; break;
+    case LayerKind::kFull:
+      full += bytes;
+      break;
+    case LayerKind::kSliding:
+      sliding += bytes;
+      break;
+    case LayerKind::kChunked:
+      chunked += bytes;
+      break;
+    case LayerKind::kMla:
+      latent += bytes;
+      break;
+    case LayerKind::kRecurrent:
+      recurrent += bytes;
+      break;
     case LayerKind::kShared:
-    case LayerKind::kNone: break;
+    case LayerKind::kNone:
+      break;
   }
 }
 
@@ -46,11 +57,15 @@ int64_t KvSizer::LiveValues(int64_t context) const {
 }
 
 absl::StatusOr<std::unique_ptr<KvSizer>> MakeKvSizer(const EngineOptions& options, const ModelGeometry& model,
-                                                     const std::vector<LayerGroup>& groups, const TypePair& pair) {
+                                                     const std::vector<LayerGroup>& groups,
+                                                     const TypePair& pair) {
   switch (options.engine) {
-    case Engine::kLlamaCpp: return MakeLlamaCppSizer(options, model, groups, pair);
-    case Engine::kVllm: return MakeVllmSizer(options, groups, pair);
-    case Engine::kKvtide: return MakeKvtideSizer(options, groups, pair);
+    case Engine::kLlamaCpp:
+      return MakeLlamaCppSizer(options, model, groups, pair);
+    case Engine::kVllm:
+      return MakeVllmSizer(options, groups, pair);
+    case Engine::kKvtide:
+      return MakeKvtideSizer(options, groups, pair);
   }
   return absl::InvalidArgumentError("unknown engine");
 }
@@ -58,9 +73,15 @@ absl::StatusOr<std::unique_ptr<KvSizer>> MakeKvSizer(const EngineOptions& option
 std::vector<TypePair> DefaultPairs(Engine engine, bool latent_only) {
   std::vector<TypePair> pairs;
   switch (engine) {
-    case Engine::kLlamaCpp: pairs = LlamaCppPairs(); break;
-    case Engine::kVllm: pairs = VllmPairs(); break;
-    case Engine::kKvtide: pairs = KvtidePairs(); break;
+    case Engine::kLlamaCpp:
+      pairs = LlamaCppPairs();
+      break;
+    case Engine::kVllm:
+      pairs = VllmPairs();
+      break;
+    case Engine::kKvtide:
+      pairs = KvtidePairs();
+      break;
   }
   if (!latent_only) return pairs;
   std::vector<TypePair> latent;

@@ -1,6 +1,6 @@
-// How many bytes the cache of one pair takes in one engine. A KvSizer is made once per (model, pair) and is then a
-// cheap pure function of the load, so that a plan may ask it thousands of times. It borrows nothing; const calls
-// may run in parallel.
+// How many bytes the cache of one pair takes in one engine. A KvSizer is made once per (model, pair) and is
+// then a cheap pure function of the load, so that a plan may ask it thousands of times. It borrows nothing;
+// const calls may run in parallel.
 #pragma once
 
 #include <cstdint>
@@ -16,9 +16,9 @@
 namespace kvtide::planner {
 
 struct KvLoad {
-  int64_t context = 0;         // tokens per sequence
+  int64_t context = 0;  // tokens per sequence
   int64_t sequences = 1;
-  int64_t shared_prefix = 0;   // tokens that all sequences have in common, < context
+  int64_t shared_prefix = 0;  // tokens that all sequences have in common, < context
 };
 
 struct KvBytes {
@@ -73,7 +73,8 @@ class KvSizer {
 
 // InvalidArgument when the engine does not know a type or cannot store a head dim in it.
 absl::StatusOr<std::unique_ptr<KvSizer>> MakeKvSizer(const EngineOptions& options, const ModelGeometry& model,
-                                                     const std::vector<LayerGroup>& groups, const TypePair& pair);
+                                                     const std::vector<LayerGroup>& groups,
+                                                     const TypePair& pair);
 
 // Pairs that are worth listing for an engine when the request names none.
 std::vector<TypePair> DefaultPairs(Engine engine, bool latent_only);

@@ -11,7 +11,6 @@
 namespace kvtide::planner {
 namespace {
 
-
 // Blocks of one sequence whose tokens lie in the shared prefix, at rest.
 BlockCounts SharedBlocks(const KvLoad& load, ExactWindow exact, int64_t window) {
   const int64_t full = load.context / kBlockTokens;
@@ -83,21 +82,24 @@ class KvtideSizer : public KvSizer {
     for (size_t i = 0; i < groups_.size(); ++i) {
       const LayerGroup& group = groups_[i].group;
       if (group.kind == LayerKind::kRecurrent) {
-        lines.push_back(absl::StrCat("recurrent, ", groups_[i].layers, " layers: ", group.state_bytes, " B x ",
-                                     groups_[i].layers, " x ", load.sequences, " sequences, kept by the engine"));
+        lines.push_back(absl::StrCat("recurrent, ", groups_[i].layers, " layers: ", group.state_bytes,
+                                     " B x ", groups_[i].layers, " x ", load.sequences,
+                                     " sequences, kept by the engine"));
         continue;
       }
       const BlockCounts one = CountLiveBlocks(load.context, exact_, group.window);
       const BlockCounts all = CountLoad(load, exact_, group.window);
-      lines.push_back(absl::StrCat(LayerKindName(group.kind), ", ", groups_[i].layers, " layers x ", group.n_kv_heads,
-                                   " KV heads, ", kBlockTokens, " tokens per block: one sequence of ", load.context,
-                                   " tokens holds ", one.coded, " coded and ", one.exact, " exact blocks"));
-      lines.push_back(absl::StrCat("  coded block = ", groups_[i].layers, " x ", group.n_kv_heads, " records of ",
-                                   coded_bytes_[i] / (groups_[i].layers * group.n_kv_heads), " B = ", coded_bytes_[i],
-                                   " B; exact block = ", exact_bytes_[i], " B"));
-      lines.push_back(absl::StrCat("  ", all.coded, " x ", coded_bytes_[i], " + ", all.exact, " x ", exact_bytes_[i], " = ",
-                                   all.coded * coded_bytes_[i] + all.exact * exact_bytes_[i], " B for ", load.sequences,
-                                   load.sequences == 1 ? " sequence" : " sequences"));
+      lines.push_back(absl::StrCat(LayerKindName(group.kind), ", ", groups_[i].layers, " layers x ",
+                                   group.n_kv_heads, " KV heads, ", kBlockTokens,
+                                   " tokens per block: one sequence of ", load.context, " tokens holds ",
+                                   one.coded, " coded and ", one.exact, " exact blocks"));
+      lines.push_back(absl::StrCat("  coded block = ", groups_[i].layers, " x ", group.n_kv_heads,
+                                   " records of ", coded_bytes_[i] / (groups_[i].layers * group.n_kv_heads),
+                                   " B = ", coded_bytes_[i], " B; exact block = ", exact_bytes_[i], " B"));
+      lines.push_back(absl::StrCat("  ", all.coded, " x ", coded_bytes_[i], " + ", all.exact, " x ",
+                                   exact_bytes_[i], " = ",
+                                   all.coded * coded_bytes_[i] + all.exact * exact_bytes_[i], " B for ",
+                                   load.sequences, load.sequences == 1 ? " sequence" : " sequences"));
     }
     return lines;
   }
@@ -146,7 +148,8 @@ class KvtideSizer : public KvSizer {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<KvSizer>> MakeKvtideSizer(const EngineOptions& options,
-                                                         const std::vector<LayerGroup>& groups, const TypePair& pair) {
+                                                         const std::vector<LayerGroup>& groups,
+                                                         const TypePair& pair) {
   auto sizer = std::make_unique<KvtideSizer>(options.exact_window);
   KVTIDE_RETURN_IF_ERROR(sizer->Init(groups, pair));
   return std::unique_ptr<KvSizer>(std::move(sizer));
@@ -164,8 +167,9 @@ std::vector<TypePair> KvtidePairs() {
   return pairs;
 }
 
-absl::StatusOr<std::vector<PoolNeed>> KvtidePools(const EngineOptions& options, const std::vector<LayerGroup>& groups,
-                                                  const TypePair& pair, const KvLoad& load) {
+absl::StatusOr<std::vector<PoolNeed>> KvtidePools(const EngineOptions& options,
+                                                  const std::vector<LayerGroup>& groups, const TypePair& pair,
+                                                  const KvLoad& load) {
   KVTIDE_ASSIGN_OR_RETURN(const CachePair types, ParseTypes(pair));
   std::vector<PoolNeed> pools;
   for (const LayerGroup& group : groups) {

@@ -1,5 +1,6 @@
-// Cache bytes of kvtided: whole blocks of BlockLayout, an exact window in f16 at either end of every sequence, the
-// block that is being filled, blocks of a shared prefix once. The same code sizes the daemon's pools.
+// Cache bytes of kvtided: whole blocks of BlockLayout, an exact window in f16 at either end of every
+// sequence, the block that is being filled, blocks of a shared prefix once. The same code sizes the daemon's
+// pools.
 #pragma once
 
 #include <memory>
@@ -13,7 +14,8 @@
 namespace kvtide::planner {
 
 absl::StatusOr<std::unique_ptr<KvSizer>> MakeKvtideSizer(const EngineOptions& options,
-                                                         const std::vector<LayerGroup>& groups, const TypePair& pair);
+                                                         const std::vector<LayerGroup>& groups,
+                                                         const TypePair& pair);
 std::vector<TypePair> KvtidePairs();
 
 // The pool of one layer group: how many blocks of which layout a load needs.
@@ -26,7 +28,8 @@ struct PoolNeed {
   int64_t coded_block_bytes = 0;
   int64_t Bytes() const { return exact_blocks * exact_block_bytes + coded_blocks * coded_block_bytes; }
 };
-absl::StatusOr<std::vector<PoolNeed>> KvtidePools(const EngineOptions& options, const std::vector<LayerGroup>& groups,
-                                                  const TypePair& pair, const KvLoad& load);
+absl::StatusOr<std::vector<PoolNeed>> KvtidePools(const EngineOptions& options,
+                                                  const std::vector<LayerGroup>& groups, const TypePair& pair,
+                                                  const KvLoad& load);
 
 }  // namespace kvtide::planner

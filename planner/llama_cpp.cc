@@ -9,7 +9,7 @@ namespace kvtide::planner {
 namespace {
 
 constexpr int64_t kCellPad = 256;
-constexpr int kHeadPad = 128;          // types with groups of 128 pad every head to it
+constexpr int kHeadPad = 128;            // types with groups of 128 pad every head to it
 constexpr int kAutoAsymmetricRatio = 6;  // query heads per KV head from which K becomes q8_0
 constexpr int kBoundaryMinLayers = 8;
 constexpr int kBoundaryLayers = 2;  // at either end
@@ -24,7 +24,9 @@ bool TreeHas(const std::string& tree, const GgmlType& type) {
 }
 
 bool IsTurbo(const GgmlType* type) { return type != nullptr && std::string(type->tree) == "turboquant"; }
-bool KeepsHalfCopyOfK(const GgmlType* type) { return type != nullptr && std::string(type->tree) == "planarquant"; }
+bool KeepsHalfCopyOfK(const GgmlType* type) {
+  return type != nullptr && std::string(type->tree) == "planarquant";
+}
 
 // Width of one head as stored.
 int64_t StoredWidth(const GgmlType& type, int head_dim) {
@@ -49,8 +51,8 @@ class LlamaCppSizer : public KvSizer {
     k_ = FindGgmlType(pair.k);
     v_ = FindGgmlType(pair.v);
     if (k_ == nullptr || (v_ == nullptr && pair.v != "none")) {
-      return absl::InvalidArgumentError(absl::StrCat("llama.cpp has no cache type '", k_ == nullptr ? pair.k : pair.v,
-                                                     "'; known: ", KnownTypes()));
+      return absl::InvalidArgumentError(absl::StrCat(
+          "llama.cpp has no cache type '", k_ == nullptr ? pair.k : pair.v, "'; known: ", KnownTypes()));
     }
     if (tree_.empty()) {
       return absl::InvalidArgumentError(absl::StrCat(
@@ -85,24 +87,26 @@ class LlamaCppSizer : public KvSizer {
     for (const StoredGroup& stored : groups_) {
       const LayerGroup& group = stored.group;
       if (group.kind == LayerKind::kRecurrent) {
-        lines.push_back(absl::StrCat("recurrent, ", stored.layers, " layers: ", group.state_bytes, " B x ", stored.layers,
-                                     " x ", load.sequences, " sequences = ",
-                                     group.state_bytes * stored.layers * load.sequences, " B"));
+        lines.push_back(absl::StrCat(
+            "recurrent, ", stored.layers, " layers: ", group.state_bytes, " B x ", stored.layers, " x ",
+            load.sequences, " sequences = ", group.state_bytes * stored.layers * load.sequences, " B"));
         continue;
       }
       const int64_t cells = Cells(group, load), streams = options_.unified ? 1 : load.sequences;
-      lines.push_back(absl::StrCat(LayerKindName(group.kind), ", ", stored.layers, " layers: cells = ", CellRule(group, load),
-                                   " = ", cells, streams > 1 ? absl::StrCat(" in each of ", streams, " streams") : ""));
-      lines.push_back(absl::StrCat("  K ", group.n_kv_heads, " heads x ", StoredWidth(*k_, group.head_dim_k), " / ", k_->group,
-                                   " x ", k_->bytes, " B x ", stored.layers, " layers = ", stored.k_token_bytes,
-                                   " B per cell"));
+      lines.push_back(absl::StrCat(LayerKindName(group.kind), ", ", stored.layers,
+                                   " layers: cells = ", CellRule(group, load), " = ", cells,
+                                   streams > 1 ? absl::StrCat(" in each of ", streams, " streams") : ""));
+      lines.push_back(absl::StrCat("  K ", group.n_kv_heads, " heads x ", StoredWidth(*k_, group.head_dim_k),
+                                   " / ", k_->group, " x ", k_->bytes, " B x ", stored.layers,
+                                   " layers = ", stored.k_token_bytes, " B per cell"));
       if (stored.v_token_bytes > 0) {
-        lines.push_back(absl::StrCat("  V ", group.n_kv_heads, " heads x ", StoredWidth(*v_, group.head_dim_v), " / ",
-                                     v_->group, " x ", v_->bytes, " B x ", stored.layers, " layers = ",
-                                     stored.v_token_bytes, " B per cell", boundary_v_ ? " (4 layers in q8_0)" : ""));
+        lines.push_back(absl::StrCat("  V ", group.n_kv_heads, " heads x ",
+                                     StoredWidth(*v_, group.head_dim_v), " / ", v_->group, " x ", v_->bytes,
+                                     " B x ", stored.layers, " layers = ", stored.v_token_bytes,
+                                     " B per cell", boundary_v_ ? " (4 layers in q8_0)" : ""));
       }
-      lines.push_back(absl::StrCat("  ", cells * streams, " cells x ", stored.token_bytes(), " B = ",
-                                   cells * streams * stored.token_bytes(), " B"));
+      lines.push_back(absl::StrCat("  ", cells * streams, " cells x ", stored.token_bytes(),
+                                   " B = ", cells * streams * stored.token_bytes(), " B"));
     }
     return lines;
   }
@@ -149,7 +153,8 @@ class LlamaCppSizer : public KvSizer {
     }
     if (v_ != nullptr && std::string(v_->name) == "turbo2" && model.layers.size() >= kBoundaryMinLayers) {
       boundary_v_ = true;
-      rewrites_.push_back("V of the first 2 and last 2 layers becomes q8_0 (TURBO_LAYER_ADAPTIVE=0 turns this off)");
+      rewrites_.push_back(
+          "V of the first 2 and last 2 layers becomes q8_0 (TURBO_LAYER_ADAPTIVE=0 turns this off)");
     }
   }
 
@@ -170,7 +175,8 @@ class LlamaCppSizer : public KvSizer {
           absl::StatusOr<int64_t> q8 = RowBytes(*FindGgmlType("q8_0"), group.n_kv_heads, group.head_dim_v);
           if (!q8.ok()) return q8.status();
           for (int layer : group.layers) {
-            if (layer < kBoundaryLayers || layer >= n_layers - kBoundaryLayers) stored.v_token_bytes += *q8 - *v;
+            if (layer < kBoundaryLayers || layer >= n_layers - kBoundaryLayers)
+              stored.v_token_bytes += *q8 - *v;
           }
         }
       }
@@ -205,12 +211,12 @@ class LlamaCppSizer : public KvSizer {
     const std::string tokens =
         !options_.unified || load.sequences == 1
             ? absl::StrCat(load.context)
-            : absl::StrCat(load.shared_prefix > 0 ? absl::StrCat(load.shared_prefix, " + ") : "", load.sequences, " x ",
-                           load.context - load.shared_prefix);
+            : absl::StrCat(load.shared_prefix > 0 ? absl::StrCat(load.shared_prefix, " + ") : "",
+                           load.sequences, " x ", load.context - load.shared_prefix);
     if (group.window == 0 || options_.swa_full) return absl::StrCat("pad(", tokens, ", 256)");
     return absl::StrCat("pad(min(pad(", tokens, ", 256), ", group.window,
-                        options_.unified && load.sequences > 1 ? absl::StrCat(" x ", load.sequences) : "", " + ",
-                        options_.ubatch, "), 256)");
+                        options_.unified && load.sequences > 1 ? absl::StrCat(" x ", load.sequences) : "",
+                        " + ", options_.ubatch, "), 256)");
   }
 
   // Bytes per token of an f16 copy of one layer's coded sides.
@@ -232,12 +238,15 @@ class LlamaCppSizer : public KvSizer {
 
 const std::vector<GgmlType>& GgmlTypes() {
   static const std::vector<GgmlType> types = {
-      {"f16", 1, 2, "upstream"},        {"bf16", 1, 2, "upstream"},      {"f32", 1, 4, "upstream"},
-      {"q8_0", 32, 34, "upstream"},     {"q5_1", 32, 24, "upstream"},    {"q5_0", 32, 22, "upstream"},
-      {"q4_1", 32, 20, "upstream"},     {"q4_0", 32, 18, "upstream"},    {"iq4_nl", 32, 18, "upstream"},
-      {"turbo4", 128, 68, "turboquant"}, {"turbo3", 128, 50, "turboquant"}, {"turbo2", 128, 34, "turboquant"},
-      {"pq4", 128, 66, "pairquant"},    {"planar3", 128, 50, "planarquant"}, {"planar4", 128, 68, "planarquant"},
-      {"iso3", 128, 50, "planarquant"}, {"iso4", 128, 68, "planarquant"},
+      {"f16", 1, 2, "upstream"},           {"bf16", 1, 2, "upstream"},
+      {"f32", 1, 4, "upstream"},           {"q8_0", 32, 34, "upstream"},
+      {"q5_1", 32, 24, "upstream"},        {"q5_0", 32, 22, "upstream"},
+      {"q4_1", 32, 20, "upstream"},        {"q4_0", 32, 18, "upstream"},
+      {"iq4_nl", 32, 18, "upstream"},      {"turbo4", 128, 68, "turboquant"},
+      {"turbo3", 128, 50, "turboquant"},   {"turbo2", 128, 34, "turboquant"},
+      {"pq4", 128, 66, "pairquant"},       {"planar3", 128, 50, "planarquant"},
+      {"planar4", 128, 68, "planarquant"}, {"iso3", 128, 50, "planarquant"},
+      {"iso4", 128, 68, "planarquant"},
   };
   return types;
 }
@@ -260,7 +269,8 @@ std::string ResolveTree(const std::string& build, const TypePair& pair) {
   return "";
 }
 
-absl::StatusOr<std::unique_ptr<KvSizer>> MakeLlamaCppSizer(const EngineOptions& options, const ModelGeometry& model,
+absl::StatusOr<std::unique_ptr<KvSizer>> MakeLlamaCppSizer(const EngineOptions& options,
+                                                           const ModelGeometry& model,
                                                            const std::vector<LayerGroup>& groups,
                                                            const TypePair& pair) {
   auto sizer = std::make_unique<LlamaCppSizer>(options);
@@ -270,10 +280,10 @@ absl::StatusOr<std::unique_ptr<KvSizer>> MakeLlamaCppSizer(const EngineOptions& 
 }
 
 std::vector<TypePair> LlamaCppPairs() {
-  return {{"f16", "f16"},       {"bf16", "bf16"},     {"q8_0", "q8_0"},     {"q5_1", "q5_1"},
-          {"q5_0", "q5_0"},     {"q4_1", "q4_1"},     {"q4_0", "q4_0"},     {"q8_0", "q4_0"},
-          {"q8_0", "turbo4"},   {"q8_0", "pq4"},      {"q8_0", "turbo3"},   {"turbo4", "turbo4"},
-          {"turbo3", "turbo3"}, {"turbo2", "turbo2"}, {"planar3", "f16"},   {"planar3", "planar3"}};
+  return {{"f16", "f16"},       {"bf16", "bf16"},     {"q8_0", "q8_0"},   {"q5_1", "q5_1"},
+          {"q5_0", "q5_0"},     {"q4_1", "q4_1"},     {"q4_0", "q4_0"},   {"q8_0", "q4_0"},
+          {"q8_0", "turbo4"},   {"q8_0", "pq4"},      {"q8_0", "turbo3"}, {"turbo4", "turbo4"},
+          {"turbo3", "turbo3"}, {"turbo2", "turbo2"}, {"planar3", "f16"}, {"planar3", "planar3"}};
 }
 
 }  // namespace kvtide::planner

@@ -22,7 +22,8 @@ absl::StatusOr<std::string> ReadText(const fs::path& path) {
   const uintmax_t size = fs::file_size(path, error);
   std::ifstream file(path);
   if (!file || error) return absl::NotFoundError(absl::StrCat(path.string(), ": cannot be opened"));
-  if (size > kMaxConfigBytes) return absl::InvalidArgumentError(absl::StrCat(path.string(), ": larger than 64 MiB"));
+  if (size > kMaxConfigBytes)
+    return absl::InvalidArgumentError(absl::StrCat(path.string(), ": larger than 64 MiB"));
   std::stringstream text;
   text << file.rdbuf();
   return text.str();
@@ -33,7 +34,8 @@ std::string NameOf(const fs::path& path) {
   return clean.filename().string();
 }
 
-absl::StatusOr<LoadedModel> LoadConfig(const fs::path& path, const std::string& name, const ReadOptions& options) {
+absl::StatusOr<LoadedModel> LoadConfig(const fs::path& path, const std::string& name,
+                                       const ReadOptions& options) {
   KVTIDE_ASSIGN_OR_RETURN(const std::string text, ReadText(path));
   LoadedModel loaded;
   absl::StatusOr<ModelGeometry> geometry = GeometryFromConfigJson(text, name, options);
@@ -57,7 +59,8 @@ absl::StatusOr<LoadedModel> LoadFolder(const fs::path& path, const ReadOptions& 
 
 absl::StatusOr<Weights> GgufWeights(const GgufFile& file, const std::string& path) {
   return Weights{GgufDeviceBytes(file), Provenance::kExact,
-                 absl::StrCat(file.tensors.size(), " tensors of ", NameOf(path), ", without a token embedding that stays on the CPU")};
+                 absl::StrCat(file.tensors.size(), " tensors of ", NameOf(path),
+                              ", without a token embedding that stays on the CPU")};
 }
 
 }  // namespace
@@ -75,7 +78,8 @@ absl::StatusOr<LoadedModel> LoadModel(const std::string& name_or_path, const Rea
   }
   if (path.extension() == ".json") return LoadConfig(path, NameOf(path.parent_path()), options);
   if (fs::exists(path, error) && path.has_parent_path()) {
-    return absl::InvalidArgumentError(absl::StrCat(name_or_path, ": neither .gguf, .json nor a folder with a config.json"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(name_or_path, ": neither .gguf, .json nor a folder with a config.json"));
   }
   KVTIDE_ASSIGN_OR_RETURN(ModelGeometry geometry, FindModel(name_or_path));
   return LoadedModel{std::move(geometry), std::nullopt};

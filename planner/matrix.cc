@@ -22,8 +22,8 @@ int64_t ScratchPerToken(Engine engine, const TypePair& pair, int head_dim) {
 
 }  // namespace
 
-std::vector<MatrixRow> SupportMatrix(Engine engine, const std::string& build, const std::vector<TypePair>& pairs,
-                                     const std::vector<int>& head_dims) {
+std::vector<MatrixRow> SupportMatrix(Engine engine, const std::string& build,
+                                     const std::vector<TypePair>& pairs, const std::vector<int>& head_dims) {
   std::vector<MatrixRow> rows;
   for (const TypePair& pair : pairs) {
     for (int head_dim : head_dims) {
@@ -41,7 +41,8 @@ std::string RenderMatrix(const std::vector<MatrixRow>& rows) {
   std::set<std::string> seen;
   for (const MatrixRow& row : rows) {
     absl::StrAppendFormat(&text, "%-18s %8d %-12s %-12s %d\n", row.pair.Name(), row.head_dim,
-                          SupportLevelName(row.support.level), row.support.build, row.scratch_bytes_per_token);
+                          SupportLevelName(row.support.level), row.support.build,
+                          row.scratch_bytes_per_token);
     const std::string reason = absl::StrCat(SupportLevelName(row.support.level), ": ", row.support.reason);
     if (!row.support.reason.empty() && seen.insert(reason).second) reasons.push_back(reason);
   }

@@ -20,7 +20,8 @@ struct Width {
 
 Width WidthOf(const ModelGeometry& model) {
   const bool known = model.n_embd > 0 && model.n_vocab > 0;
-  return {model.n_embd > 0 ? model.n_embd : kDefaultEmbd, model.n_vocab > 0 ? model.n_vocab : kDefaultVocab, known};
+  return {model.n_embd > 0 ? model.n_embd : kDefaultEmbd, model.n_vocab > 0 ? model.n_vocab : kDefaultVocab,
+          known};
 }
 
 bool HasLatent(const ModelGeometry& model) {
@@ -28,13 +29,14 @@ bool HasLatent(const ModelGeometry& model) {
                      [](const LayerGeometry& layer) { return layer.kind == LayerKind::kMla; });
 }
 
-// llama.cpp: activations and logits of the reserved graph, attention mask, and a term per token of context that
-// quantised caches and latents add. Fitted to start-up logs of 2026 builds.
+// llama.cpp: activations and logits of the reserved graph, attention mask, and a term per token of context
+// that quantised caches and latents add. Fitted to start-up logs of 2026 builds.
 int64_t LlamaCppCompute(const PlanRequest& request, const KvLoad& load, const KvSizer& sizer) {
   const Width width = WidthOf(request.model);
   const int64_t ubatch = request.engine.ubatch;
-  const double base = 1.15 * static_cast<double>(4 * width.embd * ubatch * 4 + width.vocab * ubatch * 4 *
-                                                                                  (load.sequences > 1 ? load.sequences - 1 : 0));
+  const double base =
+      1.15 * static_cast<double>(4 * width.embd * ubatch * 4 +
+                                 width.vocab * ubatch * 4 * (load.sequences > 1 ? load.sequences - 1 : 0));
   const int64_t tokens = load.context * (request.engine.unified ? load.sequences : 1);
   const int64_t copies = request.device.count > 1 ? 4 : 1;  // pipeline copies of the mask
   double per_token = 1.5 * static_cast<double>(ubatch * 2 * copies);
@@ -43,12 +45,14 @@ int64_t LlamaCppCompute(const PlanRequest& request, const KvLoad& load, const Kv
   if (HasLatent(request.model)) per_token += 1.25 * static_cast<double>(width.embd);
   double bytes = base + per_token * static_cast<double>(tokens);
   if (!request.engine.flash_attention) {  // scores of all query heads
-    bytes += static_cast<double>(std::max(1, request.model.n_query_heads)) * static_cast<double>(ubatch * tokens * 4);
+    bytes += static_cast<double>(std::max(1, request.model.n_query_heads)) *
+             static_cast<double>(ubatch * tokens * 4);
   }
   return static_cast<int64_t>(bytes);
 }
 
-// vLLM: the largest activations of a profiling run: about 8 widths of f16 per token, and f32 logits per sequence.
+// vLLM: the largest activations of a profiling run: about 8 widths of f16 per token, and f32 logits per
+// sequence.
 int64_t VllmActivations(const PlanRequest& request) {
   const Width width = WidthOf(request.model);
   const int64_t per_token = 8 * width.embd * 2 * 2;
@@ -83,7 +87,9 @@ ItemList OverheadItems(const PlanRequest& request, const KvLoad& load, const KvS
   return items;
 }
 
-int64_t DefaultMarginBytes(int64_t device_bytes) { return std::max<int64_t>(512 * kMiB, device_bytes / 100 * 3); }
+int64_t DefaultMarginBytes(int64_t device_bytes) {
+  return std::max<int64_t>(512 * kMiB, device_bytes / 100 * 3);
+}
 
 int64_t MarginBytes(const PlanRequest& request) {
   if (request.engine.engine == Engine::kVllm && request.margin_bytes < 0) {

@@ -1,5 +1,5 @@
-// Device memory besides weights and cache: compute buffers, scratch, contexts, graphs. Every item says how well it is
-// known; the constants and where they come from stand in overheads.cc.
+// Device memory besides weights and cache: compute buffers, scratch, contexts, graphs. Every item says how
+// well it is known; the constants and where they come from stand in overheads.cc.
 #pragma once
 
 #include "planner/item.h"

@@ -26,35 +26,40 @@ absl::Status CheckRequest(const PlanRequest& request) {
   if (work.contexts.empty()) return absl::InvalidArgumentError("context: give at least one context length");
   for (int64_t context : work.contexts) {
     if (context < 1 || context > kMaxContextAsked) {
-      return absl::InvalidArgumentError(absl::StrCat("context: ", context, " tokens; expected 1 to ", kMaxContextAsked));
+      return absl::InvalidArgumentError(
+          absl::StrCat("context: ", context, " tokens; expected 1 to ", kMaxContextAsked));
     }
     if (work.shared_prefix_tokens < 0 || work.shared_prefix_tokens >= context) {
       return absl::InvalidArgumentError(absl::StrCat("shared prefix: ", work.shared_prefix_tokens,
-                                                     " tokens; expected 0 to less than the context ", context));
+                                                     " tokens; expected 0 to less than the context ",
+                                                     context));
     }
   }
   if (work.concurrency < 1 || work.concurrency > kMaxConcurrency) {
-    return absl::InvalidArgumentError(absl::StrCat("concurrency: ", work.concurrency, "; expected 1 to ", kMaxConcurrency));
+    return absl::InvalidArgumentError(
+        absl::StrCat("concurrency: ", work.concurrency, "; expected 1 to ", kMaxConcurrency));
   }
   if (request.device.count < 1) return absl::InvalidArgumentError("device: count must be 1 or more");
   if (request.device.UsableBytes() <= 0) {
-    return absl::InvalidArgumentError(absl::StrCat("device: nothing of its ", FormatBytes(request.device.vram_bytes),
-                                                   " is free"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("device: nothing of its ", FormatBytes(request.device.vram_bytes), " is free"));
   }
   if (request.weights.bytes < 0 || work.mmproj_bytes < 0 || work.draft_bytes < 0) {
     return absl::InvalidArgumentError("weights: sizes must not be negative");
   }
   const EngineOptions& engine = request.engine;
   if (engine.ubatch < 1 || engine.block_tokens < 1 || engine.max_batched_tokens < 1 ||
-      engine.exact_window.first_blocks < 0 || engine.exact_window.last_blocks < 0 || engine.gpu_memory_utilization <= 0 ||
-      engine.gpu_memory_utilization > 1) {
-    return absl::InvalidArgumentError("engine: ubatch, block size and batched tokens must be 1 or more, exact windows 0 or more, "
-                                      "gpu memory utilization above 0 and at most 1");
+      engine.exact_window.first_blocks < 0 || engine.exact_window.last_blocks < 0 ||
+      engine.gpu_memory_utilization <= 0 || engine.gpu_memory_utilization > 1) {
+    return absl::InvalidArgumentError(
+        "engine: ubatch, block size and batched tokens must be 1 or more, exact windows 0 or more, "
+        "gpu memory utilization above 0 and at most 1");
   }
   return absl::OkStatus();
 }
 
-// The largest n in [low, high] with fits(n), low - 1 if none; fits is monotone. Interpolates on missing(n) bytes.
+// The largest n in [low, high] with fits(n), low - 1 if none; fits is monotone. Interpolates on missing(n)
+// bytes.
 int64_t LargestFitting(int64_t low, int64_t high, const std::function<int64_t(int64_t)>& free_bytes) {
   int64_t free_low = free_bytes(low);
   if (free_low < 0) return low - 1;
@@ -63,7 +68,8 @@ int64_t LargestFitting(int64_t low, int64_t high, const std::function<int64_t(in
   bool halve = false;
   while (high - low > 1) {
     const double slope = static_cast<double>(free_low) / static_cast<double>(free_low - free_high);
-    int64_t middle = halve ? low + (high - low) / 2 : low + static_cast<int64_t>(slope * static_cast<double>(high - low));
+    int64_t middle =
+        halve ? low + (high - low) / 2 : low + static_cast<int64_t>(slope * static_cast<double>(high - low));
     middle = std::clamp(middle, low + 1, high - 1);
     const int64_t free = free_bytes(middle);
     // After a step that cut less than half, the next one bisects.
@@ -78,6 +84,20 @@ int64_t LargestFitting(int64_t low, int64_t high, const std::function<int64_t(in
   return low;
 }
 
+const char* SupportText(SupportLevel level) {
+  switch (level) {
+    case SupportLevel::kNative:
+      return "has a native kernel";
+    case SupportLevel::kDequantise:
+      return "is expanded to f16 in every step";
+    case SupportLevel::kCpuFallback:
+      return "runs on the CPU";
+    case SupportLevel::kRefused:
+      return "is refused";
+  }
+  return "";
+}
+
 // Everything about one pair that does not depend on the load.
 struct PreparedPair {
   TypePair asked;
@@ -89,8 +109,11 @@ struct PreparedPair {
 class Planner {
  public:
   explicit Planner(const PlanRequest& request)
-      : request_(request), rank_(PerDeviceGeometry(request)), groups_(GroupLayers(rank_)),
-        budget_(request.device.UsableBytes()), margin_(MarginBytes(request)),
+      : request_(request),
+        rank_(PerDeviceGeometry(request)),
+        groups_(GroupLayers(rank_)),
+        budget_(request.device.UsableBytes()),
+        margin_(MarginBytes(request)),
         weights_((request.weights.bytes + request.device.count - 1) / request.device.count),
         policy_(WindowPolicy(request.engine)) {}
 
@@ -155,12 +178,15 @@ class Planner {
   ItemList Items(const KvSizer& sizer, const KvLoad& load, const KvBytes& kv) const {
     ItemList items;
     items.push_back({ItemKind::kWeights, weights_, request_.weights.provenance});
-    const std::pair<ItemKind, int64_t> parts[] = {
-        {ItemKind::kKvFull, kv.full},         {ItemKind::kKvSliding, kv.sliding},
-        {ItemKind::kKvChunked, kv.chunked},   {ItemKind::kKvLatent, kv.latent},
-        {ItemKind::kKvWindowTail, kv.window_tail}, {ItemKind::kKvRounding, kv.rounding},
-        {ItemKind::kRecurrent, kv.recurrent}};
-    const Provenance how = request_.engine.engine == Engine::kVllm ? Provenance::kFormula : Provenance::kExact;
+    const std::pair<ItemKind, int64_t> parts[] = {{ItemKind::kKvFull, kv.full},
+                                                  {ItemKind::kKvSliding, kv.sliding},
+                                                  {ItemKind::kKvChunked, kv.chunked},
+                                                  {ItemKind::kKvLatent, kv.latent},
+                                                  {ItemKind::kKvWindowTail, kv.window_tail},
+                                                  {ItemKind::kKvRounding, kv.rounding},
+                                                  {ItemKind::kRecurrent, kv.recurrent}};
+    const Provenance how =
+        request_.engine.engine == Engine::kVllm ? Provenance::kFormula : Provenance::kExact;
     for (const auto& part : parts) {
       if (part.second != 0) items.push_back({part.first, part.second, how});
     }
@@ -169,7 +195,8 @@ class Planner {
     }
     const Workload& work = request_.workload;
     if (work.mmproj_bytes > 0) {
-      items.push_back({ItemKind::kMmproj, static_cast<int64_t>(kMmprojFactor * static_cast<double>(work.mmproj_bytes)),
+      items.push_back({ItemKind::kMmproj,
+                       static_cast<int64_t>(kMmprojFactor * static_cast<double>(work.mmproj_bytes)),
                        Provenance::kCalibrated});
     }
     if (work.draft_bytes > 0) {
@@ -186,9 +213,8 @@ class Planner {
 
   int64_t MaxContext(const KvSizer& sizer) const {
     const int64_t limit = request_.model.max_context > 0 ? request_.model.max_context : kUnknownMaxContext;
-    return LargestFitting(1, limit, [&](int64_t context) {
-      return FreeBytes(sizer, context, request_.workload.concurrency);
-    });
+    return LargestFitting(
+        1, limit, [&](int64_t context) { return FreeBytes(sizer, context, request_.workload.concurrency); });
   }
 
   Candidate Judge(const PreparedPair& pair, int64_t context) const {
@@ -208,7 +234,8 @@ class Planner {
     candidate.free_bytes = budget_ - candidate.total_bytes;
     candidate.fits = candidate.free_bytes >= 0;
     const int64_t values = sizer.LiveValues(context) * sequences;
-    if (values > 0) candidate.bits_per_value = 8.0 * static_cast<double>(candidate.kv_bytes) / static_cast<double>(values);
+    if (values > 0)
+      candidate.bits_per_value = 8.0 * static_cast<double>(candidate.kv_bytes) / static_cast<double>(values);
     if (half_ != nullptr && candidate.kv_bytes > 0) {
       candidate.ratio_to_f16 =
           static_cast<double>(half_->Bytes(load).Cache()) / static_cast<double>(candidate.kv_bytes);
@@ -218,7 +245,8 @@ class Planner {
     candidate.max_context = pair.max_context;
     candidate.max_concurrency =
         LargestFitting(1, kMaxConcurrency, [&](int64_t n) { return FreeBytes(sizer, context, n); });
-    candidate.speed = PredictSpeed(request_.model, request_.device, Traffic(pair, context), static_cast<int>(sequences));
+    candidate.speed =
+        PredictSpeed(request_.model, request_.device, Traffic(pair, context), static_cast<int>(sequences));
     return candidate;
   }
 
@@ -238,7 +266,8 @@ class Planner {
   }
 
   bool WithinBudget(const Harm& harm) const {
-    return !request_.max_ppl_increase_percent.has_value() || harm.ppl_change_percent <= *request_.max_ppl_increase_percent;
+    return !request_.max_ppl_increase_percent.has_value() ||
+           harm.ppl_change_percent <= *request_.max_ppl_increase_percent;
   }
 
   // Whether size aside nothing speaks against the pair.
@@ -274,7 +303,8 @@ class Planner {
     for (int i = 0; i < static_cast<int>(result.candidates.size()); ++i) {
       Candidate& candidate = result.candidates[i];
       if (candidate.rejection != Rejection::kNone || i == result.chosen) continue;
-      const bool equal = candidate.harm.ppl_change_percent == result.candidates[result.chosen].harm.ppl_change_percent;
+      const bool equal =
+          candidate.harm.ppl_change_percent == result.candidates[result.chosen].harm.ppl_change_percent;
       candidate.rejection = equal ? Rejection::kMoreBytes : Rejection::kMoreHarm;
     }
     if (result.chosen >= 0) {
@@ -292,9 +322,10 @@ class Planner {
       if (candidate.rejection != Rejection::kTooLarge) continue;
       std::optional<Split> split = BestSplit(request_, candidate, Traffic(pairs_[i], result->context));
       if (!split.has_value()) continue;
-      const bool better = !result->split.has_value() ||
-                          (split->speed.known && split->speed.tokens_per_s > result->split->speed.tokens_per_s) ||
-                          (!split->speed.known && split->host_kv_bytes < result->split->host_kv_bytes);
+      const bool better =
+          !result->split.has_value() ||
+          (split->speed.known && split->speed.tokens_per_s > result->split->speed.tokens_per_s) ||
+          (!split->speed.known && split->host_kv_bytes < result->split->host_kv_bytes);
       if (better) result->split = split;
     }
     result->verdict = result->split.has_value() ? Verdict::kFitsWithTiers : Verdict::kDoesNotFit;
@@ -307,9 +338,10 @@ class Planner {
         return absl::StrCat(chosen.asked.Name(), " fits with ", FormatBytes(chosen.free_bytes),
                             " to spare; nothing needs to be compressed");
       }
-      return absl::StrCat(chosen.asked.Name(), " is the least harmful measured pair that fits (",
-                          absl::StrFormat("%+.2f %% perplexity on %s", chosen.harm.ppl_change_percent, chosen.harm.model),
-                          chosen.harm.proxy ? ", another model" : "", "), ", FormatBytes(chosen.free_bytes), " to spare");
+      return absl::StrCat(
+          chosen.asked.Name(), " is the least harmful measured pair that fits (",
+          absl::StrFormat("%+.2f %% perplexity on %s", chosen.harm.ppl_change_percent, chosen.harm.model),
+          chosen.harm.proxy ? ", another model" : "", "), ", FormatBytes(chosen.free_bytes), " to spare");
     }
     if (result.split.has_value()) {
       return absl::StrCat("no allowed pair fits the device; ", result.split->pair.Name(), " fits with ",
@@ -322,7 +354,8 @@ class Planner {
     const Candidate* nearest = nullptr;
     const Candidate* unmeasured = nullptr;
     for (const Candidate& candidate : result.candidates) {
-      if (candidate.rejection == Rejection::kTooLarge && (nearest == nullptr || candidate.free_bytes > nearest->free_bytes)) {
+      if (candidate.rejection == Rejection::kTooLarge &&
+          (nearest == nullptr || candidate.free_bytes > nearest->free_bytes)) {
         nearest = &candidate;
       }
       if (candidate.rejection == Rejection::kUnmeasured && candidate.fits &&
@@ -330,10 +363,11 @@ class Planner {
         unmeasured = &candidate;
       }
     }
-    std::string why = nearest == nullptr ? "no pair is both measured and supported"
-                                         : absl::StrCat("the smallest allowed pair, ", nearest->asked.Name(), ", misses ",
-                                                        FormatBytes(-nearest->free_bytes), "; its largest context is ",
-                                                        std::max<int64_t>(0, nearest->max_context), " tokens");
+    std::string why = nearest == nullptr
+                          ? "no pair is both measured and supported"
+                          : absl::StrCat("the smallest allowed pair, ", nearest->asked.Name(), ", misses ",
+                                         FormatBytes(-nearest->free_bytes), "; its largest context is ",
+                                         std::max<int64_t>(0, nearest->max_context), " tokens");
     if (unmeasured != nullptr) {
       absl::StrAppend(&why, "; ", unmeasured->asked.Name(), " would fit, but its harm is not measured");
     }
@@ -353,17 +387,21 @@ class Planner {
                                                ProvenanceName(request_.weights.provenance), ")"));
     }
     if (request_.model.n_embd == 0 || request_.model.n_vocab == 0) {
-      plan->assumptions.push_back("width or vocabulary of the model is unknown: compute buffers assume 4096 and 131072");
+      plan->assumptions.push_back(
+          "width or vocabulary of the model is unknown: compute buffers assume 4096 and 131072");
     }
     if (device.driver_reserve_bytes > 0) {
-      plan->assumptions.push_back(absl::StrCat("the driver keeps ", FormatBytes(device.driver_reserve_bytes),
-                                               device.driver_reserve_is_guess ? " (guess: 0.5 %)" : " (published)"));
+      plan->assumptions.push_back(
+          absl::StrCat("the driver keeps ", FormatBytes(device.driver_reserve_bytes),
+                       device.driver_reserve_is_guess ? " (guess: 0.5 %)" : " (published)"));
     }
     if (device.host_bytes > 0 && device.host_bandwidth_gb_s == 0) {
       plan->assumptions.push_back("host memory bandwidth is taken as 80 GB/s");
     }
-    if (device.bandwidth_gb_s == 0) plan->assumptions.push_back("memory bandwidth is unknown: no speed is predicted");
-    if (request_.model.max_context == 0) plan->assumptions.push_back("the model's largest context is unknown");
+    if (device.bandwidth_gb_s == 0)
+      plan->assumptions.push_back("memory bandwidth is unknown: no speed is predicted");
+    if (request_.model.max_context == 0)
+      plan->assumptions.push_back("the model's largest context is unknown");
     if (request_.engine.engine == Engine::kKvtide) {
       plan->assumptions.push_back("speed counts no coupling between engine and daemon");
     }
@@ -399,11 +437,12 @@ class Planner {
           continue;
         }
         plan->notes.push_back(absl::StrFormat(
-            "%s and %s differ by %.2f MiB at %d tokens; kernel support tells them apart, not size: %s is %s in the %s tree, %s is "
-            "%s in the %s tree",
-            a.asked.Name(), b.asked.Name(), static_cast<double>(b.kv_bytes - a.kv_bytes) / kMiB, last.context, a.asked.Name(),
-            SupportLevelName(a.support.level), a.support.build, b.asked.Name(), SupportLevelName(b.support.level),
-            b.support.build));
+            "%s and %s differ by %.2f MiB at %d tokens; kernel support tells them apart, not size: %s %s in "
+            "the %s tree, %s %s "
+            "in the %s tree",
+            a.asked.Name(), b.asked.Name(), static_cast<double>(b.kv_bytes - a.kv_bytes) / kMiB, last.context,
+            a.asked.Name(), SupportText(a.support.level), a.support.build, b.asked.Name(),
+            SupportText(b.support.level), b.support.build));
       }
     }
   }
@@ -423,29 +462,63 @@ class Planner {
 
 const char* VerdictName(Verdict verdict) {
   switch (verdict) {
-    case Verdict::kFits: return "fits";
-    case Verdict::kFitsWithTiers: return "fits_with_tiers";
-    case Verdict::kDoesNotFit: return "does_not_fit";
+    case Verdict::kFits:
+      return "fits";
+    case Verdict::kFitsWithTiers:
+      return "fits_with_tiers";
+    case Verdict::kDoesNotFit:
+      return "does_not_fit";
   }
   return "unknown";
 }
 
 const char* RejectionName(Rejection rejection) {
   switch (rejection) {
-    case Rejection::kNone: return "";
-    case Rejection::kMoreHarm: return "more harm";
-    case Rejection::kMoreBytes: return "no better, not smaller";
-    case Rejection::kTooLarge: return "too large";
-    case Rejection::kUnmeasured: return "not measured";
-    case Rejection::kOverBudget: return "over the quality budget";
-    case Rejection::kRefused: return "refused by the engine";
-    case Rejection::kCpuFallback: return "no GPU kernel";
+    case Rejection::kNone:
+      return "";
+    case Rejection::kMoreHarm:
+      return "more_harm";
+    case Rejection::kMoreBytes:
+      return "more_bytes";
+    case Rejection::kTooLarge:
+      return "too_large";
+    case Rejection::kUnmeasured:
+      return "unmeasured";
+    case Rejection::kOverBudget:
+      return "over_quality_budget";
+    case Rejection::kRefused:
+      return "refused";
+    case Rejection::kCpuFallback:
+      return "cpu_fallback";
+  }
+  return "unknown";
+}
+
+const char* RejectionText(Rejection rejection) {
+  switch (rejection) {
+    case Rejection::kNone:
+      return "";
+    case Rejection::kMoreHarm:
+      return "more harm";
+    case Rejection::kMoreBytes:
+      return "no better, not smaller";
+    case Rejection::kTooLarge:
+      return "too large";
+    case Rejection::kUnmeasured:
+      return "not measured";
+    case Rejection::kOverBudget:
+      return "over the quality budget";
+    case Rejection::kRefused:
+      return "refused by the engine";
+    case Rejection::kCpuFallback:
+      return "no GPU kernel";
   }
   return "unknown";
 }
 
 ModelGeometry PerDeviceGeometry(const PlanRequest& request) {
-  if (request.engine.engine == Engine::kLlamaCpp) return FullestLayerSlice(request.model, request.device.count);
+  if (request.engine.engine == Engine::kLlamaCpp)
+    return FullestLayerSlice(request.model, request.device.count);
   return ShardHeads(request.model, request.device.count);
 }
 

@@ -1,7 +1,7 @@
-// The planner's question and its answer. MakePlan is a pure function: the same request gives the same plan, it
-// reads no file, asks no device and keeps no state, so any thread may call it at any time.
-// The bytes of the `kvtide` engine come from kernels/format, the same code that sizes the daemon's pools.
-// An unmeasured pair is listed but never chosen; the context is never lowered.
+// The planner's question and its answer. MakePlan is a pure function: the same request gives the same plan,
+// it reads no file, asks no device and keeps no state, so any thread may call it at any time. The bytes of
+// the `kvtide` engine come from kernels/format, the same code that sizes the daemon's pools. An unmeasured
+// pair is listed but never chosen; the context is never lowered.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +30,8 @@ struct Weights {
 };
 
 struct Workload {
-  std::vector<int64_t> contexts;    // tokens per sequence, ascending or not; at least one
-  int concurrency = 1;              // sequences at once
+  std::vector<int64_t> contexts;     // tokens per sequence, ascending or not; at least one
+  int concurrency = 1;               // sequences at once
   int64_t shared_prefix_tokens = 0;  // the first tokens that all sequences have in common
   int64_t mmproj_bytes = 0;
   int64_t draft_bytes = 0;
@@ -67,7 +67,8 @@ enum class Rejection {
   kRefused,      // the engine refuses the types or head dims
   kCpuFallback,  // the attention would run on the CPU
 };
-const char* RejectionName(Rejection rejection);
+const char* RejectionName(Rejection rejection);  // a stable word for JSON, CSV and RPC; empty for kNone
+const char* RejectionText(Rejection rejection);  // for people
 
 // One pair at one context length. All bytes are per device.
 struct Candidate {
@@ -79,8 +80,8 @@ struct Candidate {
   int64_t total_bytes = 0;  // every item, margin included
   int64_t free_bytes = 0;   // budget - total; negative = missing
   bool fits = false;
-  double bits_per_value = 0;   // true bits per K or V value, everything counted
-  double ratio_to_f16 = 0;     // f16/f16 bytes of the same engine / kv_bytes
+  double bits_per_value = 0;  // true bits per K or V value, everything counted
+  double ratio_to_f16 = 0;    // f16/f16 bytes of the same engine / kv_bytes
   Harm harm;
   int64_t max_context = 0;      // largest context that fits with the asked concurrency (<= the model's)
   int64_t max_concurrency = 0;  // most sequences of the asked context that fit
@@ -110,8 +111,8 @@ struct ContextPlan {
 struct Plan {
   std::string model_name;
   std::string engine_name;
-  int64_t device_budget_bytes = 0;  // per device: total - driver reserve - in use
-  int64_t weights_bytes = 0;        // per device
+  int64_t device_budget_bytes = 0;         // per device: total - driver reserve - in use
+  int64_t weights_bytes = 0;               // per device
   Verdict verdict = Verdict::kDoesNotFit;  // the worst of contexts
   std::vector<ContextPlan> contexts;
   std::vector<std::string> assumptions;

@@ -1,5 +1,6 @@
-// The plan as an SVG picture: memory against context per pair with the line of the device, and measured harm against
-// context for the pair that the planner would choose. Curves are computed from the request, not interpolated.
+// The plan as an SVG picture: memory against context per pair with the line of the device, and measured harm
+// against context for the pair that the planner would choose. Curves are computed from the request, not
+// interpolated.
 #pragma once
 
 #include <string>

@@ -26,15 +26,18 @@ absl::StatusOr<QualityRow> ReadRow(const CsvRow& csv) {
   KVTIDE_ASSIGN_OR_RETURN(row.kld_p99, csv.Number("kld_p99"));
   KVTIDE_ASSIGN_OR_RETURN(row.top1_agreement, csv.Number("top1_agreement"));
   KVTIDE_ASSIGN_OR_RETURN(row.bits_per_value, csv.Number("bits_per_value"));
-  if (row.model.empty() || row.pair.k.empty() || row.pair.v.empty() || csv.Text("ppl_change_percent").empty()) {
-    return absl::InvalidArgumentError(csv.place() + ": model, pair_k, pair_v and ppl_change_percent must be given");
+  if (row.model.empty() || row.pair.k.empty() || row.pair.v.empty() ||
+      csv.Text("ppl_change_percent").empty()) {
+    return absl::InvalidArgumentError(csv.place() +
+                                      ": model, pair_k, pair_v and ppl_change_percent must be given");
   }
   return row;
 }
 
 bool IsYardstick(const TypePair& pair) {
-  return pair == TypePair{"f16", "f16"} || pair == TypePair{"bf16", "bf16"} || pair == TypePair{"f32", "f32"} ||
-         pair == TypePair{"f16", "none"} || pair == TypePair{"bf16", "none"};
+  return pair == TypePair{"f16", "f16"} || pair == TypePair{"bf16", "bf16"} ||
+         pair == TypePair{"f32", "f32"} || pair == TypePair{"f16", "none"} ||
+         pair == TypePair{"bf16", "none"};
 }
 
 int64_t Distance(const QualityRow& row, int64_t context) { return std::llabs(row.context - context); }
@@ -46,9 +49,11 @@ Harm HarmOf(const QualityRow& row, bool proxy) {
 
 }  // namespace
 
-absl::StatusOr<std::vector<QualityRow>> ParseQualityCsv(const std::string& csv, const std::string& file_name) {
-  KVTIDE_ASSIGN_OR_RETURN(const std::vector<CsvRow> lines,
-                          ParseCsv(csv, file_name, {"model", "pair_k", "pair_v", "window_policy", "ppl_change_percent"}));
+absl::StatusOr<std::vector<QualityRow>> ParseQualityCsv(const std::string& csv,
+                                                        const std::string& file_name) {
+  KVTIDE_ASSIGN_OR_RETURN(
+      const std::vector<CsvRow> lines,
+      ParseCsv(csv, file_name, {"model", "pair_k", "pair_v", "window_policy", "ppl_change_percent"}));
   std::vector<QualityRow> rows;
   for (const CsvRow& line : lines) {
     KVTIDE_ASSIGN_OR_RETURN(QualityRow row, ReadRow(line));

@@ -32,19 +32,19 @@ struct Harm {
   bool measured = false;
   bool proxy = false;  // measured on another model
   double ppl_change_percent = 0;
-  std::string model;   // of the row; empty for f16
+  std::string model;  // of the row; empty for f16
   int64_t context = 0;
 };
 
-// CSV with a header line; the columns are named as in QualityRow with pair_k and pair_v. Lines that start with # are
-// comments. An error names line and column.
+// CSV with a header line; the columns are named as in QualityRow with pair_k and pair_v. Lines that start
+// with # are comments. An error names line and column.
 absl::StatusOr<std::vector<QualityRow>> ParseQualityCsv(const std::string& csv, const std::string& file_name);
 
 // The rows built into the program.
 const std::vector<QualityRow>& BuiltInQuality();
 
-// The harm of `pair` for `model` at `context`: the row of this model and window policy with the nearest context;
-// failing that, if proxies are accepted, the worst of the other models' rows.
+// The harm of `pair` for `model` at `context`: the row of this model and window policy with the nearest
+// context; failing that, if proxies are accepted, the worst of the other models' rows.
 Harm FindHarm(const std::vector<QualityRow>& rows, const TypePair& pair, const std::string& model,
               const std::string& window_policy, int64_t context, bool accept_proxy);
 

@@ -35,9 +35,12 @@ class Painter {
 
 const char* VerdictText(Verdict verdict) {
   switch (verdict) {
-    case Verdict::kFits: return "fits";
-    case Verdict::kFitsWithTiers: return "fits only with tiers";
-    case Verdict::kDoesNotFit: return "does not fit";
+    case Verdict::kFits:
+      return "fits";
+    case Verdict::kFitsWithTiers:
+      return "fits only with tiers";
+    case Verdict::kDoesNotFit:
+      return "does not fit";
   }
   return "";
 }
@@ -53,13 +56,15 @@ std::string HarmText(const Harm& harm) {
 
 std::string SpeedText(const Speed& speed) {
   if (!speed.known) return "?";
-  return absl::StrFormat("%.0f (%.0f-%.0f)", speed.tokens_per_s, speed.tokens_per_s_low, speed.tokens_per_s_high);
+  return absl::StrFormat("%.0f (%.0f-%.0f)", speed.tokens_per_s, speed.tokens_per_s_low,
+                         speed.tokens_per_s_high);
 }
 
 std::string WhyNot(const Candidate& candidate, bool chosen) {
   if (chosen) return "chosen";
-  std::string why = RejectionName(candidate.rejection);
-  if (candidate.rejection == Rejection::kTooLarge) absl::StrAppend(&why, " by ", FormatMiB(-candidate.free_bytes), " MiB");
+  std::string why = RejectionText(candidate.rejection);
+  if (candidate.rejection == Rejection::kTooLarge)
+    absl::StrAppend(&why, " by ", FormatMiB(-candidate.free_bytes), " MiB");
   if (candidate.total_bytes == 0) absl::StrAppend(&why, ": ", candidate.support.reason);
   if (!candidate.fits && candidate.total_bytes > 0 && candidate.rejection == Rejection::kUnmeasured) {
     absl::StrAppend(&why, ", too large by ", FormatMiB(-candidate.free_bytes), " MiB");
@@ -73,12 +78,12 @@ std::string CandidateLine(const Candidate& candidate, bool chosen) {
   if (candidate.total_bytes == 0) {
     return absl::StrFormat("%s %-18s %s", chosen ? ">" : " ", name, WhyNot(candidate, chosen));
   }
-  return absl::StrFormat("%s %-18s %10s %6.2f %6.2fx %10s %9s %-10s %9d %6d  %-16s %s", chosen ? ">" : " ", name,
-                         FormatMiB(candidate.kv_bytes), candidate.bits_per_value, candidate.ratio_to_f16,
-                         FormatMiB(candidate.free_bytes), HarmText(candidate.harm),
-                         SupportLevelName(candidate.support.level), std::max<int64_t>(0, candidate.max_context),
-                         std::max<int64_t>(0, candidate.max_concurrency), SpeedText(candidate.speed),
-                         WhyNot(candidate, chosen));
+  return absl::StrFormat(
+      "%s %-18s %10s %6.2f %6.2fx %10s %9s %-10s %9d %6d  %-16s %s", chosen ? ">" : " ", name,
+      FormatMiB(candidate.kv_bytes), candidate.bits_per_value, candidate.ratio_to_f16,
+      FormatMiB(candidate.free_bytes), HarmText(candidate.harm), SupportLevelName(candidate.support.level),
+      std::max<int64_t>(0, candidate.max_context), std::max<int64_t>(0, candidate.max_concurrency),
+      SpeedText(candidate.speed), WhyNot(candidate, chosen));
 }
 
 std::string ItemLines(const Candidate& candidate) {
@@ -96,9 +101,10 @@ std::string ContextTable(const ContextPlan& context, const TableStyle& style) {
   std::string text = absl::StrCat(paint(kBold, absl::StrCat("context ", context.context)), ": ",
                                   paint(VerdictColor(context.verdict), VerdictText(context.verdict)), " - ",
                                   context.reason, "\n");
-  absl::StrAppend(&text, paint(kDim, absl::StrFormat("  %-18s %10s %6s %7s %10s %9s %-10s %9s %6s  %-16s %s", "pair", "KV MiB",
-                                                     "bits", "ratio", "left MiB", "harm", "kernel", "max ctx", "seqs",
-                                                     "tok/s", "")),
+  absl::StrAppend(&text,
+                  paint(kDim, absl::StrFormat("  %-18s %10s %6s %7s %10s %9s %-10s %9s %6s  %-16s %s", "pair",
+                                              "KV MiB", "bits", "ratio", "left MiB", "harm", "kernel",
+                                              "max ctx", "seqs", "tok/s", "")),
                   "\n");
   for (int i = 0; i < static_cast<int>(context.candidates.size()); ++i) {
     const Candidate& candidate = context.candidates[i];
@@ -110,15 +116,18 @@ std::string ContextTable(const ContextPlan& context, const TableStyle& style) {
   if (context.chosen >= 0) absl::StrAppend(&text, ItemLines(context.candidates[context.chosen]));
   if (context.split.has_value()) {
     const Split& split = *context.split;
-    absl::StrAppend(&text, "    ", split.pair.Name(), " split: ", FormatMiB(split.device_kv_bytes), " MiB on the device, ",
-                    FormatMiB(split.host_kv_bytes), " MiB on the host; ", split.how, "; tok/s ", SpeedText(split.speed), "\n");
+    absl::StrAppend(&text, "    ", split.pair.Name(), " split: ", FormatMiB(split.device_kv_bytes),
+                    " MiB on the device, ", FormatMiB(split.host_kv_bytes), " MiB on the host; ", split.how,
+                    "; tok/s ", SpeedText(split.speed), "\n");
   }
   return text;
 }
 
 Json JsonOf(const Speed& speed) {
   if (!speed.known) return nullptr;
-  return Json{{"tokens_per_s", speed.tokens_per_s}, {"low", speed.tokens_per_s_low}, {"high", speed.tokens_per_s_high},
+  return Json{{"tokens_per_s", speed.tokens_per_s},
+              {"low", speed.tokens_per_s_low},
+              {"high", speed.tokens_per_s_high},
               {"step_ms", speed.step_ms}};
 }
 
@@ -128,7 +137,8 @@ Json JsonOf(const Candidate& candidate) {
   json["effective_pair"] = candidate.effective.Name();
   json["fits"] = candidate.fits;
   json["rejection"] = RejectionName(candidate.rejection);
-  json["kernel"] = {{"level", SupportLevelName(candidate.support.level)}, {"build", candidate.support.build},
+  json["kernel"] = {{"level", SupportLevelName(candidate.support.level)},
+                    {"build", candidate.support.build},
                     {"reason", candidate.support.reason}};
   json["kv_bytes"] = candidate.kv_bytes;
   json["total_bytes"] = candidate.total_bytes;
@@ -138,16 +148,19 @@ Json JsonOf(const Candidate& candidate) {
   json["max_context"] = std::max<int64_t>(0, candidate.max_context);
   json["max_concurrency"] = std::max<int64_t>(0, candidate.max_concurrency);
   if (candidate.harm.measured) {
-    json["harm"] = {{"ppl_change_percent", candidate.harm.ppl_change_percent}, {"proxy", candidate.harm.proxy},
-                    {"model", candidate.harm.model}, {"context", candidate.harm.context}};
+    json["harm"] = {{"ppl_change_percent", candidate.harm.ppl_change_percent},
+                    {"proxy", candidate.harm.proxy},
+                    {"model", candidate.harm.model},
+                    {"context", candidate.harm.context}};
   } else {
     json["harm"] = nullptr;
   }
   json["speed"] = JsonOf(candidate.speed);
   json["items"] = Json::array();
   for (const Item& item : candidate.items) {
-    json["items"].push_back(
-        {{"item", ItemKindName(item.kind)}, {"bytes", item.bytes}, {"provenance", ProvenanceName(item.provenance)}});
+    json["items"].push_back({{"item", ItemKindName(item.kind)},
+                             {"bytes", item.bytes},
+                             {"provenance", ProvenanceName(item.provenance)}});
   }
   return json;
 }
@@ -156,7 +169,8 @@ Json JsonOf(const ContextPlan& context) {
   Json json;
   json["context"] = context.context;
   json["verdict"] = VerdictName(context.verdict);
-  json["chosen"] = context.chosen >= 0 ? Json(context.candidates[context.chosen].asked.Name()) : Json(nullptr);
+  json["chosen"] =
+      context.chosen >= 0 ? Json(context.candidates[context.chosen].asked.Name()) : Json(nullptr);
   json["reason"] = context.reason;
   json["split"] = nullptr;
   if (context.split.has_value()) {
@@ -177,8 +191,8 @@ std::string KernelLines(const Plan& plan) {
   std::vector<std::string> reasons;
   for (const Candidate& candidate : plan.contexts.front().candidates) {
     if (candidate.support.reason.empty() || candidate.total_bytes == 0) continue;
-    const std::string reason = absl::StrCat(SupportLevelName(candidate.support.level), " (", candidate.support.build, "): ",
-                                            candidate.support.reason);
+    const std::string reason = absl::StrCat(SupportLevelName(candidate.support.level), " (",
+                                            candidate.support.build, "): ", candidate.support.reason);
     if (std::find(reasons.begin(), reasons.end(), reason) == reasons.end()) reasons.push_back(reason);
   }
   std::string text;
@@ -201,7 +215,8 @@ std::vector<Claim> ClaimsAbout(const Plan& plan) {
   std::vector<Claim> about;
   if (plan.contexts.empty()) return about;
   for (const Claim& claim : PublishedClaims()) {
-    if (!claim.models.empty() && !absl::StrContains(";" + claim.models + ";", ";" + plan.model_name + ";")) continue;
+    if (!claim.models.empty() && !absl::StrContains(";" + claim.models + ";", ";" + plan.model_name + ";"))
+      continue;
     for (const Candidate& candidate : plan.contexts.front().candidates) {
       if (candidate.asked.Name() != claim.pair) continue;
       about.push_back(claim);
@@ -214,19 +229,25 @@ std::vector<Claim> ClaimsAbout(const Plan& plan) {
 std::string RenderTable(const PlanRequest& request, const Plan& plan, const TableStyle& style) {
   const Painter paint(style.color);
   const DeviceBudget& device = request.device;
-  std::string text = absl::StrCat(
-      paint(kBold, plan.model_name), " in ", plan.engine_name, " on ", device.count > 1 ? absl::StrCat(device.count, " x ") : "",
-      device.name, ": ", FormatBytes(plan.device_budget_bytes), " usable", device.count > 1 ? " each" : "", ", weights ",
-      FormatBytes(plan.weights_bytes), ", ", request.workload.concurrency,
-      request.workload.concurrency == 1 ? " sequence" : " sequences", "\n\n");
+  std::string text =
+      absl::StrCat(paint(kBold, plan.model_name), " in ", plan.engine_name, " on ",
+                   device.count > 1 ? absl::StrCat(device.count, " x ") : "", device.name, ": ",
+                   FormatBytes(plan.device_budget_bytes), " usable", device.count > 1 ? " each" : "",
+                   ", weights ", FormatBytes(plan.weights_bytes), ", ", request.workload.concurrency,
+                   request.workload.concurrency == 1 ? " sequence" : " sequences", "\n\n");
   for (const ContextPlan& context : plan.contexts) absl::StrAppend(&text, ContextTable(context, style), "\n");
-  absl::StrAppend(&text, "harm: change of perplexity as measured by `kvtide eval`; ? = not measured, never chosen",
+  absl::StrAppend(&text,
+                  "harm: change of perplexity as measured by `kvtide eval`; ? = not measured, never chosen",
                   UsesProxy(plan) ? "; * = measured on another model" : "", "\n");
   if (!plan.contexts.empty()) absl::StrAppend(&text, KernelLines(plan));
   for (const std::string& note : plan.notes) absl::StrAppend(&text, "note: ", note, "\n");
-  for (const std::string& assumption : plan.assumptions) absl::StrAppend(&text, "assumed: ", assumption, "\n");
+  for (const std::string& assumption : plan.assumptions)
+    absl::StrAppend(&text, "assumed: ", assumption, "\n");
   for (const Claim& claim : ClaimsAbout(plan)) {
-    absl::StrAppend(&text, paint(kDim, absl::StrCat("claim (", claim.source, "): ", claim.claim, ". Checked: ", claim.verdict)), "\n");
+    absl::StrAppend(
+        &text,
+        paint(kDim, absl::StrCat("claim (", claim.source, "): ", claim.claim, ". Checked: ", claim.verdict)),
+        "\n");
   }
   return text;
 }
@@ -251,7 +272,8 @@ std::string RenderJson(const PlanRequest& request, const Plan& plan) {
                     {"bandwidth_gb_s", request.device.bandwidth_gb_s},
                     {"pcie_gb_s", request.device.pcie_gb_s},
                     {"host_bytes", request.device.host_bytes}};
-  json["weights"] = {{"bytes_per_device", plan.weights_bytes}, {"source", request.weights.source},
+  json["weights"] = {{"bytes_per_device", plan.weights_bytes},
+                     {"source", request.weights.source},
                      {"provenance", ProvenanceName(request.weights.provenance)}};
   json["contexts"] = Json::array();
   for (const ContextPlan& context : plan.contexts) json["contexts"].push_back(JsonOf(context));
@@ -259,26 +281,32 @@ std::string RenderJson(const PlanRequest& request, const Plan& plan) {
   json["assumptions"] = plan.assumptions;
   json["claims"] = Json::array();
   for (const Claim& claim : ClaimsAbout(plan)) {
-    json["claims"].push_back({{"pair", claim.pair}, {"claim", claim.claim}, {"checked", claim.verdict}, {"source", claim.source}});
+    json["claims"].push_back(
+        {{"pair", claim.pair}, {"claim", claim.claim}, {"checked", claim.verdict}, {"source", claim.source}});
   }
   return json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
 }
 
 std::string RenderCsv(const PlanRequest& request, const Plan& plan) {
   std::string text =
-      "model,engine,device,concurrency,context,pair,effective_pair,fits,chosen,rejection,kernel,kv_bytes,total_bytes,free_bytes,"
-      "bits_per_value,ratio_to_f16,ppl_change_percent,harm_proxy,max_context,max_concurrency,tokens_per_s,tokens_per_s_low,"
+      "model,engine,device,concurrency,context,pair,effective_pair,fits,chosen,rejection,kernel,kv_bytes,"
+      "total_bytes,free_bytes,"
+      "bits_per_value,ratio_to_f16,ppl_change_percent,harm_proxy,max_context,max_concurrency,tokens_per_s,"
+      "tokens_per_s_low,"
       "tokens_per_s_high\n";
   for (const ContextPlan& context : plan.contexts) {
     for (int i = 0; i < static_cast<int>(context.candidates.size()); ++i) {
       const Candidate& c = context.candidates[i];
-      absl::StrAppend(&text, CsvField(plan.model_name), ",", plan.engine_name, ",", CsvField(request.device.name), ",",
-                      request.workload.concurrency, ",", context.context, ",", c.asked.Name(), ",", c.effective.Name(), ",",
-                      c.fits ? 1 : 0, ",", i == context.chosen ? 1 : 0, ",", CsvField(RejectionName(c.rejection)), ",");
-      absl::StrAppend(&text, SupportLevelName(c.support.level), ",", c.kv_bytes, ",", c.total_bytes, ",", c.free_bytes, ",");
+      absl::StrAppend(&text, CsvField(plan.model_name), ",", plan.engine_name, ",",
+                      CsvField(request.device.name), ",", request.workload.concurrency, ",", context.context,
+                      ",", c.asked.Name(), ",", c.effective.Name(), ",", c.fits ? 1 : 0, ",",
+                      i == context.chosen ? 1 : 0, ",", CsvField(RejectionName(c.rejection)), ",");
+      absl::StrAppend(&text, SupportLevelName(c.support.level), ",", c.kv_bytes, ",", c.total_bytes, ",",
+                      c.free_bytes, ",");
       absl::StrAppendFormat(&text, "%.4f,%.4f,%s,%d,%d,%d", c.bits_per_value, c.ratio_to_f16,
-                            c.harm.measured ? absl::StrFormat("%.4f", c.harm.ppl_change_percent) : "", c.harm.proxy ? 1 : 0,
-                            std::max<int64_t>(0, c.max_context), std::max<int64_t>(0, c.max_concurrency));
+                            c.harm.measured ? absl::StrFormat("%.4f", c.harm.ppl_change_percent) : "",
+                            c.harm.proxy ? 1 : 0, std::max<int64_t>(0, c.max_context),
+                            std::max<int64_t>(0, c.max_concurrency));
       if (c.speed.known) {
         absl::StrAppendFormat(&text, ",%.2f,%.2f,%.2f\n", c.speed.tokens_per_s, c.speed.tokens_per_s_low,
                               c.speed.tokens_per_s_high);

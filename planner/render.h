@@ -1,5 +1,5 @@
-// A plan as text: a table for people, JSON (schema "kvtide.plan/1", documented in README.md; sizes in bytes), CSV with one
-// line per context and pair. Pure functions of the plan.
+// A plan as text: a table for people, JSON (schema "kvtide.plan/1", documented in README.md; sizes in bytes),
+// CSV with one line per context and pair. Pure functions of the plan.
 #pragma once
 
 #include <string>

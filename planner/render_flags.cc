@@ -13,17 +13,19 @@
 namespace kvtide::planner {
 namespace {
 
-absl::StatusOr<const ContextPlan*> LargestContext(const PlanRequest& request, const Plan& plan, Engine engine) {
+absl::StatusOr<const ContextPlan*> LargestContext(const PlanRequest& request, const Plan& plan,
+                                                  Engine engine) {
   if (request.engine.engine != engine) {
-    return absl::InvalidArgumentError(absl::StrCat("this output needs --engine ", EngineName(engine), ", the plan is for ",
-                                                   EngineName(request.engine.engine)));
+    return absl::InvalidArgumentError(absl::StrCat("this output needs --engine ", EngineName(engine),
+                                                   ", the plan is for ", EngineName(request.engine.engine)));
   }
   const ContextPlan* largest = nullptr;
   for (const ContextPlan& context : plan.contexts) {
     if (largest == nullptr || context.context > largest->context) largest = &context;
   }
   if (largest == nullptr || largest->verdict == Verdict::kDoesNotFit) {
-    return absl::FailedPreconditionError(absl::StrCat("no settings: ", largest == nullptr ? "no context" : largest->reason));
+    return absl::FailedPreconditionError(
+        absl::StrCat("no settings: ", largest == nullptr ? "no context" : largest->reason));
   }
   return largest;
 }
@@ -46,9 +48,11 @@ absl::StatusOr<std::string> RenderLlamaArgs(const PlanRequest& request, const Pl
     kv_on_host = context->split->device_kv_bytes == 0;
     if (!kv_on_host) layers = context->split->device_layers;
   }
-  std::string args = absl::StrCat("-c ", tokens, " -np ", work.concurrency, " -ngl ", layers, " -ctk ", pair.k);
+  std::string args =
+      absl::StrCat("-c ", tokens, " -np ", work.concurrency, " -ngl ", layers, " -ctk ", pair.k);
   if (pair.v != "none") absl::StrAppend(&args, " -ctv ", pair.v);
-  absl::StrAppend(&args, " -fa ", request.engine.flash_attention ? "on" : "off", " -ub ", request.engine.ubatch);
+  absl::StrAppend(&args, " -fa ", request.engine.flash_attention ? "on" : "off", " -ub ",
+                  request.engine.ubatch);
   if (request.engine.unified && work.concurrency > 1) absl::StrAppend(&args, " -kvu");
   if (request.engine.swa_full) absl::StrAppend(&args, " --swa-full");
   if (kv_on_host) absl::StrAppend(&args, " --no-kv-offload");
@@ -58,10 +62,11 @@ absl::StatusOr<std::string> RenderLlamaArgs(const PlanRequest& request, const Pl
 absl::StatusOr<std::string> RenderVllmArgs(const PlanRequest& request, const Plan& plan) {
   KVTIDE_ASSIGN_OR_RETURN(const ContextPlan* context, LargestContext(request, plan, Engine::kVllm));
   const Candidate& chosen = context->candidates[context->chosen];
-  std::string args = absl::StrCat("--max-model-len ", context->context, " --max-num-seqs ", request.workload.concurrency,
-                                  " --max-num-batched-tokens ", request.engine.max_batched_tokens, " --block-size ",
-                                  request.engine.block_tokens, " --kv-cache-dtype ", VllmCacheDtype(chosen.asked),
-                                  " --tensor-parallel-size ", request.device.count);
+  std::string args =
+      absl::StrCat("--max-model-len ", context->context, " --max-num-seqs ", request.workload.concurrency,
+                   " --max-num-batched-tokens ", request.engine.max_batched_tokens, " --block-size ",
+                   request.engine.block_tokens, " --kv-cache-dtype ", VllmCacheDtype(chosen.asked),
+                   " --tensor-parallel-size ", request.device.count);
   absl::StrAppendFormat(&args, " --gpu-memory-utilization %.2f", request.engine.gpu_memory_utilization);
   if (!request.engine.cuda_graphs) absl::StrAppend(&args, " --enforce-eager");
   return args + "\n";

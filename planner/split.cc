@@ -22,11 +22,13 @@ Split MakeSplit(const Candidate& candidate, int64_t device_kv, int64_t host_kv, 
 }
 
 int64_t Share(int64_t bytes, int64_t part, int64_t whole) {
-  return static_cast<int64_t>(static_cast<double>(bytes) * static_cast<double>(part) / static_cast<double>(whole));
+  return static_cast<int64_t>(static_cast<double>(bytes) * static_cast<double>(part) /
+                              static_cast<double>(whole));
 }
 
 // Blocks that do not fit stay on the host and are attended there, or cross PCIe in every step.
-std::optional<Split> KvtideSplit(const PlanRequest& request, const Candidate& candidate, const StepTraffic& traffic) {
+std::optional<Split> KvtideSplit(const PlanRequest& request, const Candidate& candidate,
+                                 const StepTraffic& traffic) {
   const int64_t room = candidate.free_bytes + candidate.kv_bytes;  // for KV on the device
   const int64_t host_kv = candidate.kv_bytes - room;
   if (room < 0 || host_kv * request.device.count > request.device.host_bytes) return std::nullopt;
@@ -49,7 +51,8 @@ std::optional<Split> KvtideSplit(const PlanRequest& request, const Candidate& ca
 }
 
 // Whole layers on the CPU (-ngl), or the cache of all layers in host memory (--no-kv-offload).
-std::optional<Split> LlamaCppSplit(const PlanRequest& request, const Candidate& candidate, const StepTraffic& traffic) {
+std::optional<Split> LlamaCppSplit(const PlanRequest& request, const Candidate& candidate,
+                                   const StepTraffic& traffic) {
   std::optional<Split> best;
   const int layers = static_cast<int>(request.model.layers.size());
   const int64_t weights = request.weights.bytes / request.device.count;
@@ -63,8 +66,9 @@ std::optional<Split> LlamaCppSplit(const PlanRequest& request, const Candidate& 
     step.weight_bytes -= step.host_weight_bytes;
     step.kv_bytes -= step.host_attend_bytes;
     const int64_t host_kv = Share(candidate.kv_bytes, off, layers);
-    Split split = MakeSplit(candidate, candidate.kv_bytes - host_kv, host_kv,
-                            absl::StrCat(off, " of ", layers, " layers run on the CPU (-ngl ", layers - off, ")"));
+    Split split =
+        MakeSplit(candidate, candidate.kv_bytes - host_kv, host_kv,
+                  absl::StrCat(off, " of ", layers, " layers run on the CPU (-ngl ", layers - off, ")"));
     split.device_layers = static_cast<int>(layers - off);
     split.speed = PredictSpeed(request.model, request.device, step, request.workload.concurrency);
     KeepFaster(split, &best);
@@ -73,7 +77,8 @@ std::optional<Split> LlamaCppSplit(const PlanRequest& request, const Candidate& 
     StepTraffic step = traffic;
     step.host_attend_bytes = traffic.kv_bytes;
     step.kv_bytes = 0;
-    Split split = MakeSplit(candidate, 0, candidate.kv_bytes, "the whole cache in host memory (--no-kv-offload)");
+    Split split =
+        MakeSplit(candidate, 0, candidate.kv_bytes, "the whole cache in host memory (--no-kv-offload)");
     split.device_layers = layers;
     split.speed = PredictSpeed(request.model, request.device, step, request.workload.concurrency);
     KeepFaster(split, &best);
@@ -83,12 +88,16 @@ std::optional<Split> LlamaCppSplit(const PlanRequest& request, const Candidate& 
 
 }  // namespace
 
-std::optional<Split> BestSplit(const PlanRequest& request, const Candidate& candidate, const StepTraffic& traffic) {
+std::optional<Split> BestSplit(const PlanRequest& request, const Candidate& candidate,
+                               const StepTraffic& traffic) {
   if (request.device.host_bytes <= 0 || candidate.fits) return std::nullopt;
   switch (request.engine.engine) {
-    case Engine::kKvtide: return KvtideSplit(request, candidate, traffic);
-    case Engine::kLlamaCpp: return LlamaCppSplit(request, candidate, traffic);
-    case Engine::kVllm: return std::nullopt;  // vLLM attends on the GPU only
+    case Engine::kKvtide:
+      return KvtideSplit(request, candidate, traffic);
+    case Engine::kLlamaCpp:
+      return LlamaCppSplit(request, candidate, traffic);
+    case Engine::kVllm:
+      return std::nullopt;  // vLLM attends on the GPU only
   }
   return std::nullopt;
 }

@@ -36,11 +36,13 @@ Support LlamaCpp(const std::string& asked_build, const TypePair& pair, int dk, i
     return {SupportLevel::kCpuFallback, support.build, "mixed f16 and bf16 have no kernel"};
   }
   if (pair.v == "none") {
-    return {SupportLevel::kDequantise, support.build, "the latent kernel reads f16; quantised latents are expanded every step"};
+    return {SupportLevel::kDequantise, support.build,
+            "the latent kernel reads f16; quantised latents are expanded every step"};
   }
   if (support.build == "upstream" && !CompiledByDefault(pair.k, pair.v)) {
     return {SupportLevel::kCpuFallback, support.build,
-            "this pair of types is only compiled with GGML_CUDA_FA_ALL_QUANTS; without it attention runs on the CPU"};
+            "this pair of types is only compiled with GGML_CUDA_FA_ALL_QUANTS; without it attention runs on "
+            "the CPU"};
   }
   if (support.build == "pairquant" && pair.v == "pq4" && pair.k == "q8_0") {
     support.reason = "as its README says: a vector kernel for pq4 at every head dim, 512 included";
@@ -53,7 +55,8 @@ Support LlamaCpp(const std::string& asked_build, const TypePair& pair, int dk, i
   }
   if (!HasVectorKernel(stored_k) || !HasVectorKernel(stored_v)) {
     return {SupportLevel::kDequantise, support.build,
-            absl::StrCat("no vector kernel for head dims ", stored_k, "/", stored_v, "; K and V are expanded to f16 in every step")};
+            absl::StrCat("no vector kernel for head dims ", stored_k, "/", stored_v,
+                         "; K and V are expanded to f16 in every step")};
   }
   return support;
 }
@@ -64,7 +67,8 @@ Support Vllm(const TypePair& pair, int dk, int dv) {
   const bool turboquant = pair.v == "tq3" || pair.v == "tq4";
   if (turboquant && mla) return {SupportLevel::kRefused, "vllm", "turboquant caches do not hold MLA latents"};
   if (turboquant && std::max(dk, dv) > 256) {
-    return {SupportLevel::kRefused, "vllm", absl::StrCat("no turboquant kernel for head dim ", std::max(dk, dv))};
+    return {SupportLevel::kRefused, "vllm",
+            absl::StrCat("no turboquant kernel for head dim ", std::max(dk, dv))};
   }
   if (pair.k == "fp8" && pair.v == "fp8") support.reason = "needs compute capability 8.9 or newer";
   return support;
@@ -86,24 +90,33 @@ Support Kvtide(const TypePair& pair, int dk, int dv) {
 
 const char* SupportLevelName(SupportLevel level) {
   switch (level) {
-    case SupportLevel::kNative: return "native";
-    case SupportLevel::kDequantise: return "dequantise";
-    case SupportLevel::kCpuFallback: return "cpu";
-    case SupportLevel::kRefused: return "refused";
+    case SupportLevel::kNative:
+      return "native";
+    case SupportLevel::kDequantise:
+      return "dequantise";
+    case SupportLevel::kCpuFallback:
+      return "cpu";
+    case SupportLevel::kRefused:
+      return "refused";
   }
   return "unknown";
 }
 
-Support FindSupport(Engine engine, const std::string& build, const TypePair& pair, int head_dim_k, int head_dim_v) {
+Support FindSupport(Engine engine, const std::string& build, const TypePair& pair, int head_dim_k,
+                    int head_dim_v) {
   switch (engine) {
-    case Engine::kLlamaCpp: return LlamaCpp(build, pair, head_dim_k, head_dim_v);
-    case Engine::kVllm: return Vllm(pair, head_dim_k, head_dim_v);
-    case Engine::kKvtide: return Kvtide(pair, head_dim_k, head_dim_v);
+    case Engine::kLlamaCpp:
+      return LlamaCpp(build, pair, head_dim_k, head_dim_v);
+    case Engine::kVllm:
+      return Vllm(pair, head_dim_k, head_dim_v);
+    case Engine::kKvtide:
+      return Kvtide(pair, head_dim_k, head_dim_v);
   }
   return {};
 }
 
-Support FindSupport(const EngineOptions& options, const TypePair& pair, const std::vector<LayerGroup>& groups) {
+Support FindSupport(const EngineOptions& options, const TypePair& pair,
+                    const std::vector<LayerGroup>& groups) {
   Support worst;
   worst.build = EngineName(options.engine);
   bool first = true;
@@ -113,8 +126,8 @@ Support FindSupport(const EngineOptions& options, const TypePair& pair, const st
     if (first || support.level > worst.level) worst = support;
     first = false;
   }
-  if (options.engine == Engine::kLlamaCpp && !options.flash_attention && pair.v != "f16" && pair.v != "bf16" &&
-      pair.v != "f32" && pair.v != "none") {
+  if (options.engine == Engine::kLlamaCpp && !options.flash_attention && pair.v != "f16" &&
+      pair.v != "bf16" && pair.v != "f32" && pair.v != "none") {
     return {SupportLevel::kRefused, worst.build, "a quantised V needs flash attention (-fa on)"};
   }
   return worst;

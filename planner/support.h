@@ -1,5 +1,5 @@
-// Whether an engine can attend over a pair at a head dim, and how: a question apart from size. A smaller cache
-// can need more memory (a f16 copy as scratch) or run on the CPU when its kernel is missing.
+// Whether an engine can attend over a pair at a head dim, and how: a question apart from size. A smaller
+// cache can need more memory (a f16 copy as scratch) or run on the CPU when its kernel is missing.
 #pragma once
 
 #include <string>
@@ -27,9 +27,11 @@ struct Support {
 };
 
 // The matrix: one build, pair and head dims. `build` "auto" picks the first tree that has both types.
-Support FindSupport(Engine engine, const std::string& build, const TypePair& pair, int head_dim_k, int head_dim_v);
+Support FindSupport(Engine engine, const std::string& build, const TypePair& pair, int head_dim_k,
+                    int head_dim_v);
 
 // The worst over the layers of a model.
-Support FindSupport(const EngineOptions& options, const TypePair& pair, const std::vector<LayerGroup>& groups);
+Support FindSupport(const EngineOptions& options, const TypePair& pair,
+                    const std::vector<LayerGroup>& groups);
 
 }  // namespace kvtide::planner

@@ -9,7 +9,8 @@ namespace kvtide::planner {
 
 std::string FormatBytes(int64_t bytes) {
   const double magnitude = std::fabs(static_cast<double>(bytes));
-  if (magnitude >= 1024.0 * kGiB) return absl::StrFormat("%.2f TiB", static_cast<double>(bytes) / (1024.0 * kGiB));
+  if (magnitude >= 1024.0 * kGiB)
+    return absl::StrFormat("%.2f TiB", static_cast<double>(bytes) / (1024.0 * kGiB));
   if (magnitude >= 10.0 * kGiB) return absl::StrFormat("%.1f GiB", static_cast<double>(bytes) / kGiB);
   if (magnitude >= 1.0 * kGiB) return absl::StrFormat("%.2f GiB", static_cast<double>(bytes) / kGiB);
   if (magnitude >= 1.0 * kMiB) return absl::StrFormat("%.1f MiB", static_cast<double>(bytes) / kMiB);

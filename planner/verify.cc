@@ -18,14 +18,17 @@ namespace {
 std::vector<std::string> Lines(const std::string& text) { return absl::StrSplit(text, '\n'); }
 
 // The number that follows `marker`, and the unit behind it; commas inside numbers are dropped.
-std::optional<double> NumberAfter(const std::string& line, const std::string& marker, std::string* rest = nullptr) {
+std::optional<double> NumberAfter(const std::string& line, const std::string& marker,
+                                  std::string* rest = nullptr) {
   const size_t at = line.find(marker);
   if (at == std::string::npos) return std::nullopt;
   size_t begin = line.find_first_of("0123456789", at + marker.size());
   if (begin == std::string::npos) return std::nullopt;
   std::string number;
   size_t end = begin;
-  for (; end < line.size() && (absl::ascii_isdigit(static_cast<unsigned char>(line[end])) || line[end] == '.' || line[end] == ','); ++end) {
+  for (; end < line.size() &&
+         (absl::ascii_isdigit(static_cast<unsigned char>(line[end])) || line[end] == '.' || line[end] == ',');
+       ++end) {
     if (line[end] != ',') number += line[end];
   }
   while (!number.empty() && number.back() == '.') number.pop_back();
@@ -41,7 +44,11 @@ std::optional<int64_t> BytesAfter(const std::string& line, const std::string& ma
   const std::optional<double> number = NumberAfter(line, marker, &rest);
   if (!number.has_value()) return std::nullopt;
   while (!rest.empty() && rest[0] == ' ') rest.erase(0, 1);
-  for (const auto& unit : {std::pair<const char*, double>{"GiB", kGiB}, {"MiB", kMiB}, {"KiB", kKiB}, {"GB", 1e9}, {"MB", 1e6}}) {
+  for (const auto& unit : {std::pair<const char*, double>{"GiB", kGiB},
+                           {"MiB", kMiB},
+                           {"KiB", kKiB},
+                           {"GB", 1e9},
+                           {"MB", 1e6}}) {
     if (absl::StartsWith(rest, unit.first)) return static_cast<int64_t>(std::llround(*number * unit.second));
   }
   return std::nullopt;
@@ -84,7 +91,9 @@ absl::StatusOr<Measured> ParseLlamaLog(const std::string& log) {
       if (!IsHostBuffer(device)) devices[marker.first][device] += *bytes;
     }
   }
-  if (devices.empty()) return absl::InvalidArgumentError("no '... buffer size = N MiB' line of a GPU: not a llama.cpp start-up log");
+  if (devices.empty())
+    return absl::InvalidArgumentError(
+        "no '... buffer size = N MiB' line of a GPU: not a llama.cpp start-up log");
   Measured measured{"llama.cpp log", {}};
   for (const auto& [item, per_device] : devices) {
     for (const auto& entry : per_device) measured.bytes[item] = std::max(measured.bytes[item], entry.second);
@@ -96,12 +105,15 @@ absl::StatusOr<Measured> ParseVllmLog(const std::string& log) {
   Measured measured{"vllm log", {}};
   std::optional<int64_t> available;
   std::optional<double> concurrency;
-  static const std::pair<const char*, const char*> markers[] = {
-      {"weights", "Model loading took"}, {"weights", "model weights take"},     {"compute", "activation peak memory takes"},
-      {"context", "non_torch_memory takes"}, {"graphs", "secs, took"}};
+  static const std::pair<const char*, const char*> markers[] = {{"weights", "Model loading took"},
+                                                                {"weights", "model weights take"},
+                                                                {"compute", "activation peak memory takes"},
+                                                                {"context", "non_torch_memory takes"},
+                                                                {"graphs", "secs, took"}};
   for (const std::string& line : Lines(log)) {
     for (const auto& marker : markers) {
-      if (const std::optional<int64_t> bytes = BytesAfter(line, marker.second)) measured.bytes[marker.first] = *bytes;
+      if (const std::optional<int64_t> bytes = BytesAfter(line, marker.second))
+        measured.bytes[marker.first] = *bytes;
     }
     for (const char* marker : {"Available KV cache memory:", "reserved for KV Cache is"}) {
       if (const std::optional<int64_t> bytes = BytesAfter(line, marker)) available = bytes;
@@ -114,7 +126,8 @@ absl::StatusOr<Measured> ParseVllmLog(const std::string& log) {
   if (available.has_value() && concurrency.has_value()) {
     measured.bytes["kv_per_request"] = static_cast<int64_t>(static_cast<double>(*available) / *concurrency);
   }
-  if (measured.bytes.empty()) return absl::InvalidArgumentError("no memory line of vLLM: not a vLLM start-up log");
+  if (measured.bytes.empty())
+    return absl::InvalidArgumentError("no memory line of vLLM: not a vLLM start-up log");
   return measured;
 }
 
@@ -123,14 +136,14 @@ absl::StatusOr<Measured> ParseKvtidedMetrics(const std::string& text) {
   int64_t used = 0;
   bool found = false;
   for (const std::string& line : Lines(text)) {
-    if (line.empty() || line[0] == '#' || !absl::StartsWith(line, "kvtide_tier_used_bytes")) continue;
+    if (line.empty() || line[0] == '#' || !absl::StartsWith(line, "kvtide_pool_used_bytes")) continue;
     const size_t space = line.rfind(' ');
     double value = 0;
     if (space == std::string::npos || !absl::SimpleAtod(line.substr(space + 1), &value)) continue;
     used += static_cast<int64_t>(value);
     found = true;
   }
-  if (!found) return absl::InvalidArgumentError("no kvtide_tier_used_bytes: not the metrics of kvtided");
+  if (!found) return absl::InvalidArgumentError("no kvtide_pool_used_bytes: not the metrics of kvtided");
   measured.bytes["kv"] = used;
   return measured;
 }
@@ -141,11 +154,13 @@ absl::StatusOr<Measured> ParseAnyLog(const std::string& text) {
     if (measured.ok()) return measured;
   }
   return absl::InvalidArgumentError(
-      "neither a llama.cpp start-up log (buffer size lines), nor a vLLM one (KV cache memory lines), nor metrics of kvtided");
+      "neither a llama.cpp start-up log (buffer size lines), nor a vLLM one (KV cache memory lines), nor "
+      "metrics of kvtided");
 }
 
 double VerifyLine::ErrorPercent() const {
-  return actual == 0 ? (predicted == 0 ? 0 : 100) : 100.0 * static_cast<double>(predicted - actual) / static_cast<double>(actual);
+  return actual == 0 ? (predicted == 0 ? 0 : 100)
+                     : 100.0 * static_cast<double>(predicted - actual) / static_cast<double>(actual);
 }
 
 std::vector<VerifyLine> Compare(const Candidate& candidate, int64_t sequences, const Measured& measured) {
@@ -169,10 +184,11 @@ std::vector<VerifyLine> Compare(const Candidate& candidate, int64_t sequences, c
 }
 
 std::string RenderVerify(const std::vector<VerifyLine>& lines, const Measured& measured) {
-  std::string text = absl::StrFormat("%-16s %14s %14s %9s   (%s)\n", "item", "predicted MiB", "actual MiB", "error", measured.kind);
+  std::string text = absl::StrFormat("%-16s %14s %14s %9s   (%s)\n", "item", "predicted MiB", "actual MiB",
+                                     "error", measured.kind);
   for (const VerifyLine& line : lines) {
-    absl::StrAppendFormat(&text, "%-16s %14s %14s %+8.1f%%\n", line.item, FormatMiB(line.predicted), FormatMiB(line.actual),
-                          line.ErrorPercent());
+    absl::StrAppendFormat(&text, "%-16s %14s %14s %+8.1f%%\n", line.item, FormatMiB(line.predicted),
+                          FormatMiB(line.actual), line.ErrorPercent());
   }
   return text;
 }

@@ -1,5 +1,5 @@
-// Prediction against reality: reads the start-up log of llama.cpp or vLLM, or the metrics of a running kvtided, and
-// puts what they say beside the items of a plan.
+// Prediction against reality: reads the start-up log of llama.cpp or vLLM, or the metrics of a running
+// kvtided, and puts what they say beside the items of a plan.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,8 @@
 
 namespace kvtide::planner {
 
-// What a log says, per device (the fullest one). Keys: weights, kv, recurrent, compute, graphs, context, kv_per_request.
+// What a log says, per device (the fullest one). Keys: weights, kv, recurrent, compute, graphs, context,
+// kv_per_request.
 struct Measured {
   std::string kind;  // "llama.cpp log", "vllm log", "kvtided metrics"
   std::map<std::string, int64_t> bytes;

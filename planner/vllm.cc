@@ -15,7 +15,7 @@ struct Dtype {
   const char* k;
   const char* v;
   const char* flag;
-  int k_bits;        // per value
+  int k_bits;  // per value
   int v_bits;
   int k_head_bytes;  // scales per token and head
   int v_head_bytes;
@@ -34,7 +34,8 @@ constexpr Dtype kDtypes[] = {
 
 const Dtype* FindDtype(const TypePair& pair) {
   for (const Dtype& dtype : kDtypes) {
-    if (pair.k == dtype.k && (pair.v == dtype.v || (pair.v == "none" && std::string(dtype.k) == dtype.v))) return &dtype;
+    if (pair.k == dtype.k && (pair.v == dtype.v || (pair.v == "none" && std::string(dtype.k) == dtype.v)))
+      return &dtype;
   }
   return nullptr;
 }
@@ -62,10 +63,11 @@ class VllmSizer : public KvSizer {
   absl::Status Init(const std::vector<LayerGroup>& groups, const TypePair& pair) {
     const Dtype* dtype = FindDtype(pair);
     if (dtype == nullptr) {
-      return absl::InvalidArgumentError(absl::StrCat("vllm has no cache dtype for '", pair.Name(), "'; known: ",
-                                                     absl::StrJoin(VllmPairs(), ", ", [](std::string* out, const TypePair& p) {
-                                                       absl::StrAppend(out, p.Name());
-                                                     })));
+      return absl::InvalidArgumentError(absl::StrCat(
+          "vllm has no cache dtype for '", pair.Name(),
+          "'; known: ", absl::StrJoin(VllmPairs(), ", ", [](std::string* out, const TypePair& p) {
+            absl::StrAppend(out, p.Name());
+          })));
     }
     effective_ = pair;
     for (const LayerGroup& group : groups) {
@@ -109,26 +111,28 @@ class VllmSizer : public KvSizer {
 
   std::vector<std::string> Explain(const KvLoad& load) const override {
     std::vector<std::string> lines;
-    lines.push_back(absl::StrCat("pool block = ", pool_.group_layers, " layers x page of ", pool_.page_bytes, " B = ",
-                                 pool_.BlockBytes(), " B"));
+    lines.push_back(absl::StrCat("pool block = ", pool_.group_layers, " layers x page of ", pool_.page_bytes,
+                                 " B = ", pool_.BlockBytes(), " B"));
     for (size_t i = 0; i < groups_.size(); ++i) {
       const StoredGroup& stored = groups_[i];
       const int64_t blocks = BlocksOfKind(i, load.context), groups = GroupsOfKind(stored);
-      lines.push_back(absl::StrCat(LayerKindName(stored.group.kind), ", ", stored.layers, " layers = ", groups,
-                                   " groups: ", blocks, " blocks of ", block_tokens_[i], " tokens each per request = ",
-                                   blocks * groups, " pool blocks = ", blocks * groups * pool_.BlockBytes(), " B"));
+      lines.push_back(absl::StrCat(LayerKindName(stored.group.kind), ", ", stored.layers,
+                                   " layers = ", groups, " groups: ", blocks, " blocks of ", block_tokens_[i],
+                                   " tokens each per request = ", blocks * groups,
+                                   " pool blocks = ", blocks * groups * pool_.BlockBytes(), " B"));
     }
-    lines.push_back(absl::StrCat("one request: ", Blocks(load.context), " blocks x ", pool_.BlockBytes(), " B = ",
-                                 Blocks(load.context) * pool_.BlockBytes(), " B; ", load.sequences, " requests",
-                                 load.shared_prefix > 0 ? absl::StrCat(", a prefix of ", load.shared_prefix, " tokens once")
-                                                        : ""));
+    lines.push_back(absl::StrCat(
+        "one request: ", Blocks(load.context), " blocks x ", pool_.BlockBytes(),
+        " B = ", Blocks(load.context) * pool_.BlockBytes(), " B; ", load.sequences, " requests",
+        load.shared_prefix > 0 ? absl::StrCat(", a prefix of ", load.shared_prefix, " tokens once") : ""));
     return lines;
   }
 
  private:
   // Raises the block of small-page layers until all pages are equal; groups have equal numbers of layers.
   absl::Status UnifyPages() {
-    if (groups_.empty()) return absl::InvalidArgumentError("vllm: the model has no layer that caches anything");
+    if (groups_.empty())
+      return absl::InvalidArgumentError("vllm: the model has no layer that caches anything");
     int64_t fewest = groups_[0].layers, most = groups_[0].layers;
     bool attention = false;
     for (const StoredGroup& stored : groups_) {
@@ -150,12 +154,14 @@ class VllmSizer : public KvSizer {
       const int64_t token = stored.token_bytes() / stored.layers;
       if (pool_.page_bytes % token != 0) {
         return absl::InvalidArgumentError(absl::StrCat("vllm cannot unify pages: ", pool_.page_bytes,
-                                                       " bytes are not a multiple of ", token, " bytes per token"));
+                                                       " bytes are not a multiple of ", token,
+                                                       " bytes per token"));
       }
       block_tokens_.push_back(pool_.page_bytes / token);
       if (block_tokens_.back() != options_.block_tokens) {
-        rewrites_.push_back(absl::StrCat("block of the ", LayerKindName(stored.group.kind), " layers raised from ",
-                                         options_.block_tokens, " to ", block_tokens_.back(), " tokens"));
+        rewrites_.push_back(absl::StrCat("block of the ", LayerKindName(stored.group.kind),
+                                         " layers raised from ", options_.block_tokens, " to ",
+                                         block_tokens_.back(), " tokens"));
       }
     }
     return absl::OkStatus();
@@ -174,10 +180,14 @@ class VllmSizer : public KvSizer {
     const LayerGroup& group = groups_[i].group;
     const int64_t block = block_tokens_[i], batched = options_.max_batched_tokens;
     switch (group.kind) {
-      case LayerKind::kRecurrent: return 1;
-      case LayerKind::kSliding: return CeilDiv(std::min(group.window - 1 + batched, context), block) + 1;
-      case LayerKind::kChunked: return CeilDiv(std::min(group.window + batched, context), block);
-      default: return CeilDiv(context, block);
+      case LayerKind::kRecurrent:
+        return 1;
+      case LayerKind::kSliding:
+        return CeilDiv(std::min(group.window - 1 + batched, context), block) + 1;
+      case LayerKind::kChunked:
+        return CeilDiv(std::min(group.window + batched, context), block);
+      default:
+        return CeilDiv(context, block);
     }
   }
 
@@ -186,8 +196,8 @@ class VllmSizer : public KvSizer {
   std::vector<int64_t> block_tokens_;  // per group
 };
 
-absl::StatusOr<std::unique_ptr<VllmSizer>> Make(const EngineOptions& options, const std::vector<LayerGroup>& groups,
-                                                const TypePair& pair) {
+absl::StatusOr<std::unique_ptr<VllmSizer>> Make(const EngineOptions& options,
+                                                const std::vector<LayerGroup>& groups, const TypePair& pair) {
   auto sizer = std::make_unique<VllmSizer>(options);
   KVTIDE_RETURN_IF_ERROR(sizer->Init(groups, pair));
   return sizer;
@@ -196,7 +206,8 @@ absl::StatusOr<std::unique_ptr<VllmSizer>> Make(const EngineOptions& options, co
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<KvSizer>> MakeVllmSizer(const EngineOptions& options,
-                                                       const std::vector<LayerGroup>& groups, const TypePair& pair) {
+                                                       const std::vector<LayerGroup>& groups,
+                                                       const TypePair& pair) {
   KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<VllmSizer> sizer, Make(options, groups, pair));
   return std::unique_ptr<KvSizer>(std::move(sizer));
 }
@@ -207,8 +218,9 @@ absl::StatusOr<VllmPool> MakeVllmPool(const EngineOptions& options, const std::v
   return sizer->pool();
 }
 
-absl::StatusOr<int64_t> VllmBlocksPerRequest(const EngineOptions& options, const std::vector<LayerGroup>& groups,
-                                             const TypePair& pair, int64_t context) {
+absl::StatusOr<int64_t> VllmBlocksPerRequest(const EngineOptions& options,
+                                             const std::vector<LayerGroup>& groups, const TypePair& pair,
+                                             int64_t context) {
   KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<VllmSizer> sizer, Make(options, groups, pair));
   return sizer->Blocks(context);
 }

@@ -15,7 +15,8 @@
 namespace kvtide::cli {
 namespace {
 
-const char* const kExamples = R"(The mix is a CSV: context_tokens (at the end of a session), rate_per_s (new sessions per second), and optionally
+const char* const kExamples =
+    R"(The mix is a CSV: context_tokens (at the end of a session), rate_per_s (new sessions per second), and optionally
 name, output_tokens (per turn, 256), turns (1), think_s (between turns, 30):
   name,context_tokens,output_tokens,turns,think_s,rate_per_s
   chat,16384,400,12,45,0.5
@@ -47,12 +48,14 @@ absl::StatusOr<int> RunFleet(FleetCommand& command) {
     }
   }
   if (command.mode != "exclusive" && command.mode != "inclusive") {
-    return absl::InvalidArgumentError(absl::StrCat("--host-tier: '", command.mode, "'; known: exclusive, inclusive"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("--host-tier: '", command.mode, "'; known: exclusive, inclusive"));
   }
   if (command.output != "table" && command.output != "json") {
     return absl::InvalidArgumentError(absl::StrCat("--output: '", command.output, "'; known: table, json"));
   }
-  request.mode = command.mode == "inclusive" ? planner::HostTierMode::kInclusive : planner::HostTierMode::kExclusive;
+  request.mode =
+      command.mode == "inclusive" ? planner::HostTierMode::kInclusive : planner::HostTierMode::kExclusive;
   KVTIDE_ASSIGN_OR_RETURN(const planner::FleetResult result, planner::SimulateFleet(request));
   const std::string text = command.output == "json" ? planner::RenderFleetJson(request, result)
                                                     : planner::RenderFleetTable(request, result);
@@ -67,18 +70,32 @@ absl::StatusOr<int> RunFleet(FleetCommand& command) {
 
 void AddFleetCommand(CLI::App& app, int* exit_code) {
   auto command = std::make_shared<FleetCommand>();
-  CLI::App* fleet = app.add_subcommand("fleet", "Simulate a workload mix: how many GPUs, and what a host tier is worth");
+  CLI::App* fleet =
+      app.add_subcommand("fleet", "Simulate a workload mix: how many GPUs, and what a host tier is worth");
   fleet->footer(kExamples);
   AddPlanFlags(*fleet, &command->flags);
   fleet->add_option("--mix", command->mix, "CSV of session classes; - = standard input")->required();
   fleet->add_option("--pair", command->pair, "Cache types of the fleet")->capture_default_str();
-  fleet->add_option("--host-sizes", command->host_sizes, "Host tiers per GPU to compare (default 0 to 4 times the device tier)");
-  fleet->add_option("--host-tier", command->mode, "exclusive (blocks move down) or inclusive (write-through copies)")->capture_default_str();
-  fleet->add_option("--prefill-rate", command->request.prefill_tokens_per_s, "Prompt tokens per second and GPU; measure yours")
+  fleet->add_option("--host-sizes", command->host_sizes,
+                    "Host tiers per GPU to compare (default 0 to 4 times the device tier)");
+  fleet
+      ->add_option("--host-tier", command->mode,
+                   "exclusive (blocks move down) or inclusive (write-through copies)")
       ->capture_default_str();
-  fleet->add_option("--max-wait", command->request.max_wait_s, "Seconds that 95 % of the turns may wait at most")->capture_default_str();
-  fleet->add_option("--duration", command->request.duration_s, "Seconds to simulate; the first quarter is not counted")->capture_default_str();
-  fleet->add_option("--max-gpus", command->request.max_gpus, "Stop looking beyond this number")->capture_default_str();
+  fleet
+      ->add_option("--prefill-rate", command->request.prefill_tokens_per_s,
+                   "Prompt tokens per second and GPU; measure yours")
+      ->capture_default_str();
+  fleet
+      ->add_option("--max-wait", command->request.max_wait_s,
+                   "Seconds that 95 % of the turns may wait at most")
+      ->capture_default_str();
+  fleet
+      ->add_option("--duration", command->request.duration_s,
+                   "Seconds to simulate; the first quarter is not counted")
+      ->capture_default_str();
+  fleet->add_option("--max-gpus", command->request.max_gpus, "Stop looking beyond this number")
+      ->capture_default_str();
   fleet->add_option("--seed", command->request.seed, "Seed of the arrivals")->capture_default_str();
   fleet->add_option("--output", command->output, "table or json")->capture_default_str();
   fleet->callback([command, exit_code] {

@@ -1,5 +1,6 @@
-// `kvtide fleet`: how many GPUs a mix of conversations needs and what a host tier is worth. Exit codes: 0 done, 4 does not fit
-// (one session is larger than the device, or more GPUs than allowed are needed), 2 bad input.
+// `kvtide fleet`: how many GPUs a mix of conversations needs and what a host tier is worth. Exit codes: 0
+// done, 4 does not fit (one session is larger than the device, or more GPUs than allowed are needed), 2 bad
+// input.
 #pragma once
 
 #include <CLI/CLI.hpp>

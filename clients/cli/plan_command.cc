@@ -52,9 +52,12 @@ int Fail(const absl::Status& status) {
 
 int ExitCode(planner::Verdict verdict) {
   switch (verdict) {
-    case planner::Verdict::kFits: return 0;
-    case planner::Verdict::kFitsWithTiers: return kExitFitsWithTiers;
-    case planner::Verdict::kDoesNotFit: return kExitDoesNotFit;
+    case planner::Verdict::kFits:
+      return 0;
+    case planner::Verdict::kFitsWithTiers:
+      return kExitFitsWithTiers;
+    case planner::Verdict::kDoesNotFit:
+      return kExitDoesNotFit;
   }
   return kExitBadInput;
 }
@@ -62,21 +65,24 @@ int ExitCode(planner::Verdict verdict) {
 absl::Status PrintList(const std::string& what) {
   if (what == "models") {
     for (const planner::ModelGeometry& model : planner::CatalogueModels()) {
-      Print(absl::StrFormat("%-24s %3d layers, %7d tokens, confidence %s\n", model.name, model.layers.size(), model.max_context,
-                            model.confidence));
+      Print(absl::StrFormat("%-24s %3d layers, %7d tokens, confidence %s\n", model.name, model.layers.size(),
+                            model.max_context, model.confidence));
     }
     return absl::OkStatus();
   }
   if (what == "devices") {
     for (const planner::DeviceBudget& gpu : planner::CatalogueGpus()) {
-      Print(absl::StrFormat("%-24s %10s %6.0f GB/s\n", gpu.name, planner::FormatBytes(gpu.vram_bytes), gpu.bandwidth_gb_s));
+      Print(absl::StrFormat("%-24s %10s %6.0f GB/s\n", gpu.name, planner::FormatBytes(gpu.vram_bytes),
+                            gpu.bandwidth_gb_s));
     }
     return absl::OkStatus();
   }
   if (what == "pairs") {
-    for (planner::Engine engine : {planner::Engine::kLlamaCpp, planner::Engine::kVllm, planner::Engine::kKvtide}) {
+    for (planner::Engine engine :
+         {planner::Engine::kLlamaCpp, planner::Engine::kVllm, planner::Engine::kKvtide}) {
       std::string line = absl::StrCat(planner::EngineName(engine), ":");
-      for (const planner::TypePair& pair : planner::DefaultPairs(engine, false)) absl::StrAppend(&line, " ", pair.Name());
+      for (const planner::TypePair& pair : planner::DefaultPairs(engine, false))
+        absl::StrAppend(&line, " ", pair.Name());
       Print(line + "\n");
     }
     return absl::OkStatus();
@@ -87,30 +93,35 @@ absl::Status PrintList(const std::string& what) {
 void PrintMatrix(const planner::PlanRequest& request) {
   std::vector<int> head_dims;
   for (const planner::LayerGroup& group : planner::GroupLayers(request.model)) {
-    if (group.head_dim_k > 0 && std::find(head_dims.begin(), head_dims.end(), group.head_dim_k) == head_dims.end()) {
+    if (group.head_dim_k > 0 &&
+        std::find(head_dims.begin(), head_dims.end(), group.head_dim_k) == head_dims.end()) {
       head_dims.push_back(group.head_dim_k);
     }
   }
-  const auto pairs = request.pairs.empty() ? planner::DefaultPairs(request.engine.engine, false) : request.pairs;
-  Print(planner::RenderMatrix(planner::SupportMatrix(request.engine.engine, request.engine.build, pairs, head_dims)));
+  const auto pairs =
+      request.pairs.empty() ? planner::DefaultPairs(request.engine.engine, false) : request.pairs;
+  Print(planner::RenderMatrix(
+      planner::SupportMatrix(request.engine.engine, request.engine.build, pairs, head_dims)));
 }
 
-absl::StatusOr<std::string> Render(const PlanCommand& command, const planner::PlanRequest& request, const planner::Plan& plan) {
+absl::StatusOr<std::string> Render(const PlanCommand& command, const planner::PlanRequest& request,
+                                   const planner::Plan& plan) {
   if (command.output == "table") return planner::RenderTable(request, plan, {UseColor(), true});
   if (command.output == "json") return planner::RenderJson(request, plan);
   if (command.output == "csv") return planner::RenderCsv(request, plan);
   if (command.output == "llama-args") return planner::RenderLlamaArgs(request, plan);
   if (command.output == "vllm-args") return planner::RenderVllmArgs(request, plan);
   if (command.output == "kvtided-config") return planner::RenderKvtidedConfig(request, plan);
-  return absl::InvalidArgumentError(absl::StrCat("--output: '", command.output,
-                                                 "'; known: table, json, csv, llama-args, vllm-args, kvtided-config"));
+  return absl::InvalidArgumentError(absl::StrCat(
+      "--output: '", command.output, "'; known: table, json, csv, llama-args, vllm-args, kvtided-config"));
 }
 
 absl::Status Explain(const planner::PlanRequest& request, const planner::Plan& plan) {
   for (const planner::ContextPlan& context : plan.contexts) {
     const int index = request.pairs.size() == 1 || context.chosen < 0 ? 0 : context.chosen;
-    KVTIDE_ASSIGN_OR_RETURN(const std::string text,
-                            planner::ExplainPair(request, context.candidates[static_cast<size_t>(index)].asked, context.context));
+    KVTIDE_ASSIGN_OR_RETURN(
+        const std::string text,
+        planner::ExplainPair(request, context.candidates[static_cast<size_t>(index)].asked, context.context));
     Print(text + "\n");
   }
   return absl::OkStatus();
@@ -145,7 +156,8 @@ absl::StatusOr<planner::Verdict> RunPlan(const PlanCommand& command) {
 absl::Status RunVerify(const PlanCommand& command) {
   KVTIDE_ASSIGN_OR_RETURN(const planner::PlanRequest request, MakePlanRequest(command.flags));
   if (request.pairs.size() != 1 || request.workload.contexts.size() != 1) {
-    return absl::InvalidArgumentError("verify compares one pair at one context: give --pairs K/V and --context N as the engine ran");
+    return absl::InvalidArgumentError(
+        "verify compares one pair at one context: give --pairs K/V and --context N as the engine ran");
   }
   if (command.log.empty() == command.metrics.empty()) {
     return absl::InvalidArgumentError("verify needs --log FILE or --metrics http://host:port/metrics");
@@ -163,20 +175,26 @@ absl::Status RunVerify(const PlanCommand& command) {
 
 void AddPlanCommand(CLI::App& app, int* exit_code) {
   auto command = std::make_shared<PlanCommand>();
-  CLI::App* plan = app.add_subcommand("plan", "Pick the K and V types per context length that keep the cache resident");
+  CLI::App* plan =
+      app.add_subcommand("plan", "Pick the K and V types per context length that keep the cache resident");
   plan->footer(kExamples);
   AddPlanFlags(*plan, &command->flags);
-  plan->add_option("--context", command->flags.contexts, "Tokens per sequence: list (8192,32K) or range (4K..128K, doubling)")
+  plan->add_option("--context", command->flags.contexts,
+                   "Tokens per sequence: list (8192,32K) or range (4K..128K, doubling)")
       ->capture_default_str();
-  plan->add_option("--output", command->output, "table, json, csv, llama-args, vllm-args, kvtided-config")->capture_default_str();
+  plan->add_option("--output", command->output, "table, json, csv, llama-args, vllm-args, kvtided-config")
+      ->capture_default_str();
   plan->add_option("--plot", command->plot, "Write memory and harm against context as SVG");
-  plan->add_flag("--explain", command->explain, "Show the arithmetic line by line, for the pair given or chosen");
+  plan->add_flag("--explain", command->explain,
+                 "Show the arithmetic line by line, for the pair given or chosen");
   plan->add_flag("--matrix", command->matrix, "Show kernel support per pair and head dim of the model");
   plan->add_option("--list", command->list, "List what is known: models, devices, pairs");
 
-  CLI::App* verify = plan->add_subcommand("verify", "Compare a prediction with a start-up log or a running kvtided");
+  CLI::App* verify =
+      plan->add_subcommand("verify", "Compare a prediction with a start-up log or a running kvtided");
   verify->fallthrough();
-  verify->add_option("--log", command->log, "Start-up log of llama.cpp or vLLM, or saved metrics of kvtided; - = standard input");
+  verify->add_option("--log", command->log,
+                     "Start-up log of llama.cpp or vLLM, or saved metrics of kvtided; - = standard input");
   verify->add_option("--metrics", command->metrics, "Metrics address of a running kvtided");
 
   plan->callback([command, verify, exit_code] {

@@ -1,4 +1,5 @@
-// `kvtide plan` and `kvtide plan verify`. Exit codes: 0 everything fits, 3 fits only with tiers, 4 does not fit, 2 bad input.
+// `kvtide plan` and `kvtide plan verify`. Exit codes: 0 everything fits, 3 fits only with tiers, 4 does not
+// fit, 2 bad input.
 #pragma once
 
 #include <CLI/CLI.hpp>

@@ -29,10 +29,13 @@ class Nvml {
     auto nvml = std::unique_ptr<Nvml>(new Nvml());
     nvml->library_ = dlopen("libnvidia-ml.so.1", RTLD_NOW | RTLD_LOCAL);
     if (nvml->library_ == nullptr) {
-      return absl::NotFoundError("no NVIDIA driver (libnvidia-ml.so.1) on this machine; name a card or give vram=16GiB,bandwidth=960GB/s");
+      return absl::NotFoundError(
+          "no NVIDIA driver (libnvidia-ml.so.1) on this machine; name a card or give "
+          "vram=16GiB,bandwidth=960GB/s");
     }
     const auto init = nvml->Find<int (*)()>("nvmlInit_v2");
-    if (init == nullptr || init() != 0) return absl::UnavailableError("NVML does not start (driver not loaded?)");
+    if (init == nullptr || init() != 0)
+      return absl::UnavailableError("NVML does not start (driver not loaded?)");
     nvml->started_ = true;
     return nvml;
   }
@@ -67,11 +70,13 @@ double CatalogueBandwidth(const std::string& nvml_name, int64_t vram_bytes) {
   double bandwidth = 0;
   size_t best = 0;
   for (const planner::DeviceBudget& gpu : planner::CatalogueGpus()) {
-    const std::string card = gpu.name.substr(0, gpu.name.find_last_of(' ') == std::string::npos || !absl::EndsWith(gpu.name, "GB")
-                                                    ? std::string::npos
-                                                    : gpu.name.find_last_of(' '));
+    const std::string card =
+        gpu.name.substr(0, gpu.name.find_last_of(' ') == std::string::npos || !absl::EndsWith(gpu.name, "GB")
+                               ? std::string::npos
+                               : gpu.name.find_last_of(' '));
     const bool same_size = vram_bytes > gpu.vram_bytes * 9 / 10 && vram_bytes < gpu.vram_bytes * 11 / 10;
-    if (absl::StrContains(nvml_name, card) && same_size && card.size() > best) best = card.size(), bandwidth = gpu.bandwidth_gb_s;
+    if (absl::StrContains(nvml_name, card) && same_size && card.size() > best)
+      best = card.size(), bandwidth = gpu.bandwidth_gb_s;
   }
   return bandwidth;
 }
@@ -90,7 +95,8 @@ absl::StatusOr<planner::DeviceBudget> ReadFirstDevice(const Nvml& nvml) {
   NvmlDevice device = nullptr;
   NvmlMemory memory{};
   char name[128] = "GPU";
-  if (by_index == nullptr || memory_of == nullptr || by_index(0, &device) != 0 || memory_of(device, &memory) != 0) {
+  if (by_index == nullptr || memory_of == nullptr || by_index(0, &device) != 0 ||
+      memory_of(device, &memory) != 0) {
     return absl::NotFoundError("the NVIDIA driver shows no GPU");
   }
   if (name_of != nullptr) name_of(device, name, sizeof(name) - 1);
@@ -119,9 +125,10 @@ absl::StatusOr<planner::DeviceBudget> DetectDevice(const std::string& changes) {
   if (changes.empty()) return device;
   // The same syntax as for a named card, with what was detected in front.
   const std::string name = device.name;
-  KVTIDE_ASSIGN_OR_RETURN(device, planner::ParseDevice(absl::StrFormat(
-                                      "vram=%d,used=%d,bandwidth=%.3f,pcie=%.3f%s", device.vram_bytes, device.in_use_bytes,
-                                      std::max(device.bandwidth_gb_s, 1.0), std::max(device.pcie_gb_s, 1.0), changes)));
+  KVTIDE_ASSIGN_OR_RETURN(
+      device, planner::ParseDevice(absl::StrFormat(
+                  "vram=%d,used=%d,bandwidth=%.3f,pcie=%.3f%s", device.vram_bytes, device.in_use_bytes,
+                  std::max(device.bandwidth_gb_s, 1.0), std::max(device.pcie_gb_s, 1.0), changes)));
   device.name = name;
   return device;
 }

@@ -46,7 +46,8 @@ absl::StatusOr<ExactWindow> ParseWindow(const std::string& text) {
   ExactWindow window;
   if (sides.size() != 2 || !absl::SimpleAtoi(sides[0], &window.first_blocks) ||
       !absl::SimpleAtoi(sides[1], &window.last_blocks) || window.first_blocks < 0 || window.last_blocks < 0) {
-    return absl::InvalidArgumentError(absl::StrCat("'", text, "' is not an exact window: default, none, or FIRST+LAST blocks (1+2)"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("'", text, "' is not an exact window: default, none, or FIRST+LAST blocks (1+2)"));
   }
   return window;
 }
@@ -62,18 +63,20 @@ absl::StatusOr<int64_t> ParseBytesOrFile(const std::string& text) {
 absl::Status Flag(const char* name, const absl::Status& status) { return Annotate(status, name); }
 
 // Evaluates a StatusOr into `lhs`, naming the flag on failure.
-#define KVTIDE_FLAG(lhs, name, expression)                        \
-  do {                                                            \
-    auto flag_result = (expression);                              \
+#define KVTIDE_FLAG(lhs, name, expression)                          \
+  do {                                                              \
+    auto flag_result = (expression);                                \
     if (!flag_result.ok()) return Flag(name, flag_result.status()); \
-    lhs = *std::move(flag_result);                                \
+    lhs = *std::move(flag_result);                                  \
   } while (false)
 
 absl::Status SetDevice(const PlanFlags& flags, PlanRequest* request) {
-  const bool automatic = flags.device.compare(0, 4, "auto") == 0 && (flags.device.size() == 4 || flags.device[4] == ',');
+  const bool automatic =
+      flags.device.compare(0, 4, "auto") == 0 && (flags.device.size() == 4 || flags.device[4] == ',');
   KVTIDE_FLAG(request->device, "--device",
               automatic ? DetectDevice(flags.device.substr(4)) : planner::ParseDevice(flags.device));
-  if (!flags.used.empty()) KVTIDE_FLAG(request->device.in_use_bytes, "--used", planner::ParseBytes(flags.used));
+  if (!flags.used.empty())
+    KVTIDE_FLAG(request->device.in_use_bytes, "--used", planner::ParseBytes(flags.used));
   if (flags.host_memory == "auto") {
     request->device.host_bytes = AvailableHostBytes() / 2;
   } else if (!flags.host_memory.empty()) {
@@ -89,8 +92,9 @@ absl::Status SetEngine(const PlanFlags& flags, PlanRequest* request) {
   for (const char* build : {"auto", "upstream", "turboquant", "pairquant", "planarquant", ""}) {
     if (flags.build == build) break;
     if (*build == '\0') {
-      return absl::InvalidArgumentError(absl::StrCat("--build: unknown tree '", flags.build,
-                                                     "'; known: auto, upstream, turboquant, pairquant, planarquant"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("--build: unknown tree '", flags.build,
+                       "'; known: auto, upstream, turboquant, pairquant, planarquant"));
     }
   }
   engine.build = flags.build;
@@ -118,7 +122,8 @@ absl::Status SetQuality(const PlanFlags& flags, PlanRequest* request) {
   }
   request->accept_proxy_quality = !flags.own_quality_only;
   if (!flags.max_ppl_increase.empty()) {
-    KVTIDE_FLAG(request->max_ppl_increase_percent, "--max-ppl-increase", ParsePercent(flags.max_ppl_increase));
+    KVTIDE_FLAG(request->max_ppl_increase_percent, "--max-ppl-increase",
+                ParsePercent(flags.max_ppl_increase));
   }
   return absl::OkStatus();
 }
@@ -145,42 +150,62 @@ absl::StatusOr<std::vector<int64_t>> ParseContexts(const std::string& text) {
 }
 
 void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
-  command.add_option("--model", flags->model, "Catalogue name, GGUF file, config.json, or folder of safetensors");
-  command.add_option("--device", flags->device,
-                     "Card by name, 'auto', or numbers: vram=16GiB,bandwidth=960GB/s,pcie=64GB/s,used=1GiB,count=2,host=64GiB")
+  command.add_option("--model", flags->model,
+                     "Catalogue name, GGUF file, config.json, or folder of safetensors");
+  command
+      .add_option("--device", flags->device,
+                  "Card by name, 'auto', or numbers: "
+                  "vram=16GiB,bandwidth=960GB/s,pcie=64GB/s,used=1GiB,count=2,host=64GiB")
       ->capture_default_str();
   command.add_option("--engine", flags->engine, "llama.cpp, vllm or kvtide")->capture_default_str();
-  command.add_option("--build", flags->build, "llama.cpp tree: auto, upstream, turboquant, pairquant, planarquant")->capture_default_str();
-  command.add_option("--weights", flags->weights, "GGUF file, folder of safetensors, size (14.4GB), or quantisation (q4_0, bf16)");
-  command.add_option("--pairs", flags->pairs, "Allowed pairs of cache types, K/V,K/V, or 'all'")->capture_default_str();
+  command
+      .add_option("--build", flags->build,
+                  "llama.cpp tree: auto, upstream, turboquant, pairquant, planarquant")
+      ->capture_default_str();
+  command.add_option("--weights", flags->weights,
+                     "GGUF file, folder of safetensors, size (14.4GB), or quantisation (q4_0, bf16)");
+  command.add_option("--pairs", flags->pairs, "Allowed pairs of cache types, K/V,K/V, or 'all'")
+      ->capture_default_str();
   command.add_option("--concurrency", flags->concurrency, "Sequences at once")->capture_default_str();
   command.add_option("--shared-prefix", flags->shared_prefix, "First tokens that all sequences share");
-  command.add_option("--max-ppl-increase", flags->max_ppl_increase, "Most measured harm to accept, in percent of perplexity");
+  command.add_option("--max-ppl-increase", flags->max_ppl_increase,
+                     "Most measured harm to accept, in percent of perplexity");
   command.add_option("--quality", flags->quality_files, "Further measurements (CSV of `kvtide eval`)");
   command.add_flag("--own-quality-only", flags->own_quality_only, "Ignore measurements made on other models");
-  command.add_option("--exact-window", flags->exact_window, "Blocks kept in f16 (kvtide): default, none, FIRST+LAST")->capture_default_str();
+  command
+      .add_option("--exact-window", flags->exact_window,
+                  "Blocks kept in f16 (kvtide): default, none, FIRST+LAST")
+      ->capture_default_str();
   command.add_option("--gpus", flags->gpus, "Equal devices: tensor parallel, or layers split (llama.cpp)");
   command.add_option("--used", flags->used, "Device memory that others use already");
-  command.add_option("--host-memory", flags->host_memory, "Host memory for the cache: a size, or 'auto' for half of what is free");
+  command.add_option("--host-memory", flags->host_memory,
+                     "Host memory for the cache: a size, or 'auto' for half of what is free");
   command.add_option("--margin", flags->margin, "Device memory to keep free (default 3 %, at least 512 MiB)");
   command.add_option("--mmproj", flags->mmproj, "Multimodal projector: file or size");
   command.add_option("--draft", flags->draft, "Draft model: file or size");
   command.add_option("--ubatch", flags->ubatch, "llama.cpp: physical batch")->capture_default_str();
-  command.add_flag("--separate-caches", flags->separate_caches, "llama.cpp: one cache per sequence (no -kvu)");
+  command.add_flag("--separate-caches", flags->separate_caches,
+                   "llama.cpp: one cache per sequence (no -kvu)");
   command.add_flag("--swa-full", flags->swa_full, "llama.cpp: full-size caches for sliding layers");
-  command.add_flag("--no-rewrites", flags->no_rewrites, "llama.cpp turboquant: silent changes of types turned off");
+  command.add_flag("--no-rewrites", flags->no_rewrites,
+                   "llama.cpp turboquant: silent changes of types turned off");
   command.add_flag("--no-flash-attention", flags->no_flash_attention, "llama.cpp: -fa off");
   command.add_option("--block-size", flags->block_size, "vLLM: tokens per block")->capture_default_str();
-  command.add_option("--max-batched-tokens", flags->max_batched_tokens, "vLLM: tokens per step")->capture_default_str();
-  command.add_option("--gpu-memory-utilization", flags->gpu_memory_utilization, "vLLM: share of the device")->capture_default_str();
+  command.add_option("--max-batched-tokens", flags->max_batched_tokens, "vLLM: tokens per step")
+      ->capture_default_str();
+  command.add_option("--gpu-memory-utilization", flags->gpu_memory_utilization, "vLLM: share of the device")
+      ->capture_default_str();
   command.add_flag("--enforce-eager", flags->enforce_eager, "vLLM: no CUDA graphs");
-  command.add_flag("--ignore-unknown-fields", flags->ignore_unknown_fields, "Go on when the model has fields that kvtide does not know");
+  command.add_flag("--ignore-unknown-fields", flags->ignore_unknown_fields,
+                   "Go on when the model has fields that kvtide does not know");
 }
 
 absl::StatusOr<PlanRequest> MakePlanRequest(const PlanFlags& flags) {
   PlanRequest request;
   if (flags.model.empty()) {
-    return absl::InvalidArgumentError("--model is missing: a catalogue name (kvtide plan --list models), a GGUF file, a config.json or a folder");
+    return absl::InvalidArgumentError(
+        "--model is missing: a catalogue name (kvtide plan --list models), a GGUF file, a config.json or a "
+        "folder");
   }
   planner::LoadedModel model;
   KVTIDE_FLAG(model, "--model", planner::LoadModel(flags.model, {flags.ignore_unknown_fields}));
@@ -197,8 +222,10 @@ absl::StatusOr<PlanRequest> MakePlanRequest(const PlanFlags& flags) {
   request.workload.concurrency = flags.concurrency;
   request.workload.shared_prefix_tokens = flags.shared_prefix;
   if (!flags.margin.empty()) KVTIDE_FLAG(request.margin_bytes, "--margin", planner::ParseBytes(flags.margin));
-  if (!flags.mmproj.empty()) KVTIDE_FLAG(request.workload.mmproj_bytes, "--mmproj", ParseBytesOrFile(flags.mmproj));
-  if (!flags.draft.empty()) KVTIDE_FLAG(request.workload.draft_bytes, "--draft", ParseBytesOrFile(flags.draft));
+  if (!flags.mmproj.empty())
+    KVTIDE_FLAG(request.workload.mmproj_bytes, "--mmproj", ParseBytesOrFile(flags.mmproj));
+  if (!flags.draft.empty())
+    KVTIDE_FLAG(request.workload.draft_bytes, "--draft", ParseBytesOrFile(flags.draft));
   return request;
 }
 

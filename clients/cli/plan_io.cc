@@ -30,7 +30,8 @@ absl::StatusOr<std::string> ReadStream(std::istream& stream, const std::string& 
   char piece[65536];
   while (stream.read(piece, sizeof(piece)) || stream.gcount() > 0) {
     text.append(piece, static_cast<size_t>(stream.gcount()));
-    if (text.size() > kMaxFileBytes) return absl::InvalidArgumentError(absl::StrCat(name, ": larger than 256 MiB"));
+    if (text.size() > kMaxFileBytes)
+      return absl::InvalidArgumentError(absl::StrCat(name, ": larger than 256 MiB"));
   }
   return text;
 }
@@ -78,15 +79,19 @@ absl::Status WriteFile(const std::string& path, const std::string& text) {
 
 absl::StatusOr<std::string> HttpGet(const std::string& url) {
   const std::string scheme = "http://";
-  if (!absl::StartsWith(url, scheme)) return absl::InvalidArgumentError(absl::StrCat(url, ": expected http://host:port/path"));
+  if (!absl::StartsWith(url, scheme))
+    return absl::InvalidArgumentError(absl::StrCat(url, ": expected http://host:port/path"));
   const std::string rest = url.substr(scheme.size());
   const size_t slash = rest.find('/');
-  const std::string address = rest.substr(0, slash), path = slash == std::string::npos ? "/metrics" : rest.substr(slash);
+  const std::string address = rest.substr(0, slash),
+                    path = slash == std::string::npos ? "/metrics" : rest.substr(slash);
   const size_t colon = address.rfind(':');
-  const std::string host = address.substr(0, colon), port = colon == std::string::npos ? "80" : address.substr(colon + 1);
+  const std::string host = address.substr(0, colon),
+                    port = colon == std::string::npos ? "80" : address.substr(colon + 1);
   KVTIDE_ASSIGN_OR_RETURN(const int fd, Connect(host, port));
   const auto closer = absl::MakeCleanup([fd] { close(fd); });
-  const std::string request = absl::StrCat("GET ", path, " HTTP/1.0\r\nHost: ", address, "\r\nConnection: close\r\n\r\n");
+  const std::string request =
+      absl::StrCat("GET ", path, " HTTP/1.0\r\nHost: ", address, "\r\nConnection: close\r\n\r\n");
   if (send(fd, request.data(), request.size(), MSG_NOSIGNAL) != static_cast<ssize_t>(request.size())) {
     return absl::UnavailableError(absl::StrCat(url, ": cannot send"));
   }
@@ -95,7 +100,8 @@ absl::StatusOr<std::string> HttpGet(const std::string& url) {
   for (ssize_t n = 0; (n = recv(fd, piece, sizeof(piece), 0)) != 0;) {
     if (n < 0) return absl::UnavailableError(absl::StrCat(url, ": ", std::strerror(errno)));
     reply.append(piece, static_cast<size_t>(n));
-    if (reply.size() > kMaxReplyBytes) return absl::InvalidArgumentError(absl::StrCat(url, ": more than 64 MiB"));
+    if (reply.size() > kMaxReplyBytes)
+      return absl::InvalidArgumentError(absl::StrCat(url, ": more than 64 MiB"));
   }
   const size_t body = reply.find("\r\n\r\n");
   const std::string status_line = reply.substr(0, reply.find("\r\n"));

@@ -131,6 +131,7 @@ absl::Status Handlers::Plan(const v1::PlanRequest& request, v1::PlanResponse* re
   } else if (own_memory) {
     question.margin_bytes = 0;
   }
+  question.cache_tier_only = own_memory;
   KVTIDE_ASSIGN_OR_RETURN(const planner::Plan plan, planner::MakePlan(question));
   response->set_verdict(ToProto(plan.verdict));
   response->set_device_budget_bytes(plan.device_budget_bytes);

@@ -1,5 +1,5 @@
-// The planner's speed: every model x card x context x measured pair of the catalogue must take under 2 seconds, one plan
-// under 20 ms. Prints and, when a limit is passed, fails.
+// The planner's speed: every model x card x context x measured pair of the catalogue must take under 2
+// seconds, one plan under 20 ms. Prints and, when a limit is passed, fails.
 #include <benchmark/benchmark.h>
 
 #include <chrono>
@@ -53,7 +53,8 @@ int64_t PlanCatalogue(Engine engine) {
 }
 
 void BM_OnePlan(benchmark::State& state) {
-  PlanRequest request = Request(*FindModel("gemma-4-26b-a4b"), *FindGpu("RTX 5080"), static_cast<Engine>(state.range(0)));
+  PlanRequest request =
+      Request(*FindModel("gemma-4-26b-a4b"), *FindGpu("RTX 5080"), static_cast<Engine>(state.range(0)));
   request.workload.contexts = {32768};
   double total_ms = 0;
   for (auto _ : state) {
@@ -61,7 +62,8 @@ void BM_OnePlan(benchmark::State& state) {
     benchmark::DoNotOptimize(RenderJson(request, *MakePlan(request)));
     total_ms += std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   }
-  if (total_ms > 20 * static_cast<double>(state.iterations())) state.SkipWithError("one plan took more than 20 ms on average");
+  if (total_ms > 20 * static_cast<double>(state.iterations()))
+    state.SkipWithError("one plan took more than 20 ms on average");
 }
 BENCHMARK(BM_OnePlan)->Arg(0)->Arg(1)->Arg(2)->Unit(benchmark::kMicrosecond);
 

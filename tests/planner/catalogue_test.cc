@@ -46,8 +46,10 @@ TEST(Catalogue, WeightsArePublishedOrParametersTimesBits) {
   const auto computed = EstimateWeights(*FindModel("llama-3.1-8b"), "q8_0");
   EXPECT_EQ(computed->bytes, 8'030'000'000 * 17 / 16);
   EXPECT_EQ(computed->provenance, Provenance::kFormula);
-  EXPECT_THAT(std::string(EstimateWeights(*FindModel("gemma-3-4b"), "q4_0").status().message()), HasSubstr("unknown"));
-  EXPECT_THAT(std::string(EstimateWeights(*FindModel("llama-3.1-8b"), "q9").status().message()), HasSubstr("q4_k_m"));
+  EXPECT_THAT(std::string(EstimateWeights(*FindModel("gemma-3-4b"), "q4_0").status().message()),
+              HasSubstr("unknown"));
+  EXPECT_THAT(std::string(EstimateWeights(*FindModel("llama-3.1-8b"), "q9").status().message()),
+              HasSubstr("q4_k_m"));
 }
 
 TEST(Catalogue, RecurrentStatesSumToTheTable) {

@@ -31,11 +31,15 @@ Ran Kvtide(const std::string& args) {
   return ran;
 }
 
-const char* const kGemma = "plan --model gemma-4-26b-a4b --weights q4_0 --device 'RTX 5080' --engine llama.cpp --context 32768 ";
+const char* const kGemma =
+    "plan --model gemma-4-26b-a4b --weights q4_0 --device 'RTX 5080' --engine llama.cpp --context 32768 ";
 
 TEST(PlanCli, ExitCodesSayWhetherItFits) {
   EXPECT_EQ(Kvtide(kGemma).code, 0);
-  EXPECT_EQ(Kvtide("plan --model llama-3.1-8b --weights 8GiB --device vram=10GiB,bandwidth=448,host=64GiB --context 131072").code, 3);
+  EXPECT_EQ(Kvtide("plan --model llama-3.1-8b --weights 8GiB --device vram=10GiB,bandwidth=448,host=64GiB "
+                   "--context 131072")
+                .code,
+            3);
   EXPECT_EQ(Kvtide("plan --model llama-3.1-8b --weights 8GiB --device vram=10GiB --context 131072").code, 4);
   EXPECT_EQ(Kvtide("plan --model no-such-model --device vram=10GiB").code, 2);
   EXPECT_EQ(Kvtide("plan --nonsense").code, 2);
@@ -44,34 +48,46 @@ TEST(PlanCli, ExitCodesSayWhetherItFits) {
 
 TEST(PlanCli, MessagesNameTheFlag) {
   EXPECT_THAT(Kvtide("plan --device vram=10GiB").out, HasSubstr("--model is missing"));
-  EXPECT_THAT(Kvtide("plan --model llama-3.1-8b --device vram=x").out, HasSubstr("--device: device 'vram=x': 'x' is not a size"));
-  EXPECT_THAT(Kvtide("plan --model llama-3.1-8b --device vram=9GiB --context 8Q").out, HasSubstr("--context: '8Q'"));
-  EXPECT_THAT(Kvtide("plan --model llama-3.1-8b --device vram=9GiB --engine ollama").out, HasSubstr("known: llama.cpp, vllm, kvtide"));
-  EXPECT_THAT(Kvtide("plan --model llama-3.1-8b --device vram=9GiB --output xml").out, HasSubstr("known: table, json"));
-  EXPECT_THAT(Kvtide("plan --model llama-3.1-8b --device vram=9GiB --max-ppl-increase lots").out, HasSubstr("--max-ppl-increase"));
-  EXPECT_THAT(Kvtide("plan --model llama-3.1-8b --device vram=9GiB --exact-window 3").out, HasSubstr("FIRST+LAST"));
-  EXPECT_THAT(Kvtide("plan --model /no/such/file.gguf --device vram=9GiB").out, HasSubstr("--model: /no/such/file.gguf: cannot be opened"));
+  EXPECT_THAT(Kvtide("plan --model llama-3.1-8b --device vram=x").out,
+              HasSubstr("--device: device 'vram=x': 'x' is not a size"));
+  EXPECT_THAT(Kvtide("plan --model llama-3.1-8b --device vram=9GiB --context 8Q").out,
+              HasSubstr("--context: '8Q'"));
+  EXPECT_THAT(Kvtide("plan --model llama-3.1-8b --device vram=9GiB --engine ollama").out,
+              HasSubstr("known: llama.cpp, vllm, kvtide"));
+  EXPECT_THAT(Kvtide("plan --model llama-3.1-8b --device vram=9GiB --output xml").out,
+              HasSubstr("known: table, json"));
+  EXPECT_THAT(Kvtide("plan --model llama-3.1-8b --device vram=9GiB --max-ppl-increase lots").out,
+              HasSubstr("--max-ppl-increase"));
+  EXPECT_THAT(Kvtide("plan --model llama-3.1-8b --device vram=9GiB --exact-window 3").out,
+              HasSubstr("FIRST+LAST"));
+  EXPECT_THAT(Kvtide("plan --model /no/such/file.gguf --device vram=9GiB").out,
+              HasSubstr("--model: /no/such/file.gguf: cannot be opened"));
 }
 
-TEST(PlanCli, HelpHasExamples) { EXPECT_THAT(Kvtide("plan --help").out, HasSubstr("kvtide plan --model gemma-4-26b-a4b")); }
+TEST(PlanCli, HelpHasExamples) {
+  EXPECT_THAT(Kvtide("plan --help").out, HasSubstr("kvtide plan --model gemma-4-26b-a4b"));
+}
 
 TEST(PlanCli, OutputToAPipeHasNoColours) { EXPECT_THAT(Kvtide(kGemma).out, Not(HasSubstr("\x1b["))); }
 
 TEST(PlanCli, JsonIsJsonAndRangesDouble) {
-  const Ran ran = Kvtide("plan --model gemma-4-26b-a4b --weights q4_0 --device 'RTX 5080' --context 4K..32K --output json");
+  const Ran ran = Kvtide(
+      "plan --model gemma-4-26b-a4b --weights q4_0 --device 'RTX 5080' --context 4K..32K --output json");
   const auto json = nlohmann::json::parse(ran.out, nullptr, false);
   ASSERT_FALSE(json.is_discarded()) << ran.out;
   EXPECT_EQ(json["contexts"].size(), 4u);
 }
 
 TEST(PlanCli, EngineFlags) {
-  EXPECT_EQ(Kvtide(std::string(kGemma) + "--output llama-args").out, "-c 32768 -np 1 -ngl 999 -ctk f16 -ctv f16 -fa on -ub 512 -fit off\n");
+  EXPECT_EQ(Kvtide(std::string(kGemma) + "--output llama-args").out,
+            "-c 32768 -np 1 -ngl 999 -ctk f16 -ctv f16 -fa on -ub 512 -fit off\n");
   EXPECT_EQ(Kvtide(std::string(kGemma) + "--output vllm-args").code, 2);
 }
 
 TEST(PlanCli, ExplainMatrixAndLists) {
   EXPECT_THAT(Kvtide(std::string(kGemma) + "--pairs q8_0/pq4 --explain").out, HasSubstr("5440 B per cell"));
-  EXPECT_THAT(Kvtide(std::string(kGemma) + "--matrix").out, HasSubstr("q8_0/turbo4             512 dequantise"));
+  EXPECT_THAT(Kvtide(std::string(kGemma) + "--matrix").out,
+              HasSubstr("q8_0/turbo4             512 dequantise"));
   EXPECT_THAT(Kvtide("plan --list models").out, HasSubstr("Kimi-K2"));
   EXPECT_THAT(Kvtide("plan --list devices").out, HasSubstr("RTX 5080"));
   EXPECT_THAT(Kvtide("plan --list pairs").out, HasSubstr("kvtide: f16/f16"));
@@ -81,17 +97,26 @@ TEST(PlanCli, ExplainMatrixAndLists) {
 TEST(PlanCli, PlotVerifyAndFleetUseFiles) {
   const std::filesystem::path folder = std::filesystem::path(::testing::TempDir()) / "kvtide_plan_cli";
   std::filesystem::create_directories(folder);
-  const std::string plot = (folder / "plan.svg").string(), log = (folder / "llama.log").string(), mix = (folder / "mix.csv").string();
+  const std::string plot = (folder / "plan.svg").string(), log = (folder / "llama.log").string(),
+                    mix = (folder / "mix.csv").string();
   EXPECT_EQ(Kvtide(std::string(kGemma) + "--plot " + plot).code, 0);
   EXPECT_GT(std::filesystem::file_size(plot), 1000u);
   EXPECT_EQ(Kvtide(std::string(kGemma) + "--plot /no/such/folder/x.svg").code, 2);
   std::ofstream(log) << "llama_kv_cache:      CUDA0 KV buffer size =   940.00 MiB\n";
-  const Ran verify = Kvtide("plan verify --model gemma-4-26b-a4b --device 'RTX 5080' --engine llama.cpp --context 32768 --pairs f16/f16 --log " + log);
+  const Ran verify = Kvtide(
+      "plan verify --model gemma-4-26b-a4b --device 'RTX 5080' --engine llama.cpp --context 32768 --pairs "
+      "f16/f16 --log " +
+      log);
   EXPECT_EQ(verify.code, 0) << verify.out;
   EXPECT_THAT(verify.out, HasSubstr("+0.0%"));
-  EXPECT_EQ(Kvtide("plan verify --model gemma-4-26b-a4b --device 'RTX 5080' --context 32768 --pairs f16/f16").code, 2);
-  std::ofstream(mix) << "name,context_tokens,output_tokens,turns,think_s,rate_per_s\nchat,8192,300,5,30,0.2\n";
-  const std::string fleet = "fleet --model llama-3.1-8b --weights q4_k_m --device 'RTX 4090' --pair q8_0/turbo4 --duration 600 --mix ";
+  EXPECT_EQ(
+      Kvtide("plan verify --model gemma-4-26b-a4b --device 'RTX 5080' --context 32768 --pairs f16/f16").code,
+      2);
+  std::ofstream(mix)
+      << "name,context_tokens,output_tokens,turns,think_s,rate_per_s\nchat,8192,300,5,30,0.2\n";
+  const std::string fleet =
+      "fleet --model llama-3.1-8b --weights q4_k_m --device 'RTX 4090' --pair q8_0/turbo4 --duration 600 "
+      "--mix ";
   EXPECT_THAT(Kvtide(fleet + mix).out, HasSubstr("host hit"));
   EXPECT_EQ(Kvtide(fleet + mix + " --output json").code, 0);
   EXPECT_EQ(Kvtide(fleet + "/no/such.csv").code, 2);
@@ -100,9 +125,12 @@ TEST(PlanCli, PlotVerifyAndFleetUseFiles) {
 
 TEST(PlanCli, QualityFilesAreRead) {
   const std::string file = ::testing::TempDir() + "/kvtide_quality.csv";
-  std::ofstream(file) << "model,text,tokens,context,pair_k,pair_v,window_policy,ppl_change_percent,kld_mean,kld_p99,top1_agreement,bits_per_value,version,date\n"
+  std::ofstream(file) << "model,text,tokens,context,pair_k,pair_v,window_policy,ppl_change_percent,kld_mean,"
+                         "kld_p99,top1_agreement,bits_per_value,version,date\n"
                          "Llama3.1-8B,text,1,4096,turbo2,turbo2,default,0.0001,0,0,1,2.1,0,2026-11-22\n";
-  const std::string args = "plan --model llama-3.1-8b --weights 4GiB --device vram=7GiB --context 32768 --own-quality-only --output csv --quality ";
+  const std::string args =
+      "plan --model llama-3.1-8b --weights 4GiB --device vram=7GiB --context 32768 --own-quality-only "
+      "--output csv --quality ";
   EXPECT_THAT(Kvtide(args + file).out, HasSubstr("turbo2/turbo2,turbo2/turbo2,1,1,"));
   EXPECT_EQ(Kvtide(args + "/no/such.csv").code, 2);
   std::filesystem::remove(file);

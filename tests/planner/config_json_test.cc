@@ -15,9 +15,10 @@ using ::testing::HasSubstr;
 using Json = nlohmann::json;
 
 Json Plain() {
-  return {{"model_type", "llama"},    {"num_hidden_layers", 4}, {"num_attention_heads", 8}, {"num_key_value_heads", 2},
-          {"hidden_size", 512},       {"vocab_size", 1000},     {"max_position_embeddings", 8192}, {"rms_norm_eps", 1e-5},
-          {"initializer_range", 0.02}, {"attention_bias", false}};
+  return {{"model_type", "llama"},           {"num_hidden_layers", 4}, {"num_attention_heads", 8},
+          {"num_key_value_heads", 2},        {"hidden_size", 512},     {"vocab_size", 1000},
+          {"max_position_embeddings", 8192}, {"rms_norm_eps", 1e-5},   {"initializer_range", 0.02},
+          {"attention_bias", false}};
 }
 
 absl::StatusOr<ModelGeometry> Read(const Json& config, const ReadOptions& options = {}) {
@@ -46,17 +47,28 @@ TEST(ConfigJson, FullAttention) {
 TEST(ConfigJson, NestedTextConfigAndNullHeadDim) {
   Json config = Plain();
   config["head_dim"] = nullptr;
-  const auto model = Read({{"model_type", "mistral3"}, {"vision_config", {{"num_hidden_layers", 24}}}, {"text_config", config}});
+  const auto model = Read(
+      {{"model_type", "mistral3"}, {"vision_config", {{"num_hidden_layers", 24}}}, {"text_config", config}});
   ASSERT_TRUE(model.ok()) << model.status();
   EXPECT_EQ(model->layers[0].head_dim_k, 64);
 }
 
 TEST(ConfigJson, Gemma4HasHeadsOfItsOwnOnFullLayers) {
   Json text = Plain();
-  text.update({{"model_type", "gemma4_text"}, {"num_hidden_layers", 30}, {"num_attention_heads", 16}, {"num_key_value_heads", 8},
-               {"hidden_size", 2816}, {"head_dim", 256}, {"global_head_dim", 512}, {"num_global_key_value_heads", 2},
-               {"attention_k_eq_v", true}, {"sliding_window", 1024}, {"num_kv_shared_layers", 0}, {"hidden_size_per_layer_input", 0}});
-  for (int i = 0; i < 30; ++i) text["layer_types"].push_back(i % 6 == 5 ? "full_attention" : "sliding_attention");
+  text.update({{"model_type", "gemma4_text"},
+               {"num_hidden_layers", 30},
+               {"num_attention_heads", 16},
+               {"num_key_value_heads", 8},
+               {"hidden_size", 2816},
+               {"head_dim", 256},
+               {"global_head_dim", 512},
+               {"num_global_key_value_heads", 2},
+               {"attention_k_eq_v", true},
+               {"sliding_window", 1024},
+               {"num_kv_shared_layers", 0},
+               {"hidden_size_per_layer_input", 0}});
+  for (int i = 0; i < 30; ++i)
+    text["layer_types"].push_back(i % 6 == 5 ? "full_attention" : "sliding_attention");
   const auto model = Read({{"model_type", "gemma4"}, {"text_config", text}});
   ASSERT_TRUE(model.ok()) << model.status();
   EXPECT_EQ(model->layers, FindModel("gemma-4-26b-a4b")->layers);
@@ -79,7 +91,10 @@ TEST(ConfigJson, SharedLayers) {
 
 TEST(ConfigJson, QwenWindowIsOffUnlessAskedFor) {
   Json config = Plain();
-  config.update({{"model_type", "qwen2"}, {"sliding_window", 131072}, {"max_window_layers", 2}, {"use_sliding_window", false}});
+  config.update({{"model_type", "qwen2"},
+                 {"sliding_window", 131072},
+                 {"max_window_layers", 2},
+                 {"use_sliding_window", false}});
   auto model = Read(config);
   ASSERT_TRUE(model.ok()) << model.status();
   EXPECT_EQ(Count(*model, LayerKind::kFull), 4);
@@ -101,8 +116,14 @@ TEST(ConfigJson, PatternsAndWholeModelsThatSlide) {
 
 TEST(ConfigJson, LatentLayers) {
   Json config = Plain();
-  config.update({{"model_type", "deepseek_v3"}, {"kv_lora_rank", 512}, {"qk_rope_head_dim", 64}, {"qk_nope_head_dim", 128},
-                 {"v_head_dim", 128}, {"q_lora_rank", 1536}, {"n_routed_experts", 256}, {"num_experts_per_tok", 8}});
+  config.update({{"model_type", "deepseek_v3"},
+                 {"kv_lora_rank", 512},
+                 {"qk_rope_head_dim", 64},
+                 {"qk_nope_head_dim", 128},
+                 {"v_head_dim", 128},
+                 {"q_lora_rank", 1536},
+                 {"n_routed_experts", 256},
+                 {"num_experts_per_tok", 8}});
   const auto model = Read(config);
   ASSERT_TRUE(model.ok()) << model.status();
   EXPECT_EQ(model->layers[0], (LayerGeometry{LayerKind::kMla, 1, 576, 0}));
@@ -113,9 +134,17 @@ TEST(ConfigJson, LatentLayers) {
 
 TEST(ConfigJson, LinearAttentionMatchesTheCatalogue) {
   Json config = Plain();
-  config.update({{"model_type", "qwen3_next"}, {"num_hidden_layers", 48}, {"num_attention_heads", 16}, {"hidden_size", 2048},
-                 {"head_dim", 256}, {"full_attention_interval", 4}, {"linear_num_key_heads", 16}, {"linear_num_value_heads", 32},
-                 {"linear_key_head_dim", 128}, {"linear_value_head_dim", 128}, {"linear_conv_kernel_dim", 4}});
+  config.update({{"model_type", "qwen3_next"},
+                 {"num_hidden_layers", 48},
+                 {"num_attention_heads", 16},
+                 {"hidden_size", 2048},
+                 {"head_dim", 256},
+                 {"full_attention_interval", 4},
+                 {"linear_num_key_heads", 16},
+                 {"linear_num_value_heads", 32},
+                 {"linear_key_head_dim", 128},
+                 {"linear_value_head_dim", 128},
+                 {"linear_conv_kernel_dim", 4}});
   const auto model = Read(config);
   ASSERT_TRUE(model.ok()) << model.status();
   EXPECT_EQ(model->layers, FindModel("qwen3-next-80b")->layers);
@@ -123,8 +152,13 @@ TEST(ConfigJson, LinearAttentionMatchesTheCatalogue) {
 
 TEST(ConfigJson, HybridPatternWithMambaAndMlp) {
   Json config = Plain();
-  config.update({{"model_type", "nemotron_h"}, {"hybrid_override_pattern", "M-*E"}, {"mamba_num_heads", 8}, {"mamba_head_dim", 64},
-                 {"ssm_state_size", 128}, {"n_groups", 2}, {"conv_kernel", 4}});
+  config.update({{"model_type", "nemotron_h"},
+                 {"hybrid_override_pattern", "M-*E"},
+                 {"mamba_num_heads", 8},
+                 {"mamba_head_dim", 64},
+                 {"ssm_state_size", 128},
+                 {"n_groups", 2},
+                 {"conv_kernel", 4}});
   const auto model = Read(config);
   ASSERT_TRUE(model.ok()) << model.status();
   EXPECT_EQ(model->layers[0].kind, LayerKind::kRecurrent);
@@ -137,7 +171,8 @@ TEST(ConfigJson, HybridPatternWithMambaAndMlp) {
 
 TEST(ConfigJson, ChunkedAttention) {
   Json config = Plain();
-  config.update({{"model_type", "llama4_text"}, {"attention_chunk_size", 8192}, {"no_rope_layer_interval", 4}});
+  config.update(
+      {{"model_type", "llama4_text"}, {"attention_chunk_size", 8192}, {"no_rope_layer_interval", 4}});
   const auto model = Read(config);
   ASSERT_TRUE(model.ok()) << model.status();
   EXPECT_EQ(Count(*model, LayerKind::kChunked), 3);
@@ -162,8 +197,10 @@ TEST(ConfigJson, UnknownLayerTypeStopsWithItsName) {
 }
 
 TEST(ConfigJson, BadFieldsAreNamed) {
-  EXPECT_THAT(std::string(GeometryFromConfigJson("{", "x").status().message()), HasSubstr("not a JSON object"));
-  EXPECT_THAT(std::string(GeometryFromConfigJson("[]", "x").status().message()), HasSubstr("not a JSON object"));
+  EXPECT_THAT(std::string(GeometryFromConfigJson("{", "x").status().message()),
+              HasSubstr("not a JSON object"));
+  EXPECT_THAT(std::string(GeometryFromConfigJson("[]", "x").status().message()),
+              HasSubstr("not a JSON object"));
   for (const char* field : {"num_hidden_layers", "num_attention_heads", "hidden_size"}) {
     for (const Json& bad : {Json(-1), Json("x"), Json(1.5), Json(0), Json(1e300)}) {
       Json config = Plain();

@@ -9,7 +9,8 @@ namespace {
 using ::testing::HasSubstr;
 
 TEST(Csv, ReadsQuotesCommentsAndEmptyCells) {
-  const auto rows = ParseCsv("# a comment\nname,size,note\nx,3,\"a, \"\"b\"\"\"\n\ny,,\n", "t.csv", {"name", "size"});
+  const auto rows =
+      ParseCsv("# a comment\nname,size,note\nx,3,\"a, \"\"b\"\"\"\n\ny,,\n", "t.csv", {"name", "size"});
   ASSERT_TRUE(rows.ok()) << rows.status();
   ASSERT_EQ(rows->size(), 2u);
   EXPECT_EQ((*rows)[0].Text("note"), "a, \"b\"");
@@ -19,9 +20,12 @@ TEST(Csv, ReadsQuotesCommentsAndEmptyCells) {
 }
 
 TEST(Csv, ErrorsNameFileLineAndColumn) {
-  EXPECT_THAT(std::string(ParseCsv("a,b\n1\n", "t.csv", {}).status().message()), HasSubstr("t.csv line 2: 1 fields"));
-  EXPECT_THAT(std::string(ParseCsv("a\n", "t.csv", {"b"}).status().message()), HasSubstr("column 'b' is missing"));
-  EXPECT_THAT(std::string(ParseCsv("a\n\"x\n", "t.csv", {}).status().message()), HasSubstr("quote is not closed"));
+  EXPECT_THAT(std::string(ParseCsv("a,b\n1\n", "t.csv", {}).status().message()),
+              HasSubstr("t.csv line 2: 1 fields"));
+  EXPECT_THAT(std::string(ParseCsv("a\n", "t.csv", {"b"}).status().message()),
+              HasSubstr("column 'b' is missing"));
+  EXPECT_THAT(std::string(ParseCsv("a\n\"x\n", "t.csv", {}).status().message()),
+              HasSubstr("quote is not closed"));
   EXPECT_THAT(std::string(ParseCsv("", "t.csv", {}).status().message()), HasSubstr("no header"));
   const auto rows = ParseCsv("a\nten\n", "t.csv", {"a"});
   EXPECT_THAT(std::string((*rows)[0].Integer("a").status().message()), HasSubstr("t.csv line 2: a is 'ten'"));

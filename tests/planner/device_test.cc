@@ -28,7 +28,8 @@ TEST(Device, ReadsBandwidths) {
 }
 
 TEST(Device, ReadsNumbersNamesAndChanges) {
-  const auto numbers = ParseDevice("vram=16GiB,bandwidth=960GB/s,used=1GiB,count=2,host=64GiB,pcie=32,host_bandwidth=80GB/s");
+  const auto numbers =
+      ParseDevice("vram=16GiB,bandwidth=960GB/s,used=1GiB,count=2,host=64GiB,pcie=32,host_bandwidth=80GB/s");
   ASSERT_TRUE(numbers.ok()) << numbers.status();
   EXPECT_EQ(numbers->UsableBytes(), 15 * kGiB);
   EXPECT_EQ(numbers->count, 2);
@@ -41,7 +42,8 @@ TEST(Device, ReadsNumbersNamesAndChanges) {
 }
 
 TEST(Device, BadDevicesAreExplained) {
-  EXPECT_THAT(std::string(ParseDevice("vram=16GiB,vrm=1").status().message()), HasSubstr("unknown key 'vrm'"));
+  EXPECT_THAT(std::string(ParseDevice("vram=16GiB,vrm=1").status().message()),
+              HasSubstr("unknown key 'vrm'"));
   EXPECT_THAT(std::string(ParseDevice("bandwidth=960").status().message()), HasSubstr("has no memory"));
   EXPECT_THAT(std::string(ParseDevice("vram=16GiB,count=0").status().message()), HasSubstr("count"));
   EXPECT_THAT(std::string(ParseDevice("vram=16GiB,oops").status().message()), HasSubstr("not key=value"));

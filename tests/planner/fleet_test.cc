@@ -48,7 +48,8 @@ TEST(Fleet, SharesSumToOneAndHostTiersHelp) {
   }
   EXPECT_EQ(result.points[0].host_hit, 0);
   for (size_t i = 1; i < result.points.size(); ++i) {
-    EXPECT_LE(result.points[i].miss, result.points[i - 1].miss + 0.02) << i;  // more host memory never hurts (but for noise)
+    EXPECT_LE(result.points[i].miss, result.points[i - 1].miss + 0.02)
+        << i;  // more host memory never hurts (but for noise)
   }
   EXPECT_LT(result.points.back().miss, result.points.front().miss);
 }
@@ -71,12 +72,15 @@ TEST(Fleet, MoreLoadNeedsMoreGpus) {
   FleetRequest request = Request();
   request.host_bytes = {0};
   const int few = Simulate(request).points[0].gpus;
+  EXPECT_EQ(Simulate(request).best, 0);
   request.mix[0].rate_per_s *= 8;
   const int many = Simulate(request).points[0].gpus;
   EXPECT_GE(few, 1);
   EXPECT_GT(many, few);
   request.max_gpus = 1;
   EXPECT_EQ(Simulate(request).points[0].gpus, 0);
+  EXPECT_EQ(Simulate(request).best, -1);
+  EXPECT_THAT(RenderFleetTable(request, Simulate(request)), HasSubstr("do not suffice"));
 }
 
 TEST(Fleet, SingleTurnsCannotProfit) {
@@ -96,7 +100,8 @@ TEST(Fleet, BadInputIsExplained) {
   request.plan.device = *ParseDevice("vram=7GiB,bandwidth=448GB/s");
   request.mix[0].context_tokens = 131072;
   EXPECT_TRUE(absl::IsFailedPrecondition(SimulateFleet(request).status()));
-  EXPECT_THAT(std::string(ParseMixCsv("context_tokens\n1\n", "mix.csv").status().message()), HasSubstr("rate_per_s"));
+  EXPECT_THAT(std::string(ParseMixCsv("context_tokens\n1\n", "mix.csv").status().message()),
+              HasSubstr("rate_per_s"));
   const auto mix = ParseMixCsv("context_tokens,rate_per_s\n4096,0.5\n", "mix.csv");
   ASSERT_TRUE(mix.ok());
   EXPECT_EQ((*mix)[0].turns, 1);

@@ -30,7 +30,8 @@ std::string Error(const ModelGeometry& model) { return std::string(ValidateGeome
 
 TEST(Geometry, NamesTheLayerAndFieldThatMakesNoSense) {
   EXPECT_THAT(Error(Model({})), HasSubstr("no layers"));
-  EXPECT_THAT(Error(Model({kFullLayer, {LayerKind::kFull, 0, 64, 64}})), HasSubstr("layer 1: n_kv_heads is 0"));
+  EXPECT_THAT(Error(Model({kFullLayer, {LayerKind::kFull, 0, 64, 64}})),
+              HasSubstr("layer 1: n_kv_heads is 0"));
   EXPECT_THAT(Error(Model({{LayerKind::kFull, 1, -64, 64}})), HasSubstr("head_dim_k is -64"));
   EXPECT_THAT(Error(Model({{LayerKind::kSliding, 1, 64, 64, 0}})), HasSubstr("window is 0"));
   EXPECT_THAT(Error(Model({{LayerKind::kMla, 1, 576, 64}})), HasSubstr("expected 0 for a latent layer"));

@@ -15,8 +15,12 @@ class GgufBuilder {
   GgufBuilder& U32(const std::string& key, uint32_t value) { return Entry(key, 4).Put(value); }
   GgufBuilder& U64(const std::string& key, uint64_t value) { return Entry(key, 10).Put(value); }
   GgufBuilder& F32(const std::string& key, float value) { return Entry(key, 6).Put(value); }
-  GgufBuilder& Bool(const std::string& key, bool value) { return Entry(key, 7).Put(static_cast<uint8_t>(value)); }
-  GgufBuilder& String(const std::string& key, const std::string& value) { return Entry(key, 8).PutString(value); }
+  GgufBuilder& Bool(const std::string& key, bool value) {
+    return Entry(key, 7).Put(static_cast<uint8_t>(value));
+  }
+  GgufBuilder& String(const std::string& key, const std::string& value) {
+    return Entry(key, 8).PutString(value);
+  }
   GgufBuilder& U32s(const std::string& key, const std::vector<uint32_t>& values) {
     Entry(key, 9).Put(uint32_t{4}).Put(static_cast<uint64_t>(values.size()));
     for (uint32_t value : values) Put(value);

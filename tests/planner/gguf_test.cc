@@ -75,14 +75,19 @@ TEST(Gguf, IntegerPatternLeavesLastLayerOfEveryPeriodFull) {
   builder.U32("gemma3.attention.sliding_window", 1024).U32("gemma3.attention.sliding_window_pattern", 3);
   const auto model = Geometry(builder);
   ASSERT_TRUE(model.ok()) << model.status();
-  EXPECT_THAT(Kinds(*model), ::testing::ElementsAre(LayerKind::kSliding, LayerKind::kSliding, LayerKind::kFull, LayerKind::kSliding));
+  EXPECT_THAT(Kinds(*model), ::testing::ElementsAre(LayerKind::kSliding, LayerKind::kSliding,
+                                                    LayerKind::kFull, LayerKind::kSliding));
 }
 
 TEST(Gguf, MissingPatternUsesTheArchitecturesOwnAndSaysSo) {
   GgufBuilder builder;
-  builder.String("general.architecture", "gemma3").U32("gemma3.block_count", 34).U32("gemma3.embedding_length", 2560)
-      .U32("gemma3.attention.head_count", 8).U32("gemma3.attention.head_count_kv", 4)
-      .U32("gemma3.attention.key_length", 256).U32("gemma3.attention.value_length", 256)
+  builder.String("general.architecture", "gemma3")
+      .U32("gemma3.block_count", 34)
+      .U32("gemma3.embedding_length", 2560)
+      .U32("gemma3.attention.head_count", 8)
+      .U32("gemma3.attention.head_count_kv", 4)
+      .U32("gemma3.attention.key_length", 256)
+      .U32("gemma3.attention.value_length", 256)
       .U32("gemma3.attention.sliding_window", 1024);
   const auto model = Geometry(builder);
   ASSERT_TRUE(model.ok()) << model.status();
@@ -93,7 +98,8 @@ TEST(Gguf, MissingPatternUsesTheArchitecturesOwnAndSaysSo) {
 TEST(Gguf, UnknownArchitectureWithWindowButNoPatternStops) {
   GgufBuilder builder = PlainGguf("newarch");
   builder.U32("newarch.attention.sliding_window", 512);
-  EXPECT_THAT(std::string(Geometry(builder).status().message()), HasSubstr("newarch.attention.sliding_window_pattern"));
+  EXPECT_THAT(std::string(Geometry(builder).status().message()),
+              HasSubstr("newarch.attention.sliding_window_pattern"));
 }
 
 TEST(Gguf, LlamaIgnoresAWindow) {
@@ -127,8 +133,10 @@ TEST(Gguf, SharingWithoutAnOwnerOfTheKindStops) {
 
 TEST(Gguf, LatentLayersCacheOneVector) {
   GgufBuilder builder = PlainGguf("deepseek2");
-  builder.U32("deepseek2.attention.kv_lora_rank", 512).U32("deepseek2.rope.dimension_count", 64)
-      .U32("deepseek2.attention.key_length_mla", 192).U32("deepseek2.attention.value_length_mla", 128);
+  builder.U32("deepseek2.attention.kv_lora_rank", 512)
+      .U32("deepseek2.rope.dimension_count", 64)
+      .U32("deepseek2.attention.key_length_mla", 192)
+      .U32("deepseek2.attention.value_length_mla", 128);
   const auto model = Geometry(builder);
   ASSERT_TRUE(model.ok()) << model.status();
   EXPECT_EQ(model->layers[0], (LayerGeometry{LayerKind::kMla, 1, 576, 0}));
@@ -136,12 +144,19 @@ TEST(Gguf, LatentLayersCacheOneVector) {
 
 TEST(Gguf, RecurrentLayersByIntervalMatchTheCatalogue) {
   GgufBuilder builder;
-  builder.String("general.architecture", "qwen3next").U32("qwen3next.block_count", 48).U32("qwen3next.embedding_length", 2048)
-      .U32("qwen3next.attention.head_count", 16).U32("qwen3next.attention.head_count_kv", 2)
-      .U32("qwen3next.attention.key_length", 256).U32("qwen3next.attention.value_length", 256)
-      .U32("qwen3next.full_attention_interval", 4).U32("qwen3next.ssm.conv_kernel", 4)
-      .U32("qwen3next.ssm.inner_size", 4096).U32("qwen3next.ssm.state_size", 128)
-      .U32("qwen3next.ssm.time_step_rank", 32).U32("qwen3next.ssm.group_count", 16);
+  builder.String("general.architecture", "qwen3next")
+      .U32("qwen3next.block_count", 48)
+      .U32("qwen3next.embedding_length", 2048)
+      .U32("qwen3next.attention.head_count", 16)
+      .U32("qwen3next.attention.head_count_kv", 2)
+      .U32("qwen3next.attention.key_length", 256)
+      .U32("qwen3next.attention.value_length", 256)
+      .U32("qwen3next.full_attention_interval", 4)
+      .U32("qwen3next.ssm.conv_kernel", 4)
+      .U32("qwen3next.ssm.inner_size", 4096)
+      .U32("qwen3next.ssm.state_size", 128)
+      .U32("qwen3next.ssm.time_step_rank", 32)
+      .U32("qwen3next.ssm.group_count", 16);
   const auto model = Geometry(builder);
   ASSERT_TRUE(model.ok()) << model.status();
   const auto catalogue = FindModel("qwen3-next-80b");
@@ -151,20 +166,29 @@ TEST(Gguf, RecurrentLayersByIntervalMatchTheCatalogue) {
 
 TEST(Gguf, RecurrentLayersByZeroKvHeads) {
   GgufBuilder builder;
-  builder.String("general.architecture", "nemotron_h").U32("nemotron_h.block_count", 3).U32("nemotron_h.embedding_length", 512)
-      .U32("nemotron_h.attention.head_count", 8).U32s("nemotron_h.attention.head_count_kv", {0, 2, 0})
-      .U32("nemotron_h.ssm.conv_kernel", 4).U32("nemotron_h.ssm.inner_size", 1024).U32("nemotron_h.ssm.state_size", 16)
+  builder.String("general.architecture", "nemotron_h")
+      .U32("nemotron_h.block_count", 3)
+      .U32("nemotron_h.embedding_length", 512)
+      .U32("nemotron_h.attention.head_count", 8)
+      .U32s("nemotron_h.attention.head_count_kv", {0, 2, 0})
+      .U32("nemotron_h.ssm.conv_kernel", 4)
+      .U32("nemotron_h.ssm.inner_size", 1024)
+      .U32("nemotron_h.ssm.state_size", 16)
       .U32("nemotron_h.ssm.group_count", 1);
   const auto model = Geometry(builder);
   ASSERT_TRUE(model.ok()) << model.status();
-  EXPECT_THAT(Kinds(*model), ::testing::ElementsAre(LayerKind::kRecurrent, LayerKind::kFull, LayerKind::kRecurrent));
+  EXPECT_THAT(Kinds(*model),
+              ::testing::ElementsAre(LayerKind::kRecurrent, LayerKind::kFull, LayerKind::kRecurrent));
   EXPECT_EQ(model->layers[0].state_bytes, 4 * (3 * (1024 + 2 * 16) + 16 * 1024));
 }
 
 TEST(Gguf, ZeroKvHeadsWithoutStateOwnNothing) {
   GgufBuilder builder;
-  builder.String("general.architecture", "deci").U32("deci.block_count", 2).U32("deci.embedding_length", 512)
-      .U32("deci.attention.head_count", 8).U32s("deci.attention.head_count_kv", {0, 2});
+  builder.String("general.architecture", "deci")
+      .U32("deci.block_count", 2)
+      .U32("deci.embedding_length", 512)
+      .U32("deci.attention.head_count", 8)
+      .U32s("deci.attention.head_count_kv", {0, 2});
   const auto model = Geometry(builder);
   ASSERT_TRUE(model.ok()) << model.status();
   EXPECT_EQ(model->layers[0].kind, LayerKind::kNone);
@@ -174,7 +198,8 @@ TEST(Gguf, ChunkedLayersOfLlama4) {
   GgufBuilder builder = PlainGguf("llama4");
   const auto model = Geometry(builder);
   ASSERT_TRUE(model.ok()) << model.status();
-  EXPECT_THAT(Kinds(*model), ::testing::ElementsAre(LayerKind::kChunked, LayerKind::kChunked, LayerKind::kChunked, LayerKind::kFull));
+  EXPECT_THAT(Kinds(*model), ::testing::ElementsAre(LayerKind::kChunked, LayerKind::kChunked,
+                                                    LayerKind::kChunked, LayerKind::kFull));
   EXPECT_EQ(model->layers[0].window, 8192);
 }
 
@@ -189,7 +214,8 @@ TEST(Gguf, NextTokenLayersAreNotCounted) {
 TEST(Gguf, UnknownCacheKeyStopsWithItsNameOrIsNoted) {
   GgufBuilder builder = PlainGguf();
   builder.U32("llama.attention.compressor_ratio", 4);
-  EXPECT_THAT(std::string(Geometry(builder).status().message()), HasSubstr("llama.attention.compressor_ratio"));
+  EXPECT_THAT(std::string(Geometry(builder).status().message()),
+              HasSubstr("llama.attention.compressor_ratio"));
   const auto model = Geometry(builder, {true});
   ASSERT_TRUE(model.ok()) << model.status();
   EXPECT_THAT(model->assumptions, ::testing::Contains(HasSubstr("compressor_ratio")));
@@ -211,7 +237,9 @@ TEST(Gguf, WeightsLeaveTheTokenEmbeddingOnTheCpuUnlessTied) {
 
 TEST(Gguf, ExpertsGiveActiveParameters) {
   GgufBuilder builder = PlainGguf();
-  builder.U32("llama.expert_count", 8).U32("llama.expert_used_count", 2).Tensor("blk.0.ffn_up_exps.weight", {512, 512, 8}, 1)
+  builder.U32("llama.expert_count", 8)
+      .U32("llama.expert_used_count", 2)
+      .Tensor("blk.0.ffn_up_exps.weight", {512, 512, 8}, 1)
       .Tensor("blk.0.attn_q.weight", {512, 512}, 1);
   const auto model = Geometry(builder);
   ASSERT_TRUE(model.ok()) << model.status();
@@ -224,15 +252,20 @@ TEST(Gguf, SplitFilesAreSummed) {
   std::filesystem::create_directories(folder);
   for (int part = 1; part <= 2; ++part) {
     GgufBuilder builder = part == 1 ? PlainGguf() : GgufBuilder();
-    builder.U32("split.count", 2).U32("split.no", static_cast<uint32_t>(part - 1)).Tensor(absl::StrFormat("t%d", part), {64}, 0);
-    std::ofstream(folder / absl::StrFormat("m-%05d-of-00002.gguf", part), std::ios::binary) << builder.Build();
+    builder.U32("split.count", 2)
+        .U32("split.no", static_cast<uint32_t>(part - 1))
+        .Tensor(absl::StrFormat("t%d", part), {64}, 0);
+    std::ofstream(folder / absl::StrFormat("m-%05d-of-00002.gguf", part), std::ios::binary)
+        << builder.Build();
   }
   const auto model = LoadModel((folder / "m-00001-of-00002.gguf").string());
   ASSERT_TRUE(model.ok()) << model.status();
   EXPECT_EQ(model->weights->bytes, 2 * 64 * 4);
-  EXPECT_THAT(std::string(ReadGguf((folder / "m-00002-of-00002.gguf").string()).status().message()), HasSubstr("name the first part"));
+  EXPECT_THAT(std::string(ReadGguf((folder / "m-00002-of-00002.gguf").string()).status().message()),
+              HasSubstr("name the first part"));
   std::filesystem::remove(folder / "m-00002-of-00002.gguf");
-  EXPECT_THAT(std::string(ReadGguf((folder / "m-00001-of-00002.gguf").string()).status().message()), HasSubstr("cannot be opened"));
+  EXPECT_THAT(std::string(ReadGguf((folder / "m-00001-of-00002.gguf").string()).status().message()),
+              HasSubstr("cannot be opened"));
   std::filesystem::remove_all(folder);
 }
 
@@ -283,7 +316,8 @@ TEST(GgufDamaged, HugeStringsAndArrays) {
 
 TEST(GgufDamaged, TensorsWithAbsurdShapes) {
   EXPECT_THAT(Error(PlainGguf().Tensor("t", {1, 1, 1, 1, 1}, 0).Build()), HasSubstr("5 dimensions"));
-  EXPECT_THAT(Error(PlainGguf().Tensor("t", {uint64_t{1} << 40, uint64_t{1} << 40}, 0).Build()), HasSubstr("absurdly large"));
+  EXPECT_THAT(Error(PlainGguf().Tensor("t", {uint64_t{1} << 40, uint64_t{1} << 40}, 0).Build()),
+              HasSubstr("absurdly large"));
   EXPECT_THAT(Error(PlainGguf().Tensor("t", {64}, 999).Build()), HasSubstr("unknown type 999"));
   EXPECT_THAT(Error(PlainGguf().Tensor("t", {33}, 2).Build()), HasSubstr("not a multiple of 32"));
 }
@@ -297,8 +331,11 @@ TEST(GgufDamaged, NegativeAndAbsurdFields) {
   text.String("llama.expert_count", "many");
   EXPECT_THAT(std::string(Geometry(text).status().message()), HasSubstr("llama.expert_count"));
   GgufBuilder few;
-  few.String("general.architecture", "llama").U32("llama.block_count", 4).U32("llama.embedding_length", 512)
-      .U32("llama.attention.head_count", 8).U32s("llama.attention.head_count_kv", {2, 2});
+  few.String("general.architecture", "llama")
+      .U32("llama.block_count", 4)
+      .U32("llama.embedding_length", 512)
+      .U32("llama.attention.head_count", 8)
+      .U32s("llama.attention.head_count_kv", {2, 2});
   EXPECT_THAT(std::string(Geometry(few).status().message()), HasSubstr("has 2 entries, 4 are needed"));
 }
 

@@ -33,7 +33,8 @@ std::map<std::string, std::string> Conditions(const std::string& text) {
 }
 
 TEST(GoldenBytes, EveryRowMatchesToTheByte) {
-  const auto rows = ParseCsv(ReadGolden(), "kv_bytes.csv", {"model", "type_k", "type_v", "context_tokens", "kv_mib", "conditions"});
+  const auto rows = ParseCsv(ReadGolden(), "kv_bytes.csv",
+                             {"model", "type_k", "type_v", "context_tokens", "kv_mib", "conditions"});
   ASSERT_TRUE(rows.ok()) << rows.status();
   ASSERT_EQ(rows->size(), 226u);
   int rewritten = 0;

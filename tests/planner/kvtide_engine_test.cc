@@ -20,10 +20,12 @@ EngineOptions Options(ExactWindow window = {}) {
 }
 
 // Counts one block at a time with IsExactBlock and FirstLiveBlock.
-int64_t CountByHand(const std::vector<LayerGroup>& groups, const CachePair& pair, ExactWindow window, int64_t tokens) {
+int64_t CountByHand(const std::vector<LayerGroup>& groups, const CachePair& pair, ExactWindow window,
+                    int64_t tokens) {
   int64_t bytes = 0;
   for (const LayerGroup& group : groups) {
-    const GroupShape shape{static_cast<int>(group.layers.size()), group.n_kv_heads, group.head_dim_k, group.head_dim_v};
+    const GroupShape shape{static_cast<int>(group.layers.size()), group.n_kv_heads, group.head_dim_k,
+                           group.head_dim_v};
     const int64_t full = tokens / kBlockTokens;
     for (int64_t block = FirstLiveBlock(tokens, group.window); block * kBlockTokens < tokens; ++block) {
       const bool exact = block >= full || IsExactBlock(block, full, window);
@@ -43,9 +45,11 @@ TEST(KvtideEngine, EveryLengthMatchesACountBlockByBlock) {
         const CachePair pair = *ParseCachePair(text);
         const auto sizer = MakeKvtideSizer(Options(window), groups, *ParsePair(text));
         ASSERT_TRUE(sizer.ok()) << sizer.status();
-        for (int64_t tokens : {1, 63, 64, 65, 127, 128, 192, 193, 300, 1023, 1024, 1087, 1088, 1151, 4096, 8191, 32768, 32801}) {
+        for (int64_t tokens : {1, 63, 64, 65, 127, 128, 192, 193, 300, 1023, 1024, 1087, 1088, 1151, 4096,
+                               8191, 32768, 32801}) {
           EXPECT_EQ((*sizer)->Bytes({tokens, 1, 0}).Cache(), CountByHand(groups, pair, window, tokens))
-              << name << " " << text << " " << window.first_blocks << "+" << window.last_blocks << " " << tokens;
+              << name << " " << text << " " << window.first_blocks << "+" << window.last_blocks << " "
+              << tokens;
         }
       }
     }
@@ -83,14 +87,16 @@ TEST(KvtideEngine, TrueBitsCountWindowTailScalesAndPadding) {
   EXPECT_DOUBLE_EQ(8.0 * static_cast<double>((*none)->Bytes({32768, 1, 0}).Cache()) / values, 3.125);
   // The default window of 192 tokens costs (16 - 3.125) x 192 / 32768 bits.
   const auto window = MakeKvtideSizer(Options(), GroupLayers(*model), {"turbo3", "turbo3"});
-  EXPECT_NEAR(8.0 * static_cast<double>((*window)->Bytes({32768, 1, 0}).Cache()) / values, 3.125 + 12.875 * 192 / 32768, 1e-9);
+  EXPECT_NEAR(8.0 * static_cast<double>((*window)->Bytes({32768, 1, 0}).Cache()) / values,
+              3.125 + 12.875 * 192 / 32768, 1e-9);
   // Heads of 80 are stored as 96.
   ModelGeometry odd;
   odd.layers = {{LayerKind::kFull, 4, 80, 80}};
   const auto padded = MakeKvtideSizer(Options({0, 0}), GroupLayers(odd), {"f16", "f16"});
   ASSERT_TRUE(padded.ok()) << padded.status();
   EXPECT_EQ((*padded)->Bytes({64, 1, 0}).Cache(), 64 * 4 * 2 * 96 * 2);
-  EXPECT_THAT((*padded)->rewrites(), ::testing::ElementsAre(::testing::HasSubstr("80/80 are stored as 96/96")));
+  EXPECT_THAT((*padded)->rewrites(),
+              ::testing::ElementsAre(::testing::HasSubstr("80/80 are stored as 96/96")));
 }
 
 TEST(KvtideEngine, UnfilledTailIsRounding) {

@@ -17,7 +17,8 @@ EngineOptions Options() {
   return options;
 }
 
-std::unique_ptr<KvSizer> Sizer(const std::string& model, const TypePair& pair, EngineOptions options = Options()) {
+std::unique_ptr<KvSizer> Sizer(const std::string& model, const TypePair& pair,
+                               EngineOptions options = Options()) {
   const auto geometry = FindModel(model);
   auto sizer = MakeKvSizer(options, *geometry, GroupLayers(*geometry), pair);
   EXPECT_TRUE(sizer.ok()) << sizer.status();
@@ -30,8 +31,10 @@ TEST(LlamaCpp, TrueRatios) {
   EXPECT_DOUBLE_EQ(f16 / 32768, 36 * kKiB);  // 36 KiB per token
   EngineOptions plain = Options();
   plain.rewrites = false;
-  EXPECT_DOUBLE_EQ(f16 / static_cast<double>(Sizer("qwen2.5-3b", {"turbo3", "turbo3"}, plain)->Bytes(load).Cache()), 5.12);
-  EXPECT_NEAR(f16 / static_cast<double>(Sizer("qwen2.5-3b", {"planar3", "f16"})->Bytes(load).Cache()), 1.673, 0.001);
+  EXPECT_DOUBLE_EQ(
+      f16 / static_cast<double>(Sizer("qwen2.5-3b", {"turbo3", "turbo3"}, plain)->Bytes(load).Cache()), 5.12);
+  EXPECT_NEAR(f16 / static_cast<double>(Sizer("qwen2.5-3b", {"planar3", "f16"})->Bytes(load).Cache()), 1.673,
+              0.001);
 }
 
 TEST(LlamaCpp, CellsArePaddedTo256) {
@@ -57,7 +60,8 @@ TEST(LlamaCpp, AutoAsymmetricRewritesK) {
   const auto sizer = Sizer("qwen2.5-3b", {"turbo4", "turbo4"});
   EXPECT_EQ(sizer->effective(), (TypePair{"q8_0", "turbo4"}));
   EXPECT_THAT(sizer->rewrites(), ::testing::ElementsAre(HasSubstr("TURBO_AUTO_ASYMMETRIC=0")));
-  EXPECT_EQ(Sizer("gemma-4-26b-a4b", {"turbo4", "turbo4"})->effective().k, "turbo4");  // 2 query heads per KV head
+  EXPECT_EQ(Sizer("gemma-4-26b-a4b", {"turbo4", "turbo4"})->effective().k,
+            "turbo4");  // 2 query heads per KV head
 }
 
 TEST(LlamaCpp, BoundaryVKeepsFourLayersInQ8) {
@@ -66,11 +70,13 @@ TEST(LlamaCpp, BoundaryVKeepsFourLayersInQ8) {
   plain.rewrites = false;
   const auto without = Sizer("llama-3.1-8b", {"q8_0", "turbo2"}, plain);
   const int64_t row_q8 = 8 * 128 / 32 * 34, row_turbo2 = 8 * 34;
-  EXPECT_EQ(with->Bytes({256, 1, 0}).Cache() - without->Bytes({256, 1, 0}).Cache(), 256 * 4 * (row_q8 - row_turbo2));
+  EXPECT_EQ(with->Bytes({256, 1, 0}).Cache() - without->Bytes({256, 1, 0}).Cache(),
+            256 * 4 * (row_q8 - row_turbo2));
 }
 
 TEST(LlamaCpp, PaddedHeadsAreSaid) {
-  EXPECT_THAT(Sizer("gpt-oss-20b", {"turbo3", "q8_0"})->rewrites(), ::testing::Contains(HasSubstr("padded to 128")));
+  EXPECT_THAT(Sizer("gpt-oss-20b", {"turbo3", "q8_0"})->rewrites(),
+              ::testing::Contains(HasSubstr("padded to 128")));
 }
 
 TEST(LlamaCpp, ScratchIsOneLayerInF16) {
@@ -84,7 +90,8 @@ TEST(LlamaCpp, PlanarKeepsItsF16KeysResident) {
   // Deferred keys: the f16 copy of all layers is never freed, so planar3/f16 takes more than f16/f16.
   const auto sizer = Sizer("qwen2.5-3b", {"planar3", "f16"});
   const KvLoad load{8192, 1, 0};
-  EXPECT_GT(sizer->Bytes(load).Cache() + sizer->ScratchBytes(load), Sizer("qwen2.5-3b", {"f16", "f16"})->Bytes(load).Cache());
+  EXPECT_GT(sizer->Bytes(load).Cache() + sizer->ScratchBytes(load),
+            Sizer("qwen2.5-3b", {"f16", "f16"})->Bytes(load).Cache());
 }
 
 TEST(LlamaCpp, TreesHaveTheirTypes) {
@@ -95,10 +102,14 @@ TEST(LlamaCpp, TreesHaveTheirTypes) {
   const auto geometry = FindModel("llama-3.1-8b");
   EngineOptions options = Options();
   options.build = "upstream";
-  EXPECT_THAT(std::string(MakeKvSizer(options, *geometry, GroupLayers(*geometry), {"q8_0", "turbo4"}).status().message()),
-              HasSubstr("upstream tree"));
-  EXPECT_THAT(std::string(MakeKvSizer(Options(), *geometry, GroupLayers(*geometry), {"q9", "f16"}).status().message()),
-              HasSubstr("known: f16"));
+  EXPECT_THAT(
+      std::string(
+          MakeKvSizer(options, *geometry, GroupLayers(*geometry), {"q8_0", "turbo4"}).status().message()),
+      HasSubstr("upstream tree"));
+  EXPECT_THAT(
+      std::string(
+          MakeKvSizer(Options(), *geometry, GroupLayers(*geometry), {"q9", "f16"}).status().message()),
+      HasSubstr("known: f16"));
 }
 
 TEST(LlamaCpp, RowsThatDoNotDivideAreRefused) {

@@ -76,7 +76,10 @@ TEST(Plan, SixteenGigabytesHoldGemmaInF16AndKernelsTellThePairsApart) {
   EXPECT_NEAR(static_cast<double>(turbo4.kv_bytes - pq4.kv_bytes) / kMiB, 3.6, 0.1);
   EXPECT_EQ(pq4.support.level, SupportLevel::kNative);
   EXPECT_EQ(turbo4.support.level, SupportLevel::kDequantise);
-  EXPECT_THAT(plan.notes, Contains(HasSubstr("q8_0/pq4 and q8_0/turbo4 differ by 3.67 MiB at 32768 tokens; kernel support tells them apart")));
+  EXPECT_THAT(
+      plan.notes,
+      Contains(HasSubstr(
+          "q8_0/pq4 and q8_0/turbo4 differ by 3.67 MiB at 32768 tokens; kernel support tells them apart")));
   // The caches of full size would turn the claim around: only turbo4/turbo4 and smaller fit.
   request.engine.swa_full = true;
   const ContextPlan full = Make(request).contexts[0];
@@ -142,7 +145,8 @@ TEST(Plan, ProxiesCanBeRefused) {
 }
 
 TEST(Plan, SplitsOverHostMemoryWithAPrice) {
-  PlanRequest request = Request("llama-3.1-8b", "vram=8GiB,bandwidth=448GB/s,pcie=32GB/s,host=64GiB", Engine::kKvtide);
+  PlanRequest request =
+      Request("llama-3.1-8b", "vram=8GiB,bandwidth=448GB/s,pcie=32GB/s,host=64GiB", Engine::kKvtide);
   request.weights.bytes = 4800 * kMiB;
   request.workload.contexts = {131072};
   const ContextPlan context = Make(request).contexts[0];
@@ -222,7 +226,8 @@ TEST(Plan, SeveralDevicesDivideHeadsAndWeights) {
 TEST(Plan, NothingAssumedIsHidden) {
   PlanRequest request = Request("gemma-4-e2b", "RTX 4090,host=8GiB", Engine::kKvtide);
   const Plan plan = Make(request);
-  for (const char* what : {"confidence low", "no weights were given", "driver keeps", "80 GB/s", "prefill is not predicted"}) {
+  for (const char* what :
+       {"confidence low", "no weights were given", "driver keeps", "80 GB/s", "prefill is not predicted"}) {
     EXPECT_THAT(plan.assumptions, Contains(HasSubstr(what)));
   }
   request.workload.contexts = {1 << 20};
@@ -280,7 +285,8 @@ TEST(Explain, ShowsTheArithmeticOfEveryEngine) {
   EXPECT_THAT(*llama, HasSubstr("pad(min(pad(32768, 256), 1024 + 512), 256) = 1536"));
   EXPECT_THAT(*llama, HasSubstr("370.9 MiB"));
   request.engine.engine = Engine::kVllm;
-  EXPECT_THAT(*ExplainPair(request, {"bf16", "bf16"}, 32768), HasSubstr("one request: 1989 blocks x 655360 B"));
+  EXPECT_THAT(*ExplainPair(request, {"bf16", "bf16"}, 32768),
+              HasSubstr("one request: 1989 blocks x 655360 B"));
   request.engine.engine = Engine::kKvtide;
   EXPECT_THAT(*ExplainPair(request, {"q8_0", "turbo4"}, 32768), HasSubstr("509 coded and 3 exact blocks"));
 }

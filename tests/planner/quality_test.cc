@@ -8,7 +8,8 @@ namespace {
 
 using ::testing::HasSubstr;
 
-QualityRow Row(const std::string& model, TypePair pair, const std::string& window, int64_t context, double change) {
+QualityRow Row(const std::string& model, TypePair pair, const std::string& window, int64_t context,
+               double change) {
   QualityRow row;
   row.model = model;
   row.pair = std::move(pair);
@@ -34,7 +35,8 @@ TEST(Quality, UnmeasuredPairsAreUnmeasured) {
 }
 
 TEST(Quality, OwnModelAndNearestContextWin) {
-  const std::vector<QualityRow> rows = {Row("m", kTurbo3, "none", 4096, 4), Row("m", kTurbo3, "none", 32768, 5),
+  const std::vector<QualityRow> rows = {Row("m", kTurbo3, "none", 4096, 4),
+                                        Row("m", kTurbo3, "none", 32768, 5),
                                         Row("other", kTurbo3, "none", 4096, 9)};
   EXPECT_EQ(FindHarm(rows, kTurbo3, "m", "none", 8192, true).ppl_change_percent, 4);
   EXPECT_EQ(FindHarm(rows, kTurbo3, "m", "none", 131072, true).ppl_change_percent, 5);
@@ -42,7 +44,8 @@ TEST(Quality, OwnModelAndNearestContextWin) {
 }
 
 TEST(Quality, ProxiesAreTheWorstOfOtherModelsAndCanBeRefused) {
-  const std::vector<QualityRow> rows = {Row("a", kTurbo3, "none", 4096, 2), Row("b", kTurbo3, "none", 4096, 3),
+  const std::vector<QualityRow> rows = {Row("a", kTurbo3, "none", 4096, 2),
+                                        Row("b", kTurbo3, "none", 4096, 3),
                                         Row("b", kTurbo3, "none", 131072, 30)};
   const Harm harm = FindHarm(rows, kTurbo3, "m", "none", 4096, true);
   EXPECT_TRUE(harm.proxy);
@@ -58,12 +61,18 @@ TEST(Quality, ChangesBelowZeroAreNoGain) {
 
 TEST(Quality, CsvRoundTripAndErrors) {
   const std::string header =
-      "model,text,tokens,context,pair_k,pair_v,window_policy,ppl_change_percent,kld_mean,kld_p99,top1_agreement,bits_per_value,version,date\n";
-  const auto rows = ParseQualityCsv(header + "tidelm-7m,wikitext2,98304,4096,q8_0,turbo4,default,0.05,0.001,0.01,0.98,6.4,0.1.0,2026-11-22\n", "q.csv");
+      "model,text,tokens,context,pair_k,pair_v,window_policy,ppl_change_percent,kld_mean,kld_p99,top1_"
+      "agreement,bits_per_value,version,date\n";
+  const auto rows = ParseQualityCsv(
+      header +
+          "tidelm-7m,wikitext2,98304,4096,q8_0,turbo4,default,0.05,0.001,0.01,0.98,6.4,0.1.0,2026-11-22\n",
+      "q.csv");
   ASSERT_TRUE(rows.ok()) << rows.status();
   EXPECT_EQ((*rows)[0].pair.Name(), "q8_0/turbo4");
   EXPECT_DOUBLE_EQ((*rows)[0].ppl_change_percent, 0.05);
-  EXPECT_THAT(std::string(ParseQualityCsv(header + "m,t,1,1,q8_0,turbo4,none,,,,,,,\n", "q.csv").status().message()), HasSubstr("q.csv line 2"));
+  EXPECT_THAT(
+      std::string(ParseQualityCsv(header + "m,t,1,1,q8_0,turbo4,none,,,,,,,\n", "q.csv").status().message()),
+      HasSubstr("q.csv line 2"));
   EXPECT_THAT(std::string(ParseQualityCsv("model\n", "q.csv").status().message()), HasSubstr("pair_k"));
 }
 

@@ -47,14 +47,16 @@ TEST(Render, JsonFollowsItsSchemaInBytes) {
   EXPECT_EQ(sum, pair["total_bytes"]);
   EXPECT_EQ(pair["harm"]["ppl_change_percent"], 0);
   bool unmeasured = false;
-  for (const Json& other : context["pairs"]) unmeasured |= other["harm"].is_null() && other["rejection"] == "not measured";
+  for (const Json& other : context["pairs"])
+    unmeasured |= other["harm"].is_null() && other["rejection"] == "unmeasured";
   EXPECT_TRUE(unmeasured || !BuiltInQuality().empty());
 }
 
 TEST(Render, CsvHasOneLinePerContextAndPair) {
   const PlanRequest request = Request(Engine::kKvtide);
   const Plan plan = Make(request);
-  const auto rows = ParseCsv(RenderCsv(request, plan), "out", {"context", "pair", "kv_bytes", "tokens_per_s"});
+  const auto rows =
+      ParseCsv(RenderCsv(request, plan), "out", {"context", "pair", "kv_bytes", "tokens_per_s"});
   ASSERT_TRUE(rows.ok()) << rows.status();
   EXPECT_EQ(rows->size(), 2 * plan.contexts[0].candidates.size());
 }
@@ -73,13 +75,15 @@ TEST(Render, TableShowsTheChoiceAndColoursOnlyWhenAsked) {
 
 TEST(Render, LlamaArgsAreUsableAsTheyStand) {
   PlanRequest request = Request(Engine::kLlamaCpp);
-  EXPECT_EQ(*RenderLlamaArgs(request, Make(request)), "-c 32768 -np 1 -ngl 999 -ctk f16 -ctv f16 -fa on -ub 512 -fit off\n");
+  EXPECT_EQ(*RenderLlamaArgs(request, Make(request)),
+            "-c 32768 -np 1 -ngl 999 -ctk f16 -ctv f16 -fa on -ub 512 -fit off\n");
   request.workload.concurrency = 2;
   EXPECT_THAT(*RenderLlamaArgs(request, Make(request)), HasSubstr("-c 65536 -np 2"));
   request.workload.contexts = {262144};
   const Plan split = Make(request);
   ASSERT_EQ(split.verdict, Verdict::kFitsWithTiers) << split.contexts[0].reason;
-  EXPECT_THAT(*RenderLlamaArgs(request, split), Not(HasSubstr("-ngl 999 -ctk f16 -ctv f16 -fa on -ub 512 -fit")));
+  EXPECT_THAT(*RenderLlamaArgs(request, split),
+              Not(HasSubstr("-ngl 999 -ctk f16 -ctv f16 -fa on -ub 512 -fit")));
 }
 
 TEST(Render, VllmArgs) {

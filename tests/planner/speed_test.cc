@@ -42,8 +42,10 @@ TEST(Speed, PublishedPointsLieInTheBand) {
     traffic.kv_bytes = (*sizer)->ReadBytes(point.depth);
     const Speed speed = PredictSpeed(*model, *gpu, traffic, 1);
     ASSERT_TRUE(speed.known);
-    EXPECT_LE(speed.tokens_per_s_low, point.tokens_per_s) << point.model << " " << point.gpu << " " << point.source;
-    EXPECT_GE(speed.tokens_per_s_high, point.tokens_per_s) << point.model << " " << point.gpu << " " << point.source;
+    EXPECT_LE(speed.tokens_per_s_low, point.tokens_per_s)
+        << point.model << " " << point.gpu << " " << point.source;
+    EXPECT_GE(speed.tokens_per_s_high, point.tokens_per_s)
+        << point.model << " " << point.gpu << " " << point.source;
   }
 }
 
@@ -68,7 +70,9 @@ TEST(Speed, ReadingAnEightBFromTheHostCosts172MsPerToken) {
   StepTraffic without, with;
   without.weight_bytes = with.weight_bytes = 1'000'000'000;
   with.pcie_bytes = int64_t{4} << 30;
-  EXPECT_NEAR(PredictSpeed(*model, device, with, 1).step_ms - PredictSpeed(*model, device, without, 1).step_ms, 172, 1);
+  EXPECT_NEAR(
+      PredictSpeed(*model, device, with, 1).step_ms - PredictSpeed(*model, device, without, 1).step_ms, 172,
+      1);
 }
 
 TEST(Speed, BatchesTouchMoreExperts) {

@@ -58,7 +58,8 @@ TEST(Support, QuantisedVNeedsFlashAttention) {
 TEST(Support, KvtideRunsEveryPairAtEveryHeadDim) {
   for (const TypePair& pair : DefaultPairs(Engine::kKvtide, false)) {
     for (int head_dim : {64, 80, 96, 112, 128, 192, 256, 512}) {
-      EXPECT_EQ(FindSupport(Engine::kKvtide, "", pair, head_dim, head_dim).level, SupportLevel::kNative) << pair.Name() << head_dim;
+      EXPECT_EQ(FindSupport(Engine::kKvtide, "", pair, head_dim, head_dim).level, SupportLevel::kNative)
+          << pair.Name() << head_dim;
     }
   }
 }

@@ -30,14 +30,16 @@ TEST(Verify, ReadsLlamaLogsPerDevice) {
 }
 
 TEST(Verify, TheFullestOfSeveralDevicesCounts) {
-  const auto measured = ParseLlamaLog("x: CUDA0 KV buffer size = 100.00 MiB\nx: CUDA1 KV buffer size = 120.00 MiB\n");
+  const auto measured =
+      ParseLlamaLog("x: CUDA0 KV buffer size = 100.00 MiB\nx: CUDA1 KV buffer size = 120.00 MiB\n");
   EXPECT_EQ(measured->bytes.at("kv"), 120 * kMiB);
 }
 
 TEST(Verify, ReadsVllmLogs) {
   const auto measured = ParseVllmLog(
       "INFO Model loading took 14.9889 GiB and 5.1 seconds\nINFO Available KV cache memory: 52.01 GiB\n"
-      "INFO GPU KV cache size: 425,984 tokens\nINFO Maximum concurrency for 32,768 tokens per request: 13.00x\n"
+      "INFO GPU KV cache size: 425,984 tokens\nINFO Maximum concurrency for 32,768 tokens per request: "
+      "13.00x\n"
       "INFO Graph capturing finished in 21 secs, took 0.62 GiB\n");
   ASSERT_TRUE(measured.ok()) << measured.status();
   EXPECT_EQ(measured->bytes.at("weights"), static_cast<int64_t>(14.9889 * kGiB + 0.5));
@@ -47,8 +49,9 @@ TEST(Verify, ReadsVllmLogs) {
 
 TEST(Verify, ReadsKvtidedMetrics) {
   const auto measured = ParseKvtidedMetrics(
-      "# HELP kvtide_tier_used_bytes Bytes\n# TYPE kvtide_tier_used_bytes gauge\n"
-      "kvtide_tier_used_bytes{tier=\"device\"} 1048576\nkvtide_tier_used_bytes{tier=\"host\"} 2.097152e+06\n");
+      "# HELP kvtide_pool_used_bytes Bytes\n# TYPE kvtide_pool_used_bytes gauge\n"
+      "kvtide_pool_used_bytes{tier=\"device\"} 1048576\nkvtide_pool_used_bytes{tier=\"host\"} "
+      "2.097152e+06\n");
   ASSERT_TRUE(measured.ok()) << measured.status();
   EXPECT_EQ(measured->bytes.at("kv"), 3 * kMiB);
 }
@@ -72,7 +75,8 @@ TEST(Verify, PutsPredictionBesideReality) {
 }
 
 TEST(Verify, ForeignTextIsAnError) {
-  EXPECT_THAT(std::string(ParseAnyLog("hello\n").status().message()), HasSubstr("neither a llama.cpp start-up log"));
+  EXPECT_THAT(std::string(ParseAnyLog("hello\n").status().message()),
+              HasSubstr("neither a llama.cpp start-up log"));
   EXPECT_FALSE(ParseLlamaLog("x: CUDA0 KV buffer size = lots MiB\n").ok());
 }
 

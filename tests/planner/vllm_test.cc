@@ -69,8 +69,10 @@ TEST(Vllm, Fp8LatentsTake656BytesPerToken) {
 TEST(Vllm, PerHeadScalesAreCounted) {
   const auto model = FindModel("llama-3.1-8b");
   const auto groups = GroupLayers(*model);
-  EXPECT_EQ((*MakeVllmSizer(Options(), groups, {"int8", "int8"}))->Bytes({16, 1, 0}).Cache(), 16 * 32 * 8 * 2 * (128 + 4));
-  EXPECT_EQ((*MakeVllmSizer(Options(), groups, {"fp8", "tq4"}))->Bytes({16, 1, 0}).Cache(), 16 * 32 * 8 * 196);
+  EXPECT_EQ((*MakeVllmSizer(Options(), groups, {"int8", "int8"}))->Bytes({16, 1, 0}).Cache(),
+            16 * 32 * 8 * 2 * (128 + 4));
+  EXPECT_EQ((*MakeVllmSizer(Options(), groups, {"fp8", "tq4"}))->Bytes({16, 1, 0}).Cache(),
+            16 * 32 * 8 * 196);
 }
 
 TEST(Vllm, RecurrentLayersTakeOnePagePerSequence) {
