@@ -445,11 +445,15 @@ HWY_NOINLINE void ValueSumsHalf(const HalfView& v, float* HWY_RESTRICT weights, 
 
 // ---- Rows and pages
 
+// Rows of one call of the coded kernels. Widths whose words are cut in phases have long code: 8 rows at once
+// spill.
+constexpr int RowsAtOnce(int bits, int rows) { return rows == 8 && bits != 4 && bits != 8 ? 4 : rows; }
+
 // Up to kRows rows, prepared for K's type; missing rows are zero queries.
 template <int kRows>
 struct PreparedRows {
   hwy::AlignedFreeUniquePtr<float[]> floats;   // f16, bf16: [kRows][dim], then the same with chunks exchanged
-  hwy::AlignedFreeUniquePtr<int32_t[]> pairs;  // coded: [dim / 32][column][pair][kRows]
+  hwy::AlignedFreeUniquePtr<int32_t[]> pairs;  // coded: [step][dim / 32][column][pair][row of the step]
   LogitScale scale[kRows];
   int64_t begin[kRows], end[kRows];
 };
@@ -479,6 +483,7 @@ void PrepareRows(const QueryRows& rows, int first, const CodeTable& table, int d
     return;
   }
   out.pairs = hwy::AllocateAligned<int32_t>(size / 2);
+  const int step = RowsAtOnce(table.bits, kRows);
   for (int r = 0; r < kRows; r++) {
     const float* row = q.data() + static_cast<size_t>(r * dim);
     float largest = 0;
@@ -488,10 +493,17 @@ void PrepareRows(const QueryRows& rows, int first, const CodeTable& table, int d
     const auto rounded = [&](int d) { return static_cast<uint32_t>(std::lrint(row[d] * to_int)) & 0xffffu; };
     for (int octet = 0; octet < dim / 8; octet++)
       for (int pair = 0; pair < 4; pair++)
-        out.pairs[static_cast<size_t>((octet * 4 + pair) * kRows + r)] =
+        out.pairs[static_cast<size_t>(r / step * step * dim / 2 + (octet * 4 + pair) * step + r % step)] =
             static_cast<int32_t>(rounded(8 * octet + PairFirst(table.bits, pair)) |
                                  rounded(8 * octet + PairSecond(table.bits, pair)) << 16);
   }
+}
+
+template <int kBits, int kRows>
+HWY_INLINE void PageDotsOf(const HalfView& k, const PreparedRows<kRows>& rows, float* dots) {
+  constexpr int kStep = RowsAtOnce(kBits, kRows);
+  for (int r = 0; r < kRows; r += kStep)
+    KeyDots<kBits, kStep>(k, rows.pairs.get() + r * k.dim / 2, dots + r * kBlockTokens);
 }
 
 template <int kRows>
@@ -503,16 +515,23 @@ HWY_INLINE void PageDots(const HalfView& k, const PreparedRows<kRows>& rows, flo
                            : KeyDotsHalf<kRows, false>(k, rows.floats.get(), swapped, dots);
     }
     case 2:
-      return KeyDots<2, kRows>(k, rows.pairs.get(), dots);
+      return PageDotsOf<2, kRows>(k, rows, dots);
     case 3:
-      return KeyDots<3, kRows>(k, rows.pairs.get(), dots);
+      return PageDotsOf<3, kRows>(k, rows, dots);
     case 4:
-      return KeyDots<4, kRows>(k, rows.pairs.get(), dots);
+      return PageDotsOf<4, kRows>(k, rows, dots);
     case 5:
-      return KeyDots<5, kRows>(k, rows.pairs.get(), dots);
+      return PageDotsOf<5, kRows>(k, rows, dots);
     default:
-      return KeyDots<8, kRows>(k, rows.pairs.get(), dots);
+      return PageDotsOf<8, kRows>(k, rows, dots);
   }
+}
+
+template <int kBits, int kRows>
+HWY_INLINE void PageSumsOf(const HalfView& v, const float* weights, const PageFactors* page, float* out) {
+  constexpr int kStep = RowsAtOnce(kBits, kRows);
+  for (int r = 0; r < kRows; r += kStep)
+    ValueSums<kBits, kStep>(v, weights + r * kBlockTokens, page + r, out + r * v.dim);
 }
 
 template <int kRows>
@@ -523,15 +542,15 @@ HWY_INLINE void PageSums(const HalfView& v, float* weights, const PageFactors* p
       return v.table->bf16 ? ValueSumsHalf<kRows, true>(v, weights, page, first, last, out)
                            : ValueSumsHalf<kRows, false>(v, weights, page, first, last, out);
     case 2:
-      return ValueSums<2, kRows>(v, weights, page, out);
+      return PageSumsOf<2, kRows>(v, weights, page, out);
     case 3:
-      return ValueSums<3, kRows>(v, weights, page, out);
+      return PageSumsOf<3, kRows>(v, weights, page, out);
     case 4:
-      return ValueSums<4, kRows>(v, weights, page, out);
+      return PageSumsOf<4, kRows>(v, weights, page, out);
     case 5:
-      return ValueSums<5, kRows>(v, weights, page, out);
+      return PageSumsOf<5, kRows>(v, weights, page, out);
     default:
-      return ValueSums<8, kRows>(v, weights, page, out);
+      return PageSumsOf<8, kRows>(v, weights, page, out);
   }
 }
 
