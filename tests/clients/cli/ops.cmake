@@ -1,7 +1,7 @@
 # The commands that ask a running daemon.
 find_package(nlohmann_json CONFIG REQUIRED)
 kvtide_add_test(kvtide_test_clients_cli_ops
-  LIBS kvtide_cli_ops nlohmann_json::nlohmann_json
+  LIBS kvtide_cli_ops kvtide_planner nlohmann_json::nlohmann_json
   SOURCES
     doctor_checks_test.cc
     ops_commands_test.cc

@@ -1,6 +1,7 @@
 // The commands as main.cc runs them, without a daemon: they say so, quickly, and with the right exit code.
 #include <unistd.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -22,7 +23,7 @@ struct Outcome {
   std::string out, err;
 };
 
-Outcome Run(std::vector<std::string> words) {
+Outcome RunWords(std::vector<std::string> words) {
   CLI::App app("test", "kvtide");
   Outcome outcome;
   AddStatusCommand(app, &outcome.exit_code);
@@ -44,7 +45,7 @@ Outcome Run(std::vector<std::string> words) {
 const char kNobody[] = "unix:/nonexistent/kvtided.sock";
 
 TEST(OpsCommands, StatusWithoutADaemon) {
-  const Outcome outcome = Run({"status", "--address", kNobody, "--timeout", "0.1"});
+  const Outcome outcome = RunWords({"status", "--address", kNobody, "--timeout", "0.1"});
   EXPECT_EQ(outcome.exit_code, 1);
   EXPECT_EQ(outcome.out, "");
   EXPECT_THAT(outcome.err, HasSubstr("there is no socket /nonexistent/kvtided.sock"));
@@ -52,14 +53,14 @@ TEST(OpsCommands, StatusWithoutADaemon) {
 }
 
 TEST(OpsCommands, TopWithoutADaemon) {
-  const Outcome outcome = Run({"top", "--address", kNobody, "--timeout", "0.1"});
+  const Outcome outcome = RunWords({"top", "--address", kNobody, "--timeout", "0.1"});
   EXPECT_EQ(outcome.exit_code, 1);
   EXPECT_EQ(outcome.out, "");
   EXPECT_THAT(outcome.err, HasSubstr("there is no socket"));
 }
 
 TEST(OpsCommands, DoctorWithoutADaemonStillChecksTheMachine) {
-  const Outcome outcome = Run({"doctor", "--address", kNobody, "--timeout", "0.1", "--output", "json"});
+  const Outcome outcome = RunWords({"doctor", "--address", kNobody, "--timeout", "0.1", "--output", "json"});
   EXPECT_EQ(outcome.exit_code, 1);
   const nlohmann::json json = nlohmann::json::parse(outcome.out);
   EXPECT_EQ(json["ok"], false);
@@ -71,9 +72,9 @@ TEST(OpsCommands, DoctorWithoutADaemonStillChecksTheMachine) {
 }
 
 TEST(OpsCommands, BadFlags) {
-  EXPECT_EQ(Run({"status", "--output", "xml"}).exit_code, 2);
-  EXPECT_EQ(Run({"top", "--interval", "0"}).exit_code, 2);
-  EXPECT_EQ(Run({"doctor", "--timeout", "-1"}).exit_code, 2);
+  EXPECT_EQ(RunWords({"status", "--output", "xml"}).exit_code, 2);
+  EXPECT_EQ(RunWords({"top", "--interval", "0"}).exit_code, 2);
+  EXPECT_EQ(RunWords({"doctor", "--timeout", "-1"}).exit_code, 2);
 }
 
 }  // namespace

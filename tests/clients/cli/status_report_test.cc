@@ -3,6 +3,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
+#include "planner/units.h"
 
 namespace kvtide::cli {
 namespace {
@@ -11,6 +12,8 @@ using testing::HasSubstr;
 using testing::Not;
 
 const Terminal kPlain(false, false, 200);
+
+std::string MiB(int64_t n) { return planner::FormatBytes(n << 20); }
 
 DaemonSnapshot Sample() {
   DaemonSnapshot snapshot;
@@ -57,11 +60,11 @@ TEST(StatusReport, TellsWhatThereIs) {
   const std::string text = RenderStatus(Sample(), 10, kPlain);
   EXPECT_THAT(text,
               HasSubstr("kvtided 0.1.0 at unix:/run/kvtide/kvtided.sock, up 1:02:05, process 4242, serving"));
-  EXPECT_THAT(text, HasSubstr("300 MiB"));
+  EXPECT_THAT(text, HasSubstr(MiB(300)));
   EXPECT_THAT(text, HasSubstr("29 %"));
-  EXPECT_THAT(text, HasSubstr("f16/f16 50 MiB, q8_0/turbo4 250 MiB"));
+  EXPECT_THAT(text, HasSubstr("f16/f16 " + MiB(50) + ", q8_0/turbo4 " + MiB(250)));
   EXPECT_THAT(text, HasSubstr("3 of 100 with 7000 tokens; models: tidelm-7m"));
-  EXPECT_THAT(text, HasSubstr("in f16 900 MiB: 5.33 bits per value"));
+  EXPECT_THAT(text, HasSubstr("in f16 " + MiB(900) + ": 5.33 bits per value"));
   EXPECT_THAT(text, HasSubstr("25 % of them below the first tier"));
   EXPECT_THAT(text, HasSubstr("9 calls"));
   EXPECT_THAT(text, Not(HasSubstr("\x1b")));

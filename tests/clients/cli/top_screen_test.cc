@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "planner/units.h"
 
 namespace kvtide::cli {
 namespace {
@@ -43,7 +44,7 @@ int Lines(const std::string& text) { return static_cast<int>(std::count(text.beg
 TEST(TopScreen, RatesBetweenSnapshots) {
   const std::string text = RenderTop(At(10, 100), At(12, 300), 2, 60, kPlain);
   EXPECT_THAT(text, HasSubstr("appended 100 tokens/s"));
-  EXPECT_THAT(text, HasSubstr("moved 100 MiB/s"));
+  EXPECT_THAT(text, HasSubstr("moved " + planner::FormatBytes(100 << 20) + "/s"));
   EXPECT_THAT(text, HasSubstr("100/s"));  // demoted
   EXPECT_THAT(text, HasSubstr("[###############...............]"));
   EXPECT_THAT(text, HasSubstr("50 %"));
