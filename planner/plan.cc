@@ -8,55 +8,16 @@
 #include "absl/strings/str_format.h"
 #include "kernels/base/status.h"
 #include "planner/overheads.h"
+#include "planner/plan_request.h"
 #include "planner/split.h"
 #include "planner/units.h"
 
 namespace kvtide::planner {
 namespace {
 
-constexpr int64_t kMaxContextAsked = int64_t{1} << 30;
 constexpr int64_t kUnknownMaxContext = int64_t{1} << 22;  // searched up to here when the model does not say
-constexpr int kMaxConcurrency = 1 << 20;
-constexpr int64_t kDraftContextBytes = 224 * kMiB;  // a second context for a draft model, measured
-constexpr double kMmprojFactor = 1.4;               // file size to device memory, measured
-
-absl::Status CheckRequest(const PlanRequest& request) {
-  KVTIDE_RETURN_IF_ERROR(Annotate(ValidateGeometry(request.model), "model"));
-  const Workload& work = request.workload;
-  if (work.contexts.empty()) return absl::InvalidArgumentError("context: give at least one context length");
-  for (int64_t context : work.contexts) {
-    if (context < 1 || context > kMaxContextAsked) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("context: ", context, " tokens; expected 1 to ", kMaxContextAsked));
-    }
-    if (work.shared_prefix_tokens < 0 || work.shared_prefix_tokens >= context) {
-      return absl::InvalidArgumentError(absl::StrCat("shared prefix: ", work.shared_prefix_tokens,
-                                                     " tokens; expected 0 to less than the context ",
-                                                     context));
-    }
-  }
-  if (work.concurrency < 1 || work.concurrency > kMaxConcurrency) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("concurrency: ", work.concurrency, "; expected 1 to ", kMaxConcurrency));
-  }
-  if (request.device.count < 1) return absl::InvalidArgumentError("device: count must be 1 or more");
-  if (request.device.UsableBytes() <= 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("device: nothing of its ", FormatBytes(request.device.vram_bytes), " is free"));
-  }
-  if (request.weights.bytes < 0 || work.mmproj_bytes < 0 || work.draft_bytes < 0) {
-    return absl::InvalidArgumentError("weights: sizes must not be negative");
-  }
-  const EngineOptions& engine = request.engine;
-  if (engine.ubatch < 1 || engine.block_tokens < 1 || engine.max_batched_tokens < 1 ||
-      engine.exact_window.first_blocks < 0 || engine.exact_window.last_blocks < 0 ||
-      engine.gpu_memory_utilization <= 0 || engine.gpu_memory_utilization > 1) {
-    return absl::InvalidArgumentError(
-        "engine: ubatch, block size and batched tokens must be 1 or more, exact windows 0 or more, "
-        "gpu memory utilization above 0 and at most 1");
-  }
-  return absl::OkStatus();
-}
+constexpr int64_t kDraftContextBytes = 224 * kMiB;        // a second context for a draft model, measured
+constexpr double kMmprojFactor = 1.4;                     // file size to device memory, measured
 
 // The largest n in [low, high] with fits(n), low - 1 if none; fits is monotone. Interpolates on missing(n)
 // bytes.
@@ -244,7 +205,7 @@ class Planner {
                               request_.accept_proxy_quality);
     candidate.max_context = pair.max_context;
     candidate.max_concurrency =
-        LargestFitting(1, kMaxConcurrency, [&](int64_t n) { return FreeBytes(sizer, context, n); });
+        LargestFitting(1, kMaxPlannedConcurrency, [&](int64_t n) { return FreeBytes(sizer, context, n); });
     candidate.speed =
         PredictSpeed(request_.model, request_.device, Traffic(pair, context), static_cast<int>(sequences));
     return candidate;
@@ -460,78 +421,8 @@ class Planner {
 
 }  // namespace
 
-const char* VerdictName(Verdict verdict) {
-  switch (verdict) {
-    case Verdict::kFits:
-      return "fits";
-    case Verdict::kFitsWithTiers:
-      return "fits_with_tiers";
-    case Verdict::kDoesNotFit:
-      return "does_not_fit";
-  }
-  return "unknown";
-}
-
-const char* RejectionName(Rejection rejection) {
-  switch (rejection) {
-    case Rejection::kNone:
-      return "";
-    case Rejection::kMoreHarm:
-      return "more_harm";
-    case Rejection::kMoreBytes:
-      return "more_bytes";
-    case Rejection::kTooLarge:
-      return "too_large";
-    case Rejection::kUnmeasured:
-      return "unmeasured";
-    case Rejection::kOverBudget:
-      return "over_quality_budget";
-    case Rejection::kRefused:
-      return "refused";
-    case Rejection::kCpuFallback:
-      return "cpu_fallback";
-  }
-  return "unknown";
-}
-
-const char* RejectionText(Rejection rejection) {
-  switch (rejection) {
-    case Rejection::kNone:
-      return "";
-    case Rejection::kMoreHarm:
-      return "more harm";
-    case Rejection::kMoreBytes:
-      return "no better, not smaller";
-    case Rejection::kTooLarge:
-      return "too large";
-    case Rejection::kUnmeasured:
-      return "not measured";
-    case Rejection::kOverBudget:
-      return "over the quality budget";
-    case Rejection::kRefused:
-      return "refused by the engine";
-    case Rejection::kCpuFallback:
-      return "no GPU kernel";
-  }
-  return "unknown";
-}
-
-ModelGeometry PerDeviceGeometry(const PlanRequest& request) {
-  if (request.engine.engine == Engine::kLlamaCpp)
-    return FullestLayerSlice(request.model, request.device.count);
-  return ShardHeads(request.model, request.device.count);
-}
-
-std::string WindowPolicy(const EngineOptions& engine) {
-  if (engine.engine != Engine::kKvtide) return "none";
-  const ExactWindow& window = engine.exact_window;
-  if (window == ExactWindow{}) return "default";
-  if (window.first_blocks == 0 && window.last_blocks == 0) return "none";
-  return absl::StrCat(window.first_blocks, "+", window.last_blocks);
-}
-
 absl::StatusOr<Plan> MakePlan(const PlanRequest& request) {
-  KVTIDE_RETURN_IF_ERROR(CheckRequest(request));
+  KVTIDE_RETURN_IF_ERROR(CheckPlanRequest(request));
   return Planner(request).Run();
 }
 

@@ -21,8 +21,8 @@ struct Ran {
   std::string out;  // both streams
 };
 
-Ran Kvtide(const std::string& args) {
-  FILE* pipe = popen((std::string(KVTIDE_PLAN_CLI) + " " + args + " 2>&1 < /dev/null").c_str(), "r");
+Ran Kvtide(const std::string& args, const std::string& environment = "") {
+  FILE* pipe = popen((environment + " " + KVTIDE_PLAN_CLI + " " + args + " 2>&1 < /dev/null").c_str(), "r");
   Ran ran;
   char piece[4096];
   while (size_t n = fread(piece, 1, sizeof(piece), pipe)) ran.out.append(piece, n);
@@ -121,6 +121,24 @@ TEST(PlanCli, PlotVerifyAndFleetUseFiles) {
   EXPECT_EQ(Kvtide(fleet + mix + " --output json").code, 0);
   EXPECT_EQ(Kvtide(fleet + "/no/such.csv").code, 2);
   std::filesystem::remove_all(folder);
+}
+
+TEST(PlanCli, AutoAsksTheDriverAndTheCatalogueForTheRest) {
+  const std::string library = std::string("LD_LIBRARY_PATH=") + KVTIDE_FAKE_NVML;
+  const Ran ran =
+      Kvtide("plan --model llama-3.1-8b --weights bf16 --device auto --context 32K --output json", library);
+  ASSERT_EQ(ran.code, 0) << ran.out;
+  const auto device = nlohmann::json::parse(ran.out)["device"];
+  EXPECT_EQ(device["name"], "NVIDIA H200");
+  EXPECT_EQ(device["vram_bytes"], 150754820096);
+  EXPECT_EQ(device["in_use_bytes"], 1 << 30);
+  EXPECT_EQ(device["bandwidth_gb_s"], 4800);  // the catalogue's; the driver has no such number
+  EXPECT_EQ(device["pcie_gb_s"], 64);
+  const Ran changed = Kvtide(
+      "plan --model llama-3.1-8b --weights bf16 --device auto,count=2,host=64GiB --context 32K --output json",
+      library);
+  ASSERT_EQ(changed.code, 0) << changed.out;
+  EXPECT_EQ(nlohmann::json::parse(changed.out)["device"]["count"], 2);
 }
 
 TEST(PlanCli, QualityFilesAreRead) {
