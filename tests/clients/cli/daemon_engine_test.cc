@@ -1,0 +1,223 @@
+// A real model on a real kvtided over a real socket: the demo's story, equality with the engine's own memory,
+// and a short slice of the evaluation with values that are known.
+#include <cmath>
+
+#include "clients/cli/bundled.h"
+#include "clients/cli/daemon_process.h"
+#include "clients/cli/demo_run.h"
+#include "clients/cli/eval_run.h"
+#include "clients/engine/daemon_kv_store.h"
+#include "clients/engine/local_kv_store.h"
+#include "clients/engine/sampler.h"
+#include "clients/engine/tokenizer.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace kvtide::cli {
+namespace {
+
+using engine::SequenceId;
+
+constexpr int64_t kMiB = 1 << 20;
+
+TEST(DemoTest, AForcedF16DemoSpillsToTheHostTierAndStaysExact) {
+  DemoOptions options;
+  options.daemon_program = KVTIDE_DAEMON_PROGRAM;
+  options.context = 1024;
+  options.generate = 16;
+  options.device_bytes = 4 * kMiB;
+  options.cache_type_k = "f16";
+  options.narrate = options.show_progress = false;
+  const auto report = RunDemo(options);
+  ASSERT_TRUE(report.ok()) << report.status();
+  EXPECT_TRUE(report->AllSame());
+  EXPECT_EQ(report->steps.size(), 5u);
+  EXPECT_EQ(report->stored_bytes, report->predicted_bytes);
+  // 16 blocks of 384 KiB do not fit 4 MiB.
+  ASSERT_EQ(report->tiers.size(), 2u);
+  EXPECT_GT(report->tiers[1].blocks, 0);
+  EXPECT_NEAR(report->perplexity, report->f16_perplexity, 1e-3 * report->f16_perplexity);
+}
+
+TEST(DemoTest, ACodedDemoHoldsExactlyThePlannedBytes) {
+  DemoOptions options;
+  options.daemon_program = KVTIDE_DAEMON_PROGRAM;
+  options.context = 1024;
+  options.generate = 8;
+  options.cache_type_k = "q8_0";
+  options.cache_type_v = "turbo4";
+  options.narrate = options.show_progress = false;
+  const auto report = RunDemo(options);
+  ASSERT_TRUE(report.ok()) << report.status();
+  EXPECT_TRUE(report->AllSame());
+  EXPECT_EQ(report->stored_bytes, report->predicted_bytes);
+  EXPECT_EQ(report->tiers[1].blocks, 0);
+  EXPECT_NEAR(report->perplexity, report->f16_perplexity, 0.005 * report->f16_perplexity);
+}
+
+TEST(DemoTest, SaysWhatIsWrong) {
+  DemoOptions options;
+  options.narrate = options.show_progress = false;
+  options.daemon_program = "/no/such/kvtided";
+  EXPECT_EQ(RunDemo(options).status().code(), absl::StatusCode::kNotFound);
+  options.model_folder = "/no/such/model";
+  EXPECT_THAT(std::string(RunDemo(options).status().message()), testing::HasSubstr("/no/such/model"));
+  options.model_folder.clear();
+  options.context = 1 << 20;
+  EXPECT_THAT(std::string(RunDemo(options).status().message()), testing::HasSubstr("--context"));
+}
+
+TEST(DaemonProcessTest, GivesTheDaemonsLastWordsWhenItCannotStart) {
+  DaemonOptions options;
+  options.program = "/bin/false";
+  const auto daemon = DaemonProcess::Start(options);
+  EXPECT_FALSE(daemon.ok());
+  EXPECT_THAT(std::string(daemon.status().message()), testing::HasSubstr("stopped while starting"));
+}
+
+// Greedy tokens with keys and values in the daemon in f16 equal those with them in this process, while blocks
+// move.
+TEST(DaemonKvStoreTest, GreedyTokensEqualThoseOfTheEnginesOwnMemory) {
+  engine::ThreadPool pool(2);
+  const std::string folder = *BundledModelFolder();
+  const auto tokenizer = engine::Tokenizer::Load(folder);
+  const auto model = engine::LlamaModel::Load(folder, pool);
+  ASSERT_TRUE(tokenizer.ok() && model.ok());
+  std::vector<int32_t> prompt = *(*tokenizer)->Encode(ReadTextFile(*BundledTextFile())->substr(0, 2500));
+  prompt.insert(prompt.begin(), 0);
+
+  DaemonOptions daemon_options;
+  daemon_options.program = KVTIDE_DAEMON_PROGRAM;
+  daemon_options.device_bytes = 8 * kMiB;
+  daemon_options.host_bytes = 32 * kMiB;
+  const auto daemon = DaemonProcess::Start(daemon_options);
+  ASSERT_TRUE(daemon.ok()) << daemon.status();
+  const auto client = client::Client::Connect((*daemon)->address());
+  ASSERT_TRUE(client.ok()) << client.status();
+  client::SequenceOptions f16;
+  f16.pair = "f16/f16";
+  const auto remote = engine::DaemonKvStore::Create(**client, "tidelm-7m", (*model)->kv_geometry(), f16);
+  ASSERT_TRUE(remote.ok()) << remote.status();
+  engine::LocalKvStore local((*model)->kv_geometry(), DataType::kF16, pool);
+
+  // After token 20 everything is parked, after 40 it is brought back.
+  const auto generate = [&](engine::KvStore& store, bool move) {
+    const SequenceId sequence = store.CreateSequence().value();
+    std::vector<float> hidden, logits(4096);
+    std::vector<int32_t> tokens;
+    absl::Status status = (*model)->Forward(store, sequence, 0, prompt, &hidden);
+    for (int i = 0; i < 64 && status.ok(); ++i) {
+      (*model)->Logits(hidden.data() + hidden.size() - 256, 1, logits.data());
+      tokens.push_back(engine::ArgMax(logits));
+      if (move && i == 20) status.Update((*client)->EvictSequences({{sequence}}).status());
+      if (move && i == 40) status.Update((*client)->PrefetchSequences({{sequence}}).status());
+      status.Update((*model)->Forward(store, sequence, static_cast<int64_t>(prompt.size()) + i,
+                                      {&tokens.back(), 1}, &hidden));
+    }
+    EXPECT_TRUE(status.ok()) << status;
+    EXPECT_TRUE(store.Close(sequence).ok());
+    return tokens;
+  };
+  const std::vector<int32_t> expected = generate(local, false);
+  ASSERT_EQ(expected.size(), 64u);
+  EXPECT_EQ(generate(**remote, false), expected);
+  EXPECT_EQ(generate(**remote, true), expected);
+  const auto stats = (*client)->GetStats();
+  ASSERT_TRUE(stats.ok());
+  EXPECT_GT(stats->attended_blocks_below_first_tier, 0);
+  EXPECT_EQ(stats->sequences, 0);
+}
+
+TEST(DaemonKvStoreTest, LargeChunksAreCutToTheMessageLimit) {
+  engine::ThreadPool pool(2);
+  DaemonOptions daemon_options;
+  daemon_options.program = KVTIDE_DAEMON_PROGRAM;
+  daemon_options.device_bytes = 256 * kMiB;
+  const auto daemon = DaemonProcess::Start(daemon_options);
+  ASSERT_TRUE(daemon.ok()) << daemon.status();
+  const auto client = client::Client::Connect((*daemon)->address());
+  ASSERT_TRUE(client.ok()) << client.status();
+  // 350 tokens of 3 x 64 heads of 256 floats are 66 MiB; a message may have 64.
+  const engine::KvGeometry wide{1, 64, 64, 256, 0};
+  client::SequenceOptions f16;
+  f16.pair = "f16/f16";
+  const auto remote = engine::DaemonKvStore::Create(**client, "wide", wide, f16);
+  ASSERT_TRUE(remote.ok()) << remote.status();
+  const int n = 350;
+  const std::vector<float> q(n * wide.query_width(), 0.01f), k(n * wide.kv_width(), 0.5f),
+      v(n * wide.kv_width(), 0.25f);
+  std::vector<float> out(q.size());
+  const SequenceId sequence = (*remote)->CreateSequence().value();
+  const absl::Status status =
+      (*remote)->AppendAttend(sequence, 0, 0, n, q.data(), k.data(), v.data(), out.data());
+  ASSERT_TRUE(status.ok()) << status;
+  EXPECT_EQ((*remote)->Describe(sequence)->tokens, n);
+  for (const float x : out) ASSERT_NEAR(x, 0.25f, 1e-4f);
+}
+
+// Two windows of 1,024 tokens: the yardstick's value is frozen, the pairs keep the bounds of the full run,
+// whose numbers are in tests/bench/results.
+TEST(EvalDaemonTest, AShortSliceGivesTheKnownPerplexities) {
+  EvalOptions options;
+  options.daemon_program = KVTIDE_DAEMON_PROGRAM;
+  options.pairs = {"q8_0/q8_0", "turbo4/turbo4", "turbo3/turbo3", "q4_0/q4_0"};
+  options.windows = 2;
+  options.context = 1024;
+  options.layer_errors = false;
+  options.show_progress = false;
+  const std::atomic<bool> stop{false};
+  for (const char* policy : {"none", "default"}) {
+    options.window_policy = policy;
+    const auto report = RunEval(options, stop);
+    ASSERT_TRUE(report.ok()) << report.status();
+    ASSERT_EQ(report->rows.size(), 5u);
+    const bool none = options.window_policy == "none";
+    for (const EvalRow& row : report->rows) {
+      SCOPED_TRACE(row.pair + " " + policy);
+      if (row.pair == "f16/f16") {
+        EXPECT_NEAR(row.perplexity, 12.8363, 0.002);
+        EXPECT_EQ(row.bits_per_value, 16);
+      }
+      if (row.pair == "q8_0/q8_0") {
+        EXPECT_NEAR(row.change_percent, 0, 0.05);
+      }
+      if (row.pair == "turbo4/turbo4") {
+        EXPECT_LT(row.change_percent, none ? 1.5 : 0.5);
+      }
+      if (row.pair == "q4_0/q4_0") {
+        EXPECT_LT(row.change_percent, none ? 2.0 : 0.5);
+      }
+      if (row.pair == "turbo3/turbo3") {
+        EXPECT_LT(row.change_percent, none ? 5.0 : 1.0);
+        EXPECT_GT(row.kld_mean, none ? 0.01 : 0.001);
+        EXPECT_NEAR(row.bits_per_value, none ? 3.125 : (13 * 3.125 + 3 * 16) / 16, 1e-9);
+      }
+    }
+  }
+}
+
+TEST(EvalDaemonTest, StopsWhenAskedAndGoesOnFromItsState) {
+  EvalOptions options;
+  options.daemon_program = KVTIDE_DAEMON_PROGRAM;
+  options.pairs = {"turbo4/turbo4"};
+  options.windows = 2;
+  options.context = 256;
+  options.layer_errors = options.show_progress = false;
+  options.state_file = testing::TempDir() + "/kvtide_eval_resume.json";
+  std::remove(options.state_file.c_str());
+  EXPECT_EQ(RunEval(options, std::atomic<bool>{true}).status().code(), absl::StatusCode::kCancelled);
+  options.windows = 1;
+  const std::atomic<bool> go{false};
+  // One window of a run is not a window of a longer one: the text of the run is part of its name.
+  ASSERT_TRUE(RunEval(options, go).ok());
+  options.windows = 2;
+  EXPECT_EQ(RunEval(options, go).status().code(), absl::StatusCode::kFailedPrecondition);
+  options.windows = 1;
+  options.pairs = {"turbo4/turbo4", "turbo3/turbo3"};
+  const auto more = RunEval(options, go);
+  ASSERT_TRUE(more.ok()) << more.status();
+  EXPECT_EQ(more->rows.size(), 3u);
+}
+
+}  // namespace
+}  // namespace kvtide::cli
