@@ -1,10 +1,12 @@
 #include "daemon/backends.h"
 
-#include "absl/strings/numbers.h"
+#include <utility>
+
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status.h"
 #include "kernels/cpu/cpu_backend.h"
 #ifdef KVTIDE_HAVE_CUDA
+#include "daemon/pinned_backend.h"
 #include "kernels/cuda/cuda_backend.h"
 #endif
 
@@ -18,15 +20,17 @@ std::unique_ptr<Backend> MakeCpu(int threads) {
 }
 
 #ifdef KVTIDE_HAVE_CUDA
-absl::StatusOr<std::unique_ptr<Backend>> MakeGpu(int index) {
+absl::StatusOr<std::unique_ptr<Backend>> MakeGpu(const std::string& device) {
   CudaBackendOptions options;
-  options.device = std::to_string(index);
+  options.device = device;
   return MakeCudaBackend(options);
 }
+std::unique_ptr<Backend> MakeHost(int threads) { return MakePinnedBackend(MakeCpu(threads)); }
 #else
-absl::StatusOr<std::unique_ptr<Backend>> MakeGpu(int) {
+absl::StatusOr<std::unique_ptr<Backend>> MakeGpu(const std::string&) {
   return absl::UnavailableError("this kvtided was built without CUDA");
 }
+std::unique_ptr<Backend> MakeHost(int threads) { return MakeCpu(threads); }
 #endif
 
 }  // namespace
@@ -37,16 +41,16 @@ absl::StatusOr<Backends> MakeBackends(const std::string& device, int compute_thr
     backends.device = MakeCpu(compute_threads);
     return backends;
   }
-  int index = 0;
   const bool choose = device == "auto";
-  if (!choose && (device.compare(0, 5, "cuda:") != 0 || !absl::SimpleAtoi(device.substr(5), &index))) {
+  const std::string prefix = "cuda:";
+  if (!choose && (device.compare(0, prefix.size(), prefix) != 0 || device.size() == prefix.size())) {
     return absl::InvalidArgumentError(
         absl::StrCat("device \"", device, "\" is unknown; use cpu, cuda:0 or auto"));
   }
-  auto gpu = MakeGpu(index);
+  auto gpu = MakeGpu(choose ? "0" : device.substr(prefix.size()));
   if (gpu.ok()) {
     backends.device = std::move(gpu).value();
-    backends.host = MakeCpu(compute_threads);
+    backends.host = MakeHost(compute_threads);
     return backends;
   }
   if (!choose)

@@ -16,8 +16,8 @@ struct Backends {
   std::string note;               // why "auto" chose as it did; empty otherwise
 };
 
-// `device`: "cpu", "cuda:0" or "auto". Unavailable for a GPU that this build or machine does not have; "auto"
-// falls back to the CPU and says why in `note`.
+// `device`: "cpu", "cuda:0", "cuda:GPU-..." (a UUID) or "auto". An error for a GPU that this build or machine
+// does not have; "auto" falls back to the CPU and says why in `note`.
 absl::StatusOr<Backends> MakeBackends(const std::string& device, int compute_threads);
 
 // "cpu" or "cpu, cuda".

@@ -5,7 +5,6 @@
 #include <sstream>
 #include <thread>
 
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "daemon/service/address.h"
@@ -91,11 +90,8 @@ absl::Status ResolveLimits(const v1::KvtidedConfig& config, CacheOptions* cache)
 }
 
 absl::Status CheckDevice(const std::string& device) {
-  int index = 0;
   if (device == "cpu" || device == "auto") return absl::OkStatus();
-  if (device.compare(0, 5, "cuda:") == 0 && absl::SimpleAtoi(device.substr(5), &index) && index >= 0) {
-    return absl::OkStatus();
-  }
+  if (device.compare(0, 5, "cuda:") == 0 && device.size() > 5) return absl::OkStatus();
   return absl::InvalidArgumentError(
       absl::StrCat("device \"", device, "\" is unknown; use cpu, cuda:0 or auto"));
 }

@@ -2,7 +2,10 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <chrono>
+#include <filesystem>
+#include <fstream>
 #include <thread>
 
 #include "gmock/gmock.h"
@@ -234,6 +237,73 @@ TEST(Life, TwoWritersOfOneSequenceNeverMix) {
   other.join();
   EXPECT_EQ(owner->ListSequences().value().at(0).tokens, written[0] + written[1]);
   EXPECT_EQ(written[0] + written[1], kPieces * 8);
+}
+
+// One thread, a queue of one: eight clients at once cannot all be served, and those that are not hear it at
+// once.
+TEST(Life, CallsBeyondTheQueueAreRefused) {
+  const std::string config = MakeFolder() + "/config.json";
+  std::ofstream(config) << "{\"service_threads\": 1, \"max_queued_calls\": 1}";
+  const auto daemon = TestDaemon::Start({"--config", config, "--device-memory", "64MiB"});
+  const auto owner = daemon->Connect();
+  ASSERT_TRUE(owner->RegisterModel(SmallModel()).ok());
+  std::atomic<int> refused{0};
+  std::vector<std::thread> clients;
+  for (int i = 0; i < 8; i++) {
+    clients.emplace_back([&] {
+      const auto client = daemon->Connect();
+      const auto sequence = client->CreateSequence("small", {.pair = "f16/f16"});
+      ASSERT_TRUE(sequence.ok());
+      int64_t length = 0;
+      for (int call = 0; call < 40; call++) {
+        const auto appended = client->Append(*sequence, length, Tokens(20, length, 32).layers);
+        if (appended.ok()) {
+          length += 32;
+          EXPECT_EQ(*appended, length);
+        } else {
+          EXPECT_EQ(appended.status().code(), absl::StatusCode::kResourceExhausted) << appended.status();
+          EXPECT_THAT(std::string(appended.status().message()), HasSubstr("all threads are busy"));
+          refused++;
+        }
+      }
+    });
+  }
+  for (std::thread& client : clients) client.join();
+  EXPECT_GT(refused, 0);
+  EXPECT_TRUE(daemon->Alive());
+  std::filesystem::remove_all(std::filesystem::path(config).parent_path());
+}
+
+// Deadlines that pass anywhere within a call: each ends with DEADLINE_EXCEEDED or done, and no layer runs
+// ahead.
+TEST(Life, ADeadlineNeverLeavesHalfAnAppend) {
+  const auto daemon = TestDaemon::Start({"--device-memory", "64MiB"});
+  const auto owner = daemon->Connect();
+  ASSERT_TRUE(owner->RegisterModel(SmallModel()).ok());
+  const auto sequence = owner->CreateSequence("small", {.pair = "turbo4/turbo4"});
+  ASSERT_TRUE(sequence.ok());
+  int passed = 0;
+  for (int i = 0; i < 30; i++) {
+    client::ClientOptions options;
+    options.timeout = absl::Microseconds(200 << (i % 6));  // 0.2 to 6.4 ms
+    const auto client = daemon->Connect(options);
+    client::SequenceInfo info = owner->ListSequences().value().at(0);
+    const int64_t start = info.max_layer_tokens;
+    const absl::Status status = client->Append(*sequence, start, Tokens(21, start, 256).layers).status();
+    EXPECT_TRUE(status.ok() || absl::IsDeadlineExceeded(status) || absl::IsAborted(status) ||
+                absl::IsOutOfRange(status))
+        << status;
+    if (absl::IsDeadlineExceeded(status)) passed++;
+  }
+  EXPECT_GT(passed, 0);
+  client::SequenceInfo info = owner->ListSequences().value().at(0);
+  absl::StatusOr<int64_t> length = absl::AbortedError("");
+  for (int i = 0; i < 2000 && !length.ok(); i++) {  // the last of them may still be writing
+    info = owner->ListSequences().value().at(0);
+    length = owner->Append(*sequence, info.tokens, Tokens(21, info.tokens, 1).layers);
+  }
+  ASSERT_TRUE(length.ok()) << length.status();
+  EXPECT_EQ(*length % 256, 1);
 }
 
 TEST(Life, ShutdownIsGracefulAndClosesTheSocket) {
