@@ -17,6 +17,8 @@ absl::StatusOr<QualityRow> ReadRow(const CsvRow& csv) {
   row.text = csv.Text("text");
   row.pair = {csv.Text("pair_k"), csv.Text("pair_v")};
   row.window_policy = csv.Text("window_policy");
+  if (row.window_policy == "1+2") row.window_policy = "default";
+  if (row.window_policy == "0+0") row.window_policy = "none";
   row.version = csv.Text("version");
   row.date = csv.Text("date");
   KVTIDE_ASSIGN_OR_RETURN(row.tokens, csv.Integer("tokens"));

@@ -70,6 +70,9 @@ TEST(Quality, CsvRoundTripAndErrors) {
   ASSERT_TRUE(rows.ok()) << rows.status();
   EXPECT_EQ((*rows)[0].pair.Name(), "q8_0/turbo4");
   EXPECT_DOUBLE_EQ((*rows)[0].ppl_change_percent, 0.05);
+  const auto spelled = ParseQualityCsv(header + "m,t,1,1,q8_0,turbo4,1+2,0.1,,,,,,\n", "q.csv");
+  ASSERT_TRUE(spelled.ok()) << spelled.status();
+  EXPECT_EQ((*spelled)[0].window_policy, "default");
   EXPECT_THAT(
       std::string(ParseQualityCsv(header + "m,t,1,1,q8_0,turbo4,none,,,,,,,\n", "q.csv").status().message()),
       HasSubstr("q.csv line 2"));
