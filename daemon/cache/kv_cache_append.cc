@@ -38,6 +38,8 @@ absl::Status KvCache::Impl::Append(const AppendCall& call) {
       if (earlier.model_layer == kv.layer) return absl::InvalidArgumentError(absl::StrCat("layer ", kv.layer, " is there twice"));
     const LayerSpec& layer = model->spec.layers[static_cast<size_t>(kv.layer)];
     const GroupShape& shape = model->spec.groups[static_cast<size_t>(layer.group)].shape;
+    if (kv.k.data == nullptr || kv.v.data == nullptr)
+      return absl::InvalidArgumentError(absl::StrCat("K or V of layer ", kv.layer, " is missing"));
     KVTIDE_RETURN_IF_ERROR(CheckElements(kv.k_elements, call.tokens, shape.kv_heads, shape.head_dim_k, "K", kv.layer));
     KVTIDE_RETURN_IF_ERROR(CheckElements(kv.v_elements, call.tokens, shape.kv_heads, shape.head_dim_v, "V", kv.layer));
     KVTIDE_RETURN_IF_ERROR(
@@ -97,14 +99,14 @@ absl::Status KvCache::Impl::BeginLayerWrite(WriteBatch& batch, LayerWrite& write
   GroupTable& table = sequence.groups[static_cast<size_t>(write.group)];
   LayerProgress& layer = table.layers[static_cast<size_t>(write.layer)];
   const std::string where = absl::StrCat("sequence ", sequence.id, ", layer ", write.model_layer);
-  const int64_t end = write.start + write.tokens;
-  if (end == layer.tokens && write.start == layer.last_start) {
+  if (write.start == layer.last_start && write.tokens == layer.tokens - layer.last_start) {
     write.repeated = true;
     return absl::OkStatus();
   }
   if (write.start != layer.tokens)
     return absl::OutOfRangeError(absl::StrCat(where, ": start position ", write.start, " is not the layer's length ", layer.tokens,
                                               "; append there, or truncate first"));
+  const int64_t end = write.start + write.tokens;
   if (end > options_.max_tokens_per_sequence)
     return absl::ResourceExhaustedError(absl::StrCat(where, ": ", end, " tokens are more than the limit of ",
                                                      options_.max_tokens_per_sequence, " (max_tokens_per_sequence)"));

@@ -59,6 +59,9 @@ absl::Status KvCache::Impl::CheckAttend(const AttendCall& call, const ModelSpec&
                                                        " (max_queries_per_item)"));
       if (item.first_query_position < 0)
         return absl::InvalidArgumentError(absl::StrCat("first query position ", item.first_query_position, " is negative"));
+      if (item.first_query_position > int64_t{1} << 48)
+        return absl::InvalidArgumentError(
+            absl::StrCat("first query position ", item.first_query_position, " is beyond 2^48"));
       if (item.q.data == nullptr || item.out == nullptr) return absl::InvalidArgumentError("q or the output is missing");
       KVTIDE_RETURN_IF_ERROR(CheckElements(item.q_elements, item.queries, group.heads, shape.head_dim_k, "q", call.layer));
       KVTIDE_RETURN_IF_ERROR(

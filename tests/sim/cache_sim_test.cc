@@ -202,6 +202,8 @@ void CacheSim::Run(uint32_t seed, int64_t steps) {
   options_.id_seed = seed + 1;
   options_.limits.high_watermark = 0.8;
   options_.limits.low_watermark = 0.5;
+  options_.max_moves_in_flight = static_cast<size_t>(1 + Random(16));
+  options_.move_piece_bytes = static_cast<size_t>(4096 + Random(100000));
   // Tight tiers run dry; there everything is f16 or coded at once, because a seal without room is deferred.
   tight_ = Random(3) == 0;
   const size_t device = (6 + static_cast<size_t>(Random(30))) * 65536;

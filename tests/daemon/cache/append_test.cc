@@ -140,6 +140,10 @@ TEST_F(AppendTest, ShapesAndLimitsAreNamed) {
   kv.k_elements = 128;
   kv.layer = 2;
   EXPECT_TRUE(IsError(cache_->Append(call), absl::StatusCode::kInvalidArgument, "layers 0 to 1"));
+  kv.layer = 0;
+  kv.v.data = nullptr;
+  EXPECT_TRUE(IsError(cache_->Append(call), absl::StatusCode::kInvalidArgument, "K or V of layer 0 is missing"));
+  kv.v = kv.k;
   const LayerKv twice[2] = {{0, kv.k, kv.v, 128, 128}, {0, kv.k, kv.v, 128, 128}};
   call.layers = twice;
   EXPECT_TRUE(IsError(cache_->Append(call), absl::StatusCode::kInvalidArgument, "layer 0 is there twice"));
@@ -165,6 +169,8 @@ TEST_F(AppendTest, StartPositionMustBeTheLengthButARepeatedAppendSucceeds) {
   EXPECT_TRUE(IsError(append(10, 4), absl::StatusCode::kOutOfRange, "start position 10 is not the layer's length 15"));
   EXPECT_TRUE(IsError(append(0, 10), absl::StatusCode::kOutOfRange, "length 15"));
   EXPECT_TRUE(IsError(append(16, 1), absl::StatusCode::kOutOfRange, "length 15"));
+  EXPECT_TRUE(IsError(append(-1, 1), absl::StatusCode::kOutOfRange, "length 15"));
+  EXPECT_TRUE(IsError(append(std::numeric_limits<int64_t>::max(), 64), absl::StatusCode::kOutOfRange, "length 15"));
   EXPECT_EQ(client.info().max_layer_tokens, 15);
   client.CheckAllLayers();
 }

@@ -1,5 +1,6 @@
 // Attend: positions, masks, sinks, batches, tiers. What it must refuse it refuses with words that help.
 #include <cmath>
+#include <limits>
 
 #include "tests/daemon/cache/cache_fixture.h"
 
@@ -160,6 +161,8 @@ TEST_F(AttendTest, BadCallsAreRefusedWithTheItem) {
   EXPECT_TRUE(IsError(attend([](AttendRequest& i) { i.queries = 6; }, same_call), bad, "6 queries: must be 1 to 5"));
   EXPECT_TRUE(IsError(attend([](AttendRequest& i) { i.q_elements = 3; }, same_call), bad, "q of layer 0 has 3 values"));
   EXPECT_TRUE(IsError(attend([](AttendRequest& i) { i.first_query_position = -1; }, same_call), bad, "-1 is negative"));
+  EXPECT_TRUE(IsError(attend([](AttendRequest& i) { i.first_query_position = std::numeric_limits<int64_t>::max(); }, same_call),
+                      bad, "is beyond 2^48"));
   EXPECT_TRUE(IsError(attend([](AttendRequest& i) { i.out = nullptr; }, same_call), bad, "missing"));
   EXPECT_TRUE(IsError(attend(same_item, [](AttendCall& c) { c.layer = 3; }), bad, "layers 0 to 2"));
   EXPECT_TRUE(IsError(attend(same_item, [](AttendCall& c) { c.scale = 0.0f; }), bad, "scale 0"));
