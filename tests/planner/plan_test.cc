@@ -198,7 +198,8 @@ TEST(Plan, ItemsSumToTheTotal) {
   request.weights = *EstimateWeights(request.model, "q4_0");
   request.workload.mmproj_bytes = 1'190'000'000;
   request.workload.draft_bytes = 500'000'000;
-  for (const Candidate& candidate : Make(request).contexts[0].candidates) {
+  const Plan plan = Make(request);
+  for (const Candidate& candidate : plan.contexts[0].candidates) {
     EXPECT_EQ(TotalBytes(candidate.items), candidate.total_bytes);
     EXPECT_EQ(candidate.fits, candidate.free_bytes >= 0);
   }
