@@ -16,7 +16,7 @@
 #include "kernels/cpu/simd_page-inl.h"
 // clang-format on
 
-HWY_BEFORE_NAMESPACE();
+KVTIDE_BEFORE_NAMESPACE();
 namespace kvtide {
 namespace HWY_NAMESPACE {
 #if KVTIDE_VECTOR_TARGET

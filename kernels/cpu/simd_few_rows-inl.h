@@ -18,7 +18,7 @@
 #include "kernels/cpu/page_segment.h"
 #include "kernels/cpu/simd_page-inl.h"
 
-HWY_BEFORE_NAMESPACE();
+KVTIDE_BEFORE_NAMESPACE();
 namespace kvtide {
 namespace HWY_NAMESPACE {
 #if KVTIDE_VECTOR_TARGET
@@ -55,12 +55,16 @@ HWY_INLINE void KeyColumn(const Unpacker<kBits>& unpack, const uint8_t* codes, i
 }
 
 template <int kBits, int kRows, int kVectors, int kPhase>
-HWY_INLINE void KeyQuad(const Unpacker<kBits>& unpack, const uint8_t* codes, int quads, int quad, int first,
+HWY_INLINE void KeyQuad(const Unpacker<kBits>& unpack, const HalfView& k, int quads, int quad, int first,
                         const int32_t* HWY_RESTRICT q, VecI32 (&acc)[kVectors][kRows]) {
-  KeyColumn<kBits, kRows, kVectors, kPhase, 0>(unpack, codes, quads, quad, first, q, acc);
-  KeyColumn<kBits, kRows, kVectors, kPhase, 1>(unpack, codes, quads, quad, first, q, acc);
-  KeyColumn<kBits, kRows, kVectors, kPhase, 2>(unpack, codes, quads, quad, first, q, acc);
-  KeyColumn<kBits, kRows, kVectors, kPhase, 3>(unpack, codes, quads, quad, first, q, acc);
+  k.prefetch->Step();
+  KeyColumn<kBits, kRows, kVectors, kPhase, 0>(unpack, k.codes, quads, quad, first, q, acc);
+  k.prefetch->Step();
+  KeyColumn<kBits, kRows, kVectors, kPhase, 1>(unpack, k.codes, quads, quad, first, q, acc);
+  k.prefetch->Step();
+  KeyColumn<kBits, kRows, kVectors, kPhase, 2>(unpack, k.codes, quads, quad, first, q, acc);
+  k.prefetch->Step();
+  KeyColumn<kBits, kRows, kVectors, kPhase, 3>(unpack, k.codes, quads, quad, first, q, acc);
 }
 
 // Dots of kVectors token vectors with all rows: scale times integer dot, summed over the groups.
@@ -77,25 +81,22 @@ HWY_INLINE void KeyVectors(const Unpacker<kBits>& unpack, const HalfView& k, con
     for (int r = 0; r < kRows; r++) acc[v][r] = hn::Zero(TagI32());
     const int end = std::min(quads, (group + 1) * step);
     for (int quad = group * step; quad < end; quad++) {
-      k.prefetch->Step();
       const int32_t* quad_q = q + quad * 16 * kRows;
       if constexpr (kPhases == 1) {
-        KeyQuad<kBits, kRows, kVectors, 0>(unpack, k.codes, quads, quad, first, quad_q, acc);
+        KeyQuad<kBits, kRows, kVectors, 0>(unpack, k, quads, quad, first, quad_q, acc);
       } else {
         switch ((half * quads + quad) % kPhases) {
           case 0:
-            KeyQuad<kBits, kRows, kVectors, 0>(unpack, k.codes, quads, quad, first, quad_q, acc);
+            KeyQuad<kBits, kRows, kVectors, 0>(unpack, k, quads, quad, first, quad_q, acc);
             break;
           case 1:
-            KeyQuad<kBits, kRows, kVectors, 1>(unpack, k.codes, quads, quad, first, quad_q, acc);
+            KeyQuad<kBits, kRows, kVectors, 1>(unpack, k, quads, quad, first, quad_q, acc);
             break;
           case 2:
-            KeyQuad<kBits, kRows, kVectors, kPhases == 4 ? 2 : 0>(unpack, k.codes, quads, quad, first, quad_q,
-                                                                  acc);
+            KeyQuad<kBits, kRows, kVectors, kPhases == 4 ? 2 : 0>(unpack, k, quads, quad, first, quad_q, acc);
             break;
           default:
-            KeyQuad<kBits, kRows, kVectors, kPhases == 4 ? 3 : 0>(unpack, k.codes, quads, quad, first, quad_q,
-                                                                  acc);
+            KeyQuad<kBits, kRows, kVectors, kPhases == 4 ? 3 : 0>(unpack, k, quads, quad, first, quad_q, acc);
             break;
         }
       }
@@ -107,9 +108,8 @@ HWY_INLINE void KeyVectors(const Unpacker<kBits>& unpack, const HalfView& k, con
       KVTIDE_UNROLL
       for (int r = 0; r < kRows; r++) {
         float* target = dots + r * kBlockTokens + at;
-        VecF32 dot = hn::Mul(hn::ConvertTo(TagF32(), acc[v][r]), scale);
-        if (group > 0) dot = hn::Add(dot, hn::Load(TagF32(), target));
-        hn::Store(dot, TagF32(), target);
+        const VecF32 before = group > 0 ? hn::Load(TagF32(), target) : hn::Zero(TagF32());
+        hn::Store(hn::MulAdd(hn::ConvertTo(TagF32(), acc[v][r]), scale, before), TagF32(), target);
       }
     }
   }
@@ -141,6 +141,68 @@ HWY_NOINLINE void KeyDots(const HalfView& k, const int32_t* q, float* HWY_RESTRI
 
 // ---- V of coded types
 
+// Weights times V scales as pairs of 16-bit integers, in packed[group][row][32 words], relative to the
+// largest product of the row. factors[row]: what one unit of the integer sums stands for.
+//
+// A block of four positions holds tokens 0,2,4,6 or 1,3,5,7 of an octet; it gives two words, of positions
+// (0,2) and (1,3), or (0,1) and (2,3) for 8-bit codes, whose pairs are cut so. Two vectors of positions are
+// packed into one of words.
+constexpr int kPackedWords = kBlockTokens / 2;
+constexpr int PackedWord(int octet, int pair) {
+  const int block = 2 * octet + pair % 2, blocks = kLanes / 4, vector = block / blocks;
+  return vector / 2 * kLanes + block % blocks * 4 + vector % 2 * 2 + pair / 2;
+}
+
+HWY_INLINE VecI32 PackPair(VecI32 a, VecI32 b) {
+#if HWY_TARGET == HWY_AVX2
+  return VecI32{_mm256_packs_epi32(a.raw, b.raw)};
+#else
+  return VecI32{_mm512_packs_epi32(a.raw, b.raw)};
+#endif
+}
+
+template <int kBits, int kRows>
+HWY_INLINE void PackWeights(const HalfView& v, const float* weights, const PageFactors* page,
+                            int32_t* HWY_RESTRICT packed, float* HWY_RESTRICT factors) {
+  const TagF32 f32;
+  alignas(64) float scales[kMaxGroups * kBlockTokens];
+  VecF32 largest_scale[kPageVectors];
+  for (int g = 0; g < v.groups; g++) {
+    LoadScales(v.scales + g * kBlockTokens * 2, scales + g * kBlockTokens);
+    for (int i = 0; i < kPageVectors; i++) {
+      const VecF32 size = hn::Abs(hn::Load(f32, scales + g * kBlockTokens + i * kLanes));
+      largest_scale[i] = g == 0 ? size : hn::Max(largest_scale[i], size);
+    }
+  }
+  for (int r = 0; r < kRows; r++) {
+    VecF32 relative[kPageVectors];
+    VecF32 largest = hn::Zero(f32);
+    KVTIDE_UNROLL
+    for (int i = 0; i < kPageVectors; i++) {
+      relative[i] = hn::Load(f32, weights + r * kBlockTokens + i * kLanes);
+      largest = hn::Max(largest, hn::Mul(relative[i], largest_scale[i]));
+    }
+    const float maximum = hn::GetLane(hn::MaxOfLanes(f32, largest));
+    const VecF32 to_int = hn::Set(f32, maximum > 1e-30f ? 32767.0f / maximum : 0.0f);
+    factors[r] = page[r].page * maximum * (v.table->unit / 32767.0f);
+    KVTIDE_UNROLL
+    for (int i = 0; i < kPageVectors; i++) relative[i] = hn::Mul(relative[i], to_int);
+    for (int g = 0; g < v.groups; g++) {
+      VecI32 w[kPageVectors];
+      KVTIDE_UNROLL
+      for (int i = 0; i < kPageVectors; i++) {
+        w[i] = hn::NearestInt(hn::Mul(relative[i], hn::Load(f32, scales + g * kBlockTokens + i * kLanes)));
+        if constexpr (kBits != 8)
+          w[i] = hn::BitCast(TagI32(), ShuffleBlock<0xD8>(hn::BitCast(TagU32(), w[i])));
+      }
+      KVTIDE_UNROLL
+      for (int i = 0; i < kPageVectors; i += 2)
+        hn::Store(PackPair(w[i], w[i + 1]), TagI32(),
+                  packed + (g * kRows + r) * kPackedWords + i / 2 * kLanes);
+    }
+  }
+}
+
 template <int kBits, int kRows, int kVectors, int kParity, int kTokens, int kColumn>
 HWY_INLINE void ValueColumn(const Unpacker<kBits>& unpack, const uint8_t* codes, int first,
                             const int32_t* const* weights, VecI32 (&acc)[kVectors][kRows]) {
@@ -161,9 +223,7 @@ HWY_INLINE void ValueColumn(const Unpacker<kBits>& unpack, const uint8_t* codes,
   load(std::integral_constant<int, 3>());
   const auto pair = [&](auto index) HWY_ATTR {
     constexpr int kPair = decltype(index)::value;
-    // The dword of the two weights (see PackWeights).
-    constexpr int kWord =
-        (2 * (4 * kTokens + kColumn) + kPair % 2) * 4 + (kBits == 8 ? kPair / 2 * 2 : kPair / 2);
+    constexpr int kWord = PackedWord(4 * kTokens + kColumn, kPair);
     VecI16 levels[kVectors];
     KVTIDE_UNROLL
     for (int v = 0; v < kVectors; v++) levels[v] = unpack.template Pair<kPair>(units[v]);
@@ -171,7 +231,7 @@ HWY_INLINE void ValueColumn(const Unpacker<kBits>& unpack, const uint8_t* codes,
     for (int r = 0; r < kRows; r++) {
       KVTIDE_UNROLL
       for (int v = 0; v < kVectors; v++) {
-        const int32_t word = weights[v / kQuadVectors][r * kBlockTokens + kWord];
+        const int32_t word = weights[v / kQuadVectors][r * kPackedWords + kWord];
         acc[v][r] = AddDots(acc[v][r], levels[v], hn::BitCast(TagI16(), hn::Set(TagI32(), word)));
       }
     }
@@ -195,76 +255,44 @@ HWY_INLINE void ValueVectors(const Unpacker<kBits>& unpack, const HalfView& v, c
   const int quad_dim = first / kQuadVectors;
   const int per_group = v.table->group / 32;
   constexpr int kDims = (kVectors + kQuadVectors - 1) / kQuadVectors;
-  int groups[kDims];
+
   const int32_t* group_weights[kDims];
   KVTIDE_UNROLL
   for (int i = 0; i < kDims; i++) {
-    groups[i] = (quad_dim + i) / per_group;
-    group_weights[i] = weights + groups[i] * kRows * kBlockTokens;
+    group_weights[i] = weights + (quad_dim + i) / per_group * kRows * kPackedWords;
   }
   v.prefetch->Step();
   ValueColumn<kBits, kRows, kVectors, kParity, 0, 0>(unpack, v.codes, first, group_weights, acc);
+  v.prefetch->Step();
   ValueColumn<kBits, kRows, kVectors, kParity, 0, 1>(unpack, v.codes, first, group_weights, acc);
+  v.prefetch->Step();
   ValueColumn<kBits, kRows, kVectors, kParity, 0, 2>(unpack, v.codes, first, group_weights, acc);
+  v.prefetch->Step();
   ValueColumn<kBits, kRows, kVectors, kParity, 0, 3>(unpack, v.codes, first, group_weights, acc);
+  v.prefetch->Step();
   ValueColumn<kBits, kRows, kVectors, kParity, 1, 0>(unpack, v.codes, first, group_weights, acc);
+  v.prefetch->Step();
   ValueColumn<kBits, kRows, kVectors, kParity, 1, 1>(unpack, v.codes, first, group_weights, acc);
+  v.prefetch->Step();
   ValueColumn<kBits, kRows, kVectors, kParity, 1, 2>(unpack, v.codes, first, group_weights, acc);
+  v.prefetch->Step();
   ValueColumn<kBits, kRows, kVectors, kParity, 1, 3>(unpack, v.codes, first, group_weights, acc);
   const TagF32 f32;
   KVTIDE_UNROLL
   for (int r = 0; r < kRows; r++) KVTIDE_UNROLL
   for (int i = 0; i < kVectors; i++) {
     float* target = out + r * v.dim + (first + i) * kLanes;
-    const VecF32 factor = hn::Set(f32, factors[groups[i / kQuadVectors] * kRows + r]);
+    const VecF32 factor = hn::Set(f32, factors[r]);
     const VecF32 kept = hn::Mul(hn::Load(f32, target), hn::Set(f32, page[r].keep));
     hn::Store(hn::MulAdd(hn::ConvertTo(f32, acc[i][r]), factor, kept), f32, target);
-  }
-}
-
-// packed[group][row][64 words]: the weight times the V scale, relative to the largest such product of the row
-// and group, as pairs of 16-bit integers. A block of four positions holds tokens 0,2,4,6 or 1,3,5,7 of an
-// octet; word i of a block is the pair of positions (i, i+2), or (i, i+1) for 8-bit codes, whose pairs are
-// cut so; the other words are not used. factors[group][row]: what one unit of the integer sum stands for.
-template <int kBits, int kRows>
-HWY_INLINE void PackWeights(const HalfView& v, const float* weights, const PageFactors* page,
-                            int32_t* HWY_RESTRICT packed, float* HWY_RESTRICT factors) {
-  const TagF32 f32;
-  const VecI32 limit = hn::Set(TagI32(), 32767);
-  for (int g = 0; g < v.groups; g++) {
-    alignas(64) float scales[kBlockTokens];
-    LoadScales(v.scales + g * kBlockTokens * 2, scales);
-    for (int r = 0; r < kRows; r++) {
-      VecF32 products[kPageVectors];
-      VecF32 largest = hn::Zero(f32);
-      KVTIDE_UNROLL
-      for (int i = 0; i < kPageVectors; i++) {
-        products[i] = hn::Mul(hn::Load(f32, weights + r * kBlockTokens + i * kLanes),
-                              hn::Load(f32, scales + i * kLanes));
-        largest = hn::Max(largest, hn::Abs(products[i]));
-      }
-      const float maximum = hn::GetLane(hn::MaxOfLanes(f32, largest));
-      const VecF32 to_int = hn::Set(f32, maximum > 1e-30f ? 32767.0f / maximum : 0.0f);
-      factors[g * kRows + r] = page[r].page * maximum * (v.table->unit / 32767.0f);
-      KVTIDE_UNROLL
-      for (int i = 0; i < kPageVectors; i++) {
-        VecI32 w = hn::NearestInt(hn::Mul(products[i], to_int));
-        w = hn::Max(hn::Min(w, limit), hn::Neg(limit));
-        const VecI32 partner = kBits == 8 ? hn::Shuffle2301(w) : hn::Shuffle1032(w);
-        const VecI16 pairs =
-            hn::OddEven(hn::BitCast(TagI16(), hn::ShiftLeft<16>(partner)), hn::BitCast(TagI16(), w));
-        hn::Store(hn::BitCast(TagI32(), pairs), TagI32(),
-                  packed + (g * kRows + r) * kBlockTokens + i * kLanes);
-      }
-    }
   }
 }
 
 template <int kBits, int kRows>
 HWY_NOINLINE void ValueSums(const HalfView& v, const float* weights, const PageFactors* page,
                             float* HWY_RESTRICT out) {
-  alignas(64) int32_t packed[kMaxGroups * kRows * kBlockTokens];
-  float factors[kMaxGroups * kRows];
+  alignas(64) int32_t packed[kMaxGroups * kRows * kPackedWords];
+  float factors[kRows];
   PackWeights<kBits, kRows>(v, weights, page, packed, factors);
   const Unpacker<kBits> unpack(*v.table);
   constexpr int kVectors = VectorsFor(kRows);
@@ -395,6 +423,7 @@ HWY_INLINE void ValueBlockHalf(const HalfView& v, const float* weights, const Pa
       for (int i = 0; i < kVectors; i++) acc[i][r] = SwapChunks(acc[i][r]);
     }
     for (int position = 0; position < kBlockTokens; position++) {
+      if (position % 4 == 0) v.prefetch->Step();
       const int i = position % 4, parity = position / 4 % 2;
       const int token = TokenAtPosition(position), x = ChunkXor(by_64, parity, i);
       if ((kWide && (x & 1) != swap) || token < first_token || token >= last_token) continue;
@@ -433,7 +462,6 @@ HWY_NOINLINE void ValueSumsHalf(const HalfView& v, float* HWY_RESTRICT weights, 
   for (int r = 0; r < kRows; r += kStep) {
     int first = 0;
     for (; first + kVectors <= vectors; first += kVectors) {
-      v.prefetch->Step();
       ValueBlockHalf<kStep, kVectors, kBf16>(v, weights + r * kBlockTokens, page + r, first_token, last_token,
                                              first, out + r * v.dim);
     }
@@ -565,10 +593,10 @@ void AttendRows(const PageSegment& segment, const QueryRows& rows, int first_row
   RowState states[kRows];
   Prefetcher prefetch;
   const size_t record_bytes = segment.record_bytes;
-  // Steps of work on a page, from below: K has one per quad and vector block, V one per block of dims, f16 at
-  // least 16.
-  const int steps = std::max(4, dim_k / 32) + std::max(2, dim_v / 64);
-  prefetch.lines = static_cast<int>(record_bytes / 64) / steps + 1;
+  // Steps of work on a page, from below.
+  const int key_steps = k_table.coded() ? dim_k / 8 * std::max(1, kPageVectors / VectorsFor(kRows)) : 16;
+  const int value_steps = (v_table.coded() ? 8 : kWide ? 32 : 16) * std::max(1, dim_v / kLanes / 4);
+  prefetch.lines = static_cast<int>(record_bytes / 64) / (key_steps + value_steps) + 1;
   HalfView k{&k_table, dim_k, segment.k.groups, nullptr, nullptr, &prefetch};
   HalfView v{&v_table, dim_v, segment.v.groups, nullptr, nullptr, &prefetch};
   alignas(64) float dots[kRows * kBlockTokens];

@@ -13,7 +13,7 @@
 #include "kernels/cpu/page_segment.h"
 #include "kernels/cpu/simd_page-inl.h"
 
-HWY_BEFORE_NAMESPACE();
+KVTIDE_BEFORE_NAMESPACE();
 namespace kvtide {
 namespace HWY_NAMESPACE {
 #if KVTIDE_VECTOR_TARGET

@@ -11,7 +11,7 @@
 #include "hwy/cache_control.h"
 #include "kernels/cpu/simd_softmax-inl.h"
 
-HWY_BEFORE_NAMESPACE();
+KVTIDE_BEFORE_NAMESPACE();
 namespace kvtide {
 namespace HWY_NAMESPACE {
 #if KVTIDE_VECTOR_TARGET

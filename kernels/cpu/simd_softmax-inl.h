@@ -11,7 +11,7 @@
 #include "kernels/cpu/simd_unpack-inl.h"
 #include "kernels/format/page_order.h"
 
-HWY_BEFORE_NAMESPACE();
+KVTIDE_BEFORE_NAMESPACE();
 namespace kvtide {
 namespace HWY_NAMESPACE {
 #if KVTIDE_VECTOR_TARGET
@@ -34,6 +34,9 @@ HWY_INLINE VecF32 Exp2(VecF32 x) {
   const VecI32 exponent = hn::ShiftLeft<23>(hn::Add(whole, hn::Set(i32, 127)));
   return hn::Mul(p, hn::BitCast(f32, exponent));
 }
+
+// The same for one number: no call into the library, which would empty the vector registers.
+HWY_INLINE float Exp2(float x) { return hn::GetLane(Exp2(hn::Set(TagF32(), x))); }
 
 HWY_INLINE VecF32 Tanh(VecF32 x) {
   const TagF32 f32;
@@ -102,10 +105,10 @@ HWY_INLINE PageFactors SoftmaxPage(float* HWY_RESTRICT dots, const LogitScale& s
   const float sum = hn::GetLane(hn::SumOfLanes(f32, sums));
   PageFactors factors{1, 1};
   if (page_maximum > state.maximum) {
-    factors.keep = std::exp2(state.maximum - page_maximum);
+    factors.keep = Exp2(state.maximum - page_maximum);
     state.maximum = page_maximum;
   } else {
-    factors.page = std::exp2(page_maximum - state.maximum);
+    factors.page = Exp2(page_maximum - state.maximum);
   }
   state.sum = state.sum * factors.keep + sum * factors.page;
   return factors;

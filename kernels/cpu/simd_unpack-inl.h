@@ -11,7 +11,15 @@
 #include "hwy/highway.h"
 #include "kernels/cpu/code_table.h"
 
-HWY_BEFORE_NAMESPACE();
+// Highway 1.0.3 does not name avx512vnni in its AVX3_DL target.
+#undef KVTIDE_BEFORE_NAMESPACE
+#if HWY_TARGET == HWY_AVX3_DL
+#define KVTIDE_BEFORE_NAMESPACE() HWY_PUSH_ATTRIBUTES(HWY_TARGET_STR ",avx512vnni") static_assert(true, "")
+#else
+#define KVTIDE_BEFORE_NAMESPACE() HWY_BEFORE_NAMESPACE()
+#endif
+
+KVTIDE_BEFORE_NAMESPACE();
 namespace kvtide {
 namespace HWY_NAMESPACE {
 #if KVTIDE_VECTOR_TARGET
@@ -39,9 +47,7 @@ constexpr bool kWide = kLanes == 16;
 // acc + the sum of the two products of each lane.
 HWY_INLINE VecI32 AddDots(VecI32 acc, VecI16 a, VecI16 b) {
 #if HWY_TARGET != HWY_AVX2
-  // Highway 1.0.3 does not name avx512vnni in this target, so the intrinsic cannot be used.
-  asm("vpdpwssd %2, %1, %0" : "+v"(acc.raw) : "v"(a.raw), "v"(b.raw));
-  return acc;
+  return VecI32{_mm512_dpwssd_epi32(acc.raw, a.raw, b.raw)};
 #else
   VecI32 unused = hn::Zero(TagI32());
   return hn::ReorderWidenMulAccumulate(TagI32(), a, b, acc, unused);
@@ -152,8 +158,7 @@ class Unpacker {
       const VecU32 top = hn::And(w, hn::Set(TagU32(), 0x88888888u));
       const VecU32 spread = hn::Shr(top, PerBlock(3, 2, 1, 32));
       const VecU32 two = hn::Or(spread, ShuffleBlock<0x4E>(spread));
-      const VecU32 fourth = hn::Or(two, ShuffleBlock<0xB1>(two));
-      units.a = InOrder<kOdd>(TakeFourth(fourth, w));
+      units.a = InOrder<kOdd>(OrIntoFourth(w, two, ShuffleBlock<0xB1>(two)));
     } else {
       static_assert(kBits == 2);
       const VecU32 w = ShuffleBlock < kPhase == 0 ? 0x50 : 0xFA > (LoadChunk(plane, quad / 2));
@@ -191,12 +196,12 @@ class Unpacker {
   }
 
  private:
-  // Word 3 of each block from `fourth`, the others from `rest`.
-  static HWY_INLINE VecU32 TakeFourth(VecU32 fourth, VecU32 rest) {
+  // Word 3 of each block is a | b, the others are those of `rest`.
+  static HWY_INLINE VecU32 OrIntoFourth(VecU32 rest, VecU32 a, VecU32 b) {
 #if HWY_TARGET == HWY_AVX2
-    return VecU32{_mm256_blend_epi32(rest.raw, fourth.raw, 0x88)};
+    return VecU32{_mm256_blend_epi32(rest.raw, _mm256_or_si256(a.raw, b.raw), 0x88)};
 #else
-    return VecU32{_mm512_mask_mov_epi32(rest.raw, 0x8888, fourth.raw)};
+    return VecU32{_mm512_mask_or_epi32(rest.raw, 0x8888, a.raw, b.raw)};
 #endif
   }
 
