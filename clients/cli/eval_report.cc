@@ -120,6 +120,44 @@ class Plot {
   double most_bits_ = 1, lowest_ = 9, highest_ = -9;
 };
 
+// Places labels right of their points (left at the right edge), moved down until none lies on another.
+class Labels {
+ public:
+  // Labels have to come from top to bottom.
+  std::string Place(double x, double y, const std::string& text, const std::string& title) {
+    constexpr double kCharacter = 6.6, kLine = 12;
+    const double width = kCharacter * static_cast<double>(text.size());
+    const bool right = x + 10 + width < Plot::kWidth;
+    const double left = right ? x + 10 : x - 10 - width;
+    double at = y + 4;
+    bool moved = true;
+    while (moved) {
+      moved = false;
+      for (const Box& box : boxes_) {
+        if (left < box.left + box.width && box.left < left + width && std::abs(at - box.y) < kLine) {
+          at = box.y + kLine;
+          moved = true;
+        }
+      }
+    }
+    boxes_.push_back({left, width, at});
+    std::string svg;
+    if (at - y > kLine) {
+      absl::StrAppendFormat(&svg, "<line x1='%.1f' y1='%.1f' x2='%.1f' y2='%.1f' stroke='#bbb'/>\n", x, y,
+                            right ? left - 2 : left + width + 2, at - 4);
+    }
+    absl::StrAppendFormat(&svg, "<text x='%.1f' y='%.1f'>%s<title>%s</title></text>\n", left, at,
+                          Escaped(text), Escaped(title));
+    return svg;
+  }
+
+ private:
+  struct Box {
+    double left, width, y;
+  };
+  std::vector<Box> boxes_;
+};
+
 }  // namespace
 
 void SortAndMark(std::vector<EvalRow>* rows) {
@@ -237,12 +275,14 @@ std::string RenderSvg(const EvalReport& report) {
       absl::StrAppendFormat(&front, "%.1f,%.1f ", plot.X(row->bits_per_value), plot.Y(Plot::Harm(*row)));
   }
   absl::StrAppend(&svg, "<polyline class='front' points='", front, "'/>\n");
+  std::sort(rows.begin(), rows.end(),
+            [](const EvalRow* p, const EvalRow* q) { return Plot::Harm(*p) > Plot::Harm(*q); });
+  Labels labels;
   for (const EvalRow* row : rows) {
     const double x = plot.X(row->bits_per_value), y = plot.Y(Plot::Harm(*row));
+    svg += labels.Place(x, y, row->pair, absl::StrFormat("%+.3f %% perplexity", row->change_percent));
     absl::StrAppendFormat(&svg, "<circle cx='%.1f' cy='%.1f' r='4' fill='%s'/>\n", x, y,
                           row->pareto ? "#1a7f37" : "#888");
-    absl::StrAppendFormat(&svg, "<text x='%.1f' y='%.1f'>%s<title>%+.3f %% perplexity</title></text>\n",
-                          x + 7, y - 5, Escaped(row->pair), row->change_percent);
   }
   return svg + "</svg>\n";
 }

@@ -54,7 +54,6 @@ void Progress::Update(double done) {
 void Progress::Skip(double done) {
   skipped_ += done;
   state_.done += done;
-  start_ = Clock::now();
 }
 
 void Progress::Finish() {

@@ -42,7 +42,7 @@ class Progress {
   const Terminal terminal_;
   ProgressState state_;
   double skipped_ = 0;
-  Clock::time_point start_ = Clock::now();
+  const Clock::time_point start_ = Clock::now();
   Clock::time_point drawn_{};
   bool finished_ = false;
 };
