@@ -193,13 +193,6 @@ TEST_F(Errors, MessagesBeyondTheLimit) {
   EXPECT_EQ(generous->Attend(0, std::span(&item, 1)).code(), absl::StatusCode::kResourceExhausted);
 }
 
-TEST_F(Errors, DeadlinesArePassed) {
-  client::ClientOptions options;
-  options.timeout = absl::Microseconds(1);
-  const auto hasty = daemon_->Connect(options);
-  EXPECT_EQ(hasty->GetStats().status().code(), absl::StatusCode::kDeadlineExceeded);
-}
-
 TEST_F(Errors, DroppingNeedsPermissionAndIsNeverSilent) {
   client::EvictOptions drop;
   drop.drop = true;
