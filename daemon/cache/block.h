@@ -1,5 +1,5 @@
-// A block of 64 tokens of one sequence and layer group, and the place where its bytes lie. Both belong to the BlockStore and
-// are guarded by the cache's mutex; the bytes are read and written without it, under pins.
+// A block of 64 tokens of one sequence and layer group, and the place where its bytes lie. Both belong to the
+// BlockStore and are guarded by the cache's mutex; the bytes are read and written without it, under pins.
 #pragma once
 
 #include <cstddef>
@@ -14,8 +14,8 @@
 
 namespace kvtide {
 
-// An extent of a tier's slab. Pinned bytes neither move nor are reused: a place that its block has left lives on until the
-// last pin falls.
+// An extent of a tier's slab. Pinned bytes neither move nor are reused: a place that its block has left lives
+// on until the last pin falls.
 struct Place {
   int tier = 0;
   size_t offset = 0;
@@ -41,14 +41,16 @@ struct Block {
   const BlockLayout* layout = nullptr;
   std::shared_ptr<const Profile> profile;  // of coded blocks
   Place* place = nullptr;                  // null: dropped
-  // The block lives while refs + holds > 0; its bytes while refs > 0, something pins them, or they are being moved.
-  int refs = 0;     // entries in block tables
-  int keepers = 0;  // of these, sequences that do not allow drops
-  int holds = 0;    // running calls that have the pointer
+  // The block lives while refs + holds > 0; its bytes while refs > 0, something pins them, or they are being
+  // moved.
+  int refs = 0;          // entries in block tables
+  int keepers = 0;       // of these, sequences that do not allow drops
+  int holds = 0;         // running calls that have the pointer
   bool writing = false;  // an append or seal fills it; not moved, not dropped
   bool moving = false;   // being copied to another tier; not written
   bool wanted = false;   // in the list of blocks that attention wants in a faster tier
-  // Rows that a reader may still see were truncated away; the next writer copies the block while it is pinned.
+  // Rows that a reader may still see were truncated away; the next writer copies the block while it is
+  // pinned.
   bool copy_before_write = false;
   OwnerStamp stamp;
   int codec_version_k = 0, codec_version_v = 0;

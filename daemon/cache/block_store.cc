@@ -24,7 +24,8 @@ absl::Status BlockStore::Init(const CacheOptions& options) {
     tier.pairs.resize(static_cast<size_t>(kCacheTypes) * static_cast<size_t>(kCacheTypes));
     absl::StatusOr<std::unique_ptr<Slab>> slab = from.backend->AllocateSlab(tier.allocator.capacity_bytes());
     if (!slab.ok())
-      return Annotate(slab.status(), absl::StrCat("tier '", from.name, "' of ", from.capacity_bytes, " bytes"));
+      return Annotate(slab.status(),
+                      absl::StrCat("tier '", from.name, "' of ", from.capacity_bytes, " bytes"));
     tier.slab = std::move(slab).value();
   }
   return absl::OkStatus();
@@ -184,14 +185,16 @@ void BlockStore::CheckInvariants() const {
     if (block.refs > 1) shared++;
     if (block.place == nullptr) return;
     const Place& place = *block.place;
-    KVTIDE_CHECK(!place.retired && place.bytes == block.layout->block_bytes() && place.pair == block.layout->pair());
+    KVTIDE_CHECK(!place.retired && place.bytes == block.layout->block_bytes() &&
+                 place.pair == block.layout->pair());
     const auto t = static_cast<size_t>(place.tier);
     KVTIDE_CHECK(place.data == tiers_[t].slab->data() + place.offset);
     used[t] += place.bytes;
     places[t]++;
     stored += place.bytes;
   });
-  KVTIDE_CHECK(shared == shared_ && stored == stored_bytes_, "shared ", shared, "/", shared_, " stored ", stored, "/", stored_bytes_);
+  KVTIDE_CHECK(shared == shared_ && stored == stored_bytes_, "shared ", shared, "/", shared_, " stored ",
+               stored, "/", stored_bytes_);
   for (const Place* place : retired_) {
     KVTIDE_CHECK(place->pins > 0 && place->retired);
     used[static_cast<size_t>(place->tier)] += place->bytes;
@@ -200,19 +203,23 @@ void BlockStore::CheckInvariants() const {
     const Tier& tier = tiers_[t];
     tier.allocator.CheckInvariants();
     // Places reserved by moves that are running belong to no block yet.
-    KVTIDE_CHECK(used[t] <= tier.allocator.used_bytes(), "tier ", tier.name, ": ", used[t], " of ", tier.allocator.used_bytes());
+    KVTIDE_CHECK(used[t] <= tier.allocator.used_bytes(), "tier ", tier.name, ": ", used[t], " of ",
+                 tier.allocator.used_bytes());
     uint64_t pair_bytes = 0, pair_blocks = 0;
     for (const PairStats& pair : tier.pairs) {
       pair_bytes += pair.bytes;
       pair_blocks += pair.blocks;
     }
-    KVTIDE_CHECK(pair_bytes == tier.allocator.used_bytes() && pair_blocks == tier.blocks && tier.pinned <= tier.blocks);
+    KVTIDE_CHECK(pair_bytes == tier.allocator.used_bytes() && pair_blocks == tier.blocks &&
+                 tier.pinned <= tier.blocks);
     tier.policy->Peek([&](BlockId id) {
-      KVTIDE_CHECK(blocks_[id] != nullptr && blocks_[id]->place != nullptr && blocks_[id]->place->tier == static_cast<int>(t));
+      KVTIDE_CHECK(blocks_[id] != nullptr && blocks_[id]->place != nullptr &&
+                   blocks_[id]->place->tier == static_cast<int>(t));
       in_policy[t]++;
       return true;
     });
-    KVTIDE_CHECK(in_policy[t] == places[t], "tier ", tier.name, ": ", in_policy[t], " in the policy, ", places[t], " blocks");
+    KVTIDE_CHECK(in_policy[t] == places[t], "tier ", tier.name, ": ", in_policy[t], " in the policy, ",
+                 places[t], " blocks");
   }
 }
 

@@ -1,7 +1,6 @@
-// The BlockStore owns the tiers' memory and all blocks in them: it allocates, counts references and pins, keeps the order of
-// eviction and the gauges per tier and pair. It copies nothing and decides nothing. It never grows: when a tier has no room,
-// Allocate returns null.
-// Not thread-safe; KvCache guards it.
+// The BlockStore owns the tiers' memory and all blocks in them: it allocates, counts references and pins,
+// keeps the order of eviction and the gauges per tier and pair. It copies nothing and decides nothing. It
+// never grows: when a tier has no room, Allocate returns null. Not thread-safe; KvCache guards it.
 #pragma once
 
 #include <deque>
@@ -42,8 +41,8 @@ class BlockStore {
   Tier& tier(int index) { return tiers_[static_cast<size_t>(index)]; }
   const Tier& tier(int index) const { return tiers_[static_cast<size_t>(index)]; }
 
-  // A block with one hold, `writing` set and no reference yet, or null. f16 blocks come from the top of the slab, others
-  // from the bottom.
+  // A block with one hold, `writing` set and no reference yet, or null. f16 blocks come from the top of the
+  // slab, others from the bottom.
   Block* Allocate(int tier, const BlockLayout* layout);
   // A place for a copy of the block in another tier, or null.
   Place* Reserve(int tier, const Block& block);

@@ -18,7 +18,7 @@ struct TierOptions {
   std::string name;            // "device", "host"
   Backend* backend = nullptr;  // borrowed; outlives the cache
   size_t capacity_bytes = 0;
-  bool checksum = false;       // blocks that come here get an XXH3 checksum, verified when they leave
+  bool checksum = false;  // blocks that come here get an XXH3 checksum, verified when they leave
 };
 
 struct CacheOptions {
@@ -34,7 +34,8 @@ struct CacheOptions {
   size_t max_moves_in_flight = 16;            // blocks, per round of the mover
   bool background_moves = true;               // false: only RunMovesOnce moves by policy (tests, simulation)
   absl::Duration move_interval = absl::Milliseconds(20);
-  absl::Duration room_wait = absl::Milliseconds(200);  // how long a call waits for pins and moves of others when it finds no room
+  absl::Duration room_wait =
+      absl::Milliseconds(200);  // how long a call waits for pins and moves of others when it finds no room
   std::function<absl::Time()> clock = absl::Now;
   uint64_t id_seed = 0;  // of the sequence ids; 0 = random
 };

@@ -1,4 +1,5 @@
-// A snapshot of the cache for metrics, status displays and tests. Counters only grow; gauges are never negative.
+// A snapshot of the cache for metrics, status displays and tests. Counters only grow; gauges are never
+// negative.
 #pragma once
 
 #include <cstddef>
@@ -30,38 +31,39 @@ struct TierStats {
   uint64_t blocks = 0;
   uint64_t pinned_blocks = 0;
   std::map<std::string, PairStats> pairs;  // by pair name
-  uint64_t demoted_blocks = 0;   // counters: moves out of this tier downwards,
-  uint64_t promoted_blocks = 0;  // moves into this tier from below,
-  uint64_t dropped_blocks = 0;   // drops from this tier
+  uint64_t demoted_blocks = 0;             // counters: moves out of this tier downwards,
+  uint64_t promoted_blocks = 0;            // moves into this tier from below,
+  uint64_t dropped_blocks = 0;             // drops from this tier
 };
 
 struct CacheStats {
   std::vector<TierStats> tiers;
   uint64_t models = 0;
   uint64_t sequences = 0;
-  uint64_t tokens = 0;           // sum of the sequences' lengths
-  uint64_t shared_blocks = 0;    // held by more than one sequence
-  uint64_t stored_bytes = 0;     // of all blocks, each counted once
-  uint64_t f16_equivalent_bytes = 0;   // what the stored tokens of all sequences would take in f16, unpadded, unshared
-  double bits_per_value = 0;     // stored bits per value of the stored tokens, each block once; 0 when empty
+  uint64_t tokens = 0;         // sum of the sequences' lengths
+  uint64_t shared_blocks = 0;  // held by more than one sequence
+  uint64_t stored_bytes = 0;   // of all blocks, each counted once
+  uint64_t f16_equivalent_bytes =
+      0;                      // what the stored tokens of all sequences would take in f16, unpadded, unshared
+  double bits_per_value = 0;  // stored bits per value of the stored tokens, each block once; 0 when empty
   // Counters.
   uint64_t sequences_created = 0;
   uint64_t sequences_closed = 0;
   uint64_t appended_tokens = 0;  // counted when the last layer has them
   uint64_t sealed_blocks = 0;
-  uint64_t failed_seals = 0;     // backend errors; the blocks stay exact and are tried again
+  uint64_t failed_seals = 0;  // backend errors; the blocks stay exact and are tried again
   uint64_t copied_on_write_blocks = 0;
   uint64_t window_freed_blocks = 0;  // fell out of a sliding window
   uint64_t evict_calls = 0;
   uint64_t prefetch_calls = 0;
   uint64_t moves = 0;
   uint64_t failed_moves = 0;
-  uint64_t moved_bytes = 0;      // between tiers
+  uint64_t moved_bytes = 0;  // between tiers
   uint64_t dropped_blocks = 0;
   uint64_t attended_blocks = 0;  // block reads by attention, one layer each
   uint64_t attended_blocks_below_tier0 = 0;
   uint64_t checksum_failures = 0;
-  uint64_t exhausted = 0;        // calls that ended with ResourceExhausted
+  uint64_t exhausted = 0;  // calls that ended with ResourceExhausted
   // Limits, for display beside the gauges.
   uint64_t max_sequences = 0;
   uint64_t max_models = 0;

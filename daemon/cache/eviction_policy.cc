@@ -5,7 +5,8 @@
 namespace kvtide {
 namespace {
 
-// A doubly linked list through a vector that is indexed by block; node 0 is the ring's head, block b is node b + 1.
+// A doubly linked list through a vector that is indexed by block; node 0 is the ring's head, block b is node
+// b + 1.
 class LruPolicy : public EvictionPolicy {
  public:
   LruPolicy() : nodes_{{0, 0}} {}

@@ -1,5 +1,5 @@
-// An EvictionPolicy orders the blocks of one tier from the coldest to the hottest. It decides nothing about room, pins or
-// tiers; the tier policy asks it who is next. Not thread-safe; KvCache guards it.
+// An EvictionPolicy orders the blocks of one tier from the coldest to the hottest. It decides nothing about
+// room, pins or tiers; the tier policy asks it who is next. Not thread-safe; KvCache guards it.
 #pragma once
 
 #include <cstdint>

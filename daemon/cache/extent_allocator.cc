@@ -41,7 +41,8 @@ std::optional<size_t> ExtentAllocator::Allocate(size_t bytes, End end) {
 
 void ExtentAllocator::Free(size_t offset, size_t bytes) {
   const size_t size = RoundUp(bytes);
-  KVTIDE_CHECK(size > 0 && offset % kAlignment == 0 && offset + size <= capacity_bytes_, "offset ", offset, " bytes ", bytes);
+  KVTIDE_CHECK(size > 0 && offset % kAlignment == 0 && offset + size <= capacity_bytes_, "offset ", offset,
+               " bytes ", bytes);
   auto next = free_.lower_bound(offset);
   KVTIDE_CHECK(next == free_.end() || offset + size <= next->first, "freed twice: offset ", offset);
   free_bytes_ += size;

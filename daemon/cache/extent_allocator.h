@@ -1,7 +1,7 @@
-// An ExtentAllocator hands out byte ranges of one slab. Long-lived coded blocks are taken from the bottom, f16 blocks, which
-// come and go as sequences grow, from the top, so that they do not fragment each other. First fit in address order;
-// freed neighbours become one. It never grows: when nothing fits, Allocate says so.
-// Not thread-safe; KvCache guards it.
+// An ExtentAllocator hands out byte ranges of one slab. Long-lived coded blocks are taken from the bottom,
+// f16 blocks, which come and go as sequences grow, from the top, so that they do not fragment each other.
+// First fit in address order; freed neighbours become one. It never grows: when nothing fits, Allocate says
+// so. Not thread-safe; KvCache guards it.
 #pragma once
 
 #include <cstddef>

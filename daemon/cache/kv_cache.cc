@@ -38,8 +38,8 @@ absl::StatusOr<ModelId> KvCache::Impl::RegisterModel(const ModelSpec& spec) {
   for (const auto& model : models_) {
     if (model->spec.name != spec.name) continue;
     if (model->spec == spec) return model->id;
-    return absl::FailedPreconditionError(absl::StrCat("model '", spec.name,
-                                                      "' is registered with another geometry; use another name for this one"));
+    return absl::FailedPreconditionError(absl::StrCat(
+        "model '", spec.name, "' is registered with another geometry; use another name for this one"));
   }
   if (models_.size() >= options_.max_models) {
     counters_.exhausted++;
@@ -59,7 +59,8 @@ absl::StatusOr<ModelId> KvCache::Impl::RegisterModel(const ModelSpec& spec) {
 
 absl::StatusOr<ModelSpec> KvCache::Impl::GetModel(ModelId model) const {
   MutexLock lock(mu_);
-  if (model == 0 || model > models_.size()) return absl::NotFoundError(absl::StrCat("model ", model, " is not registered"));
+  if (model == 0 || model > models_.size())
+    return absl::NotFoundError(absl::StrCat("model ", model, " is not registered"));
   return models_[model - 1]->spec;
 }
 
@@ -80,7 +81,9 @@ const BlockLayout* KvCache::Impl::Layout(const GroupShape& shape, CachePair pair
 SequenceId KvCache::Impl::NewId() {
   while (true) {
     const SequenceId id = ids_();
-    if (id != 0 && sequences_.count(id) == 0 && std::find(closed_.begin(), closed_.end(), id) == closed_.end()) return id;
+    if (id != 0 && sequences_.count(id) == 0 &&
+        std::find(closed_.begin(), closed_.end(), id) == closed_.end())
+      return id;
   }
 }
 
@@ -100,8 +103,8 @@ absl::StatusOr<SequenceId> KvCache::Impl::CreateSequence(ModelId model_id, const
   KVTIDE_RETURN_IF_ERROR(CheckSequenceOptions(options, model->spec));
   if (sequences_.size() >= options_.max_sequences) {
     counters_.exhausted++;
-    return absl::ResourceExhaustedError(
-        absl::StrCat(sequences_.size(), " sequences are open, which is the limit (max_sequences); close some"));
+    return absl::ResourceExhaustedError(absl::StrCat(
+        sequences_.size(), " sequences are open, which is the limit (max_sequences); close some"));
   }
   auto sequence = std::make_shared<Sequence>();
   sequence->model = model;
@@ -117,7 +120,8 @@ absl::StatusOr<SequenceId> KvCache::Impl::CreateSequence(ModelId model_id, const
     table.profiled.resize(static_cast<size_t>(spec.shape.layers));
     table.profile_options = ProfileOptionsFor(options, pair.k);
     for (Backend* backend : backends_)
-      KVTIDE_RETURN_IF_ERROR(Annotate(backend->CheckSupport(*table.coded), absl::StrCat("pair ", PairName(pair))));
+      KVTIDE_RETURN_IF_ERROR(
+          Annotate(backend->CheckSupport(*table.coded), absl::StrCat("pair ", PairName(pair))));
   }
   sequence->id = NewId();
   sequence->created = sequence->last_used = options_.clock();
@@ -131,11 +135,12 @@ absl::StatusOr<SequenceId> KvCache::Impl::ForkSequence(SequenceId id) {
   MutexLock lock(mu_);
   KVTIDE_ASSIGN_OR_RETURN(const SequencePtr parent, Find(id));
   if (parent->writer)
-    return absl::AbortedError(absl::StrCat("sequence ", id, " is being written; fork it when the call has ended"));
+    return absl::AbortedError(
+        absl::StrCat("sequence ", id, " is being written; fork it when the call has ended"));
   if (sequences_.size() >= options_.max_sequences) {
     counters_.exhausted++;
-    return absl::ResourceExhaustedError(
-        absl::StrCat(sequences_.size(), " sequences are open, which is the limit (max_sequences); close some"));
+    return absl::ResourceExhaustedError(absl::StrCat(
+        sequences_.size(), " sequences are open, which is the limit (max_sequences); close some"));
   }
   auto child = std::make_shared<Sequence>(*parent);
   child->id = NewId();
@@ -172,10 +177,11 @@ absl::Status KvCache::Impl::CloseSequence(SequenceId id) {
 absl::Status KvCache::Impl::BeginWriter(Sequence& sequence) {
   if (sequence.closed) return absl::AbortedError(absl::StrCat("sequence ", sequence.id, " was closed"));
   if (sequence.writer)
-    return absl::AbortedError(absl::StrCat("sequence ", sequence.id, " is being written by another call; one writer at a time"));
-  if (sequence.options.seal_at_once && sequence.readers > 0)
     return absl::AbortedError(
-        absl::StrCat("sequence ", sequence.id, " codes at once (evaluation mode) and is being read; one call at a time"));
+        absl::StrCat("sequence ", sequence.id, " is being written by another call; one writer at a time"));
+  if (sequence.options.seal_at_once && sequence.readers > 0)
+    return absl::AbortedError(absl::StrCat(
+        "sequence ", sequence.id, " codes at once (evaluation mode) and is being read; one call at a time"));
   sequence.writer = true;
   return absl::OkStatus();
 }
@@ -218,9 +224,12 @@ absl::StatusOr<int64_t> KvCache::Impl::LayerLength(SequenceId id, int layer) con
   KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, Find(id));
   const auto& layers = sequence->model->spec.layers;
   if (layer < 0 || static_cast<size_t>(layer) >= layers.size())
-    return absl::InvalidArgumentError(absl::StrCat("layer ", layer, ": the model has ", layers.size(), " layers"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("layer ", layer, ": the model has ", layers.size(), " layers"));
   const LayerSpec& spec = layers[static_cast<size_t>(layer)];
-  return sequence->groups[static_cast<size_t>(spec.group)].layers[static_cast<size_t>(spec.layer_in_group)].tokens;
+  return sequence->groups[static_cast<size_t>(spec.group)]
+      .layers[static_cast<size_t>(spec.layer_in_group)]
+      .tokens;
 }
 
 // The public face: forwards.
@@ -238,7 +247,9 @@ absl::StatusOr<ModelId> KvCache::FindModel(const std::string& name) const { retu
 absl::StatusOr<SequenceId> KvCache::CreateSequence(ModelId model, const SequenceOptions& options) {
   return impl_->CreateSequence(model, options);
 }
-absl::StatusOr<SequenceId> KvCache::ForkSequence(SequenceId sequence) { return impl_->ForkSequence(sequence); }
+absl::StatusOr<SequenceId> KvCache::ForkSequence(SequenceId sequence) {
+  return impl_->ForkSequence(sequence);
+}
 absl::Status KvCache::TruncateSequence(SequenceId sequence, int64_t tokens) {
   return impl_->TruncateSequence(sequence, tokens);
 }
@@ -250,8 +261,12 @@ absl::StatusOr<MoveReport> KvCache::Evict(std::span<const SequenceId> sequences,
   return impl_->Evict(sequences, tier);
 }
 absl::StatusOr<MoveReport> KvCache::EvictAll(int tier) { return impl_->EvictAll(tier); }
-absl::StatusOr<MoveReport> KvCache::Prefetch(std::span<const SequenceId> sequences) { return impl_->Prefetch(sequences); }
-absl::StatusOr<SequenceInfo> KvCache::GetSequence(SequenceId sequence) const { return impl_->GetSequence(sequence); }
+absl::StatusOr<MoveReport> KvCache::Prefetch(std::span<const SequenceId> sequences) {
+  return impl_->Prefetch(sequences);
+}
+absl::StatusOr<SequenceInfo> KvCache::GetSequence(SequenceId sequence) const {
+  return impl_->GetSequence(sequence);
+}
 std::vector<SequenceInfo> KvCache::ListSequences() const { return impl_->ListSequences(); }
 absl::StatusOr<ModelId> KvCache::ModelOf(SequenceId sequence) const { return impl_->ModelOf(sequence); }
 absl::StatusOr<int64_t> KvCache::Length(SequenceId sequence) const { return impl_->Length(sequence); }

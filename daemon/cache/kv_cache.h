@@ -1,7 +1,7 @@
-// KvCache holds the K and V of many sequences in blocks over several tiers of memory, attends over them where they lie,
-// and moves them between tiers. All calls are thread-safe; readers of one sequence run side by side, writers of one
-// sequence exclude each other: the second one gets Aborted at once. Metadata is under one mutex, bytes are under none:
-// copies and kernels work on pinned blocks.
+// KvCache holds the K and V of many sequences in blocks over several tiers of memory, attends over them where
+// they lie, and moves them between tiers. All calls are thread-safe; readers of one sequence run side by
+// side, writers of one sequence exclude each other: the second one gets Aborted at once. Metadata is under
+// one mutex, bytes are under none: copies and kernels work on pinned blocks.
 //
 // Errors (absl::Status), the same everywhere:
 //   InvalidArgument     shape, dtype, NaN/Inf or out-of-f16 values (named position), unsupported pair
@@ -9,9 +9,9 @@
 //   FailedPrecondition  another spec under a registered name; a drop that the sequence does not allow
 //   OutOfRange          start position is not the layer's length; tokens that left the sliding window
 //   Aborted             another writer holds the sequence (retry later); it was closed while the call ran
-//   ResourceExhausted   no room in any tier (needed and free bytes are named), or a limit; nothing has changed
-//   DataLoss            a visible token was dropped, or a block failed its checksum (token range is named)
-//   Cancelled           `cancelled` was set; nothing has changed
+//   ResourceExhausted   no room in any tier (needed and free bytes are named), or a limit; nothing has
+//   changed DataLoss            a visible token was dropped, or a block failed its checksum (token range is
+//   named) Cancelled           `cancelled` was set; nothing has changed
 #pragma once
 
 #include <atomic>
@@ -32,17 +32,18 @@
 
 namespace kvtide {
 
-// New K and V of one layer, dense rows [tokens][kv_heads][head_dim]. Bytes are the caller's until the call returns; `elements`
-// is what the caller has, checked against tokens x kv_heads x head_dim (0 = the caller has checked).
+// New K and V of one layer, dense rows [tokens][kv_heads][head_dim]. Bytes are the caller's until the call
+// returns; `elements` is what the caller has, checked against tokens x kv_heads x head_dim (0 = the caller
+// has checked).
 struct LayerKv {
   int layer = 0;  // model layer
   TensorView k, v;
   size_t k_elements = 0, v_elements = 0;
 };
 
-// Appends `tokens` tokens at start_position, which must equal the length of each named layer. The whole call takes effect or
-// none of it. An exact repeat of the last append of a layer (same start and count, as after a lost answer) is
-// recognised and succeeds without writing; the values are not compared.
+// Appends `tokens` tokens at start_position, which must equal the length of each named layer. The whole call
+// takes effect or none of it. An exact repeat of the last append of a layer (same start and count, as after a
+// lost answer) is recognised and succeeds without writing; the values are not compared.
 struct AppendCall {
   SequenceId sequence = 0;
   int64_t start_position = 0;
@@ -51,32 +52,33 @@ struct AppendCall {
   const std::atomic<bool>* cancelled = nullptr;
 };
 
-// One sequence's part of a batch. With new_tokens > 0 (AppendAttend only) k and v are appended at start_position first, and
-// the queries see them exactly (as f16); sealing comes after. All-or-nothing for the batch.
+// One sequence's part of a batch. With new_tokens > 0 (AppendAttend only) k and v are appended at
+// start_position first, and the queries see them exactly (as f16); sealing comes after. All-or-nothing for
+// the batch.
 struct AttendRequest {
   SequenceId sequence = 0;
-  TensorView q;            // [queries][heads][head_dim_k]
-  size_t q_elements = 0;   // 0 = the caller has checked
+  TensorView q;           // [queries][heads][head_dim_k]
+  size_t q_elements = 0;  // 0 = the caller has checked
   int64_t queries = 0;
   int64_t first_query_position = 0;  // query i stands at first_query_position + i
-  float* out = nullptr;    // [queries][heads][head_dim_v]
-  float* lse = nullptr;    // [queries][heads], natural log; may be null
+  float* out = nullptr;              // [queries][heads][head_dim_v]
+  float* lse = nullptr;              // [queries][heads], natural log; may be null
   // AppendAttend.
   int64_t new_tokens = 0;
   int64_t start_position = 0;
-  TensorView k, v;         // [new_tokens][kv_heads][head_dim]
+  TensorView k, v;  // [new_tokens][kv_heads][head_dim]
   size_t k_elements = 0, v_elements = 0;
 };
 
 // A batch over one layer of one model. Unset values are those of the layer's group.
 struct AttendCall {
-  int layer = 0;                   // model layer
+  int layer = 0;  // model layer
   std::span<const AttendRequest> items;
-  bool causal = true;              // query at p sees positions <= p
+  bool causal = true;  // query at p sees positions <= p
   std::optional<float> scale;
   std::optional<float> softcap;
-  std::optional<int64_t> window;   // may only narrow the group's window
-  const float* sinks = nullptr;    // [heads]; null = none
+  std::optional<int64_t> window;  // may only narrow the group's window
+  const float* sinks = nullptr;   // [heads]; null = none
   const std::atomic<bool>* cancelled = nullptr;
 };
 
@@ -90,7 +92,8 @@ struct MoveReport {
 
 class KvCache {
  public:
-  // Takes the memory of all tiers. InvalidArgument for bad options, ResourceExhausted when a slab cannot be had.
+  // Takes the memory of all tiers. InvalidArgument for bad options, ResourceExhausted when a slab cannot be
+  // had.
   static absl::StatusOr<std::unique_ptr<KvCache>> Create(CacheOptions options);
   // Stops the mover. No call may be running.
   ~KvCache();
@@ -103,8 +106,9 @@ class KvCache {
   absl::StatusOr<SequenceId> CreateSequence(ModelId model, const SequenceOptions& options);
   // A copy that shares all blocks; whoever writes into the shared tail first gets a copy of it.
   absl::StatusOr<SequenceId> ForkSequence(SequenceId sequence);
-  // Every layer keeps at most `tokens`. Inside a coded block the remaining tokens are decoded into an f16 tail: they keep the
-  // values that coding gave them. OutOfRange beyond the length, or when the tail's start has left a sliding window.
+  // Every layer keeps at most `tokens`. Inside a coded block the remaining tokens are decoded into an f16
+  // tail: they keep the values that coding gave them. OutOfRange beyond the length, or when the tail's start
+  // has left a sliding window.
   absl::Status TruncateSequence(SequenceId sequence, int64_t tokens);
   // Frees everything; calls that run on the sequence end well or with Aborted.
   absl::Status CloseSequence(SequenceId sequence);
@@ -113,11 +117,12 @@ class KvCache {
   absl::Status Attend(const AttendCall& call);
   absl::Status AppendAttend(const AttendCall& call);
 
-  // Moves blocks that lie above `tier` down to it (kDropTier: drops them, if the sequence allows it). Returns when the copies
-  // are done. Making room below may demote further or drop, by policy.
+  // Moves blocks that lie above `tier` down to it (kDropTier: drops them, if the sequence allows it). Returns
+  // when the copies are done. Making room below may demote further or drop, by policy.
   absl::StatusOr<MoveReport> Evict(std::span<const SequenceId> sequences, int tier);
   absl::StatusOr<MoveReport> EvictAll(int tier);
-  // Moves the sequences' blocks up to tier 0, demoting colder blocks of others if needed. What finds no room stays.
+  // Moves the sequences' blocks up to tier 0, demoting colder blocks of others if needed. What finds no room
+  // stays.
   absl::StatusOr<MoveReport> Prefetch(std::span<const SequenceId> sequences);
 
   absl::StatusOr<SequenceInfo> GetSequence(SequenceId sequence) const;
@@ -131,10 +136,11 @@ class KvCache {
   const CacheOptions& options() const;
 
   // The bytes that a sequence of `tokens` tokens holds at rest.
-  static absl::StatusOr<PredictedBytes> Predict(const ModelSpec& model, const SequenceOptions& options, int64_t tokens);
+  static absl::StatusOr<PredictedBytes> Predict(const ModelSpec& model, const SequenceOptions& options,
+                                                int64_t tokens);
 
-  // One round of the policy: demotes idle blocks above the high watermark, promotes what attention wants. The mover thread
-  // calls it; without background_moves the owner does.
+  // One round of the policy: demotes idle blocks above the high watermark, promotes what attention wants. The
+  // mover thread calls it; without background_moves the owner does.
   MoveReport RunMovesOnce();
   // Stops the process with a message when the tables, counts and allocators contradict each other. For tests.
   void CheckInvariants() const;

@@ -20,7 +20,8 @@ bool IsCancelled(const std::atomic<bool>* cancelled) {
 absl::Status KvCache::Impl::Append(const AppendCall& call) {
   if (call.tokens < 1 || call.tokens > options_.max_tokens_per_append)
     return absl::InvalidArgumentError(absl::StrCat("append of ", call.tokens, " tokens: must be 1 to ",
-                                                   options_.max_tokens_per_append, " (max_tokens_per_append)"));
+                                                   options_.max_tokens_per_append,
+                                                   " (max_tokens_per_append)"));
   if (call.layers.empty()) return absl::InvalidArgumentError("append without layers");
   WriteBatch batch;
   std::shared_ptr<const ModelState> model;
@@ -32,16 +33,19 @@ absl::Status KvCache::Impl::Append(const AppendCall& call) {
   }
   for (const LayerKv& kv : call.layers) {
     if (kv.layer < 0 || static_cast<size_t>(kv.layer) >= model->spec.layers.size())
-      return absl::InvalidArgumentError(
-          absl::StrCat("layer ", kv.layer, ": model '", model->spec.name, "' has layers 0 to ", model->spec.layers.size() - 1));
+      return absl::InvalidArgumentError(absl::StrCat("layer ", kv.layer, ": model '", model->spec.name,
+                                                     "' has layers 0 to ", model->spec.layers.size() - 1));
     for (const LayerWrite& earlier : batch.writes)
-      if (earlier.model_layer == kv.layer) return absl::InvalidArgumentError(absl::StrCat("layer ", kv.layer, " is there twice"));
+      if (earlier.model_layer == kv.layer)
+        return absl::InvalidArgumentError(absl::StrCat("layer ", kv.layer, " is there twice"));
     const LayerSpec& layer = model->spec.layers[static_cast<size_t>(kv.layer)];
     const GroupShape& shape = model->spec.groups[static_cast<size_t>(layer.group)].shape;
     if (kv.k.data == nullptr || kv.v.data == nullptr)
       return absl::InvalidArgumentError(absl::StrCat("K or V of layer ", kv.layer, " is missing"));
-    KVTIDE_RETURN_IF_ERROR(CheckElements(kv.k_elements, call.tokens, shape.kv_heads, shape.head_dim_k, "K", kv.layer));
-    KVTIDE_RETURN_IF_ERROR(CheckElements(kv.v_elements, call.tokens, shape.kv_heads, shape.head_dim_v, "V", kv.layer));
+    KVTIDE_RETURN_IF_ERROR(
+        CheckElements(kv.k_elements, call.tokens, shape.kv_heads, shape.head_dim_k, "K", kv.layer));
+    KVTIDE_RETURN_IF_ERROR(
+        CheckElements(kv.v_elements, call.tokens, shape.kv_heads, shape.head_dim_v, "V", kv.layer));
     KVTIDE_RETURN_IF_ERROR(
         CheckValues(kv.k, call.tokens, shape.kv_heads, shape.head_dim_k, "K", kv.layer, call.start_position));
     KVTIDE_RETURN_IF_ERROR(
@@ -56,13 +60,15 @@ absl::Status KvCache::Impl::Append(const AppendCall& call) {
     write.k = kv.k;
     write.v = kv.v;
   }
-  if (IsCancelled(call.cancelled)) return absl::CancelledError("append was cancelled before anything was written");
+  if (IsCancelled(call.cancelled))
+    return absl::CancelledError("append was cancelled before anything was written");
   {
     MutexLock lock(mu_);
     KVTIDE_RETURN_IF_ERROR(BeginWrites(batch));
   }
-  const absl::Status written =
-      IsCancelled(call.cancelled) ? absl::CancelledError("append was cancelled; nothing was written") : WriteBytes(batch);
+  const absl::Status written = IsCancelled(call.cancelled)
+                                   ? absl::CancelledError("append was cancelled; nothing was written")
+                                   : WriteBytes(batch);
   MutexLock lock(mu_);
   if (!written.ok()) {
     Rollback(batch);
@@ -104,12 +110,14 @@ absl::Status KvCache::Impl::BeginLayerWrite(WriteBatch& batch, LayerWrite& write
     return absl::OkStatus();
   }
   if (write.start != layer.tokens)
-    return absl::OutOfRangeError(absl::StrCat(where, ": start position ", write.start, " is not the layer's length ", layer.tokens,
+    return absl::OutOfRangeError(absl::StrCat(where, ": start position ", write.start,
+                                              " is not the layer's length ", layer.tokens,
                                               "; append there, or truncate first"));
   const int64_t end = write.start + write.tokens;
   if (end > options_.max_tokens_per_sequence)
     return absl::ResourceExhaustedError(absl::StrCat(where, ": ", end, " tokens are more than the limit of ",
-                                                     options_.max_tokens_per_sequence, " (max_tokens_per_sequence)"));
+                                                     options_.max_tokens_per_sequence,
+                                                     " (max_tokens_per_sequence)"));
   write.old_last_start = layer.last_start;
   const int64_t first = write.start / kBlockTokens, last = (end - 1) / kBlockTokens;
   const int64_t old_end = table.end_block();
@@ -145,7 +153,8 @@ absl::Status KvCache::Impl::AddBlocks(WriteBatch& batch, Sequence& sequence, int
   while (table.end_block() <= last_index) {
     const int64_t index = table.end_block();
     Block* blocks[2] = {};
-    KVTIDE_RETURN_IF_ERROR(AllocateTogether({layouts, count}, bytes_each * static_cast<size_t>(last_index - index + 1), blocks));
+    KVTIDE_RETURN_IF_ERROR(
+        AllocateTogether({layouts, count}, bytes_each * static_cast<size_t>(last_index - index + 1), blocks));
     for (size_t i = 0; i < count; i++) {
       store_.AddRef(blocks[i], sequence.keeper());
       Stamp(blocks[i], sequence, group, index);
@@ -178,8 +187,9 @@ absl::Status KvCache::Impl::MakeWritable(WriteBatch& batch, Sequence& sequence, 
   }
   for (size_t i = 0; i < count; i++) {
     if (entries[i]->place == nullptr)
-      return absl::DataLossError(absl::StrCat("tokens ", index * kBlockTokens, " to ", (index + 1) * kBlockTokens - 1,
-                                              " were dropped; truncate to ", index * kBlockTokens, " or below"));
+      return absl::DataLossError(absl::StrCat("tokens ", index * kBlockTokens, " to ",
+                                              (index + 1) * kBlockTokens - 1, " were dropped; truncate to ",
+                                              index * kBlockTokens, " or below"));
     if (entries[i]->refs > 1 || (entries[i]->copy_before_write && entries[i]->place->pins > 0)) copy = true;
     if (entries[i]->place->tier != entries[0]->place->tier) copy = true;
   }
@@ -201,7 +211,8 @@ absl::Status KvCache::Impl::MakeWritable(WriteBatch& batch, Sequence& sequence, 
     }
     Place* source = entries[i]->place;
     store_.Pin(source);
-    status = CopyOne({source->tier, copies[i]->place->tier, source->data, copies[i]->place->data, source->bytes, {}});
+    status = CopyOne(
+        {source->tier, copies[i]->place->tier, source->data, copies[i]->place->data, source->bytes, {}});
     store_.Unpin(source);
   }
   for (size_t i = 0; i < count; i++) {
@@ -230,7 +241,8 @@ void KvCache::Impl::StartWriting(WriteBatch& batch, Block* block) {
 }
 
 void KvCache::Impl::Stamp(Block* block, const Sequence& sequence, int group, int64_t index) {
-  block->stamp = {sequence.model->id, sequence.id, std::hash<std::string>{}(sequence.options.name_space), group, index};
+  block->stamp = {sequence.model->id, sequence.id, std::hash<std::string>{}(sequence.options.name_space),
+                  group, index};
   block->last_touched = options_.clock();
 }
 
@@ -258,8 +270,9 @@ absl::Status KvCache::Impl::WriteBytes(WriteBatch& batch) {
       args.k = write.k;
       args.v = write.v;
       args.pieces = pieces[t];
-      KVTIDE_RETURN_IF_ERROR(Annotate(backends_[t]->Append(args), absl::StrCat("sequence ", write.sequence->id, ", layer ",
-                                                                               write.model_layer, ": writing new tokens")));
+      KVTIDE_RETURN_IF_ERROR(
+          Annotate(backends_[t]->Append(args), absl::StrCat("sequence ", write.sequence->id, ", layer ",
+                                                            write.model_layer, ": writing new tokens")));
     }
     if (write.targets.front().coded != nullptr) KVTIDE_RETURN_IF_ERROR(CodeAtOnce(batch, write));
   }
@@ -282,9 +295,10 @@ absl::Status KvCache::Impl::CodeAtOnce(WriteBatch& batch, LayerWrite& write) {
     std::vector<float> keys(static_cast<size_t>(rows) * stride);
     for (size_t i = 0; i < keys.size(); i++) keys[i] = write.k.At(i);
     for (int head = 0; head < shape.kv_heads; head++)
-      next->k[static_cast<size_t>(write.layer) * static_cast<size_t>(shape.kv_heads) + static_cast<size_t>(head)] =
-          MakeKeyProfile(keys.data() + static_cast<size_t>(head) * static_cast<size_t>(shape.head_dim_k), rows, stride,
-                         shape.head_dim_k, table.profile_options);
+      next->k[static_cast<size_t>(write.layer) * static_cast<size_t>(shape.kv_heads) +
+              static_cast<size_t>(head)] =
+          MakeKeyProfile(keys.data() + static_cast<size_t>(head) * static_cast<size_t>(shape.head_dim_k),
+                         rows, stride, shape.head_dim_k, table.profile_options);
     next->hash = HashProfile(*next);
     profile = std::move(next);
   }
@@ -298,13 +312,15 @@ absl::Status KvCache::Impl::CodeAtOnce(WriteBatch& batch, LayerWrite& write) {
     piece.to_profile = profile.get();
     piece.first_layer = write.layer;
     piece.layers = 1;
-    piece.tokens = static_cast<int>(std::min<int64_t>(kBlockTokens, write.start + write.tokens - target.index * kBlockTokens));
+    piece.tokens = static_cast<int>(
+        std::min<int64_t>(kBlockTokens, write.start + write.tokens - target.index * kBlockTokens));
     pieces[static_cast<size_t>(target.tier)].push_back(piece);
   }
   for (size_t t = 0; t < pieces.size(); t++)
     if (!pieces[t].empty())
-      KVTIDE_RETURN_IF_ERROR(Annotate(backends_[t]->Recode(pieces[t]), absl::StrCat("sequence ", write.sequence->id, ", layer ",
-                                                                                    write.model_layer, ": coding new tokens")));
+      KVTIDE_RETURN_IF_ERROR(
+          Annotate(backends_[t]->Recode(pieces[t]), absl::StrCat("sequence ", write.sequence->id, ", layer ",
+                                                                 write.model_layer, ": coding new tokens")));
   return absl::OkStatus();
 }
 
@@ -382,7 +398,8 @@ absl::Status KvCache::Impl::Finish(WriteBatch& batch) {
     Sequence& sequence = *batch.sequences[i];
     counters_.appended_tokens += static_cast<uint64_t>(sequence.MinTokens() - batch.old_tokens[i]);
     if (!sequence.closed) Settle(sequence);
-    if (sequence.closed && status.ok()) status = absl::AbortedError(absl::StrCat("sequence ", sequence.id, " was closed"));
+    if (sequence.closed && status.ok())
+      status = absl::AbortedError(absl::StrCat("sequence ", sequence.id, " was closed"));
     EndWriter(sequence);
   }
   return status;

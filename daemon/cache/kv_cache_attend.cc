@@ -1,5 +1,5 @@
-// Attend and AppendAttend: plan and pin under the mutex, let every tier's backend attend over its own blocks without it, merge
-// the states.
+// Attend and AppendAttend: plan and pin under the mutex, let every tier's backend attend over its own blocks
+// without it, merge the states.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -17,11 +17,11 @@ namespace kvtide {
 // The runs of one item in one tier, and where that tier puts its state.
 struct KvCache::Impl::TierPart {
   int tier = 0;
-  std::vector<std::byte*> blocks;   // of all runs
-  std::vector<size_t> run_begins;   // into blocks
+  std::vector<std::byte*> blocks;  // of all runs
+  std::vector<size_t> run_begins;  // into blocks
   std::vector<BlockRun> runs;
   std::vector<std::shared_ptr<const Profile>> profiles;  // keeps them alive
-  std::vector<float> own_out, own_lse;  // when the part is not the only one
+  std::vector<float> own_out, own_lse;                   // when the part is not the only one
 };
 
 struct KvCache::Impl::ItemPlan {
@@ -40,45 +40,54 @@ KvCache::Impl::ReadPins::~ReadPins() {
 
 absl::Status KvCache::Impl::CheckAttend(const AttendCall& call, const ModelSpec& model, bool append) const {
   if (call.layer < 0 || static_cast<size_t>(call.layer) >= model.layers.size())
-    return absl::InvalidArgumentError(
-        absl::StrCat("layer ", call.layer, ": model '", model.name, "' has layers 0 to ", model.layers.size() - 1));
-  const LayerGroupSpec& group = model.groups[static_cast<size_t>(model.layers[static_cast<size_t>(call.layer)].group)];
+    return absl::InvalidArgumentError(absl::StrCat("layer ", call.layer, ": model '", model.name,
+                                                   "' has layers 0 to ", model.layers.size() - 1));
+  const LayerGroupSpec& group =
+      model.groups[static_cast<size_t>(model.layers[static_cast<size_t>(call.layer)].group)];
   if (call.scale.has_value() && !(std::isfinite(*call.scale) && *call.scale > 0))
     return absl::InvalidArgumentError(absl::StrCat("scale ", *call.scale, ": must be finite and positive"));
   if (call.softcap.has_value() && !(std::isfinite(*call.softcap) && *call.softcap >= 0))
-    return absl::InvalidArgumentError(absl::StrCat("softcap ", *call.softcap, ": must be finite and not negative"));
-  if (call.window.has_value() && (*call.window < 0 || (group.window > 0 && *call.window > group.window)))
     return absl::InvalidArgumentError(
-        absl::StrCat("window ", *call.window, ": the layer keeps a window of ", group.window, " tokens, a call may only narrow it"));
+        absl::StrCat("softcap ", *call.softcap, ": must be finite and not negative"));
+  if (call.window.has_value() && (*call.window < 0 || (group.window > 0 && *call.window > group.window)))
+    return absl::InvalidArgumentError(absl::StrCat("window ", *call.window, ": the layer keeps a window of ",
+                                                   group.window, " tokens, a call may only narrow it"));
   const GroupShape& shape = group.shape;
   for (size_t i = 0; i < call.items.size(); i++) {
     const AttendRequest& item = call.items[i];
     const auto check = [&]() -> absl::Status {
       if (item.queries < 1 || item.queries > options_.max_queries_per_item)
-        return absl::InvalidArgumentError(absl::StrCat(item.queries, " queries: must be 1 to ", options_.max_queries_per_item,
+        return absl::InvalidArgumentError(absl::StrCat(item.queries, " queries: must be 1 to ",
+                                                       options_.max_queries_per_item,
                                                        " (max_queries_per_item)"));
       if (item.first_query_position < 0)
-        return absl::InvalidArgumentError(absl::StrCat("first query position ", item.first_query_position, " is negative"));
+        return absl::InvalidArgumentError(
+            absl::StrCat("first query position ", item.first_query_position, " is negative"));
       if (item.first_query_position > int64_t{1} << 48)
         return absl::InvalidArgumentError(
             absl::StrCat("first query position ", item.first_query_position, " is beyond 2^48"));
-      if (item.q.data == nullptr || item.out == nullptr) return absl::InvalidArgumentError("q or the output is missing");
-      KVTIDE_RETURN_IF_ERROR(CheckElements(item.q_elements, item.queries, group.heads, shape.head_dim_k, "q", call.layer));
+      if (item.q.data == nullptr || item.out == nullptr)
+        return absl::InvalidArgumentError("q or the output is missing");
       KVTIDE_RETURN_IF_ERROR(
-          CheckFinite(item.q, item.queries, group.heads, shape.head_dim_k, "q", call.layer, item.first_query_position));
+          CheckElements(item.q_elements, item.queries, group.heads, shape.head_dim_k, "q", call.layer));
+      KVTIDE_RETURN_IF_ERROR(CheckFinite(item.q, item.queries, group.heads, shape.head_dim_k, "q", call.layer,
+                                         item.first_query_position));
       if (!append) return absl::OkStatus();
       if (item.new_tokens < 0 || item.new_tokens > options_.max_tokens_per_append)
-        return absl::InvalidArgumentError(absl::StrCat("append of ", item.new_tokens, " tokens: must be at most ",
-                                                       options_.max_tokens_per_append, " (max_tokens_per_append)"));
+        return absl::InvalidArgumentError(
+            absl::StrCat("append of ", item.new_tokens, " tokens: must be at most ",
+                         options_.max_tokens_per_append, " (max_tokens_per_append)"));
       if (item.new_tokens == 0) return absl::OkStatus();
-      if (item.k.data == nullptr || item.v.data == nullptr) return absl::InvalidArgumentError("K or V is missing");
+      if (item.k.data == nullptr || item.v.data == nullptr)
+        return absl::InvalidArgumentError("K or V is missing");
       KVTIDE_RETURN_IF_ERROR(
           CheckElements(item.k_elements, item.new_tokens, shape.kv_heads, shape.head_dim_k, "K", call.layer));
       KVTIDE_RETURN_IF_ERROR(
           CheckElements(item.v_elements, item.new_tokens, shape.kv_heads, shape.head_dim_v, "V", call.layer));
-      KVTIDE_RETURN_IF_ERROR(
-          CheckValues(item.k, item.new_tokens, shape.kv_heads, shape.head_dim_k, "K", call.layer, item.start_position));
-      return CheckValues(item.v, item.new_tokens, shape.kv_heads, shape.head_dim_v, "V", call.layer, item.start_position);
+      KVTIDE_RETURN_IF_ERROR(CheckValues(item.k, item.new_tokens, shape.kv_heads, shape.head_dim_k, "K",
+                                         call.layer, item.start_position));
+      return CheckValues(item.v, item.new_tokens, shape.kv_heads, shape.head_dim_v, "V", call.layer,
+                         item.start_position);
     };
     KVTIDE_RETURN_IF_ERROR(Annotate(check(), absl::StrCat("item ", i, " (sequence ", item.sequence, ")")));
   }
@@ -88,8 +97,8 @@ absl::Status KvCache::Impl::CheckAttend(const AttendCall& call, const ModelSpec&
 absl::Status KvCache::Impl::Attend(const AttendCall& call, bool append) {
   if (call.items.empty()) return absl::InvalidArgumentError("attention without items");
   if (call.items.size() > options_.max_batch_items)
-    return absl::InvalidArgumentError(
-        absl::StrCat(call.items.size(), " items: the limit is ", options_.max_batch_items, " (max_batch_items)"));
+    return absl::InvalidArgumentError(absl::StrCat(call.items.size(), " items: the limit is ",
+                                                   options_.max_batch_items, " (max_batch_items)"));
   std::vector<SequencePtr> sequences;
   {
     MutexLock lock(mu_);
@@ -97,15 +106,17 @@ absl::Status KvCache::Impl::Attend(const AttendCall& call, bool append) {
       absl::StatusOr<SequencePtr> sequence = Find(call.items[i].sequence);
       if (!sequence.ok()) return Annotate(sequence.status(), absl::StrCat("item ", i));
       if (!sequences.empty() && (*sequence)->model != sequences.front()->model)
-        return absl::InvalidArgumentError(absl::StrCat("item ", i, ": sequence ", (*sequence)->id, " is of model '",
-                                                       (*sequence)->model->spec.name, "', item 0 of '",
-                                                       sequences.front()->model->spec.name, "'; a call serves one model"));
+        return absl::InvalidArgumentError(absl::StrCat(
+            "item ", i, ": sequence ", (*sequence)->id, " is of model '", (*sequence)->model->spec.name,
+            "', item 0 of '", sequences.front()->model->spec.name, "'; a call serves one model"));
       sequences.push_back(*std::move(sequence));
     }
   }
   const ModelSpec& model = sequences.front()->model->spec;
   KVTIDE_RETURN_IF_ERROR(CheckAttend(call, model, append));
-  const auto cancelled = [&] { return call.cancelled != nullptr && call.cancelled->load(std::memory_order_relaxed); };
+  const auto cancelled = [&] {
+    return call.cancelled != nullptr && call.cancelled->load(std::memory_order_relaxed);
+  };
   if (cancelled()) return absl::CancelledError("attention was cancelled; nothing was written");
 
   WriteBatch batch;
@@ -135,7 +146,8 @@ absl::Status KvCache::Impl::Attend(const AttendCall& call, bool append) {
     MutexLock lock(mu_);
     KVTIDE_RETURN_IF_ERROR(BeginWrites(batch));
   }
-  absl::Status status = cancelled() ? absl::CancelledError("attention was cancelled; nothing was written") : WriteBytes(batch);
+  absl::Status status =
+      cancelled() ? absl::CancelledError("attention was cancelled; nothing was written") : WriteBytes(batch);
   {
     MutexLock lock(mu_);
     if (status.ok()) {
@@ -145,7 +157,8 @@ absl::Status KvCache::Impl::Attend(const AttendCall& call, bool append) {
       return status;
     }
   }
-  status = cancelled() ? absl::CancelledError("attention was cancelled; nothing was written") : RunAttend(call, sequences, true);
+  status = cancelled() ? absl::CancelledError("attention was cancelled; nothing was written")
+                       : RunAttend(call, sequences, true);
   MutexLock lock(mu_);
   if (!status.ok()) {
     Rollback(batch);
@@ -155,11 +168,13 @@ absl::Status KvCache::Impl::Attend(const AttendCall& call, bool append) {
 }
 
 // Finds the blocks that the item's queries can see, pins them, and groups them into runs per tier.
-absl::Status KvCache::Impl::PlanItem(const AttendCall& call, const AttendRequest& item, const SequencePtr& sequence,
-                                     bool own_writer, ItemPlan* plan, ReadPins* pins) {
+absl::Status KvCache::Impl::PlanItem(const AttendCall& call, const AttendRequest& item,
+                                     const SequencePtr& sequence, bool own_writer, ItemPlan* plan,
+                                     ReadPins* pins) {
   if (sequence->closed) return absl::AbortedError("the sequence was closed");
   if (sequence->options.seal_at_once && sequence->writer && !(own_writer && item.new_tokens > 0))
-    return absl::AbortedError("the sequence codes at once (evaluation mode) and is being written; one call at a time");
+    return absl::AbortedError(
+        "the sequence codes at once (evaluation mode) and is being written; one call at a time");
   const LayerSpec& layer = sequence->model->spec.layers[static_cast<size_t>(call.layer)];
   GroupTable& table = sequence->groups[static_cast<size_t>(layer.group)];
   const int64_t length = table.layers[static_cast<size_t>(layer.layer_in_group)].tokens;
@@ -178,10 +193,10 @@ absl::Status KvCache::Impl::PlanItem(const AttendCall& call, const AttendRequest
     if (table.at(index)->place != nullptr) continue;
     int64_t dropped_end = index;
     while (dropped_end <= last && table.at(dropped_end)->place == nullptr) dropped_end++;
-    return absl::DataLossError(absl::StrCat("tokens ", std::max(begin, index * kBlockTokens), " to ",
-                                            std::min(end, dropped_end * kBlockTokens) - 1,
-                                            " were dropped; compute them again in a new sequence, or truncate to ",
-                                            index * kBlockTokens));
+    return absl::DataLossError(absl::StrCat(
+        "tokens ", std::max(begin, index * kBlockTokens), " to ",
+        std::min(end, dropped_end * kBlockTokens) - 1,
+        " were dropped; compute them again in a new sequence, or truncate to ", index * kBlockTokens));
   }
   const bool touch = layer.layer_in_group == 0;  // once a step is enough
   const absl::Time now = touch ? options_.clock() : absl::Time();
@@ -230,7 +245,8 @@ absl::Status KvCache::Impl::PlanItem(const AttendCall& call, const AttendRequest
   return absl::OkStatus();
 }
 
-absl::Status KvCache::Impl::RunAttend(const AttendCall& call, const std::vector<SequencePtr>& sequences, bool own_writer) {
+absl::Status KvCache::Impl::RunAttend(const AttendCall& call, const std::vector<SequencePtr>& sequences,
+                                      bool own_writer) {
   const ModelSpec& model = sequences.front()->model->spec;
   const LayerSpec& layer = model.layers[static_cast<size_t>(call.layer)];
   const LayerGroupSpec& group = model.groups[static_cast<size_t>(layer.group)];
@@ -244,8 +260,9 @@ absl::Status KvCache::Impl::RunAttend(const AttendCall& call, const std::vector<
     for (size_t i = 0; i < plans.size(); i++) {
       sequences[i]->readers++;
       pins.sequences_.push_back(sequences[i]);
-      KVTIDE_RETURN_IF_ERROR(Annotate(PlanItem(call, call.items[i], sequences[i], own_writer, &plans[i], &pins),
-                                      absl::StrCat("item ", i, " (sequence ", sequences[i]->id, ")")));
+      KVTIDE_RETURN_IF_ERROR(
+          Annotate(PlanItem(call, call.items[i], sequences[i], own_writer, &plans[i], &pins),
+                   absl::StrCat("item ", i, " (sequence ", sequences[i]->id, ")")));
     }
   }
   std::vector<std::vector<AttendItem>> work(backends_.size());
@@ -284,7 +301,8 @@ absl::Status KvCache::Impl::RunAttend(const AttendCall& call, const std::vector<
   AttendArgs args;
   args.layer = layer.layer_in_group;
   args.heads = group.heads;
-  args.scale = call.scale.value_or(group.scale > 0 ? group.scale : 1.0f / std::sqrt(static_cast<float>(dim_k)));
+  args.scale =
+      call.scale.value_or(group.scale > 0 ? group.scale : 1.0f / std::sqrt(static_cast<float>(dim_k)));
   args.causal = call.causal;
   args.window = call.window.has_value() && *call.window > 0 ? *call.window : group.window;
   args.softcap = call.softcap.value_or(group.softcap);
@@ -302,7 +320,8 @@ absl::Status KvCache::Impl::RunAttend(const AttendCall& call, const std::vector<
     if (!work[t].empty() && (t == 0 || work[0].empty() || backends_[t] == backends_[0])) attend(t);
   for (std::thread& thread : others) thread.join();
   for (size_t t = 0; t < status.size(); t++)
-    KVTIDE_RETURN_IF_ERROR(Annotate(status[t], absl::StrCat("attention in tier '", options_.tiers[t].name, "'")));
+    KVTIDE_RETURN_IF_ERROR(
+        Annotate(status[t], absl::StrCat("attention in tier '", options_.tiers[t].name, "'")));
 
   const std::vector<float> zeros(call.sinks != nullptr ? dim_v : 0);
   for (size_t i = 0; i < plans.size(); i++) {
@@ -315,10 +334,12 @@ absl::Status KvCache::Impl::RunAttend(const AttendCall& call, const std::vector<
         MergeAttentionState(item.out + r * dim_v, lse + r, part.own_out.data() + r * dim_v, part.own_lse[r],
                             static_cast<int>(dim_v));
     }
-    // A sink is one more state: its logit with value 0. Merged here, it counts once however many tiers took part.
+    // A sink is one more state: its logit with value 0. Merged here, it counts once however many tiers took
+    // part.
     if (call.sinks != nullptr)
       for (size_t r = 0; r < rows; r++)
-        MergeAttentionState(item.out + r * dim_v, lse + r, zeros.data(), call.sinks[r % heads], static_cast<int>(dim_v));
+        MergeAttentionState(item.out + r * dim_v, lse + r, zeros.data(), call.sinks[r % heads],
+                            static_cast<int>(dim_v));
   }
   return absl::OkStatus();
 }

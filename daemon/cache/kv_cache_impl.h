@@ -1,9 +1,9 @@
-// The inside of KvCache. One mutex guards all metadata; a method marked "may unlock" gives it up while bytes are copied or
-// coded, and the caller relies only on what it holds: a sequence's `writer` flag (nobody else changes its tables and
-// lengths), holds on blocks, pins on places.
+// The inside of KvCache. One mutex guards all metadata; a method marked "may unlock" gives it up while bytes
+// are copied or coded, and the caller relies only on what it holds: a sequence's `writer` flag (nobody else
+// changes its tables and lengths), holds on blocks, pins on places.
 //
-// Files: kv_cache.cc (models, sequences), kv_cache_append.cc, kv_cache_attend.cc, kv_cache_seal.cc (what follows an append),
-// kv_cache_truncate.cc, kv_cache_moves.cc (room, eviction, mover), kv_cache_stats.cc.
+// Files: kv_cache.cc (models, sequences), kv_cache_append.cc, kv_cache_attend.cc, kv_cache_seal.cc (what
+// follows an append), kv_cache_truncate.cc, kv_cache_moves.cc (room, eviction, mover), kv_cache_stats.cc.
 #pragma once
 
 #include <deque>
@@ -72,14 +72,14 @@ class KvCache::Impl {
     int64_t old_last_start = -1;
     std::vector<Target> targets;
   };
-  // A running append: begun (reserved), written, committed; then settled, or rolled back. All sequences in it have their
-  // `writer` flag set by it.
+  // A running append: begun (reserved), written, committed; then settled, or rolled back. All sequences in it
+  // have their `writer` flag set by it.
   struct WriteBatch {
     std::vector<SequencePtr> sequences;
     std::vector<LayerWrite> writes;
-    std::vector<Block*> held;                                 // writing, with a hold
-    std::vector<std::pair<GroupTable*, int64_t>> table_ends;  // before the batch
-    std::vector<int64_t> old_tokens;                          // of sequences
+    std::vector<Block*> held;                                        // writing, with a hold
+    std::vector<std::pair<GroupTable*, int64_t>> table_ends;         // before the batch
+    std::vector<int64_t> old_tokens;                                 // of sequences
     std::map<GroupTable*, std::shared_ptr<const Profile>> profiles;  // seal_at_once: made while writing
     bool committed = false;
   };
@@ -110,7 +110,8 @@ class KvCache::Impl {
   };
 
   struct Counters {
-    uint64_t sequences_created = 0, sequences_closed = 0, appended_tokens = 0, sealed_blocks = 0, failed_seals = 0;
+    uint64_t sequences_created = 0, sequences_closed = 0, appended_tokens = 0, sealed_blocks = 0,
+             failed_seals = 0;
     uint64_t copied_on_write_blocks = 0, window_freed_blocks = 0, evict_calls = 0, prefetch_calls = 0;
     uint64_t moves = 0, failed_moves = 0, moved_bytes = 0, dropped_blocks = 0;
     uint64_t attended_blocks = 0, attended_blocks_below_tier0 = 0, checksum_failures = 0, exhausted = 0;
@@ -125,14 +126,16 @@ class KvCache::Impl {
   void ReleaseTables(Sequence& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // kv_cache_append.cc
-  absl::Status BeginWrites(WriteBatch& batch) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);  // may unlock; all or nothing
+  absl::Status BeginWrites(WriteBatch& batch)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);  // may unlock; all or nothing
   absl::Status BeginLayerWrite(WriteBatch& batch, LayerWrite& write) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status AddBlocks(WriteBatch& batch, Sequence& sequence, int group, int64_t last_index)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status MakeWritable(WriteBatch& batch, Sequence& sequence, int group, int64_t index)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void StartWriting(WriteBatch& batch, Block* block) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void Stamp(Block* block, const Sequence& sequence, int group, int64_t index) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void Stamp(Block* block, const Sequence& sequence, int group, int64_t index)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status WriteBytes(WriteBatch& batch);  // without the lock
   absl::Status CodeAtOnce(WriteBatch& batch, LayerWrite& write);
   absl::Status Commit(WriteBatch& batch) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -142,35 +145,41 @@ class KvCache::Impl {
   // kv_cache_attend.cc
   absl::Status CheckAttend(const AttendCall& call, const ModelSpec& model, bool append) const;
   absl::Status RunAttend(const AttendCall& call, const std::vector<SequencePtr>& sequences, bool own_writer);
-  absl::Status PlanItem(const AttendCall& call, const AttendRequest& item, const SequencePtr& sequence, bool own_writer,
-                        ItemPlan* plan, ReadPins* pins) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status PlanItem(const AttendCall& call, const AttendRequest& item, const SequencePtr& sequence,
+                        bool own_writer, ItemPlan* plan, ReadPins* pins) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // kv_cache_seal.cc; the caller has the writer flag
   void Settle(Sequence& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);  // may unlock
   bool MakeFirstBlockProfile(GroupTable& table) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void FreeFallenBlocks(Sequence& sequence, GroupTable& table) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  int64_t SealRange(Sequence& sequence, int group, int64_t begin, int64_t end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  int64_t SealRange(Sequence& sequence, int group, int64_t begin, int64_t end)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // kv_cache_truncate.cc
-  absl::Status ReopenCodedBlock(Sequence& sequence, int group, int64_t index, int64_t tokens, Block** reopened)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);  // may unlock
+  absl::Status ReopenCodedBlock(Sequence& sequence, int group, int64_t index, int64_t tokens,
+                                Block** reopened) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);  // may unlock
 
   // kv_cache_moves.cc
-  // Blocks with a hold each, all in the fastest tier that can take them; may unlock. ResourceExhausted with the numbers.
-  // `want_bytes` is how much the caller will need in all: room is made in larger steps.
-  absl::Status AllocateTogether(std::span<const BlockLayout* const> layouts, size_t want_bytes, Block** blocks)
+  // Blocks with a hold each, all in the fastest tier that can take them; may unlock. ResourceExhausted with
+  // the numbers. `want_bytes` is how much the caller will need in all: room is made in larger steps.
+  absl::Status AllocateTogether(std::span<const BlockLayout* const> layouts, size_t want_bytes,
+                                Block** blocks) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  Block* AllocateIn(int tier, const BlockLayout* layout, size_t want_bytes)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  Block* AllocateIn(int tier, const BlockLayout* layout, size_t want_bytes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Moves blocks out of the tier that were touched before `serial`; true if something moved. May unlock.
-  bool MakeRoom(int tier, size_t bytes, size_t want_bytes, uint64_t before_serial) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  Snapshot RoomSnapshot(int tier, size_t bytes, uint64_t before_serial) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  bool MakeRoom(int tier, size_t bytes, size_t want_bytes, uint64_t before_serial)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  Snapshot RoomSnapshot(int tier, size_t bytes, uint64_t before_serial) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   BlockView View(const Block& block, absl::Time now) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  MoveReport Execute(const std::vector<Move>& moves, bool pinned_too) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);  // may unlock
+  MoveReport Execute(const std::vector<Move>& moves, bool pinned_too)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);  // may unlock
   // Blocks with a hold each (given back). Moves them to `tier`, making room there. May unlock.
-  MoveReport MoveTo(const std::vector<Block*>& blocks, int tier, uint64_t before_serial) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  MoveReport MoveTo(const std::vector<Block*>& blocks, int tier, uint64_t before_serial)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::StatusOr<MoveReport> EvictLocked(const std::vector<SequencePtr>& sequences, int tier)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void CopyAll(std::span<CopyJob> jobs) const;  // without the lock
+  void CopyAll(std::span<CopyJob> jobs) const;                           // without the lock
   absl::Status CopyOne(CopyJob job) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);  // unlocks
   std::string RoomText(size_t bytes) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void WaitUntilStill(Block* block) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);  // unlocks while it moves
@@ -187,12 +196,13 @@ class KvCache::Impl {
   std::vector<Backend*> backends_;  // by tier; fixed after Start
   std::vector<std::shared_ptr<const ModelState>> models_ ABSL_GUARDED_BY(mu_);
   std::map<SequenceId, SequencePtr> sequences_ ABSL_GUARDED_BY(mu_);
-  int dropping_sequences_ ABSL_GUARDED_BY(mu_) = 0;  // open ones with allow_drop
-  int closing_ ABSL_GUARDED_BY(mu_) = 0;  // closed sequences whose writer still runs
+  int dropping_sequences_ ABSL_GUARDED_BY(mu_) = 0;     // open ones with allow_drop
+  int closing_ ABSL_GUARDED_BY(mu_) = 0;                // closed sequences whose writer still runs
   std::deque<SequenceId> closed_ ABSL_GUARDED_BY(mu_);  // the latest ones, for better messages
   std::vector<std::unique_ptr<const BlockLayout>> layouts_ ABSL_GUARDED_BY(mu_);
   std::mt19937_64 ids_ ABSL_GUARDED_BY(mu_);
-  std::vector<BlockId> wanted_ ABSL_GUARDED_BY(mu_);  // Block::wanted is set; entries of deleted blocks are skipped
+  std::vector<BlockId> wanted_
+      ABSL_GUARDED_BY(mu_);  // Block::wanted is set; entries of deleted blocks are skipped
   int moves_running_ ABSL_GUARDED_BY(mu_) = 0;
   int attends_running_ ABSL_GUARDED_BY(mu_) = 0;
   Counters counters_ ABSL_GUARDED_BY(mu_);

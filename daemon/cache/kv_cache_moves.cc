@@ -1,4 +1,5 @@
-// Room and moves: allocation that demotes or drops by policy, eviction and prefetch on request, and the mover.
+// Room and moves: allocation that demotes or drops by policy, eviction and prefetch on request, and the
+// mover.
 #include <xxhash.h>
 
 #include <algorithm>
@@ -37,8 +38,9 @@ std::string KvCache::Impl::RoomText(size_t bytes) const {
   std::string text = absl::StrCat("no room for ", bytes, " bytes:");
   for (size_t t = 0; t < store_.tiers(); t++) {
     const Tier& tier = store_.tier(static_cast<int>(t));
-    absl::StrAppend(&text, t == 0 ? " " : "; ", "tier '", tier.name, "' has ", tier.allocator.free_bytes(), " of ",
-                    tier.allocator.capacity_bytes(), " bytes free, the largest extent is ", tier.allocator.LargestFreeExtent());
+    absl::StrAppend(&text, t == 0 ? " " : "; ", "tier '", tier.name, "' has ", tier.allocator.free_bytes(),
+                    " of ", tier.allocator.capacity_bytes(), " bytes free, the largest extent is ",
+                    tier.allocator.LargestFreeExtent());
   }
   absl::StrAppend(&text, ". Close or truncate sequences, or give a tier more memory");
   return text;
@@ -58,7 +60,8 @@ Block* KvCache::Impl::AllocateIn(int tier, const BlockLayout* layout, size_t wan
   return nullptr;
 }
 
-absl::Status KvCache::Impl::AllocateTogether(std::span<const BlockLayout* const> layouts, size_t want_bytes, Block** blocks) {
+absl::Status KvCache::Impl::AllocateTogether(std::span<const BlockLayout* const> layouts, size_t want_bytes,
+                                             Block** blocks) {
   size_t bytes = 0;
   for (const BlockLayout* layout : layouts) bytes += layout->block_bytes();
   const absl::Time deadline = options_.clock() + options_.room_wait;
@@ -206,10 +209,12 @@ MoveReport KvCache::Impl::Execute(const std::vector<Move>& moves, bool pinned_to
     }
     Place* target = store_.Reserve(move.to, *block);
     if (target == nullptr && !running.empty()) {
-      // Earlier moves of the list make the room. The mutex is free meanwhile, so everything is looked at again.
+      // Earlier moves of the list make the room. The mutex is free meanwhile, so everything is looked at
+      // again.
       finish();
       block = store_.Get(move.block);
-      if (block == nullptr || !BlockStore::IsIdle(*block) || block->refs == 0 || block->place->tier != move.from) {
+      if (block == nullptr || !BlockStore::IsIdle(*block) || block->refs == 0 ||
+          block->place->tier != move.from) {
         report.left_blocks++;
         continue;
       }
@@ -240,7 +245,8 @@ void KvCache::Impl::CopyAll(std::span<CopyJob> jobs) const {
     CopyJob& job = jobs[j];
     std::vector<CopyPiece> pieces;
     for (size_t begin = 0; begin < job.bytes; begin += options_.move_piece_bytes)
-      pieces.push_back({job.target + begin, job.source + begin, std::min(options_.move_piece_bytes, job.bytes - begin)});
+      pieces.push_back(
+          {job.target + begin, job.source + begin, std::min(options_.move_piece_bytes, job.bytes - begin)});
     // The faster tier's backend copies: it is the one that may not be host memory.
     Backend* backend = backends_[static_cast<size_t>(std::min(job.from, job.to))];
     const CopyDirection direction = job.from == job.to  ? CopyDirection::kInside
@@ -296,7 +302,8 @@ MoveReport KvCache::Impl::MoveTo(const std::vector<Block*>& blocks, int tier, ui
     if (moves.empty()) continue;
     // Room for the whole step if it can be made; without it, what fits.
     const ExtentAllocator& allocator = store_.tier(tier).allocator;
-    for (int round = 0; round < 64 && room && (allocator.free_bytes() < bytes || allocator.LargestFreeExtent() < largest);
+    for (int round = 0;
+         round < 64 && room && (allocator.free_bytes() < bytes || allocator.LargestFreeExtent() < largest);
          round++)
       room = MakeRoom(tier, allocator.free_bytes() + largest, bytes, before_serial);
     // Blocks are held, so their ids are still theirs; Execute looks at the rest again.
@@ -311,7 +318,8 @@ absl::StatusOr<MoveReport> KvCache::Impl::Evict(std::span<const SequenceId> ids,
   std::vector<SequencePtr> sequences;
   for (const SequenceId id : ids) {
     KVTIDE_ASSIGN_OR_RETURN(SequencePtr sequence, Find(id));
-    if (std::find(sequences.begin(), sequences.end(), sequence) == sequences.end()) sequences.push_back(std::move(sequence));
+    if (std::find(sequences.begin(), sequences.end(), sequence) == sequences.end())
+      sequences.push_back(std::move(sequence));
   }
   return EvictLocked(sequences, tier);
 }
@@ -326,13 +334,15 @@ absl::StatusOr<MoveReport> KvCache::Impl::EvictAll(int tier) {
 
 absl::StatusOr<MoveReport> KvCache::Impl::EvictLocked(const std::vector<SequencePtr>& sequences, int tier) {
   if (tier < kDropTier || tier >= static_cast<int>(store_.tiers()))
-    return absl::InvalidArgumentError(absl::StrCat("tier ", tier, ": there are tiers 0 to ", store_.tiers() - 1));
+    return absl::InvalidArgumentError(
+        absl::StrCat("tier ", tier, ": there are tiers 0 to ", store_.tiers() - 1));
   counters_.evict_calls++;
   if (tier == kDropTier)
     for (const SequencePtr& sequence : sequences)
       if (!sequence->options.allow_drop)
         return absl::FailedPreconditionError(
-            absl::StrCat("sequence ", sequence->id, " was created without allow_drop; evict it to a lower tier or close it"));
+            absl::StrCat("sequence ", sequence->id,
+                         " was created without allow_drop; evict it to a lower tier or close it"));
   std::vector<Block*> order;
   std::map<Block*, int> entries;
   for (const SequencePtr& sequence : sequences)
@@ -410,7 +420,8 @@ MoveReport KvCache::Impl::RunMovesOnce() {
     view.capacity_bytes = tier.allocator.capacity_bytes();
     view.used_bytes = tier.allocator.used_bytes();
     view.largest_free_bytes = tier.allocator.LargestFreeExtent();
-    const bool full = static_cast<double>(view.used_bytes) > limits.high_watermark * static_cast<double>(view.capacity_bytes);
+    const bool full = static_cast<double>(view.used_bytes) >
+                      limits.high_watermark * static_cast<double>(view.capacity_bytes);
     if (!full || t + 1 == store_.tiers()) continue;
     tier.policy->Peek([&](BlockId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
       const Block& block = *store_.Get(id);
@@ -422,7 +433,8 @@ MoveReport KvCache::Impl::RunMovesOnce() {
     Block* block = store_.Get(id);
     if (block == nullptr || !block->wanted) continue;
     block->wanted = false;
-    if (block->place != nullptr && block->place->tier > 0 && !block->writing && !block->moving && block->refs > 0)
+    if (block->place != nullptr && block->place->tier > 0 && !block->writing && !block->moving &&
+        block->refs > 0)
       snapshot.tiers[static_cast<size_t>(block->place->tier)].wanted.push_back(View(*block, now));
   }
   wanted_.clear();

@@ -1,5 +1,5 @@
-// What follows an append: the profile from the first block, blocks that fell out of a sliding window, and sealing. All of it
-// may wait for the next append when there is no room; nothing here fails a call.
+// What follows an append: the profile from the first block, blocks that fell out of a sliding window, and
+// sealing. All of it may wait for the next append when there is no room; nothing here fails a call.
 #include <algorithm>
 
 #include "daemon/cache/kv_cache_impl.h"
@@ -28,7 +28,8 @@ void KvCache::Impl::Settle(Sequence& sequence) {
     constexpr int64_t kStep = 16;  // blocks that exist twice at a time
     table.sealed = std::max({table.sealed, table.first_block, std::min<int64_t>(end, exact.first_blocks)});
     while (table.sealed < end) {
-      const int64_t done = SealRange(sequence, static_cast<int>(g), table.sealed, std::min(end, table.sealed + kStep));
+      const int64_t done =
+          SealRange(sequence, static_cast<int>(g), table.sealed, std::min(end, table.sealed + kStep));
       if (done == table.sealed) break;
       table.sealed = done;
     }
@@ -50,12 +51,14 @@ void KvCache::Impl::FreeFallenBlocks(Sequence& sequence, GroupTable& table) {
   }
 }
 
-// False if the sequence wants a profile and a backend error was in the way: sealing waits, so that all coded blocks have it.
+// False if the sequence wants a profile and a backend error was in the way: sealing waits, so that all coded
+// blocks have it.
 bool KvCache::Impl::MakeFirstBlockProfile(GroupTable& table) {
   if (!table.profile_options.mean && table.profile_options.equalise == Equalise::kNone) return true;
   const int64_t full = table.MinTokens() / kBlockTokens;
   int64_t index = table.first_block;
-  while (index < full && (table.at(index)->place == nullptr || table.at(index)->layout != table.exact)) index++;
+  while (index < full && (table.at(index)->place == nullptr || table.at(index)->layout != table.exact))
+    index++;
   if (index >= full) return true;
   Block* block = table.at(index);
   Place* place = block->place;
@@ -89,8 +92,8 @@ bool KvCache::Impl::MakeFirstBlockProfile(GroupTable& table) {
   return status.ok();
 }
 
-// Codes the exact blocks of [begin, end), each in its tier. Returns the first one that had no room or could not be coded, else
-// the end: those stay exact until the next append.
+// Codes the exact blocks of [begin, end), each in its tier. Returns the first one that had no room or could
+// not be coded, else the end: those stay exact until the next append.
 int64_t KvCache::Impl::SealRange(Sequence& sequence, int group, int64_t begin, int64_t end) {
   GroupTable& table = sequence.groups[static_cast<size_t>(group)];
   struct Seal {
@@ -107,7 +110,8 @@ int64_t KvCache::Impl::SealRange(Sequence& sequence, int group, int64_t begin, i
     KVTIDE_CHECK(source->layout == table.exact);
     Place* place = source->place;
     store_.Pin(place);
-    Block* target = AllocateIn(place->tier, table.coded, table.coded->block_bytes() * static_cast<size_t>(end - index));
+    Block* target =
+        AllocateIn(place->tier, table.coded, table.coded->block_bytes() * static_cast<size_t>(end - index));
     if (target == nullptr) {
       store_.Unpin(place);
       done = index;

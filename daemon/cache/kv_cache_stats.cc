@@ -10,7 +10,8 @@
 namespace kvtide {
 namespace {
 
-// Tokens of a group that the cache holds for a sequence: all, less those that left the window or were dropped.
+// Tokens of a group that the cache holds for a sequence: all, less those that left the window or were
+// dropped.
 int64_t HeldTokens(const GroupTable& table) {
   int64_t tokens = std::max<int64_t>(0, table.MinTokens() - table.first_block * kBlockTokens);
   int64_t index = table.first_block;
@@ -57,12 +58,14 @@ CacheStats KvCache::Impl::Stats() const {
   for (const auto& [id, sequence] : sequences_) {
     stats.tokens += static_cast<uint64_t>(sequence->MinTokens());
     for (const GroupTable& table : sequence->groups)
-      stats.f16_equivalent_bytes += 2 * ValuesPerToken(table.exact->shape()) * static_cast<uint64_t>(HeldTokens(table));
+      stats.f16_equivalent_bytes +=
+          2 * ValuesPerToken(table.exact->shape()) * static_cast<uint64_t>(HeldTokens(table));
   }
   stats.shared_blocks = store_.shared_blocks();
   stats.stored_bytes = store_.stored_bytes();
   if (stats.f16_equivalent_bytes > 0)
-    stats.bits_per_value = 16.0 * static_cast<double>(stats.stored_bytes) / static_cast<double>(stats.f16_equivalent_bytes);
+    stats.bits_per_value =
+        16.0 * static_cast<double>(stats.stored_bytes) / static_cast<double>(stats.f16_equivalent_bytes);
   stats.sequences_created = counters_.sequences_created;
   stats.sequences_closed = counters_.sequences_closed;
   stats.appended_tokens = counters_.appended_tokens;
@@ -129,7 +132,8 @@ std::vector<SequenceInfo> KvCache::Impl::ListSequences() const {
   return infos;
 }
 
-absl::StatusOr<PredictedBytes> KvCache::Predict(const ModelSpec& model, const SequenceOptions& options, int64_t tokens) {
+absl::StatusOr<PredictedBytes> KvCache::Predict(const ModelSpec& model, const SequenceOptions& options,
+                                                int64_t tokens) {
   KVTIDE_RETURN_IF_ERROR(CheckModelSpec(model));
   KVTIDE_RETURN_IF_ERROR(CheckSequenceOptions(options, model));
   if (tokens < 0) return absl::InvalidArgumentError(absl::StrCat(tokens, " tokens"));
@@ -143,8 +147,9 @@ absl::StatusOr<PredictedBytes> KvCache::Predict(const ModelSpec& model, const Se
     if (coding && options.seal_at_once && tokens % kBlockTokens != 0) counts.coded++;
     predicted.exact_blocks += static_cast<uint64_t>(counts.exact);
     predicted.coded_blocks += static_cast<uint64_t>(counts.coded);
-    predicted.bytes += static_cast<uint64_t>(counts.exact) * BlockLayout(model.groups[g].shape, ExactPair()).block_bytes() +
-                       static_cast<uint64_t>(counts.coded) * BlockLayout(model.groups[g].shape, pair).block_bytes();
+    predicted.bytes +=
+        static_cast<uint64_t>(counts.exact) * BlockLayout(model.groups[g].shape, ExactPair()).block_bytes() +
+        static_cast<uint64_t>(counts.coded) * BlockLayout(model.groups[g].shape, pair).block_bytes();
   }
   return predicted;
 }
@@ -167,33 +172,38 @@ void KvCache::Impl::CheckInvariants() const {
       KVTIDE_CHECK(table.first_block >= 0 && table.sealed >= 0);
       if (!sequence->writer) {
         const int64_t blocks = (table.MaxTokens() + kBlockTokens - 1) / kBlockTokens;
-        KVTIDE_CHECK(table.end_block() == blocks, "sequence ", id, ": ", table.end_block(), " blocks in the table, length needs ",
-                     blocks);
-        KVTIDE_CHECK(table.first_block <= std::max(FirstLiveBlock(table.MinTokens(), table.window), int64_t{0}));
+        KVTIDE_CHECK(table.end_block() == blocks, "sequence ", id, ": ", table.end_block(),
+                     " blocks in the table, length needs ", blocks);
+        KVTIDE_CHECK(table.first_block <=
+                     std::max(FirstLiveBlock(table.MinTokens(), table.window), int64_t{0}));
       }
       int64_t index = table.first_block;
       for (const Block* block : table.blocks) {
         count(block);
         KVTIDE_CHECK(block->layout == table.exact || block->layout == table.coded);
-        KVTIDE_CHECK(block->stamp.index == index && block->stamp.model == sequence->model->id, "block ", block->id, " stamped ",
-                     block->stamp.index, " at ", index);
-        KVTIDE_CHECK(block->refs > 1 || block->stamp.group == static_cast<int>(&table - sequence->groups.data()));
-        if (!sequence->writer && block->layout == table.exact && !sequence->options.seal_at_once && table.coding())
+        KVTIDE_CHECK(block->stamp.index == index && block->stamp.model == sequence->model->id, "block ",
+                     block->id, " stamped ", block->stamp.index, " at ", index);
+        KVTIDE_CHECK(block->refs > 1 ||
+                     block->stamp.group == static_cast<int>(&table - sequence->groups.data()));
+        if (!sequence->writer && block->layout == table.exact && !sequence->options.seal_at_once &&
+            table.coding())
           KVTIDE_CHECK(block->profile == nullptr);
         index++;
       }
       for (const auto& [staged, block] : table.staging) {
         count(block);
-        KVTIDE_CHECK(sequence->options.seal_at_once && block->layout == table.exact && block->stamp.index == staged);
+        KVTIDE_CHECK(sequence->options.seal_at_once && block->layout == table.exact &&
+                     block->stamp.index == staged);
       }
     }
   }
   store_.ForEach([&](const Block& block) {
     const auto it = counted.find(&block);
-    const int refs = it == counted.end() ? 0 : it->second.first, keepers = it == counted.end() ? 0 : it->second.second;
+    const int refs = it == counted.end() ? 0 : it->second.first,
+              keepers = it == counted.end() ? 0 : it->second.second;
     // A writer may hold blocks of a closed sequence.
-    KVTIDE_CHECK(writers ? refs <= block.refs : refs == block.refs && keepers == block.keepers, "block ", block.id, ": ", refs,
-                 " entries, ", block.refs, " counted");
+    KVTIDE_CHECK(writers ? refs <= block.refs : refs == block.refs && keepers == block.keepers, "block ",
+                 block.id, ": ", refs, " entries, ", block.refs, " counted");
     KVTIDE_CHECK(writers || !block.writing || block.holds > 0);
   });
 }

@@ -1,4 +1,5 @@
-// Truncation. The only step that can fail is reopening a coded block as an f16 tail; it comes before anything is changed.
+// Truncation. The only step that can fail is reopening a coded block as an f16 tail; it comes before anything
+// is changed.
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
@@ -14,7 +15,8 @@ absl::Status KvCache::Impl::TruncateSequence(SequenceId id, int64_t tokens) {
   KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, Find(id));
   const int64_t length = sequence->MinTokens();
   if (tokens < 0 || tokens > length)
-    return absl::OutOfRangeError(absl::StrCat("sequence ", id, " has ", length, " tokens, it cannot keep ", tokens));
+    return absl::OutOfRangeError(
+        absl::StrCat("sequence ", id, " has ", length, " tokens, it cannot keep ", tokens));
   const int64_t tail_index = tokens / kBlockTokens;
   const bool has_tail = tokens % kBlockTokens != 0;
   for (size_t g = 0; g < sequence->groups.size(); g++) {
@@ -23,9 +25,9 @@ absl::Status KvCache::Impl::TruncateSequence(SequenceId id, int64_t tokens) {
     const int64_t needed = FirstLiveBlock(tokens, table.window);
     if (needed < table.first_block)
       return absl::OutOfRangeError(
-          absl::StrCat("sequence ", id, ": after a cut at ", tokens, ", layer group ", g, " needs tokens from ",
-                       needed * kBlockTokens, " on, but those before ", table.first_block * kBlockTokens,
-                       " have left its sliding window of ", table.window));
+          absl::StrCat("sequence ", id, ": after a cut at ", tokens, ", layer group ", g,
+                       " needs tokens from ", needed * kBlockTokens, " on, but those before ",
+                       table.first_block * kBlockTokens, " have left its sliding window of ", table.window));
     if (has_tail && tail_index < table.end_block() && table.at(tail_index)->place == nullptr)
       return absl::DataLossError(absl::StrCat("sequence ", id, ": tokens ", tail_index * kBlockTokens, " to ",
                                               (tail_index + 1) * kBlockTokens - 1, " were dropped; cut at ",
@@ -40,9 +42,11 @@ absl::Status KvCache::Impl::TruncateSequence(SequenceId id, int64_t tokens) {
     const GroupTable& table = sequence->groups[g];
     if (tail_index >= table.end_block() || table.at(tail_index)->layout == table.exact) continue;
     if (table.staging.count(tail_index) != 0) continue;
-    status = ReopenCodedBlock(*sequence, static_cast<int>(g), tail_index, tokens % kBlockTokens, &reopened[g]);
+    status =
+        ReopenCodedBlock(*sequence, static_cast<int>(g), tail_index, tokens % kBlockTokens, &reopened[g]);
   }
-  if (status.ok() && sequence->closed) status = absl::AbortedError(absl::StrCat("sequence ", id, " was closed"));
+  if (status.ok() && sequence->closed)
+    status = absl::AbortedError(absl::StrCat("sequence ", id, " was closed"));
   if (!status.ok()) {
     if (status.code() == absl::StatusCode::kResourceExhausted) counters_.exhausted++;
     for (Block* block : reopened) {
@@ -92,8 +96,9 @@ absl::Status KvCache::Impl::TruncateSequence(SequenceId id, int64_t tokens) {
           block->copy_before_write = true;
     }
     // The profile belongs to the coded blocks; without any, the next first block makes a new one.
-    const bool coded = std::any_of(table.blocks.begin(), table.blocks.end(),
-                                   [&](const Block* block) { return table.coding() && block->layout == table.coded; });
+    const bool coded = std::any_of(table.blocks.begin(), table.blocks.end(), [&](const Block* block) {
+      return table.coding() && block->layout == table.coded;
+    });
     if (!coded) {
       table.profile.reset();
       std::fill(table.profiled.begin(), table.profiled.end(), false);
@@ -105,15 +110,16 @@ absl::Status KvCache::Impl::TruncateSequence(SequenceId id, int64_t tokens) {
   return absl::OkStatus();
 }
 
-// Decodes the first `tokens` tokens of a coded block into a new f16 block; with seal_at_once in the same tier. The new block
-// has a hold and is marked as being written.
-absl::Status KvCache::Impl::ReopenCodedBlock(Sequence& sequence, int group, int64_t index, int64_t tokens, Block** reopened) {
+// Decodes the first `tokens` tokens of a coded block into a new f16 block; with seal_at_once in the same
+// tier. The new block has a hold and is marked as being written.
+absl::Status KvCache::Impl::ReopenCodedBlock(Sequence& sequence, int group, int64_t index, int64_t tokens,
+                                             Block** reopened) {
   GroupTable& table = sequence.groups[static_cast<size_t>(group)];
   Block* source = table.at(index);
   WaitUntilStill(source);
   const auto lost = [&] {
-    return absl::DataLossError(absl::StrCat("tokens ", index * kBlockTokens, " to ", (index + 1) * kBlockTokens - 1,
-                                            " were dropped"));
+    return absl::DataLossError(absl::StrCat("tokens ", index * kBlockTokens, " to ",
+                                            (index + 1) * kBlockTokens - 1, " were dropped"));
   };
   if (source->place == nullptr) return lost();
   Place* place = source->place;
@@ -138,7 +144,8 @@ absl::Status KvCache::Impl::ReopenCodedBlock(Sequence& sequence, int group, int6
   mu_.Unlock();
   const GroupShape& shape = table.exact->shape();
   const size_t rows = static_cast<size_t>(kBlockTokens) * static_cast<size_t>(shape.kv_heads);
-  std::vector<float> k(rows * static_cast<size_t>(shape.head_dim_k)), v(rows * static_cast<size_t>(shape.head_dim_v));
+  std::vector<float> k(rows * static_cast<size_t>(shape.head_dim_k)),
+      v(rows * static_cast<size_t>(shape.head_dim_v));
   const auto clamp = [](std::vector<float>& values) {
     for (float& x : values) x = std::clamp(x, -kMaxF16, kMaxF16);
   };

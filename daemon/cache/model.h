@@ -1,5 +1,5 @@
-// The geometry of a model as the cache needs it: its layers, which layer group each belongs to, and how its attention is
-// scaled. Plain data; a registered model never changes.
+// The geometry of a model as the cache needs it: its layers, which layer group each belongs to, and how its
+// attention is scaled. Plain data; a registered model never changes.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// std::mutex with thread-safety annotations (clang -Wthread-safety), and what goes with it. ThreadSanitizer knows std::mutex
-// by itself.
+// std::mutex with thread-safety annotations (clang -Wthread-safety), and what goes with it. ThreadSanitizer
+// knows std::mutex by itself.
 #pragma once
 
 #include <chrono>

@@ -12,23 +12,27 @@ absl::Status CheckModelSpec(const ModelSpec& spec) {
   if (spec.name.empty() || spec.name.size() > 256)
     return absl::InvalidArgumentError("model name: must have 1 to 256 bytes");
   if (spec.groups.empty() || spec.groups.size() > 64)
-    return absl::InvalidArgumentError(absl::StrCat("model '", spec.name, "': ", spec.groups.size(), " layer groups, must be 1 to 64"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("model '", spec.name, "': ", spec.groups.size(), " layer groups, must be 1 to 64"));
   size_t layers = 0;
   for (size_t g = 0; g < spec.groups.size(); g++) {
     const LayerGroupSpec& group = spec.groups[g];
     const std::string where = absl::StrCat("model '", spec.name, "', layer group ", g);
     KVTIDE_RETURN_IF_ERROR(Annotate(CheckGroupShape(group.shape), where));
     if (group.heads < 1 || group.heads > 4096 || group.heads % group.shape.kv_heads != 0)
-      return absl::InvalidArgumentError(absl::StrCat(where, ": ", group.heads, " query heads, must be a multiple of the ",
+      return absl::InvalidArgumentError(absl::StrCat(where, ": ", group.heads,
+                                                     " query heads, must be a multiple of the ",
                                                      group.shape.kv_heads, " KV heads and at most 4096"));
-    if (group.window < 0) return absl::InvalidArgumentError(absl::StrCat(where, ": window ", group.window, " is negative"));
+    if (group.window < 0)
+      return absl::InvalidArgumentError(absl::StrCat(where, ": window ", group.window, " is negative"));
     if (!std::isfinite(group.scale) || group.scale < 0 || !std::isfinite(group.softcap) || group.softcap < 0)
-      return absl::InvalidArgumentError(absl::StrCat(where, ": scale and softcap must be finite and not negative"));
+      return absl::InvalidArgumentError(
+          absl::StrCat(where, ": scale and softcap must be finite and not negative"));
     layers += static_cast<size_t>(group.shape.layers);
   }
   if (layers != spec.layers.size())
-    return absl::InvalidArgumentError(
-        absl::StrCat("model '", spec.name, "': ", spec.layers.size(), " layers, but its groups have ", layers));
+    return absl::InvalidArgumentError(absl::StrCat("model '", spec.name, "': ", spec.layers.size(),
+                                                   " layers, but its groups have ", layers));
   std::vector<std::vector<bool>> seen(spec.groups.size());
   for (size_t g = 0; g < seen.size(); g++) seen[g].resize(static_cast<size_t>(spec.groups[g].shape.layers));
   for (size_t l = 0; l < spec.layers.size(); l++) {
@@ -36,8 +40,9 @@ absl::Status CheckModelSpec(const ModelSpec& spec) {
     if (layer.group < 0 || static_cast<size_t>(layer.group) >= seen.size() || layer.layer_in_group < 0 ||
         static_cast<size_t>(layer.layer_in_group) >= seen[static_cast<size_t>(layer.group)].size() ||
         seen[static_cast<size_t>(layer.group)][static_cast<size_t>(layer.layer_in_group)])
-      return absl::InvalidArgumentError(absl::StrCat("model '", spec.name, "': layer ", l, " is in group ", layer.group, " at ",
-                                                     layer.layer_in_group, ", which does not exist or is taken"));
+      return absl::InvalidArgumentError(absl::StrCat("model '", spec.name, "': layer ", l, " is in group ",
+                                                     layer.group, " at ", layer.layer_in_group,
+                                                     ", which does not exist or is taken"));
     seen[static_cast<size_t>(layer.group)][static_cast<size_t>(layer.layer_in_group)] = true;
   }
   return absl::OkStatus();
@@ -66,12 +71,15 @@ ProfileOptions ProfileOptionsFor(const SequenceOptions& options, CacheType key_t
 
 absl::Status CheckSequenceOptions(const SequenceOptions& options, const ModelSpec& model) {
   if (!options.group_pairs.empty() && options.group_pairs.size() != model.groups.size())
-    return absl::InvalidArgumentError(absl::StrCat(options.group_pairs.size(), " pairs for the ", model.groups.size(),
-                                                   " layer groups of model '", model.name, "'"));
+    return absl::InvalidArgumentError(absl::StrCat(options.group_pairs.size(), " pairs for the ",
+                                                   model.groups.size(), " layer groups of model '",
+                                                   model.name, "'"));
   if (options.exact_window.first_blocks < 0 || options.exact_window.last_blocks < 0)
-    return absl::InvalidArgumentError(absl::StrCat("exact window of ", options.exact_window.first_blocks, " first and ",
-                                                   options.exact_window.last_blocks, " last blocks: must not be negative"));
-  if (options.name_space.size() > 256) return absl::InvalidArgumentError("namespace: must have at most 256 bytes");
+    return absl::InvalidArgumentError(absl::StrCat("exact window of ", options.exact_window.first_blocks,
+                                                   " first and ", options.exact_window.last_blocks,
+                                                   " last blocks: must not be negative"));
+  if (options.name_space.size() > 256)
+    return absl::InvalidArgumentError("namespace: must have at most 256 bytes");
   return absl::OkStatus();
 }
 
@@ -80,7 +88,8 @@ absl::Status CheckCacheOptions(const CacheOptions& options) {
     return absl::InvalidArgumentError(absl::StrCat(options.tiers.size(), " tiers: must be 1 to 8"));
   for (size_t t = 0; t < options.tiers.size(); t++) {
     const TierOptions& tier = options.tiers[t];
-    if (tier.backend == nullptr) return absl::InvalidArgumentError(absl::StrCat("tier '", tier.name, "' has no backend"));
+    if (tier.backend == nullptr)
+      return absl::InvalidArgumentError(absl::StrCat("tier '", tier.name, "' has no backend"));
     if (tier.name.empty()) return absl::InvalidArgumentError(absl::StrCat("tier ", t, " has no name"));
     if (tier.capacity_bytes < 4096)
       return absl::InvalidArgumentError(
@@ -90,15 +99,17 @@ absl::Status CheckCacheOptions(const CacheOptions& options) {
         return absl::InvalidArgumentError(absl::StrCat("two tiers are called '", tier.name, "'"));
   }
   const TierLimits& limits = options.limits;
-  if (!(limits.low_watermark >= 0 && limits.low_watermark <= limits.high_watermark && limits.high_watermark <= 1 &&
-        limits.promote_below >= 0 && limits.promote_below <= 1))
+  if (!(limits.low_watermark >= 0 && limits.low_watermark <= limits.high_watermark &&
+        limits.high_watermark <= 1 && limits.promote_below >= 0 && limits.promote_below <= 1))
     return absl::InvalidArgumentError("watermarks: need 0 <= low <= high <= 1 and 0 <= promote_below <= 1");
   if (options.max_models < 1 || options.max_sequences < 1 || options.max_tokens_per_sequence < 1 ||
       options.max_tokens_per_append < 1 || options.max_queries_per_item < 1 || options.max_batch_items < 1 ||
       options.max_moves_in_flight < 1)
     return absl::InvalidArgumentError("every limit must be at least 1");
-  if (options.move_piece_bytes < 4096) return absl::InvalidArgumentError("move_piece_bytes must be at least 4096");
-  if (options.room_wait < absl::ZeroDuration()) return absl::InvalidArgumentError("room_wait must not be negative");
+  if (options.move_piece_bytes < 4096)
+    return absl::InvalidArgumentError("move_piece_bytes must be at least 4096");
+  if (options.room_wait < absl::ZeroDuration())
+    return absl::InvalidArgumentError("room_wait must not be negative");
   if (!options.clock) return absl::InvalidArgumentError("no clock");
   return absl::OkStatus();
 }

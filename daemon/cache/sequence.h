@@ -1,6 +1,6 @@
-// A sequence: the block tables of its layer groups and the lengths of its layers. Guarded by the cache's mutex. A running
-// writer has `writer` set and is the only one that changes tables and lengths; its calls hold the sequence by
-// shared_ptr, so that closing it meanwhile is harmless.
+// A sequence: the block tables of its layer groups and the lengths of its layers. Guarded by the cache's
+// mutex. A running writer has `writer` set and is the only one that changes tables and lengths; its calls
+// hold the sequence by shared_ptr, so that closing it meanwhile is harmless.
 #pragma once
 
 #include <algorithm>
@@ -22,8 +22,8 @@ struct LayerProgress {
   int64_t last_start = -1;  // where the last append began; recognises its repetition
 };
 
-// Table entries of block numbers first_block, first_block + 1, ... A block holds tokens of all layers of the group; each layer
-// sees its own length of it.
+// Table entries of block numbers first_block, first_block + 1, ... A block holds tokens of all layers of the
+// group; each layer sees its own length of it.
 struct GroupTable {
   const BlockLayout* exact = nullptr;
   const BlockLayout* coded = nullptr;  // of the sequence's pair; == exact when that is f16/f16

@@ -20,14 +20,16 @@ struct SequenceOptions {
   CachePair pair = ExactPair();
   std::vector<CachePair> group_pairs;  // by layer group; empty = `pair` for all
   ExactWindow exact_window;
-  // Evaluation mode: every token is coded before anything attends over it, the tail too; the exact window counts as 0/0.
-  // Such a sequence serves one call at a time (else Aborted).
+  // Evaluation mode: every token is coded before anything attends over it, the tail too; the exact window
+  // counts as 0/0. Such a sequence serves one call at a time (else Aborted).
   bool seal_at_once = false;
   Centre centre = Centre::kTypeDefault;
-  std::optional<Equalise> equalise;        // of K's channels, from the same tokens as the mean; unset = the type's default
+  std::optional<Equalise>
+      equalise;  // of K's channels, from the same tokens as the mean; unset = the type's default
   RopePairs rope_pairs = RopePairs::kHalves;
-  std::string name_space;   // tenant; shown in lists and stamped on blocks
-  bool allow_drop = false;  // blocks may be dropped when the last tier is full; attending over them is DataLoss
+  std::string name_space;  // tenant; shown in lists and stamped on blocks
+  bool allow_drop =
+      false;  // blocks may be dropped when the last tier is full; attending over them is DataLoss
 
   CachePair PairOfGroup(int group) const {
     return group_pairs.empty() ? pair : group_pairs[static_cast<size_t>(group)];

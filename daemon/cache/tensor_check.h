@@ -15,13 +15,14 @@ constexpr float kMaxF16 = 65504.0f;
 // InvalidArgument if `elements` is not tokens x heads x dim; 0 elements = the caller has checked.
 absl::Status CheckElements(size_t elements, int64_t tokens, int heads, int dim, const char* what, int layer);
 
-// InvalidArgument that names `what` ("K", "V", "q"), the layer, the token's position, the head and the index in the head of
-// the first value that is NaN, infinite or beyond f16. `tensor` is [tokens][heads][dim], its first row at `position`.
-absl::Status CheckValues(const TensorView& tensor, int64_t tokens, int heads, int dim, const char* what, int layer,
-                         int64_t position);
+// InvalidArgument that names `what` ("K", "V", "q"), the layer, the token's position, the head and the index
+// in the head of the first value that is NaN, infinite or beyond f16. `tensor` is [tokens][heads][dim], its
+// first row at `position`.
+absl::Status CheckValues(const TensorView& tensor, int64_t tokens, int heads, int dim, const char* what,
+                         int layer, int64_t position);
 
 // The same for queries, which are computed in f32: only NaN and infinities are errors.
-absl::Status CheckFinite(const TensorView& tensor, int64_t tokens, int heads, int dim, const char* what, int layer,
-                         int64_t position);
+absl::Status CheckFinite(const TensorView& tensor, int64_t tokens, int heads, int dim, const char* what,
+                         int layer, int64_t position);
 
 }  // namespace kvtide

@@ -5,11 +5,14 @@
 namespace kvtide {
 namespace {
 
-size_t Fraction(size_t capacity, double share) { return static_cast<size_t>(static_cast<double>(capacity) * share); }
+size_t Fraction(size_t capacity, double share) {
+  return static_cast<size_t>(static_cast<double>(capacity) * share);
+}
 
 class RoomPicker {
  public:
-  explicit RoomPicker(const Snapshot& snapshot) : tiers_(snapshot.tiers), room_(tiers_.size()), next_(tiers_.size()) {
+  explicit RoomPicker(const Snapshot& snapshot)
+      : tiers_(snapshot.tiers), room_(tiers_.size()), next_(tiers_.size()) {
     for (size_t t = 0; t < tiers_.size(); t++) room_[t] = tiers_[t].largest_free_bytes;
   }
 

@@ -1,6 +1,6 @@
-// Which blocks move, as pure functions: a snapshot of the tiers in, a list of moves out. The cache performs the moves in
-// order; a move that turns out impossible (a block was pinned meanwhile, free room is in pieces) is skipped, and the
-// cache asks again.
+// Which blocks move, as pure functions: a snapshot of the tiers in, a list of moves out. The cache performs
+// the moves in order; a move that turns out impossible (a block was pinned meanwhile, free room is in pieces)
+// is skipped, and the cache asks again.
 #pragma once
 
 #include <cstddef>
@@ -15,9 +15,10 @@ namespace kvtide {
 struct TierLimits {
   double high_watermark = 0.90;  // above it, idle blocks are demoted ...
   double low_watermark = 0.80;   // ... until this is reached
-  absl::Duration idle = absl::Seconds(5);  // untouched for this long = idle; an append that needs room takes hotter ones too
+  absl::Duration idle =
+      absl::Seconds(5);  // untouched for this long = idle; an append that needs room takes hotter ones too
   bool promote_on_attend = true;
-  double promote_below = 0.80;   // promotions on attend fill a tier up to here; Prefetch may fill it wholly
+  double promote_below = 0.80;  // promotions on attend fill a tier up to here; Prefetch may fill it wholly
 };
 
 // A block that may move: nobody writes, moves or pins it.
@@ -49,13 +50,14 @@ struct Move {
   bool operator==(const Move&) const = default;
 };
 
-// What the tiers do on their own: demotes idle blocks above the high watermark down to the low one, then promotes wanted
-// blocks by one tier at a time while the tier above stays below promote_below. Never drops. At most max_moves.
+// What the tiers do on their own: demotes idle blocks above the high watermark down to the low one, then
+// promotes wanted blocks by one tier at a time while the tier above stays below promote_below. Never drops.
+// At most max_moves.
 std::vector<Move> PickMoves(const Snapshot& snapshot, const TierLimits& limits, size_t max_moves);
 
-// Moves after which `bytes` should fit into `tier`: demotes the coldest, making room below in the same way, and drops a
-// block only where no lower tier can take it and it allows that. Lower tiers come first in the list. Empty if there is
-// no way.
+// Moves after which `bytes` should fit into `tier`: demotes the coldest, making room below in the same way,
+// and drops a block only where no lower tier can take it and it allows that. Lower tiers come first in the
+// list. Empty if there is no way.
 std::vector<Move> PickRoom(const Snapshot& snapshot, int tier, size_t bytes);
 
 }  // namespace kvtide

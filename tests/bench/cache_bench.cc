@@ -1,5 +1,5 @@
-// What the cache itself costs, without the backends' work: a backend whose calls return at once, so that the time is checks,
-// locks, tables, pins and the order of eviction.
+// What the cache itself costs, without the backends' work: a backend whose calls return at once, so that the
+// time is checks, locks, tables, pins and the order of eviction.
 //     kvtide_bench_cache --benchmark_min_time=0.2
 #include <benchmark/benchmark.h>
 
@@ -16,7 +16,9 @@ namespace {
 class IdleSlab : public Slab {
  public:
   explicit IdleSlab(size_t bytes) : bytes_(bytes) {}
-  std::byte* data() const override { return reinterpret_cast<std::byte*>(uintptr_t{1} << 40); }  // never dereferenced
+  std::byte* data() const override {
+    return reinterpret_cast<std::byte*>(uintptr_t{1} << 40);
+  }  // never dereferenced
   size_t bytes() const override { return bytes_; }
 
  private:
@@ -28,7 +30,9 @@ class IdleBackend : public Backend {
  public:
   std::string name() const override { return "idle"; }
   absl::Status CheckSupport(const BlockLayout&) const override { return absl::OkStatus(); }
-  absl::StatusOr<std::unique_ptr<Slab>> AllocateSlab(size_t bytes) override { return std::make_unique<IdleSlab>(bytes); }
+  absl::StatusOr<std::unique_ptr<Slab>> AllocateSlab(size_t bytes) override {
+    return std::make_unique<IdleSlab>(bytes);
+  }
   absl::Status Append(const AppendArgs&) override { return absl::OkStatus(); }
   absl::Status Recode(std::span<const RecodePiece>) override { return absl::OkStatus(); }
   absl::Status Attend(const AttendArgs&) override { return absl::OkStatus(); }
@@ -41,7 +45,8 @@ class IdleBackend : public Backend {
   absl::StatusOr<bool> Poll(CopyTicket) override { return true; }
 };
 
-// One AppendAttend call of one layer: `items` sequences of `tokens` tokens, one new token each. 8 KV heads of 128, 32 query heads.
+// One AppendAttend call of one layer: `items` sequences of `tokens` tokens, one new token each. 8 KV heads of
+// 128, 32 query heads.
 void AppendAttendCall(benchmark::State& state) {
   const int64_t tokens = state.range(0);
   const auto items = static_cast<size_t>(state.range(1));
@@ -82,7 +87,13 @@ void AppendAttendCall(benchmark::State& state) {
   }
   state.SetItemsProcessed(static_cast<int64_t>(items) * state.iterations());
 }
-BENCHMARK(AppendAttendCall)->Args({64, 1})->Args({4096, 1})->Args({32768, 1})->Args({131072, 1})->Args({4096, 64})->UseRealTime();
+BENCHMARK(AppendAttendCall)
+    ->Args({64, 1})
+    ->Args({4096, 1})
+    ->Args({32768, 1})
+    ->Args({131072, 1})
+    ->Args({4096, 64})
+    ->UseRealTime();
 
 }  // namespace
 }  // namespace kvtide

@@ -1,6 +1,7 @@
-// A randomised simulation: every verb of the cache in random order, with small tiers, planted faults of the backends and a clock
-// that jumps. After every step the invariants are checked; every attention is compared with a naive model that knows no
-// memory. A failure prints its seed; KVTIDE_SIM_SEEDS=first:count and KVTIDE_SIM_STEPS choose others:
+// A randomised simulation: every verb of the cache in random order, with small tiers, planted faults of the
+// backends and a clock that jumps. After every step the invariants are checked; every attention is compared
+// with a naive model that knows no memory. A failure prints its seed; KVTIDE_SIM_SEEDS=first:count and
+// KVTIDE_SIM_STEPS choose others:
 //     KVTIDE_SIM_SEEDS=1000:500 kvtide_test_sim
 #include <cstdlib>
 #include <initializer_list>
@@ -49,8 +50,8 @@ class CacheSim : public CacheTest {
 };
 
 void CacheSim::Open() {
-  SequenceOptions options = WithPair(Any("f16", "turbo4", "q8_0/turbo3", "turbo3", "planar4/q4_0", "bf16/turbo2"),
-                                     {Random(3), Random(3)});
+  SequenceOptions options = WithPair(
+      Any("f16", "turbo4", "q8_0/turbo3", "turbo3", "planar4/q4_0", "bf16/turbo2"), {Random(3), Random(3)});
   options.seal_at_once = Random(6) == 0;
   if (tight_ && !options.seal_at_once) options.pair = ExactPair();
   options.allow_drop = Random(5) == 0;
@@ -102,14 +103,16 @@ void CacheSim::Attend() {
   if (client.length() == 0) return;
   const int layer = Random(static_cast<int>(client.model().layers.size()));
   const std::vector<float> sinks(8, 1.5f);
-  const absl::Status status = client.CheckAttention(layer, 1 + Random(4), Random(3) == 0 ? sinks.data() : nullptr);
+  const absl::Status status =
+      client.CheckAttention(layer, 1 + Random(4), Random(3) == 0 ? sinks.data() : nullptr);
   EXPECT_TRUE(status.ok() || Excused(status, client)) << status;
 }
 
 void CacheSim::Truncate() {
   Client& client = AnyClient();
   const int64_t length = client.length();
-  int64_t cut = Random(3) == 0 ? std::max<int64_t>(0, length - 1 - Random(20)) : Random(static_cast<int>(length) + 1);
+  int64_t cut =
+      Random(3) == 0 ? std::max<int64_t>(0, length - 1 - Random(20)) : Random(static_cast<int>(length) + 1);
   if (client.info().options.seal_at_once) cut = cut / kBlockTokens * kBlockTokens;
   const absl::Status status = client.Truncate(cut);
   if (status.code() == absl::StatusCode::kOutOfRange) {
@@ -148,13 +151,15 @@ void CacheSim::Move() {
 void CacheSim::NoFaults() {
   fault_ = false;
   for (FaultyBackend* backend : {device_.get(), host_.get()})
-    for (int call = 0; call < FaultyBackend::kCalls; call++) backend->Fail(static_cast<FaultyBackend::Call>(call), 0);
+    for (int call = 0; call < FaultyBackend::kCalls; call++)
+      backend->Fail(static_cast<FaultyBackend::Call>(call), 0);
 }
 
 void CacheSim::PlantFault(std::initializer_list<FaultyBackend::Call> calls) {
   if (Random(12) != 0) return;
   fault_ = true;
-  (Random(2) == 0 ? device_ : host_)->Fail(std::data(calls)[Random(static_cast<int>(calls.size()))], 1 + Random(2));
+  (Random(2) == 0 ? device_ : host_)
+      ->Fail(std::data(calls)[Random(static_cast<int>(calls.size()))], 1 + Random(2));
 }
 
 void CacheSim::Step() {
@@ -163,7 +168,8 @@ void CacheSim::Step() {
   if (dice < 40) {
     // A copy that fails while room is made defers sealing, which the naive model does not know.
     if (tight_) {
-      PlantFault({FaultyBackend::kAppend, FaultyBackend::kAttend, FaultyBackend::kStartCopy, FaultyBackend::kPoll});
+      PlantFault(
+          {FaultyBackend::kAppend, FaultyBackend::kAttend, FaultyBackend::kStartCopy, FaultyBackend::kPoll});
     } else {
       PlantFault({FaultyBackend::kAppend, FaultyBackend::kAttend});
     }

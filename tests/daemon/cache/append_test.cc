@@ -1,5 +1,5 @@
-// Append and AppendAttend: what is stored is what was given, sealing follows the exact window, every error leaves the
-// sequence as it was. Every attention is compared with the shadow.
+// Append and AppendAttend: what is stored is what was given, sealing follows the exact window, every error
+// leaves the sequence as it was. Every attention is compared with the shadow.
 #include <cmath>
 #include <limits>
 
@@ -44,7 +44,8 @@ TEST_F(AppendTest, SealsWhatLeftTheExactWindowAndNothingElse) {
 
 TEST_F(AppendTest, AttendsOverTypesThatWantAProfile) {
   Start();
-  for (const char* pair : {"planar3/turbo4", "q4_0", "iso4/turbo2", "turbo4/f16", "f16/turbo3", "bf16/bf16"}) {
+  for (const char* pair :
+       {"planar3/turbo4", "q4_0", "iso4/turbo2", "turbo4/f16", "f16/turbo3", "bf16/bf16"}) {
     Client client(*cache_, SmallModel(), WithPair(pair, {1, 0}), random_);
     ASSERT_TRUE(client.Append(64).ok());
     ASSERT_TRUE(client.Step(200).ok()) << pair;
@@ -75,7 +76,8 @@ TEST_F(AppendTest, EachLayerGroupMayHaveItsOwnPair) {
   client.CheckAllLayers();
   EXPECT_EQ(TotalBytes(client.info()), client.shadow().BytesAtRest());
   options.group_pairs.pop_back();
-  EXPECT_TRUE(IsError(cache_->CreateSequence(1, options).status(), absl::StatusCode::kInvalidArgument, "2 layer groups"));
+  EXPECT_TRUE(IsError(cache_->CreateSequence(1, options).status(), absl::StatusCode::kInvalidArgument,
+                      "2 layer groups"));
 }
 
 TEST_F(AppendTest, TakesF16AndBf16AndRejectsWhatF16CannotHold) {
@@ -108,13 +110,16 @@ TEST_F(AppendTest, TakesF16AndBf16AndRejectsWhatF16CannotHold) {
   EXPECT_TRUE(IsError(append(good, {bad.data(), DataType::kF32}, 6), absl::StatusCode::kInvalidArgument,
                       "V has an infinity at layer 1, token 7, head 0, index 0"));
   bad[row] = 65505.0f;
-  EXPECT_TRUE(IsError(append(good, {bad.data(), DataType::kF32}, 6), absl::StatusCode::kInvalidArgument, "65505 at layer 1"));
+  EXPECT_TRUE(IsError(append(good, {bad.data(), DataType::kF32}, 6), absl::StatusCode::kInvalidArgument,
+                      "65505 at layer 1"));
   bad[row] = 65504.0f;
   EXPECT_TRUE(append(good, {bad.data(), DataType::kF32}, 6).ok());
   half[0] = 0x7c00;
-  EXPECT_TRUE(IsError(append({half.data(), DataType::kF16}, good, 9), absl::StatusCode::kInvalidArgument, "K has an infinity"));
+  EXPECT_TRUE(IsError(append({half.data(), DataType::kF16}, good, 9), absl::StatusCode::kInvalidArgument,
+                      "K has an infinity"));
   brain[1] = 0x4780;  // 65536
-  EXPECT_TRUE(IsError(append({brain.data(), DataType::kBf16}, good, 9), absl::StatusCode::kInvalidArgument, "K has 65536"));
+  EXPECT_TRUE(IsError(append({brain.data(), DataType::kBf16}, good, 9), absl::StatusCode::kInvalidArgument,
+                      "K has 65536"));
   EXPECT_EQ(*cache_->LayerLength(id, 1), 9);
   EXPECT_EQ(*cache_->LayerLength(id, 0), 0);
   EXPECT_EQ(cache_->GetSequence(id)->tokens, 0);
@@ -136,13 +141,15 @@ TEST_F(AppendTest, ShapesAndLimitsAreNamed) {
   call.start_position = 100;
   call.tokens = 1;
   call.layers = {&kv, 1};
-  EXPECT_TRUE(IsError(cache_->Append(call), absl::StatusCode::kInvalidArgument, "K of layer 0 has 127 values, needs [1][2][64] = 128"));
+  EXPECT_TRUE(IsError(cache_->Append(call), absl::StatusCode::kInvalidArgument,
+                      "K of layer 0 has 127 values, needs [1][2][64] = 128"));
   kv.k_elements = 128;
   kv.layer = 2;
   EXPECT_TRUE(IsError(cache_->Append(call), absl::StatusCode::kInvalidArgument, "layers 0 to 1"));
   kv.layer = 0;
   kv.v.data = nullptr;
-  EXPECT_TRUE(IsError(cache_->Append(call), absl::StatusCode::kInvalidArgument, "K or V of layer 0 is missing"));
+  EXPECT_TRUE(
+      IsError(cache_->Append(call), absl::StatusCode::kInvalidArgument, "K or V of layer 0 is missing"));
   kv.v = kv.k;
   const LayerKv twice[2] = {{0, kv.k, kv.v, 128, 128}, {0, kv.k, kv.v, 128, 128}};
   call.layers = twice;
@@ -166,11 +173,13 @@ TEST_F(AppendTest, StartPositionMustBeTheLengthButARepeatedAppendSucceeds) {
     return cache_->Append(call);
   };
   EXPECT_TRUE(append(10, 5).ok());  // the answer was lost: nothing is written
-  EXPECT_TRUE(IsError(append(10, 4), absl::StatusCode::kOutOfRange, "start position 10 is not the layer's length 15"));
+  EXPECT_TRUE(IsError(append(10, 4), absl::StatusCode::kOutOfRange,
+                      "start position 10 is not the layer's length 15"));
   EXPECT_TRUE(IsError(append(0, 10), absl::StatusCode::kOutOfRange, "length 15"));
   EXPECT_TRUE(IsError(append(16, 1), absl::StatusCode::kOutOfRange, "length 15"));
   EXPECT_TRUE(IsError(append(-1, 1), absl::StatusCode::kOutOfRange, "length 15"));
-  EXPECT_TRUE(IsError(append(std::numeric_limits<int64_t>::max(), 64), absl::StatusCode::kOutOfRange, "length 15"));
+  EXPECT_TRUE(
+      IsError(append(std::numeric_limits<int64_t>::max(), 64), absl::StatusCode::kOutOfRange, "length 15"));
   EXPECT_EQ(client.info().max_layer_tokens, 15);
   client.CheckAllLayers();
 }
@@ -180,7 +189,8 @@ TEST_F(AppendTest, WhenNothingFitsTheNumbersAreNamedAndNothingChanges) {
   Client client(*cache_, SmallModel(), WithPair("f16"), random_);
   ASSERT_TRUE(client.Append(130).ok());
   const uint64_t used = UsedBytes(cache_->Stats());
-  EXPECT_TRUE(IsError(client.Append(200), absl::StatusCode::kResourceExhausted, "no room for 65536 bytes: tier 'device' has"));
+  EXPECT_TRUE(IsError(client.Append(200), absl::StatusCode::kResourceExhausted,
+                      "no room for 65536 bytes: tier 'device' has"));
   cache_->CheckInvariants();
   EXPECT_EQ(client.info().tokens, 130);
   EXPECT_EQ(client.info().max_layer_tokens, 130);
@@ -238,7 +248,8 @@ TEST_F(AppendTest, CancelledCallsChangeNothing) {
 
 TEST_F(AppendTest, ABatchIsAllOrNothing) {
   Start();
-  Client a(*cache_, SmallModel(), WithPair("f16"), random_), b(*cache_, SmallModel(), WithPair("f16"), random_);
+  Client a(*cache_, SmallModel(), WithPair("f16"), random_),
+      b(*cache_, SmallModel(), WithPair("f16"), random_);
   ASSERT_TRUE(a.Append(10).ok());
   ASSERT_TRUE(b.Append(20).ok());
   std::vector<float> rows(128, 0.5f), q(4 * 64, 0.1f), out(2 * 4 * 64);
@@ -255,7 +266,8 @@ TEST_F(AppendTest, ABatchIsAllOrNothing) {
   }
   AttendCall call;
   call.items = items;
-  EXPECT_TRUE(IsError(cache_->AppendAttend(call), absl::StatusCode::kOutOfRange, "start position 21 is not the layer's length 20"));
+  EXPECT_TRUE(IsError(cache_->AppendAttend(call), absl::StatusCode::kOutOfRange,
+                      "start position 21 is not the layer's length 20"));
   EXPECT_EQ(*cache_->LayerLength(a.id(), 0), 10);
   items[1].start_position = 20;
   items[1].sequence = a.id();

@@ -51,11 +51,13 @@ TEST_F(AttendTest, QueriesAnywhereSeeWhatIsBeforeThem) {
     ExpectClose(client.shadow().Attend(1, q, 3, first), out, lse, "causal at " + std::to_string(first));
     call.window = 70;
     ASSERT_TRUE(cache_->Attend(call).ok());
-    ExpectClose(client.shadow().Attend(1, q, 3, first, true, 70), out, lse, "window at " + std::to_string(first));
+    ExpectClose(client.shadow().Attend(1, q, 3, first, true, 70), out, lse,
+                "window at " + std::to_string(first));
     call.window.reset();
     call.causal = false;
     ASSERT_TRUE(cache_->Attend(call).ok());
-    ExpectClose(client.shadow().Attend(1, q, 3, first, false), out, lse, "not causal at " + std::to_string(first));
+    ExpectClose(client.shadow().Attend(1, q, 3, first, false), out, lse,
+                "not causal at " + std::to_string(first));
   }
 }
 
@@ -124,13 +126,15 @@ TEST_F(AttendTest, ABatchServesManySequencesOfOneModel) {
   call.items = items;
   ASSERT_TRUE(cache_->Attend(call).ok());
   for (size_t i = 0; i < 4; i++)
-    ExpectClose(clients[i].shadow().Attend(0, q, 1, clients[i].length() - 1), out[i], lse[i], "item " + std::to_string(i));
+    ExpectClose(clients[i].shadow().Attend(0, q, 1, clients[i].length() - 1), out[i], lse[i],
+                "item " + std::to_string(i));
 
   Client other(*cache_, MixedModel(), WithPair("f16"), random_);
   items[2].sequence = other.id();
   EXPECT_TRUE(IsError(cache_->Attend(call), absl::StatusCode::kInvalidArgument, "a call serves one model"));
   items[2].sequence = 99;
-  EXPECT_TRUE(IsError(cache_->Attend(call), absl::StatusCode::kNotFound, "item 2: sequence 99 does not exist"));
+  EXPECT_TRUE(
+      IsError(cache_->Attend(call), absl::StatusCode::kNotFound, "item 2: sequence 99 does not exist"));
 }
 
 TEST_F(AttendTest, BadCallsAreRefusedWithTheItem) {
@@ -158,11 +162,16 @@ TEST_F(AttendTest, BadCallsAreRefusedWithTheItem) {
   const auto same_call = [](AttendCall&) {};
   ASSERT_TRUE(attend(same_item, same_call).ok());
   const auto bad = absl::StatusCode::kInvalidArgument;
-  EXPECT_TRUE(IsError(attend([](AttendRequest& i) { i.queries = 6; }, same_call), bad, "6 queries: must be 1 to 5"));
-  EXPECT_TRUE(IsError(attend([](AttendRequest& i) { i.q_elements = 3; }, same_call), bad, "q of layer 0 has 3 values"));
-  EXPECT_TRUE(IsError(attend([](AttendRequest& i) { i.first_query_position = -1; }, same_call), bad, "-1 is negative"));
-  EXPECT_TRUE(IsError(attend([](AttendRequest& i) { i.first_query_position = std::numeric_limits<int64_t>::max(); }, same_call),
-                      bad, "is beyond 2^48"));
+  EXPECT_TRUE(
+      IsError(attend([](AttendRequest& i) { i.queries = 6; }, same_call), bad, "6 queries: must be 1 to 5"));
+  EXPECT_TRUE(IsError(attend([](AttendRequest& i) { i.q_elements = 3; }, same_call), bad,
+                      "q of layer 0 has 3 values"));
+  EXPECT_TRUE(IsError(attend([](AttendRequest& i) { i.first_query_position = -1; }, same_call), bad,
+                      "-1 is negative"));
+  EXPECT_TRUE(
+      IsError(attend([](AttendRequest& i) { i.first_query_position = std::numeric_limits<int64_t>::max(); },
+                     same_call),
+              bad, "is beyond 2^48"));
   EXPECT_TRUE(IsError(attend([](AttendRequest& i) { i.out = nullptr; }, same_call), bad, "missing"));
   EXPECT_TRUE(IsError(attend(same_item, [](AttendCall& c) { c.layer = 3; }), bad, "layers 0 to 2"));
   EXPECT_TRUE(IsError(attend(same_item, [](AttendCall& c) { c.scale = 0.0f; }), bad, "scale 0"));
@@ -170,10 +179,13 @@ TEST_F(AttendTest, BadCallsAreRefusedWithTheItem) {
   EXPECT_TRUE(IsError(attend(same_item, [](AttendCall& c) { c.window = 101; }), bad, "may only narrow it"));
   EXPECT_TRUE(IsError(attend(same_item, [](AttendCall& c) { c.items = {}; }), bad, "without items"));
   q[70] = INFINITY;
-  EXPECT_TRUE(IsError(attend(same_item, same_call), bad, "q has an infinity at layer 0, token 299, head 1, index 6"));
+  EXPECT_TRUE(
+      IsError(attend(same_item, same_call), bad, "q has an infinity at layer 0, token 299, head 1, index 6"));
   q[70] = 0;
-  EXPECT_TRUE(IsError(attend([](AttendRequest& i) { i.first_query_position = 150; }, same_call), absl::StatusCode::kOutOfRange,
-                      "sees tokens from 51 on, but those before 192 have left the sliding window of layer 0"));
+  EXPECT_TRUE(
+      IsError(attend([](AttendRequest& i) { i.first_query_position = 150; }, same_call),
+              absl::StatusCode::kOutOfRange,
+              "sees tokens from 51 on, but those before 192 have left the sliding window of layer 0"));
   const std::vector<AttendRequest> many(4, item);
   AttendCall call;
   call.items = many;

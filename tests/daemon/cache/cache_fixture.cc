@@ -59,7 +59,10 @@ void CacheTest::TearDown() {
 }
 
 Client::Client(KvCache& cache, const ModelSpec& model, const SequenceOptions& options, std::mt19937& random)
-    : cache_(&cache), model_(std::make_shared<const ModelSpec>(model)), shadow_(model, options), random_(&random) {
+    : cache_(&cache),
+      model_(std::make_shared<const ModelSpec>(model)),
+      shadow_(model, options),
+      random_(&random) {
   const absl::StatusOr<ModelId> model_id = cache.RegisterModel(model);
   EXPECT_TRUE(model_id.ok()) << model_id.status();
   const absl::StatusOr<SequenceId> id = cache.CreateSequence(*model_id, options);
@@ -117,7 +120,8 @@ absl::Status Client::Step(int64_t tokens) {
     const int64_t start = shadow_.LayerLength(layer);
     const Rows rows = MakeRows(layer, tokens);
     const auto query_rows = static_cast<size_t>(tokens * spec.heads);
-    const std::vector<float> q = RandomRows(*random_, query_rows * static_cast<size_t>(spec.shape.head_dim_k));
+    const std::vector<float> q =
+        RandomRows(*random_, query_rows * static_cast<size_t>(spec.shape.head_dim_k));
     std::vector<float> out(query_rows * static_cast<size_t>(spec.shape.head_dim_v)), lse(query_rows);
     AttendRequest item;
     item.sequence = id_;
@@ -140,7 +144,8 @@ absl::Status Client::Step(int64_t tokens) {
     if (!status.ok()) return status;
     shadow_.Append(layer, rows.k, rows.v, tokens);
     ExpectClose(shadow_.Attend(layer, q, tokens, start), out, lse,
-                "step of " + std::to_string(tokens) + " at " + std::to_string(start) + ", layer " + std::to_string(l));
+                "step of " + std::to_string(tokens) + " at " + std::to_string(start) + ", layer " +
+                    std::to_string(l));
     shadow_.Settle();
   }
   return absl::OkStatus();
@@ -185,8 +190,8 @@ absl::Status Client::Truncate(int64_t tokens) {
   return status;
 }
 
-void ExpectClose(const AttentionResult& expected, const std::vector<float>& out, const std::vector<float>& lse,
-                 const std::string& what) {
+void ExpectClose(const AttentionResult& expected, const std::vector<float>& out,
+                 const std::vector<float>& lse, const std::string& what) {
   ASSERT_EQ(expected.out.size(), out.size()) << what;
   double error = 0, norm = 0;
   for (size_t i = 0; i < out.size(); i++) {

@@ -1,5 +1,5 @@
-// What the cache's tests share: a cache over CPU backends with a fake clock, random rows, and a client that appends and
-// attends through the public API and compares every answer with a shadow.
+// What the cache's tests share: a cache over CPU backends with a fake clock, random rows, and a client that
+// appends and attends through the public API and compares every answer with a shadow.
 #pragma once
 
 #include <memory>
@@ -21,7 +21,9 @@ namespace kvtide::testing {
 constexpr size_t kMiB = size_t{1} << 20;
 
 // 2 layers of 2 KV heads of 64, 4 query heads: an f16 block is 65,536 bytes.
-inline ModelSpec SmallModel(const std::string& name = "small") { return UniformModel(name, {2, 2, 64, 64}, 4); }
+inline ModelSpec SmallModel(const std::string& name = "small") {
+  return UniformModel(name, {2, 2, 64, 64}, 4);
+}
 // One layer with full attention, two with a sliding window of 100 tokens and other head dims, interleaved.
 ModelSpec MixedModel();
 
@@ -38,7 +40,8 @@ std::vector<float> RandomRows(std::mt19937& random, size_t count, float spread =
 // Matches a status by its code and a part of its message.
 inline bool IsError(const absl::Status& status, absl::StatusCode code, const std::string& part) {
   if (status.code() == code && absl::StrContains(status.message(), part)) return true;
-  ADD_FAILURE() << "expected code " << static_cast<int>(code) << " with '" << part << "', got " << status.ToString();
+  ADD_FAILURE() << "expected code " << static_cast<int>(code) << " with '" << part << "', got "
+                << status.ToString();
   return false;
 }
 
@@ -95,8 +98,8 @@ class Client {
 };
 
 // Relative L2 distance below 3e-3, log-sum-exp within 3e-3.
-void ExpectClose(const AttentionResult& expected, const std::vector<float>& out, const std::vector<float>& lse,
-                 const std::string& what);
+void ExpectClose(const AttentionResult& expected, const std::vector<float>& out,
+                 const std::vector<float>& lse, const std::string& what);
 
 uint64_t TotalBytes(const SequenceInfo& info);
 uint64_t UsedBytes(const CacheStats& stats);

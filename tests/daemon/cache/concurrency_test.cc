@@ -1,5 +1,6 @@
-// Calls that meet: two writers, readers during writes, closing and moving what is in use; and many clients at once whose every
-// answer must equal the shadow's. Gates in the backend make the meetings certain; the last test is for ThreadSanitizer.
+// Calls that meet: two writers, readers during writes, closing and moving what is in use; and many clients at
+// once whose every answer must equal the shadow's. Gates in the backend make the meetings certain; the last
+// test is for ThreadSanitizer.
 #include <atomic>
 #include <thread>
 
@@ -28,8 +29,10 @@ TEST_F(ConcurrencyTest, TheSecondWriterIsAbortedAtOnceAndReadersSeeOnlyWhatIsCom
   call.tokens = 2;
   call.layers = {&kv, 1};
   EXPECT_TRUE(IsError(cache_->Append(call), absl::StatusCode::kAborted, "one writer at a time"));
-  EXPECT_TRUE(IsError(cache_->ForkSequence(client.id()).status(), absl::StatusCode::kAborted, "is being written"));
-  EXPECT_TRUE(IsError(cache_->TruncateSequence(client.id(), 5), absl::StatusCode::kAborted, "one writer at a time"));
+  EXPECT_TRUE(
+      IsError(cache_->ForkSequence(client.id()).status(), absl::StatusCode::kAborted, "is being written"));
+  EXPECT_TRUE(
+      IsError(cache_->TruncateSequence(client.id(), 5), absl::StatusCode::kAborted, "one writer at a time"));
   EXPECT_EQ(*cache_->LayerLength(client.id(), 0), 100);
   AttendRequest item;
   item.sequence = client.id();
@@ -56,7 +59,8 @@ TEST_F(ConcurrencyTest, ASequenceThatIsClosedDuringAnAppendIsFreedWhenTheCallEnd
   for (const auto gate : {FaultyBackend::kAppend, FaultyBackend::kAttend}) {
     Client fork = client.Fork();
     device_->Close(gate);
-    std::thread writer([&] { EXPECT_TRUE(IsError(fork.Step(70), absl::StatusCode::kAborted, "was closed")); });
+    std::thread writer(
+        [&] { EXPECT_TRUE(IsError(fork.Step(70), absl::StatusCode::kAborted, "was closed")); });
     device_->WaitForEntry(gate);
     EXPECT_TRUE(fork.Close().ok());
     EXPECT_TRUE(IsError(fork.Close(), absl::StatusCode::kNotFound, "was closed"));
@@ -150,7 +154,8 @@ TEST_F(ConcurrencyTest, AnAppendWaitsForRoomThatARunningAttendHolds) {
   options_.clock = absl::Now;
   options_.room_wait = absl::Seconds(20);
   Start(3 * kBlock, 0);
-  Client a(*cache_, SmallModel(), WithPair("f16"), random_), b(*cache_, SmallModel(), WithPair("f16"), random_);
+  Client a(*cache_, SmallModel(), WithPair("f16"), random_),
+      b(*cache_, SmallModel(), WithPair("f16"), random_);
   ASSERT_TRUE(a.Append(150).ok());
   device_->Close(FaultyBackend::kAttend);
   std::thread reader([&] { EXPECT_TRUE(a.CheckAttention(0).ok()); });
@@ -184,8 +189,12 @@ TEST_F(ConcurrencyTest, ManyClientsUnderPressureGetTheirOwnTokensBack) {
         if (stop) break;
         const SequenceId id = info.id;
         switch (random() % 4) {
-          case 0: (void)cache_->Evict({&id, 1}, 1); break;
-          case 1: (void)cache_->Prefetch({&id, 1}); break;
+          case 0:
+            (void)cache_->Evict({&id, 1}, 1);
+            break;
+          case 1:
+            (void)cache_->Prefetch({&id, 1});
+            break;
           case 2: {
             const absl::StatusOr<SequenceId> fork = cache_->ForkSequence(id);
             if (fork.ok()) {
@@ -195,7 +204,8 @@ TEST_F(ConcurrencyTest, ManyClientsUnderPressureGetTheirOwnTokensBack) {
             }
             break;
           }
-          default: (void)cache_->Stats();
+          default:
+            (void)cache_->Stats();
         }
       }
     }

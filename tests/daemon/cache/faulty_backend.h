@@ -1,4 +1,5 @@
-// A test fake: a backend that passes everything to another one, except the calls that a test makes fail or wait.
+// A test fake: a backend that passes everything to another one, except the calls that a test makes fail or
+// wait.
 #pragma once
 
 #include <atomic>

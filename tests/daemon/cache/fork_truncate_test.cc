@@ -1,5 +1,5 @@
-// Forks share blocks until somebody writes; truncation cuts anywhere, also inside coded blocks. All attention is compared with
-// the shadows, which share nothing.
+// Forks share blocks until somebody writes; truncation cuts anywhere, also inside coded blocks. All attention
+// is compared with the shadows, which share nothing.
 #include "tests/daemon/cache/cache_fixture.h"
 
 namespace kvtide::testing {
@@ -83,7 +83,8 @@ TEST_F(TruncateTest, BeyondTheLengthIsOutOfRange) {
   Start();
   Client client(*cache_, SmallModel(), WithPair("f16"), random_);
   ASSERT_TRUE(client.Append(10).ok());
-  EXPECT_TRUE(IsError(client.Truncate(11), absl::StatusCode::kOutOfRange, "has 10 tokens, it cannot keep 11"));
+  EXPECT_TRUE(
+      IsError(client.Truncate(11), absl::StatusCode::kOutOfRange, "has 10 tokens, it cannot keep 11"));
   EXPECT_TRUE(IsError(client.Truncate(-1), absl::StatusCode::kOutOfRange, "cannot keep -1"));
   EXPECT_TRUE(client.Truncate(10).ok());
 }
@@ -92,7 +93,8 @@ TEST_F(TruncateTest, TokensThatLeftTheSlidingWindowDoNotComeBack) {
   Start();
   Client client(*cache_, MixedModel(), WithPair("f16"), random_);
   ASSERT_TRUE(client.Step(400).ok());
-  EXPECT_TRUE(IsError(client.Truncate(300), absl::StatusCode::kOutOfRange, "have left its sliding window of 100"));
+  EXPECT_TRUE(
+      IsError(client.Truncate(300), absl::StatusCode::kOutOfRange, "have left its sliding window of 100"));
   client.CheckAllLayers();
   ASSERT_TRUE(client.Truncate(380).ok());
   client.CheckAllLayers();

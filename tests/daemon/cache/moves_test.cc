@@ -1,5 +1,5 @@
-// Blocks on their way between tiers: eviction, prefetch, pressure, watermarks, failures. Whatever moves, attention stays equal
-// to the shadow's.
+// Blocks on their way between tiers: eviction, prefetch, pressure, watermarks, failures. Whatever moves,
+// attention stays equal to the shadow's.
 #include "tests/daemon/cache/cache_fixture.h"
 
 namespace kvtide::testing {
@@ -43,7 +43,8 @@ TEST_F(MovesTest, AnAppendToAParkedSequenceGoesOnWhereItsTailLies) {
 
 TEST_F(MovesTest, UnderPressureTheColdestGoDown) {
   Start(10 * kBlock, 40 * kBlock);
-  Client cold(*cache_, SmallModel(), WithPair("f16"), random_), hot(*cache_, SmallModel(), WithPair("f16"), random_);
+  Client cold(*cache_, SmallModel(), WithPair("f16"), random_),
+      hot(*cache_, SmallModel(), WithPair("f16"), random_);
   ASSERT_TRUE(cold.Append(256).ok());
   ASSERT_TRUE(hot.Append(256).ok());
   ASSERT_TRUE(cold.CheckAttention(0).ok());
@@ -62,7 +63,8 @@ TEST_F(MovesTest, UnderPressureTheColdestGoDown) {
 
 TEST_F(MovesTest, PrefetchMakesRoomFromOthersButNotFromItself) {
   Start(8 * kBlock, 40 * kBlock);
-  Client a(*cache_, SmallModel(), WithPair("f16"), random_), b(*cache_, SmallModel(), WithPair("f16"), random_);
+  Client a(*cache_, SmallModel(), WithPair("f16"), random_),
+      b(*cache_, SmallModel(), WithPair("f16"), random_);
   ASSERT_TRUE(a.Append(6 * 64).ok());
   ASSERT_TRUE(cache_->Evict({{a.id()}}, 1).ok());
   ASSERT_TRUE(b.Append(7 * 64).ok());
@@ -109,14 +111,16 @@ TEST_F(MovesTest, OnlySequencesThatAllowItLoseBlocksAndSaySo) {
   ASSERT_TRUE(b.Append(3 * 64).ok());
   EXPECT_EQ(a.info().dropped_blocks, 5u);
   EXPECT_TRUE(IsError(b.Append(1), absl::StatusCode::kResourceExhausted, "tier 'host' has 0 of"));
-  EXPECT_TRUE(IsError(cache_->Evict({{b.id()}}, kDropTier).status(), absl::StatusCode::kFailedPrecondition, "allow_drop"));
+  EXPECT_TRUE(IsError(cache_->Evict({{b.id()}}, kDropTier).status(), absl::StatusCode::kFailedPrecondition,
+                      "allow_drop"));
   b.CheckAllLayers();
   ASSERT_TRUE(a.Truncate(0).ok());
   ASSERT_TRUE(b.Truncate(64).ok());
   ASSERT_TRUE(a.Step(70).ok());
   a.CheckAllLayers();
   EXPECT_EQ(cache_->Evict({{a.id()}}, kDropTier)->dropped_blocks, 2u);
-  EXPECT_TRUE(IsError(a.Append(1), absl::StatusCode::kDataLoss, "tokens 64 to 127 were dropped; truncate to 64"));
+  EXPECT_TRUE(
+      IsError(a.Append(1), absl::StatusCode::kDataLoss, "tokens 64 to 127 were dropped; truncate to 64"));
   EXPECT_EQ(cache_->Stats().dropped_blocks, 7u);
 }
 
@@ -176,7 +180,8 @@ TEST_F(MovesTest, ABlockThatChangedWhileParkedIsDataLossNotWrongTokens) {
   class Peek : public FaultyBackend {
    public:
     using FaultyBackend::FaultyBackend;
-    absl::StatusOr<CopyTicket> StartCopy(std::span<const CopyPiece> pieces, CopyDirection direction) override {
+    absl::StatusOr<CopyTicket> StartCopy(std::span<const CopyPiece> pieces,
+                                         CopyDirection direction) override {
       if (direction == CopyDirection::kToHost) last_target = pieces.front().target;
       return FaultyBackend::StartCopy(pieces, direction);
     }
@@ -202,16 +207,20 @@ TEST_F(MovesTest, ABlockThatChangedWhileParkedIsDataLossNotWrongTokens) {
 TEST_F(MovesTest, TiersAndSequencesThatDoNotExistAreRefused) {
   Start();
   Client client(*cache_, SmallModel(), WithPair("f16"), random_);
-  EXPECT_TRUE(IsError(cache_->Evict({{client.id()}}, 2).status(), absl::StatusCode::kInvalidArgument, "there are tiers 0 to 1"));
-  EXPECT_TRUE(IsError(cache_->Evict({{client.id() + 1}}, 1).status(), absl::StatusCode::kNotFound, "does not exist"));
-  EXPECT_TRUE(IsError(cache_->Prefetch({{client.id() + 1}}).status(), absl::StatusCode::kNotFound, "does not exist"));
+  EXPECT_TRUE(IsError(cache_->Evict({{client.id()}}, 2).status(), absl::StatusCode::kInvalidArgument,
+                      "there are tiers 0 to 1"));
+  EXPECT_TRUE(
+      IsError(cache_->Evict({{client.id() + 1}}, 1).status(), absl::StatusCode::kNotFound, "does not exist"));
+  EXPECT_TRUE(
+      IsError(cache_->Prefetch({{client.id() + 1}}).status(), absl::StatusCode::kNotFound, "does not exist"));
 }
 
 TEST_F(MovesTest, ThreeTiersPassBlocksDownOneByOne) {
   CpuBackendOptions cpu;
   cpu.threads = 1;
   FaultyBackend third(MakeCpuBackend(cpu));
-  options_.tiers = {{"device", device_.get(), 3 * kBlock, false}, {"host", host_.get(), 3 * kBlock, true},
+  options_.tiers = {{"device", device_.get(), 3 * kBlock, false},
+                    {"host", host_.get(), 3 * kBlock, true},
                     {"far", &third, 30 * kBlock, true}};
   cache_ = KvCache::Create(options_).value();
   Client client(*cache_, SmallModel(), WithPair("f16"), random_);
@@ -227,13 +236,14 @@ TEST_F(MovesTest, ThreeTiersPassBlocksDownOneByOne) {
   cache_.reset();  // before the third backend
 }
 
-// Coded blocks at the bottom and f16 blocks at the top: after a long churn of two coded sizes, most of the free room is one
-// extent.
+// Coded blocks at the bottom and f16 blocks at the top: after a long churn of two coded sizes, most of the
+// free room is one extent.
 TEST_F(MovesTest, ChurnDoesNotFragmentTheTier) {
   Start(64 * kBlock, 0);
   std::vector<Client> clients;
   for (int round = 0; round < 60; round++) {
-    clients.emplace_back(*cache_, SmallModel(), WithPair(round % 2 == 0 ? "turbo4" : "q8_0/turbo3", {1, 1}), random_);
+    clients.emplace_back(*cache_, SmallModel(), WithPair(round % 2 == 0 ? "turbo4" : "q8_0/turbo3", {1, 1}),
+                         random_);
     ASSERT_TRUE(clients.back().Append(64 * (4 + random_() % 8)).ok());
     if (clients.size() > 6) {
       const size_t victim = random_() % clients.size();

@@ -16,7 +16,8 @@ TEST_F(OptionsTest, BadCacheOptionsSayWhatIsWrong) {
   EXPECT_TRUE(create([](CacheOptions& o) { o.tiers.clear(); }, "0 tiers"));
   EXPECT_TRUE(create([](CacheOptions& o) { o.tiers[0].backend = nullptr; }, "no backend"));
   EXPECT_TRUE(create([](CacheOptions& o) { o.tiers[0].capacity_bytes = 100; }, "100 bytes"));
-  EXPECT_TRUE(create([](CacheOptions& o) { o.tiers.push_back(o.tiers[0]); }, "two tiers are called 'device'"));
+  EXPECT_TRUE(
+      create([](CacheOptions& o) { o.tiers.push_back(o.tiers[0]); }, "two tiers are called 'device'"));
   EXPECT_TRUE(create([](CacheOptions& o) { o.limits.low_watermark = 0.99; }, "watermarks"));
   EXPECT_TRUE(create([](CacheOptions& o) { o.max_sequences = 0; }, "every limit"));
   EXPECT_TRUE(create([](CacheOptions& o) { o.move_piece_bytes = 1; }, "move_piece_bytes"));
@@ -26,7 +27,8 @@ TEST_F(OptionsTest, BadCacheOptionsSayWhatIsWrong) {
 TEST_F(OptionsTest, ASlabThatCannotBeHadNamesItsTier) {
   device_->Fail(FaultyBackend::kAllocateSlab);
   options_.tiers.push_back({"device", device_.get(), kMiB, false});
-  EXPECT_TRUE(IsError(KvCache::Create(options_).status(), absl::StatusCode::kInternal, "tier 'device' of 1048576 bytes"));
+  EXPECT_TRUE(IsError(KvCache::Create(options_).status(), absl::StatusCode::kInternal,
+                      "tier 'device' of 1048576 bytes"));
 }
 
 TEST_F(OptionsTest, ModelsAreRegisteredOnceAndNeverChange) {
@@ -36,13 +38,15 @@ TEST_F(OptionsTest, ModelsAreRegisteredOnceAndNeverChange) {
   EXPECT_EQ(Register(SmallModel("a")), id);
   ModelSpec other = SmallModel("a");
   other.groups[0].heads = 8;
-  EXPECT_TRUE(IsError(cache_->RegisterModel(other).status(), absl::StatusCode::kFailedPrecondition, "another geometry"));
+  EXPECT_TRUE(IsError(cache_->RegisterModel(other).status(), absl::StatusCode::kFailedPrecondition,
+                      "another geometry"));
   EXPECT_EQ(*cache_->FindModel("a"), id);
   EXPECT_EQ(*cache_->GetModel(id), SmallModel("a"));
   EXPECT_EQ(cache_->FindModel("b").status().code(), absl::StatusCode::kNotFound);
   EXPECT_EQ(cache_->GetModel(9).status().code(), absl::StatusCode::kNotFound);
   Register(SmallModel("b"));
-  EXPECT_TRUE(IsError(cache_->RegisterModel(SmallModel("c")).status(), absl::StatusCode::kResourceExhausted, "max_models"));
+  EXPECT_TRUE(IsError(cache_->RegisterModel(SmallModel("c")).status(), absl::StatusCode::kResourceExhausted,
+                      "max_models"));
 }
 
 TEST_F(OptionsTest, BadGeometriesSayWhatIsWrong) {
@@ -70,15 +74,19 @@ TEST_F(OptionsTest, SequencesHaveALimitAndTheirIdsAreNotUsedAgain) {
   const ModelId model = Register(SmallModel());
   const SequenceId a = *cache_->CreateSequence(model, {}), b = *cache_->CreateSequence(model, {});
   EXPECT_NE(a, b);
-  EXPECT_TRUE(IsError(cache_->CreateSequence(model, {}).status(), absl::StatusCode::kResourceExhausted, "max_sequences"));
-  EXPECT_TRUE(IsError(cache_->ForkSequence(a).status(), absl::StatusCode::kResourceExhausted, "max_sequences"));
+  EXPECT_TRUE(IsError(cache_->CreateSequence(model, {}).status(), absl::StatusCode::kResourceExhausted,
+                      "max_sequences"));
+  EXPECT_TRUE(
+      IsError(cache_->ForkSequence(a).status(), absl::StatusCode::kResourceExhausted, "max_sequences"));
   ASSERT_TRUE(cache_->CloseSequence(a).ok());
   EXPECT_TRUE(IsError(cache_->CloseSequence(a), absl::StatusCode::kNotFound, "was closed"));
-  EXPECT_TRUE(IsError(cache_->CloseSequence(12345), absl::StatusCode::kNotFound, "sequence 12345 does not exist"));
+  EXPECT_TRUE(
+      IsError(cache_->CloseSequence(12345), absl::StatusCode::kNotFound, "sequence 12345 does not exist"));
   EXPECT_TRUE(IsError(cache_->CreateSequence(77, {}).status(), absl::StatusCode::kNotFound, "model 77"));
   SequenceOptions options;
   options.exact_window.last_blocks = -1;
-  EXPECT_TRUE(IsError(cache_->CreateSequence(model, options).status(), absl::StatusCode::kInvalidArgument, "-1 last blocks"));
+  EXPECT_TRUE(IsError(cache_->CreateSequence(model, options).status(), absl::StatusCode::kInvalidArgument,
+                      "-1 last blocks"));
   EXPECT_NE(*cache_->CreateSequence(model, {}), a);
 }
 
@@ -86,7 +94,8 @@ TEST_F(OptionsTest, PredictedBytesAreTheBytesAllocated) {
   Start(32 * kMiB);
   for (const ModelSpec& model : {SmallModel(), MixedModel()})
     for (const char* pair : {"f16", "turbo4", "q8_0/turbo3"})
-      for (const ExactWindow window : {ExactWindow{1, 2}, ExactWindow{0, 0}, ExactWindow{2, 0}, ExactWindow{0, 3}})
+      for (const ExactWindow window :
+           {ExactWindow{1, 2}, ExactWindow{0, 0}, ExactWindow{2, 0}, ExactWindow{0, 3}})
         for (const bool at_once : {false, true}) {
           SequenceOptions options = WithPair(pair, window);
           options.seal_at_once = at_once;
@@ -96,7 +105,8 @@ TEST_F(OptionsTest, PredictedBytesAreTheBytesAllocated) {
             std::vector<float> rows(static_cast<size_t>(tokens) * 128, 0.5f);
             std::vector<LayerKv> layers;
             for (size_t l = 0; l < model.layers.size(); l++)
-              layers.push_back({static_cast<int>(l), {rows.data(), DataType::kF32}, {rows.data(), DataType::kF32}, 0, 0});
+              layers.push_back(
+                  {static_cast<int>(l), {rows.data(), DataType::kF32}, {rows.data(), DataType::kF32}, 0, 0});
             AppendCall call;
             call.sequence = id;
             call.start_position = length;

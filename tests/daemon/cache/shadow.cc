@@ -10,7 +10,8 @@
 
 namespace kvtide::testing {
 
-ShadowSequence::ShadowSequence(const ModelSpec& model, const SequenceOptions& options) : model_(model), options_(options) {
+ShadowSequence::ShadowSequence(const ModelSpec& model, const SequenceOptions& options)
+    : model_(model), options_(options) {
   for (const LayerGroupSpec& group : model.groups) {
     Group& to = groups_.emplace_back();
     to.layers.resize(static_cast<size_t>(group.shape.layers));
@@ -18,7 +19,8 @@ ShadowSequence::ShadowSequence(const ModelSpec& model, const SequenceOptions& op
   }
 }
 
-void ShadowSequence::Append(int layer, const std::vector<float>& k, const std::vector<float>& v, int64_t tokens) {
+void ShadowSequence::Append(int layer, const std::vector<float>& k, const std::vector<float>& v,
+                            int64_t tokens) {
   const LayerSpec& spec = model_.layers[static_cast<size_t>(layer)];
   Group& group = groups_[static_cast<size_t>(spec.group)];
   Layer& to = group.layers[static_cast<size_t>(spec.layer_in_group)];
@@ -33,12 +35,14 @@ void ShadowSequence::Append(int layer, const std::vector<float>& k, const std::v
       !group.profiled[static_cast<size_t>(spec.layer_in_group)]) {
     const GroupShape& shape = model_.groups[static_cast<size_t>(spec.group)].shape;
     const auto heads = static_cast<size_t>(shape.kv_heads), dim = static_cast<size_t>(shape.head_dim_k);
-    auto profile = group.profile != nullptr ? std::make_shared<Profile>(*group.profile) : std::make_shared<Profile>();
+    auto profile =
+        group.profile != nullptr ? std::make_shared<Profile>(*group.profile) : std::make_shared<Profile>();
     profile->shape = shape;
     profile->k.resize(group.layers.size() * heads);
     for (size_t h = 0; h < heads; h++)
-      profile->k[static_cast<size_t>(spec.layer_in_group) * heads + h] = MakeKeyProfile(
-          k.data() + h * dim, static_cast<int>(std::min<int64_t>(tokens, kBlockTokens)), heads * dim, shape.head_dim_k, wanted);
+      profile->k[static_cast<size_t>(spec.layer_in_group) * heads + h] =
+          MakeKeyProfile(k.data() + h * dim, static_cast<int>(std::min<int64_t>(tokens, kBlockTokens)),
+                         heads * dim, shape.head_dim_k, wanted);
     group.profile = profile;
     group.profiled[static_cast<size_t>(spec.layer_in_group)] = true;
   }
@@ -58,12 +62,14 @@ void ShadowSequence::CodeRows(size_t g, size_t l, int64_t first_token, int64_t t
       const CacheType type = key ? pair.k : pair.v;
       const auto dim = static_cast<size_t>(key ? shape.head_dim_k : shape.head_dim_v);
       std::vector<float>& values = key ? group.layers[l].k : group.layers[l].v;
-      const HeadProfile* profile =
-          key && group.profile != nullptr ? &group.profile->key(static_cast<int>(l), static_cast<int>(h)) : nullptr;
+      const HeadProfile* profile = key && group.profile != nullptr
+                                       ? &group.profile->key(static_cast<int>(l), static_cast<int>(h))
+                                       : nullptr;
       const HalfLayout layout = MakeHalfLayout(type, static_cast<int>(dim));
       std::vector<float> rows(static_cast<size_t>(kBlockTokens) * dim);
       const auto at = [&](size_t token) {
-        return values.begin() + static_cast<std::ptrdiff_t>(((static_cast<size_t>(first_token) + token) * heads + h) * dim);
+        return values.begin() +
+               static_cast<std::ptrdiff_t>(((static_cast<size_t>(first_token) + token) * heads + h) * dim);
       };
       for (size_t t = 0; t < static_cast<size_t>(tokens); t++)
         std::copy_n(at(t), dim, rows.begin() + static_cast<std::ptrdiff_t>(t * dim));
@@ -88,7 +94,8 @@ void ShadowSequence::Settle() {
     const int64_t full = tokens / kBlockTokens;
     const CachePair pair = options_.PairOfGroup(static_cast<int>(g));
     const ProfileOptions profile = ProfileOptionsFor(options_, pair.k);
-    if (!options_.seal_at_once && pair != ExactPair() && full > 0 && group.profile == nullptr && (profile.mean || profile.equalise != Equalise::kNone)) {
+    if (!options_.seal_at_once && pair != ExactPair() && full > 0 && group.profile == nullptr &&
+        (profile.mean || profile.equalise != Equalise::kNone)) {
       std::vector<const float*> keys;
       const GroupShape& shape = model_.groups[g].shape;
       const auto row = static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(shape.head_dim_k);
@@ -101,7 +108,8 @@ void ShadowSequence::Settle() {
     for (int64_t block = group.first_block; block < full; block++) {
       if (IsExactBlock(block, full, exact) || group.coded[static_cast<size_t>(block)]) continue;
       group.coded[static_cast<size_t>(block)] = true;
-      for (size_t l = 0; !options_.seal_at_once && l < group.layers.size(); l++) CodeRows(g, l, block * kBlockTokens, kBlockTokens);
+      for (size_t l = 0; !options_.seal_at_once && l < group.layers.size(); l++)
+        CodeRows(g, l, block * kBlockTokens, kBlockTokens);
     }
   }
 }
@@ -128,7 +136,8 @@ void ShadowSequence::Truncate(int64_t tokens) {
     }
     if (tokens == 0) group.first_block = 0;
     bool any = false;
-    for (size_t b = static_cast<size_t>(group.first_block); b < group.coded.size(); b++) any = any || group.coded[b];
+    for (size_t b = static_cast<size_t>(group.first_block); b < group.coded.size(); b++)
+      any = any || group.coded[b];
     if (any) continue;
     group.profile.reset();
     std::fill(group.profiled.begin(), group.profiled.end(), false);
@@ -142,12 +151,14 @@ int64_t ShadowSequence::LayerLength(int layer) const {
 
 int64_t ShadowSequence::Length() const {
   int64_t tokens = std::numeric_limits<int64_t>::max();
-  for (size_t l = 0; l < model_.layers.size(); l++) tokens = std::min(tokens, LayerLength(static_cast<int>(l)));
+  for (size_t l = 0; l < model_.layers.size(); l++)
+    tokens = std::min(tokens, LayerLength(static_cast<int>(l)));
   return tokens;
 }
 
 int64_t ShadowSequence::FirstLiveToken(int layer) const {
-  return groups_[static_cast<size_t>(model_.layers[static_cast<size_t>(layer)].group)].first_block * kBlockTokens;
+  return groups_[static_cast<size_t>(model_.layers[static_cast<size_t>(layer)].group)].first_block *
+         kBlockTokens;
 }
 
 uint64_t ShadowSequence::BytesAtRest() const {
@@ -156,9 +167,11 @@ uint64_t ShadowSequence::BytesAtRest() const {
     const BlockLayout exact(model_.groups[g].shape, ExactPair());
     const CachePair pair = options_.PairOfGroup(static_cast<int>(g));
     const BlockLayout coded(model_.groups[g].shape, pair);
-    const bool twins = options_.seal_at_once && pair != ExactPair();  // a coded block that is not full keeps its f16 twin
+    const bool twins =
+        options_.seal_at_once && pair != ExactPair();  // a coded block that is not full keeps its f16 twin
     for (size_t b = static_cast<size_t>(groups_[g].first_block); b < groups_[g].coded.size(); b++)
-      bytes += groups_[g].coded[b] ? coded.block_bytes() : exact.block_bytes() + (twins ? coded.block_bytes() : 0);
+      bytes +=
+          groups_[g].coded[b] ? coded.block_bytes() : exact.block_bytes() + (twins ? coded.block_bytes() : 0);
   }
   return bytes;
 }
@@ -166,15 +179,18 @@ uint64_t ShadowSequence::BytesAtRest() const {
 uint64_t ShadowSequence::coded_blocks() const {
   uint64_t blocks = 0;
   for (const Group& group : groups_)
-    for (size_t b = static_cast<size_t>(group.first_block); b < group.coded.size(); b++) blocks += group.coded[b] ? 1 : 0;
+    for (size_t b = static_cast<size_t>(group.first_block); b < group.coded.size(); b++)
+      blocks += group.coded[b] ? 1 : 0;
   return blocks;
 }
 
-AttentionResult ShadowSequence::Attend(int layer, const std::vector<float>& q, int64_t queries, int64_t first_position,
-                                       bool causal, int64_t window, const float* sinks) const {
+AttentionResult ShadowSequence::Attend(int layer, const std::vector<float>& q, int64_t queries,
+                                       int64_t first_position, bool causal, int64_t window,
+                                       const float* sinks) const {
   const LayerSpec& spec = model_.layers[static_cast<size_t>(layer)];
   const LayerGroupSpec& group = model_.groups[static_cast<size_t>(spec.group)];
-  const Layer& rows = groups_[static_cast<size_t>(spec.group)].layers[static_cast<size_t>(spec.layer_in_group)];
+  const Layer& rows =
+      groups_[static_cast<size_t>(spec.group)].layers[static_cast<size_t>(spec.layer_in_group)];
   const GroupShape& shape = group.shape;
   const auto heads = static_cast<size_t>(group.heads), kv_heads = static_cast<size_t>(shape.kv_heads),
              dim_k = static_cast<size_t>(shape.head_dim_k), dim_v = static_cast<size_t>(shape.head_dim_v);
@@ -194,7 +210,8 @@ AttentionResult ShadowSequence::Attend(int layer, const std::vector<float>& q, i
       for (int64_t t = begin; t < end; t++) {
         const float* key = rows.k.data() + (static_cast<size_t>(t) * kv_heads + kv_head) * dim_k;
         double dot = 0;
-        for (size_t d = 0; d < dim_k; d++) dot += static_cast<double>(q[(i * heads + h) * dim_k + d]) * static_cast<double>(key[d]);
+        for (size_t d = 0; d < dim_k; d++)
+          dot += static_cast<double>(q[(i * heads + h) * dim_k + d]) * static_cast<double>(key[d]);
         dot *= scale;
         if (group.softcap > 0) dot = group.softcap * std::tanh(dot / group.softcap);
         logits.push_back(dot);
@@ -212,7 +229,8 @@ AttentionResult ShadowSequence::Attend(int layer, const std::vector<float>& q, i
         const float* value = rows.v.data() + ((static_cast<size_t>(begin) + j) * kv_heads + kv_head) * dim_v;
         for (size_t d = 0; d < dim_v; d++) out[d] += weight * static_cast<double>(value[d]);
       }
-      for (size_t d = 0; d < dim_v; d++) result.out[(i * heads + h) * dim_v + d] = static_cast<float>(out[d] / sum);
+      for (size_t d = 0; d < dim_v; d++)
+        result.out[(i * heads + h) * dim_v + d] = static_cast<float>(out[d] / sum);
       result.lse[i * heads + h] = static_cast<float>(largest + std::log(sum));
     }
   return result;

@@ -1,7 +1,8 @@
-// The naive model of the cache: every sequence is plain rows of floats, as they are stored, and attention is a double loop over
-// them. Rows are rounded to f16 on append; a block that the cache must have coded by now is encoded and decoded here by the
-// definition of the format. With seal_at_once every row is coded as it comes (a row's code does not depend on its
-// neighbours); such a sequence may be cut at block boundaries only. Knows no memory, tier or block table.
+// The naive model of the cache: every sequence is plain rows of floats, as they are stored, and attention is
+// a double loop over them. Rows are rounded to f16 on append; a block that the cache must have coded by now
+// is encoded and decoded here by the definition of the format. With seal_at_once every row is coded as it
+// comes (a row's code does not depend on its neighbours); such a sequence may be cut at block boundaries
+// only. Knows no memory, tier or block table.
 #pragma once
 
 #include <cstdint>
@@ -36,8 +37,8 @@ class ShadowSequence {
   uint64_t BytesAtRest() const;
   uint64_t coded_blocks() const;
 
-  AttentionResult Attend(int layer, const std::vector<float>& q, int64_t queries, int64_t first_position, bool causal = true,
-                         int64_t window = 0, const float* sinks = nullptr) const;
+  AttentionResult Attend(int layer, const std::vector<float>& q, int64_t queries, int64_t first_position,
+                         bool causal = true, int64_t window = 0, const float* sinks = nullptr) const;
 
  private:
   struct Layer {

@@ -15,7 +15,9 @@ using ::testing::IsEmpty;
 BlockView Block(BlockId id, size_t bytes, bool droppable = false, int idle_seconds = 100) {
   return {id, bytes, droppable, absl::Seconds(idle_seconds)};
 }
-TierView Full(size_t capacity, std::vector<BlockView> coldest) { return {capacity, capacity, 0, std::move(coldest), {}}; }
+TierView Full(size_t capacity, std::vector<BlockView> coldest) {
+  return {capacity, capacity, 0, std::move(coldest), {}};
+}
 
 TEST(PickRoomTest, DemotesTheColdestUntilItFits) {
   const Snapshot snapshot{{Full(100, {Block(1, 10), Block(2, 10), Block(3, 10)}), {100, 0, 100, {}, {}}}};
@@ -25,7 +27,8 @@ TEST(PickRoomTest, DemotesTheColdestUntilItFits) {
 }
 
 TEST(PickRoomTest, MakesRoomBelowFirst) {
-  const Snapshot snapshot{{Full(100, {Block(1, 10)}), Full(100, {Block(2, 6), Block(3, 6)}), {100, 0, 100, {}, {}}}};
+  const Snapshot snapshot{
+      {Full(100, {Block(1, 10)}), Full(100, {Block(2, 6), Block(3, 6)}), {100, 0, 100, {}, {}}}};
   EXPECT_THAT(PickRoom(snapshot, 0, 10), ElementsAre(Move{2, 1, 2}, Move{3, 1, 2}, Move{1, 0, 1}));
 }
 
