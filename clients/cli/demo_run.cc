@@ -200,6 +200,7 @@ class DemoRun {
                           logits.begin() + static_cast<std::ptrdiff_t>(n * vocab));
       if (progress) progress->Update(static_cast<double>(at + n));
     }
+    if (progress) progress->Finish();
     return loss;
   }
 

@@ -291,6 +291,7 @@ class EvalRun {
       needles_.push_back(std::move(scores));
       if (progress) progress->Add(1);
     }
+    if (progress) progress->Finish();
     return absl::OkStatus();
   }
 

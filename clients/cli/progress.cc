@@ -42,7 +42,10 @@ Progress::Progress(std::string label, double total, std::string unit) : terminal
   if (!terminal_.interactive()) drawn_ = start_;
 }
 
-Progress::~Progress() { Finish(); }
+Progress::~Progress() {
+  // Work that ended early: the line as it was drawn last stays.
+  if (!finished_ && terminal_.interactive()) std::fputc('\n', stderr);
+}
 
 void Progress::Update(double done) {
   state_.done = done;

@@ -23,7 +23,7 @@ std::string RenderProgress(const ProgressState& state, int width);
 class Progress {
  public:
   Progress(std::string label, double total, std::string unit);
-  // Draws the last state and ends the line, unless Finish did.
+  // Ends the line; only Finish draws the state of work that is done.
   ~Progress();
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
