@@ -56,43 +56,57 @@ struct AttendConfig {
   static constexpr int kSharedBytes = kUncheckedBytes;
 };
 
+// What a query row is made from, loaded before it is needed: a CTA's first copies of pages would hold later loads up.
+template <int D>
+struct RowInputs {
+  WarpRow<D> query, mean, gain;
+};
+
+template <class Config>
+KVTIDE_DEVICE void LoadInputs(const AttendParams& params, const AttendUnit& unit, int r, RowInputs<Config::Info::kDk>& in) {
+  constexpr int D = Config::Info::kDk;
+  if (r >= unit.rows) return;
+  const int index = unit.first_row + r, query = index / unit.rows_per_query, head = index - query * unit.rows_per_query;
+  LoadRow<D>(unit.query, params.query_type, query * unit.query_stride + static_cast<int64_t>(head) * params.head_dim, params.head_dim,
+             in.query);
+  if constexpr (Config::Info::kCoded) {
+    if (unit.mean != nullptr) LoadRow<D>(unit.mean, QueryType::kF32, 0, params.head_dim, in.mean);
+    if (unit.gain != nullptr) LoadRow<D>(unit.gain, QueryType::kF32, 0, params.head_dim, in.gain);
+  }
+}
+
 // One query row of a unit into its query area.
 template <class Config, class Tile>
-KVTIDE_DEVICE void PrepareRow(const AttendParams& params, const AttendUnit& unit, int r, uint32_t area) {
+KVTIDE_DEVICE void WriteRow(const AttendParams& params, const AttendUnit& unit, int r, uint32_t area,
+                            RowInputs<Config::Info::kDk>& in) {
   using Info = typename Config::Info;
   constexpr int D = Info::kDk;
-  WarpRow<D> row;
   float bias = 0;
   if (r < unit.rows) {
-    const int index = unit.first_row + r;
-    const int64_t offset = index / unit.rows_per_query * unit.query_stride +
-                           static_cast<int64_t>(index % unit.rows_per_query) * params.head_dim;
-    LoadRow<D>(unit.query, params.query_type, offset, params.head_dim, row);
-    if (Info::kCoded && unit.mean != nullptr) {
-      WarpRow<D> mean;
-      LoadRow<D>(unit.mean, QueryType::kF32, 0, params.head_dim, mean);
+    if constexpr (Info::kCoded) {
+      if (unit.mean != nullptr) {
 #pragma unroll
-      for (int b = 0; b < WarpRow<D>::kBlocks; b++)
+        for (int b = 0; b < WarpRow<D>::kBlocks; b++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) bias += row.x[b][i] * mean.x[b][i];
+          for (int i = 0; i < 4; i++) bias += in.query.x[b][i] * in.mean.x[b][i];
 #pragma unroll
-      for (int mask = 16; mask > 0; mask /= 2) bias += DeviceWarp::ShflXor(bias, mask);
+        for (int mask = 16; mask > 0; mask /= 2) bias += DeviceWarp::ShflXor(bias, mask);
+      }
+      if (unit.gain != nullptr) {
+#pragma unroll
+        for (int b = 0; b < WarpRow<D>::kBlocks; b++)
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            if (128 * b + 4 * DeviceWarp::Lane() + i < params.head_dim) in.query.x[b][i] /= in.gain.x[b][i];
+      }
+      Rotate<D, false>(params.k_rotation, in.query);
     }
-    if (Info::kCoded && unit.gain != nullptr) {
-      WarpRow<D> gain;
-      LoadRow<D>(unit.gain, QueryType::kF32, 0, params.head_dim, gain);
-#pragma unroll
-      for (int b = 0; b < WarpRow<D>::kBlocks; b++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          if (128 * b + 4 * DeviceWarp::Lane() + i < params.head_dim) row.x[b][i] /= gain.x[b][i];
-    }
-    if constexpr (Info::kCoded) Rotate<D, false>(params.k_rotation, row);
   } else {
 #pragma unroll
-    for (int b = 0; b < WarpRow<D>::kBlocks; b++) row.x[b][0] = row.x[b][1] = row.x[b][2] = row.x[b][3] = 0;
+    for (int b = 0; b < WarpRow<D>::kBlocks; b++)
+      in.query.x[b][0] = in.query.x[b][1] = in.query.x[b][2] = in.query.x[b][3] = 0;
   }
-  const float step = Info::Write(row, r, area);
+  const float step = Info::Write(in.query, r, area);
   if (DeviceWarp::Lane() == 0)
     DeviceWarp::Store64(area + Tile::kQueryBytes + r * 8,
                         __float_as_uint(fmaxf(step * params.scale * Tile::kKUnit, 1e-25f)), __float_as_uint(bias * params.scale));
@@ -105,14 +119,17 @@ __global__ void __launch_bounds__(Config::kThreads, 1) AttendKernelFunction(cons
   constexpr int kWarps = Config::kWarps, MT = Info::kTiles, DV = Info::kDv;
   extern __shared__ __align__(128) uint8_t shared[];
   asm volatile("griddepcontrol.launch_dependents;");
-  const AttendShare share = params.shares[blockIdx.x];
-  if (share.begin >= share.end) return;
+  const AttendShare& share = params.shares[blockIdx.x];
+  const uint32_t share_end = share.end;
+  if (share.begin >= share_end) return;
   const int warp = static_cast<int>(threadIdx.x) >> 5, lane = DeviceWarp::Lane(), n = lane >> 2, c = lane & 3;
   const uint32_t base = SharedAddress(shared);
   const uint32_t barriers = base + Config::kBarriersAt;
   const uint32_t chain = barriers + 8 * kWarps * Config::kSlots;  // [2][kWarps]
   const uint32_t query_full = chain + 16 * kWarps, query_empty = query_full + 16;  // [2] each
 
+  RowInputs<Info::kDk> first_inputs;
+  LoadInputs<Config>(params, share.first, warp, first_inputs);
   typename Config::Ring ring;
   ring.Init(base + static_cast<uint32_t>(warp) * Config::Ring::kBytes, barriers + 8 * static_cast<uint32_t>(warp) * Config::kSlots,
             warp, params, share);
@@ -127,12 +144,19 @@ __global__ void __launch_bounds__(Config::kThreads, 1) AttendKernelFunction(cons
   Tile tile;
   tile.Init(base + Config::kTablesAt);
 
-  // Brings unit `index` (local number i) into query area i & 1: rows by different warps, the unit itself by warp 0.
-  const auto prepare = [&](uint32_t index, int i) {
+  // Brings a unit (local number i) into query area i & 1: rows by different warps, the unit itself by warp 0.
+  const auto prepare = [&](const AttendUnit& unit, int i, RowInputs<Info::kDk>* loaded) {
     const uint32_t area = base + Config::kQueryAt + (i & 1) * Config::kQueryBytes;
-    const AttendUnit& unit = params.units[index];
     if (i >= 2) Barrier::Wait(query_empty + 8 * (i & 1), ((i >> 1) - 1) & 1);
-    for (int r = warp; r < Config::kRows; r += kWarps) PrepareRow<Config, Tile>(params, unit, r, area);
+    for (int r = warp; r < Config::kRows; r += kWarps) {
+      RowInputs<Info::kDk> in;
+      if (loaded != nullptr && r == warp) {
+        in = *loaded;
+      } else {
+        LoadInputs<Config>(params, unit, r, in);
+      }
+      WriteRow<Config, Tile>(params, unit, r, area, in);
+    }
     if (warp == 0 && lane < static_cast<int>(sizeof(AttendUnit) / 16)) {
       const uint4 v = reinterpret_cast<const uint4*>(&unit)[lane];
       const uint32_t to = area + Tile::kQueryBytes + 8 * Config::kRows + 16 * lane;
@@ -143,16 +167,17 @@ __global__ void __launch_bounds__(Config::kThreads, 1) AttendKernelFunction(cons
     if (lane == 0) Barrier::Arrive(query_full + 8 * (i & 1));
   };
 
-  prepare(share.unit, 0);
+  prepare(params.shares[blockIdx.x].first, 0, &first_inputs);
   uint32_t page = share.begin + static_cast<uint32_t>(warp);
+  const uint32_t first_unit = share.unit;
   uint32_t unit_begin = share.begin;  // first page of the unit in this share
   for (int i = 0;; i++) {
     const int area_at = Config::kQueryAt + (i & 1) * Config::kQueryBytes;
     Barrier::Wait(query_full + 8 * (i & 1), (i >> 1) & 1);
     const AttendUnit& unit = *reinterpret_cast<const AttendUnit*>(shared + area_at + Tile::kQueryBytes + 8 * Config::kRows);
-    const uint32_t unit_index = share.unit + static_cast<uint32_t>(i);
-    const uint32_t unit_end = min(unit.first_page + unit.pages, share.end);
-    const bool last_unit = unit_end >= share.end;
+    const uint32_t unit_index = first_unit + static_cast<uint32_t>(i);
+    const uint32_t unit_end = min(unit.first_page + unit.pages, share_end);
+    const bool last_unit = unit_end >= share_end;
     const int unit_rows = unit.rows;  // the area is given back before the sums are written
     const float* row_values = reinterpret_cast<const float*>(shared + area_at + Tile::kQueryBytes);
     float multiplier[MT], bias[MT];
@@ -228,11 +253,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1) AttendKernelFunction(cons
         ring.template Release<true>();
       }
       if (!prepared) {
-        prepare(unit_index + 1, i + 1);
+        prepare(params.units[unit_index + 1], i + 1, nullptr);
         prepared = true;
       }
     }
-    if (!prepared) prepare(unit_index + 1, i + 1);
+    if (!prepared) prepare(params.units[unit_index + 1], i + 1, nullptr);
     __syncwarp();
     if (lane == 0) Barrier::Arrive(query_empty + 8 * (i & 1));
 

@@ -31,10 +31,7 @@ std::vector<AttendShare> CutShares(const std::vector<AttendUnit>& units, int cta
     share.end = ShareBegin(pages, shares.size(), i + 1);
     while (units[unit].first_page + units[unit].pages <= share.begin) unit++;
     share.unit = static_cast<uint32_t>(unit);
-    share.unit_first_page = units[unit].first_page;
-    share.unit_end_page = units[unit].first_page + units[unit].pages;
-    share.blocks = units[unit].blocks;
-    share.record_offset = units[unit].record_offset;
+    share.first = units[unit];
   }
   return shares;
 }

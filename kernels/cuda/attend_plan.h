@@ -28,14 +28,12 @@ struct alignas(16) AttendUnit {
   int32_t causal_end = 0, window_begin = 0;
 };
 
-// Where a CTA begins; the blocks and the record offset of its first unit are repeated to save a dependent load.
+// What one CTA reads. Its first unit is repeated here: the loads that a CTA begins with then depend on one load only.
 struct alignas(16) AttendShare {
-  const std::byte* const* blocks = nullptr;
-  uint64_t record_offset = 0;
-  uint32_t unit = 0;
-  uint32_t unit_first_page = 0, unit_end_page = 0;
   uint32_t begin = 0, end = 0;  // pages of the launch
-  uint32_t padding[3] = {};
+  uint32_t unit = 0;            // index of the first unit
+  uint32_t padding = 0;
+  AttendUnit first;
 };
 
 enum class QueryType : int32_t { kF32, kF16, kBf16 };

@@ -27,7 +27,7 @@ constexpr Form FormOfCodec() {
 constexpr int WarpsByRegisters(int dk, int dv, int tiles, bool half) {
   const int wide = dk > dv ? dk : dv;
   if (half) return wide <= 256 && tiles * wide <= 256 ? 8 : 4;
-  if (tiles == 1) return wide <= 128 ? 16 : wide <= 192 ? 12 : 8;
+  if (tiles == 1) return wide <= 192 ? 12 : 8;
   return wide <= 96 ? 12 : 8;
 }
 
@@ -60,7 +60,7 @@ template <class K, class V, int D, int MT>
 AttendKernel MakeCoded() {
   using KS = typename K::Stored;
   using VS = typename V::Stored;
-  return MakeEntry<CodedTile<DeviceWarp, KS, VS, D, D, MT, MT == 1, false>>(FormOfCodec<KS>(), FormOfCodec<VS>());
+  return MakeEntry<CodedTile<DeviceWarp, KS, VS, D, D, MT, false, false>>(FormOfCodec<KS>(), FormOfCodec<VS>());
 }
 template <bool kBf16, int D, int MT>
 AttendKernel MakeHalf() {

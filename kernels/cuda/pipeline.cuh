@@ -63,10 +63,10 @@ struct PieceRing {
     __syncwarp();
     units = params.units;
     unit = share.unit;
-    unit_first = share.unit_first_page;
-    unit_end = share.unit_end_page;
-    blocks = share.blocks;
-    record_offset = share.record_offset;
+    unit_first = share.first.first_page;
+    unit_end = unit_first + share.first.pages;
+    blocks = share.first.blocks;
+    record_offset = share.first.record_offset;
     share_end = share.end;
     const uint32_t first = share.begin + static_cast<uint32_t>(warp);
     my_pages = first < share.end ? (share.end - first + kWarps - 1) / kWarps : 0;

@@ -2,11 +2,14 @@
 // permutes on tables of at most 16 levels.
 //
 // A PRMT looks up four 8-entry tables at once; a selector nibble with bit 3 set gives the sign of the byte instead, which
-// is how 16 levels take two tables. Those join in one of two ways:
-//   joined: both tables hold level + 64, so that the idle one answers 0 and OR joins them; the offset is taken back by
-//           the start value of the sum (kOffset).
+// is how 16 levels take two tables: the lower one is asked with the codes, the upper one, stored backwards, with their
+// complements. The two answers join in one of two ways:
+//   joined: both tables hold level + 64, so that the idle one answers 0 and a sum joins them; the offset is taken back by
+//           the start value of the products (kOffset).
 //   split:  codes below 8 have negative levels, so the idle lower table answers -1; the upper table holds level + 1. Both
-//           are multiplied and the sum of the two products is right: one more product instead of two ORs for 8 codes.
+//           are multiplied and the sum of the two products is right: one more product instead of two sums for 8 codes.
+// Permutes, shifts and logic share the ALU pipe, which is the bottleneck. Complements and sums are therefore written as
+// multiplications by values that the compiler does not know (W::Complement, W::Plus), which run on another pipe.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +28,10 @@ struct QuadDecoder {
 
   uint32_t table[4];
 
-  static constexpr int kTableBytes = 32;
+  static constexpr int kTableBytes = 64;
+
+  // Two multipliers that are not constants to the compiler: -1 and 1.
+  uint32_t minus_one, k1;
 
   // One lane of the CTA writes the tables to shared memory, all lanes read them after a barrier. Constants, and values that
   // are the same in all lanes, would be moved to a register again before every permute; so there is a copy for the even
@@ -35,23 +41,35 @@ struct QuadDecoder {
     constexpr int kEntries = kBits == 4 ? 16 : kBits == 3 ? 8 : kBits == 2 ? 4 : 0;
 #pragma unroll
     for (int i = 0; i < kEntries; i++) {
-      const int level = Codec::Level(i) + kOffset + (kSplit && i >= 8 ? 1 : 0);
+      const int code = i < 8 ? i : 23 - i;
+      const int level = Codec::Level(code) + kOffset + (kSplit && i >= 8 ? 1 : 0);
       words[i / 4] |= static_cast<uint32_t>(level & 255) << (8 * (i % 4));
     }
     if constexpr (kBits == 5) {  // the lower four bits of a code stand for themselves
       words[0] = 0x03020100u;
       words[1] = 0x07060504u;
-      words[2] = 0x0b0a0908u;
-      words[3] = 0x0f0e0d0cu;
+      words[2] = 0x0c0d0e0fu;
+      words[3] = 0x08090a0bu;
     }
     for (int copy = 0; copy < 2; copy++) {
-      W::Store64(area + 16 * copy, words[0], words[1]);
-      W::Store64(area + 16 * copy + 8, words[2], words[3]);
+      W::Store64(area + 32 * copy, words[0], words[1]);
+      W::Store64(area + 32 * copy + 8, words[2], words[3]);
+      W::Store64(area + 32 * copy + 16, 0xffffffffu, 1u);
     }
   }
   KVTIDE_DEVICE void Init(typename W::Shared area) {
-    if constexpr (kBits <= 5) W::Load128(area + 16 * (W::Lane() & 1), table);
+    const typename W::Shared from = area + 32 * (W::Lane() & 1);
+    if constexpr (kBits <= 5) {
+      uint32_t multipliers[2];
+      W::Load128(from, table);
+      W::Load64(from + 16, multipliers);
+      minus_one = multipliers[0];
+      k1 = multipliers[1];
+    }
   }
+
+  KVTIDE_DEVICE uint32_t Not(uint32_t w) const { return W::Complement(w, minus_one); }
+  KVTIDE_DEVICE uint32_t Sum(uint32_t x, uint32_t y) const { return W::Plus(x, y, k1); }
 
   // 8 codes in nibbles with bit 3 clear.
   KVTIDE_DEVICE void Octet(uint32_t u, uint32_t (&b)[2]) const {
@@ -69,17 +87,17 @@ struct QuadDecoder {
     } else if constexpr (kBits == 4 || kBits == 5) {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const uint32_t x = w[i] ^ 0x88888888u;
-        const uint32_t low0 = W::Prmt(table[0], table[1], w[i]), low1 = W::Prmt(table[0], table[1], w[i] >> 16);
-        const uint32_t high0 = W::Prmt(table[2], table[3], x), high1 = W::Prmt(table[2], table[3], x >> 16);
+        const uint32_t h = w[i] >> 16;
+        const uint32_t low0 = W::Prmt(table[0], table[1], w[i]), low1 = W::Prmt(table[0], table[1], h);
+        const uint32_t high0 = W::Prmt(table[2], table[3], Not(w[i])), high1 = W::Prmt(table[2], table[3], Not(h));
         if constexpr (kSplit) {
           b[0][i][0] = low0;
           b[0][i][1] = low1;
           b[1][i][0] = high0;
           b[1][i][1] = high1;
         } else if constexpr (kBits == 4) {
-          b[0][i][0] = low0 | high0;
-          b[0][i][1] = low1 | high1;
+          b[0][i][0] = Sum(low0, high0);
+          b[0][i][1] = Sum(low1, high1);
         } else {  // bit 4 clear: level = nibble - 16
           const uint32_t fifth = (w[4] >> i) & 0x11111111u;
           b[0][i][0] = low0 | high0 | W::Prmt(0x000000f0u, 0, fifth);

@@ -41,7 +41,8 @@ void MultiplyBytes(bool is_signed) {
       for (int i = 0; i < 4; i++) {
         const uint8_t x = ByteOf(lanes[l].operands.in[r], i);
         a[(l >> 2) + 8 * (r & 1)][4 * (l & 3) + i + 16 * (r >> 1)] = is_signed ? static_cast<int8_t>(x) : x;
-        if (r < 2) b[4 * (l & 3) + i + 16 * r][l >> 2] = static_cast<int8_t>(ByteOf(lanes[l].operands.in[4 + r], i));
+        if (r < 2)
+          b[4 * (l & 3) + i + 16 * r][l >> 2] = static_cast<int8_t>(ByteOf(lanes[l].operands.in[4 + r], i));
       }
   for (int l = 0; l < kLanes; l++)
     for (int r = 0; r < 4; r++) {
@@ -92,7 +93,9 @@ void RunCollective() {
   const Collective kind = lanes[0].kind;
   for (const Lane& lane : lanes) KVTIDE_CHECK(lane.kind == kind, "lanes stand at different collectives");
   switch (kind) {
-    case Collective::kNone: KVTIDE_CHECK(false, "no collective"); break;
+    case Collective::kNone:
+      KVTIDE_CHECK(false, "no collective");
+      break;
     case Collective::kShuffle:
       for (int l = 0; l < kLanes; l++)
         lanes[l].operands.out[0] = lanes[l ^ static_cast<int>(lanes[l].operands.in[1])].operands.in[0];
@@ -103,12 +106,24 @@ void RunCollective() {
       for (Lane& lane : lanes) lane.operands.out[0] = all;
       break;
     }
-    case Collective::kMmaSigned: MultiplyBytes(true); break;
-    case Collective::kMmaUnsigned: MultiplyBytes(false); break;
-    case Collective::kMmaF16: MultiplyHalves(false); break;
-    case Collective::kMmaBf16: MultiplyHalves(true); break;
-    case Collective::kLoadMatrix: LoadMatrices(false); break;
-    case Collective::kLoadMatrixTransposed: LoadMatrices(true); break;
+    case Collective::kMmaSigned:
+      MultiplyBytes(true);
+      break;
+    case Collective::kMmaUnsigned:
+      MultiplyBytes(false);
+      break;
+    case Collective::kMmaF16:
+      MultiplyHalves(false);
+      break;
+    case Collective::kMmaBf16:
+      MultiplyHalves(true);
+      break;
+    case Collective::kLoadMatrix:
+      LoadMatrices(false);
+      break;
+    case Collective::kLoadMatrixTransposed:
+      LoadMatrices(true);
+      break;
   }
 }
 

@@ -1,4 +1,5 @@
-// The warp-level code of the CUDA backend, run in an emulated warp and compared with float64 on the stored codes.
+// The warp-level code of the CUDA backend, run in an emulated warp and compared with float64 on the stored
+// codes.
 #include "tests/kernels/warp_emulator.h"
 
 #include <gtest/gtest.h>
@@ -24,9 +25,9 @@ using testing::RunWarp;
 constexpr float kLog2E = 1.4426950408889634f;
 
 struct Shape {
-  int rows;        // query rows that count
+  int rows;  // query rows that count
   int tokens;
-  float magnitude; // of the queries
+  float magnitude;  // of the queries
   bool equal_v_scales = false;
 };
 
@@ -44,7 +45,8 @@ Problem MakeProblem(CacheType k_type, CacheType v_type, int dk, int dv, const Sh
   std::mt19937 rng(seed);
   std::normal_distribution<float> normal;
   Problem p{dk, dv, (shape.tokens + 63) / 64, {}, {}, {}, {}, {}};
-  const auto make = [&](Side side, CacheType type, int d, bool equal, std::vector<std::vector<std::byte>>& halves, std::vector<float>& rows) {
+  const auto make = [&](Side side, CacheType type, int d, bool equal,
+                        std::vector<std::vector<std::byte>>& halves, std::vector<float>& rows) {
     const HalfLayout layout = MakeHalfLayout(type, d);
     rows.resize(static_cast<size_t>(p.pages) * 64 * static_cast<size_t>(d));
     for (int page = 0; page < p.pages; page++) {
@@ -62,7 +64,8 @@ Problem MakeProblem(CacheType k_type, CacheType v_type, int dk, int dv, const Sh
           std::memcpy(&half[i], &bits, 2);
         }
       }
-      DecodeHalfRotated(type, side, layout, half.data(), &rows[static_cast<size_t>(page) * 64 * static_cast<size_t>(d)]);
+      DecodeHalfRotated(type, side, layout, half.data(),
+                        &rows[static_cast<size_t>(page) * 64 * static_cast<size_t>(d)]);
       halves.push_back(std::move(half));
     }
   };
@@ -98,7 +101,7 @@ void Check(const Problem& p, const Shape& shape, float limit, Write write) {
     v[i].assign(vb, vb + p.v_halves[i].size());
   }
   std::vector<std::unique_ptr<Tile>> tiles(32);
-    uint8_t tables[64];
+  uint8_t tables[128];
   std::vector<float> out(static_cast<size_t>(Tile::kRows * DV), NAN), lse(Tile::kRows, NAN);
   RunWarp([&](int lane) {
     tiles[static_cast<size_t>(lane)] = std::make_unique<Tile>();
@@ -107,7 +110,8 @@ void Check(const Problem& p, const Shape& shape, float limit, Write write) {
     constexpr int kTiles = Tile::kRows / 8;
     float multiplier[kTiles];
     for (int m = 0; m < kTiles; m++)
-      multiplier[m] = std::fmax(steps[static_cast<size_t>(n + 8 * m)] * scale * kLog2E * Tile::kKUnit, 1e-25f);
+      multiplier[m] =
+          std::fmax(steps[static_cast<size_t>(n + 8 * m)] * scale * kLog2E * Tile::kKUnit, 1e-25f);
     if (lane == 0) Tile::WriteTables(tables);
     EmulatedWarp::All(true);
     tile.Init(tables);
@@ -129,7 +133,8 @@ void Check(const Problem& p, const Shape& shape, float limit, Write write) {
       sum += EmulatedWarp::ShflXor(sum, 2);
       for (int j = 0; j < DV / 8; j++)
         for (int e = 0; e < 2; e++)
-          out[static_cast<size_t>((n + 8 * m) * DV + 8 * j + 2 * c + e)] = tile.rows.output[m][j][e] / sum * Tile::kVUnit;
+          out[static_cast<size_t>((n + 8 * m) * DV + 8 * j + 2 * c + e)] =
+              tile.rows.output[m][j][e] / sum * Tile::kVUnit;
       if (c == 0) lse[static_cast<size_t>(n + 8 * m)] = (tile.rows.reference[m] + std::log2(sum)) / kLog2E;
     }
   });
@@ -139,7 +144,8 @@ void Check(const Problem& p, const Shape& shape, float limit, Write write) {
     for (int t = 0; t < shape.tokens; t++) {
       double dot = 0;
       for (int d = 0; d < DK; d++)
-        dot += static_cast<double>(p.q[static_cast<size_t>(r * DK + d)]) * static_cast<double>(p.k[static_cast<size_t>(t * DK + d)]);
+        dot += static_cast<double>(p.q[static_cast<size_t>(r * DK + d)]) *
+               static_cast<double>(p.k[static_cast<size_t>(t * DK + d)]);
       logits[static_cast<size_t>(t)] = dot * static_cast<double>(scale);
       top = std::max(top, logits[static_cast<size_t>(t)]);
       largest = std::max(largest, std::fabs(logits[static_cast<size_t>(t)]));
@@ -148,16 +154,20 @@ void Check(const Problem& p, const Shape& shape, float limit, Write write) {
     for (int t = 0; t < shape.tokens; t++) {
       const double w = std::exp(logits[static_cast<size_t>(t)] - top);
       sum += w;
-      for (int d = 0; d < DV; d++) expected[static_cast<size_t>(d)] += w * static_cast<double>(p.v[static_cast<size_t>(t * DV + d)]);
+      for (int d = 0; d < DV; d++)
+        expected[static_cast<size_t>(d)] += w * static_cast<double>(p.v[static_cast<size_t>(t * DV + d)]);
     }
     double error = 0, size = 0;
     for (int d = 0; d < DV; d++) {
-      const double e = expected[static_cast<size_t>(d)] / sum, x = static_cast<double>(out[static_cast<size_t>(r * DV + d)]);
+      const double e = expected[static_cast<size_t>(d)] / sum,
+                   x = static_cast<double>(out[static_cast<size_t>(r * DV + d)]);
       error += (e - x) * (e - x);
       size += e * e;
     }
-    EXPECT_LE(std::sqrt(error / size), static_cast<double>(limit)) << "row " << r << " tokens " << shape.tokens;
-    EXPECT_NEAR(static_cast<double>(lse[static_cast<size_t>(r)]), top + std::log(sum), 2e-4 + 1e-4 * largest) << "row " << r;
+    EXPECT_LE(std::sqrt(error / size), static_cast<double>(limit))
+        << "row " << r << " tokens " << shape.tokens;
+    EXPECT_NEAR(static_cast<double>(lse[static_cast<size_t>(r)]), top + std::log(sum), 2e-4 + 1e-4 * largest)
+        << "row " << r;
   }
 }
 
@@ -166,7 +176,8 @@ void CheckCoded(const Shape& shape, unsigned seed, float limit = 5e-4f) {
   using Tile = CodedTile<EmulatedWarp, KCodec, VCodec, DK, DV, MT, kSplit, kRegisters>;
   const Problem p = MakeProblem(TypeOf(KCodec::kName), TypeOf(VCodec::kName), DK, DV, shape, seed);
   Check<Tile, DK, DV>(p, shape, limit, [](const WarpRow<DK>& row, int r, uint8_t* area) {
-    return cuda::WriteCodedQuery<EmulatedWarp, DK, KCodec::kGroup, Tile::KDecoder::kOffset>(row, r, area, Tile::kQueryFragmentBytes);
+    return cuda::WriteCodedQuery<EmulatedWarp, DK, KCodec::kGroup, Tile::KDecoder::kOffset>(
+        row, r, area, Tile::kQueryFragmentBytes);
   });
 }
 
@@ -245,8 +256,10 @@ void CheckRotation() {
     const auto each = [&](auto f) {
       for (int b = 0; b < WarpRow<D>::kBlocks; b++)
         for (int i = 0; i < 4; i++)
-          if (128 * b + 4 * lane + i < D) f(row.x[b][i], static_cast<size_t>(128 * b + 4 * lane + i));
-          else row.x[b][i] = 0;
+          if (128 * b + 4 * lane + i < D)
+            f(row.x[b][i], static_cast<size_t>(128 * b + 4 * lane + i));
+          else
+            row.x[b][i] = 0;
     };
     each([&](float& v, size_t d) { v = x[d]; });
     cuda::RotateHadamard<EmulatedWarp, D, false>(row);

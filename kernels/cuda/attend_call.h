@@ -1,0 +1,23 @@
+// Backend::Attend on a GPU: turns items, runs and rows into units and launches, runs them and brings the result back.
+// Runs whose pair and head dims have a kernel are read where they lie; the blocks of all others are converted to f16 pages
+// in scratch memory first, as many at a time as fit.
+#pragma once
+
+#include "absl/status/status.h"
+#include "kernels/backend.h"
+#include "kernels/cuda/rotations.h"
+#include "kernels/cuda/workspace.h"
+
+namespace kvtide::cuda {
+
+struct AttendEnvironment {
+  int processors = 0;
+  size_t scratch_bytes = 0;
+  Rotations* rotations = nullptr;
+};
+
+// Once for a device, before the first call.
+absl::Status PrepareAttendKernels();
+absl::Status AttendCall(const AttendArgs& args, const AttendEnvironment& environment, Workspace& workspace);
+
+}  // namespace kvtide::cuda

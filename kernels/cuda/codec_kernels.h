@@ -1,0 +1,45 @@
+// Kernels that write and read stored pages: append, encode, decode. Bytes are those of EncodeHalf (format/page_codec.h), bit
+// by bit: the arithmetic is never fused and sums have one order, whatever the number of threads.
+// One job is one half (K or V) of one record; all jobs of a launch share type, side and shape.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/base/data_type.h"
+#include "kernels/format/block_layout.h"
+
+namespace kvtide::cuda {
+
+struct alignas(16) CodecJob {
+  const std::byte* source = nullptr;
+  std::byte* target = nullptr;
+  const float* mean = nullptr;  // [head_dim] or null, of keys of coded types
+  const float* gain = nullptr;
+  int32_t tokens = kBlockTokens;  // tokens that count (encode)
+  int32_t row_stride = 0;         // floats from row to row, where rows are f32
+  int64_t padding = 0;
+};
+
+// What an encoder reads: an f16 page of the same shape, or f32 rows in the original frame.
+enum class RowSource { kF16Page, kF32Rows };
+// What a decoder writes: f32 rows, or an f16 page of `page_dim` stored values a row (padding zero).
+enum class RowTarget { kF32Rows, kF16Page };
+
+cudaError_t LaunchEncode(CacheType type, Side side, const HalfLayout& layout, RowSource source, const CodecJob* jobs, int count,
+                         cudaStream_t stream);
+cudaError_t LaunchDecode(CacheType type, Side side, const HalfLayout& layout, RowTarget target, int page_dim, const CodecJob* jobs,
+                         int count, cudaStream_t stream);
+
+// Copies rows of a tensor [rows][heads][dim] into an f16 or bf16 page half.
+struct alignas(16) AppendJob {
+  std::byte* target = nullptr;  // the half of head 0
+  int64_t first_row = 0;
+  int32_t first_token = 0, tokens = 0;
+};
+cudaError_t LaunchAppend(CacheType type, const HalfLayout& layout, size_t record_bytes, int heads, const void* rows, DataType rows_type,
+                         const AppendJob* jobs, int count, cudaStream_t stream);
+
+}  // namespace kvtide::cuda

@@ -1,0 +1,334 @@
+#include "kernels/cuda/cuda_backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <map>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/numbers.h"
+#include "kernels/base/status.h"
+#include "kernels/cuda/attend_call.h"
+#include "kernels/cuda/codec_kernels.h"
+#include "kernels/cuda/copy_engine.h"
+#include "kernels/cuda/rotations.h"
+#include "kernels/cuda/workspace.h"
+
+namespace kvtide {
+namespace cuda {
+namespace {
+
+class DeviceSlab : public Slab {
+ public:
+  explicit DeviceSlab(int device) : device_(device) {}
+  ~DeviceSlab() override {
+    const DeviceGuard guard(device_);
+    if (data_ != nullptr) (void)cudaFree(data_);
+  }
+  // A plain allocation, so that other processes can map it (CUDA IPC).
+  absl::Status Allocate(size_t bytes) {
+    void* p = nullptr;
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaMalloc(&p, bytes));
+    data_ = static_cast<std::byte*>(p);
+    bytes_ = bytes;
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemset(p, 0, bytes));
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaDeviceSynchronize());
+    return absl::OkStatus();
+  }
+  std::byte* data() const override { return data_; }
+  size_t bytes() const override { return bytes_; }
+
+ private:
+  const int device_;
+  std::byte* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+absl::Status CheckPiece(const AppendPiece& piece) {
+  if (piece.layout == nullptr || piece.block == nullptr) return absl::InvalidArgumentError("append: no layout or no block");
+  const CachePair pair = piece.layout->pair();
+  if (Info(pair.k).storage != Storage::kHalf || Info(pair.v).storage != Storage::kHalf)
+    return absl::InvalidArgumentError(
+        absl::StrCat("append to a block of ", PairName(pair), ": tokens are appended to f16 or bf16 blocks"));
+  if (piece.layer < 0 || piece.layer >= piece.layout->shape().layers || piece.first_token < 0 || piece.tokens < 0 ||
+      piece.first_token + piece.tokens > kBlockTokens)
+    return absl::InvalidArgumentError(absl::StrCat("append: layer ", piece.layer, ", tokens ", piece.first_token, " + ", piece.tokens,
+                                                   " lie outside the block"));
+  return absl::OkStatus();
+}
+
+absl::Status CheckPiece(const RecodePiece& piece) {
+  if (piece.from == nullptr || piece.to == nullptr || piece.source == nullptr || piece.target == nullptr)
+    return absl::InvalidArgumentError("recode: no layout or no block");
+  if (!(piece.from->shape() == piece.to->shape())) return absl::InvalidArgumentError("recode: the two layouts differ in shape");
+  if (piece.first_layer < 0 || piece.layers < 0 || piece.first_layer + piece.layers > piece.from->shape().layers || piece.tokens < 0 ||
+      piece.tokens > kBlockTokens)
+    return absl::InvalidArgumentError(absl::StrCat("recode: layers ", piece.first_layer, " + ", piece.layers, " or ", piece.tokens,
+                                                   " tokens lie outside the block"));
+  return absl::OkStatus();
+}
+
+class CudaBackend : public Backend {
+ public:
+  CudaBackend(const CudaBackendOptions& options, int device, int processors)
+      : options_(options),
+        device_(device),
+        processors_(processors),
+        pool_(options.workspaces),
+        copies_(device, options.copy_piece_bytes, options.max_copies) {}
+
+  std::string name() const override { return absl::StrCat("cuda:", device_); }
+
+  absl::Status CheckSupport(const BlockLayout& layout) const override { return CheckGroupShape(layout.shape()); }
+
+  absl::StatusOr<std::unique_ptr<Slab>> AllocateSlab(size_t bytes) override {
+    if (bytes == 0) return absl::InvalidArgumentError("a slab of 0 bytes");
+    const DeviceGuard guard(device_);
+    auto slab = std::make_unique<DeviceSlab>(device_);
+    const absl::Status status = slab->Allocate(bytes);
+    if (!status.ok()) return Annotate(status, absl::StrCat(name(), ": no ", bytes, " bytes of device memory"));
+    return std::unique_ptr<Slab>(std::move(slab));
+  }
+
+  absl::Status Append(const AppendArgs& args) override {
+    if (args.pieces.empty()) return absl::OkStatus();
+    const DeviceGuard guard(device_);
+    size_t rows = 0;
+    for (const AppendPiece& piece : args.pieces) {
+      KVTIDE_RETURN_IF_ERROR(CheckPiece(piece));
+      if (!(*piece.layout == *args.pieces[0].layout)) return absl::InvalidArgumentError("append: pieces of unequal layouts");
+      rows = std::max(rows, piece.source_row + static_cast<size_t>(piece.tokens));
+    }
+    const BlockLayout& layout = *args.pieces[0].layout;
+    const GroupShape& shape = layout.shape();
+    const size_t k_bytes = rows * static_cast<size_t>(shape.kv_heads * shape.head_dim_k) * DataTypeBytes(args.k.type);
+    const size_t v_bytes = rows * static_cast<size_t>(shape.kv_heads * shape.head_dim_v) * DataTypeBytes(args.v.type);
+    KVTIDE_ASSIGN_OR_RETURN(auto workspace, pool_.Take());
+    KVTIDE_RETURN_IF_ERROR(workspace->Begin(Workspace::Bound(4, k_bytes + v_bytes + 2 * args.pieces.size() * sizeof(AppendJob))));
+    const auto k = workspace->Place<std::byte>(k_bytes), v = workspace->Place<std::byte>(v_bytes);
+    if (rows > 0) std::memcpy(k.host, args.k.data, k_bytes);
+    if (rows > 0) std::memcpy(v.host, args.v.data, v_bytes);
+    std::vector<AppendJob> k_jobs, v_jobs;
+    for (const AppendPiece& piece : args.pieces) {
+      if (piece.tokens == 0) continue;
+      AppendJob job;
+      job.target = piece.block + layout.RecordOffset(piece.layer, 0);
+      job.first_row = static_cast<int64_t>(piece.source_row);
+      job.first_token = piece.first_token;
+      job.tokens = piece.tokens;
+      k_jobs.push_back(job);
+      job.target += layout.v_codes();
+      v_jobs.push_back(job);
+    }
+    const AppendJob* k_device = workspace->Upload(k_jobs);
+    const AppendJob* v_device = workspace->Upload(v_jobs);
+    KVTIDE_RETURN_IF_ERROR(workspace->Send());
+    if (!k_jobs.empty()) {
+      const int count = static_cast<int>(k_jobs.size());
+      KVTIDE_CUDA_RETURN_IF_ERROR(LaunchAppend(layout.pair().k, layout.k(), layout.record_bytes(), shape.kv_heads, k.device,
+                                               args.k.type, k_device, count, workspace->stream()));
+      KVTIDE_CUDA_RETURN_IF_ERROR(LaunchAppend(layout.pair().v, layout.v(), layout.record_bytes(), shape.kv_heads, v.device,
+                                               args.v.type, v_device, count, workspace->stream()));
+    }
+    return Annotate(workspace->Finish(), name());
+  }
+
+  absl::Status Recode(std::span<const RecodePiece> pieces) override {
+    const DeviceGuard guard(device_);
+    for (const RecodePiece& piece : pieces) {
+      KVTIDE_RETURN_IF_ERROR(CheckPiece(piece));
+      KVTIDE_RETURN_IF_ERROR(RecodeSide(piece, Side::kKey));
+      KVTIDE_RETURN_IF_ERROR(RecodeSide(piece, Side::kValue));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Attend(const AttendArgs& args) override {
+    const DeviceGuard guard(device_);
+    KVTIDE_ASSIGN_OR_RETURN(auto workspace, pool_.Take());
+    const AttendEnvironment environment{processors_, options_.scratch_bytes, &rotations_};
+    return Annotate(AttendCall(args, environment, *workspace), name());
+  }
+
+  absl::Status Decode(const DecodeArgs& args) override {
+    if (args.layout == nullptr || args.block == nullptr) return absl::InvalidArgumentError("decode: no layout or no block");
+    const BlockLayout& layout = *args.layout;
+    const GroupShape& shape = layout.shape();
+    if (args.layer < 0 || args.layer >= shape.layers)
+      return absl::InvalidArgumentError(absl::StrCat("decode: layer ", args.layer, " of ", shape.layers));
+    const DeviceGuard guard(device_);
+    KVTIDE_ASSIGN_OR_RETURN(auto workspace, pool_.Take());
+    for (const Side side : {Side::kKey, Side::kValue}) {
+      const bool key = side == Side::kKey;
+      float* const out = key ? args.k : args.v;
+      if (out == nullptr) continue;
+      const HalfLayout& half = key ? layout.k() : layout.v();
+      const size_t dim = static_cast<size_t>(half.head_dim), heads = static_cast<size_t>(shape.kv_heads);
+      const size_t bytes = kBlockTokens * heads * dim * sizeof(float);
+      KVTIDE_RETURN_IF_ERROR(workspace->rows.Reserve(bytes));
+      KVTIDE_RETURN_IF_ERROR(workspace->results_host.Reserve(bytes));
+      KVTIDE_RETURN_IF_ERROR(workspace->Begin(Workspace::Bound(3 + 2 * heads, heads * (sizeof(CodecJob) + 2 * dim * sizeof(float)))));
+      std::vector<CodecJob> jobs;
+      for (int head = 0; head < shape.kv_heads; head++) {
+        CodecJob job;
+        job.source = args.block + layout.RecordOffset(args.layer, head) + (key ? 0 : layout.v_codes());
+        job.target = workspace->rows.data() + static_cast<size_t>(head) * dim * sizeof(float);
+        job.row_stride = static_cast<int32_t>(heads * dim);
+        if (key && args.profile != nullptr) {
+          const HeadProfile& profile = args.profile->key(args.layer, head);
+          if (!profile.mean.empty()) job.mean = workspace->Upload(profile.mean);
+          if (!profile.gain.empty()) job.gain = workspace->Upload(profile.gain);
+        }
+        jobs.push_back(job);
+      }
+      const CodecJob* device_jobs = workspace->Upload(jobs);
+      KVTIDE_RETURN_IF_ERROR(workspace->Send());
+      KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(key ? layout.pair().k : layout.pair().v, side, half, RowTarget::kF32Rows, 0, device_jobs,
+                                               static_cast<int>(jobs.size()), workspace->stream()));
+      KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(workspace->results_host.data(), workspace->rows.data(), bytes, cudaMemcpyDeviceToHost,
+                                                  workspace->stream()));
+      KVTIDE_RETURN_IF_ERROR(Annotate(workspace->Finish(), name()));
+      std::memcpy(out, workspace->results_host.data(), bytes);
+    }
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<CopyTicket> StartCopy(std::span<const CopyPiece> pieces, CopyDirection direction) override {
+    return copies_.Submit(pieces, direction);
+  }
+  absl::StatusOr<bool> Poll(CopyTicket ticket) override { return copies_.Poll(ticket); }
+
+ private:
+  absl::Status RecodeSide(const RecodePiece& piece, Side side) {
+    const bool key = side == Side::kKey;
+    const BlockLayout &from = *piece.from, &to = *piece.to;
+    const CacheType from_type = key ? from.pair().k : from.pair().v, to_type = key ? to.pair().k : to.pair().v;
+    const HalfLayout &from_half = key ? from.k() : from.v(), &to_half = key ? to.k() : to.v();
+    const int heads = from.shape().kv_heads, first = piece.first_layer * heads, records = piece.layers * heads;
+    if (records == 0) return absl::OkStatus();
+    const std::byte* const source = piece.source + (key ? 0 : from.v_codes());
+    std::byte* const target = piece.target + (key ? 0 : to.v_codes());
+    KVTIDE_ASSIGN_OR_RETURN(auto workspace, pool_.Take());
+    const cudaStream_t stream = workspace->stream();
+    const Profile* const from_profile = key && Info(from_type).storage == Storage::kCodes ? piece.from_profile : nullptr;
+    const Profile* const to_profile = key && Info(to_type).storage == Storage::kCodes ? piece.to_profile : nullptr;
+    const bool same_frame = piece.from_profile == piece.to_profile || !key || Info(from_type).storage == Storage::kHalf;
+    if (from_type == to_type && same_frame && piece.tokens == kBlockTokens) {
+      KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpy2DAsync(target + to.record_bytes() * static_cast<size_t>(first), to.record_bytes(),
+                                                    source + from.record_bytes() * static_cast<size_t>(first), from.record_bytes(),
+                                                    to_half.bytes, static_cast<size_t>(records), cudaMemcpyDeviceToDevice, stream));
+      return Annotate(workspace->Finish(), name());
+    }
+    const size_t dim = static_cast<size_t>(from_half.head_dim), row_bytes = kBlockTokens * dim * sizeof(float);
+    const bool direct = from_type == ExactPair().k;
+    KVTIDE_RETURN_IF_ERROR(workspace->Begin(Workspace::Bound(4 + 4 * static_cast<size_t>(records),
+                                                             static_cast<size_t>(records) * (2 * sizeof(CodecJob) + 4 * dim * sizeof(float)))));
+    if (!direct) KVTIDE_RETURN_IF_ERROR(workspace->rows.Reserve(row_bytes * static_cast<size_t>(records)));
+    std::vector<CodecJob> decode, encode;
+    for (int i = 0; i < records; i++) {
+      const size_t record = static_cast<size_t>(first + i);
+      const auto with_profile = [&](CodecJob job, const Profile* profile) {
+        if (profile == nullptr) return job;
+        const HeadProfile& head = profile->k[record];
+        if (!head.mean.empty()) job.mean = workspace->Upload(head.mean);
+        if (!head.gain.empty()) job.gain = workspace->Upload(head.gain);
+        return job;
+      };
+      CodecJob job;
+      job.row_stride = static_cast<int32_t>(dim);
+      job.source = source + from.record_bytes() * record;
+      std::byte* const rows = workspace->rows.data() + row_bytes * static_cast<size_t>(i);
+      if (!direct) {
+        job.target = rows;
+        decode.push_back(with_profile(job, from_profile));
+        job.source = rows;
+      }
+      job.target = target + to.record_bytes() * record;
+      job.tokens = piece.tokens;
+      encode.push_back(with_profile(job, to_profile));
+    }
+    const CodecJob* decode_device = workspace->Upload(decode);
+    const CodecJob* encode_device = workspace->Upload(encode);
+    KVTIDE_RETURN_IF_ERROR(workspace->Send());
+    if (!direct)
+      KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(from_type, side, from_half, RowTarget::kF32Rows, 0, decode_device, records, stream));
+    KVTIDE_CUDA_RETURN_IF_ERROR(
+        LaunchEncode(to_type, side, to_half, direct ? RowSource::kF16Page : RowSource::kF32Rows, encode_device, records, stream));
+    return Annotate(workspace->Finish(), name());
+  }
+
+  const CudaBackendOptions options_;
+  const int device_, processors_;
+  WorkspacePool pool_;
+  Rotations rotations_;
+  CopyEngine copies_;
+};
+
+std::string UuidText(const cudaUUID_t& uuid) {
+  std::string text = "GPU-";
+  for (int i = 0; i < 16; i++) {
+    char part[4];
+    std::snprintf(part, sizeof(part), "%02x", static_cast<unsigned>(static_cast<unsigned char>(uuid.bytes[i])));
+    text += part;
+    if (i == 3 || i == 5 || i == 7 || i == 9) text += '-';
+  }
+  return text;
+}
+
+absl::StatusOr<int> FindDevice(const std::string& wanted) {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) {
+    (void)cudaGetLastError();
+    return absl::FailedPreconditionError(absl::StrCat("CUDA does not start: ", cudaGetErrorString(error)));
+  }
+  int index = -1;
+  if (absl::SimpleAtoi(wanted, &index)) {
+    if (index >= 0 && index < count) return index;
+    return absl::NotFoundError(absl::StrCat("no CUDA device ", wanted, "; there are ", count));
+  }
+  std::string known;
+  for (int i = 0; i < count; i++) {
+    cudaDeviceProp properties{};
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaGetDeviceProperties(&properties, i));
+    const std::string uuid = UuidText(properties.uuid);
+    if (uuid == wanted) return i;
+    absl::StrAppend(&known, i == 0 ? "" : ", ", uuid);
+  }
+  return absl::NotFoundError(absl::StrCat("no CUDA device '", wanted, "'; give an index or one of: ", known));
+}
+
+}  // namespace
+}  // namespace cuda
+
+absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const CudaBackendOptions& options) {
+  if (options.workspaces < 1 || options.max_copies < 1 || options.copy_piece_bytes < 4096 || options.scratch_bytes < (size_t{1} << 20))
+    return absl::InvalidArgumentError(
+        "CUDA backend: at least 1 workspace, 1 copy, copy pieces of 4 KiB and 1 MiB of scratch are needed");
+  KVTIDE_ASSIGN_OR_RETURN(const int device, cuda::FindDevice(options.device));
+  int major = 0, processors = 0;
+  const cuda::DeviceGuard guard(device);
+  KVTIDE_CUDA_RETURN_IF_ERROR(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  KVTIDE_CUDA_RETURN_IF_ERROR(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  if (major != 9)
+    return absl::FailedPreconditionError(
+        absl::StrCat("CUDA device ", device, " has compute capability ", major, ".x; the kernels are built for 9.0"));
+  KVTIDE_RETURN_IF_ERROR(cuda::PrepareAttendKernels());
+  return std::unique_ptr<Backend>(std::make_unique<cuda::CudaBackend>(options, device, processors));
+}
+
+absl::StatusOr<std::unique_ptr<PinnedRange>> PinnedRange::Make(std::byte* data, size_t bytes) {
+  const cudaError_t error = cudaHostRegister(data, bytes, cudaHostRegisterPortable);
+  if (error != cudaSuccess) {
+    (void)cudaGetLastError();  // otherwise the next call would report it
+    return absl::ResourceExhaustedError(absl::StrCat("pinning ", bytes, " bytes of host memory: ", cudaGetErrorString(error),
+                                                     "; raise the memlock limit"));
+  }
+  return std::unique_ptr<PinnedRange>(new PinnedRange(data));
+}
+
+PinnedRange::~PinnedRange() { (void)cudaHostUnregister(data_); }
+
+}  // namespace kvtide

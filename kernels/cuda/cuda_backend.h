@@ -1,0 +1,41 @@
+// The backend of one NVIDIA GPU: slabs in device memory, attention where the blocks lie, copies to and from host memory on
+// streams of their own. Compute capability 9.0; others are refused at creation.
+//
+// Thread-safe, as Backend says: each call takes a workspace (a stream, scratch memory) from a pool and gives it back;
+// when all are in use it waits. CUDA errors are statuses; after an error of the device itself every later call fails too.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+
+namespace kvtide {
+
+struct CudaBackendOptions {
+  std::string device = "0";             // index, or UUID as nvidia-smi prints it ("GPU-...")
+  int workspaces = 4;                   // calls that compute at the same time
+  size_t scratch_bytes = 256u << 20;    // for pairs that are converted to f16 first, per workspace
+  size_t copy_piece_bytes = 2u << 20;   // copies are cut into pieces of at most this
+  int max_copies = 4096;                // copies that may be under way at once
+};
+
+// NotFound if there is no such device, FailedPrecondition if the driver or the device does not fit.
+absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const CudaBackendOptions& options = {});
+
+// Registers host memory with the driver for as long as the object lives: copies then run at full speed, without a detour
+// over a pinned buffer. A host tier's slab should be registered once.
+class PinnedRange {
+ public:
+  static absl::StatusOr<std::unique_ptr<PinnedRange>> Make(std::byte* data, size_t bytes);
+  ~PinnedRange();
+  PinnedRange(const PinnedRange&) = delete;
+  PinnedRange& operator=(const PinnedRange&) = delete;
+
+ private:
+  explicit PinnedRange(std::byte* data) : data_(data) {}
+  std::byte* const data_;
+};
+
+}  // namespace kvtide

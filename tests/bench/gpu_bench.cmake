@@ -1,0 +1,6 @@
+if(NOT TARGET kvtide_cuda)
+  return()
+endif()
+kvtide_add_executable(gpu_attend_bench gpu_attend_bench.cu)
+target_compile_options(gpu_attend_bench PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>)
+target_link_libraries(gpu_attend_bench PRIVATE kvtide_cuda)
