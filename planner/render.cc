@@ -96,7 +96,27 @@ std::string ItemLines(const Candidate& candidate) {
   return text;
 }
 
-std::string ContextTable(const ContextPlan& context, const TableStyle& style) {
+// Pairs that a reader has to see: the choice, the exact pair, and those that nothing measured beats on harm
+// and bytes.
+std::vector<int> PairsToShow(const ContextPlan& context, bool all) {
+  std::vector<int> shown;
+  for (int i = 0; i < static_cast<int>(context.candidates.size()); ++i) {
+    const Candidate& candidate = context.candidates[static_cast<size_t>(i)];
+    const auto beats = [&](const Candidate& other) {
+      return other.harm.measured && other.total_bytes > 0 &&
+             other.harm.ppl_change_percent <= candidate.harm.ppl_change_percent &&
+             other.kv_bytes <= candidate.kv_bytes &&
+             (other.harm.ppl_change_percent < candidate.harm.ppl_change_percent ||
+              other.kv_bytes < candidate.kv_bytes);
+    };
+    const bool frontier = candidate.harm.measured && candidate.total_bytes > 0 &&
+                          std::none_of(context.candidates.begin(), context.candidates.end(), beats);
+    if (all || i == context.chosen || frontier) shown.push_back(i);
+  }
+  return shown;
+}
+
+std::string ContextTable(const ContextPlan& context, const TableStyle& style, bool items) {
   const Painter paint(style.color);
   std::string text = absl::StrCat(paint(kBold, absl::StrCat("context ", context.context)), ": ",
                                   paint(VerdictColor(context.verdict), VerdictText(context.verdict)), " - ",
@@ -106,19 +126,49 @@ std::string ContextTable(const ContextPlan& context, const TableStyle& style) {
                                               "KV MiB", "bits", "ratio", "left MiB", "harm", "kernel",
                                               "max ctx", "seqs", "tok/s", "")),
                   "\n");
-  for (int i = 0; i < static_cast<int>(context.candidates.size()); ++i) {
-    const Candidate& candidate = context.candidates[i];
+  const std::vector<int> shown = PairsToShow(context, style.all_pairs);
+  for (int i : shown) {
+    const Candidate& candidate = context.candidates[static_cast<size_t>(i)];
     const bool chosen = i == context.chosen;
-    if (!style.all_pairs && !chosen && !candidate.harm.measured && !candidate.fits) continue;
     const std::string line = CandidateLine(candidate, chosen);
     absl::StrAppend(&text, chosen ? paint(kGreen, line) : candidate.fits ? line : paint(kDim, line), "\n");
   }
-  if (context.chosen >= 0) absl::StrAppend(&text, ItemLines(context.candidates[context.chosen]));
+  if (const size_t hidden = context.candidates.size() - shown.size(); hidden > 0) {
+    absl::StrAppend(&text,
+                    paint(kDim, absl::StrCat("  ", hidden,
+                                             " more pairs, not measured or beaten by one "
+                                             "above on both harm and bytes: --all shows them")),
+                    "\n");
+  }
+  if (items && context.chosen >= 0)
+    absl::StrAppend(&text, ItemLines(context.candidates[static_cast<size_t>(context.chosen)]));
   if (context.split.has_value()) {
     const Split& split = *context.split;
     absl::StrAppend(&text, "    ", split.pair.Name(), " split: ", FormatMiB(split.device_kv_bytes),
                     " MiB on the device, ", FormatMiB(split.host_kv_bytes), " MiB on the host; ", split.how,
                     "; tok/s ", SpeedText(split.speed), "\n");
+  }
+  return text;
+}
+
+// One line per context: what to run.
+std::string Summary(const Plan& plan, const Painter& paint) {
+  std::string text = paint(kDim, absl::StrFormat("%10s  %-22s %-18s %10s %10s %9s  %-16s", "context",
+                                                 "verdict", "pair", "KV MiB", "left MiB", "harm", "tok/s")) +
+                     "\n";
+  for (const ContextPlan& context : plan.contexts) {
+    std::string line = absl::StrFormat("%10d  %-22s", context.context, VerdictText(context.verdict));
+    if (context.chosen >= 0) {
+      const Candidate& chosen = context.candidates[static_cast<size_t>(context.chosen)];
+      absl::StrAppendFormat(&line, " %-18s %10s %10s %9s  %s", chosen.asked.Name(),
+                            FormatMiB(chosen.kv_bytes), FormatMiB(chosen.free_bytes), HarmText(chosen.harm),
+                            SpeedText(chosen.speed));
+    } else if (context.split.has_value()) {
+      absl::StrAppendFormat(&line, " %-18s %10s %10s %9s  %s", context.split->pair.Name(),
+                            FormatMiB(context.split->device_kv_bytes + context.split->host_kv_bytes), "split",
+                            "", SpeedText(context.split->speed));
+    }
+    absl::StrAppend(&text, paint(VerdictColor(context.verdict), line), "\n");
   }
   return text;
 }
@@ -235,7 +285,10 @@ std::string RenderTable(const PlanRequest& request, const Plan& plan, const Tabl
                    FormatBytes(plan.device_budget_bytes), " usable", device.count > 1 ? " each" : "",
                    ", weights ", FormatBytes(plan.weights_bytes), ", ", request.workload.concurrency,
                    request.workload.concurrency == 1 ? " sequence" : " sequences", "\n\n");
-  for (const ContextPlan& context : plan.contexts) absl::StrAppend(&text, ContextTable(context, style), "\n");
+  const bool one_context = plan.contexts.size() == 1;
+  if (!one_context) absl::StrAppend(&text, Summary(plan, paint), "\n");
+  for (const ContextPlan& context : plan.contexts)
+    absl::StrAppend(&text, ContextTable(context, style, one_context || style.all_pairs), "\n");
   absl::StrAppend(&text,
                   "harm: change of perplexity as measured by `kvtide eval`; ? = not measured, never chosen",
                   UsesProxy(plan) ? "; * = measured on another model" : "", "\n");
@@ -243,7 +296,7 @@ std::string RenderTable(const PlanRequest& request, const Plan& plan, const Tabl
   for (const std::string& note : plan.notes) absl::StrAppend(&text, "note: ", note, "\n");
   for (const std::string& assumption : plan.assumptions)
     absl::StrAppend(&text, "assumed: ", assumption, "\n");
-  for (const Claim& claim : ClaimsAbout(plan)) {
+  for (const Claim& claim : style.all_pairs ? ClaimsAbout(plan) : std::vector<Claim>()) {
     absl::StrAppend(
         &text,
         paint(kDim, absl::StrCat("claim (", claim.source, "): ", claim.claim, ". Checked: ", claim.verdict)),

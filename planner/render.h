@@ -10,7 +10,9 @@ namespace kvtide::planner {
 
 struct TableStyle {
   bool color = false;
-  bool all_pairs = true;  // otherwise only those that fit or were measured
+  // Every pair, the bill of every context and what others claim. Otherwise the choice and the measured pairs that no
+  // other beats on both harm and bytes.
+  bool all_pairs = true;
 };
 
 std::string RenderTable(const PlanRequest& request, const Plan& plan, const TableStyle& style);

@@ -41,6 +41,7 @@ struct PlanCommand {
   std::string metrics;
   bool explain = false;
   bool matrix = false;
+  bool all = false;
 };
 
 void Print(const std::string& text) { std::fwrite(text.data(), 1, text.size(), stdout); }
@@ -106,7 +107,8 @@ void PrintMatrix(const planner::PlanRequest& request) {
 
 absl::StatusOr<std::string> Render(const PlanCommand& command, const planner::PlanRequest& request,
                                    const planner::Plan& plan) {
-  if (command.output == "table") return planner::RenderTable(request, plan, {UseColor(), true});
+  if (command.output == "table")
+    return planner::RenderTable(request, plan, {UseColor(), command.all || !request.pairs.empty()});
   if (command.output == "json") return planner::RenderJson(request, plan);
   if (command.output == "csv") return planner::RenderCsv(request, plan);
   if (command.output == "llama-args") return planner::RenderLlamaArgs(request, plan);
@@ -185,6 +187,7 @@ void AddPlanCommand(CLI::App& app, int* exit_code) {
   plan->add_option("--output", command->output, "table, json, csv, llama-args, vllm-args, kvtided-config")
       ->capture_default_str();
   plan->add_option("--plot", command->plot, "Write memory and harm against context as SVG");
+  plan->add_flag("--all", command->all, "Show every pair, the bill of every context and what others claim");
   plan->add_flag("--explain", command->explain,
                  "Show the arithmetic line by line, for the pair given or chosen");
   plan->add_flag("--matrix", command->matrix, "Show kernel support per pair and head dim of the model");

@@ -73,6 +73,17 @@ TEST(Render, TableShowsTheChoiceAndColoursOnlyWhenAsked) {
   EXPECT_THAT(RenderTable(request, plan, {true, true}), HasSubstr("\x1b[32m"));
 }
 
+TEST(Render, TheShortTableSumsUpAndHidesWhatCannotBeChosen) {
+  const PlanRequest request = Request(Engine::kLlamaCpp);
+  const Plan plan = Make(request);
+  const std::string brief = RenderTable(request, plan, {false, false});
+  EXPECT_THAT(brief, HasSubstr("verdict"));  // the summary of two contexts
+  EXPECT_THAT(brief, HasSubstr("> f16/f16"));
+  EXPECT_THAT(brief, HasSubstr("--all shows them"));
+  EXPECT_THAT(brief, Not(HasSubstr("claim (")));
+  EXPECT_LT(brief.size(), RenderTable(request, plan, {false, true}).size() / 2);
+}
+
 TEST(Render, LlamaArgsAreUsableAsTheyStand) {
   PlanRequest request = Request(Engine::kLlamaCpp);
   EXPECT_EQ(*RenderLlamaArgs(request, Make(request)),
