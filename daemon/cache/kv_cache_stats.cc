@@ -12,8 +12,9 @@ namespace {
 
 // Tokens of a group that the cache holds for a sequence: all, less those that left the window or were
 // dropped.
-int64_t HeldTokens(const GroupTable& table) {
+int64_t HeldTokens(const GroupTable& table, bool may_have_drops) {
   int64_t tokens = std::max<int64_t>(0, table.MinTokens() - table.first_block * kBlockTokens);
+  if (!may_have_drops) return tokens;
   int64_t index = table.first_block;
   for (const Block* block : table.blocks) {
     if (block->place == nullptr)
@@ -57,9 +58,10 @@ CacheStats KvCache::Impl::Stats() const {
   stats.sequences = sequences_.size();
   for (const auto& [id, sequence] : sequences_) {
     stats.tokens += static_cast<uint64_t>(sequence->MinTokens());
+    const bool may_have_drops = sequence->options.allow_drop || counters_.checksum_failures > 0;
     for (const GroupTable& table : sequence->groups)
       stats.f16_equivalent_bytes +=
-          2 * ValuesPerToken(table.exact->shape()) * static_cast<uint64_t>(HeldTokens(table));
+          2 * ValuesPerToken(table.exact->shape()) * static_cast<uint64_t>(HeldTokens(table, may_have_drops));
   }
   stats.shared_blocks = store_.shared_blocks();
   stats.stored_bytes = store_.stored_bytes();
