@@ -7,6 +7,8 @@ cd "$(dirname "$0")/.."
 preset="${1:-dev}"
 [ $# -gt 0 ] && shift
 ./deploy/install_packages.sh
+# Objects are shared between checkouts and build folders.
+export CCACHE_BASEDIR="$PWD" CCACHE_NOHASHDIR=1
 cmake --preset "$preset"
 cmake --build --preset "$preset"
 ctest --preset "$preset" "$@"
