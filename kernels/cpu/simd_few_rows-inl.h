@@ -473,9 +473,9 @@ HWY_NOINLINE void ValueSumsHalf(const HalfView& v, float* HWY_RESTRICT weights, 
 
 // ---- Rows and pages
 
-// Rows of one call of the coded kernels. Widths whose words are cut in phases have long code: 8 rows at once
-// spill.
-constexpr int RowsAtOnce(int bits, int rows) { return rows == 8 && bits != 4 && bits != 8 ? 4 : rows; }
+// Rows of one call of the coded kernels. The code for 5 bits, whose words are cut in phases, is long: 8 rows
+// at once spill.
+constexpr int RowsAtOnce(int bits, int rows) { return rows == 8 && bits == 5 ? 4 : rows; }
 
 // Up to kRows rows, prepared for K's type; missing rows are zero queries.
 template <int kRows>
@@ -527,6 +527,46 @@ void PrepareRows(const QueryRows& rows, int first, const CodeTable& table, int d
   }
 }
 
+// Planes of 2 and 3 bits are turned into planes of 4 bits first and take the kernels of 4 bits: their level
+// tables ignore the bits above a code. It is faster than decoding inside the products, whose code would not
+// fit the caches for it.
+using NibblePlane = uint8_t[4 * 32 * 512];
+
+template <int kBits, int kPhase>
+HWY_INLINE void ExpandQuad(const uint8_t* codes, int quad, uint8_t* HWY_RESTRICT out) {
+  KVTIDE_UNROLL
+  for (int at = 0; at < 512; at += kLanes * 4)
+    hn::Store(Unpacker<kBits>::template LoadNibbles<kPhase>(codes + at, quad), TagU32(),
+              reinterpret_cast<uint32_t*>(out + quad * 512 + at));
+}
+
+template <int kBits>
+HWY_NOINLINE void ExpandPlane(const uint8_t* codes, int dim, uint8_t* HWY_RESTRICT out) {
+  const int quads = dim / 16;  // always an even number
+  for (int quad = 0; quad < quads; quad += 2) {
+    if (kBits == 2 || quad % 4 == 0) {
+      ExpandQuad<kBits, 0>(codes, quad, out);
+      ExpandQuad<kBits, 1>(codes, quad + 1, out);
+    } else {
+      ExpandQuad<kBits, kBits == 3 ? 2 : 0>(codes, quad, out);
+      ExpandQuad<kBits, kBits == 3 ? 3 : 1>(codes, quad + 1, out);
+    }
+  }
+}
+
+// The view of a half whose codes are 4 bits wide, with `plane` as the place for them.
+HWY_INLINE HalfView AsNibbles(const HalfView& half, NibblePlane& plane) {
+  HalfView view = half;
+  if (half.table->bits == 2) {
+    ExpandPlane<2>(half.codes, half.dim, plane);
+    view.codes = plane;
+  } else if (half.table->bits == 3) {
+    ExpandPlane<3>(half.codes, half.dim, plane);
+    view.codes = plane;
+  }
+  return view;
+}
+
 template <int kBits, int kRows>
 HWY_INLINE void PageDotsOf(const HalfView& k, const PreparedRows<kRows>& rows, float* dots) {
   constexpr int kStep = RowsAtOnce(kBits, kRows);
@@ -543,11 +583,11 @@ HWY_INLINE void PageDots(const HalfView& k, const PreparedRows<kRows>& rows, flo
                            : KeyDotsHalf<kRows, false>(k, rows.floats.get(), swapped, dots);
     }
     case 2:
-      return PageDotsOf<2, kRows>(k, rows, dots);
     case 3:
-      return PageDotsOf<3, kRows>(k, rows, dots);
-    case 4:
-      return PageDotsOf<4, kRows>(k, rows, dots);
+    case 4: {
+      HWY_ALIGN NibblePlane plane;
+      return PageDotsOf<4, kRows>(AsNibbles(k, plane), rows, dots);
+    }
     case 5:
       return PageDotsOf<5, kRows>(k, rows, dots);
     default:
@@ -570,11 +610,11 @@ HWY_INLINE void PageSums(const HalfView& v, float* weights, const PageFactors* p
       return v.table->bf16 ? ValueSumsHalf<kRows, true>(v, weights, page, first, last, out)
                            : ValueSumsHalf<kRows, false>(v, weights, page, first, last, out);
     case 2:
-      return PageSumsOf<2, kRows>(v, weights, page, out);
     case 3:
-      return PageSumsOf<3, kRows>(v, weights, page, out);
-    case 4:
-      return PageSumsOf<4, kRows>(v, weights, page, out);
+    case 4: {
+      HWY_ALIGN NibblePlane plane;
+      return PageSumsOf<4, kRows>(AsNibbles(v, plane), weights, page, out);
+    }
     case 5:
       return PageSumsOf<5, kRows>(v, weights, page, out);
     default:

@@ -147,7 +147,21 @@ class Unpacker {
       units = {InOrder<kOdd>(units.a), InOrder<kOdd>(hn::Shr(units.b, PerBlock(0, 1, 2, 3)))};
     } else if constexpr (kBits == 4) {
       units.a = InOrder<kOdd>(LoadChunk(plane, quad));
-    } else if constexpr (kBits == 3) {
+    } else {
+      units.a = InOrder<kOdd>(LoadNibbles<kPhase>(plane, quad));
+    }
+#if HWY_TARGET == HWY_AVX2
+    return LookUp(units);
+#else
+    return units;
+#endif
+  }
+
+  // 2 and 3 bits: the units of a quad as nibbles, as a plane of 4-bit codes holds them; the bits above a code
+  // are undefined.
+  template <int kPhase>
+  static HWY_INLINE VecU32 LoadNibbles(const uint8_t* plane, int quad) {
+    if constexpr (kBits == 3) {
       const int chunk = quad / 4 * 3;
       VecU32 w;
       if constexpr (kPhase == 0) w = LoadChunk(plane, chunk);
@@ -158,17 +172,12 @@ class Unpacker {
       const VecU32 top = hn::And(w, hn::Set(TagU32(), 0x88888888u));
       const VecU32 spread = hn::Shr(top, PerBlock(3, 2, 1, 32));
       const VecU32 two = hn::Or(spread, ShuffleBlock<0x4E>(spread));
-      units.a = InOrder<kOdd>(OrIntoFourth(w, two, ShuffleBlock<0xB1>(two)));
+      return OrIntoFourth(w, two, ShuffleBlock<0xB1>(two));
     } else {
       static_assert(kBits == 2);
       const VecU32 w = ShuffleBlock < kPhase == 0 ? 0x50 : 0xFA > (LoadChunk(plane, quad / 2));
-      units.a = InOrder<kOdd>(hn::Shr(w, PerBlock(0, 2, 0, 2)));
+      return hn::Shr(w, PerBlock(0, 2, 0, 2));
     }
-#if HWY_TARGET == HWY_AVX2
-    return LookUp(units);
-#else
-    return units;
-#endif
   }
 
   template <int kPair>
