@@ -50,6 +50,13 @@ absl::Status PrepareFolder(const std::string& path) {
                                                       "; make it, or choose another --listen"));
     }
   }
+  // In a folder of another user, that user could put a socket of his own in place of ours.
+  struct stat info {};
+  if (::stat(folder.c_str(), &info) == 0 && info.st_uid != 0 && info.st_uid != ::geteuid()) {
+    return absl::PermissionDeniedError(absl::StrCat("the folder ", folder.string(),
+                                                    " belongs to another user (uid ", info.st_uid,
+                                                    "); choose another --listen"));
+  }
   if (::access(folder.c_str(), W_OK | X_OK) != 0) {
     return absl::PermissionDeniedError(absl::StrCat("cannot write to the folder ", folder.string(), ": ",
                                                     ErrorText(errno), "; choose another --listen"));

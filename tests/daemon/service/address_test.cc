@@ -1,6 +1,7 @@
 #include "daemon/service/address.h"
 
 #include <stdlib.h>
+#include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
@@ -58,6 +59,15 @@ TEST_F(Claim, MakesTheFolderAndIsTakenOnce) {
   EXPECT_THAT(std::string(second.status().message()), HasSubstr("another kvtided"));
   first->reset();
   EXPECT_TRUE(AddressClaim::Take(address_).ok()) << "a claim is free again when its holder is gone";
+}
+
+TEST_F(Claim, RefusesAFolderOfAnotherUser) {
+  if (::geteuid() != 0) GTEST_SKIP() << "only root can give a folder away";
+  std::filesystem::create_directories(folder_ + "/deep/er");
+  ASSERT_EQ(::chown((folder_ + "/deep/er").c_str(), 12345, 12345), 0);
+  const auto claim = AddressClaim::Take(address_);
+  EXPECT_EQ(claim.status().code(), absl::StatusCode::kPermissionDenied);
+  EXPECT_THAT(std::string(claim.status().message()), HasSubstr("uid 12345"));
 }
 
 TEST_F(Claim, LeavesFilesAlone) {
