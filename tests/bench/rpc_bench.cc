@@ -173,12 +173,15 @@ int main(int argc, char** argv) {
   std::strftime(date, sizeof(date), "%Y-%m-%dT%H:%M:%SZ", std::gmtime(&now));
   std::string command;
   for (int i = 0; i < argc; i++) command += (i == 0 ? "" : " ") + std::string(i == 0 ? "rpc_bench" : argv[i]);
+  double load = 0;  // of the last minute: on a busy machine the numbers are upper bounds
+  std::ifstream("/proc/loadavg") >> load;
   std::ofstream(json_file) << nlohmann::json{{"benchmark", "rpc"},
                                              {"hardware", Processor()},
                                              {"processors", ::sysconf(_SC_NPROCESSORS_ONLN)},
                                              {"date", date},
                                              {"command", command},
                                              {"socket", "unix"},
+                                             {"load_average", load},
                                              {"results", rows}}
                                   .dump(1)
                            << "\n";
