@@ -47,12 +47,14 @@ struct AttendConfig {
   // Sums on their way from warp to warp; rows are padded so that the 8 rows of a store lie in different banks.
   static constexpr int kSumStride = Info::kDv + 8;
   static constexpr int kSumBytes = (kRows * (kSumStride + 2) * 4 + 127) / 128 * 128;
+  static constexpr bool kRingHoldsSums = Ring::kBytes >= kSumBytes;
   static constexpr int kQueryAt = kWarps * Ring::kBytes;
   static constexpr int kSumsAt = kQueryAt + 2 * kQueryBytes;
   static constexpr int kBarriersAt = kSumsAt + 2 * kSumBytes;
   static constexpr int kBarriers = kWarps * kSlots + 2 * kWarps + 4;
   static constexpr int kTablesAt = (kBarriersAt + 8 * kBarriers + 15) / 16 * 16;
-  static constexpr int kUncheckedBytes = kTablesAt + Tile::kTableBytes;
+  static constexpr int kPagesAt = kTablesAt + Tile::kTableBytes;
+  static constexpr int kUncheckedBytes = kPagesAt + kWarps * static_cast<int>(sizeof(PageList));
   static constexpr int kSharedBytes = kUncheckedBytes;
 };
 
@@ -112,6 +114,59 @@ KVTIDE_DEVICE void WriteRow(const AttendParams& params, const AttendUnit& unit, 
                         __float_as_uint(fmaxf(step * params.scale * Tile::kKUnit, 1e-25f)), __float_as_uint(bias * params.scale));
 }
 
+// The end of a CTA: no more copies come, so every warp leaves its sums in its own ring, and all threads add them up.
+// `position` of a warp = order of first pages of the unit; the first `takers` had pages.
+template <class Config, class Tile>
+KVTIDE_DEVICE void SumWarps(const AttendParams& params, Tile& tile, const float (&bias)[Config::Info::kTiles], uint8_t* shared, int position,
+                            int takers, int rows, size_t slot) {
+  constexpr int kWarps = Config::kWarps, MT = Config::Info::kTiles, DV = Config::Info::kDv, kStride = Config::kSumStride;
+  const int warp = static_cast<int>(threadIdx.x) >> 5, lane = DeviceWarp::Lane(), n = lane >> 2, c = lane & 3;
+  const auto sums_of = [&](int w) { return reinterpret_cast<float*>(shared + w * Config::Ring::kBytes); };
+  if (position < takers) {
+    float* const mine = sums_of(warp);
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+      tile.rows.sum[m] += DeviceWarp::ShflXor(tile.rows.sum[m], 1);
+      tile.rows.sum[m] += DeviceWarp::ShflXor(tile.rows.sum[m], 2);
+      float* row = mine + (n + 8 * m) * kStride;
+      if (c == 0)
+        *reinterpret_cast<float2*>(mine + Config::kRows * kStride + 2 * (n + 8 * m)) =
+            make_float2(tile.rows.reference[m] + bias[m], tile.rows.sum[m]);
+#pragma unroll
+      for (int j = 0; j < DV / 8; j++)
+        *reinterpret_cast<float2*>(row + 8 * j + 2 * c) = make_float2(tile.rows.output[m][j][0], tile.rows.output[m][j][1]);
+    }
+  }
+  __syncthreads();
+  const int first = (warp - position % kWarps + kWarps) % kWarps;  // the warp of position 0
+  for (int i = static_cast<int>(threadIdx.x); i < rows * (DV / 4); i += Config::kThreads) {
+    const int r = i / (DV / 4), dim = i % (DV / 4) * 4;
+    float reference = kMasked, sum = 0;
+    for (int p = 0; p < takers; p++) {
+      const float* head = sums_of((first + p) % kWarps) + Config::kRows * kStride + 2 * r;
+      reference = fmaxf(reference, head[0]);
+    }
+    float4 out = make_float4(0, 0, 0, 0);
+    for (int p = 0; p < takers; p++) {
+      const float* from = sums_of((first + p) % kWarps);
+      const float2 head = *reinterpret_cast<const float2*>(from + Config::kRows * kStride + 2 * r);
+      const float4 v = *reinterpret_cast<const float4*>(from + r * kStride + dim);
+      const float weight = DeviceWarp::Ex2(head.x - reference);
+      sum += head.y * weight;
+      out.x += v.x * weight;
+      out.y += v.y * weight;
+      out.z += v.z * weight;
+      out.w += v.w * weight;
+    }
+    out.x *= Tile::kVUnit;
+    out.y *= Tile::kVUnit;
+    out.z *= Tile::kVUnit;
+    out.w *= Tile::kVUnit;
+    *reinterpret_cast<float4*>(params.outputs + (slot * Config::kRows + r) * DV + dim) = out;
+    if (dim == 0) params.sums[slot * Config::kRows + r] = make_float2(reference, sum);
+  }
+}
+
 template <class Config, class Tile>
 __global__ void __launch_bounds__(Config::kThreads, 1) AttendKernelFunction(const __grid_constant__ AttendParams params) {
   static_assert(Config::kSharedBytes <= 227 * 1024);
@@ -131,11 +186,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1) AttendKernelFunction(cons
   RowInputs<Info::kDk> first_inputs;
   LoadInputs<Config>(params, share.first, warp, first_inputs);
   typename Config::Ring ring;
-  ring.Init(base + static_cast<uint32_t>(warp) * Config::Ring::kBytes, barriers + 8 * static_cast<uint32_t>(warp) * Config::kSlots,
+  ring.Init(reinterpret_cast<PageList*>(shared + Config::kPagesAt) + warp, base + static_cast<uint32_t>(warp) * Config::Ring::kBytes, barriers + 8 * static_cast<uint32_t>(warp) * Config::kSlots,
             warp, params, share);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < 2 * kWarps; i++) Barrier::Init(chain + 8 * i, 1);
-    for (int i = 0; i < 4; i++) Barrier::Init(query_full + 8 * i, kWarps);
+    for (int i = 0; i < 2 * kWarps; i++) Barrier::Init(chain + 8 * i, 32);
+    for (int i = 0; i < 4; i++) Barrier::Init(query_full + 8 * i, 32 * kWarps);
     Barrier::FenceInit();
     Tile::WriteTables(base + Config::kTablesAt);
   }
@@ -163,8 +218,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) AttendKernelFunction(cons
       DeviceWarp::Store64(to, v.x, v.y);
       DeviceWarp::Store64(to + 8, v.z, v.w);
     }
-    __syncwarp();
-    if (lane == 0) Barrier::Arrive(query_full + 8 * (i & 1));
+    Barrier::Arrive(query_full + 8 * (i & 1));
   };
 
   prepare(params.shares[blockIdx.x].first, 0, &first_inputs);
@@ -180,22 +234,18 @@ __global__ void __launch_bounds__(Config::kThreads, 1) AttendKernelFunction(cons
     const bool last_unit = unit_end >= share_end;
     const int unit_rows = unit.rows;  // the area is given back before the sums are written
     const float* row_values = reinterpret_cast<const float*>(shared + area_at + Tile::kQueryBytes);
-    float multiplier[MT], bias[MT];
-    int row_begin[MT], row_end[MT];  // visible tokens of this thread's rows
-    int all_begin, all_end;          // and those visible to every row
+    float multiplier[MT];
+    int all_begin, all_end;  // tokens that every row sees
     const bool softcap = params.softcap > 0;
-    {
-      const auto limits = [&](int row, int& begin, int& end) {
-        const int query = (unit.first_row + min(row, unit.rows - 1)) / unit.rows_per_query;
-        begin = max(unit.window_begin + query, 0);
-        end = min(unit.causal_end + query, unit.tokens);
-      };
+    // Tokens that a row sees; from shared memory, since few pages ask.
+    const auto limits = [&unit](int row, int& begin, int& end) {
+      const int query = (unit.first_row + min(row, unit.rows - 1)) / unit.rows_per_query;
+      begin = max(unit.window_begin + query, 0);
+      end = min(unit.causal_end + query, unit.tokens);
+    };
 #pragma unroll
-      for (int m = 0; m < MT; m++) {
-        multiplier[m] = row_values[2 * (n + 8 * m)];
-        bias[m] = row_values[2 * (n + 8 * m) + 1];
-        limits(n + 8 * m, row_begin[m], row_end[m]);
-      }
+    for (int m = 0; m < MT; m++) multiplier[m] = row_values[2 * (n + 8 * m)];
+    {
       int unused;
       limits(0, unused, all_end);
       limits(unit.rows - 1, all_begin, unused);
@@ -221,19 +271,23 @@ __global__ void __launch_bounds__(Config::kThreads, 1) AttendKernelFunction(cons
 #pragma unroll
           for (int m = 0; m < MT; m++) {
             factor[m] = 1;
+            const float bias = row_values[2 * (n + 8 * m) + 1];
 #pragma unroll
             for (int l = 0; l < Tile::kLogits; l++)
-              y[m][l] = params.softcap * tanhf(fmaf(y[m][l], multiplier[m], bias[m]) * inverse);
+              y[m][l] = params.softcap * tanhf(fmaf(y[m][l], multiplier[m], bias) * inverse);
           }
         }
         if (first_token < all_begin || first_token + Tile::kTokens > all_end) {
 #pragma unroll
-          for (int m = 0; m < MT; m++)
+          for (int m = 0; m < MT; m++) {
+            int row_begin, row_end;
+            limits(n + 8 * m, row_begin, row_end);
 #pragma unroll
             for (int l = 0; l < Tile::kLogits; l++) {
               const int token = first_token + Tile::TokenOf(l, c);
-              if (token < row_begin[m] || token >= row_end[m]) y[m][l] = kMasked;
+              if (token < row_begin || token >= row_end) y[m][l] = kMasked;
             }
+          }
         }
         const uint32_t values = ring.Wait();
         if constexpr (!Info::kCoded) {
@@ -258,8 +312,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1) AttendKernelFunction(cons
       }
     }
     if (!prepared) prepare(params.units[unit_index + 1], i + 1, nullptr);
-    __syncwarp();
-    if (lane == 0) Barrier::Arrive(query_empty + 8 * (i & 1));
+    float bias[MT];
+#pragma unroll
+    for (int m = 0; m < MT; m++) bias[m] = softcap ? 0.0f : row_values[2 * (n + 8 * m) + 1];
+    Barrier::Arrive(query_empty + 8 * (i & 1));
+
+    if (Config::kRingHoldsSums && last_unit) {
+      SumWarps<Config, Tile>(params, tile, bias, shared, static_cast<int>(my_first - unit_begin),
+                             min(static_cast<int>(unit_end - unit_begin), kWarps), unit_rows, unit_index + blockIdx.x);
+      break;
+    }
 
     // The sums of this CTA: position of a warp = order of first pages; those without pages take no part.
     const int position = static_cast<int>(my_first - unit_begin);
@@ -304,14 +366,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1) AttendKernelFunction(cons
           for (int j = 0; j < DV / 8; j++)
             *reinterpret_cast<float2*>(row + 8 * j + 2 * c) = make_float2(tile.rows.output[m][j][0], tile.rows.output[m][j][1]);
         }
-        __syncwarp();
-        if (lane == 0) Barrier::Arrive(my_chain + 8 * (position + 1));
+        Barrier::Arrive(my_chain + 8 * (position + 1));
       } else {
-        __syncwarp();
-        if (lane == 0) {
-          for (int w = takers; w < kWarps; w++) Barrier::Arrive(my_chain + 8 * w);
-          Barrier::Arrive(my_chain);
-        }
+        for (int w = takers; w < kWarps; w++) Barrier::Arrive(my_chain + 8 * w);
+        Barrier::Arrive(my_chain);
         const size_t slot = unit_index + blockIdx.x;
 #pragma unroll
         for (int m = 0; m < MT; m++) {
@@ -324,7 +382,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) AttendKernelFunction(cons
                 make_float2(tile.rows.output[m][j][0] * Tile::kVUnit, tile.rows.output[m][j][1] * Tile::kVUnit);
           if (c == 0)
             params.sums[slot * Config::kRows + r] =
-                make_float2(tile.rows.reference[m] + (softcap ? 0.0f : bias[m]), tile.rows.sum[m]);
+                make_float2(tile.rows.reference[m] + bias[m], tile.rows.sum[m]);
         }
       }
     }

@@ -99,7 +99,7 @@ __device__ void RotateRows(const Rows& rows, int stored_dim) {
 
 // C::EncodeGroup of a codebook type, by one warp: the same values and sums, n of 32, 64, 96 or 128.
 template <class C>
-__device__ uint16_t EncodeGroupByWarp(const float* y, int n, Side side, uint8_t* codes) {
+__device__ uint16_t EncodeGroupByWarp(const float* y, int n, uint8_t* codes) {
   using Book = typename C::Book;
   constexpr int kHalf = C::kHalf;
   const int lane = static_cast<int>(threadIdx.x & 31), words = n / 32;
@@ -116,7 +116,6 @@ __device__ uint16_t EncodeGroupByWarp(const float* y, int n, Side side, uint8_t*
     return 0;
   }
   const float to_level = Book::kSigma / sqrtf(energy / static_cast<float>(n));
-  int squares = 0;
   float dot = 0;
 #pragma unroll
   for (int w = 0; w < 4; w++) {
@@ -130,15 +129,11 @@ __device__ uint16_t EncodeGroupByWarp(const float* y, int n, Side side, uint8_t*
         level = Book::Positive(m + 1);
       }
     codes[32 * w + lane] = static_cast<uint8_t>(x > 0 ? kHalf + above : kHalf - 1 - above);
-    squares += level * level;
     const float term = Mul(v[w], static_cast<float>(x > 0 ? level : -level));
     dot = w == 0 ? term : dot + term;
   }
   dot = SumOverWarp(dot);
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) squares += __shfl_xor_sync(kAll, squares, mask);
-  const float scale = side == Side::kKey ? energy / dot : dot / static_cast<float>(squares);
-  return ScaleBits(Mul(scale, 1.0f / C::kLevelUnit));
+  return ScaleBits(Mul(energy / dot, 1.0f / C::kLevelUnit));
 }
 
 template <class C>
@@ -182,7 +177,7 @@ __global__ void __launch_bounds__(kThreads) EncodeKernel(const CodecJob* jobs, H
     if constexpr (HasBook<C>) {
       for (int i = static_cast<int>(threadIdx.x >> 5); i < kBlockTokens * shape.groups; i += kWarps) {
         const int t = i % kBlockTokens, group = i / kBlockTokens, begin = group * C::kGroup;
-        const uint16_t scale = EncodeGroupByWarp<C>(rows.row(t) + begin, min(C::kGroup, d - begin), side, codes + t * d + begin);
+        const uint16_t scale = EncodeGroupByWarp<C>(rows.row(t) + begin, min(C::kGroup, d - begin), codes + t * d + begin);
         if ((threadIdx.x & 31) == 0) scales[i] = scale;
       }
     } else {

@@ -27,7 +27,7 @@ constexpr Form FormOfCodec() {
 constexpr int WarpsByRegisters(int dk, int dv, int tiles, bool half) {
   const int wide = dk > dv ? dk : dv;
   if (half) return wide <= 256 && tiles * wide <= 256 ? 8 : 4;
-  if (tiles == 1) return wide <= 192 ? 12 : 8;
+  if (tiles == 1) return wide <= 64 ? 16 : wide <= 192 ? 12 : 8;
   return wide <= 96 ? 12 : 8;
 }
 

@@ -9,7 +9,7 @@
 //   split:  codes below 8 have negative levels, so the idle lower table answers -1; the upper table holds level + 1. Both
 //           are multiplied and the sum of the two products is right: one more product instead of two sums for 8 codes.
 // Permutes, shifts and logic share the ALU pipe, which is the bottleneck. Complements and sums are therefore written as
-// multiplications by values that the compiler does not know (W::Complement, W::Plus), which run on another pipe.
+// arithmetic (W::Complement, W::Plus), which the compiler spreads over the ALU and the multiplication pipe.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +30,7 @@ struct QuadDecoder {
 
   static constexpr int kTableBytes = 64;
 
-  // Two multipliers that are not constants to the compiler: -1 and 1.
-  uint32_t minus_one, k1;
+  uint32_t ones;  // 0xffffffff, but not a constant to the compiler
 
   // One lane of the CTA writes the tables to shared memory, all lanes read them after a barrier. Constants, and values that
   // are the same in all lanes, would be moved to a register again before every permute; so there is a copy for the even
@@ -54,22 +53,21 @@ struct QuadDecoder {
     for (int copy = 0; copy < 2; copy++) {
       W::Store64(area + 32 * copy, words[0], words[1]);
       W::Store64(area + 32 * copy + 8, words[2], words[3]);
-      W::Store64(area + 32 * copy + 16, 0xffffffffu, 1u);
+      W::Store64(area + 32 * copy + 16, 0xffffffffu, 0u);
     }
   }
   KVTIDE_DEVICE void Init(typename W::Shared area) {
     const typename W::Shared from = area + 32 * (W::Lane() & 1);
     if constexpr (kBits <= 5) {
-      uint32_t multipliers[2];
+      uint32_t rest[2];
       W::Load128(from, table);
-      W::Load64(from + 16, multipliers);
-      minus_one = multipliers[0];
-      k1 = multipliers[1];
+      W::Load64(from + 16, rest);
+      ones = rest[0];
     }
   }
 
-  KVTIDE_DEVICE uint32_t Not(uint32_t w) const { return W::Complement(w, minus_one); }
-  KVTIDE_DEVICE uint32_t Sum(uint32_t x, uint32_t y) const { return W::Plus(x, y, k1); }
+  KVTIDE_DEVICE uint32_t Not(uint32_t w) const { return W::Complement(w, ones); }
+  KVTIDE_DEVICE uint32_t Sum(uint32_t x, uint32_t y) const { return W::Plus(x, y); }
 
   // 8 codes in nibbles with bit 3 clear.
   KVTIDE_DEVICE void Octet(uint32_t u, uint32_t (&b)[2]) const {

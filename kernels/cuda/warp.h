@@ -27,9 +27,17 @@ struct DeviceWarp {
     asm("prmt.b32 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
     return r;
   }
-  // ~w and x + y as multiplications: `minus_one` and `k1` are these numbers, unknown to the compiler.
-  static KVTIDE_DEVICE uint32_t Complement(uint32_t w, uint32_t minus_one) { return w * minus_one + minus_one; }
-  static KVTIDE_DEVICE uint32_t Plus(uint32_t x, uint32_t y, uint32_t k1) { return x * k1 + y; }
+  // ~w and x + y in a form that the compiler may spread over two pipes; `ones` is 0xffffffff, unknown to the compiler.
+  static KVTIDE_DEVICE uint32_t Complement(uint32_t w, uint32_t ones) {
+    uint32_t r;
+    asm("sub.u32 %0,%1,%2;" : "=r"(r) : "r"(ones), "r"(w));
+    return r;
+  }
+  static KVTIDE_DEVICE uint32_t Plus(uint32_t x, uint32_t y) {
+    uint32_t r;
+    asm("add.u32 %0,%1,%2;" : "=r"(r) : "r"(x), "r"(y));
+    return r;
+  }
   template <class T>
   static KVTIDE_DEVICE T ShflXor(T x, int mask) {
     return __shfl_xor_sync(0xffffffffu, x, mask);

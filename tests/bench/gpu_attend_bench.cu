@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) ReadKernel(const __grid_c
   const int warp = static_cast<int>(threadIdx.x) >> 5, lane = DeviceWarp::Lane();
   const uint32_t base = SharedAddress(shared);
   typename Config::Ring ring;
-  ring.Init(base + static_cast<uint32_t>(warp) * Config::Ring::kBytes,
+  ring.Init(reinterpret_cast<PageList*>(shared + Config::kPagesAt) + warp, base + static_cast<uint32_t>(warp) * Config::Ring::kBytes,
             base + Config::kBarriersAt + 8 * static_cast<uint32_t>(warp) * Config::kSlots, warp, params, share);
   uint32_t x = 0;
   for (uint32_t page = share.begin + static_cast<uint32_t>(warp); page < share.end; page += Config::kWarps) {

@@ -1,9 +1,12 @@
 // The CUDA backend on the machine's first GPU passes the conformance suite of backends. Skipped without a GPU.
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <utility>
 
 #include "kernels/base/check.h"
 #include "kernels/cuda/cuda_backend.h"
+#include "tests/gpu/cuda_ipc_case.h"
 #include "tests/kernels/backend_conformance.h"
 
 namespace kvtide::testing {
@@ -22,6 +25,7 @@ INSTANTIATE_TEST_SUITE_P(Cuda, BackendConformance, ::testing::Values(BackendCase
 }  // namespace kvtide::testing
 
 int main(int argc, char** argv) {
+  if (argc > 1 && std::strcmp(argv[1], "--attend-by-ipc") == 0) return kvtide::testing::AttendByIpc();
   ::testing::InitGoogleTest(&argc, argv);
   const auto probe = kvtide::MakeCudaBackend();
   if (!probe.ok()) {

@@ -42,8 +42,8 @@ struct EmulatedWarp {
     }
     return r;
   }
-  static uint32_t Complement(uint32_t w, uint32_t minus_one) { return w * minus_one + minus_one; }
-  static uint32_t Plus(uint32_t x, uint32_t y, uint32_t k1) { return x * k1 + y; }
+  static uint32_t Complement(uint32_t w, uint32_t ones) { return ones - w; }
+  static uint32_t Plus(uint32_t x, uint32_t y) { return x + y; }
   template <class T>
   static T ShflXor(T x, int mask) {
     LaneOperands& op = CurrentOperands();
