@@ -99,7 +99,7 @@ __device__ void RotateRows(const Rows& rows, int stored_dim) {
 
 // C::EncodeGroup of a codebook type, by one warp: the same values and sums, n of 32, 64, 96 or 128.
 template <class C>
-__device__ uint16_t EncodeGroupByWarp(const float* y, int n, uint8_t* codes) {
+__device__ uint16_t EncodeGroupByWarp(const float* y, int n, uint8_t* codes, int stride) {
   using Book = typename C::Book;
   constexpr int kHalf = C::kHalf;
   const int lane = static_cast<int>(threadIdx.x & 31), words = n / 32;
@@ -112,7 +112,7 @@ __device__ uint16_t EncodeGroupByWarp(const float* y, int n, uint8_t* codes) {
   }
   energy = SumOverWarp(energy);
   if (!(energy > 0)) {
-    for (int w = 0; w < words; w++) codes[32 * w + lane] = kHalf;
+    for (int w = 0; w < words; w++) codes[(32 * w + lane) * stride] = kHalf;
     return 0;
   }
   const float to_level = Book::kSigma / sqrtf(energy / static_cast<float>(n));
@@ -128,7 +128,7 @@ __device__ uint16_t EncodeGroupByWarp(const float* y, int n, uint8_t* codes) {
         above = m + 1;
         level = Book::Positive(m + 1);
       }
-    codes[32 * w + lane] = static_cast<uint8_t>(x > 0 ? kHalf + above : kHalf - 1 - above);
+    codes[(32 * w + lane) * stride] = static_cast<uint8_t>(x > 0 ? kHalf + above : kHalf - 1 - above);
     const float term = Mul(v[w], static_cast<float>(x > 0 ? level : -level));
     dot = w == 0 ? term : dot + term;
   }
@@ -143,63 +143,101 @@ __device__ CodeOwner OwnerOf(Side side, CodePlace place, int stored_dim) {
   return side == Side::kKey ? KeyOwner(place, stored_dim) : ValueOwner(place, stored_dim);
 }
 
+// Where codes wait for being packed; V's stride of 68 bytes keeps lanes in different banks.
+constexpr int kValueStride = 68;
+struct CodeStage {
+  uint8_t* base;
+  int token_stride, dim_stride;
+  __device__ uint8_t* at(int token, int dim) const { return base + token * token_stride + dim * dim_stride; }
+};
+
 template <class C>
 __global__ void __launch_bounds__(kThreads) EncodeKernel(const CodecJob* jobs, HalfShape shape, Side side, RowSource source) {
   extern __shared__ __align__(16) float memory[];
   const CodecJob job = jobs[blockIdx.x];
   const int d = shape.stored_dim;
   const Rows rows{memory, d + 1};
-  for (int i = static_cast<int>(threadIdx.x); i < kBlockTokens * d; i += kThreads) {
-    const int t = i / d, dim = i % d;
-    float x = 0;
-    if (t < job.tokens && dim < shape.head_dim) {
-      x = source == RowSource::kF16Page
-              ? F16ToF32(reinterpret_cast<const uint16_t*>(job.source)[HalfPrecisionIndex(t, dim, d)])
-              : reinterpret_cast<const float*>(job.source)[static_cast<int64_t>(t) * job.row_stride + dim];
-      if constexpr (C::kStorage == Storage::kCodes) {
-        if (job.mean != nullptr) x -= job.mean[dim];
-        if (job.gain != nullptr) x *= job.gain[dim];
-      }
+  const int warp = static_cast<int>(threadIdx.x >> 5), lane = static_cast<int>(threadIdx.x & 31);
+  const auto put = [&](int t, int dim, float x) {
+    if (t >= job.tokens || dim >= shape.head_dim) {
+      x = 0;
+    } else if constexpr (C::kStorage == Storage::kCodes) {
+      if (job.mean != nullptr) x -= job.mean[dim];
+      if (job.gain != nullptr) x *= job.gain[dim];
     }
     rows.row(t)[dim] = x;
+  };
+  if (source == RowSource::kF16Page) {  // 16 bytes a load, several under way
+    constexpr int kAtOnce = 4;
+    const auto* chunks = reinterpret_cast<const uint4*>(job.source);
+    const int per_row = d / 8, count = kBlockTokens * per_row;
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += kAtOnce * kThreads) {
+      uint4 loaded[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; k++)
+        if (i + k * kThreads < count) loaded[k] = chunks[i + k * kThreads];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; k++) {
+        if (i + k * kThreads >= count) continue;
+        const int t = (i + k * kThreads) / per_row, stored = (i + k * kThreads) % per_row;
+        const int chunk = HalfPrecisionIndex(t, stored * 8, d) / 8 - t * per_row;  // the swizzle undoes itself
+        const uint32_t words[4] = {loaded[k].x, loaded[k].y, loaded[k].z, loaded[k].w};
+#pragma unroll
+        for (int e = 0; e < 8; e++)
+          put(t, chunk * 8 + e, F16ToF32(static_cast<uint16_t>(words[e / 2] >> (16 * (e % 2)))));
+      }
+    }
+  } else {
+    for (int t = warp; t < kBlockTokens; t += kWarps)
+      for (int dim = lane; dim < d; dim += 32)
+        put(t, dim, t < job.tokens && dim < shape.head_dim
+                        ? reinterpret_cast<const float*>(job.source)[static_cast<int64_t>(t) * job.row_stride + dim]
+                        : 0.0f);
   }
   __syncthreads();
   if constexpr (C::kStorage == Storage::kHalf) {
     auto* values = reinterpret_cast<uint16_t*>(job.target);
-    for (int i = static_cast<int>(threadIdx.x); i < kBlockTokens * d; i += kThreads) {
-      const int t = i / d, dim = i % d;
-      values[HalfPrecisionIndex(t, dim, d)] = C::Pack(rows.row(t)[dim]);
-    }
+    for (int t = warp; t < kBlockTokens; t += kWarps)
+      for (int dim = lane; dim < d; dim += 32) values[HalfPrecisionIndex(t, dim, d)] = C::Pack(rows.row(t)[dim]);
   } else {
     RotateRows<C, false>(rows, d);
-    auto* codes = reinterpret_cast<uint8_t*>(memory + kBlockTokens * (d + 1));
+    // The 8 codes of a unit lie side by side: keys by token, values by dim.
+    const CodeStage stage{reinterpret_cast<uint8_t*>(memory + kBlockTokens * (d + 1)), side == Side::kKey ? d : 1,
+                          side == Side::kKey ? 1 : kValueStride};
     auto* scales = reinterpret_cast<uint16_t*>(job.target + shape.code_bytes);
     if constexpr (HasBook<C>) {
       for (int i = static_cast<int>(threadIdx.x >> 5); i < kBlockTokens * shape.groups; i += kWarps) {
         const int t = i % kBlockTokens, group = i / kBlockTokens, begin = group * C::kGroup;
-        const uint16_t scale = EncodeGroupByWarp<C>(rows.row(t) + begin, min(C::kGroup, d - begin), codes + t * d + begin);
-        if ((threadIdx.x & 31) == 0) scales[i] = scale;
+        const uint16_t scale = EncodeGroupByWarp<C>(rows.row(t) + begin, min(C::kGroup, d - begin), stage.at(t, begin), stage.dim_stride);
+        if (lane == 0) scales[i] = scale;
       }
     } else {
       for (int i = static_cast<int>(threadIdx.x); i < kBlockTokens * shape.groups; i += kThreads) {
         const int t = i % kBlockTokens, group = i / kBlockTokens, begin = group * C::kGroup;
-        scales[i] = C::EncodeGroup(rows.row(t) + begin, min(C::kGroup, d - begin), side, codes + t * d + begin);
+        uint8_t own[kMaxGroup];
+        const int n = min(C::kGroup, d - begin);
+        scales[i] = C::EncodeGroup(rows.row(t) + begin, n, side, own);
+        for (int e = 0; e < n; e++) *stage.at(t, begin + e) = own[e];
       }
     }
     __syncthreads();
     constexpr int kBits = C::kBits;
     const int lane_words = LaneWords(kBits, d);
     for (int i = static_cast<int>(threadIdx.x); i < 2 * (d / 32) * 32; i += kThreads) {
-      const int quad = i / 32, lane = i % 32;
+      const int quad = i / 32;
       uint8_t own[32];
       uint32_t words[kBits];
 #pragma unroll
-      for (int u = 0; u < 4; u++)
+      for (int u = 0; u < 4; u++) {
+        const CodeOwner owner = OwnerOf(side, {quad, lane, u, 0}, d);
+        const auto* unit = reinterpret_cast<const uint32_t*>(stage.at(owner.token, owner.dim));
+        const uint32_t first = unit[0], second = unit[1];
 #pragma unroll
-        for (int e = 0; e < 8; e++) {
-          const CodeOwner owner = OwnerOf(side, {quad, lane, u, e}, d);
-          own[8 * u + e] = codes[owner.token * d + owner.dim];
+        for (int e = 0; e < 4; e++) {
+          own[8 * u + e] = static_cast<uint8_t>(first >> (8 * e));
+          own[8 * u + 4 + e] = static_cast<uint8_t>(second >> (8 * e));
         }
+      }
       PackQuad<kBits>(own, words);
 #pragma unroll
       for (int w = 0; w < kBits; w++) StoreWord(job.target, quad * kBits + w, lane, words[w]);
@@ -306,7 +344,7 @@ cudaError_t LaunchEncode(CacheType type, Side side, const HalfLayout& layout, Ro
     if constexpr (IsAlias<C>()) {
       return cudaErrorInvalidValue;
     } else {
-      const int d = layout.stored_dim, bytes = kBlockTokens * (d + 1) * 4 + kBlockTokens * d;
+      const int d = layout.stored_dim, bytes = kBlockTokens * (d + 1) * 4 + kValueStride * d;
       const cudaError_t set = cudaFuncSetAttribute(EncodeKernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
       if (set != cudaSuccess) return set;
       EncodeKernel<C><<<static_cast<unsigned>(count), kThreads, static_cast<size_t>(bytes), stream>>>(jobs, ShapeOf(layout), side, source);

@@ -6,6 +6,8 @@
 namespace kvtide::cuda {
 namespace {
 
+constexpr size_t kPinnedPieceBytes = size_t{16} << 20;
+
 bool IsPinned(const void* p) {
   cudaPointerAttributes attributes{};
   if (cudaPointerGetAttributes(&attributes, p) != cudaSuccess) {
@@ -35,7 +37,16 @@ absl::StatusOr<CopyTicket> CopyEngine::Submit(std::span<const CopyPiece> pieces,
   if (!lane->thread.joinable()) lane->thread = std::thread([this, lane] { Work(lane); });
   const CopyTicket ticket = next_++;
   state_[ticket] = {false, absl::OkStatus()};
-  lane->jobs.push_back({ticket, direction, {pieces.begin(), pieces.end()}});
+  Job job{ticket, direction, {}};
+  for (const CopyPiece& piece : pieces) {  // neighbours travel together: each copy costs microseconds of its own
+    CopyPiece* last = job.pieces.empty() ? nullptr : &job.pieces.back();
+    if (last != nullptr && last->target + last->bytes == piece.target && last->source + last->bytes == piece.source) {
+      last->bytes += piece.bytes;
+    } else {
+      job.pieces.push_back(piece);
+    }
+  }
+  lane->jobs.push_back(std::move(job));
   lock.unlock();
   wake_.notify_all();
   return ticket;
@@ -95,7 +106,7 @@ absl::Status CopyEngine::Run(const Job& job, Stream* stream, PinnedBuffer (&stag
     const bool to_host = job.direction == CopyDirection::kToHost;
     const bool pinned = IsPinned(to_host ? piece.target : piece.source);
     for (size_t at = 0; at < piece.bytes;) {
-      const size_t bytes = std::min(piece_bytes_, piece.bytes - at);
+      const size_t bytes = std::min(pinned ? kPinnedPieceBytes : piece_bytes_, piece.bytes - at);
       if (pinned) {
         KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(piece.target + at, piece.source + at, bytes,
                                                     to_host ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice, s));
