@@ -137,10 +137,19 @@ class CudaBackend : public Backend {
 
   absl::Status Recode(std::span<const RecodePiece> pieces) override {
     const DeviceGuard guard(device_);
-    for (const RecodePiece& piece : pieces) {
-      KVTIDE_RETURN_IF_ERROR(CheckPiece(piece));
-      KVTIDE_RETURN_IF_ERROR(RecodeSide(piece, Side::kKey));
-      KVTIDE_RETURN_IF_ERROR(RecodeSide(piece, Side::kValue));
+    for (const RecodePiece& piece : pieces) KVTIDE_RETURN_IF_ERROR(CheckPiece(piece));
+    // Neighbours of the same kind go in one launch, up to kMostRecords.
+    for (size_t first = 0; first < pieces.size();) {
+      size_t count = 0, records = 0;
+      while (first + count < pieces.size()) {
+        const RecodePiece &a = pieces[first], &b = pieces[first + count];
+        records += static_cast<size_t>(b.layers * b.from->shape().kv_heads);
+        if (count > 0 && (records > kMostRecords || !SameKind(a, b))) break;
+        count++;
+      }
+      KVTIDE_RETURN_IF_ERROR(RecodeSide(pieces.subspan(first, count), Side::kKey));
+      KVTIDE_RETURN_IF_ERROR(RecodeSide(pieces.subspan(first, count), Side::kValue));
+      first += count;
     }
     return absl::OkStatus();
   }
@@ -201,61 +210,88 @@ class CudaBackend : public Backend {
   absl::StatusOr<bool> Poll(CopyTicket ticket) override { return copies_.Poll(ticket); }
 
  private:
-  absl::Status RecodeSide(const RecodePiece& piece, Side side) {
+  static constexpr size_t kMostRecords = 8192;
+
+  static bool SameKind(const RecodePiece& a, const RecodePiece& b) {
+    return *a.from == *b.from && *a.to == *b.to && a.from_profile == b.from_profile && a.to_profile == b.to_profile &&
+           (a.tokens == kBlockTokens) == (b.tokens == kBlockTokens);
+  }
+
+  // One side of pieces of the same kind.
+  absl::Status RecodeSide(std::span<const RecodePiece> pieces, Side side) {
     const bool key = side == Side::kKey;
-    const BlockLayout &from = *piece.from, &to = *piece.to;
+    const RecodePiece& any = pieces[0];
+    const BlockLayout &from = *any.from, &to = *any.to;
     const CacheType from_type = key ? from.pair().k : from.pair().v, to_type = key ? to.pair().k : to.pair().v;
     const HalfLayout &from_half = key ? from.k() : from.v(), &to_half = key ? to.k() : to.v();
-    const int heads = from.shape().kv_heads, first = piece.first_layer * heads, records = piece.layers * heads;
-    if (records == 0) return absl::OkStatus();
-    const std::byte* const source = piece.source + (key ? 0 : from.v_codes());
-    std::byte* const target = piece.target + (key ? 0 : to.v_codes());
+    const int heads = from.shape().kv_heads;
+    const size_t from_side = key ? 0 : from.v_codes(), to_side = key ? 0 : to.v_codes();
     KVTIDE_ASSIGN_OR_RETURN(auto workspace, pool_.Take());
     const cudaStream_t stream = workspace->stream();
-    const Profile* const from_profile = key && Info(from_type).storage == Storage::kCodes ? piece.from_profile : nullptr;
-    const Profile* const to_profile = key && Info(to_type).storage == Storage::kCodes ? piece.to_profile : nullptr;
-    const bool same_frame = piece.from_profile == piece.to_profile || !key || Info(from_type).storage == Storage::kHalf;
-    if (from_type == to_type && same_frame && piece.tokens == kBlockTokens) {
-      KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpy2DAsync(target + to.record_bytes() * static_cast<size_t>(first), to.record_bytes(),
-                                                    source + from.record_bytes() * static_cast<size_t>(first), from.record_bytes(),
-                                                    to_half.bytes, static_cast<size_t>(records), cudaMemcpyDeviceToDevice, stream));
+    const Profile* const from_profile = key && Info(from_type).storage == Storage::kCodes ? any.from_profile : nullptr;
+    const Profile* const to_profile = key && Info(to_type).storage == Storage::kCodes ? any.to_profile : nullptr;
+    const bool same_frame = any.from_profile == any.to_profile || !key || Info(from_type).storage == Storage::kHalf;
+    if (from_type == to_type && same_frame && any.tokens == kBlockTokens) {
+      for (const RecodePiece& piece : pieces) {
+        const size_t first = static_cast<size_t>(piece.first_layer * heads);
+        KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpy2DAsync(piece.target + to_side + to.record_bytes() * first, to.record_bytes(),
+                                                      piece.source + from_side + from.record_bytes() * first, from.record_bytes(),
+                                                      to_half.bytes, static_cast<size_t>(piece.layers * heads),
+                                                      cudaMemcpyDeviceToDevice, stream));
+      }
       return Annotate(workspace->Finish(), name());
     }
+    size_t records = 0;
+    for (const RecodePiece& piece : pieces) records += static_cast<size_t>(piece.layers * heads);
+    if (records == 0) return absl::OkStatus();
     const size_t dim = static_cast<size_t>(from_half.head_dim), row_bytes = kBlockTokens * dim * sizeof(float);
+    const size_t all = static_cast<size_t>(from.shape().layers * heads);
     const bool direct = from_type == ExactPair().k;
-    KVTIDE_RETURN_IF_ERROR(workspace->Begin(Workspace::Bound(4 + 4 * static_cast<size_t>(records),
-                                                             static_cast<size_t>(records) * (2 * sizeof(CodecJob) + 4 * dim * sizeof(float)))));
-    if (!direct) KVTIDE_RETURN_IF_ERROR(workspace->rows.Reserve(row_bytes * static_cast<size_t>(records)));
-    std::vector<CodecJob> decode, encode;
-    for (int i = 0; i < records; i++) {
-      const size_t record = static_cast<size_t>(first + i);
-      const auto with_profile = [&](CodecJob job, const Profile* profile) {
-        if (profile == nullptr) return job;
-        const HeadProfile& head = profile->k[record];
-        if (!head.mean.empty()) job.mean = workspace->Upload(head.mean);
-        if (!head.gain.empty()) job.gain = workspace->Upload(head.gain);
-        return job;
-      };
-      CodecJob job;
-      job.row_stride = static_cast<int32_t>(dim);
-      job.source = source + from.record_bytes() * record;
-      std::byte* const rows = workspace->rows.data() + row_bytes * static_cast<size_t>(i);
-      if (!direct) {
-        job.target = rows;
-        decode.push_back(with_profile(job, from_profile));
-        job.source = rows;
+    KVTIDE_RETURN_IF_ERROR(
+        workspace->Begin(Workspace::Bound(4 + 4 * all, 2 * records * sizeof(CodecJob) + 4 * all * dim * sizeof(float))));
+    if (!direct) KVTIDE_RETURN_IF_ERROR(workspace->rows.Reserve(row_bytes * records));
+    // Profiles are uploaded once for each (layer, KV head).
+    struct Placed {
+      const float *mean = nullptr, *gain = nullptr;
+    };
+    const auto place = [&](const Profile* profile) {
+      std::vector<Placed> placed(all);
+      if (profile == nullptr) return placed;
+      for (size_t i = 0; i < all; i++) {
+        if (!profile->k[i].mean.empty()) placed[i].mean = workspace->Upload(profile->k[i].mean);
+        if (!profile->k[i].gain.empty()) placed[i].gain = workspace->Upload(profile->k[i].gain);
       }
-      job.target = target + to.record_bytes() * record;
-      job.tokens = piece.tokens;
-      encode.push_back(with_profile(job, to_profile));
-    }
+      return placed;
+    };
+    const std::vector<Placed> from_placed = place(from_profile), to_placed = place(to_profile);
+    std::vector<CodecJob> decode, encode;
+    for (const RecodePiece& piece : pieces)
+      for (int i = piece.first_layer * heads; i < (piece.first_layer + piece.layers) * heads; i++) {
+        const size_t record = static_cast<size_t>(i);
+        CodecJob job;
+        job.row_stride = static_cast<int32_t>(dim);
+        job.source = piece.source + from_side + from.record_bytes() * record;
+        if (!direct) {
+          job.target = workspace->rows.data() + row_bytes * encode.size();
+          job.mean = from_placed[record].mean;
+          job.gain = from_placed[record].gain;
+          decode.push_back(job);
+          job.source = job.target;
+        }
+        job.target = piece.target + to_side + to.record_bytes() * record;
+        job.tokens = piece.tokens;
+        job.mean = to_placed[record].mean;
+        job.gain = to_placed[record].gain;
+        encode.push_back(job);
+      }
     const CodecJob* decode_device = workspace->Upload(decode);
     const CodecJob* encode_device = workspace->Upload(encode);
     KVTIDE_RETURN_IF_ERROR(workspace->Send());
+    const int count = static_cast<int>(encode.size());
     if (!direct)
-      KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(from_type, side, from_half, RowTarget::kF32Rows, 0, decode_device, records, stream));
+      KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(from_type, side, from_half, RowTarget::kF32Rows, 0, decode_device, count, stream));
     KVTIDE_CUDA_RETURN_IF_ERROR(
-        LaunchEncode(to_type, side, to_half, direct ? RowSource::kF16Page : RowSource::kF32Rows, encode_device, records, stream));
+        LaunchEncode(to_type, side, to_half, direct ? RowSource::kF16Page : RowSource::kF32Rows, encode_device, count, stream));
     return Annotate(workspace->Finish(), name());
   }
 
