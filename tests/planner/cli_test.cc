@@ -1,4 +1,6 @@
 // The commands as a user runs them: exit codes, messages, files.
+#include <unistd.h>
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/wait.h>
@@ -95,7 +97,7 @@ TEST(PlanCli, ExplainMatrixAndLists) {
 }
 
 TEST(PlanCli, PlotVerifyAndFleetUseFiles) {
-  const std::filesystem::path folder = std::filesystem::path(::testing::TempDir()) / "kvtide_plan_cli";
+  const std::filesystem::path folder = std::filesystem::path(::testing::TempDir()) / ("kvtide_plan_cli_" + std::to_string(getpid()));
   std::filesystem::create_directories(folder);
   const std::string plot = (folder / "plan.svg").string(), log = (folder / "llama.log").string(),
                     mix = (folder / "mix.csv").string();
@@ -142,7 +144,7 @@ TEST(PlanCli, AutoAsksTheDriverAndTheCatalogueForTheRest) {
 }
 
 TEST(PlanCli, QualityFilesAreRead) {
-  const std::string file = ::testing::TempDir() + "/kvtide_quality.csv";
+  const std::string file = ::testing::TempDir() + "/kvtide_quality_" + std::to_string(getpid()) + ".csv";
   std::ofstream(file) << "model,text,tokens,context,pair_k,pair_v,window_policy,ppl_change_percent,kld_mean,"
                          "kld_p99,top1_agreement,bits_per_value,version,date\n"
                          "Llama3.1-8B,text,1,4096,turbo2,turbo2,default,0.0001,0,0,1,2.1,0,2026-11-22\n";

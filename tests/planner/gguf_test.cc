@@ -1,6 +1,8 @@
 // Synthetic GGUF files for every kind of layer, and damaged ones: each gives one clear error.
 #include "planner/gguf.h"
 
+#include <unistd.h>
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -248,7 +250,7 @@ TEST(Gguf, ExpertsGiveActiveParameters) {
 }
 
 TEST(Gguf, SplitFilesAreSummed) {
-  const std::filesystem::path folder = std::filesystem::path(::testing::TempDir()) / "kvtide_gguf_split";
+  const std::filesystem::path folder = std::filesystem::path(::testing::TempDir()) / ("kvtide_gguf_split_" + std::to_string(getpid()));
   std::filesystem::create_directories(folder);
   for (int part = 1; part <= 2; ++part) {
     GgufBuilder builder = part == 1 ? PlainGguf() : GgufBuilder();
@@ -270,7 +272,7 @@ TEST(Gguf, SplitFilesAreSummed) {
 }
 
 TEST(Gguf, HeadersLargerThanTheFirstReadAreReadOn) {
-  const std::string path = ::testing::TempDir() + "/kvtide_large.gguf";
+  const std::string path = ::testing::TempDir() + "/kvtide_large_" + std::to_string(getpid()) + ".gguf";
   GgufBuilder builder = PlainGguf();
   builder.String("tokenizer.chat_template", std::string(3 << 20, 'x')).Tensor("t", {64}, 0);
   std::ofstream(path, std::ios::binary) << builder.Build();

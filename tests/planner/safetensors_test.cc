@@ -1,6 +1,8 @@
 // Weights from synthetic safetensors headers, whole and damaged.
 #include "planner/safetensors.h"
 
+#include <unistd.h>
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -30,7 +32,7 @@ std::string File(const std::string& json, size_t data_bytes) {
 
 class Folder {
  public:
-  Folder() : path_(fs::path(::testing::TempDir()) / "kvtide_safetensors") {
+  Folder() : path_(fs::path(::testing::TempDir()) / ("kvtide_safetensors_" + std::to_string(getpid()))) {
     fs::remove_all(path_);
     fs::create_directories(path_);
   }

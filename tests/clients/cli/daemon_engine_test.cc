@@ -1,5 +1,7 @@
 // A real model on a real kvtided over a real socket: the demo's story, equality with the engine's own memory,
 // and a short slice of the evaluation with values that are known.
+#include <unistd.h>
+
 #include <cmath>
 
 #include "clients/cli/bundled.h"
@@ -203,7 +205,7 @@ TEST(EvalDaemonTest, StopsWhenAskedAndGoesOnFromItsState) {
   options.windows = 2;
   options.context = 256;
   options.layer_errors = options.show_progress = false;
-  options.state_file = testing::TempDir() + "/kvtide_eval_resume.json";
+  options.state_file = testing::TempDir() + "/kvtide_eval_resume_" + std::to_string(getpid()) + ".json";
   std::remove(options.state_file.c_str());
   EXPECT_EQ(RunEval(options, std::atomic<bool>{true}).status().code(), absl::StatusCode::kCancelled);
   options.windows = 1;

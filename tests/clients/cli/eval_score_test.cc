@@ -1,5 +1,7 @@
 #include "clients/cli/eval_score.h"
 
+#include <unistd.h>
+
 #include <cmath>
 #include <cstdlib>
 #include <filesystem>
@@ -171,7 +173,7 @@ TEST(DivergenceHistogramTest, QuantilesAreWithinABin) {
 }
 
 TEST(EvalStateTest, GoesOnFromWhatWasSavedAndRefusesAnotherRun) {
-  const std::string path = testing::TempDir() + "/kvtide_eval_state.json";
+  const std::string path = testing::TempDir() + "/kvtide_eval_state_" + std::to_string(getpid()) + ".json";
   std::filesystem::remove(path);
   PredictionScore score;
   score.predictions = 10;

@@ -1,5 +1,7 @@
 #include "tests/clients/engine/test_model.h"
 
+#include <unistd.h>
+
 #include <cmath>
 #include <filesystem>
 #include <fstream>
@@ -97,7 +99,7 @@ Matrix Attention(const ModelConfig& c, const Matrix& q, const Matrix& k, const M
 }  // namespace
 
 std::string MakeFolder(const std::string& name) {
-  const std::filesystem::path path = std::filesystem::path(testing::TempDir()) / ("kvtide_engine_" + name);
+  const std::filesystem::path path = std::filesystem::path(testing::TempDir()) / ("kvtide_engine_" + std::to_string(getpid()) + "_" + name);
   std::filesystem::remove_all(path);
   std::filesystem::create_directories(path);
   return path.string();
