@@ -1,9 +1,8 @@
 // The commands as a user runs them: exit codes, messages, files.
-#include <unistd.h>
-
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <filesystem>
@@ -97,7 +96,8 @@ TEST(PlanCli, ExplainMatrixAndLists) {
 }
 
 TEST(PlanCli, PlotVerifyAndFleetUseFiles) {
-  const std::filesystem::path folder = std::filesystem::path(::testing::TempDir()) / ("kvtide_plan_cli_" + std::to_string(getpid()));
+  const std::filesystem::path folder =
+      std::filesystem::path(::testing::TempDir()) / ("kvtide_plan_cli_" + std::to_string(getpid()));
   std::filesystem::create_directories(folder);
   const std::string plot = (folder / "plan.svg").string(), log = (folder / "llama.log").string(),
                     mix = (folder / "mix.csv").string();

@@ -1,10 +1,9 @@
 // Synthetic GGUF files for every kind of layer, and damaged ones: each gives one clear error.
 #include "planner/gguf.h"
 
-#include <unistd.h>
-
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <filesystem>
 #include <fstream>
@@ -250,7 +249,8 @@ TEST(Gguf, ExpertsGiveActiveParameters) {
 }
 
 TEST(Gguf, SplitFilesAreSummed) {
-  const std::filesystem::path folder = std::filesystem::path(::testing::TempDir()) / ("kvtide_gguf_split_" + std::to_string(getpid()));
+  const std::filesystem::path folder =
+      std::filesystem::path(::testing::TempDir()) / ("kvtide_gguf_split_" + std::to_string(getpid()));
   std::filesystem::create_directories(folder);
   for (int part = 1; part <= 2; ++part) {
     GgufBuilder builder = part == 1 ? PlainGguf() : GgufBuilder();

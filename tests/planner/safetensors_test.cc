@@ -1,10 +1,9 @@
 // Weights from synthetic safetensors headers, whole and damaged.
 #include "planner/safetensors.h"
 
-#include <unistd.h>
-
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <filesystem>

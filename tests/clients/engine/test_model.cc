@@ -99,7 +99,8 @@ Matrix Attention(const ModelConfig& c, const Matrix& q, const Matrix& k, const M
 }  // namespace
 
 std::string MakeFolder(const std::string& name) {
-  const std::filesystem::path path = std::filesystem::path(testing::TempDir()) / ("kvtide_engine_" + std::to_string(getpid()) + "_" + name);
+  const std::filesystem::path path =
+      std::filesystem::path(testing::TempDir()) / ("kvtide_engine_" + std::to_string(getpid()) + "_" + name);
   std::filesystem::remove_all(path);
   std::filesystem::create_directories(path);
   return path.string();
