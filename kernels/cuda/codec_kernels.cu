@@ -1,5 +1,7 @@
 #include "kernels/cuda/codec_kernels.h"
 
+#include <cuda_fp16.h>
+
 #include <type_traits>
 
 #include "kernels/format/page_codec.h"
@@ -21,6 +23,9 @@ struct Rows {
   int stride;
   __device__ float* row(int t) const { return base + t * stride; }
 };
+
+// F16ToF32 by the hardware: the same value for every finite half.
+__device__ float HalfToFloat(uint32_t bits) { return __half2float(__ushort_as_half(static_cast<unsigned short>(bits))); }
 
 __device__ float SumOverWarp(float x) {
 #pragma unroll
@@ -123,11 +128,11 @@ __device__ uint16_t EncodeGroupByWarp(const float* y, int n, uint8_t* codes, int
     const float x = Mul(v[w], to_level), magnitude = x < 0 ? -x : x;
     int above = 0, level = Book::Positive(0);
 #pragma unroll
-    for (int m = 0; m + 1 < kHalf; m++)
-      if (magnitude > 0.5f * static_cast<float>(Book::Positive(m) + Book::Positive(m + 1))) {
-        above = m + 1;
-        level = Book::Positive(m + 1);
-      }
+    for (int m = 0; m + 1 < kHalf; m++) {
+      const bool beyond = magnitude > 0.5f * static_cast<float>(Book::Positive(m) + Book::Positive(m + 1));
+      above = beyond ? m + 1 : above;
+      level = beyond ? Book::Positive(m + 1) : level;
+    }
     codes[(32 * w + lane) * stride] = static_cast<uint8_t>(x > 0 ? kHalf + above : kHalf - 1 - above);
     const float term = Mul(v[w], static_cast<float>(x > 0 ? level : -level));
     dot = w == 0 ? term : dot + term;
@@ -184,7 +189,7 @@ __global__ void __launch_bounds__(kThreads) EncodeKernel(const CodecJob* jobs, H
         const uint32_t words[4] = {loaded[k].x, loaded[k].y, loaded[k].z, loaded[k].w};
 #pragma unroll
         for (int e = 0; e < 8; e++)
-          put(t, chunk * 8 + e, F16ToF32(static_cast<uint16_t>(words[e / 2] >> (16 * (e % 2)))));
+          put(t, chunk * 8 + e, HalfToFloat(words[e / 2] >> (16 * (e % 2)) & 0xffffu));
       }
     }
   } else {
@@ -275,7 +280,7 @@ __global__ void __launch_bounds__(kThreads) DecodeKernel(const CodecJob* jobs, H
 #pragma unroll
         for (int e = 0; e < 8; e++) {
           const CodeOwner owner = OwnerOf(side, {quad, lane, u, e}, d);
-          const float scale = Mul(F16ToF32(scales[owner.dim / C::kGroup * kBlockTokens + owner.token]), C::kLevelUnit);
+          const float scale = Mul(HalfToFloat(scales[owner.dim / C::kGroup * kBlockTokens + owner.token]), C::kLevelUnit);
           rows.row(owner.token)[owner.dim] = Mul(scale, static_cast<float>(C::Level(own[8 * u + e])));
         }
     }
