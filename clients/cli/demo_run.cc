@@ -416,7 +416,7 @@ class DemoRun {
   }
 
   DemoOptions options_;
-  engine::ThreadPool pool_;
+  ThreadPool pool_;
   engine::Sampler sampler_;
   const Terminal out_;
   DemoReport report_;

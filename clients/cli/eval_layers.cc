@@ -79,8 +79,7 @@ void AddLogits(const std::vector<float>& q, const std::vector<float>& k, const s
 
 }  // namespace
 
-absl::StatusOr<std::vector<LayerVectors>> CaptureVectors(const engine::LlamaModel& model,
-                                                         engine::ThreadPool& pool,
+absl::StatusOr<std::vector<LayerVectors>> CaptureVectors(const engine::LlamaModel& model, ThreadPool& pool,
                                                          std::span<const int32_t> tokens) {
   engine::LocalKvStore exact(model.kv_geometry(), DataType::kF32, pool);
   std::vector<LayerVectors> layers(model.kv_geometry().layers);
@@ -99,7 +98,7 @@ absl::StatusOr<std::vector<LayerVectors>> CaptureVectors(const engine::LlamaMode
 
 std::vector<LayerError> MeasureLayerErrors(const engine::KvGeometry& g, std::span<const LayerVectors> layers,
                                            CachePair pair, const ProfileOptions& key_profile,
-                                           engine::ThreadPool& pool) {
+                                           ThreadPool& pool) {
   std::vector<LayerError> errors(layers.size());
   pool.ParallelFor(static_cast<int64_t>(layers.size()), [&](int64_t l) {
     const LayerVectors& layer = layers[l];

@@ -30,13 +30,12 @@ struct LayerVectors {
 };
 
 // Runs the model over `tokens` with exact keys and values and keeps what each layer saw.
-absl::StatusOr<std::vector<LayerVectors>> CaptureVectors(const engine::LlamaModel& model,
-                                                         engine::ThreadPool& pool,
+absl::StatusOr<std::vector<LayerVectors>> CaptureVectors(const engine::LlamaModel& model, ThreadPool& pool,
                                                          std::span<const int32_t> tokens);
 
 // One entry per layer. The key profile is made from the first block, as the cache makes it.
 std::vector<LayerError> MeasureLayerErrors(const engine::KvGeometry& geometry,
                                            std::span<const LayerVectors> layers, CachePair pair,
-                                           const ProfileOptions& key_profile, engine::ThreadPool& pool);
+                                           const ProfileOptions& key_profile, ThreadPool& pool);
 
 }  // namespace kvtide::cli

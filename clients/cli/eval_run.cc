@@ -335,7 +335,7 @@ class EvalRun {
 
   const EvalOptions& options_;
   const std::atomic<bool>& stop_;
-  engine::ThreadPool pool_;
+  ThreadPool pool_;
   WindowPolicy policy_;
   std::string folder_, text_file_;
   std::unique_ptr<engine::Tokenizer> tokenizer_;

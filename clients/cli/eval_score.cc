@@ -27,7 +27,7 @@ struct RowScore {
 
 // Compares the chunk's predictions; hidden[s] holds [rows][hidden_size] of store s, next[i] is the token
 // after row i.
-void ScoreChunk(const engine::LlamaModel& model, engine::ThreadPool& pool,
+void ScoreChunk(const engine::LlamaModel& model, ThreadPool& pool,
                 const std::vector<std::vector<float>>& hidden, std::span<const int32_t> next,
                 std::vector<PredictionScore>* scores) {
   const size_t vocab = model.config().vocab_size, width = model.config().hidden_size;
@@ -98,8 +98,8 @@ void PredictionScore::Merge(const PredictionScore& other) {
 
 double PredictionScore::Perplexity() const { return std::exp(loss / static_cast<double>(predictions)); }
 
-absl::StatusOr<std::vector<PredictionScore>> ScoreWindow(const engine::LlamaModel& model,
-                                                         engine::ThreadPool& pool, const WindowRun& run) {
+absl::StatusOr<std::vector<PredictionScore>> ScoreWindow(const engine::LlamaModel& model, ThreadPool& pool,
+                                                         const WindowRun& run) {
   const int total = static_cast<int>(run.tokens.size());
   if (total < 2) return absl::InvalidArgumentError("a window needs two tokens");
   std::vector<engine::SequenceId> sequences;

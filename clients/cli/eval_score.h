@@ -13,7 +13,7 @@
 #include "absl/status/statusor.h"
 #include "clients/engine/kv_store.h"
 #include "clients/engine/llama_model.h"
-#include "clients/engine/thread_pool.h"
+#include "kernels/base/thread_pool.h"
 
 namespace kvtide::cli {
 
@@ -60,7 +60,7 @@ struct WindowRun {
 };
 
 // One score per store, in their order.
-absl::StatusOr<std::vector<PredictionScore>> ScoreWindow(const engine::LlamaModel& model,
-                                                         engine::ThreadPool& pool, const WindowRun& run);
+absl::StatusOr<std::vector<PredictionScore>> ScoreWindow(const engine::LlamaModel& model, ThreadPool& pool,
+                                                         const WindowRun& run);
 
 }  // namespace kvtide::cli

@@ -16,7 +16,7 @@
 #include "clients/engine/model_config.h"
 #include "clients/engine/panel_matmul.h"
 #include "clients/engine/safetensors.h"
-#include "clients/engine/thread_pool.h"
+#include "kernels/base/thread_pool.h"
 
 namespace kvtide::engine {
 

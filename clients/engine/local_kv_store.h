@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "clients/engine/kv_store.h"
-#include "clients/engine/thread_pool.h"
 #include "kernels/base/data_type.h"
+#include "kernels/base/thread_pool.h"
 
 namespace kvtide::engine {
 

@@ -8,8 +8,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "clients/engine/thread_pool.h"
 #include "kernels/base/data_type.h"
+#include "kernels/base/thread_pool.h"
 
 namespace kvtide::engine {
 

@@ -6,8 +6,8 @@
 
 #include "absl/status/status.h"
 #include "kernels/backend.h"
+#include "kernels/base/thread_pool.h"
 #include "kernels/cpu/page_kernels.h"
-#include "kernels/cpu/thread_pool.h"
 
 namespace kvtide {
 

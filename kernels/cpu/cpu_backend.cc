@@ -8,9 +8,9 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status.h"
+#include "kernels/base/thread_pool.h"
 #include "kernels/cpu/attend.h"
 #include "kernels/cpu/copy_queue.h"
-#include "kernels/cpu/thread_pool.h"
 
 namespace kvtide {
 namespace {

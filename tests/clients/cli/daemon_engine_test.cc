@@ -80,7 +80,7 @@ TEST(DaemonProcessTest, GivesTheDaemonsLastWordsWhenItCannotStart) {
 // Greedy tokens with keys and values in the daemon in f16 equal those with them in this process, while blocks
 // move.
 TEST(DaemonKvStoreTest, GreedyTokensEqualThoseOfTheEnginesOwnMemory) {
-  engine::ThreadPool pool(2);
+  ThreadPool pool(2);
   const std::string folder = *BundledModelFolder();
   const auto tokenizer = engine::Tokenizer::Load(folder);
   const auto model = engine::LlamaModel::Load(folder, pool);
@@ -131,7 +131,7 @@ TEST(DaemonKvStoreTest, GreedyTokensEqualThoseOfTheEnginesOwnMemory) {
 }
 
 TEST(DaemonKvStoreTest, LargeChunksAreCutToTheMessageLimit) {
-  engine::ThreadPool pool(2);
+  ThreadPool pool(2);
   DaemonOptions daemon_options;
   daemon_options.program = KVTIDE_DAEMON_PROGRAM;
   daemon_options.device_bytes = 256 * kMiB;

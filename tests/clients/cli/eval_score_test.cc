@@ -38,7 +38,7 @@ class EvalTest : public testing::Test {
     tokens_.insert(tokens_.begin(), 0);
   }
 
-  engine::ThreadPool pool_{2};
+  ThreadPool pool_{2};
   std::unique_ptr<engine::Tokenizer> tokenizer_;
   std::unique_ptr<engine::LlamaModel> model_;
   std::vector<int32_t> tokens_;

@@ -88,30 +88,5 @@ TEST(VectorMathTest, LogSumExpDoesNotOverflow) {
   EXPECT_NEAR(LogSumExp(x.data(), x.size()), 1000 + std::log(2.0), 1e-3);
 }
 
-TEST(ThreadPoolTest, RunsEveryIterationOnceOnAnyNumberOfThreads) {
-  for (const int threads : {1, 2, 5}) {
-    ThreadPool pool(threads);
-    EXPECT_EQ(pool.threads(), threads);
-    for (const int count : {0, 1, 3, 1000}) {
-      std::vector<std::atomic<int>> calls(count);
-      pool.ParallelFor(count, [&](int64_t i) { ++calls[i]; });
-      for (const auto& c : calls) EXPECT_EQ(c.load(), 1);
-    }
-  }
-}
-
-TEST(ThreadPoolTest, ServesSeveralCallersInTurn) {
-  ThreadPool pool(3);
-  std::atomic<int64_t> total{0};
-  std::vector<std::thread> callers;
-  for (int c = 0; c < 4; ++c) {
-    callers.emplace_back([&] {
-      for (int round = 0; round < 50; ++round) pool.ParallelFor(20, [&](int64_t i) { total += i; });
-    });
-  }
-  for (auto& caller : callers) caller.join();
-  EXPECT_EQ(total.load(), 4 * 50 * 190);
-}
-
 }  // namespace
 }  // namespace kvtide::engine
