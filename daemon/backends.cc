@@ -1,5 +1,7 @@
 #include "daemon/backends.h"
 
+#include <algorithm>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -13,8 +15,9 @@
 namespace kvtide {
 namespace {
 
-std::unique_ptr<Backend> MakeCpu(int threads) {
+std::unique_ptr<Backend> MakeCpu(const std::string& name, int threads) {
   CpuBackendOptions options;
+  options.name = name;
   options.threads = threads;
   return MakeCpuBackend(options);
 }
@@ -25,38 +28,73 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeGpu(const std::string& device) {
   options.device = device;
   return MakeCudaBackend(options);
 }
-std::unique_ptr<Backend> MakeHost(int threads) { return MakePinnedBackend(MakeCpu(threads)); }
+absl::StatusOr<int> CountGpus() { return CountCudaDevices(); }
+std::unique_ptr<Backend> MakeHost(int threads) { return MakePinnedBackend(MakeCpu("cpu", threads)); }
 #else
 absl::StatusOr<std::unique_ptr<Backend>> MakeGpu(const std::string&) {
   return absl::UnavailableError("this kvtided was built without CUDA");
 }
-std::unique_ptr<Backend> MakeHost(int threads) { return MakeCpu(threads); }
+absl::StatusOr<int> CountGpus() { return absl::UnavailableError("this kvtided was built without CUDA"); }
+std::unique_ptr<Backend> MakeHost(int threads) { return MakeCpu("cpu", threads); }
 #endif
+
+constexpr char kCuda[] = "cuda:";
+
+absl::StatusOr<std::vector<std::string>> ExpandAll(const std::vector<std::string>& devices) {
+  std::vector<std::string> expanded;
+  for (const std::string& device : devices) {
+    if (device != "cuda:all") {
+      expanded.push_back(device);
+      continue;
+    }
+    const auto gpus = CountGpus();
+    if (!gpus.ok()) return Annotate(gpus.status(), "device cuda:all (device cpu works everywhere)");
+    for (int i = 0; i < *gpus; i++) expanded.push_back(absl::StrCat(kCuda, i));
+  }
+  return expanded;
+}
+
+absl::Status AddGpu(const std::string& device, Backends* backends) {
+  KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<Backend> gpu, MakeGpu(device));
+  for (const auto& other : backends->devices)
+    if (other->name() == gpu->name())
+      return absl::InvalidArgumentError(absl::StrCat(gpu->name(), " is named twice"));
+  backends->devices.push_back(std::move(gpu));
+  return absl::OkStatus();
+}
 
 }  // namespace
 
-absl::StatusOr<Backends> MakeBackends(const std::string& device, int compute_threads) {
+absl::StatusOr<Backends> MakeBackends(const std::vector<std::string>& devices, int compute_threads) {
   Backends backends;
-  if (device == "cpu") {
-    backends.device = MakeCpu(compute_threads);
+  if (devices.size() == 1 && devices[0] == "auto") {
+    const absl::Status status = AddGpu("0", &backends);
+    if (status.ok()) {
+      backends.host = MakeHost(compute_threads);
+    } else {
+      backends.devices.push_back(MakeCpu("cpu", compute_threads));
+      backends.cpu_devices = 1;
+      backends.note = absl::StrCat("no GPU is used: ", std::string(status.message()));
+    }
     return backends;
   }
-  const bool choose = device == "auto";
-  const std::string prefix = "cuda:";
-  if (!choose && (device.compare(0, prefix.size(), prefix) != 0 || device.size() == prefix.size())) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("device \"", device, "\" is unknown; use cpu, cuda:0 or auto"));
+  KVTIDE_ASSIGN_OR_RETURN(const std::vector<std::string> names, ExpandAll(devices));
+  const auto cpus = static_cast<int>(std::count(names.begin(), names.end(), "cpu"));
+  const int threads = compute_threads > 0
+                          ? compute_threads
+                          : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  for (const std::string& name : names) {
+    if (name == "cpu") {
+      const std::string numbered = cpus > 1 ? absl::StrCat("cpu:", backends.cpu_devices) : "cpu";
+      backends.devices.push_back(MakeCpu(numbered, cpus > 1 ? std::max(1, threads / cpus) : compute_threads));
+      backends.cpu_devices++;
+    } else {
+      KVTIDE_RETURN_IF_ERROR(Annotate(AddGpu(name.substr(sizeof(kCuda) - 1), &backends),
+                                      absl::StrCat("device ", name, " (device cpu works everywhere)")));
+    }
   }
-  auto gpu = MakeGpu(choose ? "0" : device.substr(prefix.size()));
-  if (gpu.ok()) {
-    backends.device = std::move(gpu).value();
+  if (backends.cpu_devices < static_cast<int>(backends.devices.size()))
     backends.host = MakeHost(compute_threads);
-    return backends;
-  }
-  if (!choose)
-    return Annotate(gpu.status(), absl::StrCat("device ", device, " (device cpu works everywhere)"));
-  backends.device = MakeCpu(compute_threads);
-  backends.note = absl::StrCat("no GPU is used: ", std::string(gpu.status().message()));
   return backends;
 }
 

@@ -3,22 +3,26 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
 
 namespace kvtide {
 
-// The backends of the tiers. On device cpu both tiers share one, which then has all threads.
+// The backends of the tiers. Without a GPU the host tier is served by the first device's backend: one CPU.
 struct Backends {
-  std::unique_ptr<Backend> device;
-  std::unique_ptr<Backend> host;  // null: `device` serves the host tier too
-  std::string note;               // why "auto" chose as it did; empty otherwise
+  std::vector<std::unique_ptr<Backend>> devices;  // of the first tier, in the order asked for
+  int cpu_devices = 0;                            // of these, host memory that plays a device
+  std::unique_ptr<Backend> host;                  // null: devices[0] serves the host tier too
+  std::string note;                               // why "auto" chose as it did; empty otherwise
+  Backend* Host() const { return host ? host.get() : devices.front().get(); }
 };
 
-// `device`: "cpu", "cuda:0", "cuda:GPU-..." (a UUID) or "auto". An error for a GPU that this build or machine
-// does not have; "auto" falls back to the CPU and says why in `note`.
-absl::StatusOr<Backends> MakeBackends(const std::string& device, int compute_threads);
+// `devices` as ParseDevices (config.h) gives them. An error for a GPU that this build or machine does not
+// have, or that is named twice; "auto" falls back to the CPU and says why in `note`. CPU devices share the
+// threads.
+absl::StatusOr<Backends> MakeBackends(const std::vector<std::string>& devices, int compute_threads);
 
 // "cpu" or "cpu, cuda".
 std::string KnownBackends();

@@ -5,8 +5,11 @@
 #include <sstream>
 #include <thread>
 
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "daemon/service/address.h"
 #include "daemon/service/convert.h"
 #include "daemon/version.h"
@@ -89,13 +92,6 @@ absl::Status ResolveLimits(const v1::KvtidedConfig& config, CacheOptions* cache)
   return absl::OkStatus();
 }
 
-absl::Status CheckDevice(const std::string& device) {
-  if (device == "cpu" || device == "auto") return absl::OkStatus();
-  if (device.compare(0, 5, "cuda:") == 0 && device.size() > 5) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat("device \"", device, "\" is unknown; use cpu, cuda:0 or auto"));
-}
-
 int64_t ReadNumber(const char* path) {
   std::ifstream file(path);
   int64_t value = 0;
@@ -103,6 +99,29 @@ int64_t ReadNumber(const char* path) {
 }
 
 }  // namespace
+
+absl::StatusOr<std::vector<std::string>> ParseDevices(const std::string& text) {
+  constexpr size_t kMost = 32;
+  std::vector<std::string> devices;
+  const std::vector<std::string> parts = absl::StrSplit(text, ',');
+  for (const std::string& part : parts) {
+    std::string device(absl::StripAsciiWhitespace(part));
+    if (absl::StartsWith(device, "GPU-")) device.insert(0, "cuda:");
+    const bool gpu = absl::StartsWith(device, "cuda:") && device.size() > 5;
+    const bool alone = device == "auto" || device == "cuda:all";
+    if (!(device == "cpu" || gpu || alone) || (alone && parts.size() > 1)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("device \"", text,
+                       "\" is unknown; use cpu, cuda:0, a list such as cuda:0,cuda:1, cuda:all or auto"));
+    }
+    if (gpu && std::find(devices.begin(), devices.end(), device) != devices.end())
+      return absl::InvalidArgumentError(absl::StrCat("device \"", text, "\": ", device, " is named twice"));
+    devices.push_back(std::move(device));
+  }
+  if (devices.size() > kMost)
+    return absl::InvalidArgumentError(absl::StrCat("device: ", devices.size(), " devices, at most ", kMost));
+  return devices;
+}
 
 absl::StatusOr<v1::KvtidedConfig> ParseConfig(const std::string& json, const std::string& file_name) {
   v1::KvtidedConfig config;
@@ -133,8 +152,7 @@ void MergeConfig(const v1::KvtidedConfig& over, v1::KvtidedConfig* config) {
 
 absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config) {
   DaemonOptions options;
-  options.device = config.device().empty() ? "auto" : config.device();
-  KVTIDE_RETURN_IF_ERROR(CheckDevice(options.device));
+  KVTIDE_ASSIGN_OR_RETURN(options.devices, ParseDevices(config.device().empty() ? "auto" : config.device()));
   KVTIDE_ASSIGN_OR_RETURN(
       options.device_bytes,
       ResolveBytes("device_memory", config.device_memory(), config.device_tier_bytes(), kDefaultDeviceBytes));

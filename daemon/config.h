@@ -16,10 +16,10 @@
 namespace kvtide {
 
 struct DaemonOptions {
-  std::string device;  // "cpu", "cuda:0", "auto"
-  int64_t device_bytes = 0;
-  int64_t host_bytes = 0;       // 0 = no host tier
-  std::string metrics_address;  // empty = none
+  std::vector<std::string> devices;  // as ParseDevices gives them
+  int64_t device_bytes = 0;          // on each device
+  int64_t host_bytes = 0;            // 0 = no host tier
+  std::string metrics_address;       // empty = none
   std::string log_level;
   int compute_threads = 0;
   absl::Duration shutdown_grace;
@@ -33,6 +33,11 @@ absl::StatusOr<v1::KvtidedConfig> ReadConfigFile(const std::string& path);
 
 // Fields that are set in `over` replace those of `config`.
 void MergeConfig(const v1::KvtidedConfig& over, v1::KvtidedConfig* config);
+
+// "cpu", "cuda:0", "cuda:GPU-..." (a UUID, "cuda:" may be missing), "cuda:all", "auto", or a list of the
+// first three: each one in the first form. InvalidArgument for anything else and for a GPU that is there
+// twice.
+absl::StatusOr<std::vector<std::string>> ParseDevices(const std::string& text);
 
 // Defaults filled in, everything checked.
 absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config);

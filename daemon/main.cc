@@ -66,11 +66,11 @@ void AddFlags(CLI::App* app, Flags* flags) {
       ->envname("KVTIDE_LISTEN");
   AddFlag(
       app, "--device", "KVTIDE_DEVICE", [config](const std::string& v) { config->set_device(v); },
-      "cpu, cuda:0 or auto (default: the first GPU, else cpu)");
+      "cpu, cuda:0, several as in cuda:0,cuda:1, cuda:all, or auto (default: the first GPU, else cpu)");
   AddFlag(
       app, "--device-memory", "KVTIDE_DEVICE_MEMORY",
       [config](const std::string& v) { config->set_device_memory(v); },
-      "size of the device tier, such as 16GiB (default 1GiB)");
+      "size of the device tier on each device, such as 16GiB (default 1GiB)");
   AddFlag(
       app, "--host-memory", "KVTIDE_HOST_MEMORY",
       [config](const std::string& v) { config->set_host_memory(v); },
@@ -132,7 +132,7 @@ class Daemon {
     if (!metrics_address_.empty()) absl::StrAppend(&line, ", metrics http://", metrics_address_, "/metrics");
     for (const TierStats& tier : cache_->Stats().tiers) {
       absl::StrAppend(&line, ", ", tier.name, " tier ",
-                      planner::FormatBytes(static_cast<int64_t>(tier.capacity_bytes)), " on ", tier.backend);
+                      planner::FormatBytes(static_cast<int64_t>(tier.capacity_bytes)), " on ", tier.device);
     }
     return line;
   }
@@ -150,14 +150,16 @@ class Daemon {
   explicit Daemon(DaemonOptions options) : options_(std::move(options)) {}
 
   absl::Status StartCache() {
-    KVTIDE_ASSIGN_OR_RETURN(backends_, MakeBackends(options_.device, options_.compute_threads));
+    KVTIDE_ASSIGN_OR_RETURN(backends_, MakeBackends(options_.devices, options_.compute_threads));
     if (!backends_.note.empty()) spdlog::warn("device=cpu {}", backends_.note);
     KVTIDE_RETURN_IF_ERROR(CheckHostMemory());
-    options_.cache.tiers.push_back(
-        {"device", backends_.device.get(), static_cast<size_t>(options_.device_bytes), false});
+    for (const auto& device : backends_.devices) {
+      options_.cache.tiers.push_back(
+          {"device", device.get(), static_cast<size_t>(options_.device_bytes), false, device->name()});
+    }
     if (options_.host_bytes > 0) {
-      Backend* host = backends_.host ? backends_.host.get() : backends_.device.get();
-      options_.cache.tiers.push_back({"host", host, static_cast<size_t>(options_.host_bytes), false});
+      options_.cache.tiers.push_back(
+          {"host", backends_.Host(), static_cast<size_t>(options_.host_bytes), false, "cpu"});
     }
     KVTIDE_ASSIGN_OR_RETURN(cache_, KvCache::Create(options_.cache));
     return absl::OkStatus();
@@ -165,7 +167,7 @@ class Daemon {
 
   // Tiers take their memory at start, but a kernel that overcommits would only kill the daemon later.
   absl::Status CheckHostMemory() const {
-    const int64_t wanted = options_.host_bytes + (backends_.host ? 0 : options_.device_bytes);
+    const int64_t wanted = options_.host_bytes + backends_.cpu_devices * options_.device_bytes;
     const int64_t there = HostMemoryBytes();
     if (there == 0 || wanted <= there) return absl::OkStatus();
     return absl::InvalidArgumentError(

@@ -44,10 +44,11 @@ std::string Tiers(const ServerStats& stats, const Terminal& terminal) {
                {"bytes by pair (K/V)", Align::kLeft}});
   for (const TierStats& tier : stats.tiers) {
     const double share = UsedShare(tier);
-    table.AddRow({tier.name, tier.backend, FormatBytes(tier.used_bytes), FormatBytes(tier.capacity_bytes),
-                  PercentText(share, 1), FormatBytes(tier.largest_free_bytes), absl::StrCat(tier.blocks),
-                  absl::StrCat(tier.pinned_blocks), PairsText(tier)},
-                 share < kNearlyFull ? Paint::kPlain : ShareColour(share, kNearlyFull, kFull));
+    table.AddRow(
+        {tier.name, tier.device.empty() ? tier.backend : tier.device, FormatBytes(tier.used_bytes),
+         FormatBytes(tier.capacity_bytes), PercentText(share, 1), FormatBytes(tier.largest_free_bytes),
+         absl::StrCat(tier.blocks), absl::StrCat(tier.pinned_blocks), PairsText(tier)},
+        share < kNearlyFull ? Paint::kPlain : ShareColour(share, kNearlyFull, kFull));
   }
   return table.Render(terminal);
 }
@@ -93,7 +94,8 @@ std::string Sequences(std::vector<SequenceInfo> sequences, size_t max_sequences,
     const SequenceInfo& sequence = sequences[i];
     std::vector<std::string> tiers;
     for (const client::TierShare& tier : sequence.tiers) {
-      if (tier.bytes > 0) tiers.push_back(absl::StrCat(tier.tier, " ", FormatBytes(tier.bytes)));
+      if (tier.bytes > 0)
+        tiers.push_back(absl::StrCat(TierName(sequence, tier), " ", FormatBytes(tier.bytes)));
     }
     table.AddRow({absl::StrCat(sequence.id), sequence.model, sequence.pair, absl::StrCat(sequence.tokens),
                   absl::StrJoin(tiers, ", "), DurationText(sequence.idle_seconds),
@@ -114,6 +116,7 @@ Json TierJson(const TierStats& tier) {
   }
   return {{"name", tier.name},
           {"backend", tier.backend},
+          {"device", tier.device},
           {"capacity_bytes", tier.capacity_bytes},
           {"used_bytes", tier.used_bytes},
           {"largest_free_bytes", tier.largest_free_bytes},
@@ -128,13 +131,15 @@ Json TierJson(const TierStats& tier) {
 Json SequenceJson(const SequenceInfo& sequence) {
   Json tiers = Json::array();
   for (const client::TierShare& tier : sequence.tiers) {
-    tiers.push_back({{"tier", tier.tier}, {"blocks", tier.blocks}, {"bytes", tier.bytes}});
+    tiers.push_back(
+        {{"tier", tier.tier}, {"device", tier.device}, {"blocks", tier.blocks}, {"bytes", tier.bytes}});
   }
   return {{"id", absl::StrCat(sequence.id)},
           {"forked_from", sequence.forked_from == 0 ? Json() : Json(absl::StrCat(sequence.forked_from))},
           {"model", sequence.model},
           {"pair", sequence.pair},
           {"tenant", sequence.tenant},
+          {"device", sequence.device},
           {"tokens", sequence.tokens},
           {"shared_blocks", sequence.shared_blocks},
           {"dropped_blocks", sequence.dropped_blocks},
@@ -144,6 +149,13 @@ Json SequenceJson(const SequenceInfo& sequence) {
 }
 
 }  // namespace
+
+std::string TierName(const SequenceInfo& sequence, const client::TierShare& share) {
+  const auto devices =
+      std::count_if(sequence.tiers.begin(), sequence.tiers.end(),
+                    [&](const client::TierShare& other) { return other.tier == share.tier; });
+  return devices > 1 ? absl::StrCat(share.tier, " ", share.device) : share.tier;
+}
 
 std::string PercentText(double part, double whole) {
   return whole > 0 ? absl::StrFormat("%.0f %%", 100 * part / whole) : "-";

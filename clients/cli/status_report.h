@@ -22,6 +22,9 @@ std::string RenderStatus(const DaemonSnapshot& snapshot, size_t max_sequences, c
 // All sequences. Ids are texts: 64 bits do not survive in every JSON reader.
 std::string RenderStatusJson(const DaemonSnapshot& snapshot);
 
+// "host", or "device cuda:1" where the sequence could lie on several devices of a tier.
+std::string TierName(const client::SequenceInfo& sequence, const client::TierShare& share);
+
 // "29 %"; "-" when there is no whole.
 std::string PercentText(double part, double whole);
 // Green below `warn`, yellow below `alarm`, red from there; shares from 0 to 1.

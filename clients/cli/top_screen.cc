@@ -70,12 +70,15 @@ void AppendTiers(const ServerStats& stats, const Rates& rates, const Terminal& t
     const double share = tier.capacity_bytes > 0
                              ? static_cast<double>(tier.used_bytes) / static_cast<double>(tier.capacity_bytes)
                              : 0;
-    table.AddRow({tier.name, Bar(share), PercentText(share, 1), FormatBytes(tier.used_bytes),
-                  FormatBytes(tier.capacity_bytes), CountText(static_cast<double>(tier.blocks)),
-                  RateText(rates.OfTier(i, &TierStats::demoted_blocks)),
-                  RateText(rates.OfTier(i, &TierStats::promoted_blocks)),
-                  RateText(rates.OfTier(i, &TierStats::dropped_blocks))},
-                 ShareColour(share, kNearlyFull, kFull));
+    const bool several = std::count_if(stats.tiers.begin(), stats.tiers.end(),
+                                       [&](const TierStats& other) { return other.name == tier.name; }) > 1;
+    table.AddRow(
+        {several ? absl::StrCat(tier.name, " ", tier.device) : tier.name, Bar(share), PercentText(share, 1),
+         FormatBytes(tier.used_bytes), FormatBytes(tier.capacity_bytes),
+         CountText(static_cast<double>(tier.blocks)), RateText(rates.OfTier(i, &TierStats::demoted_blocks)),
+         RateText(rates.OfTier(i, &TierStats::promoted_blocks)),
+         RateText(rates.OfTier(i, &TierStats::dropped_blocks))},
+        ShareColour(share, kNearlyFull, kFull));
   }
   absl::StrAppend(text, table.Render(terminal));
 }
@@ -113,8 +116,9 @@ void AppendSequences(std::vector<SequenceInfo> sequences, int lines, const Termi
     std::vector<std::string> tiers;
     for (const client::TierShare& tier : sequence.tiers) {
       if (tier.bytes > 0) {
-        tiers.push_back(absl::StrCat(
-            tier.tier, " ", PercentText(static_cast<double>(tier.bytes), static_cast<double>(bytes))));
+        tiers.push_back(
+            absl::StrCat(TierName(sequence, tier), " ",
+                         PercentText(static_cast<double>(tier.bytes), static_cast<double>(bytes))));
       }
     }
     table.AddRow({absl::StrCat(sequence.id), sequence.model, sequence.pair, absl::StrCat(sequence.tokens),

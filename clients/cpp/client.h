@@ -76,6 +76,7 @@ struct SequenceOptions {
   std::string tenant;
   bool allow_drop = false;
   std::vector<std::string> group_pairs;  // by layer group; empty = `pair` for all
+  std::string device;  // where it is to live, as TierInfo::device has it; empty = where most room is
 };
 
 struct LayerTokens {
@@ -114,6 +115,7 @@ struct AppendAttendItem {
 struct TierInfo {
   std::string name, backend;
   int64_t capacity_bytes = 0;
+  std::string device;  // tells the parts of a tier apart that lies on several devices
 };
 struct CacheTypeDescription {
   std::string name;
@@ -137,6 +139,7 @@ struct ServerInfo {
 struct TierShare {
   std::string tier;
   int64_t blocks = 0, bytes = 0;
+  std::string device;
 };
 struct SequenceInfo {
   SequenceId id = 0, forked_from = 0;
@@ -147,6 +150,7 @@ struct SequenceInfo {
   ExactWindow exact_window;
   bool seal_at_once = false;
   double idle_seconds = 0, age_seconds = 0;
+  std::string device;  // of the first tier, where it lives
 };
 
 // kvtide.v1.GetStatsResponse explains the fields.
@@ -159,6 +163,7 @@ struct TierStats {
   int64_t capacity_bytes = 0, used_bytes = 0, largest_free_bytes = 0, blocks = 0, pinned_blocks = 0;
   std::vector<PairStats> pairs;
   int64_t demoted_blocks = 0, promoted_blocks = 0, dropped_blocks = 0;
+  std::string device;
 };
 struct ServerStats {
   std::vector<TierStats> tiers;

@@ -88,6 +88,7 @@ void ToProto(const SequenceOptions& options, v1::CreateSequenceRequest* proto) {
   proto->set_key_equalising(static_cast<v1::KeyEqualising>(options.key_equalising));
   proto->set_rope_pairs(static_cast<v1::RopePairs>(options.rope_pairs));
   proto->set_tenant(options.tenant);
+  proto->set_device(options.device);
   proto->set_allow_drop(options.allow_drop);
   for (const std::string& pair : options.group_pairs) proto->add_group_pairs(pair);
 }
@@ -123,7 +124,7 @@ ServerInfo FromProto(const v1::GetServerInfoResponse& proto) {
   info.version = proto.version();
   info.block_tokens = proto.block_tokens();
   for (const v1::TierInfo& tier : proto.tiers()) {
-    info.tiers.push_back({tier.name(), tier.backend(), tier.capacity_bytes()});
+    info.tiers.push_back({tier.name(), tier.backend(), tier.capacity_bytes(), tier.device()});
   }
   for (const v1::CacheTypeInfo& type : proto.cache_types()) {
     info.cache_types.push_back(
@@ -153,13 +154,14 @@ SequenceInfo FromProto(const v1::Sequence& proto) {
   info.tokens = proto.tokens();
   info.max_layer_tokens = proto.max_layer_tokens();
   for (const v1::TierShare& share : proto.tiers())
-    info.tiers.push_back({share.tier(), share.blocks(), share.bytes()});
+    info.tiers.push_back({share.tier(), share.blocks(), share.bytes(), share.device()});
   info.dropped_blocks = proto.dropped_blocks();
   info.shared_blocks = proto.shared_blocks();
   info.exact_window = FromProto(proto.exact_window());
   info.seal_at_once = proto.seal_at_once();
   info.idle_seconds = proto.idle_seconds();
   info.age_seconds = proto.age_seconds();
+  info.device = proto.device();
   return info;
 }
 
@@ -169,6 +171,7 @@ ServerStats FromProto(const v1::GetStatsResponse& proto) {
     TierStats out;
     out.name = tier.name();
     out.backend = tier.backend();
+    out.device = tier.device();
     out.capacity_bytes = tier.capacity_bytes();
     out.used_bytes = tier.used_bytes();
     out.largest_free_bytes = tier.largest_free_bytes();

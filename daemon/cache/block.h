@@ -17,7 +17,7 @@ namespace kvtide {
 // An extent of a tier's slab. Pinned bytes neither move nor are reused: a place that its block has left lives
 // on until the last pin falls.
 struct Place {
-  int tier = 0;
+  int tier = 0;  // index into CacheOptions::tiers
   size_t offset = 0;
   size_t bytes = 0;
   std::byte* data = nullptr;  // perhaps a device pointer
@@ -41,6 +41,7 @@ struct Block {
   const BlockLayout* layout = nullptr;
   std::shared_ptr<const Profile> profile;  // of coded blocks
   Place* place = nullptr;                  // null: dropped
+  int home = 0;                            // device of the first tier that its sequences live on
   // The block lives while refs + holds > 0; its bytes while refs > 0, something pins them, or they are being
   // moved.
   int refs = 0;          // entries in block tables

@@ -14,9 +14,11 @@ BlockStore::~BlockStore() {
 }
 
 absl::Status BlockStore::Init(const CacheOptions& options) {
+  homes_ = CountHomes(options.tiers);
   for (const TierOptions& from : options.tiers) {
     Tier& tier = tiers_.emplace_back();
     tier.name = from.name;
+    tier.device = from.Device();
     tier.backend = from.backend;
     tier.checksum = from.checksum;
     tier.allocator = ExtentAllocator(from.capacity_bytes);
@@ -24,8 +26,8 @@ absl::Status BlockStore::Init(const CacheOptions& options) {
     tier.pairs.resize(static_cast<size_t>(kCacheTypes) * static_cast<size_t>(kCacheTypes));
     absl::StatusOr<std::unique_ptr<Slab>> slab = from.backend->AllocateSlab(tier.allocator.capacity_bytes());
     if (!slab.ok())
-      return Annotate(slab.status(),
-                      absl::StrCat("tier '", from.name, "' of ", from.capacity_bytes, " bytes"));
+      return Annotate(slab.status(), absl::StrCat("tier '", from.name, "' of ", from.capacity_bytes,
+                                                  " bytes on ", tier.device));
     tier.slab = std::move(slab).value();
   }
   return absl::OkStatus();
@@ -61,7 +63,8 @@ void BlockStore::FreePlace(Place* place) {
   delete place;
 }
 
-Block* BlockStore::Allocate(int tier, const BlockLayout* layout) {
+Block* BlockStore::Allocate(int tier, int home, const BlockLayout* layout) {
+  KVTIDE_CHECK(tier == home || tier >= homes_);
   Place* place = NewPlace(tier, layout->block_bytes(), layout->pair());
   if (place == nullptr) return nullptr;
   BlockId id;
@@ -77,6 +80,7 @@ Block* BlockStore::Allocate(int tier, const BlockLayout* layout) {
   block->id = id;
   block->layout = layout;
   block->place = place;
+  block->home = home;
   block->holds = 1;
   block->writing = true;
   block->codec_version_k = Info(layout->pair().k).version;
@@ -153,6 +157,7 @@ void BlockStore::Retire(Place* place) {
 void BlockStore::SwapPlace(Block* block, Place* place) {
   Place* old = block->place;
   KVTIDE_CHECK(old != nullptr && old->tier != place->tier);
+  KVTIDE_CHECK(place->tier == block->home || place->tier >= homes_);
   tier(old->tier).policy->Remove(block->id);
   tier(place->tier).policy->Insert(block->id);
   block->place = place;
@@ -187,6 +192,8 @@ void BlockStore::CheckInvariants() const {
     const Place& place = *block.place;
     KVTIDE_CHECK(!place.retired && place.bytes == block.layout->block_bytes() &&
                  place.pair == block.layout->pair());
+    KVTIDE_CHECK(place.tier == block.home || place.tier >= homes_, "block ", block.id, " of device ",
+                 block.home, " lies in tier ", place.tier);
     const auto t = static_cast<size_t>(place.tier);
     KVTIDE_CHECK(place.data == tiers_[t].slab->data() + place.offset);
     used[t] += place.bytes;

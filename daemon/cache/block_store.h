@@ -1,6 +1,9 @@
 // The BlockStore owns the tiers' memory and all blocks in them: it allocates, counts references and pins,
 // keeps the order of eviction and the gauges per tier and pair. It copies nothing and decides nothing. It
 // never grows: when a tier has no room, Allocate returns null. Not thread-safe; KvCache guards it.
+//
+// A tier index is an index into CacheOptions::tiers: 0 to homes() - 1 are the devices of the first tier, and
+// what lies below any of them begins at homes().
 #pragma once
 
 #include <deque>
@@ -17,7 +20,7 @@ namespace kvtide {
 
 // Memory of one kind with the backend that attends there: one slab, taken at start.
 struct Tier {
-  std::string name;
+  std::string name, device;
   Backend* backend = nullptr;
   bool checksum = false;
   std::unique_ptr<Slab> slab;
@@ -41,9 +44,14 @@ class BlockStore {
   Tier& tier(int index) { return tiers_[static_cast<size_t>(index)]; }
   const Tier& tier(int index) const { return tiers_[static_cast<size_t>(index)]; }
 
+  int homes() const { return homes_; }
+  // The next lower tier; tiers() where there is none.
+  int Below(int tier) const { return tier < homes_ ? homes_ : tier + 1; }
+  bool HasBelow(int tier) const { return Below(tier) < static_cast<int>(tiers()); }
+
   // A block with one hold, `writing` set and no reference yet, or null. f16 blocks come from the top of the
-  // slab, others from the bottom.
-  Block* Allocate(int tier, const BlockLayout* layout);
+  // slab, others from the bottom. `tier` is `home` or below it.
+  Block* Allocate(int tier, int home, const BlockLayout* layout);
   // A place for a copy of the block in another tier, or null.
   Place* Reserve(int tier, const Block& block);
 
@@ -84,6 +92,7 @@ class BlockStore {
   void DeleteIfUnused(Block* block);
 
   std::deque<Tier> tiers_;
+  int homes_ = 0;
   std::vector<std::unique_ptr<Block>> blocks_;  // by id; null = free slot
   std::vector<BlockId> free_ids_;
   std::vector<Place*> retired_;  // waiting for their last pin

@@ -14,15 +14,20 @@
 
 namespace kvtide {
 
+// Entries of equal name are one tier that lies on several devices, with a pool and a backend each. Only the
+// first tier may: a sequence lives on one of these devices, its home, and in the tiers below, which all
+// share.
 struct TierOptions {
   std::string name;            // "device", "host"
   Backend* backend = nullptr;  // borrowed; outlives the cache
   size_t capacity_bytes = 0;
   bool checksum = false;  // blocks that come here get an XXH3 checksum, verified when they leave
+  std::string device;     // tells the pools of one tier apart: "cuda:1"; empty = the backend's name
+  std::string Device() const { return device.empty() ? backend->name() : device; }
 };
 
 struct CacheOptions {
-  std::vector<TierOptions> tiers;  // fastest first: device, host
+  std::vector<TierOptions> tiers;  // fastest first: device (once for each device), host
   TierLimits limits;
   size_t max_models = 64;
   size_t max_sequences = 16384;
@@ -39,6 +44,9 @@ struct CacheOptions {
   std::function<absl::Time()> clock = absl::Now;
   uint64_t id_seed = 0;  // of the sequence ids; 0 = random
 };
+
+// Devices of the first tier: so many entries from the first one on have its name.
+int CountHomes(const std::vector<TierOptions>& tiers);
 
 absl::Status CheckCacheOptions(const CacheOptions& options);
 

@@ -24,6 +24,7 @@ struct PairStats {
 struct TierStats {
   std::string name;
   std::string backend;
+  std::string device;  // tells the pools of a tier apart that lies on several devices
   uint64_t capacity_bytes = 0;
   uint64_t used_bytes = 0;  // blocks, those reserved by running calls and moves included
   uint64_t free_bytes = 0;
@@ -37,7 +38,7 @@ struct TierStats {
 };
 
 struct CacheStats {
-  std::vector<TierStats> tiers;
+  std::vector<TierStats> tiers;  // in the order of the options: each device of the first tier is an entry
   uint64_t models = 0;
   uint64_t sequences = 0;
   uint64_t tokens = 0;         // sum of the sequences' lengths
@@ -79,6 +80,7 @@ struct SequenceInfo {
   int64_t tokens = 0;          // the sequence's length: the minimum over its layers
   int64_t max_layer_tokens = 0;
   absl::Time created, last_used;
+  std::string device;  // of the first tier, where the sequence lives
   std::vector<uint64_t> blocks_by_tier;
   std::vector<uint64_t> bytes_by_tier;  // shared blocks count in every sequence that holds them
   uint64_t shared_blocks = 0;

@@ -28,6 +28,7 @@ absl::Status KvCache::Impl::Start() {
   MutexLock lock(mu_);
   KVTIDE_RETURN_IF_ERROR(store_.Init(options_));
   for (const TierOptions& tier : options_.tiers) backends_.push_back(tier.backend);
+  home_counts_.resize(static_cast<size_t>(store_.homes()));
   if (options_.background_moves) mover_ = std::thread([this] { RunMover(); });
   return absl::OkStatus();
 }
@@ -87,6 +88,37 @@ SequenceId KvCache::Impl::NewId() {
   }
 }
 
+absl::StatusOr<int> KvCache::Impl::ChooseHome(const std::string& device) const {
+  std::vector<HomeView> homes;
+  std::string known;
+  for (int h = 0; h < store_.homes(); h++) {
+    const Tier& tier = store_.tier(h);
+    if (tier.device == device) return h;
+    absl::StrAppend(&known, h == 0 ? "" : ", ", tier.device);
+    const HomeCount& count = home_counts_[static_cast<size_t>(h)];
+    homes.push_back({tier.allocator.free_bytes(), tier.allocator.used_bytes(), count.sequences, count.empty});
+  }
+  if (!device.empty())
+    return absl::InvalidArgumentError(
+        absl::StrCat("device \"", device, "\" is not one of this cache; known: ", known));
+  return PickHome(homes);
+}
+
+void KvCache::Impl::Enter(const SequencePtr& sequence) {
+  counters_.sequences_created++;
+  sequences_[sequence->id] = sequence;
+  HomeCount& count = home_counts_[static_cast<size_t>(sequence->home)];
+  count.sequences++;
+  if (sequence->empty) count.empty++;
+  if (sequence->options.allow_drop) dropping_sequences_++;
+}
+
+void KvCache::Impl::NotEmptyAnyMore(Sequence& sequence) {
+  if (!sequence.empty) return;
+  sequence.empty = false;
+  home_counts_[static_cast<size_t>(sequence.home)].empty--;
+}
+
 absl::StatusOr<KvCache::Impl::SequencePtr> KvCache::Impl::Find(SequenceId id) const {
   const auto it = sequences_.find(id);
   if (it != sequences_.end()) return it->second;
@@ -109,6 +141,7 @@ absl::StatusOr<SequenceId> KvCache::Impl::CreateSequence(ModelId model_id, const
   auto sequence = std::make_shared<Sequence>();
   sequence->model = model;
   sequence->options = options;
+  KVTIDE_ASSIGN_OR_RETURN(sequence->home, ChooseHome(options.device));
   for (size_t g = 0; g < model->spec.groups.size(); g++) {
     const LayerGroupSpec& spec = model->spec.groups[g];
     const CachePair pair = options.PairOfGroup(static_cast<int>(g));
@@ -125,9 +158,7 @@ absl::StatusOr<SequenceId> KvCache::Impl::CreateSequence(ModelId model_id, const
   }
   sequence->id = NewId();
   sequence->created = sequence->last_used = options_.clock();
-  counters_.sequences_created++;
-  sequences_[sequence->id] = sequence;
-  if (options.allow_drop) dropping_sequences_++;
+  Enter(sequence);
   return sequence->id;
 }
 
@@ -151,9 +182,7 @@ absl::StatusOr<SequenceId> KvCache::Impl::ForkSequence(SequenceId id) {
     for (Block* block : table.blocks) store_.AddRef(block, child->keeper());
     for (auto& [index, block] : table.staging) store_.AddRef(block, child->keeper());
   }
-  counters_.sequences_created++;
-  sequences_[child->id] = child;
-  if (child->options.allow_drop) dropping_sequences_++;
+  Enter(child);
   return child->id;
 }
 
@@ -161,6 +190,8 @@ absl::Status KvCache::Impl::CloseSequence(SequenceId id) {
   MutexLock lock(mu_);
   KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, Find(id));
   sequences_.erase(id);
+  NotEmptyAnyMore(*sequence);
+  home_counts_[static_cast<size_t>(sequence->home)].sequences--;
   closed_.push_back(id);
   if (closed_.size() > 1024) closed_.pop_front();
   counters_.sequences_closed++;

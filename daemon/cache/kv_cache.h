@@ -88,6 +88,14 @@ struct MoveReport {
   uint64_t dropped_blocks = 0;
   uint64_t left_blocks = 0;    // wanted, but busy (being written or moved) or without room
   uint64_t shared_blocks = 0;  // not demoted, because a sequence that was not named holds them too
+  MoveReport& operator+=(const MoveReport& other) {
+    moved_blocks += other.moved_blocks;
+    moved_bytes += other.moved_bytes;
+    dropped_blocks += other.dropped_blocks;
+    left_blocks += other.left_blocks;
+    shared_blocks += other.shared_blocks;
+    return *this;
+  }
 };
 
 class KvCache {
@@ -98,7 +106,8 @@ class KvCache {
   // Stops the mover. No call may be running.
   ~KvCache();
 
-  // Idempotent: an equal spec under the same name gives the same id.
+  // Idempotent: an equal spec under the same name gives the same id. A shard of a model (some of its KV heads
+  // and their query heads) is a model of its own, whose sequences are created on the shard's device.
   absl::StatusOr<ModelId> RegisterModel(const ModelSpec& spec);
   absl::StatusOr<ModelSpec> GetModel(ModelId model) const;
   absl::StatusOr<ModelId> FindModel(const std::string& name) const;
@@ -121,8 +130,8 @@ class KvCache {
   // when the copies are done. Making room below may demote further or drop, by policy.
   absl::StatusOr<MoveReport> Evict(std::span<const SequenceId> sequences, int tier);
   absl::StatusOr<MoveReport> EvictAll(int tier);
-  // Moves the sequences' blocks up to tier 0, demoting colder blocks of others if needed. What finds no room
-  // stays.
+  // Moves the sequences' blocks up to the first tier, each to the device where it lives, demoting colder
+  // blocks of others if needed. What finds no room stays.
   absl::StatusOr<MoveReport> Prefetch(std::span<const SequenceId> sequences);
 
   absl::StatusOr<SequenceInfo> GetSequence(SequenceId sequence) const;

@@ -153,8 +153,8 @@ absl::Status KvCache::Impl::AddBlocks(WriteBatch& batch, Sequence& sequence, int
   while (table.end_block() <= last_index) {
     const int64_t index = table.end_block();
     Block* blocks[2] = {};
-    KVTIDE_RETURN_IF_ERROR(
-        AllocateTogether({layouts, count}, bytes_each * static_cast<size_t>(last_index - index + 1), blocks));
+    KVTIDE_RETURN_IF_ERROR(AllocateTogether(
+        sequence.home, {layouts, count}, bytes_each * static_cast<size_t>(last_index - index + 1), blocks));
     for (size_t i = 0; i < count; i++) {
       store_.AddRef(blocks[i], sequence.keeper());
       Stamp(blocks[i], sequence, group, index);
@@ -202,7 +202,7 @@ absl::Status KvCache::Impl::MakeWritable(WriteBatch& batch, Sequence& sequence, 
   }
   const BlockLayout* layouts[2] = {entries[0]->layout, count == 2 ? entries[1]->layout : nullptr};
   Block* copies[2] = {};
-  KVTIDE_RETURN_IF_ERROR(AllocateTogether({layouts, count}, 0, copies));
+  KVTIDE_RETURN_IF_ERROR(AllocateTogether(sequence.home, {layouts, count}, 0, copies));
   absl::Status status;
   for (size_t i = 0; i < count && status.ok(); i++) {
     if (entries[i]->place == nullptr) {  // dropped while room was made
@@ -339,6 +339,7 @@ absl::Status KvCache::Impl::Commit(WriteBatch& batch) {
     LayerProgress& layer = table.layers[static_cast<size_t>(write.layer)];
     layer.tokens = write.start + write.tokens;
     layer.last_start = write.start;
+    NotEmptyAnyMore(*write.sequence);
     if (write.start == 0) table.profiled[static_cast<size_t>(write.layer)] = true;
   }
   for (auto& [table, profile] : batch.profiles) {

@@ -2,6 +2,7 @@
 // without it, merge the states.
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <thread>
 
@@ -228,10 +229,11 @@ absl::Status KvCache::Impl::PlanItem(const AttendCall& call, const AttendRequest
     store_.Pin(place);
     pins->places_.push_back(place);
     counters_.attended_blocks++;
-    if (place->tier > 0) counters_.attended_blocks_below_tier0++;
+    const bool below = place->tier >= store_.homes();
+    if (below) counters_.attended_blocks_below_tier0++;
     if (!touch) continue;
     store_.Touch(block, now);
-    if (place->tier > 0 && options_.limits.promote_on_attend && !block->wanted) {
+    if (below && options_.limits.promote_on_attend && !block->wanted) {
       block->wanted = true;
       wanted_.push_back(block->id);
     }
@@ -312,16 +314,31 @@ absl::Status KvCache::Impl::RunAttend(const AttendCall& call, const std::vector<
     mine.items = work[tier];
     status[tier] = backends_[tier]->Attend(mine);
   };
-  // Different machines work side by side; the fastest tier on this thread.
+  // Different machines work side by side, tiers of one machine in turn; the first machine with work on this
+  // thread.
+  std::vector<std::vector<size_t>> machines;
+  for (size_t t = 0; t < work.size(); t++) {
+    if (work[t].empty()) continue;
+    const auto same = std::find_if(machines.begin(), machines.end(), [&](const std::vector<size_t>& tiers) {
+      return backends_[tiers.front()] == backends_[t];
+    });
+    if (same != machines.end()) {
+      same->push_back(t);
+    } else {
+      machines.push_back({t});
+    }
+  }
+  const auto run = [&](const std::vector<size_t>& tiers) {
+    for (const size_t t : tiers) attend(t);
+  };
   std::vector<std::thread> others;
-  for (size_t t = 1; t < work.size(); t++)
-    if (!work[t].empty() && !work[0].empty() && backends_[t] != backends_[0]) others.emplace_back(attend, t);
-  for (size_t t = 0; t < work.size(); t++)
-    if (!work[t].empty() && (t == 0 || work[0].empty() || backends_[t] == backends_[0])) attend(t);
+  for (size_t m = 1; m < machines.size(); m++) others.emplace_back(run, std::cref(machines[m]));
+  if (!machines.empty()) run(machines.front());
   for (std::thread& thread : others) thread.join();
   for (size_t t = 0; t < status.size(); t++)
-    KVTIDE_RETURN_IF_ERROR(
-        Annotate(status[t], absl::StrCat("attention in tier '", options_.tiers[t].name, "'")));
+    KVTIDE_RETURN_IF_ERROR(Annotate(
+        status[t], absl::StrCat("attention in tier '", options_.tiers[t].name, "'",
+                                CountHomes(options_.tiers) > 1 ? " on " + options_.tiers[t].Device() : "")));
 
   const std::vector<float> zeros(call.sinks != nullptr ? dim_v : 0);
   for (size_t i = 0; i < plans.size(); i++) {

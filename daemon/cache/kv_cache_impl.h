@@ -120,6 +120,10 @@ class KvCache::Impl {
   // kv_cache.cc
   absl::StatusOr<SequencePtr> Find(SequenceId id) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   SequenceId NewId() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // The device of the first tier for a new sequence: the one with this name, or the one with the most room.
+  absl::StatusOr<int> ChooseHome(const std::string& device) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void Enter(const SequencePtr& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void NotEmptyAnyMore(Sequence& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   const BlockLayout* Layout(const GroupShape& shape, CachePair pair) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status BeginWriter(Sequence& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void EndWriter(Sequence& sequence) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -160,11 +164,12 @@ class KvCache::Impl {
                                 Block** reopened) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);  // may unlock
 
   // kv_cache_moves.cc
-  // Blocks with a hold each, all in the fastest tier that can take them; may unlock. ResourceExhausted with
-  // the numbers. `want_bytes` is how much the caller will need in all: room is made in larger steps.
-  absl::Status AllocateTogether(std::span<const BlockLayout* const> layouts, size_t want_bytes,
+  // Blocks with a hold each, all in the fastest tier from `home` on that can take them; may unlock.
+  // ResourceExhausted with the numbers. `want_bytes` is how much the caller will need in all: room is made in
+  // larger steps.
+  absl::Status AllocateTogether(int home, std::span<const BlockLayout* const> layouts, size_t want_bytes,
                                 Block** blocks) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  Block* AllocateIn(int tier, const BlockLayout* layout, size_t want_bytes)
+  Block* AllocateIn(int tier, int home, const BlockLayout* layout, size_t want_bytes)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Moves blocks out of the tier that were touched before `serial`; true if something moved. May unlock.
   bool MakeRoom(int tier, size_t bytes, size_t want_bytes, uint64_t before_serial)
@@ -196,9 +201,13 @@ class KvCache::Impl {
   std::vector<Backend*> backends_;  // by tier; fixed after Start
   std::vector<std::shared_ptr<const ModelState>> models_ ABSL_GUARDED_BY(mu_);
   std::map<SequenceId, SequencePtr> sequences_ ABSL_GUARDED_BY(mu_);
-  int dropping_sequences_ ABSL_GUARDED_BY(mu_) = 0;     // open ones with allow_drop
-  int closing_ ABSL_GUARDED_BY(mu_) = 0;                // closed sequences whose writer still runs
-  std::deque<SequenceId> closed_ ABSL_GUARDED_BY(mu_);  // the latest ones, for better messages
+  struct HomeCount {
+    size_t sequences = 0, empty = 0;
+  };
+  std::vector<HomeCount> home_counts_ ABSL_GUARDED_BY(mu_);  // of open sequences, by device of the first tier
+  int dropping_sequences_ ABSL_GUARDED_BY(mu_) = 0;          // open ones with allow_drop
+  int closing_ ABSL_GUARDED_BY(mu_) = 0;                     // closed sequences whose writer still runs
+  std::deque<SequenceId> closed_ ABSL_GUARDED_BY(mu_);       // the latest ones, for better messages
   std::vector<std::unique_ptr<const BlockLayout>> layouts_ ABSL_GUARDED_BY(mu_);
   std::mt19937_64 ids_ ABSL_GUARDED_BY(mu_);
   std::vector<BlockId> wanted_

@@ -38,9 +38,10 @@ std::string KvCache::Impl::RoomText(size_t bytes) const {
   std::string text = absl::StrCat("no room for ", bytes, " bytes:");
   for (size_t t = 0; t < store_.tiers(); t++) {
     const Tier& tier = store_.tier(static_cast<int>(t));
-    absl::StrAppend(&text, t == 0 ? " " : "; ", "tier '", tier.name, "' has ", tier.allocator.free_bytes(),
-                    " of ", tier.allocator.capacity_bytes(), " bytes free, the largest extent is ",
-                    tier.allocator.LargestFreeExtent());
+    absl::StrAppend(&text, t == 0 ? " " : "; ", "tier '", tier.name, "'",
+                    store_.homes() > 1 ? absl::StrCat(" on ", tier.device) : "", " has ",
+                    tier.allocator.free_bytes(), " of ", tier.allocator.capacity_bytes(),
+                    " bytes free, the largest extent is ", tier.allocator.LargestFreeExtent());
   }
   absl::StrAppend(&text, ". Close or truncate sequences, or give a tier more memory");
   return text;
@@ -50,26 +51,26 @@ void KvCache::Impl::WaitUntilStill(Block* block) {
   while (block->moving) changed_.Wait(mu_);
 }
 
-Block* KvCache::Impl::AllocateIn(int tier, const BlockLayout* layout, size_t want_bytes) {
+Block* KvCache::Impl::AllocateIn(int tier, int home, const BlockLayout* layout, size_t want_bytes) {
   constexpr int kRounds = 64;  // others may take the room that was made
   for (int round = 0; round < kRounds; round++) {
-    Block* block = store_.Allocate(tier, layout);
+    Block* block = store_.Allocate(tier, home, layout);
     if (block != nullptr) return block;
     if (!MakeRoom(tier, layout->block_bytes(), want_bytes, kAnySerial)) return nullptr;
   }
   return nullptr;
 }
 
-absl::Status KvCache::Impl::AllocateTogether(std::span<const BlockLayout* const> layouts, size_t want_bytes,
-                                             Block** blocks) {
+absl::Status KvCache::Impl::AllocateTogether(int home, std::span<const BlockLayout* const> layouts,
+                                             size_t want_bytes, Block** blocks) {
   size_t bytes = 0;
   for (const BlockLayout* layout : layouts) bytes += layout->block_bytes();
   const absl::Time deadline = options_.clock() + options_.room_wait;
   while (true) {
-    for (size_t t = 0; t < store_.tiers(); t++) {
+    for (int t = home; t < static_cast<int>(store_.tiers()); t = store_.Below(t)) {
       size_t got = 0;
       while (got < layouts.size()) {
-        blocks[got] = AllocateIn(static_cast<int>(t), layouts[got], want_bytes);
+        blocks[got] = AllocateIn(t, home, layouts[got], want_bytes);
         if (blocks[got] == nullptr) break;
         got++;
       }
@@ -88,11 +89,13 @@ absl::Status KvCache::Impl::AllocateTogether(std::span<const BlockLayout* const>
 }
 
 BlockView KvCache::Impl::View(const Block& block, absl::Time now) const {
-  return {block.id, block.place->bytes, block.refs > 0 && block.keepers == 0, now - block.last_touched};
+  return {block.id, block.place->bytes, block.refs > 0 && block.keepers == 0, now - block.last_touched,
+          block.home};
 }
 
 Snapshot KvCache::Impl::RoomSnapshot(int first_tier, size_t bytes, uint64_t before_serial) const {
   Snapshot snapshot;
+  snapshot.homes = static_cast<size_t>(store_.homes());
   const absl::Time now = options_.clock();
   for (size_t t = 0; t < store_.tiers(); t++) {
     const Tier& tier = store_.tier(static_cast<int>(t));
@@ -100,9 +103,9 @@ Snapshot KvCache::Impl::RoomSnapshot(int first_tier, size_t bytes, uint64_t befo
     view.capacity_bytes = tier.allocator.capacity_bytes();
     view.used_bytes = tier.allocator.used_bytes();
     view.largest_free_bytes = tier.allocator.LargestFreeExtent();
-    if (static_cast<int>(t) < first_tier) continue;
+    if (static_cast<int>(t) != first_tier && static_cast<int>(t) < store_.Below(first_tier)) continue;
     // Enough of any kind and enough that may be dropped; the last tier only drops.
-    const bool last = t + 1 == store_.tiers();
+    const bool last = !store_.HasBelow(static_cast<int>(t));
     if (last && dropping_sequences_ == 0) continue;
     size_t any = 0, droppable = 0;
     tier.policy->Peek([&](BlockId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
@@ -280,11 +283,6 @@ absl::Status KvCache::Impl::CopyOne(CopyJob job) {
 
 MoveReport KvCache::Impl::MoveTo(const std::vector<Block*>& blocks, int tier, uint64_t before_serial) {
   MoveReport report;
-  const auto add = [&report](const MoveReport& part) {
-    report.moved_blocks += part.moved_blocks;
-    report.moved_bytes += part.moved_bytes;
-    report.left_blocks += part.left_blocks;
-  };
   const auto wants = [&](const Block& block) {
     return block.refs > 0 && block.place != nullptr && block.place->tier != tier;
   };
@@ -307,7 +305,7 @@ MoveReport KvCache::Impl::MoveTo(const std::vector<Block*>& blocks, int tier, ui
          round++)
       room = MakeRoom(tier, allocator.free_bytes() + largest, bytes, before_serial);
     // Blocks are held, so their ids are still theirs; Execute looks at the rest again.
-    add(Execute(moves, true));
+    report += Execute(moves, true);
   }
   for (Block* block : blocks) store_.Unhold(block);
   return report;
@@ -337,6 +335,8 @@ absl::StatusOr<MoveReport> KvCache::Impl::EvictLocked(const std::vector<Sequence
     return absl::InvalidArgumentError(
         absl::StrCat("tier ", tier, ": there are tiers 0 to ", store_.tiers() - 1));
   counters_.evict_calls++;
+  const int lowest =
+      tier < store_.homes() ? 0 : tier;  // blocks here or below stay; no device is below another
   if (tier == kDropTier)
     for (const SequencePtr& sequence : sequences)
       if (!sequence->options.allow_drop)
@@ -355,7 +355,7 @@ absl::StatusOr<MoveReport> KvCache::Impl::EvictLocked(const std::vector<Sequence
   MoveReport report;
   std::vector<Block*> blocks;
   for (Block* block : order) {
-    if (block->place == nullptr || (tier != kDropTier && block->place->tier >= tier)) continue;
+    if (block->place == nullptr || (tier != kDropTier && block->place->tier >= lowest)) continue;
     if (block->refs > entries[block]) {  // parking one branch must not slow the others
       report.shared_blocks++;
     } else if (block->writing || block->moving) {
@@ -375,10 +375,7 @@ absl::StatusOr<MoveReport> KvCache::Impl::EvictLocked(const std::vector<Sequence
     return report;
   }
   const uint64_t dropped_before = counters_.dropped_blocks;
-  const MoveReport moved = MoveTo(blocks, tier, kAnySerial);
-  report.moved_blocks += moved.moved_blocks;
-  report.moved_bytes += moved.moved_bytes;
-  report.left_blocks += moved.left_blocks;
+  report += MoveTo(blocks, tier, kAnySerial);
   report.dropped_blocks += counters_.dropped_blocks - dropped_before;
   return report;
 }
@@ -393,7 +390,7 @@ absl::StatusOr<MoveReport> KvCache::Impl::Prefetch(std::span<const SequenceId> i
   counters_.prefetch_calls++;
   const uint64_t before_serial = store_.serial() + 1;  // only what was touched earlier makes way
   const absl::Time now = options_.clock();
-  std::vector<Block*> blocks;
+  std::vector<std::vector<Block*>> blocks(static_cast<size_t>(store_.homes()));
   std::set<Block*> seen;
   for (const SequencePtr& sequence : sequences) {
     sequence->last_used = now;
@@ -401,17 +398,21 @@ absl::StatusOr<MoveReport> KvCache::Impl::Prefetch(std::span<const SequenceId> i
       for (Block* block : table.blocks) {
         if (block->place == nullptr) continue;
         store_.Touch(block, now);
-        if (block->place->tier == 0 || !seen.insert(block).second) continue;
+        if (block->place->tier < store_.homes() || !seen.insert(block).second) continue;
         store_.Hold(block);
-        blocks.push_back(block);
+        blocks[static_cast<size_t>(block->home)].push_back(block);
       }
   }
-  return MoveTo(blocks, 0, before_serial);
+  MoveReport report;
+  for (int home = 0; home < store_.homes(); home++)
+    report += MoveTo(blocks[static_cast<size_t>(home)], home, before_serial);
+  return report;
 }
 
 MoveReport KvCache::Impl::RunMovesOnce() {
   MutexLock lock(mu_);
   Snapshot snapshot;
+  snapshot.homes = static_cast<size_t>(store_.homes());
   const absl::Time now = options_.clock();
   const TierLimits& limits = options_.limits;
   for (size_t t = 0; t < store_.tiers(); t++) {
@@ -422,7 +423,7 @@ MoveReport KvCache::Impl::RunMovesOnce() {
     view.largest_free_bytes = tier.allocator.LargestFreeExtent();
     const bool full = static_cast<double>(view.used_bytes) >
                       limits.high_watermark * static_cast<double>(view.capacity_bytes);
-    if (!full || t + 1 == store_.tiers()) continue;
+    if (!full || !store_.HasBelow(static_cast<int>(t))) continue;
     tier.policy->Peek([&](BlockId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_) {
       const Block& block = *store_.Get(id);
       if (BlockStore::IsIdle(block)) view.coldest.push_back(View(block, now));
@@ -433,8 +434,8 @@ MoveReport KvCache::Impl::RunMovesOnce() {
     Block* block = store_.Get(id);
     if (block == nullptr || !block->wanted) continue;
     block->wanted = false;
-    if (block->place != nullptr && block->place->tier > 0 && !block->writing && !block->moving &&
-        block->refs > 0)
+    if (block->place != nullptr && block->place->tier >= store_.homes() && !block->writing &&
+        !block->moving && block->refs > 0)
       snapshot.tiers[static_cast<size_t>(block->place->tier)].wanted.push_back(View(*block, now));
   }
   wanted_.clear();

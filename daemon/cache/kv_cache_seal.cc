@@ -110,8 +110,8 @@ int64_t KvCache::Impl::SealRange(Sequence& sequence, int group, int64_t begin, i
     KVTIDE_CHECK(source->layout == table.exact);
     Place* place = source->place;
     store_.Pin(place);
-    Block* target =
-        AllocateIn(place->tier, table.coded, table.coded->block_bytes() * static_cast<size_t>(end - index));
+    Block* target = AllocateIn(place->tier, sequence.home, table.coded,
+                               table.coded->block_bytes() * static_cast<size_t>(end - index));
     if (target == nullptr) {
       store_.Unpin(place);
       done = index;

@@ -39,6 +39,7 @@ CacheStats KvCache::Impl::Stats() const {
     TierStats& to = stats.tiers.emplace_back();
     to.name = tier.name;
     to.backend = tier.backend->name();
+    to.device = tier.device;
     to.capacity_bytes = tier.allocator.capacity_bytes();
     to.used_bytes = tier.allocator.used_bytes();
     to.free_bytes = tier.allocator.free_bytes();
@@ -102,6 +103,7 @@ SequenceInfo KvCache::Impl::Describe(const Sequence& sequence) const {
   info.max_layer_tokens = sequence.MaxTokens();
   info.created = sequence.created;
   info.last_used = sequence.last_used;
+  info.device = store_.tier(sequence.home).device;
   info.blocks_by_tier.resize(store_.tiers());
   info.bytes_by_tier.resize(store_.tiers());
   const auto count = [&](const Block& block) {
@@ -161,12 +163,19 @@ void KvCache::Impl::CheckInvariants() const {
   store_.CheckInvariants();
   std::map<const Block*, std::pair<int, int>> counted;  // references, keepers
   bool writers = closing_ > 0;
+  std::vector<HomeCount> homes(home_counts_.size());
   for (const auto& entry : sequences_) {
     const SequenceId id = entry.first;
     const SequencePtr& sequence = entry.second;
     KVTIDE_CHECK(sequence->id == id && !sequence->closed && sequence->readers >= 0);
     writers = writers || sequence->writer;
+    HomeCount& home = homes[static_cast<size_t>(sequence->home)];
+    home.sequences++;
+    if (sequence->empty) home.empty++;
+    KVTIDE_CHECK(!sequence->empty || sequence->MaxTokens() == 0);
     const auto count = [&](const Block* block) {
+      KVTIDE_CHECK(block->home == sequence->home, "block ", block->id, " of device ", block->home,
+                   " in a sequence of device ", sequence->home);
       counted[block].first++;
       if (sequence->keeper()) counted[block].second++;
     };
@@ -199,6 +208,8 @@ void KvCache::Impl::CheckInvariants() const {
       }
     }
   }
+  for (size_t h = 0; h < homes.size(); h++)
+    KVTIDE_CHECK(homes[h].sequences == home_counts_[h].sequences && homes[h].empty == home_counts_[h].empty);
   store_.ForEach([&](const Block& block) {
     const auto it = counted.find(&block);
     const int refs = it == counted.end() ? 0 : it->second.first,

@@ -129,10 +129,10 @@ absl::Status KvCache::Impl::ReopenCodedBlock(Sequence& sequence, int group, int6
   absl::Status status;
   const BlockLayout* const layouts[1] = {table.exact};
   if (sequence.options.seal_at_once) {
-    target = AllocateIn(place->tier, table.exact, 0);
+    target = AllocateIn(place->tier, sequence.home, table.exact, 0);
     if (target == nullptr) status = absl::ResourceExhaustedError(RoomText(table.exact->block_bytes()));
   } else {
-    status = AllocateTogether(layouts, 0, &target);
+    status = AllocateTogether(sequence.home, layouts, 0, &target);
   }
   if (!status.ok()) {
     store_.Unpin(place);

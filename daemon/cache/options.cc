@@ -83,9 +83,17 @@ absl::Status CheckSequenceOptions(const SequenceOptions& options, const ModelSpe
   return absl::OkStatus();
 }
 
+int CountHomes(const std::vector<TierOptions>& tiers) {
+  int homes = 0;
+  for (const TierOptions& tier : tiers)
+    if (tier.name == tiers[0].name) homes++;
+  return homes;
+}
+
 absl::Status CheckCacheOptions(const CacheOptions& options) {
-  if (options.tiers.empty() || options.tiers.size() > 8)
-    return absl::InvalidArgumentError(absl::StrCat(options.tiers.size(), " tiers: must be 1 to 8"));
+  if (options.tiers.empty() || options.tiers.size() > 64)
+    return absl::InvalidArgumentError(
+        absl::StrCat(options.tiers.size(), " tiers, each device of the first one counted: must be 1 to 64"));
   for (size_t t = 0; t < options.tiers.size(); t++) {
     const TierOptions& tier = options.tiers[t];
     if (tier.backend == nullptr)
@@ -94,9 +102,15 @@ absl::Status CheckCacheOptions(const CacheOptions& options) {
     if (tier.capacity_bytes < 4096)
       return absl::InvalidArgumentError(
           absl::StrCat("tier '", tier.name, "': ", tier.capacity_bytes, " bytes, must have at least 4096"));
-    for (size_t other = 0; other < t; other++)
-      if (options.tiers[other].name == tier.name)
-        return absl::InvalidArgumentError(absl::StrCat("two tiers are called '", tier.name, "'"));
+    for (size_t other = 0; other < t; other++) {
+      if (options.tiers[other].name != tier.name) continue;
+      if (tier.name != options.tiers[0].name || options.tiers[t - 1].name != tier.name)
+        return absl::InvalidArgumentError(absl::StrCat("two tiers are called '", tier.name,
+                                                       "': only the first tier may lie on several devices"));
+      if (options.tiers[other].Device() == tier.Device())
+        return absl::InvalidArgumentError(
+            absl::StrCat("two tiers are called '", tier.name, "' on device '", tier.Device(), "'"));
+    }
   }
   const TierLimits& limits = options.limits;
   if (!(limits.low_watermark >= 0 && limits.low_watermark <= limits.high_watermark &&

@@ -64,6 +64,8 @@ struct Sequence {
   std::shared_ptr<const ModelState> model;
   SequenceOptions options;
   SequenceId forked_from = 0;
+  int home = 0;       // device of the first tier; never changes, forks inherit it
+  bool empty = true;  // nothing was ever appended
   std::vector<GroupTable> groups;
   bool writer = false;  // an append or truncation runs
   int readers = 0;      // attends that run

@@ -12,18 +12,19 @@ size_t Fraction(size_t capacity, double share) {
 class RoomPicker {
  public:
   explicit RoomPicker(const Snapshot& snapshot)
-      : tiers_(snapshot.tiers), room_(tiers_.size()), next_(tiers_.size()) {
+      : snapshot_(snapshot), tiers_(snapshot.tiers), room_(tiers_.size()), next_(tiers_.size()) {
     for (size_t t = 0; t < tiers_.size(); t++) room_[t] = tiers_[t].largest_free_bytes;
   }
 
   bool MakeRoom(size_t tier, size_t bytes) {
     if (bytes > tiers_[tier].capacity_bytes) return false;
+    const size_t below = snapshot_.Below(tier);
     while (room_[tier] < bytes) {
       if (next_[tier] == tiers_[tier].coldest.size()) return false;
       const BlockView& block = tiers_[tier].coldest[next_[tier]++];
-      if (tier + 1 < tiers_.size() && MakeRoom(tier + 1, block.bytes)) {
-        moves_.push_back({block.id, static_cast<int>(tier), static_cast<int>(tier + 1)});
-        room_[tier + 1] -= block.bytes;
+      if (below < tiers_.size() && MakeRoom(below, block.bytes)) {
+        moves_.push_back({block.id, static_cast<int>(tier), static_cast<int>(below)});
+        room_[below] -= block.bytes;
       } else if (block.droppable) {
         moves_.push_back({block.id, static_cast<int>(tier), kDropTier});
       } else {
@@ -36,6 +37,7 @@ class RoomPicker {
   std::vector<Move> Take() { return std::move(moves_); }
 
  private:
+  const Snapshot& snapshot_;
   const std::vector<TierView>& tiers_;
   std::vector<size_t> room_;
   std::vector<size_t> next_;  // into coldest
@@ -49,32 +51,53 @@ std::vector<Move> PickMoves(const Snapshot& snapshot, const TierLimits& limits, 
   std::vector<size_t> used(snapshot.tiers.size());
   for (size_t t = 0; t < used.size(); t++) used[t] = snapshot.tiers[t].used_bytes;
 
-  for (size_t t = 0; t + 1 < used.size(); t++) {
+  for (size_t t = 0; t < used.size(); t++) {
+    const size_t target = snapshot.Below(t);
+    if (target >= used.size()) continue;
     const TierView& tier = snapshot.tiers[t];
-    const TierView& below = snapshot.tiers[t + 1];
+    const TierView& below = snapshot.tiers[target];
     if (used[t] <= Fraction(tier.capacity_bytes, limits.high_watermark)) continue;
     for (const BlockView& block : tier.coldest) {
       if (used[t] <= Fraction(tier.capacity_bytes, limits.low_watermark) || moves.size() == max_moves) break;
-      if (block.idle < limits.idle || used[t + 1] + block.bytes > below.capacity_bytes) continue;
-      moves.push_back({block.id, static_cast<int>(t), static_cast<int>(t + 1)});
+      if (block.idle < limits.idle || used[target] + block.bytes > below.capacity_bytes) continue;
+      moves.push_back({block.id, static_cast<int>(t), static_cast<int>(target)});
       used[t] -= block.bytes;
-      used[t + 1] += block.bytes;
+      used[target] += block.bytes;
     }
   }
   if (!limits.promote_on_attend) return moves;
-  for (size_t t = 1; t < used.size(); t++) {
-    const size_t limit = Fraction(snapshot.tiers[t - 1].capacity_bytes, limits.promote_below);
+  for (size_t t = snapshot.homes; t < used.size(); t++) {
     for (const BlockView& block : snapshot.tiers[t].wanted) {
       if (moves.size() == max_moves) break;
-      if (used[t - 1] + block.bytes > limit) continue;
+      const size_t target = snapshot.Above(t, block);
+      const size_t limit = Fraction(snapshot.tiers[target].capacity_bytes, limits.promote_below);
+      if (used[target] + block.bytes > limit) continue;
       const auto demoted = [&](const Move& move) { return move.block == block.id; };
       if (std::any_of(moves.begin(), moves.end(), demoted)) continue;
-      moves.push_back({block.id, static_cast<int>(t), static_cast<int>(t - 1)});
-      used[t - 1] += block.bytes;
+      moves.push_back({block.id, static_cast<int>(t), static_cast<int>(target)});
+      used[target] += block.bytes;
       used[t] -= block.bytes;
     }
   }
   return moves;
+}
+
+int PickHome(const std::vector<HomeView>& homes) {
+  size_t used = 0, filled = 0;
+  for (const HomeView& home : homes) {
+    used += home.used_bytes;
+    filled += home.sequences - home.empty_sequences;
+  }
+  const double each = filled > 0 ? static_cast<double>(used) / static_cast<double>(filled) : 0;
+  const auto room = [&](const HomeView& home) {
+    return static_cast<double>(home.free_bytes) - each * static_cast<double>(home.empty_sequences);
+  };
+  size_t best = 0;
+  for (size_t h = 1; h < homes.size(); h++) {
+    const double mine = room(homes[h]), other = room(homes[best]);
+    if (mine > other || (mine == other && homes[h].sequences < homes[best].sequences)) best = h;
+  }
+  return static_cast<int>(best);
 }
 
 std::vector<Move> PickRoom(const Snapshot& snapshot, int tier, size_t bytes) {

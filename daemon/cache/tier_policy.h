@@ -27,6 +27,7 @@ struct BlockView {
   size_t bytes = 0;
   bool droppable = false;  // all its sequences allow it
   absl::Duration idle;     // since it was last touched
+  int home = 0;            // device of the first tier that it is promoted to
 };
 
 struct TierView {
@@ -39,6 +40,11 @@ struct TierView {
 
 struct Snapshot {
   std::vector<TierView> tiers;  // fastest first
+  size_t homes = 1;             // so many of them are devices of the first tier, side by side
+  size_t Below(size_t tier) const { return tier < homes ? homes : tier + 1; }
+  size_t Above(size_t tier, const BlockView& block) const {
+    return tier == homes ? static_cast<size_t>(block.home) : tier - 1;
+  }
 };
 
 constexpr int kDropTier = -1;
@@ -59,5 +65,16 @@ std::vector<Move> PickMoves(const Snapshot& snapshot, const TierLimits& limits, 
 // and drops a block only where no lower tier can take it and it allows that. Lower tiers come first in the
 // list. Empty if there is no way.
 std::vector<Move> PickRoom(const Snapshot& snapshot, int tier, size_t bytes);
+
+// A device of the first tier, as a place for a new sequence.
+struct HomeView {
+  size_t free_bytes = 0, used_bytes = 0;
+  size_t sequences = 0;        // that live there
+  size_t empty_sequences = 0;  // of these, those without a token so far: they will want room
+};
+
+// The device with the most free bytes, when each empty sequence is counted with what the average one takes;
+// among equals the one with the fewest sequences, then the first.
+int PickHome(const std::vector<HomeView>& homes);
 
 }  // namespace kvtide

@@ -9,13 +9,14 @@ using Value = uint64_t TierStats::*;
 
 void PerTier(FamilyWriter& writer, const CacheStats& stats, Value value) {
   for (const TierStats& tier : stats.tiers)
-    writer.Sample(static_cast<double>(tier.*value), {{"tier", tier.name}});
+    writer.Sample(static_cast<double>(tier.*value), {{"tier", tier.name}, {"device", tier.device}});
 }
 
 void PerPair(FamilyWriter& writer, const CacheStats& stats, uint64_t PairStats::*value) {
   for (const TierStats& tier : stats.tiers) {
     for (const auto& [pair, pair_stats] : tier.pairs) {
-      writer.Sample(static_cast<double>(pair_stats.*value), {{"tier", tier.name}, {"pair", pair}});
+      writer.Sample(static_cast<double>(pair_stats.*value),
+                    {{"tier", tier.name}, {"device", tier.device}, {"pair", pair}});
     }
   }
 }
@@ -24,10 +25,16 @@ void WritePools(FamilyWriter& writer, const CacheStats& stats) {
   const auto tiers = [&](const char* name, const char* help, Value value) {
     PerTier(writer.Gauge(name, help), stats, value);
   };
-  writer.Gauge("kvtide_tier_info", "Tiers and what computes there; position 0 is the fastest.");
+  writer.Gauge("kvtide_tier_info",
+               "Tiers, their devices and what computes there; position 0 is the fastest tier.");
+  int position = 0;
   for (size_t i = 0; i < stats.tiers.size(); ++i) {
     const TierStats& tier = stats.tiers[i];
-    writer.Sample(1, {{"tier", tier.name}, {"backend", tier.backend}, {"position", std::to_string(i)}});
+    if (i > 0 && tier.name != stats.tiers[i - 1].name) position++;
+    writer.Sample(1, {{"tier", tier.name},
+                      {"device", tier.device},
+                      {"backend", tier.backend},
+                      {"position", std::to_string(position)}});
   }
   tiers("kvtide_pool_capacity_bytes", "Memory that the tier took at start.", &TierStats::capacity_bytes);
   tiers("kvtide_pool_used_bytes", "Bytes of blocks, those reserved by running calls and moves included.",

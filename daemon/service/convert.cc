@@ -160,6 +160,7 @@ absl::StatusOr<SequenceOptions> FromProto(const v1::CreateSequenceRequest& proto
         absl::StrCat("tenant has ", proto.tenant().size(), " bytes, at most 256"));
   }
   options.name_space = proto.tenant();
+  options.device = proto.device();
   options.allow_drop = proto.allow_drop();
   return options;
 }
@@ -189,6 +190,7 @@ void ToProto(const SequenceInfo& info, const std::vector<TierOptions>& tiers, ab
   for (size_t t = 0; t < info.blocks_by_tier.size() && t < tiers.size(); t++) {
     v1::TierShare* share = proto->add_tiers();
     share->set_tier(tiers[t].name);
+    share->set_device(tiers[t].Device());
     share->set_blocks(ToSigned(info.blocks_by_tier[t]));
     share->set_bytes(ToSigned(info.bytes_by_tier[t]));
   }
@@ -200,6 +202,7 @@ void ToProto(const SequenceInfo& info, const std::vector<TierOptions>& tiers, ab
   proto->set_max_layer_tokens(info.max_layer_tokens);
   ToProto(info.options.EffectiveWindow(), proto->mutable_exact_window());
   proto->set_seal_at_once(info.options.seal_at_once);
+  proto->set_device(info.device);
 }
 
 void ToProto(const CacheStats& stats, v1::GetStatsResponse* proto) {
@@ -207,6 +210,7 @@ void ToProto(const CacheStats& stats, v1::GetStatsResponse* proto) {
     v1::TierStats* out = proto->add_tiers();
     out->set_name(tier.name);
     out->set_backend(tier.backend);
+    out->set_device(tier.device);
     out->set_capacity_bytes(ToSigned(tier.capacity_bytes));
     out->set_used_bytes(ToSigned(tier.used_bytes));
     out->set_largest_free_bytes(ToSigned(tier.largest_free_extent_bytes));

@@ -67,6 +67,7 @@ absl::Status Handlers::GetServerInfo(const v1::GetServerInfoRequest&, v1::GetSer
     v1::TierInfo* out = response->add_tiers();
     out->set_name(tier.name);
     out->set_backend(tier.backend);
+    out->set_device(tier.device);
     out->set_capacity_bytes(Signed(tier.capacity_bytes));
   }
   for (CacheType type : AllCacheTypes()) {
@@ -110,6 +111,7 @@ absl::Status Handlers::CreateSequence(const v1::CreateSequenceRequest& request,
   KVTIDE_ASSIGN_OR_RETURN(const SequenceId sequence, cache_->CreateSequence(model, options));
   response->set_sequence_id(sequence);
   response->set_pair(PairName(options.pair));
+  if (const auto info = cache_->GetSequence(sequence); info.ok()) response->set_device(info->device);
   return absl::OkStatus();
 }
 
@@ -145,13 +147,15 @@ namespace {
 // Tier to move to: by name, or the one below the first.
 absl::StatusOr<int> FindTier(const std::vector<TierOptions>& tiers, const std::string& name) {
   if (name.empty()) {
-    if (tiers.size() > 1) return 1;
+    const int below = CountHomes(tiers);
+    if (below < static_cast<int>(tiers.size())) return below;
     return absl::FailedPreconditionError(
         "there is no lower tier to move to; start kvtided with --host-memory, or drop the blocks");
   }
   std::string known;
   for (size_t t = 0; t < tiers.size(); t++) {
     if (tiers[t].name == name) return static_cast<int>(t);
+    if (t > 0 && tiers[t].name == tiers[t - 1].name) continue;  // another device of the same tier
     absl::StrAppend(&known, t == 0 ? "" : ", ", tiers[t].name);
   }
   return absl::InvalidArgumentError(absl::StrCat("unknown tier \"", name, "\"; known: ", known));

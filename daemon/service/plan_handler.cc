@@ -104,13 +104,16 @@ absl::Status Handlers::Plan(const v1::PlanRequest& request, v1::PlanResponse* re
   question.device.vram_bytes =
       own_memory ? static_cast<int64_t>(tiers[0].capacity_bytes) : request.device_bytes();
   question.device.host_bytes = request.host_bytes();
-  if (request.host_bytes() == 0 && tiers.size() > 1) {
-    question.device.host_bytes = static_cast<int64_t>(tiers[1].capacity_bytes);
+  // Sequences live on one device each, so a plan is about one device and its part of the rest.
+  const auto devices = static_cast<size_t>(CountHomes(tiers));
+  const int share = own_memory ? static_cast<int>(devices) : 1;
+  if (request.host_bytes() == 0 && devices < tiers.size()) {
+    question.device.host_bytes = static_cast<int64_t>(tiers[devices].capacity_bytes) / share;
   }
   question.weights.bytes = request.weights_bytes();
   question.weights.source = "request";
   question.workload.contexts.assign(request.contexts().begin(), request.contexts().end());
-  question.workload.concurrency = std::max(1, request.concurrency());
+  question.workload.concurrency = (std::max(1, request.concurrency()) + share - 1) / share;
   question.engine.engine = planner::Engine::kKvtide;
   question.engine.exact_window = options_.defaults.exact_window;
   if (request.has_exact_window()) {
@@ -138,6 +141,11 @@ absl::Status Handlers::Plan(const v1::PlanRequest& request, v1::PlanResponse* re
   for (const planner::ContextPlan& context : plan.contexts) ToProto(context, response->add_contexts());
   for (const std::string& text : plan.assumptions) response->add_assumptions(text);
   for (const std::string& text : plan.notes) response->add_notes(text);
+  if (share > 1) {
+    response->add_notes(absl::StrCat("planned for one of ", share,
+                                     " devices: ", question.workload.concurrency, " of the sequences and ",
+                                     question.device.host_bytes, " bytes of host memory are its part"));
+  }
   return absl::OkStatus();
 }
 

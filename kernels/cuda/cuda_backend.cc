@@ -314,12 +314,7 @@ std::string UuidText(const cudaUUID_t& uuid) {
 }
 
 absl::StatusOr<int> FindDevice(const std::string& wanted) {
-  int count = 0;
-  const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error != cudaSuccess) {
-    (void)cudaGetLastError();
-    return absl::FailedPreconditionError(absl::StrCat("CUDA does not start: ", cudaGetErrorString(error)));
-  }
+  KVTIDE_ASSIGN_OR_RETURN(const int count, CountCudaDevices());
   int index = -1;
   if (absl::SimpleAtoi(wanted, &index)) {
     if (index >= 0 && index < count) return index;
@@ -338,6 +333,16 @@ absl::StatusOr<int> FindDevice(const std::string& wanted) {
 
 }  // namespace
 }  // namespace cuda
+
+absl::StatusOr<int> CountCudaDevices() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) {
+    (void)cudaGetLastError();
+    return absl::FailedPreconditionError(absl::StrCat("CUDA does not start: ", cudaGetErrorString(error)));
+  }
+  return count;
+}
 
 absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const CudaBackendOptions& options) {
   if (options.workspaces < 1 || options.max_copies < 1 || options.copy_piece_bytes < 4096 || options.scratch_bytes < (size_t{1} << 20))

@@ -24,6 +24,9 @@ struct CudaBackendOptions {
 // NotFound if there is no such device, FailedPrecondition if the driver or the device does not fit.
 absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const CudaBackendOptions& options = {});
 
+// GPUs that this process sees. FailedPrecondition without a driver.
+absl::StatusOr<int> CountCudaDevices();
+
 // Registers host memory with the driver for as long as the object lives: copies then run at full speed, without a detour
 // over a pinned buffer. A host tier's slab should be registered once.
 class PinnedRange {

@@ -129,7 +129,7 @@ void CacheSim::Move() {
   const SequenceId id = client.id();
   switch (Random(5)) {
     case 0:
-      EXPECT_TRUE(cache_->Evict({&id, 1}, 1).ok());
+      EXPECT_TRUE(cache_->Evict({&id, 1}, static_cast<int>(cache_->options().tiers.size()) - 1).ok());
       break;
     case 1:
       EXPECT_TRUE(cache_->Prefetch({&id, 1}).ok());
@@ -214,7 +214,7 @@ void CacheSim::Run(uint32_t seed, int64_t steps) {
   tight_ = Random(3) == 0;
   const size_t device = (6 + static_cast<size_t>(Random(30))) * 65536;
   const size_t host = tight_ ? static_cast<size_t>(Random(20)) * 65536 : 64 * kMiB;
-  Start(device, host);
+  StartOn(1 + Random(2), device, host);
   for (int64_t step = 0; step < steps && !HasFailure(); step++) {
     SCOPED_TRACE(::testing::Message() << "seed " << seed << ", step " << step);
     Step();

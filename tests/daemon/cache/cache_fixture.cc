@@ -3,6 +3,8 @@
 #include <cmath>
 #include <numeric>
 
+#include "tests/daemon/cache/device_under_test.h"
+
 namespace kvtide::testing {
 
 ModelSpec MixedModel() {
@@ -36,14 +38,24 @@ CacheTest::CacheTest() {
   CpuBackendOptions cpu;
   cpu.threads = 1;
   cpu.huge_pages = false;
-  device_ = std::make_unique<FaultyBackend>(MakeCpuBackend(cpu));
+  device_ = std::make_unique<FaultyBackend>(MakeDeviceUnderTest(0, cpu));
   cpu.name = "host";
   host_ = std::make_unique<FaultyBackend>(MakeCpuBackend(cpu));
 }
 
-void CacheTest::Start(size_t device_bytes, size_t host_bytes) {
+void CacheTest::Start(size_t device_bytes, size_t host_bytes) { StartOn(1, device_bytes, host_bytes); }
+
+void CacheTest::StartOn(int devices, size_t device_bytes, size_t host_bytes) {
   options_.tiers.clear();
   options_.tiers.push_back({"device", device_.get(), device_bytes, false});
+  if (devices == 2) {
+    CpuBackendOptions cpu;
+    cpu.threads = 1;
+    cpu.huge_pages = false;
+    if (second_ == nullptr) second_ = std::make_unique<FaultyBackend>(MakeDeviceUnderTest(1, cpu));
+    options_.tiers.push_back({"device", second_.get(), device_bytes, false, "second"});
+    options_.tiers[0].device = "first";
+  }
   if (host_bytes > 0) options_.tiers.push_back({"host", host_.get(), host_bytes, true});
   absl::StatusOr<std::unique_ptr<KvCache>> cache = KvCache::Create(options_);
   ASSERT_TRUE(cache.ok()) << cache.status();

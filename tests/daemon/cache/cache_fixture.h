@@ -1,5 +1,5 @@
-// What the cache's tests share: a cache over CPU backends with a fake clock, random rows, and a client that
-// appends and attends through the public API and compares every answer with a shadow.
+// What the cache's tests share: a cache over CPU backends (device_under_test.h) with a fake clock, random
+// rows, and a client that appends and attends through the public API and compares every answer with a shadow.
 #pragma once
 
 #include <memory>
@@ -50,12 +50,14 @@ class CacheTest : public ::testing::Test {
  protected:
   CacheTest();
   void Start(size_t device_bytes = 8 * kMiB, size_t host_bytes = 8 * kMiB);
+  // The same on one or two devices, called "first" and "second" then.
+  void StartOn(int devices, size_t device_bytes, size_t host_bytes);
   void TearDown() override;
   ModelId Register(const ModelSpec& spec) { return cache_->RegisterModel(spec).value(); }
 
   FakeClock clock_;
   CacheOptions options_;
-  std::unique_ptr<FaultyBackend> device_, host_;
+  std::unique_ptr<FaultyBackend> device_, second_, host_;
   std::unique_ptr<KvCache> cache_;
   std::mt19937 random_{20260101};
 };

@@ -18,6 +18,12 @@ TEST_F(OptionsTest, BadCacheOptionsSayWhatIsWrong) {
   EXPECT_TRUE(create([](CacheOptions& o) { o.tiers[0].capacity_bytes = 100; }, "100 bytes"));
   EXPECT_TRUE(
       create([](CacheOptions& o) { o.tiers.push_back(o.tiers[0]); }, "two tiers are called 'device'"));
+  EXPECT_TRUE(create(
+      [&](CacheOptions& o) {
+        o.tiers.push_back({"host", host_.get(), kMiB, false});
+        o.tiers.push_back({"device", host_.get(), kMiB, false});
+      },
+      "only the first tier may lie on several devices"));
   EXPECT_TRUE(create([](CacheOptions& o) { o.limits.low_watermark = 0.99; }, "watermarks"));
   EXPECT_TRUE(create([](CacheOptions& o) { o.max_sequences = 0; }, "every limit"));
   EXPECT_TRUE(create([](CacheOptions& o) { o.move_piece_bytes = 1; }, "move_piece_bytes"));

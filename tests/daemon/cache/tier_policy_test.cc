@@ -47,6 +47,33 @@ TEST(PickRoomTest, ABlockLargerThanTheTierBelowIsNotDemoted) {
   EXPECT_THAT(PickRoom(snapshot, 0, 20), ElementsAre(Move{2, 0, 1}));
 }
 
+// Tiers 0 and 1 are devices of the first tier, tier 2 is below both.
+TEST(PickRoomTest, DevicesOfTheFirstTierStandSideBySide) {
+  Snapshot snapshot{{Full(100, {Block(1, 10)}), Full(100, {Block(2, 10)}), {100, 0, 100, {}, {}}}};
+  snapshot.homes = 2;
+  EXPECT_THAT(PickRoom(snapshot, 0, 10), ElementsAre(Move{1, 0, 2}));
+  EXPECT_THAT(PickRoom(snapshot, 1, 10), ElementsAre(Move{2, 1, 2}));
+  snapshot.tiers.pop_back();
+  EXPECT_THAT(PickRoom(snapshot, 0, 10), IsEmpty()) << "never onto the neighbour";
+}
+
+TEST(PickMovesTest, BlocksGoDownPastOtherDevicesAndComeHome) {
+  Snapshot snapshot{
+      {{100, 95, 0, {Block(1, 20)}, {}}, {100, 10, 90, {}, {}}, {100, 30, 70, {}, {Block(2, 10)}}}};
+  snapshot.homes = 2;
+  snapshot.tiers[2].wanted[0].home = 1;
+  EXPECT_THAT(PickMoves(snapshot, TierLimits{}, 100), ElementsAre(Move{1, 0, 2}, Move{2, 2, 1}));
+}
+
+TEST(PickHomeTest, TakesTheDeviceWithTheMostRoom) {
+  EXPECT_EQ(PickHome({{50, 0, 0, 0}}), 0);
+  EXPECT_EQ(PickHome({{50, 0, 0, 0}, {50, 0, 0, 0}}), 0);
+  EXPECT_EQ(PickHome({{50, 50, 3, 0}, {60, 40, 9, 0}}), 1);
+  EXPECT_EQ(PickHome({{50, 0, 2, 2}, {50, 0, 1, 1}}), 1) << "equal: fewer sequences";
+  // Sequences take 10 bytes each so far, so two without tokens count as 20.
+  EXPECT_EQ(PickHome({{75, 25, 4, 2}, {70, 15, 2, 0}}), 1);
+}
+
 TEST(PickMovesTest, DemotesIdleBlocksFromTheHighToTheLowWatermark) {
   TierLimits limits;
   limits.high_watermark = 0.9;

@@ -103,8 +103,8 @@ TEST(CacheCollector, EveryFieldIsThere) {
 TEST(CacheCollector, LabelsAndSums) {
   const CacheStats stats = BusyStats();
   const std::map<std::string, double> samples = Scrape(stats).samples;
-  EXPECT_EQ(samples.at("kvtide_tier_info{tier=\"host\",backend=\"cpu\",position=\"1\"}"), 1);
-  EXPECT_EQ(samples.at("kvtide_pair_blocks{tier=\"device\",pair=\"q8_0/turbo4\"}"), 1023);
+  EXPECT_EQ(samples.at("kvtide_tier_info{tier=\"host\",device=\"cpu\",backend=\"cpu\",position=\"1\"}"), 1);
+  EXPECT_EQ(samples.at("kvtide_pair_blocks{tier=\"device\",device=\"cuda:0\",pair=\"q8_0/turbo4\"}"), 1023);
   double attended = 0, pairs = 0, used = 0;
   for (const auto& [name, value] : samples) {
     if (name.rfind("kvtide_attended_blocks_total{", 0) == 0) attended += value;

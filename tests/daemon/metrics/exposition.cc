@@ -9,7 +9,7 @@ namespace {
 TierStats Tier(const std::string& name, const std::string& backend, uint64_t base) {
   TierStats tier;
   tier.name = name;
-  tier.backend = backend;
+  tier.backend = tier.device = backend;
   tier.pairs["f16/f16"] = {base + 11, (base + 11) * 4096};
   tier.pairs["q8_0/turbo4"] = {base + 23, (base + 23) * 1632};
   tier.pairs["turbo3/turbo3"] = {base + 37, (base + 37) * 800};

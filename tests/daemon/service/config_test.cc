@@ -19,7 +19,7 @@ absl::StatusOr<DaemonOptions> Resolve(const std::string& json) {
 TEST(Config, DefaultsAreComplete) {
   const auto options = Resolve("{}");
   ASSERT_TRUE(options.ok()) << options.status();
-  EXPECT_EQ(options->device, "auto");
+  EXPECT_THAT(options->devices, ElementsAre("auto"));
   EXPECT_EQ(options->device_bytes, int64_t{1} << 30);
   EXPECT_EQ(options->host_bytes, int64_t{2} << 30);
   EXPECT_EQ(options->service.listen.size(), 1u);
@@ -38,6 +38,16 @@ TEST(Config, TakesSizesAsTextOrBytes) {
   EXPECT_FALSE(Resolve("{\"device_memory\": \"0\"}").ok());
   EXPECT_FALSE(Resolve("{\"host_memory\": \"100KiB\"}").ok());
   EXPECT_FALSE(Resolve("{\"device_tier_bytes\": -1}").ok());
+}
+
+TEST(Config, ReadsDevices) {
+  EXPECT_THAT(ParseDevices("cpu").value(), ElementsAre("cpu"));
+  EXPECT_THAT(ParseDevices("cuda:0, cuda:1").value(), ElementsAre("cuda:0", "cuda:1"));
+  EXPECT_THAT(ParseDevices("GPU-12ab,cuda:GPU-34cd").value(), ElementsAre("cuda:GPU-12ab", "cuda:GPU-34cd"));
+  EXPECT_THAT(ParseDevices("cpu,cpu").value(), ElementsAre("cpu", "cpu"));
+  EXPECT_THAT(ParseDevices("cuda:all").value(), ElementsAre("cuda:all"));
+  for (const char* bad : {"", "gpu", "cuda:", "cuda:0,", "auto,cpu", "cuda:all,cpu", "cuda:0,cuda:0"})
+    EXPECT_FALSE(ParseDevices(bad).ok()) << bad;
 }
 
 TEST(Config, AnUnknownFieldIsAnErrorThatListsTheKnown) {
