@@ -26,15 +26,15 @@ namespace HWY_NAMESPACE {
 // ---- K of coded types
 
 // One quad row (32 dims) of kVectors token vectors from vector `first` on.
-template <int kBits, int kRows, int kVectors, int kPhase, int kColumn>
+template <int kBits, int kRows, int kVectors, int kColumn>
 HWY_INLINE void KeyColumn(const Unpacker<kBits>& unpack, const uint8_t* codes, int quads, int quad, int first,
                           const int32_t* HWY_RESTRICT q, VecI32 (&acc)[kVectors][kRows]) {
   Units units[kVectors];
   KVTIDE_UNROLL
   for (int v = 0; v < kVectors; v++) {
     const int vector = first + v, half = vector / kQuadVectors;
-    units[v] = unpack.template Load<kPhase, kColumn % 2 == 1>(
-        codes + ColumnOffset(kColumn, vector % kQuadVectors), half * quads + quad);
+    units[v] = unpack.template Load<0, kColumn % 2 == 1>(codes + ColumnOffset(kColumn, vector % kQuadVectors),
+                                                         half * quads + quad);
   }
   const auto pair = [&](auto index) HWY_ATTR {
     constexpr int kPair = decltype(index)::value;
@@ -54,26 +54,24 @@ HWY_INLINE void KeyColumn(const Unpacker<kBits>& unpack, const uint8_t* codes, i
   pair(std::integral_constant<int, 3>());
 }
 
-template <int kBits, int kRows, int kVectors, int kPhase>
+template <int kBits, int kRows, int kVectors>
 HWY_INLINE void KeyQuad(const Unpacker<kBits>& unpack, const HalfView& k, int quads, int quad, int first,
                         const int32_t* HWY_RESTRICT q, VecI32 (&acc)[kVectors][kRows]) {
   k.prefetch->Step();
-  KeyColumn<kBits, kRows, kVectors, kPhase, 0>(unpack, k.codes, quads, quad, first, q, acc);
+  KeyColumn<kBits, kRows, kVectors, 0>(unpack, k.codes, quads, quad, first, q, acc);
   k.prefetch->Step();
-  KeyColumn<kBits, kRows, kVectors, kPhase, 1>(unpack, k.codes, quads, quad, first, q, acc);
+  KeyColumn<kBits, kRows, kVectors, 1>(unpack, k.codes, quads, quad, first, q, acc);
   k.prefetch->Step();
-  KeyColumn<kBits, kRows, kVectors, kPhase, 2>(unpack, k.codes, quads, quad, first, q, acc);
+  KeyColumn<kBits, kRows, kVectors, 2>(unpack, k.codes, quads, quad, first, q, acc);
   k.prefetch->Step();
-  KeyColumn<kBits, kRows, kVectors, kPhase, 3>(unpack, k.codes, quads, quad, first, q, acc);
+  KeyColumn<kBits, kRows, kVectors, 3>(unpack, k.codes, quads, quad, first, q, acc);
 }
 
 // Dots of kVectors token vectors with all rows: scale times integer dot, summed over the groups.
 template <int kBits, int kRows, int kVectors>
 HWY_INLINE void KeyVectors(const Unpacker<kBits>& unpack, const HalfView& k, const int32_t* q,
                            const float* scales, int first, float* HWY_RESTRICT dots) {
-  constexpr int kPhases = Unpacker<kBits>::kPhases;
   const int quads = k.dim / 32, step = k.table->group / 32;
-  const int half = first / kQuadVectors;
   for (int group = 0; group < k.groups; group++) {
     VecI32 acc[kVectors][kRows];
     KVTIDE_UNROLL
@@ -81,25 +79,7 @@ HWY_INLINE void KeyVectors(const Unpacker<kBits>& unpack, const HalfView& k, con
     for (int r = 0; r < kRows; r++) acc[v][r] = hn::Zero(TagI32());
     const int end = std::min(quads, (group + 1) * step);
     for (int quad = group * step; quad < end; quad++) {
-      const int32_t* quad_q = q + quad * 16 * kRows;
-      if constexpr (kPhases == 1) {
-        KeyQuad<kBits, kRows, kVectors, 0>(unpack, k, quads, quad, first, quad_q, acc);
-      } else {
-        switch ((half * quads + quad) % kPhases) {
-          case 0:
-            KeyQuad<kBits, kRows, kVectors, 0>(unpack, k, quads, quad, first, quad_q, acc);
-            break;
-          case 1:
-            KeyQuad<kBits, kRows, kVectors, 1>(unpack, k, quads, quad, first, quad_q, acc);
-            break;
-          case 2:
-            KeyQuad<kBits, kRows, kVectors, kPhases == 4 ? 2 : 0>(unpack, k, quads, quad, first, quad_q, acc);
-            break;
-          default:
-            KeyQuad<kBits, kRows, kVectors, kPhases == 4 ? 3 : 0>(unpack, k, quads, quad, first, quad_q, acc);
-            break;
-        }
-      }
+      KeyQuad<kBits, kRows, kVectors>(unpack, k, quads, quad, first, q + quad * 16 * kRows, acc);
     }
     KVTIDE_UNROLL
     for (int v = 0; v < kVectors; v++) {
@@ -126,15 +106,7 @@ HWY_NOINLINE void KeyDots(const HalfView& k, const int32_t* q, float* HWY_RESTRI
   alignas(64) float scales[kMaxGroups * kBlockTokens];
   for (int g = 0; g < k.groups; g++) LoadScales(k.scales + g * kBlockTokens * 2, scales + g * kBlockTokens);
   const Unpacker<kBits> unpack(*k.table);
-  constexpr int kVectors = VectorsFor(kRows), kPhases = Unpacker<kBits>::kPhases;
-  // Both halves of the tokens at once only where their quads are cut alike.
-  if constexpr (kVectors > kQuadVectors && kPhases > 1) {
-    if (k.dim / 32 % kPhases != 0) {
-      for (int first = 0; first < kPageVectors; first += kQuadVectors)
-        KeyVectors<kBits, kRows, kQuadVectors>(unpack, k, q, scales, first, dots);
-      return;
-    }
-  }
+  constexpr int kVectors = VectorsFor(kRows);
   for (int first = 0; first < kPageVectors; first += kVectors)
     KeyVectors<kBits, kRows, kVectors>(unpack, k, q, scales, first, dots);
 }
@@ -153,67 +125,109 @@ constexpr int PackedWord(int octet, int pair) {
   return vector / 2 * kLanes + block % blocks * 4 + vector % 2 * 2 + pair / 2;
 }
 
-HWY_INLINE VecI32 PackPair(VecI32 a, VecI32 b) {
+// Two vectors of 32-bit integers as one of 16-bit ones, in the order of packed words.
+template <int kBits>
+HWY_INLINE VecI16 PackPair(VecI32 a, VecI32 b) {
 #if HWY_TARGET == HWY_AVX2
-  return VecI32{_mm256_packs_epi32(a.raw, b.raw)};
+  const VecI16 packed{_mm256_packs_epi32(a.raw, b.raw)};
 #else
-  return VecI32{_mm512_packs_epi32(a.raw, b.raw)};
+  const VecI16 packed{_mm512_packs_epi32(a.raw, b.raw)};
+#endif
+  if constexpr (kBits == 8) return packed;
+  // Positions 0,2,1,3 of each half of a 16-byte block.
+  alignas(16) static constexpr uint8_t kOrder[16] = {0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15};
+  return hn::BitCast(TagI16(),
+                     hn::TableLookupBytes(hn::BitCast(TagU8(), packed), hn::LoadDup128(TagU8(), kOrder)));
+}
+
+// Products of fractions of 32768, rounded.
+HWY_INLINE VecI16 MulFractions(VecI16 a, VecI16 b) {
+#if HWY_TARGET == HWY_AVX2
+  return VecI16{_mm256_mulhrs_epi16(a.raw, b.raw)};
+#else
+  return VecI16{_mm512_mulhrs_epi16(a.raw, b.raw)};
 #endif
 }
 
+// A token's weight times its largest scale, and its scales relative to that one, both as 16-bit fractions:
+// then every (row, group) costs one multiplication for two vectors of tokens.
 template <int kBits, int kRows>
 HWY_INLINE void PackWeights(const HalfView& v, const float* weights, const PageFactors* page,
                             int32_t* HWY_RESTRICT packed, float* HWY_RESTRICT factors) {
+  constexpr int kPairs = kPageVectors / 2;
   const TagF32 f32;
+  const VecF32 one = hn::Set(f32, 32767.0f);
   alignas(64) float scales[kMaxGroups * kBlockTokens];
+  alignas(64) int16_t shares[kMaxGroups * kBlockTokens];  // [group][word]
   VecF32 largest_scale[kPageVectors];
   for (int g = 0; g < v.groups; g++) {
     LoadScales(v.scales + g * kBlockTokens * 2, scales + g * kBlockTokens);
+    KVTIDE_UNROLL
     for (int i = 0; i < kPageVectors; i++) {
       const VecF32 size = hn::Abs(hn::Load(f32, scales + g * kBlockTokens + i * kLanes));
       largest_scale[i] = g == 0 ? size : hn::Max(largest_scale[i], size);
     }
   }
+  VecF32 to_share[kPageVectors];
+  KVTIDE_UNROLL
+  for (int i = 0; i < kPageVectors; i++)
+    to_share[i] = hn::IfThenElseZero(hn::Gt(largest_scale[i], hn::Zero(f32)), hn::Div(one, largest_scale[i]));
+  for (int g = 0; g < v.groups; g++) {
+    const float* group_scales = scales + g * kBlockTokens;
+    KVTIDE_UNROLL
+    for (int i = 0; i < kPageVectors; i += 2) {
+      const VecI32 a = hn::NearestInt(hn::Mul(hn::Load(f32, group_scales + i * kLanes), to_share[i]));
+      const VecI32 b =
+          hn::NearestInt(hn::Mul(hn::Load(f32, group_scales + (i + 1) * kLanes), to_share[i + 1]));
+      hn::Store(PackPair<kBits>(a, b), TagI16(), shares + g * kBlockTokens + i * kLanes);
+    }
+  }
+  alignas(64) float maximum[kLanes] = {}, to_int[kLanes];
+  KVTIDE_UNROLL
   for (int r = 0; r < kRows; r++) {
-    VecF32 relative[kPageVectors];
     VecF32 largest = hn::Zero(f32);
     KVTIDE_UNROLL
-    for (int i = 0; i < kPageVectors; i++) {
-      relative[i] = hn::Load(f32, weights + r * kBlockTokens + i * kLanes);
-      largest = hn::Max(largest, hn::Mul(relative[i], largest_scale[i]));
-    }
-    const float maximum = hn::GetLane(hn::MaxOfLanes(f32, largest));
-    const VecF32 to_int = hn::Set(f32, maximum > 1e-30f ? 32767.0f / maximum : 0.0f);
-    factors[r] = page[r].page * maximum * (v.table->unit / 32767.0f);
+    for (int i = 0; i < kPageVectors; i++)
+      largest =
+          hn::Max(largest, hn::Mul(hn::Load(f32, weights + r * kBlockTokens + i * kLanes), largest_scale[i]));
+    maximum[r] = hn::GetLane(hn::MaxOfLanes(f32, largest));
+  }
+  const VecF32 maxima = hn::Load(f32, maximum);
+  hn::Store(hn::IfThenElseZero(hn::Gt(maxima, hn::Set(f32, 1e-30f)), hn::Div(one, maxima)), f32, to_int);
+  KVTIDE_UNROLL
+  for (int r = 0; r < kRows; r++) {
+    // 32767 and 32767 of 32768 make one.
+    factors[r] = page[r].page * maximum[r] * (v.table->unit * 32768.0f / (32767.0f * 32767.0f));
+    VecF32 scaled[kPageVectors];
     KVTIDE_UNROLL
-    for (int i = 0; i < kPageVectors; i++) relative[i] = hn::Mul(relative[i], to_int);
+    for (int i = 0; i < kPageVectors; i++)
+      scaled[i] = hn::Mul(hn::Mul(hn::Load(f32, weights + r * kBlockTokens + i * kLanes), largest_scale[i]),
+                          hn::Set(f32, to_int[r]));
+    VecI16 w[kPairs];
+    KVTIDE_UNROLL
+    for (int i = 0; i < kPageVectors; i += 2)
+      w[i / 2] = PackPair<kBits>(hn::NearestInt(scaled[i]), hn::NearestInt(scaled[i + 1]));
     for (int g = 0; g < v.groups; g++) {
-      VecI32 w[kPageVectors];
       KVTIDE_UNROLL
-      for (int i = 0; i < kPageVectors; i++) {
-        w[i] = hn::NearestInt(hn::Mul(relative[i], hn::Load(f32, scales + g * kBlockTokens + i * kLanes)));
-        if constexpr (kBits != 8)
-          w[i] = hn::BitCast(TagI32(), ShuffleBlock<0xD8>(hn::BitCast(TagU32(), w[i])));
+      for (int i = 0; i < kPairs; i++) {
+        const VecI16 share = hn::Load(TagI16(), shares + g * kBlockTokens + 2 * i * kLanes);
+        hn::Store(hn::BitCast(TagI32(), MulFractions(w[i], share)), TagI32(),
+                  packed + (g * kRows + r) * kPackedWords + i * kLanes);
       }
-      KVTIDE_UNROLL
-      for (int i = 0; i < kPageVectors; i += 2)
-        hn::Store(PackPair(w[i], w[i + 1]), TagI32(),
-                  packed + (g * kRows + r) * kPackedWords + i / 2 * kLanes);
     }
   }
 }
 
-template <int kBits, int kRows, int kVectors, int kParity, int kTokens, int kColumn>
+template <int kBits, int kRows, int kVectors, int kTokens, int kColumn>
 HWY_INLINE void ValueColumn(const Unpacker<kBits>& unpack, const uint8_t* codes, int first,
                             const int32_t* const* weights, VecI32 (&acc)[kVectors][kRows]) {
-  constexpr int kPhases = Unpacker<kBits>::kPhases;
   Units units[kVectors];
+  // GCC spills when this is a loop.
   const auto load = [&](auto index) HWY_ATTR {
     constexpr int kVector = decltype(index)::value;
     if constexpr (kVector < kVectors) {
-      constexpr int kPhase = (2 * (kParity + kVector / kQuadVectors) + kTokens) % kPhases;
       const int vector = first + kVector;
-      units[kVector] = unpack.template Load<kPhase, kColumn % 2 == 1>(
+      units[kVector] = unpack.template Load<0, kColumn % 2 == 1>(
           codes + ColumnOffset(kColumn, vector % kQuadVectors), vector / kQuadVectors * 2 + kTokens);
     }
   };
@@ -242,9 +256,8 @@ HWY_INLINE void ValueColumn(const Unpacker<kBits>& unpack, const uint8_t* codes,
   pair(std::integral_constant<int, 3>());
 }
 
-// Adds to kVectors dim vectors of the output from vector `first` on; kParity: of the group of 32 dims they
-// begin in.
-template <int kBits, int kRows, int kVectors, int kParity>
+// Adds to kVectors dim vectors of the output from vector `first` on.
+template <int kBits, int kRows, int kVectors>
 HWY_INLINE void ValueVectors(const Unpacker<kBits>& unpack, const HalfView& v, const int32_t* weights,
                              const float* factors, const PageFactors* page, int first,
                              float* HWY_RESTRICT out) {
@@ -262,21 +275,21 @@ HWY_INLINE void ValueVectors(const Unpacker<kBits>& unpack, const HalfView& v, c
     group_weights[i] = weights + (quad_dim + i) / per_group * kRows * kPackedWords;
   }
   v.prefetch->Step();
-  ValueColumn<kBits, kRows, kVectors, kParity, 0, 0>(unpack, v.codes, first, group_weights, acc);
+  ValueColumn<kBits, kRows, kVectors, 0, 0>(unpack, v.codes, first, group_weights, acc);
   v.prefetch->Step();
-  ValueColumn<kBits, kRows, kVectors, kParity, 0, 1>(unpack, v.codes, first, group_weights, acc);
+  ValueColumn<kBits, kRows, kVectors, 0, 1>(unpack, v.codes, first, group_weights, acc);
   v.prefetch->Step();
-  ValueColumn<kBits, kRows, kVectors, kParity, 0, 2>(unpack, v.codes, first, group_weights, acc);
+  ValueColumn<kBits, kRows, kVectors, 0, 2>(unpack, v.codes, first, group_weights, acc);
   v.prefetch->Step();
-  ValueColumn<kBits, kRows, kVectors, kParity, 0, 3>(unpack, v.codes, first, group_weights, acc);
+  ValueColumn<kBits, kRows, kVectors, 0, 3>(unpack, v.codes, first, group_weights, acc);
   v.prefetch->Step();
-  ValueColumn<kBits, kRows, kVectors, kParity, 1, 0>(unpack, v.codes, first, group_weights, acc);
+  ValueColumn<kBits, kRows, kVectors, 1, 0>(unpack, v.codes, first, group_weights, acc);
   v.prefetch->Step();
-  ValueColumn<kBits, kRows, kVectors, kParity, 1, 1>(unpack, v.codes, first, group_weights, acc);
+  ValueColumn<kBits, kRows, kVectors, 1, 1>(unpack, v.codes, first, group_weights, acc);
   v.prefetch->Step();
-  ValueColumn<kBits, kRows, kVectors, kParity, 1, 2>(unpack, v.codes, first, group_weights, acc);
+  ValueColumn<kBits, kRows, kVectors, 1, 2>(unpack, v.codes, first, group_weights, acc);
   v.prefetch->Step();
-  ValueColumn<kBits, kRows, kVectors, kParity, 1, 3>(unpack, v.codes, first, group_weights, acc);
+  ValueColumn<kBits, kRows, kVectors, 1, 3>(unpack, v.codes, first, group_weights, acc);
   const TagF32 f32;
   KVTIDE_UNROLL
   for (int r = 0; r < kRows; r++) KVTIDE_UNROLL
@@ -297,21 +310,12 @@ HWY_NOINLINE void ValueSums(const HalfView& v, const float* weights, const PageF
   const Unpacker<kBits> unpack(*v.table);
   constexpr int kVectors = VectorsFor(kRows);
   const int vectors = v.dim / kLanes;
+  int first = 0;
+  for (; first + kVectors <= vectors; first += kVectors)
+    ValueVectors<kBits, kRows, kVectors>(unpack, v, packed, factors, page, first, out);
   if constexpr (kVectors > kQuadVectors) {
-    int first = 0;
-    for (; first + kVectors <= vectors; first += kVectors)
-      ValueVectors<kBits, kRows, kVectors, 0>(unpack, v, packed, factors, page, first, out);
     if (first < vectors)
-      ValueVectors<kBits, kRows, kQuadVectors, 0>(unpack, v, packed, factors, page, first, out);
-  } else {
-    for (int first = 0; first < vectors; first += kVectors) {
-      if (Unpacker<kBits>::kPhases < 4 || first / kQuadVectors % 2 == 0) {
-        ValueVectors<kBits, kRows, kVectors, 0>(unpack, v, packed, factors, page, first, out);
-      } else {
-        ValueVectors < kBits, kRows, kVectors,
-            Unpacker<kBits>::kPhases<4 ? 0 : 1>(unpack, v, packed, factors, page, first, out);
-      }
-    }
+      ValueVectors<kBits, kRows, kQuadVectors>(unpack, v, packed, factors, page, first, out);
   }
 }
 
@@ -473,15 +477,14 @@ HWY_NOINLINE void ValueSumsHalf(const HalfView& v, float* HWY_RESTRICT weights, 
 
 // ---- Rows and pages
 
-// Rows of one call of the coded kernels. The code for 5 bits, whose words are cut in phases, is long: 8 rows
-// at once spill.
-constexpr int RowsAtOnce(int bits, int rows) { return rows == 8 && bits == 5 ? 4 : rows; }
+// The widths that have kernels: pages of other widths are turned into these first.
+constexpr int KernelBits(int bits) { return bits <= 4 ? 4 : 8; }
 
 // Up to kRows rows, prepared for K's type; missing rows are zero queries.
 template <int kRows>
 struct PreparedRows {
   hwy::AlignedFreeUniquePtr<float[]> floats;   // f16, bf16: [kRows][dim], then the same with chunks exchanged
-  hwy::AlignedFreeUniquePtr<int32_t[]> pairs;  // coded: [step][dim / 32][column][pair][row of the step]
+  hwy::AlignedFreeUniquePtr<int32_t[]> pairs;  // coded: [dim / 32][column][pair][row]
   LogitScale scale[kRows];
   int64_t begin[kRows], end[kRows];
 };
@@ -511,26 +514,32 @@ void PrepareRows(const QueryRows& rows, int first, const CodeTable& table, int d
     return;
   }
   out.pairs = hwy::AllocateAligned<int32_t>(size / 2);
-  const int step = RowsAtOnce(table.bits, kRows);
+  const int bits = KernelBits(table.bits);
+  const TagF32 f32;
+  auto words = hwy::AllocateAligned<int32_t>(static_cast<size_t>(dim));
   for (int r = 0; r < kRows; r++) {
     const float* row = q.data() + static_cast<size_t>(r * dim);
-    float largest = 0;
-    for (int d = 0; d < dim; d++) largest = std::max(largest, std::fabs(row[d]));
-    const float to_int = largest > 0 ? 32767.0f / largest : 0.0f;
+    VecF32 sizes = hn::Zero(f32);
+    for (int d = 0; d < dim; d += kLanes) sizes = hn::Max(sizes, hn::Abs(hn::LoadU(f32, row + d)));
+    const float largest = hn::GetLane(hn::MaxOfLanes(f32, sizes));
+    const VecF32 to_int = hn::Set(f32, largest > 0 ? 32767.0f / largest : 0.0f);
     out.scale[r].factor *= largest / 32767.0f * table.unit;
-    const auto rounded = [&](int d) { return static_cast<uint32_t>(std::lrint(row[d] * to_int)) & 0xffffu; };
+    for (int d = 0; d < dim; d += kLanes)
+      hn::Store(hn::NearestInt(hn::Mul(hn::LoadU(f32, row + d), to_int)), TagI32(), words.get() + d);
     for (int octet = 0; octet < dim / 8; octet++)
-      for (int pair = 0; pair < 4; pair++)
-        out.pairs[static_cast<size_t>(r / step * step * dim / 2 + (octet * 4 + pair) * step + r % step)] =
-            static_cast<int32_t>(rounded(8 * octet + PairFirst(table.bits, pair)) |
-                                 rounded(8 * octet + PairSecond(table.bits, pair)) << 16);
+      for (int pair = 0; pair < 4; pair++) {
+        const auto first_word = static_cast<uint32_t>(words[8 * octet + PairFirst(bits, pair)]),
+                   second_word = static_cast<uint32_t>(words[8 * octet + PairSecond(bits, pair)]);
+        out.pairs[static_cast<size_t>((octet * 4 + pair) * kRows + r)] =
+            static_cast<int32_t>((first_word & 0xffffu) | second_word << 16);
+      }
   }
 }
 
-// Planes of 2 and 3 bits are turned into planes of 4 bits first and take the kernels of 4 bits: their level
-// tables ignore the bits above a code. It is faster than decoding inside the products, whose code would not
-// fit the caches for it.
-using NibblePlane = uint8_t[4 * 32 * 512];
+// Planes of 2 and 3 bits are turned into planes of 4 bits first and take the kernels of 4 bits, whose level
+// tables ignore the bits above a code; planes of 5 bits become levels of 8 bits. It is faster than decoding
+// inside the products, whose code would not fit the caches for it.
+using WidePlane = uint8_t[64 * 512];  // 8 bits at the largest head dim
 
 template <int kBits, int kPhase>
 HWY_INLINE void ExpandQuad(const uint8_t* codes, int quad, uint8_t* HWY_RESTRICT out) {
@@ -554,72 +563,112 @@ HWY_NOINLINE void ExpandPlane(const uint8_t* codes, int dim, uint8_t* HWY_RESTRI
   }
 }
 
-// The view of a half whose codes are 4 bits wide, with `plane` as the place for them.
-HWY_INLINE HalfView AsNibbles(const HalfView& half, NibblePlane& plane) {
-  HalfView view = half;
-  if (half.table->bits == 2) {
-    ExpandPlane<2>(half.codes, half.dim, plane);
-    view.codes = plane;
-  } else if (half.table->bits == 3) {
-    ExpandPlane<3>(half.codes, half.dim, plane);
-    view.codes = plane;
+// Levels of 5-bit codes, one in each byte.
+class FiveBitLevels {
+ public:
+  HWY_INLINE explicit FiveBitLevels(const CodeTable& table) {
+#if HWY_TARGET == HWY_AVX2
+    low_ = hn::LoadDup128(TagI8(), table.low);
+    high_ = hn::LoadDup128(TagI8(), table.high);
+#else
+    alignas(64) int8_t levels[64];
+    for (int i = 0; i < 64; i++) levels[i] = i % 32 < 16 ? table.low[i % 16] : table.high[i % 16];
+    levels_ = hn::Load(TagI8(), levels);
+#endif
   }
-  return view;
+  HWY_INLINE VecI8 Of(VecU32 codes) const {
+#if HWY_TARGET == HWY_AVX2
+    const VecI8 index = hn::BitCast(TagI8(), codes);  // the shuffle ignores bit 4
+    return hn::IfThenElse(hn::Gt(index, hn::Set(TagI8(), 15)), hn::TableLookupBytes(high_, index),
+                          hn::TableLookupBytes(low_, index));
+#else
+    return VecI8{_mm512_permutexvar_epi8(codes.raw, levels_.raw)};
+#endif
+  }
+
+ private:
+#if HWY_TARGET == HWY_AVX2
+  VecI8 low_, high_;
+#else
+  VecI8 levels_;
+#endif
+};
+
+template <int kPhase>
+HWY_INLINE void ExpandFives(const FiveBitLevels& levels, const uint8_t* codes, int quad,
+                            uint8_t* HWY_RESTRICT out) {
+  const TagU32 u32;
+  const VecU32 nibble = hn::Set(u32, 0x0f0f0f0fu), fifth = hn::Set(u32, 0x10101010u);
+  KVTIDE_UNROLL
+  for (int at = 0; at < 512; at += kLanes * 4) {
+    const Units units = Unpacker<5>::LoadFives<kPhase>(codes + at, quad);
+    const VecI8 even = levels.Of(hn::Or(hn::And(units.a, nibble), hn::And(hn::ShiftLeft<4>(units.b), fifth)));
+    const VecI8 odd = levels.Of(hn::Or(hn::And(hn::ShiftRight<4>(units.a), nibble), hn::And(units.b, fifth)));
+    auto* target = reinterpret_cast<int8_t*>(out + quad * 1024 + at);
+    hn::Store(hn::InterleaveLower(TagI8(), even, odd), TagI8(), target);
+    hn::Store(hn::InterleaveUpper(TagI8(), even, odd), TagI8(), target + 512);
+  }
 }
 
-template <int kBits, int kRows>
-HWY_INLINE void PageDotsOf(const HalfView& k, const PreparedRows<kRows>& rows, float* dots) {
-  constexpr int kStep = RowsAtOnce(kBits, kRows);
-  for (int r = 0; r < kRows; r += kStep)
-    KeyDots<kBits, kStep>(k, rows.pairs.get() + r * k.dim / 2, dots + r * kBlockTokens);
+HWY_NOINLINE void ExpandFivesPlane(const CodeTable& table, const uint8_t* codes, int dim,
+                                   uint8_t* HWY_RESTRICT out) {
+  const FiveBitLevels levels(table);
+  const int quads = dim / 16;  // always an even number
+  for (int quad = 0; quad < quads; quad += 2) {
+    if (quad % 4 == 0) {
+      ExpandFives<0>(levels, codes, quad, out);
+      ExpandFives<1>(levels, codes, quad + 1, out);
+    } else {
+      ExpandFives<2>(levels, codes, quad, out);
+      ExpandFives<3>(levels, codes, quad + 1, out);
+    }
+  }
+}
+
+// The view of a half whose codes have a width with a kernel, with `plane` as the place for them.
+HWY_INLINE HalfView Widened(const HalfView& half, WidePlane& plane) {
+  HalfView view = half;
+  switch (half.table->bits) {
+    case 2:
+      ExpandPlane<2>(half.codes, half.dim, plane);
+      break;
+    case 3:
+      ExpandPlane<3>(half.codes, half.dim, plane);
+      break;
+    case 5:
+      ExpandFivesPlane(*half.table, half.codes, half.dim, plane);
+      break;
+    default:
+      return view;
+  }
+  view.codes = plane;
+  return view;
 }
 
 template <int kRows>
 HWY_INLINE void PageDots(const HalfView& k, const PreparedRows<kRows>& rows, float* dots) {
-  switch (k.table->bits) {
-    case 0: {
-      const float* swapped = rows.floats.get() + kRows * k.dim;
-      return k.table->bf16 ? KeyDotsHalf<kRows, true>(k, rows.floats.get(), swapped, dots)
-                           : KeyDotsHalf<kRows, false>(k, rows.floats.get(), swapped, dots);
-    }
-    case 2:
-    case 3:
-    case 4: {
-      HWY_ALIGN NibblePlane plane;
-      return PageDotsOf<4, kRows>(AsNibbles(k, plane), rows, dots);
-    }
-    case 5:
-      return PageDotsOf<5, kRows>(k, rows, dots);
-    default:
-      return PageDotsOf<8, kRows>(k, rows, dots);
+  if (!k.table->coded()) {
+    const float* swapped = rows.floats.get() + kRows * k.dim;
+    return k.table->bf16 ? KeyDotsHalf<kRows, true>(k, rows.floats.get(), swapped, dots)
+                         : KeyDotsHalf<kRows, false>(k, rows.floats.get(), swapped, dots);
   }
-}
-
-template <int kBits, int kRows>
-HWY_INLINE void PageSumsOf(const HalfView& v, const float* weights, const PageFactors* page, float* out) {
-  constexpr int kStep = RowsAtOnce(kBits, kRows);
-  for (int r = 0; r < kRows; r += kStep)
-    ValueSums<kBits, kStep>(v, weights + r * kBlockTokens, page + r, out + r * v.dim);
+  HWY_ALIGN WidePlane plane;
+  const HalfView wide = Widened(k, plane);
+  return KernelBits(k.table->bits) == 4 ? KeyDots<4, kRows>(wide, rows.pairs.get(), dots)
+                                        : KeyDots<8, kRows>(wide, rows.pairs.get(), dots);
 }
 
 template <int kRows>
 HWY_INLINE void PageSums(const HalfView& v, float* weights, const PageFactors* page, int first, int last,
                          float* out) {
-  switch (v.table->bits) {
-    case 0:
-      return v.table->bf16 ? ValueSumsHalf<kRows, true>(v, weights, page, first, last, out)
-                           : ValueSumsHalf<kRows, false>(v, weights, page, first, last, out);
-    case 2:
-    case 3:
-    case 4: {
-      HWY_ALIGN NibblePlane plane;
-      return PageSumsOf<4, kRows>(AsNibbles(v, plane), weights, page, out);
-    }
-    case 5:
-      return PageSumsOf<5, kRows>(v, weights, page, out);
-    default:
-      return PageSumsOf<8, kRows>(v, weights, page, out);
+  if (!v.table->coded()) {
+    return v.table->bf16 ? ValueSumsHalf<kRows, true>(v, weights, page, first, last, out)
+                         : ValueSumsHalf<kRows, false>(v, weights, page, first, last, out);
   }
+  HWY_ALIGN WidePlane plane;
+  const HalfView wide = Widened(v, plane);
+  return KernelBits(v.table->bits) == 4 ? ValueSums<4, kRows>(wide, weights, page, out)
+                                        : ValueSums<8, kRows>(wide, weights, page, out);
 }
 
 template <int kRows>
@@ -630,7 +679,7 @@ void AttendRows(const PageSegment& segment, const QueryRows& rows, int first_row
   PrepareRows<kRows>(rows, first_row, k_table, dim_k, prepared);
   auto sums = hwy::AllocateAligned<float>(static_cast<size_t>(kRows * dim_v));
   std::fill_n(sums.get(), kRows * dim_v, 0.0f);
-  RowState states[kRows];
+  RowStates states;
   Prefetcher prefetch;
   const size_t record_bytes = segment.record_bytes;
   // Steps of work on a page, from below.
@@ -666,14 +715,12 @@ void AttendRows(const PageSegment& segment, const QueryRows& rows, int first_row
     v.scales = record + segment.v.scales;
     PageDots<kRows>(k, prepared, dots);
     PageFactors page[kRows];
-    for (int r = 0; r < kRows; r++)
-      page[r] = SoftmaxPage(dots + r * kBlockTokens, prepared.scale[r], first[r], std::max(first[r], last[r]),
-                            states[r]);
+    SoftmaxPage<kRows>(dots, prepared.scale, first, last, states, page);
     PageSums<kRows>(v, dots, page, page_first, page_last, sums.get());
   }
   const int count = std::min(kRows, rows.rows - first_row);
   for (int r = 0; r < count; r++)
-    FinishRow(sums.get() + r * dim_v, states[r], v_table.coded(), dim_v,
+    FinishRow(sums.get() + r * dim_v, states.Row(r), v_table.coded(), dim_v,
               out + static_cast<size_t>(first_row + r) * static_cast<size_t>(dim_v), lse + first_row + r);
 }
 

@@ -1,4 +1,4 @@
-// Vector softmax of one row over one page, in base 2. Included once for each instruction set.
+// Vector softmax of rows over one page, in base 2. Included once for each instruction set.
 #if defined(KVTIDE_KERNELS_CPU_SIMD_SOFTMAX_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef KVTIDE_KERNELS_CPU_SIMD_SOFTMAX_INL_H_
 #undef KVTIDE_KERNELS_CPU_SIMD_SOFTMAX_INL_H_
@@ -61,10 +61,9 @@ struct PageFactors {
   float keep = 1, page = 0;
 };
 
-// Turns 64 dots (at token positions) into weights relative to the page's largest logit, and updates the
-// state. Tokens outside [first, last) of the page get weight 0, whatever their dots are.
-HWY_INLINE PageFactors SoftmaxPage(float* HWY_RESTRICT dots, const LogitScale& scale, int first, int last,
-                                   RowState& state) {
+// Turns 64 dots (at token positions) into logits, -infinity outside tokens [first, last) of the page,
+// whatever the dots are there. Returns the largest of each lane.
+HWY_INLINE VecF32 PageLogits(float* HWY_RESTRICT dots, const LogitScale& scale, int first, int last) {
   const TagF32 f32;
   const TagI32 i32;
   VecF32 logits[kPageVectors];
@@ -90,19 +89,78 @@ HWY_INLINE PageFactors SoftmaxPage(float* HWY_RESTRICT dots, const LogitScale& s
   VecF32 maxima = logits[0];
   KVTIDE_UNROLL
   for (int i = 1; i < kPageVectors; i++) maxima = hn::Max(maxima, logits[i]);
-  const float page_maximum = hn::GetLane(hn::MaxOfLanes(f32, maxima));
+  KVTIDE_UNROLL
+  for (int i = 0; i < kPageVectors; i++) hn::Store(logits[i], f32, dots + i * kLanes);
+  return maxima;
+}
+
+// Turns logits into weights relative to `maximum`, which is finite. Returns the sum of each lane.
+HWY_INLINE VecF32 PageWeights(float* HWY_RESTRICT logits, float maximum) {
+  const TagF32 f32;
+  VecF32 sums = hn::Zero(f32);
+  KVTIDE_UNROLL
+  for (int i = 0; i < kPageVectors; i++) {
+    const VecF32 weight = Exp2(hn::Sub(hn::Load(f32, logits + i * kLanes), hn::Set(f32, maximum)));
+    sums = hn::Add(sums, weight);
+    hn::Store(weight, f32, logits + i * kLanes);
+  }
+  return sums;
+}
+
+// States of up to kLanes rows, one in each lane.
+struct RowStates {
+  alignas(64) float maximum[kLanes], sum[kLanes];
+  RowStates() {
+    for (int i = 0; i < kLanes; i++) maximum[i] = -INFINITY, sum[i] = 0;
+  }
+  RowState Row(int r) const { return {maximum[r], sum[r]}; }
+};
+
+// Turns the 64 dots of every row into weights relative to the row's largest logit on the page, and updates
+// the states. Tokens outside [first[r], last[r]) get weight 0. The rows go through each step together: alone
+// they would wait for one another's chains of reductions and exponentials.
+template <int kRows>
+HWY_INLINE void SoftmaxPage(float* HWY_RESTRICT dots, const LogitScale* scale, const int* first,
+                            const int* last, RowStates& states, PageFactors* factors) {
+  static_assert(kRows <= kLanes);
+  const TagF32 f32;
+  alignas(64) float page_maximum[kLanes] = {}, page_sum[kLanes] = {}, keep[kLanes], page[kLanes];
+  KVTIDE_UNROLL
+  for (int r = 0; r < kRows; r++) {
+    const VecF32 maxima = PageLogits(dots + r * kBlockTokens, scale[r], first[r], last[r]);
+    page_maximum[r] = hn::GetLane(hn::MaxOfLanes(f32, maxima));
+  }
+  // Rows without a token have the maximum -infinity; 0 in its place makes weights of 0 without a NaN.
+  const VecF32 none = hn::Set(f32, -INFINITY), zero = hn::Zero(f32);
+  const VecF32 before = hn::Load(f32, states.maximum), here = hn::Load(f32, page_maximum);
+  const VecF32 after = hn::Max(before, here);
+  const VecF32 relative_to = hn::IfThenElse(hn::Eq(after, none), zero, after);
+  const VecF32 keep_factors = Exp2(hn::Sub(before, relative_to));
+  const VecF32 page_factors = Exp2(hn::Sub(here, relative_to));
+  hn::Store(after, f32, states.maximum);
+  hn::Store(keep_factors, f32, keep);
+  hn::Store(page_factors, f32, page);
+  KVTIDE_UNROLL
+  for (int r = 0; r < kRows; r++) {
+    const float maximum = page_maximum[r] == -INFINITY ? 0.0f : page_maximum[r];
+    page_sum[r] = hn::GetLane(hn::SumOfLanes(f32, PageWeights(dots + r * kBlockTokens, maximum)));
+    factors[r] = {keep[r], page[r]};
+  }
+  hn::Store(
+      hn::MulAdd(hn::Load(f32, states.sum), keep_factors, hn::Mul(hn::Load(f32, page_sum), page_factors)),
+      f32, states.sum);
+}
+
+// The same for one row with a state of its own.
+HWY_INLINE PageFactors SoftmaxPage(float* HWY_RESTRICT dots, const LogitScale& scale, int first, int last,
+                                   RowState& state) {
+  const TagF32 f32;
+  const float page_maximum = hn::GetLane(hn::MaxOfLanes(f32, PageLogits(dots, scale, first, last)));
   if (page_maximum == -INFINITY) {
     for (int i = 0; i < kPageVectors; i++) hn::Store(hn::Zero(f32), f32, dots + i * kLanes);
     return {};
   }
-  VecF32 sums = hn::Zero(f32);
-  KVTIDE_UNROLL
-  for (int i = 0; i < kPageVectors; i++) {
-    const VecF32 weight = Exp2(hn::Sub(logits[i], hn::Set(f32, page_maximum)));
-    sums = hn::Add(sums, weight);
-    hn::Store(weight, f32, dots + i * kLanes);
-  }
-  const float sum = hn::GetLane(hn::SumOfLanes(f32, sums));
+  const float sum = hn::GetLane(hn::SumOfLanes(f32, PageWeights(dots, page_maximum)));
   PageFactors factors{1, 1};
   if (page_maximum > state.maximum) {
     factors.keep = Exp2(state.maximum - page_maximum);

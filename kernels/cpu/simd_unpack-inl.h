@@ -136,15 +136,8 @@ class Unpacker {
       const VecU32 a = LoadChunk(plane, 2 * quad), b = LoadChunk(plane, 2 * quad + 1);
       return {InOrder<kOdd>(EveryOther<false>(a, b)), InOrder<kOdd>(EveryOther<true>(a, b))};
     } else if constexpr (kBits == 5) {
-      const int chunk = quad / 4 * 5 + kPhase;  // words 5 * quad and the next four
-      const VecU32 a = LoadChunk(plane, chunk), b = LoadChunk(plane, chunk + 1);
-      if constexpr (kPhase == 0) {
-        units.a = a;
-      } else {
-        units.a = Join<4 * kPhase>(b, a);
-      }
-      units.b = ShuffleBlock<kPhase * 0x55>(b);
-      units = {InOrder<kOdd>(units.a), InOrder<kOdd>(hn::Shr(units.b, PerBlock(0, 1, 2, 3)))};
+      units = LoadFives<kPhase>(plane, quad);
+      units = {InOrder<kOdd>(units.a), InOrder<kOdd>(units.b)};
     } else if constexpr (kBits == 4) {
       units.a = InOrder<kOdd>(LoadChunk(plane, quad));
     } else {
@@ -155,6 +148,22 @@ class Unpacker {
 #else
     return units;
 #endif
+  }
+
+  // 5 bits: the units of a quad as nibbles, and the fifth bit of code e in bit 4e of b, whose other bits are
+  // undefined.
+  template <int kPhase>
+  static HWY_INLINE Units LoadFives(const uint8_t* plane, int quad) {
+    const int chunk = quad / 4 * 5 + kPhase;  // words 5 * quad and the next four
+    const VecU32 a = LoadChunk(plane, chunk), b = LoadChunk(plane, chunk + 1);
+    Units units;
+    if constexpr (kPhase == 0) {
+      units.a = a;
+    } else {
+      units.a = Join<4 * kPhase>(b, a);
+    }
+    units.b = hn::Shr(ShuffleBlock<kPhase * 0x55>(b), PerBlock(0, 1, 2, 3));
+    return units;
   }
 
   // 2 and 3 bits: the units of a quad as nibbles, as a plane of 4-bit codes holds them; the bits above a code

@@ -5,9 +5,10 @@
 //                    [--clock wall|cpu] [--json FILE]
 //
 // Decode: one query over one long sequence of 8 KV heads, larger than the last-level cache, time of a whole
-// Attend call (queries turned, states merged), median of the repeats. GB/s of stored bytes; f16-equivalent =
-// what an f16 cache of the same tokens would have needed; share = of plain reads of the same memory by as
-// many threads, measured in the same run.
+// Attend call (queries turned, states merged). The types take turns, so that what else the machine does meets
+// all of them: rates are medians of the rounds, ratios to the first type medians of each round's ratio.
+// GB/s of stored bytes; f16-equivalent = what an f16 cache of the same tokens would have needed; share = of
+// plain reads of the same memory by as many threads, measured in the same run.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -18,6 +19,7 @@
 #include <fstream>
 #include <functional>
 #include <iterator>
+#include <memory>
 #include <random>
 #include <string>
 #include <thread>
@@ -83,16 +85,33 @@ double Now() {
   return (static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec)) / cpu_clock_threads;
 }
 
+double Median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+double Seconds(const std::function<void()>& body) {
+  const double start = Now();
+  body();
+  return Now() - start;
+}
+
 double MedianSeconds(int repeats, const std::function<void()>& body) {
   std::vector<double> seconds;
   body();
-  for (int i = 0; i < repeats; i++) {
-    const double start = Now();
-    body();
-    seconds.push_back(Now() - start);
-  }
-  std::sort(seconds.begin(), seconds.end());
-  return seconds[seconds.size() / 2];
+  for (int i = 0; i < repeats; i++) seconds.push_back(Seconds(body));
+  return Median(seconds);
+}
+
+// Seconds of each body in each round, after a round that does not count: [body][round].
+std::vector<std::vector<double>> RoundSeconds(int rounds, const std::vector<std::function<void()>>& bodies) {
+  std::vector<std::vector<double>> seconds(bodies.size());
+  for (int round = -1; round < rounds; round++)
+    for (size_t i = 0; i < bodies.size(); i++) {
+      const double time = Seconds(bodies[i]);
+      if (round >= 0) seconds[i].push_back(time);
+    }
+  return seconds;
 }
 
 // Blocks of random tokens: a few distinct ones, repeated through the slab in random order of their bytes'
@@ -158,31 +177,38 @@ double ReadRate(const Slab& slab, size_t bytes, int threads, int repeats) {
   return static_cast<double>(bytes) / seconds / 1e9;
 }
 
-double AttendSeconds(Backend& backend, const Pages& pages, int group, int queries, int repeats) {
+// A call of Attend with `queries` queries of `group` heads per KV head at the end of the pages, which are
+// borrowed.
+std::function<void()> AttendCall(Backend& backend, const Pages& pages, int group, int queries) {
+  struct Call {
+    std::vector<float> q, out, lse;
+    BlockRun run;
+    AttendItem item;
+    AttendArgs args;
+  };
   const GroupShape& shape = pages.layout.shape();
   const size_t heads = static_cast<size_t>(shape.kv_heads * group),
                rows = heads * static_cast<size_t>(queries);
-  const std::vector<float> q = RandomRows(rows * static_cast<size_t>(shape.head_dim_k), 7);
-  std::vector<float> out(rows * static_cast<size_t>(shape.head_dim_v)), lse(rows);
-  BlockRun run;
-  run.layout = &pages.layout;
-  run.blocks = pages.blocks;
-  run.tokens = pages.tokens();
-  AttendItem item;
-  item.runs = {&run, 1};
-  item.q = q.data();
-  item.queries = queries;
-  item.first_query_position = run.tokens - queries;
-  item.out = out.data();
-  item.lse = lse.data();
-  AttendArgs args;
-  args.heads = static_cast<int>(heads);
-  args.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim_k));
-  args.items = {&item, 1};
-  return MedianSeconds(repeats, [&] {
-    const absl::Status status = backend.Attend(args);
+  const auto call = std::make_shared<Call>();
+  call->q = RandomRows(rows * static_cast<size_t>(shape.head_dim_k), 7);
+  call->out.resize(rows * static_cast<size_t>(shape.head_dim_v));
+  call->lse.resize(rows);
+  call->run.layout = &pages.layout;
+  call->run.blocks = pages.blocks;
+  call->run.tokens = pages.tokens();
+  call->item.runs = {&call->run, 1};
+  call->item.q = call->q.data();
+  call->item.queries = queries;
+  call->item.first_query_position = call->run.tokens - queries;
+  call->item.out = call->out.data();
+  call->item.lse = call->lse.data();
+  call->args.heads = static_cast<int>(heads);
+  call->args.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim_k));
+  call->args.items = {&call->item, 1};
+  return [call, &backend] {
+    const absl::Status status = backend.Attend(call->args);
     KVTIDE_CHECK(status.ok(), status.ToString());
-  });
+  };
 }
 
 double SealSeconds(Backend& backend, const GroupShape& shape, const std::string& pair, int blocks,
@@ -257,27 +283,36 @@ int Main(int argc, char** argv) {
   std::printf("%s, %d threads, %s, reads %.1f GB/s\n", ProcessorName().c_str(), options.threads,
               SimdLevelName(SupportedSimdLevels().back()), read_rate);
   std::string rows;
-  std::printf("\ndecode     group  bits/value   stored GB/s  f16-eq. GB/s  share of reads  against f16\n");
-  std::vector<double> f16_rate(options.groups.size(), 0.0);
-  for (const std::string& type : options.types) {
-    const Pages pages = MakePages(*backend, shape, type, bytes);
-    const double stored = static_cast<double>(pages.blocks.size() * pages.layout.block_bytes());
-    const double bits = pages.layout.BitsPerValue();
-    for (size_t g = 0; g < options.groups.size(); g++) {
-      const double seconds = AttendSeconds(*backend, pages, options.groups[g], 1, options.repeats);
-      const double rate = stored / seconds / 1e9, equivalent = rate * 16 / bits;
-      if (type == "f16") f16_rate[g] = equivalent;
-      const double ratio = f16_rate[g] > 0 ? equivalent / f16_rate[g] : 0;
-      std::printf("%-10s %5d %11.3f %13.1f %13.1f %15.2f %12.2f\n", type.c_str(), options.groups[g], bits,
-                  rate, equivalent, rate / read_rate, ratio);
+  std::printf("\ndecode     group  bits/value   stored GB/s  f16-eq. GB/s  share of reads  against first\n");
+  std::vector<Pages> pages;
+  for (const std::string& type : options.types) pages.push_back(MakePages(*backend, shape, type, bytes));
+  for (const int group : options.groups) {
+    std::vector<std::function<void()>> calls;
+    for (const Pages& p : pages) calls.push_back(AttendCall(*backend, p, group, 1));
+    const std::vector<std::vector<double>> seconds = RoundSeconds(options.repeats, calls);
+    const auto stored = [&](size_t i) {
+      return static_cast<double>(pages[i].blocks.size() * pages[i].layout.block_bytes());
+    };
+    for (size_t i = 0; i < pages.size(); i++) {
+      const double bits = pages[i].layout.BitsPerValue();
+      const double rate = stored(i) / Median(seconds[i]) / 1e9, equivalent = rate * 16 / bits;
+      std::vector<double> ratios;
+      for (size_t round = 0; round < seconds[i].size(); round++)
+        ratios.push_back(stored(i) / bits / seconds[i][round] * seconds[0][round] /
+                         (stored(0) / pages[0].layout.BitsPerValue()));
+      const double ratio = Median(ratios);
+      const char* type = options.types[i].c_str();
+      std::printf("%-10s %5d %11.3f %13.1f %13.1f %15.2f %12.2f\n", type, group, bits, rate, equivalent,
+                  rate / read_rate, ratio);
       absl::StrAppendFormat(
           &rows,
           "%s    {\"type\": \"%s\", \"group\": %d, \"bits_per_value\": %.4f, \"stored_gb_per_s\": %.2f, "
-          "\"f16_equivalent_gb_per_s\": %.2f, \"share_of_reads\": %.3f, \"ratio_to_f16\": %.3f}",
-          rows.empty() ? "" : ",\n", type, options.groups[g], bits, rate, equivalent, rate / read_rate,
+          "\"f16_equivalent_gb_per_s\": %.2f, \"share_of_reads\": %.3f, \"ratio_to_%s\": %.3f}",
+          rows.empty() ? "" : ",\n", type, group, bits, rate, equivalent, rate / read_rate, options.types[0],
           ratio);
     }
   }
+  pages.clear();
   // Prefill: 512 queries, 4 query heads per KV head, at the end of 4,096 tokens.
   constexpr int kQueries = 512, kTokens = 4096, kGroup = 4;
   std::printf(
@@ -286,10 +321,10 @@ int Main(int argc, char** argv) {
       kQueries, kTokens);
   std::string more;
   for (const std::string& type : options.types) {
-    const Pages pages =
+    const Pages short_pages =
         MakePages(*backend, shape, type,
                   BlockLayout(shape, *ParseCachePair(type)).block_bytes() * (kTokens / kBlockTokens));
-    const double seconds = AttendSeconds(*backend, pages, kGroup, kQueries, 3);
+    const double seconds = MedianSeconds(3, AttendCall(*backend, short_pages, kGroup, kQueries));
     const double flop = 4.0 * shape.kv_heads * kGroup * kQueries * (kTokens - kQueries / 2.0) * options.dim;
     const double values = 2.0 * shape.kv_heads * options.dim * kTokens;
     const double seal = values / SealSeconds(*backend, shape, type, kTokens / kBlockTokens, 3);
