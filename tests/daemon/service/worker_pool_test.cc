@@ -30,8 +30,8 @@ TEST(WorkerPool, SaysNoWhenItsQueueIsFullAndFinishesWhatItTook) {
 }
 
 TEST(WorkerPool, RunsOnAllItsThreads) {
+  std::promise<void> first, second;  // outlive the pool, whose end waits for the work
   WorkerPool pool(2, 16);
-  std::promise<void> first, second;
   // Each waits for the other: one thread alone would never end.
   ASSERT_TRUE(pool.Submit([&] {
     first.set_value();
