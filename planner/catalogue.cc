@@ -10,19 +10,11 @@
 #include "kernels/base/status.h"
 #include "planner/csv.h"
 #include "planner/embedded.h"
+#include "planner/near_names.h"
 #include "planner/units.h"
 
 namespace kvtide::planner {
 namespace {
-
-// Lower case without separators.
-std::string Normal(const std::string& name) {
-  std::string normal;
-  for (char c : name) {
-    if (c != '-' && c != '_' && c != ' ') normal += absl::ascii_tolower(static_cast<unsigned char>(c));
-  }
-  return normal;
-}
 
 // "5s1F" -> "sssssF".
 std::string ExpandKinds(const std::string& unit) {
@@ -170,21 +162,12 @@ std::vector<DeviceBudget> ReadGpus() {
   return gpus;
 }
 
-// Names that contain the asked one or start like it.
 template <class T>
-std::string NearMisses(const std::vector<T>& entries, const std::string& name) {
-  const std::string wanted = Normal(name);
-  std::vector<std::string> near;
-  for (const T& entry : entries) {
-    const std::string have = Normal(entry.name);
-    const bool close = have.find(wanted) != std::string::npos || wanted.find(have) != std::string::npos ||
-                       (wanted.size() >= 4 && have.substr(0, 4) == wanted.substr(0, 4));
-    if (close && near.size() < 8) near.push_back(entry.name);
-  }
-  if (near.empty()) {
-    for (const T& entry : entries) near.push_back(entry.name);
-  }
-  return absl::StrJoin(near, ", ");
+std::string NearestIn(const std::vector<T>& entries, const std::string& name) {
+  constexpr size_t kListed = 5;
+  std::vector<std::string> names;
+  for (const T& entry : entries) names.push_back(entry.name);
+  return absl::StrJoin(NearNames(name, names, kListed), ", ");
 }
 
 double BitsOfQuantisation(const std::string& name) {
@@ -213,23 +196,23 @@ const std::vector<DeviceBudget>& CatalogueGpus() {
 }
 
 absl::StatusOr<ModelGeometry> FindModel(const std::string& name) {
-  const std::string wanted = Normal(name);
+  const std::string wanted = NormalName(name);
   for (const ModelGeometry& model : CatalogueModels()) {
-    if (Normal(model.name) == wanted) return model;
+    if (NormalName(model.name) == wanted) return model;
   }
   return absl::NotFoundError(absl::StrCat(
       "no model '", name,
-      "' in the catalogue, and no file of that name; near: ", NearMisses(CatalogueModels(), name)));
+      "' in the catalogue, and no file of that name; nearest: ", NearestIn(CatalogueModels(), name)));
 }
 
 absl::StatusOr<DeviceBudget> FindGpu(const std::string& name) {
-  const std::string wanted = Normal(name);
+  const std::string wanted = NormalName(name);
   for (const DeviceBudget& gpu : CatalogueGpus()) {
-    const std::string have = Normal(gpu.name);
+    const std::string have = NormalName(gpu.name);
     if (have == wanted || have == "rtx" + wanted) return gpu;
   }
   return absl::NotFoundError(absl::StrCat("no card '", name,
-                                          "' in the catalogue; near: ", NearMisses(CatalogueGpus(), name),
+                                          "' in the catalogue; nearest: ", NearestIn(CatalogueGpus(), name),
                                           "; or give numbers: vram=16GiB,bandwidth=960GB/s"));
 }
 
@@ -240,7 +223,8 @@ absl::StatusOr<Weights> EstimateWeights(const ModelGeometry& model, const std::s
       ParseCsv(kWeightsCsv, "weights.csv", {"model", "quantisation", "size"});
   KVTIDE_CHECK(rows.ok(), std::string(rows.status().message()));
   for (const CsvRow& row : *rows) {
-    if (Normal(row.Text("model")) != Normal(model.name) || row.Text("quantisation") != wanted) continue;
+    if (NormalName(row.Text("model")) != NormalName(model.name) || row.Text("quantisation") != wanted)
+      continue;
     KVTIDE_ASSIGN_OR_RETURN(const int64_t bytes, ParseBytes(row.Text("size")));
     return Weights{bytes, Provenance::kCalibrated,
                    absl::StrCat("published ", wanted, " file of ", model.name, ", ", row.Text("size"))};

@@ -12,7 +12,7 @@
 
 namespace kvtide::planner {
 
-// Case, '-', '_' and spaces do not matter: "gemma-4-26b-a4b" is "Gemma4-26B-A4B". NotFound names near misses.
+// Case, '-', '_' and spaces do not matter: "gemma-4-26b-a4b" is "Gemma4-26B-A4B". NotFound names the nearest.
 absl::StatusOr<ModelGeometry> FindModel(const std::string& name);
 const std::vector<ModelGeometry>& CatalogueModels();
 

@@ -5,6 +5,7 @@
 
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
+#include "kernels/format/catalogue.h"
 #include "planner/csv.h"
 #include "planner/embedded.h"
 
@@ -42,6 +43,16 @@ bool IsYardstick(const TypePair& pair) {
          pair == TypePair{"bf16", "none"};
 }
 
+// Types that store the same bytes under another name (pq3 is planar3) share their measurements.
+std::string StoredAs(const std::string& type) {
+  const auto known = ParseCacheType(type);
+  if (!known.ok() || Info(*known).alias_of == nullptr) return type;
+  return Info(*known).alias_of;
+}
+bool SameBytes(const TypePair& a, const TypePair& b) {
+  return StoredAs(a.k) == StoredAs(b.k) && StoredAs(a.v) == StoredAs(b.v);
+}
+
 int64_t Distance(const QualityRow& row, int64_t context) { return std::llabs(row.context - context); }
 
 Harm HarmOf(const QualityRow& row, bool proxy) {
@@ -75,7 +86,7 @@ Harm FindHarm(const std::vector<QualityRow>& rows, const TypePair& pair, const s
   if (IsYardstick(pair)) return {true, false, 0, "", 0};
   const QualityRow* own = nullptr;
   for (const QualityRow& row : rows) {
-    if (!(row.pair == pair) || row.window_policy != window_policy || row.model != model) continue;
+    if (!SameBytes(row.pair, pair) || row.window_policy != window_policy || row.model != model) continue;
     if (own == nullptr || Distance(row, context) < Distance(*own, context)) own = &row;
   }
   if (own != nullptr) return HarmOf(*own, false);
@@ -83,11 +94,11 @@ Harm FindHarm(const std::vector<QualityRow>& rows, const TypePair& pair, const s
   // Of each other model the row nearest in context; of those the worst.
   Harm worst;
   for (const QualityRow& row : rows) {
-    if (!(row.pair == pair) || row.window_policy != window_policy) continue;
+    if (!SameBytes(row.pair, pair) || row.window_policy != window_policy) continue;
     bool nearest = true;
     for (const QualityRow& other : rows) {
-      nearest &= !(other.pair == pair && other.window_policy == window_policy && other.model == row.model &&
-                   Distance(other, context) < Distance(row, context));
+      nearest &= !(SameBytes(other.pair, pair) && other.window_policy == window_policy &&
+                   other.model == row.model && Distance(other, context) < Distance(row, context));
     }
     if (!nearest) continue;
     if (!worst.measured || row.ppl_change_percent > worst.ppl_change_percent) worst = HarmOf(row, true);

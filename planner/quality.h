@@ -43,8 +43,9 @@ absl::StatusOr<std::vector<QualityRow>> ParseQualityCsv(const std::string& csv, 
 // The rows built into the program.
 const std::vector<QualityRow>& BuiltInQuality();
 
-// The harm of `pair` for `model` at `context`: the row of this model and window policy with the nearest
-// context; failing that, if proxies are accepted, the worst of the other models' rows.
+// The harm of `pair` for `model` at `context` (pairs of the same bytes count as one): the row of this model
+// and window policy with the nearest context; failing that, if proxies are accepted, the worst of the other
+// models' rows.
 Harm FindHarm(const std::vector<QualityRow>& rows, const TypePair& pair, const std::string& model,
               const std::string& window_policy, int64_t context, bool accept_proxy);
 

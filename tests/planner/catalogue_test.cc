@@ -3,6 +3,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <string>
+
 #include "planner/units.h"
 
 namespace kvtide::planner {
@@ -31,6 +34,10 @@ TEST(Catalogue, NamesForgiveCaseAndSeparators) {
 TEST(Catalogue, UnknownNamesListNearOnes) {
   EXPECT_THAT(std::string(FindModel("gemma-4-27b").status().message()), HasSubstr("Gemma4-26B-A4B"));
   EXPECT_THAT(std::string(FindGpu("RTX 5085").status().message()), HasSubstr("vram=16GiB"));
+  EXPECT_THAT(std::string(FindGpu("RTX 5085").status().message()), HasSubstr("RTX 5080"));
+  // A few, even when nothing is like it.
+  const std::string message(FindModel("nosuch").status().message());
+  EXPECT_EQ(std::count(message.begin(), message.end(), ','), 5) << message;
 }
 
 TEST(Catalogue, CardsKnowWhatTheDriverReports) {

@@ -54,6 +54,12 @@ TEST(Quality, ProxiesAreTheWorstOfOtherModelsAndCanBeRefused) {
   EXPECT_FALSE(FindHarm(rows, kTurbo3, "m", "none", 4096, false).measured);
 }
 
+TEST(Quality, OtherNamesOfATypeShareItsMeasurements) {
+  const std::vector<QualityRow> rows = {Row("m", {"q8_0", "planar4"}, "none", 4096, 0.5)};
+  EXPECT_EQ(FindHarm(rows, {"q8_0", "pq4"}, "m", "none", 4096, true).ppl_change_percent, 0.5);
+  EXPECT_FALSE(FindHarm(rows, {"q8_0", "pq3"}, "m", "none", 4096, true).measured);
+}
+
 TEST(Quality, ChangesBelowZeroAreNoGain) {
   const std::vector<QualityRow> rows = {Row("m", {"q8_0", "q8_0"}, "none", 4096, -0.01)};
   EXPECT_EQ(FindHarm(rows, {"q8_0", "q8_0"}, "m", "none", 4096, true).ppl_change_percent, 0);

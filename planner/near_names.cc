@@ -1,0 +1,86 @@
+#include "planner/near_names.h"
+
+#include <algorithm>
+#include <set>
+#include <utility>
+
+#include "absl/strings/ascii.h"
+
+namespace kvtide::planner {
+namespace {
+
+bool IsLetter(char c) { return absl::ascii_isalpha(static_cast<unsigned char>(c)); }
+bool IsDigit(char c) { return absl::ascii_isdigit(static_cast<unsigned char>(c)) || c == '.'; }
+
+// "Llama3.1-8B" -> {"llama", "3.1", "8b"}: runs of letters and of digits; a letter behind digits belongs to
+// them.
+std::set<std::string> Words(const std::string& name) {
+  std::set<std::string> words;
+  std::string word;
+  const auto end_word = [&] {
+    if (!word.empty()) words.insert(std::exchange(word, {}));
+  };
+  for (size_t i = 0; i < name.size(); ++i) {
+    const char c = absl::ascii_tolower(static_cast<unsigned char>(name[i]));
+    if (!IsLetter(c) && !IsDigit(c)) {
+      end_word();
+      continue;
+    }
+    if (!word.empty() && IsLetter(word.back()) && IsDigit(c)) end_word();
+    const bool unit = IsLetter(c) && !word.empty() && IsDigit(word.back()) &&
+                      (i + 1 == name.size() || !IsLetter(name[i + 1]));
+    if (!word.empty() && IsDigit(word.back()) && IsLetter(c) && !unit) end_word();
+    word += c;
+  }
+  end_word();
+  return words;
+}
+
+// Letters that have to be inserted, removed or changed.
+size_t EditDistance(const std::string& a, const std::string& b) {
+  std::vector<size_t> row(b.size() + 1);
+  for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
+  for (size_t i = 1; i <= a.size(); ++i) {
+    size_t diagonal = std::exchange(row[0], i);
+    for (size_t j = 1; j <= b.size(); ++j) {
+      const size_t change = diagonal + (a[i - 1] == b[j - 1] ? 0 : 1);
+      diagonal = row[j];
+      row[j] = std::min({change, row[j] + 1, row[j - 1] + 1});
+    }
+  }
+  return row.back();
+}
+
+// 0 for the same name, 1 for nothing in common; every shared word counts by its length.
+double Distance(const std::string& wanted, const std::string& name) {
+  const std::string a = NormalName(wanted), b = NormalName(name);
+  const double longest = static_cast<double>(std::max({a.size(), b.size(), size_t{1}}));
+  const std::set<std::string> theirs = Words(name);
+  size_t shared = 0;
+  for (const std::string& word : Words(wanted)) shared += theirs.count(word) > 0 ? word.size() : 0;
+  const double by_words = 1 - static_cast<double>(shared) / longest;
+  return std::min(by_words, static_cast<double>(EditDistance(a, b)) / longest);
+}
+
+}  // namespace
+
+std::string NormalName(const std::string& name) {
+  std::string normal;
+  for (const char c : name) {
+    if (c != '-' && c != '_' && c != ' ') normal += absl::ascii_tolower(static_cast<unsigned char>(c));
+  }
+  return normal;
+}
+
+std::vector<std::string> NearNames(const std::string& wanted, const std::vector<std::string>& names,
+                                   size_t count) {
+  std::vector<std::pair<double, std::string>> ranked;
+  for (const std::string& name : names) ranked.emplace_back(Distance(wanted, name), name);
+  std::stable_sort(ranked.begin(), ranked.end(),
+                   [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::vector<std::string> near;
+  for (size_t i = 0; i < std::min(count, ranked.size()); ++i) near.push_back(ranked[i].second);
+  return near;
+}
+
+}  // namespace kvtide::planner
