@@ -23,7 +23,7 @@ LADDER = {
     "kernels/cpu": {"kernels/base", "kernels/format", "kernels"},
     "kernels/cuda": {"kernels/base", "kernels/format", "kernels"},
     "planner": {"kernels/base", "kernels/format"},
-    "proto": set(),
+    "proto": {"kernels/base"},
     "daemon/cache": {"kernels/base", "kernels/format", "kernels"},
     "daemon/metrics": {"kernels/base", "kernels/format", "kernels", "daemon/cache"},
     "daemon/service": {"kernels/base", "kernels/format", "kernels", "daemon/cache", "planner", "proto"},

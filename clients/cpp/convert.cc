@@ -4,21 +4,10 @@
 #include <cstring>
 
 #include "absl/strings/str_cat.h"
+#include "proto/data_type.h"
 
 namespace kvtide::client {
 namespace {
-
-v1::DataType ToProto(DataType type) {
-  switch (type) {
-    case DataType::kF32:
-      return v1::DATA_TYPE_F32;
-    case DataType::kF16:
-      return v1::DATA_TYPE_F16;
-    case DataType::kBf16:
-      return v1::DATA_TYPE_BF16;
-  }
-  return v1::DATA_TYPE_UNSPECIFIED;
-}
 
 void ToProto(const ExactWindow& window, v1::ExactWindow* proto) {
   proto->set_first_blocks(window.first_blocks);
@@ -57,7 +46,7 @@ absl::Status FromGrpc(const grpc::Status& status) {
 }
 
 void ToProto(const TensorRef& tensor, v1::Tensor* proto) {
-  proto->set_dtype(ToProto(tensor.type));
+  proto->set_dtype(DataTypeToProto(tensor.type));
   size_t bytes = DataTypeBytes(tensor.type);
   for (int64_t dimension : tensor.shape) {
     proto->add_shape(dimension);

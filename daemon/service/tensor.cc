@@ -8,24 +8,13 @@
 #include "kernels/base/check.h"
 #include "kernels/base/float16.h"
 #include "kernels/base/status.h"
+#include "proto/data_type.h"
 
 namespace kvtide::service {
 namespace {
 
 std::string ShapeText(const v1::Tensor& tensor) {
   return absl::StrCat("[", absl::StrJoin(tensor.shape(), ", "), "]");
-}
-
-v1::DataType ToProto(DataType type) {
-  switch (type) {
-    case DataType::kF32:
-      return v1::DATA_TYPE_F32;
-    case DataType::kF16:
-      return v1::DATA_TYPE_F16;
-    case DataType::kBf16:
-      return v1::DATA_TYPE_BF16;
-  }
-  return v1::DATA_TYPE_UNSPECIFIED;
 }
 
 // True if any value has all exponent bits set: NaN or infinite. Written so that compilers make vector code of
@@ -40,26 +29,9 @@ bool AnyNotFinite(const void* data, size_t elements, Bits exponent) {
 
 }  // namespace
 
-absl::StatusOr<DataType> FromProto(v1::DataType type) {
-  switch (type) {
-    case v1::DATA_TYPE_F32:
-      return DataType::kF32;
-    case v1::DATA_TYPE_F16:
-      return DataType::kF16;
-    case v1::DATA_TYPE_BF16:
-      return DataType::kBf16;
-    case v1::DATA_TYPE_UNSPECIFIED:
-      return absl::InvalidArgumentError("dtype is not set; known: f32, f16, bf16");
-    default:
-      break;
-  }
-  return absl::InvalidArgumentError(
-      absl::StrCat("unknown dtype ", static_cast<int>(type), "; known: f32, f16, bf16"));
-}
-
 absl::StatusOr<IncomingTensor> CheckTensor(const v1::Tensor& tensor, const std::string& name, int heads,
                                            int dim) {
-  auto type = FromProto(tensor.dtype());
+  auto type = DataTypeFromProto(tensor.dtype());
   if (!type.ok()) return Annotate(type.status(), name);
   if (tensor.shape_size() != 3 || tensor.shape(0) < 1 || tensor.shape(1) != heads || tensor.shape(2) != dim) {
     return absl::InvalidArgumentError(absl::StrCat(name, ": the shape is ", ShapeText(tensor),
@@ -110,7 +82,7 @@ OutgoingTensor::OutgoingTensor(v1::Tensor* proto, DataType type, std::vector<int
     elements_ *= static_cast<size_t>(dimension);
     proto_->add_shape(dimension);
   }
-  proto_->set_dtype(ToProto(type));
+  proto_->set_dtype(DataTypeToProto(type));
   proto_->mutable_data()->resize(elements_ * DataTypeBytes(type));
   if (type != DataType::kF32) wide_.resize(elements_);
 }

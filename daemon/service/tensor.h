@@ -26,8 +26,6 @@ absl::StatusOr<IncomingTensor> CheckTensor(const v1::Tensor& tensor, const std::
 // InvalidArgument with token, head and index of the first value that is NaN or infinite.
 absl::Status CheckFinite(const IncomingTensor& tensor, const std::string& name, int heads, int dim);
 
-absl::StatusOr<DataType> FromProto(v1::DataType type);
-
 // f32 memory for a result, inside the message where it is to be sent as f32. Finish converts to the other
 // types.
 class OutgoingTensor {

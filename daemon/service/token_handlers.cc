@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "daemon/service/handlers.h"
 #include "kernels/base/status.h"
+#include "proto/data_type.h"
 
 namespace kvtide::service {
 namespace {
@@ -61,7 +62,7 @@ absl::Status CheckOptions(const v1::AttentionOptions& options, const LayerGroupS
   }
   *output_type = DataType::kF32;
   if (options.output_dtype() != v1::DATA_TYPE_UNSPECIFIED) {
-    auto type = FromProto(options.output_dtype());
+    auto type = DataTypeFromProto(options.output_dtype());
     if (!type.ok()) return Annotate(type.status(), "options.output_dtype");
     *output_type = *type;
   }
