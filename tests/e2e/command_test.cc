@@ -2,6 +2,7 @@
 // job.
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -21,9 +22,11 @@ struct Outcome {
 
 Outcome Kvtide(std::vector<std::string> arguments) {
   const std::string folder = MakeFolder();
-  arguments.insert(arguments.begin(), KVTIDE_PROGRAM);
+  arguments.insert(arguments.begin(), Program("kvtide"));
   Outcome run;
+  setenv("KVTIDE_DEVICE", TestDevice().c_str(), 1);  // of the daemons that the command starts
   run.exit_code = WaitForExit(StartProgram(arguments, folder + "/log"), 240);
+  unsetenv("KVTIDE_DEVICE");
   run.output = ReadWhole(folder + "/log");
   std::filesystem::remove_all(folder);
   return run;
@@ -63,18 +66,51 @@ TEST(Command, StatusOfADaemonThatIsThereAndOfOneThatIsNot) {
   EXPECT_THAT(none.output, HasSubstr("is kvtided running?"));
 }
 
+// A prediction beside what a daemon with a sequence of that length says it holds.
+TEST(Command, VerifiesAPlanAgainstARunningDaemon) {
+  const auto daemon = TestDaemon::Start({"--metrics-address", "127.0.0.1:0"});
+  const auto client = daemon->Connect();
+  ASSERT_TRUE(client->RegisterModel(SmallModel()).ok());
+  const auto sequence = client->CreateSequence("small", {.pair = "q8_0/turbo4"});
+  ASSERT_TRUE(sequence.ok());
+  ASSERT_TRUE(client->Append(*sequence, 0, Tokens(1, 0, 1000).layers).ok());
+  const std::string folder = MakeFolder();
+  std::ofstream(folder + "/config.json")
+      << R"({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "hidden_size": 256,
+             "intermediate_size": 512, "vocab_size": 1000, "max_position_embeddings": 4096})";
+  const std::string url = "http://" + daemon->metrics_address() + "/metrics";
+  const auto verify = [&](const std::string& context) {
+    return Kvtide({"plan", "verify", "--metrics", url, "--model", folder, "--engine", "kvtide", "--device",
+                   "vram=4GiB,bandwidth=100GB/s", "--pairs", "q8_0/turbo4", "--context", context});
+  };
+  const Outcome exact = verify("1000");
+  EXPECT_EQ(exact.exit_code, 0) << exact.output;
+  EXPECT_THAT(exact.output, AllOf(HasSubstr("kvtided metrics"), HasSubstr("kv"), HasSubstr("+0.0%")))
+      << exact.output;
+  const Outcome wrong = verify("2000");
+  EXPECT_EQ(wrong.exit_code, 0) << wrong.output;
+  EXPECT_THAT(wrong.output, Not(HasSubstr("+0.0%")));
+  const Outcome gone =
+      Kvtide({"plan", "verify", "--metrics", "http://127.0.0.1:1/metrics", "--model", folder, "--device",
+              "vram=4GiB,bandwidth=100GB/s", "--pairs", "f16", "--context", "1000"});
+  EXPECT_NE(gone.exit_code, 0);
+  EXPECT_THAT(gone.output, HasSubstr("127.0.0.1:1"));
+  std::filesystem::remove_all(folder);
+}
+
 // The main job: plan, generate, fork, park, resume, evict; the continuation is the same from every tier.
 TEST(Command, DemoDoesTheMainJobWithEveryKindOfPair) {
   for (const char* type : {"f16", "turbo4"}) {
     const Outcome demo =
         Kvtide({"demo", "--context", "700", "--cache-type-k", type, "--generate", "16", "--no-progress",
-                "--output", "json", "--kvtided", KVTIDED_PROGRAM, "--threads", "2"});
+                "--output", "json", "--kvtided", Program("kvtided"), "--threads", "2"});
     EXPECT_EQ(demo.exit_code, 0) << demo.output;
     EXPECT_THAT(demo.output,
                 AllOf(HasSubstr("\"same_tokens\": true"), Not(HasSubstr("\"same_tokens\": false"))));
     EXPECT_THAT(demo.output, HasSubstr(std::string("\"pair\": \"") + type + "/" + type));
   }
-  const Outcome bad = Kvtide({"demo", "--model", "/nowhere", "--kvtided", KVTIDED_PROGRAM});
+  const Outcome bad = Kvtide({"demo", "--model", "/nowhere", "--kvtided", Program("kvtided")});
   EXPECT_EQ(bad.exit_code, 2) << bad.output;
   EXPECT_THAT(bad.output, HasSubstr("/nowhere"));
 }

@@ -168,7 +168,7 @@ TEST(Life, AClientKilledWhileItAppendsLeavesWholeTokensBehind) {
   const auto client = daemon->Connect();
   ASSERT_TRUE(client->RegisterModel(SmallModel()).ok());
   for (const bool session : {false, true}) {
-    std::vector<std::string> command = {APPENDER_PROGRAM, daemon->address()};
+    std::vector<std::string> command = {Program("kvtide_e2e_appender"), daemon->address()};
     if (session) command.push_back("session");
     const pid_t appender = StartProgram(command, daemon->folder() + "/appender.log");
     ASSERT_GT(appender, 0);

@@ -4,6 +4,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 
@@ -44,7 +45,7 @@ TEST_F(Start, BadConfigFilesAreExplained) {
       {"[]", "config.json"},
       {"{\"device_memory\": \"lots\"}", "device_memory"},
       {"{\"device_memory\": \"-1GiB\"}", "device_memory"},
-      {"{\"device\": \"tpu\"}", "use cpu, cuda:0 or auto"},
+      {"{\"device\": \"tpu\"}", "use cpu, cuda:0, a list"},
       {"{\"default_pair\": \"q9\"}", "turbo4"},
       {"{\"log_level\": \"loud\"}", "use trace, debug, info, warning, error"},
       {"{\"listen\": [\"nowhere\"]}", "unix:/path/to/socket or host:port"},
@@ -151,6 +152,16 @@ TEST_F(Start, AGpuThatIsNotThere) {
   const TestDaemon::Result result = TestDaemon::RunToEnd(arguments);
   EXPECT_EQ(result.exit_code, 1);
   EXPECT_THAT(result.output, AllOf(HasSubstr("cuda:77"), HasSubstr("device cpu works everywhere")));
+}
+
+// Without --device a GPU is used when there is one, and the log says why there is none. A GPU that CUDA is
+// told not to show is one that is not there.
+TEST_F(Start, WithoutAGpuTheCpuServesAndTheLogSaysWhy) {
+  setenv("CUDA_VISIBLE_DEVICES", "", 1);
+  const auto daemon = TestDaemon::Start({"--device", "auto"});
+  unsetenv("CUDA_VISIBLE_DEVICES");
+  EXPECT_THAT(daemon->ready_line(), HasSubstr("device tier 4.00 MiB on cpu"));
+  EXPECT_THAT(daemon->Log(), HasSubstr("no GPU is used: "));
 }
 
 TEST_F(Start, AClientWithoutADaemonSaysWhatToCheck) {

@@ -30,6 +30,23 @@ void Nap() { std::this_thread::sleep_for(std::chrono::milliseconds(5)); }
 
 }  // namespace
 
+std::string TestDevices() {
+  const char* text = std::getenv("KVTIDE_TEST_DEVICE");
+  const std::string device = text == nullptr || *text == 0 ? "cpu" : text;
+  return device.find(',') == std::string::npos ? device + ",cpu" : device;
+}
+
+std::string TestDevice() {
+  const std::string devices = TestDevices();
+  return devices.substr(0, devices.find(','));
+}
+
+std::string Program(const std::string& name) {
+  const char* folder = std::getenv("KVTIDE_TEST_PROGRAMS");
+  if (folder != nullptr && *folder != 0) return std::string(folder) + "/" + name;
+  return name == "kvtided" ? KVTIDED_PROGRAM : name == "kvtide" ? KVTIDE_PROGRAM : APPENDER_PROGRAM;
+}
+
 pid_t StartProgram(const std::vector<std::string>& command, const std::string& log) {
   std::vector<char*> arguments;
   for (const std::string& argument : command) arguments.push_back(const_cast<char*>(argument.c_str()));
@@ -73,9 +90,9 @@ std::string ReadWhole(const std::string& path) {
 std::unique_ptr<TestDaemon> TestDaemon::Start(const std::vector<std::string>& arguments) {
   std::unique_ptr<TestDaemon> daemon(new TestDaemon);
   daemon->folder_ = MakeFolder();
-  std::vector<std::string> command = {KVTIDED_PROGRAM, "--listen", daemon->address(), "--compute-threads",
+  std::vector<std::string> command = {Program("kvtided"), "--listen", daemon->address(), "--compute-threads",
                                       "2"};
-  const std::vector<std::pair<std::string, std::string>> kDefaults = {{"--device", "cpu"},
+  const std::vector<std::pair<std::string, std::string>> kDefaults = {{"--device", TestDevice()},
                                                                       {"--device-memory", "4MiB"},
                                                                       {"--host-memory", "8MiB"},
                                                                       {"--metrics-address", "off"}};
@@ -100,7 +117,7 @@ std::unique_ptr<TestDaemon> TestDaemon::Start(const std::vector<std::string>& ar
 
 TestDaemon::Result TestDaemon::RunToEnd(const std::vector<std::string>& arguments) {
   const std::string folder = MakeFolder();
-  std::vector<std::string> command = {KVTIDED_PROGRAM};
+  std::vector<std::string> command = {Program("kvtided")};
   command.insert(command.end(), arguments.begin(), arguments.end());
   const pid_t pid = StartProgram(command, folder + "/log");
   Result result;

@@ -1,5 +1,6 @@
 // A real kvtided in a process of its own, for tests: on a Unix socket in a private folder, with small tiers
-// on the CPU. The process is stopped with the object. Also the model, rows and reference that the tests use.
+// on the CPU or on what KVTIDE_TEST_DEVICE names. The process is stopped with the object. Also the model,
+// rows and reference that the tests use.
 #pragma once
 
 #include <sys/types.h>
@@ -21,7 +22,8 @@ class TestDaemon {
     std::string output;    // stderr and stdout
   };
 
-  // `arguments` come after --listen (the private socket), --device cpu and small tiers, and win over them.
+  // `arguments` come after --listen (the private socket), --device TestDevice() and small tiers, and win over
+  // them.
   static std::unique_ptr<TestDaemon> Start(const std::vector<std::string>& arguments = {});
   // For daemons that are expected to fail: only the given arguments.
   static Result RunToEnd(const std::vector<std::string>& arguments);
@@ -49,6 +51,14 @@ class TestDaemon {
   std::string folder_, ready_line_;
   pid_t pid_ = -1;
 };
+
+// "cpu", or the first device of KVTIDE_TEST_DEVICE, which is a device of kvtided or a list of them.
+std::string TestDevice();
+// Two devices: all of KVTIDE_TEST_DEVICE if it is a list, else TestDevice() and the CPU.
+std::string TestDevices();
+// The path of "kvtided", "kvtide" or "kvtide_e2e_appender": in the folder KVTIDE_TEST_PROGRAMS, else as
+// built.
+std::string Program(const std::string& name);
 
 // Starts a program with its output in `log`; -1 when it cannot be started.
 pid_t StartProgram(const std::vector<std::string>& command, const std::string& log);

@@ -1,31 +1,175 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: builds with the cuda preset, runs the GPU suite, the sanitizers on small shapes and the
-# benchmarks, and writes tests/bench/results/gpu_*.json.
-#   tests/gpu/run.sh [build folder]      a folder that is already built (or holds the binaries) is not built again
+# Everything that needs a GPU, by one command: tests, sanitizers, benchmarks, demo and evaluation. Builds with the cuda
+# preset, or takes programs that tests/gpu/pack.sh packed elsewhere. Result files go to tests/bench/results.
+#   tests/gpu/run.sh [--programs FILE.tgz|FOLDER] [--stages a,b,...] [--results FOLDER] [--list]
+# Every stage runs, whatever came before; the exit status is 1 if one of them failed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-bin="${1:-}"
-if [ -z "$bin" ]; then
-  cmake --preset cuda
-  cmake --build --preset cuda --target kvtide_test_gpu gpu_attend_bench gpu_moves_bench
-  bin=build/cuda
+
+all=(kernels cache e2e devices sanitizers bench counters demo eval)
+declare -A what=(
+  [kernels]="conformance of the CUDA backend, CUDA IPC, two GPUs if there are two"
+  [cache]="the cache's tests and its simulation with a GPU as the device"
+  [e2e]="kvtided in processes of its own on the GPU, the kvtide command with it"
+  [devices]="kvtided and the cache on two GPUs (skipped with one)"
+  [sanitizers]="compute-sanitizer's four tools on small shapes"
+  [bench]="gpu_attend, gpu_moves, gpu_prefill and gpu_seal benchmarks, f16 attention of PyTorch"
+  [counters]="hardware counters of the main kernels (ncu)"
+  [demo]="kvtide demo on the GPU: the same tokens from every tier"
+  [eval]="kvtide eval on the GPU and on the CPU: perplexities within 0.1 %"
+)
+
+programs="" results="${RESULTS:-tests/bench/results}" stages="${all[*]}"
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --programs) programs="$2"; shift 2 ;;
+    --stages) stages="${2//,/ }"; shift 2 ;;
+    --results) results="$2"; shift 2 ;;
+    --list) for s in "${all[@]}"; do printf '%-12s%s\n' "$s" "${what[$s]}"; done; exit 0 ;;
+    *) echo "usage: tests/gpu/run.sh [--programs FILE.tgz|FOLDER] [--stages $(IFS=,; echo "${all[*]}")] [--results FOLDER]" >&2; exit 2 ;;
+  esac
+done
+for s in $stages; do
+  [[ " ${all[*]} " == *" $s "* ]] || { echo "run.sh: no stage '$s'; known: ${all[*]}" >&2; exit 2; }
+done
+if ! nvidia-smi -L > /dev/null 2>&1; then
+  echo "run.sh: no NVIDIA GPU on this machine" >&2
+  exit 1
 fi
-find_binary() { find "$bin" -name "$1" -type f -perm -u+x | head -1; }
-results="${RESULTS:-tests/bench/results}"
-"$(find_binary kvtide_test_gpu)"
-if command -v compute-sanitizer > /dev/null; then
-  small='--gtest_filter=*PairsOfUnequal*:*CapsLogits*:*SealsWithProfiles*:*RecodesToFewer*:*CopiesMany*'
-  for tool in memcheck racecheck synccheck initcheck; do
-    compute-sanitizer --tool "$tool" --error-exitcode 9 "$(find_binary kvtide_test_gpu)" "$small" | tail -2
+
+work="$(mktemp -d)"
+trap 'rm -rf "$work"' EXIT
+commit="$(git rev-parse --short HEAD 2> /dev/null || echo unknown)"
+if [ -z "$programs" ]; then
+  tests/gpu/pack.sh --out "$work/programs.tgz"
+  programs="$work/programs.tgz"
+fi
+if [ -f "$programs" ]; then
+  mkdir "$work/programs"
+  tar -C "$work/programs" -xzf "$programs"
+  programs="$work/programs"
+fi
+[ -f "$programs/commit" ] && commit="$(cat "$programs/commit")"
+bin="$programs/bin"
+export LD_LIBRARY_PATH="$programs/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+mkdir -p "$results"
+
+gpu="$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1)"
+gpus="$(nvidia-smi -L | wc -l)"
+driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -1)"
+about="\"date\": \"$(date -u +%F)\", \"commit\": \"$commit\", \"driver\": \"$driver\", \"device\": \"$gpu\""
+stamp() { if [ -f "$1" ]; then sed -i "0,/{/s//{\n  \"command\": \"tests\/gpu\/run.sh\", ${about//\//\\/},/" "$1"; fi; }
+# The cases of a test program, spread over processes: each start of CUDA takes a second, which they spend side by side.
+sharded() {
+  local shards="$1" failed=0 i
+  shift
+  for ((i = 0; i < shards; i++)); do
+    GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$i "$@" > "$work/shard.$i" 2>&1 || echo "$?" > "$work/shard.$i.failed" &
   done
-fi
-about="\"date\": \"$(date -u +%F)\", \"commit\": \"$(git rev-parse --short HEAD 2>/dev/null || echo unknown)\", \"driver\": \"$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -1)\", \"device\": \"$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1)\""
-stamp() { sed -i "0,/{/s//{\n  \"command\": \"tests\/gpu\/run.sh\", ${about//\//\\/},/" "$1"; }
-"$(find_binary gpu_attend_bench)" --json "$results/gpu_attend.json"
-stamp "$results/gpu_attend.json"
-"$(find_binary gpu_moves_bench)" --json "$results/gpu_moves.json"
-stamp "$results/gpu_moves.json"
-if python3 -c 'import torch' 2> /dev/null; then
-  python3 tests/bench/gpu_sdpa_baseline.py --json "$results/gpu_f16_baselines.json" --bench "$results/gpu_attend.json"
-  stamp "$results/gpu_f16_baselines.json"
-fi
+  wait
+  for ((i = 0; i < shards; i++)); do
+    if [ -f "$work/shard.$i.failed" ]; then
+      failed=1
+      grep -v -E '^\[ +(RUN|OK) +\]' "$work/shard.$i" | tail -60
+    else
+      grep -E '^\[ +(PASSED|SKIPPED) +\]' "$work/shard.$i" | tail -3 || true
+    fi
+    rm -f "$work/shard.$i" "$work/shard.$i.failed"
+  done
+  return "$failed"
+}
+
+stage_kernels() { "$bin/kvtide_test_gpu" --gtest_brief=1; }
+stage_cache() {
+  KVTIDE_TEST_DEVICE=cuda:0 sharded 4 "$bin/kvtide_test_cache" &&
+    KVTIDE_TEST_DEVICE=cuda:0 KVTIDE_SIM_SEEDS=1:24 "$bin/kvtide_test_sim" --gtest_brief=1
+}
+stage_e2e() { KVTIDE_TEST_DEVICE=cuda:0 KVTIDE_TEST_PROGRAMS="$bin" sharded 6 "$bin/kvtide_test_e2e"; }
+stage_devices() {
+  if [ "$gpus" -lt 2 ]; then
+    echo "SKIPPED: two GPUs are needed, this machine has $gpus"
+    return 0
+  fi
+  export KVTIDE_TEST_DEVICE=cuda:0,cuda:1 KVTIDE_TEST_PROGRAMS="$bin"
+  "$bin/kvtide_test_gpu" --gtest_brief=1 --gtest_filter='TwoDevices.*' &&
+    "$bin/kvtide_test_cache" --gtest_brief=1 --gtest_filter='DevicesTest.*:MovesTest.*' &&
+    KVTIDE_SIM_SEEDS=100:16 "$bin/kvtide_test_sim" --gtest_brief=1 &&
+    "$bin/kvtide_test_e2e" --gtest_brief=1 --gtest_filter='Devices.*'
+}
+stage_sanitizers() {
+  command -v compute-sanitizer > /dev/null || { echo "SKIPPED: compute-sanitizer is not installed"; return 0; }
+  local small='--gtest_filter=*PairsOfUnequal*:*CapsLogits*:*SealsWithProfiles*:*RecodesToFewer*:*CopiesMany*:*Prefill*Small*' failed=0 tool
+  for tool in memcheck racecheck synccheck initcheck; do
+    (compute-sanitizer --tool "$tool" --error-exitcode 9 "$bin/kvtide_test_gpu" "$small" > "$work/$tool" 2>&1 || touch "$work/$tool.failed") &
+  done
+  wait
+  for tool in memcheck racecheck synccheck initcheck; do
+    echo "$tool: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$work/$tool" | tail -1) $(grep -E '^\[  PASSED' "$work/$tool" || true)"
+    if [ -f "$work/$tool.failed" ]; then
+      failed=1
+      tail -40 "$work/$tool"
+    fi
+  done
+  return "$failed"
+}
+stage_bench() {
+  local failed=0 name
+  for name in attend moves prefill seal; do
+    if [ ! -x "$bin/gpu_${name}_bench" ]; then
+      echo "gpu_${name}_bench: not built"
+      continue
+    fi
+    "$bin/gpu_${name}_bench" --json "$work/gpu_$name.json" || { failed=1; continue; }
+    stamp "$work/gpu_$name.json"
+    if [ -f "$work/gpu_$name.json" ]; then cp "$work/gpu_$name.json" "$results/"; fi
+  done
+  if python3 -c 'import torch' 2> /dev/null; then
+    python3 tests/bench/gpu_sdpa_baseline.py --json "$work/gpu_f16_baselines.json" --bench "$results/gpu_attend.json" || failed=1
+    stamp "$work/gpu_f16_baselines.json"
+    if [ -f "$work/gpu_f16_baselines.json" ]; then cp "$work/gpu_f16_baselines.json" "$results/"; fi
+  else
+    echo "f16 baselines: SKIPPED, python3 has no torch"
+  fi
+  return "$failed"
+}
+stage_counters() {
+  if [ ! -x tests/bench/gpu_counters.sh ] || ! command -v ncu > /dev/null; then
+    echo "SKIPPED: needs ncu and tests/bench/gpu_counters.sh"
+    return 0
+  fi
+  tests/bench/gpu_counters.sh "$bin" "$results"
+}
+stage_demo() {
+  KVTIDE_DEVICE=cuda:0 "$bin/kvtide" demo --kvtided "$bin/kvtided" --no-progress --output json > "$work/demo.json" || return 1
+  python3 tests/gpu/check_demo.py "$work/demo.json"
+}
+stage_eval() {
+  local failed=0 set arguments side
+  for set in default_window no_window_no_centring; do
+    arguments="--pairs q8_0/q8_0,q8_0/turbo4,turbo4/turbo4,turbo3/turbo3,planar3/planar3 --exact-window default"
+    [ "$set" = default_window ] || arguments="--pairs q8_0/q8_0,turbo4/turbo4,turbo3/turbo3 --exact-window none --key-centring none"
+    for side in cuda:0 cpu; do
+      # shellcheck disable=SC2086
+      (KVTIDE_DEVICE=$side "$bin/kvtide" eval --kvtided "$bin/kvtided" --windows 4 $arguments --no-layer-errors --no-progress \
+        --output json --out "$work/eval.$set.${side%:0}.json" || touch "$work/eval.failed") &
+    done
+    wait
+    python3 tests/gpu/compare_eval.py "$work/eval.$set.cuda.json" "$work/eval.$set.cpu.json" || failed=1
+    stamp "$work/eval.$set.cuda.json"
+    cp "$work/eval.$set.cuda.json" "$results/gpu_eval_tidelm7m_$set.json" || failed=1
+  done
+  [ ! -f "$work/eval.failed" ] && return "$failed"
+}
+
+echo "$gpus x $gpu, driver $driver, commit $commit; stages: $stages"
+summary=""
+status=0
+for s in $stages; do
+  echo "== $s"
+  begin=$SECONDS
+  if "stage_$s"; then outcome=ok; else outcome=FAILED; status=1; fi
+  summary+="$(printf '%-12s%-8s%4d s' "$s" "$outcome" $((SECONDS - begin)))"$'\n'
+done
+echo "== summary"
+printf '%s' "$summary"
+exit "$status"

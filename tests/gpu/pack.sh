@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Builds what tests/gpu/run.sh runs and packs it with the shared libraries that it needs, for a machine that has a GPU and
+# its driver but not the libraries.
+#   tests/gpu/pack.sh [--build FOLDER] [--out FILE.tgz]     default: build/cuda, build/carry/gpu_tests.tgz
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+build=build/cuda
+out=build/carry/gpu_tests.tgz
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --build) build="$2"; shift 2 ;;
+    --out) out="$2"; shift 2 ;;
+    *) echo "usage: tests/gpu/pack.sh [--build FOLDER] [--out FILE.tgz]" >&2; exit 2 ;;
+  esac
+done
+export CCACHE_BASEDIR="$PWD" CCACHE_NOHASHDIR=1
+cmake --preset cuda -B "$build" > /dev/null
+programs=(kvtided kvtide kvtide_e2e_appender kvtide_test_gpu kvtide_test_cache kvtide_test_sim kvtide_test_e2e)
+known="$(cmake --build "$build" --target help)"
+for bench in gpu_attend_bench gpu_moves_bench gpu_prefill_bench gpu_seal_bench; do
+  if grep -q "^$bench:" <<< "$known"; then programs+=("$bench"); fi
+done
+cmake --build "$build" --target "${programs[@]}"
+folder="$(mktemp -d)"
+trap 'rm -rf "$folder"' EXIT
+mkdir -p "$folder/bin" "$folder/lib" "$(dirname "$out")"
+for program in "${programs[@]}"; do
+  file="$(find "$build" -name "$program" -type f -perm -u+x | head -1)"
+  strip -o "$folder/bin/$program" "$file"
+done
+# The C library and the driver are the machine's own.
+ldd "$folder"/bin/* | awk '$2 == "=>" && $3 ~ /^\// { print $3 }' | sort -u |
+  grep -Ev '/(libc|libm|libdl|librt|libpthread|libresolv|libcuda|ld-linux-x86-64)\.so' |
+  while read -r library; do cp -L "$library" "$folder/lib/"; done
+git rev-parse --short HEAD > "$folder/commit" 2> /dev/null || echo unknown > "$folder/commit"
+tar -C "$folder" -czf "$out" bin lib commit
+echo "$out: ${#programs[@]} programs, $(($(stat -c %s "$out") / 1048576)) MiB"
