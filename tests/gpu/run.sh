@@ -59,12 +59,14 @@ gpus="$(nvidia-smi -L | wc -l)"
 driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -1)"
 about="\"date\": \"$(date -u +%F)\", \"commit\": \"$commit\", \"driver\": \"$driver\", \"device\": \"$gpu\""
 stamp() { if [ -f "$1" ]; then sed -i "0,/{/s//{\n  \"command\": \"tests\/gpu\/run.sh\", ${about//\//\\/},/" "$1"; fi; }
+# Nothing here takes minutes: what does hangs, and must not hold the machine.
+limited() { timeout --kill-after=5 "${LIMIT:-200}" "$@"; }
 # The cases of a test program, spread over processes: each start of CUDA takes a second, which they spend side by side.
 sharded() {
   local shards="$1" failed=0 i
   shift
   for ((i = 0; i < shards; i++)); do
-    GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$i "$@" > "$work/shard.$i" 2>&1 || echo "$?" > "$work/shard.$i.failed" &
+    GTEST_TOTAL_SHARDS=$shards GTEST_SHARD_INDEX=$i limited "$@" > "$work/shard.$i" 2>&1 || echo "$?" > "$work/shard.$i.failed" &
   done
   wait
   for ((i = 0; i < shards; i++)); do
@@ -79,10 +81,10 @@ sharded() {
   return "$failed"
 }
 
-stage_kernels() { "$bin/kvtide_test_gpu" --gtest_brief=1; }
+stage_kernels() { limited "$bin/kvtide_test_gpu" --gtest_brief=1; }
 stage_cache() {
   KVTIDE_TEST_DEVICE=cuda:0 sharded 4 "$bin/kvtide_test_cache" &&
-    KVTIDE_TEST_DEVICE=cuda:0 KVTIDE_SIM_SEEDS=1:24 "$bin/kvtide_test_sim" --gtest_brief=1
+    KVTIDE_TEST_DEVICE=cuda:0 KVTIDE_SIM_SEEDS=1:24 limited "$bin/kvtide_test_sim" --gtest_brief=1
 }
 stage_e2e() { KVTIDE_TEST_DEVICE=cuda:0 KVTIDE_TEST_PROGRAMS="$bin" sharded 6 "$bin/kvtide_test_e2e"; }
 stage_devices() {
@@ -91,16 +93,16 @@ stage_devices() {
     return 0
   fi
   export KVTIDE_TEST_DEVICE=cuda:0,cuda:1 KVTIDE_TEST_PROGRAMS="$bin"
-  "$bin/kvtide_test_gpu" --gtest_brief=1 --gtest_filter='TwoDevices.*' &&
-    "$bin/kvtide_test_cache" --gtest_brief=1 --gtest_filter='DevicesTest.*:MovesTest.*' &&
-    KVTIDE_SIM_SEEDS=100:16 "$bin/kvtide_test_sim" --gtest_brief=1 &&
-    "$bin/kvtide_test_e2e" --gtest_brief=1 --gtest_filter='Devices.*'
+  limited "$bin/kvtide_test_gpu" --gtest_brief=1 --gtest_filter='TwoDevices.*' &&
+    limited "$bin/kvtide_test_cache" --gtest_brief=1 --gtest_filter='DevicesTest.*:MovesTest.*' &&
+    KVTIDE_SIM_SEEDS=100:16 limited "$bin/kvtide_test_sim" --gtest_brief=1 &&
+    limited "$bin/kvtide_test_e2e" --gtest_brief=1 --gtest_filter='Devices.*'
 }
 stage_sanitizers() {
   command -v compute-sanitizer > /dev/null || { echo "SKIPPED: compute-sanitizer is not installed"; return 0; }
   local small='--gtest_filter=*PairsOfUnequal*:*CapsLogits*:*SealsWithProfiles*:*RecodesToFewer*:*CopiesMany*:*Prefill*Small*' failed=0 tool
   for tool in memcheck racecheck synccheck initcheck; do
-    (compute-sanitizer --tool "$tool" --error-exitcode 9 "$bin/kvtide_test_gpu" "$small" > "$work/$tool" 2>&1 || touch "$work/$tool.failed") &
+    (limited compute-sanitizer --tool "$tool" --error-exitcode 9 "$bin/kvtide_test_gpu" "$small" > "$work/$tool" 2>&1 || touch "$work/$tool.failed") &
   done
   wait
   for tool in memcheck racecheck synccheck initcheck; do
@@ -119,12 +121,12 @@ stage_bench() {
       echo "gpu_${name}_bench: not built"
       continue
     fi
-    "$bin/gpu_${name}_bench" --json "$work/gpu_$name.json" || { failed=1; continue; }
+    limited "$bin/gpu_${name}_bench" --json "$work/gpu_$name.json" || { failed=1; continue; }
     stamp "$work/gpu_$name.json"
     if [ -f "$work/gpu_$name.json" ]; then cp "$work/gpu_$name.json" "$results/"; fi
   done
   if python3 -c 'import torch' 2> /dev/null; then
-    python3 tests/bench/gpu_sdpa_baseline.py --json "$work/gpu_f16_baselines.json" --bench "$results/gpu_attend.json" || failed=1
+    limited python3 tests/bench/gpu_sdpa_baseline.py --json "$work/gpu_f16_baselines.json" --bench "$results/gpu_attend.json" || failed=1
     stamp "$work/gpu_f16_baselines.json"
     if [ -f "$work/gpu_f16_baselines.json" ]; then cp "$work/gpu_f16_baselines.json" "$results/"; fi
   else
@@ -137,10 +139,10 @@ stage_counters() {
     echo "SKIPPED: needs ncu and tests/bench/gpu_counters.sh"
     return 0
   fi
-  tests/bench/gpu_counters.sh "$bin" "$results"
+  limited tests/bench/gpu_counters.sh "$bin" "$results"
 }
 stage_demo() {
-  KVTIDE_DEVICE=cuda:0 "$bin/kvtide" demo --kvtided "$bin/kvtided" --no-progress --output json > "$work/demo.json" || return 1
+  KVTIDE_DEVICE=cuda:0 limited "$bin/kvtide" demo --kvtided "$bin/kvtided" --no-progress --output json > "$work/demo.json" || return 1
   python3 tests/gpu/check_demo.py "$work/demo.json"
 }
 stage_eval() {
@@ -150,7 +152,7 @@ stage_eval() {
     [ "$set" = default_window ] || arguments="--pairs q8_0/q8_0,turbo4/turbo4,turbo3/turbo3 --exact-window none --key-centring none"
     for side in cuda:0 cpu; do
       # shellcheck disable=SC2086
-      (KVTIDE_DEVICE=$side "$bin/kvtide" eval --kvtided "$bin/kvtided" --windows 4 $arguments --no-layer-errors --no-progress \
+      (KVTIDE_DEVICE=$side limited "$bin/kvtide" eval --kvtided "$bin/kvtided" --windows 4 $arguments --no-layer-errors --no-progress \
         --output json --out "$work/eval.$set.${side%:0}.json" || touch "$work/eval.failed") &
     done
     wait
