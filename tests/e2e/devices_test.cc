@@ -18,11 +18,13 @@ class Devices : public ::testing::Test {
   Devices() : daemon_(TestDaemon::Start({"--device", TestDevices(), "--metrics-address", "127.0.0.1:0"})) {
     client_ = daemon_->Connect();
     EXPECT_TRUE(client_->RegisterModel(SmallModel()).ok());
-    for (const client::TierInfo& tier : client_->GetServerInfo().value().tiers)
+    const client::ServerInfo info = client_->GetServerInfo().value();
+    for (const client::TierInfo& tier : info.tiers)
       if (tier.name == "device") names_.push_back(tier.device);
   }
   client::SequenceInfo Info(client::SequenceId id) const {
-    for (const client::SequenceInfo& info : client_->ListSequences().value())
+    const std::vector<client::SequenceInfo> all = client_->ListSequences().value();
+    for (const client::SequenceInfo& info : all)
       if (info.id == id) return info;
     ADD_FAILURE() << "sequence " << id << " is not listed";
     return {};
@@ -36,8 +38,8 @@ class Devices : public ::testing::Test {
 TEST_F(Devices, OneBatchOverSequencesOfBoth) {
   ASSERT_EQ(names_.size(), 2u);
   EXPECT_NE(names_[0], names_[1]);
-  EXPECT_THAT(daemon_->ready_line(), AllOf(HasSubstr("device tier 4.00 MiB on " + names_[0]),
-                                           HasSubstr("device tier 4.00 MiB on " + names_[1])));
+  EXPECT_THAT(daemon_->ready_line(), AllOf(HasSubstr("device tier 4.0 MiB on " + names_[0]),
+                                           HasSubstr("device tier 4.0 MiB on " + names_[1])));
   constexpr int kSequences = 4;
   constexpr int64_t kTokens = 300;
   std::vector<client::SequenceId> ids;
@@ -81,7 +83,8 @@ TEST_F(Devices, OneBatchOverSequencesOfBoth) {
     for (const client::TierShare& share : info.tiers)
       EXPECT_EQ(share.blocks, share.tier == "device" && share.device == info.device ? 5 : 0) << share.device;
   }
-  for (const client::TierStats& tier : client_->GetStats().value().tiers)
+  const client::ServerStats stats = client_->GetStats().value();
+  for (const client::TierStats& tier : stats.tiers)
     EXPECT_EQ(tier.used_bytes, tier.name == "device" ? 10 * 65536 : 0) << tier.device;
 }
 
@@ -112,12 +115,12 @@ TEST_F(Devices, StatusAndMetricsNameThem) {
     return text;
   };
   const std::string table = text_of({"status", "--address", daemon_->address()});
-  EXPECT_THAT(table, AllOf(HasSubstr(names_[0]), HasSubstr("device " + names_[1] + " 128.00 KiB")));
+  EXPECT_THAT(table, AllOf(HasSubstr(names_[0]), HasSubstr("device " + names_[1] + " 128.0 KiB")));
   EXPECT_THAT(text_of({"status", "--address", daemon_->address(), "--output", "json"}),
               HasSubstr("\"device\": \"" + names_[1] + "\""));
   const std::string verify = text_of(
       {"plan", "verify", "--metrics", "http://" + daemon_->metrics_address() + "/metrics", "--model",
-       "tinyllama-1.1b", "--device", "vram=4GiB,bandwidth=100GB/s", "--pairs", "f16", "--context", "100"});
+       "Llama3.2-1B", "--device", "vram=4GiB,bandwidth=100GB/s", "--pairs", "f16", "--context", "100"});
   EXPECT_THAT(verify, HasSubstr("kvtided metrics"));
   client::PlanQuestion question;
   question.model = "small";

@@ -160,7 +160,7 @@ TEST_F(Start, WithoutAGpuTheCpuServesAndTheLogSaysWhy) {
   setenv("CUDA_VISIBLE_DEVICES", "", 1);
   const auto daemon = TestDaemon::Start({"--device", "auto"});
   unsetenv("CUDA_VISIBLE_DEVICES");
-  EXPECT_THAT(daemon->ready_line(), HasSubstr("device tier 4.00 MiB on cpu"));
+  EXPECT_THAT(daemon->ready_line(), HasSubstr("device tier 4.0 MiB on cpu"));
   EXPECT_THAT(daemon->Log(), HasSubstr("no GPU is used: "));
 }
 

@@ -52,7 +52,10 @@ fi
 [ -f "$programs/commit" ] && commit="$(cat "$programs/commit")"
 bin="$programs/bin"
 export LD_LIBRARY_PATH="$programs/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
-mkdir -p "$results"
+mkdir -p "$results" "$work/data"
+ln -s "$PWD/clients/engine/models" "$work/data/models"
+ln -s "$PWD/tests/data" "$work/data/texts"
+export KVTIDE_DATA_DIR="$work/data"  # unless it lies beside the programs
 
 gpu="$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1)"
 gpus="$(nvidia-smi -L | wc -l)"
