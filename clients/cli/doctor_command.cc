@@ -70,7 +70,7 @@ GpuFacts AskGpu() {
   GpuFacts facts;
   facts.device_files =
       access("/proc/driver/nvidia/version", F_OK) == 0 || access("/dev/nvidiactl", F_OK) == 0;
-  const absl::StatusOr<planner::DeviceBudget> device = DetectDevice("");
+  const absl::StatusOr<planner::DeviceBudget> device = DetectDevice("auto:0");
   facts.found = device.status();
   if (device.ok()) {
     facts.name = device->name;

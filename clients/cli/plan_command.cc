@@ -8,6 +8,8 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "clients/cli/plan_device.h"
 #include "clients/cli/plan_flags.h"
 #include "clients/cli/plan_io.h"
 #include "kernels/base/status.h"
@@ -130,7 +132,7 @@ absl::Status Explain(const planner::PlanRequest& request, const planner::Plan& p
 }
 
 // The plan's verdict, or an error.
-absl::StatusOr<planner::Verdict> RunPlan(const PlanCommand& command) {
+absl::StatusOr<planner::Verdict> RunPlanOnce(const PlanCommand& command) {
   KVTIDE_ASSIGN_OR_RETURN(const planner::PlanRequest request, MakePlanRequest(command.flags));
   if (command.matrix) {
     PrintMatrix(request);
@@ -153,6 +155,52 @@ absl::StatusOr<planner::Verdict> RunPlan(const PlanCommand& command) {
   if (!text.ok()) return text.status();
   Print(*text);
   return plan.verdict;
+}
+
+// On a machine with several GPUs, --device auto plans for each kind of them: equal ones, with equally much in
+// use, once. Outputs for programs are one plan, for the GPU with the least free memory.
+absl::StatusOr<planner::Verdict> RunPlan(const PlanCommand& command) {
+  const std::string& device = command.flags.device;
+  const bool any = device == "auto" || absl::StartsWith(device, "auto,");
+  if (!any || command.matrix || command.flags.gpus > 0 || absl::StrContains(device, ",count="))
+    return RunPlanOnce(command);
+  const auto found = DetectDevices();
+  if (!found.ok() || found->size() < 2)
+    return RunPlanOnce(command);  // which has the words for what is missing
+  struct Kind {
+    std::vector<std::string> numbers;
+    planner::DeviceBudget device;
+  };
+  std::vector<Kind> kinds;
+  for (size_t i = 0; i < found->size(); i++) {
+    const planner::DeviceBudget& gpu = (*found)[i];
+    const auto same = std::find_if(kinds.begin(), kinds.end(), [&](const Kind& kind) {
+      return kind.device.name == gpu.name && kind.device.UsableBytes() == gpu.UsableBytes();
+    });
+    if (same != kinds.end()) {
+      same->numbers.push_back(absl::StrCat(i));
+    } else {
+      kinds.push_back({{absl::StrCat(i)}, gpu});
+    }
+  }
+  const bool table = command.output == "table" && !command.explain && command.plot.empty();
+  planner::Verdict worst = planner::Verdict::kFits;
+  for (const Kind& kind : kinds) {
+    const std::string text =
+        absl::StrFormat("GPU %s of %d: %s, %s, %s in use\n", absl::StrJoin(kind.numbers, ", "), found->size(),
+                        kind.device.name, planner::FormatBytes(kind.device.vram_bytes),
+                        planner::FormatBytes(kind.device.in_use_bytes));
+    if (!table) {
+      std::fprintf(stderr, "%s", text.c_str());
+      continue;
+    }
+    Print(absl::StrCat(&kind == kinds.data() ? "" : "\n", text));
+    PlanCommand one = command;
+    one.flags.device = absl::StrCat("auto:", kind.numbers[0], device.substr(4));
+    KVTIDE_ASSIGN_OR_RETURN(const planner::Verdict verdict, RunPlanOnce(one));
+    worst = std::max(worst, verdict);
+  }
+  return table ? absl::StatusOr<planner::Verdict>(worst) : RunPlanOnce(command);
 }
 
 absl::Status RunVerify(const PlanCommand& command) {

@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "kernels/base/status.h"
@@ -88,14 +89,14 @@ double PcieGbS(unsigned generation, unsigned lanes) {
   return per_lane * lanes;
 }
 
-absl::StatusOr<planner::DeviceBudget> ReadFirstDevice(const Nvml& nvml) {
+absl::StatusOr<planner::DeviceBudget> ReadDevice(const Nvml& nvml, unsigned index) {
   const auto by_index = nvml.Find<int (*)(unsigned, NvmlDevice*)>("nvmlDeviceGetHandleByIndex_v2");
   const auto memory_of = nvml.Find<int (*)(NvmlDevice, NvmlMemory*)>("nvmlDeviceGetMemoryInfo");
   const auto name_of = nvml.Find<int (*)(NvmlDevice, char*, unsigned)>("nvmlDeviceGetName");
   NvmlDevice device = nullptr;
   NvmlMemory memory{};
   char name[128] = "GPU";
-  if (by_index == nullptr || memory_of == nullptr || by_index(0, &device) != 0 ||
+  if (by_index == nullptr || memory_of == nullptr || by_index(index, &device) != 0 ||
       memory_of(device, &memory) != 0) {
     return absl::NotFoundError("the NVIDIA driver shows no GPU");
   }
@@ -119,9 +120,38 @@ absl::StatusOr<planner::DeviceBudget> ReadFirstDevice(const Nvml& nvml) {
 
 }  // namespace
 
-absl::StatusOr<planner::DeviceBudget> DetectDevice(const std::string& changes) {
+absl::StatusOr<std::vector<planner::DeviceBudget>> DetectDevices() {
   KVTIDE_ASSIGN_OR_RETURN(const std::unique_ptr<Nvml> nvml, Nvml::Open());
-  KVTIDE_ASSIGN_OR_RETURN(planner::DeviceBudget device, ReadFirstDevice(*nvml));
+  unsigned count = 1;  // a library without the call has at least one GPU, or none, which ReadDevice says
+  const auto count_of = nvml->Find<int (*)(unsigned*)>("nvmlDeviceGetCount_v2");
+  if (count_of != nullptr && count_of(&count) != 0) count = 1;
+  std::vector<planner::DeviceBudget> devices;
+  for (unsigned i = 0; i < std::max(count, 1u); i++) {
+    KVTIDE_ASSIGN_OR_RETURN(planner::DeviceBudget device, ReadDevice(*nvml, i));
+    devices.push_back(std::move(device));
+  }
+  return devices;
+}
+
+bool IsAutomatic(const std::string& device) {
+  return absl::StartsWith(device, "auto") && (device.size() == 4 || device[4] == ',' || device[4] == ':');
+}
+
+absl::StatusOr<planner::DeviceBudget> DetectDevice(const std::string& text) {
+  KVTIDE_ASSIGN_OR_RETURN(const std::vector<planner::DeviceBudget> devices, DetectDevices());
+  const size_t comma = std::min(text.find(','), text.size());
+  const std::string changes = text.substr(comma), chosen = text.substr(0, comma);
+  planner::DeviceBudget device = *std::min_element(
+      devices.begin(), devices.end(), [](const planner::DeviceBudget& a, const planner::DeviceBudget& b) {
+        return a.UsableBytes() < b.UsableBytes();
+      });
+  if (chosen != "auto") {
+    size_t index = 0;
+    if (!absl::SimpleAtoi(chosen.substr(5), &index) || index >= devices.size())
+      return absl::NotFoundError(
+          absl::StrCat("no GPU '", chosen.substr(5), "'; this machine has ", devices.size()));
+    device = devices[index];
+  }
   if (changes.empty()) return device;
   // The same syntax as for a named card, with what was detected in front.
   const std::string name = device.name;

@@ -71,10 +71,8 @@ absl::Status Flag(const char* name, const absl::Status& status) { return Annotat
   } while (false)
 
 absl::Status SetDevice(const PlanFlags& flags, PlanRequest* request) {
-  const bool automatic =
-      flags.device.compare(0, 4, "auto") == 0 && (flags.device.size() == 4 || flags.device[4] == ',');
   KVTIDE_FLAG(request->device, "--device",
-              automatic ? DetectDevice(flags.device.substr(4)) : planner::ParseDevice(flags.device));
+              IsAutomatic(flags.device) ? DetectDevice(flags.device) : planner::ParseDevice(flags.device));
   if (!flags.used.empty())
     KVTIDE_FLAG(request->device.in_use_bytes, "--used", planner::ParseBytes(flags.used));
   if (flags.host_memory == "auto") {
@@ -154,7 +152,7 @@ void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
                      "Catalogue name, GGUF file, config.json, or folder of safetensors");
   command
       .add_option("--device", flags->device,
-                  "Card by name, 'auto', or numbers: "
+                  "Card by name, 'auto' (this machine's GPUs; 'auto:1' for one of them), or numbers: "
                   "vram=16GiB,bandwidth=960GB/s,pcie=64GB/s,used=1GiB,count=2,host=64GiB")
       ->capture_default_str();
   command.add_option("--engine", flags->engine, "llama.cpp, vllm or kvtide")->capture_default_str();

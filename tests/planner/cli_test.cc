@@ -143,6 +143,27 @@ TEST(PlanCli, AutoAsksTheDriverAndTheCatalogueForTheRest) {
   EXPECT_EQ(nlohmann::json::parse(changed.out)["device"]["count"], 2);
 }
 
+TEST(PlanCli, AutoPlansForEachKindOfGpu) {
+  const std::string environment = std::string("KVTIDE_FAKE_GPUS=3 LD_LIBRARY_PATH=") + KVTIDE_FAKE_NVML;
+  const std::string plan = "plan --model llama-3.1-8b --weights bf16 --context 32K --concurrency 8 --device ";
+  const Ran table = Kvtide(plan + "auto", environment);
+  EXPECT_EQ(table.code, 0) << table.out;
+  EXPECT_THAT(table.out, AllOf(HasSubstr("GPU 0, 1 of 3: NVIDIA H200, 140.4 GiB, 1.00 GiB in use"),
+                               HasSubstr("GPU 2 of 3: NVIDIA H200, 140.4 GiB, 100.0 GiB in use")));
+  const auto in_use = [&](const std::string& device) {
+    const Ran ran = Kvtide(plan + device + " --output json", environment);
+    return nlohmann::json::parse(ran.out.substr(ran.out.find('{')))["device"]["in_use_bytes"]
+               .get<int64_t>() >>
+           30;
+  };
+  EXPECT_EQ(in_use("auto"), 100) << "what fits on the fullest fits on all";
+  EXPECT_EQ(in_use("auto:1"), 1);
+  EXPECT_EQ(in_use("auto:2,host=64GiB"), 100);
+  const Ran none = Kvtide(plan + "auto:3", environment);
+  EXPECT_EQ(none.code, 2);
+  EXPECT_THAT(none.out, HasSubstr("no GPU '3'; this machine has 3"));
+}
+
 TEST(PlanCli, QualityFilesAreRead) {
   const std::string file = ::testing::TempDir() + "/kvtide_quality_" + std::to_string(getpid()) + ".csv";
   std::ofstream(file) << "model,text,tokens,context,pair_k,pair_v,window_policy,ppl_change_percent,kld_mean,"
