@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
 #include "clients/cli/command_status.h"
+#include "clients/cli/eval_captured.h"
 #include "clients/cli/eval_run.h"
 #include "planner/device.h"
 
@@ -33,7 +34,7 @@ struct EvalFlags {
   std::string memory;
   std::string key_centring = "default", key_equalising = "default";
   std::string output = "table";
-  std::string out_file, plot_file;
+  std::string out_file, plot_file, captured_file;
   bool no_layers = false, no_progress = false;
 };
 
@@ -44,10 +45,24 @@ absl::Status WriteFile(const std::string& path, const std::string& text) {
   return out ? absl::OkStatus() : absl::InvalidArgumentError(absl::StrCat("cannot write ", path));
 }
 
-std::string Render(const EvalReport& report, const std::string& output, const Terminal& terminal) {
+template <class Report>
+std::string Render(const Report& report, const std::string& output, const Terminal& terminal) {
   if (output == "json") return RenderJson(report);
   if (output == "csv") return RenderCsv(report);
   return RenderTable(report, terminal);
+}
+
+template <class Report>
+absl::Status Print(const EvalFlags& flags, const absl::StatusOr<Report>& report) {
+  if (!report.ok()) return report.status();
+  if (!flags.plot_file.empty()) {
+    const absl::Status written = WriteFile(flags.plot_file, RenderSvg(*report));
+    if (!written.ok()) return written;
+  }
+  if (!flags.out_file.empty())
+    return WriteFile(flags.out_file, Render(*report, flags.output, Terminal(false, false, 100)));
+  std::cout << Render(*report, flags.output, Terminal::Of(1)) << std::flush;
+  return absl::OkStatus();
 }
 
 absl::Status RunCommand(EvalFlags& flags) {
@@ -69,16 +84,11 @@ absl::Status RunCommand(EvalFlags& flags) {
   flags.options.layer_errors = !flags.no_layers;
   flags.options.show_progress = !flags.no_progress;
   std::signal(SIGINT, AskToStop);
-  const auto report = RunEval(flags.options, stop_asked);
-  if (!report.ok()) return report.status();
-  if (!flags.plot_file.empty()) {
-    const absl::Status written = WriteFile(flags.plot_file, RenderSvg(*report));
-    if (!written.ok()) return written;
-  }
-  if (!flags.out_file.empty())
-    return WriteFile(flags.out_file, Render(*report, flags.output, Terminal(false, false, 100)));
-  std::cout << Render(*report, flags.output, Terminal::Of(1)) << std::flush;
-  return absl::OkStatus();
+  if (flags.captured_file.empty()) return Print(flags, RunEval(flags.options, stop_asked));
+  const EvalOptions& o = flags.options;
+  const CapturedOptions captured{flags.captured_file, o.pairs,   o.window_policy, o.key_centring,
+                                 o.key_equalising,    o.threads, o.state_file,    o.show_progress};
+  return Print(flags, RunEvalCaptured(captured, stop_asked));
 }
 
 }  // namespace
@@ -92,11 +102,15 @@ void AddEvalCommand(CLI::App& app, int* exit_code) {
       "  kvtide eval --pairs q8_0/q8_0,turbo4/turbo4 --windows 2\n"
       "  kvtide eval --pairs all --exact-window default --output csv --out quality.csv --plot harm.svg\n"
       "  kvtide eval --model ~/Llama-3.2-1B --text book.txt --pairs turbo3/turbo3 --exact-window none "
-      "--resume run.json");
+      "--resume run.json\n"
+      "  kvtide eval --captured book.safetensors --pairs q8_0/turbo4,turbo3/turbo3   (see kvtide capture)");
   EvalOptions& o = flags->options;
   eval->add_option("--model", o.model_folder,
                    "Hugging Face folder (Llama family, safetensors); default: the bundled tidelm-7m");
   eval->add_option("--text", o.text_file, "UTF-8 text; default: the bundled slice of WikiText-2");
+  CLI::Option* captured = eval->add_option("--captured", flags->captured_file,
+                                           "Measure the vectors of this captured K/V/Q file instead: errors "
+                                           "and attention of each layer, no model");
   eval->add_option("--pairs", flags->pairs, "K/V pairs, comma-separated, or all")->capture_default_str();
   eval->add_option("--windows", o.windows, "Windows of the text, from its start")
       ->capture_default_str()
@@ -136,6 +150,9 @@ void AddEvalCommand(CLI::App& app, int* exit_code) {
                    "Use this running daemon (unix:/path or host:port) instead of starting one");
   eval->add_option("--kvtided", o.daemon_program, "The daemon's program; default: beside kvtide, or in PATH");
   eval->add_flag("--no-progress", flags->no_progress, "No progress bar");
+  for (const char* of_model : {"--model", "--text", "--windows", "--context", "--chunk", "--needles",
+                               "--memory", "--address", "--kvtided", "--no-layer-errors"})
+    captured->excludes(eval->get_option(of_model));
   eval->callback([flags, exit_code] {
     const absl::Status status = RunCommand(*flags);
     *exit_code = ExitCode(status);

@@ -2,19 +2,16 @@
 
 #include <algorithm>
 #include <chrono>
-#include <ctime>
 #include <filesystem>
-#include <fstream>
 #include <memory>
 #include <optional>
 
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_split.h"
 #include "clients/cli/bundled.h"
 #include "clients/cli/daemon_process.h"
 #include "clients/cli/eval_state.h"
 #include "clients/cli/progress.h"
+#include "clients/cli/run_facts.h"
 #include "clients/engine/daemon_kv_store.h"
 #include "clients/engine/tokenizer.h"
 #include "kernels/base/status.h"
@@ -27,26 +24,6 @@ constexpr char kYardstick[] = "f16/f16";
 constexpr int64_t kDefaultMemoryLimit = int64_t{4} << 30;
 constexpr int kLayerErrorTokens = 512;
 constexpr uint64_t kNeedleSeed = 20260;
-
-std::string Today() {
-  const std::time_t now = std::time(nullptr);
-  char text[16];
-  std::tm parts{};
-  gmtime_r(&now, &parts);
-  std::strftime(text, sizeof(text), "%Y-%m-%d", &parts);
-  return text;
-}
-
-std::string Machine() {
-  std::ifstream in("/proc/cpuinfo");
-  std::string line, name = "unknown CPU";
-  int cores = 0;
-  while (std::getline(in, line)) {
-    if (line.rfind("processor", 0) == 0) ++cores;
-    if (line.rfind("model name", 0) == 0) name = line.substr(line.find(':') + 2);
-  }
-  return absl::StrCat(name, ", ", cores, " cores");
-}
 
 uint64_t HashTokens(std::span<const int32_t> tokens) {
   uint64_t hash = 1469598103934665603u;  // FNV-1a
@@ -265,15 +242,17 @@ class EvalRun {
     const size_t n = std::min<size_t>(kLayerErrorTokens, context_);
     KVTIDE_ASSIGN_OR_RETURN(const std::vector<LayerVectors> vectors,
                             CaptureVectors(*model_, pool_, {tokens_.data(), n}));
+    std::vector<LayerProbe> probes;
+    for (const LayerVectors& layer : vectors)
+      probes.emplace_back(ShapeOf(model_->kv_geometry()), layer, pool_);
     for (const auto& [name, score] : totals_) {
       KVTIDE_RETURN_IF_ERROR(CheckStop(stop_));
       KVTIDE_ASSIGN_OR_RETURN(const CachePair pair, ParseCachePair(name));
-      ProfileOptions profile = DefaultProfileOptions(pair.k, !policy_.seal_at_once);
-      if (options_.key_centring != client::KeyCentring::kDefault) {
-        profile.mean = options_.key_centring == client::KeyCentring::kFirstBlock;
-      }
-      if (options_.key_equalising == client::KeyEqualising::kNone) profile.equalise = Equalise::kNone;
-      layers_.push_back(MeasureLayerErrors(model_->kv_geometry(), vectors, pair, profile, pool_));
+      const ProfileOptions profile =
+          KeyProfileOptions(pair.k, policy_, options_.key_centring, options_.key_equalising);
+      std::vector<LayerError> errors;
+      for (const LayerProbe& probe : probes) errors.push_back(probe.Measure(pair, profile, policy_, pool_));
+      layers_.push_back(std::move(errors));
     }
     return absl::OkStatus();
   }
@@ -305,9 +284,8 @@ class EvalRun {
     report.context = context_;
     report.chunk = chunk_;
     report.window_policy = options_.window_policy;
-    constexpr const char* kChoices[] = {"default", "none", "first-block"};
-    report.key_centring = kChoices[static_cast<int>(options_.key_centring)];
-    report.key_equalising = kChoices[static_cast<int>(options_.key_equalising)];
+    report.key_centring = ChoiceName(options_.key_centring);
+    report.key_equalising = ChoiceName(options_.key_equalising);
     report.version = info_.version;
     report.date = Today();
     report.machine = Machine();
@@ -353,20 +331,6 @@ class EvalRun {
 };
 
 }  // namespace
-
-absl::StatusOr<WindowPolicy> ParseWindowPolicy(const std::string& text) {
-  if (text == "default") return WindowPolicy{};
-  if (text == "none") return WindowPolicy{{0, 0}, true};
-  const std::vector<std::string> parts = absl::StrSplit(text, '+');
-  WindowPolicy policy;
-  if (parts.size() != 2 || !absl::SimpleAtoi(parts[0], &policy.window.first_blocks) ||
-      !absl::SimpleAtoi(parts[1], &policy.window.last_blocks) || policy.window.first_blocks < 0 ||
-      policy.window.last_blocks < 0) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "exact window \"", text, "\" is neither default, none nor FIRST+LAST in blocks, such as 1+2"));
-  }
-  return policy;
-}
 
 absl::StatusOr<EvalReport> RunEval(const EvalOptions& options, const std::atomic<bool>& stop) {
   return EvalRun(options, stop).Run();

@@ -8,9 +8,9 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "clients/cli/eval_policy.h"
 #include "clients/cli/eval_report.h"
 #include "clients/cpp/client.h"
-#include "kernels/format/exact_window.h"
 
 namespace kvtide::cli {
 
@@ -34,13 +34,6 @@ struct EvalOptions {
   std::string daemon_program;
   bool show_progress = true;
 };
-
-// The exact window of a policy; seal_at_once for "none". INVALID_ARGUMENT for other texts.
-struct WindowPolicy {
-  ExactWindow window;
-  bool seal_at_once = false;
-};
-absl::StatusOr<WindowPolicy> ParseWindowPolicy(const std::string& text);
 
 // CANCELLED when `stop` becomes true; finished windows are in the state file then.
 absl::StatusOr<EvalReport> RunEval(const EvalOptions& options, const std::atomic<bool>& stop);

@@ -1,12 +1,6 @@
 #include "clients/cli/eval_state.h"
 
-#include <cerrno>
-#include <cstdio>
-#include <cstring>
-#include <filesystem>
-#include <fstream>
-
-#include "absl/strings/str_cat.h"
+#include "clients/cli/state_file.h"
 #include "kernels/base/status.h"
 #include "nlohmann/json.hpp"
 
@@ -45,38 +39,23 @@ absl::StatusOr<EvalState> EvalState::Open(const std::string& path, const std::st
   EvalState state;
   state.path_ = path;
   state.key_ = key;
-  std::ifstream in(path);
-  if (path.empty() || !in) return state;
+  KVTIDE_ASSIGN_OR_RETURN(const json saved, ReadStateFile(path, key, "scores"));
   try {
-    const json file = json::parse(in);
-    if (file.at("run") != key) {
-      return absl::FailedPreconditionError(absl::StrCat(path, " belongs to another run (",
-                                                        std::string(file.at("run")), "); this one is ", key,
-                                                        ". Remove it or name another file."));
-    }
-    for (const json& entry : file.at("scores")) {
+    for (const json& entry : saved) {
       state.scores_[{entry.at("pair"), entry.at("window")}] = FromJson(entry.at("score"));
     }
   } catch (const json::exception& error) {
-    return absl::InvalidArgumentError(absl::StrCat(path, " is not a state of kvtide eval: ", error.what()));
+    return NotAState(path, error.what());
   }
   return state;
 }
 
 absl::Status EvalState::Save() const {
-  if (path_.empty()) return absl::OkStatus();
   json scores = json::array();
   for (const auto& [where, score] : scores_) {
     scores.push_back({{"pair", where.first}, {"window", where.second}, {"score", ToJson(score)}});
   }
-  const std::string part = path_ + ".part";
-  std::ofstream out(part);
-  out << json{{"run", key_}, {"scores", scores}}.dump() << "\n";
-  out.close();
-  if (!out || std::rename(part.c_str(), path_.c_str()) != 0) {
-    return absl::InternalError(absl::StrCat("cannot write ", path_, ": ", std::strerror(errno)));
-  }
-  return absl::OkStatus();
+  return WriteStateFile(path_, key_, "scores", scores);
 }
 
 }  // namespace kvtide::cli

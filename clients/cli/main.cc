@@ -1,9 +1,10 @@
-// kvtide: the one command line. Each subcommand has a file of its own and leaves its exit code; this one only puts them
-// together.
+// kvtide: the one command line. Each subcommand has a file of its own and leaves its exit code; this one only
+// puts them together.
 #include <CLI/CLI.hpp>
 #include <csignal>
 #include <cstdio>
 
+#include "clients/cli/capture.h"
 #include "clients/cli/demo.h"
 #include "clients/cli/doctor_command.h"
 #include "clients/cli/eval.h"
@@ -30,6 +31,7 @@ int main(int argc, char** argv) {
   kvtide::cli::AddPlanCommand(app, &exit_code);
   kvtide::cli::AddFleetCommand(app, &exit_code);
   kvtide::cli::AddEvalCommand(app, &exit_code);
+  kvtide::cli::AddCaptureCommand(app, &exit_code);
   kvtide::cli::AddStatusCommand(app, &exit_code);
   kvtide::cli::AddTopCommand(app, &exit_code);
   kvtide::cli::AddDoctorCommand(app, &exit_code);

@@ -133,7 +133,8 @@ std::string ShapeText(std::span<const int64_t> shape) {
   return absl::StrCat("[", absl::StrJoin(shape, ", "), "]");
 }
 
-absl::StatusOr<WeightMap> ParseSafetensors(std::span<const std::byte> file) {
+absl::StatusOr<WeightMap> ParseSafetensors(std::span<const std::byte> file,
+                                           std::map<std::string, std::string>* metadata) {
   if (file.size() < 8) return Damaged(absl::StrCat("it has ", file.size(), " bytes"));
   uint64_t header_bytes = 0;
   for (int i = 7; i >= 0; --i) header_bytes = header_bytes << 8 | static_cast<uint64_t>(file[i]);
@@ -147,7 +148,14 @@ absl::StatusOr<WeightMap> ParseSafetensors(std::span<const std::byte> file) {
   WeightMap tensors;
   std::vector<std::pair<const std::byte*, const std::byte*>> ranges;
   for (const auto& item : header.items()) {
-    if (item.key() == "__metadata__") continue;
+    if (item.key() == "__metadata__") {
+      if (!item.value().is_object()) return Damaged("its metadata is not a JSON object");
+      for (const auto& note : item.value().items()) {
+        if (metadata != nullptr && note.value().is_string())
+          (*metadata)[note.key()] = note.value().get<std::string>();
+      }
+      continue;
+    }
     KVTIDE_ASSIGN_OR_RETURN(WeightTensor tensor, ParseTensor(item.key(), item.value(), data));
     ranges.emplace_back(tensor.bytes.data(), tensor.bytes.data() + tensor.bytes.size());
     tensors.emplace(item.key(), std::move(tensor));

@@ -30,8 +30,10 @@ struct WeightTensor {
 
 using WeightMap = std::map<std::string, WeightTensor>;
 
-// Reads the header of a whole file in memory. The views point into `file`.
-absl::StatusOr<WeightMap> ParseSafetensors(std::span<const std::byte> file);
+// Reads the header of a whole file in memory. The views point into `file`. `metadata` receives the file's
+// notes.
+absl::StatusOr<WeightMap> ParseSafetensors(std::span<const std::byte> file,
+                                           std::map<std::string, std::string>* metadata = nullptr);
 
 // A file mapped into memory, read-only.
 class MappedFile {

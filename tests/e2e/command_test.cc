@@ -35,7 +35,7 @@ Outcome Kvtide(std::vector<std::string> arguments) {
 TEST(Command, ExplainsItselfAndRefusesWhatItDoesNotKnow) {
   const Outcome help = Kvtide({"--help"});
   EXPECT_EQ(help.exit_code, 0);
-  for (const char* name : {"demo", "plan", "fleet", "eval", "status", "top", "doctor"}) {
+  for (const char* name : {"demo", "plan", "fleet", "eval", "capture", "status", "top", "doctor"}) {
     EXPECT_THAT(help.output, HasSubstr(name));
     const Outcome of_command = Kvtide({name, "--help"});
     EXPECT_EQ(of_command.exit_code, 0) << name;

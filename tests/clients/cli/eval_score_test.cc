@@ -119,8 +119,12 @@ TEST_F(EvalTest, LayerErrorsFallWithMoreBitsAndVanishForF16) {
   ASSERT_TRUE(vectors.ok()) << vectors.status();
   const auto measure = [&](const std::string& pair) {
     const CachePair parsed = *ParseCachePair(pair);
-    return MeasureLayerErrors(model_->kv_geometry(), *vectors, parsed, DefaultProfileOptions(parsed.k),
-                              pool_);
+    std::vector<LayerError> errors;
+    for (const LayerVectors& layer : *vectors) {
+      const LayerProbe probe(ShapeOf(model_->kv_geometry()), layer, pool_);
+      errors.push_back(probe.Measure(parsed, DefaultProfileOptions(parsed.k), {{0, 0}, true}, pool_));
+    }
+    return errors;
   };
   const auto f16 = measure("f16/f16"), q8 = measure("q8_0/q8_0"), four = measure("turbo4/turbo4"),
              two = measure("turbo2/turbo2");
@@ -133,6 +137,14 @@ TEST_F(EvalTest, LayerErrorsFallWithMoreBitsAndVanishForF16) {
     // 4 bits of a normal distribution leave about 0.0095 of the energy, 2 bits about 0.12.
     EXPECT_NEAR(four[l].value, std::sqrt(0.0095), 0.02);
     EXPECT_NEAR(two[l].value, std::sqrt(0.12), 0.05);
+    // The same order for what attention makes of it.
+    EXPECT_LT(f16[l].output, 1e-3);
+    EXPECT_LT(q8[l].output, four[l].output);
+    EXPECT_LT(four[l].output, two[l].output);
+    EXPECT_LT(four[l].weight_kld, two[l].weight_kld);
+    EXPECT_GT(four[l].output_cosine, two[l].output_cosine);
+    EXPECT_GE(four[l].weight_top1, two[l].weight_top1);
+    EXPECT_GT(f16[l].output_cosine, 0.999999);
   }
 }
 
