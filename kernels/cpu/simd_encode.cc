@@ -13,7 +13,7 @@
 // clang-format off
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
-#include "kernels/cpu/simd_page-inl.h"
+#include "kernels/cpu/simd_decode-inl.h"
 // clang-format on
 
 KVTIDE_BEFORE_NAMESPACE();
@@ -331,17 +331,6 @@ void Encode(CacheType type, Side side, const HalfLayout& layout, const HeadProfi
   });
 }
 
-void Decode(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
-            const std::byte* half, float* rows) {
-  const CodeTable& table = CodeTableOf(type);
-  if (table.coded()) return DecodeHalf(type, side, layout, profile, half, rows);
-  float row[kMaxDim];
-  for (int t = 0; t < kBlockTokens; t++) {
-    DecodeRowHalf(reinterpret_cast<const uint8_t*>(half), table.bf16, layout.stored_dim, t, row);
-    std::memcpy(rows + t * layout.head_dim, row, static_cast<size_t>(layout.head_dim) * sizeof(float));
-  }
-}
-
 HWY_INLINE void StoreRow(const float* row, bool bf16, int dim, int token, uint16_t* values) {
   const hn::CappedTag<float, 8> f32;
   const hn::Rebind<hwy::float16_t, decltype(f32)> f16;
@@ -385,6 +374,51 @@ bool UsesHadamard(CacheType type) {
 void Rotate(CacheType type, bool inverse, float* x, int dim) {
   if (UsesHadamard(type)) return RotateHadamard(x, dim, inverse);
   inverse ? RotateInverse(type, x, dim) : RotateForward(type, x, dim);
+}
+
+// By tiles, which lie by positions, to rows.
+void DecodeCoded(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
+                 const std::byte* half, float* rows) {
+  const int dim = layout.stored_dim;
+  const size_t width = static_cast<size_t>(layout.head_dim);
+  const float* mean = profile == nullptr || profile->mean.empty() ? nullptr : profile->mean.data();
+  const float* gain = profile == nullptr || profile->gain.empty() ? nullptr : profile->gain.data();
+  hwy::AlignedFreeUniquePtr<uint8_t[]> copy;
+  const auto* bytes = reinterpret_cast<const uint8_t*>(half);
+  if (reinterpret_cast<uintptr_t>(bytes) % HWY_MAX_BYTES != 0) {  // code planes are read in whole vectors
+    copy = hwy::AllocateAligned<uint8_t>(layout.bytes);
+    std::memcpy(copy.get(), bytes, layout.bytes);
+    bytes = copy.get();
+  }
+  const HalfView view{&CodeTableOf(type), dim, layout.groups, bytes, bytes + layout.code_bytes, nullptr};
+  const auto tile = hwy::AllocateAligned<float>(static_cast<size_t>(kBlockTokens * dim));
+  side == Side::kKey ? DecodeCodedKeys(view, tile.get()) : DecodeCodedValues(view, tile.get());
+  alignas(64) float y[kMaxDim];
+  for (int t = 0; t < kBlockTokens; t++) {
+    const int position = TokenPosition(t);
+    if (side == Side::kKey) {
+      for (int d = 0; d < dim; d++) y[d] = tile[static_cast<size_t>(d * kBlockTokens + position)];
+    } else {
+      for (int p = 0; p < dim; p++) y[DimAtPosition(p)] = tile[static_cast<size_t>(position * dim + p)];
+    }
+    Rotate(type, true, y, dim);
+    if (gain != nullptr)
+      for (size_t i = 0; i < width; i++) y[i] /= gain[i];
+    if (mean != nullptr)
+      for (size_t i = 0; i < width; i++) y[i] += mean[i];
+    std::memcpy(rows + static_cast<size_t>(t) * width, y, width * sizeof(float));
+  }
+}
+
+void Decode(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
+            const std::byte* half, float* rows) {
+  const CodeTable& table = CodeTableOf(type);
+  if (table.coded()) return DecodeCoded(type, side, layout, profile, half, rows);
+  float row[kMaxDim];
+  for (int t = 0; t < kBlockTokens; t++) {
+    DecodeRowHalf(reinterpret_cast<const uint8_t*>(half), table.bf16, layout.stored_dim, t, row);
+    std::memcpy(rows + t * layout.head_dim, row, static_cast<size_t>(layout.head_dim) * sizeof(float));
+  }
 }
 
 void UseEncoders(PageKernels& kernels) {
