@@ -354,7 +354,8 @@ class DemoRun {
     KVTIDE_RETURN_IF_ERROR(CheckAndAdd(
         {"park",
          absl::StrCat("the branch rests: ", own.blocks, " blocks of its own (", FormatBytes(own.bytes),
-                      ") went to the host tier, shared ones stay with the main branch"),
+                      ") went to the host tier, ", own.shared_blocks,
+                      " shared ones stay for the main branch (evict both together to park those too)"),
          own.blocks, own.bytes}));
     KVTIDE_ASSIGN_OR_RETURN(const client::MoveResult all, client_->EvictSequences({{main_, branch}}));
     KVTIDE_ASSIGN_OR_RETURN(const client::ServerStats parked, client_->GetStats());

@@ -177,7 +177,8 @@ absl::Status Client::AppendAttend(int layer, std::span<const AppendAttendItem> i
 namespace {
 
 MoveResult ToMoveResult(const v1::EvictSequencesResponse& response) {
-  return {response.blocks(), response.bytes(), response.dropped_blocks(), response.blocks_left()};
+  return {response.blocks(), response.bytes(), response.dropped_blocks(), response.blocks_left(),
+          response.shared_blocks()};
 }
 
 }  // namespace

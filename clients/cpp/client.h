@@ -179,7 +179,8 @@ struct ServerStats {
 struct MoveResult {
   int64_t blocks = 0, bytes = 0;
   int64_t dropped_blocks = 0;
-  int64_t blocks_left = 0;  // stayed where they are: busy, or no room
+  int64_t blocks_left = 0;    // stayed where they are: busy, or no room
+  int64_t shared_blocks = 0;  // stayed for forks outside the call: name all branches to move them too
 };
 struct EvictOptions {
   std::string tier;  // empty = the next lower one

@@ -183,6 +183,7 @@ absl::Status Handlers::EvictSequences(const v1::EvictSequencesRequest& request,
   response->set_bytes(Signed(report.moved_bytes));
   response->set_dropped_blocks(Signed(report.dropped_blocks));
   response->set_blocks_left(Signed(report.left_blocks));
+  response->set_shared_blocks(Signed(report.shared_blocks));
   return absl::OkStatus();
 }
 

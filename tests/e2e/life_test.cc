@@ -118,6 +118,19 @@ TEST(Life, ForkSharesTruncateCutsCloseFrees) {
   // The branches go apart: the fork's new tokens are its own.
   ASSERT_TRUE(client->Append(*fork, 100, Tokens(4, 100, 10).layers).ok());
   EXPECT_GT(client->GetStats().value().tiers.at(0).used_bytes, used);
+
+  // Parking one branch leaves what the other uses, and says so; both together go.
+  const auto one = client->EvictSequences(std::span(&*fork, 1));
+  ASSERT_TRUE(one.ok()) << one.status();
+  EXPECT_EQ(one->blocks, 1);
+  EXPECT_EQ(one->shared_blocks, 1);
+  EXPECT_EQ(one->blocks_left, 0);
+  const client::SequenceId both[] = {*first, *fork};
+  const auto rest = client->EvictSequences(both);
+  ASSERT_TRUE(rest.ok()) << rest.status();
+  EXPECT_EQ(rest->blocks, 2);
+  EXPECT_EQ(rest->shared_blocks, 0);
+  ASSERT_TRUE(client->PrefetchSequences(both).ok());
   const std::vector<float> q = Rows(9, 0, 1, kHeads);
   const Tokens all(3, 0, 100);
   EXPECT_LT(LargestDifference(AttendLast(client.get(), *first, q).value(),
