@@ -125,6 +125,9 @@ stage_bench() {
       continue
     fi
     limited "$bin/gpu_${name}_bench" --json "$work/gpu_$name.json" || { failed=1; continue; }
+    if [ "$name" = prefill ] && [ -f tests/bench/gpu_prefill_baseline.py ] && python3 -c 'import torch' 2> /dev/null; then
+      limited python3 tests/bench/gpu_prefill_baseline.py --bench "$work/gpu_prefill.json" || failed=1
+    fi
     stamp "$work/gpu_$name.json"
     if [ -f "$work/gpu_$name.json" ]; then cp "$work/gpu_$name.json" "$results/"; fi
   done
