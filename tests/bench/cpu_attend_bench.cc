@@ -2,7 +2,7 @@
 //
 //   cpu_attend_bench [--types f16,turbo4,...] [--groups 1,4,8] [--threads N] [--megabytes 512] [--dim 128]
 //   [--repeats 7]
-//                    [--clock wall|cpu] [--json FILE]
+//                    [--clock wall|cpu] [--simd best|avx2|plain] [--json FILE]
 //
 // Decode: one query over one long sequence of 8 KV heads, larger than the last-level cache, time of a whole
 // Attend call (queries turned, states merged). The types take turns, so that what else the machine does meets
@@ -42,6 +42,7 @@ struct Options {
   int dim = 128;
   int repeats = 7;
   bool cpu_clock = false;
+  SimdLevel simd = SimdLevel::kBest;
   std::string json;
 };
 
@@ -65,6 +66,10 @@ Options ParseOptions(int argc, char** argv) {
       options.repeats = std::stoi(value);
     } else if (name == "--clock") {
       options.cpu_clock = value == "cpu";
+    } else if (name == "--simd") {
+      options.simd = value == "avx2"    ? SimdLevel::kAvx2
+                     : value == "plain" ? SimdLevel::kPlain
+                                        : SimdLevel::kBest;
     } else if (name == "--json") {
       options.json = value;
     } else {
@@ -253,6 +258,10 @@ std::string ProcessorName() {
   return "unknown";
 }
 
+const char* LevelName(const Options& options) {
+  return SimdLevelName(options.simd == SimdLevel::kBest ? SupportedSimdLevels().back() : options.simd);
+}
+
 std::string Head(const Options& options, const std::string& command) {
   const std::time_t now = std::time(nullptr);
   char date[32];
@@ -264,7 +273,7 @@ std::string Head(const Options& options, const std::string& command) {
       "\"head_dim\": %d,\n"
       "  \"megabytes\": %d,\n",
       command, date, CommandOutput("git rev-parse --short HEAD 2>/dev/null"), ProcessorName(),
-      options.threads, SimdLevelName(SupportedSimdLevels().back()), options.dim, options.megabytes);
+      options.threads, LevelName(options), options.dim, options.megabytes);
 }
 
 int Main(int argc, char** argv) {
@@ -272,6 +281,7 @@ int Main(int argc, char** argv) {
   if (options.cpu_clock) cpu_clock_threads = options.threads;
   CpuBackendOptions backend_options;
   backend_options.threads = options.threads;
+  backend_options.simd = options.simd;
   const std::unique_ptr<Backend> backend = MakeCpuBackend(backend_options);
   const GroupShape shape{1, 8, options.dim, options.dim};
   const size_t bytes = options.megabytes << 20;
@@ -282,7 +292,7 @@ int Main(int argc, char** argv) {
                          options.repeats);
   }
   std::printf("%s, %d threads, %s, reads %.1f GB/s\n", ProcessorName().c_str(), options.threads,
-              SimdLevelName(SupportedSimdLevels().back()), read_rate);
+              LevelName(options), read_rate);
   std::string rows;
   std::printf("\ndecode     group  bits/value   stored GB/s  f16-eq. GB/s  share of reads  against first\n");
   std::vector<Pages> pages;
