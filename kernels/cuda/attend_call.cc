@@ -6,9 +6,11 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status.h"
+#include "kernels/cuda/attend_args.h"
 #include "kernels/cuda/attend_plan.h"
 #include "kernels/cuda/codec_kernels.h"
 #include "kernels/cuda/kernel_list.h"
+#include "kernels/cuda/prefill_call.h"
 
 namespace kvtide::cuda {
 namespace {
@@ -17,7 +19,6 @@ constexpr float kLog2E = 1.4426950408889634f;
 
 size_t Size(int64_t n) { return static_cast<size_t>(n); }
 int32_t Limit(int64_t n) { return static_cast<int32_t>(std::clamp<int64_t>(n, -(1 << 30), 1 << 30)); }
-int64_t BlocksOf(const BlockRun& run) { return (run.tokens + kBlockTokens - 1) / kBlockTokens; }
 
 absl::Status Launch(const void* function, size_t grid, int block, int shared, bool dependent, void* params, cudaStream_t stream) {
   cudaLaunchConfig_t config{};
@@ -65,12 +66,15 @@ struct GroupPlan {
 
 class Planner {
  public:
-  Planner(const AttendArgs& args, const AttendEnvironment& environment, Workspace& workspace)
-      : args_(args), environment_(environment), workspace_(workspace) {}
+  Planner(const AttendArgs& args, const GroupShape& shape, const AttendEnvironment& environment, Workspace& workspace)
+      : args_(args), environment_(environment), workspace_(workspace), shape_(&shape), group_(args.heads / shape.kv_heads) {
+    for (const AttendItem& item : args.items) {
+      queries_ += Size(item.queries);
+      most_queries_ = std::max(most_queries_, item.queries);
+    }
+  }
 
   absl::Status Run() {
-    KVTIDE_RETURN_IF_ERROR(Validate());
-    if (shape_ == nullptr || queries_ == 0) return absl::OkStatus();
     KVTIDE_RETURN_IF_ERROR(ChooseKernels());
     KVTIDE_RETURN_IF_ERROR(workspace_.Begin(StagingBound()));
     KVTIDE_RETURN_IF_ERROR(workspace_.results.Reserve(ResultBytes()));
@@ -81,36 +85,6 @@ class Planner {
   }
 
  private:
-  absl::Status Validate() {
-    for (const AttendItem& item : args_.items)
-      if (shape_ == nullptr && !item.runs.empty() && item.runs[0].layout != nullptr) shape_ = &item.runs[0].layout->shape();
-    if (args_.items.empty()) return absl::OkStatus();
-    if (shape_ == nullptr)
-      return absl::InvalidArgumentError("no item has a run; pass one of 0 tokens, it says the shape of the heads");
-    if (args_.layer < 0 || args_.layer >= shape_->layers)
-      return absl::InvalidArgumentError(absl::StrCat("layer ", args_.layer, " of ", shape_->layers));
-    if (args_.heads <= 0 || args_.heads % shape_->kv_heads != 0)
-      return absl::InvalidArgumentError(absl::StrCat(args_.heads, " query heads over ", shape_->kv_heads, " KV heads"));
-    for (size_t i = 0; i < args_.items.size(); i++) {
-      const AttendItem& item = args_.items[i];
-      if (item.queries < 0 || (item.queries > 0 && (item.q == nullptr || item.out == nullptr || item.lse == nullptr)))
-        return absl::InvalidArgumentError(absl::StrCat("item ", i, ": queries without q, out or lse"));
-      for (const BlockRun& run : item.runs) {
-        const std::string where = absl::StrCat("item ", i, ", run ", &run - item.runs.data(), ": ");
-        if (run.layout == nullptr) return absl::InvalidArgumentError(where + "no layout");
-        if (!(run.layout->shape() == *shape_)) return absl::InvalidArgumentError(where + "its shape is not that of the first run");
-        if (run.tokens < 0 || BlocksOf(run) > static_cast<int64_t>(run.blocks.size()))
-          return absl::InvalidArgumentError(absl::StrCat(where, run.tokens, " tokens in ", run.blocks.size(), " blocks"));
-        if (run.profile != nullptr && run.profile->k.size() != Size(shape_->layers) * Size(shape_->kv_heads))
-          return absl::InvalidArgumentError(where + "the profile does not have one entry per layer and KV head");
-      }
-      queries_ += item.queries;
-      most_queries_ = std::max(most_queries_, item.queries);
-    }
-    group_ = args_.heads / shape_->kv_heads;
-    return absl::OkStatus();
-  }
-
   const AttendKernel* NativeKernel(const BlockRun& run) const {
     return FindAttendKernel(FormOf(run.layout->pair().k), FormOf(run.layout->pair().v), run.layout->k().stored_dim,
                             run.layout->v().stored_dim, static_cast<int>(most_queries_) * group_);
@@ -383,6 +357,7 @@ class Planner {
   absl::Status Execute() {
     const cudaStream_t stream = workspace_.stream();
     KVTIDE_RETURN_IF_ERROR(workspace_.Send());
+    if (environment_.begin != nullptr) KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment_.begin, stream));
     bool attended = false;
     for (LaunchPlan& plan : launches_) {
       if (plan.units.empty()) continue;
@@ -398,6 +373,7 @@ class Planner {
     }
     const size_t jobs = groups_.size() * Size(tile_rows_);
     KVTIDE_RETURN_IF_ERROR(Launch(combine_, (jobs + 3) / 4, 128, 0, attended, &merge_, stream));
+    if (environment_.end != nullptr) KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment_.end, stream));
     KVTIDE_CUDA_RETURN_IF_ERROR(
         cudaMemcpyAsync(workspace_.results_host.data(), workspace_.results.data(), ResultBytes(), cudaMemcpyDeviceToHost, stream));
     KVTIDE_RETURN_IF_ERROR(workspace_.Finish());
@@ -417,9 +393,10 @@ class Planner {
   const AttendArgs& args_;
   const AttendEnvironment& environment_;
   Workspace& workspace_;
-  const GroupShape* shape_ = nullptr;
+  const GroupShape* const shape_;
+  const int group_;
   size_t queries_ = 0;
-  int most_queries_ = 0, group_ = 1;
+  int most_queries_ = 0;
   int page_dim_ = 0;    // head dim of converted pages
   int tile_rows_ = 0;   // query rows of a unit
   size_t record_bytes_ = 0;
@@ -440,11 +417,24 @@ class Planner {
 absl::Status PrepareAttendKernels() {
   for (const AttendKernel& kernel : AllAttendKernels())
     KVTIDE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes));
-  return absl::OkStatus();
+  return PreparePrefillKernels();
 }
 
 absl::Status AttendCall(const AttendArgs& args, const AttendEnvironment& environment, Workspace& workspace) {
-  return Planner(args, environment, workspace).Run();
+  const GroupShape* shape = nullptr;
+  KVTIDE_RETURN_IF_ERROR(CheckAttendArgs(args, &shape));
+  // Items with many rows go their own way.
+  std::vector<AttendItem> few, many;
+  for (const AttendItem& item : args.items)
+    if (item.queries > 0) (IsPrefill(item, *shape, args.heads, environment.most_decode_rows) ? many : few).push_back(item);
+  AttendArgs part = args;
+  if (!few.empty()) {
+    part.items = few;
+    KVTIDE_RETURN_IF_ERROR(Planner(part, *shape, environment, workspace).Run());
+  }
+  if (many.empty()) return absl::OkStatus();
+  part.items = many;
+  return PrefillCall(part, *shape, environment, workspace);
 }
 
 }  // namespace kvtide::cuda

@@ -4,6 +4,8 @@
 
 #include <type_traits>
 
+#include "kernels/cuda/prefill_tile.h"
+#include "kernels/cuda/row_codec.cuh"
 #include "kernels/format/page_codec.h"
 
 namespace kvtide::cuda {
@@ -12,20 +14,12 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr unsigned kAll = 0xffffffffu;
 
-struct HalfShape {
-  int head_dim, stored_dim, groups;
-  int code_bytes;
-};
-
 // The rows of a half in shared memory; the odd stride keeps columns free of bank conflicts.
 struct Rows {
   float* base;
   int stride;
   __device__ float* row(int t) const { return base + t * stride; }
 };
-
-// F16ToF32 by the hardware: the same value for every finite half.
-__device__ float HalfToFloat(uint32_t bits) { return __half2float(__ushort_as_half(static_cast<unsigned short>(bits))); }
 
 __device__ float SumOverWarp(float x) {
 #pragma unroll
@@ -140,9 +134,6 @@ __device__ uint16_t EncodeGroupByWarp(const float* y, int n, uint8_t* codes, int
   dot = SumOverWarp(dot);
   return ScaleBits(Mul(energy / dot, 1.0f / C::kLevelUnit));
 }
-
-template <class C>
-concept HasBook = requires { typename C::Book; };
 
 __device__ CodeOwner OwnerOf(Side side, CodePlace place, int stored_dim) {
   return side == Side::kKey ? KeyOwner(place, stored_dim) : ValueOwner(place, stored_dim);
@@ -301,7 +292,42 @@ __global__ void __launch_bounds__(kThreads) DecodeKernel(const CodecJob* jobs, H
     if (target == RowTarget::kF32Rows)
       reinterpret_cast<float*>(job.target)[static_cast<int64_t>(t) * job.row_stride + dim] = x;
     else
-      reinterpret_cast<uint16_t*>(job.target)[HalfPrecisionIndex(t, dim, page_dim)] = F32ToF16(fminf(fmaxf(x, -65504.0f), 65504.0f));
+      reinterpret_cast<uint16_t*>(job.target)[target == RowTarget::kF16Page ? HalfPrecisionIndex(t, dim, page_dim) : TileIndex(t, dim, kBlockTokens)] =
+          F32ToF16(fminf(fmaxf(x, -65504.0f), 65504.0f));
+  }
+}
+
+// The same for types without codes and f16 targets: chunks of 8 values find their new place.
+template <class C>
+__global__ void __launch_bounds__(kThreads) MoveHalves(const CodecJob* jobs, HalfShape shape, RowTarget target, int page_dim) {
+  const CodecJob job = jobs[blockIdx.x];
+  const int per_row = page_dim / 8;
+#pragma unroll 4
+  for (int i = static_cast<int>(threadIdx.x); i < kBlockTokens * per_row; i += kThreads) {
+    const int t = i / per_row, dim = i % per_row * 8;
+    uint4 x = make_uint4(0, 0, 0, 0);
+    if (dim < shape.head_dim) {
+      x = *reinterpret_cast<const uint4*>(job.source + 2 * HalfPrecisionIndex(t, dim, shape.stored_dim));
+      // Finite even where no token is: a weight of 0 must give 0.
+      uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (uint32_t& word : words) {
+        if constexpr (std::is_same_v<C, F16>) {
+          __half2 pair;
+          memcpy(&pair, &word, 4);
+          pair = __hmin2(__hmax2(pair, __float2half2_rn(-65504.0f)), __float2half2_rn(65504.0f));
+          memcpy(&word, &pair, 4);
+        } else {
+          float pair[2];
+#pragma unroll
+          for (int e = 0; e < 2; e++) pair[e] = fminf(fmaxf(C::Unpack(static_cast<uint16_t>(word >> (16 * e))), -65504.0f), 65504.0f);
+          word = DeviceWarp::Pack<false>(pair[0], pair[1]);
+        }
+      }
+      x = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+    const int at = target == RowTarget::kF16Page ? HalfPrecisionIndex(t, dim, page_dim) : TileIndex(t, dim, kBlockTokens);
+    *reinterpret_cast<uint4*>(job.target + 2 * at) = x;
   }
 }
 
@@ -340,13 +366,21 @@ constexpr bool IsAlias() {
   return requires { C::kAliasOf; };
 }
 
+int Processors() {
+  int device = 0, count = 1;
+  (void)cudaGetDevice(&device);
+  (void)cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 }  // namespace
 
 cudaError_t LaunchEncode(CacheType type, Side side, const HalfLayout& layout, RowSource source, const CodecJob* jobs, int count,
                          cudaStream_t stream) {
+  if (HasRowCodec(type)) return LaunchRowEncode(type, side, layout, source, jobs, count, Processors(), stream);
   return VisitCodec(Canonical(type), [&](auto codec) {
     using C = decltype(codec);
-    if constexpr (IsAlias<C>()) {
+    if constexpr (IsAlias<C>() || kHasRowCodec<C>) {
       return cudaErrorInvalidValue;
     } else {
       const int d = layout.stored_dim, bytes = kBlockTokens * (d + 1) * 4 + kValueStride * d;
@@ -360,11 +394,18 @@ cudaError_t LaunchEncode(CacheType type, Side side, const HalfLayout& layout, Ro
 
 cudaError_t LaunchDecode(CacheType type, Side side, const HalfLayout& layout, RowTarget target, int page_dim, const CodecJob* jobs,
                          int count, cudaStream_t stream) {
+  if (HasRowCodec(type)) return LaunchRowDecode(type, side, layout, target, page_dim, jobs, count, Processors(), stream);
   return VisitCodec(Canonical(type), [&](auto codec) {
     using C = decltype(codec);
-    if constexpr (IsAlias<C>()) {
+    if constexpr (IsAlias<C>() || kHasRowCodec<C>) {
       return cudaErrorInvalidValue;
     } else {
+      if constexpr (C::kStorage == Storage::kHalf) {
+        if (target != RowTarget::kF32Rows) {
+          MoveHalves<C><<<static_cast<unsigned>(count), kThreads, 0, stream>>>(jobs, ShapeOf(layout), target, page_dim);
+          return cudaGetLastError();
+        }
+      }
       const int bytes = kBlockTokens * (layout.stored_dim + 1) * 4;
       const cudaError_t set = cudaFuncSetAttribute(DecodeKernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
       if (set != cudaSuccess) return set;

@@ -13,6 +13,12 @@
 
 namespace kvtide::cuda {
 
+// One half of a record as the kernels see it.
+struct HalfShape {
+  int head_dim, stored_dim, groups;
+  int code_bytes;
+};
+
 struct alignas(16) CodecJob {
   const std::byte* source = nullptr;
   std::byte* target = nullptr;
@@ -25,13 +31,20 @@ struct alignas(16) CodecJob {
 
 // What an encoder reads: an f16 page of the same shape, or f32 rows in the original frame.
 enum class RowSource { kF16Page, kF32Rows };
-// What a decoder writes: f32 rows, or an f16 page of `page_dim` stored values a row (padding zero).
-enum class RowTarget { kF32Rows, kF16Page };
+// What a decoder writes: f32 rows, or an f16 page or tile (prefill_tile.h) of `page_dim` stored values a row (padding zero).
+enum class RowTarget { kF32Rows, kF16Page, kF16Tile };
 
 cudaError_t LaunchEncode(CacheType type, Side side, const HalfLayout& layout, RowSource source, const CodecJob* jobs, int count,
                          cudaStream_t stream);
 cudaError_t LaunchDecode(CacheType type, Side side, const HalfLayout& layout, RowTarget target, int page_dim, const CodecJob* jobs,
                          int count, cudaStream_t stream);
+
+// The same for the types that row_codec.cuh has code for, cudaErrorInvalidValue for others; `processors` of the device.
+cudaError_t LaunchRowEncode(CacheType type, Side side, const HalfLayout& layout, RowSource source, const CodecJob* jobs, int count,
+                            int processors, cudaStream_t stream);
+cudaError_t LaunchRowDecode(CacheType type, Side side, const HalfLayout& layout, RowTarget target, int page_dim, const CodecJob* jobs,
+                            int count, int processors, cudaStream_t stream);
+bool HasRowCodec(CacheType type);
 
 // Copies rows of a tensor [rows][heads][dim] into an f16 or bf16 page half.
 struct alignas(16) AppendJob {

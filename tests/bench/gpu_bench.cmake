@@ -6,3 +6,8 @@ target_compile_options(gpu_attend_bench PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--exp
 target_link_libraries(gpu_attend_bench PRIVATE kvtide_cuda)
 kvtide_add_executable(gpu_moves_bench gpu_moves_bench.cc)
 target_link_libraries(gpu_moves_bench PRIVATE kvtide_cuda)
+foreach(bench gpu_prefill_bench gpu_seal_bench)
+  kvtide_add_executable(${bench} ${bench}.cu)
+  target_compile_options(${bench} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>)
+  target_link_libraries(${bench} PRIVATE kvtide_cuda)
+endforeach()

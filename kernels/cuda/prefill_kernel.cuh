@@ -1,0 +1,286 @@
+// The prefill kernel: one CTA for one part, some query rows over a run of decoded tiles. K and V tiles come through
+// two stages each, filled while the tile before is computed; warps meet only at the stages. And the merge of parts.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "kernels/cuda/prefill_plan.h"
+#include "kernels/cuda/prefill_tile.h"
+#include "kernels/cuda/prefill_warpgroup.cuh"
+
+namespace kvtide::cuda {
+
+template <int D, bool kWarpgroupsT>
+struct PrefillConfig {
+  static constexpr bool kWarpgroups = kWarpgroupsT;
+  static constexpr int kTilesOfRows = D <= 128 && !kWarpgroups ? 2 : 1;  // of 16 rows, for a warp
+  // Three warpgroups of 168 registers at dim 128: two in each of two CTAs would have 128, too few for the products to overlap.
+  static constexpr int kQueryRows = kWarpgroups && D == 128 ? 192 : 128;
+  using WarpTile = PrefillTile<DeviceWarp, D, kTilesOfRows, kQueryRows>;
+  using Tile = std::conditional_t<kWarpgroups, WarpgroupTile<D, kQueryRows>, WarpTile>;
+  static constexpr int kRowsTogether = Tile::kRowsTogether;
+  static constexpr int kWarps = kQueryRows / Tile::kRows, kThreads = 32 * kWarps;
+  static constexpr int kCtas = D <= 128 && kQueryRows == 128 ? 2 : 1;
+  static constexpr int kQueryBytes = kQueryRows * D * 2;
+  static constexpr int kStagesAt = kQueryBytes;  // K0, K1, V0, V1
+  static constexpr int kScalesAt = kStagesAt + 4 * Tile::kTileBytes;
+  static constexpr int kBarriersAt = kScalesAt + kQueryRows * 4;
+  static constexpr int kSharedBytes = kBarriersAt + 8 * 8 + 1024;  // and what the alignment may take
+};
+
+// Two stages of K tiles and two of V tiles: `full` counts the copy, `empty` the warps that are done with a stage.
+template <class Config>
+struct TileStages {
+  static constexpr int kBytes = Config::Tile::kTileBytes;
+  uint32_t buffer, barriers;
+
+  KVTIDE_DEVICE uint32_t Full(int stage) const { return barriers + 16 * stage; }
+  KVTIDE_DEVICE uint32_t Empty(int stage) const { return barriers + 16 * stage + 8; }
+
+  KVTIDE_DEVICE void Init() const {  // by one thread
+    for (int stage = 0; stage < 4; stage++) {
+      asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(Full(stage)), "n"(kBulk ? 1 : Config::kThreads) : "memory");
+      asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(Empty(stage)), "n"(Config::kWarps) : "memory");
+    }
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+  }
+  static KVTIDE_DEVICE void Wait(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    do {
+#if __CUDA_ARCH__ >= 900
+      asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p,[%1],%2;\nselp.u32 %0,1,0,p;\n}"
+                   : "=r"(done)
+                   : "r"(barrier), "r"(parity)
+                   : "memory");
+#else
+      asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p,[%1],%2;\nselp.u32 %0,1,0,p;\n}"
+                   : "=r"(done)
+                   : "r"(barrier), "r"(parity)
+                   : "memory");
+#endif
+    } while (!done);
+  }
+  // Starts the copy of page `page` (of the part) into a stage: `side` 0 for K, 1 for V. Called by all threads.
+  KVTIDE_DEVICE void Issue(const std::byte* tiles, int side, int page) const {
+    const int stage = 2 * side + page % 2;
+    const std::byte* const source = tiles + static_cast<size_t>(2 * page + side) * kBytes;
+    const uint32_t target = buffer + stage * kBytes;
+    const uint32_t round = static_cast<uint32_t>(page / 2);
+    if constexpr (kBulk) {
+      if (threadIdx.x != 0) return;
+      if (page >= 2) Wait(Empty(stage), (round - 1) & 1);
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(Full(stage)), "n"(kBytes) : "memory");
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(target), "l"(source),
+                   "n"(kBytes), "r"(Full(stage))
+                   : "memory");
+    } else {
+      if (page >= 2) Wait(Empty(stage), (round - 1) & 1);
+      for (int i = static_cast<int>(threadIdx.x) * 16; i < kBytes; i += Config::kThreads * 16)
+        asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(target + i), "l"(source + i) : "memory");
+      asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(Full(stage)) : "memory");
+    }
+  }
+  KVTIDE_DEVICE uint32_t Await(int side, int page) const {
+    const int stage = 2 * side + page % 2;
+    Wait(Full(stage), static_cast<uint32_t>(page / 2) & 1);
+    return buffer + stage * kBytes;
+  }
+  KVTIDE_DEVICE void Release(int side, int page) const {
+    __syncwarp();
+    if (DeviceWarp::Lane() == 0)
+      asm volatile("mbarrier.arrive.shared::cta.b64 _,[%0];" ::"r"(Empty(2 * side + page % 2)) : "memory");
+  }
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr bool kBulk = false;
+#else
+  static constexpr bool kBulk = true;
+#endif
+};
+
+// The warp's rows of queries: halves of q / 2^e in the order of a tile, and scale * 2^e. A power of two keeps queries that
+// were f16 exact.
+template <class Config, int D>
+KVTIDE_DEVICE void LoadQueries(const PrefillParams& params, const PrefillPart& part, uint8_t* area, float* scales, int warp) {
+  constexpr int kRows = Config::Tile::kRows, kAtOnce = 4;
+  const int lane = DeviceWarp::Lane();
+  for (int begin = 0; begin < kRows; begin += kAtOnce) {
+    float2 x[kAtOnce][D / 64];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; k++) {
+      const int r = warp * kRows + begin + k, index = part.first_row + r;
+      const int query = index / part.rows_per_query, head = index % part.rows_per_query;
+      const float* const row = part.query + query * part.query_stride + static_cast<int64_t>(head) * params.head_dim;
+#pragma unroll
+      for (int b = 0; b < D / 64; b++) {
+        const int dim = 64 * b + 2 * lane;
+        x[k][b] = r < part.rows && dim < params.head_dim ? *reinterpret_cast<const float2*>(row + dim) : make_float2(0, 0);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; k++) {
+      const int r = warp * kRows + begin + k;
+      float top = 0;
+#pragma unroll
+      for (int b = 0; b < D / 64; b++) top = fmaxf(top, fmaxf(fabsf(x[k][b].x), fabsf(x[k][b].y)));
+#pragma unroll
+      for (int mask = 16; mask > 0; mask /= 2) top = fmaxf(top, DeviceWarp::ShflXor(top, mask));
+      // 2^-e and 2^e with top < 2^e; below 1e-30 logits vanish.
+      const uint32_t exponent = __float_as_uint(fmaxf(top, 1e-30f)) >> 23;
+      const float inverse = __uint_as_float((253u - exponent) << 23), power = __uint_as_float((exponent + 1u) << 23);
+#pragma unroll
+      for (int b = 0; b < D / 64; b++) {
+        const int at = TileIndex(r, 64 * b + 2 * lane, Config::kQueryRows) * 2;
+        *reinterpret_cast<uint32_t*>(area + at) = DeviceWarp::Pack<false>(x[k][b].x * inverse, x[k][b].y * inverse);
+      }
+      if (lane == 0) scales[r] = fmaxf(params.scale * power, 1e-30f);
+    }
+  }
+  __syncwarp();
+}
+
+template <class Config, int D>
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtas) PrefillKernelFunction(const __grid_constant__ PrefillParams params) {
+  using Tile = typename Config::Tile;
+  constexpr int MT = Config::kTilesOfRows;
+  extern __shared__ uint8_t unaligned[];
+  uint8_t* const shared = unaligned + (1024 - (static_cast<uint32_t>(__cvta_generic_to_shared(unaligned)) & 1023)) % 1024;
+  const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const int warp = static_cast<int>(threadIdx.x) >> 5, lane = DeviceWarp::Lane(), n = lane >> 2, c = lane & 3;
+  const PrefillPart part = params.parts[blockIdx.x];
+  const TileStages<Config> stages{base + Config::kStagesAt, base + Config::kBarriersAt};
+  if (threadIdx.x == 0) stages.Init();
+  __syncthreads();
+  stages.Issue(part.tiles, 0, 0);
+  stages.Issue(part.tiles, 1, 0);
+  auto* const scales = reinterpret_cast<float*>(shared + Config::kScalesAt);
+  LoadQueries<Config, D>(params, part, shared, scales, warp);
+  int query_warp = warp;  // whose first row the products begin at
+#if __CUDA_ARCH__ >= 900
+  if constexpr (Config::kWarpgroups) {
+    query_warp = warp / (Config::kRowsTogether / 16) * (Config::kRowsTogether / 16);
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    __syncthreads();
+  }
+#endif
+
+  const auto limits_of = [&](int r) {  // rows past the end are computed like the last one
+    const int query = (part.first_row + min(r, part.rows - 1)) / part.rows_per_query;
+    return RowLimits{part.window_begin + query, min(part.tokens, part.causal_end + query)};
+  };
+  // What all rows that are multiplied together see, and what any does.
+  const int first_row = query_warp * Tile::kRows, rows_together = Config::kRowsTogether;
+  const RowLimits first = limits_of(first_row), last = limits_of(first_row + rows_together - 1);
+  const float softcap = params.softcap;
+
+  Tile tile;
+  tile.Reset();
+  const uint32_t query = base + query_warp * Tile::kRows * 128;
+#pragma unroll 1
+  for (int page = 0; page < part.pages; page++) {
+    const int begin = page * kBlockTokens, end = begin + kBlockTokens;
+    const bool visible = begin < last.end && end > first.begin;
+    if (page + 1 < part.pages) stages.Issue(part.tiles, 0, page + 1);
+    float logits[MT][Tile::kGroups][4];
+    const uint32_t keys = stages.Await(0, page);
+    if (visible) tile.KeyStage(query, keys, logits);
+    stages.Release(0, page);
+    if (page + 1 < part.pages) stages.Issue(part.tiles, 1, page + 1);
+    uint32_t weights[MT][Tile::kGroups / 2][4];
+    if (visible) {
+      float multiplier[MT][2];
+#pragma unroll
+      for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) multiplier[m][h] = scales[warp * Tile::kRows + 16 * m + n + 8 * h];
+      if (softcap > 0) Tile::Cap(softcap, multiplier, logits);
+      if (begin < last.begin || end > first.end) {
+        RowLimits limits[MT][2];
+#pragma unroll
+        for (int m = 0; m < MT; m++)
+#pragma unroll
+          for (int h = 0; h < 2; h++) limits[m][h] = limits_of(warp * Tile::kRows + 16 * m + n + 8 * h);
+        Tile::Mask(begin, limits, logits);
+      }
+      tile.Weigh(logits, multiplier, weights);
+    }
+    const uint32_t values = stages.Await(1, page);
+    if (visible) tile.ValueStage(values, weights);
+    stages.Release(1, page);
+  }
+  tile.Finish();
+#pragma unroll
+  for (int m = 0; m < MT; m++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int r = warp * Tile::kRows + 16 * m + n + 8 * h;
+      if (r >= part.rows) continue;
+      const size_t row = static_cast<size_t>(blockIdx.x) * Config::kQueryRows + r;
+      if (c == 0) params.sums[row] = make_float2(tile.Reference(m, h), tile.sum[m][h]);
+#pragma unroll
+      for (int j = 0; j < D / 8; j++)
+        *reinterpret_cast<float2*>(params.outputs + row * D + 8 * j + 2 * c) =
+            make_float2(tile.output[m][j][2 * h], tile.output[m][j][2 * h + 1]);
+    }
+}
+
+// One warp for each row: partial states of this launch, and the state that output and lse hold from launches before.
+template <int D>
+__global__ void __launch_bounds__(32 * kMergeWarps) PrefillMergeFunction(const __grid_constant__ PrefillMergeParams params) {
+  constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+  const int lane = DeviceWarp::Lane();
+  const int job = static_cast<int>(blockIdx.x) * kMergeWarps + (static_cast<int>(threadIdx.x) >> 5);
+  if (job / params.rows >= params.group_count) return;
+  const PrefillGroup& group = params.groups[job / params.rows];
+  const int r = job % params.rows;
+  if (r >= group.rows || (!group.fresh && group.slots == 0)) return;
+  const int index = group.first_row + r, query = index / group.rows_per_query, head = index % group.rows_per_query;
+  float* const lse = group.lse + query * group.lse_stride + head;
+  float* const out = group.output + query * group.output_stride + static_cast<int64_t>(head) * params.head_dim;
+  // A sink counts as a state of output 0.
+  const float before = !group.fresh ? *lse * kLog2E : group.sinks != nullptr ? group.sinks[head] * kLog2E : -INFINITY;
+  float reference = before;
+  for (uint32_t s = static_cast<uint32_t>(lane); s < group.slots; s += 32) {
+    const float2 v = params.sums[static_cast<size_t>(params.slots[group.first_slot + s]) * params.rows + r];
+    if (v.y > 0) reference = fmaxf(reference, v.x);
+  }
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) reference = fmaxf(reference, DeviceWarp::ShflXor(reference, mask));
+  float sum = before == -INFINITY ? 0.0f : exp2f(before - reference);
+  float2 total[D / 64];
+#pragma unroll
+  for (int b = 0; b < D / 64; b++) {
+    const int dim = 64 * b + 2 * lane;
+    total[b] = make_float2(0, 0);
+    if (!group.fresh && dim < params.head_dim) {
+      const float2 x = *reinterpret_cast<const float2*>(out + dim);
+      total[b] = make_float2(x.x * sum, x.y * sum);
+    }
+  }
+#pragma unroll 2
+  for (uint32_t s = 0; s < group.slots; s++) {
+    const size_t row = static_cast<size_t>(params.slots[group.first_slot + s]) * params.rows + r;
+    const float2 v = params.sums[row];
+    const float weight = v.y > 0 ? exp2f(v.x - reference) : 0.0f;
+    sum += v.y * weight;
+#pragma unroll
+    for (int b = 0; b < D / 64; b++) {
+      const float2 x = *reinterpret_cast<const float2*>(params.outputs + row * D + 64 * b + 2 * lane);
+      total[b].x += weight * x.x;
+      total[b].y += weight * x.y;
+    }
+  }
+  const float normal = sum > 0 ? 1.0f / sum : 0.0f;
+#pragma unroll
+  for (int b = 0; b < D / 64; b++) {
+    const int dim = 64 * b + 2 * lane;
+    if (dim < params.head_dim) *reinterpret_cast<float2*>(out + dim) = make_float2(total[b].x * normal, total[b].y * normal);
+  }
+  if (lane == 0) *lse = sum > 0 ? (reference + log2f(sum)) * kLn2 : -INFINITY;
+}
+
+}  // namespace kvtide::cuda
