@@ -1,6 +1,7 @@
-// What differs between generations of GPUs, as functions of the compute capability (x.y is 10 * x + y here): shared memory
-// of a CTA decides how many warps and ring slots a kernel has, so a kernel exists once for each size that the build's
-// architectures have. Host code picks by the code image that the device runs, device code by __CUDA_ARCH__; both ask here.
+// What differs between generations of GPUs, as functions of the compute capability (x.y is 10 * x + y here):
+// shared memory of a CTA decides how many warps and ring slots a kernel has, so a kernel exists once for each
+// size that the build's architectures have. Host code picks by the code image that the device runs, device
+// code by __CUDA_ARCH__; both ask here.
 #pragma once
 
 #include "kernels/base/host_device.h"
@@ -13,12 +14,15 @@ inline constexpr int kOldestCapability = 80;
 KVTIDE_HD constexpr int SharedLimitOf(int capability) {
   switch (capability) {
     case 80:
-    case 87: return 163 * 1024;
+    case 87:
+      return 163 * 1024;
     case 86:
     case 89:
     case 120:
-    case 121: return 99 * 1024;
-    default: return 227 * 1024;  // 9.0, 10.x, 11.0
+    case 121:
+      return 99 * 1024;
+    default:
+      return 227 * 1024;  // 9.0, 10.x, 11.0
   }
 }
 inline constexpr int kSharedLimits[] = {227 * 1024, 163 * 1024, 99 * 1024};

@@ -1,10 +1,9 @@
-#include "kernels/cuda/device_image.h"
-
 #include <string>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/capability.h"
 #include "kernels/cuda/device.h"
+#include "kernels/cuda/device_image.h"
 
 namespace kvtide::cuda {
 namespace {
@@ -20,19 +19,22 @@ absl::StatusOr<DeviceImage> FindDeviceImage(int device) {
   int major = 0, minor = 0, shared = 0;
   KVTIDE_CUDA_RETURN_IF_ERROR(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   KVTIDE_CUDA_RETURN_IF_ERROR(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  KVTIDE_CUDA_RETURN_IF_ERROR(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  KVTIDE_CUDA_RETURN_IF_ERROR(
+      cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
   DeviceImage image;
   image.capability = 10 * major + minor;
   const auto refuse = [&](const std::string& why) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("CUDA device ", device, " has compute capability ", Number(image.capability), "; ", why));
+    return absl::FailedPreconditionError(absl::StrCat("CUDA device ", device, " has compute capability ",
+                                                      Number(image.capability), "; ", why));
   };
-  if (image.capability < kOldestCapability) return refuse(absl::StrCat(Number(kOldestCapability), " or newer is needed"));
+  if (image.capability < kOldestCapability)
+    return refuse(absl::StrCat(Number(kOldestCapability), " or newer is needed"));
   std::string built;
-  for (const int arch : {__CUDA_ARCH_LIST__}) absl::StrAppend(&built, built.empty() ? "" : ", ", Number(arch / 10));
-  const std::string rebuild =
-      absl::StrCat("this build of KVTIDE has code for ", built, "; build it with CMAKE_CUDA_ARCHITECTURES=", image.capability,
-                   image.capability == 90 ? "a" : "", "-real");
+  for (const int arch : {__CUDA_ARCH_LIST__})
+    absl::StrAppend(&built, built.empty() ? "" : ", ", Number(arch / 10));
+  const std::string rebuild = absl::StrCat("this build of KVTIDE has code for ", built,
+                                           "; build it with CMAKE_CUDA_ARCHITECTURES=", image.capability,
+                                           image.capability == 90 ? "a" : "", "-real");
   cudaFuncAttributes attributes{};
   const cudaError_t error = cudaFuncGetAttributes(&attributes, Probe);
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {

@@ -11,7 +11,8 @@ struct DeviceImage {
   int shared_limit = 0;      // bytes of shared memory of a CTA that this code counts on (capability.h)
 };
 
-// FailedPrecondition when the GPU is too old or the build holds no code for it; the message says what to build.
+// FailedPrecondition when the GPU is too old or the build holds no code for it; the message says what to
+// build.
 absl::StatusOr<DeviceImage> FindDeviceImage(int device);
 
 }  // namespace kvtide::cuda
