@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -51,8 +52,11 @@ struct LaunchPlan {
   std::vector<Conversion> conversions;
   size_t scratch_used = 0;
 
-  std::vector<AttendShare> shares;
+  std::vector<AttendWorker> workers;
+  int most_rows = 0;  // of a unit
   AttendParams params;
+
+  int warps() const { return kernel->threads / 32; }
 };
 
 struct UnitRef {
@@ -95,8 +99,7 @@ class Planner {
     for (const int dim : kKernelDims)
       if (page_dim_ == 0 && dim >= wide) page_dim_ = dim;
     converted_ = FindAttendKernel(Form::kF16, Form::kF16, page_dim_, page_dim_, most_queries_ * group_);
-    combine_ = FindCombineKernel(page_dim_);
-    if (converted_ == nullptr || combine_ == nullptr)
+    if (converted_ == nullptr)
       return absl::InvalidArgumentError(absl::StrCat("head dims K ", shape_->head_dim_k, " and V ", shape_->head_dim_v, " have no kernel"));
     tile_rows_ = converted_->rows;
     for (const AttendItem& item : args_.items)
@@ -117,14 +120,15 @@ class Planner {
   // An upper bound of what is uploaded.
   size_t StagingBound() const {
     size_t bytes = queries_ * Size(args_.heads) * Size(shape_->head_dim_k) * sizeof(float), arrays = 16;
-    const size_t heads = Size(shape_->kv_heads);
+    const size_t heads = Size(shape_->kv_heads), workers = Size(environment_.processors) * Size(kMostWarps);
     for (const AttendItem& item : args_.items) {
       const size_t tiles = Size(TilesOf(item));
       bytes += tiles * heads * sizeof(CombineGroup);
       arrays++;
       for (const BlockRun& run : item.runs) {
         const size_t chunks = Size(BlocksOf(run) / pages_per_chunk_ + 2);
-        bytes += chunks * (tiles * heads * (sizeof(AttendUnit) + sizeof(CombineSource)) + Size(environment_.processors) * sizeof(AttendShare));
+        bytes += chunks * (tiles * heads * (sizeof(AttendUnit) + sizeof(CombineSource)) + workers * (sizeof(AttendWorker) + sizeof(uint32_t)) +
+                 tiles * heads * sizeof(uint32_t));
         bytes += run.blocks.size() * (sizeof(std::byte*) + 2 * heads * sizeof(CodecJob));
         bytes += 2 * heads * (Size(shape_->head_dim_k) * sizeof(float) + 256);
         arrays += 8 * chunks;
@@ -292,33 +296,39 @@ class Planner {
 
   // Numbers pages, cuts shares, allocates partial states and places everything that the device reads.
   absl::Status Place() {
-    size_t partial_bytes = 0;
+    size_t partial_bytes = 0, query_bytes = 0;
     for (LaunchPlan& plan : launches_) {
       if (plan.units.empty()) continue;
       NumberPages(&plan.units);
-      plan.shares = CutShares(plan.units, environment_.processors);
-      const size_t rows = SlotCount(plan.units.size(), plan.shares.size()) * Size(plan.kernel->rows);
-      partial_bytes += (rows * (Size(plan.kernel->dv) * sizeof(float) + sizeof(float2)) + 255) / 256 * 256 + 256;
+      plan.workers = CutShares(plan.units, environment_.processors, plan.warps());
+      for (const AttendUnit& unit : plan.units) plan.most_rows = std::max(plan.most_rows, unit.rows);
+      const size_t rows = SlotCount(plan.units.size(), plan.workers.size()) * Size(plan.kernel->rows);
+      query_bytes += plan.units.size() * Size(plan.kernel->query_bytes);
+      partial_bytes += (rows * (Size(plan.kernel->dv) * sizeof(float) + sizeof(StateHead)) + 255) / 256 * 256 + 256;
     }
     KVTIDE_RETURN_IF_ERROR(workspace_.partials.Reserve(partial_bytes));
+    KVTIDE_RETURN_IF_ERROR(workspace_.queries.Reserve(query_bytes));
     KVTIDE_RETURN_IF_ERROR(workspace_.scratch.Reserve(scratch_needed_));
     std::byte* const scratch = workspace_.scratch.data();
     for (const auto& [table, count] : scratch_tables_)
       for (size_t i = 0; i < count; i++) table[i] = scratch + reinterpret_cast<size_t>(table[i]);
-    size_t at = 0;
+    size_t at = 0, query_at = 0;
     for (LaunchPlan& plan : launches_) {
       if (plan.units.empty()) continue;
-      const size_t rows = SlotCount(plan.units.size(), plan.shares.size()) * Size(plan.kernel->rows);
+      const size_t rows = SlotCount(plan.units.size(), plan.workers.size()) * Size(plan.kernel->rows);
       AttendParams& params = plan.params;
       params.units = workspace_.Upload(plan.units);
-      params.shares = workspace_.Upload(plan.shares);
+      params.workers = workspace_.Upload(plan.workers);
+      params.queries = workspace_.queries.data() + query_at;
+      query_at += plan.units.size() * Size(plan.kernel->query_bytes);
       params.outputs = reinterpret_cast<float*>(workspace_.partials.data() + at);
       at += (rows * Size(plan.kernel->dv) * sizeof(float) + 255) / 256 * 256;
-      params.sums = reinterpret_cast<float2*>(workspace_.partials.data() + at);
-      at += (rows * sizeof(float2) + 255) / 256 * 256;
+      params.sums = reinterpret_cast<StateHead*>(workspace_.partials.data() + at);
+      at += (rows * sizeof(StateHead) + 255) / 256 * 256;
       params.head_dim = shape_->head_dim_k;
       params.k_rotation = plan.k_rotation;
       params.scale = args_.scale * kLog2E;
+      params.key_scale = params.scale * plan.kernel->key_unit;
       params.softcap = args_.softcap * kLog2E;
       for (LaunchPlan::Conversion& conversion : plan.conversions) {
         for (std::vector<CodecJob>* jobs : {&conversion.k, &conversion.v})
@@ -329,21 +339,34 @@ class Planner {
     }
     std::vector<CombineGroup> groups;
     std::vector<CombineSource> sources;
+    std::vector<uint32_t> slots;
     for (GroupPlan& plan : groups_) {
+      uint32_t most_slots = 0;
       plan.group.first_source = static_cast<uint32_t>(sources.size());
       plan.group.sources = static_cast<uint32_t>(plan.refs.size());
       for (const UnitRef& ref : plan.refs) {
         const LaunchPlan& launch = launches_[ref.launch];
-        const SlotRange slots = SlotsOf(launch.units, ref.unit, launch.shares.size());
-        const size_t row = Size(slots.first) * Size(launch.kernel->rows);
         CombineSource source;
-        source.outputs = launch.params.outputs + row * Size(launch.kernel->dv);
-        source.sums = launch.params.sums + row;
-        source.slots = slots.count;
+        source.outputs = launch.params.outputs;
+        source.sums = launch.params.sums;
+        source.slots = AppendSlots(launch.units, ref.unit, launch.workers.size(), launch.warps(), &slots);
+        for (size_t i = 0; i < std::min<size_t>(source.slots, std::size(source.first_slots)); i++)
+          source.first_slots[i] = slots[slots.size() - source.slots + i];
         source.slot_rows = launch.kernel->rows;
         source.v_rotation = ref.v_rotation;
+        most_slots = std::max(most_slots, source.slots);
         sources.push_back(source);
       }
+      plan.group.team = CombineTeam(most_slots);
+      merge_.team = std::max(merge_.team, plan.group.team);
+    }
+    const uint32_t* slot_list = workspace_.Upload(slots);
+    for (CombineSource& source : sources) {
+      source.slot_list = slot_list;
+      slot_list += source.slots;
+    }
+    for (GroupPlan& plan : groups_) {
+      if (plan.group.sources > 0) plan.group.first = sources[plan.group.first_source];
       groups.push_back(plan.group);
     }
     merge_.groups = workspace_.Upload(groups);
@@ -367,12 +390,17 @@ class Planner {
         KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(pair.k, Side::kKey, c.layout->k(), RowTarget::kF16Page, page_dim_, c.k_device, jobs, stream));
         KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(pair.v, Side::kValue, c.layout->v(), RowTarget::kF16Page, page_dim_, c.v_device, jobs, stream));
       }
-      KVTIDE_RETURN_IF_ERROR(Launch(plan.kernel->function, plan.shares.size(), plan.kernel->threads, plan.kernel->shared_bytes, false,
-                                    &plan.params, stream));
+      // Kernels of one call overlap: each waits for the ones before it only where it needs their results.
+      const bool dependent = attended && plan.conversions.empty();
+      KVTIDE_RETURN_IF_ERROR(
+          Launch(plan.kernel->query_function, plan.units.size(), 32 * plan.most_rows, 0, dependent, &plan.params, stream));
+      KVTIDE_RETURN_IF_ERROR(Launch(plan.kernel->function, plan.workers.size() / Size(plan.warps()), plan.kernel->threads,
+                                    plan.kernel->shared_bytes, true, &plan.params, stream));
       attended = true;
     }
-    const size_t jobs = groups_.size() * Size(tile_rows_);
-    KVTIDE_RETURN_IF_ERROR(Launch(combine_, (jobs + 3) / 4, 128, 0, attended, &merge_, stream));
+    const size_t warps = groups_.size() * Size(tile_rows_) * Size(merge_.team);
+    KVTIDE_RETURN_IF_ERROR(Launch(FindCombineKernel(page_dim_, merge_.team), (warps + kCombineWarps - 1) / kCombineWarps,
+                                  32 * kCombineWarps, 0, attended, &merge_, stream));
     if (environment_.end != nullptr) KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment_.end, stream));
     KVTIDE_CUDA_RETURN_IF_ERROR(
         cudaMemcpyAsync(workspace_.results_host.data(), workspace_.results.data(), ResultBytes(), cudaMemcpyDeviceToHost, stream));
@@ -402,7 +430,6 @@ class Planner {
   size_t record_bytes_ = 0;
   int64_t pages_per_chunk_ = 1;
   const AttendKernel* converted_ = nullptr;
-  const void* combine_ = nullptr;
   const float* sinks_ = nullptr;
   std::vector<LaunchPlan> launches_;
   size_t converting_ = static_cast<size_t>(-1);  // the launch that takes further conversions

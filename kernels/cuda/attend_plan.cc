@@ -5,9 +5,10 @@
 namespace kvtide::cuda {
 namespace {
 
-uint32_t ShareBegin(uint64_t pages, size_t shares, size_t i) { return static_cast<uint32_t>(pages * i / shares); }
-// The share that page `page` lies in.
-size_t ShareOf(uint64_t pages, size_t shares, uint64_t page) { return static_cast<size_t>(((page + 1) * shares - 1) / pages); }
+// Worker i of n reads pages WorkerBegin(i) .. WorkerBegin(i + 1).
+uint32_t WorkerBegin(uint64_t pages, size_t workers, size_t i) { return static_cast<uint32_t>(pages * i / workers); }
+size_t WorkerOf(uint64_t pages, size_t workers, uint64_t page) { return static_cast<size_t>(((page + 1) * workers - 1) / pages); }
+uint64_t PagesOf(const std::vector<AttendUnit>& units) { return uint64_t{units.back().first_page} + units.back().pages; }
 
 }  // namespace
 
@@ -20,28 +21,41 @@ uint32_t NumberPages(std::vector<AttendUnit>* units) {
   return pages;
 }
 
-std::vector<AttendShare> CutShares(const std::vector<AttendUnit>& units, int ctas) {
+std::vector<AttendWorker> CutShares(const std::vector<AttendUnit>& units, int ctas, int warps) {
   if (units.empty()) return {};
-  const uint64_t pages = uint64_t{units.back().first_page} + units.back().pages;
-  std::vector<AttendShare> shares(std::min<size_t>(static_cast<size_t>(ctas), pages));
+  const uint64_t pages = PagesOf(units);
+  std::vector<AttendWorker> workers(std::min<size_t>(static_cast<size_t>(ctas), pages) * static_cast<size_t>(warps));
   size_t unit = 0;
-  for (size_t i = 0; i < shares.size(); i++) {
-    AttendShare& share = shares[i];
-    share.begin = ShareBegin(pages, shares.size(), i);
-    share.end = ShareBegin(pages, shares.size(), i + 1);
-    while (units[unit].first_page + units[unit].pages <= share.begin) unit++;
-    share.unit = static_cast<uint32_t>(unit);
-    share.first = units[unit];
+  for (size_t i = 0; i < workers.size(); i++) {
+    AttendWorker& worker = workers[i];
+    worker.begin = WorkerBegin(pages, workers.size(), i);
+    worker.end = WorkerBegin(pages, workers.size(), i + 1);
+    while (units[unit].first_page + units[unit].pages <= worker.begin) unit++;
+    worker.unit = static_cast<uint32_t>(unit);
+    worker.unit_end = units[unit].first_page + units[unit].pages;
+    worker.blocks = units[unit].blocks + (worker.begin - units[unit].first_page);
+    worker.record_offset = units[unit].record_offset;
+    if ((i + 1) % static_cast<size_t>(warps) != 0) continue;
+    size_t last = unit;  // the CTA is complete; its last worker may have no page
+    while (units[last].first_page >= worker.end) last--;
+    while (units[last].first_page + units[last].pages < worker.end) last++;
+    for (size_t w = 0; w < static_cast<size_t>(warps); w++) workers[i - w].last_unit = static_cast<uint32_t>(last);
   }
-  return shares;
+  return workers;
 }
 
-SlotRange SlotsOf(const std::vector<AttendUnit>& units, size_t index, size_t shares) {
-  const uint64_t pages = uint64_t{units.back().first_page} + units.back().pages;
+uint32_t AppendSlots(const std::vector<AttendUnit>& units, size_t index, size_t workers, int warps, std::vector<uint32_t>* slots) {
+  const uint64_t pages = PagesOf(units);
   const AttendUnit& unit = units[index];
-  const size_t first = ShareOf(pages, shares, unit.first_page);
-  const size_t last = ShareOf(pages, shares, uint64_t{unit.first_page} + unit.pages - 1);
-  return {static_cast<uint32_t>(index + first), static_cast<uint32_t>(last - first + 1)};
+  const size_t per_cta = static_cast<size_t>(warps);
+  uint32_t count = 0;
+  for (uint64_t page = unit.first_page, end = page + unit.pages; page < end; count++) {
+    const size_t worker = WorkerOf(pages, workers, page);
+    slots->push_back(static_cast<uint32_t>(index + worker));
+    const uint32_t cta_end = WorkerBegin(pages, workers, (worker / per_cta + 1) * per_cta);
+    page = cta_end <= end ? cta_end : WorkerBegin(pages, workers, worker + 1);
+  }
+  return count;
 }
 
 }  // namespace kvtide::cuda

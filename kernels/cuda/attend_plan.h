@@ -1,39 +1,49 @@
 // What the attention kernels of one call read: plain structs in device memory, filled by the planner of attend_plan.cc
 // (or on the device). A *unit* is one run of blocks of one sequence, one KV head and up to kRows query rows, read by one
-// kernel launch. All pages of all units of a launch are numbered in a row; each of the persistent CTAs takes an equal
-// contiguous share. A CTA that meets a unit leaves one partial state of it in slot (unit index + CTA index), which is
-// unique because both only grow along the shares. Slots are merged by the combine kernel.
+// kernel launch. All pages of all units of a launch are numbered in a row, and every *worker*, a warp of a persistent CTA, takes an
+// equal contiguous share. A worker that ends with a unit leaves a partial state of it in slot (unit index + worker index),
+// which is unique because both only grow along the shares; the warps that end their CTA in the same unit leave one state
+// together, in the slot of the first of them. Slots are merged by the combine kernel.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
-#include <cuda_runtime.h>
-
 namespace kvtide::cuda {
 
-struct alignas(16) AttendUnit {
+// What the attention kernel wants to know of a unit beside its pages and queries.
+struct alignas(16) UnitRange {
+  uint32_t first_page = 0, pages = 0;  // place in the launch
+  int32_t tokens = 0;                  // tokens that count, from page 0 on
+  int32_t first_row = 0, rows = 0;     // row = query * rows_per_query + head within the group
+  int32_t rows_per_query = 1;
+  // Query i sees tokens [window_begin + i, min(tokens, causal_end + i)), counted from page 0; limits where unused.
+  int32_t causal_end = 0, window_begin = 0;
+};
+
+struct alignas(16) AttendUnit : UnitRange {
   const std::byte* const* blocks = nullptr;  // device memory: block of page 0, 1, ...
   uint64_t record_offset = 0;                // of the layer and KV head inside a block
   const void* query = nullptr;               // head vector of row 0 of query 0
   const float* gain = nullptr;               // [head_dim_k] or null = 1
   const float* mean = nullptr;               // [head_dim_k] or null = 0
   int64_t query_stride = 0;                  // elements from one query token to the next
-  uint32_t first_page = 0, pages = 0;        // place in the launch
-  int32_t tokens = 0;                        // tokens that count, from page 0 on
-  int32_t first_row = 0, rows = 0;           // row = query * rows_per_query + head within the group
-  int32_t rows_per_query = 1;
-  // Query i sees tokens [window_begin + i, min(tokens, causal_end + i)), counted from page 0; limits where unused.
-  int32_t causal_end = 0, window_begin = 0;
 };
 
-// What one CTA reads. Its first unit is repeated here: the loads that a CTA begins with then depend on one load only.
-struct alignas(16) AttendShare {
-  uint32_t begin = 0, end = 0;  // pages of the launch
-  uint32_t unit = 0;            // index of the first unit
-  uint32_t padding = 0;
-  AttendUnit first;
+inline constexpr int kMostWarps = 16;    // of an attention CTA
+inline constexpr int kCombineWarps = 4;  // of a combine CTA
+
+// Where a worker begins. Its first unit's block table and record offset are repeated here, so that its first copies wait
+// for two loads only: this and the block's address.
+struct alignas(16) AttendWorker {
+  const std::byte* const* blocks = nullptr;  // address of the entry of page `begin`
+  uint64_t record_offset = 0;
+  uint32_t begin = 0, end = 0;  // pages of the launch, which may be none
+  uint32_t unit = 0;            // index of the unit that page `begin` belongs to
+  uint32_t unit_end = 0;        // and that unit's last page + 1
+  uint32_t last_unit = 0;       // the unit of the last page of the worker's CTA
+  uint32_t padding[3] = {};
 };
 
 enum class QueryType : int32_t { kF32, kF16, kBf16 };
@@ -46,28 +56,38 @@ struct Rotation {
   bool operator==(const Rotation&) const = default;
 };
 
+// One row of a partial state beside its unnormalised output.
+struct alignas(8) StateHead {
+  float reference, sum;  // exponent (base 2) that output and sum of weights are relative to
+};
+
 struct AttendParams {
   const AttendUnit* units = nullptr;
-  const AttendShare* shares = nullptr;  // one for each CTA
+  const AttendWorker* workers = nullptr;  // one for each warp of each CTA
+  std::byte* queries = nullptr;         // a query area for each unit, written by the query kernel (query_kernel.cuh)
   float* outputs = nullptr;             // [slots][rows][DV], unnormalised
-  float2* sums = nullptr;               // [slots][rows]: reference exponent (base 2) and sum of weights
+  StateHead* sums = nullptr;            // [slots][rows]
   int32_t head_dim = 0;                 // of K, not padded
   QueryType query_type = QueryType::kF32;
   Rotation k_rotation;    // forward
   float scale = 0;        // softmax scale times log2(e)
+  float key_scale = 0;    // the same times AttendKernel::key_unit
   float softcap = 0;      // times log2(e); 0 = none
 };
 
 // A unit's slots, as the combine kernel sees them.
 struct alignas(16) CombineSource {
-  const float* outputs = nullptr;  // first slot
-  const float2* sums = nullptr;
+  const float* outputs = nullptr;  // slot 0 of the launch
+  const StateHead* sums = nullptr;
+  const uint32_t* slot_list = nullptr;  // which slots hold states of the unit
   uint32_t slots = 0;
   int32_t slot_rows = 0;
   Rotation v_rotation;    // inverse
+  uint32_t first_slots[4] = {};  // the beginning of the list
 };
 
-// One (sequence, KV head, tile of rows): its sources and where its output goes.
+// One (sequence, KV head, tile of rows): its sources and where its output goes. The first source is repeated here, so that
+// nothing but its states has to be waited for.
 struct alignas(16) CombineGroup {
   void* output = nullptr;      // of row 0 of query 0
   float* lse = nullptr;        // same
@@ -76,25 +96,26 @@ struct alignas(16) CombineGroup {
   uint32_t first_source = 0, sources = 0;
   int32_t first_row = 0, rows = 0;
   int32_t rows_per_query = 1;
-  int32_t padding = 0;
+  int32_t team = 1;  // warps for each row
+  CombineSource first;
 };
 
 // Numbers the pages of the units of a launch and returns their count.
 uint32_t NumberPages(std::vector<AttendUnit>* units);
-// Equal contiguous shares of the pages for up to `ctas` CTAs; none is empty.
-std::vector<AttendShare> CutShares(const std::vector<AttendUnit>& units, int ctas);
-// The slots of unit `index` in its launch.
-struct SlotRange {
-  uint32_t first = 0, count = 0;
-};
-SlotRange SlotsOf(const std::vector<AttendUnit>& units, size_t index, size_t shares);
-inline size_t SlotCount(size_t units, size_t shares) { return units + shares; }
+// Equal contiguous shares of the pages for the workers of up to `ctas` CTAs of `warps` warps; no CTA's share is empty.
+std::vector<AttendWorker> CutShares(const std::vector<AttendUnit>& units, int ctas, int warps);
+// Appends the slots that hold states of unit `index` when the launch is cut for `workers`, and returns their number.
+uint32_t AppendSlots(const std::vector<AttendUnit>& units, size_t index, size_t workers, int warps, std::vector<uint32_t>* slots);
+inline size_t SlotCount(size_t units, size_t workers) { return units + workers; }
+// Warps of the combine kernel that should share an output row when a unit has up to `slots` slots: 1, 2 or 4.
+inline int CombineTeam(uint32_t slots) { return slots > 8 ? 4 : slots > 3 ? 2 : 1; }
 
 struct CombineParams {
   const CombineGroup* groups = nullptr;
   const CombineSource* sources = nullptr;
   int32_t group_count = 0;
   int32_t rows = 0;      // rows of the widest group
+  int32_t team = 1;      // the largest of any group
   int32_t head_dim = 0;  // of V, not padded
   QueryType output_type = QueryType::kF32;
 };

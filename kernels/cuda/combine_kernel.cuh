@@ -1,79 +1,173 @@
-// Merges the partial states of a call: one warp for each output row. Sums of sources with the same V rotation are added in
-// the rotated frame, turned back once, and joined; then sinks, normalisation and the natural log-sum-exp.
+// Merges the partial states of a call. A team of 1, 2 or 4 warps serves one output row: every member takes slots in turn
+// and loads several at once. Sums of sources with the same V rotation are added in the rotated frame and turned back once;
+// then the members are joined in their order, and sinks, normalisation and the natural log-sum-exp follow.
 // An empty row gives output 0 and -inf.
+//
+// What the plan says is loaded before the kernel waits for the attention kernels: only partial states come from them.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/attend_plan.h"
+#include "kernels/cuda/pipeline.cuh"
 #include "kernels/cuda/warp_row.cuh"
 
 namespace kvtide::cuda {
 
-constexpr int kCombineWarps = 4;
+// kFew: no group has a team, so no source has more than three slots; fewer registers then let more rows be under way.
+template <int DV, bool kFew>
+struct MergedRow {
+  static constexpr int kBlocks = WarpRow<DV>::kBlocks, kBatch = kFew || kBlocks > 1 ? 2 : 4;
+  float reference = -INFINITY, sum = 0;
+  WarpRow<DV> part;  // in the rotated frame of the sources at hand
 
-template <int DV>
-__global__ void __launch_bounds__(32 * kCombineWarps) CombineKernel(const __grid_constant__ CombineParams params) {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  const int lane = DeviceWarp::Lane();
-  const int job = static_cast<int>(blockIdx.x) * kCombineWarps + static_cast<int>(threadIdx.x >> 5);
-  const int group_index = job / params.rows, r = job % params.rows;
-  if (group_index >= params.group_count) return;
-  const CombineGroup& group = params.groups[group_index];
-  if (r >= group.rows) return;
-  const int index = group.first_row + r, query = index / group.rows_per_query, head = index % group.rows_per_query;
-  const float sink = group.sinks != nullptr ? group.sinks[head] * 1.4426950408889634f : -INFINITY;
-
-  float reference = sink;
-  for (uint32_t s = 0; s < group.sources; s++) {
-    const CombineSource& source = params.sources[group.first_source + s];
-    for (uint32_t p = static_cast<uint32_t>(lane); p < source.slots; p += 32) {
-      const float2 v = source.sums[p * source.slot_rows + r];
-      if (v.y > 0) reference = fmaxf(reference, v.x);
-    }
-  }
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) reference = fmaxf(reference, DeviceWarp::ShflXor(reference, mask));
-
-  constexpr int kBlocks = WarpRow<DV>::kBlocks;
-  WarpRow<DV> total, part;
-#pragma unroll
-  for (int b = 0; b < kBlocks; b++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) total.x[b][i] = part.x[b][i] = 0;
-  float sum = sink == -INFINITY ? 0.0f : exp2f(sink - reference);
-  for (uint32_t s = 0; s < group.sources; s++) {
-    const CombineSource& source = params.sources[group.first_source + s];
-#pragma unroll 4
-    for (uint32_t p = 0; p < source.slots; p++) {
-      const size_t slot = static_cast<size_t>(p) * source.slot_rows + r;
-      const float2 v = source.sums[slot];
-      const float weight = v.y > 0 ? exp2f(v.x - reference) : 0.0f;
-      sum += v.y * weight;
-#pragma unroll
-      for (int b = 0; b < kBlocks; b++) {
-        const int dim = 128 * b + 4 * lane;
-        if (dim >= DV) continue;
-        const float4 o = *reinterpret_cast<const float4*>(source.outputs + slot * DV + dim);
-        part.x[b][0] += weight * o.x;
-        part.x[b][1] += weight * o.y;
-        part.x[b][2] += weight * o.z;
-        part.x[b][3] += weight * o.w;
-      }
-    }
-    const bool last = s + 1 == group.sources;
-    if (!last && params.sources[group.first_source + s + 1].v_rotation == source.v_rotation) continue;
-    Rotate<DV, true>(source.v_rotation, part);
+  KVTIDE_DEVICE void Clear() {
 #pragma unroll
     for (int b = 0; b < kBlocks; b++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        total.x[b][i] += part.x[b][i];
-        part.x[b][i] = 0;
-      }
+      for (int i = 0; i < 4; i++) part.x[b][i] = 0;
   }
+  // The factor for what was added so far when `top` becomes the reference.
+  KVTIDE_DEVICE float Raise(float top) {
+    const float decay = top == reference ? 1.0f : exp2f(reference - top);
+    reference = top;
+    sum *= decay;
+    return decay;
+  }
+};
 
-  const float normal = sum > 0 ? 1.0f / sum : 0.0f;
+// Adds the slots of a source that are `member`'s turn; `first` = this lane's entry of the first 32 in the slot list.
+template <int DV, bool kFew>
+KVTIDE_DEVICE void AddSource(const CombineSource& source, int r, int member, int team, uint32_t first, MergedRow<DV, kFew>& row,
+                             WarpRow<DV>& total) {
+  constexpr int kBlocks = MergedRow<DV, kFew>::kBlocks, kBatch = MergedRow<DV, kFew>::kBatch;
+  const int lane = DeviceWarp::Lane(), slots = static_cast<int>(source.slots);
+  uint32_t mine = first;
+  for (int begin = member; begin < slots; begin += 32 * team) {
+    if (begin != member) mine = begin + team * lane < slots ? source.slot_list[begin + team * lane] : 0;
+    const int count = min(32, (slots - begin + team - 1) / team);
+    for (int i = 0; i < count; i += kBatch) {
+      float2 head[kBatch];
+      float4 out[kBatch][kBlocks];
+#pragma unroll
+      for (int u = 0; u < kBatch; u++) {
+        const size_t slot = static_cast<size_t>(__shfl_sync(0xffffffffu, mine, min(i + u, count - 1))) * source.slot_rows + r;
+        const StateHead stored = i + u < count ? source.sums[slot] : StateHead{0, 0};
+        head[u] = make_float2(stored.reference, stored.sum);
+#pragma unroll
+        for (int b = 0; b < kBlocks; b++) {
+          out[u][b] = make_float4(0, 0, 0, 0);
+          if (128 * b + 4 * lane < DV && i + u < count)
+            out[u][b] = *reinterpret_cast<const float4*>(source.outputs + slot * DV + 128 * b + 4 * lane);
+        }
+      }
+      float top = row.reference;
+#pragma unroll
+      for (int u = 0; u < kBatch; u++)
+        if (head[u].y > 0) top = fmaxf(top, head[u].x);
+      const float decay = row.Raise(top);
+#pragma unroll
+      for (int b = 0; b < kBlocks; b++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          row.part.x[b][e] *= decay;
+          total.x[b][e] *= decay;
+        }
+#pragma unroll
+      for (int u = 0; u < kBatch; u++) {
+        const float weight = head[u].y > 0 ? exp2f(head[u].x - top) : 0.0f;
+        row.sum += head[u].y * weight;
+#pragma unroll
+        for (int b = 0; b < kBlocks; b++) {
+          row.part.x[b][0] += weight * out[u][b].x;
+          row.part.x[b][1] += weight * out[u][b].y;
+          row.part.x[b][2] += weight * out[u][b].z;
+          row.part.x[b][3] += weight * out[u][b].w;
+        }
+      }
+    }
+  }
+}
+
+template <int DV, bool kFew>
+__global__ void __launch_bounds__(32 * kCombineWarps, kFew && DV <= 128 ? 8 : DV <= 128 ? 6 : 4) CombineKernel(const __grid_constant__ CombineParams params) {
+  constexpr int kBlocks = WarpRow<DV>::kBlocks;
+  __shared__ float4 rows[kFew ? 1 : kCombineWarps][kBlocks][32];
+  __shared__ float2 heads[kCombineWarps];
+  const int lane = DeviceWarp::Lane(), warp = static_cast<int>(threadIdx.x >> 5);
+  const int most_team = kFew ? 1 : params.team, member = warp % most_team;
+  const int job = (static_cast<int>(blockIdx.x) * kCombineWarps + warp) / most_team;
+  const int group_index = min(job / params.rows, params.group_count - 1), r = job % params.rows;
+  const CombineGroup& group = params.groups[group_index];
+  const int team = kFew ? 1 : group.team;  // its own: what a group adds in which order is not the business of the others
+  const bool active = job / params.rows < params.group_count && r < group.rows && member < team;
+  const int index = group.first_row + r, query = index / group.rows_per_query, head = index % group.rows_per_query;
+  CombineSource source;
+  uint32_t first = 0;
+  const auto load_source = [&](uint32_t s) {
+    source = s == 0 ? group.first : params.sources[group.first_source + s];
+    const int at = member + team * lane;
+    if (source.slots <= 4) {
+      first = at == 0 ? source.first_slots[0] : at == 1 ? source.first_slots[1] : at == 2 ? source.first_slots[2] : source.first_slots[3];
+    } else {
+      first = at < static_cast<int>(source.slots) ? source.slot_list[at] : 0;
+    }
+  };
+  if (active && group.sources > 0) load_source(0);
+  const float sink = active && group.sinks != nullptr ? group.sinks[head] * 1.4426950408889634f : -INFINITY;
+  WaitForEarlierKernels();
+
+  MergedRow<DV, kFew> row;
+  row.Clear();
+  WarpRow<DV> total = row.part;
+  if (active) {
+    for (uint32_t s = 0; s < group.sources; s++) {
+      AddSource<DV, kFew>(source, r, member, team, first, row, total);
+      const Rotation rotation = source.v_rotation;
+      if (s + 1 < group.sources) {
+        load_source(s + 1);
+        if (source.v_rotation == rotation) continue;
+      }
+      Rotate<DV, true>(rotation, row.part);
+#pragma unroll
+      for (int b = 0; b < kBlocks; b++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) total.x[b][i] += row.part.x[b][i];
+      row.Clear();
+    }
+  }
+  if (!kFew && most_team > 1) {
+    if (lane == 0) heads[warp] = make_float2(row.reference, row.sum);
+#pragma unroll
+    for (int b = 0; b < kBlocks; b++) rows[warp][b][lane] = make_float4(total.x[b][0], total.x[b][1], total.x[b][2], total.x[b][3]);
+    __syncthreads();
+    if (!active || member != 0) return;
+    for (int m = 1; m < team; m++) {
+      const float2 other = heads[warp + m];
+      if (!(other.y > 0)) continue;
+      const float decay = row.Raise(fmaxf(row.reference, other.x)), weight = exp2f(other.x - row.reference);
+      row.sum += other.y * weight;
+#pragma unroll
+      for (int b = 0; b < kBlocks; b++) {
+        const float4 v = rows[warp + m][b][lane];
+        total.x[b][0] = total.x[b][0] * decay + v.x * weight;
+        total.x[b][1] = total.x[b][1] * decay + v.y * weight;
+        total.x[b][2] = total.x[b][2] * decay + v.z * weight;
+        total.x[b][3] = total.x[b][3] * decay + v.w * weight;
+      }
+    }
+  }
+  if (!active) return;
+
+  float sum = row.sum, normal = 0, reference = row.reference;
+  if (sink > -INFINITY) {
+    const float decay = row.Raise(fmaxf(reference, sink));
+    sum = row.sum + exp2f(sink - row.reference);
+    reference = row.reference;
+    normal = decay / sum;
+  } else if (sum > 0) {
+    normal = 1.0f / sum;
+  }
   const int64_t out = query * group.output_stride + static_cast<int64_t>(head) * params.head_dim;
 #pragma unroll
   for (int b = 0; b < kBlocks; b++) {

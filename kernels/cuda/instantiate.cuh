@@ -5,6 +5,7 @@
 
 #include "kernels/cuda/attend_kernel.cuh"
 #include "kernels/cuda/kernel_list.h"
+#include "kernels/cuda/query_kernel.cuh"
 
 namespace kvtide::cuda {
 
@@ -31,18 +32,18 @@ constexpr int WarpsByRegisters(int dk, int dv, int tiles, bool half) {
   return wide <= 96 ? 12 : 8;
 }
 
-template <class Tile, int kMostWarps, bool kDone = false>
+// Pieces in flight for each warp, the one at hand included. More only lengthen the queue in front of the memory: the first
+// pages come later, and nothing gets faster.
+constexpr int kSlots = 2;
+
+// As many of the wanted warps as fit, with whole pages if those fit with all of them.
+template <class Tile, int kWarps, bool kWhole>
 struct ConfigFor {
-  using Trial = AttendConfig<Tile, kMostWarps, 2>;
-  static constexpr int kFixed = Trial::kUncheckedBytes - kMostWarps * Trial::Ring::kBytes;
-  static constexpr int kSlotsThatFit = (kSharedLimit - kFixed - 64 * kMostWarps) / (kMostWarps * Trial::Ring::kPieceBytes);
-  static constexpr int kSlots = kSlotsThatFit > 6 ? 6 : kSlotsThatFit;
-  static constexpr int kFewer = kMostWarps > 12 ? 12 : kMostWarps > 8 ? 8 : kMostWarps > 6 ? 6 : kMostWarps > 4 ? 4 : kMostWarps - 1;
   static constexpr auto Pick() {
-    if constexpr (kSlots >= 2) {
-      return AttendConfig<Tile, kMostWarps, kSlots>{};
+    if constexpr (AttendConfig<Tile, kWarps, kSlots, kWhole>::kSharedBytes <= kSharedLimit) {
+      return AttendConfig<Tile, kWarps, kSlots, kWhole>{};
     } else {
-      return typename ConfigFor<Tile, kFewer>::Type{};
+      return typename ConfigFor<Tile, kWhole ? kWarps : kWarps - 1, false>::Type{};
     }
   }
   using Type = decltype(Pick());
@@ -50,10 +51,11 @@ struct ConfigFor {
 
 template <class Tile>
 AttendKernel MakeEntry(Form k, Form v) {
-  using Info = TileQuery<Tile>;
-  using Config = typename ConfigFor<Tile, WarpsByRegisters(Info::kDk, Info::kDv, Info::kTiles, !Info::kCoded)>::Type;
+  using Info = TileInfo<Tile>;
+  using Config = typename ConfigFor<Tile, WarpsByRegisters(Info::kDk, Info::kDv, Info::kTiles, !Info::kCoded), Info::kCoded>::Type;
   return {k, v, Info::kDk, Info::kDv, Config::kRows, Config::kThreads, Config::kSharedBytes,
-          reinterpret_cast<const void*>(&AttendKernelFunction<Config, Tile>)};
+          reinterpret_cast<const void*>(&AttendKernelFunction<Config, Tile>),
+          reinterpret_cast<const void*>(&QueryKernel<typename Info::Query>), 32 * Config::kRows, Config::kQueryBytes, Tile::kKUnit};
 }
 
 template <class K, class V, int D, int MT>

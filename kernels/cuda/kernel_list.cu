@@ -45,14 +45,23 @@ const AttendKernel* FindAttendKernel(Form k, Form v, int dk, int dv, int rows) {
   return best;
 }
 
-const void* FindCombineKernel(int dv) {
+namespace {
+
+template <int DV>
+const void* CombineOf(int team) {
+  return team == 1 ? reinterpret_cast<const void*>(&CombineKernel<DV, true>) : reinterpret_cast<const void*>(&CombineKernel<DV, false>);
+}
+
+}  // namespace
+
+const void* FindCombineKernel(int dv, int team) {
   switch (dv) {
-    case 64: return reinterpret_cast<const void*>(&CombineKernel<64>);
-    case 96: return reinterpret_cast<const void*>(&CombineKernel<96>);
-    case 128: return reinterpret_cast<const void*>(&CombineKernel<128>);
-    case 192: return reinterpret_cast<const void*>(&CombineKernel<192>);
-    case 256: return reinterpret_cast<const void*>(&CombineKernel<256>);
-    case 512: return reinterpret_cast<const void*>(&CombineKernel<512>);
+    case 64: return CombineOf<64>(team);
+    case 96: return CombineOf<96>(team);
+    case 128: return CombineOf<128>(team);
+    case 192: return CombineOf<192>(team);
+    case 256: return CombineOf<256>(team);
+    case 512: return CombineOf<512>(team);
     default: return nullptr;
   }
 }

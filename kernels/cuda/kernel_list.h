@@ -21,14 +21,18 @@ struct AttendKernel {
   int rows = 0;        // query rows of a unit
   int threads = 0;
   int shared_bytes = 0;
-  const void* function = nullptr;  // AttendKernel<...>(AttendParams)
+  const void* function = nullptr;  // AttendKernelFunction<...>(AttendParams)
+  const void* query_function = nullptr;  // QueryKernel<...>(AttendParams): one CTA for each unit, launched before
+  int query_threads = 0;
+  int query_bytes = 0;  // of a unit's query area
+  float key_unit = 1;   // what one step of a stored key is worth
 };
 
 // The kernel for up to `rows` rows: the smallest that takes them all, else the widest. Null if the pair has none.
 const AttendKernel* FindAttendKernel(Form k, Form v, int dk, int dv, int rows);
 const std::vector<AttendKernel>& AllAttendKernels();
-// Function of CombineKernel<dv>, null for a dim without kernels.
-const void* FindCombineKernel(int dv);
+// Function of CombineKernel<dv, ...>, null for a dim without kernels. team: the largest of any group.
+const void* FindCombineKernel(int dv, int team);
 
 // The dims that kernels exist for, ascending.
 inline constexpr int kKernelDims[] = {64, 96, 128, 192, 256, 512};

@@ -1,5 +1,6 @@
 // The data path of one warp: a ring of pieces (K or V part of a page tile) in shared memory, each filled by one bulk copy
-// that signals an mbarrier, and the list of pages behind it. Nothing here waits for another warp.
+// that signals an mbarrier, and the list of pages behind it. Nothing here waits for another warp. All instructions that copy
+// from global to shared memory or order kernels are in this file.
 #pragma once
 
 #include "kernels/cuda/attend_plan.h"
@@ -29,49 +30,70 @@ struct Barrier {
   }
 };
 
-// A warp's list of pages, in shared memory, so that it takes no registers while pages are computed: the addresses of
-// pages 16b .. 16b + 15 and of the 16 after, fetched one batch ahead, and where the walk over the units stands.
+// Programmatic dependent launch: the next kernel of the stream may start; and earlier kernels are over and their writes
+// visible (before the first write to memory that they may read).
+KVTIDE_DEVICE void LetNextKernelStart() { asm volatile("griddepcontrol.launch_dependents;"); }
+KVTIDE_DEVICE void WaitForEarlierKernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Bytes from global memory that are wanted once more (queries) ...
+KVTIDE_DEVICE void CopyBytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(barrier), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(to), "l"(from), "r"(bytes),
+               "r"(barrier)
+               : "memory");
+}
+// ... and a piece of a page, which is read once and should not push anything out of L2.
+KVTIDE_DEVICE void CopyPiece(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  constexpr uint64_t kEvictFirst = 0x12f0000000000000u;
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(barrier), "r"(bytes) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],%2,[%3],%4;" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier), "l"(kEvictFirst)
+               : "memory");
+}
+
+// A warp's list of pages, in shared memory, so that it takes no registers while pages are computed: the addresses of a
+// batch of pages and of the batch after it, fetched one batch ahead, and where the walk over the units stands.
 struct PageList {
+  static constexpr int kBatch = 4;
   struct Entry {
     uint64_t block;  // filled by an asynchronous copy from the block table
     uint64_t record_offset;
   };
-  Entry entries[32];
+  Entry entries[2 * kBatch];
   const std::byte* const* blocks;
   uint64_t record_offset;
   const AttendUnit* units;
-  uint32_t unit, unit_first, unit_end, share_end;
-  uint32_t first_page, padding[3];
+  uint32_t unit, unit_first, unit_end, end;  // `blocks` is the entry of page unit_first
+  uint32_t begin, padding;
 
-  // Lane l fetches the address of the warp's page `begin` + l, `lanes` of them.
-  template <int kWarps>
-  KVTIDE_DEVICE void Fetch(uint32_t begin, int lanes) {
+  // Lane l fetches the address of the warp's page `from` + l: a batch of them.
+  KVTIDE_DEVICE void Fetch(uint32_t from) {
     const int lane = DeviceWarp::Lane();
-    const uint32_t page = first_page + (begin + static_cast<uint32_t>(lane)) * kWarps;
+    const uint32_t page = begin + from + static_cast<uint32_t>(lane);
     const std::byte* const* table = blocks;
     uint64_t offset = record_offset;
-    uint32_t u = unit, first = unit_first, end = unit_end;
-    const bool active = lane < lanes && page < share_end;
+    uint32_t u = unit, first = unit_first, behind = unit_end;
+    const bool active = lane < kBatch && page < end;
     if (active) {
-      while (page >= end) {
+      while (page >= behind) {
         const AttendUnit& next = units[++u];
         first = next.first_page;
-        end = first + next.pages;
+        behind = first + next.pages;
         table = next.blocks;
         offset = next.record_offset;
       }
-      Entry& entry = entries[(begin + static_cast<uint32_t>(lane)) % 32];
+      Entry& entry = entries[(from + static_cast<uint32_t>(lane)) % (2 * kBatch)];
       entry.record_offset = offset;
       asm volatile("cp.async.ca.shared.global [%0],[%1],8;" ::"r"(SharedAddress(&entry.block)), "l"(table + (page - first)) : "memory");
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
     __syncwarp();
-    if (active && lane == lanes - 1) {
+    if (active && lane == kBatch - 1) {
       blocks = table;
       record_offset = offset;
       unit = u;
       unit_first = first;
-      unit_end = end;
+      unit_end = behind;
     }
     __syncwarp();
   }
@@ -81,71 +103,76 @@ struct PageList {
   }
 };
 
-// Pieces of a page in the order in which they are used: K and V of tile 0, of tile 1, ...
-template <class Tile, int kWarps, int kSlots>
+// Pieces of a page in the order in which they are used: the page, or K and V of tile 0, of tile 1, ...
+template <class Tile, int kSlots, bool kWhole>
 struct PieceRing {
-  static constexpr int kPieceBytes = ((Tile::kKBytes > Tile::kVBytes ? Tile::kKBytes : Tile::kVBytes) + 127) / 128 * 128;
+  static constexpr bool kWholePages = kWhole;
+  static_assert(!kWhole || (Tile::kTilesPerPage == 1 && Tile::kVPieceOffset(0) == Tile::kKBytes));
+  static constexpr int kPieceBytes =
+      (kWholePages ? Tile::kKBytes + Tile::kVBytes : (Tile::kKBytes > Tile::kVBytes ? Tile::kKBytes : Tile::kVBytes) + 127) / 128 * 128;
   static constexpr int kBytes = kSlots * kPieceBytes;
+  static constexpr int kFirstSlots = kWholePages ? 1 : 2;  // filled at once; the rest when all warps' first copies are out
 
   PageList* list;
   uint32_t buffer, barriers;
   int slot;
   uint32_t parity;
-  uint32_t my_pages;
+  uint32_t pages;       // of the warp
   uint32_t issue_page;  // page of the next piece
   int issue_tile;       // and its tile
 
-  KVTIDE_DEVICE void Init(PageList* pages, uint32_t ring, uint32_t bars, int warp, const AttendParams& params, const AttendShare& share) {
-    const int lane = DeviceWarp::Lane();
-    list = pages;
+  // Begins to copy the pages of a worker.
+  KVTIDE_DEVICE void Start(PageList* page_list, uint32_t ring, uint32_t bars, const AttendUnit* units, const AttendWorker& worker) {
+    list = page_list;
     buffer = ring;
     barriers = bars;
     slot = 0;
     parity = 0;
     issue_page = 0;
     issue_tile = 0;
-    const uint32_t first = share.begin + static_cast<uint32_t>(warp), end = share.end;
-    my_pages = first < end ? (end - first + kWarps - 1) / kWarps : 0;
-    if (lane == 0) {
-      list->blocks = share.first.blocks;
-      list->record_offset = share.first.record_offset;
-      list->units = params.units;
-      list->unit = share.unit;
-      list->unit_first = share.first.first_page;
-      list->unit_end = share.first.first_page + share.first.pages;
-      list->share_end = end;
-      list->first_page = first;
+    pages = worker.end - worker.begin;
+    if (DeviceWarp::Lane() == 0) {
+      list->blocks = worker.blocks;
+      list->record_offset = worker.record_offset;
+      list->units = units;
+      list->unit = worker.unit;
+      list->unit_first = worker.begin;
+      list->unit_end = worker.unit_end;
+      list->begin = worker.begin;
+      list->end = worker.end;
       for (int i = 0; i < kSlots; i++) Barrier::Init(barriers + 8 * i, 1);
       Barrier::FenceInit();
     }
     __syncwarp();
-    list->Fetch<kWarps>(0, 32);
+    list->Fetch(0);
     PageList::Arrived();
+    Issue<kWholePages>(0);
+    if constexpr (kFirstSlots > 1) Issue<true>(1);
+    list->Fetch(PageList::kBatch);
+  }
+  // The rest of the ring.
+  KVTIDE_DEVICE void Fill() {
 #pragma unroll
-    for (int i = 0; i < kSlots; i++) {
-      if (i % 2 == 0) Issue<false>(i);
+    for (int i = kFirstSlots; i < kSlots; i++) {
+      if (i % 2 == 0) Issue<kWholePages>(i);
       if (i % 2 == 1) Issue<true>(i);
     }
   }
 
-  // Starts the copy of the next piece, a V part or not, into `target`, which must be free.
+  // Starts the copy of the next piece into `target`, which must be free. kValue: it ends a tile.
   template <bool kValue>
   KVTIDE_DEVICE void Issue(int target) {
-    if (issue_page >= my_pages) return;
-    if (!kValue && issue_page % 16 == 0 && issue_page > 0 && issue_tile == 0) {
+    if (issue_page >= pages) return;
+    if ((kWholePages || !kValue) && issue_page % PageList::kBatch == 0 && issue_page > 0 && issue_tile == 0) {
       PageList::Arrived();
-      list->Fetch<kWarps>(issue_page + 16, 16);
+      list->Fetch(issue_page + PageList::kBatch);
     }
     if (DeviceWarp::Lane() == 0) {
-      constexpr uint32_t kBytesOfPiece = kValue ? Tile::kVBytes : Tile::kKBytes;
-      const uint32_t offset = static_cast<uint32_t>(kValue ? Tile::kVPieceOffset(issue_tile) : Tile::kKPieceOffset(issue_tile));
-      const PageList::Entry entry = list->entries[issue_page % 32];
-      const uint32_t bar = barriers + 8 * target;
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(bar), "n"(kBytesOfPiece) : "memory");
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(
-                       buffer + target * kPieceBytes),
-                   "l"(entry.block + entry.record_offset + offset), "n"(kBytesOfPiece), "r"(bar)
-                   : "memory");
+      const uint32_t offset =
+          static_cast<uint32_t>(kWholePages ? 0 : kValue ? Tile::kVPieceOffset(issue_tile) : Tile::kKPieceOffset(issue_tile));
+      const PageList::Entry entry = list->entries[issue_page % (2 * PageList::kBatch)];
+      CopyPiece(buffer + target * kPieceBytes, reinterpret_cast<const void*>(entry.block + entry.record_offset + offset),
+                kWholePages ? Tile::kKBytes + Tile::kVBytes : kValue ? Tile::kVBytes : Tile::kKBytes, barriers + 8 * target);
     }
     if constexpr (kValue) {
       if (Tile::kTilesPerPage == 1 || ++issue_tile == Tile::kTilesPerPage) {
@@ -159,11 +186,11 @@ struct PieceRing {
     Barrier::Wait(barriers + 8 * slot, parity);
     return buffer + slot * kPieceBytes;
   }
-  // All lanes are done with the piece, a V part or not: its slot takes the piece kSlots further on.
+  // All lanes are done with the piece, which ended a tile or not: its slot takes the piece kSlots further on.
   template <bool kValue>
   KVTIDE_DEVICE void Release() {
     __syncwarp();
-    Issue<(kSlots % 2 == 0) == kValue>(slot);
+    Issue<kWholePages || (kSlots % 2 == 0) == kValue>(slot);
     if (++slot == kSlots) {
       slot = 0;
       parity ^= 1;

@@ -52,7 +52,7 @@ class Workspace {
   }
   absl::Status Finish() { return StatusOf(cudaStreamSynchronize(stream()), "kernels"); }
 
-  DeviceBuffer partials, results, scratch, rows;
+  DeviceBuffer partials, queries, results, scratch, rows;
   PinnedBuffer results_host;
 
  private:

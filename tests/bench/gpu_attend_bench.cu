@@ -1,8 +1,8 @@
 // Decode attention over pages in GPU memory: times the kernels of the CUDA backend on the shapes of a table, beside the
 // time in which the same pages can only be read, and writes the result as JSON.
-//   gpu_attend_bench [--json FILE] [--filter TEXT] [--check]
+//   gpu_attend_bench [--json FILE] [--filter TEXT[,TEXT...]]
 // Random codes and scales, blocks in shuffled order, buffers used in turn so that nothing is left in L2; median of 30
-// calls, each between two events, attention and merge together; and the same calls in a CUDA graph. Every shape is also
+// calls, each between two events, the three kernels together; and the same calls in a CUDA graph. Every shape is also
 // checked against float64 on one (sequence, KV head).
 #include <algorithm>
 #include <cmath>
@@ -66,28 +66,26 @@ __global__ void TameHalves(uint16_t* base, size_t record_bytes, size_t records, 
   }
 }
 
-// Reads pieces as the attention kernel does and computes next to nothing.
+// Reads pages as the attention kernel does and computes next to nothing.
 template <class Config, class Tile>
 __global__ void __launch_bounds__(Config::kThreads, 1) ReadKernel(const __grid_constant__ AttendParams params) {
   extern __shared__ __align__(128) uint8_t shared[];
-  const AttendShare share = params.shares[blockIdx.x];
   const int warp = static_cast<int>(threadIdx.x) >> 5, lane = DeviceWarp::Lane();
   const uint32_t base = SharedAddress(shared);
   typename Config::Ring ring;
-  ring.Init(reinterpret_cast<PageList*>(shared + Config::kPagesAt) + warp, base + static_cast<uint32_t>(warp) * Config::Ring::kBytes,
-            base + Config::kBarriersAt + 8 * static_cast<uint32_t>(warp) * Config::kSlots, warp, params, share);
+  const AttendWorker worker = params.workers[blockIdx.x * Config::kWarps + warp];
+  ring.Start(reinterpret_cast<PageList*>(shared + Config::kPagesAt) + warp, base + static_cast<uint32_t>(warp) * Config::kWarpBytes,
+             base + Config::kBarriersAt + 8 * static_cast<uint32_t>(warp) * Config::kSlots, params.units, worker);
+  ring.Fill();
   uint32_t x = 0;
-  for (uint32_t page = share.begin + static_cast<uint32_t>(warp); page < share.end; page += Config::kWarps) {
-    for (int half = 0; half < 2; half++) {
-      const uint32_t piece = ring.Wait();
-      uint32_t w[4];
-      for (int i = 0; i + 512 <= (half ? Tile::kVBytes : Tile::kKBytes); i += 512) {
-        DeviceWarp::Load128(piece + i + lane * 16, w);
-        x ^= w[0] ^ w[1] ^ w[2] ^ w[3];
-      }
-      if (half == 0) ring.template Release<false>();
-      else ring.template Release<true>();
+  for (uint32_t page = worker.begin; page < worker.end; page++) {
+    const uint32_t piece = ring.Wait();
+    uint32_t w[4];
+    for (int i = 0; i + 512 <= Tile::kKBytes + Tile::kVBytes; i += 512) {
+      DeviceWarp::Load128(piece + i + lane * 16, w);
+      x ^= w[0] ^ w[1] ^ w[2] ^ w[3];
     }
+    ring.template Release<true>();
   }
   if (x == 0x12345678u) params.outputs[0] = 1;
 }
@@ -197,7 +195,7 @@ double CheckHead(const Shape& s, const BlockLayout& layout, const std::byte* blo
 template <class K, class V, int D, int kWarps, int kSlots>
 const void* ReaderOf(int* threads, int* bytes) {
   using Tile = CodedTile<DeviceWarp, typename K::Stored, typename V::Stored, D, D, 1, true, false>;
-  using Config = AttendConfig<Tile, kWarps, kSlots>;
+  using Config = AttendConfig<Tile, kWarps, kSlots, true>;
   *threads = Config::kThreads;
   *bytes = Config::kSharedBytes;
   return reinterpret_cast<const void*>(&ReadKernel<Config, Tile>);
@@ -245,7 +243,7 @@ std::string RunShape(const Shape& s, int sms) {
 
   std::vector<AttendParams> attend(static_cast<size_t>(copies));
   std::vector<CombineParams> combine(static_cast<size_t>(copies));
-  unsigned grid = 0;
+  unsigned grid = 0, unit_count = 0;
   for (int copy = 0; copy < copies; copy++) {
     std::vector<std::byte*> table(blocks);
     for (size_t i = 0; i < blocks; i++) table[i] = data + (static_cast<size_t>(copy) * blocks + order[i]) * layout.block_bytes();
@@ -265,27 +263,35 @@ std::string RunShape(const Shape& s, int sms) {
         units.push_back(unit);
       }
     NumberPages(&units);
-    const std::vector<AttendShare> shares = CutShares(units, sms);
-    grid = static_cast<unsigned>(shares.size());
-    const size_t slots = SlotCount(units.size(), shares.size());
+    const int warps = kernel->threads / 32;
+    const std::vector<AttendWorker> workers = CutShares(units, sms, warps);
+    grid = static_cast<unsigned>(workers.size() / static_cast<size_t>(warps));
+    unit_count = static_cast<unsigned>(units.size());
+    const size_t slots = SlotCount(units.size(), workers.size());
     AttendParams& p = attend[static_cast<size_t>(copy)];
     p.units = Upload(units, &owned);
-    p.shares = Upload(shares, &owned);
+    p.workers = Upload(workers, &owned);
+    p.queries = Allocate<std::byte>(units.size() * static_cast<size_t>(kernel->query_bytes), &owned);
     p.outputs = Allocate<float>(slots * kernel->rows * kernel->dv, &owned);
-    p.sums = Allocate<float2>(slots * kernel->rows, &owned);
+    p.sums = Allocate<StateHead>(slots * kernel->rows, &owned);
     p.head_dim = s.dim;
     const Rotation hadamard{RotationKind::kHadamard, 0, nullptr};
     const auto rotation = [&](CacheType type) { return Info(type).rotated ? hadamard : Rotation{}; };
     p.k_rotation = rotation(pair.k);
     p.scale = 1.4426950408889634f / std::sqrt(static_cast<float>(s.dim));
+    p.key_scale = p.scale * kernel->key_unit;
     std::vector<CombineSource> sources;
     std::vector<CombineGroup> groups;
-    for (size_t u = 0; u < units.size(); u++) {
-      const SlotRange range = SlotsOf(units, u, shares.size());
+    std::vector<uint32_t> slot_list, counts;
+    for (size_t u = 0; u < units.size(); u++) counts.push_back(AppendSlots(units, u, workers.size(), warps, &slot_list));
+    const uint32_t* slots_device = Upload(slot_list, &owned);
+    for (size_t u = 0, at = 0; u < units.size(); at += counts[u], u++) {
       CombineSource source;
-      source.outputs = p.outputs + static_cast<size_t>(range.first) * kernel->rows * kernel->dv;
-      source.sums = p.sums + static_cast<size_t>(range.first) * kernel->rows;
-      source.slots = range.count;
+      source.outputs = p.outputs;
+      source.sums = p.sums;
+      source.slot_list = slots_device + at;
+      source.slots = counts[u];
+      for (uint32_t i = 0; i < std::min(counts[u], 4u); i++) source.first_slots[i] = slot_list[at + i];
       source.slot_rows = kernel->rows;
       source.v_rotation = rotation(pair.v);
       CombineGroup group;
@@ -294,6 +300,8 @@ std::string RunShape(const Shape& s, int sms) {
       group.first_source = static_cast<uint32_t>(sources.size());
       group.sources = 1;
       group.rows = group.rows_per_query = s.group;
+      group.team = CombineTeam(counts[u]);
+      group.first = source;
       sources.push_back(source);
       groups.push_back(group);
     }
@@ -302,16 +310,19 @@ std::string RunShape(const Shape& s, int sms) {
     c.groups = Upload(groups, &owned);
     c.group_count = static_cast<int32_t>(groups.size());
     c.rows = s.group;
+    c.team = CombineTeam(*std::max_element(counts.begin(), counts.end()));
     c.head_dim = s.dim;
   }
-  const void* merge = FindCombineKernel(kernel->dv);
-  const unsigned merge_grid = static_cast<unsigned>((combine[0].group_count * s.group + 3) / 4);
+  const void* merge = FindCombineKernel(kernel->dv, combine[0].team);
+  const unsigned merge_grid = static_cast<unsigned>((combine[0].group_count * s.group * combine[0].team + kCombineWarps - 1) / kCombineWarps);
   const auto call = [&](int copy, cudaStream_t stream) {
-    Launch(kernel->function, grid, static_cast<unsigned>(kernel->threads), static_cast<size_t>(kernel->shared_bytes), false,
+    Launch(kernel->query_function, unit_count, static_cast<unsigned>(32 * s.group), 0, false, &attend[static_cast<size_t>(copy)], stream);
+    Launch(kernel->function, grid, static_cast<unsigned>(kernel->threads), static_cast<size_t>(kernel->shared_bytes), true,
            &attend[static_cast<size_t>(copy)], stream);
-    Launch(merge, merge_grid, 128, 0, true, &combine[static_cast<size_t>(copy)], stream);
+    Launch(merge, merge_grid, 32 * kCombineWarps, 0, true, &combine[static_cast<size_t>(copy)], stream);
   };
 
+  for (int copy = 0; copy < copies; copy++) call(copy, nullptr);  // queries are prepared for what follows
   const Timing attend_only = TimeCalls([&](int i) {
     Launch(kernel->function, grid, static_cast<unsigned>(kernel->threads), static_cast<size_t>(kernel->shared_bytes), false,
            &attend[static_cast<size_t>(i % copies)], nullptr);
@@ -333,10 +344,10 @@ std::string RunShape(const Shape& s, int sms) {
   int threads = 0, shared = 0;
   const void* reader = nullptr;
   const std::string name = s.pair;
-  if (s.dim == 128 && name == "turbo4") reader = ReaderOf<Turbo4, Turbo4, 128, 8, 6>(&threads, &shared);
-  if (s.dim == 128 && name == "turbo3") reader = ReaderOf<Turbo3, Turbo3, 128, 8, 6>(&threads, &shared);
-  if (s.dim == 64 && name == "turbo4") reader = ReaderOf<Turbo4, Turbo4, 64, 12, 6>(&threads, &shared);
-  if (reader != nullptr) {
+  if (s.dim == 128 && name == "turbo4") reader = ReaderOf<Turbo4, Turbo4, 128, 12, 2>(&threads, &shared);
+  if (s.dim == 128 && name == "turbo3") reader = ReaderOf<Turbo3, Turbo3, 128, 12, 2>(&threads, &shared);
+  if (s.dim == 64 && name == "turbo4") reader = ReaderOf<Turbo4, Turbo4, 64, 16, 2>(&threads, &shared);
+  if (reader != nullptr && threads == kernel->threads) {  // it walks the same shares
     CHECK_CUDA(cudaFuncSetAttribute(reader, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
     read = TimeCalls([&](int i) {
       Launch(reader, grid, static_cast<unsigned>(threads), static_cast<size_t>(shared), false, &attend[static_cast<size_t>(i % copies)], nullptr);
@@ -372,6 +383,16 @@ std::string RunShape(const Shape& s, int sms) {
 
 }  // namespace
 
+// Whether `name` contains one of the texts in `filter`, which are separated by commas.
+bool Matches(const std::string& filter, const std::string& name) {
+  for (size_t at = 0; at <= filter.size();) {
+    const size_t end = std::min(filter.find(',', at), filter.size());
+    if (name.find(filter.substr(at, end - at)) != std::string::npos) return true;
+    at = end + 1;
+  }
+  return false;
+}
+
 int Main(int argc, char** argv) {
   std::string json, filter;
   for (int i = 1; i + 1 < argc; i += 2) {
@@ -385,9 +406,9 @@ int Main(int argc, char** argv) {
   std::printf("%s, %d SMs\n", device.name, device.multiProcessorCount);
   std::string rows;
   for (const Shape& s : kShapes) {
-    const std::string name = std::string(s.pair) + " " + std::to_string(s.sequences) + "x" + std::to_string(s.kv_heads) + " d" +
+    const std::string name = std::string(s.pair) + " " + std::to_string(s.sequences) + "x" + std::to_string(s.kv_heads) + "x" + std::to_string(s.tokens) + " d" +
                              std::to_string(s.dim) + " G" + std::to_string(s.group);
-    if (!filter.empty() && name.find(filter) == std::string::npos) continue;
+    if (!Matches(filter, name)) continue;
     const std::string row = RunShape(s, device.multiProcessorCount);
     if (!row.empty()) rows += (rows.empty() ? "\n    " : ",\n    ") + row;
   }
