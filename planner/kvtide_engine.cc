@@ -77,6 +77,20 @@ class KvtideSizer : public KvSizer {
     return bytes;
   }
 
+  // A prefill decodes what one layer of one sequence sees to f16, K and V padded to the kernels' head dim, and keeps
+  // partial states in a quarter of the scratch memory; what does not fit comes in several rounds.
+  int64_t ScratchBytes(const KvLoad& load) const override {
+    int64_t largest = 0;
+    for (const StoredGroup& stored : groups_) {
+      const LayerGroup& group = stored.group;
+      if (group.kind == LayerKind::kRecurrent) continue;
+      const int64_t dim = (std::max(group.head_dim_k, group.head_dim_v) + 63) / 64 * 64;
+      const int64_t pages = (load.context + kBlockTokens - 1) / kBlockTokens;
+      largest = std::max(largest, pages * group.n_kv_heads * kBlockTokens * dim * 4);
+    }
+    return largest == 0 ? 0 : std::min(kKvtideScratchBytes, largest + kKvtideScratchBytes / 4);
+  }
+
   std::vector<std::string> Explain(const KvLoad& load) const override {
     std::vector<std::string> lines;
     for (size_t i = 0; i < groups_.size(); ++i) {

@@ -80,6 +80,7 @@ ItemList OverheadItems(const PlanRequest& request, const KvLoad& load, const KvS
       break;
     case Engine::kKvtide:
       items.push_back({ItemKind::kCompute, VllmActivations(request), Provenance::kGuess});
+      items.push_back({ItemKind::kDequantScratch, sizer.ScratchBytes(load), Provenance::kFormula});
       // Two processes on the card: the engine and the daemon.
       items.push_back({ItemKind::kContext, 2 * kCudaContextBytes, Provenance::kCalibrated});
       break;

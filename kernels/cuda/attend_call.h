@@ -14,7 +14,7 @@ struct AttendEnvironment {
   int processors = 0;
   size_t scratch_bytes = 0;
   Rotations* rotations = nullptr;
-  int most_decode_rows = 64;  // items with more rows per KV head are prefill (prefill_call.h)
+  int most_decode_rows = 256;  // items with more rows per KV head are prefill (prefill_call.h)
   bool warpgroups = true;     // prefill kernels for compute capability 9.x where they run
   // Recorded around the kernels of a call if not null: benchmarks measure with them.
   cudaEvent_t begin = nullptr, end = nullptr;

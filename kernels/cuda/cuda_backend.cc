@@ -157,7 +157,7 @@ class CudaBackend : public Backend {
   absl::Status Attend(const AttendArgs& args) override {
     const DeviceGuard guard(device_);
     KVTIDE_ASSIGN_OR_RETURN(auto workspace, pool_.Take());
-    const AttendEnvironment environment{processors_, options_.scratch_bytes, &rotations_};
+    const AttendEnvironment environment{processors_, options_.scratch_bytes, &rotations_, options_.most_decode_rows};
     return Annotate(AttendCall(args, environment, *workspace), name());
   }
 

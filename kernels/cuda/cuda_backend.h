@@ -16,7 +16,8 @@ namespace kvtide {
 struct CudaBackendOptions {
   std::string device = "0";             // index, or UUID as nvidia-smi prints it ("GPU-...")
   int workspaces = 4;                   // calls that compute at the same time
-  size_t scratch_bytes = 256u << 20;    // for pairs that are converted to f16 first, per workspace
+  size_t scratch_bytes = 256u << 20;    // for blocks that are decoded to f16 first, per workspace
+  int most_decode_rows = 256;           // items with more query rows per KV head use the prefill kernels
   size_t copy_piece_bytes = 2u << 20;   // of the pinned buffers that copies of other host memory go through
   int max_copies = 4096;                // copies that may be under way at once
 };

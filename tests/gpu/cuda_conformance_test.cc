@@ -6,20 +6,31 @@
 
 #include "kernels/base/check.h"
 #include "kernels/cuda/cuda_backend.h"
+#include "planner/kvtide_engine.h"
 #include "tests/gpu/cuda_ipc_case.h"
+#include "tests/kernels/attend_check.h"
 #include "tests/kernels/backend_conformance.h"
 
 namespace kvtide::testing {
 namespace {
 
-INSTANTIATE_TEST_SUITE_P(Cuda, BackendConformance, ::testing::Values(BackendCase{"cuda", [] {
-                           CudaBackendOptions options;
-                           options.scratch_bytes = 1u << 20;  // small: converted blocks come in several parts
-                           auto backend = MakeCudaBackend(options);
-                           KVTIDE_CHECK(backend.ok(), std::string(backend.status().message()));
-                           return std::move(backend).value();
-                         }}),
-                         CaseName);
+BackendCase CaseOf(const std::string& name, int most_decode_rows) {
+  return {name, [most_decode_rows] {
+            CudaBackendOptions options;
+            options.scratch_bytes = 1u << 20;  // small: decoded blocks come in several parts
+            options.most_decode_rows = most_decode_rows;
+            auto backend = MakeCudaBackend(options);
+            KVTIDE_CHECK(backend.ok(), std::string(backend.status().message()));
+            return std::move(backend).value();
+          }};
+}
+
+// All rows by the kernels for few rows, and all that may be (attend_check.h) by the prefill kernels.
+INSTANTIATE_TEST_SUITE_P(Cuda, BackendConformance, ::testing::Values(CaseOf("cuda", 1 << 30), CaseOf("prefill", kFewRows)), CaseName);
+
+TEST(CudaBackendOptions, ScratchIsWhatThePlannerCounts) {
+  EXPECT_EQ(static_cast<int64_t>(CudaBackendOptions().scratch_bytes), planner::kKvtideScratchBytes);
+}
 
 }  // namespace
 }  // namespace kvtide::testing
