@@ -91,14 +91,14 @@ class Planner {
  private:
   const AttendKernel* NativeKernel(const BlockRun& run) const {
     return FindAttendKernel(FormOf(run.layout->pair().k), FormOf(run.layout->pair().v), run.layout->k().stored_dim,
-                            run.layout->v().stored_dim, static_cast<int>(most_queries_) * group_);
+                            run.layout->v().stored_dim, static_cast<int>(most_queries_) * group_, environment_.shared_limit);
   }
 
   absl::Status ChooseKernels() {
     const int wide = std::max(StoredDim(shape_->head_dim_k), StoredDim(shape_->head_dim_v));
     for (const int dim : kKernelDims)
       if (page_dim_ == 0 && dim >= wide) page_dim_ = dim;
-    converted_ = FindAttendKernel(Form::kF16, Form::kF16, page_dim_, page_dim_, most_queries_ * group_);
+    converted_ = FindAttendKernel(Form::kF16, Form::kF16, page_dim_, page_dim_, most_queries_ * group_, environment_.shared_limit);
     if (converted_ == nullptr)
       return absl::InvalidArgumentError(absl::StrCat("head dims K ", shape_->head_dim_k, " and V ", shape_->head_dim_v, " have no kernel"));
     tile_rows_ = converted_->rows;
@@ -391,16 +391,16 @@ class Planner {
         KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(pair.v, Side::kValue, c.layout->v(), RowTarget::kF16Page, page_dim_, c.v_device, jobs, stream));
       }
       // Kernels of one call overlap: each waits for the ones before it only where it needs their results.
-      const bool dependent = attended && plan.conversions.empty();
+      const bool overlap = environment_.dependent_launches, dependent = overlap && attended && plan.conversions.empty();
       KVTIDE_RETURN_IF_ERROR(
           Launch(plan.kernel->query_function, plan.units.size(), 32 * plan.most_rows, 0, dependent, &plan.params, stream));
       KVTIDE_RETURN_IF_ERROR(Launch(plan.kernel->function, plan.workers.size() / Size(plan.warps()), plan.kernel->threads,
-                                    plan.kernel->shared_bytes, true, &plan.params, stream));
+                                    plan.kernel->shared_bytes, overlap, &plan.params, stream));
       attended = true;
     }
     const size_t warps = groups_.size() * Size(tile_rows_) * Size(merge_.team);
     KVTIDE_RETURN_IF_ERROR(Launch(FindCombineKernel(page_dim_, merge_.team), (warps + kCombineWarps - 1) / kCombineWarps,
-                                  32 * kCombineWarps, 0, attended, &merge_, stream));
+                                  32 * kCombineWarps, 0, environment_.dependent_launches && attended, &merge_, stream));
     if (environment_.end != nullptr) KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment_.end, stream));
     KVTIDE_CUDA_RETURN_IF_ERROR(
         cudaMemcpyAsync(workspace_.results_host.data(), workspace_.results.data(), ResultBytes(), cudaMemcpyDeviceToHost, stream));
@@ -441,10 +441,12 @@ class Planner {
 
 }  // namespace
 
-absl::Status PrepareAttendKernels() {
-  for (const AttendKernel& kernel : AllAttendKernels())
+absl::Status PrepareAttendKernels(const DeviceImage& image) {
+  for (const AttendKernel& kernel : AllAttendKernels()) {
+    if (kernel.shared_limit != image.shared_limit) continue;
     KVTIDE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes));
-  return PreparePrefillKernels();
+  }
+  return PreparePrefillKernels(image);
 }
 
 absl::Status AttendCall(const AttendArgs& args, const AttendEnvironment& environment, Workspace& workspace) {
@@ -453,7 +455,7 @@ absl::Status AttendCall(const AttendArgs& args, const AttendEnvironment& environ
   // Items with many rows go their own way.
   std::vector<AttendItem> few, many;
   for (const AttendItem& item : args.items)
-    if (item.queries > 0) (IsPrefill(item, *shape, args.heads, environment.most_decode_rows) ? many : few).push_back(item);
+    if (item.queries > 0) (IsPrefill(item, *shape, args.heads, environment) ? many : few).push_back(item);
   AttendArgs part = args;
   if (!few.empty()) {
     part.items = few;

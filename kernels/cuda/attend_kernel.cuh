@@ -133,7 +133,7 @@ KVTIDE_DEVICE void SumWarps(const AttendParams& params, const Tile& tile, const 
 
 template <class Config, class Tile>
 __global__ void __launch_bounds__(Config::kThreads, 1) AttendKernelFunction(const __grid_constant__ AttendParams params) {
-  static_assert(Config::kSharedBytes <= 227 * 1024);
+  if (Config::kSharedBytes > SharedLimitOf(kThisCapability)) return;  // there is another one for this GPU
   using Info = typename Config::Info;
   constexpr int kWarps = Config::kWarps, MT = Info::kTiles, DV = Info::kDv;
   extern __shared__ __align__(128) uint8_t shared[];
@@ -147,12 +147,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1) AttendKernelFunction(cons
   const uint32_t query_barrier = base + Config::kBarriersAt + 8 * static_cast<uint32_t>(kWarps * Config::kSlots + warp);
   uint32_t query_parity = 0;
   const auto fetch_query = [&] {
-    if (lane == 0)
+    if (IsCopyingLane())
       CopyBytes(base + static_cast<uint32_t>(area_at), params.queries + static_cast<size_t>(unit_index) * Config::kQueryBytes,
                 Config::kQueryBytes, query_barrier);
   };
 
-  if (lane == 0) Barrier::Init(query_barrier, 1);
+  if (lane == 0) Barrier::Init(query_barrier, kCopyArrivals);
   typename Config::Ring ring;
   ring.Start(reinterpret_cast<PageList*>(shared + Config::kPagesAt) + warp, base + static_cast<uint32_t>(warp) * Config::kWarpBytes,
              base + Config::kBarriersAt + 8 * static_cast<uint32_t>(warp) * Config::kSlots, params.units, worker);
@@ -238,8 +238,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) AttendKernelFunction(cons
                 DeviceWarp::Store64(values + at, 0, 0);
                 DeviceWarp::Store64(values + at + 8, 0, 0);
               }
-              asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-              __syncwarp();
+              LetCopiesOverwrite();
             }
           }
           tile.ValueStage(values, t, y, factor);

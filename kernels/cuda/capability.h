@@ -30,6 +30,9 @@ inline constexpr int kSharedLimits[] = {227 * 1024, 163 * 1024, 99 * 1024};
 // Bulk copies, mbarriers with expected bytes and programmatic dependent launch begin with 9.0.
 KVTIDE_HD constexpr bool HasBulkCopies(int capability) { return capability >= 90; }
 
+// Matrix products of four warps together exist on 9.x alone.
+KVTIDE_HD constexpr bool HasWarpgroups(int capability) { return capability / 10 == 9; }
+
 #ifdef __CUDA_ARCH__
 inline constexpr int kThisCapability = __CUDA_ARCH__ / 10;
 #else

@@ -11,8 +11,10 @@
 #include "absl/strings/numbers.h"
 #include "kernels/base/status.h"
 #include "kernels/cuda/attend_call.h"
+#include "kernels/cuda/capability.h"
 #include "kernels/cuda/codec_kernels.h"
 #include "kernels/cuda/copy_engine.h"
+#include "kernels/cuda/device_image.h"
 #include "kernels/cuda/rotations.h"
 #include "kernels/cuda/workspace.h"
 
@@ -72,10 +74,11 @@ absl::Status CheckPiece(const RecodePiece& piece) {
 
 class CudaBackend : public Backend {
  public:
-  CudaBackend(const CudaBackendOptions& options, int device, int processors)
+  CudaBackend(const CudaBackendOptions& options, int device, int processors, const DeviceImage& image)
       : options_(options),
         device_(device),
         processors_(processors),
+        image_(image),
         pool_(options.workspaces),
         copies_(device, options.copy_piece_bytes, options.max_copies) {}
 
@@ -157,7 +160,14 @@ class CudaBackend : public Backend {
   absl::Status Attend(const AttendArgs& args) override {
     const DeviceGuard guard(device_);
     KVTIDE_ASSIGN_OR_RETURN(auto workspace, pool_.Take());
-    const AttendEnvironment environment{processors_, options_.scratch_bytes, &rotations_, options_.most_decode_rows};
+    AttendEnvironment environment;
+    environment.processors = processors_;
+    environment.scratch_bytes = options_.scratch_bytes;
+    environment.rotations = &rotations_;
+    environment.most_decode_rows = options_.most_decode_rows;
+    environment.shared_limit = image_.shared_limit;
+    environment.warpgroups = HasWarpgroups(image_.image_capability);
+    environment.dependent_launches = HasBulkCopies(image_.image_capability);
     return Annotate(AttendCall(args, environment, *workspace), name());
   }
 
@@ -297,6 +307,7 @@ class CudaBackend : public Backend {
 
   const CudaBackendOptions options_;
   const int device_, processors_;
+  const DeviceImage image_;
   WorkspacePool pool_;
   Rotations rotations_;
   CopyEngine copies_;
@@ -349,15 +360,12 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const CudaBackendOption
     return absl::InvalidArgumentError(
         "CUDA backend: at least 1 workspace, 1 copy, copy pieces of 4 KiB and 1 MiB of scratch are needed");
   KVTIDE_ASSIGN_OR_RETURN(const int device, cuda::FindDevice(options.device));
-  int major = 0, processors = 0;
+  KVTIDE_ASSIGN_OR_RETURN(const cuda::DeviceImage image, cuda::FindDeviceImage(device));
+  int processors = 0;
   const cuda::DeviceGuard guard(device);
-  KVTIDE_CUDA_RETURN_IF_ERROR(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   KVTIDE_CUDA_RETURN_IF_ERROR(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  if (major != 9)
-    return absl::FailedPreconditionError(
-        absl::StrCat("CUDA device ", device, " has compute capability ", major, ".x; the kernels are built for 9.0"));
-  KVTIDE_RETURN_IF_ERROR(cuda::PrepareAttendKernels());
-  return std::unique_ptr<Backend>(std::make_unique<cuda::CudaBackend>(options, device, processors));
+  KVTIDE_RETURN_IF_ERROR(cuda::PrepareAttendKernels(image));
+  return std::unique_ptr<Backend>(std::make_unique<cuda::CudaBackend>(options, device, processors, image));
 }
 
 absl::StatusOr<std::unique_ptr<PinnedRange>> PinnedRange::Make(std::byte* data, size_t bytes) {

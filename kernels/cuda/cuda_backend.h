@@ -1,5 +1,5 @@
 // The backend of one NVIDIA GPU: slabs in device memory, attention where the blocks lie, copies to and from host memory on
-// streams of their own. Compute capability 9.0; others are refused at creation.
+// streams of their own. Compute capability 8.0 to 12.x, as far as the build has code for it; others are refused at creation.
 //
 // Thread-safe, as Backend says: each call takes a workspace (a stream, scratch memory) from a pool and gives it back;
 // when all are in use it waits. CUDA errors are statuses; after an error of the device itself every later call fails too.

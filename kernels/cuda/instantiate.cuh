@@ -9,7 +9,22 @@
 
 namespace kvtide::cuda {
 
-constexpr int kSharedLimit = 227 * 1024;
+// The shared memory sizes of the architectures that this build is for: __CUDA_ARCH_LIST__ is a list such as 800,900.
+constexpr bool BuiltWithLimit(int limit) {
+  for (const int arch : {__CUDA_ARCH_LIST__})
+    if (SharedLimitOf(arch / 10) == limit) return true;
+  return false;
+}
+template <int kLimit>
+struct SharedLimit {
+  static constexpr int value = kLimit;
+};
+template <class F>
+void ForEachSharedLimit(F f) {
+  if constexpr (BuiltWithLimit(kSharedLimits[0])) f(SharedLimit<kSharedLimits[0]>{});
+  if constexpr (BuiltWithLimit(kSharedLimits[1])) f(SharedLimit<kSharedLimits[1]>{});
+  if constexpr (BuiltWithLimit(kSharedLimits[2])) f(SharedLimit<kSharedLimits[2]>{});
+}
 
 template <class C>
 constexpr Form FormOfCodec() {
@@ -37,50 +52,56 @@ constexpr int WarpsByRegisters(int dk, int dv, int tiles, bool half) {
 constexpr int kSlots = 2;
 
 // As many of the wanted warps as fit, with whole pages if those fit with all of them.
-template <class Tile, int kWarps, bool kWhole>
+template <class Tile, int kWarps, bool kWhole, int kSharedLimit>
 struct ConfigFor {
   static constexpr auto Pick() {
     if constexpr (AttendConfig<Tile, kWarps, kSlots, kWhole>::kSharedBytes <= kSharedLimit) {
       return AttendConfig<Tile, kWarps, kSlots, kWhole>{};
     } else {
-      return typename ConfigFor<Tile, kWhole ? kWarps : kWarps - 1, false>::Type{};
+      return typename ConfigFor<Tile, kWhole ? kWarps : kWarps - 1, false, kSharedLimit>::Type{};
     }
   }
   using Type = decltype(Pick());
 };
 
-template <class Tile>
+template <class Tile, int kSharedLimit>
 AttendKernel MakeEntry(Form k, Form v) {
   using Info = TileInfo<Tile>;
-  using Config = typename ConfigFor<Tile, WarpsByRegisters(Info::kDk, Info::kDv, Info::kTiles, !Info::kCoded), Info::kCoded>::Type;
+  using Config =
+      typename ConfigFor<Tile, WarpsByRegisters(Info::kDk, Info::kDv, Info::kTiles, !Info::kCoded), Info::kCoded, kSharedLimit>::Type;
   return {k, v, Info::kDk, Info::kDv, Config::kRows, Config::kThreads, Config::kSharedBytes,
           reinterpret_cast<const void*>(&AttendKernelFunction<Config, Tile>),
-          reinterpret_cast<const void*>(&QueryKernel<typename Info::Query>), 32 * Config::kRows, Config::kQueryBytes, Tile::kKUnit};
+          reinterpret_cast<const void*>(&QueryKernel<typename Info::Query>), 32 * Config::kRows, Config::kQueryBytes, Tile::kKUnit, kSharedLimit};
 }
 
 template <class K, class V, int D, int MT>
-AttendKernel MakeCoded() {
+void AddCodedTile(std::vector<AttendKernel>* list) {
   using KS = typename K::Stored;
   using VS = typename V::Stored;
-  return MakeEntry<CodedTile<DeviceWarp, KS, VS, D, D, MT, false, false>>(FormOfCodec<KS>(), FormOfCodec<VS>());
+  ForEachSharedLimit([list](auto limit) {
+    list->push_back(
+        MakeEntry<CodedTile<DeviceWarp, KS, VS, D, D, MT, false, false>, decltype(limit)::value>(FormOfCodec<KS>(), FormOfCodec<VS>()));
+  });
 }
 template <bool kBf16, int D, int MT>
-AttendKernel MakeHalf() {
+void AddHalfTile(std::vector<AttendKernel>* list) {
   constexpr int kTokens = D <= 64 ? 64 : D <= 128 ? 32 : 16;
   constexpr Form form = kBf16 ? Form::kBf16 : Form::kF16;
-  return MakeEntry<HalfTile<DeviceWarp, kBf16, D, D, MT, kTokens>>(form, form);
+  ForEachSharedLimit([list](auto limit) {
+    list->push_back(MakeEntry<HalfTile<DeviceWarp, kBf16, D, D, MT, kTokens>, decltype(limit)::value>(form, form));
+  });
 }
 
 // 8 rows and, where the registers allow, 16.
 template <class K, class V, int D>
 void AddCoded(std::vector<AttendKernel>* list) {
-  list->push_back(MakeCoded<K, V, D, 1>());
-  if constexpr (D <= 256) list->push_back(MakeCoded<K, V, D, 2>());
+  AddCodedTile<K, V, D, 1>(list);
+  if constexpr (D <= 256) AddCodedTile<K, V, D, 2>(list);
 }
 template <bool kBf16, int D>
 void AddHalf(std::vector<AttendKernel>* list) {
-  list->push_back(MakeHalf<kBf16, D, 1>());
-  if constexpr (D <= 256) list->push_back(MakeHalf<kBf16, D, 2>());
+  AddHalfTile<kBf16, D, 1>(list);
+  if constexpr (D <= 256) AddHalfTile<kBf16, D, 2>(list);
 }
 
 // The pairs that every head dim has.

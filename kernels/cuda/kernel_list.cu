@@ -1,5 +1,6 @@
 #include "kernels/cuda/kernel_list.h"
 
+#include <algorithm>
 #include <type_traits>
 
 #include "kernels/cuda/combine_kernel.cuh"
@@ -35,9 +36,12 @@ const std::vector<AttendKernel>& AllAttendKernels() {
   return *list;
 }
 
-const AttendKernel* FindAttendKernel(Form k, Form v, int dk, int dv, int rows) {
+const AttendKernel* FindAttendKernel(Form k, Form v, int dk, int dv, int rows, int shared_limit) {
   const AttendKernel* best = nullptr;
+  if (shared_limit == 0)
+    for (const AttendKernel& kernel : AllAttendKernels()) shared_limit = std::max(shared_limit, kernel.shared_limit);
   for (const AttendKernel& kernel : AllAttendKernels()) {
+    if (kernel.shared_limit != shared_limit) continue;
     if (kernel.k != k || kernel.v != v || kernel.dk != dk || kernel.dv != dv) continue;
     if (best == nullptr || (best->rows < rows && kernel.rows > best->rows) || (kernel.rows >= rows && kernel.rows < best->rows))
       best = &kernel;

@@ -26,10 +26,12 @@ struct AttendKernel {
   int query_threads = 0;
   int query_bytes = 0;  // of a unit's query area
   float key_unit = 1;   // what one step of a stored key is worth
+  int shared_limit = 0; // for GPUs with this much shared memory (capability.h)
 };
 
 // The kernel for up to `rows` rows: the smallest that takes them all, else the widest. Null if the pair has none.
-const AttendKernel* FindAttendKernel(Form k, Form v, int dk, int dv, int rows);
+// `shared_limit`: that of the GPU (device_image.h); 0 = the largest of this build.
+const AttendKernel* FindAttendKernel(Form k, Form v, int dk, int dv, int rows, int shared_limit = 0);
 const std::vector<AttendKernel>& AllAttendKernels();
 // Function of CombineKernel<dv, ...>, null for a dim without kernels. team: the largest of any group.
 const void* FindCombineKernel(int dv, int team);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels/base/status.h"
+#include "kernels/cuda/capability.h"
 #include "kernels/cuda/attend_args.h"
 #include "kernels/cuda/codec_kernels.h"
 #include "kernels/cuda/prefill_cut.h"
@@ -23,12 +24,6 @@ size_t Size(int64_t n) { return static_cast<size_t>(n); }
 int32_t Limit(int64_t n) { return static_cast<int32_t>(std::clamp<int64_t>(n, -(1 << 30), 1 << 30)); }
 size_t RoundUp(size_t bytes) { return (bytes + 255) / 256 * 256; }
 // Whether the current device multiplies by warpgroups.
-bool HasWarpgroups() {
-  int device = 0, major = 0;
-  (void)cudaGetDevice(&device);
-  (void)cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return major == 9;
-}
 int WidestDim(const GroupShape& shape) { return std::max(shape.head_dim_k, shape.head_dim_v); }
 
 // Runs of an item whose positions follow each other without a gap inside a page.
@@ -99,7 +94,7 @@ class Planner {
         shape_(shape),
         environment_(environment),
         workspace_(workspace),
-        kernel_(*FindPrefillKernel(WidestDim(shape), environment.warpgroups && HasWarpgroups())),
+        kernel_(*FindPrefillKernel(WidestDim(shape), environment.warpgroups)),
         group_(args.heads / shape.kv_heads) {
     page_bytes_ = Size(4 * kBlockTokens * kernel_.dim);
     slot_bytes_ = Size(kernel_.rows) * (Size(kernel_.dim) * sizeof(float) + sizeof(float2));
@@ -406,14 +401,17 @@ class Planner {
 
 }  // namespace
 
-bool IsPrefill(const AttendItem& item, const GroupShape& shape, int heads, int most_decode_rows) {
-  return static_cast<int64_t>(item.queries) * (heads / shape.kv_heads) > most_decode_rows && !item.runs.empty() &&
-         FindPrefillKernel(WidestDim(shape), false) != nullptr;
+bool IsPrefill(const AttendItem& item, const GroupShape& shape, int heads, const AttendEnvironment& environment) {
+  if (static_cast<int64_t>(item.queries) * (heads / shape.kv_heads) <= environment.most_decode_rows || item.runs.empty()) return false;
+  const PrefillKernel* kernel = FindPrefillKernel(WidestDim(shape), environment.warpgroups);
+  return kernel != nullptr && (environment.shared_limit == 0 || kernel->shared_bytes <= environment.shared_limit);
 }
 
-absl::Status PreparePrefillKernels() {
-  for (const PrefillKernel& kernel : AllPrefillKernels())
+absl::Status PreparePrefillKernels(const DeviceImage& image) {
+  for (const PrefillKernel& kernel : AllPrefillKernels()) {
+    if (kernel.shared_bytes > image.shared_limit || (kernel.warpgroups && !HasWarpgroups(image.image_capability))) continue;
     KVTIDE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel.attend, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes));
+  }
   return absl::OkStatus();
 }
 

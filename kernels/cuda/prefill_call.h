@@ -11,10 +11,11 @@
 
 namespace kvtide::cuda {
 
-// Whether an item is computed here: it has more rows per KV head than `most_decode_rows`, and its head dims have a kernel.
-bool IsPrefill(const AttendItem& item, const GroupShape& shape, int heads, int most_decode_rows);
+// Whether an item is computed here: it has more rows per KV head than `most_decode_rows`, and its head dims have a kernel
+// that the device's shared memory holds.
+bool IsPrefill(const AttendItem& item, const GroupShape& shape, int heads, const AttendEnvironment& environment);
 
-absl::Status PreparePrefillKernels();
+absl::Status PreparePrefillKernels(const DeviceImage& image);
 // `args` are checked; all items are of the given shape.
 absl::Status PrefillCall(const AttendArgs& args, const GroupShape& shape, const AttendEnvironment& environment, Workspace& workspace);
 

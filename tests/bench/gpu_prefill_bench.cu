@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "kernels/cuda/attend_call.h"
+#include "kernels/cuda/device_image.h"
 #include "tests/bench/gpu_fill.cuh"
 
 namespace kvtide::cuda {
@@ -144,7 +145,9 @@ int Main(int argc, char** argv) {
   }
   cudaDeviceProp device;
   KVTIDE_BENCH_CUDA(cudaGetDeviceProperties(&device, 0));
-  CHECK_OK(PrepareAttendKernels());
+  const auto image = FindDeviceImage(0);
+  CHECK_OK(image.status());
+  CHECK_OK(PrepareAttendKernels(*image));
   std::string rows;
   for (const Shape& s : kShapes) {
     if (quick && (s.tokens > 8192 || s.dim != 128)) continue;
