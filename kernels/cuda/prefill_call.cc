@@ -399,6 +399,12 @@ class Planner {
   bool round_done_ = false;
 };
 
+// Whether decoding a block to tiles is fast.
+bool DecodesFast(CachePair pair) {
+  const auto fast = [](CacheType type) { return Info(type).storage == Storage::kHalf || HasRowCodec(type); };
+  return fast(pair.k) && fast(pair.v);
+}
+
 }  // namespace
 
 bool IsPrefill(const AttendItem& item, const GroupShape& shape, int heads, const AttendEnvironment& environment) {

@@ -321,7 +321,7 @@ TEST_P(BackendConformance, AttendsLongPrefillOverMixedRuns) {
     TestSequence sequence(backend(), shape);
     sequence.AddRun("f16", 64, GaussianRows(62));
     sequence.AddRun("turbo4/turbo3", 640, GaussianRows(63), &profile);
-    sequence.AddRun("iso4", 64, GaussianRows(64));
+    sequence.AddRun("q5_0/turbo2", 64, GaussianRows(64));
     sequence.AddRun("bf16", 30, GaussianRows(65));
     sequence.AddRun("f16", 200, GaussianRows(66));
     AttendCase c;
