@@ -408,6 +408,8 @@ bool DecodesFast(CachePair pair) {
 }  // namespace
 
 bool IsPrefill(const AttendItem& item, const GroupShape& shape, int heads, const AttendEnvironment& environment) {
+  for (const BlockRun& run : item.runs)
+    if (!DecodesFast(run.layout->pair())) return false;
   if (static_cast<int64_t>(item.queries) * (heads / shape.kv_heads) <= environment.most_decode_rows || item.runs.empty()) return false;
   const PrefillKernel* kernel = FindPrefillKernel(WidestDim(shape), environment.warpgroups);
   return kernel != nullptr && (environment.shared_limit == 0 || kernel->shared_bytes <= environment.shared_limit);
