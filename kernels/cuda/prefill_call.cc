@@ -23,7 +23,6 @@ constexpr int kPartOverhead = 4;
 size_t Size(int64_t n) { return static_cast<size_t>(n); }
 int32_t Limit(int64_t n) { return static_cast<int32_t>(std::clamp<int64_t>(n, -(1 << 30), 1 << 30)); }
 size_t RoundUp(size_t bytes) { return (bytes + 255) / 256 * 256; }
-// Whether the current device multiplies by warpgroups.
 int WidestDim(const GroupShape& shape) { return std::max(shape.head_dim_k, shape.head_dim_v); }
 
 // Runs of an item whose positions follow each other without a gap inside a page.
