@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
 # Builds what tests/gpu/run.sh runs and packs it with the shared libraries that it needs, for a machine that has a GPU and
 # its driver but not the libraries.
-#   tests/gpu/pack.sh [--build FOLDER] [--out FILE.tgz]     default: build/cuda, build/carry/gpu_tests.tgz
+#   tests/gpu/pack.sh [--build FOLDER] [--out FILE.tar.xz]     default: build/cuda, build/carry/gpu_tests.tar.xz
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 build=build/cuda
-out=build/carry/gpu_tests.tgz
+out=build/carry/gpu_tests.tar.xz
 while [ $# -gt 0 ]; do
   case "$1" in
     --build) build="$2"; shift 2 ;;
     --out) out="$2"; shift 2 ;;
-    *) echo "usage: tests/gpu/pack.sh [--build FOLDER] [--out FILE.tgz]" >&2; exit 2 ;;
+    *) echo "usage: tests/gpu/pack.sh [--build FOLDER] [--out FILE.tar.xz]" >&2; exit 2 ;;
   esac
 done
 export CCACHE_BASEDIR="$PWD" CCACHE_NOHASHDIR=1
 cmake --preset cuda -B "$build" > /dev/null
 programs=(kvtided kvtide kvtide_e2e_appender kvtide_test_gpu kvtide_test_cache kvtide_test_sim kvtide_test_e2e)
 known="$(cmake --build "$build" --target help)"
-for bench in gpu_attend_bench gpu_moves_bench gpu_prefill_bench gpu_seal_bench; do
+for bench in gpu_attend_bench gpu_step_bench gpu_moves_bench gpu_prefill_bench gpu_seal_bench; do
   if grep -q "^$bench:" <<< "$known"; then programs+=("$bench"); fi
 done
 cmake --build "$build" --target "${programs[@]}"
@@ -33,5 +33,6 @@ ldd "$folder"/bin/* | awk '$2 == "=>" && $3 ~ /^\// { print $3 }' | sort -u |
   grep -Ev '/(libc|libm|libdl|librt|libpthread|libresolv|libcuda|ld-linux-x86-64)\.so' |
   while read -r library; do cp -L "$library" "$folder/lib/"; done
 git rev-parse --short HEAD > "$folder/commit" 2> /dev/null || echo unknown > "$folder/commit"
-tar -C "$folder" -czf "$out" bin lib commit
+# The programs share most of their GPU code; a dictionary that spans several of them packs it once.
+tar -C "$folder" -cf - bin lib commit | xz -T1 --lzma2=preset=1,dict=128MiB -c > "$out"
 echo "$out: ${#programs[@]} programs, $(($(stat -c %s "$out") / 1048576)) MiB"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, by one command: tests, sanitizers, benchmarks, demo and evaluation. Builds with the cuda
 # preset, or takes programs that tests/gpu/pack.sh packed elsewhere. Result files go to tests/bench/results.
-#   tests/gpu/run.sh [--programs FILE.tgz|FOLDER] [--stages a,b,...] [--results FOLDER] [--list]
+#   tests/gpu/run.sh [--programs FILE.tar.xz|FOLDER] [--stages a,b,...] [--results FOLDER] [--list]
 # Every stage runs, whatever came before; the exit status is 1 if one of them failed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -13,7 +13,7 @@ declare -A what=(
   [e2e]="kvtided in processes of its own on the GPU, the kvtide command with it"
   [devices]="kvtided and the cache on two GPUs (skipped with one)"
   [sanitizers]="compute-sanitizer's four tools on small shapes"
-  [bench]="gpu_attend, gpu_moves, gpu_prefill and gpu_seal benchmarks, f16 attention of PyTorch"
+  [bench]="gpu_attend, gpu_step, gpu_moves, gpu_prefill and gpu_seal benchmarks, f16 attention of PyTorch"
   [counters]="hardware counters of the main kernels (ncu)"
   [demo]="kvtide demo on the GPU: the same tokens from every tier"
   [eval]="kvtide eval on the GPU and on the CPU: perplexities within 0.1 %"
@@ -26,7 +26,7 @@ while [ $# -gt 0 ]; do
     --stages) stages="${2//,/ }"; shift 2 ;;
     --results) results="$2"; shift 2 ;;
     --list) for s in "${all[@]}"; do printf '%-12s%s\n' "$s" "${what[$s]}"; done; exit 0 ;;
-    *) echo "usage: tests/gpu/run.sh [--programs FILE.tgz|FOLDER] [--stages $(IFS=,; echo "${all[*]}")] [--results FOLDER]" >&2; exit 2 ;;
+    *) echo "usage: tests/gpu/run.sh [--programs FILE.tar.xz|FOLDER] [--stages $(IFS=,; echo "${all[*]}")] [--results FOLDER]" >&2; exit 2 ;;
   esac
 done
 for s in $stages; do
@@ -41,12 +41,13 @@ work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 commit="$(git rev-parse --short HEAD 2> /dev/null || echo unknown)"
 if [ -z "$programs" ]; then
-  tests/gpu/pack.sh --out "$work/programs.tgz"
-  programs="$work/programs.tgz"
+  tests/gpu/pack.sh --out "$work/programs.tar.xz"
+  programs="$work/programs.tar.xz"
 fi
 if [ -f "$programs" ]; then
   mkdir "$work/programs"
-  tar -C "$work/programs" -xzf "$programs"
+  tar -C "$work/programs" -xf "$programs" 2> /dev/null ||
+    python3 -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2])' "$programs" "$work/programs"
   programs="$work/programs"
 fi
 [ -f "$programs/commit" ] && commit="$(cat "$programs/commit")"
@@ -103,7 +104,7 @@ stage_devices() {
 }
 stage_sanitizers() {
   command -v compute-sanitizer > /dev/null || { echo "SKIPPED: compute-sanitizer is not installed"; return 0; }
-  local small='--gtest_filter=*PairsOfUnequal*:*CapsLogits*:*SealsWithProfiles*:*RecodesToFewer*:*CopiesMany*:*Prefill*Small*' failed=0 tool
+  local small='--gtest_filter=*PairsOfUnequal*:*CapsLogits*:*SealsWithProfiles*:*RecodesToFewer*:*CopiesMany*:*Prefill*Small*:*DeviceDecode*Case1*' failed=0 tool
   for tool in memcheck racecheck synccheck initcheck; do
     (limited compute-sanitizer --tool "$tool" --error-exitcode 9 "$bin/kvtide_test_gpu" "$small" > "$work/$tool" 2>&1 || touch "$work/$tool.failed") &
   done
@@ -119,7 +120,7 @@ stage_sanitizers() {
 }
 stage_bench() {
   local failed=0 name
-  for name in attend moves prefill seal; do
+  for name in attend step moves prefill seal; do
     if [ ! -x "$bin/gpu_${name}_bench" ]; then
       echo "gpu_${name}_bench: not built"
       continue
