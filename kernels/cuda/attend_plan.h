@@ -108,7 +108,7 @@ std::vector<AttendWorker> CutShares(const std::vector<AttendUnit>& units, int ct
 uint32_t AppendSlots(const std::vector<AttendUnit>& units, size_t index, size_t workers, int warps, std::vector<uint32_t>* slots);
 inline size_t SlotCount(size_t units, size_t workers) { return units + workers; }
 // Warps of the combine kernel that should share an output row when a unit has up to `slots` slots: 1, 2 or 4.
-inline int CombineTeam(uint32_t slots) { return slots > 8 ? 4 : slots > 3 ? 2 : 1; }
+constexpr int CombineTeam(uint32_t slots) { return slots > 8 ? 4 : slots > 3 ? 2 : 1; }
 
 struct CombineParams {
   const CombineGroup* groups = nullptr;

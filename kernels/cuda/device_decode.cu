@@ -1,0 +1,229 @@
+#include <algorithm>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/base/status.h"
+#include "kernels/cuda/capability.h"
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/device_decode.h"
+#include "kernels/cuda/device_image.h"
+#include "kernels/cuda/device_plan.cuh"
+#include "kernels/cuda/kernel_list.h"
+#include "kernels/cuda/rotations.h"
+
+namespace kvtide {
+namespace cuda {
+namespace {
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+size_t Size(int64_t n) { return static_cast<size_t>(n); }
+QueryType TypeOf(DataType type) {
+  return type == DataType::kF32   ? QueryType::kF32
+         : type == DataType::kF16 ? QueryType::kF16
+                                  : QueryType::kBf16;
+}
+
+absl::Status LaunchKernel(const void* function, size_t grid, int block, size_t shared, bool dependent,
+                          void* params, cudaStream_t stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.blockDim = dim3(static_cast<unsigned>(block));
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  if (dependent) {
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  void* arguments[] = {params};
+  return StatusOf(cudaLaunchKernelExC(&config, function, arguments), "launch");
+}
+
+class DecodeOnDevice final : public DeviceDecode {
+ public:
+  absl::Status Create(const DecodeOptions& options, const std::vector<DecodeLayer>& layers) {
+    options_ = options;
+    KVTIDE_RETURN_IF_ERROR(Check(layers));
+    int device = 0;
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
+    KVTIDE_ASSIGN_OR_RETURN(image_, FindDeviceImage(device));
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, device));
+    group_ = options.heads / options.shape.kv_heads;
+    layers_ = layers.size();
+    units_ = Size(options.max_sequences) * Size(options.shape.kv_heads);
+    if (options.coded.blocks != nullptr) KVTIDE_RETURN_IF_ERROR(AddKind(options.coded, options.pair));
+    if (options.exact.blocks != nullptr) KVTIDE_RETURN_IF_ERROR(AddKind(options.exact, ExactPair()));
+
+    std::vector<PlanLayer> plan;
+    for (const DecodeLayer& layer : layers)
+      plan.push_back({layer.layer, static_cast<const std::byte*>(layer.q), static_cast<std::byte*>(layer.out),
+                      layer.lse, layer.k_mean, layer.k_gain, layer.sinks});
+    PlanLayer* plan_layers = nullptr;
+    KVTIDE_ASSIGN_OR_RETURN(plan_layers, Allocate<PlanLayer>(plan.size()));
+    KVTIDE_CUDA_RETURN_IF_ERROR(
+        cudaMemcpy(plan_layers, plan.data(), plan.size() * sizeof(PlanLayer), cudaMemcpyHostToDevice));
+    plan_.layers = plan_layers;
+    KVTIDE_ASSIGN_OR_RETURN(plan_.groups, Allocate<CombineGroup>(layers_ * units_));
+    KVTIDE_ASSIGN_OR_RETURN(plan_.sources, Allocate<CombineSource>(2 * layers_ * units_));
+    plan_.sequences = options.max_sequences;
+    plan_.kv_heads = options.shape.kv_heads;
+    plan_.group = group_;
+    plan_.head_dim_k = options.shape.head_dim_k;
+    plan_.head_dim_v = options.shape.head_dim_v;
+    plan_.value_bytes = static_cast<int32_t>(DataTypeBytes(options.type));
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(PlanKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                     static_cast<int>(sizeof(PlanIndex))));
+
+    const int stored_v = StoredDim(options.shape.head_dim_v);
+    // Few units are cut into many states each.
+    merge_.team = plan_.team = units_ < 4 * Size(processors_) ? 4 : 2;
+    combine_ = FindCombineKernel(stored_v, merge_.team);
+    if (combine_ == nullptr)
+      return absl::InvalidArgumentError(
+          absl::StrCat("head dim ", options.shape.head_dim_v, " of V has no merge kernel"));
+    merge_.group_count = static_cast<int32_t>(units_);
+    merge_.rows = group_;
+    merge_.head_dim = options.shape.head_dim_v;
+    merge_.output_type = TypeOf(options.type);
+    return absl::OkStatus();
+  }
+
+  absl::Status Plan(cudaStream_t stream) override {
+    return LaunchKernel(reinterpret_cast<const void*>(&PlanKernel), layers_, kPlanThreads, sizeof(PlanIndex),
+                        false, &plan_, stream);
+  }
+
+  absl::Status Attend(int index, cudaStream_t stream) override {
+    if (index < 0 || Size(index) >= layers_)
+      return absl::InvalidArgumentError(absl::StrCat("layer index ", index, " of ", layers_));
+    const size_t layer = Size(index);
+    bool dependent = false;  // the first kernel waits for everything before it: for the plan, and for what
+                             // the engine wrote
+    for (int k = 0; k < plan_.kind_count; k++) {
+      const PlanKind& kind = plan_.kinds[k];
+      const AttendKernel& kernel = *kernels_[k];
+      AttendParams params = params_[k];
+      params.units = kind.units + layer * kind.unit_stride;
+      params.workers = kind.workers + layer * kind.worker_stride;
+      KVTIDE_RETURN_IF_ERROR(
+          LaunchKernel(kernel.query_function, units_, 32 * group_, 0, dependent, &params, stream));
+      dependent = HasBulkCopies(image_.image_capability);
+      KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel.function, Size(kind.ctas), kernel.threads,
+                                          Size(kernel.shared_bytes), dependent, &params, stream));
+    }
+    CombineParams merge = merge_;
+    merge.groups = plan_.groups + layer * units_;
+    merge.sources = plan_.sources + 2 * layer * units_;
+    const size_t warps = units_ * Size(group_) * Size(merge.team);
+    return LaunchKernel(combine_, (warps + kCombineWarps - 1) / kCombineWarps, 32 * kCombineWarps, 0,
+                        dependent, &merge, stream);
+  }
+
+  size_t device_bytes() const override { return bytes_; }
+
+ private:
+  absl::Status Check(const std::vector<DecodeLayer>& layers) const {
+    KVTIDE_RETURN_IF_ERROR(CheckGroupShape(options_.shape));
+    if (options_.heads <= 0 || options_.heads % options_.shape.kv_heads != 0)
+      return absl::InvalidArgumentError(
+          absl::StrCat(options_.heads, " query heads over ", options_.shape.kv_heads, " KV heads"));
+    if (options_.max_sequences < 1 || options_.max_sequences > kPlanSequences)
+      return absl::InvalidArgumentError(absl::StrCat("max_sequences is ", options_.max_sequences, ", 1..",
+                                                     kPlanSequences, " are possible"));
+    if (layers.empty()) return absl::InvalidArgumentError("no layers");
+    for (const DecodeTable* table : {&options_.coded, &options_.exact})
+      if (table->blocks != nullptr && (table->tokens == nullptr || table->max_blocks < 1))
+        return absl::InvalidArgumentError("a block table without tokens or with max_blocks 0");
+    if (options_.coded.blocks == nullptr && options_.exact.blocks == nullptr)
+      return absl::InvalidArgumentError("no block table");
+    for (const DecodeLayer& layer : layers) {
+      if (layer.layer < 0 || layer.layer >= options_.shape.layers)
+        return absl::InvalidArgumentError(absl::StrCat("layer ", layer.layer, " of ", options_.shape.layers));
+      if (layer.q == nullptr || layer.out == nullptr || layer.lse == nullptr)
+        return absl::InvalidArgumentError(absl::StrCat("layer ", layer.layer, ": no q, out or lse"));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status AddKind(const DecodeTable& table, CachePair pair) {
+    const BlockLayout layout(options_.shape, pair);
+    const AttendKernel* const kernel = FindAttendKernel(FormOf(pair.k), FormOf(pair.v), layout.k().stored_dim,
+                                                        layout.v().stored_dim, group_, image_.shared_limit);
+    if (kernel == nullptr || kernel->rows < group_)
+      return absl::InvalidArgumentError(absl::StrCat(
+          "no kernel reads ", PairName(pair), " pages of head dims K ", options_.shape.head_dim_k, " and V ",
+          options_.shape.head_dim_v, " for ", group_,
+          " query heads per KV head; kernels/cuda/instantiate.cuh lists the pairs, up to 16 heads"));
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
+        kernel->function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel->shared_bytes));
+    PlanKind kind;
+    kind.blocks = table.blocks;
+    kind.tokens = table.tokens;
+    kind.hidden = table.hidden;
+    kind.max_blocks = table.max_blocks;
+    kind.record_bytes = layout.record_bytes();
+    // No more CTAs than pages that there can be.
+    kind.ctas = static_cast<int32_t>(std::min(Size(processors_), units_ * Size(table.max_blocks)));
+    kind.warps = kernel->threads / 32;
+    const size_t workers = Size(kind.ctas) * Size(kind.warps), slots = SlotCount(units_, workers);
+    kind.unit_stride = static_cast<uint32_t>(units_);
+    kind.worker_stride = static_cast<uint32_t>(workers);
+    kind.slot_stride = static_cast<uint32_t>(slots);
+    KVTIDE_ASSIGN_OR_RETURN(kind.units, Allocate<AttendUnit>(layers_ * units_));
+    KVTIDE_ASSIGN_OR_RETURN(kind.workers, Allocate<AttendWorker>(layers_ * workers));
+    KVTIDE_ASSIGN_OR_RETURN(kind.slots, Allocate<uint32_t>(layers_ * slots));
+    AttendParams& params = params_[plan_.kind_count];
+    KVTIDE_ASSIGN_OR_RETURN(params.queries, Allocate<std::byte>(units_ * Size(kernel->query_bytes)));
+    KVTIDE_ASSIGN_OR_RETURN(params.outputs, Allocate<float>(slots * Size(kernel->rows) * Size(kernel->dv)));
+    KVTIDE_ASSIGN_OR_RETURN(params.sums, Allocate<StateHead>(slots * Size(kernel->rows)));
+    params.head_dim = options_.shape.head_dim_k;
+    params.query_type = TypeOf(options_.type);
+    KVTIDE_ASSIGN_OR_RETURN(params.k_rotation, rotations_.Get(pair.k, layout.k().stored_dim, false));
+    params.scale = options_.scale * kLog2E;
+    params.key_scale = params.scale * kernel->key_unit;
+    params.softcap = options_.softcap * kLog2E;
+    kind.outputs = params.outputs;
+    kind.sums = params.sums;
+    kind.slot_rows = kernel->rows;
+    KVTIDE_ASSIGN_OR_RETURN(kind.v_rotation, rotations_.Get(pair.v, layout.v().stored_dim, true));
+    kind.coded = Info(pair.k).storage == Storage::kCodes;
+    kernels_[plan_.kind_count] = kernel;
+    plan_.kinds[plan_.kind_count++] = kind;
+    return absl::OkStatus();
+  }
+
+  template <class T>
+  absl::StatusOr<T*> Allocate(size_t count) {
+    buffers_.emplace_back();
+    KVTIDE_RETURN_IF_ERROR(buffers_.back().Reserve(count * sizeof(T)));
+    bytes_ += count * sizeof(T);
+    return reinterpret_cast<T*>(buffers_.back().data());
+  }
+
+  DecodeOptions options_;
+  DeviceImage image_;
+  int processors_ = 0, group_ = 0;
+  size_t layers_ = 0, units_ = 0, bytes_ = 0;
+  Rotations rotations_;
+  std::vector<DeviceBuffer> buffers_;
+  const AttendKernel* kernels_[2] = {};
+  AttendParams params_[2];
+  PlanParams plan_;
+  CombineParams merge_;
+  const void* combine_ = nullptr;
+};
+
+}  // namespace
+}  // namespace cuda
+
+absl::StatusOr<std::unique_ptr<DeviceDecode>> DeviceDecode::Make(const DecodeOptions& options,
+                                                                 const std::vector<DecodeLayer>& layers) {
+  auto decode = std::make_unique<cuda::DecodeOnDevice>();
+  KVTIDE_RETURN_IF_ERROR(decode->Create(options, layers));
+  return decode;
+}
+
+}  // namespace kvtide

@@ -1,0 +1,208 @@
+// One decode step of a model as an engine on the same GPU runs it: DeviceDecode in a CUDA graph, the plan of
+// the step and the attention of all layers, every layer with the f16 blocks of the default window (the first
+// block, the last two and the tail) beside its coded ones; against the same with f16 pages only.
+//   gpu_step_bench [--json FILE]
+// Random codes and scales; each layer's records lie in the blocks as the daemon stores them. Median of 20
+// replays; a step reads more than L2 holds.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/device_decode.h"
+
+namespace kvtide {
+namespace {
+
+#define CHECK_CUDA(x)                                                              \
+  do {                                                                             \
+    const cudaError_t error_ = (x);                                                \
+    if (error_ != cudaSuccess) {                                                   \
+      std::printf("%s: %s (line %d)\n", #x, cudaGetErrorString(error_), __LINE__); \
+      std::exit(1);                                                                \
+    }                                                                              \
+  } while (0)
+
+constexpr int kLayers = 32, kKvHeads = 8, kHeads = 32, kDim = 128, kWindowTokens = 3 * kBlockTokens,
+              kTailTokens = 20;
+
+template <class T>
+T* Upload(const std::vector<T>& values, std::vector<void*>* owned) {
+  void* p = nullptr;
+  CHECK_CUDA(cudaMalloc(&p, values.size() * sizeof(T)));
+  CHECK_CUDA(cudaMemcpy(p, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+  owned->push_back(p);
+  return static_cast<T*>(p);
+}
+
+// Blocks in device memory: a few random ones, repeated; the tables lead to each in shuffled order.
+std::vector<std::byte*> MakeBlocks(const BlockLayout& layout, size_t blocks, std::mt19937& rng,
+                                   std::vector<void*>* owned) {
+  std::vector<std::byte> some(layout.block_bytes() * 4);
+  for (std::byte& b : some) b = static_cast<std::byte>(rng());
+  for (size_t record = 0; record < some.size(); record += layout.record_bytes())
+    for (const auto& [half, start] :
+         {std::pair{layout.k(), size_t{0}}, std::pair{layout.v(), layout.v_codes()}}) {
+      const size_t at = record + start + (half.groups == 0 ? 0 : half.code_bytes);
+      for (size_t i = 1; i < (half.groups == 0 ? half.code_bytes : half.scale_bytes); i += 2)
+        some[at + i] = static_cast<std::byte>(0x28 + rng() % 8);
+    }
+  void* data = nullptr;
+  CHECK_CUDA(cudaMalloc(&data, layout.block_bytes() * blocks));
+  owned->push_back(data);
+  std::vector<std::byte*> table(blocks);
+  for (size_t i = 0; i < blocks; i++) {
+    table[i] = static_cast<std::byte*>(data) + i * layout.block_bytes();
+    const size_t bytes = layout.block_bytes() * std::min<size_t>(4, blocks - i);
+    if (i == 0)
+      CHECK_CUDA(cudaMemcpy(data, some.data(), bytes, cudaMemcpyHostToDevice));
+    else if (i % 4 == 0)
+      CHECK_CUDA(cudaMemcpyAsync(table[i], data, bytes, cudaMemcpyDeviceToDevice));
+  }
+  std::shuffle(table.begin(), table.end(), rng);
+  return table;
+}
+
+struct Step {
+  int sequences, tokens;
+};
+
+double StepMicroseconds(const char* pair_name, const Step& step, double* megabytes, size_t* plan_bytes) {
+  std::vector<void*> owned;
+  std::mt19937 rng(3);
+  const GroupShape shape{kLayers, kKvHeads, kDim, kDim};
+  const CachePair pair = *ParseCachePair(pair_name);
+  const bool all_exact = pair == ExactPair();
+  const BlockLayout coded(shape, pair), exact(shape, ExactPair());
+  const int exact_tokens = (all_exact ? step.tokens : kWindowTokens) + kTailTokens,
+            coded_tokens = all_exact ? 0 : step.tokens - kWindowTokens;
+  DecodeOptions options;
+  options.shape = shape;
+  options.pair = pair;
+  options.heads = kHeads;
+  options.max_sequences = step.sequences;
+  options.scale = 1.0f / std::sqrt(static_cast<float>(kDim));
+  const size_t sequences = static_cast<size_t>(step.sequences);
+  *megabytes = 0;
+  const auto table = [&](const BlockLayout& layout, int tokens) {
+    DecodeTable t;
+    t.max_blocks = (tokens + kBlockTokens - 1) / kBlockTokens;
+    const std::vector<std::byte*> blocks =
+        MakeBlocks(layout, sequences * static_cast<size_t>(t.max_blocks), rng, &owned);
+    t.blocks = Upload(blocks, &owned);
+    t.tokens = Upload(std::vector<int32_t>(sequences, tokens), &owned);
+    *megabytes += static_cast<double>(layout.block_bytes() * blocks.size()) / 1e6;
+    return t;
+  };
+  if (coded_tokens > 0) options.coded = table(coded, coded_tokens);
+  options.exact = table(exact, exact_tokens);
+  const uint16_t* q = Upload(std::vector<uint16_t>(sequences * kHeads * kDim, 0x3400), &owned);
+  uint16_t* out = Upload(std::vector<uint16_t>(sequences * kHeads * kDim), &owned);
+  float* lse = Upload(std::vector<float>(sequences * kHeads), &owned);
+  std::vector<DecodeLayer> layers(kLayers);
+  for (int l = 0; l < kLayers; l++) {
+    DecodeLayer& layer = layers[static_cast<size_t>(l)];
+    layer.layer = l;
+    layer.q = q;
+    layer.out = out;
+    layer.lse = lse;
+  }
+  auto decode = DeviceDecode::Make(options, layers);
+  if (!decode.ok()) {
+    std::printf("%s\n", std::string(decode.status().message()).c_str());
+    std::exit(1);
+  }
+  *plan_bytes = (*decode)->device_bytes();
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  CHECK_CUDA(cudaStreamCreate(&stream));
+  CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  bool ok = (*decode)->Plan(stream).ok();
+  for (int l = 0; l < kLayers; l++) ok = (*decode)->Attend(l, stream).ok() && ok;
+  CHECK_CUDA(cudaStreamEndCapture(stream, &graph));
+  if (!ok) std::exit(1);
+  CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
+  cudaEvent_t begin, end;
+  CHECK_CUDA(cudaEventCreate(&begin));
+  CHECK_CUDA(cudaEventCreate(&end));
+  std::vector<double> us;
+  for (int i = 0; i < 23; i++) {
+    CHECK_CUDA(cudaEventRecord(begin, stream));
+    CHECK_CUDA(cudaGraphLaunch(exec, stream));
+    CHECK_CUDA(cudaEventRecord(end, stream));
+    CHECK_CUDA(cudaEventSynchronize(end));
+    float ms = 0;
+    CHECK_CUDA(cudaEventElapsedTime(&ms, begin, end));
+    if (i >= 3) us.push_back(1e3 * static_cast<double>(ms));
+  }
+  std::sort(us.begin(), us.end());
+  CHECK_CUDA(cudaGraphExecDestroy(exec));
+  CHECK_CUDA(cudaGraphDestroy(graph));
+  CHECK_CUDA(cudaStreamDestroy(stream));
+  CHECK_CUDA(cudaEventDestroy(begin));
+  CHECK_CUDA(cudaEventDestroy(end));
+  for (void* p : owned) CHECK_CUDA(cudaFree(p));
+  return us[us.size() / 2];
+}
+
+int Run(const std::string& json) {
+  cudaDeviceProp device{};
+  CHECK_CUDA(cudaGetDeviceProperties(&device, 0));
+  std::printf("%s, %d layers, %d KV heads, %d query heads, d %d; microseconds of attention per step\n",
+              device.name, kLayers, kKvHeads, kHeads, kDim);
+  std::string text = "{\n  \"device\": \"" + std::string(device.name) +
+                     "\",\n  \"layers\": " + std::to_string(kLayers) + ",\n  \"steps\": [";
+  bool first = true;
+  for (const Step& step : {Step{1, 8192}, Step{1, 131072}, Step{16, 8192}, Step{64, 4096}, Step{128, 1024}}) {
+    double f16 = 0;
+    for (const char* pair : {"f16", "q8_0", "q8_0/turbo4", "turbo4", "turbo3"}) {
+      double megabytes = 0;
+      size_t plan_bytes = 0;
+      const double us = StepMicroseconds(pair, step, &megabytes, &plan_bytes);
+      if (f16 == 0) f16 = us;
+      std::printf("%4d x %6d  %-12s %9.0f us  %8.0f MB  %5.2fx of f16\n", step.sequences, step.tokens, pair,
+                  us, megabytes, f16 / us);
+      char line[400];
+      std::snprintf(line, sizeof(line),
+                    "%s\n    {\"pair\": \"%s\", \"sequences\": %d, \"tokens\": %d, \"step_us\": %.1f, "
+                    "\"megabytes\": %.1f, "
+                    "\"f16_pages_over_this\": %.3f, \"plan_and_state_bytes\": %zu}",
+                    first ? "" : ",", pair, step.sequences, step.tokens, us, megabytes, f16 / us, plan_bytes);
+      text += line;
+      first = false;
+    }
+  }
+  text += "\n  ]\n}\n";
+  if (!json.empty()) {
+    std::ofstream file(json);
+    file << text;
+    if (!file.flush()) {
+      std::printf("cannot write %s\n", json.c_str());
+      return 1;
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace kvtide
+
+int main(int argc, char** argv) {
+  std::string json;
+  for (int i = 1; i < argc; i++) {
+    if (std::strcmp(argv[i], "--json") == 0 && i + 1 < argc) {
+      json = argv[++i];
+    } else {
+      std::printf("usage: gpu_step_bench [--json FILE]\n");
+      return 2;
+    }
+  }
+  return kvtide::Run(json);
+}
