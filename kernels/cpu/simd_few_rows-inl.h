@@ -16,6 +16,7 @@
 #include <algorithm>
 
 #include "kernels/cpu/page_segment.h"
+#include "kernels/cpu/simd_level_dots-inl.h"
 #include "kernels/cpu/simd_page-inl.h"
 
 KVTIDE_BEFORE_NAMESPACE();
@@ -23,63 +24,61 @@ namespace kvtide {
 namespace HWY_NAMESPACE {
 #if KVTIDE_VECTOR_TARGET
 
+// Four columns make a quad of work. On AVX2 the prefetches of all come at once: GCC lets no sum stay in a
+// register over their loop.
+template <int kColumn>
+HWY_INLINE void PrefetchForColumn(Prefetcher& prefetch) {
+  if constexpr (kWide) {
+    prefetch.Step();
+  } else if constexpr (kColumn == 0) {
+    prefetch.Step(4);
+  }
+}
+
 // ---- K of coded types
 
 // One quad row (32 dims) of kVectors token vectors from vector `first` on.
 template <int kBits, int kRows, int kVectors, int kColumn>
-HWY_INLINE void KeyColumn(const Unpacker<kBits>& unpack, const uint8_t* codes, int quads, int quad, int first,
-                          const int32_t* HWY_RESTRICT q, VecI32 (&acc)[kVectors][kRows]) {
-  Units units[kVectors];
+HWY_INLINE void KeyColumn(const LevelDots<kBits>& level_dots, const uint8_t* codes, int quads, int quad,
+                          int first, const int32_t* HWY_RESTRICT q, VecI32 (&acc)[kVectors][kRows]) {
+  const uint8_t* at[kVectors];
   KVTIDE_UNROLL
   for (int v = 0; v < kVectors; v++) {
     const int vector = first + v, half = vector / kQuadVectors;
-    units[v] = unpack.template Load<0, kColumn % 2 == 1>(codes + ColumnOffset(kColumn, vector % kQuadVectors),
-                                                         half * quads + quad);
+    at[v] = codes + ColumnOffset(kColumn, vector % kQuadVectors) + QuadOffset<kBits>(half * quads + quad);
   }
-  const auto pair = [&](auto index) HWY_ATTR {
-    constexpr int kPair = decltype(index)::value;
-    VecI16 levels[kVectors];
-    KVTIDE_UNROLL
-    for (int v = 0; v < kVectors; v++) levels[v] = unpack.template Pair<kPair>(units[v]);
-    KVTIDE_UNROLL
-    for (int r = 0; r < kRows; r++) {
-      const VecI16 query = hn::BitCast(TagI16(), hn::Set(TagI32(), q[(kColumn * 4 + kPair) * kRows + r]));
-      KVTIDE_UNROLL
-      for (int v = 0; v < kVectors; v++) acc[v][r] = AddDots(acc[v][r], levels[v], query);
-    }
-  };
-  pair(std::integral_constant<int, 0>());
-  pair(std::integral_constant<int, 1>());
-  pair(std::integral_constant<int, 2>());
-  pair(std::integral_constant<int, 3>());
+  level_dots.template Add<kColumn % 2 == 1>(
+      at, [&](int pair, int r, int) HWY_ATTR { return q[(kColumn * 4 + pair) * kRows + r]; }, acc);
 }
 
 template <int kBits, int kRows, int kVectors>
-HWY_INLINE void KeyQuad(const Unpacker<kBits>& unpack, const HalfView& k, int quads, int quad, int first,
+HWY_INLINE void KeyQuad(const LevelDots<kBits>& level_dots, const HalfView& k, int quads, int quad, int first,
                         const int32_t* HWY_RESTRICT q, VecI32 (&acc)[kVectors][kRows]) {
-  k.prefetch->Step();
-  KeyColumn<kBits, kRows, kVectors, 0>(unpack, k.codes, quads, quad, first, q, acc);
-  k.prefetch->Step();
-  KeyColumn<kBits, kRows, kVectors, 1>(unpack, k.codes, quads, quad, first, q, acc);
-  k.prefetch->Step();
-  KeyColumn<kBits, kRows, kVectors, 2>(unpack, k.codes, quads, quad, first, q, acc);
-  k.prefetch->Step();
-  KeyColumn<kBits, kRows, kVectors, 3>(unpack, k.codes, quads, quad, first, q, acc);
+  PrefetchForColumn<0>(*k.prefetch);
+  KeyColumn<kBits, kRows, kVectors, 0>(level_dots, k.codes, quads, quad, first, q, acc);
+  PrefetchForColumn<1>(*k.prefetch);
+  KeyColumn<kBits, kRows, kVectors, 1>(level_dots, k.codes, quads, quad, first, q, acc);
+  PrefetchForColumn<2>(*k.prefetch);
+  KeyColumn<kBits, kRows, kVectors, 2>(level_dots, k.codes, quads, quad, first, q, acc);
+  PrefetchForColumn<3>(*k.prefetch);
+  KeyColumn<kBits, kRows, kVectors, 3>(level_dots, k.codes, quads, quad, first, q, acc);
 }
 
 // Dots of kVectors token vectors with all rows: scale times integer dot, summed over the groups.
 template <int kBits, int kRows, int kVectors>
-HWY_INLINE void KeyVectors(const Unpacker<kBits>& unpack, const HalfView& k, const int32_t* q,
-                           const float* scales, int first, float* HWY_RESTRICT dots) {
+HWY_INLINE void KeyVectors(const LevelDots<kBits>& level_dots, const HalfView& k, const int32_t* q,
+                           const int32_t* starts, const float* scales, int first, float* HWY_RESTRICT dots) {
   const int quads = k.dim / 32, step = k.table->group / 32;
   for (int group = 0; group < k.groups; group++) {
     VecI32 acc[kVectors][kRows];
     KVTIDE_UNROLL
     for (int v = 0; v < kVectors; v++) KVTIDE_UNROLL
-    for (int r = 0; r < kRows; r++) acc[v][r] = hn::Zero(TagI32());
+    for (int r = 0; r < kRows; r++)
+      acc[v][r] =
+          LevelDots<kBits>::kOffset ? hn::Set(TagI32(), starts[group * kRows + r]) : hn::Zero(TagI32());
     const int end = std::min(quads, (group + 1) * step);
     for (int quad = group * step; quad < end; quad++) {
-      KeyQuad<kBits, kRows, kVectors>(unpack, k, quads, quad, first, q + quad * 16 * kRows, acc);
+      KeyQuad<kBits, kRows, kVectors>(level_dots, k, quads, quad, first, q + quad * 16 * kRows, acc);
     }
     KVTIDE_UNROLL
     for (int v = 0; v < kVectors; v++) {
@@ -95,20 +94,15 @@ HWY_INLINE void KeyVectors(const Unpacker<kBits>& unpack, const HalfView& k, con
   }
 }
 
-// Token vectors that are worked on together: as many as leave the sums in registers (32 of 512 bits, 16 of
-// 256).
-constexpr int VectorsFor(int rows) {
-  return kWide ? (rows == 8 ? 2 : 4) : (rows == 1 ? 4 : rows == 8 ? 1 : 2);
-}
-
 template <int kBits, int kRows>
-HWY_NOINLINE void KeyDots(const HalfView& k, const int32_t* q, float* HWY_RESTRICT dots) {
+HWY_NOINLINE void KeyDots(const HalfView& k, const int32_t* q, const int32_t* starts,
+                          float* HWY_RESTRICT dots) {
   alignas(64) float scales[kMaxGroups * kBlockTokens];
   for (int g = 0; g < k.groups; g++) LoadScales(k.scales + g * kBlockTokens * 2, scales + g * kBlockTokens);
-  const Unpacker<kBits> unpack(*k.table);
+  const LevelDots<kBits> level_dots(*k.table);
   constexpr int kVectors = VectorsFor(kRows);
   for (int first = 0; first < kPageVectors; first += kVectors)
-    KeyVectors<kBits, kRows, kVectors>(unpack, k, q, scales, first, dots);
+    KeyVectors<kBits, kRows, kVectors>(level_dots, k, q, starts, scales, first, dots);
 }
 
 // ---- V of coded types
@@ -153,8 +147,10 @@ HWY_INLINE VecI16 MulFractions(VecI16 a, VecI16 b) {
 // then every (row, group) costs one multiplication for two vectors of tokens.
 template <int kBits, int kRows>
 HWY_INLINE void PackWeights(const HalfView& v, const float* weights, const PageFactors* page,
-                            int32_t* HWY_RESTRICT packed, float* HWY_RESTRICT factors) {
+                            int32_t* HWY_RESTRICT packed, int32_t* HWY_RESTRICT starts,
+                            float* HWY_RESTRICT factors) {
   constexpr int kPairs = kPageVectors / 2;
+  constexpr int16_t kOffset = LevelDots<kBits>::kOffset;
   const TagF32 f32;
   const VecF32 one = hn::Set(f32, 32767.0f);
   alignas(64) float scales[kMaxGroups * kBlockTokens];
@@ -176,9 +172,9 @@ HWY_INLINE void PackWeights(const HalfView& v, const float* weights, const PageF
     const float* group_scales = scales + g * kBlockTokens;
     KVTIDE_UNROLL
     for (int i = 0; i < kPageVectors; i += 2) {
-      const VecI32 a = hn::NearestInt(hn::Mul(hn::Load(f32, group_scales + i * kLanes), to_share[i]));
+      const VecI32 a = NearestSmallInt(hn::Mul(hn::Load(f32, group_scales + i * kLanes), to_share[i]));
       const VecI32 b =
-          hn::NearestInt(hn::Mul(hn::Load(f32, group_scales + (i + 1) * kLanes), to_share[i + 1]));
+          NearestSmallInt(hn::Mul(hn::Load(f32, group_scales + (i + 1) * kLanes), to_share[i + 1]));
       hn::Store(PackPair<kBits>(a, b), TagI16(), shares + g * kBlockTokens + i * kLanes);
     }
   }
@@ -206,67 +202,54 @@ HWY_INLINE void PackWeights(const HalfView& v, const float* weights, const PageF
     VecI16 w[kPairs];
     KVTIDE_UNROLL
     for (int i = 0; i < kPageVectors; i += 2)
-      w[i / 2] = PackPair<kBits>(hn::NearestInt(scaled[i]), hn::NearestInt(scaled[i + 1]));
+      w[i / 2] = PackPair<kBits>(NearestSmallInt(scaled[i]), NearestSmallInt(scaled[i + 1]));
     for (int g = 0; g < v.groups; g++) {
+      VecI32 sum = hn::Zero(TagI32());
       KVTIDE_UNROLL
       for (int i = 0; i < kPairs; i++) {
         const VecI16 share = hn::Load(TagI16(), shares + g * kBlockTokens + 2 * i * kLanes);
-        hn::Store(hn::BitCast(TagI32(), MulFractions(w[i], share)), TagI32(),
+        const VecI16 words = MulFractions(w[i], share);
+        hn::Store(hn::BitCast(TagI32(), words), TagI32(),
                   packed + (g * kRows + r) * kPackedWords + i * kLanes);
+        if constexpr (kOffset != 0) sum = AddDots(sum, words, hn::Set(TagI16(), -kOffset));
       }
+      if constexpr (kOffset != 0) starts[g * kRows + r] = hn::GetLane(hn::SumOfLanes(TagI32(), sum));
     }
   }
 }
 
 template <int kBits, int kRows, int kVectors, int kTokens, int kColumn>
-HWY_INLINE void ValueColumn(const Unpacker<kBits>& unpack, const uint8_t* codes, int first,
+HWY_INLINE void ValueColumn(const LevelDots<kBits>& level_dots, const uint8_t* codes, int first,
                             const int32_t* const* weights, VecI32 (&acc)[kVectors][kRows]) {
-  Units units[kVectors];
-  // GCC spills when this is a loop.
-  const auto load = [&](auto index) HWY_ATTR {
-    constexpr int kVector = decltype(index)::value;
-    if constexpr (kVector < kVectors) {
-      const int vector = first + kVector;
-      units[kVector] = unpack.template Load<0, kColumn % 2 == 1>(
-          codes + ColumnOffset(kColumn, vector % kQuadVectors), vector / kQuadVectors * 2 + kTokens);
-    }
-  };
-  load(std::integral_constant<int, 0>());
-  load(std::integral_constant<int, 1>());
-  load(std::integral_constant<int, 2>());
-  load(std::integral_constant<int, 3>());
-  const auto pair = [&](auto index) HWY_ATTR {
-    constexpr int kPair = decltype(index)::value;
-    constexpr int kWord = PackedWord(4 * kTokens + kColumn, kPair);
-    VecI16 levels[kVectors];
-    KVTIDE_UNROLL
-    for (int v = 0; v < kVectors; v++) levels[v] = unpack.template Pair<kPair>(units[v]);
-    KVTIDE_UNROLL
-    for (int r = 0; r < kRows; r++) {
-      KVTIDE_UNROLL
-      for (int v = 0; v < kVectors; v++) {
-        const int32_t word = weights[v / kQuadVectors][r * kPackedWords + kWord];
-        acc[v][r] = AddDots(acc[v][r], levels[v], hn::BitCast(TagI16(), hn::Set(TagI32(), word)));
-      }
-    }
-  };
-  pair(std::integral_constant<int, 0>());
-  pair(std::integral_constant<int, 1>());
-  pair(std::integral_constant<int, 2>());
-  pair(std::integral_constant<int, 3>());
+  const uint8_t* at[kVectors];
+  KVTIDE_UNROLL
+  for (int i = 0; i < kVectors; i++) {
+    const int vector = first + i;
+    at[i] = codes + ColumnOffset(kColumn, vector % kQuadVectors) +
+            QuadOffset<kBits>(vector / kQuadVectors * 2 + kTokens);
+  }
+  level_dots.template Add<kColumn % 2 == 1>(
+      at,
+      [&](int pair, int r, int v) HWY_ATTR {
+        return weights[v / kQuadVectors][r * kPackedWords + PackedWord(4 * kTokens + kColumn, pair)];
+      },
+      acc);
 }
 
 // Adds to kVectors dim vectors of the output from vector `first` on.
 template <int kBits, int kRows, int kVectors>
-HWY_INLINE void ValueVectors(const Unpacker<kBits>& unpack, const HalfView& v, const int32_t* weights,
-                             const float* factors, const PageFactors* page, int first,
+HWY_INLINE void ValueVectors(const LevelDots<kBits>& level_dots, const HalfView& v, const int32_t* weights,
+                             const int32_t* starts, const float* factors, const PageFactors* page, int first,
                              float* HWY_RESTRICT out) {
+  const int quad_dim = first / kQuadVectors;
+  const int per_group = v.table->group / 32;
   VecI32 acc[kVectors][kRows];
   KVTIDE_UNROLL
   for (int i = 0; i < kVectors; i++) KVTIDE_UNROLL
-  for (int r = 0; r < kRows; r++) acc[i][r] = hn::Zero(TagI32());
-  const int quad_dim = first / kQuadVectors;
-  const int per_group = v.table->group / 32;
+  for (int r = 0; r < kRows; r++)
+    acc[i][r] = LevelDots<kBits>::kOffset
+                    ? hn::Set(TagI32(), starts[(quad_dim + i / kQuadVectors) / per_group * kRows + r])
+                    : hn::Zero(TagI32());
   constexpr int kDims = (kVectors + kQuadVectors - 1) / kQuadVectors;
 
   const int32_t* group_weights[kDims];
@@ -274,22 +257,22 @@ HWY_INLINE void ValueVectors(const Unpacker<kBits>& unpack, const HalfView& v, c
   for (int i = 0; i < kDims; i++) {
     group_weights[i] = weights + (quad_dim + i) / per_group * kRows * kPackedWords;
   }
-  v.prefetch->Step();
-  ValueColumn<kBits, kRows, kVectors, 0, 0>(unpack, v.codes, first, group_weights, acc);
-  v.prefetch->Step();
-  ValueColumn<kBits, kRows, kVectors, 0, 1>(unpack, v.codes, first, group_weights, acc);
-  v.prefetch->Step();
-  ValueColumn<kBits, kRows, kVectors, 0, 2>(unpack, v.codes, first, group_weights, acc);
-  v.prefetch->Step();
-  ValueColumn<kBits, kRows, kVectors, 0, 3>(unpack, v.codes, first, group_weights, acc);
-  v.prefetch->Step();
-  ValueColumn<kBits, kRows, kVectors, 1, 0>(unpack, v.codes, first, group_weights, acc);
-  v.prefetch->Step();
-  ValueColumn<kBits, kRows, kVectors, 1, 1>(unpack, v.codes, first, group_weights, acc);
-  v.prefetch->Step();
-  ValueColumn<kBits, kRows, kVectors, 1, 2>(unpack, v.codes, first, group_weights, acc);
-  v.prefetch->Step();
-  ValueColumn<kBits, kRows, kVectors, 1, 3>(unpack, v.codes, first, group_weights, acc);
+  PrefetchForColumn<0>(*v.prefetch);
+  ValueColumn<kBits, kRows, kVectors, 0, 0>(level_dots, v.codes, first, group_weights, acc);
+  PrefetchForColumn<1>(*v.prefetch);
+  ValueColumn<kBits, kRows, kVectors, 0, 1>(level_dots, v.codes, first, group_weights, acc);
+  PrefetchForColumn<2>(*v.prefetch);
+  ValueColumn<kBits, kRows, kVectors, 0, 2>(level_dots, v.codes, first, group_weights, acc);
+  PrefetchForColumn<3>(*v.prefetch);
+  ValueColumn<kBits, kRows, kVectors, 0, 3>(level_dots, v.codes, first, group_weights, acc);
+  PrefetchForColumn<0>(*v.prefetch);
+  ValueColumn<kBits, kRows, kVectors, 1, 0>(level_dots, v.codes, first, group_weights, acc);
+  PrefetchForColumn<1>(*v.prefetch);
+  ValueColumn<kBits, kRows, kVectors, 1, 1>(level_dots, v.codes, first, group_weights, acc);
+  PrefetchForColumn<2>(*v.prefetch);
+  ValueColumn<kBits, kRows, kVectors, 1, 2>(level_dots, v.codes, first, group_weights, acc);
+  PrefetchForColumn<3>(*v.prefetch);
+  ValueColumn<kBits, kRows, kVectors, 1, 3>(level_dots, v.codes, first, group_weights, acc);
   const TagF32 f32;
   KVTIDE_UNROLL
   for (int r = 0; r < kRows; r++) KVTIDE_UNROLL
@@ -305,17 +288,18 @@ template <int kBits, int kRows>
 HWY_NOINLINE void ValueSums(const HalfView& v, const float* weights, const PageFactors* page,
                             float* HWY_RESTRICT out) {
   alignas(64) int32_t packed[kMaxGroups * kRows * kPackedWords];
+  int32_t starts[kMaxGroups * kRows];
   float factors[kRows];
-  PackWeights<kBits, kRows>(v, weights, page, packed, factors);
-  const Unpacker<kBits> unpack(*v.table);
+  PackWeights<kBits, kRows>(v, weights, page, packed, starts, factors);
+  const LevelDots<kBits> level_dots(*v.table);
   constexpr int kVectors = VectorsFor(kRows);
   const int vectors = v.dim / kLanes;
   int first = 0;
   for (; first + kVectors <= vectors; first += kVectors)
-    ValueVectors<kBits, kRows, kVectors>(unpack, v, packed, factors, page, first, out);
+    ValueVectors<kBits, kRows, kVectors>(level_dots, v, packed, starts, factors, page, first, out);
   if constexpr (kVectors > kQuadVectors) {
     if (first < vectors)
-      ValueVectors<kBits, kRows, kQuadVectors>(unpack, v, packed, factors, page, first, out);
+      ValueVectors<kBits, kRows, kQuadVectors>(level_dots, v, packed, starts, factors, page, first, out);
   }
 }
 
@@ -485,6 +469,7 @@ template <int kRows>
 struct PreparedRows {
   hwy::AlignedFreeUniquePtr<float[]> floats;   // f16, bf16: [kRows][dim], then the same with chunks exchanged
   hwy::AlignedFreeUniquePtr<int32_t[]> pairs;  // coded: [dim / 32][column][pair][row]
+  int32_t starts[kMaxGroups * kRows] = {};     // coded: [group][row], what sums begin with
   LogitScale scale[kRows];
   int64_t begin[kRows], end[kRows];
 };
@@ -533,6 +518,12 @@ void PrepareRows(const QueryRows& rows, int first, const CodeTable& table, int d
         out.pairs[static_cast<size_t>((octet * 4 + pair) * kRows + r)] =
             static_cast<int32_t>((first_word & 0xffffu) | second_word << 16);
       }
+    const int32_t offset = bits == 4 ? LevelDots<4>::kOffset : LevelDots<8>::kOffset;
+    for (int quad = 0; offset != 0 && quad < dim / 32; quad++) {
+      int32_t sum = 0;
+      for (int d = 0; d < 32; d++) sum += words[static_cast<size_t>(32 * quad + d)];
+      out.starts[quad / (table.group / 32) * kRows + r] -= offset * sum;
+    }
   }
 }
 
@@ -654,8 +645,8 @@ HWY_INLINE void PageDots(const HalfView& k, const PreparedRows<kRows>& rows, flo
   }
   HWY_ALIGN WidePlane plane;
   const HalfView wide = Widened(k, plane);
-  return KernelBits(k.table->bits) == 4 ? KeyDots<4, kRows>(wide, rows.pairs.get(), dots)
-                                        : KeyDots<8, kRows>(wide, rows.pairs.get(), dots);
+  return KernelBits(k.table->bits) == 4 ? KeyDots<4, kRows>(wide, rows.pairs.get(), rows.starts, dots)
+                                        : KeyDots<8, kRows>(wide, rows.pairs.get(), rows.starts, dots);
 }
 
 template <int kRows>

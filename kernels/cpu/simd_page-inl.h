@@ -7,6 +7,8 @@
 #define KVTIDE_KERNELS_CPU_SIMD_PAGE_INL_H_
 #endif
 
+#include <algorithm>
+
 #include "hwy/aligned_allocator.h"
 #include "hwy/cache_control.h"
 #include "kernels/cpu/simd_softmax-inl.h"
@@ -24,8 +26,11 @@ struct Prefetcher {
   const uint8_t* next = nullptr;
   const uint8_t* end = nullptr;
   int lines = 0;  // per step
-  HWY_INLINE void Step() {
-    for (int i = 0; i < lines && next < end; i++, next += 64) hwy::Prefetch(next);
+  HWY_INLINE void Step(int steps = 1) {
+    const uint8_t* line = next;
+    const uint8_t* stop = std::min(line + steps * lines * 64, end);
+    for (; line < stop; line += 64) hwy::Prefetch(line);
+    next = line;
   }
 };
 
