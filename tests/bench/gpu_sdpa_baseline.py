@@ -83,7 +83,7 @@ def main():
         for s in json.load(open(arguments.bench))["shapes"]:
             key = (s["sequences"], s["kv_heads"], s["tokens"], s["head_dim"], s["group"])
             if best.get(key):
-                mine = s["with_merge_us"]
+                mine = s["in_graph_us"]
                 print(f"{s['pair']:12s} {key}: {mine:7.1f} us, f16 {best[key]:7.1f} us: {best[key] / mine:.2f}x")
 
 

@@ -61,8 +61,21 @@ export KVTIDE_DATA_DIR="$work/data"  # unless it lies beside the programs
 gpu="$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1)"
 gpus="$(nvidia-smi -L | wc -l)"
 driver="$(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -1)"
-about="\"date\": \"$(date -u +%F)\", \"commit\": \"$commit\", \"driver\": \"$driver\", \"device\": \"$gpu\""
-stamp() { if [ -f "$1" ]; then sed -i "0,/{/s//{\n  \"command\": \"tests\/gpu\/run.sh\", ${about//\//\\/},/" "$1"; fi; }
+# Says in a result file where it comes from.
+stamp() {
+  if [ -f "$1" ]; then
+    python3 - "$1" "$commit" "$driver" "$gpu" <<'EOF'
+import datetime, json, sys
+path, commit, driver, gpu = sys.argv[1:]
+about = {"command": "tests/gpu/run.sh", "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "commit": commit,
+         "driver": driver, "device": gpu}
+with open(path) as file:
+    result = json.load(file)
+with open(path, "w") as file:
+    file.write(json.dumps({**about, **{k: v for k, v in result.items() if k not in about}}, indent=1) + "\n")
+EOF
+  fi
+}
 # Nothing here takes minutes: what does hangs, and must not hold the machine.
 limited() { timeout --kill-after=5 "${LIMIT:-200}" "$@"; }
 # The cases of a test program, spread over processes: each start of CUDA takes a second, which they spend side by side.
