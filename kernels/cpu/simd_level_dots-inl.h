@@ -52,32 +52,29 @@ HWY_INLINE constexpr size_t QuadOffset(int quad) {
 
 template <int kBits>
 class LevelDots {
-  static constexpr bool kOffsetBytes = !kWide && kBits == 4;
-
  public:
-  static constexpr int32_t kOffset = kOffsetBytes ? 128 : 0;
+  static constexpr int32_t kOffset = !kWide && kBits == 4 ? 128 : 0;
 
 #if HWY_TARGET == HWY_AVX2
-  HWY_INLINE explicit LevelDots(const CodeTable& table) : unpack_(table) {
-    levels_ =
-        hn::Xor(hn::LoadDup128(TagU8(), reinterpret_cast<const uint8_t*>(table.low)), hn::Set(TagU8(), 0x80));
+  HWY_INLINE explicit LevelDots(const CodeTable& table) {
+    levels_ = hn::Xor(hn::LoadDup128(TagU8(), reinterpret_cast<const uint8_t*>(table.low)),
+                      hn::Set(TagU8(), kOffset));
   }
 #else
   HWY_INLINE explicit LevelDots(const CodeTable& table) : unpack_(table) {}
 #endif
 
-  // Adds the units at at[v] of chunk-wise planes (see Unpacker::Load) to sums[v]. word(pair, row, vector):
+  // Adds the units of one quad and column at at[v] (see Unpacker::Load) to sums[v]. word(pair, row, vector):
   // the two 16-bit integers that meet the levels of a pair.
   template <bool kOdd, int kVectors, int kRows, class WordOf>
   HWY_INLINE void Add(const uint8_t* (&at)[kVectors], const WordOf& word,
                       VecI32 (&sums)[kVectors][kRows]) const {
-    if constexpr (kOffsetBytes) {
-      AddNibbles<0>(at, word, sums);
-      KVTIDE_UNROLL
-      for (int v = 0; v < kVectors; v++) KeepOrder(at[v]);
-      AddNibbles<1>(at, word, sums);
-      return;
-    }
+#if HWY_TARGET == HWY_AVX2
+    AddHalf<0>(at, word, sums);
+    KVTIDE_UNROLL
+    for (int v = 0; v < kVectors; v++) KeepOrder(at[v]);
+    AddHalf<1>(at, word, sums);
+#else
     Units units[kVectors];
     // GCC spills when this is a loop.
     const auto load = [&](auto index) HWY_ATTR {
@@ -99,34 +96,10 @@ class LevelDots {
     pair(std::integral_constant<int, 1>());
     pair(std::integral_constant<int, 2>());
     pair(std::integral_constant<int, 3>());
-  }
-
- private:
-  // The even (0) or odd (1) codes of every unit.
-  template <int kOddCodes, int kVectors, int kRows, class WordOf>
-  HWY_INLINE void AddNibbles(const uint8_t* const (&at)[kVectors], const WordOf& word,
-                             VecI32 (&sums)[kVectors][kRows]) const {
-#if HWY_TARGET == HWY_AVX2
-    const hn::Repartition<uint16_t, TagU32> u16;
-    const VecU32 nibble = hn::Set(TagU32(), 0x0f0f0f0fu);
-    hn::Vec<decltype(u16)> bytes[kVectors];
-    VecI16 levels[kVectors];
-    KVTIDE_UNROLL
-    for (int v = 0; v < kVectors; v++) {
-      const VecU32 codes = LoadChunk(at[v], 0);
-      const VecU32 index = hn::And(kOddCodes ? hn::ShiftRight<4>(codes) : codes, nibble);
-      bytes[v] = hn::BitCast(u16, hn::TableLookupBytes(levels_, hn::BitCast(TagU8(), index)));
-      levels[v] = hn::BitCast(TagI16(), hn::And(bytes[v], hn::Set(u16, 0x00ff)));
-    }
-    AddPair<kOddCodes>(levels, word, sums);
-    KVTIDE_UNROLL
-    for (int v = 0; v < kVectors; v++) levels[v] = hn::BitCast(TagI16(), hn::ShiftRight<8>(bytes[v]));
-    AddPair<kOddCodes + 2>(levels, word, sums);
-#else
-    (void)at, (void)word, (void)sums;
 #endif
   }
 
+ private:
   template <int kPair, int kVectors, int kRows, class WordOf>
   static HWY_INLINE void AddPair(const VecI16 (&levels)[kVectors], const WordOf& word,
                                  VecI32 (&sums)[kVectors][kRows]) {
@@ -141,9 +114,41 @@ class LevelDots {
     }
   }
 
-  Unpacker<kBits> unpack_;
 #if HWY_TARGET == HWY_AVX2
+  // Half of the codes of every unit: the even or the odd ones, of 8 bits the first or the last four.
+  template <int kHalf, int kVectors, int kRows, class WordOf>
+  HWY_INLINE void AddHalf(const uint8_t* const (&at)[kVectors], const WordOf& word,
+                          VecI32 (&sums)[kVectors][kRows]) const {
+    const hn::Repartition<uint16_t, TagU32> u16;
+    VecI8 bytes[kVectors];
+    VecI16 levels[kVectors];
+    KVTIDE_UNROLL
+    for (int v = 0; v < kVectors; v++) {
+      bytes[v] = LevelBytes<kHalf>(at[v]);
+      levels[v] = kBits == 8
+                      ? LowBytes(bytes[v])
+                      : hn::BitCast(TagI16(), hn::And(hn::BitCast(u16, bytes[v]), hn::Set(u16, 0x00ff)));
+    }
+    AddPair<kBits == 8 ? 2 * kHalf : kHalf>(levels, word, sums);
+    KVTIDE_UNROLL
+    for (int v = 0; v < kVectors; v++)
+      levels[v] = kBits == 8 ? HighBytes(bytes[v])
+                             : hn::BitCast(TagI16(), hn::ShiftRight<8>(hn::BitCast(u16, bytes[v])));
+    AddPair<kBits == 8 ? 2 * kHalf + 1 : kHalf + 2>(levels, word, sums);
+  }
+
+  template <int kHalf>
+  HWY_INLINE VecI8 LevelBytes(const uint8_t* at) const {
+    const VecU32 codes = LoadChunk(at, 0);
+    if constexpr (kBits == 8) return hn::BitCast(TagI8(), EveryOther<kHalf == 1>(codes, LoadChunk(at, 1)));
+    const VecU32 index =
+        hn::And(kHalf == 0 ? codes : hn::ShiftRight<4>(codes), hn::Set(TagU32(), 0x0f0f0f0fu));
+    return hn::BitCast(TagI8(), hn::TableLookupBytes(levels_, hn::BitCast(TagU8(), index)));
+  }
+
   hn::Vec<TagU8> levels_;
+#else
+  Unpacker<kBits> unpack_;
 #endif
 };
 
