@@ -1,10 +1,12 @@
-// A Backend computes on the blocks of one kind of memory: it allocates slabs there, writes new tokens, recodes blocks,
-// attends over blocks where they lie and copies them to and from host memory. It knows no sequence, table or policy: it
-// gets pointers, layouts and counts, and every tier's blocks are attended by that tier's backend.
+// A Backend computes on the blocks of one kind of memory: it allocates slabs there, writes new tokens,
+// recodes blocks, attends over blocks where they lie and copies them to and from host memory. It knows no
+// sequence, table or policy: it gets pointers, layouts and counts, and every tier's blocks are attended by
+// that tier's backend.
 //
-// Calls may come from several threads at once; the caller (daemon/cache) holds pins, so that no block is written while it
-// is read. Calls return when their work is done, except StartCopy. Tensors of a call (q, k, v, out) are in host memory.
-// Errors: InvalidArgument for an unsupported shape or pair, ResourceExhausted when memory is short, Internal for the device.
+// Calls may come from several threads at once; the caller (daemon/cache) holds pins, so that no block is
+// written while it is read. Calls return when their work is done, except StartCopy. Tensors of a call (q, k,
+// v, out) are in host memory. Errors: InvalidArgument for an unsupported shape or pair, ResourceExhausted
+// when memory is short, Internal for the device.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +23,8 @@
 
 namespace kvtide {
 
-// Owned raw memory of a backend; freed on destruction. data() may be a device pointer: only the backend dereferences it.
+// Owned raw memory of a backend; freed on destruction. data() may be a device pointer: only the backend
+// dereferences it.
 class Slab {
  public:
   virtual ~Slab() = default;
@@ -32,18 +35,18 @@ class Slab {
 // Consecutive blocks of one sequence and layer group that share layout and profile.
 struct BlockRun {
   const BlockLayout* layout = nullptr;
-  const Profile* profile = nullptr;       // null: neither mean nor gain
-  std::span<std::byte* const> blocks;     // start of each block, in order
-  int64_t first_position = 0;             // position of the first token of blocks[0]
-  int64_t tokens = 0;                     // tokens that count; the last block may be partly filled
+  const Profile* profile = nullptr;    // null: neither mean nor gain
+  std::span<std::byte* const> blocks;  // start of each block, in order
+  int64_t first_position = 0;          // position of the first token of blocks[0]
+  int64_t tokens = 0;                  // tokens that count; the last block may be partly filled
 };
 
 // Writes rows for tokens [first_token, first_token + tokens) of one f16 block.
 struct AppendPiece {
   const BlockLayout* layout = nullptr;  // of pair f16/f16
   std::byte* block = nullptr;
-  int layer = 0;       // within the layer group
-  int first_token = 0; // 0..63
+  int layer = 0;        // within the layer group
+  int first_token = 0;  // 0..63
   int tokens = 0;
   size_t source_row = 0;  // first row of k and v
 };
@@ -53,9 +56,9 @@ struct AppendArgs {
   std::span<const AppendPiece> pieces;
 };
 
-// Re-encodes one layer range of a block from one layout to another: seals (f16 to the pair), or to fewer bits.
-// Tokens from `tokens` on are encoded as zeros. A side whose type and profile stay the same keeps its bytes if all 64 tokens
-// count. Deterministic: the same bytes on every backend.
+// Re-encodes one layer range of a block from one layout to another: seals (f16 to the pair), or to fewer
+// bits. Tokens from `tokens` on are encoded as zeros. A side whose type and profile stay the same keeps its
+// bytes if all 64 tokens count. Deterministic: the same bytes on every backend.
 struct RecodePiece {
   const BlockLayout* from = nullptr;
   const std::byte* source = nullptr;
@@ -74,20 +77,22 @@ struct AttendItem {
   int queries = 0;
   int64_t first_query_position = 0;  // query i stands at first_query_position + i
   float* out = nullptr;              // [queries][heads][head_dim_v]
-  float* lse = nullptr;              // [queries][heads], natural log; -inf and output 0 where nothing is visible
+  float* lse = nullptr;  // [queries][heads], natural log; -inf and output 0 where nothing is visible
 };
 struct AttendArgs {
-  int layer = 0;  // within the layer group
-  int heads = 0;  // query heads, a multiple of the KV heads
-  float scale = 0;  // of q.k; usually 1/sqrt(head_dim)
-  bool causal = true;      // query at position p sees tokens at positions <= p
-  int64_t window = 0;      // 0 = all; else only positions > p - window
-  float softcap = 0;       // 0 = none; else logit = softcap * tanh(logit / softcap)
-  const float* sinks = nullptr;  // [heads] extra logit per head that takes part in softmax with value 0; null = none
+  int layer = 0;       // within the layer group
+  int heads = 0;       // query heads, a multiple of the KV heads
+  float scale = 0;     // of q.k; usually 1/sqrt(head_dim)
+  bool causal = true;  // query at position p sees tokens at positions <= p
+  int64_t window = 0;  // 0 = all; else only positions > p - window
+  float softcap = 0;   // 0 = none; else logit = softcap * tanh(logit / softcap)
+  const float* sinks =
+      nullptr;  // [heads] extra logit per head that takes part in softmax with value 0; null = none
   std::span<const AttendItem> items;
 };
 
-// Decodes one layer of a block to f32 rows in host memory, [64][kv_heads][head_dim]; either pointer may be null.
+// Decodes one layer of a block to f32 rows in host memory, [64][kv_heads][head_dim]; either pointer may be
+// null.
 struct DecodeArgs {
   const BlockLayout* layout = nullptr;
   const Profile* profile = nullptr;
@@ -109,16 +114,19 @@ class Backend {
  public:
   virtual ~Backend() = default;
   virtual std::string name() const = 0;  // "cpu", "cuda:0"
-  // OK if blocks of this layout can be appended, recoded and attended here, else InvalidArgument with what is supported.
+  // OK if blocks of this layout can be appended, recoded and attended here, else InvalidArgument with what is
+  // supported.
   virtual absl::Status CheckSupport(const BlockLayout& layout) const = 0;
   virtual absl::StatusOr<std::unique_ptr<Slab>> AllocateSlab(size_t bytes) = 0;
   virtual absl::Status Append(const AppendArgs& args) = 0;
   virtual absl::Status Recode(std::span<const RecodePiece> pieces) = 0;
   virtual absl::Status Attend(const AttendArgs& args) = 0;
   virtual absl::Status Decode(const DecodeArgs& args) = 0;
-  // Starts copies between this backend's memory and host memory; they run beside attention. Poll says true when done.
-  // Until then source and target stay pinned by the caller. A ticket is polled until it is done or failed.
-  virtual absl::StatusOr<CopyTicket> StartCopy(std::span<const CopyPiece> pieces, CopyDirection direction) = 0;
+  // Starts copies between this backend's memory and host memory; they run beside attention. Poll says true
+  // when done. Until then source and target stay pinned by the caller. A ticket is polled until it is done or
+  // failed.
+  virtual absl::StatusOr<CopyTicket> StartCopy(std::span<const CopyPiece> pieces,
+                                               CopyDirection direction) = 0;
   virtual absl::StatusOr<bool> Poll(CopyTicket ticket) = 0;
 };
 

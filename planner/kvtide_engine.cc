@@ -77,8 +77,8 @@ class KvtideSizer : public KvSizer {
     return bytes;
   }
 
-  // A prefill decodes what one layer of one sequence sees to f16, K and V padded to the kernels' head dim, and keeps
-  // partial states in a quarter of the scratch memory; what does not fit comes in several rounds.
+  // A prefill decodes what one layer of one sequence sees to f16, K and V padded to the kernels' head dim,
+  // and keeps partial states in a quarter of the scratch memory; what does not fit comes in several rounds.
   int64_t ScratchBytes(const KvLoad& load) const override {
     int64_t largest = 0;
     for (const StoredGroup& stored : groups_) {

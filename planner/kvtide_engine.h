@@ -13,7 +13,8 @@
 
 namespace kvtide::planner {
 
-// Most scratch memory of one attention call on a GPU: CudaBackendOptions::scratch_bytes (a test compares them).
+// Most scratch memory of one attention call on a GPU: CudaBackendOptions::scratch_bytes (a test compares
+// them).
 constexpr int64_t kKvtideScratchBytes = int64_t{256} << 20;
 
 absl::StatusOr<std::unique_ptr<KvSizer>> MakeKvtideSizer(const EngineOptions& options,

@@ -10,8 +10,8 @@ namespace kvtide::planner {
 
 struct TableStyle {
   bool color = false;
-  // Every pair, the bill of every context and what others claim. Otherwise the choice and the measured pairs that no
-  // other beats on both harm and bytes.
+  // Every pair, the bill of every context and what others claim. Otherwise the choice and the measured pairs
+  // that no other beats on both harm and bytes.
   bool all_pairs = true;
 };
 

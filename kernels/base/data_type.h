@@ -1,5 +1,5 @@
-// The element types of tensors at the border (what engines send and receive), and a view of such a tensor. Not to be
-// confused with cache types, which are storage formats of K and V.
+// The element types of tensors at the border (what engines send and receive), and a view of such a tensor.
+// Not to be confused with cache types, which are storage formats of K and V.
 #pragma once
 
 #include <cstddef>

@@ -1,6 +1,6 @@
-// IEEE binary16 and bfloat16 as bit patterns in uint16_t, with round-to-nearest-even conversions that give the same
-// bits on CPU and GPU. Overflow goes to infinity; NaN stays NaN (quiet). Bulk code uses the vector units instead and
-// has to agree with these functions bit by bit.
+// IEEE binary16 and bfloat16 as bit patterns in uint16_t, with round-to-nearest-even conversions that give
+// the same bits on CPU and GPU. Overflow goes to infinity; NaN stays NaN (quiet). Bulk code uses the vector
+// units instead and has to agree with these functions bit by bit.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,8 @@ KVTIDE_HD inline float F16ToF32(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
   const uint32_t exponent = (h >> 10) & 31u;
   const uint32_t mantissa = h & 0x3ffu;
-  if (exponent == 31) return FloatFromBits(sign | 0x7f800000u | (mantissa << 13) | (mantissa ? 0x400000u : 0));
+  if (exponent == 31)
+    return FloatFromBits(sign | 0x7f800000u | (mantissa << 13) | (mantissa ? 0x400000u : 0));
   if (exponent != 0) return FloatFromBits(sign | ((exponent + 112) << 23) | (mantissa << 13));
   // Subnormal or zero: mantissa * 2^-24 is exact in binary32.
   const float magnitude = static_cast<float>(mantissa) * 5.9604644775390625e-8f;

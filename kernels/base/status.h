@@ -21,10 +21,10 @@ inline absl::Status Annotate(const absl::Status& status, const std::string& phra
 #define KVTIDE_CONCAT_INNER(a, b) a##b
 #define KVTIDE_CONCAT(a, b) KVTIDE_CONCAT_INNER(a, b)
 
-#define KVTIDE_RETURN_IF_ERROR(expression)             \
-  do {                                                 \
-    absl::Status kvtide_status_ = (expression);        \
-    if (!kvtide_status_.ok()) return kvtide_status_;   \
+#define KVTIDE_RETURN_IF_ERROR(expression)           \
+  do {                                               \
+    absl::Status kvtide_status_ = (expression);      \
+    if (!kvtide_status_.ok()) return kvtide_status_; \
   } while (false)
 
 // KVTIDE_ASSIGN_OR_RETURN(auto x, F()): F returns absl::StatusOr.

@@ -1,4 +1,5 @@
-// Checks the arguments of an attention call; both ways of computing it (attend_call.h, prefill_call.h) start here.
+// Checks the arguments of an attention call; both ways of computing it (attend_call.h, prefill_call.h) start
+// here.
 #pragma once
 
 #include "absl/status/status.h"

@@ -21,7 +21,8 @@ constexpr float kLog2E = 1.4426950408889634f;
 size_t Size(int64_t n) { return static_cast<size_t>(n); }
 int32_t Limit(int64_t n) { return static_cast<int32_t>(std::clamp<int64_t>(n, -(1 << 30), 1 << 30)); }
 
-absl::Status Launch(const void* function, size_t grid, int block, int shared, bool dependent, void* params, cudaStream_t stream) {
+absl::Status Launch(const void* function, size_t grid, int block, int shared, bool dependent, void* params,
+                    cudaStream_t stream) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(grid));
   config.blockDim = dim3(static_cast<unsigned>(block));
@@ -70,8 +71,13 @@ struct GroupPlan {
 
 class Planner {
  public:
-  Planner(const AttendArgs& args, const GroupShape& shape, const AttendEnvironment& environment, Workspace& workspace)
-      : args_(args), environment_(environment), workspace_(workspace), shape_(&shape), group_(args.heads / shape.kv_heads) {
+  Planner(const AttendArgs& args, const GroupShape& shape, const AttendEnvironment& environment,
+          Workspace& workspace)
+      : args_(args),
+        environment_(environment),
+        workspace_(workspace),
+        shape_(&shape),
+        group_(args.heads / shape.kv_heads) {
     for (const AttendItem& item : args.items) {
       queries_ += Size(item.queries);
       most_queries_ = std::max(most_queries_, item.queries);
@@ -90,17 +96,20 @@ class Planner {
 
  private:
   const AttendKernel* NativeKernel(const BlockRun& run) const {
-    return FindAttendKernel(FormOf(run.layout->pair().k), FormOf(run.layout->pair().v), run.layout->k().stored_dim,
-                            run.layout->v().stored_dim, static_cast<int>(most_queries_) * group_, environment_.shared_limit);
+    return FindAttendKernel(FormOf(run.layout->pair().k), FormOf(run.layout->pair().v),
+                            run.layout->k().stored_dim, run.layout->v().stored_dim,
+                            static_cast<int>(most_queries_) * group_, environment_.shared_limit);
   }
 
   absl::Status ChooseKernels() {
     const int wide = std::max(StoredDim(shape_->head_dim_k), StoredDim(shape_->head_dim_v));
     for (const int dim : kKernelDims)
       if (page_dim_ == 0 && dim >= wide) page_dim_ = dim;
-    converted_ = FindAttendKernel(Form::kF16, Form::kF16, page_dim_, page_dim_, most_queries_ * group_, environment_.shared_limit);
+    converted_ = FindAttendKernel(Form::kF16, Form::kF16, page_dim_, page_dim_, most_queries_ * group_,
+                                  environment_.shared_limit);
     if (converted_ == nullptr)
-      return absl::InvalidArgumentError(absl::StrCat("head dims K ", shape_->head_dim_k, " and V ", shape_->head_dim_v, " have no kernel"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("head dims K ", shape_->head_dim_k, " and V ", shape_->head_dim_v, " have no kernel"));
     tile_rows_ = converted_->rows;
     for (const AttendItem& item : args_.items)
       for (const BlockRun& run : item.runs) {
@@ -108,7 +117,8 @@ class Planner {
         if (kernel != nullptr) tile_rows_ = std::min(tile_rows_, kernel->rows);
       }
     record_bytes_ = kBlockTokens * Size(page_dim_) * 4;
-    pages_per_chunk_ = std::max<int64_t>(1, static_cast<int64_t>(environment_.scratch_bytes / (record_bytes_ * Size(shape_->kv_heads))));
+    pages_per_chunk_ = std::max<int64_t>(
+        1, static_cast<int64_t>(environment_.scratch_bytes / (record_bytes_ * Size(shape_->kv_heads))));
     return absl::OkStatus();
   }
 
@@ -127,8 +137,9 @@ class Planner {
       arrays++;
       for (const BlockRun& run : item.runs) {
         const size_t chunks = Size(BlocksOf(run) / pages_per_chunk_ + 2);
-        bytes += chunks * (tiles * heads * (sizeof(AttendUnit) + sizeof(CombineSource)) + workers * (sizeof(AttendWorker) + sizeof(uint32_t)) +
-                 tiles * heads * sizeof(uint32_t));
+        bytes +=
+            chunks * (tiles * heads * (sizeof(AttendUnit) + sizeof(CombineSource)) +
+                      workers * (sizeof(AttendWorker) + sizeof(uint32_t)) + tiles * heads * sizeof(uint32_t));
         bytes += run.blocks.size() * (sizeof(std::byte*) + 2 * heads * sizeof(CodecJob));
         bytes += 2 * heads * (Size(shape_->head_dim_k) * sizeof(float) + 256);
         arrays += 8 * chunks;
@@ -138,7 +149,8 @@ class Planner {
   }
 
   absl::Status Plan() {
-    if (args_.sinks != nullptr) sinks_ = workspace_.Upload(std::vector<float>(args_.sinks, args_.sinks + args_.heads));
+    if (args_.sinks != nullptr)
+      sinks_ = workspace_.Upload(std::vector<float>(args_.sinks, args_.sinks + args_.heads));
     size_t first_query = 0;
     for (const AttendItem& item : args_.items) {
       if (item.queries == 0) continue;
@@ -158,7 +170,8 @@ class Planner {
         GroupPlan plan;
         CombineGroup& group = plan.group;
         const size_t heads_before = first_query * Size(args_.heads) + Size(head) * Size(group_);
-        group.output = reinterpret_cast<float*>(workspace_.results.data()) + heads_before * Size(shape_->head_dim_v);
+        group.output =
+            reinterpret_cast<float*>(workspace_.results.data()) + heads_before * Size(shape_->head_dim_v);
         group.lse = reinterpret_cast<float*>(workspace_.results.data() + OutputBytes()) + heads_before;
         group.sinks = sinks_ == nullptr ? nullptr : sinks_ + head * group_;
         group.output_stride = static_cast<int64_t>(OutputWidth());
@@ -201,11 +214,14 @@ class Planner {
       }
     if (native != nullptr) {
       Rotation k_rotation, v_rotation;
-      KVTIDE_ASSIGN_OR_RETURN(k_rotation, environment_.rotations->Get(run.layout->pair().k, run.layout->k().stored_dim, false));
-      KVTIDE_ASSIGN_OR_RETURN(v_rotation, environment_.rotations->Get(run.layout->pair().v, run.layout->v().stored_dim, true));
+      KVTIDE_ASSIGN_OR_RETURN(
+          k_rotation, environment_.rotations->Get(run.layout->pair().k, run.layout->k().stored_dim, false));
+      KVTIDE_ASSIGN_OR_RETURN(
+          v_rotation, environment_.rotations->Get(run.layout->pair().v, run.layout->v().stored_dim, true));
       size_t launch = 0;
-      while (launch < launches_.size() && !(launches_[launch].kernel == native && launches_[launch].k_rotation == k_rotation &&
-                                            launches_[launch].conversions.empty()))
+      while (launch < launches_.size() &&
+             !(launches_[launch].kernel == native && launches_[launch].k_rotation == k_rotation &&
+               launches_[launch].conversions.empty()))
         launch++;
       if (launch == launches_.size()) {
         launches_.emplace_back();
@@ -214,8 +230,10 @@ class Planner {
       }
       const auto table = workspace_.Place<std::byte*>(run.blocks.size());
       std::copy(run.blocks.begin(), run.blocks.end(), table.host);
-      AddUnits(item, run, q, first_group, all, table.device, 0,
-               [&](int head) { return run.layout->RecordOffset(args_.layer, head); }, mean, gain, launch, v_rotation);
+      AddUnits(
+          item, run, q, first_group, all, table.device, 0,
+          [&](int head) { return run.layout->RecordOffset(args_.layer, head); }, mean, gain, launch,
+          v_rotation);
       return absl::OkStatus();
     }
     for (int64_t page = all.begin; page < all.end;) {
@@ -226,7 +244,8 @@ class Planner {
         launches_.back().kernel = converted_;
       }
       LaunchPlan& plan = launches_[launch];
-      const int64_t count = std::min(all.end - page, pages_per_chunk_ - static_cast<int64_t>(plan.scratch_used));
+      const int64_t count =
+          std::min(all.end - page, pages_per_chunk_ - static_cast<int64_t>(plan.scratch_used));
       const size_t heads = Size(shape_->kv_heads), first_scratch = plan.scratch_used;
       plan.scratch_used += Size(count);
       const size_t needed = plan.scratch_used * heads * record_bytes_;
@@ -255,22 +274,26 @@ class Planner {
       }
       scratch_tables_.push_back({table.host, Size(count)});
       const std::vector<const float*> none(heads);
-      AddUnits(item, run, q, first_group, {page, page + count}, table.device, page,
-               [&](int head) { return Size(head) * record_bytes_; }, none, none, launch, Rotation{});
+      AddUnits(
+          item, run, q, first_group, {page, page + count}, table.device, page,
+          [&](int head) { return Size(head) * record_bytes_; }, none, none, launch, Rotation{});
       page += count;
     }
     return absl::OkStatus();
   }
 
-  // Units of all heads and row tiles over pages [range.begin, range.end) of a run; table[0] is page `table_page`.
+  // Units of all heads and row tiles over pages [range.begin, range.end) of a run; table[0] is page
+  // `table_page`.
   template <class Offset>
-  void AddUnits(const AttendItem& item, const BlockRun& run, const float* q, size_t first_group, PageRange range, std::byte* const* table,
-                int64_t table_page, Offset offset, const std::vector<const float*>& mean, const std::vector<const float*>& gain,
-                size_t launch, const Rotation& v_rotation) {
+  void AddUnits(const AttendItem& item, const BlockRun& run, const float* q, size_t first_group,
+                PageRange range, std::byte* const* table, int64_t table_page, Offset offset,
+                const std::vector<const float*>& mean, const std::vector<const float*>& gain, size_t launch,
+                const Rotation& v_rotation) {
     for (int head = 0; head < shape_->kv_heads; head++)
       for (int tile = 0; tile < TilesOf(item); tile++) {
         GroupPlan& plan = groups_[first_group + Size(head * TilesOf(item) + tile)];
-        const int64_t first = plan.group.first_row / group_, last = (plan.group.first_row + plan.group.rows - 1) / group_;
+        const int64_t first = plan.group.first_row / group_,
+                      last = (plan.group.first_row + plan.group.rows - 1) / group_;
         PageRange pages = Visible(item, run, first, last);
         pages = {std::max(pages.begin, range.begin), std::min(pages.end, range.end)};
         if (pages.begin >= pages.end) continue;
@@ -283,7 +306,8 @@ class Planner {
         unit.mean = mean[Size(head)];
         unit.query_stride = static_cast<int64_t>(args_.heads) * shape_->head_dim_k;
         unit.pages = static_cast<uint32_t>(pages.end - pages.begin);
-        unit.tokens = Limit(std::min(run.tokens - pages.begin * kBlockTokens, (pages.end - pages.begin) * kBlockTokens));
+        unit.tokens = Limit(
+            std::min(run.tokens - pages.begin * kBlockTokens, (pages.end - pages.begin) * kBlockTokens));
         unit.first_row = plan.group.first_row;
         unit.rows = plan.group.rows;
         unit.rows_per_query = group_;
@@ -304,7 +328,8 @@ class Planner {
       for (const AttendUnit& unit : plan.units) plan.most_rows = std::max(plan.most_rows, unit.rows);
       const size_t rows = SlotCount(plan.units.size(), plan.workers.size()) * Size(plan.kernel->rows);
       query_bytes += plan.units.size() * Size(plan.kernel->query_bytes);
-      partial_bytes += (rows * (Size(plan.kernel->dv) * sizeof(float) + sizeof(StateHead)) + 255) / 256 * 256 + 256;
+      partial_bytes +=
+          (rows * (Size(plan.kernel->dv) * sizeof(float) + sizeof(StateHead)) + 255) / 256 * 256 + 256;
     }
     KVTIDE_RETURN_IF_ERROR(workspace_.partials.Reserve(partial_bytes));
     KVTIDE_RETURN_IF_ERROR(workspace_.queries.Reserve(query_bytes));
@@ -380,30 +405,36 @@ class Planner {
   absl::Status Execute() {
     const cudaStream_t stream = workspace_.stream();
     KVTIDE_RETURN_IF_ERROR(workspace_.Send());
-    if (environment_.begin != nullptr) KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment_.begin, stream));
+    if (environment_.begin != nullptr)
+      KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment_.begin, stream));
     bool attended = false;
     for (LaunchPlan& plan : launches_) {
       if (plan.units.empty()) continue;
       for (const LaunchPlan::Conversion& c : plan.conversions) {
         const CachePair pair = c.layout->pair();
         const int jobs = static_cast<int>(c.k.size());
-        KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(pair.k, Side::kKey, c.layout->k(), RowTarget::kF16Page, page_dim_, c.k_device, jobs, stream));
-        KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(pair.v, Side::kValue, c.layout->v(), RowTarget::kF16Page, page_dim_, c.v_device, jobs, stream));
+        KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(pair.k, Side::kKey, c.layout->k(), RowTarget::kF16Page,
+                                                 page_dim_, c.k_device, jobs, stream));
+        KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(pair.v, Side::kValue, c.layout->v(), RowTarget::kF16Page,
+                                                 page_dim_, c.v_device, jobs, stream));
       }
       // Kernels of one call overlap: each waits for the ones before it only where it needs their results.
-      const bool overlap = environment_.dependent_launches, dependent = overlap && attended && plan.conversions.empty();
-      KVTIDE_RETURN_IF_ERROR(
-          Launch(plan.kernel->query_function, plan.units.size(), 32 * plan.most_rows, 0, dependent, &plan.params, stream));
-      KVTIDE_RETURN_IF_ERROR(Launch(plan.kernel->function, plan.workers.size() / Size(plan.warps()), plan.kernel->threads,
-                                    plan.kernel->shared_bytes, overlap, &plan.params, stream));
+      const bool overlap = environment_.dependent_launches,
+                 dependent = overlap && attended && plan.conversions.empty();
+      KVTIDE_RETURN_IF_ERROR(Launch(plan.kernel->query_function, plan.units.size(), 32 * plan.most_rows, 0,
+                                    dependent, &plan.params, stream));
+      KVTIDE_RETURN_IF_ERROR(Launch(plan.kernel->function, plan.workers.size() / Size(plan.warps()),
+                                    plan.kernel->threads, plan.kernel->shared_bytes, overlap, &plan.params,
+                                    stream));
       attended = true;
     }
     const size_t warps = groups_.size() * Size(tile_rows_) * Size(merge_.team);
-    KVTIDE_RETURN_IF_ERROR(Launch(FindCombineKernel(page_dim_, merge_.team), (warps + kCombineWarps - 1) / kCombineWarps,
-                                  32 * kCombineWarps, 0, environment_.dependent_launches && attended, &merge_, stream));
+    KVTIDE_RETURN_IF_ERROR(Launch(FindCombineKernel(page_dim_, merge_.team),
+                                  (warps + kCombineWarps - 1) / kCombineWarps, 32 * kCombineWarps, 0,
+                                  environment_.dependent_launches && attended, &merge_, stream));
     if (environment_.end != nullptr) KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment_.end, stream));
-    KVTIDE_CUDA_RETURN_IF_ERROR(
-        cudaMemcpyAsync(workspace_.results_host.data(), workspace_.results.data(), ResultBytes(), cudaMemcpyDeviceToHost, stream));
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(workspace_.results_host.data(), workspace_.results.data(),
+                                                ResultBytes(), cudaMemcpyDeviceToHost, stream));
     KVTIDE_RETURN_IF_ERROR(workspace_.Finish());
     const auto* out = reinterpret_cast<const float*>(workspace_.results_host.data());
     const auto* lse = reinterpret_cast<const float*>(workspace_.results_host.data() + OutputBytes());
@@ -425,8 +456,8 @@ class Planner {
   const int group_;
   size_t queries_ = 0;
   int most_queries_ = 0;
-  int page_dim_ = 0;    // head dim of converted pages
-  int tile_rows_ = 0;   // query rows of a unit
+  int page_dim_ = 0;   // head dim of converted pages
+  int tile_rows_ = 0;  // query rows of a unit
   size_t record_bytes_ = 0;
   int64_t pages_per_chunk_ = 1;
   const AttendKernel* converted_ = nullptr;
@@ -444,7 +475,8 @@ class Planner {
 absl::Status PrepareAttendKernels(const DeviceImage& image) {
   for (const AttendKernel& kernel : AllAttendKernels()) {
     if (kernel.shared_limit != image.shared_limit) continue;
-    KVTIDE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes));
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
+        kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes));
   }
   return PreparePrefillKernels(image);
 }

@@ -1,8 +1,8 @@
-// The decode attention kernel: persistent CTAs, one per SM. Every warp is a worker of its own: it reads an equal contiguous
-// share of the pages of the launch behind a ring of copies that runs on over the borders of units, and writes a partial
-// state of each unit that ends before its share does. No warp waits for another until the end, when the states of the
-// warps that end in the CTA's last unit are added up. Queries come prepared from the query kernel.
-// Everything is added in a fixed order: the same call gives the same bits.
+// The decode attention kernel: persistent CTAs, one per SM. Every warp is a worker of its own: it reads an
+// equal contiguous share of the pages of the launch behind a ring of copies that runs on over the borders of
+// units, and writes a partial state of each unit that ends before its share does. No warp waits for another
+// until the end, when the states of the warps that end in the CTA's last unit are added up. Queries come
+// prepared from the query kernel. Everything is added in a fixed order: the same call gives the same bits.
 #pragma once
 
 #include "kernels/cuda/coded_tile.h"
@@ -39,7 +39,8 @@ struct AttendConfig {
   static constexpr int kRows = Tile::kRows;
   static constexpr int kQueryBytes = Info::Query::kBytes;
   static_assert(Info::Query::kFragmentBytes == Tile::kQueryBytes);
-  // Sums at the end, each warp's in the place of its ring; rows are padded so that 8 rows of a store lie in different banks.
+  // Sums at the end, each warp's in the place of its ring; rows are padded so that 8 rows of a store lie in
+  // different banks.
   static constexpr int kSumStride = Info::kDv + 8;
   static constexpr int kSumBytes = (kRows * (kSumStride + 2) * 4 + 127) / 128 * 128;
   static constexpr int kWarpBytes = Ring::kBytes > kSumBytes ? Ring::kBytes : kSumBytes;
@@ -52,7 +53,8 @@ struct AttendConfig {
 
 // A warp writes its state of a unit to a slot.
 template <class Config, class Tile>
-KVTIDE_DEVICE void WriteState(const AttendParams& params, const Tile& tile, const float* row_values, bool softcap, int rows, size_t slot) {
+KVTIDE_DEVICE void WriteState(const AttendParams& params, const Tile& tile, const float* row_values,
+                              bool softcap, int rows, size_t slot) {
   constexpr int DV = Config::Info::kDv;
   const int lane = DeviceWarp::Lane(), n = lane >> 2, c = lane & 3;
 #pragma unroll
@@ -67,16 +69,20 @@ KVTIDE_DEVICE void WriteState(const AttendParams& params, const Tile& tile, cons
     for (int j = 0; j < DV / 8; j++)
       *reinterpret_cast<float2*>(out + 8 * j + 2 * c) =
           make_float2(tile.rows.output[m][j][0] * Tile::kVUnit, tile.rows.output[m][j][1] * Tile::kVUnit);
-    if (c == 0) params.sums[slot * Config::kRows + r] = {tile.rows.reference[m] + (softcap ? 0.0f : row_values[2 * r + 1]), sum};
+    if (c == 0)
+      params.sums[slot * Config::kRows + r] = {
+          tile.rows.reference[m] + (softcap ? 0.0f : row_values[2 * r + 1]), sum};
   }
 }
 
-// The end of a CTA: no more copies come, so every warp that ends in the CTA's last unit (`takes_part`) leaves its state in
-// the place of its ring, and all threads add the states up in the order of the warps. `slot` is warp 0's in that unit.
+// The end of a CTA: no more copies come, so every warp that ends in the CTA's last unit (`takes_part`) leaves
+// its state in the place of its ring, and all threads add the states up in the order of the warps. `slot` is
+// warp 0's in that unit.
 template <class Config, class Tile>
-KVTIDE_DEVICE void SumWarps(const AttendParams& params, const Tile& tile, const float* row_values, bool softcap, uint8_t* shared,
-                            bool takes_part, int rows, size_t slot) {
-  constexpr int kWarps = Config::kWarps, MT = Config::Info::kTiles, DV = Config::Info::kDv, kStride = Config::kSumStride;
+KVTIDE_DEVICE void SumWarps(const AttendParams& params, const Tile& tile, const float* row_values,
+                            bool softcap, uint8_t* shared, bool takes_part, int rows, size_t slot) {
+  constexpr int kWarps = Config::kWarps, MT = Config::Info::kTiles, DV = Config::Info::kDv,
+                kStride = Config::kSumStride;
   const int warp = static_cast<int>(threadIdx.x) >> 5, lane = DeviceWarp::Lane(), n = lane >> 2, c = lane & 3;
   const auto sums_of = [&](int w) { return reinterpret_cast<float*>(shared + w * Config::kWarpBytes); };
   float* const mine = sums_of(warp);
@@ -90,11 +96,13 @@ KVTIDE_DEVICE void SumWarps(const AttendParams& params, const Tile& tile, const 
       if (c == 0) *head = make_float2(kMasked, -1);
       continue;
     }
-    if (c == 0) *head = make_float2(tile.rows.reference[m] + (softcap ? 0.0f : row_values[2 * (n + 8 * m) + 1]), sum);
+    if (c == 0)
+      *head = make_float2(tile.rows.reference[m] + (softcap ? 0.0f : row_values[2 * (n + 8 * m) + 1]), sum);
     float* row = mine + (n + 8 * m) * kStride;
 #pragma unroll
     for (int j = 0; j < DV / 8; j++)
-      *reinterpret_cast<float2*>(row + 8 * j + 2 * c) = make_float2(tile.rows.output[m][j][0], tile.rows.output[m][j][1]);
+      *reinterpret_cast<float2*>(row + 8 * j + 2 * c) =
+          make_float2(tile.rows.output[m][j][0], tile.rows.output[m][j][1]);
   }
   __syncthreads();
   for (int i = static_cast<int>(threadIdx.x); i < Config::kRows * (DV / 4); i += Config::kThreads) {
@@ -132,7 +140,8 @@ KVTIDE_DEVICE void SumWarps(const AttendParams& params, const Tile& tile, const 
 }
 
 template <class Config, class Tile>
-__global__ void __launch_bounds__(Config::kThreads, 1) AttendKernelFunction(const __grid_constant__ AttendParams params) {
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    AttendKernelFunction(const __grid_constant__ AttendParams params) {
   if (Config::kSharedBytes > SharedLimitOf(kThisCapability)) return;  // there is another one for this GPU
   using Info = typename Config::Info;
   constexpr int kWarps = Config::kWarps, MT = Info::kTiles, DV = Info::kDv;
@@ -144,18 +153,22 @@ __global__ void __launch_bounds__(Config::kThreads, 1) AttendKernelFunction(cons
   const uint32_t share_end = worker.end, last_unit = worker.last_unit;
   uint32_t page = worker.begin, unit_index = worker.unit;
   const int area_at = Config::kQueryAt + warp * Config::kQueryBytes;
-  const uint32_t query_barrier = base + Config::kBarriersAt + 8 * static_cast<uint32_t>(kWarps * Config::kSlots + warp);
+  const uint32_t query_barrier =
+      base + Config::kBarriersAt + 8 * static_cast<uint32_t>(kWarps * Config::kSlots + warp);
   uint32_t query_parity = 0;
   const auto fetch_query = [&] {
     if (IsCopyingLane())
-      CopyBytes(base + static_cast<uint32_t>(area_at), params.queries + static_cast<size_t>(unit_index) * Config::kQueryBytes,
-                Config::kQueryBytes, query_barrier);
+      CopyBytes(base + static_cast<uint32_t>(area_at),
+                params.queries + static_cast<size_t>(unit_index) * Config::kQueryBytes, Config::kQueryBytes,
+                query_barrier);
   };
 
   if (lane == 0) Barrier::Init(query_barrier, kCopyArrivals);
   typename Config::Ring ring;
-  ring.Start(reinterpret_cast<PageList*>(shared + Config::kPagesAt) + warp, base + static_cast<uint32_t>(warp) * Config::kWarpBytes,
-             base + Config::kBarriersAt + 8 * static_cast<uint32_t>(warp) * Config::kSlots, params.units, worker);
+  ring.Start(reinterpret_cast<PageList*>(shared + Config::kPagesAt) + warp,
+             base + static_cast<uint32_t>(warp) * Config::kWarpBytes,
+             base + Config::kBarriersAt + 8 * static_cast<uint32_t>(warp) * Config::kSlots, params.units,
+             worker);
   if (threadIdx.x == 0) Tile::WriteTables(base + Config::kTablesAt);
   WaitForEarlierKernels();
   if (page < share_end) fetch_query();
@@ -230,7 +243,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) AttendKernelFunction(cons
           }
           const uint32_t values = Config::Ring::kWholePages ? keys + Tile::kKBytes : ring.Wait();
           if constexpr (!Info::kCoded) {
-            // Rows that were never written may hold anything, infinities too: weight 0 does not silence those.
+            // Rows that were never written may hold anything, infinities too: weight 0 does not silence
+            // those.
             const int valid = unit.tokens - first_token;
             if (valid < Tile::kTokens) {
               const int from = max(valid, 0) * DV * 2;
@@ -246,7 +260,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) AttendKernelFunction(cons
         }
       }
       if (page < share_end || unit_index != last_unit)
-        WriteState<Config>(params, tile, row_values, softcap, unit_rows, unit_index + blockIdx.x * static_cast<size_t>(kWarps) + warp);
+        WriteState<Config>(params, tile, row_values, softcap, unit_rows,
+                           unit_index + blockIdx.x * static_cast<size_t>(kWarps) + warp);
       if (page >= share_end) break;
       unit_index++;
       __syncwarp();  // all lanes are done with the query area
@@ -254,7 +269,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) AttendKernelFunction(cons
       tile.rows.Reset();
     }
   }
-  SumWarps<Config>(params, tile, row_values, softcap, shared, row_values != nullptr && unit_index == last_unit, unit_rows,
+  SumWarps<Config>(params, tile, row_values, softcap, shared,
+                   row_values != nullptr && unit_index == last_unit, unit_rows,
                    last_unit + blockIdx.x * static_cast<size_t>(kWarps));
 }
 

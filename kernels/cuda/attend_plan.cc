@@ -6,9 +6,15 @@ namespace kvtide::cuda {
 namespace {
 
 // Worker i of n reads pages WorkerBegin(i) .. WorkerBegin(i + 1).
-uint32_t WorkerBegin(uint64_t pages, size_t workers, size_t i) { return static_cast<uint32_t>(pages * i / workers); }
-size_t WorkerOf(uint64_t pages, size_t workers, uint64_t page) { return static_cast<size_t>(((page + 1) * workers - 1) / pages); }
-uint64_t PagesOf(const std::vector<AttendUnit>& units) { return uint64_t{units.back().first_page} + units.back().pages; }
+uint32_t WorkerBegin(uint64_t pages, size_t workers, size_t i) {
+  return static_cast<uint32_t>(pages * i / workers);
+}
+size_t WorkerOf(uint64_t pages, size_t workers, uint64_t page) {
+  return static_cast<size_t>(((page + 1) * workers - 1) / pages);
+}
+uint64_t PagesOf(const std::vector<AttendUnit>& units) {
+  return uint64_t{units.back().first_page} + units.back().pages;
+}
 
 }  // namespace
 
@@ -24,7 +30,8 @@ uint32_t NumberPages(std::vector<AttendUnit>* units) {
 std::vector<AttendWorker> CutShares(const std::vector<AttendUnit>& units, int ctas, int warps) {
   if (units.empty()) return {};
   const uint64_t pages = PagesOf(units);
-  std::vector<AttendWorker> workers(std::min<size_t>(static_cast<size_t>(ctas), pages) * static_cast<size_t>(warps));
+  std::vector<AttendWorker> workers(std::min<size_t>(static_cast<size_t>(ctas), pages) *
+                                    static_cast<size_t>(warps));
   size_t unit = 0;
   for (size_t i = 0; i < workers.size(); i++) {
     AttendWorker& worker = workers[i];
@@ -39,12 +46,14 @@ std::vector<AttendWorker> CutShares(const std::vector<AttendUnit>& units, int ct
     size_t last = unit;  // the CTA is complete; its last worker may have no page
     while (units[last].first_page >= worker.end) last--;
     while (units[last].first_page + units[last].pages < worker.end) last++;
-    for (size_t w = 0; w < static_cast<size_t>(warps); w++) workers[i - w].last_unit = static_cast<uint32_t>(last);
+    for (size_t w = 0; w < static_cast<size_t>(warps); w++)
+      workers[i - w].last_unit = static_cast<uint32_t>(last);
   }
   return workers;
 }
 
-uint32_t AppendSlots(const std::vector<AttendUnit>& units, size_t index, size_t workers, int warps, std::vector<uint32_t>* slots) {
+uint32_t AppendSlots(const std::vector<AttendUnit>& units, size_t index, size_t workers, int warps,
+                     std::vector<uint32_t>* slots) {
   const uint64_t pages = PagesOf(units);
   const AttendUnit& unit = units[index];
   const size_t per_cta = static_cast<size_t>(warps);

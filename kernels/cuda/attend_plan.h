@@ -1,9 +1,10 @@
-// What the attention kernels of one call read: plain structs in device memory, filled by the planner of attend_plan.cc
-// (or on the device). A *unit* is one run of blocks of one sequence, one KV head and up to kRows query rows, read by one
-// kernel launch. All pages of all units of a launch are numbered in a row, and every *worker*, a warp of a persistent CTA, takes an
-// equal contiguous share. A worker that ends with a unit leaves a partial state of it in slot (unit index + worker index),
-// which is unique because both only grow along the shares; the warps that end their CTA in the same unit leave one state
-// together, in the slot of the first of them. Slots are merged by the combine kernel.
+// What the attention kernels of one call read: plain structs in device memory, filled by the planner of
+// attend_plan.cc (or on the device). A *unit* is one run of blocks of one sequence, one KV head and up to
+// kRows query rows, read by one kernel launch. All pages of all units of a launch are numbered in a row, and
+// every *worker*, a warp of a persistent CTA, takes an equal contiguous share. A worker that ends with a unit
+// leaves a partial state of it in slot (unit index + worker index), which is unique because both only grow
+// along the shares; the warps that end their CTA in the same unit leave one state together, in the slot of
+// the first of them. Slots are merged by the combine kernel.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +19,8 @@ struct alignas(16) UnitRange {
   int32_t tokens = 0;                  // tokens that count, from page 0 on
   int32_t first_row = 0, rows = 0;     // row = query * rows_per_query + head within the group
   int32_t rows_per_query = 1;
-  // Query i sees tokens [window_begin + i, min(tokens, causal_end + i)), counted from page 0; limits where unused.
+  // Query i sees tokens [window_begin + i, min(tokens, causal_end + i)), counted from page 0; limits where
+  // unused.
   int32_t causal_end = 0, window_begin = 0;
 };
 
@@ -34,8 +36,8 @@ struct alignas(16) AttendUnit : UnitRange {
 inline constexpr int kMostWarps = 16;    // of an attention CTA
 inline constexpr int kCombineWarps = 4;  // of a combine CTA
 
-// Where a worker begins. Its first unit's block table and record offset are repeated here, so that its first copies wait
-// for two loads only: this and the block's address.
+// Where a worker begins. Its first unit's block table and record offset are repeated here, so that its first
+// copies wait for two loads only: this and the block's address.
 struct alignas(16) AttendWorker {
   const std::byte* const* blocks = nullptr;  // address of the entry of page `begin`
   uint64_t record_offset = 0;
@@ -47,7 +49,8 @@ struct alignas(16) AttendWorker {
 };
 
 enum class QueryType : int32_t { kF32, kF16, kBf16 };
-// kMatrix: an n x n matrix for each run of 128 dims, stored by columns with a stride of 128, for rotations without code here.
+// kMatrix: an n x n matrix for each run of 128 dims, stored by columns with a stride of 128, for rotations
+// without code here.
 enum class RotationKind : int32_t { kNone, kHadamard, kMatrix };
 struct Rotation {
   RotationKind kind = RotationKind::kNone;
@@ -64,15 +67,15 @@ struct alignas(8) StateHead {
 struct AttendParams {
   const AttendUnit* units = nullptr;
   const AttendWorker* workers = nullptr;  // one for each warp of each CTA
-  std::byte* queries = nullptr;         // a query area for each unit, written by the query kernel (query_kernel.cuh)
-  float* outputs = nullptr;             // [slots][rows][DV], unnormalised
-  StateHead* sums = nullptr;            // [slots][rows]
-  int32_t head_dim = 0;                 // of K, not padded
+  std::byte* queries = nullptr;  // a query area for each unit, written by the query kernel (query_kernel.cuh)
+  float* outputs = nullptr;      // [slots][rows][DV], unnormalised
+  StateHead* sums = nullptr;     // [slots][rows]
+  int32_t head_dim = 0;          // of K, not padded
   QueryType query_type = QueryType::kF32;
-  Rotation k_rotation;    // forward
-  float scale = 0;        // softmax scale times log2(e)
-  float key_scale = 0;    // the same times AttendKernel::key_unit
-  float softcap = 0;      // times log2(e); 0 = none
+  Rotation k_rotation;  // forward
+  float scale = 0;      // softmax scale times log2(e)
+  float key_scale = 0;  // the same times AttendKernel::key_unit
+  float softcap = 0;    // times log2(e); 0 = none
 };
 
 // A unit's slots, as the combine kernel sees them.
@@ -82,16 +85,16 @@ struct alignas(16) CombineSource {
   const uint32_t* slot_list = nullptr;  // which slots hold states of the unit
   uint32_t slots = 0;
   int32_t slot_rows = 0;
-  Rotation v_rotation;    // inverse
+  Rotation v_rotation;           // inverse
   uint32_t first_slots[4] = {};  // the beginning of the list
 };
 
-// One (sequence, KV head, tile of rows): its sources and where its output goes. The first source is repeated here, so that
-// nothing but its states has to be waited for.
+// One (sequence, KV head, tile of rows): its sources and where its output goes. The first source is repeated
+// here, so that nothing but its states has to be waited for.
 struct alignas(16) CombineGroup {
-  void* output = nullptr;      // of row 0 of query 0
-  float* lse = nullptr;        // same
-  const float* sinks = nullptr;  // of head 0 of the group, or null
+  void* output = nullptr;                     // of row 0 of query 0
+  float* lse = nullptr;                       // same
+  const float* sinks = nullptr;               // of head 0 of the group, or null
   int64_t output_stride = 0, lse_stride = 0;  // elements from one query to the next
   uint32_t first_source = 0, sources = 0;
   int32_t first_row = 0, rows = 0;
@@ -102,10 +105,13 @@ struct alignas(16) CombineGroup {
 
 // Numbers the pages of the units of a launch and returns their count.
 uint32_t NumberPages(std::vector<AttendUnit>* units);
-// Equal contiguous shares of the pages for the workers of up to `ctas` CTAs of `warps` warps; no CTA's share is empty.
+// Equal contiguous shares of the pages for the workers of up to `ctas` CTAs of `warps` warps; no CTA's share
+// is empty.
 std::vector<AttendWorker> CutShares(const std::vector<AttendUnit>& units, int ctas, int warps);
-// Appends the slots that hold states of unit `index` when the launch is cut for `workers`, and returns their number.
-uint32_t AppendSlots(const std::vector<AttendUnit>& units, size_t index, size_t workers, int warps, std::vector<uint32_t>* slots);
+// Appends the slots that hold states of unit `index` when the launch is cut for `workers`, and returns their
+// number.
+uint32_t AppendSlots(const std::vector<AttendUnit>& units, size_t index, size_t workers, int warps,
+                     std::vector<uint32_t>* slots);
 inline size_t SlotCount(size_t units, size_t workers) { return units + workers; }
 // Warps of the combine kernel that should share an output row when a unit has up to `slots` slots: 1, 2 or 4.
 constexpr int CombineTeam(uint32_t slots) { return slots > 8 ? 4 : slots > 3 ? 2 : 1; }

@@ -1,9 +1,8 @@
-#include "kernels/cuda/codec_kernels.h"
-
 #include <cuda_fp16.h>
 
 #include <type_traits>
 
+#include "kernels/cuda/codec_kernels.h"
 #include "kernels/cuda/prefill_tile.h"
 #include "kernels/cuda/row_codec.cuh"
 #include "kernels/format/page_codec.h"
@@ -83,7 +82,8 @@ template <class C, bool kInverse>
 __device__ void RotateRows(const Rows& rows, int stored_dim) {
   using Rotation = typename C::Rotation;
   if constexpr (std::is_same_v<Rotation, Hadamard>) {
-    for (int t = static_cast<int>(threadIdx.x >> 5); t < kBlockTokens; t += kWarps) HadamardRow<kInverse>(rows.row(t), stored_dim);
+    for (int t = static_cast<int>(threadIdx.x >> 5); t < kBlockTokens; t += kWarps)
+      HadamardRow<kInverse>(rows.row(t), stored_dim);
   } else if constexpr (!std::is_same_v<Rotation, NoRotation>) {
     if (threadIdx.x < kBlockTokens) {
       if constexpr (kInverse) {
@@ -148,7 +148,8 @@ struct CodeStage {
 };
 
 template <class C>
-__global__ void __launch_bounds__(kThreads) EncodeKernel(const CodecJob* jobs, HalfShape shape, Side side, RowSource source) {
+__global__ void __launch_bounds__(kThreads)
+    EncodeKernel(const CodecJob* jobs, HalfShape shape, Side side, RowSource source) {
   extern __shared__ __align__(16) float memory[];
   const CodecJob job = jobs[blockIdx.x];
   const int d = shape.stored_dim;
@@ -176,7 +177,8 @@ __global__ void __launch_bounds__(kThreads) EncodeKernel(const CodecJob* jobs, H
       for (int k = 0; k < kAtOnce; k++) {
         if (i + k * kThreads >= count) continue;
         const int t = (i + k * kThreads) / per_row, stored = (i + k * kThreads) % per_row;
-        const int chunk = HalfPrecisionIndex(t, stored * 8, d) / 8 - t * per_row;  // the swizzle undoes itself
+        const int chunk =
+            HalfPrecisionIndex(t, stored * 8, d) / 8 - t * per_row;  // the swizzle undoes itself
         const uint32_t words[4] = {loaded[k].x, loaded[k].y, loaded[k].z, loaded[k].w};
 #pragma unroll
         for (int e = 0; e < 8; e++)
@@ -186,25 +188,28 @@ __global__ void __launch_bounds__(kThreads) EncodeKernel(const CodecJob* jobs, H
   } else {
     for (int t = warp; t < kBlockTokens; t += kWarps)
       for (int dim = lane; dim < d; dim += 32)
-        put(t, dim, t < job.tokens && dim < shape.head_dim
-                        ? reinterpret_cast<const float*>(job.source)[static_cast<int64_t>(t) * job.row_stride + dim]
-                        : 0.0f);
+        put(t, dim,
+            t < job.tokens && dim < shape.head_dim
+                ? reinterpret_cast<const float*>(job.source)[static_cast<int64_t>(t) * job.row_stride + dim]
+                : 0.0f);
   }
   __syncthreads();
   if constexpr (C::kStorage == Storage::kHalf) {
     auto* values = reinterpret_cast<uint16_t*>(job.target);
     for (int t = warp; t < kBlockTokens; t += kWarps)
-      for (int dim = lane; dim < d; dim += 32) values[HalfPrecisionIndex(t, dim, d)] = C::Pack(rows.row(t)[dim]);
+      for (int dim = lane; dim < d; dim += 32)
+        values[HalfPrecisionIndex(t, dim, d)] = C::Pack(rows.row(t)[dim]);
   } else {
     RotateRows<C, false>(rows, d);
     // The 8 codes of a unit lie side by side: keys by token, values by dim.
-    const CodeStage stage{reinterpret_cast<uint8_t*>(memory + kBlockTokens * (d + 1)), side == Side::kKey ? d : 1,
-                          side == Side::kKey ? 1 : kValueStride};
+    const CodeStage stage{reinterpret_cast<uint8_t*>(memory + kBlockTokens * (d + 1)),
+                          side == Side::kKey ? d : 1, side == Side::kKey ? 1 : kValueStride};
     auto* scales = reinterpret_cast<uint16_t*>(job.target + shape.code_bytes);
     if constexpr (HasBook<C>) {
       for (int i = static_cast<int>(threadIdx.x >> 5); i < kBlockTokens * shape.groups; i += kWarps) {
         const int t = i % kBlockTokens, group = i / kBlockTokens, begin = group * C::kGroup;
-        const uint16_t scale = EncodeGroupByWarp<C>(rows.row(t) + begin, min(C::kGroup, d - begin), stage.at(t, begin), stage.dim_stride);
+        const uint16_t scale = EncodeGroupByWarp<C>(rows.row(t) + begin, min(C::kGroup, d - begin),
+                                                    stage.at(t, begin), stage.dim_stride);
         if (lane == 0) scales[i] = scale;
       }
     } else {
@@ -246,7 +251,8 @@ __global__ void __launch_bounds__(kThreads) EncodeKernel(const CodecJob* jobs, H
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads) DecodeKernel(const CodecJob* jobs, HalfShape shape, Side side, RowTarget target, int page_dim) {
+__global__ void __launch_bounds__(kThreads)
+    DecodeKernel(const CodecJob* jobs, HalfShape shape, Side side, RowTarget target, int page_dim) {
   extern __shared__ __align__(16) float memory[];
   const CodecJob job = jobs[blockIdx.x];
   const int d = shape.stored_dim;
@@ -271,7 +277,8 @@ __global__ void __launch_bounds__(kThreads) DecodeKernel(const CodecJob* jobs, H
 #pragma unroll
         for (int e = 0; e < 8; e++) {
           const CodeOwner owner = OwnerOf(side, {quad, lane, u, e}, d);
-          const float scale = Mul(HalfToFloat(scales[owner.dim / C::kGroup * kBlockTokens + owner.token]), C::kLevelUnit);
+          const float scale =
+              Mul(HalfToFloat(scales[owner.dim / C::kGroup * kBlockTokens + owner.token]), C::kLevelUnit);
           rows.row(owner.token)[owner.dim] = Mul(scale, static_cast<float>(C::Level(own[8 * u + e])));
         }
     }
@@ -292,14 +299,17 @@ __global__ void __launch_bounds__(kThreads) DecodeKernel(const CodecJob* jobs, H
     if (target == RowTarget::kF32Rows)
       reinterpret_cast<float*>(job.target)[static_cast<int64_t>(t) * job.row_stride + dim] = x;
     else
-      reinterpret_cast<uint16_t*>(job.target)[target == RowTarget::kF16Page ? HalfPrecisionIndex(t, dim, page_dim) : TileIndex(t, dim, kBlockTokens)] =
+      reinterpret_cast<uint16_t*>(
+          job.target)[target == RowTarget::kF16Page ? HalfPrecisionIndex(t, dim, page_dim)
+                                                    : TileIndex(t, dim, kBlockTokens)] =
           F32ToF16(fminf(fmaxf(x, -65504.0f), 65504.0f));
   }
 }
 
 // The same for types without codes and f16 targets: chunks of 8 values find their new place.
 template <class C>
-__global__ void __launch_bounds__(kThreads) MoveHalves(const CodecJob* jobs, HalfShape shape, RowTarget target, int page_dim) {
+__global__ void __launch_bounds__(kThreads)
+    MoveHalves(const CodecJob* jobs, HalfShape shape, RowTarget target, int page_dim) {
   const CodecJob job = jobs[blockIdx.x];
   const int per_row = page_dim / 8;
 #pragma unroll 4
@@ -320,24 +330,29 @@ __global__ void __launch_bounds__(kThreads) MoveHalves(const CodecJob* jobs, Hal
         } else {
           float pair[2];
 #pragma unroll
-          for (int e = 0; e < 2; e++) pair[e] = fminf(fmaxf(C::Unpack(static_cast<uint16_t>(word >> (16 * e))), -65504.0f), 65504.0f);
+          for (int e = 0; e < 2; e++)
+            pair[e] = fminf(fmaxf(C::Unpack(static_cast<uint16_t>(word >> (16 * e))), -65504.0f), 65504.0f);
           word = DeviceWarp::Pack<false>(pair[0], pair[1]);
         }
       }
       x = make_uint4(words[0], words[1], words[2], words[3]);
     }
-    const int at = target == RowTarget::kF16Page ? HalfPrecisionIndex(t, dim, page_dim) : TileIndex(t, dim, kBlockTokens);
+    const int at = target == RowTarget::kF16Page ? HalfPrecisionIndex(t, dim, page_dim)
+                                                 : TileIndex(t, dim, kBlockTokens);
     *reinterpret_cast<uint4*>(job.target + 2 * at) = x;
   }
 }
 
 template <class C>
-__global__ void AppendKernel(const AppendJob* jobs, HalfShape shape, size_t record_bytes, int heads, const void* rows, DataType type) {
+__global__ void AppendKernel(const AppendJob* jobs, HalfShape shape, size_t record_bytes, int heads,
+                             const void* rows, DataType type) {
   const AppendJob job = jobs[blockIdx.x];
   const int d = shape.head_dim, width = heads * d;
   const TensorView view{rows, type};
-  for (int i = static_cast<int>(threadIdx.x); i < job.tokens * heads * shape.stored_dim; i += static_cast<int>(blockDim.x)) {
-    const int dim = i % shape.stored_dim, head = i / shape.stored_dim % heads, t = i / shape.stored_dim / heads;
+  for (int i = static_cast<int>(threadIdx.x); i < job.tokens * heads * shape.stored_dim;
+       i += static_cast<int>(blockDim.x)) {
+    const int dim = i % shape.stored_dim, head = i / shape.stored_dim % heads,
+              t = i / shape.stored_dim / heads;
     auto* values = reinterpret_cast<uint16_t*>(job.target + static_cast<size_t>(head) * record_bytes);
     const int64_t at = (job.first_row + t) * width + head * d + dim;
     uint16_t bits = 0;
@@ -375,26 +390,30 @@ int Processors() {
 
 }  // namespace
 
-cudaError_t LaunchEncode(CacheType type, Side side, const HalfLayout& layout, RowSource source, const CodecJob* jobs, int count,
-                         cudaStream_t stream) {
-  if (HasRowCodec(type)) return LaunchRowEncode(type, side, layout, source, jobs, count, Processors(), stream);
+cudaError_t LaunchEncode(CacheType type, Side side, const HalfLayout& layout, RowSource source,
+                         const CodecJob* jobs, int count, cudaStream_t stream) {
+  if (HasRowCodec(type))
+    return LaunchRowEncode(type, side, layout, source, jobs, count, Processors(), stream);
   return VisitCodec(Canonical(type), [&](auto codec) {
     using C = decltype(codec);
     if constexpr (IsAlias<C>() || kHasRowCodec<C>) {
       return cudaErrorInvalidValue;
     } else {
       const int d = layout.stored_dim, bytes = kBlockTokens * (d + 1) * 4 + kValueStride * d;
-      const cudaError_t set = cudaFuncSetAttribute(EncodeKernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      const cudaError_t set =
+          cudaFuncSetAttribute(EncodeKernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
       if (set != cudaSuccess) return set;
-      EncodeKernel<C><<<static_cast<unsigned>(count), kThreads, static_cast<size_t>(bytes), stream>>>(jobs, ShapeOf(layout), side, source);
+      EncodeKernel<C><<<static_cast<unsigned>(count), kThreads, static_cast<size_t>(bytes), stream>>>(
+          jobs, ShapeOf(layout), side, source);
       return cudaGetLastError();
     }
   });
 }
 
-cudaError_t LaunchDecode(CacheType type, Side side, const HalfLayout& layout, RowTarget target, int page_dim, const CodecJob* jobs,
-                         int count, cudaStream_t stream) {
-  if (HasRowCodec(type)) return LaunchRowDecode(type, side, layout, target, page_dim, jobs, count, Processors(), stream);
+cudaError_t LaunchDecode(CacheType type, Side side, const HalfLayout& layout, RowTarget target, int page_dim,
+                         const CodecJob* jobs, int count, cudaStream_t stream) {
+  if (HasRowCodec(type))
+    return LaunchRowDecode(type, side, layout, target, page_dim, jobs, count, Processors(), stream);
   return VisitCodec(Canonical(type), [&](auto codec) {
     using C = decltype(codec);
     if constexpr (IsAlias<C>() || kHasRowCodec<C>) {
@@ -402,25 +421,30 @@ cudaError_t LaunchDecode(CacheType type, Side side, const HalfLayout& layout, Ro
     } else {
       if constexpr (C::kStorage == Storage::kHalf) {
         if (target != RowTarget::kF32Rows) {
-          MoveHalves<C><<<static_cast<unsigned>(count), kThreads, 0, stream>>>(jobs, ShapeOf(layout), target, page_dim);
+          MoveHalves<C><<<static_cast<unsigned>(count), kThreads, 0, stream>>>(jobs, ShapeOf(layout), target,
+                                                                               page_dim);
           return cudaGetLastError();
         }
       }
       const int bytes = kBlockTokens * (layout.stored_dim + 1) * 4;
-      const cudaError_t set = cudaFuncSetAttribute(DecodeKernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+      const cudaError_t set =
+          cudaFuncSetAttribute(DecodeKernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
       if (set != cudaSuccess) return set;
-      DecodeKernel<C><<<static_cast<unsigned>(count), kThreads, static_cast<size_t>(bytes), stream>>>(jobs, ShapeOf(layout), side, target, page_dim);
+      DecodeKernel<C><<<static_cast<unsigned>(count), kThreads, static_cast<size_t>(bytes), stream>>>(
+          jobs, ShapeOf(layout), side, target, page_dim);
       return cudaGetLastError();
     }
   });
 }
 
-cudaError_t LaunchAppend(CacheType type, const HalfLayout& layout, size_t record_bytes, int heads, const void* rows, DataType rows_type,
-                         const AppendJob* jobs, int count, cudaStream_t stream) {
+cudaError_t LaunchAppend(CacheType type, const HalfLayout& layout, size_t record_bytes, int heads,
+                         const void* rows, DataType rows_type, const AppendJob* jobs, int count,
+                         cudaStream_t stream) {
   return VisitCodec(type, [&](auto codec) {
     using C = decltype(codec);
     if constexpr (C::kStorage == Storage::kHalf) {
-      AppendKernel<C><<<static_cast<unsigned>(count), 256, 0, stream>>>(jobs, ShapeOf(layout), record_bytes, heads, rows, rows_type);
+      AppendKernel<C><<<static_cast<unsigned>(count), 256, 0, stream>>>(jobs, ShapeOf(layout), record_bytes,
+                                                                        heads, rows, rows_type);
       return cudaGetLastError();
     } else {
       return cudaErrorInvalidValue;

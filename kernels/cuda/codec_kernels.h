@@ -1,6 +1,7 @@
-// Kernels that write and read stored pages: append, encode, decode. Bytes are those of EncodeHalf (format/page_codec.h), bit
-// by bit: the arithmetic is never fused and sums have one order, whatever the number of threads.
-// One job is one half (K or V) of one record; all jobs of a launch share type, side and shape.
+// Kernels that write and read stored pages: append, encode, decode. Bytes are those of EncodeHalf
+// (format/page_codec.h), bit by bit: the arithmetic is never fused and sums have one order, whatever the
+// number of threads. One job is one half (K or V) of one record; all jobs of a launch share type, side and
+// shape.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -31,19 +32,22 @@ struct alignas(16) CodecJob {
 
 // What an encoder reads: an f16 page of the same shape, or f32 rows in the original frame.
 enum class RowSource { kF16Page, kF32Rows };
-// What a decoder writes: f32 rows, or an f16 page or tile (prefill_tile.h) of `page_dim` stored values a row (padding zero).
+// What a decoder writes: f32 rows, or an f16 page or tile (prefill_tile.h) of `page_dim` stored values a row
+// (padding zero).
 enum class RowTarget { kF32Rows, kF16Page, kF16Tile };
 
-cudaError_t LaunchEncode(CacheType type, Side side, const HalfLayout& layout, RowSource source, const CodecJob* jobs, int count,
-                         cudaStream_t stream);
-cudaError_t LaunchDecode(CacheType type, Side side, const HalfLayout& layout, RowTarget target, int page_dim, const CodecJob* jobs,
-                         int count, cudaStream_t stream);
+cudaError_t LaunchEncode(CacheType type, Side side, const HalfLayout& layout, RowSource source,
+                         const CodecJob* jobs, int count, cudaStream_t stream);
+cudaError_t LaunchDecode(CacheType type, Side side, const HalfLayout& layout, RowTarget target, int page_dim,
+                         const CodecJob* jobs, int count, cudaStream_t stream);
 
-// The same for the types that row_codec.cuh has code for, cudaErrorInvalidValue for others; `processors` of the device.
-cudaError_t LaunchRowEncode(CacheType type, Side side, const HalfLayout& layout, RowSource source, const CodecJob* jobs, int count,
-                            int processors, cudaStream_t stream);
-cudaError_t LaunchRowDecode(CacheType type, Side side, const HalfLayout& layout, RowTarget target, int page_dim, const CodecJob* jobs,
-                            int count, int processors, cudaStream_t stream);
+// The same for the types that row_codec.cuh has code for, cudaErrorInvalidValue for others; `processors` of
+// the device.
+cudaError_t LaunchRowEncode(CacheType type, Side side, const HalfLayout& layout, RowSource source,
+                            const CodecJob* jobs, int count, int processors, cudaStream_t stream);
+cudaError_t LaunchRowDecode(CacheType type, Side side, const HalfLayout& layout, RowTarget target,
+                            int page_dim, const CodecJob* jobs, int count, int processors,
+                            cudaStream_t stream);
 bool HasRowCodec(CacheType type);
 
 // Copies rows of a tensor [rows][heads][dim] into an f16 or bf16 page half.
@@ -52,7 +56,8 @@ struct alignas(16) AppendJob {
   int64_t first_row = 0;
   int32_t first_token = 0, tokens = 0;
 };
-cudaError_t LaunchAppend(CacheType type, const HalfLayout& layout, size_t record_bytes, int heads, const void* rows, DataType rows_type,
-                         const AppendJob* jobs, int count, cudaStream_t stream);
+cudaError_t LaunchAppend(CacheType type, const HalfLayout& layout, size_t record_bytes, int heads,
+                         const void* rows, DataType rows_type, const AppendJob* jobs, int count,
+                         cudaStream_t stream);
 
 }  // namespace kvtide::cuda

@@ -1,15 +1,18 @@
 // Attention of one warp over coded pages (64 tokens of one KV head), with int8 tensor-core products.
 //
-// Queries and softmax weights are 16-bit integers whose high and low bytes share one tile of 16 rows: rows 0-7 hold the
-// high bytes of 8 query rows, rows 8-15 the low bytes, so a thread finds both parts of a sum in its own registers. A logit
-// is exact up to the rounding of the query; the V scale, the page's reference and the rounding of a weight cost one FMA.
+// Queries and softmax weights are 16-bit integers whose high and low bytes share one tile of 16 rows: rows
+// 0-7 hold the high bytes of 8 query rows, rows 8-15 the low bytes, so a thread finds both parts of a sum in
+// its own registers. A logit is exact up to the rounding of the query; the V scale, the page's reference and
+// the rounding of a weight cost one FMA.
 //
-// The reference exponent of a row moves only when a page exceeds it by 2^kSlack, so that sums are rarely rescaled;
-// contributions above the reference are no problem in f32. Weights keep a margin below 2^16: the rounding of the
-// reference itself may lift them by up to kCeiling's distance, which covers logits of magnitude up to a million.
+// The reference exponent of a row moves only when a page exceeds it by 2^kSlack, so that sums are rarely
+// rescaled; contributions above the reference are no problem in f32. Weights keep a margin below 2^16: the
+// rounding of the reference itself may lift them by up to kCeiling's distance, which covers logits of
+// magnitude up to a million.
 //
-// Names: n = lane / 4 and c = lane % 4 as in the fragment maps; m = tile of 8 query rows; a thread owns query rows
-// n + 8m and, of the output, dims 8j + 2c and the next one. Logit t of a thread belongs to token TokenOf(t, c).
+// Names: n = lane / 4 and c = lane % 4 as in the fragment maps; m = tile of 8 query rows; a thread owns query
+// rows n + 8m and, of the output, dims 8j + 2c and the next one. Logit t of a thread belongs to token
+// TokenOf(t, c).
 #pragma once
 
 #include <type_traits>
@@ -22,8 +25,8 @@ namespace kvtide::cuda {
 constexpr float kMasked = -1e30f;
 constexpr float kSlack = 12.0f;
 
-// What a tile class keeps for its query rows over all pages of a unit: unnormalised output relative to 2^reference and
-// this thread's part of the sum of weights.
+// What a tile class keeps for its query rows over all pages of a unit: unnormalised output relative to
+// 2^reference and this thread's part of the sum of weights.
 template <int DV, int MT>
 struct RowSums {
   float output[MT][DV / 8][2];
@@ -90,7 +93,8 @@ struct CodedTile {
   static constexpr bool kSignedWeights = VCodec::kGroup == 32 && VCodec::kBits < 8;
   static constexpr float kCeiling = kSignedWeights ? 30000.0f : 60000.0f;
   static constexpr float kLog2Ceiling = kSignedWeights ? 14.87267488f : 15.87267488f;
-  // Adding it leaves the rounded integer in the low 16 bits (plus 128 when signed, which balances the low byte).
+  // Adding it leaves the rounded integer in the low 16 bits (plus 128 when signed, which balances the low
+  // byte).
   static constexpr float kMagic = kSignedWeights ? 12582912.0f + 128.0f : 8388608.0f;
 
   RowSums<DV, MT> rows;
@@ -134,7 +138,8 @@ struct CodedTile {
   static KVTIDE_DEVICE void LoadSlots(Shared lane_slots, int quad, uint32_t (&words)[4 * kSlots]) {
 #pragma unroll
     for (int x = 0; x < kSlots; x++)
-      if (4 * x >= quad * kBits && 4 * x < (quad + 1) * kBits) W::Load128(lane_slots + x * 512, &words[4 * x]);
+      if (4 * x >= quad * kBits && 4 * x < (quad + 1) * kBits)
+        W::Load128(lane_slots + x * 512, &words[4 * x]);
   }
 
   static KVTIDE_DEVICE void LoadScales(Shared address, float* f) {
@@ -180,7 +185,8 @@ struct CodedTile {
 #pragma unroll
           for (int p = 0; p < KDecoder::kParts; p++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) W::template MmaBytes<true>(acc[m][i], a, b[p][i][0], b[p][i][1], acc[m][i]);
+            for (int i = 0; i < 4; i++)
+              W::template MmaBytes<true>(acc[m][i], a, b[p][i][0], b[p][i][1], acc[m][i]);
         }
         if (!last) continue;
         float scales[8];
@@ -214,7 +220,8 @@ struct CodedTile {
   }
 
   // Adds the page. multiplier[m]: base-2 logit per unit of y (1 after soft-cap). y is used up.
-  KVTIDE_DEVICE void ValueStage(Shared v_half, int /*tile*/, float (&y)[MT][kLogits], const float (&multiplier)[MT]) {
+  KVTIDE_DEVICE void ValueStage(Shared v_half, int /*tile*/, float (&y)[MT][kLogits],
+                                const float (&multiplier)[MT]) {
     constexpr int kSlots = LaneWords(VCodec::kBits, DV) / 4;
     const int c = W::Lane() & 3;
     const Shared lane_slots = v_half + SlotOffset();
@@ -233,7 +240,8 @@ struct CodedTile {
     }
 
     float inverse = 1, v_scales[16];
-    if constexpr (kVGroups == 1) {  // the reference takes the largest V scale in, one more FMA per weight is saved
+    if constexpr (kVGroups ==
+                  1) {  // the reference takes the largest V scale in, one more FMA per weight is saved
       const float largest = LoadValueScales(v_half, c, 0, v_scales);
       const float shift = W::Lg2(largest) - kLog2Ceiling;
 #pragma unroll

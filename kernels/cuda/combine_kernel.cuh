@@ -1,9 +1,10 @@
-// Merges the partial states of a call. A team of 1, 2 or 4 warps serves one output row: every member takes slots in turn
-// and loads several at once. Sums of sources with the same V rotation are added in the rotated frame and turned back once;
-// then the members are joined in their order, and sinks, normalisation and the natural log-sum-exp follow.
-// An empty row gives output 0 and -inf.
+// Merges the partial states of a call. A team of 1, 2 or 4 warps serves one output row: every member takes
+// slots in turn and loads several at once. Sums of sources with the same V rotation are added in the rotated
+// frame and turned back once; then the members are joined in their order, and sinks, normalisation and the
+// natural log-sum-exp follow. An empty row gives output 0 and -inf.
 //
-// What the plan says is loaded before the kernel waits for the attention kernels: only partial states come from them.
+// What the plan says is loaded before the kernel waits for the attention kernels: only partial states come
+// from them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +15,8 @@
 
 namespace kvtide::cuda {
 
-// kFew: no group has a team, so no source has more than three slots; fewer registers then let more rows be under way.
+// kFew: no group has a team, so no source has more than three slots; fewer registers then let more rows be
+// under way.
 template <int DV, bool kFew>
 struct MergedRow {
   static constexpr int kBlocks = WarpRow<DV>::kBlocks, kBatch = kFew || kBlocks > 1 ? 2 : 4;
@@ -36,10 +38,11 @@ struct MergedRow {
   }
 };
 
-// Adds the slots of a source that are `member`'s turn; `first` = this lane's entry of the first 32 in the slot list.
+// Adds the slots of a source that are `member`'s turn; `first` = this lane's entry of the first 32 in the
+// slot list.
 template <int DV, bool kFew>
-KVTIDE_DEVICE void AddSource(const CombineSource& source, int r, int member, int team, uint32_t first, MergedRow<DV, kFew>& row,
-                             WarpRow<DV>& total) {
+KVTIDE_DEVICE void AddSource(const CombineSource& source, int r, int member, int team, uint32_t first,
+                             MergedRow<DV, kFew>& row, WarpRow<DV>& total) {
   constexpr int kBlocks = MergedRow<DV, kFew>::kBlocks, kBatch = MergedRow<DV, kFew>::kBatch;
   const int lane = DeviceWarp::Lane(), slots = static_cast<int>(source.slots);
   uint32_t mine = first;
@@ -51,7 +54,8 @@ KVTIDE_DEVICE void AddSource(const CombineSource& source, int r, int member, int
       float4 out[kBatch][kBlocks];
 #pragma unroll
       for (int u = 0; u < kBatch; u++) {
-        const size_t slot = static_cast<size_t>(__shfl_sync(0xffffffffu, mine, min(i + u, count - 1))) * source.slot_rows + r;
+        const size_t slot =
+            static_cast<size_t>(__shfl_sync(0xffffffffu, mine, min(i + u, count - 1))) * source.slot_rows + r;
         const StateHead stored = i + u < count ? source.sums[slot] : StateHead{0, 0};
         head[u] = make_float2(stored.reference, stored.sum);
 #pragma unroll
@@ -90,7 +94,10 @@ KVTIDE_DEVICE void AddSource(const CombineSource& source, int r, int member, int
 }
 
 template <int DV, bool kFew>
-__global__ void __launch_bounds__(32 * kCombineWarps, kFew && DV <= 128 ? 8 : DV <= 128 ? 6 : 4) CombineKernel(const __grid_constant__ CombineParams params) {
+__global__ void __launch_bounds__(32 * kCombineWarps, kFew&& DV <= 128 ? 8
+                                                      : DV <= 128      ? 6
+                                                                       : 4)
+    CombineKernel(const __grid_constant__ CombineParams params) {
   constexpr int kBlocks = WarpRow<DV>::kBlocks;
   __shared__ float4 rows[kFew ? 1 : kCombineWarps][kBlocks][32];
   __shared__ float2 heads[kCombineWarps];
@@ -99,16 +106,21 @@ __global__ void __launch_bounds__(32 * kCombineWarps, kFew && DV <= 128 ? 8 : DV
   const int job = (static_cast<int>(blockIdx.x) * kCombineWarps + warp) / most_team;
   const int group_index = min(job / params.rows, params.group_count - 1), r = job % params.rows;
   const CombineGroup& group = params.groups[group_index];
-  const int team = kFew ? 1 : group.team;  // its own: what a group adds in which order is not the business of the others
+  const int team =
+      kFew ? 1 : group.team;  // its own: what a group adds in which order is not the business of the others
   const bool active = job / params.rows < params.group_count && r < group.rows && member < team;
-  const int index = group.first_row + r, query = index / group.rows_per_query, head = index % group.rows_per_query;
+  const int index = group.first_row + r, query = index / group.rows_per_query,
+            head = index % group.rows_per_query;
   CombineSource source;
   uint32_t first = 0;
   const auto load_source = [&](uint32_t s) {
     source = s == 0 ? group.first : params.sources[group.first_source + s];
     const int at = member + team * lane;
     if (source.slots <= 4) {
-      first = at == 0 ? source.first_slots[0] : at == 1 ? source.first_slots[1] : at == 2 ? source.first_slots[2] : source.first_slots[3];
+      first = at == 0   ? source.first_slots[0]
+              : at == 1 ? source.first_slots[1]
+              : at == 2 ? source.first_slots[2]
+                        : source.first_slots[3];
     } else {
       first = at < static_cast<int>(source.slots) ? source.slot_list[at] : 0;
     }
@@ -139,7 +151,8 @@ __global__ void __launch_bounds__(32 * kCombineWarps, kFew && DV <= 128 ? 8 : DV
   if (!kFew && most_team > 1) {
     if (lane == 0) heads[warp] = make_float2(row.reference, row.sum);
 #pragma unroll
-    for (int b = 0; b < kBlocks; b++) rows[warp][b][lane] = make_float4(total.x[b][0], total.x[b][1], total.x[b][2], total.x[b][3]);
+    for (int b = 0; b < kBlocks; b++)
+      rows[warp][b][lane] = make_float4(total.x[b][0], total.x[b][1], total.x[b][2], total.x[b][3]);
     __syncthreads();
     if (!active || member != 0) return;
     for (int m = 1; m < team; m++) {
@@ -189,7 +202,9 @@ __global__ void __launch_bounds__(32 * kCombineWarps, kFew && DV <= 128 ? 8 : DV
       *reinterpret_cast<uint2*>(static_cast<uint16_t*>(group.output) + out + dim) = packed;
     }
   }
-  if (lane == 0) group.lse[query * group.lse_stride + head] = sum > 0 ? (reference + log2f(sum)) * 0.69314718056f : -INFINITY;
+  if (lane == 0)
+    group.lse[query * group.lse_stride + head] =
+        sum > 0 ? (reference + log2f(sum)) * 0.69314718056f : -INFINITY;
 }
 
 }  // namespace kvtide::cuda

@@ -38,9 +38,11 @@ absl::StatusOr<CopyTicket> CopyEngine::Submit(std::span<const CopyPiece> pieces,
   const CopyTicket ticket = next_++;
   state_[ticket] = {false, absl::OkStatus()};
   Job job{ticket, direction, {}};
-  for (const CopyPiece& piece : pieces) {  // neighbours travel together: each copy costs microseconds of its own
+  for (const CopyPiece& piece :
+       pieces) {  // neighbours travel together: each copy costs microseconds of its own
     CopyPiece* last = job.pieces.empty() ? nullptr : &job.pieces.back();
-    if (last != nullptr && last->target + last->bytes == piece.target && last->source + last->bytes == piece.source) {
+    if (last != nullptr && last->target + last->bytes == piece.target &&
+        last->source + last->bytes == piece.source) {
       last->bytes += piece.bytes;
     } else {
       job.pieces.push_back(piece);
@@ -100,7 +102,8 @@ absl::Status CopyEngine::Run(const Job& job, Stream* stream, PinnedBuffer (&stag
   };
   for (const CopyPiece& piece : job.pieces) {
     if (job.direction == CopyDirection::kInside) {
-      KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(piece.target, piece.source, piece.bytes, cudaMemcpyDeviceToDevice, s));
+      KVTIDE_CUDA_RETURN_IF_ERROR(
+          cudaMemcpyAsync(piece.target, piece.source, piece.bytes, cudaMemcpyDeviceToDevice, s));
       continue;
     }
     const bool to_host = job.direction == CopyDirection::kToHost;
@@ -109,19 +112,22 @@ absl::Status CopyEngine::Run(const Job& job, Stream* stream, PinnedBuffer (&stag
       const size_t bytes = std::min(pinned ? kPinnedPieceBytes : piece_bytes_, piece.bytes - at);
       if (pinned) {
         KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(piece.target + at, piece.source + at, bytes,
-                                                    to_host ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice, s));
+                                                    to_host ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice,
+                                                    s));
       } else {
         const absl::Status reserved = staging[turn].Reserve(piece_bytes_);
         if (!reserved.ok()) return reserved;
         if (to_host) {
           const absl::Status drained = drain(turn);
           if (!drained.ok()) return drained;
-          KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(staging[turn].data(), piece.source + at, bytes, cudaMemcpyDeviceToHost, s));
+          KVTIDE_CUDA_RETURN_IF_ERROR(
+              cudaMemcpyAsync(staging[turn].data(), piece.source + at, bytes, cudaMemcpyDeviceToHost, s));
           pending[turn] = {piece.target + at, bytes};
         } else {
           KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventSynchronize(events[turn].get()));  // the buffer's last journey
           std::memcpy(staging[turn].data(), piece.source + at, bytes);
-          KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(piece.target + at, staging[turn].data(), bytes, cudaMemcpyHostToDevice, s));
+          KVTIDE_CUDA_RETURN_IF_ERROR(
+              cudaMemcpyAsync(piece.target + at, staging[turn].data(), bytes, cudaMemcpyHostToDevice, s));
         }
         KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(events[turn].get(), s));
         turn ^= 1;

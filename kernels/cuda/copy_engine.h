@@ -1,6 +1,6 @@
-// Copies between device and host memory beside attention: one stream and one thread for each direction. Pinned host memory
-// is copied as it is; other host memory goes through two pinned buffers, one being filled while the other travels.
-// A ticket is forgotten when Poll has said that it is done. Thread-safe.
+// Copies between device and host memory beside attention: one stream and one thread for each direction.
+// Pinned host memory is copied as it is; other host memory goes through two pinned buffers, one being filled
+// while the other travels. A ticket is forgotten when Poll has said that it is done. Thread-safe.
 #pragma once
 
 #include <condition_variable>
@@ -19,7 +19,8 @@ namespace kvtide::cuda {
 
 class CopyEngine {
  public:
-  CopyEngine(int device, size_t piece_bytes, int max_copies) : device_(device), piece_bytes_(piece_bytes), max_copies_(max_copies) {}
+  CopyEngine(int device, size_t piece_bytes, int max_copies)
+      : device_(device), piece_bytes_(piece_bytes), max_copies_(max_copies) {}
   ~CopyEngine();
   CopyEngine(const CopyEngine&) = delete;
   CopyEngine& operator=(const CopyEngine&) = delete;

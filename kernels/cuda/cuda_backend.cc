@@ -49,14 +49,16 @@ class DeviceSlab : public Slab {
 };
 
 absl::Status CheckPiece(const AppendPiece& piece) {
-  if (piece.layout == nullptr || piece.block == nullptr) return absl::InvalidArgumentError("append: no layout or no block");
+  if (piece.layout == nullptr || piece.block == nullptr)
+    return absl::InvalidArgumentError("append: no layout or no block");
   const CachePair pair = piece.layout->pair();
   if (Info(pair.k).storage != Storage::kHalf || Info(pair.v).storage != Storage::kHalf)
     return absl::InvalidArgumentError(
         absl::StrCat("append to a block of ", PairName(pair), ": tokens are appended to f16 or bf16 blocks"));
-  if (piece.layer < 0 || piece.layer >= piece.layout->shape().layers || piece.first_token < 0 || piece.tokens < 0 ||
-      piece.first_token + piece.tokens > kBlockTokens)
-    return absl::InvalidArgumentError(absl::StrCat("append: layer ", piece.layer, ", tokens ", piece.first_token, " + ", piece.tokens,
+  if (piece.layer < 0 || piece.layer >= piece.layout->shape().layers || piece.first_token < 0 ||
+      piece.tokens < 0 || piece.first_token + piece.tokens > kBlockTokens)
+    return absl::InvalidArgumentError(absl::StrCat("append: layer ", piece.layer, ", tokens ",
+                                                   piece.first_token, " + ", piece.tokens,
                                                    " lie outside the block"));
   return absl::OkStatus();
 }
@@ -64,11 +66,13 @@ absl::Status CheckPiece(const AppendPiece& piece) {
 absl::Status CheckPiece(const RecodePiece& piece) {
   if (piece.from == nullptr || piece.to == nullptr || piece.source == nullptr || piece.target == nullptr)
     return absl::InvalidArgumentError("recode: no layout or no block");
-  if (!(piece.from->shape() == piece.to->shape())) return absl::InvalidArgumentError("recode: the two layouts differ in shape");
-  if (piece.first_layer < 0 || piece.layers < 0 || piece.first_layer + piece.layers > piece.from->shape().layers || piece.tokens < 0 ||
+  if (!(piece.from->shape() == piece.to->shape()))
+    return absl::InvalidArgumentError("recode: the two layouts differ in shape");
+  if (piece.first_layer < 0 || piece.layers < 0 ||
+      piece.first_layer + piece.layers > piece.from->shape().layers || piece.tokens < 0 ||
       piece.tokens > kBlockTokens)
-    return absl::InvalidArgumentError(absl::StrCat("recode: layers ", piece.first_layer, " + ", piece.layers, " or ", piece.tokens,
-                                                   " tokens lie outside the block"));
+    return absl::InvalidArgumentError(absl::StrCat("recode: layers ", piece.first_layer, " + ", piece.layers,
+                                                   " or ", piece.tokens, " tokens lie outside the block"));
   return absl::OkStatus();
 }
 
@@ -84,14 +88,17 @@ class CudaBackend : public Backend {
 
   std::string name() const override { return absl::StrCat("cuda:", device_); }
 
-  absl::Status CheckSupport(const BlockLayout& layout) const override { return CheckGroupShape(layout.shape()); }
+  absl::Status CheckSupport(const BlockLayout& layout) const override {
+    return CheckGroupShape(layout.shape());
+  }
 
   absl::StatusOr<std::unique_ptr<Slab>> AllocateSlab(size_t bytes) override {
     if (bytes == 0) return absl::InvalidArgumentError("a slab of 0 bytes");
     const DeviceGuard guard(device_);
     auto slab = std::make_unique<DeviceSlab>(device_);
     const absl::Status status = slab->Allocate(bytes);
-    if (!status.ok()) return Annotate(status, absl::StrCat(name(), ": no ", bytes, " bytes of device memory"));
+    if (!status.ok())
+      return Annotate(status, absl::StrCat(name(), ": no ", bytes, " bytes of device memory"));
     return std::unique_ptr<Slab>(std::move(slab));
   }
 
@@ -101,15 +108,19 @@ class CudaBackend : public Backend {
     size_t rows = 0;
     for (const AppendPiece& piece : args.pieces) {
       KVTIDE_RETURN_IF_ERROR(CheckPiece(piece));
-      if (!(*piece.layout == *args.pieces[0].layout)) return absl::InvalidArgumentError("append: pieces of unequal layouts");
+      if (!(*piece.layout == *args.pieces[0].layout))
+        return absl::InvalidArgumentError("append: pieces of unequal layouts");
       rows = std::max(rows, piece.source_row + static_cast<size_t>(piece.tokens));
     }
     const BlockLayout& layout = *args.pieces[0].layout;
     const GroupShape& shape = layout.shape();
-    const size_t k_bytes = rows * static_cast<size_t>(shape.kv_heads * shape.head_dim_k) * DataTypeBytes(args.k.type);
-    const size_t v_bytes = rows * static_cast<size_t>(shape.kv_heads * shape.head_dim_v) * DataTypeBytes(args.v.type);
+    const size_t k_bytes =
+        rows * static_cast<size_t>(shape.kv_heads * shape.head_dim_k) * DataTypeBytes(args.k.type);
+    const size_t v_bytes =
+        rows * static_cast<size_t>(shape.kv_heads * shape.head_dim_v) * DataTypeBytes(args.v.type);
     KVTIDE_ASSIGN_OR_RETURN(auto workspace, pool_.Take());
-    KVTIDE_RETURN_IF_ERROR(workspace->Begin(Workspace::Bound(4, k_bytes + v_bytes + 2 * args.pieces.size() * sizeof(AppendJob))));
+    KVTIDE_RETURN_IF_ERROR(workspace->Begin(
+        Workspace::Bound(4, k_bytes + v_bytes + 2 * args.pieces.size() * sizeof(AppendJob))));
     const auto k = workspace->Place<std::byte>(k_bytes), v = workspace->Place<std::byte>(v_bytes);
     if (rows > 0) std::memcpy(k.host, args.k.data, k_bytes);
     if (rows > 0) std::memcpy(v.host, args.v.data, v_bytes);
@@ -130,10 +141,12 @@ class CudaBackend : public Backend {
     KVTIDE_RETURN_IF_ERROR(workspace->Send());
     if (!k_jobs.empty()) {
       const int count = static_cast<int>(k_jobs.size());
-      KVTIDE_CUDA_RETURN_IF_ERROR(LaunchAppend(layout.pair().k, layout.k(), layout.record_bytes(), shape.kv_heads, k.device,
-                                               args.k.type, k_device, count, workspace->stream()));
-      KVTIDE_CUDA_RETURN_IF_ERROR(LaunchAppend(layout.pair().v, layout.v(), layout.record_bytes(), shape.kv_heads, v.device,
-                                               args.v.type, v_device, count, workspace->stream()));
+      KVTIDE_CUDA_RETURN_IF_ERROR(LaunchAppend(layout.pair().k, layout.k(), layout.record_bytes(),
+                                               shape.kv_heads, k.device, args.k.type, k_device, count,
+                                               workspace->stream()));
+      KVTIDE_CUDA_RETURN_IF_ERROR(LaunchAppend(layout.pair().v, layout.v(), layout.record_bytes(),
+                                               shape.kv_heads, v.device, args.v.type, v_device, count,
+                                               workspace->stream()));
     }
     return Annotate(workspace->Finish(), name());
   }
@@ -172,7 +185,8 @@ class CudaBackend : public Backend {
   }
 
   absl::Status Decode(const DecodeArgs& args) override {
-    if (args.layout == nullptr || args.block == nullptr) return absl::InvalidArgumentError("decode: no layout or no block");
+    if (args.layout == nullptr || args.block == nullptr)
+      return absl::InvalidArgumentError("decode: no layout or no block");
     const BlockLayout& layout = *args.layout;
     const GroupShape& shape = layout.shape();
     if (args.layer < 0 || args.layer >= shape.layers)
@@ -188,7 +202,8 @@ class CudaBackend : public Backend {
       const size_t bytes = kBlockTokens * heads * dim * sizeof(float);
       KVTIDE_RETURN_IF_ERROR(workspace->rows.Reserve(bytes));
       KVTIDE_RETURN_IF_ERROR(workspace->results_host.Reserve(bytes));
-      KVTIDE_RETURN_IF_ERROR(workspace->Begin(Workspace::Bound(3 + 2 * heads, heads * (sizeof(CodecJob) + 2 * dim * sizeof(float)))));
+      KVTIDE_RETURN_IF_ERROR(workspace->Begin(
+          Workspace::Bound(3 + 2 * heads, heads * (sizeof(CodecJob) + 2 * dim * sizeof(float)))));
       std::vector<CodecJob> jobs;
       for (int head = 0; head < shape.kv_heads; head++) {
         CodecJob job;
@@ -204,10 +219,11 @@ class CudaBackend : public Backend {
       }
       const CodecJob* device_jobs = workspace->Upload(jobs);
       KVTIDE_RETURN_IF_ERROR(workspace->Send());
-      KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(key ? layout.pair().k : layout.pair().v, side, half, RowTarget::kF32Rows, 0, device_jobs,
+      KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(key ? layout.pair().k : layout.pair().v, side, half,
+                                               RowTarget::kF32Rows, 0, device_jobs,
                                                static_cast<int>(jobs.size()), workspace->stream()));
-      KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(workspace->results_host.data(), workspace->rows.data(), bytes, cudaMemcpyDeviceToHost,
-                                                  workspace->stream()));
+      KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(workspace->results_host.data(), workspace->rows.data(),
+                                                  bytes, cudaMemcpyDeviceToHost, workspace->stream()));
       KVTIDE_RETURN_IF_ERROR(Annotate(workspace->Finish(), name()));
       std::memcpy(out, workspace->results_host.data(), bytes);
     }
@@ -223,8 +239,8 @@ class CudaBackend : public Backend {
   static constexpr size_t kMostRecords = 8192;
 
   static bool SameKind(const RecodePiece& a, const RecodePiece& b) {
-    return *a.from == *b.from && *a.to == *b.to && a.from_profile == b.from_profile && a.to_profile == b.to_profile &&
-           (a.tokens == kBlockTokens) == (b.tokens == kBlockTokens);
+    return *a.from == *b.from && *a.to == *b.to && a.from_profile == b.from_profile &&
+           a.to_profile == b.to_profile && (a.tokens == kBlockTokens) == (b.tokens == kBlockTokens);
   }
 
   // One side of pieces of the same kind.
@@ -232,33 +248,38 @@ class CudaBackend : public Backend {
     const bool key = side == Side::kKey;
     const RecodePiece& any = pieces[0];
     const BlockLayout &from = *any.from, &to = *any.to;
-    const CacheType from_type = key ? from.pair().k : from.pair().v, to_type = key ? to.pair().k : to.pair().v;
+    const CacheType from_type = key ? from.pair().k : from.pair().v,
+                    to_type = key ? to.pair().k : to.pair().v;
     const HalfLayout &from_half = key ? from.k() : from.v(), &to_half = key ? to.k() : to.v();
     const int heads = from.shape().kv_heads;
     const size_t from_side = key ? 0 : from.v_codes(), to_side = key ? 0 : to.v_codes();
     KVTIDE_ASSIGN_OR_RETURN(auto workspace, pool_.Take());
     const cudaStream_t stream = workspace->stream();
-    const Profile* const from_profile = key && Info(from_type).storage == Storage::kCodes ? any.from_profile : nullptr;
-    const Profile* const to_profile = key && Info(to_type).storage == Storage::kCodes ? any.to_profile : nullptr;
-    const bool same_frame = any.from_profile == any.to_profile || !key || Info(from_type).storage == Storage::kHalf;
+    const Profile* const from_profile =
+        key && Info(from_type).storage == Storage::kCodes ? any.from_profile : nullptr;
+    const Profile* const to_profile =
+        key && Info(to_type).storage == Storage::kCodes ? any.to_profile : nullptr;
+    const bool same_frame =
+        any.from_profile == any.to_profile || !key || Info(from_type).storage == Storage::kHalf;
     if (from_type == to_type && same_frame && any.tokens == kBlockTokens) {
       for (const RecodePiece& piece : pieces) {
         const size_t first = static_cast<size_t>(piece.first_layer * heads);
-        KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpy2DAsync(piece.target + to_side + to.record_bytes() * first, to.record_bytes(),
-                                                      piece.source + from_side + from.record_bytes() * first, from.record_bytes(),
-                                                      to_half.bytes, static_cast<size_t>(piece.layers * heads),
-                                                      cudaMemcpyDeviceToDevice, stream));
+        KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpy2DAsync(
+            piece.target + to_side + to.record_bytes() * first, to.record_bytes(),
+            piece.source + from_side + from.record_bytes() * first, from.record_bytes(), to_half.bytes,
+            static_cast<size_t>(piece.layers * heads), cudaMemcpyDeviceToDevice, stream));
       }
       return Annotate(workspace->Finish(), name());
     }
     size_t records = 0;
     for (const RecodePiece& piece : pieces) records += static_cast<size_t>(piece.layers * heads);
     if (records == 0) return absl::OkStatus();
-    const size_t dim = static_cast<size_t>(from_half.head_dim), row_bytes = kBlockTokens * dim * sizeof(float);
+    const size_t dim = static_cast<size_t>(from_half.head_dim),
+                 row_bytes = kBlockTokens * dim * sizeof(float);
     const size_t all = static_cast<size_t>(from.shape().layers * heads);
     const bool direct = from_type == ExactPair().k;
-    KVTIDE_RETURN_IF_ERROR(
-        workspace->Begin(Workspace::Bound(4 + 4 * all, 2 * records * sizeof(CodecJob) + 4 * all * dim * sizeof(float))));
+    KVTIDE_RETURN_IF_ERROR(workspace->Begin(
+        Workspace::Bound(4 + 4 * all, 2 * records * sizeof(CodecJob) + 4 * all * dim * sizeof(float))));
     if (!direct) KVTIDE_RETURN_IF_ERROR(workspace->rows.Reserve(row_bytes * records));
     // Profiles are uploaded once for each (layer, KV head).
     struct Placed {
@@ -299,9 +320,11 @@ class CudaBackend : public Backend {
     KVTIDE_RETURN_IF_ERROR(workspace->Send());
     const int count = static_cast<int>(encode.size());
     if (!direct)
-      KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(from_type, side, from_half, RowTarget::kF32Rows, 0, decode_device, count, stream));
-    KVTIDE_CUDA_RETURN_IF_ERROR(
-        LaunchEncode(to_type, side, to_half, direct ? RowSource::kF16Page : RowSource::kF32Rows, encode_device, count, stream));
+      KVTIDE_CUDA_RETURN_IF_ERROR(
+          LaunchDecode(from_type, side, from_half, RowTarget::kF32Rows, 0, decode_device, count, stream));
+    KVTIDE_CUDA_RETURN_IF_ERROR(LaunchEncode(to_type, side, to_half,
+                                             direct ? RowSource::kF16Page : RowSource::kF32Rows,
+                                             encode_device, count, stream));
     return Annotate(workspace->Finish(), name());
   }
 
@@ -317,7 +340,8 @@ std::string UuidText(const cudaUUID_t& uuid) {
   std::string text = "GPU-";
   for (int i = 0; i < 16; i++) {
     char part[4];
-    std::snprintf(part, sizeof(part), "%02x", static_cast<unsigned>(static_cast<unsigned char>(uuid.bytes[i])));
+    std::snprintf(part, sizeof(part), "%02x",
+                  static_cast<unsigned>(static_cast<unsigned char>(uuid.bytes[i])));
     text += part;
     if (i == 3 || i == 5 || i == 7 || i == 9) text += '-';
   }
@@ -356,7 +380,8 @@ absl::StatusOr<int> CountCudaDevices() {
 }
 
 absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const CudaBackendOptions& options) {
-  if (options.workspaces < 1 || options.max_copies < 1 || options.copy_piece_bytes < 4096 || options.scratch_bytes < (size_t{1} << 20))
+  if (options.workspaces < 1 || options.max_copies < 1 || options.copy_piece_bytes < 4096 ||
+      options.scratch_bytes < (size_t{1} << 20))
     return absl::InvalidArgumentError(
         "CUDA backend: at least 1 workspace, 1 copy, copy pieces of 4 KiB and 1 MiB of scratch are needed");
   KVTIDE_ASSIGN_OR_RETURN(const int device, cuda::FindDevice(options.device));
@@ -372,8 +397,8 @@ absl::StatusOr<std::unique_ptr<PinnedRange>> PinnedRange::Make(std::byte* data, 
   const cudaError_t error = cudaHostRegister(data, bytes, cudaHostRegisterPortable);
   if (error != cudaSuccess) {
     (void)cudaGetLastError();  // otherwise the next call would report it
-    return absl::ResourceExhaustedError(absl::StrCat("pinning ", bytes, " bytes of host memory: ", cudaGetErrorString(error),
-                                                     "; raise the memlock limit"));
+    return absl::ResourceExhaustedError(absl::StrCat("pinning ", bytes, " bytes of host memory: ",
+                                                     cudaGetErrorString(error), "; raise the memlock limit"));
   }
   return std::unique_ptr<PinnedRange>(new PinnedRange(data));
 }

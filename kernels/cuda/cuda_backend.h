@@ -1,8 +1,10 @@
-// The backend of one NVIDIA GPU: slabs in device memory, attention where the blocks lie, copies to and from host memory on
-// streams of their own. Compute capability 8.0 to 12.x, as far as the build has code for it; others are refused at creation.
+// The backend of one NVIDIA GPU: slabs in device memory, attention where the blocks lie, copies to and from
+// host memory on streams of their own. Compute capability 8.0 to 12.x, as far as the build has code for it;
+// others are refused at creation.
 //
-// Thread-safe, as Backend says: each call takes a workspace (a stream, scratch memory) from a pool and gives it back;
-// when all are in use it waits. CUDA errors are statuses; after an error of the device itself every later call fails too.
+// Thread-safe, as Backend says: each call takes a workspace (a stream, scratch memory) from a pool and gives
+// it back; when all are in use it waits. CUDA errors are statuses; after an error of the device itself every
+// later call fails too.
 #pragma once
 
 #include <memory>
@@ -14,12 +16,12 @@
 namespace kvtide {
 
 struct CudaBackendOptions {
-  std::string device = "0";             // index, or UUID as nvidia-smi prints it ("GPU-...")
-  int workspaces = 4;                   // calls that compute at the same time
-  size_t scratch_bytes = 256u << 20;    // for blocks that are decoded to f16 first, per workspace
-  int most_decode_rows = 256;           // items with more query rows per KV head use the prefill kernels
-  size_t copy_piece_bytes = 2u << 20;   // of the pinned buffers that copies of other host memory go through
-  int max_copies = 4096;                // copies that may be under way at once
+  std::string device = "0";            // index, or UUID as nvidia-smi prints it ("GPU-...")
+  int workspaces = 4;                  // calls that compute at the same time
+  size_t scratch_bytes = 256u << 20;   // for blocks that are decoded to f16 first, per workspace
+  int most_decode_rows = 256;          // items with more query rows per KV head use the prefill kernels
+  size_t copy_piece_bytes = 2u << 20;  // of the pinned buffers that copies of other host memory go through
+  int max_copies = 4096;               // copies that may be under way at once
 };
 
 // NotFound if there is no such device, FailedPrecondition if the driver or the device does not fit.
@@ -28,8 +30,8 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const CudaBackendOption
 // GPUs that this process sees. FailedPrecondition without a driver.
 absl::StatusOr<int> CountCudaDevices();
 
-// Registers host memory with the driver for as long as the object lives: copies then run at full speed, without a detour
-// over a pinned buffer. A host tier's slab should be registered once.
+// Registers host memory with the driver for as long as the object lives: copies then run at full speed,
+// without a detour over a pinned buffer. A host tier's slab should be registered once.
 class PinnedRange {
  public:
   static absl::StatusOr<std::unique_ptr<PinnedRange>> Make(std::byte* data, size_t bytes);

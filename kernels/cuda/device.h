@@ -1,5 +1,5 @@
-// CUDA objects as owners: memory, streams, events; CUDA errors as statuses. One device per process is current at a time
-// per thread: DeviceGuard makes one current for a scope. Move-only, freed on destruction.
+// CUDA objects as owners: memory, streams, events; CUDA errors as statuses. One device per process is current
+// at a time per thread: DeviceGuard makes one current for a scope. Move-only, freed on destruction.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,9 +25,9 @@ inline absl::Status StatusOf(cudaError_t error, const char* what) {
   return absl::InternalError(message);
 }
 
-#define KVTIDE_CUDA_RETURN_IF_ERROR(call)                                           \
-  do {                                                                              \
-    const cudaError_t kvtide_error_ = (call);                                       \
+#define KVTIDE_CUDA_RETURN_IF_ERROR(call)                                                    \
+  do {                                                                                       \
+    const cudaError_t kvtide_error_ = (call);                                                \
     if (kvtide_error_ != cudaSuccess) return ::kvtide::cuda::StatusOf(kvtide_error_, #call); \
   } while (false)
 
@@ -54,7 +54,8 @@ template <bool kHost>
 class Buffer {
  public:
   Buffer() = default;
-  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  Buffer(Buffer&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
   Buffer& operator=(Buffer&& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(bytes_, other.bytes_);
@@ -106,7 +107,9 @@ class Stream {
   ~Stream() {
     if (stream_ != nullptr) (void)cudaStreamDestroy(stream_);
   }
-  absl::Status Create() { return StatusOf(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate"); }
+  absl::Status Create() {
+    return StatusOf(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+  }
   cudaStream_t get() const { return stream_; }
 
  private:
@@ -124,7 +127,9 @@ class Event {
   ~Event() {
     if (event_ != nullptr) (void)cudaEventDestroy(event_);
   }
-  absl::Status Create() { return StatusOf(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cudaEventCreate"); }
+  absl::Status Create() {
+    return StatusOf(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cudaEventCreate");
+  }
   cudaEvent_t get() const { return event_; }
 
  private:

@@ -1,9 +1,9 @@
-// Attention of one warp over f16 or bf16 pages, with m16n8k16 products. The interface is CodedTile's; a page is walked in
-// tiles of kTokens tokens so that a stage of the ring stays small.
+// Attention of one warp over f16 or bf16 pages, with m16n8k16 products. The interface is CodedTile's; a page
+// is walked in tiles of kTokens tokens so that a stage of the ring stays small.
 //
-// Queries and weights are split in a rounded half and the rest, on the two halves of the 16 rows, like the bytes of coded
-// pages: attention is then as exact as the stored values. Pages are row-major with swizzled 16-byte chunks
-// (HalfPrecisionIndex), which both ldmatrix forms read without bank conflicts.
+// Queries and weights are split in a rounded half and the rest, on the two halves of the 16 rows, like the
+// bytes of coded pages: attention is then as exact as the stored values. Pages are row-major with swizzled
+// 16-byte chunks (HalfPrecisionIndex), which both ldmatrix forms read without bank conflicts.
 #pragma once
 
 #include "kernels/cuda/coded_tile.h"
@@ -75,7 +75,8 @@ struct HalfTile {
       }
   }
 
-  KVTIDE_DEVICE void ValueStage(Shared v_half, int /*tile*/, float (&y)[MT][kLogits], const float (&multiplier)[MT]) {
+  KVTIDE_DEVICE void ValueStage(Shared v_half, int /*tile*/, float (&y)[MT][kLogits],
+                                const float (&multiplier)[MT]) {
     float page_reference[MT], gain[MT];
     bool seen[MT];
 #pragma unroll
@@ -107,14 +108,16 @@ struct HalfTile {
         float low, high;
         W::template Unpack<kBf16>(rounded, low, high);
         weights[m][i / 2][2 * (i % 2)] = rounded;
-        weights[m][i / 2][2 * (i % 2) + 1] = W::template Pack<kBf16>(y[m][2 * i] - low, y[m][2 * i + 1] - high);
+        weights[m][i / 2][2 * (i % 2) + 1] =
+            W::template Pack<kBf16>(y[m][2 * i] - low, y[m][2 * i + 1] - high);
       }
     }
 
     const int lane = W::Lane(), row = lane & 7, matrix = lane >> 3, swizzle = Swizzle<DV>(row);
 #pragma unroll
     for (int j = 0; j < DV / 8; j += 2) {  // 16 dims: two chunks of 8 tokens, and of the next 8 tokens
-      const Shared rows_at = v_half + ((matrix & 1) * 8 + row) * DV * 2 + (((j + (matrix >> 1)) ^ swizzle) * 16);
+      const Shared rows_at =
+          v_half + ((matrix & 1) * 8 + row) * DV * 2 + (((j + (matrix >> 1)) ^ swizzle) * 16);
       float acc[MT][2][4];
 #pragma unroll
       for (int m = 0; m < MT; m++)

@@ -1,4 +1,5 @@
-// Makes entries of the kernel list from codecs, head dims and rows: picks warps and ring slots by registers and shared memory.
+// Makes entries of the kernel list from codecs, head dims and rows: picks warps and ring slots by registers
+// and shared memory.
 #pragma once
 
 #include <type_traits>
@@ -9,7 +10,8 @@
 
 namespace kvtide::cuda {
 
-// The shared memory sizes of the architectures that this build is for: __CUDA_ARCH_LIST__ is a list such as 800,900.
+// The shared memory sizes of the architectures that this build is for: __CUDA_ARCH_LIST__ is a list such as
+// 800,900.
 constexpr bool BuiltWithLimit(int limit) {
   for (const int arch : {__CUDA_ARCH_LIST__})
     if (SharedLimitOf(arch / 10) == limit) return true;
@@ -47,8 +49,8 @@ constexpr int WarpsByRegisters(int dk, int dv, int tiles, bool half) {
   return wide <= 96 ? 12 : 8;
 }
 
-// Pieces in flight for each warp, the one at hand included. More only lengthen the queue in front of the memory: the first
-// pages come later, and nothing gets faster.
+// Pieces in flight for each warp, the one at hand included. More only lengthen the queue in front of the
+// memory: the first pages come later, and nothing gets faster.
 constexpr int kSlots = 2;
 
 // As many of the wanted warps as fit, with whole pages if those fit with all of them.
@@ -58,7 +60,7 @@ struct ConfigFor {
     if constexpr (AttendConfig<Tile, kWarps, kSlots, kWhole>::kSharedBytes <= kSharedLimit) {
       return AttendConfig<Tile, kWarps, kSlots, kWhole>{};
     } else {
-      return typename ConfigFor<Tile, kWhole ? kWarps : kWarps - 1, false, kSharedLimit>::Type{};
+      return typename ConfigFor < Tile, kWhole ? kWarps : kWarps - 1, false, kSharedLimit > ::Type{};
     }
   }
   using Type = decltype(Pick());
@@ -67,11 +69,21 @@ struct ConfigFor {
 template <class Tile, int kSharedLimit>
 AttendKernel MakeEntry(Form k, Form v) {
   using Info = TileInfo<Tile>;
-  using Config =
-      typename ConfigFor<Tile, WarpsByRegisters(Info::kDk, Info::kDv, Info::kTiles, !Info::kCoded), Info::kCoded, kSharedLimit>::Type;
-  return {k, v, Info::kDk, Info::kDv, Config::kRows, Config::kThreads, Config::kSharedBytes,
+  using Config = typename ConfigFor<Tile, WarpsByRegisters(Info::kDk, Info::kDv, Info::kTiles, !Info::kCoded),
+                                    Info::kCoded, kSharedLimit>::Type;
+  return {k,
+          v,
+          Info::kDk,
+          Info::kDv,
+          Config::kRows,
+          Config::kThreads,
+          Config::kSharedBytes,
           reinterpret_cast<const void*>(&AttendKernelFunction<Config, Tile>),
-          reinterpret_cast<const void*>(&QueryKernel<typename Info::Query>), 32 * Config::kRows, Config::kQueryBytes, Tile::kKUnit, kSharedLimit};
+          reinterpret_cast<const void*>(&QueryKernel<typename Info::Query>),
+          32 * Config::kRows,
+          Config::kQueryBytes,
+          Tile::kKUnit,
+          kSharedLimit};
 }
 
 template <class K, class V, int D, int MT>
@@ -79,8 +91,8 @@ void AddCodedTile(std::vector<AttendKernel>* list) {
   using KS = typename K::Stored;
   using VS = typename V::Stored;
   ForEachSharedLimit([list](auto limit) {
-    list->push_back(
-        MakeEntry<CodedTile<DeviceWarp, KS, VS, D, D, MT, false, false>, decltype(limit)::value>(FormOfCodec<KS>(), FormOfCodec<VS>()));
+    list->push_back(MakeEntry<CodedTile<DeviceWarp, KS, VS, D, D, MT, false, false>, decltype(limit)::value>(
+        FormOfCodec<KS>(), FormOfCodec<VS>()));
   });
 }
 template <bool kBf16, int D, int MT>
@@ -88,7 +100,8 @@ void AddHalfTile(std::vector<AttendKernel>* list) {
   constexpr int kTokens = D <= 64 ? 64 : D <= 128 ? 32 : 16;
   constexpr Form form = kBf16 ? Form::kBf16 : Form::kF16;
   ForEachSharedLimit([list](auto limit) {
-    list->push_back(MakeEntry<HalfTile<DeviceWarp, kBf16, D, D, MT, kTokens>, decltype(limit)::value>(form, form));
+    list->push_back(
+        MakeEntry<HalfTile<DeviceWarp, kBf16, D, D, MT, kTokens>, decltype(limit)::value>(form, form));
   });
 }
 

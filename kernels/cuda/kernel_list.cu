@@ -1,9 +1,8 @@
-#include "kernels/cuda/kernel_list.h"
-
 #include <algorithm>
 #include <type_traits>
 
 #include "kernels/cuda/combine_kernel.cuh"
+#include "kernels/cuda/kernel_list.h"
 
 namespace kvtide::cuda {
 
@@ -39,11 +38,13 @@ const std::vector<AttendKernel>& AllAttendKernels() {
 const AttendKernel* FindAttendKernel(Form k, Form v, int dk, int dv, int rows, int shared_limit) {
   const AttendKernel* best = nullptr;
   if (shared_limit == 0)
-    for (const AttendKernel& kernel : AllAttendKernels()) shared_limit = std::max(shared_limit, kernel.shared_limit);
+    for (const AttendKernel& kernel : AllAttendKernels())
+      shared_limit = std::max(shared_limit, kernel.shared_limit);
   for (const AttendKernel& kernel : AllAttendKernels()) {
     if (kernel.shared_limit != shared_limit) continue;
     if (kernel.k != k || kernel.v != v || kernel.dk != dk || kernel.dv != dv) continue;
-    if (best == nullptr || (best->rows < rows && kernel.rows > best->rows) || (kernel.rows >= rows && kernel.rows < best->rows))
+    if (best == nullptr || (best->rows < rows && kernel.rows > best->rows) ||
+        (kernel.rows >= rows && kernel.rows < best->rows))
       best = &kernel;
   }
   return best;
@@ -53,20 +54,28 @@ namespace {
 
 template <int DV>
 const void* CombineOf(int team) {
-  return team == 1 ? reinterpret_cast<const void*>(&CombineKernel<DV, true>) : reinterpret_cast<const void*>(&CombineKernel<DV, false>);
+  return team == 1 ? reinterpret_cast<const void*>(&CombineKernel<DV, true>)
+                   : reinterpret_cast<const void*>(&CombineKernel<DV, false>);
 }
 
 }  // namespace
 
 const void* FindCombineKernel(int dv, int team) {
   switch (dv) {
-    case 64: return CombineOf<64>(team);
-    case 96: return CombineOf<96>(team);
-    case 128: return CombineOf<128>(team);
-    case 192: return CombineOf<192>(team);
-    case 256: return CombineOf<256>(team);
-    case 512: return CombineOf<512>(team);
-    default: return nullptr;
+    case 64:
+      return CombineOf<64>(team);
+    case 96:
+      return CombineOf<96>(team);
+    case 128:
+      return CombineOf<128>(team);
+    case 192:
+      return CombineOf<192>(team);
+    case 256:
+      return CombineOf<256>(team);
+    case 512:
+      return CombineOf<512>(team);
+    default:
+      return nullptr;
   }
 }
 

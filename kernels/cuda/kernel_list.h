@@ -1,5 +1,6 @@
-// The attention kernels that exist: for pairs of stored forms, head dims and 8 or 16 query rows. What has no kernel of its
-// own is converted to f16 first (cuda_backend.cu). Kernels are instantiated in kernels_d*.cu, one file per head dim.
+// The attention kernels that exist: for pairs of stored forms, head dims and 8 or 16 query rows. What has no
+// kernel of its own is converted to f16 first (cuda_backend.cu). Kernels are instantiated in kernels_d*.cu,
+// one file per head dim.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,15 +23,16 @@ struct AttendKernel {
   int threads = 0;
   int shared_bytes = 0;
   const void* function = nullptr;  // AttendKernelFunction<...>(AttendParams)
-  const void* query_function = nullptr;  // QueryKernel<...>(AttendParams): one CTA for each unit, launched before
+  const void* query_function =
+      nullptr;  // QueryKernel<...>(AttendParams): one CTA for each unit, launched before
   int query_threads = 0;
-  int query_bytes = 0;  // of a unit's query area
-  float key_unit = 1;   // what one step of a stored key is worth
-  int shared_limit = 0; // for GPUs with this much shared memory (capability.h)
+  int query_bytes = 0;   // of a unit's query area
+  float key_unit = 1;    // what one step of a stored key is worth
+  int shared_limit = 0;  // for GPUs with this much shared memory (capability.h)
 };
 
-// The kernel for up to `rows` rows: the smallest that takes them all, else the widest. Null if the pair has none.
-// `shared_limit`: that of the GPU (device_image.h); 0 = the largest of this build.
+// The kernel for up to `rows` rows: the smallest that takes them all, else the widest. Null if the pair has
+// none. `shared_limit`: that of the GPU (device_image.h); 0 = the largest of this build.
 const AttendKernel* FindAttendKernel(Form k, Form v, int dk, int dv, int rows, int shared_limit = 0);
 const std::vector<AttendKernel>& AllAttendKernels();
 // Function of CombineKernel<dv, ...>, null for a dim without kernels. team: the largest of any group.

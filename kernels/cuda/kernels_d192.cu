@@ -2,9 +2,6 @@
 
 namespace kvtide::cuda {
 
-void AddKernels192(std::vector<AttendKernel>* list) {
-  AddCommonPairs<192>(list);
-
-}
+void AddKernels192(std::vector<AttendKernel>* list) { AddCommonPairs<192>(list); }
 
 }  // namespace kvtide::cuda

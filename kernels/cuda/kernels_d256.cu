@@ -2,9 +2,6 @@
 
 namespace kvtide::cuda {
 
-void AddKernels256(std::vector<AttendKernel>* list) {
-  AddCommonPairs<256>(list);
-
-}
+void AddKernels256(std::vector<AttendKernel>* list) { AddCommonPairs<256>(list); }
 
 }  // namespace kvtide::cuda

@@ -2,9 +2,6 @@
 
 namespace kvtide::cuda {
 
-void AddKernels512(std::vector<AttendKernel>* list) {
-  AddCommonPairs<512>(list);
-
-}
+void AddKernels512(std::vector<AttendKernel>* list) { AddCommonPairs<512>(list); }
 
 }  // namespace kvtide::cuda

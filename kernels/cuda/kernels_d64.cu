@@ -2,9 +2,6 @@
 
 namespace kvtide::cuda {
 
-void AddKernels64(std::vector<AttendKernel>* list) {
-  AddCommonPairs<64>(list);
-
-}
+void AddKernels64(std::vector<AttendKernel>* list) { AddCommonPairs<64>(list); }
 
 }  // namespace kvtide::cuda

@@ -2,9 +2,6 @@
 
 namespace kvtide::cuda {
 
-void AddKernels96(std::vector<AttendKernel>* list) {
-  AddCommonPairs<96>(list);
-
-}
+void AddKernels96(std::vector<AttendKernel>* list) { AddCommonPairs<96>(list); }
 
 }  // namespace kvtide::cuda

@@ -1,6 +1,6 @@
-// The data path of one warp: a ring of pieces (K or V part of a page tile) in shared memory, each filled by one bulk copy
-// that signals an mbarrier, and the list of pages behind it. Nothing here waits for another warp. All instructions that copy
-// from global to shared memory or order kernels are in this file.
+// The data path of one warp: a ring of pieces (K or V part of a page tile) in shared memory, each filled by
+// one bulk copy that signals an mbarrier, and the list of pages behind it. Nothing here waits for another
+// warp. All instructions that copy from global to shared memory or order kernels are in this file.
 #pragma once
 
 #include "kernels/cuda/attend_plan.h"
@@ -9,13 +9,16 @@
 
 namespace kvtide::cuda {
 
-// Before 9.0 there are no bulk copies: all lanes of a warp copy 16 bytes each, and each lane arrives at the barrier.
+// Before 9.0 there are no bulk copies: all lanes of a warp copy 16 bytes each, and each lane arrives at the
+// barrier.
 inline constexpr bool kBulkCopies = HasBulkCopies(kThisCapability);
 inline constexpr int kCopyArrivals = kBulkCopies ? 1 : 32;
 // Lanes that call CopyBytes and CopyPiece.
 KVTIDE_DEVICE bool IsCopyingLane() { return !kBulkCopies || DeviceWarp::Lane() == 0; }
 
-KVTIDE_DEVICE uint32_t SharedAddress(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+KVTIDE_DEVICE uint32_t SharedAddress(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 
 struct Barrier {
   static KVTIDE_DEVICE void Init(uint32_t bar, int count) {
@@ -47,8 +50,8 @@ struct Barrier {
   }
 };
 
-// Programmatic dependent launch: the next kernel of the stream may start; and earlier kernels are over and their writes
-// visible (before the first write to memory that they may read).
+// Programmatic dependent launch: the next kernel of the stream may start; and earlier kernels are over and
+// their writes visible (before the first write to memory that they may read).
 KVTIDE_DEVICE void LetNextKernelStart() {
   if constexpr (kBulkCopies) asm volatile("griddepcontrol.launch_dependents;");
 }
@@ -64,7 +67,9 @@ KVTIDE_DEVICE void LetCopiesOverwrite() {
 KVTIDE_DEVICE void CopyByLanes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   __syncwarp();
   for (uint32_t at = 16 * static_cast<uint32_t>(DeviceWarp::Lane()); at < bytes; at += 512)
-    asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(to + at), "l"(static_cast<const std::byte*>(from) + at) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(to + at),
+                 "l"(static_cast<const std::byte*>(from) + at)
+                 : "memory");
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
@@ -72,22 +77,26 @@ KVTIDE_DEVICE void CopyByLanes(uint32_t to, const void* from, uint32_t bytes, ui
 KVTIDE_DEVICE void CopyBytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   if constexpr (!kBulkCopies) return CopyByLanes(to, from, bytes, barrier);
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(barrier), "r"(bytes) : "memory");
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(to), "l"(from), "r"(bytes),
-               "r"(barrier)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
 }
 // ... and a piece of a page, which is read once and should not push anything out of L2.
 KVTIDE_DEVICE void CopyPiece(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   if constexpr (!kBulkCopies) return CopyByLanes(to, from, bytes, barrier);
   constexpr uint64_t kEvictFirst = 0x12f0000000000000u;
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(barrier), "r"(bytes) : "memory");
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0],[%1],%2,[%3],%4;" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier), "l"(kEvictFirst)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0],[%1],%2,[%3],%4;" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(barrier), "l"(kEvictFirst)
+      : "memory");
 }
 
-// A warp's list of pages, in shared memory, so that it takes no registers while pages are computed: the addresses of a
-// batch of pages and of the batch after it, fetched one batch ahead, and where the walk over the units stands.
+// A warp's list of pages, in shared memory, so that it takes no registers while pages are computed: the
+// addresses of a batch of pages and of the batch after it, fetched one batch ahead, and where the walk over
+// the units stands.
 struct PageList {
   static constexpr int kBatch = 4;
   struct Entry {
@@ -120,7 +129,9 @@ struct PageList {
       Entry& entry = entries[(from + static_cast<uint32_t>(lane)) % (2 * kBatch)];
       entry.record_offset = offset;
       if constexpr (kBulkCopies) {
-        asm volatile("cp.async.ca.shared.global [%0],[%1],8;" ::"r"(SharedAddress(&entry.block)), "l"(table + (page - first)) : "memory");
+        asm volatile("cp.async.ca.shared.global [%0],[%1],8;" ::"r"(SharedAddress(&entry.block)),
+                     "l"(table + (page - first))
+                     : "memory");
       } else {  // a wait for this copy would be one for all pieces in flight
         entry.block = reinterpret_cast<uint64_t>(table[page - first]);
       }
@@ -148,9 +159,12 @@ struct PieceRing {
   static constexpr bool kWholePages = kWhole;
   static_assert(!kWhole || (Tile::kTilesPerPage == 1 && Tile::kVPieceOffset(0) == Tile::kKBytes));
   static constexpr int kPieceBytes =
-      (kWholePages ? Tile::kKBytes + Tile::kVBytes : (Tile::kKBytes > Tile::kVBytes ? Tile::kKBytes : Tile::kVBytes) + 127) / 128 * 128;
+      (kWholePages ? Tile::kKBytes + Tile::kVBytes
+                   : (Tile::kKBytes > Tile::kVBytes ? Tile::kKBytes : Tile::kVBytes) + 127) /
+      128 * 128;
   static constexpr int kBytes = kSlots * kPieceBytes;
-  static constexpr int kFirstSlots = kWholePages ? 1 : 2;  // filled at once; the rest when all warps' first copies are out
+  static constexpr int kFirstSlots =
+      kWholePages ? 1 : 2;  // filled at once; the rest when all warps' first copies are out
 
   PageList* list;
   uint32_t buffer, barriers;
@@ -161,7 +175,8 @@ struct PieceRing {
   int issue_tile;       // and its tile
 
   // Begins to copy the pages of a worker.
-  KVTIDE_DEVICE void Start(PageList* page_list, uint32_t ring, uint32_t bars, const AttendUnit* units, const AttendWorker& worker) {
+  KVTIDE_DEVICE void Start(PageList* page_list, uint32_t ring, uint32_t bars, const AttendUnit* units,
+                           const AttendWorker& worker) {
     list = page_list;
     buffer = ring;
     barriers = bars;
@@ -207,11 +222,16 @@ struct PieceRing {
       list->Fetch(issue_page + PageList::kBatch);
     }
     if (IsCopyingLane()) {
-      const uint32_t offset =
-          static_cast<uint32_t>(kWholePages ? 0 : kValue ? Tile::kVPieceOffset(issue_tile) : Tile::kKPieceOffset(issue_tile));
+      const uint32_t offset = static_cast<uint32_t>(kWholePages ? 0
+                                                    : kValue    ? Tile::kVPieceOffset(issue_tile)
+                                                                : Tile::kKPieceOffset(issue_tile));
       const PageList::Entry entry = list->entries[issue_page % (2 * PageList::kBatch)];
-      CopyPiece(buffer + target * kPieceBytes, reinterpret_cast<const void*>(entry.block + entry.record_offset + offset),
-                kWholePages ? Tile::kKBytes + Tile::kVBytes : kValue ? Tile::kVBytes : Tile::kKBytes, barriers + 8 * target);
+      CopyPiece(buffer + target * kPieceBytes,
+                reinterpret_cast<const void*>(entry.block + entry.record_offset + offset),
+                kWholePages ? Tile::kKBytes + Tile::kVBytes
+                : kValue    ? Tile::kVBytes
+                            : Tile::kKBytes,
+                barriers + 8 * target);
     }
     if constexpr (kValue) {
       if (Tile::kTilesPerPage == 1 || ++issue_tile == Tile::kTilesPerPage) {

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "kernels/base/status.h"
-#include "kernels/cuda/capability.h"
 #include "kernels/cuda/attend_args.h"
+#include "kernels/cuda/capability.h"
 #include "kernels/cuda/codec_kernels.h"
 #include "kernels/cuda/prefill_cut.h"
 #include "kernels/cuda/prefill_plan.h"
@@ -78,17 +78,20 @@ struct Round {
   PrefillMergeParams merge;
 };
 
-absl::Status Launch(const void* function, size_t grid, int block, int shared, void* params, cudaStream_t stream) {
+absl::Status Launch(const void* function, size_t grid, int block, int shared, void* params,
+                    cudaStream_t stream) {
   if (grid == 0) return absl::OkStatus();
   void* arguments[] = {params};
-  return StatusOf(cudaLaunchKernel(function, dim3(static_cast<unsigned>(grid)), dim3(static_cast<unsigned>(block)), arguments,
-                                   static_cast<size_t>(shared), stream),
-                  "launch");
+  return StatusOf(
+      cudaLaunchKernel(function, dim3(static_cast<unsigned>(grid)), dim3(static_cast<unsigned>(block)),
+                       arguments, static_cast<size_t>(shared), stream),
+      "launch");
 }
 
 class Planner {
  public:
-  Planner(const AttendArgs& args, const GroupShape& shape, const AttendEnvironment& environment, Workspace& workspace)
+  Planner(const AttendArgs& args, const GroupShape& shape, const AttendEnvironment& environment,
+          Workspace& workspace)
       : args_(args),
         shape_(shape),
         environment_(environment),
@@ -99,7 +102,9 @@ class Planner {
     slot_bytes_ = Size(kernel_.rows) * (Size(kernel_.dim) * sizeof(float) + sizeof(float2));
     most_slots_ = std::max<size_t>(1, environment.scratch_bytes / 4 / slot_bytes_);
     const size_t partials = most_slots_ * slot_bytes_;
-    most_pages_ = environment.scratch_bytes > partials ? std::max<size_t>(1, (environment.scratch_bytes - partials) / page_bytes_) : 1;
+    most_pages_ = environment.scratch_bytes > partials
+                      ? std::max<size_t>(1, (environment.scratch_bytes - partials) / page_bytes_)
+                      : 1;
   }
 
   absl::Status Run() {
@@ -128,7 +133,8 @@ class Planner {
     return {begin / kBlockTokens, (end + kBlockTokens - 1) / kBlockTokens};
   }
   PageRange Visible(const GroupPlan& group, const Segment& segment) const {
-    return Visible(args_.items[group.item], segment, group.first_row / group_, (group.first_row + group.rows - 1) / group_);
+    return Visible(args_.items[group.item], segment, group.first_row / group_,
+                   (group.first_row + group.rows - 1) / group_);
   }
 
   void PlanItem(size_t index) {
@@ -143,13 +149,15 @@ class Planner {
         segments.emplace_back();
         segments.back().first_position = run.first_position;
       }
-      for (size_t block = 0; block < Size(BlocksOf(run)); block++) segments.back().pages.push_back({&run, block});
+      for (size_t block = 0; block < Size(BlocksOf(run)); block++)
+        segments.back().pages.push_back({&run, block});
       segments.back().tokens += run.tokens;
     }
     const int rows = item.queries * group_;
     for (int head = 0; head < shape_.kv_heads; head++) {
       const size_t first = groups_.size();
-      for (int row = 0; row < rows; row += kernel_.rows) groups_.push_back({index, head, row, std::min(kernel_.rows, rows - row), false});
+      for (int row = 0; row < rows; row += kernel_.rows)
+        groups_.push_back({index, head, row, std::min(kernel_.rows, rows - row), false});
       for (size_t begin = first; begin < groups_.size(); begin += most_slots_)
         PlanGroups(begin, std::min(most_slots_, groups_.size() - begin), segments);
     }
@@ -160,15 +168,18 @@ class Planner {
     const GroupPlan &front = groups_[first], &back = groups_[first + count - 1];
     const AttendItem& item = args_.items[front.item];
     for (const Segment& segment : segments) {
-      PageRange pages = Visible(item, segment, front.first_row / group_, (back.first_row + back.rows - 1) / group_);
+      PageRange pages =
+          Visible(item, segment, front.first_row / group_, (back.first_row + back.rows - 1) / group_);
       while (pages.begin < pages.end) {
-        if (rounds_.empty() || round_done_ || rounds_.back().group_count + count > most_slots_ || rounds_.back().scratch_pages == most_pages_) {
+        if (rounds_.empty() || round_done_ || rounds_.back().group_count + count > most_slots_ ||
+            rounds_.back().scratch_pages == most_pages_) {
           FinishRound();
           rounds_.emplace_back();
           round_done_ = false;
         }
         Round& round = rounds_.back();
-        const int64_t n = std::min(pages.end - pages.begin, static_cast<int64_t>(most_pages_ - round.scratch_pages));
+        const int64_t n =
+            std::min(pages.end - pages.begin, static_cast<int64_t>(most_pages_ - round.scratch_pages));
         round.entries.push_back({first, count, &segment, pages.begin, n, round.scratch_pages});
         for (int64_t i = 0; i < n; i++)
           AddJobs(segment.pages[Size(pages.begin + i)], front.head, round.scratch_pages + Size(i), &round);
@@ -187,8 +198,10 @@ class Planner {
       Round::Conversion* conversion = nullptr;
       for (Round::Conversion& c : round->conversions)
         if (c.side == side && *c.layout == layout) conversion = &c;
-      if (conversion == nullptr) conversion = &round->conversions.emplace_back(Round::Conversion{&layout, side, {}, nullptr});
-      TileJob job{page.run->blocks[page.block] + layout.RecordOffset(args_.layer, head) + (key ? 0 : layout.v_codes()),
+      if (conversion == nullptr)
+        conversion = &round->conversions.emplace_back(Round::Conversion{&layout, side, {}, nullptr});
+      TileJob job{page.run->blocks[page.block] + layout.RecordOffset(args_.layer, head) +
+                      (key ? 0 : layout.v_codes()),
                   scratch_page * page_bytes_ + (key ? 0 : page_bytes_ / 2), -1, -1};
       if (key && page.run->profile != nullptr && Info(layout.pair().k).storage == Storage::kCodes) {
         const HeadProfile& profile = page.run->profile->key(args_.layer, head);
@@ -215,11 +228,13 @@ class Planner {
     for (const Round::Entry& entry : round.entries)
       for (size_t g = 0; g < entry.groups; g++) {
         PageRange pages = Visible(groups_[entry.first_group + g], *entry.segment);
-        pages = {std::max(pages.begin, entry.first_page), std::min(pages.end, entry.first_page + entry.pages)};
+        pages = {std::max(pages.begin, entry.first_page),
+                 std::min(pages.end, entry.first_page + entry.pages)};
         ranges.push_back(pages);
         lengths.push_back(static_cast<int>(std::max<int64_t>(0, pages.end - pages.begin)));
       }
-    const int length = PartPages(lengths, environment_.processors * kernel_.ctas_per_processor, kPartOverhead, most_slots_);
+    const int length =
+        PartPages(lengths, environment_.processors * kernel_.ctas_per_processor, kPartOverhead, most_slots_);
     std::map<size_t, std::vector<uint32_t>> slots;
     // Neighbouring CTAs read the same pages: parts of one stretch of pages of an entry follow each other.
     size_t at = 0;
@@ -247,7 +262,8 @@ class Planner {
     const int64_t base = item.first_query_position - entry.segment->first_position - begin * kBlockTokens;
     PartPlan plan;
     plan.tiles = (entry.scratch_page + Size(begin - entry.first_page)) * page_bytes_;
-    plan.query = first_query_[group.item] * QueryWidth() + Size(group.head) * Size(group_) * Size(shape_.head_dim_k);
+    plan.query =
+        first_query_[group.item] * QueryWidth() + Size(group.head) * Size(group_) * Size(shape_.head_dim_k);
     PrefillPart& part = plan.part;
     part.query_stride = static_cast<int64_t>(QueryWidth());
     part.pages = static_cast<int32_t>(end - begin);
@@ -289,25 +305,32 @@ class Planner {
   }
 
   absl::Status Place() {
-    size_t bytes = queries_ * QueryWidth() * sizeof(float) + floats_.size() * sizeof(float) + Size(args_.heads) * sizeof(float);
+    size_t bytes = queries_ * QueryWidth() * sizeof(float) + floats_.size() * sizeof(float) +
+                   Size(args_.heads) * sizeof(float);
     size_t arrays = 3;
     for (const Round& round : rounds_) {
-      bytes += round.parts.size() * sizeof(PrefillPart) + round.groups.size() * sizeof(PrefillGroup) + round.slots.size() * sizeof(uint32_t);
+      bytes += round.parts.size() * sizeof(PrefillPart) + round.groups.size() * sizeof(PrefillGroup) +
+               round.slots.size() * sizeof(uint32_t);
       for (const Round::Conversion& c : round.conversions) bytes += c.jobs.size() * sizeof(CodecJob);
       arrays += 3 + round.conversions.size();
     }
-    const size_t tiles = RoundUp(scratch_pages_ * page_bytes_), outputs = RoundUp(most_parts_ * Size(kernel_.rows * kernel_.dim) * sizeof(float));
+    const size_t tiles = RoundUp(scratch_pages_ * page_bytes_),
+                 outputs = RoundUp(most_parts_ * Size(kernel_.rows * kernel_.dim) * sizeof(float));
     KVTIDE_RETURN_IF_ERROR(workspace_.Begin(Workspace::Bound(arrays, bytes)));
     KVTIDE_RETURN_IF_ERROR(workspace_.results.Reserve(ResultBytes()));
     KVTIDE_RETURN_IF_ERROR(workspace_.results_host.Reserve(ResultBytes()));
-    KVTIDE_RETURN_IF_ERROR(workspace_.scratch.Reserve(tiles + outputs + most_parts_ * Size(kernel_.rows) * sizeof(float2)));
+    KVTIDE_RETURN_IF_ERROR(
+        workspace_.scratch.Reserve(tiles + outputs + most_parts_ * Size(kernel_.rows) * sizeof(float2)));
     std::byte* const scratch = workspace_.scratch.data();
     const auto queries = workspace_.Place<float>(queries_ * QueryWidth());
     for (size_t i = 0; i < args_.items.size(); i++)
-      std::memcpy(queries.host + first_query_[i] * QueryWidth(), args_.items[i].q, Size(args_.items[i].queries) * QueryWidth() * sizeof(float));
+      std::memcpy(queries.host + first_query_[i] * QueryWidth(), args_.items[i].q,
+                  Size(args_.items[i].queries) * QueryWidth() * sizeof(float));
     const float* const floats = workspace_.Upload(floats_);
     const float* const sinks =
-        args_.sinks == nullptr ? nullptr : workspace_.Upload(std::vector<float>(args_.sinks, args_.sinks + args_.heads));
+        args_.sinks == nullptr
+            ? nullptr
+            : workspace_.Upload(std::vector<float>(args_.sinks, args_.sinks + args_.heads));
     const auto moved = [](auto* offset, std::byte* base) {
       return reinterpret_cast<decltype(offset)>(base + reinterpret_cast<size_t>(offset));
     };
@@ -333,7 +356,8 @@ class Planner {
       for (PrefillGroup& group : round.groups) {
         group.output = moved(group.output, workspace_.results.data());
         group.lse = moved(group.lse, workspace_.results.data() + OutputBytes());
-        group.sinks = sinks == nullptr ? nullptr : sinks + reinterpret_cast<size_t>(group.sinks) / sizeof(float);
+        group.sinks =
+            sinks == nullptr ? nullptr : sinks + reinterpret_cast<size_t>(group.sinks) / sizeof(float);
       }
       round.attend.parts = parts.device;
       round.attend.outputs = reinterpret_cast<float*>(scratch + tiles);
@@ -355,26 +379,31 @@ class Planner {
   absl::Status Execute() {
     const cudaStream_t stream = workspace_.stream();
     KVTIDE_RETURN_IF_ERROR(workspace_.Send());
-    if (environment_.begin != nullptr) KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment_.begin, stream));
+    if (environment_.begin != nullptr)
+      KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment_.begin, stream));
     for (Round& round : rounds_) {
       for (const Round::Conversion& c : round.conversions) {
         const bool key = c.side == Side::kKey;
-        KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(key ? c.layout->pair().k : c.layout->pair().v, c.side, key ? c.layout->k() : c.layout->v(),
-                                                 RowTarget::kF16Tile, kernel_.dim, c.device, static_cast<int>(c.jobs.size()), stream));
+        KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(
+            key ? c.layout->pair().k : c.layout->pair().v, c.side, key ? c.layout->k() : c.layout->v(),
+            RowTarget::kF16Tile, kernel_.dim, c.device, static_cast<int>(c.jobs.size()), stream));
       }
-      KVTIDE_RETURN_IF_ERROR(Launch(kernel_.attend, round.parts.size(), kernel_.threads, kernel_.shared_bytes, &round.attend, stream));
-      KVTIDE_RETURN_IF_ERROR(Launch(kernel_.merge, (round.groups.size() * Size(kernel_.rows) + kMergeWarps - 1) / kMergeWarps,
-                                    32 * kMergeWarps, 0, &round.merge, stream));
+      KVTIDE_RETURN_IF_ERROR(Launch(kernel_.attend, round.parts.size(), kernel_.threads, kernel_.shared_bytes,
+                                    &round.attend, stream));
+      KVTIDE_RETURN_IF_ERROR(
+          Launch(kernel_.merge, (round.groups.size() * Size(kernel_.rows) + kMergeWarps - 1) / kMergeWarps,
+                 32 * kMergeWarps, 0, &round.merge, stream));
     }
     if (environment_.end != nullptr) KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment_.end, stream));
-    KVTIDE_CUDA_RETURN_IF_ERROR(
-        cudaMemcpyAsync(workspace_.results_host.data(), workspace_.results.data(), ResultBytes(), cudaMemcpyDeviceToHost, stream));
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(workspace_.results_host.data(), workspace_.results.data(),
+                                                ResultBytes(), cudaMemcpyDeviceToHost, stream));
     KVTIDE_RETURN_IF_ERROR(workspace_.Finish());
     const auto* out = reinterpret_cast<const float*>(workspace_.results_host.data());
     const auto* lse = reinterpret_cast<const float*>(workspace_.results_host.data() + OutputBytes());
     for (size_t i = 0; i < args_.items.size(); i++) {
       const size_t rows = Size(args_.items[i].queries) * Size(args_.heads);
-      std::memcpy(args_.items[i].out, out + first_query_[i] * OutputWidth(), rows * Size(shape_.head_dim_v) * sizeof(float));
+      std::memcpy(args_.items[i].out, out + first_query_[i] * OutputWidth(),
+                  rows * Size(shape_.head_dim_v) * sizeof(float));
       std::memcpy(args_.items[i].lse, lse + first_query_[i] * Size(args_.heads), rows * sizeof(float));
     }
     return absl::OkStatus();
@@ -386,8 +415,8 @@ class Planner {
   Workspace& workspace_;
   const PrefillKernel& kernel_;
   const int group_;
-  size_t page_bytes_ = 0, slot_bytes_ = 0;     // a K and a V tile; a partial state
-  size_t most_pages_ = 0, most_slots_ = 0;     // of a round
+  size_t page_bytes_ = 0, slot_bytes_ = 0;  // a K and a V tile; a partial state
+  size_t most_pages_ = 0, most_slots_ = 0;  // of a round
   size_t queries_ = 0, scratch_pages_ = 0, most_parts_ = 0;
   std::vector<size_t> first_query_;
   std::deque<std::vector<Segment>> segments_;  // by item; entries point into it
@@ -406,23 +435,31 @@ bool DecodesFast(CachePair pair) {
 
 }  // namespace
 
-bool IsPrefill(const AttendItem& item, const GroupShape& shape, int heads, const AttendEnvironment& environment) {
+bool IsPrefill(const AttendItem& item, const GroupShape& shape, int heads,
+               const AttendEnvironment& environment) {
   for (const BlockRun& run : item.runs)
     if (!DecodesFast(run.layout->pair())) return false;
-  if (static_cast<int64_t>(item.queries) * (heads / shape.kv_heads) <= environment.most_decode_rows || item.runs.empty()) return false;
+  if (static_cast<int64_t>(item.queries) * (heads / shape.kv_heads) <= environment.most_decode_rows ||
+      item.runs.empty())
+    return false;
   const PrefillKernel* kernel = FindPrefillKernel(WidestDim(shape), environment.warpgroups);
-  return kernel != nullptr && (environment.shared_limit == 0 || kernel->shared_bytes <= environment.shared_limit);
+  return kernel != nullptr &&
+         (environment.shared_limit == 0 || kernel->shared_bytes <= environment.shared_limit);
 }
 
 absl::Status PreparePrefillKernels(const DeviceImage& image) {
   for (const PrefillKernel& kernel : AllPrefillKernels()) {
-    if (kernel.shared_bytes > image.shared_limit || (kernel.warpgroups && !HasWarpgroups(image.image_capability))) continue;
-    KVTIDE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(kernel.attend, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes));
+    if (kernel.shared_bytes > image.shared_limit ||
+        (kernel.warpgroups && !HasWarpgroups(image.image_capability)))
+      continue;
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
+        kernel.attend, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes));
   }
   return absl::OkStatus();
 }
 
-absl::Status PrefillCall(const AttendArgs& args, const GroupShape& shape, const AttendEnvironment& environment, Workspace& workspace) {
+absl::Status PrefillCall(const AttendArgs& args, const GroupShape& shape,
+                         const AttendEnvironment& environment, Workspace& workspace) {
   return Planner(args, shape, environment, workspace).Run();
 }
 

@@ -8,8 +8,8 @@
 
 namespace kvtide::cuda {
 
-// Pages of a part, so that the parts of all groups, at most `most_parts` (not fewer than groups), fill `ctas` CTAs in whole
-// waves; `overhead` is a part's own cost in pages.
+// Pages of a part, so that the parts of all groups, at most `most_parts` (not fewer than groups), fill `ctas`
+// CTAs in whole waves; `overhead` is a part's own cost in pages.
 inline int PartPages(const std::vector<int>& pages_of_groups, int ctas, int overhead, size_t most_parts) {
   int longest = 1;
   for (const int pages : pages_of_groups) longest = std::max(longest, pages);
@@ -29,6 +29,5 @@ inline int PartPages(const std::vector<int>& pages_of_groups, int ctas, int over
   }
   return best;
 }
-
 
 }  // namespace kvtide::cuda

@@ -1,5 +1,6 @@
-// The prefill kernel: one CTA for one part, some query rows over a run of decoded tiles. K and V tiles come through
-// two stages each, filled while the tile before is computed; warps meet only at the stages. And the merge of parts.
+// The prefill kernel: one CTA for one part, some query rows over a run of decoded tiles. K and V tiles come
+// through two stages each, filled while the tile before is computed; warps meet only at the stages. And the
+// merge of parts.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -16,7 +17,8 @@ template <int D, bool kWarpgroupsT>
 struct PrefillConfig {
   static constexpr bool kWarpgroups = kWarpgroupsT;
   static constexpr int kTilesOfRows = D <= 128 && !kWarpgroups ? 2 : 1;  // of 16 rows, for a warp
-  // Three warpgroups of 168 registers at dim 128: two in each of two CTAs would have 128, too few for the products to overlap.
+  // Three warpgroups of 168 registers at dim 128: two in each of two CTAs would have 128, too few for the
+  // products to overlap.
   static constexpr int kQueryRows = kWarpgroups && D == 128 ? 192 : 128;
   using WarpTile = PrefillTile<DeviceWarp, D, kTilesOfRows, kQueryRows>;
   using Tile = std::conditional_t<kWarpgroups, WarpgroupTile<D, kQueryRows>, WarpTile>;
@@ -30,7 +32,8 @@ struct PrefillConfig {
   static constexpr int kSharedBytes = kBarriersAt + 8 * 8 + 1024;  // and what the alignment may take
 };
 
-// Two stages of K tiles and two of V tiles: `full` counts the copy, `empty` the warps that are done with a stage.
+// Two stages of K tiles and two of V tiles: `full` counts the copy, `empty` the warps that are done with a
+// stage.
 template <class Config>
 struct TileStages {
   static constexpr int kBytes = Config::Tile::kTileBytes;
@@ -41,8 +44,11 @@ struct TileStages {
 
   KVTIDE_DEVICE void Init() const {  // by one thread
     for (int stage = 0; stage < 4; stage++) {
-      asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(Full(stage)), "n"(kBulk ? 1 : Config::kThreads) : "memory");
-      asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(Empty(stage)), "n"(Config::kWarps) : "memory");
+      asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(Full(stage)),
+                   "n"(kBulk ? 1 : Config::kThreads)
+                   : "memory");
+      asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(Empty(stage)), "n"(Config::kWarps)
+                   : "memory");
     }
 #if __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -52,19 +58,22 @@ struct TileStages {
     uint32_t done;
     do {
 #if __CUDA_ARCH__ >= 900
-      asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p,[%1],%2;\nselp.u32 %0,1,0,p;\n}"
-                   : "=r"(done)
-                   : "r"(barrier), "r"(parity)
-                   : "memory");
+      asm volatile(
+          "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p,[%1],%2;\nselp.u32 %0,1,0,p;\n}"
+          : "=r"(done)
+          : "r"(barrier), "r"(parity)
+          : "memory");
 #else
-      asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p,[%1],%2;\nselp.u32 %0,1,0,p;\n}"
-                   : "=r"(done)
-                   : "r"(barrier), "r"(parity)
-                   : "memory");
+      asm volatile(
+          "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p,[%1],%2;\nselp.u32 %0,1,0,p;\n}"
+          : "=r"(done)
+          : "r"(barrier), "r"(parity)
+          : "memory");
 #endif
     } while (!done);
   }
-  // Starts the copy of page `page` (of the part) into a stage: `side` 0 for K, 1 for V. Called by all threads.
+  // Starts the copy of page `page` (of the part) into a stage: `side` 0 for K, 1 for V. Called by all
+  // threads.
   KVTIDE_DEVICE void Issue(const std::byte* tiles, int side, int page) const {
     const int stage = 2 * side + page % 2;
     const std::byte* const source = tiles + static_cast<size_t>(2 * page + side) * kBytes;
@@ -73,10 +82,13 @@ struct TileStages {
     if constexpr (kBulk) {
       if (threadIdx.x != 0) return;
       if (page >= 2) Wait(Empty(stage), (round - 1) & 1);
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(Full(stage)), "n"(kBytes) : "memory");
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(target), "l"(source),
-                   "n"(kBytes), "r"(Full(stage))
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(Full(stage)), "n"(kBytes)
                    : "memory");
+      asm volatile(
+          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(
+              target),
+          "l"(source), "n"(kBytes), "r"(Full(stage))
+          : "memory");
     } else {
       if (page >= 2) Wait(Empty(stage), (round - 1) & 1);
       for (int i = static_cast<int>(threadIdx.x) * 16; i < kBytes; i += Config::kThreads * 16)
@@ -102,10 +114,11 @@ struct TileStages {
 #endif
 };
 
-// The warp's rows of queries: halves of q / 2^e in the order of a tile, and scale * 2^e. A power of two keeps queries that
-// were f16 exact.
+// The warp's rows of queries: halves of q / 2^e in the order of a tile, and scale * 2^e. A power of two keeps
+// queries that were f16 exact.
 template <class Config, int D>
-KVTIDE_DEVICE void LoadQueries(const PrefillParams& params, const PrefillPart& part, uint8_t* area, float* scales, int warp) {
+KVTIDE_DEVICE void LoadQueries(const PrefillParams& params, const PrefillPart& part, uint8_t* area,
+                               float* scales, int warp) {
   constexpr int kRows = Config::Tile::kRows, kAtOnce = 4;
   const int lane = DeviceWarp::Lane();
   for (int begin = 0; begin < kRows; begin += kAtOnce) {
@@ -114,11 +127,13 @@ KVTIDE_DEVICE void LoadQueries(const PrefillParams& params, const PrefillPart& p
     for (int k = 0; k < kAtOnce; k++) {
       const int r = warp * kRows + begin + k, index = part.first_row + r;
       const int query = index / part.rows_per_query, head = index % part.rows_per_query;
-      const float* const row = part.query + query * part.query_stride + static_cast<int64_t>(head) * params.head_dim;
+      const float* const row =
+          part.query + query * part.query_stride + static_cast<int64_t>(head) * params.head_dim;
 #pragma unroll
       for (int b = 0; b < D / 64; b++) {
         const int dim = 64 * b + 2 * lane;
-        x[k][b] = r < part.rows && dim < params.head_dim ? *reinterpret_cast<const float2*>(row + dim) : make_float2(0, 0);
+        x[k][b] = r < part.rows && dim < params.head_dim ? *reinterpret_cast<const float2*>(row + dim)
+                                                         : make_float2(0, 0);
       }
     }
 #pragma unroll
@@ -131,11 +146,13 @@ KVTIDE_DEVICE void LoadQueries(const PrefillParams& params, const PrefillPart& p
       for (int mask = 16; mask > 0; mask /= 2) top = fmaxf(top, DeviceWarp::ShflXor(top, mask));
       // 2^-e and 2^e with top < 2^e; below 1e-30 logits vanish.
       const uint32_t exponent = __float_as_uint(fmaxf(top, 1e-30f)) >> 23;
-      const float inverse = __uint_as_float((253u - exponent) << 23), power = __uint_as_float((exponent + 1u) << 23);
+      const float inverse = __uint_as_float((253u - exponent) << 23),
+                  power = __uint_as_float((exponent + 1u) << 23);
 #pragma unroll
       for (int b = 0; b < D / 64; b++) {
         const int at = TileIndex(r, 64 * b + 2 * lane, Config::kQueryRows) * 2;
-        *reinterpret_cast<uint32_t*>(area + at) = DeviceWarp::Pack<false>(x[k][b].x * inverse, x[k][b].y * inverse);
+        *reinterpret_cast<uint32_t*>(area + at) =
+            DeviceWarp::Pack<false>(x[k][b].x * inverse, x[k][b].y * inverse);
       }
       if (lane == 0) scales[r] = fmaxf(params.scale * power, 1e-30f);
     }
@@ -144,11 +161,13 @@ KVTIDE_DEVICE void LoadQueries(const PrefillParams& params, const PrefillPart& p
 }
 
 template <class Config, int D>
-__global__ void __launch_bounds__(Config::kThreads, Config::kCtas) PrefillKernelFunction(const __grid_constant__ PrefillParams params) {
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
+    PrefillKernelFunction(const __grid_constant__ PrefillParams params) {
   using Tile = typename Config::Tile;
   constexpr int MT = Config::kTilesOfRows;
   extern __shared__ uint8_t unaligned[];
-  uint8_t* const shared = unaligned + (1024 - (static_cast<uint32_t>(__cvta_generic_to_shared(unaligned)) & 1023)) % 1024;
+  uint8_t* const shared =
+      unaligned + (1024 - (static_cast<uint32_t>(__cvta_generic_to_shared(unaligned)) & 1023)) % 1024;
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const int warp = static_cast<int>(threadIdx.x) >> 5, lane = DeviceWarp::Lane(), n = lane >> 2, c = lane & 3;
   const PrefillPart part = params.parts[blockIdx.x];
@@ -228,9 +247,11 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas) PrefillKernel
     }
 }
 
-// One warp for each row: partial states of this launch, and the state that output and lse hold from launches before.
+// One warp for each row: partial states of this launch, and the state that output and lse hold from launches
+// before.
 template <int D>
-__global__ void __launch_bounds__(32 * kMergeWarps) PrefillMergeFunction(const __grid_constant__ PrefillMergeParams params) {
+__global__ void __launch_bounds__(32 * kMergeWarps)
+    PrefillMergeFunction(const __grid_constant__ PrefillMergeParams params) {
   constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
   const int lane = DeviceWarp::Lane();
   const int job = static_cast<int>(blockIdx.x) * kMergeWarps + (static_cast<int>(threadIdx.x) >> 5);
@@ -238,11 +259,15 @@ __global__ void __launch_bounds__(32 * kMergeWarps) PrefillMergeFunction(const _
   const PrefillGroup& group = params.groups[job / params.rows];
   const int r = job % params.rows;
   if (r >= group.rows || (!group.fresh && group.slots == 0)) return;
-  const int index = group.first_row + r, query = index / group.rows_per_query, head = index % group.rows_per_query;
+  const int index = group.first_row + r, query = index / group.rows_per_query,
+            head = index % group.rows_per_query;
   float* const lse = group.lse + query * group.lse_stride + head;
-  float* const out = group.output + query * group.output_stride + static_cast<int64_t>(head) * params.head_dim;
+  float* const out =
+      group.output + query * group.output_stride + static_cast<int64_t>(head) * params.head_dim;
   // A sink counts as a state of output 0.
-  const float before = !group.fresh ? *lse * kLog2E : group.sinks != nullptr ? group.sinks[head] * kLog2E : -INFINITY;
+  const float before = !group.fresh             ? *lse * kLog2E
+                       : group.sinks != nullptr ? group.sinks[head] * kLog2E
+                                                : -INFINITY;
   float reference = before;
   for (uint32_t s = static_cast<uint32_t>(lane); s < group.slots; s += 32) {
     const float2 v = params.sums[static_cast<size_t>(params.slots[group.first_slot + s]) * params.rows + r];
@@ -278,7 +303,8 @@ __global__ void __launch_bounds__(32 * kMergeWarps) PrefillMergeFunction(const _
 #pragma unroll
   for (int b = 0; b < D / 64; b++) {
     const int dim = 64 * b + 2 * lane;
-    if (dim < params.head_dim) *reinterpret_cast<float2*>(out + dim) = make_float2(total[b].x * normal, total[b].y * normal);
+    if (dim < params.head_dim)
+      *reinterpret_cast<float2*>(out + dim) = make_float2(total[b].x * normal, total[b].y * normal);
   }
   if (lane == 0) *lse = sum > 0 ? (reference + log2f(sum)) * kLn2 : -INFINITY;
 }

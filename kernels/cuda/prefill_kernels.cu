@@ -19,9 +19,9 @@ PrefillKernel Entry() {
 }  // namespace
 
 const std::vector<PrefillKernel>& AllPrefillKernels() {
-  static const auto* const list =
-      new std::vector<PrefillKernel>{Entry<64, true>(),  Entry<128, true>(),  Entry<192, true>(),  Entry<256, true>(),
-                                     Entry<64, false>(), Entry<128, false>(), Entry<192, false>(), Entry<256, false>()};
+  static const auto* const list = new std::vector<PrefillKernel>{
+      Entry<64, true>(),  Entry<128, true>(),  Entry<192, true>(),  Entry<256, true>(),
+      Entry<64, false>(), Entry<128, false>(), Entry<192, false>(), Entry<256, false>()};
   return *list;
 }
 

@@ -1,13 +1,14 @@
-// Structs of the prefill kernels, in device memory, and the cut of the work. A *group* is one (item, KV head, tile of
-// PrefillKernel::rows query rows); a *part* is a group over some pages of decoded tiles, computed by one CTA, which leaves one
-// partial state in the slot of its index. Parts of a group are merged into the output, in place, launch after launch.
+// Structs of the prefill kernels, in device memory, and the cut of the work. A *group* is one (item, KV head,
+// tile of PrefillKernel::rows query rows); a *part* is a group over some pages of decoded tiles, computed by
+// one CTA, which leaves one partial state in the slot of its index. Parts of a group are merged into the
+// output, in place, launch after launch.
 #pragma once
+
+#include <cuda_runtime.h>
 
 #include <cstddef>
 #include <cstdint>
 #include <vector>
-
-#include <cuda_runtime.h>
 
 namespace kvtide::cuda {
 
@@ -18,7 +19,8 @@ struct alignas(16) PrefillPart {
   int32_t pages = 0, tokens = 0;     // tokens that count, from page 0 on
   int32_t first_row = 0, rows = 0;   // row = query * rows_per_query + head within the group
   int32_t rows_per_query = 1;
-  // Query i sees tokens [window_begin + i, min(tokens, causal_end + i)), counted from page 0; limits where unused.
+  // Query i sees tokens [window_begin + i, min(tokens, causal_end + i)), counted from page 0; limits where
+  // unused.
   int32_t causal_end = 0, window_begin = 0;
   int32_t padding = 0;
 };

@@ -1,10 +1,11 @@
-// Attention of one warp over tiles of 64 tokens of f16 keys and values, for many query rows: 16 or 32 rows a warp, products
-// of m16n8k16 with f32 sums, softmax online. Runs on a GPU and in an emulated warp (warp.h).
+// Attention of one warp over tiles of 64 tokens of f16 keys and values, for many query rows: 16 or 32 rows a
+// warp, products of m16n8k16 with f32 sums, softmax online. Runs on a GPU and in an emulated warp (warp.h).
 //
-// Tiles, and the queries beside them, lie in sub-tiles of 64 dims: rows of 128 bytes, their 16-byte chunks XORed with the
-// row (TileIndex), which ldmatrix reads without bank conflicts in either direction. Weights are rounded to f16: they are
-// taken relative to a power of two below the largest, so that they reach from 2^15 down and small ones keep their digits;
-// the reference is raised only when a logit outgrows it by kSlack, which spares most of the rescaling.
+// Tiles, and the queries beside them, lie in sub-tiles of 64 dims: rows of 128 bytes, their 16-byte chunks
+// XORed with the row (TileIndex), which ldmatrix reads without bank conflicts in either direction. Weights
+// are rounded to f16: they are taken relative to a power of two below the largest, so that they reach from
+// 2^15 down and small ones keep their digits; the reference is raised only when a logit outgrows it by
+// kSlack, which spares most of the rescaling.
 #pragma once
 
 #include <cmath>
@@ -27,7 +28,7 @@ struct RowLimits {
 template <class W, int D, int MT, int kQueryRows>
 struct PrefillTile {
   using Shared = typename W::Shared;
-  static constexpr int kRows = 16 * MT;  // of the warp
+  static constexpr int kRows = 16 * MT;        // of the warp
   static constexpr int kRowsTogether = kRows;  // that one product takes
   static constexpr int kTileBytes = kBlockTokens * D * 2;
   static constexpr int kGroups = kBlockTokens / 8;
@@ -41,11 +42,13 @@ struct PrefillTile {
   KVTIDE_DEVICE void Reset() {
     const int lane = W::Lane(), row = lane & 7, matrix = lane >> 3;
 #pragma unroll
-    for (int s = 0; s < 4; s++) offsets[s] = (row + 8 * (matrix & 1)) * 128 + (((2 * s + (matrix >> 1)) ^ row) * 16);
+    for (int s = 0; s < 4; s++)
+      offsets[s] = (row + 8 * (matrix & 1)) * 128 + (((2 * s + (matrix >> 1)) ^ row) * 16);
 #pragma unroll
     for (int m = 0; m < MT; m++) {
 #pragma unroll
-      for (int j = 0; j < D / 8; j++) output[m][j][0] = output[m][j][1] = output[m][j][2] = output[m][j][3] = 0;
+      for (int j = 0; j < D / 8; j++)
+        output[m][j][0] = output[m][j][1] = output[m][j][2] = output[m][j][3] = 0;
       reference[m][0] = reference[m][1] = kLow;
       sum[m][0] = sum[m][1] = 0;
     }
@@ -56,13 +59,15 @@ struct PrefillTile {
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
-      for (int i = 0; i < kGroups; i++) logits[m][i][0] = logits[m][i][1] = logits[m][i][2] = logits[m][i][3] = 0;
+      for (int i = 0; i < kGroups; i++)
+        logits[m][i][0] = logits[m][i][1] = logits[m][i][2] = logits[m][i][3] = 0;
 #pragma unroll
     for (int s = 0; s < D / 16; s++) {
       const int offset = offsets[s % 4];
       uint32_t a[MT][4];
 #pragma unroll
-      for (int m = 0; m < MT; m++) W::LoadMatrix(query + (s / 4 * kQueryRows * 128 + m * 16 * 128) + offset, a[m]);
+      for (int m = 0; m < MT; m++)
+        W::LoadMatrix(query + (s / 4 * kQueryRows * 128 + m * 16 * 128) + offset, a[m]);
 #pragma unroll
       for (int i = 0; i < kGroups; i += 2) {
         uint32_t b[4];
@@ -76,8 +81,10 @@ struct PrefillTile {
     }
   }
 
-  // logit = cap * tanh(logit / cap), with tanh(x) = 1 - 2 / (e^2x + 1); afterwards in units of the multiplier again.
-  static KVTIDE_DEVICE void Cap(float cap, const float (&multiplier)[MT][2], float (&logits)[MT][kGroups][4]) {
+  // logit = cap * tanh(logit / cap), with tanh(x) = 1 - 2 / (e^2x + 1); afterwards in units of the multiplier
+  // again.
+  static KVTIDE_DEVICE void Cap(float cap, const float (&multiplier)[MT][2],
+                                float (&logits)[MT][kGroups][4]) {
     constexpr float kTwoLog2E = 2.885390082f;
     const float inverse_cap = W::Rcp(cap);
 #pragma unroll
@@ -94,7 +101,8 @@ struct PrefillTile {
   }
 
   // Takes out what rows may not see; `first` is the tile's first token.
-  static KVTIDE_DEVICE void Mask(int first, const RowLimits (&limits)[MT][2], float (&logits)[MT][kGroups][4]) {
+  static KVTIDE_DEVICE void Mask(int first, const RowLimits (&limits)[MT][2],
+                                 float (&logits)[MT][kGroups][4]) {
     const int c = W::Lane() & 3;
 #pragma unroll
     for (int m = 0; m < MT; m++)
@@ -109,7 +117,8 @@ struct PrefillTile {
   }
 
   // Weights of the tile as fragments for ValueStage. Logits times multiplier (above 0) are exponents of 2.
-  KVTIDE_DEVICE void Weigh(float (&logits)[MT][kGroups][4], const float (&multiplier)[MT][2], uint32_t (&weights)[MT][kGroups / 2][4]) {
+  KVTIDE_DEVICE void Weigh(float (&logits)[MT][kGroups][4], const float (&multiplier)[MT][2],
+                           uint32_t (&weights)[MT][kGroups / 2][4]) {
     float top[MT][2];
     bool higher = false;
 #pragma unroll

@@ -1,15 +1,19 @@
-// Turns one quad of codes (page_order.h) into the B fragments of four m16n8k32 tiles: level bytes in registers, by byte
-// permutes on tables of at most 16 levels.
+// Turns one quad of codes (page_order.h) into the B fragments of four m16n8k32 tiles: level bytes in
+// registers, by byte permutes on tables of at most 16 levels.
 //
-// A PRMT looks up four 8-entry tables at once; a selector nibble with bit 3 set gives the sign of the byte instead, which
-// is how 16 levels take two tables: the lower one is asked with the codes, the upper one, stored backwards, with their
-// complements. The two answers join in one of two ways:
-//   joined: both tables hold level + 64, so that the idle one answers 0 and a sum joins them; the offset is taken back by
+// A PRMT looks up four 8-entry tables at once; a selector nibble with bit 3 set gives the sign of the byte
+// instead, which is how 16 levels take two tables: the lower one is asked with the codes, the upper one,
+// stored backwards, with their complements. The two answers join in one of two ways:
+//   joined: both tables hold level + 64, so that the idle one answers 0 and a sum joins them; the offset is
+//   taken back by
 //           the start value of the products (kOffset).
-//   split:  codes below 8 have negative levels, so the idle lower table answers -1; the upper table holds level + 1. Both
-//           are multiplied and the sum of the two products is right: one more product instead of two sums for 8 codes.
-// Permutes, shifts and logic share the ALU pipe, which is the bottleneck. Complements and sums are therefore written as
-// arithmetic (W::Complement, W::Plus), which the compiler spreads over the ALU and the multiplication pipe.
+//   split:  codes below 8 have negative levels, so the idle lower table answers -1; the upper table holds
+//   level + 1. Both
+//           are multiplied and the sum of the two products is right: one more product instead of two sums for
+//           8 codes.
+// Permutes, shifts and logic share the ALU pipe, which is the bottleneck. Complements and sums are therefore
+// written as arithmetic (W::Complement, W::Plus), which the compiler spreads over the ALU and the
+// multiplication pipe.
 #pragma once
 
 #include <cstdint>
@@ -32,9 +36,9 @@ struct QuadDecoder {
 
   uint32_t ones;  // 0xffffffff, but not a constant to the compiler
 
-  // One lane of the CTA writes the tables to shared memory, all lanes read them after a barrier. Constants, and values that
-  // are the same in all lanes, would be moved to a register again before every permute; so there is a copy for the even
-  // and one for the odd lanes, which the compiler cannot know to be equal.
+  // One lane of the CTA writes the tables to shared memory, all lanes read them after a barrier. Constants,
+  // and values that are the same in all lanes, would be moved to a register again before every permute; so
+  // there is a copy for the even and one for the odd lanes, which the compiler cannot know to be equal.
   static KVTIDE_DEVICE void WriteTables(typename W::Shared area) {
     uint32_t words[4] = {0, 0, 0, 0};
     constexpr int kEntries = kBits == 4 ? 16 : kBits == 3 ? 8 : kBits == 2 ? 4 : 0;
@@ -87,7 +91,8 @@ struct QuadDecoder {
       for (int i = 0; i < 4; i++) {
         const uint32_t h = w[i] >> 16;
         const uint32_t low0 = W::Prmt(table[0], table[1], w[i]), low1 = W::Prmt(table[0], table[1], h);
-        const uint32_t high0 = W::Prmt(table[2], table[3], Not(w[i])), high1 = W::Prmt(table[2], table[3], Not(h));
+        const uint32_t high0 = W::Prmt(table[2], table[3], Not(w[i])),
+                       high1 = W::Prmt(table[2], table[3], Not(h));
         if constexpr (kSplit) {
           b[0][i][0] = low0;
           b[0][i][1] = low1;

@@ -1,6 +1,7 @@
-// One warp prepares one query row for a unit: turns it into the frame of the unit's keys (q / gain, then the rotation of
-// the K type), rounds it to two parts of 8 bits or two halves, and writes it to shared memory as A fragments in the order
-// in which the lanes load them. Also the Walsh-Hadamard rotation of a row spread over a warp, used for outputs too.
+// One warp prepares one query row for a unit: turns it into the frame of the unit's keys (q / gain, then the
+// rotation of the K type), rounds it to two parts of 8 bits or two halves, and writes it to shared memory as
+// A fragments in the order in which the lanes load them. Also the Walsh-Hadamard rotation of a row spread
+// over a warp, used for outputs too.
 //
 // A lane holds dims 128b + 4*lane .. +3 of a row as x[b][0..3]; dims at or above D are 0.
 #pragma once
@@ -85,7 +86,8 @@ KVTIDE_DEVICE float LargestMagnitude(const WarpRow<D>& row) {
   return top;
 }
 
-// Where a lane's 4 dims of block b go: the first of two words of row `r`; high parts at +0, rests at +4 bytes.
+// Where a lane's 4 dims of block b go: the first of two words of row `r`; high parts at +0, rests at +4
+// bytes.
 template <int D, int kStepDims>
 KVTIDE_DEVICE int FragmentOffset(int lane, int b, int r) {
   constexpr int kLanesPerStep = kStepDims / 4;
@@ -100,10 +102,11 @@ KVTIDE_DEVICE int FragmentOffset(int lane, int b, int r) {
   }
 }
 
-// Coded pages: q16 = round(q * 32639 / max) in balanced bytes. Returns what one unit of the integer sum is worth.
-// kGroup: values per K scale; kOffset: table offset to take back (0 = none).
+// Coded pages: q16 = round(q * 32639 / max) in balanced bytes. Returns what one unit of the integer sum is
+// worth. kGroup: values per K scale; kOffset: table offset to take back (0 = none).
 template <class W, int D, int kGroup, int kOffset>
-KVTIDE_DEVICE float WriteCodedQuery(const WarpRow<D>& row, int r, typename W::Shared area, int fragment_bytes) {
+KVTIDE_DEVICE float WriteCodedQuery(const WarpRow<D>& row, int r, typename W::Shared area,
+                                    int fragment_bytes) {
   constexpr int kGroups = (D + kGroup - 1) / kGroup;
   const int lane = W::Lane();
   const float top = LargestMagnitude<W, D>(row);
@@ -134,8 +137,8 @@ KVTIDE_DEVICE float WriteCodedQuery(const WarpRow<D>& row, int r, typename W::Sh
       }
       const int group = (128 * b + 4 * lane) / kGroup;
       if (lane % kSpan == 0 && group < kGroups)
-        W::Store64(area + fragment_bytes + (r * kGroups + group) * 8, static_cast<uint32_t>(-kOffset * high_sum),
-                   static_cast<uint32_t>(-kOffset * low_sum));
+        W::Store64(area + fragment_bytes + (r * kGroups + group) * 8,
+                   static_cast<uint32_t>(-kOffset * high_sum), static_cast<uint32_t>(-kOffset * low_sum));
     }
   }
   return zero ? 1.0f : top / 32639.0f;

@@ -36,7 +36,8 @@ absl::StatusOr<Rotation> Rotations::Get(CacheType type, int stored_dim, bool inv
         matrix[static_cast<size_t>((run * 128 + j % 128) * 128 + i % 128)] = column[static_cast<size_t>(i)];
     }
     KVTIDE_RETURN_IF_ERROR(buffer.Reserve(matrix.size() * sizeof(float)));
-    KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpy(buffer.data(), matrix.data(), matrix.size() * sizeof(float), cudaMemcpyHostToDevice));
+    KVTIDE_CUDA_RETURN_IF_ERROR(
+        cudaMemcpy(buffer.data(), matrix.data(), matrix.size() * sizeof(float), cudaMemcpyHostToDevice));
   }
   return Rotation{kind, 0, reinterpret_cast<const float*>(buffer.data())};
 }

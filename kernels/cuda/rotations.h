@@ -1,5 +1,5 @@
-// Rotations of types for which the kernels have no code: as matrices in device memory, made once per type, stored dim and
-// direction from the type's own functions. Thread-safe.
+// Rotations of types for which the kernels have no code: as matrices in device memory, made once per type,
+// stored dim and direction from the type's own functions. Thread-safe.
 #pragma once
 
 #include <map>

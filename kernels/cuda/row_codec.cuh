@@ -1,9 +1,9 @@
-// Encoding and decoding with one thread for each token: a run of up to 128 values of a row lies in registers, so rotations
-// and sums need no other lane, and signs and table places are known when the code is compiled. The order of every sum is
-// that of format/page_codec.h; compiled without contraction.
+// Encoding and decoding with one thread for each token: a run of up to 128 values of a row lies in registers,
+// so rotations and sums need no other lane, and signs and table places are known when the code is compiled.
+// The order of every sum is that of format/page_codec.h; compiled without contraction.
 //
-// Codes travel as *nibble words*: 8 codes of 4 bits, low plane and, above 4 bits, a second word with the rest. A unit of a
-// quad (format/page_order.h) is one such word per plane.
+// Codes travel as *nibble words*: 8 codes of 4 bits, low plane and, above 4 bits, a second word with the
+// rest. A unit of a quad (format/page_order.h) is one such word per plane.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -18,14 +18,19 @@ namespace kvtide::cuda {
 
 constexpr int kRowThreads = kBlockTokens;
 
-__device__ __forceinline__ float HalfToFloat(uint32_t bits) { return __half2float(__ushort_as_half(static_cast<unsigned short>(bits))); }
+__device__ __forceinline__ float HalfToFloat(uint32_t bits) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+}
 
 template <class C>
-concept HasBook = requires { typename C::Book; };
+concept HasBook = requires {
+  typename C::Book;
+};
 // Types whose rotation is unrolled here; others go through the general kernels of codec_kernels.cu.
 template <class C>
-constexpr bool kHasRowCodec = std::is_same_v<C, Turbo2> || std::is_same_v<C, Turbo3> || std::is_same_v<C, Turbo4> ||
-                              std::is_same_v<C, Q8_0> || std::is_same_v<C, Q5_0> || std::is_same_v<C, Q4_0>;
+constexpr bool kHasRowCodec =
+    std::is_same_v<C, Turbo2> || std::is_same_v<C, Turbo3> || std::is_same_v<C, Turbo4> ||
+    std::is_same_v<C, Q8_0> || std::is_same_v<C, Q5_0> || std::is_same_v<C, Q4_0>;
 template <class C>
 constexpr int kPlanes = C::kBits > 4 ? 2 : 1;
 
@@ -41,7 +46,9 @@ __device__ __forceinline__ void Butterfly(float (&y)[N]) {
       y[j] = a + b;
       y[j + h] = a - b;
     }
-  constexpr float kFactor = kLength == 128 ? 0.08838834764831845f : kLength == 64 ? 0.125f : 0.17677669529663687f;
+  constexpr float kFactor = kLength == 128  ? 0.08838834764831845f
+                            : kLength == 64 ? 0.125f
+                                            : 0.17677669529663687f;
 #pragma unroll
   for (int i = 0; i < kLength; i++) y[kBegin + i] = Mul(y[kBegin + i], kFactor);
 }
@@ -87,9 +94,9 @@ __device__ __forceinline__ float Halve(float (&partial)[32]) {
   }
 }
 
-// In shared memory: four times the level above zero that a magnitude falls on, by the magnitude in half units rounded up,
-// and levels by that number. Borders are multiples of one half, so no value is in doubt. Entry 0, which only a value of zero has, gives it
-// the first level below zero.
+// In shared memory: four times the level above zero that a magnitude falls on, by the magnitude in half units
+// rounded up, and levels by that number. Borders are multiples of one half, so no value is in doubt. Entry 0,
+// which only a value of zero has, gives it the first level below zero.
 template <class C>
 struct LevelTables {
   static constexpr int kSteps = 1024;
@@ -102,7 +109,9 @@ struct LevelTables {
       for (int k = 0; k + 1 < C::kHalf; k++) m += i > C::Book::Positive(k) + C::Book::Positive(k + 1) ? 1 : 0;
       above[i] = static_cast<uint8_t>(4 * (i == 0 ? 2 * C::kHalf - 1 : m));
     }
-    if (threadIdx.x < 16) level[threadIdx.x] = static_cast<float>(threadIdx.x < C::kHalf ? C::Book::Positive(static_cast<int>(threadIdx.x)) : 0);
+    if (threadIdx.x < 16)
+      level[threadIdx.x] =
+          static_cast<float>(threadIdx.x < C::kHalf ? C::Book::Positive(static_cast<int>(threadIdx.x)) : 0);
   }
 };
 struct NoTables {
@@ -131,7 +140,8 @@ __device__ __noinline__ uint16_t EncodeUnusual(const float* y, Side side, uint32
 
 // C::EncodeGroup of a codebook type on a whole run.
 template <class C, int N>
-__device__ __forceinline__ uint16_t EncodeBook(const float (&y)[N], Side side, const LevelTables<C>& tables, uint32_t (&low)[N / 8]) {
+__device__ __forceinline__ uint16_t EncodeBook(const float (&y)[N], Side side, const LevelTables<C>& tables,
+                                               uint32_t (&low)[N / 8]) {
   float partial[32];
 #pragma unroll
   for (int i = 0; i < N; i++) {
@@ -168,7 +178,8 @@ __device__ __forceinline__ uint16_t EncodeBook(const float (&y)[N], Side side, c
       const uint32_t above = tables.above[step];
       numbers[e / 4] = numbers[e / 4] * 16 + above;
       sign = __funnelshift_l(__float_as_uint(v), sign, 4);
-      const float level = *reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(tables.level) + above);
+      const float level =
+          *reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(tables.level) + above);
       const float term = Mul(fabsf(y[i]), level);
       partial[i % 32] = i < 32 ? term : partial[i % 32] + term;
     }
@@ -182,7 +193,8 @@ __device__ __forceinline__ uint16_t EncodeBook(const float (&y)[N], Side side, c
 
 // The same for groups of 32 of the uniform types; words of values kBegin ..
 template <class C, int kBegin, int N>
-__device__ __forceinline__ uint16_t EncodeUniform(const float (&y)[N], uint32_t (&low)[N / 8], uint32_t (&high)[N / 8]) {
+__device__ __forceinline__ uint16_t EncodeUniform(const float (&y)[N], uint32_t (&low)[N / 8],
+                                                  uint32_t (&high)[N / 8]) {
   constexpr int kHalfRange = 1 << (C::kBits - 1);
   float best = 0, magnitude = 0;
 #pragma unroll
@@ -210,7 +222,8 @@ __device__ __forceinline__ uint16_t EncodeUniform(const float (&y)[N], uint32_t 
         const float v = Mul(x, inverse);
         code = v < 0 ? -static_cast<int>(0.5f - v) : static_cast<int>(v + 0.5f);
       } else {
-        code = min(static_cast<int>(MulAdd(x, inverse, static_cast<float>(kHalfRange) + 0.5f)), 2 * kHalfRange - 1);
+        code = min(static_cast<int>(MulAdd(x, inverse, static_cast<float>(kHalfRange) + 0.5f)),
+                   2 * kHalfRange - 1);
         energy[8 * o + e] = Mul(x, x);
         dot[8 * o + e] = Mul(x, static_cast<float>(code - kHalfRange));
       }
@@ -279,7 +292,9 @@ __device__ __forceinline__ void PackNibbles(const uint4& low, const uint4& high,
 
 // 16 bytes to shared memory, asynchronously.
 __device__ __forceinline__ void CopyAsync(void* target, const void* source) {
-  asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(target))), "l"(source)
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(target))),
+               "l"(source)
                : "memory");
 }
 

@@ -6,8 +6,11 @@ namespace {
 
 // The 8 codes of a unit: nibble words, or 4 bytes each at 8 bits.
 template <int kBits>
-__device__ __forceinline__ void LoadUnit(const uint8_t* plane, int quad, int lane, int unit, uint32_t* low, uint32_t* high) {
-  const auto word = [&](int w) { return *reinterpret_cast<const uint32_t*>(plane + LaneWordOffset(quad * kBits + w, lane)); };
+__device__ __forceinline__ void LoadUnit(const uint8_t* plane, int quad, int lane, int unit, uint32_t* low,
+                                         uint32_t* high) {
+  const auto word = [&](int w) {
+    return *reinterpret_cast<const uint32_t*>(plane + LaneWordOffset(quad * kBits + w, lane));
+  };
   *high = 0;
   if constexpr (kBits == 8) {
     *low = word(2 * unit);
@@ -38,11 +41,14 @@ __device__ __forceinline__ float LevelOf(uint32_t low, uint32_t high, int elemen
 }
 
 constexpr int kStageBytes = kBlockTokens * 128 * 4;
-int StoredBytes(const HalfLayout& layout) { return static_cast<int>(layout.code_bytes) + layout.groups * kBlockTokens * 2; }
+int StoredBytes(const HalfLayout& layout) {
+  return static_cast<int>(layout.code_bytes) + layout.groups * kBlockTokens * 2;
+}
 
 template <class C, Side kSide, bool kF32>
 __global__ void __launch_bounds__(kRowThreads, 6)
-    DecodeRows(const CodecJob* jobs, int count, HalfShape shape, RowTarget target, int page_dim, int stored_bytes) {
+    DecodeRows(const CodecJob* jobs, int count, HalfShape shape, RowTarget target, int page_dim,
+               int stored_bytes) {
   extern __shared__ __align__(16) uint8_t shared[];
   __shared__ float levels[16];
   __shared__ float mean[128], gain[128];
@@ -69,7 +75,8 @@ __global__ void __launch_bounds__(kRowThreads, 6)
   fetch(jobs[blockIdx.x]);
   int round = 0;
 #pragma unroll 1
-  for (int index = static_cast<int>(blockIdx.x); index < count; index += static_cast<int>(gridDim.x), round++) {
+  for (int index = static_cast<int>(blockIdx.x); index < count;
+       index += static_cast<int>(gridDim.x), round++) {
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
     const CodecJob job = job_of(round);
@@ -86,16 +93,19 @@ __global__ void __launch_bounds__(kRowThreads, 6)
       float scale = 0;
 #pragma unroll
       for (int o = 0; o < N / 8; o++) {
-        if (8 * o % C::kGroup == 0) scale = Mul(HalfToFloat(scales[(begin + 8 * o) / C::kGroup * kBlockTokens + t]), C::kLevelUnit);
+        if (8 * o % C::kGroup == 0)
+          scale = Mul(HalfToFloat(scales[(begin + 8 * o) / C::kGroup * kBlockTokens + t]), C::kLevelUnit);
         uint32_t low, high;
         if constexpr (kSide == Side::kKey) {
-          LoadUnit<C::kBits>(codes, place.quad + begin / 32 + o / 4, place.lane + o % 4, place.unit, &low, &high);
+          LoadUnit<C::kBits>(codes, place.quad + begin / 32 + o / 4, place.lane + o % 4, place.unit, &low,
+                             &high);
 #pragma unroll
           for (int e = 0; e < 8; e++) y[8 * o + e] = Mul(scale, LevelOf<C>(low, high, e, levels));
         } else {
 #pragma unroll
           for (int n = 0; n < 8; n++) {
-            LoadUnit<C::kBits>(codes, 2 * (begin / 32 + o / 4) + t / 32, 4 * n + t % 32 / 8, o % 4, &low, &high);
+            LoadUnit<C::kBits>(codes, 2 * (begin / 32 + o / 4) + t / 32, 4 * n + t % 32 / 8, o % 4, &low,
+                               &high);
             y[8 * o + n] = Mul(scale, LevelOf<C>(low, high, t % 8, levels));
           }
         }
@@ -112,7 +122,8 @@ __global__ void __launch_bounds__(kRowThreads, 6)
       if constexpr (kF32) {
 #pragma unroll
         for (int k = 0; k < N / 4; k++)
-          *reinterpret_cast<float4*>(stage + t * N * 4 + (k ^ (t & 7)) * 16) = make_float4(y[4 * k], y[4 * k + 1], y[4 * k + 2], y[4 * k + 3]);
+          *reinterpret_cast<float4*>(stage + t * N * 4 + (k ^ (t & 7)) * 16) =
+              make_float4(y[4 * k], y[4 * k + 1], y[4 * k + 2], y[4 * k + 3]);
       } else {
         constexpr float kMost = 65504.0f;
 #pragma unroll
@@ -120,7 +131,8 @@ __global__ void __launch_bounds__(kRowThreads, 6)
           uint32_t words[4];
 #pragma unroll
           for (int w = 0; w < 4; w++)
-            words[w] = DeviceWarp::Pack<false>(fminf(fmaxf(y[8 * k + 2 * w], -kMost), kMost), fminf(fmaxf(y[8 * k + 2 * w + 1], -kMost), kMost));
+            words[w] = DeviceWarp::Pack<false>(fminf(fmaxf(y[8 * k + 2 * w], -kMost), kMost),
+                                               fminf(fmaxf(y[8 * k + 2 * w + 1], -kMost), kMost));
           *reinterpret_cast<uint4*>(stage + t * N * 2 + (N % 64 == 0 ? k ^ (t & 7) : k ^ (t >> 1 & 3)) * 16) =
               make_uint4(words[0], words[1], words[2], words[3]);
         }
@@ -133,10 +145,12 @@ __global__ void __launch_bounds__(kRowThreads, 6)
         uint4 x = *reinterpret_cast<const uint4*>(stage + (row * kChunks + swizzled) * 16);
         if constexpr (kF32) {
           if (dim < shape.head_dim)
-            *reinterpret_cast<uint4*>(reinterpret_cast<float*>(job.target) + static_cast<int64_t>(row) * job.row_stride + dim) = x;
+            *reinterpret_cast<uint4*>(reinterpret_cast<float*>(job.target) +
+                                      static_cast<int64_t>(row) * job.row_stride + dim) = x;
         } else {
           if (dim >= shape.head_dim) x = make_uint4(0, 0, 0, 0);
-          const int at = target == RowTarget::kF16Page ? HalfPrecisionIndex(row, dim, page_dim) : TileIndex(row, dim, kBlockTokens);
+          const int at = target == RowTarget::kF16Page ? HalfPrecisionIndex(row, dim, page_dim)
+                                                       : TileIndex(row, dim, kBlockTokens);
           if (dim < page_dim) *reinterpret_cast<uint4*>(job.target + 2 * at) = x;
         }
       }
@@ -145,7 +159,8 @@ __global__ void __launch_bounds__(kRowThreads, 6)
       const int wider = (page_dim - d) / 8;
       for (int i = t; i < kBlockTokens * wider; i += kRowThreads) {
         const int row = i / wider, dim = d + i % wider * 8;
-        const int at = target == RowTarget::kF16Page ? HalfPrecisionIndex(row, dim, page_dim) : TileIndex(row, dim, kBlockTokens);
+        const int at = target == RowTarget::kF16Page ? HalfPrecisionIndex(row, dim, page_dim)
+                                                     : TileIndex(row, dim, kBlockTokens);
         *reinterpret_cast<uint4*>(job.target + 2 * at) = make_uint4(0, 0, 0, 0);
       }
     }
@@ -153,21 +168,25 @@ __global__ void __launch_bounds__(kRowThreads, 6)
 }
 
 template <class C, Side kSide, bool kF32>
-cudaError_t Launch(const HalfLayout& layout, RowTarget target, int page_dim, const CodecJob* jobs, int count, int processors, cudaStream_t stream) {
+cudaError_t Launch(const HalfLayout& layout, RowTarget target, int page_dim, const CodecJob* jobs, int count,
+                   int processors, cudaStream_t stream) {
   const int bytes = StoredBytes(layout) + (kF32 ? kStageBytes : kStageBytes / 2);
-  const cudaError_t set = cudaFuncSetAttribute(DecodeRows<C, kSide, kF32>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t set =
+      cudaFuncSetAttribute(DecodeRows<C, kSide, kF32>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (set != cudaSuccess) return set;
   const int per_processor = std::clamp(220 * 1024 / (bytes + 2048), 1, 6);
-  DecodeRows<C, kSide, kF32><<<static_cast<unsigned>(std::min(count, processors * per_processor)), kRowThreads, static_cast<size_t>(bytes), stream>>>(
-      jobs, count, {layout.head_dim, layout.stored_dim, layout.groups, static_cast<int>(layout.code_bytes)}, target, page_dim,
-      StoredBytes(layout));
+  DecodeRows<C, kSide, kF32><<<static_cast<unsigned>(std::min(count, processors * per_processor)),
+                               kRowThreads, static_cast<size_t>(bytes), stream>>>(
+      jobs, count, {layout.head_dim, layout.stored_dim, layout.groups, static_cast<int>(layout.code_bytes)},
+      target, page_dim, StoredBytes(layout));
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t LaunchRowDecode(CacheType type, Side side, const HalfLayout& layout, RowTarget target, int page_dim, const CodecJob* jobs,
-                            int count, int processors, cudaStream_t stream) {
+cudaError_t LaunchRowDecode(CacheType type, Side side, const HalfLayout& layout, RowTarget target,
+                            int page_dim, const CodecJob* jobs, int count, int processors,
+                            cudaStream_t stream) {
   return VisitCodec(type, [&](auto codec) {
     using C = decltype(codec);
     if constexpr (kHasRowCodec<C>) {

@@ -3,17 +3,20 @@
 namespace kvtide::cuda {
 namespace {
 
-// Shared memory of an encoder: nibble words of rows (values only), nibble words by unit, the values of one run.
-constexpr int kRunBytes = kBlockTokens * 128 * 4;  // f32 rows; f16 pages take half
+// Shared memory of an encoder: nibble words of rows (values only), nibble words by unit, the values of one
+// run.
+constexpr int kRunBytes = kBlockTokens * 128 * 4;    // f32 rows; f16 pages take half
 constexpr int RowWords(int d) { return d / 8 + 1; }  // odd steps between rows where it matters
 template <class C>
 int SharedBytes(int d, Side side, RowSource source) {
-  const int units = kPlanes<C> * 2 * (d / 32) * 32 * 16, rows = side == Side::kValue ? kPlanes<C> * kBlockTokens * RowWords(d) * 4 : 0;
+  const int units = kPlanes<C> * 2 * (d / 32) * 32 * 16,
+            rows = side == Side::kValue ? kPlanes<C> * kBlockTokens * RowWords(d) * 4 : 0;
   return units + (rows + 15) / 16 * 16 + (source == RowSource::kF32Rows ? kRunBytes : kBlockTokens * d * 2);
 }
 
 template <class C, Side kSide, RowSource kSource>
-__global__ void __launch_bounds__(kRowThreads, 6) EncodeRows(const CodecJob* jobs, int count, HalfShape shape) {
+__global__ void __launch_bounds__(kRowThreads, 6)
+    EncodeRows(const CodecJob* jobs, int count, HalfShape shape) {
   extern __shared__ __align__(16) uint8_t shared[];
   __shared__ typename TablesOf<C>::Type tables;
   __shared__ float mean[128], gain[128];
@@ -26,7 +29,8 @@ __global__ void __launch_bounds__(kRowThreads, 6) EncodeRows(const CodecJob* job
   const int plane_words = quads * 128;
   auto* const row_words = units + kPlanes<C> * plane_words;  // [plane][token][RowWords]
   const int row_plane = kBlockTokens * RowWords(d);
-  uint8_t* const values = shared + kPlanes<C> * plane_words * 4 + (kSide == Side::kValue ? (kPlanes<C> * row_plane * 4 + 15) / 16 * 16 : 0);
+  uint8_t* const values = shared + kPlanes<C> * plane_words * 4 +
+                          (kSide == Side::kValue ? (kPlanes<C> * row_plane * 4 + 15) / 16 * 16 : 0);
   tables.Write();
   const auto queue_job = [&](int round) {
     const int64_t index = blockIdx.x + static_cast<int64_t>(round) * gridDim.x;
@@ -36,12 +40,14 @@ __global__ void __launch_bounds__(kRowThreads, 6) EncodeRows(const CodecJob* job
   queue_job(0);
   queue_job(1);
   const auto fetch_page = [&](const CodecJob& job) {
-    for (int i = t; i < kBlockTokens * d / 8; i += kRowThreads) CopyAsync(values + i * 16, job.source + i * 16);
+    for (int i = t; i < kBlockTokens * d / 8; i += kRowThreads)
+      CopyAsync(values + i * 16, job.source + i * 16);
   };
   if constexpr (kSource == RowSource::kF16Page) fetch_page(jobs[blockIdx.x]);
   int round = 0;
 #pragma unroll 1
-  for (int index = static_cast<int>(blockIdx.x); index < count; index += static_cast<int>(gridDim.x), round++) {
+  for (int index = static_cast<int>(blockIdx.x); index < count;
+       index += static_cast<int>(gridDim.x), round++) {
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
     const CodecJob job = job_of(round);
@@ -64,7 +70,8 @@ __global__ void __launch_bounds__(kRowThreads, 6) EncodeRows(const CodecJob* job
           const int row = i / (N / 4), chunk = i % (N / 4), dim = begin + 4 * chunk;
           uint4 x = make_uint4(0, 0, 0, 0);
           if (row < job.tokens && dim < shape.head_dim)
-            x = *reinterpret_cast<const uint4*>(reinterpret_cast<const float*>(job.source) + static_cast<int64_t>(row) * job.row_stride + dim);
+            x = *reinterpret_cast<const uint4*>(reinterpret_cast<const float*>(job.source) +
+                                                static_cast<int64_t>(row) * job.row_stride + dim);
           *reinterpret_cast<uint4*>(values + row * N * 4 + (chunk ^ (row & 7)) * 16) = x;
         }
         __syncthreads();
@@ -92,7 +99,8 @@ __global__ void __launch_bounds__(kRowThreads, 6) EncodeRows(const CodecJob* job
       if ((job.mean != nullptr || job.gain != nullptr) && t < job.tokens) {
 #pragma unroll
         for (int i = 0; i < N; i += 4) {
-          const float4 m = *reinterpret_cast<const float4*>(mean + i), g = *reinterpret_cast<const float4*>(gain + i);
+          const float4 m = *reinterpret_cast<const float4*>(mean + i),
+                       g = *reinterpret_cast<const float4*>(gain + i);
           y[i] = Mul(y[i] - m.x, g.x);
           y[i + 1] = Mul(y[i + 1] - m.y, g.y);
           y[i + 2] = Mul(y[i + 2] - m.z, g.z);
@@ -114,14 +122,18 @@ __global__ void __launch_bounds__(kRowThreads, 6) EncodeRows(const CodecJob* job
         scales[begin / C::kGroup * kBlockTokens + t] = EncodeBook<C, N>(y, kSide, tables, low);
       } else {
         scales[(begin / 32) * kBlockTokens + t] = EncodeUniform<C, 0, N>(y, low, high);
-        if constexpr (N > 32) scales[(begin / 32 + 1) * kBlockTokens + t] = EncodeUniform<C, 32, N>(y, low, high);
-        if constexpr (N > 64) scales[(begin / 32 + 2) * kBlockTokens + t] = EncodeUniform<C, 64, N>(y, low, high);
-        if constexpr (N > 96) scales[(begin / 32 + 3) * kBlockTokens + t] = EncodeUniform<C, 96, N>(y, low, high);
+        if constexpr (N > 32)
+          scales[(begin / 32 + 1) * kBlockTokens + t] = EncodeUniform<C, 32, N>(y, low, high);
+        if constexpr (N > 64)
+          scales[(begin / 32 + 2) * kBlockTokens + t] = EncodeUniform<C, 64, N>(y, low, high);
+        if constexpr (N > 96)
+          scales[(begin / 32 + 3) * kBlockTokens + t] = EncodeUniform<C, 96, N>(y, low, high);
       }
 #pragma unroll
       for (int o = 0; o < N / 8; o++) {
         if constexpr (kSide == Side::kKey) {
-          const int quad = place.quad + begin / 32 + o / 4, at = (quad * 32 + place.lane + o % 4) * 4 + place.unit;
+          const int quad = place.quad + begin / 32 + o / 4,
+                    at = (quad * 32 + place.lane + o % 4) * 4 + place.unit;
           units[at] = low[o];
           if constexpr (kPlanes<C> == 2) units[plane_words + at] = high[o];
         } else {
@@ -140,11 +152,13 @@ __global__ void __launch_bounds__(kRowThreads, 6) EncodeRows(const CodecJob* job
         for (int plane = 0; plane < kPlanes<C>; plane++) {
           uint32_t w[8];
 #pragma unroll
-          for (int j = 0; j < 8; j++) w[j] = row_words[plane * row_plane + (8 * tokens + j) * RowWords(d) + dims];
+          for (int j = 0; j < 8; j++)
+            w[j] = row_words[plane * row_plane + (8 * tokens + j) * RowWords(d) + dims];
           TransposeNibbles(w);
           const int quad = dims / 4 * 2 + tokens / 4;
 #pragma unroll
-          for (int n = 0; n < 8; n++) units[plane * plane_words + (quad * 32 + 4 * n + tokens % 4) * 4 + dims % 4] = w[n];
+          for (int n = 0; n < 8; n++)
+            units[plane * plane_words + (quad * 32 + 4 * n + tokens % 4) * 4 + dims % 4] = w[n];
         }
       }
       __syncthreads();
@@ -177,28 +191,35 @@ __global__ void __launch_bounds__(kRowThreads, 6) EncodeRows(const CodecJob* job
 }
 
 template <class C, Side kSide, RowSource kSource>
-cudaError_t Launch(const HalfLayout& layout, const CodecJob* jobs, int count, int processors, cudaStream_t stream) {
+cudaError_t Launch(const HalfLayout& layout, const CodecJob* jobs, int count, int processors,
+                   cudaStream_t stream) {
   const int bytes = SharedBytes<C>(layout.stored_dim, kSide, kSource);
-  const cudaError_t set = cudaFuncSetAttribute(EncodeRows<C, kSide, kSource>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t set =
+      cudaFuncSetAttribute(EncodeRows<C, kSide, kSource>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (set != cudaSuccess) return set;
   const int per_processor = std::clamp(220 * 1024 / (bytes + 4096), 1, 6);
-  EncodeRows<C, kSide, kSource><<<static_cast<unsigned>(std::min(count, processors * per_processor)), kRowThreads, static_cast<size_t>(bytes), stream>>>(
+  EncodeRows<C, kSide, kSource><<<static_cast<unsigned>(std::min(count, processors * per_processor)),
+                                  kRowThreads, static_cast<size_t>(bytes), stream>>>(
       jobs, count, {layout.head_dim, layout.stored_dim, layout.groups, static_cast<int>(layout.code_bytes)});
   return cudaGetLastError();
 }
 
 template <class C>
-cudaError_t LaunchFor(Side side, const HalfLayout& layout, RowSource source, const CodecJob* jobs, int count, int processors, cudaStream_t stream) {
+cudaError_t LaunchFor(Side side, const HalfLayout& layout, RowSource source, const CodecJob* jobs, int count,
+                      int processors, cudaStream_t stream) {
   constexpr Side kKey = Side::kKey, kValue = Side::kValue;
   constexpr RowSource kPage = RowSource::kF16Page, kRows = RowSource::kF32Rows;
-  if (source == kPage) return side == kKey ? Launch<C, kKey, kPage>(layout, jobs, count, processors, stream) : Launch<C, kValue, kPage>(layout, jobs, count, processors, stream);
-  return side == kKey ? Launch<C, kKey, kRows>(layout, jobs, count, processors, stream) : Launch<C, kValue, kRows>(layout, jobs, count, processors, stream);
+  if (source == kPage)
+    return side == kKey ? Launch<C, kKey, kPage>(layout, jobs, count, processors, stream)
+                        : Launch<C, kValue, kPage>(layout, jobs, count, processors, stream);
+  return side == kKey ? Launch<C, kKey, kRows>(layout, jobs, count, processors, stream)
+                      : Launch<C, kValue, kRows>(layout, jobs, count, processors, stream);
 }
 
 }  // namespace
 
-cudaError_t LaunchRowEncode(CacheType type, Side side, const HalfLayout& layout, RowSource source, const CodecJob* jobs, int count,
-                            int processors, cudaStream_t stream) {
+cudaError_t LaunchRowEncode(CacheType type, Side side, const HalfLayout& layout, RowSource source,
+                            const CodecJob* jobs, int count, int processors, cudaStream_t stream) {
   return VisitCodec(type, [&](auto codec) {
     using C = decltype(codec);
     if constexpr (kHasRowCodec<C>) {

@@ -1,6 +1,7 @@
-// The machine as the tile code sees it, on a GPU: one warp, its shuffles, byte permutes, tensor-core products and
-// shared memory. Tile code (coded_tile.h, half_tile.h, query_row.h) takes such a class as a template argument, so that
-// the same source also runs in an emulated warp on a CPU (tests/kernels/warp_emulator.h), where it is tested.
+// The machine as the tile code sees it, on a GPU: one warp, its shuffles, byte permutes, tensor-core products
+// and shared memory. Tile code (coded_tile.h, half_tile.h, query_row.h) takes such a class as a template
+// argument, so that the same source also runs in an emulated warp on a CPU (tests/kernels/warp_emulator.h),
+// where it is tested.
 #pragma once
 
 #include <cstdint>
@@ -21,13 +22,15 @@ struct DeviceWarp {
 
   static KVTIDE_DEVICE int Lane() { return static_cast<int>(threadIdx.x & 31); }
 
-  // Four bytes picked from {b, a} by the nibbles of `selector`; bit 3 of a nibble replicates the sign of the byte.
+  // Four bytes picked from {b, a} by the nibbles of `selector`; bit 3 of a nibble replicates the sign of the
+  // byte.
   static KVTIDE_DEVICE uint32_t Prmt(uint32_t a, uint32_t b, uint32_t selector) {
     uint32_t r;
     asm("prmt.b32 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
     return r;
   }
-  // ~w and x + y in a form that the compiler may spread over two pipes; `ones` is 0xffffffff, unknown to the compiler.
+  // ~w and x + y in a form that the compiler may spread over two pipes; `ones` is 0xffffffff, unknown to the
+  // compiler.
   static KVTIDE_DEVICE uint32_t Complement(uint32_t w, uint32_t ones) {
     uint32_t r;
     asm("sub.u32 %0,%1,%2;" : "=r"(r) : "r"(ones), "r"(w));
@@ -118,26 +121,33 @@ struct DeviceWarp {
 
   // d = a * b + c with m16n8k32 integers: a signed or unsigned bytes, b signed bytes.
   template <bool kSignedA>
-  static KVTIDE_DEVICE void MmaBytes(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const int (&c)[4]) {
+  static KVTIDE_DEVICE void MmaBytes(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                     const int (&c)[4]) {
     if constexpr (kSignedA) {
-      asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%12,%13};"
+      asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+          "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%12,%13};"
           : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]),
+            "r"(c[3]));
     } else {
-      asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%12,%13};"
+      asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+          "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%12,%13};"
           : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]),
+            "r"(c[3]));
     }
   }
   // d += a * b with m16n8k16 halves.
   template <bool kBf16>
   static KVTIDE_DEVICE void MmaHalf(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     if constexpr (kBf16) {
-      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+          "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
           : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
           : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     } else {
-      asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+          "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
           : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
           : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
     }

@@ -1,4 +1,5 @@
-// A head vector spread over a warp (query_row.h): loads from tensors of any element type, and rotations by kind.
+// A head vector spread over a warp (query_row.h): loads from tensors of any element type, and rotations by
+// kind.
 #pragma once
 
 #include "kernels/cuda/attend_plan.h"

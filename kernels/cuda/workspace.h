@@ -1,5 +1,5 @@
-// What one call computes with: a stream, device scratch, and staging memory that goes to the device in one copy. Arrays of
-// a call are placed in the staging memory and addressed on the device before they are there.
+// What one call computes with: a stream, device scratch, and staging memory that goes to the device in one
+// copy. Arrays of a call are placed in the staging memory and addressed on the device before they are there.
 #pragma once
 
 #include <condition_variable>
@@ -48,7 +48,9 @@ class Workspace {
   static size_t Bound(size_t arrays, size_t bytes) { return bytes + 256 * (arrays + 1); }
   // Sends what was placed to the device.
   absl::Status Send() {
-    return StatusOf(cudaMemcpyAsync(uploaded_.data(), staging_.data(), used_, cudaMemcpyHostToDevice, stream()), "upload");
+    return StatusOf(
+        cudaMemcpyAsync(uploaded_.data(), staging_.data(), used_, cudaMemcpyHostToDevice, stream()),
+        "upload");
   }
   absl::Status Finish() { return StatusOf(cudaStreamSynchronize(stream()), "kernels"); }
 
@@ -68,7 +70,8 @@ class WorkspacePool {
 
   class Lease {
    public:
-    Lease(WorkspacePool* pool, std::unique_ptr<Workspace> workspace) : pool_(pool), workspace_(std::move(workspace)) {}
+    Lease(WorkspacePool* pool, std::unique_ptr<Workspace> workspace)
+        : pool_(pool), workspace_(std::move(workspace)) {}
     Lease(Lease&&) = default;
     ~Lease() {
       if (workspace_ != nullptr) pool_->Return(std::move(workspace_));

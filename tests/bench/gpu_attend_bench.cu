@@ -1,9 +1,9 @@
-// Decode attention over pages in GPU memory: times the kernels of the CUDA backend on the shapes of a table, beside the
-// time in which the same pages can only be read, and writes the result as JSON.
+// Decode attention over pages in GPU memory: times the kernels of the CUDA backend on the shapes of a table,
+// beside the time in which the same pages can only be read, and writes the result as JSON.
 //   gpu_attend_bench [--json FILE] [--filter TEXT[,TEXT...]]
-// Random codes and scales, blocks in shuffled order, buffers used in turn so that nothing is left in L2; median of 30
-// calls, each between two events, the three kernels together; and the same calls in a CUDA graph. Every shape is also
-// checked against float64 on one (sequence, KV head).
+// Random codes and scales, blocks in shuffled order, buffers used in turn so that nothing is left in L2;
+// median of 30 calls, each between two events, the three kernels together; and the same calls in a CUDA
+// graph. Every shape is also checked against float64 on one (sequence, KV head).
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -22,13 +22,13 @@
 namespace kvtide::cuda {
 namespace {
 
-#define CHECK_CUDA(x)                                                                          \
-  do {                                                                                         \
-    const cudaError_t error_ = (x);                                                            \
-    if (error_ != cudaSuccess) {                                                               \
-      std::printf("%s: %s (line %d)\n", #x, cudaGetErrorString(error_), __LINE__);             \
-      std::exit(1);                                                                            \
-    }                                                                                          \
+#define CHECK_CUDA(x)                                                              \
+  do {                                                                             \
+    const cudaError_t error_ = (x);                                                \
+    if (error_ != cudaSuccess) {                                                   \
+      std::printf("%s: %s (line %d)\n", #x, cudaGetErrorString(error_), __LINE__); \
+      std::exit(1);                                                                \
+    }                                                                              \
   } while (0)
 
 struct Shape {
@@ -37,19 +37,24 @@ struct Shape {
 };
 
 constexpr Shape kShapes[] = {
-    {"turbo4", 33, 4, 32768, 128, 1},     {"turbo4", 33, 4, 32768, 128, 4},  {"turbo4", 33, 4, 32768, 128, 8},
-    {"turbo4", 33, 4, 32768, 128, 16},    {"turbo3", 33, 4, 32768, 128, 1},  {"turbo3", 33, 4, 32768, 128, 8},
-    {"turbo3", 33, 4, 32768, 128, 16},    {"turbo2", 33, 4, 32768, 128, 8},  {"q8_0/turbo4", 33, 4, 32768, 128, 8},
-    {"q8_0", 33, 4, 32768, 128, 8},       {"f16", 33, 4, 32768, 128, 1},     {"f16", 33, 4, 32768, 128, 8},
-    {"turbo4", 33, 4, 32768, 64, 8},      {"turbo3", 33, 4, 32768, 64, 8},   {"f16", 33, 4, 32768, 64, 8},
-    {"turbo4", 16, 4, 32768, 256, 8},     {"f16", 16, 4, 32768, 256, 8},     {"turbo4", 1, 8, 131072, 128, 4},
-    {"turbo3", 1, 8, 131072, 128, 4},     {"f16", 1, 8, 131072, 128, 4},     {"turbo4", 66, 8, 4096, 128, 4},
-    {"f16", 66, 8, 4096, 128, 4},         {"turbo4", 1, 8, 32768, 128, 4},   {"turbo4", 512, 8, 512, 128, 4},
-    {"turbo4", 33, 4, 32768, 96, 8},      {"turbo4", 16, 2, 32768, 512, 8},
+    {"turbo4", 33, 4, 32768, 128, 1},      {"turbo4", 33, 4, 32768, 128, 4},
+    {"turbo4", 33, 4, 32768, 128, 8},      {"turbo4", 33, 4, 32768, 128, 16},
+    {"turbo3", 33, 4, 32768, 128, 1},      {"turbo3", 33, 4, 32768, 128, 8},
+    {"turbo3", 33, 4, 32768, 128, 16},     {"turbo2", 33, 4, 32768, 128, 8},
+    {"q8_0/turbo4", 33, 4, 32768, 128, 8}, {"q8_0", 33, 4, 32768, 128, 8},
+    {"f16", 33, 4, 32768, 128, 1},         {"f16", 33, 4, 32768, 128, 8},
+    {"turbo4", 33, 4, 32768, 64, 8},       {"turbo3", 33, 4, 32768, 64, 8},
+    {"f16", 33, 4, 32768, 64, 8},          {"turbo4", 16, 4, 32768, 256, 8},
+    {"f16", 16, 4, 32768, 256, 8},         {"turbo4", 1, 8, 131072, 128, 4},
+    {"turbo3", 1, 8, 131072, 128, 4},      {"f16", 1, 8, 131072, 128, 4},
+    {"turbo4", 66, 8, 4096, 128, 4},       {"f16", 66, 8, 4096, 128, 4},
+    {"turbo4", 1, 8, 32768, 128, 4},       {"turbo4", 512, 8, 512, 128, 4},
+    {"turbo4", 33, 4, 32768, 96, 8},       {"turbo4", 16, 2, 32768, 512, 8},
 };
 
 __global__ void FillRandom(uint32_t* words, size_t count, uint32_t seed) {
-  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < count; i += static_cast<size_t>(gridDim.x) * blockDim.x) {
+  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < count;
+       i += static_cast<size_t>(gridDim.x) * blockDim.x) {
     uint64_t x = (i + 1) * 0x9e3779b97f4a7c15ull + seed;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
@@ -58,24 +63,30 @@ __global__ void FillRandom(uint32_t* words, size_t count, uint32_t seed) {
 }
 
 // Scales between 1/64 and 1/32 of a half, f16 values between -2 and 2: any 16 bits become such a number.
-__global__ void TameHalves(uint16_t* base, size_t record_bytes, size_t records, size_t offset, size_t bytes, bool scales) {
+__global__ void TameHalves(uint16_t* base, size_t record_bytes, size_t records, size_t offset, size_t bytes,
+                           bool scales) {
   const size_t per = bytes / 2;
-  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < per * records; i += static_cast<size_t>(gridDim.x) * blockDim.x) {
+  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < per * records;
+       i += static_cast<size_t>(gridDim.x) * blockDim.x) {
     uint16_t& h = base[(i / per * record_bytes + offset) / 2 + i % per];
-    h = scales ? static_cast<uint16_t>(0x2400u | (h & 0x3ffu)) : static_cast<uint16_t>(0x3800u | (h & 0x87ffu));
+    h = scales ? static_cast<uint16_t>(0x2400u | (h & 0x3ffu))
+               : static_cast<uint16_t>(0x3800u | (h & 0x87ffu));
   }
 }
 
 // Reads pages as the attention kernel does and computes next to nothing.
 template <class Config, class Tile>
-__global__ void __launch_bounds__(Config::kThreads, 1) ReadKernel(const __grid_constant__ AttendParams params) {
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    ReadKernel(const __grid_constant__ AttendParams params) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int warp = static_cast<int>(threadIdx.x) >> 5, lane = DeviceWarp::Lane();
   const uint32_t base = SharedAddress(shared);
   typename Config::Ring ring;
   const AttendWorker worker = params.workers[blockIdx.x * Config::kWarps + warp];
-  ring.Start(reinterpret_cast<PageList*>(shared + Config::kPagesAt) + warp, base + static_cast<uint32_t>(warp) * Config::kWarpBytes,
-             base + Config::kBarriersAt + 8 * static_cast<uint32_t>(warp) * Config::kSlots, params.units, worker);
+  ring.Start(reinterpret_cast<PageList*>(shared + Config::kPagesAt) + warp,
+             base + static_cast<uint32_t>(warp) * Config::kWarpBytes,
+             base + Config::kBarriersAt + 8 * static_cast<uint32_t>(warp) * Config::kSlots, params.units,
+             worker);
   ring.Fill();
   uint32_t x = 0;
   for (uint32_t page = worker.begin; page < worker.end; page++) {
@@ -129,7 +140,8 @@ Timing TimeCalls(F call) {
   return {us[us.size() / 2], us.front(), us.back()};
 }
 
-void Launch(const void* function, unsigned grid, unsigned block, size_t shared, bool dependent, void* params, cudaStream_t stream) {
+void Launch(const void* function, unsigned grid, unsigned block, size_t shared, bool dependent, void* params,
+            cudaStream_t stream) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(grid);
   config.blockDim = dim3(block);
@@ -147,16 +159,19 @@ void Launch(const void* function, unsigned grid, unsigned block, size_t shared, 
 }
 
 // Relative L2 error of one (sequence, KV head) against float64 in the stored frame.
-double CheckHead(const Shape& s, const BlockLayout& layout, const std::byte* blocks, const std::vector<size_t>& order, int sequence,
-                 int head, const std::vector<float>& q, const std::vector<float>& out, double* lse_error, const std::vector<float>& lse) {
+double CheckHead(const Shape& s, const BlockLayout& layout, const std::byte* blocks,
+                 const std::vector<size_t>& order, int sequence, int head, const std::vector<float>& q,
+                 const std::vector<float>& out, double* lse_error, const std::vector<float>& lse) {
   const int pages = (s.tokens + 63) / 64, d = s.dim;
   std::vector<float> k(static_cast<size_t>(pages) * 64 * d), v(k.size());
   std::vector<std::byte> record(layout.record_bytes());
   for (int p = 0; p < pages; p++) {
     CHECK_CUDA(cudaMemcpy(record.data(),
-                          blocks + order[static_cast<size_t>(sequence) * pages + p] * layout.block_bytes() + layout.RecordOffset(0, head),
+                          blocks + order[static_cast<size_t>(sequence) * pages + p] * layout.block_bytes() +
+                              layout.RecordOffset(0, head),
                           record.size(), cudaMemcpyDeviceToHost));
-    const auto decode = [&](CacheType type, Side side, const HalfLayout& half, const std::byte* from, float* rows) {
+    const auto decode = [&](CacheType type, Side side, const HalfLayout& half, const std::byte* from,
+                            float* rows) {
       DecodeHalf(type, side, half, nullptr, from, rows + static_cast<size_t>(p) * 64 * d);
     };
     decode(layout.pair().k, Side::kKey, layout.k(), record.data(), k.data());
@@ -170,7 +185,8 @@ double CheckHead(const Shape& s, const BlockLayout& layout, const std::byte* blo
     double top = -1e300, sum = 0;
     for (int t = 0; t < s.tokens; t++) {
       double dot = 0;
-      for (int i = 0; i < d; i++) dot += static_cast<double>(q[row * d + i]) * static_cast<double>(k[static_cast<size_t>(t) * d + i]);
+      for (int i = 0; i < d; i++)
+        dot += static_cast<double>(q[row * d + i]) * static_cast<double>(k[static_cast<size_t>(t) * d + i]);
       w[t] = dot / std::sqrt(static_cast<double>(d));
       top = std::max(top, w[t]);
     }
@@ -205,7 +221,8 @@ std::string RunShape(const Shape& s, int sms) {
   std::vector<void*> owned;
   const CachePair pair = *ParseCachePair(s.pair);
   const BlockLayout layout({1, s.kv_heads, s.dim, s.dim}, pair);
-  const size_t pages = static_cast<size_t>((s.tokens + 63) / 64), blocks = pages * static_cast<size_t>(s.sequences);
+  const size_t pages = static_cast<size_t>((s.tokens + 63) / 64),
+               blocks = pages * static_cast<size_t>(s.sequences);
   const size_t bytes = blocks * layout.block_bytes();
   const int copies = static_cast<int>(std::clamp<size_t>((size_t{400} << 20) / bytes + 1, 2, 16));
   auto* data = Allocate<std::byte>(bytes * static_cast<size_t>(copies), &owned);
@@ -213,9 +230,11 @@ std::string RunShape(const Shape& s, int sms) {
   const size_t records = blocks * static_cast<size_t>(s.kv_heads * copies);
   const auto tame = [&](const HalfLayout& half, size_t at) {
     if (half.groups == 0)
-      TameHalves<<<2048, 256>>>(reinterpret_cast<uint16_t*>(data), layout.record_bytes(), records, at, half.code_bytes, false);
+      TameHalves<<<2048, 256>>>(reinterpret_cast<uint16_t*>(data), layout.record_bytes(), records, at,
+                                half.code_bytes, false);
     else
-      TameHalves<<<2048, 256>>>(reinterpret_cast<uint16_t*>(data), layout.record_bytes(), records, at + half.code_bytes, half.scale_bytes, true);
+      TameHalves<<<2048, 256>>>(reinterpret_cast<uint16_t*>(data), layout.record_bytes(), records,
+                                at + half.code_bytes, half.scale_bytes, true);
   };
   tame(layout.k(), 0);
   tame(layout.v(), layout.v_codes());
@@ -231,12 +250,14 @@ std::string RunShape(const Shape& s, int sms) {
   float* out = Allocate<float>(rows * s.dim, &owned);
   float* lse = Allocate<float>(rows, &owned);
 
-  const AttendKernel* kernel = FindAttendKernel(FormOf(pair.k), FormOf(pair.v), StoredDim(s.dim), StoredDim(s.dim), s.group);
+  const AttendKernel* kernel =
+      FindAttendKernel(FormOf(pair.k), FormOf(pair.v), StoredDim(s.dim), StoredDim(s.dim), s.group);
   if (kernel == nullptr) {
     std::printf("%s d %d: no kernel\n", s.pair, s.dim);
     return "";
   }
-  CHECK_CUDA(cudaFuncSetAttribute(kernel->function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel->shared_bytes));
+  CHECK_CUDA(cudaFuncSetAttribute(kernel->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  kernel->shared_bytes));
   std::vector<size_t> order(blocks);
   std::iota(order.begin(), order.end(), size_t{0});
   std::shuffle(order.begin(), order.end(), rng);
@@ -246,7 +267,8 @@ std::string RunShape(const Shape& s, int sms) {
   unsigned grid = 0, unit_count = 0;
   for (int copy = 0; copy < copies; copy++) {
     std::vector<std::byte*> table(blocks);
-    for (size_t i = 0; i < blocks; i++) table[i] = data + (static_cast<size_t>(copy) * blocks + order[i]) * layout.block_bytes();
+    for (size_t i = 0; i < blocks; i++)
+      table[i] = data + (static_cast<size_t>(copy) * blocks + order[i]) * layout.block_bytes();
     std::byte* const* table_device = Upload(table, &owned);
     std::vector<AttendUnit> units;
     for (int b = 0; b < s.sequences; b++)
@@ -283,7 +305,8 @@ std::string RunShape(const Shape& s, int sms) {
     std::vector<CombineSource> sources;
     std::vector<CombineGroup> groups;
     std::vector<uint32_t> slot_list, counts;
-    for (size_t u = 0; u < units.size(); u++) counts.push_back(AppendSlots(units, u, workers.size(), warps, &slot_list));
+    for (size_t u = 0; u < units.size(); u++)
+      counts.push_back(AppendSlots(units, u, workers.size(), warps, &slot_list));
     const uint32_t* slots_device = Upload(slot_list, &owned);
     for (size_t u = 0, at = 0; u < units.size(); at += counts[u], u++) {
       CombineSource source;
@@ -314,18 +337,21 @@ std::string RunShape(const Shape& s, int sms) {
     c.head_dim = s.dim;
   }
   const void* merge = FindCombineKernel(kernel->dv, combine[0].team);
-  const unsigned merge_grid = static_cast<unsigned>((combine[0].group_count * s.group * combine[0].team + kCombineWarps - 1) / kCombineWarps);
+  const unsigned merge_grid = static_cast<unsigned>(
+      (combine[0].group_count * s.group * combine[0].team + kCombineWarps - 1) / kCombineWarps);
   const auto call = [&](int copy, cudaStream_t stream) {
-    Launch(kernel->query_function, unit_count, static_cast<unsigned>(32 * s.group), 0, false, &attend[static_cast<size_t>(copy)], stream);
-    Launch(kernel->function, grid, static_cast<unsigned>(kernel->threads), static_cast<size_t>(kernel->shared_bytes), true,
+    Launch(kernel->query_function, unit_count, static_cast<unsigned>(32 * s.group), 0, false,
            &attend[static_cast<size_t>(copy)], stream);
+    Launch(kernel->function, grid, static_cast<unsigned>(kernel->threads),
+           static_cast<size_t>(kernel->shared_bytes), true, &attend[static_cast<size_t>(copy)], stream);
     Launch(merge, merge_grid, 32 * kCombineWarps, 0, true, &combine[static_cast<size_t>(copy)], stream);
   };
 
   for (int copy = 0; copy < copies; copy++) call(copy, nullptr);  // queries are prepared for what follows
   const Timing attend_only = TimeCalls([&](int i) {
-    Launch(kernel->function, grid, static_cast<unsigned>(kernel->threads), static_cast<size_t>(kernel->shared_bytes), false,
-           &attend[static_cast<size_t>(i % copies)], nullptr);
+    Launch(kernel->function, grid, static_cast<unsigned>(kernel->threads),
+           static_cast<size_t>(kernel->shared_bytes), false, &attend[static_cast<size_t>(i % copies)],
+           nullptr);
   });
   const Timing whole = TimeCalls([&](int i) { call(i % copies, nullptr); });
   // The same in a graph of 10 calls.
@@ -350,7 +376,8 @@ std::string RunShape(const Shape& s, int sms) {
   if (reader != nullptr && threads == kernel->threads) {  // it walks the same shares
     CHECK_CUDA(cudaFuncSetAttribute(reader, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
     read = TimeCalls([&](int i) {
-      Launch(reader, grid, static_cast<unsigned>(threads), static_cast<size_t>(shared), false, &attend[static_cast<size_t>(i % copies)], nullptr);
+      Launch(reader, grid, static_cast<unsigned>(threads), static_cast<size_t>(shared), false,
+             &attend[static_cast<size_t>(i % copies)], nullptr);
     });
   }
 
@@ -360,12 +387,16 @@ std::string RunShape(const Shape& s, int sms) {
   CHECK_CUDA(cudaMemcpy(out_host.data(), out, out_host.size() * 4, cudaMemcpyDeviceToHost));
   CHECK_CUDA(cudaMemcpy(lse_host.data(), lse, lse_host.size() * 4, cudaMemcpyDeviceToHost));
   double lse_error = 0;
-  const double error = CheckHead(s, layout, data, order, s.sequences - 1, s.kv_heads / 2, q, out_host, &lse_error, lse_host);
+  const double error =
+      CheckHead(s, layout, data, order, s.sequences - 1, s.kv_heads / 2, q, out_host, &lse_error, lse_host);
 
-  std::printf("%-12s %4d x %d x %6d d %3d G %2d | %7.1f MB | attend %7.1f us, with merge %7.1f [%.1f, %.1f], in a graph %7.1f | %5.0f GB/s | read %6.1f us (%2.0f %%) | err %.1e lse %.1e | warps %d smem %d\n",
-              s.pair, s.sequences, s.kv_heads, s.tokens, s.dim, s.group, static_cast<double>(bytes) * 1e-6, attend_only.median,
-              whole.median, whole.least, whole.most, in_graph.median / 10, static_cast<double>(bytes) / whole.median * 1e-3, read.median,
-              100 * read.median / whole.median, error, lse_error, kernel->threads / 32, kernel->shared_bytes);
+  std::printf(
+      "%-12s %4d x %d x %6d d %3d G %2d | %7.1f MB | attend %7.1f us, with merge %7.1f [%.1f, %.1f], in a "
+      "graph %7.1f | %5.0f GB/s | read %6.1f us (%2.0f %%) | err %.1e lse %.1e | warps %d smem %d\n",
+      s.pair, s.sequences, s.kv_heads, s.tokens, s.dim, s.group, static_cast<double>(bytes) * 1e-6,
+      attend_only.median, whole.median, whole.least, whole.most, in_graph.median / 10,
+      static_cast<double>(bytes) / whole.median * 1e-3, read.median, 100 * read.median / whole.median, error,
+      lse_error, kernel->threads / 32, kernel->shared_bytes);
   std::fflush(stdout);
   CHECK_CUDA(cudaGraphExecDestroy(exec));
   CHECK_CUDA(cudaGraphDestroy(graph));
@@ -373,11 +404,13 @@ std::string RunShape(const Shape& s, int sms) {
   for (void* p : owned) CHECK_CUDA(cudaFree(p));
   char line[1024];
   std::snprintf(line, sizeof(line),
-                "{\"pair\": \"%s\", \"sequences\": %d, \"kv_heads\": %d, \"tokens\": %d, \"head_dim\": %d, \"group\": %d, \"bytes\": %zu, "
-                "\"attend_us\": %.2f, \"with_merge_us\": %.2f, \"least_us\": %.2f, \"most_us\": %.2f, \"in_graph_us\": %.2f, "
+                "{\"pair\": \"%s\", \"sequences\": %d, \"kv_heads\": %d, \"tokens\": %d, \"head_dim\": %d, "
+                "\"group\": %d, \"bytes\": %zu, "
+                "\"attend_us\": %.2f, \"with_merge_us\": %.2f, \"least_us\": %.2f, \"most_us\": %.2f, "
+                "\"in_graph_us\": %.2f, "
                 "\"read_only_us\": %.2f, \"relative_error\": %.3e, \"lse_error\": %.3e}",
-                s.pair, s.sequences, s.kv_heads, s.tokens, s.dim, s.group, bytes, attend_only.median, whole.median, whole.least, whole.most,
-                in_graph.median / 10, read.median, error, lse_error);
+                s.pair, s.sequences, s.kv_heads, s.tokens, s.dim, s.group, bytes, attend_only.median,
+                whole.median, whole.least, whole.most, in_graph.median / 10, read.median, error, lse_error);
   return line;
 }
 
@@ -406,7 +439,8 @@ int Main(int argc, char** argv) {
   std::printf("%s, %d SMs\n", device.name, device.multiProcessorCount);
   std::string rows;
   for (const Shape& s : kShapes) {
-    const std::string name = std::string(s.pair) + " " + std::to_string(s.sequences) + "x" + std::to_string(s.kv_heads) + "x" + std::to_string(s.tokens) + " d" +
+    const std::string name = std::string(s.pair) + " " + std::to_string(s.sequences) + "x" +
+                             std::to_string(s.kv_heads) + "x" + std::to_string(s.tokens) + " d" +
                              std::to_string(s.dim) + " G" + std::to_string(s.group);
     if (!Matches(filter, name)) continue;
     const std::string row = RunShape(s, device.multiProcessorCount);
@@ -414,7 +448,8 @@ int Main(int argc, char** argv) {
   }
   if (!json.empty()) {
     std::ofstream file(json);
-    file << "{\n  \"device\": \"" << device.name << "\",\n  \"driver\": " << driver << ",\n  \"shapes\": [" << rows << "\n  ]\n}\n";
+    file << "{\n  \"device\": \"" << device.name << "\",\n  \"driver\": " << driver << ",\n  \"shapes\": ["
+         << rows << "\n  ]\n}\n";
   }
   return 0;
 }

@@ -1,5 +1,5 @@
-// Random but tame blocks in device memory, for benchmarks: any bits as codes, scales between 1/64 and 1/32, f16 values of
-// magnitude 1/2 to 2.
+// Random but tame blocks in device memory, for benchmarks: any bits as codes, scales between 1/64 and 1/32,
+// f16 values of magnitude 1/2 to 2.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,18 +22,22 @@ namespace kvtide::bench {
   } while (0)
 
 static __global__ void FillRandomWords(uint32_t* words, size_t count, uint32_t seed) {
-  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < count; i += static_cast<size_t>(gridDim.x) * blockDim.x) {
+  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < count;
+       i += static_cast<size_t>(gridDim.x) * blockDim.x) {
     uint64_t x = (i + 1) * 0x9e3779b97f4a7c15ull + seed;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
     words[i] = static_cast<uint32_t>(x ^ (x >> 31));
   }
 }
-static __global__ void TameHalfWords(uint16_t* base, size_t record_bytes, size_t records, size_t offset, size_t bytes, bool scales) {
+static __global__ void TameHalfWords(uint16_t* base, size_t record_bytes, size_t records, size_t offset,
+                                     size_t bytes, bool scales) {
   const size_t per = bytes / 2;
-  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < per * records; i += static_cast<size_t>(gridDim.x) * blockDim.x) {
+  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < per * records;
+       i += static_cast<size_t>(gridDim.x) * blockDim.x) {
     uint16_t& h = base[(i / per * record_bytes + offset) / 2 + i % per];
-    h = scales ? static_cast<uint16_t>(0x2400u | (h & 0x3ffu)) : static_cast<uint16_t>(0x3800u | (h & 0x87ffu));
+    h = scales ? static_cast<uint16_t>(0x2400u | (h & 0x3ffu))
+               : static_cast<uint16_t>(0x3800u | (h & 0x87ffu));
   }
 }
 
@@ -43,7 +47,8 @@ inline void FillBlocks(const BlockLayout& layout, size_t blocks, std::byte* data
   const size_t records = blocks * static_cast<size_t>(layout.shape().kv_heads * layout.shape().layers);
   const auto tame = [&](const HalfLayout& half, size_t at) {
     const bool coded = half.groups > 0;
-    TameHalfWords<<<2048, 256>>>(reinterpret_cast<uint16_t*>(data), layout.record_bytes(), records, coded ? at + half.code_bytes : at,
+    TameHalfWords<<<2048, 256>>>(reinterpret_cast<uint16_t*>(data), layout.record_bytes(), records,
+                                 coded ? at + half.code_bytes : at,
                                  coded ? half.scale_bytes : half.code_bytes, coded);
   };
   tame(layout.k(), 0);

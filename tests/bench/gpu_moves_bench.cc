@@ -1,5 +1,5 @@
-// Seals and moves of the CUDA backend through the Backend interface: recoding f16 blocks into a pair, and copies of blocks
-// between device and pinned host memory, beside the machine's own copy rates.
+// Seals and moves of the CUDA backend through the Backend interface: recoding f16 blocks into a pair, and
+// copies of blocks between device and pinned host memory, beside the machine's own copy rates.
 //   gpu_moves_bench [--json FILE]
 #include <cuda_runtime.h>
 
@@ -18,7 +18,9 @@
 namespace kvtide {
 namespace {
 
-double Now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+double Now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 template <class F>
 double BestSeconds(int rounds, F call) {
@@ -48,8 +50,8 @@ int Main(int argc, char** argv) {
   std::string rows;
   const auto report = [&](const std::string& name, double gigabytes_per_second) {
     std::printf("%-44s %8.1f GB/s\n", name.c_str(), gigabytes_per_second);
-    rows += (rows.empty() ? "" : ",") + std::string("\n    {\"what\": \"") + name + "\", \"gigabytes_per_second\": " +
-            std::to_string(gigabytes_per_second) + "}";
+    rows += (rows.empty() ? "" : ",") + std::string("\n    {\"what\": \"") + name +
+            "\", \"gigabytes_per_second\": " + std::to_string(gigabytes_per_second) + "}";
   };
 
   // Moves: 1 GiB in blocks of 1 MiB, from and to pinned memory; and one copy of the driver for comparison.
@@ -62,14 +64,19 @@ int Main(int argc, char** argv) {
   for (const bool in : {true, false}) {
     const cudaMemcpyKind kind = in ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost;
     const double raw = BestSeconds(4, [&] {
-      (void)cudaMemcpy(in ? static_cast<void*>(slab->data()) : host, in ? host : static_cast<void*>(slab->data()), kBytes, kind);
+      (void)cudaMemcpy(in ? static_cast<void*>(slab->data()) : host,
+                       in ? host : static_cast<void*>(slab->data()), kBytes, kind);
     });
     std::vector<CopyPiece> pieces;
     for (size_t at = 0; at < kBytes; at += kBlock)
-      pieces.push_back(in ? CopyPiece{slab->data() + at, pinned + at, kBlock} : CopyPiece{pinned + at, slab->data() + at, kBlock});
-    const double mine = BestSeconds(4, [&] { CopyAndWait(backend, pieces, in ? CopyDirection::kFromHost : CopyDirection::kToHost); });
-    report(in ? "one cudaMemcpy, host to device" : "one cudaMemcpy, device to host", 1e-9 * static_cast<double>(kBytes) / raw);
-    report(in ? "blocks of 1 MiB, host to device" : "blocks of 1 MiB, device to host", 1e-9 * static_cast<double>(kBytes) / mine);
+      pieces.push_back(in ? CopyPiece{slab->data() + at, pinned + at, kBlock}
+                          : CopyPiece{pinned + at, slab->data() + at, kBlock});
+    const double mine = BestSeconds(
+        4, [&] { CopyAndWait(backend, pieces, in ? CopyDirection::kFromHost : CopyDirection::kToHost); });
+    report(in ? "one cudaMemcpy, host to device" : "one cudaMemcpy, device to host",
+           1e-9 * static_cast<double>(kBytes) / raw);
+    report(in ? "blocks of 1 MiB, host to device" : "blocks of 1 MiB, device to host",
+           1e-9 * static_cast<double>(kBytes) / mine);
   }
   // Inside: read plus written.
   const double inside = BestSeconds(4, [&] {
@@ -88,8 +95,9 @@ int Main(int argc, char** argv) {
     std::mt19937 rng(3);
     for (uint16_t& x : values) x = static_cast<uint16_t>(0x3000u + rng() % 0x1000u + (rng() % 2) * 0x8000u);
     for (int i = 0; i < kBlocks; i++)
-      CopyAndWait(backend, {{from->data() + exact.block_bytes() * static_cast<size_t>(i), reinterpret_cast<std::byte*>(values.data()),
-                             exact.block_bytes()}},
+      CopyAndWait(backend,
+                  {{from->data() + exact.block_bytes() * static_cast<size_t>(i),
+                    reinterpret_cast<std::byte*>(values.data()), exact.block_bytes()}},
                   CopyDirection::kFromHost);
     std::vector<RecodePiece> pieces(kBlocks);
     for (int i = 0; i < kBlocks; i++) {
@@ -104,7 +112,8 @@ int Main(int argc, char** argv) {
            1e-9 * static_cast<double>((exact.block_bytes() + coded.block_bytes()) * kBlocks) / seconds);
   }
   for (int i = 1; i + 1 < argc; i += 2)
-    if (std::strcmp(argv[i], "--json") == 0) std::ofstream(argv[i + 1]) << "{\n  \"rates\": [" << rows << "\n  ]\n}\n";
+    if (std::strcmp(argv[i], "--json") == 0)
+      std::ofstream(argv[i + 1]) << "{\n  \"rates\": [" << rows << "\n  ]\n}\n";
   (void)cudaFreeHost(host);
   return 0;
 }

@@ -1,8 +1,9 @@
-// Prefill on a GPU: chunks of many queries at the end of a long context, with the prefill kernels and with the kernels for
-// few rows, which the prefill replaces; and where the two cross. Times are those of the kernels (decoding included), between
-// events; median of several calls over buffers in turn. The relative error is between the two ways: the kernels for few rows
-// are within 1e-5 (coded) or 1e-6 (f16) of float64.
-//   gpu_prefill_bench [--json FILE] [--quick 1] [--warpgroups 0]   (0: the kernels for any compute capability)
+// Prefill on a GPU: chunks of many queries at the end of a long context, with the prefill kernels and with
+// the kernels for few rows, which the prefill replaces; and where the two cross. Times are those of the
+// kernels (decoding included), between events; median of several calls over buffers in turn. The relative
+// error is between the two ways: the kernels for few rows are within 1e-5 (coded) or 1e-6 (f16) of float64.
+//   gpu_prefill_bench [--json FILE] [--quick 1] [--warpgroups 0]   (0: the kernels for any compute
+//   capability)
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -26,25 +27,28 @@ struct Shape {
   bool compare;  // with the kernels for few rows
 };
 constexpr Shape kShapes[] = {
-    {"f16", 512, 8192, 32, 8, 128, true},     {"turbo4", 512, 8192, 32, 8, 128, true},   {"f16", 512, 32768, 32, 8, 128, false},
-    {"turbo4", 512, 32768, 32, 8, 128, true}, {"f16", 2048, 8192, 32, 8, 128, false},    {"turbo4", 2048, 8192, 32, 8, 128, false},
-    {"f16", 2048, 32768, 32, 8, 128, false},  {"turbo4", 2048, 32768, 32, 8, 128, true}, {"turbo4", 2048, 2048, 32, 8, 128, true},
-    {"turbo3", 512, 32768, 32, 8, 128, false}, {"q8_0", 512, 32768, 32, 8, 128, false},  {"turbo4", 512, 32768, 32, 8, 64, false},
-    {"turbo4", 512, 32768, 16, 4, 256, false},
-    {"turbo4", 5, 8192, 32, 8, 128, true},    {"turbo4", 8, 8192, 32, 8, 128, true},     {"turbo4", 16, 8192, 32, 8, 128, true},
-    {"turbo4", 32, 8192, 32, 8, 128, true},   {"turbo4", 64, 8192, 32, 8, 128, true},    {"turbo4", 128, 8192, 32, 8, 128, true},
-    {"turbo4", 64, 32768, 32, 8, 128, true},  {"turbo4", 128, 32768, 32, 8, 128, true},  {"f16", 64, 8192, 32, 8, 128, true},
-    {"f16", 64, 32768, 32, 8, 128, true},     {"f16", 8, 8192, 32, 8, 128, true},        {"f16", 16, 8192, 32, 8, 128, true},
-    {"f16", 32, 8192, 32, 8, 128, true},
+    {"f16", 512, 8192, 32, 8, 128, true},      {"turbo4", 512, 8192, 32, 8, 128, true},
+    {"f16", 512, 32768, 32, 8, 128, false},    {"turbo4", 512, 32768, 32, 8, 128, true},
+    {"f16", 2048, 8192, 32, 8, 128, false},    {"turbo4", 2048, 8192, 32, 8, 128, false},
+    {"f16", 2048, 32768, 32, 8, 128, false},   {"turbo4", 2048, 32768, 32, 8, 128, true},
+    {"turbo4", 2048, 2048, 32, 8, 128, true},  {"turbo3", 512, 32768, 32, 8, 128, false},
+    {"q8_0", 512, 32768, 32, 8, 128, false},   {"turbo4", 512, 32768, 32, 8, 64, false},
+    {"turbo4", 512, 32768, 16, 4, 256, false}, {"turbo4", 5, 8192, 32, 8, 128, true},
+    {"turbo4", 8, 8192, 32, 8, 128, true},     {"turbo4", 16, 8192, 32, 8, 128, true},
+    {"turbo4", 32, 8192, 32, 8, 128, true},    {"turbo4", 64, 8192, 32, 8, 128, true},
+    {"turbo4", 128, 8192, 32, 8, 128, true},   {"turbo4", 64, 32768, 32, 8, 128, true},
+    {"turbo4", 128, 32768, 32, 8, 128, true},  {"f16", 64, 8192, 32, 8, 128, true},
+    {"f16", 64, 32768, 32, 8, 128, true},      {"f16", 8, 8192, 32, 8, 128, true},
+    {"f16", 16, 8192, 32, 8, 128, true},       {"f16", 32, 8192, 32, 8, 128, true},
 };
 
-#define CHECK_OK(x)                                                          \
-  do {                                                                       \
-    const absl::Status status_ = (x);                                        \
-    if (!status_.ok()) {                                                     \
-      std::printf("%s\n", std::string(status_.message()).c_str());           \
-      std::exit(1);                                                          \
-    }                                                                        \
+#define CHECK_OK(x)                                                \
+  do {                                                             \
+    const absl::Status status_ = (x);                              \
+    if (!status_.ok()) {                                           \
+      std::printf("%s\n", std::string(status_.message()).c_str()); \
+      std::exit(1);                                                \
+    }                                                              \
   } while (0)
 
 std::string RunShape(const Shape& s, int processors, bool warpgroups) {
@@ -117,19 +121,25 @@ std::string RunShape(const Shape& s, int processors, bool warpgroups) {
     worst = error <= worst ? worst : error == error ? error : 1e9;
   }
   // Products of the visible part, times 2 for additions.
-  const double seen = static_cast<double>(s.queries) * (static_cast<double>(s.tokens) - 0.5 * (s.queries - 1));
+  const double seen =
+      static_cast<double>(s.queries) * (static_cast<double>(s.tokens) - 0.5 * (s.queries - 1));
   const double flops = 4.0 * seen * s.heads * s.dim;
   KVTIDE_BENCH_CUDA(cudaFree(data));
   KVTIDE_BENCH_CUDA(cudaEventDestroy(environment.begin));
   KVTIDE_BENCH_CUDA(cudaEventDestroy(environment.end));
-  std::printf("%-7s %4d queries, %6d tokens, %2d/%d heads, d %3d | prefill %8.1f us %6.1f TFLOP/s | few rows %9.1f us (%5.1fx) | difference %.1e\n",
-              s.pair, s.queries, s.tokens, s.heads, s.kv_heads, s.dim, us[0], flops / us[0] * 1e-6, us[1], us[1] / us[0], worst);
+  std::printf(
+      "%-7s %4d queries, %6d tokens, %2d/%d heads, d %3d | prefill %8.1f us %6.1f TFLOP/s | few rows %9.1f "
+      "us (%5.1fx) | difference %.1e\n",
+      s.pair, s.queries, s.tokens, s.heads, s.kv_heads, s.dim, us[0], flops / us[0] * 1e-6, us[1],
+      us[1] / us[0], worst);
   std::fflush(stdout);
   char line[512];
   std::snprintf(line, sizeof(line),
-                "{\"pair\": \"%s\", \"queries\": %d, \"tokens\": %d, \"heads\": %d, \"kv_heads\": %d, \"head_dim\": %d, \"prefill_us\": %.1f, "
+                "{\"pair\": \"%s\", \"queries\": %d, \"tokens\": %d, \"heads\": %d, \"kv_heads\": %d, "
+                "\"head_dim\": %d, \"prefill_us\": %.1f, "
                 "\"tflops\": %.1f, \"few_rows_us\": %.1f, \"difference\": %.2e}",
-                s.pair, s.queries, s.tokens, s.heads, s.kv_heads, s.dim, us[0], flops / us[0] * 1e-6, us[1], worst);
+                s.pair, s.queries, s.tokens, s.heads, s.kv_heads, s.dim, us[0], flops / us[0] * 1e-6, us[1],
+                worst);
   return line;
 }
 
@@ -153,7 +163,9 @@ int Main(int argc, char** argv) {
     if (quick && (s.tokens > 8192 || s.dim != 128)) continue;
     rows += (rows.empty() ? "\n    " : ",\n    ") + RunShape(s, device.multiProcessorCount, warpgroups);
   }
-  if (!json.empty()) std::ofstream(json) << "{\n  \"device\": \"" << device.name << "\",\n  \"shapes\": [" << rows << "\n  ]\n}\n";
+  if (!json.empty())
+    std::ofstream(json) << "{\n  \"device\": \"" << device.name << "\",\n  \"shapes\": [" << rows
+                        << "\n  ]\n}\n";
   return 0;
 }
 

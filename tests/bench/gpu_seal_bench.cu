@@ -1,5 +1,6 @@
-// Rates of the encoders (seals) and decoders of the CUDA backend, in bytes read plus bytes written, beside a copy inside the
-// device in the same run. Kernels only, between events, over more data than three times the L2; median of several launches.
+// Rates of the encoders (seals) and decoders of the CUDA backend, in bytes read plus bytes written, beside a
+// copy inside the device in the same run. Kernels only, between events, over more data than three times the
+// L2; median of several launches.
 //   gpu_seal_bench [--json FILE]
 #include <algorithm>
 #include <cstdio>
@@ -55,13 +56,16 @@ int Main(int argc, char** argv) {
   KVTIDE_BENCH_CUDA(cudaMalloc(&a, kCopyBytes));
   KVTIDE_BENCH_CUDA(cudaMalloc(&b, kCopyBytes));
   bench::FillRandomWords<<<2048, 256>>>(reinterpret_cast<uint32_t*>(a), kCopyBytes / 4, 1);
-  const double copy = 2e-9 * static_cast<double>(kCopyBytes) /
-                      MedianSeconds([&] { KVTIDE_BENCH_CUDA(cudaMemcpyAsync(b, a, kCopyBytes, cudaMemcpyDeviceToDevice, nullptr)); });
+  const double copy =
+      2e-9 * static_cast<double>(kCopyBytes) / MedianSeconds([&] {
+        KVTIDE_BENCH_CUDA(cudaMemcpyAsync(b, a, kCopyBytes, cudaMemcpyDeviceToDevice, nullptr));
+      });
   KVTIDE_BENCH_CUDA(cudaFree(a));
   KVTIDE_BENCH_CUDA(cudaFree(b));
   const auto report = [&](const std::string& what, double bytes, double seconds) {
     rows.push_back({what, 1e-9 * bytes / seconds, 1e-9 * bytes / seconds / copy});
-    std::printf("%-44s %8.1f GB/s  %5.1f %% of a copy\n", what.c_str(), rows.back().gigabytes_per_second, 100 * rows.back().of_copy);
+    std::printf("%-44s %8.1f GB/s  %5.1f %% of a copy\n", what.c_str(), rows.back().gigabytes_per_second,
+                100 * rows.back().of_copy);
     std::fflush(stdout);
   };
   report("copy inside the device", copy * 1e9, 1);
@@ -99,14 +103,19 @@ int Main(int argc, char** argv) {
           const HalfLayout& half = key ? coded.k() : coded.v();
           const CacheType type = key ? coded.pair().k : coded.pair().v;
           const double bytes = static_cast<double>(records) *
-                               static_cast<double>((key ? exact.k() : exact.v()).code_bytes + half.code_bytes + static_cast<size_t>(half.groups) * 128);
-          const std::string label = std::string(name) + (key ? centred ? " keys, centred" : " keys" : " values") + ", d " + std::to_string(dim);
+                               static_cast<double>((key ? exact.k() : exact.v()).code_bytes +
+                                                   half.code_bytes + static_cast<size_t>(half.groups) * 128);
+          const std::string label = std::string(name) +
+                                    (key ? centred ? " keys, centred" : " keys" : " values") + ", d " +
+                                    std::to_string(dim);
           const int count = static_cast<int>(records);
           report("seal " + label, bytes, MedianSeconds([&] {
-                   KVTIDE_BENCH_CUDA(LaunchEncode(type, side, half, RowSource::kF16Page, seals_device, count, nullptr));
+                   KVTIDE_BENCH_CUDA(
+                       LaunchEncode(type, side, half, RowSource::kF16Page, seals_device, count, nullptr));
                  }));
           report("decode " + label, bytes, MedianSeconds([&] {
-                   KVTIDE_BENCH_CUDA(LaunchDecode(type, side, half, RowTarget::kF16Tile, dim, decodes_device, count, nullptr));
+                   KVTIDE_BENCH_CUDA(LaunchDecode(type, side, half, RowTarget::kF16Tile, dim, decodes_device,
+                                                  count, nullptr));
                  }));
           KVTIDE_BENCH_CUDA(cudaFree(const_cast<CodecJob*>(seals_device)));
           KVTIDE_BENCH_CUDA(cudaFree(const_cast<CodecJob*>(decodes_device)));
@@ -121,7 +130,8 @@ int Main(int argc, char** argv) {
       std::ofstream file(argv[i + 1]);
       file << "{\n  \"device\": \"" << device.name << "\",\n  \"rates\": [";
       for (size_t r = 0; r < rows.size(); r++)
-        file << (r == 0 ? "\n    " : ",\n    ") << "{\"what\": \"" << rows[r].what << "\", \"gigabytes_per_second\": " << rows[r].gigabytes_per_second
+        file << (r == 0 ? "\n    " : ",\n    ") << "{\"what\": \"" << rows[r].what
+             << "\", \"gigabytes_per_second\": " << rows[r].gigabytes_per_second
              << ", \"of_copy\": " << rows[r].of_copy << "}";
       file << "\n  ]\n}\n";
     }

@@ -1,5 +1,5 @@
-// Compiled, never run: one kernel of each kind for every generation of GPUs that the backend supports, so that code for
-// those that nobody builds every day keeps compiling. The target kvtide_cuda_archs.
+// Compiled, never run: one kernel of each kind for every generation of GPUs that the backend supports, so
+// that code for those that nobody builds every day keeps compiling. The target kvtide_cuda_archs.
 #include "kernels/cuda/combine_kernel.cuh"
 #include "kernels/cuda/instantiate.cuh"
 #include "kernels/cuda/prefill_kernel.cuh"

@@ -1,4 +1,5 @@
-// The CUDA backend on the machine's first GPU passes the conformance suite of backends. Skipped without a GPU.
+// The CUDA backend on the machine's first GPU passes the conformance suite of backends. Skipped without a
+// GPU.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -26,7 +27,8 @@ BackendCase CaseOf(const std::string& name, int most_decode_rows) {
 }
 
 // All rows by the kernels for few rows, and all that may be (attend_check.h) by the prefill kernels.
-INSTANTIATE_TEST_SUITE_P(Cuda, BackendConformance, ::testing::Values(CaseOf("cuda", 1 << 30), CaseOf("prefill", kFewRows)), CaseName);
+INSTANTIATE_TEST_SUITE_P(Cuda, BackendConformance,
+                         ::testing::Values(CaseOf("cuda", 1 << 30), CaseOf("prefill", kFewRows)), CaseName);
 
 TEST(CudaBackendOptions, ScratchIsWhatThePlannerCounts) {
   EXPECT_EQ(static_cast<int64_t>(CudaBackendOptions().scratch_bytes), planner::kKvtideScratchBytes);

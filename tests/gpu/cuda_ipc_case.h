@@ -21,9 +21,11 @@ inline absl::Status FillIpcBlocks(Backend& backend, std::byte* slab) {
   std::vector<std::byte> bytes(layout.block_bytes() * kIpcBlocks);
   for (std::byte& b : bytes) b = static_cast<std::byte>(rng());
   for (size_t record = 0; record < bytes.size(); record += layout.record_bytes())
-    for (const auto& [at, count] : {std::pair{layout.k_scales(), layout.k().scale_bytes}, std::pair{layout.v_scales(), layout.v().scale_bytes}})
+    for (const auto& [at, count] : {std::pair{layout.k_scales(), layout.k().scale_bytes},
+                                    std::pair{layout.v_scales(), layout.v().scale_bytes}})
       for (size_t i = 1; i < count; i += 2) bytes[record + at + i] = std::byte{0x28};  // about 2^-5
-  auto ticket = backend.StartCopy(std::vector<CopyPiece>{{slab, bytes.data(), bytes.size()}}, CopyDirection::kFromHost);
+  auto ticket =
+      backend.StartCopy(std::vector<CopyPiece>{{slab, bytes.data(), bytes.size()}}, CopyDirection::kFromHost);
   if (!ticket.ok()) return ticket.status();
   for (;;) {
     const auto done = backend.Poll(*ticket);

@@ -1,5 +1,6 @@
-// A slab of the CUDA backend mapped into a second process, which attends over it there with its own backend: the result is
-// the same to the last bit. This is how an engine on the same GPU reads the daemon's pool without an RPC per layer.
+// A slab of the CUDA backend mapped into a second process, which attends over it there with its own backend:
+// the result is the same to the last bit. This is how an engine on the same GPU reads the daemon's pool
+// without an RPC per layer.
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>
 #include <sys/wait.h>
@@ -58,7 +59,8 @@ TEST(CudaIpc, ASecondProcessAttendsOverTheSameSlab) {
   std::vector<float> there(here.size());
   size_t got = 0;
   while (got < there.size() * sizeof(float)) {
-    const ssize_t n = read(from_child[0], reinterpret_cast<char*>(there.data()) + got, there.size() * sizeof(float) - got);
+    const ssize_t n =
+        read(from_child[0], reinterpret_cast<char*>(there.data()) + got, there.size() * sizeof(float) - got);
     if (n <= 0) break;
     got += static_cast<size_t>(n);
   }

@@ -1,5 +1,5 @@
-// Two GPUs of one machine: the same blocks give the same bits on both, calls of two threads run side by side, and one
-// pinned slab of host memory serves the copies of both. Skipped, and said so, where there is one GPU.
+// Two GPUs of one machine: the same blocks give the same bits on both, calls of two threads run side by side,
+// and one pinned slab of host memory serves the copies of both. Skipped, and said so, where there is one GPU.
 #include <gtest/gtest.h>
 
 #include <cstdio>
@@ -30,7 +30,8 @@ class TwoDevices : public ::testing::Test {
       slabs_.push_back(std::move(slab).value());
     }
   }
-  absl::Status Copy(size_t device, std::byte* target, const std::byte* source, size_t bytes, CopyDirection direction) {
+  absl::Status Copy(size_t device, std::byte* target, const std::byte* source, size_t bytes,
+                    CopyDirection direction) {
     const CopyPiece piece{target, source, bytes};
     const auto ticket = backends_[device]->StartCopy({&piece, 1}, direction);
     if (!ticket.ok()) return ticket.status();
@@ -53,7 +54,8 @@ TEST_F(TwoDevices, EqualBlocksGiveEqualBitsSideBySide) {
   for (size_t d = 0; d < 2; d++) {
     threads.emplace_back([&, d] {
       first[d] = AttendIpcBlocks(*backends_[d], slabs_[d]->data());
-      for (int i = 0; i < 200; i++) same[d] = same[d] && AttendIpcBlocks(*backends_[d], slabs_[d]->data()) == first[d];
+      for (int i = 0; i < 200; i++)
+        same[d] = same[d] && AttendIpcBlocks(*backends_[d], slabs_[d]->data()) == first[d];
     });
   }
   for (std::thread& thread : threads) thread.join();

@@ -19,7 +19,8 @@ const std::byte* const* Table() {
 
 std::vector<AttendUnit> RandomUnits(std::mt19937& rng, int most_units, int most_pages) {
   std::vector<AttendUnit> units(1 + rng() % static_cast<unsigned>(most_units));
-  for (AttendUnit& unit : units) unit.pages = static_cast<uint32_t>(1 + rng() % static_cast<unsigned>(most_pages));
+  for (AttendUnit& unit : units)
+    unit.pages = static_cast<uint32_t>(1 + rng() % static_cast<unsigned>(most_pages));
   const uint32_t pages = NumberPages(&units);
   EXPECT_LE(pages, 1u << 16);
   for (AttendUnit& unit : units) unit.blocks = Table() + unit.first_page;
@@ -28,9 +29,10 @@ std::vector<AttendUnit> RandomUnits(std::mt19937& rng, int most_units, int most_
 
 uint32_t EndOf(const AttendUnit& unit) { return unit.first_page + unit.pages; }
 
-// Slots written for each unit when every worker reads its pages: a state for each unit that ends before the worker's
-// share does, and one for all workers of a CTA that end in its last unit.
-std::vector<std::set<uint32_t>> WrittenSlots(const std::vector<AttendUnit>& units, const std::vector<AttendWorker>& workers, size_t warps) {
+// Slots written for each unit when every worker reads its pages: a state for each unit that ends before the
+// worker's share does, and one for all workers of a CTA that end in its last unit.
+std::vector<std::set<uint32_t>> WrittenSlots(const std::vector<AttendUnit>& units,
+                                             const std::vector<AttendWorker>& workers, size_t warps) {
   std::vector<std::set<uint32_t>> written(units.size());
   std::set<uint32_t> all;
   const auto write = [&](size_t unit, size_t worker) {
@@ -88,7 +90,10 @@ TEST(AttendPlan, WorkersCoverAllPagesOnce) {
 TEST(AttendPlan, SlotsAreThoseThatTheKernelWrites) {
   std::mt19937 rng(2);
   for (int round = 0; round < 1000; round++) {
-    const std::vector<AttendUnit> units = RandomUnits(rng, 40, round % 3 == 0 ? 4 : round % 3 == 1 ? 30 : 300);
+    const std::vector<AttendUnit> units = RandomUnits(rng, 40,
+                                                      round % 3 == 0   ? 4
+                                                      : round % 3 == 1 ? 30
+                                                                       : 300);
     const int warps = 1 + static_cast<int>(rng() % kMostWarps);
     const std::vector<AttendWorker> workers = CutShares(units, 1 + static_cast<int>(rng() % 20), warps);
     const std::vector<std::set<uint32_t>> written = WrittenSlots(units, workers, static_cast<size_t>(warps));
@@ -97,7 +102,8 @@ TEST(AttendPlan, SlotsAreThoseThatTheKernelWrites) {
       const uint32_t count = AppendSlots(units, unit, workers.size(), warps, &slots);
       EXPECT_EQ(count, slots.size());
       EXPECT_TRUE(std::is_sorted(slots.begin(), slots.end()));
-      ASSERT_EQ(std::set<uint32_t>(slots.begin(), slots.end()), written[unit]) << "round " << round << ", unit " << unit;
+      ASSERT_EQ(std::set<uint32_t>(slots.begin(), slots.end()), written[unit])
+          << "round " << round << ", unit " << unit;
     }
   }
 }

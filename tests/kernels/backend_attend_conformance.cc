@@ -350,7 +350,8 @@ TEST_P(BackendConformance, AttendsPrefillAndDecodeInOneCall) {
   const int counts[] = {200, 1, 40, 2};
   for (size_t i = 0; i < 4; i++) {
     sequences.push_back(std::make_unique<TestSequence>(backend(), shape));
-    sequences[i]->AddRun(pairs[i], 300 + 70 * static_cast<int64_t>(i), GaussianRows(70 + static_cast<uint32_t>(i)));
+    sequences[i]->AddRun(pairs[i], 300 + 70 * static_cast<int64_t>(i),
+                         GaussianRows(70 + static_cast<uint32_t>(i)));
     cases[i].queries = counts[i];
     cases[i].group = 3;
     queries.push_back(MakeQueries(*sequences[i], cases[i]));

@@ -1,5 +1,5 @@
-// The tiles of the prefill kernels in an emulated warp, against float64: head dims, masks, soft-cap, raised references; and
-// the cut of groups into parts.
+// The tiles of the prefill kernels in an emulated warp, against float64: head dims, masks, soft-cap, raised
+// references; and the cut of groups into parts.
 #include "kernels/cuda/prefill_tile.h"
 
 #include <gtest/gtest.h>
@@ -26,9 +26,9 @@ using testing::RunWarp;
 
 struct Case {
   int pages = 1;
-  float magnitude = 1;    // of the queries
-  float softcap = 0;      // in units of the logits times log2(e)
-  float growth = 0;       // of the keys from page to page: the reference has to follow
+  float magnitude = 1;  // of the queries
+  float softcap = 0;    // in units of the logits times log2(e)
+  float growth = 0;     // of the keys from page to page: the reference has to follow
   bool causal = false;
   unsigned seed = 1;
 };
@@ -64,7 +64,9 @@ void Check(const Case& c) {
   }
   const float unit = c.magnitude * 1.44269504f / std::sqrt(static_cast<float>(D));
   const int tokens = kBlockTokens * c.pages - 7;
-  const auto limit = [&](int row) { return RowLimits{row % 5, c.causal ? std::min(tokens, row + 20) : tokens}; };
+  const auto limit = [&](int row) {
+    return RowLimits{row % 5, c.causal ? std::min(tokens, row + 20) : tokens};
+  };
 
   std::vector<double> out(static_cast<size_t>(Tile::kRows * D)), sums(Tile::kRows), references(Tile::kRows);
   RunWarp([&](int lane) {
@@ -95,7 +97,8 @@ void Check(const Case& c) {
         references[row] = static_cast<double>(tile->Reference(m, h));
         for (int j = 0; j < D / 8; j++)
           for (int e = 0; e < 2; e++)
-            out[row * D + static_cast<size_t>(8 * j + 2 * column + e)] = static_cast<double>(tile->output[m][j][2 * h + e]);
+            out[row * D + static_cast<size_t>(8 * j + 2 * column + e)] =
+                static_cast<double>(tile->output[m][j][2 * h + e]);
       }
   });
 
@@ -106,9 +109,11 @@ void Check(const Case& c) {
     for (int t = visible.begin; t < visible.end; t++) {
       double dot = 0;
       for (int d = 0; d < D; d++)
-        dot += q[static_cast<size_t>((kFirst + r) * D + d)] * k[static_cast<size_t>(t / 64)][static_cast<size_t>(t % 64 * D + d)];
+        dot += q[static_cast<size_t>((kFirst + r) * D + d)] *
+               k[static_cast<size_t>(t / 64)][static_cast<size_t>(t % 64 * D + d)];
       dot *= static_cast<double>(unit);
-      if (c.softcap > 0) dot = static_cast<double>(c.softcap) * std::tanh(dot / static_cast<double>(c.softcap));
+      if (c.softcap > 0)
+        dot = static_cast<double>(c.softcap) * std::tanh(dot / static_cast<double>(c.softcap));
       logits[static_cast<size_t>(t)] = dot;
       top = std::max(top, dot);
     }
@@ -116,16 +121,20 @@ void Check(const Case& c) {
       const double w = std::exp2(logits[static_cast<size_t>(t)] - top);
       sum += w;
       for (int d = 0; d < D; d++)
-        expected[static_cast<size_t>(d)] += w * v[static_cast<size_t>(t / 64)][static_cast<size_t>(t % 64 * D + d)];
+        expected[static_cast<size_t>(d)] +=
+            w * v[static_cast<size_t>(t / 64)][static_cast<size_t>(t % 64 * D + d)];
     }
     double error = 0, size = 0;
     for (int d = 0; d < D; d++) {
-      const double e = expected[static_cast<size_t>(d)] / sum, x = out[static_cast<size_t>(r * D + d)] / sums[static_cast<size_t>(r)];
+      const double e = expected[static_cast<size_t>(d)] / sum,
+                   x = out[static_cast<size_t>(r * D + d)] / sums[static_cast<size_t>(r)];
       error += (e - x) * (e - x);
       size += e * e;
     }
     ASSERT_LE(std::sqrt(error), 1e-3 * std::sqrt(size)) << "row " << r;
-    ASSERT_NEAR(references[static_cast<size_t>(r)] + std::log2(sums[static_cast<size_t>(r)]), top + std::log2(sum), 1e-3) << "row " << r;
+    ASSERT_NEAR(references[static_cast<size_t>(r)] + std::log2(sums[static_cast<size_t>(r)]),
+                top + std::log2(sum), 1e-3)
+        << "row " << r;
   }
 }
 

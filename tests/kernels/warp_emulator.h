@@ -1,7 +1,7 @@
-// A warp emulated on a CPU: the class that kernels/cuda tile code takes as its machine. The 32 lanes are coroutines; a
-// collective (shuffle, vote, matrix product, matrix load) parks its lane, and when all lanes are parked on the same one it
-// is computed from its definition in the PTX manual. A collective that not all lanes reach alike stops the process.
-// Shared memory is a plain buffer. Not for several threads at once.
+// A warp emulated on a CPU: the class that kernels/cuda tile code takes as its machine. The 32 lanes are
+// coroutines; a collective (shuffle, vote, matrix product, matrix load) parks its lane, and when all lanes
+// are parked on the same one it is computed from its definition in the PTX manual. A collective that not all
+// lanes reach alike stops the process. Shared memory is a plain buffer. Not for several threads at once.
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,17 @@ namespace kvtide::testing {
 void RunWarp(const std::function<void(int lane)>& lane_code);
 
 // What parks a lane: `kind` names the collective, in/out are its operands and results.
-enum class Collective { kNone, kShuffle, kAll, kMmaSigned, kMmaUnsigned, kMmaF16, kMmaBf16, kLoadMatrix, kLoadMatrixTransposed };
+enum class Collective {
+  kNone,
+  kShuffle,
+  kAll,
+  kMmaSigned,
+  kMmaUnsigned,
+  kMmaF16,
+  kMmaBf16,
+  kLoadMatrix,
+  kLoadMatrixTransposed
+};
 struct LaneOperands {
   uint32_t in[12];
   const uint8_t* address;
@@ -97,7 +107,9 @@ struct EmulatedWarp {
     std::memcpy(address + 4, &y, 4);
   }
   static void LoadMatrix(Shared row, uint32_t (&w)[4]) { LoadFrom(row, w, Collective::kLoadMatrix); }
-  static void LoadMatrixTransposed(Shared row, uint32_t (&w)[4]) { LoadFrom(row, w, Collective::kLoadMatrixTransposed); }
+  static void LoadMatrixTransposed(Shared row, uint32_t (&w)[4]) {
+    LoadFrom(row, w, Collective::kLoadMatrixTransposed);
+  }
   template <bool kSignedA>
   static void MmaBytes(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const int (&c)[4]) {
     LaneOperands& op = CurrentOperands();

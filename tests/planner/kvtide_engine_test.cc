@@ -58,7 +58,8 @@ TEST(KvtideEngine, EveryLengthMatchesACountBlockByBlock) {
 
 // Decoded K and V of one layer, 8 heads of 128, in f16, and a quarter of the limit for partial states.
 TEST(KvtideEngine, ScratchIsOneLayerDecodedUpToTheLimit) {
-  const auto sizer = MakeKvtideSizer(Options(), GroupLayers(*FindModel("llama-3.1-8b")), *ParsePair("turbo4/turbo4"));
+  const auto sizer =
+      MakeKvtideSizer(Options(), GroupLayers(*FindModel("llama-3.1-8b")), *ParsePair("turbo4/turbo4"));
   ASSERT_TRUE(sizer.ok()) << sizer.status();
   EXPECT_EQ((*sizer)->ScratchBytes({8192, 3, 0}), 8192 * 8 * 128 * 4 + kKvtideScratchBytes / 4);
   EXPECT_EQ((*sizer)->ScratchBytes({8191, 1, 0}), (*sizer)->ScratchBytes({8192, 1, 0}));

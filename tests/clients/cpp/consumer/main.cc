@@ -10,7 +10,8 @@ int main(int argc, char** argv) {
     std::printf("%s\n", client.status().ToString().c_str());
     return 3;
   }
-  kvtide::client::Model model{"my-model", {{.kv_heads = 8, .head_dim_k = 128, .head_dim_v = 128, .query_heads = 32}}};
+  kvtide::client::Model model{"my-model",
+                              {{.kv_heads = 8, .head_dim_k = 128, .head_dim_v = 128, .query_heads = 32}}};
   if (!(*client)->RegisterModel(model).ok()) return 1;
   return (*client)->CreateSequence("my-model", {.pair = "q8_0/turbo4"}).ok() ? 0 : 1;
 }
