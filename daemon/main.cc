@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "daemon/backends.h"
@@ -22,6 +23,7 @@
 #include "daemon/version.h"
 #include "google/protobuf/util/json_util.h"
 #include "kernels/base/status.h"
+#include "planner/near_names.h"
 #include "planner/units.h"
 
 #ifdef KVTIDE_JEMALLOC
@@ -238,6 +240,13 @@ int Main(int argc, char** argv) {
   AddFlags(&app, &flags);
   try {
     app.parse(argc, argv);
+  } catch (const CLI::ExtrasError&) {
+    std::vector<std::string> known;
+    for (const CLI::Option* option : app.get_options())
+      for (const std::string& name : option->get_lnames()) known.push_back("--" + name);
+    return Fail(absl::InvalidArgumentError(planner::UnknownArguments(app.remaining(), known) +
+                                           "\nRun with --help for more information."),
+                kExitBadInput);
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : kExitBadInput;
   }

@@ -83,4 +83,24 @@ std::vector<std::string> NearNames(const std::string& wanted, const std::vector<
   return near;
 }
 
+std::string UnknownArguments(const std::vector<std::string>& arguments,
+                             const std::vector<std::string>& known) {
+  constexpr double kFar = 0.5;  // more than half is different: no suggestion
+  const auto is_option = [](const std::string& a) { return a.size() > 1 && a[0] == '-'; };
+  const bool options = std::any_of(arguments.begin(), arguments.end(), is_option);
+  std::string text;
+  for (const std::string& argument : arguments) {
+    if (options && !is_option(argument)) continue;
+    const std::string name = argument.substr(0, argument.find('='));
+    std::vector<std::string> alike;
+    for (const std::string& other : known)
+      if (is_option(other) == is_option(name)) alike.push_back(other);
+    const std::vector<std::string> near = NearNames(name, alike, 1);
+    if (!text.empty()) text += "\n";
+    text += options ? "no option " + name : "'" + name + "' was not expected";
+    if (!near.empty() && Distance(name, near[0]) <= kFar) text += "; did you mean " + near[0] + "?";
+  }
+  return text;
+}
+
 }  // namespace kvtide::planner

@@ -14,4 +14,9 @@ std::string NormalName(const std::string& name);
 std::vector<std::string> NearNames(const std::string& wanted, const std::vector<std::string>& names,
                                    size_t count);
 
+// What to say of command-line arguments that nobody expected: "no option --pair; did you mean --pairs?".
+// `known`: options with their dashes, and subcommands. Values behind unknown options are not mentioned.
+std::string UnknownArguments(const std::vector<std::string>& arguments,
+                             const std::vector<std::string>& known);
+
 }  // namespace kvtide::planner

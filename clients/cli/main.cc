@@ -3,6 +3,8 @@
 #include <CLI/CLI.hpp>
 #include <csignal>
 #include <cstdio>
+#include <string>
+#include <vector>
 
 #include "clients/cli/capture.h"
 #include "clients/cli/demo.h"
@@ -12,6 +14,23 @@
 #include "clients/cli/plan_command.h"
 #include "clients/cli/status_command.h"
 #include "clients/cli/top_command.h"
+#include "planner/near_names.h"
+
+namespace {
+
+// Option and subcommand names of a parsed command line, for the arguments that none of them took.
+std::string Unexpected(const CLI::App& app) {
+  const CLI::App* at = &app;
+  while (!at->get_subcommands().empty()) at = at->get_subcommands().front();
+  std::vector<std::string> known;
+  for (const CLI::Option* option : at->get_options())
+    for (const std::string& name : option->get_lnames()) known.push_back("--" + name);
+  for (const CLI::App* command : at->get_subcommands([](const CLI::App*) { return true; }))
+    known.push_back(command->get_name());
+  return kvtide::planner::UnknownArguments(app.remaining(true), known);
+}
+
+}  // namespace
 
 int main(int argc, char** argv) {
   // `kvtide ... | head` ends quietly by a failed write, not by a signal in the middle of a daemon's life.
@@ -39,6 +58,12 @@ int main(int argc, char** argv) {
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
+    const bool mistyped = app.get_subcommands().empty() && !app.remaining().empty() &&
+                          error.get_exit_code() == static_cast<int>(CLI::ExitCodes::RequiredError);
+    if (mistyped || error.get_exit_code() == static_cast<int>(CLI::ExitCodes::ExtrasError)) {
+      std::fprintf(stderr, "kvtide: %s\nRun with --help for more information.\n", Unexpected(app).c_str());
+      return kBadInput;
+    }
     return app.exit(error) == 0 ? 0 : kBadInput;
   }
   return exit_code;

@@ -45,6 +45,10 @@ TEST(Command, ExplainsItselfAndRefusesWhatItDoesNotKnow) {
   EXPECT_EQ(Kvtide({}).exit_code, 2);
   EXPECT_EQ(Kvtide({"nonsense"}).exit_code, 2);
   EXPECT_EQ(Kvtide({"status", "--nonsense"}).exit_code, 2);
+  const auto mistyped = Kvtide({"plan", "--contxt", "8192"});
+  EXPECT_EQ(mistyped.exit_code, 2);
+  EXPECT_THAT(mistyped.output, HasSubstr("no option --contxt; did you mean --context?"));
+  EXPECT_THAT(Kvtide({"evl"}).output, HasSubstr("'evl' was not expected; did you mean eval?"));
 }
 
 TEST(Command, StatusOfADaemonThatIsThereAndOfOneThatIsNot) {

@@ -32,5 +32,15 @@ TEST(NearNames, NeverMoreThanAskedFor) {
   EXPECT_THAT(NearNames("x", {}, 5), IsEmpty());
 }
 
+TEST(NearNames, UnknownArgumentsAreNamedWithWhatWasMeant) {
+  const std::vector<std::string> known = {"--pairs", "--metrics-address", "--help", "eval", "plan"};
+  EXPECT_EQ(UnknownArguments({"--pair", "a/b"}, known), "no option --pair; did you mean --pairs?");
+  EXPECT_EQ(UnknownArguments({"--metrics-listen=127.0.0.1:1"}, known),
+            "no option --metrics-listen; did you mean --metrics-address?");
+  EXPECT_EQ(UnknownArguments({"--nothing-like-it"}, known), "no option --nothing-like-it");
+  EXPECT_EQ(UnknownArguments({"pln"}, known), "'pln' was not expected; did you mean plan?");
+  EXPECT_EQ(UnknownArguments({"x"}, {}), "'x' was not expected");
+}
+
 }  // namespace
 }  // namespace kvtide::planner
