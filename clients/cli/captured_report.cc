@@ -1,10 +1,9 @@
-#include <algorithm>
-
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "clients/cli/eval_captured.h"
 #include "clients/cli/eval_plot.h"
 #include "clients/cli/eval_text.h"
+#include "clients/cli/report_parts.h"
 #include "clients/cli/table.h"
 #include "nlohmann/json.hpp"
 
@@ -12,16 +11,6 @@ namespace kvtide::cli {
 namespace {
 
 using nlohmann::ordered_json;
-
-ordered_json ErrorJson(const LayerError& e) {
-  return {{"key_error", Rounded(e.key, 5)},
-          {"value_error", Rounded(e.value, 5)},
-          {"logit_error", Rounded(e.logit, 5)},
-          {"output_error", Rounded(e.output, 5)},
-          {"output_cosine", Rounded(e.output_cosine, 7)},
-          {"weight_kld", Rounded(e.weight_kld, 5)},
-          {"weight_top1", Rounded(e.weight_top1, 5)}};
-}
 
 std::string CsvLine(const CapturedReport& report, const CapturedRow& row, const std::string& layer,
                     const LayerError& e) {
@@ -37,16 +26,7 @@ std::string CsvLine(const CapturedReport& report, const CapturedRow& row, const 
 }  // namespace
 
 void SortAndMark(std::vector<CapturedRow>* rows) {
-  std::sort(rows->begin(), rows->end(), [](const CapturedRow& a, const CapturedRow& b) {
-    return a.bits_per_value != b.bits_per_value ? a.bits_per_value > b.bits_per_value
-                                                : a.mean.output < b.mean.output;
-  });
-  for (CapturedRow& row : *rows) {
-    row.pareto = std::none_of(rows->begin(), rows->end(), [&](const CapturedRow& other) {
-      return other.bits_per_value <= row.bits_per_value && other.mean.output <= row.mean.output &&
-             (other.bits_per_value < row.bits_per_value || other.mean.output < row.mean.output);
-    });
-  }
+  SortAndMarkPareto(rows, [](const CapturedRow& row) { return row.mean.output; });
 }
 
 std::string RenderTable(const CapturedReport& report, const Terminal& terminal) {
@@ -87,24 +67,13 @@ std::string RenderJson(const CapturedReport& report) {
                        {"model", report.model},
                        {"text", report.text},
                        {"tokens", report.tokens},
-                       {"queries", report.queries},
-                       {"exact_window", report.window_policy},
-                       {"key_centring", report.key_centring},
-                       {"key_equalising", report.key_equalising},
-                       {"version", report.version},
-                       {"date", report.date},
-                       {"machine", report.machine},
-                       {"seconds", Rounded(report.seconds, 4)},
-                       {"results", ordered_json::array()}};
+                       {"queries", report.queries}};
+  AddConditions(report, &json);
   for (const CapturedRow& row : report.rows) {
     ordered_json result = {{"pair", row.pair}, {"bits_per_value", Rounded(row.bits_per_value, 6)}};
-    result.update(ErrorJson(row.mean));
+    result.update(LayerErrorJson(row.mean));
     result["pareto"] = row.pareto;
-    for (size_t l = 0; l < row.layers.size(); ++l) {
-      ordered_json layer = {{"layer", l}};
-      layer.update(ErrorJson(row.layers[l]));
-      result["layers"].push_back(std::move(layer));
-    }
+    if (!row.layers.empty()) result["layers"] = LayersJson(row.layers);
     json["results"].push_back(std::move(result));
   }
   return json.dump(1, ' ', false, ordered_json::error_handler_t::replace) + "\n";

@@ -7,6 +7,7 @@
 #include "absl/strings/str_format.h"
 #include "clients/cli/eval_plot.h"
 #include "clients/cli/eval_text.h"
+#include "clients/cli/report_parts.h"
 #include "clients/cli/table.h"
 #include "nlohmann/json.hpp"
 
@@ -26,16 +27,7 @@ ordered_json RowJson(const EvalRow& row) {
                        {"top1_agreement", Rounded(row.top1_agreement, 6)},
                        {"bits_per_value", Rounded(row.bits_per_value, 6)},
                        {"pareto", row.pareto}};
-  for (size_t l = 0; l < row.layers.size(); ++l) {
-    json["layers"].push_back({{"layer", l},
-                              {"key_error", Rounded(row.layers[l].key, 5)},
-                              {"value_error", Rounded(row.layers[l].value, 5)},
-                              {"logit_error", Rounded(row.layers[l].logit, 5)},
-                              {"output_error", Rounded(row.layers[l].output, 5)},
-                              {"output_cosine", Rounded(row.layers[l].output_cosine, 7)},
-                              {"weight_kld", Rounded(row.layers[l].weight_kld, 5)},
-                              {"weight_top1", Rounded(row.layers[l].weight_top1, 5)}});
-  }
+  if (!row.layers.empty()) json["layers"] = LayersJson(row.layers);
   for (const NeedleScore& needle : row.needles) {
     json["needles"].push_back({{"depth", Rounded(needle.depth, 4)},
                                {"asked", needle.asked},
@@ -48,16 +40,7 @@ ordered_json RowJson(const EvalRow& row) {
 }  // namespace
 
 void SortAndMark(std::vector<EvalRow>* rows) {
-  std::sort(rows->begin(), rows->end(), [](const EvalRow& a, const EvalRow& b) {
-    return a.bits_per_value != b.bits_per_value ? a.bits_per_value > b.bits_per_value
-                                                : a.kld_mean < b.kld_mean;
-  });
-  for (EvalRow& row : *rows) {
-    row.pareto = std::none_of(rows->begin(), rows->end(), [&](const EvalRow& other) {
-      return other.bits_per_value <= row.bits_per_value && other.kld_mean <= row.kld_mean &&
-             (other.bits_per_value < row.bits_per_value || other.kld_mean < row.kld_mean);
-    });
-  }
+  SortAndMarkPareto(rows, [](const EvalRow& row) { return row.kld_mean; });
 }
 
 std::string RenderTable(const EvalReport& report, const Terminal& terminal) {
@@ -101,21 +84,11 @@ std::string RenderTable(const EvalReport& report, const Terminal& terminal) {
 }
 
 std::string RenderJson(const EvalReport& report) {
-  ordered_json json = {{"model", report.model},
-                       {"parameters", report.parameters},
-                       {"text", report.text},
-                       {"tokens", report.tokens},
-                       {"windows", report.windows},
-                       {"context", report.context},
-                       {"chunk", report.chunk},
-                       {"exact_window", report.window_policy},
-                       {"key_centring", report.key_centring},
-                       {"key_equalising", report.key_equalising},
-                       {"version", report.version},
-                       {"date", report.date},
-                       {"machine", report.machine},
-                       {"seconds", Rounded(report.seconds, 4)},
-                       {"results", ordered_json::array()}};
+  ordered_json json = {{"model", report.model},     {"parameters", report.parameters},
+                       {"text", report.text},       {"tokens", report.tokens},
+                       {"windows", report.windows}, {"context", report.context},
+                       {"chunk", report.chunk}};
+  AddConditions(report, &json);
   for (const EvalRow& row : report.rows) json["results"].push_back(RowJson(row));
   return json.dump(1) + "\n";
 }

@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status.h"
 #include "kernels/base/thread_pool.h"
+#include "kernels/check_pieces.h"
 #include "kernels/cpu/attend.h"
 #include "kernels/cpu/copy_queue.h"
 
@@ -141,35 +142,6 @@ class CpuBackend : public Backend {
     } else {
       pool_.ParallelFor(static_cast<int64_t>(count), [&](int64_t i) { body(static_cast<size_t>(i)); });
     }
-  }
-
-  static absl::Status CheckPiece(const AppendPiece& piece) {
-    if (piece.layout == nullptr || piece.block == nullptr)
-      return absl::InvalidArgumentError("append: no layout or no block");
-    const CachePair pair = piece.layout->pair();
-    if (Info(pair.k).storage != Storage::kHalf || Info(pair.v).storage != Storage::kHalf)
-      return absl::InvalidArgumentError(absl::StrCat("append to a block of ", PairName(pair),
-                                                     ": tokens are appended to f16 or bf16 blocks"));
-    if (piece.layer < 0 || piece.layer >= piece.layout->shape().layers || piece.first_token < 0 ||
-        piece.tokens < 0 || piece.first_token + piece.tokens > kBlockTokens)
-      return absl::InvalidArgumentError(absl::StrCat("append: layer ", piece.layer, ", tokens ",
-                                                     piece.first_token, " + ", piece.tokens,
-                                                     " lie outside the block"));
-    return absl::OkStatus();
-  }
-
-  static absl::Status CheckPiece(const RecodePiece& piece) {
-    if (piece.from == nullptr || piece.to == nullptr || piece.source == nullptr || piece.target == nullptr)
-      return absl::InvalidArgumentError("recode: no layout or no block");
-    if (!(piece.from->shape() == piece.to->shape()))
-      return absl::InvalidArgumentError("recode: the two layouts differ in shape");
-    if (piece.first_layer < 0 || piece.layers < 0 ||
-        piece.first_layer + piece.layers > piece.from->shape().layers || piece.tokens < 0 ||
-        piece.tokens > kBlockTokens)
-      return absl::InvalidArgumentError(absl::StrCat("recode: layers ", piece.first_layer, " + ",
-                                                     piece.layers, " or ", piece.tokens,
-                                                     " tokens lie outside the block"));
-    return absl::OkStatus();
   }
 
   void RecodeRecord(const RecodePiece& piece, int record) const {

@@ -1,5 +1,7 @@
 #include "kernels/cuda/attend_args.h"
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 
 namespace kvtide::cuda {
@@ -39,6 +41,15 @@ absl::Status CheckAttendArgs(const AttendArgs& args, const GroupShape** shape) {
     }
   }
   return absl::OkStatus();
+}
+
+PageRange VisiblePages(const AttendArgs& args, const AttendItem& item, int64_t first_position, int64_t tokens,
+                       int64_t first, int64_t last) {
+  const int64_t base = item.first_query_position - first_position;
+  const int64_t end = args.causal ? std::min(tokens, base + last + 1) : tokens;
+  const int64_t begin = args.window > 0 ? std::max<int64_t>(0, base + first - args.window + 1) : 0;
+  if (begin >= end) return {0, 0};
+  return {begin / kBlockTokens, (end + kBlockTokens - 1) / kBlockTokens};
 }
 
 }  // namespace kvtide::cuda

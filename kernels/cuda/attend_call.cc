@@ -11,6 +11,7 @@
 #include "kernels/cuda/attend_plan.h"
 #include "kernels/cuda/codec_kernels.h"
 #include "kernels/cuda/kernel_list.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/prefill_call.h"
 
 namespace kvtide::cuda {
@@ -20,24 +21,6 @@ constexpr float kLog2E = 1.4426950408889634f;
 
 size_t Size(int64_t n) { return static_cast<size_t>(n); }
 int32_t Limit(int64_t n) { return static_cast<int32_t>(std::clamp<int64_t>(n, -(1 << 30), 1 << 30)); }
-
-absl::Status Launch(const void* function, size_t grid, int block, int shared, bool dependent, void* params,
-                    cudaStream_t stream) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid));
-  config.blockDim = dim3(static_cast<unsigned>(block));
-  config.dynamicSmemBytes = static_cast<size_t>(shared);
-  config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  if (dependent) {
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-  }
-  void* arguments[] = {params};
-  return StatusOf(cudaLaunchKernelExC(&config, function, arguments), "launch");
-}
 
 // One launch of an attention kernel, with the conversions that it waits for.
 struct LaunchPlan {
@@ -188,16 +171,8 @@ class Planner {
     return absl::OkStatus();
   }
 
-  // Pages of a run that any of the queries [first, last] sees.
-  struct PageRange {
-    int64_t begin, end;
-  };
   PageRange Visible(const AttendItem& item, const BlockRun& run, int64_t first, int64_t last) const {
-    const int64_t base = item.first_query_position - run.first_position;
-    const int64_t end = args_.causal ? std::min(run.tokens, base + last + 1) : run.tokens;
-    const int64_t begin = args_.window > 0 ? std::max<int64_t>(0, base + first - args_.window + 1) : 0;
-    if (begin >= end) return {0, 0};
-    return {begin / kBlockTokens, (end + kBlockTokens - 1) / kBlockTokens};
+    return VisiblePages(args_, item, run.first_position, run.tokens, first, last);
   }
 
   absl::Status PlanRun(const AttendItem& item, const BlockRun& run, const float* q, size_t first_group) {
@@ -421,17 +396,17 @@ class Planner {
       // Kernels of one call overlap: each waits for the ones before it only where it needs their results.
       const bool overlap = environment_.dependent_launches,
                  dependent = overlap && attended && plan.conversions.empty();
-      KVTIDE_RETURN_IF_ERROR(Launch(plan.kernel->query_function, plan.units.size(), 32 * plan.most_rows, 0,
-                                    dependent, &plan.params, stream));
-      KVTIDE_RETURN_IF_ERROR(Launch(plan.kernel->function, plan.workers.size() / Size(plan.warps()),
-                                    plan.kernel->threads, plan.kernel->shared_bytes, overlap, &plan.params,
-                                    stream));
+      KVTIDE_RETURN_IF_ERROR(LaunchKernel(plan.kernel->query_function, plan.units.size(), 32 * plan.most_rows,
+                                          0, dependent, &plan.params, stream));
+      KVTIDE_RETURN_IF_ERROR(LaunchKernel(plan.kernel->function, plan.workers.size() / Size(plan.warps()),
+                                          plan.kernel->threads, plan.kernel->shared_bytes, overlap,
+                                          &plan.params, stream));
       attended = true;
     }
     const size_t warps = groups_.size() * Size(tile_rows_) * Size(merge_.team);
-    KVTIDE_RETURN_IF_ERROR(Launch(FindCombineKernel(page_dim_, merge_.team),
-                                  (warps + kCombineWarps - 1) / kCombineWarps, 32 * kCombineWarps, 0,
-                                  environment_.dependent_launches && attended, &merge_, stream));
+    KVTIDE_RETURN_IF_ERROR(LaunchKernel(FindCombineKernel(page_dim_, merge_.team),
+                                        (warps + kCombineWarps - 1) / kCombineWarps, 32 * kCombineWarps, 0,
+                                        environment_.dependent_launches && attended, &merge_, stream));
     if (environment_.end != nullptr) KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment_.end, stream));
     KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(workspace_.results_host.data(), workspace_.results.data(),
                                                 ResultBytes(), cudaMemcpyDeviceToHost, stream));

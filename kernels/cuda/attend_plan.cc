@@ -5,13 +5,6 @@
 namespace kvtide::cuda {
 namespace {
 
-// Worker i of n reads pages WorkerBegin(i) .. WorkerBegin(i + 1).
-uint32_t WorkerBegin(uint64_t pages, size_t workers, size_t i) {
-  return static_cast<uint32_t>(pages * i / workers);
-}
-size_t WorkerOf(uint64_t pages, size_t workers, uint64_t page) {
-  return static_cast<size_t>(((page + 1) * workers - 1) / pages);
-}
 uint64_t PagesOf(const std::vector<AttendUnit>& units) {
   return uint64_t{units.back().first_page} + units.back().pages;
 }

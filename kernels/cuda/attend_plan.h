@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels/base/host_device.h"
+
 namespace kvtide::cuda {
 
 // What the attention kernel wants to know of a unit beside its pages and queries.
@@ -112,6 +114,13 @@ std::vector<AttendWorker> CutShares(const std::vector<AttendUnit>& units, int ct
 // number.
 uint32_t AppendSlots(const std::vector<AttendUnit>& units, size_t index, size_t workers, int warps,
                      std::vector<uint32_t>* slots);
+// Worker i of `workers` reads pages WorkerBegin(i) .. WorkerBegin(i + 1); and the worker that reads a page.
+KVTIDE_HD inline uint32_t WorkerBegin(uint64_t pages, uint64_t workers, uint64_t i) {
+  return static_cast<uint32_t>(pages * i / workers);
+}
+KVTIDE_HD inline uint32_t WorkerOf(uint64_t pages, uint64_t workers, uint64_t page) {
+  return static_cast<uint32_t>(((page + 1) * workers - 1) / pages);
+}
 inline size_t SlotCount(size_t units, size_t workers) { return units + workers; }
 // Warps of the combine kernel that should share an output row when a unit has up to `slots` slots: 1, 2 or 4.
 constexpr int CombineTeam(uint32_t slots) { return slots > 8 ? 4 : slots > 3 ? 2 : 1; }

@@ -9,6 +9,7 @@
 #include "kernels/cuda/device_image.h"
 #include "kernels/cuda/device_plan.cuh"
 #include "kernels/cuda/kernel_list.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/rotations.h"
 
 namespace kvtide {
@@ -22,24 +23,6 @@ QueryType TypeOf(DataType type) {
   return type == DataType::kF32   ? QueryType::kF32
          : type == DataType::kF16 ? QueryType::kF16
                                   : QueryType::kBf16;
-}
-
-absl::Status LaunchKernel(const void* function, size_t grid, int block, size_t shared, bool dependent,
-                          void* params, cudaStream_t stream) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid));
-  config.blockDim = dim3(static_cast<unsigned>(block));
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  if (dependent) {
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-  }
-  void* arguments[] = {params};
-  return StatusOf(cudaLaunchKernelExC(&config, function, arguments), "launch");
 }
 
 class DecodeOnDevice final : public DeviceDecode {
@@ -112,7 +95,7 @@ class DecodeOnDevice final : public DeviceDecode {
           LaunchKernel(kernel.query_function, units_, 32 * group_, 0, dependent, &params, stream));
       dependent = HasBulkCopies(image_.image_capability);
       KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel.function, Size(kind.ctas), kernel.threads,
-                                          Size(kernel.shared_bytes), dependent, &params, stream));
+                                          kernel.shared_bytes, dependent, &params, stream));
     }
     CombineParams merge = merge_;
     merge.groups = plan_.groups + layer * units_;

@@ -62,10 +62,6 @@ struct PlanIndex {
   uint32_t places;
 };
 
-__device__ inline uint32_t PlanWorkerBegin(uint64_t pages, uint64_t workers, uint64_t i) {
-  return static_cast<uint32_t>(pages * i / workers);
-}
-
 // Pages [hidden / 64, ceil(tokens / 64)) of a sequence.
 __device__ inline int2 PlanPages(const PlanKind& kind, int sequence) {
   const int tokens = min(max(kind.tokens[sequence], 0), kind.max_blocks * kBlockTokens);
@@ -185,9 +181,7 @@ __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const __grid_constant
         source.v_rotation = kind.v_rotation;
         // Slots are unit + worker, so those of a unit have this part of the list to themselves.
         const uint32_t end = unit.first_page + unit.pages;
-        const auto worker_of = [&](uint64_t page) {
-          return static_cast<uint32_t>(((page + 1) * count - 1) / pages);
-        };
+        const auto worker_of = [&](uint64_t page) { return WorkerOf(pages, count, page); };
         uint32_t* list = slots + u + worker_of(unit.first_page);
         source.slot_list = list;
         for (uint32_t page = unit.first_page; page < end;) {
@@ -196,8 +190,8 @@ __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const __grid_constant
           source.slots++;
           *list++ = slot;
           const uint32_t cta_end =
-              PlanWorkerBegin(pages, count, (worker / warps + 1) * static_cast<uint64_t>(warps));
-          page = cta_end <= end ? cta_end : PlanWorkerBegin(pages, count, worker + 1);
+              WorkerBegin(pages, count, (worker / warps + 1) * static_cast<uint64_t>(warps));
+          page = cta_end <= end ? cta_end : WorkerBegin(pages, count, worker + 1);
         }
         CombineGroup& group = groups[g];
         const uint32_t at = group.sources++;
@@ -210,8 +204,8 @@ __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const __grid_constant
     for (uint32_t i = threadIdx.x; i < static_cast<uint32_t>(kind.ctas) * warps; i += kPlanThreads) {
       AttendWorker worker;
       if (i < count) {
-        worker.begin = PlanWorkerBegin(pages, count, i);
-        worker.end = PlanWorkerBegin(pages, count, i + 1);
+        worker.begin = WorkerBegin(pages, count, i);
+        worker.end = WorkerBegin(pages, count, i + 1);
         const PlanUnit at = PlanUnitOf(index, kv_heads, worker.begin);
         const uint32_t sequence = index.sequence[at.unit / kv_heads];
         worker.blocks = kind.blocks + static_cast<size_t>(sequence) * static_cast<size_t>(kind.max_blocks) +
@@ -221,7 +215,7 @@ __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const __grid_constant
         worker.unit_end = at.end;
         worker.last_unit =
             PlanUnitOf(index, kv_heads,
-                       PlanWorkerBegin(pages, count, (i / warps + 1) * static_cast<uint64_t>(warps)) - 1)
+                       WorkerBegin(pages, count, (i / warps + 1) * static_cast<uint64_t>(warps)) - 1)
                 .unit;
       }
       workers[i] = worker;

@@ -10,6 +10,7 @@
 #include "kernels/cuda/attend_args.h"
 #include "kernels/cuda/capability.h"
 #include "kernels/cuda/codec_kernels.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/cuda/prefill_cut.h"
 #include "kernels/cuda/prefill_plan.h"
 
@@ -78,16 +79,6 @@ struct Round {
   PrefillMergeParams merge;
 };
 
-absl::Status Launch(const void* function, size_t grid, int block, int shared, void* params,
-                    cudaStream_t stream) {
-  if (grid == 0) return absl::OkStatus();
-  void* arguments[] = {params};
-  return StatusOf(
-      cudaLaunchKernel(function, dim3(static_cast<unsigned>(grid)), dim3(static_cast<unsigned>(block)),
-                       arguments, static_cast<size_t>(shared), stream),
-      "launch");
-}
-
 class Planner {
  public:
   Planner(const AttendArgs& args, const GroupShape& shape, const AttendEnvironment& environment,
@@ -121,16 +112,8 @@ class Planner {
   size_t OutputBytes() const { return RoundUp(queries_ * OutputWidth() * sizeof(float)); }
   size_t ResultBytes() const { return OutputBytes() + queries_ * Size(args_.heads) * sizeof(float); }
 
-  struct PageRange {
-    int64_t begin, end;
-  };
-  // Pages of a segment that any of the queries [first, last] sees.
   PageRange Visible(const AttendItem& item, const Segment& segment, int64_t first, int64_t last) const {
-    const int64_t base = item.first_query_position - segment.first_position;
-    const int64_t end = args_.causal ? std::min(segment.tokens, base + last + 1) : segment.tokens;
-    const int64_t begin = args_.window > 0 ? std::max<int64_t>(0, base + first - args_.window + 1) : 0;
-    if (begin >= end) return {0, 0};
-    return {begin / kBlockTokens, (end + kBlockTokens - 1) / kBlockTokens};
+    return VisiblePages(args_, item, segment.first_position, segment.tokens, first, last);
   }
   PageRange Visible(const GroupPlan& group, const Segment& segment) const {
     return Visible(args_.items[group.item], segment, group.first_row / group_,
@@ -388,11 +371,11 @@ class Planner {
             key ? c.layout->pair().k : c.layout->pair().v, c.side, key ? c.layout->k() : c.layout->v(),
             RowTarget::kF16Tile, kernel_.dim, c.device, static_cast<int>(c.jobs.size()), stream));
       }
-      KVTIDE_RETURN_IF_ERROR(Launch(kernel_.attend, round.parts.size(), kernel_.threads, kernel_.shared_bytes,
-                                    &round.attend, stream));
-      KVTIDE_RETURN_IF_ERROR(
-          Launch(kernel_.merge, (round.groups.size() * Size(kernel_.rows) + kMergeWarps - 1) / kMergeWarps,
-                 32 * kMergeWarps, 0, &round.merge, stream));
+      KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel_.attend, round.parts.size(), kernel_.threads,
+                                          kernel_.shared_bytes, false, &round.attend, stream));
+      KVTIDE_RETURN_IF_ERROR(LaunchKernel(
+          kernel_.merge, (round.groups.size() * Size(kernel_.rows) + kMergeWarps - 1) / kMergeWarps,
+          32 * kMergeWarps, 0, false, &round.merge, stream));
     }
     if (environment_.end != nullptr) KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment_.end, stream));
     KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(workspace_.results_host.data(), workspace_.results.data(),

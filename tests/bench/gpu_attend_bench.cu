@@ -16,6 +16,7 @@
 
 #include "kernels/cuda/attend_kernel.cuh"
 #include "kernels/cuda/kernel_list.h"
+#include "kernels/cuda/launch.h"
 #include "kernels/format/block_layout.h"
 #include "kernels/format/page_codec.h"
 
@@ -142,20 +143,11 @@ Timing TimeCalls(F call) {
 
 void Launch(const void* function, unsigned grid, unsigned block, size_t shared, bool dependent, void* params,
             cudaStream_t stream) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(grid);
-  config.blockDim = dim3(block);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  if (dependent) {
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-  }
-  void* args[] = {params};
-  CHECK_CUDA(cudaLaunchKernelExC(&config, function, args));
+  const absl::Status status = LaunchKernel(function, grid, static_cast<int>(block), static_cast<int>(shared),
+                                           dependent, params, stream);
+  if (status.ok()) return;
+  std::printf("%s\n", std::string(status.message()).c_str());
+  std::exit(1);
 }
 
 // Relative L2 error of one (sequence, KV head) against float64 in the stored frame.
