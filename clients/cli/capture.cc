@@ -16,6 +16,7 @@
 #include "clients/cli/capture_writer.h"
 #include "clients/cli/captured_file.h"
 #include "clients/cli/command_status.h"
+#include "clients/cli/number_checks.h"
 #include "clients/cli/progress.h"
 #include "clients/engine/capture_kv_store.h"
 #include "clients/engine/local_kv_store.h"
@@ -132,16 +133,16 @@ void AddCaptureCommand(CLI::App& app, int* exit_code) {
                       "Hugging Face folder (Llama family, safetensors); default: the bundled tidelm-7m");
   capture->add_option("--text", flags->text_file, "UTF-8 text; default: the bundled slice of WikiText-2");
   capture->add_option("--tokens", flags->tokens, "Tokens from the start of the text")
-      ->check(CLI::PositiveNumber)
+      ->check(Positive())
       ->capture_default_str();
   capture->add_option("--queries", flags->queries, "Keep the queries of the last N tokens only; default: all")
-      ->check(CLI::PositiveNumber);
+      ->check(Positive());
   capture->add_option("--output", flags->out_file, "The safetensors file to write")->required();
   capture->add_option("--dtype", flags->dtype, "f32, f16 or bf16")
       ->check(CLI::IsMember({"f32", "f16", "bf16"}))
       ->capture_default_str();
   capture->add_option("--threads", flags->threads, "Threads of the engine; default: one per core")
-      ->check(CLI::PositiveNumber);
+      ->check(Positive());
   capture->add_flag("--no-progress", flags->no_progress, "No progress bar");
   capture->callback([flags, exit_code] {
     std::signal(SIGINT, AskToStop);

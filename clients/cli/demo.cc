@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "clients/cli/command_status.h"
 #include "clients/cli/demo_run.h"
+#include "clients/cli/number_checks.h"
 #include "planner/device.h"
 
 namespace kvtide::cli {
@@ -67,10 +68,8 @@ void AddDemoCommand(CLI::App& app, int* exit_code) {
                    "UTF-8 file to start from; default: the bundled slice of WikiText-2")
       ->excludes(prompt);
   demo->add_option("--context", o.context, "Tokens to plan for; default: 4096, or what the model can handle")
-      ->check(CLI::PositiveNumber);
-  demo->add_option("--generate", o.generate, "Tokens to generate")
-      ->capture_default_str()
-      ->check(CLI::PositiveNumber);
+      ->check(Positive());
+  demo->add_option("--generate", o.generate, "Tokens to generate")->capture_default_str()->check(Positive());
   demo->add_option("--device-memory", flags->device_memory,
                    "Size of the device tier, such as 12MiB; default: about half of what f16 needs");
   demo->add_option("--host-memory", flags->host_memory,
@@ -79,11 +78,10 @@ void AddDemoCommand(CLI::App& app, int* exit_code) {
   demo->add_option("--cache-type-v", o.cache_type_v, "Cache type of V; default: that of K");
   demo->add_option("--temperature", o.temperature, "Randomness of the generated text; 0 = none")
       ->capture_default_str()
-      ->check(CLI::NonNegativeNumber);
+      ->check(NonNegative());
   demo->add_option("--seed", o.seed, "Seed of the generated text")->capture_default_str();
   demo->add_flag("--no-reference", flags->no_reference, "Leave out the second run over the text with f16");
-  demo->add_option("--threads", o.threads, "Threads of the engine; default: one per core")
-      ->check(CLI::PositiveNumber);
+  demo->add_option("--threads", o.threads, "Threads of the engine; default: one per core")->check(Positive());
   demo->add_option("--kvtided", o.daemon_program, "The daemon's program; default: beside kvtide, or in PATH");
   demo->add_option("--output", flags->output, "table or json")
       ->check(CLI::IsMember({"table", "json"}))

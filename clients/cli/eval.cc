@@ -14,6 +14,7 @@
 #include "clients/cli/command_status.h"
 #include "clients/cli/eval_captured.h"
 #include "clients/cli/eval_run.h"
+#include "clients/cli/number_checks.h"
 #include "planner/device.h"
 
 namespace kvtide::cli {
@@ -114,9 +115,9 @@ void AddEvalCommand(CLI::App& app, int* exit_code) {
   eval->add_option("--pairs", flags->pairs, "K/V pairs, comma-separated, or all")->capture_default_str();
   eval->add_option("--windows", o.windows, "Windows of the text, from its start")
       ->capture_default_str()
-      ->check(CLI::PositiveNumber);
+      ->check(Positive());
   eval->add_option("--context", o.context, "Tokens of a window; default: 4096, or what the model can handle")
-      ->check(CLI::PositiveNumber);
+      ->check(Positive());
   eval->add_option("--exact-window", o.window_policy,
                    "Blocks of 64 tokens kept in f16: default (first 1, last 2), FIRST+LAST, or none: every "
                    "token is coded "
@@ -125,7 +126,7 @@ void AddEvalCommand(CLI::App& app, int* exit_code) {
   eval->add_option("--chunk", o.chunk,
                    "Tokens appended at a time; new ones are attended exactly. Default: 64, with "
                    "--exact-window none 512")
-      ->check(CLI::PositiveNumber);
+      ->check(Positive());
   eval->add_option("--key-centring", flags->key_centring, "default, none or first-block")
       ->check(CLI::IsMember({"default", "none", "first-block"}))
       ->capture_default_str();
@@ -144,8 +145,7 @@ void AddEvalCommand(CLI::App& app, int* exit_code) {
   eval->add_option("--resume", o.state_file, "Keep finished windows in this file and go on from it");
   eval->add_option("--memory", flags->memory,
                    "Memory of the daemon that is started; default: what the run needs, at most 4GiB");
-  eval->add_option("--threads", o.threads, "Threads of the engine; default: one per core")
-      ->check(CLI::PositiveNumber);
+  eval->add_option("--threads", o.threads, "Threads of the engine; default: one per core")->check(Positive());
   eval->add_option("--address", o.address,
                    "Use this running daemon (unix:/path or host:port) instead of starting one");
   eval->add_option("--kvtided", o.daemon_program, "The daemon's program; default: beside kvtide, or in PATH");

@@ -13,6 +13,7 @@
 
 #include "absl/time/clock.h"
 #include "clients/cli/command_status.h"
+#include "clients/cli/number_checks.h"
 #include "clients/cli/status_command.h"
 #include "clients/cli/top_screen.h"
 #include "kernels/base/status.h"
@@ -139,7 +140,7 @@ void AddTopCommand(CLI::App& app, int* exit_code) {
       ->check(CLI::Range(0.1, 3600.0));
   top->add_option("--count", flags->count,
                   "Screens to show; default: until q, or one when the output is no terminal")
-      ->check(CLI::PositiveNumber);
+      ->check(Positive());
   top->callback([flags, exit_code] {
     const absl::Status done = RunTop(*flags);
     if (!done.ok()) std::fprintf(stderr, "kvtide top: %s\n", std::string(done.message()).c_str());

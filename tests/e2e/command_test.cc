@@ -48,6 +48,8 @@ TEST(Command, ExplainsItselfAndRefusesWhatItDoesNotKnow) {
   const auto mistyped = Kvtide({"plan", "--contxt", "8192"});
   EXPECT_EQ(mistyped.exit_code, 2);
   EXPECT_THAT(mistyped.output, HasSubstr("no option --contxt; did you mean --context?"));
+  EXPECT_THAT(Kvtide({"capture", "--output", "x", "--tokens", "-5"}).output,
+              HasSubstr("--tokens: '-5' is not a number above 0"));
   EXPECT_THAT(Kvtide({"evl"}).output, HasSubstr("'evl' was not expected; did you mean eval?"));
 }
 

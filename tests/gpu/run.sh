@@ -19,13 +19,16 @@ declare -A what=(
   [eval]="kvtide eval on the GPU and on the CPU: perplexities within 0.1 %"
 )
 
+list() { for s in "${all[@]}"; do printf '%-12s%s\n' "$s" "${what[$s]}"; done; }
+
 programs="" results="${RESULTS:-tests/bench/results}" stages="${all[*]}"
 while [ $# -gt 0 ]; do
   case "$1" in
     --programs) programs="$2"; shift 2 ;;
     --stages) stages="${2//,/ }"; shift 2 ;;
     --results) results="$2"; shift 2 ;;
-    --list) for s in "${all[@]}"; do printf '%-12s%s\n' "$s" "${what[$s]}"; done; exit 0 ;;
+    --list) list; exit 0 ;;
+    -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0"; echo; list; exit 0 ;;
     *) echo "usage: tests/gpu/run.sh [--programs FILE.tar.xz|FOLDER] [--stages $(IFS=,; echo "${all[*]}")] [--results FOLDER]" >&2; exit 2 ;;
   esac
 done
