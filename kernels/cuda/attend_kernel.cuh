@@ -140,9 +140,7 @@ KVTIDE_DEVICE void SumWarps(const AttendParams& params, const Tile& tile, const 
 }
 
 template <class Config, class Tile>
-__global__ void __launch_bounds__(Config::kThreads, 1)
-    AttendKernelFunction(const __grid_constant__ AttendParams params) {
-  if (Config::kSharedBytes > SharedLimitOf(kThisCapability)) return;  // there is another one for this GPU
+KVTIDE_DEVICE void AttendBody(const AttendParams& params) {
   using Info = typename Config::Info;
   constexpr int kWarps = Config::kWarps, MT = Info::kTiles, DV = Info::kDv;
   extern __shared__ __align__(128) uint8_t shared[];
@@ -272,6 +270,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   SumWarps<Config>(params, tile, row_values, softcap, shared,
                    row_values != nullptr && unit_index == last_unit, unit_rows,
                    last_unit + blockIdx.x * static_cast<size_t>(kWarps));
+}
+
+template <class Config, class Tile>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    AttendKernelFunction(const __grid_constant__ AttendParams params) {
+  if (Config::kSharedBytes > SharedLimitOf(kThisCapability)) return;  // there is another one for this GPU
+  AttendBody<Config, Tile>(params);
 }
 
 }  // namespace kvtide::cuda
