@@ -29,12 +29,14 @@ struct TileInfo<HalfTile<W, kBf16, DK, DV, MT, kTokens>> {
   using Query = QueryKind<DK, 8 * MT, kBf16 ? kBf16Query : kF16Query, 0>;
 };
 
-// kWhole: pages come in one piece instead of two; fewer instructions, where shared memory allows.
-template <class Tile, int kWarpsT, int kSlotsT, bool kWhole>
+// kWhole: pages come in one piece instead of two; fewer instructions, where shared memory allows. kCtaWarps:
+// of a CTA in which only the first kWarpsT take part.
+template <class Tile, int kWarpsT, int kSlotsT, bool kWhole, int kCtaWarps = kWarpsT>
 struct AttendConfig {
   using Info = TileInfo<Tile>;
   using Ring = PieceRing<Tile, kSlotsT, kWhole>;
-  static constexpr int kWarps = kWarpsT, kSlots = kSlotsT, kThreads = 32 * kWarps;
+  static constexpr int kWarps = kWarpsT, kSlots = kSlotsT, kThreads = 32 * kWarps,
+                       kCtaThreads = 32 * kCtaWarps;
   static_assert(kWarps <= kMostWarps);
   static constexpr int kRows = Tile::kRows;
   static constexpr int kQueryBytes = Info::Query::kBytes;
@@ -50,6 +52,15 @@ struct AttendConfig {
   static constexpr int kPagesAt = kTablesAt + Tile::kTableBytes;
   static constexpr int kSharedBytes = kPagesAt + kWarps * static_cast<int>(sizeof(PageList));
 };
+
+// All warps that take part.
+template <class Config>
+KVTIDE_DEVICE void SyncWarps() {
+  if constexpr (Config::kThreads == Config::kCtaThreads)
+    __syncthreads();
+  else
+    asm volatile("bar.sync 0,%0;" ::"n"(Config::kThreads) : "memory");
+}
 
 // A warp writes its state of a unit to a slot.
 template <class Config, class Tile>
@@ -104,7 +115,7 @@ KVTIDE_DEVICE void SumWarps(const AttendParams& params, const Tile& tile, const 
       *reinterpret_cast<float2*>(row + 8 * j + 2 * c) =
           make_float2(tile.rows.output[m][j][0], tile.rows.output[m][j][1]);
   }
-  __syncthreads();
+  SyncWarps<Config>();
   for (int i = static_cast<int>(threadIdx.x); i < Config::kRows * (DV / 4); i += Config::kThreads) {
     const int r = i / (DV / 4), dim = i % (DV / 4) * 4;
     float2 heads[kWarps];
@@ -139,15 +150,14 @@ KVTIDE_DEVICE void SumWarps(const AttendParams& params, const Tile& tile, const 
   }
 }
 
+// What one warp of CTA `cta` of the launch does with its share.
 template <class Config, class Tile>
-KVTIDE_DEVICE void AttendBody(const AttendParams& params) {
+KVTIDE_DEVICE void AttendBody(const AttendParams& params, const AttendWorker& worker, uint32_t cta) {
   using Info = typename Config::Info;
   constexpr int kWarps = Config::kWarps, MT = Info::kTiles, DV = Info::kDv;
   extern __shared__ __align__(128) uint8_t shared[];
-  LetNextKernelStart();
   const int warp = static_cast<int>(threadIdx.x) >> 5, lane = DeviceWarp::Lane(), n = lane >> 2, c = lane & 3;
   const uint32_t base = SharedAddress(shared);
-  const AttendWorker worker = params.workers[blockIdx.x * kWarps + warp];
   const uint32_t share_end = worker.end, last_unit = worker.last_unit;
   uint32_t page = worker.begin, unit_index = worker.unit;
   const int area_at = Config::kQueryAt + warp * Config::kQueryBytes;
@@ -171,7 +181,7 @@ KVTIDE_DEVICE void AttendBody(const AttendParams& params) {
   WaitForEarlierKernels();
   if (page < share_end) fetch_query();
   ring.Fill();
-  __syncthreads();
+  SyncWarps<Config>();
 
   Tile tile;
   tile.Init(base + Config::kTablesAt);
@@ -259,7 +269,7 @@ KVTIDE_DEVICE void AttendBody(const AttendParams& params) {
       }
       if (page < share_end || unit_index != last_unit)
         WriteState<Config>(params, tile, row_values, softcap, unit_rows,
-                           unit_index + blockIdx.x * static_cast<size_t>(kWarps) + warp);
+                           unit_index + cta * static_cast<size_t>(kWarps) + warp);
       if (page >= share_end) break;
       unit_index++;
       __syncwarp();  // all lanes are done with the query area
@@ -269,14 +279,17 @@ KVTIDE_DEVICE void AttendBody(const AttendParams& params) {
   }
   SumWarps<Config>(params, tile, row_values, softcap, shared,
                    row_values != nullptr && unit_index == last_unit, unit_rows,
-                   last_unit + blockIdx.x * static_cast<size_t>(kWarps));
+                   last_unit + cta * static_cast<size_t>(kWarps));
 }
 
 template <class Config, class Tile>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     AttendKernelFunction(const __grid_constant__ AttendParams params) {
   if (Config::kSharedBytes > SharedLimitOf(kThisCapability)) return;  // there is another one for this GPU
-  AttendBody<Config, Tile>(params);
+  LetNextKernelStart();
+  const AttendWorker worker =
+      params.workers[blockIdx.x * Config::kWarps + (static_cast<int>(threadIdx.x) >> 5)];
+  AttendBody<Config, Tile>(params, worker, blockIdx.x);
 }
 
 }  // namespace kvtide::cuda
