@@ -34,12 +34,18 @@ AttendResult AttendOn(Backend& backend, const TestSequence& sequence, std::vecto
                       const AttendCase& c, const std::vector<float>& q);
 AttendResult AttendByReference(const TestSequence& sequence, const AttendCase& c,
                                const std::vector<float>& q);
+// The same over f16 copies of the blocks: what a backend attends over that has no kernel for the pair. The
+// rounding alone moves some rows by more than 1e-3 (planar3, dim 80).
+AttendResult AttendByReferenceOverF16(const TestSequence& sequence, const AttendCase& c,
+                                      const std::vector<float>& q);
 
+// The largest relative L2 distance of an output row of `got` from `wanted`; infinite if one is not finite.
+double LargestDistance(const AttendResult& got, const AttendResult& wanted, int dim);
 // Adds a failure if an output row differs by more than `tolerance` (relative L2) or an lse by more than 2e-3
 // (twice the tolerance, if that is more) plus 2e-5 of its size: 16-bit queries bound it.
 void ExpectClose(const AttendResult& got, const AttendResult& wanted, int dim, double tolerance);
-// AttendOn against AttendByReference. The tolerance is 1e-3, and 3e-3 above kFewRows rows of a KV head:
-// backends may compute those with f16 queries, keys and weights.
+// AttendOn against AttendByReference, or else AttendByReferenceOverF16. The tolerance is 1e-3, and 3e-3 above
+// kFewRows rows of a KV head: backends may compute those with f16 queries, keys and weights.
 constexpr int kFewRows = 64;
 void CheckAttend(Backend& backend, const TestSequence& sequence, const AttendCase& c);
 
