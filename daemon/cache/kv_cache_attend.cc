@@ -4,7 +4,6 @@
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/kv_cache_impl.h"
@@ -328,13 +327,12 @@ absl::Status KvCache::Impl::RunAttend(const AttendCall& call, const std::vector<
       machines.push_back({t});
     }
   }
-  const auto run = [&](const std::vector<size_t>& tiers) {
-    for (const size_t t : tiers) attend(t);
-  };
-  std::vector<std::thread> others;
-  for (size_t m = 1; m < machines.size(); m++) others.emplace_back(run, std::cref(machines[m]));
-  if (!machines.empty()) run(machines.front());
-  for (std::thread& thread : others) thread.join();
+  std::vector<std::function<void()>> parts;
+  for (const std::vector<size_t>& tiers : machines)
+    parts.emplace_back([&attend, &tiers] {
+      for (const size_t t : tiers) attend(t);
+    });
+  machines_.Run(parts);
   for (size_t t = 0; t < status.size(); t++)
     KVTIDE_RETURN_IF_ERROR(Annotate(
         status[t], absl::StrCat("attention in tier '", options_.tiers[t].name, "'",

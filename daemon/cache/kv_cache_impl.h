@@ -20,6 +20,7 @@
 #include "daemon/cache/kv_cache.h"
 #include "daemon/cache/mutex.h"
 #include "daemon/cache/sequence.h"
+#include "daemon/cache/side_by_side.h"
 
 namespace kvtide {
 
@@ -216,6 +217,7 @@ class KvCache::Impl {
   int attends_running_ ABSL_GUARDED_BY(mu_) = 0;
   Counters counters_ ABSL_GUARDED_BY(mu_);
   bool stopping_ ABSL_GUARDED_BY(mu_) = false;
+  SideBySide machines_;  // of an attention
   std::thread mover_;
 };
 
