@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <thread>
 
@@ -160,6 +161,59 @@ TEST_P(BackendConformance, RecodesToFewerBitsAsTheDefinitionDoes) {
     piece.layers = 1;
     EXPECT_EQ(RecodeOn(backend(), from, source, to, piece), wanted);
   }
+}
+
+// Pieces of a call may differ in anything: each gets what it gets alone.
+TEST_P(BackendConformance, RecodesPiecesOfSeveralKindsInOneCall) {
+  const GroupShape shape{2, 2, 128, 64};
+  const Profile profile = RandomProfile(shape, 12);
+  const auto layout = [&](const char* pair) { return BlockLayout(shape, *ParseCachePair(pair)); };
+  const BlockLayout exact = layout("f16"), q8_turbo4 = layout("q8_0/turbo4"),
+                    q8_turbo3 = layout("q8_0/turbo3"), turbo4_f16 = layout("turbo4/f16"),
+                    turbo3 = layout("turbo3");
+  struct Case {
+    const BlockLayout *from, *to;
+    bool profile;
+    int first_layer, layers, tokens;
+  };
+  const Case cases[] = {{&exact, &q8_turbo4, true, 0, 2, kBlockTokens},
+                        {&exact, &q8_turbo4, true, 1, 1, kBlockTokens},
+                        {&exact, &q8_turbo4, true, 0, 2, 9},
+                        {&q8_turbo4, &q8_turbo3, true, 0, 2, kBlockTokens},
+                        {&q8_turbo4, &turbo3, false, 0, 1, 33},
+                        {&exact, &exact, false, 1, 1, kBlockTokens},
+                        {&turbo4_f16, &exact, false, 0, 2, 64},
+                        {&exact, &turbo4_f16, false, 0, 2, 64},
+                        {&exact, &turbo4_f16, false, 0, 0, 64}};
+  std::vector<std::unique_ptr<BackendBlocks>> sources, targets;
+  std::vector<RecodePiece> pieces;
+  std::vector<std::vector<std::byte>> wanted;
+  for (const Case& c : cases) {
+    const uint32_t seed = static_cast<uint32_t>(pieces.size());
+    const std::vector<std::byte> bytes = DefinitionBlock(
+        *c.from, c.profile ? &profile : nullptr, kBlockTokens, [&](Side side, int layer, int head) {
+          return HardRows(side == Side::kKey ? 128 : 64,
+                          seed * 100 + static_cast<uint32_t>(layer * 10 + head));
+        });
+    RecodePiece piece;
+    piece.from_profile = piece.to_profile = c.profile ? &profile : nullptr;
+    piece.first_layer = c.first_layer;
+    piece.layers = c.layers;
+    piece.tokens = c.tokens;
+    wanted.push_back(RecodeOn(backend(), *c.from, bytes, *c.to, piece));
+    sources.push_back(std::make_unique<BackendBlocks>(backend(), *c.from, 1));
+    targets.push_back(std::make_unique<BackendBlocks>(backend(), *c.to, 1));
+    sources.back()->Write(0, bytes);
+    targets.back()->Write(0, std::vector<std::byte>(c.to->block_bytes(), std::byte{0x5a}));
+    piece.from = c.from;
+    piece.source = sources.back()->block(0);
+    piece.to = c.to;
+    piece.target = targets.back()->block(0);
+    pieces.push_back(piece);
+  }
+  const absl::Status status = backend().Recode(pieces);
+  ASSERT_TRUE(status.ok()) << status;
+  for (size_t i = 0; i < wanted.size(); i++) EXPECT_EQ(targets[i]->Read(0), wanted[i]) << "piece " << i;
 }
 
 TEST_P(BackendConformance, AppendsOneByOneAsInBulkAndAsTheDefinition) {
