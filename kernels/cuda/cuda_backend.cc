@@ -152,7 +152,7 @@ class CudaBackend : public Backend {
     environment.rotations = &rotations_;
     environment.most_decode_rows = options_.most_decode_rows;
     environment.shared_limit = image_.shared_limit;
-    environment.warpgroups = HasWarpgroups(image_.image_capability);
+    environment.warpgroups = options_.warpgroups && HasWarpgroups(image_.image_capability);
     environment.dependent_launches = HasBulkCopies(image_.image_capability);
     return Annotate(AttendCall(args, environment, *workspace), name());
   }

@@ -20,6 +20,7 @@ struct CudaBackendOptions {
   int workspaces = 4;                  // calls that compute at the same time
   size_t scratch_bytes = 256u << 20;   // for blocks that are decoded to f16 first, per workspace
   int most_decode_rows = 256;          // items with more query rows per KV head use the prefill kernels
+  bool warpgroups = true;              // false: the prefill kernels for any GPU where 9.0 has its own (tests)
   size_t copy_piece_bytes = 2u << 20;  // of the pinned buffers that copies of other host memory go through
   int max_copies = 4096;               // copies that may be under way at once
 };

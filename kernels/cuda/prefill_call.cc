@@ -216,8 +216,8 @@ class Planner {
         ranges.push_back(pages);
         lengths.push_back(static_cast<int>(std::max<int64_t>(0, pages.end - pages.begin)));
       }
-    const int length =
-        PartPages(lengths, environment_.processors * kernel_.ctas_per_processor, kPartOverhead, most_slots_);
+    const int length = PartPages(lengths, environment_.processors * kernel_.ctas_per_processor, kPartOverhead,
+                                 most_slots_, kernel_.tile_pages);
     std::map<size_t, std::vector<uint32_t>> slots;
     // Neighbouring CTAs read the same pages: parts of one stretch of pages of an entry follow each other.
     size_t at = 0;

@@ -1,30 +1,21 @@
-// The prefill kernel: one CTA for one part, some query rows over a run of decoded tiles. K and V tiles come
-// through two stages each, filled while the tile before is computed; warps meet only at the stages. And the
-// merge of parts.
+// The prefill kernel for any GPU: one CTA for one part, some query rows over a run of decoded tiles. K and V
+// tiles come through two stages each, filled while the tile before is computed; warps meet only at the
+// stages. And the merge of parts.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
-#include "kernels/cuda/prefill_plan.h"
-#include "kernels/cuda/prefill_tile.h"
-#include "kernels/cuda/prefill_warpgroup.cuh"
+#include "kernels/cuda/prefill_rows.cuh"
 
 namespace kvtide::cuda {
 
-template <int D, bool kWarpgroupsT>
+template <int D>
 struct PrefillConfig {
-  static constexpr bool kWarpgroups = kWarpgroupsT;
-  static constexpr int kTilesOfRows = D <= 128 && !kWarpgroups ? 2 : 1;  // of 16 rows, for a warp
-  // Three warpgroups of 168 registers at dim 128: two in each of two CTAs would have 128, too few for the
-  // products to overlap.
-  static constexpr int kQueryRows = kWarpgroups && D == 128 ? 192 : 128;
-  using WarpTile = PrefillTile<DeviceWarp, D, kTilesOfRows, kQueryRows>;
-  using Tile = std::conditional_t<kWarpgroups, WarpgroupTile<D, kQueryRows>, WarpTile>;
-  static constexpr int kRowsTogether = Tile::kRowsTogether;
+  static constexpr int kTilesOfRows = D <= 128 ? 2 : 1;  // of 16 rows, for a warp
+  static constexpr int kQueryRows = 128, kRowsAtOnce = 4;
+  using Tile = PrefillTile<DeviceWarp, D, kTilesOfRows, kQueryRows>;
   static constexpr int kWarps = kQueryRows / Tile::kRows, kThreads = 32 * kWarps;
-  static constexpr int kCtas = D <= 128 && kQueryRows == 128 ? 2 : 1;
+  static constexpr int kCtas = D <= 128 ? 2 : 1, kPages = 1;
   static constexpr int kQueryBytes = kQueryRows * D * 2;
   static constexpr int kStagesAt = kQueryBytes;  // K0, K1, V0, V1
   static constexpr int kScalesAt = kStagesAt + 4 * Tile::kTileBytes;
@@ -114,52 +105,6 @@ struct TileStages {
 #endif
 };
 
-// The warp's rows of queries: halves of q / 2^e in the order of a tile, and scale * 2^e. A power of two keeps
-// queries that were f16 exact.
-template <class Config, int D>
-KVTIDE_DEVICE void LoadQueries(const PrefillParams& params, const PrefillPart& part, uint8_t* area,
-                               float* scales, int warp) {
-  constexpr int kRows = Config::Tile::kRows, kAtOnce = 4;
-  const int lane = DeviceWarp::Lane();
-  for (int begin = 0; begin < kRows; begin += kAtOnce) {
-    float2 x[kAtOnce][D / 64];
-#pragma unroll
-    for (int k = 0; k < kAtOnce; k++) {
-      const int r = warp * kRows + begin + k, index = part.first_row + r;
-      const int query = index / part.rows_per_query, head = index % part.rows_per_query;
-      const float* const row =
-          part.query + query * part.query_stride + static_cast<int64_t>(head) * params.head_dim;
-#pragma unroll
-      for (int b = 0; b < D / 64; b++) {
-        const int dim = 64 * b + 2 * lane;
-        x[k][b] = r < part.rows && dim < params.head_dim ? *reinterpret_cast<const float2*>(row + dim)
-                                                         : make_float2(0, 0);
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kAtOnce; k++) {
-      const int r = warp * kRows + begin + k;
-      float top = 0;
-#pragma unroll
-      for (int b = 0; b < D / 64; b++) top = fmaxf(top, fmaxf(fabsf(x[k][b].x), fabsf(x[k][b].y)));
-#pragma unroll
-      for (int mask = 16; mask > 0; mask /= 2) top = fmaxf(top, DeviceWarp::ShflXor(top, mask));
-      // 2^-e and 2^e with top < 2^e; below 1e-30 logits vanish.
-      const uint32_t exponent = __float_as_uint(fmaxf(top, 1e-30f)) >> 23;
-      const float inverse = __uint_as_float((253u - exponent) << 23),
-                  power = __uint_as_float((exponent + 1u) << 23);
-#pragma unroll
-      for (int b = 0; b < D / 64; b++) {
-        const int at = TileIndex(r, 64 * b + 2 * lane, Config::kQueryRows) * 2;
-        *reinterpret_cast<uint32_t*>(area + at) =
-            DeviceWarp::Pack<false>(x[k][b].x * inverse, x[k][b].y * inverse);
-      }
-      if (lane == 0) scales[r] = fmaxf(params.scale * power, 1e-30f);
-    }
-  }
-  __syncwarp();
-}
-
 template <class Config, int D>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     PrefillKernelFunction(const __grid_constant__ PrefillParams params) {
@@ -169,7 +114,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   uint8_t* const shared =
       unaligned + (1024 - (static_cast<uint32_t>(__cvta_generic_to_shared(unaligned)) & 1023)) % 1024;
   const uint32_t base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const int warp = static_cast<int>(threadIdx.x) >> 5, lane = DeviceWarp::Lane(), n = lane >> 2, c = lane & 3;
+  const int warp = static_cast<int>(threadIdx.x) >> 5, n = DeviceWarp::Lane() >> 2;
   const PrefillPart part = params.parts[blockIdx.x];
   const TileStages<Config> stages{base + Config::kStagesAt, base + Config::kBarriersAt};
   if (threadIdx.x == 0) stages.Init();
@@ -178,27 +123,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   stages.Issue(part.tiles, 1, 0);
   auto* const scales = reinterpret_cast<float*>(shared + Config::kScalesAt);
   LoadQueries<Config, D>(params, part, shared, scales, warp);
-  int query_warp = warp;  // whose first row the products begin at
-#if __CUDA_ARCH__ >= 900
-  if constexpr (Config::kWarpgroups) {
-    query_warp = warp / (Config::kRowsTogether / 16) * (Config::kRowsTogether / 16);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    __syncthreads();
-  }
-#endif
-
-  const auto limits_of = [&](int r) {  // rows past the end are computed like the last one
-    const int query = (part.first_row + min(r, part.rows - 1)) / part.rows_per_query;
-    return RowLimits{part.window_begin + query, min(part.tokens, part.causal_end + query)};
-  };
-  // What all rows that are multiplied together see, and what any does.
-  const int first_row = query_warp * Tile::kRows, rows_together = Config::kRowsTogether;
-  const RowLimits first = limits_of(first_row), last = limits_of(first_row + rows_together - 1);
+  // What all rows of the warp see, and what any does.
+  const int first_row = warp * Tile::kRows;
+  const RowLimits first = LimitsOf(part, first_row), last = LimitsOf(part, first_row + Tile::kRows - 1);
   const float softcap = params.softcap;
 
   Tile tile;
   tile.Reset();
-  const uint32_t query = base + query_warp * Tile::kRows * 128;
+  const uint32_t query = base + first_row * 128;
 #pragma unroll 1
   for (int page = 0; page < part.pages; page++) {
     const int begin = page * kBlockTokens, end = begin + kBlockTokens;
@@ -215,14 +147,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
 #pragma unroll
       for (int m = 0; m < MT; m++)
 #pragma unroll
-        for (int h = 0; h < 2; h++) multiplier[m][h] = scales[warp * Tile::kRows + 16 * m + n + 8 * h];
+        for (int h = 0; h < 2; h++) multiplier[m][h] = scales[first_row + 16 * m + n + 8 * h];
       if (softcap > 0) Tile::Cap(softcap, multiplier, logits);
       if (begin < last.begin || end > first.end) {
         RowLimits limits[MT][2];
 #pragma unroll
         for (int m = 0; m < MT; m++)
 #pragma unroll
-          for (int h = 0; h < 2; h++) limits[m][h] = limits_of(warp * Tile::kRows + 16 * m + n + 8 * h);
+          for (int h = 0; h < 2; h++) limits[m][h] = LimitsOf(part, first_row + 16 * m + n + 8 * h);
         Tile::Mask(begin, limits, logits);
       }
       tile.Weigh(logits, multiplier, weights);
@@ -231,20 +163,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     if (visible) tile.ValueStage(values, weights);
     stages.Release(1, page);
   }
-  tile.Finish();
-#pragma unroll
-  for (int m = 0; m < MT; m++)
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const int r = warp * Tile::kRows + 16 * m + n + 8 * h;
-      if (r >= part.rows) continue;
-      const size_t row = static_cast<size_t>(blockIdx.x) * Config::kQueryRows + r;
-      if (c == 0) params.sums[row] = make_float2(tile.Reference(m, h), tile.sum[m][h]);
-#pragma unroll
-      for (int j = 0; j < D / 8; j++)
-        *reinterpret_cast<float2*>(params.outputs + row * D + 8 * j + 2 * c) =
-            make_float2(tile.output[m][j][2 * h], tile.output[m][j][2 * h + 1]);
-    }
+  WriteRows<Config, D>(params, part, tile, first_row);
 }
 
 // One warp for each row: partial states of this launch, and the state that output and lse hold from launches

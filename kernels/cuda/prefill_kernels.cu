@@ -1,27 +1,40 @@
 #include "kernels/cuda/prefill_kernel.cuh"
+#include "kernels/cuda/prefill_overlap.cuh"
 
 namespace kvtide::cuda {
 namespace {
 
-template <int D, bool kWarpgroups>
-PrefillKernel Entry() {
-  using Config = PrefillConfig<D, kWarpgroups>;
+template <int D, class Config>
+PrefillKernel Entry(bool warpgroups, const void* attend) {
   return {D,
-          kWarpgroups,
+          warpgroups,
           Config::kQueryRows,
+          Config::kPages,
           Config::kThreads,
           Config::kSharedBytes,
           Config::kCtas,
-          reinterpret_cast<const void*>(&PrefillKernelFunction<Config, D>),
+          attend,
           reinterpret_cast<const void*>(&PrefillMergeFunction<D>)};
+}
+template <int D>
+void Add(std::vector<PrefillKernel>* list) {
+  using Plain = PrefillConfig<D>;
+  using Overlap = OverlapConfig<D>;
+  list->push_back(Entry<D, Plain>(false, reinterpret_cast<const void*>(&PrefillKernelFunction<Plain, D>)));
+  list->push_back(Entry<D, Overlap>(true, reinterpret_cast<const void*>(&OverlapKernelFunction<Overlap, D>)));
 }
 
 }  // namespace
 
 const std::vector<PrefillKernel>& AllPrefillKernels() {
-  static const auto* const list = new std::vector<PrefillKernel>{
-      Entry<64, true>(),  Entry<128, true>(),  Entry<192, true>(),  Entry<256, true>(),
-      Entry<64, false>(), Entry<128, false>(), Entry<192, false>(), Entry<256, false>()};
+  static const auto* const list = [] {
+    auto* const kernels = new std::vector<PrefillKernel>;
+    Add<64>(kernels);
+    Add<128>(kernels);
+    Add<192>(kernels);
+    Add<256>(kernels);
+    return kernels;
+  }();
   return *list;
 }
 

@@ -58,7 +58,8 @@ struct PrefillMergeParams {
 struct PrefillKernel {
   int dim = 0;
   bool warpgroups = false;
-  int rows = 0;  // query rows of a part
+  int rows = 0;        // query rows of a part
+  int tile_pages = 1;  // computed together: parts should have a multiple
   int threads = 0, shared_bytes = 0, ctas_per_processor = 1;
   const void* attend = nullptr;  // (PrefillParams)
   const void* merge = nullptr;   // (PrefillMergeParams), one warp for each row, kMergeWarps a CTA

@@ -1,5 +1,6 @@
-// Attention of one warp over tiles of 64 tokens of f16 keys and values, for many query rows: 16 or 32 rows a
-// warp, products of m16n8k16 with f32 sums, softmax online. Runs on a GPU and in an emulated warp (warp.h).
+// Attention of one warp over tiles of 64 or 128 tokens of f16 keys and values, for many query rows: 16 or 32
+// rows a warp, products of m16n8k16 with f32 sums, softmax online. Runs on a GPU and in an emulated warp
+// (warp.h).
 //
 // Tiles, and the queries beside them, lie in sub-tiles of 64 dims: rows of 128 bytes, their 16-byte chunks
 // XORed with the row (TileIndex), which ldmatrix reads without bank conflicts in either direction. Weights
@@ -25,13 +26,14 @@ struct RowLimits {
   int32_t begin = 0, end = 0;
 };
 
-template <class W, int D, int MT, int kQueryRows>
+template <class W, int D, int MT, int kQueryRows, int kTokensT = kBlockTokens>
 struct PrefillTile {
   using Shared = typename W::Shared;
+  static constexpr int kTokens = kTokensT;
   static constexpr int kRows = 16 * MT;        // of the warp
   static constexpr int kRowsTogether = kRows;  // that one product takes
-  static constexpr int kTileBytes = kBlockTokens * D * 2;
-  static constexpr int kGroups = kBlockTokens / 8;
+  static constexpr int kTileBytes = kTokens * D * 2;
+  static constexpr int kGroups = kTokens / 8;
   static constexpr float kLow = -1e30f, kShift = 10, kSlack = 5;
   static_assert(D % 64 == 0);
 
@@ -71,7 +73,7 @@ struct PrefillTile {
 #pragma unroll
       for (int i = 0; i < kGroups; i += 2) {
         uint32_t b[4];
-        W::LoadMatrix(keys + (s / 4 * kBlockTokens * 128 + i * 8 * 128) + offset, b);
+        W::LoadMatrix(keys + (s / 4 * kTokens * 128 + i * 8 * 128) + offset, b);
 #pragma unroll
         for (int m = 0; m < MT; m++) {
           W::template MmaHalf<false>(logits[m][i], a[m], b[0], b[2]);
@@ -116,9 +118,11 @@ struct PrefillTile {
         }
   }
 
-  // Weights of the tile as fragments for ValueStage. Logits times multiplier (above 0) are exponents of 2.
-  KVTIDE_DEVICE void Weigh(float (&logits)[MT][kGroups][4], const float (&multiplier)[MT][2],
-                           uint32_t (&weights)[MT][kGroups / 2][4]) {
+  // Logits times multiplier (above 0) are exponents of 2. Raises the references that a logit outgrows, the
+  // sums of weights with them, and says whether it did for any row of the warp; the output of before is then
+  // to be multiplied by `factors`.
+  KVTIDE_DEVICE bool Raise(const float (&logits)[MT][kGroups][4], const float (&multiplier)[MT][2],
+                           float (&factors)[MT][2]) {
     float top[MT][2];
     bool higher = false;
 #pragma unroll
@@ -132,22 +136,33 @@ struct PrefillTile {
         x = W::Max(x, W::ShflXor(x, 2));
         top[m][h] = x * multiplier[m][h];
         higher |= top[m][h] > reference[m][h] + kSlack;
+        factors[m][h] = 1;
       }
-    if (!W::All(!higher)) {
+    if (W::All(!higher)) return false;
 #pragma unroll
-      for (int m = 0; m < MT; m++)
+    for (int m = 0; m < MT; m++)
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const float next = W::Max(reference[m][h], top[m][h]), factor = W::Ex2(reference[m][h] - next);
-          reference[m][h] = next;
-          sum[m][h] *= factor;
+      for (int h = 0; h < 2; h++) {
+        const float next = W::Max(reference[m][h], top[m][h]);
+        factors[m][h] = W::Ex2(reference[m][h] - next);
+        reference[m][h] = next;
+        sum[m][h] *= factors[m][h];
+      }
+    return true;
+  }
+  KVTIDE_DEVICE void Rescale(const float (&factors)[MT][2]) {
 #pragma unroll
-          for (int j = 0; j < D / 8; j++) {
-            output[m][j][2 * h] *= factor;
-            output[m][j][2 * h + 1] *= factor;
-          }
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+      for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int j = 0; j < D / 8; j++) {
+          output[m][j][2 * h] *= factors[m][h];
+          output[m][j][2 * h + 1] *= factors[m][h];
         }
-    }
+  }
+  // Logits become weights, and are counted.
+  KVTIDE_DEVICE void Exponentials(float (&logits)[MT][kGroups][4], const float (&multiplier)[MT][2]) {
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
@@ -155,12 +170,31 @@ struct PrefillTile {
         const float bias = kShift - reference[m][h];
 #pragma unroll
         for (int i = 0; i < kGroups; i++) {
-          const float low = W::Ex2(W::Fma(logits[m][i][2 * h], multiplier[m][h], bias));
-          const float high = W::Ex2(W::Fma(logits[m][i][2 * h + 1], multiplier[m][h], bias));
+          float &low = logits[m][i][2 * h], &high = logits[m][i][2 * h + 1];
+          low = W::Ex2(W::Fma(low, multiplier[m][h], bias));
+          high = W::Ex2(W::Fma(high, multiplier[m][h], bias));
           sum[m][h] += low + high;
-          weights[m][i / 2][2 * (i % 2) + h] = W::template Pack<false>(low, high);
         }
       }
+  }
+  // As fragments for ValueStage.
+  static KVTIDE_DEVICE void Pack(const float (&weights)[MT][kGroups][4],
+                                 uint32_t (&fragments)[MT][kGroups / 2][4]) {
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+      for (int i = 0; i < kGroups; i++)
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+          fragments[m][i / 2][2 * (i % 2) + h] =
+              W::template Pack<false>(weights[m][i][2 * h], weights[m][i][2 * h + 1]);
+  }
+  KVTIDE_DEVICE void Weigh(float (&logits)[MT][kGroups][4], const float (&multiplier)[MT][2],
+                           uint32_t (&weights)[MT][kGroups / 2][4]) {
+    float factors[MT][2];
+    if (Raise(logits, multiplier, factors)) Rescale(factors);
+    Exponentials(logits, multiplier);
+    Pack(logits, weights);
   }
 
   KVTIDE_DEVICE void ValueStage(Shared values, const uint32_t (&weights)[MT][kGroups / 2][4]) {
@@ -169,7 +203,7 @@ struct PrefillTile {
 #pragma unroll
       for (int j = 0; j < D / 8; j += 2) {
         uint32_t b[4];
-        W::LoadMatrixTransposed(values + (j / 8 * kBlockTokens * 128 + u * 16 * 128) + offsets[j / 2 % 4], b);
+        W::LoadMatrixTransposed(values + (j / 8 * kTokens * 128 + u * 16 * 128) + offsets[j / 2 % 4], b);
 #pragma unroll
         for (int m = 0; m < MT; m++) {
           W::template MmaHalf<false>(output[m][j], weights[m][u], b[0], b[1]);

@@ -1,6 +1,7 @@
 // The products of a prefill tile by warpgroups: four warps, 16 rows each, multiply together (wgmma, compute
-// capability 9.0). Sums lie in the registers of PrefillTile with 16 rows a warp, so all but the two products
-// is shared with it; where wgmma is not compiled, so are the products.
+// capability 9.0). A product is begun and goes on while its warps compute other things; what it reads and
+// writes may be touched only after Await. Sums lie in the registers of PrefillTile with 16 rows a warp, so
+// all but the two products is shared with it; where wgmma is not compiled, so are the products.
 #pragma once
 
 #include "kernels/cuda/prefill_tile.h"
@@ -19,61 +20,85 @@ KVTIDE_DEVICE uint64_t Descriptor(uint32_t address, uint32_t leading) {
 }
 KVTIDE_DEVICE void Begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 KVTIDE_DEVICE void Commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-KVTIDE_DEVICE void WaitAll() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+template <int kPending>
+KVTIDE_DEVICE void Wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
 // Keeps reads and writes of sums on their side of the asynchronous products.
-KVTIDE_DEVICE void Hold(float (&sums)[8][4]) {
+template <int N>
+KVTIDE_DEVICE void Hold(float (&sums)[N][4]) {
 #pragma unroll
-  for (int j = 0; j < 8; j++)
+  for (int j = 0; j < N; j++)
 #pragma unroll
     for (int e = 0; e < 4; e++) asm volatile("" : "+f"(sums[j][e])::"memory");
 }
+template <int N>
+KVTIDE_DEVICE void Hold(uint32_t (&fragments)[N][4]) {
+#pragma unroll
+  for (int j = 0; j < N; j++)
+#pragma unroll
+    for (int e = 0; e < 4; e++) asm volatile("" : "+r"(fragments[j][e])::"memory");
+}
 
-#define KVTIDE_SUMS(x)                                                                                     \
-  "+f"(x[0][0]), "+f"(x[0][1]), "+f"(x[0][2]), "+f"(x[0][3]), "+f"(x[1][0]), "+f"(x[1][1]), "+f"(x[1][2]), \
-      "+f"(x[1][3]), "+f"(x[2][0]), "+f"(x[2][1]), "+f"(x[2][2]), "+f"(x[2][3]), "+f"(x[3][0]),            \
-      "+f"(x[3][1]), "+f"(x[3][2]), "+f"(x[3][3]), "+f"(x[4][0]), "+f"(x[4][1]), "+f"(x[4][2]),            \
-      "+f"(x[4][3]), "+f"(x[5][0]), "+f"(x[5][1]), "+f"(x[5][2]), "+f"(x[5][3]), "+f"(x[6][0]),            \
-      "+f"(x[6][1]), "+f"(x[6][2]), "+f"(x[6][3]), "+f"(x[7][0]), "+f"(x[7][1]), "+f"(x[7][2]),            \
-      "+f"(x[7][3])
-#define KVTIDE_SUM_NAMES                                                                                     \
-  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%" \
-  "28,%29,%30,%31}"
+#define KVTIDE_SUMS_4(x, j) "+f"(x[j][0]), "+f"(x[j][1]), "+f"(x[j][2]), "+f"(x[j][3])
+#define KVTIDE_SUMS_32(x, j)                                                                      \
+  KVTIDE_SUMS_4(x, j), KVTIDE_SUMS_4(x, j + 1), KVTIDE_SUMS_4(x, j + 2), KVTIDE_SUMS_4(x, j + 3), \
+      KVTIDE_SUMS_4(x, j + 4), KVTIDE_SUMS_4(x, j + 5), KVTIDE_SUMS_4(x, j + 6), KVTIDE_SUMS_4(x, j + 7)
+#define KVTIDE_NAMES_32                                                                                    \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
+  "%28,%29,%30,%31"
+#define KVTIDE_NAMES_64                                                                                      \
+  KVTIDE_NAMES_32                                                                                            \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57" \
+  ",%58,%59,%60,%61,%62,%63"
 
-// d (64 rows x 64) = a b, or += : both operands in shared memory, summed along their rows.
+// d (64 rows x 64 or 128) = a b, or += : both operands in shared memory, summed along their rows.
 template <bool kAdd>
 KVTIDE_DEVICE void MultiplyRows(float (&d)[8][4], uint64_t a, uint64_t b) {
   asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 "
-      "p,%34,0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " KVTIDE_SUM_NAMES
-      ",%32,%33,p,1,1,0,0;\n}"
-      : KVTIDE_SUMS(d)
+      "{\n.reg .pred p;\nsetp.ne.b32 p,%34,0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+      "{" KVTIDE_NAMES_32 "},%32,%33,p,1,1,0,0;\n}"
+      : KVTIDE_SUMS_32(d, 0)
+      : "l"(a), "l"(b), "n"(kAdd ? 1 : 0));
+}
+template <bool kAdd>
+KVTIDE_DEVICE void MultiplyRows(float (&d)[16][4], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p,%66,0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+      "{" KVTIDE_NAMES_64 "},%64,%65,p,1,1,0,0;\n}"
+      : KVTIDE_SUMS_32(d, 0), KVTIDE_SUMS_32(d, 8)
       : "l"(a), "l"(b), "n"(kAdd ? 1 : 0));
 }
 // d += a b: a in registers, b summed over its rows.
 KVTIDE_DEVICE void MultiplyColumns(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " KVTIDE_SUM_NAMES
-               ",{%32,%33,%34,%35},%36,1,1,1,1;"
-               : KVTIDE_SUMS(d)
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" KVTIDE_NAMES_32
+               "},{%32,%33,%34,%35},%36,1,1,1,1;"
+               : KVTIDE_SUMS_32(d, 0)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+KVTIDE_DEVICE void MultiplyColumns(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" KVTIDE_NAMES_64
+               "},{%64,%65,%66,%67},%68,1,1,1,1;"
+               : KVTIDE_SUMS_32(d, 0), KVTIDE_SUMS_32(d, 8)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 }  // namespace warpgroup
 
-template <int D, int kQueryRows>
-struct WarpgroupTile : PrefillTile<DeviceWarp, D, 1, kQueryRows> {
-  using Base = PrefillTile<DeviceWarp, D, 1, kQueryRows>;
-  static constexpr int kRowsTogether = 64;  // `query` of KeyStage is the warpgroup's first row
+template <int D, int kQueryRows, int kTokens>
+struct WarpgroupTile : PrefillTile<DeviceWarp, D, 1, kQueryRows, kTokens> {
+  using Base = PrefillTile<DeviceWarp, D, 1, kQueryRows, kTokens>;
+  static constexpr int kRowsTogether = 64;  // `query` of BeginKeys is the warpgroup's first row
+  static constexpr int kBlock = D % 128 == 0 ? 16 : 8, kBlocks = D / 8 / kBlock;  // of output, in 8 dims
 
-  KVTIDE_DEVICE void KeyStage(uint32_t query, uint32_t keys, float (&logits)[1][Base::kGroups][4]) const {
-#pragma unroll
-    for (int i = 0; i < Base::kGroups; i++)
-      logits[0][i][0] = logits[0][i][1] = logits[0][i][2] = logits[0][i][3] = 0;
+  // Before the products of a turn, after their operands in registers were written.
+  static KVTIDE_DEVICE void Open() { warpgroup::Begin(); }
+  KVTIDE_DEVICE void BeginKeys(uint32_t query, uint32_t keys, float (&logits)[1][Base::kGroups][4]) const {
     warpgroup::Hold(logits[0]);
-    warpgroup::Begin();
 #pragma unroll
     for (int s = 0; s < D / 16; s++) {
       const uint64_t a = warpgroup::Descriptor(query + s / 4 * kQueryRows * 128 + s % 4 * 32, 16);
-      const uint64_t b = warpgroup::Descriptor(keys + s / 4 * kBlockTokens * 128 + s % 4 * 32, 16);
+      const uint64_t b = warpgroup::Descriptor(keys + s / 4 * kTokens * 128 + s % 4 * 32, 16);
       if (s == 0) {
         warpgroup::MultiplyRows<false>(logits[0], a, b);
       } else {
@@ -81,36 +106,59 @@ struct WarpgroupTile : PrefillTile<DeviceWarp, D, 1, kQueryRows> {
       }
     }
     warpgroup::Commit();
-    warpgroup::WaitAll();
-    warpgroup::Hold(logits[0]);
   }
-  KVTIDE_DEVICE void ValueStage(uint32_t values, const uint32_t (&weights)[1][Base::kGroups / 2][4]) {
+  KVTIDE_DEVICE void BeginValues(uint32_t values, const uint32_t (&weights)[1][Base::kGroups / 2][4]) {
 #pragma unroll
-    for (int block = 0; block < D / 64; block++) warpgroup::Hold(Sums(block));
-    warpgroup::Begin();
+    for (int block = 0; block < kBlocks; block++) warpgroup::Hold(Sums(block));
 #pragma unroll
-    for (int block = 0; block < D / 64; block++)
+    for (int u = 0; u < Base::kGroups / 2; u++)
 #pragma unroll
-      for (int u = 0; u < Base::kGroups / 2; u++)
+      for (int block = 0; block < kBlocks; block++)
         warpgroup::MultiplyColumns(
             Sums(block), weights[0][u],
-            warpgroup::Descriptor(values + block * kBlockTokens * 128 + u * 16 * 128, kBlockTokens * 128));
+            warpgroup::Descriptor(values + block * (kBlock / 8) * kTokens * 128 + u * 16 * 128,
+                                  kTokens * 128));
     warpgroup::Commit();
-    warpgroup::WaitAll();
+  }
+  // Until at most kPending of the products begun last go on.
+  template <int kPending>
+  static KVTIDE_DEVICE void AwaitKeys(float (&logits)[1][Base::kGroups][4]) {
+    warpgroup::Wait<kPending>();
+    warpgroup::Hold(logits[0]);
+  }
+  // What was computed from `logits` meanwhile is done before the wait.
+  KVTIDE_DEVICE void AwaitValues(uint32_t (&weights)[1][Base::kGroups / 2][4],
+                                 float (&logits)[1][Base::kGroups][4]) {
+    warpgroup::Hold(logits[0]);
+    warpgroup::Wait<0>();
 #pragma unroll
-    for (int block = 0; block < D / 64; block++) warpgroup::Hold(Sums(block));
+    for (int block = 0; block < kBlocks; block++) warpgroup::Hold(Sums(block));
+    warpgroup::Hold(weights[0]);
   }
 
  private:
-  KVTIDE_DEVICE float (&Sums(int block))[8][4] {
-    return *reinterpret_cast<float(*)[8][4]>(&this->output[0][8 * block]);
+  KVTIDE_DEVICE float (&Sums(int block))[kBlock][4] {
+    return *reinterpret_cast<float(*)[kBlock][4]>(&this->output[0][kBlock * block]);
   }
 };
 
 #else
 
-template <int D, int kQueryRows>
-struct WarpgroupTile : PrefillTile<DeviceWarp, D, 1, kQueryRows> {};
+template <int D, int kQueryRows, int kTokens>
+struct WarpgroupTile : PrefillTile<DeviceWarp, D, 1, kQueryRows, kTokens> {
+  using Base = PrefillTile<DeviceWarp, D, 1, kQueryRows, kTokens>;
+
+  static KVTIDE_DEVICE void Open() {}
+  KVTIDE_DEVICE void BeginKeys(uint32_t query, uint32_t keys, float (&logits)[1][Base::kGroups][4]) const {
+    this->KeyStage(query, keys, logits);
+  }
+  KVTIDE_DEVICE void BeginValues(uint32_t values, const uint32_t (&weights)[1][Base::kGroups / 2][4]) {
+    this->ValueStage(values, weights);
+  }
+  template <int kPending>
+  static KVTIDE_DEVICE void AwaitKeys(float (&)[1][Base::kGroups][4]) {}
+  KVTIDE_DEVICE void AwaitValues(uint32_t (&)[1][Base::kGroups / 2][4], float (&)[1][Base::kGroups][4]) {}
+};
 
 #endif
 

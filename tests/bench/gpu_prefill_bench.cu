@@ -2,8 +2,9 @@
 // the kernels for few rows, which the prefill replaces; and where the two cross. Times are those of the
 // kernels (decoding included), between events; median of several calls over buffers in turn. The relative
 // error is between the two ways: the kernels for few rows are within 1e-5 (coded) or 1e-6 (f16) of float64.
-//   gpu_prefill_bench [--json FILE] [--quick 1] [--warpgroups 0]   (0: the kernels for any compute
-//   capability)
+//   gpu_prefill_bench [--json FILE] [--quick 1] [--compare 0] [--warpgroups 0]
+// --compare 0: long chunks only, without the kernels for few rows; --warpgroups 0: the prefill kernels for
+// any compute capability.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -51,7 +52,7 @@ constexpr Shape kShapes[] = {
     }                                                              \
   } while (0)
 
-std::string RunShape(const Shape& s, int processors, bool warpgroups) {
+std::string RunShape(const Shape& s, int processors, bool warpgroups, bool compare) {
   const GroupShape shape{1, s.kv_heads, s.dim, s.dim};
   const BlockLayout layout(shape, *ParseCachePair(s.pair));
   const size_t pages = static_cast<size_t>(s.tokens / kBlockTokens);
@@ -80,7 +81,7 @@ std::string RunShape(const Shape& s, int processors, bool warpgroups) {
   KVTIDE_BENCH_CUDA(cudaEventCreate(&environment.begin));
   KVTIDE_BENCH_CUDA(cudaEventCreate(&environment.end));
   double us[2] = {0, 0};
-  for (int way = 0; way < (s.compare ? 2 : 1); way++) {
+  for (int way = 0; way < (compare ? 2 : 1); way++) {
     environment.most_decode_rows = way == 0 ? 0 : 1 << 30;
     out[way].assign(q.size(), NAN);
     std::vector<double> times;
@@ -110,7 +111,7 @@ std::string RunShape(const Shape& s, int processors, bool warpgroups) {
     us[way] = times[times.size() / 2];
   }
   double worst = 0;
-  for (size_t row = 0; s.compare && row < rows; row++) {
+  for (size_t row = 0; compare && row < rows; row++) {
     double difference = 0, size = 0;
     for (size_t d = row * static_cast<size_t>(s.dim); d < (row + 1) * static_cast<size_t>(s.dim); d++) {
       const double a = static_cast<double>(out[0][d]), b = static_cast<double>(out[1][d]);
@@ -147,10 +148,11 @@ std::string RunShape(const Shape& s, int processors, bool warpgroups) {
 
 int Main(int argc, char** argv) {
   std::string json;
-  bool quick = false, warpgroups = true;
+  bool quick = false, warpgroups = true, compare = true;
   for (int i = 1; i + 1 < argc; i += 2) {
     if (std::strcmp(argv[i], "--json") == 0) json = argv[i + 1];
     if (std::strcmp(argv[i], "--quick") == 0) quick = true;
+    if (std::strcmp(argv[i], "--compare") == 0) compare = argv[i + 1][0] != '0';
     if (std::strcmp(argv[i], "--warpgroups") == 0) warpgroups = argv[i + 1][0] != '0';
   }
   cudaDeviceProp device;
@@ -160,8 +162,9 @@ int Main(int argc, char** argv) {
   CHECK_OK(PrepareAttendKernels(*image));
   std::string rows;
   for (const Shape& s : kShapes) {
-    if (quick && (s.tokens > 8192 || s.dim != 128)) continue;
-    rows += (rows.empty() ? "\n    " : ",\n    ") + RunShape(s, device.multiProcessorCount, warpgroups);
+    if ((quick && (s.tokens > 8192 || s.dim != 128)) || (!compare && s.queries < 512)) continue;
+    rows += (rows.empty() ? "\n    " : ",\n    ") +
+            RunShape(s, device.multiProcessorCount, warpgroups, compare && s.compare);
   }
   if (!json.empty())
     std::ofstream(json) << "{\n  \"device\": \"" << device.name << "\",\n  \"shapes\": [" << rows

@@ -3,6 +3,7 @@
 #include "kernels/cuda/combine_kernel.cuh"
 #include "kernels/cuda/instantiate.cuh"
 #include "kernels/cuda/prefill_kernel.cuh"
+#include "kernels/cuda/prefill_overlap.cuh"
 
 namespace kvtide::cuda {
 
@@ -14,7 +15,10 @@ std::vector<AttendKernel> KernelsOfEveryArchitecture() {
 }
 const void* MergeOfEveryArchitecture() { return reinterpret_cast<const void*>(&CombineKernel<64, true>); }
 const void* PrefillOfEveryArchitecture() {
-  return reinterpret_cast<const void*>(&PrefillKernelFunction<PrefillConfig<64, false>, 64>);
+  return reinterpret_cast<const void*>(&PrefillKernelFunction<PrefillConfig<64>, 64>);
+}
+const void* OverlapOfEveryArchitecture() {
+  return reinterpret_cast<const void*>(&OverlapKernelFunction<OverlapConfig<64>, 64>);
 }
 
 }  // namespace kvtide::cuda

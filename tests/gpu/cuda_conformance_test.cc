@@ -15,20 +15,24 @@
 namespace kvtide::testing {
 namespace {
 
-BackendCase CaseOf(const std::string& name, int most_decode_rows) {
-  return {name, [most_decode_rows] {
+BackendCase CaseOf(const std::string& name, int most_decode_rows, bool warpgroups = true) {
+  return {name, [most_decode_rows, warpgroups] {
             CudaBackendOptions options;
             options.scratch_bytes = 1u << 20;  // small: decoded blocks come in several parts
             options.most_decode_rows = most_decode_rows;
+            options.warpgroups = warpgroups;
             auto backend = MakeCudaBackend(options);
             KVTIDE_CHECK(backend.ok(), std::string(backend.status().message()));
             return std::move(backend).value();
           }};
 }
 
-// All rows by the kernels for few rows, and all that may be (attend_check.h) by the prefill kernels.
+// All rows by the kernels for few rows, and all that may be (attend_check.h) by the prefill kernels: the
+// device's own, and those for any GPU.
 INSTANTIATE_TEST_SUITE_P(Cuda, BackendConformance,
-                         ::testing::Values(CaseOf("cuda", 1 << 30), CaseOf("prefill", kFewRows)), CaseName);
+                         ::testing::Values(CaseOf("cuda", 1 << 30), CaseOf("prefill", kFewRows),
+                                           CaseOf("plainprefill", kFewRows, false)),
+                         CaseName);
 
 TEST(CudaBackendOptions, ScratchIsWhatThePlannerCounts) {
   EXPECT_EQ(static_cast<int64_t>(CudaBackendOptions().scratch_bytes), planner::kKvtideScratchBytes);

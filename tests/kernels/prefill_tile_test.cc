@@ -1,5 +1,6 @@
-// The tiles of the prefill kernels in an emulated warp, against float64: head dims, masks, soft-cap, raised
-// references; and the cut of groups into parts.
+// The tiles of the prefill kernels in an emulated warp, against float64: head dims, tiles of one or two
+// pages, masks, soft-cap, raised references, values added after the next tile was weighed; and the cut of
+// groups into parts.
 #include "kernels/cuda/prefill_tile.h"
 
 #include <gtest/gtest.h>
@@ -25,20 +26,21 @@ using testing::EmulatedWarp;
 using testing::RunWarp;
 
 struct Case {
-  int pages = 1;
+  int tiles = 1;
   float magnitude = 1;  // of the queries
   float softcap = 0;    // in units of the logits times log2(e)
   float growth = 0;     // of the keys from page to page: the reference has to follow
   bool causal = false;
   unsigned seed = 1;
+  bool overlap = false;  // values are added when the next tile is weighed
 };
 
 // Rows of 128 queries, of which one warp computes the last kRows.
-template <int D, int MT>
+template <int D, int MT, int kTokens = kBlockTokens>
 void Check(const Case& c) {
   SCOPED_TRACE("d " + std::to_string(D) + " seed " + std::to_string(c.seed));
   constexpr int kQueryRows = 128;
-  using Tile = PrefillTile<EmulatedWarp, D, MT, kQueryRows>;
+  using Tile = PrefillTile<EmulatedWarp, D, MT, kQueryRows, kTokens>;
   constexpr int kFirst = kQueryRows - Tile::kRows;
   std::mt19937 rng(c.seed);
   std::normal_distribution<float> normal;
@@ -56,14 +58,14 @@ void Check(const Case& c) {
   std::vector<uint8_t> query;
   std::vector<double> q;
   make(kQueryRows, 1.0f, query, q);
-  std::vector<std::vector<uint8_t>> k_tiles(static_cast<size_t>(c.pages)), v_tiles(k_tiles.size());
+  std::vector<std::vector<uint8_t>> k_tiles(static_cast<size_t>(c.tiles)), v_tiles(k_tiles.size());
   std::vector<std::vector<double>> k(k_tiles.size()), v(k_tiles.size());
   for (size_t p = 0; p < k_tiles.size(); p++) {
-    make(kBlockTokens, 1.0f + c.growth * static_cast<float>(p), k_tiles[p], k[p]);
-    make(kBlockTokens, 1.0f, v_tiles[p], v[p]);
+    make(kTokens, 1.0f + c.growth * static_cast<float>(p), k_tiles[p], k[p]);
+    make(kTokens, 1.0f, v_tiles[p], v[p]);
   }
   const float unit = c.magnitude * 1.44269504f / std::sqrt(static_cast<float>(D));
-  const int tokens = kBlockTokens * c.pages - 7;
+  const int tokens = kTokens * c.tiles - 7;
   const auto limit = [&](int row) {
     return RowLimits{row % 5, c.causal ? std::min(tokens, row + 20) : tokens};
   };
@@ -80,15 +82,24 @@ void Check(const Case& c) {
         multiplier[m][h] = unit;
         limits[m][h] = limit(kFirst + 16 * m + n + 8 * h);
       }
+    uint32_t weights[MT][Tile::kGroups / 2][4];
     for (size_t p = 0; p < k_tiles.size(); p++) {
-      float logits[MT][Tile::kGroups][4];
-      uint32_t weights[MT][Tile::kGroups / 2][4];
+      float logits[MT][Tile::kGroups][4], factors[MT][2];
       tile->KeyStage(query.data() + kFirst * 128, k_tiles[p].data(), logits);
       if (c.softcap > 0) Tile::Cap(c.softcap, multiplier, logits);
-      Tile::Mask(static_cast<int>(p) * kBlockTokens, limits, logits);
-      tile->Weigh(logits, multiplier, weights);
-      tile->ValueStage(v_tiles[p].data(), weights);
+      Tile::Mask(static_cast<int>(p) * kTokens, limits, logits);
+      if (!c.overlap) {
+        tile->Weigh(logits, multiplier, weights);
+        tile->ValueStage(v_tiles[p].data(), weights);
+        continue;
+      }
+      const bool raised = tile->Raise(logits, multiplier, factors);
+      tile->Exponentials(logits, multiplier);
+      if (p > 0) tile->ValueStage(v_tiles[p - 1].data(), weights);
+      if (raised) tile->Rescale(factors);
+      Tile::Pack(logits, weights);
     }
+    if (c.overlap) tile->ValueStage(v_tiles.back().data(), weights);
     tile->Finish();
     for (int m = 0; m < MT; m++)
       for (int h = 0; h < 2; h++) {
@@ -103,14 +114,14 @@ void Check(const Case& c) {
   });
 
   for (int r = 0; r < Tile::kRows; r++) {
-    std::vector<double> logits(static_cast<size_t>(c.pages * kBlockTokens), -1e300), expected(D, 0.0);
+    std::vector<double> logits(static_cast<size_t>(c.tiles * kTokens), -1e300), expected(D, 0.0);
     double top = -1e300, sum = 0;
     const RowLimits visible = limit(kFirst + r);
     for (int t = visible.begin; t < visible.end; t++) {
       double dot = 0;
       for (int d = 0; d < D; d++)
         dot += q[static_cast<size_t>((kFirst + r) * D + d)] *
-               k[static_cast<size_t>(t / 64)][static_cast<size_t>(t % 64 * D + d)];
+               k[static_cast<size_t>(t / kTokens)][static_cast<size_t>(t % kTokens * D + d)];
       dot *= static_cast<double>(unit);
       if (c.softcap > 0)
         dot = static_cast<double>(c.softcap) * std::tanh(dot / static_cast<double>(c.softcap));
@@ -122,7 +133,7 @@ void Check(const Case& c) {
       sum += w;
       for (int d = 0; d < D; d++)
         expected[static_cast<size_t>(d)] +=
-            w * v[static_cast<size_t>(t / 64)][static_cast<size_t>(t % 64 * D + d)];
+            w * v[static_cast<size_t>(t / kTokens)][static_cast<size_t>(t % kTokens * D + d)];
     }
     double error = 0, size = 0;
     for (int d = 0; d < D; d++) {
@@ -144,6 +155,8 @@ TEST(PrefillTile, HeadDimsAgainstFloat64) {
   Check<128, 1>({});
   Check<192, 1>({});
   Check<256, 1>({});
+  Check<64, 1, 128>({});
+  Check<128, 1, 128>({});
 }
 
 TEST(PrefillTile, MasksCapsAndRaisesTheReference) {
@@ -152,6 +165,15 @@ TEST(PrefillTile, MasksCapsAndRaisesTheReference) {
     Check<64, 2>({4, 3.0f, 0.0f, 2.0f, false, seed});   // logits grow by far more than the slack
     Check<64, 2>({2, 10.0f, 6.0f, 0.0f, false, seed});  // most logits at the cap
     Check<128, 1>({3, 40.0f, 0.0f, 1.0f, true, seed});
+  }
+}
+
+TEST(PrefillTile, AddsValuesWhenTheNextTileIsWeighed) {
+  for (unsigned seed = 5; seed < 8; seed++) {
+    Check<64, 1, 128>({4, 3.0f, 0.0f, 2.0f, false, seed, true});
+    Check<64, 1, 128>({3, 10.0f, 6.0f, 0.0f, true, seed, true});
+    Check<128, 1, 128>({3, 40.0f, 0.0f, 1.0f, true, seed, true});
+    Check<256, 1>({3, 3.0f, 0.0f, 1.0f, false, seed, true});
   }
 }
 
@@ -206,6 +228,8 @@ TEST(PrefillCut, FillsWholeWavesWithinTheLimit) {
     EXPECT_LE(static_cast<size_t>(parts(groups, PartPages(groups, 132, 4, most))), most);
   }
   EXPECT_GE(PartPages({0, 0}, 132, 4, 2), 1);
+  // Whole tiles.
+  for (int pages : {1, 2, 99, 100, 128}) EXPECT_EQ(PartPages({pages, 7}, 132, 4, 1000, 2) % 2, 0);
 }
 
 }  // namespace
