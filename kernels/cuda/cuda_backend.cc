@@ -16,6 +16,7 @@
 #include "kernels/cuda/codec_kernels.h"
 #include "kernels/cuda/copy_engine.h"
 #include "kernels/cuda/device_image.h"
+#include "kernels/cuda/recode_call.h"
 #include "kernels/cuda/rotations.h"
 #include "kernels/cuda/workspace.h"
 
@@ -136,8 +137,8 @@ class CudaBackend : public Backend {
         if (count > 0 && (records > kMostRecords || !SameKind(a, b))) break;
         count++;
       }
-      KVTIDE_RETURN_IF_ERROR(RecodeSide(pieces.subspan(first, count), Side::kKey));
-      KVTIDE_RETURN_IF_ERROR(RecodeSide(pieces.subspan(first, count), Side::kValue));
+      KVTIDE_ASSIGN_OR_RETURN(auto workspace, pool_.Take());
+      KVTIDE_RETURN_IF_ERROR(Annotate(RecodeCall(pieces.subspan(first, count), *workspace), name()));
       first += count;
     }
     return absl::OkStatus();
@@ -210,96 +211,6 @@ class CudaBackend : public Backend {
 
  private:
   static constexpr size_t kMostRecords = 8192;
-
-  static bool SameKind(const RecodePiece& a, const RecodePiece& b) {
-    return *a.from == *b.from && *a.to == *b.to && a.from_profile == b.from_profile &&
-           a.to_profile == b.to_profile && (a.tokens == kBlockTokens) == (b.tokens == kBlockTokens);
-  }
-
-  // One side of pieces of the same kind.
-  absl::Status RecodeSide(std::span<const RecodePiece> pieces, Side side) {
-    const bool key = side == Side::kKey;
-    const RecodePiece& any = pieces[0];
-    const BlockLayout &from = *any.from, &to = *any.to;
-    const CacheType from_type = key ? from.pair().k : from.pair().v,
-                    to_type = key ? to.pair().k : to.pair().v;
-    const HalfLayout &from_half = key ? from.k() : from.v(), &to_half = key ? to.k() : to.v();
-    const int heads = from.shape().kv_heads;
-    const size_t from_side = key ? 0 : from.v_codes(), to_side = key ? 0 : to.v_codes();
-    KVTIDE_ASSIGN_OR_RETURN(auto workspace, pool_.Take());
-    const cudaStream_t stream = workspace->stream();
-    const Profile* const from_profile =
-        key && Info(from_type).storage == Storage::kCodes ? any.from_profile : nullptr;
-    const Profile* const to_profile =
-        key && Info(to_type).storage == Storage::kCodes ? any.to_profile : nullptr;
-    const bool same_frame =
-        any.from_profile == any.to_profile || !key || Info(from_type).storage == Storage::kHalf;
-    if (from_type == to_type && same_frame && any.tokens == kBlockTokens) {
-      for (const RecodePiece& piece : pieces) {
-        const size_t first = static_cast<size_t>(piece.first_layer * heads);
-        KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpy2DAsync(
-            piece.target + to_side + to.record_bytes() * first, to.record_bytes(),
-            piece.source + from_side + from.record_bytes() * first, from.record_bytes(), to_half.bytes,
-            static_cast<size_t>(piece.layers * heads), cudaMemcpyDeviceToDevice, stream));
-      }
-      return Annotate(workspace->Finish(), name());
-    }
-    size_t records = 0;
-    for (const RecodePiece& piece : pieces) records += static_cast<size_t>(piece.layers * heads);
-    if (records == 0) return absl::OkStatus();
-    const size_t dim = static_cast<size_t>(from_half.head_dim),
-                 row_bytes = kBlockTokens * dim * sizeof(float);
-    const size_t all = static_cast<size_t>(from.shape().layers * heads);
-    const bool direct = from_type == ExactPair().k;
-    KVTIDE_RETURN_IF_ERROR(workspace->Begin(
-        Workspace::Bound(4 + 4 * all, 2 * records * sizeof(CodecJob) + 4 * all * dim * sizeof(float))));
-    if (!direct) KVTIDE_RETURN_IF_ERROR(workspace->rows.Reserve(row_bytes * records));
-    // Profiles are uploaded once for each (layer, KV head).
-    struct Placed {
-      const float *mean = nullptr, *gain = nullptr;
-    };
-    const auto place = [&](const Profile* profile) {
-      std::vector<Placed> placed(all);
-      if (profile == nullptr) return placed;
-      for (size_t i = 0; i < all; i++) {
-        if (!profile->k[i].mean.empty()) placed[i].mean = workspace->Upload(profile->k[i].mean);
-        if (!profile->k[i].gain.empty()) placed[i].gain = workspace->Upload(profile->k[i].gain);
-      }
-      return placed;
-    };
-    const std::vector<Placed> from_placed = place(from_profile), to_placed = place(to_profile);
-    std::vector<CodecJob> decode, encode;
-    for (const RecodePiece& piece : pieces)
-      for (int i = piece.first_layer * heads; i < (piece.first_layer + piece.layers) * heads; i++) {
-        const size_t record = static_cast<size_t>(i);
-        CodecJob job;
-        job.row_stride = static_cast<int32_t>(dim);
-        job.source = piece.source + from_side + from.record_bytes() * record;
-        if (!direct) {
-          job.target = workspace->rows.data() + row_bytes * encode.size();
-          job.mean = from_placed[record].mean;
-          job.gain = from_placed[record].gain;
-          decode.push_back(job);
-          job.source = job.target;
-        }
-        job.target = piece.target + to_side + to.record_bytes() * record;
-        job.tokens = piece.tokens;
-        job.mean = to_placed[record].mean;
-        job.gain = to_placed[record].gain;
-        encode.push_back(job);
-      }
-    const CodecJob* decode_device = workspace->Upload(decode);
-    const CodecJob* encode_device = workspace->Upload(encode);
-    KVTIDE_RETURN_IF_ERROR(workspace->Send());
-    const int count = static_cast<int>(encode.size());
-    if (!direct)
-      KVTIDE_CUDA_RETURN_IF_ERROR(
-          LaunchDecode(from_type, side, from_half, RowTarget::kF32Rows, 0, decode_device, count, stream));
-    KVTIDE_CUDA_RETURN_IF_ERROR(LaunchEncode(to_type, side, to_half,
-                                             direct ? RowSource::kF16Page : RowSource::kF32Rows,
-                                             encode_device, count, stream));
-    return Annotate(workspace->Finish(), name());
-  }
 
   const CudaBackendOptions options_;
   const int device_, processors_;
