@@ -38,7 +38,7 @@ struct TileStages {
       asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(Full(stage)),
                    "n"(kBulk ? 1 : Config::kThreads)
                    : "memory");
-      asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(Empty(stage)), "n"(Config::kWarps)
+      asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(Empty(stage)), "n"(kEmptyArrivals)
                    : "memory");
     }
 #if __CUDA_ARCH__ >= 900
@@ -94,7 +94,7 @@ struct TileStages {
   }
   KVTIDE_DEVICE void Release(int side, int page) const {
     __syncwarp();
-    if (DeviceWarp::Lane() == 0)
+    if (!kBulk || DeviceWarp::Lane() == 0)
       asm volatile("mbarrier.arrive.shared::cta.b64 _,[%0];" ::"r"(Empty(2 * side + page % 2)) : "memory");
   }
 
@@ -103,6 +103,8 @@ struct TileStages {
 #else
   static constexpr bool kBulk = true;
 #endif
+  // Lane 0 is enough; where other threads fill the stage again, racecheck sees only lanes that arrive.
+  static constexpr int kEmptyArrivals = kBulk ? Config::kWarps : Config::kThreads;
 };
 
 template <class Config, int D>
