@@ -223,32 +223,33 @@ KVTIDE_DEVICE void AttendBody(const AttendParams& params, const AttendWorker& wo
           tile.KeyStage(keys, t, y);
           if constexpr (!Config::Ring::kWholePages) ring.template Release<false>();
           const int first_token = page_token + t * Tile::kTokens;
-          float factor[MT];
+          const bool masked = first_token < all_begin || first_token + Tile::kTokens > all_end;
+          // Soft-cap and masks.
+          const auto adjust = [&](float(&logits)[MT][Tile::kLogits], float(&factor)[MT]) {
+            if (softcap) {
+              const float inverse = 1.0f / params.softcap;
 #pragma unroll
-          for (int m = 0; m < MT; m++) factor[m] = multiplier[m];
-          if (softcap) {
-            const float inverse = 1.0f / params.softcap;
+              for (int m = 0; m < MT; m++) {
+                const float bias = row_values[2 * (n + 8 * m) + 1];
 #pragma unroll
-            for (int m = 0; m < MT; m++) {
-              factor[m] = 1;
-              const float bias = row_values[2 * (n + 8 * m) + 1];
-#pragma unroll
-              for (int l = 0; l < Tile::kLogits; l++)
-                y[m][l] = params.softcap * tanhf(fmaf(y[m][l], multiplier[m], bias) * inverse);
-            }
-          }
-          if (first_token < all_begin || first_token + Tile::kTokens > all_end) {
-#pragma unroll
-            for (int m = 0; m < MT; m++) {
-              int row_begin, row_end;
-              limits(n + 8 * m, row_begin, row_end);
-#pragma unroll
-              for (int l = 0; l < Tile::kLogits; l++) {
-                const int token = first_token + Tile::TokenOf(l, c);
-                if (token < row_begin || token >= row_end) y[m][l] = kMasked;
+                for (int l = 0; l < Tile::kLogits; l++)
+                  logits[m][l] = params.softcap * tanhf(fmaf(logits[m][l], factor[m], bias) * inverse);
+                factor[m] = 1;
               }
             }
-          }
+            if (masked) {
+#pragma unroll
+              for (int m = 0; m < MT; m++) {
+                int row_begin, row_end;
+                limits(n + 8 * m, row_begin, row_end);
+#pragma unroll
+                for (int l = 0; l < Tile::kLogits; l++) {
+                  const int token = first_token + Tile::TokenOf(l, c);
+                  if (token < row_begin || token >= row_end) logits[m][l] = kMasked;
+                }
+              }
+            }
+          };
           const uint32_t values = Config::Ring::kWholePages ? keys + Tile::kKBytes : ring.Wait();
           if constexpr (!Info::kCoded) {
             // Rows that were never written may hold anything, infinities too: weight 0 does not silence
@@ -263,7 +264,7 @@ KVTIDE_DEVICE void AttendBody(const AttendParams& params, const AttendWorker& wo
               LetCopiesOverwrite();
             }
           }
-          tile.ValueStage(values, t, y, factor);
+          tile.ValueStage(values, t, y, multiplier, softcap || masked, adjust);
           ring.template Release<true>();
         }
       }

@@ -219,15 +219,11 @@ struct CodedTile {
       }
   }
 
-  // Adds the page. multiplier[m]: base-2 logit per unit of y (1 after soft-cap). y is used up.
-  KVTIDE_DEVICE void ValueStage(Shared v_half, int /*tile*/, float (&y)[MT][kLogits],
-                                const float (&multiplier)[MT]) {
-    constexpr int kSlots = LaneWords(VCodec::kBits, DV) / 4;
-    const int c = W::Lane() & 3;
-    const Shared lane_slots = v_half + SlotOffset();
-
-    float page_reference[MT];
-    bool seen[MT];
+  // Softmax weights of a page before V scales: 2^(logit - page_reference), and this thread's part of their
+  // sum. seen: rows that see a token.
+  static KVTIDE_DEVICE void Weigh(const float (&y)[MT][kLogits], const float (&factor)[MT], float shift,
+                                  float (&page_reference)[MT], bool (&seen)[MT], float (&weight)[MT][kLogits],
+                                  float (&page_sum)[MT]) {
 #pragma unroll
     for (int m = 0; m < MT; m++) {
       float top = y[m][0];
@@ -236,35 +232,57 @@ struct CodedTile {
       top = W::Max(top, W::ShflXor(top, 1));
       top = W::Max(top, W::ShflXor(top, 2));
       seen[m] = top > 0.5f * kMasked;
-      page_reference[m] = (seen[m] ? top : 0.0f) * multiplier[m];
-    }
-
-    float inverse = 1, v_scales[16];
-    if constexpr (kVGroups ==
-                  1) {  // the reference takes the largest V scale in, one more FMA per weight is saved
-      const float largest = LoadValueScales(v_half, c, 0, v_scales);
-      const float shift = W::Lg2(largest) - kLog2Ceiling;
+      page_reference[m] = W::Fma(seen[m] ? top : 0.0f, factor[m], shift);
+      page_sum[m] = 0;
 #pragma unroll
-      for (int m = 0; m < MT; m++) page_reference[m] += shift;
-      inverse = 1;
+      for (int t = 0; t < kLogits; t++) {
+        weight[m][t] = W::Ex2(W::Fma(y[m][t], factor[m], -page_reference[m]));
+        page_sum[m] += weight[m][t];
+      }
     }
-    rows.template Raise<W>(page_reference, seen);
+  }
+
+  // Adds the page. multiplier[m]: base-2 logit per unit of y. special: adjust(y, multiplier) has to be called
+  // first, for masks and soft-cap. Such pages and those that raise a reference are weighed twice, so that all
+  // others run without a branch from the first key to the weights, and meanwhile decode the first quad of V.
+  template <class Adjust>
+  KVTIDE_DEVICE void ValueStage(Shared v_half, int /*tile*/, float (&y)[MT][kLogits],
+                                const float (&multiplier)[MT], bool special, const Adjust& adjust) {
+    constexpr int kSlots = LaneWords(VCodec::kBits, DV) / 4;
+    const int c = W::Lane() & 3;
+    const Shared lane_slots = v_half + SlotOffset();
+
+    float inverse = 1, shift = 0, v_scales[16];
+    if constexpr (kVGroups == 1)  // the reference takes the largest V scale in: one FMA less for each weight
+      shift = W::Lg2(LoadValueScales(v_half, c, 0, v_scales)) - kLog2Ceiling;
+    float page_reference[MT], page_sum[MT], weight[MT][kLogits];
+    bool seen[MT];
+    Weigh(y, multiplier, shift, page_reference, seen, weight, page_sum);
+    uint32_t words[4 * kSlots], first_quad[VDecoder::kParts][4][2];
+    LoadSlots<VCodec::kBits, kSlots>(lane_slots, 0, words);
+    v_decoder.Decode(words, first_quad);
+    bool plain = !special;
+#pragma unroll
+    for (int m = 0; m < MT; m++) plain = plain && page_reference[m] <= rows.reference[m] + kSlack;
+    if (!W::All(plain)) {
+      float factor[MT];
+#pragma unroll
+      for (int m = 0; m < MT; m++) factor[m] = multiplier[m];
+      if (special) adjust(y, factor);
+      Weigh(y, factor, shift, page_reference, seen, weight, page_sum);
+      rows.template Raise<W>(page_reference, seen);
+#pragma unroll
+      for (int m = 0; m < MT; m++)  // weights are 0
+        if (!seen[m]) page_reference[m] = rows.reference[m];
+    }
     float gain[MT];
 #pragma unroll
     for (int m = 0; m < MT; m++) {
-      float page_sum = 0;
-#pragma unroll
-      for (int t = 0; t < kLogits; t++) {
-        y[m][t] = W::Ex2(W::Fma(y[m][t], multiplier[m], -page_reference[m]));
-        page_sum += y[m][t];
-      }
-      gain[m] = seen[m] ? W::Ex2(page_reference[m] - rows.reference[m]) : 0.0f;
-      if (!seen[m]) page_sum = 0;
-      rows.sum[m] = W::Fma(page_sum, gain[m], rows.sum[m]);
+      gain[m] = W::Ex2(page_reference[m] - rows.reference[m]);
+      rows.sum[m] = W::Fma(page_sum[m], gain[m], rows.sum[m]);
     }
 
     uint32_t weights[MT][2][4];
-    uint32_t words[4 * kSlots];
     float group_gain[MT] = {};
     int start[MT][4] = {};  // of the sums: takes the offset of the tables back
 #pragma unroll
@@ -282,7 +300,7 @@ struct CodedTile {
         for (int m = 0; m < MT; m++) {
           uint32_t bits[16];
 #pragma unroll
-          for (int t = 0; t < 16; t++) bits[t] = W::Bits(W::Fma(y[m][t], v_scales[t], kMagic));
+          for (int t = 0; t < 16; t++) bits[t] = W::Bits(W::Fma(weight[m][t], v_scales[t], kMagic));
           PackWeights(bits, weights[m]);
           group_gain[m] = gain[m] * inverse;
           start[m][0] = start[m][1] = start[m][2] = start[m][3] = 0;
@@ -296,9 +314,12 @@ struct CodedTile {
 #pragma unroll
       for (int group32 = 0; group32 < 2; group32++) {
         const int quad = 2 * step + group32;
-        LoadSlots<VCodec::kBits, kSlots>(lane_slots, quad, words);
-        uint32_t b[VDecoder::kParts][4][2];
-        v_decoder.Decode(&words[quad * VCodec::kBits], b);
+        uint32_t decoded[VDecoder::kParts][4][2];
+        if (quad > 0) {
+          LoadSlots<VCodec::kBits, kSlots>(lane_slots, quad, words);
+          v_decoder.Decode(&words[quad * VCodec::kBits], decoded);
+        }
+        const auto& b = quad > 0 ? decoded : first_quad;
 #pragma unroll
         for (int m = 0; m < MT; m++)
 #pragma unroll

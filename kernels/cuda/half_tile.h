@@ -75,8 +75,13 @@ struct HalfTile {
       }
   }
 
+  template <class Adjust>
   KVTIDE_DEVICE void ValueStage(Shared v_half, int /*tile*/, float (&y)[MT][kLogits],
-                                const float (&multiplier)[MT]) {
+                                const float (&key_multiplier)[MT], bool special, Adjust adjust) {
+    float multiplier[MT];
+#pragma unroll
+    for (int m = 0; m < MT; m++) multiplier[m] = key_multiplier[m];
+    if (special) adjust(y, multiplier);
     float page_reference[MT], gain[MT];
     bool seen[MT];
 #pragma unroll

@@ -121,11 +121,15 @@ void Check(const Problem& p, const Shape& shape, float limit, Write write) {
       for (int t = 0; t < Tile::kTilesPerPage; t++) {
         float y[kTiles][Tile::kLogits];
         tile.KeyStage(&k[static_cast<size_t>(page)][static_cast<size_t>(Tile::kKPieceOffset(t))], t, y);
-        for (int m = 0; m < kTiles; m++)
-          for (int l = 0; l < Tile::kLogits; l++)
-            if (page * 64 + t * Tile::kTokens + Tile::TokenOf(l, c) >= shape.tokens) y[m][l] = cuda::kMasked;
+        const int first = page * 64 + t * Tile::kTokens;
+        const auto mask = [&](float(&logits)[kTiles][Tile::kLogits], float(&)[kTiles]) {
+          for (int m = 0; m < kTiles; m++)
+            for (int l = 0; l < Tile::kLogits; l++)
+              if (first + Tile::TokenOf(l, c) >= shape.tokens) logits[m][l] = cuda::kMasked;
+        };
         const int v_offset = Tile::kVPieceOffset(t) - Tile::kVPieceOffset(0);
-        tile.ValueStage(&v[static_cast<size_t>(page)][static_cast<size_t>(v_offset)], t, y, multiplier);
+        tile.ValueStage(&v[static_cast<size_t>(page)][static_cast<size_t>(v_offset)], t, y, multiplier,
+                        first + Tile::kTokens > shape.tokens, mask);
       }
     for (int m = 0; m < kTiles; m++) {
       float sum = tile.rows.sum[m];
