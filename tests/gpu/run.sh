@@ -120,7 +120,7 @@ stage_devices() {
 }
 stage_sanitizers() {
   command -v compute-sanitizer > /dev/null || { echo "SKIPPED: compute-sanitizer is not installed"; return 0; }
-  local small='--gtest_filter=*PairsOfUnequal*:*CapsLogits*:*SealsWithProfiles*:*RecodesToFewer*:*CopiesMany*:*Prefill*Small*:*DeviceDecode*Case1*' failed=0 tool
+  local small='--gtest_filter=*PairsOfUnequal*:*CapsLogits*:*SealsWithProfiles*:*Recodes*:*CopiesMany*:*PrefillAndDecode*:*DeviceDecode*Case1*' failed=0 tool
   for tool in memcheck racecheck synccheck initcheck; do
     (limited compute-sanitizer --tool "$tool" --error-exitcode 9 "$bin/kvtide_test_gpu" "$small" > "$work/$tool" 2>&1 || touch "$work/$tool.failed") &
   done
