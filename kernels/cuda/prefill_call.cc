@@ -19,7 +19,7 @@ namespace {
 
 constexpr float kLog2E = 1.4426950408889634f;
 // What starting and ending a part costs, in pages; for the cut only.
-constexpr int kPartOverhead = 4;
+constexpr int kPartOverhead = 8;
 
 size_t Size(int64_t n) { return static_cast<size_t>(n); }
 int32_t Limit(int64_t n) { return static_cast<int32_t>(std::clamp<int64_t>(n, -(1 << 30), 1 << 30)); }
@@ -45,6 +45,7 @@ struct TileJob {
 
 struct PartPlan {
   PrefillPart part;
+  size_t group;         // in the call
   size_t tiles, query;  // offsets: bytes of scratch, values of queries
 };
 
@@ -74,7 +75,7 @@ struct Round {
   std::vector<PartPlan> parts;
   std::vector<PrefillGroup> groups;
   std::vector<uint32_t> slots;
-  size_t scratch_pages = 0, group_count = 0;
+  size_t scratch_pages = 0, group_count = 0, merged_groups = 0;  // the first of `groups`
   PrefillParams attend;
   PrefillMergeParams merge;
 };
@@ -218,9 +219,10 @@ class Planner {
       }
     const int length = PartPages(lengths, environment_.processors * kernel_.ctas_per_processor, kPartOverhead,
                                  most_slots_, kernel_.tile_pages);
-    std::map<size_t, std::vector<uint32_t>> slots;
     // Neighbouring CTAs read the same pages: parts of one stretch of pages of an entry follow each other.
+    std::map<size_t, std::vector<uint32_t>> slots;
     size_t at = 0;
+    int longest = 1;
     for (const Round::Entry& entry : round.entries) {
       for (size_t g = 0; g < entry.groups; g++) slots[entry.first_group + g];
       for (int64_t begin = 0; begin < entry.pages; begin += length)
@@ -228,22 +230,37 @@ class Planner {
           const PageRange range = ranges[at + g];
           const int64_t first = range.begin + begin, end = std::min(first + length, range.end);
           if (first >= end) continue;
-          slots[entry.first_group + g].push_back(static_cast<uint32_t>(round.parts.size()));
-          round.parts.push_back(MakePart(groups_[entry.first_group + g], entry, first, end));
+          round.parts.push_back(MakePart(entry.first_group + g, entry, first, end));
+          longest = std::max(longest, round.parts.back().part.pages);
         }
       at += entry.groups;
     }
+    // Much longer ones come first.
+    const auto rank = [&](const PartPlan& plan) { return plan.part.pages * 8 / longest; };
+    std::stable_sort(round.parts.begin(), round.parts.end(),
+                     [&](const PartPlan& a, const PartPlan& b) { return rank(a) > rank(b); });
+    for (size_t i = 0; i < round.parts.size(); i++)
+      slots[round.parts[i].group].push_back(static_cast<uint32_t>(i));
     for (const auto& [index, list] : slots) {
+      if (list.size() == 1 && !groups_[index].merged) continue;
       AddGroup(index, static_cast<uint32_t>(round.slots.size()), static_cast<uint32_t>(list.size()), &round);
       round.slots.insert(round.slots.end(), list.begin(), list.end());
     }
+    round.merged_groups = round.groups.size();
+    for (PartPlan& plan : round.parts)
+      if (!groups_[plan.group].merged) {
+        plan.part.group = static_cast<int32_t>(round.groups.size());
+        AddGroup(plan.group, 0, 0, &round);
+      }
     most_parts_ = std::max(most_parts_, round.parts.size());
   }
 
-  PartPlan MakePart(const GroupPlan& group, const Round::Entry& entry, int64_t begin, int64_t end) const {
+  PartPlan MakePart(size_t index, const Round::Entry& entry, int64_t begin, int64_t end) const {
+    const GroupPlan& group = groups_[index];
     const AttendItem& item = args_.items[group.item];
     const int64_t base = item.first_query_position - entry.segment->first_position - begin * kBlockTokens;
     PartPlan plan;
+    plan.group = index;
     plan.tiles = (entry.scratch_page + Size(begin - entry.first_page)) * page_bytes_;
     plan.query =
         first_query_[group.item] * QueryWidth() + Size(group.head) * Size(group_) * Size(shape_.head_dim_k);
@@ -284,6 +301,7 @@ class Planner {
     Round round;
     for (size_t i = 0; i < groups_.size(); i++)
       if (!groups_[i].merged) AddGroup(i, 0, 0, &round);
+    round.merged_groups = round.groups.size();
     if (!round.groups.empty()) rounds_.push_back(std::move(round));
   }
 
@@ -345,14 +363,16 @@ class Planner {
       round.attend.parts = parts.device;
       round.attend.outputs = reinterpret_cast<float*>(scratch + tiles);
       round.attend.sums = reinterpret_cast<float2*>(scratch + tiles + outputs);
+      round.attend.part_count = static_cast<int32_t>(round.parts.size());
       round.attend.head_dim = shape_.head_dim_k;
+      round.attend.value_dim = shape_.head_dim_v;
       round.attend.scale = args_.scale * kLog2E;
       round.attend.softcap = args_.softcap * kLog2E;
-      round.merge.groups = workspace_.Upload(round.groups);
+      round.attend.groups = round.merge.groups = workspace_.Upload(round.groups);
       round.merge.slots = workspace_.Upload(round.slots);
       round.merge.outputs = round.attend.outputs;
       round.merge.sums = round.attend.sums;
-      round.merge.group_count = static_cast<int32_t>(round.groups.size());
+      round.merge.group_count = static_cast<int32_t>(round.merged_groups);
       round.merge.head_dim = shape_.head_dim_v;
       round.merge.rows = kernel_.rows;
     }
@@ -371,10 +391,12 @@ class Planner {
             key ? c.layout->pair().k : c.layout->pair().v, c.side, key ? c.layout->k() : c.layout->v(),
             RowTarget::kF16Tile, kernel_.dim, c.device, static_cast<int>(c.jobs.size()), stream));
       }
-      KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel_.attend, round.parts.size(), kernel_.threads,
-                                          kernel_.shared_bytes, false, &round.attend, stream));
+      const size_t ctas = kernel_.warpgroups ? std::min(round.parts.size(), Size(environment_.processors))
+                                             : round.parts.size();
+      KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel_.attend, ctas, kernel_.threads, kernel_.shared_bytes, false,
+                                          &round.attend, stream));
       KVTIDE_RETURN_IF_ERROR(LaunchKernel(
-          kernel_.merge, (round.groups.size() * Size(kernel_.rows) + kMergeWarps - 1) / kMergeWarps,
+          kernel_.merge, (round.merged_groups * Size(kernel_.rows) + kMergeWarps - 1) / kMergeWarps,
           32 * kMergeWarps, 0, false, &round.merge, stream));
     }
     if (environment_.end != nullptr) KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment_.end, stream));

@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     if (visible) tile.ValueStage(values, weights);
     stages.Release(1, page);
   }
-  WriteRows<Config, D>(params, part, tile, first_row);
+  WriteRows<Config, D>(params, part, static_cast<int>(blockIdx.x), tile, first_row);
 }
 
 // One warp for each row: partial states of this launch, and the state that output and lse hold from launches
@@ -173,22 +173,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
 template <int D>
 __global__ void __launch_bounds__(32 * kMergeWarps)
     PrefillMergeFunction(const __grid_constant__ PrefillMergeParams params) {
-  constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+  constexpr float kLog2E = 1.4426950408889634f;
   const int lane = DeviceWarp::Lane();
   const int job = static_cast<int>(blockIdx.x) * kMergeWarps + (static_cast<int>(threadIdx.x) >> 5);
   if (job / params.rows >= params.group_count) return;
   const PrefillGroup& group = params.groups[job / params.rows];
   const int r = job % params.rows;
   if (r >= group.rows || (!group.fresh && group.slots == 0)) return;
-  const int index = group.first_row + r, query = index / group.rows_per_query,
-            head = index % group.rows_per_query;
-  float* const lse = group.lse + query * group.lse_stride + head;
-  float* const out =
-      group.output + query * group.output_stride + static_cast<int64_t>(head) * params.head_dim;
-  // A sink counts as a state of output 0.
-  const float before = !group.fresh             ? *lse * kLog2E
-                       : group.sinks != nullptr ? group.sinks[head] * kLog2E
-                                                : -INFINITY;
+  const GroupRow row(group, r, params.head_dim);
+  float* const out = row.out;
+  const float before = group.fresh ? row.Sink() : *row.lse * kLog2E;
   float reference = before;
   for (uint32_t s = static_cast<uint32_t>(lane); s < group.slots; s += 32) {
     const float2 v = params.sums[static_cast<size_t>(params.slots[group.first_slot + s]) * params.rows + r];
@@ -209,13 +203,13 @@ __global__ void __launch_bounds__(32 * kMergeWarps)
   }
 #pragma unroll 2
   for (uint32_t s = 0; s < group.slots; s++) {
-    const size_t row = static_cast<size_t>(params.slots[group.first_slot + s]) * params.rows + r;
-    const float2 v = params.sums[row];
+    const size_t slot = static_cast<size_t>(params.slots[group.first_slot + s]) * params.rows + r;
+    const float2 v = params.sums[slot];
     const float weight = v.y > 0 ? exp2f(v.x - reference) : 0.0f;
     sum += v.y * weight;
 #pragma unroll
     for (int b = 0; b < D / 64; b++) {
-      const float2 x = *reinterpret_cast<const float2*>(params.outputs + row * D + 64 * b + 2 * lane);
+      const float2 x = *reinterpret_cast<const float2*>(params.outputs + slot * D + 64 * b + 2 * lane);
       total[b].x += weight * x.x;
       total[b].y += weight * x.y;
     }
@@ -227,7 +221,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps)
     if (dim < params.head_dim)
       *reinterpret_cast<float2*>(out + dim) = make_float2(total[b].x * normal, total[b].y * normal);
   }
-  if (lane == 0) *lse = sum > 0 ? (reference + log2f(sum)) * kLn2 : -INFINITY;
+  if (lane == 0) row.WriteLse(reference, sum);
 }
 
 }  // namespace kvtide::cuda

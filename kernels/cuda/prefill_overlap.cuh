@@ -1,7 +1,8 @@
-// The prefill kernel for compute capability 9.0: like prefill_kernel.cuh one CTA for one part, but its warps
-// have roles. One warp copies tiles; two or three warpgroups compute 64 rows each. A warpgroup begins the
-// products of the next keys and of the last weights with their values, and weighs the logits while the second
-// goes on; warpgroups take turns at beginning products, so that one multiplies while another weighs.
+// The prefill kernel for compute capability 9.0: one CTA for each SM, which takes part after part and whose
+// warps have roles. One warp copies tiles, up to two ahead and into the next part; two or three warpgroups
+// compute 64 rows each. A warpgroup begins the products of the next keys and of the last weights with their
+// values, and weighs the logits while the second goes on; warpgroups take turns at beginning products, so
+// that one multiplies while another weighs.
 #pragma once
 
 #include "kernels/cuda/pipeline.cuh"
@@ -15,11 +16,13 @@ struct OverlapConfig {
   // At dim 64 the weights of 128 tokens leave room for three warpgroups of 160 registers, elsewhere for two
   // of 240.
   static constexpr int kConsumers = D == 64 ? 3 : 2;
+
   static constexpr int kCopierRegisters = kConsumers == 3 ? 32 : 24;
   static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
   static constexpr int kQueryRows = 64 * kConsumers, kTokens = D <= 128 ? 128 : 64;
-  static constexpr int kRowsAtOnce = D <= 128 ? 8 : 4;
+  static constexpr int kRowsAtOnce = 16;
   static constexpr bool kTurns = D <= 128;
+
   using Tile = WarpgroupTile<D, kQueryRows, kTokens>;
   static constexpr int kWarpsTogether = Tile::kRowsTogether / 16;
   static constexpr int kThreads = 128 * (1 + kConsumers), kCtas = 1;
@@ -27,13 +30,14 @@ struct OverlapConfig {
   static constexpr int kQueryBytes = kQueryRows * D * 2;
   static constexpr int kStagesAt = kQueryBytes;  // K0, K1, V0, V1
   static constexpr int kScalesAt = kStagesAt + 4 * Tile::kTileBytes;
-  static constexpr int kBarriersAt = kScalesAt + kQueryRows * 4;
+  static constexpr int kLimitsAt = kScalesAt + kQueryRows * 4;
+  static constexpr int kBarriersAt = kLimitsAt + kQueryRows * static_cast<int>(sizeof(RowLimits));
   static constexpr int kSharedBytes = kBarriersAt + 8 * 8 + 1024;  // and what the alignment may take
 };
 
-// Two stages of K tiles and two of V tiles: `full` counts the copies, `empty` the warps that are done with a
-// stage. A page of scratch memory is sub-tiles of 64 dims and 64 tokens, and goes to its tokens of each
-// sub-tile of the stage.
+// Two stages of K tiles and two of V tiles, used in turn by the steps of all parts of the CTA: `full` counts
+// the copies, `empty` the warps that are done with a stage. A page of scratch memory is sub-tiles of 64 dims
+// and 64 tokens, and goes to its tokens of each sub-tile of the stage.
 template <class Config, int D>
 struct OverlapStages {
   static constexpr int kSubBytes = kBlockTokens * 128, kPageBytes = kBlockTokens * D * 2;
@@ -52,15 +56,15 @@ struct OverlapStages {
     }
     Barrier::FenceInit();
   }
-  // Starts the copies of a step's pages, `side` 0 for K, 1 for V, by one thread. Pages past the last are
-  // copies of it: nothing sees them, but they must be numbers.
-  KVTIDE_DEVICE void Issue(const std::byte* tiles, int side, int step, int pages) const {
+  // Starts the copies of a step's pages, from `first` on, `side` 0 for K, 1 for V, by one thread. Pages past
+  // the last are copies of it: nothing sees them, but they must be numbers.
+  KVTIDE_DEVICE void Issue(const std::byte* tiles, int side, int step, int first, int pages) const {
     const int stage = Stage(side, step);
     if (step >= 2) Barrier::Wait(Empty(stage), Parity(step - 2));
     const uint32_t target = buffer + stage * Config::Tile::kTileBytes;
 #pragma unroll
     for (int p = 0; p < Config::kPages; p++) {
-      const int page = min(step * Config::kPages + p, pages - 1);
+      const int page = min(first + p, pages - 1);
       const std::byte* const source = tiles + static_cast<size_t>(2 * page + side) * kPageBytes;
       if constexpr (Config::kPages == 1) {
         CopyBytes(target, source, kPageBytes, Full(stage));
@@ -116,20 +120,54 @@ KVTIDE_DEVICE void TakeRegisters() {
 #endif
 }
 
+// What all lanes have: the compiler learns it, and keeps it in a uniform register.
+KVTIDE_DEVICE int SameInWarp(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
+// The parts of this CTA: as many of the longest as of the shortest where they stand in that order. Behind the
+// last: the count or more.
+KVTIDE_DEVICE int PartOfRound(int round) {
+  const int ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
+  return round * ctas + (round % 2 == 0 ? cta : ctas - 1 - cta);
+}
+template <class Config>
+KVTIDE_DEVICE int StepsOf(const PrefillPart& part) {
+  return (part.pages + Config::kPages - 1) / Config::kPages;
+}
+
 template <class Config, int D>
-KVTIDE_DEVICE void ComputeRows(const PrefillParams& params, const PrefillPart& part,
-                               const OverlapStages<Config, D>& stages, uint8_t* shared, uint32_t base,
-                               int steps) {
+KVTIDE_DEVICE void CopyParts(const PrefillParams& params, const OverlapStages<Config, D>& stages) {
+  int begun = 0;  // steps of earlier parts
+  for (int round = 0, index; (index = PartOfRound(round)) < params.part_count; round++) {
+    const std::byte* const tiles = params.parts[index].tiles;
+    const int pages = params.parts[index].pages, steps = StepsOf<Config>(params.parts[index]);
+    stages.Issue(tiles, 0, begun, 0, pages);
+    for (int step = 0; step < steps; step++) {
+      if (step + 1 < steps) stages.Issue(tiles, 0, begun + step + 1, (step + 1) * Config::kPages, pages);
+      stages.Issue(tiles, 1, begun + step, step * Config::kPages, pages);
+    }
+    begun += steps;
+  }
+}
+
+// The warpgroup's rows of one part; `begun` steps were before.
+template <class Config, int D>
+KVTIDE_DEVICE void ComputePart(const PrefillParams& params, int index, const OverlapStages<Config, D>& stages,
+                               uint8_t* shared, uint32_t base, int warp, int begun) {
   using Tile = typename Config::Tile;
-  const int warp = static_cast<int>(threadIdx.x) / 32 - 4, n = DeviceWarp::Lane() >> 2;
+  const PrefillPart& part = params.parts[index];  // not kept in registers
+  const int steps = StepsOf<Config>(part), n = DeviceWarp::Lane() >> 2;
   const OverlapTurns<Config> turns{warp / 4};
   auto* const scales = reinterpret_cast<float*>(shared + Config::kScalesAt);
+  auto* const limits = reinterpret_cast<RowLimits*>(shared + Config::kLimitsAt);
+  if (begun > 0) turns.Meet();  // the queries before are not wanted any more
   LoadQueries<Config, D>(params, part, shared, scales, warp);
+  if (DeviceWarp::Lane() < 16)
+    limits[warp * 16 + DeviceWarp::Lane()] = LimitsOf(part, warp * 16 + DeviceWarp::Lane());
   LetCopiesOverwrite();  // wgmma reads like them
   turns.Meet();
-  // What all rows of the warpgroup see, and what any does.
   const int first_row = warp / 4 * 64, warp_row = warp * 16;
-  const RowLimits first = LimitsOf(part, first_row), last = LimitsOf(part, first_row + 63);
+  // Where the warpgroup's rows see different tokens: all see those from `low` to before `high`.
+  const int low = limits[first_row + 63].begin, high = limits[first_row].end;
   const uint32_t query = base + static_cast<uint32_t>(warp / Config::kWarpsTogether) *
                                     static_cast<uint32_t>(Config::kWarpsTogether * 16 * 128);
   float multiplier[1][2];
@@ -139,9 +177,9 @@ KVTIDE_DEVICE void ComputeRows(const PrefillParams& params, const PrefillPart& p
   const auto finish_logits = [&](int step, float(&logits)[1][Tile::kGroups][4]) {
     if (softcap > 0) Tile::Cap(softcap, multiplier, logits);
     const int begin = step * Config::kTokens;
-    if (begin < last.begin || begin + Config::kTokens > first.end) {
-      const RowLimits limits[1][2] = {{LimitsOf(part, warp_row + n), LimitsOf(part, warp_row + n + 8)}};
-      Tile::Mask(begin, limits, logits);
+    if (begin < low || begin + Config::kTokens > high) {
+      const RowLimits rows[1][2] = {{limits[warp_row + n], limits[warp_row + n + 8]}};
+      Tile::Mask(begin, rows, logits);
     }
   };
 
@@ -150,43 +188,47 @@ KVTIDE_DEVICE void ComputeRows(const PrefillParams& params, const PrefillPart& p
   float logits[1][Tile::kGroups][4] = {};
   uint32_t weights[1][Tile::kGroups / 2][4];
   float factors[1][2];
-  uint32_t keys = stages.Await(0, 0);
+  uint32_t keys = stages.Await(0, begun);
   Tile::Open();
   tile.BeginKeys(query, keys, logits);
   Tile::template AwaitKeys<0>(logits);
-  stages.Release(0, 0);
+  stages.Release(0, begun);
   finish_logits(0, logits);
   tile.Raise(logits, multiplier, factors);  // there is no output to rescale
   tile.Exponentials(logits, multiplier);
   Tile::Pack(logits, weights);
-  if (steps > 1) turns.Start();
+  if (steps > 1) {
+    turns.Start();
+    keys = stages.Await(0, begun + 1);
+  }
 #pragma unroll 1
   for (int step = 1; step < steps; step++) {
-    keys = stages.Await(0, step);
-    const uint32_t values = stages.Await(1, step - 1);
+    const uint32_t values = stages.Await(1, begun + step - 1);
     turns.Await();
     Tile::Open();
     tile.BeginKeys(query, keys, logits);
     tile.BeginValues(values, weights);
     if (turns.consumer < turns.kCount - 1 || step + 1 < steps) turns.Pass();
     Tile::template AwaitKeys<1>(logits);
-    stages.Release(0, step);
+    stages.Release(0, begun + step);
     finish_logits(step, logits);
     const bool raised = tile.Raise(logits, multiplier, factors);
     tile.Exponentials(logits, multiplier);
-    if (raised) {
-      tile.AwaitValues(weights, logits);
-      tile.Rescale(factors);
-    }
-    tile.AwaitValues(weights, logits);
-    stages.Release(1, step - 1);
+    Tile::Settle(logits);
+    // They are there. Waiting here, and not above, ends a block of instructions: otherwise the compiler puts
+    // the exponentials behind the wait for the values.
+    if (step + 1 < steps) keys = stages.Await(0, begun + step + 1);
+    tile.AwaitValues(weights);
+    stages.Release(1, begun + step - 1);
+    if (raised) tile.Rescale(factors);
     Tile::Pack(logits, weights);
   }
-  const uint32_t values = stages.Await(1, steps - 1);
+  const uint32_t values = stages.Await(1, begun + steps - 1);
   Tile::Open();
   tile.BeginValues(values, weights);
-  tile.AwaitValues(weights, logits);
-  WriteRows<Config, D>(params, part, tile, warp_row);
+  tile.AwaitValues(weights);
+  stages.Release(1, begun + steps - 1);
+  WriteRows<Config, D>(params, part, index, tile, warp_row);
 }
 
 template <class Config, int D>
@@ -196,23 +238,21 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     extern __shared__ uint8_t unaligned[];
     uint8_t* const shared = unaligned + (1024 - (SharedAddress(unaligned) & 1023)) % 1024;
     const uint32_t base = SharedAddress(shared);
-    const PrefillPart part = params.parts[blockIdx.x];
-    const int steps = (part.pages + Config::kPages - 1) / Config::kPages;
     const OverlapStages<Config, D> stages{base + Config::kStagesAt, base + Config::kBarriersAt};
     if (threadIdx.x == 0) stages.Init();
     __syncthreads();
     if (threadIdx.x < 128) {
       GiveRegisters<Config::kCopierRegisters>();
-      if (threadIdx.x == 0) {
-        stages.Issue(part.tiles, 0, 0, part.pages);
-        for (int step = 0; step < steps; step++) {
-          if (step + 1 < steps) stages.Issue(part.tiles, 0, step + 1, part.pages);
-          stages.Issue(part.tiles, 1, step, part.pages);
-        }
-      }
+      if (threadIdx.x == 0) CopyParts<Config, D>(params, stages);
     } else {
       TakeRegisters<Config::kConsumerRegisters>();
-      ComputeRows<Config, D>(params, part, stages, shared, base, steps);
+      const int warp = SameInWarp(static_cast<int>(threadIdx.x) / 32) - 4;
+      int begun = 0;
+#pragma unroll 1
+      for (int round = 0, index; (index = PartOfRound(round)) < params.part_count; round++) {
+        ComputePart<Config, D>(params, index, stages, shared, base, warp, begun);
+        begun += StepsOf<Config>(params.parts[index]);
+      }
     }
   }
 }

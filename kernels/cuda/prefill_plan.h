@@ -1,7 +1,8 @@
 // Structs of the prefill kernels, in device memory, and the cut of the work. A *group* is one (item, KV head,
 // tile of PrefillKernel::rows query rows); a *part* is a group over some pages of decoded tiles, computed by
-// one CTA, which leaves one partial state in the slot of its index. Parts of a group are merged into the
-// output, in place, launch after launch.
+// one CTA (which may compute several, one after the other), which leaves one partial state in the slot of its
+// index. Parts of a group are merged into the output, in place, launch after launch; a part that is all of
+// its group so far writes the output itself.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,16 +23,7 @@ struct alignas(16) PrefillPart {
   // Query i sees tokens [window_begin + i, min(tokens, causal_end + i)), counted from page 0; limits where
   // unused.
   int32_t causal_end = 0, window_begin = 0;
-  int32_t padding = 0;
-};
-
-struct PrefillParams {
-  const PrefillPart* parts = nullptr;  // one for each CTA
-  float* outputs = nullptr;            // [parts][rows][D], unnormalised
-  float2* sums = nullptr;              // [parts][rows]: reference exponent (base 2) and sum of weights
-  int32_t head_dim = 0;                // of K, not padded
-  float scale = 0;                     // softmax scale times log2(e)
-  float softcap = 0;                   // times log2(e); 0 = none
+  int32_t group = -1;  // the group whose output it writes, or -1
 };
 
 struct alignas(16) PrefillGroup {
@@ -44,6 +36,17 @@ struct alignas(16) PrefillGroup {
   int32_t fresh = 1;  // nothing merged before: output and lse are not read
 };
 
+struct PrefillParams {
+  const PrefillPart* parts = nullptr;
+  const PrefillGroup* groups = nullptr;
+  float* outputs = nullptr;             // [parts][rows][D], unnormalised
+  float2* sums = nullptr;               // [parts][rows]: reference exponent (base 2) and sum of weights
+  int32_t head_dim = 0, value_dim = 0;  // of K and of V, not padded
+  float scale = 0;                      // softmax scale times log2(e)
+  float softcap = 0;                    // times log2(e); 0 = none
+  int32_t part_count = 0;
+};
+
 struct PrefillMergeParams {
   const PrefillGroup* groups = nullptr;
   const uint32_t* slots = nullptr;
@@ -54,7 +57,8 @@ struct PrefillMergeParams {
   int32_t rows = 0;      // of a slot
 };
 
-// Kernels of one head dim. `warpgroups`: for compute capability 9.x only.
+// Kernels of one head dim. `warpgroups`: for compute capability 9.x only; its CTAs share out the parts,
+// others compute one each.
 struct PrefillKernel {
   int dim = 0;
   bool warpgroups = false;

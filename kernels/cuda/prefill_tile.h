@@ -88,17 +88,17 @@ struct PrefillTile {
   static KVTIDE_DEVICE void Cap(float cap, const float (&multiplier)[MT][2],
                                 float (&logits)[MT][kGroups][4]) {
     constexpr float kTwoLog2E = 2.885390082f;
-    const float inverse_cap = W::Rcp(cap);
+    const float inverse_cap = W::FastRcp(cap);
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const float in = multiplier[m][h] * inverse_cap * kTwoLog2E, out = cap * W::Rcp(multiplier[m][h]);
+        const float in = multiplier[m][h] * inverse_cap * kTwoLog2E, out = cap * W::FastRcp(multiplier[m][h]);
 #pragma unroll
         for (int i = 0; i < kGroups; i++)
 #pragma unroll
           for (int e = 2 * h; e < 2 * h + 2; e++)
-            logits[m][i][e] = W::Fma(-2.0f * out, W::Rcp(W::Ex2(logits[m][i][e] * in) + 1.0f), out);
+            logits[m][i][e] = W::Fma(-2.0f * out, W::FastRcp(W::Ex2(logits[m][i][e] * in) + 1.0f), out);
       }
   }
 

@@ -95,10 +95,11 @@ struct WarpgroupTile : PrefillTile<DeviceWarp, D, 1, kQueryRows, kTokens> {
   static KVTIDE_DEVICE void Open() { warpgroup::Begin(); }
   KVTIDE_DEVICE void BeginKeys(uint32_t query, uint32_t keys, float (&logits)[1][Base::kGroups][4]) const {
     warpgroup::Hold(logits[0]);
+    const uint64_t first_a = warpgroup::Descriptor(query, 16), first_b = warpgroup::Descriptor(keys, 16);
 #pragma unroll
     for (int s = 0; s < D / 16; s++) {
-      const uint64_t a = warpgroup::Descriptor(query + s / 4 * kQueryRows * 128 + s % 4 * 32, 16);
-      const uint64_t b = warpgroup::Descriptor(keys + s / 4 * kTokens * 128 + s % 4 * 32, 16);
+      const uint64_t a = first_a + (s / 4 * kQueryRows * 128 + s % 4 * 32) / 16;
+      const uint64_t b = first_b + (s / 4 * kTokens * 128 + s % 4 * 32) / 16;
       if (s == 0) {
         warpgroup::MultiplyRows<false>(logits[0], a, b);
       } else {
@@ -110,14 +111,13 @@ struct WarpgroupTile : PrefillTile<DeviceWarp, D, 1, kQueryRows, kTokens> {
   KVTIDE_DEVICE void BeginValues(uint32_t values, const uint32_t (&weights)[1][Base::kGroups / 2][4]) {
 #pragma unroll
     for (int block = 0; block < kBlocks; block++) warpgroup::Hold(Sums(block));
+    const uint64_t first = warpgroup::Descriptor(values, kTokens * 128);
 #pragma unroll
     for (int u = 0; u < Base::kGroups / 2; u++)
 #pragma unroll
       for (int block = 0; block < kBlocks; block++)
-        warpgroup::MultiplyColumns(
-            Sums(block), weights[0][u],
-            warpgroup::Descriptor(values + block * (kBlock / 8) * kTokens * 128 + u * 16 * 128,
-                                  kTokens * 128));
+        warpgroup::MultiplyColumns(Sums(block), weights[0][u],
+                                   first + (block * (kBlock / 8) * kTokens * 128 + u * 16 * 128) / 16);
     warpgroup::Commit();
   }
   // Until at most kPending of the products begun last go on.
@@ -126,10 +126,9 @@ struct WarpgroupTile : PrefillTile<DeviceWarp, D, 1, kQueryRows, kTokens> {
     warpgroup::Wait<kPending>();
     warpgroup::Hold(logits[0]);
   }
-  // What was computed from `logits` meanwhile is done before the wait.
-  KVTIDE_DEVICE void AwaitValues(uint32_t (&weights)[1][Base::kGroups / 2][4],
-                                 float (&logits)[1][Base::kGroups][4]) {
-    warpgroup::Hold(logits[0]);
+  // What was computed from `logits` so far is not put off.
+  static KVTIDE_DEVICE void Settle(float (&logits)[1][Base::kGroups][4]) { warpgroup::Hold(logits[0]); }
+  KVTIDE_DEVICE void AwaitValues(uint32_t (&weights)[1][Base::kGroups / 2][4]) {
     warpgroup::Wait<0>();
 #pragma unroll
     for (int block = 0; block < kBlocks; block++) warpgroup::Hold(Sums(block));
@@ -157,7 +156,8 @@ struct WarpgroupTile : PrefillTile<DeviceWarp, D, 1, kQueryRows, kTokens> {
   }
   template <int kPending>
   static KVTIDE_DEVICE void AwaitKeys(float (&)[1][Base::kGroups][4]) {}
-  KVTIDE_DEVICE void AwaitValues(uint32_t (&)[1][Base::kGroups / 2][4], float (&)[1][Base::kGroups][4]) {}
+  static KVTIDE_DEVICE void Settle(float (&)[1][Base::kGroups][4]) {}
+  KVTIDE_DEVICE void AwaitValues(uint32_t (&)[1][Base::kGroups / 2][4]) {}
 };
 
 #endif

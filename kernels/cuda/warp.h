@@ -60,6 +60,11 @@ struct DeviceWarp {
     return r;
   }
   static KVTIDE_DEVICE float Rcp(float x) { return __frcp_rn(x); }
+  static KVTIDE_DEVICE float FastRcp(float x) {  // within an ulp
+    float r;
+    asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(x));
+    return r;
+  }
   static KVTIDE_DEVICE float Tanh(float x) { return tanhf(x); }
   static KVTIDE_DEVICE float ToFloat(int x) { return __int2float_rn(x); }
   static KVTIDE_DEVICE int Round(float x) { return __float2int_rn(x); }

@@ -74,6 +74,7 @@ struct EmulatedWarp {
   static float Ex2(float x) { return std::exp2(x); }
   static float Lg2(float x) { return std::log2(x); }
   static float Rcp(float x) { return 1.0f / x; }
+  static float FastRcp(float x) { return 1.0f / x; }
   static float Tanh(float x) { return std::tanh(x); }
   static float ToFloat(int x) { return static_cast<float>(x); }
   static int Round(float x) { return static_cast<int>(std::lrint(x)); }
