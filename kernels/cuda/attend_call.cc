@@ -22,7 +22,7 @@ constexpr float kLog2E = 1.4426950408889634f;
 size_t Size(int64_t n) { return static_cast<size_t>(n); }
 int32_t Limit(int64_t n) { return static_cast<int32_t>(std::clamp<int64_t>(n, -(1 << 30), 1 << 30)); }
 
-// One launch of an attention kernel, with the conversions that it waits for.
+// The units of one kernel, with the conversions that they wait for. One launch, unless it is joint.
 struct LaunchPlan {
   const AttendKernel* kernel = nullptr;
   Rotation k_rotation;
@@ -36,11 +36,16 @@ struct LaunchPlan {
   std::vector<Conversion> conversions;
   size_t scratch_used = 0;
 
+  size_t page_bytes = 0;
+  uint32_t pages = 0;
+  int ctas = 0, warps = 0;  // the most CTAs, and workers in each
   std::vector<AttendWorker> workers;
   int most_rows = 0;  // of a unit
   AttendParams params;
-
-  int warps() const { return kernel->threads / 32; }
+  // Of a joint launch: coded pages take the f16 pages of another plan along, which is then `joined`.
+  const LaunchPlan* exact = nullptr;
+  bool joined = false;
+  const AttendWorker* joint_workers = nullptr;
 };
 
 struct UnitRef {
@@ -202,6 +207,7 @@ class Planner {
         launches_.emplace_back();
         launches_.back().kernel = native;
         launches_.back().k_rotation = k_rotation;
+        launches_.back().page_bytes = run.layout->record_bytes();
       }
       const auto table = workspace_.Place<std::byte*>(run.blocks.size());
       std::copy(run.blocks.begin(), run.blocks.end(), table.host);
@@ -293,13 +299,37 @@ class Planner {
       }
   }
 
+  // Puts f16 pages into one launch with the coded pages that are most bytes, if there is a kernel for both.
+  void JoinLaunches() {
+    LaunchPlan *exact = nullptr, *coded = nullptr;
+    for (LaunchPlan& plan : launches_)
+      if (plan.pages > 0 && plan.kernel->k == Form::kF16 && plan.conversions.empty()) exact = &plan;
+    if (exact == nullptr || environment_.processors < 2) return;
+    for (LaunchPlan& plan : launches_)
+      if (plan.pages > 0 && CanJoin(*plan.kernel, *exact->kernel) &&
+          (coded == nullptr || plan.pages * plan.page_bytes > coded->pages * coded->page_bytes))
+        coded = &plan;
+    if (coded == nullptr) return;
+    exact->ctas = static_cast<int>(ExactCtas(static_cast<uint32_t>(environment_.processors), coded->pages,
+                                             coded->page_bytes, exact->pages, exact->page_bytes));
+    exact->warps = coded->kernel->joint.exact_warps;
+    exact->joined = true;
+    coded->ctas = environment_.processors - exact->ctas;
+    coded->exact = exact;
+  }
+
   // Numbers pages, cuts shares, allocates partial states and places everything that the device reads.
   absl::Status Place() {
     size_t partial_bytes = 0, query_bytes = 0;
     for (LaunchPlan& plan : launches_) {
+      plan.pages = NumberPages(&plan.units);
+      plan.ctas = environment_.processors;
+      plan.warps = plan.kernel->threads / 32;
+    }
+    JoinLaunches();
+    for (LaunchPlan& plan : launches_) {
       if (plan.units.empty()) continue;
-      NumberPages(&plan.units);
-      plan.workers = CutShares(plan.units, environment_.processors, plan.warps());
+      plan.workers = CutShares(plan.units, plan.ctas, plan.warps);
       for (const AttendUnit& unit : plan.units) plan.most_rows = std::max(plan.most_rows, unit.rows);
       const size_t rows = SlotCount(plan.units.size(), plan.workers.size()) * Size(plan.kernel->rows);
       query_bytes += plan.units.size() * Size(plan.kernel->query_bytes);
@@ -318,7 +348,11 @@ class Planner {
       const size_t rows = SlotCount(plan.units.size(), plan.workers.size()) * Size(plan.kernel->rows);
       AttendParams& params = plan.params;
       params.units = workspace_.Upload(plan.units);
-      params.workers = workspace_.Upload(plan.workers);
+      if (plan.exact != nullptr)
+        plan.joint_workers =
+            workspace_.Upload(JoinWorkers(plan.workers, plan.warps, plan.exact->workers, plan.exact->warps));
+      else if (!plan.joined)
+        params.workers = workspace_.Upload(plan.workers);
       params.queries = workspace_.queries.data() + query_at;
       query_at += plan.units.size() * Size(plan.kernel->query_bytes);
       params.outputs = reinterpret_cast<float*>(workspace_.partials.data() + at);
@@ -349,7 +383,7 @@ class Planner {
         CombineSource source;
         source.outputs = launch.params.outputs;
         source.sums = launch.params.sums;
-        source.slots = AppendSlots(launch.units, ref.unit, launch.workers.size(), launch.warps(), &slots);
+        source.slots = AppendSlots(launch.units, ref.unit, launch.workers.size(), launch.warps, &slots);
         for (size_t i = 0; i < std::min<size_t>(source.slots, std::size(source.first_slots)); i++)
           source.first_slots[i] = slots[slots.size() - source.slots + i];
         source.slot_rows = launch.kernel->rows;
@@ -366,7 +400,8 @@ class Planner {
       slot_list += source.slots;
     }
     for (GroupPlan& plan : groups_) {
-      if (plan.group.sources > 0) plan.group.first = sources[plan.group.first_source];
+      for (uint32_t s = 0; s < std::min<size_t>(plan.group.sources, std::size(plan.group.first)); s++)
+        plan.group.first[s] = sources[plan.group.first_source + s];
       groups.push_back(plan.group);
     }
     merge_.groups = workspace_.Upload(groups);
@@ -384,7 +419,7 @@ class Planner {
       KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment_.begin, stream));
     bool attended = false;
     for (LaunchPlan& plan : launches_) {
-      if (plan.units.empty()) continue;
+      if (plan.units.empty() || plan.joined) continue;
       for (const LaunchPlan::Conversion& c : plan.conversions) {
         const CachePair pair = c.layout->pair();
         const int jobs = static_cast<int>(c.k.size());
@@ -396,11 +431,23 @@ class Planner {
       // Kernels of one call overlap: each waits for the ones before it only where it needs their results.
       const bool overlap = environment_.dependent_launches,
                  dependent = overlap && attended && plan.conversions.empty();
-      KVTIDE_RETURN_IF_ERROR(LaunchKernel(plan.kernel->query_function, plan.units.size(), 32 * plan.most_rows,
-                                          0, dependent, &plan.params, stream));
-      KVTIDE_RETURN_IF_ERROR(LaunchKernel(plan.kernel->function, plan.workers.size() / Size(plan.warps()),
-                                          plan.kernel->threads, plan.kernel->shared_bytes, overlap,
-                                          &plan.params, stream));
+      const AttendKernel& kernel = *plan.kernel;
+      size_t units = plan.units.size(), ctas = plan.workers.size() / Size(plan.warps);
+      if (plan.exact == nullptr) {
+        KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel.query_function, units, 32 * plan.most_rows, 0, dependent,
+                                            &plan.params, stream));
+        KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel.function, ctas, kernel.threads, kernel.shared_bytes,
+                                            overlap, &plan.params, stream));
+      } else {
+        JointParams params{plan.params, plan.exact->params, plan.joint_workers, static_cast<uint32_t>(units)};
+        units += plan.exact->units.size();
+        ctas += plan.exact->workers.size() / Size(plan.exact->warps);
+        KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel.joint.query_function, units,
+                                            32 * std::max(plan.most_rows, plan.exact->most_rows), 0,
+                                            dependent, &params, stream));
+        KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel.joint.function, ctas, kernel.threads,
+                                            kernel.joint.shared_bytes, overlap, &params, stream));
+      }
       attended = true;
     }
     const size_t warps = groups_.size() * Size(tile_rows_) * Size(merge_.team);
@@ -452,6 +499,9 @@ absl::Status PrepareAttendKernels(const DeviceImage& image) {
     if (kernel.shared_limit != image.shared_limit) continue;
     KVTIDE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
         kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes));
+    if (kernel.joint.function != nullptr)
+      KVTIDE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
+          kernel.joint.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.joint.shared_bytes));
   }
   return PreparePrefillKernels(image);
 }

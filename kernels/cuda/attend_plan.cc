@@ -45,6 +45,22 @@ std::vector<AttendWorker> CutShares(const std::vector<AttendUnit>& units, int ct
   return workers;
 }
 
+std::vector<AttendWorker> JoinWorkers(const std::vector<AttendWorker>& coded, int warps,
+                                      const std::vector<AttendWorker>& exact, int exact_warps) {
+  const size_t width = static_cast<size_t>(warps), exact_width = static_cast<size_t>(exact_warps);
+  std::vector<AttendWorker> workers = coded;
+  for (size_t i = 0; i < workers.size(); i++) workers[i].cta = static_cast<uint32_t>(i / width);
+  const size_t first = workers.size();
+  workers.resize(first + exact.size() / exact_width * width);
+  for (size_t i = first; i < workers.size(); i++) {
+    const size_t cta = (i - first) / width, warp = (i - first) % width;
+    if (warp < exact_width) workers[i] = exact[cta * exact_width + warp];
+    workers[i].exact = 1;
+    workers[i].cta = static_cast<uint32_t>(cta);
+  }
+  return workers;
+}
+
 uint32_t AppendSlots(const std::vector<AttendUnit>& units, size_t index, size_t workers, int warps,
                      std::vector<uint32_t>* slots) {
   const uint64_t pages = PagesOf(units);

@@ -47,7 +47,9 @@ struct alignas(16) AttendWorker {
   uint32_t unit = 0;            // index of the unit that page `begin` belongs to
   uint32_t unit_end = 0;        // and that unit's last page + 1
   uint32_t last_unit = 0;       // the unit of the last page of the worker's CTA
-  uint32_t padding[3] = {};
+  // Of a joint launch: whether the CTA reads f16 pages, and its number among those that read the same form.
+  uint32_t exact = 0, cta = 0;
+  uint32_t padding = 0;
 };
 
 enum class QueryType : int32_t { kF32, kF16, kBf16 };
@@ -80,6 +82,14 @@ struct AttendParams {
   float softcap = 0;    // times log2(e); 0 = none
 };
 
+// A joint launch reads coded pages and f16 pages (joint_kernel.cuh): units, workers, slots and states are
+// each form's own, but the workers stand in one table, kWarps of the coded kernel for each CTA.
+struct JointParams {
+  AttendParams coded, exact;
+  const AttendWorker* workers = nullptr;
+  uint32_t coded_units = 0;  // of the query kernel's CTAs, which are one for each unit; then come f16 units
+};
+
 // A unit's slots, as the combine kernel sees them.
 struct alignas(16) CombineSource {
   const float* outputs = nullptr;  // slot 0 of the launch
@@ -91,8 +101,8 @@ struct alignas(16) CombineSource {
   uint32_t first_slots[4] = {};  // the beginning of the list
 };
 
-// One (sequence, KV head, tile of rows): its sources and where its output goes. The first source is repeated
-// here, so that nothing but its states has to be waited for.
+// One (sequence, KV head, tile of rows): its sources and where its output goes. The first two sources, most
+// often all, are repeated here, so that nothing but their states has to be waited for.
 struct alignas(16) CombineGroup {
   void* output = nullptr;                     // of row 0 of query 0
   float* lse = nullptr;                       // same
@@ -102,7 +112,7 @@ struct alignas(16) CombineGroup {
   int32_t first_row = 0, rows = 0;
   int32_t rows_per_query = 1;
   int32_t team = 1;  // warps for each row
-  CombineSource first;
+  CombineSource first[2];
 };
 
 // Numbers the pages of the units of a launch and returns their count.
@@ -122,8 +132,34 @@ KVTIDE_HD inline uint32_t WorkerOf(uint64_t pages, uint64_t workers, uint64_t pa
   return static_cast<uint32_t>(((page + 1) * workers - 1) / pages);
 }
 inline size_t SlotCount(size_t units, size_t workers) { return units + workers; }
+
+// How many of the CTAs (two or more) of a joint launch read its f16 pages, which are `exact_bytes` each: in
+// proportion to what the pages cost, and at least one for each form that has pages. A coded page takes as
+// long as 8/17 of its bytes and 3/17 of an f16 page's together would as an f16 page: narrow ones are bound by
+// decoding, and of memory's bandwidth a CTA with coded pages gets more than one with f16 pages, having more
+// warps. Measured with q8_0, turbo4 and turbo3.
+KVTIDE_HD inline uint32_t ExactCtas(uint32_t ctas, uint64_t coded_pages, uint64_t coded_bytes,
+                                    uint64_t exact_pages, uint64_t exact_bytes) {
+  if (exact_pages == 0) return 0;
+  if (coded_pages == 0) return ctas;
+  const uint64_t exact = exact_pages * 17 * exact_bytes,
+                 all = exact + coded_pages * (8 * coded_bytes + 3 * exact_bytes);
+  const uint64_t share = (2 * exact * ctas + all) / (2 * all);
+  return share < 1 ? 1 : share >= ctas ? ctas - 1 : static_cast<uint32_t>(share);
+}
+// The worker table of a joint launch: the CTAs of the coded form, then those of the f16 form, of which only
+// the first `exact_warps` workers have work.
+std::vector<AttendWorker> JoinWorkers(const std::vector<AttendWorker>& coded, int warps,
+                                      const std::vector<AttendWorker>& exact, int exact_warps);
 // Warps of the combine kernel that should share an output row when a unit has up to `slots` slots: 1, 2 or 4.
 constexpr int CombineTeam(uint32_t slots) { return slots > 8 ? 4 : slots > 3 ? 2 : 1; }
+// How many of a team's warps (two or more) take the second of a row's two sources: in proportion to the
+// slots, and at least one for each.
+KVTIDE_HD inline int SecondSourceWarps(int team, uint32_t first_slots, uint32_t second_slots) {
+  const uint32_t all = first_slots + second_slots, warps = static_cast<uint32_t>(team);
+  const uint32_t share = (2 * warps * second_slots + all) / (2 * all);
+  return static_cast<int>(share < 1 ? 1 : share >= warps ? warps - 1 : share);
+}
 
 struct CombineParams {
   const CombineGroup* groups = nullptr;

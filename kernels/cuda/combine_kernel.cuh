@@ -1,5 +1,6 @@
 // Merges the partial states of a call. A team of 1, 2 or 4 warps serves one output row: every member takes
-// slots in turn and loads several at once. Sums of sources with the same V rotation are added in the rotated
+// slots in turn and loads several at once; two sources, as of a sequence with coded and f16 pages, are read
+// side by side, each by a part of the team. Sums of sources with the same V rotation are added in the rotated
 // frame and turned back once; then the members are joined in their order, and sinks, normalisation and the
 // natural log-sum-exp follow. An empty row gives output 0 and -inf.
 //
@@ -15,11 +16,10 @@
 
 namespace kvtide::cuda {
 
-// kFew: no group has a team, so no source has more than three slots; fewer registers then let more rows be
-// under way.
+// kFew: no group has a team; fewer registers then let more rows be under way.
 template <int DV, bool kFew>
 struct MergedRow {
-  static constexpr int kBlocks = WarpRow<DV>::kBlocks, kBatch = kFew || kBlocks > 1 ? 2 : 4;
+  static constexpr int kBlocks = WarpRow<DV>::kBlocks, kBatch = kFew || kBlocks > 1 ? 2 : 6;
   float reference = -INFINITY, sum = 0;
   WarpRow<DV> part;  // in the rotated frame of the sources at hand
 
@@ -95,7 +95,7 @@ KVTIDE_DEVICE void AddSource(const CombineSource& source, int r, int member, int
 
 template <int DV, bool kFew>
 __global__ void __launch_bounds__(32 * kCombineWarps, kFew&& DV <= 128 ? 8
-                                                      : DV <= 128      ? 6
+                                                      : DV <= 128      ? 5
                                                                        : 4)
     CombineKernel(const __grid_constant__ CombineParams params) {
   constexpr int kBlocks = WarpRow<DV>::kBlocks;
@@ -109,13 +109,27 @@ __global__ void __launch_bounds__(32 * kCombineWarps, kFew&& DV <= 128 ? 8
   const int team =
       kFew ? 1 : group.team;  // its own: what a group adds in which order is not the business of the others
   const bool active = job / params.rows < params.group_count && r < group.rows && member < team;
+  // The sources that are this warp's business, and its place among the warps that share them.
+  uint32_t source_begin = 0, source_end = group.sources;
+  int turn = member, turns = team;
+  if (!kFew && team > 1 && group.sources == 2) {
+    const int second = SecondSourceWarps(team, group.first[0].slots, group.first[1].slots);
+    if (member < team - second) {
+      source_end = 1;
+      turns = team - second;
+    } else {
+      source_begin = 1;
+      turn = member - (team - second);
+      turns = second;
+    }
+  }
   const int index = group.first_row + r, query = index / group.rows_per_query,
             head = index % group.rows_per_query;
   CombineSource source;
   uint32_t first = 0;
   const auto load_source = [&](uint32_t s) {
-    source = s == 0 ? group.first : params.sources[group.first_source + s];
-    const int at = member + team * lane;
+    source = s < 2 ? group.first[s] : params.sources[group.first_source + s];
+    const int at = turn + turns * lane;
     if (source.slots <= 4) {
       first = at == 0   ? source.first_slots[0]
               : at == 1 ? source.first_slots[1]
@@ -125,7 +139,7 @@ __global__ void __launch_bounds__(32 * kCombineWarps, kFew&& DV <= 128 ? 8
       first = at < static_cast<int>(source.slots) ? source.slot_list[at] : 0;
     }
   };
-  if (active && group.sources > 0) load_source(0);
+  if (active && source_begin < source_end) load_source(source_begin);
   const float sink = active && group.sinks != nullptr ? group.sinks[head] * 1.4426950408889634f : -INFINITY;
   WaitForEarlierKernels();
 
@@ -133,10 +147,10 @@ __global__ void __launch_bounds__(32 * kCombineWarps, kFew&& DV <= 128 ? 8
   row.Clear();
   WarpRow<DV> total = row.part;
   if (active) {
-    for (uint32_t s = 0; s < group.sources; s++) {
-      AddSource<DV, kFew>(source, r, member, team, first, row, total);
+    for (uint32_t s = source_begin; s < source_end; s++) {
+      AddSource<DV, kFew>(source, r, turn, turns, first, row, total);
       const Rotation rotation = source.v_rotation;
-      if (s + 1 < group.sources) {
+      if (s + 1 < source_end) {
         load_source(s + 1);
         if (source.v_rotation == rotation) continue;
       }

@@ -37,8 +37,10 @@ class DecodeOnDevice final : public DeviceDecode {
     group_ = options.heads / options.shape.kv_heads;
     layers_ = layers.size();
     units_ = Size(options.max_sequences) * Size(options.shape.kv_heads);
+    KVTIDE_RETURN_IF_ERROR(FindKernels());
     if (options.coded.blocks != nullptr) KVTIDE_RETURN_IF_ERROR(AddKind(options.coded, options.pair));
     if (options.exact.blocks != nullptr) KVTIDE_RETURN_IF_ERROR(AddKind(options.exact, ExactPair()));
+    if (joint_ != nullptr) KVTIDE_RETURN_IF_ERROR(JoinKinds());
 
     std::vector<PlanLayer> plan;
     for (const DecodeLayer& layer : layers)
@@ -58,11 +60,13 @@ class DecodeOnDevice final : public DeviceDecode {
     plan_.head_dim_v = options.shape.head_dim_v;
     plan_.value_bytes = static_cast<int32_t>(DataTypeBytes(options.type));
     KVTIDE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(PlanKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                     static_cast<int>(sizeof(PlanIndex))));
+                                                     static_cast<int>(PlanBytes())));
 
     const int stored_v = StoredDim(options.shape.head_dim_v);
-    // Few units are cut into many states each.
-    merge_.team = plan_.team = units_ < 4 * Size(processors_) ? 4 : 2;
+    // Few units are cut into many states each. Where the rows fill the GPU by themselves, warps for further
+    // states would mostly be in their way: a unit has about as many states as it can be cut into for CTAs.
+    const bool many_rows = units_ * Size(group_) >= 24 * Size(processors_) && options.shape.kv_heads >= 4;
+    merge_.team = plan_.team = many_rows ? 1 : units_ < 4 * Size(processors_) ? 4 : 2;
     combine_ = FindCombineKernel(stored_v, merge_.team);
     if (combine_ == nullptr)
       return absl::InvalidArgumentError(
@@ -75,8 +79,8 @@ class DecodeOnDevice final : public DeviceDecode {
   }
 
   absl::Status Plan(cudaStream_t stream) override {
-    return LaunchKernel(reinterpret_cast<const void*>(&PlanKernel), layers_, kPlanThreads, sizeof(PlanIndex),
-                        false, &plan_, stream);
+    return LaunchKernel(reinterpret_cast<const void*>(&PlanKernel), layers_, kPlanThreads,
+                        static_cast<int>(PlanBytes()), false, &plan_, stream);
   }
 
   absl::Status Attend(int index, cudaStream_t stream) override {
@@ -85,17 +89,33 @@ class DecodeOnDevice final : public DeviceDecode {
     const size_t layer = Size(index);
     bool dependent = false;  // the first kernel waits for everything before it: for the plan, and for what
                              // the engine wrote
-    for (int k = 0; k < plan_.kind_count; k++) {
+    const auto params_of = [&](int k) {
       const PlanKind& kind = plan_.kinds[k];
-      const AttendKernel& kernel = *kernels_[k];
       AttendParams params = params_[k];
       params.units = kind.units + layer * kind.unit_stride;
       params.workers = kind.workers + layer * kind.worker_stride;
-      KVTIDE_RETURN_IF_ERROR(
-          LaunchKernel(kernel.query_function, units_, 32 * group_, 0, dependent, &params, stream));
-      dependent = HasBulkCopies(image_.image_capability);
-      KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel.function, Size(kind.ctas), kernel.threads,
-                                          kernel.shared_bytes, dependent, &params, stream));
+      return params;
+    };
+    const bool overlap = HasBulkCopies(image_.image_capability);
+    const auto launch = [&](const void* query, size_t units, const void* attend, int32_t ctas, int threads,
+                            int shared, void* params) -> absl::Status {
+      KVTIDE_RETURN_IF_ERROR(LaunchKernel(query, units, 32 * group_, 0, dependent, params, stream));
+      dependent = overlap;
+      return LaunchKernel(attend, Size(ctas), threads, shared, dependent, params, stream);
+    };
+    if (joint_ != nullptr) {
+      JointParams params{params_of(0), params_of(1)};
+      params.workers = params.coded.workers;
+      params.coded_units = static_cast<uint32_t>(units_);
+      KVTIDE_RETURN_IF_ERROR(launch(joint_->joint.query_function, 2 * units_, joint_->joint.function,
+                                    plan_.joint_ctas, joint_->threads, joint_->joint.shared_bytes, &params));
+    } else {
+      for (int k = 0; k < plan_.kind_count; k++) {
+        const AttendKernel& kernel = *kernels_[k];
+        AttendParams params = params_of(k);
+        KVTIDE_RETURN_IF_ERROR(launch(kernel.query_function, units_, kernel.function, plan_.kinds[k].ctas,
+                                      kernel.threads, kernel.shared_bytes, &params));
+      }
     }
     CombineParams merge = merge_;
     merge.groups = plan_.groups + layer * units_;
@@ -131,7 +151,7 @@ class DecodeOnDevice final : public DeviceDecode {
     return absl::OkStatus();
   }
 
-  absl::Status AddKind(const DecodeTable& table, CachePair pair) {
+  absl::StatusOr<const AttendKernel*> KernelOf(CachePair pair) const {
     const BlockLayout layout(options_.shape, pair);
     const AttendKernel* const kernel = FindAttendKernel(FormOf(pair.k), FormOf(pair.v), layout.k().stored_dim,
                                                         layout.v().stored_dim, group_, image_.shared_limit);
@@ -140,8 +160,31 @@ class DecodeOnDevice final : public DeviceDecode {
           "no kernel reads ", PairName(pair), " pages of head dims K ", options_.shape.head_dim_k, " and V ",
           options_.shape.head_dim_v, " for ", group_,
           " query heads per KV head; kernels/cuda/instantiate.cuh lists the pairs, up to 16 heads"));
-    KVTIDE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
-        kernel->function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel->shared_bytes));
+    return kernel;
+  }
+
+  // The kernel of each kind, and whether one launch can read both.
+  absl::Status FindKernels() {
+    const auto allow = [](const void* function, int bytes) {
+      return StatusOf(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+                      "shared memory of a kernel");
+    };
+    int kinds = 0;
+    for (const auto& [table, pair] :
+         {std::pair{&options_.coded, options_.pair}, std::pair{&options_.exact, ExactPair()}}) {
+      if (table->blocks == nullptr) continue;
+      KVTIDE_ASSIGN_OR_RETURN(kernels_[kinds], KernelOf(pair));
+      KVTIDE_RETURN_IF_ERROR(allow(kernels_[kinds]->function, kernels_[kinds]->shared_bytes));
+      kinds++;
+    }
+    if (kinds < 2 || processors_ < 2 || !CanJoin(*kernels_[0], *kernels_[1])) return absl::OkStatus();
+    joint_ = kernels_[0];
+    return allow(joint_->joint.function, joint_->joint.shared_bytes);
+  }
+
+  absl::Status AddKind(const DecodeTable& table, CachePair pair) {
+    const BlockLayout layout(options_.shape, pair);
+    const AttendKernel* const kernel = kernels_[plan_.kind_count];
     PlanKind kind;
     kind.blocks = table.blocks;
     kind.tokens = table.tokens;
@@ -150,13 +193,16 @@ class DecodeOnDevice final : public DeviceDecode {
     kind.record_bytes = layout.record_bytes();
     // No more CTAs than pages that there can be.
     kind.ctas = static_cast<int32_t>(std::min(Size(processors_), units_ * Size(table.max_blocks)));
-    kind.warps = kernel->threads / 32;
+    kind.warps = joint_ != nullptr && kernel != joint_ ? joint_->joint.exact_warps : kernel->threads / 32;
+    kind.entries = kind.warps;
     const size_t workers = Size(kind.ctas) * Size(kind.warps), slots = SlotCount(units_, workers);
     kind.unit_stride = static_cast<uint32_t>(units_);
-    kind.worker_stride = static_cast<uint32_t>(workers);
     kind.slot_stride = static_cast<uint32_t>(slots);
     KVTIDE_ASSIGN_OR_RETURN(kind.units, Allocate<AttendUnit>(layers_ * units_));
-    KVTIDE_ASSIGN_OR_RETURN(kind.workers, Allocate<AttendWorker>(layers_ * workers));
+    if (joint_ == nullptr) {
+      KVTIDE_ASSIGN_OR_RETURN(kind.workers, Allocate<AttendWorker>(layers_ * workers));
+      kind.worker_stride = static_cast<uint32_t>(workers);
+    }
     KVTIDE_ASSIGN_OR_RETURN(kind.slots, Allocate<uint32_t>(layers_ * slots));
     AttendParams& params = params_[plan_.kind_count];
     KVTIDE_ASSIGN_OR_RETURN(params.queries, Allocate<std::byte>(units_ * Size(kernel->query_bytes)));
@@ -173,10 +219,27 @@ class DecodeOnDevice final : public DeviceDecode {
     kind.slot_rows = kernel->rows;
     KVTIDE_ASSIGN_OR_RETURN(kind.v_rotation, rotations_.Get(pair.v, layout.v().stored_dim, true));
     kind.coded = Info(pair.k).storage == Storage::kCodes;
-    kernels_[plan_.kind_count] = kernel;
     plan_.kinds[plan_.kind_count++] = kind;
     return absl::OkStatus();
   }
+
+  // One launch for both kinds, and one worker table.
+  absl::Status JoinKinds() {
+    plan_.joint = true;
+    plan_.joint_ctas = std::min(processors_, plan_.kinds[0].ctas + plan_.kinds[1].ctas);
+    const int entries = joint_->threads / 32;
+    const size_t workers = Size(plan_.joint_ctas) * Size(entries);
+    AttendWorker* table = nullptr;
+    KVTIDE_ASSIGN_OR_RETURN(table, Allocate<AttendWorker>(layers_ * workers));
+    for (PlanKind& kind : plan_.kinds) {
+      kind.workers = table;
+      kind.worker_stride = static_cast<uint32_t>(workers);
+      kind.entries = entries;
+    }
+    return absl::OkStatus();
+  }
+
+  size_t PlanBytes() const { return Size(plan_.kind_count) * sizeof(PlanIndex); }
 
   template <class T>
   absl::StatusOr<T*> Allocate(size_t count) {
@@ -193,6 +256,7 @@ class DecodeOnDevice final : public DeviceDecode {
   Rotations rotations_;
   std::vector<DeviceBuffer> buffers_;
   const AttendKernel* kernels_[2] = {};
+  const AttendKernel* joint_ = nullptr;  // of the coded kind, if one launch reads both
   AttendParams params_[2];
   PlanParams plan_;
   CombineParams merge_;

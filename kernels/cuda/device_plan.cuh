@@ -1,7 +1,8 @@
 // The plan of a decode step, made on the device: what NumberPages, CutShares and AppendSlots (attend_plan.h)
 // compute on the host, for all layers of a group in one launch. CTA = layer. Sequences without tokens get no
 // unit, so the attention kernel meets none that is empty; the grid is that of a full launch, CTAs beyond the
-// pages find empty shares.
+// pages find empty shares. Where both kinds of blocks are read by one launch (joint_kernel.cuh), it also says
+// how many CTAs each gets.
 #pragma once
 
 #include <cub/block/block_scan.cuh>
@@ -25,7 +26,8 @@ struct PlanKind {
   AttendWorker* workers = nullptr;
   uint32_t* slots = nullptr;
   uint32_t unit_stride = 0, worker_stride = 0, slot_stride = 0;
-  int32_t ctas = 0, warps = 0;
+  int32_t ctas = 0, warps = 0;  // the most CTAs, and workers in each
+  int32_t entries = 0;          // of a CTA in the worker table, as many as workers unless the launch is joint
   // Of the launch: what the combine kernel reads.
   const float* outputs = nullptr;
   const StateHead* sums = nullptr;
@@ -45,6 +47,9 @@ struct PlanLayer {
 struct PlanParams {
   PlanKind kinds[2];
   int32_t kind_count = 0;
+  // Kinds 0 (coded) and 1 (f16) share the CTAs of one launch; they have the same worker table.
+  bool joint = false;
+  int32_t joint_ctas = 0;
   const PlanLayer* layers = nullptr;
   CombineGroup* groups = nullptr;    // [layers][sequences * kv_heads]
   CombineSource* sources = nullptr;  // [layers][2 * sequences * kv_heads]
@@ -121,7 +126,7 @@ __device__ inline PlanUnit PlanUnitOf(const PlanIndex& index, uint32_t kv_heads,
 
 __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const __grid_constant__ PlanParams params) {
   extern __shared__ __align__(16) uint8_t memory[];
-  PlanIndex& index = *reinterpret_cast<PlanIndex*>(memory);
+  PlanIndex* const indices = reinterpret_cast<PlanIndex*>(memory);  // one for each kind
   const PlanLayer layer = params.layers[blockIdx.x];
   const uint32_t kv_heads = static_cast<uint32_t>(params.kv_heads),
                  group_count = static_cast<uint32_t>(params.sequences) * kv_heads;
@@ -140,16 +145,31 @@ __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const __grid_constant
     group.rows = group.rows_per_query = params.group;
     groups[g] = group;
   }
+  uint32_t pages_of[2] = {};
+  for (int k = 0; k < params.kind_count; k++) {
+    PlanNumber(params.kinds[k], params.sequences, indices[k]);
+    pages_of[k] = indices[k].first_page[indices[k].places] * kv_heads;
+  }
+  uint32_t next_cta = 0;  // of the worker table
   for (int k = 0; k < params.kind_count; k++) {
     const PlanKind& kind = params.kinds[k];
+    const PlanIndex& index = indices[k];
     AttendUnit* const units = kind.units + static_cast<size_t>(blockIdx.x) * kind.unit_stride;
     AttendWorker* const workers = kind.workers + static_cast<size_t>(blockIdx.x) * kind.worker_stride;
     uint32_t* const slots = kind.slots + static_cast<size_t>(blockIdx.x) * kind.slot_stride;
-    __syncthreads();  // the groups are written, and the index is free again
-    PlanNumber(kind, params.sequences, index);
-    const uint32_t pages = index.first_page[index.places] * kv_heads,
-                   warps = static_cast<uint32_t>(kind.warps);
-    const uint32_t count = min(static_cast<uint32_t>(kind.ctas), pages) * warps;  // workers that have a share
+    const uint32_t pages = pages_of[k], warps = static_cast<uint32_t>(kind.warps),
+                   entries = static_cast<uint32_t>(kind.entries);
+    uint32_t ctas = static_cast<uint32_t>(kind.ctas), first_cta = 0;  // of this kind
+    if (params.joint) {
+      const uint32_t all = static_cast<uint32_t>(params.joint_ctas);
+      const uint32_t exact = ExactCtas(all, pages_of[0], params.kinds[0].record_bytes, pages_of[1],
+                                       params.kinds[1].record_bytes);
+      ctas = k == 0 ? all - exact : exact;
+      first_cta = next_cta;
+    }
+    ctas = min(ctas, pages);
+    const uint32_t count = ctas * warps;  // workers that have a share
+    next_cta = first_cta + ctas;
     const size_t layer_offset = static_cast<size_t>(layer.layer) * kv_heads * kind.record_bytes;
 
     for (uint32_t u = threadIdx.x; u < group_count; u += kPlanThreads) {
@@ -196,14 +216,24 @@ __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const __grid_constant
         CombineGroup& group = groups[g];
         const uint32_t at = group.sources++;
         sources[2 * g + at] = source;
-        if (at == 0) group.first = source;
+        group.first[at] = source;
         group.team = max(group.team, min(params.team, CombineTeam(source.slots)));
       }
       units[u] = unit;
     }
-    for (uint32_t i = threadIdx.x; i < static_cast<uint32_t>(kind.ctas) * warps; i += kPlanThreads) {
+    // Of a joint launch, the last kind also writes the entries of the CTAs that have nothing to do.
+    const uint32_t table_end = !params.joint                ? static_cast<uint32_t>(kind.ctas)
+                               : k + 1 == params.kind_count ? static_cast<uint32_t>(params.joint_ctas)
+                                                            : next_cta;
+    for (uint32_t at_entry = threadIdx.x; at_entry < (table_end - first_cta) * entries;
+         at_entry += kPlanThreads) {
       AttendWorker worker;
-      if (i < count) {
+      const uint32_t cta = at_entry / entries, warp = at_entry % entries, i = cta * warps + warp;
+      if (params.joint) {
+        worker.exact = k == 1 && cta < ctas ? 1 : 0;
+        worker.cta = cta;
+      }
+      if (cta < ctas && warp < warps) {
         worker.begin = WorkerBegin(pages, count, i);
         worker.end = WorkerBegin(pages, count, i + 1);
         const PlanUnit at = PlanUnitOf(index, kv_heads, worker.begin);
@@ -218,8 +248,9 @@ __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const __grid_constant
                        WorkerBegin(pages, count, (i / warps + 1) * static_cast<uint64_t>(warps)) - 1)
                 .unit;
       }
-      workers[i] = worker;
+      workers[first_cta * entries + at_entry] = worker;
     }
+    __syncthreads();  // sources of the first kind come first
   }
 }
 

@@ -2,9 +2,11 @@
 // and shared memory.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "kernels/cuda/attend_kernel.cuh"
+#include "kernels/cuda/joint_kernel.cuh"
 #include "kernels/cuda/kernel_list.h"
 #include "kernels/cuda/query_kernel.cuh"
 
@@ -53,55 +55,77 @@ constexpr int WarpsByRegisters(int dk, int dv, int tiles, bool half) {
 // memory: the first pages come later, and nothing gets faster.
 constexpr int kSlots = 2;
 
-// As many of the wanted warps as fit, with whole pages if those fit with all of them.
-template <class Tile, int kWarps, bool kWhole, int kSharedLimit>
+// As many of the wanted warps as fit, with whole pages if those fit with all of them. kCtaWarps: of the CTA,
+// 0 = no more than take part.
+template <class Tile, int kWarps, bool kWhole, int kSharedLimit, int kCtaWarps = 0>
 struct ConfigFor {
+  using Config = AttendConfig<Tile, kWarps, kSlots, kWhole, kCtaWarps == 0 ? kWarps : kCtaWarps>;
   static constexpr auto Pick() {
-    if constexpr (AttendConfig<Tile, kWarps, kSlots, kWhole>::kSharedBytes <= kSharedLimit) {
-      return AttendConfig<Tile, kWarps, kSlots, kWhole>{};
+    if constexpr (Config::kSharedBytes <= kSharedLimit) {
+      return Config{};
     } else {
-      return typename ConfigFor < Tile, kWhole ? kWarps : kWarps - 1, false, kSharedLimit > ::Type{};
+      constexpr int kFewer = kWhole ? kWarps : kWarps - 1;
+      return typename ConfigFor<Tile, kFewer, false, kSharedLimit, kCtaWarps>::Type{};
     }
   }
   using Type = decltype(Pick());
 };
+
+// Tokens of an f16 tile: pieces of 8 KB where the head dim allows.
+constexpr int HalfTokens(int d) { return d <= 64 ? 64 : d <= 128 ? 32 : 16; }
+
+template <class Config, class Tile, int kSharedLimit>
+JointKernel MakeJoint() {
+  using Info = TileInfo<Tile>;
+  constexpr int D = Info::kDk, kWarps = std::min(Config::kWarps, WarpsByRegisters(D, D, Info::kTiles, true));
+  using Exact = HalfTile<DeviceWarp, false, D, D, Info::kTiles, HalfTokens(D)>;
+  using ExactConfig = typename ConfigFor<Exact, kWarps, false, kSharedLimit, Config::kWarps>::Type;
+  using Joint = JointConfig<Config, ExactConfig>;
+  return {reinterpret_cast<const void*>(&JointKernelFunction<Config, Tile, ExactConfig, Exact>),
+          reinterpret_cast<const void*>(
+              &JointQueryKernel<typename Joint::CodedQuery, typename Joint::ExactQuery>),
+          Joint::kSharedBytes, ExactConfig::kWarps};
+}
 
 template <class Tile, int kSharedLimit>
 AttendKernel MakeEntry(Form k, Form v) {
   using Info = TileInfo<Tile>;
   using Config = typename ConfigFor<Tile, WarpsByRegisters(Info::kDk, Info::kDv, Info::kTiles, !Info::kCoded),
                                     Info::kCoded, kSharedLimit>::Type;
-  return {k,
-          v,
-          Info::kDk,
-          Info::kDv,
-          Config::kRows,
-          Config::kThreads,
-          Config::kSharedBytes,
-          reinterpret_cast<const void*>(&AttendKernelFunction<Config, Tile>),
-          reinterpret_cast<const void*>(&QueryKernel<typename Info::Query>),
-          32 * Config::kRows,
-          Config::kQueryBytes,
-          Tile::kKUnit,
-          kSharedLimit};
+  AttendKernel kernel{k,
+                      v,
+                      Info::kDk,
+                      Info::kDv,
+                      Config::kRows,
+                      Config::kThreads,
+                      Config::kSharedBytes,
+                      reinterpret_cast<const void*>(&AttendKernelFunction<Config, Tile>),
+                      reinterpret_cast<const void*>(&QueryKernel<typename Info::Query>),
+                      32 * Config::kRows,
+                      Config::kQueryBytes,
+                      Tile::kKUnit,
+                      kSharedLimit,
+                      {}};
+  // At 512 the two bodies in one kernel keep too much of each other in local memory.
+  if constexpr (Info::kCoded && Info::kDk <= 256) kernel.joint = MakeJoint<Config, Tile, kSharedLimit>();
+  return kernel;
 }
 
 template <class K, class V, int D, int MT>
 void AddCodedTile(std::vector<AttendKernel>* list) {
   using KS = typename K::Stored;
   using VS = typename V::Stored;
+  using Tile = CodedTile<DeviceWarp, KS, VS, D, D, MT, false, false>;
   ForEachSharedLimit([list](auto limit) {
-    list->push_back(MakeEntry<CodedTile<DeviceWarp, KS, VS, D, D, MT, false, false>, decltype(limit)::value>(
-        FormOfCodec<KS>(), FormOfCodec<VS>()));
+    list->push_back(MakeEntry<Tile, decltype(limit)::value>(FormOfCodec<KS>(), FormOfCodec<VS>()));
   });
 }
 template <bool kBf16, int D, int MT>
 void AddHalfTile(std::vector<AttendKernel>* list) {
-  constexpr int kTokens = D <= 64 ? 64 : D <= 128 ? 32 : 16;
   constexpr Form form = kBf16 ? Form::kBf16 : Form::kF16;
   ForEachSharedLimit([list](auto limit) {
     list->push_back(
-        MakeEntry<HalfTile<DeviceWarp, kBf16, D, D, MT, kTokens>, decltype(limit)::value>(form, form));
+        MakeEntry<HalfTile<DeviceWarp, kBf16, D, D, MT, HalfTokens(D)>, decltype(limit)::value>(form, form));
   });
 }
 

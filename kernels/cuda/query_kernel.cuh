@@ -27,13 +27,11 @@ struct QueryKind {
   static_assert(kUnitAt % 16 == 0);
 };
 
+// Writes the query area of unit `index`, by way of the CTA's `shared` memory of Kind::kBytes.
 template <class Kind>
-__global__ void __launch_bounds__(32 * Kind::kRows, 1024 / (32 * Kind::kRows))
-    QueryKernel(const __grid_constant__ AttendParams params) {
+KVTIDE_DEVICE void QueryBody(const AttendParams& params, uint32_t index_of_unit, uint8_t* shared) {
   constexpr int D = Kind::kDim;
-  __shared__ __align__(128) uint8_t shared[Kind::kBytes];
-  LetNextKernelStart();
-  const AttendUnit& unit = params.units[blockIdx.x];
+  const AttendUnit& unit = params.units[index_of_unit];
   const int r = static_cast<int>(threadIdx.x >> 5), lane = DeviceWarp::Lane();
   const bool active = r < unit.rows;
   const uint32_t area = SharedAddress(shared);
@@ -84,9 +82,18 @@ __global__ void __launch_bounds__(32 * Kind::kRows, 1024 / (32 * Kind::kRows))
   }
   __syncthreads();
   WaitForEarlierKernels();
-  uint4* const to = reinterpret_cast<uint4*>(params.queries + static_cast<size_t>(blockIdx.x) * Kind::kBytes);
+  uint4* const to =
+      reinterpret_cast<uint4*>(params.queries + static_cast<size_t>(index_of_unit) * Kind::kBytes);
   for (int i = static_cast<int>(threadIdx.x); i < Kind::kBytes / 16; i += static_cast<int>(blockDim.x))
     to[i] = reinterpret_cast<const uint4*>(shared)[i];
+}
+
+template <class Kind>
+__global__ void __launch_bounds__(32 * Kind::kRows, 1024 / (32 * Kind::kRows))
+    QueryKernel(const __grid_constant__ AttendParams params) {
+  __shared__ __align__(128) uint8_t shared[Kind::kBytes];
+  LetNextKernelStart();
+  QueryBody<Kind>(params, blockIdx.x, shared);
 }
 
 }  // namespace kvtide::cuda

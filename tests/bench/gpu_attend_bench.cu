@@ -316,7 +316,7 @@ std::string RunShape(const Shape& s, int sms) {
       group.sources = 1;
       group.rows = group.rows_per_query = s.group;
       group.team = CombineTeam(counts[u]);
-      group.first = source;
+      group.first[0] = source;
       sources.push_back(source);
       groups.push_back(group);
     }

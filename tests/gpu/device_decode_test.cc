@@ -18,8 +18,7 @@
 namespace kvtide::testing {
 namespace {
 
-constexpr int kLayers = 2, kKvHeads = 2, kDim = 128, kSequences = 7, kCodedBlocks = 40, kExactBlocks = 4,
-              kPool = 160;
+constexpr int kLayers = 2, kKvHeads = 2, kSequences = 7, kCodedBlocks = 40, kExactBlocks = 4, kPool = 160;
 
 template <class T>
 class DeviceArray {
@@ -87,6 +86,7 @@ class DeviceDecodeTest : public ::testing::Test {
 // `type` of q and out; profile: K mean and gain of the coded runs.
 struct Case {
   const char* pair;
+  int dim;
   int heads;
   DataType type;
   bool profile;
@@ -97,8 +97,8 @@ class DeviceDecodeCases : public DeviceDecodeTest, public ::testing::WithParamIn
 
 TEST_P(DeviceDecodeCases, ReplaysWithOtherLengths) {
   const Case& c = GetParam();
-  const size_t heads = static_cast<size_t>(c.heads), row = heads * kDim;
-  const BlockLayout coded({kLayers, kKvHeads, kDim, kDim}, *ParseCachePair(c.pair));
+  const size_t dim = static_cast<size_t>(c.dim), heads = static_cast<size_t>(c.heads), row = heads * dim;
+  const BlockLayout coded({kLayers, kKvHeads, c.dim, c.dim}, *ParseCachePair(c.pair));
   const BlockLayout exact(coded.shape(), ExactPair());
   DeviceArray<std::byte> coded_pool(coded.block_bytes() * kPool), exact_pool(exact.block_bytes() * kPool);
   coded_pool.Set(RandomBlocks(coded, kPool, rng_));
@@ -110,15 +110,14 @@ TEST_P(DeviceDecodeCases, ReplaysWithOtherLengths) {
   DeviceArray<uint8_t> q(kLayers * kSequences * row * DataTypeBytes(c.type)),
       out(kLayers * kSequences * row * DataTypeBytes(c.type));
   DeviceArray<float> lse(kLayers * kSequences * heads), sinks(heads);
-  DeviceArray<float> mean(kLayers * kSequences * kKvHeads * kDim),
-      gain(kLayers * kSequences * kKvHeads * kDim);
+  DeviceArray<float> mean(kLayers * kSequences * kKvHeads * dim), gain(kLayers * kSequences * kKvHeads * dim);
   const auto random = [&](size_t count, float scale, float offset) {
     std::vector<float> v(count);
     for (float& x : v) x = normal_(rng_) * scale + offset;
     return v;
   };
   const std::vector<float> sink_values = random(heads, 1, 0),
-                           mean_values = random(kLayers * kSequences * kKvHeads * kDim, 0.1f, 0);
+                           mean_values = random(kLayers * kSequences * kKvHeads * dim, 0.1f, 0);
   std::vector<float> gain_values = random(mean_values.size(), 0.2f, 1);
   for (float& x : gain_values) x = std::clamp(x, 0.5f, 2.0f);
   sinks.Set(sink_values);
@@ -130,7 +129,7 @@ TEST_P(DeviceDecodeCases, ReplaysWithOtherLengths) {
   options.pair = coded.pair();
   options.heads = c.heads;
   options.max_sequences = kSequences;
-  options.scale = 1.0f / std::sqrt(static_cast<float>(kDim));
+  options.scale = 1.0f / std::sqrt(static_cast<float>(c.dim));
   options.softcap = c.softcap;
   options.type = c.type;
   options.coded = {coded_table.data(), coded_tokens.data(), coded_hidden.data(), kCodedBlocks};
@@ -146,8 +145,8 @@ TEST_P(DeviceDecodeCases, ReplaysWithOtherLengths) {
                                       nullptr,
                                       sinks.data()};
     if (c.profile) {
-      layers[static_cast<size_t>(l)].k_mean = mean.data() + at * kKvHeads * kDim;
-      layers[static_cast<size_t>(l)].k_gain = gain.data() + at * kKvHeads * kDim;
+      layers[static_cast<size_t>(l)].k_mean = mean.data() + at * kKvHeads * dim;
+      layers[static_cast<size_t>(l)].k_gain = gain.data() + at * kKvHeads * dim;
     }
   }
   const auto made = DeviceDecode::Make(options, layers);
@@ -225,12 +224,12 @@ TEST_P(DeviceDecodeCases, ReplaysWithOtherLengths) {
         profile.k.resize(kLayers * kKvHeads);
         profile.v.resize(kLayers * kKvHeads);
         for (size_t h = 0; h < kKvHeads && c.profile; h++) {
-          const size_t at = ((static_cast<size_t>(l) * kSequences + s) * kKvHeads + h) * kDim;
+          const size_t at = ((static_cast<size_t>(l) * kSequences + s) * kKvHeads + h) * dim;
           HeadProfile& head = profile.k[static_cast<size_t>(l) * kKvHeads + h];
           head.mean.assign(mean_values.begin() + static_cast<long>(at),
-                           mean_values.begin() + static_cast<long>(at) + kDim);
+                           mean_values.begin() + static_cast<long>(at + dim));
           head.gain.assign(gain_values.begin() + static_cast<long>(at),
-                           gain_values.begin() + static_cast<long>(at) + kDim);
+                           gain_values.begin() + static_cast<long>(at + dim));
         }
         const std::vector<std::byte*> my_coded(
             coded_blocks.begin() + static_cast<long>(s * kCodedBlocks),
@@ -291,10 +290,17 @@ TEST_P(DeviceDecodeCases, ReplaysWithOtherLengths) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Cuda, DeviceDecodeCases,
-                         ::testing::Values(Case{"turbo4", 8, DataType::kF32, false, 0},
-                                           Case{"turbo3", 32, DataType::kF16, true, 0},
-                                           Case{"q8_0/turbo4", 2, DataType::kBf16, false, 20.0f},
-                                           Case{"f16", 6, DataType::kF32, false, 0}),
+                         // Pairs whose kernels read f16 pages in the same launch; then others.
+                         ::testing::Values(Case{"turbo4", 128, 8, DataType::kF32, false, 0},
+                                           Case{"turbo3", 128, 32, DataType::kF16, true, 0},
+                                           Case{"q8_0/turbo4", 128, 2, DataType::kBf16, false, 20.0f},
+                                           Case{"turbo4/turbo3", 64, 6, DataType::kF32, true, 0},
+                                           Case{"q8_0", 64, 24, DataType::kF32, false, 0},
+                                           Case{"turbo2", 256, 8, DataType::kF32, true, 0},
+                                           Case{"turbo4", 256, 20, DataType::kF32, false, 30.0f},
+                                           Case{"f16", 128, 6, DataType::kF32, false, 0},
+                                           Case{"q5_0", 128, 4, DataType::kF32, true, 0},
+                                           Case{"turbo4", 192, 8, DataType::kF32, false, 0}),
                          [](const auto& test) { return "Case" + std::to_string(test.index); });
 
 TEST_F(DeviceDecodeTest, SaysWhatIsMissing) {

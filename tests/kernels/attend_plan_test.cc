@@ -120,5 +120,68 @@ TEST(AttendPlan, LongUnitsHaveFewSlots) {
   }
 }
 
+TEST(AttendPlan, CtasOfAJointLaunchFollowTheCosts) {
+  EXPECT_EQ(ExactCtas(132, 0, 9000, 10, 33000), 132u);
+  EXPECT_EQ(ExactCtas(132, 10, 9000, 0, 33000), 0u);
+  EXPECT_EQ(ExactCtas(132, 1u << 20, 9000, 1, 33000), 1u);
+  EXPECT_EQ(ExactCtas(132, 1, 9000, 1u << 20, 33000), 131u);
+  EXPECT_EQ(ExactCtas(2, 1, 9000, 1u << 20, 33000), 1u);
+  EXPECT_EQ(ExactCtas(100, 100, 17, 100, 17), 61u);  // 17 against 11
+  std::mt19937 rng(3);
+  for (int round = 0; round < 1000; round++) {
+    const uint32_t ctas = 2 + rng() % 150, coded_bytes = 2000 + rng() % 40000,
+                   exact_bytes = 5000 + rng() % 70000;
+    const uint64_t coded = 1 + rng() % 100000, exact = 1 + rng() % 10000;
+    const uint32_t share = ExactCtas(ctas, coded, coded_bytes, exact, exact_bytes);
+    ASSERT_GE(share, 1u);
+    ASSERT_LT(share, ctas);
+    const double exact_cost = 17.0 * exact_bytes * static_cast<double>(exact),
+                 coded_cost = (8.0 * coded_bytes + 3.0 * exact_bytes) * static_cast<double>(coded),
+                 wanted = exact_cost / (exact_cost + coded_cost) * ctas;
+    EXPECT_NEAR(share, std::clamp(wanted, 1.0, ctas - 1.0), 0.5 + 1e-9);
+  }
+}
+
+TEST(AttendPlan, BothSourcesOfARowHaveWarps) {
+  EXPECT_EQ(SecondSourceWarps(4, 16, 2), 1);
+  EXPECT_EQ(SecondSourceWarps(4, 100, 1), 1);
+  EXPECT_EQ(SecondSourceWarps(4, 9, 9), 2);
+  EXPECT_EQ(SecondSourceWarps(4, 1, 100), 3);
+  EXPECT_EQ(SecondSourceWarps(2, 1, 100), 1);
+}
+
+TEST(AttendPlan, JointTablesHoldTheSharesOfBothForms) {
+  std::mt19937 rng(4);
+  for (int round = 0; round < 200; round++) {
+    const std::vector<AttendUnit> coded = RandomUnits(rng, 20, 100), exact = RandomUnits(rng, 20, 6);
+    const int warps = 1 + static_cast<int>(rng() % kMostWarps),
+              exact_warps = 1 + static_cast<int>(rng() % static_cast<unsigned>(warps));
+    const std::vector<AttendWorker> of_coded = CutShares(coded, 1 + static_cast<int>(rng() % 20), warps),
+                                    of_exact =
+                                        CutShares(exact, 1 + static_cast<int>(rng() % 20), exact_warps);
+    const std::vector<AttendWorker> table = JoinWorkers(of_coded, warps, of_exact, exact_warps);
+    const size_t width = static_cast<size_t>(warps), exact_width = static_cast<size_t>(exact_warps),
+                 coded_ctas = of_coded.size() / width, ctas = coded_ctas + of_exact.size() / exact_width;
+    ASSERT_EQ(table.size(), ctas * width);
+    for (size_t i = 0; i < table.size(); i++) {
+      const AttendWorker& worker = table[i];
+      const bool is_exact = i / width >= coded_ctas;
+      const size_t cta = i / width - (is_exact ? coded_ctas : 0), warp = i % width;
+      ASSERT_EQ(worker.exact, is_exact ? 1u : 0u);
+      ASSERT_EQ(worker.cta, cta);
+      if (is_exact && warp >= exact_width) {
+        EXPECT_EQ(worker.begin, worker.end);
+        continue;
+      }
+      const AttendWorker& own = is_exact ? of_exact[cta * exact_width + warp] : of_coded[i];
+      EXPECT_EQ(worker.begin, own.begin);
+      EXPECT_EQ(worker.end, own.end);
+      EXPECT_EQ(worker.unit, own.unit);
+      EXPECT_EQ(worker.last_unit, own.last_unit);
+      EXPECT_EQ(worker.blocks, own.blocks);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace kvtide::cuda

@@ -312,6 +312,76 @@ TEST_P(BackendConformance, DoesNotDependOnTheRestOfTheBatch) {
   EXPECT_EQ(both[1].out, AttendOn(backend(), b, b.device_runs(), c, qb).out);
 }
 
+// What every sequence of the default window looks like: coded blocks between f16 ones.
+TEST_P(BackendConformance, AttendsCodedRunsBetweenExactOnes) {
+  for (int dim : {64, 128, 256})
+    for (const char* pair : {"q8_0", "q8_0/turbo4", "q8_0/turbo3", "turbo4", "turbo4/turbo3", "turbo3",
+                             "turbo2", "planar4/iso3", "q5_0/turbo2"}) {
+      SCOPED_TRACE(std::string(pair) + " d " + std::to_string(dim));
+      const GroupShape shape{1, 2, dim, dim};
+      const Profile profile = RandomProfile(shape, 81);
+      TestSequence sequence(backend(), shape);
+      sequence.AddRun("f16", 64, GaussianRows(82));
+      sequence.AddRun(pair, 320, GaussianRows(83), &profile);
+      sequence.AddRun("f16", 100, GaussianRows(84));
+      AttendCase c;
+      for (int group : {4, 12}) {
+        c.group = group;
+        CheckAttend(backend(), sequence, c);
+      }
+      c.group = 3;
+      c.queries = 2;
+      c.window = 200;
+      c.softcap = 30;
+      CheckAttend(backend(), sequence, c);
+    }
+}
+
+// So many of them that a worker of a GPU reads pages of several; lengths differ, some have no coded page,
+// some nothing but one f16 page.
+TEST_P(BackendConformance, AttendsABatchOfCodedRunsBetweenExactOnes) {
+  const GroupShape shape{1, 2, 128, 128};
+  TestSequence sequence(backend(), shape);
+  sequence.AddRun("f16", 64, GaussianRows(85));
+  sequence.AddRun("turbo4/turbo3", 256, GaussianRows(86));
+  sequence.AddRun("f16", 150, GaussianRows(87));
+  constexpr size_t kItems = 500;
+  AttendCase c;
+  std::vector<std::vector<float>> queries(kItems);
+  std::vector<AttendResult> results(kItems);
+  const std::vector<BlockRun> runs = sequence.device_runs();
+  std::vector<AttendItem> items(kItems);
+  const auto case_of = [&c](size_t i) {
+    AttendCase mine = c;
+    mine.seed = static_cast<uint32_t>(i);
+    mine.first_query_position = i % 7 == 0 ? 50 : 90 + static_cast<int64_t>(i * 37 % 380);
+    return mine;
+  };
+  for (size_t i = 0; i < kItems; i++) {
+    queries[i] = MakeQueries(sequence, case_of(i));
+    results[i] = {std::vector<float>(8 * 128, NAN), std::vector<float>(8, NAN)};
+    items[i].runs = runs;
+    items[i].q = queries[i].data();
+    items[i].queries = 1;
+    items[i].first_query_position = case_of(i).first_query_position;
+    items[i].out = results[i].out.data();
+    items[i].lse = results[i].lse.data();
+  }
+  AttendArgs args;
+  args.heads = 8;
+  args.scale = 1.0f / std::sqrt(128.0f);
+  args.items = items;
+  ASSERT_TRUE(backend().Attend(args).ok());
+  const std::vector<AttendResult> once = results;
+  ASSERT_TRUE(backend().Attend(args).ok());
+  for (size_t i = 0; i < kItems; i++) {
+    SCOPED_TRACE(i);
+    ASSERT_EQ(results[i].out, once[i].out);  // the same call, the same bits
+    ASSERT_EQ(results[i].lse, once[i].lse);
+    if (i % 5 == 0) ExpectClose(results[i], AttendByReference(sequence, case_of(i), queries[i]), 128, 1e-3);
+  }
+}
+
 // Many queries over a context of several kinds of runs, with a gap in the positions.
 TEST_P(BackendConformance, AttendsLongPrefillOverMixedRuns) {
   for (int dim : {64, 96, 128, 192, 256}) {
