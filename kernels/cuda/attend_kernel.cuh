@@ -15,9 +15,9 @@ namespace kvtide::cuda {
 // What the kernel needs to know of a tile class beside its interface.
 template <class Tile>
 struct TileInfo;
-template <class W, class KCodec, class VCodec, int DK, int DV, int MT, bool kSplit, bool kRegisters>
-struct TileInfo<CodedTile<W, KCodec, VCodec, DK, DV, MT, kSplit, kRegisters>> {
-  using Tile = CodedTile<W, KCodec, VCodec, DK, DV, MT, kSplit, kRegisters>;
+template <class W, class KCodec, class VCodec, int DK, int DV, int MT>
+struct TileInfo<CodedTile<W, KCodec, VCodec, DK, DV, MT>> {
+  using Tile = CodedTile<W, KCodec, VCodec, DK, DV, MT>;
   static constexpr int kDk = DK, kDv = DV, kTiles = MT;
   static constexpr bool kCoded = true;
   using Query = QueryKind<DK, Tile::kRows, KCodec::kGroup, Tile::KDecoder::kOffset>;

@@ -67,11 +67,11 @@ struct RowSums {
   }
 };
 
-template <class W, class KCodec, class VCodec, int DK, int DV, int MT, bool kSplit, bool kQueryInRegisters>
+template <class W, class KCodec, class VCodec, int DK, int DV, int MT>
 struct CodedTile {
   using Shared = typename W::Shared;
-  using KDecoder = QuadDecoder<W, KCodec, kSplit>;
-  using VDecoder = QuadDecoder<W, VCodec, kSplit>;
+  using KDecoder = QuadDecoder<W, KCodec>;
+  using VDecoder = QuadDecoder<W, VCodec>;
   static constexpr int kTokens = kBlockTokens, kTilesPerPage = 1, kLogits = 16;
   static constexpr int kRows = 8 * MT;
   static constexpr int kKSteps = DK / 32, kVSteps = DV / 32;
@@ -102,7 +102,6 @@ struct CodedTile {
   Shared query;
   KDecoder k_decoder;
   VDecoder v_decoder;
-  uint32_t fragments[kQueryInRegisters ? MT * kKSteps : 1][4];
 
   static KVTIDE_DEVICE int TokenOf(int t, int c) { return t / 8 * 32 + 8 * c + t % 8; }
 
@@ -120,13 +119,7 @@ struct CodedTile {
     }
   }
 
-  KVTIDE_DEVICE void LoadQuery(Shared query_area) {
-    query = query_area;
-    if constexpr (kQueryInRegisters) {
-#pragma unroll
-      for (int i = 0; i < MT * kKSteps; i++) W::Load128(query + i * 512 + W::Lane() * 16, fragments[i]);
-    }
-  }
+  KVTIDE_DEVICE void LoadQuery(Shared query_area) { query = query_area; }
 
   static KVTIDE_DEVICE int SlotOffset() {
     const int lane = W::Lane(), n = lane >> 2, c = lane & 3;
@@ -165,13 +158,12 @@ struct CodedTile {
         const bool last = s + 1 == kKSteps || (s + 1) * 32 % KCodec::kGroup == 0;
         const int quad = group32 * kKSteps + s;
         LoadSlots<KCodec::kBits, kSlots>(lane_slots, quad, words);
-        uint32_t b[KDecoder::kParts][4][2];
+        uint32_t b[4][2];
         k_decoder.Decode(&words[quad * KCodec::kBits], b);
 #pragma unroll
         for (int m = 0; m < MT; m++) {
-          uint32_t loaded[4];
-          if constexpr (!kQueryInRegisters) W::Load128(query + (m * kKSteps + s) * 512 + lane * 16, loaded);
-          const uint32_t(&a)[4] = kQueryInRegisters ? fragments[m * kKSteps + s] : loaded;
+          uint32_t a[4];
+          W::Load128(query + (m * kKSteps + s) * 512 + lane * 16, a);
           if (first) {
             uint32_t start[2] = {0, 0};  // of the high and of the low part
             if constexpr (KDecoder::kOffset != 0)
@@ -183,10 +175,7 @@ struct CodedTile {
             }
           }
 #pragma unroll
-          for (int p = 0; p < KDecoder::kParts; p++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-              W::template MmaBytes<true>(acc[m][i], a, b[p][i][0], b[p][i][1], acc[m][i]);
+          for (int i = 0; i < 4; i++) W::template MmaBytes<true>(acc[m][i], a, b[i][0], b[i][1], acc[m][i]);
         }
         if (!last) continue;
         float scales[8];
@@ -258,7 +247,7 @@ struct CodedTile {
     float page_reference[MT], page_sum[MT], weight[MT][kLogits];
     bool seen[MT];
     Weigh(y, multiplier, shift, page_reference, seen, weight, page_sum);
-    uint32_t words[4 * kSlots], first_quad[VDecoder::kParts][4][2];
+    uint32_t words[4 * kSlots], first_quad[4][2];
     LoadSlots<VCodec::kBits, kSlots>(lane_slots, 0, words);
     v_decoder.Decode(words, first_quad);
     bool plain = !special;
@@ -314,7 +303,7 @@ struct CodedTile {
 #pragma unroll
       for (int group32 = 0; group32 < 2; group32++) {
         const int quad = 2 * step + group32;
-        uint32_t decoded[VDecoder::kParts][4][2];
+        uint32_t decoded[4][2];
         if (quad > 0) {
           LoadSlots<VCodec::kBits, kSlots>(lane_slots, quad, words);
           v_decoder.Decode(&words[quad * VCodec::kBits], decoded);
@@ -323,11 +312,9 @@ struct CodedTile {
 #pragma unroll
         for (int m = 0; m < MT; m++)
 #pragma unroll
-          for (int p = 0; p < VDecoder::kParts; p++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-              W::template MmaBytes<kSignedWeights>(acc[m][i], weights[m][group32], b[p][i][0], b[p][i][1],
-                                                   group32 == 0 && p == 0 ? start[m] : acc[m][i]);
+          for (int i = 0; i < 4; i++)
+            W::template MmaBytes<kSignedWeights>(acc[m][i], weights[m][group32], b[i][0], b[i][1],
+                                                 group32 == 0 ? start[m] : acc[m][i]);
       }
 #pragma unroll
       for (int m = 0; m < MT; m++)

@@ -115,7 +115,7 @@ template <class K, class V, int D, int MT>
 void AddCodedTile(std::vector<AttendKernel>* list) {
   using KS = typename K::Stored;
   using VS = typename V::Stored;
-  using Tile = CodedTile<DeviceWarp, KS, VS, D, D, MT, false, false>;
+  using Tile = CodedTile<DeviceWarp, KS, VS, D, D, MT>;
   ForEachSharedLimit([list](auto limit) {
     list->push_back(MakeEntry<Tile, decltype(limit)::value>(FormOfCodec<KS>(), FormOfCodec<VS>()));
   });

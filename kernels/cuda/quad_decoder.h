@@ -3,14 +3,8 @@
 //
 // A PRMT looks up four 8-entry tables at once; a selector nibble with bit 3 set gives the sign of the byte
 // instead, which is how 16 levels take two tables: the lower one is asked with the codes, the upper one,
-// stored backwards, with their complements. The two answers join in one of two ways:
-//   joined: both tables hold level + 64, so that the idle one answers 0 and a sum joins them; the offset is
-//   taken back by
-//           the start value of the products (kOffset).
-//   split:  codes below 8 have negative levels, so the idle lower table answers -1; the upper table holds
-//   level + 1. Both
-//           are multiplied and the sum of the two products is right: one more product instead of two sums for
-//           8 codes.
+// stored backwards, with their complements. Both hold level + 64, so that the idle one answers 0 and a sum
+// joins them; the offset is taken back by the start value of the products (kOffset).
 // Permutes, shifts and logic share the ALU pipe, which is the bottleneck. Complements and sums are therefore
 // written as arithmetic (W::Complement, W::Plus), which the compiler spreads over the ALU and the
 // multiplication pipe.
@@ -23,12 +17,10 @@
 
 namespace kvtide::cuda {
 
-template <class W, class Codec, bool kSplitTables>
+template <class W, class Codec>
 struct QuadDecoder {
   static constexpr int kBits = Codec::kBits;
-  static constexpr bool kSplit = kSplitTables && kBits == 4;
-  static constexpr int kParts = kSplit ? 2 : 1;  // products per tile
-  static constexpr int kOffset = kBits == 4 && !kSplit ? 64 : 0;
+  static constexpr int kOffset = kBits == 4 ? 64 : 0;
 
   uint32_t table[4];
 
@@ -45,7 +37,7 @@ struct QuadDecoder {
 #pragma unroll
     for (int i = 0; i < kEntries; i++) {
       const int code = i < 8 ? i : 23 - i;
-      const int level = Codec::Level(code) + kOffset + (kSplit && i >= 8 ? 1 : 0);
+      const int level = Codec::Level(code) + kOffset;
       words[i / 4] |= static_cast<uint32_t>(level & 255) << (8 * (i % 4));
     }
     if constexpr (kBits == 5) {  // the lower four bits of a code stand for themselves
@@ -79,12 +71,12 @@ struct QuadDecoder {
     b[1] = W::Prmt(table[0], table[1], u >> 16);
   }
 
-  KVTIDE_DEVICE void Decode(const uint32_t* w, uint32_t (&b)[kParts][4][2]) const {
+  KVTIDE_DEVICE void Decode(const uint32_t* w, uint32_t (&b)[4][2]) const {
     if constexpr (kBits == 8) {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        b[0][i][0] = w[2 * i];
-        b[0][i][1] = w[2 * i + 1];
+        b[i][0] = w[2 * i];
+        b[i][1] = w[2 * i + 1];
       }
     } else if constexpr (kBits == 4 || kBits == 5) {
 #pragma unroll
@@ -93,30 +85,25 @@ struct QuadDecoder {
         const uint32_t low0 = W::Prmt(table[0], table[1], w[i]), low1 = W::Prmt(table[0], table[1], h);
         const uint32_t high0 = W::Prmt(table[2], table[3], Not(w[i])),
                        high1 = W::Prmt(table[2], table[3], Not(h));
-        if constexpr (kSplit) {
-          b[0][i][0] = low0;
-          b[0][i][1] = low1;
-          b[1][i][0] = high0;
-          b[1][i][1] = high1;
-        } else if constexpr (kBits == 4) {
-          b[0][i][0] = Sum(low0, high0);
-          b[0][i][1] = Sum(low1, high1);
+        if constexpr (kBits == 4) {
+          b[i][0] = Sum(low0, high0);
+          b[i][1] = Sum(low1, high1);
         } else {  // bit 4 clear: level = nibble - 16
           const uint32_t fifth = (w[4] >> i) & 0x11111111u;
-          b[0][i][0] = low0 | high0 | W::Prmt(0x000000f0u, 0, fifth);
-          b[0][i][1] = low1 | high1 | W::Prmt(0x000000f0u, 0, fifth >> 16);
+          b[i][0] = low0 | high0 | W::Prmt(0x000000f0u, 0, fifth);
+          b[i][1] = low1 | high1 | W::Prmt(0x000000f0u, 0, fifth >> 16);
         }
       }
     } else if constexpr (kBits == 3) {
 #pragma unroll
-      for (int i = 0; i < 3; i++) Octet(w[i] & 0x77777777u, b[0][i]);
-      Octet(((w[0] >> 3) & 0x11111111u) | ((w[1] >> 2) & 0x22222222u) | ((w[2] >> 1) & 0x44444444u), b[0][3]);
+      for (int i = 0; i < 3; i++) Octet(w[i] & 0x77777777u, b[i]);
+      Octet(((w[0] >> 3) & 0x11111111u) | ((w[1] >> 2) & 0x22222222u) | ((w[2] >> 1) & 0x44444444u), b[3]);
     } else {
       static_assert(kBits == 2);
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        Octet(w[h] & 0x33333333u, b[0][2 * h]);
-        Octet((w[h] >> 2) & 0x33333333u, b[0][2 * h + 1]);
+        Octet(w[h] & 0x33333333u, b[2 * h]);
+        Octet((w[h] >> 2) & 0x33333333u, b[2 * h + 1]);
       }
     }
   }

@@ -202,7 +202,7 @@ double CheckHead(const Shape& s, const BlockLayout& layout, const std::byte* blo
 
 template <class K, class V, int D, int kWarps, int kSlots>
 const void* ReaderOf(int* threads, int* bytes) {
-  using Tile = CodedTile<DeviceWarp, typename K::Stored, typename V::Stored, D, D, 1, true, false>;
+  using Tile = CodedTile<DeviceWarp, typename K::Stored, typename V::Stored, D, D, 1>;
   using Config = AttendConfig<Tile, kWarps, kSlots, true>;
   *threads = Config::kThreads;
   *bytes = Config::kSharedBytes;
