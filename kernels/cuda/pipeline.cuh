@@ -94,6 +94,20 @@ KVTIDE_DEVICE void CopyPiece(uint32_t to, const void* from, uint32_t bytes, uint
       : "memory");
 }
 
+// A box of a tensor of two dimensions, from (x, y) on; by one thread, from 9.0 on.
+KVTIDE_DEVICE void CopyBox(uint32_t to, const void* map, int x, uint32_t y, uint32_t bytes,
+                           uint32_t barrier) {
+  if constexpr (kBulkCopies) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0],[%1,{%2,%3}],[%4];" ::"r"(to),
+        "l"(map), "r"(x), "r"(y), "r"(barrier)
+        : "memory");
+  }
+}
+
 // A warp's list of pages, in shared memory, so that it takes no registers while pages are computed: the
 // addresses of a batch of pages and of the batch after it, fetched one batch ahead, and where the walk over
 // the units stands.

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <deque>
 #include <map>
+#include <type_traits>
 #include <vector>
 
 #include "kernels/base/status.h"
@@ -12,6 +13,8 @@
 #include "kernels/cuda/codec_kernels.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/prefill_cut.h"
+#include "kernels/cuda/prefill_map.h"
+#include "kernels/cuda/prefill_pages.h"
 #include "kernels/cuda/prefill_plan.h"
 
 namespace kvtide::cuda {
@@ -24,6 +27,9 @@ constexpr int kPartOverhead = 8;
 size_t Size(int64_t n) { return static_cast<size_t>(n); }
 int32_t Limit(int64_t n) { return static_cast<int32_t>(std::clamp<int64_t>(n, -(1 << 30), 1 << 30)); }
 size_t RoundUp(size_t bytes) { return (bytes + 255) / 256 * 256; }
+bool IsF16(CacheType type) {
+  return VisitCodec(type, [](auto codec) { return std::is_same_v<decltype(codec), F16>; });
+}
 int WidestDim(const GroupShape& shape) { return std::max(shape.head_dim_k, shape.head_dim_v); }
 
 // Runs of an item whose positions follow each other without a gap inside a page.
@@ -45,8 +51,8 @@ struct TileJob {
 
 struct PartPlan {
   PrefillPart part;
-  size_t group;         // in the call
-  size_t tiles, query;  // offsets: bytes of scratch, values of queries
+  size_t group;                // in the call
+  size_t tiles, pages, query;  // offsets: bytes of scratch, places of the round, values of queries
 };
 
 struct GroupPlan {
@@ -63,18 +69,19 @@ struct Round {
     std::vector<TileJob> jobs;
     const CodecJob* device = nullptr;
   };
-  // Tiles of rows of one head over decoded pages.
+  // Tiles of rows of one head over some pages of a segment.
   struct Entry {
     size_t first_group, groups;
     const Segment* segment;
     int64_t first_page, pages;
-    size_t scratch_page;
+    size_t scratch_page, first_place;
   };
   std::vector<Conversion> conversions;
   std::vector<Entry> entries;
   std::vector<PartPlan> parts;
   std::vector<PrefillGroup> groups;
   std::vector<uint32_t> slots;
+  std::vector<PagePlace> places;
   size_t scratch_pages = 0, group_count = 0, merged_groups = 0;  // the first of `groups`
   PrefillParams attend;
   PrefillMergeParams merge;
@@ -100,6 +107,7 @@ class Planner {
   }
 
   absl::Status Run() {
+    for (const AttendItem& item : args_.items) AddSegments(item);
     for (size_t i = 0; i < args_.items.size(); i++) PlanItem(i);
     FinishRound();
     AddUntouchedGroups();
@@ -121,10 +129,7 @@ class Planner {
                    (group.first_row + group.rows - 1) / group_);
   }
 
-  void PlanItem(size_t index) {
-    const AttendItem& item = args_.items[index];
-    first_query_.push_back(queries_);
-    queries_ += Size(item.queries);
+  void AddSegments(const AttendItem& item) {
     std::vector<Segment>& segments = segments_.emplace_back();
     for (const BlockRun& run : item.runs) {
       if (run.tokens == 0) continue;
@@ -133,17 +138,41 @@ class Planner {
         segments.emplace_back();
         segments.back().first_position = run.first_position;
       }
-      for (size_t block = 0; block < Size(BlocksOf(run)); block++)
-        segments.back().pages.push_back({&run, block});
+      for (size_t block = 0; block < Size(BlocksOf(run)); block++) {
+        const Segment::Page page{&run, block};
+        segments.back().pages.push_back(page);
+        if (MayBeReadInPlace(page) && (blocks_ == nullptr || Record(page, 0) < blocks_))
+          blocks_ = Record(page, 0);
+      }
       segments.back().tokens += run.tokens;
     }
+  }
+
+  const std::byte* Record(const Segment::Page& page, int head) const {
+    return page.run->blocks[page.block] + page.run->layout->RecordOffset(args_.layer, head);
+  }
+  // Whether a page is f16 as the kernel wants it. One that is not full may hold anything behind its tokens.
+  bool MayBeReadInPlace(const Segment::Page& page) const {
+    const BlockLayout& layout = *page.run->layout;
+    return kernel_.warpgroups && IsF16(layout.pair().k) && IsF16(layout.pair().v) &&
+           shape_.head_dim_k == kernel_.dim && shape_.head_dim_v == kernel_.dim &&
+           static_cast<int64_t>(page.block + 1) * kBlockTokens <= page.run->tokens;
+  }
+  bool IsReadInPlace(const Segment::Page& page, int head, PagePlace* place) const {
+    return MayBeReadInPlace(page) && PlaceOfPage(blocks_, Record(page, head), kernel_.dim, place);
+  }
+
+  void PlanItem(size_t index) {
+    const AttendItem& item = args_.items[index];
+    first_query_.push_back(queries_);
+    queries_ += Size(item.queries);
     const int rows = item.queries * group_;
     for (int head = 0; head < shape_.kv_heads; head++) {
       const size_t first = groups_.size();
       for (int row = 0; row < rows; row += kernel_.rows)
         groups_.push_back({index, head, row, std::min(kernel_.rows, rows - row), false});
       for (size_t begin = first; begin < groups_.size(); begin += most_slots_)
-        PlanGroups(begin, std::min(most_slots_, groups_.size() - begin), segments);
+        PlanGroups(begin, std::min(most_slots_, groups_.size() - begin), segments_[index]);
     }
   }
 
@@ -162,15 +191,21 @@ class Planner {
           round_done_ = false;
         }
         Round& round = rounds_.back();
-        const int64_t n =
-            std::min(pages.end - pages.begin, static_cast<int64_t>(most_pages_ - round.scratch_pages));
-        round.entries.push_back({first, count, &segment, pages.begin, n, round.scratch_pages});
-        for (int64_t i = 0; i < n; i++)
-          AddJobs(segment.pages[Size(pages.begin + i)], front.head, round.scratch_pages + Size(i), &round);
+        Round::Entry entry{first, count, &segment, pages.begin, 0, round.scratch_pages, round.places.size()};
+        for (; pages.begin < pages.end; pages.begin++, entry.pages++) {
+          const Segment::Page& page = segment.pages[Size(pages.begin)];
+          PagePlace place;
+          if (!IsReadInPlace(page, front.head, &place)) {
+            if (round.scratch_pages == most_pages_) break;
+            AddJobs(page, front.head, round.scratch_pages, &round);
+            place = PlaceInScratch(round.scratch_pages);
+            round.scratch_pages++;
+          }
+          if (kernel_.warpgroups) round.places.push_back(place);
+        }
+        round.entries.push_back(entry);
         round.group_count += count;
-        round.scratch_pages += Size(n);
         scratch_pages_ = std::max(scratch_pages_, round.scratch_pages);
-        pages.begin += n;
       }
     }
   }
@@ -184,8 +219,7 @@ class Planner {
         if (c.side == side && *c.layout == layout) conversion = &c;
       if (conversion == nullptr)
         conversion = &round->conversions.emplace_back(Round::Conversion{&layout, side, {}, nullptr});
-      TileJob job{page.run->blocks[page.block] + layout.RecordOffset(args_.layer, head) +
-                      (key ? 0 : layout.v_codes()),
+      TileJob job{Record(page, head) + (key ? 0 : layout.v_codes()),
                   scratch_page * page_bytes_ + (key ? 0 : page_bytes_ / 2), -1, -1};
       if (key && page.run->profile != nullptr && Info(layout.pair().k).storage == Storage::kCodes) {
         const HeadProfile& profile = page.run->profile->key(args_.layer, head);
@@ -231,12 +265,12 @@ class Planner {
           const int64_t first = range.begin + begin, end = std::min(first + length, range.end);
           if (first >= end) continue;
           round.parts.push_back(MakePart(entry.first_group + g, entry, first, end));
-          longest = std::max(longest, round.parts.back().part.pages);
+          longest = std::max(longest, round.parts.back().part.page_count);
         }
       at += entry.groups;
     }
     // Much longer ones come first.
-    const auto rank = [&](const PartPlan& plan) { return plan.part.pages * 8 / longest; };
+    const auto rank = [&](const PartPlan& plan) { return plan.part.page_count * 8 / longest; };
     std::stable_sort(round.parts.begin(), round.parts.end(),
                      [&](const PartPlan& a, const PartPlan& b) { return rank(a) > rank(b); });
     for (size_t i = 0; i < round.parts.size(); i++)
@@ -262,11 +296,12 @@ class Planner {
     PartPlan plan;
     plan.group = index;
     plan.tiles = (entry.scratch_page + Size(begin - entry.first_page)) * page_bytes_;
+    plan.pages = entry.first_place + Size(begin - entry.first_page);
     plan.query =
         first_query_[group.item] * QueryWidth() + Size(group.head) * Size(group_) * Size(shape_.head_dim_k);
     PrefillPart& part = plan.part;
     part.query_stride = static_cast<int64_t>(QueryWidth());
-    part.pages = static_cast<int32_t>(end - begin);
+    part.page_count = static_cast<int32_t>(end - begin);
     part.tokens = Limit(std::min(entry.segment->tokens - begin * kBlockTokens, (end - begin) * kBlockTokens));
     part.first_row = group.first_row;
     part.rows = group.rows;
@@ -311,9 +346,9 @@ class Planner {
     size_t arrays = 3;
     for (const Round& round : rounds_) {
       bytes += round.parts.size() * sizeof(PrefillPart) + round.groups.size() * sizeof(PrefillGroup) +
-               round.slots.size() * sizeof(uint32_t);
+               round.slots.size() * sizeof(uint32_t) + round.places.size() * sizeof(PagePlace);
       for (const Round::Conversion& c : round.conversions) bytes += c.jobs.size() * sizeof(CodecJob);
-      arrays += 3 + round.conversions.size();
+      arrays += 4 + round.conversions.size();
     }
     const size_t tiles = RoundUp(scratch_pages_ * page_bytes_),
                  outputs = RoundUp(most_parts_ * Size(kernel_.rows * kernel_.dim) * sizeof(float));
@@ -323,6 +358,11 @@ class Planner {
     KVTIDE_RETURN_IF_ERROR(
         workspace_.scratch.Reserve(tiles + outputs + most_parts_ * Size(kernel_.rows) * sizeof(float2)));
     std::byte* const scratch = workspace_.scratch.data();
+    PageMaps maps;
+    if (kernel_.warpgroups && most_parts_ > 0) {
+      KVTIDE_RETURN_IF_ERROR(MakePageMap(scratch, kernel_.dim, &maps.scratch));
+      KVTIDE_RETURN_IF_ERROR(MakePageMap(blocks_ == nullptr ? scratch : blocks_, kernel_.dim, &maps.blocks));
+    }
     const auto queries = workspace_.Place<float>(queries_ * QueryWidth());
     for (size_t i = 0; i < args_.items.size(); i++)
       std::memcpy(queries.host + first_query_[i] * QueryWidth(), args_.items[i].q,
@@ -348,10 +388,12 @@ class Planner {
         }
         c.device = jobs.device;
       }
+      const PagePlace* const places = workspace_.Upload(round.places);
       const auto parts = workspace_.Place<PrefillPart>(round.parts.size());
       for (size_t i = 0; i < round.parts.size(); i++) {
         parts.host[i] = round.parts[i].part;
         parts.host[i].tiles = scratch + round.parts[i].tiles;
+        parts.host[i].pages = places + round.parts[i].pages;
         parts.host[i].query = queries.device + round.parts[i].query;
       }
       for (PrefillGroup& group : round.groups) {
@@ -360,10 +402,10 @@ class Planner {
         group.sinks =
             sinks == nullptr ? nullptr : sinks + reinterpret_cast<size_t>(group.sinks) / sizeof(float);
       }
+      round.attend.maps = maps;
       round.attend.parts = parts.device;
       round.attend.outputs = reinterpret_cast<float*>(scratch + tiles);
       round.attend.sums = reinterpret_cast<float2*>(scratch + tiles + outputs);
-      round.attend.part_count = static_cast<int32_t>(round.parts.size());
       round.attend.head_dim = shape_.head_dim_k;
       round.attend.value_dim = shape_.head_dim_v;
       round.attend.scale = args_.scale * kLog2E;
@@ -389,12 +431,11 @@ class Planner {
         const bool key = c.side == Side::kKey;
         KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(
             key ? c.layout->pair().k : c.layout->pair().v, c.side, key ? c.layout->k() : c.layout->v(),
-            RowTarget::kF16Tile, kernel_.dim, c.device, static_cast<int>(c.jobs.size()), stream));
+            kernel_.warpgroups ? RowTarget::kF16Page : RowTarget::kF16Tile, kernel_.dim, c.device,
+            static_cast<int>(c.jobs.size()), stream));
       }
-      const size_t ctas = kernel_.warpgroups ? std::min(round.parts.size(), Size(environment_.processors))
-                                             : round.parts.size();
-      KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel_.attend, ctas, kernel_.threads, kernel_.shared_bytes, false,
-                                          &round.attend, stream));
+      KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel_.attend, round.parts.size(), kernel_.threads,
+                                          kernel_.shared_bytes, false, &round.attend, stream));
       KVTIDE_RETURN_IF_ERROR(LaunchKernel(
           kernel_.merge, (round.merged_groups * Size(kernel_.rows) + kMergeWarps - 1) / kMergeWarps,
           32 * kMergeWarps, 0, false, &round.merge, stream));
@@ -422,6 +463,7 @@ class Planner {
   const int group_;
   size_t page_bytes_ = 0, slot_bytes_ = 0;  // a K and a V tile; a partial state
   size_t most_pages_ = 0, most_slots_ = 0;  // of a round
+  const std::byte* blocks_ = nullptr;       // the first page that may be read in place
   size_t queries_ = 0, scratch_pages_ = 0, most_parts_ = 0;
   std::vector<size_t> first_query_;
   std::deque<std::vector<Segment>> segments_;  // by item; entries point into it

@@ -134,15 +134,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   tile.Reset();
   const uint32_t query = base + first_row * 128;
 #pragma unroll 1
-  for (int page = 0; page < part.pages; page++) {
+  for (int page = 0; page < part.page_count; page++) {
     const int begin = page * kBlockTokens, end = begin + kBlockTokens;
     const bool visible = begin < last.end && end > first.begin;
-    if (page + 1 < part.pages) stages.Issue(part.tiles, 0, page + 1);
+    if (page + 1 < part.page_count) stages.Issue(part.tiles, 0, page + 1);
     float logits[MT][Tile::kGroups][4];
     const uint32_t keys = stages.Await(0, page);
     if (visible) tile.KeyStage(query, keys, logits);
     stages.Release(0, page);
-    if (page + 1 < part.pages) stages.Issue(part.tiles, 1, page + 1);
+    if (page + 1 < part.page_count) stages.Issue(part.tiles, 1, page + 1);
     uint32_t weights[MT][Tile::kGroups / 2][4];
     if (visible) {
       float multiplier[MT][2];
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     if (visible) tile.ValueStage(values, weights);
     stages.Release(1, page);
   }
-  WriteRows<Config, D>(params, part, static_cast<int>(blockIdx.x), tile, first_row);
+  WriteRows<Config, D>(params, part, tile, first_row);
 }
 
 // One warp for each row: partial states of this launch, and the state that output and lse hold from launches

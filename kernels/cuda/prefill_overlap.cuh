@@ -1,8 +1,7 @@
-// The prefill kernel for compute capability 9.0: one CTA for each SM, which takes part after part and whose
-// warps have roles. One warp copies tiles, up to two ahead and into the next part; two or three warpgroups
-// compute 64 rows each. A warpgroup begins the products of the next keys and of the last weights with their
-// values, and weighs the logits while the second goes on; warpgroups take turns at beginning products, so
-// that one multiplies while another weighs.
+// The prefill kernel for compute capability 9.0: one CTA for one part, over f16 pages where they lie. Its
+// warps have roles: one copies tiles, two or three warpgroups compute 64 rows each. A warpgroup begins the
+// products of the next keys and of the last weights with their values, and weighs the logits while the second
+// goes on; warpgroups take turns at beginning products, so that one multiplies while another weighs.
 #pragma once
 
 #include "kernels/cuda/pipeline.cuh"
@@ -35,13 +34,11 @@ struct OverlapConfig {
   static constexpr int kSharedBytes = kBarriersAt + 8 * 8 + 1024;  // and what the alignment may take
 };
 
-// Two stages of K tiles and two of V tiles, used in turn by the steps of all parts of the CTA: `full` counts
-// the copies, `empty` the warps that are done with a stage. A page of scratch memory is sub-tiles of 64 dims
-// and 64 tokens, and goes to its tokens of each sub-tile of the stage.
+// Two stages of K tiles and two of V tiles: `full` counts the copies, `empty` the warps that are done with a
+// stage. A page comes in boxes of 64 dims, each of which goes to its tokens of a sub-tile of the stage.
 template <class Config, int D>
 struct OverlapStages {
-  static constexpr int kSubBytes = kBlockTokens * 128, kPageBytes = kBlockTokens * D * 2;
-  static constexpr int kPieces = Config::kPages == 1 ? 1 : Config::kPages * (D / 64);
+  static constexpr int kBoxBytes = kBlockTokens * 128;
   uint32_t buffer, barriers;
 
   KVTIDE_DEVICE uint32_t Full(int stage) const { return barriers + 16 * stage; }
@@ -51,29 +48,25 @@ struct OverlapStages {
 
   KVTIDE_DEVICE void Init() const {  // by one thread
     for (int stage = 0; stage < 4; stage++) {
-      Barrier::Init(Full(stage), kPieces);
+      Barrier::Init(Full(stage), Config::kPages * (D / 64));
       Barrier::Init(Empty(stage), 4 * Config::kConsumers);
     }
     Barrier::FenceInit();
   }
-  // Starts the copies of a step's pages, from `first` on, `side` 0 for K, 1 for V, by one thread. Pages past
-  // the last are copies of it: nothing sees them, but they must be numbers.
-  KVTIDE_DEVICE void Issue(const std::byte* tiles, int side, int step, int first, int pages) const {
+  // Starts the copies of a step's pages, `side` 0 for K, 1 for V, by one thread.
+  KVTIDE_DEVICE void Issue(const PageMaps& maps, int side, int step,
+                           const PagePlace (&places)[Config::kPages]) const {
     const int stage = Stage(side, step);
     if (step >= 2) Barrier::Wait(Empty(stage), Parity(step - 2));
     const uint32_t target = buffer + stage * Config::Tile::kTileBytes;
 #pragma unroll
     for (int p = 0; p < Config::kPages; p++) {
-      const int page = min(first + p, pages - 1);
-      const std::byte* const source = tiles + static_cast<size_t>(2 * page + side) * kPageBytes;
-      if constexpr (Config::kPages == 1) {
-        CopyBytes(target, source, kPageBytes, Full(stage));
-      } else {
+      const bool scratch = (places[p] & kScratchPlace) != 0;
+      const uint32_t row = (places[p] & ~kScratchPlace) + static_cast<uint32_t>(side * kBlockTokens);
 #pragma unroll
-        for (int b = 0; b < D / 64; b++)
-          CopyBytes(target + (b * Config::kPages + p) * kSubBytes, source + b * kSubBytes, kSubBytes,
-                    Full(stage));
-      }
+      for (int b = 0; b < D / 64; b++)
+        CopyBox(target + (b * Config::kPages + p) * kBoxBytes, scratch ? &maps.scratch : &maps.blocks, 64 * b,
+                row, kBoxBytes, Full(stage));
     }
   }
   KVTIDE_DEVICE uint32_t Await(int side, int step) const {
@@ -123,43 +116,39 @@ KVTIDE_DEVICE void TakeRegisters() {
 // What all lanes have: the compiler learns it, and keeps it in a uniform register.
 KVTIDE_DEVICE int SameInWarp(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
-// The parts of this CTA: as many of the longest as of the shortest where they stand in that order. Behind the
-// last: the count or more.
-KVTIDE_DEVICE int PartOfRound(int round) {
-  const int ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
-  return round * ctas + (round % 2 == 0 ? cta : ctas - 1 - cta);
-}
-template <class Config>
-KVTIDE_DEVICE int StepsOf(const PrefillPart& part) {
-  return (part.pages + Config::kPages - 1) / Config::kPages;
-}
-
 template <class Config, int D>
-KVTIDE_DEVICE void CopyParts(const PrefillParams& params, const OverlapStages<Config, D>& stages) {
-  int begun = 0;  // steps of earlier parts
-  for (int round = 0, index; (index = PartOfRound(round)) < params.part_count; round++) {
-    const std::byte* const tiles = params.parts[index].tiles;
-    const int pages = params.parts[index].pages, steps = StepsOf<Config>(params.parts[index]);
-    stages.Issue(tiles, 0, begun, 0, pages);
-    for (int step = 0; step < steps; step++) {
-      if (step + 1 < steps) stages.Issue(tiles, 0, begun + step + 1, (step + 1) * Config::kPages, pages);
-      stages.Issue(tiles, 1, begun + step, step * Config::kPages, pages);
-    }
-    begun += steps;
+KVTIDE_DEVICE void CopyPages(const PrefillParams& params, const PrefillPart& part,
+                             const OverlapStages<Config, D>& stages, int steps) {
+  const PagePlace* const pages = part.pages;
+  const int last = part.page_count - 1;
+  // Behind the last page comes the last again: nothing sees it, but it must be numbers.
+  const auto places_of = [&](int step, PagePlace(&places)[Config::kPages]) {
+#pragma unroll
+    for (int p = 0; p < Config::kPages; p++) places[p] = pages[min(step * Config::kPages + p, last)];
+  };
+  PagePlace places[Config::kPages], next[Config::kPages];
+  places_of(0, places);
+  stages.Issue(params.maps, 0, 0, places);
+#pragma unroll 1
+  for (int step = 0; step < steps; step++) {
+    places_of(step + 1, next);  // before the wait for a stage
+    if (step + 1 < steps) stages.Issue(params.maps, 0, step + 1, next);
+    stages.Issue(params.maps, 1, step, places);
+#pragma unroll
+    for (int p = 0; p < Config::kPages; p++) places[p] = next[p];
   }
 }
 
-// The warpgroup's rows of one part; `begun` steps were before.
 template <class Config, int D>
-KVTIDE_DEVICE void ComputePart(const PrefillParams& params, int index, const OverlapStages<Config, D>& stages,
-                               uint8_t* shared, uint32_t base, int warp, int begun) {
+KVTIDE_DEVICE void ComputeRows(const PrefillParams& params, const PrefillPart& part,
+                               const OverlapStages<Config, D>& stages, uint8_t* shared, uint32_t base,
+                               int steps) {
   using Tile = typename Config::Tile;
-  const PrefillPart& part = params.parts[index];  // not kept in registers
-  const int steps = StepsOf<Config>(part), n = DeviceWarp::Lane() >> 2;
+  const int warp = SameInWarp(static_cast<int>(threadIdx.x) / 32) - 4;
+  const int n = DeviceWarp::Lane() >> 2;
   const OverlapTurns<Config> turns{warp / 4};
   auto* const scales = reinterpret_cast<float*>(shared + Config::kScalesAt);
   auto* const limits = reinterpret_cast<RowLimits*>(shared + Config::kLimitsAt);
-  if (begun > 0) turns.Meet();  // the queries before are not wanted any more
   LoadQueries<Config, D>(params, part, shared, scales, warp);
   if (DeviceWarp::Lane() < 16)
     limits[warp * 16 + DeviceWarp::Lane()] = LimitsOf(part, warp * 16 + DeviceWarp::Lane());
@@ -188,47 +177,46 @@ KVTIDE_DEVICE void ComputePart(const PrefillParams& params, int index, const Ove
   float logits[1][Tile::kGroups][4] = {};
   uint32_t weights[1][Tile::kGroups / 2][4];
   float factors[1][2];
-  uint32_t keys = stages.Await(0, begun);
+  uint32_t keys = stages.Await(0, 0);
   Tile::Open();
   tile.BeginKeys(query, keys, logits);
   Tile::template AwaitKeys<0>(logits);
-  stages.Release(0, begun);
+  stages.Release(0, 0);
   finish_logits(0, logits);
   tile.Raise(logits, multiplier, factors);  // there is no output to rescale
   tile.Exponentials(logits, multiplier);
   Tile::Pack(logits, weights);
   if (steps > 1) {
     turns.Start();
-    keys = stages.Await(0, begun + 1);
+    keys = stages.Await(0, 1);
   }
 #pragma unroll 1
   for (int step = 1; step < steps; step++) {
-    const uint32_t values = stages.Await(1, begun + step - 1);
+    const uint32_t values = stages.Await(1, step - 1);
     turns.Await();
     Tile::Open();
     tile.BeginKeys(query, keys, logits);
     tile.BeginValues(values, weights);
     if (turns.consumer < turns.kCount - 1 || step + 1 < steps) turns.Pass();
     Tile::template AwaitKeys<1>(logits);
-    stages.Release(0, begun + step);
+    stages.Release(0, step);
     finish_logits(step, logits);
     const bool raised = tile.Raise(logits, multiplier, factors);
     tile.Exponentials(logits, multiplier);
     Tile::Settle(logits);
     // They are there. Waiting here, and not above, ends a block of instructions: otherwise the compiler puts
     // the exponentials behind the wait for the values.
-    if (step + 1 < steps) keys = stages.Await(0, begun + step + 1);
+    if (step + 1 < steps) keys = stages.Await(0, step + 1);
     tile.AwaitValues(weights);
-    stages.Release(1, begun + step - 1);
+    stages.Release(1, step - 1);
     if (raised) tile.Rescale(factors);
     Tile::Pack(logits, weights);
   }
-  const uint32_t values = stages.Await(1, begun + steps - 1);
+  const uint32_t values = stages.Await(1, steps - 1);
   Tile::Open();
   tile.BeginValues(values, weights);
   tile.AwaitValues(weights);
-  stages.Release(1, begun + steps - 1);
-  WriteRows<Config, D>(params, part, index, tile, warp_row);
+  WriteRows<Config, D>(params, part, tile, warp_row);
 }
 
 template <class Config, int D>
@@ -238,21 +226,17 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     extern __shared__ uint8_t unaligned[];
     uint8_t* const shared = unaligned + (1024 - (SharedAddress(unaligned) & 1023)) % 1024;
     const uint32_t base = SharedAddress(shared);
+    const PrefillPart& part = params.parts[blockIdx.x];  // not kept in registers
+    const int steps = (part.page_count + Config::kPages - 1) / Config::kPages;
     const OverlapStages<Config, D> stages{base + Config::kStagesAt, base + Config::kBarriersAt};
     if (threadIdx.x == 0) stages.Init();
     __syncthreads();
     if (threadIdx.x < 128) {
       GiveRegisters<Config::kCopierRegisters>();
-      if (threadIdx.x == 0) CopyParts<Config, D>(params, stages);
+      if (threadIdx.x == 0) CopyPages<Config, D>(params, part, stages, steps);
     } else {
       TakeRegisters<Config::kConsumerRegisters>();
-      const int warp = SameInWarp(static_cast<int>(threadIdx.x) / 32) - 4;
-      int begun = 0;
-#pragma unroll 1
-      for (int round = 0, index; (index = PartOfRound(round)) < params.part_count; round++) {
-        ComputePart<Config, D>(params, index, stages, shared, base, warp, begun);
-        begun += StepsOf<Config>(params.parts[index]);
-      }
+      ComputeRows<Config, D>(params, part, stages, shared, base, steps);
     }
   }
 }

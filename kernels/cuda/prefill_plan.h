@@ -1,6 +1,6 @@
 // Structs of the prefill kernels, in device memory, and the cut of the work. A *group* is one (item, KV head,
 // tile of PrefillKernel::rows query rows); a *part* is a group over some pages of decoded tiles, computed by
-// one CTA (which may compute several, one after the other), which leaves one partial state in the slot of its
+// one CTA, which leaves one partial state in the slot of its
 // index. Parts of a group are merged into the output, in place, launch after launch; a part that is all of
 // its group so far writes the output itself.
 #pragma once
@@ -11,14 +11,18 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels/cuda/prefill_map.h"
+#include "kernels/cuda/prefill_pages.h"
+
 namespace kvtide::cuda {
 
 struct alignas(16) PrefillPart {
-  const std::byte* tiles = nullptr;  // K of page 0, V of page 0, K of page 1, ...
-  const float* query = nullptr;      // head vector of row 0 of query 0
-  int64_t query_stride = 0;          // values from one query token to the next
-  int32_t pages = 0, tokens = 0;     // tokens that count, from page 0 on
-  int32_t first_row = 0, rows = 0;   // row = query * rows_per_query + head within the group
+  const std::byte* tiles = nullptr;    // K of page 0, V of page 0, K of page 1, ...: where tiles are decoded
+  const PagePlace* pages = nullptr;    // elsewhere: of its pages
+  const float* query = nullptr;        // head vector of row 0 of query 0
+  int64_t query_stride = 0;            // values from one query token to the next
+  int32_t page_count = 0, tokens = 0;  // tokens that count, from page 0 on
+  int32_t first_row = 0, rows = 0;     // row = query * rows_per_query + head within the group
   int32_t rows_per_query = 1;
   // Query i sees tokens [window_begin + i, min(tokens, causal_end + i)), counted from page 0; limits where
   // unused.
@@ -37,14 +41,14 @@ struct alignas(16) PrefillGroup {
 };
 
 struct PrefillParams {
-  const PrefillPart* parts = nullptr;
+  PageMaps maps;                       // where the kernel reads pages
+  const PrefillPart* parts = nullptr;  // one for each CTA
   const PrefillGroup* groups = nullptr;
   float* outputs = nullptr;             // [parts][rows][D], unnormalised
   float2* sums = nullptr;               // [parts][rows]: reference exponent (base 2) and sum of weights
   int32_t head_dim = 0, value_dim = 0;  // of K and of V, not padded
   float scale = 0;                      // softmax scale times log2(e)
   float softcap = 0;                    // times log2(e); 0 = none
-  int32_t part_count = 0;
 };
 
 struct PrefillMergeParams {

@@ -79,10 +79,10 @@ KVTIDE_DEVICE RowLimits LimitsOf(const PrefillPart& part, int r) {
   return {part.window_begin + query, min(part.tokens, part.causal_end + query)};
 }
 
-// Leaves the state of the warp's rows, the first of which is `first_row`, in a slot.
+// Leaves the state of the warp's rows, the first of which is `first_row`, in the slot of the CTA.
 template <class Config, int D>
-KVTIDE_DEVICE void WriteState(const PrefillParams& params, int rows, int slot,
-                              const typename Config::Tile& tile, int first_row) {
+KVTIDE_DEVICE void WriteState(const PrefillParams& params, int rows, const typename Config::Tile& tile,
+                              int first_row) {
   const int lane = DeviceWarp::Lane(), n = lane >> 2, c = lane & 3;
 #pragma unroll
   for (int m = 0; m < Config::Tile::kRows / 16; m++)
@@ -90,7 +90,7 @@ KVTIDE_DEVICE void WriteState(const PrefillParams& params, int rows, int slot,
     for (int h = 0; h < 2; h++) {
       const int r = first_row + 16 * m + n + 8 * h;
       if (r >= rows) continue;
-      const size_t row = static_cast<size_t>(slot) * Config::kQueryRows + r;
+      const size_t row = static_cast<size_t>(blockIdx.x) * Config::kQueryRows + r;
       if (c == 0) params.sums[row] = make_float2(tile.Reference(m, h), tile.sum[m][h]);
 #pragma unroll
       for (int j = 0; j < D / 8; j++)
@@ -127,11 +127,11 @@ KVTIDE_DEVICE void WriteOutput(const PrefillParams& params, const PrefillGroup& 
 }
 
 template <class Config, int D>
-KVTIDE_DEVICE void WriteRows(const PrefillParams& params, const PrefillPart& part, int index,
+KVTIDE_DEVICE void WriteRows(const PrefillParams& params, const PrefillPart& part,
                              typename Config::Tile& tile, int first_row) {
   tile.Finish();
   if (part.group < 0) {
-    WriteState<Config, D>(params, part.rows, index, tile, first_row);
+    WriteState<Config, D>(params, part.rows, tile, first_row);
   } else {
     WriteOutput<Config, D>(params, params.groups[part.group], tile, first_row);
   }

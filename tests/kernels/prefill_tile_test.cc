@@ -14,6 +14,7 @@
 
 #include "kernels/base/float16.h"
 #include "kernels/cuda/prefill_cut.h"
+#include "kernels/cuda/prefill_pages.h"
 #include "tests/kernels/warp_emulator.h"
 
 namespace kvtide {
@@ -209,6 +210,39 @@ TEST(PrefillTile, EveryValueHasAPlaceOfItsOwn) {
         taken[at] = true;
       }
   }
+}
+
+TEST(PrefillPages, AreRowsOfTheirBaseOrCopied) {
+  using cuda::kScratchPlace;
+  const auto at = [](uint64_t address) { return reinterpret_cast<const std::byte*>(address); };
+  constexpr uint64_t kBase = 1u << 20;
+  cuda::PagePlace place = 0;
+  EXPECT_TRUE(cuda::PlaceOfPage(at(kBase), at(kBase), 128, &place));
+  EXPECT_EQ(place, 0u);
+  EXPECT_TRUE(cuda::PlaceOfPage(at(kBase), at(kBase + 3 * 128 * 256), 128, &place));
+  EXPECT_EQ(place, 3u * 128);
+  EXPECT_FALSE(cuda::PlaceOfPage(at(kBase), at(kBase + 128), 128, &place));  // between two rows
+  EXPECT_TRUE(cuda::PlaceOfPage(at(kBase), at(kBase + 128), 64, &place));
+  EXPECT_FALSE(cuda::PlaceOfPage(at(kBase), at(kBase - 256), 128, &place));
+  // The last page whose rows have numbers.
+  const uint64_t rows = kScratchPlace - cuda::kRowsOfPage;
+  EXPECT_TRUE(cuda::PlaceOfPage(at(kBase), at(kBase + rows * 256), 128, &place));
+  EXPECT_EQ(place, rows);
+  EXPECT_FALSE(cuda::PlaceOfPage(at(kBase), at(kBase + (rows + 1) * 256), 128, &place));
+  EXPECT_EQ(cuda::PlaceInScratch(5), kScratchPlace + 5 * 128);
+}
+
+TEST(PrefillCut, CountsUnequalGroupsAndTheMerge) {
+  using cuda::PartPages;
+  // A causal chunk: groups of all lengths fill the CTAs evenly as they are.
+  std::vector<int> triangle;
+  for (int head = 0; head < 8; head++)
+    for (int g = 0; g < 64; g++) triangle.push_back(1 + g / 2);
+  EXPECT_EQ(PartPages(triangle, 132, 8, 1000, 2), 32);
+  // Nearly a wave: cutting to fill the last CTAs would cost more than it gains.
+  EXPECT_EQ(PartPages(std::vector<int>(128, 512), 132, 8, 1000, 2), 512);
+  // Half a wave is cut in two.
+  EXPECT_EQ(PartPages(std::vector<int>(64, 512), 132, 8, 1000, 2), 256);
 }
 
 TEST(PrefillCut, FillsWholeWavesWithinTheLimit) {
