@@ -2,372 +2,75 @@
 
 #include <algorithm>
 #include <cstring>
-#include <deque>
-#include <map>
-#include <type_traits>
 #include <vector>
 
 #include "kernels/base/status.h"
-#include "kernels/cuda/attend_args.h"
 #include "kernels/cuda/capability.h"
 #include "kernels/cuda/codec_kernels.h"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/prefill_cut.h"
 #include "kernels/cuda/prefill_map.h"
-#include "kernels/cuda/prefill_pages.h"
 #include "kernels/cuda/prefill_plan.h"
+#include "kernels/cuda/prefill_rounds.h"
 
 namespace kvtide::cuda {
 namespace {
 
 constexpr float kLog2E = 1.4426950408889634f;
-// What starting and ending a part costs, in pages; for the cut only.
-constexpr int kPartOverhead = 8;
 
 size_t Size(int64_t n) { return static_cast<size_t>(n); }
-int32_t Limit(int64_t n) { return static_cast<int32_t>(std::clamp<int64_t>(n, -(1 << 30), 1 << 30)); }
 size_t RoundUp(size_t bytes) { return (bytes + 255) / 256 * 256; }
-bool IsF16(CacheType type) {
-  return VisitCodec(type, [](auto codec) { return std::is_same_v<decltype(codec), F16>; });
-}
 int WidestDim(const GroupShape& shape) { return std::max(shape.head_dim_k, shape.head_dim_v); }
 
-// Runs of an item whose positions follow each other without a gap inside a page.
-struct Segment {
-  struct Page {
-    const BlockRun* run;
-    size_t block;
-  };
-  std::vector<Page> pages;
-  int64_t first_position = 0, tokens = 0;
-};
-
-// One half of one block of one head, to be decoded. Places in arrays of floats, -1 = none.
-struct TileJob {
-  const std::byte* source;
-  size_t target;  // in the scratch memory
-  int64_t mean, gain;
-};
-
-struct PartPlan {
-  PrefillPart part;
-  size_t group;                // in the call
-  size_t tiles, pages, query;  // offsets: bytes of scratch, places of the round, values of queries
-};
-
-struct GroupPlan {
-  size_t item = 0;
-  int head = 0, first_row = 0, rows = 0;
-  bool merged = false;
-};
-
-// What runs between two uses of the scratch memory.
-struct Round {
-  struct Conversion {
-    const BlockLayout* layout;
-    Side side;
-    std::vector<TileJob> jobs;
-    const CodecJob* device = nullptr;
-  };
-  // Tiles of rows of one head over some pages of a segment.
-  struct Entry {
-    size_t first_group, groups;
-    const Segment* segment;
-    int64_t first_page, pages;
-    size_t scratch_page, first_place;
-  };
-  std::vector<Conversion> conversions;
-  std::vector<Entry> entries;
-  std::vector<PartPlan> parts;
-  std::vector<PrefillGroup> groups;
-  std::vector<uint32_t> slots;
-  std::vector<PagePlace> places;
-  size_t scratch_pages = 0, group_count = 0, merged_groups = 0;  // the first of `groups`
-  PrefillParams attend;
-  PrefillMergeParams merge;
-};
-
-class Planner {
+class Prefill {
  public:
-  Planner(const AttendArgs& args, const GroupShape& shape, const AttendEnvironment& environment,
+  Prefill(const AttendArgs& args, const GroupShape& shape, const AttendEnvironment& environment,
           Workspace& workspace)
       : args_(args),
         shape_(shape),
         environment_(environment),
         workspace_(workspace),
         kernel_(*FindPrefillKernel(WidestDim(shape), environment.warpgroups)),
-        group_(args.heads / shape.kv_heads) {
-    page_bytes_ = Size(4 * kBlockTokens * kernel_.dim);
-    slot_bytes_ = Size(kernel_.rows) * (Size(kernel_.dim) * sizeof(float) + sizeof(float2));
-    most_slots_ = std::max<size_t>(1, environment.scratch_bytes / 4 / slot_bytes_);
-    const size_t partials = most_slots_ * slot_bytes_;
-    most_pages_ = environment.scratch_bytes > partials
-                      ? std::max<size_t>(1, (environment.scratch_bytes - partials) / page_bytes_)
-                      : 1;
-  }
+        plan_(args, shape, environment, kernel_) {}
 
   absl::Status Run() {
-    for (const AttendItem& item : args_.items) AddSegments(item);
-    for (size_t i = 0; i < args_.items.size(); i++) PlanItem(i);
-    FinishRound();
-    AddUntouchedGroups();
     KVTIDE_RETURN_IF_ERROR(Place());
     return Execute();
   }
 
  private:
-  size_t QueryWidth() const { return Size(args_.heads) * Size(shape_.head_dim_k); }
-  size_t OutputWidth() const { return Size(args_.heads) * Size(shape_.head_dim_v); }
-  size_t OutputBytes() const { return RoundUp(queries_ * OutputWidth() * sizeof(float)); }
-  size_t ResultBytes() const { return OutputBytes() + queries_ * Size(args_.heads) * sizeof(float); }
+  size_t OutputBytes() const { return RoundUp(plan_.queries() * plan_.output_width() * sizeof(float)); }
+  size_t ResultBytes() const { return OutputBytes() + plan_.queries() * Size(args_.heads) * sizeof(float); }
 
-  PageRange Visible(const AttendItem& item, const Segment& segment, int64_t first, int64_t last) const {
-    return VisiblePages(args_, item, segment.first_position, segment.tokens, first, last);
-  }
-  PageRange Visible(const GroupPlan& group, const Segment& segment) const {
-    return Visible(args_.items[group.item], segment, group.first_row / group_,
-                   (group.first_row + group.rows - 1) / group_);
-  }
-
-  void AddSegments(const AttendItem& item) {
-    std::vector<Segment>& segments = segments_.emplace_back();
-    for (const BlockRun& run : item.runs) {
-      if (run.tokens == 0) continue;
-      if (segments.empty() || segments.back().tokens % kBlockTokens != 0 ||
-          segments.back().first_position + segments.back().tokens != run.first_position) {
-        segments.emplace_back();
-        segments.back().first_position = run.first_position;
-      }
-      for (size_t block = 0; block < Size(BlocksOf(run)); block++) {
-        const Segment::Page page{&run, block};
-        segments.back().pages.push_back(page);
-        if (MayBeReadInPlace(page) && (blocks_ == nullptr || Record(page, 0) < blocks_))
-          blocks_ = Record(page, 0);
-      }
-      segments.back().tokens += run.tokens;
-    }
-  }
-
-  const std::byte* Record(const Segment::Page& page, int head) const {
-    return page.run->blocks[page.block] + page.run->layout->RecordOffset(args_.layer, head);
-  }
-  // Whether a page is f16 as the kernel wants it. One that is not full may hold anything behind its tokens.
-  bool MayBeReadInPlace(const Segment::Page& page) const {
-    const BlockLayout& layout = *page.run->layout;
-    return kernel_.warpgroups && IsF16(layout.pair().k) && IsF16(layout.pair().v) &&
-           shape_.head_dim_k == kernel_.dim && shape_.head_dim_v == kernel_.dim &&
-           static_cast<int64_t>(page.block + 1) * kBlockTokens <= page.run->tokens;
-  }
-  bool IsReadInPlace(const Segment::Page& page, int head, PagePlace* place) const {
-    return MayBeReadInPlace(page) && PlaceOfPage(blocks_, Record(page, head), kernel_.dim, place);
-  }
-
-  void PlanItem(size_t index) {
-    const AttendItem& item = args_.items[index];
-    first_query_.push_back(queries_);
-    queries_ += Size(item.queries);
-    const int rows = item.queries * group_;
-    for (int head = 0; head < shape_.kv_heads; head++) {
-      const size_t first = groups_.size();
-      for (int row = 0; row < rows; row += kernel_.rows)
-        groups_.push_back({index, head, row, std::min(kernel_.rows, rows - row), false});
-      for (size_t begin = first; begin < groups_.size(); begin += most_slots_)
-        PlanGroups(begin, std::min(most_slots_, groups_.size() - begin), segments_[index]);
-    }
-  }
-
-  // Groups of one item and head, at most most_slots_.
-  void PlanGroups(size_t first, size_t count, const std::vector<Segment>& segments) {
-    const GroupPlan &front = groups_[first], &back = groups_[first + count - 1];
-    const AttendItem& item = args_.items[front.item];
-    for (const Segment& segment : segments) {
-      PageRange pages =
-          Visible(item, segment, front.first_row / group_, (back.first_row + back.rows - 1) / group_);
-      while (pages.begin < pages.end) {
-        if (rounds_.empty() || round_done_ || rounds_.back().group_count + count > most_slots_ ||
-            rounds_.back().scratch_pages == most_pages_) {
-          FinishRound();
-          rounds_.emplace_back();
-          round_done_ = false;
-        }
-        Round& round = rounds_.back();
-        Round::Entry entry{first, count, &segment, pages.begin, 0, round.scratch_pages, round.places.size()};
-        for (; pages.begin < pages.end; pages.begin++, entry.pages++) {
-          const Segment::Page& page = segment.pages[Size(pages.begin)];
-          PagePlace place;
-          if (!IsReadInPlace(page, front.head, &place)) {
-            if (round.scratch_pages == most_pages_) break;
-            AddJobs(page, front.head, round.scratch_pages, &round);
-            place = PlaceInScratch(round.scratch_pages);
-            round.scratch_pages++;
-          }
-          if (kernel_.warpgroups) round.places.push_back(place);
-        }
-        round.entries.push_back(entry);
-        round.group_count += count;
-        scratch_pages_ = std::max(scratch_pages_, round.scratch_pages);
-      }
-    }
-  }
-
-  void AddJobs(const Segment::Page& page, int head, size_t scratch_page, Round* round) {
-    const BlockLayout& layout = *page.run->layout;
-    for (const Side side : {Side::kKey, Side::kValue}) {
-      const bool key = side == Side::kKey;
-      Round::Conversion* conversion = nullptr;
-      for (Round::Conversion& c : round->conversions)
-        if (c.side == side && *c.layout == layout) conversion = &c;
-      if (conversion == nullptr)
-        conversion = &round->conversions.emplace_back(Round::Conversion{&layout, side, {}, nullptr});
-      TileJob job{Record(page, head) + (key ? 0 : layout.v_codes()),
-                  scratch_page * page_bytes_ + (key ? 0 : page_bytes_ / 2), -1, -1};
-      if (key && page.run->profile != nullptr && Info(layout.pair().k).storage == Storage::kCodes) {
-        const HeadProfile& profile = page.run->profile->key(args_.layer, head);
-        job.mean = PlaceOf(profile.mean);
-        job.gain = PlaceOf(profile.gain);
-      }
-      conversion->jobs.push_back(job);
-    }
-  }
-  int64_t PlaceOf(const std::vector<float>& values) {
-    if (values.empty()) return -1;
-    const auto [entry, added] = places_.emplace(&values, static_cast<int64_t>(floats_.size()));
-    if (added) floats_.insert(floats_.end(), values.begin(), values.end());
-    return entry->second;
-  }
-
-  // Cuts the entries of the last round into parts.
-  void FinishRound() {
-    if (rounds_.empty() || round_done_) return;
-    round_done_ = true;
-    Round& round = rounds_.back();
-    std::vector<PageRange> ranges;
-    std::vector<int> lengths;
-    for (const Round::Entry& entry : round.entries)
-      for (size_t g = 0; g < entry.groups; g++) {
-        PageRange pages = Visible(groups_[entry.first_group + g], *entry.segment);
-        pages = {std::max(pages.begin, entry.first_page),
-                 std::min(pages.end, entry.first_page + entry.pages)};
-        ranges.push_back(pages);
-        lengths.push_back(static_cast<int>(std::max<int64_t>(0, pages.end - pages.begin)));
-      }
-    const int length = PartPages(lengths, environment_.processors * kernel_.ctas_per_processor, kPartOverhead,
-                                 most_slots_, kernel_.tile_pages);
-    // Neighbouring CTAs read the same pages: parts of one stretch of pages of an entry follow each other.
-    std::map<size_t, std::vector<uint32_t>> slots;
-    size_t at = 0;
-    int longest = 1;
-    for (const Round::Entry& entry : round.entries) {
-      for (size_t g = 0; g < entry.groups; g++) slots[entry.first_group + g];
-      for (int64_t begin = 0; begin < entry.pages; begin += length)
-        for (size_t g = 0; g < entry.groups; g++) {
-          const PageRange range = ranges[at + g];
-          const int64_t first = range.begin + begin, end = std::min(first + length, range.end);
-          if (first >= end) continue;
-          round.parts.push_back(MakePart(entry.first_group + g, entry, first, end));
-          longest = std::max(longest, round.parts.back().part.page_count);
-        }
-      at += entry.groups;
-    }
-    // Much longer ones come first.
-    const auto rank = [&](const PartPlan& plan) { return plan.part.page_count * 8 / longest; };
-    std::stable_sort(round.parts.begin(), round.parts.end(),
-                     [&](const PartPlan& a, const PartPlan& b) { return rank(a) > rank(b); });
-    for (size_t i = 0; i < round.parts.size(); i++)
-      slots[round.parts[i].group].push_back(static_cast<uint32_t>(i));
-    for (const auto& [index, list] : slots) {
-      if (list.size() == 1 && !groups_[index].merged) continue;
-      AddGroup(index, static_cast<uint32_t>(round.slots.size()), static_cast<uint32_t>(list.size()), &round);
-      round.slots.insert(round.slots.end(), list.begin(), list.end());
-    }
-    round.merged_groups = round.groups.size();
-    for (PartPlan& plan : round.parts)
-      if (!groups_[plan.group].merged) {
-        plan.part.group = static_cast<int32_t>(round.groups.size());
-        AddGroup(plan.group, 0, 0, &round);
-      }
-    most_parts_ = std::max(most_parts_, round.parts.size());
-  }
-
-  PartPlan MakePart(size_t index, const Round::Entry& entry, int64_t begin, int64_t end) const {
-    const GroupPlan& group = groups_[index];
-    const AttendItem& item = args_.items[group.item];
-    const int64_t base = item.first_query_position - entry.segment->first_position - begin * kBlockTokens;
-    PartPlan plan;
-    plan.group = index;
-    plan.tiles = (entry.scratch_page + Size(begin - entry.first_page)) * page_bytes_;
-    plan.pages = entry.first_place + Size(begin - entry.first_page);
-    plan.query =
-        first_query_[group.item] * QueryWidth() + Size(group.head) * Size(group_) * Size(shape_.head_dim_k);
-    PrefillPart& part = plan.part;
-    part.query_stride = static_cast<int64_t>(QueryWidth());
-    part.page_count = static_cast<int32_t>(end - begin);
-    part.tokens = Limit(std::min(entry.segment->tokens - begin * kBlockTokens, (end - begin) * kBlockTokens));
-    part.first_row = group.first_row;
-    part.rows = group.rows;
-    part.rows_per_query = group_;
-    part.causal_end = args_.causal ? Limit(base + 1) : 1 << 30;
-    part.window_begin = args_.window > 0 ? Limit(base - args_.window + 1) : -(1 << 30);
-    return plan;
-  }
-
-  void AddGroup(size_t index, uint32_t first_slot, uint32_t slots, Round* round) {
-    GroupPlan& plan = groups_[index];
-    PrefillGroup group;
-    const size_t heads_before = first_query_[plan.item] * Size(args_.heads) + Size(plan.head) * Size(group_);
-    // Offsets until the results have a place.
-    group.output = reinterpret_cast<float*>(heads_before * Size(shape_.head_dim_v) * sizeof(float));
-    group.lse = reinterpret_cast<float*>(heads_before * sizeof(float));
-    group.sinks = reinterpret_cast<const float*>(Size(plan.head) * Size(group_) * sizeof(float));
-    group.output_stride = static_cast<int64_t>(OutputWidth());
-    group.lse_stride = args_.heads;
-    group.first_slot = first_slot;
-    group.slots = slots;
-    group.first_row = plan.first_row;
-    group.rows = plan.rows;
-    group.rows_per_query = group_;
-    group.fresh = plan.merged ? 0 : 1;
-    plan.merged = true;
-    round->groups.push_back(group);
-  }
-
-  // Rows that see nothing get their output too.
-  void AddUntouchedGroups() {
-    Round round;
-    for (size_t i = 0; i < groups_.size(); i++)
-      if (!groups_[i].merged) AddGroup(i, 0, 0, &round);
-    round.merged_groups = round.groups.size();
-    if (!round.groups.empty()) rounds_.push_back(std::move(round));
-  }
-
+  // Takes memory and makes offsets addresses.
   absl::Status Place() {
-    size_t bytes = queries_ * QueryWidth() * sizeof(float) + floats_.size() * sizeof(float) +
-                   Size(args_.heads) * sizeof(float);
+    size_t bytes = plan_.queries() * plan_.query_width() * sizeof(float) +
+                   plan_.floats().size() * sizeof(float) + Size(args_.heads) * sizeof(float);
     size_t arrays = 3;
-    for (const Round& round : rounds_) {
+    for (const PrefillRound& round : plan_.rounds()) {
       bytes += round.parts.size() * sizeof(PrefillPart) + round.groups.size() * sizeof(PrefillGroup) +
                round.slots.size() * sizeof(uint32_t) + round.places.size() * sizeof(PagePlace);
-      for (const Round::Conversion& c : round.conversions) bytes += c.jobs.size() * sizeof(CodecJob);
+      for (const PrefillRound::Conversion& c : round.conversions) bytes += c.jobs.size() * sizeof(CodecJob);
       arrays += 4 + round.conversions.size();
     }
-    const size_t tiles = RoundUp(scratch_pages_ * page_bytes_),
-                 outputs = RoundUp(most_parts_ * Size(kernel_.rows * kernel_.dim) * sizeof(float));
+    const size_t tiles = RoundUp(plan_.scratch_bytes()),
+                 outputs = RoundUp(plan_.most_parts() * Size(kernel_.rows * kernel_.dim) * sizeof(float));
     KVTIDE_RETURN_IF_ERROR(workspace_.Begin(Workspace::Bound(arrays, bytes)));
     KVTIDE_RETURN_IF_ERROR(workspace_.results.Reserve(ResultBytes()));
     KVTIDE_RETURN_IF_ERROR(workspace_.results_host.Reserve(ResultBytes()));
-    KVTIDE_RETURN_IF_ERROR(
-        workspace_.scratch.Reserve(tiles + outputs + most_parts_ * Size(kernel_.rows) * sizeof(float2)));
+    KVTIDE_RETURN_IF_ERROR(workspace_.scratch.Reserve(
+        tiles + outputs + plan_.most_parts() * Size(kernel_.rows) * sizeof(float2)));
     std::byte* const scratch = workspace_.scratch.data();
     PageMaps maps;
-    if (kernel_.warpgroups && most_parts_ > 0) {
+    if (kernel_.warpgroups && plan_.most_parts() > 0) {
       KVTIDE_RETURN_IF_ERROR(MakePageMap(scratch, kernel_.dim, &maps.scratch));
-      KVTIDE_RETURN_IF_ERROR(MakePageMap(blocks_ == nullptr ? scratch : blocks_, kernel_.dim, &maps.blocks));
+      KVTIDE_RETURN_IF_ERROR(
+          MakePageMap(plan_.blocks() == nullptr ? scratch : plan_.blocks(), kernel_.dim, &maps.blocks));
     }
-    const auto queries = workspace_.Place<float>(queries_ * QueryWidth());
+    const auto queries = workspace_.Place<float>(plan_.queries() * plan_.query_width());
     for (size_t i = 0; i < args_.items.size(); i++)
-      std::memcpy(queries.host + first_query_[i] * QueryWidth(), args_.items[i].q,
-                  Size(args_.items[i].queries) * QueryWidth() * sizeof(float));
-    const float* const floats = workspace_.Upload(floats_);
+      std::memcpy(queries.host + plan_.first_query(i) * plan_.query_width(), args_.items[i].q,
+                  Size(args_.items[i].queries) * plan_.query_width() * sizeof(float));
+    const float* const floats = workspace_.Upload(plan_.floats());
     const float* const sinks =
         args_.sinks == nullptr
             ? nullptr
@@ -375,8 +78,8 @@ class Planner {
     const auto moved = [](auto* offset, std::byte* base) {
       return reinterpret_cast<decltype(offset)>(base + reinterpret_cast<size_t>(offset));
     };
-    for (Round& round : rounds_) {
-      for (Round::Conversion& c : round.conversions) {
+    for (PrefillRound& round : plan_.rounds()) {
+      for (PrefillRound::Conversion& c : round.conversions) {
         const auto jobs = workspace_.Place<CodecJob>(c.jobs.size());
         for (size_t i = 0; i < c.jobs.size(); i++) {
           CodecJob job;
@@ -426,8 +129,8 @@ class Planner {
     KVTIDE_RETURN_IF_ERROR(workspace_.Send());
     if (environment_.begin != nullptr)
       KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment_.begin, stream));
-    for (Round& round : rounds_) {
-      for (const Round::Conversion& c : round.conversions) {
+    for (PrefillRound& round : plan_.rounds()) {
+      for (const PrefillRound::Conversion& c : round.conversions) {
         const bool key = c.side == Side::kKey;
         KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(
             key ? c.layout->pair().k : c.layout->pair().v, c.side, key ? c.layout->k() : c.layout->v(),
@@ -448,9 +151,9 @@ class Planner {
     const auto* lse = reinterpret_cast<const float*>(workspace_.results_host.data() + OutputBytes());
     for (size_t i = 0; i < args_.items.size(); i++) {
       const size_t rows = Size(args_.items[i].queries) * Size(args_.heads);
-      std::memcpy(args_.items[i].out, out + first_query_[i] * OutputWidth(),
+      std::memcpy(args_.items[i].out, out + plan_.first_query(i) * plan_.output_width(),
                   rows * Size(shape_.head_dim_v) * sizeof(float));
-      std::memcpy(args_.items[i].lse, lse + first_query_[i] * Size(args_.heads), rows * sizeof(float));
+      std::memcpy(args_.items[i].lse, lse + plan_.first_query(i) * Size(args_.heads), rows * sizeof(float));
     }
     return absl::OkStatus();
   }
@@ -460,18 +163,7 @@ class Planner {
   const AttendEnvironment& environment_;
   Workspace& workspace_;
   const PrefillKernel& kernel_;
-  const int group_;
-  size_t page_bytes_ = 0, slot_bytes_ = 0;  // a K and a V tile; a partial state
-  size_t most_pages_ = 0, most_slots_ = 0;  // of a round
-  const std::byte* blocks_ = nullptr;       // the first page that may be read in place
-  size_t queries_ = 0, scratch_pages_ = 0, most_parts_ = 0;
-  std::vector<size_t> first_query_;
-  std::deque<std::vector<Segment>> segments_;  // by item; entries point into it
-  std::vector<GroupPlan> groups_;
-  std::vector<float> floats_;
-  std::map<const std::vector<float>*, int64_t> places_;
-  std::vector<Round> rounds_;
-  bool round_done_ = false;
+  PrefillRounds plan_;
 };
 
 // Whether decoding a block to tiles is fast.
@@ -507,7 +199,7 @@ absl::Status PreparePrefillKernels(const DeviceImage& image) {
 
 absl::Status PrefillCall(const AttendArgs& args, const GroupShape& shape,
                          const AttendEnvironment& environment, Workspace& workspace) {
-  return Planner(args, shape, environment, workspace).Run();
+  return Prefill(args, shape, environment, workspace).Run();
 }
 
 }  // namespace kvtide::cuda
