@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status.h"
 #include "kernels/cuda/attend_args.h"
+#include "kernels/cuda/attend_launch.h"
 #include "kernels/cuda/attend_plan.h"
 #include "kernels/cuda/codec_kernels.h"
 #include "kernels/cuda/kernel_list.h"
@@ -21,32 +22,6 @@ constexpr float kLog2E = 1.4426950408889634f;
 
 size_t Size(int64_t n) { return static_cast<size_t>(n); }
 int32_t Limit(int64_t n) { return static_cast<int32_t>(std::clamp<int64_t>(n, -(1 << 30), 1 << 30)); }
-
-// The units of one kernel, with the conversions that they wait for. One launch, unless it is joint.
-struct LaunchPlan {
-  const AttendKernel* kernel = nullptr;
-  Rotation k_rotation;
-  std::vector<AttendUnit> units;
-  // Conversions to f16 pages, by pair: jobs of both sides.
-  struct Conversion {
-    const BlockLayout* layout = nullptr;
-    std::vector<CodecJob> k, v;
-    const CodecJob *k_device = nullptr, *v_device = nullptr;
-  };
-  std::vector<Conversion> conversions;
-  size_t scratch_used = 0;
-
-  size_t page_bytes = 0;
-  uint32_t pages = 0;
-  int ctas = 0, warps = 0;  // the most CTAs, and workers in each
-  std::vector<AttendWorker> workers;
-  int most_rows = 0;  // of a unit
-  AttendParams params;
-  // Of a joint launch: coded pages take the f16 pages of another plan along, which is then `joined`.
-  const LaunchPlan* exact = nullptr;
-  bool joined = false;
-  const AttendWorker* joint_workers = nullptr;
-};
 
 struct UnitRef {
   size_t launch, unit;
@@ -299,38 +274,12 @@ class Planner {
       }
   }
 
-  // Puts f16 pages into one launch with the coded pages that are most bytes, if there is a kernel for both.
-  void JoinLaunches() {
-    LaunchPlan *exact = nullptr, *coded = nullptr;
-    for (LaunchPlan& plan : launches_)
-      if (plan.pages > 0 && plan.kernel->k == Form::kF16 && plan.conversions.empty()) exact = &plan;
-    if (exact == nullptr || environment_.processors < 2) return;
-    for (LaunchPlan& plan : launches_)
-      if (plan.pages > 0 && CanJoin(*plan.kernel, *exact->kernel) &&
-          (coded == nullptr || plan.pages * plan.page_bytes > coded->pages * coded->page_bytes))
-        coded = &plan;
-    if (coded == nullptr) return;
-    exact->ctas = static_cast<int>(ExactCtas(static_cast<uint32_t>(environment_.processors), coded->pages,
-                                             coded->page_bytes, exact->pages, exact->page_bytes));
-    exact->warps = coded->kernel->joint.exact_warps;
-    exact->joined = true;
-    coded->ctas = environment_.processors - exact->ctas;
-    coded->exact = exact;
-  }
-
-  // Numbers pages, cuts shares, allocates partial states and places everything that the device reads.
+  // Cuts the launches, allocates partial states and places everything that the device reads.
   absl::Status Place() {
     size_t partial_bytes = 0, query_bytes = 0;
-    for (LaunchPlan& plan : launches_) {
-      plan.pages = NumberPages(&plan.units);
-      plan.ctas = environment_.processors;
-      plan.warps = plan.kernel->threads / 32;
-    }
-    JoinLaunches();
+    CutLaunches(&launches_, environment_.processors);
     for (LaunchPlan& plan : launches_) {
       if (plan.units.empty()) continue;
-      plan.workers = CutShares(plan.units, plan.ctas, plan.warps);
-      for (const AttendUnit& unit : plan.units) plan.most_rows = std::max(plan.most_rows, unit.rows);
       const size_t rows = SlotCount(plan.units.size(), plan.workers.size()) * Size(plan.kernel->rows);
       query_bytes += plan.units.size() * Size(plan.kernel->query_bytes);
       partial_bytes +=
@@ -364,7 +313,7 @@ class Planner {
       params.scale = args_.scale * kLog2E;
       params.key_scale = params.scale * plan.kernel->key_unit;
       params.softcap = args_.softcap * kLog2E;
-      for (LaunchPlan::Conversion& conversion : plan.conversions) {
+      for (Conversion& conversion : plan.conversions) {
         for (std::vector<CodecJob>* jobs : {&conversion.k, &conversion.v})
           for (CodecJob& job : *jobs) job.target = scratch + reinterpret_cast<size_t>(job.target);
         conversion.k_device = workspace_.Upload(conversion.k);
@@ -418,37 +367,10 @@ class Planner {
     if (environment_.begin != nullptr)
       KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment_.begin, stream));
     bool attended = false;
-    for (LaunchPlan& plan : launches_) {
-      if (plan.units.empty() || plan.joined) continue;
-      for (const LaunchPlan::Conversion& c : plan.conversions) {
-        const CachePair pair = c.layout->pair();
-        const int jobs = static_cast<int>(c.k.size());
-        KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(pair.k, Side::kKey, c.layout->k(), RowTarget::kF16Page,
-                                                 page_dim_, c.k_device, jobs, stream));
-        KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(pair.v, Side::kValue, c.layout->v(), RowTarget::kF16Page,
-                                                 page_dim_, c.v_device, jobs, stream));
-      }
-      // Kernels of one call overlap: each waits for the ones before it only where it needs their results.
-      const bool overlap = environment_.dependent_launches,
-                 dependent = overlap && attended && plan.conversions.empty();
-      const AttendKernel& kernel = *plan.kernel;
-      size_t units = plan.units.size(), ctas = plan.workers.size() / Size(plan.warps);
-      if (plan.exact == nullptr) {
-        KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel.query_function, units, 32 * plan.most_rows, 0, dependent,
-                                            &plan.params, stream));
-        KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel.function, ctas, kernel.threads, kernel.shared_bytes,
-                                            overlap, &plan.params, stream));
-      } else {
-        JointParams params{plan.params, plan.exact->params, plan.joint_workers, static_cast<uint32_t>(units)};
-        units += plan.exact->units.size();
-        ctas += plan.exact->workers.size() / Size(plan.exact->warps);
-        KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel.joint.query_function, units,
-                                            32 * std::max(plan.most_rows, plan.exact->most_rows), 0,
-                                            dependent, &params, stream));
-        KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel.joint.function, ctas, kernel.threads,
-                                            kernel.joint.shared_bytes, overlap, &params, stream));
-      }
-      attended = true;
+    for (const LaunchPlan& plan : launches_) {
+      KVTIDE_RETURN_IF_ERROR(
+          LaunchUnits(plan, page_dim_, environment_.dependent_launches, !attended, stream));
+      attended = attended || (!plan.units.empty() && !plan.joined);
     }
     const size_t warps = groups_.size() * Size(tile_rows_) * Size(merge_.team);
     KVTIDE_RETURN_IF_ERROR(LaunchKernel(FindCombineKernel(page_dim_, merge_.team),

@@ -63,10 +63,12 @@ class DecodeOnDevice final : public DeviceDecode {
                                                      static_cast<int>(PlanBytes())));
 
     const int stored_v = StoredDim(options.shape.head_dim_v);
-    // Few units are cut into many states each. Where the rows fill the GPU by themselves, warps for further
-    // states would mostly be in their way: a unit has about as many states as it can be cut into for CTAs.
-    const bool many_rows = units_ * Size(group_) >= 24 * Size(processors_) && options.shape.kv_heads >= 4;
-    merge_.team = plan_.team = many_rows ? 1 : units_ < 4 * Size(processors_) ? 4 : 2;
+    // Few rows are cut into many states each, and leave warps free to share them. Many rows fill the GPU by
+    // themselves, and further warps would be in their way (unless one KV head alone may be cut for all CTAs).
+    const size_t rows = units_ * Size(group_), processors = Size(processors_);
+    merge_.team = plan_.team = rows < 6 * processors                                  ? 4
+                               : rows < 12 * processors || options.shape.kv_heads < 4 ? 2
+                                                                                      : 1;
     combine_ = FindCombineKernel(stored_v, merge_.team);
     if (combine_ == nullptr)
       return absl::InvalidArgumentError(
