@@ -197,7 +197,6 @@ KVTIDE_DEVICE void AttendBody(const AttendParams& params, const AttendWorker& wo
       row_values = reinterpret_cast<const float*>(shared + area_at + Info::Query::kFragmentBytes);
       unit_rows = unit.rows;
       float multiplier[MT];
-      int all_begin, all_end;  // tokens that every row sees
       // Tokens that a row sees; from shared memory, since few pages ask.
       const auto limits = [&unit](int row, int& begin, int& end) {
         const int query = (unit.first_row + min(row, unit.rows - 1)) / unit.rows_per_query;
@@ -206,24 +205,29 @@ KVTIDE_DEVICE void AttendBody(const AttendParams& params, const AttendWorker& wo
       };
 #pragma unroll
       for (int m = 0; m < MT; m++) multiplier[m] = row_values[2 * (n + 8 * m)];
+      // Pages of which every row sees every token; none with soft-cap.
+      uint32_t plain_page, plain_pages = 0;
       {
-        int unused;
-        limits(0, unused, all_end);
-        limits(unit.rows - 1, all_begin, unused);
+        int begin, end, unused;
+        limits(0, unused, end);
+        limits(unit.rows - 1, begin, unused);
+        const int first = (begin + kBlockTokens - 1) / kBlockTokens;
+        plain_page = unit.first_page + static_cast<uint32_t>(first);
+        if (!softcap && end / kBlockTokens > first)
+          plain_pages = static_cast<uint32_t>(end / kBlockTokens - first);
       }
       tile.LoadQuery(base + static_cast<uint32_t>(area_at));
 
       const uint32_t unit_end = min(unit.first_page + unit.pages, share_end);
       for (; page < unit_end; page++) {
-        const int page_token = static_cast<int>(page - unit.first_page) * kBlockTokens;
+        const bool special = page - plain_page >= plain_pages;
 #pragma unroll 1
         for (int t = 0; t < Tile::kTilesPerPage; t++) {
           float y[MT][Tile::kLogits];
           const uint32_t keys = ring.Wait();
           tile.KeyStage(keys, t, y);
           if constexpr (!Config::Ring::kWholePages) ring.template Release<false>();
-          const int first_token = page_token + t * Tile::kTokens;
-          const bool masked = first_token < all_begin || first_token + Tile::kTokens > all_end;
+          const int first_token = static_cast<int>(page - unit.first_page) * kBlockTokens + t * Tile::kTokens;
           // Soft-cap and masks.
           const auto adjust = [&](float(&logits)[MT][Tile::kLogits], float(&factor)[MT]) {
             if (softcap) {
@@ -237,16 +241,14 @@ KVTIDE_DEVICE void AttendBody(const AttendParams& params, const AttendWorker& wo
                 factor[m] = 1;
               }
             }
-            if (masked) {
 #pragma unroll
-              for (int m = 0; m < MT; m++) {
-                int row_begin, row_end;
-                limits(n + 8 * m, row_begin, row_end);
+            for (int m = 0; m < MT; m++) {
+              int row_begin, row_end;
+              limits(n + 8 * m, row_begin, row_end);
 #pragma unroll
-                for (int l = 0; l < Tile::kLogits; l++) {
-                  const int token = first_token + Tile::TokenOf(l, c);
-                  if (token < row_begin || token >= row_end) logits[m][l] = kMasked;
-                }
+              for (int l = 0; l < Tile::kLogits; l++) {
+                const int token = first_token + Tile::TokenOf(l, c);
+                if (token < row_begin || token >= row_end) logits[m][l] = kMasked;
               }
             }
           };
@@ -264,7 +266,7 @@ KVTIDE_DEVICE void AttendBody(const AttendParams& params, const AttendWorker& wo
               LetCopiesOverwrite();
             }
           }
-          tile.ValueStage(values, t, y, multiplier, softcap || masked, adjust);
+          tile.ValueStage(values, t, y, multiplier, special, adjust);
           ring.template Release<true>();
         }
       }

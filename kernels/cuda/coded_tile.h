@@ -100,6 +100,7 @@ struct CodedTile {
   RowSums<DV, MT> rows;
   float scale[MT];  // base-2 logit per unit of the integer product times K scale
   Shared query;
+  uint32_t slot_offset, lane_offset;  // of this lane in a plane of codes and in a query fragment
   KDecoder k_decoder;
   VDecoder v_decoder;
 
@@ -111,6 +112,8 @@ struct CodedTile {
     VDecoder::WriteTables(area + KDecoder::kTableBytes);
   }
   KVTIDE_DEVICE void Init(Shared tables) {
+    slot_offset = W::template Kept<MT == 1>(SlotOffset());
+    lane_offset = W::template Kept<MT == 1>(16 * W::Lane());
     k_decoder.Init(tables);
     if constexpr (std::is_same_v<KDecoder, VDecoder>) {
       v_decoder = k_decoder;
@@ -146,7 +149,7 @@ struct CodedTile {
   KVTIDE_DEVICE void KeyStage(Shared k_half, int /*tile*/, float (&y)[MT][kLogits]) {
     constexpr int kSlots = LaneWords(KCodec::kBits, DK) / 4;
     const int lane = W::Lane(), c = lane & 3;
-    const Shared lane_slots = k_half + SlotOffset();
+    const Shared lane_slots = k_half + slot_offset;
     uint32_t words[4 * kSlots];
 #pragma unroll
     for (int group32 = 0; group32 < 2; group32++) {
@@ -163,7 +166,7 @@ struct CodedTile {
 #pragma unroll
         for (int m = 0; m < MT; m++) {
           uint32_t a[4];
-          W::Load128(query + (m * kKSteps + s) * 512 + lane * 16, a);
+          W::Load128(query + (m * kKSteps + s) * 512 + lane_offset, a);
           if (first) {
             uint32_t start[2] = {0, 0};  // of the high and of the low part
             if constexpr (KDecoder::kOffset != 0)
@@ -239,7 +242,7 @@ struct CodedTile {
                                 const float (&multiplier)[MT], bool special, const Adjust& adjust) {
     constexpr int kSlots = LaneWords(VCodec::kBits, DV) / 4;
     const int c = W::Lane() & 3;
-    const Shared lane_slots = v_half + SlotOffset();
+    const Shared lane_slots = v_half + slot_offset;
 
     float inverse = 1, shift = 0, v_scales[16];
     if constexpr (kVGroups == 1)  // the reference takes the largest V scale in: one FMA less for each weight

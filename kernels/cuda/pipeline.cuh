@@ -117,21 +117,21 @@ struct PageList {
     uint64_t block;  // filled by an asynchronous copy from the block table
     uint64_t record_offset;
   };
-  Entry entries[2 * kBatch];
+  Entry entries[2 * kBatch];  // of page p of the launch: number p % (2 * kBatch)
   const std::byte* const* blocks;
   uint64_t record_offset;
   const AttendUnit* units;
   uint32_t unit, unit_first, unit_end, end;  // `blocks` is the entry of page unit_first
   uint32_t begin, padding;
 
-  // Lane l fetches the address of the warp's page `from` + l: a batch of them.
+  // Lane l fetches the address of page `from` + l: a batch of them; from: a multiple of kBatch.
   KVTIDE_DEVICE void Fetch(uint32_t from) {
     const int lane = DeviceWarp::Lane();
-    const uint32_t page = begin + from + static_cast<uint32_t>(lane);
+    const uint32_t page = from + static_cast<uint32_t>(lane);
     const std::byte* const* table = blocks;
     uint64_t offset = record_offset;
     uint32_t u = unit, first = unit_first, behind = unit_end;
-    const bool active = lane < kBatch && page < end;
+    const bool active = lane < kBatch && page >= begin && page < end;
     if (active) {
       while (page >= behind) {
         const AttendUnit& next = units[++u];
@@ -140,7 +140,7 @@ struct PageList {
         table = next.blocks;
         offset = next.record_offset;
       }
-      Entry& entry = entries[(from + static_cast<uint32_t>(lane)) % (2 * kBatch)];
+      Entry& entry = entries[page % (2 * kBatch)];
       entry.record_offset = offset;
       if constexpr (kBulkCopies) {
         asm volatile("cp.async.ca.shared.global [%0],[%1],8;" ::"r"(SharedAddress(&entry.block)),
@@ -181,10 +181,10 @@ struct PieceRing {
       kWholePages ? 1 : 2;  // filled at once; the rest when all warps' first copies are out
 
   PageList* list;
-  uint32_t buffer, barriers;
+  uint32_t buffer, barriers, entries;  // shared addresses; of the list's entries
   int slot;
   uint32_t parity;
-  uint32_t pages;       // of the warp
+  uint32_t end;         // behind the warp's last page
   uint32_t issue_page;  // page of the next piece
   int issue_tile;       // and its tile
 
@@ -192,13 +192,15 @@ struct PieceRing {
   KVTIDE_DEVICE void Start(PageList* page_list, uint32_t ring, uint32_t bars, const AttendUnit* units,
                            const AttendWorker& worker) {
     list = page_list;
-    buffer = ring;
-    barriers = bars;
+    constexpr bool kKeep = Tile::kRows == 8;
+    buffer = DeviceWarp::Kept<kKeep>(ring);
+    barriers = DeviceWarp::Kept<kKeep>(bars);
+    entries = DeviceWarp::Kept<kKeep>(SharedAddress(page_list->entries));
     slot = 0;
     parity = 0;
-    issue_page = 0;
+    issue_page = worker.begin;
     issue_tile = 0;
-    pages = worker.end - worker.begin;
+    end = worker.end;
     if (DeviceWarp::Lane() == 0) {
       list->blocks = worker.blocks;
       list->record_offset = worker.record_offset;
@@ -212,11 +214,12 @@ struct PieceRing {
       Barrier::FenceInit();
     }
     __syncwarp();
-    list->Fetch(0);
+    const uint32_t batch = worker.begin / PageList::kBatch * PageList::kBatch;
+    list->Fetch(batch);
+    list->Fetch(batch + PageList::kBatch);
     PageList::Arrived();
     Issue<kWholePages>(0);
     if constexpr (kFirstSlots > 1) Issue<true>(1);
-    list->Fetch(PageList::kBatch);
   }
   // The rest of the ring.
   KVTIDE_DEVICE void Fill() {
@@ -230,18 +233,17 @@ struct PieceRing {
   // Starts the copy of the next piece into `target`, which must be free. kValue: it ends a tile.
   template <bool kValue>
   KVTIDE_DEVICE void Issue(int target) {
-    if (issue_page >= pages) return;
-    if ((kWholePages || !kValue) && issue_page % PageList::kBatch == 0 && issue_page > 0 && issue_tile == 0) {
-      PageList::Arrived();
-      list->Fetch(issue_page + PageList::kBatch);
-    }
+    if (issue_page >= end) return;
     if (IsCopyingLane()) {
       const uint32_t offset = static_cast<uint32_t>(kWholePages ? 0
                                                     : kValue    ? Tile::kVPieceOffset(issue_tile)
                                                                 : Tile::kKPieceOffset(issue_tile));
-      const PageList::Entry entry = list->entries[issue_page % (2 * PageList::kBatch)];
-      CopyPiece(buffer + target * kPieceBytes,
-                reinterpret_cast<const void*>(entry.block + entry.record_offset + offset),
+      uint32_t entry[4];  // a PageList::Entry
+      DeviceWarp::Load128(
+          entries + issue_page % (2 * PageList::kBatch) * static_cast<uint32_t>(sizeof(PageList::Entry)),
+          entry);
+      const auto joined = [&](int i) { return static_cast<uint64_t>(entry[i + 1]) << 32 | entry[i]; };
+      CopyPiece(buffer + target * kPieceBytes, reinterpret_cast<const void*>(joined(0) + joined(2) + offset),
                 kWholePages ? Tile::kKBytes + Tile::kVBytes
                 : kValue    ? Tile::kVBytes
                             : Tile::kKBytes,
@@ -251,6 +253,10 @@ struct PieceRing {
       if (Tile::kTilesPerPage == 1 || ++issue_tile == Tile::kTilesPerPage) {
         issue_tile = 0;
         issue_page++;
+        if (issue_page % PageList::kBatch == 0) {
+          PageList::Arrived();
+          list->Fetch(issue_page + PageList::kBatch);
+        }
       }
     }
   }

@@ -47,6 +47,13 @@ struct DeviceWarp {
   }
   static KVTIDE_DEVICE bool All(bool x) { return __all_sync(0xffffffffu, x); }
 
+  // x, in a form that the compiler keeps in a register instead of computing it again for every page. Unless
+  // `keep`, for code that has no register to spare.
+  template <bool keep>
+  static KVTIDE_DEVICE uint32_t Kept(uint32_t x) {
+    return keep ? __shfl_sync(0xffffffffu, x, Lane()) : x;
+  }
+
   static KVTIDE_DEVICE float Fma(float a, float b, float c) { return fmaf(a, b, c); }
   static KVTIDE_DEVICE float Max(float a, float b) { return fmaxf(a, b); }
   static KVTIDE_DEVICE float Ex2(float x) {

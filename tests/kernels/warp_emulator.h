@@ -69,6 +69,10 @@ struct EmulatedWarp {
     Park(Collective::kAll);
     return CurrentOperands().out[0] != 0;
   }
+  template <bool keep>
+  static uint32_t Kept(uint32_t x) {
+    return x;
+  }
   static float Fma(float a, float b, float c) { return std::fma(a, b, c); }
   static float Max(float a, float b) { return std::fmax(a, b); }
   static float Ex2(float x) { return std::exp2(x); }
