@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Table and plot of recorded GPU attention results.
+"""Tables and plot of recorded GPU results.
 
-usage: gpu_report.py [--results DIR] [--svg FILE] [--check FILE]
+usage: gpu_report.py [--results DIR] [--svg FILE] [--readme FILE] [--check-svg FILE] [--check-readme FILE]
 
-Reads gpu_attend.json and gpu_f16_baselines.json of DIR (default: results/ beside this script) and prints the table in
-Markdown. --svg writes the plot; --check exits with 1 if FILE is not the plot of these results.
+Reads gpu_*.json and gpu_ncu.csv of DIR (default: results/ beside this script) and prints the attention table in Markdown. --svg
+writes the plot, --readme puts the tables of attention, prefill, seals, decode steps and counters into FILE, in place of those with
+the same first columns. The checks exit with 1 if FILE is not up to date with the results.
 """
 import argparse
+import csv
 import json
 import pathlib
 import sys
@@ -38,6 +40,80 @@ def table(rows):
         ratio = f"{f16 / graph:.2f}x" if f16 else "-"
         lines.append(f"| {pair} | {words(shape)} | {cell(events)} | {cell(graph)} | {cell(read)} | {cell(f16)} | {ratio} |")
     return "\n".join(lines)
+
+
+def prefill_table(folder):
+    lines = ["| pair | queries, tokens | prefill | TFLOP/s | kernels for few rows | torch flash | torch cuDNN | of the best torch |",
+             "|---|---|---|---|---|---|---|---|"]
+    for s in json.loads((folder / "gpu_prefill.json").read_text())["shapes"]:
+        torch = s.get("torch_us", {})
+        if "cudnn_all" not in torch:
+            continue
+        other = "" if s["head_dim"] == 128 else f", d {s['head_dim']}, {s['heads']}/{s['kv_heads']} heads"
+        few = f"{s['few_rows_us']:.0f}" if s["few_rows_us"] else "-"
+        flash = min((us for name, us in torch.items() if name.startswith("flash")), default=None)
+        lines.append(f"| {s['pair']}{other} | {s['queries']}, {s['tokens']} | {s['prefill_us']:.0f} | {s['tflops']:.0f} | {few} | "
+                     f"{f'{flash:.0f}' if flash else '-'} | {torch['cudnn_all']:.0f} | {s['speed_of_torch']:.2f} |")
+    return "\n".join(lines)
+
+
+def seal_table(folder):
+    rates = {r["what"]: r for r in json.loads((folder / "gpu_seal.json").read_text())["rates"]}
+    kinds = ["seal {} keys", "seal {} keys, centred", "seal {} values", "decode {} keys", "decode {} values"]
+    cell = lambda r: f"{r['gigabytes_per_second']:.0f} ({100 * r['of_copy']:.0f} %)" if r else "-"
+    lines = ["| type | seal keys | seal keys, centred | seal values | decode keys | decode values |", "|---|---|---|---|---|---|"]
+    types = [what.split()[1] for what in rates if what.startswith("seal ") and what.endswith(" keys, d 128")]
+    for name in types:
+        lines.append(f"| {name} | " + " | ".join(cell(rates.get(kind.format(name) + ", d 128")) for kind in kinds) + " |")
+    return "\n".join(lines)
+
+
+def step_table(folder):
+    steps = json.loads((folder / "gpu_step.json").read_text())["steps"]
+    us = {(s["sequences"], s["tokens"], s["pair"]): s["step_us"] for s in steps}
+    pairs = [pair for pair in dict.fromkeys(s["pair"] for s in steps) if pair != "f16"]
+    lines = ["| sequences x tokens | f16 pages | " + " | ".join(pairs) + " |", "|---" * (len(pairs) + 2) + "|"]
+    for shape in dict.fromkeys((s["sequences"], s["tokens"]) for s in steps):
+        f16 = us[(*shape, "f16")]
+        cells = [f"{us[(*shape, p)] / 1e3:.2f} ({f16 / us[(*shape, p)]:.2f}x)" for p in pairs]
+        lines.append(f"| {shape[0]} x {shape[1]} | {f16 / 1e3:.2f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def counter_table(folder):
+    with open(folder / "gpu_ncu.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    column = lambda start: next(name for name in rows[0] if name.startswith(start))
+    time, cycles, read = column("gpu__time"), column("sm__cycles"), column("dram__bytes_read")
+    percents = [column(start) for start in ("smsp__issue_active", "sm__inst_executed_pipe_alu", "sm__inst_executed_pipe_fma",
+                                            "sm__pipe_tensor", "dram__throughput")]
+    lines = ["| kernel alone (ncu) | us | GHz | MB read | issue slots | ALU | FMA | tensor | DRAM | registers |", "|---" * 10 + "|"]
+    for r in rows:
+        us = float(r[time]) / 1e3
+        lines.append(f"| {r['shape']} | {us:.0f} | {float(r[cycles]) / us / 1e3:.2f} | {float(r[read]) / 1e6:.0f} | " +
+                     " | ".join(f"{float(r[p]):.0f} %" for p in percents) + f" | {r[column('launch__registers')]} |")
+    return "\n".join(lines)
+
+
+def with_tables(text, tables):
+    """`text` with its Markdown tables replaced by those of `tables` that begin with the same two columns."""
+    key = lambda header: [c.strip() for c in header.split("|")[1:3]]
+    new = {tuple(key(t)): t for t in tables}
+    out, lines, found = [], text.split("\n"), set()
+    while lines:
+        line = lines.pop(0)
+        table = new.get(tuple(key(line))) if line.startswith("| ") and lines and lines[0].startswith("|---") else None
+        if table is None:
+            out.append(line)
+            continue
+        found.add(tuple(key(line)))
+        while lines and lines[0].startswith("|"):
+            lines.pop(0)
+        out += table.split("\n")
+    missing = [k for k in new if k not in found]
+    if missing:
+        raise SystemExit(f"gpu_report.py: no table that begins with {' | '.join(missing[0])}")
+    return "\n".join(out)
 
 
 def svg(attend, baselines, rows):
@@ -77,18 +153,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path(__file__).resolve().parent / "results")
     parser.add_argument("--svg", type=pathlib.Path)
-    parser.add_argument("--check", type=pathlib.Path)
+    parser.add_argument("--readme", type=pathlib.Path)
+    parser.add_argument("--check-svg", type=pathlib.Path)
+    parser.add_argument("--check-readme", type=pathlib.Path)
     arguments = parser.parse_args()
     attend, baselines, rows = load(arguments.results)
     plot = svg(attend, baselines, rows)
-    if arguments.check:
-        if arguments.check.read_text() != plot:
-            print(f"{arguments.check} is not the plot of the results beside it; run {sys.argv[0]} --svg {arguments.check}")
+    tables = [table(rows), *(f(arguments.results) for f in (prefill_table, seal_table, step_table, counter_table))]
+    checks = [(arguments.check_svg, "svg", lambda _: plot), (arguments.check_readme, "readme", lambda text: with_tables(text, tables))]
+    checked = [(path, option, path.read_text(), make) for path, option, make in checks if path]
+    for path, option, text, make in checked:
+        if make(text) != text:
+            print(f"{path} is not up to date with the results; run {sys.argv[0]} --{option} {path}")
             return 1
-        return 0
     if arguments.svg:
         arguments.svg.write_text(plot)
-    print(table(rows))
+    if arguments.readme:
+        arguments.readme.write_text(with_tables(arguments.readme.read_text(), tables))
+    if not checked and not arguments.readme:
+        print(tables[0])
     return 0
 
 
