@@ -343,6 +343,28 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// An f16 page as one of a type without codes: the same places.
+template <class C>
+__global__ void __launch_bounds__(kThreads) StoreHalves(const CodecJob* jobs, HalfShape shape) {
+  const CodecJob job = jobs[blockIdx.x];
+  const int per_row = shape.stored_dim / 8;
+#pragma unroll 4
+  for (int i = static_cast<int>(threadIdx.x); i < kBlockTokens * per_row; i += kThreads) {
+    const int t = i / per_row, dim = i % per_row * 8, at = HalfPrecisionIndex(t, dim, shape.stored_dim);
+    uint4 x = make_uint4(0, 0, 0, 0);
+    if (t < job.tokens && dim < shape.head_dim) x = *reinterpret_cast<const uint4*>(job.source + 2 * at);
+    if constexpr (!std::is_same_v<C, F16>) {
+      uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (uint32_t& word : words)
+        word = C::Pack(HalfToFloat(word & 0xffffu)) | static_cast<uint32_t>(C::Pack(HalfToFloat(word >> 16)))
+                                                          << 16;
+      x = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+    *reinterpret_cast<uint4*>(job.target + 2 * at) = x;
+  }
+}
+
 template <class C>
 __global__ void AppendKernel(const AppendJob* jobs, HalfShape shape, size_t record_bytes, int heads,
                              const void* rows, DataType type) {
@@ -370,15 +392,9 @@ HalfShape ShapeOf(const HalfLayout& layout) {
   return {layout.head_dim, layout.stored_dim, layout.groups, static_cast<int>(layout.code_bytes)};
 }
 
-// An alias has the same bytes: its own kernels are not compiled.
 CacheType Canonical(CacheType type) {
   const char* alias = Info(type).alias_of;
   return alias == nullptr ? type : *ParseCacheType(alias);
-}
-
-template <class C>
-constexpr bool IsAlias() {
-  return requires { C::kAliasOf; };
 }
 
 int Processors() {
@@ -392,13 +408,19 @@ int Processors() {
 
 cudaError_t LaunchEncode(CacheType type, Side side, const HalfLayout& layout, RowSource source,
                          const CodecJob* jobs, int count, cudaStream_t stream) {
-  if (HasRowCodec(type))
-    return LaunchRowEncode(type, side, layout, source, jobs, count, Processors(), stream);
+  if (source == RowSource::kF16Page ? HasRowCodec(type) : HasFloatRows(type))
+    return LaunchRowEncode(Canonical(type), side, layout, source, jobs, count, Processors(), stream);
   return VisitCodec(Canonical(type), [&](auto codec) {
     using C = decltype(codec);
-    if constexpr (IsAlias<C>() || kHasRowCodec<C>) {
+    if constexpr (kIsAlias<C> || kHasFloatRows<C>) {
       return cudaErrorInvalidValue;
     } else {
+      if constexpr (C::kStorage == Storage::kHalf) {
+        if (source == RowSource::kF16Page) {
+          StoreHalves<C><<<static_cast<unsigned>(count), kThreads, 0, stream>>>(jobs, ShapeOf(layout));
+          return cudaGetLastError();
+        }
+      }
       const int d = layout.stored_dim, bytes = kBlockTokens * (d + 1) * 4 + kValueStride * d;
       const cudaError_t set =
           cudaFuncSetAttribute(EncodeKernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -412,11 +434,12 @@ cudaError_t LaunchEncode(CacheType type, Side side, const HalfLayout& layout, Ro
 
 cudaError_t LaunchDecode(CacheType type, Side side, const HalfLayout& layout, RowTarget target, int page_dim,
                          const CodecJob* jobs, int count, cudaStream_t stream) {
-  if (HasRowCodec(type))
-    return LaunchRowDecode(type, side, layout, target, page_dim, jobs, count, Processors(), stream);
+  if (target != RowTarget::kF32Rows ? HasRowCodec(type) : HasFloatRows(type))
+    return LaunchRowDecode(Canonical(type), side, layout, target, page_dim, jobs, count, Processors(),
+                           stream);
   return VisitCodec(Canonical(type), [&](auto codec) {
     using C = decltype(codec);
-    if constexpr (IsAlias<C>() || kHasRowCodec<C>) {
+    if constexpr (kIsAlias<C> || kHasFloatRows<C>) {
       return cudaErrorInvalidValue;
     } else {
       if constexpr (C::kStorage == Storage::kHalf) {

@@ -41,14 +41,15 @@ cudaError_t LaunchEncode(CacheType type, Side side, const HalfLayout& layout, Ro
 cudaError_t LaunchDecode(CacheType type, Side side, const HalfLayout& layout, RowTarget target, int page_dim,
                          const CodecJob* jobs, int count, cudaStream_t stream);
 
-// The same for the types that row_codec.cuh has code for, cudaErrorInvalidValue for others; `processors` of
-// the device.
+// The same for the types that row_codec.cuh has code for (HasRowCodec; of rows in f32 HasFloatRows too),
+// cudaErrorInvalidValue for others; `processors` of the device.
 cudaError_t LaunchRowEncode(CacheType type, Side side, const HalfLayout& layout, RowSource source,
                             const CodecJob* jobs, int count, int processors, cudaStream_t stream);
 cudaError_t LaunchRowDecode(CacheType type, Side side, const HalfLayout& layout, RowTarget target,
                             int page_dim, const CodecJob* jobs, int count, int processors,
                             cudaStream_t stream);
 bool HasRowCodec(CacheType type);
+bool HasFloatRows(CacheType type);
 
 // Copies rows of a tensor [rows][heads][dim] into an f16 or bf16 page half.
 struct alignas(16) AppendJob {

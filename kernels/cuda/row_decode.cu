@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kRowThreads, 6)
     __syncthreads();
     const CodecJob job = job_of(round);
     queue_job(round + 2);
-    ForEachRun(d, [&](auto length, int begin) {
+    ForEachRun<false>(d, [&](auto length, int begin) {
       constexpr int N = decltype(length)::value;
       if (job.mean != nullptr || job.gain != nullptr) {
         for (int i = t; i < N; i += kRowThreads) {
@@ -190,13 +190,15 @@ cudaError_t LaunchRowDecode(CacheType type, Side side, const HalfLayout& layout,
   return VisitCodec(type, [&](auto codec) {
     using C = decltype(codec);
     if constexpr (kHasRowCodec<C>) {
-      const bool f32 = target == RowTarget::kF32Rows;
-      if (side == Side::kKey) {
-        return f32 ? Launch<C, Side::kKey, true>(layout, target, page_dim, jobs, count, processors, stream)
-                   : Launch<C, Side::kKey, false>(layout, target, page_dim, jobs, count, processors, stream);
-      }
-      return f32 ? Launch<C, Side::kValue, true>(layout, target, page_dim, jobs, count, processors, stream)
-                 : Launch<C, Side::kValue, false>(layout, target, page_dim, jobs, count, processors, stream);
+      const auto launch = [&](auto f32) {
+        constexpr bool kF32 = decltype(f32)::value;
+        return side == Side::kKey
+                   ? Launch<C, Side::kKey, kF32>(layout, target, page_dim, jobs, count, processors, stream)
+                   : Launch<C, Side::kValue, kF32>(layout, target, page_dim, jobs, count, processors, stream);
+      };
+      if (target != RowTarget::kF32Rows) return launch(std::false_type{});
+      if constexpr (kHasFloatRows<C>) return launch(std::true_type{});
+      return cudaErrorInvalidValue;
     } else {
       return cudaErrorInvalidValue;
     }
@@ -204,7 +206,10 @@ cudaError_t LaunchRowDecode(CacheType type, Side side, const HalfLayout& layout,
 }
 
 bool HasRowCodec(CacheType type) {
-  return VisitCodec(type, [](auto codec) { return kHasRowCodec<decltype(codec)>; });
+  return VisitCodec(type, [](auto codec) { return kHasRowRotation<decltype(codec)>; });
+}
+bool HasFloatRows(CacheType type) {
+  return VisitCodec(type, [](auto codec) { return kHasFloatRows<decltype(codec)>; });
 }
 
 }  // namespace kvtide::cuda

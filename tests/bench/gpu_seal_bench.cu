@@ -1,7 +1,7 @@
 // Rates of the encoders (seals) and decoders of the CUDA backend, in bytes read plus bytes written, beside a
 // copy inside the device in the same run. Kernels only, between events, over more data than three times the
 // L2; median of several launches.
-//   gpu_seal_bench [--json FILE]
+//   gpu_seal_bench [--json FILE] [--only TYPE]
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -70,12 +70,17 @@ int Main(int argc, char** argv) {
   };
   report("copy inside the device", copy * 1e9, 1);
 
+  const char* only = nullptr;
+  for (int i = 1; i + 1 < argc; i += 2)
+    if (std::strcmp(argv[i], "--only") == 0) only = argv[i + 1];
   for (const int dim : {128, 64, 256})
-    for (const char* name : {"turbo4", "turbo3", "turbo2", "q8_0", "q5_0", "q4_0", "planar4", "f16"}) {
+    for (const char* name :
+         {"turbo4", "turbo3", "turbo2", "q8_0", "q5_0", "q4_0", "planar4", "iso4", "rotor4", "f16"}) {
       if (dim != 128 && std::strcmp(name, "turbo4") != 0) continue;
+      if (only != nullptr && std::strcmp(name, only) != 0) continue;
       const GroupShape shape{8, 8, dim, dim};
       const BlockLayout exact(shape, ExactPair()), coded(shape, *ParseCachePair(name));
-      constexpr size_t kBlocks = 128;  // f16: 256 MiB at head dim 128
+      constexpr size_t kBlocks = 512;  // the f16 keys are as large as the copy at head dim 128
       std::byte *from = nullptr, *to = nullptr, *tiles = nullptr;
       KVTIDE_BENCH_CUDA(cudaMalloc(&from, exact.block_bytes() * kBlocks));
       KVTIDE_BENCH_CUDA(cudaMalloc(&to, coded.block_bytes() * kBlocks));
