@@ -122,7 +122,11 @@ stage_sanitizers() {
   command -v compute-sanitizer > /dev/null || { echo "SKIPPED: compute-sanitizer is not installed"; return 0; }
   local small='--gtest_filter=*PairsOfUnequal*:*CapsLogits*:*SealsWithProfiles*:*Recodes*:*CopiesMany*:*PrefillAndDecode*:*DeviceDecode*Case1*' failed=0 tool
   for tool in memcheck racecheck synccheck initcheck; do
-    (limited compute-sanitizer --tool "$tool" --error-exitcode 9 "$bin/kvtide_test_gpu" "$small" > "$work/$tool" 2>&1 || touch "$work/$tool.failed") &
+    local skipped=""
+    # The prefill kernel for any GPU, as compiled for 9.0, frees a stage by one lane after the others met it: racecheck
+    # follows only threads that arrive themselves (kernels/cuda/README.md). Its code for 8.0 is checked.
+    [ "$tool" = racecheck ] && skipped="-*/plainprefill"
+    (limited compute-sanitizer --tool "$tool" --error-exitcode 9 "$bin/kvtide_test_gpu" "$small$skipped" > "$work/$tool" 2>&1 || touch "$work/$tool.failed") &
   done
   wait
   for tool in memcheck racecheck synccheck initcheck; do
