@@ -98,7 +98,6 @@ struct CodedTile {
   static constexpr float kMagic = kSignedWeights ? 12582912.0f + 128.0f : 8388608.0f;
 
   RowSums<DV, MT> rows;
-  float scale[MT];  // base-2 logit per unit of the integer product times K scale
   Shared query;
   uint32_t slot_offset, lane_offset;  // of this lane in a plane of codes and in a query fragment
   KDecoder k_decoder;

@@ -24,7 +24,6 @@ struct HalfTile {
   static_assert(kTokens % 16 == 0 && DK % 32 == 0 && DV % 32 == 0);
 
   RowSums<DV, MT> rows;
-  float scale[MT];
   Shared query;
 
   static KVTIDE_DEVICE int TokenOf(int t, int c) { return t / 2 * 8 + 2 * c + t % 2; }

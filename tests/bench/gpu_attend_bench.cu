@@ -19,18 +19,10 @@
 #include "kernels/cuda/launch.h"
 #include "kernels/format/block_layout.h"
 #include "kernels/format/page_codec.h"
+#include "tests/bench/gpu_fill.cuh"
 
 namespace kvtide::cuda {
 namespace {
-
-#define CHECK_CUDA(x)                                                              \
-  do {                                                                             \
-    const cudaError_t error_ = (x);                                                \
-    if (error_ != cudaSuccess) {                                                   \
-      std::printf("%s: %s (line %d)\n", #x, cudaGetErrorString(error_), __LINE__); \
-      std::exit(1);                                                                \
-    }                                                                              \
-  } while (0)
 
 struct Shape {
   const char* pair;
@@ -52,28 +44,6 @@ constexpr Shape kShapes[] = {
     {"turbo4", 1, 8, 32768, 128, 4},       {"turbo4", 512, 8, 512, 128, 4},
     {"turbo4", 33, 4, 32768, 96, 8},       {"turbo4", 16, 2, 32768, 512, 8},
 };
-
-__global__ void FillRandom(uint32_t* words, size_t count, uint32_t seed) {
-  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < count;
-       i += static_cast<size_t>(gridDim.x) * blockDim.x) {
-    uint64_t x = (i + 1) * 0x9e3779b97f4a7c15ull + seed;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-    words[i] = static_cast<uint32_t>(x ^ (x >> 31));
-  }
-}
-
-// Scales between 1/64 and 1/32 of a half, f16 values between -2 and 2: any 16 bits become such a number.
-__global__ void TameHalves(uint16_t* base, size_t record_bytes, size_t records, size_t offset, size_t bytes,
-                           bool scales) {
-  const size_t per = bytes / 2;
-  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < per * records;
-       i += static_cast<size_t>(gridDim.x) * blockDim.x) {
-    uint16_t& h = base[(i / per * record_bytes + offset) / 2 + i % per];
-    h = scales ? static_cast<uint16_t>(0x2400u | (h & 0x3ffu))
-               : static_cast<uint16_t>(0x3800u | (h & 0x87ffu));
-  }
-}
 
 // Reads pages as the attention kernel does and computes next to nothing.
 template <class Config, class Tile>
@@ -105,16 +75,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 template <class T>
 T* Upload(const std::vector<T>& v, std::vector<void*>* owned) {
   T* p = nullptr;
-  CHECK_CUDA(cudaMalloc(&p, std::max<size_t>(16, v.size() * sizeof(T))));
-  CHECK_CUDA(cudaMemcpy(p, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice));
+  KVTIDE_BENCH_CUDA(cudaMalloc(&p, std::max<size_t>(16, v.size() * sizeof(T))));
+  KVTIDE_BENCH_CUDA(cudaMemcpy(p, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice));
   owned->push_back(p);
   return p;
 }
 template <class T>
 T* Allocate(size_t count, std::vector<void*>* owned) {
   T* p = nullptr;
-  CHECK_CUDA(cudaMalloc(&p, count * sizeof(T)));
-  CHECK_CUDA(cudaMemset(p, 0xff, count * sizeof(T)));
+  KVTIDE_BENCH_CUDA(cudaMalloc(&p, count * sizeof(T)));
+  KVTIDE_BENCH_CUDA(cudaMemset(p, 0xff, count * sizeof(T)));
   owned->push_back(p);
   return p;
 }
@@ -125,16 +95,16 @@ struct Timing {
 template <class F>
 Timing TimeCalls(F call) {
   cudaEvent_t begin, end;
-  CHECK_CUDA(cudaEventCreate(&begin));
-  CHECK_CUDA(cudaEventCreate(&end));
+  KVTIDE_BENCH_CUDA(cudaEventCreate(&begin));
+  KVTIDE_BENCH_CUDA(cudaEventCreate(&end));
   std::vector<double> us;
   for (int i = 0; i < 35; i++) {
-    CHECK_CUDA(cudaEventRecord(begin));
+    KVTIDE_BENCH_CUDA(cudaEventRecord(begin));
     call(i);
-    CHECK_CUDA(cudaEventRecord(end));
-    CHECK_CUDA(cudaEventSynchronize(end));
+    KVTIDE_BENCH_CUDA(cudaEventRecord(end));
+    KVTIDE_BENCH_CUDA(cudaEventSynchronize(end));
     float ms = 0;
-    CHECK_CUDA(cudaEventElapsedTime(&ms, begin, end));
+    KVTIDE_BENCH_CUDA(cudaEventElapsedTime(&ms, begin, end));
     if (i >= 5) us.push_back(1e3 * static_cast<double>(ms));
   }
   std::sort(us.begin(), us.end());
@@ -158,10 +128,11 @@ double CheckHead(const Shape& s, const BlockLayout& layout, const std::byte* blo
   std::vector<float> k(static_cast<size_t>(pages) * 64 * d), v(k.size());
   std::vector<std::byte> record(layout.record_bytes());
   for (int p = 0; p < pages; p++) {
-    CHECK_CUDA(cudaMemcpy(record.data(),
-                          blocks + order[static_cast<size_t>(sequence) * pages + p] * layout.block_bytes() +
-                              layout.RecordOffset(0, head),
-                          record.size(), cudaMemcpyDeviceToHost));
+    KVTIDE_BENCH_CUDA(cudaMemcpy(record.data(),
+                                 blocks +
+                                     order[static_cast<size_t>(sequence) * pages + p] * layout.block_bytes() +
+                                     layout.RecordOffset(0, head),
+                                 record.size(), cudaMemcpyDeviceToHost));
     const auto decode = [&](CacheType type, Side side, const HalfLayout& half, const std::byte* from,
                             float* rows) {
       DecodeHalf(type, side, half, nullptr, from, rows + static_cast<size_t>(p) * 64 * d);
@@ -218,19 +189,7 @@ std::string RunShape(const Shape& s, int sms) {
   const size_t bytes = blocks * layout.block_bytes();
   const int copies = static_cast<int>(std::clamp<size_t>((size_t{400} << 20) / bytes + 1, 2, 16));
   auto* data = Allocate<std::byte>(bytes * static_cast<size_t>(copies), &owned);
-  FillRandom<<<2048, 256>>>(reinterpret_cast<uint32_t*>(data), bytes * static_cast<size_t>(copies) / 4, 1);
-  const size_t records = blocks * static_cast<size_t>(s.kv_heads * copies);
-  const auto tame = [&](const HalfLayout& half, size_t at) {
-    if (half.groups == 0)
-      TameHalves<<<2048, 256>>>(reinterpret_cast<uint16_t*>(data), layout.record_bytes(), records, at,
-                                half.code_bytes, false);
-    else
-      TameHalves<<<2048, 256>>>(reinterpret_cast<uint16_t*>(data), layout.record_bytes(), records,
-                                at + half.code_bytes, half.scale_bytes, true);
-  };
-  tame(layout.k(), 0);
-  tame(layout.v(), layout.v_codes());
-  CHECK_CUDA(cudaDeviceSynchronize());
+  bench::FillBlocks(layout, blocks * static_cast<size_t>(copies), data, 1);
 
   std::mt19937 rng(7);
   std::normal_distribution<float> normal;
@@ -248,8 +207,8 @@ std::string RunShape(const Shape& s, int sms) {
     std::printf("%s d %d: no kernel\n", s.pair, s.dim);
     return "";
   }
-  CHECK_CUDA(cudaFuncSetAttribute(kernel->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  kernel->shared_bytes));
+  KVTIDE_BENCH_CUDA(cudaFuncSetAttribute(kernel->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                         kernel->shared_bytes));
   std::vector<size_t> order(blocks);
   std::iota(order.begin(), order.end(), size_t{0});
   std::shuffle(order.begin(), order.end(), rng);
@@ -348,14 +307,14 @@ std::string RunShape(const Shape& s, int sms) {
   const Timing whole = TimeCalls([&](int i) { call(i % copies, nullptr); });
   // The same in a graph of 10 calls.
   cudaStream_t stream;
-  CHECK_CUDA(cudaStreamCreate(&stream));
+  KVTIDE_BENCH_CUDA(cudaStreamCreate(&stream));
   cudaGraph_t graph;
   cudaGraphExec_t exec;
-  CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  KVTIDE_BENCH_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
   for (int i = 0; i < 10; i++) call(i % copies, stream);
-  CHECK_CUDA(cudaStreamEndCapture(stream, &graph));
-  CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
-  const Timing in_graph = TimeCalls([&](int) { CHECK_CUDA(cudaGraphLaunch(exec, nullptr)); });
+  KVTIDE_BENCH_CUDA(cudaStreamEndCapture(stream, &graph));
+  KVTIDE_BENCH_CUDA(cudaGraphInstantiate(&exec, graph, 0));
+  const Timing in_graph = TimeCalls([&](int) { KVTIDE_BENCH_CUDA(cudaGraphLaunch(exec, nullptr)); });
 
   // Read ceiling: the same ring without arithmetic, where the pair is one of the three timed widths.
   Timing read;
@@ -366,7 +325,7 @@ std::string RunShape(const Shape& s, int sms) {
   if (s.dim == 128 && name == "turbo3") reader = ReaderOf<Turbo3, Turbo3, 128, 12, 2>(&threads, &shared);
   if (s.dim == 64 && name == "turbo4") reader = ReaderOf<Turbo4, Turbo4, 64, 16, 2>(&threads, &shared);
   if (reader != nullptr && threads == kernel->threads) {  // it walks the same shares
-    CHECK_CUDA(cudaFuncSetAttribute(reader, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+    KVTIDE_BENCH_CUDA(cudaFuncSetAttribute(reader, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
     read = TimeCalls([&](int i) {
       Launch(reader, grid, static_cast<unsigned>(threads), static_cast<size_t>(shared), false,
              &attend[static_cast<size_t>(i % copies)], nullptr);
@@ -374,10 +333,10 @@ std::string RunShape(const Shape& s, int sms) {
   }
 
   call(0, nullptr);
-  CHECK_CUDA(cudaDeviceSynchronize());
+  KVTIDE_BENCH_CUDA(cudaDeviceSynchronize());
   std::vector<float> out_host(rows * s.dim), lse_host(rows);
-  CHECK_CUDA(cudaMemcpy(out_host.data(), out, out_host.size() * 4, cudaMemcpyDeviceToHost));
-  CHECK_CUDA(cudaMemcpy(lse_host.data(), lse, lse_host.size() * 4, cudaMemcpyDeviceToHost));
+  KVTIDE_BENCH_CUDA(cudaMemcpy(out_host.data(), out, out_host.size() * 4, cudaMemcpyDeviceToHost));
+  KVTIDE_BENCH_CUDA(cudaMemcpy(lse_host.data(), lse, lse_host.size() * 4, cudaMemcpyDeviceToHost));
   double lse_error = 0;
   const double error =
       CheckHead(s, layout, data, order, s.sequences - 1, s.kv_heads / 2, q, out_host, &lse_error, lse_host);
@@ -390,10 +349,10 @@ std::string RunShape(const Shape& s, int sms) {
       static_cast<double>(bytes) / whole.median * 1e-3, read.median, 100 * read.median / whole.median, error,
       lse_error, kernel->threads / 32, kernel->shared_bytes);
   std::fflush(stdout);
-  CHECK_CUDA(cudaGraphExecDestroy(exec));
-  CHECK_CUDA(cudaGraphDestroy(graph));
-  CHECK_CUDA(cudaStreamDestroy(stream));
-  for (void* p : owned) CHECK_CUDA(cudaFree(p));
+  KVTIDE_BENCH_CUDA(cudaGraphExecDestroy(exec));
+  KVTIDE_BENCH_CUDA(cudaGraphDestroy(graph));
+  KVTIDE_BENCH_CUDA(cudaStreamDestroy(stream));
+  for (void* p : owned) KVTIDE_BENCH_CUDA(cudaFree(p));
   char line[1024];
   std::snprintf(line, sizeof(line),
                 "{\"pair\": \"%s\", \"sequences\": %d, \"kv_heads\": %d, \"tokens\": %d, \"head_dim\": %d, "
@@ -425,9 +384,9 @@ int Main(int argc, char** argv) {
     if (std::strcmp(argv[i], "--filter") == 0) filter = argv[i + 1];
   }
   cudaDeviceProp device;
-  CHECK_CUDA(cudaGetDeviceProperties(&device, 0));
+  KVTIDE_BENCH_CUDA(cudaGetDeviceProperties(&device, 0));
   int driver = 0;
-  CHECK_CUDA(cudaDriverGetVersion(&driver));
+  KVTIDE_BENCH_CUDA(cudaDriverGetVersion(&driver));
   std::printf("%s, %d SMs\n", device.name, device.multiProcessorCount);
   std::string rows;
   for (const Shape& s : kShapes) {

@@ -2,24 +2,12 @@
 // f16 values of magnitude 1/2 to 2.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 
 #include "kernels/format/block_layout.h"
+#include "tests/bench/gpu_check.h"
 
 namespace kvtide::bench {
-
-#define KVTIDE_BENCH_CUDA(x)                                                       \
-  do {                                                                             \
-    const cudaError_t error_ = (x);                                                \
-    if (error_ != cudaSuccess) {                                                   \
-      std::printf("%s: %s (line %d)\n", #x, cudaGetErrorString(error_), __LINE__); \
-      std::exit(1);                                                                \
-    }                                                                              \
-  } while (0)
 
 static __global__ void FillRandomWords(uint32_t* words, size_t count, uint32_t seed) {
   for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < count;

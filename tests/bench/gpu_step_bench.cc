@@ -16,18 +16,10 @@
 #include <vector>
 
 #include "kernels/cuda/device_decode.h"
+#include "tests/bench/gpu_check.h"
 
 namespace kvtide {
 namespace {
-
-#define CHECK_CUDA(x)                                                              \
-  do {                                                                             \
-    const cudaError_t error_ = (x);                                                \
-    if (error_ != cudaSuccess) {                                                   \
-      std::printf("%s: %s (line %d)\n", #x, cudaGetErrorString(error_), __LINE__); \
-      std::exit(1);                                                                \
-    }                                                                              \
-  } while (0)
 
 constexpr int kLayers = 32, kKvHeads = 8, kHeads = 32, kDim = 128, kWindowTokens = 3 * kBlockTokens,
               kTailTokens = 20;
@@ -35,8 +27,8 @@ constexpr int kLayers = 32, kKvHeads = 8, kHeads = 32, kDim = 128, kWindowTokens
 template <class T>
 T* Upload(const std::vector<T>& values, std::vector<void*>* owned) {
   void* p = nullptr;
-  CHECK_CUDA(cudaMalloc(&p, values.size() * sizeof(T)));
-  CHECK_CUDA(cudaMemcpy(p, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
+  KVTIDE_BENCH_CUDA(cudaMalloc(&p, values.size() * sizeof(T)));
+  KVTIDE_BENCH_CUDA(cudaMemcpy(p, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice));
   owned->push_back(p);
   return static_cast<T*>(p);
 }
@@ -54,16 +46,16 @@ std::vector<std::byte*> MakeBlocks(const BlockLayout& layout, size_t blocks, std
         some[at + i] = static_cast<std::byte>(0x28 + rng() % 8);
     }
   void* data = nullptr;
-  CHECK_CUDA(cudaMalloc(&data, layout.block_bytes() * blocks));
+  KVTIDE_BENCH_CUDA(cudaMalloc(&data, layout.block_bytes() * blocks));
   owned->push_back(data);
   std::vector<std::byte*> table(blocks);
   for (size_t i = 0; i < blocks; i++) {
     table[i] = static_cast<std::byte*>(data) + i * layout.block_bytes();
     const size_t bytes = layout.block_bytes() * std::min<size_t>(4, blocks - i);
     if (i == 0)
-      CHECK_CUDA(cudaMemcpy(data, some.data(), bytes, cudaMemcpyHostToDevice));
+      KVTIDE_BENCH_CUDA(cudaMemcpy(data, some.data(), bytes, cudaMemcpyHostToDevice));
     else if (i % 4 == 0)
-      CHECK_CUDA(cudaMemcpyAsync(table[i], data, bytes, cudaMemcpyDeviceToDevice));
+      KVTIDE_BENCH_CUDA(cudaMemcpyAsync(table[i], data, bytes, cudaMemcpyDeviceToDevice));
   }
   std::shuffle(table.begin(), table.end(), rng);
   return table;
@@ -122,39 +114,39 @@ double StepMicroseconds(const char* pair_name, const Step& step, double* megabyt
   cudaStream_t stream;
   cudaGraph_t graph;
   cudaGraphExec_t exec;
-  CHECK_CUDA(cudaStreamCreate(&stream));
-  CHECK_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  KVTIDE_BENCH_CUDA(cudaStreamCreate(&stream));
+  KVTIDE_BENCH_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
   bool ok = (*decode)->Plan(stream).ok();
   for (int l = 0; l < kLayers; l++) ok = (*decode)->Attend(l, stream).ok() && ok;
-  CHECK_CUDA(cudaStreamEndCapture(stream, &graph));
+  KVTIDE_BENCH_CUDA(cudaStreamEndCapture(stream, &graph));
   if (!ok) std::exit(1);
-  CHECK_CUDA(cudaGraphInstantiate(&exec, graph, 0));
+  KVTIDE_BENCH_CUDA(cudaGraphInstantiate(&exec, graph, 0));
   cudaEvent_t begin, end;
-  CHECK_CUDA(cudaEventCreate(&begin));
-  CHECK_CUDA(cudaEventCreate(&end));
+  KVTIDE_BENCH_CUDA(cudaEventCreate(&begin));
+  KVTIDE_BENCH_CUDA(cudaEventCreate(&end));
   std::vector<double> us;
   for (int i = 0; i < 23; i++) {
-    CHECK_CUDA(cudaEventRecord(begin, stream));
-    CHECK_CUDA(cudaGraphLaunch(exec, stream));
-    CHECK_CUDA(cudaEventRecord(end, stream));
-    CHECK_CUDA(cudaEventSynchronize(end));
+    KVTIDE_BENCH_CUDA(cudaEventRecord(begin, stream));
+    KVTIDE_BENCH_CUDA(cudaGraphLaunch(exec, stream));
+    KVTIDE_BENCH_CUDA(cudaEventRecord(end, stream));
+    KVTIDE_BENCH_CUDA(cudaEventSynchronize(end));
     float ms = 0;
-    CHECK_CUDA(cudaEventElapsedTime(&ms, begin, end));
+    KVTIDE_BENCH_CUDA(cudaEventElapsedTime(&ms, begin, end));
     if (i >= 3) us.push_back(1e3 * static_cast<double>(ms));
   }
   std::sort(us.begin(), us.end());
-  CHECK_CUDA(cudaGraphExecDestroy(exec));
-  CHECK_CUDA(cudaGraphDestroy(graph));
-  CHECK_CUDA(cudaStreamDestroy(stream));
-  CHECK_CUDA(cudaEventDestroy(begin));
-  CHECK_CUDA(cudaEventDestroy(end));
-  for (void* p : owned) CHECK_CUDA(cudaFree(p));
+  KVTIDE_BENCH_CUDA(cudaGraphExecDestroy(exec));
+  KVTIDE_BENCH_CUDA(cudaGraphDestroy(graph));
+  KVTIDE_BENCH_CUDA(cudaStreamDestroy(stream));
+  KVTIDE_BENCH_CUDA(cudaEventDestroy(begin));
+  KVTIDE_BENCH_CUDA(cudaEventDestroy(end));
+  for (void* p : owned) KVTIDE_BENCH_CUDA(cudaFree(p));
   return us[us.size() / 2];
 }
 
 int Run(const std::string& json) {
   cudaDeviceProp device{};
-  CHECK_CUDA(cudaGetDeviceProperties(&device, 0));
+  KVTIDE_BENCH_CUDA(cudaGetDeviceProperties(&device, 0));
   std::printf("%s, %d layers, %d KV heads, %d query heads, d %d; microseconds of attention per step\n",
               device.name, kLayers, kKvHeads, kHeads, kDim);
   std::string text = "{\n  \"device\": \"" + std::string(device.name) +

@@ -15,6 +15,19 @@ namespace {
 
 constexpr int kHeadDims[] = {64, 80, 96, 112, 128, 192, 256, 512};
 
+// `runs`, `q` and `result` must outlive the item.
+AttendItem ItemOf(const std::vector<BlockRun>& runs, const std::vector<float>& q, int queries,
+                  int64_t first_query_position, AttendResult* result) {
+  AttendItem item;
+  item.runs = runs;
+  item.q = q.data();
+  item.queries = queries;
+  item.first_query_position = first_query_position;
+  item.out = result->out.data();
+  item.lse = result->lse.data();
+  return item;
+}
+
 // One of each storage, width and group size.
 std::vector<std::string> SomePairs() {
   return {"f16", "bf16", "q8_0", "q5_0", "q4_0", "turbo4", "turbo3", "turbo2"};
@@ -292,15 +305,8 @@ TEST_P(BackendConformance, DoesNotDependOnTheRestOfTheBatch) {
   const AttendResult alone = AttendOn(backend(), a, a.device_runs(), c, qa);
   AttendResult both[2] = {alone, alone};
   const std::vector<BlockRun> runs[2] = {a.device_runs(), b.device_runs()};
-  AttendItem items[2];
-  for (int i = 0; i < 2; i++) {
-    items[i].runs = runs[i];
-    items[i].q = (i == 0 ? qa : qb).data();
-    items[i].queries = 1;
-    items[i].first_query_position = (i == 0 ? a : b).tokens() - 1;
-    items[i].out = both[i].out.data();
-    items[i].lse = both[i].lse.data();
-  }
+  AttendItem items[] = {ItemOf(runs[0], qa, 1, a.tokens() - 1, &both[0]),
+                        ItemOf(runs[1], qb, 1, b.tokens() - 1, &both[1])};
   std::fill(both[0].out.begin(), both[0].out.end(), NAN);
   AttendArgs args;
   args.heads = 8;
@@ -360,12 +366,7 @@ TEST_P(BackendConformance, AttendsABatchOfCodedRunsBetweenExactOnes) {
   for (size_t i = 0; i < kItems; i++) {
     queries[i] = MakeQueries(sequence, case_of(i));
     results[i] = {std::vector<float>(8 * 128, NAN), std::vector<float>(8, NAN)};
-    items[i].runs = runs;
-    items[i].q = queries[i].data();
-    items[i].queries = 1;
-    items[i].first_query_position = case_of(i).first_query_position;
-    items[i].out = results[i].out.data();
-    items[i].lse = results[i].lse.data();
+    items[i] = ItemOf(runs, queries[i], 1, case_of(i).first_query_position, &results[i]);
   }
   AttendArgs args;
   args.heads = 8;
@@ -435,12 +436,7 @@ TEST_P(BackendConformance, AttendsPrefillAndDecodeInOneCall) {
   }
   std::vector<AttendItem> items(4);
   for (size_t i = 0; i < 4; i++) {
-    items[i].runs = runs[i];
-    items[i].q = queries[i].data();
-    items[i].queries = counts[i];
-    items[i].first_query_position = sequences[i]->tokens() - counts[i];
-    items[i].out = results[i].out.data();
-    items[i].lse = results[i].lse.data();
+    items[i] = ItemOf(runs[i], queries[i], counts[i], sequences[i]->tokens() - counts[i], &results[i]);
   }
   AttendArgs args;
   args.heads = 6;
