@@ -176,4 +176,9 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except OSError as error:
+        sys.exit(f"gpu_report.py: {error.filename}: {error.strerror}; tests/gpu/run.sh writes results, --results names their folder")
+    except (ValueError, KeyError) as error:
+        sys.exit(f"gpu_report.py: a result file is damaged or of another version: {error}; tests/gpu/run.sh writes them again")
