@@ -6,14 +6,14 @@
 #include <string>
 #include <vector>
 
-#include "clients/cli/capture.h"
-#include "clients/cli/demo.h"
-#include "clients/cli/doctor_command.h"
-#include "clients/cli/eval.h"
-#include "clients/cli/fleet_command.h"
-#include "clients/cli/plan_command.h"
-#include "clients/cli/status_command.h"
-#include "clients/cli/top_command.h"
+#include "clients/cli/capture/capture.h"
+#include "clients/cli/demo/demo.h"
+#include "clients/cli/eval/eval.h"
+#include "clients/cli/ops/doctor_command.h"
+#include "clients/cli/ops/status_command.h"
+#include "clients/cli/ops/top_command.h"
+#include "clients/cli/plan/fleet_command.h"
+#include "clients/cli/plan/plan_command.h"
 #include "planner/near_names.h"
 
 namespace {

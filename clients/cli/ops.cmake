@@ -2,13 +2,13 @@
 find_package(CLI11 CONFIG REQUIRED)
 find_package(nlohmann_json CONFIG REQUIRED)
 kvtide_add_library(kvtide_cli_ops
-  daemon_flags.cc
-  doctor_checks.cc
-  doctor_command.cc
-  status_command.cc
-  status_report.cc
-  top_command.cc
-  top_screen.cc
+  ops/daemon_flags.cc
+  ops/doctor_checks.cc
+  ops/doctor_command.cc
+  ops/status_command.cc
+  ops/status_report.cc
+  ops/top_command.cc
+  ops/top_screen.cc
 )
 target_compile_definitions(kvtide_cli_ops PRIVATE KVTIDE_VERSION="${PROJECT_VERSION}")
 target_link_libraries(kvtide_cli_ops

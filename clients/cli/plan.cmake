@@ -1,10 +1,10 @@
 # The planning commands, which need neither the daemon nor the engine.
 find_package(CLI11 CONFIG REQUIRED)
 kvtide_add_library(kvtide_cli_plan
-  fleet_command.cc
-  plan_command.cc
-  plan_device.cc
-  plan_flags.cc
-  plan_io.cc
+  plan/fleet_command.cc
+  plan/plan_command.cc
+  plan/plan_device.cc
+  plan/plan_flags.cc
+  plan/plan_io.cc
 )
 target_link_libraries(kvtide_cli_plan PUBLIC kvtide_planner CLI11::CLI11 PRIVATE absl::cleanup ${CMAKE_DL_LIBS})

@@ -18,9 +18,9 @@
 
 #include "daemon/cache/block_store.h"
 #include "daemon/cache/kv_cache.h"
-#include "daemon/cache/mutex.h"
 #include "daemon/cache/sequence.h"
 #include "daemon/cache/side_by_side.h"
+#include "kernels/base/mutex.h"
 
 namespace kvtide {
 

@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "daemon/cache/mutex.h"
+#include "kernels/base/mutex.h"
 
 namespace kvtide {
 

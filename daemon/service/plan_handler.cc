@@ -5,7 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "daemon/service/handlers.h"
 #include "kernels/base/status.h"
-#include "planner/plan.h"
+#include "planner/plan/plan.h"
 
 namespace kvtide::service {
 namespace {

@@ -11,14 +11,14 @@
 #include "absl/strings/numbers.h"
 #include "kernels/base/status.h"
 #include "kernels/check_pieces.h"
-#include "kernels/cuda/attend_call.h"
-#include "kernels/cuda/capability.h"
-#include "kernels/cuda/codec_kernels.h"
-#include "kernels/cuda/copy_engine.h"
-#include "kernels/cuda/device_image.h"
-#include "kernels/cuda/recode_call.h"
-#include "kernels/cuda/rotations.h"
-#include "kernels/cuda/workspace.h"
+#include "kernels/cuda/attend/attend_call.h"
+#include "kernels/cuda/codec/codec_kernels.h"
+#include "kernels/cuda/codec/recode_call.h"
+#include "kernels/cuda/copy/copy_engine.h"
+#include "kernels/cuda/device/capability.h"
+#include "kernels/cuda/device/device_image.h"
+#include "kernels/cuda/device/rotations.h"
+#include "kernels/cuda/device/workspace.h"
 
 namespace kvtide {
 namespace cuda {

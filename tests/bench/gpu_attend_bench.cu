@@ -14,9 +14,9 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/attend_kernel.cuh"
-#include "kernels/cuda/kernel_list.h"
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/attend/attend_kernel.cuh"
+#include "kernels/cuda/attend/kernel_list.h"
+#include "kernels/cuda/device/launch.h"
 #include "kernels/format/block_layout.h"
 #include "kernels/format/page_codec.h"
 #include "tests/bench/gpu_fill.cuh"

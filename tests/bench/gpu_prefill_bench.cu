@@ -15,8 +15,8 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/attend_call.h"
-#include "kernels/cuda/device_image.h"
+#include "kernels/cuda/attend/attend_call.h"
+#include "kernels/cuda/device/device_image.h"
 #include "tests/bench/gpu_fill.cuh"
 
 namespace kvtide::cuda {

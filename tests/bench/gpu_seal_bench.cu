@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/codec_kernels.h"
+#include "kernels/cuda/codec/codec_kernels.h"
 #include "tests/bench/gpu_fill.cuh"
 
 namespace kvtide::cuda {

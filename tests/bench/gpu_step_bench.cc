@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/device_decode.h"
+#include "kernels/cuda/step/device_decode.h"
 #include "tests/bench/gpu_check.h"
 
 namespace kvtide {

@@ -4,8 +4,8 @@
 
 #include <chrono>
 
-#include "planner/catalogue.h"
-#include "planner/render.h"
+#include "planner/model/catalogue.h"
+#include "planner/render/render.h"
 
 namespace {
 

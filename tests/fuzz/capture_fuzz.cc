@@ -1,11 +1,11 @@
-// libFuzzer: a whole captured K/V/Q file (clients/cli/captured_file.h).
+// libFuzzer: a whole captured K/V/Q file (clients/cli/capture/captured_file.h).
 #include <cstddef>
 #include <cstdint>
 #include <map>
 #include <span>
 #include <string>
 
-#include "clients/cli/captured_file.h"
+#include "clients/cli/capture/captured_file.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   std::map<std::string, std::string> metadata;

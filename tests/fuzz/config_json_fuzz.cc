@@ -3,8 +3,8 @@
 #include <cstdint>
 #include <string>
 
-#include "planner/config_json.h"
-#include "planner/kv_sizer.h"
+#include "planner/engines/kv_sizer.h"
+#include "planner/model/config_json.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace kvtide::planner;

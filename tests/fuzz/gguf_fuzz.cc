@@ -3,8 +3,8 @@
 #include <cstdint>
 #include <string_view>
 
-#include "planner/gguf_geometry.h"
-#include "planner/kv_sizer.h"
+#include "planner/engines/kv_sizer.h"
+#include "planner/model/gguf_geometry.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace kvtide::planner;

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string_view>
 
-#include "planner/safetensors.h"
+#include "planner/model/safetensors.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   using namespace kvtide::planner;

@@ -1,9 +1,9 @@
 // Compiled, never run: one kernel of each kind for every generation of GPUs that the backend supports, so
 // that code for those that nobody builds every day keeps compiling. The target kvtide_cuda_archs.
-#include "kernels/cuda/combine_kernel.cuh"
-#include "kernels/cuda/instantiate.cuh"
-#include "kernels/cuda/prefill_kernel.cuh"
-#include "kernels/cuda/prefill_overlap.cuh"
+#include "kernels/cuda/attend/combine_kernel.cuh"
+#include "kernels/cuda/attend/instantiate.cuh"
+#include "kernels/cuda/prefill/prefill_kernel.cuh"
+#include "kernels/cuda/prefill/prefill_overlap.cuh"
 
 namespace kvtide::cuda {
 

@@ -7,7 +7,7 @@
 
 #include "kernels/base/check.h"
 #include "kernels/cuda/cuda_backend.h"
-#include "planner/kvtide_engine.h"
+#include "planner/engines/kvtide_engine.h"
 #include "tests/gpu/cuda_ipc_case.h"
 #include "tests/kernels/attend_check.h"
 #include "tests/kernels/backend_conformance.h"

@@ -1,6 +1,6 @@
 // Decode steps planned on the device give what the backend gives that plans on the host: captured once in a
 // CUDA graph and replayed with other lengths, tables, hidden tokens and queries.
-#include "kernels/cuda/device_decode.h"
+#include "kernels/cuda/step/device_decode.h"
 
 #include <cuda_runtime.h>
 #include <gtest/gtest.h>

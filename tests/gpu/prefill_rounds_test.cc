@@ -1,6 +1,6 @@
 // What a prefill plans, over blocks that do not exist: each group of rows meets each page that it sees once,
 // within scratch memory, and writes or merges its output in the right order.
-#include "kernels/cuda/prefill_rounds.h"
+#include "kernels/cuda/prefill/prefill_rounds.h"
 
 #include <gtest/gtest.h>
 

@@ -1,5 +1,5 @@
 // The cut of a launch into workers and slots, against a walk like the attention kernel's.
-#include "kernels/cuda/attend_plan.h"
+#include "kernels/cuda/attend/attend_plan.h"
 
 #include <gtest/gtest.h>
 

@@ -1,6 +1,6 @@
 // Steps, by which the CUDA encoders find codes, against the comparisons that define them: on borders, beside
 // them, at zero and at random.
-#include "kernels/cuda/level_step.h"
+#include "kernels/cuda/codec/level_step.h"
 
 #include <gtest/gtest.h>
 

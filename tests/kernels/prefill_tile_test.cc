@@ -1,7 +1,7 @@
 // The tiles of the prefill kernels in an emulated warp, against float64: head dims, tiles of one or two
 // pages, masks, soft-cap, raised references, values added after the next tile was weighed; and the cut of
 // groups into parts.
-#include "kernels/cuda/prefill_tile.h"
+#include "kernels/cuda/prefill/prefill_tile.h"
 
 #include <gtest/gtest.h>
 
@@ -13,8 +13,8 @@
 #include <vector>
 
 #include "kernels/base/float16.h"
-#include "kernels/cuda/prefill_cut.h"
-#include "kernels/cuda/prefill_pages.h"
+#include "kernels/cuda/prefill/prefill_cut.h"
+#include "kernels/cuda/prefill/prefill_pages.h"
 #include "tests/kernels/warp_emulator.h"
 
 namespace kvtide {

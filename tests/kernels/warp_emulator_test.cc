@@ -8,9 +8,9 @@
 #include <random>
 #include <vector>
 
-#include "kernels/cuda/coded_tile.h"
-#include "kernels/cuda/half_tile.h"
-#include "kernels/cuda/query_row.h"
+#include "kernels/cuda/attend/coded_tile.h"
+#include "kernels/cuda/attend/half_tile.h"
+#include "kernels/cuda/attend/query_row.h"
 #include "kernels/format/page_codec.h"
 
 namespace kvtide {

@@ -1,4 +1,4 @@
-#include "planner/catalogue.h"
+#include "planner/model/catalogue.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

@@ -1,8 +1,8 @@
 // The planning commands alone, for the command-line tests.
 #include <CLI/CLI.hpp>
 
-#include "clients/cli/fleet_command.h"
-#include "clients/cli/plan_command.h"
+#include "clients/cli/plan/fleet_command.h"
+#include "clients/cli/plan/plan_command.h"
 
 int main(int argc, char** argv) {
   CLI::App app("kvtide planning commands");

@@ -1,12 +1,12 @@
 // Geometry from config.json: every way in which models say which layers cache what.
-#include "planner/config_json.h"
+#include "planner/model/config_json.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <nlohmann/json.hpp>
 
-#include "planner/catalogue.h"
+#include "planner/model/catalogue.h"
 
 namespace kvtide::planner {
 namespace {

@@ -1,4 +1,4 @@
-#include "planner/device.h"
+#include "planner/plan/device.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

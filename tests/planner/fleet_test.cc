@@ -1,12 +1,12 @@
 // The fleet simulation: deterministic, monotone where it must be, and honest about host tiers.
-#include "planner/fleet.h"
+#include "planner/fleet/fleet.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <nlohmann/json.hpp>
 
-#include "planner/catalogue.h"
+#include "planner/model/catalogue.h"
 #include "planner/units.h"
 
 namespace kvtide::planner {

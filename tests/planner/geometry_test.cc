@@ -1,9 +1,9 @@
-#include "planner/geometry.h"
+#include "planner/model/geometry.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "planner/catalogue.h"
+#include "planner/model/catalogue.h"
 
 namespace kvtide::planner {
 namespace {

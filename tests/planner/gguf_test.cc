@@ -1,5 +1,5 @@
 // Synthetic GGUF files for every kind of layer, and damaged ones: each gives one clear error.
-#include "planner/gguf.h"
+#include "planner/model/gguf.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -9,9 +9,9 @@
 #include <fstream>
 
 #include "absl/strings/str_format.h"
-#include "planner/catalogue.h"
-#include "planner/gguf_geometry.h"
-#include "planner/load_model.h"
+#include "planner/model/catalogue.h"
+#include "planner/model/gguf_geometry.h"
+#include "planner/model/load_model.h"
 #include "tests/planner/gguf_builder.h"
 
 namespace kvtide::planner {

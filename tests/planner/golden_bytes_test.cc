@@ -8,9 +8,9 @@
 #include <sstream>
 
 #include "absl/strings/str_split.h"
-#include "planner/catalogue.h"
 #include "planner/csv.h"
-#include "planner/kv_sizer.h"
+#include "planner/engines/kv_sizer.h"
+#include "planner/model/catalogue.h"
 #include "planner/units.h"
 
 namespace kvtide::planner {

@@ -1,12 +1,12 @@
 // The planner's bytes for kvtided against BlockLayout and the exact window, counted block by block.
-#include "planner/kvtide_engine.h"
+#include "planner/engines/kvtide_engine.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include "kernels/format/block_layout.h"
 #include "kernels/format/exact_window.h"
-#include "planner/catalogue.h"
+#include "planner/model/catalogue.h"
 #include "planner/units.h"
 
 namespace kvtide::planner {

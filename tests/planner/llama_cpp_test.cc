@@ -1,9 +1,9 @@
-#include "planner/llama_cpp.h"
+#include "planner/engines/llama_cpp.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "planner/catalogue.h"
+#include "planner/model/catalogue.h"
 #include "planner/units.h"
 
 namespace kvtide::planner {

@@ -1,11 +1,11 @@
 // The plan as a whole: what is chosen, why the rest is not, and that nothing is hidden.
-#include "planner/plan.h"
+#include "planner/plan/plan.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "planner/catalogue.h"
-#include "planner/explain.h"
+#include "planner/model/catalogue.h"
+#include "planner/render/explain.h"
 #include "planner/units.h"
 
 namespace kvtide::planner {

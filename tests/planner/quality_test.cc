@@ -1,4 +1,4 @@
-#include "planner/quality.h"
+#include "planner/plan/quality.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

@@ -1,4 +1,4 @@
-#include "planner/render.h"
+#include "planner/render/render.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -6,10 +6,10 @@
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/str_split.h"
-#include "planner/catalogue.h"
 #include "planner/csv.h"
-#include "planner/plot.h"
-#include "planner/render_flags.h"
+#include "planner/model/catalogue.h"
+#include "planner/render/plot.h"
+#include "planner/render/render_flags.h"
 #include "planner/units.h"
 
 namespace kvtide::planner {

@@ -1,5 +1,5 @@
 // Weights from synthetic safetensors headers, whole and damaged.
-#include "planner/safetensors.h"
+#include "planner/model/safetensors.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -9,7 +9,7 @@
 #include <filesystem>
 #include <fstream>
 
-#include "planner/load_model.h"
+#include "planner/model/load_model.h"
 
 namespace kvtide::planner {
 namespace {

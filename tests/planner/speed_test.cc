@@ -1,10 +1,10 @@
 // The roofline against published decode speeds: every point lies inside the printed band.
-#include "planner/speed.h"
+#include "planner/plan/speed.h"
 
 #include <gtest/gtest.h>
 
-#include "planner/catalogue.h"
-#include "planner/kv_sizer.h"
+#include "planner/engines/kv_sizer.h"
+#include "planner/model/catalogue.h"
 
 namespace kvtide::planner {
 namespace {

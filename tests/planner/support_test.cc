@@ -1,10 +1,10 @@
-#include "planner/support.h"
+#include "planner/engines/support.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "planner/catalogue.h"
-#include "planner/matrix.h"
+#include "planner/model/catalogue.h"
+#include "planner/plan/matrix.h"
 
 namespace kvtide::planner {
 namespace {

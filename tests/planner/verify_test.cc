@@ -1,9 +1,9 @@
-#include "planner/verify.h"
+#include "planner/plan/verify.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "planner/catalogue.h"
+#include "planner/model/catalogue.h"
 #include "planner/units.h"
 
 namespace kvtide::planner {

@@ -1,10 +1,10 @@
 // vLLM's pool, against worked examples from its own logs and issues.
-#include "planner/vllm.h"
+#include "planner/engines/vllm.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "planner/catalogue.h"
+#include "planner/model/catalogue.h"
 #include "planner/units.h"
 
 namespace kvtide::planner {

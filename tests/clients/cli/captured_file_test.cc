@@ -1,4 +1,4 @@
-#include "clients/cli/captured_file.h"
+#include "clients/cli/capture/captured_file.h"
 
 #include <unistd.h>
 
@@ -6,7 +6,7 @@
 #include <filesystem>
 #include <fstream>
 
-#include "clients/cli/capture_writer.h"
+#include "clients/cli/capture/capture_writer.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/clients/cli/capture_files.h"

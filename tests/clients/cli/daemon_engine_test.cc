@@ -6,8 +6,8 @@
 
 #include "clients/cli/bundled.h"
 #include "clients/cli/daemon_process.h"
-#include "clients/cli/demo_run.h"
-#include "clients/cli/eval_run.h"
+#include "clients/cli/demo/demo_run.h"
+#include "clients/cli/eval/eval_run.h"
 #include "clients/engine/daemon_kv_store.h"
 #include "clients/engine/local_kv_store.h"
 #include "clients/engine/sampler.h"

@@ -1,4 +1,4 @@
-#include "clients/cli/demo_plan.h"
+#include "clients/cli/demo/demo_plan.h"
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"

@@ -1,4 +1,4 @@
-#include "clients/cli/doctor_checks.h"
+#include "clients/cli/ops/doctor_checks.h"
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"

@@ -1,4 +1,4 @@
-#include "clients/cli/eval_captured.h"
+#include "clients/cli/eval/eval_captured.h"
 
 #include <unistd.h>
 

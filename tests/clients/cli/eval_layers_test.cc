@@ -1,4 +1,4 @@
-#include "clients/cli/eval_layers.h"
+#include "clients/cli/eval/eval_layers.h"
 
 #include <cmath>
 

@@ -1,13 +1,13 @@
-#include "clients/cli/eval_report.h"
+#include "clients/cli/eval/eval_report.h"
 
 #include <cmath>
 
-#include "clients/cli/demo_report.h"
-#include "clients/cli/eval_run.h"
+#include "clients/cli/demo/demo_report.h"
+#include "clients/cli/eval/eval_run.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
-#include "planner/quality.h"
+#include "planner/plan/quality.h"
 
 namespace kvtide::cli {
 namespace {

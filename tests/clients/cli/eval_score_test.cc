@@ -1,4 +1,4 @@
-#include "clients/cli/eval_score.h"
+#include "clients/cli/eval/eval_score.h"
 
 #include <unistd.h>
 
@@ -8,9 +8,9 @@
 #include <fstream>
 
 #include "clients/cli/bundled.h"
-#include "clients/cli/eval_layers.h"
-#include "clients/cli/eval_needle.h"
-#include "clients/cli/eval_state.h"
+#include "clients/cli/eval/eval_layers.h"
+#include "clients/cli/eval/eval_needle.h"
+#include "clients/cli/eval/eval_state.h"
 #include "clients/engine/local_kv_store.h"
 #include "clients/engine/tokenizer.h"
 #include "gmock/gmock.h"

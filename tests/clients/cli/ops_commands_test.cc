@@ -6,9 +6,9 @@
 #include <vector>
 
 #include "CLI/CLI.hpp"
-#include "clients/cli/doctor_command.h"
-#include "clients/cli/status_command.h"
-#include "clients/cli/top_command.h"
+#include "clients/cli/ops/doctor_command.h"
+#include "clients/cli/ops/status_command.h"
+#include "clients/cli/ops/top_command.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"

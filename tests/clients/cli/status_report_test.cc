@@ -1,4 +1,4 @@
-#include "clients/cli/status_report.h"
+#include "clients/cli/ops/status_report.h"
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"

@@ -1,7 +1,7 @@
-#include "clients/cli/terminal.h"
+#include "clients/cli/terminal/terminal.h"
 
-#include "clients/cli/progress.h"
-#include "clients/cli/table.h"
+#include "clients/cli/terminal/progress.h"
+#include "clients/cli/terminal/table.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 

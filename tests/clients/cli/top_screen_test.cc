@@ -1,4 +1,4 @@
-#include "clients/cli/top_screen.h"
+#include "clients/cli/ops/top_screen.h"
 
 #include <algorithm>
 #include <sstream>

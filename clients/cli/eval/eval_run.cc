@@ -1,0 +1,339 @@
+#include "clients/cli/eval/eval_run.h"
+
+#include <algorithm>
+#include <chrono>
+#include <filesystem>
+#include <memory>
+#include <optional>
+
+#include "absl/strings/str_cat.h"
+#include "clients/cli/bundled.h"
+#include "clients/cli/daemon_process.h"
+#include "clients/cli/eval/eval_state.h"
+#include "clients/cli/run_facts.h"
+#include "clients/cli/terminal/progress.h"
+#include "clients/engine/daemon_kv_store.h"
+#include "clients/engine/tokenizer.h"
+#include "kernels/base/status.h"
+#include "kernels/format/block_layout.h"
+
+namespace kvtide::cli {
+namespace {
+
+constexpr char kYardstick[] = "f16/f16";
+constexpr int64_t kDefaultMemoryLimit = int64_t{4} << 30;
+constexpr int kLayerErrorTokens = 512;
+constexpr uint64_t kNeedleSeed = 20260;
+
+uint64_t HashTokens(std::span<const int32_t> tokens) {
+  uint64_t hash = 1469598103934665603u;  // FNV-1a
+  for (const int32_t token : tokens) {
+    for (int i = 0; i < 4; ++i)
+      hash = (hash ^ (static_cast<uint32_t>(token) >> (8 * i) & 0xFF)) * 1099511628211u;
+  }
+  return hash;
+}
+
+// Stops the run from inside when the user asks.
+absl::Status CheckStop(const std::atomic<bool>& stop) {
+  return stop ? absl::CancelledError("stopped by the user") : absl::OkStatus();
+}
+
+class EvalRun {
+ public:
+  EvalRun(const EvalOptions& options, const std::atomic<bool>& stop)
+      : options_(options), stop_(stop), pool_(options.threads) {}
+
+  absl::StatusOr<EvalReport> Run() {
+    const auto start = std::chrono::steady_clock::now();
+    KVTIDE_RETURN_IF_ERROR(Load());
+    KVTIDE_RETURN_IF_ERROR(Connect());
+    KVTIDE_RETURN_IF_ERROR(ChoosePairs());
+    KVTIDE_RETURN_IF_ERROR(Score());
+    KVTIDE_RETURN_IF_ERROR(MeasureLayers());
+    KVTIDE_RETURN_IF_ERROR(MeasureNeedles());
+    EvalReport report = MakeReport();
+    report.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    return report;
+  }
+
+ private:
+  absl::Status Load() {
+    KVTIDE_ASSIGN_OR_RETURN(policy_, ParseWindowPolicy(options_.window_policy));
+    folder_ = options_.model_folder;
+    if (folder_.empty()) {
+      KVTIDE_ASSIGN_OR_RETURN(folder_, BundledModelFolder());
+    }
+    text_file_ = options_.text_file;
+    if (text_file_.empty()) {
+      KVTIDE_ASSIGN_OR_RETURN(text_file_, BundledTextFile());
+    }
+    KVTIDE_ASSIGN_OR_RETURN(const std::string text, ReadTextFile(text_file_));
+    KVTIDE_ASSIGN_OR_RETURN(tokenizer_, engine::Tokenizer::Load(folder_));
+    KVTIDE_ASSIGN_OR_RETURN(tokens_, tokenizer_->Encode(text));
+    KVTIDE_ASSIGN_OR_RETURN(model_, engine::LlamaModel::Load(folder_, pool_));
+    const engine::ModelConfig& config = model_->config();
+    if (config.bos_token >= 0) tokens_.insert(tokens_.begin(), config.bos_token);
+    context_ = options_.context > 0 ? options_.context : std::min(4096, config.max_positions);
+    if (context_ > config.max_positions) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("--context ", context_, " is more than the model's ", config.max_positions));
+    }
+    if (context_ < 2 || options_.windows < 1)
+      return absl::InvalidArgumentError("--context and --windows must be positive");
+    windows_ = static_cast<int>(
+        std::min<int64_t>(options_.windows, static_cast<int64_t>(tokens_.size()) / context_));
+    if (windows_ < options_.windows) {
+      return absl::InvalidArgumentError(absl::StrCat(text_file_, " has ", tokens_.size(),
+                                                     " tokens: enough for ", windows_, " windows of ",
+                                                     context_, ", not ", options_.windows));
+    }
+    // Chunks of one block see exactly what token by token decoding would see: the blocks of the exact window
+    // and their own. When everything is coded at once the chunk changes nothing.
+    chunk_ = options_.chunk > 0     ? options_.chunk
+             : policy_.seal_at_once ? 512
+                                    : static_cast<int>(kBlockTokens);
+    return absl::OkStatus();
+  }
+
+  int64_t SequenceBytes() const {
+    const engine::KvGeometry g = model_->kv_geometry();
+    const BlockLayout exact({g.layers, g.kv_heads, g.head_dim, g.head_dim}, ExactPair());
+    // The blocks of the context, and those that a chunk passes through before they are sealed.
+    return static_cast<int64_t>(exact.block_bytes()) * ((context_ + chunk_) / kBlockTokens + 3);
+  }
+
+  absl::Status Connect() {
+    std::string address = options_.address;
+    if (address.empty()) {
+      const int64_t limit = options_.memory_bytes > 0 ? options_.memory_bytes : kDefaultMemoryLimit;
+      const int64_t asked = options_.pairs.empty() ? 64 : static_cast<int64_t>(options_.pairs.size()) + 1;
+      DaemonOptions daemon;
+      daemon.program = options_.daemon_program;
+      daemon.device_bytes = std::min(limit, asked * SequenceBytes() + (int64_t{16} << 20));
+      memory_bytes_ = daemon.device_bytes;
+      KVTIDE_ASSIGN_OR_RETURN(daemon_, DaemonProcess::Start(daemon));
+      address = daemon_->address();
+    }
+    client::ClientOptions options;
+    options.timeout = absl::Minutes(10);
+    KVTIDE_ASSIGN_OR_RETURN(client_, client::Client::Connect(address, options));
+    KVTIDE_ASSIGN_OR_RETURN(info_, client_->GetServerInfo());
+    if (memory_bytes_ == 0) {
+      for (const client::TierInfo& tier : info_.tiers) memory_bytes_ += tier.capacity_bytes;
+    }
+    if (memory_bytes_ < 2 * SequenceBytes()) {
+      return absl::ResourceExhaustedError(absl::StrCat("two sequences of ", context_, " tokens need ",
+                                                       2 * SequenceBytes(), " bytes, the daemon has ",
+                                                       memory_bytes_, "; raise --memory"));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status ChoosePairs() {
+    std::vector<std::string> wanted = options_.pairs;
+    if (wanted.empty()) {
+      for (const client::CacheTypeDescription& type : info_.cache_types)
+        wanted.push_back(type.name + "/" + type.name);
+      for (const client::CacheTypeDescription& type : info_.cache_types) {
+        if (type.bits < 8) wanted.push_back("q8_0/" + type.name);
+      }
+    }
+    for (const std::string& text : wanted) {
+      KVTIDE_ASSIGN_OR_RETURN(const CachePair pair, ParseCachePair(text));
+      const std::string name = PairName(pair);
+      if (name != kYardstick && std::find(pairs_.begin(), pairs_.end(), name) == pairs_.end())
+        pairs_.push_back(name);
+    }
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<std::unique_ptr<engine::DaemonKvStore>> MakeStore(const std::string& pair) {
+    client::SequenceOptions sequence;
+    sequence.pair = pair;
+    sequence.exact_window = policy_.window;
+    // The yardstick is exact everywhere: there is nothing to code.
+    sequence.seal_at_once = policy_.seal_at_once && pair != kYardstick;
+    sequence.key_centring = options_.key_centring;
+    sequence.key_equalising = options_.key_equalising;
+    return engine::DaemonKvStore::Create(*client_, ModelName(), model_->kv_geometry(), sequence);
+  }
+
+  std::string ModelName() const {
+    return std::filesystem::path(folder_ + "/").lexically_normal().parent_path().filename().string();
+  }
+
+  std::string StateKey() const {
+    return absl::StrCat(ModelName(), " ", model_->parameters(), " parameters, text ",
+                        absl::Hex(HashTokens({tokens_.data(), static_cast<size_t>(windows_) * context_})),
+                        ", context ", context_, ", chunk ", chunk_, ", window ", options_.window_policy,
+                        ", centring ", static_cast<int>(options_.key_centring), ", equalising ",
+                        static_cast<int>(options_.key_equalising), ", version ", info_.version);
+  }
+
+  absl::Status Score() {
+    KVTIDE_ASSIGN_OR_RETURN(EvalState state, EvalState::Open(options_.state_file, StateKey()));
+    const int per_batch = static_cast<int>(std::max<int64_t>(1, memory_bytes_ / SequenceBytes() - 1));
+    const double total =
+        static_cast<double>(windows_) * context_ * static_cast<double>(std::max<size_t>(1, pairs_.size()));
+    std::optional<Progress> progress;
+    if (options_.show_progress) progress.emplace("eval", total, "tokens");
+    for (int w = 0; w < windows_; ++w) {
+      std::vector<std::string> todo;
+      for (const std::string& pair : pairs_) {
+        if (!state.Has(pair, w)) todo.push_back(pair);
+      }
+      if (progress)
+        progress->Skip(static_cast<double>(context_) * static_cast<double>(pairs_.size() - todo.size()));
+      if (todo.empty() && state.Has(kYardstick, w)) continue;
+      for (size_t first = 0; first == 0 || first < todo.size(); first += per_batch) {
+        std::vector<std::string> batch = {kYardstick};
+        const size_t end = std::min(todo.size(), first + per_batch);
+        batch.insert(batch.end(), todo.begin() + static_cast<std::ptrdiff_t>(first),
+                     todo.begin() + static_cast<std::ptrdiff_t>(end));
+        KVTIDE_RETURN_IF_ERROR(ScoreBatch(w, batch, &state, progress ? &*progress : nullptr));
+      }
+      KVTIDE_RETURN_IF_ERROR(state.Save());
+    }
+    if (progress) progress->Finish();
+    for (const std::string& pair : pairs_) Collect(state, pair);
+    Collect(state, kYardstick);
+    return absl::OkStatus();
+  }
+
+  absl::Status ScoreBatch(int window, const std::vector<std::string>& batch, EvalState* state,
+                          Progress* progress) {
+    std::vector<std::unique_ptr<engine::DaemonKvStore>> stores;
+    WindowRun run;
+    run.tokens = {tokens_.data() + static_cast<size_t>(window) * context_, static_cast<size_t>(context_)};
+    run.chunk = chunk_;
+    for (const std::string& pair : batch) {
+      KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<engine::DaemonKvStore> store, MakeStore(pair));
+      run.stores.push_back(store.get());
+      stores.push_back(std::move(store));
+    }
+    int before = 0;
+    run.progress = [&](int tokens) {
+      if (progress != nullptr)
+        progress->Add((tokens - before) * static_cast<double>(std::max<size_t>(1, batch.size() - 1)));
+      before = tokens;
+      return CheckStop(stop_);
+    };
+    run.finished = [&](size_t s, engine::SequenceId sequence, PredictionScore* score) -> absl::Status {
+      KVTIDE_ASSIGN_OR_RETURN(const client::SequenceInfo info, stores[s]->Describe(sequence));
+      for (const client::TierShare& tier : info.tiers) score->stored_bytes += tier.bytes;
+      score->stored_tokens = info.tokens;
+      return absl::OkStatus();
+    };
+    absl::StatusOr<std::vector<PredictionScore>> scores = ScoreWindow(*model_, pool_, run);
+    if (!scores.ok()) return Annotate(scores.status(), absl::StrCat("window ", window));
+    for (size_t s = 0; s < batch.size(); ++s) state->Put(batch[s], window, (*scores)[s]);
+    return absl::OkStatus();
+  }
+
+  void Collect(const EvalState& state, const std::string& pair) {
+    PredictionScore total;
+    for (int w = 0; w < windows_; ++w) total.Merge(state.Get(pair, w));
+    totals_.emplace_back(pair, total);
+  }
+
+  absl::Status MeasureLayers() {
+    if (!options_.layer_errors) return absl::OkStatus();
+    const size_t n = std::min<size_t>(kLayerErrorTokens, context_);
+    KVTIDE_ASSIGN_OR_RETURN(const std::vector<LayerVectors> vectors,
+                            CaptureVectors(*model_, pool_, {tokens_.data(), n}));
+    std::vector<LayerProbe> probes;
+    for (const LayerVectors& layer : vectors)
+      probes.emplace_back(ShapeOf(model_->kv_geometry()), layer, pool_);
+    for (const auto& [name, score] : totals_) {
+      KVTIDE_RETURN_IF_ERROR(CheckStop(stop_));
+      KVTIDE_ASSIGN_OR_RETURN(const CachePair pair, ParseCachePair(name));
+      const ProfileOptions profile =
+          KeyProfileOptions(pair.k, policy_, options_.key_centring, options_.key_equalising);
+      std::vector<LayerError> errors;
+      for (const LayerProbe& probe : probes) errors.push_back(probe.Measure(pair, profile, policy_, pool_));
+      layers_.push_back(std::move(errors));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status MeasureNeedles() {
+    if (options_.needles == 0) return absl::OkStatus();
+    KVTIDE_ASSIGN_OR_RETURN(const NeedleTask task,
+                            MakeNeedleTask(*tokenizer_, tokens_, context_, options_.needles, kNeedleSeed));
+    std::optional<Progress> progress;
+    if (options_.show_progress) progress.emplace("needles", static_cast<double>(totals_.size()), "pairs");
+    for (const auto& [pair, score] : totals_) {
+      KVTIDE_RETURN_IF_ERROR(CheckStop(stop_));
+      KVTIDE_ASSIGN_OR_RETURN(const std::unique_ptr<engine::DaemonKvStore> store, MakeStore(pair));
+      KVTIDE_ASSIGN_OR_RETURN(std::vector<NeedleScore> scores, AskNeedles(*model_, *store, task, chunk_));
+      needles_.push_back(std::move(scores));
+      if (progress) progress->Add(1);
+    }
+    if (progress) progress->Finish();
+    return absl::OkStatus();
+  }
+
+  EvalReport MakeReport() const {
+    EvalReport report;
+    report.model = ModelName();
+    report.text = std::filesystem::path(text_file_).filename().string();
+    report.parameters = model_->parameters();
+    report.tokens = static_cast<int64_t>(windows_) * context_;
+    report.windows = windows_;
+    report.context = context_;
+    report.chunk = chunk_;
+    report.window_policy = options_.window_policy;
+    report.key_centring = ChoiceName(options_.key_centring);
+    report.key_equalising = ChoiceName(options_.key_equalising);
+    report.version = info_.version;
+    report.date = Today();
+    report.machine = Machine();
+    const PredictionScore& base = totals_.back().second;
+    const engine::KvGeometry g = model_->kv_geometry();
+    const double values_per_token = 2.0 * g.layers * static_cast<double>(g.kv_width());
+    for (size_t i = 0; i < totals_.size(); ++i) {
+      const auto& [pair, score] = totals_[i];
+      EvalRow row;
+      row.pair = pair;
+      row.perplexity = score.Perplexity();
+      row.change_percent = 100 * (score.Perplexity() / base.Perplexity() - 1);
+      row.kld_mean = score.MeanDivergence();
+      row.kld_p99 = score.divergences.Quantile(0.99);
+      row.top1_agreement = score.TopAgreement();
+      row.bits_per_value = 8.0 * static_cast<double>(score.stored_bytes) /
+                           (static_cast<double>(score.stored_tokens) * values_per_token);
+      if (!layers_.empty()) row.layers = layers_[i];
+      if (!needles_.empty()) row.needles = needles_[i];
+      report.rows.push_back(std::move(row));
+    }
+    SortAndMark(&report.rows);
+    return report;
+  }
+
+  const EvalOptions& options_;
+  const std::atomic<bool>& stop_;
+  ThreadPool pool_;
+  WindowPolicy policy_;
+  std::string folder_, text_file_;
+  std::unique_ptr<engine::Tokenizer> tokenizer_;
+  std::unique_ptr<engine::LlamaModel> model_;
+  std::vector<int32_t> tokens_;
+  int context_ = 0, windows_ = 0, chunk_ = 0;
+  std::unique_ptr<DaemonProcess> daemon_;
+  std::unique_ptr<client::Client> client_;
+  client::ServerInfo info_;
+  int64_t memory_bytes_ = 0;
+  std::vector<std::string> pairs_;                               // without the yardstick
+  std::vector<std::pair<std::string, PredictionScore>> totals_;  // pairs_, then the yardstick
+  std::vector<std::vector<LayerError>> layers_;                  // as totals_
+  std::vector<std::vector<NeedleScore>> needles_;                // as totals_
+};
+
+}  // namespace
+
+absl::StatusOr<EvalReport> RunEval(const EvalOptions& options, const std::atomic<bool>& stop) {
+  return EvalRun(options, stop).Run();
+}
+
+}  // namespace kvtide::cli

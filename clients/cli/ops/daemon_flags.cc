@@ -1,0 +1,21 @@
+#include "clients/cli/ops/daemon_flags.h"
+
+namespace kvtide::cli {
+
+void DaemonFlags::AddTo(CLI::App* command) {
+  command->add_option(
+      "--address", address,
+      "Where kvtided listens: unix:/path/to/socket or host:port (default: $KVTIDE_ADDRESS, else the "
+      "default socket)");
+  command->add_option("--timeout", timeout_seconds, "Seconds to wait for the daemon, for each call")
+      ->capture_default_str()
+      ->check(CLI::Range(0.05, 600.0));
+}
+
+absl::StatusOr<std::unique_ptr<client::Client>> DaemonFlags::Connect() const {
+  client::ClientOptions options;
+  options.timeout = options.connect_timeout = absl::Seconds(timeout_seconds);
+  return client::Client::Connect(Address(), options);
+}
+
+}  // namespace kvtide::cli

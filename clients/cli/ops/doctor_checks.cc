@@ -1,0 +1,240 @@
+#include "clients/cli/ops/doctor_checks.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "nlohmann/json.hpp"
+#include "planner/units.h"
+
+namespace kvtide::cli {
+namespace {
+
+using planner::FormatBytes;
+using planner::kGiB;
+using planner::kMiB;
+
+Finding Ok(std::string subject, std::string text) {
+  return {Verdict::kOk, std::move(subject), std::move(text), ""};
+}
+Finding Warn(std::string subject, std::string text, std::string advice) {
+  return {Verdict::kWarn, std::move(subject), std::move(text), std::move(advice)};
+}
+Finding Fail(std::string subject, std::string text, std::string advice) {
+  return {Verdict::kFail, std::move(subject), std::move(text), std::move(advice)};
+}
+
+const char* Name(Verdict verdict) {
+  switch (verdict) {
+    case Verdict::kOk:
+      return "ok";
+    case Verdict::kWarn:
+      return "warn";
+    case Verdict::kFail:
+      return "fail";
+  }
+  return "";
+}
+
+bool OnCpu(const client::TierInfo& tier) { return tier.backend.rfind("cuda", 0) != 0; }
+
+// Tiers in host memory; the rest of the daemon fits beside them in this.
+constexpr int64_t kBesideTiers = 512 * kMiB;
+
+}  // namespace
+
+Finding CheckConnection(const std::string& address, const absl::Status& status) {
+  if (status.ok()) return Ok("daemon", absl::StrCat("answers at ", address));
+  return Fail("daemon", std::string(status.message()),
+              "start it (systemctl start kvtided, or run kvtided), or name its address with --address or "
+              "$KVTIDE_ADDRESS");
+}
+
+Finding CheckServing(bool serving) {
+  if (serving) return Ok("health", "serving");
+  return Fail("health", "the daemon is there but does not serve",
+              "it is starting or stopping; look at its log if this stays");
+}
+
+Finding CheckVersions(const std::string& client, const std::string& daemon) {
+  if (client == daemon) return Ok("versions", absl::StrCat("kvtide and kvtided are both ", client));
+  return Warn("versions", absl::StrCat("kvtide is ", client, ", kvtided is ", daemon),
+              "install the same version of both; an old daemon does not know new options");
+}
+
+Finding CheckCpu(const std::string& flags) {
+  const std::vector<std::string> words = absl::StrSplit(flags, absl::ByAnyChar(" \t\n"), absl::SkipEmpty());
+  const auto has = [&](const char* flag) {
+    return std::find(words.begin(), words.end(), flag) != words.end();
+  };
+  std::vector<std::string> found;
+  for (const char* flag :
+       {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vbmi", "avx512_vnni", "avx512_bf16"}) {
+    if (has(flag)) found.push_back(flag);
+  }
+  if (found.empty()) {
+    return Warn("processor", "no AVX2",
+                "attention in host memory will be slow; take a machine with AVX2, better with AVX-512");
+  }
+  const std::string text = absl::StrJoin(found, " ");
+  if (!has("avx2") || !has("fma")) {
+    return Warn("processor", text, "without AVX2 and FMA attention in host memory is slow");
+  }
+  return Ok("processor", text);
+}
+
+Finding CheckHugePages(const std::string& setting) {
+  const size_t open = setting.find('['), close = setting.find(']');
+  if (open == std::string::npos || close == std::string::npos || close < open) {
+    return Warn("huge pages", "unknown",
+                "this kernel has no transparent huge pages; attention in host memory is a little slower");
+  }
+  const std::string chosen = setting.substr(open + 1, close - open - 1);
+  if (chosen == "never") {
+    return Warn("huge pages", "off", "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled");
+  }
+  return Ok("huge pages", chosen);
+}
+
+Finding CheckLockedMemory(std::optional<int64_t> limit_bytes, bool gpu) {
+  if (!limit_bytes) return Ok("locked memory", "unlimited");
+  const std::string text = absl::StrCat("this shell may lock ", FormatBytes(*limit_bytes));
+  if (!gpu || *limit_bytes >= 64 * kGiB) return Ok("locked memory", text);
+  return Warn("locked memory", text,
+              "copies between GPU and host are fastest from pinned memory: LimitMEMLOCK=infinity in the "
+              "unit, --ulimit "
+              "memlock=-1 for containers, ulimit -l unlimited in a shell");
+}
+
+Finding CheckGpu(const GpuFacts& facts) {
+  if (!facts.found.ok()) {
+    if (!facts.device_files) return Ok("GPU", "none; the device tier is host memory");
+    return Fail("GPU",
+                absl::StrCat("the kernel driver is loaded, but NVML is not usable: ", facts.found.message()),
+                "install the user part of the same driver version (libnvidia-ml1, libcuda1); in containers "
+                "start with --gpus all");
+  }
+  std::string text = absl::StrCat(facts.name, ", ", FormatBytes(facts.memory_bytes));
+  if (!facts.driver_library.empty()) {
+    return Fail("GPU", absl::StrCat(text, ", but ", facts.driver_library),
+                "install libcuda1 of the driver's version; in containers set "
+                "NVIDIA_DRIVER_CAPABILITIES=compute,utility");
+  }
+  if (facts.cuda_version == 0)
+    return Warn("GPU", absl::StrCat(text, ", driver of unknown version"), "reinstall the driver");
+  absl::StrAppend(&text, ", driver for CUDA ", facts.cuda_version / 1000, ".",
+                  facts.cuda_version % 1000 / 10);
+  constexpr int kOldestCuda = 12080;
+  if (facts.cuda_version < kOldestCuda) {
+    return Warn("GPU", text, "kvtide is built with CUDA 12.8 or newer; update the driver (570 or newer)");
+  }
+  return Ok("GPU", text);
+}
+
+std::optional<Finding> CheckGpuUse(const GpuFacts& facts, const std::vector<client::TierInfo>& tiers) {
+  if (!facts.found.ok() || tiers.empty() || !OnCpu(tiers.front())) return std::nullopt;
+  return Warn("GPU use",
+              absl::StrCat("the daemon's first tier is on ", tiers.front().backend, ", the GPU lies idle"),
+              "start kvtided with --device auto or cuda:0; if it refuses, it was built without CUDA");
+}
+
+Finding CheckMemory(int64_t total_bytes, int64_t available_bytes, std::optional<int64_t> limit_bytes,
+                    const std::vector<client::TierInfo>& tiers) {
+  int64_t in_host = 0;
+  for (const client::TierInfo& tier : tiers) in_host += OnCpu(tier) ? tier.capacity_bytes : 0;
+  std::string text = absl::StrCat(FormatBytes(total_bytes), ", ", FormatBytes(available_bytes), " available");
+  if (limit_bytes)
+    absl::StrAppend(&text, ", limited to ", FormatBytes(*limit_bytes), " by the control group");
+  if (in_host > 0) absl::StrAppend(&text, "; the daemon's tiers take ", FormatBytes(in_host), " of it");
+  const int64_t most = limit_bytes ? std::min(total_bytes, *limit_bytes) : total_bytes;
+  if (in_host + kBesideTiers > most) {
+    return Fail("host memory", text,
+                "the tiers do not fit: lower --host-memory or --device-memory, or raise the limit");
+  }
+  if (available_bytes < kGiB / 2) {
+    return Warn("host memory", text,
+                "little is left: the OOM killer takes the largest process, which is kvtided");
+  }
+  return Ok("host memory", text);
+}
+
+Finding CheckDisk(const std::string& folder, int64_t free_bytes) {
+  const std::string text = absl::StrCat(FormatBytes(free_bytes), " free at ", folder);
+  if (free_bytes < 16 * kMiB)
+    return Warn("disk", text, "sockets and logs cannot be made on a full disk; make room");
+  return Ok("disk", text);
+}
+
+std::vector<Finding> CheckContents(const client::ServerStats& stats) {
+  std::vector<Finding> findings;
+  for (const client::TierStats& tier : stats.tiers) {
+    const double share = tier.capacity_bytes > 0
+                             ? static_cast<double>(tier.used_bytes) / static_cast<double>(tier.capacity_bytes)
+                             : 0;
+    const std::string subject = absl::StrCat("tier ", tier.name);
+    const std::string text =
+        absl::StrCat(PercentText(share, 1), " of ", FormatBytes(tier.capacity_bytes), " used");
+    if (share > 0.95) {
+      findings.push_back(
+          Warn(subject, text,
+               "close idle sequences (kvtide status), enlarge it, or take a smaller pair (kvtide plan)"));
+    } else {
+      findings.push_back(Ok(subject, text));
+    }
+  }
+  if (stats.checksum_failures > 0) {
+    findings.push_back(
+        Fail("checksums", absl::StrCat(stats.checksum_failures, " blocks came back with other bytes"),
+             "memory or storage of this host is failing: read its ECC and disk logs, move the work away"));
+  }
+  if (stats.failed_moves > 0) {
+    findings.push_back(Warn("moves", absl::StrCat(stats.failed_moves, " block moves failed"),
+                            "the daemon's log has the reason"));
+  }
+  if (stats.exhausted > 0) {
+    findings.push_back(Warn("room", absl::StrCat(stats.exhausted, " calls found no room since the start"),
+                            "see which tier is full; kvtide plan says what would fit"));
+  }
+  return findings;
+}
+
+std::string RenderFindings(const std::vector<Finding>& findings, const Terminal& terminal) {
+  size_t width = 0;
+  for (const Finding& finding : findings) width = std::max(width, finding.subject.size());
+  std::string text;
+  int warned = 0, failed = 0;
+  for (const Finding& finding : findings) {
+    warned += finding.verdict == Verdict::kWarn ? 1 : 0;
+    failed += finding.verdict == Verdict::kFail ? 1 : 0;
+    const Paint paint = finding.verdict == Verdict::kOk     ? Paint::kGreen
+                        : finding.verdict == Verdict::kWarn ? Paint::kYellow
+                                                            : Paint::kRed;
+    std::string verdict = Name(finding.verdict);
+    verdict.resize(4, ' ');
+    absl::StrAppend(&text, terminal.Painted(verdict, paint), "  ", finding.subject,
+                    std::string(width - finding.subject.size(), ' '), "  ", finding.text, "\n");
+    if (!finding.advice.empty())
+      absl::StrAppend(&text, std::string(width + 8, ' '), "-> ", finding.advice, "\n");
+  }
+  absl::StrAppend(&text, "\n", findings.size(), " checks, ", warned, " warnings, ", failed, " failed\n");
+  return text;
+}
+
+std::string RenderFindingsJson(const std::vector<Finding>& findings) {
+  nlohmann::ordered_json json = {{"ok", !AnyFailed(findings)}, {"findings", nlohmann::ordered_json::array()}};
+  for (const Finding& finding : findings) {
+    json["findings"].push_back({{"verdict", Name(finding.verdict)},
+                                {"subject", finding.subject},
+                                {"text", finding.text},
+                                {"advice", finding.advice}});
+  }
+  return json.dump(2) + "\n";
+}
+
+bool AnyFailed(const std::vector<Finding>& findings) {
+  return std::any_of(findings.begin(), findings.end(),
+                     [](const Finding& finding) { return finding.verdict == Verdict::kFail; });
+}
+
+}  // namespace kvtide::cli

@@ -1,0 +1,218 @@
+#include "clients/cli/ops/status_report.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "clients/cli/terminal/table.h"
+#include "nlohmann/json.hpp"
+#include "planner/units.h"
+
+namespace kvtide::cli {
+namespace {
+
+using client::SequenceInfo;
+using client::ServerStats;
+using client::TierStats;
+using planner::FormatBytes;
+using Json = nlohmann::ordered_json;
+
+constexpr double kNearlyFull = 0.90, kFull = 0.97;
+
+double UsedShare(const TierStats& tier) {
+  if (tier.capacity_bytes <= 0) return 0;
+  return static_cast<double>(tier.used_bytes) / static_cast<double>(tier.capacity_bytes);
+}
+
+std::string PairsText(const TierStats& tier) {
+  std::vector<std::string> parts;
+  for (const client::PairStats& pair : tier.pairs)
+    parts.push_back(absl::StrCat(pair.pair, " ", FormatBytes(pair.bytes)));
+  return absl::StrJoin(parts, ", ");
+}
+
+std::string Tiers(const ServerStats& stats, const Terminal& terminal) {
+  Table table({{"tier", Align::kLeft},
+               {"on", Align::kLeft},
+               {"used"},
+               {"capacity"},
+               {"full"},
+               {"largest free"},
+               {"blocks"},
+               {"pinned"},
+               {"bytes by pair (K/V)", Align::kLeft}});
+  for (const TierStats& tier : stats.tiers) {
+    const double share = UsedShare(tier);
+    table.AddRow(
+        {tier.name, tier.device.empty() ? tier.backend : tier.device, FormatBytes(tier.used_bytes),
+         FormatBytes(tier.capacity_bytes), PercentText(share, 1), FormatBytes(tier.largest_free_bytes),
+         absl::StrCat(tier.blocks), absl::StrCat(tier.pinned_blocks), PairsText(tier)},
+        share < kNearlyFull ? Paint::kPlain : ShareColour(share, kNearlyFull, kFull));
+  }
+  return table.Render(terminal);
+}
+
+std::string Contents(const DaemonSnapshot& snapshot) {
+  const ServerStats& stats = snapshot.stats;
+  std::string text = absl::StrCat(
+      "sequences  ", stats.sequences, " of ", snapshot.info.max_sequences, " with ", stats.tokens,
+      " tokens; models: ", snapshot.info.models.empty() ? "none" : absl::StrJoin(snapshot.info.models, ", "),
+      "\n");
+  absl::StrAppend(&text, "stored     ", FormatBytes(stats.stored_bytes));
+  if (stats.stored_bytes > 0) {
+    absl::StrAppendFormat(&text, ", in f16 %s: %.2f bits per value", FormatBytes(stats.f16_equivalent_bytes),
+                          stats.bits_per_value);
+  }
+  absl::StrAppend(&text, "\nmoved      ", FormatBytes(stats.moved_bytes), " in ", stats.moves,
+                  " block moves (", stats.failed_moves, " failed); ", stats.dropped_blocks,
+                  " blocks dropped\n");
+  absl::StrAppend(&text, "attended   ", stats.attended_blocks, " blocks, ",
+                  PercentText(static_cast<double>(stats.attended_blocks_below_first_tier),
+                              static_cast<double>(stats.attended_blocks)),
+                  " of them below the first tier\n");
+  absl::StrAppend(&text, "no room    ", stats.exhausted, " calls; checksum failures ",
+                  stats.checksum_failures, "\n");
+  return text;
+}
+
+std::string Sequences(std::vector<SequenceInfo> sequences, size_t max_sequences, const Terminal& terminal) {
+  if (sequences.empty() || max_sequences == 0) return "";
+  std::stable_sort(sequences.begin(), sequences.end(), [](const SequenceInfo& a, const SequenceInfo& b) {
+    return a.idle_seconds > b.idle_seconds;
+  });
+  Table table({{"sequence", Align::kLeft},
+               {"model", Align::kLeft},
+               {"pair", Align::kLeft},
+               {"tokens"},
+               {"bytes by tier", Align::kLeft},
+               {"idle"},
+               {"age"},
+               {"dropped"}});
+  const size_t shown = std::min(max_sequences, sequences.size());
+  for (size_t i = 0; i < shown; ++i) {
+    const SequenceInfo& sequence = sequences[i];
+    std::vector<std::string> tiers;
+    for (const client::TierShare& tier : sequence.tiers) {
+      if (tier.bytes > 0)
+        tiers.push_back(absl::StrCat(TierName(sequence, tier), " ", FormatBytes(tier.bytes)));
+    }
+    table.AddRow({absl::StrCat(sequence.id), sequence.model, sequence.pair, absl::StrCat(sequence.tokens),
+                  absl::StrJoin(tiers, ", "), DurationText(sequence.idle_seconds),
+                  DurationText(sequence.age_seconds), absl::StrCat(sequence.dropped_blocks)},
+                 sequence.dropped_blocks > 0 ? Paint::kYellow : Paint::kPlain);
+  }
+  std::string text = absl::StrCat("\n", table.Render(terminal));
+  if (shown < sequences.size()) {
+    absl::StrAppend(&text, "and ", sequences.size() - shown, " more, used later than these (--sequences)\n");
+  }
+  return text;
+}
+
+Json TierJson(const TierStats& tier) {
+  Json pairs = Json::array();
+  for (const client::PairStats& pair : tier.pairs) {
+    pairs.push_back({{"pair", pair.pair}, {"blocks", pair.blocks}, {"bytes", pair.bytes}});
+  }
+  return {{"name", tier.name},
+          {"backend", tier.backend},
+          {"device", tier.device},
+          {"capacity_bytes", tier.capacity_bytes},
+          {"used_bytes", tier.used_bytes},
+          {"largest_free_bytes", tier.largest_free_bytes},
+          {"blocks", tier.blocks},
+          {"pinned_blocks", tier.pinned_blocks},
+          {"demoted_blocks", tier.demoted_blocks},
+          {"promoted_blocks", tier.promoted_blocks},
+          {"dropped_blocks", tier.dropped_blocks},
+          {"pairs", pairs}};
+}
+
+Json SequenceJson(const SequenceInfo& sequence) {
+  Json tiers = Json::array();
+  for (const client::TierShare& tier : sequence.tiers) {
+    tiers.push_back(
+        {{"tier", tier.tier}, {"device", tier.device}, {"blocks", tier.blocks}, {"bytes", tier.bytes}});
+  }
+  return {{"id", absl::StrCat(sequence.id)},
+          {"forked_from", sequence.forked_from == 0 ? Json() : Json(absl::StrCat(sequence.forked_from))},
+          {"model", sequence.model},
+          {"pair", sequence.pair},
+          {"tenant", sequence.tenant},
+          {"device", sequence.device},
+          {"tokens", sequence.tokens},
+          {"shared_blocks", sequence.shared_blocks},
+          {"dropped_blocks", sequence.dropped_blocks},
+          {"idle_seconds", sequence.idle_seconds},
+          {"age_seconds", sequence.age_seconds},
+          {"tiers", tiers}};
+}
+
+}  // namespace
+
+std::string TierName(const SequenceInfo& sequence, const client::TierShare& share) {
+  const auto devices =
+      std::count_if(sequence.tiers.begin(), sequence.tiers.end(),
+                    [&](const client::TierShare& other) { return other.tier == share.tier; });
+  return devices > 1 ? absl::StrCat(share.tier, " ", share.device) : share.tier;
+}
+
+std::string PercentText(double part, double whole) {
+  return whole > 0 ? absl::StrFormat("%.0f %%", 100 * part / whole) : "-";
+}
+
+Paint ShareColour(double share, double warn, double alarm) {
+  return share < warn ? Paint::kGreen : share < alarm ? Paint::kYellow : Paint::kRed;
+}
+
+std::string RenderStatus(const DaemonSnapshot& snapshot, size_t max_sequences, const Terminal& terminal) {
+  std::string head =
+      absl::StrCat("kvtided ", snapshot.info.version, " at ", snapshot.address, ", up ",
+                   DurationText(snapshot.info.uptime_seconds), ", process ", snapshot.info.process_id);
+  return absl::StrCat(terminal.Painted(head, Paint::kBold), ", ",
+                      snapshot.serving ? terminal.Painted("serving", Paint::kGreen)
+                                       : terminal.Painted("not serving (starting or stopping)", Paint::kRed),
+                      "\n\n", Tiers(snapshot.stats, terminal), "\n", Contents(snapshot),
+                      Sequences(snapshot.sequences, max_sequences, terminal));
+}
+
+std::string RenderStatusJson(const DaemonSnapshot& snapshot) {
+  const ServerStats& stats = snapshot.stats;
+  Json json = {{"address", snapshot.address},
+               {"version", snapshot.info.version},
+               {"serving", snapshot.serving},
+               {"process_id", snapshot.info.process_id},
+               {"uptime_seconds", snapshot.info.uptime_seconds},
+               {"default_pair", snapshot.info.default_pair},
+               {"models", snapshot.info.models},
+               {"sequences", stats.sequences},
+               {"max_sequences", snapshot.info.max_sequences},
+               {"tokens", stats.tokens},
+               {"stored_bytes", stats.stored_bytes},
+               {"f16_equivalent_bytes", stats.f16_equivalent_bytes},
+               {"bits_per_value", stats.bits_per_value},
+               {"shared_blocks", stats.shared_blocks}};
+  for (const TierStats& tier : stats.tiers) json["tiers"].push_back(TierJson(tier));
+  json["counters"] = {{"sequences_created", stats.sequences_created},
+                      {"sequences_closed", stats.sequences_closed},
+                      {"appended_tokens", stats.appended_tokens},
+                      {"sealed_blocks", stats.sealed_blocks},
+                      {"copied_on_write_blocks", stats.copied_on_write_blocks},
+                      {"window_freed_blocks", stats.window_freed_blocks},
+                      {"evict_calls", stats.evict_calls},
+                      {"prefetch_calls", stats.prefetch_calls},
+                      {"moves", stats.moves},
+                      {"failed_moves", stats.failed_moves},
+                      {"moved_bytes", stats.moved_bytes},
+                      {"dropped_blocks", stats.dropped_blocks},
+                      {"attended_blocks", stats.attended_blocks},
+                      {"attended_blocks_below_first_tier", stats.attended_blocks_below_first_tier},
+                      {"checksum_failures", stats.checksum_failures},
+                      {"exhausted", stats.exhausted}};
+  json["sequence_list"] = Json::array();
+  for (const SequenceInfo& sequence : snapshot.sequences)
+    json["sequence_list"].push_back(SequenceJson(sequence));
+  return json.dump(2) + "\n";
+}
+
+}  // namespace kvtide::cli

@@ -1,0 +1,33 @@
+// What `kvtide status` shows: one snapshot of a daemon, as tables for people and JSON for programs. Pure.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "clients/cli/terminal/terminal.h"
+#include "clients/cpp/client.h"
+
+namespace kvtide::cli {
+
+struct DaemonSnapshot {
+  std::string address;
+  bool serving = true;
+  client::ServerInfo info;
+  client::ServerStats stats;
+  std::vector<client::SequenceInfo> sequences;
+};
+
+// The longest idle sequences first, at most `max_sequences` of them.
+std::string RenderStatus(const DaemonSnapshot& snapshot, size_t max_sequences, const Terminal& terminal);
+// All sequences. Ids are texts: 64 bits do not survive in every JSON reader.
+std::string RenderStatusJson(const DaemonSnapshot& snapshot);
+
+// "host", or "device cuda:1" where the sequence could lie on several devices of a tier.
+std::string TierName(const client::SequenceInfo& sequence, const client::TierShare& share);
+
+// "29 %"; "-" when there is no whole.
+std::string PercentText(double part, double whole);
+// Green below `warn`, yellow below `alarm`, red from there; shares from 0 to 1.
+Paint ShareColour(double share, double warn, double alarm);
+
+}  // namespace kvtide::cli

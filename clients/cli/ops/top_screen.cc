@@ -1,0 +1,177 @@
+#include "clients/cli/ops/top_screen.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "clients/cli/terminal/table.h"
+#include "planner/units.h"
+
+namespace kvtide::cli {
+namespace {
+
+using client::SequenceInfo;
+using client::ServerStats;
+using client::TierStats;
+using planner::FormatBytes;
+
+constexpr double kNearlyFull = 0.90, kFull = 0.97;
+constexpr int kBarWidth = 30;
+
+class Rates {
+ public:
+  Rates(const ServerStats& before, const ServerStats& now, double seconds)
+      : now_(now),
+        seconds_(seconds),
+        restarted_(now.uptime_seconds < before.uptime_seconds),
+        before_(restarted_ ? ServerStats() : before) {}
+
+  // Per second. A counter of a tier is found in both snapshots by the tier's place.
+  double Of(int64_t ServerStats::*counter) const { return PerSecond(before_.*counter, now_.*counter); }
+  double OfTier(size_t tier, int64_t TierStats::*counter) const {
+    return PerSecond(tier < before_.tiers.size() ? before_.tiers[tier].*counter : 0,
+                     now_.tiers[tier].*counter);
+  }
+
+ private:
+  double PerSecond(int64_t before, int64_t now) const {
+    return seconds_ > 0 ? static_cast<double>(std::max<int64_t>(0, now - before)) / seconds_ : 0;
+  }
+
+  const ServerStats& now_;
+  const double seconds_;
+  const bool restarted_;
+  const ServerStats before_;
+};
+
+std::string Bar(double share) {
+  const int full = std::clamp(static_cast<int>(share * kBarWidth + 0.5), 0, kBarWidth);
+  return absl::StrCat("[", std::string(full, '#'), std::string(kBarWidth - full, '.'), "]");
+}
+
+std::string RateText(double rate) { return absl::StrCat(CountText(rate), "/s"); }
+std::string ByteRateText(double rate) { return absl::StrCat(FormatBytes(static_cast<int64_t>(rate)), "/s"); }
+
+void AppendTiers(const ServerStats& stats, const Rates& rates, const Terminal& terminal, std::string* text) {
+  Table table({{"tier", Align::kLeft},
+               {"", Align::kLeft},
+               {"full"},
+               {"used"},
+               {"of"},
+               {"blocks"},
+               {"demoted"},
+               {"promoted"},
+               {"dropped"}});
+  for (size_t i = 0; i < stats.tiers.size(); ++i) {
+    const TierStats& tier = stats.tiers[i];
+    const double share = tier.capacity_bytes > 0
+                             ? static_cast<double>(tier.used_bytes) / static_cast<double>(tier.capacity_bytes)
+                             : 0;
+    const bool several = std::count_if(stats.tiers.begin(), stats.tiers.end(),
+                                       [&](const TierStats& other) { return other.name == tier.name; }) > 1;
+    table.AddRow(
+        {several ? absl::StrCat(tier.name, " ", tier.device) : tier.name, Bar(share), PercentText(share, 1),
+         FormatBytes(tier.used_bytes), FormatBytes(tier.capacity_bytes),
+         CountText(static_cast<double>(tier.blocks)), RateText(rates.OfTier(i, &TierStats::demoted_blocks)),
+         RateText(rates.OfTier(i, &TierStats::promoted_blocks)),
+         RateText(rates.OfTier(i, &TierStats::dropped_blocks))},
+        ShareColour(share, kNearlyFull, kFull));
+  }
+  absl::StrAppend(text, table.Render(terminal));
+}
+
+void AppendRates(const ServerStats& stats, const Rates& rates, std::string* text) {
+  const double attended = rates.Of(&ServerStats::attended_blocks);
+  absl::StrAppend(text, "appended ", CountText(rates.Of(&ServerStats::appended_tokens)),
+                  " tokens/s   sealed ", CountText(rates.Of(&ServerStats::sealed_blocks)),
+                  " blocks/s   attended ", CountText(attended), " blocks/s (",
+                  PercentText(rates.Of(&ServerStats::attended_blocks_below_first_tier), attended),
+                  " below the first tier)\n");
+  absl::StrAppend(text, "moved ", ByteRateText(rates.Of(&ServerStats::moved_bytes)), " in ",
+                  CountText(rates.Of(&ServerStats::moves)), " moves/s (",
+                  CountText(rates.Of(&ServerStats::failed_moves)), " failed/s)   no room ",
+                  CountText(rates.Of(&ServerStats::exhausted)), " calls/s   checksum failures ",
+                  stats.checksum_failures, "\n");
+}
+
+void AppendSequences(std::vector<SequenceInfo> sequences, int lines, const Terminal& terminal,
+                     std::string* text) {
+  if (lines < 2 || sequences.empty()) return;
+  std::stable_sort(sequences.begin(), sequences.end(),
+                   [](const SequenceInfo& a, const SequenceInfo& b) { return a.tokens > b.tokens; });
+  Table table({{"sequence", Align::kLeft},
+               {"model", Align::kLeft},
+               {"pair", Align::kLeft},
+               {"tokens"},
+               {"bytes"},
+               {"tiers", Align::kLeft},
+               {"idle"}});
+  for (size_t i = 0; i < sequences.size() && i + 1 < static_cast<size_t>(lines); ++i) {
+    const SequenceInfo& sequence = sequences[i];
+    int64_t bytes = 0;
+    for (const client::TierShare& tier : sequence.tiers) bytes += tier.bytes;
+    std::vector<std::string> tiers;
+    for (const client::TierShare& tier : sequence.tiers) {
+      if (tier.bytes > 0) {
+        tiers.push_back(
+            absl::StrCat(TierName(sequence, tier), " ",
+                         PercentText(static_cast<double>(tier.bytes), static_cast<double>(bytes))));
+      }
+    }
+    table.AddRow({absl::StrCat(sequence.id), sequence.model, sequence.pair, absl::StrCat(sequence.tokens),
+                  FormatBytes(bytes), absl::StrJoin(tiers, ", "), DurationText(sequence.idle_seconds)});
+  }
+  absl::StrAppend(text, "\n", table.Render(terminal));
+}
+
+// The first `width` columns; escape sequences stay whole.
+std::string Cut(const std::string& line, int width) {
+  if (DisplayWidth(line) <= width) return line;
+  std::string cut;
+  int columns = 0;
+  for (size_t i = 0; i < line.size(); ++i) {
+    if (line[i] == '\x1b') {
+      const size_t end = line.find('m', i);
+      if (end == std::string::npos) break;
+      cut.append(line, i, end - i + 1);
+      i = end;
+      continue;
+    }
+    const bool begins = (static_cast<unsigned char>(line[i]) & 0xC0) != 0x80;
+    if (begins) ++columns;
+    if (columns <= width) cut += line[i];
+  }
+  return cut;
+}
+
+}  // namespace
+
+std::string RenderTop(const DaemonSnapshot& before, const DaemonSnapshot& now, double seconds, int height,
+                      const Terminal& terminal) {
+  const ServerStats& stats = now.stats;
+  const Rates rates(before.stats, stats, seconds);
+  std::string text =
+      terminal.Painted(absl::StrCat("kvtided ", now.info.version, " at ", now.address, ", up ",
+                                    DurationText(stats.uptime_seconds), now.serving ? "" : ", NOT SERVING"),
+                       Paint::kBold);
+  absl::StrAppend(&text, "\n\n");
+  AppendTiers(stats, rates, terminal, &text);
+  absl::StrAppend(&text, "\n", stats.sequences, " sequences   ", CountText(static_cast<double>(stats.tokens)),
+                  " tokens   ", FormatBytes(stats.stored_bytes), " stored");
+  if (stats.stored_bytes > 0) absl::StrAppendFormat(&text, " at %.2f bits per value", stats.bits_per_value);
+  absl::StrAppend(&text, "\n");
+  AppendRates(stats, rates, &text);
+  const auto used = static_cast<int>(std::count(text.begin(), text.end(), '\n'));
+  AppendSequences(now.sequences, height - used - 1, terminal, &text);
+
+  std::vector<std::string> lines = absl::StrSplit(text, '\n');
+  if (!lines.empty() && lines.back().empty()) lines.pop_back();
+  if (height > 0 && lines.size() > static_cast<size_t>(height)) lines.resize(static_cast<size_t>(height));
+  for (std::string& line : lines) line = Cut(line, terminal.width());
+  return absl::StrCat(absl::StrJoin(lines, "\n"), "\n");
+}
+
+}  // namespace kvtide::cli

@@ -1,0 +1,298 @@
+// The decode attention kernel: persistent CTAs, one per SM. Every warp is a worker of its own: it reads an
+// equal contiguous share of the pages of the launch behind a ring of copies that runs on over the borders of
+// units, and writes a partial state of each unit that ends before its share does. No warp waits for another
+// until the end, when the states of the warps that end in the CTA's last unit are added up. Queries come
+// prepared from the query kernel. Everything is added in a fixed order: the same call gives the same bits.
+#pragma once
+
+#include "kernels/cuda/attend/coded_tile.h"
+#include "kernels/cuda/attend/half_tile.h"
+#include "kernels/cuda/attend/query_kernel.cuh"
+#include "kernels/cuda/device/pipeline.cuh"
+
+namespace kvtide::cuda {
+
+// What the kernel needs to know of a tile class beside its interface.
+template <class Tile>
+struct TileInfo;
+template <class W, class KCodec, class VCodec, int DK, int DV, int MT>
+struct TileInfo<CodedTile<W, KCodec, VCodec, DK, DV, MT>> {
+  using Tile = CodedTile<W, KCodec, VCodec, DK, DV, MT>;
+  static constexpr int kDk = DK, kDv = DV, kTiles = MT;
+  static constexpr bool kCoded = true;
+  using Query = QueryKind<DK, Tile::kRows, KCodec::kGroup, Tile::KDecoder::kOffset>;
+};
+template <class W, bool kBf16, int DK, int DV, int MT, int kTokens>
+struct TileInfo<HalfTile<W, kBf16, DK, DV, MT, kTokens>> {
+  static constexpr int kDk = DK, kDv = DV, kTiles = MT;
+  static constexpr bool kCoded = false;
+  using Query = QueryKind<DK, 8 * MT, kBf16 ? kBf16Query : kF16Query, 0>;
+};
+
+// kWhole: pages come in one piece instead of two; fewer instructions, where shared memory allows. kCtaWarps:
+// of a CTA in which only the first kWarpsT take part.
+template <class Tile, int kWarpsT, int kSlotsT, bool kWhole, int kCtaWarps = kWarpsT>
+struct AttendConfig {
+  using Info = TileInfo<Tile>;
+  using Ring = PieceRing<Tile, kSlotsT, kWhole>;
+  static constexpr int kWarps = kWarpsT, kSlots = kSlotsT, kThreads = 32 * kWarps,
+                       kCtaThreads = 32 * kCtaWarps;
+  static_assert(kWarps <= kMostWarps);
+  static constexpr int kRows = Tile::kRows;
+  static constexpr int kQueryBytes = Info::Query::kBytes;
+  static_assert(Info::Query::kFragmentBytes == Tile::kQueryBytes);
+  // Sums at the end, each warp's in the place of its ring; rows are padded so that 8 rows of a store lie in
+  // different banks.
+  static constexpr int kSumStride = Info::kDv + 8;
+  static constexpr int kSumBytes = (kRows * (kSumStride + 2) * 4 + 127) / 128 * 128;
+  static constexpr int kWarpBytes = Ring::kBytes > kSumBytes ? Ring::kBytes : kSumBytes;
+  static constexpr int kQueryAt = kWarps * kWarpBytes;
+  static constexpr int kBarriersAt = kQueryAt + kWarps * kQueryBytes;
+  static constexpr int kTablesAt = (kBarriersAt + 8 * kWarps * (kSlots + 1) + 15) / 16 * 16;
+  static constexpr int kPagesAt = kTablesAt + Tile::kTableBytes;
+  static constexpr int kSharedBytes = kPagesAt + kWarps * static_cast<int>(sizeof(PageList));
+};
+
+// All warps that take part.
+template <class Config>
+KVTIDE_DEVICE void SyncWarps() {
+  if constexpr (Config::kThreads == Config::kCtaThreads)
+    __syncthreads();
+  else
+    asm volatile("bar.sync 0,%0;" ::"n"(Config::kThreads) : "memory");
+}
+
+// A warp writes its state of a unit to a slot.
+template <class Config, class Tile>
+KVTIDE_DEVICE void WriteState(const AttendParams& params, const Tile& tile, const float* row_values,
+                              bool softcap, int rows, size_t slot) {
+  constexpr int DV = Config::Info::kDv;
+  const int lane = DeviceWarp::Lane(), n = lane >> 2, c = lane & 3;
+#pragma unroll
+  for (int m = 0; m < Config::Info::kTiles; m++) {
+    const int r = n + 8 * m;
+    float sum = tile.rows.sum[m];
+    sum += DeviceWarp::ShflXor(sum, 1);
+    sum += DeviceWarp::ShflXor(sum, 2);
+    if (r >= rows) continue;
+    float* out = params.outputs + (slot * Config::kRows + r) * DV;
+#pragma unroll
+    for (int j = 0; j < DV / 8; j++)
+      *reinterpret_cast<float2*>(out + 8 * j + 2 * c) =
+          make_float2(tile.rows.output[m][j][0] * Tile::kVUnit, tile.rows.output[m][j][1] * Tile::kVUnit);
+    if (c == 0)
+      params.sums[slot * Config::kRows + r] = {
+          tile.rows.reference[m] + (softcap ? 0.0f : row_values[2 * r + 1]), sum};
+  }
+}
+
+// The end of a CTA: no more copies come, so every warp that ends in the CTA's last unit (`takes_part`) leaves
+// its state in the place of its ring, and all threads add the states up in the order of the warps. `slot` is
+// warp 0's in that unit.
+template <class Config, class Tile>
+KVTIDE_DEVICE void SumWarps(const AttendParams& params, const Tile& tile, const float* row_values,
+                            bool softcap, uint8_t* shared, bool takes_part, int rows, size_t slot) {
+  constexpr int kWarps = Config::kWarps, MT = Config::Info::kTiles, DV = Config::Info::kDv,
+                kStride = Config::kSumStride;
+  const int warp = static_cast<int>(threadIdx.x) >> 5, lane = DeviceWarp::Lane(), n = lane >> 2, c = lane & 3;
+  const auto sums_of = [&](int w) { return reinterpret_cast<float*>(shared + w * Config::kWarpBytes); };
+  float* const mine = sums_of(warp);
+#pragma unroll
+  for (int m = 0; m < MT; m++) {
+    float2* const head = reinterpret_cast<float2*>(mine + Config::kRows * kStride) + n + 8 * m;
+    float sum = tile.rows.sum[m];
+    sum += DeviceWarp::ShflXor(sum, 1);
+    sum += DeviceWarp::ShflXor(sum, 2);
+    if (!takes_part || n + 8 * m >= rows) {
+      if (c == 0) *head = make_float2(kMasked, -1);
+      continue;
+    }
+    if (c == 0)
+      *head = make_float2(tile.rows.reference[m] + (softcap ? 0.0f : row_values[2 * (n + 8 * m) + 1]), sum);
+    float* row = mine + (n + 8 * m) * kStride;
+#pragma unroll
+    for (int j = 0; j < DV / 8; j++)
+      *reinterpret_cast<float2*>(row + 8 * j + 2 * c) =
+          make_float2(tile.rows.output[m][j][0], tile.rows.output[m][j][1]);
+  }
+  SyncWarps<Config>();
+  for (int i = static_cast<int>(threadIdx.x); i < Config::kRows * (DV / 4); i += Config::kThreads) {
+    const int r = i / (DV / 4), dim = i % (DV / 4) * 4;
+    float2 heads[kWarps];
+    float reference = kMasked, sum = 0;
+    int first = kWarps;
+#pragma unroll
+    for (int w = kWarps - 1; w >= 0; w--) {
+      heads[w] = *reinterpret_cast<const float2*>(sums_of(w) + Config::kRows * kStride + 2 * r);
+      reference = fmaxf(reference, heads[w].x);
+      if (heads[w].y >= 0) first = w;
+    }
+    if (first == kWarps) continue;  // a row that the unit does not have
+    float4 out = make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int w = 0; w < kWarps; w++) {
+      if (heads[w].y < 0) continue;
+      const float4 v = *reinterpret_cast<const float4*>(sums_of(w) + r * kStride + dim);
+      const float weight = DeviceWarp::Ex2(heads[w].x - reference);
+      sum += heads[w].y * weight;
+      out.x += v.x * weight;
+      out.y += v.y * weight;
+      out.z += v.z * weight;
+      out.w += v.w * weight;
+    }
+    out.x *= Tile::kVUnit;
+    out.y *= Tile::kVUnit;
+    out.z *= Tile::kVUnit;
+    out.w *= Tile::kVUnit;
+    const size_t row = (slot + static_cast<size_t>(first)) * Config::kRows + r;
+    *reinterpret_cast<float4*>(params.outputs + row * DV + dim) = out;
+    if (dim == 0) params.sums[row] = {reference, sum};
+  }
+}
+
+// What one warp of CTA `cta` of the launch does with its share.
+template <class Config, class Tile>
+KVTIDE_DEVICE void AttendBody(const AttendParams& params, const AttendWorker& worker, uint32_t cta) {
+  using Info = typename Config::Info;
+  constexpr int kWarps = Config::kWarps, MT = Info::kTiles, DV = Info::kDv;
+  extern __shared__ __align__(128) uint8_t shared[];
+  const int warp = static_cast<int>(threadIdx.x) >> 5, lane = DeviceWarp::Lane(), n = lane >> 2, c = lane & 3;
+  const uint32_t base = SharedAddress(shared);
+  const uint32_t share_end = worker.end, last_unit = worker.last_unit;
+  uint32_t page = worker.begin, unit_index = worker.unit;
+  const int area_at = Config::kQueryAt + warp * Config::kQueryBytes;
+  const uint32_t query_barrier =
+      base + Config::kBarriersAt + 8 * static_cast<uint32_t>(kWarps * Config::kSlots + warp);
+  uint32_t query_parity = 0;
+  const auto fetch_query = [&] {
+    if (IsCopyingLane())
+      CopyBytes(base + static_cast<uint32_t>(area_at),
+                params.queries + static_cast<size_t>(unit_index) * Config::kQueryBytes, Config::kQueryBytes,
+                query_barrier);
+  };
+
+  if (lane == 0) Barrier::Init(query_barrier, kCopyArrivals);
+  typename Config::Ring ring;
+  ring.Start(reinterpret_cast<PageList*>(shared + Config::kPagesAt) + warp,
+             base + static_cast<uint32_t>(warp) * Config::kWarpBytes,
+             base + Config::kBarriersAt + 8 * static_cast<uint32_t>(warp) * Config::kSlots, params.units,
+             worker);
+  if (threadIdx.x == 0) Tile::WriteTables(base + Config::kTablesAt);
+  WaitForEarlierKernels();
+  if (page < share_end) fetch_query();
+  ring.Fill();
+  SyncWarps<Config>();
+
+  Tile tile;
+  tile.Init(base + Config::kTablesAt);
+  tile.rows.Reset();
+  const bool softcap = params.softcap > 0;
+  const float* row_values = nullptr;
+  int unit_rows = 0;
+  if (page < share_end) {
+    for (;;) {
+      Barrier::Wait(query_barrier, query_parity);
+      query_parity ^= 1;
+      const UnitRange& unit = *reinterpret_cast<const UnitRange*>(shared + area_at + Info::Query::kUnitAt);
+      row_values = reinterpret_cast<const float*>(shared + area_at + Info::Query::kFragmentBytes);
+      unit_rows = unit.rows;
+      float multiplier[MT];
+      // Tokens that a row sees; from shared memory, since few pages ask.
+      const auto limits = [&unit](int row, int& begin, int& end) {
+        const int query = (unit.first_row + min(row, unit.rows - 1)) / unit.rows_per_query;
+        begin = max(unit.window_begin + query, 0);
+        end = min(unit.causal_end + query, unit.tokens);
+      };
+#pragma unroll
+      for (int m = 0; m < MT; m++) multiplier[m] = row_values[2 * (n + 8 * m)];
+      // Pages of which every row sees every token; none with soft-cap.
+      uint32_t plain_page, plain_pages = 0;
+      {
+        int begin, end, unused;
+        limits(0, unused, end);
+        limits(unit.rows - 1, begin, unused);
+        const int first = (begin + kBlockTokens - 1) / kBlockTokens;
+        plain_page = unit.first_page + static_cast<uint32_t>(first);
+        if (!softcap && end / kBlockTokens > first)
+          plain_pages = static_cast<uint32_t>(end / kBlockTokens - first);
+      }
+      tile.LoadQuery(base + static_cast<uint32_t>(area_at));
+
+      const uint32_t unit_end = min(unit.first_page + unit.pages, share_end);
+      for (; page < unit_end; page++) {
+        const bool special = page - plain_page >= plain_pages;
+#pragma unroll 1
+        for (int t = 0; t < Tile::kTilesPerPage; t++) {
+          float y[MT][Tile::kLogits];
+          const uint32_t keys = ring.Wait();
+          tile.KeyStage(keys, t, y);
+          if constexpr (!Config::Ring::kWholePages) ring.template Release<false>();
+          const int first_token = static_cast<int>(page - unit.first_page) * kBlockTokens + t * Tile::kTokens;
+          // Soft-cap and masks.
+          const auto adjust = [&](float(&logits)[MT][Tile::kLogits], float(&factor)[MT]) {
+            if (softcap) {
+              const float inverse = 1.0f / params.softcap;
+#pragma unroll
+              for (int m = 0; m < MT; m++) {
+                const float bias = row_values[2 * (n + 8 * m) + 1];
+#pragma unroll
+                for (int l = 0; l < Tile::kLogits; l++)
+                  logits[m][l] = params.softcap * tanhf(fmaf(logits[m][l], factor[m], bias) * inverse);
+                factor[m] = 1;
+              }
+            }
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+              int row_begin, row_end;
+              limits(n + 8 * m, row_begin, row_end);
+#pragma unroll
+              for (int l = 0; l < Tile::kLogits; l++) {
+                const int token = first_token + Tile::TokenOf(l, c);
+                if (token < row_begin || token >= row_end) logits[m][l] = kMasked;
+              }
+            }
+          };
+          const uint32_t values = Config::Ring::kWholePages ? keys + Tile::kKBytes : ring.Wait();
+          if constexpr (!Info::kCoded) {
+            // Rows that were never written may hold anything, infinities too: weight 0 does not silence
+            // those.
+            const int valid = unit.tokens - first_token;
+            if (valid < Tile::kTokens) {
+              const int from = max(valid, 0) * DV * 2;
+              for (int at = from + 16 * lane; at < Tile::kVBytes; at += 512) {
+                DeviceWarp::Store64(values + at, 0, 0);
+                DeviceWarp::Store64(values + at + 8, 0, 0);
+              }
+              LetCopiesOverwrite();
+            }
+          }
+          tile.ValueStage(values, t, y, multiplier, special, adjust);
+          ring.template Release<true>();
+        }
+      }
+      if (page < share_end || unit_index != last_unit)
+        WriteState<Config>(params, tile, row_values, softcap, unit_rows,
+                           unit_index + cta * static_cast<size_t>(kWarps) + warp);
+      if (page >= share_end) break;
+      unit_index++;
+      __syncwarp();  // all lanes are done with the query area
+      fetch_query();
+      tile.rows.Reset();
+    }
+  }
+  SumWarps<Config>(params, tile, row_values, softcap, shared,
+                   row_values != nullptr && unit_index == last_unit, unit_rows,
+                   last_unit + cta * static_cast<size_t>(kWarps));
+}
+
+template <class Config, class Tile>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    AttendKernelFunction(const __grid_constant__ AttendParams params) {
+  if (Config::kSharedBytes > SharedLimitOf(kThisCapability)) return;  // there is another one for this GPU
+  LetNextKernelStart();
+  const AttendWorker worker =
+      params.workers[blockIdx.x * Config::kWarps + (static_cast<int>(threadIdx.x) >> 5)];
+  AttendBody<Config, Tile>(params, worker, blockIdx.x);
+}
+
+}  // namespace kvtide::cuda

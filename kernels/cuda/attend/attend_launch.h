@@ -1,0 +1,54 @@
+// The units that one kernel reads in an Attend, how they are cut, and their launch. f16 pages and coded pages
+// that have a kernel in common go into one launch (joint_kernel.cuh). Not thread-safe; the arrays that a
+// launch reads are the caller's, in device memory until the stream is done with them.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <vector>
+
+#include "absl/status/status.h"
+#include "kernels/cuda/attend/attend_plan.h"
+#include "kernels/cuda/attend/kernel_list.h"
+#include "kernels/cuda/codec/codec_kernels.h"
+
+namespace kvtide::cuda {
+
+// Blocks to convert to f16 pages, of one pair: jobs of both sides.
+struct Conversion {
+  const BlockLayout* layout = nullptr;
+  std::vector<CodecJob> k, v;
+  const CodecJob *k_device = nullptr, *v_device = nullptr;
+};
+
+struct LaunchPlan {
+  const AttendKernel* kernel = nullptr;
+  Rotation k_rotation;
+  size_t page_bytes = 0;
+  std::vector<AttendUnit> units;
+  std::vector<Conversion> conversions;  // what the units wait for
+  size_t scratch_used = 0;              // by their pages
+
+  // By CutLaunches.
+  uint32_t pages = 0;
+  int ctas = 0, warps = 0;  // the most CTAs, and workers in each
+  std::vector<AttendWorker> workers;
+  int most_rows = 0;  // of a unit
+  // Of a joint launch: coded pages take the f16 pages of another plan along, which is then `joined`.
+  const LaunchPlan* exact = nullptr;
+  bool joined = false;
+
+  AttendParams params;
+  const AttendWorker* joint_workers = nullptr;  // the table of both
+};
+
+// Numbers the pages of each launch, lets f16 pages join the coded pages that are most bytes, if there is a
+// kernel for both, and cuts shares. The launches must stay where they are from then on.
+void CutLaunches(std::vector<LaunchPlan>* launches, int processors);
+
+// Conversions (to pages of `page_dim` values a row), queries and attention; nothing for a plan that joined
+// another. overlap: kernels of the call may overlap, each waits for the ones before it only where it needs
+// their results; first: none of them attended yet.
+absl::Status LaunchUnits(const LaunchPlan& plan, int page_dim, bool overlap, bool first, cudaStream_t stream);
+
+}  // namespace kvtide::cuda

@@ -1,0 +1,82 @@
+#include <algorithm>
+#include <type_traits>
+
+#include "kernels/cuda/attend/combine_kernel.cuh"
+#include "kernels/cuda/attend/kernel_list.h"
+
+namespace kvtide::cuda {
+
+Form FormOf(CacheType type) {
+  return VisitStored(type, [](auto codec) {
+    using C = decltype(codec);
+    if (std::is_same_v<C, F16>) return Form::kF16;
+    if (std::is_same_v<C, Bf16>) return Form::kBf16;
+    if (std::is_same_v<C, Q8_0>) return Form::kQ8;
+    if (std::is_same_v<C, Q5_0>) return Form::kQ5;
+    if (std::is_same_v<C, Q4_0>) return Form::kQ4;
+    if (std::is_same_v<C, Turbo4::Stored>) return Form::kCode4;
+    if (std::is_same_v<C, Turbo3::Stored>) return Form::kCode3;
+    if (std::is_same_v<C, Turbo2::Stored>) return Form::kCode2;
+    return Form::kOther;
+  });
+}
+
+const std::vector<AttendKernel>& AllAttendKernels() {
+  static const std::vector<AttendKernel>* const list = [] {
+    auto* all = new std::vector<AttendKernel>;
+    AddKernels64(all);
+    AddKernels96(all);
+    AddKernels128(all);
+    AddKernels192(all);
+    AddKernels256(all);
+    AddKernels512(all);
+    return all;
+  }();
+  return *list;
+}
+
+const AttendKernel* FindAttendKernel(Form k, Form v, int dk, int dv, int rows, int shared_limit) {
+  const AttendKernel* best = nullptr;
+  if (shared_limit == 0)
+    for (const AttendKernel& kernel : AllAttendKernels())
+      shared_limit = std::max(shared_limit, kernel.shared_limit);
+  for (const AttendKernel& kernel : AllAttendKernels()) {
+    if (kernel.shared_limit != shared_limit) continue;
+    if (kernel.k != k || kernel.v != v || kernel.dk != dk || kernel.dv != dv) continue;
+    if (best == nullptr || (best->rows < rows && kernel.rows > best->rows) ||
+        (kernel.rows >= rows && kernel.rows < best->rows))
+      best = &kernel;
+  }
+  return best;
+}
+
+namespace {
+
+template <int DV>
+const void* CombineOf(int team) {
+  return team == 1 ? reinterpret_cast<const void*>(&CombineKernel<DV, true>)
+                   : reinterpret_cast<const void*>(&CombineKernel<DV, false>);
+}
+
+}  // namespace
+
+const void* FindCombineKernel(int dv, int team) {
+  switch (dv) {
+    case 64:
+      return CombineOf<64>(team);
+    case 96:
+      return CombineOf<96>(team);
+    case 128:
+      return CombineOf<128>(team);
+    case 192:
+      return CombineOf<192>(team);
+    case 256:
+      return CombineOf<256>(team);
+    case 512:
+      return CombineOf<512>(team);
+    default:
+      return nullptr;
+  }
+}
+
+}  // namespace kvtide::cuda

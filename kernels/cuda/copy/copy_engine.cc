@@ -1,0 +1,145 @@
+#include "kernels/cuda/copy/copy_engine.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace kvtide::cuda {
+namespace {
+
+constexpr size_t kPinnedPieceBytes = size_t{16} << 20;
+
+bool IsPinned(const void* p) {
+  cudaPointerAttributes attributes{};
+  if (cudaPointerGetAttributes(&attributes, p) != cudaSuccess) {
+    (void)cudaGetLastError();
+    return false;
+  }
+  return attributes.type == cudaMemoryTypeHost;
+}
+
+}  // namespace
+
+CopyEngine::~CopyEngine() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    stopping_ = true;
+  }
+  wake_.notify_all();
+  for (Lane* lane : {&in_, &out_})
+    if (lane->thread.joinable()) lane->thread.join();
+}
+
+absl::StatusOr<CopyTicket> CopyEngine::Submit(std::span<const CopyPiece> pieces, CopyDirection direction) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (state_.size() >= static_cast<size_t>(max_copies_))
+    return absl::ResourceExhaustedError(absl::StrCat(max_copies_, " copies are under way or not yet polled"));
+  Lane* lane = direction == CopyDirection::kToHost ? &out_ : &in_;
+  if (!lane->thread.joinable()) lane->thread = std::thread([this, lane] { Work(lane); });
+  const CopyTicket ticket = next_++;
+  state_[ticket] = {false, absl::OkStatus()};
+  Job job{ticket, direction, {}};
+  for (const CopyPiece& piece :
+       pieces) {  // neighbours travel together: each copy costs microseconds of its own
+    CopyPiece* last = job.pieces.empty() ? nullptr : &job.pieces.back();
+    if (last != nullptr && last->target + last->bytes == piece.target &&
+        last->source + last->bytes == piece.source) {
+      last->bytes += piece.bytes;
+    } else {
+      job.pieces.push_back(piece);
+    }
+  }
+  lane->jobs.push_back(std::move(job));
+  lock.unlock();
+  wake_.notify_all();
+  return ticket;
+}
+
+absl::StatusOr<bool> CopyEngine::Poll(CopyTicket ticket) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto it = state_.find(ticket);
+  if (it == state_.end()) return absl::NotFoundError(absl::StrCat("no copy has ticket ", ticket));
+  if (!it->second.first) return false;
+  const absl::Status result = it->second.second;
+  state_.erase(it);
+  if (!result.ok()) return result;
+  return true;
+}
+
+void CopyEngine::Work(Lane* lane) {
+  (void)cudaSetDevice(device_);
+  Stream stream;
+  PinnedBuffer staging[2];
+  Event events[2];
+  absl::Status made = stream.Create();
+  for (Event& event : events) made.Update(event.Create());
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (;;) {
+    wake_.wait(lock, [&] { return stopping_ || !lane->jobs.empty(); });
+    if (lane->jobs.empty()) return;  // what was submitted is finished first
+    const Job job = std::move(lane->jobs.front());
+    lane->jobs.pop_front();
+    lock.unlock();
+    const absl::Status result = made.ok() ? Run(job, &stream, staging, events) : made;
+    lock.lock();
+    state_[job.ticket] = {true, result};
+  }
+}
+
+absl::Status CopyEngine::Run(const Job& job, Stream* stream, PinnedBuffer (&staging)[2], Event (&events)[2]) {
+  const cudaStream_t s = stream->get();
+  int turn = 0;
+  // To the host: what lies in a staging buffer and where it goes.
+  struct Pending {
+    std::byte* target = nullptr;
+    size_t bytes = 0;
+  } pending[2];
+  const auto drain = [&](int i) -> absl::Status {
+    if (pending[i].bytes == 0) return absl::OkStatus();
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventSynchronize(events[i].get()));
+    std::memcpy(pending[i].target, staging[i].data(), pending[i].bytes);
+    pending[i].bytes = 0;
+    return absl::OkStatus();
+  };
+  for (const CopyPiece& piece : job.pieces) {
+    if (job.direction == CopyDirection::kInside) {
+      KVTIDE_CUDA_RETURN_IF_ERROR(
+          cudaMemcpyAsync(piece.target, piece.source, piece.bytes, cudaMemcpyDeviceToDevice, s));
+      continue;
+    }
+    const bool to_host = job.direction == CopyDirection::kToHost;
+    const bool pinned = IsPinned(to_host ? piece.target : piece.source);
+    for (size_t at = 0; at < piece.bytes;) {
+      const size_t bytes = std::min(pinned ? kPinnedPieceBytes : piece_bytes_, piece.bytes - at);
+      if (pinned) {
+        KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(piece.target + at, piece.source + at, bytes,
+                                                    to_host ? cudaMemcpyDeviceToHost : cudaMemcpyHostToDevice,
+                                                    s));
+      } else {
+        const absl::Status reserved = staging[turn].Reserve(piece_bytes_);
+        if (!reserved.ok()) return reserved;
+        if (to_host) {
+          const absl::Status drained = drain(turn);
+          if (!drained.ok()) return drained;
+          KVTIDE_CUDA_RETURN_IF_ERROR(
+              cudaMemcpyAsync(staging[turn].data(), piece.source + at, bytes, cudaMemcpyDeviceToHost, s));
+          pending[turn] = {piece.target + at, bytes};
+        } else {
+          KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventSynchronize(events[turn].get()));  // the buffer's last journey
+          std::memcpy(staging[turn].data(), piece.source + at, bytes);
+          KVTIDE_CUDA_RETURN_IF_ERROR(
+              cudaMemcpyAsync(piece.target + at, staging[turn].data(), bytes, cudaMemcpyHostToDevice, s));
+        }
+        KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(events[turn].get(), s));
+        turn ^= 1;
+      }
+      at += bytes;
+    }
+  }
+  for (int i = 0; i < 2; i++) {
+    const absl::Status drained = drain(turn ^ i);
+    if (!drained.ok()) return drained;
+  }
+  return StatusOf(cudaStreamSynchronize(s), "copy");
+}
+
+}  // namespace kvtide::cuda

@@ -1,0 +1,45 @@
+#include "kernels/cuda/device/rotations.h"
+
+#include <vector>
+
+#include "kernels/base/status.h"
+#include "kernels/format/page_codec.h"
+#include "kernels/format/turbo.h"
+
+namespace kvtide::cuda {
+
+absl::StatusOr<Rotation> Rotations::Get(CacheType type, int stored_dim, bool inverse) {
+  const RotationKind kind = VisitCodec(type, [](auto codec) {
+    using C = decltype(codec);
+    if constexpr (C::kStorage == Storage::kCodes) {
+      if (std::is_same_v<typename C::Rotation, Hadamard>) return RotationKind::kHadamard;
+      if (!std::is_same_v<typename C::Rotation, NoRotation>) return RotationKind::kMatrix;
+    }
+    return RotationKind::kNone;
+  });
+  if (kind != RotationKind::kMatrix) return Rotation{kind, 0, nullptr};
+  const std::lock_guard<std::mutex> lock(mutex_);
+  DeviceBuffer& buffer = matrices_[{static_cast<int>(type), stored_dim, inverse}];
+  if (buffer.data() == nullptr) {
+    const int runs = (stored_dim + 127) / 128;
+    std::vector<float> matrix(static_cast<size_t>(runs) * 128 * 128), column(static_cast<size_t>(stored_dim));
+    for (int j = 0; j < stored_dim; j++) {
+      std::fill(column.begin(), column.end(), 0.0f);
+      column[static_cast<size_t>(j)] = 1;
+      if (inverse) {
+        RotateInverse(type, column.data(), stored_dim);
+      } else {
+        RotateForward(type, column.data(), stored_dim);
+      }
+      const int run = j / 128;
+      for (int i = 128 * run; i < std::min(stored_dim, 128 * (run + 1)); i++)
+        matrix[static_cast<size_t>((run * 128 + j % 128) * 128 + i % 128)] = column[static_cast<size_t>(i)];
+    }
+    KVTIDE_RETURN_IF_ERROR(buffer.Reserve(matrix.size() * sizeof(float)));
+    KVTIDE_CUDA_RETURN_IF_ERROR(
+        cudaMemcpy(buffer.data(), matrix.data(), matrix.size() * sizeof(float), cudaMemcpyHostToDevice));
+  }
+  return Rotation{kind, 0, reinterpret_cast<const float*>(buffer.data())};
+}
+
+}  // namespace kvtide::cuda

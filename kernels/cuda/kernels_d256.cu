@@ -1,7 +1,0 @@
-#include "kernels/cuda/instantiate.cuh"
-
-namespace kvtide::cuda {
-
-void AddKernels256(std::vector<AttendKernel>* list) { AddCommonPairs<256>(list); }
-
-}  // namespace kvtide::cuda

@@ -1,7 +1,0 @@
-#include "kernels/cuda/instantiate.cuh"
-
-namespace kvtide::cuda {
-
-void AddKernels64(std::vector<AttendKernel>* list) { AddCommonPairs<64>(list); }
-
-}  // namespace kvtide::cuda

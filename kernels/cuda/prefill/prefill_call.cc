@@ -1,0 +1,205 @@
+#include "kernels/cuda/prefill/prefill_call.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "kernels/base/status.h"
+#include "kernels/cuda/codec/codec_kernels.h"
+#include "kernels/cuda/device/capability.h"
+#include "kernels/cuda/device/launch.h"
+#include "kernels/cuda/prefill/prefill_map.h"
+#include "kernels/cuda/prefill/prefill_plan.h"
+#include "kernels/cuda/prefill/prefill_rounds.h"
+
+namespace kvtide::cuda {
+namespace {
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+size_t Size(int64_t n) { return static_cast<size_t>(n); }
+size_t RoundUp(size_t bytes) { return (bytes + 255) / 256 * 256; }
+int WidestDim(const GroupShape& shape) { return std::max(shape.head_dim_k, shape.head_dim_v); }
+
+class Prefill {
+ public:
+  Prefill(const AttendArgs& args, const GroupShape& shape, const AttendEnvironment& environment,
+          Workspace& workspace)
+      : args_(args),
+        shape_(shape),
+        environment_(environment),
+        workspace_(workspace),
+        kernel_(*FindPrefillKernel(WidestDim(shape), environment.warpgroups)),
+        plan_(args, shape, environment, kernel_) {}
+
+  absl::Status Run() {
+    KVTIDE_RETURN_IF_ERROR(Place());
+    return Execute();
+  }
+
+ private:
+  size_t OutputBytes() const { return RoundUp(plan_.queries() * plan_.output_width() * sizeof(float)); }
+  size_t ResultBytes() const { return OutputBytes() + plan_.queries() * Size(args_.heads) * sizeof(float); }
+
+  // Takes memory and makes offsets addresses.
+  absl::Status Place() {
+    size_t bytes = plan_.queries() * plan_.query_width() * sizeof(float) +
+                   plan_.floats().size() * sizeof(float) + Size(args_.heads) * sizeof(float);
+    size_t arrays = 3;
+    for (const PrefillRound& round : plan_.rounds()) {
+      bytes += round.parts.size() * sizeof(PrefillPart) + round.groups.size() * sizeof(PrefillGroup) +
+               round.slots.size() * sizeof(uint32_t) + round.places.size() * sizeof(PagePlace);
+      for (const PrefillRound::Conversion& c : round.conversions) bytes += c.jobs.size() * sizeof(CodecJob);
+      arrays += 4 + round.conversions.size();
+    }
+    const size_t tiles = RoundUp(plan_.scratch_bytes()),
+                 outputs = RoundUp(plan_.most_parts() * Size(kernel_.rows * kernel_.dim) * sizeof(float));
+    KVTIDE_RETURN_IF_ERROR(workspace_.Begin(Workspace::Bound(arrays, bytes)));
+    KVTIDE_RETURN_IF_ERROR(workspace_.results.Reserve(ResultBytes()));
+    KVTIDE_RETURN_IF_ERROR(workspace_.results_host.Reserve(ResultBytes()));
+    KVTIDE_RETURN_IF_ERROR(workspace_.scratch.Reserve(
+        tiles + outputs + plan_.most_parts() * Size(kernel_.rows) * sizeof(float2)));
+    std::byte* const scratch = workspace_.scratch.data();
+    PageMaps maps;
+    if (kernel_.warpgroups && plan_.most_parts() > 0) {
+      KVTIDE_RETURN_IF_ERROR(MakePageMap(scratch, kernel_.dim, &maps.scratch));
+      KVTIDE_RETURN_IF_ERROR(
+          MakePageMap(plan_.blocks() == nullptr ? scratch : plan_.blocks(), kernel_.dim, &maps.blocks));
+    }
+    const auto queries = workspace_.Place<float>(plan_.queries() * plan_.query_width());
+    for (size_t i = 0; i < args_.items.size(); i++)
+      std::memcpy(queries.host + plan_.first_query(i) * plan_.query_width(), args_.items[i].q,
+                  Size(args_.items[i].queries) * plan_.query_width() * sizeof(float));
+    const float* const floats = workspace_.Upload(plan_.floats());
+    const float* const sinks =
+        args_.sinks == nullptr
+            ? nullptr
+            : workspace_.Upload(std::vector<float>(args_.sinks, args_.sinks + args_.heads));
+    const auto moved = [](auto* offset, std::byte* base) {
+      return reinterpret_cast<decltype(offset)>(base + reinterpret_cast<size_t>(offset));
+    };
+    for (PrefillRound& round : plan_.rounds()) {
+      for (PrefillRound::Conversion& c : round.conversions) {
+        const auto jobs = workspace_.Place<CodecJob>(c.jobs.size());
+        for (size_t i = 0; i < c.jobs.size(); i++) {
+          CodecJob job;
+          job.source = c.jobs[i].source;
+          job.target = scratch + c.jobs[i].target;
+          job.mean = c.jobs[i].mean < 0 ? nullptr : floats + c.jobs[i].mean;
+          job.gain = c.jobs[i].gain < 0 ? nullptr : floats + c.jobs[i].gain;
+          jobs.host[i] = job;
+        }
+        c.device = jobs.device;
+      }
+      const PagePlace* const places = workspace_.Upload(round.places);
+      const auto parts = workspace_.Place<PrefillPart>(round.parts.size());
+      for (size_t i = 0; i < round.parts.size(); i++) {
+        parts.host[i] = round.parts[i].part;
+        parts.host[i].tiles = scratch + round.parts[i].tiles;
+        parts.host[i].pages = places + round.parts[i].pages;
+        parts.host[i].query = queries.device + round.parts[i].query;
+      }
+      for (PrefillGroup& group : round.groups) {
+        group.output = moved(group.output, workspace_.results.data());
+        group.lse = moved(group.lse, workspace_.results.data() + OutputBytes());
+        group.sinks =
+            sinks == nullptr ? nullptr : sinks + reinterpret_cast<size_t>(group.sinks) / sizeof(float);
+      }
+      round.attend.maps = maps;
+      round.attend.parts = parts.device;
+      round.attend.outputs = reinterpret_cast<float*>(scratch + tiles);
+      round.attend.sums = reinterpret_cast<float2*>(scratch + tiles + outputs);
+      round.attend.head_dim = shape_.head_dim_k;
+      round.attend.value_dim = shape_.head_dim_v;
+      round.attend.scale = args_.scale * kLog2E;
+      round.attend.softcap = args_.softcap * kLog2E;
+      round.attend.groups = round.merge.groups = workspace_.Upload(round.groups);
+      round.merge.slots = workspace_.Upload(round.slots);
+      round.merge.outputs = round.attend.outputs;
+      round.merge.sums = round.attend.sums;
+      round.merge.group_count = static_cast<int32_t>(round.merged_groups);
+      round.merge.head_dim = shape_.head_dim_v;
+      round.merge.rows = kernel_.rows;
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Execute() {
+    const cudaStream_t stream = workspace_.stream();
+    KVTIDE_RETURN_IF_ERROR(workspace_.Send());
+    if (environment_.begin != nullptr)
+      KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment_.begin, stream));
+    for (PrefillRound& round : plan_.rounds()) {
+      for (const PrefillRound::Conversion& c : round.conversions) {
+        const bool key = c.side == Side::kKey;
+        KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(
+            key ? c.layout->pair().k : c.layout->pair().v, c.side, key ? c.layout->k() : c.layout->v(),
+            kernel_.warpgroups ? RowTarget::kF16Page : RowTarget::kF16Tile, kernel_.dim, c.device,
+            static_cast<int>(c.jobs.size()), stream));
+      }
+      KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel_.attend, round.parts.size(), kernel_.threads,
+                                          kernel_.shared_bytes, false, &round.attend, stream));
+      KVTIDE_RETURN_IF_ERROR(LaunchKernel(
+          kernel_.merge, (round.merged_groups * Size(kernel_.rows) + kMergeWarps - 1) / kMergeWarps,
+          32 * kMergeWarps, 0, false, &round.merge, stream));
+    }
+    if (environment_.end != nullptr) KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment_.end, stream));
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(workspace_.results_host.data(), workspace_.results.data(),
+                                                ResultBytes(), cudaMemcpyDeviceToHost, stream));
+    KVTIDE_RETURN_IF_ERROR(workspace_.Finish());
+    const auto* out = reinterpret_cast<const float*>(workspace_.results_host.data());
+    const auto* lse = reinterpret_cast<const float*>(workspace_.results_host.data() + OutputBytes());
+    for (size_t i = 0; i < args_.items.size(); i++) {
+      const size_t rows = Size(args_.items[i].queries) * Size(args_.heads);
+      std::memcpy(args_.items[i].out, out + plan_.first_query(i) * plan_.output_width(),
+                  rows * Size(shape_.head_dim_v) * sizeof(float));
+      std::memcpy(args_.items[i].lse, lse + plan_.first_query(i) * Size(args_.heads), rows * sizeof(float));
+    }
+    return absl::OkStatus();
+  }
+
+  const AttendArgs& args_;
+  const GroupShape& shape_;
+  const AttendEnvironment& environment_;
+  Workspace& workspace_;
+  const PrefillKernel& kernel_;
+  PrefillRounds plan_;
+};
+
+// Whether decoding a block to tiles is fast.
+bool DecodesFast(CachePair pair) {
+  const auto fast = [](CacheType type) { return Info(type).storage == Storage::kHalf || HasRowCodec(type); };
+  return fast(pair.k) && fast(pair.v);
+}
+
+}  // namespace
+
+bool IsPrefill(const AttendItem& item, const GroupShape& shape, int heads,
+               const AttendEnvironment& environment) {
+  for (const BlockRun& run : item.runs)
+    if (!DecodesFast(run.layout->pair())) return false;
+  if (static_cast<int64_t>(item.queries) * (heads / shape.kv_heads) <= environment.most_decode_rows ||
+      item.runs.empty())
+    return false;
+  const PrefillKernel* kernel = FindPrefillKernel(WidestDim(shape), environment.warpgroups);
+  return kernel != nullptr &&
+         (environment.shared_limit == 0 || kernel->shared_bytes <= environment.shared_limit);
+}
+
+absl::Status PreparePrefillKernels(const DeviceImage& image) {
+  for (const PrefillKernel& kernel : AllPrefillKernels()) {
+    if (kernel.shared_bytes > image.shared_limit ||
+        (kernel.warpgroups && !HasWarpgroups(image.image_capability)))
+      continue;
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
+        kernel.attend, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status PrefillCall(const AttendArgs& args, const GroupShape& shape,
+                         const AttendEnvironment& environment, Workspace& workspace) {
+  return Prefill(args, shape, environment, workspace).Run();
+}
+
+}  // namespace kvtide::cuda

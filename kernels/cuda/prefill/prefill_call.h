@@ -1,0 +1,25 @@
+// Attention for items with many query rows: the visible blocks of a KV head are decoded once into f16 tiles
+// in scratch memory, as many as fit, and read by all its rows with tensor-core speed (prefill_kernel.cuh).
+// Longer contexts take several rounds of decoding and attending, whose states are merged as they come:
+// scratch memory, the partial states included, stays within AttendEnvironment::scratch_bytes unless one tile
+// of rows over one page needs more.
+#pragma once
+
+#include "absl/status/status.h"
+#include "kernels/backend.h"
+#include "kernels/cuda/attend/attend_call.h"
+#include "kernels/cuda/device/workspace.h"
+
+namespace kvtide::cuda {
+
+// Whether an item is computed here: it has more rows per KV head than `most_decode_rows`, and its head dims
+// have a kernel that the device's shared memory holds.
+bool IsPrefill(const AttendItem& item, const GroupShape& shape, int heads,
+               const AttendEnvironment& environment);
+
+absl::Status PreparePrefillKernels(const DeviceImage& image);
+// `args` are checked; all items are of the given shape.
+absl::Status PrefillCall(const AttendArgs& args, const GroupShape& shape,
+                         const AttendEnvironment& environment, Workspace& workspace);
+
+}  // namespace kvtide::cuda

@@ -1,0 +1,129 @@
+// What a prefill computes: rows in groups, the pages that they see in rounds that fit in scratch memory, and
+// in each round the pages to decode, the parts and what is merged. Addresses that are known only when memory
+// is taken are offsets here (prefill_call.cc makes them addresses). Made on the host once a call; the
+// caller's arguments must outlive it.
+#pragma once
+
+#include <deque>
+#include <map>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "kernels/cuda/attend/attend_args.h"
+#include "kernels/cuda/attend/attend_call.h"
+#include "kernels/cuda/codec/codec_kernels.h"
+#include "kernels/cuda/prefill/prefill_pages.h"
+#include "kernels/cuda/prefill/prefill_plan.h"
+
+namespace kvtide::cuda {
+
+// Runs of an item whose positions follow each other without a gap inside a page.
+struct PrefillSegment {
+  struct Page {
+    const BlockRun* run;
+    size_t block;
+  };
+  std::vector<Page> pages;
+  int64_t first_position = 0, tokens = 0;
+};
+
+// One half of one block of one head, to be decoded. Places in arrays of floats, -1 = none.
+struct PrefillJob {
+  const std::byte* source;
+  size_t target;  // in the scratch memory
+  int64_t mean, gain;
+};
+
+struct PrefillPartPlan {
+  PrefillPart part;
+  size_t group;                // in the call
+  size_t tiles, pages, query;  // offsets: bytes of scratch, places of the round, values of queries
+};
+
+struct PrefillGroupPlan {
+  size_t item = 0;
+  int head = 0, first_row = 0, rows = 0;
+  bool merged = false;
+};
+
+// What runs between two uses of the scratch memory.
+struct PrefillRound {
+  struct Conversion {
+    const BlockLayout* layout;
+    Side side;
+    std::vector<PrefillJob> jobs;
+    const CodecJob* device = nullptr;
+  };
+  // Tiles of rows of one head over some pages of a segment.
+  struct Entry {
+    size_t first_group, groups;
+    const PrefillSegment* segment;
+    int64_t first_page, pages;
+    size_t scratch_page, first_place;
+  };
+  std::vector<Conversion> conversions;
+  std::vector<Entry> entries;
+  std::vector<PrefillPartPlan> parts;
+  std::vector<PrefillGroup> groups;
+  std::vector<uint32_t> slots;
+  std::vector<PagePlace> places;
+  size_t merged_groups = 0;  // the first of `groups`; parts write the output of the others
+  size_t scratch_pages = 0, entry_groups = 0;
+  PrefillParams attend;
+  PrefillMergeParams merge;
+};
+
+class PrefillRounds {
+ public:
+  PrefillRounds(const AttendArgs& args, const GroupShape& shape, const AttendEnvironment& environment,
+                const PrefillKernel& kernel);
+
+  std::vector<PrefillRound>& rounds() { return rounds_; }
+  const PrefillKernel& kernel() const { return kernel_; }
+  size_t query_width() const { return Size(args_.heads) * Size(shape_.head_dim_k); }
+  size_t output_width() const { return Size(args_.heads) * Size(shape_.head_dim_v); }
+  size_t queries() const { return queries_; }  // tokens of all items
+  size_t first_query(size_t item) const { return first_query_[item]; }
+  size_t scratch_bytes() const { return scratch_pages_ * page_bytes_; }  // of decoded pages
+  size_t most_parts() const { return most_parts_; }                      // of a round
+  // Means and gains that jobs name.
+  const std::vector<float>& floats() const { return floats_; }
+  // From where places in blocks are counted; null: no page is read in place.
+  const std::byte* blocks() const { return blocks_; }
+
+ private:
+  static size_t Size(int64_t n) { return static_cast<size_t>(n); }
+  PageRange Visible(const AttendItem& item, const PrefillSegment& segment, int64_t first, int64_t last) const;
+  PageRange Visible(const PrefillGroupPlan& group, const PrefillSegment& segment) const;
+  void AddSegments(const AttendItem& item);
+  const std::byte* Record(const PrefillSegment::Page& page, int head) const;
+  bool MayBeReadInPlace(const PrefillSegment::Page& page) const;
+  bool IsReadInPlace(const PrefillSegment::Page& page, int head, PagePlace* place) const;
+  void PlanItem(size_t index);
+  void PlanGroups(size_t first, size_t count, const std::vector<PrefillSegment>& segments);
+  void AddJobs(const PrefillSegment::Page& page, int head, size_t scratch_page, PrefillRound* round);
+  int64_t PlaceOf(const std::vector<float>& values);
+  void FinishRound();
+  PrefillPartPlan MakePart(size_t index, const PrefillRound::Entry& entry, int64_t begin, int64_t end) const;
+  void AddGroup(size_t index, uint32_t first_slot, uint32_t slots, PrefillRound* round);
+  void AddUntouchedGroups();
+
+  const AttendArgs& args_;
+  const GroupShape& shape_;
+  const AttendEnvironment& environment_;
+  const PrefillKernel& kernel_;
+  const int group_;
+  const std::byte* blocks_ = nullptr;
+  size_t page_bytes_ = 0;                   // a K and a V page in scratch memory
+  size_t most_pages_ = 0, most_slots_ = 0;  // of a round
+  size_t queries_ = 0, scratch_pages_ = 0, most_parts_ = 0;
+  std::vector<size_t> first_query_;
+  std::deque<std::vector<PrefillSegment>> segments_;  // by item; entries point into it
+  std::vector<PrefillGroupPlan> groups_;
+  std::vector<float> floats_;
+  std::map<const std::vector<float>*, int64_t> places_;
+  std::vector<PrefillRound> rounds_;
+  bool round_done_ = false;
+};
+
+}  // namespace kvtide::cuda

@@ -1,0 +1,257 @@
+// The plan of a decode step, made on the device: what NumberPages, CutShares and AppendSlots (attend_plan.h)
+// compute on the host, for all layers of a group in one launch. CTA = layer. Sequences without tokens get no
+// unit, so the attention kernel meets none that is empty; the grid is that of a full launch, CTAs beyond the
+// pages find empty shares. Where both kinds of blocks are read by one launch (joint_kernel.cuh), it also says
+// how many CTAs each gets.
+#pragma once
+
+#include <cub/block/block_scan.cuh>
+
+#include "kernels/cuda/attend/attend_plan.h"
+#include "kernels/format/page_order.h"
+
+namespace kvtide::cuda {
+
+constexpr int kPlanThreads = 1024, kPlanPerThread = 4, kPlanSequences = kPlanThreads * kPlanPerThread;
+
+// One kind of blocks: what the engine says, and where the plan goes. Arrays are of one layer; strides lead to
+// the next.
+struct PlanKind {
+  const std::byte* const* blocks = nullptr;
+  const int32_t* tokens = nullptr;
+  const int32_t* hidden = nullptr;
+  int32_t max_blocks = 0;
+  uint64_t record_bytes = 0;
+  AttendUnit* units = nullptr;
+  AttendWorker* workers = nullptr;
+  uint32_t* slots = nullptr;
+  uint32_t unit_stride = 0, worker_stride = 0, slot_stride = 0;
+  int32_t ctas = 0, warps = 0;  // the most CTAs, and workers in each
+  int32_t entries = 0;          // of a CTA in the worker table, as many as workers unless the launch is joint
+  // Of the launch: what the combine kernel reads.
+  const float* outputs = nullptr;
+  const StateHead* sums = nullptr;
+  int32_t slot_rows = 0;
+  Rotation v_rotation;
+  bool coded = false;
+};
+struct PlanLayer {
+  int32_t layer = 0;
+  const std::byte* q = nullptr;
+  std::byte* out = nullptr;
+  float* lse = nullptr;
+  const float* mean = nullptr;
+  const float* gain = nullptr;
+  const float* sinks = nullptr;
+};
+struct PlanParams {
+  PlanKind kinds[2];
+  int32_t kind_count = 0;
+  // Kinds 0 (coded) and 1 (f16) share the CTAs of one launch; they have the same worker table.
+  bool joint = false;
+  int32_t joint_ctas = 0;
+  const PlanLayer* layers = nullptr;
+  CombineGroup* groups = nullptr;    // [layers][sequences * kv_heads]
+  CombineSource* sources = nullptr;  // [layers][2 * sequences * kv_heads]
+  int32_t sequences = 0, kv_heads = 0, group = 0;
+  int32_t head_dim_k = 0, head_dim_v = 0, value_bytes = 0;  // of q and out
+  int32_t team = 1;                                         // the most warps that a row of the merge may get
+};
+
+// Where the units of a kind begin: sequences that have pages, in order.
+struct PlanIndex {
+  uint32_t
+      first_page[kPlanSequences + 1];  // of a KV head's pages, by place among the sequences that have any
+  uint16_t sequence[kPlanSequences];   // by place
+  uint16_t place[kPlanSequences];      // by sequence
+  uint32_t places;
+};
+
+// Pages [hidden / 64, ceil(tokens / 64)) of a sequence.
+__device__ inline int2 PlanPages(const PlanKind& kind, int sequence) {
+  const int tokens = min(max(kind.tokens[sequence], 0), kind.max_blocks * kBlockTokens);
+  const int hidden = kind.hidden == nullptr ? 0 : max(kind.hidden[sequence], 0);
+  return hidden >= tokens ? make_int2(0, 0)
+                          : make_int2(hidden / kBlockTokens, (tokens + kBlockTokens - 1) / kBlockTokens);
+}
+
+__device__ inline void PlanNumber(const PlanKind& kind, int sequences, PlanIndex& index) {
+  using Scan = cub::BlockScan<uint2, kPlanThreads>;
+  __shared__ typename Scan::TempStorage storage;
+  uint2 own[kPlanPerThread], before[kPlanPerThread];
+  for (int i = 0; i < kPlanPerThread; i++) {
+    const int s = static_cast<int>(threadIdx.x) * kPlanPerThread + i;
+    own[i] = make_uint2(0, 0);
+    if (s >= sequences) continue;
+    const int2 pages = PlanPages(kind, s);
+    own[i] = make_uint2(static_cast<uint32_t>(pages.y - pages.x), pages.y > pages.x ? 1u : 0u);
+  }
+  uint2 all;
+  const auto add = [](uint2 a, uint2 b) { return make_uint2(a.x + b.x, a.y + b.y); };
+  __syncthreads();
+  Scan(storage).ExclusiveScan(own, before, make_uint2(0, 0), add, all);
+  for (int i = 0; i < kPlanPerThread; i++) {
+    const int s = static_cast<int>(threadIdx.x) * kPlanPerThread + i;
+    if (s >= sequences) continue;
+    index.place[s] = static_cast<uint16_t>(before[i].y);
+    if (own[i].y == 0) continue;
+    index.first_page[before[i].y] = before[i].x;
+    index.sequence[before[i].y] = static_cast<uint16_t>(s);
+  }
+  if (threadIdx.x == 0) {
+    index.first_page[all.y] = all.x;
+    index.places = all.y;
+  }
+  __syncthreads();
+}
+
+// Unit of page `page`, and the unit's pages.
+struct PlanUnit {
+  uint32_t unit, begin, end;
+};
+__device__ inline PlanUnit PlanUnitOf(const PlanIndex& index, uint32_t kv_heads, uint32_t page) {
+  uint32_t low = 0, high = index.places;  // the last place whose first page is not after `page`
+  while (high - low > 1) {
+    const uint32_t middle = (low + high) / 2;
+    if (index.first_page[middle] * kv_heads <= page)
+      low = middle;
+    else
+      high = middle;
+  }
+  const uint32_t own = index.first_page[low + 1] - index.first_page[low];
+  const uint32_t head = (page - index.first_page[low] * kv_heads) / own;
+  const uint32_t begin = index.first_page[low] * kv_heads + head * own;
+  return {low * kv_heads + head, begin, begin + own};
+}
+
+__global__ void __launch_bounds__(kPlanThreads) PlanKernel(const __grid_constant__ PlanParams params) {
+  extern __shared__ __align__(16) uint8_t memory[];
+  PlanIndex* const indices = reinterpret_cast<PlanIndex*>(memory);  // one for each kind
+  const PlanLayer layer = params.layers[blockIdx.x];
+  const uint32_t kv_heads = static_cast<uint32_t>(params.kv_heads),
+                 group_count = static_cast<uint32_t>(params.sequences) * kv_heads;
+  CombineGroup* const groups = params.groups + static_cast<size_t>(blockIdx.x) * group_count;
+  CombineSource* const sources = params.sources + static_cast<size_t>(blockIdx.x) * 2 * group_count;
+  const size_t q_row = static_cast<size_t>(params.group) * static_cast<size_t>(params.head_dim_k);
+  const size_t out_row = static_cast<size_t>(params.group) * static_cast<size_t>(params.head_dim_v);
+
+  for (uint32_t g = threadIdx.x; g < group_count; g += kPlanThreads) {
+    CombineGroup group;
+    const uint32_t head = g % kv_heads;
+    group.output = layer.out + g * out_row * static_cast<size_t>(params.value_bytes);
+    group.lse = layer.lse + static_cast<size_t>(g) * static_cast<size_t>(params.group);
+    group.sinks = layer.sinks == nullptr ? nullptr : layer.sinks + head * static_cast<uint32_t>(params.group);
+    group.first_source = 2 * g;
+    group.rows = group.rows_per_query = params.group;
+    groups[g] = group;
+  }
+  uint32_t pages_of[2] = {};
+  for (int k = 0; k < params.kind_count; k++) {
+    PlanNumber(params.kinds[k], params.sequences, indices[k]);
+    pages_of[k] = indices[k].first_page[indices[k].places] * kv_heads;
+  }
+  uint32_t next_cta = 0;  // of the worker table
+  for (int k = 0; k < params.kind_count; k++) {
+    const PlanKind& kind = params.kinds[k];
+    const PlanIndex& index = indices[k];
+    AttendUnit* const units = kind.units + static_cast<size_t>(blockIdx.x) * kind.unit_stride;
+    AttendWorker* const workers = kind.workers + static_cast<size_t>(blockIdx.x) * kind.worker_stride;
+    uint32_t* const slots = kind.slots + static_cast<size_t>(blockIdx.x) * kind.slot_stride;
+    const uint32_t pages = pages_of[k], warps = static_cast<uint32_t>(kind.warps),
+                   entries = static_cast<uint32_t>(kind.entries);
+    uint32_t ctas = static_cast<uint32_t>(kind.ctas), first_cta = 0;  // of this kind
+    if (params.joint) {
+      const uint32_t all = static_cast<uint32_t>(params.joint_ctas);
+      const uint32_t exact = ExactCtas(all, pages_of[0], params.kinds[0].record_bytes, pages_of[1],
+                                       params.kinds[1].record_bytes);
+      ctas = k == 0 ? all - exact : exact;
+      first_cta = next_cta;
+    }
+    ctas = min(ctas, pages);
+    const uint32_t count = ctas * warps;  // workers that have a share
+    next_cta = first_cta + ctas;
+    const size_t layer_offset = static_cast<size_t>(layer.layer) * kv_heads * kind.record_bytes;
+
+    for (uint32_t u = threadIdx.x; u < group_count; u += kPlanThreads) {
+      AttendUnit unit;
+      if (u < index.places * kv_heads) {
+        const uint32_t place = u / kv_heads, head = u % kv_heads, sequence = index.sequence[place];
+        const uint32_t g = sequence * kv_heads + head;
+        const int2 range = PlanPages(kind, static_cast<int>(sequence));
+        const int hidden = kind.hidden == nullptr ? 0 : max(kind.hidden[sequence], 0);
+        unit.blocks =
+            kind.blocks + static_cast<size_t>(sequence) * static_cast<size_t>(kind.max_blocks) + range.x;
+        unit.record_offset = layer_offset + head * kind.record_bytes;
+        unit.query = layer.q + g * q_row * static_cast<size_t>(params.value_bytes);
+        if (kind.coded && layer.mean != nullptr)
+          unit.mean = layer.mean + static_cast<size_t>(g) * static_cast<size_t>(params.head_dim_k);
+        if (kind.coded && layer.gain != nullptr)
+          unit.gain = layer.gain + static_cast<size_t>(g) * static_cast<size_t>(params.head_dim_k);
+        unit.pages = static_cast<uint32_t>(range.y - range.x);
+        unit.first_page = index.first_page[place] * kv_heads + head * unit.pages;
+        unit.tokens = min(kind.tokens[sequence], kind.max_blocks * kBlockTokens) - range.x * kBlockTokens;
+        unit.rows = unit.rows_per_query = params.group;
+        unit.causal_end = 1 << 30;
+        unit.window_begin = hidden - range.x * kBlockTokens;
+
+        CombineSource source;
+        source.outputs = kind.outputs;
+        source.sums = kind.sums;
+        source.slot_rows = kind.slot_rows;
+        source.v_rotation = kind.v_rotation;
+        // Slots are unit + worker, so those of a unit have this part of the list to themselves.
+        const uint32_t end = unit.first_page + unit.pages;
+        const auto worker_of = [&](uint64_t page) { return WorkerOf(pages, count, page); };
+        uint32_t* list = slots + u + worker_of(unit.first_page);
+        source.slot_list = list;
+        for (uint32_t page = unit.first_page; page < end;) {
+          const uint32_t worker = worker_of(page), slot = u + worker;
+          if (source.slots < 4) source.first_slots[source.slots] = slot;
+          source.slots++;
+          *list++ = slot;
+          const uint32_t cta_end =
+              WorkerBegin(pages, count, (worker / warps + 1) * static_cast<uint64_t>(warps));
+          page = cta_end <= end ? cta_end : WorkerBegin(pages, count, worker + 1);
+        }
+        CombineGroup& group = groups[g];
+        const uint32_t at = group.sources++;
+        sources[2 * g + at] = source;
+        group.first[at] = source;
+        group.team = max(group.team, min(params.team, CombineTeam(source.slots)));
+      }
+      units[u] = unit;
+    }
+    // Of a joint launch, the last kind also writes the entries of the CTAs that have nothing to do.
+    const uint32_t table_end = !params.joint                ? static_cast<uint32_t>(kind.ctas)
+                               : k + 1 == params.kind_count ? static_cast<uint32_t>(params.joint_ctas)
+                                                            : next_cta;
+    for (uint32_t at_entry = threadIdx.x; at_entry < (table_end - first_cta) * entries;
+         at_entry += kPlanThreads) {
+      AttendWorker worker;
+      const uint32_t cta = at_entry / entries, warp = at_entry % entries, i = cta * warps + warp;
+      if (params.joint) {
+        worker.exact = k == 1 && cta < ctas ? 1 : 0;
+        worker.cta = cta;
+      }
+      if (cta < ctas && warp < warps) {
+        worker.begin = WorkerBegin(pages, count, i);
+        worker.end = WorkerBegin(pages, count, i + 1);
+        const PlanUnit at = PlanUnitOf(index, kv_heads, worker.begin);
+        const uint32_t sequence = index.sequence[at.unit / kv_heads];
+        worker.blocks = kind.blocks + static_cast<size_t>(sequence) * static_cast<size_t>(kind.max_blocks) +
+                        PlanPages(kind, static_cast<int>(sequence)).x + (worker.begin - at.begin);
+        worker.record_offset = layer_offset + at.unit % kv_heads * kind.record_bytes;
+        worker.unit = at.unit;
+        worker.unit_end = at.end;
+        worker.last_unit =
+            PlanUnitOf(index, kv_heads,
+                       WorkerBegin(pages, count, (i / warps + 1) * static_cast<uint64_t>(warps)) - 1)
+                .unit;
+      }
+      workers[first_cta * entries + at_entry] = worker;
+    }
+    __syncthreads();  // sources of the first kind come first
+  }
+}
+
+}  // namespace kvtide::cuda

@@ -1,0 +1,95 @@
+#include "planner/engines/kv_sizer.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "planner/engines/kvtide_engine.h"
+#include "planner/engines/llama_cpp.h"
+#include "planner/engines/vllm.h"
+
+namespace kvtide::planner {
+
+void KvBytes::Add(LayerKind kind, int64_t bytes) {
+  switch (kind) {
+    case LayerKind::kFull:
+      full += bytes;
+      break;
+    case LayerKind::kSliding:
+      sliding += bytes;
+      break;
+    case LayerKind::kChunked:
+      chunked += bytes;
+      break;
+    case LayerKind::kMla:
+      latent += bytes;
+      break;
+    case LayerKind::kRecurrent:
+      recurrent += bytes;
+      break;
+    case LayerKind::kShared:
+    case LayerKind::kNone:
+      break;
+  }
+}
+
+int64_t KvSizer::ReadBytes(int64_t context) const {
+  int64_t bytes = 0;
+  for (const StoredGroup& stored : groups_) {
+    if (stored.group.kind == LayerKind::kRecurrent) {
+      bytes += 2 * stored.group.state_bytes * stored.layers;  // read and written back
+      continue;
+    }
+    const int64_t window = stored.group.window;
+    bytes += stored.token_bytes() * (window > 0 ? std::min(context, window) : context);
+  }
+  return bytes;
+}
+
+int64_t KvSizer::LiveValues(int64_t context) const {
+  int64_t values = 0;
+  for (const StoredGroup& stored : groups_) {
+    const LayerGroup& group = stored.group;
+    if (group.kind == LayerKind::kRecurrent) continue;
+    const int64_t tokens = group.window > 0 ? std::min<int64_t>(context, group.window) : context;
+    values += tokens * stored.layers * group.n_kv_heads * (group.head_dim_k + group.head_dim_v);
+  }
+  return values;
+}
+
+absl::StatusOr<std::unique_ptr<KvSizer>> MakeKvSizer(const EngineOptions& options, const ModelGeometry& model,
+                                                     const std::vector<LayerGroup>& groups,
+                                                     const TypePair& pair) {
+  switch (options.engine) {
+    case Engine::kLlamaCpp:
+      return MakeLlamaCppSizer(options, model, groups, pair);
+    case Engine::kVllm:
+      return MakeVllmSizer(options, groups, pair);
+    case Engine::kKvtide:
+      return MakeKvtideSizer(options, groups, pair);
+  }
+  return absl::InvalidArgumentError("unknown engine");
+}
+
+std::vector<TypePair> DefaultPairs(Engine engine, bool latent_only) {
+  std::vector<TypePair> pairs;
+  switch (engine) {
+    case Engine::kLlamaCpp:
+      pairs = LlamaCppPairs();
+      break;
+    case Engine::kVllm:
+      pairs = VllmPairs();
+      break;
+    case Engine::kKvtide:
+      pairs = KvtidePairs();
+      break;
+  }
+  if (!latent_only) return pairs;
+  std::vector<TypePair> latent;
+  for (const TypePair& pair : pairs) {
+    TypePair key_only{pair.k, "none"};
+    if (std::find(latent.begin(), latent.end(), key_only) == latent.end()) latent.push_back(key_only);
+  }
+  return latent;
+}
+
+}  // namespace kvtide::planner

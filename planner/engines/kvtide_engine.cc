@@ -1,0 +1,205 @@
+#include "planner/engines/kvtide_engine.h"
+
+#include <algorithm>
+#include <string_view>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/base/status.h"
+#include "kernels/format/catalogue.h"
+#include "kernels/format/exact_window.h"
+
+namespace kvtide::planner {
+namespace {
+
+// Blocks of one sequence whose tokens lie in the shared prefix, at rest.
+BlockCounts SharedBlocks(const KvLoad& load, ExactWindow exact, int64_t window) {
+  const int64_t full = load.context / kBlockTokens;
+  const int64_t end = std::min(load.shared_prefix / kBlockTokens, full);
+  BlockCounts shared;
+  const int64_t first = FirstLiveBlock(load.context, window);
+  const int64_t first_exact_end = std::min<int64_t>(end, exact.first_blocks);
+  const int64_t last_exact_begin = std::max<int64_t>(first_exact_end, full - exact.last_blocks);
+  shared.exact = std::max<int64_t>(0, first_exact_end - first) +
+                 std::max<int64_t>(0, end - std::max(last_exact_begin, first));
+  shared.coded = std::max<int64_t>(0, std::min(end, last_exact_begin) - std::max(first_exact_end, first));
+  return shared;
+}
+
+BlockCounts CountLoad(const KvLoad& load, ExactWindow exact, int64_t window) {
+  const BlockCounts one = CountLiveBlocks(load.context, exact, window);
+  const BlockCounts shared = SharedBlocks(load, exact, window);
+  return {one.exact * load.sequences - shared.exact * (load.sequences - 1),
+          one.coded * load.sequences - shared.coded * (load.sequences - 1)};
+}
+
+absl::StatusOr<CachePair> ParseTypes(const TypePair& pair) {
+  CachePair types;
+  KVTIDE_ASSIGN_OR_RETURN(types.k, ParseCacheType(pair.k));
+  KVTIDE_ASSIGN_OR_RETURN(types.v, ParseCacheType(pair.v));
+  return types;
+}
+
+GroupShape ShapeOf(const LayerGroup& group) {
+  return {static_cast<int>(group.layers.size()), group.n_kv_heads, group.head_dim_k, group.head_dim_v};
+}
+
+class KvtideSizer : public KvSizer {
+ public:
+  explicit KvtideSizer(ExactWindow exact) : exact_(exact) {}
+
+  absl::Status Init(const std::vector<LayerGroup>& groups, const TypePair& pair) {
+    KVTIDE_ASSIGN_OR_RETURN(const CachePair types, ParseTypes(pair));
+    effective_ = pair;
+    for (const LayerGroup& group : groups) {
+      KVTIDE_RETURN_IF_ERROR(AddGroup(group, types));
+    }
+    return absl::OkStatus();
+  }
+
+  KvBytes Bytes(const KvLoad& load) const override {
+    KvBytes bytes;
+    for (size_t i = 0; i < groups_.size(); ++i) {
+      const LayerGroup& group = groups_[i].group;
+      if (group.kind == LayerKind::kRecurrent) {
+        bytes.recurrent += group.state_bytes * groups_[i].layers * load.sequences;
+        continue;
+      }
+      const BlockCounts counts = CountLoad(load, exact_, group.window);
+      bytes.Add(group.kind, counts.coded * coded_bytes_[i]);
+      bytes.window_tail += counts.exact * exact_bytes_[i];
+      const int64_t tail = load.context % kBlockTokens;
+      if (tail != 0) {  // the part of the tail block that holds no token yet
+        const int64_t unused = exact_bytes_[i] / kBlockTokens * (kBlockTokens - tail) * load.sequences;
+        bytes.window_tail -= unused;
+        bytes.rounding += unused;
+      }
+    }
+    return bytes;
+  }
+
+  // A prefill decodes what one layer of one sequence sees to f16, K and V padded to the kernels' head dim,
+  // and keeps partial states in a quarter of the scratch memory; what does not fit comes in several rounds.
+  int64_t ScratchBytes(const KvLoad& load) const override {
+    int64_t largest = 0;
+    for (const StoredGroup& stored : groups_) {
+      const LayerGroup& group = stored.group;
+      if (group.kind == LayerKind::kRecurrent) continue;
+      const int64_t dim = (std::max(group.head_dim_k, group.head_dim_v) + 63) / 64 * 64;
+      const int64_t pages = (load.context + kBlockTokens - 1) / kBlockTokens;
+      largest = std::max(largest, pages * group.n_kv_heads * kBlockTokens * dim * 4);
+    }
+    return largest == 0 ? 0 : std::min(kKvtideScratchBytes, largest + kKvtideScratchBytes / 4);
+  }
+
+  std::vector<std::string> Explain(const KvLoad& load) const override {
+    std::vector<std::string> lines;
+    for (size_t i = 0; i < groups_.size(); ++i) {
+      const LayerGroup& group = groups_[i].group;
+      if (group.kind == LayerKind::kRecurrent) {
+        lines.push_back(absl::StrCat("recurrent, ", groups_[i].layers, " layers: ", group.state_bytes,
+                                     " B x ", groups_[i].layers, " x ", load.sequences,
+                                     " sequences, kept by the engine"));
+        continue;
+      }
+      const BlockCounts one = CountLiveBlocks(load.context, exact_, group.window);
+      const BlockCounts all = CountLoad(load, exact_, group.window);
+      lines.push_back(absl::StrCat(LayerKindName(group.kind), ", ", groups_[i].layers, " layers x ",
+                                   group.n_kv_heads, " KV heads, ", kBlockTokens,
+                                   " tokens per block: one sequence of ", load.context, " tokens holds ",
+                                   one.coded, " coded and ", one.exact, " exact blocks"));
+      lines.push_back(absl::StrCat("  coded block = ", groups_[i].layers, " x ", group.n_kv_heads,
+                                   " records of ", coded_bytes_[i] / (groups_[i].layers * group.n_kv_heads),
+                                   " B = ", coded_bytes_[i], " B; exact block = ", exact_bytes_[i], " B"));
+      lines.push_back(absl::StrCat("  ", all.coded, " x ", coded_bytes_[i], " + ", all.exact, " x ",
+                                   exact_bytes_[i], " = ",
+                                   all.coded * coded_bytes_[i] + all.exact * exact_bytes_[i], " B for ",
+                                   load.sequences, load.sequences == 1 ? " sequence" : " sequences"));
+    }
+    return lines;
+  }
+
+ private:
+  absl::Status AddGroup(const LayerGroup& group, CachePair types) {
+    if (group.kind == LayerKind::kMla) {
+      return absl::InvalidArgumentError("kvtide has no kernels for latent (MLA) caches yet");
+    }
+    if (group.kind == LayerKind::kChunked) {
+      return absl::InvalidArgumentError("kvtide has no kernels for chunked attention yet");
+    }
+    StoredGroup stored;
+    stored.group = group;
+    stored.layers = static_cast<int64_t>(group.layers.size());
+    stored.group.layers.clear();
+    int64_t coded = 0, exact = 0;
+    if (group.kind != LayerKind::kRecurrent) {
+      const GroupShape shape = ShapeOf(group);
+      KVTIDE_RETURN_IF_ERROR(CheckGroupShape(shape));
+      const BlockLayout layout(shape, types);
+      coded = static_cast<int64_t>(layout.block_bytes());
+      exact = static_cast<int64_t>(BlockLayout(shape, ExactPair()).block_bytes());
+      const int64_t heads = stored.layers * group.n_kv_heads;
+      stored.k_token_bytes = static_cast<int64_t>(layout.k().bytes) * heads / kBlockTokens;
+      stored.v_token_bytes = static_cast<int64_t>(layout.v().bytes) * heads / kBlockTokens;
+      NotePadding(group, layout);
+    }
+    groups_.push_back(stored);
+    coded_bytes_.push_back(coded);
+    exact_bytes_.push_back(exact);
+    return absl::OkStatus();
+  }
+
+  void NotePadding(const LayerGroup& group, const BlockLayout& layout) {
+    if (layout.k().stored_dim == group.head_dim_k && layout.v().stored_dim == group.head_dim_v) return;
+    rewrites_.push_back(absl::StrCat("head dims ", group.head_dim_k, "/", group.head_dim_v, " are stored as ",
+                                     layout.k().stored_dim, "/", layout.v().stored_dim));
+  }
+
+  const ExactWindow exact_;
+  std::vector<int64_t> coded_bytes_;  // per group, one block
+  std::vector<int64_t> exact_bytes_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<KvSizer>> MakeKvtideSizer(const EngineOptions& options,
+                                                         const std::vector<LayerGroup>& groups,
+                                                         const TypePair& pair) {
+  auto sizer = std::make_unique<KvtideSizer>(options.exact_window);
+  KVTIDE_RETURN_IF_ERROR(sizer->Init(groups, pair));
+  return std::unique_ptr<KvSizer>(std::move(sizer));
+}
+
+std::vector<TypePair> KvtidePairs() {
+  std::vector<TypePair> pairs;
+  const std::vector<CacheType> types = AllCacheTypes();
+  for (CacheType type : types) pairs.push_back({Name(type), Name(type)});
+  // Keys are the sensitive side: K in q8_0 with every smaller V.
+  for (CacheType type : types) {
+    const CacheTypeInfo& info = Info(type);
+    if (info.storage == Storage::kCodes && info.bits < 8) pairs.push_back({"q8_0", info.name});
+  }
+  return pairs;
+}
+
+absl::StatusOr<std::vector<PoolNeed>> KvtidePools(const EngineOptions& options,
+                                                  const std::vector<LayerGroup>& groups, const TypePair& pair,
+                                                  const KvLoad& load) {
+  KVTIDE_ASSIGN_OR_RETURN(const CachePair types, ParseTypes(pair));
+  std::vector<PoolNeed> pools;
+  for (const LayerGroup& group : groups) {
+    if (group.kind == LayerKind::kRecurrent) continue;
+    PoolNeed need;
+    need.shape = ShapeOf(group);
+    KVTIDE_RETURN_IF_ERROR(CheckGroupShape(need.shape));
+    need.window = group.window;
+    const BlockCounts counts = CountLoad(load, options.exact_window, group.window);
+    need.exact_blocks = counts.exact;
+    need.coded_blocks = counts.coded;
+    need.exact_block_bytes = static_cast<int64_t>(BlockLayout(need.shape, ExactPair()).block_bytes());
+    need.coded_block_bytes = static_cast<int64_t>(BlockLayout(need.shape, types).block_bytes());
+    pools.push_back(need);
+  }
+  return pools;
+}
+
+}  // namespace kvtide::planner

@@ -1,0 +1,17 @@
+// Device memory besides weights and cache: compute buffers, scratch, contexts, graphs. Every item says how
+// well it is known; the constants and where they come from stand in overheads.cc.
+#pragma once
+
+#include "planner/engines/kv_sizer.h"
+#include "planner/plan/item.h"
+#include "planner/plan/plan.h"
+
+namespace kvtide::planner {
+
+// Items per device for one pair and load; not weights, cache, projector, draft or margin.
+ItemList OverheadItems(const PlanRequest& request, const KvLoad& load, const KvSizer& sizer);
+
+// What is kept free per device: the asked margin, the default, or what vLLM leaves by gpu_memory_utilization.
+int64_t MarginBytes(const PlanRequest& request);
+
+}  // namespace kvtide::planner

@@ -1,0 +1,136 @@
+#include "planner/engines/support.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/format/block_layout.h"
+#include "planner/engines/llama_cpp.h"
+
+namespace kvtide::planner {
+namespace {
+
+constexpr int kVectorKernelMaxHeadDim = 256;  // llama.cpp's vector kernel stops there
+
+// Head dims with an instance of the vector kernel.
+bool HasVectorKernel(int head_dim) { return head_dim == 64 || head_dim == 128 || head_dim == 256; }
+
+// Pairs that an upstream build compiles without GGML_CUDA_FA_ALL_QUANTS.
+bool CompiledByDefault(const std::string& k, const std::string& v) {
+  return k == v && (k == "f16" || k == "bf16" || k == "q8_0" || k == "q4_0");
+}
+
+Support LlamaCpp(const std::string& asked_build, const TypePair& pair, int dk, int dv) {
+  Support support;
+  support.build = ResolveTree(asked_build, pair);
+  const GgmlType* k = FindGgmlType(pair.k);
+  const GgmlType* v = pair.v == "none" ? k : FindGgmlType(pair.v);
+  if (support.build.empty() || k == nullptr || v == nullptr) {
+    return {SupportLevel::kRefused, asked_build, absl::StrCat("no such types in this tree: ", pair.Name())};
+  }
+  // Types with groups of 128 store heads padded to 128.
+  const int stored_k = k->group == 128 ? (dk + 127) / 128 * 128 : dk;
+  const int stored_v = v->group == 128 ? (dv + 127) / 128 * 128 : dv;
+  const int widest = std::max(stored_k, stored_v);
+  if (k->half() && v->half()) {
+    if (k == v || pair.v == "none") return support;
+    return {SupportLevel::kCpuFallback, support.build, "mixed f16 and bf16 have no kernel"};
+  }
+  if (pair.v == "none") {
+    return {SupportLevel::kDequantise, support.build,
+            "the latent kernel reads f16; quantised latents are expanded every step"};
+  }
+  if (support.build == "upstream" && !CompiledByDefault(pair.k, pair.v)) {
+    return {SupportLevel::kCpuFallback, support.build,
+            "this pair of types is only compiled with GGML_CUDA_FA_ALL_QUANTS; without it attention runs on "
+            "the CPU"};
+  }
+  if (support.build == "pairquant" && pair.v == "pq4" && pair.k == "q8_0") {
+    support.reason = "as its README says: a vector kernel for pq4 at every head dim, 512 included";
+    return support;
+  }
+  if (widest > kVectorKernelMaxHeadDim) {
+    return {SupportLevel::kDequantise, support.build,
+            absl::StrCat("the vector kernel stops at head dim 256; at ", widest,
+                         " all of K and V is expanded to f16 in every step")};
+  }
+  if (!HasVectorKernel(stored_k) || !HasVectorKernel(stored_v)) {
+    return {SupportLevel::kDequantise, support.build,
+            absl::StrCat("no vector kernel for head dims ", stored_k, "/", stored_v,
+                         "; K and V are expanded to f16 in every step")};
+  }
+  return support;
+}
+
+Support Vllm(const TypePair& pair, int dk, int dv) {
+  Support support{SupportLevel::kNative, "vllm", ""};
+  const bool mla = dv == 0;
+  const bool turboquant = pair.v == "tq3" || pair.v == "tq4";
+  if (turboquant && mla) return {SupportLevel::kRefused, "vllm", "turboquant caches do not hold MLA latents"};
+  if (turboquant && std::max(dk, dv) > 256) {
+    return {SupportLevel::kRefused, "vllm",
+            absl::StrCat("no turboquant kernel for head dim ", std::max(dk, dv))};
+  }
+  if (pair.k == "fp8" && pair.v == "fp8") support.reason = "needs compute capability 8.9 or newer";
+  return support;
+}
+
+Support Kvtide(const TypePair& pair, int dk, int dv) {
+  Support support{SupportLevel::kNative, "kvtide", ""};
+  absl::Status status;
+  for (const std::string& type : {pair.k, pair.v}) {
+    absl::StatusOr<CacheType> parsed = ParseCacheType(type);
+    if (!parsed.ok()) status = parsed.status();
+  }
+  if (status.ok()) status = CheckGroupShape({1, 1, dk, dv});
+  if (!status.ok()) return {SupportLevel::kRefused, "kvtide", std::string(status.message())};
+  return support;
+}
+
+}  // namespace
+
+const char* SupportLevelName(SupportLevel level) {
+  switch (level) {
+    case SupportLevel::kNative:
+      return "native";
+    case SupportLevel::kDequantise:
+      return "dequantise";
+    case SupportLevel::kCpuFallback:
+      return "cpu";
+    case SupportLevel::kRefused:
+      return "refused";
+  }
+  return "unknown";
+}
+
+Support FindSupport(Engine engine, const std::string& build, const TypePair& pair, int head_dim_k,
+                    int head_dim_v) {
+  switch (engine) {
+    case Engine::kLlamaCpp:
+      return LlamaCpp(build, pair, head_dim_k, head_dim_v);
+    case Engine::kVllm:
+      return Vllm(pair, head_dim_k, head_dim_v);
+    case Engine::kKvtide:
+      return Kvtide(pair, head_dim_k, head_dim_v);
+  }
+  return {};
+}
+
+Support FindSupport(const EngineOptions& options, const TypePair& pair,
+                    const std::vector<LayerGroup>& groups) {
+  Support worst;
+  worst.build = EngineName(options.engine);
+  bool first = true;
+  for (const LayerGroup& group : groups) {
+    if (group.kind == LayerKind::kRecurrent) continue;
+    Support support = FindSupport(options.engine, options.build, pair, group.head_dim_k, group.head_dim_v);
+    if (first || support.level > worst.level) worst = support;
+    first = false;
+  }
+  if (options.engine == Engine::kLlamaCpp && !options.flash_attention && pair.v != "f16" &&
+      pair.v != "bf16" && pair.v != "f32" && pair.v != "none") {
+    return {SupportLevel::kRefused, worst.build, "a quantised V needs flash attention (-fa on)"};
+  }
+  return worst;
+}
+
+}  // namespace kvtide::planner

@@ -1,0 +1,23 @@
+// A model from what a person names: a GGUF file, a config.json, a folder of safetensors, or a catalogue name.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "planner/model/config_json.h"
+#include "planner/plan/plan.h"
+
+namespace kvtide::planner {
+
+struct LoadedModel {
+  ModelGeometry geometry;
+  std::optional<Weights> weights;  // when the files have them
+};
+
+absl::StatusOr<LoadedModel> LoadModel(const std::string& name_or_path, const ReadOptions& options = {});
+
+// "14.4GB", "q4_0", or the path of a GGUF file or a folder of safetensors.
+absl::StatusOr<Weights> LoadWeights(const std::string& text, const ModelGeometry& model);
+
+}  // namespace kvtide::planner

@@ -1,0 +1,130 @@
+#include "planner/plan/device.h"
+
+#include <cmath>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "kernels/base/status.h"
+#include "planner/model/catalogue.h"
+
+namespace kvtide::planner {
+namespace {
+
+constexpr double kMaxBytes = 1e18;
+
+struct Unit {
+  const char* name;
+  double bytes;
+};
+constexpr Unit kUnits[] = {{"", 1},
+                           {"B", 1},
+                           {"KiB", 1024.0},
+                           {"MiB", 1048576.0},
+                           {"GiB", 1073741824.0},
+                           {"TiB", 1099511627776.0},
+                           {"KB", 1e3},
+                           {"MB", 1e6},
+                           {"GB", 1e9},
+                           {"TB", 1e12},
+                           {"K", 1024.0},
+                           {"M", 1048576.0},
+                           {"G", 1073741824.0},
+                           {"T", 1099511627776.0}};
+
+// Splits "14.4GB" into 14.4 and "GB".
+bool SplitNumber(const std::string& text, double* number, std::string* rest) {
+  size_t end = 0;
+  while (end < text.size() &&
+         (absl::ascii_isdigit(static_cast<unsigned char>(text[end])) || text[end] == '.'))
+    ++end;
+  if (end == 0 || !absl::SimpleAtod(text.substr(0, end), number)) return false;
+  *rest = std::string(absl::StripAsciiWhitespace(text.substr(end)));
+  return true;
+}
+
+absl::Status SetDeviceField(const std::string& key, const std::string& value, DeviceBudget* device) {
+  if (key == "vram") {
+    KVTIDE_ASSIGN_OR_RETURN(device->vram_bytes, ParseBytes(value));
+    device->driver_reserve_bytes = 0;
+    device->driver_reserve_is_guess = false;
+  } else if (key == "used") {
+    KVTIDE_ASSIGN_OR_RETURN(device->in_use_bytes, ParseBytes(value));
+  } else if (key == "host") {
+    KVTIDE_ASSIGN_OR_RETURN(device->host_bytes, ParseBytes(value));
+  } else if (key == "bandwidth") {
+    KVTIDE_ASSIGN_OR_RETURN(device->bandwidth_gb_s, ParseBandwidth(value));
+  } else if (key == "pcie") {
+    KVTIDE_ASSIGN_OR_RETURN(device->pcie_gb_s, ParseBandwidth(value));
+  } else if (key == "host_bandwidth") {
+    KVTIDE_ASSIGN_OR_RETURN(device->host_bandwidth_gb_s, ParseBandwidth(value));
+  } else if (key == "count") {
+    if (!absl::SimpleAtoi(value, &device->count) || device->count < 1 || device->count > 1024) {
+      return absl::InvalidArgumentError(absl::StrCat("count is '", value, "', expected 1 to 1024"));
+    }
+  } else {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "unknown key '", key, "'; known: vram, used, bandwidth, pcie, count, host, host_bandwidth"));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<int64_t> ParseBytes(const std::string& text) {
+  double number = 0;
+  std::string unit;
+  if (SplitNumber(std::string(absl::StripAsciiWhitespace(text)), &number, &unit)) {
+    for (const Unit& known : kUnits) {
+      if (!absl::EqualsIgnoreCase(unit, known.name)) continue;
+      const double bytes = number * known.bytes;
+      if (bytes > kMaxBytes)
+        return absl::InvalidArgumentError(absl::StrCat("size '", text, "' is absurdly large"));
+      return static_cast<int64_t>(std::llround(bytes));
+    }
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("'", text, "' is not a size; write bytes or a unit, for example 16GiB, 14.4GB, 512MiB"));
+}
+
+absl::StatusOr<double> ParseBandwidth(const std::string& text) {
+  double number = 0;
+  std::string unit;
+  if (SplitNumber(std::string(absl::StripAsciiWhitespace(text)), &number, &unit) && number > 0) {
+    if (unit.empty() || absl::EqualsIgnoreCase(unit, "GB/s")) return number;
+    if (absl::EqualsIgnoreCase(unit, "TB/s")) return number * 1000;
+    if (absl::EqualsIgnoreCase(unit, "GiB/s")) return number * 1.073741824;
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("'", text, "' is not a bandwidth; write for example 960GB/s"));
+}
+
+absl::StatusOr<DeviceBudget> ParseDevice(const std::string& text) {
+  DeviceBudget device;
+  bool first = true;
+  for (const std::string& part : std::vector<std::string>(absl::StrSplit(text, ','))) {
+    const std::string field(absl::StripAsciiWhitespace(part));
+    const size_t equals = field.find('=');
+    if (equals == std::string::npos) {
+      if (!first) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("device '", text, "': '", field, "' is not key=value"));
+      }
+      KVTIDE_ASSIGN_OR_RETURN(device, FindGpu(field));
+    } else {
+      KVTIDE_RETURN_IF_ERROR(
+          Annotate(SetDeviceField(field.substr(0, equals), field.substr(equals + 1), &device),
+                   absl::StrCat("device '", text, "'")));
+    }
+    first = false;
+  }
+  if (device.vram_bytes <= 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("device '", text, "' has no memory; give vram=16GiB or a card's name"));
+  }
+  if (device.name.empty()) device.name = text;
+  return device;
+}
+
+}  // namespace kvtide::planner

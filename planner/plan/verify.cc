@@ -1,0 +1,196 @@
+#include "planner/plan/verify.h"
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_split.h"
+#include "planner/units.h"
+
+namespace kvtide::planner {
+namespace {
+
+std::vector<std::string> Lines(const std::string& text) { return absl::StrSplit(text, '\n'); }
+
+// The number that follows `marker`, and the unit behind it; commas inside numbers are dropped.
+std::optional<double> NumberAfter(const std::string& line, const std::string& marker,
+                                  std::string* rest = nullptr) {
+  const size_t at = line.find(marker);
+  if (at == std::string::npos) return std::nullopt;
+  size_t begin = line.find_first_of("0123456789", at + marker.size());
+  if (begin == std::string::npos) return std::nullopt;
+  std::string number;
+  size_t end = begin;
+  for (; end < line.size() &&
+         (absl::ascii_isdigit(static_cast<unsigned char>(line[end])) || line[end] == '.' || line[end] == ',');
+       ++end) {
+    if (line[end] != ',') number += line[end];
+  }
+  while (!number.empty() && number.back() == '.') number.pop_back();
+  double value = 0;
+  if (!absl::SimpleAtod(number, &value)) return std::nullopt;
+  if (rest != nullptr) *rest = line.substr(end);
+  return value;
+}
+
+// "... = 1024.00 MiB" or "took 14.98 GiB" after the marker.
+std::optional<int64_t> BytesAfter(const std::string& line, const std::string& marker) {
+  std::string rest;
+  const std::optional<double> number = NumberAfter(line, marker, &rest);
+  if (!number.has_value()) return std::nullopt;
+  while (!rest.empty() && rest[0] == ' ') rest.erase(0, 1);
+  for (const auto& unit : {std::pair<const char*, double>{"GiB", kGiB},
+                           {"MiB", kMiB},
+                           {"KiB", kKiB},
+                           {"GB", 1e9},
+                           {"MB", 1e6}}) {
+    if (absl::StartsWith(rest, unit.first)) return static_cast<int64_t>(std::llround(*number * unit.second));
+  }
+  return std::nullopt;
+}
+
+// The word before the marker: "llama_kv_cache:      CUDA0 KV buffer size" -> "CUDA0".
+std::string WordBefore(const std::string& line, const std::string& marker) {
+  size_t end = line.find(marker);
+  while (end > 0 && line[end - 1] == ' ') --end;
+  size_t begin = end;
+  while (begin > 0 && line[begin - 1] != ' ' && line[begin - 1] != ':') --begin;
+  return line.substr(begin, end - begin);
+}
+
+bool IsHostBuffer(const std::string& name) {
+  return absl::StartsWith(name, "CPU") || absl::StrContains(name, "Host") || absl::StrContains(name, "AMX");
+}
+
+int64_t SumOf(const ItemList& items, std::initializer_list<ItemKind> kinds) {
+  int64_t sum = 0;
+  for (const Item& item : items) {
+    if (std::find(kinds.begin(), kinds.end(), item.kind) != kinds.end()) sum += item.bytes;
+  }
+  return sum;
+}
+
+}  // namespace
+
+absl::StatusOr<Measured> ParseLlamaLog(const std::string& log) {
+  static const std::pair<const char*, const char*> markers[] = {{"weights", "model buffer size"},
+                                                                {"kv", "KV buffer size"},
+                                                                {"recurrent", "RS buffer size"},
+                                                                {"compute", "compute buffer size"}};
+  std::map<std::string, std::map<std::string, int64_t>> devices;  // item -> device -> bytes
+  for (const std::string& line : Lines(log)) {
+    for (const auto& marker : markers) {
+      const std::optional<int64_t> bytes = BytesAfter(line, marker.second);
+      if (!bytes.has_value()) continue;
+      const std::string device = WordBefore(line, marker.second);
+      if (!IsHostBuffer(device)) devices[marker.first][device] += *bytes;
+    }
+  }
+  if (devices.empty())
+    return absl::InvalidArgumentError(
+        "no '... buffer size = N MiB' line of a GPU: not a llama.cpp start-up log");
+  Measured measured{"llama.cpp log", {}};
+  for (const auto& [item, per_device] : devices) {
+    for (const auto& entry : per_device) measured.bytes[item] = std::max(measured.bytes[item], entry.second);
+  }
+  return measured;
+}
+
+absl::StatusOr<Measured> ParseVllmLog(const std::string& log) {
+  Measured measured{"vllm log", {}};
+  std::optional<int64_t> available;
+  std::optional<double> concurrency;
+  static const std::pair<const char*, const char*> markers[] = {{"weights", "Model loading took"},
+                                                                {"weights", "model weights take"},
+                                                                {"compute", "activation peak memory takes"},
+                                                                {"context", "non_torch_memory takes"},
+                                                                {"graphs", "secs, took"}};
+  for (const std::string& line : Lines(log)) {
+    for (const auto& marker : markers) {
+      if (const std::optional<int64_t> bytes = BytesAfter(line, marker.second))
+        measured.bytes[marker.first] = *bytes;
+    }
+    for (const char* marker : {"Available KV cache memory:", "reserved for KV Cache is"}) {
+      if (const std::optional<int64_t> bytes = BytesAfter(line, marker)) available = bytes;
+    }
+    if (absl::StrContains(line, "Maximum concurrency for")) {
+      const std::optional<double> times = NumberAfter(line, "per request:");
+      if (times.has_value() && *times > 0) concurrency = times;
+    }
+  }
+  if (available.has_value() && concurrency.has_value()) {
+    measured.bytes["kv_per_request"] = static_cast<int64_t>(static_cast<double>(*available) / *concurrency);
+  }
+  if (measured.bytes.empty())
+    return absl::InvalidArgumentError("no memory line of vLLM: not a vLLM start-up log");
+  return measured;
+}
+
+absl::StatusOr<Measured> ParseKvtidedMetrics(const std::string& text) {
+  Measured measured{"kvtided metrics", {}};
+  int64_t used = 0;
+  bool found = false;
+  for (const std::string& line : Lines(text)) {
+    if (line.empty() || line[0] == '#' || !absl::StartsWith(line, "kvtide_pool_used_bytes")) continue;
+    const size_t space = line.rfind(' ');
+    double value = 0;
+    if (space == std::string::npos || !absl::SimpleAtod(line.substr(space + 1), &value)) continue;
+    used += static_cast<int64_t>(value);
+    found = true;
+  }
+  if (!found) return absl::InvalidArgumentError("no kvtide_pool_used_bytes: not the metrics of kvtided");
+  measured.bytes["kv"] = used;
+  return measured;
+}
+
+absl::StatusOr<Measured> ParseAnyLog(const std::string& text) {
+  for (auto* parse : {&ParseLlamaLog, &ParseVllmLog, &ParseKvtidedMetrics}) {
+    absl::StatusOr<Measured> measured = parse(text);
+    if (measured.ok()) return measured;
+  }
+  return absl::InvalidArgumentError(
+      "neither a llama.cpp start-up log (buffer size lines), nor a vLLM one (KV cache memory lines), nor "
+      "metrics of kvtided");
+}
+
+double VerifyLine::ErrorPercent() const {
+  return actual == 0 ? (predicted == 0 ? 0 : 100)
+                     : 100.0 * static_cast<double>(predicted - actual) / static_cast<double>(actual);
+}
+
+std::vector<VerifyLine> Compare(const Candidate& candidate, int64_t sequences, const Measured& measured) {
+  std::map<std::string, int64_t> predicted;
+  predicted["weights"] = SumOf(candidate.items, {ItemKind::kWeights});
+  predicted["kv"] = candidate.kv_bytes;
+  predicted["recurrent"] = SumOf(candidate.items, {ItemKind::kRecurrent});
+  predicted["compute"] = SumOf(candidate.items, {ItemKind::kCompute, ItemKind::kDequantScratch});
+  predicted["graphs"] = SumOf(candidate.items, {ItemKind::kGraphs});
+  predicted["context"] = SumOf(candidate.items, {ItemKind::kContext});
+  predicted["kv_per_request"] = sequences > 0 ? candidate.kv_bytes / sequences : 0;
+  std::vector<VerifyLine> lines;
+  VerifyLine sum{"sum", 0, 0};
+  for (const auto& [item, actual] : measured.bytes) {
+    lines.push_back({item, predicted[item], actual});
+    sum.predicted += predicted[item];
+    sum.actual += actual;
+  }
+  if (lines.size() > 1) lines.push_back(sum);
+  return lines;
+}
+
+std::string RenderVerify(const std::vector<VerifyLine>& lines, const Measured& measured) {
+  std::string text = absl::StrFormat("%-16s %14s %14s %9s   (%s)\n", "item", "predicted MiB", "actual MiB",
+                                     "error", measured.kind);
+  for (const VerifyLine& line : lines) {
+    absl::StrAppendFormat(&text, "%-16s %14s %14s %+8.1f%%\n", line.item, FormatMiB(line.predicted),
+                          FormatMiB(line.actual), line.ErrorPercent());
+  }
+  return text;
+}
+
+}  // namespace kvtide::planner

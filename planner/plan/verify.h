@@ -1,0 +1,42 @@
+// Prediction against reality: reads the start-up log of llama.cpp or vLLM, or the metrics of a running
+// kvtided, and puts what they say beside the items of a plan.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "planner/plan/plan.h"
+
+namespace kvtide::planner {
+
+// What a log says, per device (the fullest one). Keys: weights, kv, recurrent, compute, graphs, context,
+// kv_per_request.
+struct Measured {
+  std::string kind;  // "llama.cpp log", "vllm log", "kvtided metrics"
+  std::map<std::string, int64_t> bytes;
+};
+
+// InvalidArgument when the text has no line that is understood.
+absl::StatusOr<Measured> ParseLlamaLog(const std::string& log);
+absl::StatusOr<Measured> ParseVllmLog(const std::string& log);
+// Prometheus text of kvtided: bytes of blocks in use per tier.
+absl::StatusOr<Measured> ParseKvtidedMetrics(const std::string& text);
+// Whichever of the three fits.
+absl::StatusOr<Measured> ParseAnyLog(const std::string& text);
+
+struct VerifyLine {
+  std::string item;
+  int64_t predicted = 0;
+  int64_t actual = 0;
+  double ErrorPercent() const;  // (predicted - actual) / actual
+};
+
+// One line per item that both sides have, and a sum. `candidate` is the pair that ran.
+std::vector<VerifyLine> Compare(const Candidate& candidate, int64_t sequences, const Measured& measured);
+
+std::string RenderVerify(const std::vector<VerifyLine>& lines, const Measured& measured);
+
+}  // namespace kvtide::planner

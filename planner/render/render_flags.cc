@@ -1,0 +1,90 @@
+#include "planner/render/render_flags.h"
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "kernels/base/status.h"
+#include "planner/engines/overheads.h"
+#include "planner/engines/vllm.h"
+#include "planner/units.h"
+
+namespace kvtide::planner {
+namespace {
+
+absl::StatusOr<const ContextPlan*> LargestContext(const PlanRequest& request, const Plan& plan,
+                                                  Engine engine) {
+  if (request.engine.engine != engine) {
+    return absl::InvalidArgumentError(absl::StrCat("this output needs --engine ", EngineName(engine),
+                                                   ", the plan is for ", EngineName(request.engine.engine)));
+  }
+  const ContextPlan* largest = nullptr;
+  for (const ContextPlan& context : plan.contexts) {
+    if (largest == nullptr || context.context > largest->context) largest = &context;
+  }
+  if (largest == nullptr || largest->verdict == Verdict::kDoesNotFit) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("no settings: ", largest == nullptr ? "no context" : largest->reason));
+  }
+  return largest;
+}
+
+const TypePair& PairOf(const ContextPlan& context) {
+  return context.chosen >= 0 ? context.candidates[context.chosen].asked : context.split->pair;
+}
+
+}  // namespace
+
+absl::StatusOr<std::string> RenderLlamaArgs(const PlanRequest& request, const Plan& plan) {
+  KVTIDE_ASSIGN_OR_RETURN(const ContextPlan* context, LargestContext(request, plan, Engine::kLlamaCpp));
+  const Workload& work = request.workload;
+  const TypePair& pair = PairOf(*context);
+  const int64_t tokens = work.shared_prefix_tokens * (request.engine.unified ? 1 : work.concurrency) +
+                         work.concurrency * (context->context - work.shared_prefix_tokens);
+  int layers = 999;
+  bool kv_on_host = false;
+  if (context->split.has_value() && context->chosen < 0) {
+    kv_on_host = context->split->device_kv_bytes == 0;
+    if (!kv_on_host) layers = context->split->device_layers;
+  }
+  std::string args =
+      absl::StrCat("-c ", tokens, " -np ", work.concurrency, " -ngl ", layers, " -ctk ", pair.k);
+  if (pair.v != "none") absl::StrAppend(&args, " -ctv ", pair.v);
+  absl::StrAppend(&args, " -fa ", request.engine.flash_attention ? "on" : "off", " -ub ",
+                  request.engine.ubatch);
+  if (request.engine.unified && work.concurrency > 1) absl::StrAppend(&args, " -kvu");
+  if (request.engine.swa_full) absl::StrAppend(&args, " --swa-full");
+  if (kv_on_host) absl::StrAppend(&args, " --no-kv-offload");
+  return args + " -fit off\n";
+}
+
+absl::StatusOr<std::string> RenderVllmArgs(const PlanRequest& request, const Plan& plan) {
+  KVTIDE_ASSIGN_OR_RETURN(const ContextPlan* context, LargestContext(request, plan, Engine::kVllm));
+  const Candidate& chosen = context->candidates[context->chosen];
+  std::string args =
+      absl::StrCat("--max-model-len ", context->context, " --max-num-seqs ", request.workload.concurrency,
+                   " --max-num-batched-tokens ", request.engine.max_batched_tokens, " --block-size ",
+                   request.engine.block_tokens, " --kv-cache-dtype ", VllmCacheDtype(chosen.asked),
+                   " --tensor-parallel-size ", request.device.count);
+  absl::StrAppendFormat(&args, " --gpu-memory-utilization %.2f", request.engine.gpu_memory_utilization);
+  if (!request.engine.cuda_graphs) absl::StrAppend(&args, " --enforce-eager");
+  return args + "\n";
+}
+
+absl::StatusOr<std::string> RenderKvtidedConfig(const PlanRequest& request, const Plan& plan) {
+  KVTIDE_ASSIGN_OR_RETURN(const ContextPlan* context, LargestContext(request, plan, Engine::kKvtide));
+  const TypePair& pair = PairOf(*context);
+  const int64_t device_bytes = context->chosen >= 0 ? context->candidates[context->chosen].kv_bytes +
+                                                          context->candidates[context->chosen].free_bytes
+                                                    : context->split->device_kv_bytes;
+  nlohmann::ordered_json config;
+  config["device_tier_bytes"] = device_bytes / kMiB * kMiB;
+  config["host_tier_bytes"] = request.device.host_bytes / kMiB * kMiB;
+  config["default_pair"] = pair.Name();
+  config["exact_window"] = {{"first_blocks", request.engine.exact_window.first_blocks},
+                            {"last_blocks", request.engine.exact_window.last_blocks}};
+  return config.dump(2) + "\n";
+}
+
+}  // namespace kvtide::planner
