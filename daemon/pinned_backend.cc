@@ -42,6 +42,13 @@ class PinnedBackend : public Backend {
   absl::Status Append(const AppendArgs& args) override { return inner_->Append(args); }
   absl::Status Recode(std::span<const RecodePiece> pieces) override { return inner_->Recode(pieces); }
   absl::Status Attend(const AttendArgs& args) override { return inner_->Attend(args); }
+  absl::StatusOr<std::unique_ptr<AttendPlan>> PlanAttend(const AttendPlanArgs& args,
+                                                         std::unique_ptr<AttendPlan> previous) override {
+    return inner_->PlanAttend(args, std::move(previous));
+  }
+  absl::Status AttendLayer(AttendPlan& plan, const AttendLayerArgs& args) override {
+    return inner_->AttendLayer(plan, args);
+  }
   absl::Status Decode(const DecodeArgs& args) override { return inner_->Decode(args); }
   absl::StatusOr<CopyTicket> StartCopy(std::span<const CopyPiece> pieces, CopyDirection direction) override {
     return inner_->StartCopy(pieces, direction);

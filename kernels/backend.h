@@ -17,6 +17,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "kernels/base/cancellation.h"
 #include "kernels/base/data_type.h"
 #include "kernels/format/block_layout.h"
 #include "kernels/format/profile.h"
@@ -89,6 +90,42 @@ struct AttendArgs {
   const float* sinks =
       nullptr;  // [heads] extra logit per head that takes part in softmax with value 0; null = none
   std::span<const AttendItem> items;
+  const Cancellation* cancellation = nullptr;  // looked at between tiles of work
+};
+
+// The same in two steps, for callers that attend over equal tables again and again: layer after layer of a
+// decode step, and step after step. What does not depend on the layer is planned once; the plan keeps what it
+// needs (block pointers, shares, on a GPU their copies in device memory), so the runs' spans may go after
+// PlanAttend, while layouts, profiles and the blocks themselves stay the caller's until its last Attend.
+struct PlanItem {
+  std::span<const BlockRun> runs;  // ascending positions
+  int queries = 0;
+  int64_t first_query_position = 0;
+};
+struct AttendPlanArgs {
+  int heads = 0;
+  bool causal = true;
+  int64_t window = 0;
+  std::span<const PlanItem> items;
+};
+class AttendPlan {
+ public:
+  virtual ~AttendPlan() = default;
+};
+// One layer over a plan: queries and results of each of its items, in host memory and in the caller's type.
+struct LayerItem {
+  TensorView q;           // [queries][heads][head_dim_k], unrotated, finite
+  MutableTensorView out;  // [queries][heads][head_dim_v]
+  float* lse = nullptr;   // [queries][heads]; null = not wanted
+};
+struct AttendLayerArgs {
+  int layer = 0;  // within the layer group
+  float scale = 0;
+  float softcap = 0;
+  const float* sinks = nullptr;
+  std::span<const LayerItem> items;  // as many as the plan has
+  const Cancellation* cancellation =
+      nullptr;  // looked at between tiles of work: then Cancelled, results undefined
 };
 
 // Decodes one layer of a block to f32 rows in host memory, [64][kv_heads][head_dim]; either pointer may be
@@ -121,6 +158,12 @@ class Backend {
   virtual absl::Status Append(const AppendArgs& args) = 0;
   virtual absl::Status Recode(std::span<const RecodePiece> pieces) = 0;
   virtual absl::Status Attend(const AttendArgs& args) = 0;
+  // A plan for any layer of the items' layer group. `previous`, which may be null, is a plan of this backend
+  // that the caller no longer needs: its memory is used again, and what is equal in both is not sent again.
+  virtual absl::StatusOr<std::unique_ptr<AttendPlan>> PlanAttend(const AttendPlanArgs& args,
+                                                                 std::unique_ptr<AttendPlan> previous);
+  // One call at a time for a plan; calls on different plans run side by side.
+  virtual absl::Status AttendLayer(AttendPlan& plan, const AttendLayerArgs& args);
   virtual absl::Status Decode(const DecodeArgs& args) = 0;
   // Starts copies between this backend's memory and host memory; they run beside attention. Poll says true
   // when done. Until then source and target stay pinned by the caller. A ticket is polled until it is done or

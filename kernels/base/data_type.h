@@ -28,4 +28,18 @@ struct TensorView {
   }
 };
 
+// The same, to be written.
+struct MutableTensorView {
+  void* data = nullptr;
+  DataType type = DataType::kF32;
+
+  void Set(size_t i, float value) const {
+    if (type == DataType::kF32) {
+      static_cast<float*>(data)[i] = value;
+    } else {
+      static_cast<uint16_t*>(data)[i] = type == DataType::kF16 ? F32ToF16(value) : F32ToBf16(value);
+    }
+  }
+};
+
 }  // namespace kvtide

@@ -14,7 +14,7 @@ namespace kvtide::testing {
 
 class FaultyBackend : public Backend {
  public:
-  enum Call { kAllocateSlab, kAppend, kRecode, kAttend, kDecode, kStartCopy, kPoll, kCalls };
+  enum Call { kAllocateSlab, kAppend, kRecode, kAttend, kPlanAttend, kDecode, kStartCopy, kPoll, kCalls };
 
   explicit FaultyBackend(std::unique_ptr<Backend> inner) : inner_(std::move(inner)) {}
 
@@ -55,6 +55,15 @@ class FaultyBackend : public Backend {
   absl::Status Attend(const AttendArgs& args) override {
     if (absl::Status status = Enter(kAttend); !status.ok()) return status;
     return inner_->Attend(args);
+  }
+  absl::StatusOr<std::unique_ptr<AttendPlan>> PlanAttend(const AttendPlanArgs& args,
+                                                         std::unique_ptr<AttendPlan> previous) override {
+    if (absl::Status status = Enter(kPlanAttend); !status.ok()) return status;
+    return inner_->PlanAttend(args, std::move(previous));
+  }
+  absl::Status AttendLayer(AttendPlan& plan, const AttendLayerArgs& args) override {
+    if (absl::Status status = Enter(kAttend); !status.ok()) return status;
+    return inner_->AttendLayer(plan, args);
   }
   absl::Status Decode(const DecodeArgs& args) override {
     if (absl::Status status = Enter(kDecode); !status.ok()) return status;

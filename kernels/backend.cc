@@ -1,0 +1,117 @@
+// Plans of backends that have none of their own: the items are kept, each layer is one Attend.
+#include "kernels/backend.h"
+
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/base/status.h"
+
+namespace kvtide {
+namespace {
+
+struct KeptItem {
+  std::vector<std::byte*> blocks;  // of all runs
+  std::vector<BlockRun> runs;
+  int queries = 0;
+  int64_t first_query_position = 0;
+};
+
+class KeptPlan : public AttendPlan {
+ public:
+  explicit KeptPlan(const AttendPlanArgs& args)
+      : heads(args.heads), causal(args.causal), window(args.window), items(args.items.size()) {
+    for (size_t i = 0; i < items.size(); i++) {
+      const PlanItem& from = args.items[i];
+      KeptItem& to = items[i];
+      to.queries = from.queries;
+      to.first_query_position = from.first_query_position;
+      for (const BlockRun& run : from.runs)
+        to.blocks.insert(to.blocks.end(), run.blocks.begin(), run.blocks.end());
+      size_t at = 0;
+      for (BlockRun run : from.runs) {
+        run.blocks = std::span<std::byte* const>(to.blocks).subspan(at, run.blocks.size());
+        at += run.blocks.size();
+        to.runs.push_back(run);
+      }
+    }
+  }
+
+  const int heads;
+  const bool causal;
+  const int64_t window;
+  std::vector<KeptItem> items;
+};
+
+const GroupShape* ShapeOf(const std::vector<KeptItem>& items) {
+  for (const KeptItem& item : items)
+    if (!item.runs.empty()) return &item.runs.front().layout->shape();
+  return nullptr;
+}
+
+// f32 copies of one item's tensors where the caller has another type.
+struct Widened {
+  std::vector<float> q, out, lse;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<AttendPlan>> Backend::PlanAttend(const AttendPlanArgs& args,
+                                                                std::unique_ptr<AttendPlan>) {
+  return std::make_unique<KeptPlan>(args);
+}
+
+absl::Status Backend::AttendLayer(AttendPlan& plan, const AttendLayerArgs& args) {
+  auto& kept = static_cast<KeptPlan&>(plan);
+  if (args.items.size() != kept.items.size())
+    return absl::InvalidArgumentError(
+        absl::StrCat(args.items.size(), " items for a plan of ", kept.items.size()));
+  const GroupShape* shape = ShapeOf(kept.items);
+  if (shape == nullptr)
+    return absl::InvalidArgumentError(
+        "no item has a run; pass one of 0 tokens, it says the shape of the heads");
+  const auto dim_k = static_cast<size_t>(shape->head_dim_k), dim_v = static_cast<size_t>(shape->head_dim_v);
+  std::vector<AttendItem> items(kept.items.size());
+  std::vector<Widened> widened(kept.items.size());
+  for (size_t i = 0; i < items.size(); i++) {
+    const LayerItem& from = args.items[i];
+    AttendItem& to = items[i];
+    to.runs = kept.items[i].runs;
+    to.queries = kept.items[i].queries;
+    to.first_query_position = kept.items[i].first_query_position;
+    const size_t rows = static_cast<size_t>(to.queries) * static_cast<size_t>(kept.heads);
+    to.q = static_cast<const float*>(from.q.data);
+    if (from.q.type != DataType::kF32) {
+      widened[i].q.resize(rows * dim_k);
+      for (size_t j = 0; j < widened[i].q.size(); j++) widened[i].q[j] = from.q.At(j);
+      to.q = widened[i].q.data();
+    }
+    to.out = static_cast<float*>(from.out.data);
+    if (from.out.type != DataType::kF32) {
+      widened[i].out.resize(rows * dim_v);
+      to.out = widened[i].out.data();
+    }
+    to.lse = from.lse;
+    if (from.lse == nullptr) {
+      widened[i].lse.resize(rows);
+      to.lse = widened[i].lse.data();
+    }
+  }
+  AttendArgs all;
+  all.layer = args.layer;
+  all.heads = kept.heads;
+  all.scale = args.scale;
+  all.causal = kept.causal;
+  all.window = kept.window;
+  all.softcap = args.softcap;
+  all.sinks = args.sinks;
+  all.items = items;
+  all.cancellation = args.cancellation;
+  KVTIDE_RETURN_IF_ERROR(Attend(all));
+  for (size_t i = 0; i < items.size(); i++)
+    if (args.items[i].out.type != DataType::kF32)
+      for (size_t j = 0; j < widened[i].out.size(); j++) args.items[i].out.Set(j, widened[i].out[j]);
+  return absl::OkStatus();
+}
+
+}  // namespace kvtide
