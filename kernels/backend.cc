@@ -4,7 +4,7 @@
 #include <utility>
 #include <vector>
 
-#include "absl/strings/str_cat.h"
+#include "kernels/attend_args.h"
 #include "kernels/base/status.h"
 
 namespace kvtide {
@@ -19,8 +19,8 @@ struct KeptItem {
 
 class KeptPlan : public AttendPlan {
  public:
-  explicit KeptPlan(const AttendPlanArgs& args)
-      : heads(args.heads), causal(args.causal), window(args.window), items(args.items.size()) {
+  KeptPlan(const AttendPlanArgs& args, AttendShape checked)
+      : shape(std::move(checked)), causal(args.causal), window(args.window), items(args.items.size()) {
     for (size_t i = 0; i < items.size(); i++) {
       const PlanItem& from = args.items[i];
       KeptItem& to = items[i];
@@ -37,17 +37,11 @@ class KeptPlan : public AttendPlan {
     }
   }
 
-  const int heads;
+  const AttendShape shape;
   const bool causal;
   const int64_t window;
   std::vector<KeptItem> items;
 };
-
-const GroupShape* ShapeOf(const std::vector<KeptItem>& items) {
-  for (const KeptItem& item : items)
-    if (!item.runs.empty()) return &item.runs.front().layout->shape();
-  return nullptr;
-}
 
 // f32 copies of one item's tensors where the caller has another type.
 struct Widened {
@@ -58,19 +52,15 @@ struct Widened {
 
 absl::StatusOr<std::unique_ptr<AttendPlan>> Backend::PlanAttend(const AttendPlanArgs& args,
                                                                 std::unique_ptr<AttendPlan>) {
-  return std::make_unique<KeptPlan>(args);
+  KVTIDE_ASSIGN_OR_RETURN(AttendShape shape, CheckAttendPlan(args));
+  return std::make_unique<KeptPlan>(args, std::move(shape));
 }
 
 absl::Status Backend::AttendLayer(AttendPlan& plan, const AttendLayerArgs& args) {
   auto& kept = static_cast<KeptPlan&>(plan);
-  if (args.items.size() != kept.items.size())
-    return absl::InvalidArgumentError(
-        absl::StrCat(args.items.size(), " items for a plan of ", kept.items.size()));
-  const GroupShape* shape = ShapeOf(kept.items);
-  if (shape == nullptr)
-    return absl::InvalidArgumentError(
-        "no item has a run; pass one of 0 tokens, it says the shape of the heads");
-  const auto dim_k = static_cast<size_t>(shape->head_dim_k), dim_v = static_cast<size_t>(shape->head_dim_v);
+  KVTIDE_RETURN_IF_ERROR(CheckAttendLayer(args, kept.shape));
+  const GroupShape& group = kept.shape.group;
+  const auto dim_k = static_cast<size_t>(group.head_dim_k), dim_v = static_cast<size_t>(group.head_dim_v);
   std::vector<AttendItem> items(kept.items.size());
   std::vector<Widened> widened(kept.items.size());
   for (size_t i = 0; i < items.size(); i++) {
@@ -79,7 +69,7 @@ absl::Status Backend::AttendLayer(AttendPlan& plan, const AttendLayerArgs& args)
     to.runs = kept.items[i].runs;
     to.queries = kept.items[i].queries;
     to.first_query_position = kept.items[i].first_query_position;
-    const size_t rows = static_cast<size_t>(to.queries) * static_cast<size_t>(kept.heads);
+    const size_t rows = static_cast<size_t>(to.queries) * static_cast<size_t>(kept.shape.heads);
     to.q = static_cast<const float*>(from.q.data);
     if (from.q.type != DataType::kF32) {
       widened[i].q.resize(rows * dim_k);
@@ -99,7 +89,7 @@ absl::Status Backend::AttendLayer(AttendPlan& plan, const AttendLayerArgs& args)
   }
   AttendArgs all;
   all.layer = args.layer;
-  all.heads = kept.heads;
+  all.heads = kept.shape.heads;
   all.scale = args.scale;
   all.causal = kept.causal;
   all.window = kept.window;

@@ -6,11 +6,9 @@
 
 #include "absl/status/status.h"
 #include "kernels/base/data_type.h"
+#include "kernels/base/finite.h"
 
 namespace kvtide {
-
-// The largest finite f16.
-constexpr float kMaxF16 = 65504.0f;
 
 // InvalidArgument if `elements` is not tokens x heads x dim; 0 elements = the caller has checked.
 absl::Status CheckElements(size_t elements, int64_t tokens, int heads, int dim, const char* what, int layer);

@@ -5,7 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "kernels/base/check.h"
+#include "kernels/base/finite.h"
 #include "kernels/base/float16.h"
 #include "kernels/base/status.h"
 #include "proto/data_type.h"
@@ -15,16 +15,6 @@ namespace {
 
 std::string ShapeText(const v1::Tensor& tensor) {
   return absl::StrCat("[", absl::StrJoin(tensor.shape(), ", "), "]");
-}
-
-// True if any value has all exponent bits set: NaN or infinite. Written so that compilers make vector code of
-// it.
-template <class Bits>
-bool AnyNotFinite(const void* data, size_t elements, Bits exponent) {
-  const Bits* values = static_cast<const Bits*>(data);
-  unsigned found = 0;
-  for (size_t i = 0; i < elements; i++) found |= static_cast<unsigned>((values[i] & exponent) == exponent);
-  return found != 0;
 }
 
 }  // namespace
@@ -54,22 +44,8 @@ absl::StatusOr<IncomingTensor> CheckTensor(const v1::Tensor& tensor, const std::
 }
 
 absl::Status CheckFinite(const IncomingTensor& tensor, const std::string& name, int heads, int dim) {
-  bool bad = false;
-  switch (tensor.view.type) {
-    case DataType::kF32:
-      bad = AnyNotFinite<uint32_t>(tensor.view.data, tensor.elements, 0x7f800000u);
-      break;
-    case DataType::kF16:
-      bad = AnyNotFinite<uint16_t>(tensor.view.data, tensor.elements, 0x7c00u);
-      break;
-    case DataType::kBf16:
-      bad = AnyNotFinite<uint16_t>(tensor.view.data, tensor.elements, 0x7f80u);
-      break;
-  }
-  if (!bad) return absl::OkStatus();
-  size_t i = 0;
-  while (i < tensor.elements && std::isfinite(tensor.view.At(i))) i++;
-  KVTIDE_CHECK(i < tensor.elements);
+  const size_t i = FirstBeyond(tensor.view, tensor.elements, kMaxF32);
+  if (i == tensor.elements) return absl::OkStatus();
   const size_t row = static_cast<size_t>(heads) * static_cast<size_t>(dim), d = static_cast<size_t>(dim);
   return absl::InvalidArgumentError(
       absl::StrCat(name, ": ", std::isnan(tensor.view.At(i)) ? "NaN" : "infinity", " at token ", i / row,

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <vector>
 
-#include "absl/strings/str_cat.h"
+#include "kernels/attend_args.h"
 #include "kernels/attention_state.h"
 #include "kernels/base/status.h"
 
@@ -17,10 +17,8 @@ constexpr int kTaskRows = 256;
 // Blocks of one task. Few rows: 2,048 tokens, about 250 KiB of 4-bit codes, long against starting a task.
 constexpr int64_t kTaskBlocksFewRows = 32, kTaskBlocks = 512;
 constexpr int kFewRows = 64;
-constexpr int kRowsOfFewKernel = 16;        // more rows are worth decoding a page to f32 tiles
-constexpr int64_t kFar = int64_t{1} << 60;  // beyond any position, far from overflow
+constexpr int kRowsOfFewKernel = 16;  // more rows are worth decoding a page to f32 tiles
 
-int64_t BlocksOf(const BlockRun& run) { return (run.tokens + kBlockTokens - 1) / kBlockTokens; }
 size_t Size(int64_t n) { return static_cast<size_t>(n); }
 
 // The queries of one item in the frame of one (K type, profile).
@@ -86,12 +84,8 @@ class Work {
  private:
   int64_t Rows(const AttendItem& item) const { return static_cast<int64_t>(item.queries) * group_; }
 
-  // Positions that query i of an item sees, runs aside.
-  int64_t VisibleEnd(const AttendItem& item, int64_t query) const {
-    return args_.causal ? item.first_query_position + query + 1 : kFar;
-  }
-  int64_t VisibleBegin(const AttendItem& item, int64_t query) const {
-    return args_.window > 0 ? item.first_query_position + query - args_.window + 1 : -kFar;
+  PositionRange Visible(const AttendItem& item, int64_t query) const {
+    return VisiblePositions(item.first_query_position + query, args_.causal, args_.window);
   }
 
   int FrameOf(const AttendItem& item, const BlockRun& run) {
@@ -125,8 +119,8 @@ class Work {
                        static_cast<int>(std::min<int64_t>(kTaskRows, rows - row)),
                        tasks_.size(),
                        0};
-        const int64_t begin = VisibleBegin(item, row / group_);
-        const int64_t end = VisibleEnd(item, (row + chunk.rows - 1) / group_);
+        const int64_t begin = Visible(item, row / group_).begin;
+        const int64_t end = Visible(item, (row + chunk.rows - 1) / group_).end;
         for (const BlockRun& run : item.runs) {
           for (int64_t b = 0; b < BlocksOf(run); b += step) {
             const int64_t e = std::min(b + step, BlocksOf(run));
@@ -167,8 +161,9 @@ class Work {
     const AttendItem& item = *frame.item;
     int64_t begin[kTaskRows], end[kTaskRows];
     for (int r = 0; r < chunk.rows; r++) {
-      begin[r] = VisibleBegin(item, (chunk.first_row + r) / group_);
-      end[r] = VisibleEnd(item, (chunk.first_row + r) / group_);
+      const PositionRange seen = Visible(item, (chunk.first_row + r) / group_);
+      begin[r] = seen.begin;
+      end[r] = seen.end;
     }
     const int64_t skipped = task.first_block * kBlockTokens;
     const PageSegment segment = MakePageSegment(
@@ -229,45 +224,12 @@ class Work {
   std::vector<float> out_, lse_;
 };
 
-absl::Status CheckRun(const BlockRun& run, const GroupShape& shape, int item, int index) {
-  const std::string where = absl::StrCat("item ", item, ", run ", index, ": ");
-  if (run.layout == nullptr) return absl::InvalidArgumentError(where + "no layout");
-  if (!(run.layout->shape() == shape))
-    return absl::InvalidArgumentError(where + "its shape is not that of the first run");
-  if (run.tokens < 0 || BlocksOf(run) > static_cast<int64_t>(run.blocks.size()))
-    return absl::InvalidArgumentError(
-        absl::StrCat(where, run.tokens, " tokens in ", run.blocks.size(), " blocks"));
-  if (run.profile != nullptr && run.profile->k.size() != Size(shape.layers) * Size(shape.kv_heads))
-    return absl::InvalidArgumentError(where + "the profile does not have one entry per layer and KV head");
-  return absl::OkStatus();
-}
-
 }  // namespace
 
 absl::Status AttendOnCpu(const AttendArgs& args, const PageKernels& kernels, ThreadPool& pool) {
-  const BlockLayout* layout = nullptr;
-  for (const AttendItem& item : args.items)
-    if (layout == nullptr && !item.runs.empty()) layout = item.runs.front().layout;
+  KVTIDE_ASSIGN_OR_RETURN(const AttendShape shape, CheckAttendArgs(args));
   if (args.items.empty()) return absl::OkStatus();
-  if (layout == nullptr)
-    return absl::InvalidArgumentError(
-        "no item has a run; pass one of 0 tokens, it says the shape of the heads");
-  const GroupShape& shape = layout->shape();
-  if (args.layer < 0 || args.layer >= shape.layers)
-    return absl::InvalidArgumentError(absl::StrCat("layer ", args.layer, " of ", shape.layers));
-  if (args.heads <= 0 || args.heads % shape.kv_heads != 0)
-    return absl::InvalidArgumentError(absl::StrCat(
-        args.heads, " query heads: must be a positive multiple of the ", shape.kv_heads, " KV heads"));
-  for (size_t i = 0; i < args.items.size(); i++) {
-    const AttendItem& item = args.items[i];
-    if (item.queries < 0 ||
-        (item.queries > 0 && (item.q == nullptr || item.out == nullptr || item.lse == nullptr)))
-      return absl::InvalidArgumentError(
-          absl::StrCat("item ", i, ": q, out and lse are needed for ", item.queries, " queries"));
-    for (size_t r = 0; r < item.runs.size(); r++)
-      KVTIDE_RETURN_IF_ERROR(CheckRun(item.runs[r], shape, static_cast<int>(i), static_cast<int>(r)));
-  }
-  Work work(args, shape, kernels);
+  Work work(args, shape.group, kernels);
   work.Run(pool);
   return absl::OkStatus();
 }

@@ -2,9 +2,11 @@
 // bytes.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 #include <random>
 
+#include "kernels/attend_args.h"
 #include "kernels/attention_state.h"
 #include "kernels/format/catalogue.h"
 #include "tests/kernels/attend_check.h"
@@ -449,6 +451,36 @@ TEST_P(BackendConformance, AttendsPrefillAndDecodeInOneCall) {
   }
 }
 
+// Positions and windows at the end of their range: the sums of both stay inside 64 bits.
+TEST_P(BackendConformance, StandsTheLargestWindowsAndPositions) {
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  for (const char* pair : {"f16", "turbo4"})
+    for (const int queries : {1, 70}) {
+      SCOPED_TRACE(std::string(pair) + " queries " + std::to_string(queries));
+      TestSequence sequence(backend(), {1, 1, 64, 64});
+      sequence.AddRun(pair, 200, GaussianRows(91));
+      AttendCase c;
+      c.queries = queries;
+      for (const int64_t window : {kMostPosition, kMost - 1, kMost})
+        for (const bool causal : {true, false}) {
+          c.window = window;
+          c.causal = causal;
+          CheckAttend(backend(), sequence, c);
+        }
+      // The same far out.
+      c.causal = true;
+      c.window = 150;
+      const AttendResult near =
+          AttendOn(backend(), sequence, sequence.device_runs(), c, MakeQueries(sequence, c));
+      std::vector<BlockRun> far = sequence.device_runs();
+      far[0].first_position = kMostPosition - 256;
+      c.first_query_position = kMostPosition - 256 + 200 - queries;
+      const AttendResult there = AttendOn(backend(), sequence, far, c, MakeQueries(sequence, c));
+      EXPECT_EQ(there.out, near.out);
+      EXPECT_EQ(there.lse, near.lse);
+    }
+}
+
 TEST_P(BackendConformance, RefusesArgumentsThatDoNotFit) {
   TestSequence sequence(backend(), {2, 2, 64, 64});
   sequence.AddRun("q8_0", 64, GaussianRows(59));
@@ -473,6 +505,20 @@ TEST_P(BackendConformance, RefusesArgumentsThatDoNotFit) {
   EXPECT_EQ(backend().Attend(args).code(), absl::StatusCode::kInvalidArgument);
   args.layer = 0;
   runs[0].tokens = 65;
+  EXPECT_EQ(backend().Attend(args).code(), absl::StatusCode::kInvalidArgument);
+  runs[0].tokens = 64;
+  for (const int64_t position : {int64_t{-1}, kMostPosition, std::numeric_limits<int64_t>::max()}) {
+    item.first_query_position = position;
+    EXPECT_EQ(backend().Attend(args).code(), absl::StatusCode::kInvalidArgument);
+    item.first_query_position = 63;
+    runs[0].first_position = position;
+    EXPECT_EQ(backend().Attend(args).code(), absl::StatusCode::kInvalidArgument);
+    runs[0].first_position = 0;
+  }
+  args.window = -1;
+  EXPECT_EQ(backend().Attend(args).code(), absl::StatusCode::kInvalidArgument);
+  args.window = 0;
+  args.softcap = 3e38f;
   EXPECT_EQ(backend().Attend(args).code(), absl::StatusCode::kInvalidArgument);
 }
 
