@@ -39,8 +39,8 @@ struct CacheOptions {
   size_t max_moves_in_flight = 16;            // blocks, per round of the mover
   bool background_moves = true;               // false: only RunMovesOnce moves by policy (tests, simulation)
   absl::Duration move_interval = absl::Milliseconds(20);
-  absl::Duration room_wait =
-      absl::Milliseconds(200);  // how long a call waits for pins and moves of others when it finds no room
+  absl::Duration room_wait = absl::Milliseconds(
+      200);  // how long a call waits for pins and moves of others: for room, or for a block that it writes to
   std::function<absl::Time()> clock = absl::Now;
   uint64_t id_seed = 0;  // of the sequence ids; 0 = random
 };

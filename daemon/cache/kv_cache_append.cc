@@ -181,7 +181,7 @@ absl::Status KvCache::Impl::MakeWritable(WriteBatch& batch, Sequence& sequence, 
   bool copy = false;
   for (size_t i = 0; i < count; i++) {  // again from the start after a wait: the mutex was free
     if (entries[i]->moving) {
-      WaitUntilStill(entries[i]);
+      KVTIDE_RETURN_IF_ERROR(WaitUntilStill(entries[i]));
       i = static_cast<size_t>(-1);
     }
   }

@@ -188,7 +188,8 @@ class KvCache::Impl {
   void CopyAll(std::span<CopyJob> jobs) const;                           // without the lock
   absl::Status CopyOne(CopyJob job) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);  // unlocks
   std::string RoomText(size_t bytes) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  void WaitUntilStill(Block* block) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);  // unlocks while it moves
+  // Unlocks while the block moves, for room_wait at most: then Aborted.
+  absl::Status WaitUntilStill(const Block* block) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void RunMover();
 
   // kv_cache_stats.cc

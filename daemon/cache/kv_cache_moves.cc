@@ -47,8 +47,17 @@ std::string KvCache::Impl::RoomText(size_t bytes) const {
   return text;
 }
 
-void KvCache::Impl::WaitUntilStill(Block* block) {
-  while (block->moving) changed_.Wait(mu_);
+absl::Status KvCache::Impl::WaitUntilStill(const Block* block) {
+  const absl::Time deadline = options_.clock() + options_.room_wait;
+  while (block->moving) {
+    const absl::Duration left = deadline - options_.clock();
+    if (left <= absl::ZeroDuration())
+      return absl::AbortedError(absl::StrCat("a block is being moved between tiers for longer than ",
+                                             absl::FormatDuration(options_.room_wait),
+                                             " (room_wait); nothing has changed, try again"));
+    changed_.WaitFor(mu_, absl::ToChronoNanoseconds(left));
+  }
+  return absl::OkStatus();
 }
 
 Block* KvCache::Impl::AllocateIn(int tier, int home, const BlockLayout* layout, size_t want_bytes) {

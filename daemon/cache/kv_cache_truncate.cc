@@ -116,7 +116,7 @@ absl::Status KvCache::Impl::ReopenCodedBlock(Sequence& sequence, int group, int6
                                              Block** reopened) {
   GroupTable& table = sequence.groups[static_cast<size_t>(group)];
   Block* source = table.at(index);
-  WaitUntilStill(source);
+  KVTIDE_RETURN_IF_ERROR(WaitUntilStill(source));
   const auto lost = [&] {
     return absl::DataLossError(absl::StrCat("tokens ", index * kBlockTokens, " to ",
                                             (index + 1) * kBlockTokens - 1, " were dropped"));

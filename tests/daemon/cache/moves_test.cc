@@ -174,6 +174,25 @@ TEST_F(MovesTest, AFailedCopyLosesNothing) {
   EXPECT_EQ(cache_->Stats().failed_moves, 6u);
 }
 
+TEST_F(MovesTest, AWriterThatMeetsAMovingBlockWaitsAsLongAsRoomWaitAndNoLonger) {
+  options_.room_wait = absl::ZeroDuration();
+  Start();
+  Client client(*cache_, SmallModel(), WithPair("f16"), random_);
+  ASSERT_TRUE(client.Append(100).ok());
+  int calls = 0;
+  device_->SetHook([&](FaultyBackend::Call call) {
+    if (call != FaultyBackend::kStartCopy) return;
+    calls++;
+    EXPECT_TRUE(IsError(client.Append(1), absl::StatusCode::kAborted, "a block is being moved"));
+    client.CheckAllLayers();
+  });
+  EXPECT_EQ(cache_->Evict({{client.id()}}, 1)->moved_blocks, 2u);
+  EXPECT_EQ(calls, 2);
+  device_->SetHook(nullptr);
+  ASSERT_TRUE(client.Append(1).ok());
+  client.CheckAllLayers();
+}
+
 // A host tier that others can write to: the fixture's has checksums on.
 TEST_F(MovesTest, ABlockThatChangedWhileParkedIsDataLossNotWrongTokens) {
   // The slab of the host tier, to damage it.
