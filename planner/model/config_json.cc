@@ -198,7 +198,8 @@ class ConfigReader {
             absl::StrCat("unknown field '", field.substr(0, 128), "' = ", value.dump().substr(0, 64),
                          " may change the cache; --ignore-unknown-fields goes on without it"));
       }
-      Assume(absl::StrCat("field '", field.substr(0, 128), "' is unknown and was ignored"));
+      model_.uncounted.push_back(
+          absl::StrCat("field '", field.substr(0, 128), "' is unknown and was ignored"));
     }
     return absl::OkStatus();
   }
@@ -440,8 +441,22 @@ class ConfigReader {
       KVTIDE_ASSIGN_OR_RETURN(const int64_t used, Field(field, 0));
       if (used > 0) model_.n_experts_used = static_cast<int>(std::min<int64_t>(used, 1 << 20));
     }
-    if (Has("index_head_dim")) Assume("the keys of the sparse-attention indexer are not counted");
+    if (Has("index_head_dim")) model_.uncounted.push_back("the keys of the sparse-attention indexer");
     if (Has("num_nextn_predict_layers")) Assume("the cache of next-token prediction layers is not counted");
+    KVTIDE_RETURN_IF_ERROR(ReadFeedForward());
+    return absl::OkStatus();
+  }
+
+  absl::Status ReadFeedForward() {
+    KVTIDE_ASSIGN_OR_RETURN(model_.n_ff, Field("intermediate_size", 0));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t expert, Field("moe_intermediate_size", 0));
+    if (model_.n_experts == 0) return absl::OkStatus();
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t shared, Field("n_shared_experts", 0));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t shared_width, Field("shared_expert_intermediate_size", 0));
+    const int64_t width = expert > 0 ? expert : model_.n_ff;
+    if (width > 1 << 24 || shared > 1 << 16 || shared_width > 1 << 24)
+      return absl::InvalidArgumentError("field 'moe_intermediate_size' is absurdly large");
+    model_.n_ff = width * (model_.n_experts_used + shared) + shared_width;
     return absl::OkStatus();
   }
 

@@ -54,7 +54,13 @@ struct ModelGeometry {
   int64_t params_active = 0;  // 0 = dense
   int n_experts = 0;
   int n_experts_used = 0;
+  // Values between the halves of one feed-forward layer for one token: intermediate_size; of a mixture the
+  // width of one expert times the experts that a token visits, shared ones included. 0 = unknown.
+  int64_t n_ff = 0;
   std::vector<std::string> assumptions;  // everything that a reader filled in without being told
+  // Parts of the cache that the model is known to have and that `layers` cannot say: a plan then calls its
+  // bytes a lower bound, never exact.
+  std::vector<std::string> uncounted;
 };
 
 // Layers with the same KV heads, head dims and attention window share pools and block tables.

@@ -113,15 +113,19 @@ class GgufReader {
       const bool relevant =
           absl::StartsWith(key, arch_ + ".attention.") || absl::StartsWith(key, arch_ + ".ssm.");
       if (!relevant || KnownKeys().count(key.substr(arch_.size() + 1)) > 0) continue;
-      const bool indexer = absl::StartsWith(key, arch_ + ".attention.indexer.");
-      if (!indexer && !options_.ignore_unknown_fields) {
+      const std::string name = key.substr(0, 128);
+      if (absl::StartsWith(key,
+                           arch_ + ".attention.indexer.")) {  // which layers have an indexer, pooled keys
+        model_.uncounted.push_back(
+            absl::StrCat("metadata '", name, "': the keys of the sparse-attention indexer"));
+        continue;
+      }
+      if (!options_.ignore_unknown_fields) {
         return absl::InvalidArgumentError(
-            absl::StrCat("unknown metadata '", key.substr(0, 128),
+            absl::StrCat("unknown metadata '", name,
                          "' may change the cache; --ignore-unknown-fields goes on without it"));
       }
-      model_.assumptions.push_back(
-          absl::StrCat("metadata '", key.substr(0, 128),
-                       indexer ? "': the indexer's keys are not counted" : "' is unknown and was ignored"));
+      model_.uncounted.push_back(absl::StrCat("metadata '", name, "' is unknown and was ignored"));
     }
     return absl::OkStatus();
   }
@@ -141,6 +145,9 @@ class GgufReader {
     KVTIDE_ASSIGN_OR_RETURN(model_.max_context, Field("context_length", 0, kMaxWidth));
     KVTIDE_ASSIGN_OR_RETURN(model_.n_vocab, Field("vocab_size", VocabularyLength(), kMaxWidth));
     KVTIDE_ASSIGN_OR_RETURN(heads_, PerLayer("attention.head_count"));
+    KVTIDE_ASSIGN_OR_RETURN(wkv_head_, Field("wkv.head_size", 0, kMaxDim));
+    if (heads_.empty() && wkv_head_ > 0)
+      heads_.assign(static_cast<size_t>(layers_), 0);  // RWKV: no attention
     if (heads_.empty())
       return absl::InvalidArgumentError(
           absl::StrCat("metadata '", Key("attention.head_count"), "' is missing"));
@@ -163,6 +170,20 @@ class GgufReader {
     KVTIDE_ASSIGN_OR_RETURN(const int64_t used, Field("expert_used_count", 0, 1 << 20));
     model_.n_experts = static_cast<int>(experts);
     model_.n_experts_used = static_cast<int>(used);
+    return ReadFeedForward();
+  }
+
+  absl::Status ReadFeedForward() {
+    KVTIDE_ASSIGN_OR_RETURN(const std::vector<int64_t> widths, PerLayer("feed_forward_length"));
+    if (!widths.empty()) model_.n_ff = *std::max_element(widths.begin(), widths.end());
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t expert, Field("expert_feed_forward_length", 0, 1 << 24));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t shared, Field("expert_shared_count", 0, 1 << 16));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t shared_width,
+                            Field("expert_shared_feed_forward_length", 0, 1 << 24));
+    if (model_.n_experts > 0) {
+      const int64_t width = expert > 0 ? expert : model_.n_ff;
+      model_.n_ff = width * model_.n_experts_used + (shared_width > 0 ? shared_width : width * shared);
+    }
     return absl::OkStatus();
   }
 
@@ -221,11 +242,24 @@ class GgufReader {
     KVTIDE_ASSIGN_OR_RETURN(const int64_t inner, Field("ssm.inner_size", 0, 1 << 22));
     KVTIDE_ASSIGN_OR_RETURN(const int64_t state, Field("ssm.state_size", 0, kMaxDim));
     KVTIDE_ASSIGN_OR_RETURN(const int64_t groups, Field("ssm.group_count", 0, kMaxDim));
-    if (inner == 0) return absl::OkStatus();
-    if (conv < 1)
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t kda, Field("kda.head_dim", 0, kMaxDim));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t shifts, Field("token_shift_count", 2, 16));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t short_conv, Field("shortconv.l_cache", 0, kMaxDim));
+    if (inner == 0 && kda == 0 && wkv_head_ == 0 && short_conv == 0) return absl::OkStatus();
+    if ((inner > 0 || kda > 0) && conv < 1)
       return absl::InvalidArgumentError(
           absl::StrCat("metadata '", Key("ssm.conv_kernel"), "' is missing or 0"));
-    state_bytes_ = 4 * ((conv - 1) * (inner + 2 * groups * state) + state * inner);
+    // As llama.cpp allocates them, f32: the last inputs of the convolutions, and the state proper.
+    const int64_t kda_inner = model_.n_query_heads * kda;
+    if (wkv_head_ > 0) {  // RWKV 6 and 7
+      state_bytes_ = 4 * (shifts * model_.n_embd + model_.n_embd * wkv_head_);
+    } else if (short_conv > 0) {  // LFM2
+      state_bytes_ = 4 * model_.n_embd * (short_conv - 1);
+    } else if (kda > 0) {  // Kimi delta attention
+      state_bytes_ = 4 * (3 * (conv - 1) * kda_inner + kda * kda_inner);
+    } else {
+      state_bytes_ = 4 * ((conv - 1) * (inner + 2 * groups * state) + state * inner);
+    }
     KVTIDE_ASSIGN_OR_RETURN(const int64_t interval, Field("full_attention_interval", 0, kMaxLayers));
     const bool by_heads =
         std::any_of(kv_heads_.begin(), kv_heads_.end(), [](int64_t heads) { return heads == 0; });
@@ -308,7 +342,7 @@ class GgufReader {
   int layers_ = 0;
   std::vector<int64_t> heads_, kv_heads_;
   int64_t key_ = 0, value_ = 0, key_swa_ = 0, value_swa_ = 0, latent_ = 0, rope_ = 0, window_ = 0,
-          state_bytes_ = 0;
+          wkv_head_ = 0, state_bytes_ = 0;
   std::vector<bool> windowed_, recurrent_;
 };
 

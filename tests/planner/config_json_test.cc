@@ -185,7 +185,7 @@ TEST(ConfigJson, UnknownFieldStopsWithItsName) {
   EXPECT_THAT(Error(config), HasSubstr("unknown field 'kv_compressor_window' = 7"));
   const auto model = Read(config, {true});
   ASSERT_TRUE(model.ok()) << model.status();
-  EXPECT_THAT(model->assumptions, ::testing::Contains(HasSubstr("kv_compressor_window")));
+  EXPECT_THAT(model->uncounted, ::testing::Contains(HasSubstr("kv_compressor_window")));
   config["kv_compressor_window"] = nullptr;  // off
   EXPECT_TRUE(Read(config).ok());
 }

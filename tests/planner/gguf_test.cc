@@ -204,6 +204,31 @@ TEST(Gguf, ChunkedLayersOfLlama4) {
   EXPECT_EQ(model->layers[0].window, 8192);
 }
 
+// States as llama.cpp allocates them, in f32 per sequence.
+TEST(Gguf, DeltaAttentionOfKimiLinear) {
+  GgufBuilder builder = PlainGguf("kimi-linear");  // 4 heads of 128
+  builder.U32("kimi-linear.ssm.conv_kernel", 4).U32("kimi-linear.kda.head_dim", 128);
+  builder.U32("kimi-linear.attention.kv_lora_rank", 512).U32("kimi-linear.rope.dimension_count", 64);
+  builder.U32("kimi-linear.full_attention_interval", 4);
+  const auto model = Geometry(builder);
+  ASSERT_TRUE(model.ok()) << model.status();
+  EXPECT_THAT(Kinds(*model), ::testing::ElementsAre(LayerKind::kRecurrent, LayerKind::kRecurrent,
+                                                    LayerKind::kRecurrent, LayerKind::kMla));
+  const int64_t inner = int64_t{model->n_query_heads} * 128;
+  EXPECT_EQ(model->layers[0].state_bytes, 4 * (3 * 3 * inner + 128 * inner));
+}
+
+TEST(Gguf, RwkvHasNoCacheButAState) {
+  GgufBuilder builder = PlainGguf("rwkv7");
+  builder.U32("rwkv7.wkv.head_size", 64);
+  const auto model = Geometry(builder);
+  ASSERT_TRUE(model.ok()) << model.status();
+  for (const LayerGeometry& layer : model->layers) {
+    EXPECT_EQ(layer.kind, LayerKind::kRecurrent);
+    EXPECT_EQ(layer.state_bytes, 4 * (2 * model->n_embd + 64 * model->n_embd));
+  }
+}
+
 TEST(Gguf, NextTokenLayersAreNotCounted) {
   GgufBuilder builder = PlainGguf("glm4moe");
   builder.U32("glm4moe.nextn_predict_layers", 1);
@@ -219,7 +244,7 @@ TEST(Gguf, UnknownCacheKeyStopsWithItsNameOrIsNoted) {
               HasSubstr("llama.attention.compressor_ratio"));
   const auto model = Geometry(builder, {true});
   ASSERT_TRUE(model.ok()) << model.status();
-  EXPECT_THAT(model->assumptions, ::testing::Contains(HasSubstr("compressor_ratio")));
+  EXPECT_THAT(model->uncounted, ::testing::Contains(HasSubstr("compressor_ratio")));
 }
 
 TEST(Gguf, WeightsLeaveTheTokenEmbeddingOnTheCpuUnlessTied) {
