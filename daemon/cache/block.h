@@ -37,7 +37,7 @@ struct OwnerStamp {
 };
 
 struct Block {
-  BlockId id = 0;
+  BlockId id = 0;  // never used again
   const BlockLayout* layout = nullptr;
   std::shared_ptr<const Profile> profile;  // of coded blocks
   Place* place = nullptr;                  // null: dropped

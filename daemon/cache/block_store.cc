@@ -67,27 +67,26 @@ Block* BlockStore::Allocate(int tier, int home, const BlockLayout* layout) {
   KVTIDE_CHECK(tier == home || tier >= homes_);
   Place* place = NewPlace(tier, layout->block_bytes(), layout->pair());
   if (place == nullptr) return nullptr;
-  BlockId id;
-  if (free_ids_.empty()) {
-    id = static_cast<BlockId>(blocks_.size());
+  BlockSlot slot;
+  if (free_slots_.empty()) {
+    slot = static_cast<BlockSlot>(blocks_.size());
     blocks_.emplace_back();
+    uses_.push_back(0);
   } else {
-    id = free_ids_.back();
-    free_ids_.pop_back();
+    slot = free_slots_.back();
+    free_slots_.pop_back();
   }
-  blocks_[id] = std::make_unique<Block>();
-  Block* block = blocks_[id].get();
-  block->id = id;
+  blocks_[slot] = std::make_unique<Block>();
+  Block* block = blocks_[slot].get();
+  block->id = BlockId{uses_[slot]++} << 32 | slot;
   block->layout = layout;
   block->place = place;
   block->home = home;
-  block->holds = 1;
-  block->writing = true;
   block->codec_version_k = Info(layout->pair().k).version;
   block->codec_version_v = Info(layout->pair().v).version;
   block->touch_serial = ++serial_;
   stored_bytes_ += place->bytes;
-  this->tier(tier).policy->Insert(id);
+  this->tier(tier).policy->Insert(slot);
   return block;
 }
 
@@ -121,14 +120,14 @@ void BlockStore::DeleteIfUnused(Block* block) {
   KVTIDE_CHECK(!block->moving);
   if (block->place != nullptr) {
     Place* place = block->place;
-    tier(place->tier).policy->Remove(block->id);
+    tier(place->tier).policy->Remove(SlotOf(block->id));
     stored_bytes_ -= place->bytes;
     block->place = nullptr;
     Retire(place);
   }
-  const BlockId id = block->id;
-  blocks_[id].reset();
-  free_ids_.push_back(id);
+  const BlockSlot slot = SlotOf(block->id);
+  blocks_[slot].reset();
+  free_slots_.push_back(slot);
 }
 
 void BlockStore::Pin(Place* place) {
@@ -158,8 +157,8 @@ void BlockStore::SwapPlace(Block* block, Place* place) {
   Place* old = block->place;
   KVTIDE_CHECK(old != nullptr && old->tier != place->tier);
   KVTIDE_CHECK(place->tier == block->home || place->tier >= homes_);
-  tier(old->tier).policy->Remove(block->id);
-  tier(place->tier).policy->Insert(block->id);
+  tier(old->tier).policy->Remove(SlotOf(block->id));
+  tier(place->tier).policy->Insert(SlotOf(block->id));
   block->place = place;
   Retire(old);
 }
@@ -167,7 +166,7 @@ void BlockStore::SwapPlace(Block* block, Place* place) {
 void BlockStore::Drop(Block* block) {
   KVTIDE_CHECK(block->place != nullptr && !block->writing && !block->moving);
   Place* place = block->place;
-  tier(place->tier).policy->Remove(block->id);
+  tier(place->tier).policy->Remove(SlotOf(block->id));
   tier(place->tier).dropped++;
   stored_bytes_ -= place->bytes;
   block->place = nullptr;
@@ -175,10 +174,32 @@ void BlockStore::Drop(Block* block) {
   Retire(place);
 }
 
+void BlockStore::Peek(int tier, absl::FunctionRef<bool(const Block&)> visit) const {
+  this->tier(tier).policy->Peek([&](BlockSlot slot) { return visit(*blocks_[slot]); });
+}
+
+void BlockStore::Want(Block* block) {
+  if (block->wanted) return;
+  block->wanted = true;
+  wanted_.push_back(block->id);
+}
+
+std::vector<Block*> BlockStore::TakeWanted() {
+  std::vector<Block*> blocks;
+  for (const BlockId id : wanted_) {
+    Block* block = Get(id);
+    if (block == nullptr || !block->wanted) continue;
+    block->wanted = false;
+    blocks.push_back(block);
+  }
+  wanted_.clear();
+  return blocks;
+}
+
 void BlockStore::Touch(Block* block, absl::Time now) {
   block->touch_serial = ++serial_;
   block->last_touched = now;
-  if (block->place != nullptr) tier(block->place->tier).policy->Touch(block->id);
+  if (block->place != nullptr) tier(block->place->tier).policy->Touch(SlotOf(block->id));
 }
 
 void BlockStore::CheckInvariants() const {
@@ -219,7 +240,7 @@ void BlockStore::CheckInvariants() const {
     }
     KVTIDE_CHECK(pair_bytes == tier.allocator.used_bytes() && pair_blocks == tier.blocks &&
                  tier.pinned <= tier.blocks);
-    tier.policy->Peek([&](BlockId id) {
+    tier.policy->Peek([&](BlockSlot id) {
       KVTIDE_CHECK(blocks_[id] != nullptr && blocks_[id]->place != nullptr &&
                    blocks_[id]->place->tier == static_cast<int>(t));
       in_policy[t]++;

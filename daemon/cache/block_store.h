@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "daemon/cache/block.h"
 #include "daemon/cache/cache_options.h"
@@ -49,8 +50,8 @@ class BlockStore {
   int Below(int tier) const { return tier < homes_ ? homes_ : tier + 1; }
   bool HasBelow(int tier) const { return Below(tier) < static_cast<int>(tiers()); }
 
-  // A block with one hold, `writing` set and no reference yet, or null. f16 blocks come from the top of the
-  // slab, others from the bottom. `tier` is `home` or below it.
+  // A block that nobody has yet (make it a WritingBlock at once), or null. f16 blocks come from the top of
+  // the slab, others from the bottom. `tier` is `home` or below it.
   Block* Allocate(int tier, int home, const BlockLayout* layout);
   // A place for a copy of the block in another tier, or null.
   Place* Reserve(int tier, const Block& block);
@@ -70,8 +71,19 @@ class BlockStore {
 
   void Touch(Block* block, absl::Time now);
   uint64_t serial() const { return serial_; }
-  Block* Get(BlockId id) { return blocks_[id].get(); }
-  const Block* Get(BlockId id) const { return blocks_[id].get(); }
+  // Null if the block is no more.
+  Block* Get(BlockId id) const {
+    Block* block = blocks_[SlotOf(id)].get();
+    return block != nullptr && block->id == id ? block : nullptr;
+  }
+  // Shows the blocks of a tier from the coldest on until `visit` says false.
+  void Peek(int tier, absl::FunctionRef<bool(const Block&)> visit) const;
+  static uint64_t TouchSerial(const Block& block) { return block.touch_serial; }
+  static absl::Time LastTouched(const Block& block) { return block.last_touched; }
+  // Attention read the block below the first tier: the mover may promote it.
+  void Want(Block* block);
+  // Every wanted block once, in the order in which they were wanted; the list is empty then.
+  std::vector<Block*> TakeWanted();
 
   // Nobody writes, moves or reads it.
   static bool IsIdle(const Block& block) {
@@ -93,8 +105,10 @@ class BlockStore {
 
   std::deque<Tier> tiers_;
   int homes_ = 0;
-  std::vector<std::unique_ptr<Block>> blocks_;  // by id; null = free slot
-  std::vector<BlockId> free_ids_;
+  std::vector<std::unique_ptr<Block>> blocks_;  // by slot; null = free
+  std::vector<BlockSlot> free_slots_;
+  std::vector<uint32_t> uses_;   // of each slot
+  std::vector<BlockId> wanted_;  // Block::wanted is set
   std::vector<Place*> retired_;  // waiting for their last pin
   uint64_t serial_ = 0;
   uint64_t shared_ = 0;        // blocks with refs > 1

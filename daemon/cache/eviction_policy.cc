@@ -11,20 +11,20 @@ class LruPolicy : public EvictionPolicy {
  public:
   LruPolicy() : nodes_{{0, 0}} {}
 
-  void Insert(BlockId block) override {
+  void Insert(BlockSlot block) override {
     if (block + size_t{2} > nodes_.size()) nodes_.resize(block + size_t{2}, {kOut, kOut});
     KVTIDE_CHECK(nodes_[block + 1].next == kOut, "inserted twice: block ", block);
     Link(block + 1);
   }
-  void Touch(BlockId block) override {
+  void Touch(BlockSlot block) override {
     Unlink(block + 1);
     Link(block + 1);
   }
-  void Peek(absl::FunctionRef<bool(BlockId)> visit) const override {
+  void Peek(absl::FunctionRef<bool(BlockSlot)> visit) const override {
     for (uint32_t node = nodes_[0].next; node != 0; node = nodes_[node].next)
       if (!visit(node - 1)) return;
   }
-  void Remove(BlockId block) override {
+  void Remove(BlockSlot block) override {
     Unlink(block + 1);
     nodes_[block + 1] = {kOut, kOut};
   }

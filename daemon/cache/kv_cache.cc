@@ -1,258 +1,155 @@
 #include "daemon/cache/kv_cache.h"
 
-#include <algorithm>
-
 #include "absl/strings/str_cat.h"
-#include "daemon/cache/kv_cache_impl.h"
+#include "daemon/cache/cache_core.h"
+#include "daemon/cache/inspector.h"
+#include "daemon/cache/mover.h"
+#include "daemon/cache/reader.h"
+#include "daemon/cache/sealer.h"
+#include "daemon/cache/truncator.h"
+#include "daemon/cache/writer.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
 
 namespace kvtide {
 
-KvCache::Impl::Impl(CacheOptions options)
-    : options_(std::move(options)), ids_(options_.id_seed != 0 ? options_.id_seed : std::random_device{}()) {}
+// The parts, in the order in which they need each other.
+class KvCache::Impl {
+ public:
+  explicit Impl(CacheOptions options) : core(std::move(options)) {}
+  ~Impl();
+
+  absl::Status AppendAttend(const AttendCall& call);
+
+  CacheCore core;
+  Mover mover{core};
+  Sealer sealer{core, mover};
+  Writer writer{core, mover, sealer};
+  Truncator truncator{core, mover};
+  Reader reader{core};
+  Inspector inspector{core};
+};
+
+namespace {
+
+const CallContext& ContextOf(const AttendCall& call) {
+  static const CallContext kNobody;
+  return call.context != nullptr ? *call.context : kNobody;
+}
+
+}  // namespace
 
 KvCache::Impl::~Impl() {
+  mover.Stop();
+  CacheLock lock(core);
+  KVTIDE_CHECK(lock->attends_running == 0, "the cache is destroyed under running calls");
+  lock->sequences.Clear();
+}
+
+// Append, then attend, then what follows an append: the new tokens are seen as they came.
+absl::Status KvCache::Impl::AppendAttend(const AttendCall& call) {
+  const CallContext& context = ContextOf(call);
+  const auto check = [&] {
+    return context.Check(core.options().clock(), "the attention (nothing was written)");
+  };
+  KVTIDE_ASSIGN_OR_RETURN(const std::vector<SequencePtr> sequences, reader.FindSequences(call));
+  KVTIDE_RETURN_IF_ERROR(reader.CheckCall(call, sequences.front()->model->spec, true));
+  KVTIDE_RETURN_IF_ERROR(check());
+  WriteBatch batch;
+  for (size_t i = 0; i < call.items.size(); i++) {
+    const AttendRequest& item = call.items[i];
+    if (item.new_tokens == 0) continue;
+    if (batch.Has(*sequences[i]))
+      return absl::InvalidArgumentError(
+          absl::StrCat("item ", i, ": sequence ", item.sequence, " is appended to twice in one call"));
+    LayerWrite& write = batch.Add(sequences[i], call.layer, item.start_position, item.new_tokens);
+    write.k = item.k;
+    write.v = item.v;
+  }
+  if (batch.empty()) return reader.Attend(call, sequences, false);
   {
-    MutexLock lock(mu_);
-    stopping_ = true;
-    mover_wake_.NotifyAll();
+    CacheLock lock(core);
+    KVTIDE_RETURN_IF_ERROR(writer.Begin(lock, batch));
   }
-  if (mover_.joinable()) mover_.join();
-  MutexLock lock(mu_);
-  KVTIDE_CHECK(attends_running_ == 0 && closing_ == 0, "the cache is destroyed under running calls");
-  for (auto& [id, sequence] : sequences_) ReleaseTables(*sequence);
+  absl::Status status = check();
+  if (status.ok()) status = writer.WriteBytes(batch);
+  {
+    CacheLock lock(core);
+    if (!status.ok()) {
+      writer.Rollback(*lock, batch);
+      return status;
+    }
+    KVTIDE_RETURN_IF_ERROR(writer.Commit(*lock, batch));
+  }
+  status = check();
+  if (status.ok()) status = reader.Attend(call, sequences, true);
+  CacheLock lock(core);
+  if (!status.ok()) {
+    writer.Rollback(*lock, batch);
+    return status;
+  }
+  return writer.Finish(lock, batch);
 }
 
-absl::Status KvCache::Impl::Start() {
-  MutexLock lock(mu_);
-  KVTIDE_RETURN_IF_ERROR(store_.Init(options_));
-  for (const TierOptions& tier : options_.tiers) backends_.push_back(tier.backend);
-  home_counts_.resize(static_cast<size_t>(store_.homes()));
-  if (options_.background_moves) mover_ = std::thread([this] { RunMover(); });
-  return absl::OkStatus();
-}
-
-absl::StatusOr<ModelId> KvCache::Impl::RegisterModel(const ModelSpec& spec) {
+// Models and sequences.
+absl::StatusOr<ModelId> KvCache::RegisterModel(const ModelSpec& spec, const CallContext&) {
   KVTIDE_RETURN_IF_ERROR(CheckModelSpec(spec));
-  MutexLock lock(mu_);
-  for (const auto& model : models_) {
-    if (model->spec.name != spec.name) continue;
-    if (model->spec == spec) return model->id;
-    return absl::FailedPreconditionError(absl::StrCat(
-        "model '", spec.name, "' is registered with another geometry; use another name for this one"));
-  }
-  if (models_.size() >= options_.max_models) {
-    counters_.exhausted++;
-    return absl::ResourceExhaustedError(
-        absl::StrCat(models_.size(), " models are registered, which is the limit (max_models)"));
-  }
-  for (size_t g = 0; g < spec.groups.size(); g++)
-    for (Backend* backend : backends_)
-      KVTIDE_RETURN_IF_ERROR(Annotate(backend->CheckSupport(*Layout(spec.groups[g].shape, ExactPair())),
-                                      absl::StrCat("model '", spec.name, "', layer group ", g)));
-  auto model = std::make_shared<ModelState>();
-  model->id = static_cast<ModelId>(models_.size() + 1);
-  model->spec = spec;
-  models_.push_back(model);
-  return model->id;
+  CacheLock lock(impl_->core);
+  const absl::StatusOr<ModelId> id = lock->sequences.RegisterModel(spec);
+  if (id.status().code() == absl::StatusCode::kResourceExhausted) lock->counters.exhausted++;
+  return id;
 }
 
-absl::StatusOr<ModelSpec> KvCache::Impl::GetModel(ModelId model) const {
-  MutexLock lock(mu_);
-  if (model == 0 || model > models_.size())
-    return absl::NotFoundError(absl::StrCat("model ", model, " is not registered"));
-  return models_[model - 1]->spec;
+absl::StatusOr<ModelSpec> KvCache::GetModel(ModelId model) const {
+  CacheLock lock(impl_->core);
+  KVTIDE_ASSIGN_OR_RETURN(const auto state, lock->sequences.GetModel(model));
+  return state->spec;
 }
 
-absl::StatusOr<ModelId> KvCache::Impl::FindModel(const std::string& name) const {
-  MutexLock lock(mu_);
-  for (const auto& model : models_)
-    if (model->spec.name == name) return model->id;
-  return absl::NotFoundError(absl::StrCat("model '", name, "' is not registered"));
+absl::StatusOr<ModelId> KvCache::FindModel(const std::string& name) const {
+  CacheLock lock(impl_->core);
+  return lock->sequences.FindModel(name);
 }
 
-const BlockLayout* KvCache::Impl::Layout(const GroupShape& shape, CachePair pair) {
-  for (const auto& layout : layouts_)
-    if (layout->shape() == shape && layout->pair() == pair) return layout.get();
-  layouts_.push_back(std::make_unique<const BlockLayout>(shape, pair));
-  return layouts_.back().get();
+absl::StatusOr<SequenceId> KvCache::CreateSequence(ModelId model, const SequenceOptions& options,
+                                                   const CallContext&) {
+  CacheLock lock(impl_->core);
+  const absl::StatusOr<SequencePtr> sequence = lock->sequences.Create(model, options);
+  if (sequence.ok()) return (*sequence)->id;
+  if (sequence.status().code() == absl::StatusCode::kResourceExhausted) lock->counters.exhausted++;
+  return sequence.status();
 }
 
-SequenceId KvCache::Impl::NewId() {
-  while (true) {
-    const SequenceId id = ids_();
-    if (id != 0 && sequences_.count(id) == 0 &&
-        std::find(closed_.begin(), closed_.end(), id) == closed_.end())
-      return id;
-  }
+absl::StatusOr<SequenceId> KvCache::ForkSequence(SequenceId id, const CallContext&) {
+  CacheLock lock(impl_->core);
+  const absl::StatusOr<SequencePtr> child = lock->sequences.Fork(id);
+  if (child.ok()) return (*child)->id;
+  if (child.status().code() == absl::StatusCode::kResourceExhausted) lock->counters.exhausted++;
+  return child.status();
 }
 
-absl::StatusOr<int> KvCache::Impl::ChooseHome(const std::string& device) const {
-  std::vector<HomeView> homes;
-  std::string known;
-  for (int h = 0; h < store_.homes(); h++) {
-    const Tier& tier = store_.tier(h);
-    if (tier.device == device) return h;
-    absl::StrAppend(&known, h == 0 ? "" : ", ", tier.device);
-    const HomeCount& count = home_counts_[static_cast<size_t>(h)];
-    homes.push_back({tier.allocator.free_bytes(), tier.allocator.used_bytes(), count.sequences, count.empty});
-  }
-  if (!device.empty())
-    return absl::InvalidArgumentError(
-        absl::StrCat("device \"", device, "\" is not one of this cache; known: ", known));
-  return PickHome(homes);
-}
-
-void KvCache::Impl::Enter(const SequencePtr& sequence) {
-  counters_.sequences_created++;
-  sequences_[sequence->id] = sequence;
-  HomeCount& count = home_counts_[static_cast<size_t>(sequence->home)];
-  count.sequences++;
-  if (sequence->empty) count.empty++;
-  if (sequence->options.allow_drop) dropping_sequences_++;
-}
-
-void KvCache::Impl::NotEmptyAnyMore(Sequence& sequence) {
-  if (!sequence.empty) return;
-  sequence.empty = false;
-  home_counts_[static_cast<size_t>(sequence.home)].empty--;
-}
-
-absl::StatusOr<KvCache::Impl::SequencePtr> KvCache::Impl::Find(SequenceId id) const {
-  const auto it = sequences_.find(id);
-  if (it != sequences_.end()) return it->second;
-  if (std::find(closed_.begin(), closed_.end(), id) != closed_.end())
-    return absl::NotFoundError(absl::StrCat("sequence ", id, " was closed"));
-  return absl::NotFoundError(absl::StrCat("sequence ", id, " does not exist"));
-}
-
-absl::StatusOr<SequenceId> KvCache::Impl::CreateSequence(ModelId model_id, const SequenceOptions& options) {
-  MutexLock lock(mu_);
-  if (model_id == 0 || model_id > models_.size())
-    return absl::NotFoundError(absl::StrCat("model ", model_id, " is not registered"));
-  const auto& model = models_[model_id - 1];
-  KVTIDE_RETURN_IF_ERROR(CheckSequenceOptions(options, model->spec));
-  if (sequences_.size() >= options_.max_sequences) {
-    counters_.exhausted++;
-    return absl::ResourceExhaustedError(absl::StrCat(
-        sequences_.size(), " sequences are open, which is the limit (max_sequences); close some"));
-  }
-  auto sequence = std::make_shared<Sequence>();
-  sequence->model = model;
-  sequence->options = options;
-  KVTIDE_ASSIGN_OR_RETURN(sequence->home, ChooseHome(options.device));
-  for (size_t g = 0; g < model->spec.groups.size(); g++) {
-    const LayerGroupSpec& spec = model->spec.groups[g];
-    const CachePair pair = options.PairOfGroup(static_cast<int>(g));
-    GroupTable& table = sequence->groups.emplace_back();
-    table.exact = Layout(spec.shape, ExactPair());
-    table.coded = Layout(spec.shape, pair);
-    table.window = spec.window;
-    table.layers.resize(static_cast<size_t>(spec.shape.layers));
-    table.profiled.resize(static_cast<size_t>(spec.shape.layers));
-    table.profile_options = ProfileOptionsFor(options, pair.k);
-    for (Backend* backend : backends_)
-      KVTIDE_RETURN_IF_ERROR(
-          Annotate(backend->CheckSupport(*table.coded), absl::StrCat("pair ", PairName(pair))));
-  }
-  sequence->id = NewId();
-  sequence->created = sequence->last_used = options_.clock();
-  Enter(sequence);
-  return sequence->id;
-}
-
-absl::StatusOr<SequenceId> KvCache::Impl::ForkSequence(SequenceId id) {
-  MutexLock lock(mu_);
-  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr parent, Find(id));
-  if (parent->writer)
-    return absl::AbortedError(
-        absl::StrCat("sequence ", id, " is being written; fork it when the call has ended"));
-  if (sequences_.size() >= options_.max_sequences) {
-    counters_.exhausted++;
-    return absl::ResourceExhaustedError(absl::StrCat(
-        sequences_.size(), " sequences are open, which is the limit (max_sequences); close some"));
-  }
-  auto child = std::make_shared<Sequence>(*parent);
-  child->id = NewId();
-  child->forked_from = id;
-  child->readers = 0;
-  child->created = child->last_used = options_.clock();
-  for (GroupTable& table : child->groups) {
-    for (Block* block : table.blocks) store_.AddRef(block, child->keeper());
-    for (auto& [index, block] : table.staging) store_.AddRef(block, child->keeper());
-  }
-  Enter(child);
-  return child->id;
-}
-
-absl::Status KvCache::Impl::CloseSequence(SequenceId id) {
-  MutexLock lock(mu_);
-  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, Find(id));
-  sequences_.erase(id);
-  NotEmptyAnyMore(*sequence);
-  home_counts_[static_cast<size_t>(sequence->home)].sequences--;
-  closed_.push_back(id);
-  if (closed_.size() > 1024) closed_.pop_front();
-  counters_.sequences_closed++;
-  sequence->closed = true;
-  if (sequence->writer) {
-    closing_++;  // EndWriter releases the tables
-  } else {
-    ReleaseTables(*sequence);
-  }
-  changed_.NotifyAll();
+absl::Status KvCache::CloseSequence(SequenceId sequence) {
+  CacheLock lock(impl_->core);
+  KVTIDE_RETURN_IF_ERROR(lock->sequences.Close(sequence));
+  lock->changed.NotifyAll();
   return absl::OkStatus();
 }
 
-absl::Status KvCache::Impl::BeginWriter(Sequence& sequence) {
-  if (sequence.closed) return absl::AbortedError(absl::StrCat("sequence ", sequence.id, " was closed"));
-  if (sequence.writer)
-    return absl::AbortedError(
-        absl::StrCat("sequence ", sequence.id, " is being written by another call; one writer at a time"));
-  if (sequence.options.seal_at_once && sequence.readers > 0)
-    return absl::AbortedError(absl::StrCat(
-        "sequence ", sequence.id, " codes at once (evaluation mode) and is being read; one call at a time"));
-  sequence.writer = true;
-  return absl::OkStatus();
-}
-
-void KvCache::Impl::EndWriter(Sequence& sequence) {
-  KVTIDE_CHECK(sequence.writer);
-  sequence.writer = false;
-  if (!sequence.closed) return;
-  ReleaseTables(sequence);
-  closing_--;
-}
-
-void KvCache::Impl::ReleaseTables(Sequence& sequence) {
-  if (sequence.options.allow_drop) dropping_sequences_--;
-  for (GroupTable& table : sequence.groups) {
-    for (Block* block : table.blocks) store_.Release(block, sequence.keeper());
-    for (auto& [index, block] : table.staging) store_.Release(block, sequence.keeper());
-    table.blocks.clear();
-    table.staging.clear();
-    table.first_block = table.sealed = 0;
-    for (LayerProgress& layer : table.layers) layer = LayerProgress{};
-  }
-  changed_.NotifyAll();
-}
-
-absl::StatusOr<ModelId> KvCache::Impl::ModelOf(SequenceId id) const {
-  MutexLock lock(mu_);
-  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, Find(id));
+absl::StatusOr<ModelId> KvCache::ModelOf(SequenceId id) const {
+  CacheLock lock(impl_->core);
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, lock->sequences.Find(id));
   return sequence->model->id;
 }
 
-absl::StatusOr<int64_t> KvCache::Impl::Length(SequenceId id) const {
-  MutexLock lock(mu_);
-  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, Find(id));
+absl::StatusOr<int64_t> KvCache::Length(SequenceId id) const {
+  CacheLock lock(impl_->core);
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, lock->sequences.Find(id));
   return sequence->MinTokens();
 }
 
-absl::StatusOr<int64_t> KvCache::Impl::LayerLength(SequenceId id, int layer) const {
-  MutexLock lock(mu_);
-  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, Find(id));
+absl::StatusOr<int64_t> KvCache::LayerLength(SequenceId id, int layer) const {
+  CacheLock lock(impl_->core);
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, lock->sequences.Find(id));
   const auto& layers = sequence->model->spec.layers;
   if (layer < 0 || static_cast<size_t>(layer) >= layers.size())
     return absl::InvalidArgumentError(
@@ -263,50 +160,68 @@ absl::StatusOr<int64_t> KvCache::Impl::LayerLength(SequenceId id, int layer) con
       .tokens;
 }
 
-// The public face: forwards.
+// The bytes that a sequence holds at rest, from the same functions as the allocation.
+absl::StatusOr<PredictedBytes> KvCache::Predict(const ModelSpec& model, const SequenceOptions& options,
+                                                int64_t tokens) {
+  KVTIDE_RETURN_IF_ERROR(CheckModelSpec(model));
+  KVTIDE_RETURN_IF_ERROR(CheckSequenceOptions(options, model));
+  if (tokens < 0) return absl::InvalidArgumentError(absl::StrCat(tokens, " tokens"));
+  PredictedBytes predicted;
+  for (size_t g = 0; g < model.groups.size(); g++) {
+    const CachePair pair = options.PairOfGroup(static_cast<int>(g));
+    const bool coding = !(pair == ExactPair());
+    BlockCounts counts = CountLiveBlocks(tokens, options.EffectiveWindow(), model.groups[g].window);
+    if (!coding) counts = {counts.exact + counts.coded, 0};
+    // seal_at_once keeps the tail twice: f16, to append to, and coded, to attend over.
+    if (coding && options.seal_at_once && tokens % kBlockTokens != 0) counts.coded++;
+    predicted.exact_blocks += static_cast<uint64_t>(counts.exact);
+    predicted.coded_blocks += static_cast<uint64_t>(counts.coded);
+    predicted.bytes +=
+        static_cast<uint64_t>(counts.exact) * BlockLayout(model.groups[g].shape, ExactPair()).block_bytes() +
+        static_cast<uint64_t>(counts.coded) * BlockLayout(model.groups[g].shape, pair).block_bytes();
+  }
+  return predicted;
+}
+
+// The rest forwards to the parts.
 absl::StatusOr<std::unique_ptr<KvCache>> KvCache::Create(CacheOptions options) {
   KVTIDE_RETURN_IF_ERROR(CheckCacheOptions(options));
   auto impl = std::make_unique<Impl>(std::move(options));
-  KVTIDE_RETURN_IF_ERROR(impl->Start());
+  KVTIDE_RETURN_IF_ERROR(impl->core.Start());
+  if (impl->core.options().background_moves) impl->mover.Start();
   return std::unique_ptr<KvCache>(new KvCache(std::move(impl)));
 }
 KvCache::KvCache(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 KvCache::~KvCache() = default;
-absl::StatusOr<ModelId> KvCache::RegisterModel(const ModelSpec& spec) { return impl_->RegisterModel(spec); }
-absl::StatusOr<ModelSpec> KvCache::GetModel(ModelId model) const { return impl_->GetModel(model); }
-absl::StatusOr<ModelId> KvCache::FindModel(const std::string& name) const { return impl_->FindModel(name); }
-absl::StatusOr<SequenceId> KvCache::CreateSequence(ModelId model, const SequenceOptions& options) {
-  return impl_->CreateSequence(model, options);
+absl::Status KvCache::TruncateSequence(SequenceId sequence, int64_t tokens, const CallContext& context) {
+  return impl_->truncator.Truncate(sequence, tokens, context);
 }
-absl::StatusOr<SequenceId> KvCache::ForkSequence(SequenceId sequence) {
-  return impl_->ForkSequence(sequence);
+absl::Status KvCache::Append(const AppendCall& call) { return impl_->writer.Append(call); }
+absl::Status KvCache::Attend(const AttendCall& call) {
+  KVTIDE_ASSIGN_OR_RETURN(const std::vector<SequencePtr> sequences, impl_->reader.FindSequences(call));
+  KVTIDE_RETURN_IF_ERROR(impl_->reader.CheckCall(call, sequences.front()->model->spec, false));
+  KVTIDE_RETURN_IF_ERROR(ContextOf(call).Check(options().clock(), "the attention"));
+  return impl_->reader.Attend(call, sequences, false);
 }
-absl::Status KvCache::TruncateSequence(SequenceId sequence, int64_t tokens) {
-  return impl_->TruncateSequence(sequence, tokens);
+absl::Status KvCache::AppendAttend(const AttendCall& call) { return impl_->AppendAttend(call); }
+absl::StatusOr<MoveReport> KvCache::Evict(std::span<const SequenceId> sequences, int tier,
+                                          const CallContext& context) {
+  return impl_->mover.Evict(sequences, tier, context);
 }
-absl::Status KvCache::CloseSequence(SequenceId sequence) { return impl_->CloseSequence(sequence); }
-absl::Status KvCache::Append(const AppendCall& call) { return impl_->Append(call); }
-absl::Status KvCache::Attend(const AttendCall& call) { return impl_->Attend(call, false); }
-absl::Status KvCache::AppendAttend(const AttendCall& call) { return impl_->Attend(call, true); }
-absl::StatusOr<MoveReport> KvCache::Evict(std::span<const SequenceId> sequences, int tier) {
-  return impl_->Evict(sequences, tier);
+absl::StatusOr<MoveReport> KvCache::EvictAll(int tier, const CallContext& context) {
+  return impl_->mover.EvictAll(tier, context);
 }
-absl::StatusOr<MoveReport> KvCache::EvictAll(int tier) { return impl_->EvictAll(tier); }
-absl::StatusOr<MoveReport> KvCache::Prefetch(std::span<const SequenceId> sequences) {
-  return impl_->Prefetch(sequences);
+absl::StatusOr<MoveReport> KvCache::Prefetch(std::span<const SequenceId> sequences,
+                                             const CallContext& context) {
+  return impl_->mover.Prefetch(sequences, context);
 }
 absl::StatusOr<SequenceInfo> KvCache::GetSequence(SequenceId sequence) const {
-  return impl_->GetSequence(sequence);
+  return impl_->inspector.GetSequence(sequence);
 }
-std::vector<SequenceInfo> KvCache::ListSequences() const { return impl_->ListSequences(); }
-absl::StatusOr<ModelId> KvCache::ModelOf(SequenceId sequence) const { return impl_->ModelOf(sequence); }
-absl::StatusOr<int64_t> KvCache::Length(SequenceId sequence) const { return impl_->Length(sequence); }
-absl::StatusOr<int64_t> KvCache::LayerLength(SequenceId sequence, int layer) const {
-  return impl_->LayerLength(sequence, layer);
-}
-CacheStats KvCache::Stats() const { return impl_->Stats(); }
-const CacheOptions& KvCache::options() const { return impl_->options(); }
-MoveReport KvCache::RunMovesOnce() { return impl_->RunMovesOnce(); }
-void KvCache::CheckInvariants() const { impl_->CheckInvariants(); }
+std::vector<SequenceInfo> KvCache::ListSequences() const { return impl_->inspector.ListSequences(); }
+CacheStats KvCache::Stats() const { return impl_->inspector.Stats(); }
+const CacheOptions& KvCache::options() const { return impl_->core.options(); }
+MoveReport KvCache::RunMovesOnce() { return impl_->mover.RunOnce(); }
+void KvCache::CheckInvariants() const { impl_->inspector.CheckInvariants(); }
 
 }  // namespace kvtide

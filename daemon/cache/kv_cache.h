@@ -3,18 +3,24 @@
 // side, writers of one sequence exclude each other: the second one gets Aborted at once. Metadata is under
 // one mutex, bytes are under none: copies and kernels work on pinned blocks.
 //
+// Every verb takes a CallContext: who calls, and how long the answer is wanted.
+//
 // Errors (absl::Status), the same everywhere:
-//   InvalidArgument     shape, dtype, NaN/Inf or out-of-f16 values (named position), unsupported pair
-//   NotFound            unknown model or sequence (the message says so if it was closed)
+//
+//   InvalidArgument     a shape, an element type, a value that is NaN, infinite or beyond f16 (its position
+//   is
+//                       named), a position or size out of bounds, an unsupported pair
+//   NotFound            an unknown model or sequence; the message says so if it was closed
 //   FailedPrecondition  another spec under a registered name; a drop that the sequence does not allow
-//   OutOfRange          start position is not the layer's length; tokens that left the sliding window
+//   OutOfRange          a start position that is not the layer's length; tokens that left the sliding window
 //   Aborted             another writer holds the sequence (retry later); it was closed while the call ran
 //   ResourceExhausted   no room in any tier (needed and free bytes are named), or a limit; nothing has
 //   changed DataLoss            a visible token was dropped, or a block failed its checksum (token range is
-//   named) Cancelled           `cancelled` was set; nothing has changed
+//   named) Cancelled           the caller no longer wants the answer; what the verb says of it has happened
+//   DeadlineExceeded    the same, by time
+//
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -26,7 +32,9 @@
 #include "absl/status/statusor.h"
 #include "daemon/cache/cache_options.h"
 #include "daemon/cache/cache_stats.h"
+#include "daemon/cache/call_context.h"
 #include "daemon/cache/model.h"
+#include "daemon/cache/move_report.h"
 #include "daemon/cache/sequence_options.h"
 #include "kernels/base/data_type.h"
 
@@ -49,7 +57,7 @@ struct AppendCall {
   int64_t start_position = 0;
   int64_t tokens = 0;
   std::span<const LayerKv> layers;
-  const std::atomic<bool>* cancelled = nullptr;
+  const CallContext* context = nullptr;  // who calls; null = this process, for as long as it takes
 };
 
 // One sequence's part of a batch. With new_tokens > 0 (AppendAttend only) k and v are appended at
@@ -77,25 +85,9 @@ struct AttendCall {
   bool causal = true;  // query at p sees positions <= p
   std::optional<float> scale;
   std::optional<float> softcap;
-  std::optional<int64_t> window;  // may only narrow the group's window
-  const float* sinks = nullptr;   // [heads]; null = none
-  const std::atomic<bool>* cancelled = nullptr;
-};
-
-struct MoveReport {
-  uint64_t moved_blocks = 0;
-  uint64_t moved_bytes = 0;
-  uint64_t dropped_blocks = 0;
-  uint64_t left_blocks = 0;    // wanted, but busy (being written or moved) or without room
-  uint64_t shared_blocks = 0;  // not demoted, because a sequence that was not named holds them too
-  MoveReport& operator+=(const MoveReport& other) {
-    moved_blocks += other.moved_blocks;
-    moved_bytes += other.moved_bytes;
-    dropped_blocks += other.dropped_blocks;
-    left_blocks += other.left_blocks;
-    shared_blocks += other.shared_blocks;
-    return *this;
-  }
+  std::optional<int64_t> window;         // may only narrow the group's window
+  const float* sinks = nullptr;          // [heads]; null = none
+  const CallContext* context = nullptr;  // who calls; null = this process, for as long as it takes
 };
 
 class KvCache {
@@ -108,17 +100,18 @@ class KvCache {
 
   // Idempotent: an equal spec under the same name gives the same id. A shard of a model (some of its KV heads
   // and their query heads) is a model of its own, whose sequences are created on the shard's device.
-  absl::StatusOr<ModelId> RegisterModel(const ModelSpec& spec);
+  absl::StatusOr<ModelId> RegisterModel(const ModelSpec& spec, const CallContext& context = {});
   absl::StatusOr<ModelSpec> GetModel(ModelId model) const;
   absl::StatusOr<ModelId> FindModel(const std::string& name) const;
 
-  absl::StatusOr<SequenceId> CreateSequence(ModelId model, const SequenceOptions& options);
+  absl::StatusOr<SequenceId> CreateSequence(ModelId model, const SequenceOptions& options,
+                                            const CallContext& context = {});
   // A copy that shares all blocks; whoever writes into the shared tail first gets a copy of it.
-  absl::StatusOr<SequenceId> ForkSequence(SequenceId sequence);
+  absl::StatusOr<SequenceId> ForkSequence(SequenceId sequence, const CallContext& context = {});
   // Every layer keeps at most `tokens`. Inside a coded block the remaining tokens are decoded into an f16
   // tail: they keep the values that coding gave them. OutOfRange beyond the length, or when the tail's start
   // has left a sliding window.
-  absl::Status TruncateSequence(SequenceId sequence, int64_t tokens);
+  absl::Status TruncateSequence(SequenceId sequence, int64_t tokens, const CallContext& context = {});
   // Frees everything; calls that run on the sequence end well or with Aborted.
   absl::Status CloseSequence(SequenceId sequence);
 
@@ -127,12 +120,14 @@ class KvCache {
   absl::Status AppendAttend(const AttendCall& call);
 
   // Moves blocks that lie above `tier` down to it (kDropTier: drops them, if the sequence allows it). Returns
-  // when the copies are done. Making room below may demote further or drop, by policy.
-  absl::StatusOr<MoveReport> Evict(std::span<const SequenceId> sequences, int tier);
-  absl::StatusOr<MoveReport> EvictAll(int tier);
+  // when the copies are done. Making room below may demote further or drop, by policy. A call that is no
+  // longer wanted stops between rounds; what has moved stays moved.
+  absl::StatusOr<MoveReport> Evict(std::span<const SequenceId> sequences, int tier,
+                                   const CallContext& context = {});
+  absl::StatusOr<MoveReport> EvictAll(int tier, const CallContext& context = {});
   // Moves the sequences' blocks up to the first tier, each to the device where it lives, demoting colder
   // blocks of others if needed. What finds no room stays.
-  absl::StatusOr<MoveReport> Prefetch(std::span<const SequenceId> sequences);
+  absl::StatusOr<MoveReport> Prefetch(std::span<const SequenceId> sequences, const CallContext& context = {});
 
   absl::StatusOr<SequenceInfo> GetSequence(SequenceId sequence) const;
   std::vector<SequenceInfo> ListSequences() const;

@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "absl/time/time.h"
@@ -40,6 +42,12 @@ struct GroupTable {
 
   bool coding() const { return coded != exact; }
   int64_t end_block() const { return first_block + static_cast<int64_t>(blocks.size()); }
+  // Every entry, twins after the table; `f` must not change the table.
+  template <class F>
+  void ForEachBlock(F f) const {
+    for (Block* block : blocks) f(block);
+    for (const auto& [index, block] : staging) f(block);
+  }
   Block*& at(int64_t index) { return blocks[static_cast<size_t>(index - first_block)]; }
   Block* at(int64_t index) const { return blocks[static_cast<size_t>(index - first_block)]; }
   int64_t MinTokens() const {
@@ -84,5 +92,12 @@ struct Sequence {
     return tokens;
   }
 };
+
+// Says whose bytes the block holds.
+inline void Stamp(Block& block, const Sequence& sequence, int group, int64_t index, absl::Time now) {
+  block.stamp = {sequence.model->id, sequence.id, std::hash<std::string>{}(sequence.options.name_space),
+                 group, index};
+  block.last_touched = now;
+}
 
 }  // namespace kvtide

@@ -17,7 +17,7 @@ namespace {
 int64_t Signed(uint64_t value) { return static_cast<int64_t>(value); }
 
 absl::Status CheckNotCancelled(const Cancelled& cancelled) {
-  if (cancelled.load(std::memory_order_relaxed)) {
+  if (cancelled.cancelled()) {
     return absl::CancelledError("the call was cancelled or its deadline has passed; nothing has changed");
   }
   return absl::OkStatus();

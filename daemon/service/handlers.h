@@ -2,7 +2,6 @@
 // used by the unary calls and by the session stream alike. Thread-safe; `cancelled` is polled between steps.
 #pragma once
 
-#include <atomic>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -19,7 +18,7 @@
 
 namespace kvtide::service {
 
-using Cancelled = std::atomic<bool>;
+using Cancelled = Cancellation;
 
 class Handlers {
  public:

@@ -68,12 +68,12 @@ class KvCacheService::UnaryCall final : public grpc::ServerUnaryReactor {
     }
   }
 
-  void OnCancel() override { cancelled_ = true; }
+  void OnCancel() override { cancelled_.Cancel(); }
   void OnDone() override { delete this; }
 
  private:
   void Handle() {
-    if (cancelled_) {
+    if (cancelled_.cancelled()) {
       Conclude(absl::CancelledError("the call was cancelled or its deadline has passed before it began"));
       return;
     }
@@ -93,7 +93,7 @@ class KvCacheService::UnaryCall final : public grpc::ServerUnaryReactor {
   const Handler handler_;
   const Request* const request_;
   Response* const response_;
-  Cancelled cancelled_{false};
+  Cancelled cancelled_;
 };
 
 #define KVTIDE_UNARY(Method, where)                                                                          \
@@ -134,7 +134,7 @@ class KvCacheService::SessionCall final
 
   void OnReadDone(bool ok) override {
     if (!ok) {
-      Conclude(cancelled_ ? absl::CancelledError("the session was cancelled") : absl::OkStatus());
+      Conclude(cancelled_.cancelled() ? absl::CancelledError("the session was cancelled") : absl::OkStatus());
       return;
     }
     if (!service_->workers_.Submit([this] { Handle(); })) {
@@ -150,7 +150,7 @@ class KvCacheService::SessionCall final
     StartRead(&request_);
   }
 
-  void OnCancel() override { cancelled_ = true; }
+  void OnCancel() override { cancelled_.Cancel(); }
 
   void OnDone() override { delete this; }
 
@@ -198,7 +198,7 @@ class KvCacheService::SessionCall final
   v1::SessionRequest request_;
   v1::SessionResponse response_;
   absl::flat_hash_set<SequenceId> owned_;
-  Cancelled cancelled_{false};
+  Cancelled cancelled_;
 };
 
 grpc::ServerBidiReactor<v1::SessionRequest, v1::SessionResponse>* KvCacheService::Session(

@@ -77,7 +77,7 @@ void ToProto(const planner::ContextPlan& plan, v1::ContextPlan* proto) {
 
 absl::Status Handlers::Plan(const v1::PlanRequest& request, v1::PlanResponse* response,
                             const Cancelled& cancelled) {
-  if (cancelled.load()) return absl::CancelledError("the call was cancelled");
+  if (cancelled.cancelled()) return absl::CancelledError("the call was cancelled");
   constexpr int kMostContexts = 256, kMostPairs = 1024;
   if (request.contexts_size() > kMostContexts || request.pairs_size() > kMostPairs) {
     return absl::InvalidArgumentError(absl::StrCat("at most ", kMostContexts, " contexts and ", kMostPairs,

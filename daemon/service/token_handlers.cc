@@ -127,7 +127,9 @@ class Handlers::Batch {
   absl::Status Run(const std::vector<AttendRequest>& requests, const Cancelled& cancelled,
                    absl::Status (KvCache::*run)(const AttendCall&)) {
     call_.items = requests;
-    call_.cancelled = &cancelled;
+    CallContext context;
+    context.cancellation = &cancelled;
+    call_.context = &context;
     KVTIDE_RETURN_IF_ERROR((handlers_->cache_->*run)(call_));
     for (OutgoingTensor& output : outputs_) output.Finish();
     return absl::OkStatus();
@@ -185,7 +187,9 @@ absl::Status Handlers::Append(const v1::AppendRequest& request, v1::AppendRespon
   call.start_position = request.start_position();
   call.tokens = tokens;
   call.layers = layers;
-  call.cancelled = &cancelled;
+  CallContext context;
+  context.cancellation = &cancelled;
+  call.context = &context;
   KVTIDE_RETURN_IF_ERROR(cache_->Append(call));
   KVTIDE_ASSIGN_OR_RETURN(const int64_t length, cache_->Length(request.sequence_id()));
   response->set_tokens(length);

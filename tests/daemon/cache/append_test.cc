@@ -234,14 +234,17 @@ TEST_F(AppendTest, AFailedSealKeepsTheBlocksExactAndTheNextAppendTriesAgain) {
 TEST_F(AppendTest, CancelledCallsChangeNothing) {
   Start();
   Client client(*cache_, SmallModel(), WithPair("f16"), random_);
-  const std::atomic<bool> cancelled{true};
+  Cancellation cancellation;
+  cancellation.Cancel();
+  CallContext context;
+  context.cancellation = &cancellation;
   std::vector<float> rows(128);
   const LayerKv kv{0, {rows.data(), DataType::kF32}, {rows.data(), DataType::kF32}, 0, 0};
   AppendCall call;
   call.sequence = client.id();
   call.tokens = 1;
   call.layers = {&kv, 1};
-  call.cancelled = &cancelled;
+  call.context = &context;
   EXPECT_EQ(cache_->Append(call).code(), absl::StatusCode::kCancelled);
   EXPECT_EQ(UsedBytes(cache_->Stats()), 0u);
 }

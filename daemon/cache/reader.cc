@@ -1,12 +1,11 @@
-// Attend and AppendAttend: plan and pin under the mutex, let every tier's backend attend over its own blocks
-// without it, merge the states.
+#include "daemon/cache/reader.h"
+
 #include <algorithm>
 #include <cmath>
 #include <functional>
 #include <limits>
 
 #include "absl/strings/str_cat.h"
-#include "daemon/cache/kv_cache_impl.h"
 #include "daemon/cache/tensor_check.h"
 #include "kernels/attention_state.h"
 #include "kernels/base/check.h"
@@ -15,7 +14,7 @@
 namespace kvtide {
 
 // The runs of one item in one tier, and where that tier puts its state.
-struct KvCache::Impl::TierPart {
+struct Reader::TierPart {
   int tier = 0;
   std::vector<std::byte*> blocks;  // of all runs
   std::vector<size_t> run_begins;  // into blocks
@@ -24,21 +23,42 @@ struct KvCache::Impl::TierPart {
   std::vector<float> own_out, own_lse;                   // when the part is not the only one
 };
 
-struct KvCache::Impl::ItemPlan {
+struct Reader::ItemPlan {
   std::vector<TierPart> parts;
   std::vector<float> q;    // f32 copy of another type
   std::vector<float> lse;  // when the caller wants none
 };
 
-KvCache::Impl::ReadPins::~ReadPins() {
-  MutexLock lock(impl_->mu_);
-  for (Place* place : places_) impl_->store_.Unpin(place);
-  for (const SequencePtr& sequence : sequences_) sequence->readers--;
-  impl_->attends_running_--;
-  impl_->changed_.NotifyAll();
-}
+// What a running attention relies on: the places that it reads stay. Ends under the mutex.
+class Reader::Reading {
+ public:
+  Reading(CacheState& state, const std::vector<SequencePtr>& sequences)
+      : state_(state), sequences_(sequences) {
+    state_.attends_running++;
+    for (const SequencePtr& sequence : sequences_) sequence->readers++;
+  }
+  ~Reading() {
+    for (Place* place : places_) state_.store.Unpin(place);
+    for (const SequencePtr& sequence : sequences_) sequence->readers--;
+    state_.attends_running--;
+    state_.changed.NotifyAll();
+  }
+  Reading(const Reading&) = delete;
+  Reading& operator=(const Reading&) = delete;
 
-absl::Status KvCache::Impl::CheckAttend(const AttendCall& call, const ModelSpec& model, bool append) const {
+  void Expect(size_t places) { places_.reserve(places_.size() + places); }
+  void Pin(Place* place) {
+    state_.store.Pin(place);
+    places_.push_back(place);
+  }
+
+ private:
+  CacheState& state_;
+  const std::vector<SequencePtr>& sequences_;
+  std::vector<Place*> places_;
+};
+
+absl::Status Reader::CheckCall(const AttendCall& call, const ModelSpec& model, bool append) const {
   if (call.layer < 0 || static_cast<size_t>(call.layer) >= model.layers.size())
     return absl::InvalidArgumentError(absl::StrCat("layer ", call.layer, ": model '", model.name,
                                                    "' has layers 0 to ", model.layers.size() - 1));
@@ -52,125 +72,73 @@ absl::Status KvCache::Impl::CheckAttend(const AttendCall& call, const ModelSpec&
   if (call.window.has_value() && (*call.window < 0 || (group.window > 0 && *call.window > group.window)))
     return absl::InvalidArgumentError(absl::StrCat("window ", *call.window, ": the layer keeps a window of ",
                                                    group.window, " tokens, a call may only narrow it"));
-  const GroupShape& shape = group.shape;
-  for (size_t i = 0; i < call.items.size(); i++) {
-    const AttendRequest& item = call.items[i];
-    const auto check = [&]() -> absl::Status {
-      if (item.queries < 1 || item.queries > options_.max_queries_per_item)
-        return absl::InvalidArgumentError(absl::StrCat(item.queries, " queries: must be 1 to ",
-                                                       options_.max_queries_per_item,
-                                                       " (max_queries_per_item)"));
-      if (item.first_query_position < 0)
-        return absl::InvalidArgumentError(
-            absl::StrCat("first query position ", item.first_query_position, " is negative"));
-      if (item.first_query_position > int64_t{1} << 48)
-        return absl::InvalidArgumentError(
-            absl::StrCat("first query position ", item.first_query_position, " is beyond 2^48"));
-      if (item.q.data == nullptr || item.out == nullptr)
-        return absl::InvalidArgumentError("q or the output is missing");
-      KVTIDE_RETURN_IF_ERROR(
-          CheckElements(item.q_elements, item.queries, group.heads, shape.head_dim_k, "q", call.layer));
-      KVTIDE_RETURN_IF_ERROR(CheckFinite(item.q, item.queries, group.heads, shape.head_dim_k, "q", call.layer,
-                                         item.first_query_position));
-      if (!append) return absl::OkStatus();
-      if (item.new_tokens < 0 || item.new_tokens > options_.max_tokens_per_append)
-        return absl::InvalidArgumentError(
-            absl::StrCat("append of ", item.new_tokens, " tokens: must be at most ",
-                         options_.max_tokens_per_append, " (max_tokens_per_append)"));
-      if (item.new_tokens == 0) return absl::OkStatus();
-      if (item.k.data == nullptr || item.v.data == nullptr)
-        return absl::InvalidArgumentError("K or V is missing");
-      KVTIDE_RETURN_IF_ERROR(
-          CheckElements(item.k_elements, item.new_tokens, shape.kv_heads, shape.head_dim_k, "K", call.layer));
-      KVTIDE_RETURN_IF_ERROR(
-          CheckElements(item.v_elements, item.new_tokens, shape.kv_heads, shape.head_dim_v, "V", call.layer));
-      KVTIDE_RETURN_IF_ERROR(CheckValues(item.k, item.new_tokens, shape.kv_heads, shape.head_dim_k, "K",
-                                         call.layer, item.start_position));
-      return CheckValues(item.v, item.new_tokens, shape.kv_heads, shape.head_dim_v, "V", call.layer,
-                         item.start_position);
-    };
-    KVTIDE_RETURN_IF_ERROR(Annotate(check(), absl::StrCat("item ", i, " (sequence ", item.sequence, ")")));
-  }
+  for (size_t i = 0; i < call.items.size(); i++)
+    KVTIDE_RETURN_IF_ERROR(Annotate(CheckItem(call.items[i], call.layer, group, append),
+                                    absl::StrCat("item ", i, " (sequence ", call.items[i].sequence, ")")));
   return absl::OkStatus();
 }
 
-absl::Status KvCache::Impl::Attend(const AttendCall& call, bool append) {
+absl::Status Reader::CheckItem(const AttendRequest& item, int layer, const LayerGroupSpec& group,
+                               bool append) const {
+  const GroupShape& shape = group.shape;
+  const CacheOptions& options = core_.options();
+  if (item.queries < 1 || item.queries > options.max_queries_per_item)
+    return absl::InvalidArgumentError(absl::StrCat(item.queries, " queries: must be 1 to ",
+                                                   options.max_queries_per_item, " (max_queries_per_item)"));
+  if (item.first_query_position < 0)
+    return absl::InvalidArgumentError(
+        absl::StrCat("first query position ", item.first_query_position, " is negative"));
+  if (item.first_query_position > int64_t{1} << 48)
+    return absl::InvalidArgumentError(
+        absl::StrCat("first query position ", item.first_query_position, " is beyond 2^48"));
+  if (item.q.data == nullptr || item.out == nullptr)
+    return absl::InvalidArgumentError("q or the output is missing");
+  KVTIDE_RETURN_IF_ERROR(
+      CheckElements(item.q_elements, item.queries, group.heads, shape.head_dim_k, "q", layer));
+  KVTIDE_RETURN_IF_ERROR(CheckFinite(item.q, item.queries, group.heads, shape.head_dim_k, "q", layer,
+                                     item.first_query_position));
+  if (!append) return absl::OkStatus();
+  if (item.new_tokens < 0 || item.new_tokens > options.max_tokens_per_append)
+    return absl::InvalidArgumentError(absl::StrCat("append of ", item.new_tokens, " tokens: must be at most ",
+                                                   options.max_tokens_per_append,
+                                                   " (max_tokens_per_append)"));
+  if (item.new_tokens == 0) return absl::OkStatus();
+  if (item.k.data == nullptr || item.v.data == nullptr)
+    return absl::InvalidArgumentError("K or V is missing");
+  KVTIDE_RETURN_IF_ERROR(
+      CheckElements(item.k_elements, item.new_tokens, shape.kv_heads, shape.head_dim_k, "K", layer));
+  KVTIDE_RETURN_IF_ERROR(
+      CheckElements(item.v_elements, item.new_tokens, shape.kv_heads, shape.head_dim_v, "V", layer));
+  KVTIDE_RETURN_IF_ERROR(CheckValues(item.k, item.new_tokens, shape.kv_heads, shape.head_dim_k, "K", layer,
+                                     item.start_position));
+  return CheckValues(item.v, item.new_tokens, shape.kv_heads, shape.head_dim_v, "V", layer,
+                     item.start_position);
+}
+
+absl::StatusOr<std::vector<SequencePtr>> Reader::FindSequences(const AttendCall& call) const {
   if (call.items.empty()) return absl::InvalidArgumentError("attention without items");
-  if (call.items.size() > options_.max_batch_items)
+  if (call.items.size() > core_.options().max_batch_items)
     return absl::InvalidArgumentError(absl::StrCat(call.items.size(), " items: the limit is ",
-                                                   options_.max_batch_items, " (max_batch_items)"));
+                                                   core_.options().max_batch_items, " (max_batch_items)"));
   std::vector<SequencePtr> sequences;
-  {
-    MutexLock lock(mu_);
-    for (size_t i = 0; i < call.items.size(); i++) {
-      absl::StatusOr<SequencePtr> sequence = Find(call.items[i].sequence);
-      if (!sequence.ok()) return Annotate(sequence.status(), absl::StrCat("item ", i));
-      if (!sequences.empty() && (*sequence)->model != sequences.front()->model)
-        return absl::InvalidArgumentError(absl::StrCat(
-            "item ", i, ": sequence ", (*sequence)->id, " is of model '", (*sequence)->model->spec.name,
-            "', item 0 of '", sequences.front()->model->spec.name, "'; a call serves one model"));
-      sequences.push_back(*std::move(sequence));
-    }
+  CacheLock lock(core_);
+  for (size_t i = 0; i < call.items.size(); i++) {
+    absl::StatusOr<SequencePtr> sequence = lock->sequences.Find(call.items[i].sequence);
+    if (!sequence.ok()) return Annotate(sequence.status(), absl::StrCat("item ", i));
+    if (!sequences.empty() && (*sequence)->model != sequences.front()->model)
+      return absl::InvalidArgumentError(absl::StrCat(
+          "item ", i, ": sequence ", (*sequence)->id, " is of model '", (*sequence)->model->spec.name,
+          "', item 0 of '", sequences.front()->model->spec.name, "'; a call serves one model"));
+    sequences.push_back(*std::move(sequence));
   }
-  const ModelSpec& model = sequences.front()->model->spec;
-  KVTIDE_RETURN_IF_ERROR(CheckAttend(call, model, append));
-  const auto cancelled = [&] {
-    return call.cancelled != nullptr && call.cancelled->load(std::memory_order_relaxed);
-  };
-  if (cancelled()) return absl::CancelledError("attention was cancelled; nothing was written");
-
-  WriteBatch batch;
-  if (append) {
-    for (size_t i = 0; i < call.items.size(); i++) {
-      const AttendRequest& item = call.items[i];
-      if (item.new_tokens == 0) continue;
-      if (std::find(batch.sequences.begin(), batch.sequences.end(), sequences[i]) != batch.sequences.end())
-        return absl::InvalidArgumentError(
-            absl::StrCat("item ", i, ": sequence ", item.sequence, " is appended to twice in one call"));
-      batch.sequences.push_back(sequences[i]);
-      const LayerSpec& layer = model.layers[static_cast<size_t>(call.layer)];
-      LayerWrite& write = batch.writes.emplace_back();
-      write.sequence = sequences[i].get();
-      write.group = layer.group;
-      write.layer = layer.layer_in_group;
-      write.model_layer = call.layer;
-      write.start = item.start_position;
-      write.tokens = item.new_tokens;
-      write.k = item.k;
-      write.v = item.v;
-    }
-  }
-  if (batch.writes.empty()) return RunAttend(call, sequences, false);
-
-  {
-    MutexLock lock(mu_);
-    KVTIDE_RETURN_IF_ERROR(BeginWrites(batch));
-  }
-  absl::Status status =
-      cancelled() ? absl::CancelledError("attention was cancelled; nothing was written") : WriteBytes(batch);
-  {
-    MutexLock lock(mu_);
-    if (status.ok()) {
-      KVTIDE_RETURN_IF_ERROR(Commit(batch));
-    } else {
-      Rollback(batch);
-      return status;
-    }
-  }
-  status = cancelled() ? absl::CancelledError("attention was cancelled; nothing was written")
-                       : RunAttend(call, sequences, true);
-  MutexLock lock(mu_);
-  if (!status.ok()) {
-    Rollback(batch);
-    return status;
-  }
-  return Finish(batch);
+  return sequences;
 }
 
 // Finds the blocks that the item's queries can see, pins them, and groups them into runs per tier.
-absl::Status KvCache::Impl::PlanItem(const AttendCall& call, const AttendRequest& item,
-                                     const SequencePtr& sequence, bool own_writer, ItemPlan* plan,
-                                     ReadPins* pins) {
+absl::Status Reader::PlanItem(CacheState& state, const AttendCall& call, const AttendRequest& item,
+                              const SequencePtr& sequence, bool own_writer, ItemPlan* plan,
+                              Reading* reading) {
+  BlockStore& store = state.store;
   if (sequence->closed) return absl::AbortedError("the sequence was closed");
   if (sequence->options.seal_at_once && sequence->writer && !(own_writer && item.new_tokens > 0))
     return absl::AbortedError(
@@ -199,11 +167,11 @@ absl::Status KvCache::Impl::PlanItem(const AttendCall& call, const AttendRequest
         " were dropped; compute them again in a new sequence, or truncate to ", index * kBlockTokens));
   }
   const bool touch = layer.layer_in_group == 0;  // once a step is enough
-  const absl::Time now = touch ? options_.clock() : absl::Time();
+  const absl::Time now = touch ? core_.options().clock() : absl::Time();
   if (touch) sequence->last_used = now;
-  pins->places_.reserve(pins->places_.size() + static_cast<size_t>(last - first + 1));
-  std::vector<TierPart*> part_of_tier(store_.tiers(), nullptr);
-  plan->parts.reserve(store_.tiers());
+  reading->Expect(static_cast<size_t>(last - first + 1));
+  std::vector<TierPart*> part_of_tier(store.tiers(), nullptr);
+  plan->parts.reserve(store.tiers());
   int previous_tier = -1;
   for (int64_t index = first; index <= last; index++) {
     Block* block = table.at(index);
@@ -225,17 +193,13 @@ absl::Status KvCache::Impl::PlanItem(const AttendCall& call, const AttendRequest
     previous_tier = place->tier;
     part->runs.back().tokens += std::min<int64_t>(kBlockTokens, end - index * kBlockTokens);
     part->blocks.push_back(place->data);
-    store_.Pin(place);
-    pins->places_.push_back(place);
-    counters_.attended_blocks++;
-    const bool below = place->tier >= store_.homes();
-    if (below) counters_.attended_blocks_below_tier0++;
+    reading->Pin(place);
+    state.counters.attended_blocks++;
+    const bool below = place->tier >= store.homes();
+    if (below) state.counters.attended_blocks_below_tier0++;
     if (!touch) continue;
-    store_.Touch(block, now);
-    if (below && options_.limits.promote_on_attend && !block->wanted) {
-      block->wanted = true;
-      wanted_.push_back(block->id);
-    }
+    store.Touch(block, now);
+    if (below && core_.options().limits.promote_on_attend) store.Want(block);
   }
   for (TierPart& part : plan->parts)
     for (size_t r = 0; r < part.runs.size(); r++) {
@@ -246,27 +210,22 @@ absl::Status KvCache::Impl::PlanItem(const AttendCall& call, const AttendRequest
   return absl::OkStatus();
 }
 
-absl::Status KvCache::Impl::RunAttend(const AttendCall& call, const std::vector<SequencePtr>& sequences,
-                                      bool own_writer) {
+absl::Status Reader::Attend(const AttendCall& call, const std::vector<SequencePtr>& sequences,
+                            bool own_writer) {
   const ModelSpec& model = sequences.front()->model->spec;
   const LayerSpec& layer = model.layers[static_cast<size_t>(call.layer)];
   const LayerGroupSpec& group = model.groups[static_cast<size_t>(layer.group)];
   const auto heads = static_cast<size_t>(group.heads), dim_k = static_cast<size_t>(group.shape.head_dim_k),
              dim_v = static_cast<size_t>(group.shape.head_dim_v);
   std::vector<ItemPlan> plans(call.items.size());
-  ReadPins pins(this);
-  {
-    MutexLock lock(mu_);
-    attends_running_++;
-    for (size_t i = 0; i < plans.size(); i++) {
-      sequences[i]->readers++;
-      pins.sequences_.push_back(sequences[i]);
-      KVTIDE_RETURN_IF_ERROR(
-          Annotate(PlanItem(call, call.items[i], sequences[i], own_writer, &plans[i], &pins),
-                   absl::StrCat("item ", i, " (sequence ", sequences[i]->id, ")")));
-    }
-  }
-  std::vector<std::vector<AttendItem>> work(backends_.size());
+  CacheLock lock(core_);
+  Reading reading(*lock, sequences);
+  for (size_t i = 0; i < plans.size(); i++)
+    KVTIDE_RETURN_IF_ERROR(
+        Annotate(PlanItem(*lock, call, call.items[i], sequences[i], own_writer, &plans[i], &reading),
+                 absl::StrCat("item ", i, " (sequence ", sequences[i]->id, ")")));
+  const Unlocked unlocked(lock);
+  std::vector<std::vector<AttendItem>> work(core_.tiers());
   for (size_t i = 0; i < plans.size(); i++) {
     const AttendRequest& item = call.items[i];
     ItemPlan& plan = plans[i];
@@ -307,19 +266,20 @@ absl::Status KvCache::Impl::RunAttend(const AttendCall& call, const std::vector<
   args.causal = call.causal;
   args.window = call.window.has_value() && *call.window > 0 ? *call.window : group.window;
   args.softcap = call.softcap.value_or(group.softcap);
-  std::vector<absl::Status> status(backends_.size());
-  const auto attend = [&](size_t tier) {
-    AttendArgs mine = args;
-    mine.items = work[tier];
-    status[tier] = backends_[tier]->Attend(mine);
-  };
-  // Different machines work side by side, tiers of one machine in turn; the first machine with work on this
-  // thread.
+  KVTIDE_RETURN_IF_ERROR(AttendTiers(args, work));
+  MergeTiers(call, group, plans);
+  return absl::OkStatus();
+}
+
+// Different machines work side by side, tiers of one machine in turn; the first machine with work on this
+// thread.
+absl::Status Reader::AttendTiers(const AttendArgs& args, std::vector<std::vector<AttendItem>>& work) {
+  std::vector<absl::Status> status(work.size());
   std::vector<std::vector<size_t>> machines;
   for (size_t t = 0; t < work.size(); t++) {
     if (work[t].empty()) continue;
     const auto same = std::find_if(machines.begin(), machines.end(), [&](const std::vector<size_t>& tiers) {
-      return backends_[tiers.front()] == backends_[t];
+      return &core_.backend(static_cast<int>(tiers.front())) == &core_.backend(static_cast<int>(t));
     });
     if (same != machines.end()) {
       same->push_back(t);
@@ -329,15 +289,21 @@ absl::Status KvCache::Impl::RunAttend(const AttendCall& call, const std::vector<
   }
   std::vector<std::function<void()>> parts;
   for (const std::vector<size_t>& tiers : machines)
-    parts.emplace_back([&attend, &tiers] {
-      for (const size_t t : tiers) attend(t);
+    parts.emplace_back([&args, &status, &tiers, &work, this] {
+      for (const size_t t : tiers) {
+        AttendArgs mine = args;
+        mine.items = work[t];
+        status[t] = core_.backend(static_cast<int>(t)).Attend(mine);
+      }
     });
   machines_.Run(parts);
   for (size_t t = 0; t < status.size(); t++)
-    KVTIDE_RETURN_IF_ERROR(Annotate(
-        status[t], absl::StrCat("attention in tier '", options_.tiers[t].name, "'",
-                                CountHomes(options_.tiers) > 1 ? " on " + options_.tiers[t].Device() : "")));
+    KVTIDE_RETURN_IF_ERROR(Annotate(status[t], absl::StrCat("attention in ", TierText(core_.options(), t))));
+  return absl::OkStatus();
+}
 
+void Reader::MergeTiers(const AttendCall& call, const LayerGroupSpec& group, std::vector<ItemPlan>& plans) {
+  const auto heads = static_cast<size_t>(group.heads), dim_v = static_cast<size_t>(group.shape.head_dim_v);
   const std::vector<float> zeros(call.sinks != nullptr ? dim_v : 0);
   for (size_t i = 0; i < plans.size(); i++) {
     const AttendRequest& item = call.items[i];
@@ -356,7 +322,6 @@ absl::Status KvCache::Impl::RunAttend(const AttendCall& call, const std::vector<
         MergeAttentionState(item.out + r * dim_v, lse + r, zeros.data(), call.sinks[r % heads],
                             static_cast<int>(dim_v));
   }
-  return absl::OkStatus();
 }
 
 }  // namespace kvtide

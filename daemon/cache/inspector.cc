@@ -1,9 +1,9 @@
-// Snapshots: statistics, descriptions of sequences, predictions, and the check of all invariants.
+#include "daemon/cache/inspector.h"
+
 #include <algorithm>
 #include <map>
 
 #include "absl/strings/str_cat.h"
-#include "daemon/cache/kv_cache_impl.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
 
@@ -31,11 +31,11 @@ uint64_t ValuesPerToken(const GroupShape& shape) {
 
 }  // namespace
 
-CacheStats KvCache::Impl::Stats() const {
-  MutexLock lock(mu_);
+CacheStats Inspector::Stats() const {
+  CacheLock lock(core_);
   CacheStats stats;
-  for (size_t t = 0; t < store_.tiers(); t++) {
-    const Tier& tier = store_.tier(static_cast<int>(t));
+  for (size_t t = 0; t < lock->store.tiers(); t++) {
+    const Tier& tier = lock->store.tier(static_cast<int>(t));
     TierStats& to = stats.tiers.emplace_back();
     to.name = tier.name;
     to.backend = tier.backend->name();
@@ -55,44 +55,44 @@ CacheStats KvCache::Impl::Stats() const {
         if (pair.blocks > 0) to.pairs[PairName({k, v})] = pair;
       }
   }
-  stats.models = models_.size();
-  stats.sequences = sequences_.size();
-  for (const auto& [id, sequence] : sequences_) {
+  stats.models = lock->sequences.models();
+  stats.sequences = lock->sequences.all().size();
+  for (const auto& [id, sequence] : lock->sequences.all()) {
     stats.tokens += static_cast<uint64_t>(sequence->MinTokens());
-    const bool may_have_drops = sequence->options.allow_drop || counters_.checksum_failures > 0;
+    const bool may_have_drops = sequence->options.allow_drop || lock->counters.checksum_failures > 0;
     for (const GroupTable& table : sequence->groups)
       stats.f16_equivalent_bytes +=
           2 * ValuesPerToken(table.exact->shape()) * static_cast<uint64_t>(HeldTokens(table, may_have_drops));
   }
-  stats.shared_blocks = store_.shared_blocks();
-  stats.stored_bytes = store_.stored_bytes();
+  stats.shared_blocks = lock->store.shared_blocks();
+  stats.stored_bytes = lock->store.stored_bytes();
   if (stats.f16_equivalent_bytes > 0)
     stats.bits_per_value =
         16.0 * static_cast<double>(stats.stored_bytes) / static_cast<double>(stats.f16_equivalent_bytes);
-  stats.sequences_created = counters_.sequences_created;
-  stats.sequences_closed = counters_.sequences_closed;
-  stats.appended_tokens = counters_.appended_tokens;
-  stats.sealed_blocks = counters_.sealed_blocks;
-  stats.failed_seals = counters_.failed_seals;
-  stats.copied_on_write_blocks = counters_.copied_on_write_blocks;
-  stats.window_freed_blocks = counters_.window_freed_blocks;
-  stats.evict_calls = counters_.evict_calls;
-  stats.prefetch_calls = counters_.prefetch_calls;
-  stats.moves = counters_.moves;
-  stats.failed_moves = counters_.failed_moves;
-  stats.moved_bytes = counters_.moved_bytes;
-  stats.dropped_blocks = counters_.dropped_blocks;
-  stats.attended_blocks = counters_.attended_blocks;
-  stats.attended_blocks_below_tier0 = counters_.attended_blocks_below_tier0;
-  stats.checksum_failures = counters_.checksum_failures;
-  stats.exhausted = counters_.exhausted;
-  stats.max_sequences = options_.max_sequences;
-  stats.max_models = options_.max_models;
-  stats.max_tokens_per_sequence = options_.max_tokens_per_sequence;
+  stats.sequences_created = lock->sequences.created();
+  stats.sequences_closed = lock->sequences.closed();
+  stats.appended_tokens = lock->counters.appended_tokens;
+  stats.sealed_blocks = lock->counters.sealed_blocks;
+  stats.failed_seals = lock->counters.failed_seals;
+  stats.copied_on_write_blocks = lock->counters.copied_on_write_blocks;
+  stats.window_freed_blocks = lock->counters.window_freed_blocks;
+  stats.evict_calls = lock->counters.evict_calls;
+  stats.prefetch_calls = lock->counters.prefetch_calls;
+  stats.moves = lock->counters.moves;
+  stats.failed_moves = lock->counters.failed_moves;
+  stats.moved_bytes = lock->counters.moved_bytes;
+  stats.dropped_blocks = lock->counters.dropped_blocks;
+  stats.attended_blocks = lock->counters.attended_blocks;
+  stats.attended_blocks_below_tier0 = lock->counters.attended_blocks_below_tier0;
+  stats.checksum_failures = lock->counters.checksum_failures;
+  stats.exhausted = lock->counters.exhausted;
+  stats.max_sequences = core_.options().max_sequences;
+  stats.max_models = core_.options().max_models;
+  stats.max_tokens_per_sequence = core_.options().max_tokens_per_sequence;
   return stats;
 }
 
-SequenceInfo KvCache::Impl::Describe(const Sequence& sequence) const {
+SequenceInfo Inspector::Describe(const CacheState& state, const Sequence& sequence) {
   SequenceInfo info;
   info.id = sequence.id;
   info.model = sequence.model->id;
@@ -103,9 +103,9 @@ SequenceInfo KvCache::Impl::Describe(const Sequence& sequence) const {
   info.max_layer_tokens = sequence.MaxTokens();
   info.created = sequence.created;
   info.last_used = sequence.last_used;
-  info.device = store_.tier(sequence.home).device;
-  info.blocks_by_tier.resize(store_.tiers());
-  info.bytes_by_tier.resize(store_.tiers());
+  info.device = state.store.tier(sequence.home).device;
+  info.blocks_by_tier.resize(state.store.tiers());
+  info.bytes_by_tier.resize(state.store.tiers());
   const auto count = [&](const Block& block) {
     if (block.refs > 1) info.shared_blocks++;
     if (block.place == nullptr) {
@@ -115,64 +115,35 @@ SequenceInfo KvCache::Impl::Describe(const Sequence& sequence) const {
     info.blocks_by_tier[static_cast<size_t>(block.place->tier)]++;
     info.bytes_by_tier[static_cast<size_t>(block.place->tier)] += block.place->bytes;
   };
-  for (const GroupTable& table : sequence.groups) {
-    for (const Block* block : table.blocks) count(*block);
-    for (const auto& [index, block] : table.staging) count(*block);
-  }
+  for (const GroupTable& table : sequence.groups)
+    table.ForEachBlock([&](const Block* block) { count(*block); });
   return info;
 }
 
-absl::StatusOr<SequenceInfo> KvCache::Impl::GetSequence(SequenceId id) const {
-  MutexLock lock(mu_);
-  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, Find(id));
-  return Describe(*sequence);
+absl::StatusOr<SequenceInfo> Inspector::GetSequence(SequenceId id) const {
+  CacheLock lock(core_);
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, lock->sequences.Find(id));
+  return Describe(*lock, *sequence);
 }
 
-std::vector<SequenceInfo> KvCache::Impl::ListSequences() const {
-  MutexLock lock(mu_);
+std::vector<SequenceInfo> Inspector::ListSequences() const {
+  CacheLock lock(core_);
   std::vector<SequenceInfo> infos;
-  infos.reserve(sequences_.size());
-  for (const auto& [id, sequence] : sequences_) infos.push_back(Describe(*sequence));
+  infos.reserve(lock->sequences.all().size());
+  for (const auto& [id, sequence] : lock->sequences.all()) infos.push_back(Describe(*lock, *sequence));
   return infos;
 }
 
-absl::StatusOr<PredictedBytes> KvCache::Predict(const ModelSpec& model, const SequenceOptions& options,
-                                                int64_t tokens) {
-  KVTIDE_RETURN_IF_ERROR(CheckModelSpec(model));
-  KVTIDE_RETURN_IF_ERROR(CheckSequenceOptions(options, model));
-  if (tokens < 0) return absl::InvalidArgumentError(absl::StrCat(tokens, " tokens"));
-  PredictedBytes predicted;
-  for (size_t g = 0; g < model.groups.size(); g++) {
-    const CachePair pair = options.PairOfGroup(static_cast<int>(g));
-    const bool coding = !(pair == ExactPair());
-    BlockCounts counts = CountLiveBlocks(tokens, options.EffectiveWindow(), model.groups[g].window);
-    if (!coding) counts = {counts.exact + counts.coded, 0};
-    // seal_at_once keeps the tail twice: f16, to append to, and coded, to attend over.
-    if (coding && options.seal_at_once && tokens % kBlockTokens != 0) counts.coded++;
-    predicted.exact_blocks += static_cast<uint64_t>(counts.exact);
-    predicted.coded_blocks += static_cast<uint64_t>(counts.coded);
-    predicted.bytes +=
-        static_cast<uint64_t>(counts.exact) * BlockLayout(model.groups[g].shape, ExactPair()).block_bytes() +
-        static_cast<uint64_t>(counts.coded) * BlockLayout(model.groups[g].shape, pair).block_bytes();
-  }
-  return predicted;
-}
-
-void KvCache::Impl::CheckInvariants() const {
-  MutexLock lock(mu_);
-  store_.CheckInvariants();
+void Inspector::CheckInvariants() const {
+  CacheLock lock(core_);
+  lock->store.CheckInvariants();
   std::map<const Block*, std::pair<int, int>> counted;  // references, keepers
-  bool writers = closing_ > 0;
-  std::vector<HomeCount> homes(home_counts_.size());
-  for (const auto& entry : sequences_) {
+  bool writers = lock->sequences.closing() > 0;
+  lock->sequences.CheckInvariants();
+  for (const auto& entry : lock->sequences.all()) {
     const SequenceId id = entry.first;
     const SequencePtr& sequence = entry.second;
-    KVTIDE_CHECK(sequence->id == id && !sequence->closed && sequence->readers >= 0);
     writers = writers || sequence->writer;
-    HomeCount& home = homes[static_cast<size_t>(sequence->home)];
-    home.sequences++;
-    if (sequence->empty) home.empty++;
-    KVTIDE_CHECK(!sequence->empty || sequence->MaxTokens() == 0);
     const auto count = [&](const Block* block) {
       KVTIDE_CHECK(block->home == sequence->home, "block ", block->id, " of device ", block->home,
                    " in a sequence of device ", sequence->home);
@@ -208,9 +179,7 @@ void KvCache::Impl::CheckInvariants() const {
       }
     }
   }
-  for (size_t h = 0; h < homes.size(); h++)
-    KVTIDE_CHECK(homes[h].sequences == home_counts_[h].sequences && homes[h].empty == home_counts_[h].empty);
-  store_.ForEach([&](const Block& block) {
+  lock->store.ForEach([&](const Block& block) {
     const auto it = counted.find(&block);
     const int refs = it == counted.end() ? 0 : it->second.first,
               keepers = it == counted.end() ? 0 : it->second.second;

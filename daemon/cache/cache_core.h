@@ -1,0 +1,105 @@
+// What the parts of the cache share: limits, backends, one mutex, and the state that it guards. The state is
+// reachable through a CacheLock only, so that a signature says what a function does with the mutex:
+//
+//   CacheState&   runs under the mutex and keeps it
+//   CacheLock&    runs under the mutex and may give it up for a while (Unlocked, waits)
+//   neither       runs without it
+//
+// What a caller relies on while the mutex is free is an object: a HeldBlock (the record stays), a
+// WritingBlock (nobody else writes, moves or drops it), a PinnedPlace (the bytes stay), a WriterGuard
+// (sequences.h; nobody else changes the tables). All of them are made and destroyed under the mutex.
+#pragma once
+
+#include <vector>
+
+#include "daemon/cache/block_store.h"
+#include "daemon/cache/cache_options.h"
+#include "daemon/cache/sequences.h"
+#include "kernels/base/mutex.h"
+
+namespace kvtide {
+
+// Counters of CacheStats that no part below counts itself.
+struct Counters {
+  uint64_t appended_tokens = 0, sealed_blocks = 0, failed_seals = 0;
+  uint64_t copied_on_write_blocks = 0, window_freed_blocks = 0, evict_calls = 0, prefetch_calls = 0;
+  uint64_t moves = 0, failed_moves = 0, moved_bytes = 0, dropped_blocks = 0;
+  uint64_t attended_blocks = 0, attended_blocks_below_tier0 = 0, checksum_failures = 0, exhausted = 0;
+};
+
+struct CacheState {
+  explicit CacheState(const CacheOptions& options) : sequences(options, &store) {}
+
+  BlockStore store;
+  Sequences sequences;
+  Counters counters;
+  int attends_running = 0;
+  int moves_running = 0;  // rounds of copies
+  CondVar changed;        // a move or an attend ended, blocks were freed, a sequence was closed
+};
+
+class CacheCore {
+ public:
+  explicit CacheCore(CacheOptions options);
+  // Takes the memory of all tiers.
+  absl::Status Start();
+
+  const CacheOptions& options() const { return options_; }
+  Backend& backend(int tier) const { return *backends_[static_cast<size_t>(tier)]; }
+  size_t tiers() const { return backends_.size(); }
+  int homes() const { return homes_; }
+
+ private:
+  friend class CacheLock;
+  friend class Unlocked;
+
+  const CacheOptions options_;
+  std::vector<Backend*> backends_;  // by tier; fixed after Start
+  int homes_ = 0;
+  Mutex mu_;
+  CacheState state_;
+};
+
+// Holds the mutex from construction to destruction, but for the Unlocked in between.
+class CacheLock {
+ public:
+  explicit CacheLock(CacheCore& core) ABSL_NO_THREAD_SAFETY_ANALYSIS : core_(core) { core_.mu_.Lock(); }
+  ~CacheLock() ABSL_NO_THREAD_SAFETY_ANALYSIS { core_.mu_.Unlock(); }
+  CacheLock(const CacheLock&) = delete;
+  CacheLock& operator=(const CacheLock&) = delete;
+
+  CacheState& operator*() const { return core_.state_; }
+  CacheState* operator->() const { return &core_.state_; }
+  CacheCore& core() const { return core_; }
+
+  // The mutex is free while these wait for CacheState::changed. They may return without a reason.
+  void WaitForChange() ABSL_NO_THREAD_SAFETY_ANALYSIS { core_.state_.changed.Wait(core_.mu_); }
+  void WaitForChange(absl::Duration time) ABSL_NO_THREAD_SAFETY_ANALYSIS {
+    core_.state_.changed.WaitFor(core_.mu_, absl::ToChronoNanoseconds(time));
+  }
+  // The same for a condition of the caller's own.
+  void Wait(CondVar& condition, absl::Duration time) ABSL_NO_THREAD_SAFETY_ANALYSIS {
+    condition.WaitFor(core_.mu_, absl::ToChronoNanoseconds(time));
+  }
+
+ private:
+  friend class Unlocked;
+  CacheCore& core_;
+};
+
+// The mutex is free from construction to destruction, however the scope is left.
+class Unlocked {
+ public:
+  explicit Unlocked(CacheLock& lock) ABSL_NO_THREAD_SAFETY_ANALYSIS : mu_(lock.core_.mu_) { mu_.Unlock(); }
+  ~Unlocked() ABSL_NO_THREAD_SAFETY_ANALYSIS { mu_.Lock(); }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+
+ private:
+  Mutex& mu_;
+};
+
+// Which memory the calls of a backend work on, for messages: "tier 'device' on cuda:1".
+std::string TierText(const CacheOptions& options, size_t tier);
+
+}  // namespace kvtide

@@ -1,0 +1,28 @@
+// Looks at everything and changes nothing: statistics, descriptions of sequences, and the check of all
+// invariants.
+#pragma once
+
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "daemon/cache/cache_core.h"
+#include "daemon/cache/cache_stats.h"
+
+namespace kvtide {
+
+class Inspector {
+ public:
+  explicit Inspector(CacheCore& core) : core_(core) {}
+
+  CacheStats Stats() const;
+  absl::StatusOr<SequenceInfo> GetSequence(SequenceId id) const;
+  std::vector<SequenceInfo> ListSequences() const;
+  void CheckInvariants() const;
+
+ private:
+  static SequenceInfo Describe(const CacheState& state, const Sequence& sequence);
+
+  CacheCore& core_;
+};
+
+}  // namespace kvtide

@@ -1,0 +1,237 @@
+#include "daemon/cache/sequences.h"
+
+#include <algorithm>
+#include <set>
+
+#include "absl/strings/str_cat.h"
+#include "daemon/cache/tier_policy.h"
+#include "kernels/base/check.h"
+#include "kernels/base/status.h"
+
+namespace kvtide {
+
+Sequences::Sequences(const CacheOptions& options, BlockStore* store)
+    : options_(options),
+      store_(store),
+      home_counts_(static_cast<size_t>(CountHomes(options.tiers))),
+      ids_(options.id_seed != 0 ? options.id_seed : std::random_device{}()) {}
+
+void Sequences::Clear() {
+  KVTIDE_CHECK(closing_ == 0, "the cache is destroyed under running calls");
+  for (auto& [id, sequence] : sequences_) ReleaseTables(*sequence);
+  sequences_.clear();
+}
+
+absl::StatusOr<ModelId> Sequences::RegisterModel(const ModelSpec& spec) {
+  for (const auto& model : models_) {
+    if (model->spec.name != spec.name) continue;
+    if (model->spec == spec) return model->id;
+    return absl::FailedPreconditionError(absl::StrCat(
+        "model '", spec.name, "' is registered with another geometry; use another name for this one"));
+  }
+  if (models_.size() >= options_.max_models)
+    return absl::ResourceExhaustedError(
+        absl::StrCat(models_.size(), " models are registered, which is the limit (max_models)"));
+  for (size_t g = 0; g < spec.groups.size(); g++)
+    for (const TierOptions& tier : options_.tiers)
+      KVTIDE_RETURN_IF_ERROR(Annotate(tier.backend->CheckSupport(*Layout(spec.groups[g].shape, ExactPair())),
+                                      absl::StrCat("model '", spec.name, "', layer group ", g)));
+  auto model = std::make_shared<ModelState>();
+  model->id = static_cast<ModelId>(models_.size() + 1);
+  model->spec = spec;
+  models_.push_back(model);
+  return model->id;
+}
+
+absl::StatusOr<std::shared_ptr<const ModelState>> Sequences::GetModel(ModelId model) const {
+  if (model == 0 || model > models_.size())
+    return absl::NotFoundError(absl::StrCat("model ", model, " is not registered"));
+  return models_[model - 1];
+}
+
+absl::StatusOr<ModelId> Sequences::FindModel(const std::string& name) const {
+  for (const auto& model : models_)
+    if (model->spec.name == name) return model->id;
+  return absl::NotFoundError(absl::StrCat("model '", name, "' is not registered"));
+}
+
+const BlockLayout* Sequences::Layout(const GroupShape& shape, CachePair pair) {
+  for (const auto& layout : layouts_)
+    if (layout->shape() == shape && layout->pair() == pair) return layout.get();
+  layouts_.push_back(std::make_unique<const BlockLayout>(shape, pair));
+  return layouts_.back().get();
+}
+
+SequenceId Sequences::NewId() {
+  while (true) {
+    const SequenceId id = ids_();
+    if (id != 0 && sequences_.count(id) == 0 &&
+        std::find(closed_.begin(), closed_.end(), id) == closed_.end())
+      return id;
+  }
+}
+
+absl::StatusOr<int> Sequences::ChooseHome(const std::string& device) const {
+  std::vector<HomeView> homes;
+  std::string known;
+  for (int h = 0; h < store_->homes(); h++) {
+    const Tier& tier = store_->tier(h);
+    if (tier.device == device) return h;
+    absl::StrAppend(&known, h == 0 ? "" : ", ", tier.device);
+    const HomeCount& count = home_counts_[static_cast<size_t>(h)];
+    homes.push_back({tier.allocator.free_bytes(), tier.allocator.used_bytes(), count.sequences, count.empty});
+  }
+  if (!device.empty())
+    return absl::InvalidArgumentError(
+        absl::StrCat("device \"", device, "\" is not one of this cache; known: ", known));
+  return PickHome(homes);
+}
+
+void Sequences::Enter(const SequencePtr& sequence) {
+  created_++;
+  sequences_[sequence->id] = sequence;
+  HomeCount& count = home_counts_[static_cast<size_t>(sequence->home)];
+  count.sequences++;
+  if (sequence->empty) count.empty++;
+  if (sequence->options.allow_drop) dropping_sequences_++;
+}
+
+void Sequences::NotEmptyAnyMore(Sequence& sequence) {
+  if (!sequence.empty) return;
+  sequence.empty = false;
+  home_counts_[static_cast<size_t>(sequence.home)].empty--;
+}
+
+absl::StatusOr<SequencePtr> Sequences::Find(SequenceId id) const {
+  const auto it = sequences_.find(id);
+  if (it != sequences_.end()) return it->second;
+  if (std::find(closed_.begin(), closed_.end(), id) != closed_.end())
+    return absl::NotFoundError(absl::StrCat("sequence ", id, " was closed"));
+  return absl::NotFoundError(absl::StrCat("sequence ", id, " does not exist"));
+}
+
+absl::StatusOr<std::vector<SequencePtr>> Sequences::FindAll(std::span<const SequenceId> ids) const {
+  std::vector<SequencePtr> found;
+  std::set<SequenceId> seen;
+  for (const SequenceId id : ids) {
+    if (!seen.insert(id).second) continue;
+    KVTIDE_ASSIGN_OR_RETURN(SequencePtr sequence, Find(id));
+    found.push_back(std::move(sequence));
+  }
+  return found;
+}
+
+absl::Status Sequences::CheckRoomForOne() const {
+  if (sequences_.size() < options_.max_sequences) return absl::OkStatus();
+  return absl::ResourceExhaustedError(
+      absl::StrCat(sequences_.size(), " sequences are open, which is the limit (max_sequences); close some"));
+}
+
+absl::StatusOr<SequencePtr> Sequences::Create(ModelId model_id, const SequenceOptions& options) {
+  KVTIDE_ASSIGN_OR_RETURN(const std::shared_ptr<const ModelState> model, GetModel(model_id));
+  KVTIDE_RETURN_IF_ERROR(CheckSequenceOptions(options, model->spec));
+  KVTIDE_RETURN_IF_ERROR(CheckRoomForOne());
+  auto sequence = std::make_shared<Sequence>();
+  sequence->model = model;
+  sequence->options = options;
+  KVTIDE_ASSIGN_OR_RETURN(sequence->home, ChooseHome(options.device));
+  for (size_t g = 0; g < model->spec.groups.size(); g++) {
+    const LayerGroupSpec& spec = model->spec.groups[g];
+    const CachePair pair = options.PairOfGroup(static_cast<int>(g));
+    GroupTable& table = sequence->groups.emplace_back();
+    table.exact = Layout(spec.shape, ExactPair());
+    table.coded = Layout(spec.shape, pair);
+    table.window = spec.window;
+    table.layers.resize(static_cast<size_t>(spec.shape.layers));
+    table.profiled.resize(static_cast<size_t>(spec.shape.layers));
+    table.profile_options = ProfileOptionsFor(options, pair.k);
+    for (const TierOptions& tier : options_.tiers)
+      KVTIDE_RETURN_IF_ERROR(
+          Annotate(tier.backend->CheckSupport(*table.coded), absl::StrCat("pair ", PairName(pair))));
+  }
+  sequence->id = NewId();
+  sequence->created = sequence->last_used = options_.clock();
+  Enter(sequence);
+  return sequence;
+}
+
+absl::StatusOr<SequencePtr> Sequences::Fork(SequenceId id) {
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr parent, Find(id));
+  if (parent->writer)
+    return absl::AbortedError(
+        absl::StrCat("sequence ", id, " is being written; fork it when the call has ended"));
+  KVTIDE_RETURN_IF_ERROR(CheckRoomForOne());
+  auto child = std::make_shared<Sequence>(*parent);
+  child->id = NewId();
+  child->forked_from = id;
+  child->readers = 0;
+  child->created = child->last_used = options_.clock();
+  for (GroupTable& table : child->groups)
+    table.ForEachBlock([&](Block* block) { store_->AddRef(block, child->keeper()); });
+  Enter(child);
+  return child;
+}
+
+absl::Status Sequences::Close(SequenceId id) {
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, Find(id));
+  sequences_.erase(id);
+  NotEmptyAnyMore(*sequence);
+  home_counts_[static_cast<size_t>(sequence->home)].sequences--;
+  closed_.push_back(id);
+  if (closed_.size() > 1024) closed_.pop_front();
+  closed_count_++;
+  sequence->closed = true;
+  if (sequence->writer) {
+    closing_++;  // its WriterGuard releases the tables
+  } else {
+    ReleaseTables(*sequence);
+  }
+  return absl::OkStatus();
+}
+
+void Sequences::ReleaseTables(Sequence& sequence) {
+  if (sequence.options.allow_drop) dropping_sequences_--;
+  for (GroupTable& table : sequence.groups) {
+    table.ForEachBlock([&](Block* block) { store_->Release(block, sequence.keeper()); });
+    table.blocks.clear();
+    table.staging.clear();
+    table.first_block = table.sealed = 0;
+    for (LayerProgress& layer : table.layers) layer = LayerProgress{};
+  }
+}
+
+void Sequences::CheckInvariants() const {
+  std::vector<HomeCount> homes(home_counts_.size());
+  for (const auto& [id, sequence] : sequences_) {
+    KVTIDE_CHECK(sequence->id == id && !sequence->closed && sequence->readers >= 0);
+    HomeCount& home = homes[static_cast<size_t>(sequence->home)];
+    home.sequences++;
+    if (sequence->empty) home.empty++;
+    KVTIDE_CHECK(!sequence->empty || sequence->MaxTokens() == 0);
+  }
+  for (size_t h = 0; h < homes.size(); h++)
+    KVTIDE_CHECK(homes[h].sequences == home_counts_[h].sequences && homes[h].empty == home_counts_[h].empty);
+}
+
+absl::StatusOr<WriterGuard> WriterGuard::Begin(Sequences& sequences, SequencePtr sequence) {
+  if (sequence->closed) return absl::AbortedError(absl::StrCat("sequence ", sequence->id, " was closed"));
+  if (sequence->writer)
+    return absl::AbortedError(
+        absl::StrCat("sequence ", sequence->id, " is being written by another call; one writer at a time"));
+  if (sequence->options.seal_at_once && sequence->readers > 0)
+    return absl::AbortedError(absl::StrCat(
+        "sequence ", sequence->id, " codes at once (evaluation mode) and is being read; one call at a time"));
+  sequence->writer = true;
+  return WriterGuard(sequences, std::move(sequence));
+}
+
+WriterGuard::~WriterGuard() {
+  if (sequence_ == nullptr) return;
+  KVTIDE_CHECK(sequence_->writer);
+  sequence_->writer = false;
+  if (!sequence_->closed) return;
+  sequences_->ReleaseTables(*sequence_);
+  sequences_->closing_--;
+}
+
+}  // namespace kvtide

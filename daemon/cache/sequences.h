@@ -1,0 +1,99 @@
+// Models and sequences: who exists, under which id, on which device. Guarded by the cache's mutex (it is part
+// of CacheState).
+#pragma once
+
+#include <deque>
+#include <map>
+#include <memory>
+#include <random>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "daemon/cache/block_store.h"
+#include "daemon/cache/cache_options.h"
+#include "daemon/cache/sequence.h"
+
+namespace kvtide {
+
+using SequencePtr = std::shared_ptr<Sequence>;
+
+class Sequences {
+ public:
+  Sequences(const CacheOptions& options, BlockStore* store);
+
+  absl::StatusOr<ModelId> RegisterModel(const ModelSpec& spec);
+  absl::StatusOr<std::shared_ptr<const ModelState>> GetModel(ModelId model) const;
+  absl::StatusOr<ModelId> FindModel(const std::string& name) const;
+  size_t models() const { return models_.size(); }
+
+  absl::StatusOr<SequencePtr> Create(ModelId model, const SequenceOptions& options);
+  absl::StatusOr<SequencePtr> Fork(SequenceId id);
+  // The tables go at once, or with the writer that runs.
+  absl::Status Close(SequenceId id);
+  absl::StatusOr<SequencePtr> Find(SequenceId id) const;
+  // Each of them once, in the order of `ids`.
+  absl::StatusOr<std::vector<SequencePtr>> FindAll(std::span<const SequenceId> ids) const;
+  const std::map<SequenceId, SequencePtr>& all() const { return sequences_; }
+
+  void NotEmptyAnyMore(Sequence& sequence);
+  int dropping_sequences() const { return dropping_sequences_; }
+  uint64_t created() const { return created_; }
+  uint64_t closed() const { return closed_count_; }
+  // Closed sequences whose writer still runs.
+  int closing() const { return closing_; }
+  void CheckInvariants() const;
+  // Gives the tables of all sequences back. No call may be running.
+  void Clear();
+
+ private:
+  friend class WriterGuard;
+  struct HomeCount {
+    size_t sequences = 0, empty = 0;
+  };
+
+  absl::Status CheckRoomForOne() const;
+  SequenceId NewId();
+  // The device of the first tier for a new sequence: the one with this name, or the one with the most room.
+  absl::StatusOr<int> ChooseHome(const std::string& device) const;
+  void Enter(const SequencePtr& sequence);
+  const BlockLayout* Layout(const GroupShape& shape, CachePair pair);
+  void ReleaseTables(Sequence& sequence);
+
+  const CacheOptions& options_;
+  BlockStore* const store_;
+  std::vector<std::shared_ptr<const ModelState>> models_;
+  std::map<SequenceId, SequencePtr> sequences_;
+  std::vector<HomeCount> home_counts_;  // of open sequences, by device of the first tier
+  int dropping_sequences_ = 0;          // with allow_drop, those included whose tables are still there
+  int closing_ = 0;
+  uint64_t created_ = 0, closed_count_ = 0;
+  std::deque<SequenceId> closed_;  // the latest ones, for better messages
+  std::vector<std::unique_ptr<const BlockLayout>> layouts_;
+  std::mt19937_64 ids_;
+};
+
+// The one append or truncation that may change the sequence's tables and lengths. When it ends, a sequence
+// that was closed meanwhile gives its tables back.
+class WriterGuard {
+ public:
+  // Aborted if another one runs, or the sequence is closed; with seal_at_once also while it is read.
+  static absl::StatusOr<WriterGuard> Begin(Sequences& sequences, SequencePtr sequence);
+  WriterGuard(WriterGuard&&) = default;
+  WriterGuard& operator=(WriterGuard&&) = delete;
+  ~WriterGuard();
+
+  Sequence& sequence() const { return *sequence_; }
+
+ private:
+  WriterGuard(Sequences& sequences, SequencePtr sequence)
+      : sequences_(&sequences), sequence_(std::move(sequence)) {}
+
+  Sequences* sequences_;
+  SequencePtr sequence_;  // null: moved from
+};
+
+}  // namespace kvtide

@@ -1,0 +1,394 @@
+#include "daemon/cache/writer.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "daemon/cache/tensor_check.h"
+#include "kernels/base/check.h"
+#include "kernels/base/status.h"
+
+namespace kvtide {
+namespace {
+
+const CallContext& ContextOf(const AppendCall& call) {
+  static const CallContext kNobody;
+  return call.context != nullptr ? *call.context : kNobody;
+}
+
+}  // namespace
+
+// Everything that can be said without looking at the tables.
+absl::Status Writer::CheckAppend(const AppendCall& call, const ModelSpec& model) const {
+  std::vector<bool> seen(model.layers.size());
+  for (const LayerKv& kv : call.layers) {
+    if (kv.layer < 0 || static_cast<size_t>(kv.layer) >= model.layers.size())
+      return absl::InvalidArgumentError(absl::StrCat("layer ", kv.layer, ": model '", model.name,
+                                                     "' has layers 0 to ", model.layers.size() - 1));
+    if (seen[static_cast<size_t>(kv.layer)])
+      return absl::InvalidArgumentError(absl::StrCat("layer ", kv.layer, " is there twice"));
+    seen[static_cast<size_t>(kv.layer)] = true;
+    const LayerSpec& layer = model.layers[static_cast<size_t>(kv.layer)];
+    const GroupShape& shape = model.groups[static_cast<size_t>(layer.group)].shape;
+    if (kv.k.data == nullptr || kv.v.data == nullptr)
+      return absl::InvalidArgumentError(absl::StrCat("K or V of layer ", kv.layer, " is missing"));
+    KVTIDE_RETURN_IF_ERROR(
+        CheckElements(kv.k_elements, call.tokens, shape.kv_heads, shape.head_dim_k, "K", kv.layer));
+    KVTIDE_RETURN_IF_ERROR(
+        CheckElements(kv.v_elements, call.tokens, shape.kv_heads, shape.head_dim_v, "V", kv.layer));
+    KVTIDE_RETURN_IF_ERROR(
+        CheckValues(kv.k, call.tokens, shape.kv_heads, shape.head_dim_k, "K", kv.layer, call.start_position));
+    KVTIDE_RETURN_IF_ERROR(
+        CheckValues(kv.v, call.tokens, shape.kv_heads, shape.head_dim_v, "V", kv.layer, call.start_position));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Writer::Append(const AppendCall& call) {
+  const CacheOptions& options = core_.options();
+  const CallContext& context = ContextOf(call);
+  if (call.tokens < 1 || call.tokens > options.max_tokens_per_append)
+    return absl::InvalidArgumentError(absl::StrCat("append of ", call.tokens, " tokens: must be 1 to ",
+                                                   options.max_tokens_per_append,
+                                                   " (max_tokens_per_append)"));
+  if (call.layers.empty()) return absl::InvalidArgumentError("append without layers");
+  SequencePtr sequence;
+  {
+    CacheLock lock(core_);
+    KVTIDE_ASSIGN_OR_RETURN(sequence, lock->sequences.Find(call.sequence));
+  }
+  KVTIDE_RETURN_IF_ERROR(CheckAppend(call, sequence->model->spec));
+  WriteBatch batch;
+  for (const LayerKv& kv : call.layers) {
+    LayerWrite& write = batch.Add(sequence, kv.layer, call.start_position, call.tokens);
+    write.k = kv.k;
+    write.v = kv.v;
+  }
+  KVTIDE_RETURN_IF_ERROR(context.Check(options.clock(), "the append (nothing was written)"));
+  {
+    CacheLock lock(core_);
+    KVTIDE_RETURN_IF_ERROR(Begin(lock, batch));
+  }
+  absl::Status status = context.Check(options.clock(), "the append (nothing was written)");
+  if (status.ok()) status = WriteBytes(batch);
+  CacheLock lock(core_);
+  if (!status.ok()) {
+    Rollback(*lock, batch);
+    return status;
+  }
+  KVTIDE_RETURN_IF_ERROR(Commit(*lock, batch));
+  return Finish(lock, batch);
+}
+
+absl::Status Writer::Begin(CacheLock& lock, WriteBatch& batch) {
+  KVTIDE_CHECK(batch.phase_ == WriteBatch::Phase::kNew);
+  for (const SequencePtr& sequence : batch.sequences) {
+    absl::StatusOr<WriterGuard> writer = WriterGuard::Begin(lock->sequences, sequence);
+    if (!writer.ok()) {
+      batch.writers_.clear();
+      return writer.status();
+    }
+    batch.writers_.push_back(*std::move(writer));
+    batch.old_tokens_.push_back(sequence->MinTokens());
+  }
+  batch.phase_ = WriteBatch::Phase::kBegun;
+  for (LayerWrite& write : batch.writes) {
+    const absl::Status status = BeginLayer(lock, batch, write);
+    if (status.ok()) continue;
+    if (status.code() == absl::StatusCode::kResourceExhausted) lock->counters.exhausted++;
+    Rollback(*lock, batch);
+    return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Writer::BeginLayer(CacheLock& lock, WriteBatch& batch, LayerWrite& write) {
+  Sequence& sequence = *write.sequence;
+  GroupTable& table = sequence.groups[static_cast<size_t>(write.group)];
+  LayerProgress& layer = table.layers[static_cast<size_t>(write.layer)];
+  const std::string where = absl::StrCat("sequence ", sequence.id, ", layer ", write.model_layer);
+  if (write.start == layer.last_start && write.tokens == layer.tokens - layer.last_start) {
+    write.repeated = true;
+    return absl::OkStatus();
+  }
+  if (write.start != layer.tokens)
+    return absl::OutOfRangeError(absl::StrCat(where, ": start position ", write.start,
+                                              " is not the layer's length ", layer.tokens,
+                                              "; append there, or truncate first"));
+  const int64_t end = write.start + write.tokens;
+  if (end > core_.options().max_tokens_per_sequence)
+    return absl::ResourceExhaustedError(absl::StrCat(where, ": ", end, " tokens are more than the limit of ",
+                                                     core_.options().max_tokens_per_sequence,
+                                                     " (max_tokens_per_sequence)"));
+  write.old_last_start = layer.last_start;
+  const int64_t first = write.start / kBlockTokens, last = (end - 1) / kBlockTokens;
+  const int64_t old_end = table.end_block();
+  KVTIDE_RETURN_IF_ERROR(Annotate(AddBlocks(lock, batch, sequence, write.group, last), where));
+  for (int64_t index = first; index <= std::min(last, old_end - 1); index++)
+    KVTIDE_RETURN_IF_ERROR(Annotate(MakeWritable(lock, batch, sequence, write.group, index), where));
+  for (int64_t index = first; index <= last; index++) {
+    WriteTarget target;
+    target.index = index;
+    const auto staged = table.staging.find(index);
+    Block* exact = staged != table.staging.end() ? staged->second : table.at(index);
+    KVTIDE_CHECK(exact->layout == table.exact && exact->writing && exact->place != nullptr);
+    target.tier = exact->place->tier;
+    target.exact = exact->place->data;
+    if (staged != table.staging.end()) {
+      KVTIDE_CHECK(table.at(index)->place->tier == target.tier);
+      target.coded = table.at(index)->place->data;
+    }
+    write.targets.push_back(target);
+  }
+  return absl::OkStatus();
+}
+
+// Extends the table with empty blocks up to last_index.
+absl::Status Writer::AddBlocks(CacheLock& lock, WriteBatch& batch, Sequence& sequence, int group,
+                               int64_t last_index) {
+  BlockStore& store = lock->store;
+  GroupTable& table = sequence.groups[static_cast<size_t>(group)];
+  if (last_index < table.end_block()) return absl::OkStatus();
+  batch.table_ends_.emplace_back(&table, table.end_block());
+  const bool twins = sequence.options.seal_at_once && table.coding();
+  const BlockLayout* const layouts[2] = {table.exact, table.coded};
+  const size_t count = twins ? 2 : 1;
+  const size_t bytes_each = table.exact->block_bytes() + (twins ? table.coded->block_bytes() : 0);
+  while (table.end_block() <= last_index) {
+    const int64_t index = table.end_block();
+    KVTIDE_ASSIGN_OR_RETURN(std::vector<WritingBlock> blocks,
+                            mover_.Allocate(lock, sequence.home, {layouts, count},
+                                            bytes_each * static_cast<size_t>(last_index - index + 1)));
+    for (const WritingBlock& block : blocks) {
+      store.AddRef(block.get(), sequence.keeper());
+      Stamp(*block.get(), sequence, group, index, core_.options().clock());
+    }
+    if (twins) {
+      blocks[1]->profile = table.profile;
+      table.staging[index] = blocks[0].get();
+      table.blocks.push_back(blocks[1].get());
+    } else {
+      table.blocks.push_back(blocks[0].get());
+    }
+    for (WritingBlock& block : blocks) batch.blocks_.push_back(std::move(block));
+  }
+  return absl::OkStatus();
+}
+
+// The block, and its twin, become this sequence's own, unmoving, unread beyond the layers' lengths.
+absl::Status Writer::MakeWritable(CacheLock& lock, WriteBatch& batch, Sequence& sequence, int group,
+                                  int64_t index) {
+  GroupTable& table = sequence.groups[static_cast<size_t>(group)];
+  const auto staged = table.staging.find(index);
+  Block* const both[2] = {table.at(index), staged != table.staging.end() ? staged->second : nullptr};
+  const std::span<Block* const> entries(both, both[1] != nullptr ? 2 : 1);
+  if (entries[0]->writing) return absl::OkStatus();  // by an earlier layer of this batch
+  for (size_t still = 0; still < entries.size(); still++) {
+    if (!entries[still]->moving) continue;
+    KVTIDE_RETURN_IF_ERROR(mover_.WaitUntilStill(lock, *entries[still]));
+    still = static_cast<size_t>(-1);  // all again: the mutex was free
+  }
+  bool copy = false;
+  for (Block* block : entries) {
+    if (block->place == nullptr)
+      return absl::DataLossError(absl::StrCat("tokens ", index * kBlockTokens, " to ",
+                                              (index + 1) * kBlockTokens - 1, " were dropped; truncate to ",
+                                              index * kBlockTokens, " or below"));
+    if (block->refs > 1 || (block->copy_before_write && block->place->pins > 0)) copy = true;
+    if (block->place->tier != entries[0]->place->tier) copy = true;
+  }
+  if (copy) return CopyBeforeWrite(lock, batch, sequence, group, index, entries);
+  for (Block* block : entries) {
+    KVTIDE_CHECK(block->refs == 1);
+    block->copy_before_write = false;
+    block->has_checksum = false;
+    batch.blocks_.emplace_back(lock->store, block);
+  }
+  return absl::OkStatus();
+}
+
+// Others read the block or have it in their tables: the sequence gets a copy, of its twin too.
+absl::Status Writer::CopyBeforeWrite(CacheLock& lock, WriteBatch& batch, Sequence& sequence, int group,
+                                     int64_t index, std::span<Block* const> entries) {
+  BlockStore& store = lock->store;
+  GroupTable& table = sequence.groups[static_cast<size_t>(group)];
+  const BlockLayout* layouts[2] = {};
+  for (size_t i = 0; i < entries.size(); i++) layouts[i] = entries[i]->layout;
+  KVTIDE_ASSIGN_OR_RETURN(std::vector<WritingBlock> copies,
+                          mover_.Allocate(lock, sequence.home, {layouts, entries.size()}, 0));
+  for (size_t i = 0; i < entries.size(); i++) {
+    if (entries[i]->place == nullptr)  // dropped while room was made
+      return absl::DataLossError(absl::StrCat("tokens from ", index * kBlockTokens, " were dropped"));
+    const PinnedPlace source(store, entries[i]->place);
+    KVTIDE_RETURN_IF_ERROR(mover_.Copy(lock, *source.get(), *copies[i]->place));
+  }
+  for (size_t i = 0; i < entries.size(); i++) {
+    copies[i]->profile = entries[i]->profile;
+    Stamp(*copies[i].get(), sequence, group, index, core_.options().clock());
+    store.AddRef(copies[i].get(), sequence.keeper());
+    (i == 0 ? table.at(index) : table.staging.at(index)) = copies[i].get();
+    store.Release(entries[i], sequence.keeper());
+    batch.blocks_.push_back(std::move(copies[i]));
+    lock->counters.copied_on_write_blocks++;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Writer::WriteBytes(WriteBatch& batch) {
+  for (LayerWrite& write : batch.writes) {
+    if (write.repeated) continue;
+    const GroupTable& table = write.sequence->groups[static_cast<size_t>(write.group)];
+    std::vector<std::vector<AppendPiece>> pieces(core_.tiers());
+    for (const WriteTarget& target : write.targets) {
+      const int64_t block_start = target.index * kBlockTokens;
+      const int64_t begin = std::max(write.start, block_start);
+      const int64_t end = std::min(write.start + write.tokens, block_start + kBlockTokens);
+      AppendPiece piece;
+      piece.layout = table.exact;
+      piece.block = target.exact;
+      piece.layer = write.layer;
+      piece.first_token = static_cast<int>(begin - block_start);
+      piece.tokens = static_cast<int>(end - begin);
+      piece.source_row = static_cast<size_t>(begin - write.start);
+      pieces[static_cast<size_t>(target.tier)].push_back(piece);
+    }
+    for (size_t t = 0; t < pieces.size(); t++) {
+      if (pieces[t].empty()) continue;
+      AppendArgs args;
+      args.k = write.k;
+      args.v = write.v;
+      args.pieces = pieces[t];
+      KVTIDE_RETURN_IF_ERROR(Annotate(core_.backend(static_cast<int>(t)).Append(args),
+                                      absl::StrCat("sequence ", write.sequence->id, ", layer ",
+                                                   write.model_layer, ": writing new tokens")));
+    }
+    if (write.targets.front().coded != nullptr) KVTIDE_RETURN_IF_ERROR(CodeAtOnce(batch, write));
+  }
+  return absl::OkStatus();
+}
+
+// seal_at_once: codes what the layer's blocks hold now. The first tokens of the layer give its profile.
+absl::Status Writer::CodeAtOnce(WriteBatch& batch, LayerWrite& write) {
+  GroupTable& table = write.sequence->groups[static_cast<size_t>(write.group)];
+  const GroupShape& shape = table.coded->shape();
+  auto& profile = batch.profiles_.try_emplace(&table, table.profile).first->second;
+  const bool wants_profile = table.profile_options.mean || table.profile_options.equalise != Equalise::kNone;
+  if (wants_profile && write.start == 0 && !table.profiled[static_cast<size_t>(write.layer)]) {
+    auto next = profile != nullptr ? std::make_shared<Profile>(*profile) : std::make_shared<Profile>();
+    next->shape = shape;
+    next->k.resize(static_cast<size_t>(shape.layers) * static_cast<size_t>(shape.kv_heads));
+    next->v.resize(next->k.size());
+    const int rows = static_cast<int>(std::min<int64_t>(write.tokens, kBlockTokens));
+    const size_t stride = static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(shape.head_dim_k);
+    std::vector<float> keys(static_cast<size_t>(rows) * stride);
+    for (size_t i = 0; i < keys.size(); i++) keys[i] = write.k.At(i);
+    for (int head = 0; head < shape.kv_heads; head++)
+      next->k[static_cast<size_t>(write.layer) * static_cast<size_t>(shape.kv_heads) +
+              static_cast<size_t>(head)] =
+          MakeKeyProfile(keys.data() + static_cast<size_t>(head) * static_cast<size_t>(shape.head_dim_k),
+                         rows, stride, shape.head_dim_k, table.profile_options);
+    next->hash = HashProfile(*next);
+    profile = std::move(next);
+  }
+  std::vector<std::vector<RecodePiece>> pieces(core_.tiers());
+  for (const WriteTarget& target : write.targets) {
+    RecodePiece piece;
+    piece.from = table.exact;
+    piece.source = target.exact;
+    piece.to = table.coded;
+    piece.target = target.coded;
+    piece.to_profile = profile.get();
+    piece.first_layer = write.layer;
+    piece.layers = 1;
+    piece.tokens = static_cast<int>(
+        std::min<int64_t>(kBlockTokens, write.start + write.tokens - target.index * kBlockTokens));
+    pieces[static_cast<size_t>(target.tier)].push_back(piece);
+  }
+  for (size_t t = 0; t < pieces.size(); t++)
+    if (!pieces[t].empty())
+      KVTIDE_RETURN_IF_ERROR(Annotate(core_.backend(static_cast<int>(t)).Recode(pieces[t]),
+                                      absl::StrCat("sequence ", write.sequence->id, ", layer ",
+                                                   write.model_layer, ": coding new tokens")));
+  return absl::OkStatus();
+}
+
+absl::Status Writer::Commit(CacheState& state, WriteBatch& batch) {
+  KVTIDE_CHECK(batch.phase_ == WriteBatch::Phase::kBegun);
+  for (const SequencePtr& sequence : batch.sequences) {
+    if (!sequence->closed) continue;
+    const SequenceId id = sequence->id;
+    Rollback(state, batch);
+    return absl::AbortedError(absl::StrCat("sequence ", id, " was closed during the append"));
+  }
+  batch.phase_ = WriteBatch::Phase::kCommitted;
+  const absl::Time now = core_.options().clock();
+  for (LayerWrite& write : batch.writes) {
+    if (write.repeated) continue;
+    GroupTable& table = write.sequence->groups[static_cast<size_t>(write.group)];
+    LayerProgress& layer = table.layers[static_cast<size_t>(write.layer)];
+    layer.tokens = write.start + write.tokens;
+    layer.last_start = write.start;
+    state.sequences.NotEmptyAnyMore(*write.sequence);
+    if (write.start == 0) table.profiled[static_cast<size_t>(write.layer)] = true;
+  }
+  for (auto& [table, profile] : batch.profiles_) {
+    if (profile == table->profile) continue;
+    table->profile = profile;
+    // Blocks that are this sequence's own; shared ones hold no layer that the former profile lacks.
+    for (Block* block : table->blocks)
+      if (block->refs == 1 && block->layout == table->coded) block->profile = profile;
+  }
+  for (const WritingBlock& block : batch.blocks_) state.store.Touch(block.get(), now);
+  for (const SequencePtr& sequence : batch.sequences) sequence->last_used = now;
+  return absl::OkStatus();
+}
+
+void Writer::Rollback(CacheState& state, WriteBatch& batch) {
+  BlockStore& store = state.store;
+  for (LayerWrite& write : batch.writes) {
+    if (batch.phase_ != WriteBatch::Phase::kCommitted || write.repeated) continue;
+    LayerProgress& layer =
+        write.sequence->groups[static_cast<size_t>(write.group)].layers[static_cast<size_t>(write.layer)];
+    layer.tokens = write.start;
+    layer.last_start = write.old_last_start;
+  }
+  for (const WritingBlock& block : batch.blocks_)
+    if (block->place->pins > 0) block->copy_before_write = true;
+  for (const SequencePtr& sequence : batch.sequences)
+    for (GroupTable& table : sequence->groups)
+      for (const auto& [changed, end] : batch.table_ends_) {
+        if (changed != &table) continue;
+        while (table.end_block() > end) {
+          const auto staged = table.staging.find(table.end_block() - 1);
+          if (staged != table.staging.end()) {
+            store.Release(staged->second, sequence->keeper());
+            table.staging.erase(staged);
+          }
+          store.Release(table.blocks.back(), sequence->keeper());
+          table.blocks.pop_back();
+        }
+      }
+  batch.blocks_.clear();
+  batch.writers_.clear();
+  batch.phase_ = WriteBatch::Phase::kEnded;
+  state.changed.NotifyAll();
+}
+
+absl::Status Writer::Finish(CacheLock& lock, WriteBatch& batch) {
+  KVTIDE_CHECK(batch.phase_ == WriteBatch::Phase::kCommitted);
+  batch.blocks_.clear();
+  lock->changed.NotifyAll();
+  absl::Status status;
+  for (size_t i = 0; i < batch.sequences.size(); i++) {
+    Sequence& sequence = *batch.sequences[i];
+    lock->counters.appended_tokens += static_cast<uint64_t>(sequence.MinTokens() - batch.old_tokens_[i]);
+    if (!sequence.closed) sealer_.Settle(lock, sequence);
+    if (sequence.closed && status.ok())
+      status = absl::AbortedError(absl::StrCat("sequence ", sequence.id, " was closed"));
+  }
+  batch.writers_.clear();
+  batch.phase_ = WriteBatch::Phase::kEnded;
+  lock->changed.NotifyAll();
+  return status;
+}
+
+}  // namespace kvtide

@@ -1,0 +1,117 @@
+// How long an attention holds the cache's mutex: the calls of one layer over many long sequences, with a
+// backend that does nothing. The process's pthread_mutex_lock and unlock are measured, whoever calls them, so
+// that the number is the same whatever the cache's parts are called.
+//     kvtide_bench_attend_metadata --benchmark_out=tests/bench/results/attend_metadata.json
+#include <benchmark/benchmark.h>
+#include <dlfcn.h>
+#include <pthread.h>
+
+#include <chrono>
+#include <memory>
+#include <vector>
+
+#include "daemon/cache/kv_cache.h"
+#include "kernels/base/check.h"
+#include "tests/bench/idle_backend.h"
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using MutexCall = int (*)(pthread_mutex_t*);
+
+struct Held {
+  int depth = 0;
+  Clock::time_point since;
+  Clock::duration total{};
+};
+thread_local Held held;
+
+MutexCall Real(const char* name) { return reinterpret_cast<MutexCall>(dlsym(RTLD_NEXT, name)); }
+
+}  // namespace
+
+extern "C" int pthread_mutex_lock(pthread_mutex_t* mutex) noexcept {
+  static const MutexCall real = Real("pthread_mutex_lock");
+  const int result = real(mutex);
+  if (held.depth++ == 0) held.since = Clock::now();
+  return result;
+}
+
+extern "C" int pthread_mutex_unlock(pthread_mutex_t* mutex) noexcept {
+  static const MutexCall real = Real("pthread_mutex_unlock");
+  if (--held.depth == 0) held.total += Clock::now() - held.since;
+  return real(mutex);
+}
+
+namespace kvtide::bench {
+namespace {
+
+constexpr int kLayers = 8, kKvHeads = 8, kHeads = 32, kDim = 128;
+
+// Range: tokens of each sequence, sequences, 1 = every call appends a token first. A time is that of one
+// layer's call; layers come in turn, as in decode steps.
+void MutexOfOneLayer(benchmark::State& state) {
+  const int64_t tokens = state.range(0);
+  const auto items = static_cast<size_t>(state.range(1));
+  const bool append = state.range(2) != 0;
+  IdleBackend backend;
+  CacheOptions options;
+  options.tiers.push_back({"device", &backend, size_t{1} << 42, false});
+  options.background_moves = false;
+  options.max_tokens_per_append = tokens;
+  const std::unique_ptr<KvCache> cache = KvCache::Create(options).value();
+  const ModelId model =
+      cache->RegisterModel(UniformModel("m", {kLayers, kKvHeads, kDim, kDim}, kHeads)).value();
+  SequenceOptions sequence;
+  sequence.pair = ParseCachePair("turbo4").value();
+  const std::vector<uint16_t> kv(static_cast<size_t>(tokens) * kKvHeads * kDim, F32ToF16(0.5f));
+  const std::vector<float> q(kHeads * kDim, 0.1f);
+  std::vector<float> out(items * kHeads * kDim), lse(items * kHeads);
+  std::vector<AttendRequest> requests(items);
+  for (size_t i = 0; i < items; i++) {
+    AttendRequest& request = requests[i];
+    request.sequence = cache->CreateSequence(model, sequence).value();
+    std::vector<LayerKv> layers;
+    for (int l = 0; l < kLayers; l++)
+      layers.push_back({l, {kv.data(), DataType::kF16}, {kv.data(), DataType::kF16}, 0, 0});
+    AppendCall call;
+    call.sequence = request.sequence;
+    call.tokens = tokens;
+    call.layers = layers;
+    KVTIDE_CHECK(cache->Append(call).ok());
+    request.q = {q.data(), DataType::kF32};
+    request.queries = 1;
+    request.out = out.data() + i * kHeads * kDim;
+    request.lse = lse.data() + i * kHeads;
+    request.first_query_position = append ? tokens : tokens - 1;
+    if (!append) continue;
+    request.new_tokens = 1;
+    request.start_position = tokens;
+    request.k = request.v = {kv.data(), DataType::kF16};
+  }
+  AttendCall call;
+  call.items = requests;
+  held.total = {};
+  for (auto _ : state) {
+    const absl::Status status = append ? cache->AppendAttend(call) : cache->Attend(call);
+    KVTIDE_CHECK(status.ok(), status.ToString());
+    if (++call.layer < kLayers) continue;
+    call.layer = 0;
+    if (append)
+      for (AttendRequest& request : requests) request.start_position = ++request.first_query_position;
+  }
+  const double seconds = std::chrono::duration<double>(held.total).count();
+  state.counters["mutex_us_per_layer"] = 1e6 * seconds / static_cast<double>(state.iterations());
+}
+BENCHMARK(MutexOfOneLayer)
+    ->ArgNames({"tokens", "sequences", "append"})
+    ->Args({32768, 33, 0})
+    ->Args({131072, 33, 0})
+    ->Args({32768, 33, 1})
+    ->Args({131072, 33, 1})
+    ->Args({8192, 1, 0})
+    ->Args({8192, 1, 1})
+    ->UseRealTime();
+
+}  // namespace
+}  // namespace kvtide::bench
