@@ -50,12 +50,21 @@ struct AppendPiece {
   int first_token = 0;  // 0..63
   int tokens = 0;
   size_t source_row = 0;  // first row of k and v
+  TensorView k, v;        // this piece's tensors where it has its own; without data: those of AppendArgs
 };
+// Pieces of several sequences may stand in one call, which writes them together. Their layouts are equal.
 struct AppendArgs {
   TensorView k;  // [rows][kv_heads][head_dim_k], finite and within f16
   TensorView v;  // [rows][kv_heads][head_dim_v]
   std::span<const AppendPiece> pieces;
 };
+// The tensors that a piece is taken from.
+inline TensorView KeysOf(const AppendArgs& args, const AppendPiece& piece) {
+  return piece.k.data != nullptr ? piece.k : args.k;
+}
+inline TensorView ValuesOf(const AppendArgs& args, const AppendPiece& piece) {
+  return piece.v.data != nullptr ? piece.v : args.v;
+}
 
 // Re-encodes one layer range of a block from one layout to another: seals (f16 to the pair), or to fewer
 // bits. Tokens from `tokens` on are encoded as zeros. A side whose type and profile stay the same keeps its

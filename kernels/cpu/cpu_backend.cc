@@ -78,8 +78,9 @@ class CpuBackend : public Backend {
               piece.source_row * stride + static_cast<size_t>(head) * static_cast<size_t>(dim);
           kernels_->store_rows(type, half, rows, first, stride, piece.first_token, piece.tokens, target);
         };
-        store(layout.pair().k, layout.k(), args.k, shape.head_dim_k, record);
-        store(layout.pair().v, layout.v(), args.v, shape.head_dim_v, record + layout.v_codes());
+        store(layout.pair().k, layout.k(), KeysOf(args, piece), shape.head_dim_k, record);
+        store(layout.pair().v, layout.v(), ValuesOf(args, piece), shape.head_dim_v,
+              record + layout.v_codes());
       }
     });
     return absl::OkStatus();

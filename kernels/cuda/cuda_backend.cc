@@ -80,30 +80,46 @@ class CudaBackend : public Backend {
     if (args.pieces.empty()) return absl::OkStatus();
     const DeviceGuard guard(device_);
     size_t rows = 0;
+    DataType type = KeysOf(args, args.pieces[0]).type;
     for (const AppendPiece& piece : args.pieces) {
       KVTIDE_RETURN_IF_ERROR(CheckPiece(piece));
       if (!(*piece.layout == *args.pieces[0].layout))
         return absl::InvalidArgumentError("append: pieces of unequal layouts");
-      rows = std::max(rows, piece.source_row + static_cast<size_t>(piece.tokens));
+      rows += static_cast<size_t>(piece.tokens);
+      for (const TensorView view : {KeysOf(args, piece), ValuesOf(args, piece)})
+        if (view.type != type) type = DataType::kF32;  // where unlike tensors meet
     }
     const BlockLayout& layout = *args.pieces[0].layout;
     const GroupShape& shape = layout.shape();
-    const size_t k_bytes =
-        rows * static_cast<size_t>(shape.kv_heads * shape.head_dim_k) * DataTypeBytes(args.k.type);
-    const size_t v_bytes =
-        rows * static_cast<size_t>(shape.kv_heads * shape.head_dim_v) * DataTypeBytes(args.v.type);
+    const size_t k_width = static_cast<size_t>(shape.kv_heads * shape.head_dim_k),
+                 v_width = static_cast<size_t>(shape.kv_heads * shape.head_dim_v),
+                 k_bytes = rows * k_width * DataTypeBytes(type),
+                 v_bytes = rows * v_width * DataTypeBytes(type);
     KVTIDE_ASSIGN_OR_RETURN(auto workspace, pool_.Take());
     KVTIDE_RETURN_IF_ERROR(workspace->Begin(
         Workspace::Bound(4, k_bytes + v_bytes + 2 * args.pieces.size() * sizeof(AppendJob))));
     const auto k = workspace->Place<std::byte>(k_bytes), v = workspace->Place<std::byte>(v_bytes);
-    if (rows > 0) std::memcpy(k.host, args.k.data, k_bytes);
-    if (rows > 0) std::memcpy(v.host, args.v.data, v_bytes);
+    const auto stage = [&](TensorView from, const AppendPiece& piece, size_t width, size_t row,
+                           std::byte* to) {
+      const size_t count = static_cast<size_t>(piece.tokens) * width, first = piece.source_row * width;
+      to += row * width * DataTypeBytes(type);
+      if (from.type == type) {
+        std::memcpy(to, static_cast<const std::byte*>(from.data) + first * DataTypeBytes(type),
+                    count * DataTypeBytes(type));
+      } else {
+        for (size_t i = 0; i < count; i++) reinterpret_cast<float*>(to)[i] = from.At(first + i);
+      }
+    };
     std::vector<AppendJob> k_jobs, v_jobs;
+    size_t row = 0;
     for (const AppendPiece& piece : args.pieces) {
       if (piece.tokens == 0) continue;
+      stage(KeysOf(args, piece), piece, k_width, row, k.host);
+      stage(ValuesOf(args, piece), piece, v_width, row, v.host);
       AppendJob job;
       job.target = piece.block + layout.RecordOffset(piece.layer, 0);
-      job.first_row = static_cast<int64_t>(piece.source_row);
+      job.first_row = static_cast<int64_t>(row);
+      row += static_cast<size_t>(piece.tokens);
       job.first_token = piece.first_token;
       job.tokens = piece.tokens;
       k_jobs.push_back(job);
@@ -116,10 +132,10 @@ class CudaBackend : public Backend {
     if (!k_jobs.empty()) {
       const int count = static_cast<int>(k_jobs.size());
       KVTIDE_CUDA_RETURN_IF_ERROR(LaunchAppend(layout.pair().k, layout.k(), layout.record_bytes(),
-                                               shape.kv_heads, k.device, args.k.type, k_device, count,
+                                               shape.kv_heads, k.device, type, k_device, count,
                                                workspace->stream()));
       KVTIDE_CUDA_RETURN_IF_ERROR(LaunchAppend(layout.pair().v, layout.v(), layout.record_bytes(),
-                                               shape.kv_heads, v.device, args.v.type, v_device, count,
+                                               shape.kv_heads, v.device, type, v_device, count,
                                                workspace->stream()));
     }
     return Annotate(workspace->Finish(), name());

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <random>
 #include <thread>
@@ -272,6 +273,53 @@ TEST_P(BackendConformance, AppendsOneByOneAsInBulkAndAsTheDefinition) {
           });
       EXPECT_EQ(blocks.Read(0), wanted);
       EXPECT_EQ(blocks.Read(1), wanted);
+    }
+}
+
+// As new tokens of a batch of sequences come: every piece with tensors of its own, of any element type.
+TEST_P(BackendConformance, AppendsPiecesOfSeveralTensorsInOneCall) {
+  for (const bool mixed : {false, true})
+    for (int dim : {64, 112}) {
+      SCOPED_TRACE("mixed " + std::to_string(mixed) + " d " + std::to_string(dim));
+      const GroupShape shape{2, 3, dim, 64};
+      const BlockLayout layout(shape, ExactPair());
+      constexpr int kSources = 5;
+      BackendBlocks together(backend(), layout, kSources), alone(backend(), layout, kSources);
+      std::mt19937 random(17);
+      std::normal_distribution<float> normal;
+      std::deque<std::vector<std::byte>> tensors;
+      const auto make = [&](int width, DataType type) {
+        std::vector<std::byte>& bytes =
+            tensors.emplace_back(static_cast<size_t>(4 * 3 * width) * DataTypeBytes(type));
+        const MutableTensorView view{bytes.data(), type};
+        for (size_t i = 0; i < static_cast<size_t>(4 * 3 * width); i++) view.Set(i, normal(random));
+        return TensorView{bytes.data(), type};
+      };
+      std::vector<AppendPiece> pieces;
+      for (int i = 0; i < kSources; i++) {
+        for (BackendBlocks* blocks : {&together, &alone})
+          blocks->Write(i, std::vector<std::byte>(layout.block_bytes()));
+        const DataType types[] = {DataType::kF16, DataType::kF32, DataType::kBf16};
+        const DataType type = mixed ? types[i % 3] : DataType::kF16;
+        AppendPiece piece{&layout, together.block(i), i % 2, 7 * i, i % 3, static_cast<size_t>(i % 2)};
+        piece.k = make(dim, type);
+        piece.v = make(64, type);
+        pieces.push_back(piece);
+      }
+      AppendArgs args;
+      args.pieces = pieces;
+      ASSERT_TRUE(backend().Append(args).ok());
+      for (int i = 0; i < kSources; i++) {
+        AppendPiece piece = pieces[static_cast<size_t>(i)];
+        AppendArgs one;
+        one.k = piece.k;
+        one.v = piece.v;
+        piece.block = alone.block(i);
+        piece.k = piece.v = {};
+        one.pieces = {&piece, 1};
+        ASSERT_TRUE(backend().Append(one).ok());
+        EXPECT_EQ(together.Read(i), alone.Read(i)) << "source " << i;
+      }
     }
 }
 
