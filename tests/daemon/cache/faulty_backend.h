@@ -45,7 +45,10 @@ class FaultyBackend : public Backend {
 
   // Errors that a correct test must notice; see tests/sim.
   enum class Defect { kNone, kCopyElsewhere, kCopyAfterDone, kLoseRows };
-  void Plant(Defect defect) { defect_ = defect; }
+  void Plant(Defect defect) {
+    defect_ = defect;
+    overdue_.clear();
+  }
 
   // Calls of the kind wait inside until Open. WaitForEntry returns when one has arrived.
   void Close(Call call) {

@@ -193,6 +193,30 @@ TEST_F(MovesTest, AWriterThatMeetsAMovingBlockWaitsAsLongAsRoomWaitAndNoLonger) 
   client.CheckAllLayers();
 }
 
+// What was planned for a block that is gone meanwhile does not happen to one that came after it.
+TEST_F(MovesTest, AMovePlannedForABlockThatIsGoneTouchesNoOther) {
+  options_.max_moves_in_flight = 1;
+  Start(8 * kBlock, 8 * kBlock);
+  Client old(*cache_, SmallModel(), WithPair("f16"), random_),
+      fresh(*cache_, SmallModel(), WithPair("f16"), random_);
+  ASSERT_TRUE(old.Append(4 * 64).ok());
+  ASSERT_TRUE(cache_->Evict({{old.id()}}, 1).ok());
+  ASSERT_TRUE(old.CheckAttention(0).ok());  // wants its blocks promoted
+  bool done = false;
+  device_->SetHook([&](FaultyBackend::Call call) {
+    if (call != FaultyBackend::kStartCopy || done) return;
+    done = true;
+    ASSERT_TRUE(old.Close().ok());
+    ASSERT_TRUE(fresh.Append(4 * 64).ok());
+    ASSERT_TRUE(cache_->Evict({{fresh.id()}}, 1).ok());
+  });
+  cache_->RunMovesOnce();
+  device_->SetHook(nullptr);
+  EXPECT_TRUE(done);
+  EXPECT_EQ(fresh.info().blocks_by_tier[1], 4u) << "nobody read them";
+  fresh.CheckAllLayers();
+}
+
 // A host tier that others can write to: the fixture's has checksums on.
 TEST_F(MovesTest, ABlockThatChangedWhileParkedIsDataLossNotWrongTokens) {
   // The slab of the host tier, to damage it.

@@ -1,0 +1,564 @@
+#include "tests/sim/cache_sim.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+
+namespace kvtide::testing {
+namespace {
+
+using Call = FaultyBackend::Call;
+
+bool IsClose(const AttentionResult& expected, const std::vector<float>& out, const std::vector<float>& lse) {
+  double error = 0, norm = 0;
+  for (size_t i = 0; i < out.size(); i++) {
+    const double difference = static_cast<double>(out[i]) - static_cast<double>(expected.out[i]);
+    error += difference * difference;
+    norm += static_cast<double>(expected.out[i]) * static_cast<double>(expected.out[i]);
+  }
+  if (!(std::sqrt(error) <= 3e-3 * std::sqrt(norm) + 1e-6)) return false;
+  for (size_t i = 0; i < lse.size(); i++)
+    if (std::isinf(expected.lse[i]) ? lse[i] != expected.lse[i]
+                                    : !(std::fabs(lse[i] - expected.lse[i]) <= 3e-3f))
+      return false;
+  return true;
+}
+
+}  // namespace
+
+// Marks a call as running on a client.
+class CacheSim::Scope {
+ public:
+  Scope(CacheSim* sim, const char* verb, ClientPtr client, int writes, int reads)
+      : sim_(sim), writes_(writes), reads_(reads) {
+    frame_.verb = verb;
+    frame_.client = std::move(client);
+    frame_.first_new = sim->opened_;
+    frame_.copying = sim->copying_ > 0;
+    if (frame_.client != nullptr) {
+      frame_.written = frame_.client->writing > 0;
+      frame_.read = frame_.client->reading > 0;
+      frame_.client->writing += writes;
+      frame_.client->reading += reads;
+    }
+    sim->frames_.push_back(&frame_);
+  }
+  ~Scope() {
+    if (frame_.client != nullptr) {
+      frame_.client->writing -= writes_;
+      frame_.client->reading -= reads_;
+    }
+    sim_->JudgeFresh(frame_);
+    sim_->frames_.pop_back();
+  }
+  Scope(const Scope&) = delete;
+  Scope& operator=(const Scope&) = delete;
+  Frame& frame() { return frame_; }
+
+ private:
+  CacheSim* sim_;
+  Frame frame_;
+  int writes_, reads_;
+};
+
+std::string CacheSim::Where() const {
+  std::string where = absl::StrCat("seed ", seed_, ", step ", step_);
+  for (const Frame* frame : frames_)
+    absl::StrAppend(&where, " > ", frame->verb,
+                    frame->client != nullptr ? absl::StrCat(" #", frame->client->serial) : "");
+  return where;
+}
+
+void CacheSim::Expect(bool good, const std::function<std::string()>& text) {
+  if (good || failed_) return;
+  failed_ = true;
+  ADD_FAILURE() << Where() << ": " << text();
+}
+
+std::vector<FaultyBackend*> CacheSim::Backends() const {
+  std::vector<FaultyBackend*> backends;
+  for (FaultyBackend* backend : {device_.get(), second_.get(), host_.get()})
+    if (backend != nullptr) backends.push_back(backend);
+  return backends;
+}
+
+// What may go wrong, and only that.
+bool CacheSim::Excused(const absl::Status& status, const Frame& frame) const {
+  const SimClient& client = *frame.client;
+  const std::string text(status.message());
+  switch (status.code()) {
+    case absl::StatusCode::kInternal:
+      return fault_ && absl::StrContains(text, "planted");
+    case absl::StatusCode::kDataLoss:
+      return client.options.allow_drop && (client.closed || Info(client).dropped_blocks > 0);
+    case absl::StatusCode::kResourceExhausted:
+      return world_ == World::kTight && absl::StrContains(text, "no room");
+    case absl::StatusCode::kAborted:
+      if (absl::StrContains(text, "was closed")) return client.closed;
+      if (absl::StrContains(text, "is being moved")) return frame.copying;
+      if (absl::StrContains(text, "codes at once"))
+        return client.options.seal_at_once && (frame.written || frame.read);
+      return absl::StrContains(text, "being written") && frame.written;
+    case absl::StatusCode::kNotFound:
+      return client.closed;
+    case absl::StatusCode::kCancelled:
+      return *frame.cancelled;
+    default:
+      return false;
+  }
+}
+
+void CacheSim::Judge(const absl::Status& status, const Frame& frame) {
+  Expect(status.ok() || Excused(status, frame), [&] { return status.ToString(); });
+}
+
+void CacheSim::JudgeLength(const SimClient& client) {
+  if (client.closed || client.writing > 0) return;
+  const int64_t tokens = Info(client).tokens;
+  Expect(tokens == client.length(),
+         [&] { return absl::StrCat("the cache has ", tokens, " tokens, the model ", client.length()); });
+}
+
+// Blocks that were written after a plan was made are not in it: they stay where they are.
+void CacheSim::JudgeFresh(const Frame& frame) {
+  for (const ClientPtr& client : clients_) {
+    if (client->writing > 0) continue;
+    const SequenceInfo info = Info(*client);
+    uint64_t home_blocks = 0;
+    for (size_t t = 0; t < info.blocks_by_tier.size(); t++)
+      if (t < static_cast<size_t>(CountHomes(cache_->options().tiers))) home_blocks += info.blocks_by_tier[t];
+    if (frame.moves_only && client->serial >= frame.first_new && !client->fork)
+      Expect(home_blocks == client->home_blocks && info.dropped_blocks == client->dropped, [&] {
+        return absl::StrCat("#", client->serial, " was opened while it ran and had ", client->home_blocks,
+                            " blocks in the first tier and ", client->dropped, " dropped, now ", home_blocks,
+                            " and ", info.dropped_blocks);
+      });
+    client->home_blocks = home_blocks;
+    client->dropped = info.dropped_blocks;
+  }
+}
+
+void CacheSim::JudgeBytes() {
+  for (const ClientPtr& client : clients_) {
+    const SequenceInfo info = Info(*client);
+    Expect(info.tokens == client->length() &&
+               (info.dropped_blocks > 0 || TotalBytes(info) == client->shadow.BytesAtRest()),
+           [&] {
+             return absl::StrCat("#", client->serial, " has ", info.tokens, " tokens in ", TotalBytes(info),
+                                 " bytes, the model ", client->length(), " in ",
+                                 client->shadow.BytesAtRest());
+           });
+  }
+}
+
+NewRows CacheSim::MakeRows(const SimClient& client, int layer, int64_t tokens) {
+  const GroupShape& shape = client.group(layer).shape;
+  const auto rows = static_cast<size_t>(tokens * shape.kv_heads);
+  NewRows made{layer, tokens, RandomRows(dice_, rows * static_cast<size_t>(shape.head_dim_k)),
+               RandomRows(dice_, rows * static_cast<size_t>(shape.head_dim_v))};
+  for (size_t i = 0; i < made.k.size(); i += 8)
+    made.k[i] += 2.0f;  // channels with a mean, as models' keys have
+  return made;
+}
+
+void CacheSim::Open() {
+  SequenceOptions options = WithPair(
+      Any("f16", "turbo4", "q8_0/turbo3", "turbo3", "planar4/q4_0", "bf16/turbo2"), {Random(3), Random(3)});
+  options.seal_at_once = Random(6) == 0;
+  if (world_ == World::kTight && !options.seal_at_once) options.pair = ExactPair();
+  options.allow_drop = Random(5) == 0;
+  if (Random(4) == 0) options.centre = Centre::kNone;
+  const std::shared_ptr<const ModelSpec>& model = Random(2) == 0 ? small_ : mixed_;
+  const absl::StatusOr<SequenceId> id = cache_->CreateSequence(Register(*model), options);
+  Expect(id.ok(), [&] { return id.status().ToString(); });
+  if (!id.ok()) return;
+  clients_.push_back(std::make_shared<SimClient>(*id, model, options));
+  clients_.back()->serial = opened_++;
+}
+
+// All layers in one call.
+void CacheSim::Append(ClientPtr client, int64_t tokens) {
+  Scope scope(this, "append", client, 1, 0);
+  std::vector<NewRows> rows;
+  std::vector<LayerKv> layers;
+  for (size_t l = 0; l < client->model->layers.size(); l++)
+    rows.push_back(MakeRows(*client, static_cast<int>(l), tokens));
+  for (const NewRows& row : rows)
+    layers.push_back({row.layer,
+                      {row.k.data(), DataType::kF32},
+                      {row.v.data(), DataType::kF32},
+                      row.k.size(),
+                      row.v.size()});
+  AppendCall call;
+  call.sequence = client->id;
+  call.start_position = client->length();
+  call.tokens = tokens;
+  call.layers = layers;
+  call.cancelled = scope.frame().cancelled.get();
+  if (!scope.frame().written) client->pending = rows;
+  const absl::Status status = cache_->Append(call);
+  if (!scope.frame().written) client->pending.clear();
+  Judge(status, scope.frame());
+  if (!status.ok()) return;
+  for (const NewRows& row : rows) client->shadow.Append(row.layer, row.k, row.v, tokens);
+  client->shadow.Settle();
+}
+
+bool CacheSim::AppendAttend(ClientPtr client, int layer, int64_t tokens) {
+  Scope scope(this, "append+attend", client, 1, 1);
+  const LayerGroupSpec& spec = client->group(layer);
+  const int64_t start = client->shadow.LayerLength(layer);
+  const NewRows rows = MakeRows(*client, layer, tokens);
+  const auto query_rows = static_cast<size_t>(tokens * spec.heads);
+  const std::vector<float> q = RandomRows(dice_, query_rows * static_cast<size_t>(spec.shape.head_dim_k));
+  std::vector<float> out(query_rows * static_cast<size_t>(spec.shape.head_dim_v)), lse(query_rows);
+  AttendRequest item;
+  item.sequence = client->id;
+  item.q = {q.data(), DataType::kF32};
+  item.q_elements = q.size();
+  item.queries = tokens;
+  item.first_query_position = item.start_position = start;
+  item.out = out.data();
+  item.lse = lse.data();
+  item.new_tokens = tokens;
+  item.k = {rows.k.data(), DataType::kF32};
+  item.v = {rows.v.data(), DataType::kF32};
+  item.k_elements = rows.k.size();
+  item.v_elements = rows.v.size();
+  AttendCall call;
+  call.layer = layer;
+  call.items = {&item, 1};
+  call.cancelled = scope.frame().cancelled.get();
+  if (!scope.frame().written) client->pending = {rows};
+  const absl::Status status = cache_->AppendAttend(call);
+  if (!scope.frame().written) client->pending.clear();
+  Judge(status, scope.frame());
+  if (!status.ok()) return false;
+  client->shadow.Append(layer, rows.k, rows.v, tokens);
+  Expect(IsClose(client->shadow.Attend(layer, q, tokens, start), out, lse), [&] {
+    return absl::StrCat("wrong attention of ", tokens, " new tokens at ", start, ", layer ", layer);
+  });
+  client->shadow.Settle();
+  return true;
+}
+
+// Layer by layer, as an engine does. It may stop between two layers: they are brought in line again.
+void CacheSim::DecodeStep(ClientPtr client, int64_t tokens) {
+  const int64_t before = client->length();
+  for (size_t l = 0; l < client->model->layers.size(); l++) {
+    if (AppendAttend(client, static_cast<int>(l), tokens)) continue;
+    if (l == 0 || client->closed) return;
+    Truncate(client, before);
+    if (!client->closed && client->shadow.LayerLength(0) != before) Close(client);  // excused: it lost blocks
+    return;
+  }
+}
+
+void CacheSim::Attend(ClientPtr client) {
+  const int layer = Random(static_cast<int>(client->model->layers.size()));
+  AttendLayer(client, layer, 1 + Random(4), Random(3) == 0);
+}
+
+void CacheSim::AttendLayer(ClientPtr client, int layer, int64_t queries, bool with_sinks) {
+  Scope scope(this, "attend", client, 0, 1);
+  const absl::StatusOr<int64_t> length = cache_->LayerLength(client->id, layer);
+  if (!length.ok()) return Judge(length.status(), scope.frame());
+  const std::vector<ShadowSequence> states = client->States(*length, layer);
+  if (states.empty() || states.front().LayerLength(layer) != *length)
+    return Expect(false, [&] {
+      return absl::StrCat("the cache has ", *length, " tokens in layer ", layer, ", the model ",
+                          client->shadow.LayerLength(layer));
+    });
+  if (*length == 0) return;
+  const LayerGroupSpec& spec = client->group(layer);
+  // In a sliding window only what the next token sees is sure to be there.
+  const int64_t first = spec.window > 0 ? *length : std::max<int64_t>(0, *length - queries);
+  const auto rows = static_cast<size_t>(queries * spec.heads);
+  const std::vector<float> q = RandomRows(dice_, rows * static_cast<size_t>(spec.shape.head_dim_k));
+  const std::vector<float> sinks(static_cast<size_t>(spec.heads), 1.5f);
+  const float* sink = with_sinks ? sinks.data() : nullptr;
+  std::vector<float> out(rows * static_cast<size_t>(spec.shape.head_dim_v)), lse(rows);
+  // Before the call: other verbs change the model while it runs.
+  std::vector<AttentionResult> expected;
+  for (const ShadowSequence& state : states)
+    expected.push_back(state.Attend(layer, q, queries, first, true, 0, sink));
+  AttendRequest item;
+  item.sequence = client->id;
+  item.q = {q.data(), DataType::kF32};
+  item.queries = queries;
+  item.first_query_position = first;
+  item.out = out.data();
+  item.lse = lse.data();
+  AttendCall call;
+  call.layer = layer;
+  call.items = {&item, 1};
+  call.sinks = sink;
+  call.cancelled = scope.frame().cancelled.get();
+  const absl::Status status = cache_->Attend(call);
+  Judge(status, scope.frame());
+  if (!status.ok()) return;
+  const bool close = std::any_of(expected.begin(), expected.end(),
+                                 [&](const AttentionResult& result) { return IsClose(result, out, lse); });
+  Expect(close, [&] { return absl::StrCat("wrong attention over ", *length, " tokens, layer ", layer); });
+}
+
+int64_t CacheSim::RandomCut(const SimClient& client) {
+  const int64_t length = client.length();
+  int64_t cut =
+      Random(3) == 0 ? std::max<int64_t>(0, length - 1 - Random(20)) : Random(static_cast<int>(length) + 1);
+  if (client.options.seal_at_once) cut = cut / kBlockTokens * kBlockTokens;
+  return cut;
+}
+
+void CacheSim::Truncate(ClientPtr client, int64_t tokens) {
+  Scope scope(this, "truncate", client, 1, 0);
+  const absl::Status status = cache_->TruncateSequence(client->id, tokens);
+  if (status.ok()) client->shadow.Truncate(tokens);
+  const bool past = status.code() == absl::StatusCode::kOutOfRange;
+  // While an append brings new tokens, what the window has lost is not what the model thinks.
+  if (past && (scope.frame().written || absl::StrContains(status.message(), "sliding window"))) return;
+  Judge(status, scope.frame());
+}
+
+void CacheSim::Fork(ClientPtr client) {
+  Scope scope(this, "fork", client, 0, 0);
+  const absl::StatusOr<SequenceId> id = cache_->ForkSequence(client->id);
+  Judge(id.status(), scope.frame());
+  if (!id.ok()) return;
+  clients_.push_back(std::make_shared<SimClient>(*client));
+  SimClient& fork = *clients_.back();
+  fork.id = *id;
+  fork.fork = true;
+  fork.reading = 0;
+  fork.serial = opened_++;
+}
+
+void CacheSim::Close(ClientPtr client) {
+  const ClientPtr kept = client;
+  Scope scope(this, "close", kept, 0, 0);
+  const absl::Status status = cache_->CloseSequence(kept->id);
+  Expect(status.ok(), [&] { return status.ToString(); });
+  kept->closed = true;
+  clients_.erase(std::find(clients_.begin(), clients_.end(), kept));
+}
+
+void CacheSim::Evict(ClientPtr client, int tier) {
+  Scope scope(this, "evict", client, 0, 0);
+  scope.frame().moves_only = true;
+  const SequenceId id = client->id;
+  const absl::StatusOr<MoveReport> report = cache_->Evict({&id, 1}, tier);
+  if (tier == kDropTier && !client->options.allow_drop) {
+    Expect(report.status().code() == absl::StatusCode::kFailedPrecondition,
+           [&] { return "a drop that is not allowed: " + report.status().ToString(); });
+  } else {
+    Judge(report.status(), scope.frame());
+  }
+}
+
+void CacheSim::EvictAll(int tier) {
+  Scope scope(this, "evict all", nullptr, 0, 0);
+  scope.frame().moves_only = true;
+  const absl::StatusOr<MoveReport> report = cache_->EvictAll(tier);
+  Expect(report.ok(), [&] { return report.status().ToString(); });
+}
+
+void CacheSim::Prefetch(ClientPtr client) {
+  Scope scope(this, "prefetch", client, 0, 0);
+  scope.frame().moves_only = true;
+  const SequenceId id = client->id;
+  Judge(cache_->Prefetch({&id, 1}).status(), scope.frame());
+}
+
+void CacheSim::RunMoves() {
+  Scope scope(this, "moves", nullptr, 0, 0);
+  scope.frame().moves_only = true;
+  cache_->RunMovesOnce();
+}
+
+void CacheSim::Cancel() {
+  *frames_[static_cast<size_t>(Random(static_cast<int>(frames_.size())))]->cancelled = true;
+}
+
+void CacheSim::PlantFault(std::initializer_list<Call> calls) {
+  if (Random(12) != 0) return;
+  const std::vector<FaultyBackend*> backends = Backends();
+  const Call call = std::data(calls)[Random(static_cast<int>(calls.size()))];
+  backends[static_cast<size_t>(Random(static_cast<int>(backends.size())))]->Fail(call, 1 + Random(2));
+  fault_ = true;
+}
+
+void CacheSim::ClearFaults() {
+  fault_ = false;
+  for (FaultyBackend* backend : Backends())
+    for (int call = 0; call < FaultyBackend::kCalls; call++) backend->Fail(static_cast<Call>(call), 0);
+}
+
+// A window in which the cache has given up its mutex.
+void CacheSim::Inside(Call call) {
+  if (std::this_thread::get_id() != thread_ || frames_.empty() || frames_.size() >= kDepth || budget_ == 0 ||
+      failed_)
+    return;
+  if (Random(frames_.size() == 1 ? 4 : 8) != 0) return;
+  budget_--;
+  nested_++;
+  // Faults are for the call in which they were planted.
+  std::vector<int> faults;
+  for (FaultyBackend* backend : Backends())
+    for (int c = 0; c < FaultyBackend::kCalls; c++) faults.push_back(backend->failing(static_cast<Call>(c)));
+  const bool fault = std::exchange(fault_, false);
+  const bool copy = call == Call::kStartCopy || call == Call::kPoll;
+  copying_ += copy ? 1 : 0;
+  ClearFaults();
+  Nested();
+  copying_ -= copy ? 1 : 0;
+  fault_ = fault;
+  size_t i = 0;
+  for (FaultyBackend* backend : Backends())
+    for (int c = 0; c < FaultyBackend::kCalls; c++) backend->Fail(static_cast<Call>(c), faults[i++]);
+}
+
+void CacheSim::Nested() {
+  const int dice = Random(100);
+  if (clients_.empty() || dice < 12) {
+    // A new one in the place of an old one gets its block ids, too.
+    if (clients_.size() >= 8 || (clients_.size() > 1 && Random(2) == 0)) Close(AnyClient());
+    Open();
+    return Append(clients_.back(), 1 + Random(200));
+  }
+  const ClientPtr client = AnyClient();
+  if (dice < 30) {
+    if (Random(2) == 0) return Append(client, 1 + Random(Random(4) == 0 ? 200 : 70));
+    if (client->writing == 0) DecodeStep(client, 1 + Random(20));
+  } else if (dice < 50) {
+    Attend(client);
+  } else if (dice < 58) {
+    Truncate(client, RandomCut(*client));
+  } else if (dice < 64) {
+    if (clients_.size() < 8) Fork(client);
+  } else if (dice < 67) {
+    if (clients_.size() > 1) Close(client);
+  } else if (dice < 76) {
+    Evict(client, static_cast<int>(cache_->options().tiers.size()) - 1);
+  } else if (dice < 82) {
+    Prefetch(client);
+  } else if (dice < 84) {
+    Evict(client, kDropTier);
+  } else if (dice < 86) {
+    EvictAll(static_cast<int>(cache_->options().tiers.size()) - 1);
+  } else if (dice < 93) {
+    if (Random(2) == 0) clock_.Advance(absl::Seconds(Random(10)));
+    RunMoves();
+  } else if (dice < 97) {
+    Cancel();
+  } else {
+    cache_->CheckInvariants();
+  }
+}
+
+void CacheSim::Step() {
+  const bool host = cache_->options().tiers.back().name == "host";
+  if (clients_.empty() || (clients_.size() < 6 && Random(12) == 0)) Open();
+  const ClientPtr client = AnyClient();
+  const int dice = Random(100);
+  if (dice < 40) {
+    // A copy that fails while room is made defers sealing, which the naive model does not know.
+    if (world_ == World::kTight) {
+      PlantFault({Call::kAppend, Call::kAttend, Call::kStartCopy, Call::kPoll});
+    } else {
+      PlantFault({Call::kAppend, Call::kAttend});
+    }
+    const int64_t tokens = Random(3) == 0 ? 1 : 1 + Random(Random(4) == 0 ? 300 : 90);
+    if (Random(2) == 0) {
+      Append(client, tokens);
+    } else {
+      DecodeStep(client, tokens);
+    }
+  } else if (dice < 65) {
+    PlantFault({Call::kAttend});
+    Attend(client);
+  } else if (dice < 73) {
+    PlantFault({Call::kDecode, Call::kAppend, Call::kStartCopy});
+    Truncate(client, RandomCut(*client));
+  } else if (dice < 90) {
+    if (!host) return;
+    PlantFault({Call::kStartCopy, Call::kPoll});
+    const int last = static_cast<int>(cache_->options().tiers.size()) - 1;
+    switch (Random(5)) {
+      case 0:
+        Evict(client, last);
+        break;
+      case 1:
+        Prefetch(client);
+        break;
+      case 2:
+        if (Random(4) == 0) Evict(client, kDropTier);
+        break;
+      case 3:
+        if (Random(4) == 0) EvictAll(1);
+        break;
+      default:
+        clock_.Advance(absl::Seconds(Random(10)));
+        RunMoves();
+    }
+  } else if (dice < 95 && clients_.size() < 8) {
+    Fork(client);
+  } else if (clients_.size() > 1) {
+    Close(client);
+  }
+  ClearFaults();
+  cache_->CheckInvariants();
+  JudgeBytes();
+}
+
+bool CacheSim::Run(World world, uint32_t seed, int64_t steps, FaultyBackend::Defect defect) {
+  world_ = world;
+  seed_ = seed;
+  step_ = 0;
+  failed_ = false;
+  opened_ = 0;
+  thread_ = std::this_thread::get_id();
+  dice_.seed(seed * 4 + static_cast<uint32_t>(world));
+  clients_.clear();
+  options_.id_seed = seed + 1;
+  options_.limits.high_watermark = world == World::kRoomy ? 0.05 : 0.8;
+  options_.limits.low_watermark = world == World::kRoomy ? 0.02 : 0.5;
+  options_.limits.promote_below = world == World::kRoomy ? 0.1 : 0.8;
+  options_.max_moves_in_flight = static_cast<size_t>(1 + Random(16));
+  options_.move_piece_bytes = static_cast<size_t>(4096 + Random(100000));
+  options_.room_wait = absl::ZeroDuration();  // whoever would have to be waited for is a caller of ours
+  size_t device = (6 + static_cast<size_t>(Random(30))) * 65536, host = 64 * kMiB;
+  if (world == World::kTight) host = static_cast<size_t>(Random(20)) * 65536;
+  if (world == World::kRoomy) device = 64 * kMiB;
+  StartOn(1 + Random(2), device, host);
+  for (FaultyBackend* backend : Backends()) {
+    backend->Plant(defect);
+    backend->DelayCopies([this] { return Random(2) == 0 ? 0 : Random(4); });
+    backend->SetHook(
+        world == World::kPressure ? nullptr : std::function<void(Call)>([this](Call call) { Inside(call); }));
+  }
+  for (; step_ < steps && !failed_; step_++) {
+    budget_ = 10;
+    Step();
+  }
+  budget_ = 0;
+  for (const ClientPtr& client : std::vector<ClientPtr>(clients_)) {
+    for (size_t l = 0; l < client->model->layers.size() && !failed_ && Info(*client).dropped_blocks == 0; l++)
+      AttendLayer(client, static_cast<int>(l), 2, false);
+    Close(client);
+  }
+  cache_->CheckInvariants();
+  const uint64_t left = UsedBytes(cache_->Stats());
+  Expect(left == 0, [&] { return absl::StrCat(left, " bytes are left after every sequence was closed"); });
+  for (FaultyBackend* backend : Backends()) {
+    backend->SetHook(nullptr);
+    backend->DelayCopies(nullptr);
+    backend->Plant(FaultyBackend::Defect::kNone);
+  }
+  cache_.reset();
+  return !failed_;
+}
+
+}  // namespace kvtide::testing

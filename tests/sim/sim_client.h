@@ -1,0 +1,58 @@
+// A sequence of the simulation with its naive model (tests/daemon/cache/shadow.h), and what the judge has to
+// know of it: which calls run on it right now, whether it was closed, what an unfinished append brings.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "daemon/cache/kv_cache.h"
+#include "tests/daemon/cache/shadow.h"
+
+namespace kvtide::testing {
+
+// New rows of one layer.
+struct NewRows {
+  int layer = 0;
+  int64_t tokens = 0;
+  std::vector<float> k, v;
+};
+
+struct SimClient {
+  SimClient(SequenceId sequence, std::shared_ptr<const ModelSpec> its_model,
+            const SequenceOptions& its_options)
+      : id(sequence), model(std::move(its_model)), options(its_options), shadow(*model, options) {}
+
+  const LayerGroupSpec& group(int layer) const {
+    return model->groups[static_cast<size_t>(model->layers[static_cast<size_t>(layer)].group)];
+  }
+  int64_t length() const { return shadow.Length(); }
+
+  // What attention over a layer may see now, as states of the naive model. Usually the one that it has. While
+  // an append has published its tokens and not returned, its blocks become coded one after another: with the
+  // new rows, coded or not yet.
+  std::vector<ShadowSequence> States(int64_t length_in_cache, int layer) const {
+    if (length_in_cache == shadow.LayerLength(layer)) return {shadow};
+    std::vector<ShadowSequence> states;
+    if (pending.empty()) return states;
+    states.push_back(shadow);
+    for (const NewRows& rows : pending) states.back().Append(rows.layer, rows.k, rows.v, rows.tokens);
+    states.push_back(states.back());
+    states.back().Settle();
+    return states;
+  }
+
+  SequenceId id;
+  std::shared_ptr<const ModelSpec> model;
+  SequenceOptions options;
+  ShadowSequence shadow;
+  bool fork = false;
+  bool closed = false;
+  int writing = 0, reading = 0;           // calls that run on it
+  std::vector<NewRows> pending;           // of the append that runs
+  uint64_t serial = 0;                    // order of creation
+  uint64_t home_blocks = 0, dropped = 0;  // when the last call ended
+};
+
+}  // namespace kvtide::testing
