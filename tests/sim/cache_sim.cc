@@ -35,6 +35,7 @@ class CacheSim::Scope {
   Scope(CacheSim* sim, const char* verb, ClientPtr client, int writes, int reads)
       : sim_(sim), writes_(writes), reads_(reads) {
     frame_.verb = verb;
+    frame_.context.cancellation = &frame_.cancellation;
     frame_.client = std::move(client);
     frame_.first_new = sim->opened_;
     frame_.copying = sim->copying_ > 0;
@@ -87,6 +88,8 @@ std::vector<FaultyBackend*> CacheSim::Backends() const {
 
 // What may go wrong, and only that.
 bool CacheSim::Excused(const absl::Status& status, const Frame& frame) const {
+  if (status.code() == absl::StatusCode::kCancelled) return frame.cancellation.cancelled();
+  if (frame.client == nullptr) return false;
   const SimClient& client = *frame.client;
   const std::string text(status.message());
   switch (status.code()) {
@@ -104,8 +107,6 @@ bool CacheSim::Excused(const absl::Status& status, const Frame& frame) const {
       return absl::StrContains(text, "being written") && frame.written;
     case absl::StatusCode::kNotFound:
       return client.closed;
-    case absl::StatusCode::kCancelled:
-      return *frame.cancelled;
     default:
       return false;
   }
@@ -197,7 +198,7 @@ void CacheSim::Append(ClientPtr client, int64_t tokens) {
   call.start_position = client->length();
   call.tokens = tokens;
   call.layers = layers;
-  call.cancelled = scope.frame().cancelled.get();
+  call.context = &scope.frame().context;
   if (!scope.frame().written) client->pending = rows;
   const absl::Status status = cache_->Append(call);
   if (!scope.frame().written) client->pending.clear();
@@ -231,7 +232,7 @@ bool CacheSim::AppendAttend(ClientPtr client, int layer, int64_t tokens) {
   AttendCall call;
   call.layer = layer;
   call.items = {&item, 1};
-  call.cancelled = scope.frame().cancelled.get();
+  call.context = &scope.frame().context;
   if (!scope.frame().written) client->pending = {rows};
   const absl::Status status = cache_->AppendAttend(call);
   if (!scope.frame().written) client->pending.clear();
@@ -296,7 +297,7 @@ void CacheSim::AttendLayer(ClientPtr client, int layer, int64_t queries, bool wi
   call.layer = layer;
   call.items = {&item, 1};
   call.sinks = sink;
-  call.cancelled = scope.frame().cancelled.get();
+  call.context = &scope.frame().context;
   const absl::Status status = cache_->Attend(call);
   Judge(status, scope.frame());
   if (!status.ok()) return;
@@ -315,7 +316,7 @@ int64_t CacheSim::RandomCut(const SimClient& client) {
 
 void CacheSim::Truncate(ClientPtr client, int64_t tokens) {
   Scope scope(this, "truncate", client, 1, 0);
-  const absl::Status status = cache_->TruncateSequence(client->id, tokens);
+  const absl::Status status = cache_->TruncateSequence(client->id, tokens, scope.frame().context);
   if (status.ok()) client->shadow.Truncate(tokens);
   const bool past = status.code() == absl::StatusCode::kOutOfRange;
   // While an append brings new tokens, what the window has lost is not what the model thinks.
@@ -349,7 +350,7 @@ void CacheSim::Evict(ClientPtr client, int tier) {
   Scope scope(this, "evict", client, 0, 0);
   scope.frame().moves_only = true;
   const SequenceId id = client->id;
-  const absl::StatusOr<MoveReport> report = cache_->Evict({&id, 1}, tier);
+  const absl::StatusOr<MoveReport> report = cache_->Evict({&id, 1}, tier, scope.frame().context);
   if (tier == kDropTier && !client->options.allow_drop) {
     Expect(report.status().code() == absl::StatusCode::kFailedPrecondition,
            [&] { return "a drop that is not allowed: " + report.status().ToString(); });
@@ -361,15 +362,14 @@ void CacheSim::Evict(ClientPtr client, int tier) {
 void CacheSim::EvictAll(int tier) {
   Scope scope(this, "evict all", nullptr, 0, 0);
   scope.frame().moves_only = true;
-  const absl::StatusOr<MoveReport> report = cache_->EvictAll(tier);
-  Expect(report.ok(), [&] { return report.status().ToString(); });
+  Judge(cache_->EvictAll(tier, scope.frame().context).status(), scope.frame());
 }
 
 void CacheSim::Prefetch(ClientPtr client) {
   Scope scope(this, "prefetch", client, 0, 0);
   scope.frame().moves_only = true;
   const SequenceId id = client->id;
-  Judge(cache_->Prefetch({&id, 1}).status(), scope.frame());
+  Judge(cache_->Prefetch({&id, 1}, scope.frame().context).status(), scope.frame());
 }
 
 void CacheSim::RunMoves() {
@@ -379,7 +379,7 @@ void CacheSim::RunMoves() {
 }
 
 void CacheSim::Cancel() {
-  *frames_[static_cast<size_t>(Random(static_cast<int>(frames_.size())))]->cancelled = true;
+  frames_[static_cast<size_t>(Random(static_cast<int>(frames_.size())))]->cancellation.Cancel();
 }
 
 void CacheSim::PlantFault(std::initializer_list<Call> calls) {

@@ -7,7 +7,6 @@
 // situation explains (Excused); the invariants are checked after every step and inside of calls.
 #pragma once
 
-#include <atomic>
 #include <functional>
 #include <initializer_list>
 #include <memory>
@@ -43,7 +42,8 @@ class CacheSim : public CacheTest {
     uint64_t first_new = 0;   // clients from this serial on were opened while it ran
     // At its start:
     bool written = false, read = false, copying = false;
-    std::shared_ptr<std::atomic<bool>> cancelled = std::make_shared<std::atomic<bool>>(false);
+    Cancellation cancellation;
+    CallContext context;
   };
   class Scope;
 
