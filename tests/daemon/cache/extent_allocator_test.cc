@@ -2,6 +2,7 @@
 #include "daemon/cache/extent_allocator.h"
 
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -47,6 +48,50 @@ TEST(ExtentAllocatorTest, SizesAboveFourGiBDoNotOverflow) {
   EXPECT_EQ(second, (size_t{1} << 32) + 256);
   EXPECT_EQ(allocator.free_bytes(), 128u);
   allocator.CheckInvariants();
+}
+
+TEST(ExtentAllocatorTest, AllocatesAtAnOffsetIfAllOfItIsFree) {
+  ExtentAllocator allocator(1024);
+  EXPECT_TRUE(allocator.AllocateAt(256, 200));  // rounded up to 256
+  EXPECT_FALSE(allocator.AllocateAt(128, 256));
+  EXPECT_FALSE(allocator.AllocateAt(384, 1));
+  EXPECT_FALSE(allocator.AllocateAt(896, 256)) << "beyond the end";
+  EXPECT_FALSE(allocator.AllocateAt(512, 0));
+  EXPECT_FALSE(allocator.AllocateAt(512, ~size_t{0}));
+  EXPECT_TRUE(allocator.AllocateAt(512, 512));
+  EXPECT_TRUE(allocator.AllocateAt(128, 128));
+  std::vector<std::pair<size_t, size_t>> seen;
+  const auto see = [&](size_t offset, size_t bytes) {
+    seen.emplace_back(offset, bytes);
+    return true;
+  };
+  allocator.Peek(0, see);
+  EXPECT_EQ(seen, (std::vector<std::pair<size_t, size_t>>{{0, 128}}));
+  allocator.Free(256, 200);
+  allocator.Peek(1, see);
+  EXPECT_EQ(seen.back(), (std::pair<size_t, size_t>{256, 256}));
+  EXPECT_EQ(seen.size(), 2u);
+  allocator.CheckInvariants();
+}
+
+TEST(ExtentAllocatorTest, SizesNearTheLargestNumberDoNotOverflow) {
+  ExtentAllocator allocator(4096);
+  EXPECT_EQ(allocator.Allocate(~size_t{0}, End::kBottom), std::nullopt);
+  EXPECT_EQ(allocator.Allocate(4096, End::kBottom), 0u);
+}
+
+// The work of a call grows with the logarithm of the extents: every second page of a million is free.
+TEST(ExtentAllocatorTest, AMillionExtentsAreSearchedInFewSteps) {
+  constexpr size_t kPages = 2'000'000, kPage = 8192;
+  ExtentAllocator allocator(kPages * kPage);
+  for (size_t page = 0; page < kPages; page++)
+    ASSERT_TRUE(allocator.Allocate(kPage, End::kBottom).has_value());
+  for (size_t page = 0; page < kPages; page += 2) allocator.Free(page * kPage, kPage);
+  EXPECT_EQ(allocator.free_extents(), kPages / 2);
+  EXPECT_LT(allocator.Height(), 70) << "20 would be perfect";
+  EXPECT_EQ(allocator.Allocate(kPage + 1, End::kTop), std::nullopt);
+  allocator.Free(kPage, kPage);
+  EXPECT_EQ(allocator.Allocate(2 * kPage, End::kTop), kPage) << "of three pages in a row the last two";
 }
 
 TEST(ExtentAllocatorDeathTest, FreeingTwiceStopsTheProcess) {
