@@ -31,6 +31,8 @@ LADDER = {
                "daemon/service", "planner", "proto"},
     "clients/cpp": {"kernels/base", "kernels/format", "proto"},
     "clients/engine": {"kernels/base", "kernels/format", "clients/cpp"},
+    "clients/python": {"kernels/base", "kernels/format", "kernels", "daemon", "daemon/cache", "daemon/service", "planner", "proto",
+                       "clients/cpp", "clients/cli"},
     "clients/cli": {"kernels/base", "kernels/format", "planner", "proto", "clients/cpp", "clients/engine"},
 }
 # Third-party headers: pattern -> layers that may include it.

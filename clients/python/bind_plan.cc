@@ -1,0 +1,55 @@
+// kvtide.plan: the planner with the flags of `kvtide plan`, its answer as the planner's JSON.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "clients/cli/plan/plan_flags.h"
+#include "clients/python/bindings.h"
+#include "clients/python/raise.h"
+#include "planner/model/catalogue.h"
+#include "planner/render/render.h"
+
+namespace nb = nanobind;
+
+namespace kvtide::python {
+
+void BindPlan(nb::module_& m) {
+  using cli::PlanFlags;
+  nb::class_<PlanFlags>(m, "PlanFlags")
+      .def(nb::init<>())
+      .def_rw("model", &PlanFlags::model)
+      .def_rw("contexts", &PlanFlags::contexts)
+      .def_rw("device", &PlanFlags::device)
+      .def_rw("engine", &PlanFlags::engine)
+      .def_rw("build", &PlanFlags::build)
+      .def_rw("weights", &PlanFlags::weights)
+      .def_rw("pairs", &PlanFlags::pairs)
+      .def_rw("max_ppl_increase", &PlanFlags::max_ppl_increase)
+      .def_rw("margin", &PlanFlags::margin)
+      .def_rw("host_memory", &PlanFlags::host_memory)
+      .def_rw("used", &PlanFlags::used)
+      .def_rw("exact_window", &PlanFlags::exact_window)
+      .def_rw("quality_files", &PlanFlags::quality_files)
+      .def_rw("gpus", &PlanFlags::gpus)
+      .def_rw("concurrency", &PlanFlags::concurrency)
+      .def_rw("shared_prefix", &PlanFlags::shared_prefix)
+      .def_rw("own_quality_only", &PlanFlags::own_quality_only)
+      .def_rw("ignore_unknown_fields", &PlanFlags::ignore_unknown_fields);
+  m.def("plan", [](const PlanFlags& flags) {
+    const nb::gil_scoped_release release;
+    const planner::PlanRequest request = Raise(cli::MakePlanRequest(flags));
+    return planner::RenderJson(request, Raise(planner::MakePlan(request)));
+  });
+  m.def("catalogue_models", [] {
+    std::vector<std::string> names;
+    for (const planner::ModelGeometry& model : planner::CatalogueModels()) names.push_back(model.name);
+    return names;
+  });
+  m.def("catalogue_devices", [] {
+    std::vector<std::string> names;
+    for (const planner::DeviceBudget& device : planner::CatalogueGpus()) names.push_back(device.name);
+    return names;
+  });
+}
+
+}  // namespace kvtide::python

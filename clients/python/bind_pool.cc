@@ -1,0 +1,382 @@
+// The verbs. Every call that may block gives up the GIL; answers become dicts with the field names of
+// clients/cpp/client.h, which are the names of the dataclasses in kvtide/pool.py.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <utility>
+
+#include "clients/python/arrays.h"
+#include "clients/python/bindings.h"
+#include "clients/python/pool.h"
+#include "clients/python/raise.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvtide::python {
+namespace {
+
+// Runs a blocking call without the GIL.
+template <class F>
+auto Blocking(F&& call) {
+  const nb::gil_scoped_release release;
+  return call();
+}
+
+template <class T, class F>
+nb::list List(const std::vector<T>& values, F&& convert) {
+  nb::list list;
+  for (const T& value : values) list.append(convert(value));
+  return list;
+}
+
+// dict(name=value, ...) of the named members of `from`.
+#define KVTIDE_PUT(name) out[#name] = from.name
+
+nb::tuple ToPython(const ExactWindow& window) {
+  return nb::make_tuple(window.first_blocks, window.last_blocks);
+}
+
+nb::dict ToPython(const client::TierInfo& from) {
+  nb::dict out;
+  KVTIDE_PUT(name), KVTIDE_PUT(backend), KVTIDE_PUT(capacity_bytes), KVTIDE_PUT(device);
+  return out;
+}
+
+nb::dict ToPython(const client::CacheTypeDescription& from) {
+  nb::dict out;
+  KVTIDE_PUT(name), KVTIDE_PUT(bits), KVTIDE_PUT(group), KVTIDE_PUT(version), KVTIDE_PUT(bits_per_value);
+  return out;
+}
+
+nb::dict ToPython(const client::ServerInfo& from) {
+  nb::dict out;
+  KVTIDE_PUT(version), KVTIDE_PUT(block_tokens), KVTIDE_PUT(default_pair), KVTIDE_PUT(models);
+  KVTIDE_PUT(max_message_bytes), KVTIDE_PUT(max_sequences), KVTIDE_PUT(max_models), KVTIDE_PUT(max_tokens);
+  KVTIDE_PUT(max_items), KVTIDE_PUT(max_append_tokens), KVTIDE_PUT(process_id), KVTIDE_PUT(uptime_seconds);
+  out["tiers"] = List(from.tiers, [](const client::TierInfo& tier) { return ToPython(tier); });
+  out["cache_types"] =
+      List(from.cache_types, [](const client::CacheTypeDescription& type) { return ToPython(type); });
+  out["default_exact_window"] = ToPython(from.default_exact_window);
+  return out;
+}
+
+nb::dict ToPython(const client::TierShare& from) {
+  nb::dict out;
+  KVTIDE_PUT(tier), KVTIDE_PUT(blocks), KVTIDE_PUT(bytes), KVTIDE_PUT(device);
+  return out;
+}
+
+nb::dict ToPython(const client::SequenceInfo& from) {
+  nb::dict out;
+  KVTIDE_PUT(id), KVTIDE_PUT(forked_from), KVTIDE_PUT(model), KVTIDE_PUT(pair), KVTIDE_PUT(tenant);
+  KVTIDE_PUT(tokens), KVTIDE_PUT(max_layer_tokens), KVTIDE_PUT(dropped_blocks), KVTIDE_PUT(shared_blocks);
+  KVTIDE_PUT(seal_at_once), KVTIDE_PUT(idle_seconds), KVTIDE_PUT(age_seconds), KVTIDE_PUT(device);
+  out["tiers"] = List(from.tiers, [](const client::TierShare& share) { return ToPython(share); });
+  out["exact_window"] = ToPython(from.exact_window);
+  return out;
+}
+
+nb::dict ToPython(const client::PairStats& from) {
+  nb::dict out;
+  KVTIDE_PUT(pair), KVTIDE_PUT(blocks), KVTIDE_PUT(bytes);
+  return out;
+}
+
+nb::dict ToPython(const client::TierStats& from) {
+  nb::dict out;
+  KVTIDE_PUT(name), KVTIDE_PUT(backend), KVTIDE_PUT(capacity_bytes), KVTIDE_PUT(used_bytes);
+  KVTIDE_PUT(largest_free_bytes), KVTIDE_PUT(blocks), KVTIDE_PUT(pinned_blocks), KVTIDE_PUT(demoted_blocks);
+  KVTIDE_PUT(promoted_blocks), KVTIDE_PUT(dropped_blocks), KVTIDE_PUT(device);
+  out["pairs"] = List(from.pairs, [](const client::PairStats& pair) { return ToPython(pair); });
+  return out;
+}
+
+nb::dict ToPython(const client::ServerStats& from) {
+  nb::dict out;
+  KVTIDE_PUT(models), KVTIDE_PUT(sequences), KVTIDE_PUT(tokens), KVTIDE_PUT(shared_blocks);
+  KVTIDE_PUT(stored_bytes), KVTIDE_PUT(f16_equivalent_bytes), KVTIDE_PUT(bits_per_value);
+  KVTIDE_PUT(uptime_seconds), KVTIDE_PUT(sequences_created), KVTIDE_PUT(sequences_closed);
+  KVTIDE_PUT(appended_tokens), KVTIDE_PUT(sealed_blocks), KVTIDE_PUT(copied_on_write_blocks);
+  KVTIDE_PUT(window_freed_blocks), KVTIDE_PUT(evict_calls), KVTIDE_PUT(prefetch_calls), KVTIDE_PUT(moves);
+  KVTIDE_PUT(failed_moves), KVTIDE_PUT(moved_bytes), KVTIDE_PUT(dropped_blocks), KVTIDE_PUT(attended_blocks);
+  KVTIDE_PUT(attended_blocks_below_first_tier), KVTIDE_PUT(checksum_failures), KVTIDE_PUT(exhausted);
+  out["tiers"] = List(from.tiers, [](const client::TierStats& tier) { return ToPython(tier); });
+  return out;
+}
+
+nb::dict ToPython(const client::MoveResult& from) {
+  nb::dict out;
+  KVTIDE_PUT(blocks), KVTIDE_PUT(bytes), KVTIDE_PUT(dropped_blocks), KVTIDE_PUT(blocks_left);
+  KVTIDE_PUT(shared_blocks);
+  return out;
+}
+
+const char* VerdictName(client::PlanVerdict verdict) {
+  switch (verdict) {
+    case client::PlanVerdict::kFits:
+      return "fits";
+    case client::PlanVerdict::kFitsWithTiers:
+      return "fits_with_tiers";
+    case client::PlanVerdict::kDoesNotFit:
+      return "does_not_fit";
+  }
+  return "does_not_fit";
+}
+
+nb::dict ToPython(const client::PlanCandidate& from) {
+  nb::dict out;
+  KVTIDE_PUT(pair), KVTIDE_PUT(rejection), KVTIDE_PUT(kv_bytes), KVTIDE_PUT(total_bytes),
+      KVTIDE_PUT(free_bytes);
+  KVTIDE_PUT(fits), KVTIDE_PUT(measured), KVTIDE_PUT(bits_per_value), KVTIDE_PUT(ratio_to_f16);
+  KVTIDE_PUT(perplexity_increase_percent), KVTIDE_PUT(max_context), KVTIDE_PUT(max_concurrency);
+  return out;
+}
+
+nb::dict ToPython(const client::ContextAnswer& from) {
+  nb::dict out;
+  KVTIDE_PUT(context), KVTIDE_PUT(chosen_pair), KVTIDE_PUT(reason), KVTIDE_PUT(split_pair);
+  KVTIDE_PUT(split_device_bytes), KVTIDE_PUT(split_host_bytes);
+  out["verdict"] = VerdictName(from.verdict);
+  out["candidates"] =
+      List(from.candidates, [](const client::PlanCandidate& candidate) { return ToPython(candidate); });
+  return out;
+}
+
+nb::dict ToPython(const client::PlanAnswer& from) {
+  nb::dict out;
+  KVTIDE_PUT(device_budget_bytes), KVTIDE_PUT(assumptions), KVTIDE_PUT(notes);
+  out["verdict"] = VerdictName(from.verdict);
+  out["contexts"] = List(from.contexts, [](const client::ContextAnswer& answer) { return ToPython(answer); });
+  return out;
+}
+#undef KVTIDE_PUT
+
+using Ids = std::vector<client::SequenceId>;
+client::SequenceOptions MakeSequenceOptions(const nb::dict& settings) {
+  client::SequenceOptions options;
+  for (const auto& [key, value] : settings) {
+    const auto name = nb::cast<std::string>(key);
+    if (name == "pair") {
+      options.pair = nb::cast<std::string>(value);
+    } else if (name == "group_pairs") {
+      options.group_pairs = nb::cast<std::vector<std::string>>(value);
+    } else if (name == "exact_window") {
+      const auto window = nb::cast<std::pair<int, int>>(value);
+      options.exact_window = ExactWindow{window.first, window.second};
+    } else if (name == "seal_at_once") {
+      options.seal_at_once = nb::cast<bool>(value);
+    } else if (name == "key_centring") {
+      options.key_centring = static_cast<client::KeyCentring>(nb::cast<int>(value));
+    } else if (name == "key_equalising") {
+      options.key_equalising = static_cast<client::KeyEqualising>(nb::cast<int>(value));
+    } else if (name == "rope_pairs") {
+      options.rope_pairs = static_cast<client::RopePairs>(nb::cast<int>(value));
+    } else if (name == "tenant") {
+      options.tenant = nb::cast<std::string>(value);
+    } else if (name == "allow_drop") {
+      options.allow_drop = nb::cast<bool>(value);
+    } else if (name == "device") {
+      options.device = nb::cast<std::string>(value);
+    } else {
+      throw StatusException(absl::InvalidArgumentError("unknown setting of a sequence: " + name));
+    }
+  }
+  return options;
+}
+
+client::Model MakeModel(const std::string& name, const std::vector<nb::dict>& layers) {
+  client::Model model;
+  model.name = name;
+  for (const nb::dict& from : layers) {
+    client::ModelLayer layer;
+    layer.kv_heads = nb::cast<int>(from["kv_heads"]);
+    layer.head_dim_k = nb::cast<int>(from["head_dim_k"]);
+    layer.head_dim_v = nb::cast<int>(from["head_dim_v"]);
+    layer.window = nb::cast<int64_t>(from["window"]);
+    layer.query_heads = nb::cast<int>(from["query_heads"]);
+    layer.scale = nb::cast<float>(from["scale"]);
+    layer.softcap = nb::cast<float>(from["softcap"]);
+    model.layers.push_back(layer);
+  }
+  return model;
+}
+
+client::PlanQuestion MakeQuestion(const nb::dict& from) {
+  client::PlanQuestion question;
+  question.model = nb::cast<std::string>(from["model"]);
+  question.contexts = nb::cast<std::vector<int64_t>>(from["contexts"]);
+  question.concurrency = nb::cast<int>(from["concurrency"]);
+  question.device_bytes = nb::cast<int64_t>(from["device_bytes"]);
+  question.weights_bytes = nb::cast<int64_t>(from["weights_bytes"]);
+  question.host_bytes = nb::cast<int64_t>(from["host_bytes"]);
+  question.pairs = nb::cast<std::vector<std::string>>(from["pairs"]);
+  if (const auto window = nb::cast<std::optional<std::pair<int, int>>>(from["exact_window"]))
+    question.exact_window = ExactWindow{window->first, window->second};
+  question.max_perplexity_increase_percent =
+      nb::cast<std::optional<double>>(from["max_perplexity_increase_percent"]);
+  question.margin_bytes = nb::cast<std::optional<int64_t>>(from["margin_bytes"]);
+  return question;
+}
+
+// Owns the pool until Close; a call that runs keeps it alive.
+class Handle {
+ public:
+  explicit Handle(std::unique_ptr<Pool> pool) : pool_(std::move(pool)) {}
+
+  // Called with the GIL.
+  std::shared_ptr<Pool> pool() const {
+    if (pool_ == nullptr) throw StatusException(absl::FailedPreconditionError("the pool has been closed"));
+    return pool_;
+  }
+  void Close() {
+    std::shared_ptr<Pool> last = std::move(pool_);
+    pool_ = nullptr;
+    const nb::gil_scoped_release release;
+    last.reset();
+  }
+  ~Handle() {
+    if (pool_ != nullptr) Close();
+  }
+
+ private:
+  std::shared_ptr<Pool> pool_;
+};
+
+void Attend(const Handle& handle, int layer, const Ids& ids,
+            const std::vector<std::optional<int64_t>>& positions, const std::vector<AnyArray>& q,
+            const std::vector<Floats>& outputs, const std::vector<Floats>& lses,
+            const client::AttentionOptions& options) {
+  std::vector<client::AttendItem> items;
+  for (size_t i = 0; i < ids.size(); i++) {
+    items.push_back({ids[i], positions.at(i), Ref(q.at(i)), Span(outputs.at(i)),
+                     lses.empty() ? std::span<float>() : Span(lses.at(i))});
+  }
+  const auto pool = handle.pool();
+  Raise(Blocking([&] { return pool->Attend(layer, items, options); }));
+}
+
+void AppendAttend(const Handle& handle, int layer, const Ids& ids, const std::vector<int64_t>& starts,
+                  const std::vector<AnyArray>& q, const std::vector<AnyArray>& k,
+                  const std::vector<AnyArray>& v, const std::vector<Floats>& outputs,
+                  const std::vector<Floats>& lses, const client::AttentionOptions& options) {
+  std::vector<client::AppendAttendItem> items;
+  for (size_t i = 0; i < ids.size(); i++) {
+    items.push_back({ids[i], starts.at(i), Ref(q.at(i)), Ref(k.at(i)), Ref(v.at(i)), Span(outputs.at(i)),
+                     lses.empty() ? std::span<float>() : Span(lses.at(i))});
+  }
+  const auto pool = handle.pool();
+  Raise(Blocking([&] { return pool->AppendAttend(layer, items, options); }));
+}
+
+}  // namespace
+
+void BindPool(nb::module_& m) {
+  nb::class_<client::AttentionOptions>(m, "AttentionOptions")
+      .def(
+          "__init__",
+          [](client::AttentionOptions* self, std::optional<float> scale, std::optional<bool> causal,
+             std::optional<int64_t> window, std::optional<float> softcap, std::vector<float> sinks) {
+            new (self) client::AttentionOptions{scale, causal, window, softcap, std::move(sinks)};
+          },
+          "scale"_a.none(), "causal"_a.none(), "window"_a.none(), "softcap"_a.none(), "sinks"_a);
+
+  nb::class_<Handle>(m, "Pool")
+      .def_prop_ro("address", [](const Handle& handle) { return handle.pool()->address(); })
+      .def("close", &Handle::Close)
+      .def("info",
+           [](const Handle& handle) {
+             const auto pool = handle.pool();
+             return ToPython(Raise(Blocking([&] { return pool->GetServerInfo(); })));
+           })
+      .def("stats",
+           [](const Handle& handle) {
+             const auto pool = handle.pool();
+             return ToPython(Raise(Blocking([&] { return pool->GetStats(); })));
+           })
+      .def("register_model",
+           [](const Handle& handle, const std::string& name, const std::vector<nb::dict>& layers) {
+             const client::Model model = MakeModel(name, layers);
+             const auto pool = handle.pool();
+             Raise(Blocking([&] { return pool->RegisterModel(model); }));
+           })
+      .def("create_sequence",
+           [](const Handle& handle, const std::string& model, const nb::dict& settings) {
+             const client::SequenceOptions options = MakeSequenceOptions(settings);
+             const auto pool = handle.pool();
+             return Raise(Blocking([&] { return pool->CreateSequence(model, options); }));
+           })
+      .def("fork_sequence",
+           [](const Handle& handle, client::SequenceId sequence) {
+             const auto pool = handle.pool();
+             return Raise(Blocking([&] { return pool->ForkSequence(sequence); }));
+           })
+      .def("truncate_sequence",
+           [](const Handle& handle, client::SequenceId sequence, int64_t tokens) {
+             const auto pool = handle.pool();
+             Raise(Blocking([&] { return pool->TruncateSequence(sequence, tokens); }));
+           })
+      .def("close_sequence",
+           [](const Handle& handle, client::SequenceId sequence) {
+             const auto pool = handle.pool();
+             Raise(Blocking([&] { return pool->CloseSequence(sequence); }));
+           })
+      .def(
+          "append",
+          [](const Handle& handle, client::SequenceId sequence, int64_t start, const std::vector<int>& layers,
+             const std::vector<AnyArray>& k, const std::vector<AnyArray>& v) {
+            std::vector<client::LayerTokens> parts;
+            for (size_t i = 0; i < layers.size(); i++)
+              parts.push_back({layers[i], Ref(k.at(i)), Ref(v.at(i))});
+            const auto pool = handle.pool();
+            return Raise(Blocking([&] { return pool->Append(sequence, start, parts); }));
+          })
+      .def("attend", &Attend, "layer"_a, "ids"_a, "positions"_a, "q"_a, "outputs"_a, "lses"_a, "options"_a)
+      .def("append_attend", &AppendAttend, "layer"_a, "ids"_a, "starts"_a, "q"_a, "k"_a, "v"_a, "outputs"_a,
+           "lses"_a, "options"_a)
+      .def("evict",
+           [](const Handle& handle, const Ids& sequences, const std::string& tier, bool drop) {
+             const auto pool = handle.pool();
+             return ToPython(Raise(Blocking([&] { return pool->EvictSequences(sequences, {tier, drop}); })));
+           })
+      .def("prefetch",
+           [](const Handle& handle, const Ids& sequences) {
+             const auto pool = handle.pool();
+             return ToPython(Raise(Blocking([&] { return pool->PrefetchSequences(sequences); })));
+           })
+      .def("sequences",
+           [](const Handle& handle, const std::string& model) {
+             const auto pool = handle.pool();
+             const auto all = Raise(Blocking([&] { return pool->ListSequences(model); }));
+             return List(all, [](const client::SequenceInfo& info) { return ToPython(info); });
+           })
+      .def("plan", [](const Handle& handle, const nb::dict& question) {
+        const client::PlanQuestion asked = MakeQuestion(question);
+        const auto pool = handle.pool();
+        return ToPython(Raise(Blocking([&] { return pool->Plan(asked); })));
+      });
+
+  m.def(
+      "connect_daemon",
+      [](const std::string& address, double timeout, double connect_timeout, int64_t max_message_bytes,
+         bool session) {
+        client::ClientOptions options;
+        options.timeout = absl::Seconds(timeout);
+        options.connect_timeout = absl::Seconds(connect_timeout);
+        options.max_message_bytes = max_message_bytes;
+        options.session = session;
+        return std::make_unique<Handle>(Raise(Blocking([&] { return ConnectDaemon(address, options); })));
+      },
+      "address"_a, "timeout"_a, "connect_timeout"_a, "max_message_bytes"_a, "session"_a);
+  m.def("make_embedded_pool", [](const std::string& config_json) {
+    return std::make_unique<Handle>(Raise(Blocking([&] { return MakeEmbeddedPool(config_json); })));
+  });
+  m.def("default_address", &client::DefaultAddress);
+}
+
+}  // namespace kvtide::python

@@ -1,0 +1,54 @@
+"""kvtide: the KV cache of LLM inference in compressed pools, and the planner of their memory.
+
+>>> import kvtide
+>>> pool = kvtide.connect("embedded", device_memory="64MiB", host_memory="64MiB")
+>>> name = pool.register("tiny", [kvtide.Layer(kv_heads=2, head_dim=64, query_heads=4)])
+>>> sequence = pool.create(name, pair="q8_0/turbo4")
+
+``kvtide.connect`` opens a pool, ``kvtide.plan`` plans memory, ``kvtide.formats`` has the storage formats,
+``kvtide.transformers`` a cache for Hugging Face transformers, ``kvtide.aio`` coroutines.
+"""
+
+from . import errors, formats
+from ._types import (
+    CacheTypeInfo,
+    Layer,
+    MoveResult,
+    PairStats,
+    PoolInfo,
+    PoolPlan,
+    PoolPlanCandidate,
+    PoolPlanContext,
+    PoolStats,
+    SequenceInfo,
+    Tier,
+    TierShare,
+    TierStats,
+)
+from .errors import KvtideError
+from .planner import plan
+from .pool import Pool, Sequence, connect
+
+__version__ = "0.1.0"
+__all__ = [
+    "CacheTypeInfo",
+    "KvtideError",
+    "Layer",
+    "MoveResult",
+    "PairStats",
+    "Pool",
+    "PoolInfo",
+    "PoolPlan",
+    "PoolPlanCandidate",
+    "PoolPlanContext",
+    "PoolStats",
+    "Sequence",
+    "SequenceInfo",
+    "Tier",
+    "TierShare",
+    "TierStats",
+    "connect",
+    "errors",
+    "formats",
+    "plan",
+]

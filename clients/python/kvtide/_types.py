@@ -1,0 +1,260 @@
+"""Plain data that pools answer with. Sizes are bytes, times seconds; counters only grow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Mapping, Tuple
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The attention of one model layer.
+
+    Args:
+        kv_heads: heads of K and V.
+        head_dim: width of a K head, and of a V head unless ``head_dim_v`` says otherwise; a multiple of 16 up to 512.
+        query_heads: query heads, a multiple of ``kv_heads``; 0 = as many.
+        window: a query at position p sees positions > p - window; 0 = all.
+        scale: factor of q.k; 0 = 1/sqrt(head_dim).
+        softcap: logit soft-cap; 0 = none.
+    """
+
+    kv_heads: int
+    head_dim: int
+    query_heads: int = 0
+    head_dim_v: int = 0
+    window: int = 0
+    scale: float = 0.0
+    softcap: float = 0.0
+
+    def _wire(self) -> Dict[str, Any]:
+        return {
+            "kv_heads": self.kv_heads,
+            "head_dim_k": self.head_dim,
+            "head_dim_v": self.head_dim_v or self.head_dim,
+            "query_heads": self.query_heads or self.kv_heads,
+            "window": self.window,
+            "scale": self.scale,
+            "softcap": self.softcap,
+        }
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A level of memory. ``backend`` is what computes there; ``device`` tells the parts of one tier apart."""
+
+    name: str
+    backend: str
+    capacity_bytes: int
+    device: str
+
+
+@dataclass(frozen=True)
+class CacheTypeInfo:
+    """A storage format of this build."""
+
+    name: str
+    bits: int
+    group: int
+    version: int
+    bits_per_value: float
+
+
+@dataclass(frozen=True)
+class PoolInfo:
+    """What a pool is and what it allows; a limit of 0 is no limit."""
+
+    version: str
+    block_tokens: int
+    tiers: List[Tier]
+    cache_types: List[CacheTypeInfo]
+    default_pair: str
+    default_exact_window: Tuple[int, int]
+    models: List[str]
+    max_message_bytes: int
+    max_sequences: int
+    max_models: int
+    max_tokens: int
+    max_items: int
+    max_append_tokens: int
+    process_id: int
+    uptime_seconds: float
+
+    @classmethod
+    def _of(cls, raw: Mapping[str, Any]) -> "PoolInfo":
+        raw = dict(raw)
+        raw["tiers"] = [Tier(**tier) for tier in raw["tiers"]]
+        raw["cache_types"] = [CacheTypeInfo(**one) for one in raw["cache_types"]]
+        return cls(**raw)
+
+
+@dataclass(frozen=True)
+class TierShare:
+    """Blocks of a sequence in one tier; shared blocks count for every sequence that holds them."""
+
+    tier: str
+    blocks: int
+    bytes: int
+    device: str
+
+
+@dataclass(frozen=True)
+class SequenceInfo:
+    """One sequence as the pool sees it. ``tokens`` is its length, the minimum over its layers."""
+
+    id: int
+    forked_from: int
+    model: str
+    pair: str
+    tenant: str
+    tokens: int
+    max_layer_tokens: int
+    tiers: List[TierShare]
+    dropped_blocks: int
+    shared_blocks: int
+    exact_window: Tuple[int, int]
+    seal_at_once: bool
+    idle_seconds: float
+    age_seconds: float
+    device: str
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its blocks in all tiers."""
+        return sum(share.bytes for share in self.tiers)
+
+    @classmethod
+    def _of(cls, raw: Mapping[str, Any]) -> "SequenceInfo":
+        raw = dict(raw)
+        raw["tiers"] = [TierShare(**share) for share in raw["tiers"]]
+        return cls(**raw)
+
+
+@dataclass(frozen=True)
+class PairStats:
+    """Blocks of one pair in one tier."""
+
+    pair: str
+    blocks: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """One tier: what it holds, and what has moved in and out since the start."""
+
+    name: str
+    backend: str
+    capacity_bytes: int
+    used_bytes: int
+    largest_free_bytes: int
+    blocks: int
+    pinned_blocks: int
+    pairs: List[PairStats]
+    demoted_blocks: int
+    promoted_blocks: int
+    dropped_blocks: int
+    device: str
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """What the pool holds and has done. ``bits_per_value`` counts scales, padding and tails."""
+
+    tiers: List[TierStats]
+    models: int
+    sequences: int
+    tokens: int
+    shared_blocks: int
+    stored_bytes: int
+    f16_equivalent_bytes: int
+    bits_per_value: float
+    uptime_seconds: float
+    sequences_created: int
+    sequences_closed: int
+    appended_tokens: int
+    sealed_blocks: int
+    copied_on_write_blocks: int
+    window_freed_blocks: int
+    evict_calls: int
+    prefetch_calls: int
+    moves: int
+    failed_moves: int
+    moved_bytes: int
+    dropped_blocks: int
+    attended_blocks: int
+    attended_blocks_below_first_tier: int
+    checksum_failures: int
+    exhausted: int
+
+    @classmethod
+    def _of(cls, raw: Mapping[str, Any]) -> "PoolStats":
+        raw = dict(raw)
+        raw["tiers"] = [
+            TierStats(**{**tier, "pairs": [PairStats(**pair) for pair in tier["pairs"]]}) for tier in raw["tiers"]
+        ]
+        return cls(**raw)
+
+
+@dataclass(frozen=True)
+class MoveResult:
+    """What an eviction or a prefetch did. ``blocks_left`` stayed for want of room or because they are being written,
+    ``shared_blocks`` because forks that were not named hold them."""
+
+    blocks: int
+    bytes: int
+    dropped_blocks: int
+    blocks_left: int
+    shared_blocks: int
+
+
+@dataclass(frozen=True)
+class PoolPlanCandidate:
+    """One pair at one context length, in the pool's own memory."""
+
+    pair: str
+    rejection: str
+    kv_bytes: int
+    total_bytes: int
+    free_bytes: int
+    fits: bool
+    measured: bool
+    bits_per_value: float
+    ratio_to_f16: float
+    perplexity_increase_percent: float
+    max_context: int
+    max_concurrency: int
+
+
+@dataclass(frozen=True)
+class PoolPlanContext:
+    """The answer for one context length. ``verdict`` is ``fits``, ``fits_with_tiers`` or ``does_not_fit``."""
+
+    context: int
+    verdict: str
+    chosen_pair: str
+    reason: str
+    split_pair: str
+    split_device_bytes: int
+    split_host_bytes: int
+    candidates: List[PoolPlanCandidate]
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """What fits into a pool, and with which pair."""
+
+    verdict: str
+    device_budget_bytes: int
+    contexts: List[PoolPlanContext]
+    assumptions: List[str] = field(default_factory=list)
+    notes: List[str] = field(default_factory=list)
+
+    @classmethod
+    def _of(cls, raw: Mapping[str, Any]) -> "PoolPlan":
+        raw = dict(raw)
+        raw["contexts"] = [
+            PoolPlanContext(**{**one, "candidates": [PoolPlanCandidate(**c) for c in one["candidates"]]})
+            for one in raw["contexts"]
+        ]
+        return cls(**raw)

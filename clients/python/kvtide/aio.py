@@ -1,0 +1,95 @@
+"""The blocking verbs as coroutines. Calls run in threads of the default executor and hold no GIL while they wait."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from typing import Any, Callable, Iterable, List, Mapping, Optional, Tuple, TypeVar
+
+from ._types import MoveResult, PoolInfo, PoolPlan, PoolStats, SequenceInfo
+from .pool import Pool, Sequence, connect as _connect
+
+_T = TypeVar("_T")
+
+
+async def _run(call: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+    loop = asyncio.get_running_loop()
+    return await loop.run_in_executor(None, functools.partial(call, *args, **kwargs))
+
+
+async def connect(address: str = "auto", **options: Any) -> "AsyncPool":
+    """:func:`kvtide.connect` as a coroutine; ``async with await kvtide.aio.connect() as pool`` closes it."""
+    return AsyncPool(await _run(_connect, address, **options))
+
+
+class AsyncPool:
+    """A pool with coroutines; sequences are the same :class:`kvtide.Sequence` objects. ``.pool`` is the blocking one."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+
+    async def __aenter__(self) -> "AsyncPool":
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """See :meth:`Pool.close`."""
+        await _run(self.pool.close)
+
+    async def info(self) -> PoolInfo:
+        """See :meth:`Pool.info`."""
+        return await _run(self.pool.info)
+
+    async def stats(self) -> PoolStats:
+        """See :meth:`Pool.stats`."""
+        return await _run(self.pool.stats)
+
+    async def sequences(self, model: str = "") -> List[SequenceInfo]:
+        """See :meth:`Pool.sequences`."""
+        return await _run(self.pool.sequences, model)
+
+    async def plan(self, model: str, contexts: Iterable[int], **options: Any) -> PoolPlan:
+        """See :meth:`Pool.plan`."""
+        return await _run(self.pool.plan, model, list(contexts), **options)
+
+    async def register(self, model: str, layers: Iterable[Any]) -> str:
+        """See :meth:`Pool.register`."""
+        return await _run(self.pool.register, model, list(layers))
+
+    async def create(self, model: str, **options: Any) -> Sequence:
+        """See :meth:`Pool.create`."""
+        return await _run(self.pool.create, model, **options)
+
+    async def fork(self, sequence: Sequence) -> Sequence:
+        """See :meth:`Pool.fork`."""
+        return await _run(self.pool.fork, sequence)
+
+    async def truncate(self, sequence: Sequence, tokens: int) -> None:
+        """See :meth:`Sequence.truncate`."""
+        await _run(sequence.truncate, tokens)
+
+    async def close_sequence(self, sequence: Sequence) -> None:
+        """See :meth:`Sequence.close`."""
+        await _run(sequence.close)
+
+    async def append(self, sequence: Sequence, layers: Mapping[int, Tuple[Any, Any]], *, start: Optional[int] = None) -> int:
+        """See :meth:`Sequence.append_layers`."""
+        return await _run(sequence.append_layers, layers, start=start)
+
+    async def attend(self, layer: int, items: Iterable[Tuple[Sequence, Any]], **options: Any) -> List[Any]:
+        """See :meth:`Pool.attend`."""
+        return await _run(self.pool.attend, layer, list(items), **options)
+
+    async def append_attend(self, layer: int, items: Iterable[Tuple[Sequence, Any, Any, Any]], **options: Any) -> List[Any]:
+        """See :meth:`Pool.append_attend`."""
+        return await _run(self.pool.append_attend, layer, list(items), **options)
+
+    async def evict(self, sequences: Optional[Iterable[Sequence]] = None, tier: str = "", *, drop: bool = False) -> MoveResult:
+        """See :meth:`Pool.evict`."""
+        return await _run(self.pool.evict, sequences, tier, drop=drop)
+
+    async def prefetch(self, sequences: Iterable[Sequence]) -> MoveResult:
+        """See :meth:`Pool.prefetch`."""
+        return await _run(self.pool.prefetch, list(sequences))

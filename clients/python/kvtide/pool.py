@@ -1,0 +1,582 @@
+"""Pools and sequences: the verbs of kvtide on arrays.
+
+A :class:`Pool` keeps the keys and values of many :class:`Sequence` objects, compressed, in its tiers of memory. It lies in
+this process (``kvtide.connect("embedded")``) or in a ``kvtided`` (a Unix socket or a host and port); everything below is
+the same for both. All methods may be called from any thread and release the GIL while they work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence as SequenceOf, Tuple, Union
+
+from . import _arrays, _core
+from ._types import Layer, MoveResult, PoolInfo, PoolPlan, PoolStats, SequenceInfo
+from .errors import FailedPrecondition, InvalidArgument, KvtideError
+
+if TYPE_CHECKING:
+    from .aio import AsyncPool
+
+_CENTRING = {"default": 0, "none": 1, "first_block": 2}
+_EQUALISING = {"default": 0, "none": 1, "root": 2, "full": 3}
+_ROPE = {"default": 0, "none": 1, "halves": 2, "neighbours": 3}
+# A message carries tensors and a little around them.
+_MESSAGE_SHARE = 0.75
+
+
+def _choice(table: Mapping[str, int], name: str, value: str) -> int:
+    if value not in table:
+        raise InvalidArgument(f"{name} is {value!r}; use one of {', '.join(map(repr, table))}")
+    return table[value]
+
+
+def connect(
+    address: str = "auto",
+    *,
+    timeout: float = 60.0,
+    connect_timeout: float = 5.0,
+    session: bool = True,
+    max_message_bytes: int = 64 << 20,
+    device: str = "auto",
+    device_memory: Union[str, int, None] = None,
+    host_memory: Union[str, int, None] = None,
+    default_pair: Optional[str] = None,
+    threads: int = 0,
+    max_sequences: int = 0,
+) -> "Pool":
+    """Opens a pool.
+
+    Args:
+        address: ``"embedded"`` for a pool in this process; ``"unix:/path/to/socket"`` or ``"host:port"`` for a kvtided;
+            ``"auto"`` for the kvtided of ``$KVTIDE_ADDRESS``, else the one at the default socket, else an embedded pool.
+        timeout: seconds of every call (daemon).
+        connect_timeout: seconds to wait for the daemon.
+        session: sequences die with this pool or this process (daemon). Calls of several threads then go one after the other;
+            with ``False`` they go side by side and sequences live until they are closed.
+        max_message_bytes: largest message (daemon); larger tensors go in pieces.
+        device: where an embedded pool computes: ``"auto"``, ``"cpu"``, ``"cuda:0"``, a list ``"cuda:0,cuda:1"``.
+        device_memory: size of the device tier of an embedded pool, such as ``"4GiB"`` (default 1 GiB). Taken at once.
+        host_memory: size of the host tier of an embedded pool (default 2 GiB; 0 = none).
+        default_pair: K and V type of sequences that name none (embedded; default ``q8_0/turbo4``).
+        threads: threads that attend on the CPU (embedded; 0 = one per core).
+        max_sequences: most sequences of an embedded pool (0 = 16,384).
+
+    Raises:
+        Unavailable: no daemon answers at the address.
+        InvalidArgument, ResourceExhausted: sizes or devices that this machine does not have.
+    """
+    if address == "auto":
+        address = _core.default_address()
+        path = address[len("unix:") :] if address.startswith("unix:") else None
+        if path is not None and not os.environ.get("KVTIDE_ADDRESS") and not os.path.exists(path):
+            address = "embedded"
+    if address != "embedded":
+        return Pool(_core.connect_daemon(address, timeout, connect_timeout, max_message_bytes, session))
+    config: dict = {"device": device, "compute_threads": threads, "max_sequences": max_sequences}
+    for name, size in (("device_memory", device_memory), ("host_memory", host_memory)):
+        if size is not None:
+            config[name] = str(size)
+    if default_pair is not None:
+        config["default_pair"] = default_pair
+    return Pool(_core.make_embedded_pool(json.dumps(config)))
+
+
+class Sequence:
+    """The tokens of one request or conversation in a pool: K and V of every layer, growing at the end.
+
+    Made by :meth:`Pool.create`, :meth:`Pool.attach` and :meth:`fork`. Closes itself when it is no longer referenced, at the
+    end of a ``with`` block, or by :meth:`close`. One thread writes at a time (a second writer gets ``Aborted``), readers run
+    side by side.
+    """
+
+    def __init__(self, pool: "Pool", id: int, model: str, lengths: List[int], owned: bool) -> None:
+        self.pool = pool
+        self.id = id
+        self.model = model
+        self._lengths = lengths
+        self._finalizer = weakref.finalize(self, _close_quietly, pool._core, id)
+        # At exit the pool goes as a whole.
+        self._finalizer.atexit = False
+        if not owned:
+            self._finalizer.detach()
+
+    def __repr__(self) -> str:
+        return f"<kvtide.Sequence {self.id} of {self.model!r}, {len(self)} tokens>"
+
+    def __len__(self) -> int:
+        """Tokens that all layers have, as far as this object has written them."""
+        return min(self._lengths)
+
+    def layer_length(self, layer: int) -> int:
+        """Tokens of one layer: a new token of it goes there."""
+        return self._lengths[layer]
+
+    def __enter__(self) -> "Sequence":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _check_layers(self, layers: Iterable[int]) -> None:
+        for layer in layers:
+            if not 0 <= layer < len(self._lengths):
+                raise InvalidArgument(f"layer is {layer}; model {self.model!r} has layers 0 to {len(self._lengths) - 1}")
+
+    def close(self) -> None:
+        """Frees everything that no fork shares. A second call does nothing."""
+        if self._finalizer.detach() is not None:
+            self.pool._core.close_sequence(self.id)
+
+    def append(self, layer: int, k: Any, v: Any, *, start: Optional[int] = None) -> int:
+        """Appends tokens to one layer.
+
+        Args:
+            layer: model layer.
+            k: ``[tokens, kv_heads, head_dim]``, after rotary embedding; float32, float16 or bfloat16, finite, within float16.
+            v: ``[tokens, kv_heads, head_dim_v]``.
+            start: position of the first token; None = the layer's length. An exact repeat of the last append succeeds
+                without writing, so that a call whose answer was lost can be repeated.
+
+        Returns:
+            The length of the sequence: tokens that all layers have.
+        """
+        return self.append_layers({layer: (k, v)}, start=start)
+
+    def append_layers(self, layers: Mapping[int, Tuple[Any, Any]], *, start: Optional[int] = None) -> int:
+        """Appends the same tokens to several layers, all or none: ``{layer: (k, v)}``. See :meth:`append`."""
+        return self.pool._append(self, layers, start)
+
+    def attend(self, layer: int, q: Any, *, position: Optional[int] = None, **options: Any) -> Any:
+        """Attends over the tokens of one layer where they lie.
+
+        Args:
+            layer: model layer.
+            q: ``[queries, query_heads, head_dim]``, after rotary embedding; float32, float16 or bfloat16.
+            position: position of the first query; None = the queries belong to the last tokens.
+            options: as :meth:`Pool.attend`.
+
+        Returns:
+            The output ``[queries, query_heads, head_dim_v]`` in the dtype and framework of ``q``; with ``lse=True`` a pair of it
+            and the natural log-sum-exp ``[queries, query_heads]`` in float32.
+        """
+        return self.pool.attend(layer, [(self, q)], positions=[position], **options)[0]
+
+    def append_attend(self, layer: int, q: Any, k: Any, v: Any, *, start: Optional[int] = None, **options: Any) -> Any:
+        """Appends tokens to one layer and attends with their queries, causally, in one call.
+
+        The new tokens are attended exactly (as float16); coding comes after. Shapes are those of :meth:`append` and
+        :meth:`attend`, with as many queries as tokens; options and result those of :meth:`attend`.
+        """
+        return self.pool.append_attend(layer, [(self, q, k, v)], starts=[start], **options)[0]
+
+    def fork(self) -> "Sequence":
+        """A second sequence with the same tokens. Blocks are shared until one of the two writes into them."""
+        return self.pool.fork(self)
+
+    def truncate(self, tokens: int) -> None:
+        """Keeps the first ``tokens`` tokens in every layer. Also drops tokens that only some layers have."""
+        self.pool._core.truncate_sequence(self.id, tokens)
+        self._lengths = [min(length, tokens) for length in self._lengths]
+
+    def evict(self, tier: str = "", *, drop: bool = False) -> MoveResult:
+        """Moves the blocks down to ``tier`` (empty = the next lower one). See :meth:`Pool.evict`."""
+        return self.pool.evict([self], tier, drop=drop)
+
+    def prefetch(self) -> MoveResult:
+        """Moves the blocks up to the first tier as far as there is room."""
+        return self.pool.prefetch([self])
+
+    def info(self) -> SequenceInfo:
+        """What the pool knows about the sequence."""
+        for info in self.pool.sequences(self.model):
+            if info.id == self.id:
+                return info
+        raise FailedPrecondition(f"the pool holds no sequence {self.id}")
+
+
+def _options(scale: Optional[float], causal: Optional[bool], window: Optional[int], softcap: Optional[float], sinks: Any) -> Any:
+    logits = [] if sinks is None else _arrays.vector(sinks).tolist()
+    return _core.AttentionOptions(scale, causal, window, softcap, logits)
+
+
+def _finish(output: Any, sums: Any, like: Any, lse: bool) -> Any:
+    output = _arrays.finish_output(output, like)
+    return (output, _arrays.finish_output(sums, like, keep_float32=True)) if lse else output
+
+
+def _bytes_per_token(array: Any) -> int:
+    return int(array.nbytes) // max(1, int(array.shape[0]))
+
+
+def _pieces(
+    tokens: SequenceOf[int], cost: Callable[[int], int], tokens_per_call: Callable[[int], int]
+) -> Iterator[List[Tuple[int, int, int]]]:
+    """Cuts items of so many tokens into calls that fit a message: lists of (item, begin, end)."""
+    piece: List[Tuple[int, int, int]] = []
+    used = 0.0  # share of a message
+    for i, count in enumerate(tokens):
+        most = tokens_per_call(cost(i))
+        begin = 0
+        while True:
+            if used >= 1 or (piece and used + min(count - begin, most) / most > 1):
+                yield piece
+                piece, used = [], 0.0
+            end = min(count, begin + most)
+            piece.append((i, begin, end))
+            used += (end - begin) / most
+            begin = end
+            if begin >= count:
+                break
+            yield piece
+            piece, used = [], 0.0
+    if piece:
+        yield piece
+
+
+def _close_quietly(core: Any, id: int) -> None:
+    try:
+        core.close_sequence(id)
+    except KvtideError:
+        pass  # the pool or the daemon has gone, and the sequence with it
+
+
+class Pool:
+    """Keys and values of many sequences. Made by :func:`connect`; a context manager."""
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+        self.address: str = core.address
+        self._models: Dict[str, List[Layer]] = {}
+        self._info: Optional[PoolInfo] = None
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<kvtide.Pool {self.address}>"
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the pool (embedded) or the connection. Sequences made through it are gone unless ``session=False``."""
+        self._core.close()
+
+    @property
+    def aio(self) -> "AsyncPool":
+        """The same verbs as coroutines, run in threads."""
+        from .aio import AsyncPool
+
+        return AsyncPool(self)
+
+    # What is there.
+
+    def info(self) -> PoolInfo:
+        """Version, tiers, cache types, limits and registered models."""
+        return PoolInfo._of(self._core.info())
+
+    def stats(self) -> PoolStats:
+        """Gauges and counters of the pool."""
+        return PoolStats._of(self._core.stats())
+
+    def models(self) -> List[str]:
+        """Names of the registered models."""
+        return self.info().models
+
+    def sequences(self, model: str = "") -> List[SequenceInfo]:
+        """All sequences of the pool, of other clients too, or those of one model."""
+        return [SequenceInfo._of(raw) for raw in self._core.sequences(model)]
+
+    def plan(
+        self,
+        model: str,
+        contexts: SequenceOf[int],
+        *,
+        concurrency: int = 1,
+        device_bytes: int = 0,
+        weights_bytes: int = 0,
+        host_bytes: int = 0,
+        pairs: SequenceOf[str] = (),
+        exact_window: Optional[Tuple[int, int]] = None,
+        max_perplexity_increase_percent: Optional[float] = None,
+        margin_bytes: Optional[int] = None,
+    ) -> PoolPlan:
+        """Which pair lets sequences of a registered model fit into this pool, for every context length.
+
+        Args:
+            model: name of a registered model.
+            contexts: tokens per sequence.
+            concurrency: sequences at once.
+            device_bytes, host_bytes: memory to plan for; 0 = the pool's own.
+            pairs: pairs to consider; empty = all.
+        """
+        question = {
+            "model": model,
+            "contexts": [int(n) for n in contexts],
+            "concurrency": concurrency,
+            "device_bytes": device_bytes,
+            "weights_bytes": weights_bytes,
+            "host_bytes": host_bytes,
+            "pairs": list(pairs),
+            "exact_window": exact_window,
+            "max_perplexity_increase_percent": max_perplexity_increase_percent,
+            "margin_bytes": margin_bytes,
+        }
+        return PoolPlan._of(self._core.plan(question))
+
+    # Models and sequences.
+
+    def register(self, model: str, layers: SequenceOf[Layer]) -> str:
+        """Makes a model known under a name; an equal one under the same name is fine. Returns the name."""
+        layers = list(layers)
+        self._core.register_model(model, [layer._wire() for layer in layers])
+        self._models[model] = layers
+        return model
+
+    def create(
+        self,
+        model: str,
+        *,
+        pair: Optional[str] = None,
+        group_pairs: SequenceOf[str] = (),
+        exact_window: Optional[Tuple[int, int]] = None,
+        seal_at_once: bool = False,
+        key_centring: str = "default",
+        key_equalising: str = "default",
+        rope_pairs: str = "default",
+        tenant: str = "",
+        allow_drop: bool = False,
+        device: str = "",
+    ) -> Sequence:
+        """A new, empty sequence.
+
+        Args:
+            model: name of a model that this pool has registered.
+            pair: K and V type, such as ``"q8_0/turbo4"``; None = the pool's default.
+            group_pairs: pairs by layer group; empty = ``pair`` for all.
+            exact_window: blocks of 64 tokens kept in float16 at the beginning and the end; None = the pool's default.
+            seal_at_once: evaluation mode: every token is coded before anything attends over it.
+            key_centring: ``default``, ``none`` or ``first_block``.
+            key_equalising: ``default``, ``none``, ``root`` or ``full``.
+            rope_pairs: channels that RoPE turns together: ``default``, ``none``, ``halves`` or ``neighbours``.
+            tenant: shown in lists.
+            allow_drop: blocks may be dropped when the last tier is full.
+            device: device of the first tier where it is to live; empty = where most room is.
+        """
+        settings: dict = {
+            "key_centring": _choice(_CENTRING, "key_centring", key_centring),
+            "key_equalising": _choice(_EQUALISING, "key_equalising", key_equalising),
+            "rope_pairs": _choice(_ROPE, "rope_pairs", rope_pairs),
+            "seal_at_once": seal_at_once,
+            "tenant": tenant,
+            "allow_drop": allow_drop,
+            "device": device,
+            "group_pairs": list(group_pairs),
+        }
+        if pair is not None:
+            settings["pair"] = pair
+        if exact_window is not None:
+            settings["exact_window"] = tuple(exact_window)
+        id = self._core.create_sequence(model, settings)
+        return Sequence(self, id, model, [0] * self._layer_count(model), owned=True)
+
+    def attach(self, id: int) -> Sequence:
+        """A sequence that is there already, by its id. It stays when this object goes."""
+        for info in self.sequences():
+            if info.id == id:
+                if info.max_layer_tokens != info.tokens:
+                    raise FailedPrecondition(f"sequence {id} is being written: its layers have {info.tokens} to "
+                                             f"{info.max_layer_tokens} tokens")
+                return Sequence(self, id, info.model, [info.tokens] * self._layer_count(info.model), owned=False)
+        raise FailedPrecondition(f"the pool holds no sequence {id}")
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        """A second sequence with the same tokens, sharing all blocks."""
+        id = self._core.fork_sequence(sequence.id)
+        return Sequence(self, id, sequence.model, list(sequence._lengths), owned=True)
+
+    def _layer_count(self, model: str) -> int:
+        if model not in self._models:
+            raise FailedPrecondition(f"register model {model!r} through this pool first (registering it again is fine)")
+        return len(self._models[model])
+
+    # Tokens.
+
+    def _limits(self) -> PoolInfo:
+        with self._lock:
+            if self._info is None:
+                self._info = self.info()
+            return self._info
+
+    def _tokens_per_call(self, bytes_per_token: int) -> int:
+        limits = self._limits()
+        most = limits.max_append_tokens or 1 << 62
+        if self.address != "embedded" and limits.max_message_bytes:
+            most = min(most, int(limits.max_message_bytes * _MESSAGE_SHARE) // max(1, bytes_per_token))
+        return max(1, most)
+
+    def _append(self, sequence: Sequence, layers: Mapping[int, Tuple[Any, Any]], start: Optional[int]) -> int:
+        if not layers:
+            raise InvalidArgument("the append has no layers")
+        ids, ks, vs = [], [], []
+        for layer, (k, v) in layers.items():
+            ids.append(int(layer))
+            ks.append(_arrays.borrow(k, f"layer {layer}: k"))
+            vs.append(_arrays.borrow(v, f"layer {layer}: v"))
+        sequence._check_layers(ids)
+        tokens = _arrays.check_rank(ks[0], "k")[0]
+        position = sequence._lengths[ids[0]] if start is None else start
+        per_token = sum(_bytes_per_token(array) for array in ks + vs)
+        step = self._tokens_per_call(per_token)
+        length = len(sequence)
+        for done in range(0, max(tokens, 1), step):
+            pieces = [a if step >= tokens else a[done : done + step] for a in ks + vs]
+            length = self._core.append(sequence.id, position + done, ids, pieces[: len(ks)], pieces[len(ks) :])
+            for layer in ids:
+                sequence._lengths[layer] = position + min(done + step, tokens)
+        return length
+
+    def attend(
+        self,
+        layer: int,
+        items: Iterable[Tuple[Sequence, Any]],
+        *,
+        positions: Optional[SequenceOf[Optional[int]]] = None,
+        lse: bool = False,
+        scale: Optional[float] = None,
+        causal: Optional[bool] = None,
+        window: Optional[int] = None,
+        softcap: Optional[float] = None,
+        sinks: Optional[Any] = None,
+    ) -> List[Any]:
+        """Attends over many sequences of one model in one layer.
+
+        Args:
+            layer: model layer.
+            items: ``(sequence, q)`` with ``q[queries, query_heads, head_dim]``.
+            positions: of the first query of each item; None = the queries belong to the last tokens.
+            lse: return pairs of output and natural log-sum-exp, with which other attention can be merged.
+            scale, softcap: instead of those that the layer was registered with.
+            causal: a query sees no later positions (default True).
+            window: narrower than the registered one.
+            sinks: ``[query_heads]`` extra logits that take part in softmax with value 0.
+
+        Returns:
+            For each item the output ``[queries, query_heads, head_dim_v]``, or ``(output, lse)``.
+        """
+        items = list(items)
+        options = _options(scale, causal, window, softcap, sinks)
+        results: List[Any] = [None] * len(items)
+        q = [_arrays.borrow(item[1], f"items[{i}]: q") for i, item in enumerate(items)]
+        outputs, lses = [], []
+        for i, (sequence, _) in enumerate(items):
+            output, sums = self._result_memory(sequence, layer, q[i], f"items[{i}]: q")
+            outputs.append(output), lses.append(sums)
+        starts = list(positions) if positions is not None else [None] * len(items)
+        for i, (sequence, _) in enumerate(items):
+            if starts[i] is None:
+                starts[i] = sequence._lengths[layer] - int(q[i].shape[0])
+        cost = lambda i: max(_bytes_per_token(q[i]), _bytes_per_token(outputs[i]))  # noqa: E731
+        for piece in _pieces([int(a.shape[0]) for a in q], cost, self._tokens_per_call):
+            self._core.attend(
+                layer,
+                [items[i][0].id for i, _, _ in piece],
+                [starts[i] + begin for i, begin, _ in piece],
+                [q[i][begin:end] for i, begin, end in piece],
+                [outputs[i][begin:end] for i, begin, end in piece],
+                [lses[i][begin:end] for i, begin, end in piece],
+                options,
+            )
+        for i, (_, like) in enumerate(items):
+            results[i] = _finish(outputs[i], lses[i], like, lse)
+        return results
+
+    def append_attend(
+        self,
+        layer: int,
+        items: Iterable[Tuple[Sequence, Any, Any, Any]],
+        *,
+        starts: Optional[SequenceOf[Optional[int]]] = None,
+        lse: bool = False,
+        scale: Optional[float] = None,
+        causal: Optional[bool] = None,
+        window: Optional[int] = None,
+        softcap: Optional[float] = None,
+        sinks: Optional[Any] = None,
+    ) -> List[Any]:
+        """Appends and attends for many sequences of one model in one layer.
+
+        Args:
+            layer: model layer.
+            items: ``(sequence, q, k, v)``: ``q[tokens, query_heads, head_dim]``, ``k[tokens, kv_heads, head_dim]``,
+                ``v[tokens, kv_heads, head_dim_v]``.
+            starts: position of the first token of each item; None = the layer's length.
+
+        The other arguments and the result are those of :meth:`attend`. A call is all or none, unless its tensors are beyond
+        the daemon's message limit: then it goes in pieces, and an error leaves the pieces before it appended
+        (``layer_length`` says how far).
+        """
+        items = list(items)
+        options = _options(scale, causal, window, softcap, sinks)
+        q, k, v = (
+            [_arrays.borrow(item[part], f"items[{i}]: {name}") for i, item in enumerate(items)]
+            for part, name in ((1, "q"), (2, "k"), (3, "v"))
+        )
+        outputs, lses = [], []
+        for i, item in enumerate(items):
+            output, sums = self._result_memory(item[0], layer, q[i], f"items[{i}]: q")
+            outputs.append(output), lses.append(sums)
+            if not int(q[i].shape[0]) == int(k[i].shape[0]) == int(v[i].shape[0]):
+                raise InvalidArgument(f"items[{i}]: q has {q[i].shape[0]} tokens, k {k[i].shape[0]}, v {v[i].shape[0]}")
+        given = list(starts) if starts is not None else [None] * len(items)
+        first = [item[0]._lengths[layer] if given[i] is None else int(given[i]) for i, item in enumerate(items)]
+
+        def cost(i: int) -> int:
+            return max(sum(map(_bytes_per_token, (q[i], k[i], v[i]))), _bytes_per_token(outputs[i]))
+
+        for piece in _pieces([int(a.shape[0]) for a in q], cost, self._tokens_per_call):
+            self._core.append_attend(
+                layer,
+                [items[i][0].id for i, _, _ in piece],
+                [first[i] + begin for i, begin, _ in piece],
+                [q[i][begin:end] for i, begin, end in piece],
+                [k[i][begin:end] for i, begin, end in piece],
+                [v[i][begin:end] for i, begin, end in piece],
+                [outputs[i][begin:end] for i, begin, end in piece],
+                [lses[i][begin:end] for i, begin, end in piece],
+                options,
+            )
+            for i, _, end in piece:
+                items[i][0]._lengths[layer] = first[i] + end
+        return [_finish(outputs[i], lses[i], item[1], lse) for i, item in enumerate(items)]
+
+    def _result_memory(self, sequence: Sequence, layer: int, q: Any, name: str) -> Tuple[Any, Any]:
+        sequence._check_layers([layer])
+        queries, heads, _ = _arrays.check_rank(q, name)
+        shape = self._models[sequence.model][layer]
+        width = shape.head_dim_v or shape.head_dim
+        return _arrays.new_output(q, (queries, heads, width)), _arrays.new_output(q, (queries, heads))
+
+    # Moves.
+
+    def evict(self, sequences: Optional[Iterable[Sequence]] = None, tier: str = "", *, drop: bool = False) -> MoveResult:
+        """Moves blocks out of the first tier, for sequences that will rest; they stay usable.
+
+        Args:
+            sequences: None = all sequences of the pool.
+            tier: where to; empty = the next lower one.
+            drop: forget the blocks instead (sequences made with ``allow_drop``).
+        """
+        ids = [] if sequences is None else [sequence.id for sequence in sequences]
+        if sequences is not None and not ids:
+            return MoveResult(0, 0, 0, 0, 0)
+        return MoveResult(**self._core.evict(ids, tier, drop))
+
+    def prefetch(self, sequences: Iterable[Sequence]) -> MoveResult:
+        """Moves blocks back to the first tier as far as there is room."""
+        ids = [sequence.id for sequence in sequences]
+        return MoveResult(**self._core.prefetch(ids)) if ids else MoveResult(0, 0, 0, 0, 0)

@@ -1,0 +1,242 @@
+"""Every way to a pool does the same: conformance of the verbs against attention by the book."""
+import threading
+
+import numpy as np
+import pytest
+
+import kvtide
+from kvtide import errors
+from reference import attend
+
+LAYERS = [kvtide.Layer(2, 64, 4), kvtide.Layer(1, 96, 4, head_dim_v=64), kvtide.Layer(2, 64, 4, window=100, softcap=20.0)]
+
+
+@pytest.fixture
+def model(pool):
+    return pool.register("three-layers", LAYERS)
+
+
+def tensors(seed, tokens, layer, dtype=np.float32):
+    shape = LAYERS[layer]
+    random = np.random.default_rng(seed)
+    make = lambda heads, dim: random.standard_normal((tokens, heads, dim)).astype(np.float16).astype(dtype)  # noqa: E731
+    return (make(shape.query_heads, shape.head_dim), make(shape.kv_heads, shape.head_dim),
+            make(shape.kv_heads, shape.head_dim_v or shape.head_dim))
+
+
+def close(got, want, tolerance=2e-3):
+    got = np.asarray(got, dtype=np.float64)
+    assert got.shape == want.shape
+    assert np.max(np.abs(got - want)) < tolerance
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_append_attend_in_pieces_is_attention_over_all(pool, model, layer):
+    q, k, v = tensors(layer, 300, layer)
+    sequence = pool.create(model, pair="f16/f16")
+    window, softcap = LAYERS[layer].window, LAYERS[layer].softcap
+    want, want_lse = attend(q, k, v, first=0, window=window, softcap=softcap)
+    begin = 0
+    for n in (1, 63, 64, 65, 106, 1):
+        end = begin + n
+        output, lse = sequence.append_attend(layer, q[begin:end], k[begin:end], v[begin:end], lse=True)
+        close(output, want[begin:end])
+        close(lse, want_lse[begin:end])
+        begin = end
+    assert begin == 300 and sequence.layer_length(layer) == 300 and len(sequence) == 0
+    close(sequence.attend(layer, q[-3:]), want[-3:])
+    sequence.close()
+
+
+def test_batches_options_and_positions(pool, model):
+    random = np.random.default_rng(5)
+    sequences = [pool.create(model, pair="f16/f16") for _ in range(3)]
+    data = [tensors(10 + i, 40 + 30 * i, 0) for i in range(3)]
+    for sequence, (_, k, v) in zip(sequences, data):
+        sequence.append(0, k, v)
+    sinks = random.standard_normal(4).astype(np.float32)
+    results = pool.attend(0, [(s, q[:5]) for s, (q, _, _) in zip(sequences, data)], positions=[7, None, 20], lse=True,
+                          scale=0.3, softcap=5.0, window=30, sinks=sinks)
+    for i, (q, k, v) in enumerate(data):
+        first = [7, k.shape[0] - 5, 20][i]
+        want, want_lse = attend(q[:5], k, v, first=first, scale=0.3, softcap=5.0, window=30, sinks=sinks)
+        close(results[i][0], want)
+        close(results[i][1], want_lse)
+    q, k, v = data[0]
+    close(sequences[0].attend(0, q[:5], position=0, causal=False), attend(q[:5], k, v, causal=False)[0])
+
+
+def test_layers_together_fork_truncate(pool, model):
+    data = [tensors(20 + layer, 130, layer) for layer in range(3)]
+    sequence = pool.create(model, pair="f16/f16")
+    assert sequence.append_layers({layer: (k[:100], v[:100]) for layer, (_, k, v) in enumerate(data)}) == 100
+    fork = sequence.fork()
+    assert sequence.append_layers({layer: (k[100:], v[100:]) for layer, (_, k, v) in enumerate(data)}) == 130
+    assert (len(sequence), len(fork)) == (130, 100)
+    for layer, (q, k, v) in enumerate(data):
+        options = {"window": LAYERS[layer].window, "softcap": LAYERS[layer].softcap}
+        close(sequence.attend(layer, q[129:]), attend(q[129:], k, v, **options)[0])
+        close(fork.attend(layer, q[99:100]), attend(q[99:100], k[:100], v[:100], **options)[0])
+    fork.truncate(64)
+    assert len(fork) == 64 and len(sequence) == 130
+    q, k, v = data[0]
+    close(fork.append_attend(0, q[64:70], k[64:70], v[64:70]), attend(q[64:70], k[:70], v[:70])[0])
+    info = sequence.info()
+    assert (info.tokens, info.pair, info.model) == (130, "f16/f16", model)
+    assert fork.info().forked_from == sequence.id
+
+
+@pytest.mark.parametrize("pair,most", [("q8_0/q8_0", 0.02), ("turbo4/turbo4", 0.25), ("q8_0/turbo2", 0.6)])
+def test_coded_pairs_stay_near(pool, model, pair, most):
+    q, k, v = tensors(30, 1024, 0)
+    sequence = pool.create(model, pair=pair)
+    for begin in range(0, 1024, 256):
+        sequence.append(0, k[begin:begin + 256], v[begin:begin + 256])
+    got, want = sequence.attend(0, q[-1:]), attend(q[-1:], k, v)[0]
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert 0 < error < most
+    exact = pool.create(model, pair=pair, exact_window=(8, 8))
+    exact.append(0, k, v)
+    close(exact.attend(0, q[-1:]), want)
+
+
+def test_coded_bytes_are_fewer(pool, model):
+    before = {s.id for s in pool.sequences()}
+    sizes = {}
+    for pair in ("f16/f16", "q8_0/turbo4", "turbo3/turbo3"):
+        sequence = pool.create(model, pair=pair)
+        _, k, v = tensors(31, 1024, 0)
+        sequence.append(0, k, v)
+        sizes[pair] = sequence.info().bytes
+        sequence.close()
+    assert sizes["f16/f16"] > 1.8 * sizes["q8_0/turbo4"] > 2.2 * sizes["turbo3/turbo3"]
+    assert {s.id for s in pool.sequences()} == before
+
+
+def test_moves_between_tiers(pool, model):
+    data = [tensors(40 + layer, 256, layer) for layer in range(3)]
+    sequence = pool.create(model, pair="f16/f16")
+    sequence.append_layers({layer: (k, v) for layer, (_, k, v) in enumerate(data)})
+    q = data[0][0]
+    want = sequence.attend(0, q[-2:])
+    result = sequence.evict()
+    assert result.blocks > 0 and result.blocks_left == 0
+    shares = {share.tier: share.blocks for share in sequence.info().tiers}
+    assert shares["device"] == 0 and shares["host"] == result.blocks
+    np.testing.assert_array_equal(sequence.attend(0, q[-2:]), want)
+    assert sequence.prefetch().blocks > 0
+    assert {share.tier: share.blocks for share in sequence.info().tiers}["device"] > 0
+    assert pool.evict([]).blocks == 0
+    assert pool.evict([sequence], "host").blocks > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_numpy_dtypes_and_strides(pool, model, dtype):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    q, k, v = (x.astype(kind) for x in tensors(50, 70, 0))
+    sequence = pool.create(model, pair="f16/f16")
+    # [heads][tokens][dim], seen as [tokens][heads][dim].
+    strided = np.ascontiguousarray(k.transpose(1, 0, 2)).transpose(1, 0, 2)
+    assert not strided.flags.c_contiguous
+    output, lse = sequence.append_attend(0, q, strided, v, lse=True)
+    assert output.dtype == kind and lse.dtype == np.float32
+    close(output.astype(np.float32), attend(q.astype(np.float32), k.astype(np.float32), v.astype(np.float32))[0], 2e-2)
+
+
+def test_attach_and_sequences(pool, model):
+    sequence = pool.create(model, pair="f16/f16", tenant="me")
+    q, k, v = tensors(60, 10, 0)
+    sequence.append_layers({layer: tensors(60 + layer, 10, layer)[1:] for layer in range(3)})
+    other = pool.attach(sequence.id)
+    assert len(other) == 10
+    np.testing.assert_array_equal(other.attend(0, q[:1]), sequence.attend(0, q[:1]))
+    assert [s.tenant for s in pool.sequences(model) if s.id == sequence.id] == ["me"]
+    del other
+    assert sequence.info().tokens == 10  # attached objects close nothing
+
+
+def test_dropping_the_object_closes_the_sequence(pool, model):
+    sequence = pool.create(model)
+    id = sequence.id
+    assert id in {s.id for s in pool.sequences()}
+    del sequence
+    assert id not in {s.id for s in pool.sequences()}
+    with pool.create(model) as sequence:
+        id = sequence.id
+    assert id not in {s.id for s in pool.sequences()}
+    sequence.close()  # again
+
+
+def test_many_threads(pool, model):
+    failures = []
+
+    def work(seed):
+        try:
+            sequence = pool.create(model, pair="f16/f16")
+            q, k, v = tensors(seed, 200, 0)
+            for begin in range(0, 200, 40):
+                output = sequence.append_attend(0, q[begin:begin + 40], k[begin:begin + 40], v[begin:begin + 40])
+            close(output, attend(q[160:], k, v)[0])
+        except BaseException as error:  # noqa: BLE001
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert not failures
+
+
+def test_info_stats_plan(pool, model):
+    info = pool.info()
+    assert info.version and [tier.name for tier in info.tiers] == ["device", "host"]
+    assert info.block_tokens == 64 and {"f16", "turbo4"} <= {one.name for one in info.cache_types}
+    assert model in pool.models()
+    before = pool.stats()
+    sequence = pool.create(model)
+    sequence.append_layers({layer: tensors(70, 64, layer)[1:] for layer in range(3)})
+    after = pool.stats()
+    assert after.appended_tokens - before.appended_tokens == 64
+    assert after.sequences_created - before.sequences_created == 1
+    plan = pool.plan(model, [1024, 65536], pairs=["f16", "q8_0/turbo4"])
+    assert plan.contexts[0].verdict == "fits" and plan.contexts[0].chosen_pair == "f16/f16"
+    assert {c.pair for c in plan.contexts[1].candidates} == {"f16/f16", "q8_0/turbo4"}
+
+
+def test_pieces_beyond_the_message_limit(daemon):
+    """A prompt larger than a message goes in pieces, with the same result."""
+    with kvtide.connect(daemon.address) as pool:
+        pool.register("three-layers", LAYERS)
+        q, k, v = tensors(80, 500, 0)
+        whole = pool.create("three-layers", pair="f16/f16").append_attend(0, q, k, v, lse=True)
+        pool._limits()
+        object.__setattr__(pool._info, "max_message_bytes", 100_000)
+        pieces, other = pool.create("three-layers", pair="f16/f16"), pool.create("three-layers", pair="f16/f16")
+        calls = []
+        core = pool._core
+
+        class Counting:
+            def __getattr__(self, name):
+                calls.append(name)
+                return getattr(core, name)
+
+        pool._core = Counting()
+        results = pool.append_attend(0, [(pieces, q, k, v), (other, q[:9], k[:9], v[:9])], lse=True)
+        pool._core = core
+        assert calls.count("append_attend") > 10
+        np.testing.assert_allclose(results[0][0], whole[0], atol=1e-5)
+        np.testing.assert_allclose(results[0][1], whole[1], atol=1e-5)
+        np.testing.assert_allclose(results[1][0], whole[0][:9], atol=1e-5)
+        assert pieces.layer_length(0) == 500 and other.layer_length(0) == 9
+        attended = pool.attend(0, [(pieces, q)])[0]
+        np.testing.assert_allclose(attended, whole[0], atol=1e-5)
+        assert pieces.append(1, *tensors(81, 400, 1)[1:]) == 0 and pieces.layer_length(1) == 400
+
+
+def test_auto_finds_the_daemon_or_stays_here(daemon, monkeypatch, tmp_path):
+    monkeypatch.setenv("KVTIDE_ADDRESS", daemon.address)
+    with kvtide.connect() as pool:
+        assert pool.address == daemon.address
+    monkeypatch.setenv("KVTIDE_ADDRESS", f"unix:{tmp_path}/none.sock")
+    with pytest.raises(errors.Unavailable):
+        kvtide.connect(connect_timeout=0.2)
