@@ -50,6 +50,9 @@ class PinnedBackend : public Backend {
     return inner_->AttendLayer(plan, args);
   }
   absl::Status Decode(const DecodeArgs& args) override { return inner_->Decode(args); }
+  absl::Status DecodeTokens(std::span<const DecodePiece> pieces, const Cancellation* cancellation) override {
+    return inner_->DecodeTokens(pieces, cancellation);
+  }
   absl::StatusOr<CopyTicket> StartCopy(std::span<const CopyPiece> pieces, CopyDirection direction) override {
     return inner_->StartCopy(pieces, direction);
   }

@@ -1,11 +1,15 @@
-// Plans of backends that have none of their own: the items are kept, each layer is one Attend.
+// What backends can do without code of their own: a plan keeps its items and each layer is one Attend; rows
+// of tokens are taken out of whole blocks.
 #include "kernels/backend.h"
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
 #include "kernels/attend_args.h"
+#include "kernels/base/finite.h"
 #include "kernels/base/status.h"
+#include "kernels/check_pieces.h"
 
 namespace kvtide {
 namespace {
@@ -47,6 +51,13 @@ class KeptPlan : public AttendPlan {
 struct Widened {
   std::vector<float> q, out, lse;
 };
+
+// Does nothing without a target.
+void CopyRow(const float* row, size_t count, MutableTensorView target, size_t first) {
+  if (target.data == nullptr) return;
+  const float largest = target.type == DataType::kF16 ? kMaxF16 : kMaxF32;
+  for (size_t i = 0; i < count; i++) target.Set(first + i, std::clamp(row[i], -largest, largest));
+}
 
 }  // namespace
 
@@ -101,6 +112,40 @@ absl::Status Backend::AttendLayer(AttendPlan& plan, const AttendLayerArgs& args)
   for (size_t i = 0; i < items.size(); i++)
     if (args.items[i].out.type != DataType::kF32)
       for (size_t j = 0; j < widened[i].out.size(); j++) args.items[i].out.Set(j, widened[i].out[j]);
+  return absl::OkStatus();
+}
+
+absl::Status Backend::DecodeTokens(std::span<const DecodePiece> pieces, const Cancellation* cancellation) {
+  for (const DecodePiece& piece : pieces) KVTIDE_RETURN_IF_ERROR(CheckPiece(piece));
+  std::vector<float> k, v;
+  for (const DecodePiece& piece : pieces) {
+    const BlockLayout& layout = *piece.run->layout;
+    const auto heads = static_cast<size_t>(layout.shape().kv_heads);
+    const size_t k_width = heads * static_cast<size_t>(layout.shape().head_dim_k),
+                 v_width = heads * static_cast<size_t>(layout.shape().head_dim_v);
+    k.resize(kBlockTokens * k_width);
+    v.resize(kBlockTokens * v_width);
+    for (int64_t done = 0; done < piece.tokens;) {
+      if (IsCancelled(cancellation)) return absl::CancelledError("decode: cancelled");
+      const int64_t token = piece.first_token + done, first = token % kBlockTokens;
+      const int64_t count = std::min(kBlockTokens - first, piece.tokens - done);
+      DecodeArgs args;
+      args.layout = &layout;
+      args.profile = piece.run->profile;
+      args.block = piece.run->blocks[static_cast<size_t>(token / kBlockTokens)];
+      args.layer = piece.layer;
+      args.k = piece.k.data == nullptr ? nullptr : k.data();
+      args.v = piece.v.data == nullptr ? nullptr : v.data();
+      KVTIDE_RETURN_IF_ERROR(Decode(args));
+      for (int64_t t = 0; t < count; t++) {
+        CopyRow(k.data() + static_cast<size_t>(first + t) * k_width, k_width, piece.k,
+                static_cast<size_t>(done + t) * (piece.k_stride == 0 ? k_width : piece.k_stride));
+        CopyRow(v.data() + static_cast<size_t>(first + t) * v_width, v_width, piece.v,
+                static_cast<size_t>(done + t) * (piece.v_stride == 0 ? v_width : piece.v_stride));
+      }
+      done += count;
+    }
+  }
   return absl::OkStatus();
 }
 

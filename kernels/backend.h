@@ -5,8 +5,13 @@
 //
 // Calls may come from several threads at once; the caller (daemon/cache) holds pins, so that no block is
 // written while it is read. Calls return when their work is done, except StartCopy. Tensors of a call (q, k,
-// v, out) are in host memory. Errors: InvalidArgument for an unsupported shape or pair, ResourceExhausted
-// when memory is short, Internal for the device.
+// v, out) are in host memory. Errors: InvalidArgument for an unsupported shape or pair and for arguments that
+// do not fit together (attend_args.h), ResourceExhausted when memory is short, Internal for the device.
+//
+// Attention computes logits in f32. Where those of a query leave f32 (finite values, but a dot product, its
+// product with the scale or the result beyond 1e38 in magnitude), the call says Internal and names item,
+// query and head: such a query never gets the answer of one that sees nothing. A soft-cap bounds what would
+// overflow; a logit of -infinity beside finite ones counts for nothing, as it should.
 #pragma once
 
 #include <cstddef>
@@ -148,6 +153,17 @@ struct DecodeArgs {
   float* v = nullptr;
 };
 
+// Decodes one layer of some tokens of a run to rows in host memory, in the caller's type (rounded to nearest;
+// f16 rows hold at most +-65504).
+struct DecodePiece {
+  const BlockRun* run = nullptr;
+  int layer = 0;
+  int64_t first_token = 0, tokens = 0;  // within the run
+  MutableTensorView k;                  // [tokens][kv_heads][head_dim_k]; null = not wanted
+  MutableTensorView v;                  // [tokens][kv_heads][head_dim_v]; null = not wanted
+  size_t k_stride = 0, v_stride = 0;    // elements from one token to the next; 0 = dense
+};
+
 struct CopyPiece {
   std::byte* target = nullptr;
   const std::byte* source = nullptr;
@@ -174,6 +190,8 @@ class Backend {
   // One call at a time for a plan; calls on different plans run side by side.
   virtual absl::Status AttendLayer(AttendPlan& plan, const AttendLayerArgs& args);
   virtual absl::Status Decode(const DecodeArgs& args) = 0;
+  // Rows of any number of pieces. Looks at the cancellation between blocks: then Cancelled, rows undefined.
+  virtual absl::Status DecodeTokens(std::span<const DecodePiece> pieces, const Cancellation* cancellation);
   // Starts copies between this backend's memory and host memory; they run beside attention. Poll says true
   // when done. Until then source and target stay pinned by the caller. A ticket is polled until it is done or
   // failed.

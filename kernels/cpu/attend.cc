@@ -1,237 +1,302 @@
 #include "kernels/cpu/attend.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "kernels/attend_args.h"
 #include "kernels/attention_state.h"
 #include "kernels/base/status.h"
+#include "kernels/cpu/attend_cut.h"
 
 namespace kvtide {
 namespace {
 
-// Rows of one task: the state of 256 rows of 128 dims stays in the L2 cache, and a page is decoded once for
-// all of them.
-constexpr int kTaskRows = 256;
-// Blocks of one task. Few rows: 2,048 tokens, about 250 KiB of 4-bit codes, long against starting a task.
-constexpr int64_t kTaskBlocksFewRows = 32, kTaskBlocks = 512;
-constexpr int kFewRows = 64;
 constexpr int kRowsOfFewKernel = 16;  // more rows are worth decoding a page to f32 tiles
 
 size_t Size(int64_t n) { return static_cast<size_t>(n); }
 
-// The queries of one item in the frame of one (K type, profile).
-struct Frame {
-  const AttendItem* item = nullptr;
-  CacheType type{};
-  const Profile* profile = nullptr;  // null for types that ignore it
-  int dim = 0;                       // stored dim of K
-  std::vector<float> q;              // [kv_heads][queries * group][dim]
-  std::vector<float> bias;           // [kv_heads][queries * group], empty = none
+// States of the rows of a chunk that goes over its blocks alone, and what its pieces need.
+struct ChunkScratch {
+  struct Turned {
+    size_t frame = 0;
+    std::vector<float> q, bias;
+  };
+  std::vector<Turned> turned;
+  std::vector<float> piece, piece_lse, part, part_lse, whole, whole_lse;
 };
 
-struct Task {
-  const BlockRun* run = nullptr;
-  int frame = 0;
-  int64_t first_block = 0, end_block = 0;
-  size_t state = 0;  // first row of its states in Work::out and Work::lse
-};
-
-// All tasks of some rows of one KV head of one item.
-struct RowChunk {
-  int item = 0, kv_head = 0, first_row = 0, rows = 0;
-  size_t first_task = 0, end_task = 0;
-};
-
-class Work {
+// One layer of a cut.
+class LayerRun {
  public:
-  Work(const AttendArgs& args, const GroupShape& shape, const PageKernels& kernels)
-      : args_(args), kernels_(kernels), shape_(shape), group_(args.heads / shape.kv_heads) {
-    for (size_t i = 0; i < args.items.size(); i++) AddItem(static_cast<int>(i));
-    const size_t dim = Size(StoredDim(shape.head_dim_v));
-    out_.resize(states_ * dim);
-    lse_.resize(states_);
-  }
+  LayerRun(AttendCut& cut, const AttendLayerArgs& args, const PageKernels& kernels)
+      : cut_(cut),
+        args_(args),
+        kernels_(kernels),
+        group_(cut.shape().group),
+        dim_v_(StoredDim(group_.head_dim_v)) {}
 
-  void Run(ThreadPool& pool) {
-    constexpr int64_t kRowsPerStep = 32;
-    std::vector<std::pair<int, int64_t>> steps;
-    for (size_t f = 0; f < frames_.size(); f++)
-      for (int64_t row = 0; row < Rows(*frames_[f].item) * shape_.kv_heads; row += kRowsPerStep)
-        steps.emplace_back(static_cast<int>(f), row);
+  absl::Status Run(ThreadPool& pool) {
     // Rows are turned and merged in about a microsecond each, pages take a few: waking a thread for less
     // costs more.
-    constexpr int64_t kAloneRows = 64, kAlonePages = 32;
-    int64_t rows = 0, pages = 0;
-    for (const RowChunk& chunk : chunks_) rows += chunk.rows;
-    for (size_t t = 0; t < tasks_.size(); t++)
-      pages += (tasks_[t].end_block - tasks_[t].first_block) * ((chunks_[chunk_of_task_[t]].rows + 7) / 8);
-    const auto run = [&](bool alone, size_t count, absl::FunctionRef<void(int64_t)> body) {
-      if (!alone) return pool.ParallelFor(static_cast<int64_t>(count), body);
-      for (size_t i = 0; i < count; i++) body(static_cast<int64_t>(i));
-    };
-    run(rows <= kAloneRows, steps.size(), [&](int64_t i) {
-      Frame& frame = frames_[Size(steps[Size(i)].first)];
-      const int64_t first = steps[Size(i)].second;
-      const int64_t end = std::min(first + kRowsPerStep, Rows(*frame.item) * shape_.kv_heads);
-      for (int64_t row = first; row < end; row++) TurnQuery(frame, row);
-    });
-    run(pages <= kAlonePages, tasks_.size(), [&](int64_t i) { RunTask(Size(i)); });
-    run(rows <= kAloneRows, chunks_.size(), [&](int64_t i) { Merge(chunks_[Size(i)]); });
+    constexpr int64_t kFewRows = 64, kFewPages = 32;
+    const bool few_rows = cut_.light_rows() <= kFewRows;
+    const size_t alone = cut_.alone().size();
+    ForEach(pool, few_rows, cut_.turns().size(), [&](size_t i) { Turn(cut_.turns()[i]); });
+    ForEach(pool, alone == 0 && cut_.light_pages() <= kFewPages, alone + cut_.light_tasks().size(),
+            [&](size_t i) {
+              i < alone ? RunAlone(cut_.alone()[i]) : RunTask(cut_.tasks()[cut_.light_tasks()[i - alone]]);
+            });
+    ForEach(pool, few_rows, cut_.light_chunks().size(),
+            [&](size_t i) { Merge(cut_.chunks()[cut_.light_chunks()[i]]); });
+    if (stopped_.load(std::memory_order_relaxed)) return absl::CancelledError("attention was cancelled");
+    return CheckOverflow();
   }
 
  private:
-  int64_t Rows(const AttendItem& item) const { return static_cast<int64_t>(item.queries) * group_; }
-
-  PositionRange Visible(const AttendItem& item, int64_t query) const {
-    return VisiblePositions(item.first_query_position + query, args_.causal, args_.window);
+  template <class F>
+  void ForEach(ThreadPool& pool, bool on_this_thread, size_t count, F body) {
+    const auto step = [&](int64_t i) {
+      if (!Stop()) body(Size(i));
+    };
+    if (!on_this_thread) return pool.ParallelFor(static_cast<int64_t>(count), step);
+    for (size_t i = 0; i < count; i++) step(static_cast<int64_t>(i));
   }
 
-  int FrameOf(const AttendItem& item, const BlockRun& run) {
-    const CacheType type = run.layout->pair().k;
-    const bool coded = Info(type).storage == Storage::kCodes;
-    const Profile* profile = coded ? run.profile : nullptr;
-    for (size_t f = 0; f < frames_.size(); f++)
-      if (frames_[f].item == &item && frames_[f].type == type && frames_[f].profile == profile)
-        return static_cast<int>(f);
-    Frame frame;
-    frame.item = &item;
-    frame.type = type;
-    frame.profile = profile;
-    frame.dim = run.layout->k().stored_dim;
-    const size_t rows = Size(Rows(item) * shape_.kv_heads);
-    frame.q.resize(rows * Size(frame.dim));
-    if (profile != nullptr) frame.bias.resize(rows);
-    frames_.push_back(std::move(frame));
-    return static_cast<int>(frames_.size()) - 1;
+  bool Stop() {
+    if (!IsCancelled(args_.cancellation)) return false;
+    stopped_.store(true, std::memory_order_relaxed);
+    return true;
   }
 
-  void AddItem(int index) {
-    const AttendItem& item = args_.items[Size(index)];
-    const int64_t rows = Rows(item);
-    const int64_t step = rows <= kFewRows ? kTaskBlocksFewRows : kTaskBlocks;
-    for (int kv_head = 0; kv_head < shape_.kv_heads; kv_head++)
-      for (int64_t row = 0; row < rows; row += kTaskRows) {
-        RowChunk chunk{index,
-                       kv_head,
-                       static_cast<int>(row),
-                       static_cast<int>(std::min<int64_t>(kTaskRows, rows - row)),
-                       tasks_.size(),
-                       0};
-        const int64_t begin = Visible(item, row / group_).begin;
-        const int64_t end = Visible(item, (row + chunk.rows - 1) / group_).end;
-        for (const BlockRun& run : item.runs) {
-          for (int64_t b = 0; b < BlocksOf(run); b += step) {
-            const int64_t e = std::min(b + step, BlocksOf(run));
-            if (run.first_position + b * kBlockTokens >= end ||
-                run.first_position + e * kBlockTokens <= begin)
-              continue;
-            tasks_.push_back({&run, FrameOf(item, run), b, e, states_});
-            chunk_of_task_.push_back(chunks_.size());
-            states_ += Size(chunk.rows);
-          }
-        }
-        chunk.end_task = tasks_.size();
-        chunks_.push_back(chunk);
-      }
-  }
-
-  // Row = (KV head, query, head of the group) of the frame.
-  void TurnQuery(Frame& frame, int64_t row) const {
-    const AttendItem& item = *frame.item;
-    const int64_t kv_head = row / Rows(item), query = row % Rows(item) / group_, member = row % group_;
-    const float* source = item.q + (query * args_.heads + kv_head * group_ + member) * shape_.head_dim_k;
-    float* target = frame.q.data() + row * frame.dim;
-    std::fill(std::copy_n(source, shape_.head_dim_k, target), target + frame.dim, 0.0f);
+  // One row of an item and KV head, as the caller gave it, into a frame.
+  void TurnRow(const QueryFrame& frame, int kv_head, int64_t row, float* target, float* bias) const {
+    const int group = cut_.group();
+    const int64_t head = static_cast<int64_t>(kv_head) * group + row % group;
+    const size_t first =
+        Size((row / group * cut_.shape().heads + head) * static_cast<int64_t>(group_.head_dim_k));
+    const int dim = group_.head_dim_k;
+    kernels_.widen(args_.items[Size(frame.item)].q, first, Size(dim), target);
+    std::fill(target + dim, target + frame.dim, 0.0f);
     if (frame.profile != nullptr) {
-      const HeadProfile& head = frame.profile->key(args_.layer, static_cast<int>(kv_head));
-      float bias = 0;
-      for (size_t d = 0; d < head.mean.size(); d++) bias += source[d] * head.mean[d];
-      frame.bias[Size(row)] = bias;
-      for (size_t d = 0; d < head.gain.size(); d++) target[d] /= head.gain[d];
+      const HeadProfile& profile = frame.profile->key(args_.layer, kv_head);
+      float sum = 0;
+      for (size_t d = 0; d < profile.mean.size(); d++) sum += target[d] * profile.mean[d];
+      *bias = sum;
+      for (size_t d = 0; d < profile.gain.size(); d++) target[d] /= profile.gain[d];
     }
     kernels_.rotate(frame.type, false, target, frame.dim);
   }
 
-  void RunTask(size_t index) {
-    const Task& task = tasks_[index];
-    const RowChunk& chunk = chunks_[chunk_of_task_[index]];
-    const Frame& frame = frames_[Size(task.frame)];
-    const AttendItem& item = *frame.item;
-    int64_t begin[kTaskRows], end[kTaskRows];
+  // Rows = (KV head, query, head of the group) of a light item's frame.
+  void Turn(const AttendCut::Turn& turn) {
+    const QueryFrame& frame = cut_.frames()[turn.frame];
+    const int64_t rows = cut_.RowsOf(frame.item);
+    for (int64_t row = turn.first_row; row < turn.end_row; row++)
+      TurnRow(frame, static_cast<int>(row / rows), row % rows,
+              cut_.q.data() + frame.q + Size(row * frame.dim),
+              frame.profile == nullptr ? nullptr : cut_.bias.data() + frame.bias + Size(row));
+  }
+
+  // Blocks [first, end) of a run for the rows of a chunk; q and bias begin with the chunk's first row.
+  void RunBlocks(const RowChunk& chunk, const BlockRun& run, int64_t first, int64_t end, const float* q,
+                 const float* bias, float* out, float* lse) const {
+    int64_t begins[kChunkRows], ends[kChunkRows];
     for (int r = 0; r < chunk.rows; r++) {
-      const PositionRange seen = Visible(item, (chunk.first_row + r) / group_);
-      begin[r] = seen.begin;
-      end[r] = seen.end;
+      const PositionRange seen = cut_.Visible(chunk.item, chunk.first_row + r);
+      begins[r] = seen.begin;
+      ends[r] = seen.end;
     }
-    const int64_t skipped = task.first_block * kBlockTokens;
+    const int64_t skipped = first * kBlockTokens;
     const PageSegment segment = MakePageSegment(
-        *task.run->layout, args_.layer, chunk.kv_head,
-        task.run->blocks.subspan(Size(task.first_block), Size(task.end_block - task.first_block)),
-        task.run->first_position + skipped,
-        std::min(task.run->tokens, task.end_block * kBlockTokens) - skipped);
-    const size_t first_row = Size(chunk.kv_head * Rows(item) + chunk.first_row);
+        *run.layout, args_.layer, chunk.kv_head, run.blocks.subspan(Size(first), Size(end - first)),
+        run.first_position + skipped, std::min(run.tokens, end * kBlockTokens) - skipped);
     QueryRows rows;
     rows.rows = chunk.rows;
-    rows.q = frame.q.data() + first_row * Size(frame.dim);
-    rows.bias = frame.bias.empty() ? nullptr : frame.bias.data() + first_row;
-    rows.begin = begin;
-    rows.end = end;
+    rows.q = q;
+    rows.bias = bias;
+    rows.begin = begins;
+    rows.end = ends;
     rows.scale = args_.scale;
     rows.softcap = args_.softcap;
-    const auto attend = chunk.rows > kRowsOfFewKernel ? kernels_.attend_many : kernels_.attend;
-    attend(segment, rows, out_.data() + task.state * Size(StoredDim(shape_.head_dim_v)),
-           lse_.data() + task.state);
+    (chunk.rows > kRowsOfFewKernel ? kernels_.attend_many : kernels_.attend)(segment, rows, out, lse);
+  }
+
+  void RunTask(const AttendTask& task) {
+    const RowChunk& chunk = cut_.chunks()[task.chunk];
+    const QueryFrame& frame = cut_.frames()[task.frame];
+    const size_t first_row = Size(chunk.kv_head * cut_.RowsOf(chunk.item) + chunk.first_row);
+    RunBlocks(chunk, cut_.runs()[task.run], task.first_block, task.end_block,
+              cut_.q.data() + frame.q + first_row * Size(frame.dim),
+              frame.profile == nullptr ? nullptr : cut_.bias.data() + frame.bias + first_row,
+              cut_.out.data() + task.state * Size(dim_v_), cut_.lse.data() + task.state);
   }
 
   // States of equal V types merge in their own frame, which is left once per type and row.
-  void Merge(const RowChunk& chunk) const {
-    const AttendItem& item = args_.items[Size(chunk.item)];
-    const int dim = StoredDim(shape_.head_dim_v);
-    std::vector<float> part(Size(dim)), whole(Size(dim));
-    const std::vector<float> zeros(Size(dim));
+  void Merge(const RowChunk& chunk) {
+    std::vector<float> part(Size(dim_v_)), whole(Size(dim_v_));
     for (int r = 0; r < chunk.rows; r++) {
       float part_lse = -INFINITY, whole_lse = -INFINITY;
       std::fill(whole.begin(), whole.end(), 0.0f);
       for (size_t t = chunk.first_task; t < chunk.end_task; t++) {
-        const size_t state = tasks_[t].state + Size(r);
-        const CacheType type = tasks_[t].run->layout->pair().v;
-        MergeAttentionState(part.data(), &part_lse, out_.data() + state * Size(dim), lse_[state], dim);
-        if (t + 1 < chunk.end_task && tasks_[t + 1].run->layout->pair().v == type) continue;
-        if (part_lse != -INFINITY) kernels_.rotate(type, true, part.data(), dim);
-        MergeAttentionState(whole.data(), &whole_lse, part.data(), part_lse, dim);
-        part_lse = -INFINITY;
+        const size_t state = cut_.tasks()[t].state + Size(r);
+        MergeAttentionState(part.data(), &part_lse, cut_.out.data() + state * Size(dim_v_), cut_.lse[state],
+                            dim_v_);
+        if (!LeavesFrame(chunk, t)) continue;
+        AddPart(cut_.tasks()[t], part.data(), &part_lse, whole.data(), &whole_lse);
       }
-      const int row = chunk.first_row + r, head = chunk.kv_head * group_ + row % group_;
-      if (args_.sinks != nullptr)
-        MergeAttentionState(whole.data(), &whole_lse, zeros.data(), args_.sinks[head], dim);
-      const size_t out_row = Size(row / group_) * Size(args_.heads) + Size(head);
-      std::copy_n(whole.data(), shape_.head_dim_v, item.out + out_row * Size(shape_.head_dim_v));
-      item.lse[out_row] = whole_lse;
+      Finish(chunk, r, whole.data(), whole_lse);
     }
   }
 
-  const AttendArgs& args_;
+  // True if the next task of the chunk has V in another frame, or there is none.
+  bool LeavesFrame(const RowChunk& chunk, size_t task) const {
+    const auto type = [&](size_t t) { return cut_.runs()[cut_.tasks()[t].run].layout->pair().v; };
+    return task + 1 == chunk.end_task || type(task + 1) != type(task);
+  }
+  void AddPart(const AttendTask& task, float* part, float* part_lse, float* whole, float* whole_lse) const {
+    if (*part_lse != -INFINITY) kernels_.rotate(cut_.runs()[task.run].layout->pair().v, true, part, dim_v_);
+    MergeAttentionState(whole, whole_lse, part, *part_lse, dim_v_);
+    *part_lse = -INFINITY;
+  }
+
+  const ChunkScratch::Turned& TurnChunk(const RowChunk& chunk, size_t frame_index, ChunkScratch& scratch) {
+    for (const ChunkScratch::Turned& turned : scratch.turned)
+      if (turned.frame == frame_index) return turned;
+    const QueryFrame& frame = cut_.frames()[frame_index];
+    ChunkScratch::Turned& turned = scratch.turned.emplace_back();
+    turned.frame = frame_index;
+    turned.q.resize(Size(chunk.rows) * Size(frame.dim));
+    if (frame.profile != nullptr) turned.bias.resize(Size(chunk.rows));
+    for (int r = 0; r < chunk.rows; r++)
+      TurnRow(frame, chunk.kv_head, chunk.first_row + r, turned.q.data() + Size(r) * Size(frame.dim),
+              frame.profile == nullptr ? nullptr : turned.bias.data() + r);
+    return turned;
+  }
+
+  void RunAlone(size_t index) {
+    const RowChunk& chunk = cut_.chunks()[index];
+    const size_t rows = Size(chunk.rows), dim = Size(dim_v_);
+    ChunkScratch scratch;
+    scratch.piece.resize(rows * dim);
+    scratch.piece_lse.resize(rows);
+    scratch.part.resize(rows * dim);
+    scratch.part_lse.assign(rows, -INFINITY);
+    scratch.whole.resize(rows * dim);
+    scratch.whole_lse.assign(rows, -INFINITY);
+    const int64_t step = cut_.BlocksPerPiece(chunk.rows);
+    for (size_t t = chunk.first_task; t < chunk.end_task; t++) {
+      const AttendTask& task = cut_.tasks()[t];
+      const ChunkScratch::Turned& turned = TurnChunk(chunk, task.frame, scratch);
+      for (int64_t b = task.first_block; b < task.end_block; b += step) {
+        if (Stop()) return;
+        RunBlocks(chunk, cut_.runs()[task.run], b, std::min(b + step, task.end_block), turned.q.data(),
+                  turned.bias.empty() ? nullptr : turned.bias.data(), scratch.piece.data(),
+                  scratch.piece_lse.data());
+        for (size_t r = 0; r < rows; r++)
+          MergeAttentionState(scratch.part.data() + r * dim, &scratch.part_lse[r],
+                              scratch.piece.data() + r * dim, scratch.piece_lse[r], dim_v_);
+      }
+      if (!LeavesFrame(chunk, t)) continue;
+      for (size_t r = 0; r < rows; r++)
+        AddPart(task, scratch.part.data() + r * dim, &scratch.part_lse[r], scratch.whole.data() + r * dim,
+                &scratch.whole_lse[r]);
+    }
+    for (size_t r = 0; r < rows; r++)
+      Finish(chunk, static_cast<int>(r), scratch.whole.data() + r * dim, scratch.whole_lse[r]);
+  }
+
+  // Adds the sink and writes a row in the caller's type.
+  void Finish(const RowChunk& chunk, int chunk_row, float* whole, float lse) {
+    static constexpr float kZeros[512] = {};
+    const int row = chunk.first_row + chunk_row, group = cut_.group();
+    const int head = chunk.kv_head * group + row % group;
+    if (std::isnan(lse) || lse == INFINITY || (lse == -INFINITY && SeesAToken(chunk.item, row)))
+      NoteOverflow(chunk.item, row / group, head);
+    if (args_.sinks != nullptr) MergeAttentionState(whole, &lse, kZeros, args_.sinks[head], dim_v_);
+    const size_t out_row = Size(row / group) * Size(cut_.shape().heads) + Size(head);
+    const LayerItem& item = args_.items[Size(chunk.item)];
+    kernels_.narrow(whole, Size(group_.head_dim_v), item.out, out_row * Size(group_.head_dim_v));
+    if (item.lse != nullptr) item.lse[out_row] = lse;
+  }
+
+  bool SeesAToken(int item, int64_t row) const {
+    const PositionRange seen = cut_.Visible(item, row);
+    for (size_t r = cut_.items()[Size(item)].first_run; r < cut_.items()[Size(item)].end_run; r++) {
+      const BlockRun& run = cut_.runs()[r];
+      if (std::max(seen.begin, run.first_position) < std::min(seen.end, run.first_position + run.tokens))
+        return true;
+    }
+    return false;
+  }
+
+  // The first one in the order of the items is reported.
+  void NoteOverflow(int item, int query, int head) {
+    const uint64_t rows = Size(query) * Size(cut_.shape().heads) + Size(head);  // below 2^30
+    const uint64_t mine = static_cast<uint64_t>(item) << 32 | rows;
+    uint64_t first = overflow_.load(std::memory_order_relaxed);
+    while (mine < first && !overflow_.compare_exchange_weak(first, mine, std::memory_order_relaxed)) {
+    }
+  }
+  absl::Status CheckOverflow() const {
+    const uint64_t first = overflow_.load(std::memory_order_relaxed);
+    if (first == ~uint64_t{0}) return absl::OkStatus();
+    const uint64_t row = first & 0xffffffffu, heads = Size(cut_.shape().heads);
+    return absl::InternalError(absl::StrCat("item ", first >> 32, ", query ", row / heads, ", head ",
+                                            row % heads, ": its logits do not fit f32 with scale ",
+                                            args_.scale, "; use smaller queries or a smaller scale"));
+  }
+
+  AttendCut& cut_;
+  const AttendLayerArgs& args_;
   const PageKernels& kernels_;
-  const GroupShape shape_;
-  const int group_;  // query heads per KV head
-  std::vector<Frame> frames_;
-  std::vector<Task> tasks_;
-  std::vector<size_t> chunk_of_task_;
-  std::vector<RowChunk> chunks_;
-  size_t states_ = 0;
-  std::vector<float> out_, lse_;
+  const GroupShape group_;
+  const int dim_v_;
+  std::atomic<bool> stopped_{false};
+  std::atomic<uint64_t> overflow_{~uint64_t{0}};  // item << 32 | query * heads + head
 };
 
 }  // namespace
 
-absl::Status AttendOnCpu(const AttendArgs& args, const PageKernels& kernels, ThreadPool& pool) {
-  KVTIDE_ASSIGN_OR_RETURN(const AttendShape shape, CheckAttendArgs(args));
+absl::StatusOr<std::unique_ptr<AttendPlan>> PlanAttendOnCpu(const AttendPlanArgs& args,
+                                                            std::unique_ptr<AttendPlan> previous) {
+  KVTIDE_ASSIGN_OR_RETURN(AttendShape shape, CheckAttendPlan(args));
+  if (previous == nullptr) previous = std::make_unique<AttendCut>();
+  auto& cut = static_cast<AttendCut&>(*previous);
+  if (!cut.Equals(args)) cut.Make(args, std::move(shape), true);
+  return previous;
+}
+
+absl::Status AttendLayerOnCpu(AttendPlan& plan, const AttendLayerArgs& args, const PageKernels& kernels,
+                              ThreadPool& pool) {
+  auto& cut = static_cast<AttendCut&>(plan);
+  KVTIDE_RETURN_IF_ERROR(CheckAttendLayer(args, cut.shape()));
   if (args.items.empty()) return absl::OkStatus();
-  Work work(args, shape.group, kernels);
-  work.Run(pool);
-  return absl::OkStatus();
+  return LayerRun(cut, args, kernels).Run(pool);
+}
+
+absl::Status AttendOnCpu(const AttendArgs& args, const PageKernels& kernels, ThreadPool& pool) {
+  KVTIDE_ASSIGN_OR_RETURN(AttendShape shape, CheckAttendArgs(args));
+  if (args.items.empty()) return absl::OkStatus();
+  std::vector<PlanItem> planned;
+  std::vector<LayerItem> tensors;
+  for (const AttendItem& item : args.items) {
+    planned.push_back({item.runs, item.queries, item.first_query_position});
+    tensors.push_back({{item.q, DataType::kF32}, {item.out, DataType::kF32}, item.lse});
+  }
+  AttendCut cut;
+  cut.Make({args.heads, args.causal, args.window, planned}, std::move(shape), false);
+  AttendLayerArgs layer;
+  layer.layer = args.layer;
+  layer.scale = args.scale;
+  layer.softcap = args.softcap;
+  layer.sinks = args.sinks;
+  layer.items = tensors;
+  layer.cancellation = args.cancellation;
+  return LayerRun(cut, layer, kernels).Run(pool);
 }
 
 }  // namespace kvtide

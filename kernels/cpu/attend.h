@@ -1,17 +1,23 @@
-// Attention of the CPU backend above single pages: turns queries into the frames of the stored keys, cuts the
-// work into tasks (item, KV head, rows, blocks), runs them on a pool and merges their attention states. The
-// cut depends on the arguments alone, so that results do not depend on the number of threads or on the other
-// items of a batch.
+// Attention of the CPU backend above single pages: turns queries into the frames of the stored keys, runs the
+// tasks of a cut (attend_cut.h) on a pool and merges their attention states. Queries and results are in the
+// caller's type, widened and rounded row by row in the workers.
 #pragma once
 
+#include <memory>
+
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "kernels/backend.h"
 #include "kernels/base/thread_pool.h"
 #include "kernels/cpu/page_kernels.h"
 
 namespace kvtide {
 
-// InvalidArgument if the arguments do not fit together.
+// As the calls of Backend of the same names.
 absl::Status AttendOnCpu(const AttendArgs& args, const PageKernels& kernels, ThreadPool& pool);
+absl::StatusOr<std::unique_ptr<AttendPlan>> PlanAttendOnCpu(const AttendPlanArgs& args,
+                                                            std::unique_ptr<AttendPlan> previous);
+absl::Status AttendLayerOnCpu(AttendPlan& plan, const AttendLayerArgs& args, const PageKernels& kernels,
+                              ThreadPool& pool);
 
 }  // namespace kvtide

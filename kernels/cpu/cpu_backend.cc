@@ -2,6 +2,8 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <utility>
 #include <vector>
@@ -105,28 +107,63 @@ class CpuBackend : public Backend {
     return Annotate(AttendOnCpu(args, *kernels_, pool_), options_.name);
   }
 
+  absl::StatusOr<std::unique_ptr<AttendPlan>> PlanAttend(const AttendPlanArgs& args,
+                                                         std::unique_ptr<AttendPlan> previous) override {
+    absl::StatusOr<std::unique_ptr<AttendPlan>> plan = PlanAttendOnCpu(args, std::move(previous));
+    if (!plan.ok()) return Annotate(plan.status(), options_.name);
+    return plan;
+  }
+
+  absl::Status AttendLayer(AttendPlan& plan, const AttendLayerArgs& args) override {
+    return Annotate(AttendLayerOnCpu(plan, args, *kernels_, pool_), options_.name);
+  }
+
   absl::Status Decode(const DecodeArgs& args) override {
     if (args.layout == nullptr || args.block == nullptr)
       return absl::InvalidArgumentError("decode: no layout or no block");
     const GroupShape& shape = args.layout->shape();
     if (args.layer < 0 || args.layer >= shape.layers)
       return absl::InvalidArgumentError(absl::StrCat("decode: layer ", args.layer, " of ", shape.layers));
-    for (int head = 0; head < shape.kv_heads; head++) {
-      const std::byte* record = args.block + args.layout->RecordOffset(args.layer, head);
-      const HeadProfile* profile = args.profile == nullptr ? nullptr : &args.profile->key(args.layer, head);
-      const auto decode = [&](CacheType type, Side side, const HalfLayout& half, const std::byte* source,
-                              float* target) {
-        if (target == nullptr) return;
-        const size_t dim = static_cast<size_t>(half.head_dim), heads = static_cast<size_t>(shape.kv_heads);
-        std::vector<float> rows(kBlockTokens * dim);
-        kernels_->decode(type, side, half, side == Side::kKey ? profile : nullptr, source, rows.data());
-        for (size_t t = 0; t < kBlockTokens; t++)
-          std::memcpy(target + (t * heads + static_cast<size_t>(head)) * dim, rows.data() + t * dim,
-                      dim * sizeof(float));
-      };
-      decode(args.layout->pair().k, Side::kKey, args.layout->k(), record, args.k);
-      decode(args.layout->pair().v, Side::kValue, args.layout->v(), record + args.layout->v_codes(), args.v);
+    std::byte* const block = const_cast<std::byte*>(args.block);  // a run is of blocks that may be written
+    BlockRun run;
+    run.layout = args.layout;
+    run.profile = args.profile;
+    run.blocks = {&block, 1};
+    DecodePiece piece;
+    piece.run = &run;
+    piece.layer = args.layer;
+    piece.tokens = kBlockTokens;
+    piece.k = {args.k, DataType::kF32};
+    piece.v = {args.v, DataType::kF32};
+    DecodeBlock(piece, 0, kBlockTokens);
+    return absl::OkStatus();
+  }
+
+  absl::Status DecodeTokens(std::span<const DecodePiece> pieces, const Cancellation* cancellation) override {
+    struct Part {
+      const DecodePiece* piece;
+      int64_t begin, end;  // tokens of the run, inside one block
+    };
+    std::vector<Part> parts;
+    for (const DecodePiece& piece : pieces) {
+      KVTIDE_RETURN_IF_ERROR(Annotate(CheckPiece(piece), options_.name));
+      const int64_t end = piece.first_token + piece.tokens;
+      for (int64_t begin = piece.first_token; begin < end;) {
+        const int64_t next = std::min(end, (begin / kBlockTokens + 1) * kBlockTokens);
+        parts.push_back({&piece, begin, next});
+        begin = next;
+      }
     }
+    std::atomic<bool> stopped{false};
+    pool_.ParallelFor(static_cast<int64_t>(parts.size()), [&](int64_t i) {
+      const Part& part = parts[static_cast<size_t>(i)];
+      if (IsCancelled(cancellation)) {
+        stopped.store(true, std::memory_order_relaxed);
+      } else {
+        DecodeBlock(*part.piece, part.begin, part.end);
+      }
+    });
+    if (stopped.load(std::memory_order_relaxed)) return absl::CancelledError("decoding was cancelled");
     return absl::OkStatus();
   }
 
@@ -142,6 +179,34 @@ class CpuBackend : public Backend {
       for (size_t i = 0; i < count; i++) body(i);
     } else {
       pool_.ParallelFor(static_cast<int64_t>(count), [&](int64_t i) { body(static_cast<size_t>(i)); });
+    }
+  }
+
+  // Tokens [begin, end) of the piece's run, which lie in one block.
+  void DecodeBlock(const DecodePiece& piece, int64_t begin, int64_t end) const {
+    const BlockRun& run = *piece.run;
+    const BlockLayout& layout = *run.layout;
+    const std::byte* block = run.blocks[static_cast<size_t>(begin / kBlockTokens)];
+    const auto heads = static_cast<size_t>(layout.shape().kv_heads);
+    std::vector<float> rows;
+    const auto decode = [&](CacheType type, Side side, const HalfLayout& half, const HeadProfile* profile,
+                            const std::byte* source, size_t head, MutableTensorView target, size_t stride) {
+      if (target.data == nullptr) return;
+      const auto dim = static_cast<size_t>(half.head_dim);
+      rows.resize(kBlockTokens * dim);
+      kernels_->decode(type, side, half, profile, source, rows.data());
+      if (stride == 0) stride = heads * dim;
+      for (int64_t t = begin; t < end; t++)
+        kernels_->narrow(rows.data() + static_cast<size_t>(t % kBlockTokens) * dim, dim, target,
+                         static_cast<size_t>(t - piece.first_token) * stride + head * dim);
+    };
+    for (size_t head = 0; head < heads; head++) {
+      const std::byte* record = block + layout.RecordOffset(piece.layer, static_cast<int>(head));
+      const HeadProfile* profile =
+          run.profile == nullptr ? nullptr : &run.profile->key(piece.layer, static_cast<int>(head));
+      decode(layout.pair().k, Side::kKey, layout.k(), profile, record, head, piece.k, piece.k_stride);
+      decode(layout.pair().v, Side::kValue, layout.v(), nullptr, record + layout.v_codes(), head, piece.v,
+             piece.v_stride);
     }
   }
 

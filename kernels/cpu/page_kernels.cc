@@ -4,6 +4,7 @@
 
 #include "kernels/cpu/plain_kernels.h"
 #include "kernels/cpu/simd_attend.h"
+#include "kernels/cpu/simd_convert.h"
 #include "kernels/cpu/simd_encode.h"
 
 namespace kvtide {
@@ -23,6 +24,7 @@ std::array<PageKernels, 4> MakeTables() {
     table.level = level;
     table.attend = attend;
     table.attend_many = SimdAttendMany(level);
+    UseSimdConversions(level, table);
     UseSimdEncoders(level, table);
   }
   return tables;

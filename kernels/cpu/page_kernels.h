@@ -3,12 +3,14 @@
 // Every level gives the same bytes when it encodes; attention agrees within rounding.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
 #include <vector>
 
 #include "kernels/base/data_type.h"
+#include "kernels/base/finite.h"
 #include "kernels/cpu/page_segment.h"
 #include "kernels/cpu/simd_level.h"
 #include "kernels/format/block_layout.h"
@@ -26,6 +28,10 @@ struct PageKernels {
   void (*attend_many)(const PageSegment& segment, const QueryRows& rows, float* out, float* lse) = nullptr;
   // Turns a vector of stored_dim values into the rotated frame of a type, or back.
   void (*rotate)(CacheType type, bool inverse, float* x, int stored_dim) = nullptr;
+  // `count` values of a tensor from element `first` on as f32, and f32 values rounded to the tensor's type
+  // there (f16 holds at most +-65504; NaN stays NaN).
+  void (*widen)(TensorView from, size_t first, size_t count, float* to) = nullptr;
+  void (*narrow)(const float* from, size_t count, MutableTensorView to, size_t first) = nullptr;
   // Writes `tokens` rows, `stride` elements apart, behind the first `first_token` tokens of an f16 or bf16
   // half page.
   void (*store_rows)(CacheType type, const HalfLayout& layout, TensorView rows, size_t first_element,
@@ -36,6 +42,11 @@ struct PageKernels {
   void (*decode)(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
                  const std::byte* half, float* rows) = nullptr;
 };
+
+// What narrow does, for one value.
+inline void StoreElement(float value, MutableTensorView to, size_t i) {
+  to.Set(i, to.type == DataType::kF16 ? std::clamp(value, -kMaxF16, kMaxF16) : value);
+}
 
 // The pages of a KV head in a run of blocks.
 PageSegment MakePageSegment(const BlockLayout& layout, int layer, int kv_head,

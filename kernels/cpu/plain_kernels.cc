@@ -69,8 +69,9 @@ void Attend(const PageSegment& segment, const QueryRows& rows, float* out, float
   }
   for (int r = 0; r < rows.rows; r++) {
     const RowState& state = states[static_cast<size_t>(r)];
-    lse[r] = state.sum > 0 ? state.maximum + std::log(state.sum) : -INFINITY;
-    if (!(state.sum > 0)) continue;
+    // Logits beyond f32 have made the sum NaN, and so they make the result.
+    lse[r] = state.sum == 0 ? -INFINITY : state.maximum + std::log(state.sum);
+    if (state.sum == 0) continue;
     float* row = out + static_cast<size_t>(r) * static_cast<size_t>(dim_v);
     for (int d = 0; d < dim_v; d++) row[d] /= state.sum;
   }
@@ -78,6 +79,14 @@ void Attend(const PageSegment& segment, const QueryRows& rows, float* out, float
 
 void Rotate(CacheType type, bool inverse, float* x, int stored_dim) {
   inverse ? RotateInverse(type, x, stored_dim) : RotateForward(type, x, stored_dim);
+}
+
+void Widen(TensorView from, size_t first, size_t count, float* to) {
+  for (size_t i = 0; i < count; i++) to[i] = from.At(first + i);
+}
+
+void Narrow(const float* from, size_t count, MutableTensorView to, size_t first) {
+  for (size_t i = 0; i < count; i++) StoreElement(from[i], to, first + i);
 }
 
 void StoreRows(CacheType type, const HalfLayout& layout, TensorView rows, size_t first_element, size_t stride,
@@ -106,6 +115,8 @@ const PageKernels& PlainKernels() {
                                     .attend = Attend,
                                     .attend_many = Attend,
                                     .rotate = Rotate,
+                                    .widen = Widen,
+                                    .narrow = Narrow,
                                     .store_rows = StoreRows,
                                     .encode = EncodeHalf,
                                     .decode = DecodeHalf};

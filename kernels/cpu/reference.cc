@@ -4,6 +4,9 @@
 #include <cmath>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
+#include "kernels/base/finite.h"
+#include "kernels/base/status.h"
 #include "kernels/format/page_codec.h"
 
 namespace kvtide {
@@ -37,8 +40,9 @@ Tokens DecodeRuns(const AttendItem& item, int layer, int kv_head) {
   return all;
 }
 
-void AttendRow(const AttendArgs& args, const Tokens& tokens, const float* q, int dk, int dv, int64_t position,
-               const float* sink, float* out, float* lse) {
+// Internal where a backend's f32 logits cannot stand for the row's.
+absl::Status AttendRow(const AttendArgs& args, const Tokens& tokens, const float* q, int dk, int dv,
+                       int64_t position, const float* sink, float* out, float* lse) {
   std::vector<double> logits(tokens.positions.size(), -INFINITY);
   double maximum = sink == nullptr ? -INFINITY : static_cast<double>(*sink);
   for (size_t t = 0; t < logits.size(); t++) {
@@ -54,7 +58,9 @@ void AttendRow(const AttendArgs& args, const Tokens& tokens, const float* q, int
   }
   std::fill_n(out, dv, 0.0f);
   *lse = -INFINITY;
-  if (maximum == -INFINITY) return;
+  if (maximum == -INFINITY) return absl::OkStatus();
+  if (std::fabs(maximum) > static_cast<double>(kMaxF32))
+    return absl::InternalError(absl::StrCat("a logit of ", maximum, " does not fit f32"));
   double sum = sink == nullptr ? 0.0 : std::exp(static_cast<double>(*sink) - maximum);
   std::vector<double> total(static_cast<size_t>(dv), 0.0);
   for (size_t t = 0; t < logits.size(); t++) {
@@ -65,6 +71,7 @@ void AttendRow(const AttendArgs& args, const Tokens& tokens, const float* q, int
   }
   for (size_t d = 0; d < total.size(); d++) out[d] = static_cast<float>(total[d] / sum);
   *lse = static_cast<float>(maximum + std::log(sum));
+  return absl::OkStatus();
 }
 
 }  // namespace
@@ -80,10 +87,14 @@ absl::Status ReferenceAttend(const AttendArgs& args) {
         for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
           const size_t row =
               static_cast<size_t>(query) * static_cast<size_t>(args.heads) + static_cast<size_t>(head);
-          AttendRow(args, tokens, item.q + row * static_cast<size_t>(shape.head_dim_k), shape.head_dim_k,
-                    shape.head_dim_v, item.first_query_position + query,
-                    args.sinks == nullptr ? nullptr : args.sinks + head,
-                    item.out + row * static_cast<size_t>(shape.head_dim_v), item.lse + row);
+          const absl::Status status =
+              AttendRow(args, tokens, item.q + row * static_cast<size_t>(shape.head_dim_k), shape.head_dim_k,
+                        shape.head_dim_v, item.first_query_position + query,
+                        args.sinks == nullptr ? nullptr : args.sinks + head,
+                        item.out + row * static_cast<size_t>(shape.head_dim_v), item.lse + row);
+          if (!status.ok())
+            return Annotate(
+                status, absl::StrCat("item ", &item - args.items.data(), ", query ", query, ", head ", head));
         }
     }
   }

@@ -85,10 +85,11 @@ HWY_INLINE void DecodeRowHalf(const uint8_t* half, bool bf16, int dim, int token
   }
 }
 
-// Writes a finished row: normalised, dims in natural order.
+// Writes a finished row: normalised, dims in natural order. Logits beyond f32 have made the sum NaN, and so
+// they make lse.
 HWY_INLINE void FinishRow(const float* sums, const RowState& state, bool permuted, int dim, float* out,
                           float* lse) {
-  const bool seen = state.sum > 0;
+  const bool seen = state.sum != 0;
   const float inverse = seen ? 1.0f / state.sum : 0.0f;
   if (permuted) {
     for (int p = 0; p < dim; p++) out[DimAtPosition(p)] = sums[p] * inverse;

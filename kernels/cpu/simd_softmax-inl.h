@@ -27,11 +27,12 @@ HWY_INLINE VecI32 NearestSmallInt(VecF32 x) {
 #endif
 }
 
-// 2^x for x <= 127; 0 for x <= -127. Relative error 2.4e-6 of the polynomial.
+// 2^x for x <= 127; 0 for x <= -127; NaN for NaN (Max and Min of x86 give their second operand then, so x is
+// the second one). Relative error 2.4e-6 of the polynomial.
 HWY_INLINE VecF32 Exp2(VecF32 x) {
   const TagF32 f32;
   const TagI32 i32;
-  x = hn::Max(x, hn::Set(f32, -127.0f));
+  x = hn::Max(hn::Set(f32, -127.0f), x);
   const VecI32 whole = NearestSmallInt(x);
   const VecF32 part = hn::Sub(x, hn::ConvertTo(f32, whole));
   VecF32 p = hn::Set(f32, 1.3333558e-3f);
@@ -47,13 +48,20 @@ HWY_INLINE VecF32 Exp2(VecF32 x) {
 // The same for one number: no call into the library, which would empty the vector registers.
 HWY_INLINE float Exp2(float x) { return hn::GetLane(Exp2(hn::Set(TagF32(), x))); }
 
+// By exponentials, whose error is absolute, for large x, and by its series for small ones: a large soft-cap
+// multiplies it again. Relative error 1e-5.
 HWY_INLINE VecF32 Tanh(VecF32 x) {
   const TagF32 f32;
   const VecF32 bound = hn::Set(f32, 20.0f);
-  x = hn::Min(hn::Max(x, hn::Neg(bound)), bound);
+  x = hn::Min(bound, hn::Max(hn::Neg(bound), x));
   const VecF32 e = Exp2(hn::Mul(x, hn::Set(f32, 2 * kLog2E)));
   const VecF32 one = hn::Set(f32, 1.0f);
-  return hn::Div(hn::Sub(e, one), hn::Add(e, one));
+  const VecF32 large = hn::Div(hn::Sub(e, one), hn::Add(e, one));
+  const VecF32 square = hn::Mul(x, x);
+  VecF32 series = hn::MulAdd(square, hn::Set(f32, -17.0f / 315), hn::Set(f32, 2.0f / 15));
+  series = hn::MulAdd(series, square, hn::Set(f32, -1.0f / 3));
+  series = hn::MulAdd(hn::Mul(series, square), x, x);
+  return hn::IfThenElse(hn::Lt(hn::Abs(x), hn::Set(f32, 0.25f)), series, large);
 }
 
 // How the dots of a row become logits: (dot * factor + bias), soft-capped.
@@ -164,12 +172,17 @@ HWY_INLINE void SoftmaxPage(float* HWY_RESTRICT dots, const LogitScale* scale, c
 HWY_INLINE PageFactors SoftmaxPage(float* HWY_RESTRICT dots, const LogitScale& scale, int first, int last,
                                    RowState& state) {
   const TagF32 f32;
-  const float page_maximum = hn::GetLane(hn::MaxOfLanes(f32, PageLogits(dots, scale, first, last)));
-  if (page_maximum == -INFINITY) {
+  if (first >= last) {
     for (int i = 0; i < kPageVectors; i++) hn::Store(hn::Zero(f32), f32, dots + i * kLanes);
     return {};
   }
-  const float sum = hn::GetLane(hn::SumOfLanes(f32, PageWeights(dots, page_maximum)));
+  const float page_maximum = hn::GetLane(hn::MaxOfLanes(f32, PageLogits(dots, scale, first, last)));
+  const float sum =
+      hn::GetLane(hn::SumOfLanes(f32, PageWeights(dots, page_maximum == -INFINITY ? 0.0f : page_maximum)));
+  if (page_maximum == -INFINITY) {  // logits below f32: weights of 0, or NaN among them
+    state.sum += sum;
+    return {};
+  }
   PageFactors factors{1, 1};
   if (page_maximum > state.maximum) {
     factors.keep = Exp2(state.maximum - page_maximum);

@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <cmath>
 #include <deque>
+#include <memory>
 #include <random>
+#include <utility>
 
 #include "kernels/base/check.h"
 #include "kernels/cpu/reference.h"
@@ -59,6 +61,44 @@ std::vector<float> MakeQueries(const TestSequence& sequence, const AttendCase& c
 AttendResult AttendOn(Backend& backend, const TestSequence& sequence, std::vector<BlockRun> runs,
                       const AttendCase& c, const std::vector<float>& q) {
   return Run(sequence, runs, c, q, [&](const AttendArgs& args) { return backend.Attend(args); });
+}
+
+std::vector<float> Rounded(const std::vector<float>& values, DataType type) {
+  std::vector<float> rounded(values.size());
+  uint32_t bits = 0;
+  for (size_t i = 0; i < values.size(); i++) {
+    MutableTensorView{&bits, type}.Set(0, values[i]);
+    rounded[i] = TensorView{&bits, type}.At(0);
+  }
+  return rounded;
+}
+
+AttendResult AttendByPlan(Backend& backend, const TestSequence& sequence, const std::vector<BlockRun>& runs,
+                          const AttendCase& c, const std::vector<float>& q, DataType type,
+                          std::unique_ptr<AttendPlan>& plan) {
+  return Run(sequence, runs, c, q, [&](const AttendArgs& args) -> absl::Status {
+    const AttendItem& item = args.items[0];
+    const PlanItem planned{item.runs, item.queries, item.first_query_position};
+    absl::StatusOr<std::unique_ptr<AttendPlan>> made =
+        backend.PlanAttend({args.heads, args.causal, args.window, {&planned, 1}}, std::move(plan));
+    if (!made.ok()) return made.status();
+    plan = *std::move(made);
+    const size_t rows = static_cast<size_t>(item.queries) * static_cast<size_t>(args.heads);
+    const size_t width = static_cast<size_t>(sequence.shape().head_dim_v);
+    std::vector<float> typed_q(q.size()), typed_out(rows * width, NAN);
+    for (size_t i = 0; i < q.size(); i++) MutableTensorView{typed_q.data(), type}.Set(i, q[i]);
+    for (size_t i = 0; i < typed_out.size(); i++) MutableTensorView{typed_out.data(), type}.Set(i, NAN);
+    const LayerItem tensors{{typed_q.data(), type}, {typed_out.data(), type}, item.lse};
+    AttendLayerArgs layer;
+    layer.layer = args.layer;
+    layer.scale = args.scale;
+    layer.softcap = args.softcap;
+    layer.sinks = args.sinks;
+    layer.items = {&tensors, 1};
+    absl::Status status = backend.AttendLayer(*plan, layer);
+    for (size_t i = 0; i < rows * width; i++) item.out[i] = TensorView{typed_out.data(), type}.At(i);
+    return status;
+  });
 }
 
 AttendResult AttendByReference(const TestSequence& sequence, const AttendCase& c,
@@ -141,6 +181,12 @@ void ExpectClose(const AttendResult& got, const AttendResult& wanted, int dim, d
   }
 }
 
+void ExpectRounded(const AttendResult& got, const AttendResult& f32, int dim, DataType type) {
+  AttendResult rounded = f32;
+  rounded.out = Rounded(f32.out, type);
+  ExpectClose(got, rounded, dim, type == DataType::kBf16 ? 5e-3 : 1e-3);
+}
+
 void CheckAttend(Backend& backend, const TestSequence& sequence, const AttendCase& c) {
   const std::vector<float> q = MakeQueries(sequence, c);
   const double tolerance = c.queries * c.group > kFewRows ? 3e-3 : 1e-3;
@@ -149,6 +195,15 @@ void CheckAttend(Backend& backend, const TestSequence& sequence, const AttendCas
   AttendResult wanted = AttendByReference(sequence, c, q);
   if (LargestDistance(got, wanted, dim) > tolerance) wanted = AttendByReferenceOverF16(sequence, c, q);
   ExpectClose(got, wanted, dim, tolerance);
+
+  SCOPED_TRACE("by a plan");
+  std::unique_ptr<AttendPlan> plan;
+  const std::vector<BlockRun> runs = sequence.device_runs();
+  ExpectClose(AttendByPlan(backend, sequence, runs, c, q, DataType::kF32, plan), wanted, dim, tolerance);
+  const DataType type = c.queries % 2 == 0 ? DataType::kF16 : DataType::kBf16;
+  SCOPED_TRACE(DataTypeName(type));
+  ExpectRounded(AttendByPlan(backend, sequence, runs, c, q, type, plan),
+                AttendOn(backend, sequence, runs, c, Rounded(q, type)), dim, type);
 }
 
 }  // namespace kvtide::testing

@@ -1,6 +1,7 @@
 // Runs one attention on a backend and in the float64 reference, over the same bytes, and compares them.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "kernels/backend.h"
@@ -32,6 +33,13 @@ std::vector<float> MakeQueries(const TestSequence& sequence, const AttendCase& c
 // Attention by the backend over its copy of the given runs.
 AttendResult AttendOn(Backend& backend, const TestSequence& sequence, std::vector<BlockRun> runs,
                       const AttendCase& c, const std::vector<float>& q);
+// The same by a plan, which the call makes of `plan` (null at first) and leaves there, and one layer on it,
+// with q and out in a type; results are widened again.
+AttendResult AttendByPlan(Backend& backend, const TestSequence& sequence, const std::vector<BlockRun>& runs,
+                          const AttendCase& c, const std::vector<float>& q, DataType type,
+                          std::unique_ptr<AttendPlan>& plan);
+// Values rounded to a type.
+std::vector<float> Rounded(const std::vector<float>& values, DataType type);
 AttendResult AttendByReference(const TestSequence& sequence, const AttendCase& c,
                                const std::vector<float>& q);
 // The same over f16 copies of the blocks: what a backend attends over that has no kernel for the pair. The
@@ -44,8 +52,11 @@ double LargestDistance(const AttendResult& got, const AttendResult& wanted, int 
 // Adds a failure if an output row differs by more than `tolerance` (relative L2) or an lse by more than 2e-3
 // (twice the tolerance, if that is more) plus 2e-5 of its size: 16-bit queries bound it.
 void ExpectClose(const AttendResult& got, const AttendResult& wanted, int dim, double tolerance);
-// AttendOn against AttendByReference, or else AttendByReferenceOverF16. The tolerance is 1e-3, and 3e-3 above
-// kFewRows rows of a KV head: backends may compute those with f16 queries, keys and weights.
+// Adds a failure if results in a type are not those of f32 (of the same rounded queries), rounded.
+void ExpectRounded(const AttendResult& got, const AttendResult& f32, int dim, DataType type);
+// AttendOn and AttendByPlan against AttendByReference, or else AttendByReferenceOverF16. The tolerance is
+// 1e-3, and 3e-3 above kFewRows rows of a KV head: backends may compute those with f16 queries, keys and
+// weights. Results in f16 and bf16 are compared with those of f32.
 constexpr int kFewRows = 64;
 void CheckAttend(Backend& backend, const TestSequence& sequence, const AttendCase& c);
 

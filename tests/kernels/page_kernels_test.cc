@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
 #include <random>
 #include <string>
@@ -60,6 +61,47 @@ TEST(PageKernels, EveryLevelDecodesToTheFloatsOfTheDefinition) {
         }
       }
     }
+  }
+}
+
+// All patterns of 16 bits, at any length and place.
+TEST(PageKernels, EveryLevelWidensAndNarrowsAsTheDefinition) {
+  std::vector<uint16_t> patterns(65536);
+  for (size_t i = 0; i < patterns.size(); i++) patterns[i] = static_cast<uint16_t>(i);
+  std::mt19937 random(7);
+  std::vector<float> values(70000);
+  for (float& x : values) x = FloatFromBits(static_cast<uint32_t>(random()));
+  for (size_t i = 0; i < 20000; i++)  // around f16's range and its halves
+    values[i] =
+        FloatFromBits(static_cast<uint32_t>(0x33000000u + random() % 0x15000000u) | (random() % 2) << 31);
+  for (SimdLevel level : SupportedSimdLevels()) {
+    const PageKernels& kernels = *FindPageKernels(level);
+    SCOPED_TRACE(kernels.name);
+    for (const DataType type : {DataType::kF16, DataType::kBf16}) {
+      std::vector<float> wide(65536);
+      for (size_t at = 0; at < 65536;) {
+        const size_t count = std::min<size_t>(1 + random() % 500, 65536 - at);
+        kernels.widen({patterns.data(), type}, at, count, wide.data() + at);
+        at += count;
+      }
+      for (size_t i = 0; i < 65536; i++)
+        ASSERT_EQ(FloatBits(wide[i]), FloatBits((TensorView{patterns.data(), type}.At(i)))) << i;
+      std::vector<uint16_t> got(values.size()), wanted(values.size());
+      for (size_t at = 0; at < values.size();) {
+        const size_t count = std::min<size_t>(1 + random() % 500, values.size() - at);
+        kernels.narrow(values.data() + at, count, {got.data(), type}, at);
+        at += count;
+      }
+      for (size_t i = 0; i < values.size(); i++) {
+        StoreElement(values[i], {wanted.data(), type}, i);
+        ASSERT_EQ(got[i], wanted[i]) << values[i];
+      }
+    }
+    std::vector<float> same(100);
+    kernels.widen({values.data(), DataType::kF32}, 3, 97, same.data());
+    std::vector<float> back(100);
+    kernels.narrow(same.data(), 97, {back.data(), DataType::kF32}, 3);
+    EXPECT_EQ(std::memcmp(back.data() + 3, values.data() + 3, 97 * sizeof(float)), 0);
   }
 }
 
