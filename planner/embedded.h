@@ -4,6 +4,7 @@
 namespace kvtide::planner {
 
 extern const char kModelsCsv[];
+extern const char kRefusedCsv[];
 extern const char kGpusCsv[];
 extern const char kWeightsCsv[];
 extern const char kQualityCsv[];

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/ascii.h"
+#include "absl/strings/numbers.h"
 
 namespace kvtide::planner {
 namespace {
@@ -14,11 +15,11 @@ bool IsDigit(char c) { return absl::ascii_isdigit(static_cast<unsigned char>(c))
 
 // "Llama3.1-8B" -> {"llama", "3.1", "8b"}: runs of letters and of digits; a letter behind digits belongs to
 // them.
-std::set<std::string> Words(const std::string& name) {
-  std::set<std::string> words;
+std::vector<std::string> Words(const std::string& name) {
+  std::vector<std::string> words;
   std::string word;
   const auto end_word = [&] {
-    if (!word.empty()) words.insert(std::exchange(word, {}));
+    if (!word.empty()) words.push_back(std::exchange(word, {}));
   };
   for (size_t i = 0; i < name.size(); ++i) {
     const char c = absl::ascii_tolower(static_cast<unsigned char>(name[i]));
@@ -51,15 +52,38 @@ size_t EditDistance(const std::string& a, const std::string& b) {
   return row.back();
 }
 
-// 0 for the same name, 1 for nothing in common; every shared word counts by its length.
+// The first word that tells a size ("27b", "0.6b"); 0 when none does.
+double SizeIn(const std::vector<std::string>& words) {
+  for (const std::string& word : words) {
+    double size = 0;
+    if (word.size() > 1 && word.back() == 'b' && absl::SimpleAtod(word.substr(0, word.size() - 1), &size))
+      return size;
+  }
+  return 0;
+}
+
+// 0 for the same name, 1 for nothing in common; every shared word counts by its length, and more when all
+// words before it are shared too, or the size is alike ("gemma-4-27b" is nearer to Gemma4-26B than to
+// Llama-27B).
 double Distance(const std::string& wanted, const std::string& name) {
+  constexpr double kSameBeginning = 0.12;  // per word after the first
+  constexpr double kLikeSize = 0.15, kAlike = 1.25;
   const std::string a = NormalName(wanted), b = NormalName(name);
   const double longest = static_cast<double>(std::max({a.size(), b.size(), size_t{1}}));
-  const std::set<std::string> theirs = Words(name);
-  size_t shared = 0;
-  for (const std::string& word : Words(wanted)) shared += theirs.count(word) > 0 ? word.size() : 0;
+  const std::vector<std::string> ours = Words(wanted), theirs = Words(name);
+  const std::set<std::string> set(theirs.begin(), theirs.end());
+  size_t shared = 0, beginning = 0;
+  for (const std::string& word : std::set<std::string>(ours.begin(), ours.end()))
+    shared += set.count(word) > 0 ? word.size() : 0;
+  while (beginning < std::min(ours.size(), theirs.size()) && ours[beginning] == theirs[beginning])
+    ++beginning;
   const double by_words = 1 - static_cast<double>(shared) / longest;
-  return std::min(by_words, static_cast<double>(EditDistance(a, b)) / longest);
+  const double near = std::min(by_words, static_cast<double>(EditDistance(a, b)) / longest);
+  const double size = SizeIn(ours), their_size = SizeIn(theirs);
+  const bool alike = size > 0 && their_size > size / kAlike && their_size < size * kAlike;
+  return a == b ? 0
+                : near - (alike ? kLikeSize : 0) -
+                      (beginning > 1 ? kSameBeginning * static_cast<double>(beginning - 1) : 0);
 }
 
 }  // namespace
@@ -67,7 +91,8 @@ double Distance(const std::string& wanted, const std::string& name) {
 std::string NormalName(const std::string& name) {
   std::string normal;
   for (const char c : name) {
-    if (c != '-' && c != '_' && c != ' ') normal += absl::ascii_tolower(static_cast<unsigned char>(c));
+    if (c != '-' && c != '_' && c != ' ' && c != ':')
+      normal += absl::ascii_tolower(static_cast<unsigned char>(c));
   }
   return normal;
 }

@@ -7,7 +7,7 @@
 
 namespace kvtide::planner {
 
-// Lower case without '-', '_' and spaces: names that are equal so are the same name.
+// Lower case without '-', '_', ':' and spaces: names that are equal so are the same name.
 std::string NormalName(const std::string& name);
 
 // At most `count` of `names`, nearest first, ties in their order.

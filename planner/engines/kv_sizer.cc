@@ -40,7 +40,8 @@ int64_t KvSizer::ReadBytes(int64_t context) const {
       continue;
     }
     const int64_t window = stored.group.window;
-    bytes += stored.token_bytes() * (window > 0 ? std::min(context, window) : context);
+    bytes += stored.token_bytes() *
+             (window > 0 ? std::min(context, window) : CeilDiv(context, stored.group.compress));
   }
   return bytes;
 }
@@ -50,7 +51,8 @@ int64_t KvSizer::LiveValues(int64_t context) const {
   for (const StoredGroup& stored : groups_) {
     const LayerGroup& group = stored.group;
     if (group.kind == LayerKind::kRecurrent) continue;
-    const int64_t tokens = group.window > 0 ? std::min<int64_t>(context, group.window) : context;
+    const int64_t tokens =
+        group.window > 0 ? std::min<int64_t>(context, group.window) : CeilDiv(context, group.compress);
     values += tokens * stored.layers * group.n_kv_heads * (group.head_dim_k + group.head_dim_v);
   }
   return values;
@@ -59,6 +61,13 @@ int64_t KvSizer::LiveValues(int64_t context) const {
 absl::StatusOr<std::unique_ptr<KvSizer>> MakeKvSizer(const EngineOptions& options, const ModelGeometry& model,
                                                      const std::vector<LayerGroup>& groups,
                                                      const TypePair& pair) {
+  const bool compressed = std::any_of(groups.begin(), groups.end(),
+                                      [](const LayerGroup& group) { return group.compress > 1; });
+  if (compressed && options.engine != Engine::kLlamaCpp) {
+    return absl::UnimplementedError(
+        absl::StrCat("kvtide does not know how ", EngineName(options.engine),
+                     " sizes a cache of compressed latents (DeepSeek V4); --engine llama.cpp is known"));
+  }
   switch (options.engine) {
     case Engine::kLlamaCpp:
       return MakeLlamaCppSizer(options, model, groups, pair);

@@ -201,7 +201,7 @@ class LlamaCppSizer : public KvSizer {
     const int64_t tokens = options_.unified
                                ? load.shared_prefix + load.sequences * (load.context - load.shared_prefix)
                                : load.context;
-    const int64_t cells = RoundUp(tokens, kCellPad);
+    const int64_t cells = RoundUp(CeilDiv(tokens, group.compress), kCellPad);
     if (group.window == 0 || options_.swa_full) return cells;
     const int64_t windows = int64_t{group.window} * (options_.unified ? load.sequences : 1);
     return RoundUp(std::min(cells, windows + options_.ubatch), kCellPad);

@@ -121,7 +121,7 @@ Support FindSupport(const EngineOptions& options, const TypePair& pair,
   worst.build = EngineName(options.engine);
   bool first = true;
   for (const LayerGroup& group : groups) {
-    if (group.kind == LayerKind::kRecurrent) continue;
+    if (group.kind == LayerKind::kRecurrent || group.index_keys) continue;
     Support support = FindSupport(options.engine, options.build, pair, group.head_dim_k, group.head_dim_v);
     if (first || support.level > worst.level) worst = support;
     first = false;

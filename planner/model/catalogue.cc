@@ -3,24 +3,28 @@
 #include <algorithm>
 
 #include "absl/strings/ascii.h"
-#include "absl/strings/numbers.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
 #include "planner/csv.h"
 #include "planner/embedded.h"
+#include "planner/model/model_name.h"
 #include "planner/near_names.h"
 #include "planner/units.h"
 
 namespace kvtide::planner {
 namespace {
 
-// "5s1F" -> "sssssF".
-std::string ExpandKinds(const std::string& unit) {
+// One letter per layer: "5s1F" is a unit that repeats, "=2r1F" the whole list.
+absl::StatusOr<std::string> ExpandKinds(const CsvRow& csv, const char* column, int64_t layers) {
+  const std::string& text = csv.Text(column);
+  const bool whole = !text.empty() && text[0] == '=';
   std::string kinds;
-  int count = 0;
-  for (char c : unit) {
+  int64_t count = 0;
+  for (char c : text.substr(whole ? 1 : 0)) {
     if (absl::ascii_isdigit(static_cast<unsigned char>(c))) {
       count = count * 10 + (c - '0');
     } else {
@@ -28,30 +32,55 @@ std::string ExpandKinds(const std::string& unit) {
       count = 0;
     }
   }
+  if (kinds.empty() || (whole && static_cast<int64_t>(kinds.size()) != layers)) {
+    return absl::InvalidArgumentError(absl::StrCat(csv.place(), ": ", column, " '", text, "' gives ",
+                                                   kinds.size(), " of ", layers, " layers"));
+  }
+  const size_t unit = kinds.size();
+  for (int64_t i = static_cast<int64_t>(unit); i < layers; ++i) kinds += kinds[static_cast<size_t>(i) % unit];
+  kinds.resize(static_cast<size_t>(layers));
   return kinds;
 }
 
 struct ModelRow {
-  int64_t layers, n_kv_full, n_kv_swa, head_dim_full, head_dim_swa, window, shared, latent, rope, recurrent;
+  int64_t layers, n_kv_full, n_kv_swa, head_dim_full, head_dim_swa, head_dim_v, window, shared, latent, rope,
+      index, recurrent, convolution;
 };
 
-LayerGeometry MakeLayer(char kind, const ModelRow& row, int64_t state_bytes) {
+LayerGeometry MakeLayer(char kind, const ModelRow& row, int64_t recurrent_layers) {
   LayerGeometry layer;
+  const auto heads = [&](LayerKind layer_kind, int64_t n, int64_t dim) {
+    const int64_t value = row.head_dim_v > 0 ? row.head_dim_v : dim;
+    return LayerGeometry{layer_kind, static_cast<int>(n), static_cast<int>(dim), static_cast<int>(value)};
+  };
   switch (kind) {
     case 's':
-      layer = {LayerKind::kSliding, static_cast<int>(row.n_kv_swa), static_cast<int>(row.head_dim_swa),
-               static_cast<int>(row.head_dim_swa), static_cast<int>(row.window)};
+    case 'c':
+      layer = heads(kind == 's' ? LayerKind::kSliding : LayerKind::kChunked, row.n_kv_swa, row.head_dim_swa);
+      layer.window = static_cast<int>(row.window);
       break;
     case 'm':
       layer = {LayerKind::kMla, 1, static_cast<int>(row.latent + row.rope), 0};
       break;
+    case 'w':
+    case 'x':
+    case 'y':
+      layer = CompressedLatent(static_cast<int>(row.latent + row.rope), static_cast<int>(row.window),
+                               kind == 'w'   ? 1
+                               : kind == 'x' ? 4
+                                             : 128,
+                               static_cast<int>(row.index));
+      break;
     case 'r':
       layer.kind = LayerKind::kRecurrent;
-      layer.state_bytes = state_bytes;
+      layer.state_bytes = row.recurrent / recurrent_layers;
+      layer.conv_bytes = row.convolution / recurrent_layers;
+      break;
+    case '-':
+      layer.kind = LayerKind::kNone;
       break;
     default:
-      layer = {LayerKind::kFull, static_cast<int>(row.n_kv_full), static_cast<int>(row.head_dim_full),
-               static_cast<int>(row.head_dim_full)};
+      layer = heads(LayerKind::kFull, row.n_kv_full, row.head_dim_full);
   }
   return layer;
 }
@@ -82,53 +111,107 @@ absl::StatusOr<ModelGeometry> ReadModel(const CsvRow& csv) {
   KVTIDE_ASSIGN_OR_RETURN(row.shared, csv.Integer("kv_shared_layers"));
   KVTIDE_ASSIGN_OR_RETURN(row.latent, csv.Integer("mla_latent"));
   KVTIDE_ASSIGN_OR_RETURN(row.rope, csv.Integer("mla_rope"));
+  KVTIDE_ASSIGN_OR_RETURN(row.head_dim_v, csv.Integer("head_dim_v"));
+  KVTIDE_ASSIGN_OR_RETURN(row.index, csv.Integer("index_dim"));
   KVTIDE_ASSIGN_OR_RETURN(row.recurrent, csv.Integer("recurrent_bytes_per_seq"));
+  KVTIDE_ASSIGN_OR_RETURN(row.convolution, csv.Integer("conv_bytes_per_seq"));
   ModelGeometry model;
   model.name = csv.Text("name");
   model.source = csv.Text("source");
   model.confidence = csv.Text("confidence");
-  int64_t heads = 0, experts = 0, used = 0;
+  int64_t heads = 0, experts = 0, used = 0, mtp = 0;
   KVTIDE_ASSIGN_OR_RETURN(model.max_context, csv.Integer("max_context"));
   KVTIDE_ASSIGN_OR_RETURN(model.n_embd, csv.Integer("n_embd"));
   KVTIDE_ASSIGN_OR_RETURN(model.n_vocab, csv.Integer("n_vocab"));
   KVTIDE_ASSIGN_OR_RETURN(heads, csv.Integer("n_query_heads"));
   KVTIDE_ASSIGN_OR_RETURN(model.params_total, csv.Integer("params_total"));
   KVTIDE_ASSIGN_OR_RETURN(model.params_active, csv.Integer("params_active"));
+  KVTIDE_ASSIGN_OR_RETURN(model.params_experts, csv.Integer("params_experts"));
+  KVTIDE_ASSIGN_OR_RETURN(model.params_embedding, csv.Integer("params_embedding"));
+  KVTIDE_ASSIGN_OR_RETURN(mtp, csv.Integer("mtp_layers"));
   KVTIDE_ASSIGN_OR_RETURN(experts, csv.Integer("n_experts"));
   KVTIDE_ASSIGN_OR_RETURN(used, csv.Integer("n_experts_used"));
   model.n_query_heads = static_cast<int>(heads);
   model.n_experts = static_cast<int>(experts);
   model.n_experts_used = static_cast<int>(used);
+  model.mtp_layers = static_cast<int>(mtp);
 
-  const std::string kinds = ExpandKinds(csv.Text("layer_kinds"));
-  if (kinds.empty()) return absl::InvalidArgumentError(absl::StrCat(csv.place(), ": layer_kinds is empty"));
-  int64_t recurrent_layers = 0;
-  for (int64_t i = 0; i < row.layers; ++i)
-    recurrent_layers += kinds[static_cast<size_t>(i) % kinds.size()] == 'r';
-  const int64_t state = recurrent_layers > 0 ? row.recurrent / recurrent_layers : 0;
-  for (int64_t i = 0; i < row.layers; ++i) {
-    model.layers.push_back(MakeLayer(kinds[static_cast<size_t>(i) % kinds.size()], row, state));
+  if (row.layers < 1 || row.layers > 4096)
+    return absl::InvalidArgumentError(absl::StrCat(csv.place(), ": layers is ", row.layers));
+  KVTIDE_ASSIGN_OR_RETURN(const std::string kinds, ExpandKinds(csv, "layer_kinds", row.layers));
+  std::string index(kinds.size(), '-');
+  if (!csv.Text("index_layers").empty()) {
+    KVTIDE_ASSIGN_OR_RETURN(index, ExpandKinds(csv, "index_layers", row.layers));
+  }
+  const int64_t recurrent = std::count(kinds.begin(), kinds.end(), 'r');
+  for (size_t i = 0; i < kinds.size(); ++i) {
+    model.layers.push_back(MakeLayer(kinds[i], row, recurrent));
+    if (index[i] == 'i') model.layers.back().index_dim = static_cast<int>(row.index);
   }
   ShareTail(model, row.shared);
   if (model.confidence.substr(0, 4) != "high") {
-    model.assumptions.push_back(
-        absl::StrCat("catalogue geometry of ", model.name, " is of confidence ", model.confidence));
+    model.assumptions.push_back(absl::StrCat("catalogue geometry of ", model.name, " is of confidence ",
+                                             model.confidence, " (", model.source, ")"));
   }
   KVTIDE_RETURN_IF_ERROR(Annotate(ValidateGeometry(model), csv.place()));
   return model;
 }
 
-std::vector<ModelGeometry> ReadModels() {
+struct NamedModel {
+  ModelGeometry model;
+  std::vector<std::string> names;  // in NormalName's form; the first is the catalogue's
+};
+
+std::vector<NamedModel> ReadModels() {
   absl::StatusOr<std::vector<CsvRow>> rows =
-      ParseCsv(kModelsCsv, "models.csv", {"name", "layers", "layer_kinds"});
+      ParseCsv(kModelsCsv, "models.csv", {"name", "aliases", "layers", "layer_kinds"});
   KVTIDE_CHECK(rows.ok(), std::string(rows.status().message()));
-  std::vector<ModelGeometry> models;
+  std::vector<NamedModel> models;
   for (const CsvRow& row : *rows) {
     absl::StatusOr<ModelGeometry> model = ReadModel(row);
     KVTIDE_CHECK(model.ok(), std::string(model.status().message()));
-    models.push_back(*std::move(model));
+    NamedModel named;
+    named.names.push_back(NormalName(model->name));
+    for (const std::string& alias : std::vector<std::string>(absl::StrSplit(row.Text("aliases"), ';')))
+      if (!alias.empty()) named.names.push_back(NormalName(alias));
+    named.model = *std::move(model);
+    models.push_back(std::move(named));
   }
   return models;
+}
+
+const std::vector<NamedModel>& NamedModels() {
+  static const std::vector<NamedModel> models = ReadModels();
+  return models;
+}
+
+// Why a model that has a name is not in the catalogue; empty for names that nobody gave.
+std::string WhyRefused(const std::vector<std::string>& candidates) {
+  static const absl::StatusOr<std::vector<CsvRow>> rows =
+      ParseCsv(kRefusedCsv, "refused.csv", {"name", "reason"});
+  KVTIDE_CHECK(rows.ok(), std::string(rows.status().message()));
+  for (const std::string& candidate : candidates) {
+    for (const CsvRow& row : *rows) {
+      if (NormalName(row.Text("name")) == NormalName(candidate))
+        return absl::StrCat(row.Text("name"), " cannot be planned: ", row.Text("reason"));
+    }
+  }
+  return "";
+}
+
+// Models whose names begin with `prefix`, small ones first.
+std::vector<const ModelGeometry*> Family(const std::string& prefix) {
+  std::vector<const ModelGeometry*> family;
+  for (const NamedModel& named : NamedModels()) {
+    if (absl::StartsWith(named.names[0], prefix)) family.push_back(&named.model);
+  }
+  std::stable_sort(family.begin(), family.end(), [](const ModelGeometry* a, const ModelGeometry* b) {
+    const auto size = [](const ModelGeometry* m) {
+      return m->params_total > 0 ? m->params_total : INT64_MAX;
+    };
+    return size(a) < size(b);
+  });
+  return family;
 }
 
 absl::StatusOr<DeviceBudget> ReadGpu(const CsvRow& csv) {
@@ -164,29 +247,20 @@ std::vector<DeviceBudget> ReadGpus() {
 
 template <class T>
 std::string NearestIn(const std::vector<T>& entries, const std::string& name) {
-  constexpr size_t kListed = 5;
+  constexpr size_t kListed = 6;
   std::vector<std::string> names;
   for (const T& entry : entries) names.push_back(entry.name);
   return absl::StrJoin(NearNames(name, names, kListed), ", ");
 }
 
-double BitsOfQuantisation(const std::string& name) {
-  static const std::pair<const char*, double> bits[] = {
-      {"q2_k", 2.96},   {"q3_k_m", 3.91}, {"q4_0", 4.5},   {"q4_1", 5.0},    {"q4_k_s", 4.58},
-      {"q4_k_m", 4.85}, {"iq4_xs", 4.25}, {"q5_0", 5.5},   {"q5_k_s", 5.54}, {"q5_k_m", 5.69},
-      {"q6_k", 6.56},   {"q8_0", 8.5},    {"mxfp4", 4.25}, {"nvfp4", 4.5},   {"awq", 4.25},
-      {"gptq", 4.25},   {"int8", 8.0},    {"fp8", 8.0},    {"bf16", 16.0},   {"f16", 16.0},
-      {"f32", 32.0}};
-  for (const auto& entry : bits) {
-    if (name == entry.first) return entry.second;
-  }
-  return 0;
-}
-
 }  // namespace
 
 const std::vector<ModelGeometry>& CatalogueModels() {
-  static const std::vector<ModelGeometry> models = ReadModels();
+  static const std::vector<ModelGeometry> models = [] {
+    std::vector<ModelGeometry> list;
+    for (const NamedModel& named : NamedModels()) list.push_back(named.model);
+    return list;
+  }();
   return models;
 }
 
@@ -196,13 +270,33 @@ const std::vector<DeviceBudget>& CatalogueGpus() {
 }
 
 absl::StatusOr<ModelGeometry> FindModel(const std::string& name) {
-  const std::string wanted = NormalName(name);
-  for (const ModelGeometry& model : CatalogueModels()) {
-    if (NormalName(model.name) == wanted) return model;
+  const std::vector<std::string> candidates = ReadModelName(name).candidates;
+  for (const std::string& candidate : candidates) {
+    const std::string wanted = NormalName(candidate);
+    for (const NamedModel& named : NamedModels()) {
+      const auto found = std::find(named.names.begin(), named.names.end(), wanted);
+      if (found == named.names.end()) continue;
+      ModelGeometry model = named.model;
+      if (found != named.names.begin())
+        model.assumptions.push_back(absl::StrCat("'", candidate, "' has the shape of ", model.name));
+      return model;
+    }
   }
-  return absl::NotFoundError(absl::StrCat(
-      "no model '", name,
-      "' in the catalogue, and no file of that name; nearest: ", NearestIn(CatalogueModels(), name)));
+  const std::string refused = WhyRefused(candidates);
+  const std::string near = NearestIn(CatalogueModels(), candidates.back());
+  if (!refused.empty())
+    return absl::UnimplementedError(
+        absl::StrCat(refused, "; give --model a config.json or GGUF file; nearest: ", near));
+  const std::vector<const ModelGeometry*> family = Family(NormalName(candidates.back()));
+  if (family.size() == 1) return *family[0];
+  if (!family.empty()) {
+    const std::string sizes = absl::StrJoin(family, ", ", [](std::string* out, const ModelGeometry* model) {
+      absl::StrAppend(out, model->name);
+    });
+    return absl::NotFoundError(absl::StrCat("'", name, "' is a family; which of it: ", sizes));
+  }
+  return absl::NotFoundError(
+      absl::StrCat("no model '", name, "' in the catalogue, and no file of that name; nearest: ", near));
 }
 
 absl::StatusOr<DeviceBudget> FindGpu(const std::string& name) {
@@ -214,36 +308,6 @@ absl::StatusOr<DeviceBudget> FindGpu(const std::string& name) {
   return absl::NotFoundError(absl::StrCat("no card '", name,
                                           "' in the catalogue; nearest: ", NearestIn(CatalogueGpus(), name),
                                           "; or give numbers: vram=16GiB,bandwidth=960GB/s"));
-}
-
-absl::StatusOr<Weights> EstimateWeights(const ModelGeometry& model, const std::string& quantisation) {
-  std::string wanted = absl::AsciiStrToLower(quantisation);
-  if (wanted == "fp16") wanted = "f16";
-  static const absl::StatusOr<std::vector<CsvRow>> rows =
-      ParseCsv(kWeightsCsv, "weights.csv", {"model", "quantisation", "size"});
-  KVTIDE_CHECK(rows.ok(), std::string(rows.status().message()));
-  for (const CsvRow& row : *rows) {
-    if (NormalName(row.Text("model")) != NormalName(model.name) || row.Text("quantisation") != wanted)
-      continue;
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t bytes, ParseBytes(row.Text("size")));
-    return Weights{bytes, Provenance::kCalibrated,
-                   absl::StrCat("published ", wanted, " file of ", model.name, ", ", row.Text("size"))};
-  }
-  const double bits = BitsOfQuantisation(wanted);
-  if (bits == 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("unknown weights '", quantisation,
-                     "': give a GGUF or safetensors path, a size (14.4GB), or a quantisation "
-                     "(q4_0, q4_k_m, q5_k_m, q6_k, q8_0, mxfp4, fp8, bf16, ...)"));
-  }
-  if (model.params_total <= 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("the number of parameters of ", model.name, " is unknown, so '", quantisation,
-                     "' gives no size; give --weights a size (14.4GB) or a path"));
-  }
-  const auto bytes = static_cast<int64_t>(static_cast<double>(model.params_total) * bits / 8);
-  return Weights{bytes, Provenance::kFormula,
-                 absl::StrCat(model.params_total, " parameters x ", bits, " bits")};
 }
 
 }  // namespace kvtide::planner

@@ -1,12 +1,14 @@
 #include "planner/model/config_json.h"
 
+#include <cstring>
 #include <nlohmann/json.hpp>
-#include <set>
 #include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status.h"
+#include "planner/model/config_fields.h"
+#include "planner/model/config_parameters.h"
 
 namespace kvtide::planner {
 namespace {
@@ -15,123 +17,7 @@ using Json = nlohmann::json;
 
 constexpr int64_t kMaxField = int64_t{1} << 40;
 constexpr int64_t kMaxLayers = 4096;
-
-// Fields that look as if they could change the cache and that are understood or known not to.
-const std::set<std::string>& KnownFields() {
-  static const std::set<std::string> fields = {"attention_bias",
-                                               "attention_chunk_size",
-                                               "attention_dropout",
-                                               "attention_k_eq_v",
-                                               "attention_multiplier",
-                                               "attention_out_bias",
-                                               "attention_scale",
-                                               "attn_implementation",
-                                               "_attn_implementation",
-                                               "_attn_implementation_autoset",
-                                               "attn_scale",
-                                               "attn_temperature_tuning",
-                                               "attn_logit_softcapping",
-                                               "attn_output_gate",
-                                               "attn_pdrop",
-                                               "attn_qkv_bias",
-                                               "attn_factor",
-                                               "cache_implementation",
-                                               "conv_kernel",
-                                               "decoder_sparse_step",
-                                               "first_k_dense_replace",
-                                               "floor_scale",
-                                               "full_attention_interval",
-                                               "global_head_dim",
-                                               "head_dim",
-                                               "hidden_size_per_layer_input",
-                                               "hybrid_override_pattern",
-                                               "index_head_dim",
-                                               "index_n_heads",
-                                               "index_topk",
-                                               "interleave_moe_layer_step",
-                                               "kv_lora_rank",
-                                               "layer_norm_eps",
-                                               "layer_norm_epsilon",
-                                               "layer_types",
-                                               "layers_block_type",
-                                               "linear_conv_kernel_dim",
-                                               "linear_key_head_dim",
-                                               "linear_num_key_heads",
-                                               "linear_num_value_heads",
-                                               "linear_value_head_dim",
-                                               "lm_head_bias",
-                                               "mamba_head_dim",
-                                               "mamba_hidden_act",
-                                               "mamba_num_heads",
-                                               "mamba_proj_bias",
-                                               "mamba_ssm_dtype",
-                                               "max_window_layers",
-                                               "mlp_layer_types",
-                                               "mlp_only_layers",
-                                               "moe_layer_freq",
-                                               "moe_layers",
-                                               "mtp_num_hidden_layers",
-                                               "n_head",
-                                               "n_kv_heads",
-                                               "n_layer",
-                                               "n_layers",
-                                               "nextn_layers",
-                                               "no_rope_layer_interval",
-                                               "no_rope_layers",
-                                               "num_attention_heads",
-                                               "num_global_key_value_heads",
-                                               "num_hidden_layers",
-                                               "num_key_value_heads",
-                                               "num_kv_shared_layers",
-                                               "num_mtp_layers",
-                                               "num_nextn_predict_layers",
-                                               "output_hidden_states",
-                                               "output_attentions",
-                                               "pre_attn_layernorm",
-                                               "q_lora_rank",
-                                               "qk_head_dim",
-                                               "qk_nope_head_dim",
-                                               "qk_rope_head_dim",
-                                               "query_pre_attn_scalar",
-                                               "residual_in_fp32",
-                                               "sliding_window",
-                                               "sliding_window_pattern",
-                                               "ssm_state_size",
-                                               "swiglu_limit",
-                                               "tie_word_embeddings",
-                                               "use_cache",
-                                               "use_bidirectional_attention",
-                                               "use_conv_bias",
-                                               "use_mamba_kernels",
-                                               "use_qk_norm",
-                                               "use_sliding_window",
-                                               "v_head_dim",
-                                               "vocab_size_per_layer_input",
-                                               "use_double_wide_mlp",
-                                               "layer_scale",
-                                               "rope_local_base_freq",
-                                               "add_cross_attention",
-                                               "cross_attention_hidden_size",
-                                               "is_decoder",
-                                               "is_encoder_decoder",
-                                               "kv_scale",
-                                               "qkv_bias",
-                                               "clip_qkv",
-                                               "num_heads",
-                                               "max_batch_size",
-                                               "mup_enabled",
-                                               "router_z_loss_coef"};
-  return fields;
-}
-
-bool LooksLikeCache(const std::string& field) {
-  for (const char* word :
-       {"window", "attention", "attn", "kv_", "_kv", "key_value", "head", "layer", "cache", "ssm", "mamba",
-        "linear_", "conv", "chunk", "lora", "share", "recurrent", "state"}) {
-    if (absl::StrContains(field, word)) return true;
-  }
-  return false;
-}
+constexpr int kMaxDimension = 65536;
 
 // Changes nothing in a model that has it as null, false, 0 or an empty list.
 bool IsOff(const Json& value) {
@@ -153,14 +39,17 @@ class ConfigReader {
     KVTIDE_RETURN_IF_ERROR(CheckUnknown());
     KVTIDE_RETURN_IF_ERROR(ReadBasics());
     KVTIDE_ASSIGN_OR_RETURN(const std::vector<std::string> kinds, LayerKinds());
+    KVTIDE_RETURN_IF_ERROR(ReadIndexer());
     for (int i = 0; i < layers_; ++i) {
-      absl::StatusOr<LayerGeometry> layer = MakeLayer(kinds[static_cast<size_t>(i)]);
+      absl::StatusOr<LayerGeometry> layer = MakeLayer(kinds[static_cast<size_t>(i)], i);
       if (!layer.ok()) return Annotate(layer.status(), absl::StrCat("layer ", i));
       model_.layers.push_back(*layer);
     }
     KVTIDE_RETURN_IF_ERROR(ShareLayers(kinds));
     KVTIDE_RETURN_IF_ERROR(ReadExperts());
+    KVTIDE_RETURN_IF_ERROR(ReadExtraLayers());
     KVTIDE_RETURN_IF_ERROR(ValidateGeometry(model_));
+    CountParameters(config_, &model_);
     return model_;
   }
 
@@ -184,6 +73,32 @@ class ConfigReader {
     return value;
   }
 
+  // A number that has to be a sensible width or count of heads.
+  absl::StatusOr<int> Dimension(const char* field, int fallback) const {
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t value, Field(field, fallback));
+    if (value > kMaxDimension)
+      return absl::InvalidArgumentError(absl::StrCat("field '", field, "' is absurdly large"));
+    return static_cast<int>(value);
+  }
+
+  // A list of one number per layer.
+  absl::StatusOr<std::vector<int64_t>> PerLayer(const char* field) const {
+    const Json& list = config_[field];
+    std::vector<int64_t> values;
+    if (list.is_array() && list.size() >= static_cast<size_t>(layers_)) {
+      for (int i = 0; i < layers_; ++i) {
+        const Json& entry = list[static_cast<size_t>(i)];
+        if (entry.is_number_integer() && entry.get<double>() >= 0 && entry.get<double>() <= kMaxDimension)
+          values.push_back(entry.get<int64_t>());
+      }
+    }
+    if (values.size() != static_cast<size_t>(layers_)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("field '", field, "' is not a list of ", layers_, " numbers"));
+    }
+    return values;
+  }
+
   bool Flag(const char* field, bool fallback) const {
     return Has(field) && config_[field].is_boolean() ? config_[field].get<bool>() : fallback;
   }
@@ -192,7 +107,7 @@ class ConfigReader {
 
   absl::Status CheckUnknown() {
     for (const auto& [field, value] : config_.items()) {
-      if (!LooksLikeCache(field) || KnownFields().count(field) > 0 || IsOff(value)) continue;
+      if (!UnknownCacheField(field) || IsOff(value)) continue;
       if (!options_.ignore_unknown_fields) {
         return absl::InvalidArgumentError(
             absl::StrCat("unknown field '", field.substr(0, 128), "' = ", value.dump().substr(0, 64),
@@ -205,7 +120,12 @@ class ConfigReader {
   }
 
   absl::Status ReadBasics() {
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t layers, Required("num_hidden_layers"));
+    int64_t layers = 0;
+    if (!Has("num_hidden_layers") && Has("layers_block_type") && config_["layers_block_type"].is_array()) {
+      layers = static_cast<int64_t>(config_["layers_block_type"].size());
+    } else {
+      KVTIDE_ASSIGN_OR_RETURN(layers, Required("num_hidden_layers"));
+    }
     if (layers > kMaxLayers)
       return absl::InvalidArgumentError(absl::StrCat("field 'num_hidden_layers' is ", layers));
     layers_ = static_cast<int>(layers);
@@ -218,8 +138,12 @@ class ConfigReader {
       return absl::InvalidArgumentError("field 'num_attention_heads' is absurdly large");
     model_.n_query_heads = static_cast<int>(heads);
     kv_heads_ = static_cast<int>(kv_heads > 0 ? kv_heads : heads);
-    if (kv_heads == 0) Assume("num_key_value_heads is missing: as many as attention heads");
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t head_dim, Field("head_dim", 0));
+    if (kv_heads == 0 && !Has("block_configs"))
+      Assume("num_key_value_heads is missing: as many as attention heads");
+    KVTIDE_ASSIGN_OR_RETURN(int64_t head_dim, Field("head_dim", 0));
+    if (head_dim == 0) {  // Nemotron-H of 2025
+      KVTIDE_ASSIGN_OR_RETURN(head_dim, Field("attention_head_dim", 0));
+    }
     if (head_dim == 0 && model_.n_embd % heads != 0 && !Has("kv_lora_rank")) {
       return absl::InvalidArgumentError(absl::StrCat("field 'head_dim' is missing and hidden_size ",
                                                      model_.n_embd, " is not a multiple of ", heads,
@@ -229,29 +153,138 @@ class ConfigReader {
     head_dim_ = static_cast<int>(head_dim > 0 ? head_dim : model_.n_embd / heads);
     if (head_dim == 0 && !Has("kv_lora_rank"))
       Assume(absl::StrCat("head_dim is missing: hidden_size / heads = ", head_dim_));
+    KVTIDE_ASSIGN_OR_RETURN(value_dim_, Dimension("v_head_dim", head_dim_));
     KVTIDE_ASSIGN_OR_RETURN(window_, Field("sliding_window", 0));
     KVTIDE_ASSIGN_OR_RETURN(chunk_, Field("attention_chunk_size", 0));
     return absl::OkStatus();
   }
 
-  // One of: full, sliding, chunked, linear, mamba, mla, none.
+  // One of: full, sliding, chunked, linear, kda, lightning, mamba, conv, mla, compressed, none.
   absl::StatusOr<std::vector<std::string>> LayerKinds() {
-    if (Has("kv_lora_rank")) return std::vector<std::string>(static_cast<size_t>(layers_), "mla");
+    const std::string attention = Has("kv_lora_rank") ? "mla" : "full";
+    if (Has("compress_ratios")) return std::vector<std::string>(static_cast<size_t>(layers_), "compressed");
+    if (Has("block_configs")) return KindsFromBlocks();
+    if (Has("linear_attn_config")) return KindsFromLists(attention);
     for (const char* field : {"layer_types", "layers_block_type"}) {
-      if (Has(field)) return KindsFromList(field);
+      if (Has(field)) return KindsFromList(field, attention);
     }
     if (Has("hybrid_override_pattern")) return KindsFromPattern();
+    if (Has("hybrid_layer_pattern")) return KindsFromFlags("hybrid_layer_pattern", "full", "sliding");
+    if (Has("attn_type_list")) return KindsFromFlags("attn_type_list", "lightning", "full");
+    if (Has("full_attn_idxs")) return KindsFromIndices("full_attn_idxs", "conv", "full");
+    if (attention == "mla") {
+      if (Has("layer_group_size"))
+        return absl::InvalidArgumentError("field 'layer_group_size' with latent attention is not understood");
+      return std::vector<std::string>(static_cast<size_t>(layers_), "mla");
+    }
     return KindsFromRules();
   }
 
-  absl::StatusOr<std::vector<std::string>> KindsFromList(const char* field) {
+  // MiMo: 1 slides. MiniMax: 0 is lightning attention.
+  absl::StatusOr<std::vector<std::string>> KindsFromFlags(const char* field, const char* zero,
+                                                          const char* one) {
+    KVTIDE_ASSIGN_OR_RETURN(const std::vector<int64_t> flags, PerLayer(field));
+    std::vector<std::string> kinds;
+    for (const int64_t flag : flags) {
+      if (flag > 1)
+        return absl::InvalidArgumentError(absl::StrCat("field '", field, "' has unknown kind ", flag));
+      kinds.push_back(flag == 0 ? zero : one);
+    }
+    return kinds;
+  }
+
+  // LFM2: the layers of a list attend, the others are short convolutions.
+  absl::StatusOr<std::vector<std::string>> KindsFromIndices(const char* field, const char* most,
+                                                            const char* listed) {
+    std::vector<std::string> kinds(static_cast<size_t>(layers_), most);
+    KVTIDE_RETURN_IF_ERROR(MarkLayers(config_[field], field, 0, listed, &kinds));
+    return kinds;
+  }
+
+  // Kimi-Linear: two lists of layers, counted from 1.
+  absl::StatusOr<std::vector<std::string>> KindsFromLists(const std::string& attention) {
+    const Json& lists = config_["linear_attn_config"];
+    std::vector<std::string> kinds(static_cast<size_t>(layers_));
+    for (const auto& [field, kind] : {std::pair<const char*, std::string>{"kda_layers", "kda"},
+                                      std::pair<const char*, std::string>{"full_attn_layers", attention}}) {
+      if (!lists.is_object() || !lists.contains(field)) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("field 'linear_attn_config' has no list '", field, "'"));
+      }
+      KVTIDE_RETURN_IF_ERROR(MarkLayers(lists[field], field, 1, kind, &kinds));
+    }
+    for (int i = 0; i < layers_; ++i) {
+      if (kinds[static_cast<size_t>(i)].empty()) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("field 'linear_attn_config' does not say what layer ", i, " is"));
+      }
+    }
+    return kinds;
+  }
+
+  absl::Status MarkLayers(const Json& list, const char* field, int64_t first, const std::string& kind,
+                          std::vector<std::string>* kinds) const {
+    const auto bad = [&] {
+      return absl::InvalidArgumentError(absl::StrCat("field '", field, "' is not a list of layers from ",
+                                                     first, " to ", layers_ - 1 + first));
+    };
+    if (!list.is_array()) return bad();
+    for (const Json& entry : list) {
+      if (!entry.is_number_integer() || entry.get<double>() < static_cast<double>(first) ||
+          entry.get<double>() >= static_cast<double>(layers_ + first))
+        return bad();
+      (*kinds)[static_cast<size_t>(entry.get<int64_t>() - first)] = kind;
+    }
+    return absl::OkStatus();
+  }
+
+  // Nemotron-NAS: every block says whether it attends, and how many query heads share a KV head.
+  absl::StatusOr<std::vector<std::string>> KindsFromBlocks() {
+    const Json& blocks = config_["block_configs"];
+    if (!blocks.is_array() || blocks.size() != static_cast<size_t>(layers_))
+      return absl::InvalidArgumentError(
+          absl::StrCat("field 'block_configs' is not a list of ", layers_, " blocks"));
+    std::vector<std::string> kinds;
+    for (const Json& block : blocks) {
+      const std::string place = absl::StrCat("block ", kinds.size(), " of 'block_configs'");
+      if (!block.is_object() || !block.contains("attention") || !block["attention"].is_object())
+        return absl::InvalidArgumentError(absl::StrCat(place, " has no 'attention'"));
+      const Json& attention = block["attention"];
+      int group = 0;
+      bool none = false;
+      for (const auto& [field, value] : attention.items()) {
+        if (field == "n_heads_in_group" && value.is_number_integer() && value.get<double>() >= 1 &&
+            value.get<double>() <= kMaxDimension) {
+          group = value.get<int>();
+        } else if (field == "no_op" && value.is_boolean()) {
+          none = value.get<bool>();
+        } else if (field == "replace_with_linear" && value.is_boolean() && value.get<bool>()) {
+          none = true;
+        } else if (!IsOff(value)) {
+          return absl::InvalidArgumentError(
+              absl::StrCat(place, " has unknown '", field.substr(0, 64), "' = ", value.dump().substr(0, 64)));
+        }
+      }
+      if (!none && group == 0)
+        return absl::InvalidArgumentError(absl::StrCat(place, " has no 'n_heads_in_group'"));
+      kinds.push_back(none ? "none" : "full");
+      block_kv_heads_.push_back(none ? 0 : std::max(1, model_.n_query_heads / group));
+    }
+    return kinds;
+  }
+
+  absl::StatusOr<std::vector<std::string>> KindsFromList(const char* field, const std::string& attention) {
     static const std::pair<const char*, const char*> names[] = {{"full_attention", "full"},
                                                                 {"attention", "full"},
+                                                                {"deepseek_sparse_attention", "full"},
+                                                                {"conv", "conv"},
                                                                 {"sliding_attention", "sliding"},
                                                                 {"local_attention", "sliding"},
                                                                 {"chunked_attention", "chunked"},
                                                                 {"linear_attention", "linear"},
-                                                                {"mamba", "mamba"}};
+                                                                {"mamba", "mamba"},
+                                                                {"mlp", "none"},
+                                                                {"moe", "none"}};
     const Json& list = config_[field];
     if (!list.is_array() || list.size() < static_cast<size_t>(layers_)) {
       return absl::InvalidArgumentError(
@@ -268,7 +301,12 @@ class ConfigReader {
         return absl::InvalidArgumentError(absl::StrCat("field '", field, "' has unknown kind ",
                                                        entry.dump().substr(0, 64), " for layer ", i));
       }
-      kinds.push_back(kind);
+      if (attention == "mla" && kind == "linear" && Has("kda_head_dim")) kind = "kda";
+      if (attention == "mla" && kind != "full" && kind != "kda" && kind != "linear") {
+        return absl::InvalidArgumentError(
+            absl::StrCat("layer ", i, " is ", kind, " in a model of latent attention: not understood"));
+      }
+      kinds.push_back(kind == "full" ? attention : kind);
     }
     return kinds;
   }
@@ -313,11 +351,18 @@ class ConfigReader {
     }
     if (window_ == 0) return full;
     KVTIDE_ASSIGN_OR_RETURN(int64_t period, Field("sliding_window_pattern", 0));
+    if (period == 0) {  // Command R7B says it twice
+      KVTIDE_ASSIGN_OR_RETURN(period, Field("layer_switch", 0));
+    }
     if (period == 0) period = DefaultPeriod();
     if (period > 0) return Periodic(period, "sliding", "full");
     const bool qwen = absl::StartsWith(type_, "qwen");
     if (!Flag("use_sliding_window", !qwen)) {
       Assume(absl::StrCat("sliding_window ", window_, " is not used (use_sliding_window is false)"));
+      return full;
+    }
+    if (absl::StartsWith(type_, "phi") && model_.max_context > 0 && window_ > model_.max_context) {
+      Assume(absl::StrCat("sliding_window ", window_, " is not smaller than the context: full attention"));
       return full;
     }
     std::vector<std::string> kinds(static_cast<size_t>(layers_), "sliding");
@@ -339,15 +384,96 @@ class ConfigReader {
     return 0;
   }
 
-  absl::StatusOr<LayerGeometry> MakeLayer(const std::string& kind) {
+  // The width of the indexer's keys per layer, 0 where a layer has none or uses the selection of another.
+  absl::Status ReadIndexer() {
+    index_dims_.assign(static_cast<size_t>(layers_), 0);
+    if (Has("sparse_attention_config")) return ReadBlockSparse();
+    KVTIDE_ASSIGN_OR_RETURN(const int width, Dimension("index_head_dim", 0));
+    if (width == 0) return absl::OkStatus();
+    index_dims_.assign(static_cast<size_t>(layers_), width);
+    if (Has("compress_ratios")) return absl::OkStatus();
+    if (!Has("kv_lora_rank"))
+      return absl::InvalidArgumentError("field 'index_head_dim' without 'kv_lora_rank' is not understood");
+    if (!Has("indexer_types")) {
+      KVTIDE_ASSIGN_OR_RETURN(const int64_t every, Field("index_topk_freq", 1));
+      if (every > 1)
+        return absl::InvalidArgumentError(
+            "field 'index_topk_freq' is above 1 but 'indexer_types' does not say which layers have an "
+            "indexer");
+      return absl::OkStatus();
+    }
+    const Json& types = config_["indexer_types"];
+    if (!types.is_array() || types.size() < static_cast<size_t>(layers_))
+      return absl::InvalidArgumentError(
+          absl::StrCat("field 'indexer_types' is not a list of ", layers_, " names"));
+    for (int i = 0; i < layers_; ++i) {
+      const Json& type = types[static_cast<size_t>(i)];
+      if (type == "shared") index_dims_[static_cast<size_t>(i)] = 0;
+      if (type != "shared" && type != "full")
+        return absl::InvalidArgumentError(absl::StrCat("field 'indexer_types' has unknown kind ",
+                                                       type.dump().substr(0, 64), " for layer ", i));
+    }
+    return absl::OkStatus();
+  }
+
+  // MiniMax-M3: one index key per token in the layers that pick blocks.
+  absl::Status ReadBlockSparse() {
+    const Json& sparse = config_["sparse_attention_config"];
+    const auto has = [&](const char* field) { return sparse.is_object() && sparse.contains(field); };
+    if (has("use_sparse_attention") && sparse["use_sparse_attention"] == false) return absl::OkStatus();
+    if (!has("sparse_index_dim") || !has("sparse_attention_freq") ||
+        !sparse["sparse_index_dim"].is_number_integer() || sparse["sparse_index_dim"].get<double>() < 1 ||
+        sparse["sparse_index_dim"].get<double>() > kMaxDimension ||
+        !sparse["sparse_attention_freq"].is_array() ||
+        sparse["sparse_attention_freq"].size() != static_cast<size_t>(layers_)) {
+      return absl::InvalidArgumentError(
+          "field 'sparse_attention_config' needs 'sparse_index_dim' and one flag per layer in "
+          "'sparse_attention_freq'");
+    }
+    for (int i = 0; i < layers_; ++i) {
+      if (sparse["sparse_attention_freq"][static_cast<size_t>(i)] != 0)
+        index_dims_[static_cast<size_t>(i)] = sparse["sparse_index_dim"].get<int>();
+    }
+    return absl::OkStatus();
+  }
+
+  static LayerGeometry Recurrent(int64_t conv_elements, int64_t state_elements) {
     LayerGeometry layer;
-    layer.n_kv_heads = kv_heads_;
-    layer.head_dim_k = layer.head_dim_v = head_dim_;
+    layer.kind = LayerKind::kRecurrent;
+    layer.conv_bytes = 4 * conv_elements;
+    layer.state_bytes = 4 * (conv_elements + state_elements);
+    return layer;
+  }
+
+  absl::StatusOr<LayerGeometry> MakeLayer(const std::string& kind, int index) {
+    if (kind == "linear") return LinearState();
+    if (kind == "kda") return KdaState();
+    if (kind == "mamba") return MambaState();
+    if (kind == "conv") return ConvState();
+    // MiniMax-01: one matrix per head. Engines that run it keep it in 16 bits.
+    if (kind == "lightning") return Recurrent(0, int64_t{model_.n_query_heads} * head_dim_ * head_dim_ / 2);
+    if (kind == "compressed") return CompressedLayer(index);
+    LayerGeometry layer;
+    layer.n_kv_heads = block_kv_heads_.empty() ? kv_heads_ : block_kv_heads_[static_cast<size_t>(index)];
+    layer.head_dim_k = head_dim_;
+    layer.head_dim_v = value_dim_;
+    if (kind == "none") {
+      layer = LayerGeometry{};
+      layer.kind = LayerKind::kNone;
+      return layer;
+    }
+    layer.index_dim = index_dims_[static_cast<size_t>(index)];
     if (kind == "mla") {
       KVTIDE_ASSIGN_OR_RETURN(const int64_t latent, Required("kv_lora_rank"));
-      KVTIDE_ASSIGN_OR_RETURN(const int64_t rope, Required("qk_rope_head_dim"));
-      if (latent + rope > 65536) return absl::InvalidArgumentError("field 'kv_lora_rank' is absurdly large");
-      return LayerGeometry{LayerKind::kMla, 1, static_cast<int>(latent + rope), 0};
+      KVTIDE_ASSIGN_OR_RETURN(const int64_t rope, Field("qk_rope_head_dim", 0));
+      if (!Has("qk_rope_head_dim")) return absl::InvalidArgumentError("field 'qk_rope_head_dim' is missing");
+      if (latent + rope > kMaxDimension)
+        return absl::InvalidArgumentError("field 'kv_lora_rank' is absurdly large");
+      layer.kind = LayerKind::kMla;
+      layer.n_kv_heads = 1;
+      layer.head_dim_k = static_cast<int>(latent + rope);
+      layer.head_dim_v = 0;
+      return layer;
     }
     if (kind == "sliding" || kind == "chunked") {
       layer.kind = kind == "sliding" ? LayerKind::kSliding : LayerKind::kChunked;
@@ -358,56 +484,90 @@ class ConfigReader {
                          window, " but the layer is ", kind));
       }
       layer.window = static_cast<int>(window);
-      return layer;
-    }
-    if (kind == "linear" || kind == "mamba") {
-      layer = LayerGeometry{};
-      layer.kind = LayerKind::kRecurrent;
-      KVTIDE_ASSIGN_OR_RETURN(layer.state_bytes, kind == "linear" ? LinearState() : MambaState());
-      return layer;
-    }
-    if (kind == "none") {
-      layer = LayerGeometry{};
-      layer.kind = LayerKind::kNone;
+      // MiMo: sliding layers have heads of their own.
+      KVTIDE_ASSIGN_OR_RETURN(layer.n_kv_heads, Dimension("swa_num_key_value_heads", layer.n_kv_heads));
+      KVTIDE_ASSIGN_OR_RETURN(layer.head_dim_k, Dimension("swa_head_dim", layer.head_dim_k));
+      KVTIDE_ASSIGN_OR_RETURN(layer.head_dim_v, Dimension("swa_v_head_dim", layer.head_dim_v));
       return layer;
     }
     // Gemma 4: full layers have heads of their own.
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t global_dim, Field("global_head_dim", 0));
-    if (global_dim > 65536) return absl::InvalidArgumentError("field 'global_head_dim' is absurdly large");
-    if (global_dim > 0) layer.head_dim_k = layer.head_dim_v = static_cast<int>(global_dim);
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t global_heads, Field("num_global_key_value_heads", 0));
-    if (global_heads > 0 && Flag("attention_k_eq_v", false))
-      layer.n_kv_heads = static_cast<int>(std::min<int64_t>(global_heads, 65536));
+    KVTIDE_ASSIGN_OR_RETURN(const int global_dim, Dimension("global_head_dim", 0));
+    if (global_dim > 0) layer.head_dim_k = layer.head_dim_v = global_dim;
+    KVTIDE_ASSIGN_OR_RETURN(const int global_heads, Dimension("num_global_key_value_heads", 0));
+    if (global_heads > 0 && Flag("attention_k_eq_v", false)) layer.n_kv_heads = global_heads;
     return layer;
   }
 
-  // Gated delta net: convolution inputs and one matrix per value head, in f32.
-  absl::StatusOr<int64_t> LinearState() {
+  // DeepSeek V4.
+  absl::StatusOr<LayerGeometry> CompressedLayer(int index) {
+    KVTIDE_ASSIGN_OR_RETURN(const std::vector<int64_t> ratios, PerLayer("compress_ratios"));
+    if (window_ < 1 || window_ > INT32_MAX)
+      return absl::InvalidArgumentError("field 'sliding_window' is missing beside 'compress_ratios'");
+    const int64_t ratio = ratios[static_cast<size_t>(index)];
+    if (ratio != 0 && ratio != 4 && ratio != 128) {
+      return absl::InvalidArgumentError(absl::StrCat("field 'compress_ratios' has ", ratio, " for layer ",
+                                                     index, ", expected 0, 4 or 128"));
+    }
+    return CompressedLatent(head_dim_, static_cast<int>(window_),
+                            static_cast<int>(std::max<int64_t>(1, ratio)),
+                            index_dims_[static_cast<size_t>(index)]);
+  }
+
+  // Gated delta net: convolution inputs and one matrix per value head.
+  absl::StatusOr<LayerGeometry> LinearState() {
     KVTIDE_ASSIGN_OR_RETURN(const int64_t k_heads, Required("linear_num_key_heads"));
     KVTIDE_ASSIGN_OR_RETURN(const int64_t v_heads, Required("linear_num_value_heads"));
     KVTIDE_ASSIGN_OR_RETURN(const int64_t k_dim, Required("linear_key_head_dim"));
     KVTIDE_ASSIGN_OR_RETURN(const int64_t v_dim, Required("linear_value_head_dim"));
     KVTIDE_ASSIGN_OR_RETURN(const int64_t conv, Required("linear_conv_kernel_dim"));
-    return StateBytes(conv, v_heads * v_dim, k_heads * k_dim, k_dim, {k_heads, v_heads, k_dim, v_dim, conv});
+    KVTIDE_RETURN_IF_ERROR(CheckDimensions({k_heads, v_heads, k_dim, v_dim, conv}));
+    return Recurrent((conv - 1) * (v_heads * v_dim + 2 * k_heads * k_dim), k_dim * v_heads * v_dim);
   }
 
-  absl::StatusOr<int64_t> MambaState() {
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t heads, Required("mamba_num_heads"));
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t dim, Required("mamba_head_dim"));
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t state, Required("ssm_state_size"));
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t groups, Required("n_groups"));
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t conv, Required("conv_kernel"));
-    return StateBytes(conv, heads * dim, groups * state, state, {heads, dim, state, groups, conv});
+  // Kimi delta attention: convolution inputs of q, k and v, and one matrix per head.
+  absl::StatusOr<LayerGeometry> KdaState() const {
+    int64_t values[3] = {};
+    const char* const fields[3] = {"num_heads", "head_dim", "short_conv_kernel_size"};
+    const Json empty = Json::object();
+    const Json& linear = Has("linear_attn_config") ? config_["linear_attn_config"] : empty;
+    for (int i = 0; i < 3; ++i) {
+      if (!linear.is_object() || !linear.contains(fields[i]) || !linear[fields[i]].is_number_integer() ||
+          linear[fields[i]].get<double>() < 1 || linear[fields[i]].get<double>() > kMaxDimension) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("field 'linear_attn_config' has no sensible '", fields[i], "'"));
+      }
+      values[i] = linear[fields[i]].get<int64_t>();
+    }
+    const auto [heads, dim, conv] = values;
+    return Recurrent(3 * (conv - 1) * heads * dim, dim * dim * heads);
   }
 
-  static absl::StatusOr<int64_t> StateBytes(int64_t conv, int64_t inner, int64_t keys, int64_t state,
-                                            const std::vector<int64_t>& fields) {
+  // Mamba-2, in the words of Nemotron-H or of Granite.
+  absl::StatusOr<LayerGeometry> MambaState() {
+    const bool granite = Has("mamba_n_heads");
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t heads, Required(granite ? "mamba_n_heads" : "mamba_num_heads"));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t dim, Required(granite ? "mamba_d_head" : "mamba_head_dim"));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t state, Required(granite ? "mamba_d_state" : "ssm_state_size"));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t groups, Required(granite ? "mamba_n_groups" : "n_groups"));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t conv, Required(granite ? "mamba_d_conv" : "conv_kernel"));
+    KVTIDE_RETURN_IF_ERROR(CheckDimensions({heads, dim, state, groups, conv}));
+    return Recurrent((conv - 1) * (heads * dim + 2 * groups * state), state * heads * dim);
+  }
+
+  // LFM2: the last inputs of a short convolution.
+  absl::StatusOr<LayerGeometry> ConvState() {
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t columns, Required("conv_L_cache"));
+    KVTIDE_RETURN_IF_ERROR(CheckDimensions({columns}));
+    return Recurrent((columns - 1) * std::min<int64_t>(model_.n_embd, int64_t{1} << 24), 0);
+  }
+
+  static absl::Status CheckDimensions(const std::vector<int64_t>& fields) {
     for (int64_t field : fields) {
-      if (field > 65536)
+      if (field > kMaxDimension)
         return absl::InvalidArgumentError(
             absl::StrCat("a recurrent dimension of ", field, " is absurdly large"));
     }
-    return 4 * ((conv - 1) * (inner + 2 * keys) + state * inner);
+    return absl::OkStatus();
   }
 
   absl::Status ShareLayers(const std::vector<std::string>& kinds) {
@@ -437,12 +597,10 @@ class ConfigReader {
       KVTIDE_ASSIGN_OR_RETURN(const int64_t experts, Field(field, 0));
       if (experts > 0) model_.n_experts = static_cast<int>(std::min<int64_t>(experts, 1 << 20));
     }
-    for (const char* field : {"num_experts_per_tok", "top_k_experts"}) {
+    for (const char* field : {"num_experts_per_tok", "num_experts_per_token", "top_k_experts"}) {
       KVTIDE_ASSIGN_OR_RETURN(const int64_t used, Field(field, 0));
       if (used > 0) model_.n_experts_used = static_cast<int>(std::min<int64_t>(used, 1 << 20));
     }
-    if (Has("index_head_dim")) model_.uncounted.push_back("the keys of the sparse-attention indexer");
-    if (Has("num_nextn_predict_layers")) Assume("the cache of next-token prediction layers is not counted");
     KVTIDE_RETURN_IF_ERROR(ReadFeedForward());
     return absl::OkStatus();
   }
@@ -460,6 +618,23 @@ class ConfigReader {
     return absl::OkStatus();
   }
 
+  // Layers that predict further tokens. They keep a cache only while an engine speculates with them.
+  absl::Status ReadExtraLayers() {
+    KVTIDE_ASSIGN_OR_RETURN(const int modules, Dimension("num_mtp_modules", 0));
+    KVTIDE_ASSIGN_OR_RETURN(const int per_module, Dimension("mtp_transformer_layers", 1));
+    model_.mtp_layers = modules * std::min(per_module, 64);
+    for (const char* field :
+         {"num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "nextn_layers"}) {
+      KVTIDE_ASSIGN_OR_RETURN(const int layers, Dimension(field, 0));
+      if (layers > 0) model_.mtp_layers = layers;
+    }
+    if (model_.mtp_layers > 0) {
+      Assume(absl::StrCat(model_.mtp_layers, model_.mtp_layers == 1 ? " layer" : " layers",
+                          " for next-token prediction: without cache unless the engine speculates with it"));
+    }
+    return absl::OkStatus();
+  }
+
   const Json& config_;
   const ReadOptions options_;
   ModelGeometry model_;
@@ -467,19 +642,52 @@ class ConfigReader {
   int layers_ = 0;
   int kv_heads_ = 0;
   int head_dim_ = 0;
+  int value_dim_ = 0;
+  std::vector<int> block_kv_heads_;  // per layer, where layers differ
+  std::vector<int> index_dims_;      // per layer
   int64_t window_ = 0;
   int64_t chunk_ = 0;
 };
+
+// Python writes numbers that JSON does not have (Infinity in the time steps of Mamba layers); null stands for
+// them.
+std::string PlainJson(const std::string& text) {
+  std::string plain;
+  plain.reserve(text.size());
+  bool quoted = false;
+  for (size_t i = 0; i < text.size(); ++i) {
+    if (text[i] == '"') quoted = !quoted;
+    if (quoted && text[i] == '\\' && i + 1 < text.size()) plain += text[i++];
+    size_t skip = 0;
+    for (const char* word : {"-Infinity", "Infinity", "NaN"}) {
+      if (!quoted && skip == 0 && text.compare(i, std::strlen(word), word) == 0) skip = std::strlen(word);
+    }
+    if (skip > 0) {
+      plain += "null";
+      i += skip - 1;
+    } else {
+      plain += text[i];
+    }
+  }
+  return plain;
+}
 
 }  // namespace
 
 absl::StatusOr<ModelGeometry> GeometryFromConfigJson(const std::string& text, const std::string& name,
                                                      const ReadOptions& options) {
-  const Json root = Json::parse(text, nullptr, /*allow_exceptions=*/false);
+  const Json root = Json::parse(PlainJson(text), nullptr, /*allow_exceptions=*/false);
   if (root.is_discarded() || !root.is_object())
     return absl::InvalidArgumentError("config.json is not a JSON object");
-  const bool nested = root.contains("text_config") && root["text_config"].is_object();
-  return ConfigReader(nested ? root["text_config"] : root, options).Read(name);
+  for (const char* part : {"text_config", "llm_config", "language_config"}) {
+    if (!root.contains(part) || !root[part].is_object()) continue;
+    Json text_part = root[part];
+    // Tied embeddings may be said once, for the whole model.
+    if (!text_part.contains("tie_word_embeddings") && root.contains("tie_word_embeddings"))
+      text_part["tie_word_embeddings"] = root["tie_word_embeddings"];
+    return ConfigReader(text_part, options).Read(name);
+  }
+  return ConfigReader(root, options).Read(name);
 }
 
 }  // namespace kvtide::planner

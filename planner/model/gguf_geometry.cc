@@ -61,6 +61,19 @@ constexpr DefaultPattern kDefaultPatterns[] = {
     {"gemma3", 6}, {"gemma2", 2},   {"llama4", 4}, {"cohere2", 4},  {"gpt-oss", 2}, {"llama", 0},
     {"qwen2", 0},  {"qwen2moe", 0}, {"qwen3", 0},  {"qwen3moe", 0}, {"phi3", 0},    {"starcoder2", 0}};
 
+// Architectures whose cache the metadata alone does not tell.
+struct RefusedArchitecture {
+  const char* arch;
+  const char* why;
+};
+constexpr RefusedArchitecture kRefused[] = {
+    {"deepseek4",
+     "its layers compress their cache in ways that the file does not say; plan --model DeepSeek-V4-Flash or "
+     "DeepSeek-V4-Pro"},
+    {"falcon-h1", "every layer keeps a cache and a state, which kvtide does not count yet"},
+    {"glm5next", "how its pooled indexer keys are kept is not known"},
+    {"inkling", "the histories of its short convolutions are not counted yet"}};
+
 class GgufReader {
  public:
   GgufReader(const GgufFile& file, const ReadOptions& options) : file_(file), options_(options) {}
@@ -71,6 +84,10 @@ class GgufReader {
       return absl::InvalidArgumentError("metadata 'general.architecture' is missing");
     }
     arch_ = std::get<std::string>(it->second);
+    for (const RefusedArchitecture& refused : kRefused) {
+      if (arch_ == refused.arch)
+        return absl::UnimplementedError(absl::StrCat("architecture '", arch_, "': ", refused.why));
+    }
     model_.name = name;
     model_.source = absl::StrCat("gguf (", arch_.substr(0, 64), ")");
     model_.confidence = "high";
@@ -114,8 +131,9 @@ class GgufReader {
           absl::StartsWith(key, arch_ + ".attention.") || absl::StartsWith(key, arch_ + ".ssm.");
       if (!relevant || KnownKeys().count(key.substr(arch_.size() + 1)) > 0) continue;
       const std::string name = key.substr(0, 128);
-      if (absl::StartsWith(key,
-                           arch_ + ".attention.indexer.")) {  // which layers have an indexer, pooled keys
+      if (absl::StartsWith(key, arch_ + ".attention.indexer.")) {
+        if (arch_ == "deepseek32") continue;  // counted
+        // Other architectures pool keys or share them between layers.
         model_.uncounted.push_back(
             absl::StrCat("metadata '", name, "': the keys of the sparse-attention indexer"));
         continue;
@@ -137,6 +155,7 @@ class GgufReader {
       return absl::InvalidArgumentError(absl::StrCat("metadata '", Key("block_count"), "' is ", blocks,
                                                      " with ", next, " next-token layers"));
     }
+    model_.mtp_layers = static_cast<int>(next);
     if (next > 0)
       model_.assumptions.push_back(
           absl::StrCat("the cache of ", next, " next-token prediction layers is not counted"));
@@ -161,6 +180,11 @@ class GgufReader {
     KVTIDE_ASSIGN_OR_RETURN(key_swa_, Field("attention.key_length_swa", key_, kMaxDim));
     KVTIDE_ASSIGN_OR_RETURN(value_swa_, Field("attention.value_length_swa", value_, kMaxDim));
     KVTIDE_ASSIGN_OR_RETURN(latent_, Field("attention.kv_lora_rank", 0, kMaxDim));
+    if (arch_ == "deepseek32") {  // one key per token in every layer, in the type of K
+      KVTIDE_ASSIGN_OR_RETURN(index_, Field("attention.indexer.key_length", 0, kMaxDim));
+      if (index_ == 0)
+        return absl::InvalidArgumentError("metadata 'deepseek32.attention.indexer.key_length' is missing");
+    }
     KVTIDE_ASSIGN_OR_RETURN(rope_, Field("rope.dimension_count", 0, kMaxDim));
     if (!file_.Has(Key("attention.key_length")) && latent_ == 0) {
       model_.assumptions.push_back(
@@ -252,15 +276,19 @@ class GgufReader {
     // As llama.cpp allocates them, f32: the last inputs of the convolutions, and the state proper.
     const int64_t kda_inner = model_.n_query_heads * kda;
     if (wkv_head_ > 0) {  // RWKV 6 and 7
-      state_bytes_ = 4 * (shifts * model_.n_embd + model_.n_embd * wkv_head_);
+      conv_bytes_ = 4 * shifts * model_.n_embd;
+      state_bytes_ = conv_bytes_ + 4 * model_.n_embd * wkv_head_;
     } else if (short_conv > 0) {  // LFM2
-      state_bytes_ = 4 * model_.n_embd * (short_conv - 1);
+      state_bytes_ = conv_bytes_ = 4 * model_.n_embd * (short_conv - 1);
     } else if (kda > 0) {  // Kimi delta attention
-      state_bytes_ = 4 * (3 * (conv - 1) * kda_inner + kda * kda_inner);
+      conv_bytes_ = 4 * 3 * (conv - 1) * kda_inner;
+      state_bytes_ = conv_bytes_ + 4 * kda * kda_inner;
     } else {
-      state_bytes_ = 4 * ((conv - 1) * (inner + 2 * groups * state) + state * inner);
+      conv_bytes_ = 4 * (conv - 1) * (inner + 2 * groups * state);
+      state_bytes_ = conv_bytes_ + 4 * state * inner;
     }
     KVTIDE_ASSIGN_OR_RETURN(const int64_t interval, Field("full_attention_interval", 0, kMaxLayers));
+    KVTIDE_ASSIGN_OR_RETURN(const std::vector<int64_t> widths, PerLayer("feed_forward_length"));
     const bool by_heads =
         std::any_of(kv_heads_.begin(), kv_heads_.end(), [](int64_t heads) { return heads == 0; });
     if (interval == 0 && !by_heads) {
@@ -271,6 +299,8 @@ class GgufReader {
     for (int i = 0; i < layers_; ++i) {
       const size_t l = static_cast<size_t>(i);
       recurrent_[l] = by_heads ? kv_heads_[l] == 0 : interval == 0 || (i + 1) % interval != 0;
+      // Nemotron-H: layers of feed-forward alone have no KV heads either.
+      if (absl::StartsWith(arch_, "nemotron_h") && l < widths.size() && widths[l] > 0) recurrent_[l] = false;
     }
     return absl::OkStatus();
   }
@@ -281,13 +311,18 @@ class GgufReader {
     if (recurrent_[i]) {
       layer.kind = LayerKind::kRecurrent;
       layer.state_bytes = state_bytes_;
+      layer.conv_bytes = conv_bytes_;
       return layer;
     }
     if (kv_heads_[i] == 0) {
       layer.kind = LayerKind::kNone;
       return layer;
     }
-    if (latent_ > 0) return LayerGeometry{LayerKind::kMla, 1, static_cast<int>(latent_ + rope_), 0};
+    if (latent_ > 0) {
+      layer = LayerGeometry{LayerKind::kMla, 1, static_cast<int>(latent_ + rope_), 0};
+      layer.index_dim = static_cast<int>(index_);
+      return layer;
+    }
     layer.n_kv_heads = static_cast<int>(kv_heads_[i]);
     layer.head_dim_k = static_cast<int>(windowed_[i] ? key_swa_ : key_);
     layer.head_dim_v = static_cast<int>(windowed_[i] ? value_swa_ : value_);
@@ -342,7 +377,7 @@ class GgufReader {
   int layers_ = 0;
   std::vector<int64_t> heads_, kv_heads_;
   int64_t key_ = 0, value_ = 0, key_swa_ = 0, value_swa_ = 0, latent_ = 0, rope_ = 0, window_ = 0,
-          wkv_head_ = 0, state_bytes_ = 0;
+          wkv_head_ = 0, state_bytes_ = 0, conv_bytes_ = 0, index_ = 0;
   std::vector<bool> windowed_, recurrent_;
 };
 

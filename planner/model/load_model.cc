@@ -4,11 +4,14 @@
 #include <fstream>
 #include <sstream>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status.h"
 #include "planner/model/catalogue.h"
 #include "planner/model/gguf_geometry.h"
+#include "planner/model/model_name.h"
 #include "planner/model/safetensors.h"
+#include "planner/model/weight_size.h"
 
 namespace kvtide::planner {
 namespace {
@@ -50,7 +53,19 @@ absl::StatusOr<LoadedModel> LoadFolder(const fs::path& path, const ReadOptions& 
   if (header.ok()) {
     loaded.weights = Weights{header->tensor_bytes, Provenance::kExact,
                              absl::StrCat(header->tensors, " tensors of the safetensors headers")};
-    loaded.geometry.params_total = header->elements;
+    // Packed formats hold several parameters in an element; then the widths of the config count better.
+    const bool packed = loaded.geometry.params_total > header->elements + header->elements / 8;
+    if (!packed) {
+      const double share =
+          loaded.geometry.params_total > 0
+              ? static_cast<double>(header->elements) / static_cast<double>(loaded.geometry.params_total)
+              : 0;
+      loaded.geometry.params_total = header->elements;
+      loaded.geometry.params_active =
+          static_cast<int64_t>(static_cast<double>(loaded.geometry.params_active) * share);
+      loaded.geometry.params_experts =
+          static_cast<int64_t>(static_cast<double>(loaded.geometry.params_experts) * share);
+    }
   } else if (!absl::IsNotFound(header.status())) {
     return header.status();
   }
@@ -81,8 +96,15 @@ absl::StatusOr<LoadedModel> LoadModel(const std::string& name_or_path, const Rea
     return absl::InvalidArgumentError(
         absl::StrCat(name_or_path, ": neither .gguf, .json nor a folder with a config.json"));
   }
-  KVTIDE_ASSIGN_OR_RETURN(ModelGeometry geometry, FindModel(name_or_path));
-  return LoadedModel{std::move(geometry), std::nullopt};
+  LoadedModel loaded;
+  KVTIDE_ASSIGN_OR_RETURN(loaded.geometry, FindModel(name_or_path));
+  // A name that says how its weights are coded: Qwen/Qwen3-32B-AWQ, qwen3:32b-q4_K_M.
+  const std::string weights = ReadModelName(name_or_path).weights;
+  if (!weights.empty()) {
+    const absl::StatusOr<Weights> size = EstimateWeights(loaded.geometry, weights);
+    if (size.ok()) loaded.weights = *size;
+  }
+  return loaded;
 }
 
 absl::StatusOr<Weights> LoadWeights(const std::string& text, const ModelGeometry& model) {
@@ -99,6 +121,12 @@ absl::StatusOr<Weights> LoadWeights(const std::string& text, const ModelGeometry
   if (path.extension() == ".safetensors") {
     KVTIDE_ASSIGN_OR_RETURN(const SafetensorsHeader header, ReadSafetensorsFile(text));
     return Weights{header.tensor_bytes, Provenance::kExact, absl::StrCat("safetensors header of ", text)};
+  }
+  double number = 0;
+  if (absl::SimpleAtod(text, &number) && number < 4096) {
+    return absl::InvalidArgumentError(absl::StrCat("'", text, "' is no size of weights; with a unit (", text,
+                                                   "GB, ", text,
+                                                   "GiB), or a quantisation (q4_k_m, q8_0, awq, fp8, bf16)"));
   }
   const absl::StatusOr<int64_t> bytes = ParseBytes(text);
   if (bytes.ok()) return Weights{*bytes, Provenance::kExact, absl::StrCat("given as ", text)};

@@ -229,6 +229,45 @@ TEST(Gguf, RwkvHasNoCacheButAState) {
   }
 }
 
+// DeepSeek V3.2: llama.cpp keeps one indexer key of 128 values per token and layer in the type of K; 61
+// layers at 65536 tokens are 976 MiB in f16.
+TEST(Gguf, IndexerKeysOfDeepSeek32) {
+  GgufBuilder builder = PlainGguf("deepseek32");
+  builder.U32("deepseek32.attention.kv_lora_rank", 512).U32("deepseek32.rope.dimension_count", 64);
+  builder.U32("deepseek32.attention.indexer.head_count", 64).U32("deepseek32.attention.indexer.top_k", 2048);
+  EXPECT_THAT(std::string(Geometry(builder).status().message()), HasSubstr("indexer.key_length"));
+  builder.U32("deepseek32.attention.indexer.key_length", 128);
+  const auto model = Geometry(builder);
+  ASSERT_TRUE(model.ok()) << model.status();
+  EXPECT_TRUE(model->uncounted.empty());
+  EXPECT_EQ(model->layers, std::vector<LayerGeometry>(4, FindModel("DeepSeek-V3.2")->layers[0]));
+}
+
+TEST(Gguf, ArchitecturesThatTheFileDoesNotTellAreRefusedByName) {
+  for (const char* arch : {"deepseek4", "falcon-h1", "glm5next"}) {
+    const auto model = Geometry(PlainGguf(arch));
+    EXPECT_EQ(model.status().code(), absl::StatusCode::kUnimplemented) << arch;
+    EXPECT_THAT(std::string(model.status().message()), HasSubstr(arch));
+  }
+}
+
+// Nemotron-H: a layer without KV heads is Mamba only when it has no feed-forward part.
+TEST(Gguf, FeedForwardLayersOfNemotronHKeepNoState) {
+  GgufBuilder builder;
+  builder.String("general.architecture", "nemotron_h")
+      .U32("nemotron_h.block_count", 4)
+      .U32("nemotron_h.embedding_length", 512)
+      .U32("nemotron_h.attention.head_count", 8)
+      .U32s("nemotron_h.attention.head_count_kv", {0, 0, 2, 0})
+      .U32s("nemotron_h.feed_forward_length", {0, 1024, 0, 1024});
+  builder.U32("nemotron_h.ssm.conv_kernel", 4).U32("nemotron_h.ssm.inner_size", 256);
+  builder.U32("nemotron_h.ssm.state_size", 16).U32("nemotron_h.ssm.group_count", 1);
+  const auto model = Geometry(builder);
+  ASSERT_TRUE(model.ok()) << model.status();
+  EXPECT_THAT(Kinds(*model), ::testing::ElementsAre(LayerKind::kRecurrent, LayerKind::kNone, LayerKind::kFull,
+                                                    LayerKind::kNone));
+}
+
 TEST(Gguf, NextTokenLayersAreNotCounted) {
   GgufBuilder builder = PlainGguf("glm4moe");
   builder.U32("glm4moe.nextn_predict_layers", 1);

@@ -125,5 +125,30 @@ TEST(LlamaCpp, RecurrentStateIsPerSequence) {
   EXPECT_EQ(bytes.Cache(), 3 * 192 * kMiB);
 }
 
+// Indexer keys lie in the type of K beside the latents: 61 x 128 values x 65536 tokens are 976 MiB in f16.
+TEST(LlamaCpp, IndexerKeysAreCountedInTheTypeOfK) {
+  const auto f16 = Sizer("deepseek-v3.2", {"f16", "none"});
+  const auto v31 = Sizer("deepseek-v3.1", {"f16", "none"});
+  const KvLoad load{65536, 1, 0};
+  EXPECT_EQ(f16->Bytes(load).Cache() - v31->Bytes(load).Cache(), 976 * kMiB);
+  EXPECT_EQ(Sizer("deepseek-v3.2", {"q8_0", "none"})->Bytes(load).Cache(),
+            f16->Bytes(load).Cache() * 17 / 32);
+  // 21 of 78 layers have an indexer.
+  EXPECT_EQ(Sizer("glm-5.2", {"f16", "none"})->Bytes(load).Cache(),
+            int64_t{65536} * 2 * (78 * 576 + 21 * 128));
+}
+
+// DeepSeek V4 Flash, 43 layers: a window of 128 tokens and the batch in all of them, latents and index keys
+// of 4 tokens in 21, latents of 128 tokens in 20, all padded to 256 cells; f32 state of what compresses them.
+TEST(LlamaCpp, CompressedLatentsOfDeepSeekV4) {
+  const auto sizer = Sizer("deepseek-v4-flash", {"f16", "none"});
+  const KvBytes bytes = sizer->Bytes({65536, 1, 0});
+  const int64_t window = 43 * 768 * 1024, by4 = 21 * 16384 * (1024 + 256), by128 = 20 * 512 * 1024;
+  EXPECT_EQ(bytes.Cache(), window + by4 + by128);
+  EXPECT_EQ(bytes.recurrent, 21 * (65536 + 16384) + 20 * 524288);
+  // Even one token has 256 cells of each kind.
+  EXPECT_EQ(sizer->Bytes({1, 1, 0}).Cache(), 256 * (43 * 1024 + 21 * (1024 + 256) + 20 * 1024));
+}
+
 }  // namespace
 }  // namespace kvtide::planner

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include "planner/model/catalogue.h"
+#include "planner/model/weight_size.h"
 #include "planner/render/explain.h"
 #include "planner/units.h"
 
@@ -228,7 +229,7 @@ TEST(Plan, NothingAssumedIsHidden) {
   PlanRequest request = Request("gemma-4-e2b", "RTX 4090,host=8GiB", Engine::kKvtide);
   const Plan plan = Make(request);
   for (const char* what :
-       {"confidence low", "no weights were given", "driver keeps", "80 GB/s", "prefill is not predicted"}) {
+       {"confidence medium", "no weights were given", "driver keeps", "80 GB/s", "prefill is not predicted"}) {
     EXPECT_THAT(plan.assumptions, Contains(HasSubstr(what)));
   }
   request.workload.contexts = {1 << 20};

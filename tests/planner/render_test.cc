@@ -8,6 +8,7 @@
 #include "absl/strings/str_split.h"
 #include "planner/csv.h"
 #include "planner/model/catalogue.h"
+#include "planner/model/weight_size.h"
 #include "planner/render/plot.h"
 #include "planner/render/render_flags.h"
 #include "planner/units.h"

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "planner/engines/kv_sizer.h"
 #include "planner/model/catalogue.h"
 #include "planner/plan/matrix.h"
 

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "planner/model/catalogue.h"
+#include "planner/model/weight_size.h"
 #include "planner/units.h"
 
 namespace kvtide::planner {

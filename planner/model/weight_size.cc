@@ -1,0 +1,143 @@
+#include "planner/model/weight_size.h"
+
+#include <algorithm>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_replace.h"
+#include "kernels/base/check.h"
+#include "kernels/base/status.h"
+#include "planner/csv.h"
+#include "planner/embedded.h"
+#include "planner/near_names.h"
+#include "planner/plan/device.h"
+#include "planner/units.h"
+
+namespace kvtide::planner {
+namespace {
+
+enum class Family {
+  kGguf,         // embedding and head are coded too
+  kSafetensors,  // embedding and head stay in 16 bits
+  kExperts,      // everything but routed experts stays in 16 bits
+};
+
+struct Format {
+  const char* name;
+  double bits;  // per coded parameter, scales included
+  Family family;
+};
+
+// GGUF: bits per weight of an 8B Llama as llama.cpp's tool reports them. Safetensors: the format's bits and
+// its scales: groups of 128 with a 16-bit scale and a 4-bit zero point (AWQ, GPTQ), of 16 with an 8-bit scale
+// (NVFP4), of 32 with an 8-bit exponent (MXFP4, which models ship for their experts only).
+constexpr Format kFormats[] = {{"iq1_s", 2.00, Family::kGguf},        {"iq1_m", 2.15, Family::kGguf},
+                               {"iq2_xxs", 2.38, Family::kGguf},      {"iq2_xs", 2.59, Family::kGguf},
+                               {"iq2_s", 2.74, Family::kGguf},        {"iq2_m", 2.93, Family::kGguf},
+                               {"iq3_xxs", 3.25, Family::kGguf},      {"iq3_xs", 3.50, Family::kGguf},
+                               {"iq3_s", 3.66, Family::kGguf},        {"iq3_m", 3.76, Family::kGguf},
+                               {"iq4_xs", 4.46, Family::kGguf},       {"iq4_nl", 4.68, Family::kGguf},
+                               {"q2_k", 3.16, Family::kGguf},         {"q2_k_s", 2.97, Family::kGguf},
+                               {"q3_k_s", 3.64, Family::kGguf},       {"q3_k_m", 4.00, Family::kGguf},
+                               {"q3_k_l", 4.30, Family::kGguf},       {"q4_0", 4.5, Family::kGguf},
+                               {"q4_1", 5.0, Family::kGguf},          {"q4_k_s", 4.67, Family::kGguf},
+                               {"q4_k_m", 4.85, Family::kGguf},       {"q5_0", 5.5, Family::kGguf},
+                               {"q5_1", 6.0, Family::kGguf},          {"q5_k_s", 5.57, Family::kGguf},
+                               {"q5_k_m", 5.69, Family::kGguf},       {"q6_k", 6.56, Family::kGguf},
+                               {"q8_0", 8.5, Family::kGguf},          {"awq", 4.156, Family::kSafetensors},
+                               {"gptq", 4.156, Family::kSafetensors}, {"w4a16", 4.156, Family::kSafetensors},
+                               {"nf4", 4.127, Family::kSafetensors},  {"int8", 8.0, Family::kSafetensors},
+                               {"fp8", 8.0, Family::kSafetensors},    {"nvfp4", 4.5, Family::kSafetensors},
+                               {"mxfp4", 4.25, Family::kExperts},     {"bf16", 16.0, Family::kGguf},
+                               {"f16", 16.0, Family::kGguf},          {"f32", 32.0, Family::kGguf}};
+
+const Format* FindFormat(const std::string& name) {
+  for (const Format& format : kFormats) {
+    if (name == format.name) return &format;
+  }
+  return nullptr;
+}
+
+// Other words for the same formats; behind "ud-" stand Unsloth's mixtures, which are named after their bulk.
+constexpr std::pair<const char*, const char*> kOtherWords[] = {
+    {"fp16", "f16"},       {"half", "f16"},        {"16bit", "bf16"},     {"bfloat16", "bf16"},
+    {"float16", "f16"},    {"float32", "f32"},     {"fp32", "f32"},       {"q8", "q8_0"},
+    {"q6", "q6_k"},        {"q5", "q5_k_m"},       {"q4", "q4_k_m"},      {"q3", "q3_k_m"},
+    {"q2", "q2_k"},        {"q4_k", "q4_k_m"},     {"q5_k", "q5_k_m"},    {"q3_k", "q3_k_m"},
+    {"q4_k_xl", "q4_k_m"}, {"q5_k_xl", "q5_k_m"},  {"q6_k_xl", "q6_k"},   {"q8_k_xl", "q8_0"},
+    {"q3_k_xl", "q3_k_m"}, {"q2_k_xl", "q2_k"},    {"q6_k_l", "q6_k"},    {"q5_k_l", "q5_k_m"},
+    {"q4_k_l", "q4_k_m"},  {"q2_k_l", "q2_k"},     {"int4", "w4a16"},     {"4bit", "w4a16"},
+    {"w4", "w4a16"},       {"awq4", "awq"},        {"awq_int4", "awq"},   {"gptq_int4", "gptq"},
+    {"gptq4", "gptq"},     {"autoawq", "awq"},     {"bnb", "nf4"},        {"bnb_4bit", "nf4"},
+    {"8bit", "int8"},      {"w8a8", "int8"},       {"w8a16", "int8"},     {"gptq_int8", "int8"},
+    {"float8", "fp8"},     {"fp8_dynamic", "fp8"}, {"fp8_e4m3", "fp8"},   {"e4m3", "fp8"},
+    {"f8", "fp8"},         {"fp4", "nvfp4"},       {"nvfp4a16", "nvfp4"}, {"mxfp4_moe", "mxfp4"}};
+
+}  // namespace
+
+std::string WeightName(const std::string& text) {
+  std::string name = absl::AsciiStrToLower(text);
+  name = absl::StrReplaceAll(name, {{"-", "_"}, {" ", "_"}});
+  if (absl::StartsWith(name, "ud_")) name = name.substr(3);
+  for (const auto& [word, format] : kOtherWords) {
+    if (name == word) return format;
+  }
+  return FindFormat(name) != nullptr ? name : "";
+}
+
+std::vector<std::string> WeightNames() {
+  std::vector<std::string> names;
+  for (const Format& format : kFormats) names.push_back(format.name);
+  return names;
+}
+
+absl::StatusOr<Weights> EstimateWeights(const ModelGeometry& model, const std::string& quantisation) {
+  const std::string wanted = WeightName(quantisation);
+  const Format* format = FindFormat(wanted);
+  if (format == nullptr) {
+    std::string near;
+    for (const std::string& name : NearNames(quantisation, WeightNames(), 3))
+      absl::StrAppend(&near, near.empty() ? "" : ", ", name);
+    return absl::InvalidArgumentError(absl::StrCat(
+        "unknown weights '", quantisation, "'; nearest: ", near,
+        "; give a GGUF or safetensors path, a size (14.4GB), or a quantisation (q4_0, q4_k_m, iq3_xxs, "
+        "q6_k, q8_0, awq, gptq, w4a16, mxfp4, nvfp4, fp8, bf16, ...)"));
+  }
+  static const absl::StatusOr<std::vector<CsvRow>> rows =
+      ParseCsv(kWeightsCsv, "weights.csv", {"model", "quantisation", "size"});
+  KVTIDE_CHECK(rows.ok(), std::string(rows.status().message()));
+  for (const CsvRow& row : *rows) {
+    if (NormalName(row.Text("model")) != NormalName(model.name) || row.Text("quantisation") != wanted)
+      continue;
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t bytes, ParseBytes(row.Text("size")));
+    return Weights{bytes, Provenance::kCalibrated,
+                   absl::StrCat("published ", wanted, " file of ", model.name, ", ", row.Text("size"))};
+  }
+  if (model.params_total <= 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("the number of parameters of ", model.name, " is unknown, so '", quantisation,
+                     "' gives no size; give --weights a size (14.4GB) or a path"));
+  }
+  int64_t half = 0;  // parameters that stay in 16 bits
+  if (format->family == Family::kSafetensors) half = std::min(model.params_embedding, model.params_total);
+  if (format->family == Family::kExperts && model.params_experts > 0)
+    half = model.params_total - model.params_experts;
+  const auto coded = static_cast<double>(model.params_total - half);
+  const auto bytes = static_cast<int64_t>(coded * format->bits / 8) + 2 * half;
+  std::string source = half == 0 ? absl::StrCat(model.params_total, " parameters x ", format->bits, " bits")
+                                 : absl::StrFormat("%d parameters x %g bits, and %d in 16 bits (%s)",
+                                                   model.params_total - half, format->bits, half,
+                                                   format->family == Family::kExperts ? "all but the experts"
+                                                                                      : "embedding and head");
+  return Weights{bytes, Provenance::kFormula, source};
+}
+
+int64_t ExpertBytes(const ModelGeometry& model, int64_t bytes) {
+  if (model.params_experts <= 0 || model.params_total <= 0) return 0;
+  return static_cast<int64_t>(static_cast<double>(bytes) * static_cast<double>(model.params_experts) /
+                              static_cast<double>(model.params_total));
+}
+
+}  // namespace kvtide::planner

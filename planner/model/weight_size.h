@@ -1,0 +1,28 @@
+// How large the weights of a model are in a quantisation named as people name them. Published files count
+// first (weights.csv), then parameters x bits. Formats of safetensors keep token embedding and head in 16
+// bits, those of GGUF code them too.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "planner/model/geometry.h"
+#include "planner/plan/plan.h"
+
+namespace kvtide::planner {
+
+// The one name of a quantisation: "Q4_K_M" -> "q4_k_m", "fp16" -> "f16", "Q8" -> "q8_0", "4bit" -> "w4a16".
+// Empty when nobody calls weights so.
+std::string WeightName(const std::string& text);
+
+// All names that WeightName gives, for messages and completion.
+std::vector<std::string> WeightNames();
+
+absl::StatusOr<Weights> EstimateWeights(const ModelGeometry& model, const std::string& quantisation);
+
+// Of weights of `bytes`: what routed experts take, by their share of the parameters. 0 for a dense model, or
+// when the share is not known.
+int64_t ExpertBytes(const ModelGeometry& model, int64_t bytes);
+
+}  // namespace kvtide::planner

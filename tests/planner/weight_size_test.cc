@@ -1,0 +1,74 @@
+#include "planner/model/weight_size.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "planner/model/catalogue.h"
+#include "planner/model/load_model.h"
+#include "planner/units.h"
+
+namespace kvtide::planner {
+namespace {
+
+TEST(WeightSize, NamesAsPeopleWriteThem) {
+  const std::pair<const char*, const char*> table[] = {{"Q4_K_M", "q4_k_m"},
+                                                       {"UD-Q4_K_XL", "q4_k_m"},
+                                                       {"IQ3_XXS", "iq3_xxs"},
+                                                       {"Q8", "q8_0"},
+                                                       {"int4", "w4a16"},
+                                                       {"w4a16", "w4a16"},
+                                                       {"awq", "awq"},
+                                                       {"GPTQ", "gptq"},
+                                                       {"fp8", "fp8"},
+                                                       {"nvfp4", "nvfp4"},
+                                                       {"mxfp4", "mxfp4"},
+                                                       {"FP16", "f16"},
+                                                       {"BF16", "bf16"},
+                                                       {"4-bit", ""},
+                                                       {"4bit", "w4a16"},
+                                                       {"Q4", "q4_k_m"},
+                                                       {"bnb-4bit", "nf4"},
+                                                       {"fp8_dynamic", "fp8"},
+                                                       {"q9", ""},
+                                                       {"", ""}};
+  for (const auto& [text, name] : table) EXPECT_EQ(WeightName(text), name) << text;
+  for (const std::string& name : WeightNames()) EXPECT_EQ(WeightName(name), name);
+}
+
+// Safetensors checkpoints keep embedding and head in 16 bits. Published folders of an 8B Llama: AWQ 5.4 GiB,
+// FP8 8.5, NVFP4 5.6; of gpt-oss-20b (experts alone in MXFP4) 13.8 GB.
+TEST(WeightSize, QuantisedSafetensorsKeepEmbeddingAndHead) {
+  const ModelGeometry llama = *FindModel("llama-3.1-8b");
+  const auto gib = [&](const char* name) {
+    return static_cast<double>(EstimateWeights(llama, name)->bytes) / kGiB;
+  };
+  EXPECT_NEAR(gib("awq"), 5.4, 0.1);
+  EXPECT_NEAR(gib("gptq"), 5.4, 0.1);
+  EXPECT_NEAR(gib("fp8"), 8.5, 0.1);
+  EXPECT_NEAR(gib("nvfp4"), 5.6, 0.1);
+  EXPECT_NEAR(gib("bf16"), 14.96, 0.01);
+  ModelGeometry oss = *FindModel("gpt-oss-20b");
+  oss.name = "another";  // no published file
+  EXPECT_NEAR(static_cast<double>(EstimateWeights(oss, "mxfp4")->bytes), 13.8e9, 0.2e9);
+}
+
+TEST(WeightSize, BareNumbersAreRefusedWithASuggestion) {
+  const ModelGeometry llama = *FindModel("llama-3.1-8b");
+  for (const char* text : {"16", "4.5", "8"}) {
+    const auto weights = LoadWeights(text, llama);
+    ASSERT_FALSE(weights.ok()) << text;
+    EXPECT_THAT(std::string(weights.status().message()), ::testing::HasSubstr(std::string(text) + "GB"))
+        << text;
+  }
+  EXPECT_EQ(LoadWeights("16GB", llama)->bytes, 16'000'000'000);
+  EXPECT_EQ(LoadWeights("4661211808", llama)->bytes, 4661211808);
+}
+
+TEST(WeightSize, ExpertsAreTheirShare) {
+  const ModelGeometry moe = *FindModel("qwen3-30b-a3b");
+  EXPECT_NEAR(static_cast<double>(ExpertBytes(moe, 10'000'000)) / 1e7, 28.99 / 30.5, 0.01);
+  EXPECT_EQ(ExpertBytes(*FindModel("llama-3.1-8b"), 10'000'000), 0);
+}
+
+}  // namespace
+}  // namespace kvtide::planner
