@@ -24,6 +24,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/base/cancellation.h"
 #include "kernels/base/data_type.h"
+#include "kernels/base/tickets.h"
 #include "kernels/format/block_layout.h"
 #include "kernels/format/profile.h"
 
@@ -170,7 +171,7 @@ struct CopyPiece {
   size_t bytes = 0;
 };
 enum class CopyDirection : uint8_t { kFromHost, kToHost, kInside };
-using CopyTicket = uint64_t;
+using CopyTicket = Ticket;
 
 class Backend {
  public:

@@ -44,6 +44,7 @@ class CondVar {
     condition_.wait_for(lock, time);
     lock.release();
   }
+  void NotifyOne() { condition_.notify_one(); }
   void NotifyAll() { condition_.notify_all(); }
 
  private:

@@ -8,12 +8,12 @@ namespace kvtide {
 struct ThreadPool::Loop {
   Loop(int64_t n, absl::FunctionRef<void(int64_t)> f) : count(n), body(f) {}
   const int64_t count;
-  const absl::FunctionRef<void(int64_t)>
-      body;  // alive until the caller leaves, which waits for done == count
+  // Alive until the caller leaves, which waits for done == count.
+  const absl::FunctionRef<void(int64_t)> body;
   std::atomic<int64_t> next{0};
-  std::mutex mutex;
-  std::condition_variable finished;
-  int64_t done = 0;  // guarded by mutex
+  Mutex mutex;
+  CondVar finished;
+  int64_t done ABSL_GUARDED_BY(mutex) = 0;
 };
 
 ThreadPool::ThreadPool(int threads) {
@@ -23,10 +23,10 @@ ThreadPool::ThreadPool(int threads) {
 
 ThreadPool::~ThreadPool() {
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    MutexLock lock(mutex_);
     stopping_ = true;
   }
-  wake_.notify_all();
+  wake_.NotifyAll();
   for (std::thread& worker : workers_) worker.join();
 }
 
@@ -34,24 +34,25 @@ void ThreadPool::Run(Loop& loop) {
   int64_t mine = 0;
   for (int64_t i; (i = loop.next.fetch_add(1, std::memory_order_relaxed)) < loop.count; mine++) loop.body(i);
   if (mine == 0) return;
-  std::lock_guard<std::mutex> lock(loop.mutex);
+  MutexLock lock(loop.mutex);
   loop.done += mine;
-  if (loop.done == loop.count) loop.finished.notify_all();
+  if (loop.done == loop.count) loop.finished.NotifyAll();
 }
 
 void ThreadPool::Work() {
-  std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
-    wake_.wait(lock, [this] { return stopping_ || !loops_.empty(); });
-    if (stopping_) return;
-    const std::shared_ptr<Loop> loop = loops_.front();
-    if (loop->next.load(std::memory_order_relaxed) >= loop->count) {
-      loops_.pop_front();
-      continue;
+    std::shared_ptr<Loop> loop;
+    {
+      MutexLock lock(mutex_);
+      for (;;) {
+        while (!stopping_ && loops_.empty()) wake_.Wait(mutex_);
+        if (stopping_) return;
+        loop = loops_.front();
+        if (loop->next.load(std::memory_order_relaxed) < loop->count) break;
+        loops_.pop_front();
+      }
     }
-    lock.unlock();
     Run(*loop);
-    lock.lock();
   }
 }
 
@@ -63,20 +64,20 @@ void ThreadPool::ParallelFor(int64_t count, absl::FunctionRef<void(int64_t)> bod
   }
   const auto loop = std::make_shared<Loop>(count, body);
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    MutexLock lock(mutex_);
     loops_.push_back(loop);
   }
   if (count > 2) {
-    wake_.notify_all();
+    wake_.NotifyAll();
   } else {
-    wake_.notify_one();
+    wake_.NotifyOne();
   }
   Run(*loop);
   {
-    std::unique_lock<std::mutex> lock(loop->mutex);
-    loop->finished.wait(lock, [&] { return loop->done == loop->count; });
+    MutexLock lock(loop->mutex);
+    while (loop->done != loop->count) loop->finished.Wait(loop->mutex);
   }
-  std::lock_guard<std::mutex> lock(mutex_);
+  MutexLock lock(mutex_);
   const auto found = std::find(loops_.begin(), loops_.end(), loop);
   if (found != loops_.end()) loops_.erase(found);
 }

@@ -4,15 +4,15 @@
 // on the same pool.
 #pragma once
 
-#include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <memory>
-#include <mutex>
 #include <thread>
 #include <vector>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/functional/function_ref.h"
+#include "kernels/base/mutex.h"
 
 namespace kvtide {
 
@@ -34,11 +34,11 @@ class ThreadPool {
   static void Run(Loop& loop);
   void Work();
 
-  std::mutex mutex_;  // guards loops_ and stopping_
-  std::condition_variable wake_;
-  std::deque<std::shared_ptr<Loop>> loops_;
-  bool stopping_ = false;
-  std::vector<std::thread> workers_;
+  Mutex mutex_;
+  CondVar wake_;
+  std::deque<std::shared_ptr<Loop>> loops_ ABSL_GUARDED_BY(mutex_);
+  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  std::vector<std::thread> workers_;  // set by the constructor
 };
 
 }  // namespace kvtide

@@ -1,59 +1,54 @@
 #include "kernels/cpu/copy_queue.h"
 
 #include <cstring>
+#include <utility>
 
-#include "absl/strings/str_cat.h"
+#include "kernels/base/status.h"
 
 namespace kvtide {
 
 CopyQueue::~CopyQueue() {
+  std::thread worker;
   {
-    std::lock_guard<std::mutex> lock(mutex_);
+    MutexLock lock(mutex_);
     stopping_ = true;
+    worker = std::move(worker_);
   }
-  wake_.notify_all();
-  if (worker_.joinable()) worker_.join();
+  wake_.NotifyAll();
+  if (worker.joinable()) worker.join();
 }
 
 absl::StatusOr<CopyTicket> CopyQueue::Submit(std::span<const CopyPiece> pieces) {
   for (const CopyPiece& piece : pieces)
     if (piece.bytes != 0 && (piece.target == nullptr || piece.source == nullptr))
       return absl::InvalidArgumentError("copy piece without source or target");
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (done_.size() >= static_cast<size_t>(max_tickets_))
-    return absl::ResourceExhaustedError(
-        absl::StrCat(done_.size(), " copies are not yet polled to their end, the limit is ", max_tickets_));
-  const CopyTicket ticket = next_ticket_++;
-  done_[ticket] = false;
+  MutexLock lock(mutex_);
+  KVTIDE_ASSIGN_OR_RETURN(const CopyTicket ticket, tickets_.Issue());
   jobs_.push_back({ticket, std::vector<CopyPiece>(pieces.begin(), pieces.end())});
   if (!worker_.joinable()) worker_ = std::thread([this] { Work(); });
-  wake_.notify_one();
+  wake_.NotifyOne();
   return ticket;
 }
 
 absl::StatusOr<bool> CopyQueue::Poll(CopyTicket ticket) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  const auto found = done_.find(ticket);
-  if (found == done_.end())
-    return absl::InvalidArgumentError(
-        absl::StrCat("copy ticket ", ticket, " is unknown or was polled to its end"));
-  const bool done = found->second;
-  if (done) done_.erase(found);
-  return done;
+  MutexLock lock(mutex_);
+  return tickets_.Poll(ticket);
 }
 
 void CopyQueue::Work() {
-  std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
-    wake_.wait(lock, [this] { return stopping_ || !jobs_.empty(); });
-    if (stopping_) return;
-    const Job job = std::move(jobs_.front());
-    jobs_.pop_front();
-    lock.unlock();
+    Job job;
+    {
+      MutexLock lock(mutex_);
+      while (!stopping_ && jobs_.empty()) wake_.Wait(mutex_);
+      if (stopping_) return;
+      job = std::move(jobs_.front());
+      jobs_.pop_front();
+    }
     for (const CopyPiece& piece : job.pieces)
       if (piece.bytes != 0) std::memcpy(piece.target, piece.source, piece.bytes);
-    lock.lock();
-    done_[job.ticket] = true;
+    MutexLock lock(mutex_);
+    tickets_.Finish(job.ticket, absl::OkStatus());
   }
 }
 

@@ -3,23 +3,22 @@
 // are not yet polled to the end.
 #pragma once
 
-#include <condition_variable>
-#include <cstdint>
 #include <deque>
-#include <mutex>
 #include <span>
 #include <thread>
-#include <unordered_map>
 #include <vector>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
+#include "kernels/base/mutex.h"
+#include "kernels/base/tickets.h"
 
 namespace kvtide {
 
 class CopyQueue {
  public:
-  explicit CopyQueue(int max_tickets) : max_tickets_(max_tickets) {}
+  explicit CopyQueue(int max_tickets) : tickets_(static_cast<size_t>(max_tickets)) {}
   ~CopyQueue();
   CopyQueue(const CopyQueue&) = delete;
   CopyQueue& operator=(const CopyQueue&) = delete;
@@ -34,14 +33,12 @@ class CopyQueue {
   };
   void Work();
 
-  const int max_tickets_;
-  std::mutex mutex_;  // guards everything below
-  std::condition_variable wake_;
-  std::deque<Job> jobs_;
-  std::unordered_map<CopyTicket, bool> done_;
-  CopyTicket next_ticket_ = 1;
-  bool stopping_ = false;
-  std::thread worker_;  // started with the first job
+  Mutex mutex_;
+  CondVar wake_;
+  std::deque<Job> jobs_ ABSL_GUARDED_BY(mutex_);
+  TicketBook tickets_ ABSL_GUARDED_BY(mutex_);
+  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  std::thread worker_ ABSL_GUARDED_BY(mutex_);  // started with the first job
 };
 
 }  // namespace kvtide

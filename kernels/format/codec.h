@@ -43,14 +43,20 @@ concept Codec = requires {
   { C::kVersion } -> std::convertible_to<int>;  // raised with every change of what stored bytes mean
 };
 
-// Any codec may say: kKeys, an Equalise (kNone if absent); kAliasOf, the name of the type with the same
-// bytes. A codec of storage kCodes has besides:
-//   using Rotation;                       Forward(float* x, int stored_dim), Inverse(...), in place,
-//   orthogonal using Stored;                         the codec without rotation; attention needs only this
-//   (see VisitStored) static constexpr float kLevelUnit;    a power of two static int Level(int code);
-//   -128..127 static uint16_t EncodeGroup(const float* y, int n, Side side, uint8_t* codes);
-//       y: n rotated values of one group, finite. Writes n codes, returns the f16 bits of the scale.
-//       Deterministic: the same bytes on every backend (no fused multiply-add, sums by TreeSum).
+// Any codec may say besides:
+//
+// * kKeys: an Equalise; kNone if absent.
+// * kAliasOf: the name of the type with the same bytes.
+//
+// A codec of storage kCodes says:
+//
+// * Rotation: a type with Forward(float* x, int stored_dim) and Inverse of the same, in place, orthogonal.
+// * Stored: the codec without its rotation; attention needs no more (see VisitStored).
+// * kLevelUnit: a power of two (float).
+// * int Level(int code): -128..127.
+// * uint16_t EncodeGroup(const float* y, int n, Side side, uint8_t* codes): y holds the n rotated values of a
+//   group, all finite. Writes n codes and returns the f16 bits of the scale. Deterministic: the same bytes on
+//   every backend (no fused multiply-add, sums by TreeSum).
 template <class C>
 concept CodedCodec = Codec<C> && requires(const float* y, float* x, uint8_t* codes) {
   typename C::Rotation;
