@@ -155,10 +155,10 @@ def check_paths(root):
         complain("Grafana's data source is not compose.yaml's Prometheus")
     fields = set(re.findall(r"^ +(?:repeated )?[\w.]+ (\w+) = \d+;", (root / "proto/kvtide/v1/kvtided_config.proto").read_text(),
                             re.M))
-    config = json.loads((deploy / "kustomize/kvtided.json").read_text())
+    config = json.loads((deploy / "kustomize/base/kvtided.json").read_text())
     for key in set(config) - fields:
         complain(f"kvtided.json: {key} is no field of KvtidedConfig")
-    sidecar = (deploy / "kustomize/sidecar.yaml").read_text()
+    sidecar = (deploy / "kustomize/base/sidecar.yaml").read_text()
     for address in config["listen"] + [config["metrics_address"]]:
         port = address.rsplit(":", 1)[1]
         known = f"containerPort: {port}" if port.isdigit() else f"unix:{port}"

@@ -1,0 +1,147 @@
+#!/usr/bin/env python3
+"""What `cmake --install` and cpack put in place works together, and the manifests keep what they promise.
+
+usage: install_test.py REPOSITORY BUILD
+
+Installs the build into a folder of its own and makes the Debian package of it; checks that the unit names programs and files that
+are there, that the user it runs as is declared, that a configuration which exists is left alone and is accepted by kvtided; that
+no manifest or image listens on TCP without being asked, that the sidecar's socket can be opened by its engine, and that what
+kustomize renders is complete. Tools that are missing (kubectl, systemd-analyze, dpkg-deb) leave their part out, and the output says so.
+"""
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+complaints = []
+
+
+def check(condition, text):
+    if not condition:
+        complaints.append(text)
+
+
+def run(*command, **options):
+    return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True, **options)
+
+
+def missing(program, what):
+    if shutil.which(program):
+        return False
+    print(f"{program} is not there: {what} not checked")
+    return True
+
+
+def check_unit(text, root):
+    """`root` holds the installed tree as it would lie in /."""
+    start = re.search(r"^ExecStart=(\S+) --config (\S+) --listen (\S+)$", text, re.M)
+    check(start, "the unit's ExecStart is not understood")
+    check((root / start.group(1).lstrip("/")).is_file(), f"the unit starts {start.group(1)}, which is not installed")
+    config = root / start.group(2).lstrip("/")
+    check(config.is_file(), f"the unit reads {start.group(2)}, which is not installed")
+    for key in ("User", "Group"):
+        user = re.search(rf"^{key}=(\S+)$", text, re.M).group(1)
+        declared = "".join(p.read_text() for p in root.rglob("sysusers.d/*.conf"))
+        check(re.search(rf"^u {user} ", declared, re.M), f"the unit's {key} {user} is created by nothing")
+    check("MemoryMax=" in text or "OOMScoreAdjust=-" not in text, "the unit hides from the OOM killer without a bound of its own")
+    return root / start.group(1).lstrip("/"), config
+
+
+def check_install(build, work):
+    root = work / "root"
+    run("cmake", "--install", build, "--prefix", "/usr", "--component", "Unspecified", env={"DESTDIR": str(root), "PATH": "/usr/bin:/bin:/usr/local/bin"})
+    units = list(root.rglob("kvtided.service"))
+    check(len(units) == 1, f"{len(units)} units are installed")
+    for path in ("prometheus/rules.yml", "grafana/dashboards/kvtide.json", "kustomize/base/sidecar.yaml", "compose/compose.yaml"):
+        check(list(root.rglob(f"kvtide/deploy/{path}")), f"{path} is not installed")
+    return units[0], root
+
+
+def check_package(build, work):
+    if missing("dpkg-deb", "the package") or missing("dpkg-shlibdeps", "the package"):
+        return
+    out = work / "package"
+    run("cpack", "-G", "DEB", "-B", out, "-D", "CPACK_STRIP_FILES=OFF", cwd=build)
+    packages = list(out.glob("*.deb"))
+    check(len(packages) == 1, f"{len(packages)} packages")
+    root = work / "unpacked"
+    run("dpkg-deb", "-x", packages[0], root)
+    fields = run("dpkg-deb", "-f", packages[0], "Package", "Version", "Depends").stdout
+    check("libgrpc++" in fields, f"the package depends on too little: {fields}")
+    files = run("dpkg-deb", "-c", packages[0]).stdout
+    check("/usr/lib/cmake" not in files and ".a\n" not in files, "the package holds the client library's development files")
+    unit = root / "usr/lib/systemd/system/kvtided.service"
+    check(unit.is_file(), "the package has no unit")
+    program, config = check_unit(unit.read_text(), root)
+    version = run(program, "--version").stdout
+    check(version.startswith("kvtided "), f"the packaged program says {version!r}")
+    printed = json.loads(run(program, "--config", config, "--print-config").stdout)
+    check(all(l.startswith("unix:") for l in printed["listen"]), f"the first configuration listens on {printed['listen']}")
+    work_control = work / "control"
+    run("dpkg-deb", "-e", packages[0], work_control)
+    check((work_control / "conffiles").read_text().split() == ["/etc/kvtide/kvtided.json"], "the configuration is not a conffile")
+    for script in ("postinst", "prerm", "postrm"):
+        run("sh", "-n", work_control / script)
+    if not missing("systemd-analyze", "the unit's syntax"):
+        # The installed paths do not exist here: only what the unit itself says is looked at.
+        text = unit.read_text().replace(f"ExecStart=/usr/bin/kvtided", f"ExecStart={program}")
+        copy = work / "kvtided.service"
+        copy.write_text(text)
+        verified = subprocess.run(["systemd-analyze", "verify", "--man=no", str(copy)], capture_output=True, text=True)
+        bad = [l for l in verified.stderr.splitlines() if str(copy) in l or "Unknown" in l]
+        check(not bad, f"systemd-analyze: {bad}")
+
+
+def check_kept(build, work):
+    """A second install leaves a changed configuration alone."""
+    root = work / "kept"
+    config = root / "etc/kvtide/kvtided.json"
+    config.parent.mkdir(parents=True)
+    config.write_text("mine")
+    run("cmake", "--install", build, "--prefix", "/usr", "--component", "Unspecified", env={"DESTDIR": str(root), "PATH": "/usr/bin:/bin:/usr/local/bin"})
+    check(config.read_text() == "mine", "an install overwrites the configuration")
+
+
+def check_manifests(repository):
+    deploy = repository / "deploy"
+    for path in list(deploy.rglob("*.yaml")) + list(deploy.rglob("kvtided.json")) + [deploy / "Dockerfile"]:
+        text = path.read_text()
+        check("0.0.0.0:7600" not in text, f"{path.name} opens the API, which has no authentication, to the network")
+    image = (deploy / "Dockerfile").read_text()
+    check("HEALTHCHECK" in image and re.search(r"^USER (\d+):\1$", image, re.M), "the image has no health check or runs as root")
+    user = re.search(r"^USER (\d+)", image, re.M).group(1)
+    check(re.search(r"^FROM \$\{RUN_IMAGE\}$", image, re.M), "the image that runs is the one that builds")
+    if missing("kubectl", "what kustomize renders"):
+        return
+    for overlay in ("base", "gpu", "monitoring"):
+        rendered = run("kubectl", "kustomize", deploy / "kustomize" / overlay).stdout
+        kinds = re.findall(r"^kind: (\w+)$", rendered, re.M)
+        check({"Deployment", "ConfigMap", "NetworkPolicy"} <= set(kinds), f"{overlay} renders {kinds}")
+        check(f"fsGroup: {user}" in rendered, f"{overlay}: the engine cannot open the socket of uid {user}")
+        check(("nvidia" in rendered) == (overlay == "gpu"), f"{overlay}: GPU wiring")
+        check(("PodMonitor" in kinds) == (overlay == "monitoring"), f"{overlay}: {kinds}")
+        grace = int(re.search(r"terminationGracePeriodSeconds: (\d+)", rendered).group(1))
+        drain = int(re.search(r'"shutdown_seconds": (\d+)', rendered).group(1))
+        check(grace > drain, f"{overlay}: {grace} s of grace, the daemon drains {drain} s")
+
+
+def main():
+    repository, build = (pathlib.Path(p).resolve() for p in sys.argv[1:])
+    with tempfile.TemporaryDirectory() as folder:
+        work = pathlib.Path(folder)
+        unit, root = check_install(build, work)
+        check_unit(unit.read_text(), root)
+        check_kept(build, work)
+        check_package(build, work)
+    check_manifests(repository)
+    for line in complaints:
+        print(line)
+    print(f"{len(complaints)} complaints")
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
