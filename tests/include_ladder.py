@@ -6,7 +6,8 @@
     planner <- daemon/service, daemon main, clients/cli       proto <- daemon/service, clients
 
 It also keeps third-party words where they belong: CUDA in kernels/cuda, gRPC and protobuf out of the cache, Prometheus in
-daemon/metrics, no clock but the injected one in the cache.
+daemon/metrics, no clock but the injected one in the cache. Inside a layer its rooms (folders) have a ladder of their own; files
+beside the rooms may include all of them, and rooms none of those.
 
 usage: include_ladder.py REPOSITORY
        include_ladder.py --self-test     proves that a forbidden include is found
@@ -35,6 +36,17 @@ LADDER = {
                        "clients/cpp", "clients/cli"},
     "clients/cli": {"kernels/base", "kernels/format", "planner", "proto", "clients/cpp", "clients/engine"},
 }
+# layer -> its rooms, and the other rooms that each may include.
+ROOMS = {
+    "kernels/cuda": {
+        "device": set(),
+        "copy": {"device"},
+        "codec": {"device"},
+        "attend": {"device", "codec"},
+        "prefill": {"device", "codec", "attend"},
+        "step": {"device", "attend"},
+    },
+}
 # Third-party headers: pattern -> layers that may include it.
 EXTERNAL = [
     (re.compile(r"^(cuda|cuda_runtime|cuda_fp16|cuda_bf16|cooperative_groups|cub/|cuda/)"), {"kernels/cuda"}),
@@ -58,6 +70,21 @@ def layer_of(path):
     return None
 
 
+def room_of(path, layer):
+    """The room of a file, "" beside the rooms."""
+    rest = path[len(layer) + 1 :].split("/")
+    return rest[0] if len(rest) > 1 else ""
+
+
+def check_rooms(path, layer, name):
+    room, target = room_of(path, layer), room_of(name, layer)
+    rooms = ROOMS[layer]
+    if room and room not in rooms:
+        yield f"{path}: {layer} has no room '{room}'; give it a place in ROOMS"
+    elif room and room != target and target not in rooms[room]:
+        yield f"{path}: room {room} of {layer} must not include {target or 'what lies beside the rooms'} ({name})"
+
+
 def check(path, text):
     """Yields one complaint for each include of the file that the ladder forbids."""
     layer = layer_of(path)
@@ -77,6 +104,8 @@ def check(path, text):
                 yield f"{path}: the format layer includes the standard library and base only, not <{name}>"
         elif target != layer and target not in LADDER[layer]:
             yield f"{path}: {layer} must not include {target} ({name})"
+        elif target == layer and layer in ROOMS:
+            yield from check_rooms(path, layer, name)
     if layer == "daemon/cache" and re.search(r"(system_clock|steady_clock)::now|absl::Now\(", text):
         yield f"{path}: the cache has no clock but the injected one"
 
@@ -88,10 +117,18 @@ def self_test():
         "daemon/cache/y.cc": "auto t = std::chrono::steady_clock::now();\n",
         "planner/x.cc": '#include "daemon/cache/kv_cache.h"\n',
         "daemon/service/x.cc": "#include <cuda_runtime.h>\n",
+        "kernels/cuda/device/x.h": '#include "kernels/cuda/attend/attend_plan.h"\n',
+        "kernels/cuda/copy/x.h": '#include "kernels/cuda/cuda_backend.h"\n',
     }
     missed = [path for path, text in bad.items() if not list(check(path, text))]
     assert not missed, f"not found: {missed}"
-    assert not list(check("kernels/cpu/x.cc", '#include "kernels/backend.h"\n#include <vector>\n'))
+    good = {
+        "kernels/cpu/x.cc": '#include "kernels/backend.h"\n#include <vector>\n',
+        "kernels/cuda/x.cc": '#include "kernels/cuda/step/device_decode.h"\n',
+        "kernels/cuda/attend/x.h": '#include "kernels/cuda/attend/y.h"\n#include "kernels/cuda/device/z.h"\n',
+    }
+    wrong = [line for path, text in good.items() for line in check(path, text)]
+    assert not wrong, wrong
 
 
 def main():

@@ -1,24 +1,28 @@
 #include "kernels/cuda/cuda_backend.h"
 
-#include <algorithm>
-#include <cmath>
 #include <cstdio>
-#include <map>
-#include <mutex>
+#include <memory>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/numbers.h"
+#include "kernels/attend_args.h"
+#include "kernels/base/mutex.h"
 #include "kernels/base/status.h"
 #include "kernels/check_pieces.h"
-#include "kernels/cuda/attend/attend_call.h"
-#include "kernels/cuda/codec/codec_kernels.h"
+#include "kernels/cuda/attend/decode_tables.h"
+#include "kernels/cuda/attend/environment.h"
+#include "kernels/cuda/attend/profile_store.h"
+#include "kernels/cuda/codec/append_call.h"
+#include "kernels/cuda/codec/decode_call.h"
 #include "kernels/cuda/codec/recode_call.h"
 #include "kernels/cuda/copy/copy_engine.h"
 #include "kernels/cuda/device/capability.h"
 #include "kernels/cuda/device/device_image.h"
 #include "kernels/cuda/device/rotations.h"
 #include "kernels/cuda/device/workspace.h"
+#include "kernels/cuda/layer_plan.h"
+#include "kernels/cuda/prefill/prefill_call.h"
 
 namespace kvtide {
 namespace cuda {
@@ -55,10 +59,19 @@ class CudaBackend : public Backend {
   CudaBackend(const CudaBackendOptions& options, int device, int processors, const DeviceImage& image)
       : options_(options),
         device_(device),
-        processors_(processors),
         image_(image),
         pool_(options.workspaces),
-        copies_(device, options.copy_piece_bytes, options.max_copies) {}
+        copies_(device, options.copy_piece_bytes, options.max_copies) {
+    environment_.processors = processors;
+    environment_.scratch_bytes = options_.scratch_bytes;
+    environment_.in_place_bytes = options_.in_place_bytes;
+    environment_.rotations = &rotations_;
+    environment_.profiles = &profiles_;
+    environment_.most_decode_rows = options_.most_decode_rows;
+    environment_.shared_limit = image_.shared_limit;
+    environment_.warpgroups = options_.warpgroups && HasWarpgroups(image_.image_capability);
+    environment_.dependent_launches = HasBulkCopies(image_.image_capability);
+  }
 
   std::string name() const override { return absl::StrCat("cuda:", device_); }
 
@@ -68,6 +81,7 @@ class CudaBackend : public Backend {
 
   absl::StatusOr<std::unique_ptr<Slab>> AllocateSlab(size_t bytes) override {
     if (bytes == 0) return absl::InvalidArgumentError("a slab of 0 bytes");
+    KVTIDE_RETURN_IF_ERROR(CheckDevice(device_));
     const DeviceGuard guard(device_);
     auto slab = std::make_unique<DeviceSlab>(device_);
     const absl::Status status = slab->Allocate(bytes);
@@ -78,71 +92,11 @@ class CudaBackend : public Backend {
 
   absl::Status Append(const AppendArgs& args) override {
     if (args.pieces.empty()) return absl::OkStatus();
-    const DeviceGuard guard(device_);
-    size_t rows = 0;
-    DataType type = KeysOf(args, args.pieces[0]).type;
-    for (const AppendPiece& piece : args.pieces) {
-      KVTIDE_RETURN_IF_ERROR(CheckPiece(piece));
-      if (!(*piece.layout == *args.pieces[0].layout))
-        return absl::InvalidArgumentError("append: pieces of unequal layouts");
-      rows += static_cast<size_t>(piece.tokens);
-      for (const TensorView view : {KeysOf(args, piece), ValuesOf(args, piece)})
-        if (view.type != type) type = DataType::kF32;  // where unlike tensors meet
-    }
-    const BlockLayout& layout = *args.pieces[0].layout;
-    const GroupShape& shape = layout.shape();
-    const size_t k_width = static_cast<size_t>(shape.kv_heads * shape.head_dim_k),
-                 v_width = static_cast<size_t>(shape.kv_heads * shape.head_dim_v),
-                 k_bytes = rows * k_width * DataTypeBytes(type),
-                 v_bytes = rows * v_width * DataTypeBytes(type);
-    KVTIDE_ASSIGN_OR_RETURN(auto workspace, pool_.Take());
-    KVTIDE_RETURN_IF_ERROR(workspace->Begin(
-        Workspace::Bound(4, k_bytes + v_bytes + 2 * args.pieces.size() * sizeof(AppendJob))));
-    const auto k = workspace->Place<std::byte>(k_bytes), v = workspace->Place<std::byte>(v_bytes);
-    const auto stage = [&](TensorView from, const AppendPiece& piece, size_t width, size_t row,
-                           std::byte* to) {
-      const size_t count = static_cast<size_t>(piece.tokens) * width, first = piece.source_row * width;
-      to += row * width * DataTypeBytes(type);
-      if (from.type == type) {
-        std::memcpy(to, static_cast<const std::byte*>(from.data) + first * DataTypeBytes(type),
-                    count * DataTypeBytes(type));
-      } else {
-        for (size_t i = 0; i < count; i++) reinterpret_cast<float*>(to)[i] = from.At(first + i);
-      }
-    };
-    std::vector<AppendJob> k_jobs, v_jobs;
-    size_t row = 0;
-    for (const AppendPiece& piece : args.pieces) {
-      if (piece.tokens == 0) continue;
-      stage(KeysOf(args, piece), piece, k_width, row, k.host);
-      stage(ValuesOf(args, piece), piece, v_width, row, v.host);
-      AppendJob job;
-      job.target = piece.block + layout.RecordOffset(piece.layer, 0);
-      job.first_row = static_cast<int64_t>(row);
-      row += static_cast<size_t>(piece.tokens);
-      job.first_token = piece.first_token;
-      job.tokens = piece.tokens;
-      k_jobs.push_back(job);
-      job.target += layout.v_codes();
-      v_jobs.push_back(job);
-    }
-    const AppendJob* k_device = workspace->Upload(k_jobs);
-    const AppendJob* v_device = workspace->Upload(v_jobs);
-    KVTIDE_RETURN_IF_ERROR(workspace->Send());
-    if (!k_jobs.empty()) {
-      const int count = static_cast<int>(k_jobs.size());
-      KVTIDE_CUDA_RETURN_IF_ERROR(LaunchAppend(layout.pair().k, layout.k(), layout.record_bytes(),
-                                               shape.kv_heads, k.device, type, k_device, count,
-                                               workspace->stream()));
-      KVTIDE_CUDA_RETURN_IF_ERROR(LaunchAppend(layout.pair().v, layout.v(), layout.record_bytes(),
-                                               shape.kv_heads, v.device, type, v_device, count,
-                                               workspace->stream()));
-    }
-    return Annotate(workspace->Finish(), name());
+    return WithWorkspace(
+        [&](Workspace& workspace) { return AppendCall(args, options_.in_place_bytes, workspace); });
   }
 
   absl::Status Recode(std::span<const RecodePiece> pieces) override {
-    const DeviceGuard guard(device_);
     for (const RecodePiece& piece : pieces) KVTIDE_RETURN_IF_ERROR(CheckPiece(piece));
     // Neighbours of the same kind go in one launch, up to kMostRecords.
     for (size_t first = 0; first < pieces.size();) {
@@ -153,74 +107,76 @@ class CudaBackend : public Backend {
         if (count > 0 && (records > kMostRecords || !SameKind(a, b))) break;
         count++;
       }
-      KVTIDE_ASSIGN_OR_RETURN(auto workspace, pool_.Take());
-      KVTIDE_RETURN_IF_ERROR(Annotate(RecodeCall(pieces.subspan(first, count), *workspace), name()));
+      KVTIDE_RETURN_IF_ERROR(WithWorkspace(
+          [&](Workspace& workspace) { return RecodeCall(pieces.subspan(first, count), workspace); }));
       first += count;
     }
     return absl::OkStatus();
   }
 
-  absl::Status Attend(const AttendArgs& args) override {
+  absl::StatusOr<std::unique_ptr<AttendPlan>> PlanAttend(const AttendPlanArgs& args,
+                                                         std::unique_ptr<AttendPlan> previous) override {
+    KVTIDE_RETURN_IF_ERROR(CheckDevice(device_));
     const DeviceGuard guard(device_);
-    KVTIDE_ASSIGN_OR_RETURN(auto workspace, pool_.Take());
-    AttendEnvironment environment;
-    environment.processors = processors_;
-    environment.scratch_bytes = options_.scratch_bytes;
-    environment.rotations = &rotations_;
-    environment.most_decode_rows = options_.most_decode_rows;
-    environment.shared_limit = image_.shared_limit;
-    environment.warpgroups = options_.warpgroups && HasWarpgroups(image_.image_capability);
-    environment.dependent_launches = HasBulkCopies(image_.image_capability);
-    return Annotate(AttendCall(args, environment, *workspace), name());
+    std::unique_ptr<LayerPlan> mine;
+    if (auto* const made_here = dynamic_cast<PlanHere*>(previous.get()); made_here != nullptr)
+      mine = std::move(made_here->plan);
+    auto plan = LayerPlan::Make(args, environment_, std::move(mine));
+    if (!plan.ok()) return Annotate(plan.status(), name());
+    return std::unique_ptr<AttendPlan>(std::make_unique<PlanHere>(device_, std::move(plan).value()));
+  }
+
+  absl::Status AttendLayer(AttendPlan& plan, const AttendLayerArgs& args) override {
+    auto* const here = dynamic_cast<PlanHere*>(&plan);
+    if (here == nullptr || here->device != device_)
+      return absl::InvalidArgumentError(absl::StrCat("attend: the plan is not one of ", name()));
+    return WithWorkspace(
+        [&](Workspace& workspace) { return here->plan->Attend(args, environment_, workspace); });
+  }
+
+  // A plan for one layer; tests and benchmarks call it, and whoever has no use for a plan.
+  absl::Status Attend(const AttendArgs& args) override {
+    KVTIDE_RETURN_IF_ERROR(CheckAttendArgs(args).status());
+    std::vector<PlanItem> items;
+    std::vector<LayerItem> tensors;
+    for (const AttendItem& item : args.items) {
+      items.push_back({item.runs, item.queries, item.first_query_position});
+      tensors.push_back({{item.q, DataType::kF32}, {item.out, DataType::kF32}, item.lse});
+    }
+    AttendPlanArgs plan_args;
+    plan_args.heads = args.heads;
+    plan_args.causal = args.causal;
+    plan_args.window = args.window;
+    plan_args.items = items;
+    AttendLayerArgs layer_args;
+    layer_args.layer = args.layer;
+    layer_args.scale = args.scale;
+    layer_args.softcap = args.softcap;
+    layer_args.sinks = args.sinks;
+    layer_args.items = tensors;
+    layer_args.cancellation = args.cancellation;
+    std::unique_ptr<AttendPlan> plan;
+    {
+      const MutexLock lock(spare_mutex_);
+      if (!spare_plans_.empty()) {
+        plan = std::move(spare_plans_.back());
+        spare_plans_.pop_back();
+      }
+    }
+    KVTIDE_ASSIGN_OR_RETURN(plan, PlanAttend(plan_args, std::move(plan)));
+    const absl::Status status = AttendLayer(*plan, layer_args);
+    const MutexLock lock(spare_mutex_);
+    if (spare_plans_.size() < static_cast<size_t>(options_.workspaces))
+      spare_plans_.push_back(std::move(plan));
+    return status;
   }
 
   absl::Status Decode(const DecodeArgs& args) override {
-    if (args.layout == nullptr || args.block == nullptr)
-      return absl::InvalidArgumentError("decode: no layout or no block");
-    const BlockLayout& layout = *args.layout;
-    const GroupShape& shape = layout.shape();
-    if (args.layer < 0 || args.layer >= shape.layers)
-      return absl::InvalidArgumentError(absl::StrCat("decode: layer ", args.layer, " of ", shape.layers));
-    const DeviceGuard guard(device_);
-    KVTIDE_ASSIGN_OR_RETURN(auto workspace, pool_.Take());
-    for (const Side side : {Side::kKey, Side::kValue}) {
-      const bool key = side == Side::kKey;
-      float* const out = key ? args.k : args.v;
-      if (out == nullptr) continue;
-      const HalfLayout& half = key ? layout.k() : layout.v();
-      const size_t dim = static_cast<size_t>(half.head_dim), heads = static_cast<size_t>(shape.kv_heads);
-      const size_t bytes = kBlockTokens * heads * dim * sizeof(float);
-      KVTIDE_RETURN_IF_ERROR(workspace->rows.Reserve(bytes));
-      KVTIDE_RETURN_IF_ERROR(workspace->results_host.Reserve(bytes));
-      KVTIDE_RETURN_IF_ERROR(workspace->Begin(
-          Workspace::Bound(3 + 2 * heads, heads * (sizeof(CodecJob) + 2 * dim * sizeof(float)))));
-      std::vector<CodecJob> jobs;
-      for (int head = 0; head < shape.kv_heads; head++) {
-        CodecJob job;
-        job.source = args.block + layout.RecordOffset(args.layer, head) + (key ? 0 : layout.v_codes());
-        job.target = workspace->rows.data() + static_cast<size_t>(head) * dim * sizeof(float);
-        job.row_stride = static_cast<int32_t>(heads * dim);
-        if (key && args.profile != nullptr) {
-          const HeadProfile& profile = args.profile->key(args.layer, head);
-          if (!profile.mean.empty()) job.mean = workspace->Upload(profile.mean);
-          if (!profile.gain.empty()) job.gain = workspace->Upload(profile.gain);
-        }
-        jobs.push_back(job);
-      }
-      const CodecJob* device_jobs = workspace->Upload(jobs);
-      KVTIDE_RETURN_IF_ERROR(workspace->Send());
-      KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(key ? layout.pair().k : layout.pair().v, side, half,
-                                               RowTarget::kF32Rows, 0, device_jobs,
-                                               static_cast<int>(jobs.size()), workspace->stream()));
-      KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(workspace->results_host.data(), workspace->rows.data(),
-                                                  bytes, cudaMemcpyDeviceToHost, workspace->stream()));
-      KVTIDE_RETURN_IF_ERROR(Annotate(workspace->Finish(), name()));
-      std::memcpy(out, workspace->results_host.data(), bytes);
-    }
-    return absl::OkStatus();
+    return WithWorkspace([&](Workspace& workspace) { return DecodeCall(args, workspace); });
   }
 
   absl::StatusOr<CopyTicket> StartCopy(std::span<const CopyPiece> pieces, CopyDirection direction) override {
+    KVTIDE_RETURN_IF_ERROR(CheckDevice(device_));
     return copies_.Submit(pieces, direction);
   }
   absl::StatusOr<bool> Poll(CopyTicket ticket) override { return copies_.Poll(ticket); }
@@ -228,11 +184,37 @@ class CudaBackend : public Backend {
  private:
   static constexpr size_t kMostRecords = 8192;
 
+  // Destroyed with its device current.
+  struct PlanHere : AttendPlan {
+    PlanHere(int on, std::unique_ptr<LayerPlan> made) : device(on), plan(std::move(made)) {}
+    ~PlanHere() override {
+      const DeviceGuard guard(device);
+      plan.reset();
+    }
+    const int device;
+    std::unique_ptr<LayerPlan> plan;
+  };
+
+  // Every call that computes: refused once the device is lost; whatever way it ends, nothing of it still
+  // runs.
+  template <class Call>
+  absl::Status WithWorkspace(Call call) {
+    KVTIDE_RETURN_IF_ERROR(CheckDevice(device_));
+    const DeviceGuard guard(device_);
+    (void)cudaGetLastError();  // what others of this thread left behind: launches would report it as theirs
+    KVTIDE_ASSIGN_OR_RETURN(const WorkspacePool::Lease workspace, pool_.Take());
+    return Annotate(call(*workspace), name());
+  }
+
   const CudaBackendOptions options_;
-  const int device_, processors_;
+  const int device_;
   const DeviceImage image_;
-  WorkspacePool pool_;
+  AttendEnvironment environment_;
   Rotations rotations_;
+  ProfileStore profiles_;
+  WorkspacePool pool_;
+  Mutex spare_mutex_;
+  std::vector<std::unique_ptr<AttendPlan>> spare_plans_ ABSL_GUARDED_BY(spare_mutex_);  // memory for Attend
   CopyEngine copies_;
 };
 
@@ -290,6 +272,7 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const CudaBackendOption
   const cuda::DeviceGuard guard(device);
   KVTIDE_CUDA_RETURN_IF_ERROR(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   KVTIDE_RETURN_IF_ERROR(cuda::PrepareAttendKernels(image));
+  KVTIDE_RETURN_IF_ERROR(cuda::PreparePrefillKernels(image));
   return std::unique_ptr<Backend>(std::make_unique<cuda::CudaBackend>(options, device, processors, image));
 }
 

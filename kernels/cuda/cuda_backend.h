@@ -3,8 +3,9 @@
 // others are refused at creation.
 //
 // Thread-safe, as Backend says: each call takes a workspace (a stream, scratch memory) from a pool and gives
-// it back; when all are in use it waits. CUDA errors are statuses; after an error of the device itself every
-// later call fails too.
+// it back; when all are in use it waits. A call that fails has waited for all it has begun. CUDA errors are
+// statuses, reported by the call that met them; after an error of the device itself every later call is
+// Unavailable and says so.
 #pragma once
 
 #include <memory>
@@ -16,9 +17,12 @@
 namespace kvtide {
 
 struct CudaBackendOptions {
-  std::string device = "0";            // index, or UUID as nvidia-smi prints it ("GPU-...")
-  int workspaces = 4;                  // calls that compute at the same time
-  size_t scratch_bytes = 256u << 20;   // for blocks that are decoded to f16 first, per workspace
+  std::string device = "0";           // index, or UUID as nvidia-smi prints it ("GPU-...")
+  int workspaces = 4;                 // calls that compute at the same time
+  size_t scratch_bytes = 256u << 20;  // for blocks that are decoded to f16 first, per workspace
+  // Appended rows, queries and results of a call up to so many bytes are read and written by kernels where
+  // they lie in pinned memory of the host; larger ones are copied to the device and back.
+  size_t in_place_bytes = 1u << 20;
   int most_decode_rows = 256;          // items with more query rows per KV head use the prefill kernels
   bool warpgroups = true;              // false: the prefill kernels for any GPU where 9.0 has its own (tests)
   size_t copy_piece_bytes = 2u << 20;  // of the pinned buffers that copies of other host memory go through

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   ring.Start(reinterpret_cast<PageList*>(shared + Config::kPagesAt) + warp,
              base + static_cast<uint32_t>(warp) * Config::kWarpBytes,
              base + Config::kBarriersAt + 8 * static_cast<uint32_t>(warp) * Config::kSlots, params.units,
-             worker);
+             worker, params.layer_lines);
   ring.Fill();
   uint32_t x = 0;
   for (uint32_t page = worker.begin; page < worker.end; page++) {
@@ -227,7 +227,7 @@ std::string RunShape(const Shape& s, int sms) {
         AttendUnit unit;
         unit.blocks = table_device + static_cast<size_t>(b) * pages;
         unit.record_offset = layout.RecordOffset(0, h);
-        unit.query = q_device + (static_cast<size_t>(b) * s.kv_heads + h) * s.group * s.dim;
+        unit.first_query = (static_cast<int64_t>(b) * s.kv_heads + h) * s.group * s.dim;
         unit.pages = static_cast<uint32_t>(pages);
         unit.tokens = s.tokens;
         unit.rows = unit.rows_per_query = s.group;
@@ -248,6 +248,7 @@ std::string RunShape(const Shape& s, int sms) {
     p.outputs = Allocate<float>(slots * kernel->rows * kernel->dv, &owned);
     p.sums = Allocate<StateHead>(slots * kernel->rows, &owned);
     p.head_dim = s.dim;
+    p.query = q_device;
     const Rotation hadamard{RotationKind::kHadamard, 0, nullptr};
     const auto rotation = [&](CacheType type) { return Info(type).rotated ? hadamard : Rotation{}; };
     p.k_rotation = rotation(pair.k);
@@ -261,16 +262,16 @@ std::string RunShape(const Shape& s, int sms) {
     const uint32_t* slots_device = Upload(slot_list, &owned);
     for (size_t u = 0, at = 0; u < units.size(); at += counts[u], u++) {
       CombineSource source;
-      source.outputs = p.outputs;
-      source.sums = p.sums;
+      source.outputs = reinterpret_cast<uint64_t>(p.outputs);
+      source.sums = reinterpret_cast<uint64_t>(p.sums);
       source.slot_list = slots_device + at;
       source.slots = counts[u];
       for (uint32_t i = 0; i < std::min(counts[u], 4u); i++) source.first_slots[i] = slot_list[at + i];
       source.slot_rows = kernel->rows;
       source.v_rotation = rotation(pair.v);
       CombineGroup group;
-      group.output = out + u * static_cast<size_t>(s.group) * s.dim;
-      group.lse = lse + u * static_cast<size_t>(s.group);
+      group.first_output = static_cast<int64_t>(u) * s.group * s.dim;
+      group.first_lse = static_cast<int64_t>(u) * s.group;
       group.first_source = static_cast<uint32_t>(sources.size());
       group.sources = 1;
       group.rows = group.rows_per_query = s.group;
@@ -286,6 +287,8 @@ std::string RunShape(const Shape& s, int sms) {
     c.rows = s.group;
     c.team = CombineTeam(*std::max_element(counts.begin(), counts.end()));
     c.head_dim = s.dim;
+    c.output = out;
+    c.lse = lse;
   }
   const void* merge = FindCombineKernel(kernel->dv, combine[0].team);
   const unsigned merge_grid = static_cast<unsigned>(

@@ -15,8 +15,11 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/attend/attend_call.h"
+#include "kernels/cuda/attend/profile_store.h"
 #include "kernels/cuda/device/device_image.h"
+#include "kernels/cuda/device/rotations.h"
+#include "kernels/cuda/layer_plan.h"
+#include "kernels/cuda/prefill/prefill_call.h"
 #include "tests/bench/gpu_fill.cuh"
 
 namespace kvtide::cuda {
@@ -71,12 +74,14 @@ std::string RunShape(const Shape& s, int processors, bool warpgroups, bool compa
   std::normal_distribution<float> normal;
   for (float& x : q) x = normal(rng);
   Rotations rotations;
+  ProfileStore profiles;
   Workspace workspace;
   CHECK_OK(workspace.Create());
   AttendEnvironment environment;
   environment.processors = processors;
   environment.scratch_bytes = size_t{256} << 20;
   environment.rotations = &rotations;
+  environment.profiles = &profiles;
   environment.warpgroups = warpgroups;
   KVTIDE_BENCH_CUDA(cudaEventCreate(&environment.begin));
   KVTIDE_BENCH_CUDA(cudaEventCreate(&environment.end));
@@ -91,18 +96,17 @@ std::string RunShape(const Shape& s, int processors, bool warpgroups, bool compa
       run.layout = &layout;
       run.blocks = blocks[static_cast<size_t>(call + 1 == calls ? 0 : call) % copies];
       run.tokens = s.tokens;
-      AttendItem item;
-      item.runs = {&run, 1};
-      item.q = q.data();
-      item.queries = s.queries;
-      item.first_query_position = s.tokens - s.queries;
-      item.out = out[way].data();
-      item.lse = lse.data();
-      AttendArgs args;
-      args.heads = s.heads;
+      const PlanItem item{{&run, 1}, s.queries, s.tokens - s.queries};
+      AttendPlanArgs plan_args;
+      plan_args.heads = s.heads;
+      plan_args.items = {&item, 1};
+      auto plan = LayerPlan::Make(plan_args, environment, nullptr);
+      CHECK_OK(plan.status());
+      const LayerItem tensors{{q.data(), DataType::kF32}, {out[way].data(), DataType::kF32}, lse.data()};
+      AttendLayerArgs args;
       args.scale = 1.0f / std::sqrt(static_cast<float>(s.dim));
-      args.items = {&item, 1};
-      CHECK_OK(AttendCall(args, environment, workspace));
+      args.items = {&tensors, 1};
+      CHECK_OK((*plan)->Attend(args, environment, workspace));
       float ms = 0;
       KVTIDE_BENCH_CUDA(cudaEventElapsedTime(&ms, environment.begin, environment.end));
       if (call > 0) times.push_back(1e3 * static_cast<double>(ms));
@@ -160,6 +164,7 @@ int Main(int argc, char** argv) {
   const auto image = FindDeviceImage(0);
   CHECK_OK(image.status());
   CHECK_OK(PrepareAttendKernels(*image));
+  CHECK_OK(PreparePrefillKernels(*image));
   std::string rows;
   for (const Shape& s : kShapes) {
     if ((quick && (s.tokens > 8192 || s.dim != 128)) || (!compare && s.queries < 512)) continue;

@@ -246,7 +246,7 @@ TEST_P(DeviceDecodeCases, ReplaysWithOtherLengths) {
         item.runs = runs;
         item.q = q_values.data() + at;
         item.queries = 1;
-        item.first_query_position = lengths.coded[s] + lengths.exact[s] - 1;
+        item.first_query_position = std::max(0, lengths.coded[s] + lengths.exact[s] - 1);
         item.out = want.data();
         item.lse = want_lse.data();
         AttendArgs args;

@@ -60,13 +60,13 @@ class Call {
     environment_.scratch_bytes = scratch_bytes;
     args_.causal = causal;
     args_.window = window;
-    std::vector<AttendItem> items;
+    std::vector<PlanItem> items;
     for (Item& item : items_) {
       item.args.runs = item.runs;
       items.push_back(item.args);
     }
     args_.items = items;
-    PrefillRounds plan(args_, shape_, environment_, kernel_);
+    PrefillRounds plan(args_, 0, shape_, environment_, kernel_);
     const auto slot_bytes = static_cast<size_t>(kernel_.rows) * (kDim * sizeof(float) + sizeof(float2));
     size_t in_place = 0;
     std::set<std::pair<uint64_t, int>> begun;                  // groups: output, first row
@@ -128,7 +128,7 @@ class Call {
 
  private:
   struct Item {
-    AttendItem args;
+    PlanItem args;
     std::vector<BlockRun> runs;
     int64_t tokens = 0;
   };
@@ -147,7 +147,7 @@ class Call {
   const GroupShape shape_{1, kKvHeads, kDim, kDim};
   PrefillKernel kernel_;
   AttendEnvironment environment_;
-  AttendArgs args_;
+  AttendPlanArgs args_;
   std::deque<BlockLayout> layouts_;
   std::deque<std::vector<std::byte*>> blocks_;
   std::deque<Item> items_;

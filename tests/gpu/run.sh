@@ -13,7 +13,7 @@ declare -A what=(
   [e2e]="kvtided in processes of its own on the GPU, the kvtide command with it"
   [devices]="kvtided and the cache on two GPUs (skipped with one)"
   [sanitizers]="compute-sanitizer's four tools on small shapes"
-  [bench]="gpu_attend, gpu_step, gpu_moves, gpu_prefill and gpu_seal benchmarks, f16 attention of PyTorch"
+  [bench]="gpu_attend, gpu_step, gpu_cache_step, gpu_moves, gpu_prefill and gpu_seal benchmarks, f16 attention of PyTorch"
   [counters]="hardware counters of the main kernels (ncu)"
   [demo]="kvtide demo on the GPU: the same tokens from every tier"
   [eval]="kvtide eval on the GPU and on the CPU: perplexities within 0.1 %"
@@ -120,7 +120,7 @@ stage_devices() {
 }
 stage_sanitizers() {
   command -v compute-sanitizer > /dev/null || { echo "SKIPPED: compute-sanitizer is not installed"; return 0; }
-  local small='--gtest_filter=*PairsOfUnequal*:*CapsLogits*:*SealsWithProfiles*:*Recodes*:*CopiesMany*:*PrefillAndDecode*:*DeviceDecode*Case1*' failed=0 tool
+  local small='--gtest_filter=*PairsOfUnequal*:*CapsLogits*:*SealsWithProfiles*:*Recodes*:*CopiesMany*:*PrefillAndDecode*:*DeviceDecode*Case1*:*AppendsPiecesOfSeveral*:LayerPlanTest.SendsOnly*:LayerPlanTest.Types*:Faults.AttendOverAKeptPlan' failed=0 tool
   for tool in memcheck racecheck synccheck initcheck; do
     local skipped=""
     # The prefill kernel for any GPU, as compiled for 9.0, frees a stage by one lane after the others met it: racecheck
@@ -140,7 +140,7 @@ stage_sanitizers() {
 }
 stage_bench() {
   local failed=0 name
-  for name in attend step moves prefill seal; do
+  for name in attend step cache_step moves prefill seal; do
     if [ ! -x "$bin/gpu_${name}_bench" ]; then
       echo "gpu_${name}_bench: not built"
       continue

@@ -7,8 +7,8 @@
 
 #include "kernels/cuda/attend/coded_tile.h"
 #include "kernels/cuda/attend/half_tile.h"
+#include "kernels/cuda/attend/page_ring.cuh"
 #include "kernels/cuda/attend/query_kernel.cuh"
-#include "kernels/cuda/device/pipeline.cuh"
 
 namespace kvtide::cuda {
 
@@ -176,7 +176,7 @@ KVTIDE_DEVICE void AttendBody(const AttendParams& params, const AttendWorker& wo
   ring.Start(reinterpret_cast<PageList*>(shared + Config::kPagesAt) + warp,
              base + static_cast<uint32_t>(warp) * Config::kWarpBytes,
              base + Config::kBarriersAt + 8 * static_cast<uint32_t>(warp) * Config::kSlots, params.units,
-             worker);
+             worker, params.layer_lines);
   if (threadIdx.x == 0) Tile::WriteTables(base + Config::kTablesAt);
   WaitForEarlierKernels();
   if (page < share_end) fetch_query();

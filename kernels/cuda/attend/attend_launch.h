@@ -24,7 +24,9 @@ struct Conversion {
 struct LaunchPlan {
   const AttendKernel* kernel = nullptr;
   Rotation k_rotation;
-  size_t page_bytes = 0;
+  size_t page_bytes = 0;  // of a record
+  size_t layer_bytes =
+      0;  // from a layer's records in a block to the next layer's; 0: pages of one layer only
   std::vector<AttendUnit> units;
   std::vector<Conversion> conversions;  // what the units wait for
   size_t scratch_used = 0;              // by their pages
@@ -38,6 +40,8 @@ struct LaunchPlan {
   const LaunchPlan* exact = nullptr;
   bool joined = false;
 
+  // By the owner, in memory: what the kernels are told. Partial states and query areas begin where in theirs.
+  size_t first_partial = 0, first_query = 0;
   AttendParams params;
   const AttendWorker* joint_workers = nullptr;  // the table of both
 };

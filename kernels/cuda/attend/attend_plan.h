@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels/base/host_device.h"
+#include "kernels/cuda/device/rotation.h"
 
 namespace kvtide::cuda {
 
@@ -28,11 +29,11 @@ struct alignas(16) UnitRange {
 
 struct alignas(16) AttendUnit : UnitRange {
   const std::byte* const* blocks = nullptr;  // device memory: block of page 0, 1, ...
-  uint64_t record_offset = 0;                // of the layer and KV head inside a block
-  const void* query = nullptr;               // head vector of row 0 of query 0
-  const float* gain = nullptr;               // [head_dim_k] or null = 1
-  const float* mean = nullptr;               // [head_dim_k] or null = 0
-  int64_t query_stride = 0;                  // elements from one query token to the next
+  uint64_t record_offset = 0;   // of the KV head inside a block, beside AttendParams::layer_lines
+  int64_t first_query = 0;      // element of AttendParams::query: row 0 of query 0
+  const float* gain = nullptr;  // [head_dim_k] or null = 1, AttendParams::profile_offset values before
+  const float* mean = nullptr;  // [head_dim_k] or null = 0, likewise
+  int64_t query_stride = 0;     // elements from one query token to the next
 };
 
 inline constexpr int kMostWarps = 16;    // of an attention CTA
@@ -42,32 +43,24 @@ inline constexpr int kCombineWarps = 4;  // of a combine CTA
 // copies wait for two loads only: this and the block's address.
 struct alignas(16) AttendWorker {
   const std::byte* const* blocks = nullptr;  // address of the entry of page `begin`
-  uint64_t record_offset = 0;
-  uint32_t begin = 0, end = 0;  // pages of the launch, which may be none
-  uint32_t unit = 0;            // index of the unit that page `begin` belongs to
-  uint32_t unit_end = 0;        // and that unit's last page + 1
-  uint32_t last_unit = 0;       // the unit of the last page of the worker's CTA
+  uint64_t record_offset = 0;                // beside AttendParams::layer_lines
+  uint32_t begin = 0, end = 0;               // pages of the launch, which may be none
+  uint32_t unit = 0;                         // index of the unit that page `begin` belongs to
+  uint32_t unit_end = 0;                     // and that unit's last page + 1
+  uint32_t last_unit = 0;                    // the unit of the last page of the worker's CTA
   // Of a joint launch: whether the CTA reads f16 pages, and its number among those that read the same form.
   uint32_t exact = 0, cta = 0;
   uint32_t padding = 0;
 };
 
 enum class QueryType : int32_t { kF32, kF16, kBf16 };
-// kMatrix: an n x n matrix for each run of 128 dims, stored by columns with a stride of 128, for rotations
-// without code here.
-enum class RotationKind : int32_t { kNone, kHadamard, kMatrix };
-struct Rotation {
-  RotationKind kind = RotationKind::kNone;
-  int32_t padding = 0;
-  const float* matrix = nullptr;
-  bool operator==(const Rotation&) const = default;
-};
 
 // One row of a partial state beside its unnormalised output.
 struct alignas(8) StateHead {
   float reference, sum;  // exponent (base 2) that output and sum of weights are relative to
 };
 
+// What a launch is told beside its plan, which serves all layers of a group.
 struct AttendParams {
   const AttendUnit* units = nullptr;
   const AttendWorker* workers = nullptr;  // one for each warp of each CTA
@@ -80,7 +73,13 @@ struct AttendParams {
   float scale = 0;      // softmax scale times log2(e)
   float key_scale = 0;  // the same times AttendKernel::key_unit
   float softcap = 0;    // times log2(e); 0 = none
+  // The layer: where its records begin in a block, in lines of 128 bytes, and how many values further on its
+  // means and gains stand than those that the units name.
+  uint32_t layer_lines = 0;
+  int64_t profile_offset = 0;
+  const void* query = nullptr;  // what AttendUnit::first_query counts from
 };
+inline constexpr uint32_t kLineBytes = 128;
 
 // A joint launch reads coded pages and f16 pages (joint_kernel.cuh): units, workers, slots and states are
 // each form's own, but the workers stand in one table, kWarps of the coded kernel for each CTA.
@@ -92,8 +91,7 @@ struct JointParams {
 
 // A unit's slots, as the combine kernel sees them.
 struct alignas(16) CombineSource {
-  const float* outputs = nullptr;  // slot 0 of the launch
-  const StateHead* sums = nullptr;
+  uint64_t outputs = 0, sums = 0;       // slot 0 of the launch: bytes behind CombineParams::partials
   const uint32_t* slot_list = nullptr;  // which slots hold states of the unit
   uint32_t slots = 0;
   int32_t slot_rows = 0;
@@ -104,14 +102,14 @@ struct alignas(16) CombineSource {
 // One (sequence, KV head, tile of rows): its sources and where its output goes. The first two sources, most
 // often all, are repeated here, so that nothing but their states has to be waited for.
 struct alignas(16) CombineGroup {
-  void* output = nullptr;                     // of row 0 of query 0
-  float* lse = nullptr;                       // same
-  const float* sinks = nullptr;               // of head 0 of the group, or null
+  int64_t first_output = 0, first_lse = 0;    // elements of CombineParams: row 0 of query 0
   int64_t output_stride = 0, lse_stride = 0;  // elements from one query to the next
   uint32_t first_source = 0, sources = 0;
   int32_t first_row = 0, rows = 0;
   int32_t rows_per_query = 1;
-  int32_t team = 1;  // warps for each row
+  int32_t team = 1;        // warps for each row
+  int32_t first_head = 0;  // of the group, among the query heads
+  int32_t padding = 0;
   CombineSource first[2];
 };
 
@@ -169,6 +167,10 @@ struct CombineParams {
   int32_t team = 1;      // the largest of any group
   int32_t head_dim = 0;  // of V, not padded
   QueryType output_type = QueryType::kF32;
+  const std::byte* partials = nullptr;
+  void* output = nullptr;
+  float* lse = nullptr;
+  const float* sinks = nullptr;  // [query heads] or null
 };
 
 }  // namespace kvtide::cuda

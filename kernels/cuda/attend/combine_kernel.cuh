@@ -11,8 +11,8 @@
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/attend/attend_plan.h"
+#include "kernels/cuda/attend/warp_row.cuh"
 #include "kernels/cuda/device/pipeline.cuh"
-#include "kernels/cuda/device/warp_row.cuh"
 
 namespace kvtide::cuda {
 
@@ -41,10 +41,12 @@ struct MergedRow {
 // Adds the slots of a source that are `member`'s turn; `first` = this lane's entry of the first 32 in the
 // slot list.
 template <int DV, bool kFew>
-KVTIDE_DEVICE void AddSource(const CombineSource& source, int r, int member, int team, uint32_t first,
-                             MergedRow<DV, kFew>& row, WarpRow<DV>& total) {
+KVTIDE_DEVICE void AddSource(const CombineSource& source, const std::byte* partials, int r, int member,
+                             int team, uint32_t first, MergedRow<DV, kFew>& row, WarpRow<DV>& total) {
   constexpr int kBlocks = MergedRow<DV, kFew>::kBlocks, kBatch = MergedRow<DV, kFew>::kBatch;
   const int lane = DeviceWarp::Lane(), slots = static_cast<int>(source.slots);
+  const auto* const outputs = reinterpret_cast<const float*>(partials + source.outputs);
+  const auto* const sums = reinterpret_cast<const StateHead*>(partials + source.sums);
   uint32_t mine = first;
   for (int begin = member; begin < slots; begin += 32 * team) {
     if (begin != member) mine = begin + team * lane < slots ? source.slot_list[begin + team * lane] : 0;
@@ -56,13 +58,13 @@ KVTIDE_DEVICE void AddSource(const CombineSource& source, int r, int member, int
       for (int u = 0; u < kBatch; u++) {
         const size_t slot =
             static_cast<size_t>(__shfl_sync(0xffffffffu, mine, min(i + u, count - 1))) * source.slot_rows + r;
-        const StateHead stored = i + u < count ? source.sums[slot] : StateHead{0, 0};
+        const StateHead stored = i + u < count ? sums[slot] : StateHead{0, 0};
         head[u] = make_float2(stored.reference, stored.sum);
 #pragma unroll
         for (int b = 0; b < kBlocks; b++) {
           out[u][b] = make_float4(0, 0, 0, 0);
           if (128 * b + 4 * lane < DV && i + u < count)
-            out[u][b] = *reinterpret_cast<const float4*>(source.outputs + slot * DV + 128 * b + 4 * lane);
+            out[u][b] = *reinterpret_cast<const float4*>(outputs + slot * DV + 128 * b + 4 * lane);
         }
       }
       float top = row.reference;
@@ -140,7 +142,9 @@ __global__ void __launch_bounds__(32 * kCombineWarps, kFew&& DV <= 128 ? 8
     }
   };
   if (active && source_begin < source_end) load_source(source_begin);
-  const float sink = active && group.sinks != nullptr ? group.sinks[head] * 1.4426950408889634f : -INFINITY;
+  const float sink = active && params.sinks != nullptr
+                         ? params.sinks[group.first_head + head] * 1.4426950408889634f
+                         : -INFINITY;
   WaitForEarlierKernels();
 
   MergedRow<DV, kFew> row;
@@ -148,7 +152,7 @@ __global__ void __launch_bounds__(32 * kCombineWarps, kFew&& DV <= 128 ? 8
   WarpRow<DV> total = row.part;
   if (active) {
     for (uint32_t s = source_begin; s < source_end; s++) {
-      AddSource<DV, kFew>(source, r, turn, turns, first, row, total);
+      AddSource<DV, kFew>(source, params.partials, r, turn, turns, first, row, total);
       const Rotation rotation = source.v_rotation;
       if (s + 1 < source_end) {
         load_source(s + 1);
@@ -195,14 +199,15 @@ __global__ void __launch_bounds__(32 * kCombineWarps, kFew&& DV <= 128 ? 8
   } else if (sum > 0) {
     normal = 1.0f / sum;
   }
-  const int64_t out = query * group.output_stride + static_cast<int64_t>(head) * params.head_dim;
+  const int64_t out =
+      group.first_output + query * group.output_stride + static_cast<int64_t>(head) * params.head_dim;
 #pragma unroll
   for (int b = 0; b < kBlocks; b++) {
     const int dim = 128 * b + 4 * lane;
     if (dim >= params.head_dim) continue;
     const float(&x)[4] = total.x[b];
     if (params.output_type == QueryType::kF32) {
-      *reinterpret_cast<float4*>(static_cast<float*>(group.output) + out + dim) =
+      *reinterpret_cast<float4*>(static_cast<float*>(params.output) + out + dim) =
           make_float4(x[0] * normal, x[1] * normal, x[2] * normal, x[3] * normal);
     } else {
       uint2 packed;
@@ -213,11 +218,11 @@ __global__ void __launch_bounds__(32 * kCombineWarps, kFew&& DV <= 128 ? 8
         packed.x = DeviceWarp::Pack<true>(x[0] * normal, x[1] * normal);
         packed.y = DeviceWarp::Pack<true>(x[2] * normal, x[3] * normal);
       }
-      *reinterpret_cast<uint2*>(static_cast<uint16_t*>(group.output) + out + dim) = packed;
+      *reinterpret_cast<uint2*>(static_cast<uint16_t*>(params.output) + out + dim) = packed;
     }
   }
   if (lane == 0)
-    group.lse[query * group.lse_stride + head] =
+    params.lse[group.first_lse + query * group.lse_stride + head] =
         sum > 0 ? (reference + log2f(sum)) * 0.69314718056f : -INFINITY;
 }
 

@@ -5,8 +5,8 @@
 #pragma once
 
 #include "kernels/cuda/attend/query_row.h"
+#include "kernels/cuda/attend/warp_row.cuh"
 #include "kernels/cuda/device/pipeline.cuh"
-#include "kernels/cuda/device/warp_row.cuh"
 
 namespace kvtide::cuda {
 
@@ -39,9 +39,9 @@ KVTIDE_DEVICE void QueryBody(const AttendParams& params, uint32_t index_of_unit,
   if (active) {
     const int index = unit.first_row + r, query = index / unit.rows_per_query,
               head = index - query * unit.rows_per_query;
-    LoadRow<D>(unit.query, params.query_type,
-               query * unit.query_stride + static_cast<int64_t>(head) * params.head_dim, params.head_dim,
-               row);
+    LoadRow<D>(params.query, params.query_type,
+               unit.first_query + query * unit.query_stride + static_cast<int64_t>(head) * params.head_dim,
+               params.head_dim, row);
   }
   // Rows that the unit does not have are zeros.
   for (int i = static_cast<int>(threadIdx.x); i < Kind::kUnitAt / 16; i += static_cast<int>(blockDim.x))
@@ -53,7 +53,7 @@ KVTIDE_DEVICE void QueryBody(const AttendParams& params, uint32_t index_of_unit,
     if constexpr (Kind::kCoded) {
       WarpRow<D> other;
       if (unit.mean != nullptr) {
-        LoadRow<D>(unit.mean, QueryType::kF32, 0, params.head_dim, other);
+        LoadRow<D>(unit.mean, QueryType::kF32, params.profile_offset, params.head_dim, other);
 #pragma unroll
         for (int b = 0; b < WarpRow<D>::kBlocks; b++)
 #pragma unroll
@@ -62,7 +62,7 @@ KVTIDE_DEVICE void QueryBody(const AttendParams& params, uint32_t index_of_unit,
         for (int mask = 16; mask > 0; mask /= 2) bias += DeviceWarp::ShflXor(bias, mask);
       }
       if (unit.gain != nullptr) {
-        LoadRow<D>(unit.gain, QueryType::kF32, 0, params.head_dim, other);
+        LoadRow<D>(unit.gain, QueryType::kF32, params.profile_offset, params.head_dim, other);
 #pragma unroll
         for (int b = 0; b < WarpRow<D>::kBlocks; b++)
 #pragma unroll

@@ -1,10 +1,11 @@
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "kernels/cuda/codec/codec_kernels.h"
+#include "kernels/cuda/codec/f16_tile.h"
 #include "kernels/cuda/codec/row_codec.cuh"
-#include "kernels/cuda/prefill/prefill_tile.h"
 #include "kernels/format/page_codec.h"
 
 namespace kvtide::cuda {
@@ -365,26 +366,51 @@ __global__ void __launch_bounds__(kThreads) StoreHalves(const CodecJob* jobs, Ha
   }
 }
 
-template <class C>
-__global__ void AppendKernel(const AppendJob* jobs, HalfShape shape, size_t record_bytes, int heads,
-                             const void* rows, DataType type) {
-  const AppendJob job = jobs[blockIdx.x];
-  const int d = shape.head_dim, width = heads * d;
-  const TensorView view{rows, type};
-  for (int i = static_cast<int>(threadIdx.x); i < job.tokens * heads * shape.stored_dim;
-       i += static_cast<int>(blockDim.x)) {
-    const int dim = i % shape.stored_dim, head = i / shape.stored_dim % heads,
-              t = i / shape.stored_dim / heads;
-    auto* values = reinterpret_cast<uint16_t*>(job.target + static_cast<size_t>(head) * record_bytes);
-    const int64_t at = (job.first_row + t) * width + head * d + dim;
-    uint16_t bits = 0;
-    if (dim < d) {
-      const float x = type == DataType::kF32   ? static_cast<const float*>(rows)[at]
-                      : type == DataType::kF16 ? F16ToF32(static_cast<const uint16_t*>(rows)[at])
-                                               : Bf16ToF32(static_cast<const uint16_t*>(rows)[at]);
-      bits = C::Pack(x);
+// Values 8 * chunk .. + 7 of a row, as f16 or bf16; zeros behind the head dim.
+__device__ uint4 AppendedChunk(const AppendSide& side, DataType type, int64_t row, int chunk) {
+  if (8 * chunk >= side.head_dim) return make_uint4(0, 0, 0, 0);
+  const int64_t at = row * side.head_dim + 8 * chunk;
+  float x[8];
+  if (type == DataType::kF32) {
+    const float4* const from = reinterpret_cast<const float4*>(static_cast<const float*>(side.rows) + at);
+    const float4 low = from[0], high = from[1];
+    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w;
+    x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
+  } else {
+    const uint4 bits = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(side.rows) + at);
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const auto half = static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2)));
+      x[i] = type == DataType::kF16 ? F16ToF32(half) : Bf16ToF32(half);
     }
-    values[HalfPrecisionIndex(job.first_token + t, dim, shape.stored_dim)] = bits;
+  }
+  uint32_t packed[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const uint32_t low = side.bf16 ? Bf16::Pack(x[2 * i]) : F16::Pack(x[2 * i]),
+                   high = side.bf16 ? Bf16::Pack(x[2 * i + 1]) : F16::Pack(x[2 * i + 1]);
+    packed[i] = high << 16 | low;
+  }
+  return make_uint4(packed[0], packed[1], packed[2], packed[3]);
+}
+
+// CTA (x, y): threads y of job x; 8 values each. One thread's values are neighbours in a page, as they are in
+// a row.
+__global__ void AppendKernel(const __grid_constant__ AppendParams params) {
+  const AppendJob job = params.jobs[blockIdx.x];
+  const int k_chunks = params.k.stored_dim / 8, chunks = k_chunks + params.v.stored_dim / 8;
+  const int all = job.tokens * params.heads * chunks;
+  for (int i = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x); i < all;
+       i += static_cast<int>(gridDim.y * blockDim.x)) {
+    const int t = i / chunks / params.heads, head = i / chunks % params.heads, at = i % chunks;
+    const bool key = at < k_chunks;
+    const AppendSide& side = key ? params.k : params.v;
+    const int chunk = key ? at : at - k_chunks;
+    auto* const half = reinterpret_cast<uint16_t*>(
+        job.target + static_cast<size_t>(head) * params.record_bytes + side.offset);
+    *reinterpret_cast<uint4*>(half + HalfPrecisionIndex(job.first_token + t, 8 * chunk, side.stored_dim)) =
+        AppendedChunk(side, params.type, (job.first_row + t) * params.heads + head, chunk);
   }
 }
 
@@ -460,19 +486,13 @@ cudaError_t LaunchDecode(CacheType type, Side side, const HalfLayout& layout, Ro
   });
 }
 
-cudaError_t LaunchAppend(CacheType type, const HalfLayout& layout, size_t record_bytes, int heads,
-                         const void* rows, DataType rows_type, const AppendJob* jobs, int count,
-                         cudaStream_t stream) {
-  return VisitCodec(type, [&](auto codec) {
-    using C = decltype(codec);
-    if constexpr (C::kStorage == Storage::kHalf) {
-      AppendKernel<C><<<static_cast<unsigned>(count), 256, 0, stream>>>(jobs, ShapeOf(layout), record_bytes,
-                                                                        heads, rows, rows_type);
-      return cudaGetLastError();
-    } else {
-      return cudaErrorInvalidValue;
-    }
-  });
+cudaError_t LaunchAppend(const AppendParams& params, int count, int most_tokens, cudaStream_t stream) {
+  constexpr int kAppendThreads = 256;
+  const int chunks = most_tokens * params.heads * (params.k.stored_dim + params.v.stored_dim) / 8;
+  const int ctas = std::min((chunks + kAppendThreads - 1) / kAppendThreads, 32);
+  AppendKernel<<<dim3(static_cast<unsigned>(count), static_cast<unsigned>(ctas)), kAppendThreads, 0,
+                 stream>>>(params);
+  return cudaGetLastError();
 }
 
 }  // namespace kvtide::cuda

@@ -32,7 +32,7 @@ struct alignas(16) CodecJob {
 
 // What an encoder reads: an f16 page of the same shape, or f32 rows in the original frame.
 enum class RowSource { kF16Page, kF32Rows };
-// What a decoder writes: f32 rows, or an f16 page or tile (prefill_tile.h) of `page_dim` stored values a row
+// What a decoder writes: f32 rows, or an f16 page or tile (f16_tile.h) of `page_dim` stored values a row
 // (padding zero).
 enum class RowTarget { kF32Rows, kF16Page, kF16Tile };
 
@@ -51,14 +51,27 @@ cudaError_t LaunchRowDecode(CacheType type, Side side, const HalfLayout& layout,
 bool HasRowCodec(CacheType type);
 bool HasFloatRows(CacheType type);
 
-// Copies rows of a tensor [rows][heads][dim] into an f16 or bf16 page half.
+// Copies rows of tensors [rows][heads][dim] into f16 or bf16 pages, K and V by one launch.
 struct alignas(16) AppendJob {
-  std::byte* target = nullptr;  // the half of head 0
-  int64_t first_row = 0;
+  std::byte* target = nullptr;  // the record of head 0
+  int64_t first_row = 0;        // of K and of V
   int32_t first_token = 0, tokens = 0;
+  int64_t padding = 0;
 };
-cudaError_t LaunchAppend(CacheType type, const HalfLayout& layout, size_t record_bytes, int heads,
-                         const void* rows, DataType rows_type, const AppendJob* jobs, int count,
-                         cudaStream_t stream);
+struct AppendSide {
+  const void* rows = nullptr;
+  int32_t head_dim = 0, stored_dim = 0;
+  int32_t offset = 0;  // of the half in a record
+  bool bf16 = false;   // of the page, else f16
+};
+struct AppendParams {
+  AppendSide k, v;
+  const AppendJob* jobs = nullptr;
+  DataType type = DataType::kF32;  // of all rows
+  int32_t heads = 0;
+  uint64_t record_bytes = 0;
+};
+// most_tokens: of a job. Rows begin at multiples of 16 bytes.
+cudaError_t LaunchAppend(const AppendParams& params, int count, int most_tokens, cudaStream_t stream);
 
 }  // namespace kvtide::cuda

@@ -1,5 +1,5 @@
+#include "kernels/cuda/codec/f16_tile.h"
 #include "kernels/cuda/codec/row_codec.cuh"
-#include "kernels/cuda/prefill/prefill_tile.h"
 
 namespace kvtide::cuda {
 namespace {

@@ -20,24 +20,19 @@ bool IsPinned(const void* p) {
 }  // namespace
 
 CopyEngine::~CopyEngine() {
+  std::thread threads[kDirections];
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const MutexLock lock(mutex_);
     stopping_ = true;
+    for (int d = 0; d < kDirections; d++) threads[d] = std::move(threads_[d]);
   }
-  wake_.notify_all();
-  for (Lane* lane : {&in_, &out_})
-    if (lane->thread.joinable()) lane->thread.join();
+  wake_.NotifyAll();
+  for (std::thread& thread : threads)
+    if (thread.joinable()) thread.join();
 }
 
 absl::StatusOr<CopyTicket> CopyEngine::Submit(std::span<const CopyPiece> pieces, CopyDirection direction) {
-  std::unique_lock<std::mutex> lock(mutex_);
-  if (state_.size() >= static_cast<size_t>(max_copies_))
-    return absl::ResourceExhaustedError(absl::StrCat(max_copies_, " copies are under way or not yet polled"));
-  Lane* lane = direction == CopyDirection::kToHost ? &out_ : &in_;
-  if (!lane->thread.joinable()) lane->thread = std::thread([this, lane] { Work(lane); });
-  const CopyTicket ticket = next_++;
-  state_[ticket] = {false, absl::OkStatus()};
-  Job job{ticket, direction, {}};
+  Job job{0, direction, {}};
   for (const CopyPiece& piece :
        pieces) {  // neighbours travel together: each copy costs microseconds of its own
     CopyPiece* last = job.pieces.empty() ? nullptr : &job.pieces.back();
@@ -48,14 +43,24 @@ absl::StatusOr<CopyTicket> CopyEngine::Submit(std::span<const CopyPiece> pieces,
       job.pieces.push_back(piece);
     }
   }
-  lane->jobs.push_back(std::move(job));
-  lock.unlock();
-  wake_.notify_all();
+  const Direction lane = direction == CopyDirection::kToHost ? kOut : kIn;
+  CopyTicket ticket = 0;
+  {
+    const MutexLock lock(mutex_);
+    if (state_.size() >= static_cast<size_t>(max_copies_))
+      return absl::ResourceExhaustedError(
+          absl::StrCat(max_copies_, " copies are under way or not yet polled"));
+    if (!threads_[lane].joinable()) threads_[lane] = std::thread([this, lane] { Work(lane); });
+    ticket = job.ticket = next_++;
+    state_[ticket] = {false, absl::OkStatus()};
+    jobs_[lane].push_back(std::move(job));
+  }
+  wake_.NotifyAll();
   return ticket;
 }
 
 absl::StatusOr<bool> CopyEngine::Poll(CopyTicket ticket) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const MutexLock lock(mutex_);
   const auto it = state_.find(ticket);
   if (it == state_.end()) return absl::NotFoundError(absl::StrCat("no copy has ticket ", ticket));
   if (!it->second.first) return false;
@@ -65,28 +70,46 @@ absl::StatusOr<bool> CopyEngine::Poll(CopyTicket ticket) {
   return true;
 }
 
-void CopyEngine::Work(Lane* lane) {
+void CopyEngine::Work(Direction direction) {
   (void)cudaSetDevice(device_);
-  Stream stream;
-  PinnedBuffer staging[2];
-  Event events[2];
-  absl::Status made = stream.Create();
-  for (Event& event : events) made.Update(event.Create());
-  std::unique_lock<std::mutex> lock(mutex_);
+  std::optional<Lane> lane;
   for (;;) {
-    wake_.wait(lock, [&] { return stopping_ || !lane->jobs.empty(); });
-    if (lane->jobs.empty()) return;  // what was submitted is finished first
-    const Job job = std::move(lane->jobs.front());
-    lane->jobs.pop_front();
-    lock.unlock();
-    const absl::Status result = made.ok() ? Run(job, &stream, staging, events) : made;
-    lock.lock();
+    Job job;
+    {
+      const MutexLock lock(mutex_);
+      while (!stopping_ && jobs_[direction].empty()) wake_.Wait(mutex_);
+      if (jobs_[direction].empty()) return;  // what was submitted is finished first
+      job = std::move(jobs_[direction].front());
+      jobs_[direction].pop_front();
+    }
+    absl::Status result;
+    if (!lane.has_value()) result = Open(&lane);  // again with each job until it succeeds
+    if (result.ok()) result = Run(job, *lane);
+    const MutexLock lock(mutex_);
     state_[job.ticket] = {true, result};
   }
 }
 
-absl::Status CopyEngine::Run(const Job& job, Stream* stream, PinnedBuffer (&staging)[2], Event (&events)[2]) {
-  const cudaStream_t s = stream->get();
+absl::Status CopyEngine::Open(std::optional<Lane>* lane) {
+  Lane made;
+  if (absl::Status status = made.stream.Create(); !status.ok()) return status;
+  for (Event& event : made.events)
+    if (absl::Status status = event.Create(); !status.ok()) return status;
+  *lane = std::move(made);
+  return absl::OkStatus();
+}
+
+absl::Status CopyEngine::Run(const Job& job, Lane& lane) {
+  absl::Status status = Queue(job, lane);
+  if (!status.ok())
+    (void)StatusOf(cudaStreamSynchronize(lane.stream.get()), "the copies of a job that failed");
+  return status;
+}
+
+absl::Status CopyEngine::Queue(const Job& job, Lane& lane) {
+  const cudaStream_t s = lane.stream.get();
+  PinnedBuffer(&staging)[2] = lane.staging;
+  Event(&events)[2] = lane.events;
   int turn = 0;
   // To the host: what lies in a staging buffer and where it goes.
   struct Pending {
@@ -139,7 +162,8 @@ absl::Status CopyEngine::Run(const Job& job, Stream* stream, PinnedBuffer (&stag
     const absl::Status drained = drain(turn ^ i);
     if (!drained.ok()) return drained;
   }
-  return StatusOf(cudaStreamSynchronize(s), "copy");
+  KVTIDE_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(s));
+  return absl::OkStatus();
 }
 
 }  // namespace kvtide::cuda

@@ -3,16 +3,16 @@
 // while the other travels. A ticket is forgotten when Poll has said that it is done. Thread-safe.
 #pragma once
 
-#include <condition_variable>
 #include <deque>
 #include <memory>
-#include <mutex>
+#include <optional>
 #include <span>
 #include <thread>
 #include <unordered_map>
 #include <vector>
 
 #include "kernels/backend.h"
+#include "kernels/base/mutex.h"
 #include "kernels/cuda/device/device.h"
 
 namespace kvtide::cuda {
@@ -34,22 +34,30 @@ class CopyEngine {
     CopyDirection direction = CopyDirection::kInside;
     std::vector<CopyPiece> pieces;
   };
-  struct Lane {  // one direction
-    std::deque<Job> jobs;
-    std::thread thread;
+  enum Direction { kIn, kOut, kDirections };
+  // What one direction works with; its thread's own.
+  struct Lane {
+    Stream stream;
+    PinnedBuffer staging[2];
+    Event events[2];
   };
-  void Work(Lane* lane);
-  absl::Status Run(const Job& job, Stream* stream, PinnedBuffer (&staging)[2], Event (&events)[2]);
+  void Work(Direction direction);
+  static absl::Status Open(std::optional<Lane>* lane);
+  // The copies of a job, to their end; when it fails, nothing of them is under way any more.
+  absl::Status Run(const Job& job, Lane& lane);
+  absl::Status Queue(const Job& job, Lane& lane);
 
   const int device_;
   const size_t piece_bytes_;
   const int max_copies_;
-  std::mutex mutex_;  // guards everything below
-  std::condition_variable wake_;
-  Lane in_, out_;
-  std::unordered_map<CopyTicket, std::pair<bool, absl::Status>> state_;  // done, result
-  CopyTicket next_ = 1;
-  bool stopping_ = false;
+  Mutex mutex_;
+  CondVar wake_;
+  std::deque<Job> jobs_[kDirections] ABSL_GUARDED_BY(mutex_);
+  std::thread threads_[kDirections] ABSL_GUARDED_BY(mutex_);
+  std::unordered_map<CopyTicket, std::pair<bool, absl::Status>> state_
+      ABSL_GUARDED_BY(mutex_);  // done, result
+  CopyTicket next_ ABSL_GUARDED_BY(mutex_) = 1;
+  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 }  // namespace kvtide::cuda

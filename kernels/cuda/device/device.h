@@ -1,35 +1,21 @@
-// CUDA objects as owners: memory, streams, events; CUDA errors as statuses. One device per process is current
-// at a time per thread: DeviceGuard makes one current for a scope. Move-only, freed on destruction.
+// CUDA objects as owners: memory, streams, events. One device is current at a time per thread: DeviceGuard
+// makes one current for a scope. Move-only, freed on destruction.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <utility>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
+#include "kernels/cuda/device/cuda_error.h"
+#include "kernels/cuda/device/grown_size.h"
 
 namespace kvtide::cuda {
-
-// ResourceExhausted when memory is short, else Internal; the message names the call.
-inline absl::Status StatusOf(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return absl::OkStatus();
-  const std::string message = absl::StrCat(what, ": ", cudaGetErrorString(error));
-  if (error == cudaErrorMemoryAllocation) {
-    (void)cudaGetLastError();  // it is not sticky: later calls work
-    return absl::ResourceExhaustedError(message);
-  }
-  return absl::InternalError(message);
-}
-
-#define KVTIDE_CUDA_RETURN_IF_ERROR(call)                                                    \
-  do {                                                                                       \
-    const cudaError_t kvtide_error_ = (call);                                                \
-    if (kvtide_error_ != cudaSuccess) return ::kvtide::cuda::StatusOf(kvtide_error_, #call); \
-  } while (false)
 
 class DeviceGuard {
  public:
@@ -49,7 +35,9 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// Memory of the device, or pinned memory of the host. Reserve keeps nothing of the old contents.
+// Memory of the device, or pinned memory of the host, which kernels may read and write too. Reserve keeps
+// nothing of the old contents; nothing on the device may use them any more. It takes more than is asked for
+// (grown_size.h), but not more than `most` if it need not.
 template <bool kHost>
 class Buffer {
  public:
@@ -63,17 +51,18 @@ class Buffer {
   }
   ~Buffer() { Free(); }
 
-  absl::Status Reserve(size_t bytes) {
+  absl::Status Reserve(size_t bytes, size_t most = SIZE_MAX) {
     if (bytes <= bytes_) return absl::OkStatus();
+    const size_t size = GrownSize(bytes_, bytes, most);
     Free();
     void* p = nullptr;
     if (kHost) {
-      KVTIDE_CUDA_RETURN_IF_ERROR(cudaHostAlloc(&p, bytes, cudaHostAllocDefault));
+      KVTIDE_CUDA_RETURN_IF_ERROR(cudaHostAlloc(&p, size, cudaHostAllocPortable));
     } else {
-      KVTIDE_CUDA_RETURN_IF_ERROR(cudaMalloc(&p, bytes));
+      KVTIDE_CUDA_RETURN_IF_ERROR(cudaMalloc(&p, size));
     }
     data_ = static_cast<std::byte*>(p);
-    bytes_ = bytes;
+    bytes_ = size;
     return absl::OkStatus();
   }
   std::byte* data() const { return data_; }
@@ -108,7 +97,8 @@ class Stream {
     if (stream_ != nullptr) (void)cudaStreamDestroy(stream_);
   }
   absl::Status Create() {
-    return StatusOf(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    return absl::OkStatus();
   }
   cudaStream_t get() const { return stream_; }
 
@@ -128,7 +118,8 @@ class Event {
     if (event_ != nullptr) (void)cudaEventDestroy(event_);
   }
   absl::Status Create() {
-    return StatusOf(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "cudaEventCreate");
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming));
+    return absl::OkStatus();
   }
   cudaEvent_t get() const { return event_; }
 

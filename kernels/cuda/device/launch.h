@@ -23,7 +23,7 @@ inline absl::Status LaunchKernel(const void* function, size_t grid, int block, i
     config.numAttrs = 1;
   }
   void* arguments[] = {params};
-  return StatusOf(cudaLaunchKernelExC(&config, function, arguments), "launch");
+  return StatusOf(KVTIDE_CUDA_TRY(cudaLaunchKernelExC(&config, function, arguments)), "launch");
 }
 
 }  // namespace kvtide::cuda

@@ -1,5 +1,6 @@
 #include "kernels/cuda/device/rotations.h"
 
+#include <utility>
 #include <vector>
 
 #include "kernels/base/status.h"
@@ -18,9 +19,9 @@ absl::StatusOr<Rotation> Rotations::Get(CacheType type, int stored_dim, bool inv
     return RotationKind::kNone;
   });
   if (kind != RotationKind::kMatrix) return Rotation{kind, 0, nullptr};
-  const std::lock_guard<std::mutex> lock(mutex_);
-  DeviceBuffer& buffer = matrices_[{static_cast<int>(type), stored_dim, inverse}];
-  if (buffer.data() == nullptr) {
+  const MutexLock lock(mutex_);
+  DeviceBuffer& kept = matrices_[{static_cast<int>(type), stored_dim, inverse}];
+  if (kept.data() == nullptr) {
     const int runs = (stored_dim + 127) / 128;
     std::vector<float> matrix(static_cast<size_t>(runs) * 128 * 128), column(static_cast<size_t>(stored_dim));
     for (int j = 0; j < stored_dim; j++) {
@@ -35,11 +36,13 @@ absl::StatusOr<Rotation> Rotations::Get(CacheType type, int stored_dim, bool inv
       for (int i = 128 * run; i < std::min(stored_dim, 128 * (run + 1)); i++)
         matrix[static_cast<size_t>((run * 128 + j % 128) * 128 + i % 128)] = column[static_cast<size_t>(i)];
     }
+    DeviceBuffer buffer;  // kept when it holds the matrix
     KVTIDE_RETURN_IF_ERROR(buffer.Reserve(matrix.size() * sizeof(float)));
     KVTIDE_CUDA_RETURN_IF_ERROR(
         cudaMemcpy(buffer.data(), matrix.data(), matrix.size() * sizeof(float), cudaMemcpyHostToDevice));
+    kept = std::move(buffer);
   }
-  return Rotation{kind, 0, reinterpret_cast<const float*>(buffer.data())};
+  return Rotation{kind, 0, reinterpret_cast<const float*>(kept.data())};
 }
 
 }  // namespace kvtide::cuda

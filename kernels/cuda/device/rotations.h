@@ -3,12 +3,12 @@
 #pragma once
 
 #include <map>
-#include <mutex>
 #include <tuple>
 
 #include "absl/status/statusor.h"
-#include "kernels/cuda/attend/attend_plan.h"
+#include "kernels/base/mutex.h"
 #include "kernels/cuda/device/device.h"
+#include "kernels/cuda/device/rotation.h"
 #include "kernels/format/catalogue.h"
 
 namespace kvtide::cuda {
@@ -18,8 +18,8 @@ class Rotations {
   absl::StatusOr<Rotation> Get(CacheType type, int stored_dim, bool inverse);
 
  private:
-  std::mutex mutex_;
-  std::map<std::tuple<int, int, bool>, DeviceBuffer> matrices_;
+  Mutex mutex_;
+  std::map<std::tuple<int, int, bool>, DeviceBuffer> matrices_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace kvtide::cuda

@@ -1,30 +1,39 @@
-// What one call computes with: a stream, device scratch, and staging memory that goes to the device in one
-// copy. Arrays of a call are placed in the staging memory and addressed on the device before they are there.
+// What one call computes with: a stream, device scratch, and pinned staging memory. Arrays of a call are
+// placed in the staging memory and addressed on the device before they are there. Small calls send nothing:
+// kernels read the staging memory where it lies (and write results into pinned memory), which saves the start
+// of a copy.
 #pragma once
 
-#include <condition_variable>
 #include <cstring>
 #include <memory>
-#include <mutex>
+#include <utility>
 #include <vector>
 
 #include "kernels/base/check.h"
+#include "kernels/base/mutex.h"
 #include "kernels/cuda/device/device.h"
 
 namespace kvtide::cuda {
 
 class Workspace {
  public:
-  absl::Status Create() { return stream_.Create(); }
+  absl::Status Create() {
+    for (Event& event : events_)
+      if (absl::Status status = event.Create(); !status.ok()) return status;
+    return stream_.Create();
+  }
   cudaStream_t stream() const { return stream_.get(); }
 
-  // Begins a call that uploads at most `bytes`; everything placed before is forgotten.
-  absl::Status Begin(size_t bytes) {
-    const absl::Status host = staging_.Reserve(bytes);
-    if (!host.ok()) return host;
+  // Begins a call that places at most `bytes`; everything placed before is forgotten. in_place: the device
+  // reads them in the staging memory.
+  absl::Status Begin(size_t bytes, bool in_place = false) {
+    KVTIDE_CHECK(!in_flight_, "a call begins while the last one's work is under way");
+    if (absl::Status status = staging_.Reserve(bytes); !status.ok()) return status;
     used_ = 0;
     capacity_ = bytes;
-    return uploaded_.Reserve(bytes);
+    in_place_ = in_place;
+    in_flight_ = true;  // from now on something may be queued
+    return in_place ? absl::OkStatus() : uploaded_.Reserve(bytes);
   }
   // Room for `count` values: where to write them, and where the device will find them.
   template <class T>
@@ -37,7 +46,8 @@ class Workspace {
     const size_t at = (used_ + 255) / 256 * 256;
     used_ = at + count * sizeof(T);
     KVTIDE_CHECK(used_ <= capacity_, "staging of ", capacity_, " bytes is too small");
-    return {reinterpret_cast<T*>(staging_.data() + at), reinterpret_cast<T*>(uploaded_.data() + at)};
+    std::byte* const host = staging_.data() + at;
+    return {reinterpret_cast<T*>(host), reinterpret_cast<T*>(in_place_ ? host : uploaded_.data() + at)};
   }
   template <class T>
   T* Upload(const std::vector<T>& values) {
@@ -48,33 +58,59 @@ class Workspace {
   static size_t Bound(size_t arrays, size_t bytes) { return bytes + 256 * (arrays + 1); }
   // Sends what was placed to the device.
   absl::Status Send() {
-    return StatusOf(
-        cudaMemcpyAsync(uploaded_.data(), staging_.data(), used_, cudaMemcpyHostToDevice, stream()),
-        "upload");
+    if (in_place_ || used_ == 0) return absl::OkStatus();
+    KVTIDE_CUDA_RETURN_IF_ERROR(
+        cudaMemcpyAsync(uploaded_.data(), staging_.data(), used_, cudaMemcpyHostToDevice, stream()));
+    return absl::OkStatus();
   }
-  absl::Status Finish() { return StatusOf(cudaStreamSynchronize(stream()), "kernels"); }
+  // Waits for everything that the call has queued.
+  absl::Status Finish() {
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream()));
+    in_flight_ = false;
+    return absl::OkStatus();
+  }
+  // The same for a call that ends early, whatever has happened: nobody reuses or frees memory under running
+  // work.
+  void Abandon() {
+    if (!in_flight_) return;
+    in_flight_ = false;
+    (void)StatusOf(cudaStreamSynchronize(stream()), "the work of a call that failed");
+  }
+  // Keeps the host at most two steps of a long call ahead of the device: waits for the last step but one.
+  absl::Status EndStep() {
+    Event& event = events_[step_++ % 2];
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(event.get(), stream()));
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventSynchronize(events_[step_ % 2].get()));
+    return absl::OkStatus();
+  }
 
   DeviceBuffer partials, queries, results, scratch, rows;
   PinnedBuffer results_host;
 
  private:
   Stream stream_;
+  Event events_[2];
   PinnedBuffer staging_;
   DeviceBuffer uploaded_;
-  size_t used_ = 0, capacity_ = 0;
+  size_t used_ = 0, capacity_ = 0, step_ = 0;
+  bool in_place_ = false, in_flight_ = false;
 };
 
+// Thread-safe.
 class WorkspacePool {
  public:
   explicit WorkspacePool(int limit) : limit_(limit) {}
 
+  // A workspace for one call. Its end waits for what the call has queued and not waited for itself.
   class Lease {
    public:
     Lease(WorkspacePool* pool, std::unique_ptr<Workspace> workspace)
         : pool_(pool), workspace_(std::move(workspace)) {}
     Lease(Lease&&) = default;
     ~Lease() {
-      if (workspace_ != nullptr) pool_->Return(std::move(workspace_));
+      if (workspace_ == nullptr) return;
+      workspace_->Abandon();
+      pool_->Return(std::move(workspace_));
     }
     Workspace* operator->() const { return workspace_.get(); }
     Workspace& operator*() const { return *workspace_; }
@@ -84,9 +120,10 @@ class WorkspacePool {
     std::unique_ptr<Workspace> workspace_;
   };
 
+  // Waits while all are in use.
   absl::StatusOr<Lease> Take() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    wake_.wait(lock, [this] { return !free_.empty() || made_ < limit_; });
+    const MutexLock lock(mutex_);
+    while (free_.empty() && made_ >= limit_) wake_.Wait(mutex_);
     if (!free_.empty()) {
       std::unique_ptr<Workspace> workspace = std::move(free_.back());
       free_.pop_back();
@@ -102,17 +139,17 @@ class WorkspacePool {
  private:
   void Return(std::unique_ptr<Workspace> workspace) {
     {
-      const std::lock_guard<std::mutex> lock(mutex_);
+      const MutexLock lock(mutex_);
       free_.push_back(std::move(workspace));
     }
-    wake_.notify_one();
+    wake_.NotifyAll();
   }
 
   const int limit_;
-  std::mutex mutex_;  // guards what follows
-  std::condition_variable wake_;
-  std::vector<std::unique_ptr<Workspace>> free_;
-  int made_ = 0;
+  Mutex mutex_;
+  CondVar wake_;
+  std::vector<std::unique_ptr<Workspace>> free_ ABSL_GUARDED_BY(mutex_);
+  int made_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 
 }  // namespace kvtide::cuda

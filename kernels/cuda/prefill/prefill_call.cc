@@ -1,13 +1,13 @@
 #include "kernels/cuda/prefill/prefill_call.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "kernels/base/status.h"
 #include "kernels/cuda/codec/codec_kernels.h"
 #include "kernels/cuda/device/capability.h"
 #include "kernels/cuda/device/launch.h"
+#include "kernels/cuda/prefill/convert_rows.h"
 #include "kernels/cuda/prefill/prefill_map.h"
 #include "kernels/cuda/prefill/prefill_plan.h"
 #include "kernels/cuda/prefill/prefill_rounds.h"
@@ -23,14 +23,15 @@ int WidestDim(const GroupShape& shape) { return std::max(shape.head_dim_k, shape
 
 class Prefill {
  public:
-  Prefill(const AttendArgs& args, const GroupShape& shape, const AttendEnvironment& environment,
-          Workspace& workspace)
-      : args_(args),
-        shape_(shape),
+  Prefill(const AttendPlanArgs& batch, const GroupShape& shape, const AttendLayerArgs& args,
+          LayerTensors& tensors, const AttendEnvironment& environment, Workspace& workspace)
+      : shape_(shape),
+        args_(args),
+        tensors_(tensors),
         environment_(environment),
         workspace_(workspace),
         kernel_(*FindPrefillKernel(WidestDim(shape), environment.warpgroups)),
-        plan_(args, shape, environment, kernel_) {}
+        plan_(batch, args.layer, shape, environment, kernel_) {}
 
   absl::Status Run() {
     KVTIDE_RETURN_IF_ERROR(Place());
@@ -38,14 +39,12 @@ class Prefill {
   }
 
  private:
-  size_t OutputBytes() const { return RoundUp(plan_.queries() * plan_.output_width() * sizeof(float)); }
-  size_t ResultBytes() const { return OutputBytes() + plan_.queries() * Size(args_.heads) * sizeof(float); }
+  bool WidensQueries() const { return tensors_.query_type() != DataType::kF32; }
+  bool NarrowsOutput() const { return tensors_.output_type() != DataType::kF32; }
 
   // Takes memory and makes offsets addresses.
   absl::Status Place() {
-    size_t bytes = plan_.queries() * plan_.query_width() * sizeof(float) +
-                   plan_.floats().size() * sizeof(float) + Size(args_.heads) * sizeof(float);
-    size_t arrays = 3;
+    size_t bytes = tensors_.staging_bytes() + plan_.floats().size() * sizeof(float), arrays = 4;
     for (const PrefillRound& round : plan_.rounds()) {
       bytes += round.parts.size() * sizeof(PrefillPart) + round.groups.size() * sizeof(PrefillGroup) +
                round.slots.size() * sizeof(uint32_t) + round.places.size() * sizeof(PagePlace);
@@ -55,10 +54,14 @@ class Prefill {
     const size_t tiles = RoundUp(plan_.scratch_bytes()),
                  outputs = RoundUp(plan_.most_parts() * Size(kernel_.rows * kernel_.dim) * sizeof(float));
     KVTIDE_RETURN_IF_ERROR(workspace_.Begin(Workspace::Bound(arrays, bytes)));
-    KVTIDE_RETURN_IF_ERROR(workspace_.results.Reserve(ResultBytes()));
-    KVTIDE_RETURN_IF_ERROR(workspace_.results_host.Reserve(ResultBytes()));
-    KVTIDE_RETURN_IF_ERROR(workspace_.scratch.Reserve(
-        tiles + outputs + plan_.most_parts() * Size(kernel_.rows) * sizeof(float2)));
+    KVTIDE_RETURN_IF_ERROR(tensors_.ReserveResults(workspace_, false));
+    // The kernels take and give f32.
+    const size_t wide_queries = WidensQueries() ? RoundUp(tensors_.query_values() * sizeof(float)) : 0,
+                 wide_output = NarrowsOutput() ? tensors_.output_values() * sizeof(float) : 0;
+    KVTIDE_RETURN_IF_ERROR(workspace_.rows.Reserve(wide_queries + wide_output));
+    KVTIDE_RETURN_IF_ERROR(
+        workspace_.scratch.Reserve(tiles + outputs + plan_.most_parts() * Size(kernel_.rows) * sizeof(float2),
+                                   environment_.scratch_bytes));
     std::byte* const scratch = workspace_.scratch.data();
     PageMaps maps;
     if (kernel_.warpgroups && plan_.most_parts() > 0) {
@@ -66,15 +69,14 @@ class Prefill {
       KVTIDE_RETURN_IF_ERROR(
           MakePageMap(plan_.blocks() == nullptr ? scratch : plan_.blocks(), kernel_.dim, &maps.blocks));
     }
-    const auto queries = workspace_.Place<float>(plan_.queries() * plan_.query_width());
-    for (size_t i = 0; i < args_.items.size(); i++)
-      std::memcpy(queries.host + plan_.first_query(i) * plan_.query_width(), args_.items[i].q,
-                  Size(args_.items[i].queries) * plan_.query_width() * sizeof(float));
+    tensors_.PlaceQueries(workspace_);
+    queries_ = WidensQueries() ? reinterpret_cast<float*>(workspace_.rows.data())
+                               : static_cast<const float*>(tensors_.query());
+    std::byte* const output =
+        NarrowsOutput() ? workspace_.rows.data() + wide_queries : static_cast<std::byte*>(tensors_.output());
+    output_ = reinterpret_cast<float*>(output);
     const float* const floats = workspace_.Upload(plan_.floats());
-    const float* const sinks =
-        args_.sinks == nullptr
-            ? nullptr
-            : workspace_.Upload(std::vector<float>(args_.sinks, args_.sinks + args_.heads));
+    const float* const sinks = tensors_.sinks();
     const auto moved = [](auto* offset, std::byte* base) {
       return reinterpret_cast<decltype(offset)>(base + reinterpret_cast<size_t>(offset));
     };
@@ -97,11 +99,11 @@ class Prefill {
         parts.host[i] = round.parts[i].part;
         parts.host[i].tiles = scratch + round.parts[i].tiles;
         parts.host[i].pages = places + round.parts[i].pages;
-        parts.host[i].query = queries.device + round.parts[i].query;
+        parts.host[i].query = queries_ + round.parts[i].query;
       }
       for (PrefillGroup& group : round.groups) {
-        group.output = moved(group.output, workspace_.results.data());
-        group.lse = moved(group.lse, workspace_.results.data() + OutputBytes());
+        group.output = moved(group.output, output);
+        group.lse = moved(group.lse, reinterpret_cast<std::byte*>(tensors_.lse()));
         group.sinks =
             sinks == nullptr ? nullptr : sinks + reinterpret_cast<size_t>(group.sinks) / sizeof(float);
       }
@@ -129,41 +131,48 @@ class Prefill {
     KVTIDE_RETURN_IF_ERROR(workspace_.Send());
     if (environment_.begin != nullptr)
       KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment_.begin, stream));
+    if (WidensQueries())
+      KVTIDE_CUDA_RETURN_IF_ERROR(LaunchWiden(tensors_.query(), tensors_.query_type(),
+                                              const_cast<float*>(queries_), tensors_.query_values(), stream));
+    const bool many = plan_.rounds().size() > 2;
     for (PrefillRound& round : plan_.rounds()) {
-      for (const PrefillRound::Conversion& c : round.conversions) {
-        const bool key = c.side == Side::kKey;
-        KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(
-            key ? c.layout->pair().k : c.layout->pair().v, c.side, key ? c.layout->k() : c.layout->v(),
-            kernel_.warpgroups ? RowTarget::kF16Page : RowTarget::kF16Tile, kernel_.dim, c.device,
-            static_cast<int>(c.jobs.size()), stream));
-      }
-      KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel_.attend, round.parts.size(), kernel_.threads,
-                                          kernel_.shared_bytes, false, &round.attend, stream));
-      KVTIDE_RETURN_IF_ERROR(LaunchKernel(
-          kernel_.merge, (round.merged_groups * Size(kernel_.rows) + kMergeWarps - 1) / kMergeWarps,
-          32 * kMergeWarps, 0, false, &round.merge, stream));
+      if (IsCancelled(args_.cancellation)) return absl::CancelledError("attention was cancelled");
+      KVTIDE_RETURN_IF_ERROR(LaunchRound(round));
+      if (many) KVTIDE_RETURN_IF_ERROR(workspace_.EndStep());
     }
+    if (NarrowsOutput())
+      KVTIDE_CUDA_RETURN_IF_ERROR(
+          LaunchNarrow(output_, tensors_.output(), tensors_.output_type(), tensors_.output_values(), stream));
     if (environment_.end != nullptr) KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment_.end, stream));
-    KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(workspace_.results_host.data(), workspace_.results.data(),
-                                                ResultBytes(), cudaMemcpyDeviceToHost, stream));
-    KVTIDE_RETURN_IF_ERROR(workspace_.Finish());
-    const auto* out = reinterpret_cast<const float*>(workspace_.results_host.data());
-    const auto* lse = reinterpret_cast<const float*>(workspace_.results_host.data() + OutputBytes());
-    for (size_t i = 0; i < args_.items.size(); i++) {
-      const size_t rows = Size(args_.items[i].queries) * Size(args_.heads);
-      std::memcpy(args_.items[i].out, out + plan_.first_query(i) * plan_.output_width(),
-                  rows * Size(shape_.head_dim_v) * sizeof(float));
-      std::memcpy(args_.items[i].lse, lse + plan_.first_query(i) * Size(args_.heads), rows * sizeof(float));
-    }
     return absl::OkStatus();
   }
 
-  const AttendArgs& args_;
+  // Decodes, attends and merges.
+  absl::Status LaunchRound(PrefillRound& round) {
+    const cudaStream_t stream = workspace_.stream();
+    for (const PrefillRound::Conversion& c : round.conversions) {
+      const bool key = c.side == Side::kKey;
+      KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(
+          key ? c.layout->pair().k : c.layout->pair().v, c.side, key ? c.layout->k() : c.layout->v(),
+          kernel_.warpgroups ? RowTarget::kF16Page : RowTarget::kF16Tile, kernel_.dim, c.device,
+          static_cast<int>(c.jobs.size()), stream));
+    }
+    KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel_.attend, round.parts.size(), kernel_.threads,
+                                        kernel_.shared_bytes, false, &round.attend, stream));
+    return LaunchKernel(kernel_.merge,
+                        (round.merged_groups * Size(kernel_.rows) + kMergeWarps - 1) / kMergeWarps,
+                        32 * kMergeWarps, 0, false, &round.merge, stream);
+  }
+
   const GroupShape& shape_;
+  const AttendLayerArgs& args_;
+  LayerTensors& tensors_;
   const AttendEnvironment& environment_;
   Workspace& workspace_;
   const PrefillKernel& kernel_;
   PrefillRounds plan_;
+  const float* queries_ = nullptr;  // on the device, f32
+  float* output_ = nullptr;
 };
 
 // Whether decoding a block to tiles is fast.
@@ -174,13 +183,12 @@ bool DecodesFast(CachePair pair) {
 
 }  // namespace
 
-bool IsPrefill(const AttendItem& item, const GroupShape& shape, int heads,
+bool IsPrefill(const PlanItem& item, const GroupShape& shape, int heads,
                const AttendEnvironment& environment) {
+  if (int64_t{item.queries} * (heads / shape.kv_heads) <= environment.most_decode_rows || item.runs.empty())
+    return false;
   for (const BlockRun& run : item.runs)
     if (!DecodesFast(run.layout->pair())) return false;
-  if (static_cast<int64_t>(item.queries) * (heads / shape.kv_heads) <= environment.most_decode_rows ||
-      item.runs.empty())
-    return false;
   const PrefillKernel* kernel = FindPrefillKernel(WidestDim(shape), environment.warpgroups);
   return kernel != nullptr &&
          (environment.shared_limit == 0 || kernel->shared_bytes <= environment.shared_limit);
@@ -197,9 +205,9 @@ absl::Status PreparePrefillKernels(const DeviceImage& image) {
   return absl::OkStatus();
 }
 
-absl::Status PrefillCall(const AttendArgs& args, const GroupShape& shape,
-                         const AttendEnvironment& environment, Workspace& workspace) {
-  return Prefill(args, shape, environment, workspace).Run();
+absl::Status PrefillCall(const AttendPlanArgs& batch, const GroupShape& shape, const AttendLayerArgs& args,
+                         LayerTensors& tensors, const AttendEnvironment& environment, Workspace& workspace) {
+  return Prefill(batch, shape, args, tensors, environment, workspace).Run();
 }
 
 }  // namespace kvtide::cuda

@@ -7,19 +7,22 @@
 
 #include "absl/status/status.h"
 #include "kernels/backend.h"
-#include "kernels/cuda/attend/attend_call.h"
+#include "kernels/cuda/attend/environment.h"
+#include "kernels/cuda/attend/layer_tensors.h"
+#include "kernels/cuda/device/device_image.h"
 #include "kernels/cuda/device/workspace.h"
 
 namespace kvtide::cuda {
 
 // Whether an item is computed here: it has more rows per KV head than `most_decode_rows`, and its head dims
 // have a kernel that the device's shared memory holds.
-bool IsPrefill(const AttendItem& item, const GroupShape& shape, int heads,
+bool IsPrefill(const PlanItem& item, const GroupShape& shape, int heads,
                const AttendEnvironment& environment);
 
 absl::Status PreparePrefillKernels(const DeviceImage& image);
-// `args` are checked; all items are of the given shape.
-absl::Status PrefillCall(const AttendArgs& args, const GroupShape& shape,
-                         const AttendEnvironment& environment, Workspace& workspace);
+// One layer of a batch, which is checked; all items are of the given shape. Queues and waits: between rounds
+// it looks at the cancellation. Results are in the tensors' memory, not yet fetched.
+absl::Status PrefillCall(const AttendPlanArgs& batch, const GroupShape& shape, const AttendLayerArgs& args,
+                         LayerTensors& tensors, const AttendEnvironment& environment, Workspace& workspace);
 
 }  // namespace kvtide::cuda

@@ -10,6 +10,9 @@ namespace {
 
 // What starting and ending a part costs, in pages; for the cut only.
 constexpr int kPartOverhead = 8;
+// Operations of a round, at most: they take 15 ms of an H200, 60 ms of a GPU of a quarter of its speed.
+// Between rounds a call can be stopped.
+constexpr double kMostOperations = 1e13;
 
 int32_t Limit(int64_t n) { return static_cast<int32_t>(std::clamp<int64_t>(n, -(1 << 30), 1 << 30)); }
 bool IsF16(CacheType type) {
@@ -18,9 +21,10 @@ bool IsF16(CacheType type) {
 
 }  // namespace
 
-PrefillRounds::PrefillRounds(const AttendArgs& args, const GroupShape& shape,
+PrefillRounds::PrefillRounds(const AttendPlanArgs& args, int layer, const GroupShape& shape,
                              const AttendEnvironment& environment, const PrefillKernel& kernel)
     : args_(args),
+      layer_(layer),
       shape_(shape),
       environment_(environment),
       kernel_(kernel),
@@ -32,13 +36,15 @@ PrefillRounds::PrefillRounds(const AttendArgs& args, const GroupShape& shape,
   most_pages_ = environment.scratch_bytes > partials
                     ? std::max<size_t>(1, (environment.scratch_bytes - partials) / page_bytes_)
                     : 1;
-  for (const AttendItem& item : args_.items) AddSegments(item);
-  for (size_t i = 0; i < args_.items.size(); i++) PlanItem(i);
+  most_group_pages_ = std::max<size_t>(
+      1, static_cast<size_t>(kMostOperations / (4.0 * kBlockTokens * kernel_.rows * kernel_.dim)));
+  for (const PlanItem& item : args_.items) AddSegments(item);
+  for (size_t i = 0; i < args_.items.size(); i++) PlanGroupsOf(i);
   FinishRound();
   AddUntouchedGroups();
 }
 
-PageRange PrefillRounds::Visible(const AttendItem& item, const PrefillSegment& segment, int64_t first,
+PageRange PrefillRounds::Visible(const PlanItem& item, const PrefillSegment& segment, int64_t first,
                                  int64_t last) const {
   return VisiblePages(args_, item, segment.first_position, segment.tokens, first, last);
 }
@@ -47,7 +53,7 @@ PageRange PrefillRounds::Visible(const PrefillGroupPlan& group, const PrefillSeg
                  (group.first_row + group.rows - 1) / group_);
 }
 
-void PrefillRounds::AddSegments(const AttendItem& item) {
+void PrefillRounds::AddSegments(const PlanItem& item) {
   std::vector<PrefillSegment>& segments = segments_.emplace_back();
   for (const BlockRun& run : item.runs) {
     if (run.tokens == 0) continue;
@@ -67,7 +73,7 @@ void PrefillRounds::AddSegments(const AttendItem& item) {
 }
 
 const std::byte* PrefillRounds::Record(const PrefillSegment::Page& page, int head) const {
-  return page.run->blocks[page.block] + page.run->layout->RecordOffset(args_.layer, head);
+  return page.run->blocks[page.block] + page.run->layout->RecordOffset(layer_, head);
 }
 // Whether a page is f16 as the kernel wants it. One that is not full may hold anything behind its tokens.
 bool PrefillRounds::MayBeReadInPlace(const PrefillSegment::Page& page) const {
@@ -80,8 +86,8 @@ bool PrefillRounds::IsReadInPlace(const PrefillSegment::Page& page, int head, Pa
   return MayBeReadInPlace(page) && PlaceOfPage(blocks_, Record(page, head), kernel_.dim, place);
 }
 
-void PrefillRounds::PlanItem(size_t index) {
-  const AttendItem& item = args_.items[index];
+void PrefillRounds::PlanGroupsOf(size_t index) {
+  const PlanItem& item = args_.items[index];
   first_query_.push_back(queries_);
   queries_ += Size(item.queries);
   const int rows = item.queries * group_;
@@ -97,13 +103,13 @@ void PrefillRounds::PlanItem(size_t index) {
 // Groups of one item and head, at most most_slots_.
 void PrefillRounds::PlanGroups(size_t first, size_t count, const std::vector<PrefillSegment>& segments) {
   const PrefillGroupPlan &front = groups_[first], &back = groups_[first + count - 1];
-  const AttendItem& item = args_.items[front.item];
+  const PlanItem& item = args_.items[front.item];
   for (const PrefillSegment& segment : segments) {
     PageRange pages =
         Visible(item, segment, front.first_row / group_, (back.first_row + back.rows - 1) / group_);
     while (pages.begin < pages.end) {
       if (rounds_.empty() || round_done_ || rounds_.back().entry_groups + count > most_slots_ ||
-          rounds_.back().scratch_pages == most_pages_) {
+          rounds_.back().scratch_pages == most_pages_ || rounds_.back().group_pages >= most_group_pages_) {
         FinishRound();
         rounds_.emplace_back();
         round_done_ = false;
@@ -111,7 +117,7 @@ void PrefillRounds::PlanGroups(size_t first, size_t count, const std::vector<Pre
       PrefillRound& round = rounds_.back();
       PrefillRound::Entry entry{
           first, count, &segment, pages.begin, 0, round.scratch_pages, round.places.size()};
-      for (; pages.begin < pages.end; pages.begin++, entry.pages++) {
+      for (; pages.begin < pages.end && round.group_pages < most_group_pages_; pages.begin++, entry.pages++) {
         const PrefillSegment::Page& page = segment.pages[Size(pages.begin)];
         PagePlace place;
         if (!IsReadInPlace(page, front.head, &place)) {
@@ -121,6 +127,7 @@ void PrefillRounds::PlanGroups(size_t first, size_t count, const std::vector<Pre
           round.scratch_pages++;
         }
         if (kernel_.warpgroups) round.places.push_back(place);
+        round.group_pages += count;
       }
       round.entries.push_back(entry);
       round.entry_groups += count;
@@ -142,7 +149,7 @@ void PrefillRounds::AddJobs(const PrefillSegment::Page& page, int head, size_t s
     PrefillJob job{Record(page, head) + (key ? 0 : layout.v_codes()),
                    scratch_page * page_bytes_ + (key ? 0 : page_bytes_ / 2), -1, -1};
     if (key && page.run->profile != nullptr && Info(layout.pair().k).storage == Storage::kCodes) {
-      const HeadProfile& profile = page.run->profile->key(args_.layer, head);
+      const HeadProfile& profile = page.run->profile->key(layer_, head);
       job.mean = PlaceOf(profile.mean);
       job.gain = PlaceOf(profile.gain);
     }
@@ -211,7 +218,7 @@ void PrefillRounds::FinishRound() {
 PrefillPartPlan PrefillRounds::MakePart(size_t index, const PrefillRound::Entry& entry, int64_t begin,
                                         int64_t end) const {
   const PrefillGroupPlan& group = groups_[index];
-  const AttendItem& item = args_.items[group.item];
+  const PlanItem& item = args_.items[group.item];
   const int64_t base = item.first_query_position - entry.segment->first_position - begin * kBlockTokens;
   PrefillPartPlan plan;
   plan.group = index;
@@ -227,7 +234,7 @@ PrefillPartPlan PrefillRounds::MakePart(size_t index, const PrefillRound::Entry&
   part.rows = group.rows;
   part.rows_per_query = group_;
   part.causal_end = args_.causal ? Limit(base + 1) : 1 << 30;
-  part.window_begin = args_.window > 0 ? Limit(base - args_.window + 1) : -(1 << 30);
+  part.window_begin = args_.window > 0 ? Limit(base - std::min(args_.window, kMostPosition) + 1) : -(1 << 30);
   return plan;
 }
 

@@ -1,16 +1,17 @@
 // What a prefill computes: rows in groups, the pages that they see in rounds that fit in scratch memory, and
-// in each round the pages to decode, the parts and what is merged. Addresses that are known only when memory
-// is taken are offsets here (prefill_call.cc makes them addresses). Made on the host once a call; the
-// caller's arguments must outlive it.
+// in each round the pages to decode, the parts and what is merged. A round takes a bounded time. Addresses
+// that are known only when memory is taken are offsets here (prefill_call.cc makes them addresses). Made on
+// the host once a call; the caller's arguments must outlive it.
 #pragma once
 
 #include <deque>
 #include <map>
 #include <vector>
 
+#include "kernels/attend_args.h"
 #include "kernels/backend.h"
-#include "kernels/cuda/attend/attend_args.h"
-#include "kernels/cuda/attend/attend_call.h"
+#include "kernels/cuda/attend/environment.h"
+#include "kernels/cuda/attend/visible_pages.h"
 #include "kernels/cuda/codec/codec_kernels.h"
 #include "kernels/cuda/prefill/prefill_pages.h"
 #include "kernels/cuda/prefill/prefill_plan.h"
@@ -69,14 +70,15 @@ struct PrefillRound {
   std::vector<PagePlace> places;
   size_t merged_groups = 0;  // the first of `groups`; parts write the output of the others
   size_t scratch_pages = 0, entry_groups = 0;
+  size_t group_pages = 0;  // pages that groups meet, all together
   PrefillParams attend;
   PrefillMergeParams merge;
 };
 
 class PrefillRounds {
  public:
-  PrefillRounds(const AttendArgs& args, const GroupShape& shape, const AttendEnvironment& environment,
-                const PrefillKernel& kernel);
+  PrefillRounds(const AttendPlanArgs& args, int layer, const GroupShape& shape,
+                const AttendEnvironment& environment, const PrefillKernel& kernel);
 
   std::vector<PrefillRound>& rounds() { return rounds_; }
   const PrefillKernel& kernel() const { return kernel_; }
@@ -93,13 +95,13 @@ class PrefillRounds {
 
  private:
   static size_t Size(int64_t n) { return static_cast<size_t>(n); }
-  PageRange Visible(const AttendItem& item, const PrefillSegment& segment, int64_t first, int64_t last) const;
+  PageRange Visible(const PlanItem& item, const PrefillSegment& segment, int64_t first, int64_t last) const;
   PageRange Visible(const PrefillGroupPlan& group, const PrefillSegment& segment) const;
-  void AddSegments(const AttendItem& item);
+  void AddSegments(const PlanItem& item);
   const std::byte* Record(const PrefillSegment::Page& page, int head) const;
   bool MayBeReadInPlace(const PrefillSegment::Page& page) const;
   bool IsReadInPlace(const PrefillSegment::Page& page, int head, PagePlace* place) const;
-  void PlanItem(size_t index);
+  void PlanGroupsOf(size_t index);
   void PlanGroups(size_t first, size_t count, const std::vector<PrefillSegment>& segments);
   void AddJobs(const PrefillSegment::Page& page, int head, size_t scratch_page, PrefillRound* round);
   int64_t PlaceOf(const std::vector<float>& values);
@@ -108,14 +110,15 @@ class PrefillRounds {
   void AddGroup(size_t index, uint32_t first_slot, uint32_t slots, PrefillRound* round);
   void AddUntouchedGroups();
 
-  const AttendArgs& args_;
+  const AttendPlanArgs& args_;
+  const int layer_;
   const GroupShape& shape_;
   const AttendEnvironment& environment_;
   const PrefillKernel& kernel_;
   const int group_;
   const std::byte* blocks_ = nullptr;
-  size_t page_bytes_ = 0;                   // a K and a V page in scratch memory
-  size_t most_pages_ = 0, most_slots_ = 0;  // of a round
+  size_t page_bytes_ = 0;                                          // a K and a V page in scratch memory
+  size_t most_pages_ = 0, most_slots_ = 0, most_group_pages_ = 0;  // of a round
   size_t queries_ = 0, scratch_pages_ = 0, most_parts_ = 0;
   std::vector<size_t> first_query_;
   std::deque<std::vector<PrefillSegment>> segments_;  // by item; entries point into it

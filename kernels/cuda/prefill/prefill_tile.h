@@ -3,7 +3,7 @@
 // (warp.h).
 //
 // Tiles, and the queries beside them, lie in sub-tiles of 64 dims: rows of 128 bytes, their 16-byte chunks
-// XORed with the row (TileIndex), which ldmatrix reads without bank conflicts in either direction. Weights
+// XORed with the row (f16_tile.h), which ldmatrix reads without bank conflicts in either direction. Weights
 // are rounded to f16: they are taken relative to a power of two below the largest, so that they reach from
 // 2^15 down and small ones keep their digits; the reference is raised only when a logit outgrows it by
 // kSlack, which spares most of the rescaling.
@@ -12,15 +12,12 @@
 #include <cmath>
 #include <cstdint>
 
+#include "kernels/cuda/codec/f16_tile.h"
 #include "kernels/cuda/device/warp.h"
 #include "kernels/format/page_order.h"
 
 namespace kvtide::cuda {
 
-// Index of an f16 value in a tile of `rows` rows.
-KVTIDE_HD constexpr int TileIndex(int row, int dim, int rows) {
-  return dim / 64 * rows * 64 + row * 64 + ((dim % 64 / 8) ^ (row & 7)) * 8 + dim % 8;
-}
 // What a row of a unit may see, in tokens of the unit: [begin, end).
 struct RowLimits {
   int32_t begin = 0, end = 0;

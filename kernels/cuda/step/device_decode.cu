@@ -35,6 +35,7 @@ class DecodeOnDevice final : public DeviceDecode {
     KVTIDE_ASSIGN_OR_RETURN(image_, FindDeviceImage(device));
     KVTIDE_CUDA_RETURN_IF_ERROR(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, device));
     group_ = options.heads / options.shape.kv_heads;
+    of_layers_ = layers;
     layers_ = layers.size();
     units_ = Size(options.max_sequences) * Size(options.shape.kv_heads);
     KVTIDE_RETURN_IF_ERROR(FindKernels());
@@ -43,9 +44,7 @@ class DecodeOnDevice final : public DeviceDecode {
     if (joint_ != nullptr) KVTIDE_RETURN_IF_ERROR(JoinKinds());
 
     std::vector<PlanLayer> plan;
-    for (const DecodeLayer& layer : layers)
-      plan.push_back({layer.layer, static_cast<const std::byte*>(layer.q), static_cast<std::byte*>(layer.out),
-                      layer.lse, layer.k_mean, layer.k_gain, layer.sinks});
+    for (const DecodeLayer& layer : layers) plan.push_back({layer.layer, layer.k_mean, layer.k_gain});
     PlanLayer* plan_layers = nullptr;
     KVTIDE_ASSIGN_OR_RETURN(plan_layers, Allocate<PlanLayer>(plan.size()));
     KVTIDE_CUDA_RETURN_IF_ERROR(
@@ -58,7 +57,6 @@ class DecodeOnDevice final : public DeviceDecode {
     plan_.group = group_;
     plan_.head_dim_k = options.shape.head_dim_k;
     plan_.head_dim_v = options.shape.head_dim_v;
-    plan_.value_bytes = static_cast<int32_t>(DataTypeBytes(options.type));
     KVTIDE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(PlanKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                      static_cast<int>(PlanBytes())));
 
@@ -81,11 +79,28 @@ class DecodeOnDevice final : public DeviceDecode {
   }
 
   absl::Status Plan(cudaStream_t stream) override {
-    return LaunchKernel(reinterpret_cast<const void*>(&PlanKernel), layers_, kPlanThreads,
-                        static_cast<int>(PlanBytes()), false, &plan_, stream);
+    return Settled(LaunchKernel(reinterpret_cast<const void*>(&PlanKernel), layers_, kPlanThreads,
+                                static_cast<int>(PlanBytes()), false, &plan_, stream),
+                   stream);
+  }
+  absl::Status Attend(int index, cudaStream_t stream) override {
+    return Settled(Launch(index, stream), stream);
   }
 
-  absl::Status Attend(int index, cudaStream_t stream) override {
+  size_t device_bytes() const override { return bytes_; }
+
+ private:
+  // A call that failed leaves nothing behind that still runs, unless it was captured.
+  static absl::Status Settled(absl::Status status, cudaStream_t stream) {
+    if (status.ok()) return status;
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    if (cudaStreamIsCapturing(stream, &capture) == cudaSuccess && capture == cudaStreamCaptureStatusNone)
+      (void)cudaStreamSynchronize(stream);
+    (void)cudaGetLastError();
+    return status;
+  }
+
+  absl::Status Launch(int index, cudaStream_t stream) {
     if (index < 0 || Size(index) >= layers_)
       return absl::InvalidArgumentError(absl::StrCat("layer index ", index, " of ", layers_));
     const size_t layer = Size(index);
@@ -96,6 +111,7 @@ class DecodeOnDevice final : public DeviceDecode {
       AttendParams params = params_[k];
       params.units = kind.units + layer * kind.unit_stride;
       params.workers = kind.workers + layer * kind.worker_stride;
+      params.query = of_layers_[layer].q;
       return params;
     };
     const bool overlap = HasBulkCopies(image_.image_capability);
@@ -122,14 +138,14 @@ class DecodeOnDevice final : public DeviceDecode {
     CombineParams merge = merge_;
     merge.groups = plan_.groups + layer * units_;
     merge.sources = plan_.sources + 2 * layer * units_;
+    merge.output = of_layers_[layer].out;
+    merge.lse = of_layers_[layer].lse;
+    merge.sinks = of_layers_[layer].sinks;
     const size_t warps = units_ * Size(group_) * Size(merge.team);
     return LaunchKernel(combine_, (warps + kCombineWarps - 1) / kCombineWarps, 32 * kCombineWarps, 0,
                         dependent, &merge, stream);
   }
 
-  size_t device_bytes() const override { return bytes_; }
-
- private:
   absl::Status Check(const std::vector<DecodeLayer>& layers) const {
     KVTIDE_RETURN_IF_ERROR(CheckGroupShape(options_.shape));
     if (options_.heads <= 0 || options_.heads % options_.shape.kv_heads != 0)
@@ -168,8 +184,9 @@ class DecodeOnDevice final : public DeviceDecode {
   // The kernel of each kind, and whether one launch can read both.
   absl::Status FindKernels() {
     const auto allow = [](const void* function, int bytes) {
-      return StatusOf(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-                      "shared memory of a kernel");
+      return StatusOf(
+          KVTIDE_CUDA_TRY(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)),
+          "shared memory of a kernel");
     };
     int kinds = 0;
     for (const auto& [table, pair] :
@@ -216,8 +233,8 @@ class DecodeOnDevice final : public DeviceDecode {
     params.scale = options_.scale * kLog2E;
     params.key_scale = params.scale * kernel->key_unit;
     params.softcap = options_.softcap * kLog2E;
-    kind.outputs = params.outputs;
-    kind.sums = params.sums;
+    kind.outputs = reinterpret_cast<uint64_t>(params.outputs);
+    kind.sums = reinterpret_cast<uint64_t>(params.sums);
     kind.slot_rows = kernel->rows;
     KVTIDE_ASSIGN_OR_RETURN(kind.v_rotation, rotations_.Get(pair.v, layout.v().stored_dim, true));
     kind.coded = Info(pair.k).storage == Storage::kCodes;
@@ -254,6 +271,7 @@ class DecodeOnDevice final : public DeviceDecode {
   DecodeOptions options_;
   DeviceImage image_;
   int processors_ = 0, group_ = 0;
+  std::vector<DecodeLayer> of_layers_;
   size_t layers_ = 0, units_ = 0, bytes_ = 0;
   Rotations rotations_;
   std::vector<DeviceBuffer> buffers_;

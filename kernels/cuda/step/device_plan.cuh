@@ -29,20 +29,15 @@ struct PlanKind {
   int32_t ctas = 0, warps = 0;  // the most CTAs, and workers in each
   int32_t entries = 0;          // of a CTA in the worker table, as many as workers unless the launch is joint
   // Of the launch: what the combine kernel reads.
-  const float* outputs = nullptr;
-  const StateHead* sums = nullptr;
+  uint64_t outputs = 0, sums = 0;  // addresses
   int32_t slot_rows = 0;
   Rotation v_rotation;
   bool coded = false;
 };
 struct PlanLayer {
   int32_t layer = 0;
-  const std::byte* q = nullptr;
-  std::byte* out = nullptr;
-  float* lse = nullptr;
   const float* mean = nullptr;
   const float* gain = nullptr;
-  const float* sinks = nullptr;
 };
 struct PlanParams {
   PlanKind kinds[2];
@@ -54,8 +49,8 @@ struct PlanParams {
   CombineGroup* groups = nullptr;    // [layers][sequences * kv_heads]
   CombineSource* sources = nullptr;  // [layers][2 * sequences * kv_heads]
   int32_t sequences = 0, kv_heads = 0, group = 0;
-  int32_t head_dim_k = 0, head_dim_v = 0, value_bytes = 0;  // of q and out
-  int32_t team = 1;                                         // the most warps that a row of the merge may get
+  int32_t head_dim_k = 0, head_dim_v = 0;
+  int32_t team = 1;  // the most warps that a row of the merge may get
 };
 
 // Where the units of a kind begin: sequences that have pages, in order.
@@ -132,15 +127,14 @@ __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const __grid_constant
                  group_count = static_cast<uint32_t>(params.sequences) * kv_heads;
   CombineGroup* const groups = params.groups + static_cast<size_t>(blockIdx.x) * group_count;
   CombineSource* const sources = params.sources + static_cast<size_t>(blockIdx.x) * 2 * group_count;
-  const size_t q_row = static_cast<size_t>(params.group) * static_cast<size_t>(params.head_dim_k);
-  const size_t out_row = static_cast<size_t>(params.group) * static_cast<size_t>(params.head_dim_v);
+  const int64_t q_row = static_cast<int64_t>(params.group) * params.head_dim_k;
+  const int64_t out_row = static_cast<int64_t>(params.group) * params.head_dim_v;
 
   for (uint32_t g = threadIdx.x; g < group_count; g += kPlanThreads) {
     CombineGroup group;
-    const uint32_t head = g % kv_heads;
-    group.output = layer.out + g * out_row * static_cast<size_t>(params.value_bytes);
-    group.lse = layer.lse + static_cast<size_t>(g) * static_cast<size_t>(params.group);
-    group.sinks = layer.sinks == nullptr ? nullptr : layer.sinks + head * static_cast<uint32_t>(params.group);
+    group.first_output = g * out_row;
+    group.first_lse = static_cast<int64_t>(g) * params.group;
+    group.first_head = static_cast<int32_t>(g % kv_heads) * params.group;
     group.first_source = 2 * g;
     group.rows = group.rows_per_query = params.group;
     groups[g] = group;
@@ -182,7 +176,7 @@ __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const __grid_constant
         unit.blocks =
             kind.blocks + static_cast<size_t>(sequence) * static_cast<size_t>(kind.max_blocks) + range.x;
         unit.record_offset = layer_offset + head * kind.record_bytes;
-        unit.query = layer.q + g * q_row * static_cast<size_t>(params.value_bytes);
+        unit.first_query = g * q_row;
         if (kind.coded && layer.mean != nullptr)
           unit.mean = layer.mean + static_cast<size_t>(g) * static_cast<size_t>(params.head_dim_k);
         if (kind.coded && layer.gain != nullptr)

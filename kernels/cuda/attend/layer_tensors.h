@@ -1,0 +1,68 @@
+// Queries and results of one layer and batch of items on their way between the caller's memory and the
+// device, in the caller's element types: one copy each way at most, converted by kernels only.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "kernels/backend.h"
+#include "kernels/cuda/attend/attend_plan.h"
+#include "kernels/cuda/device/workspace.h"
+
+namespace kvtide::cuda {
+
+// Queries [first_query, first_query + queries) of an item.
+struct ItemSlice {
+  size_t item = 0;
+  int first_query = 0, queries = 0;
+};
+
+QueryType QueryTypeOf(DataType type);
+
+// Rows of all slices stand one behind the other. Types are those of all items, f32 where items differ.
+class LayerTensors {
+ public:
+  LayerTensors(const GroupShape& shape, int heads, std::span<const ItemSlice> slices,
+               const AttendLayerArgs& args);
+
+  size_t queries() const { return queries_; }  // query tokens of all slices
+  DataType query_type() const { return query_type_; }
+  DataType output_type() const { return output_type_; }
+  size_t query_values() const { return queries_ * query_width_; }
+  size_t output_values() const { return queries_ * output_width_; }
+  size_t query_bytes() const { return query_values() * DataTypeBytes(query_type_); }
+  size_t result_bytes() const;
+
+  // What PlaceQueries places, for Workspace::Begin, in two arrays.
+  size_t staging_bytes() const;
+  void PlaceQueries(Workspace& workspace);
+  const void* query() const { return query_; }
+  const float* sinks() const { return sinks_; }  // null = none
+
+  // Memory for results: of the host in place, else of the device with a copy to come.
+  absl::Status ReserveResults(Workspace& workspace, bool in_place);
+  void* output() const { return output_; }
+  float* lse() const { return lse_; }
+  // Queues the copy back.
+  absl::Status Fetch(Workspace& workspace) const;
+  // When the device is done.
+  void Deliver(const Workspace& workspace) const;
+
+ private:
+  size_t LseAt() const;
+
+  const int heads_;
+  const size_t query_width_, output_width_;
+  const std::span<const ItemSlice> slices_;
+  const AttendLayerArgs& args_;
+  size_t queries_ = 0;
+  DataType query_type_ = DataType::kF32, output_type_ = DataType::kF32;
+  const void* query_ = nullptr;
+  const float* sinks_ = nullptr;
+  void* output_ = nullptr;
+  float* lse_ = nullptr;
+  bool in_place_ = false;
+};
+
+}  // namespace kvtide::cuda

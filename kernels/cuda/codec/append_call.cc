@@ -1,0 +1,108 @@
+#include "kernels/cuda/codec/append_call.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "kernels/base/status.h"
+#include "kernels/check_pieces.h"
+#include "kernels/cuda/codec/codec_kernels.h"
+
+namespace kvtide::cuda {
+namespace {
+
+size_t Size(int64_t n) { return static_cast<size_t>(n); }
+
+// Rows [first, first + count) of `width` values, to a tensor of `type`.
+void CopyRows(TensorView from, size_t first, size_t count, size_t width, DataType type, std::byte* to) {
+  if (from.type == type) {
+    const size_t bytes = DataTypeBytes(type);
+    std::memcpy(to, static_cast<const std::byte*>(from.data) + first * width * bytes, count * width * bytes);
+    return;
+  }
+  auto* const values = reinterpret_cast<float*>(to);  // tensors of unlike types meet in f32
+  for (size_t i = 0; i < count * width; i++) values[i] = from.At(first * width + i);
+}
+
+// That of all tensors, or f32.
+DataType CommonType(const AppendArgs& args) {
+  const AppendPiece* first = nullptr;
+  for (const AppendPiece& piece : args.pieces) {
+    if (piece.tokens == 0) continue;
+    if (first == nullptr) first = &piece;
+    for (const TensorView view : {KeysOf(args, piece), ValuesOf(args, piece)})
+      if (view.type != KeysOf(args, *first).type) return DataType::kF32;
+  }
+  return KeysOf(args, *first).type;
+}
+
+bool IsBf16(CacheType type) {
+  return VisitCodec(type, [](auto codec) { return std::is_same_v<decltype(codec), Bf16>; });
+}
+
+AppendSide SideOf(const HalfLayout& half, CacheType type, size_t offset, const std::byte* rows) {
+  AppendSide side;
+  side.rows = rows;
+  side.head_dim = half.head_dim;
+  side.stored_dim = half.stored_dim;
+  side.offset = static_cast<int32_t>(offset);
+  side.bf16 = IsBf16(type);
+  return side;
+}
+
+}  // namespace
+
+absl::Status AppendCall(const AppendArgs& args, size_t in_place_bytes, Workspace& workspace) {
+  size_t rows = 0, jobs = 0;
+  int most_tokens = 0;
+  for (const AppendPiece& piece : args.pieces) {
+    KVTIDE_RETURN_IF_ERROR(CheckPiece(piece));
+    if (!(*piece.layout == *args.pieces[0].layout))
+      return absl::InvalidArgumentError("append: pieces of unequal layouts");
+    if (piece.tokens == 0) continue;
+    if (KeysOf(args, piece).data == nullptr || ValuesOf(args, piece).data == nullptr)
+      return absl::InvalidArgumentError("append: no k or no v");
+    rows += Size(piece.tokens);
+    most_tokens = std::max(most_tokens, piece.tokens);
+    jobs++;
+  }
+  if (jobs == 0) return absl::OkStatus();
+  const BlockLayout& layout = *args.pieces[0].layout;
+  const GroupShape& shape = layout.shape();
+  const size_t k_width = Size(shape.kv_heads * shape.head_dim_k),
+               v_width = Size(shape.kv_heads * shape.head_dim_v);
+  const DataType type = CommonType(args);
+
+  const size_t value_bytes = DataTypeBytes(type), k_bytes = rows * k_width * value_bytes,
+               v_bytes = rows * v_width * value_bytes;
+  KVTIDE_RETURN_IF_ERROR(workspace.Begin(Workspace::Bound(3, k_bytes + v_bytes + jobs * sizeof(AppendJob)),
+                                         k_bytes + v_bytes <= in_place_bytes));
+  const auto k = workspace.Place<std::byte>(k_bytes), v = workspace.Place<std::byte>(v_bytes);
+  const auto placed = workspace.Place<AppendJob>(jobs);
+  size_t row = 0, index = 0;
+  for (const AppendPiece& piece : args.pieces) {
+    if (piece.tokens == 0) continue;
+    CopyRows(KeysOf(args, piece), piece.source_row, Size(piece.tokens), k_width, type,
+             k.host + row * k_width * value_bytes);
+    CopyRows(ValuesOf(args, piece), piece.source_row, Size(piece.tokens), v_width, type,
+             v.host + row * v_width * value_bytes);
+    AppendJob job;
+    job.target = piece.block + layout.RecordOffset(piece.layer, 0);
+    job.first_row = static_cast<int64_t>(row);
+    job.first_token = piece.first_token;
+    job.tokens = piece.tokens;
+    placed.host[index++] = job;
+    row += Size(piece.tokens);
+  }
+  AppendParams params;
+  params.k = SideOf(layout.k(), layout.pair().k, 0, k.device);
+  params.v = SideOf(layout.v(), layout.pair().v, layout.v_codes(), v.device);
+  params.jobs = placed.device;
+  params.type = type;
+  params.heads = shape.kv_heads;
+  params.record_bytes = layout.record_bytes();
+  KVTIDE_RETURN_IF_ERROR(workspace.Send());
+  KVTIDE_CUDA_RETURN_IF_ERROR(LaunchAppend(params, static_cast<int>(jobs), most_tokens, workspace.stream()));
+  return workspace.Finish();
+}
+
+}  // namespace kvtide::cuda

@@ -1,0 +1,210 @@
+#include "kernels/cuda/layer_plan.h"
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+
+#include "kernels/base/sizes.h"
+#include "kernels/base/status.h"
+#include "kernels/cuda/prefill/prefill_call.h"
+
+namespace kvtide::cuda {
+namespace {
+
+// Bounds of a batch. Reading so many bytes takes 8 ms of an H200, 40 ms at 1 TB/s; its units have some 10 MB
+// of tables; and its queries take so much pinned memory, as many bytes of results.
+constexpr int64_t kMostPageBytes = int64_t{32} << 30, kMostUnits = 1 << 16,
+                  kMostQueryBytes = int64_t{64} << 20;
+
+// What a slice of an item costs in a batch.
+struct Cost {
+  int64_t page_bytes = 0, units = 0, query_bytes = 0;
+  Cost& operator+=(const Cost& other) {
+    page_bytes = SaturatingAdd(page_bytes, other.page_bytes);
+    units += other.units;
+    query_bytes += other.query_bytes;
+    return *this;
+  }
+  bool Fits() const {
+    return page_bytes <= kMostPageBytes && units <= kMostUnits && query_bytes <= kMostQueryBytes;
+  }
+};
+
+class Cutter {
+ public:
+  Cutter(const AttendPlanArgs& args, const AttendShape& shape, const AttendEnvironment& environment)
+      : args_(args),
+        shape_(shape),
+        group_(shape.heads / shape.group.kv_heads),
+        most_queries_(MostQueries(args)),
+        unit_rows_(std::max(1, UnitRows(shape.group, most_queries_, group_, environment.shared_limit))) {}
+
+  // Of `queries` queries of an item by the kernels for few rows: every unit reads what its run's pages are.
+  Cost FewRows(const PlanItem& item, int64_t queries) const {
+    const int64_t tiles = DivideUp<int64_t>(queries * group_, unit_rows_), heads = shape_.group.kv_heads;
+    Cost cost;
+    for (const BlockRun& run : item.runs) {
+      const int64_t bytes = SaturatingMul(BlocksOf(run), static_cast<int64_t>(run.layout->record_bytes()));
+      cost.page_bytes = SaturatingAdd(cost.page_bytes, SaturatingMul(tiles * heads, bytes));
+    }
+    cost.units = tiles * heads * std::max<int64_t>(1, static_cast<int64_t>(item.runs.size()));
+    cost.query_bytes = QueryBytes(queries);
+    return cost;
+  }
+  // Of a prefill, whose rounds are bounded by themselves.
+  Cost ManyRows(const PlanItem&, int64_t queries) const { return {0, 0, QueryBytes(queries)}; }
+
+ private:
+  static int MostQueries(const AttendPlanArgs& args) {
+    int most = 0;
+    for (const PlanItem& item : args.items) most = std::max(most, item.queries);
+    return most;
+  }
+  int64_t QueryBytes(int64_t queries) const {
+    return queries * shape_.heads * std::max(shape_.group.head_dim_k, shape_.group.head_dim_v) * 2;
+  }
+
+  const AttendPlanArgs& args_;
+  const AttendShape& shape_;
+  const int group_, most_queries_, unit_rows_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<LayerPlan>> LayerPlan::Make(const AttendPlanArgs& args,
+                                                           const AttendEnvironment& environment,
+                                                           std::unique_ptr<LayerPlan> previous) {
+  std::unique_ptr<LayerPlan> plan = previous != nullptr ? std::move(previous) : std::make_unique<LayerPlan>();
+  KVTIDE_ASSIGN_OR_RETURN(plan->shape_, CheckAttendPlan(args));
+  plan->causal_ = args.causal;
+  plan->window_ = args.window;
+  plan->Cut(args, environment);
+  plan->Keep(args);
+  for (const Batch& batch : plan->batches_) {
+    if (batch.kind != Batch::kPlanned) continue;
+    std::vector<PlanItem> items;
+    for (const ItemSlice& slice : batch.slices) items.push_back(args.items[slice.item]);
+    AttendPlanArgs planned = args;
+    planned.items = items;
+    KVTIDE_RETURN_IF_ERROR(plan->tables_.Make(planned, plan->shape_.group, environment, std::nullopt));
+  }
+  return plan;
+}
+
+// Into batches, in the order of the items: those of few rows first. They are planned here if they are one
+// batch.
+void LayerPlan::Cut(const AttendPlanArgs& args, const AttendEnvironment& environment) {
+  batches_.clear();
+  if (args.items.empty()) return;
+  const Cutter cutter(args, shape_, environment);
+  for (const bool many : {false, true}) {
+    const size_t first = batches_.size();
+    Cost cost;
+    bool converts = false, kernel_of_last = false;
+    CachePair last;
+    for (size_t i = 0; i < args.items.size(); i++) {
+      const PlanItem& item = args.items[i];
+      if (item.queries == 0 || IsPrefill(item, shape_.group, shape_.heads, environment) != many) continue;
+      const auto cost_of = [&](int64_t queries) {
+        return many ? cutter.ManyRows(item, queries) : cutter.FewRows(item, queries);
+      };
+      // The longest slices that are within the bounds, by halves.
+      int step = item.queries;
+      while (step > 1 && !cost_of(step).Fits()) step = (step + 1) / 2;
+      for (int query = 0; query < item.queries; query += step) {
+        const int queries = std::min(step, item.queries - query);
+        Cost sum = cost;
+        sum += cost_of(queries);
+        if (batches_.size() == first || !sum.Fits()) {
+          batches_.push_back({many ? Batch::kManyRows : Batch::kFewRows, {}});
+          sum = cost_of(queries);
+        }
+        cost = sum;
+        batches_.back().slices.push_back({i, query, queries});
+      }
+      for (const BlockRun& run : item.runs) {
+        if (many || (kernel_of_last && run.layout->pair() == last)) continue;
+        last = run.layout->pair();
+        kernel_of_last = HasAttendKernel(*run.layout, environment.shared_limit);
+        converts = converts || !kernel_of_last;
+      }
+    }
+    const bool whole =
+        batches_.size() == first + 1 &&
+        std::all_of(batches_[first].slices.begin(), batches_[first].slices.end(),
+                    [&](const ItemSlice& s) { return s.queries == args.items[s.item].queries; });
+    if (!many && whole && !converts) batches_[first].kind = Batch::kPlanned;
+  }
+}
+
+// What batches are planned from again. Layouts and profiles stay the caller's.
+void LayerPlan::Keep(const AttendPlanArgs& args) {
+  items_.clear();
+  items_.resize(args.items.size());
+  for (const Batch& batch : batches_)
+    for (const ItemSlice& slice : batch.slices) {
+      const PlanItem& from = args.items[slice.item];
+      KeptItem& to = items_[slice.item];
+      to.first_query_position = from.first_query_position;
+      if (batch.kind == Batch::kPlanned || !to.runs.empty()) continue;
+      for (const BlockRun& run : from.runs)
+        to.blocks.insert(to.blocks.end(), run.blocks.begin(), run.blocks.end());
+      size_t at = 0;
+      for (BlockRun run : from.runs) {
+        run.blocks = std::span<std::byte* const>(to.blocks).subspan(at, run.blocks.size());
+        at += run.blocks.size();
+        to.runs.push_back(run);
+      }
+    }
+}
+
+absl::Status LayerPlan::Attend(const AttendLayerArgs& args, const AttendEnvironment& environment,
+                               Workspace& workspace) {
+  KVTIDE_RETURN_IF_ERROR(CheckAttendLayer(args, shape_));
+  for (const Batch& batch : batches_) {
+    if (IsCancelled(args.cancellation)) return absl::CancelledError("attention was cancelled");
+    const absl::Status status = AttendBatch(batch, args, environment, workspace);
+    if (!status.ok()) {
+      tables_.Forget();
+      return status;
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status LayerPlan::AttendBatch(const Batch& batch, const AttendLayerArgs& args,
+                                    const AttendEnvironment& environment, Workspace& workspace) {
+  LayerTensors tensors(shape_.group, shape_.heads, batch.slices, args);
+  std::vector<PlanItem> items;
+  AttendPlanArgs again;
+  if (batch.kind != Batch::kPlanned) {
+    for (const ItemSlice& slice : batch.slices) {
+      const KeptItem& kept = items_[slice.item];
+      items.push_back({kept.runs, slice.queries, kept.first_query_position + slice.first_query});
+    }
+    again.heads = shape_.heads;
+    again.causal = causal_;
+    again.window = window_;
+    again.items = items;
+  }
+  if (batch.kind == Batch::kManyRows) {
+    KVTIDE_RETURN_IF_ERROR(PrefillCall(again, shape_.group, args, tensors, environment, workspace));
+  } else {
+    if (batch.kind == Batch::kFewRows)
+      KVTIDE_RETURN_IF_ERROR(
+          tables_.Make(again, shape_.group, environment, DecodeTables::Convert{args.layer, &workspace}));
+    KVTIDE_RETURN_IF_ERROR(workspace.Begin(Workspace::Bound(2, tensors.staging_bytes()),
+                                           tensors.query_bytes() <= environment.in_place_bytes));
+    tensors.PlaceQueries(workspace);
+    KVTIDE_RETURN_IF_ERROR(
+        tensors.ReserveResults(workspace, tensors.result_bytes() <= environment.in_place_bytes));
+    KVTIDE_RETURN_IF_ERROR(workspace.Send());
+    KVTIDE_RETURN_IF_ERROR(tables_.Launch(args, tensors, environment, workspace));
+  }
+  KVTIDE_RETURN_IF_ERROR(tensors.Fetch(workspace));
+  KVTIDE_RETURN_IF_ERROR(workspace.Finish());
+  tensors.Deliver(workspace);
+  return absl::OkStatus();
+}
+
+}  // namespace kvtide::cuda
