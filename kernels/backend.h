@@ -171,7 +171,7 @@ struct CopyPiece {
   size_t bytes = 0;
 };
 enum class CopyDirection : uint8_t { kFromHost, kToHost, kInside };
-using CopyTicket = Ticket;
+using CopyTicket = TicketBook::Ticket;
 
 class Backend {
  public:

@@ -14,10 +14,10 @@
 
 namespace kvtide {
 
-using Ticket = uint64_t;  // never 0, never used again
-
 class TicketBook {
  public:
+  using Ticket = uint64_t;  // never 0, never used again
+
   // `most` tickets may be open, which is issued and not yet polled to the end.
   explicit TicketBook(size_t most) : most_(most) {}
 

@@ -7,6 +7,8 @@
 namespace kvtide {
 namespace {
 
+using Ticket = TicketBook::Ticket;
+
 TEST(TicketBook, TellsTheEndOnce) {
   TicketBook book(3);
   const Ticket good = *book.Issue(), bad = *book.Issue();
