@@ -1,12 +1,16 @@
 #include "planner/model/catalogue.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <utility>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
 #include "planner/csv.h"
@@ -214,8 +218,41 @@ std::vector<const ModelGeometry*> Family(const std::string& prefix) {
   return family;
 }
 
-absl::StatusOr<DeviceBudget> ReadGpu(const CsvRow& csv) {
+// macOS gives the GPU two thirds of small machines and three quarters of others (recommendedMaxWorkingSetSize
+// as users report it).
+constexpr int64_t kSmallAppleBytes = 36 * kGiB;
+
+struct NamedDevice {
   DeviceBudget device;
+  std::vector<std::string> names;    // in DeviceName's form; the first is the catalogue's
+  std::vector<int64_t> sizes_bytes;  // of devices that come in several sizes, small ones first
+  bool apple = false;
+};
+
+// "NVIDIA GeForce RTX 4090" -> "rtx4090": who makes a card does not tell it from others.
+std::string DeviceName(const std::string& text) {
+  std::string name = NormalName(text);
+  for (const char* maker : {"nvidia", "geforce", "tesla", "amd", "instinct", "radeon", "intel", "apple"}) {
+    if (absl::StartsWith(name, maker)) name = name.substr(std::string(maker).size());
+  }
+  return name;
+}
+
+void SetSize(int64_t bytes, NamedDevice* named) {
+  DeviceBudget& device = named->device;
+  device.vram_bytes = bytes;
+  device.driver_reserve_is_guess = true;
+  if (named->apple) {
+    device.driver_reserve_bytes = bytes <= kSmallAppleBytes ? bytes / 3 : bytes / 4;
+  } else {
+    device.driver_reserve_bytes = device.memory == DeviceMemory::kHost ? 0 : bytes / 200;  // 0.5 %
+    device.driver_reserve_is_guess = device.driver_reserve_bytes > 0;
+  }
+}
+
+absl::StatusOr<NamedDevice> ReadGpu(const CsvRow& csv) {
+  NamedDevice named;
+  DeviceBudget& device = named.device;
   device.name = csv.Text("name");
   int64_t driver_mib = 0;
   double vram_gib = 0;
@@ -223,26 +260,125 @@ absl::StatusOr<DeviceBudget> ReadGpu(const CsvRow& csv) {
   KVTIDE_ASSIGN_OR_RETURN(driver_mib, csv.Integer("driver_mib"));
   KVTIDE_ASSIGN_OR_RETURN(device.bandwidth_gb_s, csv.Number("bandwidth_gb_s"));
   KVTIDE_ASSIGN_OR_RETURN(device.pcie_gb_s, csv.Number("pcie_gb_s"));
-  device.vram_bytes = static_cast<int64_t>(vram_gib * kGiB);
+  const std::string memory = csv.Text("memory");
+  named.apple = memory == "apple";
+  if (memory == "unified" || named.apple) device.memory = DeviceMemory::kUnified;
+  if (memory == "cpu") device.memory = DeviceMemory::kHost;
+  SetSize(static_cast<int64_t>(vram_gib * kGiB), &named);
   if (driver_mib > 0) {
+    // Some cards have more than their name says.
+    device.vram_bytes = std::max(device.vram_bytes, driver_mib * kMiB);
     device.driver_reserve_bytes = device.vram_bytes - driver_mib * kMiB;
-  } else {
-    device.driver_reserve_bytes = device.vram_bytes / 200;  // 0.5 %, as seen on consumer cards
-    device.driver_reserve_is_guess = true;
+    device.driver_reserve_is_guess = false;
   }
-  return device;
+  for (const std::string& size : std::vector<std::string>(absl::StrSplit(csv.Text("sizes_gib"), ';'))) {
+    int64_t gib = 0;
+    if (!size.empty() && absl::SimpleAtoi(size, &gib)) named.sizes_bytes.push_back(gib * kGiB);
+  }
+  named.names.push_back(DeviceName(device.name));
+  for (const std::string& alias : std::vector<std::string>(absl::StrSplit(csv.Text("aliases"), ';')))
+    if (!alias.empty()) named.names.push_back(DeviceName(alias));
+  return named;
 }
 
-std::vector<DeviceBudget> ReadGpus() {
-  absl::StatusOr<std::vector<CsvRow>> rows = ParseCsv(kGpusCsv, "gpus.csv", {"name", "vram_gib"});
+std::vector<NamedDevice> ReadGpus() {
+  absl::StatusOr<std::vector<CsvRow>> rows = ParseCsv(kGpusCsv, "gpus.csv", {"name", "vram_gib", "memory"});
   KVTIDE_CHECK(rows.ok(), std::string(rows.status().message()));
-  std::vector<DeviceBudget> gpus;
+  std::vector<NamedDevice> gpus;
   for (const CsvRow& row : *rows) {
-    absl::StatusOr<DeviceBudget> gpu = ReadGpu(row);
+    absl::StatusOr<NamedDevice> gpu = ReadGpu(row);
     KVTIDE_CHECK(gpu.ok(), std::string(gpu.status().message()));
     gpus.push_back(*std::move(gpu));
   }
   return gpus;
+}
+
+const std::vector<NamedDevice>& NamedDevices() {
+  static const std::vector<NamedDevice> devices = ReadGpus();
+  return devices;
+}
+
+std::string SizeName(int64_t bytes) { return absl::StrCat(bytes / kGiB, "GB"); }
+
+// "M4 Max 64GB" -> "M4 Max" and 64 GiB.
+bool SplitSize(const std::string& text, std::string* before, int64_t* bytes) {
+  const std::string name = absl::AsciiStrToLower(absl::StripAsciiWhitespace(text));
+  size_t end = name.size();
+  for (const char* unit : {"gib", "gb", "g"}) {
+    if (!absl::EndsWith(name, unit)) continue;
+    end -= std::string(unit).size();
+    break;
+  }
+  while (end > 0 && end < name.size() && name[end - 1] == ' ') --end;
+  size_t begin = end;
+  while (begin > 0 && absl::ascii_isdigit(static_cast<unsigned char>(name[begin - 1]))) --begin;
+  int64_t gib = 0;
+  if (end == name.size() || begin == 0 || !absl::SimpleAtoi(name.substr(begin, end - begin), &gib) ||
+      gib > 65536)
+    return false;
+  const char separator = name[begin - 1];
+  if (separator != ' ' && separator != '-' && separator != '_' && separator != '(') return false;
+  *before = name.substr(0, begin - 1);
+  *bytes = gib * kGiB;
+  return true;
+}
+
+const NamedDevice* FindExactly(const std::string& wanted, const std::string** as) {
+  for (const NamedDevice& named : NamedDevices()) {
+    for (const std::string& name : named.names) {
+      if (name != wanted && name != "rtx" + wanted) continue;
+      *as = &name;
+      return &named;
+    }
+  }
+  return nullptr;
+}
+
+// Devices whose names begin alike, in order of memory, then of bandwidth.
+std::vector<const DeviceBudget*> DeviceFamily(const std::string& prefix) {
+  std::vector<const DeviceBudget*> family;
+  for (const NamedDevice& named : NamedDevices()) {
+    for (const std::string& name : named.names) {
+      if (!absl::StartsWith(name, prefix) && !absl::StartsWith(name, "rtx" + prefix)) continue;
+      family.push_back(&named.device);
+      break;
+    }
+  }
+  std::stable_sort(family.begin(), family.end(), [](const DeviceBudget* a, const DeviceBudget* b) {
+    return std::pair(a->vram_bytes, a->bandwidth_gb_s) < std::pair(b->vram_bytes, b->bandwidth_gb_s);
+  });
+  return family;
+}
+
+// A device that comes in several sizes, and the size that was asked (0 = none).
+absl::StatusOr<DeviceBudget> WithSize(const NamedDevice& named, int64_t bytes, const std::string& asked) {
+  const auto names = [&] {
+    return absl::StrJoin(named.sizes_bytes, ", ", [&](std::string* out, int64_t size) {
+      absl::StrAppend(out, named.device.name, " ", SizeName(size));
+    });
+  };
+  if (bytes == 0 && !named.sizes_bytes.empty()) {
+    return absl::NotFoundError(absl::StrCat("'", asked, "' comes in several sizes; which: ", names()));
+  }
+  if (bytes == 0) return named.device;
+  if (named.sizes_bytes.empty()) {
+    // "RTX 3090 24GB": the size that it has.
+    const int64_t difference = std::abs(named.device.vram_bytes - bytes);
+    if (difference <= named.device.vram_bytes / 20) return named.device;
+    return absl::NotFoundError(absl::StrCat("'", asked, "': ", named.device.name, " has ",
+                                            FormatBytes(named.device.vram_bytes),
+                                            "; for another size give numbers: vram=16GiB,bandwidth=960GB/s"));
+  }
+  if (std::find(named.sizes_bytes.begin(), named.sizes_bytes.end(), bytes) == named.sizes_bytes.end())
+    return absl::NotFoundError(absl::StrCat("'", asked, "': the sizes are ", names()));
+  NamedDevice sized = named;
+  SetSize(bytes, &sized);
+  sized.device.name = absl::StrCat(named.device.name, " ", SizeName(bytes));
+  if (named.apple)
+    sized.device.assumption =
+        absl::StrCat("macOS gives the GPU ", FormatBytes(sized.device.UsableBytes()), " of ", SizeName(bytes),
+                     " unless iogpu.wired_limit_mb says otherwise");
+  return sized.device;
 }
 
 template <class T>
@@ -265,7 +401,11 @@ const std::vector<ModelGeometry>& CatalogueModels() {
 }
 
 const std::vector<DeviceBudget>& CatalogueGpus() {
-  static const std::vector<DeviceBudget> gpus = ReadGpus();
+  static const std::vector<DeviceBudget> gpus = [] {
+    std::vector<DeviceBudget> list;
+    for (const NamedDevice& named : NamedDevices()) list.push_back(named.device);
+    return list;
+  }();
   return gpus;
 }
 
@@ -300,10 +440,32 @@ absl::StatusOr<ModelGeometry> FindModel(const std::string& name) {
 }
 
 absl::StatusOr<DeviceBudget> FindGpu(const std::string& name) {
-  const std::string wanted = NormalName(name);
-  for (const DeviceBudget& gpu : CatalogueGpus()) {
-    const std::string have = NormalName(gpu.name);
-    if (have == wanted || have == "rtx" + wanted) return gpu;
+  const std::string wanted = DeviceName(name);
+  const std::string* as = nullptr;
+  const NamedDevice* named = FindExactly(wanted, &as);
+  int64_t bytes = 0;
+  std::string before;
+  if (named == nullptr && SplitSize(name, &before, &bytes)) named = FindExactly(DeviceName(before), &as);
+  if (named != nullptr) {
+    KVTIDE_ASSIGN_OR_RETURN(DeviceBudget device, WithSize(*named, bytes, name));
+    // A bare name that several devices have.
+    std::vector<std::string> others;
+    for (const DeviceBudget* other : DeviceFamily(*as)) {
+      const bool longer = DeviceName(other->name) != named->names[0] && *as != named->names[0];
+      if (longer && other->vram_bytes == named->device.vram_bytes) others.push_back(other->name);
+    }
+    if (!others.empty())
+      device.assumption = absl::StrCat("'", name, "' is taken as ", device.name, "; there is also ",
+                                       absl::StrJoin(others, ", "));
+    return device;
+  }
+  const std::vector<const DeviceBudget*> family = DeviceFamily(wanted);
+  if (!family.empty() && wanted.size() >= 2) {
+    return absl::NotFoundError(
+        absl::StrCat("'", name, "' is several devices; which of them: ",
+                     absl::StrJoin(family, ", ", [](std::string* out, const DeviceBudget* device) {
+                       absl::StrAppend(out, device->name, " (", FormatBytes(device->UsableBytes()), ")");
+                     })));
   }
   return absl::NotFoundError(absl::StrCat("no card '", name,
                                           "' in the catalogue; nearest: ", NearestIn(CatalogueGpus(), name),

@@ -17,6 +17,9 @@ namespace kvtide::planner {
 absl::StatusOr<ModelGeometry> FindModel(const std::string& name);
 const std::vector<ModelGeometry>& CatalogueModels();
 
+// Who makes a card need not be said ("NVIDIA GeForce RTX 4090", "4090"), a size may ("M4 Max 64GB", "RTX 3090
+// 24GB"). A name of several devices is an error that lists them by memory, unless they differ in speed alone:
+// then one is taken and the budget's assumption says which.
 absl::StatusOr<DeviceBudget> FindGpu(const std::string& name);
 const std::vector<DeviceBudget>& CatalogueGpus();
 

@@ -1,5 +1,6 @@
 #include "planner/plan/device.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "absl/strings/ascii.h"
@@ -13,6 +14,7 @@ namespace kvtide::planner {
 namespace {
 
 constexpr double kMaxBytes = 1e18;
+constexpr int kMaxDevices = 1024;
 
 struct Unit {
   const char* name;
@@ -44,14 +46,69 @@ bool SplitNumber(const std::string& text, double* number, std::string* rest) {
   return true;
 }
 
+// The sign between a count and a name: x, *, or the multiplication sign of UTF-8. Its length at `at`, or 0.
+size_t TimesAt(const std::string& text, size_t at) {
+  if (at >= text.size()) return 0;
+  if (text[at] == 'x' || text[at] == 'X' || text[at] == '*') return 1;
+  return text.compare(at, 2, "\xC3\x97") == 0 ? 2 : 0;
+}
+
+bool CountOf(const std::string& digits, int* count) {
+  return !digits.empty() && digits.size() <= 4 &&
+         std::all_of(digits.begin(), digits.end(), [](unsigned char c) { return absl::ascii_isdigit(c); }) &&
+         absl::SimpleAtoi(digits, count) && *count >= 1 && *count <= kMaxDevices;
+}
+
+// "8xH100", "2 x RTX 3090": the count is taken off the front.
+bool CountInFront(const std::string& text, int* count, std::string* name) {
+  size_t end = 0;
+  while (end < text.size() && absl::ascii_isdigit(static_cast<unsigned char>(text[end]))) ++end;
+  const std::string digits = text.substr(0, end);
+  while (end < text.size() && text[end] == ' ') ++end;
+  const size_t times = TimesAt(text, end);
+  if (times == 0 || !CountOf(digits, count)) return false;
+  *name = std::string(absl::StripAsciiWhitespace(text.substr(end + times)));
+  return !name->empty();
+}
+
+// "H100 x8", "RTX 3090 x 2": off the end.
+bool CountBehind(const std::string& text, int* count, std::string* name) {
+  size_t begin = text.size();
+  while (begin > 0 && absl::ascii_isdigit(static_cast<unsigned char>(text[begin - 1]))) --begin;
+  if (!CountOf(text.substr(begin), count)) return false;
+  while (begin > 0 && text[begin - 1] == ' ') --begin;
+  for (const size_t length : {size_t{1}, size_t{2}}) {
+    if (begin <= length || TimesAt(text, begin - length) != length) continue;
+    *name = std::string(absl::StripAsciiWhitespace(text.substr(0, begin - length)));
+    return !name->empty();
+  }
+  return false;
+}
+
+// A name, with how many of it or without.
+absl::StatusOr<DeviceBudget> NamedDevice(const std::string& text) {
+  absl::StatusOr<DeviceBudget> device = FindGpu(text);
+  if (device.ok()) return device;
+  int count = 0;
+  std::string name;
+  if (!CountInFront(text, &count, &name) && !CountBehind(text, &count, &name)) return device;
+  KVTIDE_ASSIGN_OR_RETURN(DeviceBudget one, FindGpu(name));
+  one.count = count;
+  return one;
+}
+
 absl::Status SetDeviceField(const std::string& key, const std::string& value, DeviceBudget* device) {
-  if (key == "vram") {
+  if (key == "vram" || key == "ram" || key == "memory") {
     KVTIDE_ASSIGN_OR_RETURN(device->vram_bytes, ParseBytes(value));
     device->driver_reserve_bytes = 0;
     device->driver_reserve_is_guess = false;
   } else if (key == "used") {
     KVTIDE_ASSIGN_OR_RETURN(device->in_use_bytes, ParseBytes(value));
   } else if (key == "host") {
+    if (device->memory != DeviceMemory::kOwn) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(device->name, " has no host memory besides its own: give its size with memory="));
+    }
     KVTIDE_ASSIGN_OR_RETURN(device->host_bytes, ParseBytes(value));
   } else if (key == "bandwidth") {
     KVTIDE_ASSIGN_OR_RETURN(device->bandwidth_gb_s, ParseBandwidth(value));
@@ -60,12 +117,13 @@ absl::Status SetDeviceField(const std::string& key, const std::string& value, De
   } else if (key == "host_bandwidth") {
     KVTIDE_ASSIGN_OR_RETURN(device->host_bandwidth_gb_s, ParseBandwidth(value));
   } else if (key == "count") {
-    if (!absl::SimpleAtoi(value, &device->count) || device->count < 1 || device->count > 1024) {
-      return absl::InvalidArgumentError(absl::StrCat("count is '", value, "', expected 1 to 1024"));
+    if (!absl::SimpleAtoi(value, &device->count) || device->count < 1 || device->count > kMaxDevices) {
+      return absl::InvalidArgumentError(absl::StrCat("count is '", value, "', expected 1 to ", kMaxDevices));
     }
   } else {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "unknown key '", key, "'; known: vram, used, bandwidth, pcie, count, host, host_bandwidth"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("unknown key '", key,
+                     "'; known: vram (or ram, memory), used, bandwidth, pcie, count, host, host_bandwidth"));
   }
   return absl::OkStatus();
 }
@@ -111,7 +169,7 @@ absl::StatusOr<DeviceBudget> ParseDevice(const std::string& text) {
         return absl::InvalidArgumentError(
             absl::StrCat("device '", text, "': '", field, "' is not key=value"));
       }
-      KVTIDE_ASSIGN_OR_RETURN(device, FindGpu(field));
+      KVTIDE_ASSIGN_OR_RETURN(device, NamedDevice(field));
     } else {
       KVTIDE_RETURN_IF_ERROR(
           Annotate(SetDeviceField(field.substr(0, equals), field.substr(equals + 1), &device),
@@ -121,7 +179,9 @@ absl::StatusOr<DeviceBudget> ParseDevice(const std::string& text) {
   }
   if (device.vram_bytes <= 0) {
     return absl::InvalidArgumentError(
-        absl::StrCat("device '", text, "' has no memory; give vram=16GiB or a card's name"));
+        device.memory == DeviceMemory::kHost
+            ? absl::StrCat("device '", text, "': how much memory? for example ", text, ",ram=64GiB")
+            : absl::StrCat("device '", text, "' has no memory; give vram=16GiB or a card's name"));
   }
   if (device.name.empty()) device.name = text;
   return device;

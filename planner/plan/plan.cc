@@ -341,6 +341,7 @@ class Planner {
   void Assumptions(Plan* plan) const {
     plan->assumptions = request_.model.assumptions;
     const DeviceBudget& device = request_.device;
+    if (!device.assumption.empty()) plan->assumptions.push_back(device.assumption);
     if (request_.weights.bytes == 0) {
       plan->assumptions.push_back("no weights were given: the plan counts none");
     } else {

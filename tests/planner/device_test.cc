@@ -49,5 +49,47 @@ TEST(Device, BadDevicesAreExplained) {
   EXPECT_THAT(std::string(ParseDevice("vram=16GiB,oops").status().message()), HasSubstr("not key=value"));
 }
 
+TEST(Device, SeveralEqualOnes) {
+  struct Row {
+    const char* text;
+    const char* name;
+    int count;
+  };
+  const Row table[] = {{"8xH100", "H100 SXM", 8},
+                       {"8 x H100", "H100 SXM", 8},
+                       {"2x RTX 3090", "RTX 3090", 2},
+                       {"H100 x8", "H100 SXM", 8},
+                       {"H100x8", "H100 SXM", 8},
+                       {"4*H200", "H200", 4},
+                       {"2\xC3\x97 4090", "RTX 4090", 2},
+                       {"RTX 3090 x 2", "RTX 3090", 2},
+                       {"1xL4", "L4", 1},
+                       {"8xMI300X", "MI300X", 8},
+                       {"MI300X", "MI300X", 1},
+                       {"2x MI300X,used=1GiB", "MI300X", 2}};
+  for (const Row& row : table) {
+    const auto device = ParseDevice(row.text);
+    ASSERT_TRUE(device.ok()) << row.text << ": " << device.status();
+    EXPECT_EQ(device->name, row.name) << row.text;
+    EXPECT_EQ(device->count, row.count) << row.text;
+  }
+  EXPECT_FALSE(ParseDevice("0xH100").ok());
+  EXPECT_FALSE(ParseDevice("9999xH100").ok());
+  EXPECT_FALSE(ParseDevice("8x").ok());
+  EXPECT_FALSE(ParseDevice("x8").ok());
+}
+
+TEST(Device, CpuAndUnifiedMemory) {
+  EXPECT_THAT(std::string(ParseDevice("cpu").status().message()), ::testing::HasSubstr("cpu,ram=64GiB"));
+  const auto cpu = ParseDevice("cpu,ram=64GiB,bandwidth=90GB/s");
+  ASSERT_TRUE(cpu.ok()) << cpu.status();
+  EXPECT_EQ(cpu->memory, DeviceMemory::kHost);
+  EXPECT_EQ(cpu->UsableBytes(), 64 * kGiB);
+  EXPECT_EQ(cpu->bandwidth_gb_s, 90);
+  EXPECT_THAT(std::string(ParseDevice("GB10,host=64GiB").status().message()),
+              ::testing::HasSubstr("no host memory"));
+  EXPECT_EQ(ParseDevice("M3 Ultra 512GB")->memory, DeviceMemory::kUnified);
+}
+
 }  // namespace
 }  // namespace kvtide::planner
