@@ -14,6 +14,8 @@
 
 namespace kvtide {
 
+struct Block;
+
 // An extent of a tier's slab. Pinned bytes neither move nor are reused: a place that its block has left lives
 // on until the last pin falls.
 struct Place {
@@ -22,8 +24,9 @@ struct Place {
   size_t bytes = 0;
   std::byte* data = nullptr;  // perhaps a device pointer
   int pins = 0;
-  bool retired = false;  // no block uses it; freed with the last pin
-  CachePair pair;        // for statistics
+  bool retired = false;    // no block uses it; freed with the last pin
+  CachePair pair;          // for statistics
+  Block* block = nullptr;  // that lies here; null: reserved by a move, or retired
 };
 
 // Whose bytes these are; checked when they come back from a place that others can write to.

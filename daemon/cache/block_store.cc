@@ -37,13 +37,19 @@ Place* BlockStore::NewPlace(int tier_index, size_t bytes, CachePair pair) {
   Tier& tier = this->tier(tier_index);
   const auto end = pair == ExactPair() ? ExtentAllocator::End::kTop : ExtentAllocator::End::kBottom;
   const std::optional<size_t> offset = tier.allocator.Allocate(bytes, end);
-  if (!offset.has_value()) return nullptr;
+  return offset.has_value() ? PlaceAt(tier_index, *offset, bytes, pair) : nullptr;
+}
+
+// The bytes are allocated.
+Place* BlockStore::PlaceAt(int tier_index, size_t offset, size_t bytes, CachePair pair) {
+  Tier& tier = this->tier(tier_index);
   auto place = std::make_unique<Place>();
   place->tier = tier_index;
-  place->offset = *offset;
+  place->offset = offset;
   place->bytes = bytes;
-  place->data = tier.slab->data() + *offset;
+  place->data = tier.slab->data() + offset;
   place->pair = pair;
+  tier.places[offset] = place.get();
   tier.blocks++;
   PairStats& stats = tier.pairs[PairIndex(pair)];
   stats.blocks++;
@@ -55,6 +61,7 @@ void BlockStore::FreePlace(Place* place) {
   KVTIDE_CHECK(place->pins == 0);
   Tier& tier = this->tier(place->tier);
   tier.allocator.Free(place->offset, place->bytes);
+  tier.places.erase(place->offset);
   tier.blocks--;
   PairStats& stats = tier.pairs[PairIndex(place->pair)];
   KVTIDE_CHECK(stats.blocks > 0 && stats.bytes >= place->bytes);
@@ -81,6 +88,7 @@ Block* BlockStore::Allocate(int tier, int home, const BlockLayout* layout) {
   block->id = BlockId{uses_[slot]++} << 32 | slot;
   block->layout = layout;
   block->place = place;
+  place->block = block;
   block->home = home;
   block->codec_version_k = Info(layout->pair().k).version;
   block->codec_version_v = Info(layout->pair().v).version;
@@ -92,6 +100,17 @@ Block* BlockStore::Allocate(int tier, int home, const BlockLayout* layout) {
 
 Place* BlockStore::Reserve(int tier, const Block& block) {
   return NewPlace(tier, block.layout->block_bytes(), block.layout->pair());
+}
+
+Place* BlockStore::ReserveAt(int tier, size_t offset, const Block& block) {
+  const size_t bytes = block.layout->block_bytes();
+  if (!this->tier(tier).allocator.AllocateAt(offset, bytes)) return nullptr;
+  return PlaceAt(tier, offset, bytes, block.layout->pair());
+}
+
+Place* BlockStore::Claim(int tier, size_t offset, size_t bytes) {
+  if (!this->tier(tier).allocator.AllocateAt(offset, bytes)) return nullptr;
+  return PlaceAt(tier, offset, bytes, ExactPair());
 }
 
 void BlockStore::AddRef(Block* block, bool keeper) {
@@ -145,6 +164,7 @@ void BlockStore::Unpin(Place* place) {
 
 void BlockStore::Retire(Place* place) {
   KVTIDE_CHECK(!place->retired);
+  place->block = nullptr;
   if (place->pins == 0) {
     FreePlace(place);
     return;
@@ -155,11 +175,13 @@ void BlockStore::Retire(Place* place) {
 
 void BlockStore::SwapPlace(Block* block, Place* place) {
   Place* old = block->place;
-  KVTIDE_CHECK(old != nullptr && old->tier != place->tier);
-  KVTIDE_CHECK(place->tier == block->home || place->tier >= homes_);
-  tier(old->tier).policy->Remove(SlotOf(block->id));
-  tier(place->tier).policy->Insert(SlotOf(block->id));
+  KVTIDE_CHECK(old != nullptr && (place->tier == block->home || place->tier >= homes_));
+  if (old->tier != place->tier) {
+    tier(old->tier).policy->Remove(SlotOf(block->id));
+    tier(place->tier).policy->Insert(SlotOf(block->id));
+  }
   block->place = place;
+  place->block = block;
   Retire(old);
 }
 
@@ -179,7 +201,7 @@ void BlockStore::Peek(int tier, absl::FunctionRef<bool(const Block&)> visit) con
 }
 
 void BlockStore::Want(Block* block) {
-  if (block->wanted) return;
+  if (block->wanted || wanted_.size() >= kMostWanted) return;
   block->wanted = true;
   wanted_.push_back(block->id);
 }
@@ -216,7 +238,7 @@ void BlockStore::CheckInvariants() const {
     KVTIDE_CHECK(place.tier == block.home || place.tier >= homes_, "block ", block.id, " of device ",
                  block.home, " lies in tier ", place.tier);
     const auto t = static_cast<size_t>(place.tier);
-    KVTIDE_CHECK(place.data == tiers_[t].slab->data() + place.offset);
+    KVTIDE_CHECK(place.data == tiers_[t].slab->data() + place.offset && place.block == &block);
     used[t] += place.bytes;
     places[t]++;
     stored += place.bytes;
@@ -246,6 +268,13 @@ void BlockStore::CheckInvariants() const {
       in_policy[t]++;
       return true;
     });
+    size_t end = 0, placed = 0;
+    for (const auto& [offset, place] : tier.places) {
+      KVTIDE_CHECK(place->offset == offset && offset >= end, "places overlap at ", offset);
+      end = offset + ExtentAllocator::RoundUp(place->bytes);
+      placed += ExtentAllocator::RoundUp(place->bytes);
+    }
+    KVTIDE_CHECK(placed == tier.allocator.used_bytes() && tier.places.size() == tier.blocks);
     KVTIDE_CHECK(in_policy[t] == places[t], "tier ", tier.name, ": ", in_policy[t], " in the policy, ",
                  places[t], " blocks");
   }

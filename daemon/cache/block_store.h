@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/container/btree_map.h"
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "daemon/cache/block.h"
@@ -27,6 +28,7 @@ struct Tier {
   std::unique_ptr<Slab> slab;
   ExtentAllocator allocator{0};
   std::unique_ptr<EvictionPolicy> policy;  // holds exactly the blocks whose place is here
+  absl::btree_map<size_t, Place*> places;  // by offset: every byte that is taken
   uint64_t blocks = 0;                     // places, retired ones included
   uint64_t pinned = 0;                     // of these
   std::vector<PairStats> pairs;            // by pair index
@@ -53,8 +55,11 @@ class BlockStore {
   // A block that nobody has yet (make it a WritingBlock at once), or null. f16 blocks come from the top of
   // the slab, others from the bottom. `tier` is `home` or below it.
   Block* Allocate(int tier, int home, const BlockLayout* layout);
-  // A place for a copy of the block in another tier, or null.
+  // A place for a copy of the block in any tier, or null: anywhere, or at this offset.
   Place* Reserve(int tier, const Block& block);
+  Place* ReserveAt(int tier, size_t offset, const Block& block);
+  // Free bytes that nobody else may take until the place is retired, or null.
+  Place* Claim(int tier, size_t offset, size_t bytes);
 
   void AddRef(Block* block, bool keeper);
   void Release(Block* block, bool keeper);
@@ -80,7 +85,9 @@ class BlockStore {
   void Peek(int tier, absl::FunctionRef<bool(const Block&)> visit) const;
   static uint64_t TouchSerial(const Block& block) { return block.touch_serial; }
   static absl::Time LastTouched(const Block& block) { return block.last_touched; }
-  // Attention read the block below the first tier: the mover may promote it.
+  // Attention read the block below the first tier: the mover may promote it. Beyond kMostWanted nobody is
+  // remembered: whoever reads on wants it again.
+  static constexpr size_t kMostWanted = 4096;
   void Want(Block* block);
   // Every wanted block once, in the order in which they were wanted; the list is empty then.
   std::vector<Block*> TakeWanted();
@@ -100,6 +107,7 @@ class BlockStore {
 
  private:
   Place* NewPlace(int tier, size_t bytes, CachePair pair);
+  Place* PlaceAt(int tier, size_t offset, size_t bytes, CachePair pair);
   void FreePlace(Place* place);
   void DeleteIfUnused(Block* block);
 

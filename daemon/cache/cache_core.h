@@ -24,6 +24,7 @@ struct Counters {
   uint64_t appended_tokens = 0, sealed_blocks = 0, failed_seals = 0;
   uint64_t copied_on_write_blocks = 0, window_freed_blocks = 0, evict_calls = 0, prefetch_calls = 0;
   uint64_t moves = 0, failed_moves = 0, moved_bytes = 0, dropped_blocks = 0;
+  uint64_t compacted_blocks = 0, compacted_bytes = 0;
   uint64_t attended_blocks = 0, attended_blocks_below_tier0 = 0, checksum_failures = 0, exhausted = 0;
 };
 

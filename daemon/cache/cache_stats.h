@@ -59,7 +59,9 @@ struct CacheStats {
   uint64_t prefetch_calls = 0;
   uint64_t moves = 0;
   uint64_t failed_moves = 0;
-  uint64_t moved_bytes = 0;  // between tiers
+  uint64_t moved_bytes = 0;       // between tiers
+  uint64_t compacted_blocks = 0;  // moved inside of their tier, so that a larger block fits
+  uint64_t compacted_bytes = 0;
   uint64_t dropped_blocks = 0;
   uint64_t attended_blocks = 0;  // block reads by attention, one layer each
   uint64_t attended_blocks_below_tier0 = 0;

@@ -81,6 +81,8 @@ CacheStats Inspector::Stats() const {
   stats.moves = lock->counters.moves;
   stats.failed_moves = lock->counters.failed_moves;
   stats.moved_bytes = lock->counters.moved_bytes;
+  stats.compacted_blocks = lock->counters.compacted_blocks;
+  stats.compacted_bytes = lock->counters.compacted_bytes;
   stats.dropped_blocks = lock->counters.dropped_blocks;
   stats.attended_blocks = lock->counters.attended_blocks;
   stats.attended_blocks_below_tier0 = lock->counters.attended_blocks_below_tier0;

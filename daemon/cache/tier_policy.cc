@@ -13,7 +13,7 @@ class RoomPicker {
  public:
   explicit RoomPicker(const Snapshot& snapshot)
       : snapshot_(snapshot), tiers_(snapshot.tiers), room_(tiers_.size()), next_(tiers_.size()) {
-    for (size_t t = 0; t < tiers_.size(); t++) room_[t] = tiers_[t].largest_free_bytes;
+    for (size_t t = 0; t < tiers_.size(); t++) room_[t] = tiers_[t].room_bytes;
   }
 
   bool MakeRoom(size_t tier, size_t bytes) {

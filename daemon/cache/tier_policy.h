@@ -33,7 +33,7 @@ struct BlockView {
 struct TierView {
   size_t capacity_bytes = 0;
   size_t used_bytes = 0;
-  size_t largest_free_bytes = 0;   // the largest block that fits now
+  size_t room_bytes = 0;           // the largest block that fits now, or would if free pieces were gathered
   std::vector<BlockView> coldest;  // coldest first; may be cut off where more would not be needed
   std::vector<BlockView> wanted;   // attention read them here; in the order in which it wanted them
 };

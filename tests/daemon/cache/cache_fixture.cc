@@ -1,7 +1,9 @@
 #include "tests/daemon/cache/cache_fixture.h"
 
+#include <chrono>
 #include <cmath>
 #include <numeric>
+#include <thread>
 
 #include "tests/daemon/cache/device_under_test.h"
 
@@ -67,6 +69,9 @@ void CacheTest::TearDown() {
   cache_->CheckInvariants();
   for (const SequenceInfo& info : cache_->ListSequences()) EXPECT_TRUE(cache_->CloseSequence(info.id).ok());
   cache_->CheckInvariants();
+  // A move that runs in the background keeps its blocks until it ends.
+  for (int i = 0; i < 10'000 && options_.background_moves && UsedBytes(cache_->Stats()) > 0; i++)
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
   EXPECT_EQ(UsedBytes(cache_->Stats()), 0u) << "bytes are left after every sequence was closed";
 }
 

@@ -1,0 +1,291 @@
+#include "daemon/cache/room_maker.h"
+
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
+#include "absl/strings/str_cat.h"
+#include "daemon/cache/move_batch.h"
+#include "kernels/base/check.h"
+
+namespace kvtide {
+namespace {
+
+constexpr uint64_t kAnySerial = ~uint64_t{0};
+constexpr size_t kPeeks = 4096;          // blocks of a tier that are looked at to make room once
+constexpr size_t kStretch = 2048;        // extents that are looked at to make a hole, at least
+constexpr size_t kLongStretch = 65'536;  // at most, for blocks that are many times as large as others
+// A byte over the bus costs as much as so many inside the tier; one that is in use will come back.
+constexpr double kIdleDemotion = 4, kHotDemotion = 16;
+
+}  // namespace
+
+void LetOthers(CacheLock& lock) {
+  const Unlocked unlocked(lock);
+  // Without a pause the mutex would be taken again before a waiting thread wakes up.
+  std::this_thread::sleep_for(std::chrono::microseconds(20));
+}
+
+std::string RoomMaker::RoomText(const CacheState& state, size_t bytes) {
+  std::string text = absl::StrCat("no room for ", bytes, " bytes:");
+  for (size_t t = 0; t < state.store.tiers(); t++) {
+    const Tier& tier = state.store.tier(static_cast<int>(t));
+    absl::StrAppend(&text, t == 0 ? " " : "; ", "tier '", tier.name, "'",
+                    state.store.homes() > 1 ? absl::StrCat(" on ", tier.device) : "", " has ",
+                    tier.allocator.free_bytes(), " of ", tier.allocator.capacity_bytes(),
+                    " bytes free, the largest extent is ", tier.allocator.LargestFreeExtent());
+  }
+  absl::StrAppend(&text, ". Close or truncate sequences, or give a tier more memory");
+  return text;
+}
+
+WritingBlock RoomMaker::AllocateIn(CacheLock& lock, int tier, int home, const BlockLayout* layout,
+                                   size_t want_bytes) {
+  constexpr int kRounds = 64;  // others may take the room that was made
+  for (int round = 0; round < kRounds; round++) {
+    Block* block = lock->store.Allocate(tier, home, layout);
+    if (block != nullptr) return WritingBlock(lock->store, block);
+    if (!MakeRoom(lock, tier, layout->block_bytes(), want_bytes, kAnySerial)) break;
+  }
+  return {};
+}
+
+absl::StatusOr<std::vector<WritingBlock>> RoomMaker::Allocate(CacheLock& lock, int home,
+                                                              std::span<const BlockLayout* const> layouts,
+                                                              size_t want_bytes) {
+  size_t bytes = 0;
+  for (const BlockLayout* layout : layouts) bytes += layout->block_bytes();
+  const absl::Time deadline = core_.options().clock() + core_.options().room_wait;
+  const int tiers = static_cast<int>(core_.tiers());
+  while (true) {
+    for (int t = home; t < tiers; t = lock->store.Below(t)) {
+      std::vector<WritingBlock> blocks;
+      while (blocks.size() < layouts.size()) {
+        WritingBlock block = AllocateIn(lock, t, home, layouts[blocks.size()], want_bytes);
+        if (!block) break;
+        blocks.push_back(std::move(block));
+      }
+      if (blocks.size() == layouts.size()) return blocks;
+    }
+    const absl::Duration left = deadline - core_.options().clock();
+    if ((lock->moves_running == 0 && lock->attends_running == 0) || left <= absl::ZeroDuration())
+      return absl::ResourceExhaustedError(RoomText(*lock, bytes));
+    lock.WaitForChange(left);
+  }
+}
+
+BlockView RoomMaker::View(const Block& block, absl::Time now) {
+  return {block.id, block.place->bytes, block.refs > 0 && block.keepers == 0,
+          now - BlockStore::LastTouched(block), block.home};
+}
+
+Snapshot RoomMaker::View(const CacheState& state, int first_tier, size_t bytes, uint64_t before_serial,
+                         Free free) const {
+  const BlockStore& store = state.store;
+  Snapshot snapshot;
+  snapshot.homes = static_cast<size_t>(store.homes());
+  const absl::Time now = core_.options().clock();
+  const bool dropping = state.sequences.dropping_sequences() > 0;
+  for (size_t t = 0; t < store.tiers(); t++) {
+    const Tier& tier = store.tier(static_cast<int>(t));
+    TierView& view = snapshot.tiers.emplace_back();
+    view.capacity_bytes = tier.allocator.capacity_bytes();
+    view.used_bytes = tier.allocator.used_bytes();
+    view.room_bytes =
+        free == Free::kGathered ? tier.allocator.free_bytes() : tier.allocator.LargestFreeExtent();
+    if (static_cast<int>(t) != first_tier && static_cast<int>(t) < store.Below(first_tier)) continue;
+    // Enough of any kind and enough that may be dropped; the last tier only drops.
+    const bool last = !store.HasBelow(static_cast<int>(t));
+    if (last && !dropping) continue;
+    size_t any = 0, droppable = 0, peeks = 0;
+    store.Peek(static_cast<int>(t), [&](const Block& block) {
+      if (++peeks > kPeeks) return false;
+      if (!store.IsIdle(block) || store.TouchSerial(block) >= before_serial) return true;
+      const BlockView candidate = View(block, now);
+      if (last && !candidate.droppable) return true;
+      if (any >= bytes && !candidate.droppable) return true;
+      view.coldest.push_back(candidate);
+      any += candidate.bytes;
+      if (candidate.droppable) droppable += candidate.bytes;
+      return any < bytes || (dropping && droppable < bytes);
+    });
+  }
+  return snapshot;
+}
+
+bool RoomMaker::MakeRoom(CacheLock& lock, int tier, size_t bytes, size_t want_bytes, uint64_t before_serial) {
+  // Pieces that are free count as one at first: as a rule they can be gathered, and less has to go.
+  return MakeHole(lock, tier, bytes, Search::kNear) ||
+         Demote(lock, tier, bytes, want_bytes, before_serial, Free::kGathered) ||
+         Demote(lock, tier, bytes, want_bytes, before_serial, Free::kInOnePiece) ||
+         MakeHole(lock, tier, bytes, Search::kWholeTier);
+}
+
+bool RoomMaker::MakeFree(CacheLock& lock, int tier, size_t bytes, size_t want_bytes, uint64_t before_serial) {
+  return Demote(lock, tier, bytes, want_bytes, before_serial, Free::kGathered);
+}
+
+bool RoomMaker::Demote(CacheLock& lock, int tier, size_t bytes, size_t want_bytes, uint64_t before_serial,
+                       Free free) {
+  const size_t want = std::max(bytes, std::min(want_bytes, bytes * core_.options().max_moves_in_flight));
+  const Snapshot snapshot = View(*lock, tier, 2 * want, before_serial, free);
+  std::vector<Move> moves = PickRoom(snapshot, tier, want);
+  if (moves.empty() && want > bytes) moves = PickRoom(snapshot, tier, bytes);
+  const MoveReport report = Execute(lock, moves, false);
+  return report.moved_blocks + report.dropped_blocks > 0;
+}
+
+bool RoomMaker::Drop(CacheState& state, const Move& move, MoveReport* report) const {
+  Block* block = state.store.Get(move.block);
+  if (block == nullptr || !BlockStore::IsIdle(*block) || block->place->tier != move.from ||
+      block->refs == 0 || block->keepers > 0)
+    return false;
+  state.store.Drop(block);
+  state.counters.dropped_blocks++;
+  report->dropped_blocks++;
+  state.changed.NotifyAll();
+  return true;
+}
+
+MoveReport RoomMaker::Execute(CacheLock& lock, std::span<const Move> moves, bool read_too) {
+  BlockStore& store = lock->store;
+  MoveReport report;
+  MoveBatch batch(lock, &report);
+  // The block, if it still lies where the move begins and may leave.
+  const auto find = [&](const Move& move) -> Block* {
+    Block* block = store.Get(move.block);
+    const bool there = block != nullptr && block->place != nullptr && block->place->tier == move.from &&
+                       block->refs > 0 && !block->writing && !block->moving;
+    return there && (read_too || block->place->pins == 0) ? block : nullptr;
+  };
+  for (const Move& move : moves) {
+    if (move.to == kDropTier) {
+      if (!Drop(*lock, move, &report)) report.left_blocks++;
+      continue;
+    }
+    Block* block = find(move);
+    Place* target = block != nullptr ? store.Reserve(move.to, *block) : nullptr;
+    if (block != nullptr && target == nullptr) {
+      // Earlier moves of the list make the room, or it is there in pieces. The mutex was free: look again.
+      const size_t bytes = block->layout->block_bytes();
+      batch.Finish();
+      MakeHole(lock, move.to, bytes, Search::kNear);
+      block = find(move);
+      target = block != nullptr ? store.Reserve(move.to, *block) : nullptr;
+    }
+    if (target == nullptr) {
+      report.left_blocks++;
+      continue;
+    }
+    batch.Start(block, target);
+    if (batch.full()) batch.Finish();
+  }
+  batch.Finish();
+  return report;
+}
+
+// The extents from about `from` on, and where the next stretch begins (0: the tier has been seen to its end).
+// Stretches overlap by `bytes`, so that every hole lies in one of them.
+StretchView RoomMaker::ViewStretch(const CacheState& state, int tier_index, size_t from, size_t bytes,
+                                   size_t* next) const {
+  const BlockStore& store = state.store;
+  const Tier& tier = store.tier(tier_index);
+  const absl::Time now = core_.options().clock();
+  StretchView stretch;
+  auto place = tier.places.lower_bound(from);
+  size_t end = 0;
+  if (place != tier.places.begin())
+    end = std::prev(place)->first + ExtentAllocator::RoundUp(std::prev(place)->second->bytes);
+  stretch.offset = end;
+  if (store.HasBelow(tier_index)) {
+    const ExtentAllocator& below = store.tier(store.Below(tier_index)).allocator;
+    stretch.room_below = below.free_bytes();
+    stretch.largest_below = below.LargestFreeExtent();
+  }
+  const auto add_free = [&](size_t until) {
+    if (until > end) stretch.extents.push_back({ExtentView::Kind::kFree, until - end});
+  };
+  for (; place != tier.places.end(); ++place) {
+    const size_t extents = stretch.extents.size();
+    if (extents >= kLongStretch || (extents >= kStretch && end - stretch.offset >= 4 * bytes)) break;
+    add_free(place->first);
+    const Block* block = place->second->block;
+    ExtentView& view = stretch.extents.emplace_back();
+    view.kind = ExtentView::Kind::kFixed;
+    view.bytes = ExtentAllocator::RoundUp(place->second->bytes);
+    end = place->first + view.bytes;
+    if (block == nullptr || !BlockStore::IsIdle(*block) || block->refs == 0) continue;
+    view.kind = ExtentView::Kind::kMovable;
+    view.block = block->id;
+    const bool idle = now - BlockStore::LastTouched(*block) >= core_.options().limits.idle;
+    view.demotion_cost = static_cast<double>(view.bytes) * (idle ? kIdleDemotion : kHotDemotion);
+  }
+  *next = 0;
+  if (place == tier.places.end()) {
+    add_free(tier.allocator.capacity_bytes());
+  } else {
+    *next = std::max(stretch.offset + 1, end - std::min(end, bytes));
+  }
+  return stretch;
+}
+
+bool RoomMaker::MakeHole(CacheLock& lock, int tier, size_t bytes, Search search) {
+  constexpr int kNearStretches = 4;
+  const ExtentAllocator& allocator = lock->store.tier(tier).allocator;
+  const size_t need = ExtentAllocator::RoundUp(bytes);
+  next_stretch_.resize(core_.tiers());
+  size_t from = search == Search::kNear ? next_stretch_[static_cast<size_t>(tier)] : 0;
+  for (int seen = 0; search == Search::kWholeTier || seen < kNearStretches; seen++) {
+    if (allocator.LargestFreeExtent() >= need) return true;
+    if (allocator.free_bytes() < need) return false;
+    if (seen > 0) LetOthers(lock);
+    const StretchView stretch = ViewStretch(*lock, tier, from, need, &from);
+    next_stretch_[static_cast<size_t>(tier)] = from;
+    const std::optional<HolePlan> plan = PlanHole(stretch, need);
+    if (plan.has_value()) Dig(lock, tier, *plan);
+    if (from == 0) break;
+  }
+  return allocator.LargestFreeExtent() >= need;
+}
+
+// Clears the hole. Its bytes are claimed as they become free, so that nobody takes them meanwhile.
+void RoomMaker::Dig(CacheLock& lock, int tier, const HolePlan& plan) {
+  BlockStore& store = lock->store;
+  struct Claims {
+    BlockStore& store;
+    std::vector<Place*> places;
+    ~Claims() {
+      for (Place* place : places) store.Retire(place);
+    }
+  } claims{store, {}};
+  const size_t end = plan.offset + plan.bytes;
+  const auto claim_free = [&] {
+    std::vector<std::pair<size_t, size_t>> extents;
+    store.tier(tier).allocator.Peek(plan.offset, [&](size_t offset, size_t bytes) {
+      if (offset < end) extents.emplace_back(offset, std::min(bytes, end - offset));
+      return offset < end;
+    });
+    for (const auto& [offset, bytes] : extents) claims.places.push_back(store.Claim(tier, offset, bytes));
+  };
+  claim_free();
+  MoveReport ignored;
+  MoveBatch batch(lock, &ignored);
+  const auto finish = [&] {
+    batch.Finish();
+    claim_free();
+  };
+  for (const HoleMove& move : plan.moves) {
+    Block* block = store.Get(move.block);
+    if (block == nullptr || !BlockStore::IsIdle(*block) || block->refs == 0 || block->place->tier != tier ||
+        block->place->offset < plan.offset || block->place->offset >= end)
+      continue;
+    Place* target = move.to.has_value() ? store.ReserveAt(tier, *move.to, *block)
+                                        : store.Reserve(store.Below(tier), *block);
+    if (target == nullptr) continue;
+    batch.Start(block, target);
+    if (batch.full()) finish();
+  }
+  finish();
+}
+
+}  // namespace kvtide

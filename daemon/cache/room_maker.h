@@ -1,0 +1,63 @@
+// Room: allocation that makes way by policy when a tier is full. What is free but in pieces is gathered by
+// moving blocks inside of their tier; what is not free is demoted, the coldest first, or dropped where that
+// is allowed.
+#pragma once
+
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "daemon/cache/block_guards.h"
+#include "daemon/cache/cache_core.h"
+#include "daemon/cache/hole_policy.h"
+#include "daemon/cache/move_report.h"
+
+namespace kvtide {
+
+class RoomMaker {
+ public:
+  explicit RoomMaker(CacheCore& core) : core_(core) {}
+
+  // One new block of each layout, all in the fastest tier from `home` on that can take them. Waits for the
+  // calls and moves of others when there is no room (CacheOptions::room_wait); ResourceExhausted with the
+  // numbers. `want_bytes` is how much the caller will need in all: room is made in larger steps.
+  absl::StatusOr<std::vector<WritingBlock>> Allocate(CacheLock& lock, int home,
+                                                     std::span<const BlockLayout* const> layouts,
+                                                     size_t want_bytes);
+  // A new block in this tier, or an empty guard.
+  WritingBlock AllocateIn(CacheLock& lock, int tier, int home, const BlockLayout* layout, size_t want_bytes);
+
+  // One free extent of `bytes` in the tier, made of blocks that were touched before `serial`: true if it got
+  // nearer to that. Call it again until the bytes fit. `want_bytes` as above.
+  bool MakeRoom(CacheLock& lock, int tier, size_t bytes, size_t want_bytes, uint64_t before_serial);
+  // The same without an extent of that size: true if bytes became free, in pieces perhaps.
+  bool MakeFree(CacheLock& lock, int tier, size_t bytes, size_t want_bytes, uint64_t before_serial);
+  // Performs the moves that are still possible. `read_too`: blocks that are being read move as well.
+  MoveReport Execute(CacheLock& lock, std::span<const Move> moves, bool read_too);
+
+  static BlockView View(const Block& block, absl::Time now);
+  // "no room for N bytes: tier 'device' has ..."
+  static std::string RoomText(const CacheState& state, size_t bytes);
+
+ private:
+  enum class Free : uint8_t { kInOnePiece, kGathered };
+  enum class Search : uint8_t { kNear, kWholeTier };
+
+  Snapshot View(const CacheState& state, int tier, size_t bytes, uint64_t before_serial, Free free) const;
+  bool Demote(CacheLock& lock, int tier, size_t bytes, size_t want_bytes, uint64_t before_serial, Free free);
+  bool Drop(CacheState& state, const Move& move, MoveReport* report) const;
+  // One free extent of `bytes` out of what is free already: blocks in the way move inside the tier, some may
+  // go down. True if the tier has it.
+  bool MakeHole(CacheLock& lock, int tier, size_t bytes, Search search);
+  StretchView ViewStretch(const CacheState& state, int tier, size_t from, size_t bytes, size_t* next) const;
+  void Dig(CacheLock& lock, int tier, const HolePlan& plan);
+
+  CacheCore& core_;
+  std::vector<size_t> next_stretch_;  // by tier: where the search for a hole goes on; under the mutex
+};
+
+// Gives the mutex up long enough for another thread to get it: long work does so between its slices.
+void LetOthers(CacheLock& lock);
+
+}  // namespace kvtide
