@@ -3,7 +3,7 @@
 
     base <- format <- kernels <- cpu | cuda          format <- planner
     kernels <- daemon/cache <- daemon/service | daemon/metrics <- daemon main
-    planner <- daemon/service, daemon main, clients/cli       proto <- daemon/service, clients
+    planner <- daemon/service, daemon main, clients/engine, clients/cli       proto <- daemon/service, clients
 
 It also keeps third-party words where they belong: CUDA in kernels/cuda, gRPC and protobuf out of the cache, Prometheus in
 daemon/metrics, no clock but the injected one in the cache. Inside a layer its rooms (folders) have a ladder of their own; files
@@ -31,7 +31,7 @@ LADDER = {
     "daemon": {"kernels/base", "kernels/format", "kernels", "kernels/cpu", "kernels/cuda", "daemon/cache", "daemon/metrics",
                "daemon/service", "planner", "proto"},
     "clients/cpp": {"kernels/base", "kernels/format", "proto"},
-    "clients/engine": {"kernels/base", "kernels/format", "clients/cpp"},
+    "clients/engine": {"kernels/base", "kernels/format", "planner", "clients/cpp"},
     "clients/python": {"kernels/base", "kernels/format", "kernels", "daemon", "daemon/cache", "daemon/service", "planner", "proto",
                        "clients/cpp", "clients/cli"},
     "clients/cli": {"kernels/base", "kernels/format", "planner", "proto", "clients/cpp", "clients/engine"},

@@ -1,7 +1,7 @@
-// Readers of Hugging Face safetensors: one file, or a folder with model.safetensors or a sharded index.
-// Files are memory-mapped read-only; a WeightTensor borrows from the reader that gave it. Readers are
-// immutable after Open and may be used from any thread. A file that is truncated, overlaps or lies about a
-// size is refused whole.
+// Tensors of Hugging Face safetensors with their bytes: one file, or a folder of shards. What the headers say
+// is read by planner/model/safetensors.h. Files are memory-mapped read-only; a WeightTensor borrows from the
+// reader that gave it. Readers are immutable after Open and may be used from any thread. A file that is
+// truncated, overlaps or lies about a size is refused whole.
 #pragma once
 
 #include <cstddef>

@@ -52,7 +52,7 @@ absl::StatusOr<LoadedModel> LoadFolder(const fs::path& path, const ReadOptions& 
   const absl::StatusOr<SafetensorsHeader> header = ReadSafetensorsFolder(path.string());
   if (header.ok()) {
     loaded.weights = Weights{header->tensor_bytes, Provenance::kExact,
-                             absl::StrCat(header->tensors, " tensors of the safetensors headers")};
+                             absl::StrCat(header->tensors.size(), " tensors of the safetensors headers")};
     // Packed formats hold several parameters in an element; then the widths of the config count better.
     const bool packed = loaded.geometry.params_total > header->elements + header->elements / 8;
     if (!packed) {

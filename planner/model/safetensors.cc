@@ -1,5 +1,6 @@
 #include "planner/model/safetensors.h"
 
+#include <algorithm>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -7,6 +8,7 @@
 #include <nlohmann/json.hpp>
 #include <set>
 #include <sstream>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status.h"
@@ -31,7 +33,8 @@ absl::Status TensorError(const std::string& name, const std::string& what) {
   return absl::InvalidArgumentError(absl::StrCat("tensor '", name.substr(0, 128), "': ", what));
 }
 
-absl::StatusOr<int64_t> CountElements(const std::string& name, const Json& shape) {
+// Fills shape and elements.
+absl::Status ReadShape(const std::string& name, const Json& shape, SafetensorsTensor* tensor) {
   if (!shape.is_array() || shape.size() > 16)
     return TensorError(name, "shape is not a list of at most 16 numbers");
   int64_t elements = 1;
@@ -45,8 +48,10 @@ absl::StatusOr<int64_t> CountElements(const std::string& name, const Json& shape
       return TensorError(name, "shape is absurdly large");
     }
     elements *= static_cast<int64_t>(size);
+    tensor->shape.push_back(static_cast<int64_t>(size));
   }
-  return elements;
+  tensor->elements = elements;
+  return absl::OkStatus();
 }
 
 absl::Status AddTensor(const std::string& name, const Json& tensor, int64_t data_bytes,
@@ -59,7 +64,10 @@ absl::Status AddTensor(const std::string& name, const Json& tensor, int64_t data
   const std::string dtype = tensor["dtype"].get<std::string>();
   const int bits = DtypeBits(dtype);
   if (bits == 0) return TensorError(name, absl::StrCat("unknown dtype '", dtype.substr(0, 32), "'"));
-  KVTIDE_ASSIGN_OR_RETURN(const int64_t elements, CountElements(name, tensor["shape"]));
+  SafetensorsTensor read;
+  read.dtype = dtype;
+  KVTIDE_RETURN_IF_ERROR(ReadShape(name, tensor["shape"], &read));
+  const int64_t elements = read.elements;
   const Json& offsets = tensor["data_offsets"];
   if (!offsets.is_array() || offsets.size() != 2 || !offsets[0].is_number_unsigned() ||
       !offsets[1].is_number_unsigned()) {
@@ -80,9 +88,24 @@ absl::Status AddTensor(const std::string& name, const Json& tensor, int64_t data
                                           " bytes of data (truncated download?)"));
   }
   if (header->tensor_bytes > INT64_MAX - bytes) return TensorError(name, "the sum of all tensors overflows");
-  header->tensors += 1;
   header->tensor_bytes += bytes;
   header->elements += elements;
+  read.begin = static_cast<int64_t>(begin);
+  read.end = static_cast<int64_t>(end);
+  header->tensors.emplace(name, std::move(read));
+  return absl::OkStatus();
+}
+
+absl::Status CheckPlaces(const SafetensorsHeader& header) {
+  std::vector<std::pair<const std::string*, const SafetensorsTensor*>> order;
+  for (const auto& [name, tensor] : header.tensors)
+    if (tensor.begin < tensor.end) order.emplace_back(&name, &tensor);
+  std::sort(order.begin(), order.end(),
+            [](const auto& a, const auto& b) { return a.second->begin < b.second->begin; });
+  for (size_t i = 1; i < order.size(); i++)
+    if (order[i].second->begin < order[i - 1].second->end)
+      return TensorError(*order[i].first,
+                         absl::StrCat("it shares bytes with tensor '", *order[i - 1].first, "'"));
   return absl::OkStatus();
 }
 
@@ -99,7 +122,11 @@ absl::StatusOr<std::set<std::string>> ShardsOfIndex(const std::filesystem::path&
   for (const auto& [name, shard] : json["weight_map"].items()) {
     if (!shard.is_string())
       return absl::InvalidArgumentError(absl::StrCat(index.string(), ": '", name, "' names no file"));
-    shards.insert(shard.get<std::string>());
+    const std::string file_name = shard.get<std::string>();
+    if (file_name.empty() || file_name.find('/') != std::string::npos)
+      return absl::InvalidArgumentError(
+          absl::StrCat(index.string(), ": shard name '", file_name, "' leaves the folder"));
+    shards.insert(file_name);
   }
   return shards;
 }
@@ -126,9 +153,15 @@ absl::StatusOr<SafetensorsHeader> ParseSafetensorsHeader(std::string_view json, 
   SafetensorsHeader header;
   header.header_bytes = static_cast<int64_t>(json.size());
   for (const auto& [name, tensor] : root.items()) {
-    if (name == "__metadata__") continue;
-    KVTIDE_RETURN_IF_ERROR(AddTensor(name, tensor, data_bytes, &header));
+    if (name != "__metadata__") {
+      KVTIDE_RETURN_IF_ERROR(AddTensor(name, tensor, data_bytes, &header));
+      continue;
+    }
+    if (!tensor.is_object()) return absl::InvalidArgumentError("__metadata__ is not a JSON object");
+    for (const auto& [note, text] : tensor.items())
+      if (text.is_string()) header.notes[note] = text.get<std::string>();
   }
+  KVTIDE_RETURN_IF_ERROR(CheckPlaces(header));
   return header;
 }
 
@@ -153,26 +186,32 @@ absl::StatusOr<SafetensorsHeader> ReadSafetensorsFile(const std::string& path) {
   return header;
 }
 
-absl::StatusOr<SafetensorsHeader> ReadSafetensorsFolder(const std::string& path) {
+absl::StatusOr<std::set<std::string>> SafetensorsShards(const std::string& folder) {
   std::set<std::string> shards;
   std::error_code error;
-  const std::filesystem::path index = std::filesystem::path(path) / "model.safetensors.index.json";
-  if (std::filesystem::exists(index, error)) {
-    KVTIDE_ASSIGN_OR_RETURN(shards, ShardsOfIndex(index));
-  } else {
-    for (const auto& entry : std::filesystem::directory_iterator(path, error)) {
-      if (entry.path().extension() == ".safetensors") shards.insert(entry.path().filename().string());
-    }
+  const std::filesystem::path index = std::filesystem::path(folder) / "model.safetensors.index.json";
+  if (std::filesystem::exists(index, error)) return ShardsOfIndex(index);
+  for (const auto& entry : std::filesystem::directory_iterator(folder, error)) {
+    if (entry.path().extension() == ".safetensors") shards.insert(entry.path().filename().string());
   }
-  if (error || shards.empty()) return absl::NotFoundError(absl::StrCat(path, ": no .safetensors files"));
+  if (error || shards.empty()) return absl::NotFoundError(absl::StrCat(folder, ": no .safetensors files"));
+  return shards;
+}
+
+absl::StatusOr<SafetensorsHeader> ReadSafetensorsFolder(const std::string& path) {
+  KVTIDE_ASSIGN_OR_RETURN(const std::set<std::string> shards, SafetensorsShards(path));
   SafetensorsHeader sum;
   for (const std::string& shard : shards) {
-    KVTIDE_ASSIGN_OR_RETURN(const SafetensorsHeader header,
+    KVTIDE_ASSIGN_OR_RETURN(SafetensorsHeader header,
                             ReadSafetensorsFile((std::filesystem::path(path) / shard).string()));
     sum.header_bytes += header.header_bytes;
-    sum.tensors += header.tensors;
     sum.tensor_bytes += header.tensor_bytes;
     sum.elements += header.elements;
+    for (auto& [name, tensor] : header.tensors)
+      if (!sum.tensors.emplace(name, std::move(tensor)).second)
+        return absl::InvalidArgumentError(
+            absl::StrCat(path, "/", shard, ": tensor '", name, "' is in another shard too"));
+    sum.notes.merge(header.notes);
   }
   return sum;
 }

@@ -51,7 +51,11 @@ TEST(Safetensors, SumsTensors) {
           "b":{"dtype":"F32","shape":[],"data_offsets":[64,68]},"c":{"dtype":"F4","shape":[3],"data_offsets":[68,70]}})",
       70);
   ASSERT_TRUE(header.ok()) << header.status();
-  EXPECT_EQ(header->tensors, 3);
+  ASSERT_EQ(header->tensors.size(), 3u);
+  EXPECT_EQ(header->tensors.at("a").dtype, "BF16");
+  EXPECT_THAT(header->tensors.at("a").shape, ::testing::ElementsAre(4, 8));
+  EXPECT_EQ(header->tensors.at("b").begin, 64);
+  EXPECT_EQ(header->notes.at("format"), "pt");
   EXPECT_EQ(header->tensor_bytes, 70);
   EXPECT_EQ(header->elements, 36);
 }
@@ -114,6 +118,22 @@ TEST(SafetensorsDamaged, EachFaultNamesTheTensor) {
               HasSubstr("absurdly large"));
   EXPECT_THAT(Error(R"({"a":{"dtype":"F16","shape":[2],"data_offsets":[0,4]}})", 2),
               HasSubstr("the file holds 2 bytes"));
+  EXPECT_THAT(Error(R"({"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},
+                        "b":{"dtype":"U8","shape":[4],"data_offsets":[2,6]}})"),
+              HasSubstr("tensor 'b': it shares bytes with tensor 'a'"));
+  EXPECT_THAT(Error(R"({"__metadata__":[]})"), HasSubstr("__metadata__"));
+}
+
+TEST(SafetensorsDamaged, ShardsOutsideTheFolderAndTensorsInTwo) {
+  Folder folder;
+  folder.Write("model.safetensors.index.json", R"({"weight_map":{"x":"../a.safetensors"}})");
+  EXPECT_THAT(std::string(SafetensorsShards(folder.path()).status().message()),
+              HasSubstr("leaves the folder"));
+  folder.Write("a.safetensors", File(R"({"x":{"dtype":"F16","shape":[8],"data_offsets":[0,16]}})", 16));
+  folder.Write("b.safetensors", File(R"({"x":{"dtype":"F16","shape":[8],"data_offsets":[0,16]}})", 16));
+  folder.Write("model.safetensors.index.json", R"({"weight_map":{"x":"a.safetensors","y":"b.safetensors"}})");
+  EXPECT_THAT(std::string(ReadSafetensorsFolder(folder.path()).status().message()),
+              HasSubstr("is in another shard too"));
 }
 
 }  // namespace

@@ -49,23 +49,23 @@ TEST(SafetensorsTest, RefusesEveryTruncation) {
 TEST(SafetensorsTest, SaysWhatIsWrong) {
   EXPECT_THAT(Message(WithHeader("[1]", 0)), HasSubstr("not a JSON object"));
   EXPECT_THAT(Message(WithHeader(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}})", 4)),
-              HasSubstr("needs 8 bytes"));
+              HasSubstr("need 8"));
   EXPECT_THAT(Message(WithHeader(R"({"a":{"dtype":"Q7","shape":[2],"data_offsets":[0,4]}})", 4)),
-              HasSubstr("unknown dtype Q7"));
+              HasSubstr("unknown dtype 'Q7'"));
   EXPECT_THAT(Message(WithHeader(R"({"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,4]}})", 4)),
-              HasSubstr("dimension"));
+              HasSubstr("not a number of 0 or more"));
   EXPECT_THAT(
       Message(WithHeader(
           R"({"a":{"dtype":"F32","shape":[281474976710656,281474976710656],"data_offsets":[0,4]}})", 4)),
-      HasSubstr("impossible shape"));
+      HasSubstr("absurdly large"));
   EXPECT_THAT(Message(WithHeader(R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[8,4]}})", 8)),
-              HasSubstr("ends at byte 4"));
+              HasSubstr("not in order"));
   EXPECT_THAT(
       Message(WithHeader(
           R"({"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[2,6]}})",
           6)),
-      HasSubstr("share bytes"));
-  EXPECT_THAT(Message(std::string("\xff\xff\xff\xff\xff\xff\xff\xff", 8)), HasSubstr("header claims"));
+      HasSubstr("shares bytes"));
+  EXPECT_THAT(Message(std::string("\xff\xff\xff\xff\xff\xff\xff\xff", 8)), HasSubstr("header length"));
 }
 
 TEST(SafetensorsFolderTest, ReadsShardsThroughTheIndex) {
