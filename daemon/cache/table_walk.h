@@ -2,6 +2,7 @@
 // may change: it goes on at the block number where it was.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <vector>

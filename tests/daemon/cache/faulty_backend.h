@@ -43,6 +43,12 @@ class FaultyBackend : public Backend {
   // copy runs.
   void DelayCopies(std::function<int()> polls) { delay_ = std::move(polls); }
 
+  // Late copies that have not ended.
+  size_t copies_running() {
+    std::lock_guard<std::mutex> lock(mu_);
+    return late_.size();
+  }
+
   // Errors that a correct test must notice; see tests/sim.
   enum class Defect { kNone, kCopyElsewhere, kCopyAfterDone, kLoseRows };
   void Plant(Defect defect) {

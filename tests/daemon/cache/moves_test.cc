@@ -1,5 +1,8 @@
 // Blocks on their way between tiers: eviction, prefetch, pressure, watermarks, failures. Whatever moves,
 // attention stays equal to the shadow's.
+#include <functional>
+#include <vector>
+
 #include "tests/daemon/cache/cache_fixture.h"
 
 namespace kvtide::testing {
@@ -191,6 +194,87 @@ TEST_F(MovesTest, AWriterThatMeetsAMovingBlockWaitsAsLongAsRoomWaitAndNoLonger) 
   device_->SetHook(nullptr);
   ASSERT_TRUE(client.Append(1).ok());
   client.CheckAllLayers();
+}
+
+// Copies of a round run side by side. One that fails, at its start or later, does not end the call while the
+// bytes of others are on their way.
+TEST_F(MovesTest, ACopyThatFailsWaitsForTheOthers) {
+  Start();
+  Client client(*cache_, SmallModel(), WithPair("f16"), random_);
+  ASSERT_TRUE(client.Append(500).ok());
+  int polls = 0;
+  for (FaultyBackend* backend : {device_.get(), host_.get()})
+    backend->DelayCopies([&] { return ++polls % 5; });  // each another time
+  for (const auto leg : {FaultyBackend::kStartCopy, FaultyBackend::kPoll})
+    for (const int after : {0, 2, 5}) {
+      device_->FailAfter(leg, after);
+      MoveReport report = *cache_->Evict({{client.id()}}, 1);
+      EXPECT_EQ(report.left_blocks, 1u);
+      EXPECT_EQ(report.moved_blocks, 7u);
+      EXPECT_EQ(device_->copies_running(), 0u)
+          << "bytes are still on their way to places that others may get";
+      ASSERT_TRUE(cache_->Evict({{client.id()}}, 1).ok());
+      client.CheckAllLayers();
+      device_->FailAfter(leg, after);
+      report = *cache_->Prefetch({{client.id()}});
+      EXPECT_EQ(report.left_blocks, 1u);
+      EXPECT_EQ(device_->copies_running(), 0u);
+      ASSERT_TRUE(cache_->Prefetch({{client.id()}}).ok());
+      client.CheckAllLayers();
+    }
+  for (FaultyBackend* backend : {device_.get(), host_.get()}) backend->DelayCopies(nullptr);
+}
+
+TEST_F(MovesTest, CallsThatNobodyWantsAnyMoreStopBetweenRoundsAndSayWhatMoved) {
+  options_.max_moves_in_flight = 2;
+  Start();
+  Client client(*cache_, SmallModel(), WithPair("f16"), random_);
+  ASSERT_TRUE(client.Append(8 * 64).ok());
+  const SequenceId id = client.id();
+  const auto stop_in_round = [&](int round, const std::function<void()>& stop) {
+    device_->SetHook([this, stop, left = 2 * round](FaultyBackend::Call call) mutable {
+      if (call == FaultyBackend::kStartCopy && --left == 0) stop();
+    });
+  };
+  const auto verbs = {
+      std::function([&](const CallContext& context) {
+        return cache_->Evict({&id, 1}, 1, context).status();
+      }),
+      std::function([&](const CallContext& context) { return cache_->EvictAll(1, context).status(); }),
+      std::function([&](const CallContext& context) {
+        return cache_->Prefetch({&id, 1}, context).status();
+      })};
+  int verb = 0;
+  for (const auto& call : verbs) {
+    const bool up = ++verb == 3;
+    ASSERT_TRUE((up ? cache_->Evict({&id, 1}, 1) : cache_->Prefetch({&id, 1})).ok());
+    Cancellation cancellation;
+    CallContext context;
+    context.cancellation = &cancellation;
+    stop_in_round(2, [&] { cancellation.Cancel(); });
+    EXPECT_TRUE(IsError(call(context), absl::StatusCode::kCancelled, "it had moved 4 blocks"));
+    EXPECT_EQ(client.info().blocks_by_tier[up ? 0 : 1], 4u) << "what has moved stays moved";
+    EXPECT_TRUE(IsError(call(context), absl::StatusCode::kCancelled, "it had moved 0 blocks"));
+    CallContext late;
+    late.deadline = clock_.function()() + absl::Seconds(3);
+    stop_in_round(1, [&] { clock_.Advance(absl::Seconds(3)); });
+    EXPECT_TRUE(IsError(call(late), absl::StatusCode::kDeadlineExceeded, "it had moved 2 blocks"));
+    device_->SetHook(nullptr);
+    client.CheckAllLayers();
+  }
+}
+
+TEST_F(MovesTest, AnIdThatIsNamedAHundredThousandTimesCountsOnce) {
+  options_.max_sequences = 100'000;
+  Start();
+  Client client(*cache_, SmallModel(), WithPair("f16"), random_);
+  ASSERT_TRUE(client.Append(300).ok());
+  std::vector<SequenceId> ids(100'000, client.id());
+  EXPECT_EQ(cache_->Evict(ids, 1)->moved_blocks, 5u);
+  EXPECT_EQ(cache_->Prefetch(ids)->moved_blocks, 5u);
+  ids.push_back(client.id());
+  EXPECT_TRUE(IsError(cache_->Evict(ids, 1).status(), absl::StatusCode::kInvalidArgument, "max_sequences"));
+  EXPECT_TRUE(IsError(cache_->Prefetch(ids).status(), absl::StatusCode::kInvalidArgument, "max_sequences"));
 }
 
 // What was planned for a block that is gone meanwhile does not happen to one that came after it.
