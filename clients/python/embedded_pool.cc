@@ -12,8 +12,6 @@
 #include "daemon/cache/tensor_check.h"
 #include "daemon/config.h"
 #include "daemon/service/handlers.h"
-#include "daemon/service/session_verbs.h"
-#include "kernels/base/cancellation.h"
 #include "kernels/base/mutex.h"
 #include "kernels/base/status.h"
 #include "planner/units.h"
@@ -22,9 +20,6 @@ namespace kvtide::python {
 namespace {
 
 using client::SequenceId;
-
-// A verb in the messages of a session.
-#define KVTIDE_VERB(field) &v1::SessionRequest::mutable_##field, &v1::SessionResponse::mutable_##field
 
 absl::Status CheckShape(const client::TensorRef& tensor, const char* name, int heads, int dim) {
   const std::vector<int64_t>& shape = tensor.shape;
@@ -64,14 +59,14 @@ class EmbeddedPool : public Pool {
 
   absl::StatusOr<client::ServerInfo> GetServerInfo() override {
     v1::GetServerInfoResponse response;
-    KVTIDE_RETURN_IF_ERROR(Call(KVTIDE_VERB(get_server_info), v1::GetServerInfoRequest(), &response));
+    KVTIDE_RETURN_IF_ERROR(Call(&service::Handlers::GetServerInfo, v1::GetServerInfoRequest(), &response));
     return client::FromProto(response);
   }
   absl::Status RegisterModel(const client::Model& model) override {
     v1::RegisterModelRequest request;
     client::ToProto(model, request.mutable_model());
     v1::RegisterModelResponse response;
-    return Call(KVTIDE_VERB(register_model), std::move(request), &response);
+    return Call(&service::Handlers::RegisterModel, request, &response);
   }
   absl::StatusOr<SequenceId> CreateSequence(const std::string& model,
                                             const client::SequenceOptions& options) override {
@@ -79,7 +74,7 @@ class EmbeddedPool : public Pool {
     request.set_model(model);
     client::ToProto(options, &request);
     v1::CreateSequenceResponse response;
-    KVTIDE_RETURN_IF_ERROR(Call(KVTIDE_VERB(create_sequence), std::move(request), &response));
+    KVTIDE_RETURN_IF_ERROR(Call(&service::Handlers::CreateSequence, request, &response));
     return response.sequence_id();
   }
   absl::StatusOr<SequenceId> ForkSequence(SequenceId sequence) override {
@@ -160,7 +155,7 @@ class EmbeddedPool : public Pool {
     request.set_tier(options.tier);
     request.set_drop(options.drop);
     v1::EvictSequencesResponse response;
-    KVTIDE_RETURN_IF_ERROR(Call(KVTIDE_VERB(evict_sequences), std::move(request), &response));
+    KVTIDE_RETURN_IF_ERROR(Call(&service::Handlers::EvictSequences, request, &response));
     return client::MoveResult{response.blocks(), response.bytes(), response.dropped_blocks(),
                               response.blocks_left(), response.shared_blocks()};
   }
@@ -168,7 +163,7 @@ class EmbeddedPool : public Pool {
     v1::PrefetchSequencesRequest request;
     request.mutable_sequence_ids()->Add(sequences.begin(), sequences.end());
     v1::PrefetchSequencesResponse response;
-    KVTIDE_RETURN_IF_ERROR(Call(KVTIDE_VERB(prefetch_sequences), std::move(request), &response));
+    KVTIDE_RETURN_IF_ERROR(Call(&service::Handlers::PrefetchSequences, request, &response));
     return client::MoveResult{response.blocks(), response.bytes(), 0, response.blocks_left(), 0};
   }
   absl::StatusOr<std::vector<client::SequenceInfo>> ListSequences(const std::string& model) override {
@@ -180,7 +175,7 @@ class EmbeddedPool : public Pool {
       request.set_page_token(response.next_page_token());
       request.set_model(model);
       response.Clear();
-      KVTIDE_RETURN_IF_ERROR(Call(KVTIDE_VERB(list_sequences), std::move(request), &response));
+      KVTIDE_RETURN_IF_ERROR(Call(&service::Handlers::ListSequences, request, &response));
       for (const v1::Sequence& sequence : response.sequences())
         sequences.push_back(client::FromProto(sequence));
     } while (!response.next_page_token().empty());
@@ -188,14 +183,14 @@ class EmbeddedPool : public Pool {
   }
   absl::StatusOr<client::ServerStats> GetStats() override {
     v1::GetStatsResponse response;
-    KVTIDE_RETURN_IF_ERROR(Call(KVTIDE_VERB(get_stats), v1::GetStatsRequest(), &response));
+    KVTIDE_RETURN_IF_ERROR(Call(&service::Handlers::GetStats, v1::GetStatsRequest(), &response));
     return client::FromProto(response);
   }
   absl::StatusOr<client::PlanAnswer> Plan(const client::PlanQuestion& question) override {
     v1::PlanRequest request;
     client::ToProto(question, &request);
     v1::PlanResponse response;
-    KVTIDE_RETURN_IF_ERROR(Call(KVTIDE_VERB(plan), std::move(request), &response));
+    KVTIDE_RETURN_IF_ERROR(Call(&service::Handlers::Plan, request, &response));
     return client::FromProto(response);
   }
 
@@ -204,18 +199,12 @@ class EmbeddedPool : public Pool {
 
   EmbeddedPool() = default;
 
-  template <class Request, class Response>
-  absl::Status Call(Request* (v1::SessionRequest::*mutable_request)(),
-                    Response* (v1::SessionResponse::*mutable_response)(), Request request,
-                    Response* response) {
-    v1::SessionRequest wrapped;
-    (wrapped.*mutable_request)()->Swap(&request);
-    v1::SessionResponse answer;
-    const Cancellation never;
-    const char* method = nullptr;
-    KVTIDE_RETURN_IF_ERROR(service::HandleSessionRequest(handlers_.get(), wrapped, &answer, never, &method));
-    response->Swap((answer.*mutable_response)());
-    return absl::OkStatus();
+  // A verb of the daemon's handlers, called by this process for as long as it takes.
+  template <class Request, class Response, class Caller>
+  absl::Status Call(absl::Status (service::Handlers::*verb)(const Request&, Response*, const Caller&),
+                    const Request& request, Response* response) {
+    const Caller caller;
+    return (handlers_.get()->*verb)(request, response, caller);
   }
 
   // The spec of a sequence's model; models never change, so they are kept once asked for.

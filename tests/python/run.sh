@@ -40,12 +40,12 @@ case "$stage" in
   python)
     "$python" -m venv --clear "$out/venv"
     "$out/venv/bin/python" -m pip install --quiet "$wheel[test]"
-    "$out/venv/bin/python" -m pytest --quiet --ignore=tests/python/transformers tests/python "$@"
+    "$out/venv/bin/python" -m pytest --quiet --ignore=tests/python/hf tests/python "$@"
     ;;
   transformers)
-    tests/python/transformers/install.sh "$out/venv-transformers"
+    tests/python/hf/install.sh "$out/venv-transformers"
     "$out/venv-transformers/bin/python" -m pip install --quiet --force-reinstall --no-deps "$wheel"
-    "$out/venv-transformers/bin/python" -m pytest --quiet tests/python/transformers "$@"
+    "$out/venv-transformers/bin/python" -m pytest --quiet tests/python/hf "$@"
     ;;
 esac
 if [ "$full" = yes ]; then

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from conftest import ROOT
+from ways import ROOT
 from kvtide import errors, formats
 
 GOLDEN = ROOT / "tests" / "golden" / "format"

@@ -63,7 +63,7 @@ def test_without_a_session_sequences_stay(daemon):
 
 
 def test_a_daemon_that_goes(tmp_path):
-    from conftest import Daemon
+    from ways import Daemon
 
     daemon = Daemon(tmp_path)
     pool = kvtide.connect(daemon.address)

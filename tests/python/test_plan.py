@@ -4,7 +4,7 @@ import json
 import pytest
 
 import kvtide
-from conftest import ROOT
+from ways import ROOT
 from kvtide import errors, planner
 
 

@@ -1,0 +1,302 @@
+"""KvtideCache: transformers' cache interface over a store."""
+
+from __future__ import annotations
+
+from typing import Any, List, Optional, Tuple, Union
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..errors import InvalidArgument
+from ..pool import Pool, connect
+from .attention import NAME, Handle
+from .geometry import LayerKind, LayerShape, layer_kinds, layer_shapes, text_config
+from .store import Store, default_pool
+
+_MODES = ("auto", "attend", "materialise")
+
+
+class _PoolLayer(CacheLayerMixin):
+    """One layer of the cache; all it has lies in the store."""
+
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, store: Store, index: int) -> None:
+        super().__init__()
+        self.store = store
+        self.index = index
+        kind = store.kinds[index]
+        self.is_sliding = kind.kind == "sliding"
+        self.window = kind.window if kind.kind == "sliding" else 0
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Tuple[Any, Any]:
+        self.is_initialized = True
+        start = self.store.take(self.index, key_states, value_states)
+        if self.store.attend:
+            handle = Handle(self.store, self.index, start, key_states, value_states)
+            return handle, handle
+        if start == 0:
+            return key_states, value_states  # nothing to read back: the first tokens are attended exactly
+        first = max(0, start - self.window + 1) if self.window else 0
+        return self.store.read(self.index, first, key_states, value_states)
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.store.length(self.index)
+
+    def get_mask_sizes(self, query_length: Any, *args: Any) -> Tuple[int, int]:
+        # Older versions pass the positions instead of their number.
+        queries = int(query_length.shape[0]) if isinstance(query_length, torch.Tensor) and query_length.ndim else int(query_length)
+        seen = self.store.length(self.index)
+        first = max(0, seen - self.window + 1) if self.window and not self.store.attend else 0
+        return seen + queries - first, first
+
+    def get_max_length(self) -> int:
+        return self.window or -1
+
+    get_max_cache_shape = get_max_length
+
+    def offload(self) -> None:
+        for row in self.store.rows:
+            row.evict()
+
+    def prefetch(self) -> None:
+        for row in self.store.rows:
+            row.prefetch()
+
+    def reset(self) -> None:
+        self.is_initialized = False
+
+
+class KvtideCache(Cache):
+    """Keys and values of ``generate()`` in a kvtide pool.
+
+    Args:
+        model_or_config: the model (or its configuration). Without it, shapes are learned from the first forward, and all
+            layers are taken to attend over everything.
+        pair: K and V type, such as ``"q8_0/turbo4"``. ``"auto"``: what the pool's planner chooses for ``context`` tokens in
+            ``batch`` rows; without ``context`` the pool's default pair.
+        pool: an open pool; None = one for the whole process, opened by ``kvtide.connect()``.
+        mode: ``"attend"``: the pool attends, ``update`` returns no tensors, and the model has to use the attention ``"kvtide"``
+            (``model.set_attn_implementation("kvtide")``). ``"materialise"``: every layer gets tensors back.
+            ``"auto"``: attend if the model uses that attention.
+        context, batch: for ``pair="auto"``.
+        exact_window: blocks of 64 tokens kept in float16 at the beginning and the end; None = the pool's default.
+        key_centring, tenant, allow_drop: as :meth:`kvtide.Pool.create`.
+        device_memory, host_memory, address, device, threads: as :func:`kvtide.connect`, for a pool of this cache alone.
+
+    The first forward attends over its own tokens exactly; so does every later one over those that it adds. Sequences are freed
+    when the cache is dropped, by :meth:`close` or at the end of a ``with`` block; those in a daemon also when the process dies.
+
+    Raises:
+        ValueError: for models whose layers keep something else, such as DeepSeek's latent vectors.
+    """
+
+    def __init__(
+        self,
+        model_or_config: Any = None,
+        pair: str = "auto",
+        *,
+        pool: Optional[Pool] = None,
+        mode: str = "auto",
+        context: int = 0,
+        batch: int = 1,
+        exact_window: Optional[Tuple[int, int]] = None,
+        key_centring: str = "default",
+        tenant: str = "",
+        allow_drop: bool = False,
+        **connection: Any,
+    ) -> None:
+        if mode not in _MODES:
+            raise InvalidArgument(f"mode is {mode!r}; use one of {', '.join(map(repr, _MODES))}")
+        if pool is not None and connection:
+            raise InvalidArgument(f"an open pool needs no {', '.join(sorted(connection))}")
+        self._config = None if model_or_config is None else text_config(model_or_config)
+        uses_kvtide = self._config is not None and getattr(self._config, "_attn_implementation", None) == NAME
+        if mode == "attend" and self._config is not None and not uses_kvtide:
+            raise InvalidArgument(f'attend mode needs the attention "{NAME}": call model.set_attn_implementation("{NAME}") first')
+        attend = mode == "attend" or (mode == "auto" and uses_kvtide)
+        kinds = [] if self._config is None else layer_kinds(self._config)
+        if attend and any(kind.kind == "chunked" for kind in kinds):
+            raise ValueError(f'{self._config.model_type} has layers of chunked attention; use mode="materialise"')
+        self._owns_pool = bool(connection)
+        if pool is None:
+            pool = connect(connection.pop("address", "embedded"), **connection) if connection else default_pool()
+        settings: dict = {"exact_window": exact_window, "key_centring": key_centring, "tenant": tenant, "allow_drop": allow_drop}
+        if pair != "auto":
+            settings["pair"] = pair
+        self._store = Store(pool, kinds, attend, settings)
+        self._lazy = self._config is None
+        super().__init__(layers=[self._layer(i) for i in range(len(kinds))])
+        shapes = None if self._config is None else layer_shapes(self._config, kinds)
+        # Shapes by the configuration, until they are compared with the first tensors.
+        self._shapes = {} if shapes is None else {i: shapes[i] for i, kind in enumerate(kinds) if kind.stock is None}
+        self._expected = dict(self._shapes)
+        self._auto = (context, batch) if pair == "auto" and context else None
+
+    def _layer(self, index: int) -> Any:
+        kind = self._store.kinds[index]
+        return kind.stock if kind.stock is not None else _PoolLayer(self._store, index)
+
+    # What the cache is.
+
+    @property
+    def pool(self) -> Pool:
+        """Where the keys and values are."""
+        return self._store.pool
+
+    @property
+    def mode(self) -> str:
+        """``attend`` or ``materialise``."""
+        return "attend" if self._store.attend else "materialise"
+
+    @property
+    def pair(self) -> str:
+        """The K and V type of the sequences."""
+        return self._store.settings.get("pair") or self.pool.info().default_pair
+
+    @property
+    def sequences(self) -> List[Any]:
+        """The sequences of the rows, in order."""
+        self._store.settle()
+        return list(self._store.rows)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that the rows hold in all tiers; blocks that rows share count for each."""
+        ids = {row.id for row in self.sequences}
+        return sum(info.bytes for info in self.pool.sequences() if info.id in ids)
+
+    def __repr__(self) -> str:
+        return f"<KvtideCache {self.mode}, {self._store.batch} rows, {self.get_seq_length()} tokens in {self.pool.address}>"
+
+    # What transformers calls.
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tuple[Any, Any]:
+        while self._lazy and layer_idx >= len(self.layers):
+            self._store.kinds.append(LayerKind("full"))
+            self._store.lengths.append(0)
+            self.layers.append(self._layer(len(self.layers)))
+        if self._store.model is None and self._expected:
+            self._register(layer_idx, key_states, value_states)
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+
+    def _register(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Registers by the configuration if the first tensors are as it says, else leaves it to the first forward."""
+        expected, self._expected = self._expected, {}
+        shape = expected.get(layer)
+        if shape is None or (k.shape[1], k.shape[3], v.shape[3]) != (shape.kv_heads, shape.head_dim_k, shape.head_dim_v):
+            return
+        self._store.register(expected)
+        self._choose_pair()
+
+    def _choose_pair(self) -> None:
+        if self._auto is None or self._store.model is None:
+            return
+        context, batch = self._auto
+        self._auto = None
+        [plan] = self.pool.plan(self._store.model, [context], concurrency=batch).contexts
+        if plan.verdict == "does_not_fit":
+            raise InvalidArgument(f"{batch} rows of {context} tokens do not fit into {self.pool.address}: {plan.reason}")
+        self._store.settings["pair"] = plan.chosen_pair or plan.split_pair
+
+    def get_seq_length(self, layer_idx: int = 0, *args: Any) -> int:
+        if layer_idx >= len(self.layers):
+            return 0
+        if layer_idx == 0:  # the first layer that keeps keys
+            return next((one.get_seq_length() for one in self.layers if isinstance(one, _PoolLayer)), 0)
+        return self.layers[layer_idx].get_seq_length()
+
+    def reset(self) -> None:
+        """Forgets all tokens; the cache can be used again, with another batch too."""
+        self._store.close()
+        for layer in self.layers:
+            layer.reset()
+
+    def crop(self, max_length: int) -> None:
+        """Removes tokens at the end: -n removes n, n > 0 keeps the first n, 0 does nothing (``reset`` empties).
+
+        Raises:
+            OutOfRange: when a sliding layer has let go of what it would need; see :meth:`activate_past_recording`.
+        """
+        tokens = int(max_length)
+        length = self.get_seq_length()
+        keep = length + tokens if tokens <= 0 else min(tokens, length)
+        for layer in self.layers:
+            if not isinstance(layer, _PoolLayer) and hasattr(layer, "crop"):
+                layer.crop(max_length)
+        if keep < length:
+            self._store.truncate(max(0, keep))
+
+    def activate_past_recording(self) -> None:
+        """Sliding layers keep all tokens from now on, so that ``crop`` can go back. Assisted decoding calls it at its start."""
+        for layer in self.layers:
+            if not isinstance(layer, _PoolLayer) and hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+        if self._store.windowed and not self._store.batch:
+            self._store.keep_all = True
+            self._store.model = None
+            if not self._expected and self._shapes:
+                self._expected = dict(self._shapes)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes a copy of row beam_idx[i]; blocks are shared."""
+        for layer in self.layers:
+            if not isinstance(layer, _PoolLayer):
+                layer.reorder_cache(beam_idx)
+        if self._store.batch:
+            self._store.select(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row becomes ``repeats`` rows."""
+        self._stock("batch_repeat_interleave", repeats)
+        if self._store.batch:
+            self._store.select([i for i in range(self._store.batch) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps these rows only."""
+        self._stock("batch_select_indices", indices)
+        if self._store.batch:
+            if indices.dtype == torch.bool:
+                indices = indices.nonzero().flatten()
+            self._store.select(indices.tolist())
+
+    def _stock(self, verb: str, argument: Any) -> None:
+        for layer in self.layers:
+            if not isinstance(layer, _PoolLayer):
+                if not hasattr(layer, verb):
+                    raise NotImplementedError(f"{type(layer).__name__} has no {verb}")
+                getattr(layer, verb)(argument)
+
+    def early_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: memory belongs to the pool."""
+
+    @property
+    def batch_size(self) -> int:
+        return self._store.batch or -1
+
+    @property
+    def is_initialized(self) -> bool:
+        return self._store.batch > 0
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    # Ending.
+
+    def close(self) -> None:
+        """Frees the sequences, and the pool if it was opened for this cache."""
+        self._store.close()
+        if self._owns_pool:
+            self.pool.close()
+
+    def __enter__(self) -> "KvtideCache":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,92 @@
+"""Architectures with random weights: KvtideCache in f16 gives what DynamicCache gives."""
+import pytest
+import torch
+
+import models
+from kvtide.transformers import KvtideCache
+
+MODES = ["materialise", "attend"]
+
+
+def generate(model, inputs, cache, **options):
+    return model.generate(**inputs, max_new_tokens=40, do_sample=False, output_logits=True, return_dict_in_generate=True,
+                          past_key_values=cache, **options)
+
+
+def same(got, want, share):
+    """Logits of every step within a share of their size, tokens equal where that decides."""
+    for step, (a, b) in enumerate(zip(got.logits, want.logits)):
+        most = share * b.abs().max().item()
+        assert (a - b).abs().max().item() < most, f"step {step}"
+        first, second = b.topk(2).values.unbind(-1)
+        decided = first - second > 2 * most
+        assert torch.equal(a.argmax(-1)[decided], b.argmax(-1)[decided])
+        if not torch.equal(a.argmax(-1), b.argmax(-1)):
+            return step
+    assert torch.equal(got.sequences, want.sequences)
+    return len(want.logits)
+
+
+@pytest.fixture(scope="module", params=list(models.CONFIGS))
+def model(request):
+    made = models.make(request.param)
+    if made is None:
+        pytest.skip("this transformers has no such architecture")
+    return made
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rows,tokens,padding", [(1, 9, 0), (1, 70, 0), (3, 60, 5)])
+def test_agrees_with_dynamic_cache(model, pool, mode, rows, tokens, padding):
+    inputs = models.prompts(rows, tokens, padding)
+    model.set_attn_implementation("eager")
+    want = generate(model, inputs, None)
+    model.set_attn_implementation("kvtide" if mode == "attend" else "eager")
+    cache = KvtideCache(model, "f16/f16", pool=pool)
+    assert cache.mode == mode
+    got = generate(model, inputs, cache)
+    assert same(got, want, 0.02) > 10
+    assert cache.get_seq_length() == tokens + 39
+    assert len({int(token) for token in want.sequences[0]}) > 9  # the model says more than one thing
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_shapes_learned_from_the_first_forward(pool, mode):
+    model = models.make("qwen3")
+    inputs = models.prompts(2, 30, 4)
+    model.set_attn_implementation("sdpa")
+    want = generate(model, inputs, None)
+    model.set_attn_implementation("kvtide" if mode == "attend" else "sdpa")
+    got = generate(model, inputs, KvtideCache(pair="f16/f16", pool=pool, mode=mode))
+    assert same(got, want, 0.02) > 10
+
+
+def test_latent_attention_is_refused(pool):
+    import transformers
+
+    config = transformers.DeepseekV3Config(num_hidden_layers=2)
+    with pytest.raises(ValueError, match="latent"):
+        KvtideCache(config, pool=pool)
+
+
+def test_linear_attention_stays_with_transformers(pool):
+    """Hybrid models: layers of linear attention keep their own state, the others live in the pool."""
+    import transformers
+
+    if not hasattr(transformers, "Qwen3NextConfig"):
+        pytest.skip("this transformers has no hybrid model of the kind")
+    from transformers import cache_utils
+
+    if "linear_attention" not in getattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING", {}):
+        pytest.skip("this transformers keeps such states elsewhere")
+    config = transformers.Qwen3NextConfig(
+        **{**models.COMMON, "num_hidden_layers": 4}, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16,
+        linear_value_head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+        shared_expert_intermediate_size=32, layer_types=["linear_attention", "full_attention"] * 2)
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    inputs = models.prompts(1, 20)
+    model.set_attn_implementation("eager")
+    want = generate(model, inputs, None)
+    got = generate(model, inputs, KvtideCache(model, "f16/f16", pool=pool))
+    assert same(got, want, 0.02) > 10
