@@ -14,6 +14,7 @@
 #include "clients/cli/ops/top_command.h"
 #include "clients/cli/plan/fleet_command.h"
 #include "clients/cli/plan/plan_command.h"
+#include "clients/cli/plan/plan_flags.h"
 #include "planner/near_names.h"
 
 namespace {
@@ -56,7 +57,7 @@ int main(int argc, char** argv) {
   kvtide::cli::AddDoctorCommand(app, &exit_code);
   constexpr int kBadInput = 2;
   try {
-    app.parse(argc, argv);
+    app.parse(kvtide::cli::WithEngineWords(argc, argv));
   } catch (const CLI::ParseError& error) {
     const bool mistyped = app.get_subcommands().empty() && !app.remaining().empty() &&
                           error.get_exit_code() == static_cast<int>(CLI::ExitCodes::RequiredError);

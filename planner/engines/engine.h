@@ -18,17 +18,24 @@ absl::StatusOr<Engine> ParseEngine(const std::string& name);
 struct EngineOptions {
   Engine engine = Engine::kKvtide;
   // llama.cpp
-  std::string build =
-      "auto";  // auto, upstream, turboquant, pairquant: which tree; auto = the first that has the types
+  // Which build (llama_cpp.h): "newest" is upstream as it is today, and for a pair that no upstream build
+  // has, the fork that has it; "b10819" an upstream build by number; "upstream"; a fork by name; "auto" any
+  // tree.
+  std::string build = "newest";
+  bool all_quants = false;  // built with GGML_CUDA_FA_ALL_QUANTS
   int ubatch = 512;
-  bool unified = true;  // one cell pool for all sequences (-kvu)
+  bool unified = true;         // one cell pool for all sequences (-kvu)
+  bool total_context = false;  // a context is llama-server's -c: the tokens of all slots together
+  bool split_tensors = false;  // several GPUs work on every layer (-sm tensor) instead of one after the other
+  // States that speculative decoding keeps beside the running one of every sequence, to go back to.
+  int recurrent_copies = 0;
   bool swa_full = false;
   bool rewrites = true;  // the turboquant tree's silent changes of types
   bool flash_attention = true;
   // vLLM
   int block_tokens = 16;
   int max_batched_tokens = 2048;
-  double gpu_memory_utilization = 0.9;
+  double gpu_memory_utilization = 0.92;  // the default of 0.33
   bool cuda_graphs = true;
   // kvtide
   ExactWindow exact_window;

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/format/catalogue.h"
 #include "planner/engines/kvtide_engine.h"
 #include "planner/engines/llama_cpp.h"
 #include "planner/engines/vllm.h"
@@ -12,19 +13,19 @@ namespace kvtide::planner {
 void KvBytes::Add(LayerKind kind, int64_t bytes) {
   switch (kind) {
     case LayerKind::kFull:
-      full += bytes;
+      full = Sum(full, bytes);
       break;
     case LayerKind::kSliding:
-      sliding += bytes;
+      sliding = Sum(sliding, bytes);
       break;
     case LayerKind::kChunked:
-      chunked += bytes;
+      chunked = Sum(chunked, bytes);
       break;
     case LayerKind::kMla:
-      latent += bytes;
+      latent = Sum(latent, bytes);
       break;
     case LayerKind::kRecurrent:
-      recurrent += bytes;
+      recurrent = Sum(recurrent, bytes);
       break;
     case LayerKind::kShared:
     case LayerKind::kNone:
@@ -36,12 +37,12 @@ int64_t KvSizer::ReadBytes(int64_t context) const {
   int64_t bytes = 0;
   for (const StoredGroup& stored : groups_) {
     if (stored.group.kind == LayerKind::kRecurrent) {
-      bytes += 2 * stored.group.state_bytes * stored.layers;  // read and written back
+      bytes = Sum(bytes, Product(2, stored.group.state_bytes, stored.layers));  // read and written back
       continue;
     }
     const int64_t window = stored.group.window;
-    bytes += stored.token_bytes() *
-             (window > 0 ? std::min(context, window) : CeilDiv(context, stored.group.compress));
+    bytes = Sum(bytes, Product(stored.token_bytes(), window > 0 ? std::min(context, window)
+                                                                : CeilDiv(context, stored.group.compress)));
   }
   return bytes;
 }
@@ -53,7 +54,8 @@ int64_t KvSizer::LiveValues(int64_t context) const {
     if (group.kind == LayerKind::kRecurrent) continue;
     const int64_t tokens =
         group.window > 0 ? std::min<int64_t>(context, group.window) : CeilDiv(context, group.compress);
-    values += tokens * stored.layers * group.n_kv_heads * (group.head_dim_k + group.head_dim_v);
+    values =
+        Sum(values, Product(tokens, stored.layers, group.n_kv_heads, group.head_dim_k + group.head_dim_v));
   }
   return values;
 }
@@ -79,11 +81,46 @@ absl::StatusOr<std::unique_ptr<KvSizer>> MakeKvSizer(const EngineOptions& option
   return absl::InvalidArgumentError("unknown engine");
 }
 
-std::vector<TypePair> DefaultPairs(Engine engine, bool latent_only) {
-  std::vector<TypePair> pairs;
+std::vector<std::string> CacheTypeNames(Engine engine) {
+  std::vector<std::string> names;
+  const auto add = [&](const std::string& name) {
+    if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
+  };
   switch (engine) {
     case Engine::kLlamaCpp:
-      pairs = LlamaCppPairs();
+      for (const GgmlType& type : GgmlTypes()) add(type.name);
+      break;
+    case Engine::kKvtide:
+      for (CacheType type : AllCacheTypes()) add(std::string(Name(type)));
+      break;
+    case Engine::kVllm:
+      for (const TypePair& pair : VllmPairs()) {
+        add(pair.k);
+        add(pair.v);
+      }
+      break;
+  }
+  return names;
+}
+
+TypePair InOwnWords(Engine engine, const TypePair& pair) {
+  if (engine != Engine::kVllm || pair.k != pair.v) return pair;
+  for (const TypePair& known : VllmPairs()) {
+    if (VllmCacheDtype(known) == pair.k) return known;
+  }
+  if (pair.k == "fp8_e4m3") return {"fp8", "fp8"};
+  if (pair.k == "bfloat16") return {"bf16", "bf16"};
+  if (pair.k == "float16") return {"f16", "f16"};
+  return pair;
+}
+
+std::vector<TypePair> DefaultPairs(const EngineOptions& options, bool latent_only) {
+  std::vector<TypePair> pairs;
+  switch (options.engine) {
+    case Engine::kLlamaCpp:
+      for (const TypePair& pair : LlamaCppPairs(options.build != "newest")) {
+        if (!ResolveTree(options.build, pair).empty()) pairs.push_back(pair);
+      }
       break;
     case Engine::kVllm:
       pairs = VllmPairs();

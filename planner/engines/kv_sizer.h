@@ -11,6 +11,7 @@
 #include "absl/status/statusor.h"
 #include "planner/engines/engine.h"
 #include "planner/model/geometry.h"
+#include "planner/saturating.h"
 #include "planner/type_pair.h"
 
 namespace kvtide::planner {
@@ -30,7 +31,7 @@ struct KvBytes {
   int64_t rounding = 0;
   int64_t recurrent = 0;
 
-  int64_t Cache() const { return full + sliding + chunked + latent + window_tail + rounding; }
+  int64_t Cache() const { return Sum(full, sliding, chunked, latent, window_tail, rounding); }
   void Add(LayerKind kind, int64_t bytes);
 };
 
@@ -76,11 +77,18 @@ absl::StatusOr<std::unique_ptr<KvSizer>> MakeKvSizer(const EngineOptions& option
                                                      const std::vector<LayerGroup>& groups,
                                                      const TypePair& pair);
 
-// Pairs that are worth listing for an engine when the request names none.
-std::vector<TypePair> DefaultPairs(Engine engine, bool latent_only);
+// Pairs that are worth listing for an engine when the request names none; those of forks of llama.cpp only
+// with the build "auto" or a fork's name.
+std::vector<TypePair> DefaultPairs(const EngineOptions& options, bool latent_only);
 
-// `value` rounded up to a multiple of `unit`.
-inline int64_t RoundUp(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-inline int64_t CeilDiv(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
+// Every cache type of an engine.
+std::vector<std::string> CacheTypeNames(Engine engine);
+
+// A pair given in the engine's own words: vLLM's --kv-cache-dtype turboquant_k8v4 is fp8/tq4.
+TypePair InOwnWords(Engine engine, const TypePair& pair);
+
+// `value` rounded up to a multiple of `unit`, and divided by it.
+inline int64_t CeilDiv(int64_t value, int64_t unit) { return value / unit + (value % unit > 0 ? 1 : 0); }
+inline int64_t RoundUp(int64_t value, int64_t unit) { return Product(CeilDiv(value, unit), unit); }
 
 }  // namespace kvtide::planner

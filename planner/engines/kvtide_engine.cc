@@ -28,8 +28,8 @@ BlockCounts SharedBlocks(const KvLoad& load, ExactWindow exact, int64_t window) 
 BlockCounts CountLoad(const KvLoad& load, ExactWindow exact, int64_t window) {
   const BlockCounts one = CountLiveBlocks(load.context, exact, window);
   const BlockCounts shared = SharedBlocks(load, exact, window);
-  return {one.exact * load.sequences - shared.exact * (load.sequences - 1),
-          one.coded * load.sequences - shared.coded * (load.sequences - 1)};
+  return {Product(one.exact, load.sequences) - Product(shared.exact, load.sequences - 1),
+          Product(one.coded, load.sequences) - Product(shared.coded, load.sequences - 1)};
 }
 
 absl::StatusOr<CachePair> ParseTypes(const TypePair& pair) {
@@ -45,7 +45,7 @@ GroupShape ShapeOf(const LayerGroup& group) {
 
 class KvtideSizer : public KvSizer {
  public:
-  explicit KvtideSizer(ExactWindow exact) : exact_(exact) {}
+  explicit KvtideSizer(const EngineOptions& options) : options_(options), exact_(options.exact_window) {}
 
   absl::Status Init(const std::vector<LayerGroup>& groups, const TypePair& pair) {
     KVTIDE_ASSIGN_OR_RETURN(const CachePair types, ParseTypes(pair));
@@ -61,17 +61,18 @@ class KvtideSizer : public KvSizer {
     for (size_t i = 0; i < groups_.size(); ++i) {
       const LayerGroup& group = groups_[i].group;
       if (group.kind == LayerKind::kRecurrent) {
-        bytes.recurrent += group.state_bytes * groups_[i].layers * load.sequences;
+        bytes.recurrent = Sum(bytes.recurrent, Product(group.state_bytes, groups_[i].layers, load.sequences,
+                                                       1 + options_.recurrent_copies));
         continue;
       }
       const BlockCounts counts = CountLoad(load, exact_, group.window);
-      bytes.Add(group.kind, counts.coded * coded_bytes_[i]);
-      bytes.window_tail += counts.exact * exact_bytes_[i];
+      bytes.Add(group.kind, Product(counts.coded, coded_bytes_[i]));
+      bytes.window_tail = Sum(bytes.window_tail, Product(counts.exact, exact_bytes_[i]));
       const int64_t tail = load.context % kBlockTokens;
       if (tail != 0) {  // the part of the tail block that holds no token yet
-        const int64_t unused = exact_bytes_[i] / kBlockTokens * (kBlockTokens - tail) * load.sequences;
-        bytes.window_tail -= unused;
-        bytes.rounding += unused;
+        const int64_t unused = Product(exact_bytes_[i] / kBlockTokens, kBlockTokens - tail, load.sequences);
+        bytes.window_tail = Sum(bytes.window_tail, -unused);
+        bytes.rounding = Sum(bytes.rounding, unused);
       }
     }
     return bytes;
@@ -86,9 +87,9 @@ class KvtideSizer : public KvSizer {
       if (group.kind == LayerKind::kRecurrent) continue;
       const int64_t dim = (std::max(group.head_dim_k, group.head_dim_v) + 63) / 64 * 64;
       const int64_t pages = (load.context + kBlockTokens - 1) / kBlockTokens;
-      largest = std::max(largest, pages * group.n_kv_heads * kBlockTokens * dim * 4);
+      largest = std::max(largest, Product(pages, group.n_kv_heads, kBlockTokens, dim, 4));
     }
-    return largest == 0 ? 0 : std::min(kKvtideScratchBytes, largest + kKvtideScratchBytes / 4);
+    return largest == 0 ? 0 : std::min(kKvtideScratchBytes, Sum(largest, kKvtideScratchBytes / 4));
   }
 
   std::vector<std::string> Explain(const KvLoad& load) const override {
@@ -110,10 +111,10 @@ class KvtideSizer : public KvSizer {
       lines.push_back(absl::StrCat("  coded block = ", groups_[i].layers, " x ", group.n_kv_heads,
                                    " records of ", coded_bytes_[i] / (groups_[i].layers * group.n_kv_heads),
                                    " B = ", coded_bytes_[i], " B; exact block = ", exact_bytes_[i], " B"));
-      lines.push_back(absl::StrCat("  ", all.coded, " x ", coded_bytes_[i], " + ", all.exact, " x ",
-                                   exact_bytes_[i], " = ",
-                                   all.coded * coded_bytes_[i] + all.exact * exact_bytes_[i], " B for ",
-                                   load.sequences, load.sequences == 1 ? " sequence" : " sequences"));
+      lines.push_back(
+          absl::StrCat("  ", all.coded, " x ", coded_bytes_[i], " + ", all.exact, " x ", exact_bytes_[i],
+                       " = ", Sum(Product(all.coded, coded_bytes_[i]), Product(all.exact, exact_bytes_[i])),
+                       " B for ", load.sequences, load.sequences == 1 ? " sequence" : " sequences"));
     }
     return lines;
   }
@@ -154,6 +155,7 @@ class KvtideSizer : public KvSizer {
                                      layout.k().stored_dim, "/", layout.v().stored_dim));
   }
 
+  const EngineOptions options_;
   const ExactWindow exact_;
   std::vector<int64_t> coded_bytes_;  // per group, one block
   std::vector<int64_t> exact_bytes_;
@@ -164,7 +166,7 @@ class KvtideSizer : public KvSizer {
 absl::StatusOr<std::unique_ptr<KvSizer>> MakeKvtideSizer(const EngineOptions& options,
                                                          const std::vector<LayerGroup>& groups,
                                                          const TypePair& pair) {
-  auto sizer = std::make_unique<KvtideSizer>(options.exact_window);
+  auto sizer = std::make_unique<KvtideSizer>(options);
   KVTIDE_RETURN_IF_ERROR(sizer->Init(groups, pair));
   return std::unique_ptr<KvSizer>(std::move(sizer));
 }

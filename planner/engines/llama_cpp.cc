@@ -2,8 +2,11 @@
 
 #include <algorithm>
 
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "planner/saturating.h"
 
 namespace kvtide::planner {
 namespace {
@@ -15,6 +18,15 @@ constexpr int kBoundaryMinLayers = 8;
 constexpr int kBoundaryLayers = 2;  // at either end
 
 const char* const kTrees[] = {"upstream", "turboquant", "pairquant", "planarquant"};
+constexpr int kLastOldKernelRule = 10819;  // the newest build that is known to fall back to the CPU
+
+// The number of "b10819", 0 for anything else.
+int BuildNumber(const std::string& build) {
+  int number = 0;
+  return absl::StartsWith(build, "b") && absl::SimpleAtoi(build.substr(1), &number) && number > 0 ? number
+                                                                                                  : 0;
+}
+bool AnyTree(const std::string& build) { return build == "newest" || build == "auto"; }
 
 bool TreeHas(const std::string& tree, const GgmlType& type) {
   const std::string home = type.tree;
@@ -56,10 +68,12 @@ class LlamaCppSizer : public KvSizer {
     }
     if (tree_.empty()) {
       return absl::InvalidArgumentError(absl::StrCat(
-          options_.build == "auto" ? std::string("no tree of llama.cpp") : "the " + options_.build + " tree",
-          " has both ", pair.k, " and ", pair.v));
+          AnyTree(options_.build) ? std::string("no tree of llama.cpp") : "the " + options_.build + " tree",
+          " has both ", pair.k, " and ", pair.v, ForkAdvice(pair)));
     }
     Rewrite(model, pair);
+    for (const LayerGroup& group : groups)
+      widest_v_ = std::max(widest_v_, int64_t{group.n_kv_heads} * group.head_dim_v);
     for (const LayerGroup& group : groups) {
       absl::Status status = AddGroup(group, static_cast<int>(model.layers.size()));
       if (!status.ok()) return status;
@@ -73,11 +87,11 @@ class LlamaCppSizer : public KvSizer {
     for (size_t i = 0; i < groups_.size(); ++i) {
       const StoredGroup& stored = groups_[i];
       if (stored.group.kind == LayerKind::kRecurrent) {
-        bytes.recurrent += stored.group.state_bytes * stored.layers * load.sequences;
+        bytes.recurrent =
+            Sum(bytes.recurrent, Product(stored.group.state_bytes, stored.layers, States(load)));
         continue;
       }
-      const int64_t cells = Cells(stored.group, load) * streams;
-      bytes.Add(stored.group.kind, cells * stored.token_bytes());
+      bytes.Add(stored.group.kind, Product(Cells(stored.group, load), streams, stored.token_bytes()));
     }
     return bytes;
   }
@@ -87,9 +101,12 @@ class LlamaCppSizer : public KvSizer {
     for (const StoredGroup& stored : groups_) {
       const LayerGroup& group = stored.group;
       if (group.kind == LayerKind::kRecurrent) {
-        lines.push_back(absl::StrCat(
-            "recurrent, ", stored.layers, " layers: ", group.state_bytes, " B x ", stored.layers, " x ",
-            load.sequences, " sequences = ", group.state_bytes * stored.layers * load.sequences, " B"));
+        lines.push_back(absl::StrCat("recurrent, ", stored.layers, " layers: ", group.state_bytes, " B x ",
+                                     stored.layers, " x ", load.sequences, " sequences",
+                                     options_.recurrent_copies > 0
+                                         ? absl::StrCat(" x (1 + ", options_.recurrent_copies, " copies)")
+                                         : "",
+                                     " = ", Product(group.state_bytes, stored.layers, States(load)), " B"));
         continue;
       }
       const int64_t cells = Cells(group, load), streams = options_.unified ? 1 : load.sequences;
@@ -100,13 +117,17 @@ class LlamaCppSizer : public KvSizer {
                                    " / ", k_->group, " x ", k_->bytes, " B x ", stored.layers,
                                    " layers = ", stored.k_token_bytes, " B per cell"));
       if (stored.v_token_bytes > 0) {
-        lines.push_back(absl::StrCat("  V ", group.n_kv_heads, " heads x ",
-                                     StoredWidth(*v_, group.head_dim_v), " / ", v_->group, " x ", v_->bytes,
-                                     " B x ", stored.layers, " layers = ", stored.v_token_bytes,
-                                     " B per cell", boundary_v_ ? " (4 layers in q8_0)" : ""));
+        lines.push_back(absl::StrCat(
+            "  V ", group.n_kv_heads, " heads x ", StoredWidth(*v_, group.head_dim_v), " / ", v_->group,
+            " x ", v_->bytes, " B x ", stored.layers, " layers = ", stored.v_token_bytes, " B per cell",
+            boundary_v_ ? " (4 layers in q8_0)" : "",
+            PaddedV(group) ? absl::StrCat(" (without flash attention V is as wide as "
+                                          "the widest layer's ",
+                                          widest_v_, " values)")
+                           : ""));
       }
       lines.push_back(absl::StrCat("  ", cells * streams, " cells x ", stored.token_bytes(),
-                                   " B = ", cells * streams * stored.token_bytes(), " B"));
+                                   " B = ", Product(cells, streams, stored.token_bytes()), " B"));
     }
     return lines;
   }
@@ -115,13 +136,14 @@ class LlamaCppSizer : public KvSizer {
     int64_t largest = 0, permanent = 0;
     for (const StoredGroup& stored : groups_) {
       if (stored.group.kind == LayerKind::kRecurrent) continue;
-      const int64_t cells = Cells(stored.group, load) * (options_.unified ? 1 : load.sequences);
-      largest = std::max(largest, cells * HalfCopyPerToken(stored.group));
+      const int64_t cells = Product(Cells(stored.group, load), options_.unified ? 1 : load.sequences);
+      largest = std::max(largest, Product(cells, HalfCopyPerToken(stored.group)));
       if (KeepsHalfCopyOfK(k_)) {
-        permanent += cells * 2 * stored.group.n_kv_heads * stored.group.head_dim_k * stored.layers;
+        permanent = Sum(permanent,
+                        Product(cells, 2, stored.group.n_kv_heads, stored.group.head_dim_k, stored.layers));
       }
     }
-    return largest + permanent;
+    return Sum(largest, permanent);
   }
 
   int64_t StepScratchBytes(int64_t context) const override {
@@ -129,7 +151,7 @@ class LlamaCppSizer : public KvSizer {
     for (const StoredGroup& stored : groups_) {
       if (stored.group.kind == LayerKind::kRecurrent) continue;
       const int64_t cells = Cells(stored.group, {context, 1, 0});
-      bytes += cells * HalfCopyPerToken(stored.group) * stored.layers;
+      bytes = Sum(bytes, Product(cells, HalfCopyPerToken(stored.group), stored.layers));
     }
     return bytes;
   }
@@ -139,6 +161,20 @@ class LlamaCppSizer : public KvSizer {
     std::vector<std::string> names;
     for (const GgmlType& type : GgmlTypes()) names.push_back(type.name);
     return absl::StrJoin(names, ", ");
+  }
+
+  static std::string ForkAdvice(const TypePair& pair) {
+    const std::string tree = ResolveTree("auto", pair);
+    return tree.empty() ? "" : absl::StrCat("; the ", tree, " fork has them (--build ", tree, ")");
+  }
+
+  // Recurrent states: one per sequence and those that speculation may have to go back to.
+  int64_t States(const KvLoad& load) const { return Product(load.sequences, 1 + options_.recurrent_copies); }
+
+  // Without flash attention V is stored transposed, every layer as wide as the widest.
+  bool PaddedV(const LayerGroup& group) const {
+    return !options_.flash_attention && group.head_dim_v > 0 &&
+           int64_t{group.n_kv_heads} * group.head_dim_v < widest_v_;
   }
 
   void Rewrite(const ModelGeometry& model, const TypePair& pair) {
@@ -168,7 +204,8 @@ class LlamaCppSizer : public KvSizer {
       if (!k.ok()) return k.status();
       stored.k_token_bytes = *k * stored.layers;
       if (v_ != nullptr && group.kind != LayerKind::kMla) {
-        absl::StatusOr<int64_t> v = RowBytes(*v_, group.n_kv_heads, group.head_dim_v);
+        absl::StatusOr<int64_t> v = PaddedV(group) ? RowBytes(*v_, 1, static_cast<int>(widest_v_))
+                                                   : RowBytes(*v_, group.n_kv_heads, group.head_dim_v);
         if (!v.ok()) return v.status();
         stored.v_token_bytes = *v * stored.layers;
         if (boundary_v_) {
@@ -198,18 +235,14 @@ class LlamaCppSizer : public KvSizer {
   }
 
   int64_t Cells(const LayerGroup& group, const KvLoad& load) const {
-    const int64_t tokens = options_.unified
-                               ? load.shared_prefix + load.sequences * (load.context - load.shared_prefix)
-                               : load.context;
-    const int64_t cells = RoundUp(CeilDiv(tokens, group.compress), kCellPad);
-    if (group.window == 0 || options_.swa_full) return cells;
-    const int64_t windows = int64_t{group.window} * (options_.unified ? load.sequences : 1);
-    return RoundUp(std::min(cells, windows + options_.ubatch), kCellPad);
+    return LlamaCppCells(options_, group.window, group.compress, load);
   }
 
   std::string CellRule(const LayerGroup& group, const KvLoad& load) const {
     const std::string tokens =
-        !options_.unified || load.sequences == 1
+        options_.total_context && !options_.unified && load.sequences > 1
+            ? absl::StrCat("pad(", load.context, ", 256) / ", load.sequences)
+        : options_.total_context || !options_.unified || load.sequences == 1
             ? absl::StrCat(load.context)
             : absl::StrCat(load.shared_prefix > 0 ? absl::StrCat(load.shared_prefix, " + ") : "",
                            load.sequences, " x ", load.context - load.shared_prefix);
@@ -229,6 +262,7 @@ class LlamaCppSizer : public KvSizer {
 
   const EngineOptions options_;
   std::string tree_;
+  int64_t widest_v_ = 0;  // values of V of one token, over all layers
   const GgmlType* k_ = nullptr;
   const GgmlType* v_ = nullptr;
   bool boundary_v_ = false;
@@ -263,7 +297,8 @@ std::string ResolveTree(const std::string& build, const TypePair& pair) {
   const GgmlType* v = FindGgmlType(pair.v);
   if (k == nullptr || (v == nullptr && pair.v != "none")) return "";
   for (const char* tree : kTrees) {
-    if (build != "auto" && build != tree) continue;
+    if (!AnyTree(build) && build != tree && !(BuildNumber(build) > 0 && std::string(tree) == "upstream"))
+      continue;
     if (TreeHas(tree, *k) && (v == nullptr || TreeHas(tree, *v))) return tree;
   }
   return "";
@@ -279,11 +314,49 @@ absl::StatusOr<std::unique_ptr<KvSizer>> MakeLlamaCppSizer(const EngineOptions& 
   return std::unique_ptr<KvSizer>(std::move(sizer));
 }
 
-std::vector<TypePair> LlamaCppPairs() {
-  return {{"f16", "f16"},       {"bf16", "bf16"},     {"q8_0", "q8_0"},   {"q5_1", "q5_1"},
-          {"q5_0", "q5_0"},     {"q4_1", "q4_1"},     {"q4_0", "q4_0"},   {"q8_0", "q4_0"},
-          {"q8_0", "turbo4"},   {"q8_0", "pq4"},      {"q8_0", "turbo3"}, {"turbo4", "turbo4"},
-          {"turbo3", "turbo3"}, {"turbo2", "turbo2"}, {"planar3", "f16"}, {"planar3", "planar3"}};
+absl::Status CheckLlamaBuild(const std::string& build) {
+  if (AnyTree(build) || BuildNumber(build) > 0) return absl::OkStatus();
+  for (const char* tree : kTrees) {
+    if (build == tree) return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(absl::StrCat("unknown build '", build,
+                                                 "'; known: newest, auto, b10819 (any number), ",
+                                                 absl::StrJoin(kTrees, ", ")));
+}
+
+bool FallsBackToCpu(const std::string& build, const std::string& tree) {
+  if (tree != "upstream") return true;
+  const int number = BuildNumber(build);
+  return number > 0 && number <= kLastOldKernelRule;
+}
+
+int64_t LlamaCppCells(const EngineOptions& options, int window, int compress, const KvLoad& load) {
+  int64_t tokens = load.context;
+  if (options.total_context) {
+    if (!options.unified) tokens = RoundUp(tokens, kCellPad) / load.sequences;
+  } else if (options.unified) {
+    tokens = load.shared_prefix + Product(load.sequences, load.context - load.shared_prefix);
+  }
+  const int64_t cells = RoundUp(CeilDiv(tokens, compress), kCellPad);
+  if (window == 0 || options.swa_full) return cells;
+  const int64_t windows = Product(window, options.unified ? load.sequences : 1);
+  return RoundUp(std::min(cells, windows + options.ubatch), kCellPad);
+}
+
+std::vector<TypePair> LlamaCppPairs(bool forks) {
+  std::vector<TypePair> pairs = {{"f16", "f16"},   {"bf16", "bf16"}, {"q8_0", "q8_0"}, {"q5_1", "q5_1"},
+                                 {"q5_0", "q5_0"}, {"q4_1", "q4_1"}, {"q4_0", "q4_0"}, {"q8_0", "q4_0"}};
+  if (!forks) return pairs;
+  for (const TypePair& pair : std::vector<TypePair>{{"q8_0", "turbo4"},
+                                                    {"q8_0", "pq4"},
+                                                    {"q8_0", "turbo3"},
+                                                    {"turbo4", "turbo4"},
+                                                    {"turbo3", "turbo3"},
+                                                    {"turbo2", "turbo2"},
+                                                    {"planar3", "f16"},
+                                                    {"planar3", "planar3"}})
+    pairs.push_back(pair);
+  return pairs;
 }
 
 }  // namespace kvtide::planner

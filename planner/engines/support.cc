@@ -19,7 +19,7 @@ bool CompiledByDefault(const std::string& k, const std::string& v) {
   return k == v && (k == "f16" || k == "bf16" || k == "q8_0" || k == "q4_0");
 }
 
-Support LlamaCpp(const std::string& asked_build, const TypePair& pair, int dk, int dv) {
+Support LlamaCpp(const std::string& asked_build, bool all_quants, const TypePair& pair, int dk, int dv) {
   Support support;
   support.build = ResolveTree(asked_build, pair);
   const GgmlType* k = FindGgmlType(pair.k);
@@ -31,18 +31,27 @@ Support LlamaCpp(const std::string& asked_build, const TypePair& pair, int dk, i
   const int stored_k = k->group == 128 ? (dk + 127) / 128 * 128 : dk;
   const int stored_v = v->group == 128 ? (dv + 127) / 128 * 128 : dv;
   const int widest = std::max(stored_k, stored_v);
+  const bool cpu = FallsBackToCpu(asked_build, support.build);
   if (k->half() && v->half()) {
     if (k == v || pair.v == "none") return support;
-    return {SupportLevel::kCpuFallback, support.build, "mixed f16 and bf16 have no kernel"};
+    if (cpu) return {SupportLevel::kCpuFallback, support.build, "mixed f16 and bf16 have no kernel"};
+    return {SupportLevel::kDequantise, support.build, "mixed f16 and bf16 are converted in every step"};
   }
   if (pair.v == "none") {
     return {SupportLevel::kDequantise, support.build,
             "the latent kernel reads f16; quantised latents are expanded every step"};
   }
-  if (support.build == "upstream" && !CompiledByDefault(pair.k, pair.v)) {
-    return {SupportLevel::kCpuFallback, support.build,
-            "this pair of types is only compiled with GGML_CUDA_FA_ALL_QUANTS; without it attention runs on "
-            "the CPU"};
+  if (support.build == "upstream" && !all_quants && !CompiledByDefault(pair.k, pair.v)) {
+    if (cpu) {
+      return {
+          SupportLevel::kCpuFallback, support.build,
+          "this pair of types is only compiled with GGML_CUDA_FA_ALL_QUANTS; without it attention runs on "
+          "the CPU"};
+    }
+    return {
+        SupportLevel::kDequantise, support.build,
+        "no kernel reads this pair; builds after b10819 expand it to f16 in every step, older ones attend on "
+        "the CPU"};
   }
   if (support.build == "pairquant" && pair.v == "pq4" && pair.k == "q8_0") {
     support.reason = "as its README says: a vector kernel for pq4 at every head dim, 512 included";
@@ -102,11 +111,10 @@ const char* SupportLevelName(SupportLevel level) {
   return "unknown";
 }
 
-Support FindSupport(Engine engine, const std::string& build, const TypePair& pair, int head_dim_k,
-                    int head_dim_v) {
-  switch (engine) {
+Support FindSupport(const EngineOptions& options, const TypePair& pair, int head_dim_k, int head_dim_v) {
+  switch (options.engine) {
     case Engine::kLlamaCpp:
-      return LlamaCpp(build, pair, head_dim_k, head_dim_v);
+      return LlamaCpp(options.build, options.all_quants, pair, head_dim_k, head_dim_v);
     case Engine::kVllm:
       return Vllm(pair, head_dim_k, head_dim_v);
     case Engine::kKvtide:
@@ -122,7 +130,7 @@ Support FindSupport(const EngineOptions& options, const TypePair& pair,
   bool first = true;
   for (const LayerGroup& group : groups) {
     if (group.kind == LayerKind::kRecurrent || group.index_keys) continue;
-    Support support = FindSupport(options.engine, options.build, pair, group.head_dim_k, group.head_dim_v);
+    Support support = FindSupport(options, pair, group.head_dim_k, group.head_dim_v);
     if (first || support.level > worst.level) worst = support;
     first = false;
   }

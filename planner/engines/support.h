@@ -24,11 +24,13 @@ struct Support {
   SupportLevel level = SupportLevel::kNative;
   std::string build;   // the tree that was judged
   std::string reason;  // empty for kNative
+
+  // A fork of llama.cpp that somebody has to build first.
+  bool NeedsFork() const { return build == "turboquant" || build == "pairquant" || build == "planarquant"; }
 };
 
-// The matrix: one build, pair and head dims. `build` "auto" picks the first tree that has both types.
-Support FindSupport(Engine engine, const std::string& build, const TypePair& pair, int head_dim_k,
-                    int head_dim_v);
+// The matrix: one engine and build, one pair and head dims.
+Support FindSupport(const EngineOptions& options, const TypePair& pair, int head_dim_k, int head_dim_v);
 
 // The worst over the layers of a model.
 Support FindSupport(const EngineOptions& options, const TypePair& pair,

@@ -52,8 +52,8 @@ TokenBytes BytesOfToken(const Dtype& dtype, const LayerGroup& group) {
   if (group.kind == LayerKind::kMla) {
     return {dtype.k_bits == 8 ? int64_t{kLatentFp8Bytes} : HeadBytes(dtype.k_bits, group.head_dim_k, 0), 0};
   }
-  return {group.n_kv_heads * HeadBytes(dtype.k_bits, group.head_dim_k, dtype.k_head_bytes),
-          group.n_kv_heads * HeadBytes(dtype.v_bits, group.head_dim_v, dtype.v_head_bytes)};
+  return {Product(group.n_kv_heads, HeadBytes(dtype.k_bits, group.head_dim_k, dtype.k_head_bytes)),
+          Product(group.n_kv_heads, HeadBytes(dtype.v_bits, group.head_dim_v, dtype.v_head_bytes))};
 }
 
 class VllmSizer : public KvSizer {
@@ -77,8 +77,8 @@ class VllmSizer : public KvSizer {
       stored.layers = static_cast<int64_t>(group.layers.size());
       if (group.kind != LayerKind::kRecurrent) {
         const TokenBytes token = BytesOfToken(*dtype, group);
-        stored.k_token_bytes = token.k * stored.layers;
-        stored.v_token_bytes = token.v * stored.layers;
+        stored.k_token_bytes = Product(token.k, stored.layers);
+        stored.v_token_bytes = Product(token.v, stored.layers);
       }
       groups_.push_back(stored);
     }
@@ -89,7 +89,8 @@ class VllmSizer : public KvSizer {
 
   int64_t Blocks(int64_t context) const {
     int64_t blocks = 0;
-    for (size_t i = 0; i < groups_.size(); ++i) blocks += BlocksOfKind(i, context) * GroupsOfKind(groups_[i]);
+    for (size_t i = 0; i < groups_.size(); ++i)
+      blocks = Sum(blocks, Product(BlocksOfKind(i, context), GroupsOfKind(groups_[i])));
     return blocks;
   }
 
@@ -97,14 +98,15 @@ class VllmSizer : public KvSizer {
     KvBytes bytes;
     for (size_t i = 0; i < groups_.size(); ++i) {
       const StoredGroup& stored = groups_[i];
-      int64_t blocks = BlocksOfKind(i, load.context) * load.sequences;
+      int64_t blocks = Product(BlocksOfKind(i, load.context), load.sequences);
       if (stored.group.kind == LayerKind::kFull || stored.group.kind == LayerKind::kMla) {
-        blocks -= (load.sequences - 1) * (load.shared_prefix / block_tokens_[i]);
+        blocks -= Product(load.sequences - 1, load.shared_prefix / block_tokens_[i]);
       }
-      const int64_t all = blocks * GroupsOfKind(stored) * pool_.BlockBytes();
-      const int64_t layers = blocks * stored.layers * pool_.page_bytes;  // without padding of the last group
+      const int64_t all = Product(blocks, GroupsOfKind(stored), pool_.BlockBytes());
+      const int64_t layers =
+          Product(blocks, stored.layers, pool_.page_bytes);  // without padding of the last group
       bytes.Add(stored.group.kind, layers);
-      bytes.rounding += all - layers;
+      bytes.rounding = Sum(bytes.rounding, all - layers);
     }
     return bytes;
   }
@@ -119,11 +121,11 @@ class VllmSizer : public KvSizer {
       lines.push_back(absl::StrCat(LayerKindName(stored.group.kind), ", ", stored.layers,
                                    " layers = ", groups, " groups: ", blocks, " blocks of ", block_tokens_[i],
                                    " tokens each per request = ", blocks * groups,
-                                   " pool blocks = ", blocks * groups * pool_.BlockBytes(), " B"));
+                                   " pool blocks = ", Product(blocks, groups, pool_.BlockBytes()), " B"));
     }
     lines.push_back(absl::StrCat(
         "one request: ", Blocks(load.context), " blocks x ", pool_.BlockBytes(),
-        " B = ", Blocks(load.context) * pool_.BlockBytes(), " B; ", load.sequences, " requests",
+        " B = ", Product(Blocks(load.context), pool_.BlockBytes()), " B; ", load.sequences, " requests",
         load.shared_prefix > 0 ? absl::StrCat(", a prefix of ", load.shared_prefix, " tokens once") : ""));
     return lines;
   }
@@ -141,7 +143,7 @@ class VllmSizer : public KvSizer {
       if (stored.group.kind == LayerKind::kRecurrent) continue;
       attention = true;
       const int64_t token = stored.token_bytes() / stored.layers;
-      pool_.page_bytes = std::max(pool_.page_bytes, token * options_.block_tokens);
+      pool_.page_bytes = std::max(pool_.page_bytes, Product(token, options_.block_tokens));
     }
     if (!attention) pool_.page_bytes = groups_[0].group.state_bytes;
     pool_.group_layers = 2 * most < 3 * fewest ? most : fewest;
@@ -181,7 +183,7 @@ class VllmSizer : public KvSizer {
     const int64_t block = block_tokens_[i], batched = options_.max_batched_tokens;
     switch (group.kind) {
       case LayerKind::kRecurrent:
-        return 1;
+        return 1 + options_.recurrent_copies;
       case LayerKind::kSliding:
         return CeilDiv(std::min(group.window - 1 + batched, context), block) + 1;
       case LayerKind::kChunked:

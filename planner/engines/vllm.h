@@ -23,7 +23,7 @@ std::string VllmCacheDtype(const TypePair& pair);
 struct VllmPool {
   int64_t page_bytes = 0;    // one layer, one block
   int64_t group_layers = 0;  // layers per group
-  int64_t BlockBytes() const { return page_bytes * group_layers; }
+  int64_t BlockBytes() const { return Product(page_bytes, group_layers); }
 };
 absl::StatusOr<VllmPool> MakeVllmPool(const EngineOptions& options, const std::vector<LayerGroup>& groups,
                                       const TypePair& pair);

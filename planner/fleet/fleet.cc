@@ -11,7 +11,7 @@
 #include "absl/strings/str_format.h"
 #include "kernels/base/status.h"
 #include "planner/csv.h"
-#include "planner/engines/overheads.h"
+#include "planner/plan/overheads.h"
 #include "planner/units.h"
 
 namespace kvtide::planner {
@@ -21,6 +21,7 @@ constexpr int64_t kMaxSessions = 500'000;
 constexpr double kWarmUp = 0.25;  // of the duration
 constexpr int kMaxBatch = 1024;
 constexpr double kLittleGain = 0.005;  // of the returning turns
+constexpr double kMostPrefill = 0.9;   // of the time, that prefill takes from decoding
 
 enum class Place { kNowhere, kDevice, kHost };
 
@@ -46,6 +47,9 @@ struct Gpu {
   int active = 0;
   double busy_since = 0;
   double busy_s = 0;
+  double prefill_free_at = 0;  // when the prefills and copies that are queued will be done
+  double copy_free_at = 0;
+  double prefill_s = 0;  // work so far
 };
 
 struct Event {
@@ -64,6 +68,7 @@ struct Machine {
   const KvSizer* sizer = nullptr;
   std::vector<double> step_s;  // by batch, 1-based
   double pcie_gb_s = 0;
+  double prefill_tokens_per_s = 0;
 };
 
 class Simulation {
@@ -142,16 +147,20 @@ class Simulation {
     }
     while (gpu.device_used - own + need > machine_.device_bytes) EvictColdest(&gpu);
     Account(session);
-    const double fetch_s = Fetch(id, &session, &gpu);
+    const Fetched fetched = Fetch(id, &session, &gpu);
     gpu.device_used += need - own;
     session.place = Place::kDevice;
     session.bytes = need;
     session.active = true;
     if (gpu.active++ == 0) gpu.busy_since = now_;
     const size_t batch = std::min(static_cast<size_t>(gpu.active), machine_.step_s.size() - 1);
-    const double decode_s = machine_.step_s[batch] * static_cast<double>(Class(session).output_tokens);
-    Push(now_ + fetch_s + decode_s, Event::kFinish, id);
-    if (Counted()) waits_.push_back(now_ - session.wished_at);
+    // Prefill and decoding share the GPU: a step is as much longer as the share that prefill has taken so
+    // far.
+    const double prefill = now_ > 0 ? std::min(kMostPrefill, gpu.prefill_s / (now_ + fetched.work_s)) : 0;
+    const double decode_s =
+        machine_.step_s[batch] * static_cast<double>(Class(session).output_tokens) / (1 - prefill);
+    Push(now_ + fetched.queued_s + fetched.work_s + decode_s, Event::kFinish, id);
+    if (Counted()) waits_.push_back(now_ - session.wished_at + fetched.queued_s);
     return true;
   }
 
@@ -165,24 +174,38 @@ class Simulation {
     host_hits_ += session.place == Place::kHost || (session.place == Place::kNowhere && session.host_copy);
   }
 
-  // Seconds until the cache of the turn's past is there: nothing, a copy from the host, or prefill. The copy
-  // of an inclusive host tier stays where it is.
-  double Fetch(int id, Session* session, Gpu* gpu) {
+  // What a turn's past costs before its first token: behind the work of others, and its own.
+  struct Fetched {
+    double queued_s = 0;
+    double work_s = 0;
+  };
+
+  // One after another: a turn's work starts when what was queued before is done.
+  Fetched Queue(double work_s, double* free_at) const {
+    const double start = std::max(now_, *free_at);
+    *free_at = start + work_s;
+    return {start - now_, work_s};
+  }
+
+  // Brings the cache of the turn's past: nothing to do, a copy from the host, or prefill. The copy of an
+  // inclusive host tier stays where it is.
+  Fetched Fetch(int id, Session* session, Gpu* gpu) {
     const int64_t prompt = TokensAfter(*session) - Class(*session).output_tokens;
     const bool on_host =
         session->place == Place::kHost || (session->place == Place::kNowhere && session->host_copy);
-    if (session->place == Place::kDevice) return 0;
+    if (session->place == Place::kDevice) return {};
     if (on_host) {
-      const double seconds =
-          machine_.pcie_gb_s > 0 ? static_cast<double>(session->bytes) / (machine_.pcie_gb_s * 1e9) : 0;
       if (session->place == Place::kHost) {
         gpu->host.erase({session->last_use, id});
         gpu->host_used -= session->bytes;
       }
-      return seconds;
+      if (machine_.pcie_gb_s <= 0) return {};
+      return Queue(static_cast<double>(session->bytes) / (machine_.pcie_gb_s * 1e9), &gpu->copy_free_at);
     }
     if (Counted() && session->turn > 0) recomputed_ += prompt;
-    return static_cast<double>(prompt) / request_.prefill_tokens_per_s;
+    const double work_s = static_cast<double>(prompt) / machine_.prefill_tokens_per_s;
+    gpu->prefill_s += work_s;
+    return Queue(work_s, &gpu->prefill_free_at);
   }
 
   void EvictColdest(Gpu* gpu) {
@@ -247,7 +270,8 @@ class Simulation {
   FleetPoint Summary() {
     FleetPoint point;
     point.host_bytes = host_bytes_;
-    point.gpus = static_cast<int>(gpus_.size());
+    point.groups = static_cast<int>(gpus_.size());
+    point.gpus = point.groups * request_.plan.device.count;
     point.turns = turns_;
     const double returning = static_cast<double>(std::max<int64_t>(1, returning_));
     point.device_hit = static_cast<double>(device_hits_) / returning;
@@ -261,6 +285,7 @@ class Simulation {
         waits_.push_back(request_.duration_s - sessions_[static_cast<size_t>(id)].wished_at);
       if (gpu.active > 0) gpu.busy_s += request_.duration_s - gpu.busy_since;
       point.busy += gpu.busy_s / request_.duration_s / static_cast<double>(gpus_.size());
+      point.prefill_load += gpu.prefill_s / request_.duration_s / static_cast<double>(gpus_.size());
     }
     if (!waits_.empty()) {
       const size_t rank = (waits_.size() - 1) * 95 / 100;
@@ -321,13 +346,18 @@ std::vector<double> StepTimes(const FleetRequest& request, const KvSizer& sizer)
     rate += kind.rate_per_s * kind.turns;
   }
   const int64_t mean = static_cast<int64_t>(context / rate);
-  const int64_t weights = request.plan.weights.bytes / request.plan.device.count;
+  const int count = request.plan.device.count;
+  const bool serial = SplitsLayers(request.plan);
+  const int64_t weights = request.plan.weights.bytes / (serial ? 1 : count);
   std::vector<double> step_s(1, 0.0);
   for (int batch = 1; batch <= kMaxBatch; ++batch) {
     StepTraffic traffic;
+    (serial ? traffic.serial_devices : traffic.tensor_devices) = count;
     traffic.weight_bytes = ActiveWeightBytes(request.plan.model, weights, batch);
-    traffic.kv_bytes = sizer.ReadBytes(mean) * batch;
-    step_s.push_back(PredictSpeed(request.plan.model, request.plan.device, traffic, batch).step_ms / 1000);
+    traffic.kv_bytes = Product(sizer.ReadBytes(mean), batch, serial ? count : 1);
+    step_s.push_back(
+        PredictSpeed(request.plan.model, request.plan.device, request.plan.engine, traffic, batch).step_ms /
+        1000);
   }
   return step_s;
 }
@@ -335,15 +365,16 @@ std::vector<double> StepTimes(const FleetRequest& request, const KvSizer& sizer)
 // Fewest GPUs that keep the wait, by doubling and bisection; waits fall with more GPUs.
 FleetPoint FewestGpus(const FleetRequest& request, const Machine& machine, int64_t host_bytes) {
   const auto acceptable = [&](const FleetPoint& point) { return point.wait_p95_s <= request.max_wait_s; };
+  const int most = std::max(1, request.max_gpus / request.plan.device.count);
   int low = 0, high = 1;
   FleetPoint best = Simulation(request, machine, high, host_bytes).Run();
-  while (!acceptable(best) && high < request.max_gpus) {
+  while (!acceptable(best) && high < most) {
     low = high;
-    high = std::min(2 * high, request.max_gpus);
+    high = std::min(2 * high, most);
     best = Simulation(request, machine, high, host_bytes).Run();
   }
   if (!acceptable(best)) {
-    best.gpus = 0;
+    best.groups = best.gpus = 0;
     return best;
   }
   while (high - low > 1) {
@@ -393,6 +424,14 @@ void AddWarnings(const FleetRequest& request, FleetResult* result) {
           absl::StrCat("a host tier of ", FormatBytes(point.host_bytes), " gains less than ",
                        absl::StrFormat("%.1f %%", 100 * kLittleGain), " of the returning turns"));
     }
+  }
+  constexpr double kMuch = 0.3;
+  if (result->best < 0 && none.prefill_load > kMuch) {
+    result->warnings.push_back(
+        absl::StrFormat("prefill takes %.0f %% of the time of %d GPUs, which decode the less: at %.0f prompt "
+                        "tokens a second and GPU "
+                        "the prompts alone are more than they can do",
+                        100 * none.prefill_load, result->compared_gpus, request.prefill_tokens_per_s));
   }
   for (const SessionClass& kind : request.mix) {
     if (kind.turns > 1) return;
@@ -448,18 +487,21 @@ absl::StatusOr<FleetResult> SimulateFleet(const FleetRequest& request) {
   KVTIDE_ASSIGN_OR_RETURN(const std::unique_ptr<KvSizer> sizer,
                           MakeKvSizer(plan.engine, rank, GroupLayers(rank), candidate.asked));
   Machine machine{candidate.kv_bytes + candidate.free_bytes, sizer.get(), StepTimes(request, *sizer),
-                  plan.device.pcie_gb_s};
+                  plan.device.pcie_gb_s, request.prefill_tokens_per_s * plan.device.count};
   FleetResult result;
+  result.cards_per_group = plan.device.count;
   result.device_tier_bytes = machine.device_bytes;
   for (int64_t host_bytes : HostSizes(request, machine.device_bytes)) {
     result.points.push_back(FewestGpus(request, machine, host_bytes));
     result.compared_gpus = std::max(result.compared_gpus, result.points.back().gpus);
   }
-  if (result.compared_gpus == 0) result.compared_gpus = request.max_gpus;
+  if (result.compared_gpus == 0)
+    result.compared_gpus = std::max(1, request.max_gpus / plan.device.count) * plan.device.count;
   for (FleetPoint& point : result.points) {
-    const int fewest = point.gpus;
-    point = Simulation(request, machine, result.compared_gpus, point.host_bytes).Run();
-    point.gpus = fewest;
+    const int groups = point.groups;
+    point = Simulation(request, machine, result.compared_gpus / plan.device.count, point.host_bytes).Run();
+    point.groups = groups;
+    point.gpus = groups * plan.device.count;
   }
   result.best = FindBest(result.points);
   AddWarnings(request, &result);

@@ -9,6 +9,7 @@
 #include "absl/strings/str_split.h"
 #include "kernels/base/status.h"
 #include "planner/model/catalogue.h"
+#include "planner/units.h"
 
 namespace kvtide::planner {
 namespace {
@@ -136,6 +137,10 @@ absl::StatusOr<int64_t> ParseBytes(const std::string& text) {
   if (SplitNumber(std::string(absl::StripAsciiWhitespace(text)), &number, &unit)) {
     for (const Unit& known : kUnits) {
       if (!absl::EqualsIgnoreCase(unit, known.name)) continue;
+      if (unit.empty() && number != 0 && number < kMiB) {
+        return absl::InvalidArgumentError(absl::StrCat("'", text, "' has no unit; write ", text, "GiB, ",
+                                                       text, "MiB, or ", text, "B for bytes"));
+      }
       const double bytes = number * known.bytes;
       if (bytes > kMaxBytes)
         return absl::InvalidArgumentError(absl::StrCat("size '", text, "' is absurdly large"));

@@ -33,7 +33,8 @@ struct DeviceBudget {
   int64_t UsableBytes() const { return vram_bytes - driver_reserve_bytes - in_use_bytes; }
 };
 
-// "16GiB", "14.4GB", "512MiB", "1500000" (bytes). Negative, empty and overflowing sizes are errors.
+// "16GiB", "14.4GB", "512MiB", "1500000" (bytes). Negative, empty and overflowing sizes are errors, and
+// numbers below 1 MiB without a unit: "16" may be GiB or bits, but hardly bytes.
 absl::StatusOr<int64_t> ParseBytes(const std::string& text);
 
 // "960GB/s" or "960".

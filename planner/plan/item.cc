@@ -34,6 +34,10 @@ const char* ItemKindName(ItemKind kind) {
       return "mmproj";
     case ItemKind::kDraft:
       return "draft";
+    case ItemKind::kDraftKv:
+      return "draft_kv";
+    case ItemKind::kDraftCompute:
+      return "draft_compute";
     case ItemKind::kMargin:
       return "margin";
   }
@@ -72,6 +76,10 @@ const char* ItemKindLabel(ItemKind kind) {
       return "multimodal projector";
     case ItemKind::kDraft:
       return "draft model";
+    case ItemKind::kDraftKv:
+      return "KV of the draft";
+    case ItemKind::kDraftCompute:
+      return "compute buffers of the draft";
     case ItemKind::kMargin:
       return "margin";
   }

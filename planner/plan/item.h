@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "absl/container/inlined_vector.h"
+#include "planner/saturating.h"
 
 namespace kvtide::planner {
 
@@ -30,6 +31,8 @@ enum class ItemKind {
   kFragmentation,
   kMmproj,
   kDraft,
+  kDraftKv,
+  kDraftCompute,
   kMargin,
 };
 
@@ -47,7 +50,7 @@ const char* ProvenanceName(Provenance provenance);
 
 inline int64_t TotalBytes(const ItemList& items) {
   int64_t total = 0;
-  for (const Item& item : items) total += item.bytes;
+  for (const Item& item : items) total = Sum(total, item.bytes);
   return total;
 }
 

@@ -22,13 +22,13 @@ int64_t ScratchPerToken(Engine engine, const TypePair& pair, int head_dim) {
 
 }  // namespace
 
-std::vector<MatrixRow> SupportMatrix(Engine engine, const std::string& build,
-                                     const std::vector<TypePair>& pairs, const std::vector<int>& head_dims) {
+std::vector<MatrixRow> SupportMatrix(const EngineOptions& options, const std::vector<TypePair>& pairs,
+                                     const std::vector<int>& head_dims) {
   std::vector<MatrixRow> rows;
   for (const TypePair& pair : pairs) {
     for (int head_dim : head_dims) {
-      rows.push_back({pair, head_dim, FindSupport(engine, build, pair, head_dim, head_dim),
-                      ScratchPerToken(engine, pair, head_dim)});
+      rows.push_back({pair, head_dim, FindSupport(options, pair, head_dim, head_dim),
+                      ScratchPerToken(options.engine, pair, head_dim)});
     }
   }
   return rows;

@@ -17,8 +17,8 @@ struct MatrixRow {
   int64_t scratch_bytes_per_token = 0;  // f16 copy of one layer, per KV head
 };
 
-std::vector<MatrixRow> SupportMatrix(Engine engine, const std::string& build,
-                                     const std::vector<TypePair>& pairs, const std::vector<int>& head_dims);
+std::vector<MatrixRow> SupportMatrix(const EngineOptions& options, const std::vector<TypePair>& pairs,
+                                     const std::vector<int>& head_dims);
 
 std::string RenderMatrix(const std::vector<MatrixRow>& rows);
 

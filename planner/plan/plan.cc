@@ -3,11 +3,15 @@
 #include <algorithm>
 #include <functional>
 #include <memory>
+#include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "kernels/base/status.h"
-#include "planner/engines/overheads.h"
+#include "planner/engines/llama_cpp.h"
+#include "planner/plan/overheads.h"
 #include "planner/plan/plan_request.h"
 #include "planner/plan/split.h"
 #include "planner/units.h"
@@ -28,7 +32,8 @@ int64_t LargestFitting(int64_t low, int64_t high, const std::function<int64_t(in
   if (free_high >= 0) return high;
   bool halve = false;
   while (high - low > 1) {
-    const double slope = static_cast<double>(free_low) / static_cast<double>(free_low - free_high);
+    const double above = static_cast<double>(free_low), below = static_cast<double>(free_high);
+    const double slope = above / (above - below);
     int64_t middle =
         halve ? low + (high - low) / 2 : low + static_cast<int64_t>(slope * static_cast<double>(high - low));
     middle = std::clamp(middle, low + 1, high - 1);
@@ -64,6 +69,7 @@ struct PreparedPair {
   TypePair asked;
   Support support;
   std::unique_ptr<KvSizer> sizer;  // null when the engine cannot store the pair
+  std::unique_ptr<KvSizer> whole;  // of all layers, when the GPUs hold a part of them each
   int64_t max_context = 0;
 };
 
@@ -80,6 +86,7 @@ class Planner {
 
   absl::StatusOr<Plan> Run() {
     KVTIDE_RETURN_IF_ERROR(PreparePairs());
+    KVTIDE_RETURN_IF_ERROR(PrepareDraft());
     Plan plan;
     plan.model_name = request_.model.name;
     plan.engine_name = EngineName(request_.engine.engine);
@@ -101,7 +108,7 @@ class Planner {
       return group.kind == LayerKind::kMla || group.kind == LayerKind::kRecurrent;
     });
     std::vector<TypePair> pairs = request_.pairs;
-    if (pairs.empty()) pairs = DefaultPairs(request_.engine.engine, latent);
+    if (pairs.empty()) pairs = DefaultPairs(request_.engine, latent);
     if (latent) {
       for (TypePair& pair : pairs) pair.v = "none";
     }
@@ -116,6 +123,10 @@ class Planner {
       absl::StatusOr<std::unique_ptr<KvSizer>> sizer = MakeKvSizer(request_.engine, rank_, groups_, pair);
       if (sizer.ok()) {
         prepared.sizer = *std::move(sizer);
+        if (SplitsLayers(request_) && request_.device.count > 1) {
+          KVTIDE_ASSIGN_OR_RETURN(prepared.whole, MakeKvSizer(request_.engine, request_.model,
+                                                              GroupLayers(request_.model), pair));
+        }
         prepared.support = FindSupport(request_.engine, prepared.sizer->effective(), groups_);
         prepared.max_context = MaxContext(*prepared.sizer);
         any = true;
@@ -128,6 +139,32 @@ class Planner {
     // Pairs that were asked by name and that the engine does not have are bad input, not a plan.
     if (!any && !request_.pairs.empty()) return Annotate(first_error, "pairs");
     return absl::OkStatus();
+  }
+
+  // A draft model or next-token prediction layers: a second cache and a second context.
+  absl::Status PrepareDraft() {
+    const Workload& work = request_.workload;
+    if (work.draft.has_value()) drafts_.push_back(*work.draft);
+    if (work.mtp_layers > 0) {
+      drafts_.push_back({MtpGeometry(request_.model, work.mtp_layers), {}, {"f16", "f16"}});
+    }
+    for (DraftModel& draft : drafts_) {
+      const std::vector<LayerGroup> groups = GroupLayers(draft.model);
+      if (std::all_of(groups.begin(), groups.end(),
+                      [](const LayerGroup& group) { return group.kind == LayerKind::kMla; })) {
+        draft.pair.v = "none";
+      }
+      auto sizer = MakeKvSizer(request_.engine, draft.model, groups, draft.pair);
+      if (!sizer.ok()) return Annotate(sizer.status(), "draft");
+      draft_sizers_.push_back(*std::move(sizer));
+    }
+    return absl::OkStatus();
+  }
+
+  // Tokens of one sequence, where a context is those of all slots.
+  int64_t PerSequence(int64_t context) const {
+    if (!request_.engine.total_context) return context;
+    return std::max<int64_t>(1, context / request_.workload.concurrency);
   }
 
   std::string plan_engine() const { return EngineName(request_.engine.engine); }
@@ -146,8 +183,12 @@ class Planner {
                                                   {ItemKind::kKvWindowTail, kv.window_tail},
                                                   {ItemKind::kKvRounding, kv.rounding},
                                                   {ItemKind::kRecurrent, kv.recurrent}};
+    // A part of the cache is never called exact.
     const Provenance how =
-        request_.engine.engine == Engine::kVllm ? Provenance::kFormula : Provenance::kExact;
+        !request_.model.uncounted.empty() ? Provenance::kGuess
+        : request_.engine.engine == Engine::kLlamaCpp || request_.engine.engine == Engine::kKvtide
+            ? Provenance::kExact
+            : Provenance::kFormula;
     for (const auto& part : parts) {
       if (part.second != 0) items.push_back({part.first, part.second, how});
     }
@@ -161,7 +202,16 @@ class Planner {
                        Provenance::kCalibrated});
     }
     if (work.draft_bytes > 0) {
-      items.push_back({ItemKind::kDraft, work.draft_bytes + kDraftContextBytes, Provenance::kCalibrated});
+      items.push_back({ItemKind::kDraft, Sum(work.draft_bytes, kDraftContextBytes), Provenance::kCalibrated});
+    }
+    for (size_t i = 0; i < drafts_.size(); ++i) {
+      const DraftModel& draft = drafts_[i];
+      const KvBytes bytes = draft_sizers_[i]->Bytes(load);
+      if (draft.weights.bytes > 0)
+        items.push_back({ItemKind::kDraft, draft.weights.bytes, draft.weights.provenance});
+      items.push_back({ItemKind::kDraftKv, Sum(bytes.Cache(), bytes.recurrent), Provenance::kFormula});
+      const Item compute = DraftComputeItem(request_, draft.model, load);
+      if (compute.bytes > 0) items.push_back(compute);
     }
     items.push_back({ItemKind::kMargin, margin_, Provenance::kGuess});
     return items;
@@ -173,7 +223,8 @@ class Planner {
   }
 
   int64_t MaxContext(const KvSizer& sizer) const {
-    const int64_t limit = request_.model.max_context > 0 ? request_.model.max_context : kUnknownMaxContext;
+    int64_t limit = request_.model.max_context > 0 ? request_.model.max_context : kUnknownMaxContext;
+    if (request_.engine.total_context) limit = Product(limit, request_.workload.concurrency);
     return LargestFitting(
         1, limit, [&](int64_t context) { return FreeBytes(sizer, context, request_.workload.concurrency); });
   }
@@ -194,7 +245,7 @@ class Planner {
     candidate.total_bytes = TotalBytes(candidate.items);
     candidate.free_bytes = budget_ - candidate.total_bytes;
     candidate.fits = candidate.free_bytes >= 0;
-    const int64_t values = sizer.LiveValues(context) * sequences;
+    const int64_t values = Product(sizer.LiveValues(PerSequence(context)), sequences);
     if (values > 0)
       candidate.bits_per_value = 8.0 * static_cast<double>(candidate.kv_bytes) / static_cast<double>(values);
     if (half_ != nullptr && candidate.kv_bytes > 0) {
@@ -206,18 +257,35 @@ class Planner {
     candidate.max_context = pair.max_context;
     candidate.max_concurrency =
         LargestFitting(1, kMaxPlannedConcurrency, [&](int64_t n) { return FreeBytes(sizer, context, n); });
-    candidate.speed =
-        PredictSpeed(request_.model, request_.device, Traffic(pair, context), static_cast<int>(sequences));
+    if (QueuesSequences(request_.engine.engine)) {
+      const KvBytes one = sizer.Bytes(Load(context, 1));
+      const int64_t need = Sum(one.Cache(), one.recurrent);
+      const int64_t room = Sum(candidate.free_bytes, Sum(kv.Cache(), kv.recurrent));
+      if (need > 0 && room > 0) {
+        candidate.pool_concurrency = static_cast<double>(room) / static_cast<double>(need);
+        candidate.pool_tokens =
+            static_cast<int64_t>(candidate.pool_concurrency * static_cast<double>(context));
+      }
+    }
+    // Where the rest waits in a queue, the speed is that of the sequences that run.
+    const int64_t running = QueuesSequences(request_.engine.engine)
+                                ? std::clamp<int64_t>(candidate.max_concurrency, 1, sequences)
+                                : sequences;
+    candidate.speed = PredictSpeed(request_.model, request_.device, request_.engine,
+                                   Traffic(pair, context, running), static_cast<int>(running));
     return candidate;
   }
 
-  StepTraffic Traffic(const PreparedPair& pair, int64_t context) const {
+  StepTraffic Traffic(const PreparedPair& pair, int64_t context, int64_t sequences) const {
     StepTraffic traffic;
-    const int64_t sequences = request_.workload.concurrency;
-    traffic.weight_bytes = ActiveWeightBytes(request_.model, weights_, static_cast<int>(sequences));
-    traffic.kv_bytes = pair.sizer->ReadBytes(context) * sequences;
+    const int count = request_.device.count;
+    const KvSizer& sizer = pair.whole != nullptr ? *pair.whole : *pair.sizer;
+    (SplitsLayers(request_) ? traffic.serial_devices : traffic.tensor_devices) = count;
+    const int64_t weights = SplitsLayers(request_) ? request_.weights.bytes : weights_;
+    traffic.weight_bytes = ActiveWeightBytes(request_.model, weights, static_cast<int>(sequences));
+    traffic.kv_bytes = Product(sizer.ReadBytes(PerSequence(context)), sequences);
     if (pair.support.level == SupportLevel::kDequantise) {
-      traffic.scratch_bytes = pair.sizer->StepScratchBytes(context) * sequences;
+      traffic.scratch_bytes = Product(sizer.StepScratchBytes(PerSequence(context)), sequences);
     }
     if (pair.support.level == SupportLevel::kCpuFallback) {
       traffic.host_attend_bytes = traffic.pcie_bytes = traffic.kv_bytes;
@@ -235,12 +303,16 @@ class Planner {
   Rejection Eligibility(const Candidate& candidate) const {
     if (candidate.support.level == SupportLevel::kRefused) return Rejection::kRefused;
     if (candidate.support.level == SupportLevel::kCpuFallback) return Rejection::kCpuFallback;
-    if (!candidate.harm.measured) return Rejection::kUnmeasured;
+    if (!candidate.harm.measured) {
+      return request_.allow_unmeasured ? Rejection::kNone : Rejection::kUnmeasured;
+    }
     if (!WithinBudget(candidate.harm)) return Rejection::kOverBudget;
     return Rejection::kNone;
   }
 
   static bool Better(const Candidate& a, const Candidate& b) {
+    if (a.harm.measured != b.harm.measured) return a.harm.measured;
+    if (!a.harm.measured) return a.total_bytes > b.total_bytes;  // more bits are the safer guess
     if (a.harm.ppl_change_percent != b.harm.ppl_change_percent) {
       return a.harm.ppl_change_percent < b.harm.ppl_change_percent;
     }
@@ -251,25 +323,28 @@ class Planner {
     ContextPlan result;
     result.context = context;
     for (const PreparedPair& pair : pairs_) result.candidates.push_back(Judge(pair, context));
-    for (int i = 0; i < static_cast<int>(result.candidates.size()); ++i) {
-      Candidate& candidate = result.candidates[i];
-      candidate.rejection = Eligibility(candidate);
-      if (candidate.rejection != Rejection::kNone) continue;
-      if (!candidate.fits) {
-        candidate.rejection = Rejection::kTooLarge;
-      } else if (result.chosen < 0 || Better(candidate, result.candidates[result.chosen])) {
-        result.chosen = i;
-      }
+    for (Candidate& candidate : result.candidates) candidate.rejection = Eligibility(candidate);
+    result.chosen = Best(result, [](const Candidate& candidate) { return candidate.fits; });
+    // An engine that queues starts as soon as one sequence fits.
+    if (result.chosen < 0 && QueuesSequences(request_.engine.engine)) {
+      result.chosen = Best(result, [](const Candidate& candidate) { return candidate.max_concurrency >= 1; });
     }
     for (int i = 0; i < static_cast<int>(result.candidates.size()); ++i) {
       Candidate& candidate = result.candidates[i];
       if (candidate.rejection != Rejection::kNone || i == result.chosen) continue;
+      if (!candidate.fits) {
+        candidate.rejection = Rejection::kTooLarge;
+        continue;
+      }
       const bool equal =
           candidate.harm.ppl_change_percent == result.candidates[result.chosen].harm.ppl_change_percent;
       candidate.rejection = equal ? Rejection::kMoreBytes : Rejection::kMoreHarm;
     }
     if (result.chosen >= 0) {
+      const Candidate& chosen = result.candidates[result.chosen];
       result.verdict = Verdict::kFits;
+      result.running =
+          std::min<int64_t>(request_.workload.concurrency, std::max<int64_t>(1, chosen.max_concurrency));
     } else {
       FindSplit(&result);
     }
@@ -277,17 +352,42 @@ class Planner {
     return result;
   }
 
+  // The least harmful eligible candidate with `room`; -1 = none.
+  template <class Room>
+  static int Best(const ContextPlan& context, const Room& room) {
+    int best = -1;
+    for (int i = 0; i < static_cast<int>(context.candidates.size()); ++i) {
+      const Candidate& candidate = context.candidates[i];
+      if (candidate.rejection != Rejection::kNone || !room(candidate)) continue;
+      if (best < 0 || Better(candidate, context.candidates[best])) best = i;
+    }
+    return best;
+  }
+
+  // The split of the least harmful pair, unless another is a good deal faster: a coded cache makes room, but
+  // weights on the CPU cost the time, and harm is forever.
   void FindSplit(ContextPlan* result) const {
+    constexpr double kGoodDeal = 1.25;
+    std::vector<std::pair<Split, double>> splits;  // and their harm
+    double fastest = 0;
     for (size_t i = 0; i < pairs_.size(); ++i) {
       const Candidate& candidate = result->candidates[i];
       if (candidate.rejection != Rejection::kTooLarge) continue;
-      std::optional<Split> split = BestSplit(request_, candidate, Traffic(pairs_[i], result->context));
+      std::optional<Split> split =
+          BestSplit(request_, candidate, Traffic(pairs_[i], result->context, request_.workload.concurrency));
       if (!split.has_value()) continue;
-      const bool better =
-          !result->split.has_value() ||
-          (split->speed.known && split->speed.tokens_per_s > result->split->speed.tokens_per_s) ||
-          (!split->speed.known && split->host_kv_bytes < result->split->host_kv_bytes);
-      if (better) result->split = split;
+      fastest = std::max(fastest, split->speed.tokens_per_s);
+      splits.emplace_back(*std::move(split), candidate.harm.ppl_change_percent);
+    }
+    double least = 0;
+    for (const auto& [split, harm] : splits) {
+      if (split.speed.known && split.speed.tokens_per_s * kGoodDeal < fastest) continue;
+      const bool better = !result->split.has_value() || harm < least ||
+                          (harm == least && split.host_kv_bytes < result->split->host_kv_bytes);
+      if (better) {
+        result->split = split;
+        least = harm;
+      }
     }
     result->verdict = result->split.has_value() ? Verdict::kFitsWithTiers : Verdict::kDoesNotFit;
   }
@@ -295,18 +395,38 @@ class Planner {
   std::string Reason(const ContextPlan& result) const {
     if (result.chosen >= 0) {
       const Candidate& chosen = result.candidates[result.chosen];
-      if (chosen.harm.ppl_change_percent == 0 && chosen.harm.model.empty()) {
-        return absl::StrCat(chosen.asked.Name(), " fits with ", FormatBytes(chosen.free_bytes),
-                            " to spare; nothing needs to be compressed");
+      std::string why;
+      if (!chosen.harm.measured) {
+        why = absl::StrCat(chosen.asked.Name(), " fits, but its harm is not measured (--allow-unmeasured)");
+      } else if (chosen.harm.ppl_change_percent == 0 && chosen.harm.model.empty()) {
+        why = absl::StrCat(chosen.asked.Name(), " fits");
+      } else {
+        why = absl::StrCat(
+            chosen.asked.Name(), " is the least harmful measured pair that fits (",
+            absl::StrFormat("%+.2f %% perplexity on %s", chosen.harm.ppl_change_percent, chosen.harm.model),
+            chosen.harm.proxy ? ", another model" : "", ")");
       }
-      return absl::StrCat(
-          chosen.asked.Name(), " is the least harmful measured pair that fits (",
-          absl::StrFormat("%+.2f %% perplexity on %s", chosen.harm.ppl_change_percent, chosen.harm.model),
-          chosen.harm.proxy ? ", another model" : "", "), ", FormatBytes(chosen.free_bytes), " to spare");
+      if (!chosen.fits) {
+        return absl::StrCat(why, ": ", result.running, " of ", request_.workload.concurrency,
+                            " sequences run at once, the other ",
+                            request_.workload.concurrency - result.running, " wait in the queue");
+      }
+      absl::StrAppend(
+          &why, ", ", FormatBytes(chosen.free_bytes), " to spare",
+          chosen.harm.measured && chosen.harm.model.empty() ? "; nothing needs to be compressed" : "");
+      if (chosen.support.NeedsFork()) {
+        absl::StrAppend(&why, "; no upstream build has it, it needs the ", chosen.support.build,
+                        " fork of llama.cpp");
+      }
+      return why;
     }
     if (result.split.has_value()) {
-      return absl::StrCat("no allowed pair fits the device; ", result.split->pair.Name(), " fits with ",
-                          FormatBytes(result.split->host_kv_bytes), " on the host: ", result.split->how);
+      const Split& split = *result.split;
+      return absl::StrCat("no allowed pair fits the device; ", split.pair.Name(), " fits with ",
+                          split.host_weight_bytes > 0
+                              ? absl::StrCat(FormatBytes(split.host_weight_bytes), " of weights and ")
+                              : "",
+                          FormatBytes(split.host_kv_bytes), " of cache on the host: ", split.how);
     }
     return WhyNothingFits(result);
   }
@@ -330,9 +450,10 @@ class Planner {
                                          FormatBytes(-nearest->free_bytes), "; its largest context is ",
                                          std::max<int64_t>(0, nearest->max_context), " tokens");
     if (unmeasured != nullptr) {
-      absl::StrAppend(&why, "; ", unmeasured->asked.Name(), " would fit, but its harm is not measured");
+      absl::StrAppend(&why, "; ", unmeasured->asked.Name(),
+                      " would fit, but its harm is not measured (--allow-unmeasured)");
     }
-    if (request_.device.host_bytes == 0 && request_.engine.engine != Engine::kVllm) {
+    if (request_.device.host_bytes == 0 && !QueuesSequences(request_.engine.engine)) {
       absl::StrAppend(&why, "; no host memory was given (--device ...,host=64GiB)");
     }
     return why;
@@ -365,12 +486,39 @@ class Planner {
     if (request_.model.max_context == 0)
       plan->assumptions.push_back("the model's largest context is unknown");
     if (request_.engine.engine == Engine::kKvtide) {
-      plan->assumptions.push_back("speed counts no coupling between engine and daemon");
+      plan->assumptions.push_back(
+          "speed is that of a server such as vLLM; it counts no coupling between engine and daemon");
     }
+    SpeedAssumptions(plan);
     plan->assumptions.push_back("prefill is not predicted");
   }
 
+  void SpeedAssumptions(Plan* plan) const {
+    const Candidate& first = plan->contexts.front().candidates.front();
+    if (!first.speed.known) return;
+    const std::string card = CardClassName(ClassOfCard(request_.device));
+    plan->assumptions.push_back(
+        first.speed.points > 0
+            ? absl::StrCat("speed: error bars hold the ", first.speed.points, " published measurements on ",
+                           card)
+            : absl::StrCat("speed: nothing published about this engine on ", card, "; the bars are wide"));
+    if (request_.device.count > 1 && SplitsLayers(request_)) {
+      plan->assumptions.push_back(
+          "the GPUs hold layers one after another and so work one after another: memory adds up, speed does "
+          "not "
+          "(--split-mode tensor shares every layer)");
+    }
+    if (!drafts_.empty() || request_.workload.draft_bytes > 0) {
+      plan->assumptions.push_back(
+          "speed counts no speculation: what a draft gains depends on how much is accepted");
+    }
+  }
+
   void Notes(Plan* plan) const {
+    if (!request_.model.uncounted.empty()) {
+      plan->notes.push_back(absl::StrCat("the cache is larger than these numbers, which do not count ",
+                                         absl::StrJoin(request_.model.uncounted, "; ")));
+    }
     for (const PreparedPair& pair : pairs_) {
       if (pair.sizer == nullptr) continue;
       for (const std::string& rewrite : pair.sizer->rewrites()) {
@@ -378,7 +526,10 @@ class Planner {
       }
     }
     for (int64_t context : request_.workload.contexts) {
-      if (request_.model.max_context > 0 && context > request_.model.max_context) {
+      const int64_t limit = request_.engine.total_context && !request_.engine.unified
+                                ? Product(request_.model.max_context, request_.workload.concurrency)
+                                : request_.model.max_context;
+      if (request_.model.max_context > 0 && context > limit) {
         plan->notes.push_back(absl::StrCat("context ", context, " is beyond the ", request_.model.max_context,
                                            " that the model was made for"));
       }
@@ -417,6 +568,8 @@ class Planner {
   const int64_t weights_;
   const std::string policy_;
   std::unique_ptr<KvSizer> half_;
+  std::vector<DraftModel> drafts_;
+  std::vector<std::unique_ptr<KvSizer>> draft_sizers_;  // of drafts_
   std::vector<PreparedPair> pairs_;
 };
 

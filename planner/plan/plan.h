@@ -29,12 +29,23 @@ struct Weights {
   std::string source;  // "--weights 14.4GB", "gguf tensors", "25.2e9 x 4.5 bits", ...
 };
 
+// A second model that guesses tokens ahead, on the same device.
+struct DraftModel {
+  ModelGeometry model;
+  Weights weights;
+  TypePair pair = {"f16", "f16"};
+};
+
 struct Workload {
-  std::vector<int64_t> contexts;     // tokens per sequence, ascending or not; at least one
+  // Tokens per sequence, ascending or not; at least one. With EngineOptions::total_context: of all sequences
+  // together.
+  std::vector<int64_t> contexts;
   int concurrency = 1;               // sequences at once
   int64_t shared_prefix_tokens = 0;  // the first tokens that all sequences have in common
   int64_t mmproj_bytes = 0;
-  int64_t draft_bytes = 0;
+  int64_t draft_bytes = 0;          // a draft model of which only the size is known
+  std::optional<DraftModel> draft;  // or one whose cache is counted too
+  int mtp_layers = 0;               // next-token prediction layers in use, with a cache of their own
 };
 
 struct PlanRequest {
@@ -48,6 +59,8 @@ struct PlanRequest {
   std::optional<double> max_ppl_increase_percent;
   // Rows measured on other models count too (marked as such); otherwise only rows of this model do.
   bool accept_proxy_quality = true;
+  // Pairs without a measurement may be chosen, after every measured one.
+  bool allow_unmeasured = false;
   int64_t margin_bytes = -1;  // kept free per device; < 0: 3 % of the device, at least 512 MiB
   // The device is a tier of kvtided that holds nothing but cache: no contexts, no compute buffers.
   bool cache_tier_only = false;
@@ -85,6 +98,9 @@ struct Candidate {
   Harm harm;
   int64_t max_context = 0;      // largest context that fits with the asked concurrency (<= the model's)
   int64_t max_concurrency = 0;  // most sequences of the asked context that fit
+  // vllm, sglang: the pool that all memory below the limit makes, as the engine prints it at its start.
+  int64_t pool_tokens = 0;
+  double pool_concurrency = 0;
   Speed speed;
   Rejection rejection = Rejection::kNone;
 };
@@ -94,8 +110,10 @@ struct Split {
   TypePair pair;
   int64_t device_kv_bytes = 0;
   int64_t host_kv_bytes = 0;
-  int device_layers = 0;  // llama.cpp: layers left on the GPU; otherwise all
-  std::string how;        // "attend in place on the host", "-ngl 22", ...
+  int64_t host_weight_bytes = 0;
+  int device_layers = 0;      // llama.cpp: layers left on the GPU; otherwise all
+  int cpu_expert_layers = 0;  // llama.cpp: layers whose experts run on the CPU (--n-cpu-moe)
+  std::string how;            // "attend in place on the host", "-ngl 22", ...
   Speed speed;
 };
 
@@ -106,6 +124,8 @@ struct ContextPlan {
   std::vector<Candidate> candidates;
   std::optional<Split> split;  // set when verdict is kFitsWithTiers
   std::string reason;          // one sentence
+  // Sequences that run at once: fewer than asked in an engine that lets the rest wait in its queue.
+  int64_t running = 0;
 };
 
 struct Plan {
@@ -124,6 +144,15 @@ absl::StatusOr<Plan> MakePlan(const PlanRequest& request);
 
 // The request's geometry as one device holds it: heads divided (vllm, kvtide) or layers divided (llama.cpp).
 ModelGeometry PerDeviceGeometry(const PlanRequest& request);
+
+// Whether GPUs hold layers one after another, and so work one after another.
+bool SplitsLayers(const PlanRequest& request);
+
+// Whether the engine starts with less room than asked and lets sequences wait.
+bool QueuesSequences(Engine engine);
+
+// Next-token prediction layers as a model of their own: layers like the last one that owns a full cache.
+ModelGeometry MtpGeometry(const ModelGeometry& model, int layers);
 
 // Name of the exact window in quality rows: "default", "none" or "F+L".
 std::string WindowPolicy(const EngineOptions& engine);

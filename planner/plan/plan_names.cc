@@ -60,10 +60,26 @@ const char* RejectionText(Rejection rejection) {
   return "unknown";
 }
 
+bool SplitsLayers(const PlanRequest& request) {
+  return request.engine.engine == Engine::kLlamaCpp && !request.engine.split_tensors;
+}
+
+bool QueuesSequences(Engine engine) { return engine != Engine::kLlamaCpp && engine != Engine::kKvtide; }
+
 ModelGeometry PerDeviceGeometry(const PlanRequest& request) {
-  if (request.engine.engine == Engine::kLlamaCpp)
-    return FullestLayerSlice(request.model, request.device.count);
+  if (SplitsLayers(request)) return FullestLayerSlice(request.model, request.device.count);
   return ShardHeads(request.model, request.device.count);
+}
+
+ModelGeometry MtpGeometry(const ModelGeometry& model, int layers) {
+  ModelGeometry mtp = model;
+  mtp.layers.clear();
+  mtp.uncounted.clear();
+  for (const LayerGeometry& layer : model.layers) {
+    if (layer.kind == LayerKind::kFull || layer.kind == LayerKind::kMla)
+      mtp.layers.assign(static_cast<size_t>(layers), layer);
+  }
+  return mtp;
 }
 
 std::string WindowPolicy(const EngineOptions& engine) {

@@ -1,10 +1,36 @@
 #include "planner/plan/plan_request.h"
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status.h"
+#include "planner/engines/llama_cpp.h"
 #include "planner/units.h"
 
 namespace kvtide::planner {
+namespace {
+
+constexpr int kMaxDevices = 1024;
+constexpr int64_t kMaxBytes = 1'000'000'000'000'000'000;
+constexpr int kMaxRecurrentCopies = 64;
+constexpr int kMaxTokensPerStep = 1 << 24;
+
+// Tensor parallelism gives every GPU the same number of query heads, and of KV heads either a share or one
+// copy.
+absl::Status CheckTensorParallel(const PlanRequest& request) {
+  const int count = request.device.count, heads = request.model.n_query_heads;
+  if (SplitsLayers(request) || count == 1 || heads == 0 || heads % count == 0) return absl::OkStatus();
+  int fewer = count, more = count;
+  while (fewer > 1 && heads % fewer != 0) --fewer;
+  while (more < heads && heads % more != 0) ++more;
+  return absl::InvalidArgumentError(
+      absl::StrCat("device: ", EngineName(request.engine.engine), " refuses ", count, " GPUs: ", heads,
+                   " query heads do not divide by ", count, "; use ", fewer,
+                   more <= heads && heads % more == 0 ? absl::StrCat(" or ", more) : "",
+                   request.engine.engine == Engine::kLlamaCpp ? ", or split layers" : ""));
+}
+
+}  // namespace
 
 absl::Status CheckPlanRequest(const PlanRequest& request) {
   KVTIDE_RETURN_IF_ERROR(Annotate(ValidateGeometry(request.model), "model"));
@@ -25,20 +51,40 @@ absl::Status CheckPlanRequest(const PlanRequest& request) {
     return absl::InvalidArgumentError(
         absl::StrCat("concurrency: ", work.concurrency, "; expected 1 to ", kMaxPlannedConcurrency));
   }
-  if (request.device.count < 1) return absl::InvalidArgumentError("device: count must be 1 or more");
+  if (request.device.count < 1 || request.device.count > kMaxDevices)
+    return absl::InvalidArgumentError(absl::StrCat("device: count must be 1 to ", kMaxDevices));
+  KVTIDE_RETURN_IF_ERROR(CheckTensorParallel(request));
   if (request.device.UsableBytes() <= 0) {
     return absl::InvalidArgumentError(
         absl::StrCat("device: nothing of its ", FormatBytes(request.device.vram_bytes), " is free"));
   }
-  if (request.weights.bytes < 0 || work.mmproj_bytes < 0 || work.draft_bytes < 0) {
-    return absl::InvalidArgumentError("weights: sizes must not be negative");
+  for (const int64_t bytes :
+       {request.weights.bytes, work.mmproj_bytes, work.draft_bytes,
+        work.draft.has_value() ? work.draft->weights.bytes : 0, request.device.vram_bytes,
+        request.device.host_bytes, std::max<int64_t>(request.margin_bytes, 0)}) {
+    if (bytes < 0 || bytes > kMaxBytes)
+      return absl::InvalidArgumentError(
+          "sizes: weights, projectors, drafts, devices and margins are 0 to 10^18 bytes");
   }
-  const EngineOptions& engine = request.engine;
-  if (engine.ubatch < 1 || engine.block_tokens < 1 || engine.max_batched_tokens < 1 ||
-      engine.exact_window.first_blocks < 0 || engine.exact_window.last_blocks < 0 ||
-      engine.gpu_memory_utilization <= 0 || engine.gpu_memory_utilization > 1) {
+  if (work.draft.has_value()) KVTIDE_RETURN_IF_ERROR(Annotate(ValidateGeometry(work.draft->model), "draft"));
+  if (work.mtp_layers < 0 || work.mtp_layers > 64)
+    return absl::InvalidArgumentError("mtp layers: expected 0 to 64");
+  if (work.mtp_layers > 0 && MtpGeometry(request.model, 1).layers.empty())
     return absl::InvalidArgumentError(
-        "engine: ubatch, block size and batched tokens must be 1 or more, exact windows 0 or more, "
+        "mtp layers: the model has no layer with full attention that they could be like");
+  const EngineOptions& engine = request.engine;
+  if (engine.engine == Engine::kLlamaCpp) KVTIDE_RETURN_IF_ERROR(CheckLlamaBuild(engine.build));
+  if (engine.recurrent_copies < 0 || engine.recurrent_copies > kMaxRecurrentCopies)
+    return absl::InvalidArgumentError(absl::StrCat("recurrent copies: expected 0 to ", kMaxRecurrentCopies));
+  if (engine.total_context && work.shared_prefix_tokens > 0)
+    return absl::InvalidArgumentError("shared prefix: -c is the cells of all slots, whatever they share");
+  if (engine.ubatch < 1 || engine.block_tokens < 1 || engine.max_batched_tokens < 1 ||
+      engine.ubatch > kMaxTokensPerStep || engine.block_tokens > kMaxTokensPerStep ||
+      engine.max_batched_tokens > kMaxTokensPerStep || engine.exact_window.first_blocks < 0 ||
+      engine.exact_window.last_blocks < 0 || engine.gpu_memory_utilization <= 0 ||
+      engine.gpu_memory_utilization > 1) {
+    return absl::InvalidArgumentError(
+        "engine: ubatch, block size and batched tokens must be 1 to 2^24, exact windows 0 or more, "
         "gpu memory utilization above 0 and at most 1");
   }
   return absl::OkStatus();

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <optional>
 
 #include "absl/strings/ascii.h"
@@ -77,27 +78,80 @@ int64_t SumOf(const ItemList& items, std::initializer_list<ItemKind> kinds) {
 
 }  // namespace
 
-absl::StatusOr<Measured> ParseLlamaLog(const std::string& log) {
+namespace {
+
+using DeviceBytes = std::map<std::string, std::map<std::string, int64_t>>;  // item -> device -> bytes
+
+// One map per context of the log. A cache or weights that come after a compute buffer belong to the next one;
+// a context that repeats the one before it is a dry run of the same.
+std::vector<DeviceBytes> LlamaContexts(const std::string& log) {
   static const std::pair<const char*, const char*> markers[] = {{"weights", "model buffer size"},
                                                                 {"kv", "KV buffer size"},
                                                                 {"recurrent", "RS buffer size"},
                                                                 {"compute", "compute buffer size"}};
-  std::map<std::string, std::map<std::string, int64_t>> devices;  // item -> device -> bytes
+  std::vector<DeviceBytes> contexts(1);
   for (const std::string& line : Lines(log)) {
-    for (const auto& marker : markers) {
-      const std::optional<int64_t> bytes = BytesAfter(line, marker.second);
+    for (const auto& [item, marker] : markers) {
+      const std::optional<int64_t> bytes = BytesAfter(line, marker);
       if (!bytes.has_value()) continue;
-      const std::string device = WordBefore(line, marker.second);
-      if (!IsHostBuffer(device)) devices[marker.first][device] += *bytes;
+      if (contexts.back().count("compute") > 0 && std::string(item) != "compute") contexts.emplace_back();
+      contexts.back()[item][WordBefore(line, marker)] += *bytes;
+      break;
     }
   }
-  if (devices.empty())
-    return absl::InvalidArgumentError(
-        "no '... buffer size = N MiB' line of a GPU: not a llama.cpp start-up log");
-  Measured measured{"llama.cpp log", {}};
-  for (const auto& [item, per_device] : devices) {
-    for (const auto& entry : per_device) measured.bytes[item] = std::max(measured.bytes[item], entry.second);
+  contexts.erase(std::unique(contexts.begin(), contexts.end()), contexts.end());
+  return contexts;
+}
+
+// The fullest GPU of an item, or what lies in host memory.
+int64_t FullestGpu(const std::map<std::string, int64_t>& devices) {
+  int64_t most = 0;
+  for (const auto& [device, bytes] : devices) {
+    if (!IsHostBuffer(device)) most = std::max(most, bytes);
   }
+  return most;
+}
+
+int64_t OnHost(const std::map<std::string, int64_t>& devices) {
+  int64_t sum = 0;
+  for (const auto& [device, bytes] : devices) {
+    if (IsHostBuffer(device) && !absl::EndsWith(device, "REPACK")) sum += bytes;
+  }
+  return sum;
+}
+
+}  // namespace
+
+absl::StatusOr<Measured> ParseLlamaLog(const std::string& log) {
+  const std::vector<DeviceBytes> contexts = LlamaContexts(log);
+  if (contexts.front().empty())
+    return absl::InvalidArgumentError("no '... buffer size = N MiB' line: not a llama.cpp start-up log");
+  Measured measured{"llama.cpp log", {}};
+  measured.on_cpu = true;
+  for (const DeviceBytes& context : contexts) {
+    for (const auto& [item, devices] : context) measured.on_cpu &= FullestGpu(devices) == 0;
+  }
+  if (measured.on_cpu) measured.kind = "llama.cpp log, CPU only";
+  for (size_t i = 0; i < contexts.size(); ++i) {
+    const std::string prefix = i == 0 ? "" : "draft_";
+    for (const auto& [item, devices] : contexts[i]) {
+      const int64_t gpu = FullestGpu(devices), host = OnHost(devices);
+      if (measured.on_cpu) {
+        measured.bytes[prefix + item] += host;
+      } else {
+        if (gpu > 0) measured.bytes[prefix + item] += gpu;
+        if (item == "kv" && host > 0) measured.bytes[prefix + "kv_host"] += host;
+      }
+      for (const auto& [device, bytes] : devices) {
+        if (absl::EndsWith(device, "REPACK"))
+          measured.notes.push_back(absl::StrCat(FormatMiB(bytes),
+                                                " MiB of weights were repacked for the CPU (", device,
+                                                "); no plan counts them"));
+      }
+    }
+  }
+  if (measured.bytes.empty())
+    return absl::InvalidArgumentError("the log has buffers, but none of weights, cache or compute");
   return measured;
 }
 
@@ -163,15 +217,22 @@ double VerifyLine::ErrorPercent() const {
                      : 100.0 * static_cast<double>(predicted - actual) / static_cast<double>(actual);
 }
 
-std::vector<VerifyLine> Compare(const Candidate& candidate, int64_t sequences, const Measured& measured) {
+std::vector<VerifyLine> Compare(const Candidate& candidate, const std::optional<Split>& split,
+                                int64_t sequences, const Measured& measured) {
   std::map<std::string, int64_t> predicted;
+  const bool on_host = measured.bytes.count("kv_host") > 0;
+  predicted["kv_host"] = !on_host ? 0 : split.has_value() ? split->host_kv_bytes : candidate.kv_bytes;
   predicted["weights"] = SumOf(candidate.items, {ItemKind::kWeights});
-  predicted["kv"] = candidate.kv_bytes;
+  predicted["kv"] = candidate.kv_bytes - predicted["kv_host"];
   predicted["recurrent"] = SumOf(candidate.items, {ItemKind::kRecurrent});
-  predicted["compute"] = SumOf(candidate.items, {ItemKind::kCompute, ItemKind::kDequantScratch});
+  predicted["compute"] = SumOf(candidate.items, {ItemKind::kCompute});
+  if (!measured.on_cpu) predicted["compute"] += SumOf(candidate.items, {ItemKind::kDequantScratch});
   predicted["graphs"] = SumOf(candidate.items, {ItemKind::kGraphs});
   predicted["context"] = SumOf(candidate.items, {ItemKind::kContext});
   predicted["kv_per_request"] = sequences > 0 ? candidate.kv_bytes / sequences : 0;
+  predicted["draft_weights"] = SumOf(candidate.items, {ItemKind::kDraft});
+  predicted["draft_kv"] = SumOf(candidate.items, {ItemKind::kDraftKv});
+  predicted["draft_compute"] = SumOf(candidate.items, {ItemKind::kDraftCompute});
   std::vector<VerifyLine> lines;
   VerifyLine sum{"sum", 0, 0};
   for (const auto& [item, actual] : measured.bytes) {
@@ -183,6 +244,13 @@ std::vector<VerifyLine> Compare(const Candidate& candidate, int64_t sequences, c
   return lines;
 }
 
+bool WithinTolerance(const std::vector<VerifyLine>& lines, double percent) {
+  constexpr int64_t kSmall = 4 * kMiB;
+  return std::all_of(lines.begin(), lines.end(), [&](const VerifyLine& line) {
+    return std::fabs(line.ErrorPercent()) <= percent || std::abs(line.predicted - line.actual) <= kSmall;
+  });
+}
+
 std::string RenderVerify(const std::vector<VerifyLine>& lines, const Measured& measured) {
   std::string text = absl::StrFormat("%-16s %14s %14s %9s   (%s)\n", "item", "predicted MiB", "actual MiB",
                                      "error", measured.kind);
@@ -190,6 +258,7 @@ std::string RenderVerify(const std::vector<VerifyLine>& lines, const Measured& m
     absl::StrAppendFormat(&text, "%-16s %14s %14s %+8.1f%%\n", line.item, FormatMiB(line.predicted),
                           FormatMiB(line.actual), line.ErrorPercent());
   }
+  for (const std::string& note : measured.notes) absl::StrAppend(&text, "note: ", note, "\n");
   return text;
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -13,10 +14,13 @@
 namespace kvtide::planner {
 
 // What a log says, per device (the fullest one). Keys: weights, kv, recurrent, compute, graphs, context,
-// kv_per_request.
+// kv_per_request; kv_host for a cache in host memory beside a GPU; draft_weights, draft_kv, draft_recurrent
+// and draft_compute for a second model or context in the same log.
 struct Measured {
   std::string kind;  // "llama.cpp log", "vllm log", "kvtided metrics"
   std::map<std::string, int64_t> bytes;
+  bool on_cpu = false;             // llama.cpp without a GPU: everything lies in host memory
+  std::vector<std::string> notes;  // what the log has and no plan counts
 };
 
 // InvalidArgument when the text has no line that is understood.
@@ -34,8 +38,13 @@ struct VerifyLine {
   double ErrorPercent() const;  // (predicted - actual) / actual
 };
 
-// One line per item that both sides have, and a sum. `candidate` is the pair that ran.
-std::vector<VerifyLine> Compare(const Candidate& candidate, int64_t sequences, const Measured& measured);
+// One line per item that both sides have, and a sum. `candidate` is the pair that ran, `split` what the plan
+// puts into host memory of it, if anything.
+std::vector<VerifyLine> Compare(const Candidate& candidate, const std::optional<Split>& split,
+                                int64_t sequences, const Measured& measured);
+
+// Whether every item is as predicted, within `percent` of the actual bytes or 4 MiB.
+bool WithinTolerance(const std::vector<VerifyLine>& lines, double percent);
 
 std::string RenderVerify(const std::vector<VerifyLine>& lines, const Measured& measured);
 

@@ -47,21 +47,59 @@ void Text(std::string* svg, double x, double y, const std::string& anchor, const
                         Escape(text));
 }
 
+// The distance of ticks that gives at most `most` of them: 1, 2 or 5 times a power of ten.
+double TickStep(double range, int most) {
+  const double power = std::pow(10.0, std::floor(std::log10(range / most)));
+  for (double step : {1.0, 2.0, 5.0}) {
+    if (range / (step * power) <= most) return step * power;
+  }
+  return 10 * power;
+}
+
 void DrawFrame(const Axes& axes, const std::string& title, const std::string& unit, std::string* svg) {
   absl::StrAppendFormat(
       svg, "<rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\" fill=\"none\" stroke=\"#999\"/>\n", kLeft,
       axes.top, kWidth - kLeft - kRight, axes.height);
   Text(svg, kLeft, axes.top - 10, "start", title);
-  for (int i = 0; i <= 4; ++i) {
-    const double value = axes.y_max * i / 4;
+  const double step = TickStep(axes.y_max, 6);
+  for (int i = 0; i * step <= axes.y_max; ++i) {
+    const double value = i * step;
     absl::StrAppendFormat(svg, "<line x1=\"%d\" x2=\"%d\" y1=\"%.1f\" y2=\"%.1f\" stroke=\"#eee\"/>\n", kLeft,
                           kWidth - kRight, axes.Y(value), axes.Y(value));
-    Text(svg, kLeft - 8, axes.Y(value) + 4, "end", absl::StrFormat("%.4g %s", value, unit));
+    Text(svg, kLeft - 8, axes.Y(value) + 4, "end", absl::StrFormat("%.6g %s", value, unit));
   }
-  for (int power = static_cast<int>(std::ceil(axes.x_min)); power <= axes.x_max; ++power) {
+  for (int power = static_cast<int>(std::ceil(axes.x_min - 1e-9)); power <= axes.x_max + 1e-9; ++power) {
     const double context = std::ldexp(1.0, power);
     Text(svg, axes.X(context), axes.top + axes.height + 18, "middle",
          FormatTokens(static_cast<int64_t>(context)));
+  }
+}
+
+// A name to stand at the right end of a line.
+struct Label {
+  double y;
+  std::string text;
+  const char* color;
+};
+
+// Writes labels beside the ends of their lines, moved apart where lines end close together.
+void DrawLabels(const Axes& axes, std::vector<Label> labels, std::string* svg) {
+  constexpr double kLine = 14;
+  std::sort(labels.begin(), labels.end(), [](const Label& a, const Label& b) { return a.y < b.y; });
+  double bottom = axes.top - kLine;
+  std::vector<double> places;
+  for (const Label& label : labels) {
+    bottom = std::max(label.y, bottom + kLine);
+    places.push_back(bottom);
+  }
+  // What ran over the lower edge moves up again.
+  double limit = axes.top + axes.height;
+  for (size_t i = places.size(); i-- > 0; limit = places[i] - kLine) places[i] = std::min(places[i], limit);
+  for (size_t i = 0; i < labels.size(); ++i) {
+    absl::StrAppendFormat(svg, "<line x1=\"%d\" x2=\"%d\" y1=\"%.1f\" y2=\"%.1f\" stroke=\"%s\"/>\n",
+                          kWidth - kRight, kWidth - kRight + 8, labels[i].y, places[i], labels[i].color);
+    absl::StrAppendFormat(svg, "<text x=\"%d\" y=\"%.1f\" fill=\"%s\">%s</text>\n", kWidth - kRight + 11,
+                          places[i] + 4, labels[i].color, Escape(labels[i].text));
   }
 }
 
@@ -78,30 +116,41 @@ void DrawCurve(const Axes& axes, const std::vector<Point>& points, const char* c
   absl::StrAppend(svg, "\"/>\n");
 }
 
-// Context lengths from 1K to the largest of interest, evenly on a log scale.
+// Context lengths of the asked range, evenly on a log scale; for a single one, from 1K or half of it up to
+// it.
 std::vector<int64_t> SampleContexts(const PlanRequest& request) {
-  int64_t last = *std::max_element(request.workload.contexts.begin(), request.workload.contexts.end());
-  last = std::max(last, request.model.max_context > 0 ? std::min(request.model.max_context, 4 * last) : last);
-  const int64_t first =
-      std::max<int64_t>(request.workload.shared_prefix_tokens + 1, std::min<int64_t>(1024, last / 2 + 1));
+  const auto [low, high] =
+      std::minmax_element(request.workload.contexts.begin(), request.workload.contexts.end());
+  int64_t first = *low, last = *high;
+  if (first == last) first = std::min<int64_t>(1024, last / 2 + 1);
+  first = std::max<int64_t>(request.workload.shared_prefix_tokens + 1, first);
   last = std::max(last, first + 1);
   std::vector<int64_t> contexts;
   for (int i = 0; i < kSamples; ++i) {
     const double power =
         std::log2(static_cast<double>(first)) +
         (std::log2(static_cast<double>(last)) - std::log2(static_cast<double>(first))) * i / (kSamples - 1);
-    contexts.push_back(std::max<int64_t>(first, std::llround(std::exp2(power))));
+    contexts.push_back(std::clamp<int64_t>(std::llround(std::exp2(power)), first, last));
   }
   return contexts;
 }
 
-// Pairs with a curve: those that can run, measured ones first, at most kMaxCurves.
+// Pairs with a curve: those that can run, measured ones first, one of those with equal bytes and harm (bf16
+// lies on f16), at most kMaxCurves.
 std::vector<size_t> PickCurves(const ContextPlan& context) {
   std::vector<size_t> picked;
+  const auto drawn = [&](const Candidate& candidate) {
+    return std::any_of(picked.begin(), picked.end(), [&](size_t other) {
+      const Candidate& there = context.candidates[other];
+      return there.total_bytes == candidate.total_bytes && there.harm.measured == candidate.harm.measured &&
+             there.harm.ppl_change_percent == candidate.harm.ppl_change_percent;
+    });
+  };
   for (bool measured : {true, false}) {
     for (size_t i = 0; i < context.candidates.size() && picked.size() < kMaxCurves; ++i) {
       const Candidate& candidate = context.candidates[i];
-      if (candidate.total_bytes > 0 && candidate.harm.measured == measured) picked.push_back(i);
+      if (candidate.total_bytes > 0 && candidate.harm.measured == measured && !drawn(candidate))
+        picked.push_back(i);
     }
   }
   return picked;
@@ -145,22 +194,29 @@ absl::StatusOr<std::string> RenderSvg(const PlanRequest& request) {
       "GiB", &svg);
   DrawFrame(quality, "Change of perplexity: dashed per pair, solid for the pair that is chosen", "%", &svg);
 
+  const ContextPlan& end = plan.contexts.back();
+  std::vector<Label> memory_labels, harm_labels;
   absl::StrAppend(&svg, "<g clip-path=\"url(#m)\">\n");
-  for (size_t n = 0; n < curves.size(); ++n) {
+  // The first pair, f16, is drawn last: nothing lies on it.
+  for (size_t n = curves.size(); n-- > 0;) {
+    const Candidate& last = end.candidates[curves[n]];
     std::vector<Point> points;
     for (const ContextPlan& context : plan.contexts) {
       points.push_back(
           {static_cast<double>(context.context), GiB(context.candidates[curves[n]].total_bytes)});
     }
-    DrawCurve(memory, points, kColors[n], !plan.contexts.back().candidates[curves[n]].harm.measured, &svg);
+    DrawCurve(memory, points, kColors[n], !last.harm.measured, &svg);
+    memory_labels.push_back({std::max<double>(memory.Y(points.back().y), memory.top),
+                             absl::StrCat(last.asked.Name(), last.harm.measured ? "" : " (not measured)"),
+                             kColors[n]});
   }
   absl::StrAppend(&svg, "</g>\n");
   const double line = memory.Y(GiB(plan.device_budget_bytes));
   absl::StrAppendFormat(
       &svg, "<line x1=\"%d\" x2=\"%d\" y1=\"%.1f\" y2=\"%.1f\" stroke=\"black\" stroke-width=\"1.5\"/>\n",
       kLeft, kWidth - kRight, line, line);
-  Text(&svg, kWidth - kRight + 6, line + 4, "start",
-       absl::StrCat("device ", FormatBytes(plan.device_budget_bytes)));
+  memory_labels.push_back({line, absl::StrCat("device ", FormatBytes(plan.device_budget_bytes)), "black"});
+  DrawLabels(memory, memory_labels, &svg);
 
   std::vector<Point> chosen;
   for (const ContextPlan& context : plan.contexts) {
@@ -168,22 +224,19 @@ absl::StatusOr<std::string> RenderSvg(const PlanRequest& request) {
     chosen.push_back(
         {static_cast<double>(context.context), context.candidates[context.chosen].harm.ppl_change_percent});
   }
-  for (size_t n = 0; n < curves.size(); ++n) {
+  for (size_t n = curves.size(); n-- > 0;) {
+    const Candidate& last = end.candidates[curves[n]];
+    if (!last.harm.measured) continue;
     std::vector<Point> points;
-    const Harm& known = plan.contexts.back().candidates[curves[n]].harm;
     for (const ContextPlan& context : plan.contexts) {
       points.push_back(
           {static_cast<double>(context.context), context.candidates[curves[n]].harm.ppl_change_percent});
     }
-    if (known.measured) DrawCurve(quality, points, kColors[n], true, &svg);
-    const double y = kTop + 40 + 18.0 * static_cast<double>(n);
-    absl::StrAppendFormat(&svg, "<rect x=\"%d\" y=\"%.1f\" width=\"12\" height=\"4\" fill=\"%s\"/>\n",
-                          kWidth - kRight + 8, y - 6, kColors[n]);
-    Text(&svg, kWidth - kRight + 26, y, "start",
-         absl::StrCat(plan.contexts.back().candidates[curves[n]].asked.Name(),
-                      known.measured ? "" : " (not measured)"));
+    DrawCurve(quality, points, kColors[n], true, &svg);
+    harm_labels.push_back({quality.Y(points.back().y), last.asked.Name(), kColors[n]});
   }
   if (!chosen.empty()) DrawCurve(quality, chosen, "black", false, &svg);
+  DrawLabels(quality, harm_labels, &svg);
   return svg + "</svg>\n";
 }
 

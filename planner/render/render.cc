@@ -1,6 +1,7 @@
 #include "planner/render/render.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/match.h"
@@ -49,15 +50,45 @@ const char* VerdictColor(Verdict verdict) {
   return verdict == Verdict::kFits ? kGreen : verdict == Verdict::kFitsWithTiers ? kYellow : kRed;
 }
 
+// With the model it was measured on: "+0.17% tidelm-7m".
 std::string HarmText(const Harm& harm) {
-  if (!harm.measured) return "?";
-  return absl::StrFormat("%+.2f%%%s", harm.ppl_change_percent, harm.proxy ? "*" : "");
+  if (!harm.measured) return "not measured";
+  if (harm.model.empty()) return "none";
+  return absl::StrFormat("%+.2f%% %s", harm.ppl_change_percent, harm.model);
+}
+
+// Small speeds with a digit behind the point.
+std::string Rate(double tokens_per_s) {
+  return absl::StrFormat(tokens_per_s < 20 ? "%.1f" : "%.0f", tokens_per_s);
 }
 
 std::string SpeedText(const Speed& speed) {
   if (!speed.known) return "?";
-  return absl::StrFormat("%.0f (%.0f-%.0f)", speed.tokens_per_s, speed.tokens_per_s_low,
-                         speed.tokens_per_s_high);
+  return absl::StrCat(Rate(speed.tokens_per_s), " (", Rate(speed.tokens_per_s_low), "-",
+                      Rate(speed.tokens_per_s_high), ")");
+}
+
+// "kernel" column: what the attention does, and the fork that one has to build first.
+std::string KernelText(const Support& support) {
+  return absl::StrCat(SupportLevelName(support.level),
+                      support.NeedsFork() ? absl::StrCat(", ", support.build) : "");
+}
+
+// The question in the words of the engine: "4 sequences of 8192 tokens (llama-server -c 32768 -np 4 -kvu)".
+std::string LoadText(const PlanRequest& request, int64_t context) {
+  const EngineOptions& engine = request.engine;
+  const int64_t n = request.workload.concurrency;
+  const std::string sequences = absl::StrCat(n, n == 1 ? " sequence" : " sequences");
+  if (engine.engine != Engine::kLlamaCpp) return absl::StrCat(sequences, " of ", context, " tokens");
+  if (engine.total_context) {
+    return absl::StrCat("-c ", context, engine.unified ? " shared by " : " divided among ", n,
+                        n == 1 ? " slot" : " slots", " (llama-server -np ", n,
+                        engine.unified && n > 1 ? " -kvu" : "", ")");
+  }
+  const int64_t prefix = request.workload.shared_prefix_tokens;
+  const int64_t cells = engine.unified ? Sum(prefix, Product(n, context - prefix)) : Product(n, context);
+  return absl::StrCat(sequences, " of ", context, " tokens (llama-server -c ", cells, " -np ", n,
+                      engine.unified && n > 1 ? " -kvu" : "", ")");
 }
 
 std::string WhyNot(const Candidate& candidate, bool chosen) {
@@ -76,14 +107,66 @@ std::string CandidateLine(const Candidate& candidate, bool chosen) {
   std::string name = candidate.asked.Name();
   if (!(candidate.asked == candidate.effective)) absl::StrAppend(&name, " > ", candidate.effective.Name());
   if (candidate.total_bytes == 0) {
-    return absl::StrFormat("%s %-18s %s", chosen ? ">" : " ", name, WhyNot(candidate, chosen));
+    return absl::StrFormat("%s %-15s %s", chosen ? ">" : " ", name, WhyNot(candidate, chosen));
   }
-  return absl::StrFormat(
-      "%s %-18s %10s %6.2f %6.2fx %10s %9s %-10s %9d %6d  %-16s %s", chosen ? ">" : " ", name,
-      FormatMiB(candidate.kv_bytes), candidate.bits_per_value, candidate.ratio_to_f16,
-      FormatMiB(candidate.free_bytes), HarmText(candidate.harm), SupportLevelName(candidate.support.level),
-      std::max<int64_t>(0, candidate.max_context), std::max<int64_t>(0, candidate.max_concurrency),
-      SpeedText(candidate.speed), WhyNot(candidate, chosen));
+  return absl::StrFormat("%s %-15s %9s %5.2f %5.2fx %9s %-18s %-10s %9d %5d  %-15s %s", chosen ? ">" : " ",
+                         name, FormatMiB(candidate.kv_bytes), candidate.bits_per_value,
+                         candidate.ratio_to_f16, FormatMiB(candidate.free_bytes), HarmText(candidate.harm),
+                         KernelText(candidate.support), std::max<int64_t>(0, candidate.max_context),
+                         std::max<int64_t>(0, candidate.max_concurrency), SpeedText(candidate.speed),
+                         WhyNot(candidate, chosen));
+}
+
+std::string TableHead() {
+  return absl::StrFormat("  %-15s %9s %5s %6s %9s %-18s %-10s %9s %5s  %-15s", "pair", "KV MiB", "bits",
+                         "ratio", "left MiB", "harm, measured on", "kernel", "max ctx", "seqs", "tok/s");
+}
+
+// The bill in one line.
+std::string BillLine(const Plan& plan, const Candidate& candidate, bool queue) {
+  int64_t weights = 0, cache = 0, margin = 0, other = 0;
+  for (const Item& item : candidate.items) {
+    switch (item.kind) {
+      case ItemKind::kWeights:
+        weights = Sum(weights, item.bytes);
+        break;
+      case ItemKind::kMargin:
+        margin = Sum(margin, item.bytes);
+        break;
+      case ItemKind::kKvFull:
+      case ItemKind::kKvSliding:
+      case ItemKind::kKvChunked:
+      case ItemKind::kKvLatent:
+      case ItemKind::kKvWindowTail:
+      case ItemKind::kKvRounding:
+      case ItemKind::kRecurrent:
+        cache = Sum(cache, item.bytes);
+        break;
+      default:
+        other = Sum(other, item.bytes);
+    }
+  }
+  if (queue) {  // what is left is the pool of those that run
+    const int64_t pool = plan.device_budget_bytes - Sum(weights, other, margin);
+    return absl::StrCat("memory: ", FormatBytes(plan.device_budget_bytes), " = weights ",
+                        FormatBytes(weights), " + cache ", FormatBytes(pool), " + buffers ",
+                        FormatBytes(other), " + margin ", FormatBytes(margin));
+  }
+  return absl::StrCat("memory: ", FormatBytes(plan.device_budget_bytes), " = weights ", FormatBytes(weights),
+                      " + cache ", FormatBytes(cache), " + buffers ", FormatBytes(other), " + margin ",
+                      FormatBytes(margin), candidate.free_bytes >= 0 ? " + free " : "; missing ",
+                      FormatBytes(std::abs(candidate.free_bytes)));
+}
+
+// "speed: 4 x 35 = 140 tokens/s (110 to 170)".
+std::string SpeedLine(const Candidate& candidate, int64_t sequences) {
+  const Speed& speed = candidate.speed;
+  if (!speed.known) return "speed: not predicted (bandwidth or weights unknown)";
+  const std::string bars =
+      absl::StrCat(" (", Rate(speed.tokens_per_s_low), " to ", Rate(speed.tokens_per_s_high), ")");
+  if (sequences <= 1) return absl::StrCat("speed: ", Rate(speed.tokens_per_s), " tokens/s", bars);
+  return absl::StrCat("speed: ", Rate(speed.per_sequence), " tokens/s per sequence, ",
+                      Rate(speed.tokens_per_s), " in total", bars);
 }
 
 std::string ItemLines(const Candidate& candidate) {
@@ -99,9 +182,11 @@ std::string ItemLines(const Candidate& candidate) {
 // Pairs that a reader has to see: the choice, the exact pair, and those that nothing measured beats on harm
 // and bytes.
 std::vector<int> PairsToShow(const ContextPlan& context, bool all) {
+  constexpr size_t kMostRows = 6;
   std::vector<int> shown;
+  const auto at = [&](int i) -> const Candidate& { return context.candidates[static_cast<size_t>(i)]; };
   for (int i = 0; i < static_cast<int>(context.candidates.size()); ++i) {
-    const Candidate& candidate = context.candidates[static_cast<size_t>(i)];
+    const Candidate& candidate = at(i);
     const auto beats = [&](const Candidate& other) {
       return other.harm.measured && other.total_bytes > 0 &&
              other.harm.ppl_change_percent <= candidate.harm.ppl_change_percent &&
@@ -109,24 +194,42 @@ std::vector<int> PairsToShow(const ContextPlan& context, bool all) {
              (other.harm.ppl_change_percent < candidate.harm.ppl_change_percent ||
               other.kv_bytes < candidate.kv_bytes);
     };
-    const bool frontier = candidate.harm.measured && candidate.total_bytes > 0 &&
+    // bf16 is f16 as far as bytes and harm go.
+    const bool repeated = std::any_of(shown.begin(), shown.end(), [&](int other) {
+      return at(other).harm.measured && at(other).kv_bytes == candidate.kv_bytes &&
+             at(other).harm.ppl_change_percent == candidate.harm.ppl_change_percent;
+    });
+    // The 8-bit types of servers have no measurement and are asked for all the same.
+    const bool usual = candidate.asked.k == "fp8" && candidate.asked.v != "tq4" && candidate.total_bytes > 0;
+    const bool frontier = candidate.harm.measured && candidate.total_bytes > 0 && !repeated &&
                           std::none_of(context.candidates.begin(), context.candidates.end(), beats);
-    if (all || i == context.chosen || frontier) shown.push_back(i);
+    if (all || i == context.chosen || frontier || usual) shown.push_back(i);
   }
+  if (all || shown.size() <= kMostRows) return shown;
+  // The exact pair, the choice, and what lies nearest to it.
+  const int64_t near = context.chosen >= 0 ? at(context.chosen).kv_bytes : at(shown.back()).kv_bytes;
+  std::stable_sort(shown.begin() + 1, shown.end(), [&](int a, int b) {
+    const auto rank = [&](int i) { return i == context.chosen ? -1 : std::abs(at(i).kv_bytes - near); };
+    return rank(a) < rank(b);
+  });
+  shown.resize(kMostRows);
+  std::sort(shown.begin(), shown.end());
   return shown;
+}
+
+std::string Heading(const ContextPlan& context, const Painter& paint) {
+  const bool queue = context.chosen >= 0 && !context.candidates[static_cast<size_t>(context.chosen)].fits;
+  return absl::StrCat(
+      paint(kBold, absl::StrCat("context ", context.context)), ": ",
+      paint(queue ? kYellow : VerdictColor(context.verdict),
+            queue ? absl::StrCat("fits, ", context.running, " at once") : VerdictText(context.verdict)),
+      " - ", context.reason, "\n");
 }
 
 std::string ContextTable(const ContextPlan& context, const TableStyle& style, bool items) {
   const Painter paint(style.color);
-  std::string text = absl::StrCat(paint(kBold, absl::StrCat("context ", context.context)), ": ",
-                                  paint(VerdictColor(context.verdict), VerdictText(context.verdict)), " - ",
-                                  context.reason, "\n");
-  absl::StrAppend(&text,
-                  paint(kDim, absl::StrFormat("  %-18s %10s %6s %7s %10s %9s %-10s %9s %6s  %-16s %s", "pair",
-                                              "KV MiB", "bits", "ratio", "left MiB", "harm", "kernel",
-                                              "max ctx", "seqs", "tok/s", "")),
-                  "\n");
-  const std::vector<int> shown = PairsToShow(context, style.all_pairs);
+  std::string text = paint(kDim, TableHead()) + "\n";
+  const std::vector<int> shown = PairsToShow(context, style.full || style.every_pair);
   for (int i : shown) {
     const Candidate& candidate = context.candidates[static_cast<size_t>(i)];
     const bool chosen = i == context.chosen;
@@ -134,11 +237,7 @@ std::string ContextTable(const ContextPlan& context, const TableStyle& style, bo
     absl::StrAppend(&text, chosen ? paint(kGreen, line) : candidate.fits ? line : paint(kDim, line), "\n");
   }
   if (const size_t hidden = context.candidates.size() - shown.size(); hidden > 0) {
-    absl::StrAppend(&text,
-                    paint(kDim, absl::StrCat("  ", hidden,
-                                             " more pairs, not measured or beaten by one "
-                                             "above on both harm and bytes: --all shows them")),
-                    "\n");
+    absl::StrAppend(&text, paint(kDim, absl::StrCat("  ", hidden, " more pairs: --all shows them")), "\n");
   }
   if (items && context.chosen >= 0)
     absl::StrAppend(&text, ItemLines(context.candidates[static_cast<size_t>(context.chosen)]));
@@ -153,18 +252,22 @@ std::string ContextTable(const ContextPlan& context, const TableStyle& style, bo
 
 // One line per context: what to run.
 std::string Summary(const Plan& plan, const Painter& paint) {
-  std::string text = paint(kDim, absl::StrFormat("%10s  %-22s %-18s %10s %10s %9s  %-16s", "context",
-                                                 "verdict", "pair", "KV MiB", "left MiB", "harm", "tok/s")) +
-                     "\n";
+  std::string text =
+      paint(kDim, absl::StrFormat("%10s  %-22s %-18s %10s %10s  %-18s %-16s", "context", "verdict", "pair",
+                                  "KV MiB", "left MiB", "harm, measured on", "tok/s")) +
+      "\n";
   for (const ContextPlan& context : plan.contexts) {
-    std::string line = absl::StrFormat("%10d  %-22s", context.context, VerdictText(context.verdict));
+    const bool queue = context.chosen >= 0 && !context.candidates[static_cast<size_t>(context.chosen)].fits;
+    std::string line = absl::StrFormat("%10d  %-22s", context.context,
+                                       queue ? absl::StrCat("fits, ", context.running, " at once")
+                                             : std::string(VerdictText(context.verdict)));
     if (context.chosen >= 0) {
       const Candidate& chosen = context.candidates[static_cast<size_t>(context.chosen)];
-      absl::StrAppendFormat(&line, " %-18s %10s %10s %9s  %s", chosen.asked.Name(),
+      absl::StrAppendFormat(&line, " %-18s %10s %10s  %-18s %s", chosen.asked.Name(),
                             FormatMiB(chosen.kv_bytes), FormatMiB(chosen.free_bytes), HarmText(chosen.harm),
                             SpeedText(chosen.speed));
     } else if (context.split.has_value()) {
-      absl::StrAppendFormat(&line, " %-18s %10s %10s %9s  %s", context.split->pair.Name(),
+      absl::StrAppendFormat(&line, " %-18s %10s %10s  %-18s %s", context.split->pair.Name(),
                             FormatMiB(context.split->device_kv_bytes + context.split->host_kv_bytes), "split",
                             "", SpeedText(context.split->speed));
     }
@@ -175,10 +278,9 @@ std::string Summary(const Plan& plan, const Painter& paint) {
 
 Json JsonOf(const Speed& speed) {
   if (!speed.known) return nullptr;
-  return Json{{"tokens_per_s", speed.tokens_per_s},
-              {"low", speed.tokens_per_s_low},
-              {"high", speed.tokens_per_s_high},
-              {"step_ms", speed.step_ms}};
+  return Json{{"tokens_per_s", speed.tokens_per_s}, {"low", speed.tokens_per_s_low},
+              {"high", speed.tokens_per_s_high},    {"per_sequence", speed.per_sequence},
+              {"published_points", speed.points},   {"step_ms", speed.step_ms}};
 }
 
 Json JsonOf(const Candidate& candidate) {
@@ -197,6 +299,10 @@ Json JsonOf(const Candidate& candidate) {
   json["ratio_to_f16"] = candidate.ratio_to_f16;
   json["max_context"] = std::max<int64_t>(0, candidate.max_context);
   json["max_concurrency"] = std::max<int64_t>(0, candidate.max_concurrency);
+  if (candidate.pool_concurrency > 0) {
+    json["pool_tokens"] = candidate.pool_tokens;
+    json["pool_concurrency"] = candidate.pool_concurrency;
+  }
   if (candidate.harm.measured) {
     json["harm"] = {{"ppl_change_percent", candidate.harm.ppl_change_percent},
                     {"proxy", candidate.harm.proxy},
@@ -222,12 +328,15 @@ Json JsonOf(const ContextPlan& context) {
   json["chosen"] =
       context.chosen >= 0 ? Json(context.candidates[context.chosen].asked.Name()) : Json(nullptr);
   json["reason"] = context.reason;
+  json["running"] = context.running;
   json["split"] = nullptr;
   if (context.split.has_value()) {
     json["split"] = {{"pair", context.split->pair.Name()},
                      {"device_kv_bytes", context.split->device_kv_bytes},
                      {"host_kv_bytes", context.split->host_kv_bytes},
+                     {"host_weight_bytes", context.split->host_weight_bytes},
                      {"device_layers", context.split->device_layers},
+                     {"cpu_expert_layers", context.split->cpu_expert_layers},
                      {"how", context.split->how},
                      {"speed", JsonOf(context.split->speed)}};
   }
@@ -236,27 +345,84 @@ Json JsonOf(const ContextPlan& context) {
   return json;
 }
 
-// What is behind every kernel level of the plan that is not plain "native", each reason once.
-std::string KernelLines(const Plan& plan) {
-  std::vector<std::string> reasons;
-  for (const Candidate& candidate : plan.contexts.front().candidates) {
+// What is behind every kernel level of the pairs shown that is not plain "native", each reason once.
+std::vector<std::string> KernelLines(const ContextPlan& context, bool all) {
+  std::vector<std::string> lines;
+  for (int i : PairsToShow(context, all)) {
+    const Candidate& candidate = context.candidates[static_cast<size_t>(i)];
     if (candidate.support.reason.empty() || candidate.total_bytes == 0) continue;
-    const std::string reason = absl::StrCat(SupportLevelName(candidate.support.level), " (",
-                                            candidate.support.build, "): ", candidate.support.reason);
-    if (std::find(reasons.begin(), reasons.end(), reason) == reasons.end()) reasons.push_back(reason);
+    const std::string line = absl::StrCat("kernel: ", SupportLevelName(candidate.support.level), " (",
+                                          candidate.support.build, "): ", candidate.support.reason);
+    if (std::find(lines.begin(), lines.end(), line) == lines.end()) lines.push_back(line);
   }
+  return lines;
+}
+
+// What vLLM and SGLang print at their start.
+std::string PoolLine(const ContextPlan& context) {
+  const Candidate& chosen = context.candidates[static_cast<size_t>(std::max(0, context.chosen))];
+  if (context.chosen < 0 || chosen.pool_concurrency <= 0) return "";
+  return absl::StrFormat(
+      "pool: KV cache of %d tokens, maximum concurrency for %d tokens per request: %.2fx\n",
+      chosen.pool_tokens, context.context, chosen.pool_concurrency);
+}
+
+// The short answer: one context in some lines, several as a summary and the pairs of the longest.
+std::string ShortAnswer(const Plan& plan, const TableStyle& style) {
+  const Painter paint(style.color);
   std::string text;
-  for (const std::string& reason : reasons) absl::StrAppend(&text, "kernel: ", reason, "\n");
+  if (plan.contexts.size() > 1) absl::StrAppend(&text, Summary(plan, paint), "\n");
+  const ContextPlan& last =
+      *std::max_element(plan.contexts.begin(), plan.contexts.end(),
+                        [](const ContextPlan& a, const ContextPlan& b) { return a.context < b.context; });
+  absl::StrAppend(&text, Heading(last, paint));
+  if (last.chosen >= 0) {
+    const Candidate& chosen = last.candidates[static_cast<size_t>(last.chosen)];
+    absl::StrAppend(&text, BillLine(plan, chosen, !chosen.fits), "\n");
+    absl::StrAppend(&text, SpeedLine(chosen, last.running), "\n");
+  }
+  absl::StrAppend(&text, PoolLine(last), "\n", ContextTable(last, style, false), "\n");
+  constexpr size_t kMostLines = 5;
+  std::vector<std::string> lines;
+  for (const std::string& note : plan.notes) lines.push_back("note: " + note);
+  for (const std::string& line : KernelLines(last, false)) lines.push_back(line);
+  for (const std::string& assumption : plan.assumptions) {
+    if (absl::StartsWith(assumption, "weights") || absl::StartsWith(assumption, "speed:"))
+      lines.push_back("assumed: " + assumption);
+  }
+  for (size_t i = 0; i < lines.size() && i < kMostLines; ++i) absl::StrAppend(&text, lines[i], "\n");
+  absl::StrAppend(&text, paint(kDim, "every pair, assumption and byte: --all; the arithmetic: --explain"),
+                  "\n");
   return text;
 }
 
-bool UsesProxy(const Plan& plan) {
+std::string FullAnswer(const Plan& plan, const TableStyle& style) {
+  const Painter paint(style.color);
+  std::string text;
+  if (plan.contexts.size() > 1) absl::StrAppend(&text, Summary(plan, paint), "\n");
   for (const ContextPlan& context : plan.contexts) {
-    for (const Candidate& candidate : context.candidates) {
-      if (candidate.harm.proxy) return true;
+    absl::StrAppend(&text, Heading(context, paint));
+    if (context.chosen >= 0) {
+      const Candidate& chosen = context.candidates[static_cast<size_t>(context.chosen)];
+      absl::StrAppend(&text, SpeedLine(chosen, context.running), "\n", PoolLine(context));
     }
+    absl::StrAppend(&text, ContextTable(context, style, true), "\n");
   }
-  return false;
+  absl::StrAppend(
+      &text,
+      "harm: change of perplexity by `kvtide eval` on the model named; a pair that is not measured "
+      "is never chosen without --allow-unmeasured\n");
+  for (const std::string& line : KernelLines(plan.contexts.front(), true)) absl::StrAppend(&text, line, "\n");
+  for (const std::string& note : plan.notes) absl::StrAppend(&text, "note: ", note, "\n");
+  for (const std::string& assumption : plan.assumptions)
+    absl::StrAppend(&text, "assumed: ", assumption, "\n");
+  for (const Claim& claim : ClaimsAbout(plan)) {
+    absl::StrAppend(
+        &text,
+        paint(kDim, absl::StrCat("claim (", claim.source, "): ", claim.claim, ". Checked: ", claim.verdict)),
+        "\n");
+  }
+  return text;
 }
 
 }  // namespace
@@ -279,30 +445,14 @@ std::vector<Claim> ClaimsAbout(const Plan& plan) {
 std::string RenderTable(const PlanRequest& request, const Plan& plan, const TableStyle& style) {
   const Painter paint(style.color);
   const DeviceBudget& device = request.device;
-  std::string text =
+  const std::string what = plan.contexts.size() == 1
+                               ? LoadText(request, plan.contexts.front().context)
+                               : absl::StrCat(request.workload.concurrency,
+                                              request.workload.concurrency == 1 ? " sequence" : " sequences");
+  const std::string text =
       absl::StrCat(paint(kBold, plan.model_name), " in ", plan.engine_name, " on ",
-                   device.count > 1 ? absl::StrCat(device.count, " x ") : "", device.name, ": ",
-                   FormatBytes(plan.device_budget_bytes), " usable", device.count > 1 ? " each" : "",
-                   ", weights ", FormatBytes(plan.weights_bytes), ", ", request.workload.concurrency,
-                   request.workload.concurrency == 1 ? " sequence" : " sequences", "\n\n");
-  const bool one_context = plan.contexts.size() == 1;
-  if (!one_context) absl::StrAppend(&text, Summary(plan, paint), "\n");
-  for (const ContextPlan& context : plan.contexts)
-    absl::StrAppend(&text, ContextTable(context, style, one_context || style.all_pairs), "\n");
-  absl::StrAppend(&text,
-                  "harm: change of perplexity as measured by `kvtide eval`; ? = not measured, never chosen",
-                  UsesProxy(plan) ? "; * = measured on another model" : "", "\n");
-  if (!plan.contexts.empty()) absl::StrAppend(&text, KernelLines(plan));
-  for (const std::string& note : plan.notes) absl::StrAppend(&text, "note: ", note, "\n");
-  for (const std::string& assumption : plan.assumptions)
-    absl::StrAppend(&text, "assumed: ", assumption, "\n");
-  for (const Claim& claim : style.all_pairs ? ClaimsAbout(plan) : std::vector<Claim>()) {
-    absl::StrAppend(
-        &text,
-        paint(kDim, absl::StrCat("claim (", claim.source, "): ", claim.claim, ". Checked: ", claim.verdict)),
-        "\n");
-  }
-  return text;
+                   device.count > 1 ? absl::StrCat(device.count, " x ") : "", device.name, ", ", what, "\n");
+  return absl::StrCat(text, style.full ? FullAnswer(plan, style) : ShortAnswer(plan, style));
 }
 
 std::string RenderJson(const PlanRequest& request, const Plan& plan) {

@@ -10,9 +10,11 @@ namespace kvtide::planner {
 
 struct TableStyle {
   bool color = false;
-  // Every pair, the bill of every context and what others claim. Otherwise the choice and the measured pairs
-  // that no other beats on both harm and bytes.
-  bool all_pairs = true;
+  // Every pair, the bill of every context and what others claim. Otherwise an answer of about 20 lines: a
+  // line per context, and of the longest the choice and the measured pairs that no other beats on both harm
+  // and bytes.
+  bool full = true;
+  bool every_pair = false;  // also in the short answer: somebody named them
 };
 
 std::string RenderTable(const PlanRequest& request, const Plan& plan, const TableStyle& style);

@@ -6,8 +6,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "kernels/base/status.h"
-#include "planner/engines/overheads.h"
 #include "planner/engines/vllm.h"
+#include "planner/plan/overheads.h"
 #include "planner/units.h"
 
 namespace kvtide::planner {
@@ -40,13 +40,18 @@ absl::StatusOr<std::string> RenderLlamaArgs(const PlanRequest& request, const Pl
   KVTIDE_ASSIGN_OR_RETURN(const ContextPlan* context, LargestContext(request, plan, Engine::kLlamaCpp));
   const Workload& work = request.workload;
   const TypePair& pair = PairOf(*context);
-  const int64_t tokens = work.shared_prefix_tokens * (request.engine.unified ? 1 : work.concurrency) +
-                         work.concurrency * (context->context - work.shared_prefix_tokens);
+  const int64_t tokens =
+      request.engine.total_context
+          ? context->context
+          : Sum(Product(work.shared_prefix_tokens, request.engine.unified ? 1 : work.concurrency),
+                Product(work.concurrency, context->context - work.shared_prefix_tokens));
   int layers = 999;
+  int cpu_experts = 0;
   bool kv_on_host = false;
   if (context->split.has_value() && context->chosen < 0) {
     kv_on_host = context->split->device_kv_bytes == 0;
-    if (!kv_on_host) layers = context->split->device_layers;
+    cpu_experts = context->split->cpu_expert_layers;
+    if (!kv_on_host && cpu_experts == 0) layers = context->split->device_layers;
   }
   std::string args =
       absl::StrCat("-c ", tokens, " -np ", work.concurrency, " -ngl ", layers, " -ctk ", pair.k);
@@ -56,6 +61,9 @@ absl::StatusOr<std::string> RenderLlamaArgs(const PlanRequest& request, const Pl
   if (request.engine.unified && work.concurrency > 1) absl::StrAppend(&args, " -kvu");
   if (request.engine.swa_full) absl::StrAppend(&args, " --swa-full");
   if (kv_on_host) absl::StrAppend(&args, " --no-kv-offload");
+  if (cpu_experts > 0) absl::StrAppend(&args, " --n-cpu-moe ", cpu_experts);
+  if (request.device.count > 1)
+    absl::StrAppend(&args, " -sm ", request.engine.split_tensors ? "tensor" : "layer");
   return args + " -fit off\n";
 }
 

@@ -3,6 +3,7 @@
 
 #include "clients/cli/plan/fleet_command.h"
 #include "clients/cli/plan/plan_command.h"
+#include "clients/cli/plan/plan_flags.h"
 
 int main(int argc, char** argv) {
   CLI::App app("kvtide planning commands");
@@ -11,7 +12,7 @@ int main(int argc, char** argv) {
   kvtide::cli::AddPlanCommand(app, &exit_code);
   kvtide::cli::AddFleetCommand(app, &exit_code);
   try {
-    app.parse(argc, argv);
+    app.parse(kvtide::cli::WithEngineWords(argc, argv));
   } catch (const CLI::ParseError& error) {
     return app.exit(error) == 0 ? 0 : kvtide::cli::kExitBadInput;
   }

@@ -4,7 +4,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -85,9 +87,92 @@ TEST(PlanCli, EngineFlags) {
   EXPECT_EQ(Kvtide(std::string(kGemma) + "--output vllm-args").code, 2);
 }
 
+TEST(PlanCli, AnAnswerThatCannotBeWrittenIsExitCodeOne) {
+  if (!std::filesystem::exists("/dev/full")) GTEST_SKIP() << "no /dev/full";
+  for (const char* command :
+       {"plan --model llama-3.1-8b --device 'RTX 4090' --output json", "plan --list models"}) {
+    const int status =
+        std::system((std::string(KVTIDE_PLAN_CLI) + " " + command + " > /dev/full 2> /dev/null").c_str());
+    EXPECT_EQ(WEXITSTATUS(status), 1) << command;
+  }
+}
+
+TEST(PlanCli, BareNumbersAreRefusedWithASuggestion) {
+  const Ran weights = Kvtide("plan --model llama-3.1-8b --weights 16 --device 'RTX 4090'");
+  EXPECT_EQ(weights.code, 2);
+  EXPECT_THAT(weights.out, AllOf(HasSubstr("--weights"), HasSubstr("16GiB")));
+  EXPECT_THAT(Kvtide("plan --model llama-3.1-8b --device vram=24").out, HasSubstr("24GiB"));
+  EXPECT_EQ(Kvtide("plan --model llama-3.1-8b --device 'RTX 4090' --used 0").code, 0);
+}
+
+TEST(PlanCli, WithoutWeightsAModelIsTakenAsPublishedAndSaysSo) {
+  const Ran ran = Kvtide("plan --model llama-3.1-8b --device 'RTX 4090' --context 8K");
+  EXPECT_EQ(ran.code, 0);
+  EXPECT_THAT(ran.out, AllOf(HasSubstr("weights 15.0 GiB"), HasSubstr("bf16, as nothing was said")));
+}
+
+TEST(PlanCli, TypesAreNamedAsTheyAre) {
+  const Ran ran = Kvtide(std::string(kGemma) + "--pairs q8");
+  EXPECT_EQ(ran.code, 2);
+  EXPECT_THAT(ran.out, HasSubstr("did you mean q8_0?"));
+}
+
+TEST(PlanCli, LlamaServersOwnWords) {
+  const std::string model =
+      "plan --model llama-3.1-8b --weights q4_k_m --device 'RTX 4090' --engine llama.cpp ";
+  const auto json = [&](const std::string& words) {
+    const Ran ran = Kvtide(model + words + " --output json");
+    EXPECT_EQ(ran.code, 0) << ran.out;
+    return nlohmann::json::parse(ran.out);
+  };
+  const auto four = json("-c 8192");
+  EXPECT_EQ(four["concurrency"], 4);
+  EXPECT_EQ(four["contexts"][0]["pairs"][0]["kv_bytes"], 1 << 30);  // 8192 cells, shared
+  const auto divided = json("-c 8192 -np 2");
+  EXPECT_EQ(divided["concurrency"], 2);
+  EXPECT_EQ(divided["contexts"][0]["pairs"][0]["kv_bytes"], 1 << 30);
+  const auto quantised = json("-c 8192 -np 2 -kvu -ctk q8_0 -ctv q8_0 -ub 256");
+  EXPECT_EQ(quantised["contexts"][0]["pairs"][0]["pair"], "q8_0/q8_0");
+  EXPECT_THAT(Kvtide(model + "-c 8192").out, HasSubstr("-c 8192 shared by 4 slots"));
+  EXPECT_THAT(Kvtide(model + "--context 8K --concurrency 4").out,
+              HasSubstr("llama-server -c 32768 -np 4 -kvu"));
+  EXPECT_EQ(Kvtide("plan --model llama-3.1-8b --device 'RTX 4090' --engine vllm -c 8192").code, 2);
+}
+
+TEST(PlanCli, TheDefaultAnswerIsShort) {
+  const Ran ran = Kvtide("plan --model llama-3.1-8b --weights q4_k_m --device 'RTX 4090'");
+  EXPECT_LE(std::count(ran.out.begin(), ran.out.end(), '\n'), 24) << ran.out;
+  const Ran one = Kvtide(kGemma);
+  EXPECT_LE(std::count(one.out.begin(), one.out.end(), '\n'), 20) << one.out;
+  EXPECT_THAT(one.out, AllOf(HasSubstr("tokens/s"), HasSubstr("memory: "), HasSubstr("none")));
+}
+
+TEST(PlanCli, FourSlotsOfEightThousandTokensFitGemmaOnA5080) {
+  const Ran ran = Kvtide(
+      "plan --model gemma-4-26b-a4b --weights q4_0 --device 'RTX 5080' --engine llama.cpp --context 8192 "
+      "--concurrency 4 --pairs f16/f16");
+  EXPECT_EQ(ran.code, 0) << ran.out;
+}
+
+TEST(PlanCli, ThreeGpusForThirtyTwoHeadsAreRefused) {
+  const Ran ran = Kvtide("plan --model llama-3.1-8b --device 'RTX 4090' --gpus 3 --engine vllm");
+  EXPECT_EQ(ran.code, 2);
+  EXPECT_THAT(ran.out, AllOf(HasSubstr("vllm refuses 3 GPUs"), HasSubstr("use 2 or 4")));
+  EXPECT_EQ(Kvtide("plan --model llama-3.1-8b --device 'RTX 4090' --gpus 3 --engine llama.cpp").code, 0);
+}
+
+TEST(PlanCli, VllmQueuesWhatDoesNotFit) {
+  const Ran ran = Kvtide(
+      "plan --model llama-3.1-8b --weights bf16 --device 'RTX 4090' --engine vllm --context 8K --concurrency "
+      "64");
+  EXPECT_EQ(ran.code, 3) << ran.out;
+  EXPECT_THAT(ran.out, AllOf(HasSubstr("at once"), HasSubstr("wait in the queue"),
+                             HasSubstr("maximum concurrency for 8192 tokens per request")));
+}
+
 TEST(PlanCli, ExplainMatrixAndLists) {
   EXPECT_THAT(Kvtide(std::string(kGemma) + "--pairs q8_0/pq4 --explain").out, HasSubstr("5440 B per cell"));
-  EXPECT_THAT(Kvtide(std::string(kGemma) + "--matrix").out,
+  EXPECT_THAT(Kvtide(std::string(kGemma) + "--matrix --build auto").out,
               HasSubstr("q8_0/turbo4             512 dequantise"));
   EXPECT_THAT(Kvtide("plan --list models").out, HasSubstr("Kimi-K2"));
   EXPECT_THAT(Kvtide("plan --list devices").out, HasSubstr("RTX 5080"));
@@ -103,7 +188,7 @@ TEST(PlanCli, PlotVerifyAndFleetUseFiles) {
                     mix = (folder / "mix.csv").string();
   EXPECT_EQ(Kvtide(std::string(kGemma) + "--plot " + plot).code, 0);
   EXPECT_GT(std::filesystem::file_size(plot), 1000u);
-  EXPECT_EQ(Kvtide(std::string(kGemma) + "--plot /no/such/folder/x.svg").code, 2);
+  EXPECT_EQ(Kvtide(std::string(kGemma) + "--plot /no/such/folder/x.svg").code, 1);
   std::ofstream(log) << "llama_kv_cache:      CUDA0 KV buffer size =   940.00 MiB\n";
   const Ran verify = Kvtide(
       "plan verify --model gemma-4-26b-a4b --device 'RTX 5080' --engine llama.cpp --context 32768 --pairs "
@@ -111,6 +196,14 @@ TEST(PlanCli, PlotVerifyAndFleetUseFiles) {
       log);
   EXPECT_EQ(verify.code, 0) << verify.out;
   EXPECT_THAT(verify.out, HasSubstr("+0.0%"));
+  std::ofstream(log) << "llama_kv_cache:      CUDA0 KV buffer size =   640.00 MiB\n";
+  const std::string off =
+      "plan verify --model gemma-4-26b-a4b --device 'RTX 5080' --engine llama.cpp --context 32768 --pairs "
+      "f16/f16 "
+      "--log " +
+      log;
+  EXPECT_EQ(Kvtide(off).code, 0);
+  EXPECT_EQ(Kvtide(off + " --tolerance 10%").code, 5);
   EXPECT_EQ(
       Kvtide("plan verify --model gemma-4-26b-a4b --device 'RTX 5080' --context 32768 --pairs f16/f16").code,
       2);

@@ -23,6 +23,7 @@ FleetRequest Request() {
   request.pair = {"q8_0", "turbo4"};
   request.mix = {{"chat", 8192, 300, 10, 60, 0.4}};
   request.duration_s = 1200;
+  request.prefill_tokens_per_s = 100000;  // memory is what is short
   return request;
 }
 
@@ -81,6 +82,36 @@ TEST(Fleet, MoreLoadNeedsMoreGpus) {
   EXPECT_EQ(Simulate(request).points[0].gpus, 0);
   EXPECT_EQ(Simulate(request).best, -1);
   EXPECT_THAT(RenderFleetTable(request, Simulate(request)), HasSubstr("do not suffice"));
+}
+
+TEST(Fleet, PrefillIsSharedByTheTurnsOfAGpu) {
+  // Sessions of 32K tokens that come back to nothing ask for more prompt tokens than a few GPUs have.
+  FleetRequest request = Request();
+  request.mix = {{"agent", 32768, 300, 20, 60, 1.0}};
+  request.prefill_tokens_per_s = 5000;
+  request.host_bytes = {0};
+  request.max_gpus = 3;
+  const FleetResult small = Simulate(request);
+  const FleetPoint& point = small.points[0];
+  EXPECT_LE(point.recomputed_tokens_per_s, 1.02 * 3 * request.prefill_tokens_per_s);
+  EXPECT_GT(point.wait_p95_s, request.max_wait_s) << "busy fleets make turns wait";
+  EXPECT_EQ(point.gpus, 0);
+  EXPECT_THAT(small.warnings, ::testing::Contains(HasSubstr("prefill takes")));
+  request.max_gpus = 256;
+  const FleetResult enough = Simulate(request);
+  ASSERT_GT(enough.points[0].gpus, 3);
+  EXPECT_LE(enough.points[0].prefill_load, 1);
+  EXPECT_LE(enough.points[0].wait_p95_s, request.max_wait_s);
+}
+
+TEST(Fleet, GroupsAreCountedInCards) {
+  FleetRequest request = Request();
+  request.plan.device.count = 2;
+  request.host_bytes = {0};
+  const FleetResult result = Simulate(request);
+  EXPECT_EQ(result.cards_per_group, 2);
+  EXPECT_EQ(result.points[0].gpus, 2 * result.points[0].groups);
+  EXPECT_THAT(RenderFleetTable(request, result), HasSubstr("1 group of 2"));
 }
 
 TEST(Fleet, SingleTurnsCannotProfit) {

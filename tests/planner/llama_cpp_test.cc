@@ -105,11 +105,41 @@ TEST(LlamaCpp, TreesHaveTheirTypes) {
   EXPECT_THAT(
       std::string(
           MakeKvSizer(options, *geometry, GroupLayers(*geometry), {"q8_0", "turbo4"}).status().message()),
-      HasSubstr("upstream tree"));
+      AllOf(HasSubstr("upstream tree"), HasSubstr("the turboquant fork has them")));
   EXPECT_THAT(
       std::string(
           MakeKvSizer(Options(), *geometry, GroupLayers(*geometry), {"q9", "f16"}).status().message()),
       HasSubstr("known: f16"));
+}
+
+TEST(LlamaCpp, WithoutFlashAttentionVIsAsWideAsTheWidestLayer) {
+  // gemma-4-26b-a4b: sliding layers have 8 x 256 values of V, full ones 2 x 512, padded to 2048 when V is
+  // transposed: 5 layers x 32768 cells x 1024 values x 2 B.
+  EngineOptions options = Options();
+  options.flash_attention = false;
+  const KvLoad load{32768, 1, 0};
+  EXPECT_EQ(Sizer("gemma-4-26b-a4b", {"f16", "f16"}, options)->Bytes(load).Cache() -
+                Sizer("gemma-4-26b-a4b", {"f16", "f16"})->Bytes(load).Cache(),
+            320 * kMiB);
+  EXPECT_EQ(Sizer("llama-3.1-8b", {"f16", "f16"}, options)->Bytes(load).Cache(), 4 * kGiB);
+}
+
+TEST(LlamaCpp, SpeculationKeepsRecurrentStatesToGoBackTo) {
+  EngineOptions options = Options();
+  options.recurrent_copies = 2;
+  const KvBytes bytes = Sizer("qwen3.5-27b", {"f16", "f16"}, options)->Bytes({8192, 1, 0});
+  EXPECT_NEAR(static_cast<double>(bytes.recurrent) / kMiB, 448.88, 0.01);  // as a log of a 27B hybrid says
+}
+
+TEST(LlamaCpp, ServerSlotsShareOrDivideTheContext) {
+  EngineOptions shared = Options();
+  shared.total_context = true;
+  EngineOptions divided = shared;
+  divided.unified = false;
+  EXPECT_EQ(Sizer("llama-3.1-8b", {"f16", "f16"}, shared)->Bytes({8192, 4, 0}).Cache(), 8192 * 128 * kKiB);
+  EXPECT_EQ(Sizer("llama-3.1-8b", {"f16", "f16"}, divided)->Bytes({8192, 4, 0}).Cache(), 8192 * 128 * kKiB);
+  // 5000 is padded to 5120; a third of it, 1706, to 1792.
+  EXPECT_EQ(LlamaCppCells(divided, 0, 1, {5000, 3, 0}), 1792);
 }
 
 TEST(LlamaCpp, RowsThatDoNotDivideAreRefused) {

@@ -66,6 +66,7 @@ std::string Error(const PlanRequest& request) {
 TEST(Plan, SixteenGigabytesHoldGemmaInF16AndKernelsTellThePairsApart) {
   PlanRequest request = Request("gemma-4-26b-a4b", "RTX 5080", Engine::kLlamaCpp);
   request.weights = *EstimateWeights(request.model, "q4_0");
+  request.engine.build = "auto";
   const Plan plan = Make(request);
   const ContextPlan& context = plan.contexts[0];
   EXPECT_EQ(context.verdict, Verdict::kFits);
@@ -96,7 +97,7 @@ TEST(Plan, TwentyFourAndTwelveGigabytes) {
   request.device = *ParseDevice("RTX 4070,host=64GiB");
   const Plan small = Make(request);
   EXPECT_EQ(small.verdict, Verdict::kFitsWithTiers);  // the weights alone are too large: layers go to the CPU
-  EXPECT_THAT(small.contexts[0].split->how, HasSubstr("layers run on the CPU"));
+  EXPECT_THAT(small.contexts[0].split->how, HasSubstr("--n-cpu-moe 14"));
 }
 
 TEST(Plan, LeastHarmThenFewestBytes) {
@@ -204,6 +205,94 @@ TEST(Plan, ItemsSumToTheTotal) {
     EXPECT_EQ(TotalBytes(candidate.items), candidate.total_bytes);
     EXPECT_EQ(candidate.fits, candidate.free_bytes >= 0);
   }
+}
+
+TEST(Plan, DraftsHaveACacheAndBuffersOfTheirOwn) {
+  PlanRequest request = Request("qwen3-32b", "RTX 5090", Engine::kLlamaCpp);
+  request.weights.bytes = 19 * kGiB;
+  request.workload.contexts = {8192};
+  request.pairs = {{"f16", "f16"}};
+  const int64_t without = Make(request).contexts[0].candidates[0].total_bytes;
+  request.workload.draft =
+      DraftModel{*FindModel("qwen3-8b"), {kGiB, Provenance::kExact, "test"}, {"q8_0", "q8_0"}};
+  const Candidate with = Make(request).contexts[0].candidates[0];
+  int64_t draft_kv = 0, draft_compute = 0, draft = 0;
+  for (const Item& item : with.items) {
+    if (item.kind == ItemKind::kDraftKv) draft_kv += item.bytes;
+    if (item.kind == ItemKind::kDraftCompute) draft_compute += item.bytes;
+    if (item.kind == ItemKind::kDraft) draft += item.bytes;
+  }
+  EXPECT_EQ(draft_kv, 8192 * 144 * kKiB * 17 / 32);  // 36 layers x 8 x 128, q8_0
+  EXPECT_EQ(draft, kGiB);
+  EXPECT_GT(draft_compute, 0);
+  EXPECT_EQ(with.total_bytes, without + draft + draft_kv + draft_compute);
+}
+
+// Bytes of one kind of item of the first candidate.
+int64_t BytesOf(const Plan& plan, ItemKind kind) {
+  int64_t bytes = 0;
+  for (const Item& item : plan.contexts[0].candidates[0].items) bytes += item.kind == kind ? item.bytes : 0;
+  return bytes;
+}
+
+TEST(Plan, PredictionLayersHaveTheCacheOfALayer) {
+  PlanRequest request = Request("qwen3.5-27b", "RTX 5090", Engine::kLlamaCpp);
+  request.workload.mtp_layers = 1;
+  request.workload.contexts = {8192};
+  request.pairs = {{"q8_0", "q8_0"}};
+  EXPECT_EQ(BytesOf(Make(request), ItemKind::kDraftKv), 8192 * 4 * 256 * 2 * 2);  // f16, one full layer
+}
+
+TEST(Plan, APartIsNeverCalledExact) {
+  PlanRequest request = Request("llama-3.1-8b", "RTX 4090", Engine::kLlamaCpp);
+  request.model.uncounted = {"the keys of an indexer"};
+  const Plan plan = Make(request);
+  EXPECT_THAT(plan.notes, Contains(HasSubstr("the keys of an indexer")));
+  for (const Item& item : plan.contexts[0].candidates[0].items) {
+    const bool cache = item.kind == ItemKind::kKvFull;
+    EXPECT_TRUE(!cache || item.provenance == Provenance::kGuess);
+  }
+}
+
+TEST(Plan, TensorParallelNeedsHeadsThatDivide) {
+  PlanRequest request = Request("llama-3.1-8b", "RTX 4090,count=3", Engine::kVllm);
+  EXPECT_THAT(Error(request),
+              HasSubstr("vllm refuses 3 GPUs: 32 query heads do not divide by 3; use 2 or 4"));
+  request.engine.engine = Engine::kLlamaCpp;  // layers may be split in any way
+  EXPECT_TRUE(MakePlan(request).ok());
+  request.engine.split_tensors = true;
+  EXPECT_THAT(Error(request), HasSubstr("or split layers"));
+}
+
+TEST(Plan, ServersQueueWhatDoesNotFitAtOnce) {
+  PlanRequest request = Request("llama-3.1-8b", "RTX 4090", Engine::kVllm);
+  request.weights.bytes = 15 * kGiB;
+  request.workload.contexts = {8192};
+  request.workload.concurrency = 64;
+  request.pairs = {{"f16", "f16"}};
+  const ContextPlan context = Make(request).contexts[0];
+  ASSERT_EQ(context.chosen, 0);
+  EXPECT_EQ(context.verdict, Verdict::kFits);
+  EXPECT_FALSE(context.candidates[0].fits);
+  EXPECT_EQ(context.running, context.candidates[0].max_concurrency);
+  EXPECT_GT(context.running, 0);
+  EXPECT_THAT(context.reason, HasSubstr("wait in the queue"));
+  EXPECT_NEAR(context.candidates[0].pool_concurrency, static_cast<double>(context.running), 1);
+  // llama.cpp allocates all slots at its start: there is nothing to wait for.
+  request.engine.engine = Engine::kLlamaCpp;
+  EXPECT_EQ(Make(request).verdict, Verdict::kDoesNotFit);
+}
+
+TEST(Plan, UnmeasuredPairsAreChosenOnlyWhenAllowed) {
+  PlanRequest request = Request("llama-3.1-8b", "RTX 4090", Engine::kVllm);
+  request.weights.bytes = 15 * kGiB;
+  request.workload.contexts = {32768};
+  request.pairs = {{"fp8", "fp8"}};
+  EXPECT_EQ(Make(request).contexts[0].chosen, -1);
+  request.allow_unmeasured = true;
+  const ContextPlan context = Make(request).contexts[0];
+  EXPECT_EQ(context.chosen, 0);
+  EXPECT_THAT(context.reason, HasSubstr("not measured"));
 }
 
 TEST(Plan, CacheTierHoldsNothingButCache) {

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "planner/engines/kv_sizer.h"
+#include "planner/engines/llama_cpp.h"
 #include "planner/model/catalogue.h"
 #include "planner/plan/matrix.h"
 
@@ -12,8 +13,15 @@ namespace {
 
 using ::testing::HasSubstr;
 
-SupportLevel Level(const TypePair& pair, int head_dim, const std::string& build = "auto") {
-  return FindSupport(Engine::kLlamaCpp, build, pair, head_dim, head_dim).level;
+Support Find(Engine engine, const TypePair& pair, int dk, int dv, const std::string& build = "newest") {
+  EngineOptions options;
+  options.engine = engine;
+  options.build = build;
+  return FindSupport(options, pair, dk, dv);
+}
+
+SupportLevel Level(const TypePair& pair, int head_dim, const std::string& build = "newest") {
+  return Find(Engine::kLlamaCpp, pair, head_dim, head_dim, build).level;
 }
 
 TEST(Support, LlamaCppVectorKernelStopsAt256) {
@@ -25,17 +33,40 @@ TEST(Support, LlamaCppVectorKernelStopsAt256) {
   EXPECT_EQ(Level({"q8_0", "pq4"}, 512), SupportLevel::kNative);
 }
 
-TEST(Support, PairsThatAreNotCompiledRunOnTheCpu) {
-  EXPECT_EQ(Level({"q8_0", "q4_0"}, 128), SupportLevel::kCpuFallback);
-  EXPECT_EQ(Level({"q5_1", "q5_1"}, 128), SupportLevel::kCpuFallback);
-  EXPECT_EQ(Level({"f16", "bf16"}, 128), SupportLevel::kCpuFallback);
+// Builds after the change of GGML_CUDA_FA_ALL_QUANTS (ggml-org/llama.cpp #28079) convert on the GPU.
+TEST(Support, PairsThatAreNotCompiledRunOnTheCpuInOldBuildsOnly) {
+  for (const TypePair& pair : {TypePair{"q8_0", "q4_0"}, TypePair{"q5_1", "q5_1"}, TypePair{"f16", "bf16"}}) {
+    EXPECT_EQ(Level(pair, 128, "b10819"), SupportLevel::kCpuFallback) << pair.Name();
+    EXPECT_EQ(Level(pair, 128, "b6918"), SupportLevel::kCpuFallback) << pair.Name();
+    EXPECT_EQ(Level(pair, 128), SupportLevel::kDequantise) << pair.Name();
+    EXPECT_EQ(Level(pair, 128, "upstream"), SupportLevel::kDequantise) << pair.Name();
+  }
+  EngineOptions options;
+  options.engine = Engine::kLlamaCpp;
+  options.build = "b10819";
+  options.all_quants = true;
+  EXPECT_EQ(FindSupport(options, {"q8_0", "q4_0"}, 128, 128).level, SupportLevel::kNative);
+}
+
+TEST(Support, ForksAreNamed) {
+  EXPECT_TRUE(Find(Engine::kLlamaCpp, {"q8_0", "turbo4"}, 128, 128).NeedsFork());
+  EXPECT_FALSE(Find(Engine::kLlamaCpp, {"q8_0", "q8_0"}, 128, 128).NeedsFork());
+  EngineOptions options;
+  options.engine = Engine::kLlamaCpp;
+  for (const TypePair& pair : DefaultPairs(options, false)) {
+    EXPECT_FALSE(FindSupport(options, pair, 128, 128).NeedsFork()) << pair.Name();
+  }
+  options.build = "auto";
+  EXPECT_GT(DefaultPairs(options, false).size(), 12u);
+  EXPECT_FALSE(CheckLlamaBuild("tq").ok());
+  EXPECT_TRUE(CheckLlamaBuild("b12000").ok());
 }
 
 TEST(Support, UnknownTypesAreRefused) {
   EXPECT_EQ(Level({"q8_0", "turbo4"}, 128, "upstream"), SupportLevel::kRefused);
-  EXPECT_EQ(FindSupport(Engine::kKvtide, "", {"q9", "f16"}, 128, 128).level, SupportLevel::kRefused);
-  EXPECT_EQ(FindSupport(Engine::kKvtide, "", {"f16", "f16"}, 576, 512).level, SupportLevel::kRefused);
-  EXPECT_EQ(FindSupport(Engine::kVllm, "", {"tq4", "tq4"}, 576, 0).level, SupportLevel::kRefused);
+  EXPECT_EQ(Find(Engine::kKvtide, {"q9", "f16"}, 128, 128).level, SupportLevel::kRefused);
+  EXPECT_EQ(Find(Engine::kKvtide, {"f16", "f16"}, 576, 512).level, SupportLevel::kRefused);
+  EXPECT_EQ(Find(Engine::kVllm, {"tq4", "tq4"}, 576, 0).level, SupportLevel::kRefused);
 }
 
 TEST(Support, WorstLayerDecides) {
@@ -57,16 +88,18 @@ TEST(Support, QuantisedVNeedsFlashAttention) {
 }
 
 TEST(Support, KvtideRunsEveryPairAtEveryHeadDim) {
-  for (const TypePair& pair : DefaultPairs(Engine::kKvtide, false)) {
+  for (const TypePair& pair : DefaultPairs(EngineOptions{}, false)) {
     for (int head_dim : {64, 80, 96, 112, 128, 192, 256, 512}) {
-      EXPECT_EQ(FindSupport(Engine::kKvtide, "", pair, head_dim, head_dim).level, SupportLevel::kNative)
+      EXPECT_EQ(Find(Engine::kKvtide, pair, head_dim, head_dim).level, SupportLevel::kNative)
           << pair.Name() << head_dim;
     }
   }
 }
 
 TEST(Support, MatrixShowsScratch) {
-  const auto rows = SupportMatrix(Engine::kLlamaCpp, "auto", {{"q8_0", "turbo4"}, {"f16", "f16"}}, {64, 512});
+  EngineOptions options;
+  options.engine = Engine::kLlamaCpp;
+  const auto rows = SupportMatrix(options, {{"q8_0", "turbo4"}, {"f16", "f16"}}, {64, 512});
   ASSERT_EQ(rows.size(), 4u);
   EXPECT_EQ(rows[0].scratch_bytes_per_token, 2 * (64 + 128));  // turbo4 pads heads of 64 to 128
   EXPECT_EQ(rows[3].scratch_bytes_per_token, 0);

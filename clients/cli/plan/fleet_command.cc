@@ -60,6 +60,7 @@ absl::StatusOr<int> RunFleet(FleetCommand& command) {
   const std::string text = command.output == "json" ? planner::RenderFleetJson(request, result)
                                                     : planner::RenderFleetTable(request, result);
   std::fwrite(text.data(), 1, text.size(), stdout);
+  KVTIDE_RETURN_IF_ERROR(FlushOutput());
   for (const planner::FleetPoint& point : result.points) {
     if (point.gpus > 0) return 0;
   }
@@ -84,7 +85,7 @@ void AddFleetCommand(CLI::App& app, int* exit_code) {
       ->capture_default_str();
   fleet
       ->add_option("--prefill-rate", command->request.prefill_tokens_per_s,
-                   "Prompt tokens per second and GPU; measure yours")
+                   "Prompt tokens per second and GPU, shared by its turns; measure yours")
       ->capture_default_str();
   fleet
       ->add_option("--max-wait", command->request.max_wait_s,
@@ -94,7 +95,7 @@ void AddFleetCommand(CLI::App& app, int* exit_code) {
       ->add_option("--duration", command->request.duration_s,
                    "Seconds to simulate; the first quarter is not counted")
       ->capture_default_str();
-  fleet->add_option("--max-gpus", command->request.max_gpus, "Stop looking beyond this number")
+  fleet->add_option("--max-gpus", command->request.max_gpus, "Stop looking beyond this number of cards")
       ->capture_default_str();
   fleet->add_option("--seed", command->request.seed, "Seed of the arrivals")->capture_default_str();
   fleet->add_option("--output", command->output, "table or json")->capture_default_str();
@@ -105,7 +106,9 @@ void AddFleetCommand(CLI::App& app, int* exit_code) {
       return;
     }
     std::fprintf(stderr, "kvtide fleet: %s\n", std::string(code.status().message()).c_str());
-    *exit_code = absl::IsFailedPrecondition(code.status()) ? kExitDoesNotFit : kExitBadInput;
+    *exit_code = absl::IsFailedPrecondition(code.status()) ? kExitDoesNotFit
+                 : IsWriteError(code.status())             ? kExitNotWritten
+                                                           : kExitBadInput;
   });
 }
 

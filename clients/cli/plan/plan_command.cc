@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "absl/strings/match.h"
@@ -32,7 +33,10 @@ const char* const kExamples = R"(Examples:
   kvtide plan --model ./Llama-3.1-8B/ --device vram=24GiB,bandwidth=936GB/s,host=64GiB --concurrency 8 --plot plan.svg
   kvtide plan --model qwen2.5-3b --device "RTX 3060" --pairs q8_0/turbo4 --context 32K --explain
   kvtide plan verify --model ./model.gguf --device auto --engine llama.cpp --context 32K --pairs f16/f16 --log server.log
-Exit codes: 0 fits, 3 fits only with tiers, 4 does not fit, 2 bad input.)";
+  kvtide plan --model ./model.gguf --device "RTX 3090" --engine llama.cpp -c 32768 -np 4 -kvu -ctk q8_0 -ctv q8_0
+  kvtide plan --model qwen3-32b --weights fp8 --device "H100 SXM" --engine vllm --context 32K --concurrency 64
+Exit codes: 0 fits, 3 fits only with tiers or with sequences that wait, 4 does not fit, 2 bad input, 1 the answer could
+not be written, 5 verify: beyond --tolerance.)";
 
 struct PlanCommand {
   PlanFlags flags;
@@ -41,6 +45,7 @@ struct PlanCommand {
   std::string list;
   std::string log;
   std::string metrics;
+  std::string tolerance;
   bool explain = false;
   bool matrix = false;
   bool all = false;
@@ -50,19 +55,19 @@ void Print(const std::string& text) { std::fwrite(text.data(), 1, text.size(), s
 
 int Fail(const absl::Status& status) {
   std::fprintf(stderr, "kvtide plan: %s\n", std::string(status.message()).c_str());
-  return kExitBadInput;
+  return IsWriteError(status) ? kExitNotWritten : kExitBadInput;
 }
 
-int ExitCode(planner::Verdict verdict) {
-  switch (verdict) {
-    case planner::Verdict::kFits:
-      return 0;
-    case planner::Verdict::kFitsWithTiers:
-      return kExitFitsWithTiers;
-    case planner::Verdict::kDoesNotFit:
-      return kExitDoesNotFit;
+// The worst of the contexts; a sequence that has to wait is a degraded answer too.
+int ExitCode(const planner::Plan& plan) {
+  int code = 0;
+  for (const planner::ContextPlan& context : plan.contexts) {
+    const bool waits = context.chosen >= 0 && !context.candidates[static_cast<size_t>(context.chosen)].fits;
+    if (context.verdict == planner::Verdict::kFitsWithTiers || waits)
+      code = std::max(code, kExitFitsWithTiers);
+    if (context.verdict == planner::Verdict::kDoesNotFit) code = std::max(code, kExitDoesNotFit);
   }
-  return kExitBadInput;
+  return code;
 }
 
 absl::Status PrintList(const std::string& what) {
@@ -83,8 +88,11 @@ absl::Status PrintList(const std::string& what) {
   if (what == "pairs") {
     for (planner::Engine engine :
          {planner::Engine::kLlamaCpp, planner::Engine::kVllm, planner::Engine::kKvtide}) {
+      planner::EngineOptions options;
+      options.engine = engine;
+      options.build = "auto";
       std::string line = absl::StrCat(planner::EngineName(engine), ":");
-      for (const planner::TypePair& pair : planner::DefaultPairs(engine, false))
+      for (const planner::TypePair& pair : planner::DefaultPairs(options, false))
         absl::StrAppend(&line, " ", pair.Name());
       Print(line + "\n");
     }
@@ -101,16 +109,14 @@ void PrintMatrix(const planner::PlanRequest& request) {
       head_dims.push_back(group.head_dim_k);
     }
   }
-  const auto pairs =
-      request.pairs.empty() ? planner::DefaultPairs(request.engine.engine, false) : request.pairs;
-  Print(planner::RenderMatrix(
-      planner::SupportMatrix(request.engine.engine, request.engine.build, pairs, head_dims)));
+  const auto pairs = request.pairs.empty() ? planner::DefaultPairs(request.engine, false) : request.pairs;
+  Print(planner::RenderMatrix(planner::SupportMatrix(request.engine, pairs, head_dims)));
 }
 
 absl::StatusOr<std::string> Render(const PlanCommand& command, const planner::PlanRequest& request,
                                    const planner::Plan& plan) {
   if (command.output == "table")
-    return planner::RenderTable(request, plan, {UseColor(), command.all || !request.pairs.empty()});
+    return planner::RenderTable(request, plan, {UseColor(), command.all, !request.pairs.empty()});
   if (command.output == "json") return planner::RenderJson(request, plan);
   if (command.output == "csv") return planner::RenderCsv(request, plan);
   if (command.output == "llama-args") return planner::RenderLlamaArgs(request, plan);
@@ -131,12 +137,12 @@ absl::Status Explain(const planner::PlanRequest& request, const planner::Plan& p
   return absl::OkStatus();
 }
 
-// The plan's verdict, or an error.
-absl::StatusOr<planner::Verdict> RunPlanOnce(const PlanCommand& command) {
+// The plan's exit code, or an error.
+absl::StatusOr<int> RunPlanOnce(const PlanCommand& command) {
   KVTIDE_ASSIGN_OR_RETURN(const planner::PlanRequest request, MakePlanRequest(command.flags));
   if (command.matrix) {
     PrintMatrix(request);
-    return planner::Verdict::kFits;
+    return 0;
   }
   KVTIDE_ASSIGN_OR_RETURN(const planner::Plan plan, planner::MakePlan(request));
   if (!command.plot.empty()) {
@@ -145,21 +151,21 @@ absl::StatusOr<planner::Verdict> RunPlanOnce(const PlanCommand& command) {
   }
   if (command.explain) {
     KVTIDE_RETURN_IF_ERROR(Explain(request, plan));
-    return plan.verdict;
+    return ExitCode(plan);
   }
   absl::StatusOr<std::string> text = Render(command, request, plan);
   if (!text.ok() && absl::IsFailedPrecondition(text.status())) {
     std::fprintf(stderr, "kvtide plan: %s\n", std::string(text.status().message()).c_str());
-    return plan.verdict;
+    return ExitCode(plan);
   }
   if (!text.ok()) return text.status();
   Print(*text);
-  return plan.verdict;
+  return ExitCode(plan);
 }
 
 // On a machine with several GPUs, --device auto plans for each kind of them: equal ones, with equally much in
 // use, once. Outputs for programs are one plan, for the GPU with the least free memory.
-absl::StatusOr<planner::Verdict> RunPlan(const PlanCommand& command) {
+absl::StatusOr<int> RunPlan(const PlanCommand& command) {
   const std::string& device = command.flags.device;
   const bool any = device == "auto" || absl::StartsWith(device, "auto,");
   if (!any || command.matrix || command.flags.gpus > 0 || absl::StrContains(device, ",count="))
@@ -184,7 +190,7 @@ absl::StatusOr<planner::Verdict> RunPlan(const PlanCommand& command) {
     }
   }
   const bool table = command.output == "table" && !command.explain && command.plot.empty();
-  planner::Verdict worst = planner::Verdict::kFits;
+  int worst = 0;
   for (const Kind& kind : kinds) {
     const std::string text =
         absl::StrFormat("GPU %s of %d: %s, %s, %s in use\n", absl::StrJoin(kind.numbers, ", "), found->size(),
@@ -197,14 +203,15 @@ absl::StatusOr<planner::Verdict> RunPlan(const PlanCommand& command) {
     Print(absl::StrCat(&kind == kinds.data() ? "" : "\n", text));
     PlanCommand one = command;
     one.flags.device = absl::StrCat("auto:", kind.numbers[0], device.substr(4));
-    KVTIDE_ASSIGN_OR_RETURN(const planner::Verdict verdict, RunPlanOnce(one));
-    worst = std::max(worst, verdict);
+    KVTIDE_ASSIGN_OR_RETURN(const int code, RunPlanOnce(one));
+    worst = std::max(worst, code);
   }
-  return table ? absl::StatusOr<planner::Verdict>(worst) : RunPlanOnce(command);
+  return table ? absl::StatusOr<int>(worst) : RunPlanOnce(command);
 }
 
-absl::Status RunVerify(const PlanCommand& command) {
-  KVTIDE_ASSIGN_OR_RETURN(const planner::PlanRequest request, MakePlanRequest(command.flags));
+// The exit code, or an error.
+absl::StatusOr<int> RunVerify(const PlanCommand& command) {
+  KVTIDE_ASSIGN_OR_RETURN(planner::PlanRequest request, MakePlanRequest(command.flags));
   if (request.pairs.size() != 1 || request.workload.contexts.size() != 1) {
     return absl::InvalidArgumentError(
         "verify compares one pair at one context: give --pairs K/V and --context N as the engine ran");
@@ -212,13 +219,25 @@ absl::Status RunVerify(const PlanCommand& command) {
   if (command.log.empty() == command.metrics.empty()) {
     return absl::InvalidArgumentError("verify needs --log FILE or --metrics http://host:port/metrics");
   }
+  std::optional<double> tolerance;
+  if (!command.tolerance.empty()) {
+    KVTIDE_ASSIGN_OR_RETURN(tolerance, ParsePercent(command.tolerance));
+  }
   KVTIDE_ASSIGN_OR_RETURN(const std::string text,
                           command.log.empty() ? HttpGet(command.metrics) : ReadFile(command.log));
-  KVTIDE_ASSIGN_OR_RETURN(const planner::Measured measured, planner::ParseAnyLog(text));
+  KVTIDE_ASSIGN_OR_RETURN(planner::Measured measured, planner::ParseAnyLog(text));
+  if (request.weights.provenance == planner::Provenance::kGuess) {
+    measured.bytes.erase("weights");
+    measured.notes.push_back("weights are not compared: name them with --weights or plan for the file");
+  }
   KVTIDE_ASSIGN_OR_RETURN(const planner::Plan plan, planner::MakePlan(request));
-  const planner::Candidate& candidate = plan.contexts.front().candidates.front();
-  Print(planner::RenderVerify(planner::Compare(candidate, request.workload.concurrency, measured), measured));
-  return absl::OkStatus();
+  const planner::ContextPlan& context = plan.contexts.front();
+  const std::vector<planner::VerifyLine> lines =
+      planner::Compare(context.candidates.front(), context.split, request.workload.concurrency, measured);
+  Print(planner::RenderVerify(lines, measured));
+  if (!tolerance.has_value() || planner::WithinTolerance(lines, *tolerance)) return 0;
+  std::fprintf(stderr, "kvtide plan verify: an item is more than %g %% and 4 MiB off\n", *tolerance);
+  return kExitBeyondTolerance;
 }
 
 }  // namespace
@@ -247,19 +266,20 @@ void AddPlanCommand(CLI::App& app, int* exit_code) {
   verify->add_option("--log", command->log,
                      "Start-up log of llama.cpp or vLLM, or saved metrics of kvtided; - = standard input");
   verify->add_option("--metrics", command->metrics, "Metrics address of a running kvtided");
+  verify->add_option("--tolerance", command->tolerance,
+                     "Exit with 5 when an item is further off than this (10%) and than 4 MiB");
 
   plan->callback([command, verify, exit_code] {
     absl::Status status;
     *exit_code = 0;
     if (!command->list.empty()) {
       status = PrintList(command->list);
-    } else if (verify->parsed()) {
-      status = RunVerify(*command);
     } else {
-      const absl::StatusOr<planner::Verdict> verdict = RunPlan(*command);
-      status = verdict.status();
-      if (verdict.ok()) *exit_code = ExitCode(*verdict);
+      const absl::StatusOr<int> code = verify->parsed() ? RunVerify(*command) : RunPlan(*command);
+      status = code.status();
+      if (code.ok()) *exit_code = *code;
     }
+    if (status.ok()) status = FlushOutput();
     if (!status.ok()) *exit_code = Fail(status);
   });
 }

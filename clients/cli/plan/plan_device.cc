@@ -157,7 +157,7 @@ absl::StatusOr<planner::DeviceBudget> DetectDevice(const std::string& text) {
   const std::string name = device.name;
   KVTIDE_ASSIGN_OR_RETURN(
       device, planner::ParseDevice(absl::StrFormat(
-                  "vram=%d,used=%d,bandwidth=%.3f,pcie=%.3f%s", device.vram_bytes, device.in_use_bytes,
+                  "vram=%dB,used=%dB,bandwidth=%.3f,pcie=%.3f%s", device.vram_bytes, device.in_use_bytes,
                   std::max(device.bandwidth_gb_s, 1.0), std::max(device.pcie_gb_s, 1.0), changes)));
   device.name = name;
   return device;

@@ -4,13 +4,19 @@
 #include <filesystem>
 
 #include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "clients/cli/plan/plan_device.h"
 #include "clients/cli/plan/plan_io.h"
 #include "kernels/base/status.h"
+#include "planner/engines/kv_sizer.h"
+#include "planner/model/catalogue.h"
 #include "planner/model/load_model.h"
+#include "planner/model/weight_size.h"
+#include "planner/near_names.h"
 
 namespace kvtide::cli {
 namespace {
@@ -29,16 +35,6 @@ absl::StatusOr<int64_t> ParseTokens(const std::string& text) {
   return tokens * unit;
 }
 
-absl::StatusOr<double> ParsePercent(const std::string& text) {
-  std::string digits(absl::StripAsciiWhitespace(text));
-  if (!digits.empty() && digits.back() == '%') digits.pop_back();
-  double value = 0;
-  if (!absl::SimpleAtod(digits, &value) || !(value >= 0) || value > 1e6) {
-    return absl::InvalidArgumentError(absl::StrCat("'", text, "' is not a percentage of 0 or more (1%)"));
-  }
-  return value;
-}
-
 absl::StatusOr<ExactWindow> ParseWindow(const std::string& text) {
   if (text == "default") return ExactWindow{};
   if (text == "none") return ExactWindow{0, 0};
@@ -51,6 +47,16 @@ absl::StatusOr<ExactWindow> ParseWindow(const std::string& text) {
   }
   return window;
 }
+
+constexpr int kServerSlots = 4;  // llama-server without -np: four slots that share one cache
+
+struct EngineWord {
+  const char* word;
+  const char* option;
+};
+constexpr EngineWord kEngineWords[] = {
+    {"-np", "--parallel"},      {"-kvu", "--kv-unified"}, {"-ub", "--ubatch"},    {"-ctk", "--cache-type-k"},
+    {"-ctv", "--cache-type-v"}, {"-fa", "--flash-attn"},  {"-sm", "--split-mode"}};
 
 // A size, or the size of a file.
 absl::StatusOr<int64_t> ParseBytesOrFile(const std::string& text) {
@@ -84,23 +90,51 @@ absl::Status SetDevice(const PlanFlags& flags, PlanRequest* request) {
   return absl::OkStatus();
 }
 
+// -c, -np and -kvu as llama-server means them: -c is the cells of all slots, without -np four slots share
+// them, with -np every slot has its part unless -kvu is given.
+absl::Status SetServerWords(const PlanFlags& flags, PlanRequest* request) {
+  if (flags.ctx_size == 0 && flags.parallel == 0 && !flags.kv_unified) return absl::OkStatus();
+  planner::EngineOptions& engine = request->engine;
+  if (engine.engine != planner::Engine::kLlamaCpp)
+    return absl::InvalidArgumentError("-c, -np and -kvu are words of llama-server: --engine llama.cpp");
+  if (flags.parallel < 0 || flags.parallel > (1 << 20))
+    return absl::InvalidArgumentError(absl::StrCat("-np: ", flags.parallel, " slots; expected 1 or more"));
+  if (flags.ctx_size < 0) return absl::InvalidArgumentError("-c: expected 1 token or more");
+  engine.total_context = true;
+  engine.unified = flags.parallel == 0 || flags.parallel == 1 || flags.kv_unified;
+  request->workload.concurrency = flags.parallel > 0 ? flags.parallel : kServerSlots;
+  if (flags.ctx_size > 0) {
+    request->workload.contexts = {flags.ctx_size};
+  } else if (request->model.max_context > 0) {  // -c 0: the context that the model was made for
+    request->workload.contexts = {request->model.max_context};
+  } else {
+    return absl::InvalidArgumentError("-c is missing, and the model does not say its context");
+  }
+  return absl::OkStatus();
+}
+
 absl::Status SetEngine(const PlanFlags& flags, PlanRequest* request) {
   planner::EngineOptions& engine = request->engine;
   KVTIDE_FLAG(engine.engine, "--engine", planner::ParseEngine(flags.engine));
-  for (const char* build : {"auto", "upstream", "turboquant", "pairquant", "planarquant", ""}) {
-    if (flags.build == build) break;
-    if (*build == '\0') {
-      return absl::InvalidArgumentError(
-          absl::StrCat("--build: unknown tree '", flags.build,
-                       "'; known: auto, upstream, turboquant, pairquant, planarquant"));
-    }
+  if (flags.split_mode != "layer" && flags.split_mode != "tensor") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--split-mode: '", flags.split_mode,
+                     "'; known: layer, tensor (row keeps the cache on the first "
+                     "GPU and is not planned)"));
+  }
+  if (flags.flash_attention != "on" && flags.flash_attention != "off" && flags.flash_attention != "auto") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--flash-attn: '", flags.flash_attention, "'; known: on, off, auto"));
   }
   engine.build = flags.build;
+  engine.all_quants = flags.all_quants;
+  engine.split_tensors = flags.split_mode == "tensor";
+  engine.recurrent_copies = flags.recurrent_copies;
   engine.ubatch = flags.ubatch;
   engine.unified = !flags.separate_caches;
   engine.swa_full = flags.swa_full;
   engine.rewrites = !flags.no_rewrites;
-  engine.flash_attention = !flags.no_flash_attention;
+  engine.flash_attention = flags.flash_attention != "off";
   engine.block_tokens = flags.block_size;
   engine.max_batched_tokens = flags.max_batched_tokens;
   engine.gpu_memory_utilization = flags.gpu_memory_utilization;
@@ -119,6 +153,7 @@ absl::Status SetQuality(const PlanFlags& flags, PlanRequest* request) {
     request->quality.insert(request->quality.end(), rows.begin(), rows.end());
   }
   request->accept_proxy_quality = !flags.own_quality_only;
+  request->allow_unmeasured = flags.allow_unmeasured;
   if (!flags.max_ppl_increase.empty()) {
     KVTIDE_FLAG(request->max_ppl_increase_percent, "--max-ppl-increase",
                 ParsePercent(flags.max_ppl_increase));
@@ -126,7 +161,90 @@ absl::Status SetQuality(const PlanFlags& flags, PlanRequest* request) {
   return absl::OkStatus();
 }
 
+// Names of the types of one engine that a person may have meant: "q8" is q8_0.
+absl::Status CheckTypes(const PlanRequest& request) {
+  const std::vector<std::string> known = planner::CacheTypeNames(request.engine.engine);
+  for (const planner::TypePair& pair : request.pairs) {
+    for (const std::string& type : {pair.k, pair.v}) {
+      if (type == "none" || std::find(known.begin(), known.end(), type) != known.end()) continue;
+      std::string meant;
+      for (const std::string& name : known) {
+        if (meant.empty() && absl::StartsWith(name, type)) meant = name;
+      }
+      if (const auto near = planner::NearNames(type, known, 1); meant.empty() && !near.empty())
+        meant = near.front();
+      return absl::InvalidArgumentError(
+          absl::StrCat(planner::EngineName(request.engine.engine), " has no cache type '", type, "'",
+                       meant.empty() ? "" : absl::StrCat("; did you mean ", meant, "?"),
+                       " Known: ", absl::StrJoin(known, ", ")));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// What a catalogue model weighs when nobody says: as it was published.
+absl::StatusOr<planner::Weights> DefaultWeights(const planner::ModelGeometry& model) {
+  const bool mxfp4 = absl::StartsWith(model.name, "gpt-oss");
+  absl::StatusOr<planner::Weights> weights = planner::EstimateWeights(model, mxfp4 ? "mxfp4" : "bf16");
+  if (!weights.ok()) {
+    return absl::InvalidArgumentError(
+        "missing, and the model's number of parameters is unknown; give a size (14.4GB), a quantisation "
+        "(q4_k_m), a "
+        "GGUF file or a folder of safetensors");
+  }
+  weights->source =
+      absl::StrCat(mxfp4 ? "mxfp4" : "bf16", ", as nothing was said; name yours with --weights q4_k_m, ",
+                   "--weights 14.4GB or a file");
+  weights->provenance = planner::Provenance::kGuess;
+  return weights;
+}
+
+absl::Status SetDraft(const PlanFlags& flags, PlanRequest* request) {
+  request->workload.mtp_layers = flags.mtp;
+  if (flags.draft.empty()) return absl::OkStatus();
+  const absl::StatusOr<int64_t> bytes = planner::ParseBytes(flags.draft);
+  if (bytes.ok()) {
+    request->workload.draft_bytes = *bytes;
+    return absl::OkStatus();
+  }
+  planner::LoadedModel model;
+  KVTIDE_FLAG(model, "--draft", planner::LoadModel(flags.draft, {flags.ignore_unknown_fields}));
+  planner::DraftModel draft;
+  if (model.weights.has_value()) draft.weights = *model.weights;
+  draft.model = std::move(model.geometry);
+  if (!flags.draft_weights.empty()) {
+    KVTIDE_FLAG(draft.weights, "--draft-weights", planner::LoadWeights(flags.draft_weights, draft.model));
+  } else if (!model.weights.has_value()) {
+    KVTIDE_FLAG(draft.weights, "--draft-weights", DefaultWeights(draft.model));
+  }
+  KVTIDE_FLAG(draft.pair, "--draft-pair", planner::ParsePair(flags.draft_pair));
+  request->workload.draft = std::move(draft);
+  return absl::OkStatus();
+}
+
 }  // namespace
+
+absl::StatusOr<double> ParsePercent(const std::string& text) {
+  std::string digits(absl::StripAsciiWhitespace(text));
+  if (!digits.empty() && digits.back() == '%') digits.pop_back();
+  double value = 0;
+  if (!absl::SimpleAtod(digits, &value) || !(value >= 0) || value > 1e6) {
+    return absl::InvalidArgumentError(absl::StrCat("'", text, "' is not a percentage of 0 or more (1%)"));
+  }
+  return value;
+}
+
+std::vector<std::string> WithEngineWords(int argc, char** argv) {
+  std::vector<std::string> arguments(argv + std::min(argc, 1), argv + argc);
+  const bool plans = !arguments.empty() && (arguments[0] == "plan" || arguments[0] == "fleet");
+  for (std::string& argument : arguments) {
+    for (const EngineWord& word : kEngineWords) {
+      if (plans && argument == word.word) argument = word.option;
+    }
+  }
+  std::reverse(arguments.begin(), arguments.end());
+  return arguments;
+}
 
 absl::StatusOr<std::vector<int64_t>> ParseContexts(const std::string& text) {
   std::vector<int64_t> contexts;
@@ -158,8 +276,20 @@ void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
   command.add_option("--engine", flags->engine, "llama.cpp, vllm or kvtide")->capture_default_str();
   command
       .add_option("--build", flags->build,
-                  "llama.cpp tree: auto, upstream, turboquant, pairquant, planarquant")
+                  "llama.cpp: newest (upstream), b10819 (upstream by number), auto (forks too), turboquant, "
+                  "pairquant, planarquant")
       ->capture_default_str();
+  command.add_flag("--fa-all-quants", flags->all_quants, "llama.cpp: built with GGML_CUDA_FA_ALL_QUANTS");
+  command
+      .add_option("--split-mode", flags->split_mode,
+                  "llama.cpp, several GPUs: layer (one after another) or tensor (-sm)")
+      ->capture_default_str();
+  command.add_option("-c,--ctx-size", flags->ctx_size, "llama-server: tokens of all slots together");
+  command.add_option("--parallel", flags->parallel,
+                     "llama-server: slots (-np); without it four share one cache of -c tokens");
+  command.add_flag("--kv-unified", flags->kv_unified, "llama-server: slots share one cache (-kvu)");
+  command.add_option("--cache-type-k", flags->cache_type_k, "llama-server: type of K (-ctk)");
+  command.add_option("--cache-type-v", flags->cache_type_v, "llama-server: type of V (-ctv)");
   command.add_option("--weights", flags->weights,
                      "GGUF file, folder of safetensors, size (14.4GB), or quantisation (q4_0, bf16)");
   command.add_option("--pairs", flags->pairs, "Allowed pairs of cache types, K/V,K/V, or 'all'")
@@ -169,6 +299,8 @@ void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
   command.add_option("--max-ppl-increase", flags->max_ppl_increase,
                      "Most measured harm to accept, in percent of perplexity");
   command.add_option("--quality", flags->quality_files, "Further measurements (CSV of `kvtide eval`)");
+  command.add_flag("--allow-unmeasured", flags->allow_unmeasured,
+                   "Choose pairs whose harm nobody measured, when no measured one fits");
   command.add_flag("--own-quality-only", flags->own_quality_only, "Ignore measurements made on other models");
   command
       .add_option("--exact-window", flags->exact_window,
@@ -180,14 +312,24 @@ void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
                      "Host memory for the cache: a size, or 'auto' for half of what is free");
   command.add_option("--margin", flags->margin, "Device memory to keep free (default 3 %, at least 512 MiB)");
   command.add_option("--mmproj", flags->mmproj, "Multimodal projector: file or size");
-  command.add_option("--draft", flags->draft, "Draft model: file or size");
+  command.add_option("--draft", flags->draft,
+                     "Draft model: catalogue name or GGUF file (its cache counts), or size");
+  command.add_option("--draft-weights", flags->draft_weights, "Weights of the draft model, as --weights");
+  command.add_option("--draft-pair", flags->draft_pair, "Cache types of the draft model")
+      ->capture_default_str();
+  command.add_option("--mtp", flags->mtp, "Next-token prediction layers in use: their cache counts");
+  command.add_option("--recurrent-copies", flags->recurrent_copies,
+                     "Recurrent states kept per sequence beside the running one, for speculative decoding");
   command.add_option("--ubatch", flags->ubatch, "llama.cpp: physical batch")->capture_default_str();
   command.add_flag("--separate-caches", flags->separate_caches,
                    "llama.cpp: one cache per sequence (no -kvu)");
   command.add_flag("--swa-full", flags->swa_full, "llama.cpp: full-size caches for sliding layers");
   command.add_flag("--no-rewrites", flags->no_rewrites,
                    "llama.cpp turboquant: silent changes of types turned off");
-  command.add_flag("--no-flash-attention", flags->no_flash_attention, "llama.cpp: -fa off");
+  command.add_option("--flash-attn", flags->flash_attention, "llama.cpp: on, off or auto (-fa)")
+      ->capture_default_str();
+  command.add_flag_callback(
+      "--no-flash-attention", [flags] { flags->flash_attention = "off"; }, "llama.cpp: -fa off");
   command.add_option("--block-size", flags->block_size, "vLLM: tokens per block")->capture_default_str();
   command.add_option("--max-batched-tokens", flags->max_batched_tokens, "vLLM: tokens per step")
       ->capture_default_str();
@@ -210,20 +352,32 @@ absl::StatusOr<PlanRequest> MakePlanRequest(const PlanFlags& flags) {
   request.model = std::move(model.geometry);
   if (model.weights.has_value()) request.weights = *model.weights;
   if (!flags.weights.empty()) {
+    double number = 0;  // without a unit it is neither a size nor a name
+    if (absl::SimpleAtod(flags.weights, &number)) {
+      KVTIDE_RETURN_IF_ERROR(Flag("--weights", planner::ParseBytes(flags.weights).status()));
+    }
     KVTIDE_FLAG(request.weights, "--weights", planner::LoadWeights(flags.weights, request.model));
+  } else if (!model.weights.has_value()) {
+    KVTIDE_FLAG(request.weights, "--weights", DefaultWeights(request.model));
   }
   KVTIDE_RETURN_IF_ERROR(SetDevice(flags, &request));
   KVTIDE_RETURN_IF_ERROR(SetEngine(flags, &request));
   KVTIDE_RETURN_IF_ERROR(SetQuality(flags, &request));
   KVTIDE_FLAG(request.workload.contexts, "--context", ParseContexts(flags.contexts));
   KVTIDE_FLAG(request.pairs, "--pairs", planner::ParsePairs(flags.pairs));
+  if (!flags.cache_type_k.empty() || !flags.cache_type_v.empty()) {
+    request.pairs = {{flags.cache_type_k.empty() ? "f16" : flags.cache_type_k,
+                      flags.cache_type_v.empty() ? "f16" : flags.cache_type_v}};
+  }
+  for (planner::TypePair& pair : request.pairs) pair = planner::InOwnWords(request.engine.engine, pair);
+  KVTIDE_RETURN_IF_ERROR(Annotate(CheckTypes(request), "--pairs"));
   request.workload.concurrency = flags.concurrency;
+  KVTIDE_RETURN_IF_ERROR(SetServerWords(flags, &request));
   request.workload.shared_prefix_tokens = flags.shared_prefix;
   if (!flags.margin.empty()) KVTIDE_FLAG(request.margin_bytes, "--margin", planner::ParseBytes(flags.margin));
   if (!flags.mmproj.empty())
     KVTIDE_FLAG(request.workload.mmproj_bytes, "--mmproj", ParseBytesOrFile(flags.mmproj));
-  if (!flags.draft.empty())
-    KVTIDE_FLAG(request.workload.draft_bytes, "--draft", ParseBytesOrFile(flags.draft));
+  KVTIDE_RETURN_IF_ERROR(SetDraft(flags, &request));
   return request;
 }
 

@@ -5,6 +5,7 @@
 #include <sys/time.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -63,6 +64,17 @@ absl::StatusOr<std::string> ReadFile(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   if (!file) return absl::NotFoundError(absl::StrCat(path, ": cannot be opened"));
   return ReadStream(file, path);
+}
+
+absl::Status FlushOutput() {
+  errno = 0;
+  if (std::fflush(stdout) == 0 && std::ferror(stdout) == 0) return absl::OkStatus();
+  return absl::DataLossError(absl::StrCat("the answer could not be written: ",
+                                          errno != 0 ? std::strerror(errno) : "standard output failed"));
+}
+
+bool IsWriteError(const absl::Status& status) {
+  return absl::IsDataLoss(status) || absl::IsPermissionDenied(status);
 }
 
 absl::Status WriteFile(const std::string& path, const std::string& text) {

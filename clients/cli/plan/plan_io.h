@@ -11,6 +11,12 @@ namespace kvtide::cli {
 // At most 256 MiB; "-" reads standard input.
 absl::StatusOr<std::string> ReadFile(const std::string& path);
 
+// What was printed has arrived, or the error that stopped it (a full disk, a closed pipe).
+absl::Status FlushOutput();
+
+// Whether an error is one of writing, not of what was asked.
+bool IsWriteError(const absl::Status& status);
+
 // Writes to a file beside the target and renames it, so that readers never see half of it.
 absl::Status WriteFile(const std::string& path, const std::string& text);
 

@@ -11,6 +11,9 @@ namespace kvtide::planner {
 // Items per device for one pair and load; not weights, cache, projector, draft or margin.
 ItemList OverheadItems(const PlanRequest& request, const KvLoad& load, const KvSizer& sizer);
 
+// The compute buffers of a second context, of a draft model or of next-token prediction layers.
+Item DraftComputeItem(const PlanRequest& request, const ModelGeometry& draft, const KvLoad& load);
+
 // What is kept free per device: the asked margin, the default, or what vLLM leaves by gpu_memory_utilization.
 int64_t MarginBytes(const PlanRequest& request);
 

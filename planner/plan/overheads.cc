@@ -1,7 +1,9 @@
-#include "planner/engines/overheads.h"
+#include "planner/plan/overheads.h"
 
 #include <algorithm>
 
+#include "planner/engines/llama_cpp.h"
+#include "planner/saturating.h"
 #include "planner/units.h"
 
 namespace kvtide::planner {
@@ -24,39 +26,23 @@ Width WidthOf(const ModelGeometry& model) {
           known};
 }
 
-bool HasLatent(const ModelGeometry& model) {
-  return std::any_of(model.layers.begin(), model.layers.end(),
-                     [](const LayerGeometry& layer) { return layer.kind == LayerKind::kMla; });
-}
-
-// llama.cpp: activations and logits of the reserved graph, attention mask, and a term per token of context
-// that quantised caches and latents add. Fitted to start-up logs of 2026 builds.
-int64_t LlamaCppCompute(const PlanRequest& request, const KvLoad& load, const KvSizer& sizer) {
-  const Width width = WidthOf(request.model);
-  const int64_t ubatch = request.engine.ubatch;
-  const double base =
-      1.15 * static_cast<double>(4 * width.embd * ubatch * 4 +
-                                 width.vocab * ubatch * 4 * (load.sequences > 1 ? load.sequences - 1 : 0));
-  const int64_t tokens = load.context * (request.engine.unified ? load.sequences : 1);
-  const int64_t copies = request.device.count > 1 ? 4 : 1;  // pipeline copies of the mask
-  double per_token = 1.5 * static_cast<double>(ubatch * 2 * copies);
-  const bool half = sizer.effective().k == "f16" || sizer.effective().k == "bf16";
-  if (!half) per_token += 2.25 * static_cast<double>(width.embd);
-  if (HasLatent(request.model)) per_token += 1.25 * static_cast<double>(width.embd);
-  double bytes = base + per_token * static_cast<double>(tokens);
-  if (!request.engine.flash_attention) {  // scores of all query heads
-    bytes += static_cast<double>(std::max(1, request.model.n_query_heads)) *
-             static_cast<double>(ubatch * tokens * 4);
-  }
-  return static_cast<int64_t>(bytes);
+// Known to the byte for dense models whose shape is known (tests hold start-up logs against it); experts,
+// recurrent layers and latents add tensors that were fitted to few logs.
+Provenance ComputeProvenance(const ModelGeometry& model) {
+  if (!WidthOf(model).known) return Provenance::kGuess;
+  const bool plain = model.n_experts == 0 && model.n_ff > 0 &&
+                     std::all_of(model.layers.begin(), model.layers.end(), [](const LayerGeometry& layer) {
+                       return layer.kind == LayerKind::kFull || layer.kind == LayerKind::kSliding;
+                     });
+  return plain ? Provenance::kFormula : Provenance::kCalibrated;
 }
 
 // vLLM: the largest activations of a profiling run: about 8 widths of f16 per token, and f32 logits per
 // sequence.
 int64_t VllmActivations(const PlanRequest& request) {
   const Width width = WidthOf(request.model);
-  const int64_t per_token = 8 * width.embd * 2 * 2;
-  return request.engine.max_batched_tokens * per_token + 256 * width.vocab * 4;
+  const int64_t per_token = Product(8, width.embd, 2, 2);
+  return Sum(Product(request.engine.max_batched_tokens, per_token), Product(256, width.vocab, 4));
 }
 
 }  // namespace
@@ -64,11 +50,11 @@ int64_t VllmActivations(const PlanRequest& request) {
 ItemList OverheadItems(const PlanRequest& request, const KvLoad& load, const KvSizer& sizer) {
   ItemList items;
   if (request.cache_tier_only) return items;
-  const bool known = WidthOf(request.model).known;
   switch (request.engine.engine) {
     case Engine::kLlamaCpp:
-      items.push_back({ItemKind::kCompute, LlamaCppCompute(request, load, sizer),
-                       known ? Provenance::kCalibrated : Provenance::kGuess});
+      items.push_back({ItemKind::kCompute,
+                       LlamaCppComputeBytes(request.model, request.engine, request.device.count, load),
+                       ComputeProvenance(request.model)});
       items.push_back({ItemKind::kDequantScratch, sizer.ScratchBytes(load), Provenance::kFormula});
       items.push_back({ItemKind::kContext, kCudaContextBytes, Provenance::kCalibrated});
       break;
@@ -86,6 +72,12 @@ ItemList OverheadItems(const PlanRequest& request, const KvLoad& load, const KvS
       break;
   }
   return items;
+}
+
+Item DraftComputeItem(const PlanRequest& request, const ModelGeometry& draft, const KvLoad& load) {
+  if (request.engine.engine != Engine::kLlamaCpp) return {ItemKind::kDraftCompute, 0, Provenance::kFormula};
+  return {ItemKind::kDraftCompute, LlamaCppComputeBytes(draft, request.engine, 1, load),
+          ComputeProvenance(draft)};
 }
 
 int64_t DefaultMarginBytes(int64_t device_bytes) {
