@@ -92,12 +92,6 @@ absl::Status ResolveLimits(const v1::KvtidedConfig& config, CacheOptions* cache)
   return absl::OkStatus();
 }
 
-int64_t ReadNumber(const char* path) {
-  std::ifstream file(path);
-  int64_t value = 0;
-  return file >> value ? value : 0;
-}
-
 }  // namespace
 
 absl::StatusOr<std::vector<std::string>> ParseDevices(const std::string& text) {
@@ -181,17 +175,6 @@ absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config) {
   KVTIDE_RETURN_IF_ERROR(ResolveService(config, &options.service));
   KVTIDE_RETURN_IF_ERROR(ResolveLimits(config, &options.cache));
   return options;
-}
-
-int64_t HostMemoryBytes() {
-  int64_t total = 0;
-  std::ifstream file("/proc/meminfo");
-  std::string name;
-  int64_t kib = 0;
-  if (file >> name >> kib && name == "MemTotal:") total = kib * 1024;
-  // A limit of "max" reads as 0.
-  const int64_t limit = ReadNumber("/sys/fs/cgroup/memory.max");
-  return limit > 0 && (total == 0 || limit < total) ? limit : total;
 }
 
 }  // namespace kvtide

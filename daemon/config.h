@@ -42,7 +42,4 @@ absl::StatusOr<std::vector<std::string>> ParseDevices(const std::string& text);
 // Defaults filled in, everything checked.
 absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config);
 
-// The memory of this machine or of this container, whichever is less.
-int64_t HostMemoryBytes();
-
 }  // namespace kvtide

@@ -15,6 +15,7 @@
 #include "daemon/backends.h"
 #include "daemon/cache/kv_cache.h"
 #include "daemon/config.h"
+#include "daemon/host_memory.h"
 #include "daemon/log.h"
 #include "daemon/metrics/metrics.h"
 #include "daemon/service/address.h"
@@ -154,7 +155,9 @@ class Daemon {
   absl::Status StartCache() {
     KVTIDE_ASSIGN_OR_RETURN(backends_, MakeBackends(options_.devices, options_.compute_threads));
     if (!backends_.note.empty()) spdlog::warn("device=cpu {}", backends_.note);
-    KVTIDE_RETURN_IF_ERROR(CheckHostMemory());
+    // Pages of the tiers are taken as they are first used; by then it is too late to say no.
+    KVTIDE_RETURN_IF_ERROR(CheckHostMemory(
+        options_.host_bytes + backends_.cpu_devices * options_.device_bytes, ReadHostMemory()));
     for (const auto& device : backends_.devices) {
       options_.cache.tiers.push_back(
           {"device", device.get(), static_cast<size_t>(options_.device_bytes), false, device->name()});
@@ -165,16 +168,6 @@ class Daemon {
     }
     KVTIDE_ASSIGN_OR_RETURN(cache_, KvCache::Create(options_.cache));
     return absl::OkStatus();
-  }
-
-  // Tiers take their memory at start, but a kernel that overcommits would only kill the daemon later.
-  absl::Status CheckHostMemory() const {
-    const int64_t wanted = options_.host_bytes + backends_.cpu_devices * options_.device_bytes;
-    const int64_t there = HostMemoryBytes();
-    if (there == 0 || wanted <= there) return absl::OkStatus();
-    return absl::InvalidArgumentError(
-        absl::StrCat("the tiers want ", planner::FormatBytes(wanted), " of host memory, this machine has ",
-                     planner::FormatBytes(there), "; lower --device-memory or --host-memory"));
   }
 
   absl::Status StartMetrics() {

@@ -11,6 +11,7 @@
 #include "daemon/cache/kv_cache.h"
 #include "daemon/cache/tensor_check.h"
 #include "daemon/config.h"
+#include "daemon/host_memory.h"
 #include "daemon/service/handlers.h"
 #include "kernels/base/mutex.h"
 #include "kernels/base/status.h"
@@ -36,12 +37,8 @@ class EmbeddedPool : public Pool {
   static absl::StatusOr<std::unique_ptr<Pool>> Create(DaemonOptions options) {
     std::unique_ptr<EmbeddedPool> pool(new EmbeddedPool());
     KVTIDE_ASSIGN_OR_RETURN(pool->backends_, MakeBackends(options.devices, options.compute_threads));
-    const int64_t wanted = options.host_bytes + pool->backends_.cpu_devices * options.device_bytes;
-    if (const int64_t there = HostMemoryBytes(); there != 0 && wanted > there) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("the tiers want ", planner::FormatBytes(wanted), " of host memory, this machine has ",
-                       planner::FormatBytes(there), "; lower device_memory or host_memory"));
-    }
+    KVTIDE_RETURN_IF_ERROR(CheckHostMemory(
+        options.host_bytes + pool->backends_.cpu_devices * options.device_bytes, ReadHostMemory()));
     for (const auto& device : pool->backends_.devices) {
       options.cache.tiers.push_back(
           {"device", device.get(), static_cast<size_t>(options.device_bytes), false, device->name()});

@@ -1,4 +1,5 @@
-// Every limit of the cache, checked once at start. Tiers take their memory at start and never grow.
+// Every limit of the cache, checked once at start. Tiers take their memory at start and never grow
+// (address space, on hosts: the pages come as they are first used, unless the backend pins them).
 #pragma once
 
 #include <cstddef>
