@@ -10,9 +10,9 @@
 
 namespace kvtide::planner {
 
-enum class Engine { kLlamaCpp, kVllm, kKvtide };
+enum class Engine { kLlamaCpp, kVllm, kSglang, kKvtide };
 
-const char* EngineName(Engine engine);  // "llama.cpp", "vllm", "kvtide"
+const char* EngineName(Engine engine);  // "llama.cpp", "vllm", "sglang", "kvtide"
 absl::StatusOr<Engine> ParseEngine(const std::string& name);
 
 struct EngineOptions {
@@ -36,7 +36,13 @@ struct EngineOptions {
   int block_tokens = 16;
   int max_batched_tokens = 2048;
   double gpu_memory_utilization = 0.92;  // the default of 0.33
-  bool cuda_graphs = true;
+  bool cuda_graphs = true;               // and SGLang
+  // SGLang; 0 = what it takes by itself (sglang.h)
+  double mem_fraction_static = 0;
+  int chunked_prefill = 0;
+  int page_tokens = 1;
+  double swa_full_tokens_ratio = 0.8;
+  int64_t max_total_tokens = 0;
   // kvtide
   ExactWindow exact_window;
 };

@@ -6,6 +6,7 @@
 #include "kernels/format/catalogue.h"
 #include "planner/engines/kvtide_engine.h"
 #include "planner/engines/llama_cpp.h"
+#include "planner/engines/sglang.h"
 #include "planner/engines/vllm.h"
 
 namespace kvtide::planner {
@@ -63,8 +64,8 @@ int64_t KvSizer::LiveValues(int64_t context) const {
 absl::StatusOr<std::unique_ptr<KvSizer>> MakeKvSizer(const EngineOptions& options, const ModelGeometry& model,
                                                      const std::vector<LayerGroup>& groups,
                                                      const TypePair& pair) {
-  const bool compressed = std::any_of(groups.begin(), groups.end(),
-                                      [](const LayerGroup& group) { return group.compress > 1; });
+  const bool compressed =
+      std::any_of(groups.begin(), groups.end(), [](const LayerGroup& group) { return group.compress > 1; });
   if (compressed && options.engine != Engine::kLlamaCpp) {
     return absl::UnimplementedError(
         absl::StrCat("kvtide does not know how ", EngineName(options.engine),
@@ -72,9 +73,16 @@ absl::StatusOr<std::unique_ptr<KvSizer>> MakeKvSizer(const EngineOptions& option
   }
   switch (options.engine) {
     case Engine::kLlamaCpp:
+      if (compressed) {  // one cache per sequence, also with -kvu
+        EngineOptions separate = options;
+        separate.unified = false;
+        return MakeLlamaCppSizer(separate, model, groups, pair);
+      }
       return MakeLlamaCppSizer(options, model, groups, pair);
     case Engine::kVllm:
       return MakeVllmSizer(options, groups, pair);
+    case Engine::kSglang:
+      return MakeSglangSizer(options, groups, pair);
     case Engine::kKvtide:
       return MakeKvtideSizer(options, groups, pair);
   }
@@ -99,14 +107,17 @@ std::vector<std::string> CacheTypeNames(Engine engine) {
         add(pair.v);
       }
       break;
+    case Engine::kSglang:
+      for (const TypePair& pair : SglangPairs()) add(pair.k);
+      break;
   }
   return names;
 }
 
 TypePair InOwnWords(Engine engine, const TypePair& pair) {
-  if (engine != Engine::kVllm || pair.k != pair.v) return pair;
-  for (const TypePair& known : VllmPairs()) {
-    if (VllmCacheDtype(known) == pair.k) return known;
+  if ((engine != Engine::kVllm && engine != Engine::kSglang) || pair.k != pair.v) return pair;
+  for (const TypePair& known : engine == Engine::kVllm ? VllmPairs() : SglangPairs()) {
+    if ((engine == Engine::kVllm ? VllmCacheDtype(known) : SglangCacheDtype(known)) == pair.k) return known;
   }
   if (pair.k == "fp8_e4m3") return {"fp8", "fp8"};
   if (pair.k == "bfloat16") return {"bf16", "bf16"};
@@ -124,6 +135,9 @@ std::vector<TypePair> DefaultPairs(const EngineOptions& options, bool latent_onl
       break;
     case Engine::kVllm:
       pairs = VllmPairs();
+      break;
+    case Engine::kSglang:
+      pairs = SglangPairs();
       break;
     case Engine::kKvtide:
       pairs = KvtidePairs();

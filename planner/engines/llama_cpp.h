@@ -37,7 +37,8 @@ std::string ResolveTree(const std::string& build, const TypePair& pair);
 // (ggml-org/llama.cpp #28079).
 bool FallsBackToCpu(const std::string& build, const std::string& tree);
 
-// Cells of one stream of the cache for layers with this window (0 = full attention) and so many tokens per cell.
+// Cells of one stream of the cache for layers with this window (0 = full attention) and so many tokens per
+// cell.
 int64_t LlamaCppCells(const EngineOptions& options, int window, int compress, const KvLoad& load);
 
 // The compute buffer that llama.cpp reserves on one of `devices` GPUs: the activations of one ubatch, the

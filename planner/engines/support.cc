@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/format/block_layout.h"
 #include "planner/engines/llama_cpp.h"
@@ -117,6 +118,11 @@ Support FindSupport(const EngineOptions& options, const TypePair& pair, int head
       return LlamaCpp(options.build, options.all_quants, pair, head_dim_k, head_dim_v);
     case Engine::kVllm:
       return Vllm(pair, head_dim_k, head_dim_v);
+    case Engine::kSglang: {
+      Support support{SupportLevel::kNative, "sglang", ""};
+      if (absl::StartsWith(pair.k, "fp8")) support.reason = "needs compute capability 8.9 or newer";
+      return support;
+    }
     case Engine::kKvtide:
       return Kvtide(pair, head_dim_k, head_dim_v);
   }

@@ -71,6 +71,10 @@ class VllmSizer : public KvSizer {
     }
     effective_ = pair;
     for (const LayerGroup& group : groups) {
+      if (group.index_keys) {
+        AddIndexKeys(group, groups);
+        continue;
+      }
       StoredGroup stored;
       stored.group = group;
       stored.group.layers.clear();
@@ -108,6 +112,7 @@ class VllmSizer : public KvSizer {
       bytes.Add(stored.group.kind, layers);
       bytes.rounding = Sum(bytes.rounding, all - layers);
     }
+    bytes.latent = Sum(bytes.latent, IndexBytes(load));
     return bytes;
   }
 
@@ -123,6 +128,10 @@ class VllmSizer : public KvSizer {
                                    " tokens each per request = ", blocks * groups,
                                    " pool blocks = ", Product(blocks, groups, pool_.BlockBytes()), " B"));
     }
+    if (index_token_bytes_ > 0) {
+      lines.push_back(absl::StrCat("indexer keys: ", index_token_bytes_, " B per token over all layers, for ",
+                                   load.sequences, " requests ", IndexBytes(load), " B"));
+    }
     lines.push_back(absl::StrCat(
         "one request: ", Blocks(load.context), " blocks x ", pool_.BlockBytes(),
         " B = ", Product(Blocks(load.context), pool_.BlockBytes()), " B; ", load.sequences, " requests",
@@ -131,6 +140,23 @@ class VllmSizer : public KvSizer {
   }
 
  private:
+  // Keys of an indexer have blocks of their own beside those of the pool: fp8 and an f32 scale per 128 values
+  // beside latents, otherwise in the type of the model.
+  void AddIndexKeys(const LayerGroup& group, const std::vector<LayerGroup>& groups) {
+    const bool latent = std::any_of(groups.begin(), groups.end(), [](const LayerGroup& other) {
+      return other.kind == LayerKind::kMla && !other.index_keys;
+    });
+    const int64_t key = latent ? group.head_dim_k + CeilDiv(group.head_dim_k, 128) * 4 : 2 * group.head_dim_k;
+    index_token_bytes_ = Sum(index_token_bytes_, Product(static_cast<int64_t>(group.layers.size()), key));
+  }
+
+  int64_t IndexBytes(const KvLoad& load) const {
+    const int64_t block = options_.block_tokens;
+    const int64_t blocks = Sum(Product(load.sequences, CeilDiv(load.context, block)),
+                               -Product(load.sequences - 1, load.shared_prefix / block));
+    return Product(blocks, block, index_token_bytes_);
+  }
+
   // Raises the block of small-page layers until all pages are equal; groups have equal numbers of layers.
   absl::Status UnifyPages() {
     if (groups_.empty())
@@ -196,6 +222,7 @@ class VllmSizer : public KvSizer {
   const EngineOptions options_;
   VllmPool pool_;
   std::vector<int64_t> block_tokens_;  // per group
+  int64_t index_token_bytes_ = 0;      // keys of indexers, one token, all layers
 };
 
 absl::StatusOr<std::unique_ptr<VllmSizer>> Make(const EngineOptions& options,

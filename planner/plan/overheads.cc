@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "planner/engines/llama_cpp.h"
+#include "planner/engines/sglang.h"
 #include "planner/saturating.h"
 #include "planner/units.h"
 
@@ -11,8 +12,9 @@ namespace {
 
 // CUDA context and cuBLAS of one process: 330 MiB measured by users of llama.cpp on consumer cards (2026).
 constexpr int64_t kCudaContextBytes = 320 * kMiB;
-constexpr int64_t kDefaultEmbd = 4096;     // when the width of the model is unknown
-constexpr int64_t kDefaultVocab = 131072;  // when the vocabulary is unknown
+constexpr int64_t kSglangReserve = 100 * kMiB;  // its multimodal reservation, which every start keeps
+constexpr int64_t kDefaultEmbd = 4096;          // when the width of the model is unknown
+constexpr int64_t kDefaultVocab = 131072;       // when the vocabulary is unknown
 
 struct Width {
   int64_t embd;
@@ -55,6 +57,7 @@ ItemList OverheadItems(const PlanRequest& request, const KvLoad& load, const KvS
       items.push_back({ItemKind::kCompute,
                        LlamaCppComputeBytes(request.model, request.engine, request.device.count, load),
                        ComputeProvenance(request.model)});
+      if (request.device.memory == DeviceMemory::kHost) break;  // the CPU reads coded caches as they are
       items.push_back({ItemKind::kDequantScratch, sizer.ScratchBytes(load), Provenance::kFormula});
       items.push_back({ItemKind::kContext, kCudaContextBytes, Provenance::kCalibrated});
       break;
@@ -63,6 +66,12 @@ ItemList OverheadItems(const PlanRequest& request, const KvLoad& load, const KvS
       items.push_back({ItemKind::kContext, kCudaContextBytes + (request.device.count > 1 ? 342 * kMiB : 0),
                        Provenance::kGuess});
       if (request.engine.cuda_graphs) items.push_back({ItemKind::kGraphs, 768 * kMiB, Provenance::kGuess});
+      break;
+    case Engine::kSglang:
+      // Activations and graphs live in what --mem-fraction-static leaves free (MarginBytes).
+      items.push_back({ItemKind::kContext,
+                       kCudaContextBytes + kSglangReserve + (request.device.count > 1 ? 342 * kMiB : 0),
+                       Provenance::kGuess});
       break;
     case Engine::kKvtide:
       items.push_back({ItemKind::kCompute, VllmActivations(request), Provenance::kGuess});
@@ -88,6 +97,14 @@ int64_t MarginBytes(const PlanRequest& request) {
   if (request.engine.engine == Engine::kVllm && request.margin_bytes < 0) {
     return static_cast<int64_t>(static_cast<double>(request.device.vram_bytes) *
                                 (1 - request.engine.gpu_memory_utilization));
+  }
+  if (request.engine.engine == Engine::kSglang && request.margin_bytes < 0) {
+    const int64_t device = request.device.vram_bytes - request.device.driver_reserve_bytes;
+    const bool latent = std::any_of(request.model.layers.begin(), request.model.layers.end(),
+                                    [](const LayerGeometry& layer) { return layer.kind == LayerKind::kMla; });
+    const double fraction =
+        DefaultsOfSglang(request.engine, device, request.device.count, latent).mem_fraction_static;
+    return static_cast<int64_t>(static_cast<double>(device) * (1 - fraction));
   }
   return request.margin_bytes >= 0 ? request.margin_bytes : DefaultMarginBytes(request.device.vram_bytes);
 }

@@ -128,6 +128,11 @@ class Planner {
                                                               GroupLayers(request_.model), pair));
         }
         prepared.support = FindSupport(request_.engine, prepared.sizer->effective(), groups_);
+        // Without a GPU nothing falls back to the CPU and nothing is expanded for it.
+        const bool gpu_question = prepared.support.level == SupportLevel::kDequantise ||
+                                  prepared.support.level == SupportLevel::kCpuFallback;
+        if (request_.device.memory == DeviceMemory::kHost && gpu_question)
+          prepared.support = {SupportLevel::kNative, prepared.support.build, ""};
         prepared.max_context = MaxContext(*prepared.sizer);
         any = true;
       } else {
@@ -444,6 +449,9 @@ class Planner {
         unmeasured = &candidate;
       }
     }
+    const bool refused = std::all_of(pairs_.begin(), pairs_.end(),
+                                     [](const PreparedPair& pair) { return pair.sizer == nullptr; });
+    if (refused && !pairs_.empty()) return pairs_.front().support.reason;
     std::string why = nearest == nullptr
                           ? "no pair is both measured and supported"
                           : absl::StrCat("the smallest allowed pair, ", nearest->asked.Name(), ", misses ",
@@ -452,6 +460,11 @@ class Planner {
     if (unmeasured != nullptr) {
       absl::StrAppend(&why, "; ", unmeasured->asked.Name(),
                       " would fit, but its harm is not measured (--allow-unmeasured)");
+    }
+    if (request_.engine.engine == Engine::kSglang && request_.engine.mem_fraction_static == 0) {
+      absl::StrAppend(&why, "; SGLang keeps ", FormatBytes(margin_),
+                      " for activations and graphs, less with a higher --mem-fraction-static or a smaller "
+                      "--chunked-prefill-size");
     }
     if (request_.device.host_bytes == 0 && !QueuesSequences(request_.engine.engine)) {
       absl::StrAppend(&why, "; no host memory was given (--device ...,host=64GiB)");
@@ -514,11 +527,46 @@ class Planner {
     }
   }
 
+  // What servers do with layers that are not plain.
+  void ServerNotes(Plan* plan) const {
+    if (!QueuesSequences(request_.engine.engine)) return;
+    const auto any = [&](auto property) {
+      return std::any_of(request_.model.layers.begin(), request_.model.layers.end(), property);
+    };
+    const int count = request_.device.count;
+    if (count > 1 && any([](const LayerGeometry& layer) { return layer.kind == LayerKind::kMla; })) {
+      const bool vllm = request_.engine.engine == Engine::kVllm;
+      plan->notes.push_back(
+          absl::StrCat("tensor parallelism keeps the whole latent cache on each of ", count,
+                       " GPUs; attention by requests (",
+                       vllm ? absl::StrCat("--data-parallel-size ", count, " --enable-expert-parallel")
+                            : absl::StrCat("--enable-dp-attention --dp-size ", count),
+                       ") gives every GPU a pool for other requests, nearly ", count,
+                       " times the concurrency, and a copy of the attention weights"));
+    }
+    if (request_.engine.engine == Engine::kSglang && !request_.engine.swa_full &&
+        any([](const LayerGeometry& layer) { return layer.window > 0; })) {
+      plan->notes.push_back(absl::StrFormat(
+          "sliding layers get slots for %g of the tokens (--swa-full-tokens-ratio) where SGLang knows the "
+          "architecture as hybrid; in others they keep every token: plan with --swa-full",
+          request_.engine.swa_full_tokens_ratio));
+    }
+    const int64_t cap = request_.engine.max_total_tokens;
+    for (int64_t context : request_.workload.contexts) {
+      const int64_t need = Product(context, request_.workload.concurrency);
+      if (cap > 0 && need > cap)
+        plan->notes.push_back(absl::StrCat("--max-total-tokens ", cap, " holds ", cap / context, " of ",
+                                           request_.workload.concurrency, " sequences of ", context,
+                                           " tokens"));
+    }
+  }
+
   void Notes(Plan* plan) const {
     if (!request_.model.uncounted.empty()) {
       plan->notes.push_back(absl::StrCat("the cache is larger than these numbers, which do not count ",
                                          absl::StrJoin(request_.model.uncounted, "; ")));
     }
+    ServerNotes(plan);
     for (const PreparedPair& pair : pairs_) {
       if (pair.sizer == nullptr) continue;
       for (const std::string& rewrite : pair.sizer->rewrites()) {

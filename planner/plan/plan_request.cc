@@ -82,10 +82,15 @@ absl::Status CheckPlanRequest(const PlanRequest& request) {
       engine.ubatch > kMaxTokensPerStep || engine.block_tokens > kMaxTokensPerStep ||
       engine.max_batched_tokens > kMaxTokensPerStep || engine.exact_window.first_blocks < 0 ||
       engine.exact_window.last_blocks < 0 || engine.gpu_memory_utilization <= 0 ||
-      engine.gpu_memory_utilization > 1) {
+      engine.gpu_memory_utilization > 1 || engine.mem_fraction_static < 0 || engine.mem_fraction_static > 1 ||
+      engine.page_tokens < 1 || engine.page_tokens > kMaxPlannedContext || engine.chunked_prefill < 0 ||
+      !(engine.swa_full_tokens_ratio > 0) || engine.swa_full_tokens_ratio > 1 ||
+      engine.max_total_tokens < 0) {
     return absl::InvalidArgumentError(
         "engine: ubatch, block size and batched tokens must be 1 to 2^24, exact windows 0 or more, "
-        "gpu memory utilization above 0 and at most 1");
+        "gpu memory utilization, mem fraction static and swa full tokens ratio above 0 and at most 1, page "
+        "size 1 or "
+        "more");
   }
   return absl::OkStatus();
 }

@@ -55,7 +55,8 @@ std::optional<Split> KvtideSplit(const PlanRequest& request, const Candidate& ca
 
 // What a step reads of the experts.
 int64_t ActiveExpertBytes(const PlanRequest& request, const StepTraffic& traffic) {
-  return std::max<int64_t>(0, traffic.weight_bytes - (request.weights.bytes - ExpertBytes(request.model, request.weights.bytes)));
+  return std::max<int64_t>(
+      0, traffic.weight_bytes - (request.weights.bytes - ExpertBytes(request.model, request.weights.bytes)));
 }
 
 // The experts of so many layers in host memory (--n-cpu-moe): attention and the cache stay on the GPU.
@@ -133,7 +134,8 @@ std::optional<Split> BestSplit(const PlanRequest& request, const Candidate& cand
     case Engine::kLlamaCpp:
       return LlamaCppSplit(request, candidate, traffic);
     case Engine::kVllm:
-      return std::nullopt;  // vLLM attends on the GPU only
+    case Engine::kSglang:
+      return std::nullopt;  // they attend on the GPU only
   }
   return std::nullopt;
 }

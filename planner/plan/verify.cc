@@ -202,13 +202,76 @@ absl::StatusOr<Measured> ParseKvtidedMetrics(const std::string& text) {
   return measured;
 }
 
+namespace {
+
+// Lines of other ranks than the first repeat what it says.
+bool IsOtherRank(const std::string& line) {
+  const std::optional<double> rank = NumberAfter(line, " TP");
+  return absl::StrContains(line, " TP") && rank.has_value() && *rank > 0;
+}
+
+// SGLang writes GB and means GiB.
+std::optional<int64_t> GibAfter(const std::string& line, const std::string& marker) {
+  const std::optional<double> number = NumberAfter(line, marker);
+  if (!number.has_value()) return std::nullopt;
+  return static_cast<int64_t>(std::llround(*number * kGiB));
+}
+
+}  // namespace
+
+absl::StatusOr<Measured> ParseSglangLog(const std::string& log) {
+  Measured measured{"sglang log", {}};
+  int64_t graphs = 0, recurrent = 0;
+  for (const std::string& line : Lines(log)) {
+    if (IsOtherRank(line)) continue;
+    if (absl::StrContains(line, "Load weight end")) {
+      if (const auto bytes = GibAfter(line, "mem usage=")) measured.bytes["weights"] = *bytes;
+    } else if (absl::StrContains(line, "Cache is allocated") && absl::StrContains(line, "#tokens")) {
+      for (const char* side : {" K size:", " V size:", " KV size:"}) {
+        if (const auto bytes = GibAfter(line, side)) measured.pool_bytes += *bytes;
+      }
+      if (const auto tokens = NumberAfter(line, "#tokens:"))
+        measured.pool_tokens = std::max(measured.pool_tokens, static_cast<int64_t>(*tokens));
+    } else if (absl::StrContains(line, "Mamba Cache is allocated")) {
+      for (const char* part : {"conv_state size:", "ssm_state size:"}) {
+        if (const auto bytes = GibAfter(line, part)) recurrent += *bytes;
+      }
+    } else if (absl::StrContains(line, "Capture") && absl::StrContains(line, " end")) {
+      if (const auto bytes = GibAfter(line, "mem usage=")) graphs += *bytes;
+    }
+  }
+  if (measured.bytes.empty() && measured.pool_bytes == 0)
+    return absl::InvalidArgumentError("no memory line of SGLang: not an SGLang start-up log");
+  if (graphs > 0)
+    measured.notes.push_back(
+        absl::StrCat(FormatMiB(graphs), " MiB of graphs lie in what --mem-fraction-static leaves"));
+  if (recurrent > 0)
+    measured.notes.push_back(
+        absl::StrCat(FormatMiB(recurrent), " MiB of recurrent states for all slots of the pool"));
+  if (measured.pool_tokens > 0) {
+    measured.notes.push_back(absl::StrFormat(
+        "the pool holds %d tokens in %s MiB, %.1f bytes each", measured.pool_tokens,
+        FormatMiB(measured.pool_bytes),
+        static_cast<double>(measured.pool_bytes) / static_cast<double>(measured.pool_tokens)));
+  }
+  return measured;
+}
+
+void PerRequest(int64_t context, Measured* measured) {
+  if (measured->pool_tokens <= 0 || measured->pool_bytes <= 0) return;
+  measured->bytes["kv_per_request"] =
+      static_cast<int64_t>(static_cast<double>(measured->pool_bytes) /
+                           static_cast<double>(measured->pool_tokens) * static_cast<double>(context));
+}
+
 absl::StatusOr<Measured> ParseAnyLog(const std::string& text) {
-  for (auto* parse : {&ParseLlamaLog, &ParseVllmLog, &ParseKvtidedMetrics}) {
+  for (auto* parse : {&ParseLlamaLog, &ParseSglangLog, &ParseVllmLog, &ParseKvtidedMetrics}) {
     absl::StatusOr<Measured> measured = parse(text);
     if (measured.ok()) return measured;
   }
   return absl::InvalidArgumentError(
-      "neither a llama.cpp start-up log (buffer size lines), nor a vLLM one (KV cache memory lines), nor "
+      "neither a llama.cpp start-up log (buffer size lines), nor one of vLLM or SGLang (KV cache memory "
+      "lines), nor "
       "metrics of kvtided");
 }
 

@@ -387,7 +387,8 @@ std::string ShortAnswer(const Plan& plan, const TableStyle& style) {
   for (const std::string& note : plan.notes) lines.push_back("note: " + note);
   for (const std::string& line : KernelLines(last, false)) lines.push_back(line);
   for (const std::string& assumption : plan.assumptions) {
-    if (absl::StartsWith(assumption, "weights") || absl::StartsWith(assumption, "speed:"))
+    if (absl::StartsWith(assumption, "weights") || absl::StartsWith(assumption, "speed:") ||
+        absl::StartsWith(assumption, "catalogue geometry") || absl::StrContains(assumption, "is taken as"))
       lines.push_back("assumed: " + assumption);
   }
   for (size_t i = 0; i < lines.size() && i < kMostLines; ++i) absl::StrAppend(&text, lines[i], "\n");

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "kernels/base/status.h"
+#include "planner/engines/sglang.h"
 #include "planner/engines/vllm.h"
 #include "planner/plan/overheads.h"
 #include "planner/units.h"
@@ -77,6 +78,33 @@ absl::StatusOr<std::string> RenderVllmArgs(const PlanRequest& request, const Pla
                    " --tensor-parallel-size ", request.device.count);
   absl::StrAppendFormat(&args, " --gpu-memory-utilization %.2f", request.engine.gpu_memory_utilization);
   if (!request.engine.cuda_graphs) absl::StrAppend(&args, " --enforce-eager");
+  return args + "\n";
+}
+
+absl::StatusOr<std::string> RenderSglangArgs(const PlanRequest& request, const Plan& plan) {
+  KVTIDE_ASSIGN_OR_RETURN(const ContextPlan* context, LargestContext(request, plan, Engine::kSglang));
+  const Candidate& chosen = context->candidates[context->chosen];
+  const EngineOptions& engine = request.engine;
+  const int64_t device = request.device.vram_bytes - request.device.driver_reserve_bytes;
+  const bool latent = std::any_of(request.model.layers.begin(), request.model.layers.end(),
+                                  [](const LayerGeometry& layer) { return layer.kind == LayerKind::kMla; });
+  const SglangDefaults defaults = DefaultsOfSglang(engine, device, request.device.count, latent);
+  std::string args = absl::StrCat(
+      "--context-length ", context->context, " --max-running-requests ", request.workload.concurrency,
+      " --kv-cache-dtype ", SglangCacheDtype(chosen.asked), " --tp-size ", request.device.count,
+      " --page-size ", engine.page_tokens, " --chunked-prefill-size ", defaults.chunked_prefill);
+  absl::StrAppendFormat(&args, " --mem-fraction-static %.3f", defaults.mem_fraction_static);
+  if (engine.max_total_tokens > 0) absl::StrAppend(&args, " --max-total-tokens ", engine.max_total_tokens);
+  const bool windows = std::any_of(request.model.layers.begin(), request.model.layers.end(),
+                                   [](const LayerGeometry& layer) { return layer.window > 0; });
+  if (windows && !engine.swa_full)
+    absl::StrAppendFormat(&args, " --swa-full-tokens-ratio %g", engine.swa_full_tokens_ratio);
+  if (engine.cuda_graphs) {
+    absl::StrAppend(&args, " --cuda-graph-max-bs ",
+                    std::min(defaults.graph_batch, std::max(1, request.workload.concurrency)));
+  } else {
+    absl::StrAppend(&args, " --disable-cuda-graph");
+  }
   return args + "\n";
 }
 

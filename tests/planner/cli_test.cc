@@ -49,14 +49,37 @@ TEST(PlanCli, ExitCodesSayWhetherItFits) {
   EXPECT_EQ(Kvtide("plan --help").code, 0);
 }
 
+// Words of other programs for the same things.
+TEST(PlanCli, WordsOfOtherEngines) {
+  const std::string llama =
+      "plan --model llama3.1:8b --weights q4_k_m --device 'RTX 4090' --output llama-args ";
+  EXPECT_THAT(
+      Kvtide(llama + "--engine ollama num_ctx=16384 OLLAMA_KV_CACHE_TYPE=q8_0 OLLAMA_NUM_PARALLEL=2").out,
+      HasSubstr("-c 32768 -np 2 -ngl 999 -ctk q8_0 -ctv q8_0"));
+  EXPECT_THAT(Kvtide(llama + "--engine llama-server --num-ctx 8192").out, HasSubstr("-c 8192"));
+  const std::string server = "plan --model meta-llama/Llama-3.1-8B-Instruct --weights bf16 --device H100 ";
+  EXPECT_THAT(Kvtide(server + "--engine vllm --max-model-len 32768 --max-num-seqs 4 --output vllm-args").out,
+              HasSubstr("--max-model-len 32768 --max-num-seqs 4"));
+  const std::string sglang =
+      Kvtide(server +
+             "--engine sglang --context-length 32768 --max-running-requests 4 --mem-fraction-static 0.8 "
+             "--page-size 16 --kv-cache-dtype auto --output sglang-args")
+          .out;
+  EXPECT_THAT(sglang,
+              HasSubstr("--context-length 32768 --max-running-requests 4 --kv-cache-dtype auto --tp-size 1"));
+  EXPECT_THAT(sglang, HasSubstr("--page-size 16"));
+  EXPECT_THAT(sglang, HasSubstr("--mem-fraction-static 0.800"));
+  EXPECT_THAT(Kvtide("plan --list pairs").out, HasSubstr("sglang: f16/f16 bf16/bf16 fp8/fp8"));
+}
+
 TEST(PlanCli, MessagesNameTheFlag) {
   EXPECT_THAT(Kvtide("plan --device vram=10GiB").out, HasSubstr("--model is missing"));
   EXPECT_THAT(Kvtide("plan --model llama-3.1-8b --device vram=x").out,
               HasSubstr("--device: device 'vram=x': 'x' is not a size"));
   EXPECT_THAT(Kvtide("plan --model llama-3.1-8b --device vram=9GiB --context 8Q").out,
               HasSubstr("--context: '8Q'"));
-  EXPECT_THAT(Kvtide("plan --model llama-3.1-8b --device vram=9GiB --engine ollama").out,
-              HasSubstr("known: llama.cpp, vllm, kvtide"));
+  EXPECT_THAT(Kvtide("plan --model llama-3.1-8b --device vram=9GiB --engine tgi").out,
+              HasSubstr("vllm, sglang, kvtide"));
   EXPECT_THAT(Kvtide("plan --model llama-3.1-8b --device vram=9GiB --output xml").out,
               HasSubstr("known: table, json"));
   EXPECT_THAT(Kvtide("plan --model llama-3.1-8b --device vram=9GiB --max-ppl-increase lots").out,

@@ -91,5 +91,20 @@ TEST(Vllm, UnknownPairsListTheKnown) {
   EXPECT_EQ(VllmCacheDtype({"fp8", "fp8"}), "fp8");
 }
 
+// DeepSeek V3.2: 132 bytes per token and layer (128 fp8, one f32 scale) beside the latents; GLM-5.2 in 21 of
+// 78 layers.
+TEST(Vllm, IndexerKeysLieBesideThePool) {
+  EngineOptions options;
+  options.engine = Engine::kVllm;
+  const KvLoad load{65536, 2, 0};
+  const auto bytes = [&](const char* name, const TypePair& pair) {
+    const ModelGeometry model = *FindModel(name);
+    return (*MakeKvSizer(options, model, GroupLayers(model), pair))->Bytes(load).Cache();
+  };
+  EXPECT_EQ(bytes("deepseek-v3.2", {"f16", "none"}), int64_t{2} * 65536 * 61 * (1152 + 132));
+  EXPECT_EQ(bytes("deepseek-v3.2", {"fp8", "none"}), int64_t{2} * 65536 * 61 * (656 + 132));
+  EXPECT_EQ(bytes("glm-5.2", {"f16", "none"}), int64_t{2} * 65536 * (78 * 1152 + 21 * 132));
+}
+
 }  // namespace
 }  // namespace kvtide::planner

@@ -86,8 +86,8 @@ absl::Status PrintList(const std::string& what) {
     return absl::OkStatus();
   }
   if (what == "pairs") {
-    for (planner::Engine engine :
-         {planner::Engine::kLlamaCpp, planner::Engine::kVllm, planner::Engine::kKvtide}) {
+    for (planner::Engine engine : {planner::Engine::kLlamaCpp, planner::Engine::kVllm,
+                                   planner::Engine::kSglang, planner::Engine::kKvtide}) {
       planner::EngineOptions options;
       options.engine = engine;
       options.build = "auto";
@@ -121,9 +121,11 @@ absl::StatusOr<std::string> Render(const PlanCommand& command, const planner::Pl
   if (command.output == "csv") return planner::RenderCsv(request, plan);
   if (command.output == "llama-args") return planner::RenderLlamaArgs(request, plan);
   if (command.output == "vllm-args") return planner::RenderVllmArgs(request, plan);
+  if (command.output == "sglang-args") return planner::RenderSglangArgs(request, plan);
   if (command.output == "kvtided-config") return planner::RenderKvtidedConfig(request, plan);
-  return absl::InvalidArgumentError(absl::StrCat(
-      "--output: '", command.output, "'; known: table, json, csv, llama-args, vllm-args, kvtided-config"));
+  return absl::InvalidArgumentError(
+      absl::StrCat("--output: '", command.output,
+                   "'; known: table, json, csv, llama-args, vllm-args, sglang-args, kvtided-config"));
 }
 
 absl::Status Explain(const planner::PlanRequest& request, const planner::Plan& plan) {
@@ -226,6 +228,7 @@ absl::StatusOr<int> RunVerify(const PlanCommand& command) {
   KVTIDE_ASSIGN_OR_RETURN(const std::string text,
                           command.log.empty() ? HttpGet(command.metrics) : ReadFile(command.log));
   KVTIDE_ASSIGN_OR_RETURN(planner::Measured measured, planner::ParseAnyLog(text));
+  planner::PerRequest(request.workload.contexts.front(), &measured);
   if (request.weights.provenance == planner::Provenance::kGuess) {
     measured.bytes.erase("weights");
     measured.notes.push_back("weights are not compared: name them with --weights or plan for the file");
@@ -248,10 +251,11 @@ void AddPlanCommand(CLI::App& app, int* exit_code) {
       app.add_subcommand("plan", "Pick the K and V types per context length that keep the cache resident");
   plan->footer(kExamples);
   AddPlanFlags(*plan, &command->flags);
-  plan->add_option("--context", command->flags.contexts,
+  plan->add_option("--context,--num-ctx,--max-model-len,--context-length", command->flags.contexts,
                    "Tokens per sequence: list (8192,32K) or range (4K..128K, doubling)")
       ->capture_default_str();
-  plan->add_option("--output", command->output, "table, json, csv, llama-args, vllm-args, kvtided-config")
+  plan->add_option("--output", command->output,
+                   "table, json, csv, llama-args, vllm-args, sglang-args, kvtided-config")
       ->capture_default_str();
   plan->add_option("--plot", command->plot, "Write memory and harm against context as SVG");
   plan->add_flag("--all", command->all, "Show every pair, the bill of every context and what others claim");

@@ -58,6 +58,35 @@ constexpr EngineWord kEngineWords[] = {
     {"-np", "--parallel"},      {"-kvu", "--kv-unified"}, {"-ub", "--ubatch"},    {"-ctk", "--cache-type-k"},
     {"-ctv", "--cache-type-v"}, {"-fa", "--flash-attn"},  {"-sm", "--split-mode"}};
 
+// Settings that people copy from Modelfiles and environments: num_ctx=8192, OLLAMA_KV_CACHE_TYPE=q8_0.
+constexpr EngineWord kSettings[] = {{"num_ctx", "--context"},
+                                    {"OLLAMA_CONTEXT_LENGTH", "--context"},
+                                    {"OLLAMA_NUM_PARALLEL", "--concurrency"},
+                                    {"OLLAMA_KV_CACHE_TYPE", "--pairs"},
+                                    {"OLLAMA_FLASH_ATTENTION", "--flash-attn"},
+                                    {"LLAMA_ARG_CTX_SIZE", "--ctx-size"},
+                                    {"LLAMA_ARG_N_PARALLEL", "--parallel"},
+                                    {"LLAMA_ARG_CACHE_TYPE_K", "--cache-type-k"},
+                                    {"LLAMA_ARG_CACHE_TYPE_V", "--cache-type-v"},
+                                    {"LLAMA_ARG_FLASH_ATTN", "--flash-attn"}};
+
+// The option of a setting, or the argument as it is.
+std::string OptionOf(const std::string& argument) {
+  const size_t equals = argument.find('=');
+  if (equals == std::string::npos) return argument;
+  const std::string key = argument.substr(0, equals);
+  std::string value = argument.substr(equals + 1);
+  for (const EngineWord& setting : kSettings) {
+    if (key != setting.word) continue;
+    if (std::string(setting.option) == "--flash-attn") {
+      if (value == "1" || value == "true") value = "on";
+      if (value == "0" || value == "false") value = "off";
+    }
+    return absl::StrCat(setting.option, "=", value);
+  }
+  return argument;
+}
+
 // A size, or the size of a file.
 absl::StatusOr<int64_t> ParseBytesOrFile(const std::string& text) {
   std::error_code error;
@@ -139,6 +168,11 @@ absl::Status SetEngine(const PlanFlags& flags, PlanRequest* request) {
   engine.max_batched_tokens = flags.max_batched_tokens;
   engine.gpu_memory_utilization = flags.gpu_memory_utilization;
   engine.cuda_graphs = !flags.enforce_eager;
+  engine.mem_fraction_static = flags.mem_fraction_static;
+  engine.max_total_tokens = flags.max_total_tokens;
+  engine.page_tokens = flags.page_size;
+  engine.chunked_prefill = flags.chunked_prefill;
+  engine.swa_full_tokens_ratio = flags.swa_full_tokens_ratio;
   KVTIDE_FLAG(engine.exact_window, "--exact-window", ParseWindow(flags.exact_window));
   return absl::OkStatus();
 }
@@ -241,6 +275,7 @@ std::vector<std::string> WithEngineWords(int argc, char** argv) {
     for (const EngineWord& word : kEngineWords) {
       if (plans && argument == word.word) argument = word.option;
     }
+    if (plans) argument = OptionOf(argument);
   }
   std::reverse(arguments.begin(), arguments.end());
   return arguments;
@@ -273,7 +308,9 @@ void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
                   "Card by name, 'auto' (this machine's GPUs; 'auto:1' for one of them), or numbers: "
                   "vram=16GiB,bandwidth=960GB/s,pcie=64GB/s,used=1GiB,count=2,host=64GiB")
       ->capture_default_str();
-  command.add_option("--engine", flags->engine, "llama.cpp, vllm or kvtide")->capture_default_str();
+  command
+      .add_option("--engine", flags->engine, "llama.cpp (also ollama, llama-server), vllm, sglang or kvtide")
+      ->capture_default_str();
   command
       .add_option("--build", flags->build,
                   "llama.cpp: newest (upstream), b10819 (upstream by number), auto (forks too), turboquant, "
@@ -292,9 +329,13 @@ void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
   command.add_option("--cache-type-v", flags->cache_type_v, "llama-server: type of V (-ctv)");
   command.add_option("--weights", flags->weights,
                      "GGUF file, folder of safetensors, size (14.4GB), or quantisation (q4_0, bf16)");
-  command.add_option("--pairs", flags->pairs, "Allowed pairs of cache types, K/V,K/V, or 'all'")
+  command
+      .add_option("--pairs,--kv-cache-dtype", flags->pairs, "Allowed pairs of cache types, K/V,K/V, or 'all'")
       ->capture_default_str();
-  command.add_option("--concurrency", flags->concurrency, "Sequences at once")->capture_default_str();
+  command
+      .add_option("--concurrency,--max-num-seqs,--max-running-requests", flags->concurrency,
+                  "Sequences at once")
+      ->capture_default_str();
   command.add_option("--shared-prefix", flags->shared_prefix, "First tokens that all sequences share");
   command.add_option("--max-ppl-increase", flags->max_ppl_increase,
                      "Most measured harm to accept, in percent of perplexity");
@@ -306,7 +347,8 @@ void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
       .add_option("--exact-window", flags->exact_window,
                   "Blocks kept in f16 (kvtide): default, none, FIRST+LAST")
       ->capture_default_str();
-  command.add_option("--gpus", flags->gpus, "Equal devices: tensor parallel, or layers split (llama.cpp)");
+  command.add_option("--gpus,--tensor-parallel-size,--tp-size,--tp", flags->gpus,
+                     "Equal devices: tensor parallel, or layers split (llama.cpp)");
   command.add_option("--used", flags->used, "Device memory that others use already");
   command.add_option("--host-memory", flags->host_memory,
                      "Host memory for the cache: a size, or 'auto' for half of what is free");
@@ -335,7 +377,19 @@ void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
       ->capture_default_str();
   command.add_option("--gpu-memory-utilization", flags->gpu_memory_utilization, "vLLM: share of the device")
       ->capture_default_str();
-  command.add_flag("--enforce-eager", flags->enforce_eager, "vLLM: no CUDA graphs");
+  command.add_flag("--enforce-eager,--disable-cuda-graph", flags->enforce_eager,
+                   "vLLM, SGLang: no CUDA graphs");
+  command.add_option(
+      "--mem-fraction-static", flags->mem_fraction_static,
+      "SGLang: share of the device for weights and pools (default: by memory, as SGLang does)");
+  command.add_option("--max-total-tokens", flags->max_total_tokens, "SGLang: tokens of the pool at most");
+  command.add_option("--page-size", flags->page_size, "SGLang: tokens per page")->capture_default_str();
+  command.add_option("--chunked-prefill-size", flags->chunked_prefill,
+                     "SGLang: tokens per prefill step (default: by memory)");
+  command
+      .add_option("--swa-full-tokens-ratio", flags->swa_full_tokens_ratio,
+                  "SGLang: tokens of sliding layers per token of full ones")
+      ->capture_default_str();
   command.add_flag("--ignore-unknown-fields", flags->ignore_unknown_fields,
                    "Go on when the model has fields that kvtide does not know");
 }

@@ -49,15 +49,21 @@ struct PlanFlags {
   bool swa_full = false;
   bool no_rewrites = false;
   bool enforce_eager = false;
+  // SGLang; 0 = what it takes by itself
+  double mem_fraction_static = 0;
+  int chunked_prefill = 0;
+  int page_size = 1;
+  double swa_full_tokens_ratio = 0.8;
+  int64_t max_total_tokens = 0;
   bool own_quality_only = false;
   bool ignore_unknown_fields = false;
 };
 
 void AddPlanFlags(CLI::App& command, PlanFlags* flags);
 
-// The arguments with llama-server's words of one dash (-np 4 -kvu -ctk q8_0) as the long options that they
-// stand for, in the order that CLI::App::parse takes: last first. Other commands than plan and fleet keep
-// theirs.
+// The arguments with llama-server's words of one dash (-np 4 -kvu -ctk q8_0) and settings of ollama and
+// llama-server (num_ctx=8192, OLLAMA_KV_CACHE_TYPE=q8_0) as the long options that they stand for, in the
+// order that CLI::App::parse takes: last first. Other commands than plan and fleet keep theirs.
 std::vector<std::string> WithEngineWords(int argc, char** argv);
 
 // Reads the files that the flags name. Errors name the flag.
