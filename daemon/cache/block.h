@@ -1,14 +1,17 @@
 // A block of 64 tokens of one sequence and layer group, and the place where its bytes lie. Both belong to the
-// BlockStore and are guarded by the cache's mutex; the bytes are read and written without it, under pins.
+// BlockStore and are guarded by the cache's mutex; the bytes are read and written without it.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 
+#include "absl/container/inlined_vector.h"
 #include "absl/time/time.h"
+#include "daemon/cache/block_id.h"
 #include "daemon/cache/cache_stats.h"
-#include "daemon/cache/eviction_policy.h"
+#include "daemon/cache/chunk.h"
+#include "daemon/cache/recency.h"
 #include "kernels/format/block_layout.h"
 #include "kernels/format/profile.h"
 
@@ -16,15 +19,16 @@ namespace kvtide {
 
 struct Block;
 
-// An extent of a tier's slab. Pinned bytes neither move nor are reused: a place that its block has left lives
-// on until the last pin falls.
+// An extent of a tier's slab. Its bytes neither move nor are reused while a picture names it (chunk pictures,
+// which readers hold) or a running copy works on it: a place that its block has left lives on until then.
 struct Place {
   int tier = 0;  // index into CacheOptions::tiers
   size_t offset = 0;
   size_t bytes = 0;
   std::byte* data = nullptr;  // perhaps a device pointer
-  int pins = 0;
-  bool retired = false;    // no block uses it; freed with the last pin
+  int pictures = 0;
+  int pins = 0;          // copies and seals that run
+  bool retired = false;    // no block uses it; freed with the last picture and pin
   CachePair pair;          // for statistics
   Block* block = nullptr;  // that lies here; null: reserved by a move, or retired
 };
@@ -45,23 +49,35 @@ struct Block {
   std::shared_ptr<const Profile> profile;  // of coded blocks
   Place* place = nullptr;                  // null: dropped
   int home = 0;                            // device of the first tier that its sequences live on
-  // The block lives while refs + holds > 0; its bytes while refs > 0, something pins them, or they are being
-  // moved.
-  int refs = 0;          // entries in block tables
-  int keepers = 0;       // of these, sequences that do not allow drops
-  int holds = 0;         // running calls that have the pointer
-  bool writing = false;  // an append or seal fills it; not moved, not dropped
-  bool moving = false;   // being copied to another tier; not written
-  bool wanted = false;   // in the list of blocks that attention wants in a faster tier
-  // Rows that a reader may still see were truncated away; the next writer copies the block while it is
-  // pinned.
+  // The block lives while it is in a chunk, has a direct entry or is held.
+  absl::InlinedVector<Chunk*, 1> chunks;  // that have it
+  int direct_entries = 0;                 // twins of seal_at_once, which are in no chunk
+  int direct_keepers = 0;                 // of these, of sequences that do not allow drops
+  int holds = 0;                          // running calls that have the pointer
+  bool writing = false;                   // an append or seal fills it; not moved, not dropped
+  bool moving = false;                    // being copied to another tier; not written
+  // Rows that a reader may still see were truncated away; the next writer copies the block while it is read.
   bool copy_before_write = false;
   OwnerStamp stamp;
   int codec_version_k = 0, codec_version_v = 0;
   bool has_checksum = false;
   uint64_t checksum = 0;  // XXH3 of the bytes, computed on arrival in a tier that wants it
-  uint64_t touch_serial = 0;
-  absl::Time last_touched;
+  // In the list of its record and tier; null record: not in a table yet, or dropped.
+  RecencyPtr record;
+  Block* previous = nullptr;
+  Block* next = nullptr;
+
+  // Entries of all tables, and those of sequences that do not allow drops.
+  int references() const {
+    int count = direct_entries;
+    for (const Chunk* chunk : chunks) count += chunk->owners;
+    return count;
+  }
+  int keepers() const {
+    int count = direct_keepers;
+    for (const Chunk* chunk : chunks) count += chunk->keepers;
+    return count;
+  }
 };
 
 }  // namespace kvtide

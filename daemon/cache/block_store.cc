@@ -1,7 +1,9 @@
 #include "daemon/cache/block_store.h"
 
 #include <algorithm>
+#include <utility>
 
+#include "daemon/cache/block_table.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
 
@@ -11,6 +13,7 @@ BlockStore::~BlockStore() {
   for (const auto& block : blocks_)
     if (block != nullptr) delete block->place;
   for (Place* place : retired_) delete place;
+  blocks_.clear();  // before the slots of their records
 }
 
 absl::Status BlockStore::Init(const CacheOptions& options) {
@@ -57,8 +60,9 @@ Place* BlockStore::PlaceAt(int tier_index, size_t offset, size_t bytes, CachePai
   return place.release();
 }
 
-void BlockStore::FreePlace(Place* place) {
-  KVTIDE_CHECK(place->pins == 0);
+void BlockStore::FreeIfUnused(Place* place) {
+  if (!place->retired || place->pins > 0 || place->pictures > 0) return;
+  retired_.erase(place);
   Tier& tier = this->tier(place->tier);
   tier.allocator.Free(place->offset, place->bytes);
   tier.places.erase(place->offset);
@@ -74,9 +78,9 @@ Block* BlockStore::Allocate(int tier, int home, const BlockLayout* layout) {
   KVTIDE_CHECK(tier == home || tier >= homes_);
   Place* place = NewPlace(tier, layout->block_bytes(), layout->pair());
   if (place == nullptr) return nullptr;
-  BlockSlot slot;
+  uint32_t slot;
   if (free_slots_.empty()) {
-    slot = static_cast<BlockSlot>(blocks_.size());
+    slot = static_cast<uint32_t>(blocks_.size());
     blocks_.emplace_back();
     uses_.push_back(0);
   } else {
@@ -92,9 +96,7 @@ Block* BlockStore::Allocate(int tier, int home, const BlockLayout* layout) {
   block->home = home;
   block->codec_version_k = Info(layout->pair().k).version;
   block->codec_version_v = Info(layout->pair().v).version;
-  block->touch_serial = ++serial_;
   stored_bytes_ += place->bytes;
-  this->tier(tier).policy->Insert(slot);
   return block;
 }
 
@@ -113,17 +115,97 @@ Place* BlockStore::Claim(int tier, size_t offset, size_t bytes) {
   return PlaceAt(tier, offset, bytes, ExactPair());
 }
 
-void BlockStore::AddRef(Block* block, bool keeper) {
-  block->refs++;
-  if (block->refs == 2) shared_++;
-  if (keeper) block->keepers++;
+Chunk* BlockStore::NewChunk(TableFamily* family, bool keeper) {
+  auto* chunk = new Chunk;
+  chunk->tiers.resize(tiers_.size());
+  chunk->owners = 1;
+  chunk->keepers = keeper ? 1 : 0;
+  chunk->family = family;
+  CountTableBytes(sizeof(Chunk));
+  return chunk;
 }
 
-void BlockStore::Release(Block* block, bool keeper) {
-  KVTIDE_CHECK(block->refs > 0 && block->keepers >= (keeper ? 1 : 0));
-  block->refs--;
-  if (block->refs == 1) shared_--;
-  if (keeper) block->keepers--;
+void BlockStore::AddOwner(Chunk* chunk, bool keeper) {
+  chunk->owners++;
+  if (keeper) chunk->keepers++;
+  if (chunk->owners == 2) shared_ += static_cast<uint64_t>(chunk->sole);
+}
+
+void BlockStore::RemoveOwner(Chunk* chunk, bool keeper) {
+  KVTIDE_CHECK(chunk->owners > 0 && chunk->keepers >= (keeper ? 1 : 0));
+  if (chunk->owners == 1) {
+    chunk->picture.reset();
+    for (int slot = 0; slot < kChunkBlocks && chunk->count > 0; slot++)
+      if (chunk->blocks[static_cast<size_t>(slot)] != nullptr) Leave(chunk, slot);
+    CountTableBytes(-static_cast<int64_t>(sizeof(Chunk)));
+    delete chunk;
+    return;
+  }
+  chunk->owners--;
+  if (keeper) chunk->keepers--;
+  if (chunk->owners == 1) shared_ -= static_cast<uint64_t>(chunk->sole);
+}
+
+void BlockStore::CountShared(const Block& block, int references_before) {
+  const int now = block.references();
+  if (references_before <= 1 && now > 1) shared_++;
+  if (references_before > 1 && now <= 1) shared_--;
+}
+
+void BlockStore::CountInChunks(const Block& block, int sign) {
+  for (Chunk* chunk : block.chunks) {
+    if (block.place == nullptr) {
+      chunk->dropped += sign;
+      continue;
+    }
+    BlockCount& count = chunk->tiers[static_cast<size_t>(block.place->tier)];
+    count.blocks += static_cast<uint64_t>(static_cast<int64_t>(sign));
+    count.bytes += static_cast<uint64_t>(sign * static_cast<int64_t>(block.place->bytes));
+  }
+}
+
+void BlockStore::Enter(Block* block, Chunk* chunk, int slot) {
+  KVTIDE_CHECK(chunk->blocks[static_cast<size_t>(slot)] == nullptr);
+  const int before = block->references();
+  CountInChunks(*block, -1);
+  if (block->chunks.size() == 1 && block->direct_entries == 0) block->chunks.front()->sole--;
+  chunk->blocks[static_cast<size_t>(slot)] = block;
+  chunk->count++;
+  block->chunks.push_back(chunk);
+  if (block->chunks.size() == 1 && block->direct_entries == 0) chunk->sole++;
+  CountInChunks(*block, 1);
+  CountShared(*block, before);
+}
+
+void BlockStore::Leave(Chunk* chunk, int slot) {
+  Block* block = std::exchange(chunk->blocks[static_cast<size_t>(slot)], nullptr);
+  KVTIDE_CHECK(block != nullptr);
+  const int before = block->references();
+  CountInChunks(*block, -1);
+  if (block->chunks.size() == 1 && block->direct_entries == 0) chunk->sole--;
+  chunk->count--;
+  block->chunks.erase(std::find(block->chunks.begin(), block->chunks.end(), chunk));
+  if (block->chunks.size() == 1 && block->direct_entries == 0) block->chunks.front()->sole++;
+  CountInChunks(*block, 1);
+  CountShared(*block, before);
+  DeleteIfUnused(block);
+}
+
+void BlockStore::AddDirect(Block* block, bool keeper) {
+  const int before = block->references();
+  if (block->chunks.size() == 1 && block->direct_entries == 0) block->chunks.front()->sole--;
+  block->direct_entries++;
+  if (keeper) block->direct_keepers++;
+  CountShared(*block, before);
+}
+
+void BlockStore::RemoveDirect(Block* block, bool keeper) {
+  KVTIDE_CHECK(block->direct_entries > 0 && block->direct_keepers >= (keeper ? 1 : 0));
+  const int before = block->references();
+  block->direct_entries--;
+  if (keeper) block->direct_keepers--;
+  if (block->chunks.size() == 1 && block->direct_entries == 0) block->chunks.front()->sole++;
+  CountShared(*block, before);
   DeleteIfUnused(block);
 }
 
@@ -135,16 +217,18 @@ void BlockStore::Unhold(Block* block) {
 
 // A held block without references keeps its bytes: its holder may be writing or copying them.
 void BlockStore::DeleteIfUnused(Block* block) {
-  if (block->refs > 0 || block->holds > 0) return;
+  if (!block->chunks.empty() || block->direct_entries > 0 || block->holds > 0) return;
   KVTIDE_CHECK(!block->moving);
+  Unlink(block);
   if (block->place != nullptr) {
     Place* place = block->place;
-    tier(place->tier).policy->Remove(SlotOf(block->id));
     stored_bytes_ -= place->bytes;
     block->place = nullptr;
     Retire(place);
+  } else {
+    dropped_--;
   }
-  const BlockSlot slot = SlotOf(block->id);
+  const uint32_t slot = SlotOf(block->id);
   blocks_[slot].reset();
   free_slots_.push_back(slot);
 }
@@ -157,28 +241,41 @@ void BlockStore::Unpin(Place* place) {
   KVTIDE_CHECK(place->pins > 0);
   if (--place->pins > 0) return;
   tier(place->tier).pinned--;
-  if (!place->retired) return;
-  retired_.erase(std::find(retired_.begin(), retired_.end(), place));
-  FreePlace(place);
+  FreeIfUnused(place);
+}
+
+void BlockStore::LeavePicture(Place* place) {
+  KVTIDE_CHECK(place->pictures > 0);
+  place->pictures--;
+  FreeIfUnused(place);
 }
 
 void BlockStore::Retire(Place* place) {
   KVTIDE_CHECK(!place->retired);
   place->block = nullptr;
-  if (place->pins == 0) {
-    FreePlace(place);
-    return;
-  }
   place->retired = true;
-  retired_.push_back(place);
+  retired_.insert(place);
+  FreeIfUnused(place);
+}
+
+void BlockStore::MakeStale(const Block& block) {
+  for (Chunk* chunk : block.chunks) {
+    chunk->family->DropSnapshots();
+    chunk->picture.reset();
+  }
 }
 
 void BlockStore::SwapPlace(Block* block, Place* place) {
   Place* old = block->place;
   KVTIDE_CHECK(old != nullptr && (place->tier == block->home || place->tier >= homes_));
+  MakeStale(*block);
   if (old->tier != place->tier) {
-    tier(old->tier).policy->Remove(SlotOf(block->id));
-    tier(place->tier).policy->Insert(SlotOf(block->id));
+    CountInChunks(*block, -1);
+    const RecencyPtr record = block->record;
+    Unlink(block);
+    block->place = place;
+    if (record != nullptr) Join(block, record);
+    CountInChunks(*block, 1);
   }
   block->place = place;
   place->block = block;
@@ -187,51 +284,213 @@ void BlockStore::SwapPlace(Block* block, Place* place) {
 
 void BlockStore::Drop(Block* block) {
   KVTIDE_CHECK(block->place != nullptr && !block->writing && !block->moving);
-  Place* place = block->place;
-  tier(place->tier).policy->Remove(SlotOf(block->id));
+  MakeStale(*block);
+  CountInChunks(*block, -1);
+  Unlink(block);
+  Place* place = std::exchange(block->place, nullptr);
+  CountInChunks(*block, 1);
+  dropped_++;
   tier(place->tier).dropped++;
   stored_bytes_ -= place->bytes;
-  block->place = nullptr;
   block->has_checksum = false;
   Retire(place);
 }
 
+RecencyPtr BlockStore::NewRecency(absl::Time now) {
+  RecordSlot slot;
+  if (free_records_.empty()) {
+    slot = static_cast<RecordSlot>(records_.size());
+    records_.push_back(nullptr);
+  } else {
+    slot = free_records_.back();
+    free_records_.pop_back();
+  }
+  auto* record = new Recency;
+  record->slot = slot;
+  record->tiers.resize(tiers_.size());
+  record->touch_serial = ++serial_;
+  record->last_touched = now;
+  records_[slot] = record;
+  return RecencyPtr(record, [this](Recency* unused) {
+    records_[unused->slot] = nullptr;
+    free_records_.push_back(unused->slot);
+    delete unused;
+  });
+}
+
+void BlockStore::Join(Block* block, const RecencyPtr& record) {
+  if (block->record != nullptr || block->place == nullptr) return;
+  block->record = record->merged_into != nullptr ? record->merged_into : record;
+  Link(block);
+}
+
+void BlockStore::Link(Block* block) {
+  Recency* record = Root(block->record);
+  Tier& tier = this->tier(block->place->tier);
+  Recency::List& list = record->tiers[static_cast<size_t>(block->place->tier)];
+  block->previous = list.last;
+  block->next = nullptr;
+  (list.last != nullptr ? list.last->next : list.first) = block;
+  list.last = block;
+  if (list.blocks++ == 0) tier.policy->Insert(record->slot);
+  if (record->readers > 0) tier.read++;
+}
+
+void BlockStore::Unlink(Block* block) {
+  if (block->record == nullptr) return;
+  Recency* record = Root(block->record);
+  Tier& tier = this->tier(block->place->tier);
+  Recency::List& list = record->tiers[static_cast<size_t>(block->place->tier)];
+  (block->previous != nullptr ? block->previous->next : list.first) = block->next;
+  (block->next != nullptr ? block->next->previous : list.last) = block->previous;
+  block->previous = block->next = nullptr;
+  if (--list.blocks == 0) tier.policy->Remove(record->slot);
+  if (record->readers > 0) tier.read--;
+  block->record.reset();
+}
+
+void BlockStore::Merge(const RecencyPtr& from, const RecencyPtr& into) {
+  KVTIDE_CHECK(from->merged_into == nullptr && into->merged_into == nullptr && from != into);
+  const bool read = from->readers + into->readers > 0;
+  for (size_t t = 0; t < tiers_.size(); t++) {
+    Recency::List& source = from->tiers[t];
+    Recency::List& target = into->tiers[t];
+    if (read && from->readers == 0) tiers_[t].read += source.blocks;
+    if (read && into->readers == 0) tiers_[t].read += target.blocks;
+    if (source.blocks == 0) continue;
+    tiers_[t].policy->Remove(from->slot);
+    if (target.blocks == 0) {
+      tiers_[t].policy->Insert(into->slot);
+      target = source;
+    } else {
+      target.last->next = source.first;
+      source.first->previous = target.last;
+      target.last = source.last;
+      target.blocks += source.blocks;
+    }
+    source = {};
+  }
+  into->readers += std::exchange(from->readers, 0);
+  into->touch_serial = std::max(into->touch_serial, from->touch_serial);
+  into->last_touched = std::max(into->last_touched, from->last_touched);
+  if (from->wanted && !into->wanted) {
+    into->wanted = true;
+    wanted_.push_back(into);
+  }
+  from->wanted = false;
+  from->merged_into = into;
+}
+
+void BlockStore::ForkRecency(SequenceRecency* parent, SequenceRecency* child) {
+  const absl::Time now = parent->own->last_touched;
+  const bool has_blocks = std::any_of(parent->own->tiers.begin(), parent->own->tiers.end(),
+                                      [](const Recency::List& list) { return list.blocks > 0; });
+  if (parent->family == nullptr) {
+    parent->family = std::move(parent->own);
+    parent->own = NewRecency(now);
+  } else if (has_blocks) {
+    Merge(parent->own, parent->family);
+    parent->own = NewRecency(now);
+  }
+  child->family = parent->family;
+  child->own = NewRecency(now);
+}
+
+void BlockStore::Touch(const SequenceRecency& sequence, absl::Time now) {
+  for (const RecencyPtr* record : {&sequence.family, &sequence.own}) {
+    if (*record == nullptr) continue;
+    Recency* root = Root(*record);
+    root->touch_serial = ++serial_;
+    root->last_touched = now;
+    for (size_t t = 0; t < tiers_.size(); t++)
+      if (root->tiers[t].blocks > 0) tiers_[t].policy->Touch(root->slot);
+  }
+}
+
+void BlockStore::BeginRead(const RecencyPtr& record) {
+  Recency* root = Root(record);
+  if (root->readers++ > 0) return;
+  for (size_t t = 0; t < tiers_.size(); t++) tiers_[t].read += root->tiers[t].blocks;
+}
+
+void BlockStore::EndRead(const RecencyPtr& record) {
+  Recency* root = Root(record);
+  KVTIDE_CHECK(root->readers > 0);
+  if (--root->readers > 0) return;
+  for (size_t t = 0; t < tiers_.size(); t++) tiers_[t].read -= root->tiers[t].blocks;
+}
+
 void BlockStore::Peek(int tier, absl::FunctionRef<bool(const Block&)> visit) const {
-  this->tier(tier).policy->Peek([&](BlockSlot slot) { return visit(*blocks_[slot]); });
+  this->tier(tier).policy->Peek([&](RecordSlot slot) {
+    const Block* block = records_[slot]->tiers[static_cast<size_t>(tier)].first;
+    for (; block != nullptr; block = block->next)
+      if (!visit(*block)) return false;
+    return true;
+  });
 }
 
-void BlockStore::Want(Block* block) {
-  if (block->wanted || wanted_.size() >= kMostWanted) return;
-  block->wanted = true;
-  wanted_.push_back(block->id);
+void BlockStore::PeekIdle(int tier, uint64_t before_serial,
+                          absl::FunctionRef<bool(const Block&)> visit) const {
+  this->tier(tier).policy->Peek([&](RecordSlot slot) {
+    const Recency& record = *records_[slot];
+    if (record.readers > 0 || record.touch_serial >= before_serial) return true;
+    const Block* block = record.tiers[static_cast<size_t>(tier)].first;
+    for (; block != nullptr; block = block->next)
+      if (IsIdle(*block) && !visit(*block)) return false;
+    return true;
+  });
 }
 
-std::vector<Block*> BlockStore::TakeWanted() {
+void BlockStore::Want(const SequenceRecency& sequence) {
+  for (const RecencyPtr* record : {&sequence.family, &sequence.own}) {
+    if (*record == nullptr) continue;
+    Recency* root = Root(*record);
+    if (root->wanted) continue;
+    for (size_t t = static_cast<size_t>(homes_); t < tiers_.size(); t++) {
+      if (root->tiers[t].blocks == 0) continue;
+      root->wanted = true;
+      wanted_.push_back((*record)->merged_into != nullptr ? (*record)->merged_into : *record);
+      break;
+    }
+  }
+}
+
+void BlockStore::Unwant(const SequenceRecency& sequence) {
+  if (sequence.family != nullptr) Root(sequence.family)->wanted = false;
+  Root(sequence.own)->wanted = false;
+}
+
+std::vector<Block*> BlockStore::TakeWanted(size_t limit) {
   std::vector<Block*> blocks;
-  for (const BlockId id : wanted_) {
-    Block* block = Get(id);
-    if (block == nullptr || !block->wanted) continue;
-    block->wanted = false;
-    blocks.push_back(block);
+  for (const std::weak_ptr<Recency>& weak : wanted_) {
+    const RecencyPtr record = weak.lock();
+    if (record == nullptr || !record->wanted) continue;
+    record->wanted = false;
+    for (size_t t = static_cast<size_t>(homes_); t < tiers_.size(); t++)
+      for (Block* block = record->tiers[t].first; block != nullptr && blocks.size() < limit;
+           block = block->next)
+        blocks.push_back(block);
   }
   wanted_.clear();
   return blocks;
 }
 
-void BlockStore::Touch(Block* block, absl::Time now) {
-  block->touch_serial = ++serial_;
-  block->last_touched = now;
-  if (block->place != nullptr) tier(block->place->tier).policy->Touch(SlotOf(block->id));
-}
-
 void BlockStore::CheckInvariants() const {
-  std::vector<uint64_t> used(tiers_.size()), places(tiers_.size()), in_policy(tiers_.size());
-  uint64_t shared = 0, stored = 0;
+  std::vector<uint64_t> used(tiers_.size()), in_policy(tiers_.size()), linked(tiers_.size()),
+      read(tiers_.size());
+  uint64_t shared = 0, stored = 0, dropped = 0;
+  absl::flat_hash_set<const Chunk*> chunks;
   ForEach([&](const Block& block) {
-    KVTIDE_CHECK(block.refs + block.holds > 0, "block ", block.id, " belongs to nobody");
-    KVTIDE_CHECK(block.keepers <= block.refs);
-    if (block.refs > 1) shared++;
-    if (block.place == nullptr) return;
+    KVTIDE_CHECK(block.references() + block.holds > 0, "block ", block.id, " belongs to nobody");
+    KVTIDE_CHECK(block.keepers() <= block.references());
+    if (block.references() > 1) shared++;
+    chunks.insert(block.chunks.begin(), block.chunks.end());
+    KVTIDE_CHECK(block.record == nullptr || block.place != nullptr, "block ", block.id,
+                 " without bytes is in a list");
+    if (block.place == nullptr) {
+      dropped++;
+      return;
+    }
     const Place& place = *block.place;
     KVTIDE_CHECK(!place.retired && place.bytes == block.layout->block_bytes() &&
                  place.pair == block.layout->pair());
@@ -240,13 +499,14 @@ void BlockStore::CheckInvariants() const {
     const auto t = static_cast<size_t>(place.tier);
     KVTIDE_CHECK(place.data == tiers_[t].slab->data() + place.offset && place.block == &block);
     used[t] += place.bytes;
-    places[t]++;
     stored += place.bytes;
+    if (block.record != nullptr) linked[t]++;
   });
-  KVTIDE_CHECK(shared == shared_ && stored == stored_bytes_, "shared ", shared, "/", shared_, " stored ",
-               stored, "/", stored_bytes_);
+  KVTIDE_CHECK(shared == shared_ && stored == stored_bytes_ && dropped == dropped_, "shared ", shared, "/",
+               shared_, " stored ", stored, "/", stored_bytes_, " dropped ", dropped, "/", dropped_);
+  for (const Chunk* chunk : chunks) CheckChunk(*chunk);
   for (const Place* place : retired_) {
-    KVTIDE_CHECK(place->pins > 0 && place->retired);
+    KVTIDE_CHECK(place->pins + place->pictures > 0 && place->retired);
     used[static_cast<size_t>(place->tier)] += place->bytes;
   }
   for (size_t t = 0; t < tiers_.size(); t++) {
@@ -262,10 +522,17 @@ void BlockStore::CheckInvariants() const {
     }
     KVTIDE_CHECK(pair_bytes == tier.allocator.used_bytes() && pair_blocks == tier.blocks &&
                  tier.pinned <= tier.blocks);
-    tier.policy->Peek([&](BlockSlot id) {
-      KVTIDE_CHECK(blocks_[id] != nullptr && blocks_[id]->place != nullptr &&
-                   blocks_[id]->place->tier == static_cast<int>(t));
-      in_policy[t]++;
+    tier.policy->Peek([&](RecordSlot slot) {
+      const Recency& record = *records_[slot];
+      KVTIDE_CHECK(record.slot == slot && record.merged_into == nullptr);
+      const Recency::List& list = record.tiers[t];
+      uint64_t blocks = 0;
+      for (const Block* block = list.first; block != nullptr; block = block->next, blocks++)
+        KVTIDE_CHECK(block->place != nullptr && block->place->tier == static_cast<int>(t) &&
+                     Root(block->record.get()) == &record && (block->next != nullptr || list.last == block));
+      KVTIDE_CHECK(blocks == list.blocks && blocks > 0);
+      in_policy[t] += blocks;
+      if (record.readers > 0) read[t] += blocks;
       return true;
     });
     size_t end = 0, placed = 0;
@@ -275,9 +542,32 @@ void BlockStore::CheckInvariants() const {
       placed += ExtentAllocator::RoundUp(place->bytes);
     }
     KVTIDE_CHECK(placed == tier.allocator.used_bytes() && tier.places.size() == tier.blocks);
-    KVTIDE_CHECK(in_policy[t] == places[t], "tier ", tier.name, ": ", in_policy[t], " in the policy, ",
-                 places[t], " blocks");
+    KVTIDE_CHECK(in_policy[t] == linked[t] && read[t] == tier.read, "tier ", tier.name, ": ", in_policy[t],
+                 " in the policy, ", linked[t], " blocks; ", read[t], " being read, ", tier.read, " counted");
   }
+}
+
+void BlockStore::CheckChunk(const Chunk& chunk) const {
+  int count = 0, sole = 0, dropped = 0;
+  std::vector<BlockCount> tiers(tiers_.size());
+  for (const Block* block : chunk.blocks) {
+    if (block == nullptr) continue;
+    count++;
+    KVTIDE_CHECK(std::count(block->chunks.begin(), block->chunks.end(), &chunk) == 1);
+    if (block->chunks.size() == 1 && block->direct_entries == 0) sole++;
+    if (block->place == nullptr) {
+      dropped++;
+      continue;
+    }
+    tiers[static_cast<size_t>(block->place->tier)].blocks++;
+    tiers[static_cast<size_t>(block->place->tier)].bytes += block->place->bytes;
+  }
+  KVTIDE_CHECK(chunk.owners > 0 && chunk.keepers <= chunk.owners && count == chunk.count &&
+                   sole == chunk.sole && dropped == chunk.dropped,
+               "a chunk counts ", chunk.count, " entries, ", chunk.sole, " of its own, ", chunk.dropped,
+               " dropped; there are ", count, ", ", sole, ", ", dropped);
+  for (size_t t = 0; t < tiers.size(); t++)
+    KVTIDE_CHECK(tiers[t].blocks == chunk.tiers[t].blocks && tiers[t].bytes == chunk.tiers[t].bytes);
 }
 
 }  // namespace kvtide

@@ -1,6 +1,7 @@
 // The BlockStore owns the tiers' memory and all blocks in them: it allocates, counts references and pins,
-// keeps the order of eviction and the gauges per tier and pair. It copies nothing and decides nothing. It
-// never grows: when a tier has no room, Allocate returns null. Not thread-safe; KvCache guards it.
+// keeps the order of eviction, what chunks and recency records count, and the gauges per tier and pair. It
+// copies nothing and decides nothing. It never grows: when a tier has no room, Allocate returns null. Not
+// thread-safe; KvCache guards it.
 //
 // A tier index is an index into CacheOptions::tiers: 0 to homes() - 1 are the devices of the first tier, and
 // what lies below any of them begins at homes().
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "absl/container/btree_map.h"
+#include "absl/container/flat_hash_set.h"
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "daemon/cache/block.h"
@@ -27,10 +29,11 @@ struct Tier {
   bool checksum = false;
   std::unique_ptr<Slab> slab;
   ExtentAllocator allocator{0};
-  std::unique_ptr<EvictionPolicy> policy;  // holds exactly the blocks whose place is here
+  std::unique_ptr<EvictionPolicy> policy;  // holds exactly the records that have blocks here
   absl::btree_map<size_t, Place*> places;  // by offset: every byte that is taken
   uint64_t blocks = 0;                     // places, retired ones included
-  uint64_t pinned = 0;                     // of these
+  uint64_t pinned = 0;                     // of these, those that copies work on
+  uint64_t read = 0;                       // blocks of records that are being read
   std::vector<PairStats> pairs;            // by pair index
   uint64_t demoted = 0, promoted = 0, dropped = 0;
 };
@@ -61,12 +64,20 @@ class BlockStore {
   // Free bytes that nobody else may take until the place is retired, or null.
   Place* Claim(int tier, size_t offset, size_t bytes);
 
-  void AddRef(Block* block, bool keeper);
-  void Release(Block* block, bool keeper);
+  // Chunks (block_table.h). A new one has one owner.
+  Chunk* NewChunk(TableFamily* family, bool keeper);
+  void AddOwner(Chunk* chunk, bool keeper);
+  void RemoveOwner(Chunk* chunk, bool keeper);  // the last one frees it
+  void Enter(Block* block, Chunk* chunk, int slot);
+  void Leave(Chunk* chunk, int slot);
+  // Entries in no chunk: twins of seal_at_once.
+  void AddDirect(Block* block, bool keeper);
+  void RemoveDirect(Block* block, bool keeper);
   void Hold(Block* block) { block->holds++; }
   void Unhold(Block* block);
   void Pin(Place* place);
   void Unpin(Place* place);
+  void LeavePicture(Place* place);
 
   // The block lies in `place` from now on; its former place is retired.
   void SwapPlace(Block* block, Place* place);
@@ -74,30 +85,47 @@ class BlockStore {
   void Drop(Block* block);
   void Retire(Place* place);
 
-  void Touch(Block* block, absl::Time now);
+  // Recency (recency.h).
+  RecencyPtr NewRecency(absl::Time now);
+  // Puts a block that has no record yet into this one.
+  void Join(Block* block, const RecencyPtr& record);
+  // What is there so far goes by the family's record from now on; parent and child have records of their own
+  // for what comes.
+  void ForkRecency(SequenceRecency* parent, SequenceRecency* child);
+  void Touch(const SequenceRecency& sequence, absl::Time now);
+  void BeginRead(const RecencyPtr& record);
+  void EndRead(const RecencyPtr& record);
   uint64_t serial() const { return serial_; }
+  uint64_t TouchSerial(const Block& block) const { return Root(block).touch_serial; }
+  absl::Time LastTouched(const Block& block) const { return Root(block).last_touched; }
+  // Shows the blocks of a tier from the coldest on until `visit` says false.
+  void Peek(int tier, absl::FunctionRef<bool(const Block&)> visit) const;
+  // The same without the blocks of sequences that are being read or were used at `before_serial` or later.
+  void PeekIdle(int tier, uint64_t before_serial, absl::FunctionRef<bool(const Block&)> visit) const;
+  // Attention has found blocks of the sequence below the first tier: the mover may promote them.
+  void Want(const SequenceRecency& sequence);
+  void Unwant(const SequenceRecency& sequence);
+  // At most `limit` blocks below the first tier of what is wanted, in the order in which it was; nothing is
+  // wanted then.
+  std::vector<Block*> TakeWanted(size_t limit);
+
   // Null if the block is no more.
   Block* Get(BlockId id) const {
     Block* block = blocks_[SlotOf(id)].get();
     return block != nullptr && block->id == id ? block : nullptr;
   }
-  // Shows the blocks of a tier from the coldest on until `visit` says false.
-  void Peek(int tier, absl::FunctionRef<bool(const Block&)> visit) const;
-  static uint64_t TouchSerial(const Block& block) { return block.touch_serial; }
-  static absl::Time LastTouched(const Block& block) { return block.last_touched; }
-  // Attention read the block below the first tier: the mover may promote it. Beyond kMostWanted nobody is
-  // remembered: whoever reads on wants it again.
-  static constexpr size_t kMostWanted = 4096;
-  void Want(Block* block);
-  // Every wanted block once, in the order in which they were wanted; the list is empty then.
-  std::vector<Block*> TakeWanted();
-
   // Nobody writes, moves or reads it.
   static bool IsIdle(const Block& block) {
-    return block.place != nullptr && !block.writing && !block.moving && block.place->pins == 0;
+    return block.place != nullptr && !block.writing && !block.moving && block.place->pins == 0 &&
+           (block.record == nullptr || Root(block).readers == 0);
   }
   uint64_t shared_blocks() const { return shared_; }
+  uint64_t dropped_blocks() const { return dropped_; }
   uint64_t stored_bytes() const { return stored_bytes_; }
+  // Chunks, pictures and snapshots.
+  uint64_t table_bytes() const { return static_cast<uint64_t>(table_bytes_); }
+  void CountTableBytes(int64_t bytes) { table_bytes_ += bytes; }
+  uint64_t NextSnapshotSerial() { return ++snapshot_serial_; }
   template <class F>
   void ForEach(F f) const {
     for (const auto& block : blocks_)
@@ -106,21 +134,44 @@ class BlockStore {
   void CheckInvariants() const;
 
  private:
+  static const Recency& Root(const Block& block) { return *Root(block.record.get()); }
+  static const Recency* Root(const Recency* record) {
+    return record->merged_into != nullptr ? record->merged_into.get() : record;
+  }
+  static Recency* Root(const RecencyPtr& record) {
+    return record->merged_into != nullptr ? record->merged_into.get() : record.get();
+  }
+
   Place* NewPlace(int tier, size_t bytes, CachePair pair);
   Place* PlaceAt(int tier, size_t offset, size_t bytes, CachePair pair);
-  void FreePlace(Place* place);
+  void FreeIfUnused(Place* place);
   void DeleteIfUnused(Block* block);
+  // What snapshots show of the block is stale.
+  void MakeStale(const Block& block);
+  // In and out of the list of its record and tier.
+  void Link(Block* block);
+  void Unlink(Block* block);
+  void Merge(const RecencyPtr& from, const RecencyPtr& into);
+  // Adds the entries' block to, or takes it from, the counts of the chunks that have it.
+  void CountInChunks(const Block& block, int sign);
+  void CheckChunk(const Chunk& chunk) const;
+  void CountShared(const Block& block, int references_before);
 
   std::deque<Tier> tiers_;
   int homes_ = 0;
   std::vector<std::unique_ptr<Block>> blocks_;  // by slot; null = free
-  std::vector<BlockSlot> free_slots_;
-  std::vector<uint32_t> uses_;   // of each slot
-  std::vector<BlockId> wanted_;  // Block::wanted is set
-  std::vector<Place*> retired_;  // waiting for their last pin
+  std::vector<uint32_t> free_slots_;
+  std::vector<uint32_t> uses_;  // of each slot
+  absl::flat_hash_set<Place*> retired_;
+  std::vector<Recency*> records_;  // by slot; null = free
+  std::vector<RecordSlot> free_records_;
+  std::vector<std::weak_ptr<Recency>> wanted_;  // Recency::wanted is set
   uint64_t serial_ = 0;
-  uint64_t shared_ = 0;        // blocks with refs > 1
+  uint64_t snapshot_serial_ = 0;
+  uint64_t shared_ = 0;        // blocks with several references
+  uint64_t dropped_ = 0;       // blocks in tables without bytes
   uint64_t stored_bytes_ = 0;  // of blocks' places
+  int64_t table_bytes_ = 0;
 };
 
 // Index of a pair in Tier::pairs.

@@ -5,28 +5,28 @@
 namespace kvtide {
 namespace {
 
-// A doubly linked list through a vector that is indexed by block; node 0 is the ring's head, block b is node
-// b + 1.
+// A doubly linked list through a vector that is indexed by record; node 0 is the ring's head, record r is
+// node r + 1.
 class LruPolicy : public EvictionPolicy {
  public:
   LruPolicy() : nodes_{{0, 0}} {}
 
-  void Insert(BlockSlot block) override {
-    if (block + size_t{2} > nodes_.size()) nodes_.resize(block + size_t{2}, {kOut, kOut});
-    KVTIDE_CHECK(nodes_[block + 1].next == kOut, "inserted twice: block ", block);
-    Link(block + 1);
+  void Insert(RecordSlot record) override {
+    if (record + size_t{2} > nodes_.size()) nodes_.resize(record + size_t{2}, {kOut, kOut});
+    KVTIDE_CHECK(nodes_[record + 1].next == kOut, "inserted twice: record ", record);
+    Link(record + 1);
   }
-  void Touch(BlockSlot block) override {
-    Unlink(block + 1);
-    Link(block + 1);
+  void Touch(RecordSlot record) override {
+    Unlink(record + 1);
+    Link(record + 1);
   }
-  void Peek(absl::FunctionRef<bool(BlockSlot)> visit) const override {
+  void Peek(absl::FunctionRef<bool(RecordSlot)> visit) const override {
     for (uint32_t node = nodes_[0].next; node != 0; node = nodes_[node].next)
       if (!visit(node - 1)) return;
   }
-  void Remove(BlockSlot block) override {
-    Unlink(block + 1);
-    nodes_[block + 1] = {kOut, kOut};
+  void Remove(RecordSlot record) override {
+    Unlink(record + 1);
+    nodes_[record + 1] = {kOut, kOut};
   }
 
  private:
@@ -42,7 +42,7 @@ class LruPolicy : public EvictionPolicy {
     nodes_[0].previous = node;
   }
   void Unlink(uint32_t node) {
-    KVTIDE_CHECK(node < nodes_.size() && nodes_[node].next != kOut, "not in the policy: block ", node - 1);
+    KVTIDE_CHECK(node < nodes_.size() && nodes_[node].next != kOut, "not in the policy: record ", node - 1);
     nodes_[nodes_[node].previous].next = nodes_[node].next;
     nodes_[nodes_[node].next].previous = nodes_[node].previous;
   }

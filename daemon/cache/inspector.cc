@@ -10,23 +10,20 @@
 namespace kvtide {
 namespace {
 
-// Tokens of a group that the cache holds for a sequence: all, less those that left the window or were
-// dropped.
-int64_t HeldTokens(const GroupTable& table, bool may_have_drops) {
-  int64_t tokens = std::max<int64_t>(0, table.MinTokens() - table.first_block * kBlockTokens);
-  if (!may_have_drops) return tokens;
-  int64_t index = table.first_block;
-  for (const Block* block : table.blocks) {
-    if (block->place == nullptr)
-      tokens -= std::clamp<int64_t>(table.MinTokens() - index * kBlockTokens, 0, kBlockTokens);
-    index++;
+// Tokens of a table whose blocks were dropped.
+int64_t DroppedTokens(const GroupTable& table) {
+  int64_t tokens = 0;
+  const std::vector<Chunk*>& chunks = table.blocks->chunks();
+  for (size_t c = 0; c < chunks.size(); c++) {
+    if (chunks[c]->dropped == 0) continue;
+    for (int slot = 0; slot < kChunkBlocks; slot++) {
+      const Block* block = chunks[c]->blocks[static_cast<size_t>(slot)];
+      if (block == nullptr || block->place != nullptr) continue;
+      tokens += std::clamp<int64_t>(table.MinTokens() - (table.blocks->ChunkBegin(c) + slot) * kBlockTokens,
+                                    0, kBlockTokens);
+    }
   }
   return tokens;
-}
-
-uint64_t ValuesPerToken(const GroupShape& shape) {
-  return static_cast<uint64_t>(shape.layers) * static_cast<uint64_t>(shape.kv_heads) *
-         static_cast<uint64_t>(shape.head_dim_k + shape.head_dim_v);
 }
 
 }  // namespace
@@ -45,7 +42,7 @@ CacheStats Inspector::Stats() const {
     to.free_bytes = tier.allocator.free_bytes();
     to.largest_free_extent_bytes = tier.allocator.LargestFreeExtent();
     to.blocks = tier.blocks;
-    to.pinned_blocks = tier.pinned;
+    to.pinned_blocks = std::min(tier.blocks, tier.read + tier.pinned);
     to.demoted_blocks = tier.demoted;
     to.promoted_blocks = tier.promoted;
     to.dropped_blocks = tier.dropped;
@@ -57,13 +54,13 @@ CacheStats Inspector::Stats() const {
   }
   stats.models = lock->sequences.models();
   stats.sequences = lock->sequences.all().size();
-  for (const auto& [id, sequence] : lock->sequences.all()) {
-    stats.tokens += static_cast<uint64_t>(sequence->MinTokens());
-    const bool may_have_drops = sequence->options.allow_drop || lock->counters.checksum_failures > 0;
-    for (const GroupTable& table : sequence->groups)
-      stats.f16_equivalent_bytes +=
-          2 * ValuesPerToken(table.exact->shape()) * static_cast<uint64_t>(HeldTokens(table, may_have_drops));
-  }
+  stats.tokens = lock->sequences.tokens();
+  stats.f16_equivalent_bytes = lock->sequences.held_f16_bytes();
+  if (lock->store.dropped_blocks() > 0)
+    for (const auto& [id, sequence] : lock->sequences.all())
+      for (const GroupTable& table : sequence->groups)
+        stats.f16_equivalent_bytes -=
+            BytesPerToken(table.exact->shape()) * static_cast<uint64_t>(DroppedTokens(table));
   stats.shared_blocks = lock->store.shared_blocks();
   stats.stored_bytes = lock->store.stored_bytes();
   if (stats.f16_equivalent_bytes > 0)
@@ -108,17 +105,26 @@ SequenceInfo Inspector::Describe(const CacheState& state, const Sequence& sequen
   info.device = state.store.tier(sequence.home).device;
   info.blocks_by_tier.resize(state.store.tiers());
   info.bytes_by_tier.resize(state.store.tiers());
-  const auto count = [&](const Block& block) {
-    if (block.refs > 1) info.shared_blocks++;
-    if (block.place == nullptr) {
-      info.dropped_blocks++;
-      return;
+  for (const GroupTable& table : sequence.groups) {
+    for (const Chunk* chunk : table.blocks->chunks()) {
+      for (size_t t = 0; t < chunk->tiers.size(); t++) {
+        info.blocks_by_tier[t] += chunk->tiers[t].blocks;
+        info.bytes_by_tier[t] += chunk->tiers[t].bytes;
+      }
+      info.dropped_blocks += static_cast<uint64_t>(chunk->dropped);
+      info.shared_blocks +=
+          static_cast<uint64_t>(chunk->owners > 1 ? chunk->count : chunk->count - chunk->sole);
     }
-    info.blocks_by_tier[static_cast<size_t>(block.place->tier)]++;
-    info.bytes_by_tier[static_cast<size_t>(block.place->tier)] += block.place->bytes;
-  };
-  for (const GroupTable& table : sequence.groups)
-    table.ForEachBlock([&](const Block* block) { count(*block); });
+    for (const auto& [index, block] : table.staging) {
+      if (block->references() > 1) info.shared_blocks++;
+      if (block->place == nullptr) {
+        info.dropped_blocks++;
+        continue;
+      }
+      info.blocks_by_tier[static_cast<size_t>(block->place->tier)]++;
+      info.bytes_by_tier[static_cast<size_t>(block->place->tier)] += block->place->bytes;
+    }
+  }
   return info;
 }
 
@@ -153,27 +159,27 @@ void Inspector::CheckInvariants() const {
       if (sequence->keeper()) counted[block].second++;
     };
     for (const GroupTable& table : sequence->groups) {
-      KVTIDE_CHECK(table.first_block >= 0 && table.sealed >= 0);
+      KVTIDE_CHECK(table.first_block() >= 0 && table.sealed >= 0);
       if (!sequence->writer) {
         const int64_t blocks = (table.MaxTokens() + kBlockTokens - 1) / kBlockTokens;
         KVTIDE_CHECK(table.end_block() == blocks, "sequence ", id, ": ", table.end_block(),
                      " blocks in the table, length needs ", blocks);
-        KVTIDE_CHECK(table.first_block <=
+        KVTIDE_CHECK(table.first_block() <=
                      std::max(FirstLiveBlock(table.MinTokens(), table.window), int64_t{0}));
       }
-      int64_t index = table.first_block;
-      for (const Block* block : table.blocks) {
+      int64_t index = table.first_block();
+      table.blocks->ForEach([&](const Block* block) {
         count(block);
         KVTIDE_CHECK(block->layout == table.exact || block->layout == table.coded);
         KVTIDE_CHECK(block->stamp.index == index && block->stamp.model == sequence->model->id, "block ",
                      block->id, " stamped ", block->stamp.index, " at ", index);
-        KVTIDE_CHECK(block->refs > 1 ||
+        KVTIDE_CHECK(block->references() > 1 ||
                      block->stamp.group == static_cast<int>(&table - sequence->groups.data()));
         if (!sequence->writer && block->layout == table.exact && !sequence->options.seal_at_once &&
             table.coding())
           KVTIDE_CHECK(block->profile == nullptr);
         index++;
-      }
+      });
       for (const auto& [staged, block] : table.staging) {
         count(block);
         KVTIDE_CHECK(sequence->options.seal_at_once && block->layout == table.exact &&
@@ -186,8 +192,9 @@ void Inspector::CheckInvariants() const {
     const int refs = it == counted.end() ? 0 : it->second.first,
               keepers = it == counted.end() ? 0 : it->second.second;
     // A writer may hold blocks of a closed sequence.
-    KVTIDE_CHECK(writers ? refs <= block.refs : refs == block.refs && keepers == block.keepers, "block ",
-                 block.id, ": ", refs, " entries, ", block.refs, " counted");
+    KVTIDE_CHECK(
+        writers ? refs <= block.references() : refs == block.references() && keepers == block.keepers(),
+        "block ", block.id, ": ", refs, " entries, ", block.references(), " counted");
     KVTIDE_CHECK(writers || !block.writing || block.holds > 0);
   });
 }

@@ -155,9 +155,7 @@ absl::StatusOr<int64_t> KvCache::LayerLength(SequenceId id, int layer) const {
     return absl::InvalidArgumentError(
         absl::StrCat("layer ", layer, ": the model has ", layers.size(), " layers"));
   const LayerSpec& spec = layers[static_cast<size_t>(layer)];
-  return sequence->groups[static_cast<size_t>(spec.group)]
-      .layers[static_cast<size_t>(spec.layer_in_group)]
-      .tokens;
+  return sequence->groups[static_cast<size_t>(spec.group)].layer(spec.layer_in_group).tokens;
 }
 
 // The bytes that a sequence holds at rest, from the same functions as the allocation.
@@ -203,6 +201,7 @@ absl::Status KvCache::Attend(const AttendCall& call) {
   KVTIDE_RETURN_IF_ERROR(ContextOf(call).Check(options().clock(), "the attention"));
   return impl_->reader.Attend(call, sequences, false);
 }
+absl::Status KvCache::ReadTokens(const ReadCall& call) { return impl_->reader.ReadTokens(call); }
 absl::Status KvCache::AppendAttend(const AttendCall& call) { return impl_->AppendAttend(call); }
 absl::StatusOr<MoveReport> KvCache::Evict(std::span<const SequenceId> sequences, int tier,
                                           const CallContext& context) {

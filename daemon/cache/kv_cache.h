@@ -69,7 +69,7 @@ struct AttendRequest {
   size_t q_elements = 0;  // 0 = the caller has checked
   int64_t queries = 0;
   int64_t first_query_position = 0;  // query i stands at first_query_position + i
-  float* out = nullptr;              // [queries][heads][head_dim_v]
+  MutableTensorView out;             // [queries][heads][head_dim_v]; a float* will do
   float* lse = nullptr;              // [queries][heads], natural log; may be null
   // AppendAttend.
   int64_t new_tokens = 0;
@@ -88,6 +88,22 @@ struct AttendCall {
   std::optional<int64_t> window;         // may only narrow the group's window
   const float* sinks = nullptr;          // [heads]; null = none
   const CallContext* context = nullptr;  // who calls; null = this process, for as long as it takes
+};
+
+// Rows of one layer to read, [tokens][kv_heads][head_dim] in the caller's type; a view without data is not
+// wanted.
+struct LayerRead {
+  int layer = 0;  // model layer
+  MutableTensorView k, v;
+};
+
+// K and V of tokens first_token to first_token + tokens - 1, as they are stored: decoded where coded.
+struct ReadCall {
+  SequenceId sequence = 0;
+  int64_t first_token = 0;
+  int64_t tokens = 0;
+  std::span<const LayerRead> layers;
+  const CallContext* context = nullptr;
 };
 
 class KvCache {
@@ -118,6 +134,10 @@ class KvCache {
   absl::Status Append(const AppendCall& call);
   absl::Status Attend(const AttendCall& call);
   absl::Status AppendAttend(const AttendCall& call);
+  // All layers as they are at one moment; writers and moves go on meanwhile. OutOfRange beyond a layer's
+  // length or before its sliding window, DataLoss where tokens were dropped, Cancelled between blocks: the
+  // buffers are undefined then.
+  absl::Status ReadTokens(const ReadCall& call);
 
   // Moves blocks that lie above `tier` down to it (kDropTier: drops them, if the sequence allows it). Returns
   // when the copies are done. Making room below may demote further or drop, by policy. A call that is no

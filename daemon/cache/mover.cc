@@ -15,6 +15,7 @@ namespace kvtide {
 namespace {
 
 constexpr uint64_t kAnySerial = ~uint64_t{0};
+constexpr size_t kMostWanted = 4096;  // blocks that one round looks at; whoever reads on wants them again
 constexpr size_t kSlice = 1024;  // table entries that a verb looks at before it gives the mutex up
 
 bool IsBusy(const Block& block) { return block.writing || block.moving; }
@@ -89,7 +90,7 @@ MoveReport Mover::MoveTo(CacheLock& lock, std::span<const HeldBlock> blocks, int
   std::vector<Move> moves;
   for (const HeldBlock& held : blocks) {
     const Block& block = *held.get();
-    if (block.refs == 0 || block.place == nullptr || block.place->tier == tier) continue;
+    if (block.references() == 0 || block.place == nullptr || block.place->tier == tier) continue;
     bytes += block.place->bytes;
     largest = std::max(largest, block.place->bytes);
     moves.push_back({block.id, block.place->tier, tier});
@@ -110,6 +111,7 @@ class Mover::Eviction {
       : mover_(mover), lock_(lock), sequences_(sequences), tier_(tier), all_(all) {}
 
   absl::StatusOr<MoveReport> Run(const CallContext& context) {
+    for (const SequencePtr& sequence : sequences_) lock_->store.Unwant(sequence->recency);
     KVTIDE_RETURN_IF_ERROR(CountEntries(context));
     TableWalk walk(sequences_);
     while (true) {
@@ -128,7 +130,7 @@ class Mover::Eviction {
     if (all_) return absl::OkStatus();
     TableWalk walk(sequences_);
     while (walk.Next(kSlice, [&](const Block* block) {
-      if (block->refs > 1) entries_[block->id]++;
+      if (block->references() > 1) entries_[block->id]++;
     })) {
       KVTIDE_RETURN_IF_ERROR(mover_.Check(context, "the eviction", report_));
       LetOthers(lock_);
@@ -141,8 +143,8 @@ class Mover::Eviction {
     // Blocks here or below stay; no device is below another.
     const int lowest = tier_ < store.homes() ? 0 : tier_;
     if (block->place == nullptr || (tier_ != kDropTier && block->place->tier >= lowest)) return;
-    if (block->refs > 1 && !seen_.insert(block->id).second) return;
-    if (!all_ && block->refs > 1 && block->refs > entries_[block->id]) {
+    if (block->references() > 1 && !seen_.insert(block->id).second) return;
+    if (!all_ && block->references() > 1 && block->references() > entries_[block->id]) {
       report_.shared_blocks++;
     } else if (IsBusy(*block)) {
       report_.left_blocks++;
@@ -151,7 +153,6 @@ class Mover::Eviction {
       lock_->counters.dropped_blocks++;
       report_.dropped_blocks++;
     } else {
-      block->wanted = false;
       blocks->emplace_back(lock_->store, block);
     }
   }
@@ -218,14 +219,10 @@ absl::StatusOr<MoveReport> Mover::Prefetch(std::span<const SequenceId> ids, cons
   const uint64_t before_serial = store.serial() + 1;  // only what was touched earlier makes way
   const absl::Time now = core_.options().clock();
   MoveReport report;
-  for (const SequencePtr& sequence : sequences) sequence->last_used = now;
   // All of them are touched first, so that none makes way for another.
-  TableWalk touch(sequences);
-  while (touch.Next(kSlice, [&](Block* block) {
-    if (block->place != nullptr) store.Touch(block, now);
-  })) {
-    KVTIDE_RETURN_IF_ERROR(Check(context, "the prefetch", report));
-    LetOthers(lock);
+  for (const SequencePtr& sequence : sequences) {
+    sequence->last_used = now;
+    store.Touch(sequence->recency, now);
   }
   const size_t step = core_.options().max_moves_in_flight;
   absl::flat_hash_set<BlockId> seen;  // shared blocks
@@ -234,7 +231,7 @@ absl::StatusOr<MoveReport> Mover::Prefetch(std::span<const SequenceId> ids, cons
     std::vector<std::vector<HeldBlock>> blocks(static_cast<size_t>(store.homes()));
     const bool more = walk.Next(kSlice, [&](Block* block) {
       if (block->place == nullptr || block->place->tier < store.homes()) return;
-      if (block->refs > 1 && !seen.insert(block->id).second) return;
+      if (block->references() > 1 && !seen.insert(block->id).second) return;
       blocks[static_cast<size_t>(block->home)].emplace_back(store, block);
     });
     for (int home = 0; home < store.homes(); home++) {
@@ -263,8 +260,8 @@ TierView Mover::ViewIdle(const CacheState& state, int tier_index, absl::Time now
                     core_.options().limits.high_watermark * static_cast<double>(view.capacity_bytes);
   if (!full || !store.HasBelow(tier_index)) return view;
   size_t peeks = 0;
-  store.Peek(tier_index, [&](const Block& block) {
-    if (BlockStore::IsIdle(block)) view.coldest.push_back(RoomMaker::View(block, now));
+  store.PeekIdle(tier_index, kAnySerial, [&](const Block& block) {
+    view.coldest.push_back(RoomMaker::View(store, block, now));
     return view.coldest.size() < core_.options().max_moves_in_flight && ++peeks < kPeeks;
   });
   return view;
@@ -277,9 +274,10 @@ MoveReport Mover::RunOnce() {
   Snapshot snapshot;
   snapshot.homes = static_cast<size_t>(store.homes());
   for (int t = 0; t < static_cast<int>(store.tiers()); t++) snapshot.tiers.push_back(ViewIdle(*lock, t, now));
-  for (Block* block : store.TakeWanted())
-    if (block->place != nullptr && block->place->tier >= store.homes() && !IsBusy(*block) && block->refs > 0)
-      snapshot.tiers[static_cast<size_t>(block->place->tier)].wanted.push_back(RoomMaker::View(*block, now));
+  for (const Block* block : store.TakeWanted(kMostWanted))
+    if (!IsBusy(*block))
+      snapshot.tiers[static_cast<size_t>(block->place->tier)].wanted.push_back(
+          RoomMaker::View(store, *block, now));
   return room_.Execute(lock, PickMoves(snapshot, core_.options().limits, kSlice), true);
 }
 

@@ -7,56 +7,64 @@
 
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/tensor_check.h"
+#include "kernels/attend_args.h"
 #include "kernels/attention_state.h"
 #include "kernels/base/check.h"
+#include "kernels/base/sizes.h"
 #include "kernels/base/status.h"
 
 namespace kvtide {
 
-// The runs of one item in one tier, and where that tier puts its state.
-struct Reader::TierPart {
-  int tier = 0;
-  std::vector<std::byte*> blocks;  // of all runs
-  std::vector<size_t> run_begins;  // into blocks
-  std::vector<BlockRun> runs;
-  std::vector<std::shared_ptr<const Profile>> profiles;  // keeps them alive
-  std::vector<float> own_out, own_lse;                   // when the part is not the only one
+// One item of a batch: what its queries see of its sequence's snapshot.
+struct Reader::Item {
+  const AttendRequest* request = nullptr;
+  const Sequence* sequence = nullptr;
+  const TableSnapshot* snapshot = nullptr;
+  int64_t length = 0;          // of the layer, when the snapshot was taken
+  int64_t begin = 0, end = 0;  // positions that any query sees; none if begin >= end
+  bool empty() const { return begin >= end; }
 };
 
-struct Reader::ItemPlan {
-  std::vector<TierPart> parts;
-  std::vector<float> q;    // f32 copy of another type
-  std::vector<float> lse;  // when the caller wants none
+struct Reader::Batch {
+  const AttendCall& call;
+  const std::vector<SequencePtr>& sequences;
+  const CallContext& context;
+  const ModelSpec& model;
+  const LayerSpec& layer;
+  const LayerGroupSpec& group;
+  bool own_writer = false;
+  int64_t window = 0;  // of the call; 0 = all
+  std::vector<Item> items;
+
+  size_t heads() const { return static_cast<size_t>(group.heads); }
+  size_t dim_v() const { return static_cast<size_t>(group.shape.head_dim_v); }
+  size_t rows(size_t item) const { return static_cast<size_t>(items[item].request->queries) * heads(); }
+  std::string Name(size_t item) const {
+    return absl::StrCat("item ", item, " (sequence ", items[item].sequence->id, ")");
+  }
 };
 
-// What a running attention relies on: the places that it reads stay. Ends under the mutex.
-class Reader::Reading {
- public:
-  Reading(CacheState& state, const std::vector<SequencePtr>& sequences)
-      : state_(state), sequences_(sequences) {
-    state_.attends_running++;
-    for (const SequencePtr& sequence : sequences_) sequence->readers++;
-  }
-  ~Reading() {
-    for (Place* place : places_) state_.store.Unpin(place);
-    for (const SequencePtr& sequence : sequences_) sequence->readers--;
-    state_.attends_running--;
-    state_.changed.NotifyAll();
-  }
-  Reading(const Reading&) = delete;
-  Reading& operator=(const Reading&) = delete;
-
-  void Expect(size_t places) { places_.reserve(places_.size() + places); }
-  void Pin(Place* place) {
-    state_.store.Pin(place);
-    places_.push_back(place);
-  }
-
- private:
-  CacheState& state_;
-  const std::vector<SequencePtr>& sequences_;
-  std::vector<Place*> places_;
+// The f32 state of one item in one tier's part, where it is not written to the caller's tensors at once.
+struct Reader::PartState {
+  size_t item = 0;
+  MutableTensorView out;
+  float* lse = nullptr;
+  std::vector<float> own_out, own_lse;
 };
+
+Reader::Reader(CacheCore& core) : core_(core), plans_(core.options().max_cached_plans) {}
+
+namespace {
+
+absl::Status DroppedError(const SnapshotRun& run, int64_t begin, int64_t end) {
+  return absl::DataLossError(
+      absl::StrCat("tokens ", std::max(begin, run.first_block * kBlockTokens), " to ",
+                   std::min(end, run.end_block() * kBlockTokens) - 1,
+                   " were dropped; compute them again in a new sequence, or truncate to ",
+                   std::max(begin / kBlockTokens, run.first_block) * kBlockTokens));
+}
+
+}  // namespace
 
 absl::Status Reader::CheckCall(const AttendCall& call, const ModelSpec& model, bool append) const {
   if (call.layer < 0 || static_cast<size_t>(call.layer) >= model.layers.size())
@@ -91,7 +99,7 @@ absl::Status Reader::CheckItem(const AttendRequest& item, int layer, const Layer
   if (item.first_query_position > int64_t{1} << 48)
     return absl::InvalidArgumentError(
         absl::StrCat("first query position ", item.first_query_position, " is beyond 2^48"));
-  if (item.q.data == nullptr || item.out == nullptr)
+  if (item.q.data == nullptr || item.out.data == nullptr)
     return absl::InvalidArgumentError("q or the output is missing");
   KVTIDE_RETURN_IF_ERROR(
       CheckElements(item.q_elements, item.queries, group.heads, shape.head_dim_k, "q", layer));
@@ -134,194 +142,376 @@ absl::StatusOr<std::vector<SequencePtr>> Reader::FindSequences(const AttendCall&
   return sequences;
 }
 
-// Finds the blocks that the item's queries can see, pins them, and groups them into runs per tier.
-absl::Status Reader::PlanItem(CacheState& state, const AttendCall& call, const AttendRequest& item,
-                              const SequencePtr& sequence, bool own_writer, ItemPlan* plan,
-                              Reading* reading) {
-  BlockStore& store = state.store;
-  if (sequence->closed) return absl::AbortedError("the sequence was closed");
-  if (sequence->options.seal_at_once && sequence->writer && !(own_writer && item.new_tokens > 0))
-    return absl::AbortedError(
-        "the sequence codes at once (evaluation mode) and is being written; one call at a time");
-  const LayerSpec& layer = sequence->model->spec.layers[static_cast<size_t>(call.layer)];
-  GroupTable& table = sequence->groups[static_cast<size_t>(layer.group)];
-  const int64_t length = table.layers[static_cast<size_t>(layer.layer_in_group)].tokens;
-  int64_t window = table.window;
-  if (call.window.has_value() && *call.window > 0) window = *call.window;
-  const int64_t end = call.causal ? std::min(length, item.first_query_position + item.queries) : length;
-  const int64_t begin = window > 0 ? std::max<int64_t>(0, item.first_query_position - window + 1) : 0;
-  if (begin >= end) return absl::OkStatus();
-  const int64_t first = begin / kBlockTokens, last = (end - 1) / kBlockTokens;
-  if (first < table.first_block)
-    return absl::OutOfRangeError(absl::StrCat(
-        "the query at ", item.first_query_position, " sees tokens from ", begin, " on, but those before ",
-        table.first_block * kBlockTokens, " have left the sliding window of layer ", call.layer,
-        "; append and attend in one call (AppendAttend), or ask later positions"));
-  for (int64_t index = first; index <= last; index++) {
-    if (table.at(index)->place != nullptr) continue;
-    int64_t dropped_end = index;
-    while (dropped_end <= last && table.at(dropped_end)->place == nullptr) dropped_end++;
-    return absl::DataLossError(absl::StrCat(
-        "tokens ", std::max(begin, index * kBlockTokens), " to ",
-        std::min(end, dropped_end * kBlockTokens) - 1,
-        " were dropped; compute them again in a new sequence, or truncate to ", index * kBlockTokens));
-  }
-  const bool touch = layer.layer_in_group == 0;  // once a step is enough
-  const absl::Time now = touch ? core_.options().clock() : absl::Time();
-  if (touch) sequence->last_used = now;
-  reading->Expect(static_cast<size_t>(last - first + 1));
-  std::vector<TierPart*> part_of_tier(store.tiers(), nullptr);
-  plan->parts.reserve(store.tiers());
-  int previous_tier = -1;
-  for (int64_t index = first; index <= last; index++) {
-    Block* block = table.at(index);
-    Place* place = block->place;
-    TierPart*& part = part_of_tier[static_cast<size_t>(place->tier)];
-    if (part == nullptr) {
-      part = &plan->parts.emplace_back();
-      part->tier = place->tier;
-    }
-    if (previous_tier != place->tier || part->runs.empty() || part->runs.back().layout != block->layout ||
-        part->runs.back().profile != block->profile.get()) {
-      BlockRun& run = part->runs.emplace_back();
-      run.layout = block->layout;
-      run.profile = block->profile.get();
-      run.first_position = index * kBlockTokens;
-      part->run_begins.push_back(part->blocks.size());
-      if (block->profile != nullptr) part->profiles.push_back(block->profile);
-    }
-    previous_tier = place->tier;
-    part->runs.back().tokens += std::min<int64_t>(kBlockTokens, end - index * kBlockTokens);
-    part->blocks.push_back(place->data);
-    reading->Pin(place);
-    state.counters.attended_blocks++;
-    const bool below = place->tier >= store.homes();
-    if (below) state.counters.attended_blocks_below_tier0++;
-    if (!touch) continue;
-    store.Touch(block, now);
-    if (below && core_.options().limits.promote_on_attend) store.Want(block);
-  }
-  for (TierPart& part : plan->parts)
-    for (size_t r = 0; r < part.runs.size(); r++) {
-      const size_t from = part.run_begins[r];
-      const size_t to = r + 1 < part.runs.size() ? part.run_begins[r + 1] : part.blocks.size();
-      part.runs[r].blocks = std::span<std::byte* const>(part.blocks).subspan(from, to - from);
-    }
-  return absl::OkStatus();
-}
-
 absl::Status Reader::Attend(const AttendCall& call, const std::vector<SequencePtr>& sequences,
                             bool own_writer) {
+  static const CallContext kNobody;
   const ModelSpec& model = sequences.front()->model->spec;
   const LayerSpec& layer = model.layers[static_cast<size_t>(call.layer)];
   const LayerGroupSpec& group = model.groups[static_cast<size_t>(layer.group)];
-  const auto heads = static_cast<size_t>(group.heads), dim_k = static_cast<size_t>(group.shape.head_dim_k),
-             dim_v = static_cast<size_t>(group.shape.head_dim_v);
-  std::vector<ItemPlan> plans(call.items.size());
+  Batch batch{call,       sequences, call.context != nullptr ? *call.context : kNobody,
+              model,      layer,     group,
+              own_writer, 0,         {}};
+  batch.window = std::min(kMostPosition, call.window.value_or(0) > 0 ? *call.window : group.window);
+  batch.items.resize(call.items.size());
   CacheLock lock(core_);
-  Reading reading(*lock, sequences);
-  for (size_t i = 0; i < plans.size(); i++)
-    KVTIDE_RETURN_IF_ERROR(
-        Annotate(PlanItem(*lock, call, call.items[i], sequences[i], own_writer, &plans[i], &reading),
-                 absl::StrCat("item ", i, " (sequence ", sequences[i]->id, ")")));
+  Reading reading(*lock, batch.items.size());
+  KVTIDE_RETURN_IF_ERROR(TakeSnapshots(*lock, batch, reading));
   const Unlocked unlocked(lock);
-  std::vector<std::vector<AttendItem>> work(core_.tiers());
-  for (size_t i = 0; i < plans.size(); i++) {
-    const AttendRequest& item = call.items[i];
-    ItemPlan& plan = plans[i];
-    const size_t rows = static_cast<size_t>(item.queries) * heads;
-    const float* q = static_cast<const float*>(item.q.data);
-    if (item.q.type != DataType::kF32) {
-      plan.q.resize(rows * dim_k);
-      for (size_t j = 0; j < plan.q.size(); j++) plan.q[j] = item.q.At(j);
-      q = plan.q.data();
-    }
-    if (item.lse == nullptr) plan.lse.resize(rows);
-    float* lse = item.lse != nullptr ? item.lse : plan.lse.data();
-    if (plan.parts.empty()) {
-      std::fill_n(item.out, rows * dim_v, 0.0f);
-      std::fill_n(lse, rows, -std::numeric_limits<float>::infinity());
-    }
-    for (size_t p = 0; p < plan.parts.size(); p++) {
-      TierPart& part = plan.parts[p];
-      AttendItem& to = work[static_cast<size_t>(part.tier)].emplace_back();
-      to.runs = part.runs;
-      to.q = q;
-      to.queries = static_cast<int>(item.queries);
-      to.first_query_position = item.first_query_position;
-      to.out = item.out;
-      to.lse = lse;
-      if (p == 0) continue;
-      part.own_out.resize(rows * dim_v);
-      part.own_lse.resize(rows);
-      to.out = part.own_out.data();
-      to.lse = part.own_lse.data();
-    }
-  }
-  AttendArgs args;
-  args.layer = layer.layer_in_group;
-  args.heads = group.heads;
-  args.scale =
-      call.scale.value_or(group.scale > 0 ? group.scale : 1.0f / std::sqrt(static_cast<float>(dim_k)));
-  args.causal = call.causal;
-  args.window = call.window.has_value() && *call.window > 0 ? *call.window : group.window;
-  args.softcap = call.softcap.value_or(group.softcap);
-  KVTIDE_RETURN_IF_ERROR(AttendTiers(args, work));
-  MergeTiers(call, group, plans);
+  for (size_t i = 0; i < batch.items.size(); i++)
+    KVTIDE_RETURN_IF_ERROR(Annotate(FindVisible(batch, batch.items[i]), batch.Name(i)));
+  KVTIDE_RETURN_IF_ERROR(CheckWork(batch));
+  KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<CachedAttendPlan> plan, FindPlan(batch));
+  std::vector<PartState> states;
+  KVTIDE_RETURN_IF_ERROR(AttendParts(batch, *plan, states));
+  KVTIDE_RETURN_IF_ERROR(MergeParts(batch, states));
+  reading.attended_blocks = plan->blocks;
+  reading.attended_blocks_below_tier0 = plan->blocks_below_tier0;
+  plans_.Put(std::move(plan));
   return absl::OkStatus();
 }
 
-// Different machines work side by side, tiers of one machine in turn; the first machine with work on this
-// thread.
-absl::Status Reader::AttendTiers(const AttendArgs& args, std::vector<std::vector<AttendItem>>& work) {
-  std::vector<absl::Status> status(work.size());
-  std::vector<std::vector<size_t>> machines;
-  for (size_t t = 0; t < work.size(); t++) {
-    if (work[t].empty()) continue;
-    const auto same = std::find_if(machines.begin(), machines.end(), [&](const std::vector<size_t>& tiers) {
-      return &core_.backend(static_cast<int>(tiers.front())) == &core_.backend(static_cast<int>(t));
+absl::Status Reader::TakeSnapshots(CacheState& state, Batch& batch, Reading& reading) const {
+  const bool touch = batch.layer.layer_in_group == 0;  // once a step is enough
+  const absl::Time now = touch ? core_.options().clock() : absl::Time();
+  for (size_t i = 0; i < batch.items.size(); i++) {
+    const SequencePtr& sequence = batch.sequences[i];
+    Item& item = batch.items[i];
+    item.request = &batch.call.items[i];
+    item.sequence = sequence.get();
+    absl::StatusOr<const TableSnapshot*> snapshot =
+        reading.Add(sequence, batch.layer.group, batch.own_writer && item.request->new_tokens > 0);
+    if (!snapshot.ok()) return Annotate(snapshot.status(), batch.Name(i));
+    item.snapshot = *snapshot;
+    item.length =
+        sequence->groups[static_cast<size_t>(batch.layer.group)].layer(batch.layer.layer_in_group).tokens;
+    if (!touch) continue;
+    sequence->last_used = now;
+    state.store.Touch(sequence->recency, now);
+    if (core_.options().limits.promote_on_attend) state.store.Want(sequence->recency);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Reader::FindVisible(const Batch& batch, Item& item) const {
+  const int64_t first = item.request->first_query_position;
+  item.begin = VisiblePositions(first, batch.call.causal, batch.window).begin;
+  item.end = batch.call.causal ? std::min(item.length, first + item.request->queries) : item.length;
+  if (item.empty()) return absl::OkStatus();
+  const int64_t held = item.snapshot->first_block() * kBlockTokens;
+  if (item.begin / kBlockTokens * kBlockTokens < held)
+    return absl::OutOfRangeError(
+        absl::StrCat("the query at ", first, " sees tokens from ", item.begin, " on, but those before ", held,
+                     " have left the sliding window of layer ", batch.call.layer,
+                     "; append and attend in one call (AppendAttend), or ask later positions"));
+  for (const SnapshotRun& run :
+       item.snapshot->RunsOf(item.begin / kBlockTokens, DivideUp(item.end, kBlockTokens)))
+    if (run.tier == ChunkPicture::kDropped) return DroppedError(run, item.begin, item.end);
+  return absl::OkStatus();
+}
+
+absl::Status Reader::CheckWork(const Batch& batch) const {
+  const int64_t most =
+      batch.context.max_attend_work > 0 ? batch.context.max_attend_work : core_.options().max_attend_work;
+  double work = 0;
+  for (const Item& item : batch.items)
+    if (!item.empty())
+      work += static_cast<double>(item.request->queries) * static_cast<double>(item.end - item.begin);
+  work *= batch.group.heads;
+  if (work <= static_cast<double>(most)) return absl::OkStatus();
+  return absl::ResourceExhaustedError(
+      absl::StrCat("the attention needs ", work, " products of queries, tokens and heads, the limit is ",
+                   most, " (max_attend_work); send fewer queries or items in one call"));
+}
+
+absl::StatusOr<std::unique_ptr<CachedAttendPlan>> Reader::FindPlan(const Batch& batch) {
+  AttendPlanKey key;
+  key.shape = {reinterpret_cast<uintptr_t>(&batch.group), batch.call.causal ? 1u : 0u,
+               static_cast<uint64_t>(batch.window)};
+  for (const Item& item : batch.items) {
+    key.shape.push_back(item.sequence->id);
+    key.shape.push_back(static_cast<uint64_t>(item.request->queries));
+    key.content.push_back(item.snapshot->serial());
+    key.content.push_back(static_cast<uint64_t>(item.length));
+    key.content.push_back(static_cast<uint64_t>(item.request->first_query_position));
+  }
+  if (std::unique_ptr<CachedAttendPlan> plan = plans_.Take(key)) return plan;
+  return MakePlan(batch, std::move(key));
+}
+
+absl::StatusOr<std::unique_ptr<CachedAttendPlan>> Reader::MakePlan(const Batch& batch, AttendPlanKey key) {
+  std::unique_ptr<CachedAttendPlan> previous = plans_.TakeShape(key);
+  auto plan = std::make_unique<CachedAttendPlan>();
+  plan->key = std::move(key);
+  plan->parts_of_item.resize(batch.items.size());
+  std::vector<std::vector<std::vector<BlockRun>>> runs(core_.tiers());  // by tier, by item of the part
+  std::vector<CachedAttendPlan::TierPart> parts(core_.tiers());
+  for (size_t i = 0; i < batch.items.size(); i++) {
+    const Item& item = batch.items[i];
+    if (item.empty()) continue;
+    const int64_t first = item.begin / kBlockTokens, last = DivideUp(item.end, kBlockTokens);
+    for (const SnapshotRun& run : item.snapshot->RunsOf(first, last)) {
+      const auto t = static_cast<size_t>(run.tier);
+      if (parts[t].items.empty() || parts[t].items.back() != i) {
+        parts[t].items.push_back(i);
+        runs[t].emplace_back();
+        plan->parts_of_item[i]++;
+      }
+      const int64_t from = std::max(run.first_block, first), to = std::min(run.end_block(), last);
+      runs[t].back().push_back(
+          {run.layout, run.profile.get(),
+           run.blocks.subspan(static_cast<size_t>(from - run.first_block), static_cast<size_t>(to - from)),
+           from * kBlockTokens, std::min(to * kBlockTokens, item.end) - from * kBlockTokens});
+      if (run.profile != nullptr && (plan->profiles.empty() || plan->profiles.back() != run.profile))
+        plan->profiles.push_back(run.profile);
+      plan->blocks += static_cast<uint64_t>(to - from);
+      if (run.tier >= core_.homes()) plan->blocks_below_tier0 += static_cast<uint64_t>(to - from);
+    }
+  }
+  for (size_t t = 0; t < parts.size(); t++) {
+    CachedAttendPlan::TierPart& part = parts[t];
+    if (part.items.empty()) continue;
+    part.tier = static_cast<int>(t);
+    std::vector<PlanItem> items;
+    for (size_t j = 0; j < part.items.size(); j++) {
+      const AttendRequest& request = *batch.items[part.items[j]].request;
+      items.push_back({runs[t][j], static_cast<int>(request.queries), request.first_query_position});
+    }
+    std::unique_ptr<AttendPlan> old;
+    if (previous != nullptr)
+      for (CachedAttendPlan::TierPart& candidate : previous->parts)
+        if (candidate.tier == part.tier) old = std::move(candidate.plan);
+    AttendPlanArgs args;
+    args.heads = batch.group.heads;
+    args.causal = batch.call.causal;
+    args.window = batch.window;
+    args.items = items;
+    absl::StatusOr<std::unique_ptr<AttendPlan>> made =
+        core_.backend(part.tier).PlanAttend(args, std::move(old));
+    if (!made.ok())
+      return Annotate(made.status(), absl::StrCat("attention in ", TierText(core_.options(), t)));
+    part.plan = *std::move(made);
+    plan->parts.push_back(std::move(part));
+  }
+  return plan;
+}
+
+// Runs every part. Different machines work side by side, tiers of one machine in turn; the first machine with
+// work on this thread.
+absl::Status Reader::AttendParts(const Batch& batch, CachedAttendPlan& plan, std::vector<PartState>& states) {
+  const AttendCall& call = batch.call;
+  std::vector<size_t> first_state;  // of each part
+  for (const CachedAttendPlan::TierPart& part : plan.parts) {
+    first_state.push_back(states.size());
+    for (const size_t i : part.items) {
+      const AttendRequest& request = *batch.items[i].request;
+      PartState& state = states.emplace_back();
+      state.item = i;
+      // The caller's tensors where nothing is merged into them.
+      const bool alone = plan.parts_of_item[i] == 1;
+      if (!alone || call.sinks != nullptr) state.own_out.resize(batch.rows(i) * batch.dim_v());
+      if (!alone || request.lse == nullptr) state.own_lse.resize(batch.rows(i));
+    }
+  }
+  for (PartState& state : states) {
+    const AttendRequest& request = *batch.items[state.item].request;
+    state.out = state.own_out.empty() ? request.out : MutableTensorView(state.own_out.data());
+    state.lse = state.own_lse.empty() ? request.lse : state.own_lse.data();
+  }
+  AttendLayerArgs args;
+  args.layer = batch.layer.layer_in_group;
+  args.scale = call.scale.value_or(batch.group.scale > 0
+                                       ? batch.group.scale
+                                       : 1.0f / std::sqrt(static_cast<float>(batch.group.shape.head_dim_k)));
+  args.softcap = call.softcap.value_or(batch.group.softcap);
+  args.cancellation = batch.context.cancellation;
+  std::vector<absl::Status> status(plan.parts.size());
+  const auto attend = [&](size_t p) {
+    CachedAttendPlan::TierPart& part = plan.parts[p];
+    std::vector<LayerItem> items;
+    for (size_t j = 0; j < part.items.size(); j++) {
+      const PartState& state = states[first_state[p] + j];
+      items.push_back({batch.items[part.items[j]].request->q, state.out, state.lse});
+    }
+    AttendLayerArgs mine = args;
+    mine.items = items;
+    status[p] = core_.backend(part.tier).AttendLayer(*part.plan, mine);
+  };
+  std::vector<std::vector<size_t>> machines;  // parts by backend
+  for (size_t p = 0; p < plan.parts.size(); p++) {
+    const auto same = std::find_if(machines.begin(), machines.end(), [&](const std::vector<size_t>& parts) {
+      return &core_.backend(plan.parts[parts.front()].tier) == &core_.backend(plan.parts[p].tier);
     });
     if (same != machines.end()) {
-      same->push_back(t);
+      same->push_back(p);
     } else {
-      machines.push_back({t});
+      machines.push_back({p});
     }
   }
-  std::vector<std::function<void()>> parts;
-  for (const std::vector<size_t>& tiers : machines)
-    parts.emplace_back([&args, &status, &tiers, &work, this] {
-      for (const size_t t : tiers) {
-        AttendArgs mine = args;
-        mine.items = work[t];
-        status[t] = core_.backend(static_cast<int>(t)).Attend(mine);
-      }
+  std::vector<std::function<void()>> work;
+  for (const std::vector<size_t>& parts : machines)
+    work.emplace_back([&attend, &parts] {
+      for (const size_t p : parts) attend(p);
     });
-  machines_.Run(parts);
-  for (size_t t = 0; t < status.size(); t++)
-    KVTIDE_RETURN_IF_ERROR(Annotate(status[t], absl::StrCat("attention in ", TierText(core_.options(), t))));
+  machines_.Run(work);
+  for (size_t p = 0; p < status.size(); p++)
+    KVTIDE_RETURN_IF_ERROR(Annotate(
+        status[p],
+        absl::StrCat("attention in ", TierText(core_.options(), static_cast<size_t>(plan.parts[p].tier)))));
   return absl::OkStatus();
 }
 
-void Reader::MergeTiers(const AttendCall& call, const LayerGroupSpec& group, std::vector<ItemPlan>& plans) {
-  const auto heads = static_cast<size_t>(group.heads), dim_v = static_cast<size_t>(group.shape.head_dim_v);
-  const std::vector<float> zeros(call.sinks != nullptr ? dim_v : 0);
-  for (size_t i = 0; i < plans.size(); i++) {
-    const AttendRequest& item = call.items[i];
-    float* lse = item.lse != nullptr ? item.lse : plans[i].lse.data();
-    const size_t rows = static_cast<size_t>(item.queries) * heads;
-    for (size_t p = 1; p < plans[i].parts.size(); p++) {
-      const TierPart& part = plans[i].parts[p];
-      for (size_t r = 0; r < rows; r++)
-        MergeAttentionState(item.out + r * dim_v, lse + r, part.own_out.data() + r * dim_v, part.own_lse[r],
-                            static_cast<int>(dim_v));
+absl::Status Reader::MergeParts(const Batch& batch, std::vector<PartState>& states) const {
+  const int dim = static_cast<int>(batch.dim_v());
+  const std::vector<float> zeros(batch.call.sinks != nullptr ? batch.dim_v() : 0);
+  std::vector<PartState*> first(batch.items.size(), nullptr);
+  for (PartState& state : states) {
+    PartState*& into = first[state.item];
+    if (into == nullptr) {
+      into = &state;
+      continue;
     }
+    for (size_t r = 0; r < batch.rows(state.item); r++)
+      MergeAttentionState(into->own_out.data() + r * batch.dim_v(), into->lse + r,
+                          state.own_out.data() + r * batch.dim_v(), state.lse[r], dim);
+  }
+  for (size_t i = 0; i < batch.items.size(); i++) {
+    const AttendRequest& request = *batch.items[i].request;
+    const size_t rows = batch.rows(i);
+    PartState nothing;
+    if (first[i] == nullptr) {
+      nothing.own_out.assign(rows * batch.dim_v(), 0.0f);
+      nothing.own_lse.assign(rows, -std::numeric_limits<float>::infinity());
+      nothing.lse = nothing.own_lse.data();
+      first[i] = &nothing;
+    }
+    PartState& state = *first[i];
+    KVTIDE_RETURN_IF_ERROR(Annotate(CheckLogits(batch, i, state.lse), batch.Name(i)));
     // A sink is one more state: its logit with value 0. Merged here, it counts once however many tiers took
     // part.
-    if (call.sinks != nullptr)
+    if (batch.call.sinks != nullptr)
       for (size_t r = 0; r < rows; r++)
-        MergeAttentionState(item.out + r * dim_v, lse + r, zeros.data(), call.sinks[r % heads],
-                            static_cast<int>(dim_v));
+        MergeAttentionState(state.own_out.data() + r * batch.dim_v(), state.lse + r, zeros.data(),
+                            batch.call.sinks[r % batch.heads()], dim);
+    for (size_t j = 0; j < state.own_out.size(); j++) request.out.Set(j, state.own_out[j]);
+    if (request.lse != nullptr && !state.own_lse.empty())
+      std::copy(state.own_lse.begin(), state.own_lse.end(), request.lse);
   }
+  return absl::OkStatus();
+}
+
+// A row that sees tokens has a finite log-sum-exp, unless its logits are beyond f32.
+absl::Status Reader::CheckLogits(const Batch& batch, size_t index, const float* lse) const {
+  const Item& item = batch.items[index];
+  for (size_t r = 0; r < batch.rows(index); r++) {
+    if (std::isfinite(lse[r])) continue;
+    const int64_t position = item.request->first_query_position + static_cast<int64_t>(r / batch.heads());
+    const PositionRange seen = VisiblePositions(position, batch.call.causal, batch.window);
+    if (seen.begin >= std::min(item.length, seen.end)) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("the logits of the query at ", position, ", head ", r % batch.heads(),
+                     ", are beyond f32; the queries or the scale are too large"));
+  }
+  return absl::OkStatus();
+}
+
+// Rows of one layer on their way to the caller.
+struct Reader::LayerRows {
+  const LayerRead* request = nullptr;
+  const TableSnapshot* snapshot = nullptr;
+};
+
+absl::Status Reader::CheckRead(const ReadCall& call, const ModelSpec& model) const {
+  const CacheOptions& options = core_.options();
+  if (call.layers.empty()) return absl::InvalidArgumentError("read without layers");
+  if (call.first_token < 0 || call.first_token >= kMostPosition)
+    return absl::InvalidArgumentError(
+        absl::StrCat("first token ", call.first_token, ": must be 0 to 2^48 - 1"));
+  if (call.tokens < 1 || call.tokens > options.max_tokens_per_sequence)
+    return absl::InvalidArgumentError(
+        absl::StrCat("read of ", call.tokens, " tokens: must be 1 to ", options.max_tokens_per_sequence));
+  for (const LayerRead& layer : call.layers) {
+    if (layer.layer < 0 || static_cast<size_t>(layer.layer) >= model.layers.size())
+      return absl::InvalidArgumentError(absl::StrCat("layer ", layer.layer, ": model '", model.name,
+                                                     "' has layers 0 to ", model.layers.size() - 1));
+    if (layer.k.data == nullptr && layer.v.data == nullptr)
+      return absl::InvalidArgumentError(absl::StrCat("layer ", layer.layer, ": neither K nor V is wanted"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Reader::ReadTokens(const ReadCall& call) {
+  static const CallContext kNobody;
+  const CallContext& context = call.context != nullptr ? *call.context : kNobody;
+  CacheLock lock(core_);
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, lock->sequences.Find(call.sequence));
+  const ModelSpec& model = sequence->model->spec;
+  KVTIDE_RETURN_IF_ERROR(CheckRead(call, model));
+  Reading reading(*lock, call.layers.size());
+  std::vector<LayerRows> layers;
+  const int64_t end = call.first_token + call.tokens;
+  for (const LayerRead& request : call.layers) {
+    const LayerSpec& spec = model.layers[static_cast<size_t>(request.layer)];
+    const GroupTable& table = sequence->groups[static_cast<size_t>(spec.group)];
+    const int64_t length = table.layer(spec.layer_in_group).tokens;
+    if (end > length)
+      return absl::OutOfRangeError(absl::StrCat("sequence ", call.sequence, ", layer ", request.layer,
+                                                " has ", length, " tokens, not up to ", end));
+    KVTIDE_ASSIGN_OR_RETURN(const TableSnapshot* snapshot, reading.Add(sequence, spec.group, false));
+    layers.push_back({&request, snapshot});
+  }
+  sequence->last_used = core_.options().clock();
+  lock->store.Touch(sequence->recency, sequence->last_used);
+  const Unlocked unlocked(lock);
+  for (const LayerRows& layer : layers) {
+    const std::string where = absl::StrCat("sequence ", call.sequence, ", layer ", layer.request->layer);
+    KVTIDE_RETURN_IF_ERROR(Annotate(
+        ReadLayer(call, context, layer, model.layers[static_cast<size_t>(layer.request->layer)]), where));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Reader::ReadLayer(const ReadCall& call, const CallContext& context, const LayerRows& layer,
+                               const LayerSpec& spec) const {
+  const int64_t begin = call.first_token, end = call.first_token + call.tokens;
+  const int64_t held = layer.snapshot->first_block() * kBlockTokens;
+  if (begin / kBlockTokens * kBlockTokens < held)
+    return absl::OutOfRangeError(
+        absl::StrCat("tokens before ", held, " have left the sliding window, token ", begin, " is one"));
+  std::vector<float> k, v;
+  for (const SnapshotRun& run : layer.snapshot->RunsOf(begin / kBlockTokens, DivideUp(end, kBlockTokens))) {
+    if (run.tier == ChunkPicture::kDropped) return DroppedError(run, begin, end);
+    const GroupShape& shape = run.layout->shape();
+    const size_t rows = static_cast<size_t>(kBlockTokens) * static_cast<size_t>(shape.kv_heads);
+    if (layer.request->k.data != nullptr) k.resize(rows * static_cast<size_t>(shape.head_dim_k));
+    if (layer.request->v.data != nullptr) v.resize(rows * static_cast<size_t>(shape.head_dim_v));
+    const int64_t from = std::max(run.first_block, begin / kBlockTokens),
+                  to = std::min(run.end_block(), DivideUp(end, kBlockTokens));
+    for (int64_t index = from; index < to; index++) {
+      KVTIDE_RETURN_IF_ERROR(context.Check(core_.options().clock(), "the read"));
+      DecodeArgs args;
+      args.layout = run.layout;
+      args.profile = run.profile.get();
+      args.block = run.blocks[static_cast<size_t>(index - run.first_block)];
+      args.layer = spec.layer_in_group;
+      args.k = k.empty() ? nullptr : k.data();
+      args.v = v.empty() ? nullptr : v.data();
+      KVTIDE_RETURN_IF_ERROR(core_.backend(run.tier).Decode(args));
+      const int64_t first = std::max(begin, index * kBlockTokens),
+                    last = std::min(end, (index + 1) * kBlockTokens);
+      const auto put = [&](const std::vector<float>& block, const MutableTensorView& to_rows, int head_dim) {
+        if (to_rows.data == nullptr) return;
+        const size_t row = static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(head_dim);
+        const float* source = block.data() + static_cast<size_t>(first - index * kBlockTokens) * row;
+        const size_t target = static_cast<size_t>(first - begin) * row;
+        // Coding may go beyond what f16 holds.
+        for (size_t j = 0; j < static_cast<size_t>(last - first) * row; j++)
+          to_rows.Set(target + j, std::clamp(source[j], -kMaxF16, kMaxF16));
+      };
+      put(k, layer.request->k, shape.head_dim_k);
+      put(v, layer.request->v, shape.head_dim_v);
+    }
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace kvtide

@@ -74,9 +74,9 @@ absl::StatusOr<std::vector<WritingBlock>> RoomMaker::Allocate(CacheLock& lock, i
   }
 }
 
-BlockView RoomMaker::View(const Block& block, absl::Time now) {
-  return {block.id, block.place->bytes, block.refs > 0 && block.keepers == 0,
-          now - BlockStore::LastTouched(block), block.home};
+BlockView RoomMaker::View(const BlockStore& store, const Block& block, absl::Time now) {
+  return {block.id, block.place->bytes, block.references() > 0 && block.keepers() == 0,
+          now - store.LastTouched(block), block.home};
 }
 
 Snapshot RoomMaker::View(const CacheState& state, int first_tier, size_t bytes, uint64_t before_serial,
@@ -98,10 +98,9 @@ Snapshot RoomMaker::View(const CacheState& state, int first_tier, size_t bytes, 
     const bool last = !store.HasBelow(static_cast<int>(t));
     if (last && !dropping) continue;
     size_t any = 0, droppable = 0, peeks = 0;
-    store.Peek(static_cast<int>(t), [&](const Block& block) {
+    store.PeekIdle(static_cast<int>(t), before_serial, [&](const Block& block) {
       if (++peeks > kPeeks) return false;
-      if (!store.IsIdle(block) || store.TouchSerial(block) >= before_serial) return true;
-      const BlockView candidate = View(block, now);
+      const BlockView candidate = View(store, block, now);
       if (last && !candidate.droppable) return true;
       if (any >= bytes && !candidate.droppable) return true;
       view.coldest.push_back(candidate);
@@ -138,7 +137,7 @@ bool RoomMaker::Demote(CacheLock& lock, int tier, size_t bytes, size_t want_byte
 bool RoomMaker::Drop(CacheState& state, const Move& move, MoveReport* report) const {
   Block* block = state.store.Get(move.block);
   if (block == nullptr || !BlockStore::IsIdle(*block) || block->place->tier != move.from ||
-      block->refs == 0 || block->keepers > 0)
+      block->references() == 0 || block->keepers() > 0)
     return false;
   state.store.Drop(block);
   state.counters.dropped_blocks++;
@@ -155,8 +154,8 @@ MoveReport RoomMaker::Execute(CacheLock& lock, std::span<const Move> moves, bool
   const auto find = [&](const Move& move) -> Block* {
     Block* block = store.Get(move.block);
     const bool there = block != nullptr && block->place != nullptr && block->place->tier == move.from &&
-                       block->refs > 0 && !block->writing && !block->moving;
-    return there && (read_too || block->place->pins == 0) ? block : nullptr;
+                       block->references() > 0 && !block->writing && !block->moving;
+    return there && (read_too || store.IsIdle(*block)) ? block : nullptr;
   };
   for (const Move& move : moves) {
     if (move.to == kDropTier) {
@@ -214,10 +213,10 @@ StretchView RoomMaker::ViewStretch(const CacheState& state, int tier_index, size
     view.kind = ExtentView::Kind::kFixed;
     view.bytes = ExtentAllocator::RoundUp(place->second->bytes);
     end = place->first + view.bytes;
-    if (block == nullptr || !BlockStore::IsIdle(*block) || block->refs == 0) continue;
+    if (block == nullptr || !BlockStore::IsIdle(*block) || block->references() == 0) continue;
     view.kind = ExtentView::Kind::kMovable;
     view.block = block->id;
-    const bool idle = now - BlockStore::LastTouched(*block) >= core_.options().limits.idle;
+    const bool idle = now - store.LastTouched(*block) >= core_.options().limits.idle;
     view.demotion_cost = static_cast<double>(view.bytes) * (idle ? kIdleDemotion : kHotDemotion);
   }
   *next = 0;
@@ -276,7 +275,7 @@ void RoomMaker::Dig(CacheLock& lock, int tier, const HolePlan& plan) {
   };
   for (const HoleMove& move : plan.moves) {
     Block* block = store.Get(move.block);
-    if (block == nullptr || !BlockStore::IsIdle(*block) || block->refs == 0 || block->place->tier != tier ||
+    if (block == nullptr || !BlockStore::IsIdle(*block) || block->references() == 0 || block->place->tier != tier ||
         block->place->offset < plan.offset || block->place->offset >= end)
       continue;
     Place* target = move.to.has_value() ? store.ReserveAt(tier, *move.to, *block)

@@ -36,7 +36,7 @@ class RoomMaker {
   // Performs the moves that are still possible. `read_too`: blocks that are being read move as well.
   MoveReport Execute(CacheLock& lock, std::span<const Move> moves, bool read_too);
 
-  static BlockView View(const Block& block, absl::Time now);
+  static BlockView View(const BlockStore& store, const Block& block, absl::Time now);
   // "no room for N bytes: tier 'device' has ..."
   static std::string RoomText(const CacheState& state, size_t bytes);
 

@@ -13,7 +13,7 @@ void Sealer::Settle(CacheLock& lock, Sequence& sequence) {
     const int64_t full = table.MinTokens() / kBlockTokens;
     if (sequence.options.seal_at_once) {
       while (!table.staging.empty() && table.staging.begin()->first < full) {
-        lock->store.Release(table.staging.begin()->second, sequence.keeper());
+        lock->store.RemoveDirect(table.staging.begin()->second, sequence.keeper());
         table.staging.erase(table.staging.begin());
       }
       FreeFallenBlocks(*lock, sequence, table);
@@ -25,7 +25,7 @@ void Sealer::Settle(CacheLock& lock, Sequence& sequence) {
     if (!ready) continue;
     const int64_t end = std::max<int64_t>(0, full - exact.last_blocks);
     constexpr int64_t kStep = 16;  // blocks that exist twice at a time
-    table.sealed = std::max({table.sealed, table.first_block, std::min<int64_t>(end, exact.first_blocks)});
+    table.sealed = std::max({table.sealed, table.first_block(), std::min<int64_t>(end, exact.first_blocks)});
     while (table.sealed < end) {
       const int64_t done =
           SealRange(lock, sequence, static_cast<int>(g), table.sealed, std::min(end, table.sealed + kStep));
@@ -37,17 +37,16 @@ void Sealer::Settle(CacheLock& lock, Sequence& sequence) {
 
 void Sealer::FreeFallenBlocks(CacheState& state, Sequence& sequence, GroupTable& table) {
   const int64_t live = FirstLiveBlock(table.MinTokens(), table.window);
-  while (table.first_block < live && !table.blocks.empty()) {
-    const auto staged = table.staging.find(table.first_block);
+  while (table.first_block() < live && !table.blocks->empty()) {
+    const auto staged = table.staging.find(table.first_block());
     if (staged != table.staging.end()) {
-      state.store.Release(staged->second, sequence.keeper());
+      state.store.RemoveDirect(staged->second, sequence.keeper());
       table.staging.erase(staged);
     }
-    state.store.Release(table.blocks.front(), sequence.keeper());
-    table.blocks.pop_front();
-    table.first_block++;
+    table.blocks->PopFront();
     state.counters.window_freed_blocks++;
   }
+  state.sequences.CountHeld(sequence);
 }
 
 // False if the sequence wants a profile and a backend error was in the way: sealing waits, so that all coded
@@ -55,7 +54,7 @@ void Sealer::FreeFallenBlocks(CacheState& state, Sequence& sequence, GroupTable&
 bool Sealer::MakeFirstBlockProfile(CacheLock& lock, GroupTable& table) {
   if (!table.profile_options.mean && table.profile_options.equalise == Equalise::kNone) return true;
   const int64_t full = table.MinTokens() / kBlockTokens;
-  int64_t index = table.first_block;
+  int64_t index = table.first_block();
   while (index < full && (table.at(index)->place == nullptr || table.at(index)->layout != table.exact))
     index++;
   if (index >= full) return true;
@@ -142,12 +141,9 @@ int64_t Sealer::SealRange(CacheLock& lock, Sequence& sequence, int group, int64_
       done = std::min(done, seal.index);
       continue;
     }
-    Block*& entry = table.at(seal.index);
     seal.target->profile = table.profile;
-    Stamp(*seal.target.get(), sequence, group, seal.index, core_.options().clock());
-    lock->store.AddRef(seal.target.get(), sequence.keeper());
-    lock->store.Release(entry, sequence.keeper());
-    entry = seal.target.get();
+    Stamp(*seal.target.get(), sequence, group, seal.index);
+    table.blocks->Replace(seal.index, seal.target.get(), sequence.recency.own);
     lock->counters.sealed_blocks++;
   }
   lock->changed.NotifyAll();

@@ -5,15 +5,15 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/time/time.h"
-#include "daemon/cache/block.h"
+#include "daemon/cache/block_table.h"
 #include "daemon/cache/model.h"
 #include "daemon/cache/sequence_options.h"
 
@@ -24,42 +24,65 @@ struct LayerProgress {
   int64_t last_start = -1;  // where the last append began; recognises its repetition
 };
 
-// Table entries of block numbers first_block, first_block + 1, ... A block holds tokens of all layers of the
-// group; each layer sees its own length of it.
+// A block holds tokens of all layers of the group; each layer sees its own length of it.
 struct GroupTable {
   const BlockLayout* exact = nullptr;
   const BlockLayout* coded = nullptr;  // of the sequence's pair; == exact when that is f16/f16
   int64_t window = 0;
-  int64_t first_block = 0;
-  std::deque<Block*> blocks;
+  std::unique_ptr<BlockTable> blocks;
   // seal_at_once only: the f16 twin of each coded block that is not full in all layers, by block number.
   std::map<int64_t, Block*> staging;
-  std::vector<LayerProgress> layers;
   int64_t sealed = 0;  // blocks below are coded or stay exact for good (the first exact ones)
   ProfileOptions profile_options;
   std::shared_ptr<const Profile> profile;  // for blocks coded from now on; null = none (yet)
   std::vector<bool> profiled;              // seal_at_once only: layers that the profile has
 
   bool coding() const { return coded != exact; }
-  int64_t end_block() const { return first_block + static_cast<int64_t>(blocks.size()); }
+  int64_t first_block() const { return blocks->first(); }
+  int64_t end_block() const { return blocks->end(); }
+  Block* at(int64_t index) const { return blocks->at(index); }
   // Every entry, twins after the table; `f` must not change the table.
   template <class F>
   void ForEachBlock(F f) const {
-    for (Block* block : blocks) f(block);
+    blocks->ForEach(f);
     for (const auto& [index, block] : staging) f(block);
   }
-  Block*& at(int64_t index) { return blocks[static_cast<size_t>(index - first_block)]; }
-  Block* at(int64_t index) const { return blocks[static_cast<size_t>(index - first_block)]; }
-  int64_t MinTokens() const {
-    int64_t tokens = layers.front().tokens;
-    for (const LayerProgress& layer : layers) tokens = std::min(tokens, layer.tokens);
-    return tokens;
+
+  const LayerProgress& layer(int index) const { return layers_[static_cast<size_t>(index)]; }
+  size_t layers() const { return layers_.size(); }
+  void SetLayers(size_t layers) {
+    layers_.assign(layers, {});
+    min_tokens_ = 0;
+    at_min_ = layers;
   }
+  void SetLayer(int index, LayerProgress progress) {
+    LayerProgress& layer = layers_[static_cast<size_t>(index)];
+    const int64_t before = std::exchange(layer, progress).tokens;
+    if (progress.tokens == min_tokens_ && before != min_tokens_) at_min_++;
+    if (before == min_tokens_ && progress.tokens != min_tokens_) at_min_--;
+    if (progress.tokens < min_tokens_ || at_min_ == 0) FindMin();
+  }
+  int64_t MinTokens() const { return min_tokens_; }
   int64_t MaxTokens() const {
     int64_t tokens = 0;
-    for (const LayerProgress& layer : layers) tokens = std::max(tokens, layer.tokens);
+    for (const LayerProgress& layer : layers_) tokens = std::max(tokens, layer.tokens);
     return tokens;
   }
+
+ private:
+  void FindMin() {
+    min_tokens_ = layers_.front().tokens;
+    for (const LayerProgress& layer : layers_) min_tokens_ = std::min(min_tokens_, layer.tokens);
+    at_min_ =
+        static_cast<size_t>(std::count_if(layers_.begin(), layers_.end(), [&](const LayerProgress& layer) {
+          return layer.tokens == min_tokens_;
+        }));
+  }
+
+  std::vector<LayerProgress> layers_;
+  // The smallest length and how many layers have it, so that a step of many layers looks at all of them once.
+  int64_t min_tokens_ = 0;
+  size_t at_min_ = 0;
 };
 
 struct ModelState {
@@ -76,8 +99,10 @@ struct Sequence {
   bool empty = true;  // nothing was ever appended
   std::vector<GroupTable> groups;
   bool writer = false;  // an append or truncation runs
-  int readers = 0;      // attends that run
+  int readers = 0;      // reads that run
   bool closed = false;
+  SequenceRecency recency;
+  uint64_t counted_tokens = 0, counted_f16_bytes = 0;  // what Sequences has added to its totals
   absl::Time created, last_used;
 
   bool keeper() const { return !options.allow_drop; }
@@ -94,10 +119,9 @@ struct Sequence {
 };
 
 // Says whose bytes the block holds.
-inline void Stamp(Block& block, const Sequence& sequence, int group, int64_t index, absl::Time now) {
+inline void Stamp(Block& block, const Sequence& sequence, int group, int64_t index) {
   block.stamp = {sequence.model->id, sequence.id, std::hash<std::string>{}(sequence.options.name_space),
                  group, index};
-  block.last_touched = now;
 }
 
 }  // namespace kvtide

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <set>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/tier_policy.h"
@@ -94,6 +95,26 @@ void Sequences::Enter(const SequencePtr& sequence) {
   count.sequences++;
   if (sequence->empty) count.empty++;
   if (sequence->options.allow_drop) dropping_sequences_++;
+  CountHeld(*sequence);
+}
+
+uint64_t BytesPerToken(const GroupShape& shape) {
+  return 2 * static_cast<uint64_t>(shape.layers) * static_cast<uint64_t>(shape.kv_heads) *
+         static_cast<uint64_t>(shape.head_dim_k + shape.head_dim_v);
+}
+
+void Sequences::CountHeld(Sequence& sequence) {
+  // A closed sequence counts no more, even if its writer keeps the tables for a while.
+  uint64_t tokens = 0, bytes = 0;
+  if (!sequence.closed) {
+    tokens = static_cast<uint64_t>(sequence.MinTokens());
+    for (const GroupTable& table : sequence.groups)
+      bytes +=
+          BytesPerToken(table.exact->shape()) *
+          static_cast<uint64_t>(std::max<int64_t>(0, table.MinTokens() - table.first_block() * kBlockTokens));
+  }
+  tokens_ += tokens - std::exchange(sequence.counted_tokens, tokens);
+  held_f16_bytes_ += bytes - std::exchange(sequence.counted_f16_bytes, bytes);
 }
 
 void Sequences::NotEmptyAnyMore(Sequence& sequence) {
@@ -142,7 +163,8 @@ absl::StatusOr<SequencePtr> Sequences::Create(ModelId model_id, const SequenceOp
     table.exact = Layout(spec.shape, ExactPair());
     table.coded = Layout(spec.shape, pair);
     table.window = spec.window;
-    table.layers.resize(static_cast<size_t>(spec.shape.layers));
+    table.blocks = std::make_unique<BlockTable>(store_, sequence->keeper());
+    table.SetLayers(static_cast<size_t>(spec.shape.layers));
     table.profiled.resize(static_cast<size_t>(spec.shape.layers));
     table.profile_options = ProfileOptionsFor(options, pair.k);
     for (const TierOptions& tier : options_.tiers)
@@ -151,9 +173,31 @@ absl::StatusOr<SequencePtr> Sequences::Create(ModelId model_id, const SequenceOp
   }
   sequence->id = NewId();
   sequence->created = sequence->last_used = options_.clock();
+  sequence->recency.own = store_->NewRecency(sequence->created);
   Enter(sequence);
   return sequence;
 }
+
+namespace {
+
+GroupTable ForkTable(const GroupTable& from) {
+  GroupTable to;
+  to.exact = from.exact;
+  to.coded = from.coded;
+  to.window = from.window;
+  to.blocks = from.blocks->Fork();
+  to.staging = from.staging;
+  to.sealed = from.sealed;
+  to.profile_options = from.profile_options;
+  to.profile = from.profile;
+  to.profiled = from.profiled;
+  to.SetLayers(from.layers());
+  for (size_t l = 0; l < from.layers(); l++)
+    to.SetLayer(static_cast<int>(l), from.layer(static_cast<int>(l)));
+  return to;
+}
+
+}  // namespace
 
 absl::StatusOr<SequencePtr> Sequences::Fork(SequenceId id) {
   KVTIDE_ASSIGN_OR_RETURN(const SequencePtr parent, Find(id));
@@ -161,13 +205,19 @@ absl::StatusOr<SequencePtr> Sequences::Fork(SequenceId id) {
     return absl::AbortedError(
         absl::StrCat("sequence ", id, " is being written; fork it when the call has ended"));
   KVTIDE_RETURN_IF_ERROR(CheckRoomForOne());
-  auto child = std::make_shared<Sequence>(*parent);
+  auto child = std::make_shared<Sequence>();
   child->id = NewId();
+  child->model = parent->model;
+  child->options = parent->options;
   child->forked_from = id;
-  child->readers = 0;
+  child->home = parent->home;
+  child->empty = parent->empty;
   child->created = child->last_used = options_.clock();
-  for (GroupTable& table : child->groups)
-    table.ForEachBlock([&](Block* block) { store_->AddRef(block, child->keeper()); });
+  store_->ForkRecency(&parent->recency, &child->recency);
+  for (const GroupTable& from : parent->groups) {
+    GroupTable& to = child->groups.emplace_back(ForkTable(from));
+    for (const auto& [index, block] : to.staging) store_->AddDirect(block, child->keeper());
+  }
   Enter(child);
   return child;
 }
@@ -181,6 +231,7 @@ absl::Status Sequences::Close(SequenceId id) {
   if (closed_.size() > 1024) closed_.pop_front();
   closed_count_++;
   sequence->closed = true;
+  CountHeld(*sequence);
   if (sequence->writer) {
     closing_++;  // its WriterGuard releases the tables
   } else {
@@ -192,12 +243,13 @@ absl::Status Sequences::Close(SequenceId id) {
 void Sequences::ReleaseTables(Sequence& sequence) {
   if (sequence.options.allow_drop) dropping_sequences_--;
   for (GroupTable& table : sequence.groups) {
-    table.ForEachBlock([&](Block* block) { store_->Release(block, sequence.keeper()); });
-    table.blocks.clear();
+    table.blocks->Clear();
+    for (const auto& [index, block] : table.staging) store_->RemoveDirect(block, sequence.keeper());
     table.staging.clear();
-    table.first_block = table.sealed = 0;
-    for (LayerProgress& layer : table.layers) layer = LayerProgress{};
+    table.sealed = 0;
+    table.SetLayers(table.layers());
   }
+  CountHeld(sequence);
 }
 
 void Sequences::CheckInvariants() const {

@@ -40,6 +40,11 @@ class Sequences {
   const std::map<SequenceId, SequencePtr>& all() const { return sequences_; }
 
   void NotEmptyAnyMore(Sequence& sequence);
+  // After every change of the sequence's lengths or first blocks.
+  void CountHeld(Sequence& sequence);
+  uint64_t tokens() const { return tokens_; }  // of open sequences
+  // What the tokens that they have not left behind would take in f16; dropped ones are not taken off.
+  uint64_t held_f16_bytes() const { return held_f16_bytes_; }
   int dropping_sequences() const { return dropping_sequences_; }
   uint64_t created() const { return created_; }
   uint64_t closed() const { return closed_count_; }
@@ -71,10 +76,14 @@ class Sequences {
   int dropping_sequences_ = 0;          // with allow_drop, those included whose tables are still there
   int closing_ = 0;
   uint64_t created_ = 0, closed_count_ = 0;
+  uint64_t tokens_ = 0, held_f16_bytes_ = 0;
   std::deque<SequenceId> closed_;  // the latest ones, for better messages
   std::vector<std::unique_ptr<const BlockLayout>> layouts_;
   std::mt19937_64 ids_;
 };
+
+// What one token of all layers of a group takes in f16, unpadded.
+uint64_t BytesPerToken(const GroupShape& shape);
 
 // The one append or truncation that may change the sequence's tables and lengths. When it ends, a sequence
 // that was closed meanwhile gives its tables back.

@@ -41,7 +41,7 @@ class TableWalk {
   template <class F>
   bool Show(const GroupTable& table, size_t* left, F visit) {
     if (!twins_) {
-      for (next_ = std::max(next_, table.first_block); *left > 0 && next_ < table.end_block(); next_++) {
+      for (next_ = std::max(next_, table.first_block()); *left > 0 && next_ < table.end_block(); next_++) {
         visit(table.at(next_));
         --*left;
       }

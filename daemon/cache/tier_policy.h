@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "absl/time/time.h"
-#include "daemon/cache/eviction_policy.h"
+#include "daemon/cache/block_id.h"
 
 namespace kvtide {
 

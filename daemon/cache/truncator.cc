@@ -34,6 +34,7 @@ absl::Status Truncator::Truncate(SequenceId id, int64_t tokens, const CallContex
   if (status.code() == absl::StatusCode::kResourceExhausted) lock->counters.exhausted++;
   KVTIDE_RETURN_IF_ERROR(Annotate(status, absl::StrCat("truncating sequence ", id, " to ", tokens)));
   for (size_t g = 0; g < sequence->groups.size(); g++) CutTable(*lock, *sequence, static_cast<int>(g), cut);
+  lock->sequences.CountHeld(*sequence);
   sequence->last_used = core_.options().clock();
   lock->changed.NotifyAll();
   return absl::OkStatus();
@@ -49,11 +50,11 @@ absl::Status Truncator::CheckCut(const Sequence& sequence, const Cut& cut) const
   for (size_t g = 0; g < sequence.groups.size(); g++) {
     const GroupTable& table = sequence.groups[g];
     const int64_t needed = FirstLiveBlock(cut.tokens, table.window);
-    if (needed < table.first_block)
-      return absl::OutOfRangeError(
-          absl::StrCat("sequence ", sequence.id, ": after a cut at ", cut.tokens, ", layer group ", g,
-                       " needs tokens from ", needed * kBlockTokens, " on, but those before ",
-                       table.first_block * kBlockTokens, " have left its sliding window of ", table.window));
+    if (needed < table.first_block())
+      return absl::OutOfRangeError(absl::StrCat(
+          "sequence ", sequence.id, ": after a cut at ", cut.tokens, ", layer group ", g,
+          " needs tokens from ", needed * kBlockTokens, " on, but those before ",
+          table.first_block() * kBlockTokens, " have left its sliding window of ", table.window));
     if (cut.has_tail() && tail < table.end_block() && table.at(tail)->place == nullptr)
       return absl::DataLossError(absl::StrCat("sequence ", sequence.id, ": tokens ", tail * kBlockTokens,
                                               " to ", (tail + 1) * kBlockTokens - 1, " were dropped; cut at ",
@@ -96,7 +97,7 @@ absl::StatusOr<WritingBlock> Truncator::ReopenCodedBlock(CacheLock& lock, Sequen
                             mover_.Allocate(lock, sequence.home, layouts, 0));
     target = std::move(blocks.front());
   }
-  Stamp(*target.get(), sequence, group, index, core_.options().clock());
+  Stamp(*target.get(), sequence, group, index);
   absl::Status status;
   {
     const Unlocked unlocked(lock);
@@ -143,27 +144,22 @@ void Truncator::CutTable(CacheState& state, Sequence& sequence, int group, Cut& 
   GroupTable& table = sequence.groups[static_cast<size_t>(group)];
   const bool keeper = sequence.keeper();
   const int64_t tail = cut.tail_index(), end = cut.end_block();
-  for (LayerProgress& layer : table.layers) {
-    if (layer.tokens > cut.tokens) layer.last_start = -1;
-    layer.tokens = std::min(layer.tokens, cut.tokens);
-  }
-  while (table.end_block() > end && !table.blocks.empty()) {
-    store.Release(table.blocks.back(), keeper);
-    table.blocks.pop_back();
-  }
+  for (int l = 0; l < static_cast<int>(table.layers()); l++)
+    if (table.layer(l).tokens > cut.tokens) table.SetLayer(l, {cut.tokens, -1});
+  while (table.end_block() > end && !table.blocks->empty()) table.blocks->PopBack();
   while (!table.staging.empty() && table.staging.rbegin()->first >= end) {
-    store.Release(table.staging.rbegin()->second, keeper);
+    store.RemoveDirect(table.staging.rbegin()->second, keeper);
     table.staging.erase(std::prev(table.staging.end()));
   }
-  if (cut.tokens == 0) table.first_block = 0;
+  if (cut.tokens == 0) table.blocks->Clear();
   table.sealed = std::min(table.sealed, tail);
   if (WritingBlock& reopened = cut.reopened[static_cast<size_t>(group)]; reopened) {
-    store.AddRef(reopened.get(), keeper);
     if (sequence.options.seal_at_once) {
+      store.AddDirect(reopened.get(), keeper);
+      store.Join(reopened.get(), sequence.recency.own);
       table.staging[tail] = reopened.get();
     } else {
-      store.Release(table.at(tail), keeper);
-      table.at(tail) = reopened.get();
+      table.blocks->Replace(tail, reopened.get(), sequence.recency.own);
     }
     reopened = {};
   }
@@ -171,13 +167,12 @@ void Truncator::CutTable(CacheState& state, Sequence& sequence, int group, Cut& 
   if (cut.has_tail() && tail < table.end_block()) {
     const auto staged = table.staging.find(tail);
     for (Block* block : {table.at(tail), staged != table.staging.end() ? staged->second : nullptr})
-      if (block != nullptr && block->place != nullptr && (block->refs > 1 || block->place->pins > 0))
-        block->copy_before_write = true;
+      if (block != nullptr && block->place != nullptr) block->copy_before_write = true;
   }
   // The profile belongs to the coded blocks; without any, the next first block makes a new one.
-  const bool coded = std::any_of(table.blocks.begin(), table.blocks.end(), [&](const Block* block) {
-    return table.coding() && block->layout == table.coded;
-  });
+  bool coded = false;
+  for (int64_t index = table.first_block(); index < table.end_block() && !coded; index++)
+    coded = table.coding() && table.at(index)->layout == table.coded;
   if (!coded) {
     table.profile.reset();
     std::fill(table.profiled.begin(), table.profiled.end(), false);

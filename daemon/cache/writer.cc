@@ -1,6 +1,7 @@
 #include "daemon/cache/writer.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/tensor_check.h"
@@ -9,6 +10,12 @@
 
 namespace kvtide {
 namespace {
+
+// Whether anybody but the table itself still shows the block's bytes to readers.
+bool IsRead(const GroupTable& table, int64_t index, const Block& block) {
+  table.blocks->MakeStale(index);
+  return block.place->pictures + block.place->pins > 0;
+}
 
 const CallContext& ContextOf(const AppendCall& call) {
   static const CallContext kNobody;
@@ -104,7 +111,7 @@ absl::Status Writer::Begin(CacheLock& lock, WriteBatch& batch) {
 absl::Status Writer::BeginLayer(CacheLock& lock, WriteBatch& batch, LayerWrite& write) {
   Sequence& sequence = *write.sequence;
   GroupTable& table = sequence.groups[static_cast<size_t>(write.group)];
-  LayerProgress& layer = table.layers[static_cast<size_t>(write.layer)];
+  const LayerProgress& layer = table.layer(write.layer);
   const std::string where = absl::StrCat("sequence ", sequence.id, ", layer ", write.model_layer);
   if (write.start == layer.last_start && write.tokens == layer.tokens - layer.last_start) {
     write.repeated = true;
@@ -158,17 +165,14 @@ absl::Status Writer::AddBlocks(CacheLock& lock, WriteBatch& batch, Sequence& seq
     KVTIDE_ASSIGN_OR_RETURN(std::vector<WritingBlock> blocks,
                             mover_.Allocate(lock, sequence.home, {layouts, count},
                                             bytes_each * static_cast<size_t>(last_index - index + 1)));
-    for (const WritingBlock& block : blocks) {
-      store.AddRef(block.get(), sequence.keeper());
-      Stamp(*block.get(), sequence, group, index, core_.options().clock());
-    }
+    for (const WritingBlock& block : blocks) Stamp(*block.get(), sequence, group, index);
     if (twins) {
-      blocks[1]->profile = table.profile;
+      store.AddDirect(blocks[0].get(), sequence.keeper());
+      store.Join(blocks[0].get(), sequence.recency.own);
       table.staging[index] = blocks[0].get();
-      table.blocks.push_back(blocks[1].get());
-    } else {
-      table.blocks.push_back(blocks[0].get());
+      blocks[1]->profile = table.profile;
     }
+    table.blocks->PushBack(blocks.back().get(), sequence.recency.own);
     for (WritingBlock& block : blocks) batch.blocks_.push_back(std::move(block));
   }
   return absl::OkStatus();
@@ -193,12 +197,12 @@ absl::Status Writer::MakeWritable(CacheLock& lock, WriteBatch& batch, Sequence& 
       return absl::DataLossError(absl::StrCat("tokens ", index * kBlockTokens, " to ",
                                               (index + 1) * kBlockTokens - 1, " were dropped; truncate to ",
                                               index * kBlockTokens, " or below"));
-    if (block->refs > 1 || (block->copy_before_write && block->place->pins > 0)) copy = true;
+    if (block->references() > 1 || (block->copy_before_write && IsRead(table, index, *block))) copy = true;
     if (block->place->tier != entries[0]->place->tier) copy = true;
   }
   if (copy) return CopyBeforeWrite(lock, batch, sequence, group, index, entries);
   for (Block* block : entries) {
-    KVTIDE_CHECK(block->refs == 1);
+    KVTIDE_CHECK(block->references() == 1);
     block->copy_before_write = false;
     block->has_checksum = false;
     batch.blocks_.emplace_back(lock->store, block);
@@ -223,10 +227,14 @@ absl::Status Writer::CopyBeforeWrite(CacheLock& lock, WriteBatch& batch, Sequenc
   }
   for (size_t i = 0; i < entries.size(); i++) {
     copies[i]->profile = entries[i]->profile;
-    Stamp(*copies[i].get(), sequence, group, index, core_.options().clock());
-    store.AddRef(copies[i].get(), sequence.keeper());
-    (i == 0 ? table.at(index) : table.staging.at(index)) = copies[i].get();
-    store.Release(entries[i], sequence.keeper());
+    Stamp(*copies[i].get(), sequence, group, index);
+    if (i == 0) {
+      table.blocks->Replace(index, copies[i].get(), sequence.recency.own);
+    } else {
+      store.AddDirect(copies[i].get(), sequence.keeper());
+      store.Join(copies[i].get(), sequence.recency.own);
+      store.RemoveDirect(std::exchange(table.staging.at(index), copies[i].get()), sequence.keeper());
+    }
     batch.blocks_.push_back(std::move(copies[i]));
     lock->counters.copied_on_write_blocks++;
   }
@@ -324,9 +332,7 @@ absl::Status Writer::Commit(CacheState& state, WriteBatch& batch) {
   for (LayerWrite& write : batch.writes) {
     if (write.repeated) continue;
     GroupTable& table = write.sequence->groups[static_cast<size_t>(write.group)];
-    LayerProgress& layer = table.layers[static_cast<size_t>(write.layer)];
-    layer.tokens = write.start + write.tokens;
-    layer.last_start = write.start;
+    table.SetLayer(write.layer, {write.start + write.tokens, write.start});
     state.sequences.NotEmptyAnyMore(*write.sequence);
     if (write.start == 0) table.profiled[static_cast<size_t>(write.layer)] = true;
   }
@@ -334,11 +340,18 @@ absl::Status Writer::Commit(CacheState& state, WriteBatch& batch) {
     if (profile == table->profile) continue;
     table->profile = profile;
     // Blocks that are this sequence's own; shared ones hold no layer that the former profile lacks.
-    for (Block* block : table->blocks)
-      if (block->refs == 1 && block->layout == table->coded) block->profile = profile;
+    for (int64_t index = table->first_block(); index < table->end_block(); index++) {
+      Block* block = table->at(index);
+      if (block->references() > 1 || block->layout != table->coded) continue;
+      block->profile = profile;
+      table->blocks->MakeStale(index);
+    }
   }
-  for (const WritingBlock& block : batch.blocks_) state.store.Touch(block.get(), now);
-  for (const SequencePtr& sequence : batch.sequences) sequence->last_used = now;
+  for (const SequencePtr& sequence : batch.sequences) {
+    state.store.Touch(sequence->recency, now);
+    state.sequences.CountHeld(*sequence);
+    sequence->last_used = now;
+  }
   return absl::OkStatus();
 }
 
@@ -346,13 +359,11 @@ void Writer::Rollback(CacheState& state, WriteBatch& batch) {
   BlockStore& store = state.store;
   for (LayerWrite& write : batch.writes) {
     if (batch.phase_ != WriteBatch::Phase::kCommitted || write.repeated) continue;
-    LayerProgress& layer =
-        write.sequence->groups[static_cast<size_t>(write.group)].layers[static_cast<size_t>(write.layer)];
-    layer.tokens = write.start;
-    layer.last_start = write.old_last_start;
+    GroupTable& table = write.sequence->groups[static_cast<size_t>(write.group)];
+    table.SetLayer(write.layer, {write.start, write.old_last_start});
   }
-  for (const WritingBlock& block : batch.blocks_)
-    if (block->place->pins > 0) block->copy_before_write = true;
+  // Readers may be at rows that the next append overwrites.
+  for (const WritingBlock& block : batch.blocks_) block->copy_before_write = true;
   for (const SequencePtr& sequence : batch.sequences)
     for (GroupTable& table : sequence->groups)
       for (const auto& [changed, end] : batch.table_ends_) {
@@ -360,13 +371,13 @@ void Writer::Rollback(CacheState& state, WriteBatch& batch) {
         while (table.end_block() > end) {
           const auto staged = table.staging.find(table.end_block() - 1);
           if (staged != table.staging.end()) {
-            store.Release(staged->second, sequence->keeper());
+            store.RemoveDirect(staged->second, sequence->keeper());
             table.staging.erase(staged);
           }
-          store.Release(table.blocks.back(), sequence->keeper());
-          table.blocks.pop_back();
+          table.blocks->PopBack();
         }
       }
+  for (const SequencePtr& sequence : batch.sequences) state.sequences.CountHeld(*sequence);
   batch.blocks_.clear();
   batch.writers_.clear();
   batch.phase_ = WriteBatch::Phase::kEnded;

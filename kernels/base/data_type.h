@@ -28,10 +28,14 @@ struct TensorView {
   }
 };
 
-// The same, to be written.
+// The same, to be written. Memory of floats is such a view by itself.
 struct MutableTensorView {
   void* data = nullptr;
   DataType type = DataType::kF32;
+
+  MutableTensorView() = default;
+  MutableTensorView(void* elements, DataType of_type) : data(elements), type(of_type) {}
+  MutableTensorView(float* elements) : data(elements) {}  // NOLINT: implicit on purpose
 
   void Set(size_t i, float value) const {
     if (type == DataType::kF32) {

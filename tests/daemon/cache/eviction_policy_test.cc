@@ -9,9 +9,9 @@
 namespace kvtide {
 namespace {
 
-std::vector<BlockId> Order(const EvictionPolicy& policy) {
-  std::vector<BlockId> order;
-  policy.Peek([&](BlockId id) {
+std::vector<RecordSlot> Order(const EvictionPolicy& policy) {
+  std::vector<RecordSlot> order;
+  policy.Peek([&](RecordSlot id) {
     order.push_back(id);
     return true;
   });
@@ -20,24 +20,24 @@ std::vector<BlockId> Order(const EvictionPolicy& policy) {
 
 TEST(LruPolicyTest, ShowsTheColdestFirstAndStopsWhenTold) {
   const std::unique_ptr<EvictionPolicy> policy = MakeLruPolicy();
-  for (const BlockId id : {4u, 0u, 9u}) policy->Insert(id);
+  for (const RecordSlot id : {4u, 0u, 9u}) policy->Insert(id);
   policy->Touch(4);
-  EXPECT_EQ(Order(*policy), (std::vector<BlockId>{0, 9, 4}));
+  EXPECT_EQ(Order(*policy), (std::vector<RecordSlot>{0, 9, 4}));
   int seen = 0;
-  policy->Peek([&](BlockId) { return ++seen < 2; });
+  policy->Peek([&](RecordSlot) { return ++seen < 2; });
   EXPECT_EQ(seen, 2);
   policy->Remove(9);
-  EXPECT_EQ(Order(*policy), (std::vector<BlockId>{0, 4}));
+  EXPECT_EQ(Order(*policy), (std::vector<RecordSlot>{0, 4}));
   policy->Insert(9);
-  EXPECT_EQ(Order(*policy), (std::vector<BlockId>{0, 4, 9}));
+  EXPECT_EQ(Order(*policy), (std::vector<RecordSlot>{0, 4, 9}));
 }
 
 TEST(LruPolicyTest, RandomCallsAgreeWithAList) {
   std::mt19937 random(5);
   const std::unique_ptr<EvictionPolicy> policy = MakeLruPolicy();
-  std::vector<BlockId> list;
+  std::vector<RecordSlot> list;
   for (int step = 0; step < 5000; step++) {
-    const BlockId id = random() % 40;
+    const RecordSlot id = random() % 40;
     const auto it = std::find(list.begin(), list.end(), id);
     if (it == list.end()) {
       policy->Insert(id);

@@ -1,0 +1,57 @@
+// Plans of attention, kept for the next layer and the next step. A plan says which blocks a batch attends
+// over and what every tier's backend has prepared for them; as long as no table, length or query position of
+// the batch changes, it serves every layer of the group.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "kernels/base/mutex.h"
+
+namespace kvtide {
+
+struct AttendPlanKey {
+  // What a plan is for: the group and the sequences, with their numbers of queries. The last plan of the same
+  // shape is what the next one is made from.
+  std::vector<uint64_t> shape;
+  // And what it was made of: snapshots, lengths, positions, masks.
+  std::vector<uint64_t> content;
+};
+
+struct CachedAttendPlan {
+  struct TierPart {
+    int tier = 0;
+    std::vector<size_t> items;  // of the call, which have blocks in this tier
+    std::unique_ptr<AttendPlan> plan;
+  };
+  AttendPlanKey key;
+  std::vector<TierPart> parts;
+  std::vector<int> parts_of_item;  // in how many parts each item is
+  std::vector<std::shared_ptr<const Profile>> profiles;
+  uint64_t blocks = 0, blocks_below_tier0 = 0;  // that the call reads
+};
+
+class AttendPlans {
+ public:
+  explicit AttendPlans(size_t most) : most_(most) {}
+
+  // The plan of this key, out of the cache until it is put back; null if there is none.
+  std::unique_ptr<CachedAttendPlan> Take(const AttendPlanKey& key);
+  // Any plan of this shape, the latest first: what it was made of is out of date.
+  std::unique_ptr<CachedAttendPlan> TakeShape(const AttendPlanKey& key);
+  // Forgets the one that was not used for longest if there are too many.
+  void Put(std::unique_ptr<CachedAttendPlan> plan);
+  size_t size() const;
+
+ private:
+  template <class Fits>
+  std::unique_ptr<CachedAttendPlan> TakeWhere(Fits fits);
+
+  const size_t most_;
+  mutable Mutex mu_;
+  std::vector<std::unique_ptr<CachedAttendPlan>> plans_ ABSL_GUARDED_BY(mu_);  // the latest last
+};
+
+}  // namespace kvtide

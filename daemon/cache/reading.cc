@@ -1,0 +1,38 @@
+#include "daemon/cache/reading.h"
+
+namespace kvtide {
+
+Reading::Reading(CacheState& state, size_t tables) : state_(state) {
+  state_.attends_running++;
+  entries_.reserve(tables);
+}
+
+Reading::~Reading() {
+  for (const Entry& entry : entries_) {
+    entry.sequence->readers--;
+    state_.store.EndRead(entry.recency.own);
+    if (entry.recency.family != nullptr) state_.store.EndRead(entry.recency.family);
+  }
+  entries_.clear();
+  state_.counters.attended_blocks += attended_blocks;
+  state_.counters.attended_blocks_below_tier0 += attended_blocks_below_tier0;
+  state_.attends_running--;
+  state_.changed.NotifyAll();
+}
+
+absl::StatusOr<const TableSnapshot*> Reading::Add(const SequencePtr& sequence, int group, bool own_writer) {
+  if (sequence->closed) return absl::AbortedError("the sequence was closed");
+  if (sequence->options.seal_at_once && sequence->writer && !own_writer)
+    return absl::AbortedError(
+        "the sequence codes at once (evaluation mode) and is being written; one call at a time");
+  Entry& entry = entries_.emplace_back();
+  entry.sequence = sequence;
+  entry.snapshot = sequence->groups[static_cast<size_t>(group)].blocks->Snapshot();
+  entry.recency = sequence->recency;
+  sequence->readers++;
+  state_.store.BeginRead(entry.recency.own);
+  if (entry.recency.family != nullptr) state_.store.BeginRead(entry.recency.family);
+  return entry.snapshot.get();
+}
+
+}  // namespace kvtide
