@@ -27,7 +27,7 @@ struct Place {
   size_t bytes = 0;
   std::byte* data = nullptr;  // perhaps a device pointer
   int pictures = 0;
-  int pins = 0;          // copies and seals that run
+  int pins = 0;            // copies and seals that run
   bool retired = false;    // no block uses it; freed with the last picture and pin
   CachePair pair;          // for statistics
   Block* block = nullptr;  // that lies here; null: reserved by a move, or retired

@@ -61,6 +61,7 @@ CacheStats Inspector::Stats() const {
       for (const GroupTable& table : sequence->groups)
         stats.f16_equivalent_bytes -=
             BytesPerToken(table.exact->shape()) * static_cast<uint64_t>(DroppedTokens(table));
+  stats.table_bytes = lock->store.table_bytes();
   stats.shared_blocks = lock->store.shared_blocks();
   stats.stored_bytes = lock->store.stored_bytes();
   if (stats.f16_equivalent_bytes > 0)
@@ -134,11 +135,12 @@ absl::StatusOr<SequenceInfo> Inspector::GetSequence(SequenceId id) const {
   return Describe(*lock, *sequence);
 }
 
-std::vector<SequenceInfo> Inspector::ListSequences() const {
+std::vector<SequenceInfo> Inspector::ListSequences(const SequenceList& list) const {
   CacheLock lock(core_);
   std::vector<SequenceInfo> infos;
-  infos.reserve(lock->sequences.all().size());
-  for (const auto& [id, sequence] : lock->sequences.all()) infos.push_back(Describe(*lock, *sequence));
+  const auto& all = lock->sequences.all();
+  for (auto it = all.upper_bound(list.after); it != all.end() && infos.size() < list.limit; ++it)
+    if (list.model == 0 || it->second->model->id == list.model) infos.push_back(Describe(*lock, *it->second));
   return infos;
 }
 

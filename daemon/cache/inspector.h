@@ -7,6 +7,7 @@
 #include "absl/status/statusor.h"
 #include "daemon/cache/cache_core.h"
 #include "daemon/cache/cache_stats.h"
+#include "daemon/cache/kv_cache.h"
 
 namespace kvtide {
 
@@ -16,7 +17,7 @@ class Inspector {
 
   CacheStats Stats() const;
   absl::StatusOr<SequenceInfo> GetSequence(SequenceId id) const;
-  std::vector<SequenceInfo> ListSequences() const;
+  std::vector<SequenceInfo> ListSequences(const SequenceList& list) const;
   void CheckInvariants() const;
 
  private:

@@ -8,7 +8,9 @@
 #include "daemon/cache/sealer.h"
 #include "daemon/cache/truncator.h"
 #include "daemon/cache/writer.h"
+#include "kernels/attend_args.h"
 #include "kernels/base/check.h"
+#include "kernels/base/sizes.h"
 #include "kernels/base/status.h"
 
 namespace kvtide {
@@ -65,6 +67,7 @@ absl::Status KvCache::Impl::AppendAttend(const AttendCall& call) {
     LayerWrite& write = batch.Add(sequences[i], call.layer, item.start_position, item.new_tokens);
     write.k = item.k;
     write.v = item.v;
+    write.hash = HashRows(write);
   }
   if (batch.empty()) return reader.Attend(call, sequences, false);
   {
@@ -104,6 +107,11 @@ absl::StatusOr<ModelSpec> KvCache::GetModel(ModelId model) const {
   CacheLock lock(impl_->core);
   KVTIDE_ASSIGN_OR_RETURN(const auto state, lock->sequences.GetModel(model));
   return state->spec;
+}
+
+std::vector<std::string> KvCache::ModelNames() const {
+  CacheLock lock(impl_->core);
+  return lock->sequences.ModelNames();
 }
 
 absl::StatusOr<ModelId> KvCache::FindModel(const std::string& name) const {
@@ -163,7 +171,8 @@ absl::StatusOr<PredictedBytes> KvCache::Predict(const ModelSpec& model, const Se
                                                 int64_t tokens) {
   KVTIDE_RETURN_IF_ERROR(CheckModelSpec(model));
   KVTIDE_RETURN_IF_ERROR(CheckSequenceOptions(options, model));
-  if (tokens < 0) return absl::InvalidArgumentError(absl::StrCat(tokens, " tokens"));
+  if (tokens < 0 || tokens > kMostPosition)
+    return absl::InvalidArgumentError(absl::StrCat(tokens, " tokens: must be 0 to 2^48"));
   PredictedBytes predicted;
   for (size_t g = 0; g < model.groups.size(); g++) {
     const CachePair pair = options.PairOfGroup(static_cast<int>(g));
@@ -174,9 +183,11 @@ absl::StatusOr<PredictedBytes> KvCache::Predict(const ModelSpec& model, const Se
     if (coding && options.seal_at_once && tokens % kBlockTokens != 0) counts.coded++;
     predicted.exact_blocks += static_cast<uint64_t>(counts.exact);
     predicted.coded_blocks += static_cast<uint64_t>(counts.coded);
-    predicted.bytes +=
-        static_cast<uint64_t>(counts.exact) * BlockLayout(model.groups[g].shape, ExactPair()).block_bytes() +
-        static_cast<uint64_t>(counts.coded) * BlockLayout(model.groups[g].shape, pair).block_bytes();
+    for (const auto& [blocks, of_pair] :
+         {std::pair(counts.exact, ExactPair()), std::pair(counts.coded, pair)})
+      predicted.bytes = SaturatingAdd(
+          predicted.bytes, SaturatingMul(static_cast<uint64_t>(blocks),
+                                         BlockLayout(model.groups[g].shape, of_pair).block_bytes()));
   }
   return predicted;
 }
@@ -217,7 +228,9 @@ absl::StatusOr<MoveReport> KvCache::Prefetch(std::span<const SequenceId> sequenc
 absl::StatusOr<SequenceInfo> KvCache::GetSequence(SequenceId sequence) const {
   return impl_->inspector.GetSequence(sequence);
 }
-std::vector<SequenceInfo> KvCache::ListSequences() const { return impl_->inspector.ListSequences(); }
+std::vector<SequenceInfo> KvCache::ListSequences(const SequenceList& list) const {
+  return impl_->inspector.ListSequences(list);
+}
 CacheStats KvCache::Stats() const { return impl_->inspector.Stats(); }
 const CacheOptions& KvCache::options() const { return impl_->core.options(); }
 MoveReport KvCache::RunMovesOnce() { return impl_->mover.RunOnce(); }

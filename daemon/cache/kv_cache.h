@@ -22,6 +22,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -50,8 +51,8 @@ struct LayerKv {
 };
 
 // Appends `tokens` tokens at start_position, which must equal the length of each named layer. The whole call
-// takes effect or none of it. An exact repeat of the last append of a layer (same start and count, as after a
-// lost answer) is recognised and succeeds without writing; the values are not compared.
+// takes effect or none of it. A repeat of the last append of a layer (same start, count and values, as after
+// a lost answer) is recognised and succeeds without writing; other values at the same place are Aborted.
 struct AppendCall {
   SequenceId sequence = 0;
   int64_t start_position = 0;
@@ -106,6 +107,13 @@ struct ReadCall {
   const CallContext* context = nullptr;
 };
 
+// A page of open sequences.
+struct SequenceList {
+  SequenceId after = 0;  // those with larger ids
+  size_t limit = std::numeric_limits<size_t>::max();
+  ModelId model = 0;  // of this model; 0 = any
+};
+
 class KvCache {
  public:
   // Takes the memory of all tiers. InvalidArgument for bad options, ResourceExhausted when a slab cannot be
@@ -119,6 +127,7 @@ class KvCache {
   absl::StatusOr<ModelId> RegisterModel(const ModelSpec& spec, const CallContext& context = {});
   absl::StatusOr<ModelSpec> GetModel(ModelId model) const;
   absl::StatusOr<ModelId> FindModel(const std::string& name) const;
+  std::vector<std::string> ModelNames() const;  // in order of registration
 
   absl::StatusOr<SequenceId> CreateSequence(ModelId model, const SequenceOptions& options,
                                             const CallContext& context = {});
@@ -150,7 +159,8 @@ class KvCache {
   absl::StatusOr<MoveReport> Prefetch(std::span<const SequenceId> sequences, const CallContext& context = {});
 
   absl::StatusOr<SequenceInfo> GetSequence(SequenceId sequence) const;
-  std::vector<SequenceInfo> ListSequences() const;
+  // In the order of their ids; costs what it returns.
+  std::vector<SequenceInfo> ListSequences(const SequenceList& list = {}) const;
   // Cheap questions of every call, unlike GetSequence, which counts blocks.
   absl::StatusOr<ModelId> ModelOf(SequenceId sequence) const;
   absl::StatusOr<int64_t> Length(SequenceId sequence) const;
@@ -159,7 +169,7 @@ class KvCache {
   CacheStats Stats() const;
   const CacheOptions& options() const;
 
-  // The bytes that a sequence of `tokens` tokens holds at rest.
+  // The bytes that a sequence of `tokens` tokens, at most 2^48, holds at rest.
   static absl::StatusOr<PredictedBytes> Predict(const ModelSpec& model, const SequenceOptions& options,
                                                 int64_t tokens);
 

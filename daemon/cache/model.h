@@ -27,6 +27,8 @@ struct LayerSpec {
   bool operator==(const LayerSpec&) const = default;
 };
 
+constexpr size_t kMostModelLayers = 4096;
+
 struct ModelSpec {
   std::string name;
   std::vector<LayerGroupSpec> groups;

@@ -16,7 +16,7 @@ namespace {
 
 constexpr uint64_t kAnySerial = ~uint64_t{0};
 constexpr size_t kMostWanted = 4096;  // blocks that one round looks at; whoever reads on wants them again
-constexpr size_t kSlice = 1024;  // table entries that a verb looks at before it gives the mutex up
+constexpr size_t kSlice = 1024;       // table entries that a verb looks at before it gives the mutex up
 
 bool IsBusy(const Block& block) { return block.writing || block.moving; }
 

@@ -14,6 +14,9 @@ absl::Status CheckModelSpec(const ModelSpec& spec) {
   if (spec.groups.empty() || spec.groups.size() > 64)
     return absl::InvalidArgumentError(
         absl::StrCat("model '", spec.name, "': ", spec.groups.size(), " layer groups, must be 1 to 64"));
+  if (spec.layers.size() > kMostModelLayers)
+    return absl::InvalidArgumentError(absl::StrCat("model '", spec.name, "': ", spec.layers.size(),
+                                                   " layers, must have at most ", kMostModelLayers));
   size_t layers = 0;
   for (size_t g = 0; g < spec.groups.size(); g++) {
     const LayerGroupSpec& group = spec.groups[g];

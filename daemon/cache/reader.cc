@@ -64,6 +64,14 @@ absl::Status DroppedError(const SnapshotRun& run, int64_t begin, int64_t end) {
                    std::max(begin / kBlockTokens, run.first_block) * kBlockTokens));
 }
 
+// The rows of a dense tensor from `token` on.
+MutableTensorView Rows(const MutableTensorView& tensor, int64_t token, int heads, int dim) {
+  if (tensor.data == nullptr) return tensor;
+  const size_t bytes = static_cast<size_t>(token) * static_cast<size_t>(heads) * static_cast<size_t>(dim) *
+                       DataTypeBytes(tensor.type);
+  return {static_cast<std::byte*>(tensor.data) + bytes, tensor.type};
+}
+
 }  // namespace
 
 absl::Status Reader::CheckCall(const AttendCall& call, const ModelSpec& model, bool append) const {
@@ -93,10 +101,8 @@ absl::Status Reader::CheckItem(const AttendRequest& item, int layer, const Layer
   if (item.queries < 1 || item.queries > options.max_queries_per_item)
     return absl::InvalidArgumentError(absl::StrCat(item.queries, " queries: must be 1 to ",
                                                    options.max_queries_per_item, " (max_queries_per_item)"));
-  if (item.first_query_position < 0)
-    return absl::InvalidArgumentError(
-        absl::StrCat("first query position ", item.first_query_position, " is negative"));
-  if (item.first_query_position > int64_t{1} << 48)
+  KVTIDE_RETURN_IF_ERROR(CheckPosition(item.first_query_position, "first query position"));
+  if (item.first_query_position > kMostPosition - item.queries)
     return absl::InvalidArgumentError(
         absl::StrCat("first query position ", item.first_query_position, " is beyond 2^48"));
   if (item.q.data == nullptr || item.out.data == nullptr)
@@ -111,6 +117,7 @@ absl::Status Reader::CheckItem(const AttendRequest& item, int layer, const Layer
                                                    options.max_tokens_per_append,
                                                    " (max_tokens_per_append)"));
   if (item.new_tokens == 0) return absl::OkStatus();
+  KVTIDE_RETURN_IF_ERROR(CheckPosition(item.start_position, "start position"));
   if (item.k.data == nullptr || item.v.data == nullptr)
     return absl::InvalidArgumentError("K or V is missing");
   KVTIDE_RETURN_IF_ERROR(
@@ -407,9 +414,9 @@ absl::Status Reader::CheckLogits(const Batch& batch, size_t index, const float* 
     const int64_t position = item.request->first_query_position + static_cast<int64_t>(r / batch.heads());
     const PositionRange seen = VisiblePositions(position, batch.call.causal, batch.window);
     if (seen.begin >= std::min(item.length, seen.end)) continue;
-    return absl::InvalidArgumentError(
-        absl::StrCat("the logits of the query at ", position, ", head ", r % batch.heads(),
-                     ", are beyond f32; the queries or the scale are too large"));
+    return absl::InternalError(absl::StrCat("the logits of the query at ", position, ", head ",
+                                            r % batch.heads(),
+                                            ", are beyond f32; the queries or the scale are too large"));
   }
   return absl::OkStatus();
 }
@@ -418,6 +425,7 @@ absl::Status Reader::CheckLogits(const Batch& batch, size_t index, const float* 
 struct Reader::LayerRows {
   const LayerRead* request = nullptr;
   const TableSnapshot* snapshot = nullptr;
+  int64_t length = 0;
 };
 
 absl::Status Reader::CheckRead(const ReadCall& call, const ModelSpec& model) const {
@@ -457,7 +465,7 @@ absl::Status Reader::ReadTokens(const ReadCall& call) {
       return absl::OutOfRangeError(absl::StrCat("sequence ", call.sequence, ", layer ", request.layer,
                                                 " has ", length, " tokens, not up to ", end));
     KVTIDE_ASSIGN_OR_RETURN(const TableSnapshot* snapshot, reading.Add(sequence, spec.group, false));
-    layers.push_back({&request, snapshot});
+    layers.push_back({&request, snapshot, length});
   }
   sequence->last_used = core_.options().clock();
   lock->store.Touch(sequence->recency, sequence->last_used);
@@ -477,39 +485,24 @@ absl::Status Reader::ReadLayer(const ReadCall& call, const CallContext& context,
   if (begin / kBlockTokens * kBlockTokens < held)
     return absl::OutOfRangeError(
         absl::StrCat("tokens before ", held, " have left the sliding window, token ", begin, " is one"));
-  std::vector<float> k, v;
   for (const SnapshotRun& run : layer.snapshot->RunsOf(begin / kBlockTokens, DivideUp(end, kBlockTokens))) {
     if (run.tier == ChunkPicture::kDropped) return DroppedError(run, begin, end);
     const GroupShape& shape = run.layout->shape();
-    const size_t rows = static_cast<size_t>(kBlockTokens) * static_cast<size_t>(shape.kv_heads);
-    if (layer.request->k.data != nullptr) k.resize(rows * static_cast<size_t>(shape.head_dim_k));
-    if (layer.request->v.data != nullptr) v.resize(rows * static_cast<size_t>(shape.head_dim_v));
-    const int64_t from = std::max(run.first_block, begin / kBlockTokens),
-                  to = std::min(run.end_block(), DivideUp(end, kBlockTokens));
-    for (int64_t index = from; index < to; index++) {
-      KVTIDE_RETURN_IF_ERROR(context.Check(core_.options().clock(), "the read"));
-      DecodeArgs args;
-      args.layout = run.layout;
-      args.profile = run.profile.get();
-      args.block = run.blocks[static_cast<size_t>(index - run.first_block)];
-      args.layer = spec.layer_in_group;
-      args.k = k.empty() ? nullptr : k.data();
-      args.v = v.empty() ? nullptr : v.data();
-      KVTIDE_RETURN_IF_ERROR(core_.backend(run.tier).Decode(args));
-      const int64_t first = std::max(begin, index * kBlockTokens),
-                    last = std::min(end, (index + 1) * kBlockTokens);
-      const auto put = [&](const std::vector<float>& block, const MutableTensorView& to_rows, int head_dim) {
-        if (to_rows.data == nullptr) return;
-        const size_t row = static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(head_dim);
-        const float* source = block.data() + static_cast<size_t>(first - index * kBlockTokens) * row;
-        const size_t target = static_cast<size_t>(first - begin) * row;
-        // Coding may go beyond what f16 holds.
-        for (size_t j = 0; j < static_cast<size_t>(last - first) * row; j++)
-          to_rows.Set(target + j, std::clamp(source[j], -kMaxF16, kMaxF16));
-      };
-      put(k, layer.request->k, shape.head_dim_k);
-      put(v, layer.request->v, shape.head_dim_v);
-    }
+    const int64_t at = run.first_block * kBlockTokens;
+    const int64_t from = std::max(begin, at), to = std::min(end, run.end_block() * kBlockTokens);
+    const BlockRun blocks{run.layout, run.profile.get(), run.blocks, at,
+                          std::min(layer.length, run.end_block() * kBlockTokens) - at};
+    DecodePiece piece;
+    piece.run = &blocks;
+    piece.layer = spec.layer_in_group;
+    piece.first_token = from - at;
+    piece.tokens = to - from;
+    piece.k = Rows(layer.request->k, from - begin, shape.kv_heads, shape.head_dim_k);
+    piece.v = Rows(layer.request->v, from - begin, shape.kv_heads, shape.head_dim_v);
+    KVTIDE_RETURN_IF_ERROR(context.Check(core_.options().clock(), "the read"));
+    KVTIDE_RETURN_IF_ERROR(
+        Annotate(core_.backend(run.tier).DecodeTokens({&piece, 1}, context.cancellation),
+                 absl::StrCat("reading in ", TierText(core_.options(), static_cast<size_t>(run.tier)))));
   }
   return absl::OkStatus();
 }

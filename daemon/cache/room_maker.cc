@@ -275,8 +275,8 @@ void RoomMaker::Dig(CacheLock& lock, int tier, const HolePlan& plan) {
   };
   for (const HoleMove& move : plan.moves) {
     Block* block = store.Get(move.block);
-    if (block == nullptr || !BlockStore::IsIdle(*block) || block->references() == 0 || block->place->tier != tier ||
-        block->place->offset < plan.offset || block->place->offset >= end)
+    if (block == nullptr || !BlockStore::IsIdle(*block) || block->references() == 0 ||
+        block->place->tier != tier || block->place->offset < plan.offset || block->place->offset >= end)
       continue;
     Place* target = move.to.has_value() ? store.ReserveAt(tier, *move.to, *block)
                                         : store.Reserve(store.Below(tier), *block);

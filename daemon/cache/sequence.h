@@ -21,7 +21,9 @@ namespace kvtide {
 
 struct LayerProgress {
   int64_t tokens = 0;
-  int64_t last_start = -1;  // where the last append began; recognises its repetition
+  // Where the last append began, and the hash of its rows: they recognise its repetition.
+  int64_t last_start = -1;
+  uint64_t last_hash = 0;
 };
 
 // A block holds tokens of all layers of the group; each layer sees its own length of it.

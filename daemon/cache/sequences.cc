@@ -1,5 +1,7 @@
 #include "daemon/cache/sequences.h"
 
+#include <sys/random.h>
+
 #include <algorithm>
 #include <set>
 #include <utility>
@@ -15,12 +17,13 @@ Sequences::Sequences(const CacheOptions& options, BlockStore* store)
     : options_(options),
       store_(store),
       home_counts_(static_cast<size_t>(CountHomes(options.tiers))),
-      ids_(options.id_seed != 0 ? options.id_seed : std::random_device{}()) {}
+      ids_(options.id_seed) {}
 
 void Sequences::Clear() {
   KVTIDE_CHECK(closing_ == 0, "the cache is destroyed under running calls");
   for (auto& [id, sequence] : sequences_) ReleaseTables(*sequence);
   sequences_.clear();
+  by_id_.clear();
 }
 
 absl::StatusOr<ModelId> Sequences::RegisterModel(const ModelSpec& spec) {
@@ -50,6 +53,12 @@ absl::StatusOr<std::shared_ptr<const ModelState>> Sequences::GetModel(ModelId mo
   return models_[model - 1];
 }
 
+std::vector<std::string> Sequences::ModelNames() const {
+  std::vector<std::string> names;
+  for (const auto& model : models_) names.push_back(model->spec.name);
+  return names;
+}
+
 absl::StatusOr<ModelId> Sequences::FindModel(const std::string& name) const {
   for (const auto& model : models_)
     if (model->spec.name == name) return model->id;
@@ -63,11 +72,17 @@ const BlockLayout* Sequences::Layout(const GroupShape& shape, CachePair pair) {
   return layouts_.back().get();
 }
 
+SequenceId Sequences::RandomId() {
+  if (options_.id_seed != 0) return ids_();
+  SequenceId id = 0;
+  KVTIDE_CHECK(getrandom(&id, sizeof id, 0) == sizeof id, "the system has no random numbers");
+  return id;
+}
+
 SequenceId Sequences::NewId() {
   while (true) {
-    const SequenceId id = ids_();
-    if (id != 0 && sequences_.count(id) == 0 &&
-        std::find(closed_.begin(), closed_.end(), id) == closed_.end())
+    const SequenceId id = RandomId();
+    if (id != 0 && by_id_.count(id) == 0 && std::find(closed_.begin(), closed_.end(), id) == closed_.end())
       return id;
   }
 }
@@ -91,6 +106,7 @@ absl::StatusOr<int> Sequences::ChooseHome(const std::string& device) const {
 void Sequences::Enter(const SequencePtr& sequence) {
   created_++;
   sequences_[sequence->id] = sequence;
+  by_id_[sequence->id] = sequence;
   HomeCount& count = home_counts_[static_cast<size_t>(sequence->home)];
   count.sequences++;
   if (sequence->empty) count.empty++;
@@ -124,8 +140,8 @@ void Sequences::NotEmptyAnyMore(Sequence& sequence) {
 }
 
 absl::StatusOr<SequencePtr> Sequences::Find(SequenceId id) const {
-  const auto it = sequences_.find(id);
-  if (it != sequences_.end()) return it->second;
+  const auto it = by_id_.find(id);
+  if (it != by_id_.end()) return it->second;
   if (std::find(closed_.begin(), closed_.end(), id) != closed_.end())
     return absl::NotFoundError(absl::StrCat("sequence ", id, " was closed"));
   return absl::NotFoundError(absl::StrCat("sequence ", id, " does not exist"));
@@ -225,6 +241,7 @@ absl::StatusOr<SequencePtr> Sequences::Fork(SequenceId id) {
 absl::Status Sequences::Close(SequenceId id) {
   KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, Find(id));
   sequences_.erase(id);
+  by_id_.erase(id);
   NotEmptyAnyMore(*sequence);
   home_counts_[static_cast<size_t>(sequence->home)].sequences--;
   closed_.push_back(id);
@@ -254,13 +271,16 @@ void Sequences::ReleaseTables(Sequence& sequence) {
 
 void Sequences::CheckInvariants() const {
   std::vector<HomeCount> homes(home_counts_.size());
+  uint64_t tokens = 0;
   for (const auto& [id, sequence] : sequences_) {
     KVTIDE_CHECK(sequence->id == id && !sequence->closed && sequence->readers >= 0);
+    tokens += static_cast<uint64_t>(sequence->MinTokens());
     HomeCount& home = homes[static_cast<size_t>(sequence->home)];
     home.sequences++;
     if (sequence->empty) home.empty++;
     KVTIDE_CHECK(!sequence->empty || sequence->MaxTokens() == 0);
   }
+  KVTIDE_CHECK(tokens == tokens_ && by_id_.size() == sequences_.size(), tokens, " tokens, counted ", tokens_);
   for (size_t h = 0; h < homes.size(); h++)
     KVTIDE_CHECK(homes[h].sequences == home_counts_[h].sequences && homes[h].empty == home_counts_[h].empty);
 }

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "daemon/cache/block_store.h"
@@ -28,6 +29,7 @@ class Sequences {
   absl::StatusOr<ModelId> RegisterModel(const ModelSpec& spec);
   absl::StatusOr<std::shared_ptr<const ModelState>> GetModel(ModelId model) const;
   absl::StatusOr<ModelId> FindModel(const std::string& name) const;
+  std::vector<std::string> ModelNames() const;
   size_t models() const { return models_.size(); }
 
   absl::StatusOr<SequencePtr> Create(ModelId model, const SequenceOptions& options);
@@ -61,6 +63,7 @@ class Sequences {
   };
 
   absl::Status CheckRoomForOne() const;
+  SequenceId RandomId();
   SequenceId NewId();
   // The device of the first tier for a new sequence: the one with this name, or the one with the most room.
   absl::StatusOr<int> ChooseHome(const std::string& device) const;
@@ -71,15 +74,16 @@ class Sequences {
   const CacheOptions& options_;
   BlockStore* const store_;
   std::vector<std::shared_ptr<const ModelState>> models_;
-  std::map<SequenceId, SequencePtr> sequences_;
-  std::vector<HomeCount> home_counts_;  // of open sequences, by device of the first tier
-  int dropping_sequences_ = 0;          // with allow_drop, those included whose tables are still there
+  std::map<SequenceId, SequencePtr> sequences_;         // in order, for lists
+  absl::flat_hash_map<SequenceId, SequencePtr> by_id_;  // the same, to find
+  std::vector<HomeCount> home_counts_;                  // of open sequences, by device of the first tier
+  int dropping_sequences_ = 0;  // with allow_drop, those included whose tables are still there
   int closing_ = 0;
   uint64_t created_ = 0, closed_count_ = 0;
   uint64_t tokens_ = 0, held_f16_bytes_ = 0;
   std::deque<SequenceId> closed_;  // the latest ones, for better messages
   std::vector<std::unique_ptr<const BlockLayout>> layouts_;
-  std::mt19937_64 ids_;
+  std::mt19937_64 ids_;  // with CacheOptions::id_seed only
 };
 
 // What one token of all layers of a group takes in f16, unpadded.

@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/finite.h"
+#include "kernels/base/sizes.h"
 
 namespace kvtide {
 namespace {
@@ -15,17 +16,22 @@ absl::Status Check(const TensorView& tensor, int64_t tokens, int heads, int dim,
   if (bad == count) return absl::OkStatus();
   const float value = tensor.At(bad);
   const size_t row = static_cast<size_t>(heads) * static_cast<size_t>(dim);
-  return absl::InvalidArgumentError(
-      absl::StrCat(what, " has ",
-                   std::isnan(value)   ? "NaN"
-                   : std::isinf(value) ? "an infinity"
-                                       : absl::StrCat(value),
-                   " at layer ", layer, ", token ", position + static_cast<int64_t>(bad / row), ", head ",
-                   bad % row / static_cast<size_t>(dim), ", index ", bad % static_cast<size_t>(dim),
-                   within_f16 ? ": values must be finite and within +-65504" : ": values must be finite"));
+  return absl::InvalidArgumentError(absl::StrCat(
+      what, " has ",
+      std::isnan(value)   ? "NaN"
+      : std::isinf(value) ? "an infinity"
+                          : absl::StrCat(value),
+      " at layer ", layer, ", token ", SaturatingAdd(position, static_cast<int64_t>(bad / row)), ", head ",
+      bad % row / static_cast<size_t>(dim), ", index ", bad % static_cast<size_t>(dim),
+      within_f16 ? ": values must be finite and within +-65504" : ": values must be finite"));
 }
 
 }  // namespace
+
+absl::Status CheckPosition(int64_t position, const char* what) {
+  if (position >= 0) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(what, " ", position, " is negative"));
+}
 
 absl::Status CheckElements(size_t elements, int64_t tokens, int heads, int dim, const char* what, int layer) {
   const size_t expected = static_cast<size_t>(tokens) * static_cast<size_t>(heads) * static_cast<size_t>(dim);

@@ -10,6 +10,9 @@
 
 namespace kvtide {
 
+// InvalidArgument if a position from outside is negative: "`what` -1 is negative".
+absl::Status CheckPosition(int64_t position, const char* what);
+
 // InvalidArgument if `elements` is not tokens x heads x dim; 0 elements = the caller has checked.
 absl::Status CheckElements(size_t elements, int64_t tokens, int heads, int dim, const char* what, int layer);
 

@@ -42,7 +42,8 @@ absl::Status Truncator::Truncate(SequenceId id, int64_t tokens, const CallContex
 
 absl::Status Truncator::CheckCut(const Sequence& sequence, const Cut& cut) const {
   const int64_t length = sequence.MinTokens();
-  if (cut.tokens < 0 || cut.tokens > length)
+  KVTIDE_RETURN_IF_ERROR(CheckPosition(cut.tokens, "the length to cut to"));
+  if (cut.tokens > length)
     return absl::OutOfRangeError(
         absl::StrCat("sequence ", sequence.id, " has ", length, " tokens, it cannot keep ", cut.tokens));
   if (cut.tokens == 0) return absl::OkStatus();
@@ -145,7 +146,7 @@ void Truncator::CutTable(CacheState& state, Sequence& sequence, int group, Cut& 
   const bool keeper = sequence.keeper();
   const int64_t tail = cut.tail_index(), end = cut.end_block();
   for (int l = 0; l < static_cast<int>(table.layers()); l++)
-    if (table.layer(l).tokens > cut.tokens) table.SetLayer(l, {cut.tokens, -1});
+    if (table.layer(l).tokens > cut.tokens) table.SetLayer(l, {cut.tokens, -1, 0});
   while (table.end_block() > end && !table.blocks->empty()) table.blocks->PopBack();
   while (!table.staging.empty() && table.staging.rbegin()->first >= end) {
     store.RemoveDirect(table.staging.rbegin()->second, keeper);

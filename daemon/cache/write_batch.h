@@ -30,9 +30,13 @@ struct LayerWrite {
   int64_t start = 0, tokens = 0;
   TensorView k, v;
   bool repeated = false;  // the layer has these tokens already
-  int64_t old_last_start = -1;
+  uint64_t hash = 0;      // of the rows, as they came
+  LayerProgress before;
   std::vector<WriteTarget> targets;
 };
+
+// Tells a call that is repeated from one that writes other values at the same place.
+uint64_t HashRows(const LayerWrite& write);
 
 class WriteBatch {
  public:

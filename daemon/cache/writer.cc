@@ -58,6 +58,7 @@ absl::Status Writer::Append(const AppendCall& call) {
                                                    options.max_tokens_per_append,
                                                    " (max_tokens_per_append)"));
   if (call.layers.empty()) return absl::InvalidArgumentError("append without layers");
+  KVTIDE_RETURN_IF_ERROR(CheckPosition(call.start_position, "start position"));
   SequencePtr sequence;
   {
     CacheLock lock(core_);
@@ -69,6 +70,7 @@ absl::Status Writer::Append(const AppendCall& call) {
     LayerWrite& write = batch.Add(sequence, kv.layer, call.start_position, call.tokens);
     write.k = kv.k;
     write.v = kv.v;
+    write.hash = HashRows(write);
   }
   KVTIDE_RETURN_IF_ERROR(context.Check(options.clock(), "the append (nothing was written)"));
   {
@@ -112,26 +114,32 @@ absl::Status Writer::BeginLayer(CacheLock& lock, WriteBatch& batch, LayerWrite& 
   Sequence& sequence = *write.sequence;
   GroupTable& table = sequence.groups[static_cast<size_t>(write.group)];
   const LayerProgress& layer = table.layer(write.layer);
-  const std::string where = absl::StrCat("sequence ", sequence.id, ", layer ", write.model_layer);
+  const auto where = [&] { return absl::StrCat("sequence ", sequence.id, ", layer ", write.model_layer); };
   if (write.start == layer.last_start && write.tokens == layer.tokens - layer.last_start) {
+    if (write.hash != layer.last_hash)
+      return absl::AbortedError(absl::StrCat(where(), ": tokens ", write.start, " to ", layer.tokens - 1,
+                                             " are there already with other values; another call has "
+                                             "appended them: read the length and go on from there"));
     write.repeated = true;
     return absl::OkStatus();
   }
   if (write.start != layer.tokens)
-    return absl::OutOfRangeError(absl::StrCat(where, ": start position ", write.start,
+    return absl::OutOfRangeError(absl::StrCat(where(), ": start position ", write.start,
                                               " is not the layer's length ", layer.tokens,
                                               "; append there, or truncate first"));
   const int64_t end = write.start + write.tokens;
   if (end > core_.options().max_tokens_per_sequence)
-    return absl::ResourceExhaustedError(absl::StrCat(where, ": ", end, " tokens are more than the limit of ",
-                                                     core_.options().max_tokens_per_sequence,
-                                                     " (max_tokens_per_sequence)"));
-  write.old_last_start = layer.last_start;
+    return absl::ResourceExhaustedError(
+        absl::StrCat(where(), ": ", end, " tokens are more than the limit of ",
+                     core_.options().max_tokens_per_sequence, " (max_tokens_per_sequence)"));
+  write.before = layer;
   const int64_t first = write.start / kBlockTokens, last = (end - 1) / kBlockTokens;
   const int64_t old_end = table.end_block();
-  KVTIDE_RETURN_IF_ERROR(Annotate(AddBlocks(lock, batch, sequence, write.group, last), where));
+  if (const absl::Status status = AddBlocks(lock, batch, sequence, write.group, last); !status.ok())
+    return Annotate(status, where());
   for (int64_t index = first; index <= std::min(last, old_end - 1); index++)
-    KVTIDE_RETURN_IF_ERROR(Annotate(MakeWritable(lock, batch, sequence, write.group, index), where));
+    if (const absl::Status status = MakeWritable(lock, batch, sequence, write.group, index); !status.ok())
+      return Annotate(status, where());
   for (int64_t index = first; index <= last; index++) {
     WriteTarget target;
     target.index = index;
@@ -242,35 +250,35 @@ absl::Status Writer::CopyBeforeWrite(CacheLock& lock, WriteBatch& batch, Sequenc
 }
 
 absl::Status Writer::WriteBytes(WriteBatch& batch) {
-  for (LayerWrite& write : batch.writes) {
+  std::vector<std::vector<AppendPiece>> pieces(core_.tiers());
+  for (const LayerWrite& write : batch.writes) {
     if (write.repeated) continue;
     const GroupTable& table = write.sequence->groups[static_cast<size_t>(write.group)];
-    std::vector<std::vector<AppendPiece>> pieces(core_.tiers());
     for (const WriteTarget& target : write.targets) {
       const int64_t block_start = target.index * kBlockTokens;
       const int64_t begin = std::max(write.start, block_start);
       const int64_t end = std::min(write.start + write.tokens, block_start + kBlockTokens);
-      AppendPiece piece;
+      AppendPiece& piece = pieces[static_cast<size_t>(target.tier)].emplace_back();
       piece.layout = table.exact;
       piece.block = target.exact;
       piece.layer = write.layer;
       piece.first_token = static_cast<int>(begin - block_start);
       piece.tokens = static_cast<int>(end - begin);
       piece.source_row = static_cast<size_t>(begin - write.start);
-      pieces[static_cast<size_t>(target.tier)].push_back(piece);
+      piece.k = write.k;
+      piece.v = write.v;
     }
-    for (size_t t = 0; t < pieces.size(); t++) {
-      if (pieces[t].empty()) continue;
-      AppendArgs args;
-      args.k = write.k;
-      args.v = write.v;
-      args.pieces = pieces[t];
-      KVTIDE_RETURN_IF_ERROR(Annotate(core_.backend(static_cast<int>(t)).Append(args),
-                                      absl::StrCat("sequence ", write.sequence->id, ", layer ",
-                                                   write.model_layer, ": writing new tokens")));
-    }
-    if (write.targets.front().coded != nullptr) KVTIDE_RETURN_IF_ERROR(CodeAtOnce(batch, write));
   }
+  for (size_t t = 0; t < pieces.size(); t++) {
+    if (pieces[t].empty()) continue;
+    AppendArgs args;
+    args.pieces = pieces[t];
+    KVTIDE_RETURN_IF_ERROR(Annotate(core_.backend(static_cast<int>(t)).Append(args),
+                                    absl::StrCat(TierText(core_.options(), t), ": writing new tokens")));
+  }
+  for (LayerWrite& write : batch.writes)
+    if (!write.repeated && write.targets.front().coded != nullptr)
+      KVTIDE_RETURN_IF_ERROR(CodeAtOnce(batch, write));
   return absl::OkStatus();
 }
 
@@ -332,7 +340,7 @@ absl::Status Writer::Commit(CacheState& state, WriteBatch& batch) {
   for (LayerWrite& write : batch.writes) {
     if (write.repeated) continue;
     GroupTable& table = write.sequence->groups[static_cast<size_t>(write.group)];
-    table.SetLayer(write.layer, {write.start + write.tokens, write.start});
+    table.SetLayer(write.layer, {write.start + write.tokens, write.start, write.hash});
     state.sequences.NotEmptyAnyMore(*write.sequence);
     if (write.start == 0) table.profiled[static_cast<size_t>(write.layer)] = true;
   }
@@ -360,7 +368,7 @@ void Writer::Rollback(CacheState& state, WriteBatch& batch) {
   for (LayerWrite& write : batch.writes) {
     if (batch.phase_ != WriteBatch::Phase::kCommitted || write.repeated) continue;
     GroupTable& table = write.sequence->groups[static_cast<size_t>(write.group)];
-    table.SetLayer(write.layer, {write.start, write.old_last_start});
+    table.SetLayer(write.layer, write.before);
   }
   // Readers may be at rows that the next append overwrites.
   for (const WritingBlock& block : batch.blocks_) block->copy_before_write = true;

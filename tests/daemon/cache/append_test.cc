@@ -161,8 +161,70 @@ TEST_F(AppendTest, StartPositionMustBeTheLengthButARepeatedAppendSucceeds) {
   Start();
   Client client(*cache_, SmallModel(), WithPair("f16"), random_);
   ASSERT_TRUE(client.Append(10).ok());
-  ASSERT_TRUE(client.Append(5).ok());
   std::vector<float> rows(64 * 128, 9.0f);
+  const auto append = [&](int64_t start, int64_t tokens) {
+    const LayerKv kv[2] = {{0, {rows.data(), DataType::kF32}, {rows.data(), DataType::kF32}, 0, 0},
+                           {1, {rows.data(), DataType::kF32}, {rows.data(), DataType::kF32}, 0, 0}};
+    AppendCall call;
+    call.sequence = client.id();
+    call.start_position = start;
+    call.tokens = tokens;
+    call.layers = kv;
+    return cache_->Append(call);
+  };
+  ASSERT_TRUE(append(10, 5).ok());
+  for (int layer : {0, 1})
+    client.shadow().Append(layer, std::vector<float>(5 * 128, 9.0f), std::vector<float>(5 * 128, 9.0f), 5);
+  EXPECT_TRUE(append(10, 5).ok());  // the answer was lost: nothing is written
+  EXPECT_TRUE(IsError(append(10, 4), absl::StatusCode::kOutOfRange,
+                      "start position 10 is not the layer's length 15"));
+  EXPECT_TRUE(IsError(append(0, 10), absl::StatusCode::kOutOfRange, "length 15"));
+  EXPECT_TRUE(IsError(append(16, 1), absl::StatusCode::kOutOfRange, "length 15"));
+  EXPECT_TRUE(
+      IsError(append(std::numeric_limits<int64_t>::max(), 64), absl::StatusCode::kOutOfRange, "length 15"));
+  EXPECT_EQ(client.info().max_layer_tokens, 15);
+  client.CheckAllLayers();
+}
+
+// The second of two writers at one place must learn that its tokens are not there.
+TEST_F(AppendTest, OtherValuesAtTheSamePlaceAreAborted) {
+  Start();
+  const SequenceId id = *cache_->CreateSequence(Register(SmallModel()), WithPair("f16"));
+  std::vector<float> rows(2 * 128, 0.5f), q(4 * 64, 0.1f), out(4 * 64);
+  const auto append = [&] {
+    const LayerKv kv{0, {rows.data(), DataType::kF32}, {rows.data(), DataType::kF32}, 0, 0};
+    AppendCall call;
+    call.sequence = id;
+    call.tokens = 2;
+    call.layers = {&kv, 1};
+    return cache_->Append(call);
+  };
+  const auto append_attend = [&] {
+    AttendRequest item;
+    item.sequence = id;
+    item.q = {q.data(), DataType::kF32};
+    item.queries = 1;
+    item.out = out.data();
+    item.new_tokens = 2;
+    item.k = item.v = {rows.data(), DataType::kF32};
+    AttendCall call;
+    call.items = {&item, 1};
+    return cache_->AppendAttend(call);
+  };
+  ASSERT_TRUE(append().ok());
+  EXPECT_TRUE(append().ok());
+  EXPECT_TRUE(append_attend().ok()) << "the same values";
+  rows[200] = 0.25f;
+  EXPECT_TRUE(
+      IsError(append(), absl::StatusCode::kAborted, "tokens 0 to 1 are there already with other values"));
+  EXPECT_TRUE(IsError(append_attend(), absl::StatusCode::kAborted, "other values"));
+  EXPECT_EQ(*cache_->LayerLength(id, 0), 2);
+}
+
+TEST_F(AppendTest, ANegativePositionIsNoRepeat) {
+  Start();
+  Client client(*cache_, SmallModel(), WithPair("f16"), random_);
+  std::vector<float> rows(64 * 128, 1.0f), q(4 * 64, 0.1f), out(4 * 64);
   const auto append = [&](int64_t start, int64_t tokens) {
     const LayerKv kv{0, {rows.data(), DataType::kF32}, {rows.data(), DataType::kF32}, 0, 0};
     AppendCall call;
@@ -172,15 +234,24 @@ TEST_F(AppendTest, StartPositionMustBeTheLengthButARepeatedAppendSucceeds) {
     call.layers = {&kv, 1};
     return cache_->Append(call);
   };
-  EXPECT_TRUE(append(10, 5).ok());  // the answer was lost: nothing is written
-  EXPECT_TRUE(IsError(append(10, 4), absl::StatusCode::kOutOfRange,
-                      "start position 10 is not the layer's length 15"));
-  EXPECT_TRUE(IsError(append(0, 10), absl::StatusCode::kOutOfRange, "length 15"));
-  EXPECT_TRUE(IsError(append(16, 1), absl::StatusCode::kOutOfRange, "length 15"));
-  EXPECT_TRUE(IsError(append(-1, 1), absl::StatusCode::kOutOfRange, "length 15"));
+  EXPECT_TRUE(IsError(append(-1, 1), absl::StatusCode::kInvalidArgument, "start position -1 is negative"));
+  ASSERT_TRUE(client.Append(20).ok());
+  ASSERT_TRUE(client.Truncate(9).ok());
+  EXPECT_TRUE(IsError(append(-1, 10), absl::StatusCode::kInvalidArgument, "negative"));
+  AttendRequest item;
+  item.sequence = client.id();
+  item.q = {q.data(), DataType::kF32};
+  item.queries = 1;
+  item.out = out.data();
+  item.new_tokens = 10;
+  item.start_position = -1;
+  item.k = item.v = {rows.data(), DataType::kF32};
+  AttendCall call;
+  call.items = {&item, 1};
+  EXPECT_TRUE(IsError(cache_->AppendAttend(call), absl::StatusCode::kInvalidArgument, "negative"));
   EXPECT_TRUE(
-      IsError(append(std::numeric_limits<int64_t>::max(), 64), absl::StatusCode::kOutOfRange, "length 15"));
-  EXPECT_EQ(client.info().max_layer_tokens, 15);
+      IsError(cache_->TruncateSequence(client.id(), -1), absl::StatusCode::kInvalidArgument, "negative"));
+  EXPECT_EQ(client.info().max_layer_tokens, 9);
   client.CheckAllLayers();
 }
 

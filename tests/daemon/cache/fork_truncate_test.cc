@@ -85,7 +85,7 @@ TEST_F(TruncateTest, BeyondTheLengthIsOutOfRange) {
   ASSERT_TRUE(client.Append(10).ok());
   EXPECT_TRUE(
       IsError(client.Truncate(11), absl::StatusCode::kOutOfRange, "has 10 tokens, it cannot keep 11"));
-  EXPECT_TRUE(IsError(client.Truncate(-1), absl::StatusCode::kOutOfRange, "cannot keep -1"));
+  EXPECT_TRUE(IsError(client.Truncate(-1), absl::StatusCode::kInvalidArgument, "-1 is negative"));
   EXPECT_TRUE(client.Truncate(10).ok());
 }
 

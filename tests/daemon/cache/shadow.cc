@@ -144,6 +144,24 @@ void ShadowSequence::Truncate(int64_t tokens) {
   }
 }
 
+std::vector<float> ShadowSequence::Keys(int layer, int64_t first, int64_t tokens) const {
+  const LayerSpec& spec = model_.layers[static_cast<size_t>(layer)];
+  const GroupShape& shape = model_.groups[static_cast<size_t>(spec.group)].shape;
+  const int64_t row = int64_t{shape.kv_heads} * shape.head_dim_k;
+  const std::vector<float>& k =
+      groups_[static_cast<size_t>(spec.group)].layers[static_cast<size_t>(spec.layer_in_group)].k;
+  return {k.begin() + first * row, k.begin() + (first + tokens) * row};
+}
+
+std::vector<float> ShadowSequence::Values(int layer, int64_t first, int64_t tokens) const {
+  const LayerSpec& spec = model_.layers[static_cast<size_t>(layer)];
+  const GroupShape& shape = model_.groups[static_cast<size_t>(spec.group)].shape;
+  const int64_t row = int64_t{shape.kv_heads} * shape.head_dim_v;
+  const std::vector<float>& v =
+      groups_[static_cast<size_t>(spec.group)].layers[static_cast<size_t>(spec.layer_in_group)].v;
+  return {v.begin() + first * row, v.begin() + (first + tokens) * row};
+}
+
 int64_t ShadowSequence::LayerLength(int layer) const {
   const LayerSpec& spec = model_.layers[static_cast<size_t>(layer)];
   return groups_[static_cast<size_t>(spec.group)].layers[static_cast<size_t>(spec.layer_in_group)].tokens;

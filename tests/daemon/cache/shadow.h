@@ -30,6 +30,9 @@ class ShadowSequence {
   void Settle();
   void Truncate(int64_t tokens);
 
+  // Rows of tokens [first, first + tokens) of a layer as they are stored.
+  std::vector<float> Keys(int layer, int64_t first, int64_t tokens) const;
+  std::vector<float> Values(int layer, int64_t first, int64_t tokens) const;
   int64_t LayerLength(int layer) const;
   int64_t Length() const;
   // First token that the cache still has to hold in the layer's group.
