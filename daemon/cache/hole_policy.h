@@ -8,7 +8,7 @@
 #include <span>
 #include <vector>
 
-#include "daemon/cache/eviction_policy.h"
+#include "daemon/cache/block_id.h"
 
 namespace kvtide {
 
