@@ -11,13 +11,25 @@ class BlockStoreTest : public ::testing::Test {
  protected:
   BlockStoreTest() : backend_(MakeCpuBackend({})), layout_({1, 1, 64, 64}, ExactPair()) {
     CacheOptions options;
-    options.tiers = {{"device", backend_.get(), 5000 * layout_.block_bytes(), false}};
+    options.tiers = {{"device", backend_.get(), 5000 * layout_.block_bytes(), false},
+                     {"host", backend_.get(), 5000 * layout_.block_bytes(), false}};
     EXPECT_TRUE(store_.Init(options).ok());
   }
-  Block* Allocate() {
-    Block* block = store_.Allocate(0, 0, &layout_);
-    if (block != nullptr) store_.AddRef(block, true);
+  Block* Allocate(int tier = 0, const RecencyPtr& record = nullptr) {
+    Block* block = store_.Allocate(tier, 0, &layout_);
+    if (block == nullptr) return block;
+    store_.AddDirect(block, true);
+    if (record != nullptr) store_.Join(block, record);
     return block;
+  }
+  SequenceRecency NewSequence() { return {store_.NewRecency(absl::UnixEpoch()), nullptr}; }
+  std::vector<Block*> Coldest(int tier) {
+    std::vector<Block*> blocks;
+    store_.Peek(tier, [&](const Block& block) {
+      blocks.push_back(store_.Get(block.id));
+      return true;
+    });
+    return blocks;
   }
 
   std::unique_ptr<Backend> backend_;
@@ -25,19 +37,67 @@ class BlockStoreTest : public ::testing::Test {
   BlockStore store_;
 };
 
-TEST_F(BlockStoreTest, TheListOfWantedBlocksIsBoundedAndForgetsTheDead) {
+TEST_F(BlockStoreTest, WhatIsWantedIsBoundedAndForgetsTheDead) {
+  SequenceRecency one = NewSequence();
+  const SequenceRecency other = NewSequence();
   std::vector<Block*> blocks;
-  for (int i = 0; i < 5000; i++) blocks.push_back(Allocate());
-  for (Block* block : blocks) {
-    store_.Want(block);
-    store_.Want(block);
+  for (int i = 0; i < 300; i++) blocks.push_back(Allocate(1, i < 200 ? one.own : other.own));
+  blocks.push_back(Allocate(0, other.own));
+  for (int i = 0; i < 2; i++) {
+    store_.Want(other);
+    store_.Want(one);
   }
-  for (int i = 0; i < 1000; i++) store_.Release(blocks[static_cast<size_t>(i)], true);
-  EXPECT_EQ(store_.TakeWanted().size(), BlockStore::kMostWanted - 1000);
-  EXPECT_TRUE(store_.TakeWanted().empty());
-  store_.Want(blocks.back());
-  EXPECT_EQ(store_.TakeWanted(), std::vector<Block*>{blocks.back()});
-  for (size_t i = 1000; i < blocks.size(); i++) store_.Release(blocks[i], true);
+  std::vector<Block*> wanted = store_.TakeWanted(150);
+  EXPECT_EQ(wanted.size(), 150u);
+  EXPECT_EQ(wanted.front(), blocks[200]) << "in the order in which they were wanted";
+  EXPECT_EQ(wanted.back(), blocks[49]);
+  EXPECT_TRUE(store_.TakeWanted(1000).empty());
+  store_.Want(one);
+  for (int i = 0; i < 200; i++) store_.RemoveDirect(blocks[static_cast<size_t>(i)], true);
+  one = {};
+  EXPECT_TRUE(store_.TakeWanted(1000).empty());
+  store_.Want(other);
+  store_.Unwant(other);
+  EXPECT_TRUE(store_.TakeWanted(1000).empty());
+  for (size_t i = 200; i < blocks.size(); i++) store_.RemoveDirect(blocks[i], true);
+  store_.CheckInvariants();
+}
+
+TEST_F(BlockStoreTest, BlocksGoByTheRecencyOfTheirSequenceAndForksShareWhatWasThere) {
+  SequenceRecency parent = NewSequence(), stranger = NewSequence(), child;
+  Block* first = Allocate(0, parent.own);
+  Block* strange = Allocate(0, stranger.own);
+  Block* second = Allocate(0, parent.own);
+  EXPECT_EQ(Coldest(0), (std::vector<Block*>{first, second, strange}));
+  store_.Touch(parent, absl::UnixEpoch() + absl::Seconds(5));
+  EXPECT_EQ(Coldest(0), (std::vector<Block*>{strange, first, second}));
+  EXPECT_EQ(store_.LastTouched(*second), absl::UnixEpoch() + absl::Seconds(5));
+  store_.ForkRecency(&parent, &child);
+  Block* of_parent = Allocate(0, parent.own);
+  Block* of_child = Allocate(0, child.own);
+  store_.Touch(stranger, absl::UnixEpoch());
+  store_.Touch(child, absl::UnixEpoch());
+  EXPECT_EQ(Coldest(0), (std::vector<Block*>{of_parent, strange, first, second, of_child}));
+  SequenceRecency grandchild;
+  store_.BeginRead(parent.own);
+  const RecencyPtr being_read = parent.own;
+  store_.ForkRecency(&parent, &grandchild);  // what the parent had alone is the family's, too, now
+  EXPECT_FALSE(BlockStore::IsIdle(*of_parent));
+  EXPECT_FALSE(BlockStore::IsIdle(*first));
+  EXPECT_TRUE(BlockStore::IsIdle(*of_child));
+  store_.CheckInvariants();
+  store_.EndRead(being_read);
+  EXPECT_TRUE(BlockStore::IsIdle(*of_parent));
+  store_.Touch(grandchild, absl::UnixEpoch());
+  EXPECT_EQ(Coldest(0), (std::vector<Block*>{strange, of_child, first, second, of_parent}));
+  std::vector<Block*> idle;
+  store_.PeekIdle(0, store_.TouchSerial(*of_child), [&](const Block& block) {
+    idle.push_back(store_.Get(block.id));
+    return true;
+  });
+  EXPECT_EQ(idle, std::vector<Block*>{strange}) << "what was used before the child";
+  store_.CheckInvariants();
+  for (Block* block : {first, strange, second, of_parent, of_child}) store_.RemoveDirect(block, true);
   store_.CheckInvariants();
 }
 
@@ -45,13 +105,13 @@ TEST_F(BlockStoreTest, AnIdNamesOneBlockForGood) {
   Block* block = Allocate();
   const BlockId id = block->id;
   EXPECT_EQ(store_.Get(id), block);
-  store_.Release(block, true);
+  store_.RemoveDirect(block, true);
   EXPECT_EQ(store_.Get(id), nullptr);
   Block* next = Allocate();
   EXPECT_EQ(SlotOf(next->id), SlotOf(id)) << "slots are used again";
   EXPECT_NE(next->id, id);
   EXPECT_EQ(store_.Get(id), nullptr);
-  store_.Release(next, true);
+  store_.RemoveDirect(next, true);
 }
 
 TEST_F(BlockStoreTest, ABlockMovesInsideItsTierAndClaimedBytesAreNobodyElses) {
@@ -68,7 +128,7 @@ TEST_F(BlockStoreTest, ABlockMovesInsideItsTierAndClaimedBytesAreNobodyElses) {
   store_.Retire(claim);
   store_.CheckInvariants();
   EXPECT_EQ(store_.tier(0).allocator.used_bytes(), bytes);
-  store_.Release(block, true);
+  store_.RemoveDirect(block, true);
 }
 
 }  // namespace
