@@ -47,15 +47,19 @@ class SglangSizer : public KvSizer {
     effective_ = pair;
     const bool sparse =
         std::any_of(groups.begin(), groups.end(), [](const LayerGroup& g) { return g.index_keys; });
+    const bool latent = std::any_of(groups.begin(), groups.end(), [](const LayerGroup& g) {
+      return g.kind == LayerKind::kMla && !g.index_keys;
+    });
     for (const LayerGroup& group : groups) {
       StoredGroup stored;
       stored.group = group;
       stored.layers = static_cast<int64_t>(group.layers.size());
       stored.group.layers.clear();
       if (group.index_keys) {
-        // uint8 codes and f32 scales, whatever the cache is.
-        stored.k_token_bytes =
-            stored.layers * (group.head_dim_k + CeilDiv(group.head_dim_k, kIndexGroup) * 4);
+        // Beside latents uint8 codes and f32 scales, whatever the cache is; otherwise 16 bits.
+        const int64_t key = latent ? group.head_dim_k + CeilDiv(group.head_dim_k, kIndexGroup) * 4
+                                   : int64_t{group.head_dim_k} * 2;
+        stored.k_token_bytes = stored.layers * key;
       } else if (group.kind == LayerKind::kMla) {
         const bool packed = sparse && dtype->bytes == 1;
         stored.k_token_bytes =

@@ -48,9 +48,12 @@ struct TokenBytes {
   int64_t v = 0;
 };
 
-TokenBytes BytesOfToken(const Dtype& dtype, const LayerGroup& group) {
+// `sparse`: the model has an indexer, and with it a record of its own for fp8 latents (fp8_ds_mla).
+TokenBytes BytesOfToken(const Dtype& dtype, const LayerGroup& group, bool sparse) {
   if (group.kind == LayerKind::kMla) {
-    return {dtype.k_bits == 8 ? int64_t{kLatentFp8Bytes} : HeadBytes(dtype.k_bits, group.head_dim_k, 0), 0};
+    return {
+        sparse && dtype.k_bits == 8 ? int64_t{kLatentFp8Bytes} : HeadBytes(dtype.k_bits, group.head_dim_k, 0),
+        0};
   }
   return {Product(group.n_kv_heads, HeadBytes(dtype.k_bits, group.head_dim_k, dtype.k_head_bytes)),
           Product(group.n_kv_heads, HeadBytes(dtype.v_bits, group.head_dim_v, dtype.v_head_bytes))};
@@ -70,6 +73,8 @@ class VllmSizer : public KvSizer {
           })));
     }
     effective_ = pair;
+    const bool sparse =
+        std::any_of(groups.begin(), groups.end(), [](const LayerGroup& group) { return group.index_keys; });
     for (const LayerGroup& group : groups) {
       if (group.index_keys) {
         AddIndexKeys(group, groups);
@@ -80,7 +85,7 @@ class VllmSizer : public KvSizer {
       stored.group.layers.clear();
       stored.layers = static_cast<int64_t>(group.layers.size());
       if (group.kind != LayerKind::kRecurrent) {
-        const TokenBytes token = BytesOfToken(*dtype, group);
+        const TokenBytes token = BytesOfToken(*dtype, group, sparse);
         stored.k_token_bytes = Product(token.k, stored.layers);
         stored.v_token_bytes = Product(token.v, stored.layers);
       }

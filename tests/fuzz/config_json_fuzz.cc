@@ -13,7 +13,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const auto model = GeometryFromConfigJson(text, "fuzz", {ignore});
     if (!model.ok()) continue;
     EngineOptions options;
-    for (Engine engine : {Engine::kLlamaCpp, Engine::kVllm, Engine::kKvtide}) {
+    for (Engine engine : {Engine::kLlamaCpp, Engine::kVllm, Engine::kSglang, Engine::kKvtide}) {
       options.engine = engine;
       const auto sizer = MakeKvSizer(options, *model, GroupLayers(*model), {"f16", "f16"});
       if (sizer.ok()) (*sizer)->Bytes({8192, 2, 0});

@@ -59,11 +59,15 @@ TEST(Vllm, SharedPrefixSharesWholeBlocks) {
   EXPECT_EQ((*sizer)->Bytes({8192, 4, 4100}).Cache(), (256 + 4 * 256) * 16 * 128 * kKiB);
 }
 
-TEST(Vllm, Fp8LatentsTake656BytesPerToken) {
-  const auto model = FindModel("deepseek-v3");
-  const auto sizer = MakeVllmSizer(Options(), GroupLayers(*model), {"fp8", "none"});
-  ASSERT_TRUE(sizer.ok()) << sizer.status();
-  EXPECT_EQ((*sizer)->Bytes({16, 1, 0}).latent, 16 * 61 * 656);
+// 656 bytes (fp8_ds_mla: 512 fp8, four f32 scales, 64 bf16) only beside an indexer; dense latents are plain
+// fp8.
+TEST(Vllm, Fp8LatentsTake656BytesBesideAnIndexer) {
+  const auto latent = [](const char* name) {
+    const auto model = FindModel(name);
+    return (*MakeVllmSizer(Options(), GroupLayers(*model), {"fp8", "none"}))->Bytes({16, 1, 0}).latent;
+  };
+  EXPECT_EQ(latent("deepseek-v3"), 16 * 61 * 576);
+  EXPECT_EQ(latent("deepseek-v3.2"), 16 * 61 * (656 + 132));
 }
 
 TEST(Vllm, PerHeadScalesAreCounted) {
