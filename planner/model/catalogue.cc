@@ -128,6 +128,7 @@ absl::StatusOr<ModelGeometry> ReadModel(const CsvRow& csv) {
   KVTIDE_ASSIGN_OR_RETURN(model.n_embd, csv.Integer("n_embd"));
   KVTIDE_ASSIGN_OR_RETURN(model.n_vocab, csv.Integer("n_vocab"));
   KVTIDE_ASSIGN_OR_RETURN(heads, csv.Integer("n_query_heads"));
+  KVTIDE_ASSIGN_OR_RETURN(model.n_ff, csv.Integer("n_ff"));
   KVTIDE_ASSIGN_OR_RETURN(model.params_total, csv.Integer("params_total"));
   KVTIDE_ASSIGN_OR_RETURN(model.params_active, csv.Integer("params_active"));
   KVTIDE_ASSIGN_OR_RETURN(model.params_experts, csv.Integer("params_experts"));

@@ -15,7 +15,7 @@ namespace {
 using ::testing::HasSubstr;
 
 TEST(Catalogue, HasAllModelsAndCards) {
-  EXPECT_EQ(CatalogueModels().size(), 139u);
+  EXPECT_EQ(CatalogueModels().size(), 141u);
   EXPECT_EQ(CatalogueGpus().size(), 96u);
   for (const ModelGeometry& model : CatalogueModels()) {
     EXPECT_TRUE(ValidateGeometry(model).ok()) << model.name;
