@@ -33,24 +33,22 @@ class DeviceSlab : public Slab {
   explicit DeviceSlab(int device) : device_(device) {}
   ~DeviceSlab() override {
     const DeviceGuard guard(device_);
-    if (data_ != nullptr) (void)cudaFree(data_);
+    memory_ = DeviceBuffer();
   }
   // A plain allocation, so that other processes can map it (CUDA IPC).
   absl::Status Allocate(size_t bytes) {
-    void* p = nullptr;
-    KVTIDE_CUDA_RETURN_IF_ERROR(cudaMalloc(&p, bytes));
-    data_ = static_cast<std::byte*>(p);
+    KVTIDE_RETURN_IF_ERROR(memory_.Reserve(bytes, bytes));
     bytes_ = bytes;
-    KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemset(p, 0, bytes));
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemset(memory_.data(), 0, bytes));
     KVTIDE_CUDA_RETURN_IF_ERROR(cudaDeviceSynchronize());
     return absl::OkStatus();
   }
-  std::byte* data() const override { return data_; }
+  std::byte* data() const override { return memory_.data(); }
   size_t bytes() const override { return bytes_; }
 
  private:
   const int device_;
-  std::byte* data_ = nullptr;
+  DeviceBuffer memory_;
   size_t bytes_ = 0;
 };
 

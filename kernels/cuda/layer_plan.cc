@@ -1,9 +1,13 @@
 #include "kernels/cuda/layer_plan.h"
 
 #include <algorithm>
+#include <climits>
+#include <cmath>
 #include <optional>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
+#include "kernels/base/finite.h"
 #include "kernels/base/sizes.h"
 #include "kernels/base/status.h"
 #include "kernels/cuda/prefill/prefill_call.h"
@@ -68,6 +72,28 @@ class Cutter {
   const AttendShape& shape_;
   const int group_, most_queries_, unit_rows_;
 };
+
+// Whether logits could come near the end of f32: with keys of f16's range and a thousand for what gains may
+// do.
+bool MayLeaveF32(std::span<const ItemSlice> slices, const AttendLayerArgs& args, const AttendShape& shape) {
+  const double largest =
+      1e34 / (double{kMaxF16} * shape.group.head_dim_k * std::max(std::fabs(double{args.scale}), 1e-30));
+  for (const ItemSlice& slice : slices) {
+    const TensorView q = args.items[slice.item].q;
+    if (q.type == DataType::kF16 && largest >= double{kMaxF16}) continue;
+    const size_t width = static_cast<size_t>(shape.heads) * static_cast<size_t>(shape.group.head_dim_k);
+    const TensorView rows{static_cast<const std::byte*>(q.data) +
+                              static_cast<size_t>(slice.first_query) * width * DataTypeBytes(q.type),
+                          q.type};
+    const size_t count = static_cast<size_t>(slice.queries) * width;
+    const auto limit = static_cast<float>(std::clamp(largest, 1e-30, 1e37));
+    if (FirstBeyond(rows, count, limit) != count) return true;
+  }
+  return false;
+}
+
+// Beyond, the rounding of the quick tanh of the kernels for many rows would be seen.
+constexpr float kMostSoftcapOfMany = 1000;
 
 }  // namespace
 
@@ -146,7 +172,10 @@ void LayerPlan::Keep(const AttendPlanArgs& args) {
       const PlanItem& from = args.items[slice.item];
       KeptItem& to = items_[slice.item];
       to.first_query_position = from.first_query_position;
-      if (batch.kind == Batch::kPlanned || !to.runs.empty()) continue;
+      if (!to.positions.empty()) continue;  // another slice's
+      for (const BlockRun& run : from.runs)
+        to.positions.push_back({run.first_position, run.first_position + run.tokens});
+      if (batch.kind == Batch::kPlanned) continue;
       for (const BlockRun& run : from.runs)
         to.blocks.insert(to.blocks.end(), run.blocks.begin(), run.blocks.end());
       size_t at = 0;
@@ -172,39 +201,83 @@ absl::Status LayerPlan::Attend(const AttendLayerArgs& args, const AttendEnvironm
   return absl::OkStatus();
 }
 
+bool LayerPlan::SeesAToken(size_t item, int query) const {
+  const PositionRange seen = VisiblePositions(items_[item].first_query_position + query, causal_, window_);
+  return std::any_of(items_[item].positions.begin(), items_[item].positions.end(),
+                     [&](const PositionRange& run) {
+                       return std::max(seen.begin, run.begin) < std::min(seen.end, run.end);
+                     });
+}
+
+// The arguments of a batch that is planned for one layer.
+AttendPlanArgs LayerPlan::PlanAgain(const Batch& batch, std::vector<PlanItem>* items) const {
+  for (const ItemSlice& slice : batch.slices) {
+    const KeptItem& kept = items_[slice.item];
+    items->push_back({kept.runs, slice.queries, kept.first_query_position + slice.first_query});
+  }
+  return {shape_.heads, causal_, window_, *items};
+}
+
 absl::Status LayerPlan::AttendBatch(const Batch& batch, const AttendLayerArgs& args,
                                     const AttendEnvironment& environment, Workspace& workspace) {
-  LayerTensors tensors(shape_.group, shape_.heads, batch.slices, args);
   std::vector<PlanItem> items;
-  AttendPlanArgs again;
-  if (batch.kind != Batch::kPlanned) {
-    for (const ItemSlice& slice : batch.slices) {
-      const KeptItem& kept = items_[slice.item];
-      items.push_back({kept.runs, slice.queries, kept.first_query_position + slice.first_query});
-    }
-    again.heads = shape_.heads;
-    again.causal = causal_;
-    again.window = window_;
-    again.items = items;
-  }
+  LayerTensors tensors(shape_.group, shape_.heads, batch.slices, args);
+  const bool careful = MayLeaveF32(batch.slices, args, shape_);
   if (batch.kind == Batch::kManyRows) {
-    KVTIDE_RETURN_IF_ERROR(PrefillCall(again, shape_.group, args, tensors, environment, workspace));
+    if (careful || args.softcap > kMostSoftcapOfMany)
+      return AttendWithCare(batch, args, environment, workspace);
+    KVTIDE_RETURN_IF_ERROR(
+        PrefillCall(PlanAgain(batch, &items), shape_.group, args, tensors, environment, workspace));
   } else {
     if (batch.kind == Batch::kFewRows)
-      KVTIDE_RETURN_IF_ERROR(
-          tables_.Make(again, shape_.group, environment, DecodeTables::Convert{args.layer, &workspace}));
+      KVTIDE_RETURN_IF_ERROR(tables_.Make(PlanAgain(batch, &items), shape_.group, environment,
+                                          DecodeTables::Convert{args.layer, &workspace}));
     KVTIDE_RETURN_IF_ERROR(workspace.Begin(Workspace::Bound(2, tensors.staging_bytes()),
                                            tensors.query_bytes() <= environment.in_place_bytes));
     tensors.PlaceQueries(workspace);
     KVTIDE_RETURN_IF_ERROR(
-        tensors.ReserveResults(workspace, tensors.result_bytes() <= environment.in_place_bytes));
+        tensors.ReserveResults(workspace, tensors.result_bytes() <= environment.in_place_bytes, true));
     KVTIDE_RETURN_IF_ERROR(workspace.Send());
-    KVTIDE_RETURN_IF_ERROR(tables_.Launch(args, tensors, environment, workspace));
+    KVTIDE_RETURN_IF_ERROR(tables_.Launch(args, tensors, careful, environment, workspace));
   }
   KVTIDE_RETURN_IF_ERROR(tensors.Fetch(workspace));
   KVTIDE_RETURN_IF_ERROR(workspace.Finish());
+  if (batch.kind != Batch::kManyRows) {
+    const auto beyond =
+        tensors.FindBeyond(workspace, [&](size_t item, int query) { return SeesAToken(item, query); });
+    if (beyond.has_value()) {
+      const ItemSlice from = origin_.empty() ? ItemSlice{beyond->item, 0, 0} : origin_[beyond->item];
+      return absl::InternalError(absl::StrCat(
+          "item ", from.item, ", query ", from.first_query + beyond->query, ", head ", beyond->head,
+          ": its logits do not fit f32 with scale ", args.scale, "; use smaller queries or a smaller scale"));
+    }
+  }
   tensors.Deliver(workspace);
   return absl::OkStatus();
+}
+
+absl::Status LayerPlan::AttendWithCare(const Batch& batch, const AttendLayerArgs& args,
+                                       const AttendEnvironment& environment, Workspace& workspace) {
+  AttendEnvironment careful = environment;
+  careful.most_decode_rows = INT_MAX;
+  std::vector<PlanItem> items;
+  KVTIDE_ASSIGN_OR_RETURN(const std::unique_ptr<LayerPlan> plan,
+                          Make(PlanAgain(batch, &items), careful, nullptr));
+  plan->origin_ = batch.slices;
+  std::vector<LayerItem> slices;
+  for (const ItemSlice& slice : batch.slices) {
+    LayerItem item = args.items[slice.item];
+    const size_t row = static_cast<size_t>(slice.first_query) * static_cast<size_t>(shape_.heads);
+    item.q.data = static_cast<const std::byte*>(item.q.data) +
+                  row * static_cast<size_t>(shape_.group.head_dim_k) * DataTypeBytes(item.q.type);
+    item.out.data = static_cast<std::byte*>(item.out.data) +
+                    row * static_cast<size_t>(shape_.group.head_dim_v) * DataTypeBytes(item.out.type);
+    if (item.lse != nullptr) item.lse += row;
+    slices.push_back(item);
+  }
+  AttendLayerArgs layer = args;
+  layer.items = slices;
+  return plan->Attend(layer, careful, workspace);
 }
 
 }  // namespace kvtide::cuda

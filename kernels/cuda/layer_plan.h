@@ -25,6 +25,7 @@ class LayerPlan : public AttendPlan {
   static absl::StatusOr<std::unique_ptr<LayerPlan>> Make(const AttendPlanArgs& args,
                                                          const AttendEnvironment& environment,
                                                          std::unique_ptr<LayerPlan> previous);
+  // Internal, with item, query and head, where logits leave f32.
   // Waits for the end of the work unless it fails: then the workspace's owner does (Workspace::Abandon).
   absl::Status Attend(const AttendLayerArgs& args, const AttendEnvironment& environment,
                       Workspace& workspace);
@@ -41,19 +42,28 @@ class LayerPlan : public AttendPlan {
   };
   struct KeptItem {
     std::vector<std::byte*> blocks;  // of all runs
-    std::vector<BlockRun> runs;
+    std::vector<BlockRun> runs;      // only where batches are planned again
+    std::vector<PositionRange> positions;
     int64_t first_query_position = 0;
   };
 
   void Keep(const AttendPlanArgs& args);
   void Cut(const AttendPlanArgs& args, const AttendEnvironment& environment);
+  bool SeesAToken(size_t item, int query) const;
+  // By the kernels for few rows, whatever the number of rows: their logits are exact and their overflow is
+  // seen.
+  absl::Status AttendWithCare(const Batch& batch, const AttendLayerArgs& args,
+                              const AttendEnvironment& environment, Workspace& workspace);
+  AttendPlanArgs PlanAgain(const Batch& batch, std::vector<PlanItem>* items) const;
   absl::Status AttendBatch(const Batch& batch, const AttendLayerArgs& args,
                            const AttendEnvironment& environment, Workspace& workspace);
 
+  // Of a plan made of slices of another one's items: which they are.
+  std::vector<ItemSlice> origin_;
   AttendShape shape_;
   bool causal_ = true;
   int64_t window_ = 0;
-  std::vector<KeptItem> items_;  // runs only where batches are planned again
+  std::vector<KeptItem> items_;
   std::vector<Batch> batches_;
   DecodeTables tables_;  // of the batch that is kPlanned, else of the one at hand
 };

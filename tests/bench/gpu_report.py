@@ -80,6 +80,19 @@ def step_table(folder):
     return "\n".join(lines)
 
 
+def cache_step_table(folder):
+    key = lambda s: (s["pair"], s["sequences"], s["tokens"])
+    before = {key(s): s for s in json.loads((folder / "gpu_cache_step_before.json").read_text())["steps"]}
+    lines = ["| pair | sequences x tokens, a layer | kernels | AppendAttend | above the kernels | attend alone | append alone | plan of a step | AppendAttend before |",
+             "|---" * 9 + "|"]
+    for s in json.loads((folder / "gpu_cache_step.json").read_text())["steps"]:
+        old = before.get(key(s))
+        cells = [s["kernels_us"], s["append_attend_p50_us"], s["above_kernels_us"], s["backend_attend_p50_us"], s["backend_append_p50_us"],
+                 s["backend_plan_us"], old["append_attend_p50_us"] if old else None]
+        lines.append(f"| {s['pair']} | {s['sequences']} x {s['tokens']} | " + " | ".join("-" if c is None else f"{c:.0f}" for c in cells) + " |")
+    return "\n".join(lines)
+
+
 def counter_table(folder):
     with open(folder / "gpu_ncu.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -159,7 +172,7 @@ def main():
     arguments = parser.parse_args()
     attend, baselines, rows = load(arguments.results)
     plot = svg(attend, baselines, rows)
-    tables = [table(rows), *(f(arguments.results) for f in (prefill_table, seal_table, step_table, counter_table))]
+    tables = [table(rows), *(f(arguments.results) for f in (prefill_table, seal_table, step_table, cache_step_table, counter_table))]
     checks = [(arguments.check_svg, "svg", lambda _: plot), (arguments.check_readme, "readme", lambda text: with_tables(text, tables))]
     checked = [(path, option, path.read_text(), make) for path, option, make in checks if path]
     for path, option, text, make in checked:

@@ -120,7 +120,7 @@ stage_devices() {
 }
 stage_sanitizers() {
   command -v compute-sanitizer > /dev/null || { echo "SKIPPED: compute-sanitizer is not installed"; return 0; }
-  local small='--gtest_filter=*PairsOfUnequal*:*CapsLogits*:*SealsWithProfiles*:*Recodes*:*CopiesMany*:*PrefillAndDecode*:*DeviceDecode*Case1*:*AppendsPiecesOfSeveral*:LayerPlanTest.SendsOnly*:LayerPlanTest.Types*:Faults.AttendOverAKeptPlan' failed=0 tool
+  local small='--gtest_filter=*PairsOfUnequal*:*CapsLogits*:*SealsWithProfiles*:*Recodes*:*CopiesMany*:*PrefillAndDecode*:*DeviceDecode*Case1*:*AppendsPiecesOfSeveral*:LayerPlanTest.SendsOnly*:LayerPlanTest.Types*' failed=0 tool
   for tool in memcheck racecheck synccheck initcheck; do
     local skipped=""
     # The prefill kernel for any GPU, as compiled for 9.0, frees a stage by one lane after the others met it: racecheck

@@ -78,8 +78,8 @@ TEST_P(BackendConformance, RunsEveryLayerOnOnePlan) {
     ASSERT_TRUE(backend().AttendLayer(**plan, LayerOf(layer, 128, tensors)).ok());
     for (BatchItem& item : batch) {
       item.attend.layer = layer;
-      ExpectClose(item.result, AttendByReference(*item.sequence, item.attend, item.q), 64,
-                  item.attend.queries > 1 ? 3e-3 : 1e-3);
+      // Pages of unequal head dims may be converted to f16.
+      ExpectClose(item.result, AttendByReference(*item.sequence, item.attend, item.q), 64, 3e-3);
     }
   }
 }
@@ -124,9 +124,10 @@ TEST_P(BackendConformance, MakesPlansOfEarlierOnes) {
     ASSERT_TRUE(backend().AttendLayer(*plan, LayerOf(1, 64, tensors)).ok());
     AttendCase shorter = batch.back().attend;
     shorter.first_query_position = planned.back().first_query_position;
-    ExpectClose(batch.back().result,
-                AttendOn(backend(), *batch.back().sequence, batch.back().runs, shorter, batch.back().q), 64,
-                1e-5);
+    ExpectClose(
+        batch.back().result,
+        AttendOn(backend(), *batch.back().sequence, batch.back().runs, shorter, batch.back().q), 64,
+        shorter.queries * 3 > kFewRows ? 1e-3 : 1e-5);  // many rows may be rounded otherwise in a batch
   }
 }
 
@@ -260,7 +261,12 @@ TEST_P(BackendConformance, SaysSoWhereLogitsLeaveF32) {
         EXPECT_TRUE(backend().Attend(args).ok());
         // Query 1, head 2: finite values, logits of 64e50.
         std::fill_n(q.begin() + (1 * 4 + 2) * 64, 64, sign * 1e30f);
+        const std::vector<BlockRun> host = sequence.host_runs();
+        AttendItem reference = item;
+        reference.runs = host;
+        args.items = {&reference, 1};
         ASSERT_EQ(ReferenceAttend(args).code(), absl::StatusCode::kInternal);
+        args.items = {&item, 1};
         const absl::Status status = backend().Attend(args);
         EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
         EXPECT_THAT(std::string(status.message()), HasSubstr("item 0, query 1, head 2"));
@@ -268,9 +274,6 @@ TEST_P(BackendConformance, SaysSoWhereLogitsLeaveF32) {
         args.softcap = 10;
         ASSERT_TRUE(backend().Attend(args).ok());
         std::vector<float> wanted_out(q.size()), wanted_lse(q.size() / 64);
-        AttendItem reference = item;
-        const std::vector<BlockRun> host = sequence.host_runs();
-        reference.runs = host;
         reference.out = wanted_out.data();
         reference.lse = wanted_lse.data();
         args.items = {&reference, 1};

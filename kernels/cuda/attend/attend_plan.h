@@ -159,6 +159,9 @@ KVTIDE_HD inline int SecondSourceWarps(int team, uint32_t first_slots, uint32_t 
   return static_cast<int>(share < 1 ? 1 : share >= warps ? warps - 1 : share);
 }
 
+// What the tokens alone gave a row: a sum of weights, nothing, or logits beyond f32.
+enum class RowMark : uint8_t { kNothing, kSum, kBeyond };
+
 struct CombineParams {
   const CombineGroup* groups = nullptr;
   const CombineSource* sources = nullptr;
@@ -170,6 +173,7 @@ struct CombineParams {
   const std::byte* partials = nullptr;
   void* output = nullptr;
   float* lse = nullptr;
+  RowMark* marks = nullptr;      // as lse, or null
   const float* sinks = nullptr;  // [query heads] or null
 };
 

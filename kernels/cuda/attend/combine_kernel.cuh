@@ -82,7 +82,8 @@ KVTIDE_DEVICE void AddSource(const CombineSource& source, const std::byte* parti
 #pragma unroll
       for (int u = 0; u < kBatch; u++) {
         const float weight = head[u].y > 0 ? exp2f(head[u].x - top) : 0.0f;
-        row.sum += head[u].y * weight;
+        // A state whose reference is not finite makes the sum no number, as one does whose sum is none.
+        row.sum += head[u].y * weight + (head[u].x - head[u].x);
 #pragma unroll
         for (int b = 0; b < kBlocks; b++) {
           row.part.x[b][0] += weight * out[u][b].x;
@@ -175,7 +176,7 @@ __global__ void __launch_bounds__(32 * kCombineWarps, kFew&& DV <= 128 ? 8
     if (!active || member != 0) return;
     for (int m = 1; m < team; m++) {
       const float2 other = heads[warp + m];
-      if (!(other.y > 0)) continue;
+      if (other.y == 0) continue;
       const float decay = row.Raise(fmaxf(row.reference, other.x)), weight = exp2f(other.x - row.reference);
       row.sum += other.y * weight;
 #pragma unroll
@@ -190,6 +191,9 @@ __global__ void __launch_bounds__(32 * kCombineWarps, kFew&& DV <= 128 ? 8
   }
   if (!active) return;
 
+  const RowMark mark = row.sum == 0                        ? RowMark::kNothing
+                       : row.sum > 0 && row.sum < INFINITY ? RowMark::kSum
+                                                           : RowMark::kBeyond;
   float sum = row.sum, normal = 0, reference = row.reference;
   if (sink > -INFINITY) {
     const float decay = row.Raise(fmaxf(reference, sink));
@@ -221,6 +225,8 @@ __global__ void __launch_bounds__(32 * kCombineWarps, kFew&& DV <= 128 ? 8
       *reinterpret_cast<uint2*>(static_cast<uint16_t*>(params.output) + out + dim) = packed;
     }
   }
+  if (lane == 0 && params.marks != nullptr)
+    params.marks[group.first_lse + query * group.lse_stride + head] = mark;
   if (lane == 0)
     params.lse[group.first_lse + query * group.lse_stride + head] =
         sum > 0 ? (reference + log2f(sum)) * 0.69314718056f : -INFINITY;

@@ -399,13 +399,16 @@ void DecodeTables::PlaceMerge() {
   merge_.head_dim = shape_.head_dim_v;
 }
 
-absl::Status DecodeTables::Launch(const AttendLayerArgs& args, const LayerTensors& tensors,
+absl::Status DecodeTables::Launch(const AttendLayerArgs& args, const LayerTensors& tensors, bool careful,
                                   const AttendEnvironment& environment, Workspace& workspace) {
   const cudaStream_t stream = workspace.stream();
   if (!sent_) KVTIDE_RETURN_IF_ERROR(memory_.Send(stream));
   sent_ = true;
   KVTIDE_RETURN_IF_ERROR(workspace.partials.Reserve(partial_bytes_));
   KVTIDE_RETURN_IF_ERROR(workspace.queries.Reserve(query_bytes_));
+  // Warps leave out states that are no numbers: what nobody writes is to be none either.
+  if (careful && partial_bytes_ > 0)
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemsetAsync(workspace.partials.data(), 0xff, partial_bytes_, stream));
   for (LaunchPlan& plan : launches_) {
     AttendParams& params = plan.params;
     params.queries = workspace.queries.data() + plan.first_query;
@@ -431,6 +434,7 @@ absl::Status DecodeTables::Launch(const AttendLayerArgs& args, const LayerTensor
   merge.output = tensors.output();
   merge.output_type = QueryTypeOf(tensors.output_type());
   merge.lse = tensors.lse();
+  merge.marks = tensors.marks();
   merge.sinks = tensors.sinks();
   const size_t warps = groups_.size() * Size(tile_rows_) * Size(merge.team);
   KVTIDE_RETURN_IF_ERROR(LaunchKernel(FindCombineKernel(page_dim_, merge.team),

@@ -43,7 +43,8 @@ class DecodeTables {
   absl::Status Make(const AttendPlanArgs& batch, const GroupShape& shape,
                     const AttendEnvironment& environment, std::optional<Convert> convert);
   // Queues the kernels of a layer, and before them what the device does not have yet. The tensors are placed.
-  absl::Status Launch(const AttendLayerArgs& args, const LayerTensors& tensors,
+  // careful: logits may leave f32; a row of which no state is a number is then found too.
+  absl::Status Launch(const AttendLayerArgs& args, const LayerTensors& tensors, bool careful,
                       const AttendEnvironment& environment, Workspace& workspace);
   // After an error: what the device has is in doubt.
   void Forget();

@@ -41,7 +41,9 @@ LayerTensors::LayerTensors(const GroupShape& shape, int heads, std::span<const I
 size_t LayerTensors::LseAt() const {
   return (output_values() * DataTypeBytes(output_type_) + 255) / 256 * 256;
 }
-size_t LayerTensors::result_bytes() const { return LseAt() + queries_ * Size(heads_) * sizeof(float); }
+size_t LayerTensors::result_bytes() const {
+  return LseAt() + queries_ * Size(heads_) * (sizeof(float) + sizeof(RowMark));
+}
 size_t LayerTensors::staging_bytes() const { return query_bytes() + Size(heads_) * sizeof(float); }
 
 void LayerTensors::PlaceQueries(Workspace& workspace) {
@@ -65,8 +67,9 @@ void LayerTensors::PlaceQueries(Workspace& workspace) {
   sinks_ = sinks.device;
 }
 
-absl::Status LayerTensors::ReserveResults(Workspace& workspace, bool in_place) {
+absl::Status LayerTensors::ReserveResults(Workspace& workspace, bool in_place, bool marked) {
   in_place_ = in_place;
+  marked_ = marked;
   if (absl::Status status = workspace.results_host.Reserve(result_bytes()); !status.ok()) return status;
   std::byte* results = workspace.results_host.data();
   if (!in_place) {
@@ -80,9 +83,23 @@ absl::Status LayerTensors::ReserveResults(Workspace& workspace, bool in_place) {
 
 absl::Status LayerTensors::Fetch(Workspace& workspace) const {
   if (in_place_) return absl::OkStatus();
-  KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(workspace.results_host.data(), output_, result_bytes(),
-                                              cudaMemcpyDeviceToHost, workspace.stream()));
+  const size_t marks = queries_ * Size(heads_) * sizeof(RowMark);
+  KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(workspace.results_host.data(), output_,
+                                              result_bytes() - (marked_ ? 0 : marks), cudaMemcpyDeviceToHost,
+                                              workspace.stream()));
   return absl::OkStatus();
+}
+
+std::optional<LayerTensors::Row> LayerTensors::FindBeyond(
+    const Workspace& workspace, absl::FunctionRef<bool(size_t item, int query)> sees) const {
+  const auto* mark = reinterpret_cast<const RowMark*>(workspace.results_host.data() + LseAt() +
+                                                      queries_ * Size(heads_) * sizeof(float));
+  for (const ItemSlice& slice : slices_)
+    for (int query = slice.first_query; query < slice.first_query + slice.queries; query++)
+      for (int head = 0; head < heads_; head++, mark++)
+        if (*mark == RowMark::kBeyond || (*mark == RowMark::kNothing && sees(slice.item, query)))
+          return Row{slice.item, query, head};
+  return std::nullopt;
 }
 
 void LayerTensors::Deliver(const Workspace& workspace) const {

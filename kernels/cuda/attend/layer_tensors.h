@@ -2,9 +2,11 @@
 // device, in the caller's element types: one copy each way at most, converted by kernels only.
 #pragma once
 
+#include <optional>
 #include <span>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "kernels/backend.h"
 #include "kernels/cuda/attend/attend_plan.h"
@@ -40,13 +42,22 @@ class LayerTensors {
   const void* query() const { return query_; }
   const float* sinks() const { return sinks_; }  // null = none
 
-  // Memory for results: of the host in place, else of the device with a copy to come.
-  absl::Status ReserveResults(Workspace& workspace, bool in_place);
+  // Memory for results: of the host in place, else of the device with a copy to come. marked: kernels write
+  // marks() too.
+  absl::Status ReserveResults(Workspace& workspace, bool in_place, bool marked);
   void* output() const { return output_; }
   float* lse() const { return lse_; }
+  RowMark* marks() const { return reinterpret_cast<RowMark*>(lse_ + queries_ * static_cast<size_t>(heads_)); }
   // Queues the copy back.
   absl::Status Fetch(Workspace& workspace) const;
-  // When the device is done.
+  // When the device is done: the first row whose logits were beyond f32, if any. sees: whether a query sees a
+  // token.
+  struct Row {
+    size_t item = 0;
+    int query = 0, head = 0;
+  };
+  std::optional<Row> FindBeyond(const Workspace& workspace,
+                                absl::FunctionRef<bool(size_t item, int query)> sees) const;
   void Deliver(const Workspace& workspace) const;
 
  private:
@@ -62,7 +73,7 @@ class LayerTensors {
   const float* sinks_ = nullptr;
   void* output_ = nullptr;
   float* lse_ = nullptr;
-  bool in_place_ = false;
+  bool in_place_ = false, marked_ = false;
 };
 
 }  // namespace kvtide::cuda

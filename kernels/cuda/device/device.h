@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -35,6 +36,9 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// Bytes that Buffers of this process hold, of devices and pinned: for tests.
+inline std::atomic<int64_t> held_bytes{0};
+
 // Memory of the device, or pinned memory of the host, which kernels may read and write too. Reserve keeps
 // nothing of the old contents; nothing on the device may use them any more. It takes more than is asked for
 // (grown_size.h), but not more than `most` if it need not.
@@ -63,6 +67,7 @@ class Buffer {
     }
     data_ = static_cast<std::byte*>(p);
     bytes_ = size;
+    held_bytes += static_cast<int64_t>(size);
     return absl::OkStatus();
   }
   std::byte* data() const { return data_; }
@@ -76,6 +81,7 @@ class Buffer {
     } else {
       (void)cudaFree(data_);
     }
+    held_bytes -= static_cast<int64_t>(bytes_);
     data_ = nullptr;
     bytes_ = 0;
   }

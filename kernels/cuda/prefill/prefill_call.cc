@@ -54,7 +54,7 @@ class Prefill {
     const size_t tiles = RoundUp(plan_.scratch_bytes()),
                  outputs = RoundUp(plan_.most_parts() * Size(kernel_.rows * kernel_.dim) * sizeof(float));
     KVTIDE_RETURN_IF_ERROR(workspace_.Begin(Workspace::Bound(arrays, bytes)));
-    KVTIDE_RETURN_IF_ERROR(tensors_.ReserveResults(workspace_, false));
+    KVTIDE_RETURN_IF_ERROR(tensors_.ReserveResults(workspace_, false, false));
     // The kernels take and give f32.
     const size_t wide_queries = WidensQueries() ? RoundUp(tensors_.query_values() * sizeof(float)) : 0,
                  wide_output = NarrowsOutput() ? tensors_.output_values() * sizeof(float) : 0;
