@@ -18,7 +18,6 @@
 #include <random>
 #include <string>
 #include <thread>
-#include <type_traits>
 #include <vector>
 
 #include "daemon/cache/kv_cache.h"
@@ -87,15 +86,6 @@ std::vector<uint16_t> RandomHalves(size_t count, uint32_t seed) {
   return values;
 }
 
-// Results in f16 where the cache gives them in the caller's type, else in f32.
-template <class Out>
-void SetOut(Out* out, std::vector<uint16_t>* halves, std::vector<float>* floats, size_t at) {
-  if constexpr (std::is_same_v<Out, float*>)
-    *out = floats->data() + at;
-  else
-    *out = {halves->data() + at, DataType::kF16};
-}
-
 void MeasureCache(const Settings& settings, const Shape& shape, Measured* measured) {
   const std::unique_ptr<Backend> backend = MakeBackend(settings);
   const GroupShape group{settings.layers(), kNumKvHeads, kHeadDim, kHeadDim};
@@ -150,8 +140,8 @@ void MeasureCache(const Settings& settings, const Shape& shape, Measured* measur
 
   const std::vector<uint16_t> q = RandomHalves(sequences * kQRow, 2), k = RandomHalves(sequences * kKvRow, 3),
                               v = RandomHalves(sequences * kKvRow, 4);
-  std::vector<float> out(sequences * kQRow), lse(sequences * kNumHeads);
-  std::vector<uint16_t> out_halves(sequences * kQRow);
+  std::vector<uint16_t> out(sequences * kQRow);
+  std::vector<float> lse(sequences * kNumHeads);
   std::vector<AttendRequest> requests(sequences);
   std::vector<double> us;
   const int64_t start = static_cast<int64_t>(tokens);
@@ -164,7 +154,7 @@ void MeasureCache(const Settings& settings, const Shape& shape, Measured* measur
         request.q = {q.data() + i * kQRow, DataType::kF16};
         request.queries = 1;
         request.first_query_position = request.start_position = start + step;
-        SetOut(&request.out, &out_halves, &out, i * kQRow);
+        request.out = {out.data() + i * kQRow, DataType::kF16};
         request.lse = lse.data() + i * kNumHeads;
         request.new_tokens = 1;
         request.k = {k.data() + i * kKvRow, DataType::kF16};
