@@ -14,6 +14,7 @@
 namespace kvtide::python {
 
 using AnyArray = nanobind::ndarray<nanobind::ro, nanobind::c_contig, nanobind::device::cpu>;
+using AnyWritableArray = nanobind::ndarray<nanobind::c_contig, nanobind::device::cpu>;
 using Floats = nanobind::ndarray<float, nanobind::c_contig, nanobind::device::cpu>;
 using ConstFloats = nanobind::ndarray<const float, nanobind::c_contig, nanobind::device::cpu>;
 

@@ -1,8 +1,10 @@
 // kvtide.plan: the planner with the flags of `kvtide plan`, its answer as the planner's JSON.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include "clients/cli/eval/eval_plot.h"
 #include "clients/cli/plan/plan_flags.h"
 #include "clients/python/bindings.h"
 #include "clients/python/raise.h"
@@ -39,6 +41,13 @@ void BindPlan(nb::module_& m) {
     const nb::gil_scoped_release release;
     const planner::PlanRequest request = Raise(cli::MakePlanRequest(flags));
     return planner::RenderJson(request, Raise(planner::MakePlan(request)));
+  });
+  m.def("harm_plot", [](const std::string& title, const std::string& subtitle, const std::string& harm,
+                        const std::vector<std::tuple<std::string, std::string, double, double, bool>>& rows) {
+    std::vector<cli::PlotPoint> points;
+    for (const auto& [name, detail, bits, value, pareto] : rows)
+      points.push_back({name, detail, bits, value, pareto});
+    return cli::RenderHarmPlot(title, subtitle, harm, points);
   });
   m.def("catalogue_models", [] {
     std::vector<std::string> names;

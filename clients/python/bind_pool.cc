@@ -339,6 +339,21 @@ void BindPool(nb::module_& m) {
       .def("attend", &Attend, "layer"_a, "ids"_a, "positions"_a, "q"_a, "outputs"_a, "lses"_a, "options"_a)
       .def("append_attend", &AppendAttend, "layer"_a, "ids"_a, "starts"_a, "q"_a, "k"_a, "v"_a, "outputs"_a,
            "lses"_a, "options"_a)
+      .def(
+          "read",
+          [](const Handle& handle, client::SequenceId sequence, int layer, int64_t start,
+             const AnyWritableArray& k, const AnyWritableArray& v) {
+            const auto target = [](const AnyWritableArray& array) {
+              ReadTarget out{array.data(), ElementType(array.dtype()), {}};
+              for (size_t i = 0; i < array.ndim(); i++)
+                out.shape.push_back(static_cast<int64_t>(array.shape(i)));
+              return out;
+            };
+            const ReadTarget to_k = target(k), to_v = target(v);
+            const auto pool = handle.pool();
+            Raise(Blocking([&] { return pool->ReadTokens(sequence, layer, start, to_k, to_v); }));
+          },
+          nb::arg(), nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg().noconvert())
       .def("evict",
            [](const Handle& handle, const Ids& sequences, const std::string& tier, bool drop) {
              const auto pool = handle.pool();

@@ -38,6 +38,9 @@ class DaemonPool : public Pool {
                             const client::AttentionOptions& options) override {
     return client_->AppendAttend(layer, items, options);
   }
+  absl::Status ReadTokens(client::SequenceId, int, int64_t, const ReadTarget&, const ReadTarget&) override {
+    return absl::UnimplementedError("this client cannot read tokens from a kvtided; an embedded pool can");
+  }
   absl::StatusOr<client::MoveResult> EvictSequences(std::span<const client::SequenceId> sequences,
                                                     const client::EvictOptions& options) override {
     return sequences.empty() ? client_->EvictAll(options) : client_->EvictSequences(sequences, options);

@@ -144,6 +144,20 @@ class EmbeddedPool : public Pool {
     return Run(layer, requests, options, &KvCache::AppendAttend);
   }
 
+  absl::Status ReadTokens(SequenceId sequence, int layer, int64_t first_token, const ReadTarget& k,
+                          const ReadTarget& v) override {
+    KVTIDE_ASSIGN_OR_RETURN(const Spec spec, SpecOf(sequence));
+    KVTIDE_ASSIGN_OR_RETURN(const LayerGroupSpec* group, GroupOf(*spec, layer));
+    KVTIDE_RETURN_IF_ERROR(CheckKv({k.data, k.type, k.shape}, {v.data, v.type, v.shape}, *group));
+    const LayerRead read{layer, {k.data, k.type}, {v.data, v.type}};
+    ReadCall call;
+    call.sequence = sequence;
+    call.first_token = first_token;
+    call.tokens = k.shape[0];
+    call.layers = {&read, 1};
+    return cache_->ReadTokens(call);
+  }
+
   absl::StatusOr<client::MoveResult> EvictSequences(std::span<const SequenceId> sequences,
                                                     const client::EvictOptions& options) override {
     v1::EvictSequencesRequest request;

@@ -13,6 +13,13 @@
 
 namespace kvtide::python {
 
+// Memory of the caller, [tokens][kv_heads][head_dim], that a read fills.
+struct ReadTarget {
+  void* data = nullptr;
+  DataType type = DataType::kF32;
+  std::vector<int64_t> shape;
+};
+
 class Pool {
  public:
   virtual ~Pool() = default;
@@ -33,6 +40,9 @@ class Pool {
                               const client::AttentionOptions& options) = 0;
   virtual absl::Status AppendAttend(int layer, std::span<const client::AppendAttendItem> items,
                                     const client::AttentionOptions& options) = 0;
+  // Rows of tokens first_token, first_token + 1, ... of one layer, decoded where they are coded.
+  virtual absl::Status ReadTokens(client::SequenceId sequence, int layer, int64_t first_token,
+                                  const ReadTarget& k, const ReadTarget& v) = 0;
   // No ids: all sequences.
   virtual absl::StatusOr<client::MoveResult> EvictSequences(std::span<const client::SequenceId> sequences,
                                                             const client::EvictOptions& options) = 0;

@@ -130,6 +130,40 @@ def test_moves_between_tiers(pool, model):
     assert pool.evict([sequence], "host").blocks > 0
 
 
+def test_read(pool, model):
+    data = [tensors(90 + layer, 300, layer) for layer in range(3)]
+    sequence = pool.create(model, pair="q8_0/turbo4")
+    for begin in range(0, 300, 100):
+        sequence.append_layers({layer: (k[begin:begin + 100], v[begin:begin + 100]) for layer, (_, k, v) in enumerate(data)})
+    _, k, v = data[0]
+    if pool.address != "embedded":
+        with pytest.raises(errors.Unimplemented, match="embedded"):
+            sequence.read(0)
+        return
+    got_k, got_v = sequence.read(0)
+    assert got_k.dtype == np.float32 and got_k.shape == k.shape
+    np.testing.assert_array_equal(got_k[:64], k[:64])  # the exact window and the tail
+    np.testing.assert_array_equal(got_v[256:], v[256:])
+    assert 0 < np.linalg.norm(got_k - k) / np.linalg.norm(k) < 0.01
+    assert 0 < np.linalg.norm(got_v - v) / np.linalg.norm(v) < 0.12
+    part_k, part_v = sequence.read(0, start=70, tokens=100, like=np.empty(0, np.float16))
+    np.testing.assert_array_equal(part_k, got_k[70:170].astype(np.float16))
+    assert part_v.shape == (100, 2, 64) and part_v.dtype == np.float16
+    k1, v1 = sequence.read(1, start=300)
+    assert k1.shape == (0, 1, 96) and v1.shape == (0, 1, 64)
+    into_k, into_v = np.zeros((10, 2, 64), np.float32), np.zeros((10, 2, 64), np.float32)
+    sequence.read_into(0, into_k, into_v, start=5)
+    np.testing.assert_array_equal(into_k, got_k[5:15])
+    with pytest.raises(errors.OutOfRange):
+        sequence.read(0, start=290, tokens=20)
+    with pytest.raises(errors.OutOfRange, match="window"):
+        sequence.read(2, start=0, tokens=64)
+    with pytest.raises(errors.InvalidArgument, match="expected"):
+        sequence.read_into(0, into_k[:, :1].copy(), into_v)
+    with pytest.raises(errors.InvalidArgument, match="dense"):
+        sequence.read_into(0, into_k[::2], into_v[::2])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_numpy_dtypes_and_strides(pool, model, dtype):
     ml_dtypes = pytest.importorskip("ml_dtypes")

@@ -74,6 +74,27 @@ def new_output(like: Any, shape: Sequence[int]) -> Any:
     return np.empty(tuple(shape), dtype=np.float32)
 
 
+def new_rows(like: Any, shape: Sequence[int]) -> Any:
+    """Uninitialised memory of the framework and dtype of ``like`` on the host; None = NumPy float32."""
+    if is_torch(like):
+        return sys.modules["torch"].empty(tuple(shape), dtype=like.dtype)
+    return np.empty(tuple(shape), dtype=np.float32 if like is None else like.dtype)
+
+
+def finish_rows(rows: Any, like: Any) -> Any:
+    return rows.to(like.device) if is_torch(like) else rows
+
+
+def writable(array: Any, name: str) -> Any:
+    """The array as memory that the compiled part writes into."""
+    if not is_torch(array) and not isinstance(array, np.ndarray):
+        raise InvalidArgument(f"{name} is a {type(array).__name__}; use a NumPy array or a torch tensor")
+    dense = array.is_contiguous() if is_torch(array) else array.flags.c_contiguous and array.flags.writeable
+    if not dense or (is_torch(array) and array.device.type != "cpu"):
+        raise InvalidArgument(f"{name} is not dense memory of the host that can be written")
+    return borrow(array, name)
+
+
 def finish_output(output: Any, like: Any, keep_float32: bool = False) -> Any:
     """The float32 result in the dtype and on the device of ``like``."""
     if is_torch(like):

@@ -86,6 +86,10 @@ class AsyncPool:
         """See :meth:`Pool.append_attend`."""
         return await _run(self.pool.append_attend, layer, list(items), **options)
 
+    async def read(self, sequence: Sequence, layer: int, **options: Any) -> Tuple[Any, Any]:
+        """See :meth:`Sequence.read`."""
+        return await _run(sequence.read, layer, **options)
+
     async def evict(self, sequences: Optional[Iterable[Sequence]] = None, tier: str = "", *, drop: bool = False) -> MoveResult:
         """See :meth:`Pool.evict`."""
         return await _run(self.pool.evict, sequences, tier, drop=drop)

@@ -6,7 +6,7 @@ The same arithmetic, catalogue and measurements as ``kvtide plan``; it needs nei
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 from . import _core
@@ -192,14 +192,19 @@ def _context(raw: Dict[str, Any]) -> ContextPlan:
                        raw["split"])
 
 
+def _known(kind: Any, raw: Dict[str, Any]) -> Any:
+    """The fields that the class has; later planners may say more, which stays in ``Plan.json``."""
+    return kind(**{one.name: raw[one.name] for one in fields(kind)})
+
+
 def _pair(raw: Dict[str, Any]) -> Pair:
     harm = raw["harm"] or {}
     return Pair(
         harm_percent=harm.get("ppl_change_percent"),
         harm_model=harm.get("model", ""),
         proxy=harm.get("proxy", False),
-        speed=Speed(**raw["speed"]) if raw.get("speed") else None,
-        items=[Item(**item) for item in raw["items"]],
+        speed=_known(Speed, raw["speed"]) if raw.get("speed") else None,
+        items=[_known(Item, item) for item in raw["items"]],
         **{name: raw[name] for name in ("pair", "fits", "rejection", "kv_bytes", "total_bytes", "free_bytes", "bits_per_value",
                                         "ratio_to_f16", "max_context", "max_concurrency")},
     )

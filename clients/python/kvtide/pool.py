@@ -172,6 +172,44 @@ class Sequence:
         """
         return self.pool.append_attend(layer, [(self, q, k, v)], starts=[start], **options)[0]
 
+    def read(self, layer: int, *, start: int = 0, tokens: Optional[int] = None, like: Any = None) -> Tuple[Any, Any]:
+        """K and V of one layer as they are stored: decoded where they are coded.
+
+        Args:
+            layer: model layer.
+            start: position of the first token.
+            tokens: how many; None = all from ``start`` on.
+            like: an array or tensor whose framework, dtype and device the result gets; None = NumPy float32.
+
+        Returns:
+            ``k[tokens, kv_heads, head_dim]`` and ``v[tokens, kv_heads, head_dim_v]``.
+
+        Raises:
+            OutOfRange: beyond the layer's length, or before its sliding window.
+            DataLoss: tokens of the range were dropped.
+        """
+        self._check_layers([layer])
+        shape = self.pool._models[self.model][layer]
+        count = self._lengths[layer] - start if tokens is None else tokens
+        k, v = (
+            _arrays.new_rows(like, (max(0, count), shape.kv_heads, dim))
+            for dim in (shape.head_dim, shape.head_dim_v or shape.head_dim)
+        )
+        if count > 0:
+            self.read_into(layer, k, v, start=start)
+        return _arrays.finish_rows(k, like), _arrays.finish_rows(v, like)
+
+    def read_into(self, layer: int, k: Any, v: Any, *, start: int = 0) -> None:
+        """:meth:`read` into memory of the caller: dense host arrays or tensors of the shapes that it returns, in float32,
+        float16 or bfloat16."""
+        self._check_layers([layer])
+        k, v = _arrays.writable(k, "k"), _arrays.writable(v, "v")
+        tokens = _arrays.check_rank(k, "k")[0]
+        step = self.pool._tokens_per_call(_bytes_per_token(k) + _bytes_per_token(v))
+        for done in range(0, tokens, step):
+            end = min(done + step, tokens)
+            self.pool._core.read(self.id, layer, start + done, k[done:end], v[done:end])
+
     def fork(self) -> "Sequence":
         """A second sequence with the same tokens. Blocks are shared until one of the two writes into them."""
         return self.pool.fork(self)

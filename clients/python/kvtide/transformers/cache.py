@@ -36,14 +36,22 @@ class _PoolLayer(CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Tuple[Any, Any]:
         self.is_initialized = True
-        start = self.store.take(self.index, key_states, value_states)
-        if self.store.attend:
-            handle = Handle(self.store, self.index, start, key_states, value_states)
+        store, layer = self.store, self.index
+        start = store.begin(layer)
+        if store.attend:
+            store.take(layer, key_states, value_states)
+            handle = Handle(store, layer, start, key_states, value_states)
             return handle, handle
-        if start == 0:
-            return key_states, value_states  # nothing to read back: the first tokens are attended exactly
         first = max(0, start - self.window + 1) if self.window else 0
-        return self.store.read(self.index, first, key_states, value_states)
+        if store.model is not None and store.settings["seal_at_once"]:
+            store.take(layer, key_states, value_states)
+            return store.read(layer, first, start + key_states.shape[2], key_states, value_states)
+        # Earlier tokens as they are stored, new ones as they are; a sliding layer lets go of old ones when new ones come.
+        before = store.read(layer, first, start, key_states, value_states) if start > 0 else None
+        store.take(layer, key_states, value_states)
+        if before is None:
+            return key_states, value_states
+        return torch.cat([before[0], key_states], dim=2), torch.cat([before[1], value_states], dim=2)
 
     def get_seq_length(self, *args: Any) -> int:
         return self.store.length(self.index)
@@ -86,7 +94,8 @@ class KvtideCache(Cache):
             ``"auto"``: attend if the model uses that attention.
         context, batch: for ``pair="auto"``.
         exact_window: blocks of 64 tokens kept in float16 at the beginning and the end; None = the pool's default.
-        key_centring, tenant, allow_drop: as :meth:`kvtide.Pool.create`.
+        seal_at_once: for evaluations: every token is coded before anything attends over it.
+        key_centring, key_equalising, tenant, allow_drop: as :meth:`kvtide.Pool.create`.
         device_memory, host_memory, address, device, threads: as :func:`kvtide.connect`, for a pool of this cache alone.
 
     The first forward attends over its own tokens exactly; so does every later one over those that it adds. Sequences are freed
@@ -106,7 +115,9 @@ class KvtideCache(Cache):
         context: int = 0,
         batch: int = 1,
         exact_window: Optional[Tuple[int, int]] = None,
+        seal_at_once: bool = False,
         key_centring: str = "default",
+        key_equalising: str = "default",
         tenant: str = "",
         allow_drop: bool = False,
         **connection: Any,
@@ -126,7 +137,8 @@ class KvtideCache(Cache):
         self._owns_pool = bool(connection)
         if pool is None:
             pool = connect(connection.pop("address", "embedded"), **connection) if connection else default_pool()
-        settings: dict = {"exact_window": exact_window, "key_centring": key_centring, "tenant": tenant, "allow_drop": allow_drop}
+        settings: dict = {"exact_window": exact_window, "seal_at_once": seal_at_once, "key_centring": key_centring,
+                          "key_equalising": key_equalising, "tenant": tenant, "allow_drop": allow_drop}
         if pair != "auto":
             settings["pair"] = pair
         self._store = Store(pool, kinds, attend, settings)
@@ -170,6 +182,12 @@ class KvtideCache(Cache):
         """Bytes that the rows hold in all tiers; blocks that rows share count for each."""
         ids = {row.id for row in self.sequences}
         return sum(info.bytes for info in self.pool.sequences() if info.id in ids)
+
+    @property
+    def stored_values(self) -> int:
+        """Numbers in the keys and values of all rows, as the model made them."""
+        values = [shape.kv_heads * (shape.head_dim_k + shape.head_dim_v) for shape in self._store.shapes]
+        return sum(row.layer_length(layer) * count for row in self.sequences for layer, count in enumerate(values))
 
     def __repr__(self) -> str:
         return f"<KvtideCache {self.mode}, {self._store.batch} rows, {self.get_seq_length()} tokens in {self.pool.address}>"

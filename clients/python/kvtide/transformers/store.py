@@ -60,8 +60,10 @@ class Store:
         layers = []
         for layer in sorted(shapes):
             shape, kind = shapes[layer], self.kinds[layer]
-            # The pool lets go of what the next query does not see; layers that borrow keys ask once more.
-            window = kind.window if kind.kind == "sliding" and not self.keep_all and not (kind.lent and self.attend) else 0
+            # The pool lets go of what the next query does not see; layers that borrow keys ask once more, and so do reads of
+            # tokens that are coded at once.
+            keep = self.keep_all or (kind.lent and self.attend) or self.settings["seal_at_once"]
+            window = kind.window if kind.kind == "sliding" and not keep else 0
             layers.append(Layer(shape.kv_heads, shape.head_dim_k, shape.query_heads, shape.head_dim_v, window))
         name = "transformers-" + hashlib.sha256(repr(layers).encode()).hexdigest()[:16]
         self.model = self.pool.register(name, layers)
@@ -129,22 +131,22 @@ class Store:
     def length(self, layer: int) -> int:
         return self.lengths[layer]
 
-    def take(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> int:
-        """New columns k, v [batch, kv_heads, n, head_dim] of a layer come. Returns the logical position of the first one.
-
-        In materialise mode they are stored at once, in attend mode by `append_attend`."""
+    def begin(self, layer: int) -> int:
+        """The logical position of the next column of a layer."""
         if layer in self.waiting:  # a second forward begins, so the first has shown all layers
             self.settle()
-        start = self.lengths[layer]
-        self.lengths[layer] = start + k.shape[2]
-        if self.model is None:
-            self.open(k.shape[0])
-            self.waiting[layer] = (k, v)
-            return start
+        return self.lengths[layer]
+
+    def take(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """New columns k, v [batch, kv_heads, n, head_dim] of a layer come: in materialise mode they are stored at once, in attend
+        mode by `append_attend`."""
+        start = self.begin(layer)
         self.open(k.shape[0])
-        if not self.attend:
+        if self.model is None:
+            self.waiting[layer] = (k, v)
+        elif not self.attend:
             self.append(layer, k, v, start)
-        return start
+        self.lengths[layer] = start + k.shape[2]
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, start: int) -> None:
         """Stores the columns k, v of a layer, which begin at logical position `start`."""
@@ -160,10 +162,10 @@ class Store:
             else:
                 row.append(place, k[i], v[i], start=start)
 
-    def read(self, layer: int, start: int, like_k: torch.Tensor, like_v: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Columns from logical position `start` to the end: k, v [batch, kv_heads, n, head_dim], in materialise mode."""
+    def read(self, layer: int, start: int, end: int, like_k: torch.Tensor, like_v: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Columns `start` to `end` - 1: k, v [batch, kv_heads, n, head_dim], in materialise mode."""
         place, shape = self.places[layer], self.shapes[self.places[layer]]
-        tokens = self.lengths[layer] - start
+        tokens = end - start
         results = []
         for width, like in ((shape.head_dim_k, like_k), (shape.head_dim_v, like_v)):
             results.append(torch.empty((self.batch, tokens, shape.kv_heads, width), dtype=like.dtype, device="cpu"))
