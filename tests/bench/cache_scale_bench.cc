@@ -1,0 +1,181 @@
+// What questions and bulk verbs cost in a large cache, and what they leave to attention: 10,000 sequences
+// with 1,000,000 blocks over a backend that does nothing. Each case gives the time of a call (real_time) and
+// attends_kept, the rate of attends of another thread while the calls come `per_second` times a second (0:
+// one after another), as a part of its rate without them, in turns of the same run.
+//     kvtide_bench_cache_scale --benchmark_out=tests/bench/results/cache_scale.json
+#include <benchmark/benchmark.h>
+
+#include <atomic>
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <thread>
+#include <vector>
+
+#include "daemon/cache/extent_allocator.h"
+#include "daemon/cache/kv_cache.h"
+#include "daemon/metrics/cache_collector.h"
+#include "kernels/base/check.h"
+#include "tests/bench/idle_backend.h"
+
+namespace kvtide::bench {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr int kSequences = 10'000, kBlocks = 100, kDim = 64;
+
+// Made once: it takes seconds.
+struct World {
+  World() {
+    CacheOptions options;
+    options.tiers.push_back({"device", &device, size_t{1} << 40, false});
+    options.tiers.push_back({"host", &host, size_t{1} << 40, false});
+    options.background_moves = false;
+    cache = KvCache::Create(options).value();
+    model = cache->RegisterModel(UniformModel("m", {1, 1, kDim, kDim}, 1)).value();
+    for (int i = 0; i < kSequences; i++) sequences.push_back(Open());
+  }
+  SequenceId Open() const {
+    SequenceOptions options;
+    options.pair = ExactPair();
+    const SequenceId id = cache->CreateSequence(model, options).value();
+    const int64_t tokens = int64_t{kBlocks} * kBlockTokens;
+    static const std::vector<uint16_t> rows(static_cast<size_t>(tokens) * kDim, 0x3800);
+    const LayerKv layer{0, {rows.data(), DataType::kF16}, {rows.data(), DataType::kF16}, 0, 0};
+    AppendCall call;
+    call.sequence = id;
+    call.tokens = tokens;
+    call.layers = {&layer, 1};
+    KVTIDE_CHECK(cache->Append(call).ok());
+    return id;
+  }
+  void Attend() const {
+    static const std::vector<float> q(kDim, 0.1f);
+    float out[kDim], lse;
+    AttendRequest item;
+    item.sequence = sequences.front();
+    item.q = {q.data(), DataType::kF32};
+    item.queries = 1;
+    item.first_query_position = int64_t{kBlocks} * kBlockTokens - 1;
+    item.out = out;
+    item.lse = &lse;
+    AttendCall call;
+    call.items = {&item, 1};
+    KVTIDE_CHECK(cache->Attend(call).ok());
+  }
+
+  IdleBackend device, host;
+  std::unique_ptr<KvCache> cache;
+  ModelId model = 0;
+  std::vector<SequenceId> sequences;
+};
+
+World& TheWorld() {
+  static World world;
+  return world;
+}
+
+// Attends one after another on a thread of its own.
+class Attender {
+ public:
+  Attender()
+      : thread_([this] {
+          while (!stop_.load()) {
+            TheWorld().Attend();
+            count_.fetch_add(1);
+          }
+        }) {}
+  ~Attender() {
+    stop_ = true;
+    thread_.join();
+  }
+  double RateDuring(const std::function<void()>& what) const {
+    const auto begin = Clock::now();
+    const int64_t before = count_.load();
+    what();
+    return static_cast<double>(count_.load() - before) /
+           std::chrono::duration<double>(Clock::now() - begin).count();
+  }
+
+ private:
+  std::atomic<bool> stop_{false};
+  std::atomic<int64_t> count_{0};
+  std::thread thread_;
+};
+
+void Measure(benchmark::State& state, const std::function<void()>& call) {
+  TheWorld();
+  for (auto _ : state) call();
+  const int64_t per_second = state.range(0);
+  const Attender attender;
+  constexpr auto kTurn = std::chrono::milliseconds(300);
+  double alone = 0, beside = 0;
+  for (int turn = 0; turn < 6; turn++) {
+    alone += attender.RateDuring([&] { std::this_thread::sleep_for(kTurn); });
+    beside += attender.RateDuring([&] {
+      const auto begin = Clock::now();
+      for (auto next = begin; Clock::now() < begin + kTurn;) {
+        call();
+        if (per_second == 0) continue;
+        next += std::chrono::microseconds(1'000'000 / per_second);
+        std::this_thread::sleep_until(next);
+      }
+    });
+  }
+  state.counters["attends_kept"] = beside / alone;
+  state.counters["attends_per_second"] = alone / 6;
+}
+
+void Stats(benchmark::State& state) {
+  Measure(state, [] { benchmark::DoNotOptimize(TheWorld().cache->Stats()); });
+}
+void ListSequences(benchmark::State& state) {
+  Measure(state, [] { benchmark::DoNotOptimize(TheWorld().cache->ListSequences()); });
+}
+void Scrape(benchmark::State& state) {
+  const metrics::CacheCollector collector([] { return TheWorld().cache->Stats(); });
+  Measure(state, [&] { benchmark::DoNotOptimize(collector.Collect()); });
+}
+BENCHMARK(Stats)->ArgName("per_second")->Arg(10)->Arg(0)->Unit(benchmark::kMillisecond)->UseRealTime();
+BENCHMARK(ListSequences)->ArgName("per_second")->Arg(10)->Unit(benchmark::kMillisecond)->UseRealTime();
+BENCHMARK(Scrape)->ArgName("per_second")->Arg(10)->Unit(benchmark::kMillisecond)->UseRealTime();
+
+// All sequences down and up again: every block is looked at.
+void EvictAndPrefetch(benchmark::State& state) {
+  const World& world = TheWorld();
+  const std::span<const SequenceId> some = std::span(world.sequences).subspan(1, 1000);
+  Measure(state, [&] {
+    KVTIDE_CHECK(world.cache->Evict(some, 1).ok());
+    KVTIDE_CHECK(world.cache->Prefetch(some).ok());
+  });
+}
+BENCHMARK(EvictAndPrefetch)
+    ->ArgName("per_second")
+    ->Arg(0)
+    ->Iterations(1)
+    ->Unit(benchmark::kMillisecond)
+    ->UseRealTime();
+
+// A block that needs a hole where every second of a million free extents is in use.
+void AllocateAmongAMillionExtents(benchmark::State& state) {
+  constexpr size_t kPage = 8192, kPages = 2'000'000;
+  ExtentAllocator allocator(kPages * kPage);
+  for (size_t page = 0; page < kPages; page++)
+    KVTIDE_CHECK(allocator.Allocate(kPage, ExtentAllocator::End::kBottom));
+  for (size_t page = 0; page < kPages; page += 2) allocator.Free(page * kPage, kPage);
+  size_t turn = 0;
+  for (auto _ : state) {
+    const auto end = ++turn % 2 == 0 ? ExtentAllocator::End::kBottom : ExtentAllocator::End::kTop;
+    KVTIDE_CHECK(!allocator.Allocate(kPage * 2, end).has_value());
+    const std::optional<size_t> offset = allocator.Allocate(kPage, end);
+    allocator.Free(*offset, kPage);
+  }
+}
+BENCHMARK(AllocateAmongAMillionExtents)->Unit(benchmark::kMicrosecond);
+
+}  // namespace
+}  // namespace kvtide::bench
+
+BENCHMARK_MAIN();

@@ -1,0 +1,3 @@
+find_package(benchmark CONFIG REQUIRED)
+kvtide_add_executable(kvtide_bench_cache_scale ${CMAKE_CURRENT_LIST_DIR}/cache_scale_bench.cc)
+target_link_libraries(kvtide_bench_cache_scale PRIVATE kvtide_cache kvtide_metrics benchmark::benchmark)
