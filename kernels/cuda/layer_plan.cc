@@ -37,8 +37,7 @@ struct Cost {
 class Cutter {
  public:
   Cutter(const AttendPlanArgs& args, const AttendShape& shape, const AttendEnvironment& environment)
-      : args_(args),
-        shape_(shape),
+      : shape_(shape),
         group_(shape.heads / shape.group.kv_heads),
         most_queries_(MostQueries(args)),
         unit_rows_(std::max(1, UnitRows(shape.group, most_queries_, group_, environment.shared_limit))) {}
@@ -68,7 +67,6 @@ class Cutter {
     return queries * shape_.heads * std::max(shape_.group.head_dim_k, shape_.group.head_dim_v) * 2;
   }
 
-  const AttendPlanArgs& args_;
   const AttendShape& shape_;
   const int group_, most_queries_, unit_rows_;
 };

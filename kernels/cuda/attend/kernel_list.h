@@ -1,5 +1,5 @@
 // The attention kernels that exist: for pairs of stored forms, head dims and 8 or 16 query rows. What has no
-// kernel of its own is converted to f16 first (cuda_backend.cu). Kernels are instantiated in kernels_d*.cu,
+// kernel of its own is converted to f16 first (decode_tables.h). Kernels are instantiated in kernels_d*.cu,
 // one file per head dim.
 #pragma once
 
