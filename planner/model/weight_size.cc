@@ -75,6 +75,25 @@ constexpr std::pair<const char*, const char*> kOtherWords[] = {
     {"float8", "fp8"},     {"fp8_dynamic", "fp8"}, {"fp8_e4m3", "fp8"},   {"e4m3", "fp8"},
     {"f8", "fp8"},         {"fp4", "nvfp4"},       {"nvfp4a16", "nvfp4"}, {"mxfp4_moe", "mxfp4"}};
 
+// Bits of a token embedding in a GGUF file: the plain type behind a mixture's name.
+double EmbeddingBits(const Format& format) {
+  static constexpr std::pair<const char*, double> kinds[] = {
+      {"q2_k", 2.625},  {"q3_k", 3.4375}, {"q4_k", 4.5},  {"q5_k", 5.5},  {"q6_k", 6.5625},
+      {"iq4_xs", 4.25}, {"iq3", 3.4375},  {"iq2", 2.625}, {"iq1", 2.625}, {"mxfp4", 8.5}};
+  for (const auto& [prefix, bits] : kinds) {
+    if (absl::StartsWith(format.name, prefix)) return bits;
+  }
+  return format.bits;
+}
+
+// 0 when the embedding doubles as head, or when that is not known.
+int64_t EmbeddingBytes(const ModelGeometry& model, const Format& format) {
+  const int64_t table = model.n_vocab * model.n_embd;
+  const bool untied = table > 0 && model.params_embedding >= 2 * table;
+  if (!untied || format.family == Family::kSafetensors) return 0;
+  return static_cast<int64_t>(static_cast<double>(table) * EmbeddingBits(format) / 8);
+}
+
 }  // namespace
 
 std::string WeightName(const std::string& text) {
@@ -113,7 +132,8 @@ absl::StatusOr<Weights> EstimateWeights(const ModelGeometry& model, const std::s
       continue;
     KVTIDE_ASSIGN_OR_RETURN(const int64_t bytes, ParseBytes(row.Text("size")));
     return Weights{bytes, Provenance::kCalibrated,
-                   absl::StrCat("published ", wanted, " file of ", model.name, ", ", row.Text("size"))};
+                   absl::StrCat("published ", wanted, " file of ", model.name, ", ", row.Text("size")),
+                   EmbeddingBytes(model, *format)};
   }
   if (model.params_total <= 0) {
     return absl::InvalidArgumentError(
@@ -131,7 +151,15 @@ absl::StatusOr<Weights> EstimateWeights(const ModelGeometry& model, const std::s
                                                    model.params_total - half, format->bits, half,
                                                    format->family == Family::kExperts ? "all but the experts"
                                                                                       : "embedding and head");
-  return Weights{bytes, Provenance::kFormula, source};
+  return Weights{bytes, Provenance::kFormula, source, EmbeddingBytes(model, *format)};
+}
+
+void LeaveEmbeddingOnHost(Weights* weights) {
+  if (weights->embedding_bytes <= 0 || weights->embedding_bytes >= weights->bytes) return;
+  weights->bytes -= weights->embedding_bytes;
+  absl::StrAppend(&weights->source, ", ", FormatBytes(weights->embedding_bytes),
+                  " of it a token embedding that stays on the CPU");
+  weights->embedding_bytes = 0;
 }
 
 int64_t ExpertBytes(const ModelGeometry& model, int64_t bytes) {

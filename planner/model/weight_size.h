@@ -21,6 +21,10 @@ std::vector<std::string> WeightNames();
 
 absl::StatusOr<Weights> EstimateWeights(const ModelGeometry& model, const std::string& quantisation);
 
+// Takes the token embedding off estimated weights, for llama.cpp with a GPU that has memory of its own.
+// Weights of files are counted without it already (gguf_geometry.h).
+void LeaveEmbeddingOnHost(Weights* weights);
+
 // Of weights of `bytes`: what routed experts take, by their share of the parameters. 0 for a dense model, or
 // when the share is not known.
 int64_t ExpertBytes(const ModelGeometry& model, int64_t bytes);

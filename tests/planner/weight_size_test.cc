@@ -70,5 +70,18 @@ TEST(WeightSize, ExpertsAreTheirShare) {
   EXPECT_EQ(ExpertBytes(*FindModel("llama-3.1-8b"), 10'000'000), 0);
 }
 
+// llama.cpp's start-up log of Llama-3.1-8B in Q4_K_M: "CPU_Mapped model buffer size = 281.81 MiB".
+TEST(WeightSize, LlamaCppLeavesTheTokenEmbeddingOnTheHost) {
+  Weights weights = *EstimateWeights(*FindModel("llama-3.1-8b"), "q4_k_m");
+  EXPECT_NEAR(static_cast<double>(weights.embedding_bytes) / kMiB, 281.81, 0.01);
+  const int64_t file = weights.bytes;
+  LeaveEmbeddingOnHost(&weights);
+  EXPECT_NEAR(static_cast<double>(file - weights.bytes) / kMiB, 281.81, 0.01);
+  EXPECT_THAT(weights.source, ::testing::HasSubstr("stays on the CPU"));
+  // Doubles as head, or is not a GGUF file.
+  EXPECT_EQ(EstimateWeights(*FindModel("gemma3-27b"), "q4_k_m")->embedding_bytes, 0);
+  EXPECT_EQ(EstimateWeights(*FindModel("llama-3.1-8b"), "awq")->embedding_bytes, 0);
+}
+
 }  // namespace
 }  // namespace kvtide::planner

@@ -416,6 +416,9 @@ absl::StatusOr<PlanRequest> MakePlanRequest(const PlanFlags& flags) {
   }
   KVTIDE_RETURN_IF_ERROR(SetDevice(flags, &request));
   KVTIDE_RETURN_IF_ERROR(SetEngine(flags, &request));
+  if (request.engine.engine == planner::Engine::kLlamaCpp &&
+      request.device.memory == planner::DeviceMemory::kOwn)
+    planner::LeaveEmbeddingOnHost(&request.weights);
   KVTIDE_RETURN_IF_ERROR(SetQuality(flags, &request));
   KVTIDE_FLAG(request.workload.contexts, "--context", ParseContexts(flags.contexts));
   KVTIDE_FLAG(request.pairs, "--pairs", planner::ParsePairs(flags.pairs));
