@@ -23,6 +23,7 @@
 #include "daemon/service_manager.h"
 #include "daemon/version.h"
 #include "google/protobuf/util/json_util.h"
+#include "kernels/base/out_of_memory.h"
 #include "kernels/base/status.h"
 #include "planner/near_names.h"
 #include "planner/units.h"
@@ -227,6 +228,7 @@ int Fail(const absl::Status& status, int code) {
 }
 
 int Main(int argc, char** argv) {
+  EndProcessWhenOutOfMemory();
   CLI::App app("kvtided keeps the KV cache of inference servers in compressed pools on GPU and host memory.",
                "kvtided");
   Flags flags;

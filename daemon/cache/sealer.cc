@@ -6,33 +6,46 @@
 
 namespace kvtide {
 
-void Sealer::Settle(CacheLock& lock, Sequence& sequence) {
-  const ExactWindow exact = sequence.options.EffectiveWindow();
-  for (size_t g = 0; g < sequence.groups.size(); g++) {
-    GroupTable& table = sequence.groups[g];
-    const int64_t full = table.MinTokens() / kBlockTokens;
-    if (sequence.options.seal_at_once) {
-      while (!table.staging.empty() && table.staging.begin()->first < full) {
-        lock->store.RemoveDirect(table.staging.begin()->second, sequence.keeper());
-        table.staging.erase(table.staging.begin());
-      }
-      FreeFallenBlocks(*lock, sequence, table);
-      continue;
-    }
-    bool ready = table.coding();
-    if (ready && full > 0 && table.profile == nullptr) ready = MakeFirstBlockProfile(lock, table);
-    FreeFallenBlocks(*lock, sequence, table);
-    if (!ready) continue;
-    const int64_t end = std::max<int64_t>(0, full - exact.last_blocks);
-    constexpr int64_t kStep = 16;  // blocks that exist twice at a time
-    table.sealed = std::max({table.sealed, table.first_block(), std::min<int64_t>(end, exact.first_blocks)});
-    while (table.sealed < end) {
-      const int64_t done =
-          SealRange(lock, sequence, static_cast<int>(g), table.sealed, std::min(end, table.sealed + kStep));
-      if (done == table.sealed) break;
-      table.sealed = done;
-    }
+// A block on its way into its cache types.
+struct Sealer::Seal {
+  Work* work = nullptr;
+  int64_t index = 0;
+  PinnedPlace source;
+  WritingBlock target;
+  absl::Status status;
+};
+
+void Sealer::Settle(CacheLock& lock, std::span<const SequencePtr> sequences) {
+  std::vector<Work> work;
+  for (const SequencePtr& sequence : sequences) {
+    if (sequence->closed) continue;
+    for (size_t g = 0; g < sequence->groups.size(); g++)
+      SettleTable(lock, *sequence, static_cast<int>(g), work);
   }
+  while (SealRound(lock, work)) {
+  }
+}
+
+// What needs no coding is done at once.
+void Sealer::SettleTable(CacheLock& lock, Sequence& sequence, int group, std::vector<Work>& work) {
+  GroupTable& table = sequence.groups[static_cast<size_t>(group)];
+  const int64_t full = table.MinTokens() / kBlockTokens;
+  if (sequence.options.seal_at_once) {
+    while (!table.staging.empty() && table.staging.begin()->first < full) {
+      lock->store.RemoveDirect(table.staging.begin()->second, sequence.keeper());
+      table.staging.erase(table.staging.begin());
+    }
+    FreeFallenBlocks(*lock, sequence, table);
+    return;
+  }
+  bool ready = table.coding();
+  if (ready && full > 0 && table.profile == nullptr) ready = MakeFirstBlockProfile(lock, table);
+  FreeFallenBlocks(*lock, sequence, table);
+  if (!ready) return;
+  const ExactWindow exact = sequence.options.EffectiveWindow();
+  const int64_t end = std::max<int64_t>(0, full - exact.last_blocks);
+  table.sealed = std::max({table.sealed, table.first_block(), std::min<int64_t>(end, exact.first_blocks)});
+  if (table.sealed < end) work.push_back({&sequence, group, end});
 }
 
 void Sealer::FreeFallenBlocks(CacheState& state, Sequence& sequence, GroupTable& table) {
@@ -46,7 +59,6 @@ void Sealer::FreeFallenBlocks(CacheState& state, Sequence& sequence, GroupTable&
     table.blocks->PopFront();
     state.counters.window_freed_blocks++;
   }
-  state.sequences.CountHeld(sequence);
 }
 
 // False if the sequence wants a profile and a backend error was in the way: sealing waits, so that all coded
@@ -88,66 +100,85 @@ bool Sealer::MakeFirstBlockProfile(CacheLock& lock, GroupTable& table) {
   return status.ok();
 }
 
-// Codes the exact blocks of [begin, end), each in its tier. Returns the first one that had no room or could
-// not be coded, else the end: those stay exact until the next append.
-int64_t Sealer::SealRange(CacheLock& lock, Sequence& sequence, int group, int64_t begin, int64_t end) {
-  GroupTable& table = sequence.groups[static_cast<size_t>(group)];
-  struct Seal {
-    int64_t index = 0;
-    PinnedPlace source;
-    WritingBlock target;
-    absl::Status status;
-  };
+bool Sealer::SealRound(CacheLock& lock, std::vector<Work>& work) {
   std::vector<Seal> seals;
-  int64_t done = end;
-  for (int64_t index = begin; index < end; index++) {
-    Block* source = table.at(index);
-    if (source->layout == table.coded || source->place == nullptr) continue;
-    KVTIDE_CHECK(source->layout == table.exact);
-    PinnedPlace place(lock->store, source->place);
-    WritingBlock target = mover_.AllocateIn(lock, place->tier, sequence.home, table.coded,
-                                            table.coded->block_bytes() * static_cast<size_t>(end - index));
-    if (!target) {
-      done = index;
-      break;
-    }
-    seals.push_back({index, std::move(place), std::move(target), {}});
+  std::vector<int64_t> begun;  // of each table
+  for (Work& table : work) {
+    begun.push_back(table.table().sealed);
+    if (!table.stuck) StartSeals(lock, table, seals);
   }
   if (!seals.empty()) {
     const Unlocked unlocked(lock);
-    for (int t = 0; t < static_cast<int>(core_.tiers()); t++) {
-      std::vector<RecodePiece> pieces;
-      for (const Seal& seal : seals) {
-        if (seal.source->tier != t) continue;
-        RecodePiece piece;
-        piece.from = table.exact;
-        piece.source = seal.source->data;
-        piece.to = table.coded;
-        piece.target = seal.target->place->data;
-        piece.to_profile = table.profile.get();
-        piece.first_layer = 0;
-        piece.layers = table.coded->shape().layers;
-        pieces.push_back(piece);
-      }
-      if (pieces.empty()) continue;
-      const absl::Status status = core_.backend(t).Recode(pieces);
-      for (Seal& seal : seals)
-        if (seal.source->tier == t) seal.status = status;
-    }
+    Recode(seals);
   }
-  for (Seal& seal : seals) {
-    if (!seal.status.ok()) {
-      lock->counters.failed_seals++;
-      done = std::min(done, seal.index);
-      continue;
-    }
-    seal.target->profile = table.profile;
-    Stamp(*seal.target.get(), sequence, group, seal.index);
-    table.blocks->Replace(seal.index, seal.target.get(), sequence.recency.own);
-    lock->counters.sealed_blocks++;
+  for (Seal& seal : seals) Publish(*lock, seal);
+  if (!seals.empty()) lock->changed.NotifyAll();
+  bool more = false;
+  for (size_t i = 0; i < work.size(); i++) {
+    if (work[i].table().sealed == begun[i]) work[i].stuck = true;
+    more = more || (!work[i].stuck && work[i].table().sealed < work[i].end);
   }
-  lock->changed.NotifyAll();
-  return done;
+  return more;
+}
+
+// Room for the coded blocks of the table's next exact ones. Sets `sealed` as if all of them succeeded.
+void Sealer::StartSeals(CacheLock& lock, Work& work, std::vector<Seal>& seals) {
+  constexpr int64_t kStep = 16;  // blocks of a table that exist twice at a time
+  GroupTable& table = work.table();
+  const int64_t end = std::min(work.end, table.sealed + kStep);
+  for (; table.sealed < end; table.sealed++) {
+    Block* source = table.at(table.sealed);
+    if (source->layout == table.coded || source->place == nullptr) continue;
+    KVTIDE_CHECK(source->layout == table.exact);
+    PinnedPlace place(lock->store, source->place);
+    WritingBlock target =
+        mover_.AllocateIn(lock, place->tier, work.sequence->home, table.coded,
+                          table.coded->block_bytes() * static_cast<size_t>(end - table.sealed));
+    if (!target) {
+      work.stuck = true;
+      return;
+    }
+    seals.push_back({&work, table.sealed, std::move(place), std::move(target), {}});
+  }
+}
+
+void Sealer::Recode(std::vector<Seal>& seals) {
+  for (int t = 0; t < static_cast<int>(core_.tiers()); t++) {
+    std::vector<RecodePiece> pieces;
+    for (const Seal& seal : seals) {
+      if (seal.source->tier != t) continue;
+      const GroupTable& table = seal.work->table();
+      RecodePiece& piece = pieces.emplace_back();
+      piece.from = table.exact;
+      piece.source = seal.source->data;
+      piece.to = table.coded;
+      piece.target = seal.target->place->data;
+      piece.to_profile = table.profile.get();
+      piece.first_layer = 0;
+      piece.layers = table.coded->shape().layers;
+    }
+    if (pieces.empty()) continue;
+    const absl::Status status = core_.backend(t).Recode(pieces);
+    for (Seal& seal : seals)
+      if (seal.source->tier == t) seal.status = status;
+  }
+}
+
+// The coded block takes the exact one's place in the table; after an error the table goes back to the exact
+// one and waits for the next append.
+void Sealer::Publish(CacheState& state, Seal& seal) {
+  Sequence& sequence = *seal.work->sequence;
+  GroupTable& table = seal.work->table();
+  if (!seal.status.ok()) {
+    state.counters.failed_seals++;
+    table.sealed = std::min(table.sealed, seal.index);
+    seal.work->stuck = true;
+    return;
+  }
+  seal.target->profile = table.profile;
+  Stamp(*seal.target.get(), sequence, seal.work->group, seal.index);
+  table.blocks->Replace(seal.index, seal.target.get(), sequence.recency.own);
+  state.counters.sealed_blocks++;
 }
 
 }  // namespace kvtide

@@ -3,6 +3,9 @@
 // caller is the sequence's writer.
 #pragma once
 
+#include <span>
+#include <vector>
+
 #include "daemon/cache/cache_core.h"
 #include "daemon/cache/mover.h"
 
@@ -12,12 +15,28 @@ class Sealer {
  public:
   Sealer(CacheCore& core, Mover& mover) : core_(core), mover_(mover) {}
 
-  void Settle(CacheLock& lock, Sequence& sequence);
+  // For the sequences of one call. Their blocks are coded together: one Recode for each tier and round.
+  void Settle(CacheLock& lock, std::span<const SequencePtr> sequences);
 
  private:
+  // A table with blocks to code: those of [table.sealed, end).
+  struct Work {
+    Sequence* sequence = nullptr;
+    int group = 0;
+    int64_t end = 0;
+    bool stuck = false;  // no room, or an error: the rest waits for the next append
+    GroupTable& table() const { return sequence->groups[static_cast<size_t>(group)]; }
+  };
+  struct Seal;
+
+  void SettleTable(CacheLock& lock, Sequence& sequence, int group, std::vector<Work>& work);
   bool MakeFirstBlockProfile(CacheLock& lock, GroupTable& table);
   void FreeFallenBlocks(CacheState& state, Sequence& sequence, GroupTable& table);
-  int64_t SealRange(CacheLock& lock, Sequence& sequence, int group, int64_t begin, int64_t end);
+  // False when nothing is left to do.
+  bool SealRound(CacheLock& lock, std::vector<Work>& work);
+  void StartSeals(CacheLock& lock, Work& work, std::vector<Seal>& seals);
+  void Recode(std::vector<Seal>& seals);
+  void Publish(CacheState& state, Seal& seal);
 
   CacheCore& core_;
   Mover& mover_;

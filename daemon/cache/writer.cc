@@ -396,13 +396,15 @@ absl::Status Writer::Finish(CacheLock& lock, WriteBatch& batch) {
   KVTIDE_CHECK(batch.phase_ == WriteBatch::Phase::kCommitted);
   batch.blocks_.clear();
   lock->changed.NotifyAll();
+  for (size_t i = 0; i < batch.sequences.size(); i++)
+    lock->counters.appended_tokens +=
+        static_cast<uint64_t>(batch.sequences[i]->MinTokens() - batch.old_tokens_[i]);
+  sealer_.Settle(lock, batch.sequences);
   absl::Status status;
-  for (size_t i = 0; i < batch.sequences.size(); i++) {
-    Sequence& sequence = *batch.sequences[i];
-    lock->counters.appended_tokens += static_cast<uint64_t>(sequence.MinTokens() - batch.old_tokens_[i]);
-    if (!sequence.closed) sealer_.Settle(lock, sequence);
-    if (sequence.closed && status.ok())
-      status = absl::AbortedError(absl::StrCat("sequence ", sequence.id, " was closed"));
+  for (const SequencePtr& sequence : batch.sequences) {
+    lock->sequences.CountHeld(*sequence);
+    if (sequence->closed && status.ok())
+      status = absl::AbortedError(absl::StrCat("sequence ", sequence->id, " was closed"));
   }
   batch.writers_.clear();
   batch.phase_ = WriteBatch::Phase::kEnded;

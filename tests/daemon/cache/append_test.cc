@@ -288,6 +288,42 @@ TEST_F(AppendTest, AFailedWriteLeavesTheLengthAndFreesWhatItReserved) {
   client.CheckAllLayers();
 }
 
+// The blocks of a request are coded together.
+TEST_F(AppendTest, TheSealsOfABatchAreOneRecode) {
+  Start();
+  std::vector<Client> clients;
+  for (int i = 0; i < 5; i++) {
+    clients.emplace_back(*cache_, SmallModel(), WithPair("turbo4", {0, 0}), random_);
+    ASSERT_TRUE(clients.back().Append(63).ok());
+  }
+  std::vector<float> rows(128, 0.5f), q(4 * 64, 0.1f), out(5 * 4 * 64);
+  const int before = device_->calls(FaultyBackend::kRecode), appends = device_->calls(FaultyBackend::kAppend);
+  for (int layer = 0; layer < 2; layer++) {
+    std::vector<AttendRequest> items(5);
+    for (size_t i = 0; i < items.size(); i++) {
+      items[i].sequence = clients[i].id();
+      items[i].q = {q.data(), DataType::kF32};
+      items[i].queries = 1;
+      items[i].out = out.data() + i * 4 * 64;
+      items[i].new_tokens = 1;
+      items[i].k = items[i].v = {rows.data(), DataType::kF32};
+      items[i].start_position = items[i].first_query_position = 63;
+    }
+    AttendCall call;
+    call.layer = layer;
+    call.items = items;
+    ASSERT_TRUE(cache_->AppendAttend(call).ok());
+    for (Client& client : clients) client.shadow().Append(layer, rows, rows, 1);
+  }
+  EXPECT_EQ(device_->calls(FaultyBackend::kAppend) - appends, 2) << "one write for each layer";
+  EXPECT_EQ(device_->calls(FaultyBackend::kRecode) - before, 1);
+  EXPECT_EQ(cache_->Stats().sealed_blocks, 5u);
+  for (Client& client : clients) {
+    client.shadow().Settle();
+    client.CheckAllLayers();
+  }
+}
+
 TEST_F(AppendTest, AFailedSealKeepsTheBlocksExactAndTheNextAppendTriesAgain) {
   Start();
   Client client(*cache_, SmallModel(), WithPair("q8_0", {0, 0}), random_);

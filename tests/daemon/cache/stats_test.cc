@@ -66,6 +66,29 @@ TEST_F(StatsTest, WhatLeftTheWindowOrWasDroppedIsNotCountedAsHeld) {
   EXPECT_EQ(client.info().dropped_blocks, 5u + 2u);
 }
 
+TEST_F(StatsTest, ListsGoOnFromAnIdAndMayBeOfOneModel) {
+  Start();
+  std::vector<Client> clients;
+  for (int i = 0; i < 7; i++)
+    clients.emplace_back(*cache_, i % 2 == 0 ? SmallModel() : MixedModel(), WithPair("f16"), random_);
+  std::vector<SequenceId> seen;
+  SequenceList list;
+  list.limit = 3;
+  for (int page = 0; page < 3; page++) {
+    const std::vector<SequenceInfo> infos = cache_->ListSequences(list);
+    EXPECT_EQ(infos.size(), page < 2 ? 3u : 1u);
+    for (const SequenceInfo& info : infos) seen.push_back(info.id);
+    list.after = seen.back();
+  }
+  EXPECT_TRUE(cache_->ListSequences(list).empty());
+  EXPECT_TRUE(std::is_sorted(seen.begin(), seen.end()));
+  EXPECT_EQ(seen.size(), 7u);
+  SequenceList small;
+  small.model = *cache_->FindModel("small");
+  EXPECT_EQ(cache_->ListSequences(small).size(), 4u);
+  EXPECT_EQ(cache_->ModelNames(), (std::vector<std::string>{"small", "mixed"}));
+}
+
 TEST_F(StatsTest, ListsSayWhatASequenceIs) {
   Start();
   SequenceOptions options = WithPair("q8_0/turbo4", {2, 1});
