@@ -98,6 +98,22 @@ def test_crop_beyond_a_window(pool, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_assisted_decoding_beyond_a_window(pool, mode):
+    """Candidates are taken back in sliding layers too, long after the window is full."""
+    model = models.make("gemma3")
+    inputs = models.prompts(1, 60)
+    inputs["input_ids"][:, 30:] = inputs["input_ids"][:, :30]
+    model.set_attn_implementation("eager")
+    want = model.generate(**inputs, max_new_tokens=30, do_sample=False)
+    model.set_attn_implementation("kvtide" if mode == "attend" else "eager")
+    cache = KvtideCache(model, "f16/f16", pool=pool)
+    if not hasattr(DynamicCache, "activate_past_recording"):  # older versions do not tell the cache
+        cache.activate_past_recording()
+    got = model.generate(**inputs, max_new_tokens=30, do_sample=False, prompt_lookup_num_tokens=6, past_key_values=cache)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_reset(pool, mode):
     pair = Pair("gemma3", pool, mode)
     pair.forward(ids(2, 20))
