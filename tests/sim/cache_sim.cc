@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -306,6 +307,42 @@ void CacheSim::AttendLayer(ClientPtr client, int layer, int64_t queries, bool wi
   Expect(close, [&] { return absl::StrCat("wrong attention over ", *length, " tokens, layer ", layer); });
 }
 
+void CacheSim::Read(ClientPtr client) {
+  Scope scope(this, "read", client, 0, 1);
+  const int layer = Random(static_cast<int>(client->model->layers.size()));
+  const absl::StatusOr<int64_t> length = cache_->LayerLength(client->id, layer);
+  if (!length.ok()) return Judge(length.status(), scope.frame());
+  const std::vector<ShadowSequence> states = client->States(*length, layer);
+  if (states.empty()) return;  // said by Attend
+  const int64_t live = states.back().FirstLiveToken(layer);
+  if (*length <= live) return;
+  const int64_t first = live + Random(static_cast<int>(*length - live));
+  const int64_t tokens = 1 + Random(static_cast<int>(*length - first));
+  const GroupShape& shape = client->group(layer).shape;
+  std::vector<float> k(static_cast<size_t>(tokens * shape.kv_heads * shape.head_dim_k)),
+      v(static_cast<size_t>(tokens * shape.kv_heads * shape.head_dim_v));
+  std::vector<std::pair<std::vector<float>, std::vector<float>>> expected;
+  for (const ShadowSequence& state : states)
+    expected.emplace_back(state.Keys(layer, first, tokens), state.Values(layer, first, tokens));
+  const LayerRead read{layer, {k.data(), DataType::kF32}, {v.data(), DataType::kF32}};
+  ReadCall call;
+  call.sequence = client->id;
+  call.first_token = first;
+  call.tokens = tokens;
+  call.layers = {&read, 1};
+  call.context = &scope.frame().context;
+  const absl::Status status = cache_->ReadTokens(call);
+  Judge(status, scope.frame());
+  if (!status.ok()) return;
+  const auto same = [](const std::vector<float>& a, const std::vector<float>& b) {
+    return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                      [](float x, float y) { return std::fabs(x - y) <= std::fabs(y) / 1024 + 2e-4f; });
+  };
+  Expect(std::any_of(expected.begin(), expected.end(),
+                     [&](const auto& rows) { return same(k, rows.first) && same(v, rows.second); }),
+         [&] { return absl::StrCat("read wrong rows, ", tokens, " from ", first, ", layer ", layer); });
+}
+
 int64_t CacheSim::RandomCut(const SimClient& client) {
   const int64_t length = client.length();
   int64_t cut =
@@ -432,8 +469,10 @@ void CacheSim::Nested() {
   if (dice < 30) {
     if (Random(2) == 0) return Append(client, 1 + Random(Random(4) == 0 ? 200 : 70));
     if (client->writing == 0) DecodeStep(client, 1 + Random(20));
-  } else if (dice < 50) {
+  } else if (dice < 45) {
     Attend(client);
+  } else if (dice < 50) {
+    Read(client);
   } else if (dice < 58) {
     Truncate(client, RandomCut(*client));
   } else if (dice < 64) {
@@ -476,9 +515,12 @@ void CacheSim::Step() {
     } else {
       DecodeStep(client, tokens);
     }
-  } else if (dice < 65) {
+  } else if (dice < 60) {
     PlantFault({Call::kAttend});
     Attend(client);
+  } else if (dice < 65) {
+    PlantFault({Call::kDecode});
+    Read(client);
   } else if (dice < 73) {
     PlantFault({Call::kDecode, Call::kAppend, Call::kStartCopy});
     Truncate(client, RandomCut(*client));

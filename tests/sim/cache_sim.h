@@ -69,6 +69,7 @@ class CacheSim : public CacheTest {
   void DecodeStep(ClientPtr client, int64_t tokens);
   void Attend(ClientPtr client);
   void AttendLayer(ClientPtr client, int layer, int64_t queries, bool sinks);
+  void Read(ClientPtr client);
   void Truncate(ClientPtr client, int64_t tokens);
   void Fork(ClientPtr client);
   void Close(ClientPtr client);
