@@ -1,10 +1,50 @@
+#include <cstring>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "clients/python/pool.h"
 #include "kernels/base/status.h"
 
 namespace kvtide::python {
 namespace {
+
+[[maybe_unused]] absl::Status Copy(const char* name, const std::vector<std::byte>& rows, int heads, int dim,
+                                   const ReadTarget& target) {
+  const std::vector<int64_t> shape = {target.shape.empty() ? 0 : target.shape[0], heads, dim};
+  if (target.shape != shape) {
+    return absl::InvalidArgumentError(absl::StrCat(name, ": the shape is [",
+                                                   absl::StrJoin(target.shape, ", "), "], expected [tokens, ",
+                                                   heads, ", ", dim, "]"));
+  }
+  if (rows.size() != static_cast<size_t>(shape[0] * heads * dim) * DataTypeBytes(target.type))
+    return absl::InternalError(absl::StrCat(name, ": the answer has ", rows.size(), " bytes"));
+  std::memcpy(target.data, rows.data(), rows.size());
+  return absl::OkStatus();
+}
+
+// Clients that cannot read yet say so.
+template <class AnyClient>
+absl::Status Read(AnyClient& from, client::SequenceId sequence, int layer, int64_t first_token,
+                  const ReadTarget& k, const ReadTarget& v) {
+  if constexpr (requires {
+                  from.ReadTokens(sequence, std::span<const int>(), first_token, first_token, k.type);
+                }) {
+    if (k.shape.size() != 3 || v.shape.size() != 3 || k.shape[0] < 1 || k.shape[0] != v.shape[0] ||
+        k.type != v.type) {
+      return absl::InvalidArgumentError(
+          "k and v: expected [tokens, kv_heads, head_dim] of one type with the same tokens, at least one");
+    }
+    auto layers = from.ReadTokens(sequence, {&layer, 1}, first_token, k.shape[0], k.type);
+    if (!layers.ok()) return layers.status();
+    if (layers->size() != 1) return absl::InternalError("asked for one layer, got another number");
+    const auto& rows = layers->front();
+    KVTIDE_RETURN_IF_ERROR(Copy("k", rows.k, rows.kv_heads, rows.head_dim_k, k));
+    return Copy("v", rows.v, rows.kv_heads, rows.head_dim_v, v);
+  } else {
+    return absl::UnimplementedError("this client cannot read tokens from a kvtided; an embedded pool can");
+  }
+}
 
 class DaemonPool : public Pool {
  public:
@@ -38,8 +78,9 @@ class DaemonPool : public Pool {
                             const client::AttentionOptions& options) override {
     return client_->AppendAttend(layer, items, options);
   }
-  absl::Status ReadTokens(client::SequenceId, int, int64_t, const ReadTarget&, const ReadTarget&) override {
-    return absl::UnimplementedError("this client cannot read tokens from a kvtided; an embedded pool can");
+  absl::Status ReadTokens(client::SequenceId sequence, int layer, int64_t first_token, const ReadTarget& k,
+                          const ReadTarget& v) override {
+    return Read(*client_, sequence, layer, first_token, k, v);
   }
   absl::StatusOr<client::MoveResult> EvictSequences(std::span<const client::SequenceId> sequences,
                                                     const client::EvictOptions& options) override {

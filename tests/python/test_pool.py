@@ -136,11 +136,11 @@ def test_read(pool, model):
     for begin in range(0, 300, 100):
         sequence.append_layers({layer: (k[begin:begin + 100], v[begin:begin + 100]) for layer, (_, k, v) in enumerate(data)})
     _, k, v = data[0]
-    if pool.address != "embedded":
-        with pytest.raises(errors.Unimplemented, match="embedded"):
-            sequence.read(0)
+    try:
+        got_k, got_v = sequence.read(0)
+    except errors.Unimplemented as error:  # clients of kvtided that cannot read yet
+        assert pool.address != "embedded" and "embedded" in str(error)
         return
-    got_k, got_v = sequence.read(0)
     assert got_k.dtype == np.float32 and got_k.shape == k.shape
     np.testing.assert_array_equal(got_k[:64], k[:64])  # the exact window and the tail
     np.testing.assert_array_equal(got_v[256:], v[256:])
