@@ -12,10 +12,12 @@ client::Model ClientModel(const std::string& name, const KvGeometry& geometry) {
   client::ModelLayer layer;
   layer.kv_heads = geometry.kv_heads;
   layer.head_dim_k = layer.head_dim_v = geometry.head_dim;
-  layer.window = geometry.sliding_window;
   layer.query_heads = geometry.query_heads;
   layer.scale = geometry.scale();
-  return {name, std::vector<client::ModelLayer>(geometry.layers, layer)};
+  layer.softcap = geometry.softcap;
+  client::Model model{name, std::vector<client::ModelLayer>(geometry.layers, layer)};
+  for (int l = 0; l < geometry.layers; ++l) model.layers[l].window = geometry.window(l);
+  return model;
 }
 
 absl::StatusOr<std::unique_ptr<DaemonKvStore>> DaemonKvStore::Create(client::Client& client,

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -17,10 +18,16 @@ struct KvGeometry {
   int query_heads = 0;
   int kv_heads = 0;
   int head_dim = 0;
-  int sliding_window = 0;  // 0 = all layers attend over every token
+  int sliding_window = 0;          // 0 = all layers attend over every token
+  std::vector<int> layer_windows;  // of each layer; empty = sliding_window
+  float attention_scale = 0;       // 0 = 1/sqrt(head_dim)
+  float softcap = 0;               // 0 = none; else logit = softcap * tanh(logit / softcap)
 
   // Logits are scale() * q.k.
   float scale() const;
+  int window(int layer) const {
+    return layer_windows.empty() ? sliding_window : layer_windows[static_cast<size_t>(layer)];
+  }
   size_t query_width() const { return static_cast<size_t>(query_heads) * head_dim; }
   size_t kv_width() const { return static_cast<size_t>(kv_heads) * head_dim; }
 };

@@ -2,31 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "clients/engine/vector_math.h"
-#include "kernels/base/float16.h"
 #include "kernels/base/status.h"
 
 namespace kvtide::engine {
-namespace {
-
-// Element i of a tensor that may be unaligned in its file.
-float ElementAt(const WeightTensor& tensor, size_t i) {
-  if (*tensor.type == DataType::kF32) {
-    float value;
-    std::memcpy(&value, tensor.bytes.data() + i * 4, 4);
-    return value;
-  }
-  uint16_t bits;
-  std::memcpy(&bits, tensor.bytes.data() + i * 2, 2);
-  return *tensor.type == DataType::kF16 ? F16ToF32(bits) : Bf16ToF32(bits);
-}
-
-}  // namespace
-
 // cos and sin of every position of a chunk: [tokens][head_dim / 2].
 struct LlamaModel::Rotation {
   std::vector<float> cosine, sine;
@@ -49,19 +31,31 @@ struct LlamaModel::Rotation {
 class LlamaModel::Loader {
  public:
   Loader(LlamaModel& model, const Progress& progress) : model_(model), progress_(progress) {
-    for (const auto& [name, tensor] : model.files_.tensors()) total_bytes_ += tensor.bytes.size();
+    total_bytes_ = model.files_.bytes();
   }
 
   absl::Status Matrix(const std::string& name, int outputs, int inputs, PackedMatrix* out) {
     KVTIDE_ASSIGN_OR_RETURN(const WeightTensor tensor, Tensor(name, {outputs, inputs}));
-    *out = PackedMatrix(tensor.bytes.data(), *tensor.type, outputs, inputs);
+    *out = PackedMatrix(tensor);
     return absl::OkStatus();
   }
 
   absl::Status Vector(const std::string& name, int size, std::vector<float>* out) {
-    KVTIDE_ASSIGN_OR_RETURN(const WeightTensor tensor, Tensor(name, {size}));
-    out->resize(size);
-    for (int i = 0; i < size; ++i) (*out)[i] = ElementAt(tensor, i);
+    KVTIDE_ASSIGN_OR_RETURN(WeightTensor tensor, Tensor(name, {size}));
+    out->resize(static_cast<size_t>(size));
+    if (tensor.paired_heads == 0) {
+      tensor.Row(0, out->data());
+    } else {
+      tensor.shape = {size, 1};
+      for (int i = 0; i < size; ++i) tensor.Row(i, out->data() + i);
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Norm(const std::string& name, int size, std::vector<float>* out) {
+    KVTIDE_RETURN_IF_ERROR(Vector(name, size, out));
+    if (model_.config_.norm_plus_one)
+      for (float& weight : *out) weight += 1;
     return absl::OkStatus();
   }
 
@@ -79,19 +73,35 @@ class LlamaModel::Loader {
     const ModelConfig& c = model_.config_;
     const std::string prefix = absl::StrCat("model.layers.", index, ".");
     const int q = c.query_heads * c.head_dim, kv = c.kv_heads * c.head_dim;
-    KVTIDE_RETURN_IF_ERROR(Vector(prefix + "input_layernorm.weight", c.hidden_size, &layer->attention_norm));
-    KVTIDE_RETURN_IF_ERROR(
-        Vector(prefix + "post_attention_layernorm.weight", c.hidden_size, &layer->mlp_norm));
-    KVTIDE_RETURN_IF_ERROR(Matrix(prefix + "self_attn.q_proj.weight", q, c.hidden_size, &layer->query));
-    KVTIDE_RETURN_IF_ERROR(Matrix(prefix + "self_attn.k_proj.weight", kv, c.hidden_size, &layer->key));
-    KVTIDE_RETURN_IF_ERROR(Matrix(prefix + "self_attn.v_proj.weight", kv, c.hidden_size, &layer->value));
-    KVTIDE_RETURN_IF_ERROR(Matrix(prefix + "self_attn.o_proj.weight", c.hidden_size, q, &layer->output));
-    KVTIDE_RETURN_IF_ERROR(
-        Matrix(prefix + "mlp.gate_proj.weight", c.intermediate_size, c.hidden_size, &layer->gate));
-    KVTIDE_RETURN_IF_ERROR(
-        Matrix(prefix + "mlp.up_proj.weight", c.intermediate_size, c.hidden_size, &layer->up));
-    KVTIDE_RETURN_IF_ERROR(
-        Matrix(prefix + "mlp.down_proj.weight", c.hidden_size, c.intermediate_size, &layer->down));
+    const int width = c.hidden_size, inner = c.intermediate_size;
+    KVTIDE_RETURN_IF_ERROR(Norm(prefix + "input_layernorm.weight", width, &layer->attention_norm));
+    const std::string behind = prefix + "post_attention_layernorm.weight";
+    if (c.sandwich_norms) {
+      KVTIDE_RETURN_IF_ERROR(Norm(behind, width, &layer->after_attention));
+      KVTIDE_RETURN_IF_ERROR(Norm(prefix + "pre_feedforward_layernorm.weight", width, &layer->mlp_norm));
+      KVTIDE_RETURN_IF_ERROR(Norm(prefix + "post_feedforward_layernorm.weight", width, &layer->after_mlp));
+    } else {
+      KVTIDE_RETURN_IF_ERROR(Norm(behind, width, &layer->mlp_norm));
+    }
+    if (c.fused_projections) {
+      KVTIDE_ASSIGN_OR_RETURN(const WeightTensor qkv,
+                              Tensor(prefix + "self_attn.qkv_proj.weight", {q + 2 * kv, width}));
+      layer->query = PackedMatrix(qkv.Rows(0, q));
+      layer->key = PackedMatrix(qkv.Rows(q, kv));
+      layer->value = PackedMatrix(qkv.Rows(q + kv, kv));
+      KVTIDE_ASSIGN_OR_RETURN(const WeightTensor both,
+                              Tensor(prefix + "mlp.gate_up_proj.weight", {2 * inner, width}));
+      layer->gate = PackedMatrix(both.Rows(0, inner));
+      layer->up = PackedMatrix(both.Rows(inner, inner));
+    } else {
+      KVTIDE_RETURN_IF_ERROR(Matrix(prefix + "self_attn.q_proj.weight", q, width, &layer->query));
+      KVTIDE_RETURN_IF_ERROR(Matrix(prefix + "self_attn.k_proj.weight", kv, width, &layer->key));
+      KVTIDE_RETURN_IF_ERROR(Matrix(prefix + "self_attn.v_proj.weight", kv, width, &layer->value));
+      KVTIDE_RETURN_IF_ERROR(Matrix(prefix + "mlp.gate_proj.weight", inner, width, &layer->gate));
+      KVTIDE_RETURN_IF_ERROR(Matrix(prefix + "mlp.up_proj.weight", inner, width, &layer->up));
+    }
+    KVTIDE_RETURN_IF_ERROR(Matrix(prefix + "self_attn.o_proj.weight", width, q, &layer->output));
+    KVTIDE_RETURN_IF_ERROR(Matrix(prefix + "mlp.down_proj.weight", width, inner, &layer->down));
     if (c.qkv_bias) {
       KVTIDE_RETURN_IF_ERROR(Vector(prefix + "self_attn.q_proj.bias", q, &layer->query_bias));
       KVTIDE_RETURN_IF_ERROR(Vector(prefix + "self_attn.k_proj.bias", kv, &layer->key_bias));
@@ -100,8 +110,8 @@ class LlamaModel::Loader {
     if (c.output_bias)
       KVTIDE_RETURN_IF_ERROR(Vector(prefix + "self_attn.o_proj.bias", c.hidden_size, &layer->output_bias));
     if (c.query_key_norm) {
-      KVTIDE_RETURN_IF_ERROR(Vector(prefix + "self_attn.q_norm.weight", c.head_dim, &layer->query_norm));
-      KVTIDE_RETURN_IF_ERROR(Vector(prefix + "self_attn.k_norm.weight", c.head_dim, &layer->key_norm));
+      KVTIDE_RETURN_IF_ERROR(Norm(prefix + "self_attn.q_norm.weight", c.head_dim, &layer->query_norm));
+      KVTIDE_RETURN_IF_ERROR(Norm(prefix + "self_attn.k_norm.weight", c.head_dim, &layer->key_norm));
     }
     return absl::OkStatus();
   }
@@ -113,28 +123,27 @@ class LlamaModel::Loader {
   size_t read_bytes_ = 0;
 };
 
-LlamaModel::LlamaModel(ModelConfig config, ThreadPool& pool, SafetensorsFolder files)
-    : config_(std::move(config)),
+LlamaModel::LlamaModel(ThreadPool& pool, ModelFiles files)
+    : files_(std::move(files)),
+      config_(files_.config()),
       pool_(pool),
-      files_(std::move(files)),
-      rope_frequencies_(RopeFrequencies(config_)) {}
+      rope_frequencies_(RopeFrequencies(config_)),
+      local_frequencies_(RopeFrequencies(config_, true)) {}
 
-absl::StatusOr<std::unique_ptr<LlamaModel>> LlamaModel::Load(const std::string& folder, ThreadPool& pool,
+absl::StatusOr<std::unique_ptr<LlamaModel>> LlamaModel::Load(const std::string& path, ThreadPool& pool,
                                                              const Progress& progress) {
-  KVTIDE_ASSIGN_OR_RETURN(ModelConfig config, ReadModelConfig(folder));
-  KVTIDE_ASSIGN_OR_RETURN(SafetensorsFolder files, SafetensorsFolder::Open(folder));
-  std::unique_ptr<LlamaModel> model(new LlamaModel(std::move(config), pool, std::move(files)));
+  KVTIDE_ASSIGN_OR_RETURN(ModelFiles files, ModelFiles::Open(path));
+  std::unique_ptr<LlamaModel> model(new LlamaModel(pool, std::move(files)));
   const ModelConfig& c = model->config_;
   Loader loader(*model, progress);
   KVTIDE_ASSIGN_OR_RETURN(model->embedding_,
                           loader.Tensor("model.embed_tokens.weight", {c.vocab_size, c.hidden_size}));
   model->layers_.resize(c.layers);
   for (int i = 0; i < c.layers; ++i) KVTIDE_RETURN_IF_ERROR(loader.LoadLayer(i, &model->layers_[i]));
-  KVTIDE_RETURN_IF_ERROR(loader.Vector("model.norm.weight", c.hidden_size, &model->final_norm_));
+  KVTIDE_RETURN_IF_ERROR(loader.Norm("model.norm.weight", c.hidden_size, &model->final_norm_));
   // Folders with tied embeddings leave the head out.
   if (c.tied_embeddings) {
-    model->head_ =
-        PackedMatrix(model->embedding_.bytes.data(), *model->embedding_.type, c.vocab_size, c.hidden_size);
+    model->head_ = PackedMatrix(model->embedding_);
   } else {
     KVTIDE_RETURN_IF_ERROR(loader.Matrix("lm_head.weight", c.vocab_size, c.hidden_size, &model->head_));
   }
@@ -142,13 +151,19 @@ absl::StatusOr<std::unique_ptr<LlamaModel>> LlamaModel::Load(const std::string& 
 }
 
 KvGeometry LlamaModel::kv_geometry() const {
-  return {config_.layers, config_.query_heads, config_.kv_heads, config_.head_dim, config_.sliding_window};
+  KvGeometry g{config_.layers, config_.query_heads, config_.kv_heads, config_.head_dim,
+               config_.sliding_window};
+  g.layer_windows = config_.layer_windows;
+  g.attention_scale = config_.attention_scale;
+  g.softcap = config_.attention_softcap;
+  return g;
 }
 
 void LlamaModel::Embed(std::span<const int32_t> tokens, float* x) const {
   const size_t width = config_.hidden_size;
   for (size_t t = 0; t < tokens.size(); ++t) {
-    for (size_t i = 0; i < width; ++i) x[t * width + i] = ElementAt(embedding_, tokens[t] * width + i);
+    embedding_.Row(tokens[t], x + t * width);
+    if (config_.embedding_scale != 1) Scale(x + t * width, width, config_.embedding_scale);
   }
 }
 
@@ -192,13 +207,14 @@ absl::Status LlamaModel::Forward(KvStore& store, SequenceId sequence, int64_t st
   const int n = static_cast<int>(tokens.size());
   const size_t width = config_.hidden_size, inner = config_.intermediate_size;
   const size_t q_width = store.geometry().query_width(), kv_width = store.geometry().kv_width();
-  const Rotation rotation(rope_frequencies_, start, n);
+  const Rotation global(rope_frequencies_, start, n), local(local_frequencies_, start, n);
   std::vector<float> x(n * width), normed(n * width), q(n * q_width), attended(n * q_width);
   std::vector<float> k(n * kv_width), v(n * kv_width), gate(n * inner), up(n * inner);
   const auto bias = [](const std::vector<float>& b) { return b.empty() ? nullptr : b.data(); };
   Embed(tokens, x.data());
   for (int l = 0; l < config_.layers; ++l) {
     const Layer& layer = layers_[l];
+    const Rotation& rotation = config_.window(l) > 0 ? local : global;
     NormRows(x.data(), n, layer.attention_norm, normed.data());
     layer.query.Multiply(pool_, normed.data(), n, bias(layer.query_bias), q.data());
     layer.key.Multiply(pool_, normed.data(), n, bias(layer.key_bias), k.data());
@@ -208,6 +224,7 @@ absl::Status LlamaModel::Forward(KvStore& store, SequenceId sequence, int64_t st
     KVTIDE_RETURN_IF_ERROR(
         store.AppendAttend(sequence, l, start, n, q.data(), k.data(), v.data(), attended.data()));
     layer.output.Multiply(pool_, attended.data(), n, bias(layer.output_bias), normed.data());
+    if (config_.sandwich_norms) NormRows(normed.data(), n, layer.after_attention, normed.data());
     AddTo(x.data(), normed.data(), x.size());
 
     NormRows(x.data(), n, layer.mlp_norm, normed.data());
@@ -215,9 +232,11 @@ absl::Status LlamaModel::Forward(KvStore& store, SequenceId sequence, int64_t st
     layer.up.Multiply(pool_, normed.data(), n, nullptr, up.data());
     pool_.ParallelFor((n + 63) / 64, [&](int64_t part) {
       const size_t from = part * 64 * inner, to = std::min<size_t>(gate.size(), from + 64 * inner);
-      SiluMultiply(gate.data() + from, up.data() + from, to - from);
+      (config_.activation == Activation::kSilu ? SiluMultiply : GeluMultiply)(gate.data() + from,
+                                                                              up.data() + from, to - from);
     });
     layer.down.Multiply(pool_, gate.data(), n, nullptr, normed.data());
+    if (config_.sandwich_norms) NormRows(normed.data(), n, layer.after_mlp, normed.data());
     AddTo(x.data(), normed.data(), x.size());
   }
   hidden->resize(x.size());
@@ -227,6 +246,10 @@ absl::Status LlamaModel::Forward(KvStore& store, SequenceId sequence, int64_t st
 
 void LlamaModel::Logits(const float* hidden, int rows, float* logits) const {
   head_.Multiply(pool_, hidden, rows, nullptr, logits);
+  if (config_.final_softcap > 0)
+    for (int r = 0; r < rows; ++r)
+      SoftCap(logits + static_cast<size_t>(r) * config_.vocab_size, config_.vocab_size,
+              config_.final_softcap);
 }
 
 }  // namespace kvtide::engine

@@ -22,7 +22,9 @@ constexpr int kBlockTokens = 32;  // query tokens of one task
 
 }  // namespace
 
-float KvGeometry::scale() const { return 1.0f / std::sqrt(static_cast<float>(head_dim)); }
+float KvGeometry::scale() const {
+  return attention_scale > 0 ? attention_scale : 1.0f / std::sqrt(static_cast<float>(head_dim));
+}
 
 LocalKvStore::LocalKvStore(const KvGeometry& geometry, DataType storage, ThreadPool& pool)
     : geometry_(geometry),
@@ -83,8 +85,8 @@ void LocalKvStore::Append(Layer& layer, int n_tokens, const float* k, const floa
   }
 }
 
-void LocalKvStore::AttendBlock(const Layer& layer, int kv_head, int64_t first_position, int n_tokens,
-                               const float* q, float* out) const {
+void LocalKvStore::AttendBlock(const Layer& layer, int window, int kv_head, int64_t first_position,
+                               int n_tokens, const float* q, float* out) const {
   const int d = geometry_.head_dim;
   const int group = geometry_.query_heads / geometry_.kv_heads;
   const int rows = n_tokens * group;
@@ -101,8 +103,7 @@ void LocalKvStore::AttendBlock(const Layer& layer, int kv_head, int64_t first_po
 
   const int64_t end = first_position + n_tokens;
   const auto first_key = [&](int64_t position) {
-    return geometry_.sliding_window > 0 ? std::max<int64_t>(0, position - geometry_.sliding_window + 1)
-                                        : int64_t{0};
+    return window > 0 ? std::max<int64_t>(0, position - window + 1) : int64_t{0};
   };
   for (int64_t tile = first_key(first_position) / kTileTokens * kTileTokens; tile < end;
        tile += kTileTokens) {
@@ -122,6 +123,7 @@ void LocalKvStore::AttendBlock(const Layer& layer, int kv_head, int64_t first_po
       const int to = static_cast<int>(std::clamp<int64_t>(position + 1 - tile, from, kTileTokens));
       float* row = logits.data() + static_cast<size_t>(r) * kTileTokens;
       if (to > from) {
+        if (geometry_.softcap > 0) SoftCap(row + from, static_cast<size_t>(to - from), geometry_.softcap);
         const float peak = Maximum(row + from, to - from);
         if (peak > most[r]) {
           const float shrink = std::exp(most[r] - peak);
@@ -168,7 +170,7 @@ absl::Status LocalKvStore::AppendAttend(SequenceId sequence, int layer, int64_t 
   pool_.ParallelFor(static_cast<int64_t>(blocks) * geometry_.kv_heads, [&](int64_t task) {
     // The last tokens attend over the most keys: they go first, so that no thread starts them at the end.
     const int first = (blocks - 1 - static_cast<int>(task / geometry_.kv_heads)) * kBlockTokens;
-    AttendBlock(target, static_cast<int>(task % geometry_.kv_heads), start + first,
+    AttendBlock(target, geometry_.window(layer), static_cast<int>(task % geometry_.kv_heads), start + first,
                 std::min(kBlockTokens, n_tokens - first), q + first * width, out + first * width);
   });
   return absl::OkStatus();

@@ -43,8 +43,8 @@ class LocalKvStore : public KvStore {
   void Append(Layer& layer, int n_tokens, const float* k, const float* v);
   void WriteToken(Page& page, int slot, const float* k, const float* v) const;
   void Store(Page& page, size_t index, float value) const;
-  void AttendBlock(const Layer& layer, int kv_head, int64_t first_position, int n_tokens, const float* q,
-                   float* out) const;
+  void AttendBlock(const Layer& layer, int window, int kv_head, int64_t first_position, int n_tokens,
+                   const float* q, float* out) const;
   size_t HeadElements() const;
   const std::byte* KeyPanel(const Page& page, int kv_head, int panel) const;
   const std::byte* ValuePanel(const Page& page, int kv_head, int panel) const;

@@ -60,6 +60,10 @@ absl::Status ReadFlag(const json& config, const char* key, bool* out) {
   return absl::OkStatus();
 }
 
+bool IsGemma(const ModelConfig& model) {
+  return model.architecture == "Gemma2ForCausalLM" || model.architecture == "Gemma3ForCausalLM";
+}
+
 absl::Status ReadArchitecture(const json& config, ModelConfig* model) {
   if (IsSet(config, "architectures") && config["architectures"].is_array() &&
       !config["architectures"].empty() && config["architectures"][0].is_string()) {
@@ -72,25 +76,42 @@ absl::Status ReadArchitecture(const json& config, ModelConfig* model) {
     model->qkv_bias = true;
   } else if (model->architecture == "Qwen3ForCausalLM") {
     model->query_key_norm = true;
+  } else if (model->architecture == "Phi3ForCausalLM") {
+    model->fused_projections = true;
+  } else if (IsGemma(*model)) {
+    model->query_key_norm = model->architecture == "Gemma3ForCausalLM";
+    model->activation = Activation::kGeluTanh;
+    model->norm_plus_one = model->sandwich_norms = model->tied_embeddings = true;
   } else if (model->architecture != "LlamaForCausalLM" && model->architecture != "MistralForCausalLM") {
-    return Unsupported(absl::StrCat(
-        "the architecture ", model->architecture,
-        " (supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)"));
+    return Unsupported(
+        absl::StrCat("the architecture ", model->architecture,
+                     " (supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, "
+                     "Qwen3ForCausalLM, Gemma2ForCausalLM, Gemma3ForCausalLM, Phi3ForCausalLM)"));
   }
   return absl::OkStatus();
 }
 
 // New folders have rope_parameters, older ones rope_theta and rope_scaling.
 absl::Status ReadRope(const json& config, ModelConfig* model) {
+  if (model->architecture == "Gemma3ForCausalLM") {
+    model->rope_theta = 1000000;
+    model->local_rope_theta = 10000;
+    KVTIDE_RETURN_IF_ERROR(ReadNumber(config, "rope_local_base_freq", &model->local_rope_theta));
+  }
   KVTIDE_RETURN_IF_ERROR(ReadNumber(config, "rope_theta", &model->rope_theta));
   if (IsSet(config, "partial_rotary_factor") && config["partial_rotary_factor"] != 1.0) {
     return Unsupported("partial_rotary_factor other than 1");
   }
   const char* key = IsSet(config, "rope_parameters") ? "rope_parameters" : "rope_scaling";
   if (!IsSet(config, key)) return absl::OkStatus();
-  const json& rope = config[key];
-  if (!rope.is_object())
+  if (!config[key].is_object())
     return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, " is not an object"));
+  // Gemma 3 has one set for each kind of layer, in newer folders.
+  const bool by_kind = IsSet(config[key], "full_attention") && config[key]["full_attention"].is_object();
+  if (by_kind && IsSet(config[key], "sliding_attention") && config[key]["sliding_attention"].is_object())
+    KVTIDE_RETURN_IF_ERROR(
+        ReadNumber(config[key]["sliding_attention"], "rope_theta", &model->local_rope_theta));
+  const json& rope = by_kind ? config[key]["full_attention"] : config[key];
   KVTIDE_RETURN_IF_ERROR(ReadNumber(rope, "rope_theta", &model->rope_theta));
   std::string type = "default";
   for (const char* type_key : {"type", "rope_type"}) {
@@ -129,9 +150,26 @@ absl::Status ReadWindow(const json& config, ModelConfig* model) {
   if (IsSet(config, "layer_types")) {
     if (!config["layer_types"].is_array())
       return absl::InvalidArgumentError("config.json: layer_types is not a list");
+    int window = 0;
     for (const json& type : config["layer_types"]) {
-      if (type != "full_attention") return Unsupported(absl::StrCat("layer_types with ", type.dump()));
+      if (type != "full_attention" && type != "sliding_attention")
+        return Unsupported(absl::StrCat("layer_types with ", type.dump()));
+      if (type == "sliding_attention" && window == 0)
+        KVTIDE_RETURN_IF_ERROR(ReadSize(config, "sliding_window", IsGemma(*model) ? 4096 : 0, &window));
+      model->layer_windows.push_back(type == "sliding_attention" ? window : 0);
     }
+    if (model->layer_windows.size() != static_cast<size_t>(model->layers))
+      return absl::InvalidArgumentError(absl::StrCat("config.json: layer_types has ",
+                                                     model->layer_windows.size(), " entries for ",
+                                                     model->layers, " layers"));
+    return absl::OkStatus();
+  }
+  if (IsGemma(*model)) {
+    int window = 4096, pattern = model->architecture == "Gemma3ForCausalLM" ? 6 : 2;
+    KVTIDE_RETURN_IF_ERROR(ReadSize(config, "sliding_window", window, &window));
+    KVTIDE_RETURN_IF_ERROR(ReadSize(config, "sliding_window_pattern", pattern, &pattern));
+    for (int l = 0; l < model->layers; ++l)
+      model->layer_windows.push_back((l + 1) % pattern != 0 ? window : 0);
     return absl::OkStatus();
   }
   if (!use_sliding_window || !IsSet(config, "sliding_window")) return absl::OkStatus();
@@ -139,6 +177,21 @@ absl::Status ReadWindow(const json& config, ModelConfig* model) {
     return Unsupported("sliding_window on a part of the layers (max_window_layers)");
   }
   return ReadSize(config, "sliding_window", 0, &model->sliding_window);
+}
+
+absl::Status ReadGemma(const json& config, ModelConfig* model) {
+  model->embedding_scale = std::sqrt(static_cast<float>(model->hidden_size));
+  double scalar = 256, attention = 0, final = 0;
+  if (model->architecture == "Gemma2ForCausalLM") attention = 50, final = 30;
+  if (config.contains("attn_logit_softcapping")) attention = 0;
+  if (config.contains("final_logit_softcapping")) final = 0;
+  KVTIDE_RETURN_IF_ERROR(ReadNumber(config, "query_pre_attn_scalar", &scalar));
+  KVTIDE_RETURN_IF_ERROR(ReadNumber(config, "attn_logit_softcapping", &attention));
+  KVTIDE_RETURN_IF_ERROR(ReadNumber(config, "final_logit_softcapping", &final));
+  model->attention_scale = static_cast<float>(1 / std::sqrt(scalar));
+  model->attention_softcap = static_cast<float>(attention);
+  model->final_softcap = static_cast<float>(final);
+  return absl::OkStatus();
 }
 
 absl::Status ReadTokenIds(const json& config, ModelConfig* model) {
@@ -172,8 +225,8 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view json_text) {
   KVTIDE_RETURN_IF_ERROR(ReadSize(config, "num_hidden_layers", 0, &model.layers));
   KVTIDE_RETURN_IF_ERROR(ReadSize(config, "num_attention_heads", 0, &model.query_heads));
   KVTIDE_RETURN_IF_ERROR(ReadSize(config, "num_key_value_heads", model.query_heads, &model.kv_heads));
-  KVTIDE_RETURN_IF_ERROR(
-      ReadSize(config, "head_dim", model.hidden_size / model.query_heads, &model.head_dim));
+  KVTIDE_RETURN_IF_ERROR(ReadSize(
+      config, "head_dim", IsGemma(model) ? 256 : model.hidden_size / model.query_heads, &model.head_dim));
   KVTIDE_RETURN_IF_ERROR(ReadSize(config, "vocab_size", 0, &model.vocab_size));
   KVTIDE_RETURN_IF_ERROR(ReadSize(config, "max_position_embeddings", 2048, &model.max_positions));
   if (model.query_heads % model.kv_heads != 0) {
@@ -190,8 +243,13 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view json_text) {
   KVTIDE_RETURN_IF_ERROR(ReadFlag(config, "mlp_bias", &mlp_bias));
   if (mlp_bias) return Unsupported("mlp_bias");
   if (attention_bias) model.qkv_bias = model.output_bias = true;
-  if (IsSet(config, "hidden_act") && config["hidden_act"] != "silu")
-    return Unsupported(absl::StrCat("hidden_act ", config["hidden_act"].dump()));
+  for (const char* key : {"hidden_act", "hidden_activation"}) {
+    // Gemma's folders name the exact GELU in hidden_act and compute its approximation.
+    if (!IsSet(config, key) || (IsGemma(model) && config[key] == "gelu")) continue;
+    if (config[key] != (IsGemma(model) ? "gelu_pytorch_tanh" : "silu"))
+      return Unsupported(absl::StrCat(key, " ", config[key].dump()));
+  }
+  if (IsGemma(model)) KVTIDE_RETURN_IF_ERROR(ReadGemma(config, &model));
   if (IsSet(config, "quantization_config")) return Unsupported("quantization_config (quantised weights)");
   KVTIDE_RETURN_IF_ERROR(ReadRope(config, &model));
   KVTIDE_RETURN_IF_ERROR(ReadWindow(config, &model));
@@ -212,11 +270,15 @@ absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& folder) {
   return model;
 }
 
-std::vector<double> RopeFrequencies(const ModelConfig& config) {
+std::vector<double> RopeFrequencies(const ModelConfig& config, bool local) {
+  local = local && config.local_rope_theta > 0;
   std::vector<double> frequencies(config.head_dim / 2);
   for (int i = 0; i < config.head_dim / 2; ++i) {
-    double frequency = std::pow(config.rope_theta, -2.0 * i / config.head_dim);
-    if (config.rope_scaling == RopeScaling::kLinear) {
+    double frequency =
+        std::pow(local ? config.local_rope_theta : config.rope_theta, -2.0 * i / config.head_dim);
+    if (!local && !config.rope_divisors.empty()) frequency /= config.rope_divisors[static_cast<size_t>(i)];
+    if (local) {  // as it is
+    } else if (config.rope_scaling == RopeScaling::kLinear) {
       frequency /= config.rope_factor;
     } else if (config.rope_scaling == RopeScaling::kLlama3) {
       // Waves shorter than original/high stay, longer than original/low are stretched, between them a blend.

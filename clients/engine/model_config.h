@@ -1,6 +1,7 @@
-// What the engine needs to know of a model, read from the config.json of a Hugging Face folder. The reader
-// accepts the Llama family (Llama, Mistral, Qwen2, Qwen3) and refuses by name every setting that would change
-// the result and that the engine does not compute: a wrong answer would look like a bad cache.
+// What the engine needs to know of a model, read from the config.json of a Hugging Face folder (a GGUF file:
+// model_files.h). The reader accepts Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3 and Phi-3, and refuses by
+// name every setting that would change the result and that the engine does not compute: a wrong answer would
+// look like a bad cache.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +14,7 @@
 namespace kvtide::engine {
 
 enum class RopeScaling { kNone, kLinear, kLlama3 };
+enum class Activation { kSilu, kGeluTanh };
 
 struct ModelConfig {
   std::string architecture;
@@ -31,7 +33,18 @@ struct ModelConfig {
   bool output_bias = false;     // Llama with attention_bias
   bool query_key_norm = false;  // Qwen3: RMSNorm of each head's q and k before the rotation
 
+  Activation activation = Activation::kSilu;
+  float embedding_scale = 1;                       // Gemma: embeddings are multiplied by it
+  bool norm_plus_one = false;                      // Gemma's folders: norms are stored less one
+  bool sandwich_norms = false;                     // Gemma: norms behind attention and feed-forward too
+  bool fused_projections = false;                  // Phi-3: q, k and v in one matrix, gate and up in another
+  float attention_scale = 0;                       // 0 = 1/sqrt(head_dim)
+  float attention_softcap = 0, final_softcap = 0;  // 0 = none
+  std::vector<int> layer_windows;                  // of each layer, 0 = all tokens; empty = sliding_window
+
   double rope_theta = 10000;
+  double local_rope_theta = 0;        // of layers with a window, unscaled; 0 = as the others
+  std::vector<double> rope_divisors;  // of each frequency (GGUF); empty = none
   RopeScaling rope_scaling = RopeScaling::kNone;
   double rope_factor = 1;
   double rope_low_frequency = 1;
@@ -41,6 +54,9 @@ struct ModelConfig {
   int32_t bos_token = -1;           // -1 = none
   std::vector<int32_t> eos_tokens;  // any of them ends a text
 
+  int window(int layer) const {
+    return layer_windows.empty() ? sliding_window : layer_windows[static_cast<size_t>(layer)];
+  }
   // Query heads that share one KV head.
   int group() const { return query_heads / kv_heads; }
 };
@@ -50,7 +66,8 @@ absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view json_text);
 // Reads FOLDER/config.json.
 absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& folder);
 
-// One frequency per pair of channels, head_dim / 2 of them, after the scaling that the config asks for.
-std::vector<double> RopeFrequencies(const ModelConfig& config);
+// One frequency per pair of channels, head_dim / 2 of them, after the scaling that the config asks for; of
+// the layers with a window if `local`.
+std::vector<double> RopeFrequencies(const ModelConfig& config, bool local = false);
 
 }  // namespace kvtide::engine

@@ -179,6 +179,25 @@ PackedMatrix::PackedMatrix(const void* weights, DataType type, int outputs, int 
   }
 }
 
+PackedMatrix::PackedMatrix(const WeightTensor& weights) {
+  const int outputs = static_cast<int>(weights.rows()), inputs = static_cast<int>(weights.row_values());
+  if (weights.type.has_value() && weights.paired_heads == 0) {
+    *this = PackedMatrix(weights.bytes.data(), *weights.type, outputs, inputs);
+    return;
+  }
+  outputs_ = outputs;
+  inputs_ = inputs;
+  const int panels = (outputs + kPanelWidth - 1) / kPanelWidth;
+  storage_.resize(static_cast<size_t>(panels) * kPanelWidth * static_cast<size_t>(inputs));
+  std::vector<float> row(static_cast<size_t>(inputs));
+  for (int o = 0; o < outputs; ++o) {
+    weights.Row(o, row.data());
+    uint32_t* column =
+        storage_.data() + static_cast<size_t>(o / kPanelWidth) * inputs * kPanelWidth + o % kPanelWidth;
+    for (int k = 0; k < inputs; ++k) column[static_cast<size_t>(k) * kPanelWidth] = FloatBits(row[k]);
+  }
+}
+
 const void* PackedMatrix::Panel(int index) const {
   const size_t bytes = static_cast<size_t>(inputs_) * kPanelWidth * DataTypeBytes(type_);
   return reinterpret_cast<const unsigned char*>(storage_.data()) + index * bytes;

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "clients/engine/weight_tensor.h"
 #include "kernels/base/data_type.h"
 #include "kernels/base/thread_pool.h"
 
@@ -24,6 +25,8 @@ void MultiplyPanel(const float* a, size_t a_stride, int rows, const void* panel,
 class PackedMatrix {
  public:
   PackedMatrix() = default;
+  // In the tensor's type, or f32 if it is coded or its rows are out of order.
+  explicit PackedMatrix(const WeightTensor& weights);
   // `weights` is row-major [outputs][inputs]; it may be unaligned.
   PackedMatrix(const void* weights, DataType type, int outputs, int inputs);
 

@@ -104,20 +104,27 @@ absl::StatusOr<SafetensorsFolder> SafetensorsFolder::Open(const std::string& fol
   return model;
 }
 
+absl::Status CheckWeight(const WeightTensor& tensor, const std::string& file, const std::string& name,
+                         std::span<const int64_t> shape) {
+  if (!std::equal(shape.begin(), shape.end(), tensor.shape.begin(), tensor.shape.end())) {
+    return absl::InvalidArgumentError(absl::StrCat(file, ": tensor ", name, " has the shape ",
+                                                   ShapeText(tensor.shape), ", the model's sizes ask for ",
+                                                   ShapeText(shape)));
+  }
+  if (!tensor.readable()) {
+    return absl::UnimplementedError(absl::StrCat(
+        file, ": tensor ", name, " is ", tensor.type_name,
+        "; the engine reads F32, F16 and BF16 weights, and of GGUF Q4_0 to Q8_0 and Q2_K to Q6_K"));
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<WeightTensor> SafetensorsFolder::Get(const std::string& name,
                                                     std::span<const int64_t> shape) const {
   const auto found = tensors_.find(name);
   if (found == tensors_.end()) return absl::NotFoundError(absl::StrCat(folder_, " has no tensor ", name));
   const WeightTensor& tensor = found->second;
-  if (!std::equal(shape.begin(), shape.end(), tensor.shape.begin(), tensor.shape.end())) {
-    return absl::InvalidArgumentError(absl::StrCat(folder_, ": tensor ", name, " has the shape ",
-                                                   ShapeText(tensor.shape), ", config.json asks for ",
-                                                   ShapeText(shape)));
-  }
-  if (!tensor.type) {
-    return absl::UnimplementedError(absl::StrCat(folder_, ": tensor ", name, " is ", tensor.type_name,
-                                                 "; the engine reads F32, F16 and BF16 weights"));
-  }
+  KVTIDE_RETURN_IF_ERROR(CheckWeight(tensor, folder_, name, shape));
   return tensor;
 }
 

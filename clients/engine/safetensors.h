@@ -8,25 +8,17 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "kernels/base/data_type.h"
+#include "clients/engine/weight_tensor.h"
 
 namespace kvtide::engine {
 
 std::string ShapeText(std::span<const int64_t> shape);
-
-struct WeightTensor {
-  std::optional<DataType> type;  // none: a type that the engine does not compute with (integers, float8)
-  std::string type_name;         // as the file says, for messages
-  std::vector<int64_t> shape;
-  std::span<const std::byte> bytes;
-};
 
 using WeightMap = std::map<std::string, WeightTensor>;
 
@@ -34,6 +26,10 @@ using WeightMap = std::map<std::string, WeightTensor>;
 // notes.
 absl::StatusOr<WeightMap> ParseSafetensors(std::span<const std::byte> file,
                                            std::map<std::string, std::string>* metadata = nullptr);
+
+// INVALID_ARGUMENT when the shape differs, UNIMPLEMENTED when the type is none that the engine computes with.
+absl::Status CheckWeight(const WeightTensor& tensor, const std::string& file, const std::string& name,
+                         std::span<const int64_t> shape);
 
 // A file mapped into memory, read-only.
 class MappedFile {

@@ -2,14 +2,19 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdio>
 #include <fstream>
+#include <functional>
 #include <queue>
 #include <sstream>
 #include <unordered_map>
 #include <utility>
 
 #include "absl/container/flat_hash_map.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_replace.h"
+#include "clients/engine/model_files.h"
 #include "clients/engine/text_splitter.h"
 #include "clients/engine/utf8.h"
 #include "kernels/base/status.h"
@@ -19,6 +24,16 @@ namespace kvtide::engine {
 namespace {
 
 using nlohmann::json;
+using planner::GgufArray;
+using planner::GgufFile;
+
+const char kOneDigit[] = R"(\p{N})";
+
+// The splitting rule of Llama 3 and Qwen 2, which differ in how many digits stand together.
+std::string WordPattern(const std::string& digits) {
+  return absl::StrCat(R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N})", digits,
+                      R"(| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)");
+}
 
 // Byte-level BPE writes each byte as one printable character: printable Latin-1 bytes stand for themselves,
 // the other 68 bytes take the characters from U+0100 on, in order.
@@ -85,6 +100,7 @@ std::string TextOr(const json& part, const char* key, const char* fallback) {
 struct AddedToken {
   std::string content;
   int32_t id;
+  bool always = false;  // read as a token in plain text too (SentencePiece's user-defined symbols)
 };
 
 }  // namespace
@@ -97,9 +113,11 @@ struct Tokenizer::Impl {
   std::vector<std::unique_ptr<TextSplitter>> splitters;
   std::unique_ptr<TextSplitter> needs_normalising;  // set when the file asks for NFC
   std::vector<AddedToken> added;                    // longest first
+  std::array<bool, 256> starts{};                   // bytes that an added token begins with
   bool add_prefix_space = false;
   bool ignore_merges = false;
-  bool adds_bos = false;
+  int32_t bos = -1;
+  std::vector<int32_t> score_rank;  // by id, of a vocabulary with scores; then `merges` is empty
 
   absl::Status ReadModel(const json& model);
   absl::Status ReadMerges(const json& merges, const absl::flat_hash_map<std::string, int32_t>& ids);
@@ -107,6 +125,12 @@ struct Tokenizer::Impl {
   absl::Status ReadNormalizer(const json& part);
   absl::Status ReadAddedTokens(const json& list);
   void ReadPostProcessor(const json& part);
+  absl::Status ReadConfig(const json& config);
+  absl::Status ReadGguf(const GgufFile& file);
+  absl::Status ReadGgufMerges(const GgufFile& file, const std::vector<std::string>& tokens);
+  void ReadScores(const std::vector<float>& scores);
+  absl::Status AddSplitter(const std::string& pattern);
+  Merge FindMerge(int32_t left, int32_t right) const;  // result -1: none
 
   absl::Status EncodeStretch(std::string_view text, std::vector<int32_t>* out) const;
   absl::Status EncodePiece(std::string_view piece, std::vector<int32_t>* out) const;
@@ -190,9 +214,15 @@ absl::Status Tokenizer::Impl::ReadPreTokenizer(const json& part) {
     if (TextOr(part, "behavior", "") != "Isolated" || FlagOr(part, "invert", false))
       return Unsupported("a Split that is not Isolated");
     pattern = rule["Regex"].get<std::string>();
+  } else if (type == "Digits") {  // characters of the class N, each by itself or in runs
+    pattern = FlagOr(part, "individual_digits", false) ? kOneDigit : R"(\p{N}+)";
   } else {
     return Unsupported(absl::StrCat("the pre_tokenizer \"", type, "\""));
   }
+  return AddSplitter(pattern);
+}
+
+absl::Status Tokenizer::Impl::AddSplitter(const std::string& pattern) {
   KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<TextSplitter> splitter, TextSplitter::Create(pattern));
   splitters.push_back(std::move(splitter));
   return absl::OkStatus();
@@ -238,8 +268,143 @@ void Tokenizer::Impl::ReadPostProcessor(const json& part) {
   if (TextOr(part, "type", "") != "TemplateProcessing" || !part.contains("single") ||
       !part["single"].is_array())
     return;
-  adds_bos =
-      !part["single"].empty() && part["single"][0].is_object() && part["single"][0].contains("SpecialToken");
+  if (part["single"].empty() || !part["single"][0].is_object() || !part["single"][0].contains("SpecialToken"))
+    return;
+  const std::string name = TextOr(part["single"][0]["SpecialToken"], "id", "");
+  for (const AddedToken& token : added)
+    if (token.content == name) bos = token.id;
+}
+
+// What tokenizer_config.json says of BOS, where the post-processor says nothing.
+absl::Status Tokenizer::Impl::ReadConfig(const json& config) {
+  if (bos >= 0 || !FlagOr(config, "add_bos_token", false)) return absl::OkStatus();
+  std::string name = TextOr(config, "bos_token", "");
+  if (name.empty() && config.contains("bos_token")) name = TextOr(config["bos_token"], "content", "");
+  for (const AddedToken& token : added)
+    if (token.content == name) bos = token.id;
+  if (bos < 0)
+    return absl::InvalidArgumentError(absl::StrCat(
+        "tokenizer_config.json: add_bos_token is true, but bos_token \"", name, "\" is no added token"));
+  return absl::OkStatus();
+}
+
+absl::Status Tokenizer::Impl::ReadGguf(const GgufFile& file) {
+  const auto array = [&](const char* key) -> const GgufArray* {
+    const auto found = file.metadata.find(key);
+    return found == file.metadata.end() ? nullptr : std::get_if<GgufArray>(&found->second);
+  };
+  const auto text = [&](const char* key) -> std::string {
+    const auto found = file.metadata.find(key);
+    const std::string* value =
+        found == file.metadata.end() ? nullptr : std::get_if<std::string>(&found->second);
+    return value == nullptr ? "" : *value;
+  };
+  const std::string model = text("tokenizer.ggml.model"), pre = text("tokenizer.ggml.pre");
+  const GgufArray *tokens = array("tokenizer.ggml.tokens"), *types = array("tokenizer.ggml.token_type"),
+                  *scores = array("tokenizer.ggml.scores");
+  if (model != "gpt2" && model != "llama")
+    return absl::UnimplementedError(
+        absl::StrCat("GGUF: the tokenizer \"", model, "\" is not supported; gpt2 and llama are"));
+  if (tokens == nullptr || tokens->strings.empty() || tokens->strings.size() > (1u << 24))
+    return absl::InvalidArgumentError("GGUF: tokenizer.ggml.tokens is missing");
+  const size_t count = tokens->strings.size();
+  if (types != nullptr && types->integers.size() != count)
+    return absl::InvalidArgumentError(
+        "GGUF: tokenizer.ggml.token_type is not as long as tokenizer.ggml.tokens");
+  const bool by_scores = model == "llama";
+  if (by_scores && (scores == nullptr || scores->floats.size() != count))
+    return absl::InvalidArgumentError("GGUF: tokenizer.ggml.scores is not as long as tokenizer.ggml.tokens");
+  enum { kNormal = 1, kControl = 3, kUserDefined = 4, kByte = 6 };
+  byte_token.fill(-1);
+  token_bytes.resize(count);
+  for (size_t id = 0; id < count; ++id) {
+    const std::string& token = tokens->strings[id];
+    const int64_t type = types == nullptr ? int64_t{kNormal} : types->integers[id];
+    std::string bytes = token;
+    if (by_scores && type == kByte) {
+      unsigned value = 0;  // <0x0A>
+      if (token.size() != 6 || std::sscanf(token.c_str(), "<0x%2x>", &value) != 1)
+        return absl::InvalidArgumentError(absl::StrCat("GGUF: the byte token \"", token, "\" is no byte"));
+      byte_token[static_cast<size_t>(value)] = static_cast<int32_t>(id);
+      token_bytes[id] = std::string(1, static_cast<char>(value));
+      continue;
+    }
+    if (by_scores) {
+      bytes = absl::StrReplaceAll(token, {{"\xE2\x96\x81", " "}});
+    } else if (type == kNormal && !EntryBytes(token, &bytes)) {
+      bytes = token;
+    }
+    token_bytes[id] = bytes;
+    if (type == kControl || type == kUserDefined) {
+      if (!bytes.empty())
+        added.push_back({bytes, static_cast<int32_t>(id), by_scores && type == kUserDefined});
+      if (type == kControl) continue;
+    }
+    whole.emplace(bytes, static_cast<int32_t>(id));
+    if (!by_scores && bytes.size() == 1)
+      byte_token[static_cast<uint8_t>(bytes[0])] = static_cast<int32_t>(id);
+  }
+  std::stable_sort(added.begin(), added.end(), [](const AddedToken& a, const AddedToken& b) {
+    return a.content.size() > b.content.size();
+  });
+  KVTIDE_ASSIGN_OR_RETURN(const int64_t space, file.Integer("tokenizer.ggml.add_space_prefix", by_scores));
+  add_prefix_space = space != 0;
+  KVTIDE_ASSIGN_OR_RETURN(const int64_t adds, file.Integer("tokenizer.ggml.add_bos_token",
+                                                           by_scores || absl::StartsWith(pre, "llama")));
+  KVTIDE_ASSIGN_OR_RETURN(const int64_t id, file.Integer("tokenizer.ggml.bos_token_id", -1));
+  if (adds != 0 && id >= 0 && id < static_cast<int64_t>(count)) bos = static_cast<int32_t>(id);
+  if (by_scores) {
+    ReadScores(scores->floats);
+    return absl::OkStatus();
+  }
+  if (pre == "smollm") {
+    KVTIDE_RETURN_IF_ERROR(AddSplitter(kOneDigit));
+    KVTIDE_RETURN_IF_ERROR(AddSplitter(kGpt2Pattern));
+  } else if (pre == "gpt-2") {
+    KVTIDE_RETURN_IF_ERROR(AddSplitter(kGpt2Pattern));
+  } else if (pre == "llama-bpe" || pre == "llama3" || pre == "llama-v3") {
+    ignore_merges = true;
+    KVTIDE_RETURN_IF_ERROR(AddSplitter(WordPattern("{1,3}")));
+  } else if (pre == "qwen2") {
+    KVTIDE_RETURN_IF_ERROR(ReadNormalizer({{"type", "NFC"}}));
+    KVTIDE_RETURN_IF_ERROR(AddSplitter(WordPattern("")));
+  } else {
+    return absl::UnimplementedError(absl::StrCat(
+        "GGUF: the splitting rule \"", pre, "\" is not supported (gpt-2, smollm, llama-bpe and qwen2 are)"));
+  }
+  return ReadGgufMerges(file, tokens->strings);
+}
+
+absl::Status Tokenizer::Impl::ReadGgufMerges(const GgufFile& file, const std::vector<std::string>& tokens) {
+  const auto found = file.metadata.find("tokenizer.ggml.merges");
+  const GgufArray* list = found == file.metadata.end() ? nullptr : std::get_if<GgufArray>(&found->second);
+  if (list == nullptr) return absl::InvalidArgumentError("GGUF: tokenizer.ggml.merges is missing");
+  absl::flat_hash_map<std::string, int32_t> ids;
+  for (size_t id = 0; id < tokens.size(); ++id) ids.emplace(tokens[id], static_cast<int32_t>(id));
+  json entries = json::array();
+  for (const std::string& merge : list->strings) entries.push_back(merge);
+  return ReadMerges(entries, ids);
+}
+
+// Higher scores merge first.
+void Tokenizer::Impl::ReadScores(const std::vector<float>& scores) {
+  std::vector<float> order = scores;
+  std::sort(order.begin(), order.end(), std::greater<>());
+  order.erase(std::unique(order.begin(), order.end()), order.end());
+  for (const float score : scores)
+    score_rank.push_back(static_cast<int32_t>(
+        std::lower_bound(order.begin(), order.end(), score, std::greater<>()) - order.begin()));
+}
+
+Merge Tokenizer::Impl::FindMerge(int32_t left, int32_t right) const {
+  if (score_rank.empty()) {
+    const auto found = merges.find(PairKey(left, right));
+    return found == merges.end() ? Merge{0, -1} : found->second;
+  }
+  const auto found = whole.find(
+      absl::StrCat(token_bytes[static_cast<size_t>(left)], token_bytes[static_cast<size_t>(right)]));
+  if (found == whole.end()) return {0, -1};
+  return {score_rank[static_cast<size_t>(found->second)], found->second};
 }
 
 absl::Status Tokenizer::Impl::EncodePiece(std::string_view piece, std::vector<int32_t>* out) const {
@@ -262,20 +427,36 @@ absl::Status Tokenizer::Impl::EncodePiece(std::string_view piece, std::vector<in
       return rank != o.rank ? rank > o.rank : position > o.position;
     }
   };
-  const int32_t size = static_cast<int32_t>(piece.size());
-  std::vector<Part> parts(piece.size());
-  for (int32_t i = 0; i < size; ++i) {
-    const int32_t token = byte_token[static_cast<uint8_t>(piece[i])];
-    if (token < 0)
-      return absl::InvalidArgumentError("the vocabulary of tokenizer.json lacks a byte of the text");
-    parts[i] = {token, i - 1, i + 1 < size ? i + 1 : -1};
+  std::vector<int32_t> first;  // bytes, or characters that the vocabulary has
+  for (size_t at = 0; at < piece.size();) {
+    size_t next = at + 1;
+    if (!score_rank.empty()) {
+      uint32_t character = 0;
+      size_t end = at;
+      if (NextCharacter(piece, &end, &character)) next = end;
+      const auto found = whole.find(absl::string_view(piece.data() + at, next - at));
+      if (found != whole.end()) {
+        first.push_back(found->second);
+        at = next;
+        continue;
+      }
+    }
+    for (; at < next; ++at) {
+      const int32_t token = byte_token[static_cast<uint8_t>(piece[at])];
+      if (token < 0)
+        return absl::InvalidArgumentError("the vocabulary of the tokenizer lacks a byte of the text");
+      first.push_back(token);
+    }
   }
+  const int32_t size = static_cast<int32_t>(first.size());
+  std::vector<Part> parts(first.size());
+  for (int32_t i = 0; i < size; ++i) parts[i] = {first[i], i - 1, i + 1 < size ? i + 1 : -1};
   std::priority_queue<Candidate> heap;
   const auto consider = [&](int32_t left) {
     if (left < 0 || parts[left].next < 0) return;
     const int32_t a = parts[left].token, b = parts[parts[left].next].token;
-    const auto merge = merges.find(PairKey(a, b));
-    if (merge != merges.end()) heap.push({merge->second.rank, left, a, b, merge->second.result});
+    const Merge merge = FindMerge(a, b);
+    if (merge.result >= 0) heap.push({merge.rank, left, a, b, merge.result});
   };
   for (int32_t i = 0; i + 1 < size; ++i) consider(i);
   while (!heap.empty()) {
@@ -331,7 +512,9 @@ absl::Status Tokenizer::Impl::EncodeStretch(std::string_view text, std::vector<i
   return absl::OkStatus();
 }
 
-Tokenizer::Tokenizer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Tokenizer::Tokenizer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {
+  for (const AddedToken& token : impl_->added) impl_->starts[static_cast<uint8_t>(token.content[0])] = true;
+}
 Tokenizer::~Tokenizer() = default;
 
 absl::StatusOr<std::unique_ptr<Tokenizer>> Tokenizer::Parse(std::string_view json_text) {
@@ -350,16 +533,38 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> Tokenizer::Parse(std::string_view jso
   return std::unique_ptr<Tokenizer>(new Tokenizer(std::move(impl)));
 }
 
-absl::StatusOr<std::unique_ptr<Tokenizer>> Tokenizer::Load(const std::string& folder) {
-  const std::string path = absl::StrCat(folder, "/tokenizer.json");
-  std::ifstream in(path, std::ios::binary);
-  if (!in)
-    return absl::NotFoundError(
-        absl::StrCat("cannot open ", path, " (a Hugging Face model folder is expected)"));
-  std::ostringstream text;
-  text << in.rdbuf();
-  auto tokenizer = Parse(text.str());
-  if (!tokenizer.ok()) return Annotate(tokenizer.status(), folder);
+absl::StatusOr<std::unique_ptr<Tokenizer>> Tokenizer::OfGguf(const GgufFile& file) {
+  auto impl = std::make_unique<Impl>();
+  KVTIDE_RETURN_IF_ERROR(impl->ReadGguf(file));
+  return std::unique_ptr<Tokenizer>(new Tokenizer(std::move(impl)));
+}
+
+absl::StatusOr<std::unique_ptr<Tokenizer>> Tokenizer::Load(const std::string& path) {
+  if (IsGguf(path)) {
+    KVTIDE_ASSIGN_OR_RETURN(const GgufFile file, planner::ReadGguf(path, planner::GgufKeep::kVocabulary));
+    auto tokenizer = OfGguf(file);
+    if (!tokenizer.ok()) return Annotate(tokenizer.status(), path);
+    return tokenizer;
+  }
+  const auto read = [](const std::string& file, std::string* text) {
+    std::ifstream in(file, std::ios::binary);
+    if (!in) return false;
+    std::ostringstream all;
+    all << in.rdbuf();
+    *text = all.str();
+    return true;
+  };
+  std::string text;
+  if (!read(absl::StrCat(path, "/tokenizer.json"), &text))
+    return absl::NotFoundError(absl::StrCat(
+        "cannot open ", path, "/tokenizer.json (a Hugging Face model folder or a GGUF file is expected)"));
+  auto tokenizer = Parse(text);
+  if (!tokenizer.ok()) return Annotate(tokenizer.status(), path);
+  if (read(absl::StrCat(path, "/tokenizer_config.json"), &text)) {
+    const json config = json::parse(text, nullptr, /*allow_exceptions=*/false);
+    const absl::Status status = (*tokenizer)->impl_->ReadConfig(config);
+    if (!status.ok()) return Annotate(status, path);
+  }
   return tokenizer;
 }
 
@@ -370,8 +575,13 @@ absl::StatusOr<std::vector<int32_t>> Tokenizer::Encode(std::string_view text, Ad
   }
   std::vector<int32_t> out;
   size_t begin = 0;
-  for (size_t at = 0; added == AddedTokens::kRecognise && at < text.size(); ++at) {
+  const bool all = added == AddedTokens::kRecognise;
+  const bool any = std::any_of(impl_->added.begin(), impl_->added.end(),
+                               [&](const AddedToken& token) { return all || token.always; });
+  for (size_t at = 0; any && at < text.size(); ++at) {
+    if (!impl_->starts[static_cast<uint8_t>(text[at])]) continue;
     for (const AddedToken& token : impl_->added) {
+      if (!all && !token.always) continue;
       if (text.compare(at, token.content.size(), token.content) != 0) continue;
       KVTIDE_RETURN_IF_ERROR(impl_->EncodeStretch(text.substr(begin, at - begin), &out));
       out.push_back(token.id);
@@ -394,7 +604,13 @@ std::string Tokenizer::Decode(std::span<const int32_t> tokens) const {
 }
 
 int Tokenizer::vocab_size() const { return static_cast<int>(impl_->token_bytes.size()); }
-bool Tokenizer::adds_bos() const { return impl_->adds_bos; }
+int32_t Tokenizer::bos() const { return impl_->bos; }
+
+absl::StatusOr<std::vector<int32_t>> Tokenizer::EncodeText(std::string_view text) const {
+  KVTIDE_ASSIGN_OR_RETURN(std::vector<int32_t> tokens, Encode(text));
+  if (bos() >= 0) tokens.insert(tokens.begin(), bos());
+  return tokens;
+}
 
 std::string TextStream::Add(int32_t token) {
   pending_ += tokenizer_.Decode({&token, 1});

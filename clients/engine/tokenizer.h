@@ -1,7 +1,9 @@
-// A byte-level BPE tokenizer read from a Hugging Face tokenizer.json (GPT-2, Llama 3, Qwen and the like):
-// text is split by the file's regular expressions with Unicode classes, the bytes of each piece are merged by
-// rank. Encode adds no special tokens by itself but recognises the added tokens of the file in the text when
-// asked. Immutable after Load; Encode and Decode may run on any number of threads.
+// A BPE tokenizer: of a Hugging Face tokenizer.json (byte-level: GPT-2, Llama 3, Qwen, SmolLM and the like),
+// or of the vocabulary in a GGUF file (the same, and SentencePiece vocabularies with scores: Llama 2, Gemma).
+// Text is split by regular expressions with Unicode classes and the bytes of each piece are merged by rank;
+// with scores whole characters are merged by score and what the vocabulary lacks is spelt in bytes. Encode
+// adds no special tokens by itself but recognises the added tokens of the file in the text when asked.
+// Immutable after Load; Encode and Decode may run on any number of threads.
 #pragma once
 
 #include <cstdint>
@@ -12,13 +14,16 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "planner/model/gguf.h"
 
 namespace kvtide::engine {
 
 class Tokenizer {
  public:
-  // Reads FOLDER/tokenizer.json. UNIMPLEMENTED names a part of the file that is not byte-level BPE.
-  static absl::StatusOr<std::unique_ptr<Tokenizer>> Load(const std::string& folder);
+  // Reads FOLDER/tokenizer.json (and add_bos_token of tokenizer_config.json), or the vocabulary of a GGUF
+  // file. UNIMPLEMENTED names a part that is not understood.
+  static absl::StatusOr<std::unique_ptr<Tokenizer>> Load(const std::string& path);
+  static absl::StatusOr<std::unique_ptr<Tokenizer>> OfGguf(const planner::GgufFile& file);
   static absl::StatusOr<std::unique_ptr<Tokenizer>> Parse(std::string_view json_text);
   ~Tokenizer();
 
@@ -34,8 +39,11 @@ class Tokenizer {
   std::string Decode(std::span<const int32_t> tokens) const;
 
   int vocab_size() const;
-  // True when texts for this model start with its first special token (from the file's post-processor).
-  bool adds_bos() const;
+  // The token that texts for this model start with: what the tokenizer says, whatever config.json calls its
+  // BOS. -1 = none.
+  int32_t bos() const;
+  // Encode, with bos() in front if there is one.
+  absl::StatusOr<std::vector<int32_t>> EncodeText(std::string_view text) const;
 
  private:
   struct Impl;

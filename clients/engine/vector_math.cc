@@ -53,6 +53,12 @@ void RmsNormRow(const float* x, const float* weight, size_t n, float epsilon, fl
       [&](size_t i) { out[i] = x[i] * factor * weight[i]; });
 }
 
+// exp(-x), 1e38 at most: Highway's Exp gives nonsense above 104.
+HWY_INLINE Vector ExpOfNegative(Vector x) {
+  const Floats d;
+  return hn::Exp(d, hn::Min(hn::Neg(x), hn::Set(d, 87.0f)));
+}
+
 void SiluMultiplyRow(float* gate, const float* up, size_t n) {
   const Floats d;
   const Vector one = hn::Set(d, 1.0f);
@@ -60,10 +66,43 @@ void SiluMultiplyRow(float* gate, const float* up, size_t n) {
       n,
       [&](size_t i) {
         const Vector g = hn::LoadU(d, gate + i);
-        const Vector silu = hn::Div(g, hn::Add(one, hn::Exp(d, hn::Neg(g))));
+        const Vector silu = hn::Div(g, hn::Add(one, ExpOfNegative(g)));
         hn::StoreU(hn::Mul(silu, hn::LoadU(d, up + i)), d, gate + i);
       },
       [&](size_t i) { gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i]; });
+}
+
+// x * sigmoid(2u) with u = sqrt(2 / pi) * (x + 0.044715 x^3) is the tanh form of GELU.
+void GeluMultiplyRow(float* gate, const float* up, size_t n) {
+  constexpr float kTwice = 1.5957691216057308f, kCubic = 0.044715f;
+  const Floats d;
+  const Vector one = hn::Set(d, 1.0f);
+  ForEach(
+      n,
+      [&](size_t i) {
+        const Vector g = hn::LoadU(d, gate + i);
+        const Vector u =
+            hn::Mul(hn::Mul(g, hn::Set(d, kTwice)), hn::MulAdd(hn::Mul(g, g), hn::Set(d, kCubic), one));
+        const Vector gelu = hn::Div(g, hn::Add(one, ExpOfNegative(u)));
+        hn::StoreU(hn::Mul(gelu, hn::LoadU(d, up + i)), d, gate + i);
+      },
+      [&](size_t i) {
+        const float g = gate[i], u = g * kTwice * (g * g * kCubic + 1.0f);
+        gate[i] = g / (1.0f + std::exp(-u)) * up[i];
+      });
+}
+
+// tanh(y) = 1 - 2 / (exp(2y) + 1).
+void SoftCapRow(float* x, size_t n, float cap) {
+  const Floats d;
+  const Vector one = hn::Set(d, 1.0f), two = hn::Set(d, 2.0f), factor = hn::Set(d, 2 / cap);
+  ForEach(
+      n,
+      [&](size_t i) {
+        const Vector e = hn::Exp(d, hn::Min(hn::Mul(hn::LoadU(d, x + i), factor), hn::Set(d, 80.0f)));
+        hn::StoreU(hn::Mul(hn::Set(d, cap), hn::Sub(one, hn::Div(two, hn::Add(e, one)))), d, x + i);
+      },
+      [&](size_t i) { x[i] = cap * std::tanh(x[i] / cap); });
 }
 
 void AddToRow(float* x, const float* y, size_t n) {
@@ -146,6 +185,8 @@ namespace kvtide::engine {
 
 HWY_EXPORT(RmsNormRow);
 HWY_EXPORT(SiluMultiplyRow);
+HWY_EXPORT(GeluMultiplyRow);
+HWY_EXPORT(SoftCapRow);
 HWY_EXPORT(AddToRow);
 HWY_EXPORT(ScaleRow);
 HWY_EXPORT(MaximumOfRow);
@@ -160,6 +201,12 @@ void RmsNorm(const float* x, const float* weight, size_t n, float epsilon, float
 void SiluMultiply(float* gate, const float* up, size_t n) {
   HWY_DYNAMIC_DISPATCH(SiluMultiplyRow)(gate, up, n);
 }
+
+void GeluMultiply(float* gate, const float* up, size_t n) {
+  HWY_DYNAMIC_DISPATCH(GeluMultiplyRow)(gate, up, n);
+}
+
+void SoftCap(float* x, size_t n, float cap) { HWY_DYNAMIC_DISPATCH(SoftCapRow)(x, n, cap); }
 
 void AddTo(float* x, const float* y, size_t n) { HWY_DYNAMIC_DISPATCH(AddToRow)(x, y, n); }
 

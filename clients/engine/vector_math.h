@@ -12,6 +12,12 @@ void RmsNorm(const float* x, const float* weight, size_t n, float epsilon, float
 // gate = silu(gate) * up.
 void SiluMultiply(float* gate, const float* up, size_t n);
 
+// gate = gelu(gate) * up, GELU by its tanh form.
+void GeluMultiply(float* gate, const float* up, size_t n);
+
+// x = cap * tanh(x / cap).
+void SoftCap(float* x, size_t n, float cap);
+
 // x += y.
 void AddTo(float* x, const float* y, size_t n);
 

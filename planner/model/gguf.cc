@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "kernels/base/sizes.h"
 #include "kernels/base/status.h"
 
 namespace kvtide::planner {
@@ -21,6 +22,7 @@ constexpr uint64_t kMaxKeptIntegers = 1 << 16;
 constexpr int64_t kMaxElements = int64_t{1} << 48;
 constexpr size_t kMaxHeaderBytes = size_t{1} << 30;
 constexpr int64_t kMaxParts = 9999;
+constexpr int64_t kMaxAlignment = 1 << 20;
 
 enum ValueType : uint32_t {
   kU8,
@@ -129,7 +131,8 @@ absl::StatusOr<int64_t> ReadInteger(Reader& reader, uint32_t type) {
   return static_cast<int64_t>(value);
 }
 
-absl::StatusOr<GgufArray> ReadArray(Reader& reader) {
+absl::StatusOr<GgufArray> ReadArray(Reader& reader, GgufKeep keep) {
+  const bool all = keep == GgufKeep::kVocabulary;
   KVTIDE_ASSIGN_OR_RETURN(const uint32_t type, reader.Scalar<uint32_t>("an array type"));
   GgufArray array;
   KVTIDE_ASSIGN_OR_RETURN(array.count, reader.Scalar<uint64_t>("an array length"));
@@ -142,10 +145,20 @@ absl::StatusOr<GgufArray> ReadArray(Reader& reader) {
   }
   if (type == kString) {
     for (uint64_t i = 0; i < array.count; ++i) {
+      if (all) {
+        KVTIDE_ASSIGN_OR_RETURN(std::string text, reader.String("a string of an array", kMaxStringBytes));
+        array.strings.push_back(std::move(text));
+        continue;
+      }
       KVTIDE_ASSIGN_OR_RETURN(const uint64_t length, reader.Scalar<uint64_t>("a string of an array"));
       KVTIDE_RETURN_IF_ERROR(reader.Skip(length, "a string of an array"));
     }
-  } else if (type == kF32 || type == kF64 || array.count > kMaxKeptIntegers) {
+  } else if (all && type == kF32) {
+    for (uint64_t i = 0; i < array.count; ++i) {
+      KVTIDE_ASSIGN_OR_RETURN(const float value, reader.Scalar<float>("a number of an array"));
+      array.floats.push_back(value);
+    }
+  } else if (type == kF32 || type == kF64 || (array.count > kMaxKeptIntegers && !all)) {
     KVTIDE_RETURN_IF_ERROR(reader.Skip(array.count * static_cast<uint64_t>(SizeOf(type)), "an array"));
   } else {
     for (uint64_t i = 0; i < array.count; ++i) {
@@ -156,7 +169,7 @@ absl::StatusOr<GgufArray> ReadArray(Reader& reader) {
   return array;
 }
 
-absl::StatusOr<GgufValue> ReadValue(Reader& reader) {
+absl::StatusOr<GgufValue> ReadValue(Reader& reader, GgufKeep keep) {
   KVTIDE_ASSIGN_OR_RETURN(const uint32_t type, reader.Scalar<uint32_t>("a value type"));
   switch (type) {
     case kF32: {
@@ -176,7 +189,7 @@ absl::StatusOr<GgufValue> ReadValue(Reader& reader) {
       return GgufValue(std::move(value));
     }
     case kArray: {
-      KVTIDE_ASSIGN_OR_RETURN(GgufArray value, ReadArray(reader));
+      KVTIDE_ASSIGN_OR_RETURN(GgufArray value, ReadArray(reader, keep));
       return GgufValue(std::move(value));
     }
     default:
@@ -200,6 +213,7 @@ absl::StatusOr<GgufTensor> ReadTensor(Reader& reader) {
   for (uint32_t i = 0; i < dims; ++i) {
     KVTIDE_ASSIGN_OR_RETURN(const uint64_t size, reader.Scalar<uint64_t>("a tensor"));
     if (i == 0) row = size;
+    tensor.shape.insert(tensor.shape.begin(), static_cast<int64_t>(std::min(size, uint64_t{1} << 62)));
     if (size > static_cast<uint64_t>(kMaxElements) ||
         (size > 0 && tensor.elements > kMaxElements / static_cast<int64_t>(size))) {
       return absl::InvalidArgumentError(absl::StrCat("tensor '", name, "' is absurdly large"));
@@ -207,7 +221,11 @@ absl::StatusOr<GgufTensor> ReadTensor(Reader& reader) {
     tensor.elements *= static_cast<int64_t>(size);
   }
   KVTIDE_ASSIGN_OR_RETURN(const uint32_t type, reader.Scalar<uint32_t>("a tensor"));
-  KVTIDE_RETURN_IF_ERROR(reader.Scalar<uint64_t>("a tensor").status());
+  KVTIDE_ASSIGN_OR_RETURN(const uint64_t offset, reader.Scalar<uint64_t>("a tensor"));
+  if (offset > static_cast<uint64_t>(kMaxElements) * 8)
+    return absl::InvalidArgumentError(absl::StrCat("tensor '", name, "' lies at byte ", offset));
+  tensor.type = type;
+  tensor.offset = static_cast<int64_t>(offset);
   const TensorType format = FindTensorType(type);
   if (format.group == 0)
     return absl::InvalidArgumentError(absl::StrCat("tensor '", name, "' has unknown type ", type));
@@ -227,7 +245,7 @@ std::string PartPath(const std::string& path, int64_t number, int64_t parts) {
   return path.substr(0, path.size() - suffix.size()) + absl::StrFormat("-%05d-of-%05d.gguf", number, parts);
 }
 
-absl::StatusOr<GgufFile> ReadOne(const std::string& path) {
+absl::StatusOr<GgufFile> ReadOne(const std::string& path, GgufKeep keep) {
   std::ifstream file(path, std::ios::binary);
   if (!file) return absl::NotFoundError(absl::StrCat(path, ": cannot be opened"));
   std::string header;
@@ -237,9 +255,10 @@ absl::StatusOr<GgufFile> ReadOne(const std::string& path) {
     file.read(header.data() + have, static_cast<std::streamsize>(want - have));
     const bool end = static_cast<size_t>(file.gcount()) < want - have;
     header.resize(have + static_cast<size_t>(file.gcount()));
-    absl::StatusOr<GgufFile> parsed = ParseGguf(header);
+    absl::StatusOr<GgufFile> parsed = ParseGguf(header, keep);
     if (!parsed.ok() && absl::IsOutOfRange(parsed.status()) && !end && want < kMaxHeaderBytes) continue;
     if (!parsed.ok()) return absl::InvalidArgumentError(absl::StrCat(path, ": ", parsed.status().message()));
+    parsed->paths = {path};
     return parsed;
   }
 }
@@ -269,7 +288,7 @@ absl::StatusOr<std::vector<int64_t>> GgufFile::Integers(const std::string& key, 
   return absl::InvalidArgumentError(absl::StrCat("'", key, "' is neither a whole number nor a list of them"));
 }
 
-absl::StatusOr<GgufFile> ParseGguf(std::string_view header) {
+absl::StatusOr<GgufFile> ParseGguf(std::string_view header, GgufKeep keep) {
   if (header.size() >= 4 && header.substr(0, 4) != "GGUF") {
     return absl::InvalidArgumentError("not a GGUF file: it does not begin with 'GGUF'");
   }
@@ -290,7 +309,7 @@ absl::StatusOr<GgufFile> ParseGguf(std::string_view header) {
   }
   for (uint64_t i = 0; i < entries; ++i) {
     KVTIDE_ASSIGN_OR_RETURN(std::string key, reader.String("a metadata key", kMaxKeyBytes));
-    absl::StatusOr<GgufValue> value = ReadValue(reader);
+    absl::StatusOr<GgufValue> value = ReadValue(reader, keep);
     if (!value.ok()) return Annotate(value.status(), absl::StrCat("metadata '", key.substr(0, 128), "'"));
     file.metadata[std::move(key)] = *std::move(value);
   }
@@ -301,11 +320,16 @@ absl::StatusOr<GgufFile> ParseGguf(std::string_view header) {
     file.tensor_bytes += tensor.bytes;
     file.tensors.push_back(std::move(tensor));
   }
+  KVTIDE_ASSIGN_OR_RETURN(const int64_t alignment, file.Integer("general.alignment", 32));
+  if (alignment < 1 || alignment > kMaxAlignment)
+    return absl::InvalidArgumentError(
+        absl::StrCat("general.alignment is ", alignment, ", must be 1 to ", kMaxAlignment));
+  file.data_begin = {RoundUp(static_cast<int64_t>(reader.at()), alignment)};
   return file;
 }
 
-absl::StatusOr<GgufFile> ReadGguf(const std::string& path) {
-  KVTIDE_ASSIGN_OR_RETURN(GgufFile file, ReadOne(path));
+absl::StatusOr<GgufFile> ReadGguf(const std::string& path, GgufKeep keep) {
+  KVTIDE_ASSIGN_OR_RETURN(GgufFile file, ReadOne(path, keep));
   KVTIDE_ASSIGN_OR_RETURN(const int64_t parts, file.Integer("split.count", 1));
   KVTIDE_ASSIGN_OR_RETURN(const int64_t number, file.Integer("split.no", 0));
   if (parts <= 1) return file;
@@ -320,8 +344,13 @@ absl::StatusOr<GgufFile> ReadGguf(const std::string& path) {
                                                      " but the name does not end in ",
                                                      absl::StrFormat("-00001-of-%05d.gguf", parts)));
     }
-    KVTIDE_ASSIGN_OR_RETURN(const GgufFile more, ReadOne(next));
-    file.tensors.insert(file.tensors.end(), more.tensors.begin(), more.tensors.end());
+    KVTIDE_ASSIGN_OR_RETURN(GgufFile more, ReadOne(next, GgufKeep::kShape));
+    for (GgufTensor& tensor : more.tensors) {
+      tensor.part = static_cast<int>(part) - 1;
+      file.tensors.push_back(std::move(tensor));
+    }
+    file.paths.push_back(next);
+    file.data_begin.push_back(more.data_begin.front());
     file.tensor_bytes += more.tensor_bytes;
   }
   return file;

@@ -49,8 +49,7 @@ absl::StatusOr<std::vector<int32_t>> ReadTokens(const std::string& folder, const
   KVTIDE_ASSIGN_OR_RETURN(const std::string text, ReadTextFile(text_file));
   KVTIDE_ASSIGN_OR_RETURN(const std::unique_ptr<engine::Tokenizer> tokenizer,
                           engine::Tokenizer::Load(folder));
-  KVTIDE_ASSIGN_OR_RETURN(std::vector<int32_t> tokens, tokenizer->Encode(text));
-  if (config.bos_token >= 0) tokens.insert(tokens.begin(), config.bos_token);
+  KVTIDE_ASSIGN_OR_RETURN(std::vector<int32_t> tokens, tokenizer->EncodeText(text));
   if (static_cast<int64_t>(tokens.size()) < wanted) {
     return absl::InvalidArgumentError(
         absl::StrCat(text_file, " has ", tokens.size(), " tokens, fewer than --tokens ", wanted));
@@ -89,6 +88,9 @@ absl::Status RunCapture(CaptureFlags flags) {
       {kCaptureText, fs::path(flags.text_file).filename().string()},
       {kCaptureRope, "applied"},
       {kCaptureScale, absl::StrFormat("%.9g", geometry.scale())}};
+  if (!geometry.layer_windows.empty() || geometry.softcap > 0)
+    return absl::UnimplementedError(
+        "kvtide capture: the file's format has one window for all layers and no soft-cap; this model has more");
   if (geometry.sliding_window > 0) metadata[kCaptureWindow] = absl::StrCat(geometry.sliding_window);
   KVTIDE_ASSIGN_OR_RETURN(const std::unique_ptr<CaptureWriter> writer,
                           CaptureWriter::Create(flags.out_file, shape, metadata));

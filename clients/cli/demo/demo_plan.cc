@@ -12,15 +12,16 @@ namespace kvtide::cli {
 namespace {
 
 planner::ModelGeometry Geometry(const std::string& name, const engine::KvGeometry& g) {
-  planner::LayerGeometry layer;
-  layer.kind = g.sliding_window > 0 ? planner::LayerKind::kSliding : planner::LayerKind::kFull;
-  layer.n_kv_heads = g.kv_heads;
-  layer.head_dim_k = layer.head_dim_v = g.head_dim;
-  layer.window = g.sliding_window;
   planner::ModelGeometry model;
   model.name = name;
-  model.source = "config.json";
-  model.layers.assign(g.layers, layer);
+  model.source = "the model's files";
+  for (int l = 0; l < g.layers; ++l) {
+    planner::LayerGeometry& layer = model.layers.emplace_back();
+    layer.kind = g.window(l) > 0 ? planner::LayerKind::kSliding : planner::LayerKind::kFull;
+    layer.n_kv_heads = g.kv_heads;
+    layer.head_dim_k = layer.head_dim_v = g.head_dim;
+    layer.window = g.window(l);
+  }
   model.n_query_heads = g.query_heads;
   return model;
 }

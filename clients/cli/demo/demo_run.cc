@@ -104,9 +104,8 @@ class DemoRun {
       KVTIDE_ASSIGN_OR_RETURN(text, ReadTextFile(file));
       report_.text = std::filesystem::path(file).filename().string();
     }
-    KVTIDE_ASSIGN_OR_RETURN(prompt_, tokenizer_->Encode(text));
+    KVTIDE_ASSIGN_OR_RETURN(prompt_, tokenizer_->EncodeText(text));
     const engine::ModelConfig& config = model_->config();
-    if (config.bos_token >= 0) prompt_.insert(prompt_.begin(), config.bos_token);
     context_ = options_.context > 0 ? options_.context : std::min(4096, config.max_positions);
     if (context_ > config.max_positions) {
       return absl::InvalidArgumentError(absl::StrCat("--context ", context_, " is more than the ",

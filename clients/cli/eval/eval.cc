@@ -106,8 +106,10 @@ void AddEvalCommand(CLI::App& app, int* exit_code) {
       "--resume run.json\n"
       "  kvtide eval --captured book.safetensors --pairs q8_0/turbo4,turbo3/turbo3   (see kvtide capture)");
   EvalOptions& o = flags->options;
-  eval->add_option("--model", o.model_folder,
-                   "Hugging Face folder (Llama family, safetensors); default: the bundled tidelm-7m");
+  eval->add_option(
+      "--model", o.model_folder,
+      "Hugging Face folder or GGUF file (Llama, Mistral, Qwen 2/3, Gemma 2/3, Phi-3); default: the bundled "
+      "tidelm-7m");
   eval->add_option("--text", o.text_file, "UTF-8 text; default: the bundled slice of WikiText-2");
   CLI::Option* captured = eval->add_option("--captured", flags->captured_file,
                                            "Measure the vectors of this captured K/V/Q file instead: errors "

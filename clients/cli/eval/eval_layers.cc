@@ -105,8 +105,8 @@ LayerError MeanError(std::span<const LayerError> layers) {
   return mean;
 }
 
-LayerShape ShapeOf(const engine::KvGeometry& g) {
-  return {g.query_heads, g.kv_heads, g.head_dim, g.head_dim, g.scale(), g.sliding_window};
+LayerShape ShapeOf(const engine::KvGeometry& g, int layer) {
+  return {g.query_heads, g.kv_heads, g.head_dim, g.head_dim, g.scale(), g.window(layer)};
 }
 
 absl::StatusOr<std::vector<LayerVectors>> CaptureVectors(const engine::LlamaModel& model, ThreadPool& pool,

@@ -41,7 +41,7 @@ struct LayerShape {
   float scale = 0;             // logits are scale * q.k
   int64_t sliding_window = 0;  // 0 = every token is seen
 };
-LayerShape ShapeOf(const engine::KvGeometry& geometry);
+LayerShape ShapeOf(const engine::KvGeometry& geometry, int layer);
 
 // Vectors of one layer: k [tokens][kv_heads][head_dim_k], v [tokens][kv_heads][head_dim_v], q
 // [queries][query_heads][head_dim_k] of the last tokens, sinks [query_heads] or empty.

@@ -70,10 +70,9 @@ class EvalRun {
     }
     KVTIDE_ASSIGN_OR_RETURN(const std::string text, ReadTextFile(text_file_));
     KVTIDE_ASSIGN_OR_RETURN(tokenizer_, engine::Tokenizer::Load(folder_));
-    KVTIDE_ASSIGN_OR_RETURN(tokens_, tokenizer_->Encode(text));
+    KVTIDE_ASSIGN_OR_RETURN(tokens_, tokenizer_->EncodeText(text));
     KVTIDE_ASSIGN_OR_RETURN(model_, engine::LlamaModel::Load(folder_, pool_));
     const engine::ModelConfig& config = model_->config();
-    if (config.bos_token >= 0) tokens_.insert(tokens_.begin(), config.bos_token);
     context_ = options_.context > 0 ? options_.context : std::min(4096, config.max_positions);
     if (context_ > config.max_positions) {
       return absl::InvalidArgumentError(
@@ -165,9 +164,9 @@ class EvalRun {
 
   std::string StateKey() const {
     return absl::StrCat(ModelName(), " ", model_->parameters(), " parameters, text ",
-                        absl::Hex(HashTokens({tokens_.data(), static_cast<size_t>(windows_) * context_})),
-                        ", context ", context_, ", chunk ", chunk_, ", window ", options_.window_policy,
-                        ", centring ", static_cast<int>(options_.key_centring), ", equalising ",
+                        absl::Hex(HashTokens(tokens_)), ", context ", context_, ", chunk ", chunk_,
+                        ", window ", options_.window_policy, ", centring ",
+                        static_cast<int>(options_.key_centring), ", equalising ",
                         static_cast<int>(options_.key_equalising), ", version ", info_.version);
   }
 
@@ -243,8 +242,8 @@ class EvalRun {
     KVTIDE_ASSIGN_OR_RETURN(const std::vector<LayerVectors> vectors,
                             CaptureVectors(*model_, pool_, {tokens_.data(), n}));
     std::vector<LayerProbe> probes;
-    for (const LayerVectors& layer : vectors)
-      probes.emplace_back(ShapeOf(model_->kv_geometry()), layer, pool_);
+    for (size_t l = 0; l < vectors.size(); ++l)
+      probes.emplace_back(ShapeOf(model_->kv_geometry(), static_cast<int>(l)), vectors[l], pool_);
     for (const auto& [name, score] : totals_) {
       KVTIDE_RETURN_IF_ERROR(CheckStop(stop_));
       KVTIDE_ASSIGN_OR_RETURN(const CachePair pair, ParseCachePair(name));

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <cmath>
+#include <fstream>
 
 #include "clients/cli/bundled.h"
 #include "clients/cli/daemon_process.h"
@@ -210,10 +211,26 @@ TEST(EvalDaemonTest, StopsWhenAskedAndGoesOnFromItsState) {
   EXPECT_EQ(RunEval(options, std::atomic<bool>{true}).status().code(), absl::StatusCode::kCancelled);
   options.windows = 1;
   const std::atomic<bool> go{false};
-  // One window of a run is not a window of a longer one: the text of the run is part of its name.
-  ASSERT_TRUE(RunEval(options, go).ok());
+  const auto one = RunEval(options, go);
+  ASSERT_TRUE(one.ok()) << one.status();
+  // More windows of the same text: the first one is not computed again, and the sum is that of a run of two.
   options.windows = 2;
-  EXPECT_EQ(RunEval(options, go).status().code(), absl::StatusCode::kFailedPrecondition);
+  const auto two = RunEval(options, go);
+  ASSERT_TRUE(two.ok()) << two.status();
+  EvalOptions fresh = options;
+  fresh.state_file.clear();
+  const auto whole = RunEval(fresh, go);
+  ASSERT_TRUE(whole.ok()) << whole.status();
+  EXPECT_EQ(two->rows[0].perplexity, whole->rows[0].perplexity);
+  EXPECT_NE(two->rows[0].perplexity, one->rows[0].perplexity);
+  // Another text is another run.
+  EvalOptions other = options;
+  other.text_file = testing::TempDir() + "/kvtide_eval_other_" + std::to_string(getpid()) + ".txt";
+  {
+    std::ofstream text(other.text_file);
+    for (int i = 0; i < 2000; ++i) text << "word " << i << " ";
+  }
+  EXPECT_EQ(RunEval(other, go).status().code(), absl::StatusCode::kFailedPrecondition);
   options.windows = 1;
   options.pairs = {"turbo4/turbo4", "turbo3/turbo3"};
   const auto more = RunEval(options, go);

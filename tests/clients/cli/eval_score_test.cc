@@ -121,7 +121,7 @@ TEST_F(EvalTest, LayerErrorsFallWithMoreBitsAndVanishForF16) {
     const CachePair parsed = *ParseCachePair(pair);
     std::vector<LayerError> errors;
     for (const LayerVectors& layer : *vectors) {
-      const LayerProbe probe(ShapeOf(model_->kv_geometry()), layer, pool_);
+      const LayerProbe probe(ShapeOf(model_->kv_geometry(), 0), layer, pool_);
       errors.push_back(probe.Measure(parsed, DefaultProfileOptions(parsed.k), {{0, 0}, true}, pool_));
     }
     return errors;

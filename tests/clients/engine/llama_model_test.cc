@@ -108,6 +108,44 @@ TEST(LlamaModelFamilyTest, Qwen2HasBiasesAndQwen3NormsItsHeads) {
   }
 }
 
+// Gemma: norms around every part, soft-caps, windows by turns with a rotation of their own; Phi-3: fused
+// matrices.
+TEST(LlamaModelFamilyTest, GemmaAndPhi) {
+  ThreadPool pool(2);
+  const std::pair<const char*, const char*> families[] = {
+      {"Gemma2ForCausalLM",
+       R"("hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 20, "sliding_window": 9,
+        "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0, "tie_word_embeddings": true})"},
+      {"Gemma3ForCausalLM",
+       R"("hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 24, "sliding_window": 11,
+        "sliding_window_pattern": 3, "rope_local_base_freq": 500.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}})"},
+      {"Gemma3ForCausalLM", R"("hidden_activation": "gelu_pytorch_tanh", "sliding_window": 11,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 30000.0},
+                            "sliding_attention": {"rope_type": "default", "rope_theta": 700.0}}})"},
+      {"Phi3ForCausalLM", R"("hidden_act": "silu", "sliding_window": 30})"}};
+  for (const auto& [architecture, rest] : families) {
+    SCOPED_TRACE(architecture);
+    std::string text = std::string(kConfig) + ", " + rest;
+    text.replace(text.find("LlamaForCausalLM"), 16, architecture);
+    const size_t act = text.find(R"("hidden_act": "silu", "rope)");
+    text.erase(act, 22);
+    const auto config = ParseModelConfig(text);
+    ASSERT_TRUE(config.ok()) << config.status();
+    const TestTensors weights = RandomWeights(*config, /*seed=*/3);
+    const std::string folder = MakeFolder(architecture);
+    WriteFile(folder + "/config.json", text);
+    WriteFile(folder + "/model.safetensors", SafetensorsBytes(weights, "BF16"));
+    const auto model = LlamaModel::Load(folder, pool);
+    ASSERT_TRUE(model.ok()) << model.status();
+    const std::vector<int32_t> tokens = RandomTokens(40, config->vocab_size, /*seed=*/6);
+    const std::vector<double> expected = ReferenceLogits(*config, weights, tokens);
+    LocalKvStore store((*model)->kv_geometry(), DataType::kF32, pool);
+    const std::vector<float> logits = RunInChunks(**model, store, tokens, 16);
+    for (size_t i = 0; i < logits.size(); ++i) ASSERT_NEAR(logits[i], expected[i], 5e-4) << i;
+  }
+}
+
 TEST(LlamaModelLoadTest, NamesTheTensorThatIsMissingOrHasAnotherShape) {
   const std::string text = std::string(kConfig) + R"(, "tie_word_embeddings": true})";
   TestTensors weights = RandomWeights(*ParseModelConfig(text), /*seed=*/1);
@@ -120,7 +158,7 @@ TEST(LlamaModelLoadTest, NamesTheTensorThatIsMissingOrHasAnotherShape) {
   absl::Status status = LlamaModel::Load(folder, pool).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(status.message()),
-              HasSubstr("up_proj.weight has the shape [36, 52], config.json asks for [52, 36]"));
+              HasSubstr("up_proj.weight has the shape [36, 52], the model's sizes ask for [52, 36]"));
 
   weights.erase("model.layers.1.mlp.up_proj.weight");
   WriteFile(folder + "/model.safetensors", SafetensorsBytes(weights, "BF16"));

@@ -79,7 +79,8 @@ TEST(ModelConfigTest, RefusesByNameWhatWouldChangeTheResult) {
   EXPECT_THAT(with("hidden_act", "gelu"), HasSubstr("gelu"));
   EXPECT_THAT(with("mlp_bias", true), HasSubstr("mlp_bias"));
   EXPECT_THAT(with("quantization_config", {{"bits", 4}}), HasSubstr("quantization_config"));
-  EXPECT_THAT(with("layer_types", {"full_attention", "sliding_attention"}), HasSubstr("sliding_attention"));
+  EXPECT_THAT(with("layer_types", {"full_attention", "chunked_attention"}), HasSubstr("chunked_attention"));
+  EXPECT_THAT(with("layer_types", {"full_attention"}), HasSubstr("layer_types has 1 entries"));
   EXPECT_THAT(with("partial_rotary_factor", 0.5), HasSubstr("partial_rotary_factor"));
 }
 

@@ -41,26 +41,26 @@ Matrix Project(const Matrix& x, const TestTensors& weights, const std::string& n
   return y;
 }
 
-void Norm(double* x, const std::vector<float>& weight, double epsilon) {
+void Norm(double* x, const std::vector<float>& weight, double epsilon, double plus) {
   double squares = 0;
   for (size_t i = 0; i < weight.size(); ++i) squares += x[i] * x[i];
   const double factor = 1 / std::sqrt(squares / static_cast<double>(weight.size()) + epsilon);
-  for (size_t i = 0; i < weight.size(); ++i) x[i] *= factor * weight[i];
+  for (size_t i = 0; i < weight.size(); ++i) x[i] *= factor * (weight[i] + plus);
 }
 
-Matrix Normed(Matrix x, const std::vector<float>& weight, double epsilon) {
-  for (auto& row : x) Norm(row.data(), weight, epsilon);
+Matrix Normed(const ModelConfig& c, Matrix x, const std::vector<float>& weight) {
+  for (auto& row : x) Norm(row.data(), weight, c.rms_norm_eps, c.norm_plus_one ? 1 : 0);
   return x;
 }
 
 void RotateHeads(const ModelConfig& c, const TestTensors& weights, const std::string& norm, int heads,
-                 Matrix& x) {
-  const std::vector<double> frequencies = RopeFrequencies(c);
+                 bool local, Matrix& x) {
+  const std::vector<double> frequencies = RopeFrequencies(c, local);
   const int d = c.head_dim;
   for (size_t t = 0; t < x.size(); ++t) {
     for (int h = 0; h < heads; ++h) {
       double* v = x[t].data() + h * d;
-      if (c.query_key_norm) Norm(v, weights.at(norm).values, c.rms_norm_eps);
+      if (c.query_key_norm) Norm(v, weights.at(norm).values, c.rms_norm_eps, c.norm_plus_one ? 1 : 0);
       std::vector<double> turned(d);
       for (int i = 0; i < d; ++i) {
         const double angle = static_cast<double>(t) * frequencies[i % (d / 2)];
@@ -72,12 +72,38 @@ void RotateHeads(const ModelConfig& c, const TestTensors& weights, const std::st
   }
 }
 
-Matrix Attention(const ModelConfig& c, const Matrix& q, const Matrix& k, const Matrix& v) {
+double Capped(double x, double cap) { return cap > 0 ? cap * std::tanh(x / cap) : x; }
+
+// Rows [first, first + count) of a matrix of weights.
+TestTensor Rows(const TestTensor& from, int64_t first, int64_t count) {
+  TestTensor part;
+  part.shape = {count, from.shape[1]};
+  part.values.assign(from.values.begin() + first * from.shape[1],
+                     from.values.begin() + (first + count) * from.shape[1]);
+  return part;
+}
+
+// Projections that a file holds in one matrix, apart.
+TestTensors Apart(const ModelConfig& c, TestTensors weights) {
+  const int q = c.query_heads * c.head_dim, kv = c.kv_heads * c.head_dim, inner = c.intermediate_size;
+  for (int l = 0; c.fused_projections && l < c.layers; ++l) {
+    const std::string p = "model.layers." + std::to_string(l) + ".";
+    const TestTensor &qkv = weights.at(p + "self_attn.qkv_proj.weight"),
+                     &both = weights.at(p + "mlp.gate_up_proj.weight");
+    weights[p + "self_attn.q_proj.weight"] = Rows(qkv, 0, q);
+    weights[p + "self_attn.k_proj.weight"] = Rows(qkv, q, kv);
+    weights[p + "self_attn.v_proj.weight"] = Rows(qkv, q + kv, kv);
+    weights[p + "mlp.gate_proj.weight"] = Rows(both, 0, inner);
+    weights[p + "mlp.up_proj.weight"] = Rows(both, inner, inner);
+  }
+  return weights;
+}
+
+Matrix Attention(const ModelConfig& c, size_t window, const Matrix& q, const Matrix& k, const Matrix& v) {
   const int d = c.head_dim;
   Matrix out(q.size(), std::vector<double>(q[0].size(), 0.0));
   for (size_t t = 0; t < q.size(); ++t) {
-    const size_t first =
-        c.sliding_window > 0 && t + 1 > static_cast<size_t>(c.sliding_window) ? t + 1 - c.sliding_window : 0;
+    const size_t first = window > 0 && t + 1 > window ? t + 1 - window : 0;
     for (int h = 0; h < c.query_heads; ++h) {
       const int kv = h / c.group();
       std::vector<double> weight(t + 1, 0.0);
@@ -85,7 +111,9 @@ Matrix Attention(const ModelConfig& c, const Matrix& q, const Matrix& k, const M
       for (size_t s = first; s <= t; ++s) {
         double dot = 0;
         for (int i = 0; i < d; ++i) dot += q[t][h * d + i] * k[s][kv * d + i];
-        weight[s] = std::exp(dot / std::sqrt(static_cast<double>(d)));
+        dot *= c.attention_scale > 0 ? static_cast<double>(c.attention_scale)
+                                     : 1 / std::sqrt(static_cast<double>(d));
+        weight[s] = std::exp(Capped(dot, c.attention_softcap));
         total += weight[s];
       }
       for (size_t s = first; s <= t; ++s) {
@@ -143,17 +171,28 @@ TestTensors RandomWeights(const ModelConfig& c, uint32_t seed) {
   };
   matrix("model.embed_tokens", c.vocab_size, c.hidden_size);
   if (!c.tied_embeddings) matrix("lm_head", c.vocab_size, c.hidden_size);
-  vector("model.norm.weight", c.hidden_size, 1);
+  const double one = c.norm_plus_one ? 0 : 1;
+  vector("model.norm.weight", c.hidden_size, one);
   for (int l = 0; l < c.layers; ++l) {
     const std::string p = "model.layers." + std::to_string(l) + ".";
-    vector(p + "input_layernorm.weight", c.hidden_size, 1);
-    vector(p + "post_attention_layernorm.weight", c.hidden_size, 1);
-    matrix(p + "self_attn.q_proj", c.query_heads * c.head_dim, c.hidden_size);
-    matrix(p + "self_attn.k_proj", c.kv_heads * c.head_dim, c.hidden_size);
-    matrix(p + "self_attn.v_proj", c.kv_heads * c.head_dim, c.hidden_size);
-    matrix(p + "self_attn.o_proj", c.hidden_size, c.query_heads * c.head_dim);
-    matrix(p + "mlp.gate_proj", c.intermediate_size, c.hidden_size);
-    matrix(p + "mlp.up_proj", c.intermediate_size, c.hidden_size);
+    vector(p + "input_layernorm.weight", c.hidden_size, one);
+    vector(p + "post_attention_layernorm.weight", c.hidden_size, one);
+    if (c.sandwich_norms) {
+      vector(p + "pre_feedforward_layernorm.weight", c.hidden_size, one);
+      vector(p + "post_feedforward_layernorm.weight", c.hidden_size, one);
+    }
+    const int q = c.query_heads * c.head_dim, kv = c.kv_heads * c.head_dim;
+    if (c.fused_projections) {
+      matrix(p + "self_attn.qkv_proj", q + 2 * kv, c.hidden_size);
+      matrix(p + "mlp.gate_up_proj", 2 * c.intermediate_size, c.hidden_size);
+    } else {
+      matrix(p + "self_attn.q_proj", q, c.hidden_size);
+      matrix(p + "self_attn.k_proj", kv, c.hidden_size);
+      matrix(p + "self_attn.v_proj", kv, c.hidden_size);
+      matrix(p + "mlp.gate_proj", c.intermediate_size, c.hidden_size);
+      matrix(p + "mlp.up_proj", c.intermediate_size, c.hidden_size);
+    }
+    matrix(p + "self_attn.o_proj", c.hidden_size, q);
     matrix(p + "mlp.down_proj", c.hidden_size, c.intermediate_size);
     if (c.qkv_bias) {
       vector(p + "self_attn.q_proj.bias", c.query_heads * c.head_dim, 0);
@@ -162,20 +201,22 @@ TestTensors RandomWeights(const ModelConfig& c, uint32_t seed) {
     }
     if (c.output_bias) vector(p + "self_attn.o_proj.bias", c.hidden_size, 0);
     if (c.query_key_norm) {
-      vector(p + "self_attn.q_norm.weight", c.head_dim, 1);
-      vector(p + "self_attn.k_norm.weight", c.head_dim, 1);
+      vector(p + "self_attn.q_norm.weight", c.head_dim, one);
+      vector(p + "self_attn.k_norm.weight", c.head_dim, one);
     }
   }
   return weights;
 }
 
-std::vector<double> ReferenceLogits(const ModelConfig& c, const TestTensors& weights,
+std::vector<double> ReferenceLogits(const ModelConfig& c, const TestTensors& in_file,
                                     const std::vector<int32_t>& tokens) {
+  const TestTensors weights = Apart(c, in_file);
   const TestTensor& embedding = weights.at("model.embed_tokens.weight");
   Matrix x;
   for (const int32_t token : tokens) {
     const float* row = embedding.values.data() + static_cast<size_t>(token) * c.hidden_size;
     x.emplace_back(row, row + c.hidden_size);
+    for (double& value : x.back()) value *= static_cast<double>(c.embedding_scale);
   }
   const auto add = [&](const Matrix& y) {
     for (size_t t = 0; t < x.size(); ++t) {
@@ -184,24 +225,33 @@ std::vector<double> ReferenceLogits(const ModelConfig& c, const TestTensors& wei
   };
   for (int l = 0; l < c.layers; ++l) {
     const std::string p = "model.layers." + std::to_string(l) + ".";
-    Matrix h = Normed(x, weights.at(p + "input_layernorm.weight").values, c.rms_norm_eps);
+    Matrix h = Normed(c, x, weights.at(p + "input_layernorm.weight").values);
     Matrix q = Project(h, weights, p + "self_attn.q_proj"), k = Project(h, weights, p + "self_attn.k_proj");
-    RotateHeads(c, weights, p + "self_attn.q_norm.weight", c.query_heads, q);
-    RotateHeads(c, weights, p + "self_attn.k_norm.weight", c.kv_heads, k);
-    add(Project(Attention(c, q, k, Project(h, weights, p + "self_attn.v_proj")), weights,
-                p + "self_attn.o_proj"));
-    h = Normed(x, weights.at(p + "post_attention_layernorm.weight").values, c.rms_norm_eps);
+    RotateHeads(c, weights, p + "self_attn.q_norm.weight", c.query_heads, c.window(l) > 0, q);
+    RotateHeads(c, weights, p + "self_attn.k_norm.weight", c.kv_heads, c.window(l) > 0, k);
+    const auto norm = [&](const char* name) { return weights.at(p + name + ".weight").values; };
+    Matrix y = Project(
+        Attention(c, static_cast<size_t>(c.window(l)), q, k, Project(h, weights, p + "self_attn.v_proj")),
+        weights, p + "self_attn.o_proj");
+    add(c.sandwich_norms ? Normed(c, y, norm("post_attention_layernorm")) : y);
+    h = Normed(c, x, norm(c.sandwich_norms ? "pre_feedforward_layernorm" : "post_attention_layernorm"));
     Matrix gate = Project(h, weights, p + "mlp.gate_proj");
     const Matrix up = Project(h, weights, p + "mlp.up_proj");
     for (size_t t = 0; t < gate.size(); ++t) {
-      for (size_t i = 0; i < gate[t].size(); ++i) gate[t][i] *= up[t][i] / (1 + std::exp(-gate[t][i]));
+      for (size_t i = 0; i < gate[t].size(); ++i) {
+        const double g = gate[t][i];
+        const double gelu =
+            0.5 * g * (1 + std::tanh(std::sqrt(2 / 3.14159265358979) * (g + 0.044715 * g * g * g)));
+        gate[t][i] = up[t][i] * (c.activation == Activation::kGeluTanh ? gelu : g / (1 + std::exp(-g)));
+      }
     }
-    add(Project(gate, weights, p + "mlp.down_proj"));
+    y = Project(gate, weights, p + "mlp.down_proj");
+    add(c.sandwich_norms ? Normed(c, y, norm("post_feedforward_layernorm")) : y);
   }
-  x = Normed(x, weights.at("model.norm.weight").values, c.rms_norm_eps);
+  x = Normed(c, x, weights.at("model.norm.weight").values);
   std::vector<double> logits;
   for (const auto& row : Project(x, weights, c.tied_embeddings ? "model.embed_tokens" : "lm_head")) {
-    logits.insert(logits.end(), row.begin(), row.end());
+    for (const double logit : row) logits.push_back(Capped(logit, c.final_softcap));
   }
   return logits;
 }

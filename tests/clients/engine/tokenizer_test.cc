@@ -1,5 +1,6 @@
 #include "clients/engine/tokenizer.h"
 
+#include <cstdio>
 #include <fstream>
 
 #include "clients/engine/text_splitter.h"
@@ -7,6 +8,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
+#include "tests/clients/engine/test_gguf.h"
 
 namespace kvtide::engine {
 namespace {
@@ -38,14 +40,14 @@ TEST(TokenizerTest, AgreesWithTheGoldenVectorsOfTheBundledModel) {
   const auto tokenizer = Tokenizer::Load(kModel);
   ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
   EXPECT_EQ((*tokenizer)->vocab_size(), 4096);
-  EXPECT_FALSE((*tokenizer)->adds_bos());
+  EXPECT_EQ((*tokenizer)->bos(), 0);
   ExpectGolden(**tokenizer, "tidelm_tokens.json");
 }
 
 TEST(TokenizerTest, AgreesWithTheGoldenVectorsOfALlama3StyleFile) {
   const auto tokenizer = Tokenizer::Parse(ReadFile(std::string(kData) + "llama3_style_tokenizer.json"));
   ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
-  EXPECT_TRUE((*tokenizer)->adds_bos());
+  EXPECT_GE((*tokenizer)->bos(), 0);
   ExpectGolden(**tokenizer, "llama3_style_tokens.json");
 }
 
@@ -54,6 +56,87 @@ TEST(TokenizerTest, AddedTokensInATextArePlainUnlessAskedFor) {
   ASSERT_TRUE(tokenizer.ok());
   EXPECT_THAT(*(*tokenizer)->Encode("<s>"), testing::Not(testing::Contains(0)));
   EXPECT_THAT(*(*tokenizer)->Encode("<s>", Tokenizer::AddedTokens::kRecognise), testing::ElementsAre(0));
+}
+
+// BOS is what the tokenizer says, not what config.json names.
+TEST(TokenizerTest, BeginsWithBosOnlyWhereTheTokenizerSaysSo) {
+  json file = json::parse(ReadFile(std::string(kModel) + "/tokenizer.json"));
+  EXPECT_EQ((*Tokenizer::Parse(file.dump()))->bos(), -1);
+  EXPECT_EQ(*(*Tokenizer::Parse(file.dump()))->EncodeText("a"),
+            *(*Tokenizer::Parse(file.dump()))->Encode("a"));
+  file["post_processor"] = {{"type", "TemplateProcessing"},
+                            {"single",
+                             {{{"SpecialToken", {{"id", "</s>"}, {"type_id", 0}}}},
+                              {{"Sequence", {{"id", "A"}, {"type_id", 0}}}}}}};
+  const auto tokenizer = *Tokenizer::Parse(file.dump());
+  EXPECT_EQ(tokenizer->bos(), 1);
+  EXPECT_EQ(tokenizer->EncodeText("a")->front(), 1);
+}
+
+// Digits of SmolLM: each by itself, then the bytes of GPT-2's rule.
+TEST(TokenizerTest, SplitsDigitsBeforeTheBytes) {
+  json file = json::parse(ReadFile(std::string(kModel) + "/tokenizer.json"));
+  const json bytes = file["pre_tokenizer"];
+  const auto with = [&](const json& first) {
+    file["pre_tokenizer"] = {{"type", "Sequence"}, {"pretokenizers", {first, bytes}}};
+    return *(*Tokenizer::Parse(file.dump()))->Encode("It was 1999, not 2024.");
+  };
+  const auto digits = with({{"type", "Digits"}, {"individual_digits", true}});
+  EXPECT_EQ(digits, with({{"type", "Split"},
+                          {"pattern", {{"Regex", "\\p{N}"}}},
+                          {"behavior", "Isolated"},
+                          {"invert", false}}));
+  EXPECT_NE(digits, with({{"type", "Digits"}, {"individual_digits", false}}));
+}
+
+TEST(TokenizerTest, ReadsBytesFromAGgufFile) {
+  GgufWriter file;
+  std::vector<std::string> tokens = {"<|end|>", "a", "b", "1", "\u0120", "ab", "\u0120a"};
+  file.Text("tokenizer.ggml.model", "gpt2");
+  file.Text("tokenizer.ggml.pre", "smollm");
+  file.Texts("tokenizer.ggml.tokens", tokens);
+  file.Integers("tokenizer.ggml.token_type", {3, 1, 1, 1, 1, 1, 1});
+  file.Texts("tokenizer.ggml.merges", {"a b", "\u0120 a"});
+  file.Integer("tokenizer.ggml.bos_token_id", 0);
+  const auto parsed = planner::ParseGguf(file.Bytes(), planner::GgufKeep::kVocabulary);
+  ASSERT_TRUE(parsed.ok()) << parsed.status();
+  const auto tokenizer = Tokenizer::OfGguf(*parsed);
+  ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
+  EXPECT_EQ((*tokenizer)->bos(), -1);
+  EXPECT_THAT(*(*tokenizer)->Encode("ab ab11"), testing::ElementsAre(5, 4, 5, 3, 3));
+  EXPECT_THAT(*(*tokenizer)->Encode("<|end|>", Tokenizer::AddedTokens::kRecognise), testing::ElementsAre(0));
+  EXPECT_EQ((*tokenizer)->Decode(std::vector<int32_t>{5, 4, 5, 3}), "ab ab1");
+}
+
+// Pieces with scores: the best score first, bytes for what the vocabulary lacks, user-defined symbols whole.
+TEST(TokenizerTest, ReadsScoresFromAGgufFile) {
+  GgufWriter file;
+  std::vector<std::string> tokens = {"<bos>", "\u2581", "a", "b", "ab", "\u2581a", "bb", "<hr>"};
+  std::vector<int32_t> types = {3, 1, 1, 1, 1, 1, 1, 4};
+  std::vector<float> scores = {-1000, -1, -1, -1, -3, -2, -4, 0};
+  for (int b = 0; b < 256; ++b) {
+    char name[8];
+    std::snprintf(name, sizeof(name), "<0x%02X>", b);
+    tokens.push_back(name);
+    types.push_back(6);
+    scores.push_back(-1000);
+  }
+  file.Text("tokenizer.ggml.model", "llama");
+  file.Texts("tokenizer.ggml.tokens", tokens);
+  file.Integers("tokenizer.ggml.token_type", types);
+  file.Numbers("tokenizer.ggml.scores", scores);
+  file.Integer("tokenizer.ggml.bos_token_id", 0);
+  file.Flag("tokenizer.ggml.add_space_prefix", false);
+  const auto parsed = planner::ParseGguf(file.Bytes(), planner::GgufKeep::kVocabulary);
+  ASSERT_TRUE(parsed.ok()) << parsed.status();
+  const auto tokenizer = Tokenizer::OfGguf(*parsed);
+  ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
+  EXPECT_EQ((*tokenizer)->bos(), 0);
+  EXPECT_THAT(*(*tokenizer)->Encode("abb ab"), testing::ElementsAre(4, 3, 5, 3));
+  EXPECT_THAT(*(*tokenizer)->Encode("a\u00e9"), testing::ElementsAre(2, 8 + 0xC3, 8 + 0xA9));
+  EXPECT_THAT(*(*tokenizer)->Encode("a<hr>b<bos>"), testing::Contains(7));
+  EXPECT_THAT(*(*tokenizer)->EncodeText("b"), testing::ElementsAre(0, 3));
+  EXPECT_EQ((*tokenizer)->Decode(*(*tokenizer)->Encode("ab \u00e9 b")), "ab \u00e9 b");
 }
 
 TEST(TokenizerTest, NamesTheByteThatIsNotUtf8) {
