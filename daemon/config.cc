@@ -79,6 +79,22 @@ absl::Status ResolveService(const v1::KvtidedConfig& config, service::ServiceOpt
   KVTIDE_RETURN_IF_ERROR(CheckRange("max_queued_calls", config.max_queued_calls(), 0, 1 << 20));
   if (config.max_queued_calls() > 0)
     service->max_queued_calls = static_cast<size_t>(config.max_queued_calls());
+  KVTIDE_RETURN_IF_ERROR(CheckRange("bulk_threads", config.bulk_threads(), 0, 1024));
+  if (config.bulk_threads() > 0) service->bulk_threads = config.bulk_threads();
+  KVTIDE_RETURN_IF_ERROR(CheckRange("max_connections", config.max_connections(), 0, 1 << 20));
+  if (config.max_connections() > 0) service->max_connections = static_cast<size_t>(config.max_connections());
+  KVTIDE_RETURN_IF_ERROR(
+      CheckRange("max_calls_per_connection", config.max_calls_per_connection(), 0, 1 << 16));
+  if (config.max_calls_per_connection() > 0)
+    service->max_calls_per_connection = config.max_calls_per_connection();
+  const int64_t least = service::LeastCallMemory(service->max_message_bytes);
+  KVTIDE_ASSIGN_OR_RETURN(service->call_memory_bytes,
+                          ResolveBytes("call_memory", config.call_memory(), 0, least));
+  if (service->call_memory_bytes < least) {
+    return absl::InvalidArgumentError(absl::StrCat("call_memory is ", service->call_memory_bytes,
+                                                   " bytes; with messages of ", service->max_message_bytes,
+                                                   " bytes (max_message_bytes) it is at least ", least));
+  }
   return absl::OkStatus();
 }
 

@@ -8,6 +8,12 @@
 
 #include <cstdlib>
 #include <memory>
+#include <string>
+
+#include "absl/time/clock.h"
+#include "daemon/failure_log.h"
+#include "google/protobuf/stubs/logging.h"
+#include "kernels/base/mutex.h"
 
 namespace kvtide {
 namespace {
@@ -19,10 +25,31 @@ bool WantsColour() {
          (term == nullptr || std::string(term) != "dumb");
 }
 
+// What libraries say of clients' mistakes, at the clients' pace: limited.
+void LogLimited(spdlog::level::level_enum level, const char* library, const std::string& text) {
+  static Mutex mutex;
+  static RateLimit limit(20, 1);
+  int64_t suppressed = 0;
+  {
+    const MutexLock lock(mutex);
+    if (!limit.Pass(absl::Now(), &suppressed)) return;
+  }
+  if (suppressed > 0) {
+    spdlog::log(level, "{}: {} suppressed={}", library, Escaped(text), suppressed);
+  } else {
+    spdlog::log(level, "{}: {}", library, Escaped(text));
+  }
+}
+
 // gRPC reports broken connections as errors; for the daemon they are what clients do.
 void LogFromGrpc(gpr_log_func_args* message) {
   const auto level = message->severity == GPR_LOG_SEVERITY_ERROR ? spdlog::level::warn : spdlog::level::debug;
-  spdlog::log(level, "grpc: {}", message->message);
+  if (spdlog::should_log(level)) LogLimited(level, "grpc", message->message);
+}
+
+// Texts that are not UTF-8, messages without an end; the call's own line says more.
+void LogFromProtobuf(google::protobuf::LogLevel, const char*, int, const std::string& message) {
+  if (spdlog::should_log(spdlog::level::debug)) LogLimited(spdlog::level::debug, "protobuf", message);
 }
 
 }  // namespace
@@ -40,6 +67,7 @@ void SetUpLogging(const std::string& level) {
   logger->flush_on(spdlog::level::trace);
   spdlog::set_default_logger(logger);
   gpr_set_log_function(LogFromGrpc);
+  google::protobuf::SetLogHandler(LogFromProtobuf);
 }
 
 }  // namespace kvtide

@@ -5,8 +5,8 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
-#include <atomic>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <vector>
@@ -15,6 +15,7 @@
 #include "daemon/backends.h"
 #include "daemon/cache/kv_cache.h"
 #include "daemon/config.h"
+#include "daemon/failure_log.h"
 #include "daemon/host_memory.h"
 #include "daemon/log.h"
 #include "daemon/metrics/metrics.h"
@@ -39,7 +40,9 @@ const char* malloc_conf = "background_thread:true,dirty_decay_ms:5000,muzzy_deca
 namespace kvtide {
 namespace {
 
-constexpr int kExitBadInput = 2, kExitCannotStart = 1;
+constexpr int kExitBadInput = 2, kExitCannotStart = 1, kExitCallsLeft = 3;
+// How long calls that a shutdown has cancelled may take to notice.
+constexpr absl::Duration kShutdownPatience = absl::Seconds(5);
 
 struct Flags {
   std::string config_file;
@@ -98,6 +101,18 @@ void AddFlags(CLI::App* app, Flags* flags) {
          "--max-message-bytes", [config](int64_t v) { config->set_max_message_bytes(v); },
          "largest message, either way (default 64 MiB)")
       ->envname("KVTIDE_MAX_MESSAGE_BYTES");
+  app->add_option_function<int>(
+         "--max-connections", [config](int v) { config->set_max_connections(v); },
+         "connections at a time (default 1024, or what the limit of open files has room for)")
+      ->envname("KVTIDE_MAX_CONNECTIONS");
+  AddFlag(
+      app, "--call-memory", "KVTIDE_CALL_MEMORY",
+      [config](const std::string& v) { config->set_call_memory(v); },
+      "memory for requests and answers of calls under way (default and least: six largest messages)");
+  app->add_option_function<int>(
+         "--shutdown-seconds", [config](int v) { config->set_shutdown_seconds(v); },
+         "how long calls under way may go on after SIGTERM (default 10)")
+      ->envname("KVTIDE_SHUTDOWN_SECONDS");
   app->add_flag("--print-config", flags->print_config, "print the configuration as JSON and stop");
   app->add_flag("--version", flags->version, "print the version and stop");
   app->footer(
@@ -141,13 +156,15 @@ class Daemon {
     return line;
   }
 
-  void Stop() {
-    server_->Shutdown(options_.shutdown_grace);
+  // False: a call has not come back, so that nothing can be taken apart.
+  bool Stop() {
+    if (!server_->Shutdown(options_.shutdown_grace, kShutdownPatience)) return false;
     const CacheStats stats = cache_->Stats();
     spdlog::info("stopped sequences={} appended_tokens={} moves={}", stats.sequences, stats.appended_tokens,
                  stats.moves);
     metrics_->Stop();
     cache_.reset();
+    return true;
   }
 
  private:
@@ -176,19 +193,31 @@ class Daemon {
     metrics.version = kVersion;
     metrics.cuda = KnownBackends() != "cpu";
     metrics.stats = [cache = cache_.get()] { return cache->Stats(); };
-    metrics.calls_under_way = [this] { return calls_under_way_->load(); };
+    metrics.service = [this] { return ServiceStats(options_.service); };
     metrics_ = std::make_unique<metrics::Metrics>(std::move(metrics));
-    options_.service.calls_under_way = calls_under_way_;
     options_.service.report = [this](const service::CallReport& call) {
       metrics_->RecordCall(call.method, call.code, call.duration, call.request_bytes, call.response_bytes);
-      if (call.code != 0) {
-        spdlog::debug("call method={} code={} us={}", call.method, call.code,
-                      absl::ToInt64Microseconds(call.duration));
-      }
+      failures_.Add(call, absl::Now());
     };
     if (options_.metrics_address.empty()) return absl::OkStatus();
     KVTIDE_ASSIGN_OR_RETURN(metrics_address_, metrics_->Start(options_.metrics_address));
     return absl::OkStatus();
+  }
+
+  static metrics::ServiceStats ServiceStats(const service::ServiceOptions& options) {
+    const service::ServiceGauges& gauges = *options.gauges;
+    metrics::ServiceStats stats;
+    stats.calls_under_way = gauges.calls_under_way;
+    stats.queued_calls = gauges.queued_calls;
+    stats.queued_bulk_calls = gauges.queued_bulk_calls;
+    stats.connections = gauges.connections;
+    stats.connections_limit = gauges.connections_limit;
+    stats.connections_accepted = gauges.connections_accepted;
+    stats.connections_refused = gauges.connections_refused;
+    stats.call_memory_bytes = gauges.call_memory_bytes;
+    stats.call_memory_limit = options.call_memory_bytes;
+    stats.memory_overhead_limit = service::MemoryOverheadBytes(options);
+    return stats;
   }
 
   absl::Status StartServer() {
@@ -199,13 +228,21 @@ class Daemon {
       }
     }
     KVTIDE_ASSIGN_OR_RETURN(server_, service::Server::Start(cache_.get(), options_.service));
+    const int64_t connections = options_.service.gauges->connections_limit;
+    if (connections < static_cast<int64_t>(options_.service.max_connections)) {
+      spdlog::warn(
+          "max_connections={} the limit of open files has room for no more; raise LimitNOFILE (ulimit -n)",
+          connections);
+    }
     return absl::OkStatus();
   }
 
   DaemonOptions options_;
+  FailureLog failures_{[](const char* level, const std::string& line) {
+    spdlog::log(spdlog::level::from_str(level), "{}", line);
+  }};
   Backends backends_;
   std::unique_ptr<KvCache> cache_;
-  const std::shared_ptr<std::atomic<int64_t>> calls_under_way_ = std::make_shared<std::atomic<int64_t>>(0);
   std::unique_ptr<metrics::Metrics> metrics_;
   std::string metrics_address_;  // as bound; empty = not served
   std::unique_ptr<service::Server> server_;
@@ -276,8 +313,11 @@ int Main(int argc, char** argv) {
   spdlog::info("stopping signal={}", received == SIGTERM ? "SIGTERM" : "SIGINT");
   // A second signal ends the process at once.
   pthread_sigmask(SIG_UNBLOCK, &stop_signals, nullptr);
-  (*daemon)->Stop();
-  return 0;
+  if ((*daemon)->Stop()) return 0;
+  spdlog::error("calls have not come back {} after they were cancelled; ending without them",
+                absl::FormatDuration(kShutdownPatience));
+  spdlog::shutdown();
+  std::_Exit(kExitCallsLeft);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include "clients/cpp/session.h"
 #include "kernels/base/status.h"
 #include "kvtide/v1/kv_cache_service.grpc.pb.h"
+#include "proto/data_type.h"
 
 namespace kvtide::client {
 
@@ -140,6 +141,24 @@ absl::Status CopyResults(const Items& items, const Response& response) {
 }
 
 }  // namespace
+
+absl::StatusOr<std::vector<LayerRows>> Client::ReadTokens(SequenceId sequence, std::span<const int> layers,
+                                                          int64_t first, int64_t count, DataType type) {
+  std::vector<LayerRows> all;
+  for (int64_t done = 0; done < count || done == 0;) {
+    v1::ReadTokensRequest request;
+    request.set_sequence_id(sequence);
+    request.mutable_layers()->Add(layers.begin(), layers.end());
+    request.set_first_token(first + done);
+    request.set_tokens(count - done);
+    request.set_dtype(DataTypeToProto(type));
+    v1::ReadTokensResponse response;
+    KVTIDE_RETURN_IF_ERROR(impl_->Call(KVTIDE_VERB(ReadTokens, read_tokens), &request, &response));
+    KVTIDE_RETURN_IF_ERROR(AppendRows(response, &all));
+    done += response.tokens();
+  }
+  return all;
+}
 
 absl::Status Client::Attend(int layer, std::span<const AttendItem> items, const AttentionOptions& options) {
   v1::AttendRequest request;

@@ -8,6 +8,7 @@
 // or its process dies.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -84,6 +85,14 @@ struct LayerTokens {
   TensorRef k, v;  // [tokens][kv_heads][head_dim]
 };
 
+// K and V of a range of tokens in one layer, as ReadTokens brings them: rows [tokens][kv_heads][head_dim],
+// little-endian.
+struct LayerRows {
+  int layer = 0;
+  int kv_heads = 0, head_dim_k = 0, head_dim_v = 0;
+  std::vector<std::byte> k, v;
+};
+
 // What a call changes about the layer's registered attention.
 struct AttentionOptions {
   std::optional<float> scale;
@@ -132,6 +141,8 @@ struct ServerInfo {
   std::vector<std::string> models;
   int64_t max_message_bytes = 0, max_sequences = 0, max_models = 0, max_tokens = 0, max_items = 0;
   int64_t max_append_tokens = 0;
+  int64_t max_connections = 0, max_calls_per_connection = 0;
+  int64_t call_memory_bytes = 0, memory_overhead_bytes = 0;  // of the daemon, beside its tiers
   int64_t process_id = 0;
   double uptime_seconds = 0;
 };
@@ -242,6 +253,12 @@ class Client {
   // The length of the sequence after it.
   absl::StatusOr<int64_t> Append(SequenceId sequence, int64_t start_position,
                                  std::span<const LayerTokens> layers);
+  // K and V of `count` tokens from `first` on, in the named layers (empty = all), decoded where they are
+  // coded; in the order of the layers. Large ranges come in several calls, so that a sequence that is cut
+  // meanwhile is OUT_OF_RANGE.
+  absl::StatusOr<std::vector<LayerRows>> ReadTokens(SequenceId sequence, std::span<const int> layers,
+                                                    int64_t first, int64_t count,
+                                                    DataType type = DataType::kF16);
   absl::Status Attend(int layer, std::span<const AttendItem> items, const AttentionOptions& options = {});
   absl::Status AppendAttend(int layer, std::span<const AppendAttendItem> items,
                             const AttentionOptions& options = {});

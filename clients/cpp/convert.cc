@@ -128,6 +128,10 @@ ServerInfo FromProto(const v1::GetServerInfoResponse& proto) {
   info.max_tokens = proto.limits().max_tokens();
   info.max_items = proto.limits().max_items();
   info.max_append_tokens = proto.limits().max_append_tokens();
+  info.max_connections = proto.limits().max_connections();
+  info.max_calls_per_connection = proto.limits().max_calls_per_connection();
+  info.call_memory_bytes = proto.limits().call_memory_bytes();
+  info.memory_overhead_bytes = proto.limits().memory_overhead_bytes();
   info.process_id = proto.process_id();
   info.uptime_seconds = proto.uptime_seconds();
   return info;
@@ -240,6 +244,29 @@ absl::Status CopyResult(const v1::AttendResult& result, std::span<float> output,
   absl::Status status = CopyFloats(result.output(), output, "output");
   if (!status.ok() || lse.empty()) return status;
   return CopyFloats(result.lse(), lse, "lse");
+}
+
+absl::Status AppendRows(const v1::ReadTokensResponse& proto, std::vector<LayerRows>* rows) {
+  if (proto.tokens() < 1 || (!rows->empty() && rows->size() != static_cast<size_t>(proto.layers_size())))
+    return absl::InternalError("kvtided answered a read with other layers, or without tokens");
+  rows->resize(static_cast<size_t>(proto.layers_size()));
+  for (int i = 0; i < proto.layers_size(); i++) {
+    const v1::LayerTokens& layer = proto.layers(i);
+    LayerRows& out = (*rows)[static_cast<size_t>(i)];
+    if (layer.k().shape_size() != 3 || layer.v().shape_size() != 3)
+      return absl::InternalError("kvtided answered a read with tensors of another rank");
+    out.layer = layer.layer();
+    out.kv_heads = static_cast<int>(layer.k().shape(1));
+    out.head_dim_k = static_cast<int>(layer.k().shape(2));
+    out.head_dim_v = static_cast<int>(layer.v().shape(2));
+    const auto add = [](const std::string& bytes, std::vector<std::byte>* to) {
+      const auto* data = reinterpret_cast<const std::byte*>(bytes.data());
+      to->insert(to->end(), data, data + bytes.size());
+    };
+    add(layer.k().data(), &out.k);
+    add(layer.v().data(), &out.v);
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace kvtide::client

@@ -28,4 +28,7 @@ PlanAnswer FromProto(const v1::PlanResponse& proto);
 // Copies a result into the caller's memory; InvalidArgument if that has another size.
 absl::Status CopyResult(const v1::AttendResult& result, std::span<float> output, std::span<float> lse);
 
+// Adds the rows of one answer to those of the answers before. Internal if the daemon's answer makes no sense.
+absl::Status AppendRows(const v1::ReadTokensResponse& proto, std::vector<LayerRows>* rows);
+
 }  // namespace kvtide::client

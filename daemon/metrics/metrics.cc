@@ -28,6 +28,31 @@ std::string Compiler() {
 #endif
 }
 
+void WriteService(const ServiceStats& stats, FamilyWriter* writer) {
+  const auto gauge = [&](const char* name, const char* help, int64_t value) {
+    writer->Gauge(name, help).Sample(static_cast<double>(value));
+  };
+  gauge("kvtide_calls_under_way", "Calls that have arrived and are not answered yet.", stats.calls_under_way);
+  writer->Gauge("kvtide_queued_calls", "Calls that wait for a thread: bulk ones have threads of their own.")
+      .Sample(static_cast<double>(stats.queued_calls), {{"lane", "prompt"}})
+      .Sample(static_cast<double>(stats.queued_bulk_calls), {{"lane", "bulk"}});
+  gauge("kvtide_connections", "Connections that are open.", stats.connections);
+  gauge("kvtide_connections_limit", "Most connections that may be open.", stats.connections_limit);
+  writer->Counter("kvtide_connections_accepted_total", "Connections that were taken.")
+      .Sample(static_cast<double>(stats.connections_accepted));
+  writer
+      ->Counter("kvtide_connections_refused_total",
+                "Connections that were closed at once: too many, or no file descriptor for them.")
+      .Sample(static_cast<double>(stats.connections_refused));
+  gauge("kvtide_call_memory_bytes", "Bytes of requests and answers of calls under way.",
+        stats.call_memory_bytes);
+  gauge("kvtide_call_memory_limit_bytes", "Most bytes of requests and answers; beyond it calls are refused.",
+        stats.call_memory_limit);
+  gauge("kvtide_memory_overhead_limit_bytes",
+        "The most memory that the daemon takes beside its tiers in host memory, whatever clients do.",
+        stats.memory_overhead_limit);
+}
+
 // All of a scrape, in one order: build, cache, calls, allocator, process.
 class Everything final : public prometheus::Collectable {
  public:
@@ -46,10 +71,7 @@ class Everything final : public prometheus::Collectable {
         .Sample(1, {{"version", options_.version},
                     {"compiler", Compiler()},
                     {"cuda", options_.cuda ? "yes" : "no"}});
-    if (options_.calls_under_way) {
-      writer.Gauge("kvtide_calls_under_way", "Calls that have arrived and are not answered yet.")
-          .Sample(static_cast<double>(options_.calls_under_way()));
-    }
+    if (options_.service) WriteService(options_.service(), &writer);
     const prometheus::Collectable* parts[] = {&cache_, &registry_, &allocator_, &process_};
     for (const prometheus::Collectable* part : parts) {
       for (prometheus::MetricFamily& family : part->Collect()) families.push_back(std::move(family));

@@ -16,11 +16,21 @@
 
 namespace kvtide::metrics {
 
+// What the service shows of itself.
+struct ServiceStats {
+  int64_t calls_under_way = 0;                      // arrived and not answered
+  int64_t queued_calls = 0, queued_bulk_calls = 0;  // of these, waiting for a thread
+  int64_t connections = 0, connections_limit = 0;
+  int64_t connections_accepted = 0, connections_refused = 0;  // since the start
+  int64_t call_memory_bytes = 0, call_memory_limit = 0;
+  int64_t memory_overhead_limit = 0;
+};
+
 struct MetricsOptions {
-  std::string version;                       // "0.1.0"
-  bool cuda = false;                         // this build has the CUDA backend
-  std::function<CacheStats()> stats;         // KvCache::Stats; required
-  std::function<int64_t()> calls_under_way;  // of the service; may be empty
+  std::string version;                    // "0.1.0"
+  bool cuda = false;                      // this build has the CUDA backend
+  std::function<CacheStats()> stats;      // KvCache::Stats; required
+  std::function<ServiceStats()> service;  // may be empty
 };
 
 // Method names that calls are counted under; calls with other names count as "other". A test holds this
@@ -29,6 +39,7 @@ constexpr const char* kMethods[] = {
     "GetServerInfo",     "RegisterModel", "CreateSequence", "ForkSequence", "TruncateSequence",
     "CloseSequence",     "Append",        "Attend",         "AppendAttend", "EvictSequences",
     "PrefetchSequences", "ListSequences", "GetStats",       "Plan",         "Session",
+    "ReadTokens",
 };
 
 class Metrics {

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <netdb.h>
+#include <netinet/in.h>
 #include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -24,6 +25,7 @@ namespace kvtide::service {
 namespace {
 
 constexpr char kUnixPrefix[] = "unix:";
+constexpr int kWaitingConnections = 128;  // that the kernel keeps for the daemon to accept
 
 std::string ErrorText(int error) { return std::system_category().message(error); }
 
@@ -83,29 +85,22 @@ absl::Status RemoveStaleSocket(const std::string& path) {
   return absl::OkStatus();
 }
 
-absl::Status TryBind(const Address& address) {
-  addrinfo hints{};
-  hints.ai_socktype = SOCK_STREAM;
-  hints.ai_flags = AI_PASSIVE | AI_NUMERICSERV;
-  addrinfo* found = nullptr;
-  if (const int error =
-          ::getaddrinfo(address.host.c_str(), std::to_string(address.port).c_str(), &hints, &found);
-      error != 0) {
-    return absl::InvalidArgumentError(absl::StrCat("--listen ", address.text, ": ", ::gai_strerror(error)));
-  }
-  const absl::Cleanup free_found = [found] { ::freeaddrinfo(found); };
-  const int fd = ::socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  if (fd < 0) return absl::InternalError(absl::StrCat("--listen ", address.text, ": ", ErrorText(errno)));
-  const absl::Cleanup close_fd = [fd] { ::close(fd); };
-  const int on = 1;
-  ::setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
-  if (::bind(fd, found->ai_addr, found->ai_addrlen) == 0 && ::listen(fd, 1) == 0) return absl::OkStatus();
-  if (errno == EADDRINUSE) {
+absl::Status CannotListen(const Address& address, int error) {
+  if (error == EADDRINUSE) {
     return absl::AlreadyExistsError(absl::StrCat("address in use: another program listens on ", address.text,
                                                  " (see `ss -ltnp`); stop it, or choose another --listen"));
   }
   return absl::PermissionDeniedError(
-      absl::StrCat("cannot listen on ", address.text, ": ", ErrorText(errno), "; choose another --listen"));
+      absl::StrCat("cannot listen on ", address.text, ": ", ErrorText(error), "; choose another --listen"));
+}
+
+// Port of a socket that is bound.
+int PortOf(int fd) {
+  sockaddr_storage name{};
+  socklen_t size = sizeof(name);
+  ::getsockname(fd, reinterpret_cast<sockaddr*>(&name), &size);
+  return ntohs(name.ss_family == AF_INET6 ? reinterpret_cast<sockaddr_in6*>(&name)->sin6_port
+                                          : reinterpret_cast<sockaddr_in*>(&name)->sin_port);
 }
 
 }  // namespace
@@ -148,32 +143,81 @@ absl::StatusOr<Address> ParseAddress(const std::string& text) {
 }
 
 absl::StatusOr<std::unique_ptr<AddressClaim>> AddressClaim::Take(const Address& address) {
-  if (!address.is_unix()) {
-    KVTIDE_RETURN_IF_ERROR(TryBind(address));
-    return std::unique_ptr<AddressClaim>(new AddressClaim("", -1));
-  }
+  std::unique_ptr<AddressClaim> claim(new AddressClaim);
+  claim->text_ = address.text;
+  KVTIDE_RETURN_IF_ERROR(address.is_unix() ? claim->ListenOnUnix(address) : claim->ListenOnTcp(address));
+  return claim;
+}
+
+absl::Status AddressClaim::ListenOnUnix(const Address& address) {
   KVTIDE_RETURN_IF_ERROR(PrepareFolder(address.unix_path));
   const std::string lock_path = address.unix_path + ".lock";
-  const int lock = ::open(lock_path.c_str(), O_CREAT | O_RDWR | O_CLOEXEC | O_NOFOLLOW, 0600);
-  if (lock < 0) {
+  lock_ = ::open(lock_path.c_str(), O_CREAT | O_RDWR | O_CLOEXEC | O_NOFOLLOW, 0600);
+  if (lock_ < 0) {
     return absl::PermissionDeniedError(
         absl::StrCat("cannot open the lock file ", lock_path, ": ", ErrorText(errno)));
   }
-  absl::Cleanup close_lock = [lock] { ::close(lock); };
-  if (::flock(lock, LOCK_EX | LOCK_NB) != 0) {
+  if (::flock(lock_, LOCK_EX | LOCK_NB) != 0) {
     return absl::AlreadyExistsError(absl::StrCat("address in use: another kvtided listens on ",
                                                  address.unix_path, "; stop it, or choose another --listen"));
   }
   KVTIDE_RETURN_IF_ERROR(RemoveStaleSocket(address.unix_path));
-  std::move(close_lock).Cancel();
-  return std::unique_ptr<AddressClaim>(new AddressClaim(address.unix_path, lock));
+  const int fd = ::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+  if (fd < 0) return CannotListen(address, errno);
+  sockets_.push_back(fd);
+  sockaddr_un name{};
+  name.sun_family = AF_UNIX;
+  std::memcpy(name.sun_path, address.unix_path.c_str(), address.unix_path.size() + 1);
+  // The file is made with what the mask leaves: owner and group may connect.
+  const mode_t before = ::umask(0117);
+  const int bound = ::bind(fd, reinterpret_cast<const sockaddr*>(&name), sizeof(name));
+  const int error = errno;
+  ::umask(before);
+  if (bound != 0) return CannotListen(address, error);
+  socket_path_ = address.unix_path;
+  if (::listen(fd, kWaitingConnections) != 0) return CannotListen(address, errno);
+  return absl::OkStatus();
+}
+
+absl::Status AddressClaim::ListenOnTcp(const Address& address) {
+  addrinfo hints{};
+  hints.ai_socktype = SOCK_STREAM;
+  hints.ai_flags = AI_PASSIVE | AI_NUMERICSERV;
+  addrinfo* found = nullptr;
+  if (const int error =
+          ::getaddrinfo(address.host.c_str(), std::to_string(address.port).c_str(), &hints, &found);
+      error != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("--listen ", address.text, ": ", ::gai_strerror(error)));
+  }
+  const absl::Cleanup free_found = [found] { ::freeaddrinfo(found); };
+  int port = address.port, failed = 0;
+  for (addrinfo* one = found; one != nullptr; one = one->ai_next) {
+    if (port != 0 && one->ai_family == AF_INET6)
+      reinterpret_cast<sockaddr_in6*>(one->ai_addr)->sin6_port = htons(static_cast<uint16_t>(port));
+    if (port != 0 && one->ai_family == AF_INET)
+      reinterpret_cast<sockaddr_in*>(one->ai_addr)->sin_port = htons(static_cast<uint16_t>(port));
+    const int fd = ::socket(one->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    const int on = 1;
+    if (fd >= 0) ::setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
+    if (fd < 0 || ::bind(fd, one->ai_addr, one->ai_addrlen) != 0 || ::listen(fd, kWaitingConnections) != 0) {
+      failed = errno;
+      if (fd >= 0) ::close(fd);
+      if (failed == EADDRINUSE) break;
+      continue;  // a host name may have an address that this machine has not, such as ::1
+    }
+    sockets_.push_back(fd);
+    port = PortOf(fd);
+  }
+  if (sockets_.empty() || failed == EADDRINUSE) return CannotListen(address, failed);
+  text_ = absl::StrCat(address.text.substr(0, address.text.rfind(':') + 1), port);
+  return absl::OkStatus();
 }
 
 AddressClaim::~AddressClaim() {
-  if (lock_ < 0) return;
+  for (const int fd : sockets_) ::close(fd);
+  if (!socket_path_.empty()) ::unlink(socket_path_.c_str());
   // The lock file stays: removing it would let two daemons lock two files of one name.
-  ::unlink(socket_path_.c_str());
-  ::close(lock_);
+  if (lock_ >= 0) ::close(lock_);
 }
 
 std::string DefaultListenAddress() {

@@ -1,18 +1,18 @@
-// The addresses that kvtided listens on: "unix:/path/to/socket" or "host:port". What gRPC only reports as a
-// failure is found out before it is asked, so that the message can say what to do: a port in use, another
-// daemon on the socket, a file in its place, a folder without permission. A stale socket of a daemon that
-// died is removed.
+// The addresses that kvtided listens on: "unix:/path/to/socket" or "host:port". What stands in the way of one
+// is named, with what to do: a port in use, another daemon on the socket, a file in its place, a folder
+// without permission. A stale socket of a daemon that died is removed.
 #pragma once
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 
 namespace kvtide::service {
 
 struct Address {
-  std::string text;       // as gRPC takes it
+  std::string text;       // as clients write it
   std::string unix_path;  // empty: TCP
   std::string host;       // TCP; "[::1]" without brackets
   int port = 0;           // TCP; 0 = any free one
@@ -23,21 +23,31 @@ struct Address {
 
 absl::StatusOr<Address> ParseAddress(const std::string& text);
 
-// Holds an address for the life of the daemon: for a Unix socket the lock file beside it (PATH.lock), which
-// tells a second daemon that the place is taken. Released on destruction, the socket is removed.
+// Holds an address for the life of the daemon: the sockets that listen, and for a Unix socket the lock file
+// beside it (PATH.lock), which tells a second daemon that the place is taken. Released on destruction, the
+// socket's file is removed.
 class AddressClaim {
  public:
-  // For a Unix socket: makes its folder (0750), takes the lock, removes a stale socket. For TCP: tries to
-  // bind.
+  // For a Unix socket: makes its folder (0750), takes the lock, removes a stale socket, makes one for owner
+  // and group (0660). For TCP: every address that the host's name has.
   static absl::StatusOr<std::unique_ptr<AddressClaim>> Take(const Address& address);
   ~AddressClaim();
   AddressClaim(const AddressClaim&) = delete;
   AddressClaim& operator=(const AddressClaim&) = delete;
 
+  // Sockets that listen, non-blocking.
+  const std::vector<int>& sockets() const { return sockets_; }
+  // The address with the port that a port 0 became.
+  const std::string& text() const { return text_; }
+
  private:
-  AddressClaim(std::string socket_path, int lock) : socket_path_(std::move(socket_path)), lock_(lock) {}
-  const std::string socket_path_;  // empty for TCP
-  const int lock_;                 // -1 for TCP
+  AddressClaim() = default;
+  absl::Status ListenOnUnix(const Address& address);
+  absl::Status ListenOnTcp(const Address& address);
+
+  std::string text_, socket_path_;  // path: empty for TCP, and until the socket is there
+  int lock_ = -1;                   // -1 for TCP
+  std::vector<int> sockets_;
 };
 
 // $XDG_RUNTIME_DIR/kvtide/kvtided.sock, or /run/kvtide/kvtided.sock for root.

@@ -16,6 +16,9 @@ namespace {
 // Longer ones meet gRPC's limit for headers (8 KiB).
 constexpr size_t kMaxMessageText = 4096;
 
+// Of a model; as the cache has them. Looked at before any work is done.
+constexpr int kMostGroups = 64, kMostLayers = kMostGroups * 1024;
+
 // Settings that layers of one group share; the count of layers is filled in later.
 LayerGroupSpec GroupOf(const v1::Layer& layer) {
   LayerGroupSpec group;
@@ -30,7 +33,10 @@ LayerGroupSpec GroupOf(const v1::Layer& layer) {
 absl::Status CheckLayer(const v1::Layer& layer) {
   GroupShape shape{1, layer.kv_heads(), layer.head_dim_k(), layer.head_dim_v()};
   KVTIDE_RETURN_IF_ERROR(CheckGroupShape(shape));
-  if (layer.window() < 0) return absl::InvalidArgumentError(absl::StrCat("window is ", layer.window()));
+  if (layer.window() < 0 || layer.window() > kMostWindow) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("window is ", layer.window(), "; allowed are 0 to ", kMostWindow));
+  }
   if (layer.query_heads() <= 0 || layer.query_heads() % layer.kv_heads() != 0) {
     return absl::InvalidArgumentError(absl::StrCat("query_heads is ", layer.query_heads(),
                                                    ", expected a multiple of kv_heads (", layer.kv_heads(),
@@ -63,6 +69,10 @@ grpc::Status ToGrpc(const absl::Status& status) {
 absl::StatusOr<ModelSpec> FromProto(const v1::Model& proto) {
   ModelSpec spec;
   spec.name = proto.name();
+  if (proto.layers_size() > kMostLayers) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("layers has ", proto.layers_size(), " entries, at most ", kMostLayers, " are allowed"));
+  }
   for (int i = 0; i < proto.layers_size(); i++) {
     const v1::Layer& layer = proto.layers(i);
     KVTIDE_RETURN_IF_ERROR(Annotate(CheckLayer(layer), absl::StrCat("layers[", i, "]")));
@@ -71,7 +81,14 @@ absl::StatusOr<ModelSpec> FromProto(const v1::Model& proto) {
       candidate.shape.layers = 0;
       return candidate == wanted;
     });
-    if (group == spec.groups.end()) group = spec.groups.insert(group, wanted);
+    if (group == spec.groups.end()) {
+      if (spec.groups.size() == kMostGroups) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("layers[", i, "]: the layers before have ", kMostGroups,
+                         " different shapes already, the most that a model may have"));
+      }
+      group = spec.groups.insert(group, wanted);
+    }
     spec.layers.push_back({static_cast<int>(group - spec.groups.begin()), group->shape.layers});
     group->shape.layers++;
   }

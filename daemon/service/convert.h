@@ -11,6 +11,9 @@
 
 namespace kvtide::service {
 
+// Tokens of a sliding window, at most: the planner counts them in int.
+constexpr int64_t kMostWindow = (int64_t{1} << 31) - 1;
+
 // Same code, same message. A message that gRPC could not carry is cut (at 4 KiB).
 grpc::Status ToGrpc(const absl::Status& status);
 

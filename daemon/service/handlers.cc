@@ -16,13 +16,6 @@ namespace {
 
 int64_t Signed(uint64_t value) { return static_cast<int64_t>(value); }
 
-absl::Status CheckNotCancelled(const Cancelled& cancelled) {
-  if (cancelled.cancelled()) {
-    return absl::CancelledError("the call was cancelled or its deadline has passed; nothing has changed");
-  }
-  return absl::OkStatus();
-}
-
 template <class Ids>
 std::vector<SequenceId> ToVector(const Ids& ids) {
   return std::vector<SequenceId>(ids.begin(), ids.end());
@@ -35,12 +28,12 @@ Handlers::Handlers(KvCache* cache, const ServiceOptions& options)
 
 absl::StatusOr<Handlers::SpecPointer> Handlers::SpecOfModel(ModelId model) {
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const MutexLock lock(mutex_);
     if (const auto found = specs_.find(model); found != specs_.end()) return found->second;
   }
   KVTIDE_ASSIGN_OR_RETURN(ModelSpec spec, cache_->GetModel(model));
   auto shared = std::make_shared<const ModelSpec>(std::move(spec));
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const MutexLock lock(mutex_);
   return specs_.emplace(model, std::move(shared)).first->second;
 }
 
@@ -58,16 +51,15 @@ absl::StatusOr<const LayerGroupSpec*> Handlers::GroupOfLayer(const ModelSpec& sp
 }
 
 absl::Status Handlers::GetServerInfo(const v1::GetServerInfoRequest&, v1::GetServerInfoResponse* response,
-                                     const Cancelled&) {
-  const CacheStats stats = cache_->Stats();
+                                     const Call&) {
   const CacheOptions& limits = cache_->options();
   response->set_version(options_.version);
   response->set_block_tokens(kBlockTokens);
-  for (const TierStats& tier : stats.tiers) {
+  for (const TierOptions& tier : limits.tiers) {
     v1::TierInfo* out = response->add_tiers();
     out->set_name(tier.name);
-    out->set_backend(tier.backend);
-    out->set_device(tier.device);
+    out->set_backend(tier.backend->name());
+    out->set_device(tier.Device());
     out->set_capacity_bytes(Signed(tier.capacity_bytes));
   }
   for (CacheType type : AllCacheTypes()) {
@@ -85,30 +77,32 @@ absl::Status Handlers::GetServerInfo(const v1::GetServerInfoRequest&, v1::GetSer
   response->mutable_limits()->set_max_tokens(limits.max_tokens_per_sequence);
   response->mutable_limits()->set_max_items(Signed(limits.max_batch_items));
   response->mutable_limits()->set_max_append_tokens(limits.max_tokens_per_append);
+  response->mutable_limits()->set_max_connections(Signed(options_.max_connections));
+  response->mutable_limits()->set_max_calls_per_connection(options_.max_calls_per_connection);
+  response->mutable_limits()->set_call_memory_bytes(options_.call_memory_bytes);
+  response->mutable_limits()->set_memory_overhead_bytes(MemoryOverheadBytes(options_));
   response->set_default_pair(PairName(options_.defaults.pair));
   ToProto(options_.defaults.exact_window, response->mutable_default_exact_window());
   response->set_uptime_seconds(absl::ToDoubleSeconds(limits.clock() - started_));
-  for (ModelId model = 1; model <= stats.models; model++) {
-    if (auto spec = SpecOfModel(model); spec.ok()) response->add_models((*spec)->name);
-  }
+  for (const std::string& model : cache_->ModelNames()) response->add_models(model);
   response->set_process_id(::getpid());
   return absl::OkStatus();
 }
 
 absl::Status Handlers::RegisterModel(const v1::RegisterModelRequest& request,
-                                     v1::RegisterModelResponse* response, const Cancelled&) {
+                                     v1::RegisterModelResponse* response, const Call& call) {
   auto spec = FromProto(request.model());
   if (!spec.ok()) return Annotate(spec.status(), "model");
-  KVTIDE_RETURN_IF_ERROR(cache_->RegisterModel(*spec).status());
+  KVTIDE_RETURN_IF_ERROR(cache_->RegisterModel(*spec, call.context).status());
   ToProto(*spec, response);
   return absl::OkStatus();
 }
 
 absl::Status Handlers::CreateSequence(const v1::CreateSequenceRequest& request,
-                                      v1::CreateSequenceResponse* response, const Cancelled&) {
+                                      v1::CreateSequenceResponse* response, const Call& call) {
   KVTIDE_ASSIGN_OR_RETURN(const SequenceOptions options, FromProto(request, options_.defaults));
   KVTIDE_ASSIGN_OR_RETURN(const ModelId model, cache_->FindModel(request.model()));
-  KVTIDE_ASSIGN_OR_RETURN(const SequenceId sequence, cache_->CreateSequence(model, options));
+  KVTIDE_ASSIGN_OR_RETURN(const SequenceId sequence, cache_->CreateSequence(model, options, call.context));
   response->set_sequence_id(sequence);
   response->set_pair(PairName(options.pair));
   if (const auto info = cache_->GetSequence(sequence); info.ok()) response->set_device(info->device);
@@ -116,24 +110,23 @@ absl::Status Handlers::CreateSequence(const v1::CreateSequenceRequest& request,
 }
 
 absl::Status Handlers::ForkSequence(const v1::ForkSequenceRequest& request,
-                                    v1::ForkSequenceResponse* response, const Cancelled&) {
-  KVTIDE_ASSIGN_OR_RETURN(const SequenceId fork, cache_->ForkSequence(request.sequence_id()));
+                                    v1::ForkSequenceResponse* response, const Call& call) {
+  KVTIDE_ASSIGN_OR_RETURN(const SequenceId fork, cache_->ForkSequence(request.sequence_id(), call.context));
   response->set_sequence_id(fork);
   return absl::OkStatus();
 }
 
 absl::Status Handlers::TruncateSequence(const v1::TruncateSequenceRequest& request,
-                                        v1::TruncateSequenceResponse* response, const Cancelled& cancelled) {
-  KVTIDE_RETURN_IF_ERROR(CheckNotCancelled(cancelled));
+                                        v1::TruncateSequenceResponse* response, const Call& call) {
   if (request.tokens() < 0) return absl::InvalidArgumentError(absl::StrCat("tokens is ", request.tokens()));
-  KVTIDE_RETURN_IF_ERROR(cache_->TruncateSequence(request.sequence_id(), request.tokens()));
+  KVTIDE_RETURN_IF_ERROR(cache_->TruncateSequence(request.sequence_id(), request.tokens(), call.context));
   KVTIDE_ASSIGN_OR_RETURN(const SequenceInfo info, cache_->GetSequence(request.sequence_id()));
   response->set_tokens(info.tokens);
   return absl::OkStatus();
 }
 
 absl::Status Handlers::CloseSequence(const v1::CloseSequenceRequest& request, v1::CloseSequenceResponse*,
-                                     const Cancelled&) {
+                                     const Call&) {
   return cache_->CloseSequence(request.sequence_id());
 }
 
@@ -164,8 +157,7 @@ absl::StatusOr<int> FindTier(const std::vector<TierOptions>& tiers, const std::s
 }  // namespace
 
 absl::Status Handlers::EvictSequences(const v1::EvictSequencesRequest& request,
-                                      v1::EvictSequencesResponse* response, const Cancelled& cancelled) {
-  KVTIDE_RETURN_IF_ERROR(CheckNotCancelled(cancelled));
+                                      v1::EvictSequencesResponse* response, const Call& call) {
   if (request.all() == (request.sequence_ids_size() > 0)) {
     return absl::InvalidArgumentError("give sequence_ids or all, one of the two");
   }
@@ -176,9 +168,10 @@ absl::Status Handlers::EvictSequences(const v1::EvictSequencesRequest& request,
   if (!request.drop()) {
     KVTIDE_ASSIGN_OR_RETURN(tier, FindTier(cache_->options().tiers, request.tier()));
   }
-  KVTIDE_ASSIGN_OR_RETURN(
-      const MoveReport report,
-      request.all() ? cache_->EvictAll(tier) : cache_->Evict(ToVector(request.sequence_ids()), tier));
+  KVTIDE_ASSIGN_OR_RETURN(const MoveReport report,
+                          request.all()
+                              ? cache_->EvictAll(tier, call.context)
+                              : cache_->Evict(ToVector(request.sequence_ids()), tier, call.context));
   response->set_blocks(Signed(report.moved_blocks));
   response->set_bytes(Signed(report.moved_bytes));
   response->set_dropped_blocks(Signed(report.dropped_blocks));
@@ -188,11 +181,10 @@ absl::Status Handlers::EvictSequences(const v1::EvictSequencesRequest& request,
 }
 
 absl::Status Handlers::PrefetchSequences(const v1::PrefetchSequencesRequest& request,
-                                         v1::PrefetchSequencesResponse* response,
-                                         const Cancelled& cancelled) {
-  KVTIDE_RETURN_IF_ERROR(CheckNotCancelled(cancelled));
+                                         v1::PrefetchSequencesResponse* response, const Call& call) {
   if (request.sequence_ids_size() == 0) return absl::InvalidArgumentError("sequence_ids is empty");
-  KVTIDE_ASSIGN_OR_RETURN(const MoveReport report, cache_->Prefetch(ToVector(request.sequence_ids())));
+  KVTIDE_ASSIGN_OR_RETURN(const MoveReport report,
+                          cache_->Prefetch(ToVector(request.sequence_ids()), call.context));
   response->set_blocks(Signed(report.moved_blocks));
   response->set_bytes(Signed(report.moved_bytes));
   response->set_blocks_left(Signed(report.left_blocks));
@@ -200,7 +192,7 @@ absl::Status Handlers::PrefetchSequences(const v1::PrefetchSequencesRequest& req
 }
 
 absl::Status Handlers::ListSequences(const v1::ListSequencesRequest& request,
-                                     v1::ListSequencesResponse* response, const Cancelled&) {
+                                     v1::ListSequencesResponse* response, const Call&) {
   constexpr int kDefaultPage = 100, kLargestPage = 1000;
   if (request.page_size() < 0)
     return absl::InvalidArgumentError(absl::StrCat("page_size is ", request.page_size()));
@@ -210,23 +202,24 @@ absl::Status Handlers::ListSequences(const v1::ListSequencesRequest& request,
   if (!request.page_token().empty() && !absl::SimpleAtoi(request.page_token(), &after)) {
     return absl::InvalidArgumentError("page_token is not one that ListSequences gave");
   }
-  std::vector<SequenceInfo> sequences = cache_->ListSequences();
-  std::sort(sequences.begin(), sequences.end(),
-            [](const SequenceInfo& a, const SequenceInfo& b) { return a.id < b.id; });
-  const absl::Time now = cache_->options().clock();
-  for (const SequenceInfo& info : sequences) {
-    if (info.id <= after || (!request.model().empty() && info.model_name != request.model())) continue;
-    if (response->sequences_size() == static_cast<int>(page)) {
-      response->set_next_page_token(absl::StrCat(response->sequences().rbegin()->sequence_id()));
-      break;
-    }
-    ToProto(info, cache_->options().tiers, now, response->add_sequences());
+  SequenceList list;
+  list.after = after;
+  list.limit = page + 1;  // one more tells that there is another page
+  if (!request.model().empty()) {
+    const auto model = cache_->FindModel(request.model());
+    if (!model.ok()) return absl::OkStatus();  // nothing is of a model that is not there
+    list.model = *model;
   }
+  const std::vector<SequenceInfo> sequences = cache_->ListSequences(list);
+  const absl::Time now = cache_->options().clock();
+  for (size_t i = 0; i < std::min(page, sequences.size()); i++) {
+    ToProto(sequences[i], cache_->options().tiers, now, response->add_sequences());
+  }
+  if (sequences.size() > page) response->set_next_page_token(absl::StrCat(sequences[page - 1].id));
   return absl::OkStatus();
 }
 
-absl::Status Handlers::GetStats(const v1::GetStatsRequest&, v1::GetStatsResponse* response,
-                                const Cancelled&) {
+absl::Status Handlers::GetStats(const v1::GetStatsRequest&, v1::GetStatsResponse* response, const Call&) {
   ToProto(cache_->Stats(), response);
   response->set_uptime_seconds(absl::ToDoubleSeconds(cache_->options().clock() - started_));
   return absl::OkStatus();

@@ -1,48 +1,47 @@
 // The verbs: each checks its request completely, calls the cache and fills the answer. One function for each,
-// used by the unary calls and by the session stream alike. Thread-safe; `cancelled` is polled between steps.
+// used by the unary calls and by the session stream alike. Thread-safe.
 #pragma once
 
 #include <memory>
-#include <mutex>
 #include <string>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "daemon/cache/kv_cache.h"
+#include "daemon/service/call.h"
 #include "daemon/service/service_options.h"
 #include "daemon/service/tensor.h"
+#include "kernels/base/mutex.h"
 #include "kvtide/v1/plan.pb.h"
 #include "kvtide/v1/sequence.pb.h"
 #include "kvtide/v1/server.pb.h"
 
 namespace kvtide::service {
 
-using Cancelled = Cancellation;
-
 class Handlers {
  public:
   // Borrows the cache.
   Handlers(KvCache* cache, const ServiceOptions& options);
 
-  absl::Status GetServerInfo(const v1::GetServerInfoRequest&, v1::GetServerInfoResponse*, const Cancelled&);
-  absl::Status RegisterModel(const v1::RegisterModelRequest&, v1::RegisterModelResponse*, const Cancelled&);
-  absl::Status CreateSequence(const v1::CreateSequenceRequest&, v1::CreateSequenceResponse*,
-                              const Cancelled&);
-  absl::Status ForkSequence(const v1::ForkSequenceRequest&, v1::ForkSequenceResponse*, const Cancelled&);
+  absl::Status GetServerInfo(const v1::GetServerInfoRequest&, v1::GetServerInfoResponse*, const Call&);
+  absl::Status RegisterModel(const v1::RegisterModelRequest&, v1::RegisterModelResponse*, const Call&);
+  absl::Status CreateSequence(const v1::CreateSequenceRequest&, v1::CreateSequenceResponse*, const Call&);
+  absl::Status ForkSequence(const v1::ForkSequenceRequest&, v1::ForkSequenceResponse*, const Call&);
   absl::Status TruncateSequence(const v1::TruncateSequenceRequest&, v1::TruncateSequenceResponse*,
-                                const Cancelled&);
-  absl::Status CloseSequence(const v1::CloseSequenceRequest&, v1::CloseSequenceResponse*, const Cancelled&);
-  absl::Status Append(const v1::AppendRequest&, v1::AppendResponse*, const Cancelled&);
-  absl::Status Attend(const v1::AttendRequest&, v1::AttendResponse*, const Cancelled&);
-  absl::Status AppendAttend(const v1::AppendAttendRequest&, v1::AppendAttendResponse*, const Cancelled&);
-  absl::Status EvictSequences(const v1::EvictSequencesRequest&, v1::EvictSequencesResponse*,
-                              const Cancelled&);
+                                const Call&);
+  absl::Status CloseSequence(const v1::CloseSequenceRequest&, v1::CloseSequenceResponse*, const Call&);
+  absl::Status Append(const v1::AppendRequest&, v1::AppendResponse*, const Call&);
+  absl::Status Attend(const v1::AttendRequest&, v1::AttendResponse*, const Call&);
+  absl::Status AppendAttend(const v1::AppendAttendRequest&, v1::AppendAttendResponse*, const Call&);
+  absl::Status ReadTokens(const v1::ReadTokensRequest&, v1::ReadTokensResponse*, const Call&);
+  absl::Status EvictSequences(const v1::EvictSequencesRequest&, v1::EvictSequencesResponse*, const Call&);
   absl::Status PrefetchSequences(const v1::PrefetchSequencesRequest&, v1::PrefetchSequencesResponse*,
-                                 const Cancelled&);
-  absl::Status ListSequences(const v1::ListSequencesRequest&, v1::ListSequencesResponse*, const Cancelled&);
-  absl::Status GetStats(const v1::GetStatsRequest&, v1::GetStatsResponse*, const Cancelled&);
-  absl::Status Plan(const v1::PlanRequest&, v1::PlanResponse*, const Cancelled&);
+                                 const Call&);
+  absl::Status ListSequences(const v1::ListSequencesRequest&, v1::ListSequencesResponse*, const Call&);
+  absl::Status GetStats(const v1::GetStatsRequest&, v1::GetStatsResponse*, const Call&);
+  absl::Status Plan(const v1::PlanRequest&, v1::PlanResponse*, const Call&);
 
   // Closes a sequence of a session that ended.
   void Release(SequenceId sequence);
@@ -60,8 +59,8 @@ class Handlers {
   KvCache* const cache_;
   const ServiceOptions options_;
   const absl::Time started_;
-  std::mutex mutex_;
-  absl::flat_hash_map<ModelId, SpecPointer> specs_;  // guarded by mutex_
+  Mutex mutex_;
+  absl::flat_hash_map<ModelId, SpecPointer> specs_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace kvtide::service

@@ -1,209 +1,386 @@
 #include "daemon/service/kv_cache_service.h"
 
+#include <algorithm>
+#include <cctype>
+#include <random>
 #include <utility>
-#include <vector>
 
-#include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
-#include "daemon/service/session_verbs.h"
 
 namespace kvtide::service {
+namespace {
 
-KvCacheService::KvCacheService(KvCache* cache, const ServiceOptions& options)
-    : options_(options), handlers_(cache, options), workers_(options.threads, options.max_queued_calls) {}
+constexpr char kRequestIdKey[] = "x-request-id";
+constexpr size_t kLongestRequestId = 128;
+// A call costs about so much beside its messages.
+constexpr int64_t kCallBytes = 2048;
+// An answer that its client does not take for so long is given up.
+constexpr absl::Duration kPatience = absl::Seconds(30);
+constexpr int64_t kBaseBytes = int64_t{160} << 20;
+
+// Letters, digits and what ids are written with; anything else could break a line of a log.
+bool IsSane(const grpc::string_ref& id) {
+  return !id.empty() && id.size() <= kLongestRequestId && std::all_of(id.begin(), id.end(), [](char c) {
+    return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '-' || c == '_' || c == '.' || c == ':' ||
+           c == '/' || c == '+' || c == '=';
+  });
+}
+
+absl::Time ToTime(std::chrono::system_clock::time_point deadline) {
+  return deadline == std::chrono::system_clock::time_point::max() ? absl::InfiniteFuture()
+                                                                  : absl::FromChrono(deadline);
+}
+
+absl::Status Gone() {
+  return absl::CancelledError("the call was cancelled or its deadline has passed before it began");
+}
+
+absl::Status ShuttingDown() {
+  return absl::UnavailableError("kvtided is shutting down; try another one, or again later");
+}
+
+}  // namespace
+
+int64_t LeastCallMemory(int64_t max_message_bytes) {
+  return std::max<int64_t>(int64_t{64} << 20, 6 * max_message_bytes + (int64_t{2} << 20));
+}
+
+int64_t ReceiveMemoryBytes(const ServiceOptions& options) {
+  return std::max<int64_t>(int64_t{64} << 20, 4 * options.max_message_bytes);
+}
+
+int64_t MemoryOverheadBytes(const ServiceOptions& options) {
+  return kBaseBytes + ReceiveMemoryBytes(options) + options.call_memory_bytes;
+}
+
+KvCacheService::KvCacheService(KvCache* cache, const Connections* connections, const ServiceOptions& options)
+    : options_(options),
+      connections_(connections),
+      handlers_(cache, options),
+      memory_(options.call_memory_bytes, options.call_memory_bytes / 2),
+      last_request_(std::random_device()() * uint64_t{0x9e3779b97f4a7c15}),
+      prompt_(options.threads, options.max_queued_calls),
+      bulk_(options.bulk_threads, options.max_queued_calls) {}
 
 KvCacheService::~KvCacheService() = default;
 
 absl::Status KvCacheService::CheckNotDraining() const {
-  if (draining_) return absl::UnavailableError("kvtided is shutting down; try another one, or again later");
-  return absl::OkStatus();
+  return draining_ ? ShuttingDown() : absl::OkStatus();
 }
 
-absl::Status KvCacheService::Begin() {
-  ++*options_.calls_under_way;
-  return CheckNotDraining();
+bool KvCacheService::Submit(const Verb* verb, uint64_t caller, WorkerPool::Work* work) {
+  return (verb != nullptr && verb->lane == Lane::kBulk ? bulk_ : prompt_).Submit(caller, work);
 }
 
-void KvCacheService::End(const char* method, absl::Time start, const absl::Status& status,
-                         int64_t request_bytes, int64_t response_bytes) {
-  Report(method, start, status, request_bytes, response_bytes);
-  --*options_.calls_under_way;
+void KvCacheService::Report(const CallReport& report) const {
+  if (options_.report) options_.report(report);
 }
 
-void KvCacheService::Report(const char* method, absl::Time start, const absl::Status& status,
-                            int64_t request_bytes, int64_t response_bytes) {
-  if (!options_.report) return;
-  CallReport report;
-  report.method = method;
-  report.code = status.raw_code();
-  report.duration = absl::Now() - start;
-  report.request_bytes = request_bytes;
-  report.response_bytes = response_bytes;
-  options_.report(report);
+std::string KvCacheService::NewRequestId() {
+  // Odd steps visit all numbers; neighbours look unlike each other.
+  const uint64_t number = last_request_.fetch_add(0x9e3779b97f4a7c15, std::memory_order_relaxed);
+  return absl::StrCat(absl::Hex(number, absl::kZeroPad16));
 }
 
-// One unary call; deletes itself when gRPC is done with it.
-template <class Request, class Response>
-class KvCacheService::UnaryCall final : public grpc::ServerUnaryReactor {
+// What calls have in common: who calls, how long, with how much memory. Deletes itself when gRPC is done with
+// it.
+class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
  public:
-  using Handler = absl::Status (Handlers::*)(const Request&, Response*, const Cancelled&);
-
-  UnaryCall(KvCacheService* service, const char* method, Where where, Handler handler, const Request* request,
-            Response* response)
+  AnyCall(KvCacheService* service, Rpc* rpc)
       : service_(service),
-        method_(method),
-        start_(absl::Now()),
-        handler_(handler),
-        request_(request),
-        response_(response) {
-    if (const absl::Status status = service_->Begin(); !status.ok()) {
+        rpc_(rpc),
+        connection_(service->connections_->Find(rpc->context()->peer())),
+        hold_(&service->memory_, &connection_->memory) {
+    grpc::GenericServerContext* const context = rpc->context();
+    const auto& metadata = context->client_metadata();
+    const auto asked = metadata.find(kRequestIdKey);
+    request_id_ = asked != metadata.end() && IsSane(asked->second)
+                      ? std::string(asked->second.data(), asked->second.size())
+                      : service->NewRequestId();
+    context->AddTrailingMetadata(kRequestIdKey, request_id_);
+    call_.context.caller = connection_->name;
+    call_.context.request_id = std::hash<std::string>()(request_id_);
+    call_.context.deadline = ToTime(context->deadline());
+    call_.context.cancellation = &cancellation_;
+    call_.memory = &hold_;
+    const MutexLock lock(service_->mutex_);
+    service_->calls_.insert(this);
+  }
+
+  void OnCancel() override { cancellation_.Cancel(); }
+  void OnDone() override {
+    {
+      const MutexLock lock(service_->mutex_);
+      service_->calls_.erase(this);
+    }
+    delete this;
+  }
+
+  // From any thread while the call is in `calls_`.
+  void GiveUpIfStale(absl::Time now) {
+    if (now - absl::FromUnixNanos(answering_since_.load(std::memory_order_relaxed)) > kPatience)
+      rpc_->context()->TryCancel();
+  }
+  void CancelIfBulk() {
+    if (bulk_.load(std::memory_order_relaxed)) cancellation_.Cancel();
+  }
+
+ protected:
+  virtual ~AnyCall() = default;
+
+  // Takes the memory of a request that has arrived: as it is, and as it will be read.
+  absl::Status TakeRequest() {
+    request_bytes_ = static_cast<int64_t>(request_.Length());
+    return hold_.Add(2 * request_bytes_ + kCallBytes);
+  }
+  // Whether the call may begin.
+  absl::Status MayBegin() const {
+    if (cancellation_.cancelled()) return Gone();
+    return service_->CheckNotDraining();
+  }
+  void Place(const Verb* verb) {
+    bulk_.store(verb != nullptr && verb->lane == Lane::kBulk, std::memory_order_relaxed);
+  }
+
+  void Begin() {
+    start_ = absl::Now();
+    service_->options_.gauges->calls_under_way++;
+  }
+  void End(const char* method, const absl::Status& status, SequenceId sequence,
+           absl::string_view request_id) {
+    CallReport report;
+    report.method = method;
+    report.code = status.raw_code();
+    report.duration = absl::Now() - start_;
+    report.request_bytes = request_bytes_;
+    report.response_bytes = status.ok() ? static_cast<int64_t>(answer_.Length()) : 0;
+    if (!status.ok()) {
+      report.message = std::string_view(status.message().data(), status.message().size());
+      report.request_id = std::string_view(request_id.data(), request_id.size());
+      report.caller = connection_->name;
+      report.sequence = sequence;
+    }
+    service_->Report(report);
+    service_->options_.gauges->calls_under_way--;
+  }
+  // To be called before an answer is written, and when it is.
+  void Answering(bool begins) {
+    answering_since_.store(
+        begins ? absl::ToUnixNanos(absl::Now()) : absl::ToUnixNanos(absl::InfiniteFuture()),
+        std::memory_order_relaxed);
+  }
+
+  KvCacheService* const service_;
+  Rpc* const rpc_;
+  const std::shared_ptr<Connection> connection_;
+  MemoryBudget::Hold hold_;
+  Cancellation cancellation_;
+  Call call_;
+  std::string request_id_;
+  grpc::ByteBuffer request_, answer_;
+  int64_t request_bytes_ = 0;
+  absl::Time start_ = absl::Now();
+
+ private:
+  std::atomic<int64_t> answering_since_{absl::ToUnixNanos(absl::InfiniteFuture())};
+  std::atomic<bool> bulk_{false};
+};
+
+class KvCacheService::UnaryCall final : public AnyCall {
+ public:
+  UnaryCall(KvCacheService* service, Rpc* rpc, const Verb* verb) : AnyCall(service, rpc), verb_(verb) {}
+
+  void Start() {
+    Begin();
+    if (const absl::Status status = service_->CheckNotDraining(); !status.ok()) {
       Conclude(status);
-    } else if (where == Where::kHere) {
-      Handle();
-    } else if (!service_->workers_.Submit([this] { Handle(); })) {
+      return;
+    }
+    Place(verb_);
+    rpc_->Read(&request_);
+  }
+
+  void OnReadDone(bool ok) override {
+    if (!ok) {
+      Conclude(cancellation_.cancelled() ? Gone()
+                                         : absl::InvalidArgumentError("the call came without a request"));
+      return;
+    }
+    if (const absl::Status status = TakeRequest(); !status.ok()) {
+      request_.Clear();
+      Conclude(status);
+      return;
+    }
+    if (!service_->Submit(verb_, connection_->number, this)) {
       Conclude(absl::ResourceExhaustedError(absl::StrCat("all threads are busy and ",
                                                          service_->options_.max_queued_calls,
                                                          " calls wait already; try again later")));
     }
   }
 
-  void OnCancel() override { cancelled_.Cancel(); }
-  void OnDone() override { delete this; }
+  void Run() override {
+    absl::Status status = MayBegin();
+    if (status.ok()) status = verb_->serve(&service_->handlers_, &request_, call_, &answer_, &sequence_);
+    Conclude(status);
+  }
+  void Refuse() override { Conclude(ShuttingDown()); }
+  void OnWriteDone(bool) override {}
 
  private:
-  void Handle() {
-    if (cancelled_.cancelled()) {
-      Conclude(absl::CancelledError("the call was cancelled or its deadline has passed before it began"));
-      return;
-    }
-    Conclude((service_->handlers_.*handler_)(*request_, response_, cancelled_));
-  }
-
   // The last thing that touches `this`: afterwards OnDone may have deleted it.
   void Conclude(const absl::Status& status) {
-    service_->End(method_, start_, status, static_cast<int64_t>(request_->ByteSizeLong()),
-                  status.ok() ? static_cast<int64_t>(response_->ByteSizeLong()) : 0);
-    Finish(ToGrpc(status));
+    End(verb_->method, status, sequence_, request_id_);
+    if (!status.ok()) {
+      rpc_->Finish(ToGrpc(status));
+      return;
+    }
+    Answering(true);
+    rpc_->WriteAndFinish(answer_);
   }
 
-  KvCacheService* const service_;
-  const char* const method_;
-  const absl::Time start_;
-  const Handler handler_;
-  const Request* const request_;
-  Response* const response_;
-  Cancelled cancelled_;
+  const Verb* const verb_;
+  SequenceId sequence_ = 0;
 };
-
-#define KVTIDE_UNARY(Method, where)                                                                          \
-  grpc::ServerUnaryReactor* KvCacheService::Method(                                                          \
-      grpc::CallbackServerContext*, const v1::Method##Request* request, v1::Method##Response* response) {    \
-    return new UnaryCall<v1::Method##Request, v1::Method##Response>(this, #Method, where, &Handlers::Method, \
-                                                                    request, response);                      \
-  }
-KVTIDE_UNARY(GetServerInfo, Where::kHere)
-KVTIDE_UNARY(RegisterModel, Where::kHere)
-KVTIDE_UNARY(CreateSequence, Where::kHere)
-KVTIDE_UNARY(ForkSequence, Where::kHere)
-KVTIDE_UNARY(CloseSequence, Where::kHere)
-KVTIDE_UNARY(TruncateSequence, Where::kWorker)
-KVTIDE_UNARY(Append, Where::kWorker)
-KVTIDE_UNARY(Attend, Where::kWorker)
-KVTIDE_UNARY(AppendAttend, Where::kWorker)
-KVTIDE_UNARY(EvictSequences, Where::kWorker)
-KVTIDE_UNARY(PrefetchSequences, Where::kWorker)
-KVTIDE_UNARY(ListSequences, Where::kWorker)
-KVTIDE_UNARY(GetStats, Where::kWorker)
-KVTIDE_UNARY(Plan, Where::kWorker)
-#undef KVTIDE_UNARY
 
 // One session stream: read, handle, write, and again. At most one operation or handler is under way, so
 // nothing here needs a lock; only OnCancel comes from outside.
-class KvCacheService::SessionCall final
-    : public grpc::ServerBidiReactor<v1::SessionRequest, v1::SessionResponse> {
+class KvCacheService::SessionCall final : public AnyCall {
  public:
-  explicit SessionCall(KvCacheService* service) : service_(service) {
+  SessionCall(KvCacheService* service, Rpc* rpc) : AnyCall(service, rpc) {}
+
+  void Start() {
     if (const absl::Status status = service_->CheckNotDraining(); !status.ok()) {
       Conclude(status);
       return;
     }
-    StartSendInitialMetadata();
-    StartRead(&request_);
+    rpc_->SendInitialMetadata();
+    rpc_->Read(&request_);
   }
 
   void OnReadDone(bool ok) override {
     if (!ok) {
-      Conclude(cancelled_.cancelled() ? absl::CancelledError("the session was cancelled") : absl::OkStatus());
+      Conclude(cancellation_.cancelled() ? absl::CancelledError("the session was cancelled")
+                                         : absl::OkStatus());
       return;
     }
-    if (!service_->workers_.Submit([this] { Handle(); })) {
-      Answer(absl::ResourceExhaustedError("all threads are busy and the queue is full; try again later"));
+    number_++;
+    Begin();
+    verb_ = FindSessionVerb(request_);
+    Place(verb_);
+    if (const absl::Status status = TakeRequest(); !status.ok()) {
+      Fail(status);
+    } else if (!service_->Submit(verb_, connection_->number, this)) {
+      Fail(absl::ResourceExhaustedError("all threads are busy and the queue is full; try again later"));
     }
   }
 
+  void Run() override {
+    if (const absl::Status status = MayBegin(); !status.ok()) {
+      Fail(status);
+      return;
+    }
+    SequenceId sequence = 0, made = 0, closed = 0;
+    const absl::Status status =
+        ServeSessionRequest(&service_->handlers_, &request_, call_, &answer_, &sequence, &made, &closed);
+    if (made != 0) owned_.insert(made);
+    if (closed != 0) owned_.erase(closed);
+    Write(status, sequence);
+  }
+  void Refuse() override { Fail(ShuttingDown()); }
+
   void OnWriteDone(bool ok) override {
+    Answering(false);
+    answer_.Clear();
+    hold_.Drop(hold_.bytes());
     if (!ok) {
       Conclude(absl::CancelledError("the session was cancelled"));
       return;
     }
-    StartRead(&request_);
+    rpc_->Read(&request_);
   }
-
-  void OnCancel() override { cancelled_.Cancel(); }
-
-  void OnDone() override { delete this; }
 
  private:
-  void Handle() {
-    const absl::Time start = absl::Now();
-    response_.Clear();
-    const char* method = "Session";
-    absl::Status status = service_->Begin();
-    if (status.ok())
-      status = HandleSessionRequest(&service_->handlers_, request_, &response_, cancelled_, &method);
-    if (status.ok()) Track();
-    service_->End(method, start, status, static_cast<int64_t>(request_.ByteSizeLong()),
-                  static_cast<int64_t>(response_.ByteSizeLong()));
-    Answer(status);
+  void Fail(const absl::Status& status) {
+    AnswerSessionError(request_, status, &answer_);
+    Write(status, 0);
   }
 
-  void Answer(const absl::Status& status) {
-    if (!status.ok()) {
-      const grpc::Status wire = ToGrpc(status);
-      response_.Clear();
-      response_.mutable_error()->set_code(wire.error_code());
-      response_.mutable_error()->set_message(wire.error_message());
-    }
-    response_.set_request_id(request_.request_id());
-    StartWrite(&response_);
-  }
-
-  void Track() {
-    if (response_.has_create_sequence()) owned_.insert(response_.create_sequence().sequence_id());
-    if (response_.has_fork_sequence()) owned_.insert(response_.fork_sequence().sequence_id());
-    if (request_.has_close_sequence()) owned_.erase(request_.close_sequence().sequence_id());
+  void Write(const absl::Status& status, SequenceId sequence) {
+    End(verb_ == nullptr ? "Session" : verb_->method, status, sequence,
+        absl::StrCat(request_id_, "/", number_));
+    request_.Clear();
+    Answering(true);
+    rpc_->Write(answer_);
   }
 
   // Releases what was created here, then ends the stream: a client that sees the end finds it released.
   void Conclude(const absl::Status& status) {
     for (const SequenceId sequence : owned_) service_->handlers_.Release(sequence);
     owned_.clear();
-    service_->Report("Session", start_, status, 0, 0);
-    Finish(ToGrpc(status));
+    CallReport report;
+    report.method = "Session";
+    report.code = status.raw_code();
+    report.duration = absl::Now() - opened_;
+    report.message = std::string_view(status.message().data(), status.message().size());
+    report.request_id = request_id_;
+    report.caller = connection_->name;
+    service_->Report(report);
+    rpc_->Finish(ToGrpc(status));
   }
 
-  KvCacheService* const service_;
-  const absl::Time start_ = absl::Now();
-  v1::SessionRequest request_;
-  v1::SessionResponse response_;
+  const absl::Time opened_ = absl::Now();
+  const Verb* verb_ = nullptr;
+  uint64_t number_ = 0;  // of requests
   absl::flat_hash_set<SequenceId> owned_;
-  Cancelled cancelled_;
 };
 
-grpc::ServerBidiReactor<v1::SessionRequest, v1::SessionResponse>* KvCacheService::Session(
-    grpc::CallbackServerContext*) {
-  return new SessionCall(this);
+// A method that this version does not have.
+class KvCacheService::RefusedCall final : public Rpc::Reactions {
+ public:
+  void OnReadDone(bool) override {}
+  void OnWriteDone(bool) override {}
+  void OnCancel() override {}
+  void OnDone() override { delete this; }
+};
+
+void KvCacheService::Begin(Rpc* rpc) {
+  const std::string& method = rpc->context()->method();
+  if (const Verb* const verb = FindVerb(method); verb != nullptr) {
+    auto* const call = new UnaryCall(this, rpc, verb);
+    rpc->Bind(call);
+    call->Start();
+  } else if (method == "/kvtide.v1.KvCacheService/Session") {
+    auto* const call = new SessionCall(this, rpc);
+    rpc->Bind(call);
+    call->Start();
+  } else {
+    rpc->Bind(new RefusedCall);
+    rpc->Finish(
+        grpc::Status(grpc::StatusCode::UNIMPLEMENTED, absl::StrCat("this kvtided has no method ", method)));
+  }
+}
+
+void KvCacheService::Drain() {
+  draining_ = true;
+  {
+    const MutexLock lock(mutex_);
+    for (AnyCall* call : calls_) call->CancelIfBulk();
+  }
+  prompt_.Close();
+  bulk_.Close();
+}
+
+void KvCacheService::Tick() {
+  const absl::Time now = absl::Now();
+  {
+    const MutexLock lock(mutex_);
+    for (AnyCall* call : calls_) call->GiveUpIfStale(now);
+  }
+  ServiceGauges& gauges = *options_.gauges;
+  gauges.queued_calls = static_cast<int64_t>(prompt_.queued());
+  gauges.queued_bulk_calls = static_cast<int64_t>(bulk_.queued());
+  gauges.call_memory_bytes = memory_.held();
 }
 
 }  // namespace kvtide::service

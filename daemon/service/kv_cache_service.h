@@ -1,78 +1,62 @@
-// kvtide.v1.KvCacheService over the cache. Calls that only touch metadata are answered in gRPC's own thread;
-// the others go through a bounded queue to the service's threads, so that gRPC's threads never wait. Every
-// call is reported once.
+// kvtide.v1.KvCacheService over the cache, on the bytes of calls: gRPC gives every call here before anything
+// of it is read, so that who calls, how many and how much is known first. Two pools of threads serve calls,
+// in turns between connections; gRPC's threads serve small calls themselves when nothing waits. Every call is
+// reported once.
 #pragma once
 
 #include <atomic>
 #include <memory>
+#include <string>
 
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_set.h"
+#include "daemon/service/connections.h"
 #include "daemon/service/handlers.h"
+#include "daemon/service/rpc_loop.h"
+#include "daemon/service/verbs.h"
 #include "daemon/service/worker_pool.h"
-#include "kvtide/v1/kv_cache_service.grpc.pb.h"
+#include "kernels/base/mutex.h"
 
 namespace kvtide::service {
 
-class KvCacheService final : public v1::KvCacheService::CallbackService {
+class KvCacheService {
  public:
-  // Borrows the cache. To be destroyed after the server that it is registered with.
-  KvCacheService(KvCache* cache, const ServiceOptions& options);
-  ~KvCacheService() override;
+  // Borrows the cache and the connections. To be destroyed after the server whose calls it begins.
+  KvCacheService(KvCache* cache, const Connections* connections, const ServiceOptions& options);
+  ~KvCacheService();
 
-  // From now on new calls are answered UNAVAILABLE; those under way go on.
-  void Drain() { draining_ = true; }
+  // From now on new calls, and those that wait, are answered UNAVAILABLE, and bulk calls are cancelled;
+  // others that have begun go on.
+  void Drain();
+  // About once a second: gives up on answers that nobody takes, and brings the gauges up to date.
+  void Tick();
   // Idle sessions do not count.
-  int64_t calls_under_way() const { return *options_.calls_under_way; }
+  int64_t calls_under_way() const { return options_.gauges->calls_under_way; }
 
-  grpc::ServerUnaryReactor* GetServerInfo(grpc::CallbackServerContext*, const v1::GetServerInfoRequest*,
-                                          v1::GetServerInfoResponse*) override;
-  grpc::ServerUnaryReactor* RegisterModel(grpc::CallbackServerContext*, const v1::RegisterModelRequest*,
-                                          v1::RegisterModelResponse*) override;
-  grpc::ServerUnaryReactor* CreateSequence(grpc::CallbackServerContext*, const v1::CreateSequenceRequest*,
-                                           v1::CreateSequenceResponse*) override;
-  grpc::ServerUnaryReactor* ForkSequence(grpc::CallbackServerContext*, const v1::ForkSequenceRequest*,
-                                         v1::ForkSequenceResponse*) override;
-  grpc::ServerUnaryReactor* TruncateSequence(grpc::CallbackServerContext*, const v1::TruncateSequenceRequest*,
-                                             v1::TruncateSequenceResponse*) override;
-  grpc::ServerUnaryReactor* CloseSequence(grpc::CallbackServerContext*, const v1::CloseSequenceRequest*,
-                                          v1::CloseSequenceResponse*) override;
-  grpc::ServerUnaryReactor* Append(grpc::CallbackServerContext*, const v1::AppendRequest*,
-                                   v1::AppendResponse*) override;
-  grpc::ServerUnaryReactor* Attend(grpc::CallbackServerContext*, const v1::AttendRequest*,
-                                   v1::AttendResponse*) override;
-  grpc::ServerUnaryReactor* AppendAttend(grpc::CallbackServerContext*, const v1::AppendAttendRequest*,
-                                         v1::AppendAttendResponse*) override;
-  grpc::ServerUnaryReactor* EvictSequences(grpc::CallbackServerContext*, const v1::EvictSequencesRequest*,
-                                           v1::EvictSequencesResponse*) override;
-  grpc::ServerUnaryReactor* PrefetchSequences(grpc::CallbackServerContext*,
-                                              const v1::PrefetchSequencesRequest*,
-                                              v1::PrefetchSequencesResponse*) override;
-  grpc::ServerUnaryReactor* ListSequences(grpc::CallbackServerContext*, const v1::ListSequencesRequest*,
-                                          v1::ListSequencesResponse*) override;
-  grpc::ServerUnaryReactor* GetStats(grpc::CallbackServerContext*, const v1::GetStatsRequest*,
-                                     v1::GetStatsResponse*) override;
-  grpc::ServerUnaryReactor* Plan(grpc::CallbackServerContext*, const v1::PlanRequest*,
-                                 v1::PlanResponse*) override;
-  grpc::ServerBidiReactor<v1::SessionRequest, v1::SessionResponse>* Session(
-      grpc::CallbackServerContext*) override;
+  // Takes a call that has arrived.
+  void Begin(Rpc* rpc);
 
  private:
-  template <class Request, class Response>
+  class AnyCall;
   class UnaryCall;
   class SessionCall;
-  enum class Where { kHere, kWorker };
+  class RefusedCall;
 
-  // Begins and ends a call: counts, refuses while draining, reports.
-  absl::Status Begin();
-  void End(const char* method, absl::Time start, const absl::Status& status, int64_t request_bytes,
-           int64_t response_bytes);
   absl::Status CheckNotDraining() const;
-  void Report(const char* method, absl::Time start, const absl::Status& status, int64_t request_bytes,
-              int64_t response_bytes);
+  // Hands a call to the threads of its verb. False: their queue is full.
+  bool Submit(const Verb* verb, uint64_t caller, WorkerPool::Work* work);
+  void Report(const CallReport& report) const;
+  std::string NewRequestId();
 
   const ServiceOptions options_;
+  const Connections* const connections_;
   Handlers handlers_;
+  MemoryBudget memory_;
   std::atomic<bool> draining_{false};
-  WorkerPool workers_;  // last: its threads use all above
+  std::atomic<uint64_t> last_request_;
+  Mutex mutex_;
+  absl::flat_hash_set<AnyCall*> calls_ ABSL_GUARDED_BY(mutex_);  // that exist
+  WorkerPool prompt_, bulk_;                                     // last: their threads use all above
 };
 
 }  // namespace kvtide::service

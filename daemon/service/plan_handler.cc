@@ -73,11 +73,22 @@ void ToProto(const planner::ContextPlan& plan, v1::ContextPlan* proto) {
   }
 }
 
+// What a plan costs grows with all three. The most takes about half a second.
+absl::Status CheckPlanWork(const v1::PlanRequest& request, const planner::ModelGeometry& model) {
+  constexpr int64_t kMostWork = 1 << 20;
+  const auto types = static_cast<int64_t>(AllCacheTypes().size());
+  const int64_t contexts = request.contexts_size();
+  const int64_t pairs = request.pairs_size() > 0 ? request.pairs_size() : types * types;
+  const auto groups = static_cast<int64_t>(planner::GroupLayers(model).size());
+  if (contexts * pairs * groups <= kMostWork) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(contexts, " contexts x ", pairs, " pairs x ", groups,
+                                                 " layer groups are more than ", kMostWork,
+                                                 ", the most for one call; ask in several"));
+}
+
 }  // namespace
 
-absl::Status Handlers::Plan(const v1::PlanRequest& request, v1::PlanResponse* response,
-                            const Cancelled& cancelled) {
-  if (cancelled.cancelled()) return absl::CancelledError("the call was cancelled");
+absl::Status Handlers::Plan(const v1::PlanRequest& request, v1::PlanResponse* response, const Call& call) {
   constexpr int kMostContexts = 256, kMostPairs = 1024;
   if (request.contexts_size() > kMostContexts || request.pairs_size() > kMostPairs) {
     return absl::InvalidArgumentError(absl::StrCat("at most ", kMostContexts, " contexts and ", kMostPairs,
@@ -98,6 +109,7 @@ absl::Status Handlers::Plan(const v1::PlanRequest& request, v1::PlanResponse* re
     if (!spec.ok()) return Annotate(spec.status(), "model");
     question.model = ToGeometry(*spec);
   }
+  KVTIDE_RETURN_IF_ERROR(CheckPlanWork(request, question.model));
   const std::vector<TierOptions>& tiers = cache_->options().tiers;
   const bool own_memory = request.device_bytes() == 0;
   question.device.name = own_memory ? absl::StrCat("tier ", tiers[0].name) : "as asked";
@@ -135,6 +147,7 @@ absl::Status Handlers::Plan(const v1::PlanRequest& request, v1::PlanResponse* re
     question.margin_bytes = 0;
   }
   question.cache_tier_only = own_memory;
+  question.cancellation = call.context.cancellation;
   KVTIDE_ASSIGN_OR_RETURN(const planner::Plan plan, planner::MakePlan(question));
   response->set_verdict(ToProto(plan.verdict));
   response->set_device_budget_bytes(plan.device_budget_bytes);

@@ -1,101 +1,158 @@
 #include "daemon/service/server.h"
 
-#include <sys/stat.h>
-
 #include <algorithm>
+#include <chrono>
+#include <future>
+#include <thread>
 #include <utility>
 
-#include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "grpcpp/ext/proto_server_reflection_plugin.h"
 #include "grpcpp/health_check_service_interface.h"
 #include "grpcpp/resource_quota.h"
-#include "grpcpp/security/server_credentials.h"
 #include "grpcpp/server_builder.h"
+#include "grpcpp/server_posix.h"
 #include "kernels/base/status.h"
+#include "kvtide/v1/kv_cache_service.grpc.pb.h"
 
 namespace kvtide::service {
 namespace {
 
-constexpr int kMaxStreamsPerConnection = 1024;
-// Messages that gRPC may hold at once, in largest messages: beyond it it reads no more from its sockets.
-constexpr int64_t kMessagesInMemory = 16;
 constexpr absl::Duration kTimeToSend = absl::Milliseconds(300);
+
+// One does 20,000 small calls a second and more than a gigabyte of large ones; several hand the sockets to
+// each other.
+int ThreadsForSockets() {
+  return std::clamp(static_cast<int>(std::thread::hardware_concurrency()) / 8, 1, 4);
+}
+
+// The service as reflection shows it. All its methods are served by name, by KvCacheService.
+template <class Base, template <class> class... Marks>
+struct Marked;
+template <class Base>
+struct Marked<Base> {
+  using Type = Base;
+};
+template <class Base, template <class> class Mark, template <class> class... Rest>
+struct Marked<Base, Mark, Rest...> {
+  using Type = Mark<typename Marked<Base, Rest...>::Type>;
+};
+using Api = v1::KvCacheService;
+using Description =
+    Marked<Api::Service, Api::WithGenericMethod_GetServerInfo, Api::WithGenericMethod_RegisterModel,
+           Api::WithGenericMethod_CreateSequence, Api::WithGenericMethod_ForkSequence,
+           Api::WithGenericMethod_TruncateSequence, Api::WithGenericMethod_CloseSequence,
+           Api::WithGenericMethod_Append, Api::WithGenericMethod_Attend, Api::WithGenericMethod_AppendAttend,
+           Api::WithGenericMethod_ReadTokens, Api::WithGenericMethod_EvictSequences,
+           Api::WithGenericMethod_PrefetchSequences, Api::WithGenericMethod_ListSequences,
+           Api::WithGenericMethod_GetStats, Api::WithGenericMethod_Plan,
+           Api::WithGenericMethod_Session>::Type;
 
 void SetLimits(const ServiceOptions& options, grpc::ServerBuilder* builder) {
   builder->SetMaxReceiveMessageSize(static_cast<int>(options.max_message_bytes));
   builder->SetMaxSendMessageSize(static_cast<int>(options.max_message_bytes));
-  builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kMaxStreamsPerConnection);
-  // Two daemons would share a port silently.
-  builder->AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, options.max_calls_per_connection);
+  // gRPC inflates a whole message before it looks at its size: 1.5 MB become 1.5 GB. Tensors hardly shrink
+  // anyway.
+  builder->SetDefaultCompressionAlgorithm(GRPC_COMPRESS_NONE);
+  builder->SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_GZIP, false);
+  builder->SetCompressionAlgorithmSupportStatus(GRPC_COMPRESS_DEFLATE, false);
+  builder->AddChannelArgument(GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION, 0);
+  // Windows that do not grow: a stream that is not being read holds 64 KiB at most.
+  builder->AddChannelArgument(GRPC_ARG_HTTP2_BDP_PROBE, 0);
   // A client whose host died is found within 40 s, and its session released.
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 30000);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 10000);
   builder->AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 5000);
+  // Beyond it gRPC reads slower, then ends streams whose messages are still arriving.
   grpc::ResourceQuota quota("kvtided");
-  quota.Resize(static_cast<size_t>(
-      std::max<int64_t>(int64_t{256} << 20, kMessagesInMemory * options.max_message_bytes)));
+  quota.Resize(static_cast<size_t>(ReceiveMemoryBytes(options)));
   builder->SetResourceQuota(quota);
 }
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const ServiceOptions& options) {
-  if (options.listen.empty()) return absl::InvalidArgumentError("there is no address to listen on");
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const ServiceOptions& asked) {
+  if (asked.listen.empty()) return absl::InvalidArgumentError("there is no address to listen on");
+  ServiceOptions options = asked;
+  options.call_memory_bytes = std::max(options.call_memory_bytes, LeastCallMemory(options.max_message_bytes));
   std::unique_ptr<Server> server(new Server);
-  std::vector<Address> addresses;
+  std::vector<int> sockets;
   for (const std::string& text : options.listen) {
-    KVTIDE_ASSIGN_OR_RETURN(Address address, ParseAddress(text));
+    KVTIDE_ASSIGN_OR_RETURN(const Address address, ParseAddress(text));
     KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<AddressClaim> claim, AddressClaim::Take(address));
+    sockets.insert(sockets.end(), claim->sockets().begin(), claim->sockets().end());
+    server->addresses_.push_back(claim->text());
     server->claims_.push_back(std::move(claim));
-    addresses.push_back(std::move(address));
   }
   grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
-  server->service_ = std::make_unique<KvCacheService>(cache, options);
+  options.max_connections = std::min(options.max_connections, ConnectionsThatFit());
+  options.gauges->connections_limit = static_cast<int64_t>(options.max_connections);
+  server->service_ = std::make_unique<KvCacheService>(cache, &server->connections_, options);
+  server->description_ = std::make_unique<Description>();
   grpc::ServerBuilder builder;
   SetLimits(options, &builder);
-  std::vector<int> ports(addresses.size(), 0);
-  for (size_t i = 0; i < addresses.size(); i++) {
-    builder.AddListeningPort(addresses[i].text, grpc::InsecureServerCredentials(), &ports[i]);
-  }
-  builder.RegisterService(server->service_.get());
-  {
-    // gRPC makes its socket file with what the mask leaves: owner and group may connect.
-    const mode_t before = ::umask(0117);
-    const absl::Cleanup restore = [before] { ::umask(before); };
-    server->server_ = builder.BuildAndStart();
-  }
-  for (size_t i = 0; i < addresses.size(); i++) {
-    if (server->server_ == nullptr || ports[i] == 0) {
-      if (server->server_ == nullptr && ports[i] != 0) continue;
-      return absl::UnavailableError(
-          absl::StrCat("cannot listen on ", addresses[i].text, "; choose another --listen"));
-    }
-    const bool any_port = !addresses[i].is_unix() && addresses[i].port == 0;
-    server->addresses_.push_back(
-        any_port ? absl::StrCat(addresses[i].text.substr(0, addresses[i].text.rfind(':') + 1), ports[i])
-                 : addresses[i].text);
-  }
+  builder.RegisterService(server->description_.get());
+  server->loop_ =
+      std::make_unique<RpcLoop>(&builder, [to = server->service_.get()](Rpc* rpc) { to->Begin(rpc); });
+  server->server_ = builder.BuildAndStart();
   if (server->server_ == nullptr) return absl::UnavailableError("the gRPC server did not start");
+  server->loop_->Start(ThreadsForSockets());
+  Listener::Options listener;
+  listener.sockets = std::move(sockets);
+  listener.max_connections = options.max_connections;
+  listener.serve = [to = server->server_.get()](int fd) { grpc::AddInsecureChannelFromFd(to, fd); };
+  listener.tick = [self = server.get(), gauges = options.gauges](uint64_t refused) {
+    self->Tick(gauges.get(), refused);
+  };
+  server->listener_ = std::make_unique<Listener>(&server->connections_, std::move(listener));
   return server;
 }
 
-Server::~Server() { Shutdown(absl::ZeroDuration()); }
+Server::~Server() { Shutdown(absl::ZeroDuration(), absl::InfiniteDuration()); }
 
-void Server::Shutdown(absl::Duration grace) {
-  if (server_ == nullptr) return;
+void Server::Tick(ServiceGauges* gauges, uint64_t refused) {
+  service_->Tick();
+  gauges->connections = static_cast<int64_t>(connections_.size());
+  gauges->connections_accepted = static_cast<int64_t>(connections_.accepted());
+  gauges->connections_refused = static_cast<int64_t>(refused);
+}
+
+bool Server::Shutdown(absl::Duration grace, absl::Duration patience) {
+  if (server_ == nullptr) return true;
   if (auto* health = server_->GetHealthCheckService(); health != nullptr) health->SetServingStatus(false);
   service_->Drain();
   const absl::Time deadline = absl::Now() + grace;
   while (service_->calls_under_way() > 0 && absl::Now() < deadline) absl::SleepFor(absl::Milliseconds(2));
-  // The answers are on their way out; idle sessions would wait for ever.
-  server_->Shutdown(absl::ToChronoTime(absl::Now() + std::min(grace, kTimeToSend)));
-  server_->Wait();
-  server_.reset();
-  service_.reset();
+  listener_.reset();
+  // The answers are on their way out; idle sessions would wait for ever. What is left then is cancelled. gRPC
+  // waits for the last call without end, so a thread of its own does.
+  std::promise<void> ended;
+  std::future<void> end = ended.get_future();
+  std::thread ending([this, wait = std::min(grace, kTimeToSend), promise = std::move(ended)]() mutable {
+    server_->Shutdown(absl::ToChronoTime(absl::Now() + wait));
+    server_->Wait();
+    promise.set_value();
+  });
+  const bool in_time =
+      patience == absl::InfiniteDuration() ||
+      end.wait_for(absl::ToChronoNanoseconds(kTimeToSend + patience)) == std::future_status::ready;
   claims_.clear();
+  if (!in_time) {
+    ending.detach();
+    server_.release();
+    loop_.release();
+    service_.release();
+    description_.release();
+    return false;
+  }
+  ending.join();
+  server_.reset();
+  loop_.reset();
+  service_.reset();
+  return true;
 }
 
 }  // namespace kvtide::service

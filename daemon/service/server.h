@@ -1,6 +1,6 @@
-// The gRPC server of the daemon: the service on all addresses, health and reflection, limits. Start gives a
-// running server or says which address failed and why. Shutdown may be called once, from any thread but
-// gRPC's own.
+// The server of the daemon: connections from all addresses, the service, health and reflection, limits. Start
+// gives a running server or says which address failed and why. Shutdown may be called once, from any thread
+// but gRPC's own.
 #pragma once
 
 #include <memory>
@@ -9,7 +9,10 @@
 
 #include "absl/status/statusor.h"
 #include "daemon/service/address.h"
+#include "daemon/service/connections.h"
 #include "daemon/service/kv_cache_service.h"
+#include "daemon/service/listener.h"
+#include "daemon/service/rpc_loop.h"
 #include "grpcpp/server.h"
 
 namespace kvtide::service {
@@ -18,21 +21,28 @@ class Server {
  public:
   // Borrows the cache.
   static absl::StatusOr<std::unique_ptr<Server>> Start(KvCache* cache, const ServiceOptions& options);
+  // Shuts down without grace, if that has not happened; no call may be stuck.
   ~Server();
 
   // The addresses as they are, with the port that a port 0 became.
   const std::vector<std::string>& addresses() const { return addresses_; }
 
-  // Health says NOT_SERVING, new calls are refused, calls under way have `grace` to end; then all is
-  // cancelled. Returns when no call uses the cache any more.
-  void Shutdown(absl::Duration grace);
+  // Health says NOT_SERVING, calls that have not begun are answered UNAVAILABLE, calls under way have `grace`
+  // to end; then they are cancelled, and have `patience` to notice. True: no call uses the cache any more.
+  // False: some backend did not come back; the cache must stay, and the process can only be ended.
+  bool Shutdown(absl::Duration grace, absl::Duration patience);
 
  private:
   Server() = default;
+  void Tick(ServiceGauges* gauges, uint64_t refused);
 
   std::vector<std::unique_ptr<AddressClaim>> claims_;
+  Connections connections_;
   std::unique_ptr<KvCacheService> service_;
+  std::unique_ptr<grpc::Service> description_;  // for reflection: what the service is called and has
+  std::unique_ptr<RpcLoop> loop_;
   std::unique_ptr<grpc::Server> server_;
+  std::unique_ptr<Listener> listener_;
   std::vector<std::string> addresses_;
 };
 

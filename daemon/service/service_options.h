@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/time/time.h"
@@ -15,12 +16,23 @@
 namespace kvtide::service {
 
 // Told after every call, from any thread; must be quick. `method` is a string literal, `code` a gRPC status
-// code.
+// code; texts are the callee's for the call only, and empty when the call went well.
 struct CallReport {
   const char* method = "";
   int code = 0;
   absl::Duration duration;
   int64_t request_bytes = 0, response_bytes = 0;
+  std::string_view message, request_id, caller;
+  uint64_t sequence = 0;  // the first that the request names; 0 = none
+};
+
+// What the service shows of itself; shared with whoever shows the numbers, and counted in any thread.
+struct ServiceGauges {
+  std::atomic<int64_t> calls_under_way{0};  // being handled or waiting, idle sessions aside
+  std::atomic<int64_t> queued_calls{0}, queued_bulk_calls{0};
+  std::atomic<int64_t> connections{0}, connections_limit{0};
+  std::atomic<int64_t> connections_accepted{0}, connections_refused{0};  // since the start
+  std::atomic<int64_t> call_memory_bytes{0};                             // as of about a second ago
 };
 
 struct ServiceOptions {
@@ -28,11 +40,24 @@ struct ServiceOptions {
   SequenceDefaults defaults;
   std::vector<std::string> listen;  // see address.h; at least one
   int64_t max_message_bytes = int64_t{64} << 20;
-  int threads = 2;
-  size_t max_queued_calls = 1024;
+  int threads = 2;                 // for calls that engines wait for
+  int bulk_threads = 2;            // for those that may take long: moves, plans, reads
+  size_t max_queued_calls = 1024;  // for each of the two
+  size_t max_connections = 1024;
+  int max_calls_per_connection = 256;  // at a time; the client's gRPC keeps back what is beyond
+  // Requests and answers of calls under way, all together; one connection may have half of it. 0 = the least,
+  // LeastCallMemory.
+  int64_t call_memory_bytes = 0;
   std::function<void(const CallReport&)> report;  // may be empty
-  // Calls being handled or waiting, idle sessions aside; shared with whoever shows the number.
-  std::shared_ptr<std::atomic<int64_t>> calls_under_way = std::make_shared<std::atomic<int64_t>>(0);
+  std::shared_ptr<ServiceGauges> gauges = std::make_shared<ServiceGauges>();
 };
+
+// A connection must be able to have a largest request and a largest answer at once.
+int64_t LeastCallMemory(int64_t max_message_bytes);
+// What gRPC may hold of messages that are still arriving.
+int64_t ReceiveMemoryBytes(const ServiceOptions& options);
+// The most that the process takes beside its tiers, whatever clients do: itself, what arrives, calls under
+// way.
+int64_t MemoryOverheadBytes(const ServiceOptions& options);
 
 }  // namespace kvtide::service

@@ -52,28 +52,16 @@ absl::Status CheckFinite(const IncomingTensor& tensor, const std::string& name, 
                    ", head ", i % row / d, ", index ", i % d));
 }
 
-OutgoingTensor::OutgoingTensor(v1::Tensor* proto, DataType type, std::vector<int64_t> shape)
-    : proto_(proto), type_(type), elements_(1) {
+OutgoingTensor::OutgoingTensor(v1::Tensor* proto, DataType type, const std::vector<int64_t>& shape) {
+  size_t elements = 1;
   for (int64_t dimension : shape) {
-    elements_ *= static_cast<size_t>(dimension);
-    proto_->add_shape(dimension);
+    elements *= static_cast<size_t>(dimension);
+    proto->add_shape(dimension);
   }
-  proto_->set_dtype(DataTypeToProto(type));
-  proto_->mutable_data()->resize(elements_ * DataTypeBytes(type));
-  if (type != DataType::kF32) wide_.resize(elements_);
-}
-
-float* OutgoingTensor::data() {
-  if (type_ != DataType::kF32) return wide_.data();
+  proto->set_dtype(DataTypeToProto(type));
+  proto->mutable_data()->resize(elements * DataTypeBytes(type));
   // Heap memory of a string is aligned for any type; its short form is at a multiple of 8.
-  return reinterpret_cast<float*>(proto_->mutable_data()->data());
-}
-
-void OutgoingTensor::Finish() {
-  if (type_ == DataType::kF32) return;
-  auto* out = reinterpret_cast<uint16_t*>(proto_->mutable_data()->data());
-  for (size_t i = 0; i < elements_; i++)
-    out[i] = type_ == DataType::kF16 ? F32ToF16(wide_[i]) : F32ToBf16(wide_[i]);
+  view_ = {proto->mutable_data()->data(), type};
 }
 
 }  // namespace kvtide::service

@@ -26,20 +26,16 @@ absl::StatusOr<IncomingTensor> CheckTensor(const v1::Tensor& tensor, const std::
 // InvalidArgument with token, head and index of the first value that is NaN or infinite.
 absl::Status CheckFinite(const IncomingTensor& tensor, const std::string& name, int heads, int dim);
 
-// f32 memory for a result, inside the message where it is to be sent as f32. Finish converts to the other
-// types.
+// Memory for a result in the type in which it is sent, inside the message.
 class OutgoingTensor {
  public:
-  // Borrows `proto` until Finish.
-  OutgoingTensor(v1::Tensor* proto, DataType type, std::vector<int64_t> shape);
-  float* data();
-  void Finish();
+  // Borrows `proto`.
+  OutgoingTensor(v1::Tensor* proto, DataType type, const std::vector<int64_t>& shape);
+  // Where the elements go; valid while the message stays as it is.
+  MutableTensorView view() const { return view_; }
 
  private:
-  v1::Tensor* proto_;
-  DataType type_;
-  size_t elements_;
-  std::vector<float> wide_;  // only for types other than f32
+  MutableTensorView view_;
 };
 
 }  // namespace kvtide::service

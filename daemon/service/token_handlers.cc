@@ -1,4 +1,5 @@
 // The verbs that carry tensors: Append, Attend, AppendAttend.
+#include <algorithm>
 #include <cmath>
 #include <utility>
 #include <vector>
@@ -42,8 +43,9 @@ absl::Status CheckOptions(const v1::AttentionOptions& options, const LayerGroupS
     call->softcap = options.softcap();
   }
   if (options.has_window()) {
-    if (options.window() < 0)
-      return absl::InvalidArgumentError(absl::StrCat("options.window is ", options.window()));
+    if (options.window() < 0 || options.window() > kMostWindow)
+      return absl::InvalidArgumentError(
+          absl::StrCat("options.window is ", options.window(), "; allowed are 0 to ", kMostWindow));
     call->window = options.window();
   }
   call->causal = !options.has_causal() || options.causal();
@@ -111,28 +113,29 @@ class Handlers::Batch {
     return absl::OkStatus();
   }
 
+  // Takes the memory of all answers: as they are computed, and as they are sent.
+  absl::Status ReserveAnswers(const Call& call) const {
+    return call.memory == nullptr ? absl::OkStatus() : call.memory->Add(2 * answer_bytes_);
+  }
+
   // Allocates the answer of a request in place.
   void AddAnswer(v1::AttendResult* result, AttendRequest* request) {
-    outputs_.emplace_back(result->mutable_output(), output_type_,
-                          std::vector<int64_t>{request->queries, group_->heads, group_->shape.head_dim_v});
-    request->out = outputs_.back().data();
+    OutgoingTensor output(result->mutable_output(), output_type_,
+                          {request->queries, group_->heads, group_->shape.head_dim_v});
+    request->out = output.view();
     OutgoingTensor lse(result->mutable_lse(), DataType::kF32, {request->queries, group_->heads});
-    request->lse = lse.data();
+    request->lse = static_cast<float*>(lse.view().data);
   }
 
   const LayerGroupSpec& group() const { return *group_; }
   int layer() const { return call_.layer; }
 
   // `run` is KvCache::Attend or AppendAttend.
-  absl::Status Run(const std::vector<AttendRequest>& requests, const Cancelled& cancelled,
+  absl::Status Run(const std::vector<AttendRequest>& requests, const Call& call,
                    absl::Status (KvCache::*run)(const AttendCall&)) {
     call_.items = requests;
-    CallContext context;
-    context.cancellation = &cancelled;
-    call_.context = &context;
-    KVTIDE_RETURN_IF_ERROR((handlers_->cache_->*run)(call_));
-    for (OutgoingTensor& output : outputs_) output.Finish();
-    return absl::OkStatus();
+    call_.context = &call.context;
+    return (handlers_->cache_->*run)(call_);
   }
 
  private:
@@ -143,7 +146,6 @@ class Handlers::Batch {
   const LayerGroupSpec* group_ = nullptr;
   DataType output_type_ = DataType::kF32;
   int64_t answer_bytes_ = 0;
-  std::vector<OutgoingTensor> outputs_;
 };
 
 namespace {
@@ -160,7 +162,7 @@ absl::Status CheckItemCount(int items, size_t most) {
 }  // namespace
 
 absl::Status Handlers::Append(const v1::AppendRequest& request, v1::AppendResponse* response,
-                              const Cancelled& cancelled) {
+                              const Call& call) {
   KVTIDE_ASSIGN_OR_RETURN(const SpecPointer spec, SpecOfSequence(request.sequence_id()));
   if (request.layers_size() == 0) return absl::InvalidArgumentError("layers is empty");
   if (static_cast<size_t>(request.layers_size()) > spec->layers.size()) {
@@ -182,22 +184,20 @@ absl::Status Handlers::Append(const v1::AppendRequest& request, v1::AppendRespon
     if (!checked.ok()) return Annotate(checked.status(), name);
     layers.push_back(*checked);
   }
-  AppendCall call;
-  call.sequence = request.sequence_id();
-  call.start_position = request.start_position();
-  call.tokens = tokens;
-  call.layers = layers;
-  CallContext context;
-  context.cancellation = &cancelled;
-  call.context = &context;
-  KVTIDE_RETURN_IF_ERROR(cache_->Append(call));
+  AppendCall append;
+  append.sequence = request.sequence_id();
+  append.start_position = request.start_position();
+  append.tokens = tokens;
+  append.layers = layers;
+  append.context = &call.context;
+  KVTIDE_RETURN_IF_ERROR(cache_->Append(append));
   KVTIDE_ASSIGN_OR_RETURN(const int64_t length, cache_->Length(request.sequence_id()));
   response->set_tokens(length);
   return absl::OkStatus();
 }
 
 absl::Status Handlers::Attend(const v1::AttendRequest& request, v1::AttendResponse* response,
-                              const Cancelled& cancelled) {
+                              const Call& call) {
   KVTIDE_RETURN_IF_ERROR(CheckItemCount(request.items_size(), cache_->options().max_batch_items));
   Batch batch(this, request.layer(), request.options());
   std::vector<AttendRequest> requests(static_cast<size_t>(request.items_size()));
@@ -220,14 +220,15 @@ absl::Status Handlers::Attend(const v1::AttendRequest& request, v1::AttendRespon
                                                      "; set first_query_position"));
     }
   }
+  KVTIDE_RETURN_IF_ERROR(batch.ReserveAnswers(call));
   for (int i = 0; i < request.items_size(); i++) {
     batch.AddAnswer(response->add_results(), &requests[static_cast<size_t>(i)]);
   }
-  return batch.Run(requests, cancelled, &KvCache::Attend);
+  return batch.Run(requests, call, &KvCache::Attend);
 }
 
 absl::Status Handlers::AppendAttend(const v1::AppendAttendRequest& request,
-                                    v1::AppendAttendResponse* response, const Cancelled& cancelled) {
+                                    v1::AppendAttendResponse* response, const Call& call) {
   KVTIDE_RETURN_IF_ERROR(CheckItemCount(request.items_size(), cache_->options().max_batch_items));
   Batch batch(this, request.layer(), request.options());
   std::vector<AttendRequest> requests(static_cast<size_t>(request.items_size()));
@@ -254,10 +255,101 @@ absl::Status Handlers::AppendAttend(const v1::AppendAttendRequest& request,
     out->v = v->view;
     out->v_elements = v->elements;
   }
+  KVTIDE_RETURN_IF_ERROR(batch.ReserveAnswers(call));
   for (int i = 0; i < request.items_size(); i++) {
     batch.AddAnswer(response->add_results(), &requests[static_cast<size_t>(i)]);
   }
-  return batch.Run(requests, cancelled, &KvCache::AppendAttend);
+  return batch.Run(requests, call, &KvCache::AppendAttend);
+}
+
+namespace {
+
+// Of an answer beside the tensors' bytes: for each of them and for the message.
+constexpr int64_t kFramingBytes = 128;
+
+// The layers that a read asks for, in its order.
+absl::StatusOr<std::vector<int>> LayersToRead(const v1::ReadTokensRequest& request, const ModelSpec& spec) {
+  std::vector<int> layers(request.layers().begin(), request.layers().end());
+  if (layers.empty()) {
+    for (size_t layer = 0; layer < spec.layers.size(); layer++) layers.push_back(static_cast<int>(layer));
+  }
+  if (layers.size() > spec.layers.size()) {
+    return absl::InvalidArgumentError(absl::StrCat("layers has ", layers.size(), " entries, model ",
+                                                   spec.name, " has ", spec.layers.size(), " layers"));
+  }
+  std::vector<bool> seen(spec.layers.size());
+  for (const int layer : layers) {
+    if (layer < 0 || static_cast<size_t>(layer) >= seen.size()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("layers: ", layer, ", but model ", spec.name, " has layers 0 to ", seen.size() - 1));
+    }
+    if (seen[static_cast<size_t>(layer)])
+      return absl::InvalidArgumentError(absl::StrCat("layers: ", layer, " occurs twice"));
+    seen[static_cast<size_t>(layer)] = true;
+  }
+  return layers;
+}
+
+// Memory for rows [tokens][heads][dim] inside the message.
+MutableTensorView AddRows(v1::Tensor* tensor, DataType type, int64_t tokens, int heads, int dim) {
+  OutgoingTensor rows(tensor, type, {tokens, heads, dim});
+  return rows.view();
+}
+
+}  // namespace
+
+absl::Status Handlers::ReadTokens(const v1::ReadTokensRequest& request, v1::ReadTokensResponse* response,
+                                  const Call& call) {
+  KVTIDE_ASSIGN_OR_RETURN(const SpecPointer spec, SpecOfSequence(request.sequence_id()));
+  KVTIDE_ASSIGN_OR_RETURN(const std::vector<int> layers, LayersToRead(request, *spec));
+  if (request.first_token() < 0 || request.tokens() < 1) {
+    return absl::InvalidArgumentError(absl::StrCat("first_token is ", request.first_token(),
+                                                   " and tokens is ", request.tokens(),
+                                                   "; the least are 0 and 1"));
+  }
+  DataType type = DataType::kF16;
+  if (request.dtype() != v1::DATA_TYPE_UNSPECIFIED) {
+    auto asked = DataTypeFromProto(request.dtype());
+    if (!asked.ok()) return Annotate(asked.status(), "dtype");
+    type = *asked;
+  }
+  int64_t token_bytes = 0;
+  for (const int layer : layers) {
+    const GroupShape& shape = (*GroupOfLayer(*spec, layer))->shape;
+    token_bytes += int64_t{shape.kv_heads} * (shape.head_dim_k + shape.head_dim_v) *
+                   static_cast<int64_t>(DataTypeBytes(type));
+  }
+  const int64_t room = options_.max_message_bytes - kFramingBytes * (1 + static_cast<int64_t>(layers.size()));
+  if (token_bytes > room) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("one token of these layers has ", token_bytes,
+                     " bytes, more than a message holds; read fewer layers at once"));
+  }
+  // Nobody takes memory for tokens that are not there.
+  KVTIDE_ASSIGN_OR_RETURN(const int64_t length, cache_->LayerLength(request.sequence_id(), layers[0]));
+  if (request.first_token() > length || request.tokens() > length - request.first_token()) {
+    return absl::OutOfRangeError(absl::StrCat("layer ", layers[0], " has ", length, " tokens, not ",
+                                              request.tokens(), " from ", request.first_token(), " on"));
+  }
+  const int64_t tokens = std::min(request.tokens(), room / token_bytes);
+  if (call.memory != nullptr) KVTIDE_RETURN_IF_ERROR(call.memory->Add(2 * tokens * token_bytes));
+  response->set_first_token(request.first_token());
+  response->set_tokens(tokens);
+  std::vector<LayerRead> reads;
+  for (const int layer : layers) {
+    const GroupShape& shape = (*GroupOfLayer(*spec, layer))->shape;
+    v1::LayerTokens* out = response->add_layers();
+    out->set_layer(layer);
+    reads.push_back({layer, AddRows(out->mutable_k(), type, tokens, shape.kv_heads, shape.head_dim_k),
+                     AddRows(out->mutable_v(), type, tokens, shape.kv_heads, shape.head_dim_v)});
+  }
+  ReadCall read;
+  read.sequence = request.sequence_id();
+  read.first_token = request.first_token();
+  read.tokens = tokens;
+  read.layers = reads;
+  read.context = &call.context;
+  return cache_->ReadTokens(read);
 }
 
 }  // namespace kvtide::service

@@ -1,51 +1,69 @@
 #include "daemon/service/worker_pool.h"
 
-#include <utility>
-
 #include "kernels/base/check.h"
 
 namespace kvtide::service {
-
 WorkerPool::WorkerPool(int threads, size_t max_queued) : max_queued_(max_queued) {
   KVTIDE_CHECK(threads > 0 && max_queued > 0);
-  for (int i = 0; i < threads; i++) threads_.emplace_back([this] { Run(); });
+  for (int i = 0; i < threads; i++) threads_.emplace_back([this] { Serve(); });
 }
 
 WorkerPool::~WorkerPool() {
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const MutexLock lock(mutex_);
     stopping_ = true;
   }
-  ready_.notify_all();
+  ready_.NotifyAll();
   for (std::thread& thread : threads_) thread.join();
 }
 
-bool WorkerPool::Submit(std::function<void()> work) {
+bool WorkerPool::Submit(uint64_t caller, Work* work) {
+  bool wake = false;
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (stopping_ || queue_.size() >= max_queued_) return false;
-    queue_.push_back(std::move(work));
+    const MutexLock lock(mutex_);
+    if (!closed_) {
+      if (queue_.size() >= max_queued_) return false;
+      queue_.Push(caller, work);
+      wake = idle_ > 0;
+      work = nullptr;
+    }
   }
-  ready_.notify_one();
+  if (work != nullptr) work->Refuse();
+  if (wake) ready_.NotifyOne();
   return true;
 }
 
+void WorkerPool::Close() {
+  for (;;) {
+    Work* work = nullptr;
+    {
+      const MutexLock lock(mutex_);
+      closed_ = true;
+      work = queue_.Pop();
+    }
+    if (work == nullptr) return;
+    work->Refuse();
+  }
+}
+
 size_t WorkerPool::queued() const {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const MutexLock lock(mutex_);
   return queue_.size();
 }
 
-void WorkerPool::Run() {
+void WorkerPool::Serve() {
   for (;;) {
-    std::function<void()> work;
+    Work* work = nullptr;
     {
-      std::unique_lock<std::mutex> lock(mutex_);
-      ready_.wait(lock, [this] { return stopping_ || !queue_.empty(); });
-      if (queue_.empty()) return;
-      work = std::move(queue_.front());
-      queue_.pop_front();
+      const MutexLock lock(mutex_);
+      while ((work = queue_.Pop()) == nullptr) {
+        if (stopping_) return;
+        idle_++;
+        ready_.Wait(mutex_);
+        idle_--;
+      }
     }
-    work();
+    work->Run();
   }
 }
 

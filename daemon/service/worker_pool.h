@@ -1,35 +1,53 @@
-// The threads that serve calls, and the queue before them. The queue is bounded: Submit says no when it is
-// full, and the caller answers RESOURCE_EXHAUSTED. Destruction finishes what is queued. Thread-safe.
+// The threads that serve calls, and the queue before them. The queue is fair between callers and bounded:
+// Submit says no when it is full, and the caller answers RESOURCE_EXHAUSTED. Thread-safe.
 #pragma once
 
-#include <condition_variable>
 #include <cstddef>
-#include <deque>
-#include <functional>
-#include <mutex>
+#include <cstdint>
 #include <thread>
 #include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "daemon/service/fair_queue.h"
+#include "kernels/base/mutex.h"
 
 namespace kvtide::service {
 
 class WorkerPool {
  public:
+  // A piece of work, borrowed until one of its functions is called, once.
+  class Work {
+   public:
+    virtual void Run() = 0;
+    // It will not run, because the daemon shuts down.
+    virtual void Refuse() = 0;
+
+   protected:
+    ~Work() = default;
+  };
+
   WorkerPool(int threads, size_t max_queued);
+  // Finishes what is queued.
   ~WorkerPool();
   WorkerPool(const WorkerPool&) = delete;
   WorkerPool& operator=(const WorkerPool&) = delete;
 
-  bool Submit(std::function<void()> work);
+  // False: the queue is full.
+  bool Submit(uint64_t caller, Work* work);
+  // Refuses what is queued; work that is submitted later is refused at once.
+  void Close();
   size_t queued() const;
 
  private:
-  void Run();
+  void Serve();
 
   const size_t max_queued_;
-  mutable std::mutex mutex_;
-  std::condition_variable ready_;
-  std::deque<std::function<void()>> queue_;
-  bool stopping_ = false;
+  mutable Mutex mutex_;
+  CondVar ready_;
+  FairQueue<Work> queue_ ABSL_GUARDED_BY(mutex_);
+  int idle_ ABSL_GUARDED_BY(mutex_) = 0;
+  bool closed_ ABSL_GUARDED_BY(mutex_) = false;
+  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   std::vector<std::thread> threads_;
 };
 

@@ -95,6 +95,7 @@ class Planner {
     plan.verdict = Verdict::kFits;
     for (int64_t context : request_.workload.contexts) {
       plan.contexts.push_back(PlanContext(context));
+      if (IsCancelled(request_.cancellation)) return absl::CancelledError("the plan was cancelled");
       plan.verdict = std::max(plan.verdict, plan.contexts.back().verdict);
     }
     Assumptions(&plan);
@@ -118,6 +119,7 @@ class Planner {
     bool any = false;
     absl::Status first_error;
     for (const TypePair& pair : pairs) {
+      if (IsCancelled(request_.cancellation)) return absl::CancelledError("the plan was cancelled");
       PreparedPair prepared;
       prepared.asked = pair;
       absl::StatusOr<std::unique_ptr<KvSizer>> sizer = MakeKvSizer(request_.engine, rank_, groups_, pair);

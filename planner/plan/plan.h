@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "kernels/base/cancellation.h"
 #include "planner/engines/engine.h"
 #include "planner/engines/kv_sizer.h"
 #include "planner/engines/support.h"
@@ -67,6 +68,8 @@ struct PlanRequest {
   int64_t margin_bytes = -1;  // kept free per device; < 0: 3 % of the device, at least 512 MiB
   // The device is a tier of kvtided that holds nothing but cache: no contexts, no compute buffers.
   bool cache_tier_only = false;
+  // Looked at between candidates; borrowed.
+  const Cancellation* cancellation = nullptr;
 };
 
 enum class Verdict { kFits, kFitsWithTiers, kDoesNotFit };
@@ -142,7 +145,7 @@ struct Plan {
   std::vector<std::string> notes;
 };
 
-// InvalidArgument names the field of the request that makes no sense.
+// InvalidArgument names the field of the request that makes no sense; Cancelled if the request was.
 absl::StatusOr<Plan> MakePlan(const PlanRequest& request);
 
 // The request's geometry as one device holds it: heads divided (vllm, kvtide) or layers divided (llama.cpp).

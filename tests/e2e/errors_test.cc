@@ -140,10 +140,15 @@ TEST_F(Errors, AModelIsRegisteredOnceWithOneShape) {
 }
 
 TEST_F(Errors, PositionsThatDoNotFollow) {
-  for (const int64_t start : {int64_t{9}, int64_t{11}, int64_t{-1}, std::numeric_limits<int64_t>::max()}) {
+  for (const int64_t start : {int64_t{9}, int64_t{11}, int64_t{1} << 40}) {
     EXPECT_THAT(AppendFails(Tokens(2, 10, 4), absl::StatusCode::kOutOfRange, start), HasSubstr("10"))
         << start;
   }
+  EXPECT_THAT(AppendFails(Tokens(2, 10, 4), absl::StatusCode::kInvalidArgument, -1), HasSubstr("negative"));
+  const auto beyond =
+      client_->Append(sequence_, std::numeric_limits<int64_t>::max(), Tokens(2, 10, 4).layers);
+  EXPECT_TRUE(absl::IsInvalidArgument(beyond.status()) || absl::IsOutOfRange(beyond.status()))
+      << beyond.status();
   EXPECT_EQ(client_->TruncateSequence(sequence_, 11).code(), absl::StatusCode::kOutOfRange);
   EXPECT_EQ(client_->TruncateSequence(sequence_, -1).code(), absl::StatusCode::kInvalidArgument);
 }

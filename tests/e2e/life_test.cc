@@ -103,6 +103,59 @@ TEST(Life, AppendAttendSeesTheNewTokensAndItsResultsComeInTheAskedType) {
   EXPECT_EQ(client->ListSequences().value().at(0).tokens, 198);
 }
 
+// Rows of one tensor of a read, widened.
+std::vector<float> Widened(const std::vector<std::byte>& bytes, DataType type) {
+  const TensorView view{bytes.data(), type};
+  std::vector<float> values(bytes.size() / DataTypeBytes(type));
+  for (size_t i = 0; i < values.size(); i++) values[i] = view.At(i);
+  return values;
+}
+
+TEST(Life, ReadsBackWhatWasAppendedInEveryTypeAlsoInPiecesAndOnASession) {
+  // Messages of 64 KiB: 300 tokens of both layers take five of them in f32.
+  const auto daemon = TestDaemon::Start({"--max-message-bytes", "65536"});
+  for (const bool session : {false, true}) {
+    client::ClientOptions options;
+    options.session = session;
+    const auto client = daemon->Connect(options);
+    ASSERT_TRUE(client->RegisterModel(SmallModel()).ok());
+    const auto sequence = client->CreateSequence("small", Exact());
+    ASSERT_TRUE(sequence.ok()) << sequence.status();
+    constexpr int64_t kTokens = 300, kPiece = 10;
+    const Tokens all(1, 0, kTokens);
+    for (int64_t at = 0; at < kTokens; at += kPiece)
+      ASSERT_TRUE(client->Append(*sequence, at, Tokens(1, at, kPiece).layers).ok());
+    ASSERT_TRUE(client->EvictSequences(std::span(&*sequence, 1)).ok());  // wherever they lie
+    for (const DataType type : {DataType::kF32, DataType::kF16, DataType::kBf16}) {
+      const auto rows = client->ReadTokens(*sequence, {}, 0, kTokens, type);
+      ASSERT_TRUE(rows.ok()) << rows.status();
+      ASSERT_EQ(rows->size(), static_cast<size_t>(kLayers));
+      const double most = type == DataType::kBf16 ? 4e-3 : 5e-4;  // rows between -1 and 1, kept in f16
+      for (size_t layer = 0; layer < rows->size(); layer++) {
+        EXPECT_EQ((*rows)[layer].layer, static_cast<int>(layer));
+        EXPECT_LE(LargestDifference(Widened((*rows)[layer].k, type), all.k[layer]), most);
+        EXPECT_LE(LargestDifference(Widened((*rows)[layer].v, type), all.v[layer]), most);
+      }
+    }
+    const int layer = 1;
+    const auto some = client->ReadTokens(*sequence, std::span(&layer, 1), 63, 3, DataType::kF32);
+    ASSERT_TRUE(some.ok()) << some.status();
+    const std::vector<float> expected(all.v[1].begin() + 63 * kKvHeads * kDim,
+                                      all.v[1].begin() + 66 * kKvHeads * kDim);
+    ASSERT_EQ(some->size(), 1u);
+    EXPECT_LE(LargestDifference(Widened((*some)[0].v, DataType::kF32), expected), 5e-4);
+    // Ranges and layers that are not there.
+    EXPECT_EQ(client->ReadTokens(*sequence, {}, 299, 2).status().code(), absl::StatusCode::kOutOfRange);
+    EXPECT_EQ(client->ReadTokens(*sequence, {}, 300, 1).status().code(), absl::StatusCode::kOutOfRange);
+    EXPECT_EQ(client->ReadTokens(*sequence, {}, -1, 2).status().code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_EQ(client->ReadTokens(*sequence, {}, 0, 0).status().code(), absl::StatusCode::kInvalidArgument);
+    const int none = 2;
+    EXPECT_EQ(client->ReadTokens(*sequence, std::span(&none, 1), 0, 1).status().code(),
+              absl::StatusCode::kInvalidArgument);
+    ASSERT_TRUE(client->CloseSequence(*sequence).ok());
+  }
+}
+
 TEST(Life, ForkSharesTruncateCutsCloseFrees) {
   const auto daemon = TestDaemon::Start();
   const auto client = daemon->Connect();
@@ -265,8 +318,11 @@ TEST(Life, CallsBeyondTheQueueAreRefused) {
   for (int i = 0; i < 8; i++) {
     clients.emplace_back([&] {
       const auto client = daemon->Connect();
-      const auto sequence = client->CreateSequence("small", {.pair = "f16/f16"});
-      ASSERT_TRUE(sequence.ok());
+      auto sequence = client->CreateSequence("small", {.pair = "f16/f16"});
+      while (absl::IsResourceExhausted(sequence.status())) {
+        sequence = client->CreateSequence("small", {.pair = "f16/f16"});
+      }
+      ASSERT_TRUE(sequence.ok()) << sequence.status();
       int64_t length = 0;
       for (int call = 0; call < 40; call++) {
         const auto appended = client->Append(*sequence, length, Tokens(20, length, 32).layers);

@@ -148,6 +148,10 @@ bool TestDaemon::Alive() const {
 
 int TestDaemon::Stop() {
   kill(pid_, SIGTERM);
+  return Wait();
+}
+
+int TestDaemon::Wait() {
   const int code = WaitForExit(pid_, kPatienceSeconds);
   pid_ = -1;
   return code;

@@ -39,6 +39,8 @@ class TestDaemon {
   bool Alive() const;
   // SIGTERM and wait; the exit code.
   int Stop();
+  // Waits for it to end by itself; the exit code.
+  int Wait();
   // SIGKILL and wait.
   void Kill();
   std::string Log() const;

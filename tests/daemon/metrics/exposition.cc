@@ -67,7 +67,20 @@ std::unique_ptr<Metrics> BusyMetrics() {
   MetricsOptions options;
   options.version = "1.2.3";
   options.stats = BusyStats;
-  options.calls_under_way = [] { return int64_t{4}; };
+  options.service = [] {
+    ServiceStats stats;
+    stats.calls_under_way = 4;
+    stats.queued_calls = 2;
+    stats.queued_bulk_calls = 1;
+    stats.connections = 7;
+    stats.connections_limit = 1024;
+    stats.connections_accepted = 20;
+    stats.connections_refused = 3;
+    stats.call_memory_bytes = 4096;
+    stats.call_memory_limit = 1 << 20;
+    stats.memory_overhead_limit = 1 << 21;
+    return stats;
+  };
   auto metrics = std::make_unique<Metrics>(std::move(options));
   constexpr int kOk = 0, kResourceExhausted = 8;
   for (int i = 0; i < 10; ++i)

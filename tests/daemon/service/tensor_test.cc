@@ -68,8 +68,7 @@ TEST(Tensor, ResultsAreConvertedToTheAskedType) {
   for (const DataType type : {DataType::kF32, DataType::kF16, DataType::kBf16}) {
     v1::Tensor tensor;
     OutgoingTensor outgoing(&tensor, type, {2, 1, 3});
-    for (int i = 0; i < 6; i++) outgoing.data()[i] = static_cast<float>(i) * 0.5f;
-    outgoing.Finish();
+    for (size_t i = 0; i < 6; i++) outgoing.view().Set(i, static_cast<float>(i) * 0.5f);
     EXPECT_EQ(tensor.data().size(), 6 * DataTypeBytes(type));
     const auto incoming = CheckTensor(tensor, "out", 1, 3);
     ASSERT_TRUE(incoming.ok()) << incoming.status();

@@ -1,46 +1,101 @@
 #include "daemon/service/worker_pool.h"
 
 #include <atomic>
+#include <functional>
 #include <future>
+#include <string>
 
 #include "gtest/gtest.h"
 
 namespace kvtide::service {
 namespace {
 
+class Piece final : public WorkerPool::Work {
+ public:
+  explicit Piece(
+      std::function<void()> run, std::function<void()> refuse = [] { FAIL() << "refused"; })
+      : run_(std::move(run)), refuse_(std::move(refuse)) {}
+  void Run() override { run_(); }
+  void Refuse() override { refuse_(); }
+
+ private:
+  const std::function<void()> run_, refuse_;
+};
+
+// A pool of one thread that is busy until it is let go.
+struct BusyPool {
+  explicit BusyPool(size_t max_queued) : pool(1, max_queued) {
+    EXPECT_TRUE(pool.Submit(1, &work));
+    busy.get_future().wait();
+  }
+  void LetGo() { release.set_value(); }
+
+  std::promise<void> busy, release;
+  Piece work{[this] {
+    busy.set_value();
+    release.get_future().wait();
+  }};
+  WorkerPool pool;
+};
+
 TEST(WorkerPool, SaysNoWhenItsQueueIsFullAndFinishesWhatItTook) {
   std::atomic<int> done{0};
-  std::promise<void> busy, release;
-  std::shared_future<void> released = release.get_future().share();
+  Piece a([&done] { done++; }), b([&done] { done++; }), c([&done] { done += 100; });
   {
-    WorkerPool pool(1, 2);
-    ASSERT_TRUE(pool.Submit([&busy, released, &done] {
-      busy.set_value();
-      released.wait();
-      done++;
-    }));
-    busy.get_future().wait();
-    EXPECT_TRUE(pool.Submit([&done] { done++; }));
-    EXPECT_TRUE(pool.Submit([&done] { done++; }));
-    EXPECT_EQ(pool.queued(), 2u);
-    EXPECT_FALSE(pool.Submit([&done] { done += 100; }));
-    release.set_value();
+    BusyPool busy(2);
+    EXPECT_TRUE(busy.pool.Submit(1, &a));
+    EXPECT_TRUE(busy.pool.Submit(1, &b));
+    EXPECT_EQ(busy.pool.queued(), 2u);
+    EXPECT_FALSE(busy.pool.Submit(1, &c));
+    busy.LetGo();
   }
-  EXPECT_EQ(done, 3);
+  EXPECT_EQ(done, 2);
+}
+
+// One caller has many pieces waiting; another one's piece, that comes last, is the second to be served.
+TEST(WorkerPool, CallersTakeTurns) {
+  std::string order;
+  std::vector<std::unique_ptr<Piece>> many;
+  Piece single([&order] { order += 'b'; });
+  {
+    BusyPool busy(100);
+    for (int i = 0; i < 64; i++) {
+      many.push_back(std::make_unique<Piece>([&order] { order += 'a'; }));
+      ASSERT_TRUE(busy.pool.Submit(1, many.back().get()));
+    }
+    ASSERT_TRUE(busy.pool.Submit(2, &single));
+    busy.LetGo();
+  }
+  EXPECT_EQ(order, "ab" + std::string(63, 'a'));
 }
 
 TEST(WorkerPool, RunsOnAllItsThreads) {
   std::promise<void> first, second;  // outlive the pool, whose end waits for the work
-  WorkerPool pool(2, 16);
   // Each waits for the other: one thread alone would never end.
-  ASSERT_TRUE(pool.Submit([&] {
+  Piece a([&] {
     first.set_value();
     second.get_future().wait();
-  }));
-  ASSERT_TRUE(pool.Submit([&] {
+  });
+  Piece b([&] {
     first.get_future().wait();
     second.set_value();
-  }));
+  });
+  WorkerPool pool(2, 16);
+  ASSERT_TRUE(pool.Submit(1, &a));
+  ASSERT_TRUE(pool.Submit(1, &b));
+}
+
+TEST(WorkerPool, WhatWaitsIsRefusedWhenItCloses) {
+  int refused = 0;
+  const auto never = [] { FAIL() << "ran after the end"; };
+  Piece waiting(never, [&refused] { refused++; }), late(never, [&refused] { refused++; });
+  BusyPool busy(10);
+  ASSERT_TRUE(busy.pool.Submit(1, &waiting));
+  busy.pool.Close();
+  EXPECT_EQ(refused, 1);
+  EXPECT_TRUE(busy.pool.Submit(1, &late));
+  EXPECT_EQ(refused, 2);
+  busy.LetGo();
 }
 
 }  // namespace

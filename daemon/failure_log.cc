@@ -1,0 +1,80 @@
+#include "daemon/failure_log.h"
+
+#include <algorithm>
+#include <cctype>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+
+namespace kvtide {
+namespace {
+
+constexpr double kBurst = 10, kPerSecond = 1;
+
+const char* LevelOf(absl::StatusCode code) {
+  switch (code) {
+    case absl::StatusCode::kInternal:
+    case absl::StatusCode::kUnknown:
+    case absl::StatusCode::kDataLoss:
+      return "error";
+    case absl::StatusCode::kResourceExhausted:
+    case absl::StatusCode::kUnavailable:
+      return "warning";
+    default:
+      return "info";
+  }
+}
+
+}  // namespace
+
+bool RateLimit::Pass(absl::Time now, int64_t* suppressed) {
+  if (last_ != absl::InfinitePast())
+    left_ = std::min(burst_, left_ + per_second_ * std::max(0.0, absl::ToDoubleSeconds(now - last_)));
+  last_ = now;
+  if (left_ < 1) {
+    suppressed_++;
+    return false;
+  }
+  left_ -= 1;
+  *suppressed = std::exchange(suppressed_, 0);
+  return true;
+}
+
+std::string Escaped(std::string_view text, size_t most) {
+  std::string out;
+  for (const char c : text.substr(0, most)) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (c == '"' || c == '\\') {
+      out += {'\\', c};
+    } else if (c == '\n') {
+      out += "\\n";
+    } else if (byte < 0x20 || byte == 0x7f) {
+      absl::StrAppend(&out, "\\x", absl::Hex(byte, absl::kZeroPad2));
+    } else {
+      out += c;
+    }
+  }
+  if (text.size() > most) out += "...";
+  return out;
+}
+
+void FailureLog::Add(const service::CallReport& call, absl::Time now) {
+  if (call.code == 0) return;
+  int64_t suppressed = 0;
+  {
+    const MutexLock lock(mutex_);
+    const auto entry = limits_.try_emplace({call.method, call.code}, kBurst, kPerSecond).first;
+    if (!entry->second.Pass(now, &suppressed)) return;
+  }
+  const auto code = static_cast<absl::StatusCode>(call.code);
+  std::string line =
+      absl::StrCat("call failed method=", call.method, " code=", absl::StatusCodeToString(code));
+  if (call.sequence != 0) absl::StrAppend(&line, " sequence=", call.sequence);
+  absl::StrAppend(&line, " request=", Escaped(call.request_id), " caller=", Escaped(call.caller),
+                  " us=", absl::ToInt64Microseconds(call.duration), " message=\"", Escaped(call.message),
+                  "\"");
+  if (suppressed > 0) absl::StrAppend(&line, " suppressed=", suppressed);
+  write_(LevelOf(code), line);
+}
+
+}  // namespace kvtide

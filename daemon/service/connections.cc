@@ -1,0 +1,83 @@
+#include "daemon/service/connections.h"
+
+#include <netdb.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
+#include "absl/strings/strip.h"
+
+namespace kvtide::service {
+namespace {
+
+std::string NameOfPeer(int fd) {
+  sockaddr_storage address{};
+  socklen_t size = sizeof(address);
+  if (::getpeername(fd, reinterpret_cast<sockaddr*>(&address), &size) != 0) return "unknown";
+  if (address.ss_family == AF_UNIX) {
+    ucred peer{};
+    socklen_t peer_size = sizeof(peer);
+    if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &peer_size) != 0) return "unix";
+    return absl::StrCat("unix:uid=", peer.uid, ",pid=", peer.pid);
+  }
+  char host[NI_MAXHOST], port[NI_MAXSERV];
+  if (::getnameinfo(reinterpret_cast<sockaddr*>(&address), size, host, sizeof(host), port, sizeof(port),
+                    NI_NUMERICHOST | NI_NUMERICSERV) != 0) {
+    return "unknown";
+  }
+  return address.ss_family == AF_INET6 ? absl::StrCat("[", host, "]:", port) : absl::StrCat(host, ":", port);
+}
+
+// The number of the socket behind a descriptor; 0 when there is none.
+ino_t SocketOf(int fd) {
+  struct stat info {};
+  return ::fstat(fd, &info) == 0 && S_ISSOCK(info.st_mode) ? info.st_ino : 0;
+}
+
+}  // namespace
+
+std::shared_ptr<Connection> Connections::Add(int fd) {
+  auto connection = std::make_shared<Connection>();
+  connection->name = NameOfPeer(fd);
+  const ino_t socket = SocketOf(fd);
+  const MutexLock lock(mutex_);
+  connection->number = ++last_;
+  open_[fd] = {connection, socket};
+  return connection;
+}
+
+std::shared_ptr<Connection> Connections::Find(const std::string& peer) const {
+  absl::string_view number(peer);
+  int fd = -1;
+  if (absl::ConsumePrefix(&number, "fd:") && absl::SimpleAtoi(number, &fd)) {
+    const MutexLock lock(mutex_);
+    if (const auto found = open_.find(fd); found != open_.end()) return found->second.connection;
+  }
+  return gone_;
+}
+
+size_t Connections::Sweep() {
+  const MutexLock lock(mutex_);
+  for (auto entry = open_.begin(); entry != open_.end();) {
+    if (SocketOf(entry->first) == entry->second.socket) {
+      ++entry;
+    } else {
+      open_.erase(entry++);
+    }
+  }
+  return open_.size();
+}
+
+size_t Connections::size() const {
+  const MutexLock lock(mutex_);
+  return open_.size();
+}
+
+uint64_t Connections::accepted() const {
+  const MutexLock lock(mutex_);
+  return last_;
+}
+
+}  // namespace kvtide::service

@@ -1,0 +1,48 @@
+// The connections that are open: who is at the other end, and what each holds. gRPC serves a descriptor that
+// it was handed under the peer name "fd:N"; that is how a call finds its connection. Thread-safe.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
+#include "daemon/service/memory_budget.h"
+#include "kernels/base/mutex.h"
+
+namespace kvtide::service {
+
+struct Connection {
+  uint64_t number = 0;  // 1, 2, ... in order of arrival; the caller's place in fair queues
+  std::string name = "a closed connection";  // "unix:uid=1000,pid=4711" or "127.0.0.1:53412"
+  MemoryBudget::Account memory;
+};
+
+class Connections {
+ public:
+  // The connection that was accepted as descriptor `fd`; it takes the place of an earlier one that is gone.
+  std::shared_ptr<Connection> Add(int fd);
+  // By the peer name of a call. A call whose connection has gone gets one that stands for all such.
+  std::shared_ptr<Connection> Find(const std::string& peer) const;
+  // Forgets those whose descriptor is closed or another socket's by now; how many are left.
+  size_t Sweep();
+  size_t size() const;
+  // As opened by Add since the start.
+  uint64_t accepted() const;
+
+ private:
+  struct Entry {
+    std::shared_ptr<Connection> connection;
+    ino_t socket = 0;
+  };
+  mutable Mutex mutex_;
+  absl::flat_hash_map<int, Entry> open_ ABSL_GUARDED_BY(mutex_);
+  uint64_t last_ ABSL_GUARDED_BY(mutex_) = 0;
+  const std::shared_ptr<Connection> gone_ = std::make_shared<Connection>();
+};
+
+}  // namespace kvtide::service

@@ -1,0 +1,132 @@
+#include "daemon/service/listener.h"
+
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <chrono>
+#include <cstring>
+#include <filesystem>
+#include <iterator>
+#include <string>
+#include <utility>
+
+#include "kernels/base/check.h"
+
+namespace kvtide::service {
+namespace {
+
+constexpr int kTickMilliseconds = 1000;
+constexpr std::chrono::milliseconds kBreath{50};
+// Descriptors that the daemon may need besides: of gRPC's threads, the metrics endpoint, files under /proc.
+constexpr size_t kOtherDescriptors = 24;
+
+int OpenSpare() { return ::open("/dev/null", O_RDONLY | O_CLOEXEC); }
+
+// An empty SETTINGS frame, and GOAWAY with ENHANCE_YOUR_CALM and a text: what HTTP/2 has for a refusal.
+std::string Goodbye(const std::string& text) {
+  std::string frames("\0\0\0\4\0\0\0\0\0", 9);
+  const size_t size = 8 + text.size();
+  frames += {'\0', static_cast<char>(size >> 8), static_cast<char>(size), '\7'};
+  frames += std::string(
+      "\0\0\0\0\0"
+      "\0\0\0\0"
+      "\0\0\0\x0b",
+      13);
+  return frames + text;
+}
+
+}  // namespace
+
+size_t ConnectionsThatFit() {
+  rlimit limit{};
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return 1;
+  std::error_code error;
+  std::filesystem::directory_iterator entries("/proc/self/fd", error);
+  const size_t open = error ? 64 : static_cast<size_t>(std::distance(begin(entries), end(entries)));
+  const size_t taken = open + kOtherDescriptors;
+  return limit.rlim_cur > taken ? static_cast<size_t>(limit.rlim_cur) - taken : 1;
+}
+
+Listener::Listener(Connections* connections, Options options)
+    : connections_(connections),
+      options_(std::move(options)),
+      spare_(OpenSpare()),
+      stop_(::eventfd(0, EFD_CLOEXEC)) {
+  KVTIDE_CHECK(stop_ >= 0, "no descriptor is free");
+  thread_ = std::thread([this] { Run(); });
+}
+
+Listener::~Listener() {
+  const uint64_t one = 1;
+  KVTIDE_CHECK(::write(stop_, &one, sizeof(one)) == sizeof(one));
+  thread_.join();
+  ::close(stop_);
+  if (spare_ >= 0) ::close(spare_);
+}
+
+void Listener::Run() {
+  std::vector<pollfd> waits = {{stop_, POLLIN, 0}};
+  for (const int fd : options_.sockets) waits.push_back({fd, POLLIN, 0});
+  auto next_tick = std::chrono::steady_clock::now();
+  for (;;) {
+    ::poll(waits.data(), waits.size(), kTickMilliseconds);
+    if (waits[0].revents != 0) return;
+    if (const auto now = std::chrono::steady_clock::now(); now >= next_tick) {
+      connections_->Sweep();
+      options_.tick(refused_);
+      next_tick = now + std::chrono::milliseconds(kTickMilliseconds);
+    }
+    for (size_t i = 1; i < waits.size(); i++) {
+      while (waits[i].revents != 0 && AcceptOne(waits[i].fd)) {
+      }
+    }
+  }
+}
+
+bool Listener::AcceptOne(int listening) {
+  const int fd = ::accept4(listening, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
+  if (fd < 0) {
+    const int error = errno;
+    if (error == EMFILE || error == ENFILE) return RefuseWithSpare(listening);
+    if (error == EINTR || error == ECONNABORTED) return true;
+    if (error != EAGAIN) std::this_thread::sleep_for(kBreath);  // out of memory, say: try again
+    return false;
+  }
+  if (connections_->size() >= options_.max_connections && connections_->Sweep() >= options_.max_connections) {
+    Refuse(fd, "kvtided has as many connections as it may (max_connections, or the limit of open files)");
+    return true;
+  }
+  const int on = 1;
+  ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));  // not for Unix sockets, which say so
+  connections_->Add(fd);
+  options_.serve(fd);
+  return true;
+}
+
+bool Listener::RefuseWithSpare(int listening) {
+  if (spare_ >= 0) ::close(spare_);
+  const int fd = ::accept4(listening, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
+  if (fd >= 0) Refuse(fd, "kvtided has no file descriptor left");
+  spare_ = OpenSpare();
+  // Others were faster: until they give one back there is nothing to do but to wait.
+  if (spare_ < 0) std::this_thread::sleep_for(kBreath);
+  return fd >= 0;
+}
+
+void Listener::Refuse(int fd, const char* reason) {
+  refused_++;
+  const std::string text = Goodbye(std::string(reason) + "; close some, or connect later");
+  if (::send(fd, text.data(), text.size(), MSG_NOSIGNAL | MSG_DONTWAIT) < 0) {
+    // It has gone already.
+  }
+  ::close(fd);
+}
+
+}  // namespace kvtide::service

@@ -1,0 +1,53 @@
+// Accepts the connections of the daemon and hands their descriptors over to gRPC. gRPC's own listener never
+// accepts again once the descriptor table was full, knows no limit of connections, and does not tell the ends
+// of Unix sockets apart; this one does all three. Connections beyond the limit are told so on HTTP/2 (GOAWAY)
+// and closed.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#include "daemon/service/connections.h"
+
+namespace kvtide::service {
+
+class Listener {
+ public:
+  struct Options {
+    std::vector<int> sockets;  // that listen, non-blocking; borrowed
+    size_t max_connections = 0;
+    std::function<void(int fd)> serve;  // takes the descriptor of a connection that is in `connections`
+    // About once a second; with the number of connections that were closed because there were too many, or no
+    // descriptor for them.
+    std::function<void(uint64_t refused)> tick;
+  };
+  // Borrows `connections`.
+  Listener(Connections* connections, Options options);
+  // Accepts no more; connections that were handed over stay.
+  ~Listener();
+  Listener(const Listener&) = delete;
+  Listener& operator=(const Listener&) = delete;
+
+ private:
+  void Run();
+  // False: nobody waits any more.
+  bool AcceptOne(int listening);
+  // Takes a connection with the descriptor that is kept for it, and closes it; false: there was none.
+  bool RefuseWithSpare(int listening);
+  void Refuse(int fd, const char* reason);
+
+  Connections* const connections_;
+  const Options options_;
+  uint64_t refused_ = 0;
+  int spare_ = -1;  // a descriptor to be able to refuse when the table is full
+  int stop_ = -1;   // an eventfd
+  std::thread thread_;
+};
+
+// How many connections the descriptor table has room for beside what is open already.
+size_t ConnectionsThatFit();
+
+}  // namespace kvtide::service

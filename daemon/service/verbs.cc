@@ -1,0 +1,225 @@
+#include "daemon/service/verbs.h"
+
+#include <cstdint>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
+#include "google/protobuf/arena.h"
+#include "google/protobuf/io/coded_stream.h"
+#include "google/protobuf/wire_format_lite.h"
+#include "grpcpp/impl/codegen/proto_utils.h"
+#include "grpcpp/support/proto_buffer_reader.h"
+#include "kernels/base/check.h"
+#include "kernels/base/status.h"
+#include "kvtide/v1/kv_cache_service.pb.h"
+
+namespace kvtide::service {
+namespace {
+
+// The messages of a call; the first of them need no allocation.
+class Messages {
+ public:
+  template <class Message>
+  Message* New() {
+    return google::protobuf::Arena::CreateMessage<Message>(&arena_);
+  }
+
+ private:
+  static google::protobuf::ArenaOptions Options(char* block, size_t size) {
+    google::protobuf::ArenaOptions options;
+    options.initial_block = block;
+    options.initial_block_size = size;
+    return options;
+  }
+  alignas(16) char block_[4096];
+  google::protobuf::Arena arena_{Options(block_, sizeof(block_))};
+};
+
+// Reads a message and gives its bytes back. What is only malformed and what has a text that is not UTF-8
+// cannot be told apart.
+template <class Message>
+absl::Status Read(grpc::ByteBuffer* bytes, const Call& call, Message* message) {
+  const auto size = static_cast<int64_t>(bytes->Length());
+  bool good = false;
+  {
+    grpc::ProtoBufferReader reader(bytes);
+    good = reader.status().ok() && message->ParseFromZeroCopyStream(&reader);
+  }
+  bytes->Clear();
+  if (call.memory != nullptr) call.memory->Drop(size);
+  if (good) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("the request is no ", Message::descriptor()->full_name(),
+                   ": the message is malformed or cut off, or one of its texts is not UTF-8"));
+}
+
+template <class Message>
+void Write(const Message& message, grpc::ByteBuffer* bytes) {
+  bool own = false;
+  const grpc::Status status = grpc::SerializationTraits<Message>::Serialize(message, bytes, &own);
+  KVTIDE_CHECK(status.ok(), status.error_message());
+}
+
+// The first sequence that a request names; 0 = none.
+template <class Request>
+SequenceId SequenceOf(const Request& request) {
+  if constexpr (requires { request.sequence_id(); }) {
+    return request.sequence_id();
+  } else if constexpr (requires { request.sequence_ids(0); }) {
+    return request.sequence_ids_size() > 0 ? request.sequence_ids(0) : 0;
+  } else if constexpr (requires { request.items(0).sequence_id(); }) {
+    return request.items_size() > 0 ? request.items(0).sequence_id() : 0;
+  } else {
+    return 0;
+  }
+}
+
+template <class Request, class Answer>
+using Handler = absl::Status (Handlers::*)(const Request&, Answer*, const Call&);
+
+template <class Request, class Answer, Handler<Request, Answer> kHandler>
+absl::Status Serve(Handlers* handlers, grpc::ByteBuffer* bytes, const Call& call,
+                   grpc::ByteBuffer* answer_bytes, SequenceId* sequence) {
+  Messages messages;
+  auto* request = messages.New<Request>();
+  KVTIDE_RETURN_IF_ERROR(Read(bytes, call, request));
+  *sequence = SequenceOf(*request);
+  auto* answer = messages.New<Answer>();
+  KVTIDE_RETURN_IF_ERROR((handlers->*kHandler)(*request, answer, call));
+  Write(*answer, answer_bytes);
+  return absl::OkStatus();
+}
+
+#define KVTIDE_VERB(Method, lane)                                                                 \
+  {                                                                                               \
+#Method, Lane::lane, v1::SessionRequest::k##Method##FieldNumber, Serve < v1::Method##Request, \
+        v1::Method##Response, &Handlers::Method>                                                  \
+  }
+constexpr Verb kVerbs[] = {
+    KVTIDE_VERB(AppendAttend, kPrompt),
+    KVTIDE_VERB(Append, kPrompt),
+    KVTIDE_VERB(Attend, kPrompt),
+    KVTIDE_VERB(GetServerInfo, kPrompt),
+    KVTIDE_VERB(RegisterModel, kPrompt),
+    KVTIDE_VERB(CreateSequence, kPrompt),
+    KVTIDE_VERB(ForkSequence, kPrompt),
+    KVTIDE_VERB(TruncateSequence, kPrompt),
+    KVTIDE_VERB(CloseSequence, kPrompt),
+    KVTIDE_VERB(ListSequences, kPrompt),
+    KVTIDE_VERB(GetStats, kPrompt),
+    KVTIDE_VERB(ReadTokens, kBulk),
+    KVTIDE_VERB(EvictSequences, kBulk),
+    KVTIDE_VERB(PrefetchSequences, kBulk),
+    KVTIDE_VERB(Plan, kBulk),
+};
+#undef KVTIDE_VERB
+
+// Serves the call of a session request with the handler of its verb.
+absl::Status Dispatch(Handlers* handlers, const v1::SessionRequest& request, v1::SessionResponse* answer,
+                      const Call& call, SequenceId* sequence) {
+  using Case = v1::SessionRequest::CallCase;
+#define KVTIDE_SESSION_VERB(Method, field)   \
+  case Case::k##Method:                      \
+    *sequence = SequenceOf(request.field()); \
+    return handlers->Method(request.field(), answer->mutable_##field(), call);
+  switch (request.call_case()) {
+    KVTIDE_SESSION_VERB(RegisterModel, register_model)
+    KVTIDE_SESSION_VERB(CreateSequence, create_sequence)
+    KVTIDE_SESSION_VERB(ForkSequence, fork_sequence)
+    KVTIDE_SESSION_VERB(TruncateSequence, truncate_sequence)
+    KVTIDE_SESSION_VERB(CloseSequence, close_sequence)
+    KVTIDE_SESSION_VERB(Append, append)
+    KVTIDE_SESSION_VERB(Attend, attend)
+    KVTIDE_SESSION_VERB(AppendAttend, append_attend)
+    KVTIDE_SESSION_VERB(ReadTokens, read_tokens)
+    KVTIDE_SESSION_VERB(EvictSequences, evict_sequences)
+    KVTIDE_SESSION_VERB(PrefetchSequences, prefetch_sequences)
+    KVTIDE_SESSION_VERB(ListSequences, list_sequences)
+    KVTIDE_SESSION_VERB(GetStats, get_stats)
+    KVTIDE_SESSION_VERB(GetServerInfo, get_server_info)
+    KVTIDE_SESSION_VERB(Plan, plan)
+    case Case::CALL_NOT_SET:
+      break;
+  }
+#undef KVTIDE_SESSION_VERB
+  return absl::InvalidArgumentError("the session request carries no call that this version knows");
+}
+
+void WriteSessionError(uint64_t request_id, const absl::Status& status, grpc::ByteBuffer* bytes) {
+  v1::SessionResponse answer;
+  const grpc::Status wire = ToGrpc(status);
+  answer.set_request_id(request_id);
+  answer.mutable_error()->set_code(wire.error_code());
+  answer.mutable_error()->set_message(wire.error_message());
+  Write(answer, bytes);
+}
+
+// Looks at the fields of a session request until its call is found: its number, 0 for none.
+int CallField(const grpc::ByteBuffer& bytes, uint64_t* request_id) {
+  using google::protobuf::internal::WireFormatLite;
+  // The reader borrows what it does not change.
+  grpc::ProtoBufferReader reader(const_cast<grpc::ByteBuffer*>(&bytes));
+  if (!reader.status().ok()) return 0;
+  google::protobuf::io::CodedInputStream stream(&reader);
+  int field = 0;
+  // request_id comes first as everybody writes it; a later one is not found, and only missed in an error.
+  while (const uint32_t tag = stream.ReadTag()) {
+    const int number = WireFormatLite::GetTagFieldNumber(tag);
+    if (number == v1::SessionRequest::kRequestIdFieldNumber &&
+        WireFormatLite::GetTagWireType(tag) == WireFormatLite::WIRETYPE_VARINT) {
+      if (!stream.ReadVarint64(request_id)) break;
+      continue;
+    }
+    field = number;
+    break;
+  }
+  return field;
+}
+
+}  // namespace
+
+const Verb* FindVerb(absl::string_view path) {
+  if (!absl::ConsumePrefix(&path, "/kvtide.v1.KvCacheService/")) return nullptr;
+  for (const Verb& verb : kVerbs) {
+    if (path == verb.method) return &verb;
+  }
+  return nullptr;
+}
+
+const Verb* FindSessionVerb(const grpc::ByteBuffer& request) {
+  uint64_t request_id = 0;
+  const int field = CallField(request, &request_id);
+  for (const Verb& verb : kVerbs) {
+    if (field == verb.session_field) return &verb;
+  }
+  return nullptr;
+}
+
+absl::Status ServeSessionRequest(Handlers* handlers, grpc::ByteBuffer* bytes, const Call& call,
+                                 grpc::ByteBuffer* answer_bytes, SequenceId* sequence, SequenceId* made,
+                                 SequenceId* closed) {
+  Messages messages;
+  auto* request = messages.New<v1::SessionRequest>();
+  auto* answer = messages.New<v1::SessionResponse>();
+  absl::Status status = Read(bytes, call, request);
+  if (status.ok()) status = Dispatch(handlers, *request, answer, call, sequence);
+  if (!status.ok()) {
+    WriteSessionError(request->request_id(), status, answer_bytes);
+    return status;
+  }
+  if (answer->has_create_sequence()) *made = answer->create_sequence().sequence_id();
+  if (answer->has_fork_sequence()) *made = answer->fork_sequence().sequence_id();
+  if (request->has_close_sequence()) *closed = request->close_sequence().sequence_id();
+  answer->set_request_id(request->request_id());
+  Write(*answer, answer_bytes);
+  return absl::OkStatus();
+}
+
+void AnswerSessionError(const grpc::ByteBuffer& request, const absl::Status& status,
+                        grpc::ByteBuffer* answer) {
+  uint64_t request_id = 0;
+  CallField(request, &request_id);
+  WriteSessionError(request_id, status, answer);
+}
+
+}  // namespace kvtide::service

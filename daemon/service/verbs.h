@@ -1,0 +1,44 @@
+// The verbs by name: where each is served, and how one is served from the bytes of a request to those of an
+// answer. Requests and answers live in an arena for as long as that takes.
+#pragma once
+
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/strings/string_view.h"
+#include "daemon/service/call.h"
+#include "daemon/service/handlers.h"
+#include "grpcpp/support/byte_buffer.h"
+
+namespace kvtide::service {
+
+// Which threads serve a verb: those for calls that engines wait for, or the few for calls that may take long,
+// so that no number of these keeps the others waiting.
+enum class Lane { kPrompt, kBulk };
+
+struct Verb {
+  const char* method;  // "Append"
+  Lane lane;
+  int session_field;  // of SessionRequest
+  // Serves a request, which is cleared once it is read. `sequence` gets the first sequence that it names. An
+  // OK status comes with an answer.
+  absl::Status (*serve)(Handlers* handlers, grpc::ByteBuffer* request, const Call& call,
+                        grpc::ByteBuffer* answer, SequenceId* sequence);
+};
+
+// By the path of a call, "/kvtide.v1.KvCacheService/Append"; null if there is none.
+const Verb* FindVerb(absl::string_view path);
+// That of a session request, found without reading all of it; null if it carries none that is known.
+const Verb* FindSessionVerb(const grpc::ByteBuffer& request);
+
+// Serves one request of a session, as Verb::serve. The answer carries what went wrong; the status says it
+// too. `made` and `closed` get the sequences that the call made or closed, 0 for none.
+absl::Status ServeSessionRequest(Handlers* handlers, grpc::ByteBuffer* request, const Call& call,
+                                 grpc::ByteBuffer* answer, SequenceId* sequence, SequenceId* made,
+                                 SequenceId* closed);
+
+// An answer for a request that was not served.
+void AnswerSessionError(const grpc::ByteBuffer& request, const absl::Status& status,
+                        grpc::ByteBuffer* answer);
+
+}  // namespace kvtide::service

@@ -1,0 +1,79 @@
+#include "daemon/failure_log.h"
+
+#include <string>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace kvtide {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+struct Lines {
+  std::vector<std::string> lines;
+  FailureLog log{[this](const char* level, const std::string& line) {
+    lines.push_back(std::string(level) + ": " + line);
+  }};
+};
+
+service::CallReport Failure(int code) {
+  service::CallReport call;
+  call.method = "Append";
+  call.code = code;
+  call.duration = absl::Microseconds(120);
+  call.message = "no room";
+  call.request_id = "r-1";
+  call.caller = "unix:uid=0,pid=7";
+  call.sequence = 42;
+  return call;
+}
+
+TEST(FailureLog, ALineSaysWhatFailedForWhom) {
+  Lines out;
+  out.log.Add(Failure(8), absl::UnixEpoch());
+  out.log.Add(Failure(0), absl::UnixEpoch());
+  EXPECT_THAT(
+      out.lines,
+      ElementsAre("warning: call failed method=Append code=RESOURCE_EXHAUSTED sequence=42 request=r-1 "
+                  "caller=unix:uid=0,pid=7 us=120 message=\"no room\""));
+}
+
+TEST(FailureLog, TheDaemonsOwnFaultsAreErrorsAndMistakesOfClientsAreNot) {
+  Lines out;
+  for (const int code : {13, 15, 3, 14}) out.log.Add(Failure(code), absl::UnixEpoch());
+  ASSERT_EQ(out.lines.size(), 4u);
+  EXPECT_EQ(out.lines[0].substr(0, 6), "error:");
+  EXPECT_EQ(out.lines[1].substr(0, 6), "error:");
+  EXPECT_EQ(out.lines[2].substr(0, 5), "info:");
+  EXPECT_EQ(out.lines[3].substr(0, 8), "warning:");
+}
+
+TEST(FailureLog, AFloodIsCounted) {
+  Lines out;
+  for (int i = 0; i < 1000; i++) out.log.Add(Failure(3), absl::UnixEpoch());
+  EXPECT_EQ(out.lines.size(), 10u);
+  // Other codes have limits of their own.
+  out.log.Add(Failure(5), absl::UnixEpoch());
+  ASSERT_EQ(out.lines.size(), 11u);
+  EXPECT_THAT(out.lines.back(), Not(HasSubstr("suppressed")));
+  out.log.Add(Failure(3), absl::UnixEpoch() + absl::Seconds(1));
+  ASSERT_EQ(out.lines.size(), 12u);
+  EXPECT_THAT(out.lines.back(), HasSubstr("suppressed=990"));
+}
+
+TEST(FailureLog, ATextStaysWithinItsLine) {
+  Lines out;
+  service::CallReport call = Failure(3);
+  call.message = "unknown model \"a\nerror: forged\x1b[31m\x7f\"";
+  out.log.Add(call, absl::UnixEpoch());
+  ASSERT_EQ(out.lines.size(), 1u);
+  EXPECT_THAT(out.lines[0], HasSubstr("message=\"unknown model \\\"a\\nerror: forged\\x1b[31m\\x7f\\\"\""));
+  EXPECT_EQ(Escaped(std::string(2000, 'x')).size(), 1027u);
+}
+
+}  // namespace
+}  // namespace kvtide

@@ -1,0 +1,141 @@
+#include "daemon/service/listener.h"
+
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <filesystem>
+#include <functional>
+
+#include "daemon/service/address.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace kvtide::service {
+namespace {
+
+using ::testing::HasSubstr;
+
+bool Eventually(const std::function<bool()>& true_at_last) {
+  for (int i = 0; i < 2000 && !true_at_last(); i++) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  return true_at_last();
+}
+
+// A listener on a Unix socket that keeps what it is handed.
+class ListenerTest : public ::testing::Test {
+ protected:
+  ListenerTest()
+      : folder_(mkdtemp(name_)), claim_(AddressClaim::Take(ParseAddress(Text()).value()).value()) {}
+  ~ListenerTest() override {
+    listener_.reset();
+    for (const int fd : clients_) ::close(fd);
+    std::filesystem::remove_all(folder_);
+  }
+  std::string Text() const { return "unix:" + folder_ + "/run/s.sock"; }
+  void Start(size_t most) {
+    Listener::Options options;
+    options.sockets = claim_->sockets();
+    options.max_connections = most;
+    options.serve = [this](int fd) {
+      const MutexLock lock(mutex_);
+      served_.push_back(fd);
+    };
+    options.tick = [this](uint64_t refused) { refused_ = refused; };
+    listener_ = std::make_unique<Listener>(&connections_, std::move(options));
+  }
+  int Connect() {
+    const int fd = ::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    sockaddr_un name{};
+    name.sun_family = AF_UNIX;
+    std::strcpy(name.sun_path, Text().c_str() + 5);
+    EXPECT_EQ(::connect(fd, reinterpret_cast<sockaddr*>(&name), sizeof(name)), 0);
+    clients_.push_back(fd);
+    return fd;
+  }
+  size_t served() {
+    const MutexLock lock(mutex_);
+    return served_.size();
+  }
+  // Ends a connection at both sides, as gRPC does at its own.
+  void End(size_t i) {
+    const MutexLock lock(mutex_);
+    ::close(served_[i]);
+  }
+
+  char name_[32] = "/tmp/kvtide-listener-XXXXXX";
+  const std::string folder_;
+  std::unique_ptr<AddressClaim> claim_;
+  Connections connections_;
+  Mutex mutex_;
+  std::vector<int> served_, clients_;
+  std::atomic<uint64_t> refused_{0};
+  std::unique_ptr<Listener> listener_;
+};
+
+TEST_F(ListenerTest, KnowsWhoIsThere) {
+  Start(10);
+  Connect();
+  Connect();
+  ASSERT_TRUE(Eventually([this] { return served() == 2; }));
+  const auto first = connections_.Find("fd:" + std::to_string(served_[0]));
+  const auto second = connections_.Find("fd:" + std::to_string(served_[1]));
+  EXPECT_EQ(first->number, 1u);
+  EXPECT_EQ(second->number, 2u);
+  EXPECT_EQ(first->name, "unix:uid=" + std::to_string(::getuid()) + ",pid=" + std::to_string(::getpid()));
+  EXPECT_EQ(connections_.Find("ipv4:127.0.0.1:1")->number, 0u);
+  EXPECT_EQ(connections_.Find("fd:9999")->number, 0u);
+  EXPECT_EQ(connections_.Find("unknown")->name, "a closed connection");
+}
+
+TEST_F(ListenerTest, ThoseBeyondTheLimitAreToldAndThereIsRoomAgainWhenOneLeaves) {
+  Start(2);
+  Connect();
+  Connect();
+  ASSERT_TRUE(Eventually([this] { return served() == 2; }));
+  const int third = Connect();
+  std::string words(512, 0);
+  size_t size = 0;
+  for (ssize_t n; (n = ::recv(third, words.data() + size, words.size() - size, 0)) > 0;)
+    size += static_cast<size_t>(n);
+  words.resize(size);
+  EXPECT_THAT(words, HasSubstr("max_connections"));
+  EXPECT_EQ(words.substr(0, 9), std::string("\0\0\0\4\0\0\0\0\0", 9)) << "no HTTP/2 SETTINGS";
+  EXPECT_EQ(words[12], 7) << "no GOAWAY";
+  EXPECT_EQ(static_cast<size_t>(static_cast<unsigned char>(words[10])) * 256 +
+                static_cast<unsigned char>(words[11]) + 18,
+            words.size());
+  EXPECT_EQ(served(), 2u);
+  EXPECT_TRUE(Eventually([this] { return refused_ == 1; }));
+  End(0);
+  Connect();
+  EXPECT_TRUE(Eventually([this] { return served() == 3; }));
+  EXPECT_EQ(connections_.size(), 2u);
+}
+
+TEST_F(ListenerTest, AcceptsAgainAfterTheDescriptorTableWasFull) {
+  Start(1000);
+  // The client's side of a connection is there before the table is filled.
+  const int waiting = Connect();
+  ASSERT_TRUE(Eventually([this] { return served() == 1; }));
+  const int late = ::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  std::vector<int> filler;
+  for (int fd; (fd = ::dup(waiting)) >= 0;) filler.push_back(fd);
+  sockaddr_un name{};
+  name.sun_family = AF_UNIX;
+  std::strcpy(name.sun_path, Text().c_str() + 5);
+  ASSERT_EQ(::connect(late, reinterpret_cast<sockaddr*>(&name), sizeof(name)), 0);
+  std::string words(512, 0);
+  const ssize_t n = ::recv(late, words.data(), words.size(), 0);
+  EXPECT_GT(n, 0);
+  EXPECT_THAT(words, HasSubstr("no file descriptor left"));
+  for (const int fd : filler) ::close(fd);
+  ::close(late);
+  Connect();
+  EXPECT_TRUE(Eventually([this] { return served() == 2; }));
+}
+
+}  // namespace
+}  // namespace kvtide::service

@@ -1,0 +1,456 @@
+// What clients may do to the memory, the descriptors and the patience of a daemon: by mistake or on purpose,
+// over real sockets. Everything beyond the limits is refused with words, the daemon stays within the memory
+// that it states, and other clients are served.
+#include <signal.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstring>
+#include <fstream>
+#include <thread>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "kvtide/v1/kv_cache_service.pb.h"
+#include "tests/e2e/test_daemon.h"
+#include "tests/wire/http2_client.h"
+
+namespace kvtide::e2e {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::ContainsRegex;
+using ::testing::HasSubstr;
+using wire::Answer;
+using wire::Http2Client;
+
+constexpr char kService[] = "/kvtide.v1.KvCacheService/";
+constexpr int kOk = 0, kInvalidArgument = 3, kResourceExhausted = 8, kUnimplemented = 12, kUnavailable = 14;
+
+std::string Method(const std::string& name) { return kService + name; }
+
+// A field of /proc/PID/status in bytes.
+int64_t Memory(pid_t pid, const std::string& field) {
+  std::ifstream file("/proc/" + std::to_string(pid) + "/status");
+  for (std::string line; std::getline(file, line);) {
+    if (line.compare(0, field.size() + 1, field + ":") == 0)
+      return std::stoll(line.substr(field.size() + 1)) * 1024;
+  }
+  return 0;
+}
+
+// What an attack has cost at its worst: the peak from here on, above what is there now.
+class Peak {
+ public:
+  explicit Peak(pid_t pid) : pid_(pid) {
+    std::ofstream("/proc/" + std::to_string(pid) + "/clear_refs") << 5;
+    before_ = Memory(pid, "VmRSS");
+  }
+  int64_t Bytes() const { return Memory(pid_, "VmHWM") - before_; }
+
+ private:
+  const pid_t pid_;
+  int64_t before_ = 0;
+};
+
+void Fill(v1::Tensor* tensor, int64_t tokens, int heads, v1::DataType type = v1::DATA_TYPE_F32) {
+  tensor->set_dtype(type);
+  for (const int64_t dimension : {tokens, static_cast<int64_t>(heads), static_cast<int64_t>(kDim)}) {
+    tensor->add_shape(dimension);
+  }
+  tensor->set_data(
+      std::string(static_cast<size_t>(tokens * heads * kDim) * (type == v1::DATA_TYPE_F32 ? 4 : 2), '\0'));
+}
+
+std::string AttendBytes(client::SequenceId sequence, int64_t queries) {
+  v1::AttendRequest request;
+  v1::AttendItem* item = request.add_items();
+  item->set_sequence_id(sequence);
+  item->set_first_query_position(0);
+  Fill(item->mutable_q(), queries, kHeads);
+  return request.SerializeAsString();
+}
+
+std::string AppendBytes(client::SequenceId sequence, int64_t start, int64_t tokens) {
+  v1::AppendRequest request;
+  request.set_sequence_id(sequence);
+  request.set_start_position(start);
+  v1::LayerTokens* layer = request.add_layers();
+  Fill(layer->mutable_k(), tokens, kKvHeads);
+  Fill(layer->mutable_v(), tokens, kKvHeads);
+  return request.SerializeAsString();
+}
+
+// A daemon with messages of 8 MiB: all limits of memory are an eighth of the defaults'.
+class Attack : public ::testing::Test {
+ protected:
+  void Start(std::vector<std::string> arguments = {}) {
+    arguments.insert(arguments.begin(), {"--max-message-bytes", "8388608"});
+    daemon_ = TestDaemon::Start(arguments);
+    client_ = daemon_->Connect();
+    ASSERT_NE(client_, nullptr);
+    ASSERT_TRUE(client_->RegisterModel(SmallModel()).ok());
+    const auto sequence = client_->CreateSequence("small", {.pair = "f16/f16"});
+    ASSERT_TRUE(sequence.ok()) << sequence.status();
+    sequence_ = *sequence;
+    ASSERT_TRUE(client_->Append(sequence_, 0, Tokens(1, 0, 64).layers).ok());
+    const auto info = client_->GetServerInfo();
+    ASSERT_TRUE(info.ok());
+    overhead_ = info->memory_overhead_bytes;
+    ASSERT_GT(overhead_, 64 << 20);
+  }
+  std::unique_ptr<Http2Client> Wire(bool deaf = false) {
+    auto wire = Http2Client::Connect(daemon_->socket_path(), {.deaf = deaf});
+    EXPECT_NE(wire, nullptr);
+    return wire;
+  }
+  // The daemon lives, another client is served, and the memory has stayed within what is stated.
+  void ExpectHealthy(const Peak& peak) {
+    ASSERT_TRUE(daemon_->Alive()) << daemon_->Log();
+    EXPECT_TRUE(daemon_->Connect()->GetStats().ok());
+    EXPECT_LT(peak.Bytes(), overhead_) << "of memory beside the tiers, " << overhead_ << " are stated";
+  }
+
+  std::unique_ptr<TestDaemon> daemon_;
+  std::unique_ptr<Client> client_;
+  client::SequenceId sequence_ = 0;
+  int64_t overhead_ = 0;
+};
+
+TEST_F(Attack, ACompressedMessageIsRefusedBeforeItInflates) {
+  Start();
+  const Peak peak(daemon_->pid());
+  const std::string bomb = wire::GzipOfZeros(int64_t{1} << 30);
+  ASSERT_LT(bomb.size(), 2u << 20);
+  const auto wire = Wire();
+  for (int i = 0; i < 3; i++) {
+    const int32_t call = wire->Call(Method("Attend"), {.bytes = bomb, .compressed = true});
+    ASSERT_TRUE(wire->Until([&] { return wire->answer(call).ended; }, 60));
+    EXPECT_EQ(wire->answer(call).code, kUnimplemented) << wire->answer(call).text;
+    EXPECT_THAT(wire->answer(call).text, HasSubstr("gzip"));
+  }
+  // A message that says it is compressed while the call says nothing.
+  const int32_t liar = wire->Call(Method("GetStats"), {.bytes = bomb});
+  ASSERT_TRUE(wire->Until([&] { return wire->answer(liar).ended; }, 60));
+  EXPECT_NE(wire->answer(liar).code, kOk);
+  ExpectHealthy(peak);
+  EXPECT_LT(peak.Bytes(), 32 << 20);
+}
+
+TEST_F(Attack, AClientThatNeverReadsItsAnswersHoldsNoMoreThanItsShare) {
+  Start();
+  const Peak peak(daemon_->pid());
+  const auto deaf = Wire(/*deaf=*/true);
+  const std::string attend = AttendBytes(sequence_, 4000);  // 4 MiB there and 4 MiB back
+  std::vector<int32_t> calls;
+  for (int i = 0; i < 60; i++) {  // one after the other: each of them arrives whole
+    calls.push_back(deaf->Call(Method("Attend"), {.bytes = attend}));
+    deaf->Until([&] { return deaf->unsent_bytes() == 0; }, 60);
+  }
+  const auto ended = [&](int code) {
+    int count = 0;
+    for (const int32_t call : calls) {
+      if (deaf->answer(call).ended && deaf->answer(call).code == code) count++;
+    }
+    return count;
+  };
+  // What does not fit its share is refused, in words, while the rest waits to be read.
+  deaf->Until([&] { return ended(kResourceExhausted) >= 40; }, 60);
+  EXPECT_GE(ended(kResourceExhausted), 40);
+  EXPECT_EQ(ended(kOk), 0);
+  bool told = false;
+  for (const int32_t call : calls)
+    told = told || deaf->answer(call).text.find("read the answers") != std::string::npos;
+  EXPECT_TRUE(told);
+  ExpectHealthy(peak);
+}
+
+TEST_F(Attack, ManyLargeRequestsAtOnceStayWithinTheBudget) {
+  Start({"--device-memory", "64MiB"});
+  const Peak peak(daemon_->pid());
+  const std::string append = AppendBytes(sequence_, 64, 7000);  // 7 MiB
+  std::vector<std::unique_ptr<Http2Client>> wires;
+  std::vector<std::vector<int32_t>> calls(4);
+  for (size_t i = 0; i < calls.size(); i++) {
+    wires.push_back(Wire());
+    for (int j = 0; j < 60; j++) calls[i].push_back(wires[i]->Call(Method("Append"), {.bytes = append}));
+  }
+  int answered = 0, refused = 0;
+  for (size_t i = 0; i < calls.size(); i++) {
+    for (const int32_t call : calls[i]) {
+      EXPECT_TRUE(wires[i]->Until(
+          [&] {
+            for (auto& other : wires) other->Move();
+            return wires[i]->answer(call).ended;
+          },
+          120));
+      answered++;
+      if (wires[i]->answer(call).code == kResourceExhausted) refused++;
+    }
+  }
+  EXPECT_EQ(answered, 240);
+  ExpectHealthy(peak);
+}
+
+TEST_F(Attack, MessagesThatNeverEndAreHeldWithinTheBudget) {
+  Start();
+  const Peak peak(daemon_->pid());
+  const std::string part(7 << 20, 'x');
+  std::vector<std::unique_ptr<Http2Client>> wires;
+  for (int i = 0; i < 4; i++) {
+    wires.push_back(Wire());
+    for (int j = 0; j < 64; j++) wires.back()->Call(Method("Append"), {.bytes = part, .missing = 1000});
+  }
+  // 1.75 GiB want to come in.
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+  while (std::chrono::steady_clock::now() < end) {
+    for (auto& wire : wires) wire->Until([] { return false; }, 0.01);
+  }
+  EXPECT_LT(peak.Bytes(), overhead_);
+  wires.clear();
+  ExpectHealthy(peak);
+}
+
+TEST_F(Attack, MalformedMessagesAndTextsSaySo) {
+  Start();
+  const auto wire = Wire();
+  Answer answer = wire->CallAndWait(Method("Append"), "\xff\xff\xff\xff");
+  EXPECT_EQ(answer.code, kInvalidArgument) << answer.text;
+  EXPECT_THAT(answer.text, AllOf(HasSubstr("kvtide.v1.AppendRequest"), HasSubstr("malformed")));
+  v1::CreateSequenceRequest request;
+  request.set_model("sma\xff\xfell");
+  answer = wire->CallAndWait(Method("CreateSequence"), request.SerializePartialAsString());
+  EXPECT_EQ(answer.code, kInvalidArgument) << answer.text;
+  EXPECT_THAT(answer.text, HasSubstr("UTF-8"));
+  EXPECT_EQ(wire->CallAndWait(Method("Nonsense"), "").code, kUnimplemented);
+  EXPECT_EQ(wire->CallAndWait("/other.Service/Method", "").code, kUnimplemented);
+  // On a session the stream goes on.
+  const int32_t session =
+      wire->Call(Method("Session"), {.bytes = "\x08\x07\x3a\x03\xff\xff\xff", .more = true});
+  ASSERT_TRUE(wire->Until([&] { return wire->answer(session).bytes.size() > 5; }, 60));
+  v1::SessionResponse response;
+  ASSERT_TRUE(response.ParseFromString(wire->answer(session).bytes.substr(5)));
+  EXPECT_EQ(response.request_id(), 7u);
+  EXPECT_EQ(response.error().code(), kInvalidArgument);
+  EXPECT_FALSE(wire->answer(session).ended);
+}
+
+TEST_F(Attack, FailuresLeaveALineWithTheRequestThatMadeThem) {
+  Start();
+  const auto wire = Wire();
+  v1::CreateSequenceRequest request;
+  request.set_model("no\nsuch\x1b[31mmodel");
+  const int32_t call = wire->Call(Method("CreateSequence"), {.bytes = request.SerializeAsString()},
+                                  {{"x-request-id", "chat-17/3"}});
+  ASSERT_TRUE(wire->Until([&] { return wire->answer(call).ended; }, 60));
+  Answer answer = wire->answer(call);
+  EXPECT_EQ(answer.headers["x-request-id"], "chat-17/3");
+  v1::CloseSequenceRequest close;
+  close.set_sequence_id(4711);
+  const int32_t evil = wire->Call(Method("CloseSequence"), {.bytes = close.SerializeAsString()},
+                                  {{"x-request-id", "bad id with spaces"}});
+  ASSERT_TRUE(wire->Until([&] { return wire->answer(evil).ended; }, 60));
+  answer = wire->answer(evil);
+  EXPECT_THAT(answer.headers["x-request-id"], ContainsRegex("^[0-9a-f]{16}$"));
+  for (int i = 0; i < 100; i++) wire->CallAndWait(Method("CloseSequence"), close.SerializeAsString());
+  const std::string log = daemon_->Log();
+  EXPECT_THAT(
+      log, HasSubstr("call failed method=CreateSequence code=NOT_FOUND request=chat-17/3 caller=unix:uid=" +
+                     std::to_string(::getuid()) + ",pid=" + std::to_string(::getpid())));
+  EXPECT_THAT(log, HasSubstr("no\\nsuch\\x1b[31mmodel"));
+  EXPECT_THAT(log, HasSubstr("method=CloseSequence code=NOT_FOUND sequence=4711 request=" +
+                             answer.headers["x-request-id"]));
+  size_t lines = 0;
+  for (size_t at = 0; (at = log.find("method=CloseSequence", at)) != std::string::npos; at++) lines++;
+  EXPECT_LT(lines, 40u) << "a flood of failures is a flood of lines";
+}
+
+// 64 descriptors, 100 connections: when they have left, others get in.
+TEST_F(Attack, AnEmptyDescriptorTableIsSurvived) {
+  rlimit before{}, few{};
+  ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &before), 0);
+  few = before;
+  few.rlim_cur = 64;
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &few), 0);
+  const auto daemon = TestDaemon::Start();
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &before), 0);
+  const auto first = daemon->Connect();
+  EXPECT_THAT(daemon->Log(), HasSubstr("LimitNOFILE"));
+  {
+    std::vector<std::unique_ptr<Http2Client>> idle;
+    for (int i = 0; i < 100; i++) idle.push_back(Http2Client::Connect(daemon->socket_path()));
+    // Those that were there before are served; the last is told why it is not.
+    EXPECT_TRUE(first->GetStats().ok());
+    ASSERT_NE(idle.back(), nullptr);
+    idle.back()->Until([&] { return !idle.back()->goodbye().empty(); }, 60);
+    EXPECT_THAT(idle.back()->goodbye(), HasSubstr("max_connections"));
+  }
+  EXPECT_TRUE(first->GetStats().ok());
+  const auto later = daemon->Connect();
+  ASSERT_NE(later, nullptr);
+  EXPECT_TRUE(later->GetStats().ok());
+}
+
+TEST_F(Attack, AClientBeyondTheConnectionsHearsWhy) {
+  Start({"--max-connections", "2"});
+  const auto second = daemon_->Connect();
+  const auto third = Http2Client::Connect(daemon_->socket_path());
+  ASSERT_NE(third, nullptr);
+  const Answer answer = third->CallAndWait(Method("GetStats"), "");
+  EXPECT_EQ(answer.code, kUnavailable);
+  EXPECT_THAT(third->goodbye(), HasSubstr("max_connections"));
+}
+
+// The bystander's calls are served in turn with those of a client that keeps 64 in flight: counted, not
+// timed.
+TEST_F(Attack, AClientWith64CallsInFlightDoesNotStarveAnother) {
+  Start({"--device-memory", "64MiB"});
+  for (int64_t tokens = 64; tokens < 32768; tokens += 2048) {
+    ASSERT_TRUE(client_->Append(sequence_, tokens, Tokens(1, tokens, 2048).layers).ok());
+  }
+  const std::string attend = [&] {
+    v1::AttendRequest request;
+    v1::AttendItem* item = request.add_items();
+    item->set_sequence_id(sequence_);
+    Fill(item->mutable_q(), 1, kHeads);
+    return request.SerializeAsString();
+  }();
+  const auto greedy = Wire(), bystander = Wire();
+  std::vector<int32_t> in_flight;
+  int64_t served = 0;
+  const auto refill = [&] {
+    greedy->Move();
+    for (int32_t& call : in_flight) {
+      if (!greedy->answer(call).ended) continue;
+      ASSERT_EQ(greedy->answer(call).code, kOk) << greedy->answer(call).text;
+      greedy->Forget(call);
+      served++;
+      call = greedy->Call(Method("Attend"), {.bytes = attend});
+    }
+    greedy->Move();
+  };
+  for (int i = 0; i < 64; i++) in_flight.push_back(greedy->Call(Method("Attend"), {.bytes = attend}));
+  greedy->Until(
+      [&] {
+        refill();
+        return served >= 64;
+      },
+      120);
+  std::vector<int64_t> meanwhile;
+  for (int i = 0; i < 21; i++) {
+    const int64_t before = served;
+    const int32_t call = bystander->Call(Method("Attend"), {.bytes = attend});
+    ASSERT_TRUE(bystander->Until(
+        [&] {
+          refill();
+          return bystander->answer(call).ended;
+        },
+        60));
+    EXPECT_EQ(bystander->answer(call).code, kOk);
+    meanwhile.push_back(served - before);
+  }
+  std::sort(meanwhile.begin(), meanwhile.end());
+  EXPECT_LE(meanwhile[10], 10) << "calls of the greedy client served while one of the bystander waited";
+}
+
+// Moves, plans and reads have threads of their own.
+TEST_F(Attack, BulkCallsDoNotKeepEnginesWaiting) {
+  Start({"--device-memory", "64MiB", "--host-memory", "64MiB"});
+  v1::PlanRequest plan;
+  plan.set_model_name("small");
+  for (int i = 0; i < 200; i++) plan.add_contexts(1000 + i);
+  const auto wire = Wire();
+  std::vector<int32_t> plans;
+  for (int i = 0; i < 40; i++)
+    plans.push_back(wire->Call(Method("Plan"), {.bytes = plan.SerializeAsString()}));
+  wire->Until([&] { return wire->unsent_bytes() == 0; }, 60);
+  const std::string attend = AttendBytes(sequence_, 1);
+  const auto other = Wire();
+  for (int i = 0; i < 20; i++) EXPECT_EQ(other->CallAndWait(Method("Attend"), attend).code, kOk);
+  wire->Move();
+  int waiting = 0;
+  for (const int32_t call : plans) waiting += wire->answer(call).ended ? 0 : 1;
+  EXPECT_GT(waiting, 20) << "the attends had to wait for the plans";
+}
+
+TEST_F(Attack, APlanThatWouldTakeMinutesIsRefused) {
+  Start();
+  v1::PlanRequest plan;
+  for (int i = 0; i < 500; i++) {
+    v1::Layer* layer = plan.mutable_model()->add_layers();
+    layer->set_kv_heads(1);
+    layer->set_query_heads(1 + i % 60);
+    layer->set_head_dim_k(64);
+    layer->set_head_dim_v(64);
+    layer->set_window(i);
+  }
+  plan.mutable_model()->set_name("odd");
+  const auto wire = Wire();
+  Answer answer = wire->CallAndWait(Method("Plan"), plan.SerializeAsString());
+  EXPECT_EQ(answer.code, kInvalidArgument);
+  EXPECT_THAT(answer.text, HasSubstr("64 different shapes"));
+  plan.mutable_model()->mutable_layers()->DeleteSubrange(60, 440);
+  for (int i = 0; i < 256; i++) plan.add_contexts(1000 + i);
+  for (int i = 0; i < 1024; i++) plan.add_pairs("q8_0/turbo4");
+  answer = wire->CallAndWait(Method("Plan"), plan.SerializeAsString());
+  EXPECT_EQ(answer.code, kInvalidArgument);
+  EXPECT_THAT(answer.text, AllOf(HasSubstr("256 contexts x 1024 pairs x 60"), HasSubstr("1048576")));
+  // A window beyond int, and a model with more layers than any.
+  plan.mutable_model()->mutable_layers(0)->set_window(int64_t{1} << 40);
+  answer = wire->CallAndWait(Method("Plan"), plan.SerializeAsString());
+  EXPECT_EQ(answer.code, kInvalidArgument);
+  EXPECT_THAT(answer.text, HasSubstr("2147483647"));
+  v1::RegisterModelRequest model;
+  model.mutable_model()->set_name("tall");
+  for (int i = 0; i < 80000; i++) *model.mutable_model()->add_layers() = plan.model().layers(1);
+  answer = wire->CallAndWait(Method("RegisterModel"), model.SerializeAsString());
+  EXPECT_EQ(answer.code, kInvalidArgument);
+  EXPECT_THAT(answer.text, HasSubstr("65536"));
+}
+
+// SIGTERM: what has not begun is answered, what runs is cancelled when the grace ends, and then the daemon
+// ends.
+TEST_F(Attack, AShutdownAnswersWhatWaitsAndEndsInTime) {
+  Start({"--device-memory", "64MiB", "--shutdown-seconds", "1"});
+  for (int64_t tokens = 64; tokens < 16384; tokens += 2048) {
+    ASSERT_TRUE(client_->Append(sequence_, tokens, Tokens(1, tokens, 2048).layers).ok());
+  }
+  // Each works for a good while.
+  v1::AttendRequest request;
+  v1::AttendItem* item = request.add_items();
+  item->set_sequence_id(sequence_);
+  item->set_first_query_position(15000);
+  Fill(item->mutable_q(), 600, kHeads);
+  const auto wire = Wire();
+  std::vector<int32_t> calls;
+  for (int i = 0; i < 12; i++)
+    calls.push_back(wire->Call(Method("Attend"), {.bytes = request.SerializeAsString()}));
+  ASSERT_TRUE(wire->Until([&] { return wire->answer(calls[0]).ended || wire->unsent_bytes() == 0; }, 60));
+  wire->Until([] { return false; }, 0.3);
+  const auto start = std::chrono::steady_clock::now();
+  kill(daemon_->pid(), SIGTERM);
+  wire->Until(
+      [&] {
+        for (const int32_t call : calls)
+          if (!wire->answer(call).ended) return false;
+        return true;
+      },
+      60);
+  int unavailable = 0;
+  for (const int32_t call : calls) {
+    if (wire->answer(call).code == kUnavailable &&
+        wire->answer(call).text.find("shutting down") != std::string::npos)
+      unavailable++;
+  }
+  EXPECT_GE(unavailable, 6) << "calls that waited were not told";
+  const int code = daemon_->Wait();
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+  EXPECT_TRUE(code == 0 || code == 3) << code << daemon_->Log();
+  EXPECT_LT(took.count(), 20) << daemon_->Log();
+}
+
+}  // namespace
+}  // namespace kvtide::e2e
