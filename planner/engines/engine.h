@@ -15,6 +15,9 @@ enum class Engine { kLlamaCpp, kVllm, kSglang, kKvtide };
 const char* EngineName(Engine engine);  // "llama.cpp", "vllm", "sglang", "kvtide"
 absl::StatusOr<Engine> ParseEngine(const std::string& name);
 
+// What llama.cpp computes with: kernels of attention differ. HIP has those of CUDA.
+enum class LlamaBackend { kCuda, kMetal, kCpu };
+
 struct EngineOptions {
   Engine engine = Engine::kKvtide;
   // llama.cpp
@@ -22,7 +25,8 @@ struct EngineOptions {
   // has, the fork that has it; "b10819" an upstream build by number; "upstream"; a fork by name; "auto" any
   // tree.
   std::string build = "newest";
-  bool all_quants = false;  // built with GGML_CUDA_FA_ALL_QUANTS
+  LlamaBackend backend = LlamaBackend::kCuda;  // MakePlan sets it by the device
+  bool all_quants = false;                     // built with GGML_CUDA_FA_ALL_QUANTS
   int ubatch = 512;
   bool unified = true;         // one cell pool for all sequences (-kvu)
   bool total_context = false;  // a context is llama-server's -c: the tokens of all slots together
@@ -43,6 +47,9 @@ struct EngineOptions {
   int page_tokens = 1;
   double swa_full_tokens_ratio = 0.8;
   int64_t max_total_tokens = 0;
+  // Every GPU attends for sequences of its own (data-parallel attention of vLLM and SGLang): caches are not
+  // divided, attention weights are copied, experts divided.
+  bool dp_attention = false;
   // kvtide
   ExactWindow exact_window;
 };

@@ -133,6 +133,7 @@ class LlamaCppSizer : public KvSizer {
   }
 
   int64_t ScratchBytes(const KvLoad& load) const override {
+    if (options_.backend != LlamaBackend::kCuda) return 0;  // read as they are stored
     int64_t largest = 0, permanent = 0;
     for (const StoredGroup& stored : groups_) {
       if (stored.group.kind == LayerKind::kRecurrent) continue;

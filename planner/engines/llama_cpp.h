@@ -21,6 +21,8 @@ struct GgmlType {
   bool half() const { return group == 1; }
 };
 
+constexpr int kLlamaCppMaxSlots = 256;  // LLAMA_MAX_SEQ
+
 // nullptr for an unknown name.
 const GgmlType* FindGgmlType(const std::string& name);
 const std::vector<GgmlType>& GgmlTypes();

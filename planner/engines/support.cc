@@ -20,7 +20,10 @@ bool CompiledByDefault(const std::string& k, const std::string& v) {
   return k == v && (k == "f16" || k == "bf16" || k == "q8_0" || k == "q4_0");
 }
 
-Support LlamaCpp(const std::string& asked_build, bool all_quants, const TypePair& pair, int dk, int dv) {
+Support LlamaCpp(const EngineOptions& options, const TypePair& pair, int dk, int dv) {
+  const std::string& asked_build = options.build;
+  const LlamaBackend backend = options.backend;
+  const bool all_quants = options.all_quants;
   Support support;
   support.build = ResolveTree(asked_build, pair);
   const GgmlType* k = FindGgmlType(pair.k);
@@ -32,6 +35,12 @@ Support LlamaCpp(const std::string& asked_build, bool all_quants, const TypePair
   const int stored_k = k->group == 128 ? (dk + 127) / 128 * 128 : dk;
   const int stored_v = v->group == 128 ? (dv + 127) / 128 * 128 : dv;
   const int widest = std::max(stored_k, stored_v);
+  if (backend == LlamaBackend::kCpu) return support;  // converts values as it reads them
+  if (backend == LlamaBackend::kMetal) {
+    if (pair.v == "none" || pair.k == pair.v) return support;
+    return {SupportLevel::kCpuFallback, support.build,
+            "Metal has attention kernels for equal types of K and V only"};
+  }
   const bool cpu = FallsBackToCpu(asked_build, support.build);
   if (k->half() && v->half()) {
     if (k == v || pair.v == "none") return support;
@@ -115,7 +124,7 @@ const char* SupportLevelName(SupportLevel level) {
 Support FindSupport(const EngineOptions& options, const TypePair& pair, int head_dim_k, int head_dim_v) {
   switch (options.engine) {
     case Engine::kLlamaCpp:
-      return LlamaCpp(options.build, options.all_quants, pair, head_dim_k, head_dim_v);
+      return LlamaCpp(options, pair, head_dim_k, head_dim_v);
     case Engine::kVllm:
       return Vllm(pair, head_dim_k, head_dim_v);
     case Engine::kSglang: {

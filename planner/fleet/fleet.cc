@@ -47,6 +47,9 @@ struct Gpu {
   int active = 0;
   double busy_since = 0;
   double busy_s = 0;
+  int64_t held_bytes = 0;  // of turns at work
+  double held_area = 0;    // byte seconds until held_since
+  double held_since = 0;
   double prefill_free_at = 0;  // when the prefills and copies that are queued will be done
   double copy_free_at = 0;
   double prefill_s = 0;  // work so far
@@ -152,6 +155,7 @@ class Simulation {
     session.place = Place::kDevice;
     session.bytes = need;
     session.active = true;
+    Hold(&gpu, now_, need);
     if (gpu.active++ == 0) gpu.busy_since = now_;
     const size_t batch = std::min(static_cast<size_t>(gpu.active), machine_.step_s.size() - 1);
     // Prefill and decoding share the GPU: a step is as much longer as the share that prefill has taken so
@@ -208,6 +212,12 @@ class Simulation {
     return Queue(work_s, &gpu->prefill_free_at);
   }
 
+  void Hold(Gpu* gpu, double until, int64_t more) const {
+    gpu->held_area += static_cast<double>(gpu->held_bytes) * (until - gpu->held_since);
+    gpu->held_since = until;
+    gpu->held_bytes += more;
+  }
+
   void EvictColdest(Gpu* gpu) {
     const int id = gpu->idle.begin()->second;
     gpu->idle.erase(gpu->idle.begin());
@@ -243,6 +253,7 @@ class Simulation {
     Session& session = sessions_[static_cast<size_t>(id)];
     Gpu& gpu = gpus_[static_cast<size_t>(session.gpu)];
     session.active = false;
+    Hold(&gpu, now_, -session.bytes);
     if (--gpu.active == 0) gpu.busy_s += now_ - gpu.busy_since;
     if (session.host_copy) {  // the old copy is replaced
       gpu.host.erase({session.last_use, id});
@@ -285,6 +296,9 @@ class Simulation {
         waits_.push_back(request_.duration_s - sessions_[static_cast<size_t>(id)].wished_at);
       if (gpu.active > 0) gpu.busy_s += request_.duration_s - gpu.busy_since;
       point.busy += gpu.busy_s / request_.duration_s / static_cast<double>(gpus_.size());
+      Hold(&gpu, request_.duration_s, 0);
+      point.held += gpu.held_area / request_.duration_s / static_cast<double>(machine_.device_bytes) /
+                    static_cast<double>(gpus_.size());
       point.prefill_load += gpu.prefill_s / request_.duration_s / static_cast<double>(gpus_.size());
     }
     if (!waits_.empty()) {

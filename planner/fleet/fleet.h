@@ -59,7 +59,9 @@ struct FleetPoint {
   double miss = 0;
   double recomputed_tokens_per_s = 0;  // whole fleet
   double wait_p95_s = 0;
-  double busy = 0;          // share of time with at least one active turn, mean over GPUs
+  double busy = 0;  // share of time with at least one active turn, mean over GPUs
+  // Share of the device tier that turns at work hold, mean over time and GPUs: near 1, turns wait for room.
+  double held = 0;
   double prefill_load = 0;  // share of the prefill capacity that is used; 1 = the queue only grows
   int64_t turns = 0;
 };

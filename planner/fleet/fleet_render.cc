@@ -14,18 +14,20 @@ std::string RenderFleetTable(const FleetRequest& request, const FleetResult& res
                       EngineName(request.plan.engine.engine), request.pair.Name(), request.plan.device.name,
                       FormatBytes(result.device_tier_bytes), request.seed);
   absl::StrAppendFormat(&text, "%12s %6s %11s %9s %7s %15s %8s %11s %6s\n", "host/GPU", "GPUs", "device hit",
-                        "host hit", "miss", "recomputed t/s", "prefill", "wait p95 s", "busy");
+                        "host hit", "miss", "recomputed t/s", "prefill", "wait p95 s", "held");
   for (const FleetPoint& point : result.points) {
     absl::StrAppendFormat(&text, "%12s %6s %10.1f%% %8.1f%% %6.1f%% %15.0f %7.0f%% %11.2f %5.0f%%\n",
                           FormatBytes(point.host_bytes),
                           point.gpus == 0 ? absl::StrCat(">", request.max_gpus) : absl::StrCat(point.gpus),
                           100 * point.device_hit, 100 * point.host_hit, 100 * point.miss,
                           point.recomputed_tokens_per_s, 100 * point.prefill_load, point.wait_p95_s,
-                          100 * point.busy);
+                          100 * point.held);
   }
-  absl::StrAppendFormat(
-      &text, "hits, waits and load are those of %d GPUs; GPUs = fewest that keep the wait below %.1f s\n",
-      result.compared_gpus, request.max_wait_s);
+  absl::StrAppendFormat(&text,
+                        "hits, waits and load are those of %d GPUs; GPUs = fewest that keep the wait below "
+                        "%.1f s; prefill = share of its "
+                        "capacity, held = share of the cache that turns at work hold\n",
+                        result.compared_gpus, request.max_wait_s);
   if (result.best >= 0) {
     const FleetPoint& best = result.points[static_cast<size_t>(result.best)];
     absl::StrAppend(
@@ -72,6 +74,7 @@ std::string RenderFleetJson(const FleetRequest& request, const FleetResult& resu
                               {"recomputed_tokens_per_s", point.recomputed_tokens_per_s},
                               {"wait_p95_s", point.wait_p95_s},
                               {"busy", point.busy},
+                              {"held", point.held},
                               {"prefill_load", point.prefill_load},
                               {"turns", point.turns}});
   }

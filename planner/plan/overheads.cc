@@ -59,7 +59,8 @@ ItemList OverheadItems(const PlanRequest& request, const KvLoad& load, const KvS
                        ComputeProvenance(request.model)});
       if (request.device.memory == DeviceMemory::kHost) break;  // the CPU reads coded caches as they are
       items.push_back({ItemKind::kDequantScratch, sizer.ScratchBytes(load), Provenance::kFormula});
-      items.push_back({ItemKind::kContext, kCudaContextBytes, Provenance::kCalibrated});
+      if (request.engine.backend == LlamaBackend::kCuda)
+        items.push_back({ItemKind::kContext, kCudaContextBytes, Provenance::kCalibrated});
       break;
     case Engine::kVllm:
       items.push_back({ItemKind::kCompute, VllmActivations(request), Provenance::kGuess});

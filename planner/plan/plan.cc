@@ -11,6 +11,7 @@
 #include "absl/strings/str_join.h"
 #include "kernels/base/status.h"
 #include "planner/engines/llama_cpp.h"
+#include "planner/model/weight_size.h"
 #include "planner/plan/overheads.h"
 #include "planner/plan/plan_request.h"
 #include "planner/plan/split.h"
@@ -73,6 +74,14 @@ struct PreparedPair {
   int64_t max_context = 0;
 };
 
+// Data-parallel attention copies all but the experts.
+int64_t WeightsPerDevice(const PlanRequest& request) {
+  const int64_t bytes = request.weights.bytes, count = request.device.count;
+  if (!request.engine.dp_attention) return CeilDiv(bytes, count);
+  const int64_t experts = ExpertBytes(request.model, bytes);
+  return bytes - experts + CeilDiv(experts, count);
+}
+
 class Planner {
  public:
   explicit Planner(const PlanRequest& request)
@@ -81,7 +90,7 @@ class Planner {
         groups_(GroupLayers(rank_)),
         budget_(request.device.UsableBytes()),
         margin_(MarginBytes(request)),
-        weights_((request.weights.bytes + request.device.count - 1) / request.device.count),
+        weights_(WeightsPerDevice(request)),
         policy_(WindowPolicy(request.engine)) {}
 
   absl::StatusOr<Plan> Run() {
@@ -176,8 +185,14 @@ class Planner {
 
   std::string plan_engine() const { return EngineName(request_.engine.engine); }
 
+  // Sequences that one device holds.
+  int64_t Share(int64_t sequences) const {
+    return request_.engine.dp_attention ? CeilDiv(sequences, request_.device.count) : sequences;
+  }
+
+  // What one device holds of so many sequences.
   KvLoad Load(int64_t context, int64_t sequences) const {
-    return {context, sequences, std::min(request_.workload.shared_prefix_tokens, context - 1)};
+    return {context, Share(sequences), std::min(request_.workload.shared_prefix_tokens, context - 1)};
   }
 
   ItemList Items(const KvSizer& sizer, const KvLoad& load, const KvBytes& kv) const {
@@ -252,7 +267,7 @@ class Planner {
     candidate.total_bytes = TotalBytes(candidate.items);
     candidate.free_bytes = budget_ - candidate.total_bytes;
     candidate.fits = candidate.free_bytes >= 0;
-    const int64_t values = Product(sizer.LiveValues(PerSequence(context)), sequences);
+    const int64_t values = Product(sizer.LiveValues(PerSequence(context)), load.sequences);
     if (values > 0)
       candidate.bits_per_value = 8.0 * static_cast<double>(candidate.kv_bytes) / static_cast<double>(values);
     if (half_ != nullptr && candidate.kv_bytes > 0) {
@@ -262,14 +277,17 @@ class Planner {
     candidate.harm = FindHarm(request_.quality, candidate.effective, request_.model.name, policy_, context,
                               request_.accept_proxy_quality);
     candidate.max_context = pair.max_context;
+    const int64_t most =
+        request_.engine.engine == Engine::kLlamaCpp ? kLlamaCppMaxSlots : kMaxPlannedConcurrency;
     candidate.max_concurrency =
-        LargestFitting(1, kMaxPlannedConcurrency, [&](int64_t n) { return FreeBytes(sizer, context, n); });
+        LargestFitting(1, most, [&](int64_t n) { return FreeBytes(sizer, context, n); });
     if (QueuesSequences(request_.engine.engine)) {
       const KvBytes one = sizer.Bytes(Load(context, 1));
       const int64_t need = Sum(one.Cache(), one.recurrent);
       const int64_t room = Sum(candidate.free_bytes, Sum(kv.Cache(), kv.recurrent));
       if (need > 0 && room > 0) {
-        candidate.pool_concurrency = static_cast<double>(room) / static_cast<double>(need);
+        candidate.pool_concurrency = static_cast<double>(room) / static_cast<double>(need) *
+                                     (request_.engine.dp_attention ? request_.device.count : 1);
         candidate.pool_tokens =
             static_cast<int64_t>(candidate.pool_concurrency * static_cast<double>(context));
       }
@@ -290,7 +308,12 @@ class Planner {
     (SplitsLayers(request_) ? traffic.serial_devices : traffic.tensor_devices) = count;
     const int64_t weights = SplitsLayers(request_) ? request_.weights.bytes : weights_;
     traffic.weight_bytes = ActiveWeightBytes(request_.model, weights, static_cast<int>(sequences));
-    traffic.kv_bytes = Product(sizer.ReadBytes(PerSequence(context)), sequences);
+    traffic.kv_bytes = Product(sizer.ReadBytes(PerSequence(context)), Share(sequences));
+    if (request_.engine.dp_attention) {  // what is copied is read by every device, the experts by one each
+      const int64_t all = request_.weights.bytes, shared = all - ExpertBytes(request_.model, all);
+      const int64_t active = ActiveWeightBytes(request_.model, all, static_cast<int>(sequences));
+      traffic.weight_bytes = Sum(shared, std::max<int64_t>(0, active - shared) / count);
+    }
     if (pair.support.level == SupportLevel::kDequantise) {
       traffic.scratch_bytes = Product(sizer.StepScratchBytes(PerSequence(context)), sequences);
     }
@@ -374,7 +397,7 @@ class Planner {
   // The split of the least harmful pair, unless another is a good deal faster: a coded cache makes room, but
   // weights on the CPU cost the time, and harm is forever.
   void FindSplit(ContextPlan* result) const {
-    constexpr double kGoodDeal = 1.25;
+    constexpr double kGoodDeal = 2;
     std::vector<std::pair<Split, double>> splits;  // and their harm
     double fastest = 0;
     for (size_t i = 0; i < pairs_.size(); ++i) {
@@ -575,6 +598,10 @@ class Planner {
         plan->notes.push_back(absl::StrCat(pair.asked.Name(), ": ", rewrite));
       }
     }
+    if (request_.engine.engine == Engine::kLlamaCpp && request_.workload.concurrency > kLlamaCppMaxSlots) {
+      plan->notes.push_back(absl::StrCat("llama.cpp has at most ", kLlamaCppMaxSlots, " slots, asked were ",
+                                         request_.workload.concurrency));
+    }
     for (int64_t context : request_.workload.contexts) {
       const int64_t limit = request_.engine.total_context && !request_.engine.unified
                                 ? Product(request_.model.max_context, request_.workload.concurrency)
@@ -585,6 +612,29 @@ class Planner {
       }
     }
     SupportNotes(plan);
+    DataParallelNote(plan);
+  }
+
+  // A latent cache is not divided by tensor parallelism: every GPU keeps all of it, unless each attends for
+  // sequences of its own.
+  void DataParallelNote(Plan* plan) const {
+    const bool latent = std::any_of(groups_.begin(), groups_.end(),
+                                    [](const LayerGroup& group) { return group.kind == LayerKind::kMla; });
+    if (!latent || request_.device.count == 1 || request_.engine.dp_attention ||
+        !QueuesSequences(request_.engine.engine) || plan->contexts.empty() || pairs_.empty())
+      return;
+    const ContextPlan& last = plan->contexts.back();
+    PlanRequest parallel = request_;
+    parallel.engine.dp_attention = true;
+    parallel.workload.contexts = {last.context};
+    parallel.pairs = {pairs_[static_cast<size_t>(std::max(0, last.chosen))].asked};
+    const absl::StatusOr<Plan> other = Planner(parallel).Run();
+    if (!other.ok()) return;
+    plan->notes.push_back(absl::StrCat(
+        "each of the ", request_.device.count, " GPUs keeps the whole latent cache: ",
+        std::max<int64_t>(0, last.candidates[static_cast<size_t>(std::max(0, last.chosen))].max_concurrency),
+        " sequences of ", last.context, " tokens; with data-parallel attention (--dp-attention) ",
+        std::max<int64_t>(0, other->contexts[0].candidates[0].max_concurrency)));
   }
 
   // Pairs of nearly equal size that only kernel support tells apart.
@@ -627,7 +677,11 @@ class Planner {
 
 absl::StatusOr<Plan> MakePlan(const PlanRequest& request) {
   KVTIDE_RETURN_IF_ERROR(CheckPlanRequest(request));
-  return Planner(request).Run();
+  PlanRequest known = request;
+  const CardClass card = ClassOfCard(request.device);
+  if (card == CardClass::kCpu) known.engine.backend = LlamaBackend::kCpu;
+  if (card == CardClass::kApple) known.engine.backend = LlamaBackend::kMetal;
+  return Planner(known).Run();
 }
 
 }  // namespace kvtide::planner

@@ -67,6 +67,7 @@ bool SplitsLayers(const PlanRequest& request) {
 bool QueuesSequences(Engine engine) { return engine != Engine::kLlamaCpp && engine != Engine::kKvtide; }
 
 ModelGeometry PerDeviceGeometry(const PlanRequest& request) {
+  if (request.engine.dp_attention) return request.model;
   if (SplitsLayers(request)) return FullestLayerSlice(request.model, request.device.count);
   return ShardHeads(request.model, request.device.count);
 }

@@ -19,7 +19,8 @@ constexpr int kMaxTokensPerStep = 1 << 24;
 // copy.
 absl::Status CheckTensorParallel(const PlanRequest& request) {
   const int count = request.device.count, heads = request.model.n_query_heads;
-  if (SplitsLayers(request) || count == 1 || heads == 0 || heads % count == 0) return absl::OkStatus();
+  if (SplitsLayers(request) || request.engine.dp_attention || count == 1 || heads == 0 || heads % count == 0)
+    return absl::OkStatus();
   int fewer = count, more = count;
   while (fewer > 1 && heads % fewer != 0) --fewer;
   while (more < heads && heads % more != 0) ++more;
@@ -74,6 +75,8 @@ absl::Status CheckPlanRequest(const PlanRequest& request) {
         "mtp layers: the model has no layer with full attention that they could be like");
   const EngineOptions& engine = request.engine;
   if (engine.engine == Engine::kLlamaCpp) KVTIDE_RETURN_IF_ERROR(CheckLlamaBuild(engine.build));
+  if (engine.dp_attention && !QueuesSequences(engine.engine))
+    return absl::InvalidArgumentError("dp attention: only servers such as vllm have it");
   if (engine.recurrent_copies < 0 || engine.recurrent_copies > kMaxRecurrentCopies)
     return absl::InvalidArgumentError(absl::StrCat("recurrent copies: expected 0 to ", kMaxRecurrentCopies));
   if (engine.total_context && work.shared_prefix_tokens > 0)

@@ -103,23 +103,24 @@ std::string WhyNot(const Candidate& candidate, bool chosen) {
   return why;
 }
 
-std::string CandidateLine(const Candidate& candidate, bool chosen) {
+std::string CandidateLine(const Candidate& candidate, bool chosen, int kernel_width) {
   std::string name = candidate.asked.Name();
   if (!(candidate.asked == candidate.effective)) absl::StrAppend(&name, " > ", candidate.effective.Name());
   if (candidate.total_bytes == 0) {
     return absl::StrFormat("%s %-15s %s", chosen ? ">" : " ", name, WhyNot(candidate, chosen));
   }
-  return absl::StrFormat("%s %-15s %9s %5.2f %5.2fx %9s %-18s %-10s %9d %5d  %-15s %s", chosen ? ">" : " ",
-                         name, FormatMiB(candidate.kv_bytes), candidate.bits_per_value,
-                         candidate.ratio_to_f16, FormatMiB(candidate.free_bytes), HarmText(candidate.harm),
-                         KernelText(candidate.support), std::max<int64_t>(0, candidate.max_context),
-                         std::max<int64_t>(0, candidate.max_concurrency), SpeedText(candidate.speed),
-                         WhyNot(candidate, chosen));
+  return absl::StrFormat(
+      "%s %-15s %9s %5.2f %5.2fx %9s %-18s %-*s %9d %5d  %-15s %s", chosen ? ">" : " ", name,
+      FormatMiB(candidate.kv_bytes), candidate.bits_per_value, candidate.ratio_to_f16,
+      FormatMiB(candidate.free_bytes), HarmText(candidate.harm), kernel_width, KernelText(candidate.support),
+      std::max<int64_t>(0, candidate.max_context), std::max<int64_t>(0, candidate.max_concurrency),
+      candidate.fits || chosen ? SpeedText(candidate.speed) : "-", WhyNot(candidate, chosen));
 }
 
-std::string TableHead() {
-  return absl::StrFormat("  %-15s %9s %5s %6s %9s %-18s %-10s %9s %5s  %-15s", "pair", "KV MiB", "bits",
-                         "ratio", "left MiB", "harm, measured on", "kernel", "max ctx", "seqs", "tok/s");
+std::string TableHead(int kernel_width) {
+  return absl::StrFormat("  %-15s %9s %5s %6s %9s %-18s %-*s %9s %5s  %-15s", "pair", "KV MiB", "bits",
+                         "ratio", "left MiB", "harm, measured on", kernel_width, "kernel", "max ctx", "seqs",
+                         "tok/s");
 }
 
 // The bill in one line.
@@ -228,12 +229,18 @@ std::string Heading(const ContextPlan& context, const Painter& paint) {
 
 std::string ContextTable(const ContextPlan& context, const TableStyle& style, bool items) {
   const Painter paint(style.color);
-  std::string text = paint(kDim, TableHead()) + "\n";
   const std::vector<int> shown = PairsToShow(context, style.full || style.every_pair);
+  int kernel_width = 10;
+  for (int i : shown) {
+    kernel_width =
+        std::max(kernel_width,
+                 static_cast<int>(KernelText(context.candidates[static_cast<size_t>(i)].support).size()));
+  }
+  std::string text = paint(kDim, TableHead(kernel_width)) + "\n";
   for (int i : shown) {
     const Candidate& candidate = context.candidates[static_cast<size_t>(i)];
     const bool chosen = i == context.chosen;
-    const std::string line = CandidateLine(candidate, chosen);
+    const std::string line = CandidateLine(candidate, chosen, kernel_width);
     absl::StrAppend(&text, chosen ? paint(kGreen, line) : candidate.fits ? line : paint(kDim, line), "\n");
   }
   if (const size_t hidden = context.candidates.size() - shown.size(); hidden > 0) {

@@ -75,7 +75,9 @@ absl::StatusOr<std::string> RenderVllmArgs(const PlanRequest& request, const Pla
       absl::StrCat("--max-model-len ", context->context, " --max-num-seqs ", request.workload.concurrency,
                    " --max-num-batched-tokens ", request.engine.max_batched_tokens, " --block-size ",
                    request.engine.block_tokens, " --kv-cache-dtype ", VllmCacheDtype(chosen.asked),
-                   " --tensor-parallel-size ", request.device.count);
+                   request.engine.dp_attention ? " --enable-expert-parallel --data-parallel-size "
+                                               : " --tensor-parallel-size ",
+                   request.device.count);
   absl::StrAppendFormat(&args, " --gpu-memory-utilization %.2f", request.engine.gpu_memory_utilization);
   if (!request.engine.cuda_graphs) absl::StrAppend(&args, " --enforce-eager");
   return args + "\n";

@@ -283,6 +283,26 @@ TEST(Plan, ServersQueueWhatDoesNotFitAtOnce) {
   EXPECT_EQ(Make(request).verdict, Verdict::kDoesNotFit);
 }
 
+// vLLM replicates latents under tensor parallelism; each rank of data-parallel attention has a pool of its
+// own (vllm-project/vllm #51454: 7.7 times the concurrency on 8 GPUs with a small model).
+TEST(Plan, DataParallelAttentionDividesSequencesNotHeads) {
+  PlanRequest request = Request("deepseek-v3", "H200,count=8", Engine::kVllm);
+  request.weights.bytes = 671'000'000'000;
+  request.workload.contexts = {32768};
+  request.workload.concurrency = 64;
+  request.pairs = {{"bf16", "bf16"}};
+  const Plan tensor = Make(request);
+  EXPECT_THAT(tensor.notes, Contains(HasSubstr("--dp-attention")));
+  request.engine.dp_attention = true;
+  const Plan data = Make(request);
+  const Candidate &one = tensor.contexts[0].candidates[0], &other = data.contexts[0].candidates[0];
+  EXPECT_EQ(one.kv_bytes, 8 * other.kv_bytes);
+  EXPECT_GT(other.max_concurrency, 4 * one.max_concurrency);
+  EXPECT_LT(other.max_concurrency, 8 * one.max_concurrency);  // attention weights are copied
+  request.device.count = 3;                                   // heads need not divide
+  EXPECT_TRUE(MakePlan(request).ok());
+}
+
 TEST(Plan, UnmeasuredPairsAreChosenOnlyWhenAllowed) {
   PlanRequest request = Request("llama-3.1-8b", "RTX 4090", Engine::kVllm);
   request.weights.bytes = 15 * kGiB;
@@ -317,8 +337,8 @@ TEST(Plan, SeveralDevicesDivideHeadsAndWeights) {
 TEST(Plan, NothingAssumedIsHidden) {
   PlanRequest request = Request("gemma-4-e2b", "RTX 4090,host=8GiB", Engine::kKvtide);
   const Plan plan = Make(request);
-  for (const char* what :
-       {"confidence medium", "no weights were given", "driver keeps", "80 GB/s", "prefill is not predicted"}) {
+  for (const char* what : {"confidence medium", "no weights were given", "driver keeps", "80 GB/s",
+                           "prefill is not predicted"}) {
     EXPECT_THAT(plan.assumptions, Contains(HasSubstr(what)));
   }
   request.workload.contexts = {1 << 20};

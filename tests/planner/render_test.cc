@@ -143,5 +143,17 @@ TEST(Render, PlotIsSvgWithTheLineOfTheDevice) {
   EXPECT_EQ(std::vector<std::string>(absl::StrSplit(*svg, "</svg>")).size(), 2u);
 }
 
+TEST(Render, PlotShowsTheAskedRangeWithRoundTicksAndF16OnTop) {
+  const std::string svg = *RenderSvg(Request(Engine::kLlamaCpp));  // 8192 and 32768 tokens on 16 GB
+  for (const char* there : {">8K<", ">16K<", ">32K<", ">0 GiB<", ">5 GiB<", ">15 GiB<", ">f16/f16<"}) {
+    EXPECT_THAT(svg, HasSubstr(there));
+  }
+  for (const char* not_asked : {">4K<", ">64K<", ">128K<"}) EXPECT_THAT(svg, Not(HasSubstr(not_asked)));
+  EXPECT_THAT(svg, Not(HasSubstr(">bf16/bf16<"))) << "it lies on f16";
+  // The first colour is that of f16, and its curve comes last.
+  const size_t f16 = svg.find("stroke=\"#1b6ca8\" stroke-width"), next = svg.find("stroke=\"#d1495b\" stroke-width");
+  EXPECT_GT(f16, next);
+}
+
 }  // namespace
 }  // namespace kvtide::planner

@@ -48,6 +48,16 @@ TEST(Support, PairsThatAreNotCompiledRunOnTheCpuInOldBuildsOnly) {
   EXPECT_EQ(FindSupport(options, {"q8_0", "q4_0"}, 128, 128).level, SupportLevel::kNative);
 }
 
+TEST(Support, OtherBackendsHaveOtherKernels) {
+  EngineOptions options;
+  options.engine = Engine::kLlamaCpp;
+  options.backend = LlamaBackend::kCpu;
+  EXPECT_EQ(FindSupport(options, {"q8_0", "q4_0"}, 512, 512).level, SupportLevel::kNative);
+  options.backend = LlamaBackend::kMetal;
+  EXPECT_EQ(FindSupport(options, {"q5_1", "q5_1"}, 128, 128).level, SupportLevel::kNative);
+  EXPECT_EQ(FindSupport(options, {"q8_0", "q4_0"}, 128, 128).level, SupportLevel::kCpuFallback);
+}
+
 TEST(Support, ForksAreNamed) {
   EXPECT_TRUE(Find(Engine::kLlamaCpp, {"q8_0", "turbo4"}, 128, 128).NeedsFork());
   EXPECT_FALSE(Find(Engine::kLlamaCpp, {"q8_0", "q8_0"}, 128, 128).NeedsFork());

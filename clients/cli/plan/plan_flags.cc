@@ -17,6 +17,7 @@
 #include "planner/model/load_model.h"
 #include "planner/model/weight_size.h"
 #include "planner/near_names.h"
+#include "planner/units.h"
 
 namespace kvtide::cli {
 namespace {
@@ -165,7 +166,10 @@ absl::Status SetEngine(const PlanFlags& flags, PlanRequest* request) {
   engine.rewrites = !flags.no_rewrites;
   engine.flash_attention = flags.flash_attention != "off";
   engine.block_tokens = flags.block_size;
-  engine.max_batched_tokens = flags.max_batched_tokens;
+  // vLLM's server takes 8192 tokens per step on GPUs of 70 GiB and more, but not on an A100.
+  const bool large = request->device.vram_bytes >= 70 * planner::kGiB &&
+                     !absl::StrContains(absl::AsciiStrToUpper(request->device.name), "A100");
+  engine.max_batched_tokens = flags.max_batched_tokens != 0 ? flags.max_batched_tokens : large ? 8192 : 2048;
   engine.gpu_memory_utilization = flags.gpu_memory_utilization;
   engine.cuda_graphs = !flags.enforce_eager;
   engine.mem_fraction_static = flags.mem_fraction_static;
@@ -173,6 +177,7 @@ absl::Status SetEngine(const PlanFlags& flags, PlanRequest* request) {
   engine.page_tokens = flags.page_size;
   engine.chunked_prefill = flags.chunked_prefill;
   engine.swa_full_tokens_ratio = flags.swa_full_tokens_ratio;
+  engine.dp_attention = flags.dp_attention;
   KVTIDE_FLAG(engine.exact_window, "--exact-window", ParseWindow(flags.exact_window));
   return absl::OkStatus();
 }
@@ -216,19 +221,29 @@ absl::Status CheckTypes(const PlanRequest& request) {
   return absl::OkStatus();
 }
 
+// The precision in which a model was published.
+const char* PublishedWeights(const std::string& model) {
+  static const std::pair<const char*, const char*> published[] = {
+      {"gpt-oss", "mxfp4"},   {"Kimi-K2-Thinking", "int4"}, {"Kimi-K2.", "int4"},   {"Kimi-K2", "fp8"},
+      {"DeepSeek-V3", "fp8"}, {"DeepSeek-R1", "fp8"},       {"DeepSeek-V4", "fp8"}, {"MiniMax-M2", "fp8"}};
+  for (const auto& [prefix, weights] : published) {
+    if (absl::StartsWith(model, prefix)) return weights;
+  }
+  return "bf16";
+}
+
 // What a catalogue model weighs when nobody says: as it was published.
 absl::StatusOr<planner::Weights> DefaultWeights(const planner::ModelGeometry& model) {
-  const bool mxfp4 = absl::StartsWith(model.name, "gpt-oss");
-  absl::StatusOr<planner::Weights> weights = planner::EstimateWeights(model, mxfp4 ? "mxfp4" : "bf16");
+  const std::string name = PublishedWeights(model.name);
+  absl::StatusOr<planner::Weights> weights = planner::EstimateWeights(model, name);
   if (!weights.ok()) {
     return absl::InvalidArgumentError(
         "missing, and the model's number of parameters is unknown; give a size (14.4GB), a quantisation "
         "(q4_k_m), a "
         "GGUF file or a folder of safetensors");
   }
-  weights->source =
-      absl::StrCat(mxfp4 ? "mxfp4" : "bf16", ", as nothing was said; name yours with --weights q4_k_m, ",
-                   "--weights 14.4GB or a file");
+  weights->source = absl::StrCat(
+      name, ", as nothing was said; name yours with --weights q4_k_m, --weights 14.4GB or a file");
   weights->provenance = planner::Provenance::kGuess;
   return weights;
 }
@@ -373,10 +388,12 @@ void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
   command.add_flag_callback(
       "--no-flash-attention", [flags] { flags->flash_attention = "off"; }, "llama.cpp: -fa off");
   command.add_option("--block-size", flags->block_size, "vLLM: tokens per block")->capture_default_str();
-  command.add_option("--max-batched-tokens", flags->max_batched_tokens, "vLLM: tokens per step")
-      ->capture_default_str();
+  command.add_option("--max-batched-tokens", flags->max_batched_tokens,
+                     "vLLM: tokens per step (default 2048; 8192 on GPUs of 70 GiB and more)");
   command.add_option("--gpu-memory-utilization", flags->gpu_memory_utilization, "vLLM: share of the device")
       ->capture_default_str();
+  command.add_flag("--dp-attention", flags->dp_attention,
+                   "vLLM, SGLang: every GPU attends for sequences of its own, experts are divided");
   command.add_flag("--enforce-eager,--disable-cuda-graph", flags->enforce_eager,
                    "vLLM, SGLang: no CUDA graphs");
   command.add_option(

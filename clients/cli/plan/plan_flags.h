@@ -43,12 +43,13 @@ struct PlanFlags {
   int64_t shared_prefix = 0;
   int ubatch = 512;
   int block_size = 16;
-  int max_batched_tokens = 2048;
+  int max_batched_tokens = 0;  // 0 = vLLM's default for the device
   double gpu_memory_utilization = 0.92;
   bool separate_caches = false;
   bool swa_full = false;
   bool no_rewrites = false;
   bool enforce_eager = false;
+  bool dp_attention = false;
   // SGLang; 0 = what it takes by itself
   double mem_fraction_static = 0;
   int chunked_prefill = 0;
