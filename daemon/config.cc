@@ -15,7 +15,7 @@
 #include "daemon/version.h"
 #include "google/protobuf/util/json_util.h"
 #include "kernels/base/status.h"
-#include "planner/plan/device.h"
+#include "planner/model/device.h"
 #include "planner/units.h"
 
 namespace kvtide {

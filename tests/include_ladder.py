@@ -46,6 +46,14 @@ ROOMS = {
         "prefill": {"device", "codec", "attend"},
         "step": {"device", "attend"},
     },
+    # What lies beside the rooms of the planner (numbers, names, CSV, items) is the lowest: it includes no room.
+    "planner": {
+        "model": {""},
+        "engines": {"", "model"},
+        "plan": {"", "model", "engines"},
+        "fleet": {"", "model", "engines", "plan"},
+        "render": {"", "model", "engines", "plan"},
+    },
 }
 # Third-party headers: pattern -> layers that may include it.
 EXTERNAL = [

@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "planner/model/device.h"
 #include "planner/model/geometry.h"
-#include "planner/plan/device.h"
 
 namespace kvtide::planner {
 

@@ -6,7 +6,7 @@
 
 #include "absl/status/statusor.h"
 #include "planner/model/config_json.h"
-#include "planner/plan/plan.h"
+#include "planner/model/weights.h"
 
 namespace kvtide::planner {
 

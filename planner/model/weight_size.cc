@@ -11,8 +11,8 @@
 #include "kernels/base/status.h"
 #include "planner/csv.h"
 #include "planner/embedded.h"
+#include "planner/model/device.h"
 #include "planner/near_names.h"
-#include "planner/plan/device.h"
 #include "planner/units.h"
 
 namespace kvtide::planner {

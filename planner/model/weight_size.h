@@ -8,7 +8,7 @@
 
 #include "absl/status/statusor.h"
 #include "planner/model/geometry.h"
-#include "planner/plan/plan.h"
+#include "planner/model/weights.h"
 
 namespace kvtide::planner {
 

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "planner/engines/kv_sizer.h"
-#include "planner/plan/item.h"
+#include "planner/item.h"
 #include "planner/plan/plan.h"
 
 namespace kvtide::planner {

@@ -14,24 +14,15 @@
 #include "planner/engines/engine.h"
 #include "planner/engines/kv_sizer.h"
 #include "planner/engines/support.h"
+#include "planner/item.h"
+#include "planner/model/device.h"
 #include "planner/model/geometry.h"
-#include "planner/plan/device.h"
-#include "planner/plan/item.h"
+#include "planner/model/weights.h"
 #include "planner/plan/quality.h"
 #include "planner/plan/speed.h"
 #include "planner/type_pair.h"
 
 namespace kvtide::planner {
-
-// The weights as they lie on the device(s), all of them together.
-struct Weights {
-  int64_t bytes = 0;
-  Provenance provenance = Provenance::kExact;
-  std::string source;  // "--weights 14.4GB", "gguf tensors", "25.2e9 x 4.5 bits", ...
-  // Of bytes, where a GGUF file is estimated: a token embedding that does not double as head. llama.cpp
-  // leaves it in host memory (LeaveEmbeddingOnHost).
-  int64_t embedding_bytes = 0;
-};
 
 // A second model that guesses tokens ahead, on the same device.
 struct DraftModel {

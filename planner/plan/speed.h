@@ -7,8 +7,8 @@
 #include <cstdint>
 
 #include "planner/engines/engine.h"
+#include "planner/model/device.h"
 #include "planner/model/geometry.h"
-#include "planner/plan/device.h"
 
 namespace kvtide::planner {
 

@@ -94,6 +94,7 @@ absl::StatusOr<std::string> RenderSglangArgs(const PlanRequest& request, const P
   std::string args = absl::StrCat(
       "--context-length ", context->context, " --max-running-requests ", request.workload.concurrency,
       " --kv-cache-dtype ", SglangCacheDtype(chosen.asked), " --tp-size ", request.device.count,
+      engine.dp_attention ? absl::StrCat(" --dp-size ", request.device.count, " --enable-dp-attention") : "",
       " --page-size ", engine.page_tokens, " --chunked-prefill-size ", defaults.chunked_prefill);
   absl::StrAppendFormat(&args, " --mem-fraction-static %.3f", defaults.mem_fraction_static);
   if (engine.max_total_tokens > 0) absl::StrAppend(&args, " --max-total-tokens ", engine.max_total_tokens);

@@ -1,4 +1,4 @@
-#include "planner/plan/device.h"
+#include "planner/model/device.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

@@ -151,7 +151,8 @@ TEST(Render, PlotShowsTheAskedRangeWithRoundTicksAndF16OnTop) {
   for (const char* not_asked : {">4K<", ">64K<", ">128K<"}) EXPECT_THAT(svg, Not(HasSubstr(not_asked)));
   EXPECT_THAT(svg, Not(HasSubstr(">bf16/bf16<"))) << "it lies on f16";
   // The first colour is that of f16, and its curve comes last.
-  const size_t f16 = svg.find("stroke=\"#1b6ca8\" stroke-width"), next = svg.find("stroke=\"#d1495b\" stroke-width");
+  const size_t f16 = svg.find("stroke=\"#1b6ca8\" stroke-width"),
+               next = svg.find("stroke=\"#d1495b\" stroke-width");
   EXPECT_GT(f16, next);
 }
 

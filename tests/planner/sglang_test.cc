@@ -4,7 +4,7 @@
 #include <gtest/gtest.h>
 
 #include "planner/model/catalogue.h"
-#include "planner/plan/device.h"
+#include "planner/model/device.h"
 #include "planner/plan/verify.h"
 #include "planner/render/render_flags.h"
 #include "planner/units.h"

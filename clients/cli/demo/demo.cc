@@ -9,7 +9,7 @@
 #include "clients/cli/demo/demo_run.h"
 #include "clients/cli/terminal/command_status.h"
 #include "clients/cli/terminal/number_checks.h"
-#include "planner/plan/device.h"
+#include "planner/model/device.h"
 
 namespace kvtide::cli {
 namespace {

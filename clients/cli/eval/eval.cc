@@ -15,7 +15,7 @@
 #include "clients/cli/eval/eval_run.h"
 #include "clients/cli/terminal/command_status.h"
 #include "clients/cli/terminal/number_checks.h"
-#include "planner/plan/device.h"
+#include "planner/model/device.h"
 
 namespace kvtide::cli {
 namespace {

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "planner/plan/device.h"
+#include "planner/model/device.h"
 
 namespace kvtide::cli {
 

@@ -1,4 +1,4 @@
-#include "planner/plan/item.h"
+#include "planner/item.h"
 
 namespace kvtide::planner {
 
