@@ -559,11 +559,12 @@ class Planner {
       return std::any_of(request_.model.layers.begin(), request_.model.layers.end(), property);
     };
     const int count = request_.device.count;
-    if (count > 1 && any([](const LayerGeometry& layer) { return layer.kind == LayerKind::kMla; })) {
+    if (count > 1 && !request_.engine.dp_attention &&
+        any([](const LayerGeometry& layer) { return layer.kind == LayerKind::kMla; })) {
       const bool vllm = request_.engine.engine == Engine::kVllm;
       plan->notes.push_back(
           absl::StrCat("tensor parallelism keeps the whole latent cache on each of ", count,
-                       " GPUs; attention by requests (",
+                       " GPUs; data-parallel attention (",
                        vllm ? absl::StrCat("--data-parallel-size ", count, " --enable-expert-parallel")
                             : absl::StrCat("--enable-dp-attention --dp-size ", count),
                        ") gives every GPU a pool for other requests, nearly ", count,

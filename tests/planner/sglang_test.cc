@@ -224,6 +224,8 @@ TEST(Sglang, WhatTheEngineDoesIsNoted) {
   EXPECT_THAT(latent->notes, ::testing::Contains(HasSubstr("holds 2 of 8 sequences")));
   request.engine.engine = Engine::kVllm;
   EXPECT_THAT(MakePlan(request)->notes, ::testing::Contains(HasSubstr("--data-parallel-size 8")));
+  request.engine.dp_attention = true;
+  EXPECT_THAT(MakePlan(request)->notes, ::testing::Not(::testing::Contains(HasSubstr("tensor parallelism"))));
   // A cache that the engine is not known to keep so is the reason, not a question of size.
   request.model = *FindModel("deepseek-v4-flash");
   EXPECT_THAT(MakePlan(request)->contexts[0].reason, HasSubstr("compressed latents"));
