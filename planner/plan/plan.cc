@@ -558,18 +558,6 @@ class Planner {
     const auto any = [&](auto property) {
       return std::any_of(request_.model.layers.begin(), request_.model.layers.end(), property);
     };
-    const int count = request_.device.count;
-    if (count > 1 && !request_.engine.dp_attention &&
-        any([](const LayerGeometry& layer) { return layer.kind == LayerKind::kMla; })) {
-      const bool vllm = request_.engine.engine == Engine::kVllm;
-      plan->notes.push_back(
-          absl::StrCat("tensor parallelism keeps the whole latent cache on each of ", count,
-                       " GPUs; data-parallel attention (",
-                       vllm ? absl::StrCat("--data-parallel-size ", count, " --enable-expert-parallel")
-                            : absl::StrCat("--enable-dp-attention --dp-size ", count),
-                       ") gives every GPU a pool for other requests, nearly ", count,
-                       " times the concurrency, and a copy of the attention weights"));
-    }
     if (request_.engine.engine == Engine::kSglang && !request_.engine.swa_full &&
         any([](const LayerGeometry& layer) { return layer.window > 0; })) {
       plan->notes.push_back(absl::StrFormat(
@@ -634,8 +622,10 @@ class Planner {
     plan->notes.push_back(absl::StrCat(
         "each of the ", request_.device.count, " GPUs keeps the whole latent cache: ",
         std::max<int64_t>(0, last.candidates[static_cast<size_t>(std::max(0, last.chosen))].max_concurrency),
-        " sequences of ", last.context, " tokens; with data-parallel attention (--dp-attention) ",
-        std::max<int64_t>(0, other->contexts[0].candidates[0].max_concurrency)));
+        " sequences of ", last.context, " tokens; with data-parallel attention (--dp-attention; ",
+        request_.engine.engine == Engine::kVllm ? "--enable-expert-parallel --data-parallel-size "
+                                                : "--enable-dp-attention --dp-size ",
+        request_.device.count, ") ", std::max<int64_t>(0, other->contexts[0].candidates[0].max_concurrency)));
   }
 
   // Pairs of nearly equal size that only kernel support tells apart.
