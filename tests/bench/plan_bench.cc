@@ -14,7 +14,7 @@ using namespace kvtide::planner;
 // Harms for every pair that kvtide has, so that all of them take part.
 std::vector<QualityRow> AllMeasured() {
   std::vector<QualityRow> rows;
-  for (const TypePair& pair : DefaultPairs(Engine::kKvtide, false)) {
+  for (const TypePair& pair : DefaultPairs({.engine = Engine::kKvtide}, false)) {
     QualityRow row;
     row.model = "bench";
     row.pair = pair;
