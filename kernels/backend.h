@@ -60,9 +60,9 @@ struct AppendPiece {
 };
 // Pieces of several sequences may stand in one call, which writes them together. Their layouts are equal.
 struct AppendArgs {
-  TensorView k;  // [rows][kv_heads][head_dim_k], finite and within f16
-  TensorView v;  // [rows][kv_heads][head_dim_v]
-  std::span<const AppendPiece> pieces;
+  TensorView k;                         // [rows][kv_heads][head_dim_k], finite and within f16
+  TensorView v;                         // [rows][kv_heads][head_dim_v]
+  std::span<const AppendPiece> pieces;  // of any layouts: a call may write all layers of a model
 };
 // The tensors that a piece is taken from.
 inline TensorView KeysOf(const AppendArgs& args, const AppendPiece& piece) {
@@ -98,7 +98,7 @@ struct AttendItem {
 struct AttendArgs {
   int layer = 0;       // within the layer group
   int heads = 0;       // query heads, a multiple of the KV heads
-  float scale = 0;     // of q.k; usually 1/sqrt(head_dim)
+  float scale = 0;     // of q.k; usually 1/sqrt(head_dim). Queries with no value above 1e-15 may count as 0
   bool causal = true;  // query at position p sees tokens at positions <= p
   int64_t window = 0;  // 0 = all; else only positions > p - window
   float softcap = 0;   // 0 = none; else logit = softcap * tanh(logit / softcap)

@@ -1,5 +1,6 @@
 #include "kernels/cuda/cuda_backend.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <memory>
 #include <utility>
@@ -89,9 +90,20 @@ class CudaBackend : public Backend {
   }
 
   absl::Status Append(const AppendArgs& args) override {
-    if (args.pieces.empty()) return absl::OkStatus();
-    return WithWorkspace(
-        [&](Workspace& workspace) { return AppendCall(args, options_.in_place_bytes, workspace); });
+    // All are looked at before anything is written; then one kernel for each layout (layer group).
+    for (const AppendPiece& piece : args.pieces) KVTIDE_RETURN_IF_ERROR(CheckPiece(piece));
+    std::vector<AppendPiece> left(args.pieces.begin(), args.pieces.end());
+    while (!left.empty()) {
+      const BlockLayout& layout = *left.front().layout;
+      const auto others = std::stable_partition(
+          left.begin(), left.end(), [&](const AppendPiece& piece) { return *piece.layout == layout; });
+      AppendArgs same = args;
+      same.pieces = {left.data(), static_cast<size_t>(others - left.begin())};
+      KVTIDE_RETURN_IF_ERROR(WithWorkspace(
+          [&](Workspace& workspace) { return AppendCall(same, options_.in_place_bytes, workspace); }));
+      left.erase(left.begin(), others);
+    }
+    return absl::OkStatus();
   }
 
   absl::Status Recode(std::span<const RecodePiece> pieces) override {

@@ -323,6 +323,34 @@ TEST_P(BackendConformance, AppendsPiecesOfSeveralTensorsInOneCall) {
     }
 }
 
+// As an append of all layers of a model whose layer groups differ: blocks of several layouts, interleaved.
+TEST_P(BackendConformance, AppendsToBlocksOfSeveralLayoutsInOneCall) {
+  const BlockLayout wide({1, 1, 128, 64}, ExactPair()), narrow({2, 2, 64, 64}, ExactPair());
+  BackendBlocks wide_blocks(backend(), wide, 2), narrow_blocks(backend(), narrow, 2);
+  std::mt19937 random(18);
+  std::normal_distribution<float> normal;
+  std::vector<float> rows(3 * 128);
+  for (float& x : rows) x = normal(random);
+  const TensorView view{rows.data(), DataType::kF32};
+  std::vector<AppendPiece> pieces = {{&narrow, narrow_blocks.block(0), 0, 5, 3, 0, view, view},
+                                     {&wide, wide_blocks.block(0), 0, 9, 2, 1, view, view},
+                                     {&narrow, narrow_blocks.block(0), 1, 5, 3, 0, view, view}};
+  for (BackendBlocks* blocks : {&wide_blocks, &narrow_blocks})
+    for (int i = 0; i < 2; i++)
+      blocks->Write(i, std::vector<std::byte>((blocks == &wide_blocks ? wide : narrow).block_bytes()));
+  AppendArgs args;
+  args.pieces = pieces;
+  const absl::Status status = backend().Append(args);
+  ASSERT_TRUE(status.ok()) << status;
+  for (AppendPiece piece : pieces) {
+    piece.block = piece.layout == &wide ? wide_blocks.block(1) : narrow_blocks.block(1);
+    args.pieces = {&piece, 1};
+    ASSERT_TRUE(backend().Append(args).ok());
+  }
+  EXPECT_EQ(wide_blocks.Read(0), wide_blocks.Read(1));
+  EXPECT_EQ(narrow_blocks.Read(0), narrow_blocks.Read(1));
+}
+
 TEST_P(BackendConformance, RefusesToAppendToCodedBlocksOrBeyondTheBlock) {
   const GroupShape shape{1, 1, 64, 64};
   const BlockLayout coded(shape, *ParseCachePair("turbo4")), exact(shape, ExactPair());
