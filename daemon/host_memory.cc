@@ -96,7 +96,7 @@ absl::Status CheckHostMemory(int64_t wanted, const HostMemory& memory) {
   if (memory.total == 0 || wanted <= memory.available) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat(
       "the tiers want ", Text(wanted), " of host memory; ", Text(memory.available), " of ",
-      Text(memory.total), " are available (", memory.source, "): lower device or host memory, or free some"));
+      Text(memory.total), " are available (", memory.source, "): lower --device-memory or --host-memory, or free some"));
 }
 
 }  // namespace kvtide
