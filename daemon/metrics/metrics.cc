@@ -2,6 +2,7 @@
 
 #include <exception>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "daemon/metrics/allocator_collector.h"
@@ -18,7 +19,9 @@
 namespace kvtide::metrics {
 namespace {
 
-constexpr size_t kEndpointThreads = 2;
+// A connection takes one of the endpoint's threads until it has sent its request or this time has passed:
+// whoever connects and says nothing must not keep a scrape waiting for longer than scrapes wait.
+constexpr char kEndpointThreads[] = "16", kRequestTimeoutMs[] = "1000";
 
 std::string Compiler() {
 #if defined(__clang__)
@@ -113,7 +116,9 @@ absl::StatusOr<std::string> Metrics::Start(const std::string& address) {
   absl::StatusOr<EndpointAddress> endpoint = ParseEndpointAddress(address);
   if (!endpoint.ok()) return endpoint.status();
   try {
-    impl_->exposer = std::make_unique<prometheus::Exposer>(endpoint->Text(), kEndpointThreads);
+    impl_->exposer = std::make_unique<prometheus::Exposer>(std::vector<std::string>{
+        "listening_ports", endpoint->Text(), "num_threads", kEndpointThreads, "request_timeout_ms",
+        kRequestTimeoutMs, "keep_alive_timeout_ms", kRequestTimeoutMs});
   } catch (const std::exception& error) {
     // The library does not say why; the address does.
     const absl::Status reason = CheckBindable(*endpoint);

@@ -72,6 +72,14 @@ TEST(PlanCli, WordsOfOtherEngines) {
   EXPECT_THAT(Kvtide("plan --list pairs").out, HasSubstr("sglang: f16/f16 bf16/bf16 fp8/fp8"));
 }
 
+TEST(PlanCli, CardsAreCountedOnce) {
+  const std::string plan = "plan --model llama-3.1-8b --engine vllm --context 8192 --output json ";
+  EXPECT_EQ(Kvtide(plan + "--device '2x RTX 4090' --gpus 2").code, 0);
+  for (const char* contradiction :
+       {"--device '2x RTX 4090' --gpus 4", "--device 2xH100 --gpus 1", "--device H100 --gpus 0"})
+    EXPECT_EQ(Kvtide(plan + contradiction).code, 2) << contradiction;
+}
+
 TEST(PlanCli, MessagesNameTheFlag) {
   EXPECT_THAT(Kvtide("plan --device vram=10GiB").out, HasSubstr("--model is missing"));
   EXPECT_THAT(Kvtide("plan --model llama-3.1-8b --device vram=x").out,

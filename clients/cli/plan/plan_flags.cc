@@ -116,6 +116,9 @@ absl::Status SetDevice(const PlanFlags& flags, PlanRequest* request) {
   } else if (!flags.host_memory.empty()) {
     KVTIDE_FLAG(request->device.host_bytes, "--host-memory", planner::ParseBytes(flags.host_memory));
   }
+  if (flags.gpus > 0 && request->device.count > 1 && request->device.count != flags.gpus)
+    return absl::InvalidArgumentError(absl::StrCat("--device names ", request->device.count,
+                                                   " cards, --gpus ", flags.gpus, "; say it in one of them"));
   if (flags.gpus > 0) request->device.count = flags.gpus;
   return absl::OkStatus();
 }
@@ -362,8 +365,10 @@ void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
       .add_option("--exact-window", flags->exact_window,
                   "Blocks kept in f16 (kvtide): default, none, FIRST+LAST")
       ->capture_default_str();
-  command.add_option("--gpus,--tensor-parallel-size,--tp-size,--tp", flags->gpus,
-                     "Equal devices: tensor parallel, or layers split (llama.cpp)");
+  command
+      .add_option("--gpus,--tensor-parallel-size,--tp-size,--tp", flags->gpus,
+                  "Equal devices: tensor parallel, or layers split (llama.cpp)")
+      ->check(CLI::Range(1, 4096));
   command.add_option("--used", flags->used, "Device memory that others use already");
   command.add_option("--host-memory", flags->host_memory,
                      "Host memory for the cache: a size, or 'auto' for half of what is free");

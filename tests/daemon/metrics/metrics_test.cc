@@ -2,6 +2,7 @@
 
 #include <arpa/inet.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -9,6 +10,7 @@
 #include <set>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "absl/strings/numbers.h"
 #include "daemon/metrics/allocator_collector.h"
@@ -21,8 +23,7 @@ namespace {
 
 using testing::HasSubstr;
 
-// The answer of GET `path`, headers included; empty when nobody listens.
-std::string Get(const std::string& address, const std::string& path) {
+int Connect(const std::string& address) {
   const size_t colon = address.rfind(':');
   int port = 0;
   EXPECT_TRUE(absl::SimpleAtoi(address.substr(colon + 1), &port));
@@ -31,8 +32,18 @@ std::string Get(const std::string& address, const std::string& path) {
   peer.sin_port = htons(static_cast<uint16_t>(port));
   inet_pton(AF_INET, address.substr(0, colon).c_str(), &peer.sin_addr);
   const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  if (connect(fd, reinterpret_cast<const sockaddr*>(&peer), sizeof(peer)) == 0) return fd;
+  close(fd);
+  return -1;
+}
+
+// The answer of GET `path`, headers included; empty when nobody listens or answers.
+std::string Get(const std::string& address, const std::string& path) {
+  const int fd = Connect(address);
   std::string answer;
-  if (connect(fd, reinterpret_cast<const sockaddr*>(&peer), sizeof(peer)) == 0) {
+  if (fd >= 0) {
+    const timeval most{10, 0};  // as scrapes wait
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &most, sizeof(most));
     const std::string request = "GET " + path + " HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n";
     EXPECT_EQ(send(fd, request.data(), request.size(), 0), static_cast<ssize_t>(request.size()));
     char buffer[4096];
@@ -89,6 +100,16 @@ TEST(Metrics, ServesOverHttpAndStops) {
   metrics->Stop();
   EXPECT_EQ(Get(*address, "/metrics"), "");
   metrics->Stop();
+}
+
+TEST(Metrics, IdleConnectionsKeepNoScrapeWaiting) {
+  const std::unique_ptr<Metrics> metrics = BusyMetrics();
+  const absl::StatusOr<std::string> address = metrics->Start("127.0.0.1:0");
+  ASSERT_TRUE(address.ok()) << address.status();
+  std::vector<int> idle;
+  for (int i = 0; i < 40; i++) idle.push_back(Connect(*address));
+  EXPECT_THAT(Get(*address, "/metrics"), HasSubstr("200 OK"));
+  for (const int fd : idle) close(fd);
 }
 
 TEST(Metrics, APortInUse) {
