@@ -1,6 +1,9 @@
 #include "daemon/config.h"
 
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <sstream>
 #include <thread>
@@ -146,12 +149,18 @@ absl::StatusOr<v1::KvtidedConfig> ParseConfig(const std::string& json, const std
 }
 
 absl::StatusOr<v1::KvtidedConfig> ReadConfigFile(const std::string& path) {
+  std::error_code error;
+  if (std::filesystem::is_directory(path, error))
+    return absl::NotFoundError(absl::StrCat("the config file ", path, " is a folder"));
+  errno = 0;
   std::ifstream file(path);
+  if (!file)
+    return absl::NotFoundError(
+        absl::StrCat("cannot read the config file ", path, ": ", std::strerror(errno)));
   std::stringstream text;
-  // Reading a folder succeeds to open and fails to read.
-  if (!file || !(text << file.rdbuf())) {
-    return absl::NotFoundError(absl::StrCat("cannot read the config file ", path));
-  }
+  if (!(text << file.rdbuf()))
+    return absl::InvalidArgumentError(
+        absl::StrCat("the config file ", path, " is empty; {} is the least it can hold"));
   return ParseConfig(text.str(), path);
 }
 

@@ -1,5 +1,8 @@
 #include "daemon/config.h"
 
+#include <filesystem>
+#include <fstream>
+
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -38,6 +41,18 @@ TEST(Config, TakesSizesAsTextOrBytes) {
   EXPECT_FALSE(Resolve("{\"device_memory\": \"0\"}").ok());
   EXPECT_FALSE(Resolve("{\"host_memory\": \"100KiB\"}").ok());
   EXPECT_FALSE(Resolve("{\"device_tier_bytes\": -1}").ok());
+}
+
+TEST(Config, AFileThatCannotBeReadSaysWhy) {
+  const std::filesystem::path folder = std::filesystem::path(::testing::TempDir()) / "kvtide_config_test";
+  std::filesystem::create_directories(folder);
+  const std::string empty = folder / "empty.json";
+  std::ofstream(empty).close();
+  EXPECT_THAT(std::string(ReadConfigFile(folder).status().message()), HasSubstr("is a folder"));
+  EXPECT_THAT(std::string(ReadConfigFile(folder / "none.json").status().message()),
+              HasSubstr("No such file or directory"));
+  EXPECT_THAT(std::string(ReadConfigFile(empty).status().message()), HasSubstr("is empty"));
+  std::filesystem::remove_all(folder);
 }
 
 TEST(Config, ReadsDevices) {
