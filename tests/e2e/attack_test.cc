@@ -28,7 +28,8 @@ using wire::Answer;
 using wire::Http2Client;
 
 constexpr char kService[] = "/kvtide.v1.KvCacheService/";
-constexpr int kOk = 0, kInvalidArgument = 3, kResourceExhausted = 8, kUnimplemented = 12, kUnavailable = 14;
+constexpr int kOk = 0, kInvalidArgument = 3, kResourceExhausted = 8, kUnimplemented = 12, kUnavailable = 14,
+              kCancelled = 1;
 
 std::string Method(const std::string& name) { return kService + name; }
 
@@ -426,7 +427,7 @@ TEST_F(Attack, AShutdownAnswersWhatWaitsAndEndsInTime) {
   Fill(item->mutable_q(), 600, kHeads);
   const auto wire = Wire();
   std::vector<int32_t> calls;
-  for (int i = 0; i < 12; i++)
+  for (int i = 0; i < 24; i++)
     calls.push_back(wire->Call(Method("Attend"), {.bytes = request.SerializeAsString()}));
   ASSERT_TRUE(wire->Until([&] { return wire->answer(calls[0]).ended || wire->unsent_bytes() == 0; }, 60));
   wire->Until([] { return false; }, 0.3);
@@ -439,13 +440,19 @@ TEST_F(Attack, AShutdownAnswersWhatWaitsAndEndsInTime) {
         return true;
       },
       60);
+  // Those that had begun end well or cancelled, all others hear why; how many there are of each is the
+  // machine's speed.
   int unavailable = 0;
   for (const int32_t call : calls) {
-    if (wire->answer(call).code == kUnavailable &&
-        wire->answer(call).text.find("shutting down") != std::string::npos)
-      unavailable++;
+    const auto& answer = wire->answer(call);
+    ASSERT_TRUE(answer.ended);
+    EXPECT_TRUE(answer.code == 0 || answer.code == kCancelled || answer.code == kUnavailable)
+        << answer.code << " " << answer.text;
+    if (answer.code != kUnavailable) continue;
+    EXPECT_NE(answer.text.find("shutting down"), std::string::npos) << answer.text;
+    unavailable++;
   }
-  EXPECT_GE(unavailable, 6) << "calls that waited were not told";
+  EXPECT_GE(unavailable, 1) << "calls that waited were not told";
   const int code = daemon_->Wait();
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
   EXPECT_TRUE(code == 0 || code == 3) << code << daemon_->Log();
