@@ -9,8 +9,8 @@
 namespace kvtide::python {
 namespace {
 
-[[maybe_unused]] absl::Status Copy(const char* name, const std::vector<std::byte>& rows, int heads, int dim,
-                                   const ReadTarget& target) {
+absl::Status Copy(const char* name, const std::vector<std::byte>& rows, int heads, int dim,
+                  const ReadTarget& target) {
   const std::vector<int64_t> shape = {target.shape.empty() ? 0 : target.shape[0], heads, dim};
   if (target.shape != shape) {
     return absl::InvalidArgumentError(absl::StrCat(name, ": the shape is [",
@@ -23,27 +23,19 @@ namespace {
   return absl::OkStatus();
 }
 
-// Clients that cannot read yet say so.
-template <class AnyClient>
-absl::Status Read(AnyClient& from, client::SequenceId sequence, int layer, int64_t first_token,
+absl::Status Read(client::Client& from, client::SequenceId sequence, int layer, int64_t first_token,
                   const ReadTarget& k, const ReadTarget& v) {
-  if constexpr (requires {
-                  from.ReadTokens(sequence, std::span<const int>(), first_token, first_token, k.type);
-                }) {
-    if (k.shape.size() != 3 || v.shape.size() != 3 || k.shape[0] < 1 || k.shape[0] != v.shape[0] ||
-        k.type != v.type) {
-      return absl::InvalidArgumentError(
-          "k and v: expected [tokens, kv_heads, head_dim] of one type with the same tokens, at least one");
-    }
-    auto layers = from.ReadTokens(sequence, {&layer, 1}, first_token, k.shape[0], k.type);
-    if (!layers.ok()) return layers.status();
-    if (layers->size() != 1) return absl::InternalError("asked for one layer, got another number");
-    const auto& rows = layers->front();
-    KVTIDE_RETURN_IF_ERROR(Copy("k", rows.k, rows.kv_heads, rows.head_dim_k, k));
-    return Copy("v", rows.v, rows.kv_heads, rows.head_dim_v, v);
-  } else {
-    return absl::UnimplementedError("this client cannot read tokens from a kvtided; an embedded pool can");
+  if (k.shape.size() != 3 || v.shape.size() != 3 || k.shape[0] < 1 || k.shape[0] != v.shape[0] ||
+      k.type != v.type) {
+    return absl::InvalidArgumentError(
+        "k and v: expected [tokens, kv_heads, head_dim] of one type with the same tokens, at least one");
   }
+  auto layers = from.ReadTokens(sequence, {&layer, 1}, first_token, k.shape[0], k.type);
+  if (!layers.ok()) return layers.status();
+  if (layers->size() != 1) return absl::InternalError("asked for one layer, got another number");
+  const auto& rows = layers->front();
+  KVTIDE_RETURN_IF_ERROR(Copy("k", rows.k, rows.kv_heads, rows.head_dim_k, k));
+  return Copy("v", rows.v, rows.kv_heads, rows.head_dim_v, v);
 }
 
 class DaemonPool : public Pool {
