@@ -1,0 +1,117 @@
+#include "kernels/paged_attention.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/attend_args.h"
+#include "kernels/base/status.h"
+
+namespace kvtide {
+namespace {
+
+constexpr size_t kPageAlignment = 128, kRowAlignment = 16;
+
+bool IsAligned(const void* data, size_t to) { return reinterpret_cast<uintptr_t>(data) % to == 0; }
+
+absl::Status CheckPages(const char* kind, size_t stride, size_t bytes) {
+  if (stride == 0) return absl::OkStatus();
+  if (stride < bytes || stride % kPageAlignment != 0)
+    return absl::InvalidArgumentError(absl::StrCat(kind, " pages of ", bytes, " bytes every ", stride,
+                                                   ": the stride must be a multiple of ", kPageAlignment,
+                                                   " that holds a page"));
+  return absl::OkStatus();
+}
+
+absl::Status CheckCount(const char* name, int64_t count, int64_t least, int64_t most) {
+  if (count < least || count > most)
+    return absl::InvalidArgumentError(
+        absl::StrCat(name, " is ", count, ", ", least, " to ", most, " are possible"));
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status CheckPagedOptions(const PagedOptions& options, std::span<const PagedLayer> layers) {
+  KVTIDE_RETURN_IF_ERROR(CheckGroupShape(options.shape));
+  if (options.shape.layers != 1)
+    return absl::InvalidArgumentError(
+        absl::StrCat("a page of ", options.shape.layers, " layers: a page is one layer of a block"));
+  if (options.heads <= 0 || options.heads % options.shape.kv_heads != 0)
+    return absl::InvalidArgumentError(absl::StrCat(options.heads,
+                                                   " query heads: must be a positive multiple "
+                                                   "of the ",
+                                                   options.shape.kv_heads, " KV heads"));
+  if (!std::isfinite(options.scale))
+    return absl::InvalidArgumentError(absl::StrCat("scale ", options.scale, " is not finite"));
+  if (!(options.softcap >= 0) || !std::isfinite(options.softcap))
+    return absl::InvalidArgumentError(
+        absl::StrCat("softcap ", options.softcap, ": must be positive, or 0 for none"));
+  if (options.window < 0 || options.window > kMostPosition)
+    return absl::InvalidArgumentError(
+        absl::StrCat("window ", options.window, ": must be positive, or 0 for none"));
+  constexpr int64_t kMostBlocks = (int64_t{1} << 30) / kBlockTokens, kMostTokens = 1 << 20;
+  KVTIDE_RETURN_IF_ERROR(CheckCount("max_sequences", options.max_sequences, 1, kMostPagedSequences));
+  KVTIDE_RETURN_IF_ERROR(CheckCount("max_tokens", options.max_tokens, options.max_sequences, kMostTokens));
+  KVTIDE_RETURN_IF_ERROR(CheckCount("max_coded_blocks", options.max_coded_blocks, 0, kMostBlocks));
+  KVTIDE_RETURN_IF_ERROR(CheckCount("max_exact_blocks", options.max_exact_blocks, 1, kMostBlocks));
+  KVTIDE_RETURN_IF_ERROR(CheckCount("max_seals", options.max_seals, 0, kMostTokens));
+  KVTIDE_RETURN_IF_ERROR(CheckCount("exact_pages", options.exact_pages, 0, INT32_MAX / kBlockTokens));
+  KVTIDE_RETURN_IF_ERROR(CheckPages("coded", options.coded_stride, CodedPage(options).block_bytes()));
+  KVTIDE_RETURN_IF_ERROR(CheckPages("exact", options.exact_stride, ExactPage(options).block_bytes()));
+  if (!IsAligned(options.scratch, kPageAlignment))
+    return absl::InvalidArgumentError(
+        absl::StrCat("scratch pages must begin at a multiple of ", kPageAlignment));
+  if (layers.empty()) return absl::InvalidArgumentError("no layers");
+  for (size_t i = 0; i < layers.size(); i++) {
+    const PagedLayer& layer = layers[i];
+    const auto wrong = [i](const char* what) {
+      return absl::InvalidArgumentError(absl::StrCat("layer ", i, ": ", what));
+    };
+    if (layer.coded == nullptr && options.max_coded_blocks > 0) return wrong("no coded pages");
+    if (layer.exact == nullptr && options.exact_pages > 0) return wrong("no exact pages");
+    if (!IsAligned(layer.coded, kPageAlignment) || !IsAligned(layer.exact, kPageAlignment))
+      return wrong("pages must begin at a multiple of 128");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckPagedStep(const PagedStep& step, const PagedOptions& options) {
+  KVTIDE_RETURN_IF_ERROR(CheckCount("sequences of the step", step.sequences, 0, options.max_sequences));
+  KVTIDE_RETURN_IF_ERROR(CheckCount("tokens of the step", step.tokens, 0, options.max_tokens));
+  KVTIDE_RETURN_IF_ERROR(CheckCount("most_queries", step.most_queries, 0, step.tokens));
+  KVTIDE_RETURN_IF_ERROR(CheckCount("seals of the step", step.seals, 0, options.max_seals));
+  if (step.seals > 0 && step.seal_pages == nullptr)
+    return absl::InvalidArgumentError("a step with seals and without seal_pages");
+  if (step.sequences == 0) return absl::OkStatus();
+  if (step.query_start == nullptr || step.lengths == nullptr || step.coded_first == nullptr ||
+      step.coded_count == nullptr || step.exact_table == nullptr || step.write_slots == nullptr)
+    return absl::InvalidArgumentError(
+        "a step needs query_start, lengths, coded_first, coded_count, exact_table and write_slots");
+  if (step.coded_table == nullptr && options.max_coded_blocks > 0)
+    return absl::InvalidArgumentError("a step without coded_table: max_coded_blocks is not 0");
+  if (step.coded_row < 0 || step.exact_row < 1)
+    return absl::InvalidArgumentError(absl::StrCat("rows of ", step.coded_row, " coded and ", step.exact_row,
+                                                   " exact pages in the tables"));
+  const bool some = step.host_query_start != nullptr || step.host_lengths != nullptr ||
+                    step.host_coded_first != nullptr || step.host_coded_count != nullptr;
+  const bool all = step.host_query_start != nullptr && step.host_lengths != nullptr &&
+                   step.host_coded_first != nullptr && step.host_coded_count != nullptr;
+  if (some && !all) return absl::InvalidArgumentError("of the four host_ arrays all are given or none");
+  return absl::OkStatus();
+}
+
+absl::Status CheckPagedRows(PagedRows rows, DataType type, int heads, int head_dim, const char* name) {
+  const int64_t width = int64_t{heads} * head_dim;
+  if (rows.data == nullptr) return absl::InvalidArgumentError(absl::StrCat("no ", name));
+  if (rows.stride < width)
+    return absl::InvalidArgumentError(
+        absl::StrCat(name, ": a stride of ", rows.stride, " between rows of ", width, " values"));
+  if (!IsAligned(rows.data, kRowAlignment) ||
+      static_cast<size_t>(rows.stride) * DataTypeBytes(type) % kRowAlignment != 0)
+    return absl::InvalidArgumentError(
+        absl::StrCat(name, ": rows must begin at multiples of ", kRowAlignment, " bytes"));
+  return absl::OkStatus();
+}
+
+}  // namespace kvtide
