@@ -109,6 +109,17 @@ absl::Status CheckAttendLayer(const AttendLayerArgs& args, const AttendShape& sh
   return absl::OkStatus();
 }
 
+absl::Status AppendFirst(Backend& backend, const AttendLayerArgs& args) {
+  if (args.append.empty()) return absl::OkStatus();
+  AppendArgs rows;
+  rows.pieces = args.append;
+  return backend.Append(rows);
+}
+
+absl::Status RunMeanwhile(const AttendLayerArgs& args) {
+  return args.meanwhile == nullptr ? absl::OkStatus() : (*args.meanwhile)();
+}
+
 absl::StatusOr<AttendShape> CheckAttendArgs(const AttendArgs& args) {
   KVTIDE_ASSIGN_OR_RETURN(AttendShape shape, CheckItems(args.items, args.heads, args.window));
   if (args.items.empty()) return shape;

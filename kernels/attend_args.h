@@ -29,7 +29,10 @@ struct AttendShape {
 // InvalidArgument that names the item and the run of what does not fit together.
 absl::StatusOr<AttendShape> CheckAttendPlan(const AttendPlanArgs& args);
 absl::Status CheckAttendLayer(const AttendLayerArgs& args, const AttendShape& shape);
-// Both at once. The shape's group is that of all runs; all 0 if there are no items.
+// Steps of a layer's call. The second is for backends that cannot queue the rows before the attention.
+absl::Status RunMeanwhile(const AttendLayerArgs& args);
+absl::Status AppendFirst(Backend& backend, const AttendLayerArgs& args);
+// Plan and layer at once. The shape's group is that of all runs; all 0 if there are no items.
 absl::StatusOr<AttendShape> CheckAttendArgs(const AttendArgs& args);
 
 // Blocks that a run's tokens take.

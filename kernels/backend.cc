@@ -70,6 +70,8 @@ absl::StatusOr<std::unique_ptr<AttendPlan>> Backend::PlanAttend(const AttendPlan
 absl::Status Backend::AttendLayer(AttendPlan& plan, const AttendLayerArgs& args) {
   auto& kept = static_cast<KeptPlan&>(plan);
   KVTIDE_RETURN_IF_ERROR(CheckAttendLayer(args, kept.shape));
+  KVTIDE_RETURN_IF_ERROR(RunMeanwhile(args));
+  KVTIDE_RETURN_IF_ERROR(AppendFirst(*this, args));
   const GroupShape& group = kept.shape.group;
   const auto dim_k = static_cast<size_t>(group.head_dim_k), dim_v = static_cast<size_t>(group.head_dim_v);
   std::vector<AttendItem> items(kept.items.size());

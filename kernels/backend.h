@@ -16,6 +16,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -141,6 +142,15 @@ struct AttendLayerArgs {
   std::span<const LayerItem> items;  // as many as the plan has
   const Cancellation* cancellation =
       nullptr;  // looked at between tiles of work: then Cancelled, results undefined
+  // Rows that are written before anything is attended, as by Append and with tensors of their own, but
+  // without waiting in between where the backend can queue one after the other. A call that fails may have
+  // written them.
+  std::span<const AppendPiece> append;
+  // Work of the caller's own that ends before the call does: called once, on the calling thread, while a
+  // device computes or before a CPU does; not at all if the call fails before. The call fails with its error.
+  // It may be what checks the values of q and of rows to append: until then NaN and infinities may be there,
+  // which spoil nothing but results.
+  const std::function<absl::Status()>* meanwhile = nullptr;
 };
 
 // Decodes one layer of a block to f32 rows in host memory, [64][kv_heads][head_dim]; either pointer may be

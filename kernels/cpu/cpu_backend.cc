@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/attend_args.h"
 #include "kernels/base/status.h"
 #include "kernels/base/thread_pool.h"
 #include "kernels/check_pieces.h"
@@ -115,6 +116,8 @@ class CpuBackend : public Backend {
   }
 
   absl::Status AttendLayer(AttendPlan& plan, const AttendLayerArgs& args) override {
+    KVTIDE_RETURN_IF_ERROR(RunMeanwhile(args));
+    KVTIDE_RETURN_IF_ERROR(AppendFirst(*this, args));
     return Annotate(AttendLayerOnCpu(plan, args, *kernels_, pool_), options_.name);
   }
 

@@ -140,6 +140,8 @@ class CudaBackend : public Backend {
     auto* const here = dynamic_cast<PlanHere*>(&plan);
     if (here == nullptr || here->device != device_)
       return absl::InvalidArgumentError(absl::StrCat("attend: the plan is not one of ", name()));
+    KVTIDE_RETURN_IF_ERROR(RunMeanwhile(args));
+    KVTIDE_RETURN_IF_ERROR(AppendFirst(*this, args));
     return WithWorkspace(
         [&](Workspace& workspace) { return here->plan->Attend(args, environment_, workspace); });
   }

@@ -4,9 +4,12 @@
 #include <gmock/gmock.h>
 
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <random>
+#include <thread>
+#include <utility>
 
 #include "kernels/base/cancellation.h"
 #include "kernels/cpu/reference.h"
@@ -197,6 +200,121 @@ TEST_P(BackendConformance, PlansOfNothingAreNothing) {
   auto plan = backend().PlanAttend({}, nullptr);
   ASSERT_TRUE(plan.ok()) << plan.status();
   EXPECT_TRUE(backend().AttendLayer(**plan, {}).ok());
+}
+
+// One token more in the last block of every item, in several layers, with and without tensors of one type.
+TEST_P(BackendConformance, WritesRowsOfALayerBeforeItIsAttended) {
+  const GroupShape shape{3, 2, 64, 128};
+  constexpr int kItems = 3;
+  std::mt19937 random(9);
+  std::normal_distribution<float> normal;
+  for (const auto& [k_type, v_type] :
+       {std::pair(DataType::kF16, DataType::kF16), std::pair(DataType::kF32, DataType::kBf16)}) {
+    SCOPED_TRACE(DataTypeName(v_type));
+    std::vector<BatchItem> at_once, apart;
+    for (std::vector<BatchItem>* batch : {&at_once, &apart})
+      for (uint32_t i = 0; i < kItems; i++)
+        batch->emplace_back(backend(), shape, "turbo4", 64 * (i + 2) + 10 * (i + 1), 1 + static_cast<int>(i),
+                            2, 100 + 10 * i);
+    const auto plan_of = [&](std::vector<BatchItem>& batch) {
+      std::vector<PlanItem> planned;
+      for (BatchItem& item : batch) {
+        item.runs.back().tokens++;
+        planned.push_back(
+            {item.runs, item.attend.queries, item.sequence->tokens() + 1 - item.attend.queries});
+      }
+      return backend().PlanAttend({4, true, 0, planned}, nullptr);
+    };
+    auto plan_at_once = plan_of(at_once), plan_apart = plan_of(apart);
+    ASSERT_TRUE(plan_at_once.ok() && plan_apart.ok());
+    for (const int layer : {2, 0}) {
+      SCOPED_TRACE(layer);
+      std::vector<float> k(kItems * 2 * 64), v(kItems * 2 * 128);
+      for (std::vector<float>* rows : {&k, &v})
+        for (float& x : *rows) x = normal(random);
+      // Memory of the type, in words.
+      const auto typed = [](const std::vector<float>& rows, DataType type) {
+        std::vector<uint32_t> words(rows.size());
+        for (size_t i = 0; i < rows.size(); i++) MutableTensorView(words.data(), type).Set(i, rows[i]);
+        return words;
+      };
+      const std::vector<uint32_t> k_words = typed(k, k_type), v_words = typed(v, v_type);
+      const auto pieces_of = [&](const std::vector<BatchItem>& batch) {
+        std::vector<AppendPiece> pieces;
+        for (size_t i = 0; i < kItems; i++) {
+          const BlockRun& run = batch[i].runs.back();
+          AppendPiece piece{run.layout, run.blocks.back(), layer, static_cast<int>(run.tokens) - 1, 1, i};
+          piece.k = {k_words.data(), k_type};
+          piece.v = {v_words.data(), v_type};
+          pieces.push_back(piece);
+        }
+        return pieces;
+      };
+      const auto tensors_of = [](std::vector<BatchItem>& batch) {
+        std::vector<LayerItem> tensors;
+        for (BatchItem& item : batch) tensors.push_back(item.Tensors());
+        return tensors;
+      };
+      const std::vector<AppendPiece> separate = pieces_of(apart), joined = pieces_of(at_once);
+      AppendArgs append;
+      append.pieces = separate;
+      ASSERT_TRUE(backend().Append(append).ok());
+      std::vector<LayerItem> tensors = tensors_of(apart);
+      ASSERT_TRUE(backend().AttendLayer(**plan_apart, LayerOf(layer, 64, tensors)).ok());
+      tensors = tensors_of(at_once);
+      AttendLayerArgs args = LayerOf(layer, 64, tensors);
+      args.append = joined;
+      ASSERT_TRUE(backend().AttendLayer(**plan_at_once, args).ok());
+      for (size_t i = 0; i < kItems; i++) ExpectClose(at_once[i].result, apart[i].result, 128, 1e-6);
+    }
+  }
+}
+
+TEST_P(BackendConformance, RefusesRowsThatLieOutsideTheirBlock) {
+  BatchItem item(backend(), {1, 2, 64, 64}, "q8_0", 200, 1, 2, 60);
+  const PlanItem planned = item.Planned();
+  auto plan = backend().PlanAttend({4, true, 0, {&planned, 1}}, nullptr);
+  ASSERT_TRUE(plan.ok());
+  const LayerItem tensors = item.Tensors();
+  AttendLayerArgs args = LayerOf(0, 64, {&tensors, 1});
+  const std::vector<float> rows(2 * 64);
+  AppendPiece piece{item.runs.back().layout, item.runs.back().blocks.back(), 0, 64, 1, 0};
+  piece.k = piece.v = {rows.data(), DataType::kF32};
+  args.append = {&piece, 1};
+  EXPECT_EQ(backend().AttendLayer(**plan, args).code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST_P(BackendConformance, RunsTheCallersWorkOnceAndFailsWithItsError) {
+  BatchItem few(backend(), {2, 2, 64, 64}, "q8_0", 200, 1, 2, 60),
+      many(backend(), {2, 2, 64, 64}, "q8_0", 300, 100, 2, 61);
+  std::vector<PlanItem> planned = {few.Planned(), many.Planned()};
+  auto plan = backend().PlanAttend({4, true, 0, planned}, nullptr);
+  ASSERT_TRUE(plan.ok());
+  const std::vector<LayerItem> tensors = {few.Tensors(), many.Tensors()};
+  AttendLayerArgs args = LayerOf(1, 64, tensors);
+  int calls = 0;
+  absl::Status status;
+  const std::thread::id here = std::this_thread::get_id();
+  const std::function<absl::Status()> work = [&] {
+    EXPECT_EQ(std::this_thread::get_id(), here);
+    calls++;
+    return status;
+  };
+  args.meanwhile = &work;
+  ASSERT_TRUE(backend().AttendLayer(**plan, args).ok());
+  EXPECT_EQ(calls, 1);
+  for (BatchItem* item : {&few, &many}) {
+    item->attend.layer = 1;
+    ExpectClose(item->result, AttendByReference(*item->sequence, item->attend, item->q), 64, 3e-3);
+  }
+  status = absl::InvalidArgumentError("a value of q");
+  const absl::Status failed = backend().AttendLayer(**plan, args);
+  EXPECT_EQ(failed.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(failed.message()), HasSubstr("a value of q"));
+  EXPECT_EQ(calls, 2);
+  // The plan is as good as before.
+  status = absl::OkStatus();
+  ASSERT_TRUE(backend().AttendLayer(**plan, args).ok());
 }
 
 TEST_P(BackendConformance, StopsWhenCancelled) {

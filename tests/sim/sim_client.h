@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "daemon/cache/kv_cache.h"
@@ -29,17 +30,20 @@ struct SimClient {
   }
   int64_t length() const { return shadow.Length(); }
 
-  // What attention over a layer may see now, as states of the naive model. Usually the one that it has. While
-  // an append has published its tokens and not returned, its blocks become coded one after another: with the
-  // new rows, coded or not yet.
+  // What a read of a layer may see now, as states of the naive model; in the last one most has left the
+  // window. Usually the one that it has. An append that has published its tokens and not returned lets blocks
+  // become coded and leave the window one after another, those of other layers too: with the new rows, coded
+  // or not yet.
   std::vector<ShadowSequence> States(int64_t length_in_cache, int layer) const {
-    if (length_in_cache == shadow.LayerLength(layer)) return {shadow};
     std::vector<ShadowSequence> states;
+    if (length_in_cache == shadow.LayerLength(layer)) states.push_back(shadow);
     if (pending.empty()) return states;
-    states.push_back(shadow);
-    for (const NewRows& rows : pending) states.back().Append(rows.layer, rows.k, rows.v, rows.tokens);
-    states.push_back(states.back());
-    states.back().Settle();
+    ShadowSequence with = shadow;
+    for (const NewRows& rows : pending) with.Append(rows.layer, rows.k, rows.v, rows.tokens);
+    if (with.LayerLength(layer) != length_in_cache) return states;
+    states.push_back(with);
+    with.Settle();
+    states.push_back(std::move(with));
     return states;
   }
 

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/attend_args.h"
 #include "kernels/backend.h"
 
 namespace kvtide::testing {
@@ -99,8 +100,13 @@ class FaultyBackend : public Backend {
     return inner_->PlanAttend(args, std::move(previous));
   }
   absl::Status AttendLayer(AttendPlan& plan, const AttendLayerArgs& args) override {
+    AttendLayerArgs attend = args;
+    if (!args.append.empty()) {
+      if (absl::Status status = AppendFirst(*this, args); !status.ok()) return status;
+      attend.append = {};
+    }
     if (absl::Status status = Enter(kAttend); !status.ok()) return status;
-    return inner_->AttendLayer(plan, args);
+    return inner_->AttendLayer(plan, attend);
   }
   absl::Status Decode(const DecodeArgs& args) override {
     if (absl::Status status = Enter(kDecode); !status.ok()) return status;

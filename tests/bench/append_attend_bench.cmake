@@ -1,0 +1,2 @@
+kvtide_add_executable(append_attend_bench ${CMAKE_CURRENT_LIST_DIR}/append_attend_bench.cc)
+target_link_libraries(append_attend_bench PRIVATE kvtide_cache)
