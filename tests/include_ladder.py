@@ -2,7 +2,7 @@
 """The layers of kvtide as a test: reads every include and fails on one that is not in the ladder.
 
     base <- format <- kernels <- cpu | cuda          format <- planner
-    kernels <- daemon/cache <- daemon/service | daemon/metrics <- daemon main
+    kernels <- daemon/cache <- daemon/service | daemon/metrics | daemon/disk <- daemon main
     planner <- daemon/service, daemon main, clients/engine, clients/cli       proto <- daemon/service, clients
 
 It also keeps third-party words where they belong: CUDA in kernels/cuda, gRPC and protobuf out of the cache, Prometheus in
@@ -26,10 +26,11 @@ LADDER = {
     "planner": {"kernels/base", "kernels/format"},
     "proto": {"kernels/base"},
     "daemon/cache": {"kernels/base", "kernels/format", "kernels"},
+    "daemon/disk": {"kernels/base", "daemon/cache"},
     "daemon/metrics": {"kernels/base", "kernels/format", "kernels", "daemon/cache"},
     "daemon/service": {"kernels/base", "kernels/format", "kernels", "daemon/cache", "planner", "proto"},
-    "daemon": {"kernels/base", "kernels/format", "kernels", "kernels/cpu", "kernels/cuda", "daemon/cache", "daemon/metrics",
-               "daemon/service", "planner", "proto"},
+    "daemon": {"kernels/base", "kernels/format", "kernels", "kernels/cpu", "kernels/cuda", "daemon/cache", "daemon/disk",
+               "daemon/metrics", "daemon/service", "planner", "proto"},
     "clients/cpp": {"kernels/base", "kernels/format", "proto"},
     "clients/engine": {"kernels/base", "kernels/format", "planner", "clients/cpp"},
     "clients/python": {"kernels/base", "kernels/format", "kernels", "daemon", "daemon/cache", "daemon/service", "planner", "proto",
