@@ -48,49 +48,49 @@ KvCache::Impl::~Impl() {
   lock->sequences.Clear();
 }
 
-// Append, then attend, then what follows an append: the new tokens are seen as they came.
+// Reserve, write and attend, publish, then what follows an append: the new tokens are seen as they came. The
+// backends write them on their way to the attention; values are checked while a device computes. Until all
+// is well nobody else sees the new tokens.
 absl::Status KvCache::Impl::AppendAttend(const AttendCall& call) {
   const CallContext& context = ContextOf(call);
   const auto check = [&] {
     return context.Check(core.options().clock(), "the attention (nothing was written)");
   };
   KVTIDE_ASSIGN_OR_RETURN(const std::vector<SequencePtr> sequences, reader.FindSequences(call));
-  KVTIDE_RETURN_IF_ERROR(reader.CheckCall(call, sequences.front()->model->spec, true));
+  const ModelSpec& model = sequences.front()->model->spec;
+  KVTIDE_RETURN_IF_ERROR(reader.CheckCall(call, model, true));
   KVTIDE_RETURN_IF_ERROR(check());
   WriteBatch batch;
+  batch.sequences.reserve(call.items.size());
+  batch.writes.reserve(call.items.size());
+  bool codes_at_once = false;
   for (size_t i = 0; i < call.items.size(); i++) {
     const AttendRequest& item = call.items[i];
     if (item.new_tokens == 0) continue;
-    if (batch.Has(*sequences[i]))
-      return absl::InvalidArgumentError(
-          absl::StrCat("item ", i, ": sequence ", item.sequence, " is appended to twice in one call"));
-    LayerWrite& write = batch.Add(sequences[i], call.layer, item.start_position, item.new_tokens);
+    batch.AddSequence(sequences[i]);
+    LayerWrite& write = batch.AddWrite(call.layer, item.start_position, item.new_tokens);
     write.k = item.k;
     write.v = item.v;
-    write.hash = HashRows(write);
+    codes_at_once = codes_at_once || sequences[i]->options.seal_at_once;
   }
-  if (batch.empty()) return reader.Attend(call, sequences, false);
-  {
-    CacheLock lock(core);
-    KVTIDE_RETURN_IF_ERROR(writer.Begin(lock, batch));
-  }
-  absl::Status status = check();
-  if (status.ok()) status = writer.WriteBytes(batch);
-  {
-    CacheLock lock(core);
-    if (!status.ok()) {
-      writer.Rollback(*lock, batch);
-      return status;
-    }
-    KVTIDE_RETURN_IF_ERROR(writer.Commit(*lock, batch));
-  }
-  status = check();
-  if (status.ok()) status = reader.Attend(call, sequences, true);
+  if (codes_at_once) KVTIDE_RETURN_IF_ERROR(reader.CheckValues(call, model, &batch));
   CacheLock lock(core);
+  if (batch.empty()) return reader.Attend(lock, call, sequences, nullptr);
+  KVTIDE_RETURN_IF_ERROR(writer.Begin(lock, batch));
+  absl::Status status = check();
+  if (status.ok() && codes_at_once) {  // attention sees the tokens coded
+    {
+      const Unlocked unlocked(lock);
+      status = writer.WriteBytes(batch);
+    }
+    writer.PublishProfiles(batch);
+  }
+  if (status.ok()) status = reader.Attend(lock, call, sequences, &batch);
   if (!status.ok()) {
     writer.Rollback(*lock, batch);
     return status;
   }
+  KVTIDE_RETURN_IF_ERROR(writer.Commit(*lock, batch));
   return writer.Finish(lock, batch);
 }
 
@@ -210,7 +210,8 @@ absl::Status KvCache::Attend(const AttendCall& call) {
   KVTIDE_ASSIGN_OR_RETURN(const std::vector<SequencePtr> sequences, impl_->reader.FindSequences(call));
   KVTIDE_RETURN_IF_ERROR(impl_->reader.CheckCall(call, sequences.front()->model->spec, false));
   KVTIDE_RETURN_IF_ERROR(ContextOf(call).Check(options().clock(), "the attention"));
-  return impl_->reader.Attend(call, sequences, false);
+  CacheLock lock(impl_->core);
+  return impl_->reader.Attend(lock, call, sequences, nullptr);
 }
 absl::Status KvCache::ReadTokens(const ReadCall& call) { return impl_->reader.ReadTokens(call); }
 absl::Status KvCache::AppendAttend(const AttendCall& call) { return impl_->AppendAttend(call); }

@@ -100,7 +100,7 @@ MoveReport Mover::MoveTo(CacheLock& lock, std::span<const HeldBlock> blocks, int
   constexpr int kRounds = 64;
   for (int round = 0; round < kRounds && allocator.free_bytes() < bytes; round++)
     if (!room_.MakeFree(lock, tier, allocator.free_bytes() + largest, bytes, before_serial)) break;
-  return room_.Execute(lock, moves, true);
+  return room_.Execute(lock, moves, true, before_serial);
 }
 
 // One call of Evict: what may leave, slice by slice.
@@ -271,6 +271,7 @@ MoveReport Mover::RunOnce() {
   CacheLock lock(core_);
   BlockStore& store = lock->store;
   const absl::Time now = core_.options().clock();
+  const uint64_t before_serial = store.serial() + 1;  // what is used from now on stays
   Snapshot snapshot;
   snapshot.homes = static_cast<size_t>(store.homes());
   for (int t = 0; t < static_cast<int>(store.tiers()); t++) snapshot.tiers.push_back(ViewIdle(*lock, t, now));
@@ -278,7 +279,7 @@ MoveReport Mover::RunOnce() {
     if (!IsBusy(*block))
       snapshot.tiers[static_cast<size_t>(block->place->tier)].wanted.push_back(
           RoomMaker::View(store, *block, now));
-  return room_.Execute(lock, PickMoves(snapshot, core_.options().limits, kSlice), true);
+  return room_.Execute(lock, PickMoves(snapshot, core_.options().limits, kSlice), true, before_serial);
 }
 
 }  // namespace kvtide

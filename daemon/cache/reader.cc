@@ -20,7 +20,7 @@ struct Reader::Item {
   const AttendRequest* request = nullptr;
   const Sequence* sequence = nullptr;
   const TableSnapshot* snapshot = nullptr;
-  int64_t length = 0;          // of the layer, when the snapshot was taken
+  int64_t length = 0;          // of the layer, when the snapshot was taken; with what the call appends
   int64_t begin = 0, end = 0;  // positions that any query sees; none if begin >= end
   bool empty() const { return begin >= end; }
 };
@@ -32,16 +32,13 @@ struct Reader::Batch {
   const ModelSpec& model;
   const LayerSpec& layer;
   const LayerGroupSpec& group;
-  bool own_writer = false;
+  WriteBatch* append = nullptr;
   int64_t window = 0;  // of the call; 0 = all
   std::vector<Item> items;
 
   size_t heads() const { return static_cast<size_t>(group.heads); }
   size_t dim_v() const { return static_cast<size_t>(group.shape.head_dim_v); }
   size_t rows(size_t item) const { return static_cast<size_t>(items[item].request->queries) * heads(); }
-  std::string Name(size_t item) const {
-    return absl::StrCat("item ", item, " (sequence ", items[item].sequence->id, ")");
-  }
 };
 
 // The f32 state of one item in one tier's part, where it is not written to the caller's tensors at once.
@@ -55,6 +52,10 @@ struct Reader::PartState {
 Reader::Reader(CacheCore& core) : core_(core), plans_(core.options().max_cached_plans) {}
 
 namespace {
+
+std::string ItemText(const AttendCall& call, size_t item) {
+  return absl::StrCat("item ", item, " (sequence ", call.items[item].sequence, ")");
+}
 
 absl::Status DroppedError(const SnapshotRun& run, int64_t begin, int64_t end) {
   return absl::DataLossError(
@@ -89,8 +90,8 @@ absl::Status Reader::CheckCall(const AttendCall& call, const ModelSpec& model, b
     return absl::InvalidArgumentError(absl::StrCat("window ", *call.window, ": the layer keeps a window of ",
                                                    group.window, " tokens, a call may only narrow it"));
   for (size_t i = 0; i < call.items.size(); i++)
-    KVTIDE_RETURN_IF_ERROR(Annotate(CheckItem(call.items[i], call.layer, group, append),
-                                    absl::StrCat("item ", i, " (sequence ", call.items[i].sequence, ")")));
+    if (const absl::Status status = CheckItem(call.items[i], call.layer, group, append); !status.ok())
+      return Annotate(status, ItemText(call, i));
   return absl::OkStatus();
 }
 
@@ -109,8 +110,6 @@ absl::Status Reader::CheckItem(const AttendRequest& item, int layer, const Layer
     return absl::InvalidArgumentError("q or the output is missing");
   KVTIDE_RETURN_IF_ERROR(
       CheckElements(item.q_elements, item.queries, group.heads, shape.head_dim_k, "q", layer));
-  KVTIDE_RETURN_IF_ERROR(CheckFinite(item.q, item.queries, group.heads, shape.head_dim_k, "q", layer,
-                                     item.first_query_position));
   if (!append) return absl::OkStatus();
   if (item.new_tokens < 0 || item.new_tokens > options.max_tokens_per_append)
     return absl::InvalidArgumentError(absl::StrCat("append of ", item.new_tokens, " tokens: must be at most ",
@@ -122,12 +121,30 @@ absl::Status Reader::CheckItem(const AttendRequest& item, int layer, const Layer
     return absl::InvalidArgumentError("K or V is missing");
   KVTIDE_RETURN_IF_ERROR(
       CheckElements(item.k_elements, item.new_tokens, shape.kv_heads, shape.head_dim_k, "K", layer));
-  KVTIDE_RETURN_IF_ERROR(
-      CheckElements(item.v_elements, item.new_tokens, shape.kv_heads, shape.head_dim_v, "V", layer));
-  KVTIDE_RETURN_IF_ERROR(CheckValues(item.k, item.new_tokens, shape.kv_heads, shape.head_dim_k, "K", layer,
-                                     item.start_position));
-  return CheckValues(item.v, item.new_tokens, shape.kv_heads, shape.head_dim_v, "V", layer,
-                     item.start_position);
+  return CheckElements(item.v_elements, item.new_tokens, shape.kv_heads, shape.head_dim_v, "V", layer);
+}
+
+absl::Status Reader::CheckValues(const AttendCall& call, const ModelSpec& model, WriteBatch* append) const {
+  const LayerGroupSpec& group =
+      model.groups[static_cast<size_t>(model.layers[static_cast<size_t>(call.layer)].group)];
+  const GroupShape& shape = group.shape;
+  size_t written = 0;
+  for (size_t i = 0; i < call.items.size(); i++) {
+    const AttendRequest& item = call.items[i];
+    absl::Status status = CheckFinite(item.q, item.queries, group.heads, shape.head_dim_k, "q", call.layer,
+                                      item.first_query_position);
+    if (status.ok() && append != nullptr && item.new_tokens > 0) {
+      status = kvtide::CheckValues(item.k, item.new_tokens, shape.kv_heads, shape.head_dim_k, "K", call.layer,
+                                   item.start_position);
+      if (status.ok())
+        status = kvtide::CheckValues(item.v, item.new_tokens, shape.kv_heads, shape.head_dim_v, "V",
+                                     call.layer, item.start_position);
+      LayerWrite& write = append->writes[written++];
+      write.hash = HashRows(write);
+    }
+    if (!status.ok()) return Annotate(status, ItemText(call, i));
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<std::vector<SequencePtr>> Reader::FindSequences(const AttendCall& call) const {
@@ -136,6 +153,7 @@ absl::StatusOr<std::vector<SequencePtr>> Reader::FindSequences(const AttendCall&
     return absl::InvalidArgumentError(absl::StrCat(call.items.size(), " items: the limit is ",
                                                    core_.options().max_batch_items, " (max_batch_items)"));
   std::vector<SequencePtr> sequences;
+  sequences.reserve(call.items.size());
   CacheLock lock(core_);
   for (size_t i = 0; i < call.items.size(); i++) {
     absl::StatusOr<SequencePtr> sequence = lock->sequences.Find(call.items[i].sequence);
@@ -149,23 +167,22 @@ absl::StatusOr<std::vector<SequencePtr>> Reader::FindSequences(const AttendCall&
   return sequences;
 }
 
-absl::Status Reader::Attend(const AttendCall& call, const std::vector<SequencePtr>& sequences,
-                            bool own_writer) {
+absl::Status Reader::Attend(CacheLock& lock, const AttendCall& call,
+                            const std::vector<SequencePtr>& sequences, WriteBatch* append) {
   static const CallContext kNobody;
   const ModelSpec& model = sequences.front()->model->spec;
   const LayerSpec& layer = model.layers[static_cast<size_t>(call.layer)];
   const LayerGroupSpec& group = model.groups[static_cast<size_t>(layer.group)];
-  Batch batch{call,       sequences, call.context != nullptr ? *call.context : kNobody,
-              model,      layer,     group,
-              own_writer, 0,         {}};
+  Batch batch{call, sequences, call.context != nullptr ? *call.context : kNobody, model, layer, group, append,
+              0,    {}};
   batch.window = std::min(kMostPosition, call.window.value_or(0) > 0 ? *call.window : group.window);
   batch.items.resize(call.items.size());
-  CacheLock lock(core_);
   Reading reading(*lock, batch.items.size());
   KVTIDE_RETURN_IF_ERROR(TakeSnapshots(*lock, batch, reading));
   const Unlocked unlocked(lock);
   for (size_t i = 0; i < batch.items.size(); i++)
-    KVTIDE_RETURN_IF_ERROR(Annotate(FindVisible(batch, batch.items[i]), batch.Name(i)));
+    if (const absl::Status status = FindVisible(batch, batch.items[i]); !status.ok())
+      return Annotate(status, ItemText(call, i));
   KVTIDE_RETURN_IF_ERROR(CheckWork(batch));
   KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<CachedAttendPlan> plan, FindPlan(batch));
   std::vector<PartState> states;
@@ -180,17 +197,22 @@ absl::Status Reader::Attend(const AttendCall& call, const std::vector<SequencePt
 absl::Status Reader::TakeSnapshots(CacheState& state, Batch& batch, Reading& reading) const {
   const bool touch = batch.layer.layer_in_group == 0;  // once a step is enough
   const absl::Time now = touch ? core_.options().clock() : absl::Time();
+  size_t written = 0;
   for (size_t i = 0; i < batch.items.size(); i++) {
     const SequencePtr& sequence = batch.sequences[i];
     Item& item = batch.items[i];
     item.request = &batch.call.items[i];
     item.sequence = sequence.get();
-    absl::StatusOr<const TableSnapshot*> snapshot =
-        reading.Add(sequence, batch.layer.group, batch.own_writer && item.request->new_tokens > 0);
-    if (!snapshot.ok()) return Annotate(snapshot.status(), batch.Name(i));
+    absl::StatusOr<const TableSnapshot*> snapshot = reading.Add(sequence, batch.layer.group, batch.append);
+    if (!snapshot.ok()) return Annotate(snapshot.status(), ItemText(batch.call, i));
     item.snapshot = *snapshot;
     item.length =
         sequence->groups[static_cast<size_t>(batch.layer.group)].layer(batch.layer.layer_in_group).tokens;
+    if (batch.append != nullptr && item.request->new_tokens > 0) {
+      item.length = batch.append->writes[written++].end();
+    } else if (batch.append != nullptr && sequence->writer == batch.append) {
+      item.length = batch.append->EndOf(*sequence);
+    }
     if (!touch) continue;
     sequence->last_used = now;
     state.store.Touch(sequence->recency, now);
@@ -234,6 +256,8 @@ absl::StatusOr<std::unique_ptr<CachedAttendPlan>> Reader::FindPlan(const Batch& 
   AttendPlanKey key;
   key.shape = {reinterpret_cast<uintptr_t>(&batch.group), batch.call.causal ? 1u : 0u,
                static_cast<uint64_t>(batch.window)};
+  key.shape.reserve(3 + 2 * batch.items.size());
+  key.content.reserve(3 * batch.items.size());
   for (const Item& item : batch.items) {
     key.shape.push_back(item.sequence->id);
     key.shape.push_back(static_cast<uint64_t>(item.request->queries));
@@ -302,47 +326,28 @@ absl::StatusOr<std::unique_ptr<CachedAttendPlan>> Reader::MakePlan(const Batch& 
   return plan;
 }
 
-// Runs every part. Different machines work side by side, tiers of one machine in turn; the first machine with
-// work on this thread.
+// Rows for tiers in which nothing is attended.
+absl::Status Reader::WriteApart(const Batch& batch, const CachedAttendPlan& plan) const {
+  if (batch.append == nullptr) return absl::OkStatus();
+  for (size_t t = 0; t < core_.tiers(); t++) {
+    AppendArgs args;
+    args.pieces = batch.append->PiecesIn(static_cast<int>(t));
+    if (args.pieces.empty() ||
+        std::any_of(plan.parts.begin(), plan.parts.end(),
+                    [&](const CachedAttendPlan::TierPart& part) { return part.tier == static_cast<int>(t); }))
+      continue;
+    KVTIDE_RETURN_IF_ERROR(Annotate(core_.backend(static_cast<int>(t)).Append(args),
+                                    absl::StrCat(TierText(core_.options(), t), ": writing new tokens")));
+  }
+  return absl::OkStatus();
+}
+
+// Runs every part, and checks the values of the call: while the first machine computes or, where one could
+// work on what is not checked yet, before. Different machines work side by side, tiers of one machine in
+// turn; the first machine with work on this thread.
 absl::Status Reader::AttendParts(const Batch& batch, CachedAttendPlan& plan, std::vector<PartState>& states) {
   const AttendCall& call = batch.call;
-  std::vector<size_t> first_state;  // of each part
-  for (const CachedAttendPlan::TierPart& part : plan.parts) {
-    first_state.push_back(states.size());
-    for (const size_t i : part.items) {
-      const AttendRequest& request = *batch.items[i].request;
-      PartState& state = states.emplace_back();
-      state.item = i;
-      // The caller's tensors where nothing is merged into them.
-      const bool alone = plan.parts_of_item[i] == 1;
-      if (!alone || call.sinks != nullptr) state.own_out.resize(batch.rows(i) * batch.dim_v());
-      if (!alone || request.lse == nullptr) state.own_lse.resize(batch.rows(i));
-    }
-  }
-  for (PartState& state : states) {
-    const AttendRequest& request = *batch.items[state.item].request;
-    state.out = state.own_out.empty() ? request.out : MutableTensorView(state.own_out.data());
-    state.lse = state.own_lse.empty() ? request.lse : state.own_lse.data();
-  }
-  AttendLayerArgs args;
-  args.layer = batch.layer.layer_in_group;
-  args.scale = call.scale.value_or(batch.group.scale > 0
-                                       ? batch.group.scale
-                                       : 1.0f / std::sqrt(static_cast<float>(batch.group.shape.head_dim_k)));
-  args.softcap = call.softcap.value_or(batch.group.softcap);
-  args.cancellation = batch.context.cancellation;
-  std::vector<absl::Status> status(plan.parts.size());
-  const auto attend = [&](size_t p) {
-    CachedAttendPlan::TierPart& part = plan.parts[p];
-    std::vector<LayerItem> items;
-    for (size_t j = 0; j < part.items.size(); j++) {
-      const PartState& state = states[first_state[p] + j];
-      items.push_back({batch.items[part.items[j]].request->q, state.out, state.lse});
-    }
-    AttendLayerArgs mine = args;
-    mine.items = items;
-    status[p] = core_.backend(part.tier).AttendLayer(*part.plan, mine);
-  };
+  const std::vector<size_t> first_state = MakeStates(batch, plan, states);
   std::vector<std::vector<size_t>> machines;  // parts by backend
   for (size_t p = 0; p < plan.parts.size(); p++) {
     const auto same = std::find_if(machines.begin(), machines.end(), [&](const std::vector<size_t>& parts) {
@@ -354,17 +359,76 @@ absl::Status Reader::AttendParts(const Batch& batch, CachedAttendPlan& plan, std
       machines.push_back({p});
     }
   }
+  bool checked = false;
+  absl::Status values;
+  const std::function<absl::Status()> check = [&] {
+    checked = true;
+    return values = CheckValues(call, batch.model, batch.append);
+  };
+  if (machines.size() != 1) KVTIDE_RETURN_IF_ERROR(check());
+  KVTIDE_RETURN_IF_ERROR(WriteApart(batch, plan));
+  AttendLayerArgs args;
+  args.layer = batch.layer.layer_in_group;
+  args.scale = call.scale.value_or(batch.group.scale > 0
+                                       ? batch.group.scale
+                                       : 1.0f / std::sqrt(static_cast<float>(batch.group.shape.head_dim_k)));
+  args.softcap = call.softcap.value_or(batch.group.softcap);
+  args.cancellation = batch.context.cancellation;
+  std::vector<absl::Status> status(plan.parts.size());
+  const auto attend = [&](size_t p) {
+    CachedAttendPlan::TierPart& part = plan.parts[p];
+    std::vector<LayerItem> items;
+    items.reserve(part.items.size());
+    for (size_t j = 0; j < part.items.size(); j++) {
+      const PartState& state = states[first_state[p] + j];
+      items.push_back({batch.items[part.items[j]].request->q, state.out, state.lse});
+    }
+    AttendLayerArgs mine = args;
+    mine.items = items;
+    if (batch.append != nullptr) mine.append = batch.append->PiecesIn(part.tier);
+    if (!checked) mine.meanwhile = &check;
+    status[p] = core_.backend(part.tier).AttendLayer(*part.plan, mine);
+  };
   std::vector<std::function<void()>> work;
   for (const std::vector<size_t>& parts : machines)
     work.emplace_back([&attend, &parts] {
       for (const size_t p : parts) attend(p);
     });
   machines_.Run(work);
+  // Bad values are a better reason than what came of them.
+  if (!checked && !IsCancelled(batch.context.cancellation)) KVTIDE_RETURN_IF_ERROR(check());
+  KVTIDE_RETURN_IF_ERROR(values);
   for (size_t p = 0; p < status.size(); p++)
-    KVTIDE_RETURN_IF_ERROR(Annotate(
-        status[p],
-        absl::StrCat("attention in ", TierText(core_.options(), static_cast<size_t>(plan.parts[p].tier)))));
+    if (!status[p].ok())
+      return Annotate(
+          status[p],
+          absl::StrCat("attention in ", TierText(core_.options(), static_cast<size_t>(plan.parts[p].tier))));
   return absl::OkStatus();
+}
+
+// Where each item of each part goes; says which state is the first of each part.
+std::vector<size_t> Reader::MakeStates(const Batch& batch, const CachedAttendPlan& plan,
+                                       std::vector<PartState>& states) const {
+  std::vector<size_t> first_state;
+  size_t count = 0;
+  for (const CachedAttendPlan::TierPart& part : plan.parts) {
+    first_state.push_back(count);
+    count += part.items.size();
+  }
+  states.reserve(count);
+  for (const CachedAttendPlan::TierPart& part : plan.parts)
+    for (const size_t i : part.items) {
+      const AttendRequest& request = *batch.items[i].request;
+      PartState& state = states.emplace_back();
+      state.item = i;
+      // The caller's tensors where nothing is merged into them.
+      const bool alone = plan.parts_of_item[i] == 1;
+      if (!alone || batch.call.sinks != nullptr) state.own_out.resize(batch.rows(i) * batch.dim_v());
+      if (!alone || request.lse == nullptr) state.own_lse.resize(batch.rows(i));
+      state.out = state.own_out.empty() ? request.out : MutableTensorView(state.own_out.data());
+      state.lse = state.own_lse.empty() ? request.lse : state.own_lse.data();
+    }
+  return first_state;
 }
 
 absl::Status Reader::MergeParts(const Batch& batch, std::vector<PartState>& states) const {
@@ -392,7 +456,8 @@ absl::Status Reader::MergeParts(const Batch& batch, std::vector<PartState>& stat
       first[i] = &nothing;
     }
     PartState& state = *first[i];
-    KVTIDE_RETURN_IF_ERROR(Annotate(CheckLogits(batch, i, state.lse), batch.Name(i)));
+    if (const absl::Status status = CheckLogits(batch, i, state.lse); !status.ok())
+      return Annotate(status, ItemText(batch.call, i));
     // A sink is one more state: its logit with value 0. Merged here, it counts once however many tiers took
     // part.
     if (batch.call.sinks != nullptr)
@@ -464,7 +529,7 @@ absl::Status Reader::ReadTokens(const ReadCall& call) {
     if (end > length)
       return absl::OutOfRangeError(absl::StrCat("sequence ", call.sequence, ", layer ", request.layer,
                                                 " has ", length, " tokens, not up to ", end));
-    KVTIDE_ASSIGN_OR_RETURN(const TableSnapshot* snapshot, reading.Add(sequence, spec.group, false));
+    KVTIDE_ASSIGN_OR_RETURN(const TableSnapshot* snapshot, reading.Add(sequence, spec.group, nullptr));
     layers.push_back({&request, snapshot, length});
   }
   sequence->last_used = core_.options().clock();

@@ -12,6 +12,7 @@
 #include "daemon/cache/kv_cache.h"
 #include "daemon/cache/reading.h"
 #include "daemon/cache/side_by_side.h"
+#include "daemon/cache/write_batch.h"
 
 namespace kvtide {
 
@@ -21,10 +22,16 @@ class Reader {
 
   // The sequences of a call's items; an error if one is unknown or they are of several models.
   absl::StatusOr<std::vector<SequencePtr>> FindSequences(const AttendCall& call) const;
-  // Everything that can be said of a call without looking at tables; with `append` its new tokens too.
+  // Everything that can be said of a call without looking at tables or values; with `append` its new tokens
+  // too.
   absl::Status CheckCall(const AttendCall& call, const ModelSpec& model, bool append) const;
-  // `own_writer`: the call itself is the writer of the sequences that it has appended to.
-  absl::Status Attend(const AttendCall& call, const std::vector<SequencePtr>& sequences, bool own_writer);
+  // The values of a call that has passed CheckCall; sets the hashes of what `append`, which may be null,
+  // writes of its items.
+  absl::Status CheckValues(const AttendCall& call, const ModelSpec& model, WriteBatch* append) const;
+  // Checks values while the backends compute. `append`, which may be null, is what the call has begun to
+  // append: its items see the new tokens, which are written here if they are not yet.
+  absl::Status Attend(CacheLock& lock, const AttendCall& call, const std::vector<SequencePtr>& sequences,
+                      WriteBatch* append);
 
   absl::Status ReadTokens(const ReadCall& call);
 
@@ -40,6 +47,9 @@ class Reader {
   absl::Status CheckWork(const Batch& batch) const;
   absl::StatusOr<std::unique_ptr<CachedAttendPlan>> FindPlan(const Batch& batch);
   absl::StatusOr<std::unique_ptr<CachedAttendPlan>> MakePlan(const Batch& batch, AttendPlanKey key);
+  absl::Status WriteApart(const Batch& batch, const CachedAttendPlan& plan) const;
+  std::vector<size_t> MakeStates(const Batch& batch, const CachedAttendPlan& plan,
+                                 std::vector<PartState>& states) const;
   absl::Status AttendParts(const Batch& batch, CachedAttendPlan& plan, std::vector<PartState>& states);
   absl::Status MergeParts(const Batch& batch, std::vector<PartState>& states) const;
   absl::Status CheckLogits(const Batch& batch, size_t index, const float* lse) const;

@@ -20,9 +20,10 @@ Reading::~Reading() {
   state_.changed.NotifyAll();
 }
 
-absl::StatusOr<const TableSnapshot*> Reading::Add(const SequencePtr& sequence, int group, bool own_writer) {
+absl::StatusOr<const TableSnapshot*> Reading::Add(const SequencePtr& sequence, int group,
+                                                  const void* writer) {
   if (sequence->closed) return absl::AbortedError("the sequence was closed");
-  if (sequence->options.seal_at_once && sequence->writer && !own_writer)
+  if (sequence->options.seal_at_once && sequence->writer != nullptr && sequence->writer != writer)
     return absl::AbortedError(
         "the sequence codes at once (evaluation mode) and is being written; one call at a time");
   Entry& entry = entries_.emplace_back();

@@ -19,8 +19,8 @@ class Reading {
   Reading& operator=(const Reading&) = delete;
 
   // The table of a group as it is now. Aborted if the sequence is closed, or codes at once and is being
-  // written by another call.
-  absl::StatusOr<const TableSnapshot*> Add(const SequencePtr& sequence, int group, bool own_writer);
+  // written by another call than `writer`, which is null for one that only reads.
+  absl::StatusOr<const TableSnapshot*> Add(const SequencePtr& sequence, int group, const void* writer);
 
   // Adds to the counters of attended blocks when the reading ends.
   uint64_t attended_blocks = 0, attended_blocks_below_tier0 = 0;

@@ -114,10 +114,10 @@ Snapshot RoomMaker::View(const CacheState& state, int first_tier, size_t bytes, 
 
 bool RoomMaker::MakeRoom(CacheLock& lock, int tier, size_t bytes, size_t want_bytes, uint64_t before_serial) {
   // Pieces that are free count as one at first: as a rule they can be gathered, and less has to go.
-  return MakeHole(lock, tier, bytes, Search::kNear) ||
+  return MakeHole(lock, tier, bytes, Search::kNear, before_serial) ||
          Demote(lock, tier, bytes, want_bytes, before_serial, Free::kGathered) ||
          Demote(lock, tier, bytes, want_bytes, before_serial, Free::kInOnePiece) ||
-         MakeHole(lock, tier, bytes, Search::kWholeTier);
+         MakeHole(lock, tier, bytes, Search::kWholeTier, before_serial);
 }
 
 bool RoomMaker::MakeFree(CacheLock& lock, int tier, size_t bytes, size_t want_bytes, uint64_t before_serial) {
@@ -130,7 +130,7 @@ bool RoomMaker::Demote(CacheLock& lock, int tier, size_t bytes, size_t want_byte
   const Snapshot snapshot = View(*lock, tier, 2 * want, before_serial, free);
   std::vector<Move> moves = PickRoom(snapshot, tier, want);
   if (moves.empty() && want > bytes) moves = PickRoom(snapshot, tier, bytes);
-  const MoveReport report = Execute(lock, moves, false);
+  const MoveReport report = Execute(lock, moves, false, before_serial);
   return report.moved_blocks + report.dropped_blocks > 0;
 }
 
@@ -146,7 +146,8 @@ bool RoomMaker::Drop(CacheState& state, const Move& move, MoveReport* report) co
   return true;
 }
 
-MoveReport RoomMaker::Execute(CacheLock& lock, std::span<const Move> moves, bool read_too) {
+MoveReport RoomMaker::Execute(CacheLock& lock, std::span<const Move> moves, bool read_too,
+                              uint64_t before_serial) {
   BlockStore& store = lock->store;
   MoveReport report;
   MoveBatch batch(lock, &report);
@@ -168,7 +169,7 @@ MoveReport RoomMaker::Execute(CacheLock& lock, std::span<const Move> moves, bool
       // Earlier moves of the list make the room, or it is there in pieces. The mutex was free: look again.
       const size_t bytes = block->layout->block_bytes();
       batch.Finish();
-      MakeHole(lock, move.to, bytes, Search::kNear);
+      MakeHole(lock, move.to, bytes, Search::kNear, before_serial);
       block = find(move);
       target = block != nullptr ? store.Reserve(move.to, *block) : nullptr;
     }
@@ -186,7 +187,7 @@ MoveReport RoomMaker::Execute(CacheLock& lock, std::span<const Move> moves, bool
 // The extents from about `from` on, and where the next stretch begins (0: the tier has been seen to its end).
 // Stretches overlap by `bytes`, so that every hole lies in one of them.
 StretchView RoomMaker::ViewStretch(const CacheState& state, int tier_index, size_t from, size_t bytes,
-                                   size_t* next) const {
+                                   uint64_t before_serial, size_t* next) const {
   const BlockStore& store = state.store;
   const Tier& tier = store.tier(tier_index);
   const absl::Time now = core_.options().clock();
@@ -217,7 +218,9 @@ StretchView RoomMaker::ViewStretch(const CacheState& state, int tier_index, size
     view.kind = ExtentView::Kind::kMovable;
     view.block = block->id;
     const bool idle = now - store.LastTouched(*block) >= core_.options().limits.idle;
-    view.demotion_cost = static_cast<double>(view.bytes) * (idle ? kIdleDemotion : kHotDemotion);
+    view.demotion_cost = store.TouchSerial(*block) >= before_serial
+                             ? -1
+                             : static_cast<double>(view.bytes) * (idle ? kIdleDemotion : kHotDemotion);
   }
   *next = 0;
   if (place == tier.places.end()) {
@@ -228,7 +231,7 @@ StretchView RoomMaker::ViewStretch(const CacheState& state, int tier_index, size
   return stretch;
 }
 
-bool RoomMaker::MakeHole(CacheLock& lock, int tier, size_t bytes, Search search) {
+bool RoomMaker::MakeHole(CacheLock& lock, int tier, size_t bytes, Search search, uint64_t before_serial) {
   constexpr int kNearStretches = 4;
   const ExtentAllocator& allocator = lock->store.tier(tier).allocator;
   const size_t need = ExtentAllocator::RoundUp(bytes);
@@ -238,7 +241,7 @@ bool RoomMaker::MakeHole(CacheLock& lock, int tier, size_t bytes, Search search)
     if (allocator.LargestFreeExtent() >= need) return true;
     if (allocator.free_bytes() < need) return false;
     if (seen > 0) LetOthers(lock);
-    const StretchView stretch = ViewStretch(*lock, tier, from, need, &from);
+    const StretchView stretch = ViewStretch(*lock, tier, from, need, before_serial, &from);
     next_stretch_[static_cast<size_t>(tier)] = from;
     const std::optional<HolePlan> plan = PlanHole(stretch, need);
     if (plan.has_value()) Dig(lock, tier, *plan);

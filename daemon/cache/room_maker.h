@@ -33,8 +33,9 @@ class RoomMaker {
   bool MakeRoom(CacheLock& lock, int tier, size_t bytes, size_t want_bytes, uint64_t before_serial);
   // The same without an extent of that size: true if bytes became free, in pieces perhaps.
   bool MakeFree(CacheLock& lock, int tier, size_t bytes, size_t want_bytes, uint64_t before_serial);
-  // Performs the moves that are still possible. `read_too`: blocks that are being read move as well.
-  MoveReport Execute(CacheLock& lock, std::span<const Move> moves, bool read_too);
+  // Performs the moves that are still possible. `read_too`: blocks that are being read move as well. Where a
+  // target is free in pieces only, what was touched before `serial` may go down to gather them.
+  MoveReport Execute(CacheLock& lock, std::span<const Move> moves, bool read_too, uint64_t before_serial);
 
   static BlockView View(const BlockStore& store, const Block& block, absl::Time now);
   // "no room for N bytes: tier 'device' has ..."
@@ -47,10 +48,11 @@ class RoomMaker {
   Snapshot View(const CacheState& state, int tier, size_t bytes, uint64_t before_serial, Free free) const;
   bool Demote(CacheLock& lock, int tier, size_t bytes, size_t want_bytes, uint64_t before_serial, Free free);
   bool Drop(CacheState& state, const Move& move, MoveReport* report) const;
-  // One free extent of `bytes` out of what is free already: blocks in the way move inside the tier, some may
-  // go down. True if the tier has it.
-  bool MakeHole(CacheLock& lock, int tier, size_t bytes, Search search);
-  StretchView ViewStretch(const CacheState& state, int tier, size_t from, size_t bytes, size_t* next) const;
+  // One free extent of `bytes` out of what is free already: blocks in the way move inside the tier, some of
+  // those that were touched before `serial` may go down. True if the tier has it.
+  bool MakeHole(CacheLock& lock, int tier, size_t bytes, Search search, uint64_t before_serial);
+  StretchView ViewStretch(const CacheState& state, int tier, size_t from, size_t bytes,
+                          uint64_t before_serial, size_t* next) const;
   void Dig(CacheLock& lock, int tier, const HolePlan& plan);
 
   CacheCore& core_;

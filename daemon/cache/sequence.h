@@ -100,8 +100,8 @@ struct Sequence {
   int home = 0;       // device of the first tier; never changes, forks inherit it
   bool empty = true;  // nothing was ever appended
   std::vector<GroupTable> groups;
-  bool writer = false;  // an append or truncation runs
-  int readers = 0;      // reads that run
+  const void* writer = nullptr;  // the append or truncation that runs; null = none
+  int readers = 0;               // reads that run
   bool closed = false;
   SequenceRecency recency;
   uint64_t counted_tokens = 0, counted_f16_bytes = 0;  // what Sequences has added to its totals

@@ -285,22 +285,26 @@ void Sequences::CheckInvariants() const {
     KVTIDE_CHECK(homes[h].sequences == home_counts_[h].sequences && homes[h].empty == home_counts_[h].empty);
 }
 
-absl::StatusOr<WriterGuard> WriterGuard::Begin(Sequences& sequences, SequencePtr sequence) {
+absl::StatusOr<WriterGuard> WriterGuard::Begin(Sequences& sequences, SequencePtr sequence,
+                                               const void* writer) {
   if (sequence->closed) return absl::AbortedError(absl::StrCat("sequence ", sequence->id, " was closed"));
-  if (sequence->writer)
+  if (sequence->writer == writer)
+    return absl::InvalidArgumentError(
+        absl::StrCat("sequence ", sequence->id, " is appended to twice in one call"));
+  if (sequence->writer != nullptr)
     return absl::AbortedError(
         absl::StrCat("sequence ", sequence->id, " is being written by another call; one writer at a time"));
   if (sequence->options.seal_at_once && sequence->readers > 0)
     return absl::AbortedError(absl::StrCat(
         "sequence ", sequence->id, " codes at once (evaluation mode) and is being read; one call at a time"));
-  sequence->writer = true;
+  sequence->writer = writer;
   return WriterGuard(sequences, std::move(sequence));
 }
 
 WriterGuard::~WriterGuard() {
   if (sequence_ == nullptr) return;
-  KVTIDE_CHECK(sequence_->writer);
-  sequence_->writer = false;
+  KVTIDE_CHECK(sequence_->writer != nullptr);
+  sequence_->writer = nullptr;
   if (!sequence_->closed) return;
   sequences_->ReleaseTables(*sequence_);
   sequences_->closing_--;

@@ -93,8 +93,9 @@ uint64_t BytesPerToken(const GroupShape& shape);
 // that was closed meanwhile gives its tables back.
 class WriterGuard {
  public:
-  // Aborted if another one runs, or the sequence is closed; with seal_at_once also while it is read.
-  static absl::StatusOr<WriterGuard> Begin(Sequences& sequences, SequencePtr sequence);
+  // `writer` names the call. Aborted if another one runs, or the sequence is closed; with seal_at_once also
+  // while it is read. InvalidArgument if the same call is the writer already.
+  static absl::StatusOr<WriterGuard> Begin(Sequences& sequences, SequencePtr sequence, const void* writer);
   WriterGuard(WriterGuard&&) = default;
   WriterGuard& operator=(WriterGuard&&) = delete;
   ~WriterGuard();

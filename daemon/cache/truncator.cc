@@ -27,7 +27,7 @@ absl::Status Truncator::Truncate(SequenceId id, int64_t tokens, const CallContex
   cut.tokens = tokens;
   cut.reopened.resize(sequence->groups.size());
   KVTIDE_RETURN_IF_ERROR(CheckCut(*sequence, cut));
-  KVTIDE_ASSIGN_OR_RETURN(const WriterGuard writer, WriterGuard::Begin(lock->sequences, sequence));
+  KVTIDE_ASSIGN_OR_RETURN(const WriterGuard writer, WriterGuard::Begin(lock->sequences, sequence, &cut));
   absl::Status status = ReopenTails(lock, *sequence, cut);
   if (status.ok() && sequence->closed)
     status = absl::AbortedError(absl::StrCat("sequence ", id, " was closed"));

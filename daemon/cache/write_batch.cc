@@ -1,6 +1,10 @@
 #include "daemon/cache/write_batch.h"
 
+#ifdef KVTIDE_XXH_DISPATCH
+#include <xxh_x86dispatch.h>  // the vector instructions of this processor; the same hash
+#else
 #include <xxhash.h>
+#endif
 
 #include <algorithm>
 
@@ -26,11 +30,11 @@ uint64_t HashRows(const LayerWrite& write) {
   return hash;
 }
 
-LayerWrite& WriteBatch::Add(const SequencePtr& sequence, int model_layer, int64_t start, int64_t tokens) {
-  if (!Has(*sequence)) sequences.push_back(sequence);
-  const LayerSpec& layer = sequence->model->spec.layers[static_cast<size_t>(model_layer)];
+LayerWrite& WriteBatch::AddWrite(int model_layer, int64_t start, int64_t tokens) {
+  Sequence& sequence = *sequences.back();
+  const LayerSpec& layer = sequence.model->spec.layers[static_cast<size_t>(model_layer)];
   LayerWrite& write = writes.emplace_back();
-  write.sequence = sequence.get();
+  write.sequence = &sequence;
   write.group = layer.group;
   write.layer = layer.layer_in_group;
   write.model_layer = model_layer;
@@ -39,9 +43,10 @@ LayerWrite& WriteBatch::Add(const SequencePtr& sequence, int model_layer, int64_
   return write;
 }
 
-bool WriteBatch::Has(const Sequence& sequence) const {
-  return std::any_of(sequences.begin(), sequences.end(),
-                     [&](const SequencePtr& each) { return each.get() == &sequence; });
+int64_t WriteBatch::EndOf(const Sequence& sequence) const {
+  return std::find_if(writes.begin(), writes.end(),
+                      [&](const LayerWrite& write) { return write.sequence == &sequence; })
+      ->end();
 }
 
 }  // namespace kvtide

@@ -66,8 +66,10 @@ absl::Status Writer::Append(const AppendCall& call) {
   }
   KVTIDE_RETURN_IF_ERROR(CheckAppend(call, sequence->model->spec));
   WriteBatch batch;
+  batch.AddSequence(sequence);
+  batch.writes.reserve(call.layers.size());
   for (const LayerKv& kv : call.layers) {
-    LayerWrite& write = batch.Add(sequence, kv.layer, call.start_position, call.tokens);
+    LayerWrite& write = batch.AddWrite(kv.layer, call.start_position, call.tokens);
     write.k = kv.k;
     write.v = kv.v;
     write.hash = HashRows(write);
@@ -90,8 +92,12 @@ absl::Status Writer::Append(const AppendCall& call) {
 
 absl::Status Writer::Begin(CacheLock& lock, WriteBatch& batch) {
   KVTIDE_CHECK(batch.phase_ == WriteBatch::Phase::kNew);
+  batch.writers_.reserve(batch.sequences.size());
+  batch.old_tokens_.reserve(batch.sequences.size());
+  batch.blocks_.reserve(batch.writes.size());
+  batch.pieces_.resize(core_.tiers());
   for (const SequencePtr& sequence : batch.sequences) {
-    absl::StatusOr<WriterGuard> writer = WriterGuard::Begin(lock->sequences, sequence);
+    absl::StatusOr<WriterGuard> writer = WriterGuard::Begin(lock->sequences, sequence, &batch);
     if (!writer.ok()) {
       batch.writers_.clear();
       return writer.status();
@@ -116,6 +122,10 @@ absl::Status Writer::BeginLayer(CacheLock& lock, WriteBatch& batch, LayerWrite& 
   const LayerProgress& layer = table.layer(write.layer);
   const auto where = [&] { return absl::StrCat("sequence ", sequence.id, ", layer ", write.model_layer); };
   if (write.start == layer.last_start && write.tokens == layer.tokens - layer.last_start) {
+    {
+      const Unlocked unlocked(lock);  // this call is the writer: the layer stays as it is
+      write.hash = HashRows(write);
+    }
     if (write.hash != layer.last_hash)
       return absl::AbortedError(absl::StrCat(where(), ": tokens ", write.start, " to ", layer.tokens - 1,
                                              " are there already with other values; another call has "
@@ -132,7 +142,6 @@ absl::Status Writer::BeginLayer(CacheLock& lock, WriteBatch& batch, LayerWrite& 
     return absl::ResourceExhaustedError(
         absl::StrCat(where(), ": ", end, " tokens are more than the limit of ",
                      core_.options().max_tokens_per_sequence, " (max_tokens_per_sequence)"));
-  write.before = layer;
   const int64_t first = write.start / kBlockTokens, last = (end - 1) / kBlockTokens;
   const int64_t old_end = table.end_block();
   if (const absl::Status status = AddBlocks(lock, batch, sequence, write.group, last); !status.ok())
@@ -140,21 +149,36 @@ absl::Status Writer::BeginLayer(CacheLock& lock, WriteBatch& batch, LayerWrite& 
   for (int64_t index = first; index <= std::min(last, old_end - 1); index++)
     if (const absl::Status status = MakeWritable(lock, batch, sequence, write.group, index); !status.ok())
       return Annotate(status, where());
-  for (int64_t index = first; index <= last; index++) {
-    WriteTarget target;
-    target.index = index;
-    const auto staged = table.staging.find(index);
-    Block* exact = staged != table.staging.end() ? staged->second : table.at(index);
-    KVTIDE_CHECK(exact->layout == table.exact && exact->writing && exact->place != nullptr);
-    target.tier = exact->place->tier;
-    target.exact = exact->place->data;
-    if (staged != table.staging.end()) {
-      KVTIDE_CHECK(table.at(index)->place->tier == target.tier);
-      target.coded = table.at(index)->place->data;
-    }
-    write.targets.push_back(target);
-  }
+  for (int64_t index = first; index <= last; index++) AddPiece(batch, write, index);
   return absl::OkStatus();
+}
+
+// What is to be written into one block.
+void Writer::AddPiece(WriteBatch& batch, LayerWrite& write, int64_t index) {
+  const GroupTable& table = write.sequence->groups[static_cast<size_t>(write.group)];
+  const auto staged = table.staging.find(index);
+  Block* const exact = staged != table.staging.end() ? staged->second : table.at(index);
+  KVTIDE_CHECK(exact->layout == table.exact && exact->writing && exact->place != nullptr);
+  const int tier = exact->place->tier;
+  if (staged != table.staging.end()) {
+    const Place* const coded = table.at(index)->place;
+    KVTIDE_CHECK(coded->tier == tier);
+    write.twins.push_back({index, tier, exact->place->data, coded->data});
+  }
+  const int64_t block_start = index * kBlockTokens;
+  const int64_t begin = std::max(write.start, block_start);
+  const int64_t end = std::min(write.start + write.tokens, block_start + kBlockTokens);
+  std::vector<AppendPiece>& pieces = batch.pieces_[static_cast<size_t>(tier)];
+  if (pieces.empty()) pieces.reserve(batch.writes.size());
+  AppendPiece& piece = pieces.emplace_back();
+  piece.layout = table.exact;
+  piece.block = exact->place->data;
+  piece.layer = write.layer;
+  piece.first_token = static_cast<int>(begin - block_start);
+  piece.tokens = static_cast<int>(end - begin);
+  piece.source_row = static_cast<size_t>(begin - write.start);
+  piece.k = write.k;
+  piece.v = write.v;
 }
 
 // Extends the table with empty blocks up to last_index.
@@ -250,35 +274,16 @@ absl::Status Writer::CopyBeforeWrite(CacheLock& lock, WriteBatch& batch, Sequenc
 }
 
 absl::Status Writer::WriteBytes(WriteBatch& batch) {
-  std::vector<std::vector<AppendPiece>> pieces(core_.tiers());
-  for (const LayerWrite& write : batch.writes) {
-    if (write.repeated) continue;
-    const GroupTable& table = write.sequence->groups[static_cast<size_t>(write.group)];
-    for (const WriteTarget& target : write.targets) {
-      const int64_t block_start = target.index * kBlockTokens;
-      const int64_t begin = std::max(write.start, block_start);
-      const int64_t end = std::min(write.start + write.tokens, block_start + kBlockTokens);
-      AppendPiece& piece = pieces[static_cast<size_t>(target.tier)].emplace_back();
-      piece.layout = table.exact;
-      piece.block = target.exact;
-      piece.layer = write.layer;
-      piece.first_token = static_cast<int>(begin - block_start);
-      piece.tokens = static_cast<int>(end - begin);
-      piece.source_row = static_cast<size_t>(begin - write.start);
-      piece.k = write.k;
-      piece.v = write.v;
-    }
-  }
-  for (size_t t = 0; t < pieces.size(); t++) {
-    if (pieces[t].empty()) continue;
+  for (size_t t = 0; t < batch.pieces_.size(); t++) {
+    if (batch.pieces_[t].empty()) continue;
     AppendArgs args;
-    args.pieces = pieces[t];
+    args.pieces = batch.pieces_[t];
     KVTIDE_RETURN_IF_ERROR(Annotate(core_.backend(static_cast<int>(t)).Append(args),
                                     absl::StrCat(TierText(core_.options(), t), ": writing new tokens")));
   }
+  batch.pieces_.clear();
   for (LayerWrite& write : batch.writes)
-    if (!write.repeated && write.targets.front().coded != nullptr)
-      KVTIDE_RETURN_IF_ERROR(CodeAtOnce(batch, write));
+    if (!write.twins.empty()) KVTIDE_RETURN_IF_ERROR(CodeAtOnce(batch, write));
   return absl::OkStatus();
 }
 
@@ -306,7 +311,7 @@ absl::Status Writer::CodeAtOnce(WriteBatch& batch, LayerWrite& write) {
     profile = std::move(next);
   }
   std::vector<std::vector<RecodePiece>> pieces(core_.tiers());
-  for (const WriteTarget& target : write.targets) {
+  for (const TwinBlock& target : write.twins) {
     RecodePiece piece;
     piece.from = table.exact;
     piece.source = target.exact;
@@ -327,6 +332,20 @@ absl::Status Writer::CodeAtOnce(WriteBatch& batch, LayerWrite& write) {
   return absl::OkStatus();
 }
 
+void Writer::PublishProfiles(WriteBatch& batch) {
+  for (auto& [table, profile] : batch.profiles_) {
+    if (profile == table->profile) continue;
+    table->profile = profile;
+    // Blocks that are this sequence's own; shared ones hold no layer that the former profile lacks.
+    for (int64_t index = table->first_block(); index < table->end_block(); index++) {
+      Block* block = table->at(index);
+      if (block->references() > 1 || block->layout != table->coded) continue;
+      block->profile = profile;
+      table->blocks->MakeStale(index);
+    }
+  }
+}
+
 absl::Status Writer::Commit(CacheState& state, WriteBatch& batch) {
   KVTIDE_CHECK(batch.phase_ == WriteBatch::Phase::kBegun);
   for (const SequencePtr& sequence : batch.sequences) {
@@ -344,17 +363,7 @@ absl::Status Writer::Commit(CacheState& state, WriteBatch& batch) {
     state.sequences.NotEmptyAnyMore(*write.sequence);
     if (write.start == 0) table.profiled[static_cast<size_t>(write.layer)] = true;
   }
-  for (auto& [table, profile] : batch.profiles_) {
-    if (profile == table->profile) continue;
-    table->profile = profile;
-    // Blocks that are this sequence's own; shared ones hold no layer that the former profile lacks.
-    for (int64_t index = table->first_block(); index < table->end_block(); index++) {
-      Block* block = table->at(index);
-      if (block->references() > 1 || block->layout != table->coded) continue;
-      block->profile = profile;
-      table->blocks->MakeStale(index);
-    }
-  }
+  PublishProfiles(batch);
   for (const SequencePtr& sequence : batch.sequences) {
     state.store.Touch(sequence->recency, now);
     state.sequences.CountHeld(*sequence);
@@ -364,12 +373,8 @@ absl::Status Writer::Commit(CacheState& state, WriteBatch& batch) {
 }
 
 void Writer::Rollback(CacheState& state, WriteBatch& batch) {
+  KVTIDE_CHECK(batch.phase_ == WriteBatch::Phase::kBegun);
   BlockStore& store = state.store;
-  for (LayerWrite& write : batch.writes) {
-    if (batch.phase_ != WriteBatch::Phase::kCommitted || write.repeated) continue;
-    GroupTable& table = write.sequence->groups[static_cast<size_t>(write.group)];
-    table.SetLayer(write.layer, write.before);
-  }
   // Readers may be at rows that the next append overwrites.
   for (const WritingBlock& block : batch.blocks_) block->copy_before_write = true;
   for (const SequencePtr& sequence : batch.sequences)

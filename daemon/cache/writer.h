@@ -1,5 +1,5 @@
 // Appends: reserve under the mutex, write without it, publish under it. Append does all of it for one
-// sequence; AppendAttend takes the steps one by one, with its attention before Finish.
+// sequence; AppendAttend takes the steps one by one, and its attention lets the backends write.
 #pragma once
 
 #include <span>
@@ -22,11 +22,14 @@ class Writer {
 
   // Reserves everything; nothing has changed if it fails.
   absl::Status Begin(CacheLock& lock, WriteBatch& batch);
-  // Writes the rows, without the mutex.
+  // Writes the rows, without the mutex; with seal_at_once codes them, too.
   absl::Status WriteBytes(WriteBatch& batch);
-  // Publishes the new lengths. A failure has rolled the batch back.
+  // Shows the profiles that coding has made.
+  void PublishProfiles(WriteBatch& batch);
+  // Publishes profiles and the new lengths; the writes have their hashes. A failure has rolled the batch
+  // back.
   absl::Status Commit(CacheState& state, WriteBatch& batch);
-  // Takes back what the batch has done, in lengths and in blocks.
+  // Takes back what the batch has reserved.
   void Rollback(CacheState& state, WriteBatch& batch);
   // Ends the batch; what follows an append (sealer.h) is done here.
   absl::Status Finish(CacheLock& lock, WriteBatch& batch);
@@ -34,6 +37,7 @@ class Writer {
  private:
   absl::Status CheckAppend(const AppendCall& call, const ModelSpec& model) const;
   absl::Status BeginLayer(CacheLock& lock, WriteBatch& batch, LayerWrite& write);
+  static void AddPiece(WriteBatch& batch, LayerWrite& write, int64_t index);
   absl::Status AddBlocks(CacheLock& lock, WriteBatch& batch, Sequence& sequence, int group,
                          int64_t last_index);
   absl::Status MakeWritable(CacheLock& lock, WriteBatch& batch, Sequence& sequence, int group, int64_t index);

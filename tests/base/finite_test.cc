@@ -26,7 +26,8 @@ TEST(FirstBeyond, AgreesWithTheValuesOfEveryPattern) {
 TEST(FirstBeyond, FindsTheFirstAtAnyPlace) {
   std::mt19937 random(1);
   for (const DataType type : {DataType::kF32, DataType::kF16, DataType::kBf16})
-    for (const size_t count : {size_t{1}, size_t{31}, size_t{4096}, size_t{4097}, size_t{10000}})
+    for (const size_t count :
+         {size_t{1}, size_t{31}, size_t{65}, size_t{130}, size_t{4096}, size_t{4097}, size_t{10000}})
       for (int round = 0; round < 20; round++) {
         std::vector<float> storage(count);
         const MutableTensorView values{storage.data(), type};

@@ -124,7 +124,8 @@ void CacheSim::JudgeLength(const SimClient& client) {
          [&] { return absl::StrCat("the cache has ", tokens, " tokens, the model ", client.length()); });
 }
 
-// Blocks that were written after a plan was made are not in it: they stay where they are.
+// Blocks that were written after a plan was made are not in it: they stay where they are. But an eviction may
+// drop what lies below to make room there.
 void CacheSim::JudgeFresh(const Frame& frame) {
   for (const ClientPtr& client : clients_) {
     if (client->writing > 0) continue;
@@ -133,11 +134,13 @@ void CacheSim::JudgeFresh(const Frame& frame) {
     for (size_t t = 0; t < info.blocks_by_tier.size(); t++)
       if (t < static_cast<size_t>(CountHomes(cache_->options().tiers))) home_blocks += info.blocks_by_tier[t];
     if (frame.moves_only && client->serial >= frame.first_new && !client->fork)
-      Expect(home_blocks == client->home_blocks && info.dropped_blocks == client->dropped, [&] {
-        return absl::StrCat("#", client->serial, " was opened while it ran and had ", client->home_blocks,
-                            " blocks in the first tier and ", client->dropped, " dropped, now ", home_blocks,
-                            " and ", info.dropped_blocks);
-      });
+      Expect(home_blocks == client->home_blocks &&
+                 (info.dropped_blocks == client->dropped || (frame.evicts && client->options.allow_drop)),
+             [&] {
+               return absl::StrCat("#", client->serial, " was opened while it ran and had ",
+                                   client->home_blocks, " blocks in the first tier and ", client->dropped,
+                                   " dropped, now ", home_blocks, " and ", info.dropped_blocks);
+             });
     client->home_blocks = home_blocks;
     client->dropped = info.dropped_blocks;
   }
@@ -385,7 +388,7 @@ void CacheSim::Close(ClientPtr client) {
 
 void CacheSim::Evict(ClientPtr client, int tier) {
   Scope scope(this, "evict", client, 0, 0);
-  scope.frame().moves_only = true;
+  scope.frame().moves_only = scope.frame().evicts = true;
   const SequenceId id = client->id;
   const absl::StatusOr<MoveReport> report = cache_->Evict({&id, 1}, tier, scope.frame().context);
   if (tier == kDropTier && !client->options.allow_drop) {
@@ -398,7 +401,7 @@ void CacheSim::Evict(ClientPtr client, int tier) {
 
 void CacheSim::EvictAll(int tier) {
   Scope scope(this, "evict all", nullptr, 0, 0);
-  scope.frame().moves_only = true;
+  scope.frame().moves_only = scope.frame().evicts = true;
   Judge(cache_->EvictAll(tier, scope.frame().context).status(), scope.frame());
 }
 

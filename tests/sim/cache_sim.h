@@ -39,7 +39,8 @@ class CacheSim : public CacheTest {
     const char* verb = "";
     ClientPtr client;         // the one that it works on; null: several
     bool moves_only = false;  // its plan is older than what is appended while it runs
-    uint64_t first_new = 0;   // clients from this serial on were opened while it ran
+    bool evicts = false;
+    uint64_t first_new = 0;  // clients from this serial on were opened while it ran
     // At its start:
     bool written = false, read = false, copying = false;
     Cancellation cancellation;

@@ -3,6 +3,7 @@
 #include "daemon/cache/room_maker.h"
 
 #include <deque>
+#include <utility>
 
 #include "tests/daemon/cache/cache_fixture.h"
 
@@ -79,6 +80,47 @@ TEST_F(RoomMakerTest, BlocksThatAreReadOrWrittenStay) {
   EXPECT_TRUE(tried);
   for (Client& client : small) client.CheckAllLayers();
   large.CheckAllLayers();
+}
+
+// A prefetch makes room of what was used before it, in holes too: what is used while it runs stays.
+TEST_F(RoomMakerTest, AHoleForAPrefetchTakesNothingThatWasUsedMeanwhile) {
+  constexpr int kPairs = 85;  // of a block of 16 KiB and one of 32 KiB
+  for (const bool used_meanwhile : {false, true}) {
+    SCOPED_TRACE(used_meanwhile);
+    Start(kMiB + kPairs * 48 * 1024, 16 * kMiB);
+    Client filler(*cache_, Large(), WithPair("f16"), random_),
+        large(*cache_, Large(), WithPair("f16"), random_);
+    ASSERT_TRUE(large.Append(128).ok());
+    const SequenceId id = large.id();
+    ASSERT_EQ(cache_->Evict({&id, 1}, 1)->moved_blocks, 2u);
+    ASSERT_TRUE(filler.Append(64).ok());
+    std::vector<Client> small, medium;
+    for (int i = 0; i < kPairs; i++) {
+      small.emplace_back(*cache_, Small(), WithPair("f16"), random_);
+      ASSERT_TRUE(small.back().Append(64).ok());
+      medium.emplace_back(*cache_, UniformModel("32k", {1, 1, 128, 128}, 1), WithPair("f16"), random_);
+      ASSERT_TRUE(medium.back().Append(64).ok());
+    }
+    ASSERT_TRUE(filler.Close().ok());
+    for (Client& client : small) ASSERT_TRUE(client.Close().ok());
+    // One block of the large one finds room. For the other one some of 32 KiB would have to go, which fit
+    // nowhere else.
+    bool used = !used_meanwhile;
+    const auto use = [&](FaultyBackend::Call call) {
+      if (call != FaultyBackend::kStartCopy || std::exchange(used, true)) return;
+      for (Client& client : medium) ASSERT_TRUE(client.CheckAttention(0).ok());
+    };
+    host_->SetHook(use);
+    device_->SetHook(use);
+    EXPECT_EQ(cache_->Prefetch({&id, 1})->moved_blocks, used_meanwhile ? 1u : 2u);
+    host_->SetHook(nullptr);
+    device_->SetHook(nullptr);
+    uint64_t stayed = 0;
+    for (const Client& client : medium) stayed += cache_->GetSequence(client.id())->blocks_by_tier[0];
+    EXPECT_EQ(stayed == kPairs, used_meanwhile) << stayed;
+    large.CheckAllLayers();
+    cache_->CheckInvariants();
+  }
 }
 
 TEST_F(RoomMakerTest, AFailedCopyInsideATierLosesNothing) {

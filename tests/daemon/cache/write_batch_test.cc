@@ -29,7 +29,8 @@ class WriteBatchTest : public ::testing::Test {
     return options;
   }
   LayerWrite& Add(WriteBatch& batch, int64_t start) {
-    LayerWrite& write = batch.Add(sequence_, 0, start, 2);
+    batch.AddSequence(sequence_);
+    LayerWrite& write = batch.AddWrite(0, start, 2);
     write.k = write.v = {rows_.data(), DataType::kF32};
     write.hash = HashRows(write);
     return write;
