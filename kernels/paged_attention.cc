@@ -32,7 +32,8 @@ absl::Status CheckCount(const char* name, int64_t count, int64_t least, int64_t 
 
 }  // namespace
 
-absl::Status CheckPagedOptions(const PagedOptions& options, std::span<const PagedLayer> layers) {
+absl::Status CheckPagedOptions(const PagedOptions& options, std::span<const PagedLayer> layers,
+                               size_t alignment) {
   KVTIDE_RETURN_IF_ERROR(CheckGroupShape(options.shape));
   if (options.shape.layers != 1)
     return absl::InvalidArgumentError(
@@ -59,19 +60,18 @@ absl::Status CheckPagedOptions(const PagedOptions& options, std::span<const Page
   KVTIDE_RETURN_IF_ERROR(CheckCount("exact_pages", options.exact_pages, 0, INT32_MAX / kBlockTokens));
   KVTIDE_RETURN_IF_ERROR(CheckPages("coded", options.coded_stride, CodedPage(options).block_bytes()));
   KVTIDE_RETURN_IF_ERROR(CheckPages("exact", options.exact_stride, ExactPage(options).block_bytes()));
-  if (!IsAligned(options.scratch, kPageAlignment))
-    return absl::InvalidArgumentError(
-        absl::StrCat("scratch pages must begin at a multiple of ", kPageAlignment));
+  if (!IsAligned(options.scratch, alignment))
+    return absl::InvalidArgumentError(absl::StrCat("scratch pages must begin at a multiple of ", alignment));
   if (layers.empty()) return absl::InvalidArgumentError("no layers");
   for (size_t i = 0; i < layers.size(); i++) {
     const PagedLayer& layer = layers[i];
-    const auto wrong = [i](const char* what) {
+    const auto wrong = [i](const std::string& what) {
       return absl::InvalidArgumentError(absl::StrCat("layer ", i, ": ", what));
     };
     if (layer.coded == nullptr && options.max_coded_blocks > 0) return wrong("no coded pages");
     if (layer.exact == nullptr && options.exact_pages > 0) return wrong("no exact pages");
-    if (!IsAligned(layer.coded, kPageAlignment) || !IsAligned(layer.exact, kPageAlignment))
-      return wrong("pages must begin at a multiple of 128");
+    if (!IsAligned(layer.coded, alignment) || !IsAligned(layer.exact, alignment))
+      return wrong(absl::StrCat("pages must begin at a multiple of ", alignment));
   }
   return absl::OkStatus();
 }

@@ -154,7 +154,9 @@ class PagedAttention {
 
 // What every implementation checks, and how many bytes the engine gives a page. InvalidArgument says what to
 // change.
-absl::Status CheckPagedOptions(const PagedOptions& options, std::span<const PagedLayer> layers);
+// `alignment`: of the first pages; host memory of engines begins at multiples of 64 only.
+absl::Status CheckPagedOptions(const PagedOptions& options, std::span<const PagedLayer> layers,
+                               size_t alignment = 128);
 absl::Status CheckPagedStep(const PagedStep& step, const PagedOptions& options);
 absl::Status CheckPagedRows(PagedRows rows, DataType type, int heads, int head_dim, const char* name);
 inline BlockLayout CodedPage(const PagedOptions& options) { return BlockLayout(options.shape, options.pair); }

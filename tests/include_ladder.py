@@ -33,7 +33,7 @@ LADDER = {
                "daemon/metrics", "daemon/service", "planner", "proto"},
     "clients/cpp": {"kernels/base", "kernels/format", "proto"},
     "clients/engine": {"kernels/base", "kernels/format", "planner", "clients/cpp"},
-    "clients/python": {"kernels/base", "kernels/format", "kernels", "daemon", "daemon/cache", "daemon/service", "planner", "proto",
+    "clients/python": {"kernels/base", "kernels/format", "kernels", "kernels/cpu", "daemon", "daemon/cache", "daemon/service", "planner", "proto",
                        "clients/cpp", "clients/cli"},
     "clients/cli": {"kernels/base", "kernels/format", "planner", "proto", "clients/cpp", "clients/engine"},
 }

@@ -20,4 +20,5 @@ NB_MODULE(_core, m) {
   kvtide::python::BindPool(m);
   kvtide::python::BindFormats(m);
   kvtide::python::BindPlan(m);
+  kvtide::python::BindPaged(m);
 }

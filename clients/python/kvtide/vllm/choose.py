@@ -1,0 +1,70 @@
+"""The pair that `auto` stands for: the planner's answer for this model, card and context."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from .. import planner
+from ..errors import InvalidArgument, KvtideError
+
+MOST_HARM = 1.0
+"""Percent of perplexity that `auto` accepts at most, as measured on the most alike model that was measured."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    pair: str
+    reason: str
+
+
+def choose(model: str, device: str, context: int, sequences: int, hf_config: Any = None) -> Choice:
+    """The least harmful measured pair with which ``sequences`` of ``context`` tokens fit, or, where none lets them, the smallest
+    that harms less than MOST_HARM percent.
+
+    Args:
+        model: what the planner takes: a catalogue name, a folder, a config.json, a GGUF file.
+        device: a card of the planner, or ``auto``.
+        hf_config: vLLM's configuration of the model, for models that are no folder on this machine.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if not os.path.exists(model) and hf_config is not None:
+            model = os.path.join(folder, "config.json")
+            with open(model, "w") as file:
+                json.dump(hf_config.to_dict(), file, default=str)
+        try:
+            plan = planner.plan(model, device, context=[context], concurrency=sequences, max_perplexity_increase=MOST_HARM,
+                                ignore_unknown_fields=True)
+        except KvtideError as error:
+            raise InvalidArgument(f"KVTIDE_PAIR=auto: the planner says: {error}. Choose a pair yourself, such as "
+                                  "KVTIDE_PAIR=turbo4/turbo4") from error
+    answer = plan[context]
+    what = f"{sequences} x {context} tokens"
+    if answer.verdict == "fits" and answer.chosen:
+        return Choice(answer.chosen, f"least measured harm of the pairs with which {what} fit, {harm(answer[answer.chosen])}")
+    measured = [one for one in answer.pairs if one.harm_percent is not None and one.harm_percent <= MOST_HARM]
+    if not measured:
+        raise InvalidArgument("KVTIDE_PAIR=auto: no pair was measured on a model like this one; choose a pair yourself, such as "
+                              "KVTIDE_PAIR=turbo4/turbo4")
+    best = min(measured, key=lambda one: (one.kv_bytes, one.harm_percent))
+    return Choice(best.pair, f"smallest pair below {MOST_HARM:g} % harm ({what} fit with none), {harm(best)}")
+
+
+def harm(pair: Any) -> str:
+    """What is known of a pair's harm, in words."""
+    if pair is None or pair.harm_percent is None:
+        return "harm not measured: kvtide eval measures it"
+    if not pair.harm_model:
+        return "no harm"
+    return f"{pair.harm_percent:+.2f} % perplexity on {pair.harm_model}" + (", another model" if pair.proxy else "")
+
+
+def harm_of(pair: str, model: str, device: str, context: int) -> Optional[str]:
+    """The same for a pair that the user chose; None if the planner does not know the model."""
+    try:
+        return harm(planner.plan(model, device, context=[context], pairs=[pair], ignore_unknown_fields=True)[context][pair])
+    except (KvtideError, KeyError):
+        return None

@@ -1,0 +1,108 @@
+"""What a user can choose, where from, and what of vLLM's own options goes together with it."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Any, List, Mapping, Optional, Tuple
+
+from .. import formats
+from ..errors import InvalidArgument
+
+BLOCK_TOKENS = formats.BLOCK_TOKENS
+_UNITS = {"": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Choices, each an environment variable and a key of ``--additional-config '{"kvtide": {...}}'``, which wins.
+
+    Attributes:
+        pair: ``KVTIDE_PAIR``, such as ``turbo4/turbo4``, ``f16``, or ``auto`` = the planner's choice.
+        first_blocks, last_blocks: ``KVTIDE_EXACT_WINDOW`` (``1+2``): blocks of 64 tokens at either end of a running sequence
+            that it attends in float16.
+        side_memory: ``KVTIDE_SIDE_MEMORY`` (``2GiB``): most memory for float16 copies; None = a tenth of the device's. Less
+            than the window of every sequence needs means that some attend blocks of it coded.
+    """
+
+    pair: str = "auto"
+    first_blocks: int = 1
+    last_blocks: int = 2
+    side_memory: Optional[int] = None
+
+    @classmethod
+    def read(cls, environment: Optional[Mapping[str, str]] = None, config: Any = None) -> "Settings":
+        """From the environment and vLLM's additional config."""
+        environment = os.environ if environment is None else environment
+        chosen = {
+            "pair": environment.get("KVTIDE_PAIR") or "auto",
+            "exact_window": environment.get("KVTIDE_EXACT_WINDOW") or "1+2",
+            "side_memory": environment.get("KVTIDE_SIDE_MEMORY") or "",
+        }
+        given = config.get("kvtide", {}) if isinstance(config, Mapping) else {}
+        if not isinstance(given, Mapping) or set(given) - set(chosen):
+            raise InvalidArgument(f"additional config kvtide: {given!r}; it has the keys {', '.join(chosen)}")
+        chosen.update({key: str(value) for key, value in given.items()})
+        first, last = parse_window(chosen["exact_window"])
+        return cls(parse_pair(chosen["pair"]), first, last, parse_size(chosen["side_memory"]))
+
+    def window_for(self, sliding: int) -> Tuple[int, int]:
+        """Exact blocks of a layer; a sliding window does not see its first block for long."""
+        return (0 if sliding else self.first_blocks, self.last_blocks)
+
+
+def parse_pair(text: str) -> str:
+    if text == "auto":
+        return text
+    names = [one.name for one in formats.types()]
+    parts = text.split("/") if "/" in text else [text, text]
+    if len(parts) != 2 or not set(parts) <= set(names):
+        raise InvalidArgument(f'pair "{text}": write auto, or the type of keys and of values such as turbo4/turbo4; types: '
+                              + ", ".join(names))
+    return "/".join(parts)
+
+
+def parse_window(text: str) -> Tuple[int, int]:
+    match = re.fullmatch(r"(\d+)\+(\d+)", text)
+    if match is None or max(map(int, match.groups())) > 64:
+        raise InvalidArgument(f'exact window "{text}": write blocks kept at the beginning and at the end such as 1+2, at most 64')
+    return int(match.group(1)), int(match.group(2))
+
+
+def parse_size(text: str) -> Optional[int]:
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match.group(2) not in _UNITS:
+        raise InvalidArgument(f'side memory "{text}": write a size such as 2GiB')
+    return int(float(match.group(1)) * _UNITS[match.group(2)])
+
+
+def refusals(config: Any) -> List[str]:
+    """Why this vLLM configuration cannot run on kvtide's pages, each with what to change."""
+    out = []
+    cache, parallel, model = config.cache_config, config.parallel_config, config.model_config
+    if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
+        out.append(f"--kv-cache-dtype {cache.cache_dtype}: kvtide codes the cache itself; leave it at auto and choose KVTIDE_PAIR")
+    if cache.block_size % BLOCK_TOKENS:
+        out.append(f"--block-size {cache.block_size}: kvtide's blocks have 64 tokens; use --block-size 64")
+    if getattr(cache, "kv_cache_dtype_skip_layers", None):
+        out.append("--kv-cache-dtype-skip-layers: every layer has kvtide's pages; leave it out")
+    if getattr(cache, "kv_sharing_fast_prefill", False):
+        out.append("--kv-sharing-fast-prefill: not supported; leave it out")
+    if getattr(model, "use_mla", False):
+        out.append("models with multi-head latent attention (DeepSeek): use vLLM's own MLA backends")
+    if getattr(model, "is_encoder_decoder", False):
+        out.append("encoder-decoder models: use vLLM's own backends")
+    if getattr(model, "is_mm_prefix_lm", False):
+        out.append("models that attend images in both directions: use vLLM's own backends")
+    for name, what in (("decode_context_parallel_size", "--decode-context-parallel-size"),
+                       ("prefill_context_parallel_size", "--prefill-context-parallel-size")):
+        if getattr(parallel, name, 1) > 1:
+            out.append(f"{what} {getattr(parallel, name)}: sequences are not split over GPUs; use --tensor-parallel-size")
+    if getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False):
+        out.append("--enable-dbo: batches are not split in two; leave it out")
+    if config.kv_transfer_config is not None:
+        out.append("KV connectors and --kv-offloading-size: they would write pages behind the backend's back; leave them out")
+    return out

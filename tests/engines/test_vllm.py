@@ -1,0 +1,117 @@
+"""kvtide's attention backend in a real vLLM on the CPU: the tokens of vLLM's own backend, the perplexity of `kvtide eval`, and
+everything that vLLM does with pages."""
+
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+
+import engine
+import pytest
+from engine import GREEDY, ROOT
+
+NEAR_TIE = 0.08  # nats; bfloat16 logits of this model are 0.03 to 0.06 apart
+FEW = {**GREEDY, "max_tokens": 16}
+PROMPTS = 200
+
+
+def greedy(count=PROMPTS, **sampling):
+    return {"prompts": engine.prompts(count), "sampling": {**FEW, "logprobs": 2, **sampling}}
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return engine.run([greedy()], max_num_seqs=64)[0]
+
+
+@pytest.fixture(scope="module")
+def f16():
+    return engine.run([greedy()], pair="f16", max_num_seqs=64)[0]
+
+
+def check_same(ours, theirs, what):
+    """Tokens are equal but where the two likeliest were nearly as likely; those are listed."""
+    different = engine.differences(ours, theirs)
+    for prompt, place, margin in different:
+        print(f"{what}: prompt {prompt} differs from token {place} on; the two likeliest were {margin:.4f} nats apart")
+    assert all(margin < NEAR_TIE for _, _, margin in different), different
+    assert len(different) <= max(1, len(theirs) // 10), different
+
+
+def test_f16_pages_give_the_tokens_of_vllms_own_backend(stock, f16):
+    check_same(f16["batches"][0], stock["batches"][0], "f16")
+    assert f16["kv_tokens"] == stock["kv_tokens"]
+
+
+def test_chunks_and_no_prefix_cache(f16):
+    ours, _ = engine.run([greedy(24)], pair="f16", max_num_batched_tokens=64, enable_prefix_caching=False)
+    check_same(ours["batches"][0], f16["batches"][0][:24], "chunks of 64")
+
+
+def test_preemption_and_speculation(f16):
+    """A cache of 21 blocks for prompts of up to 10, and drafts from the prompt, of which some are refused."""
+    ours, log = engine.run([greedy(24), greedy(24)], pair="f16", max_num_seqs=8, max_model_len=1024,
+                           kv_cache_memory_bytes=22 * 6 * 65536,
+                           speculative_config={"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3})
+    for batch in ours["batches"]:
+        check_same(batch, f16["batches"][0][:24], "preempted, with drafts")
+    assert ours["preemptions"] > 0, ours
+    assert ours["drafts_accepted"] > 0, ours
+
+
+def test_prefix_hits_and_several_samples(f16):
+    """The second time a prompt's full blocks are hits; samples of one prompt share its pages and part in their last block."""
+    batches = [greedy(24), greedy(24), greedy(24, temperature=0.8, seed=1, n=3)]
+    ours, _ = engine.run(batches, pair="f16")
+    theirs, _ = engine.run(batches[2:])
+    check_same(ours["batches"][0], f16["batches"][0][:24], "first time")
+    check_same(ours["batches"][1], f16["batches"][0][:24], "prefix hits")
+    assert sum(one["cached"] for one in ours["batches"][1]) > 24 * 100
+    same = sum(a == b for one, other in zip(ours["batches"][2], theirs["batches"][0]) for a, b in zip(one["tokens"], other["tokens"]))
+    assert all(len(one["tokens"]) == 3 for one in ours["batches"][2])
+    assert same >= 0.7 * 72, same  # one near-tie changes the rest of a sample
+
+
+@pytest.mark.parametrize("pair,ratio", [("turbo4/turbo4", 3.87), ("q8_0/turbo4", 2.53)])
+def test_perplexity_is_that_of_kvtide_eval(pair, ratio, f16):
+    """The same text in chunks of one block, so that both see the exact window that decoding would see."""
+    context, windows = 1024, 2
+    tokens = engine.text_tokens()
+    prompts = [tokens[w * context:(w + 1) * context] for w in range(windows)]
+    ours, log = engine.run([{"prompts": prompts, "sampling": {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0}}], pair=pair,
+                           max_num_seqs=4, max_num_batched_tokens=64, enable_prefix_caching=False, dtype="float32")
+    scores = ours["batches"][0]
+    mine = math.exp(-sum(one["prompt_logprob"] for one in scores) / sum(one["predictions"] for one in scores))
+    wanted = of_kvtide_eval(pair, context, windows)
+    print(f"{pair}: perplexity {mine:.4f} in vLLM, {wanted:.4f} by kvtide eval, {100 * (mine / wanted - 1):+.4f} %")
+    assert mine == pytest.approx(wanted, rel=1e-3)
+    assert ours["kv_tokens"] / (256 << 20) == pytest.approx(f16["kv_tokens"] / (256 << 20) * ratio, rel=0.01)
+    assert re.search(r"KV cache in " + pair, log) and "exact pages" in log
+
+
+def of_kvtide_eval(pair, context, windows):
+    program = pathlib.Path(os.environ.get("KVTIDE_TEST_PROGRAMS", ROOT / "build" / "dev" / "clients" / "cli")) / "kvtide"
+    done = subprocess.run([str(program), "eval", "--model", engine.MODEL, "--text", str(engine.TEXT), "--context", str(context),
+                           "--windows", str(windows), "--pairs", pair, "--output", "json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return next(row["perplexity"] for row in json.loads(done.stdout)["results"] if row["pair"] == pair)
+
+
+def test_coded_pages_under_pressure(f16):
+    """Everything at once over turbo4: hits, preemption, drafts, few exact pages. Most tokens are those of f16."""
+    ours, log = engine.run([greedy(24), greedy(24)], pair="turbo4/turbo4", env={"KVTIDE_SIDE_MEMORY": "1MiB"}, max_num_seqs=8,
+                           max_model_len=1024, kv_cache_memory_bytes=22 * 6 * 16896,
+                           speculative_config={"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3})
+    assert ours["preemptions"] > 0
+    assert "raise KVTIDE_SIDE_MEMORY" in log
+    wanted = [one["tokens"][0] for one in f16["batches"][0][:24]]
+    for batch in ours["batches"]:
+        assert sum(one["tokens"][0][0] == tokens[0] for one, tokens in zip(batch, wanted)) >= 21
+        assert sum(one["tokens"][0] == tokens for one, tokens in zip(batch, wanted)) >= 12
+
+
+def test_options_that_do_not_go_together_are_refused_at_the_start():
+    with pytest.raises(AssertionError, match=r"--kv-cache-dtype fp8: kvtide codes the cache itself"):
+        engine.run([], pair="turbo4/turbo4", kv_cache_dtype="fp8")

@@ -1,0 +1,66 @@
+"""What the backend's settings take and refuse; needs no engine."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from kvtide.errors import InvalidArgument
+from kvtide.vllm.choose import choose, harm_of
+from kvtide.vllm.settings import Settings, refusals
+from ways import ROOT
+
+MODEL = str(ROOT / "clients" / "engine" / "models" / "tidelm-7m")
+
+
+def test_where_settings_come_from():
+    assert Settings.read({}) == Settings("auto", 1, 2, None)
+    read = Settings.read({"KVTIDE_PAIR": "q8_0/turbo4", "KVTIDE_EXACT_WINDOW": "0+4", "KVTIDE_SIDE_MEMORY": "1.5GiB"})
+    assert read == Settings("q8_0/turbo4", 0, 4, 3 << 29)
+    assert Settings.read({"KVTIDE_PAIR": "turbo3"}, {"kvtide": {"pair": "f16"}}).pair == "f16/f16"
+    assert read.window_for(0) == (0, 4) and Settings().window_for(128) == (0, 2)
+
+
+@pytest.mark.parametrize("environment,words", [
+    ({"KVTIDE_PAIR": "turbo9"}, "turbo4"), ({"KVTIDE_PAIR": "f16/f16/f16"}, "the type of keys and of values"),
+    ({"KVTIDE_EXACT_WINDOW": "2"}, "such as 1[+]2"), ({"KVTIDE_EXACT_WINDOW": "1+65"}, "at most 64"),
+    ({"KVTIDE_SIDE_MEMORY": "much"}, "such as 2GiB")])
+def test_mistakes_say_what_to_write(environment, words):
+    with pytest.raises(InvalidArgument, match=words):
+        Settings.read(environment)
+
+
+def test_unknown_keys():
+    with pytest.raises(InvalidArgument, match="pair, exact_window, side_memory"):
+        Settings.read({}, {"kvtide": {"pairs": "f16"}})
+
+
+def config(**changes):
+    options = dict(cache_dtype="auto", block_size=64, kv_transfer_config=None, use_mla=False, is_encoder_decoder=False,
+                   decode_context_parallel_size=1, enable_dbo=False)
+    options.update(changes)
+    one = SimpleNamespace(**options)
+    return SimpleNamespace(cache_config=one, parallel_config=one, model_config=one, kv_transfer_config=one.kv_transfer_config)
+
+
+def test_what_runs_is_not_refused():
+    assert refusals(config()) == [] and refusals(config(block_size=128)) == []
+
+
+@pytest.mark.parametrize("change,words", [
+    ({"cache_dtype": "fp8"}, "--kv-cache-dtype fp8"), ({"block_size": 16}, "--block-size 64"), ({"use_mla": True}, "latent"),
+    ({"is_encoder_decoder": True}, "encoder-decoder"), ({"decode_context_parallel_size": 2}, "--tensor-parallel-size"),
+    ({"enable_dbo": True}, "--enable-dbo"), ({"kv_transfer_config": object()}, "KV connectors")])
+def test_refusals_say_what_to_change(change, words):
+    (reason,) = refusals(config(**change))
+    assert words in reason
+
+
+def test_auto_is_the_planners_choice():
+    small = choose(MODEL, "vram=64MiB,bandwidth=100GB/s", 4096, 64)
+    assert small.pair != "f16/f16" and "%" in small.reason
+    large = choose(MODEL, "vram=24GiB,bandwidth=100GB/s", 4096, 1)
+    assert large.pair == "f16/f16" and "4096 tokens" in large.reason
+    with pytest.raises(InvalidArgument, match="choose a pair yourself|Choose a pair yourself"):
+        choose("no-such-model", "vram=24GiB,bandwidth=100GB/s", 4096, 1)
+    assert "tidelm-7m" in harm_of("turbo4/turbo4", MODEL, "vram=24GiB,bandwidth=100GB/s", 4096)
+    assert harm_of("turbo4/turbo4", "no-such-model", "vram=24GiB,bandwidth=100GB/s", 4096) is None
