@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "kernels/attend_args.h"
-#include "kernels/base/finite.h"
 #include "kernels/base/status.h"
 #include "kernels/check_pieces.h"
+#include "kernels/store_row.h"
 
 namespace kvtide {
 namespace {
@@ -51,13 +51,6 @@ class KeptPlan : public AttendPlan {
 struct Widened {
   std::vector<float> q, out, lse;
 };
-
-// Does nothing without a target.
-void CopyRow(const float* row, size_t count, MutableTensorView target, size_t first) {
-  if (target.data == nullptr) return;
-  const float largest = target.type == DataType::kF16 ? kMaxF16 : kMaxF32;
-  for (size_t i = 0; i < count; i++) target.Set(first + i, std::clamp(row[i], -largest, largest));
-}
 
 }  // namespace
 
@@ -140,10 +133,10 @@ absl::Status Backend::DecodeTokens(std::span<const DecodePiece> pieces, const Ca
       args.v = piece.v.data == nullptr ? nullptr : v.data();
       KVTIDE_RETURN_IF_ERROR(Decode(args));
       for (int64_t t = 0; t < count; t++) {
-        CopyRow(k.data() + static_cast<size_t>(first + t) * k_width, k_width, piece.k,
-                static_cast<size_t>(done + t) * (piece.k_stride == 0 ? k_width : piece.k_stride));
-        CopyRow(v.data() + static_cast<size_t>(first + t) * v_width, v_width, piece.v,
-                static_cast<size_t>(done + t) * (piece.v_stride == 0 ? v_width : piece.v_stride));
+        StoreRow(k.data() + static_cast<size_t>(first + t) * k_width, k_width, piece.k,
+                 static_cast<size_t>(done + t) * (piece.k_stride == 0 ? k_width : piece.k_stride));
+        StoreRow(v.data() + static_cast<size_t>(first + t) * v_width, v_width, piece.v,
+                 static_cast<size_t>(done + t) * (piece.v_stride == 0 ? v_width : piece.v_stride));
       }
       done += count;
     }

@@ -140,10 +140,17 @@ class CudaBackend : public Backend {
     auto* const here = dynamic_cast<PlanHere*>(&plan);
     if (here == nullptr || here->device != device_)
       return absl::InvalidArgumentError(absl::StrCat("attend: the plan is not one of ", name()));
-    KVTIDE_RETURN_IF_ERROR(RunMeanwhile(args));
-    KVTIDE_RETURN_IF_ERROR(AppendFirst(*this, args));
+    AttendLayerArgs left = args;
+    if (here->plan->QueuesAppend(args)) {
+      for (const AppendPiece& piece : args.append) KVTIDE_RETURN_IF_ERROR(CheckPiece(piece));
+    } else {
+      KVTIDE_RETURN_IF_ERROR(RunMeanwhile(args));
+      KVTIDE_RETURN_IF_ERROR(AppendFirst(*this, args));
+      left.append = {};
+      left.meanwhile = nullptr;
+    }
     return WithWorkspace(
-        [&](Workspace& workspace) { return here->plan->Attend(args, environment_, workspace); });
+        [&](Workspace& workspace) { return here->plan->Attend(left, environment_, workspace); });
   }
 
   // A plan for one layer; tests and benchmarks call it, and whoever has no use for a plan.
@@ -185,6 +192,11 @@ class CudaBackend : public Backend {
 
   absl::Status Decode(const DecodeArgs& args) override {
     return WithWorkspace([&](Workspace& workspace) { return DecodeCall(args, workspace); });
+  }
+  absl::Status DecodeTokens(std::span<const DecodePiece> pieces, const Cancellation* cancellation) override {
+    for (const DecodePiece& piece : pieces) KVTIDE_RETURN_IF_ERROR(CheckPiece(piece));
+    return WithWorkspace(
+        [&](Workspace& workspace) { return DecodeTokensCall(pieces, cancellation, workspace); });
   }
 
   absl::StatusOr<CopyTicket> StartCopy(std::span<const CopyPiece> pieces, CopyDirection direction) override {

@@ -10,6 +10,7 @@
 #include "kernels/base/finite.h"
 #include "kernels/base/sizes.h"
 #include "kernels/base/status.h"
+#include "kernels/cuda/codec/append_call.h"
 #include "kernels/cuda/prefill/prefill_call.h"
 
 namespace kvtide::cuda {
@@ -185,6 +186,13 @@ void LayerPlan::Keep(const AttendPlanArgs& args) {
     }
 }
 
+bool LayerPlan::QueuesAppend(const AttendLayerArgs& args) const {
+  return !batches_.empty() && batches_.front().kind == Batch::kPlanned &&
+         std::all_of(args.append.begin(), args.append.end(), [&](const AppendPiece& piece) {
+           return piece.layout != nullptr && *piece.layout == *args.append.front().layout;
+         });
+}
+
 absl::Status LayerPlan::Attend(const AttendLayerArgs& args, const AttendEnvironment& environment,
                                Workspace& workspace) {
   KVTIDE_RETURN_IF_ERROR(CheckAttendLayer(args, shape_));
@@ -230,15 +238,22 @@ absl::Status LayerPlan::AttendBatch(const Batch& batch, const AttendLayerArgs& a
     if (batch.kind == Batch::kFewRows)
       KVTIDE_RETURN_IF_ERROR(tables_.Make(PlanAgain(batch, &items), shape_.group, environment,
                                           DecodeTables::Convert{args.layer, &workspace}));
-    KVTIDE_RETURN_IF_ERROR(workspace.Begin(Workspace::Bound(2, tensors.staging_bytes()),
-                                           tensors.query_bytes() <= environment.in_place_bytes));
+    AppendArgs append;
+    if (&batch == &batches_.front()) append.pieces = args.append;
+    KVTIDE_ASSIGN_OR_RETURN(AppendRows rows, AppendRows::Make(append));
+    KVTIDE_RETURN_IF_ERROR(workspace.Begin(
+        Workspace::Bound(2 + AppendRows::kArrays, tensors.staging_bytes() + rows.staging_bytes()),
+        tensors.query_bytes() + rows.row_bytes() <= environment.in_place_bytes));
+    rows.Place(workspace);
     tensors.PlaceQueries(workspace);
     KVTIDE_RETURN_IF_ERROR(
         tensors.ReserveResults(workspace, tensors.result_bytes() <= environment.in_place_bytes, true));
     KVTIDE_RETURN_IF_ERROR(workspace.Send());
+    KVTIDE_RETURN_IF_ERROR(rows.Launch(workspace.stream()));
     KVTIDE_RETURN_IF_ERROR(tables_.Launch(args, tensors, careful, environment, workspace));
   }
   KVTIDE_RETURN_IF_ERROR(tensors.Fetch(workspace));
+  if (&batch == &batches_.front()) KVTIDE_RETURN_IF_ERROR(RunMeanwhile(args));  // while the device computes
   KVTIDE_RETURN_IF_ERROR(workspace.Finish());
   if (batch.kind != Batch::kManyRows) {
     const auto beyond =

@@ -25,7 +25,10 @@ class LayerPlan : public AttendPlan {
   static absl::StatusOr<std::unique_ptr<LayerPlan>> Make(const AttendPlanArgs& args,
                                                          const AttendEnvironment& environment,
                                                          std::unique_ptr<LayerPlan> previous);
-  // Internal, with item, query and head, where logits leave f32.
+  // Whether Attend can queue `append` and call `meanwhile` itself: pieces of one layout, before a plan whose
+  // first batch is on the device. The caller does both before, for other plans.
+  bool QueuesAppend(const AttendLayerArgs& args) const;
+  // Pieces to append are checked. Internal, with item, query and head, where logits leave f32.
   // Waits for the end of the work unless it fails: then the workspace's owner does (Workspace::Abandon).
   absl::Status Attend(const AttendLayerArgs& args, const AttendEnvironment& environment,
                       Workspace& workspace);

@@ -4,8 +4,6 @@
 #include <cstring>
 
 #include "kernels/base/status.h"
-#include "kernels/check_pieces.h"
-#include "kernels/cuda/codec/codec_kernels.h"
 
 namespace kvtide::cuda {
 namespace {
@@ -51,39 +49,42 @@ AppendSide SideOf(const HalfLayout& half, CacheType type, size_t offset, const s
 
 }  // namespace
 
-absl::Status AppendCall(const AppendArgs& args, size_t in_place_bytes, Workspace& workspace) {
-  size_t rows = 0, jobs = 0;
-  int most_tokens = 0;
+absl::StatusOr<AppendRows> AppendRows::Make(const AppendArgs& args) {
+  AppendRows made;
+  made.args_ = args;
+  size_t rows = 0;
   for (const AppendPiece& piece : args.pieces) {
-    KVTIDE_RETURN_IF_ERROR(CheckPiece(piece));
     if (!(*piece.layout == *args.pieces[0].layout))
       return absl::InvalidArgumentError("append: pieces of unequal layouts");
     if (piece.tokens == 0) continue;
     if (KeysOf(args, piece).data == nullptr || ValuesOf(args, piece).data == nullptr)
       return absl::InvalidArgumentError("append: no k or no v");
     rows += Size(piece.tokens);
-    most_tokens = std::max(most_tokens, piece.tokens);
-    jobs++;
+    made.most_tokens_ = std::max(made.most_tokens_, piece.tokens);
+    made.jobs_++;
   }
-  if (jobs == 0) return absl::OkStatus();
-  const BlockLayout& layout = *args.pieces[0].layout;
-  const GroupShape& shape = layout.shape();
-  const size_t k_width = Size(shape.kv_heads * shape.head_dim_k),
-               v_width = Size(shape.kv_heads * shape.head_dim_v);
-  const DataType type = CommonType(args);
+  if (made.jobs_ == 0) return made;
+  const GroupShape& shape = args.pieces[0].layout->shape();
+  made.type_ = CommonType(args);
+  made.k_bytes_ = rows * Size(shape.kv_heads) * Size(shape.head_dim_k) * DataTypeBytes(made.type_);
+  made.v_bytes_ = rows * Size(shape.kv_heads) * Size(shape.head_dim_v) * DataTypeBytes(made.type_);
+  return made;
+}
 
-  const size_t value_bytes = DataTypeBytes(type), k_bytes = rows * k_width * value_bytes,
-               v_bytes = rows * v_width * value_bytes;
-  KVTIDE_RETURN_IF_ERROR(workspace.Begin(Workspace::Bound(3, k_bytes + v_bytes + jobs * sizeof(AppendJob)),
-                                         k_bytes + v_bytes <= in_place_bytes));
-  const auto k = workspace.Place<std::byte>(k_bytes), v = workspace.Place<std::byte>(v_bytes);
-  const auto placed = workspace.Place<AppendJob>(jobs);
+void AppendRows::Place(Workspace& workspace) {
+  if (empty()) return;
+  const BlockLayout& layout = *args_.pieces[0].layout;
+  const GroupShape& shape = layout.shape();
+  const size_t k_width = Size(shape.kv_heads) * Size(shape.head_dim_k),
+               v_width = Size(shape.kv_heads) * Size(shape.head_dim_v), value_bytes = DataTypeBytes(type_);
+  const auto k = workspace.Place<std::byte>(k_bytes_), v = workspace.Place<std::byte>(v_bytes_);
+  const auto placed = workspace.Place<AppendJob>(jobs_);
   size_t row = 0, index = 0;
-  for (const AppendPiece& piece : args.pieces) {
+  for (const AppendPiece& piece : args_.pieces) {
     if (piece.tokens == 0) continue;
-    CopyRows(KeysOf(args, piece), piece.source_row, Size(piece.tokens), k_width, type,
+    CopyRows(KeysOf(args_, piece), piece.source_row, Size(piece.tokens), k_width, type_,
              k.host + row * k_width * value_bytes);
-    CopyRows(ValuesOf(args, piece), piece.source_row, Size(piece.tokens), v_width, type,
+    CopyRows(ValuesOf(args_, piece), piece.source_row, Size(piece.tokens), v_width, type_,
              v.host + row * v_width * value_bytes);
     AppendJob job;
     job.target = piece.block + layout.RecordOffset(piece.layer, 0);
@@ -93,15 +94,28 @@ absl::Status AppendCall(const AppendArgs& args, size_t in_place_bytes, Workspace
     placed.host[index++] = job;
     row += Size(piece.tokens);
   }
-  AppendParams params;
-  params.k = SideOf(layout.k(), layout.pair().k, 0, k.device);
-  params.v = SideOf(layout.v(), layout.pair().v, layout.v_codes(), v.device);
-  params.jobs = placed.device;
-  params.type = type;
-  params.heads = shape.kv_heads;
-  params.record_bytes = layout.record_bytes();
+  params_.k = SideOf(layout.k(), layout.pair().k, 0, k.device);
+  params_.v = SideOf(layout.v(), layout.pair().v, layout.v_codes(), v.device);
+  params_.jobs = placed.device;
+  params_.type = type_;
+  params_.heads = shape.kv_heads;
+  params_.record_bytes = layout.record_bytes();
+}
+
+absl::Status AppendRows::Launch(cudaStream_t stream) const {
+  if (empty()) return absl::OkStatus();
+  KVTIDE_CUDA_RETURN_IF_ERROR(LaunchAppend(params_, static_cast<int>(jobs_), most_tokens_, stream));
+  return absl::OkStatus();
+}
+
+absl::Status AppendCall(const AppendArgs& args, size_t in_place_bytes, Workspace& workspace) {
+  KVTIDE_ASSIGN_OR_RETURN(AppendRows rows, AppendRows::Make(args));
+  if (rows.empty()) return absl::OkStatus();
+  KVTIDE_RETURN_IF_ERROR(workspace.Begin(Workspace::Bound(AppendRows::kArrays, rows.staging_bytes()),
+                                         rows.row_bytes() <= in_place_bytes));
+  rows.Place(workspace);
   KVTIDE_RETURN_IF_ERROR(workspace.Send());
-  KVTIDE_CUDA_RETURN_IF_ERROR(LaunchAppend(params, static_cast<int>(jobs), most_tokens, workspace.stream()));
+  KVTIDE_RETURN_IF_ERROR(rows.Launch(workspace.stream()));
   return workspace.Finish();
 }
 
