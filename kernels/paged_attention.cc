@@ -60,6 +60,9 @@ absl::Status CheckPagedOptions(const PagedOptions& options, std::span<const Page
   KVTIDE_RETURN_IF_ERROR(CheckCount("exact_pages", options.exact_pages, 0, INT32_MAX / kBlockTokens));
   KVTIDE_RETURN_IF_ERROR(CheckPages("coded", options.coded_stride, CodedPage(options).block_bytes()));
   KVTIDE_RETURN_IF_ERROR(CheckPages("exact", options.exact_stride, ExactPage(options).block_bytes()));
+  if (options.prefill_bytes != 0 && options.prefill_bytes < (size_t{1} << 20))
+    return absl::InvalidArgumentError(
+        absl::StrCat("prefill_bytes is ", options.prefill_bytes, ", 0 or at least 1 MiB are possible"));
   if (!IsAligned(options.scratch, alignment))
     return absl::InvalidArgumentError(absl::StrCat("scratch pages must begin at a multiple of ", alignment));
   if (layers.empty()) return absl::InvalidArgumentError("no layers");

@@ -13,7 +13,9 @@
 //
 // The blocks of a sequence are [0, coded_first) exact, [coded_first, coded_first + coded_count) coded and the
 // rest exact, up to the last, which may be partly filled. The tokens of this step stand at the end of the
-// sequence, in exact pages.
+// sequence, in exact pages. A block is coded from the step after its seal on: a sequence that shares a block
+// which another one fills in the same step (a prefix hit among the requests of one step) names the other's
+// exact page.
 //
 //   auto attention = Make...PagedAttention(options, layers);
 //   attention->Plan(step, stream);                    // once a step
@@ -28,8 +30,9 @@
 // All arrays and tensors lie in the backend's memory. On CUDA, calls only put work on `stream` (a
 // cudaStream_t): nothing waits, nothing is copied from the host but what Plan says, and every verb can be
 // captured in a CUDA graph. A graph may hold the whole step, or the verbs of the layers alone with Plan
-// called before each replay; what was captured serves every later step whose `sequences`, `tokens` and
-// `most_queries` are not larger and whose arrays and tensors lie at the same addresses.
+// called before each replay. What was captured serves every later step with the same `sequences`,
+// `tokens`, `most_queries` and `seals` (padding makes them equal), and arrays and tensors at the same
+// addresses.
 //
 // Values: rows of K and V are stored in f16. What is beyond f16 becomes +-65504, what is no number becomes 0;
 // both are counted (ChangedValues). Sums are f32. A row that sees nothing gets output 0 and log-sum-exp -inf.
@@ -70,6 +73,10 @@ struct PagedOptions {
   size_t coded_stride = 0, exact_stride = 0;
   int exact_pages = 0;           // of each layer; numbers from here on are scratch pages
   std::byte* scratch = nullptr;  // page `exact_pages`; null: there are none
+  // Memory for decoded pages of prefill chunks (CUDA, where steps give lengths on the host), beside f32
+  // copies of their queries and results; at least 1 MiB, or 0: chunks are attended by the kernels for few
+  // rows.
+  size_t prefill_bytes = size_t{256} << 20;
 };
 
 // What differs from layer to layer.
@@ -77,18 +84,21 @@ struct PagedLayer {
   std::byte* coded = nullptr;    // page 0, at a multiple of 128
   std::byte* exact = nullptr;    // page 0, likewise
   const float* sinks = nullptr;  // [heads] an extra logit that takes part with value 0, or null
-  // Profile of coded keys (kernels/format/profile.h), or null = 0 and 1.
+  // Profile of coded keys (kernels/format/profile.h), or null = 0 and 1. Copied when the object is made.
   const float* k_mean = nullptr;  // [kv_heads][head_dim_k]
   const float* k_gain = nullptr;  // same
 };
 
 // What differs from step to step. Arrays are the engine's and stay unchanged until the step's work is done.
 struct PagedStep {
-  // Known to the host: bounds of what the arrays say, and of what a graph captured with this step may serve.
+  // Known to the host: bounds of what the arrays say.
   int sequences = 0;     // rows of the arrays; padding is allowed (no new tokens)
   int tokens = 0;        // rows of the tensors; padding stands at the end
   int most_queries = 0;  // new tokens of one sequence, at most
-  int seals = 0;         // entries of `seal_pages` that are looked at; 0: there is nothing to seal
+  // Entries of `seal_pages` that are looked at; 0: there is nothing to seal. On CUDA each costs its encoding,
+  // whether it counts or not: what a graph leaves room for should be little (a block may be sealed later,
+  // while its exact page stays).
+  int seals = 0;
 
   // New tokens of sequence s are rows [query_start[s], query_start[s + 1]) of q, k, v and out; ascending, the
   // first is 0. Rows of no sequence are padding: neither read nor written.
