@@ -45,7 +45,7 @@ ROOMS = {
         "codec": {"device"},
         "attend": {"device", "codec"},
         "prefill": {"device", "codec", "attend"},
-        "step": {"device", "attend"},
+        "step": {"device", "codec", "attend", "prefill"},
     },
     # What lies beside the rooms of the planner (numbers, names, CSV, items) is the lowest: it includes no room.
     "planner": {

@@ -93,6 +93,17 @@ def cache_step_table(folder):
     return "\n".join(lines)
 
 
+def paged_table(folder):
+    result = json.loads((folder / "gpu_paged_attention.json").read_text())
+    lines = ["| pages | sequences x tokens | bare kernels | step in a graph | above, a layer | above without writing | step by calls | plan | seals of a block of every sequence |",
+             "|---" * 9 + "|"]
+    for s in result["steps"]:
+        cells = [f"{s['bare_us'] / 1e3:.2f}", f"{s['step_us'] / 1e3:.2f}", f"{s['above_a_layer_us']:.1f}", f"{s['above_without_writing_us']:.1f}",
+                 f"{s['called_us'] / 1e3:.2f}", f"{s['plan_us']:.0f}", f"{s['seal_of_every_sequence_us']:.0f}" if s["pair"] != "f16" else "-"]
+        lines.append(f"| {s['pair']} | {s['sequences']} x {s['tokens']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def counter_table(folder):
     with open(folder / "gpu_ncu.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -172,7 +183,7 @@ def main():
     arguments = parser.parse_args()
     attend, baselines, rows = load(arguments.results)
     plot = svg(attend, baselines, rows)
-    tables = [table(rows), *(f(arguments.results) for f in (prefill_table, seal_table, step_table, cache_step_table, counter_table))]
+    tables = [table(rows), *(f(arguments.results) for f in (prefill_table, seal_table, step_table, cache_step_table, paged_table, counter_table))]
     checks = [(arguments.check_svg, "svg", lambda _: plot), (arguments.check_readme, "readme", lambda text: with_tables(text, tables))]
     checked = [(path, option, path.read_text(), make) for path, option, make in checks if path]
     for path, option, text, make in checked:

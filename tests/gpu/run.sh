@@ -13,7 +13,7 @@ declare -A what=(
   [e2e]="kvtided in processes of its own on the GPU, the kvtide command with it"
   [devices]="kvtided and the cache on two GPUs (skipped with one)"
   [sanitizers]="compute-sanitizer's four tools on small shapes"
-  [bench]="gpu_attend, gpu_step, gpu_cache_step, gpu_moves, gpu_prefill and gpu_seal benchmarks, f16 attention of PyTorch"
+  [bench]="gpu_attend, gpu_step, gpu_cache_step, gpu_moves, gpu_prefill, gpu_seal and paged_attention benchmarks, f16 attention of PyTorch"
   [counters]="hardware counters of the main kernels (ncu)"
   [demo]="kvtide demo on the GPU: the same tokens from every tier"
   [eval]="kvtide eval on the GPU and on the CPU: perplexities within 0.1 %"
@@ -106,8 +106,13 @@ stage_cache() {
   KVTIDE_TEST_DEVICE=cuda:0 sharded 4 "$bin/kvtide_test_cache" &&
     KVTIDE_TEST_DEVICE=cuda:0 KVTIDE_SIM_SEEDS=1:24 limited "$bin/kvtide_test_sim" --gtest_brief=1
 }
-# Attack.* makes queues by attends that are slow on a CPU, and counts descriptors that CUDA takes for itself: not for a GPU.
-stage_e2e() { KVTIDE_TEST_DEVICE=cuda:0 KVTIDE_TEST_PROGRAMS="$bin" sharded 6 "$bin/kvtide_test_e2e" --gtest_filter=-Attack.*; }
+# Attack.* makes queues by attends that are slow on a CPU, and counts descriptors that CUDA takes for itself: on the CPU.
+stage_e2e() {
+  local failed=0
+  KVTIDE_TEST_DEVICE=cuda:0 KVTIDE_TEST_PROGRAMS="$bin" sharded 6 "$bin/kvtide_test_e2e" --gtest_filter=-Attack.* || failed=1
+  KVTIDE_TEST_PROGRAMS="$bin" sharded 4 "$bin/kvtide_test_e2e" --gtest_filter=Attack.* || failed=1
+  return "$failed"
+}
 stage_devices() {
   if [ "$gpus" -lt 2 ]; then
     echo "SKIPPED: two GPUs are needed, this machine has $gpus"
@@ -121,7 +126,7 @@ stage_devices() {
 }
 stage_sanitizers() {
   command -v compute-sanitizer > /dev/null || { echo "SKIPPED: compute-sanitizer is not installed"; return 0; }
-  local small='--gtest_filter=*PairsOfUnequal*:*CapsLogits*:*SealsWithProfiles*:*Recodes*:*CopiesMany*:*PrefillAndDecode*:*DeviceDecode*Case1*:*AppendsPiecesOfSeveral*:LayerPlanTest.SendsOnly*:LayerPlanTest.Types*' failed=0 tool
+  local small='--gtest_filter=*PairsOfUnequal*:*CapsLogits*:*SealsWithProfiles*:*Recodes*:*CopiesMany*:*PrefillAndDecode*:*DeviceDecode*Case1*:*AppendsPiecesOfSeveral*:LayerPlanTest.SendsOnly*:LayerPlanTest.Types*:*PagedConformance.SinksSoftcaps*:*PagedConformance.CountsWhat*:*PagedConformance.ChunksWith*' failed=0 tool
   for tool in memcheck racecheck synccheck initcheck; do
     local skipped=""
     # The prefill kernel for any GPU, as compiled for 9.0, frees a stage by one lane after the others met it: racecheck
@@ -140,13 +145,15 @@ stage_sanitizers() {
   return "$failed"
 }
 stage_bench() {
-  local failed=0 name
-  for name in attend step cache_step moves prefill seal; do
-    if [ ! -x "$bin/gpu_${name}_bench" ]; then
-      echo "gpu_${name}_bench: not built"
+  local failed=0 name program
+  for name in attend step cache_step moves prefill seal paged_attention; do
+    program="gpu_${name}_bench"
+    [ "$name" = paged_attention ] && program=paged_attention_bench
+    if [ ! -x "$bin/$program" ]; then
+      echo "$program: not built"
       continue
     fi
-    limited "$bin/gpu_${name}_bench" --json "$work/gpu_$name.json" || { failed=1; continue; }
+    limited "$bin/$program" --json "$work/gpu_$name.json" || { failed=1; continue; }
     if [ "$name" = prefill ] && [ -f tests/bench/gpu_prefill_baseline.py ] && python3 -c 'import torch' 2> /dev/null; then
       limited python3 tests/bench/gpu_prefill_baseline.py --bench "$work/gpu_prefill.json" || failed=1
     fi

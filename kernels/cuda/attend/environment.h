@@ -18,6 +18,7 @@ struct AttendEnvironment {
   size_t in_place_bytes = 0;
   Rotations* rotations = nullptr;
   ProfileStore* profiles = nullptr;
+  bool read_in_place = true;   // f16 blocks by prefills; else their addresses are not known to the host
   int most_decode_rows = 256;  // items with more rows per KV head are prefill (prefill_call.h)
   // Of the code that the device runs (device_image.h): shared memory of a CTA, 0 = the most that this build
   // counts on; prefill kernels for 9.x only; launches that overlap, from 9.0 on.

@@ -8,10 +8,10 @@ namespace kvtide::cuda {
 // `params` is the kernel's only argument. dependent: it may start while the kernel before it in the stream
 // ends (programmatic dependent launch, compute capability 9.0 on). No CTAs: nothing to do.
 inline absl::Status LaunchKernel(const void* function, size_t grid, int block, int shared, bool dependent,
-                                 void* params, cudaStream_t stream) {
-  if (grid == 0) return absl::OkStatus();
+                                 void* params, cudaStream_t stream, size_t grid_y = 1) {
+  if (grid == 0 || grid_y == 0) return absl::OkStatus();
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(grid));
+  config.gridDim = dim3(static_cast<unsigned>(grid), static_cast<unsigned>(grid_y));
   config.blockDim = dim3(static_cast<unsigned>(block));
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = stream;

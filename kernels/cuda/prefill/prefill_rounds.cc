@@ -78,8 +78,8 @@ const std::byte* PrefillRounds::Record(const PrefillSegment::Page& page, int hea
 // Whether a page is f16 as the kernel wants it. One that is not full may hold anything behind its tokens.
 bool PrefillRounds::MayBeReadInPlace(const PrefillSegment::Page& page) const {
   const BlockLayout& layout = *page.run->layout;
-  return kernel_.warpgroups && IsF16(layout.pair().k) && IsF16(layout.pair().v) &&
-         shape_.head_dim_k == kernel_.dim && shape_.head_dim_v == kernel_.dim &&
+  return environment_.read_in_place && kernel_.warpgroups && IsF16(layout.pair().k) &&
+         IsF16(layout.pair().v) && shape_.head_dim_k == kernel_.dim && shape_.head_dim_v == kernel_.dim &&
          static_cast<int64_t>(page.block + 1) * kBlockTokens <= page.run->tokens;
 }
 bool PrefillRounds::IsReadInPlace(const PrefillSegment::Page& page, int head, PagePlace* place) const {

@@ -25,6 +25,61 @@ QueryType TypeOf(DataType type) {
                                   : QueryType::kBf16;
 }
 
+struct DecodeLayerPlan {
+  int32_t layer = 0;
+  const float* mean = nullptr;
+  const float* gain = nullptr;
+};
+
+// Items are sequences with one query each, launches are layers. Sequences without tokens get output 0.
+struct DecodeItems {
+  struct Kind {
+    const int32_t* tokens = nullptr;
+    const int32_t* hidden = nullptr;
+  };
+  Kind of_kind[2];
+  const DecodeLayerPlan* layers = nullptr;
+  int32_t kv_heads = 0, group = 0, head_dim_k = 0, head_dim_v = 0;
+
+  __device__ int Hidden(int k, int item) const {
+    return of_kind[k].hidden == nullptr ? 0 : max(of_kind[k].hidden[item], 0);
+  }
+  __device__ int Tokens(const PlanKind* kinds, int k, int item) const {
+    return min(max(of_kind[k].tokens[item], 0), kinds[k].max_blocks * kBlockTokens);
+  }
+  // Pages [hidden / 64, ceil(tokens / 64)) of a sequence.
+  __device__ int2 Pages(const PlanKind* kinds, int k, int item) const {
+    const int tokens = Tokens(kinds, k, item), hidden = Hidden(k, item);
+    return hidden >= tokens ? make_int2(0, 0)
+                            : make_int2(hidden / kBlockTokens, (tokens + kBlockTokens - 1) / kBlockTokens);
+  }
+  __device__ const std::byte* const* Blocks(const PlanKind* kinds, int k, int item) const {
+    return kinds[k].blocks + static_cast<size_t>(item) * static_cast<size_t>(kinds[k].max_blocks);
+  }
+  __device__ uint64_t RecordBase(const PlanKind* kinds, int k, size_t launch) const {
+    return static_cast<uint64_t>(layers[launch].layer) * static_cast<uint64_t>(kv_heads) *
+           kinds[k].record_bytes;
+  }
+  __device__ void FillUnit(const PlanKind* kinds, int k, size_t launch, int item, int head, int2 pages,
+                           AttendUnit& unit) const {
+    const int64_t g = int64_t{item} * kv_heads + head;
+    unit.first_query = g * group * head_dim_k;
+    if (kinds[k].coded && layers[launch].mean != nullptr) unit.mean = layers[launch].mean + g * head_dim_k;
+    if (kinds[k].coded && layers[launch].gain != nullptr) unit.gain = layers[launch].gain + g * head_dim_k;
+    unit.tokens = Tokens(kinds, k, item) - pages.x * kBlockTokens;
+    unit.rows = unit.rows_per_query = group;
+    unit.causal_end = 1 << 30;
+    unit.window_begin = Hidden(k, item) - pages.x * kBlockTokens;
+  }
+  __device__ void FillGroup(size_t, int item, int head, CombineGroup& to) const {
+    const int64_t g = int64_t{item} * kv_heads + head;
+    to.first_output = g * group * head_dim_v;
+    to.first_lse = g * group;
+    to.first_head = head * group;
+    to.rows = to.rows_per_query = group;
+  }
+};
+
 class DecodeOnDevice final : public DeviceDecode {
  public:
   absl::Status Create(const DecodeOptions& options, const std::vector<DecodeLayer>& layers) {
@@ -43,22 +98,24 @@ class DecodeOnDevice final : public DeviceDecode {
     if (options.exact.blocks != nullptr) KVTIDE_RETURN_IF_ERROR(AddKind(options.exact, ExactPair()));
     if (joint_ != nullptr) KVTIDE_RETURN_IF_ERROR(JoinKinds());
 
-    std::vector<PlanLayer> plan;
+    std::vector<DecodeLayerPlan> plan;
     for (const DecodeLayer& layer : layers) plan.push_back({layer.layer, layer.k_mean, layer.k_gain});
-    PlanLayer* plan_layers = nullptr;
-    KVTIDE_ASSIGN_OR_RETURN(plan_layers, Allocate<PlanLayer>(plan.size()));
+    DecodeLayerPlan* plan_layers = nullptr;
+    KVTIDE_ASSIGN_OR_RETURN(plan_layers, Allocate<DecodeLayerPlan>(plan.size()));
     KVTIDE_CUDA_RETURN_IF_ERROR(
-        cudaMemcpy(plan_layers, plan.data(), plan.size() * sizeof(PlanLayer), cudaMemcpyHostToDevice));
-    plan_.layers = plan_layers;
+        cudaMemcpy(plan_layers, plan.data(), plan.size() * sizeof(DecodeLayerPlan), cudaMemcpyHostToDevice));
     KVTIDE_ASSIGN_OR_RETURN(plan_.groups, Allocate<CombineGroup>(layers_ * units_));
     KVTIDE_ASSIGN_OR_RETURN(plan_.sources, Allocate<CombineSource>(2 * layers_ * units_));
-    plan_.sequences = options.max_sequences;
+    plan_.group_stride = static_cast<uint32_t>(units_);
+    plan_.item_count = options.max_sequences;
     plan_.kv_heads = options.shape.kv_heads;
-    plan_.group = group_;
-    plan_.head_dim_k = options.shape.head_dim_k;
-    plan_.head_dim_v = options.shape.head_dim_v;
-    KVTIDE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(PlanKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                     static_cast<int>(PlanBytes())));
+    plan_.items.layers = plan_layers;
+    plan_.items.kv_heads = options.shape.kv_heads;
+    plan_.items.group = group_;
+    plan_.items.head_dim_k = options.shape.head_dim_k;
+    plan_.items.head_dim_v = options.shape.head_dim_v;
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
+        PlanKernel<DecodeItems>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(PlanBytes())));
 
     const int stored_v = StoredDim(options.shape.head_dim_v);
     // Few rows are cut into many states each, and leave warps free to share them. Many rows fill the GPU by
@@ -79,8 +136,8 @@ class DecodeOnDevice final : public DeviceDecode {
   }
 
   absl::Status Plan(cudaStream_t stream) override {
-    return Settled(LaunchKernel(reinterpret_cast<const void*>(&PlanKernel), layers_, kPlanThreads,
-                                static_cast<int>(PlanBytes()), false, &plan_, stream),
+    return Settled(LaunchKernel(reinterpret_cast<const void*>(&PlanKernel<DecodeItems>), layers_,
+                                kPlanThreads, static_cast<int>(PlanBytes()), false, &plan_, stream),
                    stream);
   }
   absl::Status Attend(int index, cudaStream_t stream) override {
@@ -151,9 +208,9 @@ class DecodeOnDevice final : public DeviceDecode {
     if (options_.heads <= 0 || options_.heads % options_.shape.kv_heads != 0)
       return absl::InvalidArgumentError(
           absl::StrCat(options_.heads, " query heads over ", options_.shape.kv_heads, " KV heads"));
-    if (options_.max_sequences < 1 || options_.max_sequences > kPlanSequences)
-      return absl::InvalidArgumentError(absl::StrCat("max_sequences is ", options_.max_sequences, ", 1..",
-                                                     kPlanSequences, " are possible"));
+    if (options_.max_sequences < 1 || options_.max_sequences > kPlanItems)
+      return absl::InvalidArgumentError(
+          absl::StrCat("max_sequences is ", options_.max_sequences, ", 1..", kPlanItems, " are possible"));
     if (layers.empty()) return absl::InvalidArgumentError("no layers");
     for (const DecodeTable* table : {&options_.coded, &options_.exact})
       if (table->blocks != nullptr && (table->tokens == nullptr || table->max_blocks < 1))
@@ -206,8 +263,7 @@ class DecodeOnDevice final : public DeviceDecode {
     const AttendKernel* const kernel = kernels_[plan_.kind_count];
     PlanKind kind;
     kind.blocks = table.blocks;
-    kind.tokens = table.tokens;
-    kind.hidden = table.hidden;
+    plan_.items.of_kind[plan_.kind_count] = {table.tokens, table.hidden};
     kind.max_blocks = table.max_blocks;
     kind.record_bytes = layout.record_bytes();
     // No more CTAs than pages that there can be.
@@ -278,7 +334,7 @@ class DecodeOnDevice final : public DeviceDecode {
   const AttendKernel* kernels_[2] = {};
   const AttendKernel* joint_ = nullptr;  // of the coded kind, if one launch reads both
   AttendParams params_[2];
-  PlanParams plan_;
+  PlanParams<DecodeItems> plan_;
   CombineParams merge_;
   const void* combine_ = nullptr;
 };

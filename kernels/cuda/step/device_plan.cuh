@@ -1,8 +1,16 @@
-// The plan of a decode step, made on the device: what NumberPages, CutShares and AppendSlots (attend_plan.h)
-// compute on the host, for all layers of a group in one launch. CTA = layer. Sequences without tokens get no
-// unit, so the attention kernel meets none that is empty; the grid is that of a full launch, CTAs beyond the
-// pages find empty shares. Where both kinds of blocks are read by one launch (joint_kernel.cuh), it also says
-// how many CTAs each gets.
+// The plan of launches of attention, made on the device: what NumberPages, CutShares and AppendSlots
+// (attend_plan.h) compute on the host. CTA = launch; its *items* are up to kPlanItems sequences, or tiles of
+// rows of sequences, each with pages of one or two kinds. Items without pages get no unit, so the attention
+// kernel meets none that is empty; the grid is that of a full launch, CTAs beyond the pages find empty
+// shares. Where both kinds of blocks are read by one launch (joint_kernel.cuh), it also says how many CTAs
+// each gets.
+//
+// `Items` says what an item is: DecodeItems (device_decode.cu), TileItems (paged_attention.cu).
+//   int2 Pages(kinds, k, item)            its pages of kind k: [x, y) of its row of the block table
+//   blocks = Blocks(kinds, k, item)       that row
+//   base = RecordBase(kinds, k, launch)   of KV head 0, added to what the table says
+//   FillUnit(kinds, k, launch, item, head, pages, unit)    queries, rows, tokens, masks, profile
+//   FillGroup(launch, item, head, group)                   output and rows
 #pragma once
 
 #include <cub/block/block_scan.cuh>
@@ -12,14 +20,11 @@
 
 namespace kvtide::cuda {
 
-constexpr int kPlanThreads = 1024, kPlanPerThread = 4, kPlanSequences = kPlanThreads * kPlanPerThread;
+constexpr int kPlanThreads = 1024, kPlanPerThread = 4, kPlanItems = kPlanThreads * kPlanPerThread;
 
-// One kind of blocks: what the engine says, and where the plan goes. Arrays are of one layer; strides lead to
-// the next.
+// One kind of blocks, and where the plan goes. Arrays are of one launch; strides lead to the next.
 struct PlanKind {
-  const std::byte* const* blocks = nullptr;
-  const int32_t* tokens = nullptr;
-  const int32_t* hidden = nullptr;
+  const std::byte* const* blocks = nullptr;  // rows of `max_blocks`
   int32_t max_blocks = 0;
   uint64_t record_bytes = 0;
   AttendUnit* units = nullptr;
@@ -34,51 +39,39 @@ struct PlanKind {
   Rotation v_rotation;
   bool coded = false;
 };
-struct PlanLayer {
-  int32_t layer = 0;
-  const float* mean = nullptr;
-  const float* gain = nullptr;
-};
+template <class Items>
 struct PlanParams {
+  Items items;
   PlanKind kinds[2];
   int32_t kind_count = 0;
   // Kinds 0 (coded) and 1 (f16) share the CTAs of one launch; they have the same worker table.
   bool joint = false;
   int32_t joint_ctas = 0;
-  const PlanLayer* layers = nullptr;
-  CombineGroup* groups = nullptr;    // [layers][sequences * kv_heads]
-  CombineSource* sources = nullptr;  // [layers][2 * sequences * kv_heads]
-  int32_t sequences = 0, kv_heads = 0, group = 0;
-  int32_t head_dim_k = 0, head_dim_v = 0;
+  CombineGroup* groups = nullptr;    // [launches][group_stride]
+  CombineSource* sources = nullptr;  // [launches][2 * group_stride]
+  uint32_t group_stride = 0;
+  int32_t item_count = 0;  // of a launch; all entries of theirs are written
+  int32_t kv_heads = 0;
   int32_t team = 1;  // the most warps that a row of the merge may get
 };
 
-// Where the units of a kind begin: sequences that have pages, in order.
+// Where the units of a kind begin: items that have pages, in order.
 struct PlanIndex {
-  uint32_t
-      first_page[kPlanSequences + 1];  // of a KV head's pages, by place among the sequences that have any
-  uint16_t sequence[kPlanSequences];   // by place
-  uint16_t place[kPlanSequences];      // by sequence
+  uint32_t first_page[kPlanItems + 1];  // of a KV head's pages, by place among the items that have any
+  uint16_t item[kPlanItems];            // by place
   uint32_t places;
 };
 
-// Pages [hidden / 64, ceil(tokens / 64)) of a sequence.
-__device__ inline int2 PlanPages(const PlanKind& kind, int sequence) {
-  const int tokens = min(max(kind.tokens[sequence], 0), kind.max_blocks * kBlockTokens);
-  const int hidden = kind.hidden == nullptr ? 0 : max(kind.hidden[sequence], 0);
-  return hidden >= tokens ? make_int2(0, 0)
-                          : make_int2(hidden / kBlockTokens, (tokens + kBlockTokens - 1) / kBlockTokens);
-}
-
-__device__ inline void PlanNumber(const PlanKind& kind, int sequences, PlanIndex& index) {
+template <class Items>
+__device__ inline void PlanNumber(const PlanParams<Items>& params, int k, PlanIndex& index) {
   using Scan = cub::BlockScan<uint2, kPlanThreads>;
   __shared__ typename Scan::TempStorage storage;
   uint2 own[kPlanPerThread], before[kPlanPerThread];
   for (int i = 0; i < kPlanPerThread; i++) {
-    const int s = static_cast<int>(threadIdx.x) * kPlanPerThread + i;
+    const int item = static_cast<int>(threadIdx.x) * kPlanPerThread + i;
     own[i] = make_uint2(0, 0);
-    if (s >= sequences) continue;
-    const int2 pages = PlanPages(kind, s);
+    if (item >= params.item_count) continue;
+    const int2 pages = params.items.Pages(params.kinds, k, item);
     own[i] = make_uint2(static_cast<uint32_t>(pages.y - pages.x), pages.y > pages.x ? 1u : 0u);
   }
   uint2 all;
@@ -86,12 +79,10 @@ __device__ inline void PlanNumber(const PlanKind& kind, int sequences, PlanIndex
   __syncthreads();
   Scan(storage).ExclusiveScan(own, before, make_uint2(0, 0), add, all);
   for (int i = 0; i < kPlanPerThread; i++) {
-    const int s = static_cast<int>(threadIdx.x) * kPlanPerThread + i;
-    if (s >= sequences) continue;
-    index.place[s] = static_cast<uint16_t>(before[i].y);
-    if (own[i].y == 0) continue;
+    const int item = static_cast<int>(threadIdx.x) * kPlanPerThread + i;
+    if (item >= params.item_count || own[i].y == 0) continue;
     index.first_page[before[i].y] = before[i].x;
-    index.sequence[before[i].y] = static_cast<uint16_t>(s);
+    index.item[before[i].y] = static_cast<uint16_t>(item);
   }
   if (threadIdx.x == 0) {
     index.first_page[all.y] = all.x;
@@ -119,38 +110,35 @@ __device__ inline PlanUnit PlanUnitOf(const PlanIndex& index, uint32_t kv_heads,
   return {low * kv_heads + head, begin, begin + own};
 }
 
-__global__ void __launch_bounds__(kPlanThreads) PlanKernel(const __grid_constant__ PlanParams params) {
+template <class Items>
+__global__ void __launch_bounds__(kPlanThreads) PlanKernel(const __grid_constant__ PlanParams<Items> params) {
   extern __shared__ __align__(16) uint8_t memory[];
   PlanIndex* const indices = reinterpret_cast<PlanIndex*>(memory);  // one for each kind
-  const PlanLayer layer = params.layers[blockIdx.x];
+  const size_t launch = blockIdx.x;
+  const Items& items = params.items;
   const uint32_t kv_heads = static_cast<uint32_t>(params.kv_heads),
-                 group_count = static_cast<uint32_t>(params.sequences) * kv_heads;
-  CombineGroup* const groups = params.groups + static_cast<size_t>(blockIdx.x) * group_count;
-  CombineSource* const sources = params.sources + static_cast<size_t>(blockIdx.x) * 2 * group_count;
-  const int64_t q_row = static_cast<int64_t>(params.group) * params.head_dim_k;
-  const int64_t out_row = static_cast<int64_t>(params.group) * params.head_dim_v;
+                 group_count = static_cast<uint32_t>(params.item_count) * kv_heads;
+  CombineGroup* const groups = params.groups + launch * params.group_stride;
+  CombineSource* const sources = params.sources + launch * 2 * params.group_stride;
 
   for (uint32_t g = threadIdx.x; g < group_count; g += kPlanThreads) {
     CombineGroup group;
-    group.first_output = g * out_row;
-    group.first_lse = static_cast<int64_t>(g) * params.group;
-    group.first_head = static_cast<int32_t>(g % kv_heads) * params.group;
+    items.FillGroup(launch, static_cast<int>(g / kv_heads), static_cast<int>(g % kv_heads), group);
     group.first_source = 2 * g;
-    group.rows = group.rows_per_query = params.group;
     groups[g] = group;
   }
   uint32_t pages_of[2] = {};
   for (int k = 0; k < params.kind_count; k++) {
-    PlanNumber(params.kinds[k], params.sequences, indices[k]);
+    PlanNumber(params, k, indices[k]);
     pages_of[k] = indices[k].first_page[indices[k].places] * kv_heads;
   }
   uint32_t next_cta = 0;  // of the worker table
   for (int k = 0; k < params.kind_count; k++) {
     const PlanKind& kind = params.kinds[k];
     const PlanIndex& index = indices[k];
-    AttendUnit* const units = kind.units + static_cast<size_t>(blockIdx.x) * kind.unit_stride;
-    AttendWorker* const workers = kind.workers + static_cast<size_t>(blockIdx.x) * kind.worker_stride;
-    uint32_t* const slots = kind.slots + static_cast<size_t>(blockIdx.x) * kind.slot_stride;
+    AttendUnit* const units = kind.units + launch * kind.unit_stride;
+    AttendWorker* const workers = kind.workers + launch * kind.worker_stride;
+    uint32_t* const slots = kind.slots + launch * kind.slot_stride;
     const uint32_t pages = pages_of[k], warps = static_cast<uint32_t>(kind.warps),
                    entries = static_cast<uint32_t>(kind.entries);
     uint32_t ctas = static_cast<uint32_t>(kind.ctas), first_cta = 0;  // of this kind
@@ -164,29 +152,20 @@ __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const __grid_constant
     ctas = min(ctas, pages);
     const uint32_t count = ctas * warps;  // workers that have a share
     next_cta = first_cta + ctas;
-    const size_t layer_offset = static_cast<size_t>(layer.layer) * kv_heads * kind.record_bytes;
+    const uint64_t record_base = items.RecordBase(params.kinds, k, launch);
 
     for (uint32_t u = threadIdx.x; u < group_count; u += kPlanThreads) {
       AttendUnit unit;
       if (u < index.places * kv_heads) {
-        const uint32_t place = u / kv_heads, head = u % kv_heads, sequence = index.sequence[place];
-        const uint32_t g = sequence * kv_heads + head;
-        const int2 range = PlanPages(kind, static_cast<int>(sequence));
-        const int hidden = kind.hidden == nullptr ? 0 : max(kind.hidden[sequence], 0);
-        unit.blocks =
-            kind.blocks + static_cast<size_t>(sequence) * static_cast<size_t>(kind.max_blocks) + range.x;
-        unit.record_offset = layer_offset + head * kind.record_bytes;
-        unit.first_query = g * q_row;
-        if (kind.coded && layer.mean != nullptr)
-          unit.mean = layer.mean + static_cast<size_t>(g) * static_cast<size_t>(params.head_dim_k);
-        if (kind.coded && layer.gain != nullptr)
-          unit.gain = layer.gain + static_cast<size_t>(g) * static_cast<size_t>(params.head_dim_k);
+        const uint32_t place = u / kv_heads, head = u % kv_heads;
+        const int item = index.item[place];
+        const uint32_t g = static_cast<uint32_t>(item) * kv_heads + head;
+        const int2 range = items.Pages(params.kinds, k, item);
+        unit.blocks = items.Blocks(params.kinds, k, item) + range.x;
+        unit.record_offset = record_base + head * kind.record_bytes;
         unit.pages = static_cast<uint32_t>(range.y - range.x);
         unit.first_page = index.first_page[place] * kv_heads + head * unit.pages;
-        unit.tokens = min(kind.tokens[sequence], kind.max_blocks * kBlockTokens) - range.x * kBlockTokens;
-        unit.rows = unit.rows_per_query = params.group;
-        unit.causal_end = 1 << 30;
-        unit.window_begin = hidden - range.x * kBlockTokens;
+        items.FillUnit(params.kinds, k, launch, item, static_cast<int>(head), range, unit);
 
         CombineSource source;
         source.outputs = kind.outputs;
@@ -231,10 +210,10 @@ __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const __grid_constant
         worker.begin = WorkerBegin(pages, count, i);
         worker.end = WorkerBegin(pages, count, i + 1);
         const PlanUnit at = PlanUnitOf(index, kv_heads, worker.begin);
-        const uint32_t sequence = index.sequence[at.unit / kv_heads];
-        worker.blocks = kind.blocks + static_cast<size_t>(sequence) * static_cast<size_t>(kind.max_blocks) +
-                        PlanPages(kind, static_cast<int>(sequence)).x + (worker.begin - at.begin);
-        worker.record_offset = layer_offset + at.unit % kv_heads * kind.record_bytes;
+        const int item = index.item[at.unit / kv_heads];
+        worker.blocks = items.Blocks(params.kinds, k, item) + items.Pages(params.kinds, k, item).x +
+                        (worker.begin - at.begin);
+        worker.record_offset = record_base + at.unit % kv_heads * kind.record_bytes;
         worker.unit = at.unit;
         worker.unit_end = at.end;
         worker.last_unit =
