@@ -40,7 +40,7 @@ def run(batches, pair="", env=None, **llm):
 def _run(job, pair, env):
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "result.json"
-        done = subprocess.run([sys.executable, str(HERE / "vllm_job.py"), str(out)], input=job, text=True, capture_output=True,
+        done = subprocess.run([sys.executable, str(HERE / "vllm_job.py"), str(out)], input=job, text=True, capture_output=True, cwd=folder,
                               env=environment(pair, **dict(env)), timeout=1800)
         log = done.stdout + done.stderr
         assert done.returncode == 0 and out.exists(), log[-6000:]

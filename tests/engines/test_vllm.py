@@ -40,6 +40,7 @@ def check_same(ours, theirs, what):
     assert len(different) <= max(1, len(theirs) // 10), different
 
 
+@pytest.mark.smoke
 def test_f16_pages_give_the_tokens_of_vllms_own_backend(stock, f16):
     check_same(f16["batches"][0], stock["batches"][0], "f16")
     assert f16["kv_tokens"] == stock["kv_tokens"]

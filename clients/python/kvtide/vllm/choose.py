@@ -21,7 +21,7 @@ class Choice:
     reason: str
 
 
-def choose(model: str, device: str, context: int, sequences: int, hf_config: Any = None) -> Choice:
+def choose(model: str, device: str, context: int, sequences: int, hf_config: Any = None, gpus: int = 1) -> Choice:
     """The least harmful measured pair with which ``sequences`` of ``context`` tokens fit, or, where none lets them, the smallest
     that harms less than MOST_HARM percent.
 
@@ -29,6 +29,7 @@ def choose(model: str, device: str, context: int, sequences: int, hf_config: Any
         model: what the planner takes: a catalogue name, a folder, a config.json, a GGUF file.
         device: a card of the planner, or ``auto``.
         hf_config: vLLM's configuration of the model, for models that are no folder on this machine.
+        gpus: cards that share the model (tensor parallel).
     """
     with tempfile.TemporaryDirectory() as folder:
         if not os.path.exists(model) and hf_config is not None:
@@ -37,7 +38,7 @@ def choose(model: str, device: str, context: int, sequences: int, hf_config: Any
                 json.dump(hf_config.to_dict(), file, default=str)
         try:
             plan = planner.plan(model, device, context=[context], concurrency=sequences, max_perplexity_increase=MOST_HARM,
-                                ignore_unknown_fields=True)
+                                gpus=gpus if gpus > 1 else 0, ignore_unknown_fields=True)
         except KvtideError as error:
             raise InvalidArgument(f"KVTIDE_PAIR=auto: the planner says: {error}. Choose a pair yourself, such as "
                                   "KVTIDE_PAIR=turbo4/turbo4") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 from .. import _core
 from ..errors import InvalidArgument
 from . import choose
-from .settings import BLOCK_TOKENS, Settings, refusals
+from .settings import BLOCK_TOKENS, Settings, cuda_library, refusals
 
 logger = init_logger("vllm.kvtide")
 
@@ -40,14 +40,16 @@ class Shape:
         return _core.paged_page_bytes(pair, self.kv_heads, self.head_dim_k, self.head_dim_v)
 
 
-_settings: Dict[int, Settings] = {}
+# By the cache configuration, which a draft model shares with its target: pages of both are of one kind. The configuration is kept,
+# so that its id stays its own.
+_settings: Dict[int, Tuple[Any, Settings]] = {}
 _last: List[Settings] = []
 
 
 def settings_of(config: Any) -> Settings:
     """The settings of a vLLM configuration with the pair chosen; refuses what cannot run. Says in the log what was chosen."""
-    if id(config.model_config) in _settings:
-        return _settings[id(config.model_config)]
+    if id(config.cache_config) in _settings:
+        return _settings[id(config.cache_config)][1]
     reasons = refusals(config)
     if reasons:
         raise InvalidArgument("kvtide cannot run with these options of vLLM:\n  " + "\n  ".join(reasons))
@@ -55,14 +57,15 @@ def settings_of(config: Any) -> Settings:
     model, device, context = config.model_config.model, planner_device(config), config.model_config.max_model_len
     if settings.pair == "auto":
         sequences = config.scheduler_config.max_num_seqs
-        choice = choose.choose(model, device, context, sequences, config.model_config.hf_config)
-        settings = Settings(choice.pair, settings.first_blocks, settings.last_blocks, settings.side_memory)
+        choice = choose.choose(model, device, context, sequences, config.model_config.hf_config,
+                               config.parallel_config.tensor_parallel_size)
+        settings = replace(settings, pair=choice.pair)
         why = choice.reason
     else:
         why = choose.harm_of(settings.pair, model, device, context) or "harm not known to the planner: kvtide eval measures it"
     logger.info("kvtide: KV cache in %s (%s); the first %d and the last %d blocks of 64 tokens of running sequences in f16",
                 settings.pair, why, settings.first_blocks, settings.last_blocks)
-    _settings[id(config.model_config)] = settings
+    _settings[id(config.cache_config)] = (config.cache_config, settings)
     _last[:] = [settings]
     return settings
 
@@ -144,7 +147,7 @@ class SideMemory:
 
 @functools.lru_cache(maxsize=None)
 def paged_device(kind: str) -> Any:
-    return _core.PagedDevice("cpu", torch.get_num_threads()) if kind == "cpu" else _core.PagedDevice(kind)
+    return _core.PagedDevice("cpu", torch.get_num_threads()) if kind == "cpu" else _core.PagedDevice(kind, library=cuda_library())
 
 
 class Part:
@@ -161,6 +164,7 @@ class Part:
         self.caches: Tuple[int, ...] = ()
         self.paged: Any = None
         self.exact: Any = None
+        self.width = self.tokens = 0
 
     # --- once the cache is there, and again when vLLM has made another ---
 
@@ -207,8 +211,6 @@ class Part:
                     "" if side.slots >= self.exact.all_slots else
                     f" (the windows of all sequences would take {self.exact.all_slots} pages: raise KVTIDE_SIDE_MEMORY or lower "
                     "--max-num-seqs, else some blocks of the windows are attended coded)")
-
-    width = 0
 
     # --- once a step ---
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import re
 from dataclasses import dataclass
 from typing import Any, List, Mapping, Optional, Tuple
@@ -77,6 +78,12 @@ def parse_size(text: str) -> Optional[int]:
     if match is None or match.group(2) not in _UNITS:
         raise InvalidArgument(f'side memory "{text}": write a size such as 2GiB')
     return int(float(match.group(1)) * _UNITS[match.group(2)])
+
+
+def cuda_library() -> str:
+    """The library with the CUDA kernels: that of the package, else the one that the system's linker finds ("")."""
+    inside = pathlib.Path(__file__).resolve().parent.parent / "lib" / "libkvtide_cuda_paged.so"
+    return os.environ.get("KVTIDE_CUDA_PAGED") or (str(inside) if inside.exists() else "")
 
 
 def refusals(config: Any) -> List[str]:
