@@ -124,9 +124,9 @@ absl::Status ExactPages::Check(std::span<const int32_t> query_start, std::span<c
       return absl::InvalidArgumentError(absl::StrCat("row ", s, ": ", what...));
     };
     const int64_t queries = int64_t{query_start[s + 1]} - query_start[s], length = lengths[s];
-    if (queries < 0 || length < 0 || (queries > 0 && queries > length))
+    if (queries < 0 || length < 0 || (length > 0 && queries > length))
       return wrong(queries, " new tokens of ", length);
-    if (queries == 0) continue;
+    if (queries == 0 || length == 0) continue;
     const int64_t blocks = (length + kBlockTokens - 1) / kBlockTokens;
     if (blocks > columns) return wrong(length, " tokens in ", columns, " pages");
     const std::span<const int32_t> pages = table.subspan(s * Size(row), Size(blocks));
@@ -205,7 +205,7 @@ absl::Status ExactPages::Step(std::span<const int32_t> query_start, std::span<co
   const auto for_each_row = [&](const auto& body) {
     for (size_t s = 0; s < lengths.size(); s++) {
       const int queries = query_start[s + 1] - query_start[s];
-      if (queries <= 0) continue;
+      if (queries <= 0 || lengths[s] == 0) continue;
       const int64_t after = lengths[s], blocks = (after + kBlockTokens - 1) / kBlockTokens;
       body(s, after - queries, after, table.subspan(s * Size(row), Size(blocks)));
     }
@@ -253,11 +253,11 @@ absl::Status ExactPages::Step(std::span<const int32_t> query_start, std::span<co
 
   std::fill(coded_first_.begin(), coded_first_.end(), 0);
   std::fill(coded_count_.begin(), coded_count_.end(), 0);
+  std::fill(write_slots_.begin(), write_slots_.end(), -1);
   for_each_row([&](size_t s, int64_t before, int64_t after, std::span<const int32_t> pages) {
     most_queries_ = std::max(most_queries_, static_cast<int>(after - before));
     MakeTables(s, query_start[s], before, after, pages);
   });
-  std::fill(write_slots_.begin() + (lengths.empty() ? 0 : query_start.back()), write_slots_.end(), -1);
   return absl::OkStatus();
 }
 

@@ -58,9 +58,9 @@ class ExactPages {
   static absl::StatusOr<ExactPages> Make(const ExactPagesOptions& options);
 
   // The tables of one step: new tokens of row s are [query_start[s], query_start[s + 1]), lengths[s] counts
-  // them in. A row without new tokens is padding. `table`: page ids, `row` from one row to the next and
-  // `columns` in each, of which the first ceil(lengths[s] / 64) count. InvalidArgument leaves everything as
-  // it was; FailedPrecondition and ResourceExhausted are broken bounds (above).
+  // them in. A row without new tokens, or of length 0, is padding. `table`: page ids, `row` from one row to
+  // the next and `columns` in each, of which the first ceil(lengths[s] / 64) count. InvalidArgument leaves
+  // everything as it was; FailedPrecondition and ResourceExhausted are broken bounds (above).
   absl::Status Step(std::span<const int32_t> query_start, std::span<const int32_t> lengths,
                     std::span<const int32_t> table, int64_t row, int64_t columns);
 

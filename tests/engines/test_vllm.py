@@ -12,71 +12,71 @@ import engine
 import pytest
 from engine import GREEDY, ROOT
 
-NEAR_TIE = 0.08  # nats; bfloat16 logits of this model are 0.03 to 0.06 apart
 FEW = {**GREEDY, "max_tokens": 16}
-PROMPTS = 200
 
 
-def greedy(count=PROMPTS, **sampling):
-    return {"prompts": engine.prompts(count), "sampling": {**FEW, "logprobs": 2, **sampling}}
+def greedy(count, **sampling):
+    return {"prompts": engine.prompts(200)[:count], "sampling": {**FEW, "logprobs": 2, **sampling}}
+
+
+SAMPLES = greedy(24, temperature=0.8, seed=1, n=3)
 
 
 @pytest.fixture(scope="module")
 def stock():
-    return engine.run([greedy()], max_num_seqs=64)[0]
+    """vLLM's own backend in float32, where hardly two tokens are as likely: the first batch of what the tests compare with."""
+    return engine.run([greedy(24), SAMPLES], dtype="float32")[0]
 
 
-@pytest.fixture(scope="module")
-def f16():
-    return engine.run([greedy()], pair="f16", max_num_seqs=64)[0]
-
-
-def check_same(ours, theirs, what):
+def check_same(ours, theirs, what, near_tie=0.01):
     """Tokens are equal but where the two likeliest were nearly as likely; those are listed."""
     different = engine.differences(ours, theirs)
     for prompt, place, margin in different:
         print(f"{what}: prompt {prompt} differs from token {place} on; the two likeliest were {margin:.4f} nats apart")
-    assert all(margin < NEAR_TIE for _, _, margin in different), different
+    print(f"{what}: {len(theirs) - len(different)} of {len(theirs)} prompts give equal tokens")
+    assert all(margin < near_tie for _, _, margin in different), different
     assert len(different) <= max(1, len(theirs) // 10), different
 
 
+def test_f16_pages_give_the_tokens_of_vllms_own_backend():
+    """200 prompts in bfloat16, whose logits here are 0.03 to 0.06 apart, so that ties are common."""
+    theirs, _ = engine.run([greedy(200)], max_num_seqs=64)
+    ours, _ = engine.run([greedy(200)], pair="f16", max_num_seqs=64)
+    check_same(ours["batches"][0], theirs["batches"][0], "f16", near_tie=0.08)
+    assert ours["kv_tokens"] == theirs["kv_tokens"]
+
+
 @pytest.mark.smoke
-def test_f16_pages_give_the_tokens_of_vllms_own_backend(stock, f16):
-    check_same(f16["batches"][0], stock["batches"][0], "f16")
-    assert f16["kv_tokens"] == stock["kv_tokens"]
+def test_chunks_and_no_prefix_cache(stock):
+    ours, _ = engine.run([greedy(24)], pair="f16", max_num_batched_tokens=64, enable_prefix_caching=False, dtype="float32")
+    check_same(ours["batches"][0], stock["batches"][0], "chunks of 64")
 
 
-def test_chunks_and_no_prefix_cache(f16):
-    ours, _ = engine.run([greedy(24)], pair="f16", max_num_batched_tokens=64, enable_prefix_caching=False)
-    check_same(ours["batches"][0], f16["batches"][0][:24], "chunks of 64")
-
-
-def test_preemption_and_speculation(f16):
+def test_preemption_and_speculation(stock):
     """A cache of 21 blocks for prompts of up to 10, and drafts from the prompt, of which some are refused."""
-    ours, log = engine.run([greedy(24), greedy(24)], pair="f16", max_num_seqs=8, max_model_len=1024,
+    ours, log = engine.run([greedy(24), greedy(24)], pair="f16", max_num_seqs=8, max_model_len=1024, dtype="float32",
                            kv_cache_memory_bytes=22 * 6 * 65536,
                            speculative_config={"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3})
     for batch in ours["batches"]:
-        check_same(batch, f16["batches"][0][:24], "preempted, with drafts")
+        check_same(batch, stock["batches"][0], "preempted, with drafts")
     assert ours["preemptions"] > 0, ours
     assert ours["drafts_accepted"] > 0, ours
 
 
-def test_prefix_hits_and_several_samples(f16):
+def test_prefix_hits_and_several_samples(stock):
     """The second time a prompt's full blocks are hits; samples of one prompt share its pages and part in their last block."""
-    batches = [greedy(24), greedy(24), greedy(24, temperature=0.8, seed=1, n=3)]
-    ours, _ = engine.run(batches, pair="f16")
-    theirs, _ = engine.run(batches[2:])
-    check_same(ours["batches"][0], f16["batches"][0][:24], "first time")
-    check_same(ours["batches"][1], f16["batches"][0][:24], "prefix hits")
+    ours, _ = engine.run([greedy(24), greedy(24), SAMPLES], pair="f16", dtype="float32")
+    check_same(ours["batches"][0], stock["batches"][0], "first time")
+    check_same(ours["batches"][1], stock["batches"][0], "prefix hits")
     assert sum(one["cached"] for one in ours["batches"][1]) > 24 * 100
-    same = sum(a == b for one, other in zip(ours["batches"][2], theirs["batches"][0]) for a, b in zip(one["tokens"], other["tokens"]))
+    same = sum(a == b for one, other in zip(ours["batches"][2], stock["batches"][1]) for a, b in zip(one["tokens"], other["tokens"]))
+    print(f"three samples: {same} of 72 equal")
     assert all(len(one["tokens"]) == 3 for one in ours["batches"][2])
-    assert same >= 0.7 * 72, same  # one near-tie changes the rest of a sample
+    assert same >= 60, same  # a draw near the border of two tokens changes the rest of a sample
 
 
 @pytest.mark.parametrize("pair,ratio", [("turbo4/turbo4", 3.87), ("q8_0/turbo4", 2.53)])
-def test_perplexity_is_that_of_kvtide_eval(pair, ratio, f16):
+def test_perplexity_is_that_of_kvtide_eval(pair, ratio):
     """The same text in chunks of one block, so that both see the exact window that decoding would see."""
     context, windows = 1024, 2
     tokens = engine.text_tokens()
@@ -88,7 +88,7 @@ def test_perplexity_is_that_of_kvtide_eval(pair, ratio, f16):
     wanted = of_kvtide_eval(pair, context, windows)
     print(f"{pair}: perplexity {mine:.4f} in vLLM, {wanted:.4f} by kvtide eval, {100 * (mine / wanted - 1):+.4f} %")
     assert mine == pytest.approx(wanted, rel=1e-3)
-    assert ours["kv_tokens"] / (256 << 20) == pytest.approx(f16["kv_tokens"] / (256 << 20) * ratio, rel=0.01)
+    assert ours["kv_tokens"] == pytest.approx((256 << 20) // (6 * 65536) * 64 * ratio, rel=0.01)
     assert re.search(r"KV cache in " + pair, log) and "exact pages" in log
 
 
@@ -100,14 +100,14 @@ def of_kvtide_eval(pair, context, windows):
     return next(row["perplexity"] for row in json.loads(done.stdout)["results"] if row["pair"] == pair)
 
 
-def test_coded_pages_under_pressure(f16):
+def test_coded_pages_under_pressure(stock):
     """Everything at once over turbo4: hits, preemption, drafts, few exact pages. Most tokens are those of f16."""
     ours, log = engine.run([greedy(24), greedy(24)], pair="turbo4/turbo4", env={"KVTIDE_SIDE_MEMORY": "1MiB"}, max_num_seqs=8,
-                           max_model_len=1024, kv_cache_memory_bytes=22 * 6 * 16896,
+                           max_model_len=1024, kv_cache_memory_bytes=22 * 6 * 16896, dtype="float32",
                            speculative_config={"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3})
     assert ours["preemptions"] > 0
     assert "raise KVTIDE_SIDE_MEMORY" in log
-    wanted = [one["tokens"][0] for one in f16["batches"][0][:24]]
+    wanted = [one["tokens"][0] for one in stock["batches"][0]]
     for batch in ours["batches"]:
         assert sum(one["tokens"][0][0] == tokens[0] for one, tokens in zip(batch, wanted)) >= 21
         assert sum(one["tokens"][0] == tokens for one, tokens in zip(batch, wanted)) >= 12

@@ -306,3 +306,14 @@ def test_page_0_is_padding():
     exact = small()
     one_row(exact, 0, 65, [0, 0])
     assert exact.tables()["write_slots"][:65].max() == -1 and exact.tables()["seal_count"][0] == 0
+
+
+def test_rows_of_length_0_are_padding():
+    """vLLM's dummy batches have new tokens in rows of nobody, or of a request whose pages they must leave alone."""
+    exact = small()
+    one_row(exact, 0, 70, [1, 2])
+    exact.step(np.array([0, 5, 6], np.int32), np.array([0, 71], np.int32), np.array([[1, 2], [1, 2]], np.int32))
+    tables = exact.tables()
+    assert tables["write_slots"][:5].max() == -1 and tables["write_slots"][5] >= BLOCK
+    exact.step(np.array([0, 5], np.int32), np.zeros(1, np.int32), np.array([[1, 2]], np.int32))
+    assert one_row(exact, 71, 72, [1, 2]) == (1, 0)

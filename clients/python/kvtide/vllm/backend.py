@@ -12,15 +12,12 @@ from typing import Any, ClassVar, List, Optional
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.logger import init_logger
 from vllm.v1.attention.backend import (AttentionBackend, AttentionCGSupport, AttentionImpl, AttentionMetadata,
                                        AttentionMetadataBuilder, AttentionType)
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from ..errors import InvalidArgument
-from .pages import BLOCK_TOKENS, Part, Shape, SideMemory, chosen_pair, settings_of
-
-logger = init_logger("vllm.kvtide")
+from .pages import BLOCK_TOKENS, Part, Shape, SideMemory, chosen_pair
 
 HEAD_SIZES = [64, 80, 96, 112, 128, 192, 256, 512]
 
@@ -29,7 +26,6 @@ class KvtideBackend(AttentionBackend):
     """What vLLM asks before it builds anything."""
 
     forward_includes_kv_cache_update = True
-    accept_output_buffer: bool = True
     supported_dtypes: ClassVar[List[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[List[str]] = ["auto", "float16", "bfloat16"]
 
@@ -156,9 +152,7 @@ class KvtideImpl(AttentionImpl):
                                   "backends for it")
         self.num_heads, self.head_size, self.num_kv_heads = num_heads, head_size, num_kv_heads or num_heads
         self.scale, self.softcap, self.sliding_window = float(scale), float(logits_soft_cap or 0), int(sliding_window or 0)
-        self.kv_cache_dtype, self.sinks = kv_cache_dtype, None
-        if sinks is not None:
-            self.sinks = sinks  # a parameter that is loaded later
+        self.kv_cache_dtype, self.sinks = kv_cache_dtype, sinks  # sinks are a parameter that is loaded later
         self.shape = Shape(self.num_kv_heads, head_size, head_size)
         # Now, so that vLLM counts it among what the model takes and not among what is free for pages.
         self.side = SideMemory(self.shape, self.sliding_window, config)

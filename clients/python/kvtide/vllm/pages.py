@@ -272,7 +272,7 @@ class Part:
 
     def attend(self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         if self.tokens == 0:
-            return output
+            return output.zero_()
         query, key, value = rows_of(query), rows_of(key), rows_of(value)
         out = rows_of(output)
         stream = self.stream()
