@@ -164,7 +164,9 @@ class Part:
         self.caches: Tuple[int, ...] = ()
         self.paged: Any = None
         self.exact: Any = None
-        self.width = self.tokens = 0
+        self.width = self.tokens = self.seals = 0
+        self.deferred = np.zeros((0, 2), np.int32)
+        self.copied: Optional[torch.cuda.Event] = None
 
     # --- once the cache is there, and again when vLLM has made another ---
 
@@ -203,7 +205,7 @@ class Part:
             self.staging = {name: torch.from_numpy(array).clone().pin_memory() for name, array in self.host.items()}
             self.arrays = {name: tensor.to(self.device) for name, tensor in self.staging.items()}
             self.there = {name: tensor.data_ptr() for name, tensor in self.arrays.items()}
-        self.caches, self.width, self.paged = caches, width, paged
+        self.caches, self.width, self.paged, self.deferred = caches, width, paged, self.deferred[:0]
         f16 = impl.shape.page_bytes("f16/f16")
         logger.info("kvtide: %d layers with %d pages of %d bytes (%.2fx smaller than f16); %d exact pages of %d bytes a layer for %d "
                     "sequences: %.1f MiB%s", len(self.layers), cache.shape[0], page, f16 / page, side.slots, side.page_bytes,
@@ -217,6 +219,7 @@ class Part:
     def step(self, m: Any) -> None:
         rows = m.num_reqs
         self.bind(m.block_table_tensor.shape[1])
+        self.seal_deferred(m)
         query_start = self.host["query_start"][:rows + 1]
         query_start[:] = m.query_start_loc_cpu[:rows + 1].numpy()
         np.maximum.accumulate(query_start, out=query_start)
@@ -235,25 +238,51 @@ class Part:
         # Rows that vLLM writes nowhere are dummies (warm-up, padding of data parallel ranks).
         lengths[(slots < 0) | (query_start[1:] == query_start[:-1])] = 0
         self.exact.step(query_start, lengths, table.numpy())
-        tokens = int(query_start[-1])
-        self.plan(m, rows, tokens, self.exact.most_queries, self.exact.max_seals, self.exact.most_queries > 1 + self.bounds.rewritten)
+        self.tokens = int(query_start[-1])
+        seals = int(self.host["seal_count"][0])
+        prefill = self.exact.most_queries > 1 + self.bounds.rewritten
+        if not prefill:
+            # A graph may serve this step: it has no seals, and the numbers of the step that it was captured with.
+            self.deferred = self.host["seal_pages"][:seals].copy()
+            seals = 0
+        self.seals = seals
+        self.plan(m, rows, m.num_actual_tokens, max(m.max_query_len, self.exact.most_queries), seals, prefill)
+
+    def seal_deferred(self, m: Any) -> None:
+        """What decoding steps have filled is sealed before the next step: no scratch page is among it, whoever reads it coded does
+        so in a later step, and what is written over its exact pages is written after this."""
+        count = len(self.deferred)
+        if not count:
+            return
+        self.host["seal_pages"][:count] = self.deferred
+        self.host["seal_count"][0] = count
+        self.deferred = self.deferred[:0]
+        self.plan(m, 0, 0, 0, count, False)
+        for index in range(len(self.layers)):
+            self.paged.seal(index, self.stream())
 
     def capture(self, m: Any) -> None:
         """A step of nothing, with the bounds of what the graph will serve."""
         rows = m.num_reqs
         self.bind(m.block_table_tensor.shape[1])
+        self.seal_deferred(m)
         self.host["lengths"][:] = 0
         self.host["query_start"][:rows + 1] = m.query_start_loc_cpu[:rows + 1].numpy()
         self.exact.step(np.zeros(1, np.int32), np.zeros(0, np.int32), np.zeros((0, 1), np.int32))
-        self.plan(m, rows, m.num_actual_tokens, m.max_query_len, self.exact.max_seals, False)
+        self.tokens, self.seals = m.num_actual_tokens, 0
+        self.plan(m, rows, m.num_actual_tokens, m.max_query_len, 0, False)
 
     def plan(self, m: Any, rows: int, tokens: int, most_queries: int, seals: int, prefill: bool) -> None:
         if not self.on_cpu:
+            if self.copied is not None:
+                self.copied.synchronize()  # the copies of the plan before have left the staging memory
             for name, array in self.host.items():
                 used = rows + 1 if name == "query_start" else rows if name in ("lengths", "coded_first", "coded_count",
                                                                                "exact_table") else len(array)
                 self.staging[name][:used] = torch.from_numpy(array[:used])
                 self.arrays[name][:used].copy_(self.staging[name][:used], non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
         at = self.there
         self.paged.tables(at["query_start"], at["lengths"], at["coded_first"], at["coded_count"], m.block_table_tensor.data_ptr(),
                           m.block_table_tensor.stride(0), at["exact_table"], self.exact.exact_row, at["write_slots"],
@@ -262,7 +291,6 @@ class Part:
                 for name in ("query_start", "lengths", "coded_first", "coded_count")]
         self.paged.host_tables(*host)
         self.step_tables = m.block_table_tensor  # the plan has its address
-        self.tokens = tokens
         self.paged.plan(rows, tokens, most_queries, seals, self.stream())
 
     def stream(self) -> int:
@@ -278,7 +306,8 @@ class Part:
         stream = self.stream()
         self.paged.write(index, key.data_ptr(), key.stride(0), value.data_ptr(), value.stride(0), stream)
         self.paged.attend(index, query.data_ptr(), query.stride(0), out.data_ptr(), out.stride(0), 0, stream)
-        self.paged.seal(index, stream)
+        if self.seals:
+            self.paged.seal(index, stream)
         if out is not output:
             output.view(out.shape).copy_(out)
         return output
