@@ -62,6 +62,7 @@ REQUEST = dict(model="tide", prompt=PROMPT, max_tokens=48, temperature=0)
 
 @pytest.mark.smoke
 def test_streamed_answers_are_the_whole_ones(server):
+    json.load(server.post("/v1/completions", **REQUEST))  # from now on the prompt's full blocks are hits, attended coded
     whole = json.load(server.post("/v1/completions", **REQUEST))
     text = whole["choices"][0]["text"]
     assert len(text) > 20 and whole["usage"]["completion_tokens"] == 48
@@ -71,9 +72,7 @@ def test_streamed_answers_are_the_whole_ones(server):
             if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
                 pieces.append(json.loads(line[6:])["choices"][0]["text"])
     assert len(pieces) > 10
-    print(repr("".join(pieces)[:120]))
-    # The second request finds the prompt's full blocks and attends those behind the first one coded.
-    assert "".join(pieces)[:8] == text[:8]
+    assert "".join(pieces) == text
 
 
 @pytest.mark.smoke
