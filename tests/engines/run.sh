@@ -25,8 +25,5 @@ for version in $releases; do
   PYTHONPATH="$venv/vllm-$version" "$venv/bin/python" -m pytest -v -s -p no:cacheprovider tests/engines -m smoke 2>&1 |
     tee -a "$log" || status=$?
 done
-{
-  echo "tests/run.sh engines, $(date -u +%Y-%m-%d), commit $(git rev-parse --short HEAD), $(nproc) cores, vLLM 0.32.0${releases:+, smoke tests of $releases}"
-  grep -E "PASSED|FAILED|ERROR|SKIPPED|perplexity|differs|tokens of f16|passed|failed|vLLM [0-9]" "$log" || true
-} > tests/engines/last_run.txt
+tests/engines/record.sh "$log" "tests/run.sh engines: vLLM 0.32.0${releases:+, smoke tests of $releases}"
 exit "$status"

@@ -92,7 +92,7 @@ def refusals(config: Any) -> List[str]:
     cache, parallel, model = config.cache_config, config.parallel_config, config.model_config
     if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
         out.append(f"--kv-cache-dtype {cache.cache_dtype}: kvtide codes the cache itself; leave it at auto and choose KVTIDE_PAIR")
-    if cache.block_size % BLOCK_TOKENS:
+    if cache.block_size % BLOCK_TOKENS and getattr(cache, "user_specified_block_size", True):  # else vLLM asks the backend later
         out.append(f"--block-size {cache.block_size}: kvtide's blocks have 64 tokens; use --block-size 64")
     if getattr(cache, "kv_cache_dtype_skip_layers", None):
         out.append("--kv-cache-dtype-skip-layers: every layer has kvtide's pages; leave it out")
