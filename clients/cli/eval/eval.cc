@@ -114,7 +114,11 @@ void AddEvalCommand(CLI::App& app, int* exit_code) {
   CLI::Option* captured = eval->add_option("--captured", flags->captured_file,
                                            "Measure the vectors of this captured K/V/Q file instead: errors "
                                            "and attention of each layer, no model");
-  eval->add_option("--pairs", flags->pairs, "K/V pairs, comma-separated, or all")->capture_default_str();
+  eval->add_option("--pairs", flags->pairs,
+                   "K/V pairs, comma-separated, or all. fp8 and fp8_calibrated, with --exact-window none, "
+                   "are what vLLM and SGLang store (E4M3 with scale 1 or the largest value of the first 512 "
+                   "tokens over 448); no type of the pools")
+      ->capture_default_str();
   eval->add_option("--windows", o.windows, "Windows of the text, from its start")
       ->capture_default_str()
       ->check(Positive());

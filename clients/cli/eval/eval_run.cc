@@ -10,6 +10,7 @@
 #include "clients/cli/bundled.h"
 #include "clients/cli/daemon_process.h"
 #include "clients/cli/eval/eval_state.h"
+#include "clients/cli/eval/fp8_kv_store.h"
 #include "clients/cli/run_facts.h"
 #include "clients/cli/terminal/progress.h"
 #include "clients/engine/daemon_kv_store.h"
@@ -58,6 +59,13 @@ class EvalRun {
   }
 
  private:
+  // Where the keys and values of one pair live.
+  struct Store {
+    std::unique_ptr<engine::KvStore> kv;
+    engine::DaemonKvStore* daemon = nullptr;  // kv, when it is one
+    double bits = 0;                          // per value, of one that is not
+  };
+
   absl::Status Load() {
     KVTIDE_ASSIGN_OR_RETURN(policy_, ParseWindowPolicy(options_.window_policy));
     folder_ = options_.model_folder;
@@ -139,15 +147,42 @@ class EvalRun {
       }
     }
     for (const std::string& text : wanted) {
-      KVTIDE_ASSIGN_OR_RETURN(const CachePair pair, ParseCachePair(text));
-      const std::string name = PairName(pair);
+      KVTIDE_ASSIGN_OR_RETURN(const std::optional<Fp8Pair> fp8, ParseFp8Pair(text));
+      if (fp8.has_value() && !policy_.seal_at_once) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("pair '", text,
+                         "': servers with an fp8 cache code every token at once and keep no exact window; "
+                         "measure it with --exact-window none"));
+      }
+      std::string name = fp8.has_value() ? fp8->Name() : "";
+      if (!fp8.has_value()) {
+        KVTIDE_ASSIGN_OR_RETURN(const CachePair pair, ParseCachePair(text));
+        name = PairName(pair);
+      }
       if (name != kYardstick && std::find(pairs_.begin(), pairs_.end(), name) == pairs_.end())
         pairs_.push_back(name);
     }
     return absl::OkStatus();
   }
 
-  absl::StatusOr<std::unique_ptr<engine::DaemonKvStore>> MakeStore(const std::string& pair) {
+  // Vectors of the first tokens of the text, with exact keys and values.
+  absl::Status Capture() {
+    if (!vectors_.empty()) return absl::OkStatus();
+    const size_t n = std::min<size_t>(kLayerErrorTokens, context_);
+    KVTIDE_ASSIGN_OR_RETURN(vectors_, CaptureVectors(*model_, pool_, {tokens_.data(), n}));
+    return absl::OkStatus();
+  }
+
+  absl::StatusOr<Store> MakeStore(const std::string& pair) {
+    KVTIDE_ASSIGN_OR_RETURN(const std::optional<Fp8Pair> fp8, ParseFp8Pair(pair));
+    if (fp8.has_value()) {
+      std::vector<Fp8Scales> scales;
+      if (fp8->k == Fp8Side::kCalibrated || fp8->v == Fp8Side::kCalibrated) {
+        KVTIDE_RETURN_IF_ERROR(Capture());
+        scales = CalibratedScales(vectors_);
+      }
+      return Store{MakeFp8KvStore(model_->kv_geometry(), *fp8, scales, pool_), nullptr, fp8->bits()};
+    }
     client::SequenceOptions sequence;
     sequence.pair = pair;
     sequence.exact_window = policy_.window;
@@ -155,7 +190,16 @@ class EvalRun {
     sequence.seal_at_once = policy_.seal_at_once && pair != kYardstick;
     sequence.key_centring = options_.key_centring;
     sequence.key_equalising = options_.key_equalising;
-    return engine::DaemonKvStore::Create(*client_, ModelName(), model_->kv_geometry(), sequence);
+    KVTIDE_ASSIGN_OR_RETURN(
+        std::unique_ptr<engine::DaemonKvStore> store,
+        engine::DaemonKvStore::Create(*client_, ModelName(), model_->kv_geometry(), sequence));
+    engine::DaemonKvStore* daemon = store.get();
+    return Store{std::move(store), daemon, 0};
+  }
+
+  double ValuesPerToken() const {
+    const engine::KvGeometry g = model_->kv_geometry();
+    return 2.0 * g.layers * static_cast<double>(g.kv_width());
   }
 
   std::string ModelName() const {
@@ -202,13 +246,13 @@ class EvalRun {
 
   absl::Status ScoreBatch(int window, const std::vector<std::string>& batch, EvalState* state,
                           Progress* progress) {
-    std::vector<std::unique_ptr<engine::DaemonKvStore>> stores;
+    std::vector<Store> stores;
     WindowRun run;
     run.tokens = {tokens_.data() + static_cast<size_t>(window) * context_, static_cast<size_t>(context_)};
     run.chunk = chunk_;
     for (const std::string& pair : batch) {
-      KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<engine::DaemonKvStore> store, MakeStore(pair));
-      run.stores.push_back(store.get());
+      KVTIDE_ASSIGN_OR_RETURN(Store store, MakeStore(pair));
+      run.stores.push_back(store.kv.get());
       stores.push_back(std::move(store));
     }
     int before = 0;
@@ -219,7 +263,12 @@ class EvalRun {
       return CheckStop(stop_);
     };
     run.finished = [&](size_t s, engine::SequenceId sequence, PredictionScore* score) -> absl::Status {
-      KVTIDE_ASSIGN_OR_RETURN(const client::SequenceInfo info, stores[s]->Describe(sequence));
+      if (stores[s].daemon == nullptr) {
+        score->stored_tokens = context_;
+        score->stored_bytes = static_cast<int64_t>(stores[s].bits / 8 * ValuesPerToken() * context_);
+        return absl::OkStatus();
+      }
+      KVTIDE_ASSIGN_OR_RETURN(const client::SequenceInfo info, stores[s].daemon->Describe(sequence));
       for (const client::TierShare& tier : info.tiers) score->stored_bytes += tier.bytes;
       score->stored_tokens = info.tokens;
       return absl::OkStatus();
@@ -238,14 +287,17 @@ class EvalRun {
 
   absl::Status MeasureLayers() {
     if (!options_.layer_errors) return absl::OkStatus();
-    const size_t n = std::min<size_t>(kLayerErrorTokens, context_);
-    KVTIDE_ASSIGN_OR_RETURN(const std::vector<LayerVectors> vectors,
-                            CaptureVectors(*model_, pool_, {tokens_.data(), n}));
+    KVTIDE_RETURN_IF_ERROR(Capture());
     std::vector<LayerProbe> probes;
-    for (size_t l = 0; l < vectors.size(); ++l)
-      probes.emplace_back(ShapeOf(model_->kv_geometry(), static_cast<int>(l)), vectors[l], pool_);
+    for (size_t l = 0; l < vectors_.size(); ++l)
+      probes.emplace_back(ShapeOf(model_->kv_geometry(), static_cast<int>(l)), vectors_[l], pool_);
     for (const auto& [name, score] : totals_) {
       KVTIDE_RETURN_IF_ERROR(CheckStop(stop_));
+      KVTIDE_ASSIGN_OR_RETURN(const std::optional<Fp8Pair> fp8, ParseFp8Pair(name));
+      if (fp8.has_value()) {  // a probe codes with the formats of the pools
+        layers_.emplace_back();
+        continue;
+      }
       KVTIDE_ASSIGN_OR_RETURN(const CachePair pair, ParseCachePair(name));
       const ProfileOptions profile =
           KeyProfileOptions(pair.k, policy_, options_.key_centring, options_.key_equalising);
@@ -264,8 +316,8 @@ class EvalRun {
     if (options_.show_progress) progress.emplace("needles", static_cast<double>(totals_.size()), "pairs");
     for (const auto& [pair, score] : totals_) {
       KVTIDE_RETURN_IF_ERROR(CheckStop(stop_));
-      KVTIDE_ASSIGN_OR_RETURN(const std::unique_ptr<engine::DaemonKvStore> store, MakeStore(pair));
-      KVTIDE_ASSIGN_OR_RETURN(std::vector<NeedleScore> scores, AskNeedles(*model_, *store, task, chunk_));
+      KVTIDE_ASSIGN_OR_RETURN(const Store store, MakeStore(pair));
+      KVTIDE_ASSIGN_OR_RETURN(std::vector<NeedleScore> scores, AskNeedles(*model_, *store.kv, task, chunk_));
       needles_.push_back(std::move(scores));
       if (progress) progress->Add(1);
     }
@@ -289,8 +341,7 @@ class EvalRun {
     report.date = Today();
     report.machine = Machine();
     const PredictionScore& base = totals_.back().second;
-    const engine::KvGeometry g = model_->kv_geometry();
-    const double values_per_token = 2.0 * g.layers * static_cast<double>(g.kv_width());
+    const double values_per_token = ValuesPerToken();
     for (size_t i = 0; i < totals_.size(); ++i) {
       const auto& [pair, score] = totals_[i];
       EvalRow row;
@@ -318,6 +369,7 @@ class EvalRun {
   std::unique_ptr<engine::Tokenizer> tokenizer_;
   std::unique_ptr<engine::LlamaModel> model_;
   std::vector<int32_t> tokens_;
+  std::vector<LayerVectors> vectors_;  // of the first tokens, once somebody needs them
   int context_ = 0, windows_ = 0, chunk_ = 0;
   std::unique_ptr<DaemonProcess> daemon_;
   std::unique_ptr<client::Client> client_;

@@ -199,6 +199,35 @@ TEST(EvalDaemonTest, AShortSliceGivesTheKnownPerplexities) {
   }
 }
 
+// fp8 is what other servers store: rounded in this process, beside the pairs of the daemon.
+TEST(EvalDaemonTest, MeasuresFp8BesideTheTypesOfThePools) {
+  EvalOptions options;
+  options.daemon_program = KVTIDE_DAEMON_PROGRAM;
+  options.pairs = {"q8_0/q8_0", "fp8/fp8", "fp8_calibrated/fp8_calibrated"};
+  options.windows = 1;
+  options.context = 512;
+  options.show_progress = false;
+  const std::atomic<bool> stop{false};
+  EXPECT_THAT(std::string(RunEval(options, stop).status().message()),
+              testing::HasSubstr("--exact-window none"));
+  options.window_policy = "none";
+  const auto report = RunEval(options, stop);
+  ASSERT_TRUE(report.ok()) << report.status();
+  ASSERT_EQ(report->rows.size(), 4u);
+  double q8 = 0;
+  for (const EvalRow& row : report->rows) {
+    if (row.pair == "q8_0/q8_0") q8 = row.kld_mean;
+  }
+  for (const EvalRow& row : report->rows) {
+    if (row.pair.substr(0, 3) != "fp8") continue;
+    SCOPED_TRACE(row.pair);
+    EXPECT_EQ(row.bits_per_value, 8);
+    EXPECT_TRUE(row.layers.empty());
+    EXPECT_GT(row.kld_mean, q8);  // 3 bits of mantissa against 7 bits of a group's largest
+    EXPECT_LT(row.kld_mean, 0.1);
+  }
+}
+
 TEST(EvalDaemonTest, StopsWhenAskedAndGoesOnFromItsState) {
   EvalOptions options;
   options.daemon_program = KVTIDE_DAEMON_PROGRAM;
