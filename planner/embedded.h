@@ -5,6 +5,7 @@ namespace kvtide::planner {
 
 extern const char kModelsCsv[];
 extern const char kRefusedCsv[];
+extern const char kFamiliesCsv[];
 extern const char kGpusCsv[];
 extern const char kWeightsCsv[];
 extern const char kQualityCsv[];

@@ -20,6 +20,9 @@ enum class LlamaBackend { kCuda, kMetal, kCpu };
 
 struct EngineOptions {
   Engine engine = Engine::kKvtide;
+  // Compute capability of the GPU times ten, which kernels ask for; 0 = unknown. MakePlan sets it by the
+  // device.
+  int compute_capability = 0;
   // llama.cpp
   // Which build (llama_cpp.h): "newest" is upstream as it is today, and for a pair that no upstream build
   // has, the fork that has it; "b10819" an upstream build by number; "upstream"; a fork by name; "auto" any

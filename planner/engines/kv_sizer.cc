@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/format/catalogue.h"
+#include "planner/engines/compressed_latents.h"
 #include "planner/engines/kvtide_engine.h"
 #include "planner/engines/llama_cpp.h"
 #include "planner/engines/sglang.h"
@@ -64,13 +65,9 @@ int64_t KvSizer::LiveValues(int64_t context) const {
 absl::StatusOr<std::unique_ptr<KvSizer>> MakeKvSizer(const EngineOptions& options, const ModelGeometry& model,
                                                      const std::vector<LayerGroup>& groups,
                                                      const TypePair& pair) {
-  const bool compressed =
-      std::any_of(groups.begin(), groups.end(), [](const LayerGroup& group) { return group.compress > 1; });
-  if (compressed && options.engine != Engine::kLlamaCpp) {
-    return absl::UnimplementedError(
-        absl::StrCat("kvtide does not know how ", EngineName(options.engine),
-                     " sizes a cache of compressed latents (DeepSeek V4); --engine llama.cpp is known"));
-  }
+  const bool compressed = HasCompressedLatents(groups);
+  if (compressed && options.engine != Engine::kLlamaCpp)
+    return MakeCompressedLatentSizer(options, groups, pair);
   switch (options.engine) {
     case Engine::kLlamaCpp:
       if (compressed) {  // one cache per sequence, also with -kvu

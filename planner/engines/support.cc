@@ -11,6 +11,7 @@ namespace kvtide::planner {
 namespace {
 
 constexpr int kVectorKernelMaxHeadDim = 256;  // llama.cpp's vector kernel stops there
+constexpr int kFp8Capability = 89, kFlashInferCapability = 80;
 
 // Head dims with an instance of the vector kernel.
 bool HasVectorKernel(int head_dim) { return head_dim == 64 || head_dim == 128 || head_dim == 256; }
@@ -18,6 +19,18 @@ bool HasVectorKernel(int head_dim) { return head_dim == 64 || head_dim == 128 ||
 // Pairs that an upstream build compiles without GGML_CUDA_FA_ALL_QUANTS.
 bool CompiledByDefault(const std::string& k, const std::string& v) {
   return k == v && (k == "f16" || k == "bf16" || k == "q8_0" || k == "q4_0");
+}
+
+// What ggml-metal's supports_op accepts for attention: K and V of one type, and of these.
+Support Metal(const TypePair& pair, const std::string& build) {
+  static const char* const kTypes[] = {"f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"};
+  if (pair.v != "none" && pair.k != pair.v) {
+    return {SupportLevel::kCpuFallback, build, "Metal has attention kernels for equal types of K and V only"};
+  }
+  const bool known =
+      std::any_of(std::begin(kTypes), std::end(kTypes), [&](const char* type) { return pair.k == type; });
+  if (known) return {SupportLevel::kNative, build, ""};
+  return {SupportLevel::kCpuFallback, build, absl::StrCat("Metal has no attention kernel for ", pair.k)};
 }
 
 Support LlamaCpp(const EngineOptions& options, const TypePair& pair, int dk, int dv) {
@@ -36,11 +49,7 @@ Support LlamaCpp(const EngineOptions& options, const TypePair& pair, int dk, int
   const int stored_v = v->group == 128 ? (dv + 127) / 128 * 128 : dv;
   const int widest = std::max(stored_k, stored_v);
   if (backend == LlamaBackend::kCpu) return support;  // converts values as it reads them
-  if (backend == LlamaBackend::kMetal) {
-    if (pair.v == "none" || pair.k == pair.v) return support;
-    return {SupportLevel::kCpuFallback, support.build,
-            "Metal has attention kernels for equal types of K and V only"};
-  }
+  if (backend == LlamaBackend::kMetal) return Metal(pair, support.build);
   const bool cpu = FallsBackToCpu(asked_build, support.build);
   if (k->half() && v->half()) {
     if (k == v || pair.v == "none") return support;
@@ -89,8 +98,21 @@ Support Vllm(const TypePair& pair, int dk, int dv) {
     return {SupportLevel::kRefused, "vllm",
             absl::StrCat("no turboquant kernel for head dim ", std::max(dk, dv))};
   }
-  if (pair.k == "fp8" && pair.v == "fp8") support.reason = "needs compute capability 8.9 or newer";
   return support;
+}
+
+// An fp8 cache in vLLM and SGLang. Before compute capability 8.9 GPUs have no fp8 arithmetic: FlashInfer's
+// kernels (8.0 and newer) convert the cache to 16 bits as they read it, Triton's refuse to start.
+Support Fp8Cache(Support support, int capability) {
+  if (capability == 0 || capability >= kFp8Capability || support.level == SupportLevel::kRefused)
+    return support;
+  if (capability < kFlashInferCapability) {
+    return {SupportLevel::kRefused, support.build,
+            "no kernel reads an fp8 cache below compute capability 8.0"};
+  }
+  return {SupportLevel::kDequantise, support.build,
+          "no fp8 arithmetic below compute capability 8.9: FlashInfer converts the cache to 16 bits as it "
+          "reads, other kernels refuse to start"};
 }
 
 Support Kvtide(const TypePair& pair, int dk, int dv) {
@@ -125,12 +147,13 @@ Support FindSupport(const EngineOptions& options, const TypePair& pair, int head
   switch (options.engine) {
     case Engine::kLlamaCpp:
       return LlamaCpp(options, pair, head_dim_k, head_dim_v);
-    case Engine::kVllm:
-      return Vllm(pair, head_dim_k, head_dim_v);
+    case Engine::kVllm: {
+      const Support support = Vllm(pair, head_dim_k, head_dim_v);
+      return pair.k == "fp8" ? Fp8Cache(support, options.compute_capability) : support;
+    }
     case Engine::kSglang: {
-      Support support{SupportLevel::kNative, "sglang", ""};
-      if (absl::StartsWith(pair.k, "fp8")) support.reason = "needs compute capability 8.9 or newer";
-      return support;
+      const Support support{SupportLevel::kNative, "sglang", ""};
+      return absl::StartsWith(pair.k, "fp8") ? Fp8Cache(support, options.compute_capability) : support;
     }
     case Engine::kKvtide:
       return Kvtide(pair, head_dim_k, head_dim_v);

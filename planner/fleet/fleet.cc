@@ -338,6 +338,12 @@ absl::Status CheckMix(const FleetRequest& request) {
     if (kind.output_tokens > kind.context_tokens) {
       return absl::InvalidArgumentError(absl::StrCat(place, "output_tokens is larger than context_tokens"));
     }
+    if (kind.turns * kind.output_tokens > kind.context_tokens) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          place, kind.turns, " turns of ", kind.output_tokens, " output tokens are ",
+          kind.turns * kind.output_tokens, ", more than context_tokens ", kind.context_tokens,
+          ", the whole session at its end; give fewer turns, fewer output_tokens or a longer context"));
+    }
     sessions += kind.rate_per_s * request.duration_s;
   }
   if (sessions > kMaxSessions) {

@@ -15,6 +15,7 @@
 #include "kernels/base/status.h"
 #include "planner/csv.h"
 #include "planner/embedded.h"
+#include "planner/model/key_traits.h"
 #include "planner/model/model_name.h"
 #include "planner/near_names.h"
 #include "planner/units.h"
@@ -123,6 +124,7 @@ absl::StatusOr<ModelGeometry> ReadModel(const CsvRow& csv) {
   model.name = csv.Text("name");
   model.source = csv.Text("source");
   model.confidence = csv.Text("confidence");
+  model.key_traits = KeyTraitsOfFamily(model.name);
   int64_t heads = 0, experts = 0, used = 0, mtp = 0;
   KVTIDE_ASSIGN_OR_RETURN(model.max_context, csv.Integer("max_context"));
   KVTIDE_ASSIGN_OR_RETURN(model.n_embd, csv.Integer("n_embd"));
@@ -261,6 +263,7 @@ absl::StatusOr<NamedDevice> ReadGpu(const CsvRow& csv) {
   KVTIDE_ASSIGN_OR_RETURN(driver_mib, csv.Integer("driver_mib"));
   KVTIDE_ASSIGN_OR_RETURN(device.bandwidth_gb_s, csv.Number("bandwidth_gb_s"));
   KVTIDE_ASSIGN_OR_RETURN(device.pcie_gb_s, csv.Number("pcie_gb_s"));
+  device.arch = csv.Text("arch");
   const std::string memory = csv.Text("memory");
   named.apple = memory == "apple";
   if (memory == "unified" || named.apple) device.memory = DeviceMemory::kUnified;
@@ -283,7 +286,8 @@ absl::StatusOr<NamedDevice> ReadGpu(const CsvRow& csv) {
 }
 
 std::vector<NamedDevice> ReadGpus() {
-  absl::StatusOr<std::vector<CsvRow>> rows = ParseCsv(kGpusCsv, "gpus.csv", {"name", "vram_gib", "memory"});
+  absl::StatusOr<std::vector<CsvRow>> rows =
+      ParseCsv(kGpusCsv, "gpus.csv", {"name", "vram_gib", "arch", "memory"});
   KVTIDE_CHECK(rows.ok(), std::string(rows.status().message()));
   std::vector<NamedDevice> gpus;
   for (const CsvRow& row : *rows) {
@@ -359,7 +363,9 @@ absl::StatusOr<DeviceBudget> WithSize(const NamedDevice& named, int64_t bytes, c
     });
   };
   if (bytes == 0 && !named.sizes_bytes.empty()) {
-    return absl::NotFoundError(absl::StrCat("'", asked, "' comes in several sizes; which: ", names()));
+    return absl::NotFoundError(absl::StrCat("'", asked, "' comes in several sizes; which: ", names(),
+                                            "; for example --device '", named.device.name, " ",
+                                            SizeName(named.sizes_bytes.front()), "'"));
   }
   if (bytes == 0) return named.device;
   if (named.sizes_bytes.empty()) {
@@ -434,7 +440,8 @@ absl::StatusOr<ModelGeometry> FindModel(const std::string& name) {
     const std::string sizes = absl::StrJoin(family, ", ", [](std::string* out, const ModelGeometry* model) {
       absl::StrAppend(out, model->name);
     });
-    return absl::NotFoundError(absl::StrCat("'", name, "' is a family; which of it: ", sizes));
+    return absl::NotFoundError(absl::StrCat("'", name, "' is a family; which of it: ", sizes,
+                                            "; for example --model ", family[0]->name));
   }
   return absl::NotFoundError(
       absl::StrCat("no model '", name, "' in the catalogue, and no file of that name; nearest: ", near));
@@ -462,11 +469,13 @@ absl::StatusOr<DeviceBudget> FindGpu(const std::string& name) {
   }
   const std::vector<const DeviceBudget*> family = DeviceFamily(wanted);
   if (!family.empty() && wanted.size() >= 2) {
-    return absl::NotFoundError(
-        absl::StrCat("'", name, "' is several devices; which of them: ",
-                     absl::StrJoin(family, ", ", [](std::string* out, const DeviceBudget* device) {
-                       absl::StrAppend(out, device->name, " (", FormatBytes(device->UsableBytes()), ")");
-                     })));
+    return absl::NotFoundError(absl::StrCat(
+        "'", name, "' is several devices; which of them: ",
+        absl::StrJoin(family, ", ",
+                      [](std::string* out, const DeviceBudget* device) {
+                        absl::StrAppend(out, device->name, " (", FormatBytes(device->UsableBytes()), ")");
+                      }),
+        "; for example --device '", family[0]->name, "'"));
   }
   return absl::NotFoundError(absl::StrCat("no card '", name,
                                           "' in the catalogue; nearest: ", NearestIn(CatalogueGpus(), name),

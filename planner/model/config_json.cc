@@ -9,6 +9,7 @@
 #include "kernels/base/status.h"
 #include "planner/model/config_fields.h"
 #include "planner/model/config_parameters.h"
+#include "planner/model/key_traits.h"
 
 namespace kvtide::planner {
 namespace {
@@ -50,6 +51,7 @@ class ConfigReader {
     KVTIDE_RETURN_IF_ERROR(ReadExtraLayers());
     KVTIDE_RETURN_IF_ERROR(ValidateGeometry(model_));
     CountParameters(config_, &model_);
+    ReadKeyTraits();
     return model_;
   }
 
@@ -117,6 +119,18 @@ class ConfigReader {
           absl::StrCat("field '", field.substr(0, 128), "' is unknown and was ignored"));
     }
     return absl::OkStatus();
+  }
+
+  // The family says it, unless the file does.
+  void ReadKeyTraits() {
+    model_.key_traits = KeyTraitsOfFamily(type_);
+    const auto read = [&](const char* field, Answer* answer) {
+      if (Has(field) && config_[field].is_boolean())
+        *answer = config_[field].get<bool>() ? Answer::kYes : Answer::kNo;
+    };
+    for (const char* field : {"attention_bias", "qkv_bias", "add_qkv_bias"})
+      read(field, &model_.key_traits.bias);
+    for (const char* field : {"use_qk_norm", "qk_layernorm"}) read(field, &model_.key_traits.norm);
   }
 
   absl::Status ReadBasics() {

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
@@ -27,6 +28,8 @@ constexpr Unit kUnits[] = {{"", 1},
                            {"MiB", 1048576.0},
                            {"GiB", 1073741824.0},
                            {"TiB", 1099511627776.0},
+                           {"PiB", 1125899906842624.0},
+                           {"PB", 1e15},
                            {"KB", 1e3},
                            {"MB", 1e6},
                            {"GB", 1e9},
@@ -129,7 +132,25 @@ absl::Status SetDeviceField(const std::string& key, const std::string& value, De
   return absl::OkStatus();
 }
 
+// Unequal cards in one answer would be wrong for one of them.
+std::string MixedCards(const std::string& text) {
+  return absl::StrCat("device '", text,
+                      "': a plan is for equal cards; plan for the smallest of them with its count "
+                      "(--device '2x RTX 3090'), or for each alone");
+}
+
+std::string NotAField(const std::string& text, const std::string& field) {
+  if (NamedDevice(field).ok()) return MixedCards(text);
+  return absl::StrCat("device '", text, "': '", field,
+                      "' is not key=value (vram=16GiB, host=64GiB, used=700MiB, ...)");
+}
+
 }  // namespace
+
+int DeviceBudget::ComputeCapability() const {
+  int capability = 0;
+  return absl::StartsWith(arch, "sm_") && absl::SimpleAtoi(arch.substr(3), &capability) ? capability : 0;
+}
 
 absl::StatusOr<int64_t> ParseBytes(const std::string& text) {
   double number = 0;
@@ -170,10 +191,8 @@ absl::StatusOr<DeviceBudget> ParseDevice(const std::string& text) {
     const std::string field(absl::StripAsciiWhitespace(part));
     const size_t equals = field.find('=');
     if (equals == std::string::npos) {
-      if (!first) {
-        return absl::InvalidArgumentError(
-            absl::StrCat("device '", text, "': '", field, "' is not key=value"));
-      }
+      if (!first) return absl::InvalidArgumentError(NotAField(text, field));
+      if (absl::StrContains(field, '+')) return absl::InvalidArgumentError(MixedCards(text));
       KVTIDE_ASSIGN_OR_RETURN(device, NamedDevice(field));
     } else {
       KVTIDE_RETURN_IF_ERROR(

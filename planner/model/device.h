@@ -19,6 +19,7 @@ enum class DeviceMemory {
 struct DeviceBudget {
   std::string name;
   DeviceMemory memory = DeviceMemory::kOwn;
+  std::string arch;                  // "sm_89", "gfx942", "apple", "xe2", "cpu"; empty = unknown
   int64_t vram_bytes = 0;            // per device
   int64_t driver_reserve_bytes = 0;  // nominal size minus what the driver reports
   bool driver_reserve_is_guess = false;
@@ -29,6 +30,9 @@ struct DeviceBudget {
   int count = 1;                   // equal devices, tensor parallel (llama.cpp: layers split)
   int64_t host_bytes = 0;          // host memory for KV; 0 = no host tier
   double host_bandwidth_gb_s = 0;  // 0 = 80, an assumption that the plan states
+
+  // Compute capability of an NVIDIA GPU times ten; 0 = unknown or of another maker.
+  int ComputeCapability() const;
 
   int64_t UsableBytes() const { return vram_bytes - driver_reserve_bytes - in_use_bytes; }
 };

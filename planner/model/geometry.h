@@ -45,6 +45,14 @@ struct LayerGeometry {
   friend bool operator==(const LayerGeometry&, const LayerGeometry&) = default;
 };
 
+enum class Answer { kUnknown, kNo, kYes };
+
+// How keys are made (key_traits.h).
+struct KeyTraits {
+  Answer norm = Answer::kUnknown;  // an RMS norm behind the projection
+  Answer bias = Answer::kUnknown;  // of the projection
+};
+
 struct ModelGeometry {
   std::string name;
   std::string source;      // where the numbers were read
@@ -64,7 +72,8 @@ struct ModelGeometry {
   int64_t n_ff = 0;
   int64_t params_experts = 0;    // of params_total: routed experts of all layers; 0 = dense or unknown
   int64_t params_embedding = 0;  // of params_total: token embedding and, when it is not the same, the head
-  int mtp_layers = 0;            // next-token prediction layers, which are not among `layers`
+  KeyTraits key_traits;
+  int mtp_layers = 0;                    // next-token prediction layers, which are not among `layers`
   std::vector<std::string> assumptions;  // everything that a reader filled in without being told
   // Parts of the cache that the model is known to have and that `layers` cannot say: a plan then calls its
   // bytes a lower bound, never exact.

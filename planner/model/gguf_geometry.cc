@@ -359,10 +359,16 @@ class GgufReader {
 
   void CountParameters() {
     int64_t experts = 0;
+    bool norm = false, bias = false;
     for (const GgufTensor& tensor : file_.tensors) {
       model_.params_total += tensor.elements;
       if (absl::StrContains(tensor.name, "_exps")) experts += tensor.elements;
+      norm |= absl::EndsWith(tensor.name, ".attn_k_norm.weight");
+      bias |= absl::EndsWith(tensor.name, ".attn_k.bias") || absl::EndsWith(tensor.name, ".attn_qkv.bias");
     }
+    model_.params_experts = experts;
+    if (!file_.tensors.empty())
+      model_.key_traits = {norm ? Answer::kYes : Answer::kNo, bias ? Answer::kYes : Answer::kNo};
     if (experts > 0 && model_.n_experts > 0 && model_.n_experts_used > 0 &&
         model_.n_experts_used < model_.n_experts) {
       model_.params_active =

@@ -80,7 +80,8 @@ absl::StatusOr<Weights> GgufWeights(const GgufFile& file, const std::string& pat
 
 }  // namespace
 
-absl::StatusOr<LoadedModel> LoadModel(const std::string& name_or_path, const ReadOptions& options) {
+absl::StatusOr<LoadedModel> LoadModel(const std::string& name_or_path, const ReadOptions& options,
+                                      WeightFiles files) {
   const fs::path path(name_or_path);
   std::error_code error;
   if (fs::is_directory(path, error)) return LoadFolder(path, options);
@@ -101,13 +102,13 @@ absl::StatusOr<LoadedModel> LoadModel(const std::string& name_or_path, const Rea
   // A name that says how its weights are coded: Qwen/Qwen3-32B-AWQ, qwen3:32b-q4_K_M.
   const std::string weights = ReadModelName(name_or_path).weights;
   if (!weights.empty()) {
-    const absl::StatusOr<Weights> size = EstimateWeights(loaded.geometry, weights);
+    const absl::StatusOr<Weights> size = EstimateWeights(loaded.geometry, weights, files);
     if (size.ok()) loaded.weights = *size;
   }
   return loaded;
 }
 
-absl::StatusOr<Weights> LoadWeights(const std::string& text, const ModelGeometry& model) {
+absl::StatusOr<Weights> LoadWeights(const std::string& text, const ModelGeometry& model, WeightFiles files) {
   const fs::path path(text);
   std::error_code error;
   if (fs::is_directory(path, error)) {
@@ -130,7 +131,7 @@ absl::StatusOr<Weights> LoadWeights(const std::string& text, const ModelGeometry
   }
   const absl::StatusOr<int64_t> bytes = ParseBytes(text);
   if (bytes.ok()) return Weights{*bytes, Provenance::kExact, absl::StrCat("given as ", text)};
-  return EstimateWeights(model, text);
+  return EstimateWeights(model, text, files);
 }
 
 }  // namespace kvtide::planner

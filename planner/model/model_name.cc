@@ -51,6 +51,7 @@ ModelName ReadModelName(const std::string& text) {
   for (const char* host : {"https://huggingface.co/", "huggingface.co/", "hf.co/", "hf://"}) {
     if (absl::StartsWith(name, host)) name = name.substr(std::string(host).size());
   }
+  if (absl::EndsWithIgnoreCase(name, ".gguf")) name = name.substr(0, name.size() - 5);
   read.candidates.push_back(name);
   const size_t slash = name.rfind('/');
   if (slash != std::string::npos) name = name.substr(slash + 1);

@@ -19,7 +19,17 @@ std::string WeightName(const std::string& text);
 // All names that WeightName gives, for messages and completion.
 std::vector<std::string> WeightNames();
 
-absl::StatusOr<Weights> EstimateWeights(const ModelGeometry& model, const std::string& quantisation);
+// Which files an engine loads: GGUF (llama.cpp), or the safetensors of the published checkpoint as a server
+// lays them out in memory. They differ where both have a format of one name (MXFP4), and GGUF codes what
+// safetensors keep in 16 bits.
+enum class WeightFiles { kGguf, kSafetensors };
+
+absl::StatusOr<Weights> EstimateWeights(const ModelGeometry& model, const std::string& quantisation,
+                                        WeightFiles files = WeightFiles::kGguf);
+
+// Whether a name of WeightName is one of GGUF's, of safetensors, or of both (16 and 32 bits, mxfp4).
+bool IsGgufFormat(const std::string& name);
+bool IsSafetensorsFormat(const std::string& name);
 
 // Takes the token embedding off estimated weights, for llama.cpp with a GPU that has memory of its own.
 // Weights of files are counted without it already (gguf_geometry.h).

@@ -15,6 +15,7 @@ struct Weights {
   // Of bytes, where a GGUF file is estimated: a token embedding that does not double as head. llama.cpp
   // leaves it in host memory (LeaveEmbeddingOnHost).
   int64_t embedding_bytes = 0;
+  std::string format;  // a name of WeightName (weight_size.h), empty for sizes and files
 };
 
 }  // namespace kvtide::planner

@@ -94,6 +94,13 @@ int64_t DefaultMarginBytes(int64_t device_bytes) {
   return std::max<int64_t>(512 * kMiB, device_bytes / 100 * 3);
 }
 
+SglangDefaults SglangDefaultsOf(const PlanRequest& request) {
+  const bool latent = std::any_of(request.model.layers.begin(), request.model.layers.end(),
+                                  [](const LayerGeometry& layer) { return layer.kind == LayerKind::kMla; });
+  return DefaultsOfSglang(request.engine, request.device.vram_bytes - request.device.driver_reserve_bytes,
+                          request.device.count, latent);
+}
+
 int64_t MarginBytes(const PlanRequest& request) {
   if (request.engine.engine == Engine::kVllm && request.margin_bytes < 0) {
     return static_cast<int64_t>(static_cast<double>(request.device.vram_bytes) *
@@ -101,10 +108,7 @@ int64_t MarginBytes(const PlanRequest& request) {
   }
   if (request.engine.engine == Engine::kSglang && request.margin_bytes < 0) {
     const int64_t device = request.device.vram_bytes - request.device.driver_reserve_bytes;
-    const bool latent = std::any_of(request.model.layers.begin(), request.model.layers.end(),
-                                    [](const LayerGeometry& layer) { return layer.kind == LayerKind::kMla; });
-    const double fraction =
-        DefaultsOfSglang(request.engine, device, request.device.count, latent).mem_fraction_static;
+    const double fraction = SglangDefaultsOf(request).mem_fraction_static;
     return static_cast<int64_t>(static_cast<double>(device) * (1 - fraction));
   }
   return request.margin_bytes >= 0 ? request.margin_bytes : DefaultMarginBytes(request.device.vram_bytes);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "planner/engines/kv_sizer.h"
+#include "planner/engines/sglang.h"
 #include "planner/item.h"
 #include "planner/plan/plan.h"
 
@@ -13,6 +14,9 @@ ItemList OverheadItems(const PlanRequest& request, const KvLoad& load, const KvS
 
 // The compute buffers of a second context, of a draft model or of next-token prediction layers.
 Item DraftComputeItem(const PlanRequest& request, const ModelGeometry& draft, const KvLoad& load);
+
+// What SGLang decides for this model on this device when nobody tells it.
+SglangDefaults SglangDefaultsOf(const PlanRequest& request);
 
 // What is kept free per device: the asked margin, the default, or what vLLM leaves by gpu_memory_utilization.
 int64_t MarginBytes(const PlanRequest& request);

@@ -10,8 +10,10 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "kernels/base/status.h"
+#include "planner/engines/compressed_latents.h"
 #include "planner/engines/llama_cpp.h"
 #include "planner/model/weight_size.h"
+#include "planner/plan/hardware.h"
 #include "planner/plan/overheads.h"
 #include "planner/plan/plan_request.h"
 #include "planner/plan/split.h"
@@ -91,7 +93,7 @@ class Planner {
         budget_(request.device.UsableBytes()),
         margin_(MarginBytes(request)),
         weights_(WeightsPerDevice(request)),
-        policy_(WindowPolicy(request.engine)) {}
+        harms_(request.quality, request.model, WindowPolicy(request.engine), request.accept_proxy_quality) {}
 
   absl::StatusOr<Plan> Run() {
     KVTIDE_RETURN_IF_ERROR(PreparePairs());
@@ -119,11 +121,14 @@ class Planner {
     });
     std::vector<TypePair> pairs = request_.pairs;
     if (pairs.empty()) pairs = DefaultPairs(request_.engine, latent);
+    only_format_ = HasCompressedLatents(groups_) && QueuesSequences(request_.engine.engine);
+    if (only_format_ && request_.pairs.empty()) pairs = {CompressedLatentPair()};
     if (latent) {
       for (TypePair& pair : pairs) pair.v = "none";
     }
     absl::StatusOr<std::unique_ptr<KvSizer>> half =
         MakeKvSizer(request_.engine, rank_, groups_, {"f16", latent ? "none" : "f16"});
+    if (only_format_) half = MakeKvSizer(request_.engine, rank_, groups_, CompressedLatentPair());
     if (half.ok()) half_ = *std::move(half);
     bool any = false;
     absl::Status first_error;
@@ -244,8 +249,21 @@ class Planner {
     return budget_ - TotalBytes(Items(sizer, load, sizer.Bytes(load)));
   }
 
+  // Sequences that --max-total-tokens of SGLang lets run on all devices together; without it any number.
+  int64_t PoolLimit(int64_t context) const {
+    const EngineOptions& engine = request_.engine;
+    if (engine.engine != Engine::kSglang || engine.max_total_tokens == 0) return kMaxPlannedConcurrency;
+    const int64_t page = std::max(1, engine.page_tokens);
+    const int64_t pools = engine.dp_attention ? request_.device.count : 1;
+    return pools * (engine.max_total_tokens / page * page / RoundUp(context, page));
+  }
+
   int64_t MaxContext(const KvSizer& sizer) const {
     int64_t limit = request_.model.max_context > 0 ? request_.model.max_context : kUnknownMaxContext;
+    if (request_.engine.engine == Engine::kSglang && request_.engine.max_total_tokens > 0) {
+      limit = std::min(limit, request_.engine.max_total_tokens / Share(request_.workload.concurrency));
+      if (limit < 1) return 0;
+    }
     if (request_.engine.total_context) limit = Product(limit, request_.workload.concurrency);
     return LargestFitting(
         1, limit, [&](int64_t context) { return FreeBytes(sizer, context, request_.workload.concurrency); });
@@ -266,7 +284,8 @@ class Planner {
     candidate.kv_bytes = kv.Cache();
     candidate.total_bytes = TotalBytes(candidate.items);
     candidate.free_bytes = budget_ - candidate.total_bytes;
-    candidate.fits = candidate.free_bytes >= 0;
+    const int64_t limit = PoolLimit(context);
+    candidate.fits = candidate.free_bytes >= 0 && sequences <= limit;
     const int64_t values = Product(sizer.LiveValues(PerSequence(context)), load.sequences);
     if (values > 0)
       candidate.bits_per_value = 8.0 * static_cast<double>(candidate.kv_bytes) / static_cast<double>(values);
@@ -274,20 +293,30 @@ class Planner {
       candidate.ratio_to_f16 =
           static_cast<double>(half_->Bytes(load).Cache()) / static_cast<double>(candidate.kv_bytes);
     }
-    candidate.harm = FindHarm(request_.quality, candidate.effective, request_.model.name, policy_, context,
-                              request_.accept_proxy_quality);
+    candidate.harm = harms_.Find(candidate.effective, context);
+    if (only_format_) {
+      candidate.harm = Harm{};
+      candidate.harm.measured = candidate.harm.own_format = true;
+    }
     candidate.max_context = pair.max_context;
-    const int64_t most =
-        request_.engine.engine == Engine::kLlamaCpp ? kLlamaCppMaxSlots : kMaxPlannedConcurrency;
+    const int64_t most = request_.engine.engine == Engine::kLlamaCpp ? kLlamaCppMaxSlots : limit;
     candidate.max_concurrency =
-        LargestFitting(1, most, [&](int64_t n) { return FreeBytes(sizer, context, n); });
+        most < 1 ? 0 : LargestFitting(1, most, [&](int64_t n) { return FreeBytes(sizer, context, n); });
     if (QueuesSequences(request_.engine.engine)) {
       const KvBytes one = sizer.Bytes(Load(context, 1));
       const int64_t need = Sum(one.Cache(), one.recurrent);
       const int64_t room = Sum(candidate.free_bytes, Sum(kv.Cache(), kv.recurrent));
       if (need > 0 && room > 0) {
-        candidate.pool_concurrency = static_cast<double>(room) / static_cast<double>(need) *
-                                     (request_.engine.dp_attention ? request_.device.count : 1);
+        const int devices = request_.engine.dp_attention ? request_.device.count : 1;
+        candidate.pool_bytes = room;
+        candidate.pool_concurrency = static_cast<double>(room) / static_cast<double>(need) * devices;
+        if (const int64_t cap = request_.engine.max_total_tokens; cap > 0) {
+          const double most_at_once = static_cast<double>(cap) / static_cast<double>(context) * devices;
+          if (most_at_once < candidate.pool_concurrency) {
+            candidate.pool_bytes = static_cast<int64_t>(most_at_once / devices * static_cast<double>(need));
+            candidate.pool_concurrency = most_at_once;
+          }
+        }
         candidate.pool_tokens =
             static_cast<int64_t>(candidate.pool_concurrency * static_cast<double>(context));
       }
@@ -326,7 +355,7 @@ class Planner {
 
   bool WithinBudget(const Harm& harm) const {
     return !request_.max_ppl_increase_percent.has_value() ||
-           harm.ppl_change_percent <= *request_.max_ppl_increase_percent;
+           std::max(harm.ppl_change_percent, harm.expected_percent) <= *request_.max_ppl_increase_percent;
   }
 
   // Whether size aside nothing speaks against the pair.
@@ -343,9 +372,9 @@ class Planner {
   static bool Better(const Candidate& a, const Candidate& b) {
     if (a.harm.measured != b.harm.measured) return a.harm.measured;
     if (!a.harm.measured) return a.total_bytes > b.total_bytes;  // more bits are the safer guess
-    if (a.harm.ppl_change_percent != b.harm.ppl_change_percent) {
-      return a.harm.ppl_change_percent < b.harm.ppl_change_percent;
-    }
+    const double harm = std::max(a.harm.ppl_change_percent, a.harm.expected_percent);
+    const double other = std::max(b.harm.ppl_change_percent, b.harm.expected_percent);
+    if (harm != other) return harm < other;
     return a.total_bytes < b.total_bytes;
   }
 
@@ -354,11 +383,14 @@ class Planner {
     result.context = context;
     for (const PreparedPair& pair : pairs_) result.candidates.push_back(Judge(pair, context));
     for (Candidate& candidate : result.candidates) candidate.rejection = Eligibility(candidate);
-    result.chosen = Best(result, [](const Candidate& candidate) { return candidate.fits; });
+    result.chosen = Best(result, Rejection::kNone, [](const Candidate& candidate) { return candidate.fits; });
     // An engine that queues starts as soon as one sequence fits.
     if (result.chosen < 0 && QueuesSequences(request_.engine.engine)) {
-      result.chosen = Best(result, [](const Candidate& candidate) { return candidate.max_concurrency >= 1; });
+      result.chosen = Best(result, Rejection::kNone,
+                           [](const Candidate& candidate) { return candidate.max_concurrency >= 1; });
     }
+    result.split = ExactWithExpertsOnHost(result);
+    if (result.split.has_value()) result.chosen = -1;
     for (int i = 0; i < static_cast<int>(result.candidates.size()); ++i) {
       Candidate& candidate = result.candidates[i];
       if (candidate.rejection != Rejection::kNone || i == result.chosen) continue;
@@ -366,8 +398,8 @@ class Planner {
         candidate.rejection = Rejection::kTooLarge;
         continue;
       }
-      const bool equal =
-          candidate.harm.ppl_change_percent == result.candidates[result.chosen].harm.ppl_change_percent;
+      const bool equal = result.chosen >= 0 && candidate.harm.ppl_change_percent ==
+                                                   result.candidates[result.chosen].harm.ppl_change_percent;
       candidate.rejection = equal ? Rejection::kMoreBytes : Rejection::kMoreHarm;
     }
     if (result.chosen >= 0) {
@@ -375,6 +407,8 @@ class Planner {
       result.verdict = Verdict::kFits;
       result.running =
           std::min<int64_t>(request_.workload.concurrency, std::max<int64_t>(1, chosen.max_concurrency));
+    } else if (result.split.has_value()) {
+      result.verdict = Verdict::kFitsWithTiers;
     } else {
       FindSplit(&result);
     }
@@ -382,44 +416,81 @@ class Planner {
     return result;
   }
 
-  // The least harmful eligible candidate with `room`; -1 = none.
+  // The least harmful candidate of those with this rejection and `room`; -1 = none.
   template <class Room>
-  static int Best(const ContextPlan& context, const Room& room) {
+  static int Best(const ContextPlan& context, Rejection rejection, const Room& room) {
     int best = -1;
     for (int i = 0; i < static_cast<int>(context.candidates.size()); ++i) {
       const Candidate& candidate = context.candidates[i];
-      if (candidate.rejection != Rejection::kNone || !room(candidate)) continue;
+      if (candidate.rejection != rejection || !room(candidate)) continue;
       if (best < 0 || Better(candidate, context.candidates[best])) best = i;
     }
     return best;
   }
 
-  // The split of the least harmful pair, unless another is a good deal faster: a coded cache makes room, but
-  // weights on the CPU cost the time, and harm is forever.
+  std::optional<Split> SplitOf(const ContextPlan& result, size_t i) const {
+    return BestSplit(request_, result.candidates[i],
+                     Traffic(pairs_[i], result.context, request_.workload.concurrency));
+  }
+
+  // Experts of a mixture on the CPU cost time alone, a coded cache costs quality: where they make room for
+  // the exact cache, no coded pair is taken, also if one would fit.
+  std::optional<Split> ExactWithExpertsOnHost(const ContextPlan& result) const {
+    if (request_.engine.engine != Engine::kLlamaCpp) return std::nullopt;
+    const auto exact = [](const Candidate& candidate) {
+      return candidate.harm.measured && candidate.harm.model.empty();
+    };
+    if (result.chosen >= 0 && exact(result.candidates[result.chosen])) return std::nullopt;
+    for (size_t i = 0; i < pairs_.size(); ++i) {
+      const Candidate& candidate = result.candidates[i];
+      if (candidate.rejection != Rejection::kNone || candidate.fits || !exact(candidate)) continue;
+      std::optional<Split> split = SplitOf(result, i);
+      if (split.has_value() && split->cpu_expert_layers > 0) return split;
+    }
+    return std::nullopt;
+  }
+
+  // Experts on the CPU before whole layers; then the split of the least harmful pair, unless another is a
+  // good deal faster: a coded cache makes room, but weights on the CPU cost the time, and harm is forever.
   void FindSplit(ContextPlan* result) const {
     constexpr double kGoodDeal = 2;
-    std::vector<std::pair<Split, double>> splits;  // and their harm
+    struct Option {
+      Split split;
+      double harm;
+      bool experts() const { return split.cpu_expert_layers > 0; }
+    };
+    std::vector<Option> options;
     double fastest = 0;
     for (size_t i = 0; i < pairs_.size(); ++i) {
       const Candidate& candidate = result->candidates[i];
       if (candidate.rejection != Rejection::kTooLarge) continue;
-      std::optional<Split> split =
-          BestSplit(request_, candidate, Traffic(pairs_[i], result->context, request_.workload.concurrency));
+      std::optional<Split> split = SplitOf(*result, i);
       if (!split.has_value()) continue;
       fastest = std::max(fastest, split->speed.tokens_per_s);
-      splits.emplace_back(*std::move(split), candidate.harm.ppl_change_percent);
+      options.push_back({*std::move(split), candidate.harm.ppl_change_percent});
     }
-    double least = 0;
-    for (const auto& [split, harm] : splits) {
-      if (split.speed.known && split.speed.tokens_per_s * kGoodDeal < fastest) continue;
-      const bool better = !result->split.has_value() || harm < least ||
-                          (harm == least && split.host_kv_bytes < result->split->host_kv_bytes);
-      if (better) {
-        result->split = split;
-        least = harm;
-      }
+    const Option* best = nullptr;
+    for (const Option& option : options) {
+      const bool slow = option.split.speed.known && option.split.speed.tokens_per_s * kGoodDeal < fastest;
+      if (slow && !option.experts()) continue;
+      const auto better = [&] {
+        if (option.experts() != best->experts()) return option.experts();
+        if (option.harm != best->harm) return option.harm < best->harm;
+        return option.split.host_kv_bytes < best->split.host_kv_bytes;
+      };
+      if (best == nullptr || better()) best = &option;
     }
-    result->verdict = result->split.has_value() ? Verdict::kFitsWithTiers : Verdict::kDoesNotFit;
+    if (best != nullptr) result->split = best->split;
+    result->verdict = best != nullptr ? Verdict::kFitsWithTiers : Verdict::kDoesNotFit;
+  }
+
+  static std::string HowKnown(const Harm& harm) {
+    std::string how;
+    if (harm.proxy) how = harm.resembles ? ", another model with such keys" : ", a model with other keys";
+    if (harm.expected_percent > harm.ppl_change_percent)
+      absl::StrAppendFormat(&how, "; %+.2f %% expected, as %s takes other pairs", harm.expected_percent,
+                            harm.expected_of);
+    return how;
   }
 
   std::string Reason(const ContextPlan& result) const {
@@ -428,40 +499,79 @@ class Planner {
       std::string why;
       if (!chosen.harm.measured) {
         why = absl::StrCat(chosen.asked.Name(), " fits, but its harm is not measured (--allow-unmeasured)");
+      } else if (chosen.harm.own_format) {
+        why = absl::StrCat(chosen.asked.Name(), " fits, the only format that ", plan_engine(),
+                           " has for these latents");
       } else if (chosen.harm.ppl_change_percent == 0 && chosen.harm.model.empty()) {
         why = absl::StrCat(chosen.asked.Name(), " fits");
       } else {
         why = absl::StrCat(
             chosen.asked.Name(), " is the least harmful measured pair that fits (",
             absl::StrFormat("%+.2f %% perplexity on %s", chosen.harm.ppl_change_percent, chosen.harm.model),
-            chosen.harm.proxy ? ", another model" : "", ")");
+            HowKnown(chosen.harm), ")");
       }
       if (!chosen.fits) {
         return absl::StrCat(why, ": ", result.running, " of ", request_.workload.concurrency,
                             " sequences run at once, the other ",
                             request_.workload.concurrency - result.running, " wait in the queue");
       }
-      absl::StrAppend(
-          &why, ", ", FormatBytes(chosen.free_bytes), " to spare",
-          chosen.harm.measured && chosen.harm.model.empty() ? "; nothing needs to be compressed" : "");
+      absl::StrAppend(&why, ", ", FormatBytes(chosen.free_bytes), " to spare",
+                      chosen.harm.measured && chosen.harm.model.empty() && !chosen.harm.own_format
+                          ? "; nothing needs to be compressed"
+                          : "");
       if (chosen.support.NeedsFork()) {
         absl::StrAppend(&why, "; no upstream build has it, it needs the ", chosen.support.build,
                         " fork of llama.cpp");
       }
       return why;
     }
-    if (result.split.has_value()) {
-      const Split& split = *result.split;
-      return absl::StrCat("no allowed pair fits the device; ", split.pair.Name(), " fits with ",
-                          split.host_weight_bytes > 0
-                              ? absl::StrCat(FormatBytes(split.host_weight_bytes), " of weights and ")
-                              : "",
-                          FormatBytes(split.host_kv_bytes), " of cache on the host: ", split.how);
-    }
+    if (result.split.has_value()) return WhySplit(result);
     return WhyNothingFits(result);
   }
 
+  // Whether host memory was given that layers could move to.
+  bool QuestionOfHost() const {
+    return request_.device.host_bytes > 0 && !QueuesSequences(request_.engine.engine);
+  }
+
+  std::string MoreRoom() const {
+    if (request_.device.arch == "apple")
+      return "smaller weights or a larger share for the GPU (iogpu.wired_limit_mb; --device "
+             "...,memory=448GiB) "
+             "would";
+    return request_.engine.engine == Engine::kLlamaCpp && request_.device.memory == DeviceMemory::kOwn
+               ? "smaller weights, more or larger devices, or host memory (--device ...,host=64GiB) would"
+               : "smaller weights, or more or larger devices would";
+  }
+
+  std::string WhySplit(const ContextPlan& result) const {
+    const Split& split = *result.split;
+    std::vector<std::string> on_host;
+    if (split.host_weight_bytes > 0) on_host.push_back(FormatBytes(split.host_weight_bytes) + " of weights");
+    if (split.host_kv_bytes > 0) on_host.push_back(FormatBytes(split.host_kv_bytes) + " of cache");
+    const std::string how = absl::StrCat(split.pair.Name(), " fits with ", absl::StrJoin(on_host, " and "),
+                                         " on the host: ", split.how);
+    const int coded =
+        Best(result, Rejection::kMoreHarm, [](const Candidate& candidate) { return candidate.fits; });
+    if (coded < 0) return absl::StrCat("no allowed pair fits the device; ", how);
+    const Candidate& other = result.candidates[coded];
+    return absl::StrCat(
+        how, "; ", other.asked.Name(), " would fit without (",
+        absl::StrFormat("%+.2f %% perplexity on %s", other.harm.ppl_change_percent, other.harm.model),
+        "): --pairs ", other.asked.Name());
+  }
+
   std::string WhyNothingFits(const ContextPlan& result) const {
+    if (PoolLimit(result.context) < 1) {
+      return absl::StrCat("a pool of --max-total-tokens ", request_.engine.max_total_tokens,
+                          " is smaller than one sequence of ", result.context, " tokens");
+    }
+    if (weights_ + margin_ > budget_ && !QuestionOfHost()) {
+      return absl::StrCat("the weights alone, ", FormatBytes(weights_),
+                          " on each device, pass its budget of ", FormatBytes(budget_ - margin_), " (",
+                          FormatBytes(budget_), " less ", FormatBytes(margin_),
+                          " kept free): no cache type helps, ", MoreRoom());
+    }
     const Candidate* nearest = nullptr;
     const Candidate* unmeasured = nullptr;
     for (const Candidate& candidate : result.candidates) {
@@ -527,6 +637,11 @@ class Planner {
       plan->assumptions.push_back(
           "speed is that of a server such as vLLM; it counts no coupling between engine and daemon");
     }
+    if (!harms_.differences().empty()) {
+      plan->assumptions.push_back(
+          absl::StrCat("harm: no measured model resembles this one (", harms_.differences(),
+                       "): the worst of all is shown; measure yours with `kvtide eval`"));
+    }
     SpeedAssumptions(plan);
     plan->assumptions.push_back("prefill is not predicted");
   }
@@ -558,20 +673,19 @@ class Planner {
     const auto any = [&](auto property) {
       return std::any_of(request_.model.layers.begin(), request_.model.layers.end(), property);
     };
-    if (request_.engine.engine == Engine::kSglang && !request_.engine.swa_full &&
+    if (request_.engine.engine == Engine::kSglang && !request_.engine.swa_full && !only_format_ &&
         any([](const LayerGeometry& layer) { return layer.window > 0; })) {
       plan->notes.push_back(absl::StrFormat(
           "sliding layers get slots for %g of the tokens (--swa-full-tokens-ratio) where SGLang knows the "
           "architecture as hybrid; in others they keep every token: plan with --swa-full",
           request_.engine.swa_full_tokens_ratio));
     }
-    const int64_t cap = request_.engine.max_total_tokens;
-    for (int64_t context : request_.workload.contexts) {
-      const int64_t need = Product(context, request_.workload.concurrency);
-      if (cap > 0 && need > cap)
-        plan->notes.push_back(absl::StrCat("--max-total-tokens ", cap, " holds ", cap / context, " of ",
-                                           request_.workload.concurrency, " sequences of ", context,
-                                           " tokens"));
+    for (const ContextPlan& context : plan->contexts) {
+      const int64_t limit = PoolLimit(context.context);
+      if (limit < request_.workload.concurrency)
+        plan->notes.push_back(absl::StrCat("--max-total-tokens ", request_.engine.max_total_tokens, " lets ",
+                                           limit, " of ", request_.workload.concurrency, " sequences of ",
+                                           context.context, " tokens run at once"));
     }
   }
 
@@ -580,6 +694,7 @@ class Planner {
       plan->notes.push_back(absl::StrCat("the cache is larger than these numbers, which do not count ",
                                          absl::StrJoin(request_.model.uncounted, "; ")));
     }
+    for (std::string& note : HardwareNotes(request_)) plan->notes.push_back(std::move(note));
     ServerNotes(plan);
     for (const PreparedPair& pair : pairs_) {
       if (pair.sizer == nullptr) continue;
@@ -619,13 +734,16 @@ class Planner {
     parallel.pairs = {pairs_[static_cast<size_t>(std::max(0, last.chosen))].asked};
     const absl::StatusOr<Plan> other = Planner(parallel).Run();
     if (!other.ok()) return;
+    const int64_t whole =
+        std::max<int64_t>(0, last.candidates[static_cast<size_t>(std::max(0, last.chosen))].max_concurrency);
+    const int64_t divided = std::max<int64_t>(0, other->contexts[0].candidates[0].max_concurrency);
+    if (whole == 0 && divided == 0) return;  // weights alone are too large
     plan->notes.push_back(absl::StrCat(
-        "each of the ", request_.device.count, " GPUs keeps the whole latent cache: ",
-        std::max<int64_t>(0, last.candidates[static_cast<size_t>(std::max(0, last.chosen))].max_concurrency),
+        "each of the ", request_.device.count, " GPUs keeps the whole latent cache: ", whole,
         " sequences of ", last.context, " tokens; with data-parallel attention (--dp-attention; ",
         request_.engine.engine == Engine::kVllm ? "--enable-expert-parallel --data-parallel-size "
                                                 : "--enable-dp-attention --dp-size ",
-        request_.device.count, ") ", std::max<int64_t>(0, other->contexts[0].candidates[0].max_concurrency)));
+        request_.device.count, ") ", divided));
   }
 
   // Pairs of nearly equal size that only kernel support tells apart.
@@ -657,21 +775,31 @@ class Planner {
   const int64_t budget_;
   const int64_t margin_;
   const int64_t weights_;
-  const std::string policy_;
+  const HarmTable harms_;
   std::unique_ptr<KvSizer> half_;
   std::vector<DraftModel> drafts_;
   std::vector<std::unique_ptr<KvSizer>> draft_sizers_;  // of drafts_
   std::vector<PreparedPair> pairs_;
+  bool only_format_ = false;  // the engine has one format for the model's cache
 };
 
 }  // namespace
 
+EngineOptions EngineOnDevice(const PlanRequest& request) {
+  EngineOptions engine = request.engine;
+  const CardClass card = ClassOfCard(request.device);
+  if (card == CardClass::kCpu) engine.backend = LlamaBackend::kCpu;
+  if (card == CardClass::kApple) engine.backend = LlamaBackend::kMetal;
+  engine.compute_capability = request.device.ComputeCapability();
+  if (engine.engine == Engine::kSglang)  // windows of some models are sized by it
+    engine.chunked_prefill = SglangDefaultsOf(request).chunked_prefill;
+  return engine;
+}
+
 absl::StatusOr<Plan> MakePlan(const PlanRequest& request) {
   KVTIDE_RETURN_IF_ERROR(CheckPlanRequest(request));
   PlanRequest known = request;
-  const CardClass card = ClassOfCard(request.device);
-  if (card == CardClass::kCpu) known.engine.backend = LlamaBackend::kCpu;
-  if (card == CardClass::kApple) known.engine.backend = LlamaBackend::kMetal;
+  known.engine = EngineOnDevice(request);
   return Planner(known).Run();
 }
 

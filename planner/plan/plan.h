@@ -98,6 +98,7 @@ struct Candidate {
   // vllm, sglang: the pool that all memory below the limit makes, as the engine prints it at its start.
   int64_t pool_tokens = 0;
   double pool_concurrency = 0;
+  int64_t pool_bytes = 0;  // per device
   Speed speed;
   Rejection rejection = Rejection::kNone;
 };
@@ -138,6 +139,10 @@ struct Plan {
 
 // InvalidArgument names the field of the request that makes no sense; Cancelled if the request was.
 absl::StatusOr<Plan> MakePlan(const PlanRequest& request);
+
+// The engine's options with what it does on the request's device: backend, compute capability, defaults by
+// memory.
+EngineOptions EngineOnDevice(const PlanRequest& request);
 
 // The request's geometry as one device holds it: heads divided (vllm, kvtide) or layers divided (llama.cpp).
 ModelGeometry PerDeviceGeometry(const PlanRequest& request);

@@ -5,6 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status.h"
 #include "planner/engines/llama_cpp.h"
+#include "planner/plan/hardware.h"
 #include "planner/units.h"
 
 namespace kvtide::planner {
@@ -14,6 +15,7 @@ constexpr int kMaxDevices = 1024;
 constexpr int64_t kMaxBytes = 1'000'000'000'000'000'000;
 constexpr int kMaxRecurrentCopies = 64;
 constexpr int kMaxTokensPerStep = 1 << 24;
+constexpr int kVllmBlockUnit = 16;
 
 // Tensor parallelism gives every GPU the same number of query heads, and of KV heads either a share or one
 // copy.
@@ -29,6 +31,40 @@ absl::Status CheckTensorParallel(const PlanRequest& request) {
                    " query heads do not divide by ", count, "; use ", fewer,
                    more <= heads && heads % more == 0 ? absl::StrCat(" or ", more) : "",
                    request.engine.engine == Engine::kLlamaCpp ? ", or split layers" : ""));
+}
+
+// One field that is out of range, in the words of its flag.
+absl::Status OutOf(const char* field, double value, const char* expected) {
+  return absl::InvalidArgumentError(absl::StrCat(field, ": ", value, "; expected ", expected));
+}
+
+absl::Status CheckShares(const EngineOptions& engine) {
+  const char* share = "a share above 0 and at most 1";
+  if (!(engine.gpu_memory_utilization > 0) || engine.gpu_memory_utilization > 1)
+    return OutOf("gpu memory utilization", engine.gpu_memory_utilization, share);
+  if (!(engine.mem_fraction_static >= 0) || engine.mem_fraction_static > 1)
+    return OutOf("mem fraction static", engine.mem_fraction_static, share);
+  if (!(engine.swa_full_tokens_ratio > 0) || engine.swa_full_tokens_ratio > 1)
+    return OutOf("swa full tokens ratio", engine.swa_full_tokens_ratio, share);
+  return absl::OkStatus();
+}
+
+absl::Status CheckSteps(const EngineOptions& engine) {
+  const auto tokens = [](int value) { return value >= 1 && value <= kMaxTokensPerStep; };
+  const char* step = "1 to 2^24 tokens";
+  if (!tokens(engine.ubatch)) return OutOf("ubatch", engine.ubatch, step);
+  if (!tokens(engine.max_batched_tokens)) return OutOf("max batched tokens", engine.max_batched_tokens, step);
+  if (!tokens(engine.block_tokens)) return OutOf("block size", engine.block_tokens, step);
+  if (engine.engine == Engine::kVllm && engine.block_tokens % kVllmBlockUnit != 0)
+    return OutOf("block size", engine.block_tokens, "a multiple of 16, as vLLM's attention kernels need");
+  if (engine.page_tokens < 1 || engine.page_tokens > kMaxPlannedContext)
+    return OutOf("page size", engine.page_tokens, "1 token or more");
+  if (engine.chunked_prefill < 0) return OutOf("chunked prefill size", engine.chunked_prefill, "0 or more");
+  if (engine.max_total_tokens < 0)
+    return OutOf("max total tokens", static_cast<double>(engine.max_total_tokens), "0 (no limit) or more");
+  if (engine.exact_window.first_blocks < 0 || engine.exact_window.last_blocks < 0)
+    return absl::InvalidArgumentError("exact window: expected 0 blocks or more on either side");
+  return absl::OkStatus();
 }
 
 }  // namespace
@@ -54,6 +90,7 @@ absl::Status CheckPlanRequest(const PlanRequest& request) {
   }
   if (request.device.count < 1 || request.device.count > kMaxDevices)
     return absl::InvalidArgumentError(absl::StrCat("device: count must be 1 to ", kMaxDevices));
+  KVTIDE_RETURN_IF_ERROR(CheckHardware(request));
   KVTIDE_RETURN_IF_ERROR(CheckTensorParallel(request));
   if (request.device.UsableBytes() <= 0) {
     return absl::InvalidArgumentError(
@@ -81,21 +118,8 @@ absl::Status CheckPlanRequest(const PlanRequest& request) {
     return absl::InvalidArgumentError(absl::StrCat("recurrent copies: expected 0 to ", kMaxRecurrentCopies));
   if (engine.total_context && work.shared_prefix_tokens > 0)
     return absl::InvalidArgumentError("shared prefix: -c is the cells of all slots, whatever they share");
-  if (engine.ubatch < 1 || engine.block_tokens < 1 || engine.max_batched_tokens < 1 ||
-      engine.ubatch > kMaxTokensPerStep || engine.block_tokens > kMaxTokensPerStep ||
-      engine.max_batched_tokens > kMaxTokensPerStep || engine.exact_window.first_blocks < 0 ||
-      engine.exact_window.last_blocks < 0 || engine.gpu_memory_utilization <= 0 ||
-      engine.gpu_memory_utilization > 1 || engine.mem_fraction_static < 0 || engine.mem_fraction_static > 1 ||
-      engine.page_tokens < 1 || engine.page_tokens > kMaxPlannedContext || engine.chunked_prefill < 0 ||
-      !(engine.swa_full_tokens_ratio > 0) || engine.swa_full_tokens_ratio > 1 ||
-      engine.max_total_tokens < 0) {
-    return absl::InvalidArgumentError(
-        "engine: ubatch, block size and batched tokens must be 1 to 2^24, exact windows 0 or more, "
-        "gpu memory utilization, mem fraction static and swa full tokens ratio above 0 and at most 1, page "
-        "size 1 or "
-        "more");
-  }
-  return absl::OkStatus();
+  KVTIDE_RETURN_IF_ERROR(CheckShares(engine));
+  return CheckSteps(engine);
 }
 
 }  // namespace kvtide::planner

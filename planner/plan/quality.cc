@@ -3,11 +3,15 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
 #include "kernels/format/catalogue.h"
 #include "planner/csv.h"
 #include "planner/embedded.h"
+#include "planner/model/catalogue.h"
+#include "planner/near_names.h"
 
 namespace kvtide::planner {
 namespace {
@@ -49,16 +53,24 @@ std::string StoredAs(const std::string& type) {
   if (!known.ok() || Info(*known).alias_of == nullptr) return type;
   return Info(*known).alias_of;
 }
-bool SameBytes(const TypePair& a, const TypePair& b) {
-  return StoredAs(a.k) == StoredAs(b.k) && StoredAs(a.v) == StoredAs(b.v);
+// The catalogue's model of that name, or the bundled one of `kvtide eval`.
+constexpr char kBundled[] = "tidelm-7m";
+
+void ResolveModel(QualityRow* row) {
+  if (NormalName(row->model) == NormalName(kBundled)) {
+    row->shape = {128, 2, KeyTraitsOfFamily(kBundled)};
+    return;
+  }
+  const absl::StatusOr<ModelGeometry> model = FindModel(row->model);
+  if (!model.ok()) return;
+  row->model = model->name;
+  row->shape = KeyShapeOf(*model);
 }
 
-int64_t Distance(const QualityRow& row, int64_t context) { return std::llabs(row.context - context); }
+std::string StoredName(const TypePair& pair) { return absl::StrCat(StoredAs(pair.k), "/", StoredAs(pair.v)); }
 
-Harm HarmOf(const QualityRow& row, bool proxy) {
-  // A change below zero is noise of the text, not a gain.
-  return {true, proxy, std::max(0.0, row.ppl_change_percent), row.model, row.context};
-}
+// A change below zero is noise of the text, not a gain.
+double Loss(double ppl_change_percent) { return std::max(0.0, ppl_change_percent); }
 
 }  // namespace
 
@@ -70,6 +82,7 @@ absl::StatusOr<std::vector<QualityRow>> ParseQualityCsv(const std::string& csv,
   std::vector<QualityRow> rows;
   for (const CsvRow& line : lines) {
     KVTIDE_ASSIGN_OR_RETURN(QualityRow row, ReadRow(line));
+    ResolveModel(&row);
     rows.push_back(std::move(row));
   }
   return rows;
@@ -81,29 +94,100 @@ const std::vector<QualityRow>& BuiltInQuality() {
   return *rows;
 }
 
-Harm FindHarm(const std::vector<QualityRow>& rows, const TypePair& pair, const std::string& model,
-              const std::string& window_policy, int64_t context, bool accept_proxy) {
-  if (IsYardstick(pair)) return {true, false, 0, "", 0};
-  const QualityRow* own = nullptr;
+HarmTable::HarmTable(const std::vector<QualityRow>& rows, const ModelGeometry& model,
+                     const std::string& window_policy, bool accept_proxy) {
+  const KeyShape shape = KeyShapeOf(model);
+  std::vector<std::string> apart;  // differences from each model that is not like it
   for (const QualityRow& row : rows) {
-    if (!SameBytes(row.pair, pair) || row.window_policy != window_policy || row.model != model) continue;
-    if (own == nullptr || Distance(row, context) < Distance(*own, context)) own = &row;
-  }
-  if (own != nullptr) return HarmOf(*own, false);
-  if (!accept_proxy) return {};
-  // Of each other model the row nearest in context; of those the worst.
-  Harm worst;
-  for (const QualityRow& row : rows) {
-    if (!SameBytes(row.pair, pair) || row.window_policy != window_policy) continue;
-    bool nearest = true;
-    for (const QualityRow& other : rows) {
-      nearest &= !(SameBytes(other.pair, pair) && other.window_policy == window_policy &&
-                   other.model == row.model && Distance(other, context) < Distance(row, context));
+    if (row.window_policy != window_policy) continue;
+    auto known =
+        std::find_if(models_.begin(), models_.end(), [&](const Model& m) { return m.name == row.model; });
+    if (known == models_.end()) {
+      Model added;
+      added.name = row.model;
+      added.own = NormalName(row.model) == NormalName(model.name);
+      if (!added.own) {
+        const std::vector<std::string> differences = Differences(shape, row.shape);
+        added.resembles = differences.empty();
+        if (!added.resembles)
+          apart.push_back(absl::StrCat(row.model, ": ", absl::StrJoin(differences, ", ")));
+      }
+      known = models_.insert(models_.end(), std::move(added));
     }
-    if (!nearest) continue;
-    if (!worst.measured || row.ppl_change_percent > worst.ppl_change_percent) worst = HarmOf(row, true);
+    known->rows.push_back({StoredName(row.pair), row.context, Loss(row.ppl_change_percent)});
   }
-  return worst;
+  const auto keep = [&](auto counts) {
+    std::vector<Model> kept;
+    for (Model& m : models_)
+      if (counts(m)) kept.push_back(std::move(m));
+    models_ = std::move(kept);
+  };
+  if (!accept_proxy) keep([](const Model& m) { return m.own; });
+  const bool like = std::any_of(models_.begin(), models_.end(), [](const Model& m) { return m.resembles; });
+  if (like) keep([](const Model& m) { return m.resembles; });
+  if (!like && !models_.empty()) differences_ = absl::StrJoin(apart, "; ");
+  for (const Model& m : models_) {
+    ratios_.emplace_back();
+    for (const Model& other : models_) ratios_.back().push_back(Ratio(m, other));
+  }
+}
+
+const HarmTable::Model* HarmTable::Own() const {
+  const auto own = std::find_if(models_.begin(), models_.end(), [](const Model& m) { return m.own; });
+  return own == models_.end() ? nullptr : &*own;
+}
+
+const HarmTable::Measured* HarmTable::Nearest(const Model& model, const std::string& pair, int64_t context) {
+  const Measured* nearest = nullptr;
+  for (const Measured& row : model.rows) {
+    if (row.pair != pair) continue;
+    const int64_t distance = std::llabs(row.context - context);
+    const int64_t best = nearest == nullptr ? INT64_MAX : std::llabs(nearest->context - context);
+    if (distance < best || (distance == best && row.percent > nearest->percent)) nearest = &row;
+  }
+  return nearest;
+}
+
+double HarmTable::Ratio(const Model& model, const Model& other) {
+  constexpr double kNoise = 0.005;  // percent: below, a ratio says nothing
+  std::vector<double> ratios;
+  for (const Measured& row : model.rows) {
+    const Measured* same = Nearest(other, row.pair, row.context);
+    if (same != nullptr && same->percent > kNoise) ratios.push_back(row.percent / same->percent);
+  }
+  if (ratios.empty()) return 0;
+  const auto middle = ratios.begin() + static_cast<std::ptrdiff_t>(ratios.size() / 2);
+  std::nth_element(ratios.begin(), middle, ratios.end());
+  return *middle;
+}
+
+Harm HarmTable::Find(const TypePair& pair, int64_t context) const {
+  Harm harm;
+  if (IsYardstick(pair)) {
+    harm.measured = true;
+    return harm;
+  }
+  const std::string stored = StoredName(pair);
+  const Model* own = Own();
+  const Measured* mine = own == nullptr ? nullptr : Nearest(*own, stored, context);
+  for (const Model& model : models_) {
+    if (mine != nullptr && !model.own) continue;
+    const Measured* row = Nearest(model, stored, context);
+    if (row == nullptr || (harm.measured && row->percent <= harm.ppl_change_percent)) continue;
+    harm = {true, !model.own, row->percent, model.name, row->context, row->percent, "", model.resembles};
+  }
+  if (!harm.measured || mine != nullptr) return harm;
+  // Models that measured other pairs only: the asked one itself, or one that resembles it.
+  for (size_t i = 0; i < models_.size(); ++i) {
+    if (Nearest(models_[i], stored, context) != nullptr || (own != nullptr && !models_[i].own)) continue;
+    for (size_t j = 0; j < models_.size(); ++j) {
+      const Measured* row = Nearest(models_[j], stored, context);
+      if (row == nullptr || row->percent * ratios_[i][j] <= harm.expected_percent) continue;
+      harm.expected_percent = row->percent * ratios_[i][j];
+      harm.expected_of = models_[i].name;
+    }
+  }
+  return harm;
 }
 
 }  // namespace kvtide::planner

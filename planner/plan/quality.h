@@ -7,12 +7,13 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "planner/model/key_traits.h"
 #include "planner/type_pair.h"
 
 namespace kvtide::planner {
 
 struct QualityRow {
-  std::string model;
+  std::string model;  // as catalogues call it, or as the file does
   std::string text;
   int64_t tokens = 0;
   int64_t context = 0;
@@ -25,6 +26,7 @@ struct QualityRow {
   double bits_per_value = 0;
   std::string version;
   std::string date;
+  KeyShape shape;  // of the model; unknown for models that no catalogue has
 };
 
 // How much a pair harms, and how that is known.
@@ -34,6 +36,12 @@ struct Harm {
   double ppl_change_percent = 0;
   std::string model;  // of the row; empty for f16
   int64_t context = 0;
+  // What pairs are compared by: ppl_change_percent, or more where a model that counts measured other pairs,
+  // but not this one, and takes those worse.
+  double expected_percent = 0;
+  std::string expected_of;  // that model
+  bool resembles = true;    // a proxy that resembles the asked model
+  bool own_format = false;  // the only format that the engine has for the model: there is nothing to choose
 };
 
 // CSV with a header line; the columns are named as in QualityRow with pair_k and pair_v. Lines that start
@@ -43,11 +51,42 @@ absl::StatusOr<std::vector<QualityRow>> ParseQualityCsv(const std::string& csv, 
 // The rows built into the program.
 const std::vector<QualityRow>& BuiltInQuality();
 
-// The harm of `pair` for `model` at `context` (pairs of the same bytes count as one): the row of this model
-// and window policy with the nearest context; failing that, if proxies are accepted, the worst of the other
-// models' rows.
-Harm FindHarm(const std::vector<QualityRow>& rows, const TypePair& pair, const std::string& model,
-              const std::string& window_policy, int64_t context, bool accept_proxy);
+// What is known of harm for one model: its own rows; without them, if proxies are accepted, those of the
+// measured models that resemble it (key_traits.h), and if none does, of all. Of several models and texts the
+// worst counts. Made once per plan; Find is a pure function then.
+class HarmTable {
+ public:
+  HarmTable(const std::vector<QualityRow>& rows, const ModelGeometry& model, const std::string& window_policy,
+            bool accept_proxy);
+
+  // At a context: of each model the rows nearest to it. Pairs of the same bytes count as one.
+  Harm Find(const TypePair& pair, int64_t context) const;
+
+  // In what the asked model differs from every measured one; empty when one resembles it or is it.
+  const std::string& differences() const { return differences_; }
+
+ private:
+  struct Measured {
+    std::string pair;  // as stored: names of the same bytes are one
+    int64_t context;
+    double percent;
+  };
+  struct Model {
+    std::string name;
+    bool own = false;
+    bool resembles = true;
+    std::vector<Measured> rows;
+  };
+  const Model* Own() const;
+  // Of one model: the worst of the rows nearest in context; nullptr when it has none of the pair.
+  static const Measured* Nearest(const Model& model, const std::string& pair, int64_t context);
+  // How much worse `model` takes the pairs that both measured; 0 when there are too few.
+  static double Ratio(const Model& model, const Model& other);
+
+  std::vector<Model> models_;  // those that count
+  std::string differences_;
+  std::vector<std::vector<double>> ratios_;  // of models_, row over column
+};
 
 // A number somebody published; shown beside a plan, never used in it.
 struct Claim {

@@ -82,13 +82,15 @@ std::optional<Split> ExpertsOnHost(const PlanRequest& request, const Candidate& 
   return split;
 }
 
-// Experts or whole layers on the CPU (--n-cpu-moe, -ngl), or the cache of all layers in host memory
-// (--no-kv-offload). Sizes are those of all GPUs together.
+// Experts on the CPU where that is enough (--n-cpu-moe): attention and the cache stay on the GPU. Else whole
+// layers (-ngl), or the cache of all layers in host memory (--no-kv-offload), what is faster. Sizes are those
+// of all GPUs together.
 std::optional<Split> LlamaCppSplit(const PlanRequest& request, const Candidate& candidate,
                                    const StepTraffic& traffic) {
   const int64_t count = request.device.count;
   const int64_t missing = Product(-candidate.free_bytes, count);
   std::optional<Split> best = ExpertsOnHost(request, candidate, traffic, missing);
+  if (best.has_value()) return best;
   const int layers = static_cast<int>(request.model.layers.size());
   const int64_t per_layer = Sum(request.weights.bytes, Product(candidate.kv_bytes, count)) / layers;
   const int64_t off = per_layer > 0 ? CeilDiv(missing, per_layer) : layers + 1;

@@ -188,10 +188,11 @@ absl::StatusOr<std::string> RenderSvg(const PlanRequest& request) {
       "<clipPath id=\"m\"><rect x=\"%d\" y=\"%d\" width=\"%d\" height=\"%d\"/></clipPath>\n",
       kWidth, kTop + kMemoryHeight + kGap + kHarmHeight + 40, kLeft, kTop, kWidth - kLeft - kRight,
       kMemoryHeight);
-  DrawFrame(
-      memory,
-      absl::StrCat("Device memory: ", plan.model_name, " in ", plan.engine_name, " on ", request.device.name),
-      "GiB", &svg);
+  DrawFrame(memory,
+            absl::StrCat("Device memory: ", plan.model_name, " in ", plan.engine_name, " on ",
+                         request.device.count > 1 ? absl::StrCat(request.device.count, " x ") : "",
+                         request.device.name),
+            request.device.count > 1 ? "GiB per GPU" : "GiB", &svg);
   DrawFrame(quality, "Change of perplexity: dashed per pair, solid for the pair that is chosen", "%", &svg);
 
   const ContextPlan& end = plan.contexts.back();

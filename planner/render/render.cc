@@ -53,6 +53,7 @@ const char* VerdictColor(Verdict verdict) {
 // With the model it was measured on: "+0.17% tidelm-7m".
 std::string HarmText(const Harm& harm) {
   if (!harm.measured) return "not measured";
+  if (harm.own_format) return "own format";
   if (harm.model.empty()) return "none";
   return absl::StrFormat("%+.2f%% %s", harm.ppl_change_percent, harm.model);
 }
@@ -117,14 +118,19 @@ std::string CandidateLine(const Candidate& candidate, bool chosen, int kernel_wi
       candidate.fits || chosen ? SpeedText(candidate.speed) : "-", WhyNot(candidate, chosen));
 }
 
-std::string TableHead(int kernel_width) {
-  return absl::StrFormat("  %-15s %9s %5s %6s %9s %-18s %-*s %9s %5s  %-15s", "pair", "KV MiB", "bits",
-                         "ratio", "left MiB", "harm, measured on", kernel_width, "kernel", "max ctx", "seqs",
-                         "tok/s");
+// Sizes are those of one GPU, and say so where there are several.
+const char* CacheHead(int devices) { return devices > 1 ? "MiB/GPU" : "KV MiB"; }
+const char* RestHead(int devices) { return devices > 1 ? "left/GPU" : "left MiB"; }
+
+std::string TableHead(int devices, int kernel_width) {
+  return absl::StrFormat("  %-15s %9s %5s %6s %9s %-18s %-*s %9s %5s  %-15s", "pair", CacheHead(devices),
+                         "bits", "ratio", RestHead(devices), "harm, measured on", kernel_width, "kernel",
+                         "max ctx", "seqs", "tok/s");
 }
 
 // The bill in one line.
-std::string BillLine(const Plan& plan, const Candidate& candidate, bool queue) {
+std::string BillLine(const Plan& plan, int devices, const Candidate& candidate, bool queue) {
+  const char* const memory = devices > 1 ? "memory per GPU: " : "memory: ";
   int64_t weights = 0, cache = 0, margin = 0, other = 0;
   for (const Item& item : candidate.items) {
     switch (item.kind) {
@@ -148,12 +154,13 @@ std::string BillLine(const Plan& plan, const Candidate& candidate, bool queue) {
     }
   }
   if (queue) {  // what is left is the pool of those that run
-    const int64_t pool = plan.device_budget_bytes - Sum(weights, other, margin);
-    return absl::StrCat("memory: ", FormatBytes(plan.device_budget_bytes), " = weights ",
-                        FormatBytes(weights), " + cache ", FormatBytes(pool), " + buffers ",
-                        FormatBytes(other), " + margin ", FormatBytes(margin));
+    const int64_t all = plan.device_budget_bytes - Sum(weights, other, margin);
+    const int64_t pool = candidate.pool_bytes > 0 ? std::min(candidate.pool_bytes, all) : all;
+    return absl::StrCat(memory, FormatBytes(plan.device_budget_bytes), " = weights ", FormatBytes(weights),
+                        " + cache ", FormatBytes(pool), " + buffers ", FormatBytes(other), " + margin ",
+                        FormatBytes(margin), pool < all ? " + free " + FormatBytes(all - pool) : "");
   }
-  return absl::StrCat("memory: ", FormatBytes(plan.device_budget_bytes), " = weights ", FormatBytes(weights),
+  return absl::StrCat(memory, FormatBytes(plan.device_budget_bytes), " = weights ", FormatBytes(weights),
                       " + cache ", FormatBytes(cache), " + buffers ", FormatBytes(other), " + margin ",
                       FormatBytes(margin), candidate.free_bytes >= 0 ? " + free " : "; missing ",
                       FormatBytes(std::abs(candidate.free_bytes)));
@@ -236,7 +243,7 @@ std::string ContextTable(const ContextPlan& context, const TableStyle& style, bo
         std::max(kernel_width,
                  static_cast<int>(KernelText(context.candidates[static_cast<size_t>(i)].support).size()));
   }
-  std::string text = paint(kDim, TableHead(kernel_width)) + "\n";
+  std::string text = paint(kDim, TableHead(style.devices, kernel_width)) + "\n";
   for (int i : shown) {
     const Candidate& candidate = context.candidates[static_cast<size_t>(i)];
     const bool chosen = i == context.chosen;
@@ -258,10 +265,10 @@ std::string ContextTable(const ContextPlan& context, const TableStyle& style, bo
 }
 
 // One line per context: what to run.
-std::string Summary(const Plan& plan, const Painter& paint) {
+std::string Summary(const Plan& plan, int devices, const Painter& paint) {
   std::string text =
       paint(kDim, absl::StrFormat("%10s  %-22s %-18s %10s %10s  %-18s %-16s", "context", "verdict", "pair",
-                                  "KV MiB", "left MiB", "harm, measured on", "tok/s")) +
+                                  CacheHead(devices), RestHead(devices), "harm, measured on", "tok/s")) +
       "\n";
   for (const ContextPlan& context : plan.contexts) {
     const bool queue = context.chosen >= 0 && !context.candidates[static_cast<size_t>(context.chosen)].fits;
@@ -311,10 +318,13 @@ Json JsonOf(const Candidate& candidate) {
     json["pool_concurrency"] = candidate.pool_concurrency;
   }
   if (candidate.harm.measured) {
-    json["harm"] = {{"ppl_change_percent", candidate.harm.ppl_change_percent},
-                    {"proxy", candidate.harm.proxy},
-                    {"model", candidate.harm.model},
-                    {"context", candidate.harm.context}};
+    json["harm"] = {
+        {"ppl_change_percent", candidate.harm.ppl_change_percent},
+        {"proxy", candidate.harm.proxy},
+        {"model", candidate.harm.model},
+        {"context", candidate.harm.context},
+        {"expected_percent", std::max(candidate.harm.expected_percent, candidate.harm.ppl_change_percent)},
+        {"resembles", candidate.harm.resembles}};
   } else {
     json["harm"] = nullptr;
   }
@@ -352,15 +362,27 @@ Json JsonOf(const ContextPlan& context) {
   return json;
 }
 
-// What is behind every kernel level of the pairs shown that is not plain "native", each reason once.
+// What is behind every kernel level of the pairs shown that is not plain "native", each reason once with its
+// pairs.
 std::vector<std::string> KernelLines(const ContextPlan& context, bool all) {
-  std::vector<std::string> lines;
+  constexpr size_t kMostNames = 3;
+  std::vector<std::pair<std::string, std::vector<std::string>>> reasons;  // and the pairs that it is of
   for (int i : PairsToShow(context, all)) {
     const Candidate& candidate = context.candidates[static_cast<size_t>(i)];
     if (candidate.support.reason.empty() || candidate.total_bytes == 0) continue;
-    const std::string line = absl::StrCat("kernel: ", SupportLevelName(candidate.support.level), " (",
-                                          candidate.support.build, "): ", candidate.support.reason);
-    if (std::find(lines.begin(), lines.end(), line) == lines.end()) lines.push_back(line);
+    const std::string reason = absl::StrCat(SupportLevelName(candidate.support.level), " (",
+                                            candidate.support.build, "): ", candidate.support.reason);
+    auto known = std::find_if(reasons.begin(), reasons.end(),
+                              [&](const auto& entry) { return entry.first == reason; });
+    if (known == reasons.end()) known = reasons.insert(reasons.end(), {reason, {}});
+    known->second.push_back(candidate.asked.Name());
+  }
+  std::vector<std::string> lines;
+  for (auto& [reason, pairs] : reasons) {
+    const size_t more = pairs.size() > kMostNames + 1 ? pairs.size() - kMostNames : 0;
+    if (more > 0) pairs.resize(kMostNames);
+    lines.push_back(absl::StrCat("kernel: ", absl::StrJoin(pairs, ", "),
+                                 more > 0 ? absl::StrCat(" and ", more, " more") : "", ": ", reason));
   }
   return lines;
 }
@@ -378,14 +400,14 @@ std::string PoolLine(const ContextPlan& context) {
 std::string ShortAnswer(const Plan& plan, const TableStyle& style) {
   const Painter paint(style.color);
   std::string text;
-  if (plan.contexts.size() > 1) absl::StrAppend(&text, Summary(plan, paint), "\n");
+  if (plan.contexts.size() > 1) absl::StrAppend(&text, Summary(plan, style.devices, paint), "\n");
   const ContextPlan& last =
       *std::max_element(plan.contexts.begin(), plan.contexts.end(),
                         [](const ContextPlan& a, const ContextPlan& b) { return a.context < b.context; });
   absl::StrAppend(&text, Heading(last, paint));
   if (last.chosen >= 0) {
     const Candidate& chosen = last.candidates[static_cast<size_t>(last.chosen)];
-    absl::StrAppend(&text, BillLine(plan, chosen, !chosen.fits), "\n");
+    absl::StrAppend(&text, BillLine(plan, style.devices, chosen, !chosen.fits), "\n");
     absl::StrAppend(&text, SpeedLine(chosen, last.running), "\n");
   }
   absl::StrAppend(&text, PoolLine(last), "\n", ContextTable(last, style, false), "\n");
@@ -395,7 +417,8 @@ std::string ShortAnswer(const Plan& plan, const TableStyle& style) {
   for (const std::string& line : KernelLines(last, false)) lines.push_back(line);
   for (const std::string& assumption : plan.assumptions) {
     if (absl::StartsWith(assumption, "weights") || absl::StartsWith(assumption, "speed:") ||
-        absl::StartsWith(assumption, "catalogue geometry") || absl::StrContains(assumption, "is taken as"))
+        absl::StartsWith(assumption, "harm:") || absl::StartsWith(assumption, "catalogue geometry") ||
+        absl::StrContains(assumption, "is taken as"))
       lines.push_back("assumed: " + assumption);
   }
   for (size_t i = 0; i < lines.size() && i < kMostLines; ++i) absl::StrAppend(&text, lines[i], "\n");
@@ -407,7 +430,7 @@ std::string ShortAnswer(const Plan& plan, const TableStyle& style) {
 std::string FullAnswer(const Plan& plan, const TableStyle& style) {
   const Painter paint(style.color);
   std::string text;
-  if (plan.contexts.size() > 1) absl::StrAppend(&text, Summary(plan, paint), "\n");
+  if (plan.contexts.size() > 1) absl::StrAppend(&text, Summary(plan, style.devices, paint), "\n");
   for (const ContextPlan& context : plan.contexts) {
     absl::StrAppend(&text, Heading(context, paint));
     if (context.chosen >= 0) {
@@ -460,7 +483,9 @@ std::string RenderTable(const PlanRequest& request, const Plan& plan, const Tabl
   const std::string text =
       absl::StrCat(paint(kBold, plan.model_name), " in ", plan.engine_name, " on ",
                    device.count > 1 ? absl::StrCat(device.count, " x ") : "", device.name, ", ", what, "\n");
-  return absl::StrCat(text, style.full ? FullAnswer(plan, style) : ShortAnswer(plan, style));
+  TableStyle sized = style;
+  sized.devices = device.count;
+  return absl::StrCat(text, style.full ? FullAnswer(plan, sized) : ShortAnswer(plan, sized));
 }
 
 std::string RenderJson(const PlanRequest& request, const Plan& plan) {
@@ -504,7 +529,7 @@ std::string RenderCsv(const PlanRequest& request, const Plan& plan) {
       "total_bytes,free_bytes,"
       "bits_per_value,ratio_to_f16,ppl_change_percent,harm_proxy,max_context,max_concurrency,tokens_per_s,"
       "tokens_per_s_low,"
-      "tokens_per_s_high\n";
+      "tokens_per_s_high,device_count\n";
   for (const ContextPlan& context : plan.contexts) {
     for (int i = 0; i < static_cast<int>(context.candidates.size()); ++i) {
       const Candidate& c = context.candidates[i];
@@ -519,11 +544,12 @@ std::string RenderCsv(const PlanRequest& request, const Plan& plan) {
                             c.harm.proxy ? 1 : 0, std::max<int64_t>(0, c.max_context),
                             std::max<int64_t>(0, c.max_concurrency));
       if (c.speed.known) {
-        absl::StrAppendFormat(&text, ",%.2f,%.2f,%.2f\n", c.speed.tokens_per_s, c.speed.tokens_per_s_low,
+        absl::StrAppendFormat(&text, ",%.2f,%.2f,%.2f", c.speed.tokens_per_s, c.speed.tokens_per_s_low,
                               c.speed.tokens_per_s_high);
       } else {
-        absl::StrAppend(&text, ",,,\n");
+        absl::StrAppend(&text, ",,,");
       }
+      absl::StrAppend(&text, ",", request.device.count, "\n");
     }
   }
   return text;

@@ -15,6 +15,7 @@ struct TableStyle {
   // and bytes.
   bool full = true;
   bool every_pair = false;  // also in the short answer: somebody named them
+  int devices = 1;          // several: sizes are labelled as those of one; RenderTable takes the request's
 };
 
 std::string RenderTable(const PlanRequest& request, const Plan& plan, const TableStyle& style);

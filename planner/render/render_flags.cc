@@ -87,10 +87,7 @@ absl::StatusOr<std::string> RenderSglangArgs(const PlanRequest& request, const P
   KVTIDE_ASSIGN_OR_RETURN(const ContextPlan* context, LargestContext(request, plan, Engine::kSglang));
   const Candidate& chosen = context->candidates[context->chosen];
   const EngineOptions& engine = request.engine;
-  const int64_t device = request.device.vram_bytes - request.device.driver_reserve_bytes;
-  const bool latent = std::any_of(request.model.layers.begin(), request.model.layers.end(),
-                                  [](const LayerGeometry& layer) { return layer.kind == LayerKind::kMla; });
-  const SglangDefaults defaults = DefaultsOfSglang(engine, device, request.device.count, latent);
+  const SglangDefaults defaults = SglangDefaultsOf(request);
   std::string args = absl::StrCat(
       "--context-length ", context->context, " --max-running-requests ", request.workload.concurrency,
       " --kv-cache-dtype ", SglangCacheDtype(chosen.asked), " --tp-size ", request.device.count,

@@ -1,15 +1,26 @@
-// The planner's speed: every model x card x context x measured pair of the catalogue must take under 2
-// seconds, one plan under 20 ms. Prints and, when a limit is passed, fails.
+// The planner's speed: a context with all pairs, over every model and card of the catalogues, must take under
+// 200 us, 99 of 100 single plans under 20 ms, a fleet of 10,000 turns under a second. Prints and, when a
+// limit is passed, fails.
 #include <benchmark/benchmark.h>
 
-#include <chrono>
+#include <algorithm>
+#include <ctime>
+#include <string>
 
+#include "planner/fleet/fleet.h"
 #include "planner/model/catalogue.h"
 #include "planner/render/render.h"
 
 namespace {
 
 using namespace kvtide::planner;
+
+// Of this thread: what others run on the machine does not count.
+double ProcessorSeconds() {
+  timespec now{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
 
 // Harms for every pair that kvtide has, so that all of them take part.
 std::vector<QualityRow> AllMeasured() {
@@ -56,27 +67,57 @@ void BM_OnePlan(benchmark::State& state) {
   PlanRequest request =
       Request(*FindModel("gemma-4-26b-a4b"), *FindGpu("RTX 5080"), static_cast<Engine>(state.range(0)));
   request.workload.contexts = {32768};
-  double total_ms = 0;
+  request.quality = BuiltInQuality();
+  std::vector<double> ms;
   for (auto _ : state) {
-    const auto start = std::chrono::steady_clock::now();
+    const double start = ProcessorSeconds();
     benchmark::DoNotOptimize(RenderJson(request, *MakePlan(request)));
-    total_ms += std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+    ms.push_back(1000 * (ProcessorSeconds() - start));
   }
-  if (total_ms > 20 * static_cast<double>(state.iterations()))
-    state.SkipWithError("one plan took more than 20 ms on average");
+  const auto p99 = ms.begin() + static_cast<std::ptrdiff_t>(ms.size() * 99 / 100);
+  std::nth_element(ms.begin(), p99, ms.end());
+  state.counters["p99_ms"] = *p99;
+  if (*p99 > 20) state.SkipWithError("more than one plan of 100 took more than 20 ms");
 }
-BENCHMARK(BM_OnePlan)->Arg(0)->Arg(1)->Arg(2)->Unit(benchmark::kMicrosecond);
+BENCHMARK(BM_OnePlan)->DenseRange(0, 3)->Iterations(500)->Unit(benchmark::kMicrosecond);
+
+// Sessions of eight turns, ten thousand turns in all, over five host tiers.
+void BM_Fleet(benchmark::State& state) {
+  FleetRequest request;
+  request.plan.model = *FindModel("llama-3.1-8b");
+  request.plan.device = *FindGpu("H100 SXM");
+  request.plan.weights.bytes = int64_t{16} << 30;
+  request.pair = {"q8_0", "turbo4"};
+  request.duration_s = 2500;
+  request.mix = {{"chat", 16384, 400, 8, 45, 0.5}};
+  int64_t turns = 0;
+  for (auto _ : state) {
+    const double start = ProcessorSeconds();
+    const auto result = SimulateFleet(request);
+    const double seconds = ProcessorSeconds() - start;
+    if (!result.ok()) {
+      state.SkipWithError(std::string(result.status().message()).c_str());
+      return;
+    }
+    turns = static_cast<int64_t>(request.duration_s * 0.5 * 8);
+    if (seconds > 1) state.SkipWithError("a fleet of 10,000 turns took more than a second");
+  }
+  state.counters["turns"] = static_cast<double>(turns);
+}
+BENCHMARK(BM_Fleet)->Iterations(3)->Unit(benchmark::kMillisecond);
 
 void BM_WholeCatalogue(benchmark::State& state) {
   for (auto _ : state) {
-    const auto start = std::chrono::steady_clock::now();
+    const double start = ProcessorSeconds();
     const int64_t plans = PlanCatalogue(static_cast<Engine>(state.range(0)));
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    const double seconds = ProcessorSeconds() - start;
     state.counters["contexts_planned"] = static_cast<double>(plans);
-    if (seconds > 2) state.SkipWithError("the catalogue took more than 2 s");
+    state.counters["us_per_context"] = 1e6 * seconds / static_cast<double>(std::max<int64_t>(1, plans));
+    if (seconds > 200e-6 * static_cast<double>(plans))
+      state.SkipWithError("a context with all its pairs took more than 200 us on average");
   }
 }
-BENCHMARK(BM_WholeCatalogue)->Arg(0)->Arg(1)->Arg(2)->Iterations(1)->Unit(benchmark::kMillisecond);
+BENCHMARK(BM_WholeCatalogue)->DenseRange(0, 3)->Iterations(1)->Unit(benchmark::kMillisecond);
 
 }  // namespace
 

@@ -12,6 +12,7 @@
 namespace kvtide::planner {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::Contains;
 using ::testing::HasSubstr;
 
@@ -98,6 +99,43 @@ TEST(Plan, TwentyFourAndTwelveGigabytes) {
   const Plan small = Make(request);
   EXPECT_EQ(small.verdict, Verdict::kFitsWithTiers);  // the weights alone are too large: layers go to the CPU
   EXPECT_THAT(small.contexts[0].split->how, HasSubstr("--n-cpu-moe 14"));
+}
+
+// Experts on the CPU with an exact cache come before a coded cache, also where one would fit, and before
+// whole layers.
+TEST(Plan, ExpertsGoToTheCpuBeforeTheCacheIsCoded) {
+  PlanRequest request = Request("qwen3-30b-a3b", "RTX 3090,host=64GiB", Engine::kLlamaCpp);
+  request.weights = *EstimateWeights(request.model, "q4_k_m");
+  request.workload.contexts = {40960};
+  request.workload.concurrency = 2;
+  const Plan plan = Make(request);
+  const ContextPlan& context = plan.contexts[0];
+  ASSERT_FALSE(Find(context, "f16/f16").fits);
+  ASSERT_TRUE(Find(context, "q8_0/q8_0").fits);
+  ASSERT_TRUE(context.split.has_value());
+  EXPECT_EQ(context.split->pair.Name(), "f16/f16");
+  EXPECT_GT(context.split->cpu_expert_layers, 0);
+  EXPECT_EQ(context.split->host_kv_bytes, 0);
+  EXPECT_EQ(context.verdict, Verdict::kFitsWithTiers);
+  EXPECT_EQ(Find(context, "q8_0/q8_0").rejection, Rejection::kMoreHarm);
+  EXPECT_THAT(context.reason, AllOf(HasSubstr("--n-cpu-moe"), HasSubstr("q8_0/q8_0 would fit without")));
+  // Asked by name, or without host memory, the coded cache is the answer.
+  request.pairs = {{"q8_0", "q8_0"}};
+  EXPECT_EQ(Chosen(Make(request).contexts[0]), "q8_0/q8_0");
+  request.pairs.clear();
+  request.device = *ParseDevice("RTX 3090");
+  EXPECT_EQ(Chosen(Make(request).contexts[0]), "q8_0/q8_0");
+  // A dense model has no experts to move.
+  request = Request("llama-3.1-8b", "vram=9GiB,bandwidth=448,host=64GiB", Engine::kLlamaCpp);
+  request.weights.bytes = 4800 * kMiB;
+  request.workload.contexts = {32768};
+  EXPECT_EQ(Make(request).contexts[0].verdict, Verdict::kFits);
+}
+
+TEST(Plan, WeightsThatPassTheBudgetAloneAreTheReason) {
+  PlanRequest request = Request("deepseek-v3.1", "8xH100", Engine::kVllm);
+  request.weights = *EstimateWeights(request.model, "fp8", WeightFiles::kSafetensors);
+  EXPECT_THAT(Make(request).contexts[0].reason, HasSubstr("the weights alone"));
 }
 
 TEST(Plan, LeastHarmThenFewestBytes) {
@@ -307,7 +345,7 @@ TEST(Plan, UnmeasuredPairsAreChosenOnlyWhenAllowed) {
   PlanRequest request = Request("llama-3.1-8b", "RTX 4090", Engine::kVllm);
   request.weights.bytes = 15 * kGiB;
   request.workload.contexts = {32768};
-  request.pairs = {{"fp8", "fp8"}};
+  request.pairs = {{"int8", "int8"}};
   EXPECT_EQ(Make(request).contexts[0].chosen, -1);
   request.allow_unmeasured = true;
   const ContextPlan context = Make(request).contexts[0];

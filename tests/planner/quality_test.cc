@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "planner/model/catalogue.h"
+
 namespace kvtide::planner {
 namespace {
 
@@ -20,6 +22,14 @@ QualityRow Row(const std::string& model, TypePair pair, const std::string& windo
 }
 
 const TypePair kTurbo3{"turbo3", "turbo3"};
+
+// For a model of which nothing but the name is known.
+Harm FindHarm(const std::vector<QualityRow>& rows, const TypePair& pair, const std::string& model,
+              const std::string& window, int64_t context, bool accept_proxy) {
+  ModelGeometry geometry;
+  geometry.name = model;
+  return HarmTable(rows, geometry, window, accept_proxy).Find(pair, context);
+}
 
 TEST(Quality, TheYardstickHasNoHarm) {
   const Harm harm = FindHarm({}, {"f16", "f16"}, "m", "default", 4096, false);
@@ -63,6 +73,59 @@ TEST(Quality, OtherNamesOfATypeShareItsMeasurements) {
 TEST(Quality, ChangesBelowZeroAreNoGain) {
   const std::vector<QualityRow> rows = {Row("m", {"q8_0", "q8_0"}, "none", 4096, -0.01)};
   EXPECT_EQ(FindHarm(rows, {"q8_0", "q8_0"}, "m", "none", 4096, true).ppl_change_percent, 0);
+}
+
+// Rows as `kvtide eval` writes them, of models that differ in norm, biases and heads.
+std::vector<QualityRow> Measured(const std::string& lines) {
+  const auto rows = ParseQualityCsv(
+      "model,text,tokens,context,pair_k,pair_v,window_policy,ppl_change_percent,version\n" + lines, "q.csv");
+  EXPECT_TRUE(rows.ok()) << rows.status();
+  return *rows;
+}
+
+TEST(Quality, TheWorstOfTheModelsThatResembleTheAskedOneCounts) {
+  const std::vector<QualityRow> rows = Measured(
+      "tidelm-7m,t,1,4096,turbo3,turbo3,none,4,v\n"
+      "smollm2-135m-q4_1.gguf,t,1,4096,turbo3,turbo3,none,23,v\n"
+      "SmolLM2-135M-Instruct,held_out,1,4096,turbo3,turbo3,none,35,v\n"
+      "gemma3-270m,t,1,4096,turbo3,turbo3,none,2,v\n");
+  const auto find = [&](const char* model) {
+    return HarmTable(rows, *FindModel(model), "none", true).Find(kTurbo3, 4096);
+  };
+  const Harm llama = find("llama-3.1-8b");  // no norm, no biases: as tidelm and SmolLM2, the worse text of it
+  EXPECT_EQ(llama.model, "SmolLM2-135M");
+  EXPECT_EQ(llama.ppl_change_percent, 35);
+  EXPECT_TRUE(llama.proxy);
+  EXPECT_TRUE(llama.resembles);
+  EXPECT_EQ(find("qwen3-8b").model, "Gemma3-270M");  // keys with a norm
+  EXPECT_FALSE(find("smollm2-135m").proxy);
+  // Biases: none of them is like it, so the worst of all, and the answer says what is different.
+  const HarmTable qwen(rows, *FindModel("qwen2.5-7b"), "none", true);
+  EXPECT_EQ(qwen.Find(kTurbo3, 4096).model, "SmolLM2-135M");
+  EXPECT_FALSE(qwen.Find(kTurbo3, 4096).resembles);
+  EXPECT_THAT(qwen.differences(), HasSubstr("keys with biases"));
+  EXPECT_EQ(HarmTable(rows, *FindModel("llama-3.1-8b"), "none", true).differences(), "");
+}
+
+// A pair that only the tolerant model measured is not taken for better than one that both did.
+TEST(Quality, PairsMeasuredOnFewerModelsAreComparedByWhatTheOthersTake) {
+  const std::vector<QualityRow> rows = Measured(
+      "tidelm-7m,t,1,4096,turbo4,turbo4,none,1,v\n"
+      "tidelm-7m,t,1,4096,turbo3,turbo3,none,4,v\n"
+      "tidelm-7m,t,1,4096,q4_0,q4_0,none,1.5,v\n"
+      "smollm2-135m,t,1,4096,turbo4,turbo4,none,6,v\n"
+      "smollm2-135m,t,1,4096,turbo3,turbo3,none,24,v\n");
+  const HarmTable harms(rows, *FindModel("llama-3.1-8b"), "none", true);
+  const Harm q4 = harms.Find({"q4_0", "q4_0"}, 4096);
+  EXPECT_EQ(q4.ppl_change_percent, 1.5);
+  EXPECT_EQ(q4.model, "tidelm-7m");
+  EXPECT_EQ(q4.expected_percent, 9);  // six times as much
+  EXPECT_EQ(q4.expected_of, "SmolLM2-135M");
+  EXPECT_EQ(harms.Find({"turbo4", "turbo4"}, 4096).expected_percent, 6);
+  // For the model itself too: its own row first, without one what it takes of other pairs.
+  const HarmTable own(rows, *FindModel("smollm2-135m"), "none", true);
+  EXPECT_EQ(own.Find({"q4_0", "q4_0"}, 4096).expected_percent, 9);
+  EXPECT_TRUE(own.Find({"q4_0", "q4_0"}, 4096).proxy);
 }
 
 TEST(Quality, CsvRoundTripAndErrors) {

@@ -118,7 +118,7 @@ TEST(Sglang, LatentsAndIndexKeys) {
   EXPECT_EQ(ShardHeads(*FindModel("deepseek-v3"), 8).layers, FindModel("deepseek-v3")->layers);
   const auto v4 = MakeKvSizer(Options(), *FindModel("deepseek-v4-flash"),
                               GroupLayers(*FindModel("deepseek-v4-flash")), {"f16", "none"});
-  EXPECT_EQ(v4.status().code(), absl::StatusCode::kUnimplemented);
+  EXPECT_EQ(v4.status().code(), absl::StatusCode::kInvalidArgument);  // compressed_latents_test.cc
 }
 
 // The reserve in MiB: 512 + 1.5 x chunk + 1024 x devices / 8 + 2 x graph batch (+ 1536 with latents), at
@@ -210,6 +210,30 @@ TEST(Sglang, UnknownTypesListTheKnown) {
       HasSubstr("fp8/fp8"));
 }
 
+// --max-total-tokens is the pool: what does not fit into it waits, and a sequence beyond it never runs.
+TEST(Sglang, MaxTotalTokensLimitsThePool) {
+  PlanRequest request = Request();
+  request.workload.contexts = {32768};
+  request.workload.concurrency = 8;
+  request.engine.max_total_tokens = 100000;
+  const auto plan = MakePlan(request);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  const ContextPlan& context = plan->contexts[0];
+  ASSERT_GE(context.chosen, 0);
+  const Candidate& chosen = context.candidates[static_cast<size_t>(context.chosen)];
+  EXPECT_FALSE(chosen.fits);
+  EXPECT_EQ(context.running, 3);
+  EXPECT_EQ(chosen.max_concurrency, 3);
+  EXPECT_NEAR(static_cast<double>(chosen.pool_tokens), 100000, 1);
+  EXPECT_NEAR(chosen.pool_concurrency, 3.05, 0.01);
+  EXPECT_EQ(chosen.max_context, 12500);  // of 8 sequences
+  EXPECT_EQ(chosen.pool_bytes, chosen.kv_bytes / 8 * 100000 / 32768);
+  request.engine.max_total_tokens = 20000;
+  const auto small = MakePlan(request);
+  EXPECT_EQ(small->contexts[0].verdict, Verdict::kDoesNotFit);
+  EXPECT_THAT(small->contexts[0].reason, HasSubstr("--max-total-tokens 20000 is smaller than one sequence"));
+}
+
 TEST(Sglang, WhatTheEngineDoesIsNoted) {
   PlanRequest request = Request();
   request.model = *FindModel("gpt-oss-20b");
@@ -221,14 +245,11 @@ TEST(Sglang, WhatTheEngineDoesIsNoted) {
   request.engine.max_total_tokens = 65536;
   const auto latent = MakePlan(request);
   EXPECT_THAT(latent->notes, ::testing::Contains(HasSubstr("--enable-dp-attention --dp-size 8")));
-  EXPECT_THAT(latent->notes, ::testing::Contains(HasSubstr("holds 2 of 8 sequences")));
+  EXPECT_THAT(latent->notes, ::testing::Contains(HasSubstr("lets 2 of 8 sequences")));
   request.engine.engine = Engine::kVllm;
   EXPECT_THAT(MakePlan(request)->notes, ::testing::Contains(HasSubstr("--data-parallel-size 8")));
   request.engine.dp_attention = true;
   EXPECT_THAT(MakePlan(request)->notes, ::testing::Not(::testing::Contains(HasSubstr("whole latent cache"))));
-  // A cache that the engine is not known to keep so is the reason, not a question of size.
-  request.model = *FindModel("deepseek-v4-flash");
-  EXPECT_THAT(MakePlan(request)->contexts[0].reason, HasSubstr("compressed latents"));
 }
 
 }  // namespace

@@ -24,6 +24,36 @@ SupportLevel Level(const TypePair& pair, int head_dim, const std::string& build 
   return Find(Engine::kLlamaCpp, pair, head_dim, head_dim, build).level;
 }
 
+// vLLM 0.33: triton_attn.py refuses an fp8 cache before compute capability 8.9, flashinfer.py (8.0 and newer)
+// reads it.
+TEST(Support, AnFp8CacheNeedsACardForIt) {
+  for (const Engine engine : {Engine::kVllm, Engine::kSglang}) {
+    const auto level = [&](int capability) {
+      EngineOptions options;
+      options.engine = engine;
+      options.compute_capability = capability;
+      return FindSupport(options, {"fp8", "fp8"}, 128, 128).level;
+    };
+    EXPECT_EQ(level(75), SupportLevel::kRefused);
+    EXPECT_EQ(level(80), SupportLevel::kDequantise);
+    EXPECT_EQ(level(86), SupportLevel::kDequantise);
+    EXPECT_EQ(level(89), SupportLevel::kNative);
+    EXPECT_EQ(level(0), SupportLevel::kNative);  // unknown
+  }
+}
+
+// ggml-metal's supports_op: equal types of K and V, and f32, f16, bf16, q8_0, q4_0, q4_1, q5_0 or q5_1.
+TEST(Support, MetalReadsEqualTypesOfSomeKinds) {
+  EngineOptions options;
+  options.engine = Engine::kLlamaCpp;
+  options.backend = LlamaBackend::kMetal;
+  const auto level = [&](const TypePair& pair) { return FindSupport(options, pair, 128, 128).level; };
+  EXPECT_EQ(level({"q8_0", "q8_0"}), SupportLevel::kNative);
+  EXPECT_EQ(level({"q5_1", "q5_1"}), SupportLevel::kNative);
+  EXPECT_EQ(level({"q8_0", "q4_0"}), SupportLevel::kCpuFallback);
+  EXPECT_EQ(level({"iq4_nl", "iq4_nl"}), SupportLevel::kCpuFallback);
+}
+
 TEST(Support, LlamaCppVectorKernelStopsAt256) {
   EXPECT_EQ(Level({"q8_0", "q8_0"}, 128), SupportLevel::kNative);
   EXPECT_EQ(Level({"q8_0", "q8_0"}, 512), SupportLevel::kDequantise);

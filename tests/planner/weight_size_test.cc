@@ -83,5 +83,61 @@ TEST(WeightSize, LlamaCppLeavesTheTokenEmbeddingOnTheHost) {
   EXPECT_EQ(EstimateWeights(*FindModel("llama-3.1-8b"), "awq")->embedding_bytes, 0);
 }
 
+// vLLM's start-up logs say 64.4 to 66 GiB of gpt-oss-120b and about 13.7 GiB of gpt-oss-20b: the checkpoint's
+// experts padded from 2880 to 3072 x 2944 for its kernels, the rest in 16 bits. Files of llama.cpp are
+// smaller.
+TEST(WeightSize, ServersLoadTheCheckpointNotTheGguf) {
+  const auto gib = [](const char* model, WeightFiles files) {
+    return static_cast<double>(EstimateWeights(*FindModel(model), "mxfp4", files)->bytes) / kGiB;
+  };
+  EXPECT_NEAR(gib("gpt-oss-120b", WeightFiles::kSafetensors), 65.8, 0.3);
+  EXPECT_NEAR(gib("gpt-oss-20b", WeightFiles::kSafetensors), 13.7, 0.2);
+  EXPECT_NEAR(gib("gpt-oss-120b", WeightFiles::kGguf), 59.0, 0.1);
+}
+
+// Vocabulary x width in 16 bits; the sources are those of models.csv.
+TEST(WeightSize, EmbeddingAndHeadOfModelsWithoutPublishedFolders) {
+  const std::pair<const char*, int64_t> table[] = {{"command-a", int64_t{256000} * 12288},
+                                                   {"command-a-plus", int64_t{256000} * 4096},
+                                                   {"mistral-small-3.1-24b", 2 * 131072 * 5120},
+                                                   {"mistral-small-3.2-24b", 2 * 131072 * 5120},
+                                                   {"exaone-4.0-32b", 2 * 102400 * 5120},
+                                                   {"hy3-295b-a21b", 2 * 120832 * 4096},
+                                                   {"seed-oss-36b", 2 * 155136 * 5120},
+                                                   {"muse-glimmer-30b", int64_t{2} * 202048 * 6656},
+                                                   {"llama3-70b", int64_t{2} * 128256 * 8192},
+                                                   {"granite-4.1-30b", 2 * 100352 * 4096},
+                                                   {"hunyuan-7b", 2 * 128167 * 4096},
+                                                   {"hunyuan-a13b", 2 * 128167 * 4096},
+                                                   {"ernie-4.5-300b-a47b", int64_t{2} * 103424 * 8192}};
+  for (const auto& [name, half] : table) {
+    const ModelGeometry model = *FindModel(name);
+    EXPECT_NEAR(static_cast<double>(EstimateWeights(model, "fp8", WeightFiles::kSafetensors)->bytes),
+                static_cast<double>(model.params_total + half), 16)
+        << name;
+  }
+  // Where neither is published the bound is large, and said to be one.
+  const auto bound = EstimateWeights(*FindModel("exaone-4.5-33b"), "awq", WeightFiles::kSafetensors);
+  EXPECT_NEAR(static_cast<double>(bound->bytes) / 1e9, 23.4, 0.3);
+  EXPECT_THAT(bound->source, ::testing::HasSubstr("was not found"));
+}
+
+// Experts of GLM-4.5-Air are 1408 wide, no multiple of 256: llama.cpp falls back to larger types for a third
+// of them, and the Q4_K_M files that people load are of about 73 GB, not 65.
+TEST(WeightSize, RowsThatKQuantsDoNotTakeAreLarger) {
+  const double gb = static_cast<double>(EstimateWeights(*FindModel("glm-4.5-air"), "q4_k_m")->bytes) / 1e9;
+  EXPECT_GT(gb, 70);
+  EXPECT_LT(gb, 74);
+  EXPECT_NEAR(static_cast<double>(EstimateWeights(*FindModel("qwen3-30b-a3b"), "q4_k_m")->bytes) / 1e9, 18.5,
+              0.2);
+}
+
+// "expert_dtype": "fp4" in the config.json of DeepSeek-V4, the rest in FP8 with blocks.
+TEST(WeightSize, ExpertsInFp4BesideFp8) {
+  const auto weights =
+      EstimateWeights(*FindModel("deepseek-v4-flash"), "mxfp4-fp8", WeightFiles::kSafetensors);
+  EXPECT_NEAR(static_cast<double>(weights->bytes) / 1e9, 155.5, 1);
+}
+
 }  // namespace
 }  // namespace kvtide::planner

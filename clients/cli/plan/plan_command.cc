@@ -110,7 +110,16 @@ void PrintMatrix(const planner::PlanRequest& request) {
     }
   }
   const auto pairs = request.pairs.empty() ? planner::DefaultPairs(request.engine, false) : request.pairs;
-  Print(planner::RenderMatrix(planner::SupportMatrix(request.engine, pairs, head_dims)));
+  Print(planner::RenderMatrix(planner::SupportMatrix(planner::EngineOnDevice(request), pairs, head_dims)));
+}
+
+absl::Status CheckOutput(const std::string& output) {
+  static const char* const known[] = {"table",     "json",        "csv",           "llama-args",
+                                      "vllm-args", "sglang-args", "kvtided-config"};
+  for (const char* name : known)
+    if (output == name) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("--output: '", output, "'; known: ", absl::StrJoin(known, ", ")));
 }
 
 absl::StatusOr<std::string> Render(const PlanCommand& command, const planner::PlanRequest& request,
@@ -122,10 +131,7 @@ absl::StatusOr<std::string> Render(const PlanCommand& command, const planner::Pl
   if (command.output == "llama-args") return planner::RenderLlamaArgs(request, plan);
   if (command.output == "vllm-args") return planner::RenderVllmArgs(request, plan);
   if (command.output == "sglang-args") return planner::RenderSglangArgs(request, plan);
-  if (command.output == "kvtided-config") return planner::RenderKvtidedConfig(request, plan);
-  return absl::InvalidArgumentError(
-      absl::StrCat("--output: '", command.output,
-                   "'; known: table, json, csv, llama-args, vllm-args, sglang-args, kvtided-config"));
+  return planner::RenderKvtidedConfig(request, plan);
 }
 
 absl::Status Explain(const planner::PlanRequest& request, const planner::Plan& plan) {
@@ -274,8 +280,12 @@ void AddPlanCommand(CLI::App& app, int* exit_code) {
                      "Exit with 5 when an item is further off than this (10%) and than 4 MiB");
 
   plan->callback([command, verify, exit_code] {
-    absl::Status status;
+    absl::Status status = CheckOutput(command->output);
     *exit_code = 0;
+    if (!status.ok()) {
+      *exit_code = Fail(status);
+      return;
+    }
     if (!command->list.empty()) {
       status = PrintList(command->list);
     } else {

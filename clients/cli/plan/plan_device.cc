@@ -66,9 +66,9 @@ class Nvml {
   bool started_ = false;
 };
 
-// "NVIDIA GeForce RTX 5080" -> "RTX 5080"; the catalogue's bandwidth when it has the card.
-double CatalogueBandwidth(const std::string& nvml_name, int64_t vram_bytes) {
-  double bandwidth = 0;
+// "NVIDIA GeForce RTX 5080" is the catalogue's "RTX 5080"; nullptr when it does not have the card.
+const planner::DeviceBudget* InCatalogue(const std::string& nvml_name, int64_t vram_bytes) {
+  const planner::DeviceBudget* found = nullptr;
   size_t best = 0;
   for (const planner::DeviceBudget& gpu : planner::CatalogueGpus()) {
     const std::string card =
@@ -77,9 +77,9 @@ double CatalogueBandwidth(const std::string& nvml_name, int64_t vram_bytes) {
                                : gpu.name.find_last_of(' '));
     const bool same_size = vram_bytes > gpu.vram_bytes * 9 / 10 && vram_bytes < gpu.vram_bytes * 11 / 10;
     if (absl::StrContains(nvml_name, card) && same_size && card.size() > best)
-      best = card.size(), bandwidth = gpu.bandwidth_gb_s;
+      best = card.size(), found = &gpu;
   }
-  return bandwidth;
+  return found;
 }
 
 double PcieGbS(unsigned generation, unsigned lanes) {
@@ -105,7 +105,12 @@ absl::StatusOr<planner::DeviceBudget> ReadDevice(const Nvml& nvml, unsigned inde
   budget.name = name;
   budget.vram_bytes = static_cast<int64_t>(memory.total);
   budget.in_use_bytes = static_cast<int64_t>(memory.used);
-  budget.bandwidth_gb_s = CatalogueBandwidth(budget.name, budget.vram_bytes);
+  const planner::DeviceBudget* known = InCatalogue(budget.name, budget.vram_bytes);
+  if (known != nullptr) budget.bandwidth_gb_s = known->bandwidth_gb_s, budget.arch = known->arch;
+  int major = 0, minor = 0;
+  const auto capability = nvml.Find<int (*)(NvmlDevice, int*, int*)>("nvmlDeviceGetCudaComputeCapability");
+  if (capability != nullptr && capability(device, &major, &minor) == 0 && major > 0)
+    budget.arch = absl::StrCat("sm_", major, minor);
   if (budget.bandwidth_gb_s == 0) {
     unsigned clock_mhz = 0;
     const auto clock = nvml.Find<int (*)(NvmlDevice, unsigned, unsigned*)>("nvmlDeviceGetMaxClockInfo");
@@ -154,12 +159,13 @@ absl::StatusOr<planner::DeviceBudget> DetectDevice(const std::string& text) {
   }
   if (changes.empty()) return device;
   // The same syntax as for a named card, with what was detected in front.
-  const std::string name = device.name;
+  const std::string name = device.name, arch = device.arch;
   KVTIDE_ASSIGN_OR_RETURN(
       device, planner::ParseDevice(absl::StrFormat(
                   "vram=%dB,used=%dB,bandwidth=%.3f,pcie=%.3f%s", device.vram_bytes, device.in_use_bytes,
                   std::max(device.bandwidth_gb_s, 1.0), std::max(device.pcie_gb_s, 1.0), changes)));
   device.name = name;
+  device.arch = arch;
   return device;
 }
 

@@ -24,14 +24,26 @@ namespace {
 
 using planner::PlanRequest;
 
+constexpr int64_t kMostTokens = int64_t{1} << 30;
+
 absl::StatusOr<int64_t> ParseTokens(const std::string& text) {
   std::string digits(absl::StripAsciiWhitespace(text));
   int64_t unit = 1, tokens = 0;
   if (!digits.empty() && (digits.back() == 'K' || digits.back() == 'k')) unit = 1024;
   if (!digits.empty() && (digits.back() == 'M' || digits.back() == 'm')) unit = 1024 * 1024;
   if (unit > 1) digits.pop_back();
-  if (!absl::SimpleAtoi(digits, &tokens) || tokens < 1 || tokens > (int64_t{1} << 30) / unit) {
-    return absl::InvalidArgumentError(absl::StrCat("'", text, "' is not a number of tokens (8192, 32K, 1M)"));
+  double number = 0;  // also of what no integer holds, to tell what is too large from what is no number
+  if (!absl::SimpleAtoi(digits, &tokens)) {
+    if (!absl::SimpleAtod(digits, &number) || number < kMostTokens) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("'", text, "' is not a number of tokens (8192, 32K, 1M)"));
+    }
+    tokens = int64_t{1} << 31;
+  }
+  if (tokens < 1) return absl::InvalidArgumentError(absl::StrCat("'", text, "': expected 1 token or more"));
+  if (tokens > kMostTokens / unit) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("'", text, "' is more than 2^30 tokens, beyond every model"));
   }
   return tokens * unit;
 }
@@ -129,7 +141,9 @@ absl::Status SetServerWords(const PlanFlags& flags, PlanRequest* request) {
   if (flags.ctx_size == 0 && flags.parallel == 0 && !flags.kv_unified) return absl::OkStatus();
   planner::EngineOptions& engine = request->engine;
   if (engine.engine != planner::Engine::kLlamaCpp)
-    return absl::InvalidArgumentError("-c, -np and -kvu are words of llama-server: --engine llama.cpp");
+    return absl::InvalidArgumentError(
+        "-c, -np and -kvu are words of llama-server: add --engine llama.cpp, or say --context and "
+        "--concurrency");
   if (flags.parallel < 0 || flags.parallel > (1 << 20))
     return absl::InvalidArgumentError(absl::StrCat("-np: ", flags.parallel, " slots; expected 1 or more"));
   if (flags.ctx_size < 0) return absl::InvalidArgumentError("-c: expected 1 token or more");
@@ -146,9 +160,49 @@ absl::Status SetServerWords(const PlanFlags& flags, PlanRequest* request) {
   return absl::OkStatus();
 }
 
+// Options that only some engines have: given for another one they would be ignored without a word.
+absl::Status CheckForeignOptions(const PlanFlags& flags, planner::Engine engine) {
+  using planner::Engine;
+  struct Option {
+    const char* name;
+    std::vector<Engine> engines;
+  };
+  static const Option options[] = {{"--block-size", {Engine::kVllm}},
+                                   {"--max-batched-tokens", {Engine::kVllm}},
+                                   {"--gpu-memory-utilization", {Engine::kVllm}},
+                                   {"--mem-fraction-static", {Engine::kSglang}},
+                                   {"--max-total-tokens", {Engine::kSglang}},
+                                   {"--page-size", {Engine::kSglang}},
+                                   {"--chunked-prefill-size", {Engine::kSglang}},
+                                   {"--swa-full-tokens-ratio", {Engine::kSglang}},
+                                   {"--dp-attention", {Engine::kVllm, Engine::kSglang}},
+                                   {"--enforce-eager", {Engine::kVllm, Engine::kSglang}},
+                                   {"--ubatch", {Engine::kLlamaCpp}},
+                                   {"--build", {Engine::kLlamaCpp}},
+                                   {"--fa-all-quants", {Engine::kLlamaCpp}},
+                                   {"--separate-caches", {Engine::kLlamaCpp}},
+                                   {"--no-rewrites", {Engine::kLlamaCpp}},
+                                   {"--split-mode", {Engine::kLlamaCpp}},
+                                   {"--swa-full", {Engine::kLlamaCpp, Engine::kSglang}},
+                                   {"--exact-window", {Engine::kKvtide}}};
+  if (!flags.given) return absl::OkStatus();
+  for (const Option& option : options) {
+    if (!flags.given(option.name) ||
+        std::find(option.engines.begin(), option.engines.end(), engine) != option.engines.end())
+      continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat(option.name, " is an option of ",
+                     absl::StrJoin(option.engines, " and ",
+                                   [](std::string* out, Engine e) { *out += planner::EngineName(e); }),
+                     "; ", planner::EngineName(engine), " has none such"));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status SetEngine(const PlanFlags& flags, PlanRequest* request) {
   planner::EngineOptions& engine = request->engine;
   KVTIDE_FLAG(engine.engine, "--engine", planner::ParseEngine(flags.engine));
+  KVTIDE_RETURN_IF_ERROR(CheckForeignOptions(flags, engine.engine));
   if (flags.split_mode != "layer" && flags.split_mode != "tensor") {
     return absl::InvalidArgumentError(
         absl::StrCat("--split-mode: '", flags.split_mode,
@@ -227,26 +281,58 @@ absl::Status CheckTypes(const PlanRequest& request) {
 // The precision in which a model was published.
 const char* PublishedWeights(const std::string& model) {
   static const std::pair<const char*, const char*> published[] = {
-      {"gpt-oss", "mxfp4"},   {"Kimi-K2-Thinking", "int4"}, {"Kimi-K2.", "int4"},   {"Kimi-K2", "fp8"},
-      {"DeepSeek-V3", "fp8"}, {"DeepSeek-R1", "fp8"},       {"DeepSeek-V4", "fp8"}, {"MiniMax-M2", "fp8"}};
+      {"gpt-oss", "mxfp4"},         {"Kimi-K2-Thinking", "int4"}, {"Kimi-K2.", "int4"},
+      {"Kimi-K2", "fp8"},           {"DeepSeek-V3", "fp8"},       {"DeepSeek-R1", "fp8"},
+      {"DeepSeek-V4", "mxfp4_fp8"}, {"MiniMax-M2", "fp8"}};
   for (const auto& [prefix, weights] : published) {
     if (absl::StartsWith(model, prefix)) return weights;
   }
   return "bf16";
 }
 
-// What a catalogue model weighs when nobody says: as it was published.
-absl::StatusOr<planner::Weights> DefaultWeights(const planner::ModelGeometry& model) {
-  const std::string name = PublishedWeights(model.name);
-  absl::StatusOr<planner::Weights> weights = planner::EstimateWeights(model, name);
+// What a catalogue model weighs when nobody says: as it was published, or as the program downloads it.
+struct DefaultFormat {
+  std::string name;
+  std::string why;
+};
+DefaultFormat DefaultFormatOf(const PlanFlags& flags, const std::string& model, const std::string& asked) {
+  const std::string published = PublishedWeights(model);
+  const std::string name = absl::AsciiStrToLower(asked);
+  const bool tag = absl::StrContains(name, ':') && !absl::StrContains(name, "://");
+  const bool ollama =
+      absl::AsciiStrToLower(flags.engine) == "ollama" || (tag && !absl::StrContains(name, '/'));
+  if (published != "mxfp4" && (ollama || absl::EndsWith(name, "gguf"))) {
+    return {"q4_k_m", ollama ? "as ollama's tags mean" : "as llama.cpp takes of a GGUF repository"};
+  }
+  // llama.cpp reads no FP8 or INT4 of safetensors; the nearest that it has.
+  const auto engine = planner::ParseEngine(flags.engine);
+  if (engine.ok() && *engine == planner::Engine::kLlamaCpp) {
+    if (published == "fp8") return {"q8_0", "the GGUF nearest to the published fp8, as nothing was said"};
+    if (published != "bf16" && published != "mxfp4")
+      return {"q4_k_m", "the GGUF nearest to what was published, as nothing was said"};
+  }
+  return {published, "as nothing was said"};
+}
+
+planner::WeightFiles FilesOf(const PlanFlags& flags) {
+  const auto engine = planner::ParseEngine(flags.engine);
+  const bool server =
+      engine.ok() && (*engine == planner::Engine::kVllm || *engine == planner::Engine::kSglang);
+  return server ? planner::WeightFiles::kSafetensors : planner::WeightFiles::kGguf;
+}
+
+absl::StatusOr<planner::Weights> DefaultWeights(const PlanFlags& flags, const planner::ModelGeometry& model,
+                                                const std::string& asked) {
+  const DefaultFormat format = DefaultFormatOf(flags, model.name, asked);
+  absl::StatusOr<planner::Weights> weights = planner::EstimateWeights(model, format.name, FilesOf(flags));
   if (!weights.ok()) {
     return absl::InvalidArgumentError(
         "missing, and the model's number of parameters is unknown; give a size (14.4GB), a quantisation "
         "(q4_k_m), a "
         "GGUF file or a folder of safetensors");
   }
-  weights->source = absl::StrCat(
-      name, ", as nothing was said; name yours with --weights q4_k_m, --weights 14.4GB or a file");
+  weights->source = absl::StrCat(planner::WeightName(format.name), ", ", format.why,
+                                 "; name yours with --weights q4_k_m, --weights 14.4GB or a file");
   weights->provenance = planner::Provenance::kGuess;
   return weights;
 }
@@ -260,14 +346,16 @@ absl::Status SetDraft(const PlanFlags& flags, PlanRequest* request) {
     return absl::OkStatus();
   }
   planner::LoadedModel model;
-  KVTIDE_FLAG(model, "--draft", planner::LoadModel(flags.draft, {flags.ignore_unknown_fields}));
+  KVTIDE_FLAG(model, "--draft",
+              planner::LoadModel(flags.draft, {flags.ignore_unknown_fields}, FilesOf(flags)));
   planner::DraftModel draft;
   if (model.weights.has_value()) draft.weights = *model.weights;
   draft.model = std::move(model.geometry);
   if (!flags.draft_weights.empty()) {
-    KVTIDE_FLAG(draft.weights, "--draft-weights", planner::LoadWeights(flags.draft_weights, draft.model));
+    KVTIDE_FLAG(draft.weights, "--draft-weights",
+                planner::LoadWeights(flags.draft_weights, draft.model, FilesOf(flags)));
   } else if (!model.weights.has_value()) {
-    KVTIDE_FLAG(draft.weights, "--draft-weights", DefaultWeights(draft.model));
+    KVTIDE_FLAG(draft.weights, "--draft-weights", DefaultWeights(flags, draft.model, flags.draft));
   }
   KVTIDE_FLAG(draft.pair, "--draft-pair", planner::ParsePair(flags.draft_pair));
   request->workload.draft = std::move(draft);
@@ -319,6 +407,7 @@ absl::StatusOr<std::vector<int64_t>> ParseContexts(const std::string& text) {
 }
 
 void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
+  flags->given = [&command](const char* name) { return command.get_option(name)->count() > 0; };
   command.add_option("--model", flags->model,
                      "Catalogue name, GGUF file, config.json, or folder of safetensors");
   command
@@ -423,8 +512,10 @@ absl::StatusOr<PlanRequest> MakePlanRequest(const PlanFlags& flags) {
         "--model is missing: a catalogue name (kvtide plan --list models), a GGUF file, a config.json or a "
         "folder");
   }
+  KVTIDE_RETURN_IF_ERROR(Flag("--engine", planner::ParseEngine(flags.engine).status()));
   planner::LoadedModel model;
-  KVTIDE_FLAG(model, "--model", planner::LoadModel(flags.model, {flags.ignore_unknown_fields}));
+  KVTIDE_FLAG(model, "--model",
+              planner::LoadModel(flags.model, {flags.ignore_unknown_fields}, FilesOf(flags)));
   request.model = std::move(model.geometry);
   if (model.weights.has_value()) request.weights = *model.weights;
   if (!flags.weights.empty()) {
@@ -432,9 +523,10 @@ absl::StatusOr<PlanRequest> MakePlanRequest(const PlanFlags& flags) {
     if (absl::SimpleAtod(flags.weights, &number)) {
       KVTIDE_RETURN_IF_ERROR(Flag("--weights", planner::ParseBytes(flags.weights).status()));
     }
-    KVTIDE_FLAG(request.weights, "--weights", planner::LoadWeights(flags.weights, request.model));
+    KVTIDE_FLAG(request.weights, "--weights",
+                planner::LoadWeights(flags.weights, request.model, FilesOf(flags)));
   } else if (!model.weights.has_value()) {
-    KVTIDE_FLAG(request.weights, "--weights", DefaultWeights(request.model));
+    KVTIDE_FLAG(request.weights, "--weights", DefaultWeights(flags, request.model, flags.model));
   }
   KVTIDE_RETURN_IF_ERROR(SetDevice(flags, &request));
   KVTIDE_RETURN_IF_ERROR(SetEngine(flags, &request));

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <CLI/CLI.hpp>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -56,6 +57,8 @@ struct PlanFlags {
   int page_size = 1;
   double swa_full_tokens_ratio = 0.8;
   int64_t max_total_tokens = 0;
+  // Whether an option stood on the command line; empty where there is none.
+  std::function<bool(const char*)> given;
   bool own_quality_only = false;
   bool ignore_unknown_fields = false;
 };

@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <memory>
@@ -61,9 +62,14 @@ absl::StatusOr<int> Connect(const std::string& host, const std::string& port) {
 
 absl::StatusOr<std::string> ReadFile(const std::string& path) {
   if (path == "-") return ReadStream(std::cin, "standard input");
+  std::error_code error;
+  if (std::filesystem::is_directory(path, error))
+    return absl::InvalidArgumentError(absl::StrCat(path, ": is a folder, not a file"));
   std::ifstream file(path, std::ios::binary);
   if (!file) return absl::NotFoundError(absl::StrCat(path, ": cannot be opened"));
-  return ReadStream(file, path);
+  KVTIDE_ASSIGN_OR_RETURN(std::string text, ReadStream(file, path));
+  if (text.empty()) return absl::InvalidArgumentError(absl::StrCat(path, ": is empty"));
+  return text;
 }
 
 absl::Status FlushOutput() {
