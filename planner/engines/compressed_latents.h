@@ -15,6 +15,9 @@ namespace kvtide::planner {
 // True for models with one latent for several tokens.
 bool HasCompressedLatents(const std::vector<LayerGroup>& groups);
 
+// Tokens of a block of vLLM and of a page of SGLang, whatever their flags say.
+constexpr int kCompressedLatentBlock = 256;
+
 // The only pair that these engines have for such a model.
 inline TypePair CompressedLatentPair() { return {"fp8", "none"}; }
 

@@ -95,10 +95,13 @@ std::string LoadText(const PlanRequest& request, int64_t context) {
 std::string WhyNot(const Candidate& candidate, bool chosen) {
   if (chosen) return "chosen";
   std::string why = RejectionText(candidate.rejection);
-  if (candidate.rejection == Rejection::kTooLarge)
-    absl::StrAppend(&why, " by ", FormatMiB(-candidate.free_bytes), " MiB");
+  if (candidate.rejection == Rejection::kTooLarge) {
+    why = candidate.free_bytes < 0 ? absl::StrCat(why, " by ", FormatMiB(-candidate.free_bytes), " MiB")
+                                   : "more than --max-total-tokens";
+  }
   if (candidate.total_bytes == 0) absl::StrAppend(&why, ": ", candidate.support.reason);
-  if (!candidate.fits && candidate.total_bytes > 0 && candidate.rejection == Rejection::kUnmeasured) {
+  if (candidate.free_bytes < 0 && candidate.total_bytes > 0 &&
+      candidate.rejection == Rejection::kUnmeasured) {
     absl::StrAppend(&why, ", too large by ", FormatMiB(-candidate.free_bytes), " MiB");
   }
   return why;

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "kernels/base/status.h"
+#include "planner/engines/compressed_latents.h"
 #include "planner/engines/sglang.h"
 #include "planner/engines/vllm.h"
 #include "planner/plan/overheads.h"
@@ -33,6 +34,11 @@ absl::StatusOr<const ContextPlan*> LargestContext(const PlanRequest& request, co
 
 const TypePair& PairOf(const ContextPlan& context) {
   return context.chosen >= 0 ? context.candidates[context.chosen].asked : context.split->pair;
+}
+
+// What was asked, unless the engine takes its own for the model.
+int BlockTokens(const PlanRequest& request, int asked) {
+  return HasCompressedLatents(GroupLayers(request.model)) ? kCompressedLatentBlock : asked;
 }
 
 }  // namespace
@@ -71,13 +77,13 @@ absl::StatusOr<std::string> RenderLlamaArgs(const PlanRequest& request, const Pl
 absl::StatusOr<std::string> RenderVllmArgs(const PlanRequest& request, const Plan& plan) {
   KVTIDE_ASSIGN_OR_RETURN(const ContextPlan* context, LargestContext(request, plan, Engine::kVllm));
   const Candidate& chosen = context->candidates[context->chosen];
-  std::string args =
-      absl::StrCat("--max-model-len ", context->context, " --max-num-seqs ", request.workload.concurrency,
-                   " --max-num-batched-tokens ", request.engine.max_batched_tokens, " --block-size ",
-                   request.engine.block_tokens, " --kv-cache-dtype ", VllmCacheDtype(chosen.asked),
-                   request.engine.dp_attention ? " --enable-expert-parallel --data-parallel-size "
-                                               : " --tensor-parallel-size ",
-                   request.device.count);
+  std::string args = absl::StrCat(
+      "--max-model-len ", context->context, " --max-num-seqs ", request.workload.concurrency,
+      " --max-num-batched-tokens ", request.engine.max_batched_tokens, " --block-size ",
+      BlockTokens(request, request.engine.block_tokens), " --kv-cache-dtype ", VllmCacheDtype(chosen.asked),
+      request.engine.dp_attention ? " --enable-expert-parallel --data-parallel-size "
+                                  : " --tensor-parallel-size ",
+      request.device.count);
   absl::StrAppendFormat(&args, " --gpu-memory-utilization %.2f", request.engine.gpu_memory_utilization);
   if (!request.engine.cuda_graphs) absl::StrAppend(&args, " --enforce-eager");
   return args + "\n";
@@ -92,7 +98,8 @@ absl::StatusOr<std::string> RenderSglangArgs(const PlanRequest& request, const P
       "--context-length ", context->context, " --max-running-requests ", request.workload.concurrency,
       " --kv-cache-dtype ", SglangCacheDtype(chosen.asked), " --tp-size ", request.device.count,
       engine.dp_attention ? absl::StrCat(" --dp-size ", request.device.count, " --enable-dp-attention") : "",
-      " --page-size ", engine.page_tokens, " --chunked-prefill-size ", defaults.chunked_prefill);
+      " --page-size ", BlockTokens(request, engine.page_tokens), " --chunked-prefill-size ",
+      defaults.chunked_prefill);
   absl::StrAppendFormat(&args, " --mem-fraction-static %.3f", defaults.mem_fraction_static);
   if (engine.max_total_tokens > 0) absl::StrAppend(&args, " --max-total-tokens ", engine.max_total_tokens);
   const bool windows = std::any_of(request.model.layers.begin(), request.model.layers.end(),

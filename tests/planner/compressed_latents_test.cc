@@ -5,6 +5,7 @@
 
 #include "planner/model/catalogue.h"
 #include "planner/plan/plan.h"
+#include "planner/render/render_flags.h"
 #include "planner/units.h"
 
 namespace kvtide::planner {
@@ -94,6 +95,8 @@ TEST(CompressedLatents, APlanTakesTheOnlyFormat) {
     EXPECT_TRUE(context.candidates[0].harm.own_format);
     EXPECT_THAT(context.reason, HasSubstr("the only format"));
     EXPECT_THAT(plan->notes, Contains(HasSubstr("584 bytes")));
+    EXPECT_THAT(engine == Engine::kVllm ? *RenderVllmArgs(request, *plan) : *RenderSglangArgs(request, *plan),
+                HasSubstr(engine == Engine::kVllm ? "--block-size 256" : "--page-size 256"));
     EXPECT_GE(context.candidates[0].max_concurrency, engine == Engine::kVllm ? 19 : 25);
     EXPECT_LE(context.candidates[0].max_concurrency, engine == Engine::kVllm ? 22 : 40);
   }

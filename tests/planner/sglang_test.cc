@@ -6,6 +6,7 @@
 #include "planner/model/catalogue.h"
 #include "planner/model/device.h"
 #include "planner/plan/verify.h"
+#include "planner/render/render.h"
 #include "planner/render/render_flags.h"
 #include "planner/units.h"
 
@@ -232,6 +233,7 @@ TEST(Sglang, MaxTotalTokensLimitsThePool) {
   const auto small = MakePlan(request);
   EXPECT_EQ(small->contexts[0].verdict, Verdict::kDoesNotFit);
   EXPECT_THAT(small->contexts[0].reason, HasSubstr("--max-total-tokens 20000 is smaller than one sequence"));
+  EXPECT_THAT(RenderTable(request, *small, {}), HasSubstr("more than --max-total-tokens"));
 }
 
 TEST(Sglang, WhatTheEngineDoesIsNoted) {
