@@ -149,13 +149,14 @@ const HarmTable::Measured* HarmTable::Nearest(const Model& model, const std::str
 }
 
 double HarmTable::Ratio(const Model& model, const Model& other) {
-  constexpr double kNoise = 0.005;  // percent: below, a ratio says nothing
+  constexpr double kNoise = 0.02;  // percent: below, a ratio says nothing
+  constexpr size_t kFewest = 2;    // pairs
   std::vector<double> ratios;
   for (const Measured& row : model.rows) {
     const Measured* same = Nearest(other, row.pair, row.context);
     if (same != nullptr && same->percent > kNoise) ratios.push_back(row.percent / same->percent);
   }
-  if (ratios.empty()) return 0;
+  if (ratios.size() < kFewest) return 0;
   const auto middle = ratios.begin() + static_cast<std::ptrdiff_t>(ratios.size() / 2);
   std::nth_element(ratios.begin(), middle, ratios.end());
   return *middle;

@@ -114,7 +114,7 @@ std::string CandidateLine(const Candidate& candidate, bool chosen, int kernel_wi
     return absl::StrFormat("%s %-15s %s", chosen ? ">" : " ", name, WhyNot(candidate, chosen));
   }
   return absl::StrFormat(
-      "%s %-15s %9s %5.2f %5.2fx %9s %-18s %-*s %9d %5d  %-15s %s", chosen ? ">" : " ", name,
+      "%s %-15s %9s %5.2f %5.2fx %9s %-20s %-*s %9d %5d  %-15s %s", chosen ? ">" : " ", name,
       FormatMiB(candidate.kv_bytes), candidate.bits_per_value, candidate.ratio_to_f16,
       FormatMiB(candidate.free_bytes), HarmText(candidate.harm), kernel_width, KernelText(candidate.support),
       std::max<int64_t>(0, candidate.max_context), std::max<int64_t>(0, candidate.max_concurrency),
@@ -126,7 +126,7 @@ const char* CacheHead(int devices) { return devices > 1 ? "MiB/GPU" : "KV MiB"; 
 const char* RestHead(int devices) { return devices > 1 ? "left/GPU" : "left MiB"; }
 
 std::string TableHead(int devices, int kernel_width) {
-  return absl::StrFormat("  %-15s %9s %5s %6s %9s %-18s %-*s %9s %5s  %-15s", "pair", CacheHead(devices),
+  return absl::StrFormat("  %-15s %9s %5s %6s %9s %-20s %-*s %9s %5s  %-15s", "pair", CacheHead(devices),
                          "bits", "ratio", RestHead(devices), "harm, measured on", kernel_width, "kernel",
                          "max ctx", "seqs", "tok/s");
 }
@@ -270,7 +270,7 @@ std::string ContextTable(const ContextPlan& context, const TableStyle& style, bo
 // One line per context: what to run.
 std::string Summary(const Plan& plan, int devices, const Painter& paint) {
   std::string text =
-      paint(kDim, absl::StrFormat("%10s  %-22s %-18s %10s %10s  %-18s %-16s", "context", "verdict", "pair",
+      paint(kDim, absl::StrFormat("%10s  %-22s %-18s %10s %10s  %-20s %-16s", "context", "verdict", "pair",
                                   CacheHead(devices), RestHead(devices), "harm, measured on", "tok/s")) +
       "\n";
   for (const ContextPlan& context : plan.contexts) {
@@ -280,11 +280,11 @@ std::string Summary(const Plan& plan, int devices, const Painter& paint) {
                                              : std::string(VerdictText(context.verdict)));
     if (context.chosen >= 0) {
       const Candidate& chosen = context.candidates[static_cast<size_t>(context.chosen)];
-      absl::StrAppendFormat(&line, " %-18s %10s %10s  %-18s %s", chosen.asked.Name(),
+      absl::StrAppendFormat(&line, " %-18s %10s %10s  %-20s %s", chosen.asked.Name(),
                             FormatMiB(chosen.kv_bytes), FormatMiB(chosen.free_bytes), HarmText(chosen.harm),
                             SpeedText(chosen.speed));
     } else if (context.split.has_value()) {
-      absl::StrAppendFormat(&line, " %-18s %10s %10s  %-18s %s", context.split->pair.Name(),
+      absl::StrAppendFormat(&line, " %-18s %10s %10s  %-20s %s", context.split->pair.Name(),
                             FormatMiB(context.split->device_kv_bytes + context.split->host_kv_bytes), "split",
                             "", SpeedText(context.split->speed));
     }
