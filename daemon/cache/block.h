@@ -24,20 +24,26 @@ struct Block;
 struct Place {
   int tier = 0;  // index into CacheOptions::tiers
   size_t offset = 0;
-  size_t bytes = 0;
-  std::byte* data = nullptr;  // perhaps a device pointer
+  size_t bytes = 0;           // of the block
+  size_t extent = 0;          // that are taken for it
+  std::byte* data = nullptr;  // perhaps a device pointer; null in a tier of I/O
+  uint64_t write_id = 0;      // of what was written there, in a tier of I/O,
+  uint64_t profile_hash = 0;  // the profile that it was coded with,
+  uint64_t checksum = 0;      // and XXH3
   int pictures = 0;
-  int pins = 0;            // copies and seals that run
-  bool retired = false;    // no block uses it; freed with the last picture and pin
-  CachePair pair;          // for statistics
-  Block* block = nullptr;  // that lies here; null: reserved by a move, or retired
+  int pins = 0;                // copies and seals that run
+  int keeps = 0;               // durable manifests that name it
+  bool retired = false;        // no block uses it; freed with the last picture, pin and keep
+  CachePair pair;              // for statistics
+  Block* block = nullptr;      // that lies here; null: reserved by a move, or retired
+  Block* backup_of = nullptr;  // retired: the block whose bytes, as they are now, lie here too
 };
 
 // Whose bytes these are; checked when they come back from a place that others can write to.
 struct OwnerStamp {
-  ModelId model = 0;
-  SequenceId sequence = 0;  // the one that wrote it; forks share the block
-  uint64_t name_space_hash = 0;
+  uint64_t model_hash = 0;       // of its name and geometry
+  SequenceId sequence = 0;       // the one that wrote it; forks share the block
+  uint64_t name_space_hash = 0;  // XXH3
   int group = 0;
   int64_t index = 0;
   bool operator==(const OwnerStamp&) const = default;
@@ -48,6 +54,7 @@ struct Block {
   const BlockLayout* layout = nullptr;
   std::shared_ptr<const Profile> profile;  // of coded blocks
   Place* place = nullptr;                  // null: dropped
+  Place* backup = nullptr;                 // with the same bytes, kept by manifests
   int home = 0;                            // device of the first tier that its sequences live on
   // The block lives while it is in a chunk, has a direct entry or is held.
   absl::InlinedVector<Chunk*, 1> chunks;  // that have it
@@ -61,7 +68,7 @@ struct Block {
   OwnerStamp stamp;
   int codec_version_k = 0, codec_version_v = 0;
   bool has_checksum = false;
-  uint64_t checksum = 0;  // XXH3 of the bytes, computed on arrival in a tier that wants it
+  uint64_t checksum = 0;  // XXH3 of the bytes, computed on arrival in a tier that wants it; always with I/O
   // In the list of its record and tier; null record: not in a table yet, or dropped.
   RecencyPtr record;
   Block* previous = nullptr;

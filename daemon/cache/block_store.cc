@@ -23,10 +23,12 @@ absl::Status BlockStore::Init(const CacheOptions& options) {
     tier.name = from.name;
     tier.device = from.Device();
     tier.backend = from.backend;
+    tier.io = from.io;
     tier.checksum = from.checksum;
     tier.allocator = ExtentAllocator(from.capacity_bytes);
     tier.policy = MakeLruPolicy();
     tier.pairs.resize(static_cast<size_t>(kCacheTypes) * static_cast<size_t>(kCacheTypes));
+    if (!tier.attends()) continue;
     absl::StatusOr<std::unique_ptr<Slab>> slab = from.backend->AllocateSlab(tier.allocator.capacity_bytes());
     if (!slab.ok())
       return Annotate(slab.status(), absl::StrCat("tier '", from.name, "' of ", from.capacity_bytes,
@@ -36,10 +38,18 @@ absl::Status BlockStore::Init(const CacheOptions& options) {
   return absl::OkStatus();
 }
 
+size_t Tier::LargestRoom() const {
+  const size_t extent = allocator.LargestFreeExtent();
+  if (io == nullptr) return extent;
+  // The label, and rounding to pages at most.
+  const size_t most = io->ExtentBytes(1);
+  return extent > most ? extent - most : 0;
+}
+
 Place* BlockStore::NewPlace(int tier_index, size_t bytes, CachePair pair) {
   Tier& tier = this->tier(tier_index);
   const auto end = pair == ExactPair() ? ExtentAllocator::End::kTop : ExtentAllocator::End::kBottom;
-  const std::optional<size_t> offset = tier.allocator.Allocate(bytes, end);
+  const std::optional<size_t> offset = tier.allocator.Allocate(tier.ExtentBytes(bytes), end);
   return offset.has_value() ? PlaceAt(tier_index, *offset, bytes, pair) : nullptr;
 }
 
@@ -50,34 +60,48 @@ Place* BlockStore::PlaceAt(int tier_index, size_t offset, size_t bytes, CachePai
   place->tier = tier_index;
   place->offset = offset;
   place->bytes = bytes;
-  place->data = tier.slab->data() + offset;
+  place->extent = tier.ExtentBytes(bytes);
+  if (tier.slab != nullptr) place->data = tier.slab->data() + offset;
   place->pair = pair;
   tier.places[offset] = place.get();
   tier.blocks++;
   PairStats& stats = tier.pairs[PairIndex(pair)];
   stats.blocks++;
-  stats.bytes += bytes;
+  stats.bytes += place->extent;
   return place.release();
 }
 
 void BlockStore::FreeIfUnused(Place* place) {
-  if (!place->retired || place->pins > 0 || place->pictures > 0) return;
+  if (!place->retired || place->pins > 0 || place->pictures > 0 || place->keeps > 0) return;
+  if (place->backup_of != nullptr) place->backup_of->backup = nullptr;
   retired_.erase(place);
   Tier& tier = this->tier(place->tier);
-  tier.allocator.Free(place->offset, place->bytes);
+  tier.allocator.Free(place->offset, place->extent);
   tier.places.erase(place->offset);
   tier.blocks--;
   PairStats& stats = tier.pairs[PairIndex(place->pair)];
-  KVTIDE_CHECK(stats.blocks > 0 && stats.bytes >= place->bytes);
+  KVTIDE_CHECK(stats.blocks > 0 && stats.bytes >= place->extent);
   stats.blocks--;
-  stats.bytes -= place->bytes;
+  stats.bytes -= place->extent;
   delete place;
 }
 
 Block* BlockStore::Allocate(int tier, int home, const BlockLayout* layout) {
   KVTIDE_CHECK(tier == home || tier >= homes_);
   Place* place = NewPlace(tier, layout->block_bytes(), layout->pair());
-  if (place == nullptr) return nullptr;
+  return place != nullptr ? NewBlock(place, home, layout) : nullptr;
+}
+
+Block* BlockStore::AllocateAt(int tier, size_t offset, int home, const BlockLayout* layout) {
+  const size_t bytes = layout->block_bytes(), extent = this->tier(tier).ExtentBytes(bytes);
+  const ExtentAllocator& allocator = this->tier(tier).allocator;
+  if (offset % ExtentAllocator::kAlignment != 0 || offset > allocator.capacity_bytes() ||
+      extent > allocator.capacity_bytes() - offset || !this->tier(tier).allocator.AllocateAt(offset, extent))
+    return nullptr;
+  return NewBlock(PlaceAt(tier, offset, bytes, layout->pair()), home, layout);
+}
+
+Block* BlockStore::NewBlock(Place* place, int home, const BlockLayout* layout) {
   uint32_t slot;
   if (free_slots_.empty()) {
     slot = static_cast<uint32_t>(blocks_.size());
@@ -106,7 +130,7 @@ Place* BlockStore::Reserve(int tier, const Block& block) {
 
 Place* BlockStore::ReserveAt(int tier, size_t offset, const Block& block) {
   const size_t bytes = block.layout->block_bytes();
-  if (!this->tier(tier).allocator.AllocateAt(offset, bytes)) return nullptr;
+  if (!this->tier(tier).allocator.AllocateAt(offset, this->tier(tier).ExtentBytes(bytes))) return nullptr;
   return PlaceAt(tier, offset, bytes, block.layout->pair());
 }
 
@@ -220,6 +244,7 @@ void BlockStore::DeleteIfUnused(Block* block) {
   if (!block->chunks.empty() || block->direct_entries > 0 || block->holds > 0) return;
   KVTIDE_CHECK(!block->moving);
   Unlink(block);
+  ForgetBackup(block);
   if (block->place != nullptr) {
     Place* place = block->place;
     stored_bytes_ -= place->bytes;
@@ -248,6 +273,36 @@ void BlockStore::LeavePicture(Place* place) {
   KVTIDE_CHECK(place->pictures > 0);
   place->pictures--;
   FreeIfUnused(place);
+}
+
+void BlockStore::Unkeep(Place* place) {
+  KVTIDE_CHECK(place->keeps > 0);
+  place->keeps--;
+  FreeIfUnused(place);
+}
+
+void BlockStore::SetBackup(Block* block, Place* place) {
+  KVTIDE_CHECK(place->retired && place->backup_of == nullptr);
+  ForgetBackup(block);
+  block->backup = place;
+  place->backup_of = block;
+}
+
+void BlockStore::ForgetBackup(Block* block) {
+  if (block->backup == nullptr) return;
+  block->backup->backup_of = nullptr;
+  block->backup = nullptr;
+}
+
+void BlockStore::MoveToBackup(Block* block) {
+  Place* backup = block->backup;
+  KVTIDE_CHECK(backup != nullptr && block->place != nullptr);
+  ForgetBackup(block);
+  block->has_checksum = true;
+  block->checksum = backup->checksum;
+  retired_.erase(backup);
+  backup->retired = false;
+  SwapPlace(block, backup);
 }
 
 void BlockStore::Retire(Place* place) {
@@ -279,7 +334,10 @@ void BlockStore::SwapPlace(Block* block, Place* place) {
   }
   block->place = place;
   place->block = block;
+  // What a manifest keeps has the block's bytes still.
+  const bool kept = old->keeps > 0;
   Retire(old);
+  if (kept) SetBackup(block, old);
 }
 
 void BlockStore::Drop(Block* block) {
@@ -293,6 +351,7 @@ void BlockStore::Drop(Block* block) {
   tier(place->tier).dropped++;
   stored_bytes_ -= place->bytes;
   block->has_checksum = false;
+  ForgetBackup(block);
   Retire(place);
 }
 
@@ -397,14 +456,19 @@ void BlockStore::ForkRecency(SequenceRecency* parent, SequenceRecency* child) {
 }
 
 void BlockStore::Touch(const SequenceRecency& sequence, absl::Time now) {
-  for (const RecencyPtr* record : {&sequence.family, &sequence.own}) {
-    if (*record == nullptr) continue;
-    Recency* root = Root(*record);
-    root->touch_serial = ++serial_;
-    root->last_touched = now;
-    for (size_t t = 0; t < tiers_.size(); t++)
-      if (root->tiers[t].blocks > 0) tiers_[t].policy->Touch(root->slot);
-  }
+  for (const RecencyPtr* record : {&sequence.family, &sequence.own})
+    if (*record != nullptr) TouchRecord(Root(*record), now);
+}
+
+void BlockStore::Touch(const Block& block, absl::Time now) {
+  if (block.record != nullptr) TouchRecord(Root(block.record), now);
+}
+
+void BlockStore::TouchRecord(Recency* root, absl::Time now) {
+  root->touch_serial = ++serial_;
+  root->last_touched = now;
+  for (size_t t = 0; t < tiers_.size(); t++)
+    if (root->tiers[t].blocks > 0) tiers_[t].policy->Touch(root->slot);
 }
 
 void BlockStore::BeginRead(const RecencyPtr& record) {
@@ -497,8 +561,9 @@ void BlockStore::CheckInvariants() const {
     KVTIDE_CHECK(place.tier == block.home || place.tier >= homes_, "block ", block.id, " of device ",
                  block.home, " lies in tier ", place.tier);
     const auto t = static_cast<size_t>(place.tier);
-    KVTIDE_CHECK(place.data == tiers_[t].slab->data() + place.offset && place.block == &block);
-    used[t] += place.bytes;
+    KVTIDE_CHECK(place.data == (tiers_[t].attends() ? tiers_[t].slab->data() + place.offset : nullptr) &&
+                 place.block == &block && (tiers_[t].attends() || block.has_checksum));
+    used[t] += place.extent;
     stored += place.bytes;
     if (block.record != nullptr) linked[t]++;
   });
@@ -506,8 +571,9 @@ void BlockStore::CheckInvariants() const {
                shared_, " stored ", stored, "/", stored_bytes_, " dropped ", dropped, "/", dropped_);
   for (const Chunk* chunk : chunks) CheckChunk(*chunk);
   for (const Place* place : retired_) {
-    KVTIDE_CHECK(place->pins + place->pictures > 0 && place->retired);
-    used[static_cast<size_t>(place->tier)] += place->bytes;
+    KVTIDE_CHECK(place->pins + place->pictures + place->keeps > 0 && place->retired);
+    KVTIDE_CHECK(place->backup_of == nullptr || place->backup_of->backup == place);
+    used[static_cast<size_t>(place->tier)] += place->extent;
   }
   for (size_t t = 0; t < tiers_.size(); t++) {
     const Tier& tier = tiers_[t];
@@ -538,8 +604,8 @@ void BlockStore::CheckInvariants() const {
     size_t end = 0, placed = 0;
     for (const auto& [offset, place] : tier.places) {
       KVTIDE_CHECK(place->offset == offset && offset >= end, "places overlap at ", offset);
-      end = offset + ExtentAllocator::RoundUp(place->bytes);
-      placed += ExtentAllocator::RoundUp(place->bytes);
+      end = offset + ExtentAllocator::RoundUp(place->extent);
+      placed += ExtentAllocator::RoundUp(place->extent);
     }
     KVTIDE_CHECK(placed == tier.allocator.used_bytes() && tier.places.size() == tier.blocks);
     KVTIDE_CHECK(in_policy[t] == linked[t] && read[t] == tier.read, "tier ", tier.name, ": ", in_policy[t],

@@ -22,12 +22,19 @@
 
 namespace kvtide {
 
-// Memory of one kind with the backend that attends there: one slab, taken at start.
+// Memory of one kind with the backend that attends there: one slab, taken at start. Or what is reached by
+// I/O.
 struct Tier {
   std::string name, device;
   Backend* backend = nullptr;
+  IoTier* io = nullptr;
   bool checksum = false;
-  std::unique_ptr<Slab> slab;
+  std::unique_ptr<Slab> slab;  // null with I/O
+  bool attends() const { return backend != nullptr; }
+  // What a block takes.
+  size_t ExtentBytes(size_t bytes) const { return io != nullptr ? io->ExtentBytes(bytes) : bytes; }
+  // The largest block that fits into the largest free extent.
+  size_t LargestRoom() const;
   ExtentAllocator allocator{0};
   std::unique_ptr<EvictionPolicy> policy;  // holds exactly the records that have blocks here
   absl::btree_map<size_t, Place*> places;  // by offset: every byte that is taken
@@ -35,7 +42,7 @@ struct Tier {
   uint64_t pinned = 0;                     // of these, those that copies work on
   uint64_t read = 0;                       // blocks of records that are being read
   std::vector<PairStats> pairs;            // by pair index
-  uint64_t demoted = 0, promoted = 0, dropped = 0;
+  uint64_t demoted = 0, promoted = 0, dropped = 0, lost = 0;
 };
 
 class BlockStore {
@@ -58,6 +65,9 @@ class BlockStore {
   // A block that nobody has yet (make it a WritingBlock at once), or null. f16 blocks come from the top of
   // the slab, others from the bottom. `tier` is `home` or below it.
   Block* Allocate(int tier, int home, const BlockLayout* layout);
+  // The same for a block whose bytes lie at this offset already, in a tier of I/O; null if one of them is
+  // taken.
+  Block* AllocateAt(int tier, size_t offset, int home, const BlockLayout* layout);
   // A place for a copy of the block in any tier, or null: anywhere, or at this offset.
   Place* Reserve(int tier, const Block& block);
   Place* ReserveAt(int tier, size_t offset, const Block& block);
@@ -78,6 +88,16 @@ class BlockStore {
   void Pin(Place* place);
   void Unpin(Place* place);
   void LeavePicture(Place* place);
+  // For manifests.
+  void Keep(Place* place) { place->keeps++; }
+  void Unkeep(Place* place);
+
+  // The place, which no block has, holds what the block holds; it lives while it is pinned or kept.
+  void SetBackup(Block* block, Place* place);
+  // The block is about to change.
+  void ForgetBackup(Block* block);
+  // The block lies in its backup from now on.
+  void MoveToBackup(Block* block);
 
   // The block lies in `place` from now on; its former place is retired.
   void SwapPlace(Block* block, Place* place);
@@ -93,6 +113,8 @@ class BlockStore {
   // for what comes.
   void ForkRecency(SequenceRecency* parent, SequenceRecency* child);
   void Touch(const SequenceRecency& sequence, absl::Time now);
+  // The record that the block goes by.
+  void Touch(const Block& block, absl::Time now);
   void BeginRead(const RecencyPtr& record);
   void EndRead(const RecencyPtr& record);
   uint64_t serial() const { return serial_; }
@@ -144,6 +166,7 @@ class BlockStore {
 
   Place* NewPlace(int tier, size_t bytes, CachePair pair);
   Place* PlaceAt(int tier, size_t offset, size_t bytes, CachePair pair);
+  Block* NewBlock(Place* place, int home, const BlockLayout* layout);
   void FreeIfUnused(Place* place);
   void DeleteIfUnused(Block* block);
   // What snapshots show of the block is stale.
@@ -151,6 +174,7 @@ class BlockStore {
   // In and out of the list of its record and tier.
   void Link(Block* block);
   void Unlink(Block* block);
+  void TouchRecord(Recency* root, absl::Time now);
   void Merge(const RecencyPtr& from, const RecencyPtr& into);
   // Adds the entries' block to, or takes it from, the counts of the chunks that have it.
   void CountInChunks(const Block& block, int sign);

@@ -89,6 +89,11 @@ void BlockTable::Clear() {
   first_chunk_ = first_ = end_ = 0;
 }
 
+void BlockTable::StartAt(int64_t index) {
+  KVTIDE_CHECK(empty() && chunks_.empty());
+  first_ = end_ = index;
+}
+
 void BlockTable::MakeStale(int64_t index) {
   Chunk* chunk = chunks_[ChunkOf(index)];
   chunk->picture.reset();

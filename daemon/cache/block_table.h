@@ -51,7 +51,8 @@ class BlockTable {
   void Replace(int64_t index, Block* block, const RecencyPtr& record);
   void PopBack();
   void PopFront();
-  void Clear();  // the next block has number 0
+  void Clear();                 // the next block has number 0
+  void StartAt(int64_t index);  // an empty table: the next block has this number
   // What was shown of this block is not kept, because its profile has changed or to see who still reads it.
   void MakeStale(int64_t index);
 

@@ -11,7 +11,7 @@ absl::Status CacheCore::Start() {
   CacheLock lock(*this);
   KVTIDE_RETURN_IF_ERROR(lock->store.Init(options_));
   homes_ = lock->store.homes();
-  for (const TierOptions& tier : options_.tiers) backends_.push_back(tier.backend);
+  for (const TierOptions& tier : options_.tiers) media_.push_back({tier.backend, tier.io});
   return absl::OkStatus();
 }
 

@@ -26,6 +26,7 @@ struct Counters {
   uint64_t moves = 0, failed_moves = 0, moved_bytes = 0, dropped_blocks = 0;
   uint64_t compacted_blocks = 0, compacted_bytes = 0;
   uint64_t attended_blocks = 0, attended_blocks_below_tier0 = 0, checksum_failures = 0, exhausted = 0;
+  uint64_t lost_blocks = 0, persist_calls = 0, persisted = 0, failed_persists = 0, persisted_bytes = 0;
 };
 
 struct CacheState {
@@ -34,6 +35,7 @@ struct CacheState {
   BlockStore store;
   Sequences sequences;
   Counters counters;
+  uint64_t durable_sequences = 0;
   int attends_running = 0;
   int moves_running = 0;  // rounds of copies
   CondVar changed;        // a move or an attend ended, blocks were freed, a sequence was closed
@@ -46,8 +48,11 @@ class CacheCore {
   absl::Status Start();
 
   const CacheOptions& options() const { return options_; }
-  Backend& backend(int tier) const { return *backends_[static_cast<size_t>(tier)]; }
-  size_t tiers() const { return backends_.size(); }
+  // The tier attends in place: it has a backend; else it has I/O.
+  bool attends(int tier) const { return media_[static_cast<size_t>(tier)].backend != nullptr; }
+  Backend& backend(int tier) const { return *media_[static_cast<size_t>(tier)].backend; }
+  IoTier& io(int tier) const { return *media_[static_cast<size_t>(tier)].io; }
+  size_t tiers() const { return media_.size(); }
   int homes() const { return homes_; }
 
  private:
@@ -55,7 +60,11 @@ class CacheCore {
   friend class Unlocked;
 
   const CacheOptions options_;
-  std::vector<Backend*> backends_;  // by tier; fixed after Start
+  struct Medium {
+    Backend* backend = nullptr;
+    IoTier* io = nullptr;
+  };
+  std::vector<Medium> media_;  // by tier; fixed after Start
   int homes_ = 0;
   Mutex mu_;
   CacheState state_;

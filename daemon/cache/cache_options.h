@@ -10,6 +10,7 @@
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "daemon/cache/io_tier.h"
 #include "daemon/cache/tier_policy.h"
 #include "kernels/backend.h"
 
@@ -18,13 +19,21 @@ namespace kvtide {
 // Entries of equal name are one tier that lies on several devices, with a pool and a backend each. Only the
 // first tier may: a sequence lives on one of these devices, its home, and in the tiers below, which all
 // share.
+//
+// A tier either has a backend, which attends over its blocks where they lie, or is reached by I/O: then its
+// blocks are brought into a tier with a backend before anybody computes on them. Both are borrowed and
+// outlive the cache.
 struct TierOptions {
-  std::string name;            // "device", "host"
-  Backend* backend = nullptr;  // borrowed; outlives the cache
+  std::string name;            // "device", "host", "disk"
+  Backend* backend = nullptr;  // null: a tier of I/O
   size_t capacity_bytes = 0;
   bool checksum = false;  // blocks that come here get an XXH3 checksum, verified when they leave
-  std::string device;     // tells the pools of one tier apart: "cuda:1"; empty = the backend's name
-  std::string Device() const { return device.empty() ? backend->name() : device; }
+  std::string device;     // tells the pools of one tier apart: "cuda:1"; empty = the name of what it lies on
+  IoTier* io = nullptr;
+  DurableIndex* index = nullptr;  // of a tier that survives a restart
+  bool attends() const { return backend != nullptr; }
+  std::string Medium() const { return backend != nullptr ? backend->name() : io->name(); }
+  std::string Device() const { return device.empty() ? Medium() : device; }
 };
 
 struct CacheOptions {
@@ -46,6 +55,9 @@ struct CacheOptions {
   absl::Duration move_interval = absl::Milliseconds(20);
   absl::Duration room_wait = absl::Milliseconds(
       200);  // how long a call waits for pins and moves of others: for room, or for a block that it writes to
+  // How long a call waits for blocks that other calls bring in from a tier of I/O.
+  absl::Duration io_wait = absl::Seconds(30);
+  absl::Duration persist_interval = absl::Seconds(1);  // of sequences that are always to be durable
   std::function<absl::Time()> clock = absl::Now;
   uint64_t id_seed = 0;  // of the sequence ids; 0 = random
 };

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/time/time.h"
+#include "daemon/cache/io_tier.h"
 #include "daemon/cache/sequence_options.h"
 
 namespace kvtide {
@@ -34,7 +35,10 @@ struct TierStats {
   std::map<std::string, PairStats> pairs;  // by pair name
   uint64_t demoted_blocks = 0;             // counters: moves out of this tier downwards,
   uint64_t promoted_blocks = 0;            // moves into this tier from below,
-  uint64_t dropped_blocks = 0;             // drops from this tier
+  uint64_t dropped_blocks = 0;             // drops from this tier,
+  uint64_t lost_blocks = 0;                // blocks that it could not give back
+  bool attends = true;                     // in place; false: reached by I/O, of which `io` tells
+  IoTierStats io;
 };
 
 struct CacheStats {
@@ -67,7 +71,13 @@ struct CacheStats {
   uint64_t attended_blocks = 0;  // block reads by attention, one layer each
   uint64_t attended_blocks_below_tier0 = 0;
   uint64_t checksum_failures = 0;
-  uint64_t exhausted = 0;  // calls that ended with ResourceExhausted
+  uint64_t exhausted = 0;        // calls that ended with ResourceExhausted
+  uint64_t lost_blocks = 0;      // that a tier could not give back, or whose bytes had changed
+  uint64_t persist_calls = 0;    // that clients asked for
+  uint64_t persisted = 0;        // manifests that became durable,
+  uint64_t failed_persists = 0;  // and that did not
+  uint64_t persisted_bytes = 0;  // of blocks that were written for it
+  uint64_t durable_sequences = 0;
   // Limits, for display beside the gauges.
   uint64_t max_sequences = 0;
   uint64_t max_models = 0;
@@ -83,7 +93,9 @@ struct SequenceInfo {
   int64_t tokens = 0;          // the sequence's length: the minimum over its layers
   int64_t max_layer_tokens = 0;
   absl::Time created, last_used;
-  std::string device;  // of the first tier, where the sequence lives
+  std::string device;          // of the first tier, where the sequence lives
+  bool durable = false;        // it would be there after a restart,
+  int64_t durable_tokens = 0;  // with so many tokens
   std::vector<uint64_t> blocks_by_tier;
   std::vector<uint64_t> bytes_by_tier;  // shared blocks count in every sequence that holds them
   uint64_t shared_blocks = 0;

@@ -35,7 +35,8 @@ CacheStats Inspector::Stats() const {
     const Tier& tier = lock->store.tier(static_cast<int>(t));
     TierStats& to = stats.tiers.emplace_back();
     to.name = tier.name;
-    to.backend = tier.backend->name();
+    to.backend = core_.options().tiers[t].Medium();
+    to.attends = tier.attends();
     to.device = tier.device;
     to.capacity_bytes = tier.allocator.capacity_bytes();
     to.used_bytes = tier.allocator.used_bytes();
@@ -46,6 +47,8 @@ CacheStats Inspector::Stats() const {
     to.demoted_blocks = tier.demoted;
     to.promoted_blocks = tier.promoted;
     to.dropped_blocks = tier.dropped;
+    to.lost_blocks = tier.lost;
+    if (tier.io != nullptr) to.io = tier.io->Stats();
     for (const CacheType k : AllCacheTypes())
       for (const CacheType v : AllCacheTypes()) {
         const PairStats& pair = tier.pairs[PairIndex({k, v})];
@@ -86,6 +89,12 @@ CacheStats Inspector::Stats() const {
   stats.attended_blocks_below_tier0 = lock->counters.attended_blocks_below_tier0;
   stats.checksum_failures = lock->counters.checksum_failures;
   stats.exhausted = lock->counters.exhausted;
+  stats.lost_blocks = lock->counters.lost_blocks;
+  stats.persist_calls = lock->counters.persist_calls;
+  stats.persisted = lock->counters.persisted;
+  stats.failed_persists = lock->counters.failed_persists;
+  stats.persisted_bytes = lock->counters.persisted_bytes;
+  stats.durable_sequences = lock->durable_sequences;
   stats.max_sequences = core_.options().max_sequences;
   stats.max_models = core_.options().max_models;
   stats.max_tokens_per_sequence = core_.options().max_tokens_per_sequence;
@@ -104,6 +113,8 @@ SequenceInfo Inspector::Describe(const CacheState& state, const Sequence& sequen
   info.created = sequence.created;
   info.last_used = sequence.last_used;
   info.device = state.store.tier(sequence.home).device;
+  info.durable = sequence.durable.exists;
+  info.durable_tokens = sequence.durable.tokens;
   info.blocks_by_tier.resize(state.store.tiers());
   info.bytes_by_tier.resize(state.store.tiers());
   for (const GroupTable& table : sequence.groups) {
@@ -173,8 +184,8 @@ void Inspector::CheckInvariants() const {
       table.blocks->ForEach([&](const Block* block) {
         count(block);
         KVTIDE_CHECK(block->layout == table.exact || block->layout == table.coded);
-        KVTIDE_CHECK(block->stamp.index == index && block->stamp.model == sequence->model->id, "block ",
-                     block->id, " stamped ", block->stamp.index, " at ", index);
+        KVTIDE_CHECK(block->stamp.index == index && block->stamp.model_hash == sequence->model->hash,
+                     "block ", block->id, " stamped ", block->stamp.index, " at ", index);
         KVTIDE_CHECK(block->references() > 1 ||
                      block->stamp.group == static_cast<int>(&table - sequence->groups.data()));
         if (!sequence->writer && block->layout == table.exact && !sequence->options.seal_at_once &&

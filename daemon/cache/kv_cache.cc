@@ -4,6 +4,7 @@
 #include "daemon/cache/cache_core.h"
 #include "daemon/cache/inspector.h"
 #include "daemon/cache/mover.h"
+#include "daemon/cache/persister.h"
 #include "daemon/cache/reader.h"
 #include "daemon/cache/sealer.h"
 #include "daemon/cache/truncator.h"
@@ -28,8 +29,10 @@ class KvCache::Impl {
   Sealer sealer{core, mover};
   Writer writer{core, mover, sealer};
   Truncator truncator{core, mover};
-  Reader reader{core};
+  Reader reader{core, mover};
   Inspector inspector{core};
+  Persister persister{core};
+  RestoreReport restored;
 };
 
 namespace {
@@ -42,6 +45,7 @@ const CallContext& ContextOf(const AttendCall& call) {
 }  // namespace
 
 KvCache::Impl::~Impl() {
+  persister.Stop();
   mover.Stop();
   CacheLock lock(core);
   KVTIDE_CHECK(lock->attends_running == 0, "the cache is destroyed under running calls");
@@ -138,10 +142,26 @@ absl::StatusOr<SequenceId> KvCache::ForkSequence(SequenceId id, const CallContex
 
 absl::Status KvCache::CloseSequence(SequenceId sequence) {
   CacheLock lock(impl_->core);
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr closing, lock->sequences.Find(sequence));
   KVTIDE_RETURN_IF_ERROR(lock->sequences.Close(sequence));
   lock->changed.NotifyAll();
-  return absl::OkStatus();
+  return impl_->persister.Forget(lock, *closing);
 }
+
+absl::StatusOr<PersistReport> KvCache::Persist(std::span<const SequenceId> sequences,
+                                               const CallContext& context) {
+  return impl_->persister.Persist(sequences, context);
+}
+
+void KvCache::PersistChanged() { impl_->persister.PersistChanged(); }
+
+bool KvCache::IsDurable(SequenceId id) const {
+  CacheLock lock(impl_->core);
+  const absl::StatusOr<SequencePtr> sequence = lock->sequences.Find(id);
+  return sequence.ok() && (*sequence)->durable.exists;
+}
+
+const RestoreReport& KvCache::restored() const { return impl_->restored; }
 
 absl::StatusOr<ModelId> KvCache::ModelOf(SequenceId id) const {
   CacheLock lock(impl_->core);
@@ -197,7 +217,11 @@ absl::StatusOr<std::unique_ptr<KvCache>> KvCache::Create(CacheOptions options) {
   KVTIDE_RETURN_IF_ERROR(CheckCacheOptions(options));
   auto impl = std::make_unique<Impl>(std::move(options));
   KVTIDE_RETURN_IF_ERROR(impl->core.Start());
-  if (impl->core.options().background_moves) impl->mover.Start();
+  impl->restored = impl->persister.Restore();
+  if (impl->core.options().background_moves) {
+    impl->mover.Start();
+    impl->persister.Start();
+  }
   return std::unique_ptr<KvCache>(new KvCache(std::move(impl)));
 }
 KvCache::KvCache(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -217,10 +241,19 @@ absl::Status KvCache::ReadTokens(const ReadCall& call) { return impl_->reader.Re
 absl::Status KvCache::AppendAttend(const AttendCall& call) { return impl_->AppendAttend(call); }
 absl::StatusOr<MoveReport> KvCache::Evict(std::span<const SequenceId> sequences, int tier,
                                           const CallContext& context) {
-  return impl_->mover.Evict(sequences, tier, context);
+  absl::StatusOr<MoveReport> report = impl_->mover.Evict(sequences, tier, context);
+  if (report.ok() && tier != kDropTier)
+    KVTIDE_RETURN_IF_ERROR(impl_->persister.PersistParked(sequences, context));
+  return report;
 }
 absl::StatusOr<MoveReport> KvCache::EvictAll(int tier, const CallContext& context) {
-  return impl_->mover.EvictAll(tier, context);
+  absl::StatusOr<MoveReport> report = impl_->mover.EvictAll(tier, context);
+  if (!report.ok() || tier == kDropTier) return report;
+  std::vector<SequenceId> ids;
+  for (const SequenceInfo& info : impl_->inspector.ListSequences({}))
+    if (info.options.persistence != Persistence::kNone) ids.push_back(info.id);
+  KVTIDE_RETURN_IF_ERROR(impl_->persister.PersistParked(ids, context));
+  return report;
 }
 absl::StatusOr<MoveReport> KvCache::Prefetch(std::span<const SequenceId> sequences,
                                              const CallContext& context) {
@@ -234,7 +267,11 @@ std::vector<SequenceInfo> KvCache::ListSequences(const SequenceList& list) const
 }
 CacheStats KvCache::Stats() const { return impl_->inspector.Stats(); }
 const CacheOptions& KvCache::options() const { return impl_->core.options(); }
-MoveReport KvCache::RunMovesOnce() { return impl_->mover.RunOnce(); }
+MoveReport KvCache::RunMovesOnce() {
+  const MoveReport report = impl_->mover.RunOnce();
+  if (!options().background_moves) impl_->persister.PersistChanged();
+  return report;
+}
 void KvCache::CheckInvariants() const { impl_->inspector.CheckInvariants(); }
 
 }  // namespace kvtide

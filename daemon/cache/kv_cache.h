@@ -36,6 +36,7 @@
 #include "daemon/cache/call_context.h"
 #include "daemon/cache/model.h"
 #include "daemon/cache/move_report.h"
+#include "daemon/cache/persist_report.h"
 #include "daemon/cache/sequence_options.h"
 #include "kernels/base/data_type.h"
 
@@ -137,7 +138,8 @@ class KvCache {
   // tail: they keep the values that coding gave them. OutOfRange beyond the length, or when the tail's start
   // has left a sliding window.
   absl::Status TruncateSequence(SequenceId sequence, int64_t tokens, const CallContext& context = {});
-  // Frees everything; calls that run on the sequence end well or with Aborted.
+  // Frees everything; calls that run on the sequence end well or with Aborted. One that was durable is not
+  // there after a restart; Unavailable if that could not be written down (it is closed all the same).
   absl::Status CloseSequence(SequenceId sequence);
 
   absl::Status Append(const AppendCall& call);
@@ -158,6 +160,19 @@ class KvCache {
   // blocks of others if needed. What finds no room stays.
   absl::StatusOr<MoveReport> Prefetch(std::span<const SequenceId> sequences, const CallContext& context = {});
 
+  // Makes the sequences durable as they are: after a restart they are there again, with their ids, and read
+  // back bit for bit. Needs a tier with TierOptions::index. Appends to a sequence wait while its last blocks
+  // are written. FailedPrecondition in evaluation mode; DataLoss where tokens were dropped; ResourceExhausted
+  // when the tier is full; Unavailable when it cannot write: what was durable before stays so.
+  // SequenceOptions:: persistence does the same by itself.
+  absl::StatusOr<PersistReport> Persist(std::span<const SequenceId> sequences,
+                                        const CallContext& context = {});
+  // Those that are always to be durable, now instead of in a while: before a stop.
+  void PersistChanged();
+  bool IsDurable(SequenceId sequence) const;
+  // What was there at the start.
+  const RestoreReport& restored() const;
+
   absl::StatusOr<SequenceInfo> GetSequence(SequenceId sequence) const;
   // In the order of their ids; costs what it returns.
   std::vector<SequenceInfo> ListSequences(const SequenceList& list = {}) const;
@@ -173,8 +188,8 @@ class KvCache {
   static absl::StatusOr<PredictedBytes> Predict(const ModelSpec& model, const SequenceOptions& options,
                                                 int64_t tokens);
 
-  // One round of the policy: demotes idle blocks above the high watermark, promotes what attention wants. The
-  // mover thread calls it; without background_moves the owner does.
+  // One round of the policy: demotes idle blocks above the high watermark, promotes what attention wants, and
+  // PersistChanged. Threads of the cache do so; without background_moves the owner does.
   MoveReport RunMovesOnce();
   // Stops the process with a message when the tables, counts and allocators contradict each other. For tests.
   void CheckInvariants() const;

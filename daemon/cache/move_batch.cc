@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <chrono>
+#include <map>
 #include <thread>
 
 #include "kernels/base/check.h"
+#include "kernels/base/status.h"
 
 namespace kvtide {
 namespace {
@@ -35,7 +37,28 @@ std::vector<CopyPiece> CutIntoPieces(const CopyJob& job, size_t piece_bytes) {
 
 }  // namespace
 
-void CopyAll(const CacheCore& core, std::span<CopyJob> jobs) {
+CopyJob::CopyJob(const Block& block, const Place& source_place, const Place& target_place)
+    : from(source_place.tier),
+      to(target_place.tier),
+      source(source_place.data),
+      target(target_place.data),
+      source_offset(source_place.offset),
+      target_offset(target_place.offset),
+      bytes(source_place.bytes) {
+  if (source == nullptr) source_label = LabelOf(block, source_place);
+  if (target == nullptr) target_label = LabelOf(block, target_place);
+}
+
+void NameWrite(const CacheCore& core, const Block& block, Place* target) {
+  if (core.attends(target->tier)) return;
+  target->write_id = core.io(target->tier).NextWriteId();
+  target->profile_hash = block.profile != nullptr ? block.profile->hash : 0;
+}
+
+namespace {
+
+// Copies between memories.
+void CopyInMemory(const CacheCore& core, std::span<CopyJob* const> jobs) {
   struct Copying {
     CopyJob* job;
     Backend* backend;
@@ -43,18 +66,18 @@ void CopyAll(const CacheCore& core, std::span<CopyJob> jobs) {
   };
   std::vector<Copying> running;
   running.reserve(jobs.size());  // nothing fails between a started copy and its ticket
-  for (CopyJob& job : jobs) {
+  for (CopyJob* job : jobs) {
     // The faster tier's backend copies: it is the one that may not be host memory.
-    Backend* backend = &core.backend(std::min(job.from, job.to));
-    const CopyDirection direction = job.from == job.to  ? CopyDirection::kInside
-                                    : job.from < job.to ? CopyDirection::kToHost
-                                                        : CopyDirection::kFromHost;
+    Backend* backend = &core.backend(std::min(job->from, job->to));
+    const CopyDirection direction = job->from == job->to  ? CopyDirection::kInside
+                                    : job->from < job->to ? CopyDirection::kToHost
+                                                          : CopyDirection::kFromHost;
     const absl::StatusOr<CopyTicket> ticket =
-        backend->StartCopy(CutIntoPieces(job, core.options().move_piece_bytes), direction);
+        backend->StartCopy(CutIntoPieces(*job, core.options().move_piece_bytes), direction);
     if (ticket.ok()) {
-      running.push_back({&job, backend, *ticket});
+      running.push_back({job, backend, *ticket});
     } else {
-      job.status = ticket.status();
+      job->status = ticket.status();
     }
   }
   // A copy that failed does not end the others: their bytes are in use until their own ticket says otherwise.
@@ -66,6 +89,80 @@ void CopyAll(const CacheCore& core, std::span<CopyJob> jobs) {
       return !polled.ok() || *polled;
     });
     if (!running.empty()) backoff.Wait();
+  }
+}
+
+// One piece between a tier's memory and host memory.
+absl::Status CopyPieceNow(Backend& backend, const CopyPiece& piece, CopyDirection direction) {
+  KVTIDE_ASSIGN_OR_RETURN(const CopyTicket ticket, backend.StartCopy({&piece, 1}, direction));
+  Backoff backoff;
+  while (true) {
+    KVTIDE_ASSIGN_OR_RETURN(const bool done, backend.Poll(ticket));
+    if (done) return absl::OkStatus();
+    backoff.Wait();
+  }
+}
+
+// To or from a tier of I/O. `buffer`: the other side is one, too, and its bytes are here.
+IoJob MakeIoJob(const CacheCore& core, CopyJob& job, bool write, std::vector<std::byte>* buffer,
+                const Cancellation* cancellation) {
+  IoJob io;
+  io.write = write;
+  io.offset = write ? job.target_offset : job.source_offset;
+  io.label = write ? job.target_label : job.source_label;
+  io.cancellation = cancellation;
+  if (buffer != nullptr) {
+    buffer->resize(job.bytes);
+    io.copy = [buffer, write](size_t at, std::span<std::byte> piece) {
+      std::byte* const bytes = buffer->data() + at;
+      std::copy_n(write ? bytes : piece.data(), piece.size(), write ? piece.data() : bytes);
+      return absl::OkStatus();
+    };
+    return io;
+  }
+  Backend* const backend = &core.backend(write ? job.from : job.to);
+  io.copy = [backend, write, &job](size_t at, std::span<std::byte> piece) {
+    return write
+               ? CopyPieceNow(*backend, {piece.data(), job.source + at, piece.size()}, CopyDirection::kToHost)
+               : CopyPieceNow(*backend, {job.target + at, piece.data(), piece.size()},
+                              CopyDirection::kFromHost);
+  };
+  return io;
+}
+
+void RunIo(const CacheCore& core, std::span<CopyJob* const> jobs, bool write,
+           std::span<std::vector<std::byte>> buffers, const Cancellation* cancellation) {
+  std::map<int, std::vector<CopyJob*>> by_tier;
+  for (CopyJob* job : jobs) by_tier[write ? job->to : job->from].push_back(job);
+  size_t buffer = 0;
+  for (const auto& [tier, of_tier] : by_tier) {
+    std::vector<IoJob> ios;
+    for (CopyJob* job : of_tier)
+      ios.push_back(
+          MakeIoJob(core, *job, write, buffers.empty() ? nullptr : &buffers[buffer++], cancellation));
+    core.io(tier).Run(ios);
+    for (size_t i = 0; i < ios.size(); i++) {
+      of_tier[i]->status = ios[i].status;
+      if (write) of_tier[i]->target_label.checksum = ios[i].label.checksum;
+    }
+  }
+}
+
+}  // namespace
+
+void CopyAll(const CacheCore& core, std::span<CopyJob> jobs, const Cancellation* cancellation) {
+  std::vector<CopyJob*> memory, writes, reads, both;
+  for (CopyJob& job : jobs) {
+    const bool from = core.attends(job.from), to = core.attends(job.to);
+    (from && to ? memory : from ? writes : to ? reads : both).push_back(&job);
+  }
+  CopyInMemory(core, memory);
+  RunIo(core, writes, true, {}, cancellation);
+  RunIo(core, reads, false, {}, cancellation);
+  for (CopyJob* job : both) {
+    std::vector<std::byte> bytes;
+    RunIo(core, {&job, 1}, false, {&bytes, 1}, cancellation);
+    if (job->status.ok()) RunIo(core, {&job, 1}, true, {&bytes, 1}, cancellation);
   }
 }
 
@@ -84,26 +181,34 @@ void MoveBatch::Start(Block* block, Place* target) {
   move.verify = block->has_checksum;
   move.checksum = block->checksum;
   move.compute = lock_->store.tier(target->tier).checksum;
+  NameWrite(lock_.core(), *block, target);
   block->moving = true;
 }
 
 void MoveBatch::Finish() {
   if (running_.empty()) return;
   std::vector<CopyJob> jobs;
-  for (const Running& move : running_) {
-    const Place& from = *move.block->place;
-    jobs.push_back({from.tier, move.target->tier, from.data, move.target->data, from.bytes, {}});
-  }
+  for (const Running& move : running_) jobs.emplace_back(*move.block.get(), *move.block->place, *move.target);
   lock_->moves_running++;
   {
     const Unlocked unlocked(lock_);
+    // I/O checks and makes checksums itself.
     for (size_t i = 0; i < jobs.size(); i++)
-      running_[i].corrupt =
-          running_[i].verify && XXH3_64bits(jobs[i].source, jobs[i].bytes) != running_[i].checksum;
-    CopyAll(lock_.core(), jobs);
-    for (size_t i = 0; i < jobs.size(); i++)
-      if (running_[i].compute && jobs[i].status.ok())
-        running_[i].checksum = XXH3_64bits(jobs[i].target, jobs[i].bytes);
+      running_[i].corrupt = running_[i].verify && jobs[i].source != nullptr && jobs[i].target != nullptr &&
+                            XXH3_64bits(jobs[i].source, jobs[i].bytes) != running_[i].checksum;
+    CopyAll(lock_.core(), jobs, cancellation_);
+    for (size_t i = 0; i < jobs.size(); i++) {
+      Running& move = running_[i];
+      const CopyJob& job = jobs[i];
+      if (!job.status.ok()) continue;
+      if (job.target == nullptr) {
+        if (job.source != nullptr && move.verify) move.corrupt = job.target_label.checksum != move.checksum;
+        move.checksum = job.target_label.checksum;
+        move.compute = true;
+      } else if (move.compute && job.source != nullptr) {
+        move.checksum = XXH3_64bits(job.target, job.bytes);
+      }
+    }
   }
   lock_->moves_running--;
   for (size_t i = 0; i < jobs.size(); i++) Settle(running_[i], jobs[i]);
@@ -116,17 +221,26 @@ void MoveBatch::Settle(Running& move, const CopyJob& job) {
   Counters& counters = lock_->counters;
   Block* block = move.block.get();
   block->moving = false;
-  if (move.corrupt || !job.status.ok()) {
+  // A read of I/O that finds other bytes, or none: they are nowhere else.
+  const bool lost = move.corrupt || (job.source == nullptr && absl::IsDataLoss(job.status));
+  if (lost || !job.status.ok()) {
     store.Retire(move.target);
     report_->left_blocks++;
-    if (!move.corrupt) {
-      counters.failed_moves++;
+    if (!lost) {
+      if (!absl::IsCancelled(job.status)) counters.failed_moves++;
       return;
     }
-    counters.checksum_failures++;
-    store.Drop(block);
+    if (move.corrupt) counters.checksum_failures++;
+    counters.lost_blocks++;
+    store.tier(job.from).lost++;
+    if (block->backup != nullptr) {
+      store.MoveToBackup(block);
+    } else {
+      store.Drop(block);
+    }
     return;
   }
+  move.target->checksum = move.checksum;
   store.SwapPlace(block, move.target);
   block->has_checksum = move.compute;
   block->checksum = move.checksum;

@@ -7,29 +7,37 @@
 
 #include "absl/status/status.h"
 #include "daemon/cache/block_guards.h"
+#include "daemon/cache/block_label.h"
 #include "daemon/cache/cache_core.h"
 #include "daemon/cache/move_report.h"
 
 namespace kvtide {
 
-// Bytes from one place to another, which do not overlap; the caller keeps both.
+// A block's bytes from one place to another, which do not overlap; the caller keeps both.
 struct CopyJob {
-  int from = 0, to = 0;  // tiers
-  const std::byte* source = nullptr;
+  CopyJob(const Block& block, const Place& source, const Place& target);
+  int from = 0, to = 0;               // tiers
+  const std::byte* source = nullptr;  // null: in a tier of I/O, at source_offset
   std::byte* target = nullptr;
+  size_t source_offset = 0, target_offset = 0;
   size_t bytes = 0;
-  absl::Status status;  // of the copy, when it has ended
+  BlockLabel source_label, target_label;  // where there is I/O
+  absl::Status status;                    // of the copy, when it has ended
 };
+// What the target of a new block's bytes is known by, when it is written by I/O.
+void NameWrite(const CacheCore& core, const Block& block, Place* target);
 
 // Copies all of them side by side, in pieces of CacheOptions::move_piece_bytes, and returns when none runs
 // any more, however some have ended. Without the mutex.
-void CopyAll(const CacheCore& core, std::span<CopyJob> jobs);
+void CopyAll(const CacheCore& core, std::span<CopyJob> jobs, const Cancellation* cancellation = nullptr);
 
 // Made, used and destroyed under the mutex; only Finish gives it up.
 class MoveBatch {
  public:
   // `report` gets what has moved and what was left; borrowed.
-  MoveBatch(CacheLock& lock, MoveReport* report) : lock_(lock), report_(report) {}
+  // `cancellation` stops transfers of I/O between their pieces.
+  MoveBatch(CacheLock& lock, MoveReport* report, const Cancellation* cancellation = nullptr)
+      : lock_(lock), report_(report), cancellation_(cancellation) {}
   // What was started and not finished stays where it is.
   ~MoveBatch();
   MoveBatch(const MoveBatch&) = delete;
@@ -50,13 +58,14 @@ class MoveBatch {
     Place* target = nullptr;
     bool verify = false, compute = false;  // checksums: of the source, of the target
     uint64_t checksum = 0;
-    bool corrupt = false;
+    bool corrupt = false;  // the source is not what it was
   };
 
   void Settle(Running& move, const CopyJob& job);
 
   CacheLock& lock_;
   MoveReport* const report_;
+  const Cancellation* const cancellation_;
   std::vector<Running> running_;
 };
 

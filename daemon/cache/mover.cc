@@ -29,9 +29,12 @@ void Mover::Stop() {
     wake_.NotifyAll();
   }
   if (thread_.joinable()) thread_.join();
+  if (io_thread_.joinable()) io_thread_.join();
 }
 
 void Mover::Start() {
+  for (int t = 0; t < static_cast<int>(core_.tiers()) && !io_thread_.joinable(); t++)
+    if (!core_.attends(t)) io_thread_ = std::thread([this] { RunIo(); });
   thread_ = std::thread([this] { Run(); });
 }
 
@@ -43,6 +46,19 @@ void Mover::Run() {
       if (stopping_) return;
     }
     RunOnce();
+  }
+}
+
+void Mover::RunIo() {
+  CacheLock lock(core_);
+  while (!stopping_) {
+    if (io_moves_.empty()) lock.Wait(wake_, core_.options().move_interval);
+    const std::vector<Move> moves = io_moves_;
+    const size_t step = core_.options().max_moves_in_flight;
+    for (size_t begin = 0; begin < moves.size() && !stopping_; begin += step)
+      room_.Execute(lock, std::span(moves).subspan(begin, std::min(step, moves.size() - begin)), true,
+                    lock->store.serial() + 1);
+    io_moves_.clear();
   }
 }
 
@@ -60,8 +76,8 @@ absl::Status Mover::WaitUntilStill(CacheLock& lock, const Block& block) const {
   return absl::OkStatus();
 }
 
-absl::Status Mover::Copy(CacheLock& lock, const Place& from, const Place& to) {
-  CopyJob job{from.tier, to.tier, from.data, to.data, from.bytes, {}};
+absl::Status Mover::Copy(CacheLock& lock, const Block& block, const Place& from, const Place& to) {
+  CopyJob job(block, from, to);
   const Unlocked unlocked(lock);
   CopyAll(core_, {&job, 1});
   return job.status;
@@ -84,8 +100,8 @@ absl::StatusOr<std::vector<SequencePtr>> Mover::FindAll(const CacheState& state,
   return state.sequences.FindAll(ids);
 }
 
-MoveReport Mover::MoveTo(CacheLock& lock, std::span<const HeldBlock> blocks, int tier,
-                         uint64_t before_serial) {
+MoveReport Mover::MoveTo(CacheLock& lock, std::span<const HeldBlock> blocks, int tier, uint64_t before_serial,
+                         const Cancellation* cancellation) {
   size_t bytes = 0, largest = 0;
   std::vector<Move> moves;
   for (const HeldBlock& held : blocks) {
@@ -100,7 +116,7 @@ MoveReport Mover::MoveTo(CacheLock& lock, std::span<const HeldBlock> blocks, int
   constexpr int kRounds = 64;
   for (int round = 0; round < kRounds && allocator.free_bytes() < bytes; round++)
     if (!room_.MakeFree(lock, tier, allocator.free_bytes() + largest, bytes, before_serial)) break;
-  return room_.Execute(lock, moves, true, before_serial);
+  return room_.Execute(lock, moves, true, before_serial, cancellation);
 }
 
 // One call of Evict: what may leave, slice by slice.
@@ -253,10 +269,8 @@ TierView Mover::ViewIdle(const CacheState& state, int tier_index, absl::Time now
   const BlockStore& store = state.store;
   const Tier& tier = store.tier(tier_index);
   TierView view;
-  view.capacity_bytes = tier.allocator.capacity_bytes();
-  view.used_bytes = tier.allocator.used_bytes();
-  view.room_bytes = tier.allocator.LargestFreeExtent();
-  const bool full = static_cast<double>(view.used_bytes) >
+  RoomMaker::ViewRoom(tier, false, &view);
+  const bool full = static_cast<double>(tier.allocator.used_bytes()) >
                     core_.options().limits.high_watermark * static_cast<double>(view.capacity_bytes);
   if (!full || !store.HasBelow(tier_index)) return view;
   size_t peeks = 0;
@@ -279,7 +293,17 @@ MoveReport Mover::RunOnce() {
     if (!IsBusy(*block))
       snapshot.tiers[static_cast<size_t>(block->place->tier)].wanted.push_back(
           RoomMaker::View(store, *block, now));
-  return room_.Execute(lock, PickMoves(snapshot, core_.options().limits, kSlice), true, before_serial);
+  std::vector<Move> moves = PickMoves(snapshot, core_.options().limits, kSlice);
+  if (!io_thread_.joinable()) return room_.Execute(lock, moves, true, before_serial);
+  const auto io =
+      std::stable_partition(moves.begin(), moves.end(), [&](const Move& move) { return !IsIo(move); });
+  // While the other thread is busy its moves wait for a later round, which sees what is wanted then.
+  if (io_moves_.empty() && io != moves.end()) {
+    io_moves_.assign(io, moves.end());
+    wake_.NotifyAll();
+  }
+  moves.erase(io, moves.end());
+  return room_.Execute(lock, moves, true, before_serial);
 }
 
 }  // namespace kvtide

@@ -37,8 +37,19 @@ class Mover {
   static std::string RoomText(const CacheState& state, size_t bytes) {
     return RoomMaker::RoomText(state, bytes);
   }
-  // The block's bytes to a place of the same layout; the bytes of both are the caller's to keep.
-  absl::Status Copy(CacheLock& lock, const Place& from, const Place& to);
+  // The bytes of the block in `from` to a place of the same layout; the bytes of both are the caller's to
+  // keep.
+  absl::Status Copy(CacheLock& lock, const Block& block, const Place& from, const Place& to);
+  // Moves those blocks that lie where nobody can compute on them to where somebody can: home while it is
+  // below promote_below, else the next tier that attends, making room there. What was lost on the way is
+  // dropped then. ResourceExhausted when not all of them fit at once; Aborted when others move them for too
+  // long. Only what was used before `before_serial` makes way. The mutex may have been free: look at the
+  // tables again.
+  absl::Status BringIn(CacheLock& lock, std::span<const HeldBlock> blocks, uint64_t before_serial,
+                       const CallContext& context);
+  // The same for one block that a call writes or decodes.
+  absl::Status BringIn(CacheLock& lock, Block* block);
+  bool IsFar(const Block& block) const { return block.place != nullptr && !core_.attends(block.place->tier); }
   // Returns when the block is not being moved; Aborted after room_wait.
   absl::Status WaitUntilStill(CacheLock& lock, const Block& block) const;
 
@@ -56,17 +67,25 @@ class Mover {
   absl::StatusOr<std::vector<SequencePtr>> FindAll(const CacheState& state,
                                                    std::span<const SequenceId> ids) const;
   // Moves the blocks to `tier`, making room there.
-  MoveReport MoveTo(CacheLock& lock, std::span<const HeldBlock> blocks, int tier, uint64_t before_serial);
+  MoveReport MoveTo(CacheLock& lock, std::span<const HeldBlock> blocks, int tier, uint64_t before_serial,
+                    const Cancellation* cancellation = nullptr);
+  void BringBatch(CacheLock& lock, std::span<const HeldBlock> blocks, int home, uint64_t before_serial,
+                  const Cancellation* cancellation);
   // Not OK when the call is no longer wanted.
   absl::Status Check(const CallContext& context, const char* what, const MoveReport& report) const;
   TierView ViewIdle(const CacheState& state, int tier, absl::Time now) const;
   void Run();
+  void RunIo();
+  bool IsIo(const Move& move) const {
+    return !core_.attends(move.from) || (move.to != kDropTier && !core_.attends(move.to));
+  }
 
   CacheCore& core_;
   RoomMaker room_;
-  CondVar wake_;           // the mover stops
-  bool stopping_ = false;  // under the cache's mutex
-  std::thread thread_;
+  CondVar wake_;                    // the mover stops, or has moves for the other thread
+  std::vector<Move> io_moves_;      // that the thread for I/O has to do; under the cache's mutex
+  bool stopping_ = false;           // under the cache's mutex
+  std::thread thread_, io_thread_;  // a slow disk does not keep moves between memories waiting
 };
 
 }  // namespace kvtide

@@ -99,8 +99,12 @@ absl::Status CheckCacheOptions(const CacheOptions& options) {
         absl::StrCat(options.tiers.size(), " tiers, each device of the first one counted: must be 1 to 64"));
   for (size_t t = 0; t < options.tiers.size(); t++) {
     const TierOptions& tier = options.tiers[t];
-    if (tier.backend == nullptr)
-      return absl::InvalidArgumentError(absl::StrCat("tier '", tier.name, "' has no backend"));
+    if ((tier.backend == nullptr) == (tier.io == nullptr))
+      return absl::InvalidArgumentError(
+          absl::StrCat("tier '", tier.name, "' has no backend and no I/O, or both: it needs one of them"));
+    if (t == 0 && !tier.attends())
+      return absl::InvalidArgumentError(
+          absl::StrCat("tier '", tier.name, "' is the first one and cannot be attended in place"));
     if (tier.name.empty()) return absl::InvalidArgumentError(absl::StrCat("tier ", t, " has no name"));
     if (tier.capacity_bytes < 4096)
       return absl::InvalidArgumentError(

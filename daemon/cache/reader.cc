@@ -49,7 +49,8 @@ struct Reader::PartState {
   std::vector<float> own_out, own_lse;
 };
 
-Reader::Reader(CacheCore& core) : core_(core), plans_(core.options().max_cached_plans) {}
+Reader::Reader(CacheCore& core, Mover& mover)
+    : core_(core), mover_(mover), plans_(core.options().max_cached_plans) {}
 
 namespace {
 
@@ -61,7 +62,7 @@ absl::Status DroppedError(const SnapshotRun& run, int64_t begin, int64_t end) {
   return absl::DataLossError(
       absl::StrCat("tokens ", std::max(begin, run.first_block * kBlockTokens), " to ",
                    std::min(end, run.end_block() * kBlockTokens) - 1,
-                   " were dropped; compute them again in a new sequence, or truncate to ",
+                   " were dropped or lost; compute them again in a new sequence, or truncate to ",
                    std::max(begin / kBlockTokens, run.first_block) * kBlockTokens));
 }
 
@@ -176,14 +177,32 @@ absl::Status Reader::Attend(CacheLock& lock, const AttendCall& call,
   Batch batch{call, sequences, call.context != nullptr ? *call.context : kNobody, model, layer, group, append,
               0,    {}};
   batch.window = std::min(kMostPosition, call.window.value_or(0) > 0 ? *call.window : group.window);
-  batch.items.resize(call.items.size());
+  uint64_t before_serial = 0;
+  for (int round = 0;; round++) {
+    batch.items.assign(call.items.size(), {});
+    KVTIDE_ASSIGN_OR_RETURN(const std::vector<Wanted> far, TryAttend(lock, batch));
+    if (far.empty()) return absl::OkStatus();
+    KVTIDE_RETURN_IF_ERROR(BringIn(lock, far, round, &before_serial, batch.context));
+  }
+}
+
+// Returns what has to be brought in first; nothing: the call is done.
+absl::StatusOr<std::vector<Reader::Wanted>> Reader::TryAttend(CacheLock& lock, Batch& batch) {
   Reading reading(*lock, batch.items.size());
   KVTIDE_RETURN_IF_ERROR(TakeSnapshots(*lock, batch, reading));
   const Unlocked unlocked(lock);
   for (size_t i = 0; i < batch.items.size(); i++)
     if (const absl::Status status = FindVisible(batch, batch.items[i]); !status.ok())
-      return Annotate(status, ItemText(call, i));
+      return Annotate(status, ItemText(batch.call, i));
   KVTIDE_RETURN_IF_ERROR(CheckWork(batch));
+  std::vector<Wanted> far;
+  for (size_t i = 0; i < batch.items.size(); i++) {
+    const Item& item = batch.items[i];
+    const int64_t begin = item.begin / kBlockTokens, end = DivideUp(item.end, kBlockTokens);
+    if (!item.empty() && HasFar(*item.snapshot, begin, end))
+      far.push_back({batch.sequences[i], batch.layer.group, begin, end});
+  }
+  if (!far.empty()) return far;
   KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<CachedAttendPlan> plan, FindPlan(batch));
   std::vector<PartState> states;
   KVTIDE_RETURN_IF_ERROR(AttendParts(batch, *plan, states));
@@ -191,7 +210,33 @@ absl::Status Reader::Attend(CacheLock& lock, const AttendCall& call,
   reading.attended_blocks = plan->blocks;
   reading.attended_blocks_below_tier0 = plan->blocks_below_tier0;
   plans_.Put(std::move(plan));
-  return absl::OkStatus();
+  return far;
+}
+
+bool Reader::HasFar(const TableSnapshot& snapshot, int64_t begin, int64_t end) const {
+  for (const SnapshotRun& run : snapshot.RunsOf(begin, end))
+    if (run.tier != ChunkPicture::kDropped && !core_.attends(run.tier)) return true;
+  return false;
+}
+
+absl::Status Reader::BringIn(CacheLock& lock, std::span<const Wanted> wanted, int round,
+                             uint64_t* before_serial, const CallContext& context) {
+  constexpr int kRounds = 16;  // others may move blocks away again
+  if (round == kRounds)
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "blocks that were brought in for the call were moved away ", kRounds,
+        " times by others that need the room; send fewer calls at a time, or give a tier more memory"));
+  if (round == 0) *before_serial = lock->store.serial() + 1;
+  const absl::Time now = core_.options().clock();
+  std::vector<HeldBlock> blocks;
+  for (const Wanted& want : wanted) {
+    const GroupTable& table = want.sequence->groups[static_cast<size_t>(want.group)];
+    lock->store.Touch(want.sequence->recency, now);
+    const int64_t end = std::min(want.end, table.end_block());
+    for (int64_t index = std::max(want.begin, table.first_block()); index < end; index++)
+      if (mover_.IsFar(*table.at(index))) blocks.emplace_back(lock->store, table.at(index));
+  }
+  return mover_.BringIn(lock, blocks, *before_serial, context);
 }
 
 absl::Status Reader::TakeSnapshots(CacheState& state, Batch& batch, Reading& reading) const {
@@ -515,6 +560,18 @@ absl::Status Reader::CheckRead(const ReadCall& call, const ModelSpec& model) con
 absl::Status Reader::ReadTokens(const ReadCall& call) {
   static const CallContext kNobody;
   const CallContext& context = call.context != nullptr ? *call.context : kNobody;
+  uint64_t before_serial = 0;
+  for (int round = 0;; round++) {
+    KVTIDE_ASSIGN_OR_RETURN(const std::vector<Wanted> far, TryRead(call, context));
+    if (far.empty()) return absl::OkStatus();
+    CacheLock lock(core_);
+    KVTIDE_RETURN_IF_ERROR(BringIn(lock, far, round, &before_serial, context));
+  }
+}
+
+// As TryAttend.
+absl::StatusOr<std::vector<Reader::Wanted>> Reader::TryRead(const ReadCall& call,
+                                                            const CallContext& context) {
   CacheLock lock(core_);
   KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, lock->sequences.Find(call.sequence));
   const ModelSpec& model = sequence->model->spec;
@@ -535,12 +592,19 @@ absl::Status Reader::ReadTokens(const ReadCall& call) {
   sequence->last_used = core_.options().clock();
   lock->store.Touch(sequence->recency, sequence->last_used);
   const Unlocked unlocked(lock);
+  std::vector<Wanted> far;
+  const int64_t first_block = call.first_token / kBlockTokens, end_block = DivideUp(end, kBlockTokens);
+  for (const LayerRows& layer : layers)
+    if (HasFar(*layer.snapshot, first_block, end_block))
+      far.push_back(
+          {sequence, model.layers[static_cast<size_t>(layer.request->layer)].group, first_block, end_block});
+  if (!far.empty()) return far;
   for (const LayerRows& layer : layers) {
     const std::string where = absl::StrCat("sequence ", call.sequence, ", layer ", layer.request->layer);
     KVTIDE_RETURN_IF_ERROR(Annotate(
         ReadLayer(call, context, layer, model.layers[static_cast<size_t>(layer.request->layer)]), where));
   }
-  return absl::OkStatus();
+  return far;
 }
 
 absl::Status Reader::ReadLayer(const ReadCall& call, const CallContext& context, const LayerRows& layer,

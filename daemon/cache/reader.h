@@ -10,6 +10,7 @@
 #include "daemon/cache/attend_plans.h"
 #include "daemon/cache/cache_core.h"
 #include "daemon/cache/kv_cache.h"
+#include "daemon/cache/mover.h"
 #include "daemon/cache/reading.h"
 #include "daemon/cache/side_by_side.h"
 #include "daemon/cache/write_batch.h"
@@ -18,7 +19,7 @@ namespace kvtide {
 
 class Reader {
  public:
-  explicit Reader(CacheCore& core);
+  Reader(CacheCore& core, Mover& mover);
 
   // The sequences of a call's items; an error if one is unknown or they are of several models.
   absl::StatusOr<std::vector<SequencePtr>> FindSequences(const AttendCall& call) const;
@@ -42,8 +43,21 @@ class Reader {
 
   absl::Status CheckItem(const AttendRequest& item, int layer, const LayerGroupSpec& group,
                          bool append) const;
+  struct Wanted;
+  absl::StatusOr<std::vector<Wanted>> TryAttend(CacheLock& lock, Batch& batch);
+  absl::StatusOr<std::vector<Wanted>> TryRead(const ReadCall& call, const CallContext& context);
   absl::Status TakeSnapshots(CacheState& state, Batch& batch, Reading& reading) const;
   absl::Status FindVisible(const Batch& batch, Item& item) const;
+  // Blocks [begin, end) of a table, wanted where a backend can work on them.
+  struct Wanted {
+    SequencePtr sequence;
+    int group = 0;
+    int64_t begin = 0, end = 0;
+  };
+  bool HasFar(const TableSnapshot& snapshot, int64_t begin, int64_t end) const;
+  // `round`: how often the call has done this already. `before_serial` is the same for all rounds.
+  absl::Status BringIn(CacheLock& lock, std::span<const Wanted> wanted, int round, uint64_t* before_serial,
+                       const CallContext& context);
   absl::Status CheckWork(const Batch& batch) const;
   absl::StatusOr<std::unique_ptr<CachedAttendPlan>> FindPlan(const Batch& batch);
   absl::StatusOr<std::unique_ptr<CachedAttendPlan>> MakePlan(const Batch& batch, AttendPlanKey key);
@@ -60,6 +74,7 @@ class Reader {
                          const LayerSpec& spec) const;
 
   CacheCore& core_;
+  Mover& mover_;
   SideBySide machines_;
   AttendPlans plans_;
 };

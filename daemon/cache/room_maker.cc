@@ -34,6 +34,8 @@ std::string RoomMaker::RoomText(const CacheState& state, size_t bytes) {
                     state.store.homes() > 1 ? absl::StrCat(" on ", tier.device) : "", " has ",
                     tier.allocator.free_bytes(), " of ", tier.allocator.capacity_bytes(),
                     " bytes free, the largest extent is ", tier.allocator.LargestFreeExtent());
+    if (tier.io != nullptr && !tier.io->Writable())
+      absl::StrAppend(&text, " (it takes nothing now: ", tier.io->Stats().problem, ")");
   }
   absl::StrAppend(&text, ". Close or truncate sequences, or give a tier more memory");
   return text;
@@ -59,6 +61,7 @@ absl::StatusOr<std::vector<WritingBlock>> RoomMaker::Allocate(CacheLock& lock, i
   const int tiers = static_cast<int>(core_.tiers());
   while (true) {
     for (int t = home; t < tiers; t = lock->store.Below(t)) {
+      if (!core_.attends(t)) continue;  // new blocks are written where a backend can
       std::vector<WritingBlock> blocks;
       while (blocks.size() < layouts.size()) {
         WritingBlock block = AllocateIn(lock, t, home, layouts[blocks.size()], want_bytes);
@@ -72,6 +75,15 @@ absl::StatusOr<std::vector<WritingBlock>> RoomMaker::Allocate(CacheLock& lock, i
       return absl::ResourceExhaustedError(RoomText(*lock, bytes));
     lock.WaitForChange(left);
   }
+}
+
+void RoomMaker::ViewRoom(const Tier& tier, bool gathered, TierView* view) {
+  view->capacity_bytes = tier.allocator.capacity_bytes();
+  view->used_bytes = tier.allocator.used_bytes();
+  view->room_bytes = gathered && tier.attends() ? tier.allocator.free_bytes() : tier.LargestRoom();
+  if (tier.io == nullptr || tier.io->Writable()) return;
+  view->used_bytes = view->capacity_bytes;
+  view->room_bytes = 0;
 }
 
 BlockView RoomMaker::View(const BlockStore& store, const Block& block, absl::Time now) {
@@ -89,10 +101,9 @@ Snapshot RoomMaker::View(const CacheState& state, int first_tier, size_t bytes, 
   for (size_t t = 0; t < store.tiers(); t++) {
     const Tier& tier = store.tier(static_cast<int>(t));
     TierView& view = snapshot.tiers.emplace_back();
-    view.capacity_bytes = tier.allocator.capacity_bytes();
-    view.used_bytes = tier.allocator.used_bytes();
-    view.room_bytes =
-        free == Free::kGathered ? tier.allocator.free_bytes() : tier.allocator.LargestFreeExtent();
+    ViewRoom(tier, free == Free::kGathered, &view);
+    if (tier.io != nullptr && !tier.io->Writable())
+      continue;  // nothing has to leave it for what it will not take
     if (static_cast<int>(t) != first_tier && static_cast<int>(t) < store.Below(first_tier)) continue;
     // Enough of any kind and enough that may be dropped; the last tier only drops.
     const bool last = !store.HasBelow(static_cast<int>(t));
@@ -147,10 +158,10 @@ bool RoomMaker::Drop(CacheState& state, const Move& move, MoveReport* report) co
 }
 
 MoveReport RoomMaker::Execute(CacheLock& lock, std::span<const Move> moves, bool read_too,
-                              uint64_t before_serial) {
+                              uint64_t before_serial, const Cancellation* cancellation) {
   BlockStore& store = lock->store;
   MoveReport report;
-  MoveBatch batch(lock, &report);
+  MoveBatch batch(lock, &report, cancellation);
   // The block, if it still lies where the move begins and may leave.
   const auto find = [&](const Move& move) -> Block* {
     Block* block = store.Get(move.block);
@@ -164,6 +175,14 @@ MoveReport RoomMaker::Execute(CacheLock& lock, std::span<const Move> moves, bool
       continue;
     }
     Block* block = find(move);
+    if (block != nullptr && block->backup != nullptr && block->backup->tier == move.to) {
+      // Its bytes are there already.
+      report.moved_blocks++;
+      store.tier(move.from).demoted++;
+      store.MoveToBackup(block);
+      lock->changed.NotifyAll();
+      continue;
+    }
     Place* target = block != nullptr ? store.Reserve(move.to, *block) : nullptr;
     if (block != nullptr && target == nullptr) {
       // Earlier moves of the list make the room, or it is there in pieces. The mutex was free: look again.
@@ -198,9 +217,10 @@ StretchView RoomMaker::ViewStretch(const CacheState& state, int tier_index, size
     end = std::prev(place)->first + ExtentAllocator::RoundUp(std::prev(place)->second->bytes);
   stretch.offset = end;
   if (store.HasBelow(tier_index)) {
-    const ExtentAllocator& below = store.tier(store.Below(tier_index)).allocator;
-    stretch.room_below = below.free_bytes();
-    stretch.largest_below = below.LargestFreeExtent();
+    TierView below;
+    ViewRoom(store.tier(store.Below(tier_index)), true, &below);
+    stretch.room_below = below.room_bytes;
+    stretch.largest_below = std::min(below.room_bytes, store.tier(store.Below(tier_index)).LargestRoom());
   }
   const auto add_free = [&](size_t until) {
     if (until > end) stretch.extents.push_back({ExtentView::Kind::kFree, until - end});
@@ -234,7 +254,9 @@ StretchView RoomMaker::ViewStretch(const CacheState& state, int tier_index, size
 bool RoomMaker::MakeHole(CacheLock& lock, int tier, size_t bytes, Search search, uint64_t before_serial) {
   constexpr int kNearStretches = 4;
   const ExtentAllocator& allocator = lock->store.tier(tier).allocator;
-  const size_t need = ExtentAllocator::RoundUp(bytes);
+  const size_t need = ExtentAllocator::RoundUp(lock->store.tier(tier).ExtentBytes(bytes));
+  // To gather pieces by I/O would cost more than it gives.
+  if (!core_.attends(tier)) return allocator.LargestFreeExtent() >= need;
   next_stretch_.resize(core_.tiers());
   size_t from = search == Search::kNear ? next_stretch_[static_cast<size_t>(tier)] : 0;
   for (int seen = 0; search == Search::kWholeTier || seen < kNearStretches; seen++) {

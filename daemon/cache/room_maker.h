@@ -35,11 +35,14 @@ class RoomMaker {
   bool MakeFree(CacheLock& lock, int tier, size_t bytes, size_t want_bytes, uint64_t before_serial);
   // Performs the moves that are still possible. `read_too`: blocks that are being read move as well. Where a
   // target is free in pieces only, what was touched before `serial` may go down to gather them.
-  MoveReport Execute(CacheLock& lock, std::span<const Move> moves, bool read_too, uint64_t before_serial);
+  MoveReport Execute(CacheLock& lock, std::span<const Move> moves, bool read_too, uint64_t before_serial,
+                     const Cancellation* cancellation = nullptr);
 
   static BlockView View(const BlockStore& store, const Block& block, absl::Time now);
   // "no room for N bytes: tier 'device' has ..."
   static std::string RoomText(const CacheState& state, size_t bytes);
+  // What a tier may take, as the policy sees it.
+  static void ViewRoom(const Tier& tier, bool gathered, TierView* view);
 
  private:
   enum class Free : uint8_t { kInOnePiece, kGathered };

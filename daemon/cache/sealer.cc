@@ -70,6 +70,8 @@ bool Sealer::MakeFirstBlockProfile(CacheLock& lock, GroupTable& table) {
   while (index < full && (table.at(index)->place == nullptr || table.at(index)->layout != table.exact))
     index++;
   if (index >= full) return true;
+  if (!BringIn(lock, table, index)) return false;
+  if (table.at(index)->place == nullptr) return MakeFirstBlockProfile(lock, table);  // lost: the next one
   const GroupShape& shape = table.exact->shape();
   const size_t rows = static_cast<size_t>(kBlockTokens) * static_cast<size_t>(shape.kv_heads);
   const PinnedPlace place(lock->store, table.at(index)->place);
@@ -98,6 +100,12 @@ bool Sealer::MakeFirstBlockProfile(CacheLock& lock, GroupTable& table) {
   if (!status.ok()) lock->counters.failed_seals++;
   table.profile = std::move(profile);
   return status.ok();
+}
+
+// The block lies where a backend can work on it, or was lost; false if that cannot be had now.
+bool Sealer::BringIn(CacheLock& lock, const GroupTable& table, int64_t index) {
+  Block* const block = table.at(index);
+  return !mover_.IsFar(*block) || (mover_.BringIn(lock, block).ok() && !mover_.IsFar(*block));
 }
 
 bool Sealer::SealRound(CacheLock& lock, std::vector<Work>& work) {
@@ -130,6 +138,11 @@ void Sealer::StartSeals(CacheLock& lock, Work& work, std::vector<Seal>& seals) {
     Block* source = table.at(table.sealed);
     if (source->layout == table.coded || source->place == nullptr) continue;
     KVTIDE_CHECK(source->layout == table.exact);
+    if (!BringIn(lock, table, table.sealed)) {
+      work.stuck = true;
+      return;
+    }
+    if (source->place == nullptr) continue;  // lost on the way
     PinnedPlace place(lock->store, source->place);
     WritingBlock target =
         mover_.AllocateIn(lock, place->tier, work.sequence->home, table.coded,

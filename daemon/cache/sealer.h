@@ -30,6 +30,7 @@ class Sealer {
   struct Seal;
 
   void SettleTable(CacheLock& lock, Sequence& sequence, int group, std::vector<Work>& work);
+  bool BringIn(CacheLock& lock, const GroupTable& table, int64_t index);
   bool MakeFirstBlockProfile(CacheLock& lock, GroupTable& table);
   void FreeFallenBlocks(CacheState& state, Sequence& sequence, GroupTable& table);
   // False when nothing is left to do.

@@ -87,15 +87,25 @@ struct GroupTable {
   size_t at_min_ = 0;
 };
 
+// What would be there after a restart.
+struct Durable {
+  std::vector<Place*> places;  // that the manifest names: kept
+  int64_t tokens = 0;
+  uint64_t changes = 0;  // Sequence::changes when it was taken
+  bool exists = false;
+};
+
 struct ModelState {
   ModelId id = 0;
   ModelSpec spec;
+  uint64_t hash = 0;  // HashModel(spec)
 };
 
 struct Sequence {
   SequenceId id = 0;
   std::shared_ptr<const ModelState> model;
   SequenceOptions options;
+  uint64_t name_space_hash = 0;
   SequenceId forked_from = 0;
   int home = 0;       // device of the first tier; never changes, forks inherit it
   bool empty = true;  // nothing was ever appended
@@ -103,6 +113,9 @@ struct Sequence {
   const void* writer = nullptr;  // the append or truncation that runs; null = none
   int readers = 0;               // reads that run
   bool closed = false;
+  uint64_t changes = 0;     // appends and cuts
+  bool persisting = false;  // a call makes it durable
+  Durable durable;
   SequenceRecency recency;
   uint64_t counted_tokens = 0, counted_f16_bytes = 0;  // what Sequences has added to its totals
   absl::Time created, last_used;
@@ -122,8 +135,7 @@ struct Sequence {
 
 // Says whose bytes the block holds.
 inline void Stamp(Block& block, const Sequence& sequence, int group, int64_t index) {
-  block.stamp = {sequence.model->id, sequence.id, std::hash<std::string>{}(sequence.options.name_space),
-                 group, index};
+  block.stamp = {sequence.model->hash, sequence.id, sequence.name_space_hash, group, index};
 }
 
 }  // namespace kvtide

@@ -16,6 +16,9 @@ namespace kvtide {
 // K minus its mean over the sequence's first block (the first tokens of the first append with seal_at_once).
 enum class Centre : uint8_t { kTypeDefault, kNone, kFirstBlock };
 
+// When a sequence is made durable by itself, beside KvCache::Persist.
+enum class Persistence : uint8_t { kNone, kOnPark, kAll };  // kOnPark: with an Evict that names it
+
 struct SequenceOptions {
   CachePair pair = ExactPair();
   std::vector<CachePair> group_pairs;  // by layer group; empty = `pair` for all
@@ -29,6 +32,7 @@ struct SequenceOptions {
   RopePairs rope_pairs = RopePairs::kHalves;
   std::string name_space;  // tenant; shown in lists and stamped on blocks
   std::string device;      // where the sequence is to live; empty = the device with the most room
+  Persistence persistence = Persistence::kNone;
   bool allow_drop =
       false;  // blocks may be dropped when the last tier is full; attending over them is DataLoss
 

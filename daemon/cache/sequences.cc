@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/block_label.h"
 #include "daemon/cache/tier_policy.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
@@ -38,11 +39,14 @@ absl::StatusOr<ModelId> Sequences::RegisterModel(const ModelSpec& spec) {
         absl::StrCat(models_.size(), " models are registered, which is the limit (max_models)"));
   for (size_t g = 0; g < spec.groups.size(); g++)
     for (const TierOptions& tier : options_.tiers)
-      KVTIDE_RETURN_IF_ERROR(Annotate(tier.backend->CheckSupport(*Layout(spec.groups[g].shape, ExactPair())),
-                                      absl::StrCat("model '", spec.name, "', layer group ", g)));
+      if (tier.attends())
+        KVTIDE_RETURN_IF_ERROR(
+            Annotate(tier.backend->CheckSupport(*Layout(spec.groups[g].shape, ExactPair())),
+                     absl::StrCat("model '", spec.name, "', layer group ", g)));
   auto model = std::make_shared<ModelState>();
   model->id = static_cast<ModelId>(models_.size() + 1);
   model->spec = spec;
+  model->hash = HashModel(spec);
   models_.push_back(model);
   return model->id;
 }
@@ -65,7 +69,7 @@ absl::StatusOr<ModelId> Sequences::FindModel(const std::string& name) const {
   return absl::NotFoundError(absl::StrCat("model '", name, "' is not registered"));
 }
 
-const BlockLayout* Sequences::Layout(const GroupShape& shape, CachePair pair) {
+const BlockLayout* Sequences::Layout(const GroupShape& shape, CachePair pair) const {
   for (const auto& layout : layouts_)
     if (layout->shape() == shape && layout->pair() == pair) return layout.get();
   layouts_.push_back(std::make_unique<const BlockLayout>(shape, pair));
@@ -165,12 +169,29 @@ absl::Status Sequences::CheckRoomForOne() const {
 }
 
 absl::StatusOr<SequencePtr> Sequences::Create(ModelId model_id, const SequenceOptions& options) {
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, Build(model_id, options));
+  sequence->id = NewId();
+  Enter(sequence);
+  return sequence;
+}
+
+absl::Status Sequences::Restore(const SequencePtr& sequence) {
+  KVTIDE_RETURN_IF_ERROR(CheckRoomForOne());
+  if (sequence->id == 0 || by_id_.count(sequence->id) != 0)
+    return absl::AlreadyExistsError(absl::StrCat("sequence ", sequence->id, " exists"));
+  sequence->empty = sequence->MaxTokens() == 0;
+  Enter(sequence);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<SequencePtr> Sequences::Build(ModelId model_id, const SequenceOptions& options) const {
   KVTIDE_ASSIGN_OR_RETURN(const std::shared_ptr<const ModelState> model, GetModel(model_id));
   KVTIDE_RETURN_IF_ERROR(CheckSequenceOptions(options, model->spec));
   KVTIDE_RETURN_IF_ERROR(CheckRoomForOne());
   auto sequence = std::make_shared<Sequence>();
   sequence->model = model;
   sequence->options = options;
+  sequence->name_space_hash = HashNameSpace(options.name_space);
   KVTIDE_ASSIGN_OR_RETURN(sequence->home, ChooseHome(options.device));
   for (size_t g = 0; g < model->spec.groups.size(); g++) {
     const LayerGroupSpec& spec = model->spec.groups[g];
@@ -184,13 +205,12 @@ absl::StatusOr<SequencePtr> Sequences::Create(ModelId model_id, const SequenceOp
     table.profiled.resize(static_cast<size_t>(spec.shape.layers));
     table.profile_options = ProfileOptionsFor(options, pair.k);
     for (const TierOptions& tier : options_.tiers)
-      KVTIDE_RETURN_IF_ERROR(
-          Annotate(tier.backend->CheckSupport(*table.coded), absl::StrCat("pair ", PairName(pair))));
+      if (tier.attends())
+        KVTIDE_RETURN_IF_ERROR(
+            Annotate(tier.backend->CheckSupport(*table.coded), absl::StrCat("pair ", PairName(pair))));
   }
-  sequence->id = NewId();
   sequence->created = sequence->last_used = options_.clock();
   sequence->recency.own = store_->NewRecency(sequence->created);
-  Enter(sequence);
   return sequence;
 }
 
@@ -225,7 +245,9 @@ absl::StatusOr<SequencePtr> Sequences::Fork(SequenceId id) {
   child->id = NewId();
   child->model = parent->model;
   child->options = parent->options;
+  child->name_space_hash = parent->name_space_hash;
   child->forked_from = id;
+  child->options.persistence = Persistence::kNone;  // who forks says which branch is worth it
   child->home = parent->home;
   child->empty = parent->empty;
   child->created = child->last_used = options_.clock();

@@ -33,6 +33,9 @@ class Sequences {
   size_t models() const { return models_.size(); }
 
   absl::StatusOr<SequencePtr> Create(ModelId model, const SequenceOptions& options);
+  // Create in two steps, for one that was there before a restart: its tables are filled in between.
+  absl::StatusOr<SequencePtr> Build(ModelId model, const SequenceOptions& options) const;
+  absl::Status Restore(const SequencePtr& sequence);
   absl::StatusOr<SequencePtr> Fork(SequenceId id);
   // The tables go at once, or with the writer that runs.
   absl::Status Close(SequenceId id);
@@ -68,7 +71,7 @@ class Sequences {
   // The device of the first tier for a new sequence: the one with this name, or the one with the most room.
   absl::StatusOr<int> ChooseHome(const std::string& device) const;
   void Enter(const SequencePtr& sequence);
-  const BlockLayout* Layout(const GroupShape& shape, CachePair pair);
+  const BlockLayout* Layout(const GroupShape& shape, CachePair pair) const;
   void ReleaseTables(Sequence& sequence);
 
   const CacheOptions& options_;
@@ -81,9 +84,9 @@ class Sequences {
   int closing_ = 0;
   uint64_t created_ = 0, closed_count_ = 0;
   uint64_t tokens_ = 0, held_f16_bytes_ = 0;
-  std::deque<SequenceId> closed_;  // the latest ones, for better messages
-  std::vector<std::unique_ptr<const BlockLayout>> layouts_;
-  std::mt19937_64 ids_;  // with CacheOptions::id_seed only
+  std::deque<SequenceId> closed_;                                    // the latest ones, for better messages
+  mutable std::vector<std::unique_ptr<const BlockLayout>> layouts_;  // made as they are asked for
+  std::mt19937_64 ids_;                                              // with CacheOptions::id_seed only
 };
 
 // What one token of all layers of a group takes in f16, unpadded.

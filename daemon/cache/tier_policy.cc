@@ -18,11 +18,13 @@ class RoomPicker {
 
   bool MakeRoom(size_t tier, size_t bytes) {
     if (bytes > tiers_[tier].capacity_bytes) return false;
-    const size_t below = snapshot_.Below(tier);
     while (room_[tier] < bytes) {
       if (next_[tier] == tiers_[tier].coldest.size()) return false;
       const BlockView& block = tiers_[tier].coldest[next_[tier]++];
-      if (below < tiers_.size() && MakeRoom(below, block.bytes)) {
+      // A tier below that is full of what may not move is passed over.
+      size_t below = snapshot_.Below(tier);
+      while (below < tiers_.size() && !MakeRoom(below, block.bytes)) below = snapshot_.Below(below);
+      if (below < tiers_.size()) {
         moves_.push_back({block.id, static_cast<int>(tier), static_cast<int>(below)});
         room_[below] -= block.bytes;
       } else if (block.droppable) {

@@ -61,9 +61,9 @@ struct Move {
 // At most max_moves.
 std::vector<Move> PickMoves(const Snapshot& snapshot, const TierLimits& limits, size_t max_moves);
 
-// Moves after which `bytes` should fit into `tier`: demotes the coldest, making room below in the same way,
-// and drops a block only where no lower tier can take it and it allows that. Lower tiers come first in the
-// list. Empty if there is no way.
+// Moves after which `bytes` should fit into `tier`: demotes the coldest to the next tier below that has room
+// or can make it in the same way, and drops a block only where no lower tier can take it and it allows that.
+// Lower tiers come first in the list. Empty if there is no way.
 std::vector<Move> PickRoom(const Snapshot& snapshot, int tier, size_t bytes);
 
 // A device of the first tier, as a place for a new sequence.

@@ -34,6 +34,7 @@ absl::Status Truncator::Truncate(SequenceId id, int64_t tokens, const CallContex
   if (status.code() == absl::StatusCode::kResourceExhausted) lock->counters.exhausted++;
   KVTIDE_RETURN_IF_ERROR(Annotate(status, absl::StrCat("truncating sequence ", id, " to ", tokens)));
   for (size_t g = 0; g < sequence->groups.size(); g++) CutTable(*lock, *sequence, static_cast<int>(g), cut);
+  sequence->changes++;
   lock->sequences.CountHeld(*sequence);
   sequence->last_used = core_.options().clock();
   lock->changed.NotifyAll();
@@ -82,7 +83,10 @@ absl::StatusOr<WritingBlock> Truncator::ReopenCodedBlock(CacheLock& lock, Sequen
                                                          int64_t index, int64_t tokens) {
   GroupTable& table = sequence.groups[static_cast<size_t>(group)];
   const HeldBlock source(lock->store, table.at(index));
-  KVTIDE_RETURN_IF_ERROR(mover_.WaitUntilStill(lock, *source.get()));
+  do {
+    KVTIDE_RETURN_IF_ERROR(mover_.BringIn(lock, source.get()));
+    KVTIDE_RETURN_IF_ERROR(mover_.WaitUntilStill(lock, *source.get()));
+  } while (mover_.IsFar(*source.get()));
   if (source->place == nullptr)
     return absl::DataLossError(absl::StrCat("tokens ", index * kBlockTokens, " to ",
                                             (index + 1) * kBlockTokens - 1, " were dropped"));

@@ -219,8 +219,13 @@ absl::Status Writer::MakeWritable(CacheLock& lock, WriteBatch& batch, Sequence& 
   const std::span<Block* const> entries(both, both[1] != nullptr ? 2 : 1);
   if (entries[0]->writing) return absl::OkStatus();  // by an earlier layer of this batch
   for (size_t still = 0; still < entries.size(); still++) {
-    if (!entries[still]->moving) continue;
-    KVTIDE_RETURN_IF_ERROR(mover_.WaitUntilStill(lock, *entries[still]));
+    if (mover_.IsFar(*entries[still])) {
+      KVTIDE_RETURN_IF_ERROR(mover_.BringIn(lock, entries[still]));
+    } else if (entries[still]->moving) {
+      KVTIDE_RETURN_IF_ERROR(mover_.WaitUntilStill(lock, *entries[still]));
+    } else {
+      continue;
+    }
     still = static_cast<size_t>(-1);  // all again: the mutex was free
   }
   bool copy = false;
@@ -237,6 +242,7 @@ absl::Status Writer::MakeWritable(CacheLock& lock, WriteBatch& batch, Sequence& 
     KVTIDE_CHECK(block->references() == 1);
     block->copy_before_write = false;
     block->has_checksum = false;
+    lock->store.ForgetBackup(block);
     batch.blocks_.emplace_back(lock->store, block);
   }
   return absl::OkStatus();
@@ -255,7 +261,7 @@ absl::Status Writer::CopyBeforeWrite(CacheLock& lock, WriteBatch& batch, Sequenc
     if (entries[i]->place == nullptr)  // dropped while room was made
       return absl::DataLossError(absl::StrCat("tokens from ", index * kBlockTokens, " were dropped"));
     const PinnedPlace source(store, entries[i]->place);
-    KVTIDE_RETURN_IF_ERROR(mover_.Copy(lock, *source.get(), *copies[i]->place));
+    KVTIDE_RETURN_IF_ERROR(mover_.Copy(lock, *entries[i], *source.get(), *copies[i]->place));
   }
   for (size_t i = 0; i < entries.size(); i++) {
     copies[i]->profile = entries[i]->profile;
@@ -365,6 +371,7 @@ absl::Status Writer::Commit(CacheState& state, WriteBatch& batch) {
   }
   PublishProfiles(batch);
   for (const SequencePtr& sequence : batch.sequences) {
+    sequence->changes++;
     state.store.Touch(sequence->recency, now);
     state.sequences.CountHeld(*sequence);
     sequence->last_used = now;

@@ -595,7 +595,8 @@ absl::Status DiskTier::Put(uint64_t key, const std::string& value) {
   if (!status.ok()) {
     manifest.label.bytes = value.size();
     in_doubt_[key].push_back(manifest);
-    return status;
+    // ResourceExhausted says that nothing was written.
+    return absl::IsResourceExhausted(status) ? absl::UnavailableError(status.message()) : status;
   }
   // Until the next sync makes this durable a crash may bring the former one back, with its lower version.
   WipeManifests(key).IgnoreError();

@@ -47,6 +47,34 @@ CacheTest::CacheTest() {
 
 void CacheTest::Start(size_t device_bytes, size_t host_bytes) { StartOn(1, device_bytes, host_bytes); }
 
+void CacheTest::StartWithDisk(size_t device_bytes, size_t host_bytes, size_t disk_bytes, int devices) {
+  DiskTierOptions options;
+  options.folder = "/disk";
+  options.capacity_bytes = disk_options_bytes_ = disk_bytes;
+  options.segment_bytes = 100 * kDiskPage;
+  options.piece_bytes = 3 * kDiskPage;
+  options.depth = 3;
+  options.io = IoKind::kInline;
+  options.files = files_.get();
+  options.clock = clock_.function();
+  options.id_seed = ++lives_;
+  absl::StatusOr<std::unique_ptr<DiskTier>> disk = DiskTier::Open(options);
+  ASSERT_TRUE(disk.ok()) << disk.status();
+  disk_ = *std::move(disk);
+  StartOn(devices, device_bytes, host_bytes);
+}
+
+void CacheTest::Restart(bool crash) {
+  const std::vector<TierOptions> tiers = options_.tiers;
+  cache_.reset();
+  const size_t disk_bytes = disk_options_bytes_;
+  disk_.reset();
+  if (crash) files_->Crash();
+  const int devices = CountHomes(tiers);
+  StartWithDisk(tiers[0].capacity_bytes, tiers[static_cast<size_t>(devices)].capacity_bytes, disk_bytes,
+                devices);
+}
+
 void CacheTest::StartOn(int devices, size_t device_bytes, size_t host_bytes) {
   options_.tiers.clear();
   options_.tiers.push_back({"device", device_.get(), device_bytes, false});
@@ -59,6 +87,8 @@ void CacheTest::StartOn(int devices, size_t device_bytes, size_t host_bytes) {
     options_.tiers[0].device = "first";
   }
   if (host_bytes > 0) options_.tiers.push_back({"host", host_.get(), host_bytes, true});
+  if (disk_ != nullptr)
+    options_.tiers.push_back({"disk", nullptr, disk_->capacity_bytes(), true, "", disk_.get(), disk_.get()});
   absl::StatusOr<std::unique_ptr<KvCache>> cache = KvCache::Create(options_);
   ASSERT_TRUE(cache.ok()) << cache.status();
   cache_ = *std::move(cache);

@@ -9,12 +9,14 @@
 
 #include "absl/strings/match.h"
 #include "daemon/cache/kv_cache.h"
+#include "daemon/disk/disk_tier.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "tests/daemon/cache/fake_clock.h"
 #include "tests/daemon/cache/faulty_backend.h"
 #include "tests/daemon/cache/shadow.h"
+#include "tests/daemon/disk/fault_file_system.h"
 
 namespace kvtide::testing {
 
@@ -52,12 +54,20 @@ class CacheTest : public ::testing::Test {
   void Start(size_t device_bytes = 8 * kMiB, size_t host_bytes = 8 * kMiB);
   // The same on one or two devices, called "first" and "second" then.
   void StartOn(int devices, size_t device_bytes, size_t host_bytes);
+  // With a third tier, on a disk in memory (files_) that a test makes fail, whose calls all run at once.
+  void StartWithDisk(size_t device_bytes, size_t host_bytes, size_t disk_bytes, int devices = 1);
+  // The process ends, with or without a crash, and another one comes: what was not synced may be gone.
+  void Restart(bool crash);
   void TearDown() override;
   ModelId Register(const ModelSpec& spec) { return cache_->RegisterModel(spec).value(); }
 
   FakeClock clock_;
   CacheOptions options_;
   std::unique_ptr<FaultyBackend> device_, second_, host_;
+  std::unique_ptr<FaultFileSystem> files_ = std::make_unique<FaultFileSystem>();
+  std::unique_ptr<DiskTier> disk_;
+  size_t disk_options_bytes_ = 0;
+  uint64_t lives_ = 0;
   std::unique_ptr<KvCache> cache_;
   std::mt19937 random_{20260101};
 };
@@ -81,6 +91,8 @@ class Client {
   absl::Status Truncate(int64_t tokens);
   Client Fork();
   absl::Status Close() { return cache_->CloseSequence(id_); }
+  // The same sequence in a cache that comes after a restart.
+  void Move(KvCache& cache) { cache_ = &cache; }
   SequenceInfo info() const { return cache_->GetSequence(id_).value(); }
 
  private:

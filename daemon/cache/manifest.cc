@@ -1,0 +1,332 @@
+#include "daemon/cache/manifest.h"
+
+#include <cstring>
+#include <type_traits>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/base/status.h"
+
+namespace kvtide {
+namespace {
+
+constexpr uint32_t kVersion = 1;
+
+class Writer {
+ public:
+  template <class T>
+  void Put(const T& value) {
+    static_assert(std::is_arithmetic_v<T>);
+    text_.append(reinterpret_cast<const char*>(&value), sizeof value);
+  }
+  void PutText(const std::string& text) {
+    Put(uint64_t{text.size()});
+    text_ += text;
+  }
+  template <class T>
+  void PutList(const std::vector<T>& values) {
+    Put(uint64_t{values.size()});
+    for (const T& value : values) Put(value);
+  }
+  std::string Take() { return std::move(text_); }
+
+ private:
+  std::string text_;
+};
+
+// Reads what Writer has written; zeros and `failed` beyond the end.
+class Reader {
+ public:
+  explicit Reader(const std::string& text) : text_(text) {}
+  template <class T>
+  T Get() {
+    static_assert(std::is_arithmetic_v<T>);
+    T value{};
+    if (text_.size() - at_ < sizeof value) {
+      failed_ = true;
+      at_ = text_.size();
+      return value;
+    }
+    std::memcpy(&value, text_.data() + at_, sizeof value);
+    at_ += sizeof value;
+    return value;
+  }
+  template <class T>
+  void Get(T* value) {
+    *value = Get<T>();
+  }
+  // Of things that have `each` bytes at least.
+  size_t GetCount(size_t each) {
+    const auto count = Get<uint64_t>();
+    if (count <= (text_.size() - at_) / each) return count;
+    failed_ = true;
+    return 0;
+  }
+  std::string GetText() {
+    const size_t size = GetCount(1);
+    const std::string text = text_.substr(at_, size);
+    at_ += size;
+    return text;
+  }
+  template <class T>
+  std::vector<T> GetList() {
+    std::vector<T> values(GetCount(sizeof(T)));
+    for (T& value : values) value = Get<T>();
+    return values;
+  }
+  bool failed() const { return failed_; }
+  bool at_end() const { return at_ == text_.size(); }
+
+ private:
+  const std::string& text_;
+  size_t at_ = 0;
+  bool failed_ = false;
+};
+
+void PutShape(Writer& out, const GroupShape& shape) {
+  for (const int value : {shape.layers, shape.kv_heads, shape.head_dim_k, shape.head_dim_v})
+    out.Put(int32_t{value});
+}
+GroupShape GetShape(Reader& in) {
+  GroupShape shape;
+  for (int* value : {&shape.layers, &shape.kv_heads, &shape.head_dim_k, &shape.head_dim_v})
+    *value = in.Get<int32_t>();
+  return shape;
+}
+
+void PutModel(Writer& out, const ModelSpec& model) {
+  out.PutText(model.name);
+  out.Put(uint64_t{model.groups.size()});
+  for (const LayerGroupSpec& group : model.groups) {
+    PutShape(out, group.shape);
+    out.Put(group.window);
+    out.Put(int32_t{group.heads});
+    out.Put(group.scale);
+    out.Put(group.softcap);
+  }
+  out.Put(uint64_t{model.layers.size()});
+  for (const LayerSpec& layer : model.layers) {
+    out.Put(int32_t{layer.group});
+    out.Put(int32_t{layer.layer_in_group});
+  }
+}
+ModelSpec GetModel(Reader& in) {
+  ModelSpec model;
+  model.name = in.GetText();
+  model.groups.resize(in.GetCount(36));
+  for (LayerGroupSpec& group : model.groups) {
+    group.shape = GetShape(in);
+    in.Get(&group.window);
+    group.heads = in.Get<int32_t>();
+    in.Get(&group.scale);
+    in.Get(&group.softcap);
+  }
+  model.layers.resize(in.GetCount(8));
+  for (LayerSpec& layer : model.layers) {
+    layer.group = in.Get<int32_t>();
+    layer.layer_in_group = in.Get<int32_t>();
+  }
+  return model;
+}
+
+void PutOptions(Writer& out, const SequenceOptions& options) {
+  out.PutText(PairName(options.pair));
+  out.Put(uint64_t{options.group_pairs.size()});
+  for (const CachePair& pair : options.group_pairs) out.PutText(PairName(pair));
+  out.Put(int64_t{options.exact_window.first_blocks});
+  out.Put(int64_t{options.exact_window.last_blocks});
+  out.Put(static_cast<uint8_t>(options.centre));
+  out.Put(
+      static_cast<uint8_t>(options.equalise.has_value() ? 1 + static_cast<uint8_t>(*options.equalise) : 0));
+  out.Put(static_cast<uint8_t>(options.rope_pairs));
+  out.PutText(options.name_space);
+  out.PutText(options.device);
+  out.Put(static_cast<uint8_t>(options.persistence));
+  out.Put(static_cast<uint8_t>(options.allow_drop));
+}
+absl::StatusOr<CachePair> GetPair(Reader& in) {
+  const std::string name = in.GetText();
+  if (in.failed()) return absl::DataLossError("the manifest is cut off");
+  const absl::StatusOr<CachePair> pair = ParseCachePair(name);
+  if (pair.ok()) return pair;
+  return absl::FailedPreconditionError(absl::StrCat("this build has no cache types ", name));
+}
+absl::StatusOr<SequenceOptions> GetOptions(Reader& in) {
+  SequenceOptions options;
+  KVTIDE_ASSIGN_OR_RETURN(options.pair, GetPair(in));
+  const size_t pairs = in.GetCount(8);
+  for (size_t i = 0; i < pairs; i++) {
+    KVTIDE_ASSIGN_OR_RETURN(const CachePair pair, GetPair(in));
+    options.group_pairs.push_back(pair);
+  }
+  options.exact_window.first_blocks =
+      static_cast<decltype(options.exact_window.first_blocks)>(in.Get<int64_t>());
+  options.exact_window.last_blocks =
+      static_cast<decltype(options.exact_window.last_blocks)>(in.Get<int64_t>());
+  options.centre = static_cast<Centre>(in.Get<uint8_t>());
+  if (const auto equalise = in.Get<uint8_t>(); equalise > 0)
+    options.equalise = static_cast<Equalise>(equalise - 1);
+  options.rope_pairs = static_cast<RopePairs>(in.Get<uint8_t>());
+  options.name_space = in.GetText();
+  options.device = in.GetText();
+  options.persistence = static_cast<Persistence>(in.Get<uint8_t>());
+  options.allow_drop = in.Get<uint8_t>() != 0;
+  return options;
+}
+
+void PutProfile(Writer& out, const Profile& profile) {
+  PutShape(out, profile.shape);
+  for (const auto* side : {&profile.k, &profile.v}) {
+    out.Put(uint64_t{side->size()});
+    for (const HeadProfile& head : *side) {
+      out.PutList(head.mean);
+      out.PutList(head.gain);
+      out.PutList(head.transform);
+      out.PutList(head.widths);
+    }
+  }
+  out.Put(profile.hash);
+}
+std::shared_ptr<const Profile> GetProfile(Reader& in) {
+  auto profile = std::make_shared<Profile>();
+  profile->shape = GetShape(in);
+  for (auto* side : {&profile->k, &profile->v}) {
+    side->resize(in.GetCount(32));
+    for (HeadProfile& head : *side) {
+      head.mean = in.GetList<float>();
+      head.gain = in.GetList<float>();
+      head.transform = in.GetList<float>();
+      head.widths = in.GetList<uint8_t>();
+    }
+  }
+  in.Get(&profile->hash);
+  return profile;
+}
+
+void PutGroup(Writer& out, const ManifestGroup& group) {
+  out.PutText(group.pair);
+  out.Put(group.codec_version_k);
+  out.Put(group.codec_version_v);
+  out.Put(group.exact_layout);
+  out.Put(group.coded_layout);
+  out.Put(group.first_block);
+  out.Put(group.sealed);
+  out.Put(uint64_t{group.layers.size()});
+  for (const LayerProgress& layer : group.layers) {
+    out.Put(layer.tokens);
+    out.Put(layer.last_start);
+    out.Put(layer.last_hash);
+  }
+  out.Put(group.profile);
+  out.Put(uint64_t{group.profiles.size()});
+  for (const auto& profile : group.profiles) PutProfile(out, *profile);
+  out.Put(uint64_t{group.blocks.size()});
+  for (const ManifestBlock& block : group.blocks) {
+    out.Put(block.offset);
+    out.Put(block.write_id);
+    out.Put(block.checksum);
+    out.Put(block.writer);
+    out.Put(block.profile);
+    out.Put(static_cast<uint32_t>(block.exact));
+  }
+}
+ManifestGroup GetGroup(Reader& in) {
+  ManifestGroup group;
+  group.pair = in.GetText();
+  in.Get(&group.codec_version_k);
+  in.Get(&group.codec_version_v);
+  in.Get(&group.exact_layout);
+  in.Get(&group.coded_layout);
+  in.Get(&group.first_block);
+  in.Get(&group.sealed);
+  group.layers.resize(in.GetCount(24));
+  for (LayerProgress& layer : group.layers) {
+    in.Get(&layer.tokens);
+    in.Get(&layer.last_start);
+    in.Get(&layer.last_hash);
+  }
+  in.Get(&group.profile);
+  const size_t profiles = in.GetCount(40);
+  for (size_t i = 0; i < profiles; i++) group.profiles.push_back(GetProfile(in));
+  group.blocks.resize(in.GetCount(40));
+  for (ManifestBlock& block : group.blocks) {
+    in.Get(&block.offset);
+    in.Get(&block.write_id);
+    in.Get(&block.checksum);
+    in.Get(&block.writer);
+    in.Get(&block.profile);
+    block.exact = in.Get<uint32_t>() != 0;
+  }
+  return group;
+}
+
+// What later code relies on.
+absl::Status Check(const Manifest& manifest) {
+  const auto damaged = [](const char* what) {
+    return absl::DataLossError(absl::StrCat("the manifest's ", what, " make no sense"));
+  };
+  if (manifest.groups.size() != manifest.model.groups.size()) return damaged("layer groups");
+  for (size_t g = 0; g < manifest.groups.size(); g++) {
+    const ManifestGroup& group = manifest.groups[g];
+    const GroupShape& shape = manifest.model.groups[g].shape;
+    if (group.layers.size() != static_cast<size_t>(shape.layers)) return damaged("layers");
+    int64_t most = 0;
+    for (const LayerProgress& layer : group.layers) {
+      if (layer.tokens < 0 || layer.tokens >= int64_t{1} << 48) return damaged("lengths");
+      most = std::max(most, layer.tokens);
+    }
+    const int64_t end = (most + kBlockTokens - 1) / kBlockTokens;
+    if (group.first_block < 0 || group.first_block + static_cast<int64_t>(group.blocks.size()) != end ||
+        group.sealed < 0)
+      return damaged("blocks");
+    const auto is_profile = [&](int32_t index) {
+      return index >= -1 && index < static_cast<int32_t>(group.profiles.size());
+    };
+    if (!is_profile(group.profile)) return damaged("profiles");
+    for (const ManifestBlock& block : group.blocks)
+      if (!is_profile(block.profile)) return damaged("profiles");
+    const size_t heads = static_cast<size_t>(shape.layers) * static_cast<size_t>(shape.kv_heads);
+    for (const auto& profile : group.profiles)
+      if (profile->shape != shape || profile->k.size() != heads || profile->v.size() != heads ||
+          profile->hash != HashProfile(*profile))
+        return damaged("profiles");
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+std::string EncodeManifest(const Manifest& manifest) {
+  Writer out;
+  out.Put(kVersion);
+  out.Put(manifest.id);
+  out.Put(manifest.forked_from);
+  out.Put(manifest.created_unix_nanos);
+  out.PutText(manifest.device);
+  PutModel(out, manifest.model);
+  PutOptions(out, manifest.options);
+  out.Put(uint64_t{manifest.groups.size()});
+  for (const ManifestGroup& group : manifest.groups) PutGroup(out, group);
+  return out.Take();
+}
+
+absl::StatusOr<Manifest> DecodeManifest(const std::string& bytes) {
+  Reader in(bytes);
+  const auto version = in.Get<uint32_t>();
+  if (version != kVersion)
+    return absl::FailedPreconditionError(
+        absl::StrCat("the manifest has version ", version, ", this build reads ", kVersion));
+  Manifest manifest;
+  in.Get(&manifest.id);
+  in.Get(&manifest.forked_from);
+  in.Get(&manifest.created_unix_nanos);
+  manifest.device = in.GetText();
+  manifest.model = GetModel(in);
+  KVTIDE_ASSIGN_OR_RETURN(manifest.options, GetOptions(in));
+  const size_t groups = in.GetCount(80);
+  for (size_t g = 0; g < groups; g++) manifest.groups.push_back(GetGroup(in));
+  if (in.failed() || !in.at_end()) return absl::DataLossError("the manifest is cut off or too long");
+  KVTIDE_RETURN_IF_ERROR(Check(manifest));
+  return manifest;
+}
+
+}  // namespace kvtide

@@ -1,0 +1,474 @@
+#include "daemon/cache/persister.h"
+
+#include <algorithm>
+#include <map>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/strings/str_cat.h"
+#include "daemon/cache/block_label.h"
+#include "daemon/cache/move_batch.h"
+#include "daemon/cache/room_maker.h"
+#include "kernels/base/check.h"
+#include "kernels/base/status.h"
+
+namespace kvtide {
+
+Persister::Persister(CacheCore& core) : core_(core) {
+  const std::vector<TierOptions>& tiers = core.options().tiers;
+  for (size_t t = 0; t < tiers.size(); t++) {
+    if (tiers[t].index == nullptr) continue;
+    tier_ = static_cast<int>(t);
+    index_ = tiers[t].index;
+  }
+}
+
+Place* Persister::DurablePlace(const Block& block) const {
+  if (block.place != nullptr && block.place->tier == tier_) return block.place;
+  return block.backup != nullptr && block.backup->tier == tier_ ? block.backup : nullptr;
+}
+
+void Persister::Start() {
+  if (index_ != nullptr) thread_ = std::thread([this] { Run(); });
+}
+
+void Persister::Stop() {
+  {
+    CacheLock lock(core_);
+    stopping_ = true;
+    wake_.NotifyAll();
+  }
+  if (thread_.joinable()) thread_.join();
+}
+
+void Persister::Run() {
+  while (true) {
+    {
+      CacheLock lock(core_);
+      if (!stopping_) lock.Wait(wake_, core_.options().persist_interval);
+      if (stopping_) return;
+    }
+    PersistChanged();
+  }
+}
+
+absl::StatusOr<PersistReport> Persister::Persist(std::span<const SequenceId> ids,
+                                                 const CallContext& context) {
+  if (index_ == nullptr)
+    return absl::FailedPreconditionError(
+        "no tier survives a restart; give the cache one (kvtided --disk PATH:SIZE)");
+  CacheLock lock(core_);
+  KVTIDE_ASSIGN_OR_RETURN(const std::vector<SequencePtr> sequences, lock->sequences.FindAll(ids));
+  lock->counters.persist_calls++;
+  PersistReport report;
+  for (const SequencePtr& sequence : sequences)
+    KVTIDE_RETURN_IF_ERROR(
+        Annotate(PersistOne(lock, sequence, context, &report), absl::StrCat("sequence ", sequence->id)));
+  return report;
+}
+
+absl::Status Persister::PersistParked(std::span<const SequenceId> ids, const CallContext& context) {
+  if (index_ == nullptr) return absl::OkStatus();
+  CacheLock lock(core_);
+  PersistReport report;
+  for (const SequenceId id : ids) {
+    const absl::StatusOr<SequencePtr> sequence = lock->sequences.Find(id);
+    if (!sequence.ok() || (*sequence)->options.persistence == Persistence::kNone) continue;
+    KVTIDE_RETURN_IF_ERROR(Annotate(PersistOne(lock, *sequence, context, &report),
+                                    absl::StrCat("sequence ", id, " is parked, but not durable")));
+  }
+  return absl::OkStatus();
+}
+
+void Persister::PersistChanged() {
+  if (index_ == nullptr) return;
+  CacheLock lock(core_);
+  std::vector<SequencePtr> changed;
+  for (const auto& [id, sequence] : lock->sequences.all())
+    if (sequence->options.persistence == Persistence::kAll && !sequence->persisting &&
+        (!sequence->durable.exists || sequence->durable.changes != sequence->changes))
+      changed.push_back(sequence);
+  PersistReport report;
+  for (const SequencePtr& sequence : changed) PersistOne(lock, sequence, {}, &report).IgnoreError();
+}
+
+absl::Status Persister::PersistOne(CacheLock& lock, const SequencePtr& sequence, const CallContext& context,
+                                   PersistReport* report) {
+  const CacheOptions& options = core_.options();
+  if (sequence->options.seal_at_once)
+    return absl::FailedPreconditionError("it codes at once (evaluation mode) and is not for keeping");
+  const absl::Time last = options.clock() + options.io_wait;
+  while (sequence->persisting) {
+    KVTIDE_RETURN_IF_ERROR(context.Check(options.clock(), "the call, before it was its turn"));
+    if (options.clock() >= last || options.room_wait <= absl::ZeroDuration())
+      return absl::AbortedError("another call makes it durable; try again");
+    lock.WaitForChange(options.room_wait);
+  }
+  struct Mark {
+    CacheLock& lock;
+    Sequence& sequence;
+    explicit Mark(CacheLock& l, Sequence& s) : lock(l), sequence(s) { sequence.persisting = true; }
+    ~Mark() {
+      sequence.persisting = false;
+      lock->changed.NotifyAll();
+    }
+  } const mark(lock, *sequence);
+  std::vector<PinnedPlace> pins;  // what was written for this
+  const auto fail = [&](absl::Status status) {
+    lock->counters.failed_persists++;
+    return status;
+  };
+  if (absl::Status status = WriteBackups(lock, *sequence, false, context, &pins, report); !status.ok())
+    return fail(std::move(status));
+  // What may still change: with nobody writing.
+  std::string bytes;
+  Durable next;
+  {
+    const absl::StatusOr<WriterGuard> guard = BecomeWriter(lock, sequence, context);
+    if (!guard.ok()) return fail(guard.status());
+    if (absl::Status status = WriteBackups(lock, *sequence, true, context, &pins, report); !status.ok())
+      return fail(std::move(status));
+    if (sequence->closed) return fail(absl::AbortedError("it was closed"));
+    next.tokens = sequence->MinTokens();
+    next.changes = sequence->changes;
+    next.exists = true;
+    bytes = EncodeManifest(Describe(*lock, *sequence, &next.places));
+    for (Place* place : next.places) lock->store.Keep(place);
+  }
+  lock->changed.NotifyAll();
+  absl::Status status;
+  {
+    const Unlocked unlocked(lock);
+    status = index_->Put(sequence->id, bytes);
+  }
+  if (!status.ok()) {
+    if (absl::IsResourceExhausted(status)) {
+      Release(*lock, &next);
+    } else {
+      in_doubt_.emplace_back(sequence->id, std::move(next.places));  // either manifest may be there
+    }
+    return fail(std::move(status));
+  }
+  if (!sequence->durable.exists) lock->durable_sequences++;
+  std::swap(sequence->durable, next);
+  Release(*lock, &next);
+  for (auto& [id, places] : in_doubt_)
+    if (id == sequence->id)
+      for (Place* place : std::exchange(places, {})) lock->store.Unkeep(place);
+  std::erase_if(in_doubt_, [&](const auto& doubt) { return doubt.first == sequence->id; });
+  lock->counters.persisted++;
+  report->sequences++;
+  report->tokens += sequence->durable.tokens;
+  // Closed meanwhile, it must not come back.
+  if (sequence->closed) return Forget(lock, *sequence);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<WriterGuard> Persister::BecomeWriter(CacheLock& lock, const SequencePtr& sequence,
+                                                    const CallContext& context) {
+  const CacheOptions& options = core_.options();
+  const absl::Time last = options.clock() + options.io_wait;
+  while (true) {
+    absl::StatusOr<WriterGuard> guard = WriterGuard::Begin(lock->sequences, sequence, sequence.get());
+    if (guard.ok() || sequence->closed) return guard;
+    KVTIDE_RETURN_IF_ERROR(context.Check(options.clock(), "the call, while others wrote"));
+    if (options.clock() >= last || options.room_wait <= absl::ZeroDuration()) return guard;
+    lock.WaitForChange(options.room_wait);
+  }
+}
+
+// `all`: the caller is the writer; else what may still change is left out.
+absl::Status Persister::WriteBackups(CacheLock& lock, const Sequence& sequence, bool all,
+                                     const CallContext& context, std::vector<PinnedPlace>* pins,
+                                     PersistReport* report) {
+  const CacheOptions& options = core_.options();
+  const absl::Time last = options.clock() + options.io_wait;
+  while (true) {
+    KVTIDE_RETURN_IF_ERROR(context.Check(options.clock(), "the call, while blocks were written"));
+    std::vector<HeldBlock> batch;
+    bool moving = false;
+    for (const GroupTable& table : sequence.groups) {
+      const int64_t full = table.MinTokens() / kBlockTokens;
+      const int64_t end = all ? table.end_block() : std::min(full, table.end_block());
+      for (int64_t index = table.first_block(); index < end && batch.size() < options.max_moves_in_flight;
+           index++) {
+        Block* const block = table.at(index);
+        if (block->place == nullptr)
+          return absl::DataLossError(
+              absl::StrCat("tokens ", index * kBlockTokens, " to ", (index + 1) * kBlockTokens - 1,
+                           " were dropped or lost; truncate to ", index * kBlockTokens));
+        if (block->writing) continue;
+        // What lies there is pinned too, so that it stays until the manifest keeps it.
+        if (Place* place = DurablePlace(*block); place != nullptr && !block->moving) continue;
+        if (block->moving) {
+          moving = true;
+        } else {
+          batch.emplace_back(lock->store, block);
+        }
+      }
+    }
+    if (batch.empty()) {
+      if (!moving || !all) return absl::OkStatus();
+      if (options.clock() >= last || options.room_wait <= absl::ZeroDuration())
+        return absl::AbortedError("a block is being moved for too long; try again");
+      lock.WaitForChange(options.room_wait);
+      continue;
+    }
+    KVTIDE_RETURN_IF_ERROR(WriteBatch(lock, batch, context, pins, report));
+  }
+}
+
+absl::Status Persister::WriteBatch(CacheLock& lock, std::span<const HeldBlock> blocks,
+                                   const CallContext& context, std::vector<PinnedPlace>* pins,
+                                   PersistReport* report) {
+  BlockStore& store = lock->store;
+  std::vector<CopyJob> jobs;
+  std::vector<Place*> targets;
+  std::vector<Block*> copied;
+  std::vector<PinnedPlace> sources;
+  absl::Status status;
+  for (const HeldBlock& held : blocks) {
+    Block* const block = held.get();
+    Place* const target = store.Reserve(tier_, *block);
+    if (target == nullptr) {
+      status = absl::ResourceExhaustedError(RoomMaker::RoomText(*lock, block->layout->block_bytes()));
+      break;
+    }
+    NameWrite(core_, *block, target);
+    block->moving = true;
+    sources.emplace_back(store, block->place);
+    jobs.emplace_back(*block, *block->place, *target);
+    targets.push_back(target);
+    copied.push_back(block);
+  }
+  lock->moves_running++;
+  if (!jobs.empty()) {
+    const Unlocked unlocked(lock);
+    CopyAll(core_, jobs, context.cancellation);
+  }
+  lock->moves_running--;
+  for (size_t i = 0; i < jobs.size(); i++) {
+    Block* const block = copied[i];
+    block->moving = false;
+    absl::Status of_job = jobs[i].status;
+    const uint64_t checksum = jobs[i].target_label.checksum;
+    if (of_job.ok() && block->has_checksum && block->checksum != checksum)
+      of_job = absl::DataLossError("a block's bytes are not those that were stored");
+    if (of_job.ok()) {
+      targets[i]->checksum = checksum;
+      pins->emplace_back(store, targets[i]);
+      store.Retire(targets[i]);
+      store.SetBackup(block, targets[i]);
+      report->blocks++;
+      report->bytes += jobs[i].bytes;
+      lock->counters.persisted_bytes += jobs[i].bytes;
+    } else {
+      store.Retire(targets[i]);
+      if (status.ok()) status = std::move(of_job);
+    }
+  }
+  lock->changed.NotifyAll();
+  return status;
+}
+
+Manifest Persister::Describe(const CacheState& state, const Sequence& sequence,
+                             std::vector<Place*>* places) const {
+  Manifest manifest;
+  manifest.id = sequence.id;
+  manifest.forked_from = sequence.forked_from;
+  manifest.created_unix_nanos = absl::ToUnixNanos(sequence.created);
+  manifest.device = state.store.tier(sequence.home).device;
+  manifest.model = sequence.model->spec;
+  manifest.options = sequence.options;
+  for (const GroupTable& table : sequence.groups) {
+    ManifestGroup& group = manifest.groups.emplace_back();
+    const CachePair pair = table.coded->pair();
+    group.pair = PairName(pair);
+    group.codec_version_k = Info(pair.k).version;
+    group.codec_version_v = Info(pair.v).version;
+    group.exact_layout = HashLayout(*table.exact);
+    group.coded_layout = HashLayout(*table.coded);
+    group.first_block = table.first_block();
+    group.sealed = table.sealed;
+    for (size_t l = 0; l < table.layers(); l++) group.layers.push_back(table.layer(static_cast<int>(l)));
+    const auto index_of = [&](const std::shared_ptr<const Profile>& profile) -> int32_t {
+      if (profile == nullptr) return -1;
+      const auto found = std::find(group.profiles.begin(), group.profiles.end(), profile);
+      if (found == group.profiles.end()) group.profiles.push_back(profile);
+      return static_cast<int32_t>(std::find(group.profiles.begin(), group.profiles.end(), profile) -
+                                  group.profiles.begin());
+    };
+    group.profile = index_of(table.profile);
+    table.blocks->ForEach([&](const Block* block) {
+      Place* const place = DurablePlace(*block);
+      KVTIDE_CHECK(place != nullptr, "block ", block->id, " is not durable");
+      ManifestBlock& out = group.blocks.emplace_back();
+      out.offset = place->offset;
+      out.write_id = place->write_id;
+      out.checksum = place->checksum;
+      out.writer = block->stamp.sequence;
+      out.profile = index_of(block->profile);
+      out.exact = block->layout == table.exact;
+      places->push_back(place);
+    });
+  }
+  return manifest;
+}
+
+void Persister::Release(CacheState& state, Durable* durable) {
+  for (Place* place : std::exchange(durable->places, {})) state.store.Unkeep(place);
+}
+
+absl::Status Persister::Forget(CacheLock& lock, Sequence& sequence) {
+  if (sequence.persisting && !sequence.durable.exists) return absl::OkStatus();  // that call forgets it
+  std::vector<SequenceId> keys;
+  for (const auto& [id, places] : in_doubt_) keys.push_back(id);
+  if (sequence.durable.exists) {
+    lock->durable_sequences--;
+    keys.push_back(sequence.id);
+    in_doubt_.emplace_back(sequence.id, std::move(sequence.durable.places));
+    sequence.durable = {};
+  }
+  // Those of open sequences are settled by their next Persist.
+  std::erase_if(keys, [&](SequenceId id) { return id != sequence.id && lock->sequences.Find(id).ok(); });
+  if (keys.empty()) return absl::OkStatus();
+  absl::Status status;
+  {
+    const Unlocked unlocked(lock);
+    status = index_->Erase(keys);
+  }
+  if (!status.ok())
+    return Annotate(
+        status, absl::StrCat("sequence ", sequence.id, " is closed, but may be there again after a restart"));
+  for (auto& [id, places] : in_doubt_)
+    if (std::find(keys.begin(), keys.end(), id) != keys.end())
+      for (Place* place : std::exchange(places, {})) lock->store.Unkeep(place);
+  std::erase_if(in_doubt_, [&](const auto& doubt) {
+    return std::find(keys.begin(), keys.end(), doubt.first) != keys.end();
+  });
+  lock->changed.NotifyAll();
+  return absl::OkStatus();
+}
+
+RestoreReport Persister::Restore() {
+  RestoreReport report;
+  if (index_ == nullptr) return report;
+  const std::map<uint64_t, std::string> manifests = index_->Load(&report.lost);
+  std::vector<uint64_t> refused;
+  CacheLock lock(core_);
+  for (const auto& [key, bytes] : manifests) {
+    const absl::Status status = RestoreOne(lock, bytes, &report);
+    if (status.ok()) continue;
+    report.lost.push_back(absl::StrCat("sequence ", key, ": ", status.message()));
+    refused.push_back(key);
+  }
+  profiles_.clear();
+  // Its blocks' room is given to others from now on.
+  if (!refused.empty()) {
+    const Unlocked unlocked(lock);
+    if (const absl::Status status = index_->Erase(refused); !status.ok())
+      report.lost.push_back(absl::StrCat("they could not be removed: ", status.message()));
+  }
+  return report;
+}
+
+absl::Status Persister::RestoreOne(CacheLock& lock, const std::string& bytes, RestoreReport* report) {
+  KVTIDE_ASSIGN_OR_RETURN(Manifest manifest, DecodeManifest(bytes));
+  // Forks had one profile in common, and so do they again.
+  for (ManifestGroup& group : manifest.groups)
+    for (std::shared_ptr<const Profile>& profile : group.profiles)
+      profile = profiles_.try_emplace(profile->hash, profile).first->second;
+  KVTIDE_RETURN_IF_ERROR(CheckModelSpec(manifest.model));
+  KVTIDE_ASSIGN_OR_RETURN(const ModelId model, lock->sequences.RegisterModel(manifest.model));
+  SequenceOptions options = manifest.options;
+  // Where it lived; anywhere if that device is no more.
+  options.device = manifest.device;
+  absl::StatusOr<SequencePtr> built = lock->sequences.Build(model, options);
+  if (!built.ok()) {
+    options.device.clear();
+    built = lock->sequences.Build(model, options);
+  }
+  KVTIDE_RETURN_IF_ERROR(built.status());
+  const SequencePtr sequence = *built;
+  sequence->id = manifest.id;
+  sequence->forked_from = manifest.forked_from;
+  sequence->options = manifest.options;
+  sequence->created = absl::FromUnixNanos(manifest.created_unix_nanos);
+  absl::Status status;
+  for (size_t g = 0; g < manifest.groups.size() && status.ok(); g++)
+    status = Annotate(RestoreGroup(lock, manifest, g, *sequence), absl::StrCat("layer group ", g));
+  if (status.ok()) status = lock->sequences.Restore(sequence);
+  if (!status.ok()) {
+    for (Place* place : sequence->durable.places) lock->store.Unkeep(place);
+    sequence->durable = {};
+    for (GroupTable& table : sequence->groups) table.blocks->Clear();
+    return status;
+  }
+  sequence->durable.exists = true;
+  sequence->durable.tokens = sequence->MinTokens();
+  lock->durable_sequences++;
+  report->sequences++;
+  report->tokens += sequence->MinTokens();
+  report->blocks += sequence->durable.places.size();
+  for (const Place* place : sequence->durable.places) report->bytes += place->bytes;
+  return absl::OkStatus();
+}
+
+absl::Status Persister::RestoreGroup(CacheLock& lock, const Manifest& manifest, size_t index,
+                                     Sequence& sequence) {
+  BlockStore& store = lock->store;
+  const ManifestGroup& group = manifest.groups[index];
+  GroupTable& table = sequence.groups[index];
+  const CachePair pair = table.coded->pair();
+  // Bytes that another build wrote in another way are never read.
+  if (group.pair != PairName(pair) || group.codec_version_k != Info(pair.k).version ||
+      group.codec_version_v != Info(pair.v).version || group.exact_layout != HashLayout(*table.exact) ||
+      group.coded_layout != HashLayout(*table.coded))
+    return absl::FailedPreconditionError(
+        absl::StrCat("it was stored as ", group.pair, " by codec versions ", group.codec_version_k, " and ",
+                     group.codec_version_v, "; this build has ", PairName(pair), ", ", Info(pair.k).version,
+                     " and ", Info(pair.v).version, ", or another order of bytes"));
+  const auto profile_at = [&](int32_t at) {
+    return at < 0 ? nullptr : group.profiles[static_cast<size_t>(at)];
+  };
+  table.profile = profile_at(group.profile);
+  table.sealed = group.sealed;
+  table.blocks->StartAt(group.first_block);
+  for (size_t b = 0; b < group.blocks.size(); b++) {
+    const ManifestBlock& from = group.blocks[b];
+    const BlockLayout* const layout = from.exact ? table.exact : table.coded;
+    const int64_t number = group.first_block + static_cast<int64_t>(b);
+    Block* block = nullptr;
+    // A fork that is durable too has it already.
+    const auto& places = store.tier(tier_).places;
+    if (const auto there = places.find(from.offset); there != places.end())
+      if (there->second->write_id == from.write_id && there->second->block != nullptr)
+        block = there->second->block;
+    if (block != nullptr) {
+      if (block->layout != layout || block->home != sequence.home || block->checksum != from.checksum)
+        return absl::DataLossError(absl::StrCat("block ", number, " is another one in another sequence"));
+      table.blocks->PushBack(block, sequence.recency.own);
+    } else {
+      block = store.AllocateAt(tier_, from.offset, sequence.home, layout);
+      if (block == nullptr)
+        return absl::DataLossError(
+            absl::StrCat("block ", number, " does not lie inside the tier, or over another one"));
+      const WritingBlock guard(store, block);
+      block->profile = profile_at(from.profile);
+      block->has_checksum = true;
+      block->checksum = from.checksum;
+      block->stamp = {sequence.model->hash, from.writer, sequence.name_space_hash, static_cast<int>(index),
+                      number};
+      block->place->write_id = from.write_id;
+      block->place->checksum = from.checksum;
+      block->place->profile_hash = block->profile != nullptr ? block->profile->hash : 0;
+      table.blocks->PushBack(block, sequence.recency.own);
+    }
+    store.Keep(block->place);
+    sequence.durable.places.push_back(block->place);
+  }
+  for (size_t l = 0; l < group.layers.size(); l++) table.SetLayer(static_cast<int>(l), group.layers[l]);
+  std::fill(table.profiled.begin(), table.profiled.end(), true);
+  return absl::OkStatus();
+}
+
+}  // namespace kvtide

@@ -1,0 +1,80 @@
+// Sequences over a restart. Persist writes what a sequence has to the tier that survives one
+// (TierOptions::index) and then its manifest; what it has acknowledged is there after a stop, a crash or a
+// kill. The sequence goes on meanwhile: full blocks are copied first, and only the rest of it, at most a few
+// blocks, keeps writers waiting.
+//
+// A copy that is up to date stays with its block (Block::backup), so that the next Persist writes what is
+// new, and a demotion to that tier costs no write.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "daemon/cache/block_guards.h"
+#include "daemon/cache/cache_core.h"
+#include "daemon/cache/call_context.h"
+#include "daemon/cache/manifest.h"
+#include "daemon/cache/persist_report.h"
+
+namespace kvtide {
+
+class Persister {
+ public:
+  explicit Persister(CacheCore& core);
+  ~Persister() { Stop(); }
+  // Calls PersistChanged every persist_interval on a thread of its own, until Stop.
+  void Start();
+  void Stop();
+
+  // Each of them in turn; the first error ends the call, what was acknowledged so far stays durable (the
+  // report of a later call tells). FailedPrecondition without a tier that survives restarts, and for
+  // sequences of evaluation mode; DataLoss where tokens were dropped; ResourceExhausted when the tier is
+  // full.
+  absl::StatusOr<PersistReport> Persist(std::span<const SequenceId> ids, const CallContext& context);
+  // Those that want it with an Evict that names them.
+  absl::Status PersistParked(std::span<const SequenceId> ids, const CallContext& context);
+  // Those that want it always and have changed. Errors are counted.
+  void PersistChanged();
+  // A closed sequence: it is not there after a restart.
+  absl::Status Forget(CacheLock& lock, Sequence& sequence);
+  // At the start: what is durable is there again.
+  RestoreReport Restore();
+
+ private:
+  absl::Status PersistOne(CacheLock& lock, const SequencePtr& sequence, const CallContext& context,
+                          PersistReport* report);
+  absl::StatusOr<WriterGuard> BecomeWriter(CacheLock& lock, const SequencePtr& sequence,
+                                           const CallContext& context);
+  absl::Status WriteBackups(CacheLock& lock, const Sequence& sequence, bool all, const CallContext& context,
+                            std::vector<PinnedPlace>* pins, PersistReport* report);
+  absl::Status WriteBatch(CacheLock& lock, std::span<const HeldBlock> blocks, const CallContext& context,
+                          std::vector<PinnedPlace>* pins, PersistReport* report);
+  // The place in the durable tier that holds what the block holds; null: none.
+  Place* DurablePlace(const Block& block) const;
+  Manifest Describe(const CacheState& state, const Sequence& sequence, std::vector<Place*>* places) const;
+  absl::Status RestoreOne(CacheLock& lock, const std::string& bytes, RestoreReport* report);
+  absl::Status RestoreGroup(CacheLock& lock, const Manifest& manifest, size_t group, Sequence& sequence);
+  void Release(CacheState& state, Durable* durable);
+
+  void Run();
+
+  CacheCore& core_;
+  int tier_ = -1;  // that survives restarts; -1: none
+  DurableIndex* index_ = nullptr;
+  // Under the cache's mutex. What a failed call leaves: keys that may still be there at the next start, and
+  // what their manifests name.
+  std::vector<std::pair<SequenceId, std::vector<Place*>>> in_doubt_;
+  std::map<uint64_t, std::shared_ptr<const Profile>> profiles_;  // of what was restored, by hash
+  CondVar wake_;
+  bool stopping_ = false;  // under the cache's mutex
+  std::thread thread_;
+};
+
+}  // namespace kvtide
