@@ -21,7 +21,8 @@ bool CompiledByDefault(const std::string& k, const std::string& v) {
   return k == v && (k == "f16" || k == "bf16" || k == "q8_0" || k == "q4_0");
 }
 
-// What ggml-metal's supports_op accepts for attention: K and V of one type, and of these.
+// What ggml-metal's supports_op (GGML_OP_FLASH_ATTN_EXT) accepts for attention: K and V of one type, and of
+// these.
 Support Metal(const TypePair& pair, const std::string& build) {
   static const char* const kTypes[] = {"f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"};
   if (pair.v != "none" && pair.k != pair.v) {

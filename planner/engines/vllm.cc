@@ -48,7 +48,9 @@ struct TokenBytes {
   int64_t v = 0;
 };
 
-// `sparse`: the model has an indexer, and with it a record of its own for fp8 latents (fp8_ds_mla).
+// `sparse`: the model has an indexer, and with it a record of its own for fp8 latents (fp8_ds_mla). Latents
+// of dense models are plain: 576 values of one byte with fp8 (vllm/v1/kv_cache_interface.py,
+// MLAAttentionSpec: num_kv_heads x head_size x size of the type, 656 bytes for fp8_ds_mla alone).
 TokenBytes BytesOfToken(const Dtype& dtype, const LayerGroup& group, bool sparse) {
   if (group.kind == LayerKind::kMla) {
     return {

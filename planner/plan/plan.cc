@@ -586,7 +586,10 @@ class Planner {
     }
     const bool refused = std::all_of(pairs_.begin(), pairs_.end(),
                                      [](const PreparedPair& pair) { return pair.sizer == nullptr; });
-    if (refused && !pairs_.empty()) return pairs_.front().support.reason;
+    const bool no_kernel =
+        std::all_of(result.candidates.begin(), result.candidates.end(),
+                    [](const Candidate& candidate) { return candidate.rejection == Rejection::kRefused; });
+    if ((refused || no_kernel) && !pairs_.empty()) return pairs_.front().support.reason;
     std::string why = nearest == nullptr
                           ? "no pair is both measured and supported"
                           : absl::StrCat("the smallest allowed pair, ", nearest->asked.Name(), ", misses ",
