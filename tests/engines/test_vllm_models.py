@@ -9,7 +9,7 @@ PROMPTS = tiny_models.prompts(12, 60)
 
 def run(kind, pair, **llm):
     batch = {"prompts": PROMPTS, "sampling": {**engine.GREEDY, "max_tokens": 24, "logprobs": 2}}
-    return engine.run([batch], pair=pair, model=tiny_models.folder(kind), skip_tokenizer_init=True, max_model_len=1024, **llm)
+    return engine.run([batch], pair=pair, model=tiny_models.folder(kind), skip_tokenizer_init=True, max_model_len=1024, **{"dtype": "float32", **llm})
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "gemma2", "mistral"])
@@ -18,7 +18,7 @@ def test_f16_pages_give_the_tokens_of_vllms_own_backend(kind):
     ours, log = run(kind, "f16")
     different = engine.differences(ours["batches"][0], stock["batches"][0])
     print(f"{kind}: {len(PROMPTS) - len(different)} of {len(PROMPTS)} prompts give equal tokens")
-    assert len(different) <= 2 and all(margin < 0.1 for _, _, margin in different), different
+    assert len(different) <= 2 and all(margin < 0.05 for _, _, margin in different), different
 
 
 def test_coded_groups():
