@@ -6,10 +6,12 @@
 #include <string>
 #include <vector>
 
+#include "clients/cli/calibrate/calibrate.h"
 #include "clients/cli/capture/capture.h"
 #include "clients/cli/demo/demo.h"
 #include "clients/cli/eval/eval.h"
 #include "clients/cli/ops/doctor_command.h"
+#include "clients/cli/ops/seq_command.h"
 #include "clients/cli/ops/status_command.h"
 #include "clients/cli/ops/top_command.h"
 #include "clients/cli/plan/fleet_command.h"
@@ -52,8 +54,10 @@ int main(int argc, char** argv) {
   kvtide::cli::AddFleetCommand(app, &exit_code);
   kvtide::cli::AddEvalCommand(app, &exit_code);
   kvtide::cli::AddCaptureCommand(app, &exit_code);
+  kvtide::cli::AddCalibrateCommand(app, &exit_code);
   kvtide::cli::AddStatusCommand(app, &exit_code);
   kvtide::cli::AddTopCommand(app, &exit_code);
+  kvtide::cli::AddSeqCommand(app, &exit_code);
   kvtide::cli::AddDoctorCommand(app, &exit_code);
   constexpr int kBadInput = 2;
   try {

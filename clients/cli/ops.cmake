@@ -1,10 +1,11 @@
-# The commands that ask a running daemon: status, top, doctor.
+# The commands that ask a running daemon: status, top, doctor, seq.
 find_package(CLI11 CONFIG REQUIRED)
 find_package(nlohmann_json CONFIG REQUIRED)
 kvtide_add_library(kvtide_cli_ops
   ops/daemon_flags.cc
   ops/doctor_checks.cc
   ops/doctor_command.cc
+  ops/seq_command.cc
   ops/status_command.cc
   ops/status_report.cc
   ops/top_command.cc

@@ -55,17 +55,18 @@ struct ModelLayer {
   int head_dim_v = 0;
   int64_t window = 0;  // 0 = full attention
   int query_heads = 0;
-  float scale = 0;    // 0 = 1/sqrt(head_dim_k)
-  float softcap = 0;  // 0 = none
+  float scale = 0;              // 0 = 1/sqrt(head_dim_k)
+  float softcap = 0;            // 0 = none
+  std::vector<float> key_mean;  // [kv_heads][head_dim_k], for KeyCentring::kCalibrated; empty = none
 };
 struct Model {
   std::string name;
   std::vector<ModelLayer> layers;
 };
 
-enum class KeyCentring { kDefault, kNone, kFirstBlock };         // kvtide.v1.KeyCentring
-enum class KeyEqualising { kDefault, kNone, kRoot, kFull };      // kvtide.v1.KeyEqualising
-enum class RopePairs { kDefault, kNone, kHalves, kNeighbours };  // kvtide.v1.RopePairs
+enum class KeyCentring { kDefault, kNone, kFirstBlock, kCalibrated };  // kvtide.v1.KeyCentring
+enum class KeyEqualising { kDefault, kNone, kRoot, kFull };            // kvtide.v1.KeyEqualising
+enum class RopePairs { kDefault, kNone, kHalves, kNeighbours };        // kvtide.v1.RopePairs
 
 struct SequenceOptions {
   std::string pair;                         // "q8_0/turbo4"; empty = the daemon's default

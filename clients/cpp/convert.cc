@@ -66,6 +66,7 @@ void ToProto(const Model& model, v1::Model* proto) {
     out->set_query_heads(layer.query_heads);
     out->set_scale(layer.scale);
     out->set_softcap(layer.softcap);
+    out->set_key_mean(layer.key_mean.data(), layer.key_mean.size() * sizeof(float));
   }
 }
 
@@ -82,6 +83,7 @@ void ToProto(const SequenceOptions& options, v1::CreateSequenceRequest* proto) {
   for (const std::string& pair : options.group_pairs) proto->add_group_pairs(pair);
 }
 static_assert(static_cast<int>(KeyCentring::kFirstBlock) == v1::KEY_CENTRING_FIRST_BLOCK);
+static_assert(static_cast<int>(KeyCentring::kCalibrated) == v1::KEY_CENTRING_CALIBRATED);
 static_assert(static_cast<int>(KeyEqualising::kFull) == v1::KEY_EQUALISING_FULL);
 static_assert(static_cast<int>(RopePairs::kNeighbours) == v1::ROPE_PAIRS_NEIGHBOURS);
 

@@ -16,7 +16,10 @@ client::Model ClientModel(const std::string& name, const KvGeometry& geometry) {
   layer.scale = geometry.scale();
   layer.softcap = geometry.softcap;
   client::Model model{name, std::vector<client::ModelLayer>(geometry.layers, layer)};
-  for (int l = 0; l < geometry.layers; ++l) model.layers[l].window = geometry.window(l);
+  for (int l = 0; l < geometry.layers; ++l) {
+    model.layers[l].window = geometry.window(l);
+    if (!geometry.key_means.empty()) model.layers[l].key_mean = geometry.key_means[l];
+  }
   return model;
 }
 

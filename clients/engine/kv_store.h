@@ -22,6 +22,8 @@ struct KvGeometry {
   std::vector<int> layer_windows;  // of each layer; empty = sliding_window
   float attention_scale = 0;       // 0 = 1/sqrt(head_dim)
   float softcap = 0;               // 0 = none; else logit = softcap * tanh(logit / softcap)
+  // Of each layer, [kv_heads][head_dim], for sequences that are centred by calibration; empty = none.
+  std::vector<std::vector<float>> key_means;
 
   // Logits are scale() * q.k.
   float scale() const;

@@ -9,19 +9,19 @@
 #include "kernels/base/status.h"
 
 namespace kvtide::engine {
-// cos and sin of every position of a chunk: [tokens][head_dim / 2].
+// cos and sin of every position of a chunk, times a factor: [tokens][head_dim / 2].
 struct LlamaModel::Rotation {
   std::vector<float> cosine, sine;
 
-  Rotation(const std::vector<double>& frequencies, int64_t start, int n_tokens) {
+  Rotation(const std::vector<double>& frequencies, double factor, int64_t start, int n_tokens) {
     cosine.resize(frequencies.size() * n_tokens);
     sine.resize(cosine.size());
     size_t at = 0;
     for (int t = 0; t < n_tokens; ++t) {
       for (const double frequency : frequencies) {
         const double angle = static_cast<double>(start + t) * frequency;
-        cosine[at] = static_cast<float>(std::cos(angle));
-        sine[at++] = static_cast<float>(std::sin(angle));
+        cosine[at] = static_cast<float>(factor * std::cos(angle));
+        sine[at++] = static_cast<float>(factor * std::sin(angle));
       }
     }
   }
@@ -207,7 +207,8 @@ absl::Status LlamaModel::Forward(KvStore& store, SequenceId sequence, int64_t st
   const int n = static_cast<int>(tokens.size());
   const size_t width = config_.hidden_size, inner = config_.intermediate_size;
   const size_t q_width = store.geometry().query_width(), kv_width = store.geometry().kv_width();
-  const Rotation global(rope_frequencies_, start, n), local(local_frequencies_, start, n);
+  const Rotation global(rope_frequencies_, config_.rope_attention_factor, start, n),
+      local(local_frequencies_, config_.local_rope_theta > 0 ? 1.0 : config_.rope_attention_factor, start, n);
   std::vector<float> x(n * width), normed(n * width), q(n * q_width), attended(n * q_width);
   std::vector<float> k(n * kv_width), v(n * kv_width), gate(n * inner), up(n * inner);
   const auto bias = [](const std::vector<float>& b) { return b.empty() ? nullptr : b.data(); };

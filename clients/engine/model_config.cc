@@ -1,5 +1,6 @@
 #include "clients/engine/model_config.h"
 
+#include <algorithm>
 #include <cmath>
 #include <fstream>
 #include <numbers>
@@ -91,6 +92,29 @@ absl::Status ReadArchitecture(const json& config, ModelConfig* model) {
   return absl::OkStatus();
 }
 
+// YaRN (Peng et al. 2023, arXiv:2309.00071): frequencies that turn often stay, slow ones are stretched, and
+// cos and sin grow.
+absl::Status ReadYarn(const json& rope, ModelConfig* model) {
+  model->rope_scaling = RopeScaling::kYarn;
+  for (const char* other : {"mscale", "mscale_all_dim"})
+    if (IsSet(rope, other)) return Unsupported(absl::StrCat("yarn with ", other));
+  if (IsSet(rope, "truncate") && rope["truncate"].is_boolean() && !rope["truncate"].get<bool>())
+    return Unsupported("yarn with truncate = false");
+  model->rope_original_positions = model->max_positions;
+  KVTIDE_RETURN_IF_ERROR(
+      ReadNumber(rope, "original_max_position_embeddings", &model->rope_original_positions));
+  KVTIDE_RETURN_IF_ERROR(ReadNumber(rope, "beta_fast", &model->yarn_beta_fast));
+  KVTIDE_RETURN_IF_ERROR(ReadNumber(rope, "beta_slow", &model->yarn_beta_slow));
+  model->rope_attention_factor = model->rope_factor > 1 ? 0.1 * std::log(model->rope_factor) + 1 : 1;
+  KVTIDE_RETURN_IF_ERROR(ReadNumber(rope, "attention_factor", &model->rope_attention_factor));
+  if (!(model->rope_factor > 0) || !(model->rope_original_positions > 0) || !(model->rope_theta > 1) ||
+      !(model->yarn_beta_slow > 0) || !(model->yarn_beta_fast > model->yarn_beta_slow) ||
+      !(model->rope_attention_factor > 0))
+    return absl::InvalidArgumentError(
+        "yarn: factor, theta, beta_fast > beta_slow and positions must be positive");
+  return absl::OkStatus();
+}
+
 // New folders have rope_parameters, older ones rope_theta and rope_scaling.
 absl::Status ReadRope(const json& config, ModelConfig* model) {
   if (model->architecture == "Gemma3ForCausalLM") {
@@ -121,11 +145,12 @@ absl::Status ReadRope(const json& config, ModelConfig* model) {
     type = rope[type_key].get<std::string>();
   }
   if (type == "default") return absl::OkStatus();
-  if (type != "linear" && type != "llama3")
-    return Unsupported(absl::StrCat("rope type ", type, " (supported: default, linear, llama3)"));
+  if (type != "linear" && type != "llama3" && type != "yarn")
+    return Unsupported(absl::StrCat("rope type ", type, " (supported: default, linear, llama3, yarn)"));
   if (!IsSet(rope, "factor"))
     return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, ".factor is missing"));
   KVTIDE_RETURN_IF_ERROR(ReadNumber(rope, "factor", &model->rope_factor));
+  if (type == "yarn") return ReadYarn(rope, model);
   model->rope_scaling = type == "linear" ? RopeScaling::kLinear : RopeScaling::kLlama3;
   if (model->rope_scaling == RopeScaling::kLinear) return absl::OkStatus();
   KVTIDE_RETURN_IF_ERROR(ReadNumber(rope, "low_freq_factor", &model->rope_low_frequency));
@@ -272,6 +297,18 @@ absl::StatusOr<ModelConfig> ReadModelConfig(const std::string& folder) {
 
 std::vector<double> RopeFrequencies(const ModelConfig& config, bool local) {
   local = local && config.local_rope_theta > 0;
+  // Pairs of channels between which YaRN goes from unchanged to stretched: those that turn so often in the
+  // original context.
+  const auto pair_of_turns = [&config](double turns) {
+    return config.head_dim * std::log(config.rope_original_positions / (turns * 2 * std::numbers::pi)) /
+           (2 * std::log(config.rope_theta));
+  };
+  double yarn_low = 0, yarn_high = 0;
+  if (config.rope_scaling == RopeScaling::kYarn) {
+    yarn_low = std::max(0.0, std::floor(pair_of_turns(config.yarn_beta_fast)));
+    yarn_high = std::min(config.head_dim - 1.0, std::ceil(pair_of_turns(config.yarn_beta_slow)));
+    if (yarn_high == yarn_low) yarn_high += 0.001;
+  }
   std::vector<double> frequencies(config.head_dim / 2);
   for (int i = 0; i < config.head_dim / 2; ++i) {
     double frequency =
@@ -280,6 +317,9 @@ std::vector<double> RopeFrequencies(const ModelConfig& config, bool local) {
     if (local) {  // as it is
     } else if (config.rope_scaling == RopeScaling::kLinear) {
       frequency /= config.rope_factor;
+    } else if (config.rope_scaling == RopeScaling::kYarn) {
+      const double stretched = std::clamp((i - yarn_low) / (yarn_high - yarn_low), 0.0, 1.0);
+      frequency = stretched * frequency / config.rope_factor + (1 - stretched) * frequency;
     } else if (config.rope_scaling == RopeScaling::kLlama3) {
       // Waves shorter than original/high stay, longer than original/low are stretched, between them a blend.
       const double turns = config.rope_original_positions * frequency / (2 * std::numbers::pi);

@@ -13,7 +13,7 @@
 
 namespace kvtide::engine {
 
-enum class RopeScaling { kNone, kLinear, kLlama3 };
+enum class RopeScaling { kNone, kLinear, kLlama3, kYarn };
 enum class Activation { kSilu, kGeluTanh };
 
 struct ModelConfig {
@@ -50,6 +50,8 @@ struct ModelConfig {
   double rope_low_frequency = 1;
   double rope_high_frequency = 4;
   double rope_original_positions = 0;
+  double yarn_beta_fast = 32, yarn_beta_slow = 1;
+  double rope_attention_factor = 1;  // of cos and sin (YaRN)
 
   int32_t bos_token = -1;           // -1 = none
   std::vector<int32_t> eos_tokens;  // any of them ends a text

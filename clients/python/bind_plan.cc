@@ -9,6 +9,8 @@
 #include "clients/python/bindings.h"
 #include "clients/python/raise.h"
 #include "planner/model/catalogue.h"
+#include "planner/model/gguf.h"
+#include "planner/model/load_model.h"
 #include "planner/render/render.h"
 
 namespace nb = nanobind;
@@ -48,6 +50,20 @@ void BindPlan(nb::module_& m) {
     for (const auto& [name, detail, bits, value, pareto] : rows)
       points.push_back({name, detail, bits, value, pareto});
     return cli::RenderHarmPlot(title, subtitle, harm, points);
+  });
+  // (architecture, [(KV heads, head dim of K, of V)]) of the layers of a GGUF file that keep keys and values.
+  m.def("model_layers", [](const std::string& path) {
+    const planner::GgufFile file = Raise(planner::ReadGguf(path));
+    const planner::ModelGeometry model = Raise(planner::LoadModel(path)).geometry;
+    const auto found = file.metadata.find("general.architecture");
+    const auto* architecture =
+        found == file.metadata.end() ? nullptr : std::get_if<std::string>(&found->second);
+    std::vector<std::tuple<int, int, int>> layers;
+    for (const planner::LayerGeometry& layer : model.layers) {
+      if (layer.OwnsCache() && layer.head_dim_v > 0)
+        layers.emplace_back(layer.n_kv_heads, layer.head_dim_k, layer.head_dim_v);
+    }
+    return std::make_tuple(architecture == nullptr ? std::string() : *architecture, layers);
   });
   m.def("catalogue_models", [] {
     std::vector<std::string> names;

@@ -202,6 +202,7 @@ client::Model MakeModel(const std::string& name, const std::vector<nb::dict>& la
     layer.query_heads = nb::cast<int>(from["query_heads"]);
     layer.scale = nb::cast<float>(from["scale"]);
     layer.softcap = nb::cast<float>(from["softcap"]);
+    if (from.contains("key_mean")) layer.key_mean = nb::cast<std::vector<float>>(from["key_mean"]);
     model.layers.push_back(layer);
   }
   return model;

@@ -33,12 +33,14 @@ uint64_t HashNameSpace(const std::string& name_space) {
 uint64_t HashModel(const ModelSpec& spec) {
   Bytes bytes;
   bytes.Add(HashNameSpace(spec.name)).Add(uint64_t{spec.groups.size()});
-  for (const LayerGroupSpec& group : spec.groups)
+  for (const LayerGroupSpec& group : spec.groups) {
     bytes.Add(group.shape)
         .Add(static_cast<uint64_t>(group.window))
         .Add(group.heads)
         .Add(uint64_t{std::bit_cast<uint32_t>(group.scale)})
         .Add(uint64_t{std::bit_cast<uint32_t>(group.softcap)});
+    for (const float mean : group.key_means) bytes.Add(uint64_t{std::bit_cast<uint32_t>(mean)});
+  }
   for (const LayerSpec& layer : spec.layers) bytes.Add(layer.group).Add(layer.layer_in_group);
   return bytes.Hash();
 }

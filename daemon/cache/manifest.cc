@@ -9,7 +9,7 @@
 namespace kvtide {
 namespace {
 
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 
 class Writer {
  public:
@@ -102,6 +102,7 @@ void PutModel(Writer& out, const ModelSpec& model) {
     out.Put(int32_t{group.heads});
     out.Put(group.scale);
     out.Put(group.softcap);
+    out.PutList(group.key_means);
   }
   out.Put(uint64_t{model.layers.size()});
   for (const LayerSpec& layer : model.layers) {
@@ -112,13 +113,14 @@ void PutModel(Writer& out, const ModelSpec& model) {
 ModelSpec GetModel(Reader& in) {
   ModelSpec model;
   model.name = in.GetText();
-  model.groups.resize(in.GetCount(36));
+  model.groups.resize(in.GetCount(44));
   for (LayerGroupSpec& group : model.groups) {
     group.shape = GetShape(in);
     in.Get(&group.window);
     group.heads = in.Get<int32_t>();
     in.Get(&group.scale);
     in.Get(&group.softcap);
+    group.key_means = in.GetList<float>();
   }
   model.layers.resize(in.GetCount(8));
   for (LayerSpec& layer : model.layers) {

@@ -17,6 +17,8 @@ struct LayerGroupSpec {
   int heads = 0;       // query heads, a multiple of the KV heads
   float scale = 0;     // of q.k; 0 = 1 / sqrt(head_dim_k)
   float softcap = 0;   // 0 = none
+  // Mean of K over a calibration text, [layers][kv_heads][head_dim_k]; empty = not calibrated.
+  std::vector<float> key_means;
   bool operator==(const LayerGroupSpec&) const = default;
 };
 

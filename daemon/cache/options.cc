@@ -31,6 +31,16 @@ absl::Status CheckModelSpec(const ModelSpec& spec) {
     if (!std::isfinite(group.scale) || group.scale < 0 || !std::isfinite(group.softcap) || group.softcap < 0)
       return absl::InvalidArgumentError(
           absl::StrCat(where, ": scale and softcap must be finite and not negative"));
+    const GroupShape& shape = group.shape;
+    const size_t means = static_cast<size_t>(shape.layers) * static_cast<size_t>(shape.kv_heads) *
+                         static_cast<size_t>(shape.head_dim_k);
+    if (!group.key_means.empty() && group.key_means.size() != means)
+      return absl::InvalidArgumentError(
+          absl::StrCat(where, ": ", group.key_means.size(), " means of keys, must be ", means, " or none"));
+    for (const float mean : group.key_means)
+      if (!(std::abs(mean) <= 65504.0f))
+        return absl::InvalidArgumentError(
+            absl::StrCat(where, ": a mean of keys is ", mean, ", must be finite and within +-65504"));
     layers += static_cast<size_t>(group.shape.layers);
   }
   if (layers != spec.layers.size())
@@ -65,6 +75,7 @@ ModelSpec UniformModel(std::string name, const GroupShape& shape, int heads) {
 ProfileOptions ProfileOptionsFor(const SequenceOptions& options, CacheType key_type) {
   ProfileOptions profile;
   if (Info(key_type).storage == Storage::kHalf) return profile;
+  if (options.centre == Centre::kCalibrated) return profile;  // the model's profile, nothing is made
   profile = DefaultProfileOptions(key_type, !options.seal_at_once);
   if (options.centre != Centre::kTypeDefault) profile.mean = options.centre == Centre::kFirstBlock;
   if (options.equalise.has_value()) profile.equalise = *options.equalise;
@@ -81,6 +92,12 @@ absl::Status CheckSequenceOptions(const SequenceOptions& options, const ModelSpe
     return absl::InvalidArgumentError(absl::StrCat("exact window of ", options.exact_window.first_blocks,
                                                    " first and ", options.exact_window.last_blocks,
                                                    " last blocks: must not be negative"));
+  if (options.centre == Centre::kCalibrated)
+    for (size_t g = 0; g < model.groups.size(); g++)
+      if (model.groups[g].key_means.empty())
+        return absl::InvalidArgumentError(
+            absl::StrCat("model '", model.name, "' has no calibrated means of keys in layer group ", g,
+                         "; register it with Layer.key_mean (kvtide calibrate makes them)"));
   if (options.name_space.size() > 256)
     return absl::InvalidArgumentError("namespace: must have at most 256 bytes");
   return absl::OkStatus();

@@ -36,8 +36,9 @@ struct GroupTable {
   std::map<int64_t, Block*> staging;
   int64_t sealed = 0;  // blocks below are coded or stay exact for good (the first exact ones)
   ProfileOptions profile_options;
-  std::shared_ptr<const Profile> profile;  // for blocks coded from now on; null = none (yet)
-  std::vector<bool> profiled;              // seal_at_once only: layers that the profile has
+  std::shared_ptr<const Profile> calibrated;  // the model's, where the sequence uses it
+  std::shared_ptr<const Profile> profile;     // for blocks coded from now on; null = none (yet)
+  std::vector<bool> profiled;                 // seal_at_once only: layers that the profile has
 
   bool coding() const { return coded != exact; }
   int64_t first_block() const { return blocks->first(); }
@@ -99,6 +100,7 @@ struct ModelState {
   ModelId id = 0;
   ModelSpec spec;
   uint64_t hash = 0;  // HashModel(spec)
+  std::vector<std::shared_ptr<const Profile>> calibrated;  // by group; null = no means
 };
 
 struct Sequence {

@@ -13,8 +13,9 @@
 
 namespace kvtide {
 
-// K minus its mean over the sequence's first block (the first tokens of the first append with seal_at_once).
-enum class Centre : uint8_t { kTypeDefault, kNone, kFirstBlock };
+// K minus its mean over the sequence's first block (the first tokens of the first append with seal_at_once),
+// or over the model's calibration text.
+enum class Centre : uint8_t { kTypeDefault, kNone, kFirstBlock, kCalibrated };
 
 // When a sequence is made durable by itself, beside KvCache::Persist.
 enum class Persistence : uint8_t { kNone, kOnPark, kAll };  // kOnPark: with an Evict that names it

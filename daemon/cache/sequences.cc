@@ -47,6 +47,10 @@ absl::StatusOr<ModelId> Sequences::RegisterModel(const ModelSpec& spec) {
   model->id = static_cast<ModelId>(models_.size() + 1);
   model->spec = spec;
   model->hash = HashModel(spec);
+  for (const LayerGroupSpec& group : spec.groups)
+    model->calibrated.push_back(group.key_means.empty() ? nullptr
+                                                        : std::make_shared<const Profile>(
+                                                              MakeMeanProfile(group.shape, group.key_means)));
   models_.push_back(model);
   return model->id;
 }
@@ -204,6 +208,8 @@ absl::StatusOr<SequencePtr> Sequences::Build(ModelId model_id, const SequenceOpt
     table.SetLayers(static_cast<size_t>(spec.shape.layers));
     table.profiled.resize(static_cast<size_t>(spec.shape.layers));
     table.profile_options = ProfileOptionsFor(options, pair.k);
+    if (options.centre == Centre::kCalibrated && Info(pair.k).storage != Storage::kHalf)
+      table.profile = table.calibrated = model->calibrated[g];
     for (const TierOptions& tier : options_.tiers)
       if (tier.attends())
         KVTIDE_RETURN_IF_ERROR(
@@ -225,6 +231,7 @@ GroupTable ForkTable(const GroupTable& from) {
   to.staging = from.staging;
   to.sealed = from.sealed;
   to.profile_options = from.profile_options;
+  to.calibrated = from.calibrated;
   to.profile = from.profile;
   to.profiled = from.profiled;
   to.SetLayers(from.layers());

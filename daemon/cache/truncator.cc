@@ -174,12 +174,13 @@ void Truncator::CutTable(CacheState& state, Sequence& sequence, int group, Cut& 
     for (Block* block : {table.at(tail), staged != table.staging.end() ? staged->second : nullptr})
       if (block != nullptr && block->place != nullptr) block->copy_before_write = true;
   }
-  // The profile belongs to the coded blocks; without any, the next first block makes a new one.
+  // A profile of the first block belongs to the coded blocks; without any, the next first block makes a new
+  // one.
   bool coded = false;
   for (int64_t index = table.first_block(); index < table.end_block() && !coded; index++)
     coded = table.coding() && table.at(index)->layout == table.coded;
   if (!coded) {
-    table.profile.reset();
+    table.profile = table.calibrated;
     std::fill(table.profiled.begin(), table.profiled.end(), false);
   }
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <utility>
@@ -33,6 +34,12 @@ LayerGroupSpec GroupOf(const v1::Layer& layer) {
 absl::Status CheckLayer(const v1::Layer& layer) {
   GroupShape shape{1, layer.kv_heads(), layer.head_dim_k(), layer.head_dim_v()};
   KVTIDE_RETURN_IF_ERROR(CheckGroupShape(shape));
+  const size_t mean_bytes = sizeof(float) * static_cast<size_t>(shape.kv_heads * shape.head_dim_k);
+  if (!layer.key_mean().empty() && layer.key_mean().size() != mean_bytes) {
+    return absl::InvalidArgumentError(absl::StrCat("key_mean has ", layer.key_mean().size(),
+                                                   " bytes, expected ", mean_bytes,
+                                                   " (f32 [kv_heads][head_dim_k]) or none"));
+  }
   if (layer.window() < 0 || layer.window() > kMostWindow) {
     return absl::InvalidArgumentError(
         absl::StrCat("window is ", layer.window(), "; allowed are 0 to ", kMostWindow));
@@ -79,6 +86,7 @@ absl::StatusOr<ModelSpec> FromProto(const v1::Model& proto) {
     const LayerGroupSpec wanted = GroupOf(layer);
     auto group = std::find_if(spec.groups.begin(), spec.groups.end(), [&wanted](LayerGroupSpec candidate) {
       candidate.shape.layers = 0;
+      candidate.key_means.clear();
       return candidate == wanted;
     });
     if (group == spec.groups.end()) {
@@ -89,6 +97,14 @@ absl::StatusOr<ModelSpec> FromProto(const v1::Model& proto) {
       }
       group = spec.groups.insert(group, wanted);
     }
+    if (group->shape.layers > 0 && group->key_means.empty() != layer.key_mean().empty()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("layers[", i, "].key_mean: of layers with one shape all have it, or none"));
+    }
+    const size_t had = group->key_means.size();
+    group->key_means.resize(had + layer.key_mean().size() / sizeof(float));
+    if (!layer.key_mean().empty())
+      std::memcpy(group->key_means.data() + had, layer.key_mean().data(), layer.key_mean().size());
     spec.layers.push_back({static_cast<int>(group - spec.groups.begin()), group->shape.layers});
     group->shape.layers++;
   }
@@ -138,6 +154,9 @@ absl::StatusOr<SequenceOptions> FromProto(const v1::CreateSequenceRequest& proto
       break;
     case v1::KEY_CENTRING_FIRST_BLOCK:
       options.centre = Centre::kFirstBlock;
+      break;
+    case v1::KEY_CENTRING_CALIBRATED:
+      options.centre = Centre::kCalibrated;
       break;
     default:
       return UnknownValue("key_centring", proto.key_centring());

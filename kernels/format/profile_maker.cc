@@ -81,4 +81,18 @@ Profile MakeProfile(const GroupShape& shape, std::span<const float* const> keys,
   return profile;
 }
 
+Profile MakeMeanProfile(const GroupShape& shape, std::span<const float> means) {
+  const size_t d = static_cast<size_t>(shape.head_dim_k);
+  const size_t heads = static_cast<size_t>(shape.layers) * static_cast<size_t>(shape.kv_heads);
+  KVTIDE_CHECK(means.size() == heads * d, means.size(), " means for ", heads, " heads of ", d);
+  Profile profile;
+  profile.shape = shape;
+  profile.k.resize(heads);
+  for (size_t h = 0; h < heads; h++)
+    profile.k[h].mean.assign(means.begin() + static_cast<std::ptrdiff_t>(h * d),
+                             means.begin() + static_cast<std::ptrdiff_t>((h + 1) * d));
+  profile.hash = HashProfile(profile);
+  return profile;
+}
+
 }  // namespace kvtide

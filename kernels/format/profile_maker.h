@@ -43,4 +43,7 @@ HeadProfile MakeKeyProfile(const float* rows, int tokens, size_t stride, int hea
 Profile MakeProfile(const GroupShape& shape, std::span<const float* const> keys, int tokens,
                     const ProfileOptions& options);
 
+// The profile of a layer group with these means of keys, [layers][kv_heads][head_dim_k], and nothing else.
+Profile MakeMeanProfile(const GroupShape& shape, std::span<const float> means);
+
 }  // namespace kvtide

@@ -3,6 +3,8 @@
 #   tests/run.sh python [pytest arguments ...]
 #   tests/run.sh python --full [...]          builds the sdist too, and then runs tests/run.sh transformers
 #   tests/run.sh transformers [...]           what needs torch and transformers, which it installs under build/
+#   tests/run.sh llama [...]                  what needs llama-cpp-python, which it compiles, and the models of tests/models.sh
+# KVTIDE_VENV names another folder for what the last two install.
 # The daemon that the tests talk to is that of the dev preset.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -40,14 +42,26 @@ case "$stage" in
   python)
     "$python" -m venv --clear "$out/venv"
     "$out/venv/bin/python" -m pip install --quiet "$wheel[test]"
-    "$out/venv/bin/python" -m pytest --quiet --ignore=tests/python/hf tests/python "$@"
+    "$out/venv/bin/python" -m pytest --quiet --ignore=tests/python/hf --ignore=tests/python/llama tests/python "$@"
     ;;
   transformers)
-    tests/python/hf/install.sh "$out/venv-transformers"
-    "$out/venv-transformers/bin/python" -m pip install --quiet --force-reinstall --no-deps "$wheel"
-    "$out/venv-transformers/bin/python" -m pytest --quiet tests/python/hf tests/python/test_readme.py "$@"
-    PYTHONPATH="$out/venv-transformers/oldest" "$out/venv-transformers/bin/python" -m pytest --quiet tests/python/hf \
-      -k "not thousand and not eval" "$@"
+    venv="${KVTIDE_VENV:-$out/venv-transformers}"
+    tests/python/hf/install.sh "$venv"
+    "$venv/bin/python" -m pip install --quiet --force-reinstall --no-deps "$wheel"
+    cmake --build --preset dev --target kvtide
+    KVTIDE_MODELS=$(tests/models.sh)
+    export KVTIDE_MODELS
+    "$venv/bin/python" -m pytest --quiet tests/python/hf tests/python/test_readme.py "$@"
+    PYTHONPATH="$venv/oldest" "$venv/bin/python" -m pytest --quiet tests/python/hf \
+      -k "not thousand and not eval and not real" "$@"
+    ;;
+  llama)
+    venv="${KVTIDE_VENV:-$out/venv-llama}"
+    tests/python/llama/install.sh "$venv"
+    "$venv/bin/python" -m pip install --quiet --force-reinstall --no-deps "$wheel"
+    KVTIDE_MODELS=$(tests/models.sh)
+    export KVTIDE_MODELS
+    "$venv/bin/python" -m pytest --quiet tests/python/llama "$@"
     ;;
 esac
 if [ "$full" = yes ]; then

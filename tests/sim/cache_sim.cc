@@ -175,7 +175,7 @@ void CacheSim::Open() {
   options.seal_at_once = Random(6) == 0;
   if (world_ == World::kTight && !options.seal_at_once) options.pair = ExactPair();
   options.allow_drop = Random(5) == 0;
-  if (Random(4) == 0) options.centre = Centre::kNone;
+  if (Random(4) == 0) options.centre = Random(2) == 0 ? Centre::kNone : Centre::kCalibrated;
   const std::shared_ptr<const ModelSpec>& model = Random(2) == 0 ? small_ : mixed_;
   const absl::StatusOr<SequenceId> id = cache_->CreateSequence(Register(*model), options);
   Expect(id.ok(), [&] { return id.status().ToString(); });

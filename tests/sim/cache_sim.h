@@ -104,8 +104,8 @@ class CacheSim : public CacheTest {
   uint64_t opened_ = 0;
   int copying_ = 0;  // hooks of copies that we are in: blocks may be moving
   int budget_ = 0;   // of nested verbs in this step
-  std::shared_ptr<const ModelSpec> small_ = std::make_shared<const ModelSpec>(SmallModel());
-  std::shared_ptr<const ModelSpec> mixed_ = std::make_shared<const ModelSpec>(MixedModel());
+  std::shared_ptr<const ModelSpec> small_ = std::make_shared<const ModelSpec>(WithMeans(SmallModel()));
+  std::shared_ptr<const ModelSpec> mixed_ = std::make_shared<const ModelSpec>(WithMeans(MixedModel()));
 
  protected:
   uint64_t nested_ = 0;  // verbs that ran inside others

@@ -10,29 +10,21 @@
 #include <cstring>
 #include <vector>
 
-#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
+#include "clients/engine/safetensors_writer.h"
 #include "kernels/base/status.h"
-#include "nlohmann/json.hpp"
 
 namespace kvtide::cli {
 namespace {
 
 std::string PartPath(const std::string& path) { return path + ".part"; }
 
-absl::Status Failed(const std::string& path) {
-  const std::string what = absl::StrCat("cannot write ", path, ": ", std::strerror(errno));
-  return errno == ENOENT || errno == EACCES || errno == EISDIR || errno == ENOTDIR
-             ? absl::InvalidArgumentError(what)
-             : absl::InternalError(what);
-}
-
 absl::Status WriteAt(int fd, const std::string& path, const void* data, size_t bytes, int64_t offset) {
   const char* p = static_cast<const char*>(data);
   while (bytes > 0) {
     const ssize_t written = pwrite(fd, p, bytes, offset);
     if (written < 0 && errno == EINTR) continue;
-    if (written <= 0) return Failed(path);
+    if (written <= 0) return engine::FailedWrite(path);
     p += written;
     bytes -= static_cast<size_t>(written);
     offset += written;
@@ -40,32 +32,19 @@ absl::Status WriteAt(int fd, const std::string& path, const void* data, size_t b
   return absl::OkStatus();
 }
 
-// The header: its length and the JSON, filled up to whole words.
-std::string Header(const CaptureShape& shape, const std::map<std::string, std::string>& metadata,
-                   int64_t* data_bytes) {
+std::vector<engine::TensorToWrite> Tensors(const CaptureShape& shape) {
   const engine::KvGeometry& g = shape.geometry;
-  const std::string type = absl::AsciiStrToUpper(DataTypeName(shape.type));
-  nlohmann::ordered_json json;
-  json["__metadata__"] = metadata;
-  int64_t offset = 0;
+  std::vector<engine::TensorToWrite> tensors;
   for (int layer = 0; layer < g.layers; ++layer) {
     const auto add = [&](const char* part, int64_t rows, int heads) {
-      const int64_t bytes = rows * heads * g.head_dim * static_cast<int64_t>(DataTypeBytes(shape.type));
-      json[absl::StrCat("layers.", layer, ".", part)] = {
-          {"dtype", type}, {"shape", {rows, heads, g.head_dim}}, {"data_offsets", {offset, offset + bytes}}};
-      offset += bytes;
+      tensors.push_back(
+          {absl::StrCat("layers.", layer, ".", part), shape.type, {rows, heads, g.head_dim}, {}});
     };
     add("k", shape.tokens, g.kv_heads);
     add("v", shape.tokens, g.kv_heads);
     add("q", shape.queries, g.query_heads);
   }
-  *data_bytes = offset;
-  std::string text = json.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
-  text.resize((text.size() + 7) / 8 * 8, ' ');
-  std::string header(8, '\0');
-  for (int i = 0; i < 8; ++i)
-    header[static_cast<size_t>(i)] = static_cast<char>(text.size() >> (8 * i) & 0xFF);
-  return header + text;
+  return tensors;
 }
 
 }  // namespace
@@ -74,8 +53,10 @@ absl::StatusOr<std::unique_ptr<CaptureWriter>> CaptureWriter::Create(
     const std::string& path, const CaptureShape& shape, const std::map<std::string, std::string>& metadata) {
   std::unique_ptr<CaptureWriter> writer(new CaptureWriter(path, shape));
   writer->fd_ = open(PartPath(path).c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-  if (writer->fd_ < 0) return Failed(path);
-  const std::string header = Header(shape, metadata, &writer->data_bytes_);
+  if (writer->fd_ < 0) return engine::FailedWrite(path);
+  const std::vector<engine::TensorToWrite> tensors = Tensors(shape);
+  for (const engine::TensorToWrite& tensor : tensors) writer->data_bytes_ += tensor.size();
+  const std::string header = engine::SafetensorsHeader(tensors, metadata);
   writer->data_begin_ = static_cast<int64_t>(header.size());
   KVTIDE_RETURN_IF_ERROR(WriteAt(writer->fd_, path, header.data(), header.size(), 0));
   return writer;
@@ -128,7 +109,8 @@ absl::Status CaptureWriter::Write(int layer, int64_t start, int n, const float* 
 }
 
 absl::Status CaptureWriter::Finish() {
-  if (fsync(fd_) != 0 || std::rename(PartPath(path_).c_str(), path_.c_str()) != 0) return Failed(path_);
+  if (fsync(fd_) != 0 || std::rename(PartPath(path_).c_str(), path_.c_str()) != 0)
+    return engine::FailedWrite(path_);
   finished_ = true;
   return absl::OkStatus();
 }

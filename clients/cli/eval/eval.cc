@@ -136,6 +136,8 @@ void AddEvalCommand(CLI::App& app, int* exit_code) {
   eval->add_option("--key-centring", flags->key_centring, "default, none or first-block")
       ->check(CLI::IsMember({"default", "none", "first-block"}))
       ->capture_default_str();
+  eval->add_option("--profile", o.profile_file, "Centre keys by this profile of `kvtide calibrate`")
+      ->excludes(eval->get_option("--key-centring"));
   eval->add_option("--key-equalising", flags->key_equalising, "default, none or first-block")
       ->check(CLI::IsMember({"default", "none", "first-block"}))
       ->capture_default_str();
@@ -157,7 +159,7 @@ void AddEvalCommand(CLI::App& app, int* exit_code) {
   eval->add_option("--kvtided", o.daemon_program, "The daemon's program; default: beside kvtide, or in PATH");
   eval->add_flag("--no-progress", flags->no_progress, "No progress bar");
   for (const char* of_model : {"--model", "--text", "--windows", "--context", "--chunk", "--needles",
-                               "--memory", "--address", "--kvtided", "--no-layer-errors"})
+                               "--memory", "--address", "--kvtided", "--no-layer-errors", "--profile"})
     captured->excludes(eval->get_option(of_model));
   eval->callback([flags, exit_code] {
     const absl::Status status = RunCommand(*flags);

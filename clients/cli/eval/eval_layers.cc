@@ -55,6 +55,8 @@ float Dot(const float* a, const float* b, int n) {
   return static_cast<float>(sum);
 }
 
+float Cap(float logit, float softcap) { return softcap > 0 ? softcap * std::tanh(logit / softcap) : logit; }
+
 struct Ratio {
   double error = 0, size = 0;
   void Add(double e, double exact) {
@@ -106,7 +108,7 @@ LayerError MeanError(std::span<const LayerError> layers) {
 }
 
 LayerShape ShapeOf(const engine::KvGeometry& g, int layer) {
-  return {g.query_heads, g.kv_heads, g.head_dim, g.head_dim, g.scale(), g.window(layer)};
+  return {g.query_heads, g.kv_heads, g.head_dim, g.head_dim, g.scale(), g.window(layer), g.softcap};
 }
 
 absl::StatusOr<std::vector<LayerVectors>> CaptureVectors(const engine::LlamaModel& model, ThreadPool& pool,
@@ -161,7 +163,8 @@ LayerProbe::Query LayerProbe::Attend(const Head& head, const float* q, int posit
     query.first = static_cast<int>(std::max<int64_t>(0, position + 1 - shape_.sliding_window));
   float maximum = sink;
   for (int t = query.first; t <= position; ++t) {
-    query.logits.push_back(shape_.scale * Dot(q, head.k.data() + static_cast<size_t>(t) * dk, dk));
+    query.raw.push_back(shape_.scale * Dot(q, head.k.data() + static_cast<size_t>(t) * dk, dk));
+    query.logits.push_back(Cap(query.raw.back(), shape_.softcap));
     maximum = std::max(maximum, query.logits.back());
   }
   query.top =
@@ -188,7 +191,9 @@ void LayerProbe::Compare(const Query& query, const std::vector<float>& key_error
   float maximum = sink;
   for (int i = 0; i < seen; ++i) {
     const size_t t = static_cast<size_t>(query.first + i);
-    error[i] = shape_.scale * Dot(query.q, key_error.data() + t * dk, dk);
+    const float raw_error = shape_.scale * Dot(query.q, key_error.data() + t * dk, dk);
+    error[i] =
+        shape_.softcap > 0 ? Cap(query.raw[i] + raw_error, shape_.softcap) - query.logits[i] : raw_error;
     mixed[i] = query.logits[i] + (exact_token[t] ? 0.0f : error[i]);
     maximum = std::max(maximum, mixed[i]);
     exact_mean += query.logits[i] / static_cast<double>(seen);
@@ -225,7 +230,7 @@ void LayerProbe::Compare(const Query& query, const std::vector<float>& key_error
 }
 
 LayerError LayerProbe::Measure(CachePair pair, const ProfileOptions& key_profile, const WindowPolicy& policy,
-                               ThreadPool& pool) const {
+                               ThreadPool& pool, std::span<const float> key_mean) const {
   const int dk = shape_.head_dim_k, dv = shape_.head_dim_v, group = shape_.query_heads / shape_.kv_heads;
   std::vector<char> exact_token(static_cast<size_t>(tokens_));
   for (int t = 0; t < tokens_; ++t)
@@ -235,8 +240,13 @@ LayerError LayerProbe::Measure(CachePair pair, const ProfileOptions& key_profile
     const Head& head = heads_[static_cast<size_t>(h)];
     Sums& sum = sums[static_cast<size_t>(h)];
     const int profile_tokens = std::min<int>(kBlockTokens, tokens_);
-    const HeadProfile profile =
-        MakeKeyProfile(head.k.data(), profile_tokens, static_cast<size_t>(dk), dk, key_profile);
+    HeadProfile profile;
+    if (key_mean.empty()) {
+      profile = MakeKeyProfile(head.k.data(), profile_tokens, static_cast<size_t>(dk), dk, key_profile);
+    } else {
+      const std::span<const float> mean = key_mean.subspan(static_cast<size_t>(h) * dk, dk);
+      profile.mean.assign(mean.begin(), mean.end());
+    }
     std::vector<float> k = CodeAndDecode(head.k, dk, pair.k, Side::kKey, &profile);
     std::vector<float> v = CodeAndDecode(head.v, dv, pair.v, Side::kValue, nullptr);
     sum.key.Add(head.k, k);

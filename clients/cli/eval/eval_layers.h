@@ -40,6 +40,7 @@ struct LayerShape {
   int head_dim_k = 0, head_dim_v = 0;
   float scale = 0;             // logits are scale * q.k
   int64_t sliding_window = 0;  // 0 = every token is seen
+  float softcap = 0;           // 0 = none; else logit = softcap * tanh(logit / softcap)
 };
 LayerShape ShapeOf(const engine::KvGeometry& geometry, int layer);
 
@@ -59,16 +60,18 @@ class LayerProbe {
   // The vectors have the shape; at least one token and one query, not more queries than tokens.
   LayerProbe(const LayerShape& shape, const LayerVectors& vectors, ThreadPool& pool);
 
-  // The key profile is made from the first block, as the cache makes it.
+  // The key profile is made from the first block, as the cache makes it, unless `key_mean` [kv_heads]
+  // [head_dim_k] is given: then it is that and nothing else.
   LayerError Measure(CachePair pair, const ProfileOptions& key_profile, const WindowPolicy& policy,
-                     ThreadPool& pool) const;
+                     ThreadPool& pool, std::span<const float> key_mean = {}) const;
 
  private:
   // Exact attention of one query of one head over tokens [first, position].
   struct Query {
     const float* q = nullptr;  // inside Head::q
     int first = 0, position = 0;
-    std::vector<float> logits;  // scaled
+    std::vector<float> raw;     // scaled
+    std::vector<float> logits;  // soft-capped
     double lse = 0;             // of the logits and the sink
     int top = 0;
     std::vector<float> output;

@@ -9,7 +9,7 @@
 namespace kvtide::cli {
 namespace {
 
-constexpr const char* kChoices[] = {"default", "none", "first-block"};
+constexpr const char* kChoices[] = {"default", "none", "first-block", "calibrated"};
 
 }  // namespace
 
@@ -29,6 +29,7 @@ absl::StatusOr<WindowPolicy> ParseWindowPolicy(const std::string& text) {
 
 ProfileOptions KeyProfileOptions(CacheType key_type, const WindowPolicy& policy, client::KeyCentring centring,
                                  client::KeyEqualising equalising) {
+  if (centring == client::KeyCentring::kCalibrated) return {};  // nothing is made
   ProfileOptions options = DefaultProfileOptions(key_type, !policy.seal_at_once);
   if (centring != client::KeyCentring::kDefault) options.mean = centring == client::KeyCentring::kFirstBlock;
   if (equalising == client::KeyEqualising::kNone) options.equalise = Equalise::kNone;

@@ -35,7 +35,7 @@ absl::StatusOr<WindowPolicy> ParseWindowPolicy(const std::string& text);
 ProfileOptions KeyProfileOptions(CacheType key_type, const WindowPolicy& policy, client::KeyCentring centring,
                                  client::KeyEqualising equalising);
 
-// "default", "none" or "first-block", as the flags say it.
+// "default", "none", "first-block" or "calibrated", as the flags say it.
 const char* ChoiceName(client::KeyCentring centring);
 const char* ChoiceName(client::KeyEqualising equalising);
 

@@ -1,6 +1,7 @@
 #include "clients/cli/eval/eval_run.h"
 
 #include <algorithm>
+#include <bit>
 #include <chrono>
 #include <filesystem>
 #include <memory>
@@ -14,6 +15,7 @@
 #include "clients/cli/run_facts.h"
 #include "clients/cli/terminal/progress.h"
 #include "clients/engine/daemon_kv_store.h"
+#include "clients/engine/key_profile.h"
 #include "clients/engine/tokenizer.h"
 #include "kernels/base/status.h"
 #include "kernels/format/block_layout.h"
@@ -35,6 +37,13 @@ uint64_t HashTokens(std::span<const int32_t> tokens) {
   return hash;
 }
 
+uint64_t HashMeans(const std::vector<std::vector<float>>& means) {
+  std::vector<int32_t> bits;
+  for (const std::vector<float>& layer : means)
+    for (const float mean : layer) bits.push_back(std::bit_cast<int32_t>(mean));
+  return HashTokens(bits);
+}
+
 // Stops the run from inside when the user asks.
 absl::Status CheckStop(const std::atomic<bool>& stop) {
   return stop ? absl::CancelledError("stopped by the user") : absl::OkStatus();
@@ -46,6 +55,20 @@ class EvalRun {
       : options_(options), stop_(stop), pool_(options.threads) {}
 
   absl::StatusOr<EvalReport> Run() {
+    absl::StatusOr<EvalReport> report = Measure();
+    // Calls to a daemon that has gone fail in many ways; say what happened.
+    if (!report.ok() && daemon_ != nullptr && !daemon_->running()) {
+      return absl::UnavailableError(absl::StrCat(
+          "the kvtided that was started for this run has died (", report.status().message(),
+          "); its last words: ", daemon_->LogTail(),
+          options_.state_file.empty() ? ""
+                                      : absl::StrCat("\nFinished windows are in ", options_.state_file)));
+    }
+    return report;
+  }
+
+ private:
+  absl::StatusOr<EvalReport> Measure() {
     const auto start = std::chrono::steady_clock::now();
     KVTIDE_RETURN_IF_ERROR(Load());
     KVTIDE_RETURN_IF_ERROR(Connect());
@@ -58,7 +81,6 @@ class EvalRun {
     return report;
   }
 
- private:
   // Where the keys and values of one pair live.
   struct Store {
     std::unique_ptr<engine::KvStore> kv;
@@ -80,6 +102,15 @@ class EvalRun {
     KVTIDE_ASSIGN_OR_RETURN(tokenizer_, engine::Tokenizer::Load(folder_));
     KVTIDE_ASSIGN_OR_RETURN(tokens_, tokenizer_->EncodeText(text));
     KVTIDE_ASSIGN_OR_RETURN(model_, engine::LlamaModel::Load(folder_, pool_));
+    geometry_ = model_->kv_geometry();
+    key_centring_ = options_.key_centring;
+    if (!options_.profile_file.empty()) {
+      KVTIDE_ASSIGN_OR_RETURN(const engine::KeyProfile profile,
+                              engine::ReadKeyProfile(options_.profile_file));
+      KVTIDE_RETURN_IF_ERROR(engine::CheckKeyProfile(profile, geometry_));
+      geometry_.key_means = profile.means;
+      key_centring_ = client::KeyCentring::kCalibrated;
+    }
     const engine::ModelConfig& config = model_->config();
     context_ = options_.context > 0 ? options_.context : std::min(4096, config.max_positions);
     if (context_ > config.max_positions) {
@@ -104,7 +135,7 @@ class EvalRun {
   }
 
   int64_t SequenceBytes() const {
-    const engine::KvGeometry g = model_->kv_geometry();
+    const engine::KvGeometry& g = geometry_;
     const BlockLayout exact({g.layers, g.kv_heads, g.head_dim, g.head_dim}, ExactPair());
     // The blocks of the context, and those that a chunk passes through before they are sealed.
     return static_cast<int64_t>(exact.block_bytes()) * ((context_ + chunk_) / kBlockTokens + 3);
@@ -188,11 +219,10 @@ class EvalRun {
     sequence.exact_window = policy_.window;
     // The yardstick is exact everywhere: there is nothing to code.
     sequence.seal_at_once = policy_.seal_at_once && pair != kYardstick;
-    sequence.key_centring = options_.key_centring;
+    sequence.key_centring = key_centring_;
     sequence.key_equalising = options_.key_equalising;
-    KVTIDE_ASSIGN_OR_RETURN(
-        std::unique_ptr<engine::DaemonKvStore> store,
-        engine::DaemonKvStore::Create(*client_, ModelName(), model_->kv_geometry(), sequence));
+    KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<engine::DaemonKvStore> store,
+                            engine::DaemonKvStore::Create(*client_, ModelName(), geometry_, sequence));
     engine::DaemonKvStore* daemon = store.get();
     return Store{std::move(store), daemon, 0};
   }
@@ -207,11 +237,12 @@ class EvalRun {
   }
 
   std::string StateKey() const {
-    return absl::StrCat(ModelName(), " ", model_->parameters(), " parameters, text ",
-                        absl::Hex(HashTokens(tokens_)), ", context ", context_, ", chunk ", chunk_,
-                        ", window ", options_.window_policy, ", centring ",
-                        static_cast<int>(options_.key_centring), ", equalising ",
-                        static_cast<int>(options_.key_equalising), ", version ", info_.version);
+    return absl::StrCat(
+        ModelName(), " ", model_->parameters(), " parameters, text ", absl::Hex(HashTokens(tokens_)),
+        ", context ", context_, ", chunk ", chunk_, ", window ", options_.window_policy, ", centring ",
+        static_cast<int>(key_centring_),
+        geometry_.key_means.empty() ? "" : absl::StrCat(" by ", absl::Hex(HashMeans(geometry_.key_means))),
+        ", equalising ", static_cast<int>(options_.key_equalising), ", version ", info_.version);
   }
 
   absl::Status Score() {
@@ -300,9 +331,14 @@ class EvalRun {
       }
       KVTIDE_ASSIGN_OR_RETURN(const CachePair pair, ParseCachePair(name));
       const ProfileOptions profile =
-          KeyProfileOptions(pair.k, policy_, options_.key_centring, options_.key_equalising);
+          KeyProfileOptions(pair.k, policy_, key_centring_, options_.key_equalising);
+      const bool centred = !geometry_.key_means.empty() && Info(pair.k).storage != Storage::kHalf;
       std::vector<LayerError> errors;
-      for (const LayerProbe& probe : probes) errors.push_back(probe.Measure(pair, profile, policy_, pool_));
+      for (size_t l = 0; l < probes.size(); ++l) {
+        const std::span<const float> mean =
+            centred ? std::span<const float>(geometry_.key_means[l]) : std::span<const float>();
+        errors.push_back(probes[l].Measure(pair, profile, policy_, pool_, mean));
+      }
       layers_.push_back(std::move(errors));
     }
     return absl::OkStatus();
@@ -335,7 +371,7 @@ class EvalRun {
     report.context = context_;
     report.chunk = chunk_;
     report.window_policy = options_.window_policy;
-    report.key_centring = ChoiceName(options_.key_centring);
+    report.key_centring = ChoiceName(key_centring_);
     report.key_equalising = ChoiceName(options_.key_equalising);
     report.version = info_.version;
     report.date = Today();
@@ -368,6 +404,8 @@ class EvalRun {
   std::string folder_, text_file_;
   std::unique_ptr<engine::Tokenizer> tokenizer_;
   std::unique_ptr<engine::LlamaModel> model_;
+  engine::KvGeometry geometry_;  // with the profile's means
+  client::KeyCentring key_centring_ = client::KeyCentring::kDefault;
   std::vector<int32_t> tokens_;
   std::vector<LayerVectors> vectors_;  // of the first tokens, once somebody needs them
   int context_ = 0, windows_ = 0, chunk_ = 0;

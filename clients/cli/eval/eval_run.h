@@ -25,6 +25,7 @@ struct EvalOptions {
   std::string window_policy = "default";  // "default", "none" or "F+L"
   client::KeyCentring key_centring = client::KeyCentring::kDefault;
   client::KeyEqualising key_equalising = client::KeyEqualising::kDefault;
+  std::string profile_file;  // of `kvtide calibrate`: keys are centred by it; empty = none
   int needles = 0;
   bool layer_errors = true;
   int threads = 0;

@@ -9,7 +9,7 @@
 ``kvtide.transformers`` a cache for Hugging Face transformers, ``kvtide.aio`` coroutines.
 """
 
-from . import errors, formats
+from . import errors, formats, profiles
 from ._types import (
     CacheTypeInfo,
     Layer,
@@ -51,4 +51,5 @@ __all__ = [
     "errors",
     "formats",
     "plan",
+    "profiles",
 ]

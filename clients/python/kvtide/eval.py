@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import hashlib
 import io
 import json
 import math
@@ -19,6 +20,8 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from . import profiles
 
 YARDSTICK = "f16/f16"
 _BINS_PER_DECADE = 100
@@ -52,6 +55,18 @@ class Score:
     def perplexity(self) -> float:
         return math.exp(self.loss / self.predictions)
 
+    def merge(self, other: "Score") -> None:
+        for one in ("predictions", "loss", "divergence", "same_top", "stored_bytes", "stored_values"):
+            setattr(self, one, getattr(self, one) + getattr(other, one))
+        self.divergences.update(other.divergences)
+
+    def to_json(self) -> Dict[str, Any]:
+        return {**asdict(self), "divergences": sorted(self.divergences.items())}
+
+    @classmethod
+    def of_json(cls, raw: Dict[str, Any]) -> "Score":
+        return cls(**{**raw, "divergences": Counter({int(one): int(count) for one, count in raw["divergences"]})})
+
     def quantile(self, share: float) -> float:
         """The divergence below which this share of predictions lies."""
         total, below = sum(self.divergences.values()), 0
@@ -76,6 +91,45 @@ class Row:
     top1_agreement: float
     bits_per_value: float
     pareto: bool = False
+    needles: List["Needle"] = field(default_factory=list)
+
+
+@dataclass
+class Needle:
+    """A planted line that was asked for: its depth in the text, whether greedy decoding gives the answer, and the log-likelihood
+    of the answer in nats for each of its tokens."""
+
+    depth: float
+    found: bool
+    log_likelihood: float
+
+
+class State:
+    """Scores of finished windows in a file, so that a run can be stopped and extended. Pairs and windows may be added; another
+    model, text or setting is refused."""
+
+    def __init__(self, path: Optional[str], run: str) -> None:
+        self.path, self.run = path, run
+        self.scores: Dict[Tuple[str, int], Score] = {}
+        if path is None or not os.path.exists(path):
+            return
+        try:
+            raw = json.loads(pathlib.Path(path).read_text())
+            before = raw["run"]
+            if before == run:
+                self.scores = {(one["pair"], one["window"]): Score.of_json(one["score"]) for one in raw["scores"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a state of kvtide.eval: {error}") from error
+        if before != run:
+            raise ValueError(f"{path} belongs to another run ({before}); this one is {run}. Remove it or name another file.")
+
+    def save(self) -> None:
+        if self.path is None:
+            return
+        scores = [{"pair": pair, "window": window, "score": score.to_json()} for (pair, window), score in self.scores.items()]
+        part = self.path + ".part"
+        pathlib.Path(part).write_text(json.dumps({"run": self.run, "scores": scores}))
+        os.replace(part, self.path)
 
 
 @dataclass
@@ -123,6 +177,11 @@ class Report:
                 f"{row.change_percent:>+9.3f} %{row.kld_mean:>11.2e}{row.kld_p99:>10.2e}{100 * row.top1_agreement:>10.2f} %"
                 + ("  * Pareto" if row.pareto else ""))
             lines.append(f"{row.pair:<18}{row.bits_per_value:>11.3f}{16 / row.bits_per_value:>7.2f}x{row.perplexity:>12.4f}{measured}")
+        for row in self.rows:
+            if row.needles:
+                mean = sum(one.log_likelihood for one in row.needles) / len(row.needles)
+                lines.append(f"{row.pair:<18} needles {sum(one.found for one in row.needles)} of {len(row.needles)}, "
+                             f"{mean:.3f} nats per token of the answer")
         return "\n".join(lines) + "\n"
 
     def svg(self) -> str:
@@ -162,8 +221,12 @@ def evaluate(
     chunk: int = 0,
     mode: str = "attend",
     key_centring: str = "default",
+    profile: Any = None,
     pool: Any = None,
     progress: Any = None,
+    state_file: Optional[str] = None,
+    needles: int = 0,
+    tokenizer: Any = None,
 ) -> Report:
     """Scores pairs on windows of a text.
 
@@ -174,6 +237,9 @@ def evaluate(
         exact_window: ``default``, ``none`` (every token is coded before anything attends over it) or ``FIRST+LAST`` blocks.
         chunk: tokens of one forward; 0 = 64, one block, or 512 with ``none``.
         mode: ``attend`` or ``materialise``.
+        profile: of ``kvtide calibrate``: keys are centred by it.
+        state_file: finished windows are kept there, and taken from there.
+        needles: also ask for so many planted lines at as many depths (at most 16); needs ``tokenizer``.
         pool: None = an embedded one of the size that the run needs, at most 4 GiB.
         progress: called with the tokens that all caches have, after each chunk.
     """
@@ -186,7 +252,20 @@ def evaluate(
     if len(tokens) < windows * context:
         raise ValueError(f"{text} has {len(tokens)} tokens: enough for {len(tokens) // context} windows of {context}, not {windows}")
     names = [YARDSTICK] + [one for one in dict.fromkeys(_pair(pair) for pair in pairs) if one != YARDSTICK]
-    scores = {one: Score() for one in names}
+    if isinstance(profile, str):
+        profile = profiles.load(profile)
+    from . import __version__
+
+    digest = hashlib.sha256(json.dumps(list(tokens)).encode()).hexdigest()[:16]
+    weights = next(iter(model.parameters())).dtype
+    state = State(state_file, f"{name}, {sum(p.numel() for p in model.parameters())} parameters in {weights}, text {digest}, context "
+                              f"{context}, chunk {chunk}, window {exact_window}, {mode}, centring "
+                              f"{profile.digest if profile else key_centring}, version {__version__}")
+
+    def make(one: str) -> Any:
+        return KvtideCache(model, one, pool=pool, mode=mode, exact_window=window, key_centring=key_centring, profile=profile,
+                           seal_at_once=at_once and one != YARDSTICK)
+
     began = time.monotonic()
     before = model.config._attn_implementation
     model.set_attn_implementation("kvtide" if mode == "attend" else "sdpa")
@@ -196,12 +275,12 @@ def evaluate(
     try:
         with torch.no_grad():
             for w in range(windows):
+                todo = [one for one in names if (one, w) not in state.scores]
+                if not todo:
+                    continue
                 ids = torch.tensor(list(tokens[w * context : (w + 1) * context]), device=model.device)[None]
-                caches = {
-                    one: KvtideCache(model, one, pool=pool, mode=mode, exact_window=window, key_centring=key_centring,
-                                     seal_at_once=at_once and one != YARDSTICK)
-                    for one in names
-                }
+                caches = {one: make(one) for one in dict.fromkeys([YARDSTICK] + todo)}
+                scores = {one: Score() for one in caches}
                 for at in range(0, context, chunk):
                     _score_chunk(model, ids, at, min(at + chunk, context), caches, scores)
                     if progress is not None:
@@ -210,17 +289,27 @@ def evaluate(
                     scores[one].stored_bytes += cache.stored_bytes
                     scores[one].stored_values += cache.stored_values
                     cache.close()
+                    state.scores[one, w] = scores[one]
+                state.save()
+            found = {}
+            if needles:
+                task = needle_task(tokenizer, tokens, context, needles)
+                found = {one: ask_needles(model, make(one), task, chunk) for one in names}
     finally:
         model.set_attn_implementation(before)
         if own:
             pool.close()
+    scores = {}
+    for one in names:
+        scores[one] = Score()
+        for w in range(windows):
+            scores[one].merge(state.scores[one, w])
     base = scores[YARDSTICK]
     rows = [Row(one, score.perplexity, 100 * (score.perplexity / base.perplexity - 1), score.divergence / score.predictions,
-                score.quantile(0.99), score.same_top / score.predictions, 8 * score.stored_bytes / score.stored_values)
+                score.quantile(0.99), score.same_top / score.predictions, 8 * score.stored_bytes / score.stored_values,
+                needles=found.get(one, []))
             for one, score in scores.items()]
     _mark(rows)
-    from . import __version__
-
     return Report(name, text, windows * context, windows, context, chunk, exact_window, __version__,
                   datetime.date.today().isoformat(), time.monotonic() - began, rows)
 
@@ -238,6 +327,69 @@ def _score_chunk(model: Any, ids: Any, begin: int, end: int, caches: Dict[str, A
         losses = -logs.gather(1, wanted[:, None])[:, 0]
         divergences = torch.zeros_like(losses) if logs is base else (base.exp() * (base - logs)).sum(-1)
         scores[one].add(losses.double(), divergences.double(), logs.argmax(-1) == base.argmax(-1))
+
+
+# The words, the numbers and the depths of `kvtide eval --needles`.
+_WORDS = ("harbour copper violet anchor meadow lantern granite willow falcon ribbon cedar marble saffron timber beacon "
+          "orchid").split()
+_SEED = 20260
+
+
+@dataclass
+class NeedleTask:
+    """A text with planted lines, and for each its depth, the question and the answer."""
+
+    haystack: List[int]
+    questions: List[Tuple[float, List[int], List[int]]]
+
+
+def needle_task(tokenizer: Any, tokens: Sequence[int], context: int, needles: int) -> NeedleTask:
+    """Plants lines ("The secret code of the harbour is 4711 .") at even depths of the text's first tokens."""
+    if not 1 <= needles <= len(_WORDS):
+        raise ValueError(f"needles must be 1 to {len(_WORDS)}")
+    if tokenizer is None:
+        raise ValueError("needles need the tokenizer of the model")
+
+    def encode(text: str) -> List[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    seed, lines, questions = _SEED, [], []
+    for i in range(needles):
+        seed = (seed * 6364136223846793005 + 1442695040888963407) % (1 << 64)
+        question, answer = encode(f"\nThe secret code of the {_WORDS[i]} is"), encode(f" {1000 + (seed >> 33) % 9000}")
+        lines.append(question + answer + encode(" .\n"))
+        questions.append(((i + 0.5) / needles, question, answer))
+    room = 64  # for a question and its answer
+    hay = context - sum(map(len, lines)) - room
+    if hay < 256 or len(tokens) < context:
+        raise ValueError(f"a context of {context} tokens is too short for {needles} needles")
+    haystack: List[int] = []
+    used = 0
+    for (depth, _, _), line in zip(questions, lines):
+        until = int(depth * hay)
+        haystack += [*tokens[used:until], *line]
+        used = until
+    return NeedleTask(haystack + list(tokens[used:hay]), questions)
+
+
+def ask_needles(model: Any, cache: Any, task: NeedleTask, chunk: int) -> List[Needle]:
+    """Feeds the text once, and asks each question of a fork of the cache. Closes the cache."""
+    import torch
+
+    def run(ids: List[int], into: Any) -> Any:
+        return model(torch.tensor([ids], device=model.device), past_key_values=into, use_cache=True).logits[0]
+
+    results = []
+    with cache, torch.no_grad():
+        for at in range(0, len(task.haystack), chunk):
+            run(task.haystack[at : at + chunk], cache)
+        for depth, question, answer in task.questions:
+            with cache.fork() as fork:
+                logits = run(question + answer[:-1], fork)[len(question) - 1 :].float()
+            wanted = torch.tensor(answer, device=logits.device)
+            likelihood = torch.log_softmax(logits, -1).gather(1, wanted[:, None]).mean().item()
+            results.append(Needle(depth, bool((logits.argmax(-1) == wanted).all()), likelihood))
+    return results
 
 
 def _pair(text: str) -> str:
@@ -277,6 +429,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--exact-window", default="default", help="default, none or FIRST+LAST blocks kept in f16")
     parser.add_argument("--chunk", type=int, default=0, help="tokens of one forward; default 64, with --exact-window none 512")
     parser.add_argument("--key-centring", default="default", choices=["default", "none", "first_block"])
+    parser.add_argument("--profile", help="centre keys by this profile of `kvtide calibrate`")
+    parser.add_argument("--needles", type=int, default=0, help="also ask for so many planted lines at as many depths (at most 16)")
+    parser.add_argument("--resume", help="keep finished windows in this file and go on from it")
     parser.add_argument("--mode", default="attend", choices=["attend", "materialise"])
     parser.add_argument("--dtype", default="float32", help="of the model: float32, bfloat16, float16")
     parser.add_argument("--device", default="cpu", help="of the model: cpu, cuda")
@@ -306,7 +461,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         report = evaluate(model, tokens, [pair for pair in flags.pairs.split(",") if pair],
                           name=os.path.basename(os.path.normpath(flags.model)), text=os.path.basename(flags.text),
                           windows=flags.windows, context=context, exact_window=flags.exact_window, chunk=flags.chunk,
-                          mode=flags.mode, key_centring=flags.key_centring, pool=pool, progress=progress)
+                          mode=flags.mode, key_centring=flags.key_centring, profile=flags.profile, pool=pool,
+                          progress=progress, state_file=flags.resume, needles=flags.needles, tokenizer=tokenizer)
     except (ValueError, OSError, kvtide.KvtideError) as error:
         print(f"python -m kvtide.eval: {error}", file=sys.stderr)
         return 2

@@ -20,7 +20,7 @@ from .errors import FailedPrecondition, InvalidArgument, KvtideError
 if TYPE_CHECKING:
     from .aio import AsyncPool
 
-_CENTRING = {"default": 0, "none": 1, "first_block": 2}
+_CENTRING = {"default": 0, "none": 1, "first_block": 2, "calibrated": 3}
 _EQUALISING = {"default": 0, "none": 1, "root": 2, "full": 3}
 _ROPE = {"default": 0, "none": 1, "halves": 2, "neighbours": 3}
 # A message carries tensors and a little around them.
@@ -126,9 +126,16 @@ class Sequence:
                 raise InvalidArgument(f"layer is {layer}; model {self.model!r} has layers 0 to {len(self._lengths) - 1}")
 
     def close(self) -> None:
-        """Frees everything that no fork shares. A second call does nothing."""
+        """Frees everything that no fork shares. A second call does nothing, nor one for a sequence that stays (attached,
+        released): :meth:`Pool.close_sequence` frees those."""
         if self._finalizer.detach() is not None:
             self.pool._core.close_sequence(self.id)
+
+    def release(self) -> int:
+        """Gives the sequence away: it stays in the pool when this object goes (a daemon, ``session=False``). Returns its id,
+        for :meth:`Pool.attach`."""
+        self._finalizer.detach()
+        return self.id
 
     def append(self, layer: int, k: Any, v: Any, *, start: Optional[int] = None) -> int:
         """Appends tokens to one layer.
@@ -368,10 +375,24 @@ class Pool:
 
     # Models and sequences.
 
-    def register(self, model: str, layers: SequenceOf[Layer]) -> str:
-        """Makes a model known under a name; an equal one under the same name is fine. Returns the name."""
+    def register(self, model: str, layers: SequenceOf[Layer], *, key_means: Optional[SequenceOf[Any]] = None) -> str:
+        """Makes a model known under a name; an equal one under the same name is fine. Returns the name.
+
+        Args:
+            key_means: of each layer ``[kv_heads, head_dim]``, for sequences with ``key_centring="calibrated"``: the ``means`` of
+                :func:`kvtide.profiles.load`. Part of the model: one with other means needs another name.
+        """
         layers = list(layers)
-        self._core.register_model(model, [layer._wire() for layer in layers])
+        wire = [layer._wire() for layer in layers]
+        if key_means is not None:
+            means = [_arrays.floats(mean, "key_means") for mean in key_means]
+            shapes = [(layer.kv_heads, layer.head_dim) for layer in layers]
+            if [mean.shape for mean in means] != shapes:
+                raise InvalidArgument(f"key_means has the shapes {[list(m.shape) for m in means][:3]}..., the layers have "
+                                      f"{[list(shape) for shape in shapes][:3]}...: is it the profile of another model?")
+            for layer, mean in zip(wire, means):
+                layer["key_mean"] = mean.reshape(-1).tolist()
+        self._core.register_model(model, wire)
         self._models[model] = layers
         return model
 
@@ -398,7 +419,7 @@ class Pool:
             group_pairs: pairs by layer group; empty = ``pair`` for all.
             exact_window: blocks of 64 tokens kept in float16 at the beginning and the end; None = the pool's default.
             seal_at_once: evaluation mode: every token is coded before anything attends over it.
-            key_centring: ``default``, ``none`` or ``first_block``.
+            key_centring: ``default``, ``none``, ``first_block`` or ``calibrated`` (see :meth:`register`).
             key_equalising: ``default``, ``none``, ``root`` or ``full``.
             rope_pairs: channels that RoPE turns together: ``default``, ``none``, ``halves`` or ``neighbours``.
             tenant: shown in lists.
@@ -431,6 +452,10 @@ class Pool:
                                              f"{info.max_layer_tokens} tokens")
                 return Sequence(self, id, info.model, [info.tokens] * self._layer_count(info.model), owned=False)
         raise FailedPrecondition(f"the pool holds no sequence {id}")
+
+    def close_sequence(self, id: int) -> None:
+        """Frees a sequence by its id, whoever made it."""
+        self._core.close_sequence(id)
 
     def fork(self, sequence: Sequence) -> Sequence:
         """A second sequence with the same tokens, sharing all blocks."""

@@ -1,11 +1,16 @@
 // A real model on a real kvtided over a real socket: the demo's story, equality with the engine's own memory,
 // and a short slice of the evaluation with values that are known.
+#include <signal.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cmath>
+#include <filesystem>
 #include <fstream>
+#include <thread>
 
 #include "clients/cli/bundled.h"
+#include "clients/cli/calibrate/calibrate.h"
 #include "clients/cli/daemon_process.h"
 #include "clients/cli/demo/demo_run.h"
 #include "clients/cli/eval/eval_run.h"
@@ -226,6 +231,73 @@ TEST(EvalDaemonTest, MeasuresFp8BesideTheTypesOfThePools) {
     EXPECT_GT(row.kld_mean, q8);  // 3 bits of mantissa against 7 bits of a group's largest
     EXPECT_LT(row.kld_mean, 0.1);
   }
+}
+
+TEST(EvalDaemonTest, ACalibratedProfileCentresKeys) {
+  CalibrateOptions calibrate;
+  calibrate.text_file = *BundledTextFile();
+  calibrate.tokens = 1500;
+  calibrate.context = 512;
+  calibrate.show_progress = false;
+  const std::atomic<bool> go{false};
+  const auto profile = Calibrate(calibrate, go);
+  ASSERT_TRUE(profile.ok()) << profile.status();
+  // Three windows, the first block of each left out.
+  EXPECT_EQ(profile->tokens, 1500 - 3 * 64);
+  EvalOptions options;
+  options.daemon_program = KVTIDE_DAEMON_PROGRAM;
+  options.pairs = {"turbo3/turbo3"};
+  options.windows = 1;
+  options.context = 512;
+  options.window_policy = "none";
+  options.show_progress = false;
+  const auto without = RunEval(options, go);
+  ASSERT_TRUE(without.ok()) << without.status();
+  options.profile_file = testing::TempDir() + "/kvtide_profile_eval_" + std::to_string(getpid());
+  ASSERT_TRUE(engine::WriteKeyProfile(options.profile_file, *profile).ok());
+  const auto with = RunEval(options, go);
+  ASSERT_TRUE(with.ok()) << with.status();
+  EXPECT_EQ(with->key_centring, "calibrated");
+  EXPECT_EQ(with->rows[0].perplexity, without->rows[0].perplexity);  // f16
+  EXPECT_NE(with->rows[1].perplexity, without->rows[1].perplexity);
+  EXPECT_LT(with->rows[1].kld_mean, 1.5 * without->rows[1].kld_mean);
+  // The layers see the same keys.
+  EXPECT_LT(MeanError(with->rows[1].layers).logit, 1.05 * MeanError(without->rows[1].layers).logit);
+  calibrate.tokens = 60;
+  EXPECT_EQ(Calibrate(calibrate, go).status().code(), absl::StatusCode::kInvalidArgument);
+  calibrate.tokens = 1500;
+  EXPECT_EQ(Calibrate(calibrate, std::atomic<bool>{true}).status().code(), absl::StatusCode::kCancelled);
+}
+
+TEST(EvalDaemonTest, SaysThatItsDaemonDied) {
+  EvalOptions options;
+  options.daemon_program = KVTIDE_DAEMON_PROGRAM;
+  options.pairs = {"turbo4/turbo4"};
+  options.windows = 8;
+  options.context = 4096;
+  options.layer_errors = options.show_progress = false;
+  const std::atomic<bool> go{false};
+  absl::Status status;
+  std::thread run([&] { status = RunEval(options, go).status(); });
+  // The run's daemon is a child of a thread of this process.
+  pid_t daemon = 0;
+  while (daemon == 0) {
+    for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
+      std::ifstream in(task.path() / "children");
+      pid_t child = 0;
+      while (in >> child) {
+        std::ifstream name("/proc/" + std::to_string(child) + "/comm");
+        std::string text;
+        if (name >> text && text.starts_with("kvtided")) daemon = child;
+      }
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  std::this_thread::sleep_for(std::chrono::milliseconds(200));
+  kill(daemon, SIGKILL);
+  run.join();
+  EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable) << status;
+  EXPECT_THAT(std::string(status.message()), testing::HasSubstr("has died"));
 }
 
 TEST(EvalDaemonTest, StopsWhenAskedAndGoesOnFromItsState) {

@@ -67,6 +67,38 @@ TEST(LayerProbeTest, ASlidingWindowAndSinksTakeWeightAway) {
   EXPECT_LT(with.weight_kld, without.weight_kld / 10);
 }
 
+// A soft-cap flattens large logits, exact and coded alike: what coding does to them shrinks.
+TEST(LayerProbeTest, ASoftCapIsPartOfTheLogits) {
+  LayerShape shape{2, 2, 32, 32, 3.0f, 0};
+  const LayerVectors x = RandomVectors(200, 10, shape);
+  const LayerError plain = Measure(shape, x, "turbo3/f16", kAllCoded);
+  shape.softcap = 1e6f;  // does nothing
+  const LayerError wide = Measure(shape, x, "turbo3/f16", kAllCoded);
+  EXPECT_NEAR(wide.weight_kld, plain.weight_kld, 0.01 * plain.weight_kld);
+  EXPECT_NEAR(wide.logit, plain.logit, 0.01 * plain.logit);
+  shape.softcap = 2.0f;
+  const LayerError capped = Measure(shape, x, "turbo3/f16", kAllCoded);
+  EXPECT_LT(capped.weight_kld, plain.weight_kld / 4);
+  EXPECT_GT(capped.weight_kld, 0);
+  EXPECT_EQ(capped.key, plain.key);
+}
+
+// Keys far from zero are coded much better around their mean.
+TEST(LayerProbeTest, ACalibratedMeanIsTakenOff) {
+  const LayerShape shape{4, 2, 64, 64, 0.125f, 0};
+  LayerVectors x = RandomVectors(300, 10, shape);
+  std::vector<float> mean(2 * 64);
+  for (size_t i = 0; i < mean.size(); ++i) mean[i] = i % 3 == 0 ? 6.0f : -1.0f;
+  for (size_t i = 0; i < x.k.size(); ++i) x.k[i] += mean[i % mean.size()];
+  ThreadPool pool(2);
+  const LayerProbe probe(shape, x, pool);
+  const CachePair pair = *ParseCachePair("turbo3/f16");
+  const LayerError without = probe.Measure(pair, {}, kAllCoded, pool);
+  const LayerError with = probe.Measure(pair, {}, kAllCoded, pool, mean);
+  EXPECT_LT(with.logit, without.logit / 2);
+  EXPECT_LT(with.weight_kld, without.weight_kld / 4);
+}
+
 TEST(LayerProbeTest, MeansAreOverLayers) {
   const LayerError a{0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7}, b{0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9};
   const LayerError both[] = {a, b};

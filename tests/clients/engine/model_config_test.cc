@@ -1,6 +1,7 @@
 #include "clients/engine/model_config.h"
 
 #include <cmath>
+#include <span>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -56,6 +57,70 @@ TEST(ModelConfigTest, ReadsALlama3Folder) {
   EXPECT_LT(f[31], std::pow(500000.0, -62.0 / 128));
 }
 
+// Frequencies and factor of transformers 5.24 (modeling_rope_utils), head dim 64.
+TEST(ModelConfigTest, YarnIsThatOfTransformers) {
+  json config = Llama();
+  config["head_dim"] = 64;
+  config["rope_theta"] = 1000000.0;
+  config["max_position_embeddings"] = 131072;
+  config["rope_scaling"] = {
+      {"rope_type", "yarn"}, {"factor", 4.0}, {"original_max_position_embeddings", 32768}};
+  const double qwen[] = {1.0,
+                         0.6493816375732422,
+                         0.4216965138912201,
+                         0.2738419771194458,
+                         0.17782793939113617,
+                         0.11547820270061493,
+                         0.07498941570520401,
+                         0.04869675263762474,
+                         0.03162277862429619,
+                         0.02053525112569332,
+                         0.01333521492779255,
+                         0.00865964312106371,
+                         0.005154795479029417,
+                         0.0030431177001446486,
+                         0.0017785303061828017,
+                         0.001026617712341249,
+                         0.0005833333707414567,
+                         0.00032469083089381456,
+                         0.0001757068675942719,
+                         9.128064994001761e-05,
+                         4.4456985051510856e-05,
+                         2.8869548259535804e-05,
+                         1.8747356079984456e-05,
+                         1.2174188668723218e-05,
+                         7.905693564680405e-06,
+                         5.133812464919174e-06,
+                         3.3338035336782923e-06,
+                         2.1649109385180054e-06,
+                         1.405853367941745e-06,
+                         9.129353202297352e-07,
+                         5.928434347879374e-07,
+                         3.8498163235090033e-07};
+  const auto expect = [](const json& folder, std::span<const double> wanted, double factor) {
+    const auto model = ParseModelConfig(folder.dump());
+    ASSERT_TRUE(model.ok()) << model.status();
+    const std::vector<double> f = RopeFrequencies(*model);
+    ASSERT_EQ(f.size(), wanted.size());
+    for (size_t i = 0; i < f.size(); ++i) EXPECT_NEAR(f[i], wanted[i], 2e-6 * wanted[i]) << i;
+    EXPECT_NEAR(model->rope_attention_factor, factor, 1e-9);
+  };
+  expect(config, qwen, 1.138629436111989);
+  // The last eight of a config that sets everything itself.
+  config["rope_theta"] = 10000.0;
+  config["rope_scaling"] = {
+      {"rope_type", "yarn"}, {"factor", 16.0}, {"original_max_position_embeddings", 4096},
+      {"beta_fast", 24},     {"beta_slow", 2}, {"attention_factor", 1.5}};
+  const auto model = ParseModelConfig(config.dump());
+  ASSERT_TRUE(model.ok()) << model.status();
+  const std::vector<double> f = RopeFrequencies(*model);
+  EXPECT_NEAR(f[12], 0.028658142313361168, 1e-8);
+  EXPECT_NEAR(f[16], 0.0053125000558793545, 1e-9);
+  EXPECT_NEAR(f[20], 0.0004941059742122889, 1e-10);
+  EXPECT_NEAR(f[31], 8.33450940262992e-06, 1e-11);
+  EXPECT_EQ(model->rope_attention_factor, 1.5);
+}
+
 TEST(ModelConfigTest, ReadsTheBundledModel) {
   const auto model = ReadModelConfig("clients/engine/models/tidelm-7m");
   ASSERT_TRUE(model.ok()) << model.status();
@@ -73,7 +138,10 @@ TEST(ModelConfigTest, RefusesByNameWhatWouldChangeTheResult) {
     return Refusal(config);
   };
   EXPECT_THAT(with("architectures", {"GptOssForCausalLM"}), HasSubstr("GptOssForCausalLM"));
-  EXPECT_THAT(with("rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}}), HasSubstr("yarn"));
+  EXPECT_THAT(with("rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}, {"mscale", 1.0}}),
+              HasSubstr("yarn with mscale"));
+  EXPECT_THAT(with("rope_scaling", {{"rope_type", "yarn"}, {"factor", -4.0}}), HasSubstr("must be positive"));
+  EXPECT_THAT(with("rope_scaling", {{"rope_type", "longrope"}, {"factor", 4.0}}), HasSubstr("longrope"));
   EXPECT_THAT(with("rope_scaling", {{"type", "dynamic"}, {"factor", 4.0}}), HasSubstr("dynamic"));
   EXPECT_THAT(with("rope_scaling", {{"type", "linear"}}), HasSubstr("factor is missing"));
   EXPECT_THAT(with("hidden_act", "gelu"), HasSubstr("gelu"));

@@ -25,6 +25,16 @@ ModelSpec MixedModel() {
   return model;
 }
 
+ModelSpec WithMeans(ModelSpec model) {
+  std::mt19937 random(5);
+  model.name += "-calibrated";
+  for (LayerGroupSpec& group : model.groups)
+    group.key_means = RandomRows(
+        random, static_cast<size_t>(group.shape.layers * group.shape.kv_heads * group.shape.head_dim_k),
+        3.0f);
+  return model;
+}
+
 std::vector<float> RandomRows(std::mt19937& random, size_t count, float spread) {
   std::normal_distribution<float> normal(0, spread);
   std::vector<float> values(count);

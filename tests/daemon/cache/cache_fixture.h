@@ -28,6 +28,8 @@ inline ModelSpec SmallModel(const std::string& name = "small") {
 }
 // One layer with full attention, two with a sliding window of 100 tokens and other head dims, interleaved.
 ModelSpec MixedModel();
+// The model with means of its keys, larger than their spread; the same ones every time.
+ModelSpec WithMeans(ModelSpec model);
 
 inline CachePair Pair(const std::string& text) { return *ParseCachePair(text); }
 inline SequenceOptions WithPair(const std::string& pair, ExactWindow window = {}) {

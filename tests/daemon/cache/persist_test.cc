@@ -98,6 +98,25 @@ TEST_F(PersistTest, AModelWithSlidingWindowsComesBack) {
   client.CheckAllLayers();
 }
 
+TEST_F(PersistTest, CalibratedMeansComeBackWithTheirModel) {
+  StartSmall();
+  SequenceOptions options = WithPair("turbo4", {1, 1});
+  options.centre = Centre::kCalibrated;
+  Client client(*cache_, WithMeans(SmallModel()), options, random_);
+  ASSERT_TRUE(client.Append(64 * 5).ok());
+  ASSERT_TRUE(cache_->Persist({{client.id()}}).ok());
+  const uint64_t hash = HashOf(client.id());
+  Restart(true);
+  ASSERT_EQ(cache_->restored().sequences, 1u);
+  client.Move(*cache_);
+  EXPECT_EQ(HashOf(client.id()), hash);
+  ASSERT_TRUE(client.Step(200).ok());
+  client.CheckAllLayers();
+  ASSERT_TRUE(client.Truncate(0).ok());
+  ASSERT_TRUE(client.Step(300).ok());
+  client.CheckAllLayers();
+}
+
 TEST_F(PersistTest, WhatCameAfterTheLastPersistIsGoneAndNothingElse) {
   StartSmall();
   Client client(*cache_, SmallModel(), WithPair("q8_0", {1, 1}), random_);

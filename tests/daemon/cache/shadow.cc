@@ -16,6 +16,10 @@ ShadowSequence::ShadowSequence(const ModelSpec& model, const SequenceOptions& op
     Group& to = groups_.emplace_back();
     to.layers.resize(static_cast<size_t>(group.shape.layers));
     to.profiled.resize(to.layers.size());
+    if (options.centre == Centre::kCalibrated &&
+        Info(options.PairOfGroup(static_cast<int>(groups_.size()) - 1).k).storage != Storage::kHalf)
+      to.profile = to.calibrated =
+          std::make_shared<const Profile>(MakeMeanProfile(group.shape, group.key_means));
   }
 }
 
@@ -139,7 +143,7 @@ void ShadowSequence::Truncate(int64_t tokens) {
     for (size_t b = static_cast<size_t>(group.first_block); b < group.coded.size(); b++)
       any = any || group.coded[b];
     if (any) continue;
-    group.profile.reset();
+    group.profile = group.calibrated;
     std::fill(group.profiled.begin(), group.profiled.end(), false);
   }
 }

@@ -51,7 +51,7 @@ class ShadowSequence {
   struct Group {
     std::vector<Layer> layers;
     std::vector<bool> coded;  // by block
-    std::shared_ptr<const Profile> profile;
+    std::shared_ptr<const Profile> profile, calibrated;
     std::vector<bool> profiled;  // by layer, with seal_at_once
     int64_t first_block = 0;
   };

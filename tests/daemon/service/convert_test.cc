@@ -52,6 +52,30 @@ TEST(Convert, NamesTheLayerThatMakesNoSense) {
   }
 }
 
+TEST(Convert, MeansOfKeysFollowTheirLayersIntoGroups) {
+  const auto mean = [](float value) {
+    const std::vector<float> values(2 * 64, value);
+    return std::string(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(float));
+  };
+  v1::Model model;
+  for (int i = 0; i < 4; i++) {
+    *model.add_layers() = MakeLayer(2, 64, i % 2 == 0 ? 0 : 1024, 8);
+    model.mutable_layers(i)->set_key_mean(mean(static_cast<float>(i)));
+  }
+  const auto spec = FromProto(model);
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  ASSERT_EQ(spec->groups.size(), 2u);
+  ASSERT_EQ(spec->groups[1].key_means.size(), 2u * 2 * 64);
+  EXPECT_EQ(spec->groups[1].key_means.front(), 1);
+  EXPECT_EQ(spec->groups[1].key_means.back(), 3);
+  EXPECT_TRUE(CheckModelSpec(*spec).ok()) << CheckModelSpec(*spec);
+  model.mutable_layers(2)->set_key_mean("");
+  EXPECT_THAT(std::string(FromProto(model).status().message()), HasSubstr("layers[2].key_mean: of layers"));
+  model.mutable_layers(2)->set_key_mean("12345678");
+  EXPECT_THAT(std::string(FromProto(model).status().message()),
+              HasSubstr("key_mean has 8 bytes, expected 512"));
+}
+
 TEST(Convert, SequencesGetDefaultsUnlessTheyAsk) {
   const SequenceDefaults defaults{ParseCachePair("turbo4/turbo3").value(), {2, 5}};
   v1::CreateSequenceRequest request;

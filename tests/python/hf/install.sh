@@ -5,11 +5,11 @@ set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 venv="$1"
 torch=2.13.0 newest=5.24.0 oldest=5.0.0
-stamp="$venv/installed-$torch-$newest-$oldest"
+stamp="$venv/installed-$torch-$newest-$oldest-gguf"
 [ -e "$stamp" ] && exit 0
 "${PYTHON:-python3}" -m venv --clear "$venv"
 pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
-"${pip[@]}" numpy pytest ml_dtypes setuptools
+"${pip[@]}" numpy pytest ml_dtypes setuptools gguf sentencepiece protobuf
 if [ -e /proc/driver/nvidia/version ]; then
   "${pip[@]}" "torch==$torch"
 else

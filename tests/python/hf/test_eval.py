@@ -64,6 +64,67 @@ def test_materialising_says_the_same(loaded):
         assert attend[pair].bits_per_value == materialise[pair].bits_per_value
 
 
+def test_a_run_is_stopped_and_extended(loaded, tmp_path):
+    file = str(tmp_path / "state.json")
+
+    class Stop(Exception):
+        pass
+
+    def stop(done):
+        if done > 300:
+            raise Stop
+
+    model, tokens = loaded
+
+    def score(windows, pairs, **options):
+        report = evaluation.evaluate(model, tokens, pairs, name="tidelm-7m", text="text", windows=windows, context=256,
+                                     mode="materialise", **options)
+        return {row.pair: row for row in report.rows}
+
+    with pytest.raises(Stop):
+        score(3, ["turbo4"], state_file=file, progress=stop)
+    done = []
+    two = score(2, ["turbo4"], state_file=file, progress=done.append)
+    assert min(done) > 256  # the first window is not computed again
+    whole = score(2, ["turbo4", "turbo3"])
+    more = score(2, ["turbo4", "turbo3"], state_file=file)
+    assert two["turbo4/turbo4"] == whole["turbo4/turbo4"]
+    assert more["turbo3/turbo3"].perplexity == whole["turbo3/turbo3"].perplexity
+    with pytest.raises(ValueError, match="belongs to another run"):
+        score(1, ["turbo4"], state_file=file, exact_window="none")
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(ValueError, match="not a state"):
+        score(1, ["turbo4"], state_file=file)
+
+
+def test_needles_are_asked_of_forks(loaded):
+    """A model of 7M parameters finds none; the likelihood of the answers is that of `kvtide eval --needles 2`."""
+    from transformers import AutoTokenizer
+
+    rows, _ = run(loaded, ["turbo3"], needles=2, tokenizer=AutoTokenizer.from_pretrained(MODEL))
+    for pair in ("f16/f16", "turbo3/turbo3"):
+        assert [needle.depth for needle in rows[pair].needles] == [0.25, 0.75]
+        assert all(-20 < needle.log_likelihood < 0 for needle in rows[pair].needles)
+    assert rows["f16/f16"].needles != rows["turbo3/turbo3"].needles
+    model, tokens = loaded
+    task = evaluation.needle_task(AutoTokenizer.from_pretrained(MODEL), tokens, 1024, 2)
+    # What the forks say is what a whole forward says.
+    depth, question, answer = task.questions[0]
+    with torch.no_grad():
+        logits = model(torch.tensor([task.haystack + question + answer[:-1]])).logits[0, -len(answer):]
+    wanted = torch.log_softmax(logits.float(), -1).gather(1, torch.tensor(answer)[:, None]).mean().item()
+    loose = evaluation.ask_needles(model, evaluation_cache(model), task, 64)
+    assert loose[0].log_likelihood == pytest.approx(wanted, abs=0.02)
+    with pytest.raises(ValueError, match="too short"):
+        evaluation.needle_task(AutoTokenizer.from_pretrained(MODEL), tokens, 256, 8)
+
+
+def evaluation_cache(model):
+    from kvtide.transformers import KvtideCache
+
+    return KvtideCache(model, "f16/f16", mode="materialise", device_memory="64MiB", host_memory=0)
+
+
 def test_command(tmp_path, capsys):
     out, plot = tmp_path / "q.csv", tmp_path / "q.svg"
     assert evaluation.main(["--model", MODEL, "--text", TEXT, "--context", "256", "--pairs", "q8_0", "--output", "csv", "--out",

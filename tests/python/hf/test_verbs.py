@@ -62,6 +62,47 @@ def test_batch_verbs(pool, mode, name):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_forks_grow_apart(pool, mode, name):
+    pair = Pair(name, pool, mode)
+    pair.forward(ids(1, 100))
+    before = pool.stats().stored_bytes
+    with pair.ours.fork() as fork:
+        with torch.no_grad():
+            pair.model(ids(1, 5, 1), past_key_values=fork, use_cache=True)
+        assert fork.get_seq_length() == 105 and pair.ours.get_seq_length() == 100
+        assert pool.stats().stored_bytes < 2 * before
+        pair.forward(ids(1, 7, 2))  # as if nothing had happened
+    pair.forward(ids(1, 1, 3))
+
+
+def test_a_profile_of_keys(pool):
+    """Keys are coded around the means of the profile: with those of the model itself, nearer to what they are."""
+    import numpy as np
+
+    from kvtide.profiles import KeyProfile
+
+    model = models.make("llama")
+    model.set_attn_implementation("eager")
+    stock = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids(1, 400), past_key_values=stock, use_cache=True)
+    means = [layer.keys[0].mean(dim=1).numpy() for layer in stock.layers]
+    errors = {}
+    for name, profile in (("none", None), ("profile", KeyProfile("m", "t", 400, means))):
+        with KvtideCache(model, "turbo2/f16", pool=pool, exact_window=(0, 0), profile=profile) as cache:
+            with torch.no_grad():
+                model(ids(1, 400), past_key_values=cache, use_cache=True)
+            k = [cache.sequences[0].read(layer)[0] for layer in range(len(stock.layers))]
+        errors[name] = np.mean([np.abs(one - layer.keys[0].transpose(0, 1).numpy()).mean()
+                                for one, layer in zip(k, stock.layers)])
+    assert errors["profile"] < errors["none"]
+    with pytest.raises(ValueError, match="with 1 layers"):
+        with KvtideCache(model, pool=pool, profile=KeyProfile("m", "t", 400, means[:1])) as cache, torch.no_grad():
+            model(ids(1, 4), past_key_values=cache, use_cache=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_crop(pool, mode):
     pair = Pair("llama", pool, mode)
     pair.forward(ids(2, 150))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, List, Optional, Tuple, Union
 
 import torch
@@ -9,6 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..errors import InvalidArgument
 from ..pool import Pool, connect
+from ..profiles import KeyProfile, load as load_profile
 from .attention import NAME, Handle
 from .geometry import LayerKind, LayerShape, layer_kinds, layer_shapes, text_config
 from .store import Store, default_pool
@@ -96,6 +98,8 @@ class KvtideCache(Cache):
         exact_window: blocks of 64 tokens kept in float16 at the beginning and the end; None = the pool's default.
         seal_at_once: for evaluations: every token is coded before anything attends over it.
         key_centring, key_equalising, tenant, allow_drop: as :meth:`kvtide.Pool.create`.
+        profile: a profile of ``kvtide calibrate`` for this model (:func:`kvtide.profiles.load`, or its path), by which keys are
+            centred.
         device_memory, host_memory, address, device, threads: as :func:`kvtide.connect`, for a pool of this cache alone.
 
     The first forward attends over its own tokens exactly; so does every later one over those that it adds. Sequences are freed
@@ -120,6 +124,7 @@ class KvtideCache(Cache):
         key_equalising: str = "default",
         tenant: str = "",
         allow_drop: bool = False,
+        profile: Any = None,
         **connection: Any,
     ) -> None:
         if mode not in _MODES:
@@ -141,7 +146,10 @@ class KvtideCache(Cache):
                           "key_equalising": key_equalising, "tenant": tenant, "allow_drop": allow_drop}
         if pair != "auto":
             settings["pair"] = pair
-        self._store = Store(pool, kinds, attend, settings)
+        if profile is not None:
+            settings["key_centring"] = "calibrated"
+            profile = profile if isinstance(profile, KeyProfile) else load_profile(profile)
+        self._store = Store(pool, kinds, attend, settings, profile)
         self._lazy = self._config is None
         super().__init__(layers=[self._layer(i) for i in range(len(kinds))])
         shapes = None if self._config is None else layer_shapes(self._config, kinds)
@@ -228,6 +236,20 @@ class KvtideCache(Cache):
         if layer_idx == 0:  # the first layer that keeps keys
             return next((one.get_seq_length() for one in self.layers if isinstance(one, _PoolLayer)), 0)
         return self.layers[layer_idx].get_seq_length()
+
+    def fork(self) -> "KvtideCache":
+        """Another cache with the same tokens, whose blocks are shared until one of the two grows.
+
+        For models all of whose layers keep keys and values."""
+        if any(not isinstance(layer, _PoolLayer) for layer in self.layers):
+            raise NotImplementedError("layers that keep something else than keys and values cannot be forked")
+        other = copy.copy(self)
+        other._store = self._store.fork()
+        other._owns_pool = False
+        other.layers = [other._layer(i) for i in range(len(self.layers))]
+        for mine, theirs in zip(self.layers, other.layers):
+            theirs.is_initialized = mine.is_initialized
+        return other
 
     def reset(self) -> None:
         """Forgets all tokens; the cache can be used again, with another batch too."""

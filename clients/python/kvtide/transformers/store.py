@@ -6,6 +6,7 @@ mode)."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import threading
 from typing import Any, Dict, List, Optional, Sequence as SequenceOf, Tuple
@@ -16,6 +17,7 @@ import torch
 from .._types import Layer
 from ..errors import InvalidArgument
 from ..pool import Pool, Sequence, connect
+from ..profiles import KeyProfile
 from .geometry import LayerKind, LayerShape
 
 _default: Optional[Pool] = None
@@ -34,12 +36,14 @@ def default_pool() -> Pool:
 class Store:
     """Rows, lengths and what is still waiting for its geometry."""
 
-    def __init__(self, pool: Pool, kinds: List[LayerKind], attend: bool, settings: Dict[str, Any]) -> None:
+    def __init__(self, pool: Pool, kinds: List[LayerKind], attend: bool, settings: Dict[str, Any],
+                 profile: Optional[KeyProfile] = None) -> None:
         self.pool = pool
         self.kinds = kinds
         self.attend = attend
         self.windowed = any(kind.kind == "sliding" for kind in kinds)
         self.settings = settings
+        self.profile = profile
         self.model: Optional[str] = None
         self.shapes: List[LayerShape] = []
         self.rows: List[Sequence] = []
@@ -66,7 +70,14 @@ class Store:
             window = kind.window if kind.kind == "sliding" and not keep else 0
             layers.append(Layer(shape.kv_heads, shape.head_dim_k, shape.query_heads, shape.head_dim_v, window))
         name = "transformers-" + hashlib.sha256(repr(layers).encode()).hexdigest()[:16]
-        self.model = self.pool.register(name, layers)
+        means = None
+        if self.profile is not None:
+            if max(shapes) >= len(self.profile.means):
+                raise InvalidArgument(f"the profile is of {self.profile.model} with {len(self.profile.means)} layers; this model "
+                                      f"keeps keys in layer {max(shapes)}")
+            means = [self.profile.means[layer] for layer in sorted(shapes)]
+            name += "-" + self.profile.digest
+        self.model = self.pool.register(name, layers, key_means=means)
         self.shapes = [shapes[layer] for layer in sorted(shapes)]
 
     def settle(self) -> None:
@@ -99,6 +110,14 @@ class Store:
         self.rows, self.batch, self.kept = [], 0, []
         self.lengths = [0] * len(self.kinds)
         self.waiting = {}
+
+    def fork(self) -> "Store":
+        """Another store with the same tokens; blocks are shared."""
+        self.settle()
+        other = copy.copy(self)
+        other.rows = [row.fork() for row in self.rows]
+        other.lengths, other.kept, other.waiting = list(self.lengths), [kept.copy() for kept in self.kept], {}
+        return other
 
     def select(self, indices: SequenceOf[int]) -> None:
         """Row i becomes a copy of the old row indices[i]."""

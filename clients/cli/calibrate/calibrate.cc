@@ -1,0 +1,152 @@
+#include "clients/cli/calibrate/calibrate.h"
+
+#include <algorithm>
+#include <atomic>
+#include <csignal>
+#include <cstdio>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "clients/cli/bundled.h"
+#include "clients/cli/terminal/command_status.h"
+#include "clients/cli/terminal/number_checks.h"
+#include "clients/cli/terminal/progress.h"
+#include "clients/engine/capture_kv_store.h"
+#include "clients/engine/key_profile.h"
+#include "clients/engine/llama_model.h"
+#include "clients/engine/local_kv_store.h"
+#include "clients/engine/tokenizer.h"
+#include "kernels/base/status.h"
+#include "kernels/format/block_layout.h"
+
+namespace kvtide::cli {
+namespace {
+
+constexpr int kChunk = 512;
+
+std::atomic<bool> stop_asked{false};
+static_assert(std::atomic<bool>::is_always_lock_free);
+
+// Ctrl-C ends the run after the chunk at hand; a second one kills.
+void AskToStop(int) {
+  stop_asked = true;
+  std::signal(SIGINT, SIG_DFL);
+}
+
+std::string LastName(const std::string& path) {
+  return std::filesystem::path(path + "/").lexically_normal().parent_path().filename().string();
+}
+
+// One window of the text as a sequence of its own.
+absl::Status AddWindow(const engine::LlamaModel& model, engine::KvStore& exact,
+                       std::span<const int32_t> tokens, engine::KeyMeans* means, Progress* progress,
+                       const std::atomic<bool>& stop) {
+  const size_t width = model.kv_geometry().kv_width();
+  engine::CaptureKvStore store(
+      exact, [&](int layer, int64_t start, int n, const float*, const float* k, const float*) {
+        const int skipped = static_cast<int>(std::clamp<int64_t>(kBlockTokens - start, 0, n));
+        if (skipped < n) means->Add(layer, n - skipped, k + static_cast<size_t>(skipped) * width);
+      });
+  KVTIDE_ASSIGN_OR_RETURN(const engine::SequenceId sequence, store.CreateSequence());
+  std::vector<float> hidden;
+  for (size_t at = 0; at < tokens.size(); at += kChunk) {
+    if (stop) return absl::CancelledError("stopped by the user");
+    const size_t n = std::min<size_t>(kChunk, tokens.size() - at);
+    KVTIDE_RETURN_IF_ERROR(
+        model.Forward(store, sequence, static_cast<int64_t>(at), tokens.subspan(at, n), &hidden));
+    if (progress != nullptr) progress->Add(static_cast<double>(n));
+  }
+  return store.Close(sequence);
+}
+
+}  // namespace
+
+absl::StatusOr<engine::KeyProfile> Calibrate(const CalibrateOptions& options, const std::atomic<bool>& stop) {
+  std::string folder = options.model;
+  if (folder.empty()) {
+    KVTIDE_ASSIGN_OR_RETURN(folder, BundledModelFolder());
+  }
+  ThreadPool pool(options.threads);
+  KVTIDE_ASSIGN_OR_RETURN(const std::string text, ReadTextFile(options.text_file));
+  KVTIDE_ASSIGN_OR_RETURN(const std::unique_ptr<engine::Tokenizer> tokenizer,
+                          engine::Tokenizer::Load(folder));
+  KVTIDE_ASSIGN_OR_RETURN(std::vector<int32_t> tokens, tokenizer->EncodeText(text));
+  KVTIDE_ASSIGN_OR_RETURN(const std::unique_ptr<engine::LlamaModel> model,
+                          engine::LlamaModel::Load(folder, pool));
+  const int most = model->config().max_positions;
+  const int context = options.context > 0 ? options.context : std::min(2048, most);
+  if (context > most) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--context ", context, " is more than the ", most, " tokens of the model"));
+  }
+  tokens.resize(std::min<size_t>(tokens.size(), static_cast<size_t>(options.tokens)));
+  if (tokens.size() <= static_cast<size_t>(kBlockTokens) || context <= kBlockTokens) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "the first ", kBlockTokens, " tokens of each window do not count: use a longer text than ",
+        tokens.size(), " tokens, and a longer window than ", context));
+  }
+  const engine::KvGeometry geometry = model->kv_geometry();
+  engine::LocalKvStore exact(geometry, DataType::kF16, pool);
+  engine::KeyMeans means(geometry);
+  std::optional<Progress> progress;
+  if (options.show_progress) progress.emplace("calibrate", static_cast<double>(tokens.size()), "tokens");
+  for (size_t at = 0; at < tokens.size(); at += static_cast<size_t>(context)) {
+    const size_t n = std::min(tokens.size() - at, static_cast<size_t>(context));
+    KVTIDE_RETURN_IF_ERROR(
+        AddWindow(*model, exact, {tokens.data() + at, n}, &means, progress ? &*progress : nullptr, stop));
+  }
+  if (progress) progress->Finish();
+  return engine::KeyProfile{LastName(folder),  LastName(options.text_file), means.tokens(),
+                            geometry.kv_heads, geometry.head_dim,           means.means()};
+}
+
+void AddCalibrateCommand(CLI::App& app, int* exit_code) {
+  struct Flags {
+    CalibrateOptions options;
+    std::string out_file;
+    bool no_progress = false;
+  };
+  auto flags = std::make_shared<Flags>();
+  CalibrateOptions& o = flags->options;
+  CLI::App* calibrate =
+      app.add_subcommand("calibrate", "Make a profile of a model's keys, with which they are coded better");
+  calibrate->footer(
+      "Examples:\n"
+      "  kvtide calibrate --model model.gguf --text manual.txt --out model.profile\n"
+      "  kvtide eval --model model.gguf --text book.txt --profile model.profile --pairs turbo4/turbo4\n"
+      "Take a text of the kind that the model will see; a few thousand tokens are enough for means.");
+  calibrate->add_option("--model", o.model,
+                        "Hugging Face folder or GGUF file; default: the bundled tidelm-7m");
+  calibrate->add_option("--text", o.text_file, "UTF-8 text")->required();
+  calibrate->add_option("--tokens", o.tokens, "Tokens from the start of the text, at most")
+      ->check(Positive())
+      ->capture_default_str();
+  calibrate
+      ->add_option("--context", o.context, "Tokens of a window; default: 2048, or what the model can handle")
+      ->check(Positive());
+  calibrate->add_option("--out", flags->out_file, "The profile to write (safetensors)")->required();
+  calibrate->add_option("--threads", o.threads, "Threads of the engine; default: one per core")
+      ->check(Positive());
+  calibrate->add_flag("--no-progress", flags->no_progress, "No progress bar");
+  calibrate->callback([flags, exit_code] {
+    std::signal(SIGINT, AskToStop);
+    flags->options.show_progress = !flags->no_progress;
+    const absl::StatusOr<engine::KeyProfile> profile = Calibrate(flags->options, stop_asked);
+    absl::Status status = profile.status();
+    if (status.ok()) status = engine::WriteKeyProfile(flags->out_file, *profile);
+    *exit_code = ExitCode(status);
+    if (status.ok()) {
+      std::printf("%s: means of keys over %lld tokens, %zu layers of %d KV heads of %d\n",
+                  flags->out_file.c_str(), static_cast<long long>(profile->tokens), profile->means.size(),
+                  profile->kv_heads, profile->head_dim);
+    } else {
+      std::fprintf(stderr, "kvtide calibrate: %s\n", std::string(status.message()).c_str());
+    }
+  });
+}
+
+}  // namespace kvtide::cli
