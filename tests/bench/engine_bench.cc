@@ -1,5 +1,6 @@
 // Speed of the reference engine by itself: matrix products, attention over its own memory, whole chunks of
 // tokens, and the tokenizer. Run from the repository root: build/dev/tests/bench/engine_bench
+#include <cstdlib>
 #include <fstream>
 #include <random>
 #include <string>
@@ -59,10 +60,10 @@ void BM_LocalDecode(benchmark::State& state) {
 }
 BENCHMARK(BM_LocalDecode)->ArgName("tokens")->Arg(4096)->Arg(32768)->UseRealTime();
 
-void BM_Prefill(benchmark::State& state) {
+void Prefill(benchmark::State& state, const std::string& path) {
   const int chunk = static_cast<int>(state.range(0));
   ThreadPool pool(2);
-  const auto model = LlamaModel::Load(kModel, pool);
+  const auto model = LlamaModel::Load(path, pool);
   if (!model.ok()) {
     state.SkipWithError(std::string(model.status().message()).c_str());
     return;
@@ -84,7 +85,22 @@ void BM_Prefill(benchmark::State& state) {
   }
   state.SetItemsProcessed(state.iterations() * static_cast<int64_t>(tokens.size()));
 }
+
+void BM_Prefill(benchmark::State& state) { Prefill(state, kModel); }
 BENCHMARK(BM_Prefill)->ArgName("chunk")->Arg(64)->Arg(512)->Unit(benchmark::kMillisecond)->UseRealTime();
+
+// A real model of 135M parameters; KVTIDE_MODELS is the folder of tests/models.sh.
+void BM_PrefillSmolLm2(benchmark::State& state) {
+  const char* folder = std::getenv("KVTIDE_MODELS");
+  Prefill(state, std::string(folder == nullptr ? "." : folder) + "/smollm2-135m-q4_1.gguf");
+}
+BENCHMARK(BM_PrefillSmolLm2)
+    ->ArgName("chunk")
+    ->Arg(64)
+    ->Arg(512)
+    ->Unit(benchmark::kMillisecond)
+    ->MeasureProcessCPUTime()
+    ->UseRealTime();
 
 void BM_Encode(benchmark::State& state) {
   const auto tokenizer = Tokenizer::Load(kModel);

@@ -89,6 +89,26 @@ def test_quantised_caches_are_refused_by_name():
             parse_state(rotated + struct.pack("<iQ", 8, 34) + b"\0" * 34, whole=False)
 
 
+def test_the_beginning_of_a_real_slot_file():
+    """SmolLM2-135M in llama.cpp b11549, 4 tokens: what stands before the first row, the second layer's head, and the size."""
+    head = bytes.fromhex(
+        "7173676704000000" "04000000" "f8010000" "12120000" "23220000" "19010000"
+        "0100000004000000" "000000000100000000000000" "010000000100000000000000" "020000000100000000000000"
+        "030000000100000000000000" "010000001e000000" "0000000000000000" "010000008001000000000000")
+    layer = 4 * 192
+    data = head + bytes(2 * layer)
+    for _ in range(29):
+        data += struct.pack("<iQ", 1, 384) + bytes(2 * layer)
+    for _ in range(30):
+        data += struct.pack("<iII", 1, 2, 192) + bytes(2 * layer)
+    assert len(data) == 92980
+    parsed = SlotFile.parse(data)
+    assert parsed.tokens.tolist() == [504, 4626, 8739, 281] and parsed.version == 4
+    [part] = parsed.state.parts
+    assert part.plain and len(part.keys) == len(part.values) == 30
+    assert part.keys[0].width == 192 and part.values[0].transposed
+
+
 def test_damaged_states_are_refused():
     """Every cut and many flipped bytes: an answer or InvalidArgument, never another exception."""
     data = whole(cache(rows(2, 5, 32), rows(2, 5, 32), transposed=True))
@@ -220,13 +240,14 @@ def test_a_daemon_that_died_is_a_miss(tmp_path, model):
     pool.close()
 
 
-def slot(tokens, state_bytes):
-    return struct.pack("<III", 0x67677371, 3, len(tokens)) + np.array(tokens, "<i4").tobytes() + state_bytes
+def slot(tokens, state_bytes, version=3):
+    return struct.pack("<III", 0x67677371, version, len(tokens)) + np.array(tokens, "<i4").tobytes() + state_bytes
 
 
-def test_slot_files_by_the_command(tmp_path, daemon, model, capsys):
+@pytest.mark.parametrize("version, rotations", [(3, None), (4, (0, 0))])
+def test_slot_files_by_the_command(tmp_path, daemon, model, capsys, version, rotations):
     tokens = list(range(500))
-    data = slot(tokens, cache(rows(LAYERS, 500, WIDTH, 1), rows(LAYERS, 500, WIDTH, 2)))
+    data = slot(tokens, cache(rows(LAYERS, 500, WIDTH, 1), rows(LAYERS, 500, WIDTH, 2), rotations=rotations), version)
     file = tmp_path / "chat.bin"
     file.write_bytes(data)
     assert SlotFile.parse(data).tokens.tolist() == tokens

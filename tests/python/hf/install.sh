@@ -19,5 +19,7 @@ else
 fi
 # pip names the libraries that torch would like to have; that is what was left out above.
 "${pip[@]}" "transformers==$newest" 2>/dev/null
+# transformers reads GGUF files with these.
+"${pip[@]}" --no-deps accelerate psutil
 "${pip[@]}" --target "$venv/oldest" "transformers==$oldest" numpy 2>/dev/null
 touch "$stamp"

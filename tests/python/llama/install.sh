@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # install.sh FOLDER: a virtual environment with llama-cpp-python, whose library is compiled here (there is no wheel for CPUs in the
-# package index; some minutes). KVTIDE_WHEELS names a folder with a wheel from before, or to keep this one in.
+# package index; some minutes), and xllamacpp, which has llama.cpp's server. KVTIDE_WHEELS names a folder with a wheel from before, or to keep this one in.
 set -euo pipefail
 venv="$1"
 version=0.3.36
@@ -15,5 +15,5 @@ if ! ls "$wheels"/llama_cpp_python-"$version"-*.whl >/dev/null 2>&1; then
     -DLLAMA_BUILD_COMMON=OFF -DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF"
   "${pip[@]}" wheel --no-deps --wheel-dir "$wheels" "llama-cpp-python==$version"
 fi
-"${pip[@]}" install pytest "$wheels"/llama_cpp_python-"$version"-*.whl
+"${pip[@]}" install pytest xllamacpp==2026.10.11549 "$wheels"/llama_cpp_python-"$version"-*.whl
 touch "$stamp"

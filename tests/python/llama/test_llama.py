@@ -22,7 +22,7 @@ TEXT = (ROOT / "tests" / "data" / "wikitext2_slice.txt").read_text(encoding="utf
 
 
 def load(path, **options):
-    return llama_cpp.Llama(str(path), n_ctx=2048, n_threads=2, verbose=False, seed=1, **options)
+    return llama_cpp.Llama(str(path), n_ctx=2048, n_threads=1, n_threads_batch=1, verbose=False, seed=1, **options)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_640_tokens_of_turbo4(pool, capsys):
         harm = losses(model, back, tokens, rest) - plain
         report.append(f"{pair:14} {len(state.llama_state) / cache.cache_size:5.2f}x smaller, store {stored:.3f} s, "
                       f"load {loaded:.3f} s, {harm:+.4f} nats/token")
-        assert abs(harm) < {"f16/f16": 1e-6, "q8_0/turbo4": 0.01, "turbo4/turbo4": 0.02}.get(pair, 0.1)
+        assert abs(harm) < {"f16/f16": 1e-6, "q8_0/turbo4": 0.01, "turbo4/turbo4": 0.08}[pair]
         cache.clear()
     with capsys.disabled():
         print("\nSmolLM2-135M, 640 tokens kept, loss of the 320 behind them:", *report, sep="\n  ")
@@ -153,7 +153,7 @@ def test_a_quantised_cache_is_refused(pool):
     with pytest.raises(Unimplemented, match="type_k=8"):
         KvtideCache(model, pool=pool)
     state = fresh(model, prompt(model, 64))
-    with pytest.raises(Unimplemented, match="q8_0"):
+    with pytest.raises(Unimplemented, match="q8_0|rotated"):
         parse_state(state.llama_state)
     model.close()
 

@@ -22,7 +22,7 @@ from .geometry import ModelShape
 from .rows import load_rows, store_rows
 from .state import State, parse_state
 
-_MAGIC, _VERSION = 0x67677371, 3
+_MAGIC, _VERSIONS = 0x67677371, (3, 4)
 _HEAD = struct.Struct("<III")
 _FORMAT = "kvtide-llama-slot-1"
 
@@ -31,6 +31,7 @@ _FORMAT = "kvtide-llama-slot-1"
 class SlotFile:
     """A slot file, taken apart: its tokens and its state."""
 
+    version: int
     tokens: np.ndarray
     state: State
     data: memoryview  # of the state
@@ -43,12 +44,12 @@ class SlotFile:
         magic, version, count = _HEAD.unpack_from(view)
         if magic != _MAGIC:
             raise InvalidArgument("not a slot file of llama-server (`--slot-save-path`, action=save)")
-        if version != _VERSION:
-            raise InvalidArgument(f"a slot file of version {version}; version {_VERSION} is known")
+        if version not in _VERSIONS:
+            raise InvalidArgument(f"a slot file of version {version}; known are {', '.join(map(str, _VERSIONS))}")
         end = _HEAD.size + 4 * count
         if end > len(view):
             raise InvalidArgument(f"the slot file ends before its {count} tokens")
-        return cls(np.frombuffer(view, "<i4", count, _HEAD.size), parse_state(view[end:], whole=False), view[end:])
+        return cls(version, np.frombuffer(view, "<i4", count, _HEAD.size), parse_state(view[end:], whole=False), view[end:])
 
 
 def save_slot(pool: Pool, model: Any, data: Any, *, pair: Optional[str] = None) -> bytes:
@@ -73,6 +74,7 @@ def save_slot(pool: Pool, model: Any, data: Any, *, pair: Optional[str] = None) 
         "format": _FORMAT,
         "address": pool.address,
         "mark": mark,
+        "version": slot.version,
         "tokens": len(slot.tokens),
         "parts": [{"sequence": sequence.id, "model": sequence.model,
                    "layers": [[layer.kv_heads, layer.head_dim, layer.head_dim_v] for layer in shape.layers(part)]}
@@ -130,7 +132,7 @@ class Ticket:
 def restore_slot(pool: Pool, ticket: Ticket) -> bytes:
     """The slot file again, its rows as the pool has them. The sequences stay."""
     state = parse_state(ticket.state, whole=False)
-    head = _HEAD.pack(_MAGIC, _VERSION, len(ticket.tokens) // 4)
+    head = _HEAD.pack(_MAGIC, ticket.text["version"], len(ticket.tokens) // 4)
     return head + ticket.tokens + bytes(load_rows(state, ticket.sequences(pool)))
 
 
