@@ -5,6 +5,9 @@ kvtide_add_test(kvtide_test_clients_cli_ops
   SOURCES
     doctor_checks_test.cc
     ops_commands_test.cc
+    seq_command_test.cc
     status_report_test.cc
     top_screen_test.cc
 )
+target_compile_definitions(kvtide_test_clients_cli_ops PRIVATE KVTIDE_DAEMON_PROGRAM="$<TARGET_FILE:kvtided>")
+add_dependencies(kvtide_test_clients_cli_ops kvtided)
