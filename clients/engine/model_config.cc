@@ -107,11 +107,8 @@ absl::Status ReadYarn(const json& rope, ModelConfig* model) {
   KVTIDE_RETURN_IF_ERROR(ReadNumber(rope, "beta_slow", &model->yarn_beta_slow));
   model->rope_attention_factor = model->rope_factor > 1 ? 0.1 * std::log(model->rope_factor) + 1 : 1;
   KVTIDE_RETURN_IF_ERROR(ReadNumber(rope, "attention_factor", &model->rope_attention_factor));
-  if (!(model->rope_factor > 0) || !(model->rope_original_positions > 0) || !(model->rope_theta > 1) ||
-      !(model->yarn_beta_slow > 0) || !(model->yarn_beta_fast > model->yarn_beta_slow) ||
-      !(model->rope_attention_factor > 0))
-    return absl::InvalidArgumentError(
-        "yarn: factor, theta, beta_fast > beta_slow and positions must be positive");
+  if (model->rope_theta <= 1 || model->yarn_beta_fast <= model->yarn_beta_slow)
+    return absl::InvalidArgumentError("yarn: rope_theta must be above 1, and beta_fast above beta_slow");
   return absl::OkStatus();
 }
 

@@ -140,7 +140,10 @@ TEST(ModelConfigTest, RefusesByNameWhatWouldChangeTheResult) {
   EXPECT_THAT(with("architectures", {"GptOssForCausalLM"}), HasSubstr("GptOssForCausalLM"));
   EXPECT_THAT(with("rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}, {"mscale", 1.0}}),
               HasSubstr("yarn with mscale"));
-  EXPECT_THAT(with("rope_scaling", {{"rope_type", "yarn"}, {"factor", -4.0}}), HasSubstr("must be positive"));
+  EXPECT_THAT(with("rope_scaling", {{"rope_type", "yarn"}, {"factor", -4.0}}),
+              HasSubstr("factor is not a positive number"));
+  EXPECT_THAT(with("rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}, {"beta_fast", 0.5}}),
+              HasSubstr("beta_fast above beta_slow"));
   EXPECT_THAT(with("rope_scaling", {{"rope_type", "longrope"}, {"factor", 4.0}}), HasSubstr("longrope"));
   EXPECT_THAT(with("rope_scaling", {{"type", "dynamic"}, {"factor", 4.0}}), HasSubstr("dynamic"));
   EXPECT_THAT(with("rope_scaling", {{"type", "linear"}}), HasSubstr("factor is missing"));
