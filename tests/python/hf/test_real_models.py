@@ -22,7 +22,7 @@ KVTIDE = PROGRAMS.parent / "clients" / "cli" / "kvtide"
 TEXT = ROOT / "tests" / "data" / "wikitext2_slice.txt"
 FILES = ["smollm2-135m-q4_1.gguf", "gemma3-270m-q4_k_m.gguf"]
 PAIRS = ["q8_0/turbo4", "turbo4/turbo4"]
-CONTEXT = 1024
+CONTEXT = 512
 
 pytestmark = pytest.mark.skipif(not (MODELS / FILES[0]).exists(), reason="no models: tests/models.sh brings them")
 
