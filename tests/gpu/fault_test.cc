@@ -15,6 +15,7 @@
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/device/cuda_error.h"
 #include "kernels/cuda/device/device.h"
+#include "kernels/cuda/step/cuda_paged_attention.h"
 #include "kernels/cuda/step/device_decode.h"
 #include "tests/kernels/test_sequence.h"
 
@@ -331,6 +332,97 @@ class DeviceDecodeVerb : public Verb, Setup {
   cudaStream_t stream_ = nullptr;
 };
 
+// A prefill of 80 tokens beside a decoding sequence: every way of PagedAttention, from nothing.
+class PagedVerb : public Verb, Setup {
+ public:
+  PagedVerb() {
+    options_.shape = {1, 2, 128, 128};
+    options_.pair = *ParseCachePair("turbo4");
+    options_.heads = 16;
+    options_.scale = 0.1f;
+    options_.type = options_.output_type = DataType::kF16;
+    options_.max_sequences = 2;
+    options_.max_tokens = 81;
+    options_.max_coded_blocks = options_.max_seals = 1;
+    options_.max_exact_blocks = 2;
+    options_.exact_pages = 3;
+    options_.prefill_bytes = 4u << 20;
+    memory_ = helper->AllocateSlab(2u << 20).value();
+    std::mt19937 random(5);
+    std::normal_distribution<float> normal;
+    std::vector<uint16_t> rows(81 * kRow);
+    for (uint16_t& x : rows) x = F32ToF16(normal(random));
+    CopyAndWait(*helper, at(kRowsAt), reinterpret_cast<const std::byte*>(rows.data()), rows.size() * 2,
+                CopyDirection::kFromHost);
+    for (int32_t t = 0; t < 81; t++) numbers_[32 + t] = t < 80 ? t : 2 * 64;  // slots
+    CopyAndWait(*helper, at(kNumbersAt), reinterpret_cast<const std::byte*>(numbers_), sizeof numbers_,
+                CopyDirection::kFromHost);
+    EXPECT_EQ(cudaStreamCreate(&stream_), cudaSuccess);
+  }
+  ~PagedVerb() override { (void)cudaStreamDestroy(stream_); }
+  void Prepare() override {
+    const Bytes nothing(kRowsAt);
+    CopyAndWait(*helper, at(0), nothing.data(), nothing.size(), CopyDirection::kFromHost);
+  }
+  absl::Status Call(Backend&) override {
+    PagedLayer layer;
+    layer.exact = at(0);
+    layer.coded = at(kCodedAt);
+    auto made = MakeCudaPagedAttention(options_, {&layer, 1});
+    if (!made.ok()) return made.status();
+    const auto* const numbers = reinterpret_cast<const int32_t*>(at(kNumbersAt));
+    PagedStep step;
+    step.sequences = 2;
+    step.tokens = 81;
+    step.most_queries = 80;
+    step.seals = 1;
+    step.query_start = numbers;
+    step.lengths = numbers + 4;
+    step.coded_first = step.coded_count = numbers + 6;
+    step.coded_table = numbers + 8;
+    step.coded_row = 1;
+    step.exact_table = numbers + 12;
+    step.exact_row = 2;
+    step.seal_pages = numbers + 16;
+    step.write_slots = numbers + 32;
+    step.host_query_start = numbers_;
+    step.host_lengths = numbers_ + 4;
+    step.host_coded_first = step.host_coded_count = numbers_ + 6;
+    const absl::Status status = Step(**made, step);
+    if (!status.ok()) {
+      EXPECT_EQ(cudaStreamQuery(stream_), cudaSuccess) << "work is under way";
+    }
+    EXPECT_EQ(cudaStreamSynchronize(stream_), cudaSuccess);
+    return status;
+  }
+  Bytes Result() override {
+    Bytes bytes(kRowsAt - kCodedAt);
+    CopyAndWait(*helper, bytes.data(), at(kCodedAt), bytes.size(), CopyDirection::kToHost);
+    return bytes;
+  }
+
+ private:
+  static constexpr int64_t kRow = (16 + 2 + 2) * 128;
+  static constexpr size_t kCodedAt = 3 * 65536, kOutAt = kCodedAt + 65536,
+                          kRowsAt = kOutAt + 81 * 16 * 128 * 2, kNumbersAt = 1u << 20;
+
+  std::byte* at(size_t offset) const { return memory_->data() + offset; }
+  absl::Status Step(PagedAttention& attention, const PagedStep& step) {
+    const auto* const rows = reinterpret_cast<const uint16_t*>(at(kRowsAt));
+    absl::Status status = attention.Plan(step, stream_);
+    if (status.ok()) status = attention.Write(0, {rows + 16 * 128, kRow}, {rows + 18 * 128, kRow}, stream_);
+    if (status.ok()) status = attention.Attend(0, {rows, kRow}, {at(kOutAt), 16 * 128}, nullptr, stream_);
+    if (status.ok()) status = attention.Seal(0, stream_);
+    return status;
+  }
+
+  PagedOptions options_;
+  std::unique_ptr<Slab> memory_;
+  //                        query_start   lengths  no coded  no table  exact pages  seal
+  int32_t numbers_[128] = {0, 80, 81, 0, 80, 1, 0, 0, 0, 0, 0, 0, 0, 1, 2, 0, 0, 0};
+  cudaStream_t stream_ = nullptr;
+};
+
 template <class V, class... Arguments>
 void WalkOf(Arguments... arguments) {
   V verb(arguments...);
@@ -363,6 +455,7 @@ TEST(Faults, CopyToHost) { WalkOf<CopyVerb>(CopyDirection::kToHost, false); }
 TEST(Faults, CopyInside) { WalkOf<CopyVerb>(CopyDirection::kInside, false); }
 TEST(Faults, AllocateSlab) { WalkOf<SlabVerb>(); }
 TEST(Faults, DeviceDecode) { WalkOf<DeviceDecodeVerb>(); }
+TEST(Faults, PagedAttention) { WalkOf<PagedVerb>(); }
 TEST(Faults, MakeBackend) {
   MakeVerb verb;
   EXPECT_GT(FailEveryCall({}, verb, false), 0);

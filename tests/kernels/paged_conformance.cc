@@ -744,6 +744,8 @@ TEST_P(PagedConformance, CountsWhatItChanges) {
   const BlockLayout exact = ExactPage(options);
   PagedLayer layer;
   layer.exact = world->Allocate(exact.block_bytes());
+  std::vector<std::byte> page(exact.block_bytes());
+  world->Upload(page.data(), layer.exact, page.size());
   auto attention = world->Make(options, {&layer, 1});
   ASSERT_TRUE(attention.ok()) << attention.status();
   std::vector<float> k(128, 0.5f), v(128, 1);
@@ -777,7 +779,6 @@ TEST_P(PagedConformance, CountsWhatItChanges) {
   const auto changed = (*attention)->ChangedValues(nullptr);
   ASSERT_TRUE(changed.ok()) << changed.status();
   EXPECT_EQ(*changed, 3u);
-  std::vector<std::byte> page(exact.block_bytes());
   world->Download(layer.exact, page.data(), page.size());
   std::vector<float> rows(64 * 64);
   DecodeHalf(ExactPair().k, Side::kKey, exact.k(), nullptr, page.data(), rows.data());

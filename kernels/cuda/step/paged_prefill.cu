@@ -39,7 +39,7 @@ struct ResolveParams {
   int32_t count = 0, heads = 0, head_dim_k = 0;
   const uint64_t *coded_entries = nullptr, *exact_entries = nullptr;
   PagedPrefillLayer layer;
-  uint64_t coded_record = 0;  // bytes
+  uint64_t coded_record = 0, coded_values = 0;  // bytes, and where V begins in them
   float* sinks = nullptr;
 };
 constexpr int kResolveThreads = 256;
@@ -57,10 +57,12 @@ __global__ void ResolveKernel(const __grid_constant__ ResolveParams params) {
                       : params.layer.coded + params.coded_entries[entry]) +
                inside;
   job.target = from.target;
-  // Decoders of values, and of types without codes, take no notice.
-  const uint64_t values = exact ? 0 : inside / params.coded_record * static_cast<uint64_t>(params.head_dim_k);
-  if (!exact && params.layer.mean != nullptr) job.mean = params.layer.mean + values;
-  if (!exact && params.layer.gain != nullptr) job.gain = params.layer.gain + values;
+  // Profiles are of coded keys alone.
+  if (!exact && inside % params.coded_record < params.coded_values) {
+    const uint64_t values = inside / params.coded_record * static_cast<uint64_t>(params.head_dim_k);
+    if (params.layer.mean != nullptr) job.mean = params.layer.mean + values;
+    if (params.layer.gain != nullptr) job.gain = params.layer.gain + values;
+  }
   params.to[i] = job;
 }
 
@@ -318,6 +320,7 @@ absl::Status PagedPrefill::Attend(const PagedPrefillLayer& layer, PagedRows q, M
   resolve.exact_entries = exact_entries_;
   resolve.layer = layer;
   resolve.coded_record = coded_.record_bytes();
+  resolve.coded_values = coded_.v_codes();
   resolve.sinks = reinterpret_cast<float*>(sinks_.data());
   const size_t threads = std::max(job_count_, Size(heads));
   KVTIDE_RETURN_IF_ERROR(LaunchKernel(reinterpret_cast<const void*>(&ResolveKernel),
