@@ -101,6 +101,39 @@ absl::Status ResolveService(const v1::KvtidedConfig& config, service::ServiceOpt
   return absl::OkStatus();
 }
 
+// "/var/lib/kvtide:100GiB"; the size is behind the last colon.
+absl::Status ResolveDisk(const v1::KvtidedConfig& config, DaemonOptions* options) {
+  const std::string& text = config.disk();
+  options->disk_io = config.disk_io().empty() ? "auto" : config.disk_io();
+  if (options->disk_io != "auto" && options->disk_io != "io_uring" && options->disk_io != "threads")
+    return absl::InvalidArgumentError(
+        absl::StrCat("disk_io \"", options->disk_io, "\" is unknown; use auto, io_uring or threads"));
+  if (!text.empty() && text != "off") {
+    const size_t colon = text.rfind(':');
+    if (colon == std::string::npos || colon == 0)
+      return absl::InvalidArgumentError(
+          absl::StrCat("disk \"", text, "\": give a folder and a size, such as /var/lib/kvtide:100GiB"));
+    options->disk_folder = text.substr(0, colon);
+    KVTIDE_ASSIGN_OR_RETURN(options->disk_bytes, ResolveBytes("disk", text.substr(colon + 1), 0, 0));
+    if (options->disk_bytes < kLeastTierBytes)
+      return absl::InvalidArgumentError(
+          absl::StrCat("disk is ", options->disk_bytes, " bytes, at least 1MiB"));
+  }
+  const std::string persist = config.persist().empty() ? "none" : config.persist();
+  if (persist == "on-park") {
+    options->service.defaults.persistence = Persistence::kOnPark;
+  } else if (persist == "all") {
+    options->service.defaults.persistence = Persistence::kAll;
+  } else if (persist != "none") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("persist \"", persist, "\" is unknown; use none, on-park or all"));
+  }
+  if (persist != "none" && options->disk_folder.empty())
+    return absl::InvalidArgumentError(
+        absl::StrCat("persist ", persist, " needs a disk tier: --disk /var/lib/kvtide:100GiB"));
+  return absl::OkStatus();
+}
+
 absl::Status ResolveLimits(const v1::KvtidedConfig& config, CacheOptions* cache) {
   KVTIDE_RETURN_IF_ERROR(CheckRange<int64_t>("max_sequences", config.max_sequences(), 0, int64_t{1} << 32));
   KVTIDE_RETURN_IF_ERROR(CheckRange<int64_t>("max_models", config.max_models(), 0, 1 << 16));
@@ -199,6 +232,7 @@ absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config) {
   options.shutdown_grace = absl::Seconds(config.shutdown_seconds() > 0 ? config.shutdown_seconds() : 10);
   KVTIDE_RETURN_IF_ERROR(ResolveService(config, &options.service));
   KVTIDE_RETURN_IF_ERROR(ResolveLimits(config, &options.cache));
+  KVTIDE_RETURN_IF_ERROR(ResolveDisk(config, &options));
   return options;
 }
 

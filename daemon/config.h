@@ -19,7 +19,10 @@ struct DaemonOptions {
   std::vector<std::string> devices;  // as ParseDevices gives them
   int64_t device_bytes = 0;          // on each device
   int64_t host_bytes = 0;            // 0 = no host tier
-  std::string metrics_address;       // empty = none
+  std::string disk_folder;           // empty = no disk tier
+  int64_t disk_bytes = 0;
+  std::string disk_io;          // "auto", "io_uring", "threads"
+  std::string metrics_address;  // empty = none
   std::string log_level;
   int compute_threads = 0;
   absl::Duration shutdown_grace;

@@ -15,6 +15,7 @@
 #include "daemon/backends.h"
 #include "daemon/cache/kv_cache.h"
 #include "daemon/config.h"
+#include "daemon/disk/disk_tier.h"
 #include "daemon/failure_log.h"
 #include "daemon/host_memory.h"
 #include "daemon/log.h"
@@ -82,6 +83,15 @@ void AddFlags(CLI::App* app, Flags* flags) {
       app, "--host-memory", "KVTIDE_HOST_MEMORY",
       [config](const std::string& v) { config->set_host_memory(v); },
       "size of the host tier, 0 for none (default 2GiB)");
+  AddFlag(
+      app, "--disk", "KVTIDE_DISK", [config](const std::string& v) { config->set_disk(v); },
+      "disk tier: a folder of its own and its size, such as /var/lib/kvtide:100GiB (default: none)");
+  AddFlag(
+      app, "--disk-io", "KVTIDE_DISK_IO", [config](const std::string& v) { config->set_disk_io(v); },
+      "io_uring, threads, or auto (default: io_uring where it is allowed)");
+  AddFlag(
+      app, "--persist", "KVTIDE_PERSIST", [config](const std::string& v) { config->set_persist(v); },
+      "when sequences become durable by themselves: none (default), on-park or all");
   AddFlag(
       app, "--default-pair", "KVTIDE_DEFAULT_PAIR",
       [config](const std::string& v) { config->set_default_pair(v); },
@@ -159,11 +169,13 @@ class Daemon {
   // False: a call has not come back, so that nothing can be taken apart.
   bool Stop() {
     if (!server_->Shutdown(options_.shutdown_grace, kShutdownPatience)) return false;
+    cache_->PersistChanged();
     const CacheStats stats = cache_->Stats();
     spdlog::info("stopped sequences={} appended_tokens={} moves={}", stats.sequences, stats.appended_tokens,
                  stats.moves);
     metrics_->Stop();
     cache_.reset();
+    disk_.reset();
     return true;
   }
 
@@ -184,7 +196,40 @@ class Daemon {
       options_.cache.tiers.push_back(
           {"host", backends_.Host(), static_cast<size_t>(options_.host_bytes), false, "cpu"});
     }
+    KVTIDE_RETURN_IF_ERROR(OpenDisk());
     KVTIDE_ASSIGN_OR_RETURN(cache_, KvCache::Create(options_.cache));
+    const RestoreReport& restored = cache_->restored();
+    if (restored.sequences > 0)
+      spdlog::info("restored sequences={} tokens={} blocks={} bytes={}", restored.sequences, restored.tokens,
+                   restored.blocks, restored.bytes);
+    for (const std::string& lost : restored.lost) spdlog::error("not restored: {}", lost);
+    return absl::OkStatus();
+  }
+
+  absl::Status OpenDisk() {
+    if (options_.disk_folder.empty()) return absl::OkStatus();
+    DiskTierOptions disk;
+    disk.folder = options_.disk_folder;
+    disk.capacity_bytes = static_cast<size_t>(options_.disk_bytes);
+    disk.io = IoKind::kThreads;
+    if (options_.disk_io != "threads") {
+      const absl::Status uring = CheckUring();
+      if (uring.ok()) {
+        disk.io = IoKind::kUring;
+      } else if (options_.disk_io == "io_uring") {
+        return Annotate(uring, "disk_io io_uring is not allowed here (threads works everywhere)");
+      } else {
+        spdlog::warn("disk_io=threads io_uring is not allowed here: {}", std::string(uring.message()));
+      }
+    }
+    KVTIDE_ASSIGN_OR_RETURN(disk_, DiskTier::Open(disk));
+    if (!disk_->rebuild_reason().empty())
+      spdlog::error("index of the disk tier built anew: {}", disk_->rebuild_reason());
+    spdlog::info("disk folder={} bytes={} io={}", disk.folder, disk.capacity_bytes,
+                 disk.io == IoKind::kUring ? "io_uring" : "threads");
+    options_.cache.tiers.push_back(
+        {"disk", nullptr, disk_->capacity_bytes(), true, "disk", disk_.get(), disk_.get()});
+    options_.service.staging_bytes = static_cast<int64_t>(disk_->staging_bytes());
     return absl::OkStatus();
   }
 
@@ -242,6 +287,7 @@ class Daemon {
     spdlog::log(spdlog::level::from_str(level), "{}", line);
   }};
   Backends backends_;
+  std::unique_ptr<DiskTier> disk_;
   std::unique_ptr<KvCache> cache_;
   std::unique_ptr<metrics::Metrics> metrics_;
   std::string metrics_address_;  // as bound; empty = not served

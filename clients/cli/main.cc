@@ -11,6 +11,7 @@
 #include "clients/cli/demo/demo.h"
 #include "clients/cli/eval/eval.h"
 #include "clients/cli/ops/doctor_command.h"
+#include "clients/cli/ops/persist_command.h"
 #include "clients/cli/ops/seq_command.h"
 #include "clients/cli/ops/status_command.h"
 #include "clients/cli/ops/top_command.h"
@@ -56,6 +57,7 @@ int main(int argc, char** argv) {
   kvtide::cli::AddCaptureCommand(app, &exit_code);
   kvtide::cli::AddCalibrateCommand(app, &exit_code);
   kvtide::cli::AddStatusCommand(app, &exit_code);
+  kvtide::cli::AddPersistCommand(app, &exit_code);
   kvtide::cli::AddTopCommand(app, &exit_code);
   kvtide::cli::AddSeqCommand(app, &exit_code);
   kvtide::cli::AddDoctorCommand(app, &exit_code);

@@ -5,6 +5,7 @@ kvtide_add_library(kvtide_cli_ops
   ops/daemon_flags.cc
   ops/doctor_checks.cc
   ops/doctor_command.cc
+  ops/persist_command.cc
   ops/seq_command.cc
   ops/status_command.cc
   ops/status_report.cc

@@ -232,6 +232,14 @@ absl::StatusOr<MoveResult> Client::PrefetchSequences(std::span<const SequenceId>
   return MoveResult{response.blocks(), response.bytes(), 0, response.blocks_left()};
 }
 
+absl::StatusOr<PersistResult> Client::PersistSequences(std::span<const SequenceId> sequences) {
+  v1::PersistSequencesRequest request;
+  request.mutable_sequence_ids()->Add(sequences.begin(), sequences.end());
+  v1::PersistSequencesResponse response;
+  KVTIDE_RETURN_IF_ERROR(impl_->Call(KVTIDE_VERB(PersistSequences, persist_sequences), &request, &response));
+  return PersistResult{response.sequences(), response.tokens(), response.blocks(), response.bytes()};
+}
+
 absl::StatusOr<std::vector<SequenceInfo>> Client::ListSequences(const std::string& model) {
   std::vector<SequenceInfo> sequences;
   std::string token;

@@ -66,6 +66,7 @@ struct Model {
 
 enum class KeyCentring { kDefault, kNone, kFirstBlock, kCalibrated };  // kvtide.v1.KeyCentring
 enum class KeyEqualising { kDefault, kNone, kRoot, kFull };            // kvtide.v1.KeyEqualising
+enum class Persistence { kDefault, kNone, kOnPark, kAll };              // kvtide.v1.Persistence
 enum class RopePairs { kDefault, kNone, kHalves, kNeighbours };        // kvtide.v1.RopePairs
 
 struct SequenceOptions {
@@ -79,6 +80,7 @@ struct SequenceOptions {
   bool allow_drop = false;
   std::vector<std::string> group_pairs;  // by layer group; empty = `pair` for all
   std::string device;  // where it is to live, as TierInfo::device has it; empty = where most room is
+  Persistence persistence = Persistence::kDefault;  // when it becomes durable by itself
 };
 
 struct LayerTokens {
@@ -125,7 +127,8 @@ struct AppendAttendItem {
 struct TierInfo {
   std::string name, backend;
   int64_t capacity_bytes = 0;
-  std::string device;  // tells the parts of a tier apart that lies on several devices
+  std::string device;                // tells the parts of a tier apart that lies on several devices
+  bool io = false, durable = false;  // reached by I/O; survives a restart
 };
 struct CacheTypeDescription {
   std::string name;
@@ -163,6 +166,9 @@ struct SequenceInfo {
   bool seal_at_once = false;
   double idle_seconds = 0, age_seconds = 0;
   std::string device;  // of the first tier, where it lives
+  bool durable = false;
+  int64_t durable_tokens = 0;
+  Persistence persistence = Persistence::kNone;
 };
 
 // kvtide.v1.GetStatsResponse explains the fields.
@@ -174,8 +180,12 @@ struct TierStats {
   std::string name, backend;
   int64_t capacity_bytes = 0, used_bytes = 0, largest_free_bytes = 0, blocks = 0, pinned_blocks = 0;
   std::vector<PairStats> pairs;
-  int64_t demoted_blocks = 0, promoted_blocks = 0, dropped_blocks = 0;
+  int64_t demoted_blocks = 0, promoted_blocks = 0, dropped_blocks = 0, lost_blocks = 0;
   std::string device;
+  bool io = false;
+  std::string problem;  // why it takes no blocks now
+  int64_t read_bytes = 0, written_bytes = 0;
+  int64_t read_errors = 0, write_errors = 0, checksum_errors = 0, sync_errors = 0;
 };
 struct ServerStats {
   std::vector<TierStats> tiers;
@@ -186,6 +196,8 @@ struct ServerStats {
   int64_t copied_on_write_blocks = 0, window_freed_blocks = 0, evict_calls = 0, prefetch_calls = 0;
   int64_t moves = 0, failed_moves = 0, moved_bytes = 0, dropped_blocks = 0;
   int64_t attended_blocks = 0, attended_blocks_below_first_tier = 0, checksum_failures = 0, exhausted = 0;
+  int64_t lost_blocks = 0, persist_calls = 0, persisted = 0, failed_persists = 0, persisted_bytes = 0;
+  int64_t durable_sequences = 0;
 };
 
 struct MoveResult {
@@ -193,6 +205,10 @@ struct MoveResult {
   int64_t dropped_blocks = 0;
   int64_t blocks_left = 0;    // stayed where they are: busy, or no room
   int64_t shared_blocks = 0;  // stayed for forks outside the call: name all branches to move them too
+};
+struct PersistResult {
+  int64_t sequences = 0, tokens = 0;  // that are durable now
+  int64_t blocks = 0, bytes = 0;      // that were written
 };
 struct EvictOptions {
   std::string tier;  // empty = the next lower one
@@ -268,6 +284,8 @@ class Client {
                                             const EvictOptions& options = {});
   absl::StatusOr<MoveResult> EvictAll(const EvictOptions& options = {});
   absl::StatusOr<MoveResult> PrefetchSequences(std::span<const SequenceId> sequences);
+  // They are there again after a stop, a crash or a kill of the daemon, as they are now.
+  absl::StatusOr<PersistResult> PersistSequences(std::span<const SequenceId> sequences);
 
   // All sequences, or those of a model.
   absl::StatusOr<std::vector<SequenceInfo>> ListSequences(const std::string& model = "");

@@ -77,6 +77,7 @@ void ToProto(const SequenceOptions& options, v1::CreateSequenceRequest* proto) {
   proto->set_key_centring(static_cast<v1::KeyCentring>(options.key_centring));
   proto->set_key_equalising(static_cast<v1::KeyEqualising>(options.key_equalising));
   proto->set_rope_pairs(static_cast<v1::RopePairs>(options.rope_pairs));
+  proto->set_persistence(static_cast<v1::Persistence>(options.persistence));
   proto->set_tenant(options.tenant);
   proto->set_device(options.device);
   proto->set_allow_drop(options.allow_drop);
@@ -115,7 +116,8 @@ ServerInfo FromProto(const v1::GetServerInfoResponse& proto) {
   info.version = proto.version();
   info.block_tokens = proto.block_tokens();
   for (const v1::TierInfo& tier : proto.tiers()) {
-    info.tiers.push_back({tier.name(), tier.backend(), tier.capacity_bytes(), tier.device()});
+    info.tiers.push_back(
+        {tier.name(), tier.backend(), tier.capacity_bytes(), tier.device(), tier.io(), tier.durable()});
   }
   for (const v1::CacheTypeInfo& type : proto.cache_types()) {
     info.cache_types.push_back(
@@ -157,6 +159,9 @@ SequenceInfo FromProto(const v1::Sequence& proto) {
   info.idle_seconds = proto.idle_seconds();
   info.age_seconds = proto.age_seconds();
   info.device = proto.device();
+  info.durable = proto.durable();
+  info.durable_tokens = proto.durable_tokens();
+  info.persistence = static_cast<Persistence>(proto.persistence());
   return info;
 }
 
@@ -177,6 +182,15 @@ ServerStats FromProto(const v1::GetStatsResponse& proto) {
     out.demoted_blocks = tier.demoted_blocks();
     out.promoted_blocks = tier.promoted_blocks();
     out.dropped_blocks = tier.dropped_blocks();
+    out.lost_blocks = tier.lost_blocks();
+    out.io = tier.io();
+    out.problem = tier.problem();
+    out.read_bytes = tier.read_bytes();
+    out.written_bytes = tier.written_bytes();
+    out.read_errors = tier.read_errors();
+    out.write_errors = tier.write_errors();
+    out.checksum_errors = tier.checksum_errors();
+    out.sync_errors = tier.sync_errors();
     stats.tiers.push_back(std::move(out));
   }
   stats.models = proto.models();
@@ -203,6 +217,12 @@ ServerStats FromProto(const v1::GetStatsResponse& proto) {
   stats.attended_blocks_below_first_tier = proto.attended_blocks_below_first_tier();
   stats.checksum_failures = proto.checksum_failures();
   stats.exhausted = proto.exhausted();
+  stats.lost_blocks = proto.lost_blocks();
+  stats.persist_calls = proto.persist_calls();
+  stats.persisted = proto.persisted();
+  stats.failed_persists = proto.failed_persists();
+  stats.persisted_bytes = proto.persisted_bytes();
+  stats.durable_sequences = proto.durable_sequences();
   return stats;
 }
 

@@ -45,6 +45,7 @@ nb::tuple ToPython(const ExactWindow& window) {
 nb::dict ToPython(const client::TierInfo& from) {
   nb::dict out;
   KVTIDE_PUT(name), KVTIDE_PUT(backend), KVTIDE_PUT(capacity_bytes), KVTIDE_PUT(device);
+  KVTIDE_PUT(io), KVTIDE_PUT(durable);
   return out;
 }
 
@@ -77,6 +78,7 @@ nb::dict ToPython(const client::SequenceInfo& from) {
   KVTIDE_PUT(id), KVTIDE_PUT(forked_from), KVTIDE_PUT(model), KVTIDE_PUT(pair), KVTIDE_PUT(tenant);
   KVTIDE_PUT(tokens), KVTIDE_PUT(max_layer_tokens), KVTIDE_PUT(dropped_blocks), KVTIDE_PUT(shared_blocks);
   KVTIDE_PUT(seal_at_once), KVTIDE_PUT(idle_seconds), KVTIDE_PUT(age_seconds), KVTIDE_PUT(device);
+  KVTIDE_PUT(durable), KVTIDE_PUT(durable_tokens);
   out["tiers"] = List(from.tiers, [](const client::TierShare& share) { return ToPython(share); });
   out["exact_window"] = ToPython(from.exact_window);
   return out;
@@ -92,7 +94,9 @@ nb::dict ToPython(const client::TierStats& from) {
   nb::dict out;
   KVTIDE_PUT(name), KVTIDE_PUT(backend), KVTIDE_PUT(capacity_bytes), KVTIDE_PUT(used_bytes);
   KVTIDE_PUT(largest_free_bytes), KVTIDE_PUT(blocks), KVTIDE_PUT(pinned_blocks), KVTIDE_PUT(demoted_blocks);
-  KVTIDE_PUT(promoted_blocks), KVTIDE_PUT(dropped_blocks), KVTIDE_PUT(device);
+  KVTIDE_PUT(promoted_blocks), KVTIDE_PUT(dropped_blocks), KVTIDE_PUT(device), KVTIDE_PUT(lost_blocks);
+  KVTIDE_PUT(io), KVTIDE_PUT(problem), KVTIDE_PUT(read_bytes), KVTIDE_PUT(written_bytes);
+  KVTIDE_PUT(read_errors), KVTIDE_PUT(write_errors), KVTIDE_PUT(checksum_errors), KVTIDE_PUT(sync_errors);
   out["pairs"] = List(from.pairs, [](const client::PairStats& pair) { return ToPython(pair); });
   return out;
 }
@@ -106,7 +110,15 @@ nb::dict ToPython(const client::ServerStats& from) {
   KVTIDE_PUT(window_freed_blocks), KVTIDE_PUT(evict_calls), KVTIDE_PUT(prefetch_calls), KVTIDE_PUT(moves);
   KVTIDE_PUT(failed_moves), KVTIDE_PUT(moved_bytes), KVTIDE_PUT(dropped_blocks), KVTIDE_PUT(attended_blocks);
   KVTIDE_PUT(attended_blocks_below_first_tier), KVTIDE_PUT(checksum_failures), KVTIDE_PUT(exhausted);
+  KVTIDE_PUT(lost_blocks), KVTIDE_PUT(persist_calls), KVTIDE_PUT(persisted), KVTIDE_PUT(failed_persists);
+  KVTIDE_PUT(persisted_bytes), KVTIDE_PUT(durable_sequences);
   out["tiers"] = List(from.tiers, [](const client::TierStats& tier) { return ToPython(tier); });
+  return out;
+}
+
+nb::dict ToPython(const client::PersistResult& from) {
+  nb::dict out;
+  KVTIDE_PUT(sequences), KVTIDE_PUT(tokens), KVTIDE_PUT(blocks), KVTIDE_PUT(bytes);
   return out;
 }
 
@@ -181,6 +193,8 @@ client::SequenceOptions MakeSequenceOptions(const nb::dict& settings) {
       options.tenant = nb::cast<std::string>(value);
     } else if (name == "allow_drop") {
       options.allow_drop = nb::cast<bool>(value);
+    } else if (name == "persistence") {
+      options.persistence = static_cast<client::Persistence>(nb::cast<int>(value));
     } else if (name == "device") {
       options.device = nb::cast<std::string>(value);
     } else {
@@ -364,6 +378,11 @@ void BindPool(nb::module_& m) {
            [](const Handle& handle, const Ids& sequences) {
              const auto pool = handle.pool();
              return ToPython(Raise(Blocking([&] { return pool->PrefetchSequences(sequences); })));
+           })
+      .def("persist",
+           [](const Handle& handle, const Ids& sequences) {
+             const auto pool = handle.pool();
+             return ToPython(Raise(Blocking([&] { return pool->PersistSequences(sequences); })));
            })
       .def("sequences",
            [](const Handle& handle, const std::string& model) {

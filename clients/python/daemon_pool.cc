@@ -82,6 +82,10 @@ class DaemonPool : public Pool {
       std::span<const client::SequenceId> sequences) override {
     return client_->PrefetchSequences(sequences);
   }
+  absl::StatusOr<client::PersistResult> PersistSequences(
+      std::span<const client::SequenceId> sequences) override {
+    return client_->PersistSequences(sequences);
+  }
   absl::StatusOr<std::vector<client::SequenceInfo>> ListSequences(const std::string& model) override {
     return client_->ListSequences(model);
   }

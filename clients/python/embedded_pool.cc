@@ -177,6 +177,14 @@ class EmbeddedPool : public Pool {
     KVTIDE_RETURN_IF_ERROR(Call(&service::Handlers::PrefetchSequences, request, &response));
     return client::MoveResult{response.blocks(), response.bytes(), 0, response.blocks_left(), 0};
   }
+  absl::StatusOr<client::PersistResult> PersistSequences(std::span<const SequenceId> sequences) override {
+    v1::PersistSequencesRequest request;
+    request.mutable_sequence_ids()->Add(sequences.begin(), sequences.end());
+    v1::PersistSequencesResponse response;
+    KVTIDE_RETURN_IF_ERROR(Call(&service::Handlers::PersistSequences, request, &response));
+    return client::PersistResult{response.sequences(), response.tokens(), response.blocks(),
+                                 response.bytes()};
+  }
   absl::StatusOr<std::vector<client::SequenceInfo>> ListSequences(const std::string& model) override {
     std::vector<client::SequenceInfo> sequences;
     v1::ListSequencesResponse response;

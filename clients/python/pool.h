@@ -48,6 +48,8 @@ class Pool {
                                                             const client::EvictOptions& options) = 0;
   virtual absl::StatusOr<client::MoveResult> PrefetchSequences(
       std::span<const client::SequenceId> sequences) = 0;
+  virtual absl::StatusOr<client::PersistResult> PersistSequences(
+      std::span<const client::SequenceId> sequences) = 0;
   virtual absl::StatusOr<std::vector<client::SequenceInfo>> ListSequences(const std::string& model) = 0;
   virtual absl::StatusOr<client::ServerStats> GetStats() = 0;
   virtual absl::StatusOr<client::PlanAnswer> Plan(const client::PlanQuestion& question) = 0;

@@ -1,5 +1,8 @@
 #include "daemon/metrics/cache_collector.h"
 
+#include <algorithm>
+#include <utility>
+
 #include "daemon/metrics/family.h"
 
 namespace kvtide::metrics {
@@ -105,6 +108,8 @@ void WriteCounters(FamilyWriter& writer, const CacheStats& stats) {
         &TierStats::demoted_blocks);
   tiers("kvtide_promoted_blocks_total", "Blocks moved up into this tier.", &TierStats::promoted_blocks);
   tiers("kvtide_dropped_blocks_total", "Blocks dropped from this tier for good.", &TierStats::dropped_blocks);
+  tiers("kvtide_lost_blocks_total", "Blocks that this tier could not give back: I/O errors, changed bytes.",
+        &TierStats::lost_blocks);
   // "below" is part of attended_blocks; as labels the two parts add up.
   const uint64_t below = stats.attended_blocks_below_tier0;
   const uint64_t first = stats.attended_blocks > below ? stats.attended_blocks - below : 0;
@@ -119,6 +124,49 @@ void WriteCounters(FamilyWriter& writer, const CacheStats& stats) {
           stats.exhausted);
 }
 
+// Tiers that are reached by I/O, where there are any.
+void WriteIo(FamilyWriter& writer, const CacheStats& stats) {
+  const auto any = [](const TierStats& tier) { return !tier.attends; };
+  if (std::none_of(stats.tiers.begin(), stats.tiers.end(), any)) return;
+  const auto each = [&](FamilyWriter& family, auto value) {
+    for (const TierStats& tier : stats.tiers)
+      if (!tier.attends)
+        family.Sample(static_cast<double>(value(tier.io)), {{"tier", tier.name}, {"device", tier.device}});
+  };
+  each(writer.Gauge("kvtide_tier_writable",
+                    "1: the tier takes blocks; 0: its last write failed, as on a full disk."),
+       [](const IoTierStats& io) { return io.writable ? 1 : 0; });
+  each(writer.Counter("kvtide_tier_read_bytes_total", "Bytes read from the tier."),
+       [](const IoTierStats& io) { return io.read_bytes; });
+  each(writer.Counter("kvtide_tier_written_bytes_total", "Bytes written to the tier."),
+       [](const IoTierStats& io) { return io.written_bytes; });
+  each(writer.Counter("kvtide_tier_syncs_total", "Times that files of the tier were made durable."),
+       [](const IoTierStats& io) { return io.syncs; });
+  writer.Counter(
+      "kvtide_tier_errors_total",
+      "Failed reads, writes and syncs of the tier, and reads that found other bytes than were stored.");
+  for (const TierStats& tier : stats.tiers) {
+    if (tier.attends) continue;
+    for (const auto& [operation, count] : {std::pair<const char*, uint64_t>{"read", tier.io.read_errors},
+                                           {"write", tier.io.write_errors},
+                                           {"sync", tier.io.sync_errors},
+                                           {"verify", tier.io.checksum_errors}})
+      writer.Sample(static_cast<double>(count),
+                    {{"tier", tier.name}, {"device", tier.device}, {"operation", operation}});
+  }
+  writer.Gauge("kvtide_durable_sequences", "Sequences that would be there after a restart.")
+      .Sample(static_cast<double>(stats.durable_sequences));
+  const auto counter = [&](const char* name, const char* help, uint64_t value) {
+    writer.Counter(name, help).Sample(static_cast<double>(value));
+  };
+  counter("kvtide_persisted_total", "Times that a sequence became durable, by call or by policy.",
+          stats.persisted);
+  counter("kvtide_failed_persists_total", "Times that a sequence could not become durable.",
+          stats.failed_persists);
+  counter("kvtide_persisted_bytes_total", "Bytes of blocks written to make sequences durable.",
+          stats.persisted_bytes);
+}
+
 }  // namespace
 
 std::vector<prometheus::MetricFamily> CacheCollector::Collect() const {
@@ -128,6 +176,7 @@ std::vector<prometheus::MetricFamily> CacheCollector::Collect() const {
   WritePools(writer, stats);
   WriteContents(writer, stats);
   WriteCounters(writer, stats);
+  WriteIo(writer, stats);
   return families;
 }
 

@@ -145,6 +145,23 @@ absl::StatusOr<SequenceOptions> FromProto(const v1::CreateSequenceRequest& proto
     KVTIDE_ASSIGN_OR_RETURN(options.exact_window, FromProto(proto.exact_window()));
   }
   options.seal_at_once = proto.seal_at_once();
+  switch (proto.persistence()) {
+    case v1::PERSISTENCE_UNSPECIFIED:
+      // Evaluation mode keeps nothing.
+      options.persistence = options.seal_at_once ? Persistence::kNone : defaults.persistence;
+      break;
+    case v1::PERSISTENCE_NONE:
+      options.persistence = Persistence::kNone;
+      break;
+    case v1::PERSISTENCE_ON_PARK:
+      options.persistence = Persistence::kOnPark;
+      break;
+    case v1::PERSISTENCE_ALL:
+      options.persistence = Persistence::kAll;
+      break;
+    default:
+      return UnknownValue("persistence", proto.persistence());
+  }
   switch (proto.key_centring()) {
     case v1::KEY_CENTRING_UNSPECIFIED:
       options.centre = Centre::kTypeDefault;
@@ -239,6 +256,11 @@ void ToProto(const SequenceInfo& info, const std::vector<TierOptions>& tiers, ab
   ToProto(info.options.EffectiveWindow(), proto->mutable_exact_window());
   proto->set_seal_at_once(info.options.seal_at_once);
   proto->set_device(info.device);
+  proto->set_durable(info.durable);
+  proto->set_durable_tokens(info.durable_tokens);
+  proto->set_persistence(info.options.persistence == Persistence::kAll      ? v1::PERSISTENCE_ALL
+                         : info.options.persistence == Persistence::kOnPark ? v1::PERSISTENCE_ON_PARK
+                                                                            : v1::PERSISTENCE_NONE);
 }
 
 void ToProto(const CacheStats& stats, v1::GetStatsResponse* proto) {
@@ -261,6 +283,15 @@ void ToProto(const CacheStats& stats, v1::GetStatsResponse* proto) {
     out->set_demoted_blocks(ToSigned(tier.demoted_blocks));
     out->set_promoted_blocks(ToSigned(tier.promoted_blocks));
     out->set_dropped_blocks(ToSigned(tier.dropped_blocks));
+    out->set_lost_blocks(ToSigned(tier.lost_blocks));
+    out->set_io(!tier.attends);
+    out->set_problem(tier.io.problem);
+    out->set_read_bytes(ToSigned(tier.io.read_bytes));
+    out->set_written_bytes(ToSigned(tier.io.written_bytes));
+    out->set_read_errors(ToSigned(tier.io.read_errors));
+    out->set_write_errors(ToSigned(tier.io.write_errors));
+    out->set_checksum_errors(ToSigned(tier.io.checksum_errors));
+    out->set_sync_errors(ToSigned(tier.io.sync_errors));
   }
   proto->set_models(ToSigned(stats.models));
   proto->set_sequences(ToSigned(stats.sequences));
@@ -285,6 +316,12 @@ void ToProto(const CacheStats& stats, v1::GetStatsResponse* proto) {
   proto->set_attended_blocks_below_first_tier(ToSigned(stats.attended_blocks_below_tier0));
   proto->set_checksum_failures(ToSigned(stats.checksum_failures));
   proto->set_exhausted(ToSigned(stats.exhausted));
+  proto->set_lost_blocks(ToSigned(stats.lost_blocks));
+  proto->set_persist_calls(ToSigned(stats.persist_calls));
+  proto->set_persisted(ToSigned(stats.persisted));
+  proto->set_failed_persists(ToSigned(stats.failed_persists));
+  proto->set_persisted_bytes(ToSigned(stats.persisted_bytes));
+  proto->set_durable_sequences(ToSigned(stats.durable_sequences));
 }
 
 }  // namespace kvtide::service

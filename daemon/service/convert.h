@@ -26,6 +26,7 @@ void ToProto(const ModelSpec& spec, v1::RegisterModelResponse* proto);
 struct SequenceDefaults {
   CachePair pair;
   ExactWindow exact_window;
+  Persistence persistence = Persistence::kNone;
 };
 absl::StatusOr<SequenceOptions> FromProto(const v1::CreateSequenceRequest& proto,
                                           const SequenceDefaults& defaults);

@@ -58,7 +58,9 @@ absl::Status Handlers::GetServerInfo(const v1::GetServerInfoRequest&, v1::GetSer
   for (const TierOptions& tier : limits.tiers) {
     v1::TierInfo* out = response->add_tiers();
     out->set_name(tier.name);
-    out->set_backend(tier.backend->name());
+    out->set_backend(tier.Medium());
+    out->set_io(!tier.attends());
+    out->set_durable(tier.index != nullptr);
     out->set_device(tier.Device());
     out->set_capacity_bytes(Signed(tier.capacity_bytes));
   }
@@ -131,6 +133,7 @@ absl::Status Handlers::CloseSequence(const v1::CloseSequenceRequest& request, v1
 }
 
 void Handlers::Release(SequenceId sequence) {
+  if (cache_->IsDurable(sequence)) return;  // it outlives its session
   // It may be closed already, by another client: then there is nothing to do.
   cache_->CloseSequence(sequence).IgnoreError();
 }
@@ -188,6 +191,18 @@ absl::Status Handlers::PrefetchSequences(const v1::PrefetchSequencesRequest& req
   response->set_blocks(Signed(report.moved_blocks));
   response->set_bytes(Signed(report.moved_bytes));
   response->set_blocks_left(Signed(report.left_blocks));
+  return absl::OkStatus();
+}
+
+absl::Status Handlers::PersistSequences(const v1::PersistSequencesRequest& request,
+                                        v1::PersistSequencesResponse* response, const Call& call) {
+  if (request.sequence_ids_size() == 0) return absl::InvalidArgumentError("sequence_ids is empty");
+  KVTIDE_ASSIGN_OR_RETURN(const PersistReport report,
+                          cache_->Persist(ToVector(request.sequence_ids()), call.context));
+  response->set_sequences(Signed(report.sequences));
+  response->set_blocks(Signed(report.blocks));
+  response->set_bytes(Signed(report.bytes));
+  response->set_tokens(report.tokens);
   return absl::OkStatus();
 }
 

@@ -39,6 +39,8 @@ class Handlers {
   absl::Status EvictSequences(const v1::EvictSequencesRequest&, v1::EvictSequencesResponse*, const Call&);
   absl::Status PrefetchSequences(const v1::PrefetchSequencesRequest&, v1::PrefetchSequencesResponse*,
                                  const Call&);
+  absl::Status PersistSequences(const v1::PersistSequencesRequest&, v1::PersistSequencesResponse*,
+                                const Call&);
   absl::Status ListSequences(const v1::ListSequencesRequest&, v1::ListSequencesResponse*, const Call&);
   absl::Status GetStats(const v1::GetStatsRequest&, v1::GetStatsResponse*, const Call&);
   absl::Status Plan(const v1::PlanRequest&, v1::PlanResponse*, const Call&);

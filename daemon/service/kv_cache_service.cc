@@ -51,7 +51,7 @@ int64_t ReceiveMemoryBytes(const ServiceOptions& options) {
 }
 
 int64_t MemoryOverheadBytes(const ServiceOptions& options) {
-  return kBaseBytes + ReceiveMemoryBytes(options) + options.call_memory_bytes;
+  return kBaseBytes + ReceiveMemoryBytes(options) + options.call_memory_bytes + options.staging_bytes;
 }
 
 KvCacheService::KvCacheService(KvCache* cache, const Connections* connections, const ServiceOptions& options)

@@ -46,8 +46,8 @@ using Description =
            Api::WithGenericMethod_Append, Api::WithGenericMethod_Attend, Api::WithGenericMethod_AppendAttend,
            Api::WithGenericMethod_ReadTokens, Api::WithGenericMethod_EvictSequences,
            Api::WithGenericMethod_PrefetchSequences, Api::WithGenericMethod_ListSequences,
-           Api::WithGenericMethod_GetStats, Api::WithGenericMethod_Plan,
-           Api::WithGenericMethod_Session>::Type;
+           Api::WithGenericMethod_PersistSequences, Api::WithGenericMethod_GetStats,
+           Api::WithGenericMethod_Plan, Api::WithGenericMethod_Session>::Type;
 
 void SetLimits(const ServiceOptions& options, grpc::ServerBuilder* builder) {
   builder->SetMaxReceiveMessageSize(static_cast<int>(options.max_message_bytes));

@@ -48,6 +48,7 @@ struct ServiceOptions {
   // Requests and answers of calls under way, all together; one connection may have half of it. 0 = the least,
   // LeastCallMemory.
   int64_t call_memory_bytes = 0;
+  int64_t staging_bytes = 0;                      // of the cache's tiers of I/O
   std::function<void(const CallReport&)> report;  // may be empty
   std::shared_ptr<ServiceGauges> gauges = std::make_shared<ServiceGauges>();
 };

@@ -110,6 +110,7 @@ constexpr Verb kVerbs[] = {
     KVTIDE_VERB(ReadTokens, kBulk),
     KVTIDE_VERB(EvictSequences, kBulk),
     KVTIDE_VERB(PrefetchSequences, kBulk),
+    KVTIDE_VERB(PersistSequences, kBulk),
     KVTIDE_VERB(Plan, kBulk),
 };
 #undef KVTIDE_VERB
@@ -134,6 +135,7 @@ absl::Status Dispatch(Handlers* handlers, const v1::SessionRequest& request, v1:
     KVTIDE_SESSION_VERB(ReadTokens, read_tokens)
     KVTIDE_SESSION_VERB(EvictSequences, evict_sequences)
     KVTIDE_SESSION_VERB(PrefetchSequences, prefetch_sequences)
+    KVTIDE_SESSION_VERB(PersistSequences, persist_sequences)
     KVTIDE_SESSION_VERB(ListSequences, list_sequences)
     KVTIDE_SESSION_VERB(GetStats, get_stats)
     KVTIDE_SESSION_VERB(GetServerInfo, get_server_info)

@@ -25,6 +25,8 @@ class CacheSim : public CacheTest {
     kPressure,  // small device, all pairs; verbs one after another
     kTight,     // both tiers small; all f16 or coded at once, because a seal without room is deferred
     kRoomy,     // room for all, low watermarks: moves by policy and on request, all pairs
+    kDisk,  // small memories over a disk that fails to write now and then, calls that persist; f16 or coded
+            // at once
   };
 
   // One seed. False at the first thing that is wrong; then a test failure says what, where and how to repeat.
@@ -78,6 +80,7 @@ class CacheSim : public CacheTest {
   void EvictAll(int tier);
   void Prefetch(ClientPtr client);
   void RunMoves();
+  void Persist(ClientPtr client);
   void Cancel();
 
   NewRows MakeRows(const SimClient& client, int layer, int64_t tokens);

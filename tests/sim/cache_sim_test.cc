@@ -51,6 +51,7 @@ class CacheSimTest : public CacheSim {
 
 TEST_F(CacheSimTest, UnderPressure) { RunSeeds(World::kPressure, 8); }
 TEST_F(CacheSimTest, InTightTiersWithVerbsInsideOthers) { RunSeeds(World::kTight, 8); }
+TEST_F(CacheSimTest, OverADiskThatFails) { RunSeeds(World::kDisk, 8); }
 TEST_F(CacheSimTest, InRoomyTiersWithVerbsInsideOthers) { RunSeeds(World::kRoomy, 8); }
 
 TEST_F(CacheSimTest, NoticesACopyToAWrongPlace) {

@@ -182,7 +182,20 @@ std::vector<Finding> CheckContents(const client::ServerStats& stats) {
     } else {
       findings.push_back(Ok(subject, text));
     }
+    if (!tier.problem.empty())
+      findings.push_back(
+          Fail(subject, tier.problem, "make room on the disk, or give the tier another folder (--disk)"));
+    if (tier.read_errors + tier.checksum_errors > 0)
+      findings.push_back(
+          Fail(subject,
+               absl::StrCat(tier.read_errors, " reads failed, ", tier.checksum_errors,
+                            " found other bytes than were stored; ", tier.lost_blocks, " blocks are lost"),
+               "the disk is failing: read its logs (dmesg, smartctl), give the tier another one"));
   }
+  if (stats.failed_persists > 0)
+    findings.push_back(
+        Warn("durable", absl::StrCat(stats.failed_persists, " times a sequence could not be made durable"),
+             "the daemon's log and the tier's problem (kvtide status) have the reason"));
   if (stats.checksum_failures > 0) {
     findings.push_back(
         Fail("checksums", absl::StrCat(stats.checksum_failures, " blocks came back with other bytes"),

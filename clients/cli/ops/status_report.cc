@@ -50,7 +50,21 @@ std::string Tiers(const ServerStats& stats, const Terminal& terminal) {
          absl::StrCat(tier.blocks), absl::StrCat(tier.pinned_blocks), PairsText(tier)},
         share < kNearlyFull ? Paint::kPlain : ShareColour(share, kNearlyFull, kFull));
   }
-  return table.Render(terminal);
+  std::string text = table.Render(terminal);
+  for (const TierStats& tier : stats.tiers) {
+    if (!tier.io) continue;
+    absl::StrAppend(&text, tier.name, ": ", tier.backend, ", read ", FormatBytes(tier.read_bytes),
+                    ", written ", FormatBytes(tier.written_bytes), "; failed reads ", tier.read_errors,
+                    ", writes ", tier.write_errors, ", syncs ", tier.sync_errors,
+                    ", other bytes than stored ", tier.checksum_errors, "; lost ", tier.lost_blocks,
+                    " blocks\n");
+    if (!tier.problem.empty())
+      absl::StrAppend(
+          &text,
+          terminal.Painted(absl::StrCat(tier.name, " takes no blocks now: ", tier.problem), Paint::kRed),
+          "\n");
+  }
+  return text;
 }
 
 std::string Contents(const DaemonSnapshot& snapshot) {
@@ -71,6 +85,10 @@ std::string Contents(const DaemonSnapshot& snapshot) {
                   PercentText(static_cast<double>(stats.attended_blocks_below_first_tier),
                               static_cast<double>(stats.attended_blocks)),
                   " of them below the first tier\n");
+  if (stats.durable_sequences > 0 || stats.persisted > 0 || stats.failed_persists > 0)
+    absl::StrAppend(&text, "durable    ", stats.durable_sequences, " sequences; made durable ",
+                    stats.persisted, " times (", stats.failed_persists, " failed), ",
+                    FormatBytes(stats.persisted_bytes), " written\n");
   absl::StrAppend(&text, "no room    ", stats.exhausted, " calls; checksum failures ",
                   stats.checksum_failures, "\n");
   return text;
@@ -125,6 +143,15 @@ Json TierJson(const TierStats& tier) {
           {"demoted_blocks", tier.demoted_blocks},
           {"promoted_blocks", tier.promoted_blocks},
           {"dropped_blocks", tier.dropped_blocks},
+          {"lost_blocks", tier.lost_blocks},
+          {"io", tier.io},
+          {"problem", tier.problem},
+          {"read_bytes", tier.read_bytes},
+          {"written_bytes", tier.written_bytes},
+          {"read_errors", tier.read_errors},
+          {"write_errors", tier.write_errors},
+          {"checksum_errors", tier.checksum_errors},
+          {"sync_errors", tier.sync_errors},
           {"pairs", pairs}};
 }
 
@@ -143,6 +170,8 @@ Json SequenceJson(const SequenceInfo& sequence) {
           {"tokens", sequence.tokens},
           {"shared_blocks", sequence.shared_blocks},
           {"dropped_blocks", sequence.dropped_blocks},
+          {"durable", sequence.durable},
+          {"durable_tokens", sequence.durable_tokens},
           {"idle_seconds", sequence.idle_seconds},
           {"age_seconds", sequence.age_seconds},
           {"tiers", tiers}};
@@ -208,7 +237,13 @@ std::string RenderStatusJson(const DaemonSnapshot& snapshot) {
                       {"attended_blocks", stats.attended_blocks},
                       {"attended_blocks_below_first_tier", stats.attended_blocks_below_first_tier},
                       {"checksum_failures", stats.checksum_failures},
-                      {"exhausted", stats.exhausted}};
+                      {"exhausted", stats.exhausted},
+                      {"lost_blocks", stats.lost_blocks},
+                      {"persist_calls", stats.persist_calls},
+                      {"persisted", stats.persisted},
+                      {"failed_persists", stats.failed_persists},
+                      {"persisted_bytes", stats.persisted_bytes},
+                      {"durable_sequences", stats.durable_sequences}};
   json["sequence_list"] = Json::array();
   for (const SequenceInfo& sequence : snapshot.sequences)
     json["sequence_list"].push_back(SequenceJson(sequence));

@@ -47,6 +47,8 @@ class Tier:
     backend: str
     capacity_bytes: int
     device: str
+    io: bool
+    durable: bool
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ class SequenceInfo:
     idle_seconds: float
     age_seconds: float
     device: str
+    durable: bool
+    durable_tokens: int
 
     @property
     def bytes(self) -> int:
@@ -155,6 +159,15 @@ class TierStats:
     promoted_blocks: int
     dropped_blocks: int
     device: str
+    lost_blocks: int
+    io: bool
+    problem: str
+    read_bytes: int
+    written_bytes: int
+    read_errors: int
+    write_errors: int
+    checksum_errors: int
+    sync_errors: int
 
 
 @dataclass(frozen=True)
@@ -186,6 +199,12 @@ class PoolStats:
     attended_blocks_below_first_tier: int
     checksum_failures: int
     exhausted: int
+    lost_blocks: int
+    persist_calls: int
+    persisted: int
+    failed_persists: int
+    persisted_bytes: int
+    durable_sequences: int
 
     @classmethod
     def _of(cls, raw: Mapping[str, Any]) -> "PoolStats":
@@ -206,6 +225,16 @@ class MoveResult:
     dropped_blocks: int
     blocks_left: int
     shared_blocks: int
+
+
+@dataclass(frozen=True)
+class PersistResult:
+    """Sequences that are durable now, with their tokens, and the blocks that were written for it."""
+
+    sequences: int
+    tokens: int
+    blocks: int
+    bytes: int
 
 
 @dataclass(frozen=True)

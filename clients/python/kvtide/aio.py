@@ -6,7 +6,7 @@ import asyncio
 import functools
 from typing import Any, Callable, Iterable, List, Mapping, Optional, Tuple, TypeVar
 
-from ._types import MoveResult, PoolInfo, PoolPlan, PoolStats, SequenceInfo
+from ._types import MoveResult, PersistResult, PoolInfo, PoolPlan, PoolStats, SequenceInfo
 from .pool import Pool, Sequence, connect as _connect
 
 _T = TypeVar("_T")
@@ -93,6 +93,10 @@ class AsyncPool:
     async def evict(self, sequences: Optional[Iterable[Sequence]] = None, tier: str = "", *, drop: bool = False) -> MoveResult:
         """See :meth:`Pool.evict`."""
         return await _run(self.pool.evict, sequences, tier, drop=drop)
+
+    async def persist(self, sequences: Iterable[Sequence]) -> PersistResult:
+        """See :meth:`Pool.persist`."""
+        return await _run(self.pool.persist, list(sequences))
 
     async def prefetch(self, sequences: Iterable[Sequence]) -> MoveResult:
         """See :meth:`Pool.prefetch`."""

@@ -14,13 +14,14 @@ import weakref
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence as SequenceOf, Tuple, Union
 
 from . import _arrays, _core
-from ._types import Layer, MoveResult, PoolInfo, PoolPlan, PoolStats, SequenceInfo
+from ._types import Layer, MoveResult, PersistResult, PoolInfo, PoolPlan, PoolStats, SequenceInfo
 from .errors import FailedPrecondition, InvalidArgument, KvtideError
 
 if TYPE_CHECKING:
     from .aio import AsyncPool
 
 _CENTRING = {"default": 0, "none": 1, "first_block": 2, "calibrated": 3}
+_PERSISTENCE = {"default": 0, "none": 1, "on-park": 2, "all": 3}
 _EQUALISING = {"default": 0, "none": 1, "root": 2, "full": 3}
 _ROPE = {"default": 0, "none": 1, "halves": 2, "neighbours": 3}
 # A message carries tensors and a little around them.
@@ -234,6 +235,10 @@ class Sequence:
         """Moves the blocks up to the first tier as far as there is room."""
         return self.pool.prefetch([self])
 
+    def persist(self) -> PersistResult:
+        """Makes it durable as it is now. See :meth:`Pool.persist`."""
+        return self.pool.persist([self])
+
     def info(self) -> SequenceInfo:
         """What the pool knows about the sequence."""
         for info in self.pool.sequences(self.model):
@@ -410,6 +415,7 @@ class Pool:
         tenant: str = "",
         allow_drop: bool = False,
         device: str = "",
+        persistence: str = "default",
     ) -> Sequence:
         """A new, empty sequence.
 
@@ -425,6 +431,8 @@ class Pool:
             tenant: shown in lists.
             allow_drop: blocks may be dropped when the last tier is full.
             device: device of the first tier where it is to live; empty = where most room is.
+            persistence: when it becomes durable by itself, beside :meth:`persist`: ``none``, ``on-park`` (with an eviction
+                that names it), ``all`` (whenever it has changed), or ``default`` (as the daemon is configured).
         """
         settings: dict = {
             "key_centring": _choice(_CENTRING, "key_centring", key_centring),
@@ -434,6 +442,7 @@ class Pool:
             "tenant": tenant,
             "allow_drop": allow_drop,
             "device": device,
+            "persistence": _choice(_PERSISTENCE, "persistence", persistence),
             "group_pairs": list(group_pairs),
         }
         if pair is not None:
@@ -643,3 +652,9 @@ class Pool:
         """Moves blocks back to the first tier as far as there is room."""
         ids = [sequence.id for sequence in sequences]
         return MoveResult(**self._core.prefetch(ids)) if ids else MoveResult(0, 0, 0, 0, 0)
+
+    def persist(self, sequences: Iterable[Sequence]) -> PersistResult:
+        """Makes sequences durable as they are now: after a stop, a crash or a kill of the daemon they are there again, under
+        their ids (:meth:`attach`), and read back bit for bit. Needs a daemon with a disk tier (``kvtided --disk``)."""
+        ids = [sequence.id for sequence in sequences]
+        return PersistResult(**self._core.persist(ids)) if ids else PersistResult(0, 0, 0, 0)

@@ -49,6 +49,16 @@ TEST(CacheCollector, FamiliesAndTypes) {
       {"kvtide_demoted_blocks_total", "counter"},
       {"kvtide_promoted_blocks_total", "counter"},
       {"kvtide_dropped_blocks_total", "counter"},
+      {"kvtide_lost_blocks_total", "counter"},
+      {"kvtide_tier_writable", "gauge"},
+      {"kvtide_tier_read_bytes_total", "counter"},
+      {"kvtide_tier_written_bytes_total", "counter"},
+      {"kvtide_tier_syncs_total", "counter"},
+      {"kvtide_tier_errors_total", "counter"},
+      {"kvtide_durable_sequences", "gauge"},
+      {"kvtide_persisted_total", "counter"},
+      {"kvtide_failed_persists_total", "counter"},
+      {"kvtide_persisted_bytes_total", "counter"},
       {"kvtide_attended_blocks_total", "counter"},
       {"kvtide_checksum_failures_total", "counter"},
       {"kvtide_exhausted_calls_total", "counter"},
@@ -82,15 +92,25 @@ TEST(CacheCollector, EveryFieldIsThere) {
                                   stats.attended_blocks_below_tier0,
                                   stats.checksum_failures,
                                   stats.exhausted,
+                                  stats.durable_sequences,
+                                  stats.persisted,
+                                  stats.failed_persists,
+                                  stats.persisted_bytes,
                                   stats.max_sequences,
                                   stats.max_models,
                                   static_cast<uint64_t>(stats.max_tokens_per_sequence)};
   for (const TierStats& tier : stats.tiers) {
     for (const uint64_t field :
          {tier.capacity_bytes, tier.used_bytes, tier.free_bytes, tier.largest_free_extent_bytes, tier.blocks,
-          tier.pinned_blocks, tier.demoted_blocks, tier.promoted_blocks, tier.dropped_blocks}) {
+          tier.pinned_blocks, tier.demoted_blocks, tier.promoted_blocks, tier.dropped_blocks,
+          tier.lost_blocks}) {
       fields.push_back(field);
     }
+    if (!tier.attends)
+      for (const uint64_t field :
+           {tier.io.read_bytes, tier.io.written_bytes, tier.io.syncs, tier.io.read_errors,
+            tier.io.write_errors, tier.io.sync_errors, tier.io.checksum_errors})
+        fields.push_back(field);
     for (const auto& [name, pair] : tier.pairs) {
       fields.push_back(pair.blocks);
       fields.push_back(pair.bytes);

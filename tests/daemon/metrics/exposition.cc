@@ -24,6 +24,21 @@ TierStats Tier(const std::string& name, const std::string& backend, uint64_t bas
   tier.demoted_blocks = base + 5;
   tier.promoted_blocks = base + 7;
   tier.dropped_blocks = base + 9;
+  tier.lost_blocks = base + 13;
+  return tier;
+}
+
+TierStats DiskTier(uint64_t base) {
+  TierStats tier = Tier("disk", "disk", base);
+  tier.attends = false;
+  tier.io.read_bytes = base + 17;
+  tier.io.written_bytes = base + 19;
+  tier.io.syncs = base + 21;
+  tier.io.read_errors = base + 25;
+  tier.io.write_errors = base + 27;
+  tier.io.sync_errors = base + 29;
+  tier.io.checksum_errors = base + 31;
+  tier.io.writable = false;
   return tier;
 }
 
@@ -31,7 +46,7 @@ TierStats Tier(const std::string& name, const std::string& backend, uint64_t bas
 
 CacheStats BusyStats() {
   CacheStats stats;
-  stats.tiers = {Tier("device", "cuda:0", 1000), Tier("host", "cpu", 2000)};
+  stats.tiers = {Tier("device", "cuda:0", 1000), Tier("host", "cpu", 2000), DiskTier(3000)};
   for (const TierStats& tier : stats.tiers) {
     stats.stored_bytes += tier.used_bytes;
     stats.dropped_blocks += tier.dropped_blocks;
@@ -57,6 +72,10 @@ CacheStats BusyStats() {
   stats.attended_blocks_below_tier0 = 1000002;
   stats.checksum_failures = 67;
   stats.exhausted = 73;
+  stats.durable_sequences = 79;
+  stats.persisted = 83;
+  stats.failed_persists = 89;
+  stats.persisted_bytes = 987654321;
   stats.max_sequences = 16384;
   stats.max_models = 64;
   stats.max_tokens_per_sequence = 4194304;

@@ -74,7 +74,7 @@ TEST(Metrics, TextHasAllParts) {
 TEST(Metrics, LabelsAreFew) {
   const std::set<std::string> allowed = {"tier",     "device",   "pair",   "backend", "position",
                                          "location", "lane",     "method", "code",    "le",
-                                         "version",  "compiler", "cuda"};
+                                         "version",  "compiler", "cuda",   "operation"};
   const std::regex label("([a-z_]+)=\"");
   size_t series = 0;
   for (const auto& [name, value] : ParseExposition(BusyMetrics()->Text()).samples) {

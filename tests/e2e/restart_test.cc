@@ -1,0 +1,276 @@
+// A daemon that is stopped or killed and comes again: sequences that were acknowledged as durable read back
+// bit for bit and are attended as before, whenever the kill came; what was closed stays away.
+// More often than the few times of every run:
+//     KVTIDE_KILL_ROUNDS=200 kvtide_test_e2e --gtest_filter='*KillsAtAnyMoment*'
+#include <signal.h>
+#include <xxhash.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <filesystem>
+#include <map>
+#include <mutex>
+#include <random>
+#include <thread>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tests/e2e/test_daemon.h"
+
+namespace kvtide::e2e {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+client::SequenceOptions WithPair(const std::string& pair) {
+  client::SequenceOptions options;
+  options.pair = pair;
+  return options;
+}
+
+// All stored values of a sequence, as one number.
+absl::StatusOr<uint64_t> HashOf(client::Client& client, client::SequenceId id, int64_t tokens) {
+  const auto layers = client.ReadTokens(id, {}, 0, tokens);
+  if (!layers.ok()) return layers.status();
+  uint64_t hash = static_cast<uint64_t>(tokens);
+  for (const client::LayerRows& layer : *layers)
+    for (const auto* bytes : {&layer.k, &layer.v})
+      hash = XXH3_64bits_withSeed(bytes->data(), bytes->size(), hash);
+  return hash;
+}
+
+class RestartTest : public ::testing::TestWithParam<const char*> {
+ protected:
+  RestartTest() : folder_(MakeFolder()) {}
+  ~RestartTest() override { std::filesystem::remove_all(folder_); }
+  void Start(std::vector<std::string> more = {}) {
+    std::vector<std::string> arguments = {
+        "--device-memory",       "2MiB",      "--host-memory", "2MiB", "--disk",
+        folder_ + "/tier:64MiB", "--disk-io", GetParam()};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    daemon_ = TestDaemon::Start(arguments);
+    ASSERT_NE(daemon_, nullptr);
+    client_ = daemon_->Connect();
+    ASSERT_TRUE(client_->RegisterModel(SmallModel()).ok());
+  }
+
+  const std::string folder_;
+  std::unique_ptr<TestDaemon> daemon_;
+  std::unique_ptr<client::Client> client_;
+};
+
+TEST_P(RestartTest, DurableSequencesAreThereAfterAStopAndAfterAKill) {
+  Start();
+  std::map<client::SequenceId, std::pair<int64_t, uint64_t>> expected;
+  for (const char* pair : {"f16/f16", "q8_0/turbo4", "turbo3/turbo3"}) {
+    const auto id = client_->CreateSequence("small", WithPair(pair));
+    ASSERT_TRUE(id.ok()) << id.status();
+    const int64_t tokens = 300 + 17 * static_cast<int64_t>(expected.size());
+    ASSERT_TRUE(client_->Append(*id, 0, Tokens(3, 0, tokens).layers).ok());
+    expected[*id] = {tokens, HashOf(*client_, *id, tokens).value()};
+  }
+  const auto lost = client_->CreateSequence("small", WithPair("f16/f16")).value();
+  ASSERT_TRUE(client_->Append(lost, 0, Tokens(4, 0, 100).layers).ok());
+  for (const auto& [id, state] : expected) {
+    const auto result = client_->PersistSequences(std::span(&id, 1));
+    ASSERT_TRUE(result.ok()) << result.status();
+    EXPECT_EQ(result->tokens, state.first);
+  }
+  for (const bool kill : {true, false, true}) {
+    client_.reset();
+    if (kill) {
+      daemon_->Kill();
+    } else {
+      EXPECT_EQ(daemon_->Stop(), 0);
+    }
+    Start();
+    const auto list = client_->ListSequences().value();
+    EXPECT_EQ(list.size(), expected.size());
+    for (const client::SequenceInfo& info : list) {
+      ASSERT_EQ(expected.count(info.id), 1u);
+      EXPECT_TRUE(info.durable);
+      EXPECT_EQ(info.tokens, expected[info.id].first);
+      EXPECT_EQ(HashOf(*client_, info.id, info.tokens).value(), expected[info.id].second);
+    }
+    EXPECT_FALSE(client_->Append(lost, 100, Tokens(4, 100, 1).layers).ok());
+    EXPECT_THAT(daemon_->Log(), HasSubstr("restored sequences=3"));
+    EXPECT_THAT(daemon_->Log(), Not(HasSubstr("not restored")));
+  }
+  // They go on.
+  for (auto& [id, state] : expected) {
+    ASSERT_TRUE(client_->Append(id, state.first, Tokens(3, state.first, 200).layers).ok());
+    EXPECT_EQ(client_->ListSequences().value().at(0).durable, true);
+    ASSERT_TRUE(client_->CloseSequence(id).ok());
+  }
+  client_.reset();
+  daemon_->Kill();
+  Start();
+  EXPECT_TRUE(client_->ListSequences()->empty());
+}
+
+TEST_P(RestartTest, TheTailOfARestoredSequenceIsAttendedAsBefore) {
+  Start();
+  const auto id = client_->CreateSequence("small", WithPair("q8_0/q8_0")).value();
+  constexpr int64_t kTokens = 400;
+  const Tokens tokens(5, 0, kTokens);
+  ASSERT_TRUE(client_->Append(id, 0, tokens.layers).ok());
+  const std::vector<float> q = Rows(7, 0, 3, kHeads);
+  const auto attend = [&] {
+    std::vector<float> output(q.size());
+    client::AttendItem item;
+    item.sequence = id;
+    item.q = client::TensorRef::F32(q, {3, kHeads, kDim});
+    item.output = output;
+    EXPECT_TRUE(client_->Attend(0, std::span(&item, 1)).ok());
+    return output;
+  };
+  const std::vector<float> before = attend();
+  ASSERT_TRUE(client_->PersistSequences(std::span(&id, 1)).ok());
+  client_.reset();
+  daemon_->Kill();
+  Start();
+  EXPECT_LT(LargestDifference(attend(), before), 1e-5);
+}
+
+TEST_P(RestartTest, ASessionThatEndsLeavesItsDurableSequences) {
+  Start({"--persist", "on-park"});
+  client::ClientOptions options;
+  options.session = true;
+  auto session = daemon_->Connect(options);
+  const auto kept = session->CreateSequence("small", WithPair("f16/f16")).value();
+  const auto gone = session->CreateSequence("small", WithPair("f16/f16")).value();
+  ASSERT_TRUE(session->Append(kept, 0, Tokens(1, 0, 70).layers).ok());
+  ASSERT_TRUE(session->Append(gone, 0, Tokens(2, 0, 70).layers).ok());
+  ASSERT_TRUE(session->EvictSequences(std::span(&kept, 1)).ok());
+  session.reset();
+  std::vector<client::SequenceInfo> list;
+  for (int i = 0; i < 500 && list.size() != 1; i++) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    list = client_->ListSequences().value();
+  }
+  ASSERT_EQ(list.size(), 1u);
+  EXPECT_EQ(list[0].id, kept);
+}
+
+// One client that works until the daemon dies under it.
+class Worker {
+ public:
+  struct State {
+    int64_t tokens = 0;
+    uint64_t hash = 0;
+    bool operator==(const State&) const = default;
+  };
+  // What was acknowledged; what was asked for and not answered; what is closed, or may be.
+  std::map<client::SequenceId, State> durable, in_doubt;
+  std::map<client::SequenceId, bool> closing;
+
+  void Run(const TestDaemon& daemon, int seed) {
+    const auto client = daemon.Connect();
+    if (client == nullptr) return;
+    std::mt19937 random(static_cast<uint32_t>(seed));
+    const char* pairs[] = {"f16/f16", "q8_0/turbo4"};
+    while (true) {
+      client::SequenceId id = 0;
+      int64_t length = 0;
+      if (durable.size() < 4 || random() % 3 == 0) {
+        const auto made = client->CreateSequence("small", WithPair(pairs[random() % 2]));
+        if (!made.ok()) return;
+        id = *made;
+      } else {
+        const auto it = std::next(durable.begin(), static_cast<int64_t>(random() % durable.size()));
+        id = it->first;
+        length = it->second.tokens;
+        if (random() % 4 == 0 || length > 500) {
+          closing[id] = true;
+          if (!client->CloseSequence(id).ok()) return;
+          closing.erase(id);
+          durable.erase(id);
+          continue;
+        }
+      }
+      const int64_t more = 1 + static_cast<int64_t>(random() % 150);
+      if (!client->Append(id, length, Tokens(static_cast<int>(id % 1000), length, more).layers).ok()) return;
+      const auto hash = HashOf(*client, id, length + more);
+      if (!hash.ok()) return;
+      in_doubt[id] = {length + more, *hash};
+      if (!client->PersistSequences(std::span(&id, 1)).ok()) return;
+      durable[id] = in_doubt[id];
+      in_doubt.erase(id);
+    }
+  }
+};
+
+TEST_P(RestartTest, KillsAtAnyMomentLoseNothingThatWasAcknowledged) {
+  const char* asked = std::getenv("KVTIDE_KILL_ROUNDS");
+  const int rounds = asked != nullptr ? std::atoi(asked) : 4;
+  std::mt19937 random(17);
+  Worker worker;
+  Start();
+  for (int round = 0; round < rounds; round++) {
+    std::thread thread([&] { worker.Run(*daemon_, round); });
+    std::this_thread::sleep_for(std::chrono::milliseconds(20 + random() % 600));
+    client_.reset();
+    daemon_->Kill();
+    thread.join();
+    Start();
+    EXPECT_THAT(daemon_->Log(), Not(HasSubstr("not restored"))) << "round " << round;
+    std::map<client::SequenceId, Worker::State> found;
+    const std::vector<client::SequenceInfo> list = client_->ListSequences().value();
+    for (const client::SequenceInfo& info : list) {
+      const auto hash = HashOf(*client_, info.id, info.tokens);
+      ASSERT_TRUE(hash.ok()) << "round " << round << ": " << hash.status();
+      found[info.id] = {info.tokens, *hash};
+    }
+    for (const auto& [id, state] : worker.durable) {
+      if (found.count(id) == 0) {
+        ASSERT_EQ(worker.closing.count(id), 1u) << "round " << round << ": sequence " << id << " is gone";
+        continue;
+      }
+      ASSERT_TRUE(found[id] == state || (worker.in_doubt.count(id) != 0 && found[id] == worker.in_doubt[id]))
+          << "round " << round << ": sequence " << id << " has " << found[id].tokens << " tokens, not "
+          << state.tokens;
+    }
+    for (const auto& [id, state] : found)
+      ASSERT_TRUE(worker.durable.count(id) != 0 ||
+                  (worker.in_doubt.count(id) != 0 && worker.in_doubt[id] == state))
+          << "round " << round << ": sequence " << id << " was closed or never durable";
+    worker.durable = found;
+    worker.in_doubt.clear();
+    worker.closing.clear();
+  }
+}
+
+TEST(Disk, ASecondDaemonOnTheFolderIsRefused) {
+  const std::string folder = MakeFolder();
+  const std::string disk = folder + "/tier:8MiB";
+  const auto first = TestDaemon::Start({"--disk", disk});
+  ASSERT_NE(first, nullptr);
+  const TestDaemon::Result second = TestDaemon::RunToEnd(
+      {"--listen", "unix:" + folder + "/other.sock", "--device", "cpu", "--device-memory", "1MiB",
+       "--host-memory", "0", "--metrics-address", "off", "--disk", disk});
+  EXPECT_FALSE(second.started);
+  EXPECT_EQ(second.exit_code, 1);
+  EXPECT_THAT(second.output, HasSubstr("belongs to another running daemon"));
+  std::filesystem::remove_all(folder);
+}
+
+TEST(Disk, BadSettingsAreNamed) {
+  for (const auto& [arguments, text] : std::vector<std::pair<std::vector<std::string>, std::string>>{
+           {{"--disk", "/tmp/x"}, "give a folder and a size"},
+           {{"--disk", "/tmp/x:1KiB"}, "at least 1MiB"},
+           {{"--disk-io", "aio"}, "use auto, io_uring or threads"},
+           {{"--persist", "always"}, "use none, on-park or all"},
+           {{"--persist", "all"}, "needs a disk tier"}}) {
+    const TestDaemon::Result result = TestDaemon::RunToEnd(arguments);
+    EXPECT_EQ(result.exit_code, 2) << text;
+    EXPECT_THAT(result.output, HasSubstr(text));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Io, RestartTest, ::testing::Values("auto", "threads"),
+                         [](const auto& test) { return std::string(test.param); });
+
+}  // namespace
+}  // namespace kvtide::e2e
