@@ -37,6 +37,19 @@ std::string KnownFields() {
   return absl::StrJoin(names, ", ");
 }
 
+// What protobuf says of JSON: a reason, and below it perhaps a line of the text and a mark under the place.
+std::string OneLine(const std::string& message) {
+  const std::vector<std::string> lines = absl::StrSplit(message, '\n');
+  const size_t mark = lines.back().find('^');
+  if (lines.size() < 3 || mark == std::string::npos || mark > lines[lines.size() - 2].size())
+    return absl::StrJoin(lines, " ");
+  constexpr size_t kShown = 40;
+  const std::string& text = lines[lines.size() - 2];
+  const std::string place = text.substr(mark, kShown);
+  return absl::StrCat(lines.front(), place.empty() ? " at the end of '" : " at '",
+                      place.empty() ? text : place, "'");
+}
+
 // A size from its text, or from its number of bytes, or the default.
 absl::StatusOr<int64_t> ResolveBytes(const char* field, const std::string& text, int64_t bytes,
                                      int64_t fallback) {
@@ -138,6 +151,9 @@ absl::Status ResolveLimits(const v1::KvtidedConfig& config, CacheOptions* cache)
   KVTIDE_RETURN_IF_ERROR(CheckRange<int64_t>("max_sequences", config.max_sequences(), 0, int64_t{1} << 32));
   KVTIDE_RETURN_IF_ERROR(CheckRange<int64_t>("max_models", config.max_models(), 0, 1 << 16));
   KVTIDE_RETURN_IF_ERROR(CheckRange<int64_t>("max_tokens", config.max_tokens(), 0, int64_t{1} << 40));
+  KVTIDE_RETURN_IF_ERROR(
+      CheckRange<int64_t>("max_attend_work", config.max_attend_work(), 0, int64_t{1} << 62));
+  if (config.max_attend_work() > 0) cache->max_attend_work = config.max_attend_work();
   if (config.max_sequences() > 0) cache->max_sequences = static_cast<size_t>(config.max_sequences());
   if (config.max_models() > 0) cache->max_models = static_cast<size_t>(config.max_models());
   if (config.max_tokens() > 0) cache->max_tokens_per_sequence = config.max_tokens();
@@ -175,8 +191,9 @@ absl::StatusOr<v1::KvtidedConfig> ParseConfig(const std::string& json, const std
   options.ignore_unknown_fields = false;
   const auto status = google::protobuf::util::JsonStringToMessage(json, &config, options);
   if (!status.ok()) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "config file ", file_name, ": ", std::string(status.message()), "\nknown fields: ", KnownFields()));
+    return absl::InvalidArgumentError(absl::StrCat("config file ", file_name, ": ",
+                                                   OneLine(std::string(status.message())),
+                                                   "\nknown fields: ", KnownFields()));
   }
   return config;
 }

@@ -105,15 +105,19 @@ void AddFlags(CLI::App* app, Flags* flags) {
       "trace, debug, info, warning or error (default info)");
   app->add_option_function<int>(
          "--compute-threads", [config](int v) { config->set_compute_threads(v); },
-         "threads that attend on the CPU (default: one per core)")
+         "threads that attend on the CPU; 0 = the default (one per core)")
       ->envname("KVTIDE_COMPUTE_THREADS");
   app->add_option_function<int64_t>(
          "--max-message-bytes", [config](int64_t v) { config->set_max_message_bytes(v); },
          "largest message, either way (default 64 MiB)")
       ->envname("KVTIDE_MAX_MESSAGE_BYTES");
+  app->add_option_function<int64_t>(
+         "--max-attend-work", [config](int64_t v) { config->set_max_attend_work(v); },
+         "most work of one attention: queries x visible tokens x query heads of all its items (default 2^38)")
+      ->envname("KVTIDE_MAX_ATTEND_WORK");
   app->add_option_function<int>(
          "--max-connections", [config](int v) { config->set_max_connections(v); },
-         "connections at a time (default 1024, or what the limit of open files has room for)")
+         "connections at a time; 0 = the default (1024, or what the limit of open files has room for)")
       ->envname("KVTIDE_MAX_CONNECTIONS");
   AddFlag(
       app, "--call-memory", "KVTIDE_CALL_MEMORY",
@@ -121,7 +125,7 @@ void AddFlags(CLI::App* app, Flags* flags) {
       "memory for requests and answers of calls under way (default and least: six largest messages)");
   app->add_option_function<int>(
          "--shutdown-seconds", [config](int v) { config->set_shutdown_seconds(v); },
-         "how long calls under way may go on after SIGTERM (default 10)")
+         "how long calls under way may go on after SIGTERM; 0 = the default (10)")
       ->envname("KVTIDE_SHUTDOWN_SECONDS");
   app->add_flag("--print-config", flags->print_config, "print the configuration as JSON and stop");
   app->add_flag("--version", flags->version, "print the version and stop");
@@ -272,6 +276,11 @@ class Daemon {
         spdlog::warn("address={} is open to the network, and there is no authentication", address.text);
       }
     }
+    options_.service.refused = [gauges = options_.service.gauges](int64_t refused) {
+      spdlog::warn(
+          "connections refused={} open={} max_connections={} close idle clients, or raise --max-connections",
+          refused, gauges->connections.load(), gauges->connections_limit.load());
+    };
     KVTIDE_ASSIGN_OR_RETURN(server_, service::Server::Start(cache_.get(), options_.service));
     const int64_t connections = options_.service.gauges->connections_limit;
     if (connections < static_cast<int64_t>(options_.service.max_connections)) {

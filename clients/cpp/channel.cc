@@ -29,7 +29,8 @@ std::string WhatToCheck(const std::string& address) {
     if (::access(path.c_str(), R_OK | W_OK) != 0) {
       return absl::StrCat("no permission for ", path, "; ask to join the socket's group");
     }
-    return "the socket is there but nobody answers; is kvtided running?";
+    return "the socket is there but nobody answers; is kvtided running? If it is, it may have all the "
+           "connections that it may (--max-connections), which its log says";
   }
   return "is kvtided running and listening there (--listen)?";
 }
@@ -56,7 +57,16 @@ absl::StatusOr<std::shared_ptr<grpc::Channel>> OpenChannel(const std::string& ad
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
   std::shared_ptr<grpc::Channel> channel =
       grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
-  if (!channel->WaitForConnected(absl::ToChronoTime(absl::Now() + options.connect_timeout))) {
+  const auto deadline = absl::ToChronoTime(absl::Now() + options.connect_timeout);
+  if (!options.wait_for_daemon) {
+    grpc_connectivity_state state = channel->GetState(true);
+    while (state != GRPC_CHANNEL_READY && state != GRPC_CHANNEL_TRANSIENT_FAILURE &&
+           channel->WaitForStateChange(state, deadline))
+      state = channel->GetState(true);
+    if (state == GRPC_CHANNEL_TRANSIENT_FAILURE)
+      return absl::UnavailableError(absl::StrCat("no kvtided at ", address, ": ", WhatToCheck(address)));
+  }
+  if (!channel->WaitForConnected(deadline)) {
     return absl::UnavailableError(absl::StrCat("no kvtided at ", address, " within ",
                                                absl::FormatDuration(options.connect_timeout), ": ",
                                                WhatToCheck(address)));

@@ -31,6 +31,8 @@ struct ClientOptions {
   // Of every call, from its start to its answer; also how long Connect waits for the daemon.
   absl::Duration timeout = absl::Seconds(60);
   absl::Duration connect_timeout = absl::Seconds(5);
+  // False: Connect fails at once where nobody answers, instead of waiting for a daemon that may yet come.
+  bool wait_for_daemon = true;
   int64_t max_message_bytes = int64_t{64} << 20;
   // All calls go through one session stream, in order: sequences die with the client. Calls of several
   // threads then wait for each other.
@@ -198,6 +200,7 @@ struct ServerStats {
   int64_t attended_blocks = 0, attended_blocks_below_first_tier = 0, checksum_failures = 0, exhausted = 0;
   int64_t lost_blocks = 0, persist_calls = 0, persisted = 0, failed_persists = 0, persisted_bytes = 0;
   int64_t durable_sequences = 0;
+  int64_t compacted_blocks = 0, compacted_bytes = 0;
 };
 
 struct MoveResult {

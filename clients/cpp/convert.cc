@@ -223,6 +223,8 @@ ServerStats FromProto(const v1::GetStatsResponse& proto) {
   stats.failed_persists = proto.failed_persists();
   stats.persisted_bytes = proto.persisted_bytes();
   stats.durable_sequences = proto.durable_sequences();
+  stats.compacted_blocks = proto.compacted_blocks();
+  stats.compacted_bytes = proto.compacted_bytes();
   return stats;
 }
 

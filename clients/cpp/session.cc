@@ -10,6 +10,7 @@ namespace kvtide::client {
 absl::StatusOr<std::unique_ptr<Session>> Session::Start(v1::KvCacheService::Stub* stub,
                                                         absl::Duration timeout) {
   std::unique_ptr<Session> session(new Session(timeout));
+  const MutexLock lock(session->mutex_);
   session->stream_ = stub->AsyncSession(&session->context_, &session->queue_, session.get());
   KVTIDE_RETURN_IF_ERROR(Annotate(session->Wait(absl::Now() + timeout), "session"));
   return session;
@@ -48,7 +49,7 @@ void Session::Break() {
 }
 
 absl::Status Session::Call(v1::SessionRequest* request, v1::SessionResponse* response) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const MutexLock lock(mutex_);
   if (broken_) return absl::UnavailableError("the session with kvtided is lost; connect again");
   const absl::Time deadline = absl::Now() + timeout_;
   request->set_request_id(++last_request_);

@@ -4,12 +4,12 @@
 #pragma once
 
 #include <memory>
-#include <mutex>
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "grpcpp/client_context.h"
 #include "grpcpp/completion_queue.h"
+#include "kernels/base/mutex.h"
 #include "kvtide/v1/kv_cache_service.grpc.pb.h"
 
 namespace kvtide::client {
@@ -27,17 +27,18 @@ class Session {
  private:
   explicit Session(absl::Duration timeout) : timeout_(timeout) {}
   // Waits for the one operation that is under way.
-  absl::Status Wait(absl::Time deadline);
-  void Break();
+  absl::Status Wait(absl::Time deadline) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Break() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const absl::Duration timeout_;
-  std::mutex mutex_;  // guards all below; held while a call is under way
-  grpc::ClientContext context_;
-  grpc::CompletionQueue queue_;
-  std::unique_ptr<grpc::ClientAsyncReaderWriter<v1::SessionRequest, v1::SessionResponse>> stream_;
-  v1::SessionResponse response_;
-  uint64_t last_request_ = 0;
-  bool broken_ = false;
+  Mutex mutex_;  // held while a call is under way
+  grpc::ClientContext context_ ABSL_GUARDED_BY(mutex_);
+  grpc::CompletionQueue queue_ ABSL_GUARDED_BY(mutex_);
+  std::unique_ptr<grpc::ClientAsyncReaderWriter<v1::SessionRequest, v1::SessionResponse>> stream_
+      ABSL_GUARDED_BY(mutex_);
+  v1::SessionResponse response_ ABSL_GUARDED_BY(mutex_);
+  uint64_t last_request_ ABSL_GUARDED_BY(mutex_) = 0;
+  bool broken_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 }  // namespace kvtide::client

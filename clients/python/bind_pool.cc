@@ -112,6 +112,7 @@ nb::dict ToPython(const client::ServerStats& from) {
   KVTIDE_PUT(attended_blocks_below_first_tier), KVTIDE_PUT(checksum_failures), KVTIDE_PUT(exhausted);
   KVTIDE_PUT(lost_blocks), KVTIDE_PUT(persist_calls), KVTIDE_PUT(persisted), KVTIDE_PUT(failed_persists);
   KVTIDE_PUT(persisted_bytes), KVTIDE_PUT(durable_sequences);
+  KVTIDE_PUT(compacted_blocks), KVTIDE_PUT(compacted_bytes);
   out["tiers"] = List(from.tiers, [](const client::TierStats& tier) { return ToPython(tier); });
   return out;
 }

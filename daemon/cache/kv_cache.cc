@@ -1,5 +1,7 @@
 #include "daemon/cache/kv_cache.h"
 
+#include <limits>
+
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/cache_core.h"
 #include "daemon/cache/inspector.h"
@@ -236,6 +238,32 @@ absl::Status KvCache::Attend(const AttendCall& call) {
   KVTIDE_RETURN_IF_ERROR(ContextOf(call).Check(options().clock(), "the attention"));
   CacheLock lock(impl_->core);
   return impl_->reader.Attend(lock, call, sequences, nullptr);
+}
+double KvCache::EstimateWork(const AttendCall& call) const {
+  constexpr double kAnything = std::numeric_limits<double>::infinity();
+  constexpr size_t kFewItems = 4;
+  if (call.items.size() > kFewItems) return kAnything;
+  double work = 0;
+  CacheLock lock(impl_->core);
+  for (const AttendRequest& item : call.items) {
+    const absl::StatusOr<SequencePtr> sequence = lock->sequences.Find(item.sequence);
+    if (!sequence.ok()) return kAnything;
+    const ModelSpec& model = (*sequence)->model->spec;
+    if (call.layer < 0 || static_cast<size_t>(call.layer) >= model.layers.size()) return kAnything;
+    const LayerSpec& layer = model.layers[static_cast<size_t>(call.layer)];
+    if (item.new_tokens > 0 && !Writer::IsPlain(**sequence, layer, item.start_position, item.new_tokens))
+      return kAnything;
+    const GroupTable& table = (*sequence)->groups[static_cast<size_t>(layer.group)];
+    const int64_t tokens = table.layer(layer.layer_in_group).tokens + item.new_tokens;
+    constexpr int64_t kFewTokens = 1 << 16;  // a thousand blocks to look at
+    if (tokens > kFewTokens) return kAnything;
+    bool far = false;
+    table.ForEachBlock([&](const Block* block) { far = far || impl_->mover.IsFar(*block); });
+    if (far) return kAnything;
+    work += static_cast<double>(tokens) * static_cast<double>(item.queries) *
+            model.groups[static_cast<size_t>(layer.group)].heads;
+  }
+  return work;
 }
 absl::Status KvCache::ReadTokens(const ReadCall& call) { return impl_->reader.ReadTokens(call); }
 absl::Status KvCache::AppendAttend(const AttendCall& call) { return impl_->AppendAttend(call); }

@@ -145,6 +145,10 @@ class KvCache {
   absl::Status Append(const AppendCall& call);
   absl::Status Attend(const AttendCall& call);
   absl::Status AppendAttend(const AttendCall& call);
+  // About what Attend, or AppendAttend where items bring new tokens, takes: products of queries, visible
+  // tokens and query heads. Infinite if it may have to wait for others, or to move, copy or code blocks, and
+  // for calls that will fail. Cheap.
+  double EstimateWork(const AttendCall& call) const;
   // All layers as they are at one moment; writers and moves go on meanwhile. OutOfRange beyond a layer's
   // length or before its sliding window, DataLoss where tokens were dropped, Cancelled between blocks: the
   // buffers are undefined then.

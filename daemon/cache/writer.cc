@@ -90,6 +90,16 @@ absl::Status Writer::Append(const AppendCall& call) {
   return Finish(lock, batch);
 }
 
+bool Writer::IsPlain(const Sequence& sequence, const LayerSpec& layer, int64_t start, int64_t tokens) {
+  const GroupTable& table = sequence.groups[static_cast<size_t>(layer.group)];
+  if (sequence.writer != nullptr || sequence.options.seal_at_once) return false;
+  if (start != table.layer(layer.layer_in_group).tokens || start % kBlockTokens == 0) return false;
+  const int64_t index = start / kBlockTokens;
+  if (tokens >= (index + 1) * kBlockTokens - start || index >= table.end_block()) return false;
+  const Block& block = *table.at(index);
+  return block.references() == 1 && !block.moving && !block.copy_before_write && block.place != nullptr;
+}
+
 absl::Status Writer::Begin(CacheLock& lock, WriteBatch& batch) {
   KVTIDE_CHECK(batch.phase_ == WriteBatch::Phase::kNew);
   batch.writers_.reserve(batch.sequences.size());

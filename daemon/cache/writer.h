@@ -19,6 +19,9 @@ class Writer {
   Writer(CacheCore& core, Mover& mover, Sealer& sealer) : core_(core), mover_(mover), sealer_(sealer) {}
 
   absl::Status Append(const AppendCall& call);
+  // Whether new tokens for a layer are rows in a block that is there, is nobody else's and stays f16
+  // afterwards.
+  static bool IsPlain(const Sequence& sequence, const LayerSpec& layer, int64_t start, int64_t tokens);
 
   // Reserves everything; nothing has changed if it fails.
   absl::Status Begin(CacheLock& lock, WriteBatch& batch);

@@ -101,6 +101,10 @@ void WriteCounters(FamilyWriter& writer, const CacheStats& stats) {
   counter("kvtide_failed_moves_total", "Block moves that failed; the block stayed where it was.",
           stats.failed_moves);
   counter("kvtide_moved_bytes_total", "Bytes of block moves between tiers.", stats.moved_bytes);
+  counter("kvtide_compacted_blocks_total", "Blocks moved inside of their tier, so that a larger one fits.",
+          stats.compacted_blocks);
+  counter("kvtide_compacted_bytes_total", "Bytes of blocks moved inside of their tier.",
+          stats.compacted_bytes);
   const auto tiers = [&](const char* name, const char* help, Value value) {
     PerTier(writer.Counter(name, help), stats, value);
   };

@@ -45,7 +45,12 @@ absl::Status PrepareFolder(const std::string& path) {
   const std::filesystem::path folder = std::filesystem::path(path).parent_path();
   std::error_code error;
   if (!std::filesystem::exists(folder, error)) {
-    std::filesystem::create_directories(folder.parent_path(), error);
+    // One folder is made, and only in one that is there: more of them would hide a mistyped path.
+    const std::filesystem::path parent = folder.parent_path();
+    if (!std::filesystem::is_directory(parent, error)) {
+      return absl::NotFoundError(absl::StrCat("there is no folder ", parent.string(), " for the socket ",
+                                              path, "; make it, or correct --listen"));
+    }
     if (::mkdir(folder.c_str(), 0750) != 0 && errno != EEXIST) {
       return absl::PermissionDeniedError(absl::StrCat("cannot make the folder ", folder.string(), ": ",
                                                       ErrorText(errno),

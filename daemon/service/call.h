@@ -9,6 +9,12 @@ namespace kvtide::service {
 struct Call {
   CallContext context;
   MemoryBudget::Hold* memory = nullptr;  // large answers are added before they are made; null = not counted
+  // Set where the call is served by a thread that looks after sockets: a handler that could take longer than
+  // kBriefWork sets it and returns any error, having changed nothing; then other threads serve the call.
+  bool* declined = nullptr;
 };
+
+// Products of queries, tokens and query heads (KvCache::EstimateWork) that take some tens of microseconds.
+constexpr double kBriefWork = 1 << 13;
 
 }  // namespace kvtide::service

@@ -45,6 +45,7 @@ std::shared_ptr<Connection> Connections::Add(int fd) {
   const MutexLock lock(mutex_);
   connection->number = ++last_;
   open_[fd] = {connection, socket};
+  size_ = open_.size();
   return connection;
 }
 
@@ -67,11 +68,7 @@ size_t Connections::Sweep() {
       open_.erase(entry++);
     }
   }
-  return open_.size();
-}
-
-size_t Connections::size() const {
-  const MutexLock lock(mutex_);
+  size_ = open_.size();
   return open_.size();
 }
 

@@ -4,6 +4,7 @@
 
 #include <sys/types.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -30,7 +31,7 @@ class Connections {
   std::shared_ptr<Connection> Find(const std::string& peer) const;
   // Forgets those whose descriptor is closed or another socket's by now; how many are left.
   size_t Sweep();
-  size_t size() const;
+  size_t size() const { return size_.load(std::memory_order_relaxed); }
   // As opened by Add since the start.
   uint64_t accepted() const;
 
@@ -42,6 +43,7 @@ class Connections {
   mutable Mutex mutex_;
   absl::flat_hash_map<int, Entry> open_ ABSL_GUARDED_BY(mutex_);
   uint64_t last_ ABSL_GUARDED_BY(mutex_) = 0;
+  std::atomic<size_t> size_{0};  // of open_
   const std::shared_ptr<Connection> gone_ = std::make_shared<Connection>();
 };
 

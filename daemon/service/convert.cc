@@ -322,6 +322,8 @@ void ToProto(const CacheStats& stats, v1::GetStatsResponse* proto) {
   proto->set_failed_persists(ToSigned(stats.failed_persists));
   proto->set_persisted_bytes(ToSigned(stats.persisted_bytes));
   proto->set_durable_sequences(ToSigned(stats.durable_sequences));
+  proto->set_compacted_blocks(ToSigned(stats.compacted_blocks));
+  proto->set_compacted_bytes(ToSigned(stats.compacted_bytes));
 }
 
 }  // namespace kvtide::service

@@ -24,6 +24,9 @@ namespace {
 
 constexpr int kTickMilliseconds = 1000;
 constexpr std::chrono::milliseconds kBreath{50};
+// How long and how many refused connections stay open.
+constexpr std::chrono::milliseconds kLinger{1000};
+constexpr size_t kMostLingering = 8;
 // Descriptors that the daemon may need besides: of gRPC's threads, the metrics endpoint, files under /proc.
 constexpr size_t kOtherDescriptors = 24;
 
@@ -67,6 +70,7 @@ Listener::~Listener() {
   const uint64_t one = 1;
   KVTIDE_CHECK(::write(stop_, &one, sizeof(one)) == sizeof(one));
   thread_.join();
+  CloseRefused(0);
   ::close(stop_);
   if (spare_ >= 0) ::close(spare_);
 }
@@ -80,6 +84,8 @@ void Listener::Run() {
     if (waits[0].revents != 0) return;
     if (const auto now = std::chrono::steady_clock::now(); now >= next_tick) {
       connections_->Sweep();
+      while (!lingering_.empty() && now - lingering_.front().second >= kLinger)
+        CloseRefused(lingering_.size() - 1);
       options_.tick(refused_);
       next_tick = now + std::chrono::milliseconds(kTickMilliseconds);
     }
@@ -100,7 +106,8 @@ bool Listener::AcceptOne(int listening) {
     return false;
   }
   if (connections_->size() >= options_.max_connections && connections_->Sweep() >= options_.max_connections) {
-    Refuse(fd, "kvtided has as many connections as it may (max_connections, or the limit of open files)");
+    Refuse(fd, "kvtided has as many connections as it may (max_connections, or the limit of open files)",
+           true);
     return true;
   }
   const int on = 1;
@@ -113,20 +120,30 @@ bool Listener::AcceptOne(int listening) {
 bool Listener::RefuseWithSpare(int listening) {
   if (spare_ >= 0) ::close(spare_);
   const int fd = ::accept4(listening, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
-  if (fd >= 0) Refuse(fd, "kvtided has no file descriptor left");
+  if (fd >= 0) Refuse(fd, "kvtided has no file descriptor left", false);
   spare_ = OpenSpare();
   // Others were faster: until they give one back there is nothing to do but to wait.
   if (spare_ < 0) std::this_thread::sleep_for(kBreath);
   return fd >= 0;
 }
 
-void Listener::Refuse(int fd, const char* reason) {
+void Listener::CloseRefused(size_t left) {
+  for (; lingering_.size() > left; lingering_.pop_front()) ::close(lingering_.front().first);
+}
+
+void Listener::Refuse(int fd, const char* reason, bool linger) {
   refused_++;
   const std::string text = Goodbye(std::string(reason) + "; close some, or connect later");
   if (::send(fd, text.data(), text.size(), MSG_NOSIGNAL | MSG_DONTWAIT) < 0) {
     // It has gone already.
   }
-  ::close(fd);
+  if (!linger) {
+    ::close(fd);
+    return;
+  }
+  ::shutdown(fd, SHUT_WR);
+  CloseRefused(kMostLingering - 1);
+  lingering_.emplace_back(fd, std::chrono::steady_clock::now());
 }
 
 }  // namespace kvtide::service

@@ -4,8 +4,10 @@
 // and closed.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <thread>
 #include <vector>
@@ -37,11 +39,15 @@ class Listener {
   bool AcceptOne(int listening);
   // Takes a connection with the descriptor that is kept for it, and closes it; false: there was none.
   bool RefuseWithSpare(int listening);
-  void Refuse(int fd, const char* reason);
+  // Tells why. The descriptor stays open for a while where there is one to spare: a client that is still
+  // sending when it is closed sees a broken pipe instead of the reason.
+  void Refuse(int fd, const char* reason, bool linger);
+  void CloseRefused(size_t left);
 
   Connections* const connections_;
   const Options options_;
   uint64_t refused_ = 0;
+  std::deque<std::pair<int, std::chrono::steady_clock::time_point>> lingering_;  // refused, and since when
   int spare_ = -1;  // a descriptor to be able to refuse when the table is full
   int stop_ = -1;   // an eventfd
   std::thread thread_;

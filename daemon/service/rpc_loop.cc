@@ -1,5 +1,6 @@
 #include "daemon/service/rpc_loop.h"
 
+#include <chrono>
 #include <utility>
 
 namespace kvtide::service {
@@ -7,10 +8,12 @@ namespace {
 
 // Calls that gRPC can give away before one of them has asked for the next.
 constexpr int kAwaited = 16;
+// A helper that finds nothing to do for so long sleeps until it is called.
+constexpr std::chrono::milliseconds kBreath{5};
 
 }  // namespace
 
-Rpc::Rpc() { context_.AsyncNotifyWhenDone(&done_); }
+Rpc::Rpc(std::atomic<int>* living) : living_(living) { context_.AsyncNotifyWhenDone(&done_); }
 
 void Rpc::Bind(Reactions* reactions) {
   reactions_.store(reactions);
@@ -64,6 +67,7 @@ void Rpc::React(Event event, bool ok) {
 void Rpc::Unref() {
   if (refs_.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
   reactions_.load()->OnDone();
+  living_->fetch_sub(1);
   delete this;
 }
 
@@ -74,6 +78,11 @@ RpcLoop::RpcLoop(grpc::ServerBuilder* builder, Begin begin)
 
 RpcLoop::~RpcLoop() {
   queue_->Shutdown();
+  {
+    const MutexLock lock(mutex_);
+    stopping_ = true;
+  }
+  wake_.NotifyAll();
   for (std::thread& thread : threads_) thread.join();
   // Without threads, events may be left.
   void* tag = nullptr;
@@ -82,32 +91,62 @@ RpcLoop::~RpcLoop() {
   }
 }
 
-void RpcLoop::Start(int threads) {
+void RpcLoop::Start(int threads, std::function<bool()> busy) {
+  busy_ = std::move(busy);
   for (int i = 0; i < kAwaited; i++) AwaitCall();
-  for (int i = 0; i < threads; i++) threads_.emplace_back([this] { Run(); });
+  threads_.emplace_back([this] { Run(); });
+  for (int i = 1; i < threads; i++) threads_.emplace_back([this] { Help(); });
 }
 
 void RpcLoop::AwaitCall() {
-  Rpc* const rpc = new Rpc;
+  Rpc* const rpc = new Rpc(&living_);
   service_.RequestCall(&rpc->context_, &rpc->stream_, queue_.get(), queue_.get(), &rpc->begun_);
 }
 
+void RpcLoop::WaitForCalls() const {
+  while (living_ > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+}
+
 void RpcLoop::Run() {
-  void* next = nullptr;
-  for (bool ok = false; queue_->Next(&next, &ok);) {
-    const Rpc::Tag tag = *static_cast<Rpc::Tag*>(next);
-    if (tag.event != Rpc::Event::kBegun) {
-      tag.rpc->React(tag.event, ok);
-      continue;
+  void* tag = nullptr;
+  for (bool ok = false; queue_->Next(&tag, &ok);) Handle(tag, ok);
+}
+
+void RpcLoop::Help() {
+  for (;;) {
+    {
+      const MutexLock lock(mutex_);
+      asleep_++;
+      while (!stopping_ && !busy_()) wake_.Wait(mutex_);
+      asleep_--;
+      if (stopping_) return;
     }
-    if (!ok) {  // the server ends: no call will come
-      delete tag.rpc;
-      continue;
+    for (bool idle = false; !idle && busy_();) {
+      void* tag = nullptr;
+      bool ok = false;
+      const auto next = queue_->AsyncNext(&tag, &ok, std::chrono::system_clock::now() + kBreath);
+      if (next == grpc::CompletionQueue::SHUTDOWN) return;
+      idle = next == grpc::CompletionQueue::TIMEOUT;
+      if (!idle) Handle(tag, ok);
     }
-    AwaitCall();
-    begin_(tag.rpc);
-    tag.rpc->React(tag.event, true);
   }
+}
+
+void RpcLoop::Handle(void* event, bool ok) {
+  const Rpc::Tag tag = *static_cast<Rpc::Tag*>(event);
+  if (tag.event != Rpc::Event::kBegun) {
+    tag.rpc->React(tag.event, ok);
+    return;
+  }
+  if (!ok) {  // the server ends: no call will come
+    delete tag.rpc;
+    return;
+  }
+  living_++;
+  AwaitCall();
+  begin_(tag.rpc);
+  tag.rpc->React(tag.event, true);
+  if (asleep_.load(std::memory_order_relaxed) > 0 && busy_()) wake_.NotifyOne();
 }
 
 }  // namespace kvtide::service

@@ -13,6 +13,7 @@
 #include "grpcpp/server.h"
 #include "grpcpp/server_builder.h"
 #include "grpcpp/support/byte_buffer.h"
+#include "kernels/base/mutex.h"
 
 namespace kvtide::service {
 
@@ -51,10 +52,11 @@ class Rpc {
     Rpc* rpc;
     Event event;
   };
-  Rpc();
+  explicit Rpc(std::atomic<int>* living);
   void React(Event event, bool ok);
   void Unref();
 
+  std::atomic<int>* const living_;  // calls that have begun and are not done
   grpc::GenericServerContext context_;
   grpc::GenericServerAsyncReaderWriter stream_{&context_};
   Tag begun_{this, Event::kBegun}, read_{this, Event::kRead}, written_{this, Event::kWritten},
@@ -75,16 +77,29 @@ class RpcLoop {
   RpcLoop(const RpcLoop&) = delete;
   RpcLoop& operator=(const RpcLoop&) = delete;
 
-  // After the server has started.
-  void Start(int threads);
+  // After the server has started. One thread looks after the sockets always, the others while `busy` says
+  // that there is more to do: threads that take turns cost a single client half of its time. It is asked by
+  // all of them, with every call.
+  void Start(int threads, std::function<bool()> busy);
+  // After the server has ended: until every call is done. Those that were cancelled may still be on their way
+  // out of their handlers, and end through the queue.
+  void WaitForCalls() const;
 
  private:
   void Run();
+  void Help();
+  void Handle(void* tag, bool ok);
   void AwaitCall();
 
   const Begin begin_;
   grpc::AsyncGenericService service_;
   const std::unique_ptr<grpc::ServerCompletionQueue> queue_;
+  std::function<bool()> busy_;
+  Mutex mutex_;
+  CondVar wake_;
+  bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
+  std::atomic<int> asleep_{0};  // helpers
+  std::atomic<int> living_{0};
   std::vector<std::thread> threads_;
 };
 

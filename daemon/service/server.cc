@@ -9,7 +9,6 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "grpcpp/ext/proto_server_reflection_plugin.h"
-#include "grpcpp/health_check_service_interface.h"
 #include "grpcpp/resource_quota.h"
 #include "grpcpp/server_builder.h"
 #include "grpcpp/server_posix.h"
@@ -21,10 +20,11 @@ namespace {
 
 constexpr absl::Duration kTimeToSend = absl::Milliseconds(300);
 
-// One does 20,000 small calls a second and more than a gigabyte of large ones; several hand the sockets to
-// each other.
+// One does 20,000 small calls a second and more than a gigabyte of large ones. Several hand the sockets to
+// each other, which takes a single client twice as long: they do where there are many.
+constexpr size_t kConnectionsForOneThread = 4;
 int ThreadsForSockets() {
-  return std::clamp(static_cast<int>(std::thread::hardware_concurrency()) / 8, 1, 4);
+  return std::clamp(static_cast<int>(std::thread::hardware_concurrency()) / 8, 3, 4);
 }
 
 // The service as reflection shows it. All its methods are served by name, by KvCacheService.
@@ -86,43 +86,47 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
     server->addresses_.push_back(claim->text());
     server->claims_.push_back(std::move(claim));
   }
-  grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   options.max_connections = std::min(options.max_connections, ConnectionsThatFit());
   options.gauges->connections_limit = static_cast<int64_t>(options.max_connections);
   server->service_ = std::make_unique<KvCacheService>(cache, &server->connections_, options);
+  server->health_ = std::make_unique<Health>();
   server->description_ = std::make_unique<Description>();
   grpc::ServerBuilder builder;
   SetLimits(options, &builder);
   builder.RegisterService(server->description_.get());
-  server->loop_ =
-      std::make_unique<RpcLoop>(&builder, [to = server->service_.get()](Rpc* rpc) { to->Begin(rpc); });
+  server->loop_ = std::make_unique<RpcLoop>(
+      &builder, [to = server->service_.get(), health = server->health_.get()](Rpc* rpc) {
+        if (!health->Begin(rpc)) to->Begin(rpc);
+      });
   server->server_ = builder.BuildAndStart();
   if (server->server_ == nullptr) return absl::UnavailableError("the gRPC server did not start");
-  server->loop_->Start(ThreadsForSockets());
+  server->loop_->Start(ThreadsForSockets(), [connections = &server->connections_] {
+    return connections->size() >= kConnectionsForOneThread;
+  });
   Listener::Options listener;
   listener.sockets = std::move(sockets);
   listener.max_connections = options.max_connections;
   listener.serve = [to = server->server_.get()](int fd) { grpc::AddInsecureChannelFromFd(to, fd); };
-  listener.tick = [self = server.get(), gauges = options.gauges](uint64_t refused) {
-    self->Tick(gauges.get(), refused);
-  };
+  listener.tick = [self = server.get(), options](uint64_t refused) { self->Tick(options, refused); };
   server->listener_ = std::make_unique<Listener>(&server->connections_, std::move(listener));
   return server;
 }
 
 Server::~Server() { Shutdown(absl::ZeroDuration(), absl::InfiniteDuration()); }
 
-void Server::Tick(ServiceGauges* gauges, uint64_t refused) {
+void Server::Tick(const ServiceOptions& options, uint64_t refused) {
   service_->Tick();
-  gauges->connections = static_cast<int64_t>(connections_.size());
-  gauges->connections_accepted = static_cast<int64_t>(connections_.accepted());
-  gauges->connections_refused = static_cast<int64_t>(refused);
+  ServiceGauges& gauges = *options.gauges;
+  gauges.connections = static_cast<int64_t>(connections_.size());
+  gauges.connections_accepted = static_cast<int64_t>(connections_.accepted());
+  const auto count = static_cast<int64_t>(refused);
+  if (gauges.connections_refused.exchange(count) != count && options.refused) options.refused(count);
 }
 
 bool Server::Shutdown(absl::Duration grace, absl::Duration patience) {
   if (server_ == nullptr) return true;
-  if (auto* health = server_->GetHealthCheckService(); health != nullptr) health->SetServingStatus(false);
+  health_->SetServing(false);
   service_->Drain();
   const absl::Time deadline = absl::Now() + grace;
   while (service_->calls_under_way() > 0 && absl::Now() < deadline) absl::SleepFor(absl::Milliseconds(2));
@@ -134,6 +138,7 @@ bool Server::Shutdown(absl::Duration grace, absl::Duration patience) {
   std::thread ending([this, wait = std::min(grace, kTimeToSend), promise = std::move(ended)]() mutable {
     server_->Shutdown(absl::ToChronoTime(absl::Now() + wait));
     server_->Wait();
+    loop_->WaitForCalls();
     promise.set_value();
   });
   const bool in_time =
@@ -145,6 +150,7 @@ bool Server::Shutdown(absl::Duration grace, absl::Duration patience) {
     server_.release();
     loop_.release();
     service_.release();
+    health_.release();
     description_.release();
     return false;
   }

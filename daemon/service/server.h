@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "daemon/service/address.h"
 #include "daemon/service/connections.h"
+#include "daemon/service/health.h"
 #include "daemon/service/kv_cache_service.h"
 #include "daemon/service/listener.h"
 #include "daemon/service/rpc_loop.h"
@@ -34,11 +35,12 @@ class Server {
 
  private:
   Server() = default;
-  void Tick(ServiceGauges* gauges, uint64_t refused);
+  void Tick(const ServiceOptions& options, uint64_t refused);
 
   std::vector<std::unique_ptr<AddressClaim>> claims_;
   Connections connections_;
   std::unique_ptr<KvCacheService> service_;
+  std::unique_ptr<Health> health_;
   std::unique_ptr<grpc::Service> description_;  // for reflection: what the service is called and has
   std::unique_ptr<RpcLoop> loop_;
   std::unique_ptr<grpc::Server> server_;

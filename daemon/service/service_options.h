@@ -50,6 +50,9 @@ struct ServiceOptions {
   int64_t call_memory_bytes = 0;
   int64_t staging_bytes = 0;                      // of the cache's tiers of I/O
   std::function<void(const CallReport&)> report;  // may be empty
+  // Told at most once a second when connections were refused, with their number since the start; may be
+  // empty.
+  std::function<void(int64_t refused)> refused;
   std::shared_ptr<ServiceGauges> gauges = std::make_shared<ServiceGauges>();
 };
 

@@ -135,6 +135,10 @@ class Handlers::Batch {
                    absl::Status (KvCache::*run)(const AttendCall&)) {
     call_.items = requests;
     call_.context = &call.context;
+    if (call.declined != nullptr && handlers_->cache_->EstimateWork(call_) > kBriefWork) {
+      *call.declined = true;
+      return absl::AbortedError("declined");
+    }
     return (handlers_->cache_->*run)(call_);
   }
 

@@ -90,28 +90,20 @@ absl::Status Serve(Handlers* handlers, grpc::ByteBuffer* bytes, const Call& call
   return absl::OkStatus();
 }
 
-#define KVTIDE_VERB(Method, lane)                                                                 \
-  {                                                                                               \
-#Method, Lane::lane, v1::SessionRequest::k##Method##FieldNumber, Serve < v1::Method##Request, \
-        v1::Method##Response, &Handlers::Method>                                                  \
+#define KVTIDE_VERB(Method, lane, may_be_brief)                                    \
+  {                                                                                \
+#Method, Lane::lane, v1::SessionRequest::k##Method##FieldNumber, may_be_brief, \
+        Serve < v1::Method##Request, v1::Method##Response, &Handlers::Method>      \
   }
 constexpr Verb kVerbs[] = {
-    KVTIDE_VERB(AppendAttend, kPrompt),
-    KVTIDE_VERB(Append, kPrompt),
-    KVTIDE_VERB(Attend, kPrompt),
-    KVTIDE_VERB(GetServerInfo, kPrompt),
-    KVTIDE_VERB(RegisterModel, kPrompt),
-    KVTIDE_VERB(CreateSequence, kPrompt),
-    KVTIDE_VERB(ForkSequence, kPrompt),
-    KVTIDE_VERB(TruncateSequence, kPrompt),
-    KVTIDE_VERB(CloseSequence, kPrompt),
-    KVTIDE_VERB(ListSequences, kPrompt),
-    KVTIDE_VERB(GetStats, kPrompt),
-    KVTIDE_VERB(ReadTokens, kBulk),
-    KVTIDE_VERB(EvictSequences, kBulk),
-    KVTIDE_VERB(PrefetchSequences, kBulk),
-    KVTIDE_VERB(PersistSequences, kBulk),
-    KVTIDE_VERB(Plan, kBulk),
+    KVTIDE_VERB(AppendAttend, kPrompt, true),    KVTIDE_VERB(Append, kPrompt, false),
+    KVTIDE_VERB(Attend, kPrompt, true),          KVTIDE_VERB(GetServerInfo, kPrompt, false),
+    KVTIDE_VERB(RegisterModel, kPrompt, false),  KVTIDE_VERB(CreateSequence, kPrompt, false),
+    KVTIDE_VERB(ForkSequence, kPrompt, false),   KVTIDE_VERB(TruncateSequence, kPrompt, false),
+    KVTIDE_VERB(CloseSequence, kPrompt, false),  KVTIDE_VERB(ListSequences, kPrompt, false),
+    KVTIDE_VERB(GetStats, kPrompt, false),       KVTIDE_VERB(ReadTokens, kBulk, false),
+    KVTIDE_VERB(EvictSequences, kBulk, false),   KVTIDE_VERB(PrefetchSequences, kBulk, false),
+    KVTIDE_VERB(PersistSequences, kBulk, false), KVTIDE_VERB(Plan, kBulk, false),
 };
 #undef KVTIDE_VERB
 

@@ -20,6 +20,7 @@ struct Verb {
   const char* method;  // "Append"
   Lane lane;
   int session_field;  // of SessionRequest
+  bool may_be_brief;  // its handler looks at Call::declined
   // Serves a request, which is cleared once it is read. `sequence` gets the first sequence that it names. An
   // OK status comes with an answer.
   absl::Status (*serve)(Handlers* handlers, grpc::ByteBuffer* request, const Call& call,

@@ -381,7 +381,10 @@ class Planner {
   ContextPlan PlanContext(int64_t context) const {
     ContextPlan result;
     result.context = context;
-    for (const PreparedPair& pair : pairs_) result.candidates.push_back(Judge(pair, context));
+    for (const PreparedPair& pair : pairs_) {
+      if (IsCancelled(request_.cancellation)) return result;  // Run says so
+      result.candidates.push_back(Judge(pair, context));
+    }
     for (Candidate& candidate : result.candidates) candidate.rejection = Eligibility(candidate);
     result.chosen = Best(result, Rejection::kNone, [](const Candidate& candidate) { return candidate.fits; });
     // An engine that queues starts as soon as one sequence fits.
@@ -461,7 +464,7 @@ class Planner {
     };
     std::vector<Option> options;
     double fastest = 0;
-    for (size_t i = 0; i < pairs_.size(); ++i) {
+    for (size_t i = 0; i < pairs_.size() && !IsCancelled(request_.cancellation); ++i) {
       const Candidate& candidate = result->candidates[i];
       if (candidate.rejection != Rejection::kTooLarge) continue;
       std::optional<Split> split = SplitOf(*result, i);

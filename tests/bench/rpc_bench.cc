@@ -1,10 +1,14 @@
 // What a call to kvtided costs: starts a daemon of its own (device cpu, one compute thread by default) and
 // measures round trips as an engine makes them, with one client, by unary calls and on a session; then how
 // many calls of many clients at once it answers, with clients on bare HTTP/2 that leave the processors to the
-// daemon; then what a client that keeps many calls in flight does to another one.
+// daemon, of the daemon and of the same server with a handler that does nothing (what gRPC takes); then what
+// a client that keeps many calls in flight does to another one.
 //   rpc_bench [--kvtided PATH] [--calls N] [--clients N] [--only one|many|fair] [--json FILE]
 // Prints a table; --json writes the same numbers with hardware, date and command.
 #include <poll.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
@@ -22,6 +26,12 @@
 
 #include "clients/cli/daemon_process.h"
 #include "clients/cpp/client.h"
+#include "daemon/service/address.h"
+#include "daemon/service/connections.h"
+#include "daemon/service/listener.h"
+#include "daemon/service/rpc_loop.h"
+#include "grpcpp/server_builder.h"
+#include "grpcpp/server_posix.h"
 #include "kvtide/v1/sequence.pb.h"
 #include "tests/wire/http2_client.h"
 
@@ -157,7 +167,7 @@ kvtide::client::Model TinyModel() {
 }
 
 // A connection that keeps calls of AppendAttend in flight, one token each, every one on a sequence of its
-// own.
+// own; without a client those of a server that does not look at them.
 class Load {
  public:
   Load(kvtide::Client* client, const std::string& socket, int in_flight)
@@ -166,9 +176,11 @@ class Load {
         lanes_(static_cast<size_t>(in_flight)) {
     if (connection_ == nullptr) Check(absl::UnavailableError("no connection to " + socket));
     for (Lane& lane : lanes_) {
-      const auto sequence = client->CreateSequence("tiny", {.pair = "f16/f16"});
-      Check(sequence.status());
-      lane.sequence = *sequence;
+      if (client != nullptr) {
+        const auto sequence = client->CreateSequence("tiny", {.pair = "f16/f16"});
+        Check(sequence.status());
+        lane.sequence = *sequence;
+      }
       lane.request.set_layer(0);
       kvtide::v1::AppendAttendItem* item = lane.request.add_items();
       item->set_sequence_id(lane.sequence);
@@ -178,6 +190,7 @@ class Load {
     }
   }
   ~Load() {
+    if (client_ == nullptr) return;
     for (const Lane& lane : lanes_) client_->CloseSequence(lane.sequence).IgnoreError();
   }
 
@@ -223,7 +236,7 @@ class Load {
   }
   void Begin(Lane* lane, Time now) {
     if (lane->tokens == kTokens) {  // the attention stays small
-      Check(client_->TruncateSequence(lane->sequence, 0));
+      if (client_ != nullptr) Check(client_->TruncateSequence(lane->sequence, 0));
       lane->tokens = 0;
     }
     lane->request.mutable_items(0)->set_start_position(lane->tokens);
@@ -267,8 +280,8 @@ std::vector<double> RunLoads(const std::vector<std::unique_ptr<Load>>& loads, si
 constexpr int64_t kTinyBytes =
     (2 * kTinyHeads + 2 * kTinyKvHeads) * kTinyDim * static_cast<int64_t>(sizeof(float));
 
-Result MeasureMany(kvtide::Client* client, const std::string& socket, pid_t daemon, int clients,
-                   double seconds) {
+Result MeasureMany(kvtide::Client* client, const std::string& name, const std::string& socket, pid_t daemon,
+                   int clients, double seconds) {
   std::vector<std::unique_ptr<Load>> loads;
   for (int i = 0; i < clients; i++) loads.push_back(std::make_unique<Load>(client, socket, 1));
   RunLoads(loads, 0, seconds / 10);
@@ -277,13 +290,77 @@ Result MeasureMany(kvtide::Client* client, const std::string& socket, pid_t daem
   const std::vector<double> times = RunLoads(loads, loads.size(), seconds);
   const std::chrono::duration<double> wall = std::chrono::steady_clock::now() - start;
   const auto calls = static_cast<double>(times.size());
-  return {"append + attend 1 token, tiny model, " + std::to_string(clients) + " clients",
+  return {name + ", " + std::to_string(clients) + " clients",
           "http2",
           times[times.size() / 2],
           times[times.size() * 99 / 100],
           kTinyBytes,
           calls / wall.count(),
           (ProcessorTime(daemon) - before) / calls};
+}
+
+// A server as the daemon's is, whose handler answers so many bytes as a tiny call's answer has and does
+// nothing. Until it is killed.
+int ServeNothing(const std::string& socket) {
+  using namespace kvtide::service;
+  class Nothing final : public Rpc::Reactions {
+   public:
+    Nothing(Rpc* rpc, const grpc::ByteBuffer& answer) : rpc_(rpc), answer_(answer) {}
+    void Start() { rpc_->Read(&request_); }
+    void OnReadDone(bool ok) override {
+      if (ok) {
+        rpc_->WriteAndFinish(answer_);
+      } else {
+        rpc_->Finish(grpc::Status::CANCELLED);
+      }
+    }
+    void OnWriteDone(bool) override {}
+    void OnCancel() override {}
+    void OnDone() override { delete this; }
+
+   private:
+    Rpc* const rpc_;
+    grpc::ByteBuffer request_, answer_;
+  };
+  const auto address = ParseAddress("unix:" + socket);
+  Check(address.status());
+  const auto claim = AddressClaim::Take(*address);
+  Check(claim.status());
+  const grpc::Slice bytes(std::string((kTinyHeads * kTinyDim + kTinyHeads) * sizeof(float) + 30, 'x'));
+  const grpc::ByteBuffer answer(&bytes, 1);
+  grpc::ServerBuilder builder;
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_BDP_PROBE, 0);
+  RpcLoop loop(&builder, [&](Rpc* rpc) {
+    auto* const call = new Nothing(rpc, answer);
+    rpc->Bind(call);
+    call->Start();
+  });
+  const auto server = builder.BuildAndStart();
+  loop.Start(2, [] { return true; });
+  Connections connections;
+  Listener::Options options;
+  options.sockets.assign((*claim)->sockets().begin(), (*claim)->sockets().end());
+  options.max_connections = 1000;
+  options.serve = [&](int fd) { grpc::AddInsecureChannelFromFd(server.get(), fd); };
+  options.tick = [](uint64_t) {};
+  const Listener listener(&connections, std::move(options));
+  for (;;) ::pause();
+}
+
+// The same load on a process of this program that serves nothing.
+void MeasureNothing(const std::string& folder, int clients, double seconds, std::vector<Result>* results) {
+  const std::string socket = folder + "/nothing.sock";
+  const pid_t server = ::fork();
+  if (server == 0) {
+    ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+    ::execl("/proc/self/exe", "rpc_bench", "--serve-nothing", socket.c_str(), nullptr);
+    ::_exit(127);
+  }
+  while (kvtide::wire::Http2Client::Connect(socket) == nullptr) ::usleep(10'000);
+  for (const int count : {1, clients})
+    results->push_back(MeasureMany(nullptr, "a handler that does nothing", socket, server, count, seconds));
+  ::kill(server, SIGKILL);
+  ::waitpid(server, nullptr, 0);
 }
 
 // One client with a call in flight, alone and beside one with 64.
@@ -317,7 +394,7 @@ int main(int argc, char** argv) {
   daemon_options.device_bytes = int64_t{512} << 20;
   daemon_options.compute_threads = 1;
   int calls = 500;
-  std::string json_file, only;
+  std::string json_file, only, nothing;
   int clients = 64;
   double seconds = 3;
   app.add_option("--kvtided", daemon_options.program, "the daemon's program");
@@ -329,7 +406,9 @@ int main(int argc, char** argv) {
   app.add_option("--only", only, "one part: one, many or fair")
       ->check(CLI::IsMember({"one", "many", "fair"}));
   app.add_option("--json", json_file, "write the results here too");
+  app.add_option("--serve-nothing", nothing, "")->group("");  // for itself
   CLI11_PARSE(app, argc, argv);
+  if (!nothing.empty()) return ServeNothing(nothing);
   auto daemon = kvtide::cli::DaemonProcess::Start(daemon_options);
   Check(daemon.status());
   std::vector<Result> results;
@@ -347,8 +426,10 @@ int main(int argc, char** argv) {
   Check((*client)->RegisterModel(TinyModel()));
   const std::string socket = (*daemon)->address().substr(std::string("unix:").size());
   if (only.empty() || only == "many") {
-    results.push_back(MeasureMany(client->get(), socket, (*daemon)->pid(), 1, seconds));
-    results.push_back(MeasureMany(client->get(), socket, (*daemon)->pid(), clients, seconds));
+    const std::string name = "append + attend 1 token, tiny model";
+    for (const int count : {1, clients})
+      results.push_back(MeasureMany(client->get(), name, socket, (*daemon)->pid(), count, seconds));
+    MeasureNothing(socket.substr(0, socket.rfind('/')), clients, seconds, &results);
   }
   if (only.empty() || only == "fair") MeasureFairness(client->get(), socket, seconds, &results);
   std::printf("%-66s %-8s %9s %9s %12s %9s %9s\n", "call", "by", "p50 us", "p99 us", "tensor bytes",

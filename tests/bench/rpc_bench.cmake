@@ -1,5 +1,5 @@
 find_package(nlohmann_json CONFIG REQUIRED)
 find_package(CLI11 CONFIG REQUIRED)
 kvtide_add_executable(rpc_bench ${CMAKE_CURRENT_LIST_DIR}/rpc_bench.cc)
-target_link_libraries(rpc_bench PRIVATE kvtide_cli_engine kvtide_client kvtide_proto kvtide_test_wire nlohmann_json::nlohmann_json CLI11::CLI11)
+target_link_libraries(rpc_bench PRIVATE kvtide_cli_engine kvtide_client kvtide_proto kvtide_service kvtide_test_wire nlohmann_json::nlohmann_json CLI11::CLI11)
 add_dependencies(rpc_bench kvtided)

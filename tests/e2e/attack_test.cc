@@ -303,6 +303,13 @@ TEST_F(Attack, AClientBeyondTheConnectionsHearsWhy) {
   const Answer answer = third->CallAndWait(Method("GetStats"), "");
   EXPECT_EQ(answer.code, kUnavailable);
   EXPECT_THAT(third->goodbye(), HasSubstr("max_connections"));
+  // A client of ours hears what may be wrong, and the log says what is.
+  const auto fourth =
+      Client::Connect(daemon_->address(), {.connect_timeout = absl::Seconds(3), .wait_for_daemon = false});
+  EXPECT_THAT(std::string(fourth.status().message()), HasSubstr("--max-connections"));
+  const auto logged = [&] { return daemon_->Log().find("connections refused=") != std::string::npos; };
+  for (int i = 0; i < 600 && !logged(); i++) std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  EXPECT_TRUE(logged()) << daemon_->Log();
 }
 
 // The bystander's calls are served in turn with those of a client that keeps 64 in flight: counted, not
@@ -412,47 +419,87 @@ TEST_F(Attack, APlanThatWouldTakeMinutesIsRefused) {
   EXPECT_THAT(answer.text, HasSubstr("65536"));
 }
 
-// SIGTERM: what has not begun is answered, what runs is cancelled when the grace ends, and then the daemon
-// ends.
-TEST_F(Attack, AShutdownAnswersWhatWaitsAndEndsInTime) {
-  Start({"--device-memory", "64MiB", "--shutdown-seconds", "1"});
-  for (int64_t tokens = 64; tokens < 16384; tokens += 2048) {
-    ASSERT_TRUE(client_->Append(sequence_, tokens, Tokens(1, tokens, 2048).layers).ok());
+// A daemon with a long sequence, and attends over it that take some seconds on any machine.
+class LongAttends : public Attack {
+ protected:
+  static constexpr int64_t kTokens = 131072;
+
+  void StartLong(const std::vector<std::string>& arguments) {
+    std::vector<std::string> all = {"--device-memory", "160MiB", "--host-memory", "0"};
+    all.insert(all.end(), arguments.begin(), arguments.end());
+    Start(all);
+    const Tokens rows(1, 0, 2048);
+    for (int64_t tokens = 64; tokens < kTokens; tokens += 2048)
+      ASSERT_TRUE(client_->Append(sequence_, tokens, rows.layers).ok());
   }
-  // Each works for a good while.
-  v1::AttendRequest request;
-  v1::AttendItem* item = request.add_items();
-  item->set_sequence_id(sequence_);
-  item->set_first_query_position(15000);
-  Fill(item->mutable_q(), 600, kHeads);
+  // 10^9 products of queries, tokens and heads.
+  std::string LongAttend() const {
+    v1::AttendRequest request;
+    for (int i = 0; i < 2; i++) {
+      v1::AttendItem* item = request.add_items();
+      item->set_sequence_id(sequence_);
+      item->set_first_query_position(kTokens - 1000);
+      Fill(item->mutable_q(), 1000, kHeads, v1::DATA_TYPE_F16);
+    }
+    return request.SerializeAsString();
+  }
+};
+
+// A client that gives up frees what its call computes with: others are served at once, not a minute later.
+TEST_F(LongAttends, AnAbandonedOneStopsWithinASecond) {
+  StartLong({});
+  const std::string small = AttendBytes(sequence_, 1);
+  const auto bystander = Wire();
+  ASSERT_EQ(bystander->CallAndWait(Method("Attend"), small).code, kOk);
+  for (int round = 0; round < 2; round++) {
+    auto wire = Wire();
+    const int32_t call = wire->Call(Method("Attend"), {.bytes = LongAttend()});
+    wire->Until([&] { return wire->unsent_bytes() == 0; }, 60);
+    wire->Until([&] { return wire->answer(call).ended; }, 0.5);
+    ASSERT_FALSE(wire->answer(call).ended) << "the attend is too short for this test";
+    wire.reset();  // the client is gone
+    const auto start = std::chrono::steady_clock::now();
+    const Answer answer = bystander->CallAndWait(Method("Attend"), small);
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    EXPECT_EQ(answer.code, kOk) << answer.text;
+    EXPECT_LT(took.count(), 5) << "an attend that nobody waits for goes on";  // a second, on a busy machine
+  }
+  // Nothing of them is left, which would have to be waited for.
+  const auto start = std::chrono::steady_clock::now();
+  daemon_->Stop();
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+  EXPECT_LT(took.count(), 5);
+}
+
+// SIGTERM: what has not begun is answered, what runs is cancelled when the grace ends, and then the daemon
+// ends. Those that run hold both threads for much longer than the grace, so all others wait.
+TEST_F(LongAttends, AShutdownAnswersWhatWaitsAndEndsInTime) {
+  constexpr int kCalls = 6, kThreads = 2;
+  const std::string config = MakeFolder() + "/kvtided.json";
+  std::ofstream(config) << "{\"service_threads\": " << kThreads << "}";
+  StartLong({"--config", config, "--shutdown-seconds", "1"});
   const auto wire = Wire();
   std::vector<int32_t> calls;
-  for (int i = 0; i < 24; i++)
-    calls.push_back(wire->Call(Method("Attend"), {.bytes = request.SerializeAsString()}));
-  ASSERT_TRUE(wire->Until([&] { return wire->answer(calls[0]).ended || wire->unsent_bytes() == 0; }, 60));
+  const std::string attend = LongAttend();
+  for (int i = 0; i < kCalls; i++) calls.push_back(wire->Call(Method("Attend"), {.bytes = attend}));
+  ASSERT_TRUE(wire->Until([&] { return wire->unsent_bytes() == 0; }, 60));
   wire->Until([] { return false; }, 0.3);
   const auto start = std::chrono::steady_clock::now();
   kill(daemon_->pid(), SIGTERM);
+  const auto ended = [&](int code, const char* text) {
+    return std::count_if(calls.begin(), calls.end(), [&](int32_t call) {
+      const Answer& answer = wire->answer(call);
+      return answer.ended && answer.code == code && answer.text.find(text) != std::string::npos;
+    });
+  };
   wire->Until(
       [&] {
-        for (const int32_t call : calls)
-          if (!wire->answer(call).ended) return false;
-        return true;
+        return std::all_of(calls.begin(), calls.end(),
+                           [&](int32_t call) { return wire->answer(call).ended; });
       },
       60);
-  // Those that had begun end well or cancelled, all others hear why; how many there are of each is the
-  // machine's speed.
-  int unavailable = 0;
-  for (const int32_t call : calls) {
-    const auto& answer = wire->answer(call);
-    ASSERT_TRUE(answer.ended);
-    EXPECT_TRUE(answer.code == 0 || answer.code == kCancelled || answer.code == kUnavailable)
-        << answer.code << " " << answer.text;
-    if (answer.code != kUnavailable) continue;
-    EXPECT_NE(answer.text.find("shutting down"), std::string::npos) << answer.text;
-    unavailable++;
-  }
-  EXPECT_GE(unavailable, 1) << "calls that waited were not told";
+  EXPECT_GE(ended(kUnavailable, "shutting down"), kCalls - kThreads) << "calls that waited were not told";
+  EXPECT_EQ(ended(kUnavailable, "") + ended(kCancelled, ""), kCalls) << "those that ran are cancelled";
   const int code = daemon_->Wait();
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
   EXPECT_TRUE(code == 0 || code == 3) << code << daemon_->Log();

@@ -15,6 +15,7 @@ void DaemonFlags::AddTo(CLI::App* command) {
 absl::StatusOr<std::unique_ptr<client::Client>> DaemonFlags::Connect() const {
   client::ClientOptions options;
   options.timeout = options.connect_timeout = absl::Seconds(timeout_seconds);
+  options.wait_for_daemon = false;
   return client::Client::Connect(Address(), options);
 }
 

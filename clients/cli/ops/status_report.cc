@@ -80,7 +80,7 @@ std::string Contents(const DaemonSnapshot& snapshot) {
   }
   absl::StrAppend(&text, "\nmoved      ", FormatBytes(stats.moved_bytes), " in ", stats.moves,
                   " block moves (", stats.failed_moves, " failed); ", stats.dropped_blocks,
-                  " blocks dropped\n");
+                  " blocks dropped; ", stats.compacted_blocks, " compacted\n");
   absl::StrAppend(&text, "attended   ", stats.attended_blocks, " blocks, ",
                   PercentText(static_cast<double>(stats.attended_blocks_below_first_tier),
                               static_cast<double>(stats.attended_blocks)),
@@ -243,7 +243,9 @@ std::string RenderStatusJson(const DaemonSnapshot& snapshot) {
                       {"persisted", stats.persisted},
                       {"failed_persists", stats.failed_persists},
                       {"persisted_bytes", stats.persisted_bytes},
-                      {"durable_sequences", stats.durable_sequences}};
+                      {"durable_sequences", stats.durable_sequences},
+                      {"compacted_blocks", stats.compacted_blocks},
+                      {"compacted_bytes", stats.compacted_bytes}};
   json["sequence_list"] = Json::array();
   for (const SequenceInfo& sequence : snapshot.sequences)
     json["sequence_list"].push_back(SequenceJson(sequence));

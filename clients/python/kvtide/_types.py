@@ -205,6 +205,8 @@ class PoolStats:
     failed_persists: int
     persisted_bytes: int
     durable_sequences: int
+    compacted_blocks: int
+    compacted_bytes: int
 
     @classmethod
     def _of(cls, raw: Mapping[str, Any]) -> "PoolStats":

@@ -1,6 +1,8 @@
 // Blocks on their way between tiers: eviction, prefetch, pressure, watermarks, failures. Whatever moves,
 // attention stays equal to the shadow's.
+#include <atomic>
 #include <functional>
+#include <thread>
 #include <vector>
 
 #include "tests/daemon/cache/cache_fixture.h"
@@ -275,6 +277,40 @@ TEST_F(MovesTest, AnIdThatIsNamedAHundredThousandTimesCountsOnce) {
   ids.push_back(client.id());
   EXPECT_TRUE(IsError(cache_->Evict(ids, 1).status(), absl::StatusCode::kInvalidArgument, "max_sequences"));
   EXPECT_TRUE(IsError(cache_->Prefetch(ids).status(), absl::StatusCode::kInvalidArgument, "max_sequences"));
+}
+
+// An eviction of half a million table entries, of which nothing has to move, is a row of slices: attention
+// goes on between them.
+TEST_F(MovesTest, AttentionGoesOnBetweenTheSlicesOfAnEviction) {
+  static thread_local bool evicting = false;
+  std::atomic<int> slices{0};
+  options_.clock = [&, now = clock_.function()] {
+    if (evicting) slices++;  // an eviction asks for the time in each slice
+    return now();
+  };
+  Start();
+  Client bystander(*cache_, SmallModel(), WithPair("f16"), random_);
+  ASSERT_TRUE(bystander.Append(10).ok());
+  Client parked(*cache_, UniformModel("one", {1, 1, 64, 64}, 1), WithPair("f16"), random_);
+  ASSERT_TRUE(parked.Append(64 * 64).ok());
+  std::vector<SequenceId> ids = {parked.id()};
+  ASSERT_EQ(cache_->Evict(ids, 1)->moved_blocks, 64u);
+  for (int i = 0; i < 4000; i++) ids.push_back(cache_->ForkSequence(parked.id()).value());
+  std::atomic<bool> done{false};
+  std::thread eviction([&] {
+    evicting = true;
+    EXPECT_EQ(cache_->Evict(ids, 1)->moved_blocks, 0u);
+    done = true;
+  });
+  int between = 0;
+  while (!done) {
+    const bool begun = slices > 0;
+    ASSERT_TRUE(bystander.CheckAttention(0).ok());
+    if (begun && !done) between++;
+  }
+  eviction.join();
+  EXPECT_GT(slices, 400);
+  EXPECT_GT(between, 0) << "the eviction has kept the mutex from its first slice to its last";
 }
 
 // What was planned for a block that is gone meanwhile does not happen to one that came after it.

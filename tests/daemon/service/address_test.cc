@@ -42,7 +42,7 @@ TEST(Address, RefusesWhatIsNone) {
 
 class Claim : public ::testing::Test {
  protected:
-  Claim() : folder_(mkdtemp(name_)), address_(ParseAddress("unix:" + folder_ + "/deep/er/s.sock").value()) {}
+  Claim() : folder_(mkdtemp(name_)), address_(ParseAddress("unix:" + folder_ + "/made/s.sock").value()) {}
   ~Claim() override { std::filesystem::remove_all(folder_); }
 
   char name_[32] = "/tmp/kvtide-address-XXXXXX";
@@ -53,7 +53,7 @@ class Claim : public ::testing::Test {
 TEST_F(Claim, MakesTheFolderAndIsTakenOnce) {
   auto first = AddressClaim::Take(address_);
   ASSERT_TRUE(first.ok()) << first.status();
-  EXPECT_TRUE(std::filesystem::is_directory(folder_ + "/deep/er"));
+  EXPECT_TRUE(std::filesystem::is_directory(folder_ + "/made"));
   const auto second = AddressClaim::Take(address_);
   EXPECT_EQ(second.status().code(), absl::StatusCode::kAlreadyExists);
   EXPECT_THAT(std::string(second.status().message()), HasSubstr("another kvtided"));
@@ -61,17 +61,25 @@ TEST_F(Claim, MakesTheFolderAndIsTakenOnce) {
   EXPECT_TRUE(AddressClaim::Take(address_).ok()) << "a claim is free again when its holder is gone";
 }
 
+// A mistyped path is not made to exist.
+TEST_F(Claim, MakesOneFolderOnly) {
+  const auto claim = AddressClaim::Take(ParseAddress("unix:" + folder_ + "/no/such/s.sock").value());
+  EXPECT_EQ(claim.status().code(), absl::StatusCode::kNotFound);
+  EXPECT_THAT(std::string(claim.status().message()), HasSubstr("correct --listen"));
+  EXPECT_FALSE(std::filesystem::exists(folder_ + "/no"));
+}
+
 TEST_F(Claim, RefusesAFolderOfAnotherUser) {
   if (::geteuid() != 0) GTEST_SKIP() << "only root can give a folder away";
-  std::filesystem::create_directories(folder_ + "/deep/er");
-  ASSERT_EQ(::chown((folder_ + "/deep/er").c_str(), 12345, 12345), 0);
+  std::filesystem::create_directories(folder_ + "/made");
+  ASSERT_EQ(::chown((folder_ + "/made").c_str(), 12345, 12345), 0);
   const auto claim = AddressClaim::Take(address_);
   EXPECT_EQ(claim.status().code(), absl::StatusCode::kPermissionDenied);
   EXPECT_THAT(std::string(claim.status().message()), HasSubstr("uid 12345"));
 }
 
 TEST_F(Claim, LeavesFilesAlone) {
-  std::filesystem::create_directories(folder_ + "/deep/er");
+  std::filesystem::create_directories(folder_ + "/made");
   std::ofstream(address_.unix_path) << "precious";
   EXPECT_EQ(AddressClaim::Take(address_).status().code(), absl::StatusCode::kAlreadyExists);
   EXPECT_TRUE(std::filesystem::is_regular_file(address_.unix_path));

@@ -1,5 +1,6 @@
 #include "daemon/config.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 
@@ -70,6 +71,26 @@ TEST(Config, AnUnknownFieldIsAnErrorThatListsTheKnown) {
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(status.message()),
               AllOf(HasSubstr("test.json"), HasSubstr("devise"), HasSubstr("listen, device, device_memory")));
+}
+
+TEST(Config, MalformedTextIsToldInOneLine) {
+  for (const char* json : {"{\"device\" \"cpu\"}", "{\"device\": ", "[1", "{\"device\": cpu}"}) {
+    const std::string message(ParseConfig(json, "test.json").status().message());
+    EXPECT_THAT(message, HasSubstr("test.json: "));
+    EXPECT_EQ(message.find('^'), std::string::npos) << message;
+    EXPECT_EQ(std::count(message.begin(), message.end(), '\n'), 1) << message;  // before the known fields
+  }
+  EXPECT_THAT(std::string(ParseConfig("{\"device\" \"cpu\"}", "test.json").status().message()),
+              HasSubstr("at '\"cpu\"}'"));
+}
+
+TEST(Config, LimitsOfWork) {
+  v1::KvtidedConfig config;
+  EXPECT_EQ(ResolveConfig(config)->cache.max_attend_work, CacheOptions().max_attend_work);
+  config.set_max_attend_work(1234);
+  EXPECT_EQ(ResolveConfig(config)->cache.max_attend_work, 1234);
+  config.set_max_attend_work(-1);
+  EXPECT_THAT(std::string(ResolveConfig(config).status().message()), HasSubstr("max_attend_work"));
 }
 
 TEST(Config, FlagsWinOverTheFile) {
