@@ -72,7 +72,7 @@ class RpcLoop {
   using Begin = std::function<void(Rpc* rpc)>;
   // Takes part in the server that is being built. `begin` is called for every call, and binds and starts it.
   RpcLoop(grpc::ServerBuilder* builder, Begin begin);
-  // The server is gone by then.
+  // The server has ended by then, and still exists.
   ~RpcLoop();
   RpcLoop(const RpcLoop&) = delete;
   RpcLoop& operator=(const RpcLoop&) = delete;

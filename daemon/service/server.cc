@@ -155,8 +155,8 @@ bool Server::Shutdown(absl::Duration grace, absl::Duration patience) {
     return false;
   }
   ending.join();
+  loop_.reset();  // what gRPC has left in its queue looks at the server
   server_.reset();
-  loop_.reset();
   service_.reset();
   return true;
 }

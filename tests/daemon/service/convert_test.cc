@@ -58,6 +58,7 @@ TEST(Convert, MeansOfKeysFollowTheirLayersIntoGroups) {
     return std::string(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(float));
   };
   v1::Model model;
+  model.set_name("means");
   for (int i = 0; i < 4; i++) {
     *model.add_layers() = MakeLayer(2, 64, i % 2 == 0 ? 0 : 1024, 8);
     model.mutable_layers(i)->set_key_mean(mean(static_cast<float>(i)));
