@@ -26,6 +26,7 @@ namespace {
 
 constexpr int64_t kDefaultDeviceBytes = int64_t{1} << 30, kDefaultHostBytes = int64_t{2} << 30;
 constexpr int64_t kLeastTierBytes = int64_t{1} << 20;
+constexpr int64_t kLeastArenaBytes = int64_t{8} << 20;
 constexpr char kDefaultPair[] = "q8_0/turbo4";
 // gRPC counts messages in int.
 constexpr int64_t kLeastMessageBytes = 4096, kMostMessageBytes = (int64_t{1} << 31) - 1;
@@ -147,6 +148,30 @@ absl::Status ResolveDisk(const v1::KvtidedConfig& config, DaemonOptions* options
   return absl::OkStatus();
 }
 
+absl::Status ResolveSharedMemory(const v1::KvtidedConfig& config, service::SharedMemoryOptions* shared) {
+  KVTIDE_ASSIGN_OR_RETURN(shared->total_bytes,
+                          ResolveBytes("shared_memory", config.shared_memory(), 0, shared->total_bytes));
+  // One client may have all of a total that is small.
+  KVTIDE_ASSIGN_OR_RETURN(shared->client_bytes,
+                          ResolveBytes("shared_memory_client", config.shared_memory_client(), 0,
+                                       std::min(shared->client_bytes, shared->total_bytes)));
+  if (shared->client_bytes > shared->total_bytes) {
+    return absl::InvalidArgumentError(absl::StrCat("shared_memory_client is ", shared->client_bytes,
+                                                   " bytes, more than shared_memory, ", shared->total_bytes));
+  }
+  if (shared->total_bytes != 0 && shared->client_bytes < kLeastArenaBytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("shared_memory: a client may have ", shared->client_bytes,
+                     " bytes, the least is 8MiB; \"0\" closes the shared-memory way"));
+  }
+  shared->users.assign(config.shared_memory_users().begin(), config.shared_memory_users().end());
+  KVTIDE_RETURN_IF_ERROR(
+      CheckRange("max_shared_memory_clients", config.max_shared_memory_clients(), 0, 4096));
+  if (config.max_shared_memory_clients() > 0)
+    shared->max_clients = static_cast<size_t>(config.max_shared_memory_clients());
+  return absl::OkStatus();
+}
+
 absl::Status ResolveLimits(const v1::KvtidedConfig& config, CacheOptions* cache) {
   KVTIDE_RETURN_IF_ERROR(CheckRange<int64_t>("max_sequences", config.max_sequences(), 0, int64_t{1} << 32));
   KVTIDE_RETURN_IF_ERROR(CheckRange<int64_t>("max_models", config.max_models(), 0, 1 << 16));
@@ -248,6 +273,7 @@ absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config) {
   KVTIDE_RETURN_IF_ERROR(CheckRange("shutdown_seconds", config.shutdown_seconds(), 0, 3600));
   options.shutdown_grace = absl::Seconds(config.shutdown_seconds() > 0 ? config.shutdown_seconds() : 10);
   KVTIDE_RETURN_IF_ERROR(ResolveService(config, &options.service));
+  KVTIDE_RETURN_IF_ERROR(ResolveSharedMemory(config, &options.service.shared_memory));
   KVTIDE_RETURN_IF_ERROR(ResolveLimits(config, &options.cache));
   KVTIDE_RETURN_IF_ERROR(ResolveDisk(config, &options));
   return options;

@@ -123,6 +123,23 @@ void AddFlags(CLI::App* app, Flags* flags) {
       app, "--call-memory", "KVTIDE_CALL_MEMORY",
       [config](const std::string& v) { config->set_call_memory(v); },
       "memory for requests and answers of calls under way (default and least: six largest messages)");
+  AddFlag(
+      app, "--shared-memory", "KVTIDE_SHARED_MEMORY",
+      [config](const std::string& v) { config->set_shared_memory(v); },
+      "memory shared with clients of this host, all together (default 512MiB); 0 closes that way");
+  AddFlag(
+      app, "--shared-memory-client", "KVTIDE_SHARED_MEMORY_CLIENT",
+      [config](const std::string& v) { config->set_shared_memory_client(v); },
+      "most of it for one client (default 256MiB)");
+  app->add_option_function<std::vector<uint32_t>>(
+         "--shared-memory-user",
+         [config](const std::vector<uint32_t>& all) {
+           config->mutable_shared_memory_users()->Assign(all.begin(), all.end());
+         },
+         "number of a user who may share memory with kvtided, beside its own and root; may be given several "
+         "times")
+      ->allow_extra_args(false)
+      ->envname("KVTIDE_SHARED_MEMORY_USER");
   app->add_option_function<int>(
          "--shutdown-seconds", [config](int v) { config->set_shutdown_seconds(v); },
          "how long calls under way may go on after SIGTERM; 0 = the default (10)")
@@ -266,6 +283,10 @@ class Daemon {
     stats.call_memory_bytes = gauges.call_memory_bytes;
     stats.call_memory_limit = options.call_memory_bytes;
     stats.memory_overhead_limit = service::MemoryOverheadBytes(options);
+    stats.shared_memory_clients = gauges.shared_memory_clients;
+    stats.shared_memory_refused = gauges.shared_memory_refused;
+    stats.shared_memory_bytes = gauges.shared_memory_bytes;
+    stats.shared_memory_limit = gauges.shared_memory_limit_bytes;
     return stats;
   }
 

@@ -3,6 +3,7 @@
 
     base <- format <- kernels <- cpu | cuda          format <- planner
     kernels <- daemon/cache <- daemon/service | daemon/metrics | daemon/disk <- daemon main
+    format <- daemon/ring <- daemon/service, clients/cpp
     planner <- daemon/service, daemon main, clients/engine, clients/cli       proto <- daemon/service, clients
 
 It also keeps third-party words where they belong: CUDA in kernels/cuda, gRPC and protobuf out of the cache, Prometheus in
@@ -32,6 +33,13 @@ LADDER = {
     "daemon": {"kernels/base", "kernels/format", "kernels", "kernels/cpu", "kernels/cuda", "daemon/cache", "daemon/disk",
                "daemon/metrics", "daemon/service", "planner", "proto"},
     "clients/cpp": {"kernels/base", "kernels/format", "proto"},
+    # What both ends of the shared-memory way need.
+    "daemon/ring": {"kernels/base", "kernels/format"},
+    "daemon/service": {"kernels/base", "kernels/format", "kernels", "daemon/cache", "daemon/ring", "planner", "proto"},
+    "daemon": {"kernels/base", "kernels/format", "kernels", "kernels/cpu", "kernels/cuda", "daemon/cache", "daemon/metrics",
+               "daemon/service", "planner", "proto"},
+    # The daemon: for the embedded way alone.
+    "clients/cpp": {"kernels/base", "kernels/format", "kernels", "daemon", "daemon/cache", "daemon/ring", "daemon/service", "planner", "proto"},
     "clients/engine": {"kernels/base", "kernels/format", "planner", "clients/cpp"},
     "clients/python": {"kernels/base", "kernels/format", "kernels", "kernels/cpu", "daemon", "daemon/cache", "daemon/service", "planner", "proto",
                        "clients/cpp", "clients/cli"},

@@ -1,126 +1,104 @@
 #include "clients/cpp/client.h"
 
+#include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/time/clock.h"
-#include "clients/cpp/channel.h"
+#include "absl/strings/str_join.h"
+#include "clients/cpp/client_impl.h"
 #include "clients/cpp/convert.h"
-#include "clients/cpp/session.h"
+#include "clients/cpp/tensor_mover.h"
 #include "kernels/base/status.h"
-#include "kvtide/v1/kv_cache_service.grpc.pb.h"
 #include "proto/data_type.h"
 
 namespace kvtide::client {
-
-using Stub = v1::KvCacheService::Stub;
-
-struct Client::Impl {
-  std::string address;
-  ClientOptions options;
-  std::shared_ptr<grpc::Channel> channel;
-  std::unique_ptr<Stub> stub;
-  std::unique_ptr<Session> session;
-
-  // One call, as an RPC of its own or on the session. `request` is left empty in the latter case.
-  template <class Request, class Response>
-  absl::Status Call(grpc::Status (Stub::*method)(grpc::ClientContext*, const Request&, Response*),
-                    Request* (v1::SessionRequest::*on_session)(),
-                    Response* (v1::SessionResponse::*from_session)(), Request* request, Response* response) {
-    if (session == nullptr) {
-      grpc::ClientContext context;
-      context.set_deadline(absl::ToChronoTime(absl::Now() + options.timeout));
-      return FromGrpc((stub.get()->*method)(&context, *request, response));
-    }
-    v1::SessionRequest wrapped;
-    (wrapped.*on_session)()->Swap(request);
-    v1::SessionResponse answer;
-    KVTIDE_RETURN_IF_ERROR(session->Call(&wrapped, &answer));
-    response->Swap((answer.*from_session)());
-    return absl::OkStatus();
-  }
-};
-
-// The stub's method and the session's fields of one verb.
-#define KVTIDE_VERB(Method, field) \
-  &Stub::Method, &v1::SessionRequest::mutable_##field, &v1::SessionResponse::mutable_##field
 
 Client::Client(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Client::~Client() = default;
 
 absl::StatusOr<std::unique_ptr<Client>> Client::Connect(const std::string& address, ClientOptions options) {
-  auto impl = std::make_unique<Impl>();
-  impl->address = address;
-  impl->options = options;
-  KVTIDE_ASSIGN_OR_RETURN(impl->channel, OpenChannel(address, options));
-  impl->stub = v1::KvCacheService::NewStub(impl->channel);
-  if (options.session) {
-    KVTIDE_ASSIGN_OR_RETURN(impl->session, Session::Start(impl->stub.get(), options.timeout));
-  }
+  KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<Impl> impl, ConnectGrpc(address, options));
   return std::unique_ptr<Client>(new Client(std::move(impl)));
 }
 
 const std::string& Client::address() const { return impl_->address; }
 
 absl::StatusOr<ServerInfo> Client::GetServerInfo() {
-  v1::GetServerInfoRequest request;
-  v1::GetServerInfoResponse response;
-  KVTIDE_RETURN_IF_ERROR(impl_->Call(KVTIDE_VERB(GetServerInfo, get_server_info), &request, &response));
+  v1::SessionRequest message;
+  message.mutable_get_server_info();
+  v1::SessionResponse answer;
+  KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
+  const v1::GetServerInfoResponse& response = answer.get_server_info();
   return FromProto(response);
 }
 
 absl::Status Client::RegisterModel(const Model& model) {
-  v1::RegisterModelRequest request;
+  v1::SessionRequest message;
+  v1::RegisterModelRequest& request = *message.mutable_register_model();
   ToProto(model, request.mutable_model());
-  v1::RegisterModelResponse response;
-  return impl_->Call(KVTIDE_VERB(RegisterModel, register_model), &request, &response);
+  v1::SessionResponse answer;
+  return impl_->carrier->Call(&message, &answer);
 }
 
 absl::StatusOr<SequenceId> Client::CreateSequence(const std::string& model, const SequenceOptions& options) {
-  v1::CreateSequenceRequest request;
+  v1::SessionRequest message;
+  v1::CreateSequenceRequest& request = *message.mutable_create_sequence();
   request.set_model(model);
   ToProto(options, &request);
-  v1::CreateSequenceResponse response;
-  KVTIDE_RETURN_IF_ERROR(impl_->Call(KVTIDE_VERB(CreateSequence, create_sequence), &request, &response));
+  v1::SessionResponse answer;
+  KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
+  const v1::CreateSequenceResponse& response = answer.create_sequence();
   return response.sequence_id();
 }
 
 absl::StatusOr<SequenceId> Client::ForkSequence(SequenceId sequence) {
-  v1::ForkSequenceRequest request;
+  v1::SessionRequest message;
+  v1::ForkSequenceRequest& request = *message.mutable_fork_sequence();
   request.set_sequence_id(sequence);
-  v1::ForkSequenceResponse response;
-  KVTIDE_RETURN_IF_ERROR(impl_->Call(KVTIDE_VERB(ForkSequence, fork_sequence), &request, &response));
+  v1::SessionResponse answer;
+  KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
+  const v1::ForkSequenceResponse& response = answer.fork_sequence();
   return response.sequence_id();
 }
 
 absl::Status Client::TruncateSequence(SequenceId sequence, int64_t tokens) {
-  v1::TruncateSequenceRequest request;
+  v1::SessionRequest message;
+  v1::TruncateSequenceRequest& request = *message.mutable_truncate_sequence();
   request.set_sequence_id(sequence);
   request.set_tokens(tokens);
-  v1::TruncateSequenceResponse response;
-  return impl_->Call(KVTIDE_VERB(TruncateSequence, truncate_sequence), &request, &response);
+  v1::SessionResponse answer;
+  return impl_->carrier->Call(&message, &answer);
 }
 
 absl::Status Client::CloseSequence(SequenceId sequence) {
-  v1::CloseSequenceRequest request;
+  v1::SessionRequest message;
+  v1::CloseSequenceRequest& request = *message.mutable_close_sequence();
   request.set_sequence_id(sequence);
-  v1::CloseSequenceResponse response;
-  return impl_->Call(KVTIDE_VERB(CloseSequence, close_sequence), &request, &response);
+  v1::SessionResponse answer;
+  return impl_->carrier->Call(&message, &answer);
 }
 
 absl::StatusOr<int64_t> Client::Append(SequenceId sequence, int64_t start_position,
                                        std::span<const LayerTokens> layers) {
-  v1::AppendRequest request;
+  v1::SessionRequest message;
+  v1::AppendRequest& request = *message.mutable_append();
   request.set_sequence_id(sequence);
   request.set_start_position(start_position);
+  TensorMover tensors(impl_->carrier->memory());
+  for (const LayerTokens& layer : layers) {
+    tensors.Count(layer.k);
+    tensors.Count(layer.v);
+  }
+  KVTIDE_RETURN_IF_ERROR(tensors.Begin());
   for (const LayerTokens& layer : layers) {
     v1::LayerTokens* out = request.add_layers();
     out->set_layer(layer.layer);
-    ToProto(layer.k, out->mutable_k());
-    ToProto(layer.v, out->mutable_v());
+    tensors.Add(layer.k, out->mutable_k());
+    tensors.Add(layer.v, out->mutable_v());
   }
-  v1::AppendResponse response;
-  KVTIDE_RETURN_IF_ERROR(impl_->Call(KVTIDE_VERB(Append, append), &request, &response));
+  v1::SessionResponse answer;
+  KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
+  const v1::AppendResponse& response = answer.append();
   return response.tokens();
 }
 
@@ -142,55 +120,171 @@ absl::Status CopyResults(const Items& items, const Response& response) {
 
 }  // namespace
 
+namespace {
+
+// At least one item; k and v of all have one type and as many tokens.
+absl::Status CheckReadItems(std::span<const ReadItem> items) {
+  if (items.empty()) return absl::InvalidArgumentError("the read names no layer");
+  const MutableTensorRef& like = items[0].k;
+  for (const ReadItem& item : items) {
+    const MutableTensorRef &k = item.k, &v = item.v;
+    if (k.shape.size() != 3 || v.shape.size() != 3 || k.shape[0] < 1 || k.shape[0] != v.shape[0] ||
+        k.type != v.type || k.shape[0] != like.shape[0] || k.type != like.type) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "layer ", item.layer,
+          ": k and v: expected [tokens, kv_heads, head_dim] of one type with the same tokens, at "
+          "least one, in all layers"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+size_t BytesOf(const MutableTensorRef& tensor) {
+  return BytesOf(TensorRef{tensor.data, tensor.type, tensor.shape});
+}
+
+absl::Status CopyRows(const char* name, const LayerRows& from, const std::vector<std::byte>& rows, int dim,
+                      const MutableTensorRef& to) {
+  const std::vector<int64_t> shape = {to.shape[0], from.kv_heads, dim};
+  if (to.shape != shape) {
+    return absl::InvalidArgumentError(absl::StrCat("layer ", from.layer, ": ", name, ": the shape is [",
+                                                   absl::StrJoin(to.shape, ", "), "], expected [tokens, ",
+                                                   from.kv_heads, ", ", dim, "]"));
+  }
+  if (rows.size() != BytesOf(to))
+    return absl::InternalError(absl::StrCat(name, ": the answer has ", rows.size(), " bytes"));
+  std::memcpy(to.data, rows.data(), rows.size());
+  return absl::OkStatus();
+}
+
+absl::Status CopyRows(const std::vector<LayerRows>& rows, std::span<const ReadItem> items) {
+  if (rows.size() != items.size())
+    return absl::InternalError(absl::StrCat("asked for ", items.size(), " layers, got ", rows.size()));
+  for (size_t i = 0; i < items.size(); i++) {
+    KVTIDE_RETURN_IF_ERROR(CopyRows("k", rows[i], rows[i].k, rows[i].head_dim_k, items[i].k));
+    KVTIDE_RETURN_IF_ERROR(CopyRows("v", rows[i], rows[i].v, rows[i].head_dim_v, items[i].v));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
 absl::StatusOr<std::vector<LayerRows>> Client::ReadTokens(SequenceId sequence, std::span<const int> layers,
                                                           int64_t first, int64_t count, DataType type) {
   std::vector<LayerRows> all;
   for (int64_t done = 0; done < count || done == 0;) {
-    v1::ReadTokensRequest request;
+    v1::SessionRequest message;
+    v1::ReadTokensRequest& request = *message.mutable_read_tokens();
     request.set_sequence_id(sequence);
     request.mutable_layers()->Add(layers.begin(), layers.end());
     request.set_first_token(first + done);
     request.set_tokens(count - done);
     request.set_dtype(DataTypeToProto(type));
-    v1::ReadTokensResponse response;
-    KVTIDE_RETURN_IF_ERROR(impl_->Call(KVTIDE_VERB(ReadTokens, read_tokens), &request, &response));
+    v1::SessionResponse answer;
+    KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
+    const v1::ReadTokensResponse& response = answer.read_tokens();
     KVTIDE_RETURN_IF_ERROR(AppendRows(response, &all));
     done += response.tokens();
   }
   return all;
 }
 
-absl::Status Client::Attend(int layer, std::span<const AttendItem> items, const AttentionOptions& options) {
-  v1::AttendRequest request;
-  request.set_layer(layer);
-  ToProto(options, request.mutable_options());
-  for (const AttendItem& item : items) {
-    v1::AttendItem* out = request.add_items();
-    out->set_sequence_id(item.sequence);
-    if (item.first_query_position) out->set_first_query_position(*item.first_query_position);
-    ToProto(item.q, out->mutable_q());
+absl::Status Client::ReadTokens(SequenceId sequence, int64_t first, std::span<const ReadItem> items) {
+  KVTIDE_RETURN_IF_ERROR(CheckReadItems(items));
+  const int64_t tokens = items[0].k.shape[0];
+  const DataType type = items[0].k.type;
+  if (impl_->carrier->memory() == nullptr) {
+    std::vector<int> layers;
+    for (const ReadItem& item : items) layers.push_back(item.layer);
+    KVTIDE_ASSIGN_OR_RETURN(const std::vector<LayerRows> rows,
+                            ReadTokens(sequence, layers, first, tokens, type));
+    return CopyRows(rows, items);
   }
-  v1::AttendResponse response;
-  KVTIDE_RETURN_IF_ERROR(impl_->Call(KVTIDE_VERB(Attend, attend), &request, &response));
-  return CopyResults(items, response);
+  v1::SessionRequest message;
+  v1::ReadTokensRequest& request = *message.mutable_read_tokens();
+  request.set_sequence_id(sequence);
+  request.set_first_token(first);
+  request.set_tokens(tokens);
+  request.set_dtype(DataTypeToProto(type));
+  TensorMover tensors(impl_->carrier->memory());
+  for (const ReadItem& item : items) {
+    tensors.Count(item.k.data, BytesOf(item.k));
+    tensors.Count(item.v.data, BytesOf(item.v));
+  }
+  KVTIDE_RETURN_IF_ERROR(tensors.Begin());
+  for (const ReadItem& item : items) {
+    request.add_layers(item.layer);
+    tensors.AddResult(item.k.data, BytesOf(item.k), request.add_k_places());
+    tensors.AddResult(item.v.data, BytesOf(item.v), request.add_v_places());
+  }
+  v1::SessionResponse answer;
+  KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
+  tensors.TakeResults();
+  return absl::OkStatus();
+}
+
+namespace {
+
+void CountTensors(const AttendItem& item, TensorMover* tensors) { tensors->Count(item.q); }
+void CountTensors(const AppendAttendItem& item, TensorMover* tensors) {
+  tensors->Count(item.q);
+  tensors->Count(item.k);
+  tensors->Count(item.v);
+}
+void AddTensors(const AttendItem& item, TensorMover* tensors, v1::AttendItem* out) {
+  if (item.first_query_position) out->set_first_query_position(*item.first_query_position);
+  tensors->Add(item.q, out->mutable_q());
+}
+void AddTensors(const AppendAttendItem& item, TensorMover* tensors, v1::AppendAttendItem* out) {
+  out->set_start_position(item.start_position);
+  tensors->Add(item.q, out->mutable_q());
+  tensors->Add(item.k, out->mutable_k());
+  tensors->Add(item.v, out->mutable_v());
+}
+
+// What Attend and AppendAttend have in common. `message` holds `request`, `answer` will hold `response`.
+template <class Item, class Request, class Response>
+absl::Status RunAttention(Carrier* carrier, int layer, std::span<const Item> items,
+                          const AttentionOptions& options, v1::SessionRequest* message, Request* request,
+                          const Response& (v1::SessionResponse::*response)() const) {
+  request->set_layer(layer);
+  ToProto(options, request->mutable_options());
+  TensorMover tensors(carrier->memory());
+  for (const Item& item : items) {
+    CountTensors(item, &tensors);
+    tensors.Count(item.output.data(), item.output.size_bytes());
+    tensors.Count(item.lse.data(), item.lse.size_bytes());
+  }
+  KVTIDE_RETURN_IF_ERROR(tensors.Begin());
+  for (const Item& item : items) {
+    auto* const out = request->add_items();
+    out->set_sequence_id(item.sequence);
+    AddTensors(item, &tensors, out);
+    if (!tensors.has_memory()) continue;
+    tensors.AddResult(item.output.data(), item.output.size_bytes(), out->mutable_output_place());
+    if (!item.lse.empty())
+      tensors.AddResult(item.lse.data(), item.lse.size_bytes(), out->mutable_lse_place());
+  }
+  v1::SessionResponse answer;
+  KVTIDE_RETURN_IF_ERROR(carrier->Call(message, &answer));
+  if (!tensors.has_memory()) return CopyResults(items, (answer.*response)());
+  tensors.TakeResults();
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status Client::Attend(int layer, std::span<const AttendItem> items, const AttentionOptions& options) {
+  v1::SessionRequest message;
+  return RunAttention(impl_->carrier.get(), layer, items, options, &message, message.mutable_attend(),
+                      &v1::SessionResponse::attend);
 }
 
 absl::Status Client::AppendAttend(int layer, std::span<const AppendAttendItem> items,
                                   const AttentionOptions& options) {
-  v1::AppendAttendRequest request;
-  request.set_layer(layer);
-  ToProto(options, request.mutable_options());
-  for (const AppendAttendItem& item : items) {
-    v1::AppendAttendItem* out = request.add_items();
-    out->set_sequence_id(item.sequence);
-    out->set_start_position(item.start_position);
-    ToProto(item.q, out->mutable_q());
-    ToProto(item.k, out->mutable_k());
-    ToProto(item.v, out->mutable_v());
-  }
-  v1::AppendAttendResponse response;
-  KVTIDE_RETURN_IF_ERROR(impl_->Call(KVTIDE_VERB(AppendAttend, append_attend), &request, &response));
-  return CopyResults(items, response);
+  v1::SessionRequest message;
+  return RunAttention(impl_->carrier.get(), layer, items, options, &message, message.mutable_append_attend(),
+                      &v1::SessionResponse::append_attend);
 }
 
 namespace {
@@ -204,39 +298,46 @@ MoveResult ToMoveResult(const v1::EvictSequencesResponse& response) {
 
 absl::StatusOr<MoveResult> Client::EvictSequences(std::span<const SequenceId> sequences,
                                                   const EvictOptions& options) {
-  v1::EvictSequencesRequest request;
+  v1::SessionRequest message;
+  v1::EvictSequencesRequest& request = *message.mutable_evict_sequences();
   request.mutable_sequence_ids()->Add(sequences.begin(), sequences.end());
   request.set_tier(options.tier);
   request.set_drop(options.drop);
-  v1::EvictSequencesResponse response;
-  KVTIDE_RETURN_IF_ERROR(impl_->Call(KVTIDE_VERB(EvictSequences, evict_sequences), &request, &response));
+  v1::SessionResponse answer;
+  KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
+  const v1::EvictSequencesResponse& response = answer.evict_sequences();
   return ToMoveResult(response);
 }
 
 absl::StatusOr<MoveResult> Client::EvictAll(const EvictOptions& options) {
-  v1::EvictSequencesRequest request;
+  v1::SessionRequest message;
+  v1::EvictSequencesRequest& request = *message.mutable_evict_sequences();
   request.set_all(true);
   request.set_tier(options.tier);
   request.set_drop(options.drop);
-  v1::EvictSequencesResponse response;
-  KVTIDE_RETURN_IF_ERROR(impl_->Call(KVTIDE_VERB(EvictSequences, evict_sequences), &request, &response));
+  v1::SessionResponse answer;
+  KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
+  const v1::EvictSequencesResponse& response = answer.evict_sequences();
   return ToMoveResult(response);
 }
 
 absl::StatusOr<MoveResult> Client::PrefetchSequences(std::span<const SequenceId> sequences) {
-  v1::PrefetchSequencesRequest request;
+  v1::SessionRequest message;
+  v1::PrefetchSequencesRequest& request = *message.mutable_prefetch_sequences();
   request.mutable_sequence_ids()->Add(sequences.begin(), sequences.end());
-  v1::PrefetchSequencesResponse response;
-  KVTIDE_RETURN_IF_ERROR(
-      impl_->Call(KVTIDE_VERB(PrefetchSequences, prefetch_sequences), &request, &response));
+  v1::SessionResponse answer;
+  KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
+  const v1::PrefetchSequencesResponse& response = answer.prefetch_sequences();
   return MoveResult{response.blocks(), response.bytes(), 0, response.blocks_left()};
 }
 
 absl::StatusOr<PersistResult> Client::PersistSequences(std::span<const SequenceId> sequences) {
-  v1::PersistSequencesRequest request;
+  v1::SessionRequest message;
+  v1::PersistSequencesRequest& request = *message.mutable_persist_sequences();
   request.mutable_sequence_ids()->Add(sequences.begin(), sequences.end());
-  v1::PersistSequencesResponse response;
-  KVTIDE_RETURN_IF_ERROR(impl_->Call(KVTIDE_VERB(PersistSequences, persist_sequences), &request, &response));
+  v1::SessionResponse answer;
+  KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
+  const v1::PersistSequencesResponse& response = answer.persist_sequences();
   return PersistResult{response.sequences(), response.tokens(), response.blocks(), response.bytes()};
 }
 
@@ -244,12 +345,14 @@ absl::StatusOr<std::vector<SequenceInfo>> Client::ListSequences(const std::strin
   std::vector<SequenceInfo> sequences;
   std::string token;
   do {
-    v1::ListSequencesRequest request;
+    v1::SessionRequest message;
+    v1::ListSequencesRequest& request = *message.mutable_list_sequences();
     request.set_page_size(1000);
     request.set_page_token(token);
     request.set_model(model);
-    v1::ListSequencesResponse response;
-    KVTIDE_RETURN_IF_ERROR(impl_->Call(KVTIDE_VERB(ListSequences, list_sequences), &request, &response));
+    v1::SessionResponse answer;
+    KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
+    const v1::ListSequencesResponse& response = answer.list_sequences();
     for (const v1::Sequence& sequence : response.sequences()) sequences.push_back(FromProto(sequence));
     token = response.next_page_token();
   } while (!token.empty());
@@ -257,20 +360,26 @@ absl::StatusOr<std::vector<SequenceInfo>> Client::ListSequences(const std::strin
 }
 
 absl::StatusOr<ServerStats> Client::GetStats() {
-  v1::GetStatsRequest request;
-  v1::GetStatsResponse response;
-  KVTIDE_RETURN_IF_ERROR(impl_->Call(KVTIDE_VERB(GetStats, get_stats), &request, &response));
+  v1::SessionRequest message;
+  message.mutable_get_stats();
+  v1::SessionResponse answer;
+  KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
+  const v1::GetStatsResponse& response = answer.get_stats();
   return FromProto(response);
 }
 
 absl::StatusOr<PlanAnswer> Client::Plan(const PlanQuestion& question) {
-  v1::PlanRequest request;
+  v1::SessionRequest message;
+  v1::PlanRequest& request = *message.mutable_plan();
   ToProto(question, &request);
-  v1::PlanResponse response;
-  KVTIDE_RETURN_IF_ERROR(impl_->Call(KVTIDE_VERB(Plan, plan), &request, &response));
+  v1::SessionResponse answer;
+  KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
+  const v1::PlanResponse& response = answer.plan();
   return FromProto(response);
 }
 
-absl::Status Client::CheckHealth() { return AskHealth(impl_->channel, impl_->options.timeout); }
+absl::Status Client::CheckHealth() {
+  return impl_->check_health ? impl_->check_health() : GetServerInfo().status();
+}
 
 }  // namespace kvtide::client

@@ -50,6 +50,17 @@ struct TensorRef {
   }
 };
 
+// The same, to be written.
+struct MutableTensorRef {
+  void* data = nullptr;
+  DataType type = DataType::kF32;
+  std::vector<int64_t> shape;
+
+  static MutableTensorRef F32(std::span<float> values, std::vector<int64_t> shape) {
+    return {values.data(), DataType::kF32, std::move(shape)};
+  }
+};
+
 // The shape of a model; kvtide.v1.Model explains the fields.
 struct ModelLayer {
   int kv_heads = 0;
@@ -96,6 +107,12 @@ struct LayerRows {
   int layer = 0;
   int kv_heads = 0, head_dim_k = 0, head_dim_v = 0;
   std::vector<std::byte> k, v;
+};
+
+// Rows of one layer that a read fills: [tokens][kv_heads][head_dim].
+struct ReadItem {
+  int layer = 0;
+  MutableTensorRef k, v;
 };
 
 // What a call changes about the layer's registered attention.
@@ -279,6 +296,8 @@ class Client {
   absl::StatusOr<std::vector<LayerRows>> ReadTokens(SequenceId sequence, std::span<const int> layers,
                                                     int64_t first, int64_t count,
                                                     DataType type = DataType::kF16);
+  // The same into the caller's memory: as many tokens as the items have rows, of one type in all of them.
+  absl::Status ReadTokens(SequenceId sequence, int64_t first, std::span<const ReadItem> items);
   absl::Status Attend(int layer, std::span<const AttendItem> items, const AttentionOptions& options = {});
   absl::Status AppendAttend(int layer, std::span<const AppendAttendItem> items,
                             const AttentionOptions& options = {});
@@ -298,8 +317,9 @@ class Client {
   // OK if the health service says SERVING.
   absl::Status CheckHealth();
 
- private:
-  struct Impl;
+  struct Impl;  // client_impl.h
+
+ protected:
   explicit Client(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };

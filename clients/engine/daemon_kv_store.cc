@@ -29,8 +29,9 @@ absl::StatusOr<std::unique_ptr<DaemonKvStore>> DaemonKvStore::Create(client::Cli
                                                                      client::SequenceOptions options) {
   KVTIDE_RETURN_IF_ERROR(client.RegisterModel(ClientModel(model_name, geometry)));
   KVTIDE_ASSIGN_OR_RETURN(const client::ServerInfo info, client.GetServerInfo());
-  // A request carries q, k and v, the answer the output and its log-sum-exp; both stay well below the limit.
-  const int64_t token_bytes = 4 * static_cast<int64_t>(geometry.query_width() + 2 * geometry.kv_width());
+  // A request carries q, k and v, the answer the output; together they stay well below the limit of a
+  // message, and fit into the arena of a pool that shares memory.
+  const int64_t token_bytes = 4 * static_cast<int64_t>(2 * geometry.query_width() + 2 * geometry.kv_width());
   int64_t tokens = std::max<int64_t>(1, info.max_message_bytes * 3 / 4 / token_bytes);
   if (info.max_append_tokens > 0) tokens = std::min(tokens, info.max_append_tokens);
   return std::unique_ptr<DaemonKvStore>(

@@ -1,6 +1,7 @@
-// A KvStore whose keys and values live in kvtided: every layer of every chunk is one AppendAttend call, or a
-// few when a message would be too large. Nothing of a sequence stays in this process but its id. The client
-// is borrowed. Sequences that are still open when the store is destroyed are closed.
+// A KvStore whose keys and values live in kvtided, or in another pool (clients/cpp/pool.h): every layer of
+// every chunk is one AppendAttend call, or a few when a message would be too large. Nothing of a sequence
+// stays in this process but its id. The client is borrowed. Sequences that are still open when the store is
+// destroyed are closed.
 #pragma once
 
 #include <memory>

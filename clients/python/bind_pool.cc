@@ -10,9 +10,9 @@
 #include <optional>
 #include <utility>
 
+#include "clients/cpp/pool.h"
 #include "clients/python/arrays.h"
 #include "clients/python/bindings.h"
-#include "clients/python/pool.h"
 #include "clients/python/raise.h"
 
 namespace nb = nanobind;
@@ -243,15 +243,15 @@ client::PlanQuestion MakeQuestion(const nb::dict& from) {
 // Owns the pool until Close; a call that runs keeps it alive.
 class Handle {
  public:
-  explicit Handle(std::unique_ptr<Pool> pool) : pool_(std::move(pool)) {}
+  explicit Handle(std::unique_ptr<client::Pool> pool) : pool_(std::move(pool)) {}
 
   // Called with the GIL.
-  std::shared_ptr<Pool> pool() const {
+  std::shared_ptr<client::Pool> pool() const {
     if (pool_ == nullptr) throw StatusException(absl::FailedPreconditionError("the pool has been closed"));
     return pool_;
   }
   void Close() {
-    std::shared_ptr<Pool> last = std::move(pool_);
+    std::shared_ptr<client::Pool> last = std::move(pool_);
     pool_ = nullptr;
     const nb::gil_scoped_release release;
     last.reset();
@@ -261,7 +261,7 @@ class Handle {
   }
 
  private:
-  std::shared_ptr<Pool> pool_;
+  std::shared_ptr<client::Pool> pool_;
 };
 
 void Attend(const Handle& handle, int layer, const Ids& ids,
@@ -304,6 +304,8 @@ void BindPool(nb::module_& m) {
 
   nb::class_<Handle>(m, "Pool")
       .def_prop_ro("address", [](const Handle& handle) { return handle.pool()->address(); })
+      .def_prop_ro("way", [](const Handle& handle) { return client::WayName(handle.pool()->way()); })
+      .def_prop_ro("why", [](const Handle& handle) { return handle.pool()->why(); })
       .def("close", &Handle::Close)
       .def("info",
            [](const Handle& handle) {
@@ -360,20 +362,23 @@ void BindPool(nb::module_& m) {
           [](const Handle& handle, client::SequenceId sequence, int layer, int64_t start,
              const AnyWritableArray& k, const AnyWritableArray& v) {
             const auto target = [](const AnyWritableArray& array) {
-              ReadTarget out{array.data(), ElementType(array.dtype()), {}};
+              client::MutableTensorRef out{array.data(), ElementType(array.dtype()), {}};
               for (size_t i = 0; i < array.ndim(); i++)
                 out.shape.push_back(static_cast<int64_t>(array.shape(i)));
               return out;
             };
-            const ReadTarget to_k = target(k), to_v = target(v);
+            const client::ReadItem item{layer, target(k), target(v)};
             const auto pool = handle.pool();
-            Raise(Blocking([&] { return pool->ReadTokens(sequence, layer, start, to_k, to_v); }));
+            Raise(Blocking([&] { return pool->ReadTokens(sequence, start, {&item, 1}); }));
           },
           nb::arg(), nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg().noconvert())
       .def("evict",
            [](const Handle& handle, const Ids& sequences, const std::string& tier, bool drop) {
              const auto pool = handle.pool();
-             return ToPython(Raise(Blocking([&] { return pool->EvictSequences(sequences, {tier, drop}); })));
+             return ToPython(Raise(Blocking([&] {
+               return sequences.empty() ? pool->EvictAll({tier, drop})
+                                        : pool->EvictSequences(sequences, {tier, drop});
+             })));
            })
       .def("prefetch",
            [](const Handle& handle, const Ids& sequences) {
@@ -398,20 +403,19 @@ void BindPool(nb::module_& m) {
       });
 
   m.def(
-      "connect_daemon",
+      "connect",
       [](const std::string& address, double timeout, double connect_timeout, int64_t max_message_bytes,
-         bool session) {
-        client::ClientOptions options;
-        options.timeout = absl::Seconds(timeout);
-        options.connect_timeout = absl::Seconds(connect_timeout);
-        options.max_message_bytes = max_message_bytes;
-        options.session = session;
-        return std::make_unique<Handle>(Raise(Blocking([&] { return ConnectDaemon(address, options); })));
+         bool session, const std::string& embedded_config) {
+        client::PoolOptions options;
+        options.client.timeout = absl::Seconds(timeout);
+        options.client.connect_timeout = absl::Seconds(connect_timeout);
+        options.client.max_message_bytes = max_message_bytes;
+        options.client.session = session;
+        options.embedded_config = embedded_config;
+        return std::make_unique<Handle>(
+            Raise(Blocking([&] { return client::Pool::Connect(address, options); })));
       },
-      "address"_a, "timeout"_a, "connect_timeout"_a, "max_message_bytes"_a, "session"_a);
-  m.def("make_embedded_pool", [](const std::string& config_json) {
-    return std::make_unique<Handle>(Raise(Blocking([&] { return MakeEmbeddedPool(config_json); })));
-  });
+      "address"_a, "timeout"_a, "connect_timeout"_a, "max_message_bytes"_a, "session"_a, "embedded_config"_a);
   m.def("default_address", &client::DefaultAddress);
 }
 

@@ -54,6 +54,14 @@ void WriteService(const ServiceStats& stats, FamilyWriter* writer) {
   gauge("kvtide_memory_overhead_limit_bytes",
         "The most memory that the daemon takes beside its tiers in host memory, whatever clients do.",
         stats.memory_overhead_limit);
+  gauge("kvtide_shared_memory_clients", "Clients that share memory with the daemon.",
+        stats.shared_memory_clients);
+  writer->Counter("kvtide_shared_memory_refused_total", "Clients that were refused shared memory.")
+      .Sample(static_cast<double>(stats.shared_memory_refused));
+  gauge("kvtide_shared_memory_bytes", "Sizes of the arenas of all clients; pages count as they are used.",
+        stats.shared_memory_bytes);
+  gauge("kvtide_shared_memory_limit_bytes", "Most bytes of all arenas; beyond it clients are refused.",
+        stats.shared_memory_limit);
 }
 
 // All of a scrape, in one order: build, cache, calls, allocator, process.

@@ -24,6 +24,8 @@ struct ServiceStats {
   int64_t connections_accepted = 0, connections_refused = 0;  // since the start
   int64_t call_memory_bytes = 0, call_memory_limit = 0;
   int64_t memory_overhead_limit = 0;
+  int64_t shared_memory_clients = 0, shared_memory_refused = 0;  // refused: since the start
+  int64_t shared_memory_bytes = 0, shared_memory_limit = 0;
 };
 
 struct MetricsOptions {

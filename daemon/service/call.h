@@ -3,12 +3,15 @@
 
 #include "daemon/cache/call_context.h"
 #include "daemon/service/memory_budget.h"
+#include "daemon/service/tensor.h"
 
 namespace kvtide::service {
 
 struct Call {
   CallContext context;
-  MemoryBudget::Hold* memory = nullptr;  // large answers are added before they are made; null = not counted
+  MemoryBudget::Hold* memory = nullptr;   // large answers are added before they are made; null = not counted
+  int64_t max_answer_bytes = 0;           // of this way; 0 = max_message_bytes
+  const TensorMemory* tensors = nullptr;  // where tensors may lie beside the message; null = nowhere
   // Set where the call is served by a thread that looks after sockets: a handler that could take longer than
   // kBriefWork sets it and returns any error, having changed nothing; then other threads serve the call.
   bool* declined = nullptr;

@@ -12,6 +12,14 @@
 namespace kvtide::service {
 namespace {
 
+// The number of the socket behind a descriptor; 0 when there is none.
+ino_t SocketOf(int fd) {
+  struct stat info {};
+  return ::fstat(fd, &info) == 0 && S_ISSOCK(info.st_mode) ? info.st_ino : 0;
+}
+
+}  // namespace
+
 std::string NameOfPeer(int fd) {
   sockaddr_storage address{};
   socklen_t size = sizeof(address);
@@ -29,14 +37,6 @@ std::string NameOfPeer(int fd) {
   }
   return address.ss_family == AF_INET6 ? absl::StrCat("[", host, "]:", port) : absl::StrCat(host, ":", port);
 }
-
-// The number of the socket behind a descriptor; 0 when there is none.
-ino_t SocketOf(int fd) {
-  struct stat info {};
-  return ::fstat(fd, &info) == 0 && S_ISSOCK(info.st_mode) ? info.st_ino : 0;
-}
-
-}  // namespace
 
 std::shared_ptr<Connection> Connections::Add(int fd) {
   auto connection = std::make_shared<Connection>();

@@ -23,6 +23,9 @@ struct Connection {
   MemoryBudget::Account memory;
 };
 
+// Who is at the other end of a socket: "unix:uid=1000,pid=4711" or "127.0.0.1:53412".
+std::string NameOfPeer(int fd);
+
 class Connections {
  public:
   // The connection that was accepted as descriptor `fd`; it takes the place of an earlier one that is gone.

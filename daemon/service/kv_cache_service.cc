@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "daemon/service/ring_session.h"
 
 namespace kvtide::service {
 namespace {
@@ -51,7 +52,8 @@ int64_t ReceiveMemoryBytes(const ServiceOptions& options) {
 }
 
 int64_t MemoryOverheadBytes(const ServiceOptions& options) {
-  return kBaseBytes + ReceiveMemoryBytes(options) + options.call_memory_bytes + options.staging_bytes;
+  return kBaseBytes + ReceiveMemoryBytes(options) + options.call_memory_bytes + options.staging_bytes +
+         options.shared_memory.total_bytes;
 }
 
 KvCacheService::KvCacheService(KvCache* cache, const Connections* connections, const ServiceOptions& options)
@@ -405,6 +407,7 @@ void KvCacheService::Drain() {
   {
     const MutexLock lock(mutex_);
     for (AnyCall* call : calls_) call->CancelIfBulk();
+    for (RingSession* session : rings_) session->CancelIfBulk();
   }
   prompt_.Close();
   bulk_.Close();

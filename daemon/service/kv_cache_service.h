@@ -19,6 +19,8 @@
 
 namespace kvtide::service {
 
+class RingSession;
+
 class KvCacheService {
  public:
   // Borrows the cache and the connections. To be destroyed after the server whose calls it begins.
@@ -35,17 +37,20 @@ class KvCacheService {
 
   // Takes a call that has arrived.
   void Begin(Rpc* rpc);
+  // Unavailable while draining.
+  absl::Status CheckNotDraining() const;
+  // Tells who counts calls and logs failures.
+  void Report(const CallReport& report) const;
 
  private:
   class AnyCall;
   class UnaryCall;
   class SessionCall;
   class RefusedCall;
+  friend class RingSession;
 
-  absl::Status CheckNotDraining() const;
   // Hands a call to the threads of its verb. False: their queue is full.
   bool Submit(const Verb* verb, uint64_t caller, WorkerPool::Work* work);
-  void Report(const CallReport& report) const;
   std::string NewRequestId();
 
   const ServiceOptions options_;
@@ -56,7 +61,8 @@ class KvCacheService {
   std::atomic<uint64_t> last_request_;
   Mutex mutex_;
   absl::flat_hash_set<AnyCall*> calls_ ABSL_GUARDED_BY(mutex_);  // that exist
-  WorkerPool prompt_, bulk_;                                     // last: their threads use all above
+  absl::flat_hash_set<RingSession*> rings_ ABSL_GUARDED_BY(mutex_);
+  WorkerPool prompt_, bulk_;  // last: their threads use all above
 };
 
 }  // namespace kvtide::service

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <future>
+#include <random>
 #include <thread>
 #include <utility>
 
@@ -78,13 +79,22 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
   ServiceOptions options = asked;
   options.call_memory_bytes = std::max(options.call_memory_bytes, LeastCallMemory(options.max_message_bytes));
   std::unique_ptr<Server> server(new Server);
-  std::vector<int> sockets;
+  std::vector<int> sockets, ring_sockets;
   for (const std::string& text : options.listen) {
     KVTIDE_ASSIGN_OR_RETURN(const Address address, ParseAddress(text));
     KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<AddressClaim> claim, AddressClaim::Take(address));
     sockets.insert(sockets.end(), claim->sockets().begin(), claim->sockets().end());
     server->addresses_.push_back(claim->text());
     server->claims_.push_back(std::move(claim));
+    if (!address.is_unix() || options.shared_memory.total_bytes == 0) continue;
+    auto ring_address = ParseAddress(address.text + ring::kSocketSuffix);
+    if (!ring_address.ok()) {
+      return Annotate(ring_address.status(),
+                      "the socket of the shared-memory way (--shared-memory 0 closes it)");
+    }
+    KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<AddressClaim> ring_claim, AddressClaim::Take(*ring_address));
+    ring_sockets.insert(ring_sockets.end(), ring_claim->sockets().begin(), ring_claim->sockets().end());
+    server->claims_.push_back(std::move(ring_claim));
   }
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   options.max_connections = std::min(options.max_connections, ConnectionsThatFit());
@@ -110,6 +120,15 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
   listener.serve = [to = server->server_.get()](int fd) { grpc::AddInsecureChannelFromFd(to, fd); };
   listener.tick = [self = server.get(), options](uint64_t refused) { self->Tick(options, refused); };
   server->listener_ = std::make_unique<Listener>(&server->connections_, std::move(listener));
+  if (!ring_sockets.empty()) {
+    RingServer::Options rings;
+    rings.sockets = std::move(ring_sockets);
+    std::random_device random;
+    rings.generation = uint64_t{random()} << 32 | random() | 1;
+    rings.limits = options.shared_memory;
+    rings.gauges = options.gauges;
+    server->rings_ = std::make_unique<RingServer>(server->service_.get(), std::move(rings));
+  }
   return server;
 }
 
@@ -136,6 +155,7 @@ bool Server::Shutdown(absl::Duration grace, absl::Duration patience) {
   std::promise<void> ended;
   std::future<void> end = ended.get_future();
   std::thread ending([this, wait = std::min(grace, kTimeToSend), promise = std::move(ended)]() mutable {
+    if (rings_ != nullptr) rings_->Stop();
     server_->Shutdown(absl::ToChronoTime(absl::Now() + wait));
     server_->Wait();
     loop_->WaitForCalls();
@@ -147,6 +167,7 @@ bool Server::Shutdown(absl::Duration grace, absl::Duration patience) {
   claims_.clear();
   if (!in_time) {
     ending.detach();
+    rings_.release();
     server_.release();
     loop_.release();
     service_.release();
@@ -155,6 +176,7 @@ bool Server::Shutdown(absl::Duration grace, absl::Duration patience) {
     return false;
   }
   ending.join();
+  rings_.reset();
   loop_.reset();  // what gRPC has left in its queue looks at the server
   server_.reset();
   service_.reset();

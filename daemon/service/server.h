@@ -13,6 +13,7 @@
 #include "daemon/service/health.h"
 #include "daemon/service/kv_cache_service.h"
 #include "daemon/service/listener.h"
+#include "daemon/service/ring_server.h"
 #include "daemon/service/rpc_loop.h"
 #include "grpcpp/server.h"
 
@@ -45,6 +46,7 @@ class Server {
   std::unique_ptr<RpcLoop> loop_;
   std::unique_ptr<grpc::Server> server_;
   std::unique_ptr<Listener> listener_;
+  std::unique_ptr<RingServer> rings_;
   std::vector<std::string> addresses_;
 };
 

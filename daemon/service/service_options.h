@@ -33,6 +33,19 @@ struct ServiceGauges {
   std::atomic<int64_t> connections{0}, connections_limit{0};
   std::atomic<int64_t> connections_accepted{0}, connections_refused{0};  // since the start
   std::atomic<int64_t> call_memory_bytes{0};                             // as of about a second ago
+  // Clients of the shared-memory way, their arenas, and those that were refused since the start.
+  std::atomic<int64_t> shared_memory_clients{0}, shared_memory_refused{0};
+  std::atomic<int64_t> shared_memory_bytes{0}, shared_memory_limit_bytes{0};
+};
+
+// The shared-memory way: limits of its arenas, and who may have one.
+struct SharedMemoryOptions {
+  int64_t total_bytes = int64_t{512} << 20;   // of all arenas; 0 = the way is closed
+  int64_t client_bytes = int64_t{256} << 20;  // of one
+  size_t max_clients = 64;
+  std::vector<uint32_t> users;  // beside the daemon's own user and root
+  // How long a thread looks at a client's ring before it sleeps. At most half of the processors do at a time.
+  absl::Duration poll = absl::Microseconds(50);
 };
 
 struct ServiceOptions {
@@ -49,6 +62,7 @@ struct ServiceOptions {
   // LeastCallMemory.
   int64_t call_memory_bytes = 0;
   int64_t staging_bytes = 0;                      // of the cache's tiers of I/O
+  SharedMemoryOptions shared_memory;              // beside every Unix socket of `listen`
   std::function<void(const CallReport&)> report;  // may be empty
   // Told at most once a second when connections were refused, with their number since the start; may be
   // empty.

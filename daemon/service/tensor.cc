@@ -19,8 +19,28 @@ std::string ShapeText(const v1::Tensor& tensor) {
 
 }  // namespace
 
+absl::StatusOr<std::byte*> TensorMemory::Find(const TensorMemory* memory, const v1::Place& place,
+                                              uint64_t bytes, const std::string& name) {
+  if (memory == nullptr) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(name, ": it names a place, but this way shares no memory"));
+  }
+  if (place.bytes() != bytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(name, ": the place has ", place.bytes(), " bytes, the tensor ", bytes));
+  }
+  // Compared by what is left, so that nothing overflows.
+  const uint64_t offset = place.offset();
+  if (offset % memory->alignment_ != 0 || offset > memory->bytes_ || bytes > memory->bytes_ - offset) {
+    return absl::InvalidArgumentError(absl::StrCat(name, ": ", bytes, " bytes at ", offset,
+                                                   " are not inside the arena of ", memory->bytes_,
+                                                   ", or not at a multiple of ", memory->alignment_));
+  }
+  return reinterpret_cast<std::byte*>(reinterpret_cast<uintptr_t>(memory->base_) + offset);
+}
+
 absl::StatusOr<IncomingTensor> CheckTensor(const v1::Tensor& tensor, const std::string& name, int heads,
-                                           int dim) {
+                                           int dim, const TensorMemory* memory) {
   auto type = DataTypeFromProto(tensor.dtype());
   if (!type.ok()) return Annotate(type.status(), name);
   if (tensor.shape_size() != 3 || tensor.shape(0) < 1 || tensor.shape(1) != heads || tensor.shape(2) != dim) {
@@ -29,6 +49,20 @@ absl::StatusOr<IncomingTensor> CheckTensor(const v1::Tensor& tensor, const std::
                                                    "] with at least one token"));
   }
   const size_t row_bytes = static_cast<size_t>(heads) * static_cast<size_t>(dim) * DataTypeBytes(*type);
+  IncomingTensor incoming;
+  incoming.tokens = tensor.shape(0);
+  if (tensor.has_place()) {
+    constexpr int64_t kMostTokens = int64_t{1} << 40;
+    if (!tensor.data().empty() || tensor.shape(0) > kMostTokens) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(name, ": it has data and a place, or ", tensor.shape(0), " tokens"));
+    }
+    const uint64_t bytes = static_cast<uint64_t>(tensor.shape(0)) * row_bytes;
+    KVTIDE_ASSIGN_OR_RETURN(std::byte* const at, TensorMemory::Find(memory, tensor.place(), bytes, name));
+    incoming.view = {at, *type};
+    incoming.elements = bytes / DataTypeBytes(*type);
+    return incoming;
+  }
   // Divided, not multiplied: the first dimension may be any number.
   if (tensor.data().size() % row_bytes != 0 ||
       static_cast<int64_t>(tensor.data().size() / row_bytes) != tensor.shape(0)) {
@@ -36,9 +70,7 @@ absl::StatusOr<IncomingTensor> CheckTensor(const v1::Tensor& tensor, const std::
                                                    DataTypeName(*type), " of shape ", ShapeText(tensor),
                                                    " has ", tensor.shape(0), " x ", row_bytes));
   }
-  IncomingTensor incoming;
   incoming.view = {tensor.data().data(), *type};
-  incoming.tokens = tensor.shape(0);
   incoming.elements = tensor.data().size() / DataTypeBytes(*type);
   return incoming;
 }

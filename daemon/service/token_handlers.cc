@@ -13,11 +13,11 @@ namespace kvtide::service {
 namespace {
 
 absl::StatusOr<LayerKv> CheckLayerTokens(const v1::LayerTokens& tokens, const LayerGroupSpec& group,
-                                         int64_t* count) {
-  KVTIDE_ASSIGN_OR_RETURN(const IncomingTensor k,
-                          CheckTensor(tokens.k(), "k", group.shape.kv_heads, group.shape.head_dim_k));
-  KVTIDE_ASSIGN_OR_RETURN(const IncomingTensor v,
-                          CheckTensor(tokens.v(), "v", group.shape.kv_heads, group.shape.head_dim_v));
+                                         const Call& call, int64_t* count) {
+  KVTIDE_ASSIGN_OR_RETURN(const IncomingTensor k, CheckTensor(tokens.k(), "k", group.shape.kv_heads,
+                                                              group.shape.head_dim_k, call.tensors));
+  KVTIDE_ASSIGN_OR_RETURN(const IncomingTensor v, CheckTensor(tokens.v(), "v", group.shape.kv_heads,
+                                                              group.shape.head_dim_v, call.tensors));
   if (k.tokens != v.tokens) {
     return absl::InvalidArgumentError(absl::StrCat("k has ", k.tokens, " tokens, v has ", v.tokens));
   }
@@ -27,6 +27,10 @@ absl::StatusOr<LayerKv> CheckLayerTokens(const v1::LayerTokens& tokens, const La
   }
   *count = k.tokens;
   return LayerKv{tokens.layer(), k.view, v.view, k.elements, v.elements};
+}
+
+int64_t MostAnswerBytes(const Call& call, const ServiceOptions& options) {
+  return call.max_answer_bytes > 0 ? call.max_answer_bytes : options.max_message_bytes;
 }
 
 // What all items of a batch share. Pointers are into the request.
@@ -76,9 +80,10 @@ absl::Status CheckOptions(const v1::AttentionOptions& options, const LayerGroupS
 // A batch under way: requests checked against one layer of one model, answers allocated in the response.
 class Handlers::Batch {
  public:
-  Batch(Handlers* handlers, int layer, const v1::AttentionOptions& options)
-      : handlers_(handlers), options_(options) {
+  Batch(Handlers* handlers, int layer, const v1::AttentionOptions& options, const Call& caller)
+      : handlers_(handlers), options_(options), caller_(caller) {
     call_.layer = layer;
+    call_.context = &caller.context;
   }
 
   // The first sequence decides the model, the others must have the same.
@@ -96,30 +101,36 @@ class Handlers::Batch {
     return absl::OkStatus();
   }
 
-  absl::Status AddQueries(const v1::Tensor& q, AttendRequest* request) {
-    KVTIDE_ASSIGN_OR_RETURN(const IncomingTensor tensor,
-                            CheckTensor(q, "q", group_->heads, group_->shape.head_dim_k));
+  // The queries of an item, and where its results go if it names places.
+  template <class Item>
+  absl::Status AddQueries(const Item& item, AttendRequest* request) {
+    KVTIDE_ASSIGN_OR_RETURN(
+        const IncomingTensor tensor,
+        CheckTensor(item.q(), "q", group_->heads, group_->shape.head_dim_k, caller_.tensors));
     KVTIDE_RETURN_IF_ERROR(CheckFinite(tensor, "q", group_->heads, group_->shape.head_dim_k));
     request->q = tensor.view;
     request->q_elements = tensor.elements;
     request->queries = tensor.tokens;
+    if (item.has_output_place() || item.has_lse_place()) return FindPlaces(item, request);
     answer_bytes_ += tensor.tokens * group_->heads *
                      (group_->shape.head_dim_v * static_cast<int64_t>(DataTypeBytes(output_type_)) + 4);
-    if (answer_bytes_ > handlers_->options_.max_message_bytes - 4096) {
-      return absl::ResourceExhaustedError(
-          absl::StrCat("the answer would have ", answer_bytes_, " bytes, beyond max_message_bytes = ",
-                       handlers_->options_.max_message_bytes, "; send fewer queries at once"));
+    const int64_t most = MostAnswerBytes(caller_, handlers_->options_);
+    if (answer_bytes_ > most - 4096) {
+      return absl::ResourceExhaustedError(absl::StrCat("the answer would have ", answer_bytes_,
+                                                       " bytes, beyond max_message_bytes = ", most,
+                                                       "; send fewer queries at once"));
     }
     return absl::OkStatus();
   }
 
-  // Takes the memory of all answers: as they are computed, and as they are sent.
-  absl::Status ReserveAnswers(const Call& call) const {
-    return call.memory == nullptr ? absl::OkStatus() : call.memory->Add(2 * answer_bytes_);
+  // Takes the memory of all answers that lie in the message: as they are computed, and as they are sent.
+  absl::Status ReserveAnswers() const {
+    return caller_.memory == nullptr ? absl::OkStatus() : caller_.memory->Add(2 * answer_bytes_);
   }
 
-  // Allocates the answer of a request in place.
+  // Allocates the answer of a request in place, unless it has one of its own.
   void AddAnswer(v1::AttendResult* result, AttendRequest* request) {
+    if (request->out.data != nullptr) return;
     OutgoingTensor output(result->mutable_output(), output_type_,
                           {request->queries, group_->heads, group_->shape.head_dim_v});
     request->out = output.view();
@@ -131,20 +142,36 @@ class Handlers::Batch {
   int layer() const { return call_.layer; }
 
   // `run` is KvCache::Attend or AppendAttend.
-  absl::Status Run(const std::vector<AttendRequest>& requests, const Call& call,
+  absl::Status Run(const std::vector<AttendRequest>& requests,
                    absl::Status (KvCache::*run)(const AttendCall&)) {
     call_.items = requests;
-    call_.context = &call.context;
-    if (call.declined != nullptr && handlers_->cache_->EstimateWork(call_) > kBriefWork) {
-      *call.declined = true;
+    if (caller_.declined != nullptr && handlers_->cache_->EstimateWork(call_) > kBriefWork) {
+      *caller_.declined = true;
       return absl::AbortedError("declined");
     }
     return (handlers_->cache_->*run)(call_);
   }
 
  private:
+  template <class Item>
+  absl::Status FindPlaces(const Item& item, AttendRequest* request) const {
+    if (!item.has_output_place()) return absl::InvalidArgumentError("lse_place comes without output_place");
+    const auto rows = static_cast<uint64_t>(request->queries) * static_cast<uint64_t>(group_->heads);
+    const uint64_t bytes =
+        rows * static_cast<uint64_t>(group_->shape.head_dim_v) * DataTypeBytes(output_type_);
+    KVTIDE_ASSIGN_OR_RETURN(std::byte* const out,
+                            TensorMemory::Find(caller_.tensors, item.output_place(), bytes, "output_place"));
+    request->out = {out, output_type_};
+    if (!item.has_lse_place()) return absl::OkStatus();
+    KVTIDE_ASSIGN_OR_RETURN(std::byte* const lse, TensorMemory::Find(caller_.tensors, item.lse_place(),
+                                                                     rows * sizeof(float), "lse_place"));
+    request->lse = reinterpret_cast<float*>(lse);
+    return absl::OkStatus();
+  }
+
   Handlers* handlers_;
   const v1::AttentionOptions& options_;
+  const Call& caller_;
   AttendCall call_;
   SpecPointer spec_;
   const LayerGroupSpec* group_ = nullptr;
@@ -184,7 +211,7 @@ absl::Status Handlers::Append(const v1::AppendRequest& request, v1::AppendRespon
     if (seen[layer])
       return absl::InvalidArgumentError(absl::StrCat(name, ": layer ", layer, " occurs twice"));
     seen[layer] = true;
-    auto checked = CheckLayerTokens(request.layers(i), **group, &tokens);
+    auto checked = CheckLayerTokens(request.layers(i), **group, call, &tokens);
     if (!checked.ok()) return Annotate(checked.status(), name);
     layers.push_back(*checked);
   }
@@ -203,14 +230,14 @@ absl::Status Handlers::Append(const v1::AppendRequest& request, v1::AppendRespon
 absl::Status Handlers::Attend(const v1::AttendRequest& request, v1::AttendResponse* response,
                               const Call& call) {
   KVTIDE_RETURN_IF_ERROR(CheckItemCount(request.items_size(), cache_->options().max_batch_items));
-  Batch batch(this, request.layer(), request.options());
+  Batch batch(this, request.layer(), request.options(), call);
   std::vector<AttendRequest> requests(static_cast<size_t>(request.items_size()));
   for (int i = 0; i < request.items_size(); i++) {
     const v1::AttendItem& item = request.items(i);
     AttendRequest* out = &requests[static_cast<size_t>(i)];
     const std::string name = absl::StrCat("items[", i, "]");
     KVTIDE_RETURN_IF_ERROR(Annotate(batch.AddSequence(item.sequence_id(), out), name));
-    KVTIDE_RETURN_IF_ERROR(Annotate(batch.AddQueries(item.q(), out), name));
+    KVTIDE_RETURN_IF_ERROR(Annotate(batch.AddQueries(item, out), name));
     if (item.has_first_query_position()) {
       out->first_query_position = item.first_query_position();
     } else {
@@ -224,28 +251,28 @@ absl::Status Handlers::Attend(const v1::AttendRequest& request, v1::AttendRespon
                                                      "; set first_query_position"));
     }
   }
-  KVTIDE_RETURN_IF_ERROR(batch.ReserveAnswers(call));
+  KVTIDE_RETURN_IF_ERROR(batch.ReserveAnswers());
   for (int i = 0; i < request.items_size(); i++) {
     batch.AddAnswer(response->add_results(), &requests[static_cast<size_t>(i)]);
   }
-  return batch.Run(requests, call, &KvCache::Attend);
+  return batch.Run(requests, &KvCache::Attend);
 }
 
 absl::Status Handlers::AppendAttend(const v1::AppendAttendRequest& request,
                                     v1::AppendAttendResponse* response, const Call& call) {
   KVTIDE_RETURN_IF_ERROR(CheckItemCount(request.items_size(), cache_->options().max_batch_items));
-  Batch batch(this, request.layer(), request.options());
+  Batch batch(this, request.layer(), request.options(), call);
   std::vector<AttendRequest> requests(static_cast<size_t>(request.items_size()));
   for (int i = 0; i < request.items_size(); i++) {
     const v1::AppendAttendItem& item = request.items(i);
     AttendRequest* out = &requests[static_cast<size_t>(i)];
     const std::string name = absl::StrCat("items[", i, "]");
     KVTIDE_RETURN_IF_ERROR(Annotate(batch.AddSequence(item.sequence_id(), out), name));
-    KVTIDE_RETURN_IF_ERROR(Annotate(batch.AddQueries(item.q(), out), name));
+    KVTIDE_RETURN_IF_ERROR(Annotate(batch.AddQueries(item, out), name));
     const GroupShape& shape = batch.group().shape;
-    auto k = CheckTensor(item.k(), "k", shape.kv_heads, shape.head_dim_k);
+    auto k = CheckTensor(item.k(), "k", shape.kv_heads, shape.head_dim_k, call.tensors);
     if (!k.ok()) return Annotate(k.status(), name);
-    auto v = CheckTensor(item.v(), "v", shape.kv_heads, shape.head_dim_v);
+    auto v = CheckTensor(item.v(), "v", shape.kv_heads, shape.head_dim_v, call.tensors);
     if (!v.ok()) return Annotate(v.status(), name);
     if (k->tokens != out->queries || v->tokens != out->queries) {
       return absl::InvalidArgumentError(
@@ -259,11 +286,11 @@ absl::Status Handlers::AppendAttend(const v1::AppendAttendRequest& request,
     out->v = v->view;
     out->v_elements = v->elements;
   }
-  KVTIDE_RETURN_IF_ERROR(batch.ReserveAnswers(call));
+  KVTIDE_RETURN_IF_ERROR(batch.ReserveAnswers());
   for (int i = 0; i < request.items_size(); i++) {
     batch.AddAnswer(response->add_results(), &requests[static_cast<size_t>(i)]);
   }
-  return batch.Run(requests, call, &KvCache::AppendAttend);
+  return batch.Run(requests, &KvCache::AppendAttend);
 }
 
 namespace {
@@ -294,10 +321,18 @@ absl::StatusOr<std::vector<int>> LayersToRead(const v1::ReadTokensRequest& reque
   return layers;
 }
 
-// Memory for rows [tokens][heads][dim] inside the message.
-MutableTensorView AddRows(v1::Tensor* tensor, DataType type, int64_t tokens, int heads, int dim) {
+// Memory for rows [tokens][heads][dim], inside the message or at the place that is named.
+absl::StatusOr<MutableTensorView> AddRows(v1::Tensor* tensor, DataType type, int64_t tokens, int heads,
+                                          int dim) {
   OutgoingTensor rows(tensor, type, {tokens, heads, dim});
   return rows.view();
+}
+absl::StatusOr<MutableTensorView> RowsAt(const v1::Place& place, const char* name, DataType type,
+                                         int64_t tokens, int heads, int dim, const TensorMemory* memory) {
+  const uint64_t bytes = static_cast<uint64_t>(tokens) * static_cast<uint64_t>(heads) *
+                         static_cast<uint64_t>(dim) * DataTypeBytes(type);
+  KVTIDE_ASSIGN_OR_RETURN(std::byte* const at, TensorMemory::Find(memory, place, bytes, name));
+  return MutableTensorView(at, type);
 }
 
 }  // namespace
@@ -317,14 +352,22 @@ absl::Status Handlers::ReadTokens(const v1::ReadTokensRequest& request, v1::Read
     if (!asked.ok()) return Annotate(asked.status(), "dtype");
     type = *asked;
   }
+  const bool placed = request.k_places_size() + request.v_places_size() > 0;
+  if (placed && (request.k_places_size() != static_cast<int>(layers.size()) ||
+                 request.v_places_size() != static_cast<int>(layers.size()))) {
+    return absl::InvalidArgumentError(absl::StrCat("k_places has ", request.k_places_size(),
+                                                   " entries, v_places ", request.v_places_size(), ", for ",
+                                                   layers.size(), " layers"));
+  }
   int64_t token_bytes = 0;
   for (const int layer : layers) {
     const GroupShape& shape = (*GroupOfLayer(*spec, layer))->shape;
     token_bytes += int64_t{shape.kv_heads} * (shape.head_dim_k + shape.head_dim_v) *
                    static_cast<int64_t>(DataTypeBytes(type));
   }
-  const int64_t room = options_.max_message_bytes - kFramingBytes * (1 + static_cast<int64_t>(layers.size()));
-  if (token_bytes > room) {
+  const int64_t room =
+      MostAnswerBytes(call, options_) - kFramingBytes * (1 + static_cast<int64_t>(layers.size()));
+  if (!placed && token_bytes > room) {
     return absl::InvalidArgumentError(
         absl::StrCat("one token of these layers has ", token_bytes,
                      " bytes, more than a message holds; read fewer layers at once"));
@@ -335,17 +378,27 @@ absl::Status Handlers::ReadTokens(const v1::ReadTokensRequest& request, v1::Read
     return absl::OutOfRangeError(absl::StrCat("layer ", layers[0], " has ", length, " tokens, not ",
                                               request.tokens(), " from ", request.first_token(), " on"));
   }
-  const int64_t tokens = std::min(request.tokens(), room / token_bytes);
-  if (call.memory != nullptr) KVTIDE_RETURN_IF_ERROR(call.memory->Add(2 * tokens * token_bytes));
+  const int64_t tokens = placed ? request.tokens() : std::min(request.tokens(), room / token_bytes);
+  if (!placed && call.memory != nullptr) KVTIDE_RETURN_IF_ERROR(call.memory->Add(2 * tokens * token_bytes));
   response->set_first_token(request.first_token());
   response->set_tokens(tokens);
   std::vector<LayerRead> reads;
-  for (const int layer : layers) {
-    const GroupShape& shape = (*GroupOfLayer(*spec, layer))->shape;
+  for (size_t i = 0; i < layers.size(); i++) {
+    const GroupShape& shape = (*GroupOfLayer(*spec, layers[i]))->shape;
     v1::LayerTokens* out = response->add_layers();
-    out->set_layer(layer);
-    reads.push_back({layer, AddRows(out->mutable_k(), type, tokens, shape.kv_heads, shape.head_dim_k),
-                     AddRows(out->mutable_v(), type, tokens, shape.kv_heads, shape.head_dim_v)});
+    out->set_layer(layers[i]);
+    const int place = static_cast<int>(i);
+    KVTIDE_ASSIGN_OR_RETURN(const MutableTensorView k,
+                            placed
+                                ? RowsAt(request.k_places(place), "k_places", type, tokens, shape.kv_heads,
+                                         shape.head_dim_k, call.tensors)
+                                : AddRows(out->mutable_k(), type, tokens, shape.kv_heads, shape.head_dim_k));
+    KVTIDE_ASSIGN_OR_RETURN(const MutableTensorView v,
+                            placed
+                                ? RowsAt(request.v_places(place), "v_places", type, tokens, shape.kv_heads,
+                                         shape.head_dim_v, call.tensors)
+                                : AddRows(out->mutable_v(), type, tokens, shape.kv_heads, shape.head_dim_v));
+    reads.push_back({layers[i], k, v});
   }
   ReadCall read;
   read.sequence = request.sequence_id();

@@ -107,38 +107,6 @@ constexpr Verb kVerbs[] = {
 };
 #undef KVTIDE_VERB
 
-// Serves the call of a session request with the handler of its verb.
-absl::Status Dispatch(Handlers* handlers, const v1::SessionRequest& request, v1::SessionResponse* answer,
-                      const Call& call, SequenceId* sequence) {
-  using Case = v1::SessionRequest::CallCase;
-#define KVTIDE_SESSION_VERB(Method, field)   \
-  case Case::k##Method:                      \
-    *sequence = SequenceOf(request.field()); \
-    return handlers->Method(request.field(), answer->mutable_##field(), call);
-  switch (request.call_case()) {
-    KVTIDE_SESSION_VERB(RegisterModel, register_model)
-    KVTIDE_SESSION_VERB(CreateSequence, create_sequence)
-    KVTIDE_SESSION_VERB(ForkSequence, fork_sequence)
-    KVTIDE_SESSION_VERB(TruncateSequence, truncate_sequence)
-    KVTIDE_SESSION_VERB(CloseSequence, close_sequence)
-    KVTIDE_SESSION_VERB(Append, append)
-    KVTIDE_SESSION_VERB(Attend, attend)
-    KVTIDE_SESSION_VERB(AppendAttend, append_attend)
-    KVTIDE_SESSION_VERB(ReadTokens, read_tokens)
-    KVTIDE_SESSION_VERB(EvictSequences, evict_sequences)
-    KVTIDE_SESSION_VERB(PrefetchSequences, prefetch_sequences)
-    KVTIDE_SESSION_VERB(PersistSequences, persist_sequences)
-    KVTIDE_SESSION_VERB(ListSequences, list_sequences)
-    KVTIDE_SESSION_VERB(GetStats, get_stats)
-    KVTIDE_SESSION_VERB(GetServerInfo, get_server_info)
-    KVTIDE_SESSION_VERB(Plan, plan)
-    case Case::CALL_NOT_SET:
-      break;
-  }
-#undef KVTIDE_SESSION_VERB
-  return absl::InvalidArgumentError("the session request carries no call that this version knows");
-}
-
 void WriteSessionError(uint64_t request_id, const absl::Status& status, grpc::ByteBuffer* bytes) {
   v1::SessionResponse answer;
   const grpc::Status wire = ToGrpc(status);
@@ -172,6 +140,37 @@ int CallField(const grpc::ByteBuffer& bytes, uint64_t* request_id) {
 
 }  // namespace
 
+absl::Status ServeMessage(Handlers* handlers, const v1::SessionRequest& request, const Call& call,
+                          v1::SessionResponse* answer, SequenceId* sequence) {
+  using Case = v1::SessionRequest::CallCase;
+#define KVTIDE_SESSION_VERB(Method, field)   \
+  case Case::k##Method:                      \
+    *sequence = SequenceOf(request.field()); \
+    return handlers->Method(request.field(), answer->mutable_##field(), call);
+  switch (request.call_case()) {
+    KVTIDE_SESSION_VERB(RegisterModel, register_model)
+    KVTIDE_SESSION_VERB(CreateSequence, create_sequence)
+    KVTIDE_SESSION_VERB(ForkSequence, fork_sequence)
+    KVTIDE_SESSION_VERB(TruncateSequence, truncate_sequence)
+    KVTIDE_SESSION_VERB(CloseSequence, close_sequence)
+    KVTIDE_SESSION_VERB(Append, append)
+    KVTIDE_SESSION_VERB(Attend, attend)
+    KVTIDE_SESSION_VERB(AppendAttend, append_attend)
+    KVTIDE_SESSION_VERB(ReadTokens, read_tokens)
+    KVTIDE_SESSION_VERB(EvictSequences, evict_sequences)
+    KVTIDE_SESSION_VERB(PrefetchSequences, prefetch_sequences)
+    KVTIDE_SESSION_VERB(PersistSequences, persist_sequences)
+    KVTIDE_SESSION_VERB(ListSequences, list_sequences)
+    KVTIDE_SESSION_VERB(GetStats, get_stats)
+    KVTIDE_SESSION_VERB(GetServerInfo, get_server_info)
+    KVTIDE_SESSION_VERB(Plan, plan)
+    case Case::CALL_NOT_SET:
+      break;
+  }
+#undef KVTIDE_SESSION_VERB
+  return absl::InvalidArgumentError("the session request carries no call that this version knows");
+}
+
 const Verb* FindVerb(absl::string_view path) {
   if (!absl::ConsumePrefix(&path, "/kvtide.v1.KvCacheService/")) return nullptr;
   for (const Verb& verb : kVerbs) {
@@ -180,13 +179,16 @@ const Verb* FindVerb(absl::string_view path) {
   return nullptr;
 }
 
-const Verb* FindSessionVerb(const grpc::ByteBuffer& request) {
-  uint64_t request_id = 0;
-  const int field = CallField(request, &request_id);
+const Verb* FindVerb(int session_field) {
   for (const Verb& verb : kVerbs) {
-    if (field == verb.session_field) return &verb;
+    if (session_field == verb.session_field) return &verb;
   }
   return nullptr;
+}
+
+const Verb* FindSessionVerb(const grpc::ByteBuffer& request) {
+  uint64_t request_id = 0;
+  return FindVerb(CallField(request, &request_id));
 }
 
 absl::Status ServeSessionRequest(Handlers* handlers, grpc::ByteBuffer* bytes, const Call& call,
@@ -196,7 +198,7 @@ absl::Status ServeSessionRequest(Handlers* handlers, grpc::ByteBuffer* bytes, co
   auto* request = messages.New<v1::SessionRequest>();
   auto* answer = messages.New<v1::SessionResponse>();
   absl::Status status = Read(bytes, call, request);
-  if (status.ok()) status = Dispatch(handlers, *request, answer, call, sequence);
+  if (status.ok()) status = ServeMessage(handlers, *request, call, answer, sequence);
   if (!status.ok()) {
     WriteSessionError(request->request_id(), status, answer_bytes);
     return status;

@@ -9,6 +9,7 @@
 #include "daemon/service/call.h"
 #include "daemon/service/handlers.h"
 #include "grpcpp/support/byte_buffer.h"
+#include "kvtide/v1/kv_cache_service.pb.h"
 
 namespace kvtide::service {
 
@@ -29,8 +30,14 @@ struct Verb {
 
 // By the path of a call, "/kvtide.v1.KvCacheService/Append"; null if there is none.
 const Verb* FindVerb(absl::string_view path);
+// By the field of a SessionRequest that carries it.
+const Verb* FindVerb(int session_field);
 // That of a session request, found without reading all of it; null if it carries none that is known.
 const Verb* FindSessionVerb(const grpc::ByteBuffer& request);
+
+// Serves the call of a session request, which stays the caller's. The answer has no request id.
+absl::Status ServeMessage(Handlers* handlers, const v1::SessionRequest& request, const Call& call,
+                          v1::SessionResponse* answer, SequenceId* sequence);
 
 // Serves one request of a session, as Verb::serve. The answer carries what went wrong; the status says it
 // too. `made` and `closed` get the sequences that the call made or closed, 0 for none.

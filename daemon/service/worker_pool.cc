@@ -33,6 +33,18 @@ bool WorkerPool::Submit(uint64_t caller, Work* work) {
   return true;
 }
 
+bool WorkerPool::Enter() {
+  const MutexLock lock(mutex_);
+  if (closed_ || queue_.size() > 0 || guests_ >= idle_) return false;
+  guests_++;
+  return true;
+}
+
+void WorkerPool::Leave() {
+  const MutexLock lock(mutex_);
+  guests_--;
+}
+
 void WorkerPool::Close() {
   for (;;) {
     Work* work = nullptr;

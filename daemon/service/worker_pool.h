@@ -34,6 +34,10 @@ class WorkerPool {
 
   // False: the queue is full.
   bool Submit(uint64_t caller, Work* work);
+  // For threads that could serve a call of their own: true if nothing waits and one of the pool's threads
+  // would be free. Then Leave has to be called.
+  bool Enter();
+  void Leave();
   // Refuses what is queued; work that is submitted later is refused at once.
   void Close();
   size_t queued() const;
@@ -46,6 +50,7 @@ class WorkerPool {
   CondVar ready_;
   FairQueue<Work> queue_ ABSL_GUARDED_BY(mutex_);
   int idle_ ABSL_GUARDED_BY(mutex_) = 0;
+  int guests_ ABSL_GUARDED_BY(mutex_) = 0;  // between Enter and Leave
   bool closed_ ABSL_GUARDED_BY(mutex_) = false;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   std::vector<std::thread> threads_;

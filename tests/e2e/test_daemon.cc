@@ -87,11 +87,12 @@ std::string ReadWhole(const std::string& path) {
   return text.str();
 }
 
-std::unique_ptr<TestDaemon> TestDaemon::Start(const std::vector<std::string>& arguments) {
+std::unique_ptr<TestDaemon> TestDaemon::Start(const std::vector<std::string>& arguments,
+                                              int compute_threads) {
   std::unique_ptr<TestDaemon> daemon(new TestDaemon);
   daemon->folder_ = MakeFolder();
   std::vector<std::string> command = {Program("kvtided"), "--listen", daemon->address(), "--compute-threads",
-                                      "2"};
+                                      std::to_string(compute_threads)};
   const std::vector<std::pair<std::string, std::string>> kDefaults = {{"--device", TestDevice()},
                                                                       {"--device-memory", "4MiB"},
                                                                       {"--host-memory", "8MiB"},

@@ -24,7 +24,8 @@ class TestDaemon {
 
   // `arguments` come after --listen (the private socket), --device TestDevice() and small tiers, and win over
   // them.
-  static std::unique_ptr<TestDaemon> Start(const std::vector<std::string>& arguments = {});
+  static std::unique_ptr<TestDaemon> Start(const std::vector<std::string>& arguments = {},
+                                           int compute_threads = 2);
   // For daemons that are expected to fail: only the given arguments.
   static Result RunToEnd(const std::vector<std::string>& arguments);
   ~TestDaemon();

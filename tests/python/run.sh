@@ -67,6 +67,6 @@ esac
 if [ "$full" = yes ]; then
   "$out/venv/bin/python" -m pip install --quiet build
   "$out/venv/bin/python" -m build --sdist --outdir "$out/dist" . >/dev/null
-  tar tzf "$out"/dist/kvtide-*.tar.gz | grep -q /clients/python/pool.h
+  tar tzf "$out"/dist/kvtide-*.tar.gz | grep -q /clients/cpp/pool.h
   "$0" transformers
 fi

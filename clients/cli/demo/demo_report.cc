@@ -42,8 +42,8 @@ std::string RenderDemoTable(const DemoReport& r, const Terminal& terminal) {
                                           FormatBytes(tier.capacity_bytes)));
   }
   row("moves", absl::StrCat(r.moves, " blocks, ", FormatBytes(r.moved_bytes), " between tiers"));
-  row("speed", absl::StrFormat("prompt %.0f tokens/s, generation %.1f tokens/s", r.prompt_tokens_per_second,
-                               r.generated_tokens_per_second));
+  row("speed", absl::StrFormat("prompt %.0f tokens/s, generation %.1f tokens/s, by %s",
+                               r.prompt_tokens_per_second, r.generated_tokens_per_second, r.way));
   if (r.f16_perplexity > 0) {
     row("perplexity",
         absl::StrFormat("%.4f, with f16 %.4f (%+.2f %%), same %d tokens", r.perplexity, r.f16_perplexity,
@@ -61,6 +61,7 @@ std::string RenderDemoJson(const DemoReport& r) {
   ordered_json json = {{"model", r.model},
                        {"parameters", r.parameters},
                        {"text", r.text},
+                       {"way", r.way},
                        {"context", r.context},
                        {"device_memory_bytes", r.device_memory_bytes},
                        {"host_memory_bytes", r.host_memory_bytes},

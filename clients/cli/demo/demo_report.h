@@ -26,6 +26,7 @@ struct DemoStep {
 
 struct DemoReport {
   std::string model, text;
+  std::string way;  // to the daemon: "shared memory"
   int64_t parameters = 0;
   int64_t context = 0;
   int64_t device_memory_bytes = 0, host_memory_bytes = 0;

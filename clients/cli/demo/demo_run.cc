@@ -15,6 +15,7 @@
 #include "clients/cli/daemon_process.h"
 #include "clients/cli/demo/demo_plan.h"
 #include "clients/cli/terminal/progress.h"
+#include "clients/cpp/pool.h"
 #include "clients/engine/daemon_kv_store.h"
 #include "clients/engine/llama_model.h"
 #include "clients/engine/local_kv_store.h"
@@ -164,15 +165,17 @@ class DemoRun {
     daemon.device_bytes = report_.device_memory_bytes;
     daemon.host_bytes = report_.host_memory_bytes;
     KVTIDE_ASSIGN_OR_RETURN(daemon_, DaemonProcess::Start(daemon));
-    client::ClientOptions client_options;
-    client_options.timeout = absl::Minutes(10);
-    KVTIDE_ASSIGN_OR_RETURN(client_, client::Client::Connect(daemon_->address(), client_options));
+    client::PoolOptions pool;
+    pool.client.timeout = absl::Minutes(10);
+    KVTIDE_ASSIGN_OR_RETURN(client_, client::Pool::Connect("auto:" + daemon_->address(), pool));
+    report_.way = client::WayName(client_->way());
     client::SequenceOptions sequence;
     sequence.pair = report_.pair;
     sequence.allow_drop = true;
     KVTIDE_ASSIGN_OR_RETURN(
         store_, engine::DaemonKvStore::Create(*client_, report_.model, model_->kv_geometry(), sequence));
-    Say(absl::StrCat("kvtided runs as process ", daemon_->pid(), " on ", daemon_->address(), "\n"));
+    Say(absl::StrCat("kvtided runs as process ", daemon_->pid(), " on ", daemon_->address(), ", reached by ",
+                     report_.way, "\n"));
     return absl::OkStatus();
   }
 
@@ -425,7 +428,7 @@ class DemoRun {
   std::vector<int32_t> prompt_;
   int context_ = 0;
   std::unique_ptr<DaemonProcess> daemon_;
-  std::unique_ptr<client::Client> client_;
+  std::unique_ptr<client::Pool> client_;
   std::unique_ptr<engine::DaemonKvStore> store_;
   SequenceId main_ = 0;
   int64_t length_ = 0, branch_length_ = 0;  // tokens of the two branches

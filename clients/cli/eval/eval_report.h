@@ -36,6 +36,7 @@ struct EvalReport {
   std::string window_policy;  // "default", "none" or "F+L"
   std::string key_centring, key_equalising;
   std::string version, date, machine;
+  std::string way;  // to the daemon: "shared memory"
   double seconds = 0;
   std::vector<EvalRow> rows;
 };

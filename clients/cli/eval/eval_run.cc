@@ -14,6 +14,7 @@
 #include "clients/cli/eval/fp8_kv_store.h"
 #include "clients/cli/run_facts.h"
 #include "clients/cli/terminal/progress.h"
+#include "clients/cpp/pool.h"
 #include "clients/engine/daemon_kv_store.h"
 #include "clients/engine/key_profile.h"
 #include "clients/engine/tokenizer.h"
@@ -153,9 +154,9 @@ class EvalRun {
       KVTIDE_ASSIGN_OR_RETURN(daemon_, DaemonProcess::Start(daemon));
       address = daemon_->address();
     }
-    client::ClientOptions options;
-    options.timeout = absl::Minutes(10);
-    KVTIDE_ASSIGN_OR_RETURN(client_, client::Client::Connect(address, options));
+    client::PoolOptions options;
+    options.client.timeout = absl::Minutes(10);
+    KVTIDE_ASSIGN_OR_RETURN(client_, client::Pool::Connect("auto:" + address, options));
     KVTIDE_ASSIGN_OR_RETURN(info_, client_->GetServerInfo());
     if (memory_bytes_ == 0) {
       for (const client::TierInfo& tier : info_.tiers) memory_bytes_ += tier.capacity_bytes;
@@ -364,6 +365,7 @@ class EvalRun {
   EvalReport MakeReport() const {
     EvalReport report;
     report.model = ModelName();
+    report.way = client::WayName(client_->way());
     report.text = std::filesystem::path(text_file_).filename().string();
     report.parameters = model_->parameters();
     report.tokens = static_cast<int64_t>(windows_) * context_;
@@ -410,7 +412,7 @@ class EvalRun {
   std::vector<LayerVectors> vectors_;  // of the first tokens, once somebody needs them
   int context_ = 0, windows_ = 0, chunk_ = 0;
   std::unique_ptr<DaemonProcess> daemon_;
-  std::unique_ptr<client::Client> client_;
+  std::unique_ptr<client::Pool> client_;
   client::ServerInfo info_;
   int64_t memory_bytes_ = 0;
   std::vector<std::string> pairs_;                               // without the yardstick

@@ -69,20 +69,13 @@ def connect(
         Unavailable: no daemon answers at the address.
         InvalidArgument, ResourceExhausted: sizes or devices that this machine does not have.
     """
-    if address == "auto":
-        address = _core.default_address()
-        path = address[len("unix:") :] if address.startswith("unix:") else None
-        if path is not None and not os.environ.get("KVTIDE_ADDRESS") and not os.path.exists(path):
-            address = "embedded"
-    if address != "embedded":
-        return Pool(_core.connect_daemon(address, timeout, connect_timeout, max_message_bytes, session))
     config: dict = {"device": device, "compute_threads": threads, "max_sequences": max_sequences}
     for name, size in (("device_memory", device_memory), ("host_memory", host_memory)):
         if size is not None:
             config[name] = str(size)
     if default_pair is not None:
         config["default_pair"] = default_pair
-    return Pool(_core.make_embedded_pool(json.dumps(config)))
+    return Pool(_core.connect(address, timeout, connect_timeout, max_message_bytes, session, json.dumps(config)))
 
 
 class Sequence:
@@ -299,6 +292,9 @@ class Pool:
     def __init__(self, core: Any) -> None:
         self._core = core
         self.address: str = core.address
+        #: How the pool is reached: ``"embedded"`` or ``"gRPC"``, and why.
+        self.way: str = core.way
+        self.why: str = core.why
         self._models: Dict[str, List[Layer]] = {}
         self._info: Optional[PoolInfo] = None
         self._lock = threading.Lock()

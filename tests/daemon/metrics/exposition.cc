@@ -100,6 +100,10 @@ std::unique_ptr<Metrics> BusyMetrics() {
     stats.call_memory_bytes = 4096;
     stats.call_memory_limit = 1 << 20;
     stats.memory_overhead_limit = 1 << 21;
+    stats.shared_memory_clients = 2;
+    stats.shared_memory_refused = 1;
+    stats.shared_memory_bytes = 1 << 20;
+    stats.shared_memory_limit = 1 << 22;
     return stats;
   };
   auto metrics = std::make_unique<Metrics>(std::move(options));

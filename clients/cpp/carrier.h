@@ -1,0 +1,40 @@
+// How the messages of the API reach the handlers that serve them. The client makes the messages; a carrier
+// takes one there and brings the answer back. Where both ends see the same memory, tensors lie there and
+// messages name their places.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kvtide/v1/kv_cache_service.pb.h"
+
+namespace kvtide::client {
+
+// Memory that client and daemon both see. Thread-safe.
+class SharedMemory {
+ public:
+  virtual ~SharedMemory() = default;
+  // The place of bytes that lie there already; none: they do not.
+  virtual std::optional<uint64_t> PlaceOf(const void* data, size_t bytes) const = 0;
+  // ResourceExhausted with the numbers when there is no room.
+  virtual absl::StatusOr<std::byte*> Allocate(size_t bytes) = 0;
+  virtual void Free(std::byte* data) = 0;
+};
+
+// Memory of this process. Places are addresses.
+std::unique_ptr<SharedMemory> MakeProcessMemory();
+
+class Carrier {
+ public:
+  virtual ~Carrier() = default;
+  // Thread-safe. An error that the handler reports is returned as a status. `request` may be changed.
+  virtual absl::Status Call(v1::SessionRequest* request, v1::SessionResponse* response) = 0;
+  // Null: tensors travel in the messages.
+  virtual SharedMemory* memory() { return nullptr; }
+};
+
+}  // namespace kvtide::client

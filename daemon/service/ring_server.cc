@@ -1,0 +1,320 @@
+#include "daemon/service/ring_server.h"
+
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <span>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "daemon/ring/arena.h"
+#include "daemon/ring/ring.h"
+#include "google/protobuf/arena.h"
+#include "kernels/base/check.h"
+#include "kernels/base/mutex.h"
+#include "kernels/base/status.h"
+
+namespace kvtide::service {
+namespace {
+
+// How long a connection may take to say Hello, and how many may be at it.
+constexpr absl::Duration kHelloTime = absl::Seconds(2);
+constexpr size_t kMostGuests = 64;
+// A sleep that nobody ends: only a lost wake-up could need it.
+constexpr absl::Duration kLongestSleep = absl::Milliseconds(500);
+constexpr uint64_t kPage = 4096;
+
+size_t MostPollers() { return std::max<size_t>(1, std::thread::hardware_concurrency() / 2); }
+
+}  // namespace
+
+// A connection that has not said Hello yet.
+struct RingServer::Guest {
+  int socket = -1;
+  absl::Time deadline;
+  ring::Hello hello;
+  size_t received = 0;
+};
+
+class RingServer::Client {
+ public:
+  Client(RingServer* server, int socket, ring::Arena arena, std::shared_ptr<Connection> connection)
+      : server_(server),
+        socket_(socket),
+        arena_(std::move(arena)),
+        requests_(arena_.request_head(), arena_.requests(), arena_.layout().request_bytes),
+        answers_(arena_.answer_head(), arena_.answers(), arena_.layout().answer_bytes),
+        session_(std::make_unique<RingSession>(server->service_, std::move(connection),
+                                               TensorMemory(arena_.tensors(), arena_.layout().tensor_bytes),
+                                               static_cast<int64_t>(arena_.layout().answer_bytes) - 4096)) {
+    thread_ = std::thread([this] { Run(); });
+  }
+  ~Client() {
+    Close();
+    while (!ended()) {
+      requests_.Wake();
+      absl::SleepFor(absl::Milliseconds(1));
+    }
+    thread_.join();
+    ::close(socket_);
+  }
+
+  int socket() const { return socket_; }
+  uint64_t bytes() const { return arena_.layout().total(); }
+  bool closing() const { return closing_.load(std::memory_order_relaxed); }
+  bool ended() const { return ended_.load(std::memory_order_acquire); }
+  // The client has gone, or has to go. To be repeated until `ended`: a thread that is about to sleep misses
+  // it.
+  void Close() {
+    closing_.store(true);
+    {
+      const MutexLock lock(mutex_);
+      if (session_ != nullptr) session_->Cancel();
+    }
+    requests_.Wake();
+  }
+
+ private:
+  void Run() {
+    ring::RingMessage message;
+    bool served = true;  // something since it last slept
+    while (!closing()) {
+      const absl::StatusOr<bool> got = requests_.Read(&message);
+      if (!got.ok()) {
+        session_->set_end(Annotate(got.status(), "a client's ring"));
+        break;
+      }
+      if (!*got) {
+        Rest(served);
+        served = false;
+        continue;
+      }
+      served = true;
+      if (const absl::Status status = Serve(message); !status.ok()) {
+        session_->set_end(status);
+        break;
+      }
+    }
+    std::unique_ptr<RingSession> session;
+    {
+      const MutexLock lock(mutex_);
+      session = std::move(session_);
+    }
+    // In this order: who sees the connection end finds the sequences closed.
+    session.reset();
+    ::shutdown(socket_, SHUT_RDWR);
+    ended_.store(true, std::memory_order_release);
+  }
+
+  // Looks at the ring for a while, if not too many do, and sleeps.
+  void Rest(bool served) {
+    const bool may_poll = served && server_->pollers_.fetch_add(1) < server_->most_pollers_;
+    requests_.Wait(may_poll ? server_->options_.limits.poll : absl::ZeroDuration(), kLongestSleep);
+    if (served) server_->pollers_.fetch_sub(1);
+  }
+
+  absl::Status Serve(const ring::RingMessage& message) {
+    alignas(16) char block[4096];
+    google::protobuf::ArenaOptions options;
+    options.initial_block = block;
+    options.initial_block_size = sizeof(block);
+    google::protobuf::Arena memory(options);
+    auto* const answer = google::protobuf::Arena::CreateMessage<v1::SessionResponse>(&memory);
+    session_->Serve(message.bytes, message.timeout, answer);
+    size_t size = answer->ByteSizeLong();
+    if (size > answers_.area_bytes()) {
+      answer->Clear();
+      answer->mutable_error()->set_code(static_cast<int>(absl::StatusCode::kResourceExhausted));
+      answer->mutable_error()->set_message(absl::StrCat("the answer has ", size, " bytes, the ring holds ",
+                                                        answers_.area_bytes(), "; ask for less at once"));
+      size = answer->ByteSizeLong();
+    }
+    KVTIDE_ASSIGN_OR_RETURN(std::byte* const to, answers_.Reserve(size));
+    answer->SerializeWithCachedSizesToArray(reinterpret_cast<uint8_t*>(to));
+    answers_.Publish(message.id);
+    return absl::OkStatus();
+  }
+
+  RingServer* const server_;
+  const int socket_;
+  ring::Arena arena_;
+  ring::RingReader requests_;
+  ring::RingWriter answers_;
+  Mutex mutex_;
+  std::unique_ptr<RingSession> session_;  // gone when the thread ends; changed under the mutex
+  std::atomic<bool> closing_{false}, ended_{false};
+  std::thread thread_;
+};
+
+RingServer::RingServer(KvCacheService* service, Options options)
+    : service_(service),
+      options_(std::move(options)),
+      most_pollers_(MostPollers()),
+      stop_(::eventfd(0, EFD_CLOEXEC)) {
+  KVTIDE_CHECK(stop_ >= 0, "no descriptor is free");
+  options_.gauges->shared_memory_limit_bytes = options_.limits.total_bytes;
+  watcher_ = std::thread([this] { Watch(); });
+}
+
+RingServer::~RingServer() { Stop(); }
+
+void RingServer::Stop() {
+  if (!watcher_.joinable()) return;
+  const uint64_t one = 1;
+  KVTIDE_CHECK(::write(stop_, &one, sizeof(one)) == sizeof(one));
+  watcher_.join();
+  for (const auto& client : clients_) client->Close();
+  clients_.clear();
+  for (const Guest& guest : guests_) ::close(guest.socket);
+  guests_.clear();
+  ::close(stop_);
+}
+
+void RingServer::Watch() {
+  for (;;) {
+    std::vector<pollfd> waits = {{stop_, POLLIN, 0}};
+    for (const int socket : options_.sockets) waits.push_back({socket, POLLIN, 0});
+    const size_t first_guest = waits.size();
+    for (const Guest& guest : guests_) waits.push_back({guest.socket, POLLIN, 0});
+    bool closing = false;
+    for (const auto& client : clients_) {
+      // Nobody says anything on a connection after the Hello: any event is the end.
+      if (client->closing()) {
+        client->Close();
+        closing = true;
+        waits.push_back({-1, 0, 0});
+      } else {
+        waits.push_back({client->socket(), POLLIN | POLLRDHUP, 0});
+      }
+    }
+    ::poll(waits.data(), waits.size(), closing ? 2 : guests_.empty() ? 1000 : 100);
+    if (waits[0].revents != 0) return;
+    size_t at = first_guest;
+    const absl::Time now = absl::Now();
+    for (auto guest = guests_.begin(); guest != guests_.end(); at++) {
+      const bool speaks = waits[at].revents != 0;
+      if ((speaks && !Hear(&*guest)) || now > guest->deadline) {
+        if (guest->socket >= 0) ::close(guest->socket);
+        guest = guests_.erase(guest);
+      } else {
+        ++guest;
+      }
+    }
+    // Those who were let in just now stand behind the others, and were not waited for.
+    for (const auto& client : clients_) {
+      if (at >= waits.size()) break;
+      if (waits[at++].revents != 0) client->Close();
+    }
+    Sweep();
+    for (size_t i = 1; i < first_guest; i++) {
+      if (waits[i].revents != 0) Accept(waits[i].fd);
+    }
+  }
+}
+
+void RingServer::Sweep() {
+  for (auto client = clients_.begin(); client != clients_.end();) {
+    if ((*client)->ended()) {
+      bytes_ -= (*client)->bytes();
+      client = clients_.erase(client);
+    } else {
+      ++client;
+    }
+  }
+  options_.gauges->shared_memory_clients = static_cast<int64_t>(clients_.size());
+  options_.gauges->shared_memory_bytes = static_cast<int64_t>(bytes_);
+}
+
+void RingServer::Accept(int listening) {
+  const int socket = ::accept4(listening, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
+  if (socket < 0) {
+    // No descriptor: the connection stays in the queue; it must not keep this thread busy.
+    if (errno == EMFILE || errno == ENFILE) absl::SleepFor(absl::Milliseconds(20));
+    return;
+  }
+  if (guests_.size() >= kMostGuests) {  // the one that has taken longest goes
+    ::close(guests_.front().socket);
+    guests_.pop_front();
+  }
+  Guest guest;
+  guest.socket = socket;
+  guest.deadline = absl::Now() + kHelloTime;
+  guests_.push_back(guest);
+}
+
+bool RingServer::Hear(Guest* guest) {
+  const ssize_t count = ::recv(guest->socket, reinterpret_cast<std::byte*>(&guest->hello) + guest->received,
+                               sizeof(guest->hello) - guest->received, MSG_DONTWAIT);
+  if (count < 0 && (errno == EAGAIN || errno == EINTR)) return true;
+  if (count <= 0) return false;
+  guest->received += static_cast<size_t>(count);
+  if (guest->received < sizeof(guest->hello)) return true;
+  if (const absl::Status status = LetIn(guest); !status.ok()) {
+    ring::Welcome refusal;
+    refusal.generation = options_.generation;
+    ring::SetText(status, &refusal);
+    ring::Send(guest->socket, std::as_bytes(std::span(&refusal, 1)), {}).IgnoreError();
+    options_.gauges->shared_memory_refused++;
+    CallReport report;
+    const std::string caller = NameOfPeer(guest->socket);
+    report.method = "Session";
+    report.code = status.raw_code();
+    report.message = std::string_view(status.message().data(), status.message().size());
+    report.caller = caller;
+    service_->Report(report);
+  }
+  return false;
+}
+
+absl::Status RingServer::LetIn(Guest* guest) {
+  const SharedMemoryOptions& limits = options_.limits;
+  KVTIDE_ASSIGN_OR_RETURN(const uint32_t user, ring::UserOf(guest->socket));
+  if (user != ::geteuid() && user != 0 &&
+      std::find(limits.users.begin(), limits.users.end(), user) == limits.users.end()) {
+    return absl::PermissionDeniedError(
+        absl::StrCat("user ", user, " may not share memory with kvtided, which runs as user ", ::geteuid(),
+                     "; name it with --shared-memory-user, or use gRPC"));
+  }
+  KVTIDE_RETURN_IF_ERROR(ring::CheckHello(guest->hello, options_.generation));
+  KVTIDE_RETURN_IF_ERROR(service_->CheckNotDraining());
+  if (clients_.size() >= limits.max_clients) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "kvtided has ", clients_.size(), " clients with shared memory, as many as it may; use gRPC"));
+  }
+  ring::ArenaLayout layout;
+  if (guest->hello.tensor_bytes > ring::kMostTensorBytes)
+    return absl::InvalidArgumentError("the client asks for an arena beyond 16 TiB");
+  layout.tensor_bytes = std::max(kPage, (guest->hello.tensor_bytes + kPage - 1) / kPage * kPage);
+  if (layout.total() > static_cast<uint64_t>(limits.client_bytes) ||
+      layout.total() + bytes_ > static_cast<uint64_t>(limits.total_bytes)) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("an arena of ", layout.total(), " bytes does not fit: one client may have ",
+                     limits.client_bytes, " (--shared-memory-client), all of them ", limits.total_bytes,
+                     " (--shared-memory), ", bytes_, " are taken; ask for a smaller one, or raise them"));
+  }
+  KVTIDE_ASSIGN_OR_RETURN(ring::Arena arena, ring::Arena::Make(layout));
+  ring::Welcome welcome;
+  welcome.generation = options_.generation;
+  welcome.layout = ring::LayoutFingerprint();
+  welcome.request_bytes = layout.request_bytes;
+  welcome.answer_bytes = layout.answer_bytes;
+  welcome.tensor_bytes = layout.tensor_bytes;
+  const int fd = arena.fd();
+  KVTIDE_RETURN_IF_ERROR(ring::Send(guest->socket, std::as_bytes(std::span(&welcome, 1)), {&fd, 1}));
+  auto connection = std::make_shared<Connection>();
+  // Numbers of connections of gRPC are below.
+  connection->number = (uint64_t{1} << 63) + (++last_client_ << 32);
+  connection->name = NameOfPeer(guest->socket);
+  bytes_ += layout.total();
+  clients_.push_back(
+      std::make_unique<Client>(this, std::exchange(guest->socket, -1), std::move(arena), connection));
+  return absl::OkStatus();
+}
+
+}  // namespace kvtide::service

@@ -1,0 +1,156 @@
+#include "daemon/service/ring_session.h"
+
+#include <string_view>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "google/protobuf/arena.h"
+#include "kernels/base/mutex.h"
+
+namespace kvtide::service {
+
+// A message that waits for its turn in the threads of its lane.
+class RingSession::Turn final : public WorkerPool::Work {
+ public:
+  explicit Turn(std::function<absl::Status()> serve) : serve_(std::move(serve)) {}
+
+  void Run() override { End(serve_()); }
+  void Refuse() override {
+    End(absl::UnavailableError("kvtided is shutting down; try another one, or again later"));
+  }
+
+  absl::Status Wait() {
+    const MutexLock lock(mutex_);
+    while (!ended_) ended_changed_.Wait(mutex_);
+    return status_;
+  }
+
+ private:
+  void End(const absl::Status& status) {
+    // Notified under the mutex: afterwards this may be gone.
+    const MutexLock lock(mutex_);
+    status_ = status;
+    ended_ = true;
+    ended_changed_.NotifyAll();
+  }
+
+  const std::function<absl::Status()> serve_;
+  Mutex mutex_;
+  CondVar ended_changed_;
+  bool ended_ ABSL_GUARDED_BY(mutex_) = false;
+  absl::Status status_ ABSL_GUARDED_BY(mutex_);
+};
+
+RingSession::RingSession(KvCacheService* service, std::shared_ptr<Connection> connection,
+                         const TensorMemory& tensors, int64_t max_answer_bytes)
+    : service_(service),
+      connection_(std::move(connection)),
+      tensors_(tensors),
+      max_answer_bytes_(max_answer_bytes),
+      opened_(absl::Now()) {
+  const MutexLock lock(service_->mutex_);
+  service_->rings_.insert(this);
+}
+
+RingSession::~RingSession() {
+  {
+    const MutexLock lock(service_->mutex_);
+    service_->rings_.erase(this);
+  }
+  for (const SequenceId sequence : owned_) service_->handlers_.Release(sequence);
+  CallReport report;
+  report.method = "Session";
+  report.code = end_.raw_code();
+  report.duration = absl::Now() - opened_;
+  report.message = std::string_view(end_.message().data(), end_.message().size());
+  report.caller = connection_->name;
+  service_->Report(report);
+}
+
+absl::Status RingSession::Run(const v1::SessionRequest& request, absl::Duration timeout,
+                              v1::SessionResponse* answer, const char** method, SequenceId* sequence) {
+  if (cancellation_.cancelled()) return absl::CancelledError("the client has gone");
+  const Verb* const verb = FindVerb(static_cast<int>(request.call_case()));
+  if (verb == nullptr)
+    return absl::InvalidArgumentError("the session request carries no call that this version knows");
+  *method = verb->method;
+  if (absl::Status status = service_->CheckNotDraining(); !status.ok()) return status;
+  bulk_.store(verb->lane == Lane::kBulk, std::memory_order_relaxed);
+  MemoryBudget::Hold hold(&service_->memory_, &connection_->memory);
+  Call call;
+  call.context.caller = connection_->name;
+  call.context.request_id = connection_->number + number_;
+  if (timeout != absl::InfiniteDuration()) call.context.deadline = absl::Now() + timeout;
+  call.context.cancellation = &cancellation_;
+  call.memory = &hold;
+  call.tensors = &tensors_;
+  call.max_answer_bytes = max_answer_bytes_;
+  WorkerPool& lane = verb->lane == Lane::kBulk ? service_->bulk_ : service_->prompt_;
+  absl::Status status;
+  if (lane.Enter()) {
+    status = ServeMessage(&service_->handlers_, request, call, answer, sequence);
+    lane.Leave();
+  } else {
+    Turn turn([&] { return ServeMessage(&service_->handlers_, request, call, answer, sequence); });
+    if (lane.Submit(connection_->number, &turn)) {
+      status = turn.Wait();
+    } else {
+      status = absl::ResourceExhaustedError("all threads are busy and the queue is full; try again later");
+    }
+  }
+  bulk_.store(false, std::memory_order_relaxed);
+  if (!status.ok()) return status;
+  if (answer->has_create_sequence()) owned_.insert(answer->create_sequence().sequence_id());
+  if (answer->has_fork_sequence()) owned_.insert(answer->fork_sequence().sequence_id());
+  if (request.has_close_sequence()) owned_.erase(request.close_sequence().sequence_id());
+  return status;
+}
+
+void RingSession::Serve(const std::string& bytes, absl::Duration timeout, v1::SessionResponse* answer) {
+  ServiceGauges& gauges = *service_->options_.gauges;
+  gauges.calls_under_way++;
+  number_++;
+  const absl::Time start = absl::Now();
+  alignas(16) char block[4096];
+  google::protobuf::ArenaOptions options;
+  options.initial_block = block;
+  options.initial_block_size = sizeof(block);
+  google::protobuf::Arena arena(options);
+  auto* const request = google::protobuf::Arena::CreateMessage<v1::SessionRequest>(&arena);
+  const char* method = "Session";
+  SequenceId sequence = 0;
+  absl::Status status;
+  if (!request->ParseFromString(bytes)) {
+    status = absl::InvalidArgumentError(
+        "the request is no kvtide.v1.SessionRequest: the message is malformed or cut off, or one of its "
+        "texts "
+        "is not UTF-8");
+  } else {
+    status = Run(*request, timeout, answer, &method, &sequence);
+  }
+  if (!status.ok()) {
+    answer->Clear();
+    const grpc::Status wire = ToGrpc(status);
+    answer->mutable_error()->set_code(wire.error_code());
+    answer->mutable_error()->set_message(wire.error_message());
+  }
+  CallReport report;
+  report.method = method;
+  report.code = status.raw_code();
+  report.duration = absl::Now() - start;
+  report.request_bytes = static_cast<int64_t>(bytes.size());
+  report.response_bytes = status.ok() ? static_cast<int64_t>(answer->ByteSizeLong()) : 0;
+  std::string request_id;
+  if (!status.ok()) {
+    request_id = absl::StrCat("ring/", connection_->number & 0xffffffff, "/", number_);
+    report.message = std::string_view(status.message().data(), status.message().size());
+    report.request_id = request_id;
+    report.caller = connection_->name;
+    report.sequence = sequence;
+  }
+  service_->Report(report);
+  gauges.calls_under_way--;
+}
+
+}  // namespace kvtide::service

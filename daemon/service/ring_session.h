@@ -1,0 +1,59 @@
+// A client of the shared-memory way as the service sees it: a session, whose messages come one at a time from
+// a thread that waits for the answer. The same handlers, turns, limits and reports as for calls over gRPC;
+// what is created here is closed with it.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <string>
+
+#include "absl/container/flat_hash_set.h"
+#include "absl/time/time.h"
+#include "daemon/service/connections.h"
+#include "daemon/service/kv_cache_service.h"
+#include "daemon/service/tensor.h"
+#include "kernels/base/cancellation.h"
+#include "kvtide/v1/kv_cache_service.pb.h"
+
+namespace kvtide::service {
+
+class RingSession {
+ public:
+  // Borrows the service. Tensors of messages may lie in `tensors`; answers have at most `max_answer_bytes`.
+  RingSession(KvCacheService* service, std::shared_ptr<Connection> connection, const TensorMemory& tensors,
+              int64_t max_answer_bytes);
+  ~RingSession();
+  RingSession(const RingSession&) = delete;
+  RingSession& operator=(const RingSession&) = delete;
+
+  // Serves one message, `bytes` of a SessionRequest, in this thread if a thread of its lane is free, else in
+  // its turn. `answer` gets what came of it, errors too.
+  void Serve(const std::string& bytes, absl::Duration timeout, v1::SessionResponse* answer);
+
+  // From any thread: the client has gone; a call under way is cancelled.
+  void Cancel() { cancellation_.Cancel(); }
+  // From any thread: the daemon shuts down; a call that may take long is cancelled.
+  void CancelIfBulk() {
+    if (bulk_.load(std::memory_order_relaxed)) cancellation_.Cancel();
+  }
+  // Why the client is let go, for the report.
+  void set_end(const absl::Status& status) { end_ = status; }
+
+ private:
+  class Turn;
+  absl::Status Run(const v1::SessionRequest& request, absl::Duration timeout, v1::SessionResponse* answer,
+                   const char** method, SequenceId* sequence);
+
+  KvCacheService* const service_;
+  const std::shared_ptr<Connection> connection_;
+  const TensorMemory tensors_;
+  const int64_t max_answer_bytes_;
+  const absl::Time opened_;
+  Cancellation cancellation_;
+  std::atomic<bool> bulk_{false};
+  absl::flat_hash_set<SequenceId> owned_;
+  uint64_t number_ = 0;  // of messages
+  absl::Status end_;
+};
+
+}  // namespace kvtide::service

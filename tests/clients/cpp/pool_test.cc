@@ -1,0 +1,304 @@
+// One suite over every way to a pool: what a caller may rely on whichever way it goes.
+#include "clients/cpp/pool.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <thread>
+
+#include "absl/strings/match.h"
+#include "gtest/gtest.h"
+#include "tests/clients/cpp/pool_script.h"
+
+namespace kvtide::testing {
+namespace {
+
+using client::TensorRef;
+
+class PoolTest : public ::testing::TestWithParam<std::string> {
+ protected:
+  void SetUp() override {
+    pool_ = ways_.Open(GetParam());
+    ASSERT_NE(pool_, nullptr);
+  }
+
+  client::SequenceId Make(const std::string& pair = "f16/f16") {
+    EXPECT_TRUE(pool_->RegisterModel(e2e::SmallModel()).ok());
+    const auto id = pool_->CreateSequence("small", {.pair = pair});
+    EXPECT_TRUE(id.ok()) << id.status();
+    return id.value_or(0);
+  }
+  absl::Status Append(client::SequenceId id, int64_t first, int64_t tokens) {
+    return pool_->Append(id, first, e2e::Tokens(1, first, tokens).layers).status();
+  }
+
+  Ways ways_;
+  std::unique_ptr<Pool> pool_;
+};
+
+void ExpectError(const absl::Status& status, absl::StatusCode code, const std::string& part) {
+  EXPECT_EQ(status.code(), code) << status;
+  EXPECT_TRUE(absl::StrContains(status.message(), part)) << status << "\nexpected: " << part;
+}
+
+TEST_P(PoolTest, AnswersEqualTheModelOfTheCacheAndThoseOfTheEmbeddedWayToTheBit) {
+  for (const uint32_t seed : {1u, 2u, 3u}) {
+    const std::vector<float> answers = RunScript(*pool_, seed, 120, false);
+    ASSERT_FALSE(HasFailure()) << "seed " << seed;
+    const std::unique_ptr<Pool> embedded = ways_.Open("embedded");
+    const std::vector<float> expected = RunScript(*embedded, seed, 120, false);
+    ASSERT_EQ(answers.size(), expected.size()) << "seed " << seed;
+    EXPECT_EQ(std::memcmp(answers.data(), expected.data(), answers.size() * sizeof(float)), 0)
+        << "seed " << seed;
+    RunScript(*pool_, seed, 120, true);
+  }
+  const auto stats = pool_->GetStats();
+  ASSERT_TRUE(stats.ok()) << stats.status();
+  EXPECT_EQ(stats->sequences, 0);
+  EXPECT_EQ(stats->stored_bytes, 0);
+  EXPECT_GT(stats->sealed_blocks, 0);
+}
+
+TEST_P(PoolTest, SaysWhichWayItIsAndWhatItHas) {
+  EXPECT_EQ(pool_->way() == client::Way::kEmbedded, GetParam() == "embedded");
+  EXPECT_EQ(pool_->why(), "asked for");
+  const auto info = pool_->GetServerInfo();
+  ASSERT_TRUE(info.ok()) << info.status();
+  EXPECT_EQ(info->block_tokens, 64);
+  ASSERT_EQ(info->tiers.size(), 2u);
+  EXPECT_EQ(info->tiers[0].capacity_bytes, 24 << 20);
+  const client::SequenceId id = Make("q8_0/turbo4");
+  ASSERT_TRUE(Append(id, 0, 200).ok());
+  const auto all = pool_->ListSequences("small");
+  ASSERT_TRUE(all.ok()) << all.status();
+  ASSERT_EQ(all->size(), 1u);
+  EXPECT_EQ((*all)[0].tokens, 200);
+  EXPECT_EQ((*all)[0].pair, "q8_0/turbo4");
+  client::PlanQuestion question;
+  question.model = "small";
+  question.contexts = {1024};
+  const auto plan = pool_->Plan(question);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  ASSERT_EQ(plan->contexts.size(), 1u);
+  EXPECT_TRUE(pool_->CloseSequence(id).ok());
+}
+
+TEST_P(PoolTest, ABatchAnswersEveryItem) {
+  std::vector<client::SequenceId> ids;
+  for (int i = 0; i < 5; i++) ids.push_back(Make());
+  for (int i = 0; i < 5; i++) ASSERT_TRUE(Append(ids[static_cast<size_t>(i)], 0, 10 + 40 * i).ok());
+  std::vector<std::vector<float>> q, out(5), lse(5);
+  std::vector<client::AttendItem> items(5);
+  for (size_t i = 0; i < 5; i++) {
+    q.push_back(e2e::Rows(static_cast<int>(i), 0, 2, e2e::kHeads));
+    out[i].resize(q[i].size());
+    lse[i].resize(2 * e2e::kHeads);
+    items[i].sequence = ids[i];
+    items[i].q = TensorRef::F32(q[i], {2, e2e::kHeads, e2e::kDim});
+    items[i].output = out[i];
+    // Whoever does not want it leaves it away.
+    if (i % 2 == 0) items[i].lse = lse[i];
+  }
+  const absl::Status status = pool_->Attend(1, items);
+  ASSERT_TRUE(status.ok()) << status;
+  for (size_t i = 0; i < 5; i++) {
+    const int64_t tokens = 10 + 40 * static_cast<int64_t>(i);
+    const e2e::Tokens rows(1, 0, tokens);
+    EXPECT_LT(e2e::LargestDifference(out[i], e2e::ReferenceAttention(q[i], rows.k[1], rows.v[1], tokens, 2)),
+              1e-3);
+    EXPECT_EQ(lse[i][0] != 0, i % 2 == 0);
+  }
+  for (const client::SequenceId id : ids) EXPECT_TRUE(pool_->CloseSequence(id).ok());
+}
+
+TEST_P(PoolTest, RowsComeBackInTheTypeThatWasAskedFor) {
+  const client::SequenceId id = Make();
+  ASSERT_TRUE(Append(id, 0, 100).ok());
+  const e2e::Tokens rows(1, 0, 100);
+  const size_t count = 50 * e2e::kKvHeads * e2e::kDim;
+  std::vector<uint16_t> k(count), v(count);
+  const std::vector<int64_t> shape = {50, e2e::kKvHeads, e2e::kDim};
+  const client::ReadItem item{1, {k.data(), DataType::kF16, shape}, {v.data(), DataType::kF16, shape}};
+  const absl::Status status = pool_->ReadTokens(id, 40, {&item, 1});
+  ASSERT_TRUE(status.ok()) << status;
+  for (size_t i = 0; i < count; i++) {
+    ASSERT_EQ(k[i], F32ToF16(rows.k[1][40 * e2e::kKvHeads * e2e::kDim + i]));
+    ASSERT_EQ(v[i], F32ToF16(rows.v[1][40 * e2e::kKvHeads * e2e::kDim + i]));
+  }
+  EXPECT_TRUE(pool_->CloseSequence(id).ok());
+}
+
+TEST_P(PoolTest, HalfTensorsGoAsTheyAre) {
+  const client::SequenceId id = Make();
+  const std::vector<float> values = e2e::Rows(3, 0, 8, e2e::kKvHeads);
+  std::vector<uint16_t> f16(values.size()), bf16(values.size());
+  for (size_t i = 0; i < values.size(); i++) f16[i] = F32ToF16(values[i]), bf16[i] = F32ToBf16(values[i]);
+  const std::vector<int64_t> shape = {8, e2e::kKvHeads, e2e::kDim};
+  const client::LayerTokens layers[] = {
+      {0, {f16.data(), DataType::kF16, shape}, {bf16.data(), DataType::kBf16, shape}},
+      {1, {bf16.data(), DataType::kBf16, shape}, {f16.data(), DataType::kF16, shape}}};
+  ASSERT_TRUE(pool_->Append(id, 0, layers).ok());
+  std::vector<float> k(values.size()), v(values.size());
+  const client::ReadItem item{0, client::MutableTensorRef::F32(k, shape),
+                              client::MutableTensorRef::F32(v, shape)};
+  ASSERT_TRUE(pool_->ReadTokens(id, 0, {&item, 1}).ok());
+  for (size_t i = 0; i < k.size(); i++) {
+    ASSERT_EQ(k[i], F16ToF32(f16[i]));
+    ASSERT_EQ(v[i], Bf16ToF32(bf16[i]));
+  }
+  EXPECT_TRUE(pool_->CloseSequence(id).ok());
+}
+
+TEST_P(PoolTest, MistakesAreNamedAndChangeNothing) {
+  const client::SequenceId id = Make();
+  ASSERT_TRUE(Append(id, 0, 10).ok());
+  using absl::StatusCode;
+  ExpectError(Append(id, 5, 10), StatusCode::kOutOfRange, "");
+  ExpectError(pool_->CreateSequence("nobody").status(), StatusCode::kNotFound, "nobody");
+  ExpectError(pool_->ForkSequence(id + 1).status(), StatusCode::kNotFound, "");
+  ExpectError(pool_->TruncateSequence(id, 11), StatusCode::kOutOfRange, "");
+  ExpectError(pool_->TruncateSequence(id, -1), StatusCode::kInvalidArgument, "tokens is -1");
+  ExpectError(pool_->PrefetchSequences({}).status(), StatusCode::kInvalidArgument, "");
+
+  std::vector<float> row = e2e::Rows(9, 0, 1, e2e::kHeads), output(row.size());
+  client::AttendItem item;
+  item.sequence = id;
+  item.output = output;
+  item.q = TensorRef::F32(row, {1, e2e::kHeads, e2e::kDim - 1});
+  ExpectError(pool_->Attend(0, {&item, 1}), StatusCode::kInvalidArgument,
+              "items[0]: q: the shape is [1, 4, 63], expected [tokens, 4, 64]");
+  item.q = TensorRef::F32(row, {1, e2e::kHeads, e2e::kDim});
+  ExpectError(pool_->Attend(7, {&item, 1}), StatusCode::kInvalidArgument, "layer is 7");
+  ExpectError(pool_->Attend(0, {}), StatusCode::kInvalidArgument, "items");
+  item.output = std::span(output).subspan(1);
+  EXPECT_EQ(pool_->Attend(0, {&item, 1}).code(), StatusCode::kInvalidArgument);
+  item.output = output;
+  row[70] = std::numeric_limits<float>::quiet_NaN();
+  ExpectError(pool_->Attend(0, {&item, 1}), StatusCode::kInvalidArgument, "NaN at token 0, head 1, index 6");
+
+  e2e::Tokens bad(1, 10, 2);
+  bad.v[1][200] = std::numeric_limits<float>::infinity();
+  ExpectError(pool_->Append(id, 10, bad.layers).status(), StatusCode::kInvalidArgument, "token 1");
+  const client::ReadItem none{0, {}, {}};
+  ExpectError(pool_->ReadTokens(id, 0, {&none, 1}), StatusCode::kInvalidArgument, "k and v");
+  ExpectError(pool_->ReadTokens(id, 0, {}), StatusCode::kInvalidArgument, "no layer");
+  const auto all = pool_->ListSequences();
+  ASSERT_TRUE(all.ok());
+  ASSERT_EQ(all->size(), 1u);
+  EXPECT_EQ((*all)[0].tokens, 10);
+  EXPECT_TRUE(pool_->CloseSequence(id).ok());
+  ExpectError(pool_->CloseSequence(id), StatusCode::kNotFound, "");
+}
+
+TEST_P(PoolTest, ThreadsShareAPool) {
+  Make();
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; t++) {
+    threads.emplace_back([this, t] {
+      for (int round = 0; round < 10; round++) {
+        const auto id = pool_->CreateSequence("small");
+        ASSERT_TRUE(id.ok()) << id.status();
+        ASSERT_TRUE(Append(*id, 0, 20 + t).ok());
+        const std::vector<float> q = e2e::Rows(t, 0, 1, e2e::kHeads);
+        std::vector<float> output(q.size());
+        client::AttendItem item;
+        item.sequence = *id;
+        item.q = TensorRef::F32(q, {1, e2e::kHeads, e2e::kDim});
+        item.output = output;
+        ASSERT_TRUE(pool_->Attend(0, {&item, 1}).ok());
+        const e2e::Tokens rows(1, 0, 20 + t);
+        ASSERT_LT(e2e::LargestDifference(output, e2e::ReferenceAttention(q, rows.k[0], rows.v[0], 20 + t, 1)),
+                  1e-3);
+        ASSERT_TRUE(pool_->CloseSequence(*id).ok());
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+TEST_P(PoolTest, TensorsOfThePoolAreUsedWhereTheyLie) {
+  const client::SequenceId id = Make();
+  const e2e::Tokens rows(1, 0, 100);
+  const std::vector<int64_t> shape = {100, e2e::kKvHeads, e2e::kDim};
+  auto k = pool_->Allocate(rows.k[0].size() * sizeof(float)),
+       v = pool_->Allocate(rows.k[0].size() * sizeof(float));
+  ASSERT_TRUE(k.ok() && v.ok()) << k.status();
+  EXPECT_EQ(reinterpret_cast<uintptr_t>(k->data()) % 64, 0u);
+  std::copy(rows.k[0].begin(), rows.k[0].end(), k->As<float>().begin());
+  std::copy(rows.v[0].begin(), rows.v[0].end(), v->As<float>().begin());
+  const client::LayerTokens layer{0, TensorRef::F32(k->As<float>(), shape),
+                                  TensorRef::F32(v->As<float>(), shape)};
+  ASSERT_TRUE(pool_->Append(id, 0, {&layer, 1}).ok());
+  // Rows come back into the same memory.
+  std::fill(k->As<float>().begin(), k->As<float>().end(), 0.0f);
+  const client::ReadItem item{0, client::MutableTensorRef::F32(k->As<float>(), shape),
+                              client::MutableTensorRef::F32(v->As<float>(), shape)};
+  ASSERT_TRUE(pool_->ReadTokens(id, 0, {&item, 1}).ok());
+  for (size_t i = 0; i < rows.k[0].size(); i++)
+    ASSERT_EQ(k->As<float>()[i], F16ToF32(F32ToF16(rows.k[0][i])));
+  // Queries, outputs and log-sum-exps in it, beginning in the middle of a piece.
+  const std::vector<float> q = e2e::Rows(5, 0, 1, e2e::kHeads);
+  std::copy(q.begin(), q.end(), k->As<float>().begin() + 4);
+  client::AttendItem attend;
+  attend.sequence = id;
+  attend.q = TensorRef::F32(k->As<float>().subspan(4, q.size()), {1, e2e::kHeads, e2e::kDim});
+  attend.output = v->As<float>().subspan(8, q.size());
+  attend.lse = v->As<float>().subspan(8 + q.size(), e2e::kHeads);
+  ASSERT_TRUE(pool_->Attend(0, {&attend, 1}).ok());
+  const std::vector<float> output(attend.output.begin(), attend.output.end());
+  EXPECT_LT(e2e::LargestDifference(output, e2e::ReferenceAttention(q, rows.k[0], rows.v[0], 100, 1)), 1e-3);
+  EXPECT_TRUE(pool_->CloseSequence(id).ok());
+}
+
+INSTANTIATE_TEST_SUITE_P(Ways, PoolTest, ::testing::ValuesIn(kWays),
+                         [](const auto& way) { return way.param; });
+
+TEST(PoolConnect, AutoFindsTheDaemonThatIsNamedAndElseOpensAPoolOfItsOwn) {
+  client::PoolOptions options;
+  options.embedded_config = R"({"device": "cpu", "device_memory": "1MiB", "host_memory": "0"})";
+  const std::string folder = e2e::MakeFolder();
+  ::setenv("XDG_RUNTIME_DIR", folder.c_str(), 1);
+  ::unsetenv("KVTIDE_ADDRESS");
+  if (::geteuid() != 0) {  // root's default socket is not in a folder that a test may choose
+    const auto pool = Pool::Connect("auto", options);
+    ASSERT_TRUE(pool.ok()) << pool.status();
+    EXPECT_EQ((*pool)->way(), client::Way::kEmbedded);
+    EXPECT_TRUE(absl::StartsWith((*pool)->why(), "no kvtided answers at unix:")) << (*pool)->why();
+  }
+  Ways ways;
+  ::setenv("KVTIDE_ADDRESS", ways.daemon().address().c_str(), 1);
+  auto pool = Pool::Connect("auto", options);
+  ASSERT_TRUE(pool.ok()) << pool.status();
+  EXPECT_EQ((*pool)->way(), client::Way::kSharedMemory);
+  EXPECT_TRUE(absl::StrContains((*pool)->why(), ways.daemon().address())) << (*pool)->why();
+  // Who names a daemon does not get another pool.
+  ::setenv("KVTIDE_ADDRESS", ("unix:" + folder + "/nobody.sock").c_str(), 1);
+  options.client.connect_timeout = absl::Milliseconds(100);
+  ExpectError(Pool::Connect("auto", options).status(), absl::StatusCode::kUnavailable,
+              "auto: no kvtided at unix:" + folder + "/nobody.sock");
+  ::unsetenv("KVTIDE_ADDRESS");
+}
+
+TEST(PoolConnect, AutoTakesGrpcWhereNoMemoryIsSharedAndSaysWhy) {
+  const auto daemon = e2e::TestDaemon::Start({"--shared-memory", "0"});
+  ::setenv("KVTIDE_ADDRESS", daemon->address().c_str(), 1);
+  const auto pool = Pool::Connect("auto");
+  ::unsetenv("KVTIDE_ADDRESS");
+  ASSERT_TRUE(pool.ok()) << pool.status();
+  EXPECT_EQ((*pool)->way(), client::Way::kGrpc);
+  EXPECT_TRUE(absl::StrContains((*pool)->why(), "no shared memory: no kvtided offers shared memory at"))
+      << (*pool)->why();
+  ExpectError(Pool::Connect("shm:" + daemon->address()).status(), absl::StatusCode::kNotFound,
+              "--shared-memory 0");
+  ExpectError(Pool::Connect("shm:127.0.0.1:7").status(), absl::StatusCode::kInvalidArgument,
+              "shm:unix:/path");
+}
+
+TEST(PoolConnect, AConfigurationThatIsNoneIsRefused) {
+  client::PoolOptions options;
+  options.embedded_config = R"({"device_memory": "1MiB", "colour": "red"})";
+  ExpectError(Pool::Connect("embedded", options).status(), absl::StatusCode::kInvalidArgument, "colour");
+}
+
+}  // namespace
+}  // namespace kvtide::testing
