@@ -307,6 +307,20 @@ void BindPool(nb::module_& m) {
       .def_prop_ro("way", [](const Handle& handle) { return client::WayName(handle.pool()->way()); })
       .def_prop_ro("why", [](const Handle& handle) { return handle.pool()->why(); })
       .def("close", &Handle::Close)
+      // Bytes of Pool::Allocate as an array, which keeps the pool.
+      .def("allocate",
+           [](const Handle& handle, size_t bytes) {
+             struct Owner {
+               std::shared_ptr<client::Pool> pool;
+               client::TensorBuffer buffer;
+             };
+             auto owner = std::make_unique<Owner>();
+             owner->pool = handle.pool();
+             owner->buffer = Raise(owner->pool->Allocate(bytes));
+             auto* const data = reinterpret_cast<uint8_t*>(owner->buffer.data());
+             const nb::capsule keep(owner.release(), [](void* p) noexcept { delete static_cast<Owner*>(p); });
+             return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(data, {bytes}, keep);
+           })
       .def("info",
            [](const Handle& handle) {
              const auto pool = handle.pool();
@@ -405,17 +419,19 @@ void BindPool(nb::module_& m) {
   m.def(
       "connect",
       [](const std::string& address, double timeout, double connect_timeout, int64_t max_message_bytes,
-         bool session, const std::string& embedded_config) {
+         bool session, const std::string& embedded_config, int64_t arena_bytes) {
         client::PoolOptions options;
         options.client.timeout = absl::Seconds(timeout);
         options.client.connect_timeout = absl::Seconds(connect_timeout);
         options.client.max_message_bytes = max_message_bytes;
         options.client.session = session;
         options.embedded_config = embedded_config;
+        options.arena_bytes = arena_bytes;
         return std::make_unique<Handle>(
             Raise(Blocking([&] { return client::Pool::Connect(address, options); })));
       },
-      "address"_a, "timeout"_a, "connect_timeout"_a, "max_message_bytes"_a, "session"_a, "embedded_config"_a);
+      "address"_a, "timeout"_a, "connect_timeout"_a, "max_message_bytes"_a, "session"_a, "embedded_config"_a,
+      "arena_bytes"_a);
   m.def("default_address", &client::DefaultAddress);
 }
 

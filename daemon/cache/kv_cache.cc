@@ -9,6 +9,7 @@
 #include "daemon/cache/persister.h"
 #include "daemon/cache/reader.h"
 #include "daemon/cache/sealer.h"
+#include "daemon/cache/stepper.h"
 #include "daemon/cache/truncator.h"
 #include "daemon/cache/writer.h"
 #include "kernels/attend_args.h"
@@ -30,6 +31,7 @@ class KvCache::Impl {
   Mover mover{core};
   Sealer sealer{core, mover};
   Writer writer{core, mover, sealer};
+  Stepper stepper{core, mover, writer};
   Truncator truncator{core, mover};
   Reader reader{core, mover};
   Inspector inspector{core};
@@ -267,6 +269,12 @@ double KvCache::EstimateWork(const AttendCall& call) const {
 }
 absl::Status KvCache::ReadTokens(const ReadCall& call) { return impl_->reader.ReadTokens(call); }
 absl::Status KvCache::AppendAttend(const AttendCall& call) { return impl_->AppendAttend(call); }
+absl::StatusOr<std::unique_ptr<Step>> KvCache::BeginStep(const StepCall& call) {
+  return impl_->stepper.Begin(call);
+}
+
+absl::Status KvCache::EndStep(std::unique_ptr<Step> step) { return impl_->stepper.Commit(*step); }
+
 absl::StatusOr<MoveReport> KvCache::Evict(std::span<const SequenceId> sequences, int tier,
                                           const CallContext& context) {
   absl::StatusOr<MoveReport> report = impl_->mover.Evict(sequences, tier, context);

@@ -115,6 +115,9 @@ struct SequenceList {
   ModelId model = 0;  // of this model; 0 = any
 };
 
+class Step;       // stepper.h
+struct StepCall;  // stepper.h
+
 class KvCache {
  public:
   // Takes the memory of all tiers. InvalidArgument for bad options, ResourceExhausted when a slab cannot be
@@ -153,6 +156,12 @@ class KvCache {
   // length or before its sliding window, DataLoss where tokens were dropped, Cancelled between blocks: the
   // buffers are undefined then.
   absl::Status ReadTokens(const ReadCall& call);
+
+  // For engines that write and attend over the blocks themselves: a step reserves room for new tokens in all
+  // layers and pins what they see (stepper.h). EndStep publishes what the engine has written; a step that is
+  // destroyed instead has never been.
+  absl::StatusOr<std::unique_ptr<Step>> BeginStep(const StepCall& call);
+  absl::Status EndStep(std::unique_ptr<Step> step);
 
   // Moves blocks that lie above `tier` down to it (kDropTier: drops them, if the sequence allows it). Returns
   // when the copies are done. Making room below may demote further or drop, by policy. A call that is no

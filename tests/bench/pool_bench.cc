@@ -50,7 +50,7 @@ double Median(std::vector<double> values) {
 
 // The times of `calls` calls.
 template <class Call>
-void Measure(int calls, Numbers* numbers, const Call& call) {
+void Measure(int calls, Numbers* numbers, Call&& call) {
   std::vector<double> times;
   for (int i = 0; i < calls; i++) {
     const auto start = Clock::now();

@@ -89,7 +89,8 @@ std::string AppendBytes(client::SequenceId sequence, int64_t start, int64_t toke
 class Attack : public ::testing::Test {
  protected:
   void Start(std::vector<std::string> arguments = {}) {
-    arguments.insert(arguments.begin(), {"--max-message-bytes", "8388608"});
+    // Without arenas, whose limit would hide what else grows.
+    arguments.insert(arguments.begin(), {"--max-message-bytes", "8388608", "--shared-memory", "0"});
     daemon_ = TestDaemon::Start(arguments);
     client_ = daemon_->Connect();
     ASSERT_NE(client_, nullptr);

@@ -14,7 +14,7 @@ def daemon(tmp_path_factory):
     one.stop()
 
 
-WAYS = ["embedded", "unix", "tcp", "unix without session"]
+WAYS = ["embedded", "shm", "unix", "tcp", "unix without session"]
 
 
 @pytest.fixture(params=WAYS)
@@ -25,6 +25,8 @@ def pool(request):
     else:
         daemon = request.getfixturevalue("daemon")
         address = daemon.tcp if request.param == "tcp" else daemon.address
+        if request.param == "shm":
+            address = "shm:" + address
         made = kvtide.connect(address, session="without" not in request.param)
     with made:
         yield made

@@ -274,3 +274,44 @@ def test_auto_finds_the_daemon_or_stays_here(daemon, monkeypatch, tmp_path):
     monkeypatch.setenv("KVTIDE_ADDRESS", f"unix:{tmp_path}/none.sock")
     with pytest.raises(errors.Unavailable):
         kvtide.connect(connect_timeout=0.2)
+
+
+def test_arrays_of_the_pool_are_used_where_they_lie(pool):
+    model = pool.register("in-place", [kvtide.Layer(kv_heads=2, head_dim=64, query_heads=4)])
+    rng = np.random.default_rng(5)
+    k, v = pool.empty((100, 2, 64)), pool.empty((100, 2, 64), np.float16)
+    assert k.dtype == np.float32 and v.dtype == np.float16 and k.shape == v.shape == (100, 2, 64)
+    k[:] = rng.standard_normal(k.shape)
+    v[:] = rng.standard_normal(v.shape)
+    with pool.create(model, pair="f16") as sequence:
+        sequence.append({0: (k, v)})
+        got_k, got_v = sequence.read(0)
+        assert np.array_equal(np.asarray(got_k, np.float16), k.astype(np.float16))
+        assert np.array_equal(np.asarray(got_v, np.float16), v)
+    assert pool.empty(0).size == 0 and pool.empty(3).shape == (3,)
+
+
+def test_the_way_is_told(pool, request):
+    asked = request.node.callspec.params["pool"]
+    assert pool.way == {"embedded": "embedded", "shm": "shared memory"}.get(asked, "gRPC")
+    assert pool.why == "asked for"
+
+
+def test_auto_takes_shared_memory_of_a_local_daemon(daemon, monkeypatch):
+    monkeypatch.setenv("KVTIDE_ADDRESS", daemon.address)
+    with kvtide.connect() as pool:
+        assert pool.way == "shared memory" and daemon.address in pool.why
+    with kvtide.connect("auto:" + daemon.tcp) as pool:
+        assert pool.way == "gRPC"
+
+
+def test_what_is_larger_than_the_arena_goes_in_pieces(daemon):
+    with kvtide.connect("shm:" + daemon.address, arena_bytes=1 << 16) as pool:
+        model = pool.register("pieces", [kvtide.Layer(kv_heads=2, head_dim=64, query_heads=4)])
+        rng = np.random.default_rng(6)
+        k, v, q = (rng.standard_normal((300, heads, 64)).astype(np.float32) for heads in (2, 2, 4))
+        with pool.create(model, pair="f16") as sequence:
+            out = sequence.append_attend(0, q, k, v)
+            assert out.shape == (300, 4, 64) and len(sequence) == 300
+            got_k, _ = sequence.read(0)
+            assert np.array_equal(np.asarray(got_k, np.float16), k.astype(np.float16))

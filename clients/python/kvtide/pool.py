@@ -26,6 +26,8 @@ _EQUALISING = {"default": 0, "none": 1, "root": 2, "full": 3}
 _ROPE = {"default": 0, "none": 1, "halves": 2, "neighbours": 3}
 # A message carries tensors and a little around them.
 _MESSAGE_SHARE = 0.75
+# What comes in and what goes out lie there together.
+_ARENA_SHARE = 0.4
 
 
 def _choice(table: Mapping[str, int], name: str, value: str) -> int:
@@ -47,12 +49,15 @@ def connect(
     default_pair: Optional[str] = None,
     threads: int = 0,
     max_sequences: int = 0,
+    arena_bytes: int = 64 << 20,
 ) -> "Pool":
     """Opens a pool.
 
     Args:
-        address: ``"embedded"`` for a pool in this process; ``"unix:/path/to/socket"`` or ``"host:port"`` for a kvtided;
-            ``"auto"`` for the kvtided of ``$KVTIDE_ADDRESS``, else the one at the default socket, else an embedded pool.
+        address: ``"embedded"`` for a pool in this process; ``"shm:unix:/path/to/socket"`` for a kvtided of this host through
+            shared memory; ``"unix:/path/to/socket"`` or ``"host:port"`` for a kvtided over gRPC; ``"auto"`` for the kvtided of
+            ``$KVTIDE_ADDRESS``, else the one at the default socket, by the best way that works (``"auto:unix:/path"`` names
+            it), else an embedded pool. ``Pool.way`` and ``Pool.why`` say what it became.
         timeout: seconds of every call (daemon).
         connect_timeout: seconds to wait for the daemon.
         session: sequences die with this pool or this process (daemon). Calls of several threads then go one after the other;
@@ -64,6 +69,7 @@ def connect(
         default_pair: K and V type of sequences that name none (embedded; default ``q8_0/turbo4``).
         threads: threads that attend on the CPU (embedded; 0 = one per core).
         max_sequences: most sequences of an embedded pool (0 = 16,384).
+        arena_bytes: size of the arena for tensors (shared memory); pages that are never used cost nothing.
 
     Raises:
         Unavailable: no daemon answers at the address.
@@ -75,7 +81,8 @@ def connect(
             config[name] = str(size)
     if default_pair is not None:
         config["default_pair"] = default_pair
-    return Pool(_core.connect(address, timeout, connect_timeout, max_message_bytes, session, json.dumps(config)))
+    core = _core.connect(address, timeout, connect_timeout, max_message_bytes, session, json.dumps(config), arena_bytes)
+    return Pool(core, arena_bytes)
 
 
 class Sequence:
@@ -289,10 +296,11 @@ def _close_quietly(core: Any, id: int) -> None:
 class Pool:
     """Keys and values of many sequences. Made by :func:`connect`; a context manager."""
 
-    def __init__(self, core: Any) -> None:
+    def __init__(self, core: Any, arena_bytes: int) -> None:
         self._core = core
+        self._arena_bytes = arena_bytes
         self.address: str = core.address
-        #: How the pool is reached: ``"embedded"`` or ``"gRPC"``, and why.
+        #: How the pool is reached: ``"embedded"``, ``"shared memory"`` or ``"gRPC"``, and why.
         self.way: str = core.way
         self.why: str = core.why
         self._models: Dict[str, List[Layer]] = {}
@@ -311,6 +319,16 @@ class Pool:
     def close(self) -> None:
         """Ends the pool (embedded) or the connection. Sequences made through it are gone unless ``session=False``."""
         self._core.close()
+
+    def empty(self, shape: Union[int, SequenceOf[int]], dtype: Any = np.float32) -> np.ndarray:
+        """An array, not initialised, in memory that the pool reads from and writes to without a copy (shared memory: its arena).
+
+        It keeps the connection alive until it is gone.
+        """
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        dtype = np.dtype(dtype)
+        count = int(np.prod(shape, dtype=np.int64))
+        return self._core.allocate(max(1, count * dtype.itemsize))[: count * dtype.itemsize].view(dtype).reshape(shape)
 
     @property
     def aio(self) -> "AsyncPool":
@@ -483,8 +501,10 @@ class Pool:
     def _tokens_per_call(self, bytes_per_token: int) -> int:
         limits = self._limits()
         most = limits.max_append_tokens or 1 << 62
-        if self.address != "embedded" and limits.max_message_bytes:
+        if self.way == "gRPC" and limits.max_message_bytes:
             most = min(most, int(limits.max_message_bytes * _MESSAGE_SHARE) // max(1, bytes_per_token))
+        elif self.way == "shared memory":
+            most = min(most, int(self._arena_bytes * _ARENA_SHARE) // max(1, bytes_per_token))
         return max(1, most)
 
     def _append(self, sequence: Sequence, layers: Mapping[int, Tuple[Any, Any]], start: Optional[int]) -> int:

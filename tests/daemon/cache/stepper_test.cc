@@ -1,0 +1,327 @@
+// Steps: an engine that writes rows and attends over the blocks itself, here with the backend of the tests on
+// the memory that the step shows.
+#include "daemon/cache/stepper.h"
+
+#include <cmath>
+#include <functional>
+
+#include "tests/daemon/cache/cache_fixture.h"
+
+namespace kvtide::testing {
+namespace {
+
+using absl::StatusCode;
+
+class StepTest : public CacheTest {
+ protected:
+  void SetUp() override {
+    CpuBackendOptions cpu;
+    cpu.threads = 1;
+    engine_ = MakeCpuBackend(cpu);
+  }
+  // The engine of these tests reads host memory.
+  bool OnCpu() { return device_->name() == engine_->name(); }
+
+  absl::StatusOr<std::unique_ptr<Step>> Begin(const std::vector<StepItem>& items) {
+    StepCall call;
+    call.items = items;
+    return cache_->BeginStep(call);
+  }
+
+  const LayerGroupSpec& Group(const ModelSpec& model, int layer) {
+    return model.groups[static_cast<size_t>(model.layers[static_cast<size_t>(layer)].group)];
+  }
+
+  // One layer of one item, as an engine does it: rows into the blocks, then attention over them. The shadow
+  // gets the rows if they are to stay.
+  void RunLayer(const Step& step, size_t item, int layer, Client& client, ShadowSequence& shadow) {
+    const ModelSpec& model = client.model();
+    const LayerGroupSpec& group = Group(model, layer);
+    const int in_group = model.layers[static_cast<size_t>(layer)].layer_in_group;
+    const int64_t start = step.start(item), tokens = step.end(item) - start;
+    const auto count = [&](int heads, int dim) { return static_cast<size_t>(tokens * heads * dim); };
+    std::vector<float> k = RandomRows(random_, count(group.shape.kv_heads, group.shape.head_dim_k));
+    const std::vector<float> v = RandomRows(random_, count(group.shape.kv_heads, group.shape.head_dim_v));
+    for (size_t i = 0; i < k.size(); i += 8) k[i] += 2.0f;
+    const std::span<const SnapshotRun> runs = step.Runs(item, model.layers[static_cast<size_t>(layer)].group);
+    ASSERT_GE(runs.back().end_block() * kBlockTokens, step.end(item));
+    std::vector<AppendPiece> pieces;
+    std::vector<BlockRun> blocks;
+    for (const SnapshotRun& run : runs) {
+      for (int64_t index = run.first_block; index < run.end_block(); index++) {
+        const int64_t from = std::max(start, index * kBlockTokens);
+        const int64_t to = std::min(start + tokens, (index + 1) * kBlockTokens);
+        if (from >= to) continue;
+        ASSERT_TRUE(run.layout->pair() == ExactPair()) << "new tokens go into exact blocks";
+        AppendPiece piece;
+        piece.layout = run.layout;
+        piece.block = run.blocks[static_cast<size_t>(index - run.first_block)];
+        piece.layer = in_group;
+        piece.first_token = static_cast<int>(from - index * kBlockTokens);
+        piece.tokens = static_cast<int>(to - from);
+        piece.source_row = static_cast<size_t>(from - start);
+        pieces.push_back(piece);
+      }
+      blocks.push_back(
+          {run.layout, run.profile.get(), run.blocks, run.first_block * kBlockTokens,
+           std::min(run.end_block() * kBlockTokens, start + tokens) - run.first_block * kBlockTokens});
+    }
+    AppendArgs rows;
+    rows.k = {k.data(), DataType::kF32};
+    rows.v = {v.data(), DataType::kF32};
+    rows.pieces = pieces;
+    ASSERT_TRUE(engine_->Append(rows).ok());
+    shadow.Append(layer, k, v, tokens);
+
+    const std::vector<float> q = RandomRows(random_, count(group.heads, group.shape.head_dim_k));
+    std::vector<float> out(count(group.heads, group.shape.head_dim_v)), lse(count(group.heads, 1));
+    AttendItem attend;
+    attend.runs = blocks;
+    attend.q = q.data();
+    attend.queries = static_cast<int>(tokens);
+    attend.first_query_position = start;
+    attend.out = out.data();
+    attend.lse = lse.data();
+    AttendArgs args;
+    args.layer = in_group;
+    args.heads = group.heads;
+    args.scale = group.scale != 0 ? group.scale : 1 / std::sqrt(static_cast<float>(group.shape.head_dim_k));
+    args.window = group.window;
+    args.softcap = group.softcap;
+    args.items = {&attend, 1};
+    const absl::Status status = engine_->Attend(args);
+    ASSERT_TRUE(status.ok()) << status;
+    ExpectClose(shadow.Attend(layer, q, tokens, start), out, lse,
+                "step of " + std::to_string(tokens) + " at " + std::to_string(start) + ", layer " +
+                    std::to_string(layer));
+  }
+
+  void RunLayers(const Step& step, size_t item, Client& client, ShadowSequence& shadow) {
+    for (size_t layer = 0; layer < client.model().layers.size(); layer++)
+      RunLayer(step, item, static_cast<int>(layer), client, shadow);
+  }
+
+  std::unique_ptr<Backend> engine_;
+};
+
+TEST_F(StepTest, WhatTheEngineWroteCountsWhenTheStepEnds) {
+  if (!OnCpu()) GTEST_SKIP() << "the engine of this test reads host memory";
+  Start();
+  Client a(*cache_, MixedModel(), WithPair("q8_0/turbo4", {1, 1}), random_);
+  Client b(*cache_, MixedModel(), WithPair("f16/f16"), random_);
+  ASSERT_TRUE(a.Append(300).ok());
+  for (int round = 0; round < 40; round++) {
+    auto step = Begin({{a.id(), 1 + round % 3}, {b.id(), round == 0 ? 100 : 5}});
+    ASSERT_TRUE(step.ok()) << step.status();
+    EXPECT_EQ((*step)->start(0), a.length());
+    RunLayers(**step, 0, a, a.shadow());
+    RunLayers(**step, 1, b, b.shadow());
+    EXPECT_EQ(*cache_->Length(b.id()), (*step)->start(1)) << "not before the end";
+    const absl::Status status = cache_->EndStep(*std::move(step));
+    ASSERT_TRUE(status.ok()) << status;
+    a.shadow().Settle();
+    b.shadow().Settle();
+    EXPECT_EQ(*cache_->Length(a.id()), a.length());
+    a.CheckAllLayers();
+    b.CheckAllLayers();
+    ASSERT_FALSE(HasFailure()) << "round " << round;
+  }
+  EXPECT_GT(cache_->Stats().sealed_blocks, 0u);
+}
+
+TEST_F(StepTest, ATableThatHasNotChangedKeepsItsSerial) {
+  Start();
+  Client client(*cache_, SmallModel(), WithPair("f16/f16"), random_);
+  ASSERT_TRUE(client.Append(10).ok());
+  uint64_t serial = 0;
+  for (int round = 0; round < 3; round++) {
+    auto step = Begin({{client.id(), 1}});
+    ASSERT_TRUE(step.ok()) << step.status();
+    if (round > 0) {
+      EXPECT_EQ((*step)->Serial(0, 0), serial);
+    }
+    serial = (*step)->Serial(0, 0);
+    ASSERT_TRUE(cache_->EndStep(*std::move(step)).ok());
+  }
+  auto step = Begin({{client.id(), 60}});  // one more block
+  ASSERT_TRUE(step.ok()) << step.status();
+  EXPECT_NE((*step)->Serial(0, 0), serial);
+}
+
+TEST_F(StepTest, AStepThatDoesNotEndHasNeverBeen) {
+  Start();
+  Client client(*cache_, SmallModel(), WithPair("f16/f16"), random_);
+  ASSERT_TRUE(client.Append(50).ok());
+  const uint64_t bytes = UsedBytes(cache_->Stats());
+  {
+    const auto step = Begin({{client.id(), 200}});
+    ASSERT_TRUE(step.ok()) << step.status();
+    EXPECT_GT(UsedBytes(cache_->Stats()), bytes);
+  }
+  EXPECT_EQ(UsedBytes(cache_->Stats()), bytes);
+  client.CheckAllLayers();
+  ASSERT_TRUE(client.Append(20).ok());
+  client.CheckAllLayers();
+}
+
+TEST_F(StepTest, OthersReadMeanwhileAndDoNotWrite) {
+  if (!OnCpu()) GTEST_SKIP() << "the engine of this test reads host memory";
+  Start();
+  Client client(*cache_, SmallModel(), WithPair("q8_0/turbo4"), random_);
+  ASSERT_TRUE(client.Append(300).ok());
+  ShadowSequence later = client.shadow();
+  auto step = Begin({{client.id(), 3}});
+  ASSERT_TRUE(step.ok()) << step.status();
+  RunLayers(**step, 0, client, later);
+  client.CheckAllLayers();  // the tokens from before
+  IsError(client.Append(1), StatusCode::kAborted, "");
+  IsError(client.Truncate(10), StatusCode::kAborted, "");
+  IsError(Begin({{client.id(), 1}}).status(), StatusCode::kAborted, "");
+  // Moves copy what the step shows; it stays where the step saw it.
+  ASSERT_TRUE(cache_->Evict({{client.id()}}, 1).ok());
+  ShadowSequence again = client.shadow();
+  RunLayers(**step, 0, client, again);
+  ASSERT_TRUE(cache_->EndStep(*std::move(step)).ok());
+  again.Settle();
+  client.shadow() = again;
+  client.CheckAllLayers();
+}
+
+TEST_F(StepTest, AClosedSequenceTakesTheWholeStepBack) {
+  Start();
+  Client a(*cache_, SmallModel(), WithPair("f16/f16"), random_);
+  Client b(*cache_, SmallModel(), WithPair("f16/f16"), random_);
+  ASSERT_TRUE(a.Append(10).ok());
+  auto step = Begin({{a.id(), 1}, {b.id(), 1}});
+  ASSERT_TRUE(step.ok()) << step.status();
+  ASSERT_TRUE(b.Close().ok());
+  IsError(cache_->EndStep(*std::move(step)), StatusCode::kAborted, "closed");
+  EXPECT_EQ(*cache_->Length(a.id()), 10);
+  a.CheckAllLayers();
+}
+
+TEST_F(StepTest, MistakesAreNamedAndChangeNothing) {
+  Start();
+  Client client(*cache_, SmallModel(), WithPair("f16/f16"), random_);
+  Client other(*cache_, MixedModel(), WithPair("f16/f16"), random_);
+  SequenceOptions at_once = WithPair("q8_0/turbo4");
+  at_once.seal_at_once = true;
+  Client coded(*cache_, SmallModel(), at_once, random_);
+  IsError(Begin({}).status(), StatusCode::kInvalidArgument, "without items");
+  IsError(Begin({{client.id(), 0}}).status(), StatusCode::kInvalidArgument, "items[0]: a step of 0 tokens");
+  IsError(Begin({{client.id(), 1}, {client.id(), 1}}).status(), StatusCode::kInvalidArgument, "");
+  IsError(Begin({{client.id(), 1}, {other.id(), 1}}).status(), StatusCode::kInvalidArgument,
+          "items[1]: the sequence is of model mixed");
+  IsError(Begin({{coded.id(), 1}}).status(), StatusCode::kInvalidArgument, "evaluation mode");
+  IsError(Begin({{client.id() + 1, 1}}).status(), StatusCode::kNotFound, "items[0]");
+  IsError(Begin({{client.id(), 100'000}, {other.id(), 1}}).status(), StatusCode::kInvalidArgument, "");
+  Cancellation cancelled;
+  cancelled.Cancel();
+  CallContext context;
+  context.cancellation = &cancelled;
+  const StepItem item{client.id(), 1};
+  StepCall call;
+  call.items = {&item, 1};
+  call.context = &context;
+  IsError(cache_->BeginStep(call).status(), StatusCode::kCancelled, "nothing has begun");
+  EXPECT_EQ(UsedBytes(cache_->Stats()), 0u);
+}
+
+TEST_F(StepTest, NoRoomTakesAllOfItBack) {
+  Start(kMiB, 0);
+  Client a(*cache_, SmallModel(), WithPair("f16/f16"), random_);
+  Client b(*cache_, SmallModel(), WithPair("f16/f16"), random_);
+  ASSERT_TRUE(a.Append(10).ok());
+  const uint64_t bytes = UsedBytes(cache_->Stats());
+  IsError(Begin({{a.id(), 64}, {b.id(), 1024}}).status(), StatusCode::kResourceExhausted, "");
+  EXPECT_EQ(UsedBytes(cache_->Stats()), bytes);
+  EXPECT_TRUE(Begin({{a.id(), 64}, {b.id(), 64}}).ok());
+  a.CheckAllLayers();
+}
+
+// Steps between all other verbs; some end, some do not.
+TEST_F(StepTest, RandomScripts) {
+  if (!OnCpu()) GTEST_SKIP() << "the engine of this test reads host memory";
+  for (uint32_t seed = 1; seed <= 4; seed++) {
+    random_.seed(seed);
+    Start(3 * kMiB, 8 * kMiB);
+    {
+      std::vector<Client> clients;
+      const char* const kPairs[] = {"f16/f16", "q8_0/turbo4", "turbo4/turbo3"};
+      for (int i = 0; i < 3; i++)
+        clients.emplace_back(*cache_, MixedModel(), WithPair(kPairs[i], {i % 2, i}), random_);
+      const auto pick = [this](size_t below) { return random_() % below; };
+      for (int round = 0; round < 150 && !HasFailure(); round++) {
+        Client& one = clients[pick(clients.size())];
+        switch (pick(8)) {
+          case 0:
+            EXPECT_TRUE(one.Append(1 + static_cast<int64_t>(pick(90))).ok());
+            break;
+          case 1:
+            EXPECT_TRUE(one.Step(1).ok());
+            break;
+          case 2: {
+            const auto cut =
+                one.Truncate(std::max<int64_t>(0, one.length() - static_cast<int64_t>(pick(10))));
+            EXPECT_TRUE(cut.ok() || cut.code() == StatusCode::kOutOfRange) << cut;
+            break;
+          }
+          case 3:
+            if (clients.size() < 5) {
+              clients.push_back(one.Fork());
+            } else {
+              EXPECT_TRUE(one.Close().ok());
+              std::swap(one, clients.back());
+              clients.pop_back();
+            }
+            break;
+          case 4:
+            EXPECT_TRUE(
+                (pick(2) == 0 ? cache_->Evict({{one.id()}}, 1) : cache_->Prefetch({{one.id()}})).ok());
+            cache_->RunMovesOnce();
+            break;
+          default: {
+            std::vector<StepItem> items;
+            for (const Client& client : clients)
+              if (pick(2) == 0 || client.id() == one.id())
+                items.push_back({client.id(), 1 + static_cast<int64_t>(pick(pick(4) == 0 ? 70 : 3))});
+            auto step = Begin(items);
+            ASSERT_TRUE(step.ok()) << step.status();
+            const bool ends = pick(3) != 0;
+            size_t item = 0;
+            std::vector<std::pair<Client*, ShadowSequence>> written;
+            for (Client& client : clients) {
+              if (item == items.size() || items[item].sequence != client.id()) continue;
+              ShadowSequence shadow = client.shadow();
+              RunLayers(**step, item++, client, shadow);
+              written.emplace_back(&client, shadow);
+              if (pick(3) == 0) client.CheckAllLayers();
+              if (pick(4) == 0) {
+                EXPECT_TRUE(cache_->Evict({{client.id()}}, 1).ok());
+              }
+            }
+            if (!ends) {
+              step->reset();
+              break;
+            }
+            const absl::Status status = cache_->EndStep(*std::move(step));
+            ASSERT_TRUE(status.ok()) << status;
+            for (auto& [client, shadow] : written) {
+              shadow.Settle();
+              client->shadow() = shadow;
+            }
+            break;
+          }
+        }
+        cache_->CheckInvariants();
+        for (Client& client : clients) client.CheckAllLayers();
+      }
+      ASSERT_FALSE(HasFailure()) << "seed " << seed;
+    }
+    for (const SequenceInfo& info : cache_->ListSequences()) EXPECT_TRUE(cache_->CloseSequence(info.id).ok());
+    EXPECT_EQ(UsedBytes(cache_->Stats()), 0u);
+  }
+}
+
+}  // namespace
+}  // namespace kvtide::testing
