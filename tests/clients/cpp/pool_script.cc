@@ -43,11 +43,7 @@ ModelSpec Spec(const client::Model& model) {
 class Script {
  public:
   Script(Pool& pool, uint32_t seed, bool moves)
-      : pool_(pool),
-        moves_(moves),
-        random_(seed),
-        model_(MixedModel("script" + std::to_string(seed))),
-        spec_(Spec(model_)) {
+      : pool_(pool), moves_(moves), random_(seed), model_(MixedModel("script")), spec_(Spec(model_)) {
     Expect(pool.RegisterModel(model_));
   }
   ~Script() {

@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <optional>
@@ -210,7 +211,8 @@ TEST(SharedMemory, NonsenseInTheRingEndsItsClientAndNobodyElse) {
 [[noreturn]] void Work(const std::string& address, uint32_t seed) {
   auto pool = Pool::Connect("shm:" + address);
   if (!pool.ok()) ::_exit(1);
-  for (;; seed += 1000) RunScript(**pool, seed, 200, true);
+  for (; !::testing::Test::HasFailure(); seed += 1000) RunScript(**pool, seed, 200, true);
+  ::_exit(1);
 }
 
 class Deaths : public ::testing::Test {
@@ -232,6 +234,7 @@ TEST_F(Deaths, AKilledClientLosesItsSequencesWithinASecondAndHarmsNobody) {
   ASSERT_TRUE(kept.ok());
   std::mt19937 random(20260101);
   const int rounds = Rounds(10);
+  absl::Duration slowest;
   for (int round = 0; round < rounds; round++) {
     const pid_t child = ::fork();
     if (child == 0) Work(address, static_cast<uint32_t>(round));
@@ -242,10 +245,12 @@ TEST_F(Deaths, AKilledClientLosesItsSequencesWithinASecondAndHarmsNobody) {
     const absl::Time killed = absl::Now();
     EXPECT_EQ(e2e::WaitForExit(child, 30), 128 + SIGKILL);
     ASSERT_TRUE(Eventually([&] { return CountSequences(*watcher) == 1; })) << "round " << round;
-    RecordProperty("released_after_ms", static_cast<int>(absl::ToInt64Milliseconds(absl::Now() - killed)));
+    slowest = std::max(slowest, absl::Now() - killed);
     const e2e::Tokens rows(1, round, 1);
     ASSERT_TRUE(bystander->Append(*kept, round, rows.layers).ok());
   }
+  // A number to look at; a busy machine decides it.
+  RecordProperty("slowest_release_ms", static_cast<int>(absl::ToInt64Milliseconds(slowest)));
   ASSERT_TRUE(bystander->CloseSequence(*kept).ok());
   EXPECT_TRUE(Eventually([&] {
     const auto stats = watcher->GetStats();
