@@ -8,7 +8,6 @@ the same for both. All methods may be called from any thread and release the GIL
 from __future__ import annotations
 
 import json
-import os
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence as SequenceOf, Tuple, Union
