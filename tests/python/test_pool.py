@@ -284,7 +284,7 @@ def test_arrays_of_the_pool_are_used_where_they_lie(pool):
     k[:] = rng.standard_normal(k.shape)
     v[:] = rng.standard_normal(v.shape)
     with pool.create(model, pair="f16") as sequence:
-        sequence.append({0: (k, v)})
+        sequence.append(0, k, v)
         got_k, got_v = sequence.read(0)
         assert np.array_equal(np.asarray(got_k, np.float16), k.astype(np.float16))
         assert np.array_equal(np.asarray(got_v, np.float16), v)
