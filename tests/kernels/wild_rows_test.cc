@@ -66,7 +66,7 @@ TEST_P(WildRows, LeaveNoTargetWhateverTheyAre) {
     if (!backend->CheckSupport(coded).ok()) continue;
     for (const Profile* with :
          {static_cast<const Profile*>(nullptr), static_cast<const Profile*>(&profile)}) {
-      if (with != nullptr && type == CacheType::kF16) continue;
+      if (with != nullptr && type == ExactPair().k) continue;
       Fenced target(coded.block_bytes());
       RecodePiece piece;
       piece.from = &exact;
