@@ -287,8 +287,12 @@ absl::Status Check(const Manifest& manifest) {
     for (const ManifestBlock& block : group.blocks)
       if (!is_profile(block.profile)) return damaged("profiles");
     const size_t heads = static_cast<size_t>(shape.layers) * static_cast<size_t>(shape.kv_heads);
+    // A side without a profile (values beside calibrated means of keys) has no heads.
+    const auto is_side = [&](const std::vector<HeadProfile>& side) {
+      return side.empty() || side.size() == heads;
+    };
     for (const auto& profile : group.profiles)
-      if (profile->shape != shape || profile->k.size() != heads || profile->v.size() != heads ||
+      if (profile->shape != shape || !is_side(profile->k) || !is_side(profile->v) ||
           profile->hash != HashProfile(*profile))
         return damaged("profiles");
   }

@@ -68,7 +68,7 @@ CacheStats BusyStats() {
   stats.prefetch_calls = 59;
   stats.failed_moves = 61;
   stats.moved_bytes = 123456789;
-  stats.compacted_blocks = 79;
+  stats.compacted_blocks = 97;
   stats.compacted_bytes = 83001;
   stats.attended_blocks = 5000001;
   stats.attended_blocks_below_tier0 = 1000002;
