@@ -12,6 +12,8 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence as SequenceOf, Tuple, Union
 
+import numpy as np
+
 from . import _arrays, _core
 from ._types import Layer, MoveResult, PersistResult, PoolInfo, PoolPlan, PoolStats, SequenceInfo
 from .errors import FailedPrecondition, InvalidArgument, KvtideError
