@@ -258,7 +258,9 @@ void BindPaged(nb::module_& m) {
       .def(
           "step",
           [](ExactPages& self, const Numbers& query_start, const Numbers& lengths, const Table& table) {
-            if (table.stride(1) != 1 || table.shape(0) < lengths.size())
+            // Strides of a table without rows, or with one column, say nothing.
+            const bool side_by_side = table.shape(0) == 0 || table.shape(1) <= 1 || table.stride(1) == 1;
+            if (!side_by_side || table.shape(0) < lengths.size())
               throw StatusException(
                   absl::InvalidArgumentError("the table has a row of consecutive numbers for each length"));
             const int64_t row = table.shape(0) > 1 ? table.stride(0) : static_cast<int64_t>(table.shape(1));
