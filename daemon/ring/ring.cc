@@ -1,6 +1,7 @@
 #include "daemon/ring/ring.h"
 
 #include <linux/futex.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -18,6 +19,9 @@ namespace {
 
 // Places of messages are multiples of it.
 constexpr size_t kStep = 64;
+
+// How long a reader looks before it offers its processor to others between two looks.
+constexpr std::chrono::microseconds kAlone{10};
 
 // Futexes of memory that processes share.
 void FutexWait(std::atomic<uint32_t>* word, uint32_t value, absl::Duration time) {
@@ -94,13 +98,15 @@ void RingReader::Wait(absl::Duration poll, absl::Duration sleep) {
   using Clock = std::chrono::steady_clock;
   if (!empty()) return;
   if (poll > absl::ZeroDuration()) {
-    const auto end = Clock::now() + absl::ToChronoNanoseconds(poll);
-    do {
+    const auto start = Clock::now(), end = start + absl::ToChronoNanoseconds(poll);
+    for (auto now = start; now < end; now = Clock::now()) {
       for (int i = 0; i < 64; i++) {
         if (!empty()) return;
         Pause();
       }
-    } while (Clock::now() < end);
+      // The other end may wait for this very processor: a wake-up puts it beside who woke it.
+      if (now - start > kAlone) ::sched_yield();
+    }
   }
   if (sleep <= absl::ZeroDuration()) return;
   head_->sleeping.store(1, std::memory_order_seq_cst);

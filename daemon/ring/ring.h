@@ -4,8 +4,9 @@
 // can change is loaded once, checked, and copied before it is looked at. Nothing that the other end writes
 // makes this end touch a byte outside of ring and area.
 //
-// A reader that has nothing to do looks at the ring for a while and then sleeps (a futex on `written`); a
-// writer wakes it only then, so that a message to a reader that is awake needs no system call.
+// A reader that has nothing to do looks at the ring for a while, then also lets others have the processor,
+// and then sleeps (a futex on `written`); a writer wakes it only then, so that a message to a reader that is
+// awake needs no system call.
 #pragma once
 
 #include <atomic>

@@ -112,11 +112,16 @@ class RingServer::Client {
     ended_.store(true, std::memory_order_release);
   }
 
-  // Looks at the ring for a while, if not too many do, and sleeps.
+  // Looks at the ring for a while, if not too many do, and sleeps. Who sleeps does not count as looking: a
+  // client that rests would keep another one's thread from it.
   void Rest(bool served) {
-    const bool may_poll = served && server_->pollers_.fetch_add(1) < server_->most_pollers_;
-    requests_.Wait(may_poll ? server_->options_.limits.poll : absl::ZeroDuration(), kLongestSleep);
-    if (served) server_->pollers_.fetch_sub(1);
+    if (served) {
+      if (server_->pollers_.fetch_add(1) < server_->most_pollers_)
+        requests_.Wait(server_->options_.limits.poll, absl::ZeroDuration());
+      server_->pollers_.fetch_sub(1);
+      if (!requests_.empty()) return;
+    }
+    requests_.Wait(absl::ZeroDuration(), kLongestSleep);
   }
 
   absl::Status Serve(const ring::RingMessage& message) {
