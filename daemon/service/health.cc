@@ -32,6 +32,10 @@ bool ReadRequest(grpc::ByteBuffer* bytes, std::string* service) {
 
 bool IsOurs(absl::string_view service) { return service.empty() || service == "kvtide.v1.KvCacheService"; }
 
+grpc::Status Malformed() {
+  return {grpc::StatusCode::INVALID_ARGUMENT, "the request is no grpc.health.v1.HealthCheckRequest"};
+}
+
 // HealthCheckResponse: the status as number 1.
 grpc::ByteBuffer Response(Health::Status status) {
   const char bytes[] = {0x08, static_cast<char>(status)};
@@ -49,8 +53,7 @@ class Health::CheckCall final : public Rpc::Reactions {
   void OnReadDone(bool ok) override {
     std::string service;
     if (!ok || !ReadRequest(&request_, &service)) {
-      rpc_->Finish(
-          {grpc::StatusCode::INVALID_ARGUMENT, "the request is no grpc.health.v1.HealthCheckRequest"});
+      rpc_->Finish(Malformed());
     } else if (!IsOurs(service)) {
       rpc_->Finish({grpc::StatusCode::NOT_FOUND, "this kvtided has no service " + service});
     } else {
@@ -77,8 +80,7 @@ class Health::WatchCall final : public Rpc::Reactions {
   void OnReadDone(bool ok) override {
     std::string service;
     if (!ok || !ReadRequest(&request_, &service)) {
-      rpc_->Finish(
-          {grpc::StatusCode::INVALID_ARGUMENT, "the request is no grpc.health.v1.HealthCheckRequest"});
+      rpc_->Finish(Malformed());
       return;
     }
     const MutexLock lock(health_->mutex_);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <csignal>
 #include <cstdio>
 #include <filesystem>
 #include <memory>
@@ -13,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "clients/cli/bundled.h"
 #include "clients/cli/terminal/command_status.h"
+#include "clients/cli/terminal/interrupt.h"
 #include "clients/cli/terminal/number_checks.h"
 #include "clients/cli/terminal/progress.h"
 #include "clients/engine/capture_kv_store.h"
@@ -27,15 +27,6 @@ namespace kvtide::cli {
 namespace {
 
 constexpr int kChunk = 512;
-
-std::atomic<bool> stop_asked{false};
-static_assert(std::atomic<bool>::is_always_lock_free);
-
-// Ctrl-C ends the run after the chunk at hand; a second one kills.
-void AskToStop(int) {
-  stop_asked = true;
-  std::signal(SIGINT, SIG_DFL);
-}
 
 std::string LastName(const std::string& path) {
   return std::filesystem::path(path + "/").lexically_normal().parent_path().filename().string();
@@ -133,9 +124,8 @@ void AddCalibrateCommand(CLI::App& app, int* exit_code) {
       ->check(Positive());
   calibrate->add_flag("--no-progress", flags->no_progress, "No progress bar");
   calibrate->callback([flags, exit_code] {
-    std::signal(SIGINT, AskToStop);
     flags->options.show_progress = !flags->no_progress;
-    const absl::StatusOr<engine::KeyProfile> profile = Calibrate(flags->options, stop_asked);
+    const absl::StatusOr<engine::KeyProfile> profile = Calibrate(flags->options, StopAtInterrupt());
     absl::Status status = profile.status();
     if (status.ok()) status = engine::WriteKeyProfile(flags->out_file, *profile);
     *exit_code = ExitCode(status);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <csignal>
 #include <cstdio>
 #include <filesystem>
 #include <memory>
@@ -16,6 +15,7 @@
 #include "clients/cli/capture/capture_writer.h"
 #include "clients/cli/capture/captured_file.h"
 #include "clients/cli/terminal/command_status.h"
+#include "clients/cli/terminal/interrupt.h"
 #include "clients/cli/terminal/number_checks.h"
 #include "clients/cli/terminal/progress.h"
 #include "clients/engine/capture_kv_store.h"
@@ -27,15 +27,6 @@ namespace kvtide::cli {
 namespace {
 
 constexpr int kChunk = 512;
-
-std::atomic<bool> stop_asked{false};
-static_assert(std::atomic<bool>::is_always_lock_free);
-
-// Ctrl-C ends the run after the chunk at hand; a second one kills.
-void AskToStop(int) {
-  stop_asked = true;
-  std::signal(SIGINT, SIG_DFL);
-}
 
 struct CaptureFlags {
   std::string model_folder, text_file, out_file, dtype = "f32";
@@ -62,7 +53,7 @@ absl::StatusOr<std::vector<int32_t>> ReadTokens(const std::string& folder, const
   return tokens;
 }
 
-absl::Status RunCapture(CaptureFlags flags) {
+absl::Status RunCapture(CaptureFlags flags, const std::atomic<bool>& stop) {
   if (flags.model_folder.empty()) {
     KVTIDE_ASSIGN_OR_RETURN(flags.model_folder, BundledModelFolder());
   }
@@ -90,7 +81,8 @@ absl::Status RunCapture(CaptureFlags flags) {
       {kCaptureScale, absl::StrFormat("%.9g", geometry.scale())}};
   if (!geometry.layer_windows.empty() || geometry.softcap > 0)
     return absl::UnimplementedError(
-        "kvtide capture: the file's format has one window for all layers and no soft-cap; this model has more");
+        "kvtide capture: the file's format has one window for all layers and no soft-cap; this model has "
+        "more");
   if (geometry.sliding_window > 0) metadata[kCaptureWindow] = absl::StrCat(geometry.sliding_window);
   KVTIDE_ASSIGN_OR_RETURN(const std::unique_ptr<CaptureWriter> writer,
                           CaptureWriter::Create(flags.out_file, shape, metadata));
@@ -105,7 +97,7 @@ absl::Status RunCapture(CaptureFlags flags) {
   if (!flags.no_progress) progress.emplace("capture", static_cast<double>(tokens.size()), "tokens");
   std::vector<float> hidden;
   for (size_t at = 0; at < tokens.size(); at += kChunk) {
-    if (stop_asked) return absl::CancelledError("stopped by the user");
+    if (stop) return absl::CancelledError("stopped by the user");
     const size_t n = std::min<size_t>(kChunk, tokens.size() - at);
     KVTIDE_RETURN_IF_ERROR(
         model->Forward(store, sequence, static_cast<int64_t>(at), {tokens.data() + at, n}, &hidden));
@@ -147,8 +139,7 @@ void AddCaptureCommand(CLI::App& app, int* exit_code) {
       ->check(Positive());
   capture->add_flag("--no-progress", flags->no_progress, "No progress bar");
   capture->callback([flags, exit_code] {
-    std::signal(SIGINT, AskToStop);
-    const absl::Status status = RunCapture(*flags);
+    const absl::Status status = RunCapture(*flags, StopAtInterrupt());
     *exit_code = ExitCode(status);
     if (!status.ok()) std::fprintf(stderr, "kvtide capture: %s\n", std::string(status.message()).c_str());
   });

@@ -1,7 +1,6 @@
 #include "clients/cli/eval/eval.h"
 
 #include <atomic>
-#include <csignal>
 #include <cstdio>
 #include <fstream>
 #include <iostream>
@@ -14,20 +13,12 @@
 #include "clients/cli/eval/eval_captured.h"
 #include "clients/cli/eval/eval_run.h"
 #include "clients/cli/terminal/command_status.h"
+#include "clients/cli/terminal/interrupt.h"
 #include "clients/cli/terminal/number_checks.h"
 #include "planner/model/device.h"
 
 namespace kvtide::cli {
 namespace {
-
-std::atomic<bool> stop_asked{false};
-static_assert(std::atomic<bool>::is_always_lock_free);
-
-// Ctrl-C ends the run after the chunk at hand; a second one kills.
-void AskToStop(int) {
-  stop_asked = true;
-  std::signal(SIGINT, SIG_DFL);
-}
 
 struct EvalFlags {
   EvalOptions options;
@@ -84,12 +75,12 @@ absl::Status RunCommand(EvalFlags& flags) {
   flags.options.key_equalising = static_cast<client::KeyEqualising>(choice(flags.key_equalising));
   flags.options.layer_errors = !flags.no_layers;
   flags.options.show_progress = !flags.no_progress;
-  std::signal(SIGINT, AskToStop);
-  if (flags.captured_file.empty()) return Print(flags, RunEval(flags.options, stop_asked));
+  const std::atomic<bool>& stop = StopAtInterrupt();
+  if (flags.captured_file.empty()) return Print(flags, RunEval(flags.options, stop));
   const EvalOptions& o = flags.options;
   const CapturedOptions captured{flags.captured_file, o.pairs,   o.window_policy, o.key_centring,
                                  o.key_equalising,    o.threads, o.state_file,    o.show_progress};
-  return Print(flags, RunEvalCaptured(captured, stop_asked));
+  return Print(flags, RunEvalCaptured(captured, stop));
 }
 
 }  // namespace

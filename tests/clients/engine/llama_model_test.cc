@@ -86,25 +86,31 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{"windowed", R"(, "sliding_window": 70)", "BF16"}),
     [](const testing::TestParamInfo<Case>& test) { return std::string(test.param.name); });
 
+// A model of random weights with this config.json gives the logits of the reference in float64.
+void CheckAgainstReference(const std::string& architecture, const std::string& text, double most,
+                           ThreadPool& pool) {
+  const auto config = ParseModelConfig(text);
+  ASSERT_TRUE(config.ok()) << config.status();
+  const TestTensors weights = RandomWeights(*config, /*seed=*/3);
+  const std::string folder = MakeFolder(architecture);
+  WriteFile(folder + "/config.json", text);
+  WriteFile(folder + "/model.safetensors", SafetensorsBytes(weights, "BF16"));
+  const auto model = LlamaModel::Load(folder, pool);
+  ASSERT_TRUE(model.ok()) << model.status();
+  const std::vector<int32_t> tokens = RandomTokens(40, config->vocab_size, /*seed=*/6);
+  const std::vector<double> expected = ReferenceLogits(*config, weights, tokens);
+  LocalKvStore store((*model)->kv_geometry(), DataType::kF32, pool);
+  const std::vector<float> logits = RunInChunks(**model, store, tokens, 16);
+  for (size_t i = 0; i < logits.size(); ++i)
+    ASSERT_NEAR(logits[i], expected[i], most) << architecture << " " << i;
+}
+
 TEST(LlamaModelFamilyTest, Qwen2HasBiasesAndQwen3NormsItsHeads) {
   ThreadPool pool(2);
   for (const std::string architecture : {"Qwen2ForCausalLM", "Qwen3ForCausalLM"}) {
     std::string text = std::string(kConfig) + R"(, "tie_word_embeddings": true})";
     text.replace(text.find("LlamaForCausalLM"), 16, architecture);
-    const auto config = ParseModelConfig(text);
-    ASSERT_TRUE(config.ok()) << config.status();
-    const TestTensors weights = RandomWeights(*config, /*seed=*/3);
-    const std::string folder = MakeFolder(architecture);
-    WriteFile(folder + "/config.json", text);
-    WriteFile(folder + "/model.safetensors", SafetensorsBytes(weights, "BF16"));
-    const auto model = LlamaModel::Load(folder, pool);
-    ASSERT_TRUE(model.ok()) << model.status();
-    const std::vector<int32_t> tokens = RandomTokens(40, config->vocab_size, /*seed=*/6);
-    const std::vector<double> expected = ReferenceLogits(*config, weights, tokens);
-    LocalKvStore store((*model)->kv_geometry(), DataType::kF32, pool);
-    const std::vector<float> logits = RunInChunks(**model, store, tokens, 16);
-    for (size_t i = 0; i < logits.size(); ++i)
-      ASSERT_NEAR(logits[i], expected[i], 2e-4) << architecture << " " << i;
+    CheckAgainstReference(architecture, text, 2e-4, pool);
   }
 }
 
@@ -130,19 +136,7 @@ TEST(LlamaModelFamilyTest, GemmaAndPhi) {
     text.replace(text.find("LlamaForCausalLM"), 16, architecture);
     const size_t act = text.find(R"("hidden_act": "silu", "rope)");
     text.erase(act, 22);
-    const auto config = ParseModelConfig(text);
-    ASSERT_TRUE(config.ok()) << config.status();
-    const TestTensors weights = RandomWeights(*config, /*seed=*/3);
-    const std::string folder = MakeFolder(architecture);
-    WriteFile(folder + "/config.json", text);
-    WriteFile(folder + "/model.safetensors", SafetensorsBytes(weights, "BF16"));
-    const auto model = LlamaModel::Load(folder, pool);
-    ASSERT_TRUE(model.ok()) << model.status();
-    const std::vector<int32_t> tokens = RandomTokens(40, config->vocab_size, /*seed=*/6);
-    const std::vector<double> expected = ReferenceLogits(*config, weights, tokens);
-    LocalKvStore store((*model)->kv_geometry(), DataType::kF32, pool);
-    const std::vector<float> logits = RunInChunks(**model, store, tokens, 16);
-    for (size_t i = 0; i < logits.size(); ++i) ASSERT_NEAR(logits[i], expected[i], 5e-4) << i;
+    CheckAgainstReference(architecture, text, 5e-4, pool);
   }
 }
 
