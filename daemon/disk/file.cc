@@ -105,9 +105,10 @@ class SystemFileSystem : public FileSystem {
     return names;
   }
   absl::Status MakeFolder(const std::string& path) override {
-    for (size_t at = path.find('/', 1); at != std::string::npos; at = path.find('/', at + 1))
-      mkdir(path.substr(0, at).c_str(), 0750);  // what fails here fails below
     if (mkdir(path.c_str(), 0750) == 0 || errno == EEXIST) return absl::OkStatus();
+    if (errno == ENOENT)
+      return absl::NotFoundError(
+          absl::StrCat("there is no folder to make ", path, " in; make it or mend the path"));
     return IoError(errno, absl::StrCat("making the folder ", path));
   }
   absl::Status Rename(const std::string& from, const std::string& to) override {

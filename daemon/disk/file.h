@@ -47,7 +47,7 @@ class FileSystem {
   // system can; offsets, sizes and memory are multiples of kDiskPage then.
   virtual absl::StatusOr<std::unique_ptr<File>> Open(const std::string& path, bool create, bool direct) = 0;
   virtual absl::StatusOr<std::vector<std::string>> List(const std::string& folder) = 0;  // names of files
-  virtual absl::Status MakeFolder(const std::string& path) = 0;  // parents too; OK if it is there
+  virtual absl::Status MakeFolder(const std::string& path) = 0;  // in one that is there; OK if it is, too
   virtual absl::Status Rename(const std::string& from, const std::string& to) = 0;
   virtual absl::Status Remove(const std::string& path) = 0;
   virtual absl::Status SyncFolder(const std::string& path) = 0;

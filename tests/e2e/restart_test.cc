@@ -257,6 +257,17 @@ TEST(Disk, ASecondDaemonOnTheFolderIsRefused) {
   std::filesystem::remove_all(folder);
 }
 
+TEST(Disk, AMistypedPathMakesNoFolders) {
+  const std::string folder = MakeFolder();
+  const TestDaemon::Result result = TestDaemon::RunToEnd(
+      {"--listen", "unix:" + folder + "/a.sock", "--device", "cpu", "--device-memory", "1MiB",
+       "--host-memory", "0", "--metrics-address", "off", "--disk", folder + "/no/such/tier:8MiB"});
+  EXPECT_EQ(result.exit_code, 1);
+  EXPECT_THAT(result.output, HasSubstr("there is no folder to make " + folder + "/no/such/tier in"));
+  EXPECT_FALSE(std::filesystem::exists(folder + "/no"));
+  std::filesystem::remove_all(folder);
+}
+
 TEST(Disk, BadSettingsAreNamed) {
   for (const auto& [arguments, text] : std::vector<std::pair<std::vector<std::string>, std::string>>{
            {{"--disk", "/tmp/x"}, "give a folder and a size"},
