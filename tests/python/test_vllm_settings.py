@@ -1,5 +1,7 @@
 """What the backend's settings take and refuse; needs no engine."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -65,3 +67,11 @@ def test_auto_is_the_planners_choice():
         choose("no-such-model", "vram=24GiB,bandwidth=100GB/s", 4096, 1)
     assert "tidelm-7m" in harm_of("turbo4/turbo4", MODEL, "vram=24GiB,bandwidth=100GB/s", 4096)
     assert harm_of("turbo4/turbo4", "no-such-model", "vram=24GiB,bandwidth=100GB/s", 4096) is None
+
+
+def test_the_command_line_is_made_without_vllm_or_its_packages():
+    result = subprocess.run([sys.executable, "-m", "kvtide.vllm", "Llama3.1-8B", "--max-model-len", "8192", "--device", "RTX 4090",
+                             "--pair", "turbo4"], capture_output=True, text=True)
+    assert result.returncode == 0 and "KVTIDE_PAIR=turbo4/turbo4 vllm serve" in result.stdout, result.stderr
+    result = subprocess.run([sys.executable, "-m", "kvtide.vllm", "no-such-model"], capture_output=True, text=True)
+    assert result.returncode != 0 and "no-such-model" in result.stderr and "Traceback" not in result.stderr, result.stderr

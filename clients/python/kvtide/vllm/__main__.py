@@ -12,7 +12,7 @@ from typing import Iterator, List, Optional, Tuple
 from .. import _core, planner
 from ..errors import KvtideError
 from . import choose
-from .settings import cuda_library, parse_pair, parse_window
+from .settings import cuda_library, host_memory, parse_pair, parse_window
 
 TESTED = {"0.29": "CPU", "0.31": "CPU", "0.32": "CPU"}
 """Releases of vLLM on which the tests of tests/engines have passed, and on what."""
@@ -40,9 +40,7 @@ def command(arguments: argparse.Namespace) -> List[str]:
     """Lines to print: the command, and why."""
     gpu = on_gpu() if arguments.device == "auto" else True
     if not gpu and arguments.device == "auto":
-        import psutil
-
-        arguments.device = f"vram={psutil.virtual_memory().available},bandwidth=50GB/s"
+        arguments.device = f"vram={host_memory('MemAvailable')},bandwidth=50GB/s"
     context, sequences = arguments.max_model_len, arguments.max_num_seqs
     if arguments.pair == "auto":
         chosen = choose.choose(arguments.model, arguments.device, context, sequences, gpus=arguments.tensor_parallel_size)

@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 from .. import _core
 from ..errors import InvalidArgument
 from . import choose
-from .settings import BLOCK_TOKENS, Settings, cuda_library, refusals
+from .settings import BLOCK_TOKENS, Settings, cuda_library, host_memory, refusals
 
 logger = init_logger("vllm.kvtide")
 
@@ -80,17 +80,13 @@ def chosen_pair() -> str:
 def planner_device(config: Any) -> str:
     """The card as the planner takes it; on a CPU, the memory that the cache and the model may take."""
     if config.device_config.device_type == "cpu":
-        import psutil
-
-        return f"vram={config.cache_config.kv_cache_memory_bytes or psutil.virtual_memory().total},bandwidth=50GB/s"
+        return f"vram={config.cache_config.kv_cache_memory_bytes or host_memory()},bandwidth=50GB/s"
     return "auto"
 
 
 def device_memory(config: Any) -> int:
     if config.device_config.device_type == "cpu":
-        import psutil
-
-        return psutil.virtual_memory().total
+        return host_memory()
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 

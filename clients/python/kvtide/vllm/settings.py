@@ -80,6 +80,15 @@ def parse_size(text: str) -> Optional[int]:
     return int(float(match.group(1)) * _UNITS[match.group(2)])
 
 
+def host_memory(what: str = "MemTotal") -> int:
+    """Bytes of this machine's memory; ``MemAvailable`` = what can be taken without swapping."""
+    for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
+        name, value = line.split(":", 1)
+        if name == what:
+            return int(value.split()[0]) * 1024
+    raise FileNotFoundError(f"/proc/meminfo has no line {what}")
+
+
 def cuda_library() -> str:
     """The library with the CUDA kernels: that of the package, else the one that the system's linker finds ("")."""
     inside = pathlib.Path(__file__).resolve().parent.parent / "lib" / "libkvtide_cuda_paged.so"
