@@ -8,6 +8,7 @@
 
 #include "clients/cli/calibrate/calibrate.h"
 #include "clients/cli/capture/capture.h"
+#include "clients/cli/connect/connect_command.h"
 #include "clients/cli/demo/demo.h"
 #include "clients/cli/eval/eval.h"
 #include "clients/cli/ops/doctor_command.h"
@@ -46,6 +47,7 @@ int main(int argc, char** argv) {
       "Examples:\n"
       "  kvtide demo                                       the main job on this machine, no GPU needed\n"
       "  kvtide plan --model llama-3.1-8b --device 'RTX 4090' --context 8192,32768,131072\n"
+      "  kvtide connect vllm --model MODEL                 how an engine uses kvtide on this machine\n"
       "  kvtide eval --model DIR --text FILE --pairs f16/f16,turbo4/turbo4\n"
       "  kvtide status                                     what a running kvtided holds\n"
       "`kvtide COMMAND --help` explains each. KVTIDE_ADDRESS names the daemon, NO_COLOR turns colours off.");
@@ -53,6 +55,7 @@ int main(int argc, char** argv) {
   kvtide::cli::AddDemoCommand(app, &exit_code);
   kvtide::cli::AddPlanCommand(app, &exit_code);
   kvtide::cli::AddFleetCommand(app, &exit_code);
+  kvtide::cli::AddConnectCommand(app, &exit_code);
   kvtide::cli::AddEvalCommand(app, &exit_code);
   kvtide::cli::AddCaptureCommand(app, &exit_code);
   kvtide::cli::AddCalibrateCommand(app, &exit_code);

@@ -5,6 +5,7 @@ kvtide_add_library(kvtide_cli_ops
   ops/daemon_flags.cc
   ops/doctor_checks.cc
   ops/doctor_command.cc
+  ops/doctor_engine.cc
   ops/persist_command.cc
   ops/seq_command.cc
   ops/status_command.cc
@@ -15,4 +16,4 @@ kvtide_add_library(kvtide_cli_ops
 target_compile_definitions(kvtide_cli_ops PRIVATE KVTIDE_VERSION="${PROJECT_VERSION}")
 target_link_libraries(kvtide_cli_ops
   PUBLIC kvtide_client kvtide_cli_engine CLI11::CLI11
-  PRIVATE kvtide_cli_plan kvtide_planner nlohmann_json::nlohmann_json ${CMAKE_DL_LIBS})
+  PRIVATE kvtide_cli_connect kvtide_cli_plan kvtide_planner nlohmann_json::nlohmann_json ${CMAKE_DL_LIBS})

@@ -15,6 +15,7 @@
 #include "absl/strings/str_cat.h"
 #include "clients/cli/ops/daemon_flags.h"
 #include "clients/cli/ops/doctor_checks.h"
+#include "clients/cli/ops/doctor_engine.h"
 #include "clients/cli/ops/status_command.h"
 #include "clients/cli/plan/plan_device.h"
 
@@ -23,6 +24,8 @@ namespace {
 
 struct DoctorFlags {
   DaemonFlags daemon;
+  std::string engine;
+  std::string python = "python3";
   std::string output = "table";
 };
 
@@ -135,13 +138,25 @@ void AddDoctorCommand(CLI::App& app, int* exit_code) {
   doctor->footer(
       "Examples:\n"
       "  kvtide doctor\n"
-      "  kvtide doctor --address unix:/run/kvtide/kvtided.sock --output json");
+      "  kvtide doctor --address unix:/run/kvtide/kvtided.sock --output json\n"
+      "  kvtide doctor --engine vllm --python ~/vllm/bin/python3        and the engine that `kvtide connect` "
+      "set up");
   flags->daemon.AddTo(doctor);
+  doctor
+      ->add_option("--engine", flags->engine,
+                   "Check this engine too: vllm, sglang, transformers or llama.cpp")
+      ->check(CLI::IsMember({"vllm", "sglang", "transformers", "llama.cpp"}));
+  doctor->add_option("--python", flags->python, "The interpreter of the engine's environment")
+      ->capture_default_str();
   doctor->add_option("--output", flags->output, "table or json")
       ->check(CLI::IsMember({"table", "json"}))
       ->capture_default_str();
   doctor->callback([flags, exit_code] {
-    const std::vector<Finding> findings = Examine(flags->daemon);
+    std::vector<Finding> findings = Examine(flags->daemon);
+    if (!flags->engine.empty()) {
+      for (Finding& finding : ExamineEngine(flags->engine, flags->python, flags->daemon.Address()))
+        findings.push_back(std::move(finding));
+    }
     const std::string text = flags->output == "json" ? RenderFindingsJson(findings)
                                                      : RenderFindings(findings, Terminal::Of(STDOUT_FILENO));
     std::fputs(text.c_str(), stdout);

@@ -4,6 +4,7 @@ kvtide_add_test(kvtide_test_clients_cli_ops
   LIBS kvtide_cli_ops kvtide_planner nlohmann_json::nlohmann_json
   SOURCES
     doctor_checks_test.cc
+    doctor_engine_test.cc
     ops_commands_test.cc
     seq_command_test.cc
     status_report_test.cc
