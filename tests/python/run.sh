@@ -51,7 +51,8 @@ case "$stage" in
     cmake --build --preset dev --target kvtide
     KVTIDE_MODELS=$(tests/models.sh)
     export KVTIDE_MODELS
-    "$venv/bin/python" -m pytest --quiet tests/python/hf tests/python/test_readme.py "$@"
+    "$venv/bin/python" -m pytest --quiet tests/python/hf tests/python/test_readme.py tests/python/test_vllm_connector_worker.py \
+      "$@"
     PYTHONPATH="$venv/oldest" "$venv/bin/python" -m pytest --quiet tests/python/hf \
       -k "not thousand and not eval and not real" "$@"
     ;;

@@ -1,0 +1,133 @@
+"""What a user chooses for the connector, and what names the keys and values of a model."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+from dataclasses import dataclass, fields
+from typing import Any, List, Mapping
+
+from ..errors import InvalidArgument
+from .settings import BLOCK_TOKENS, parse_pair
+
+
+@dataclass(frozen=True)
+class ConnectorSettings:
+    """Keys of ``kv_connector_extra_config``.
+
+    Attributes:
+        address: of kvtided; empty = ``$KVTIDE_ADDRESS``, else the default socket.
+        pair: types of keys and values at rest, such as ``turbo4/turbo4``; ``exact`` = the pages' bytes as they are. With kvtide's
+            own pages it is theirs.
+        way: ``auto``, ``shm`` (shared memory) or ``grpc``.
+        lookup_timeout: seconds that the scheduler waits for an answer.
+        timeout: seconds of a load or a store.
+        connect_wait: seconds that the start of the engine waits for the daemon.
+        piece_mib: most that one call carries.
+        salt: keeps engines apart that would share.
+        persist: blocks survive a restart of the daemon, if it has a disk tier.
+    """
+
+    address: str = ""
+    pair: str = "q8_0/turbo4"
+    way: str = "auto"
+    lookup_timeout: float = 1.0
+    timeout: float = 30.0
+    connect_wait: float = 3.0
+    piece_mib: int = 16
+    salt: str = ""
+    persist: bool = False
+
+    @classmethod
+    def read(cls, extra: Mapping[str, Any]) -> "ConnectorSettings":
+        known = {one.name: type(one.default) for one in fields(cls)}
+        for key, value in extra.items():
+            if key not in known:
+                raise InvalidArgument(f"kv_connector_extra_config has no key {key!r}; kvtide knows {', '.join(known)}")
+            if not isinstance(value, (int, float) if known[key] is float else known[key]):
+                raise InvalidArgument(f"kv_connector_extra_config: {key} is {value!r}, not of type {known[key].__name__}")
+        out = cls(**extra)
+        if out.way not in ("auto", "shm", "grpc"):
+            raise InvalidArgument(f"kv_connector_extra_config: way is {out.way!r}; use auto, shm or grpc")
+        if out.pair != "exact":
+            object.__setattr__(out, "pair", parse_pair(out.pair))
+            if out.pair == "auto":
+                raise InvalidArgument("kv_connector_extra_config: name a pair; kvtide connect vllm chooses one")
+        return out
+
+
+def refusals(config: Any) -> List[str]:
+    """Why blocks of this vLLM cannot rest in a daemon, each with what to change. The engine runs without, it does not fail."""
+    out = []
+    parallel, cache = config.parallel_config, config.cache_config
+    if not cache.enable_prefix_caching:
+        out.append("prefix caching is off: blocks have no names; leave --no-enable-prefix-caching out")
+    for name, what in (("decode_context_parallel_size", "--decode-context-parallel-size"),
+                       ("prefill_context_parallel_size", "--prefill-context-parallel-size")):
+        if getattr(parallel, name, 1) > 1:
+            out.append(f"{what}: blocks are split over ranks; leave it out")
+    return out
+
+
+def chunk_tokens(block_tokens: int) -> int:
+    """Tokens that rest under one key: whole blocks of both."""
+    if BLOCK_TOKENS % block_tokens == 0:
+        return BLOCK_TOKENS
+    if block_tokens % BLOCK_TOKENS == 0:
+        return block_tokens
+    # 16 x odd: their common multiple would be large; a chunk is a block, and its last 64 tokens are not full.
+    return block_tokens
+
+
+def weights_of(model: str, revision: str) -> str:
+    """What tells the weights of two models apart: of a folder, the names, sizes and samples of its files."""
+    digest = hashlib.sha256()
+    if not os.path.isdir(model):
+        if os.path.isfile(model):
+            _sample(model, digest)
+            return digest.hexdigest()
+        return f"{model}@{revision}"
+    for pattern in ("*.safetensors", "*.bin", "*.pt", "*.gguf"):
+        for path in sorted(glob.glob(os.path.join(glob.escape(model), pattern))):
+            digest.update(os.path.basename(path).encode())
+            _sample(path, digest)
+    return digest.hexdigest()
+
+
+def _sample(path: str, digest: Any, parts: int = 16, part_bytes: int = 1 << 16) -> None:
+    size = os.path.getsize(path)
+    digest.update(size.to_bytes(8, "little"))
+    with open(path, "rb") as file:
+        for part in range(parts):
+            file.seek(max(0, size - part_bytes) * part // max(1, parts - 1))
+            digest.update(file.read(part_bytes))
+
+
+def fingerprint(config: Any, layers: List[str], hash_tokens: int, rank: tuple, size: tuple) -> str:
+    """Names what computes the blocks: differs whenever keys and values, or the meaning of a hash, would. The seed of the hashes
+    is not part of it: with another one no key is the same.
+
+    Args:
+        layers: names of the rank's layers.
+        rank, size: (pipeline, tensor) parallel.
+    """
+    model = config.model_config
+    said = {
+        "weights": weights_of(model.model, str(getattr(model.hf_config, "_commit_hash", None) or model.revision)),
+        "config": _plain(model.hf_config.to_dict()),
+        "dtype": str(model.dtype),
+        "quantization": str(model.quantization),
+        "adapters": bool(config.lora_config),
+        "layers": layers,
+        "hash": [config.cache_config.prefix_caching_hash_algo, hash_tokens],
+    }
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    name = os.path.basename(str(model.model).rstrip("/"))[:96]
+    return f"{name} {digest} {str(model.dtype).replace('torch.', '')} pp{rank[0]}/{size[0]} tp{rank[1]}/{size[1]}"
+
+
+def _plain(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without what says where the files were and who read them."""
+    return {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version", "_commit_hash")}

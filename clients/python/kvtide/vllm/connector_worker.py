@@ -1,0 +1,306 @@
+"""A worker's half of the connector: moves blocks between vLLM's pages and the daemon.
+
+Two threads, one that saves and one that loads, each with a connection of its own, so that a load waits for no store. The engine's
+thread only hands over jobs and takes what is done; it waits in one place, :meth:`ConnectorWorker.fence`, for a copy out of
+memory that is about to be written, never for the daemon.
+
+On GPUs both threads have a stream. A copy out of pages begins behind an event of the compute stream that the engine's thread
+recorded after the step (what is saved was written); a copy into pages behind one that was recorded before (whoever read their old
+content is done).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import queue
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+
+import numpy as np
+import torch
+
+from ..errors import ResourceExhausted
+from ..store_link import in_pieces
+from .connector_pages import Pages
+from .connector_plan import Load, Rank, Save, Step
+
+_WAITING, _COPYING, _DONE = range(3)
+_TYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.uint16, torch.uint8: np.uint8}
+
+
+@dataclass
+class Job:
+    """A save on its way out of the pages."""
+
+    save: Save
+    event: Any = None
+    state: int = _WAITING
+    cancelled: bool = False
+
+
+@dataclass
+class Counts:
+    """Since they were last taken."""
+
+    saved_blocks: int = 0
+    present_blocks: int = 0
+    dropped_blocks: int = 0
+    saved_bytes: int = 0
+    loaded_blocks: int = 0
+    loaded_bytes: int = 0
+    failed_loads: int = 0
+    save_seconds: float = 0.0
+    load_seconds: float = 0.0
+
+
+class ConnectorWorker:
+    """Args:
+        pages: the rank's pages.
+        save_link, load_link: :class:`~kvtide.store_link.StoreLink` of the rank's namespace.
+        rank: of this worker.
+        coded: pages are kvtide's own and travel as they are.
+        piece_bytes: most of one call's payload.
+        most_blocks: blocks that may wait to be saved; what is beyond is not saved.
+    """
+
+    def __init__(self, pages: Pages, save_link: Any, load_link: Any, rank: Rank, *, coded: bool = False, piece_bytes: int = 16 << 20,
+                 most_blocks: int = 1 << 30, log: Optional[logging.Logger] = None) -> None:
+        self.pages, self.save_link, self.load_link, self.rank, self.coded = pages, save_link, load_link, rank, coded
+        self.piece_bytes, self.most_blocks = piece_bytes, most_blocks
+        self.log = log or logging.getLogger("vllm.kvtide")
+        self.gpu = pages.caches[0].device if pages.caches[0].device.type == "cuda" else None
+        self.lock = threading.Condition()
+        self.jobs: Dict[str, List[Job]] = {}
+        self.waiting_blocks = 0
+        self.held: Set[str] = set()
+        self.received: Set[str] = set()
+        self.bad_blocks: Set[int] = set()
+        self.counts = Counts()
+        self.saves: "queue.SimpleQueue[Optional[Job]]" = queue.SimpleQueue()
+        self.loads: "queue.SimpleQueue[Optional[Tuple[Load, Any]]]" = queue.SimpleQueue()
+        self.said: Set[str] = set()
+        self.threads = [threading.Thread(target=work, name=f"kvtide-{name}", daemon=True)
+                        for name, work in (("save", self._save_all), ("load", self._load_all))]
+        for thread in self.threads:
+            thread.start()
+
+    # --- the engine's thread ---
+
+    def fence(self, requests: Set[str]) -> None:
+        """Nothing reads blocks of these requests when this returns: what has not begun is not saved."""
+        with self.lock:
+            for request in requests:
+                for job in self.jobs.get(request, ()):
+                    if job.state == _WAITING:
+                        job.cancelled = True
+            self.lock.wait_for(lambda: not any(job.state == _COPYING for request in requests for job in self.jobs.get(request, ())))
+
+    def start_loads(self, step: Step) -> None:
+        for load in step.loads:
+            self.loads.put((load, self._event()))
+
+    def start_saves(self, step: Step) -> None:
+        """After the step's work was launched."""
+        with self.lock:
+            self.held |= step.held
+        for save in step.saves:
+            job = Job(save, self._event())
+            with self.lock:
+                if self.waiting_blocks + len(save.blocks) > self.most_blocks:
+                    self.counts.dropped_blocks += len(save.blocks)
+                    continue
+                self.waiting_blocks += len(save.blocks)
+                self.jobs.setdefault(save.request, []).append(job)
+            self.saves.put(job)
+
+    def take_done(self) -> Tuple[Set[str], Set[str]]:
+        """Ended requests whose blocks nothing reads any more, and requests whose loads are over."""
+        with self.lock:
+            saved = {request for request in self.held if not self.jobs.get(request)}
+            self.held -= saved
+            received, self.received = self.received, set()
+            return saved, received
+
+    def take_bad_blocks(self) -> Set[int]:
+        """Blocks that a load should have written and did not; with or before their request in :meth:`take_done`."""
+        with self.lock:
+            bad, self.bad_blocks = self.bad_blocks, set()
+            return bad
+
+    def take_counts(self) -> Counts:
+        with self.lock:
+            counts, self.counts = self.counts, Counts()
+            return counts
+
+    def close(self) -> None:
+        self.saves.put(None)
+        self.loads.put(None)
+        for thread in self.threads:
+            thread.join(timeout=10)
+        self.save_link.close()
+        self.load_link.close()
+
+    def _event(self) -> Any:
+        if self.gpu is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.gpu))
+        return event
+
+    # --- saving ---
+
+    def _save_all(self) -> None:
+        with self._stream():
+            while (job := self.saves.get()) is not None:
+                try:
+                    self._save(job)
+                except Exception as error:  # a block that is not saved is a later miss
+                    self._say("save", error)
+                    self.save_link.failed(error)
+                finally:
+                    self._copied(job)
+
+    def _save(self, job: Job) -> None:
+        save, began = job.save, time.monotonic()
+        stores = self.save_link.stores()
+        if not stores:
+            return self._drop(save, len(save.keys))
+        store = stores[0]
+        present = store.lookup(save.keys, lease_seconds=-1, peek=True).hits
+        with self.lock:
+            self.counts.present_blocks += present
+        pieces = [(present + first, present + end)
+                  for first, end in in_pieces(len(save.keys) - present, self.pages.bytes, self.piece_bytes)]
+        for first, end in pieces:
+            with self.lock:
+                if job.cancelled:
+                    return self._drop(save, len(save.keys) - first)
+                job.state = _COPYING
+            try:
+                payload = self._out(job, first, end)
+            finally:
+                with self.lock:
+                    job.state = _WAITING
+                    self.lock.notify_all()
+            if end == len(save.keys):
+                self._copied(job)  # the blocks may go; what follows is the daemon's
+            result = store.store(save.keys[first:end], payload, coded=self.coded)
+            with self.lock:
+                self.counts.saved_blocks += result.stored
+                self.counts.present_blocks += result.present
+                self.counts.dropped_blocks += result.left_out
+                self.counts.saved_bytes += result.stored * self.pages.bytes
+                self.counts.save_seconds += time.monotonic() - began
+            if result.left_out:
+                self._say("room", ResourceExhausted(result.problem))
+                return None  # what comes behind would not be found without these
+        return None
+
+    def _out(self, job: Job, first: int, end: int) -> Any:
+        blocks = job.save.blocks[first * self.pages.chunk_blocks:end * self.pages.chunk_blocks]
+        payload, tensor = self._payload(self.save_link, end - first)
+        if self.gpu is None:
+            self.pages.read(blocks, tensor)
+            return payload
+        stream = torch.cuda.current_stream(self.gpu)
+        stream.wait_event(job.event)
+        staged = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.gpu)
+        self.pages.read(blocks, staged)
+        tensor.copy_(staged)
+        stream.synchronize()
+        return payload
+
+    def _copied(self, job: Job) -> None:
+        with self.lock:
+            if job.state == _DONE:
+                return
+            job.state = _DONE
+            mine = self.jobs[job.save.request]
+            mine.remove(job)
+            if not mine:
+                del self.jobs[job.save.request]
+            self.waiting_blocks -= len(job.save.blocks)
+            self.lock.notify_all()
+
+    def _drop(self, save: Save, chunks: int) -> None:
+        with self.lock:
+            self.counts.dropped_blocks += chunks
+
+    # --- loading ---
+
+    def _load_all(self) -> None:
+        with self._stream():
+            while (one := self.loads.get()) is not None:
+                load, event = one
+                done = 0  # vLLM's blocks that are written
+                try:
+                    for done in self._load(load, event):
+                        pass
+                except Exception as error:
+                    self._say("load", error)
+                    self.load_link.failed(error)
+                with self.lock:
+                    bad = load.blocks[done:]
+                    self.counts.failed_loads += bool(bad)
+                    # A block that failed is named before its request is.
+                    self.bad_blocks.update(bad)
+                    self.received.add(load.request)
+
+    def _load(self, load: Load, event: Any) -> Iterator[int]:
+        """The blocks written so far, after each piece. Ends where a block cannot be read."""
+        stores = self.load_link.stores()
+        if not stores or self.rank not in load.leases:
+            return
+        per, began = self.pages.chunk_blocks, time.monotonic()
+        for first, end in in_pieces(load.chunks, self.pages.bytes, self.piece_bytes):
+            payload, tensor = self._payload(self.load_link, end - first)
+            lost = stores[0].load(load.leases[self.rank], payload, first_block=first, coded=self.coded)
+            good = min([end, *lost])
+            # Of the load's first chunk the engine may have the first blocks itself.
+            begin, stop = max(0, first * per - load.skip), min(len(load.blocks), good * per - load.skip)
+            if stop > begin:
+                self._in(tensor, load.blocks[begin:stop], load.skip if first == 0 else 0, event)
+            with self.lock:
+                self.counts.loaded_blocks += good - first
+                self.counts.loaded_bytes += (good - first) * self.pages.bytes
+                self.counts.load_seconds, began = self.counts.load_seconds + time.monotonic() - began, time.monotonic()
+            yield max(0, stop)
+            if good < end:
+                return
+
+    def _in(self, tensor: torch.Tensor, blocks: Sequence[int], skip: int, event: Any) -> None:
+        if self.gpu is None:
+            self.pages.write(tensor, blocks, skip)
+            return
+        stream = torch.cuda.current_stream(self.gpu)
+        stream.wait_event(event)
+        self.pages.write(tensor.to(self.gpu), blocks, skip)
+        stream.synchronize()
+
+    # --- both ---
+
+    def _payload(self, link: Any, chunks: int) -> Tuple[Any, torch.Tensor]:
+        """Memory for chunks: what the store takes, and the same as a tensor."""
+        array = link.empty((chunks, *self.pages.shape), _TYPES[self.pages.dtype])
+        tensor = torch.from_numpy(array)
+        if self.pages.dtype == torch.bfloat16:
+            tensor = tensor.view(torch.bfloat16)
+        return (tensor if self.pages.dtype == torch.bfloat16 else array), tensor
+
+    @contextlib.contextmanager
+    def _stream(self) -> Iterator[None]:
+        if self.gpu is None:
+            yield
+            return
+        with torch.cuda.device(self.gpu), torch.cuda.stream(torch.cuda.Stream(self.gpu)):
+            yield
+
+    def _say(self, what: str, error: BaseException) -> None:
+        """Once for each kind of trouble."""
+        key = f"{what} {type(error).__name__}"
+        if key not in self.said:
+            self.said.add(key)
+            self.log.warning("kvtide: a %s did not work, the engine computes instead (said once): %s", what, error)

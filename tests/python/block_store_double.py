@@ -1,0 +1,133 @@
+"""A pool with block stores in this process's memory, in which tests make faults happen. What it answers is what
+``proto/kvtide/v1/blocks.proto`` says; pairs are not coded. With a folder it is there again in the next process."""
+
+import os
+import pathlib
+import pickle
+import threading
+
+import numpy as np
+
+from kvtide.block_store import Found, StoreResult
+from kvtide.errors import InvalidArgument, NotFound, ResourceExhausted, Unavailable
+
+
+def as_bytes(array):
+    return np.ascontiguousarray(array if isinstance(array, np.ndarray) else array.contiguous().view(_uint8()).numpy()).view(np.uint8)
+
+
+def _uint8():
+    import torch
+
+    return torch.uint8
+
+
+class Daemon:
+    """What pools of one address have in common.
+
+    Attributes:
+        away: calls raise Unavailable.
+        room: blocks that fit.
+        lose: keys that cannot be read, though lookups count them.
+        before: called with the verb's name before each call.
+    """
+
+    def __init__(self, folder=None, room=10**9):
+        self.blocks, self.leases, self.room, self.away, self.lose = {}, {}, room, False, set()
+        self.calls, self.lock, self.before, self.next_lease = [], threading.Lock(), lambda verb: None, 1
+        self.file = folder and pathlib.Path(folder) / "blocks.pickle"
+        if self.file and self.file.exists():
+            self.blocks = pickle.loads(self.file.read_bytes())
+
+    def keep(self):
+        if self.file:
+            temporary = self.file.with_suffix(f".{os.getpid()}")
+            temporary.write_bytes(pickle.dumps(self.blocks))
+            temporary.replace(self.file)
+
+    def call(self, verb):
+        self.before(verb)
+        with self.lock:
+            self.calls.append(verb)
+            if self.away:
+                raise Unavailable("no kvtided here")
+
+    def open_pool(self):
+        self.call("open")
+        return Pool(self)
+
+
+class Pool:
+    def __init__(self, daemon):
+        self.daemon = daemon
+
+    def block_store(self, namespace, *, persist_all=False):
+        self.daemon.call("block_store")
+        return Store(self.daemon, namespace)
+
+    def empty(self, shape, dtype=np.float32):
+        return np.empty(shape, dtype)
+
+
+class Store:
+    def __init__(self, daemon, namespace):
+        self.daemon, self.namespace, self.namespace_id, self.codec_versions = daemon, namespace, 1, (0, 0)
+        self.pair = getattr(namespace.content, "pair", "")
+        self.block_bytes = getattr(namespace.content, "block_bytes", 0)
+
+    def _blocks(self):
+        return self.daemon.blocks.setdefault(self.namespace, {})
+
+    def store(self, keys, payload, *, coded=False):
+        self.daemon.call("store")
+        if len(payload) != len(keys):
+            raise InvalidArgument(f"{len(keys)} keys, {len(payload)} blocks")
+        stored = present = left_out = 0
+        with self.daemon.lock:
+            for key, one in zip(keys, payload):
+                if key in self._blocks():
+                    present += 1
+                elif sum(map(len, self.daemon.blocks.values())) >= self.daemon.room:
+                    left_out += 1
+                else:
+                    self._blocks()[key] = as_bytes(one).tobytes()
+                    stored += 1
+            self.daemon.keep()
+        if not stored and not present:
+            raise ResourceExhausted("host tier full")
+        return StoreResult(stored, present, left_out, "host tier full" if left_out else "")
+
+    def lookup(self, keys, *, lease_seconds=30.0, peek=False):
+        self.daemon.call("peek" if lease_seconds < 0 else "lookup")
+        with self.daemon.lock:
+            hits = next((i for i, key in enumerate(keys) if key not in self._blocks()), len(keys))
+            if lease_seconds < 0 or not hits:
+                return Found(hits, (("host", hits),) if hits else ())
+            lease, self.daemon.next_lease = self.daemon.next_lease, self.daemon.next_lease + 1
+            self.daemon.leases[lease] = list(keys[:hits])
+            return Found(hits, (("host", hits),), lease, lease_seconds)
+
+    def load(self, lease_id, out, *, first_block=0, coded=False):
+        self.daemon.call("load")
+        with self.daemon.lock:
+            if lease_id not in self.daemon.leases:
+                raise NotFound(f"no lease {lease_id}")
+            lost = []
+            for at, one in enumerate(out, first_block):
+                key = self.daemon.leases[lease_id][at]
+                if key in self.daemon.lose or key not in self._blocks():
+                    lost.append(at)
+                else:
+                    as_bytes_view = one if isinstance(one, np.ndarray) else one.view(_uint8()).numpy()
+                    as_bytes_view.view(np.uint8)[...] = np.frombuffer(self._blocks()[key], np.uint8).reshape(
+                        as_bytes_view.view(np.uint8).shape)
+            return lost
+
+    def release(self, lease_id):
+        self.daemon.call("release")
+        return self.daemon.leases.pop(lease_id, None) is not None
+
+    def delete(self):
+        self.daemon.call("delete")
+        with self.daemon.lock:
+            return len(self.daemon.blocks.pop(self.namespace, {}))
