@@ -31,8 +31,8 @@
 // cudaStream_t): nothing waits, nothing is copied from the host but what Plan says, and every verb can be
 // captured in a CUDA graph. A graph may hold the whole step, or the verbs of the layers alone with Plan
 // called before each replay. What was captured serves every later step with the same `sequences`,
-// `tokens`, `most_queries` and `seals` (padding makes them equal), and arrays and tensors at the same
-// addresses.
+// `tokens` and `most_queries` (padding makes them equal), and arrays and tensors at the same addresses; with
+// the same `seals` too, if it seals.
 //
 // Values: rows of K and V are stored in f16. What is beyond f16 becomes +-65504, what is no number becomes 0;
 // both are counted (ChangedValues). Sums are f32. A row that sees nothing gets output 0 and log-sum-exp -inf.

@@ -229,6 +229,14 @@ void BindPaged(nb::module_& m) {
           },
           "layer"_a, "stream"_a = 0)
       .def(
+          "seal_layers",
+          [](Paged& p, uintptr_t stream) {
+            PagedAttention& attention = p.attention();
+            const nb::gil_scoped_release release;
+            Raise(attention.SealLayers(At<void>(stream)));
+          },
+          "stream"_a = 0)
+      .def(
           "changed_values",
           [](Paged& p, uintptr_t stream) {
             PagedAttention& attention = p.attention();

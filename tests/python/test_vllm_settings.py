@@ -1,5 +1,6 @@
 """What the backend's settings take and refuse; needs no engine."""
 
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -62,7 +63,8 @@ def test_auto_is_the_planners_choice():
     small = choose(MODEL, "vram=64MiB,bandwidth=100GB/s", 4096, 64)
     assert small.pair != "f16/f16" and "%" in small.reason
     large = choose(MODEL, "vram=24GiB,bandwidth=100GB/s", 4096, 1)
-    assert large.pair == "f16/f16" and "4096 tokens" in large.reason
+    assert large.pair == "q8_0/q8_0" and "4096 tokens fit" in large.reason
+    assert re.search(r"1[.]8x the tokens of f16; KVTIDE_PAIR=turbo3/turbo3 holds 4[.]\dx, [+]0[.]\d+ % perplexity", large.reason)
     with pytest.raises(InvalidArgument, match="choose a pair yourself|Choose a pair yourself"):
         choose("no-such-model", "vram=24GiB,bandwidth=100GB/s", 4096, 1)
     assert "tidelm-7m" in harm_of("turbo4/turbo4", MODEL, "vram=24GiB,bandwidth=100GB/s", 4096)

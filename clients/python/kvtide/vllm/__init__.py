@@ -22,6 +22,9 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     if not current_platform.is_cpu():
+        from . import block_tables
+
+        block_tables.follow()
         register_backend(AttentionBackendEnum.CUSTOM, "kvtide.vllm.backend.KvtideBackend")
     elif os.environ.get("KVTIDE_PAIR"):
         # vLLM's CPU platform knows one name; who sets the pair wants this backend under it.

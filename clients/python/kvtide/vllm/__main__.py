@@ -14,7 +14,7 @@ from ..errors import KvtideError
 from . import choose
 from .settings import cuda_library, host_memory, parse_pair, parse_window
 
-TESTED = {"0.29": "CPU", "0.31": "CPU", "0.32": "CPU"}
+TESTED = {"0.29": "CPU", "0.31": "CPU", "0.32": "CPU", "0.33": "GPU"}
 """Releases of vLLM on which the tests of tests/engines have passed, and on what."""
 
 

@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import (AttentionBackend, AttentionCGSupport, Att
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from ..errors import InvalidArgument
-from .pages import BLOCK_TOKENS, Part, Shape, SideMemory, chosen_pair
+from .pages import BLOCK_TOKENS, Bounds, Part, Shape, SideMemory, chosen_pair, reserve
 
 HEAD_SIZES = [64, 80, 96, 112, 128, 192, 256, 512]
 
@@ -156,6 +156,7 @@ class KvtideImpl(AttentionImpl):
         self.shape = Shape(self.num_kv_heads, head_size, head_size)
         # Now, so that vLLM counts it among what the model takes and not among what is free for pages.
         self.side = SideMemory(self.shape, self.sliding_window, config)
+        reserve(self.likeness(), Bounds.of(config).tokens, self.num_heads, 2 * head_size)
         self.part: Optional[Part] = None
         self.index = 0
 

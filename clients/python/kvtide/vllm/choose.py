@@ -22,8 +22,8 @@ class Choice:
 
 
 def choose(model: str, device: str, context: int, sequences: int, hf_config: Any = None, gpus: int = 1) -> Choice:
-    """The least harmful measured pair with which ``sequences`` of ``context`` tokens fit, or, where none lets them, the smallest
-    that harms less than MOST_HARM percent.
+    """The least harmful measured coded pair with which ``sequences`` of ``context`` tokens fit, or, where none lets them, the smallest
+    that harms less than MOST_HARM percent. Never f16, which vLLM has itself: who installs this wants more tokens.
 
     Args:
         model: what the planner takes: a catalogue name, a folder, a config.json, a GGUF file.
@@ -42,16 +42,21 @@ def choose(model: str, device: str, context: int, sequences: int, hf_config: Any
         except KvtideError as error:
             raise InvalidArgument(f"KVTIDE_PAIR=auto: the planner says: {error}. Choose a pair yourself, such as "
                                   "KVTIDE_PAIR=turbo4/turbo4") from error
-    answer = plan[context]
     what = f"{sequences} x {context} tokens"
-    if answer.verdict == "fits" and answer.chosen:
-        return Choice(answer.chosen, f"least measured harm of the pairs with which {what} fit, {harm(answer[answer.chosen])}")
-    measured = [one for one in answer.pairs if one.harm_percent is not None and one.harm_percent <= MOST_HARM]
+    measured = [one for one in plan[context].pairs
+                if one.harm_percent is not None and one.harm_percent <= MOST_HARM and one.ratio_to_f16 > 1.1]
     if not measured:
         raise InvalidArgument("KVTIDE_PAIR=auto: no pair was measured on a model like this one; choose a pair yourself, such as "
                               "KVTIDE_PAIR=turbo4/turbo4")
-    best = min(measured, key=lambda one: (one.kv_bytes, one.harm_percent))
-    return Choice(best.pair, f"smallest pair below {MOST_HARM:g} % harm ({what} fit with none), {harm(best)}")
+    smallest = min(measured, key=lambda one: (one.kv_bytes, one.harm_percent))
+    fitting = [one for one in measured if one.fits]
+    if not fitting:
+        return Choice(smallest.pair, f"smallest pair below {MOST_HARM:g} % harm ({what} fit with none), {harm(smallest)}")
+    best = min(fitting, key=lambda one: (one.harm_percent, one.kv_bytes))
+    reason = f"least measured harm of the coded pairs with which {what} fit, {harm(best)}: {best.ratio_to_f16:.1f}x the tokens of f16"
+    if smallest.pair != best.pair:
+        reason += f"; KVTIDE_PAIR={smallest.pair} holds {smallest.ratio_to_f16:.1f}x, {harm(smallest)}"
+    return Choice(best.pair, reason)
 
 
 def harm(pair: Any) -> str:

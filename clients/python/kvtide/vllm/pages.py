@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 
 from .. import _core
 from ..errors import InvalidArgument
-from . import choose
+from . import block_tables, choose
 from .settings import BLOCK_TOKENS, Settings, cuda_library, host_memory, refusals
 
 logger = init_logger("vllm.kvtide")
@@ -124,6 +124,27 @@ def aligned_pages(pages: int, page_bytes: int) -> torch.Tensor:
     return memory[start:start + pages * page_bytes]
 
 
+PREFILL_BYTES = 256 << 20
+"""Of PagedOptions::prefill_bytes."""
+WORK_BYTES = 160 << 20
+"""States of decoding and tables."""
+
+_reserved: Dict[tuple, torch.Tensor] = {}
+
+
+def reserve(likeness: tuple, tokens: int, heads: int, head_dims: int) -> None:
+    """Takes the memory that the kernels will work in, so that vLLM counts it among what the model takes: decoded pages of prompts'
+    chunks, their rows in f32, states of decoding. ``release`` gives it back when the object is made that takes it for good."""
+    if likeness not in _reserved and torch.get_default_device().type == "cuda":
+        rows = tokens * heads * (head_dims + 1) * 4
+        _reserved[likeness] = torch.empty(PREFILL_BYTES + rows + WORK_BYTES, dtype=torch.uint8)
+
+
+def release(likeness: tuple) -> None:
+    if _reserved.pop(likeness, None) is not None:
+        torch.cuda.empty_cache()
+
+
 _scratch: "weakref.WeakValueDictionary[tuple, torch.Tensor]" = weakref.WeakValueDictionary()
 
 
@@ -146,6 +167,48 @@ def paged_device(kind: str) -> Any:
     return _core.PagedDevice("cpu", torch.get_num_threads()) if kind == "cpu" else _core.PagedDevice(kind, library=cuda_library())
 
 
+class StepArrays:
+    """A step's tables, on the host and where the kernels read them: one copy a step, at addresses that stay."""
+
+    STAGES = 3  # the host runs ahead of the GPU by a step or two
+
+    def __init__(self, host: Dict[str, np.ndarray], device: torch.device) -> None:
+        self.host = host
+        self.there = {name: array.ctypes.data for name, array in host.items()}
+        self.memory: Optional[torch.Tensor] = None
+        if device.type == "cpu":
+            return
+        self.places: Dict[str, slice] = {}
+        end = 0
+        for name in sorted(host, key="exact_table".__eq__):  # the largest last: only its rows that count are sent
+            self.places[name] = slice(end, end + host[name].size)
+            end += -(-host[name].size // 32) * 32
+        self.memory = torch.zeros(end, dtype=torch.int32, device=device)
+        self.there = {name: self.memory[place].data_ptr() for name, place in self.places.items()}
+        self.stages = [torch.zeros(end, dtype=torch.int32).pin_memory() for _ in range(self.STAGES)]
+        self.sent: List[Optional[torch.cuda.Event]] = [None] * self.STAGES
+        self.next = 0
+
+    def send(self, rows: int) -> Dict[str, int]:
+        """Addresses of the tables, which work put on the current stream after this finds as they are now."""
+        if self.memory is None:
+            return self.there
+        stage, sent = self.stages[self.next], self.sent[self.next]
+        if sent is not None:
+            sent.synchronize()
+        to = stage.numpy()
+        for name, place in self.places.items():
+            used = self.host[name][:rows] if name == "exact_table" else self.host[name]
+            to[place.start:place.start + used.size] = used.reshape(-1)
+            end = place.start + used.size
+        self.memory[:end].copy_(stage[:end], non_blocking=True)
+        if sent is None:
+            sent = self.sent[self.next] = torch.cuda.Event()
+        sent.record()
+        self.next = (self.next + 1) % self.STAGES
+        return self.there
+
+
 class Part:
     """Layers of one cache group that attend alike: their tables, planned once a step."""
 
@@ -162,7 +225,8 @@ class Part:
         self.exact: Any = None
         self.width = self.tokens = self.seals = 0
         self.deferred = np.zeros((0, 2), np.int32)
-        self.copied: Optional[torch.cuda.Event] = None
+        # With drafts, vLLM's host learns late how many were accepted.
+        self.lengths_known = not self.on_cpu and config.speculative_config is None
 
     # --- once the cache is there, and again when vLLM has made another ---
 
@@ -191,21 +255,17 @@ class Part:
             sinks = None if layer.impl.sinks is None else layer.impl.sinks.float().contiguous()
             self.kept += [layer.kv_cache, layer.impl.side.exact, sinks]
             paged.add_layer(layer.kv_cache.data_ptr(), layer.impl.side.exact.data_ptr(), 0 if sinks is None else sinks.data_ptr())
+        release(impl.likeness())
         paged.make(paged_device(self.device.type))
-        self.host = self.exact.tables()
-        self.host["query_start"] = np.zeros(bounds.sequences + 1, np.int32)
-        self.host["lengths"] = np.zeros(bounds.sequences, np.int32)
-        if self.on_cpu:
-            self.there = {name: array.ctypes.data for name, array in self.host.items()}
-        else:
-            self.staging = {name: torch.from_numpy(array).clone().pin_memory() for name, array in self.host.items()}
-            self.arrays = {name: tensor.to(self.device) for name, tensor in self.staging.items()}
-            self.there = {name: tensor.data_ptr() for name, tensor in self.arrays.items()}
+        tables = self.exact.tables()
+        tables["query_start"] = np.zeros(bounds.sequences + 1, np.int32)
+        tables["lengths"] = np.zeros(bounds.sequences, np.int32)
+        self.arrays = StepArrays(tables, self.device)
         self.caches, self.width, self.paged, self.deferred = caches, width, paged, self.deferred[:0]
         f16 = impl.shape.page_bytes("f16/f16")
         logger.info("kvtide: %d layers with %d pages of %d bytes (%.2fx smaller than f16); %d exact pages of %d bytes a layer for %d "
-                    "sequences: %.1f MiB%s", len(self.layers), cache.shape[0], page, f16 / page, side.slots, side.page_bytes,
-                    bounds.sequences, len(self.layers) * side.slots * side.page_bytes / 2**20,
+                    "sequences: %.1f MiB, %.1f MiB to work in%s", len(self.layers), cache.shape[0], page, f16 / page, side.slots,
+                    side.page_bytes, bounds.sequences, len(self.layers) * side.slots * side.page_bytes / 2**20, paged.bytes / 2**20,
                     "" if side.slots >= self.exact.all_slots else
                     f" (the windows of all sequences would take {self.exact.all_slots} pages: raise KVTIDE_SIDE_MEMORY or lower "
                     "--max-num-seqs, else some blocks of the windows are attended coded)")
@@ -215,77 +275,83 @@ class Part:
     def step(self, m: Any) -> None:
         rows = m.num_reqs
         self.bind(m.block_table_tensor.shape[1])
-        self.seal_deferred(m)
-        query_start = self.host["query_start"][:rows + 1]
+        host = self.arrays.host
+        query_start = host["query_start"][:rows + 1]
         query_start[:] = m.query_start_loc_cpu[:rows + 1].numpy()
         np.maximum.accumulate(query_start, out=query_start)
-        lengths = self.host["lengths"][:rows]
-        first_tokens = np.minimum(query_start[:-1], max(0, m.slot_mapping.shape[0] - 1))
-        if self.on_cpu:
-            lengths[:] = m.seq_lens[:rows].numpy()
-            slots = m.slot_mapping.numpy()[first_tokens]
-            table = m.block_table_tensor[:rows]
-        else:
-            # The tables are made on the host: this waits for the work of the step before.
-            lengths[:] = m.seq_lens[:rows].cpu().numpy()
-            slots = m.slot_mapping[torch.from_numpy(first_tokens).to(self.device)].cpu().numpy()
-            columns = max(1, min(m.block_table_tensor.shape[1], -(-int(lengths.max(initial=0)) // BLOCK_TOKENS)))
-            table = m.block_table_tensor[:rows, :columns].cpu()
-        # Rows that vLLM writes nowhere are dummies (warm-up, padding of data parallel ranks).
-        lengths[(slots < 0) | (query_start[1:] == query_start[:-1])] = 0
-        self.exact.step(query_start, lengths, table.numpy())
+        lengths = host["lengths"][:rows]
+        lengths[:], table = self.rows(m, query_start)
+        lengths[query_start[1:] == query_start[:-1]] = 0
+        deferred = self.deferred
+        self.exact.step(query_start, lengths, table)
         self.tokens = int(query_start[-1])
-        seals = int(self.host["seal_count"][0])
+        seals = int(host["seal_count"][0])
         prefill = self.exact.most_queries > 1 + self.bounds.rewritten
-        if not prefill:
-            # A graph may serve this step: it has no seals, and the numbers of the step that it was captured with.
-            self.deferred = self.host["seal_pages"][:seals].copy()
-            seals = 0
-        self.seals = seals
-        self.plan(m, rows, m.num_actual_tokens, max(m.max_query_len, self.exact.most_queries), seals, prefill)
-
-    def seal_deferred(self, m: Any) -> None:
-        """What decoding steps have filled is sealed before the next step: no scratch page is among it, whoever reads it coded does
-        so in a later step, and what is written over its exact pages is written after this."""
-        count = len(self.deferred)
-        if not count:
+        most_queries = max(m.max_query_len, self.exact.most_queries)
+        if prefill:
+            own = host["seal_pages"][:seals].copy()
+            self.seal_now(m, deferred)
+            self.put_seals(own)
+            self.deferred, self.seals = deferred[:0], seals
+            self.plan(m, rows, m.num_actual_tokens, most_queries, seals, True)
             return
-        self.host["seal_pages"][:count] = self.deferred
-        self.host["seal_count"][0] = count
-        self.deferred = self.deferred[:0]
-        self.plan(m, 0, 0, 0, count, False)
-        for index in range(len(self.layers)):
-            self.paged.seal(index, self.stream())
+        # A graph may serve this step: it has no seals, and the numbers of the step that it was captured with. What decoding steps
+        # have filled is sealed before the next step: no scratch page is among it, whoever reads it coded does so in a later step,
+        # and what is written over its exact pages is written after this.
+        self.deferred, self.seals = host["seal_pages"][:seals].copy(), 0
+        self.put_seals(deferred)
+        self.plan(m, rows, m.num_actual_tokens, most_queries, len(deferred), False)
+        if len(deferred):
+            self.paged.seal_layers(self.stream())
+
+    def rows(self, m: Any, query_start: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+        """Lengths and pages of the step's rows; length 0 where vLLM writes nowhere: warm-up, padding of data parallel ranks."""
+        rows = m.num_reqs
+        known = block_tables.of_step(m) if self.lengths_known else None
+        if known is not None:
+            return known
+        first_tokens = torch.from_numpy(np.minimum(query_start[:-1], max(0, m.slot_mapping.shape[0] - 1))).long()
+        if self.on_cpu:
+            lengths, slots, table = m.seq_lens[:rows], m.slot_mapping[first_tokens], m.block_table_tensor[:rows]
+        else:
+            # This waits for the work of the step before.
+            lengths = m.seq_lens[:rows].cpu()
+            slots = m.slot_mapping[first_tokens.to(self.device)].cpu()
+            columns = max(1, min(m.block_table_tensor.shape[1], -(-int(lengths.max()) // BLOCK_TOKENS))) if rows else 1
+            table = m.block_table_tensor[:rows, :columns].cpu()
+        return np.where(slots.numpy() < 0, 0, lengths.numpy()), table.numpy()
+
+    def put_seals(self, pages: np.ndarray) -> None:
+        self.arrays.host["seal_pages"][:len(pages)] = pages
+        self.arrays.host["seal_count"][0] = len(pages)
+
+    def seal_now(self, m: Any, pages: np.ndarray) -> None:
+        if len(pages):
+            self.put_seals(pages)
+            self.plan(m, 0, 0, 0, len(pages), False)
+            self.paged.seal_layers(self.stream())
 
     def capture(self, m: Any) -> None:
         """A step of nothing, with the bounds of what the graph will serve."""
         rows = m.num_reqs
         self.bind(m.block_table_tensor.shape[1])
-        self.seal_deferred(m)
-        self.host["lengths"][:] = 0
-        self.host["query_start"][:rows + 1] = m.query_start_loc_cpu[:rows + 1].numpy()
+        self.seal_now(m, self.deferred)
+        self.deferred = self.deferred[:0]
+        host = self.arrays.host
+        host["lengths"][:] = 0
+        host["query_start"][:rows + 1] = m.query_start_loc_cpu[:rows + 1].numpy()
         self.exact.step(np.zeros(1, np.int32), np.zeros(0, np.int32), np.zeros((0, 1), np.int32))
         self.tokens, self.seals = m.num_actual_tokens, 0
         self.plan(m, rows, m.num_actual_tokens, m.max_query_len, 0, False)
 
     def plan(self, m: Any, rows: int, tokens: int, most_queries: int, seals: int, prefill: bool) -> None:
-        if not self.on_cpu:
-            if self.copied is not None:
-                self.copied.synchronize()  # the copies of the plan before have left the staging memory
-            for name, array in self.host.items():
-                used = rows + 1 if name == "query_start" else rows if name in ("lengths", "coded_first", "coded_count",
-                                                                               "exact_table") else len(array)
-                self.staging[name][:used] = torch.from_numpy(array[:used])
-                self.arrays[name][:used].copy_(self.staging[name][:used], non_blocking=True)
-            self.copied = torch.cuda.Event()
-            self.copied.record()
-        at = self.there
-        self.paged.tables(at["query_start"], at["lengths"], at["coded_first"], at["coded_count"], m.block_table_tensor.data_ptr(),
-                          m.block_table_tensor.stride(0), at["exact_table"], self.exact.exact_row, at["write_slots"],
-                          at["seal_pages"], at["seal_count"])
-        host = [self.host[name].ctypes.data if prefill and not self.on_cpu else 0
-                for name in ("query_start", "lengths", "coded_first", "coded_count")]
-        self.paged.host_tables(*host)
+        there = self.arrays.send(rows)
+        self.paged.tables(there["query_start"], there["lengths"], there["coded_first"], there["coded_count"],
+                          m.block_table_tensor.data_ptr(), m.block_table_tensor.stride(0), there["exact_table"], self.exact.exact_row,
+                          there["write_slots"], there["seal_pages"], there["seal_count"])
+        host = self.arrays.host
+        self.paged.host_tables(*(host[name].ctypes.data if prefill and not self.on_cpu else 0
+                                 for name in ("query_start", "lengths", "coded_first", "coded_count")))
         self.step_tables = m.block_table_tensor  # the plan has its address
         self.paged.plan(rows, tokens, most_queries, seals, self.stream())
 
