@@ -64,7 +64,7 @@ def test_auto_is_the_planners_choice():
     assert small.pair != "f16/f16" and "%" in small.reason
     large = choose(MODEL, "vram=24GiB,bandwidth=100GB/s", 4096, 1)
     assert large.pair == "q8_0/q8_0" and "4096 tokens fit" in large.reason
-    assert re.search(r"1[.]8x the tokens of f16; KVTIDE_PAIR=turbo3/turbo3 holds 4[.]\dx, [+]0[.]\d+ % perplexity", large.reason)
+    assert re.search(r"1[.]8x the tokens of f16; KVTIDE_PAIR=turbo4/turbo4 holds 3[.]\dx, [+]0[.]0\d % perplexity", large.reason)
     with pytest.raises(InvalidArgument, match="choose a pair yourself|Choose a pair yourself"):
         choose("no-such-model", "vram=24GiB,bandwidth=100GB/s", 4096, 1)
     assert "tidelm-7m" in harm_of("turbo4/turbo4", MODEL, "vram=24GiB,bandwidth=100GB/s", 4096)

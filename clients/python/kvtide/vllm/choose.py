@@ -13,6 +13,8 @@ from ..errors import InvalidArgument, KvtideError
 
 MOST_HARM = 1.0
 """Percent of perplexity that `auto` accepts at most, as measured on the most alike model that was measured."""
+LITTLE_HARM = 0.25
+"""Of the pair that is named as the one with more tokens."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,9 @@ def choose(model: str, device: str, context: int, sequences: int, hf_config: Any
         return Choice(smallest.pair, f"smallest pair below {MOST_HARM:g} % harm ({what} fit with none), {harm(smallest)}")
     best = min(fitting, key=lambda one: (one.harm_percent, one.kv_bytes))
     reason = f"least measured harm of the coded pairs with which {what} fit, {harm(best)}: {best.ratio_to_f16:.1f}x the tokens of f16"
-    if smallest.pair != best.pair:
-        reason += f"; KVTIDE_PAIR={smallest.pair} holds {smallest.ratio_to_f16:.1f}x, {harm(smallest)}"
+    good = min((one for one in measured if one.harm_percent <= LITTLE_HARM), key=lambda one: one.kv_bytes, default=smallest)
+    if good.kv_bytes < best.kv_bytes:
+        reason += f"; KVTIDE_PAIR={good.pair} holds {good.ratio_to_f16:.1f}x, {harm(good)}"
     return Choice(best.pair, reason)
 
 
