@@ -1,5 +1,6 @@
 """`python -m kvtide.eval`: the metrics of `kvtide eval` through transformers."""
 import csv
+import dataclasses
 import json
 
 import pytest
@@ -88,8 +89,8 @@ def test_a_run_is_stopped_and_extended(loaded, tmp_path):
     assert min(done) > 256  # the first window is not computed again
     whole = score(2, ["turbo4", "turbo3"])
     more = score(2, ["turbo4", "turbo3"], state_file=file)
-    assert two["turbo4/turbo4"] == whole["turbo4/turbo4"]
-    assert more["turbo3/turbo3"].perplexity == whole["turbo3/turbo3"].perplexity
+    assert dataclasses.replace(two["turbo4/turbo4"], pareto=False) == dataclasses.replace(whole["turbo4/turbo4"], pareto=False)
+    assert more == whole  # and whether a pair is on the front depends on which others there are
     with pytest.raises(ValueError, match="belongs to another run"):
         score(1, ["turbo4"], state_file=file, exact_window="none")
     (tmp_path / "state.json").write_text("{")

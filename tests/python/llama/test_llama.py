@@ -115,26 +115,28 @@ def test_640_tokens_of_turbo4(pool, capsys):
 
 
 def test_a_conversation_finds_its_prefix(smollm2, pool):
-    """Completions with the cache are those without it, and the second turn does not read the first again."""
+    """Completions with the cache are those with llama-cpp-python's own, and the second turn does not read the first again.
+
+    Not those without a cache: llama.cpp rounds a token's keys differently in a batch than alone, which can turn a near tie."""
     turns = ["The river rose in the night and the " + TEXT[:1500]]
     answers = {}
-    for name in ("without", "with"):
+    for name in ("theirs", "ours"):
         smollm2.reset()
         smollm2._ctx.kv_cache_clear()
-        cache = KvtideCache(smollm2, pool=pool, pair="f16/f16")
-        smollm2.set_cache(cache if name == "with" else None)
+        cache = KvtideCache(smollm2, pool=pool, pair="f16/f16") if name == "ours" else llama_cpp.LlamaRAMCache()
+        smollm2.set_cache(cache)
         first = smollm2.create_completion(turns[0], max_tokens=12, temperature=0)["choices"][0]["text"]
         # Another conversation between the two.
         smollm2.create_completion("Something else entirely. " * 20, max_tokens=4, temperature=0)
         second = smollm2.create_completion(turns[0] + first + " And then", max_tokens=12, temperature=0)["choices"][0]["text"]
         answers[name] = (first, second)
-        if name == "with":
+        if name == "ours":
             assert cache.entries == 3
             prefix = cache[smollm2.tokenize((turns[0] + first).encode())].n_tokens
             assert prefix >= 300
-        cache.close()
+            cache.close()
     smollm2.set_cache(None)
-    assert answers["with"] == answers["without"]
+    assert answers["ours"] == answers["theirs"]
 
 
 def test_sliding_windows_of_gemma3(pool):
