@@ -5,6 +5,8 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <nlohmann/json.hpp>
+#include <set>
 #include <sstream>
 #include <thread>
 
@@ -19,6 +21,7 @@
 #include "google/protobuf/util/json_util.h"
 #include "kernels/base/status.h"
 #include "planner/model/device.h"
+#include "planner/near_names.h"
 #include "planner/units.h"
 
 namespace kvtide {
@@ -31,12 +34,13 @@ constexpr char kDefaultPair[] = "q8_0/turbo4";
 // gRPC counts messages in int.
 constexpr int64_t kLeastMessageBytes = 4096, kMostMessageBytes = (int64_t{1} << 31) - 1;
 
-std::string KnownFields() {
+std::vector<std::string> FieldsOf(const google::protobuf::Descriptor& message) {
   std::vector<std::string> names;
-  const google::protobuf::Descriptor* descriptor = v1::KvtidedConfig::descriptor();
-  for (int i = 0; i < descriptor->field_count(); i++) names.push_back(descriptor->field(i)->name());
-  return absl::StrJoin(names, ", ");
+  for (int i = 0; i < message.field_count(); i++) names.push_back(message.field(i)->name());
+  return names;
 }
+
+std::string KnownFields() { return absl::StrJoin(FieldsOf(*v1::KvtidedConfig::descriptor()), ", "); }
 
 // What protobuf says of JSON: a reason, and below it perhaps a line of the text and a mark under the place.
 std::string OneLine(const std::string& message) {
@@ -49,6 +53,69 @@ std::string OneLine(const std::string& message) {
   const std::string place = text.substr(mark, kShown);
   return absl::StrCat(lines.front(), place.empty() ? " at the end of '" : " at '",
                       place.empty() ? text : place, "'");
+}
+
+// What protobuf's parser lets pass in silence: a key that is there twice (the last one wins), and "deviceMemory"
+// for "device_memory" (two spellings of one key). Unknown keys get the nearest known one besides.
+class KeyCheck : public nlohmann::json_sax<nlohmann::json> {
+ public:
+  const absl::Status& status() const { return status_; }
+
+  bool key(std::string& name) override {
+    Object& object = objects_.back();
+    if (!object.seen.insert(name).second)
+      return Fail(absl::StrCat("the key \"", name, "\" is there twice; leave one of them"));
+    object.next = nullptr;
+    if (object.message == nullptr) return true;
+    const google::protobuf::FieldDescriptor* const field = object.message->FindFieldByName(name);
+    if (field == nullptr) {
+      const std::vector<std::string> near = planner::NearNames(name, FieldsOf(*object.message), 1);
+      return Fail(absl::StrCat("there is no field \"", name, "\"",
+                               near.empty() ? "" : absl::StrCat("; did you mean \"", near.front(), "\"?")));
+    }
+    object.next = field->message_type();
+    return true;
+  }
+  bool start_object(size_t) override {
+    objects_.push_back({objects_.empty() ? v1::KvtidedConfig::descriptor() : objects_.back().next, nullptr, {}});
+    return true;
+  }
+  bool end_object() override {
+    objects_.pop_back();
+    return true;
+  }
+  bool start_array(size_t) override { return !objects_.empty(); }
+  bool end_array() override { return true; }
+  bool null() override { return true; }
+  bool boolean(bool) override { return true; }
+  bool number_integer(number_integer_t) override { return true; }
+  bool number_unsigned(number_unsigned_t) override { return true; }
+  bool number_float(number_float_t, const string_t&) override { return true; }
+  bool string(string_t&) override { return true; }
+  bool binary(binary_t&) override { return true; }
+  // Protobuf says so better.
+  bool parse_error(size_t, const std::string&, const nlohmann::detail::exception&) override { return false; }
+
+ private:
+  struct Object {
+    const google::protobuf::Descriptor* message = nullptr;  // null: its keys are free
+    const google::protobuf::Descriptor* next = nullptr;     // of the value of the last key
+    std::set<std::string> seen;
+  };
+  bool Fail(std::string text) {
+    status_ = absl::InvalidArgumentError(std::move(text));
+    return false;
+  }
+
+  std::vector<Object> objects_;
+  absl::Status status_;
+};
+
+// OK too for what is no JSON.
+absl::Status CheckKeys(const std::string& json) {
+  KeyCheck check;
+  nlohmann::json::sax_parse(json, &check);
+  return check.status();
 }
 
 // A size from its text, or from its number of bytes, or the default.
@@ -73,6 +140,25 @@ absl::Status CheckRange(const char* field, T value, T least, T most) {
 
 int Processors() { return std::max(1, static_cast<int>(std::thread::hardware_concurrency())); }
 
+// Beyond loopback nobody listens along, and callers say who they are.
+absl::Status CheckNetwork(const service::ServiceOptions& service) {
+  for (const std::string& text : service.listen) {
+    KVTIDE_ASSIGN_OR_RETURN(const service::Address address, service::ParseAddress(text));
+    if (!address.OpenToNetwork()) continue;
+    if (!service.tls.enabled())
+      return absl::InvalidArgumentError(
+          absl::StrCat("listen: ", text,
+                       " is open to the network without TLS; give --server-cert and --server-key, stay on "
+                       "127.0.0.1, or say --allow-insecure-tcp where the network itself is private"));
+    if (service.tls.client_ca.empty() && service.tokens == nullptr)
+      return absl::InvalidArgumentError(
+          absl::StrCat("listen: ", text,
+                       " is open to the network, and callers need not say who they are; give --client-ca or "
+                       "--tokens, or say --allow-insecure-tcp"));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status ResolveService(const v1::KvtidedConfig& config, service::ServiceOptions* service) {
   service->version = kVersion;
   service->listen.assign(config.listen().begin(), config.listen().end());
@@ -80,6 +166,14 @@ absl::Status ResolveService(const v1::KvtidedConfig& config, service::ServiceOpt
   for (const std::string& address : service->listen) {
     KVTIDE_RETURN_IF_ERROR(Annotate(service::ParseAddress(address).status(), "listen"));
   }
+  KVTIDE_ASSIGN_OR_RETURN(service->access,
+                          service::Access::Parse({config.allow().begin(), config.allow().end()}));
+  service->tls = {config.server_cert(), config.server_key(), config.client_ca()};
+  KVTIDE_RETURN_IF_ERROR(service::CheckTls(service->tls));
+  if (!config.tokens().empty()) {
+    KVTIDE_ASSIGN_OR_RETURN(service->tokens, service::Tokens::Load(config.tokens()));
+  }
+  if (!config.allow_insecure_tcp()) KVTIDE_RETURN_IF_ERROR(CheckNetwork(*service));
   auto pair = ParseCachePair(config.default_pair().empty() ? kDefaultPair : config.default_pair());
   if (!pair.ok()) return Annotate(pair.status(), "default_pair");
   service->defaults.pair = *pair;
@@ -100,6 +194,8 @@ absl::Status ResolveService(const v1::KvtidedConfig& config, service::ServiceOpt
   if (config.bulk_threads() > 0) service->bulk_threads = config.bulk_threads();
   KVTIDE_RETURN_IF_ERROR(CheckRange("max_connections", config.max_connections(), 0, 1 << 20));
   if (config.max_connections() > 0) service->max_connections = static_cast<size_t>(config.max_connections());
+  KVTIDE_RETURN_IF_ERROR(CheckRange("idle_seconds", config.idle_seconds(), 0, 1 << 20));
+  if (config.idle_seconds() > 0) service->idle = absl::Seconds(config.idle_seconds());
   KVTIDE_RETURN_IF_ERROR(
       CheckRange("max_calls_per_connection", config.max_calls_per_connection(), 0, 1 << 16));
   if (config.max_calls_per_connection() > 0)
@@ -164,7 +260,6 @@ absl::Status ResolveSharedMemory(const v1::KvtidedConfig& config, service::Share
         absl::StrCat("shared_memory: a client may have ", shared->client_bytes,
                      " bytes, the least is 8MiB; \"0\" closes the shared-memory way"));
   }
-  shared->users.assign(config.shared_memory_users().begin(), config.shared_memory_users().end());
   KVTIDE_RETURN_IF_ERROR(
       CheckRange("max_shared_memory_clients", config.max_shared_memory_clients(), 0, 4096));
   if (config.max_shared_memory_clients() > 0)
@@ -211,6 +306,9 @@ absl::StatusOr<std::vector<std::string>> ParseDevices(const std::string& text) {
 }
 
 absl::StatusOr<v1::KvtidedConfig> ParseConfig(const std::string& json, const std::string& file_name) {
+  if (const absl::Status keys = CheckKeys(json); !keys.ok())
+    return absl::InvalidArgumentError(
+        absl::StrCat("config file ", file_name, ": ", keys.message(), "\nknown fields: ", KnownFields()));
   v1::KvtidedConfig config;
   google::protobuf::util::JsonParseOptions options;
   options.ignore_unknown_fields = false;
@@ -241,6 +339,7 @@ absl::StatusOr<v1::KvtidedConfig> ReadConfigFile(const std::string& path) {
 
 void MergeConfig(const v1::KvtidedConfig& over, v1::KvtidedConfig* config) {
   if (over.listen_size() > 0) config->clear_listen();
+  if (over.allow_size() > 0) config->clear_allow();
   config->MergeFrom(over);
 }
 
@@ -271,6 +370,7 @@ absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config) {
   KVTIDE_RETURN_IF_ERROR(CheckRange("compute_threads", config.compute_threads(), 0, 1024));
   options.compute_threads = config.compute_threads();
   KVTIDE_RETURN_IF_ERROR(CheckRange("shutdown_seconds", config.shutdown_seconds(), 0, 3600));
+  options.insecure_tcp = config.allow_insecure_tcp();
   options.shutdown_grace = absl::Seconds(config.shutdown_seconds() > 0 ? config.shutdown_seconds() : 10);
   KVTIDE_RETURN_IF_ERROR(ResolveService(config, &options.service));
   KVTIDE_RETURN_IF_ERROR(ResolveSharedMemory(config, &options.service.shared_memory));

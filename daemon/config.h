@@ -26,6 +26,7 @@ struct DaemonOptions {
   std::string log_level;
   int compute_threads = 0;
   absl::Duration shutdown_grace;
+  bool insecure_tcp = false;
   service::ServiceOptions service;
   CacheOptions cache;  // limits; the tiers are filled in with the backends
 };

@@ -119,6 +119,10 @@ void AddFlags(CLI::App* app, Flags* flags) {
          "--max-connections", [config](int v) { config->set_max_connections(v); },
          "connections at a time; 0 = the default (1024, or what the limit of open files has room for)")
       ->envname("KVTIDE_MAX_CONNECTIONS");
+  app->add_option_function<int>(
+         "--idle-seconds", [config](int v) { config->set_idle_seconds(v); },
+         "close connections without calls after so long; 0 = the default (1800)")
+      ->envname("KVTIDE_IDLE_SECONDS");
   AddFlag(
       app, "--call-memory", "KVTIDE_CALL_MEMORY",
       [config](const std::string& v) { config->set_call_memory(v); },
@@ -131,15 +135,33 @@ void AddFlags(CLI::App* app, Flags* flags) {
       app, "--shared-memory-client", "KVTIDE_SHARED_MEMORY_CLIENT",
       [config](const std::string& v) { config->set_shared_memory_client(v); },
       "most of it for one client (default 256MiB)");
-  app->add_option_function<std::vector<uint32_t>>(
-         "--shared-memory-user",
-         [config](const std::vector<uint32_t>& all) {
-           config->mutable_shared_memory_users()->Assign(all.begin(), all.end());
+  app->add_option_function<std::vector<std::string>>(
+         "--allow",
+         [config](const std::vector<std::string>& all) {
+           config->mutable_allow()->Assign(all.begin(), all.end());
          },
-         "number of a user who may share memory with kvtided, beside its own and root; may be given several "
-         "times")
+         "who may use kvtided beside its own user and root, and as which tenant: uid:1001, group (its own), "
+         "group:kvtide=acme, "
+         "uid:1002=ops:admin, anyone, tcp=acme; may be given several times")
       ->allow_extra_args(false)
-      ->envname("KVTIDE_SHARED_MEMORY_USER");
+      ->envname("KVTIDE_ALLOW");
+  AddFlag(
+      app, "--server-cert", "KVTIDE_SERVER_CERT",
+      [config](const std::string& v) { config->set_server_cert(v); },
+      "TLS on TCP addresses: PEM file with kvtided's certificate chain");
+  AddFlag(
+      app, "--server-key", "KVTIDE_SERVER_KEY", [config](const std::string& v) { config->set_server_key(v); },
+      "PEM file with its key");
+  AddFlag(
+      app, "--client-ca", "KVTIDE_CLIENT_CA", [config](const std::string& v) { config->set_client_ca(v); },
+      "mTLS: PEM file with the CA of clients' certificates, whose common name is the tenant");
+  AddFlag(
+      app, "--tokens", "KVTIDE_TOKENS", [config](const std::string& v) { config->set_tokens(v); },
+      "file with the SHA-256 of bearer tokens: sha256:HEX TENANT[:admin] [until=TIME]; read again at SIGHUP");
+  app->add_flag_function(
+         "--allow-insecure-tcp", [config](int64_t) { config->set_allow_insecure_tcp(true); },
+         "listen beyond loopback without TLS, or without asking who calls")
+      ->envname("KVTIDE_ALLOW_INSECURE_TCP");
   app->add_option_function<int>(
          "--shutdown-seconds", [config](int v) { config->set_shutdown_seconds(v); },
          "how long calls under way may go on after SIGTERM; 0 = the default (10)")
@@ -185,6 +207,16 @@ class Daemon {
                       planner::FormatBytes(static_cast<int64_t>(tier.capacity_bytes)), " on ", tier.device);
     }
     return line;
+  }
+
+  // What may change without a restart is read again; what cannot be read stays as it was.
+  void Reload() {
+    if (options_.service.tokens == nullptr) return;
+    if (const absl::Status status = options_.service.tokens->Reload(); status.ok()) {
+      spdlog::info("reloaded tokens={}", options_.service.tokens->size());
+    } else {
+      spdlog::error("tokens stay as they were: {}", std::string(status.message()));
+    }
   }
 
   // False: a call has not come back, so that nothing can be taken apart.
@@ -293,14 +325,21 @@ class Daemon {
   absl::Status StartServer() {
     for (const std::string& text : options_.service.listen) {
       KVTIDE_ASSIGN_OR_RETURN(const service::Address address, service::ParseAddress(text));
-      if (address.OpenToNetwork()) {
-        spdlog::warn("address={} is open to the network, and there is no authentication", address.text);
+      if (address.OpenToNetwork() && options_.insecure_tcp) {
+        spdlog::warn("address={} is open to the network, by --allow-insecure-tcp", address.text);
       }
     }
     options_.service.refused = [gauges = options_.service.gauges](int64_t refused) {
       spdlog::warn(
           "connections refused={} open={} max_connections={} close idle clients, or raise --max-connections",
           refused, gauges->connections.load(), gauges->connections_limit.load());
+    };
+    options_.service.mended = [](const std::string& address, const absl::Status& status) {
+      if (status.ok()) {
+        spdlog::warn("address={} the socket's file was gone; it is there again", address);
+      } else {
+        spdlog::error("address={} the socket's file is gone: {}", address, std::string(status.message()));
+      }
     };
     KVTIDE_ASSIGN_OR_RETURN(server_, service::Server::Start(cache_.get(), options_.service));
     const int64_t connections = options_.service.gauges->connections_limit;
@@ -324,12 +363,14 @@ class Daemon {
   std::unique_ptr<service::Server> server_;
 };
 
-// Signals that stop the daemon are taken by WaitForStop alone; every thread that starts later inherits this.
+// Signals that stop the daemon, and SIGHUP, are taken by Main alone; every thread that starts later inherits
+// this.
 sigset_t BlockStopSignals() {
   sigset_t signals;
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);
   sigaddset(&signals, SIGINT);
+  sigaddset(&signals, SIGHUP);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   signal(SIGPIPE, SIG_IGN);
   return signals;
@@ -384,7 +425,11 @@ int Main(int argc, char** argv) {
   NotifyServiceManager("READY=1");
 
   int received = 0;
-  sigwait(&stop_signals, &received);
+  while (sigwait(&stop_signals, &received) == 0 && received == SIGHUP) {
+    NotifyServiceManager("RELOADING=1");
+    (*daemon)->Reload();
+    NotifyServiceManager("READY=1");
+  }
   NotifyServiceManager("STOPPING=1");
   spdlog::info("stopping signal={}", received == SIGTERM ? "SIGTERM" : "SIGINT");
   // A second signal ends the process at once.

@@ -12,7 +12,9 @@
 
 namespace kvtide::client {
 
-// A connected channel, or Unavailable with what to check.
+// A connected channel, or Unavailable with what to check. ResourceExhausted where a daemon answers that it
+// has as many connections as it may, InvalidArgument for credentials that make no sense.
+// `options.credentials` are complete (WithEnvironment).
 absl::StatusOr<std::shared_ptr<grpc::Channel>> OpenChannel(const std::string& address,
                                                            const ClientOptions& options);
 

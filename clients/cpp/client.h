@@ -27,6 +27,15 @@ namespace kvtide::client {
 
 using SequenceId = uint64_t;
 
+// How the client proves who it is, and checks whom it talks to. Empty fields are those of the environment:
+// KVTIDE_TLS_CA, KVTIDE_TLS_CERT, KVTIDE_TLS_KEY, KVTIDE_TOKEN_FILE. On Unix sockets the kernel does both,
+// and TLS is not used; a token is sent there too.
+struct Credentials {
+  std::string tls_ca;             // PEM file with the CA of the daemon's certificate, or "system"; set = TLS
+  std::string tls_cert, tls_key;  // PEM files: the client's own certificate and key (mTLS)
+  std::string token_file;  // holds a bearer token, which goes with every call; looked at again once a second
+};
+
 struct ClientOptions {
   // Of every call, from its start to its answer; also how long Connect waits for the daemon.
   absl::Duration timeout = absl::Seconds(60);
@@ -37,6 +46,7 @@ struct ClientOptions {
   // All calls go through one session stream, in order: sequences die with the client. Calls of several
   // threads then wait for each other.
   bool session = false;
+  Credentials credentials;
 };
 
 // A dense, row-major tensor of the caller.
@@ -79,7 +89,7 @@ struct Model {
 
 enum class KeyCentring { kDefault, kNone, kFirstBlock, kCalibrated };  // kvtide.v1.KeyCentring
 enum class KeyEqualising { kDefault, kNone, kRoot, kFull };            // kvtide.v1.KeyEqualising
-enum class Persistence { kDefault, kNone, kOnPark, kAll };              // kvtide.v1.Persistence
+enum class Persistence { kDefault, kNone, kOnPark, kAll };             // kvtide.v1.Persistence
 enum class RopePairs { kDefault, kNone, kHalves, kNeighbours };        // kvtide.v1.RopePairs
 
 struct SequenceOptions {

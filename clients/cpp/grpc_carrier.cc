@@ -5,6 +5,7 @@
 #include "clients/cpp/channel.h"
 #include "clients/cpp/client_impl.h"
 #include "clients/cpp/convert.h"
+#include "clients/cpp/credentials.h"
 #include "clients/cpp/session.h"
 #include "kernels/base/status.h"
 #include "kvtide/v1/kv_cache_service.grpc.pb.h"
@@ -16,8 +17,8 @@ using Stub = v1::KvCacheService::Stub;
 
 class UnaryCalls : public Carrier {
  public:
-  UnaryCalls(std::shared_ptr<Stub> stub, absl::Duration timeout)
-      : stub_(std::move(stub)), timeout_(timeout) {}
+  UnaryCalls(std::shared_ptr<Stub> stub, absl::Duration timeout, std::shared_ptr<TokenFile> token)
+      : stub_(std::move(stub)), timeout_(timeout), token_(std::move(token)) {}
 
   absl::Status Call(v1::SessionRequest* request, v1::SessionResponse* response) override {
     using Case = v1::SessionRequest::CallCase;
@@ -54,11 +55,13 @@ class UnaryCalls : public Carrier {
                      const Request& request, Response* response) {
     grpc::ClientContext context;
     context.set_deadline(absl::ToChronoTime(absl::Now() + timeout_));
+    if (token_ != nullptr) token_->AddTo(&context);
     return FromGrpc((stub_.get()->*method)(&context, request, response));
   }
 
   const std::shared_ptr<Stub> stub_;
   const absl::Duration timeout_;
+  const std::shared_ptr<TokenFile> token_;  // null = none
 };
 
 // A session and the stub that its stream hangs on.
@@ -78,16 +81,20 @@ class SessionCarrier : public Carrier {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Client::Impl>> ConnectGrpc(const std::string& address,
-                                                          const ClientOptions& options) {
+                                                          const ClientOptions& asked) {
+  ClientOptions options = asked;
+  options.credentials = WithEnvironment(options.credentials);
+  KVTIDE_ASSIGN_OR_RETURN(std::shared_ptr<TokenFile> token, TokenFile::Open(options.credentials.token_file));
   auto impl = std::make_unique<Client::Impl>();
   impl->address = address;
   KVTIDE_ASSIGN_OR_RETURN(const std::shared_ptr<grpc::Channel> channel, OpenChannel(address, options));
   std::shared_ptr<Stub> stub = v1::KvCacheService::NewStub(channel);
   if (options.session) {
-    KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<Session> session, Session::Start(stub.get(), options.timeout));
+    KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<Session> session,
+                            Session::Start(stub.get(), options.timeout, token.get()));
     impl->carrier = std::make_unique<SessionCarrier>(std::move(stub), std::move(session));
   } else {
-    impl->carrier = std::make_unique<UnaryCalls>(std::move(stub), options.timeout);
+    impl->carrier = std::make_unique<UnaryCalls>(std::move(stub), options.timeout, std::move(token));
   }
   impl->check_health = [channel, timeout = options.timeout] { return AskHealth(channel, timeout); };
   return impl;

@@ -8,9 +8,10 @@
 namespace kvtide::client {
 
 absl::StatusOr<std::unique_ptr<Session>> Session::Start(v1::KvCacheService::Stub* stub,
-                                                        absl::Duration timeout) {
+                                                        absl::Duration timeout, TokenFile* token) {
   std::unique_ptr<Session> session(new Session(timeout));
   const MutexLock lock(session->mutex_);
+  if (token != nullptr) token->AddTo(&session->context_);
   session->stream_ = stub->AsyncSession(&session->context_, &session->queue_, session.get());
   KVTIDE_RETURN_IF_ERROR(Annotate(session->Wait(absl::Now() + timeout), "session"));
   return session;

@@ -7,6 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "clients/cpp/credentials.h"
 #include "grpcpp/client_context.h"
 #include "grpcpp/completion_queue.h"
 #include "kernels/base/mutex.h"
@@ -16,8 +17,9 @@ namespace kvtide::client {
 
 class Session {
  public:
+  // `token` may be null.
   static absl::StatusOr<std::unique_ptr<Session>> Start(v1::KvCacheService::Stub* stub,
-                                                        absl::Duration timeout);
+                                                        absl::Duration timeout, TokenFile* token);
   ~Session();
 
   // Numbers the request. An error that the daemon reports for the call is returned as a status; the session

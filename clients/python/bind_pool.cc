@@ -4,10 +4,13 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <optional>
+#include <string>
+#include <tuple>
 #include <utility>
 
 #include "clients/cpp/pool.h"
@@ -419,19 +422,22 @@ void BindPool(nb::module_& m) {
   m.def(
       "connect",
       [](const std::string& address, double timeout, double connect_timeout, int64_t max_message_bytes,
-         bool session, const std::string& embedded_config, int64_t arena_bytes) {
+         bool session, const std::string& embedded_config, int64_t arena_bytes,
+         const std::tuple<std::string, std::string, std::string, std::string>& credentials) {
         client::PoolOptions options;
         options.client.timeout = absl::Seconds(timeout);
         options.client.connect_timeout = absl::Seconds(connect_timeout);
         options.client.max_message_bytes = max_message_bytes;
         options.client.session = session;
+        std::tie(options.client.credentials.tls_ca, options.client.credentials.tls_cert,
+                 options.client.credentials.tls_key, options.client.credentials.token_file) = credentials;
         options.embedded_config = embedded_config;
         options.arena_bytes = arena_bytes;
         return std::make_unique<Handle>(
             Raise(Blocking([&] { return client::Pool::Connect(address, options); })));
       },
       "address"_a, "timeout"_a, "connect_timeout"_a, "max_message_bytes"_a, "session"_a, "embedded_config"_a,
-      "arena_bytes"_a);
+      "arena_bytes"_a, "credentials"_a);
   m.def("default_address", &client::DefaultAddress);
 }
 

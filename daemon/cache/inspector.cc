@@ -140,18 +140,21 @@ SequenceInfo Inspector::Describe(const CacheState& state, const Sequence& sequen
   return info;
 }
 
-absl::StatusOr<SequenceInfo> Inspector::GetSequence(SequenceId id) const {
+absl::StatusOr<SequenceInfo> Inspector::GetSequence(SequenceId id, const CallContext& context) const {
   CacheLock lock(core_);
-  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, lock->sequences.Find(id));
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, lock->sequences.Find(id, context));
   return Describe(*lock, *sequence);
 }
 
-std::vector<SequenceInfo> Inspector::ListSequences(const SequenceList& list) const {
+std::vector<SequenceInfo> Inspector::ListSequences(const SequenceList& list,
+                                                   const CallContext& context) const {
   CacheLock lock(core_);
   std::vector<SequenceInfo> infos;
   const auto& all = lock->sequences.all();
   for (auto it = all.upper_bound(list.after); it != all.end() && infos.size() < list.limit; ++it)
-    if (list.model == 0 || it->second->model->id == list.model) infos.push_back(Describe(*lock, *it->second));
+    if ((list.model.empty() || it->second->model->spec.name == list.model) &&
+        context.identity->MaySee(it->second->options.name_space))
+      infos.push_back(Describe(*lock, *it->second));
   return infos;
 }
 

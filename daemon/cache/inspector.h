@@ -16,8 +16,8 @@ class Inspector {
   explicit Inspector(CacheCore& core) : core_(core) {}
 
   CacheStats Stats() const;
-  absl::StatusOr<SequenceInfo> GetSequence(SequenceId id) const;
-  std::vector<SequenceInfo> ListSequences(const SequenceList& list) const;
+  absl::StatusOr<SequenceInfo> GetSequence(SequenceId id, const CallContext& context) const;
+  std::vector<SequenceInfo> ListSequences(const SequenceList& list, const CallContext& context) const;
   void CheckInvariants() const;
 
  private:

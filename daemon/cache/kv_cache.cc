@@ -103,10 +103,10 @@ absl::Status KvCache::Impl::AppendAttend(const AttendCall& call) {
 }
 
 // Models and sequences.
-absl::StatusOr<ModelId> KvCache::RegisterModel(const ModelSpec& spec, const CallContext&) {
+absl::StatusOr<ModelId> KvCache::RegisterModel(const ModelSpec& spec, const CallContext& context) {
   KVTIDE_RETURN_IF_ERROR(CheckModelSpec(spec));
   CacheLock lock(impl_->core);
-  const absl::StatusOr<ModelId> id = lock->sequences.RegisterModel(spec);
+  const absl::StatusOr<ModelId> id = lock->sequences.RegisterModel(spec, context.tenant());
   if (id.status().code() == absl::StatusCode::kResourceExhausted) lock->counters.exhausted++;
   return id;
 }
@@ -117,18 +117,24 @@ absl::StatusOr<ModelSpec> KvCache::GetModel(ModelId model) const {
   return state->spec;
 }
 
-std::vector<std::string> KvCache::ModelNames() const {
+std::vector<std::string> KvCache::ModelNames(const CallContext& context) const {
   CacheLock lock(impl_->core);
-  return lock->sequences.ModelNames();
+  return lock->sequences.ModelNames(*context.identity);
 }
 
-absl::StatusOr<ModelId> KvCache::FindModel(const std::string& name) const {
+absl::StatusOr<ModelId> KvCache::FindModel(const std::string& name, const CallContext& context) const {
   CacheLock lock(impl_->core);
-  return lock->sequences.FindModel(name);
+  return lock->sequences.FindModel(name, context.tenant());
 }
 
-absl::StatusOr<SequenceId> KvCache::CreateSequence(ModelId model, const SequenceOptions& options,
-                                                   const CallContext&) {
+absl::StatusOr<SequenceId> KvCache::CreateSequence(ModelId model, const SequenceOptions& asked,
+                                                   const CallContext& context) {
+  SequenceOptions options = asked;
+  if (options.name_space.empty()) options.name_space = context.tenant();
+  if (!context.identity->MaySee(options.name_space))
+    return absl::PermissionDeniedError(absl::StrCat("the caller is of tenant '", context.tenant(),
+                                                    "' and makes no sequences for others; leave the tenant "
+                                                    "away, or ask an admin"));
   CacheLock lock(impl_->core);
   const absl::StatusOr<SequencePtr> sequence = lock->sequences.Create(model, options);
   if (sequence.ok()) return (*sequence)->id;
@@ -136,18 +142,18 @@ absl::StatusOr<SequenceId> KvCache::CreateSequence(ModelId model, const Sequence
   return sequence.status();
 }
 
-absl::StatusOr<SequenceId> KvCache::ForkSequence(SequenceId id, const CallContext&) {
+absl::StatusOr<SequenceId> KvCache::ForkSequence(SequenceId id, const CallContext& context) {
   CacheLock lock(impl_->core);
-  const absl::StatusOr<SequencePtr> child = lock->sequences.Fork(id);
+  const absl::StatusOr<SequencePtr> child = lock->sequences.Fork(id, context);
   if (child.ok()) return (*child)->id;
   if (child.status().code() == absl::StatusCode::kResourceExhausted) lock->counters.exhausted++;
   return child.status();
 }
 
-absl::Status KvCache::CloseSequence(SequenceId sequence) {
+absl::Status KvCache::CloseSequence(SequenceId sequence, const CallContext& context) {
   CacheLock lock(impl_->core);
-  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr closing, lock->sequences.Find(sequence));
-  KVTIDE_RETURN_IF_ERROR(lock->sequences.Close(sequence));
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr closing, lock->sequences.Find(sequence, context));
+  KVTIDE_RETURN_IF_ERROR(lock->sequences.Close(closing));
   lock->changed.NotifyAll();
   return impl_->persister.Forget(lock, *closing);
 }
@@ -161,27 +167,27 @@ void KvCache::PersistChanged() { impl_->persister.PersistChanged(); }
 
 bool KvCache::IsDurable(SequenceId id) const {
   CacheLock lock(impl_->core);
-  const absl::StatusOr<SequencePtr> sequence = lock->sequences.Find(id);
+  const absl::StatusOr<SequencePtr> sequence = lock->sequences.Find(id, {});
   return sequence.ok() && (*sequence)->durable.exists;
 }
 
 const RestoreReport& KvCache::restored() const { return impl_->restored; }
 
-absl::StatusOr<ModelId> KvCache::ModelOf(SequenceId id) const {
+absl::StatusOr<ModelId> KvCache::ModelOf(SequenceId id, const CallContext& context) const {
   CacheLock lock(impl_->core);
-  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, lock->sequences.Find(id));
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, lock->sequences.Find(id, context));
   return sequence->model->id;
 }
 
-absl::StatusOr<int64_t> KvCache::Length(SequenceId id) const {
+absl::StatusOr<int64_t> KvCache::Length(SequenceId id, const CallContext& context) const {
   CacheLock lock(impl_->core);
-  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, lock->sequences.Find(id));
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, lock->sequences.Find(id, context));
   return sequence->MinTokens();
 }
 
-absl::StatusOr<int64_t> KvCache::LayerLength(SequenceId id, int layer) const {
+absl::StatusOr<int64_t> KvCache::LayerLength(SequenceId id, int layer, const CallContext& context) const {
   CacheLock lock(impl_->core);
-  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, lock->sequences.Find(id));
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, lock->sequences.Find(id, context));
   const auto& layers = sequence->model->spec.layers;
   if (layer < 0 || static_cast<size_t>(layer) >= layers.size())
     return absl::InvalidArgumentError(
@@ -248,7 +254,7 @@ double KvCache::EstimateWork(const AttendCall& call) const {
   double work = 0;
   CacheLock lock(impl_->core);
   for (const AttendRequest& item : call.items) {
-    const absl::StatusOr<SequencePtr> sequence = lock->sequences.Find(item.sequence);
+    const absl::StatusOr<SequencePtr> sequence = lock->sequences.Find(item.sequence, ContextOf(call));
     if (!sequence.ok()) return kAnything;
     const ModelSpec& model = (*sequence)->model->spec;
     if (call.layer < 0 || static_cast<size_t>(call.layer) >= model.layers.size()) return kAnything;
@@ -286,7 +292,7 @@ absl::StatusOr<MoveReport> KvCache::EvictAll(int tier, const CallContext& contex
   absl::StatusOr<MoveReport> report = impl_->mover.EvictAll(tier, context);
   if (!report.ok() || tier == kDropTier) return report;
   std::vector<SequenceId> ids;
-  for (const SequenceInfo& info : impl_->inspector.ListSequences({}))
+  for (const SequenceInfo& info : impl_->inspector.ListSequences({}, context))
     if (info.options.persistence != Persistence::kNone) ids.push_back(info.id);
   KVTIDE_RETURN_IF_ERROR(impl_->persister.PersistParked(ids, context));
   return report;
@@ -295,11 +301,11 @@ absl::StatusOr<MoveReport> KvCache::Prefetch(std::span<const SequenceId> sequenc
                                              const CallContext& context) {
   return impl_->mover.Prefetch(sequences, context);
 }
-absl::StatusOr<SequenceInfo> KvCache::GetSequence(SequenceId sequence) const {
-  return impl_->inspector.GetSequence(sequence);
+absl::StatusOr<SequenceInfo> KvCache::GetSequence(SequenceId sequence, const CallContext& context) const {
+  return impl_->inspector.GetSequence(sequence, context);
 }
-std::vector<SequenceInfo> KvCache::ListSequences(const SequenceList& list) const {
-  return impl_->inspector.ListSequences(list);
+std::vector<SequenceInfo> KvCache::ListSequences(const SequenceList& list, const CallContext& context) const {
+  return impl_->inspector.ListSequences(list, context);
 }
 CacheStats KvCache::Stats() const { return impl_->inspector.Stats(); }
 const CacheOptions& KvCache::options() const { return impl_->core.options(); }

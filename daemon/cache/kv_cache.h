@@ -10,14 +10,14 @@
 //   InvalidArgument     a shape, an element type, a value that is NaN, infinite or beyond f16 (its position
 //   is
 //                       named), a position or size out of bounds, an unsupported pair
-//   NotFound            an unknown model or sequence; the message says so if it was closed
-//   FailedPrecondition  another spec under a registered name; a drop that the sequence does not allow
-//   OutOfRange          a start position that is not the layer's length; tokens that left the sliding window
-//   Aborted             another writer holds the sequence (retry later); it was closed while the call ran
-//   ResourceExhausted   no room in any tier (needed and free bytes are named), or a limit; nothing has
-//   changed DataLoss            a visible token was dropped, or a block failed its checksum (token range is
-//   named) Cancelled           the caller no longer wants the answer; what the verb says of it has happened
-//   DeadlineExceeded    the same, by time
+//   NotFound            an unknown model or sequence, or another tenant's; the message says so if it was
+//   closed PermissionDenied    a sequence is to be made for another tenant FailedPrecondition  another spec
+//   under a registered name; a drop that the sequence does not allow OutOfRange          a start position
+//   that is not the layer's length; tokens that left the sliding window Aborted             another writer
+//   holds the sequence (retry later); it was closed while the call ran ResourceExhausted   no room in any
+//   tier (needed and free bytes are named), or a limit; nothing has changed DataLoss            a visible
+//   token was dropped, or a block failed its checksum (token range is named) Cancelled           the caller
+//   no longer wants the answer; what the verb says of it has happened DeadlineExceeded    the same, by time
 //
 #pragma once
 
@@ -112,7 +112,7 @@ struct ReadCall {
 struct SequenceList {
   SequenceId after = 0;  // those with larger ids
   size_t limit = std::numeric_limits<size_t>::max();
-  ModelId model = 0;  // of this model; 0 = any
+  std::string model;  // of models of this name; empty = any
 };
 
 class Step;       // stepper.h
@@ -126,13 +126,16 @@ class KvCache {
   // Stops the mover. No call may be running.
   ~KvCache();
 
-  // Idempotent: an equal spec under the same name gives the same id. A shard of a model (some of its KV heads
-  // and their query heads) is a model of its own, whose sequences are created on the shard's device.
+  // Models belong to the caller's tenant, and so do their names. Idempotent: an equal spec under the same
+  // name gives the same id. A shard of a model (some of its KV heads and their query heads) is a model of its
+  // own, whose sequences are created on the shard's device.
   absl::StatusOr<ModelId> RegisterModel(const ModelSpec& spec, const CallContext& context = {});
   absl::StatusOr<ModelSpec> GetModel(ModelId model) const;
-  absl::StatusOr<ModelId> FindModel(const std::string& name) const;
-  std::vector<std::string> ModelNames() const;  // in order of registration
+  absl::StatusOr<ModelId> FindModel(const std::string& name, const CallContext& context = {}) const;
+  // In order of registration; an admin sees those of all tenants.
+  std::vector<std::string> ModelNames(const CallContext& context = {}) const;
 
+  // PermissionDenied where the options name a tenant that is not the caller's, unless an admin does.
   absl::StatusOr<SequenceId> CreateSequence(ModelId model, const SequenceOptions& options,
                                             const CallContext& context = {});
   // A copy that shares all blocks; whoever writes into the shared tail first gets a copy of it.
@@ -143,7 +146,7 @@ class KvCache {
   absl::Status TruncateSequence(SequenceId sequence, int64_t tokens, const CallContext& context = {});
   // Frees everything; calls that run on the sequence end well or with Aborted. One that was durable is not
   // there after a restart; Unavailable if that could not be written down (it is closed all the same).
-  absl::Status CloseSequence(SequenceId sequence);
+  absl::Status CloseSequence(SequenceId sequence, const CallContext& context = {});
 
   absl::Status Append(const AppendCall& call);
   absl::Status Attend(const AttendCall& call);
@@ -186,14 +189,15 @@ class KvCache {
   // What was there at the start.
   const RestoreReport& restored() const;
 
-  absl::StatusOr<SequenceInfo> GetSequence(SequenceId sequence) const;
-  // In the order of their ids; costs what it returns.
-  std::vector<SequenceInfo> ListSequences(const SequenceList& list = {}) const;
+  absl::StatusOr<SequenceInfo> GetSequence(SequenceId sequence, const CallContext& context = {}) const;
+  // Those that the caller may see, in the order of their ids; costs what it returns and what it passes over.
+  std::vector<SequenceInfo> ListSequences(const SequenceList& list = {},
+                                          const CallContext& context = {}) const;
   // Cheap questions of every call, unlike GetSequence, which counts blocks.
-  absl::StatusOr<ModelId> ModelOf(SequenceId sequence) const;
-  absl::StatusOr<int64_t> Length(SequenceId sequence) const;
+  absl::StatusOr<ModelId> ModelOf(SequenceId sequence, const CallContext& context = {}) const;
+  absl::StatusOr<int64_t> Length(SequenceId sequence, const CallContext& context = {}) const;
   // Length of one layer; a new token of the layer goes there.
-  absl::StatusOr<int64_t> LayerLength(SequenceId sequence, int layer) const;
+  absl::StatusOr<int64_t> LayerLength(SequenceId sequence, int layer, const CallContext& context = {}) const;
   CacheStats Stats() const;
   const CacheOptions& options() const;
 

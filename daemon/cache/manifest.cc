@@ -9,7 +9,7 @@
 namespace kvtide {
 namespace {
 
-constexpr uint32_t kVersion = 2;
+constexpr uint32_t kVersion = 3;
 
 class Writer {
  public:
@@ -309,6 +309,7 @@ std::string EncodeManifest(const Manifest& manifest) {
   out.Put(manifest.created_unix_nanos);
   out.PutText(manifest.device);
   PutModel(out, manifest.model);
+  out.PutText(manifest.model_tenant);
   PutOptions(out, manifest.options);
   out.Put(uint64_t{manifest.groups.size()});
   for (const ManifestGroup& group : manifest.groups) PutGroup(out, group);
@@ -327,6 +328,7 @@ absl::StatusOr<Manifest> DecodeManifest(const std::string& bytes) {
   in.Get(&manifest.created_unix_nanos);
   manifest.device = in.GetText();
   manifest.model = GetModel(in);
+  manifest.model_tenant = in.GetText();
   KVTIDE_ASSIGN_OR_RETURN(manifest.options, GetOptions(in));
   const size_t groups = in.GetCount(80);
   for (size_t g = 0; g < groups; g++) manifest.groups.push_back(GetGroup(in));

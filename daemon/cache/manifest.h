@@ -37,6 +37,7 @@ struct Manifest {
   int64_t created_unix_nanos = 0;
   std::string device;  // where it lived
   ModelSpec model;
+  std::string model_tenant;  // who has registered it
   SequenceOptions options;
   std::vector<ManifestGroup> groups;
 };

@@ -92,12 +92,13 @@ absl::Status Mover::Check(const CallContext& context, const char* what, const Mo
 }
 
 absl::StatusOr<std::vector<SequencePtr>> Mover::FindAll(const CacheState& state,
-                                                        std::span<const SequenceId> ids) const {
+                                                        std::span<const SequenceId> ids,
+                                                        const CallContext& context) const {
   const size_t limit = core_.options().max_sequences;
   if (ids.size() > limit)
     return absl::InvalidArgumentError(absl::StrCat(ids.size(), " sequence ids: at most ", limit,
                                                    " sequences are open at a time (max_sequences)"));
-  return state.sequences.FindAll(ids);
+  return state.sequences.FindAll(ids, context);
 }
 
 MoveReport Mover::MoveTo(CacheLock& lock, std::span<const HeldBlock> blocks, int tier, uint64_t before_serial,
@@ -200,7 +201,7 @@ absl::StatusOr<MoveReport> Mover::Evict(std::span<const SequenceId> ids, int tie
                                         const CallContext& context) {
   CacheLock lock(core_);
   KVTIDE_RETURN_IF_ERROR(CheckTier(tier));
-  KVTIDE_ASSIGN_OR_RETURN(const std::vector<SequencePtr> sequences, FindAll(*lock, ids));
+  KVTIDE_ASSIGN_OR_RETURN(const std::vector<SequencePtr> sequences, FindAll(*lock, ids, context));
   if (tier == kDropTier)
     for (const SequencePtr& sequence : sequences)
       if (!sequence->options.allow_drop)
@@ -216,7 +217,9 @@ absl::StatusOr<MoveReport> Mover::EvictAll(int tier, const CallContext& context)
   KVTIDE_RETURN_IF_ERROR(CheckTier(tier));
   std::vector<SequencePtr> sequences;
   for (const auto& [id, sequence] : lock->sequences.all())
-    if (tier != kDropTier || sequence->options.allow_drop) sequences.push_back(sequence);
+    if (context.identity->MaySee(sequence->options.name_space) &&
+        (tier != kDropTier || sequence->options.allow_drop))
+      sequences.push_back(sequence);
   lock->counters.evict_calls++;
   return Eviction(*this, lock, sequences, tier, tier != kDropTier).Run(context);
 }
@@ -230,7 +233,7 @@ absl::Status Mover::CheckTier(int tier) const {
 absl::StatusOr<MoveReport> Mover::Prefetch(std::span<const SequenceId> ids, const CallContext& context) {
   CacheLock lock(core_);
   BlockStore& store = lock->store;
-  KVTIDE_ASSIGN_OR_RETURN(const std::vector<SequencePtr> sequences, FindAll(*lock, ids));
+  KVTIDE_ASSIGN_OR_RETURN(const std::vector<SequencePtr> sequences, FindAll(*lock, ids, context));
   lock->counters.prefetch_calls++;
   const uint64_t before_serial = store.serial() + 1;  // only what was touched earlier makes way
   const absl::Time now = core_.options().clock();

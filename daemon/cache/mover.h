@@ -64,8 +64,8 @@ class Mover {
   class Eviction;
 
   absl::Status CheckTier(int tier) const;
-  absl::StatusOr<std::vector<SequencePtr>> FindAll(const CacheState& state,
-                                                   std::span<const SequenceId> ids) const;
+  absl::StatusOr<std::vector<SequencePtr>> FindAll(const CacheState& state, std::span<const SequenceId> ids,
+                                                   const CallContext& context) const;
   // Moves the blocks to `tier`, making room there.
   MoveReport MoveTo(CacheLock& lock, std::span<const HeldBlock> blocks, int tier, uint64_t before_serial,
                     const Cancellation* cancellation = nullptr);

@@ -57,7 +57,7 @@ absl::StatusOr<PersistReport> Persister::Persist(std::span<const SequenceId> ids
     return absl::FailedPreconditionError(
         "no tier survives a restart; give the cache one (kvtided --disk PATH:SIZE)");
   CacheLock lock(core_);
-  KVTIDE_ASSIGN_OR_RETURN(const std::vector<SequencePtr> sequences, lock->sequences.FindAll(ids));
+  KVTIDE_ASSIGN_OR_RETURN(const std::vector<SequencePtr> sequences, lock->sequences.FindAll(ids, context));
   lock->counters.persist_calls++;
   PersistReport report;
   for (const SequencePtr& sequence : sequences)
@@ -71,7 +71,7 @@ absl::Status Persister::PersistParked(std::span<const SequenceId> ids, const Cal
   CacheLock lock(core_);
   PersistReport report;
   for (const SequenceId id : ids) {
-    const absl::StatusOr<SequencePtr> sequence = lock->sequences.Find(id);
+    const absl::StatusOr<SequencePtr> sequence = lock->sequences.Find(id, context);
     if (!sequence.ok() || (*sequence)->options.persistence == Persistence::kNone) continue;
     KVTIDE_RETURN_IF_ERROR(Annotate(PersistOne(lock, *sequence, context, &report),
                                     absl::StrCat("sequence ", id, " is parked, but not durable")));
@@ -278,6 +278,7 @@ Manifest Persister::Describe(const CacheState& state, const Sequence& sequence,
   manifest.created_unix_nanos = absl::ToUnixNanos(sequence.created);
   manifest.device = state.store.tier(sequence.home).device;
   manifest.model = sequence.model->spec;
+  manifest.model_tenant = sequence.model->tenant;
   manifest.options = sequence.options;
   for (const GroupTable& table : sequence.groups) {
     ManifestGroup& group = manifest.groups.emplace_back();
@@ -329,7 +330,7 @@ absl::Status Persister::Forget(CacheLock& lock, Sequence& sequence) {
     sequence.durable = {};
   }
   // Those of open sequences are settled by their next Persist.
-  std::erase_if(keys, [&](SequenceId id) { return id != sequence.id && lock->sequences.Find(id).ok(); });
+  std::erase_if(keys, [&](SequenceId id) { return id != sequence.id && lock->sequences.IsOpen(id); });
   if (keys.empty()) return absl::OkStatus();
   absl::Status status;
   {
@@ -378,7 +379,8 @@ absl::Status Persister::RestoreOne(CacheLock& lock, const std::string& bytes, Re
     for (std::shared_ptr<const Profile>& profile : group.profiles)
       profile = profiles_.try_emplace(profile->hash, profile).first->second;
   KVTIDE_RETURN_IF_ERROR(CheckModelSpec(manifest.model));
-  KVTIDE_ASSIGN_OR_RETURN(const ModelId model, lock->sequences.RegisterModel(manifest.model));
+  KVTIDE_ASSIGN_OR_RETURN(const ModelId model,
+                          lock->sequences.RegisterModel(manifest.model, manifest.model_tenant));
   SequenceOptions options = manifest.options;
   // Where it lived; anywhere if that device is no more.
   options.device = manifest.device;

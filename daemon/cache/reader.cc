@@ -155,9 +155,11 @@ absl::StatusOr<std::vector<SequencePtr>> Reader::FindSequences(const AttendCall&
                                                    core_.options().max_batch_items, " (max_batch_items)"));
   std::vector<SequencePtr> sequences;
   sequences.reserve(call.items.size());
+  static const CallContext kNobody;
+  const CallContext& context = call.context != nullptr ? *call.context : kNobody;
   CacheLock lock(core_);
   for (size_t i = 0; i < call.items.size(); i++) {
-    absl::StatusOr<SequencePtr> sequence = lock->sequences.Find(call.items[i].sequence);
+    absl::StatusOr<SequencePtr> sequence = lock->sequences.Find(call.items[i].sequence, context);
     if (!sequence.ok()) return Annotate(sequence.status(), absl::StrCat("item ", i));
     if (!sequences.empty() && (*sequence)->model != sequences.front()->model)
       return absl::InvalidArgumentError(absl::StrCat(
@@ -573,7 +575,7 @@ absl::Status Reader::ReadTokens(const ReadCall& call) {
 absl::StatusOr<std::vector<Reader::Wanted>> Reader::TryRead(const ReadCall& call,
                                                             const CallContext& context) {
   CacheLock lock(core_);
-  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, lock->sequences.Find(call.sequence));
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, lock->sequences.Find(call.sequence, context));
   const ModelSpec& model = sequence->model->spec;
   KVTIDE_RETURN_IF_ERROR(CheckRead(call, model));
   Reading reading(*lock, call.layers.size());

@@ -99,7 +99,8 @@ struct Durable {
 struct ModelState {
   ModelId id = 0;
   ModelSpec spec;
-  uint64_t hash = 0;  // HashModel(spec)
+  std::string tenant;                                      // who has registered it
+  uint64_t hash = 0;                                       // HashModel(spec)
   std::vector<std::shared_ptr<const Profile>> calibrated;  // by group; null = no means
 };
 

@@ -31,8 +31,9 @@ struct SequenceOptions {
   std::optional<Equalise>
       equalise;  // of K's channels, from the same tokens as the mean; unset = the type's default
   RopePairs rope_pairs = RopePairs::kHalves;
-  std::string name_space;  // tenant; shown in lists and stamped on blocks
-  std::string device;      // where the sequence is to live; empty = the device with the most room
+  // The tenant: nobody else sees the sequence. Stamped on its blocks. Empty = the caller's.
+  std::string name_space;
+  std::string device;  // where the sequence is to live; empty = the device with the most room
   Persistence persistence = Persistence::kNone;
   bool allow_drop =
       false;  // blocks may be dropped when the last tier is full; attending over them is DataLoss

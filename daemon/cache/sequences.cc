@@ -27,9 +27,9 @@ void Sequences::Clear() {
   by_id_.clear();
 }
 
-absl::StatusOr<ModelId> Sequences::RegisterModel(const ModelSpec& spec) {
+absl::StatusOr<ModelId> Sequences::RegisterModel(const ModelSpec& spec, const std::string& tenant) {
   for (const auto& model : models_) {
-    if (model->spec.name != spec.name) continue;
+    if (model->spec.name != spec.name || model->tenant != tenant) continue;
     if (model->spec == spec) return model->id;
     return absl::FailedPreconditionError(absl::StrCat(
         "model '", spec.name, "' is registered with another geometry; use another name for this one"));
@@ -46,6 +46,7 @@ absl::StatusOr<ModelId> Sequences::RegisterModel(const ModelSpec& spec) {
   auto model = std::make_shared<ModelState>();
   model->id = static_cast<ModelId>(models_.size() + 1);
   model->spec = spec;
+  model->tenant = tenant;
   model->hash = HashModel(spec);
   for (const LayerGroupSpec& group : spec.groups)
     model->calibrated.push_back(group.key_means.empty() ? nullptr
@@ -61,15 +62,18 @@ absl::StatusOr<std::shared_ptr<const ModelState>> Sequences::GetModel(ModelId mo
   return models_[model - 1];
 }
 
-std::vector<std::string> Sequences::ModelNames() const {
+std::vector<std::string> Sequences::ModelNames(const Identity& caller) const {
   std::vector<std::string> names;
-  for (const auto& model : models_) names.push_back(model->spec.name);
+  for (const auto& model : models_)
+    if (caller.MaySee(model->tenant) &&
+        std::find(names.begin(), names.end(), model->spec.name) == names.end())
+      names.push_back(model->spec.name);
   return names;
 }
 
-absl::StatusOr<ModelId> Sequences::FindModel(const std::string& name) const {
+absl::StatusOr<ModelId> Sequences::FindModel(const std::string& name, const std::string& tenant) const {
   for (const auto& model : models_)
-    if (model->spec.name == name) return model->id;
+    if (model->spec.name == name && model->tenant == tenant) return model->id;
   return absl::NotFoundError(absl::StrCat("model '", name, "' is not registered"));
 }
 
@@ -147,20 +151,21 @@ void Sequences::NotEmptyAnyMore(Sequence& sequence) {
   home_counts_[static_cast<size_t>(sequence.home)].empty--;
 }
 
-absl::StatusOr<SequencePtr> Sequences::Find(SequenceId id) const {
+absl::StatusOr<SequencePtr> Sequences::Find(SequenceId id, const CallContext& context) const {
   const auto it = by_id_.find(id);
-  if (it != by_id_.end()) return it->second;
+  if (it != by_id_.end() && context.identity->MaySee(it->second->options.name_space)) return it->second;
   if (std::find(closed_.begin(), closed_.end(), id) != closed_.end())
     return absl::NotFoundError(absl::StrCat("sequence ", id, " was closed"));
   return absl::NotFoundError(absl::StrCat("sequence ", id, " does not exist"));
 }
 
-absl::StatusOr<std::vector<SequencePtr>> Sequences::FindAll(std::span<const SequenceId> ids) const {
+absl::StatusOr<std::vector<SequencePtr>> Sequences::FindAll(std::span<const SequenceId> ids,
+                                                            const CallContext& context) const {
   std::vector<SequencePtr> found;
   std::set<SequenceId> seen;
   for (const SequenceId id : ids) {
     if (!seen.insert(id).second) continue;
-    KVTIDE_ASSIGN_OR_RETURN(SequencePtr sequence, Find(id));
+    KVTIDE_ASSIGN_OR_RETURN(SequencePtr sequence, Find(id, context));
     found.push_back(std::move(sequence));
   }
   return found;
@@ -242,8 +247,8 @@ GroupTable ForkTable(const GroupTable& from) {
 
 }  // namespace
 
-absl::StatusOr<SequencePtr> Sequences::Fork(SequenceId id) {
-  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr parent, Find(id));
+absl::StatusOr<SequencePtr> Sequences::Fork(SequenceId id, const CallContext& context) {
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr parent, Find(id, context));
   if (parent->writer)
     return absl::AbortedError(
         absl::StrCat("sequence ", id, " is being written; fork it when the call has ended"));
@@ -267,8 +272,8 @@ absl::StatusOr<SequencePtr> Sequences::Fork(SequenceId id) {
   return child;
 }
 
-absl::Status Sequences::Close(SequenceId id) {
-  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, Find(id));
+absl::Status Sequences::Close(const SequencePtr& sequence) {
+  const SequenceId id = sequence->id;
   sequences_.erase(id);
   by_id_.erase(id);
   NotEmptyAnyMore(*sequence);

@@ -16,6 +16,7 @@
 #include "absl/status/statusor.h"
 #include "daemon/cache/block_store.h"
 #include "daemon/cache/cache_options.h"
+#include "daemon/cache/call_context.h"
 #include "daemon/cache/sequence.h"
 
 namespace kvtide {
@@ -26,22 +27,27 @@ class Sequences {
  public:
   Sequences(const CacheOptions& options, BlockStore* store);
 
-  absl::StatusOr<ModelId> RegisterModel(const ModelSpec& spec);
+  // Names of models are the tenant's own: two tenants may have different ones of a name.
+  absl::StatusOr<ModelId> RegisterModel(const ModelSpec& spec, const std::string& tenant);
   absl::StatusOr<std::shared_ptr<const ModelState>> GetModel(ModelId model) const;
-  absl::StatusOr<ModelId> FindModel(const std::string& name) const;
-  std::vector<std::string> ModelNames() const;
+  absl::StatusOr<ModelId> FindModel(const std::string& name, const std::string& tenant) const;
+  // Those that the caller may see; an admin, all.
+  std::vector<std::string> ModelNames(const Identity& caller) const;
   size_t models() const { return models_.size(); }
 
   absl::StatusOr<SequencePtr> Create(ModelId model, const SequenceOptions& options);
   // Create in two steps, for one that was there before a restart: its tables are filled in between.
   absl::StatusOr<SequencePtr> Build(ModelId model, const SequenceOptions& options) const;
   absl::Status Restore(const SequencePtr& sequence);
-  absl::StatusOr<SequencePtr> Fork(SequenceId id);
+  absl::StatusOr<SequencePtr> Fork(SequenceId id, const CallContext& context);
   // The tables go at once, or with the writer that runs.
-  absl::Status Close(SequenceId id);
-  absl::StatusOr<SequencePtr> Find(SequenceId id) const;
+  absl::Status Close(const SequencePtr& sequence);
+  // What belongs to another tenant is not there: the same error, in the same words.
+  absl::StatusOr<SequencePtr> Find(SequenceId id, const CallContext& context) const;
   // Each of them once, in the order of `ids`.
-  absl::StatusOr<std::vector<SequencePtr>> FindAll(std::span<const SequenceId> ids) const;
+  absl::StatusOr<std::vector<SequencePtr>> FindAll(std::span<const SequenceId> ids,
+                                                   const CallContext& context) const;
+  bool IsOpen(SequenceId id) const { return by_id_.count(id) != 0; }
   const std::map<SequenceId, SequencePtr>& all() const { return sequences_; }
 
   void NotEmptyAnyMore(Sequence& sequence);

@@ -31,13 +31,14 @@ uint64_t Step::Serial(size_t item, int group) const {
   return items_[item].tables[static_cast<size_t>(group)]->serial();
 }
 
-absl::Status Stepper::AddItem(CacheState& state, const StepItem& item, Step& step) const {
+absl::Status Stepper::AddItem(CacheState& state, const StepItem& item, const CallContext& context,
+                              Step& step) const {
   if (item.new_tokens < 1 || item.new_tokens > core_.options().max_tokens_per_append) {
     return absl::InvalidArgumentError(absl::StrCat("a step of ", item.new_tokens, " tokens: must be 1 to ",
                                                    core_.options().max_tokens_per_append,
                                                    " (max_tokens_per_append)"));
   }
-  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, state.sequences.Find(item.sequence));
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, state.sequences.Find(item.sequence, context));
   if (sequence->options.seal_at_once)
     return absl::InvalidArgumentError("the sequence codes at once (evaluation mode); use AppendAttend");
   WriteBatch& batch = step.batch_;
@@ -111,7 +112,7 @@ absl::StatusOr<std::unique_ptr<Step>> Stepper::Begin(const StepCall& call) {
   CacheLock lock(core_);
   step->items_.reserve(call.items.size());
   for (size_t i = 0; i < call.items.size(); i++) {
-    if (absl::Status added = AddItem(*lock, call.items[i], *step); !added.ok())
+    if (absl::Status added = AddItem(*lock, call.items[i], ContextOf(call), *step); !added.ok())
       return Annotate(added, absl::StrCat("items[", i, "]"));
   }
   // A sequence that is there twice is refused as its own writer.

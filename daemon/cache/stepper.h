@@ -87,7 +87,7 @@ class Stepper {
   void Rollback(Step& step);
 
  private:
-  absl::Status AddItem(CacheState& state, const StepItem& item, Step& step) const;
+  absl::Status AddItem(CacheState& state, const StepItem& item, const CallContext& context, Step& step) const;
   // What lies where nobody can read it comes to where the engine can.
   absl::Status BringIn(CacheLock& lock, const Step& step);
   absl::Status TakeTables(CacheState& state, Step& step) const;

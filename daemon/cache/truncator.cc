@@ -22,7 +22,7 @@ struct Truncator::Cut {
 absl::Status Truncator::Truncate(SequenceId id, int64_t tokens, const CallContext& context) {
   KVTIDE_RETURN_IF_ERROR(context.Check(core_.options().clock(), "the truncation"));
   CacheLock lock(core_);
-  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, lock->sequences.Find(id));
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, lock->sequences.Find(id, context));
   Cut cut;
   cut.tokens = tokens;
   cut.reopened.resize(sequence->groups.size());

@@ -62,7 +62,7 @@ absl::Status Writer::Append(const AppendCall& call) {
   SequencePtr sequence;
   {
     CacheLock lock(core_);
-    KVTIDE_ASSIGN_OR_RETURN(sequence, lock->sequences.Find(call.sequence));
+    KVTIDE_ASSIGN_OR_RETURN(sequence, lock->sequences.Find(call.sequence, context));
   }
   KVTIDE_RETURN_IF_ERROR(CheckAppend(call, sequence->model->spec));
   WriteBatch batch;

@@ -69,14 +69,6 @@ void SetText(const absl::Status& status, Welcome* welcome) {
   std::memcpy(welcome->text, status.message().data(), size);
 }
 
-absl::StatusOr<uint32_t> UserOf(int socket) {
-  ucred peer{};
-  socklen_t size = sizeof(peer);
-  if (::getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &peer, &size) != 0)
-    return absl::PermissionDeniedError(absl::StrCat("who connects is not known: ", std::strerror(errno)));
-  return peer.uid;
-}
-
 absl::Status Send(int socket, std::span<const std::byte> bytes, std::span<const int> fds) {
   iovec data{const_cast<std::byte*>(bytes.data()), bytes.size()};
   alignas(cmsghdr) char control[CMSG_SPACE(4 * sizeof(int))] = {};

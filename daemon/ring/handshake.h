@@ -49,9 +49,6 @@ absl::Status CheckHello(const Hello& hello, uint64_t generation);
 absl::Status CheckWelcome(const Welcome& welcome);
 void SetText(const absl::Status& status, Welcome* welcome);
 
-// The user at the other end of a connected Unix socket.
-absl::StatusOr<uint32_t> UserOf(int socket);
-
 // Sends all bytes, with descriptors beside the first of them; to be used on fresh sockets only.
 absl::Status Send(int socket, std::span<const std::byte> bytes, std::span<const int> fds);
 // Receives exactly so many bytes by the deadline, and at most one descriptor (-1 = none came), which is the

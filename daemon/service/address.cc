@@ -99,6 +99,12 @@ absl::Status CannotListen(const Address& address, int error) {
       absl::StrCat("cannot listen on ", address.text, ": ", ErrorText(error), "; choose another --listen"));
 }
 
+bool IsSameFile(int fd, int other) {
+  struct stat a {}, b {};
+  return other >= 0 && ::fstat(fd, &a) == 0 && ::fstat(other, &b) == 0 && a.st_ino == b.st_ino &&
+         a.st_dev == b.st_dev;
+}
+
 // Port of a socket that is bound.
 int PortOf(int fd) {
   sockaddr_storage name{};
@@ -109,6 +115,12 @@ int PortOf(int fd) {
 }
 
 }  // namespace
+
+AddressClaim::File AddressClaim::FileAt(const std::string& path) {
+  struct stat info {};
+  if (::lstat(path.c_str(), &info) != 0 || !S_ISSOCK(info.st_mode)) return {};
+  return {info.st_ino, int64_t{info.st_mtim.tv_sec} * 1'000'000'000 + info.st_mtim.tv_nsec};
+}
 
 bool Address::OpenToNetwork() const {
   return !is_unix() && host != "localhost" && host != "::1" && host.compare(0, 4, "127.") != 0;
@@ -150,26 +162,34 @@ absl::StatusOr<Address> ParseAddress(const std::string& text) {
 absl::StatusOr<std::unique_ptr<AddressClaim>> AddressClaim::Take(const Address& address) {
   std::unique_ptr<AddressClaim> claim(new AddressClaim);
   claim->text_ = address.text;
+  claim->address_ = address;
   KVTIDE_RETURN_IF_ERROR(address.is_unix() ? claim->ListenOnUnix(address) : claim->ListenOnTcp(address));
   return claim;
 }
 
-absl::Status AddressClaim::ListenOnUnix(const Address& address) {
+absl::StatusOr<int> AddressClaim::BindUnix(const Address& address) {
   KVTIDE_RETURN_IF_ERROR(PrepareFolder(address.unix_path));
   const std::string lock_path = address.unix_path + ".lock";
-  lock_ = ::open(lock_path.c_str(), O_CREAT | O_RDWR | O_CLOEXEC | O_NOFOLLOW, 0600);
-  if (lock_ < 0) {
+  const int lock = ::open(lock_path.c_str(), O_CREAT | O_RDWR | O_CLOEXEC | O_NOFOLLOW, 0600);
+  if (lock < 0) {
     return absl::PermissionDeniedError(
         absl::StrCat("cannot open the lock file ", lock_path, ": ", ErrorText(errno)));
   }
-  if (::flock(lock_, LOCK_EX | LOCK_NB) != 0) {
-    return absl::AlreadyExistsError(absl::StrCat("address in use: another kvtided listens on ",
-                                                 address.unix_path, "; stop it, or choose another --listen"));
+  absl::Cleanup close_lock = [lock] { ::close(lock); };
+  // The lock that is held already may be of a file that is no more; of the same file it is refused.
+  if (!IsSameFile(lock, lock_)) {
+    if (::flock(lock, LOCK_EX | LOCK_NB) != 0) {
+      return absl::AlreadyExistsError(absl::StrCat("address in use: another kvtided listens on ",
+                                                   address.unix_path, "; stop it, or choose another --listen"));
+    }
+    std::move(close_lock).Cancel();
+    if (lock_ >= 0) ::close(lock_);
+    lock_ = lock;
   }
   KVTIDE_RETURN_IF_ERROR(RemoveStaleSocket(address.unix_path));
   const int fd = ::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
   if (fd < 0) return CannotListen(address, errno);
-  sockets_.push_back(fd);
+  absl::Cleanup close_socket = [fd] { ::close(fd); };
   sockaddr_un name{};
   name.sun_family = AF_UNIX;
   std::memcpy(name.sun_path, address.unix_path.c_str(), address.unix_path.size() + 1);
@@ -180,8 +200,26 @@ absl::Status AddressClaim::ListenOnUnix(const Address& address) {
   ::umask(before);
   if (bound != 0) return CannotListen(address, error);
   socket_path_ = address.unix_path;
+  socket_file_ = FileAt(socket_path_);
   if (::listen(fd, kWaitingConnections) != 0) return CannotListen(address, errno);
+  std::move(close_socket).Cancel();
+  return fd;
+}
+
+absl::Status AddressClaim::ListenOnUnix(const Address& address) {
+  KVTIDE_ASSIGN_OR_RETURN(const int fd, BindUnix(address));
+  sockets_.push_back(fd);
   return absl::OkStatus();
+}
+
+absl::StatusOr<bool> AddressClaim::Mend() {
+  if (!address_.is_unix() || FileAt(socket_path_) == socket_file_) return false;
+  KVTIDE_ASSIGN_OR_RETURN(const int fd, BindUnix(address_));
+  // Whoever waits on the old descriptor waits on the new socket from now on.
+  const int moved = ::dup3(fd, sockets_.front(), O_CLOEXEC);
+  ::close(fd);
+  if (moved < 0) return absl::InternalError(absl::StrCat("dup3: ", ErrorText(errno)));
+  return true;
 }
 
 absl::Status AddressClaim::ListenOnTcp(const Address& address) {
@@ -220,7 +258,8 @@ absl::Status AddressClaim::ListenOnTcp(const Address& address) {
 
 AddressClaim::~AddressClaim() {
   for (const int fd : sockets_) ::close(fd);
-  if (!socket_path_.empty()) ::unlink(socket_path_.c_str());
+  // Not what somebody else has put there.
+  if (!socket_path_.empty() && FileAt(socket_path_) == socket_file_) ::unlink(socket_path_.c_str());
   // The lock file stays: removing it would let two daemons lock two files of one name.
   if (lock_ >= 0) ::close(lock_);
 }

@@ -3,6 +3,9 @@
 // without permission. A stale socket of a daemon that died is removed.
 #pragma once
 
+#include <sys/types.h>
+
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -35,6 +38,10 @@ class AddressClaim {
   AddressClaim(const AddressClaim&) = delete;
   AddressClaim& operator=(const AddressClaim&) = delete;
 
+  // Where the file of a Unix socket is no more, or another one stands in its place, clients cannot come: makes
+  // it again, under the same descriptor. True if that was needed; an error where it cannot be done now.
+  absl::StatusOr<bool> Mend();
+
   // Sockets that listen, non-blocking.
   const std::vector<int>& sockets() const { return sockets_; }
   // The address with the port that a port 0 became.
@@ -43,8 +50,19 @@ class AddressClaim {
  private:
   AddressClaim() = default;
   absl::Status ListenOnUnix(const Address& address);
+  // Takes the lock, and gives a socket that listens; its file is at socket_path_ then.
+  absl::StatusOr<int> BindUnix(const Address& address);
   absl::Status ListenOnTcp(const Address& address);
 
+  Address address_;
+  // Of the Unix socket's file as it was made: its number and time (numbers are used again at once).
+  struct File {
+    ino_t number = 0;
+    int64_t nanos = 0;
+    bool operator==(const File&) const = default;
+  };
+  static File FileAt(const std::string& path);
+  File socket_file_;
   std::string text_, socket_path_;  // path: empty for TCP, and until the socket is there
   int lock_ = -1;                   // -1 for TCP
   std::vector<int> sockets_;

@@ -6,6 +6,7 @@
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_replace.h"
 #include "absl/strings/string_view.h"
 #include "absl/strings/strip.h"
 
@@ -16,6 +17,18 @@ namespace {
 ino_t SocketOf(int fd) {
   struct stat info {};
   return ::fstat(fd, &info) == 0 && S_ISSOCK(info.st_mode) ? info.st_ino : 0;
+}
+
+bool IsTcp(int fd) {
+  sockaddr_storage address{};
+  socklen_t size = sizeof(address);
+  return ::getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size) == 0 && address.ss_family != AF_UNIX;
+}
+
+// "ipv4:127.0.0.1:53412" or "ipv6:%5B::1%5D:53412" as NameOfPeer writes it; empty for other peers.
+std::string AddressOfPeer(absl::string_view peer) {
+  if (!absl::ConsumePrefix(&peer, "ipv4:") && !absl::ConsumePrefix(&peer, "ipv6:")) return "";
+  return absl::StrReplaceAll(peer, {{"%5B", "["}, {"%5D", "]"}});
 }
 
 }  // namespace
@@ -41,10 +54,13 @@ std::string NameOfPeer(int fd) {
 std::shared_ptr<Connection> Connections::Add(int fd) {
   auto connection = std::make_shared<Connection>();
   connection->name = NameOfPeer(fd);
+  connection->identity = access_.OfSocket(fd);
+  connection->tcp = IsTcp(fd);
   const ino_t socket = SocketOf(fd);
   const MutexLock lock(mutex_);
   connection->number = ++last_;
   open_[fd] = {connection, socket};
+  if (connection->tcp) tcp_[connection->name] = fd;
   size_ = open_.size();
   return connection;
 }
@@ -52,8 +68,14 @@ std::shared_ptr<Connection> Connections::Add(int fd) {
 std::shared_ptr<Connection> Connections::Find(const std::string& peer) const {
   absl::string_view number(peer);
   int fd = -1;
-  if (absl::ConsumePrefix(&number, "fd:") && absl::SimpleAtoi(number, &fd)) {
+  const bool by_number = absl::ConsumePrefix(&number, "fd:") && absl::SimpleAtoi(number, &fd);
+  const std::string address = by_number ? "" : AddressOfPeer(peer);
+  if (by_number || !address.empty()) {
     const MutexLock lock(mutex_);
+    if (!by_number) {
+      const auto named = tcp_.find(address);
+      fd = named == tcp_.end() ? -1 : named->second;
+    }
     if (const auto found = open_.find(fd); found != open_.end()) return found->second.connection;
   }
   return gone_;
@@ -65,6 +87,8 @@ size_t Connections::Sweep() {
     if (SocketOf(entry->first) == entry->second.socket) {
       ++entry;
     } else {
+      const auto named = tcp_.find(entry->second.connection->name);
+      if (named != tcp_.end() && named->second == entry->first) tcp_.erase(named);
       open_.erase(entry++);
     }
   }

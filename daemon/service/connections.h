@@ -1,5 +1,6 @@
 // The connections that are open: who is at the other end, and what each holds. gRPC serves a descriptor that
-// it was handed under the peer name "fd:N"; that is how a call finds its connection. Thread-safe.
+// it was handed under the peer name "fd:N", and with TLS under its address; that is how a call finds its
+// connection. Thread-safe.
 #pragma once
 
 #include <sys/types.h>
@@ -9,16 +10,21 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
+#include "daemon/service/access.h"
 #include "daemon/service/memory_budget.h"
 #include "kernels/base/mutex.h"
 
 namespace kvtide::service {
 
 struct Connection {
+  // Who is at the other end, by the kind of the connection alone; or why nobody is served there.
+  absl::StatusOr<IdentityPtr> identity = absl::UnavailableError("the connection has gone");
   uint64_t number = 0;  // 1, 2, ... in order of arrival; the caller's place in fair queues
+  bool tcp = false;
   std::string name = "a closed connection";  // "unix:uid=1000,pid=4711" or "127.0.0.1:53412"
   MemoryBudget::Account memory;
 };
@@ -28,6 +34,7 @@ std::string NameOfPeer(int fd);
 
 class Connections {
  public:
+  explicit Connections(Access access = {}) : access_(std::move(access)) {}
   // The connection that was accepted as descriptor `fd`; it takes the place of an earlier one that is gone.
   std::shared_ptr<Connection> Add(int fd);
   // By the peer name of a call. A call whose connection has gone gets one that stands for all such.
@@ -43,8 +50,11 @@ class Connections {
     std::shared_ptr<Connection> connection;
     ino_t socket = 0;
   };
+  const Access access_;
   mutable Mutex mutex_;
   absl::flat_hash_map<int, Entry> open_ ABSL_GUARDED_BY(mutex_);
+  // By what gRPC calls the peer of a connection that it was handed with TLS: "ipv4:127.0.0.1:53412".
+  absl::flat_hash_map<std::string, int> tcp_ ABSL_GUARDED_BY(mutex_);
   uint64_t last_ ABSL_GUARDED_BY(mutex_) = 0;
   std::atomic<size_t> size_{0};  // of open_
   const std::shared_ptr<Connection> gone_ = std::make_shared<Connection>();

@@ -37,8 +37,9 @@ absl::StatusOr<Handlers::SpecPointer> Handlers::SpecOfModel(ModelId model) {
   return specs_.emplace(model, std::move(shared)).first->second;
 }
 
-absl::StatusOr<Handlers::SpecPointer> Handlers::SpecOfSequence(SequenceId sequence) {
-  KVTIDE_ASSIGN_OR_RETURN(const ModelId model, cache_->ModelOf(sequence));
+absl::StatusOr<Handlers::SpecPointer> Handlers::SpecOfSequence(SequenceId sequence,
+                                                               const CallContext& context) {
+  KVTIDE_ASSIGN_OR_RETURN(const ModelId model, cache_->ModelOf(sequence, context));
   return SpecOfModel(model);
 }
 
@@ -51,7 +52,7 @@ absl::StatusOr<const LayerGroupSpec*> Handlers::GroupOfLayer(const ModelSpec& sp
 }
 
 absl::Status Handlers::GetServerInfo(const v1::GetServerInfoRequest&, v1::GetServerInfoResponse* response,
-                                     const Call&) {
+                                     const Call& call) {
   const CacheOptions& limits = cache_->options();
   response->set_version(options_.version);
   response->set_block_tokens(kBlockTokens);
@@ -86,7 +87,7 @@ absl::Status Handlers::GetServerInfo(const v1::GetServerInfoRequest&, v1::GetSer
   response->set_default_pair(PairName(options_.defaults.pair));
   ToProto(options_.defaults.exact_window, response->mutable_default_exact_window());
   response->set_uptime_seconds(absl::ToDoubleSeconds(limits.clock() - started_));
-  for (const std::string& model : cache_->ModelNames()) response->add_models(model);
+  for (const std::string& model : cache_->ModelNames(call.context)) response->add_models(model);
   response->set_process_id(::getpid());
   return absl::OkStatus();
 }
@@ -103,11 +104,12 @@ absl::Status Handlers::RegisterModel(const v1::RegisterModelRequest& request,
 absl::Status Handlers::CreateSequence(const v1::CreateSequenceRequest& request,
                                       v1::CreateSequenceResponse* response, const Call& call) {
   KVTIDE_ASSIGN_OR_RETURN(const SequenceOptions options, FromProto(request, options_.defaults));
-  KVTIDE_ASSIGN_OR_RETURN(const ModelId model, cache_->FindModel(request.model()));
+  KVTIDE_ASSIGN_OR_RETURN(const ModelId model, cache_->FindModel(request.model(), call.context));
   KVTIDE_ASSIGN_OR_RETURN(const SequenceId sequence, cache_->CreateSequence(model, options, call.context));
   response->set_sequence_id(sequence);
   response->set_pair(PairName(options.pair));
-  if (const auto info = cache_->GetSequence(sequence); info.ok()) response->set_device(info->device);
+  if (const auto info = cache_->GetSequence(sequence, call.context); info.ok())
+    response->set_device(info->device);
   return absl::OkStatus();
 }
 
@@ -122,14 +124,14 @@ absl::Status Handlers::TruncateSequence(const v1::TruncateSequenceRequest& reque
                                         v1::TruncateSequenceResponse* response, const Call& call) {
   if (request.tokens() < 0) return absl::InvalidArgumentError(absl::StrCat("tokens is ", request.tokens()));
   KVTIDE_RETURN_IF_ERROR(cache_->TruncateSequence(request.sequence_id(), request.tokens(), call.context));
-  KVTIDE_ASSIGN_OR_RETURN(const SequenceInfo info, cache_->GetSequence(request.sequence_id()));
+  KVTIDE_ASSIGN_OR_RETURN(const SequenceInfo info, cache_->GetSequence(request.sequence_id(), call.context));
   response->set_tokens(info.tokens);
   return absl::OkStatus();
 }
 
 absl::Status Handlers::CloseSequence(const v1::CloseSequenceRequest& request, v1::CloseSequenceResponse*,
-                                     const Call&) {
-  return cache_->CloseSequence(request.sequence_id());
+                                     const Call& call) {
+  return cache_->CloseSequence(request.sequence_id(), call.context);
 }
 
 void Handlers::Release(SequenceId sequence) {
@@ -207,7 +209,7 @@ absl::Status Handlers::PersistSequences(const v1::PersistSequencesRequest& reque
 }
 
 absl::Status Handlers::ListSequences(const v1::ListSequencesRequest& request,
-                                     v1::ListSequencesResponse* response, const Call&) {
+                                     v1::ListSequencesResponse* response, const Call& call) {
   constexpr int kDefaultPage = 100, kLargestPage = 1000;
   if (request.page_size() < 0)
     return absl::InvalidArgumentError(absl::StrCat("page_size is ", request.page_size()));
@@ -220,12 +222,8 @@ absl::Status Handlers::ListSequences(const v1::ListSequencesRequest& request,
   SequenceList list;
   list.after = after;
   list.limit = page + 1;  // one more tells that there is another page
-  if (!request.model().empty()) {
-    const auto model = cache_->FindModel(request.model());
-    if (!model.ok()) return absl::OkStatus();  // nothing is of a model that is not there
-    list.model = *model;
-  }
-  const std::vector<SequenceInfo> sequences = cache_->ListSequences(list);
+  list.model = request.model();
+  const std::vector<SequenceInfo> sequences = cache_->ListSequences(list, call.context);
   const absl::Time now = cache_->options().clock();
   for (size_t i = 0; i < std::min(page, sequences.size()); i++) {
     ToProto(sequences[i], cache_->options().tiers, now, response->add_sequences());

@@ -53,7 +53,7 @@ class Handlers {
   class Batch;
 
   // The spec of the model of a sequence. Models never change, so they are kept once asked for.
-  absl::StatusOr<SpecPointer> SpecOfSequence(SequenceId sequence);
+  absl::StatusOr<SpecPointer> SpecOfSequence(SequenceId sequence, const CallContext& context);
   absl::StatusOr<SpecPointer> SpecOfModel(ModelId model);
   // The group of model layer `layer`, or InvalidArgument with the number of layers.
   static absl::StatusOr<const LayerGroupSpec*> GroupOfLayer(const ModelSpec& spec, int layer);

@@ -6,8 +6,10 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/strip.h"
 #include "absl/time/clock.h"
 #include "daemon/service/ring_session.h"
+#include "kernels/base/status.h"
 
 namespace kvtide::service {
 namespace {
@@ -16,7 +18,7 @@ constexpr char kRequestIdKey[] = "x-request-id";
 constexpr size_t kLongestRequestId = 128;
 // A call costs about so much beside its messages.
 constexpr int64_t kCallBytes = 2048;
-// An answer that its client does not take for so long is given up.
+// An answer that its client does not take for so long is given up, and a request that takes so long to come.
 constexpr absl::Duration kPatience = absl::Seconds(30);
 constexpr int64_t kBaseBytes = int64_t{160} << 20;
 
@@ -71,6 +73,28 @@ absl::Status KvCacheService::CheckNotDraining() const {
   return draining_ ? ShuttingDown() : absl::OkStatus();
 }
 
+absl::StatusOr<IdentityPtr> KvCacheService::Identify(const grpc::ServerContext& context,
+                                                     const Connection& connection) const {
+  if (options_.tokens != nullptr) {
+    const auto& metadata = context.client_metadata();
+    if (const auto sent = metadata.find("authorization"); sent != metadata.end()) {
+      absl::string_view token(sent->second.data(), sent->second.size());
+      if (!absl::ConsumePrefix(&token, "Bearer ") && !absl::ConsumePrefix(&token, "bearer "))
+        return absl::UnauthenticatedError("the metadata \"authorization\" is \"Bearer TOKEN\"");
+      return options_.tokens->Identify(token, absl::Now());
+    }
+  }
+  if (!connection.tcp || !connection.identity.ok()) return connection.identity;
+  if (!options_.tls.client_ca.empty())
+    return options_.access.OfCertificate(NamesOfCertificate(*context.auth_context()));
+  if (options_.tokens != nullptr)
+    return absl::UnauthenticatedError(
+        "calls over TCP need a token: the metadata \"authorization: Bearer TOKEN\" (clients of kvtide take "
+        "it "
+        "from --token-file, KVTIDE_TOKEN_FILE)");
+  return connection.identity;
+}
+
 bool KvCacheService::Submit(const Verb* verb, uint64_t caller, WorkerPool::Work* work) {
   return (verb != nullptr && verb->lane == Lane::kBulk ? bulk_ : prompt_).Submit(caller, work);
 }
@@ -102,6 +126,8 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
                       : service->NewRequestId();
     context->AddTrailingMetadata(kRequestIdKey, request_id_);
     call_.context.caller = connection_->name;
+    identity_ = service->Identify(*context, *connection_);
+    if (identity_.ok()) call_.context.identity = identity_->get();
     call_.context.request_id = std::hash<std::string>()(request_id_);
     call_.context.deadline = ToTime(context->deadline());
     call_.context.cancellation = &cancellation_;
@@ -121,7 +147,7 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
 
   // From any thread while the call is in `calls_`.
   void GiveUpIfStale(absl::Time now) {
-    if (now - absl::FromUnixNanos(answering_since_.load(std::memory_order_relaxed)) > kPatience)
+    if (now - absl::FromUnixNanos(waiting_since_.load(std::memory_order_relaxed)) > kPatience)
       rpc_->context()->TryCancel();
   }
   void CancelIfBulk() {
@@ -135,6 +161,11 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
   absl::Status TakeRequest() {
     request_bytes_ = static_cast<int64_t>(request_.Length());
     return hold_.Add(2 * request_bytes_ + kCallBytes);
+  }
+  // Whether the caller is somebody, before anything of the call is read.
+  absl::Status MayCall() const {
+    KVTIDE_RETURN_IF_ERROR(service_->CheckNotDraining());
+    return identity_.status();
   }
   // Whether the call may begin.
   absl::Status MayBegin() const {
@@ -188,9 +219,9 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
     return false;
   }
 
-  // To be called before an answer is written, and when it is.
-  void Answering(bool begins) {
-    answering_since_.store(
+  // To be called before an answer is written or a request is awaited that has begun, and when that is done.
+  void WaitForClient(bool begins) {
+    waiting_since_.store(
         begins ? absl::ToUnixNanos(absl::Now()) : absl::ToUnixNanos(absl::InfiniteFuture()),
         std::memory_order_relaxed);
   }
@@ -199,6 +230,7 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
   Rpc* const rpc_;
   const std::shared_ptr<Connection> connection_;
   MemoryBudget::Hold hold_;
+  absl::StatusOr<IdentityPtr> identity_;
   Cancellation cancellation_;
   Call call_;
   std::string request_id_;
@@ -207,7 +239,7 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
   absl::Time start_ = absl::Now();
 
  private:
-  std::atomic<int64_t> answering_since_{absl::ToUnixNanos(absl::InfiniteFuture())};
+  std::atomic<int64_t> waiting_since_{absl::ToUnixNanos(absl::InfiniteFuture())};
   std::atomic<bool> bulk_{false};
 };
 
@@ -217,15 +249,17 @@ class KvCacheService::UnaryCall final : public AnyCall {
 
   void Start() {
     Begin();
-    if (const absl::Status status = service_->CheckNotDraining(); !status.ok()) {
+    if (const absl::Status status = MayCall(); !status.ok()) {
       Conclude(status);
       return;
     }
     Place(verb_);
+    WaitForClient(true);
     rpc_->Read(&request_);
   }
 
   void OnReadDone(bool ok) override {
+    WaitForClient(false);
     if (!ok) {
       Conclude(cancellation_.cancelled() ? Gone()
                                          : absl::InvalidArgumentError("the call came without a request"));
@@ -269,7 +303,7 @@ class KvCacheService::UnaryCall final : public AnyCall {
       rpc_->Finish(ToGrpc(status));
       return;
     }
-    Answering(true);
+    WaitForClient(true);
     rpc_->WriteAndFinish(answer_);
   }
 
@@ -284,7 +318,7 @@ class KvCacheService::SessionCall final : public AnyCall {
   SessionCall(KvCacheService* service, Rpc* rpc) : AnyCall(service, rpc) {}
 
   void Start() {
-    if (const absl::Status status = service_->CheckNotDraining(); !status.ok()) {
+    if (const absl::Status status = MayCall(); !status.ok()) {
       Conclude(status);
       return;
     }
@@ -301,6 +335,15 @@ class KvCacheService::SessionCall final : public AnyCall {
     number_++;
     Begin();
     verb_ = FindSessionVerb(request_);
+    // A token may have expired or been taken back since the session began.
+    if (service_->options_.tokens != nullptr) {
+      identity_ = service_->Identify(*rpc_->context(), *connection_);
+      if (!identity_.ok()) {
+        Fail(identity_.status());
+        return;
+      }
+      call_.context.identity = identity_->get();
+    }
     Place(verb_);
     if (const absl::Status status = TakeRequest(); !status.ok()) {
       Fail(status);
@@ -330,7 +373,7 @@ class KvCacheService::SessionCall final : public AnyCall {
   void Refuse() override { Fail(ShuttingDown()); }
 
   void OnWriteDone(bool ok) override {
-    Answering(false);
+    WaitForClient(false);
     answer_.Clear();
     hold_.Drop(hold_.bytes());
     if (!ok) {
@@ -350,7 +393,7 @@ class KvCacheService::SessionCall final : public AnyCall {
     End(verb_ == nullptr ? "Session" : verb_->method, status, sequence,
         absl::StrCat(request_id_, "/", number_));
     request_.Clear();
-    Answering(true);
+    WaitForClient(true);
     rpc_->Write(answer_);
   }
 

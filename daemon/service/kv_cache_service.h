@@ -37,6 +37,10 @@ class KvCacheService {
 
   // Takes a call that has arrived.
   void Begin(Rpc* rpc);
+  // On whose behalf a call is made: by its token, else its certificate, else its connection. Unauthenticated
+  // or PermissionDenied with what to do.
+  absl::StatusOr<IdentityPtr> Identify(const grpc::ServerContext& context,
+                                       const Connection& connection) const;
   // Unavailable while draining.
   absl::Status CheckNotDraining() const;
   // Tells who counts calls and logs failures.

@@ -112,8 +112,7 @@ bool Listener::AcceptOne(int listening) {
   }
   const int on = 1;
   ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));  // not for Unix sockets, which say so
-  connections_->Add(fd);
-  options_.serve(fd);
+  options_.serve(fd, connections_->Add(fd)->tcp);
   return true;
 }
 

@@ -21,7 +21,8 @@ class Listener {
   struct Options {
     std::vector<int> sockets;  // that listen, non-blocking; borrowed
     size_t max_connections = 0;
-    std::function<void(int fd)> serve;  // takes the descriptor of a connection that is in `connections`
+    // Takes the descriptor of a connection that is in `connections`.
+    std::function<void(int fd, bool tcp)> serve;
     // About once a second; with the number of connections that were closed because there were too many, or no
     // descriptor for them.
     std::function<void(uint64_t refused)> tick;

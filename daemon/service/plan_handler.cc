@@ -101,7 +101,7 @@ absl::Status Handlers::Plan(const v1::PlanRequest& request, v1::PlanResponse* re
   }
   planner::PlanRequest question;
   if (request.model_source_case() == v1::PlanRequest::kModelName) {
-    KVTIDE_ASSIGN_OR_RETURN(const ModelId model, cache_->FindModel(request.model_name()));
+    KVTIDE_ASSIGN_OR_RETURN(const ModelId model, cache_->FindModel(request.model_name(), call.context));
     KVTIDE_ASSIGN_OR_RETURN(const SpecPointer spec, SpecOfModel(model));
     question.model = ToGeometry(*spec);
   } else {

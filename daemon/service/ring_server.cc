@@ -279,13 +279,7 @@ bool RingServer::Hear(Guest* guest) {
 
 absl::Status RingServer::LetIn(Guest* guest) {
   const SharedMemoryOptions& limits = options_.limits;
-  KVTIDE_ASSIGN_OR_RETURN(const uint32_t user, ring::UserOf(guest->socket));
-  if (user != ::geteuid() && user != 0 &&
-      std::find(limits.users.begin(), limits.users.end(), user) == limits.users.end()) {
-    return absl::PermissionDeniedError(
-        absl::StrCat("user ", user, " may not share memory with kvtided, which runs as user ", ::geteuid(),
-                     "; name it with --shared-memory-user, or use gRPC"));
-  }
+  KVTIDE_ASSIGN_OR_RETURN(const IdentityPtr identity, options_.access.OfSocket(guest->socket));
   KVTIDE_RETURN_IF_ERROR(ring::CheckHello(guest->hello, options_.generation));
   KVTIDE_RETURN_IF_ERROR(service_->CheckNotDraining());
   if (clients_.size() >= limits.max_clients) {
@@ -316,6 +310,7 @@ absl::Status RingServer::LetIn(Guest* guest) {
   // Numbers of connections of gRPC are below.
   connection->number = (uint64_t{1} << 63) + (++last_client_ << 32);
   connection->name = NameOfPeer(guest->socket);
+  connection->identity = identity;
   bytes_ += layout.total();
   clients_.push_back(
       std::make_unique<Client>(this, std::exchange(guest->socket, -1), std::move(arena), connection));

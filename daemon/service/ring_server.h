@@ -27,6 +27,7 @@ class RingServer {
     std::vector<int> sockets;  // that listen, non-blocking; borrowed
     uint64_t generation = 0;   // of the pool: another one in every process
     SharedMemoryOptions limits;
+    Access access;
     std::shared_ptr<ServiceGauges> gauges;
   };
   // Borrows the service.

@@ -80,6 +80,7 @@ absl::Status RingSession::Run(const v1::SessionRequest& request, absl::Duration 
   MemoryBudget::Hold hold(&service_->memory_, &connection_->memory);
   Call call;
   call.context.caller = connection_->name;
+  call.context.identity = connection_->identity->get();
   call.context.request_id = connection_->number + number_;
   if (timeout != absl::InfiniteDuration()) call.context.deadline = absl::Now() + timeout;
   call.context.cancellation = &cancellation_;

@@ -62,6 +62,10 @@ void SetLimits(const ServiceOptions& options, grpc::ServerBuilder* builder) {
   builder->AddChannelArgument(GRPC_ARG_ENABLE_PER_MESSAGE_DECOMPRESSION, 0);
   // Windows that do not grow: a stream that is not being read holds 64 KiB at most.
   builder->AddChannelArgument(GRPC_ARG_HTTP2_BDP_PROBE, 0);
+  // Who connects and says nothing, or never ends its TLS handshake, is let go.
+  builder->AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, 10000);
+  builder->AddChannelArgument(GRPC_ARG_MAX_CONNECTION_IDLE_MS,
+                              static_cast<int>(absl::ToInt64Milliseconds(options.idle)));
   // A client whose host died is found within 40 s, and its session released.
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 30000);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 10000);
@@ -78,7 +82,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
   if (asked.listen.empty()) return absl::InvalidArgumentError("there is no address to listen on");
   ServiceOptions options = asked;
   options.call_memory_bytes = std::max(options.call_memory_bytes, LeastCallMemory(options.max_message_bytes));
-  std::unique_ptr<Server> server(new Server);
+  std::unique_ptr<Server> server(new Server(options.access));
+  KVTIDE_RETURN_IF_ERROR(CheckTls(options.tls));
   std::vector<int> sockets, ring_sockets;
   for (const std::string& text : options.listen) {
     KVTIDE_ASSIGN_OR_RETURN(const Address address, ParseAddress(text));
@@ -105,6 +110,11 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
   grpc::ServerBuilder builder;
   SetLimits(options, &builder);
   builder.RegisterService(server->description_.get());
+  if (options.tls.enabled()) {
+    server->secure_ = builder.experimental().AddExternalConnectionAcceptor(
+        grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD,
+        MakeServerCredentials(options.tls));
+  }
   server->loop_ = std::make_unique<RpcLoop>(
       &builder, [to = server->service_.get(), health = server->health_.get()](Rpc* rpc) {
         if (!health->Begin(rpc)) to->Begin(rpc);
@@ -117,7 +127,15 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
   Listener::Options listener;
   listener.sockets = std::move(sockets);
   listener.max_connections = options.max_connections;
-  listener.serve = [to = server->server_.get()](int fd) { grpc::AddInsecureChannelFromFd(to, fd); };
+  listener.serve = [to = server->server_.get(), secure = server->secure_.get()](int fd, bool tcp) {
+    if (!tcp || secure == nullptr) {
+      grpc::AddInsecureChannelFromFd(to, fd);
+      return;
+    }
+    grpc::experimental::ExternalConnectionAcceptor::NewConnectionParameters connection;
+    connection.fd = fd;
+    secure->HandleNewConnection(&connection);
+  };
   listener.tick = [self = server.get(), options](uint64_t refused) { self->Tick(options, refused); };
   server->listener_ = std::make_unique<Listener>(&server->connections_, std::move(listener));
   if (!ring_sockets.empty()) {
@@ -126,6 +144,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
     std::random_device random;
     rings.generation = uint64_t{random()} << 32 | random() | 1;
     rings.limits = options.shared_memory;
+    rings.access = options.access;
     rings.gauges = options.gauges;
     server->rings_ = std::make_unique<RingServer>(server->service_.get(), std::move(rings));
   }
@@ -136,6 +155,10 @@ Server::~Server() { Shutdown(absl::ZeroDuration(), absl::InfiniteDuration()); }
 
 void Server::Tick(const ServiceOptions& options, uint64_t refused) {
   service_->Tick();
+  for (const auto& claim : claims_) {
+    const absl::StatusOr<bool> mended = claim->Mend();
+    if ((!mended.ok() || *mended) && options.mended) options.mended(claim->text(), mended.status());
+  }
   ServiceGauges& gauges = *options.gauges;
   gauges.connections = static_cast<int64_t>(connections_.size());
   gauges.connections_accepted = static_cast<int64_t>(connections_.accepted());

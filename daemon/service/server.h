@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -16,6 +17,7 @@
 #include "daemon/service/ring_server.h"
 #include "daemon/service/rpc_loop.h"
 #include "grpcpp/server.h"
+#include "grpcpp/server_builder.h"
 
 namespace kvtide::service {
 
@@ -35,7 +37,7 @@ class Server {
   bool Shutdown(absl::Duration grace, absl::Duration patience);
 
  private:
-  Server() = default;
+  explicit Server(Access access) : connections_(std::move(access)) {}
   void Tick(const ServiceOptions& options, uint64_t refused);
 
   std::vector<std::unique_ptr<AddressClaim>> claims_;
@@ -44,6 +46,7 @@ class Server {
   std::unique_ptr<Health> health_;
   std::unique_ptr<grpc::Service> description_;  // for reflection: what the service is called and has
   std::unique_ptr<RpcLoop> loop_;
+  std::unique_ptr<grpc::experimental::ExternalConnectionAcceptor> secure_;  // of TCP with TLS; null = none
   std::unique_ptr<grpc::Server> server_;
   std::unique_ptr<Listener> listener_;
   std::unique_ptr<RingServer> rings_;

@@ -11,7 +11,10 @@
 #include <vector>
 
 #include "absl/time/time.h"
+#include "daemon/service/access.h"
 #include "daemon/service/convert.h"
+#include "daemon/service/tls.h"
+#include "daemon/service/tokens.h"
 
 namespace kvtide::service {
 
@@ -43,7 +46,6 @@ struct SharedMemoryOptions {
   int64_t total_bytes = int64_t{512} << 20;   // of all arenas; 0 = the way is closed
   int64_t client_bytes = int64_t{256} << 20;  // of one
   size_t max_clients = 64;
-  std::vector<uint32_t> users;  // beside the daemon's own user and root
   // How long a thread looks at a client's ring before it sleeps. At most half of the processors do at a time.
   absl::Duration poll = absl::Microseconds(50);
 };
@@ -52,11 +54,17 @@ struct ServiceOptions {
   std::string version;
   SequenceDefaults defaults;
   std::vector<std::string> listen;  // see address.h; at least one
+  Access access;                    // who may call, and as which tenant
+  TlsOptions tls;                   // of TCP addresses
+  // Bearer tokens; null = none. Where there are some, calls over TCP need one, unless they come with a
+  // certificate.
+  std::shared_ptr<Tokens> tokens;
   int64_t max_message_bytes = int64_t{64} << 20;
   int threads = 2;                 // for calls that engines wait for
   int bulk_threads = 2;            // for those that may take long: moves, plans, reads
   size_t max_queued_calls = 1024;  // for each of the two
   size_t max_connections = 1024;
+  absl::Duration idle = absl::Minutes(30);  // a connection without calls is closed after so long
   int max_calls_per_connection = 256;  // at a time; the client's gRPC keeps back what is beyond
   // Requests and answers of calls under way, all together; one connection may have half of it. 0 = the least,
   // LeastCallMemory.
@@ -67,6 +75,8 @@ struct ServiceOptions {
   // Told at most once a second when connections were refused, with their number since the start; may be
   // empty.
   std::function<void(int64_t refused)> refused;
+  // Told when the file of a Unix socket was gone and has been made again, or why it could not be; may be empty.
+  std::function<void(const std::string& address, const absl::Status& status)> mended;
   std::shared_ptr<ServiceGauges> gauges = std::make_shared<ServiceGauges>();
 };
 

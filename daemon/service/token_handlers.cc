@@ -88,7 +88,7 @@ class Handlers::Batch {
 
   // The first sequence decides the model, the others must have the same.
   absl::Status AddSequence(SequenceId sequence, AttendRequest* request) {
-    KVTIDE_ASSIGN_OR_RETURN(const SpecPointer spec, handlers_->SpecOfSequence(sequence));
+    KVTIDE_ASSIGN_OR_RETURN(const SpecPointer spec, handlers_->SpecOfSequence(sequence, caller_.context));
     if (spec_ == nullptr) {
       spec_ = spec;
       KVTIDE_ASSIGN_OR_RETURN(group_, GroupOfLayer(*spec_, call_.layer));
@@ -194,7 +194,7 @@ absl::Status CheckItemCount(int items, size_t most) {
 
 absl::Status Handlers::Append(const v1::AppendRequest& request, v1::AppendResponse* response,
                               const Call& call) {
-  KVTIDE_ASSIGN_OR_RETURN(const SpecPointer spec, SpecOfSequence(request.sequence_id()));
+  KVTIDE_ASSIGN_OR_RETURN(const SpecPointer spec, SpecOfSequence(request.sequence_id(), call.context));
   if (request.layers_size() == 0) return absl::InvalidArgumentError("layers is empty");
   if (static_cast<size_t>(request.layers_size()) > spec->layers.size()) {
     return absl::InvalidArgumentError(absl::StrCat("layers has ", request.layers_size(), " entries, model ",
@@ -222,7 +222,7 @@ absl::Status Handlers::Append(const v1::AppendRequest& request, v1::AppendRespon
   append.layers = layers;
   append.context = &call.context;
   KVTIDE_RETURN_IF_ERROR(cache_->Append(append));
-  KVTIDE_ASSIGN_OR_RETURN(const int64_t length, cache_->Length(request.sequence_id()));
+  KVTIDE_ASSIGN_OR_RETURN(const int64_t length, cache_->Length(request.sequence_id(), call.context));
   response->set_tokens(length);
   return absl::OkStatus();
 }
@@ -241,7 +241,7 @@ absl::Status Handlers::Attend(const v1::AttendRequest& request, v1::AttendRespon
     if (item.has_first_query_position()) {
       out->first_query_position = item.first_query_position();
     } else {
-      auto length = cache_->LayerLength(item.sequence_id(), request.layer());
+      auto length = cache_->LayerLength(item.sequence_id(), request.layer(), call.context);
       if (!length.ok()) return Annotate(length.status(), name);
       out->first_query_position = *length - out->queries;
     }
@@ -339,7 +339,7 @@ absl::StatusOr<MutableTensorView> RowsAt(const v1::Place& place, const char* nam
 
 absl::Status Handlers::ReadTokens(const v1::ReadTokensRequest& request, v1::ReadTokensResponse* response,
                                   const Call& call) {
-  KVTIDE_ASSIGN_OR_RETURN(const SpecPointer spec, SpecOfSequence(request.sequence_id()));
+  KVTIDE_ASSIGN_OR_RETURN(const SpecPointer spec, SpecOfSequence(request.sequence_id(), call.context));
   KVTIDE_ASSIGN_OR_RETURN(const std::vector<int> layers, LayersToRead(request, *spec));
   if (request.first_token() < 0 || request.tokens() < 1) {
     return absl::InvalidArgumentError(absl::StrCat("first_token is ", request.first_token(),
@@ -373,7 +373,8 @@ absl::Status Handlers::ReadTokens(const v1::ReadTokensRequest& request, v1::Read
                      " bytes, more than a message holds; read fewer layers at once"));
   }
   // Nobody takes memory for tokens that are not there.
-  KVTIDE_ASSIGN_OR_RETURN(const int64_t length, cache_->LayerLength(request.sequence_id(), layers[0]));
+  KVTIDE_ASSIGN_OR_RETURN(const int64_t length,
+                          cache_->LayerLength(request.sequence_id(), layers[0], call.context));
   if (request.first_token() > length || request.tokens() > length - request.first_token()) {
     return absl::OutOfRangeError(absl::StrCat("layer ", layers[0], " has ", length, " tokens, not ",
                                               request.tokens(), " from ", request.first_token(), " on"));

@@ -341,7 +341,7 @@ int ServeNothing(const std::string& socket) {
   Listener::Options options;
   options.sockets.assign((*claim)->sockets().begin(), (*claim)->sockets().end());
   options.max_connections = 1000;
-  options.serve = [&](int fd) { grpc::AddInsecureChannelFromFd(server.get(), fd); };
+  options.serve = [&](int fd, bool) { grpc::AddInsecureChannelFromFd(server.get(), fd); };
   options.tick = [](uint64_t) {};
   const Listener listener(&connections, std::move(options));
   for (;;) ::pause();

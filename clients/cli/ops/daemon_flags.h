@@ -13,6 +13,7 @@ namespace kvtide::cli {
 struct DaemonFlags {
   std::string address;  // empty = client::DefaultAddress()
   double timeout_seconds = 5;
+  client::Credentials credentials;
 
   void AddTo(CLI::App* command);
   std::string Address() const { return address.empty() ? client::DefaultAddress() : address; }

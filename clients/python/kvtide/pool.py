@@ -51,6 +51,10 @@ def connect(
     threads: int = 0,
     max_sequences: int = 0,
     arena_bytes: int = 64 << 20,
+    tls_ca: str = "",
+    tls_cert: str = "",
+    tls_key: str = "",
+    token_file: str = "",
 ) -> "Pool":
     """Opens a pool.
 
@@ -71,8 +75,14 @@ def connect(
         threads: threads that attend on the CPU (embedded; 0 = one per core).
         max_sequences: most sequences of an embedded pool (0 = 16,384).
         arena_bytes: size of the arena for tensors (shared memory); pages that are never used cost nothing.
+        tls_ca: PEM file with the CA of the daemon's certificate, or ``"system"``: TLS to a daemon at a host and port
+            (default: ``$KVTIDE_TLS_CA``).
+        tls_cert, tls_key: PEM files with the caller's own certificate and key, where the daemon wants one
+            (``$KVTIDE_TLS_CERT``, ``$KVTIDE_TLS_KEY``).
+        token_file: file with a bearer token, where the daemon wants one; may be renewed meanwhile (``$KVTIDE_TOKEN_FILE``).
 
     Raises:
+        PermissionDenied, Unauthenticated: the daemon does not let this user, certificate or token in, with the first call.
         Unavailable: no daemon answers at the address.
         InvalidArgument, ResourceExhausted: sizes or devices that this machine does not have.
     """
@@ -82,7 +92,8 @@ def connect(
             config[name] = str(size)
     if default_pair is not None:
         config["default_pair"] = default_pair
-    core = _core.connect(address, timeout, connect_timeout, max_message_bytes, session, json.dumps(config), arena_bytes)
+    core = _core.connect(address, timeout, connect_timeout, max_message_bytes, session, json.dumps(config), arena_bytes,
+                         (tls_ca, tls_cert, tls_key, token_file))
     return Pool(core, arena_bytes)
 
 

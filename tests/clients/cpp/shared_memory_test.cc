@@ -135,7 +135,7 @@ TEST(SharedMemory, WhoIsNotLetInIsToldWhy) {
 
 TEST(SharedMemory, AnotherUserIsNotLetIn) {
   if (::geteuid() != 0) GTEST_SKIP() << "needs to become somebody else";
-  const auto daemon = e2e::TestDaemon::Start({"--shared-memory-user", "4321"});
+  const auto daemon = e2e::TestDaemon::Start({"--allow", "uid:4321"});
   // Reachable, so that the refusal is the daemon's.
   ASSERT_EQ(std::system(("chmod 755 " + daemon->folder() + " " + daemon->folder() + "/run && chmod 666 " +
                          daemon->socket_path() + ".ring")
@@ -152,7 +152,7 @@ TEST(SharedMemory, AnotherUserIsNotLetIn) {
   };
   EXPECT_EQ(connect_as(1234), 3);
   EXPECT_EQ(connect_as(4321), 0);
-  EXPECT_TRUE(absl::StrContains(daemon->Log(), "user 1234 may not share memory")) << daemon->Log();
+  EXPECT_TRUE(absl::StrContains(daemon->Log(), "user 1234 may not use this kvtided")) << daemon->Log();
 }
 
 TEST(SharedMemory, NonsenseInTheRingEndsItsClientAndNobodyElse) {

@@ -84,7 +84,7 @@ TEST_F(StatsTest, ListsGoOnFromAnIdAndMayBeOfOneModel) {
   EXPECT_TRUE(std::is_sorted(seen.begin(), seen.end()));
   EXPECT_EQ(seen.size(), 7u);
   SequenceList small;
-  small.model = *cache_->FindModel("small");
+  small.model = "small";
   EXPECT_EQ(cache_->ListSequences(small).size(), 4u);
   EXPECT_EQ(cache_->ModelNames(), (std::vector<std::string>{"small", "mixed"}));
 }

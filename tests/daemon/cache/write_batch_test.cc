@@ -13,7 +13,7 @@ class WriteBatchTest : public ::testing::Test {
   WriteBatchTest() : backend_(MakeCpuBackend({})), core_(Options()) {
     EXPECT_TRUE(core_.Start().ok());
     CacheLock lock(core_);
-    const ModelId model = lock->sequences.RegisterModel(SmallModel()).value();
+    const ModelId model = lock->sequences.RegisterModel(SmallModel(), kDefaultTenant).value();
     sequence_ = lock->sequences.Create(model, WithPair("f16")).value();
   }
   ~WriteBatchTest() override {

@@ -115,7 +115,8 @@ def overlap(name, panels):
                     return
 
 
-def check_rules(path, names, labels):
+def check_rules(path, names, labels, tests):
+    tested = tests.read_text()
     alerts = re.split(r"\n      - alert: ", path.read_text())[1:]
     if len(alerts) < 10:
         complain(f"{path.name}: only {len(alerts)} alerts were found")
@@ -126,6 +127,8 @@ def check_rules(path, names, labels):
             complain(f"{path.name}: {name} has no expression")
             continue
         check_expression(f"{path.name}: {name}", expression.group(1), names, labels)
+        if not re.search(rf"\b{name}\b", tested):
+            complain(f"{path.name}: {name} has no case in {tests.name}")
         if not re.search(r"labels: \{ severity: (page|warning) \}", alert):
             complain(f"{path.name}: {name} needs a severity, page or warning")
         for annotation in ("summary", "runbook"):
@@ -225,7 +228,7 @@ def main():
     dashboards = [check_dashboard(path, names, labels) for path in files]
     if not dashboards:
         complain("there is no dashboard")
-    check_rules(root / "deploy/prometheus/rules.yml", names, labels)
+    check_rules(root / "deploy/prometheus/rules.yml", names, labels, root / "tests/daemon/metrics/rules_test.yml")
     check_paths(root)
     if arguments.promtool:
         check_with_promtool(arguments.promtool, root, arguments.exposition, dashboards)

@@ -1,8 +1,11 @@
 #include "daemon/service/address.h"
 
 #include <stdlib.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 
@@ -67,6 +70,40 @@ TEST_F(Claim, MakesOneFolderOnly) {
   EXPECT_EQ(claim.status().code(), absl::StatusCode::kNotFound);
   EXPECT_THAT(std::string(claim.status().message()), HasSubstr("correct --listen"));
   EXPECT_FALSE(std::filesystem::exists(folder_ + "/no"));
+}
+
+TEST_F(Claim, MakesItsFileAgainWhenThatIsGone) {
+  auto claim = AddressClaim::Take(address_).value();
+  const auto connects = [&] {
+    const int fd = ::socket(AF_UNIX, SOCK_STREAM, 0);
+    sockaddr_un name{};
+    name.sun_family = AF_UNIX;
+    std::strcpy(name.sun_path, address_.unix_path.c_str());
+    const bool ok = ::connect(fd, reinterpret_cast<const sockaddr*>(&name), sizeof(name)) == 0;
+    ::close(fd);
+    return ok;
+  };
+  EXPECT_FALSE(*claim->Mend());
+  const std::vector<int> sockets = claim->sockets();
+  for (int round = 0; round < 3; round++) {
+    std::filesystem::remove(address_.unix_path);
+    EXPECT_FALSE(connects());
+    EXPECT_TRUE(*claim->Mend());
+    EXPECT_TRUE(connects());
+    EXPECT_FALSE(*claim->Mend());
+    EXPECT_EQ(claim->sockets(), sockets);
+  }
+  // The whole folder, with the lock in it: taken again as well.
+  std::filesystem::remove_all(folder_ + "/made");
+  EXPECT_TRUE(*claim->Mend());
+  EXPECT_TRUE(connects());
+  EXPECT_FALSE(AddressClaim::Take(address_).ok());
+  // A file of somebody else stays, also at the end.
+  std::filesystem::remove(address_.unix_path);
+  std::ofstream(address_.unix_path) << "mine";
+  EXPECT_FALSE(claim->Mend().ok());
+  claim.reset();
+  EXPECT_TRUE(std::filesystem::exists(address_.unix_path));
 }
 
 TEST_F(Claim, RefusesAFolderOfAnotherUser) {

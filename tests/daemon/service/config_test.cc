@@ -73,6 +73,17 @@ TEST(Config, AnUnknownFieldIsAnErrorThatListsTheKnown) {
               AllOf(HasSubstr("test.json"), HasSubstr("devise"), HasSubstr("listen, device, device_memory")));
 }
 
+TEST(Config, AKeyHasOneSpellingAndOnePlace) {
+  const auto message = [](const char* json) { return std::string(Resolve(json).status().message()); };
+  EXPECT_THAT(message("{\"deviceMemory\": \"1GiB\"}"),
+              AllOf(HasSubstr("no field \"deviceMemory\""), HasSubstr("did you mean \"device_memory\"?")));
+  EXPECT_THAT(message("{\"device\": \"cpu\", \"device\": \"cpu\"}"), HasSubstr("\"device\" is there twice"));
+  EXPECT_THAT(message("{\"exact_window\": {\"firstBlocks\": 1}}"), HasSubstr("did you mean \"first_blocks\"?"));
+  EXPECT_THAT(message("{\"exact_window\": {\"first_blocks\": 1, \"first_blocks\": 2}}"),
+              HasSubstr("\"first_blocks\" is there twice"));
+  EXPECT_TRUE(Resolve("{\"device\": \"cpu\", \"exact_window\": {\"first_blocks\": 1, \"last_blocks\": 2}}").ok());
+}
+
 TEST(Config, MalformedTextIsToldInOneLine) {
   for (const char* json : {"{\"device\" \"cpu\"}", "{\"device\": ", "[1", "{\"device\": cpu}"}) {
     const std::string message(ParseConfig(json, "test.json").status().message());

@@ -39,7 +39,7 @@ class ListenerTest : public ::testing::Test {
     Listener::Options options;
     options.sockets = claim_->sockets();
     options.max_connections = most;
-    options.serve = [this](int fd) {
+    options.serve = [this](int fd, bool) {
       const MutexLock lock(mutex_);
       served_.push_back(fd);
     };

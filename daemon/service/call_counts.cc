@@ -1,0 +1,75 @@
+#include "daemon/service/call_counts.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "absl/status/status.h"
+
+namespace kvtide::service {
+namespace {
+
+// From 10 us on, two steps for a doubling: 40 of them reach 7 s, which the last one stands for and beyond.
+constexpr double kFirst = 10e-6;
+const double kStep = std::sqrt(2.0);
+
+}  // namespace
+
+CallCounts::Method* CallCounts::Find(const char* name) {
+  for (Method& method : methods_) {
+    const char* there = method.name.load(std::memory_order_acquire);
+    if (there == nullptr && method.name.compare_exchange_strong(there, name)) return &method;
+    if (absl::string_view(there) == name) return &method;
+  }
+  return nullptr;  // there are not so many
+}
+
+void CallCounts::Add(const CallReport& call) {
+  Method* const method = Find(call.method);
+  if (method == nullptr) return;
+  const size_t code = call.code >= 0 && static_cast<size_t>(call.code) < kCodes ? static_cast<size_t>(call.code) : 2;
+  method->codes[code].fetch_add(1, std::memory_order_relaxed);
+  const double steps = std::log(std::max(1.0, absl::ToDoubleSeconds(call.duration) / kFirst)) / std::log(kStep);
+  const auto bucket = static_cast<size_t>(std::clamp(std::ceil(steps), 0.0, static_cast<double>(kBuckets - 1)));
+  method->durations[bucket].fetch_add(1, std::memory_order_relaxed);
+}
+
+double CallCounts::Quantile(const Method& method, double share) {
+  std::array<int64_t, kBuckets> counts{};
+  int64_t all = 0;
+  for (size_t i = 0; i < kBuckets; i++) all += counts[i] = method.durations[i].load(std::memory_order_relaxed);
+  int64_t below = 0;
+  for (size_t i = 0; i < kBuckets; i++) {
+    below += counts[i];
+    if (all > 0 && static_cast<double>(below) >= share * static_cast<double>(all))
+      return kFirst * std::pow(kStep, static_cast<double>(i));
+  }
+  return 0;
+}
+
+void CallCounts::ToProto(google::protobuf::RepeatedPtrField<v1::MethodStats>* methods) const {
+  std::vector<v1::MethodStats> all;
+  for (const Method& method : methods_) {
+    const char* const name = method.name.load(std::memory_order_acquire);
+    if (name == nullptr) break;
+    v1::MethodStats& stats = all.emplace_back();
+    stats.set_method(name);
+    int64_t calls = 0;
+    for (size_t code = 0; code < kCodes; code++) {
+      const int64_t count = method.codes[code].load(std::memory_order_relaxed);
+      calls += count;
+      if (code == 0 || count == 0) continue;
+      v1::CodeCount* const failed = stats.add_failed();
+      failed->set_code(absl::StatusCodeToString(static_cast<absl::StatusCode>(code)));
+      failed->set_calls(count);
+    }
+    stats.set_calls(calls);
+    stats.set_p50_seconds(Quantile(method, 0.5));
+    stats.set_p99_seconds(Quantile(method, 0.99));
+  }
+  std::stable_sort(all.begin(), all.end(),
+                   [](const v1::MethodStats& a, const v1::MethodStats& b) { return a.calls() > b.calls(); });
+  for (v1::MethodStats& stats : all) methods->Add(std::move(stats));
+}
+
+}  // namespace kvtide::service

@@ -1,0 +1,59 @@
+#include "daemon/service/call_counts.h"
+
+#include <thread>
+#include <vector>
+
+#include "gtest/gtest.h"
+
+namespace kvtide::service {
+namespace {
+
+CallReport Call(const char* method, int code, absl::Duration duration) {
+  CallReport call;
+  call.method = method;
+  call.code = code;
+  call.duration = duration;
+  return call;
+}
+
+TEST(CallCounts, TellsErrorsByCodeAndHowLongCallsTake) {
+  CallCounts counts;
+  for (int i = 0; i < 98; i++) counts.Add(Call("Append", 0, absl::Microseconds(100)));
+  counts.Add(Call("Append", 8, absl::Microseconds(100)));
+  counts.Add(Call("Append", 15, absl::Milliseconds(500)));
+  for (int i = 0; i < 300; i++) counts.Add(Call("Attend", 0, absl::Hours(1)));
+  google::protobuf::RepeatedPtrField<v1::MethodStats> methods;
+  counts.ToProto(&methods);
+  ASSERT_EQ(methods.size(), 2);
+  EXPECT_EQ(methods[0].method(), "Attend");
+  EXPECT_GT(methods[0].p50_seconds(), 5);
+  EXPECT_EQ(methods[0].failed_size(), 0);
+  const v1::MethodStats& append = methods[1];
+  EXPECT_EQ(append.calls(), 100);
+  ASSERT_EQ(append.failed_size(), 2);
+  EXPECT_EQ(append.failed(0).code(), "RESOURCE_EXHAUSTED");
+  EXPECT_EQ(append.failed(1).code(), "DATA_LOSS");
+  EXPECT_EQ(append.failed(1).calls(), 1);
+  // Within a step of the truth, and never below it.
+  EXPECT_GE(append.p50_seconds(), 100e-6);
+  EXPECT_LE(append.p50_seconds(), 142e-6);
+  EXPECT_LE(append.p99_seconds(), 142e-6);
+}
+
+TEST(CallCounts, AnyNumberOfThreadsAddTheSameMethods) {
+  CallCounts counts;
+  const char* const kNames[] = {"A", "B", "C", "D"};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < 4; t++)
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < 4000; i++) counts.Add(Call(kNames[(t + i) % 4], 0, absl::Microseconds(i)));
+    });
+  for (std::thread& thread : threads) thread.join();
+  google::protobuf::RepeatedPtrField<v1::MethodStats> methods;
+  counts.ToProto(&methods);
+  ASSERT_EQ(methods.size(), 4);
+  for (const v1::MethodStats& method : methods) EXPECT_EQ(method.calls(), 4000);
+}
+
+}  // namespace
+}  // namespace kvtide::service

@@ -1,0 +1,278 @@
+// Who may call a real daemon, and what of others' is there for them.
+#include <signal.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <fstream>
+
+#include "absl/strings/match.h"
+#include "absl/time/clock.h"
+#include "clients/cpp/pool.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tests/e2e/test_daemon.h"
+
+namespace kvtide::e2e {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+class OtherUsers : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    if (::geteuid() != 0) GTEST_SKIP() << "needs to become somebody else";
+  }
+  // A daemon whose sockets' files are open to everybody, so that a refusal is its own.
+  void Start(const std::vector<std::string>& arguments) {
+    daemon_ = TestDaemon::Start(arguments);
+    const std::string socket = daemon_->socket_path();
+    ASSERT_EQ(std::system(("chmod 755 " + daemon_->folder() + " " + daemon_->folder() + "/run && chmod 666 " +
+                           socket + " " + socket + ".ring")
+                              .c_str()),
+              0);
+  }
+  // Runs as another user; what `run` returns.
+  template <class Run>
+  int As(uid_t user, Run run) {
+    const pid_t child = ::fork();
+    if (child == 0) ::_exit(::setuid(user) == 0 ? run() : 99);
+    return WaitForExit(child, 60);
+  }
+  // `kvtide status` over gRPC as another user of another group; its exit code and words.
+  std::pair<int, std::string> StatusAs(const std::string& user, const std::string& group) {
+    const std::string folder = MakeFolder();
+    const int code =
+        WaitForExit(StartProgram({"/usr/bin/setpriv", "--reuid", user, "--regid", "65534", "--groups", group,
+                                  Program("kvtide"), "status", "--address", daemon_->address()},
+                                 folder + "/log"),
+                    60);
+    const std::string words = ReadWhole(folder + "/log");
+    EXPECT_EQ(std::system(("rm -r " + folder).c_str()), 0);
+    return {code, words};
+  }
+
+  std::unique_ptr<TestDaemon> daemon_;
+};
+
+TEST_F(OtherUsers, AreToldThatTheyMayNotCallUnlessTheyAreNamed) {
+  if (::access("/usr/bin/setpriv", X_OK) != 0) GTEST_SKIP() << "needs setpriv";
+  Start({"--allow", "uid:4321", "--allow", "gid:777=acme"});
+  const auto [refused, words] = StatusAs("1234", "1234");
+  EXPECT_NE(refused, 0);
+  EXPECT_THAT(words, AllOf(HasSubstr("user 1234 may not use this kvtided"), HasSubstr("--allow uid:1234")));
+  EXPECT_THAT(daemon_->Log(), HasSubstr("code=PERMISSION_DENIED"));
+  EXPECT_EQ(StatusAs("4321", "1").first, 0);
+  EXPECT_EQ(StatusAs("1234", "777").first, 0) << "by one of its groups";
+  EXPECT_TRUE(daemon_->Connect()->GetStats().ok());
+}
+
+// Two users, two tenants, over shared memory; root sees both.
+TEST_F(OtherUsers, SeeNothingOfEachOther) {
+  Start({"--allow", "uid:1001=acme", "--allow", "uid:1002=other"});
+  const auto make = [&] {
+    auto pool = Pool::Connect("shm:" + daemon_->address());
+    if (!pool.ok() || !(*pool)->RegisterModel(SmallModel()).ok()) return 1;
+    const auto sequence = (*pool)->CreateSequence("small", {.persistence = client::Persistence::kNone});
+    if (!sequence.ok() || !(*pool)->Append(*sequence, 0, Tokens(1, 0, 70).layers).ok()) return 2;
+    // Its own is all that it sees; another tenant's it may not even name.
+    const auto list = (*pool)->ListSequences();
+    if (!list.ok() || list->size() != 1 || list->front().tenant != "acme") return 3;
+    if (!absl::IsPermissionDenied((*pool)->CreateSequence("small", {.tenant = "other"}).status())) return 4;
+    return 0;
+  };
+  EXPECT_EQ(As(1001, make), 0);
+  // A sequence of acme that root keeps open, and another tenant looks for it.
+  const auto root = Pool::Connect("shm:" + daemon_->address());
+  ASSERT_TRUE(root.ok()) << root.status();
+  ASSERT_TRUE((*root)->RegisterModel(SmallModel()).ok());
+  const auto sequence = (*root)->CreateSequence("small", {.tenant = "acme"});
+  ASSERT_TRUE(sequence.ok()) << sequence.status();
+  const auto look = [&](bool owner) {
+    auto pool = Pool::Connect("shm:" + daemon_->address());
+    if (!pool.ok()) return 1;
+    const auto list = (*pool)->ListSequences();
+    if (!list.ok() || list->size() != (owner ? 1u : 0u)) return 2;
+    const absl::Status cut = (*pool)->TruncateSequence(*sequence, 0);
+    if (owner ? !cut.ok() : !absl::IsNotFound(cut)) return 3;
+    const absl::Status forked = (*pool)->ForkSequence(*sequence).status();
+    if (owner ? !forked.ok() : !absl::IsNotFound(forked)) return 4;
+    if (!owner && !absl::IsNotFound((*pool)->CloseSequence(*sequence))) return 5;
+    return 0;
+  };
+  EXPECT_EQ(As(1002, [&] { return look(false); }), 0);
+  EXPECT_EQ(As(1001, [&] { return look(true); }), 0);
+  EXPECT_TRUE((*root)->CloseSequence(*sequence).ok());
+}
+
+// Certificates and tokens, in a folder of their own; `openssl` makes them as an operator would.
+class Network : public ::testing::Test {
+ protected:
+  Network() : folder_(MakeFolder()) {}
+  ~Network() override { EXPECT_EQ(std::system(("rm -r " + folder_).c_str()), 0); }
+  std::string File(const std::string& name) const { return folder_ + "/" + name; }
+  void Write(const std::string& name, const std::string& text) const { std::ofstream(File(name)) << text; }
+  void Shell(const std::string& command) const {
+    ASSERT_EQ(std::system(("cd " + folder_ + " && (" + command + ") > shell.log 2>&1").c_str()), 0)
+        << ReadWhole(File("shell.log"));
+  }
+  void MakeCa(const std::string& name) const {
+    Shell("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=" + name +
+          " -keyout " + name + ".key -out " + name + ".pem");
+  }
+  // NAME.pem and NAME.key, signed by `ca`, for `common_name` and localhost.
+  void MakeCertificate(const std::string& ca, const std::string& name, const std::string& common_name) const {
+    Write(name + ".ext", "subjectAltName=DNS:localhost,IP:127.0.0.1\n");
+    Shell("openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj '/CN=" + common_name +
+          "' -keyout " + name + ".key -out " + name + ".csr && openssl x509 -req -in " + name + ".csr -CA " + ca +
+          ".pem -CAkey " + ca + ".key -CAcreateserial -days 2 -extfile " + name + ".ext -out " + name + ".pem");
+  }
+  // A line of a token file.
+  std::string TokenLine(const std::string& token, const std::string& rest) const {
+    Shell("printf %s '" + token + "' | sha256sum | cut -d ' ' -f 1 > sum");
+    std::string sum = ReadWhole(File("sum"));
+    sum.resize(64);
+    Write(token, token + "\n");  // as a client has it
+    return "sha256:" + sum + " " + rest + "\n";
+  }
+  void Start(std::vector<std::string> arguments) {
+    arguments.insert(arguments.begin(), {"--listen", "localhost:0"});
+    daemon_ = TestDaemon::Start(arguments);
+    const std::string& line = daemon_->ready_line();
+    const size_t at = line.find("localhost:");
+    ASSERT_NE(at, std::string::npos) << line;
+    address_ = line.substr(at, line.find_first_of(" ,", at) - at);
+  }
+  absl::StatusOr<std::unique_ptr<Client>> Connect(const client::Credentials& credentials, bool unix = false) const {
+    client::ClientOptions options;
+    options.wait_for_daemon = false;
+    options.connect_timeout = absl::Seconds(30);
+    options.credentials = credentials;
+    return Client::Connect(unix ? daemon_->address() : address_, options);
+  }
+  // Why a first call fails, or OK.
+  absl::Status Ask(const client::Credentials& credentials) const {
+    const auto client = Connect(credentials);
+    return client.ok() ? (*client)->GetStats().status() : client.status();
+  }
+
+  const std::string folder_;
+  std::unique_ptr<TestDaemon> daemon_;
+  std::string address_;
+};
+
+TEST_F(Network, CertificatesNameTheTenantAndAreReplacedWithoutARestart) {
+  MakeCa("ca");
+  MakeCa("stranger");
+  MakeCertificate("ca", "server", "kvtided");
+  MakeCertificate("ca", "acme", "acme");
+  MakeCertificate("ca", "ops", "Operations, Inc.");
+  MakeCertificate("stranger", "forged", "acme");
+  Start({"--server-cert", File("server.pem"), "--server-key", File("server.key"), "--client-ca", File("ca.pem"),
+         "--allow", "cert:Operations, Inc.=default:admin"});
+  const auto with = [&](const std::string& name) {
+    return client::Credentials{File("ca.pem"), File(name + ".pem"), File(name + ".key"), ""};
+  };
+  const auto acme = Connect(with("acme")).value();
+  ASSERT_TRUE(acme->RegisterModel(SmallModel()).ok());
+  const auto sequence = acme->CreateSequence("small");
+  ASSERT_TRUE(sequence.ok()) << sequence.status();
+  EXPECT_EQ(acme->ListSequences()->at(0).tenant, "acme");
+  const auto ops = Connect(with("ops")).value();
+  EXPECT_EQ(ops->ListSequences()->size(), 1u) << "an admin sees all";
+  // Who has no certificate, one of another CA, or no TLS, is told so; the others go on.
+  EXPECT_FALSE(Ask({File("ca.pem"), "", "", ""}).ok());
+  EXPECT_FALSE(Ask(with("forged")).ok());
+  EXPECT_THAT(std::string(Ask({File("stranger.pem"), File("acme.pem"), File("acme.key"), ""}).message()),
+              HasSubstr("is --tls-ca the CA of its certificate"));
+  EXPECT_THAT(std::string(Ask({}).message()), HasSubstr("it may want TLS; give --tls-ca"));
+  EXPECT_EQ(Ask({"", File("acme.pem"), File("acme.key"), ""}).code(), absl::StatusCode::kInvalidArgument);
+  // Another CA for both ends: within seconds, the old one counts no more for who connects.
+  MakeCertificate("stranger", "server", "kvtided");
+  Shell("cp stranger.pem ca.pem");
+  MakeCertificate("stranger", "late", "late");
+  absl::Status late;
+  for (int i = 0; i < 120; i++) {
+    late = Ask(with("late"));
+    if (late.ok()) break;
+    absl::SleepFor(absl::Milliseconds(250));
+  }
+  EXPECT_TRUE(late.ok()) << late;
+  EXPECT_EQ(acme->ListSequences()->size(), 1u) << "a connection that stands goes on";
+  EXPECT_EQ(daemon_->Stop(), 0);
+}
+
+TEST_F(Network, TokensNameTheTenantExpireAndAreReadAgain) {
+  const std::string acme = TokenLine("token-of-acme", "acme"), old = TokenLine("token-of-old", "old until=2026-01-01T00:00:00Z");
+  Write("tokens", "# test\n" + acme + old + TokenLine("token-of-ops", "default:admin"));
+  Start({"--tokens", File("tokens")});
+  const auto with = [&](const std::string& token) { return client::Credentials{"", "", "", File(token)}; };
+  const auto client = Connect(with("token-of-acme")).value();
+  ASSERT_TRUE(client->RegisterModel(SmallModel()).ok());
+  ASSERT_TRUE(client->CreateSequence("small").ok());
+  EXPECT_EQ(client->ListSequences()->at(0).tenant, "acme");
+  EXPECT_EQ(Connect(with("token-of-ops")).value()->ListSequences()->size(), 1u);
+  EXPECT_THAT(std::string(Ask(with("token-of-old")).message()), HasSubstr("'old' has expired at 2026-01-01"));
+  EXPECT_EQ(Ask(with("token-of-old")).code(), absl::StatusCode::kUnauthenticated);
+  Write("wrong", "guess");
+  EXPECT_EQ(Ask(with("wrong")).code(), absl::StatusCode::kUnauthenticated);
+  EXPECT_THAT(std::string(Ask({}).message()), HasSubstr("calls over TCP need a token"));
+  // On the Unix socket the kernel says who it is; a token may say more.
+  EXPECT_EQ(Connect({}, true).value()->ListSequences()->size(), 1u);
+  // A session under way ends when its token is taken back, others come in, without a restart.
+  client::ClientOptions options;
+  options.session = true;
+  options.credentials = with("token-of-acme");
+  const auto session = Client::Connect(address_, options).value();
+  EXPECT_EQ(session->ListSequences()->size(), 1u);
+  Write("tokens", TokenLine("token-of-new", "new"));
+  ASSERT_EQ(::kill(daemon_->pid(), SIGHUP), 0);
+  absl::Status answer;
+  for (int i = 0; i < 200; i++) {
+    answer = Ask(with("token-of-new"));
+    if (answer.ok()) break;
+    absl::SleepFor(absl::Milliseconds(50));
+  }
+  EXPECT_TRUE(answer.ok()) << answer;
+  EXPECT_EQ(session->ListSequences().status().code(), absl::StatusCode::kUnauthenticated);
+  EXPECT_EQ(client->ListSequences().status().code(), absl::StatusCode::kUnauthenticated);
+  // A file with a mistake changes nothing, and no token is ever in the log.
+  Write("tokens", "sha256:12 acme\n");
+  ASSERT_EQ(::kill(daemon_->pid(), SIGHUP), 0);
+  for (int i = 0; i < 200 && !absl::StrContains(daemon_->Log(), "tokens stay as they were"); i++)
+    absl::SleepFor(absl::Milliseconds(50));
+  EXPECT_TRUE(Ask(with("token-of-new")).ok());
+  EXPECT_THAT(daemon_->Log(), AllOf(HasSubstr("tokens, line 1"), Not(HasSubstr("token-of")), HasSubstr("reloaded tokens=1")));
+  EXPECT_EQ(daemon_->Stop(), 0);
+}
+
+TEST_F(Network, NobodyListensBeyondLoopbackWithoutTlsAndNames) {
+  MakeCa("ca");
+  MakeCertificate("ca", "server", "kvtided");
+  MakeCertificate("ca", "other", "kvtided");
+  const std::vector<std::string> open = {"--listen", "0.0.0.0:0", "--device", "cpu", "--device-memory", "4MiB",
+                                         "--host-memory", "0", "--metrics-address", "off"};
+  const auto run = [&](const std::vector<std::string>& more) {
+    std::vector<std::string> arguments = open;
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    const TestDaemon::Result result = TestDaemon::RunToEnd(arguments);
+    EXPECT_EQ(result.exit_code, 2) << result.output;
+    return result.output;
+  };
+  EXPECT_THAT(run({}), HasSubstr("open to the network without TLS"));
+  EXPECT_THAT(run({"--server-cert", File("server.pem"), "--server-key", File("server.key")}),
+              HasSubstr("callers need not say who they are"));
+  EXPECT_THAT(run({"--server-cert", File("server.pem")}), HasSubstr("come together"));
+  EXPECT_THAT(run({"--server-cert", File("server.pem"), "--server-key", File("other.key")}),
+              HasSubstr("is not that of the certificate"));
+  EXPECT_THAT(run({"--server-cert", File("none.pem"), "--server-key", File("server.key")}),
+              HasSubstr("No such file"));
+  EXPECT_THAT(run({"--client-ca", File("ca.pem")}), HasSubstr("needs --server-cert"));
+  EXPECT_THAT(run({"--tokens", File("none")}), HasSubstr("cannot read the tokens"));
+  const auto asked = TestDaemon::Start({"--listen", "0.0.0.0:0", "--allow-insecure-tcp"});
+  EXPECT_THAT(asked->Log(), HasSubstr("open to the network, by --allow-insecure-tcp"));
+}
+
+}  // namespace
+}  // namespace kvtide::e2e
