@@ -250,8 +250,9 @@ void BindPaged(nb::module_& m) {
       .def(
           "__init__",
           [](ExactPages* self, int pages, int slots, int first_blocks, int last_blocks, int64_t sliding,
-             int max_sequences, int max_tokens, int rewritten) {
+             int max_sequences, int max_tokens, int rewritten, bool blocks_stay) {
             ExactPagesOptions options;
+            options.blocks_stay = blocks_stay;
             options.pages = pages;
             options.window = {first_blocks, last_blocks};
             options.sliding = sliding;
@@ -262,7 +263,7 @@ void BindPaged(nb::module_& m) {
             new (self) ExactPages(Raise(ExactPages::Make(options)));
           },
           "pages"_a, "slots"_a, "first_blocks"_a, "last_blocks"_a, "sliding"_a, "max_sequences"_a,
-          "max_tokens"_a, "rewritten"_a)
+          "max_tokens"_a, "rewritten"_a, "blocks_stay"_a = false)
       .def(
           "step",
           [](ExactPages& self, const Numbers& query_start, const Numbers& lengths, const Table& table) {
@@ -315,8 +316,10 @@ void BindPaged(nb::module_& m) {
   // The numbers that memory is sized by before the pages are known.
   m.def(
       "exact_pages_sizes",
-      [](int first_blocks, int last_blocks, int max_sequences, int max_tokens, int rewritten) {
+      [](int first_blocks, int last_blocks, int max_sequences, int max_tokens, int rewritten,
+         bool blocks_stay) {
         ExactPagesOptions options;
+        options.blocks_stay = blocks_stay;
         options.window = {first_blocks, last_blocks};
         options.max_sequences = max_sequences;
         options.max_tokens = max_tokens;
@@ -327,7 +330,8 @@ void BindPaged(nb::module_& m) {
         out["scratch"] = options.Scratch();
         return out;
       },
-      "first_blocks"_a, "last_blocks"_a, "max_sequences"_a, "max_tokens"_a, "rewritten"_a);
+      "first_blocks"_a, "last_blocks"_a, "max_sequences"_a, "max_tokens"_a, "rewritten"_a,
+      "blocks_stay"_a = false);
 }
 
 }  // namespace kvtide::python

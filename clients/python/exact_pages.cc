@@ -237,9 +237,10 @@ absl::Status ExactPages::Step(std::span<const int32_t> query_start, std::span<co
         const int64_t end = (b + 1) * kBlockTokens;
         const bool final = end <= after - options_.rewritten;  // full, and no later step writes into it
         if (must_pass == final) continue;
-        const bool stays = !final || b < options_.window.first_blocks ||
+        const bool must = !final || options_.blocks_stay;
+        const bool stays = must || b < options_.window.first_blocks ||
                            b >= after / kBlockTokens - options_.window.last_blocks;
-        Keep(pages[Size(b)], b * kBlockTokens >= before, stays, !final, final ? kCopies : kUnfinished);
+        Keep(pages[Size(b)], b * kBlockTokens >= before, stays, must, final ? kCopies : kUnfinished);
         if (end > after) continue;
         seal_pages_[Size(2 * seals)] = PlaceOf(pages[Size(b)]);
         seal_pages_[Size(2 * seals + 1)] = pages[Size(b)];

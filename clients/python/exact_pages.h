@@ -11,7 +11,8 @@
 //     writes into it (speculation). From then on its exact page is a better copy, nothing more.
 //   * Every other block was sealed by somebody: it is attended coded (prefix hits, resumed requests).
 // Exact pages are of two kinds. A *slot* keeps its block over steps: the first and last blocks and the tail.
-// A *scratch page* serves one layer of one step: the other blocks of a prefill chunk.
+// A *scratch page* serves one layer of one step: the other blocks of a prefill chunk (`blocks_stay`: slots
+// serve them too).
 //
 // Slots that the step does not need are taken again: copies of sealed blocks, the longest unused first, and
 // unfinished blocks where there are more of them than 2 * max_sequences. A copy can always be lost: its block
@@ -38,17 +39,23 @@ struct ExactPagesOptions {
   int max_sequences = 0;  // rows of a step
   int max_tokens = 0;     // new tokens of a step
   int rewritten = 0;      // last tokens that a later step may write again (speculation)
+  // No scratch pages: every block that a step writes has a slot until the step ends, for layers that attend
+  // what another layer has written before.
+  bool blocks_stay = false;
 
   // Every step finds its slots with this many: one for page 0, and for each row the block that it goes on
   // with and the one that it begins, those that it may write again, and one for a sequence that waits.
-  int LeastSlots() const { return 1 + max_sequences * (3 + (rewritten + kBlockTokens - 1) / kBlockTokens); }
+  int LeastSlots() const {
+    return 1 + max_sequences * (3 + (rewritten + kBlockTokens - 1) / kBlockTokens) +
+           (blocks_stay ? MaxSeals() : 0);
+  }
   // With this many, every row finds its whole window.
   int AllSlots() const {
     return LeastSlots() + max_sequences * (window.first_blocks + window.last_blocks) +
            max_tokens / kBlockTokens;
   }
-  // Full blocks that one step can write.
-  int Scratch() const { return max_tokens / kBlockTokens + 2 * max_sequences; }
+  // Full blocks that one step can write to no slot.
+  int Scratch() const { return blocks_stay ? 0 : MaxSeals(); }
   int ExactRow() const { return window.first_blocks + window.last_blocks + max_tokens / kBlockTokens + 4; }
   int MaxSeals() const { return max_tokens / kBlockTokens + 2 * max_sequences; }
 };

@@ -52,6 +52,7 @@ def _run(job, pair, env):
                               env=environment(pair, **dict(env)), timeout=1800)
         log = done.stdout + done.stderr
         assert done.returncode == 0 and out.exists(), log[-6000:]
+        assert not pair or "kvtide: KV cache in " in log, "vLLM has run its own backend: the plugin is not installed"
         return json.loads(out.read_text()), log
 
 

@@ -39,6 +39,8 @@ def parse(arguments=None):
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--limit", type=float, default=0, metavar="GiB", help="a cache of this size, as many sequences as fit")
     parser.add_argument("--limit-tokens", type=int, default=4096)
+    parser.add_argument("--gpus", type=int, default=1, help="tensor parallel")
+    parser.add_argument("--compile", action="store_true", help="vLLM's own defaults: torch.compile, full and piecewise CUDA graphs")
     parser.add_argument("--model", help="a folder with a real model, instead of Llama's dimensions")
     parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--logs", type=pathlib.Path, help="where the engines' logs are kept")
@@ -68,8 +70,10 @@ def engine_arguments(job):
     sequences = max([shape[0] for shape in job["shapes"]] + [job["limit_sequences"] if job["limit"] else 0])
     out = dict(model=job["model"], dtype="bfloat16", max_model_len=tokens + 2 * job["steps"] + 64, max_num_seqs=sequences,
                max_num_batched_tokens=8192, seed=0, skip_tokenizer_init=True, enable_prefix_caching=False,
-               compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY",
-                                   "cudagraph_capture_sizes": sorted({n for n in (1, 16, 32, 64, 128, sequences) if n <= sequences})})
+               tensor_parallel_size=job["gpus"])
+    if not job["compile"]:
+        sizes = sorted({n for n in (1, 16, 32, 64, 128, sequences) if n <= sequences})
+        out["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
     if job["dummy"]:
         out["load_format"] = "dummy"
     if job["limit"]:
@@ -192,13 +196,14 @@ def main():
             (folder / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": arguments.layers}))
         job = {"model": arguments.model or name, "dummy": not arguments.model, "steps": arguments.steps, "limit": arguments.limit,
                "limit_tokens": arguments.limit_tokens, "limit_sequences": 128,
-               "timeout": arguments.timeout, "logs": str(arguments.logs or ""),
+               "gpus": arguments.gpus, "compile": arguments.compile, "timeout": arguments.timeout, "logs": str(arguments.logs or ""),
                "shapes": [] if arguments.limit else [[int(n) for n in one.split("x")] for one in arguments.shapes.split(",")]}
         caches = arguments.caches.split(",")
         result = {"what": "decoding in vLLM", "command": "gpu_bench.py " + " ".join(sys.argv[1:]),
                   "commit": os.environ.get("KVTIDE_COMMIT") or subprocess.run(
                       ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
-                  "date": time.strftime("%Y-%m-%d"), "layers": arguments.layers, "limit_gib": arguments.limit, "engines": []}
+                  "date": time.strftime("%Y-%m-%d"), "layers": arguments.layers, "gpus": arguments.gpus, "compile": arguments.compile,
+                  "limit_gib": arguments.limit, "engines": []}
         following = Engine({**job, "cache": caches[0]}, folder)
         for i in range(len(caches)):
             engine = following  # the next one imports its modules meanwhile

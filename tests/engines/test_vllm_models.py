@@ -12,13 +12,14 @@ def run(kind, pair, **llm):
     return engine.run([batch], pair=pair, model=tiny_models.folder(kind), skip_tokenizer_init=True, max_model_len=1024, **{"dtype": "float32", **llm})
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "gemma2", "mistral"])
+@pytest.mark.parametrize("kind", ["gemma3", "gemma2", "mistral", "gemma4"])
 def test_f16_pages_give_the_tokens_of_vllms_own_backend(kind):
     stock, _ = run(kind, "")
     ours, log = run(kind, "f16")
     different = engine.differences(ours["batches"][0], stock["batches"][0])
     print(f"{kind}: {len(PROMPTS) - len(different)} of {len(PROMPTS)} prompts give equal tokens")
-    assert len(different) <= 2 and all(margin < 0.05 for _, _, margin in different), different
+    # Gemma 4 does not scale q.k down, so that keys in f16 move its logits more.
+    assert len(different) <= (4 if kind == "gemma4" else 2) and all(margin < 0.05 for _, _, margin in different), different
 
 
 def test_coded_groups():

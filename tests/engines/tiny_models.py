@@ -19,6 +19,13 @@ def folder(kind):
     elif kind == "gemma2":  # every other layer slides; soft-capped logits
         model = Gemma2ForCausalLM(Gemma2Config(num_hidden_layers=4, sliding_window=128, query_pre_attn_scalar=64,
                                                attn_logit_softcapping=5.0, final_logit_softcapping=30.0, **small))
+    elif kind == "gemma4":  # two layers attend the pages of two others
+        from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+        model = Gemma4ForCausalLM(Gemma4TextConfig(num_hidden_layers=6, sliding_window=128, num_kv_shared_layers=2,
+                                                   hidden_size_per_layer_input=16, vocab_size_per_layer_input=512, global_head_dim=64,
+                                                   num_global_key_value_heads=2, layer_types=["sliding_attention", "full_attention"] * 3,
+                                                   **small))
     else:  # all layers slide
         model = MistralForCausalLM(MistralConfig(num_hidden_layers=3, sliding_window=96, **small))
     with torch.no_grad():

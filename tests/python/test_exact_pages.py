@@ -151,11 +151,11 @@ def names(tokens, known={}):
     return out
 
 
-def run(seed, *, steps, pages=40, sequences=4, budget=256, first=1, last=2, drafts=0, sliding=0, idle=0.0, slots=0):
+def run(seed, *, steps, pages=40, sequences=4, budget=256, first=1, last=2, drafts=0, sliding=0, idle=0.0, slots=0, stay=False):
     rng = random.Random(seed)
     engine = Engine(rng, pages=pages, sequences=sequences, budget=budget, drafts=drafts, sliding=sliding, idle=idle)
     exact = _core.ExactPages(pages=pages, slots=slots, first_blocks=first, last_blocks=last, sliding=sliding,
-                             max_sequences=sequences, max_tokens=budget, rewritten=drafts)
+                             max_sequences=sequences, max_tokens=budget, rewritten=drafts, blocks_stay=stay)
     # The token that each row of each page holds.
     in_exact = np.zeros((exact.slots + exact.scratch, BLOCK), np.int64)
     in_coded = np.zeros((pages, BLOCK), np.int64)
@@ -191,6 +191,8 @@ def run(seed, *, steps, pages=40, sequences=4, budget=256, first=1, last=2, draf
                 right = row[b * BLOCK:(b + 1) * BLOCK]
                 wrong = np.flatnonzero(held[:len(right)] != right)
                 assert all(b * BLOCK + i < seen_from for i in wrong), (seed, step, s, b, wrong)
+        # Layers that attend another one's pages come after the seals, and after other layers have used the scratch pages.
+        assert not stay or (exact.scratch == 0 and (len(written) == 0 or written.max() < exact.slots * BLOCK))
         for place, page in tables["seal_pages"][:tables["seal_count"][0]]:
             assert page > 0
             in_coded[page] = in_exact[place]
@@ -228,6 +230,15 @@ def test_few_slots_lose_copies_not_tokens(seed):
 def test_few_slots_with_speculation(seed):
     sizes = _core.exact_pages_sizes(1, 2, 6, 200, 4)
     run(400 + seed, steps=200, sequences=6, budget=200, pages=60, drafts=4, slots=sizes["least_slots"])
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_blocks_that_stay_for_other_layers_with_few_slots(seed, drafts):
+    least = _core.exact_pages_sizes(1, 2, 6, 300, drafts, True)["least_slots"]
+    assert least > _core.exact_pages_sizes(1, 2, 6, 300, drafts)["least_slots"]
+    engine, _ = run(800 + seed, steps=200, sequences=6, budget=300, pages=40, drafts=drafts, slots=least, stay=True)
+    run(850 + seed, steps=100, sliding=100, first=0, drafts=drafts, stay=True)
 
 
 @pytest.mark.parametrize("seed", range(4))

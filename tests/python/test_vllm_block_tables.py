@@ -26,6 +26,9 @@ class Table:
     def numpy(self):
         return self.array
 
+    def cpu(self):
+        return self
+
 
 class BlockTables:
     """As in vllm/v1/worker/gpu/block_table.py: rows of requests, rows of the step's batch."""
@@ -103,6 +106,8 @@ def test_warm_ups_are_nobodys_rows(block_tables):
     tables.gather_block_tables(np.array([0]), 1)
     m = metadata(tables.input_block_tables[0], 1, [0], [100])
     assert block_tables.module.of_step(m)[0].tolist() == [100]
+    m.seq_lens = Table(np.array([98], np.int32))  # two drafts were refused
+    assert block_tables.module.of_step(m, ask=True)[0].tolist() == [98]
     tables.get_dummy_block_tables(2)
     assert block_tables.module.of_step(metadata(tables.input_block_tables[0], 2, [0, 1], [100, 1]))[0].tolist() == [0, 0]
 

@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import (AttentionBackend, AttentionCGSupport, Att
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from ..errors import InvalidArgument
-from .pages import BLOCK_TOKENS, Bounds, Part, Shape, SideMemory, chosen_pair, reserve
+from .pages import BLOCK_TOKENS, Bounds, Part, Shape, SideMemory, chosen_pair, keys_are_shared, reserve
 
 HEAD_SIZES = [64, 80, 96, 112, 128, 192, 256, 512]
 
@@ -64,6 +64,10 @@ class KvtideBackend(AttentionBackend):
     @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False  # steps are planned with the lengths that the host knows
 
     @classmethod
     def supports_attn_type(cls, attn_type: str) -> bool:
@@ -114,7 +118,13 @@ class KvtideMetadataBuilder(AttentionMetadataBuilder):
             impl = context[name].impl
             if not isinstance(impl, KvtideImpl):
                 raise InvalidArgument(f"layer {name} has another attention backend ({type(impl).__name__}) in one cache group")
-            parts.setdefault(impl.likeness(), []).append(context[name])
+            if impl.owner_name is None:
+                parts.setdefault(impl.likeness(), []).append(context[name])
+                continue
+            impl.owner = context[impl.owner_name].impl
+            if impl.owner.likeness() != impl.likeness():
+                raise InvalidArgument(f"layer {name} attends the keys of {impl.owner_name} with other heads, scale, window or soft-cap: "
+                                      "use vLLM's own backends for this model")
         self.parts = [Part(layers, vllm_config, device) for layers in parts.values()]
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> KvtideMetadata:
@@ -143,9 +153,6 @@ class KvtideImpl(AttentionImpl):
             raise InvalidArgument("kvtide does not know ALiBi; use vLLM's own backends for this model")
         if attn_type != AttentionType.DECODER:
             raise InvalidArgument(f"kvtide attends for decoders, not {attn_type}; use vLLM's own backends for this model")
-        if kv_sharing_target_layer_name is not None:
-            raise InvalidArgument("kvtide does not know layers that share another layer's keys (Gemma 3n, Gemma 4); use vLLM's own "
-                                  "backends for this model")
         other = {key: value for key, value in other.items() if value is not None and value is not False and value != -1}
         if other:
             raise InvalidArgument(f"kvtide does not know the attention options {', '.join(other)} of this model; use vLLM's own "
@@ -154,11 +161,17 @@ class KvtideImpl(AttentionImpl):
         self.scale, self.softcap, self.sliding_window = float(scale), float(logits_soft_cap or 0), int(sliding_window or 0)
         self.kv_cache_dtype, self.sinks = kv_cache_dtype, sinks  # sinks are a parameter that is loaded later
         self.shape = Shape(self.num_kv_heads, head_size, head_size)
-        # Now, so that vLLM counts it among what the model takes and not among what is free for pages.
-        self.side = SideMemory(self.shape, self.sliding_window, config)
-        reserve(self.likeness(), Bounds.of(config).tokens, self.num_heads, 2 * head_size)
         self.part: Optional[Part] = None
         self.index = 0
+        self.owner: "KvtideImpl" = self  # the layer whose pages this one attends
+        self.owner_name = kv_sharing_target_layer_name
+        if kv_sharing_target_layer_name is None:
+            # Now, so that vLLM counts it among what the model takes and not among what is free for pages.
+            self.side = SideMemory(self.shape, self.sliding_window, config)
+            reserve(self.likeness(), Bounds.of(config).tokens, self.num_heads, 2 * head_size)
+        elif not keys_are_shared(config):
+            raise InvalidArgument("this model's layers share another layer's keys and its configuration has no num_kv_shared_layers: "
+                                  "use vLLM's own backends for it")
 
     def likeness(self) -> tuple:
         """Layers with the same are attended by one object."""
@@ -169,6 +182,12 @@ class KvtideImpl(AttentionImpl):
                 output_block_scale: Optional[torch.Tensor] = None) -> torch.Tensor:
         if output_scale is not None or output_block_scale is not None:
             raise InvalidArgument("kvtide's attention writes unquantised outputs; switch the fusion of attention and quantisation off")
-        if attn_metadata is None or self.part is None:  # memory profiling, before there is a cache
+        part, index = self.owner.part, self.owner.index
+        if attn_metadata is None or part is None:  # memory profiling, before there is a cache
             return output.zero_()
-        return self.part.attend(self.index, query, key, value, output)
+        if self.owner is not self:
+            return part.attend(index, query, output)
+        part.write(index, key, value)
+        part.attend(index, query, output)
+        part.seal(index)
+        return output

@@ -34,8 +34,12 @@ _copies: Dict[int, Tuple[Copy, int]] = {}
 """By the address of the table that a step names."""
 
 
-def of_step(m: Any) -> Optional[Tuple[np.ndarray, np.ndarray]]:
-    """Lengths and pages of the rows of vLLM's metadata for a step; all lengths are 0 in a warm-up. None if the host does not know."""
+def of_step(m: Any, ask: bool = False) -> Optional[Tuple[np.ndarray, np.ndarray]]:
+    """Lengths and pages of the rows of vLLM's metadata for a step; all lengths are 0 in a warm-up. None if the host does not know.
+
+    Args:
+        ask: lengths from the GPU, which waits: with drafts, the host learns late how many were accepted.
+    """
     copy, group = _copies.get(m.block_table_tensor.data_ptr(), (None, 0))
     tables = copy.tables() if copy is not None else None
     requests, lengths = getattr(m, "req_idx", None), getattr(m, "seq_lens_cpu_upper_bound", None)
@@ -47,7 +51,7 @@ def of_step(m: Any) -> Optional[Tuple[np.ndarray, np.ndarray]]:
     if not copy.batch:
         return out, np.zeros((m.num_reqs, 1), np.int32)
     count = min(len(requests), m.num_reqs)
-    out[:count] = lengths[:count].numpy()
+    out[:count] = (m.seq_lens[:count].cpu() if ask else lengths[:count]).numpy()
     columns = max(1, -(-int(out.max(initial=0)) // tables.block_sizes[group]))
     pages = np.zeros((m.num_reqs, columns), np.int32)
     pages[:count] = copy.pages[group][requests[:count], :columns]

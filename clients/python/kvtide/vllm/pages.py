@@ -105,11 +105,16 @@ class Bounds:
         return cls(sequences, config.scheduler_config.max_num_batched_tokens + sequences * speculative, speculative)
 
 
+def keys_are_shared(config: Any) -> bool:
+    """Some layers attend the pages of another one (Gemma 3n, Gemma 4)."""
+    return bool(getattr(config.model_config.hf_text_config, "num_kv_shared_layers", 0))
+
+
 def count_slots(shape: Shape, sliding: int, config: Any) -> Tuple[int, int]:
     """Slots of each layer, and scratch pages."""
     settings, bounds = settings_of(config), Bounds.of(config)
     first, last = settings.window_for(sliding)
-    sizes = _core.exact_pages_sizes(first, last, bounds.sequences, bounds.tokens, bounds.rewritten)
+    sizes = _core.exact_pages_sizes(first, last, bounds.sequences, bounds.tokens, bounds.rewritten, keys_are_shared(config))
     most = settings.side_memory if settings.side_memory is not None else device_memory(config) // 10
     layers = max(1, config.model_config.get_num_layers(config.parallel_config))
     affordable = most // (layers * shape.page_bytes("f16/f16"))
@@ -225,8 +230,6 @@ class Part:
         self.exact: Any = None
         self.width = self.tokens = self.seals = 0
         self.deferred = np.zeros((0, 2), np.int32)
-        # With drafts, vLLM's host learns late how many were accepted.
-        self.lengths_known = not self.on_cpu and config.speculative_config is None
 
     # --- once the cache is there, and again when vLLM has made another ---
 
@@ -243,7 +246,7 @@ class Part:
         first, last = self.settings.window_for(impl.sliding_window)
         self.exact = _core.ExactPages(pages=cache.shape[0], slots=side.slots, first_blocks=first, last_blocks=last,
                                       sliding=impl.sliding_window, max_sequences=bounds.sequences, max_tokens=bounds.tokens,
-                                      rewritten=bounds.rewritten)
+                                      rewritten=bounds.rewritten, blocks_stay=keys_are_shared(self.config))
         paged = _core.Paged()
         paged.shape(self.settings.pair, impl.num_kv_heads, impl.head_size, impl.head_size, impl.num_heads)
         kind = _TYPES[self.config.model_config.dtype]
@@ -307,7 +310,7 @@ class Part:
     def rows(self, m: Any, query_start: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
         """Lengths and pages of the step's rows; length 0 where vLLM writes nowhere: warm-up, padding of data parallel ranks."""
         rows = m.num_reqs
-        known = block_tables.of_step(m) if self.lengths_known else None
+        known = None if self.on_cpu else block_tables.of_step(m, ask=self.config.speculative_config is not None)
         if known is not None:
             return known
         first_tokens = torch.from_numpy(np.minimum(query_start[:-1], max(0, m.slot_mapping.shape[0] - 1))).long()
@@ -360,16 +363,20 @@ class Part:
 
     # --- once a layer ---
 
-    def attend(self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def write(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        if self.tokens:
+            key, value = rows_of(key), rows_of(value)
+            self.paged.write(index, key.data_ptr(), key.stride(0), value.data_ptr(), value.stride(0), self.stream())
+
+    def seal(self, index: int) -> None:
+        if self.tokens and self.seals:
+            self.paged.seal(index, self.stream())
+
+    def attend(self, index: int, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         if self.tokens == 0:
             return output.zero_()
-        query, key, value = rows_of(query), rows_of(key), rows_of(value)
-        out = rows_of(output)
-        stream = self.stream()
-        self.paged.write(index, key.data_ptr(), key.stride(0), value.data_ptr(), value.stride(0), stream)
-        self.paged.attend(index, query.data_ptr(), query.stride(0), out.data_ptr(), out.stride(0), 0, stream)
-        if self.seals:
-            self.paged.seal(index, stream)
+        query, out = rows_of(query), rows_of(output)
+        self.paged.attend(index, query.data_ptr(), query.stride(0), out.data_ptr(), out.stride(0), 0, self.stream())
         if out is not output:
             output.view(out.shape).copy_(out)
         return output
