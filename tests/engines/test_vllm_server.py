@@ -21,7 +21,7 @@ class Server:
         self.log = folder / "log.txt"
         arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", engine.MODEL, "--port", str(self.port),
                      "--host", "127.0.0.1", "--served-model-name", "tide", "--dtype", "bfloat16", "--max-model-len", "2048",
-                     "--enforce-eager", "--max-num-seqs", "8", "--block-size", "64", "--kv-cache-memory-bytes", str(256 << 20)]
+                     "--enforce-eager", "--max-num-seqs", "8", "--block-size", "64", "--kv-cache-memory-bytes", str(256 << 20), *self.arguments()]
         self.process = subprocess.Popen(arguments, stdout=open(self.log, "w"), stderr=subprocess.STDOUT, cwd=folder,
                                         env=engine.environment(pair, VLLM_ENABLE_V1_MULTIPROCESSING=1))
         deadline = time.monotonic() + 900
@@ -32,6 +32,9 @@ class Server:
             except OSError:
                 assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()[-6000:]
                 time.sleep(1)
+
+    def arguments(self):
+        return []
 
     def url(self, path):
         return f"http://127.0.0.1:{self.port}{path}"

@@ -78,7 +78,7 @@ class Store:
     def _blocks(self):
         return self.daemon.blocks.setdefault(self.namespace, {})
 
-    def store(self, keys, payload, *, coded=False):
+    def store(self, keys, payload, *, coded=False, layout=None):
         self.daemon.call("store")
         if len(payload) != len(keys):
             raise InvalidArgument(f"{len(keys)} keys, {len(payload)} blocks")
@@ -107,7 +107,7 @@ class Store:
             self.daemon.leases[lease] = list(keys[:hits])
             return Found(hits, (("host", hits),), lease, lease_seconds)
 
-    def load(self, lease_id, out, *, first_block=0, coded=False):
+    def load(self, lease_id, out, *, first_block=0, blocks=None, coded=False, layout=None):
         self.daemon.call("load")
         with self.daemon.lock:
             if lease_id not in self.daemon.leases:

@@ -52,6 +52,7 @@ case "$stage" in
     KVTIDE_MODELS=$(tests/models.sh)
     export KVTIDE_MODELS
     "$venv/bin/python" -m pytest --quiet tests/python/hf tests/python/test_readme.py tests/python/test_vllm_connector_worker.py \
+      tests/python/test_sglang_storage.py \
       "$@"
     PYTHONPATH="$venv/oldest" "$venv/bin/python" -m pytest --quiet tests/python/hf \
       -k "not thousand and not eval and not real" "$@"

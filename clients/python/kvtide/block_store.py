@@ -16,8 +16,16 @@ release the GIL while they work. A block that is not there is a miss, never an e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, List, Protocol, Sequence, Tuple, Union
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, List, Optional, Protocol, Sequence, Tuple, Union
+
+import numpy as np
+
+from . import _arrays
+from .errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from .pool import Pool
 
 
 @dataclass(frozen=True)
@@ -101,4 +109,149 @@ class BlockStore(Protocol):
 
     def release(self, lease_id: int) -> bool: ...
 
+    def persist(self) -> "Persisted": ...
+
     def delete(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Persisted:
+    """Blocks and bytes written by the call, and blocks that would be there after a restart."""
+
+    blocks: int
+    bytes: int
+    durable_blocks: int
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Where K and V lie in one buffer for all blocks of a call, in elements; 0 = dense ``[blocks][layers][K page, V page]``.
+
+    ``heads_first``: pages are ``[kv_heads, tokens, head_dim]`` instead of ``[tokens, kv_heads, head_dim]``. ``value_offset``: from
+    the first value of K to that of V of the same layer and block. See ``PageLayout`` of ``blocks.proto``.
+    """
+
+    heads_first: bool = False
+    block_stride: int = 0
+    layer_stride: int = 0
+    value_offset: int = 0
+    token_stride_k: int = 0
+    token_stride_v: int = 0
+    head_stride_k: int = 0
+    head_stride_v: int = 0
+
+
+def _payload(array: Any, name: str, write: bool) -> Any:
+    """The array as the compiled part takes it: uint8 as it is, else floating point."""
+    if isinstance(array, (bytes, bytearray, memoryview)) and not write:
+        return np.frombuffer(array, dtype=np.uint8)
+    if str(getattr(array, "dtype", "")) in ("uint8", "torch.uint8"):
+        dense = array.is_contiguous() if _arrays.is_torch(array) else array.flags.c_contiguous
+        if not dense:
+            raise InvalidArgument(f"{name} is not dense")
+        return array
+    return _arrays.writable(array, name) if write else _arrays.borrow(array, name)
+
+
+class _Open:
+    """A :class:`BlockStore` of a pool."""
+
+    def __init__(self, pool: "Pool", namespace: Namespace, core: Any) -> None:
+        self.namespace = namespace
+        self.namespace_id: int = core.namespace_id
+        self.block_bytes: int = core.block_bytes
+        self.pair: str = core.pair
+        self.codec_versions: Tuple[int, int] = core.codec_versions
+        #: True if it was there before.
+        self.existed: bool = core.existed
+        self._pool = pool
+        self._core = core
+
+    def __repr__(self) -> str:
+        return f"<kvtide.BlockStore {self.namespace.model!r}, {self.block_bytes} bytes a block, {self._pool.address}>"
+
+    def _check(self, array: Any, coded: bool, layout: Optional[PageLayout]) -> None:
+        as_bytes = str(array.dtype) in ("uint8", "torch.uint8")
+        if as_bytes and layout is not None:
+            raise InvalidArgument("a layout says where rows lie; blocks as bytes lie one after the other")
+        if coded and not as_bytes:
+            raise InvalidArgument(f"coded blocks are uint8, not {array.dtype}")
+        if as_bytes and not coded and not isinstance(self.namespace.content, OpaqueBlocks):
+            raise InvalidArgument("the namespace has tensors: say coded=True for blocks as they rest")
+
+    def _step(self, array: Any, blocks: int, layout: Optional[PageLayout]) -> int:
+        """Blocks for one call. Strided buffers go at once."""
+        if layout is not None:
+            return blocks
+        if blocks > 0 and int(array.shape[0]) != blocks:
+            raise InvalidArgument(f"the payload has {int(array.shape[0])} blocks, expected {blocks}")
+        size = int(array.nbytes) // max(1, blocks)
+        return self._pool._items_per_call(size)
+
+    def store(
+        self, keys: Sequence[bytes], payload: Any, *, coded: bool = False, layout: Optional[PageLayout] = None
+    ) -> StoreResult:
+        """Stores blocks; keys that are there stay as they are. ``layout``: the payload is one buffer with these strides."""
+        keys = list(keys)
+        if not keys:
+            return StoreResult(0)
+        payload = _payload(payload, "payload", False)
+        self._check(payload, coded, layout)
+        step = self._step(payload, len(keys), layout)
+        strides = asdict(layout) if layout is not None else {}
+        total = [0, 0, 0]
+        problem = ""
+        for begin in range(0, len(keys), step):
+            piece = payload if step >= len(keys) else payload[begin : begin + step]
+            *counts, why = self._core.store(keys[begin : begin + step], piece, strides)
+            total = [a + b for a, b in zip(total, counts)]
+            problem = problem or why
+        return StoreResult(*total, problem)
+
+    def lookup(self, keys: Sequence[bytes], *, lease_seconds: float = 30.0, peek: bool = False) -> Found:
+        """Counts the keys that are there from the first one on, and takes a lease (``lease_seconds`` <= 0: none)."""
+        return Found(*self._core.lookup(list(keys), lease_seconds if lease_seconds > 0 else -1.0, peek))
+
+    def load(
+        self,
+        lease_id: int,
+        out: Any,
+        *,
+        first_block: int = 0,
+        blocks: Optional[int] = None,
+        coded: bool = False,
+        layout: Optional[PageLayout] = None,
+    ) -> List[int]:
+        """Writes blocks of the lease into ``out``: ``len(out)`` of them, or ``blocks`` of them with a ``layout``. Returns those
+        that could not be read, counted in the lease; what is in their place means nothing."""
+        if layout is not None and blocks is None:
+            raise InvalidArgument("with a layout, say how many blocks")
+        out = _payload(out, "out", True)
+        self._check(out, coded, layout)
+        count = int(out.shape[0]) if blocks is None else blocks
+        step = self._step(out, count, layout)
+        strides = asdict(layout) if layout is not None else {}
+        lost: List[int] = []
+        for begin in range(0, count, step):
+            end = min(begin + step, count)
+            piece = out if step >= count else out[begin:end]
+            lost += self._core.load(lease_id, first_block + begin, end - begin, piece, strides)
+        return lost
+
+    def release(self, lease_id: int) -> bool:
+        """Gives a lease back; False if it was over."""
+        return self._core.release(lease_id)
+
+    def persist(self) -> Persisted:
+        """Makes what is there now durable: found again after a stop, a crash or a kill of the daemon."""
+        return Persisted(*self._core.persist())
+
+    def delete(self) -> int:
+        """Deletes the namespace with all of its blocks; returns how many there were."""
+        return self._core.delete()
+
+
+def _open(pool: "Pool", namespace: Namespace, persist_all: bool) -> BlockStore:
+    spec = {"model": namespace.model, "block_tokens": namespace.block_tokens, "salt": namespace.salt, "persist_all": persist_all}
+    spec.update(asdict(namespace.content))
+    return _Open(pool, namespace, pool._core.open_block_store(spec))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-import os
 from dataclasses import dataclass, fields
 from typing import Any, List, Mapping
 
 from ..errors import InvalidArgument
+from ..fingerprint import name_of, weights_of
 from .settings import BLOCK_TOKENS, parse_pair
 
 
@@ -81,30 +80,6 @@ def chunk_tokens(block_tokens: int) -> int:
     return block_tokens
 
 
-def weights_of(model: str, revision: str) -> str:
-    """What tells the weights of two models apart: of a folder, the names, sizes and samples of its files."""
-    digest = hashlib.sha256()
-    if not os.path.isdir(model):
-        if os.path.isfile(model):
-            _sample(model, digest)
-            return digest.hexdigest()
-        return f"{model}@{revision}"
-    for pattern in ("*.safetensors", "*.bin", "*.pt", "*.gguf"):
-        for path in sorted(glob.glob(os.path.join(glob.escape(model), pattern))):
-            digest.update(os.path.basename(path).encode())
-            _sample(path, digest)
-    return digest.hexdigest()
-
-
-def _sample(path: str, digest: Any, parts: int = 16, part_bytes: int = 1 << 16) -> None:
-    size = os.path.getsize(path)
-    digest.update(size.to_bytes(8, "little"))
-    with open(path, "rb") as file:
-        for part in range(parts):
-            file.seek(max(0, size - part_bytes) * part // max(1, parts - 1))
-            digest.update(file.read(part_bytes))
-
-
 def fingerprint(config: Any, layers: List[str], hash_tokens: int, rank: tuple, size: tuple) -> str:
     """Names what computes the blocks: differs whenever keys and values, or the meaning of a hash, would. The seed of the hashes
     is not part of it: with another one no key is the same.
@@ -124,8 +99,7 @@ def fingerprint(config: Any, layers: List[str], hash_tokens: int, rank: tuple, s
         "hash": [config.cache_config.prefix_caching_hash_algo, hash_tokens],
     }
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:32]
-    name = os.path.basename(str(model.model).rstrip("/"))[:96]
-    return f"{name} {digest} {str(model.dtype).replace('torch.', '')} pp{rank[0]}/{size[0]} tp{rank[1]}/{size[1]}"
+    return f"{name_of(model.model)} {digest} {str(model.dtype).replace('torch.', '')} pp{rank[0]}/{size[0]} tp{rank[1]}/{size[1]}"
 
 
 def _plain(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,0 +1,240 @@
+"""vLLM's blocks in a real kvtided: hits in another process, daemons and clients that die, two engines on one daemon, no room. What
+has to hold in each: every request is answered, with the tokens that vLLM gives without."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+
+import engine
+import kvtide
+import pytest
+from test_vllm import check_same, greedy
+from test_vllm_server import Server
+
+sys.path.insert(0, str(engine.ROOT / "tests" / "python"))
+
+PROGRAM = pathlib.Path(os.environ.get("KVTIDE_TEST_DAEMON", engine.ROOT / "build" / "dev" / "daemon" / "kvtided"))
+
+
+class Daemon:
+    def __init__(self, folder, *options, host_memory="256MiB"):
+        self.folder, self.options, self.host_memory = folder, options, host_memory
+        self.address = f"unix:{folder}/kvtided.sock"
+        self.start()
+
+    def start(self):
+        self.process = subprocess.Popen([str(PROGRAM), "--listen", self.address, "--device", "cpu", "--device-memory", "16MiB",
+                                         "--host-memory", self.host_memory, "--metrics-address", "off", *self.options],
+                                        stdout=open(self.folder / "kvtided.log", "a"), stderr=subprocess.STDOUT)
+        for _ in range(2000):
+            try:
+                with kvtide.connect(self.address, connect_timeout=0.2):
+                    return
+            except kvtide.errors.KvtideError:
+                assert self.process.poll() is None, (self.folder / "kvtided.log").read_text()
+                time.sleep(0.01)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(60)
+
+
+@pytest.fixture
+def daemon(tmp_path):
+    one = Daemon(tmp_path)
+    yield one
+    one.stop()
+
+
+def transfer(address, module="kvtide.vllm.connector", **extra):
+    return {"kv_connector": "KvtideConnector", "kv_connector_module_path": module, "kv_role": "kv_both",
+            "kv_connector_extra_config": {"address": address, **extra}}
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return engine.run([greedy(24)], dtype="float32")[0]["batches"][0]
+
+
+def run(daemon, batches, pair="f16/f16", env=None, **llm):
+    engine._run.cache_clear()  # the same job is another one when the daemon holds something
+    return engine.run(batches, env=env, dtype="float32", kv_transfer_config=transfer(daemon.address, pair=pair), **llm)
+
+
+def hits(batch):
+    return sum(one["cached"] for one in batch)
+
+
+FULL = sum((len(prompt) - 1) // 64 * 64 for prompt in engine.prompts(200)[:24])
+
+
+@pytest.mark.smoke
+def test_a_second_process_gets_the_blocks_of_the_first(daemon, stock):
+    first, log = run(daemon, [greedy(24)])
+    check_same(first["batches"][0], stock, "nothing there yet")
+    assert "kvtide: blocks of 64 tokens rest in f16/f16 in kvtided at unix:" in log
+    second, _ = run(daemon, [greedy(24)])
+    check_same(second["batches"][0], stock, "blocks of another process")
+    print(f"{hits(second['batches'][0])} tokens came from kvtided, of {FULL} in full blocks")
+    assert hits(second["batches"][0]) >= 0.95 * FULL
+
+
+def test_coded_blocks(daemon, stock):
+    """The same in 4.1 bits. Most tokens are those of f16."""
+    run(daemon, [greedy(24)], pair="turbo4/turbo4")
+    second, log = run(daemon, [greedy(24)], pair="turbo4/turbo4")
+    assert "202752 bytes instead of 786432" in log  # 3.88x smaller; the engine's float32 rows take twice that of f16
+    assert hits(second["batches"][0]) >= 0.95 * FULL
+    same = sum(a["tokens"][0] == b["tokens"][0] for a, b in zip(second["batches"][0], stock))
+    print(f"turbo4/turbo4: {same} of 24 prompts give equal tokens, all from coded blocks")
+    assert same >= 8
+
+
+def test_preemption_drafts_and_a_small_cache(daemon, stock):
+    """21 blocks for prompts of up to 10: blocks come and go while they are saved and loaded."""
+    small = dict(max_num_seqs=8, max_model_len=1024, kv_cache_memory_bytes=22 * 6 * 65536 * 2,
+                 speculative_config={"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3})
+    run(daemon, [greedy(24)], **small)
+    ours, _ = run(daemon, [greedy(24), greedy(24)], **small)
+    for batch in ours["batches"]:
+        check_same(batch, stock, "small cache, blocks from kvtided")
+        assert hits(batch) > 0
+    assert ours["preemptions"] > 0
+
+
+def test_no_room(tmp_path, stock):
+    """A daemon with room for 8 blocks."""
+    daemon = Daemon(tmp_path, host_memory="7MiB")
+    try:
+        for what in ("first", "second"):
+            ours, _ = run(daemon, [greedy(24)])
+            check_same(ours["batches"][0], stock, f"no room, {what} time")
+    finally:
+        daemon.stop()
+
+
+def test_no_daemon(tmp_path, stock):
+    class Nobody:
+        address = f"unix:{tmp_path}/nobody.sock"
+
+    ours, log = run(Nobody, [greedy(24)])
+    check_same(ours["batches"][0], stock, "no daemon")
+    said = [line for line in log.splitlines() if "no kvtided at" in line]
+    assert said and "the engine goes on without it" in said[0]
+
+
+@pytest.mark.parametrize("fault", ["lost", "loads"])
+def test_faults_in_the_middle_of_loads(tmp_path, stock, fault):
+    """Blocks that cannot be read, and a daemon that goes away in every load: over a double of the store."""
+    folder = {"KVTIDE_DOUBLE": str(tmp_path), "PYTHONPATH": str(engine.HERE)}
+    config = transfer("", module="connector_double", pair="f16/f16")
+    engine.run([greedy(24)], env=folder, dtype="float32", kv_transfer_config=config)
+    ours, log = engine.run([greedy(24)], env={**folder, "KVTIDE_FAULT": fault}, dtype="float32", kv_transfer_config=config)
+    check_same(ours["batches"][0], stock, fault)
+    assert "Recovered from KV load failure" in log
+
+
+def test_two_engines_on_one_daemon(daemon, stock):
+    """Both at once, the same prompts."""
+    job = json.dumps({"llm": engine.llm_arguments(dtype="float32", kv_transfer_config=transfer(daemon.address, pair="f16/f16")),
+                      "batches": [greedy(24), greedy(24)]})
+    processes, outs = [], []
+    for i in range(2):
+        outs.append(daemon.folder / f"result{i}.json")
+        one = subprocess.Popen([sys.executable, str(engine.HERE / "vllm_job.py"), str(outs[i])], stdin=subprocess.PIPE, text=True,
+                               stdout=open(daemon.folder / f"log{i}.txt", "w"), stderr=subprocess.STDOUT, cwd=daemon.folder,
+                               env=engine.environment())
+        one.stdin.write(job)
+        one.stdin.close()
+        processes.append(one)
+    for i, one in enumerate(processes):
+        assert one.wait(1800) == 0, (daemon.folder / f"log{i}.txt").read_text()[-6000:]
+        for batch in json.loads(outs[i].read_text())["batches"]:
+            check_same(batch, stock, f"engine {i}")
+
+
+class ServerWithCache(Server):
+    def __init__(self, folder, address):
+        self.address = address
+        super().__init__(folder, "")
+
+    def arguments(self):
+        return ["--kv-transfer-config", json.dumps(transfer(self.address, pair="f16/f16"))]
+
+    def metric(self, name):
+        with urllib.request.urlopen(self.url("/metrics"), timeout=30) as answer:
+            values = [line.rsplit(" ", 1)[1] for line in answer.read().decode().splitlines() if line.startswith(name)]
+        return sum(map(float, values))
+
+    def tokens(self, prompt):
+        choice = json.load(self.post("/v1/completions", model="tide", prompt=prompt, max_tokens=16, temperature=0, logprobs=0,
+                                     return_token_ids=True))["choices"][0]
+        return choice["text"]
+
+
+def texts(count):
+    text = engine.TEXT.read_text()
+    return [text[i * 1700:i * 1700 + 1500] for i in range(count)]
+
+
+def test_daemon_and_client_die_under_load(tmp_path):
+    """The daemon is killed and started again while requests run; then the engine is killed while it works, and the next one finds
+    a daemon without leases of the dead and what was stored."""
+    import concurrent.futures
+
+    daemon = Daemon(tmp_path)
+    server = None
+    try:
+        server = ServerWithCache(tmp_path, daemon.address)
+        want = [server.tokens(text) for text in texts(8)]
+        assert all(want)
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            answers = []
+            for round in range(4):
+                urllib.request.urlopen(urllib.request.Request(server.url("/reset_prefix_cache"), method="POST"), timeout=60)
+                answers += [(i, pool.submit(server.tokens, text)) for i, text in enumerate(texts(8))]
+                if round == 1:
+                    daemon.kill()
+                if round == 2:
+                    daemon.start()
+            for i, answer in answers:
+                assert answer.result(900) == want[i], i
+        # It is there again: what is computed now is saved, and found after the engine has forgotten it.
+        deadline = time.monotonic() + 120
+        while server.metric("vllm:external_prefix_cache_hits_total") == 0 or "kvtided at" not in server.log.read_text():
+            urllib.request.urlopen(urllib.request.Request(server.url("/reset_prefix_cache"), method="POST"), timeout=60)
+            assert [server.tokens(text) for text in texts(2)] == want[:2]
+            assert time.monotonic() < deadline
+        print(f"{server.metric('vllm:kvtide_saved_blocks_total'):.0f} blocks saved, {server.metric('vllm:kvtide_loaded_blocks_total'):.0f} "
+              f"loaded, {server.metric('vllm:kvtide_failed_loads_total'):.0f} loads failed; every answer the same")
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for text in texts(4):
+                pool.submit(server.tokens, text)
+            time.sleep(0.5)
+            for child in children(server.process.pid) + [server.process.pid]:
+                os.kill(child, signal.SIGKILL)
+        server.process.wait()
+        server = ServerWithCache(tmp_path, daemon.address)
+        assert [server.tokens(text) for text in texts(2)] == want[:2]
+        assert server.metric("vllm:external_prefix_cache_hits_total") > 0
+    finally:
+        if server is not None:
+            server.close()
+        daemon.stop()
+
+
+def children(pid):
+    found = []
+    for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *children(int(child))]
+    return found
