@@ -27,7 +27,7 @@ constexpr Named<ServingEngine> kEngines[] = {{ServingEngine::kVllm, "vllm"},
                                              {ServingEngine::kSglang, "sglang"},
                                              {ServingEngine::kTransformers, "transformers"},
                                              {ServingEngine::kLlamaCpp, "llama.cpp"}};
-constexpr Named<Way> kWays[] = {{Way::kCache, "cache"}, {Way::kPages, "pages"}, {Way::kBoth, "both"}};
+constexpr Named<Way> kWays[] = {{Way::kCache, "cache"}, {Way::kPages, "pages"}};
 
 template <class Value, size_t N>
 const char* NameOf(const Named<Value> (&all)[N], Value value) {
@@ -63,7 +63,7 @@ bool Measured(const Candidate& candidate) {
          candidate.support.level != planner::SupportLevel::kRefused;
 }
 
-bool Caches(Way way) { return way != Way::kPages; }
+bool Caches(Way way) { return way == Way::kCache; }
 
 // Keys of the connectors' own configuration.
 nlohmann::ordered_json StoreSettings(const ConnectRequest& request, const PairChoice& choice) {
@@ -103,7 +103,7 @@ void ConnectVllm(const ConnectRequest& request, Connection* out) {
                   "64"};
   if (request.gpus > 1)
     out->command.insert(out->command.end(), {"--tensor-parallel-size", absl::StrCat(request.gpus)});
-  if (request.way != Way::kCache) {
+  if (!Caches(request.way)) {
     out->environment.emplace_back("KVTIDE_PAIR", out->choice.pair);
     if (request.gpu) out->command.insert(out->command.end(), {"--attention-backend", "CUSTOM"});
   }
@@ -228,7 +228,7 @@ absl::StatusOr<PairChoice> ChoosePair(const ConnectRequest& request) {
         return Describe(candidate, absl::StrCat("as asked, ", HarmWords(candidate.harm)), request);
     return absl::NotFoundError(absl::StrCat("--pair: the plan has no pair '", request.pair, "'"));
   }
-  const bool pages = request.way != Way::kCache;
+  const bool pages = !Caches(request.way);
   const Candidate* best = nullptr;
   const Candidate* smallest = nullptr;
   const auto less_harm = [](const Candidate& a, const Candidate& b) {
@@ -267,7 +267,7 @@ absl::StatusOr<PairChoice> ChoosePair(const ConnectRequest& request) {
 }
 
 absl::StatusOr<Connection> MakeConnection(const ConnectRequest& request) {
-  if (request.way != Way::kCache && request.engine != ServingEngine::kVllm) {
+  if (!Caches(request.way) && request.engine != ServingEngine::kVllm) {
     return absl::InvalidArgumentError(absl::StrCat("--way ", WayName(request.way),
                                                    ": only vLLM takes another one's pages; ",
                                                    ServingEngineName(request.engine), " has --way cache"));

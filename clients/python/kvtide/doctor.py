@@ -13,8 +13,15 @@ import json
 import shutil
 import subprocess
 import sys
+import uuid
 from dataclasses import asdict, dataclass
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
+
+import numpy as np
+
+from . import store_link
+from .block_store import Namespace, OpaqueBlocks
+from .errors import KvtideError, Unimplemented
 
 
 @dataclass(frozen=True)
@@ -112,24 +119,48 @@ def llama_cpp() -> Iterator[Finding]:
                    "build llama.cpp and put llama-server into PATH, or pip install llama-cpp-python")
 
 
+def block_store(address: str) -> Finding:
+    """That a block goes to the daemon and comes back."""
+    where = address or "its default socket"
+    try:
+        pool = store_link.connect(address, timeout=5.0)
+        store = pool.block_store(Namespace("kvtide doctor", 64, OpaqueBlocks(64), salt=uuid.uuid4().hex))
+        try:
+            sent, got = np.frombuffer(uuid.uuid4().bytes * 4, np.uint8).reshape(1, 64), np.zeros((1, 64), np.uint8)
+            store.store([b"block"], sent)
+            found = store.lookup([b"block"])
+            lost = store.load(found.lease_id, got) if found.hits else [0]
+            if lost or not np.array_equal(sent, got):
+                return fail("block store", f"a block that kvtided at {where} took did not come back", "look at its log: is there room?")
+        finally:
+            store.delete()
+    except Unimplemented as error:
+        return fail("block store", f"kvtided at {where} has none: {error}", "install the same version of kvtided")
+    except KvtideError as error:
+        return fail("block store", str(error), "start kvtided as `kvtide connect` prints it, or name its --address")
+    return ok("block store", f"a block went to kvtided at {where} and came back")
+
+
 ENGINES: Dict[str, Callable[[], Iterator[Finding]]] = {
     "vllm": vllm, "sglang": sglang, "transformers": transformers, "llama.cpp": llama_cpp}
 
 
-def examine(engine: str) -> List[Finding]:
+def examine(engine: str, address: Optional[str] = None) -> List[Finding]:
     found = installed("kvtide")
     findings = [ok("kvtide", f"{found[1]} for {sys.executable}") if found else
                 Finding("warn", "kvtide", f"not installed for {sys.executable}, only on its path", "pip install kvtide")]
     findings += ENGINES[engine]()
+    if address is not None and engine in ("vllm", "sglang"):
+        findings.append(block_store(address))
     return findings
 
 
 def main(arguments: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvtide.doctor", description=__doc__.split(":")[0] + ".")
     parser.add_argument("engine", choices=list(ENGINES))
-    parser.add_argument("--address", default="", help="where kvtided listens; empty = do not ask it")
+    parser.add_argument("--address", default=None, help="where kvtided listens (default: do not ask it)")
     chosen = parser.parse_args(arguments)
-    findings = examine(chosen.engine)
+    findings = examine(chosen.engine, chosen.address)
     print(json.dumps([asdict(one) for one in findings], indent=1))
     return 1 if any(one.verdict == "fail" for one in findings) else 0
 

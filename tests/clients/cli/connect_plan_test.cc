@@ -77,7 +77,7 @@ TEST(ConnectPlan, TheLeastHarmThatFitsTheHostTierElseTheSmallestBelowAPercent) {
 
 TEST(ConnectPlan, PagesOfTheEngineHaveToFitTheDevice) {
   ConnectRequest request = Request(ServingEngine::kVllm);
-  request.way = Way::kBoth;
+  request.way = Way::kPages;
   EXPECT_EQ(ChoosePair(request)->pair, "turbo4/turbo4");
 }
 
