@@ -8,71 +8,39 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status.h"
-#include "nlohmann/json.hpp"
+#include "planner/model/config_json.h"
+#include "planner/model/config_object.h"
 
 namespace kvtide::engine {
 namespace {
 
 using nlohmann::json;
+using planner::ConfigObject;
 
 // Sizes above this are damage, not models; it also keeps products of two of them far from overflow.
 constexpr int64_t kLargestSize = 1 << 24;
 
-bool IsSet(const json& config, const char* key) { return config.contains(key) && !config[key].is_null(); }
-
 absl::Status Unsupported(const std::string& what) {
-  return absl::UnimplementedError(
-      absl::StrCat("config.json: ", what, " is not supported by the reference engine"));
+  return absl::UnimplementedError(absl::StrCat(what, " is not supported by the reference engine"));
 }
 
-// Reads an integer in [1, kLargestSize]. A missing key is an error unless `fallback` is positive.
-absl::Status ReadSize(const json& config, const char* key, int64_t fallback, int* out) {
-  int64_t value = fallback;
-  if (IsSet(config, key)) {
-    if (!config[key].is_number_integer())
-      return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, " is not an integer"));
-    value = config[key].get<int64_t>();
-  } else if (fallback <= 0) {
-    return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, " is missing"));
-  }
+absl::StatusOr<int> Size(const char* what, int64_t value) {
   if (value < 1 || value > kLargestSize) {
     return absl::InvalidArgumentError(
-        absl::StrCat("config.json: ", key, " is ", value, ", must be 1 .. ", kLargestSize));
+        absl::StrCat("field '", what, "' is ", value, ", must be 1 .. ", kLargestSize));
   }
-  *out = static_cast<int>(value);
-  return absl::OkStatus();
-}
-
-absl::Status ReadNumber(const json& config, const char* key, double* out) {
-  if (!IsSet(config, key)) return absl::OkStatus();
-  if (!config[key].is_number() || !(config[key].get<double>() > 0) ||
-      !std::isfinite(config[key].get<double>())) {
-    return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, " is not a positive number"));
-  }
-  *out = config[key].get<double>();
-  return absl::OkStatus();
-}
-
-absl::Status ReadFlag(const json& config, const char* key, bool* out) {
-  if (!IsSet(config, key)) return absl::OkStatus();
-  if (!config[key].is_boolean())
-    return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, " is not true or false"));
-  *out = config[key].get<bool>();
-  return absl::OkStatus();
+  return static_cast<int>(value);
 }
 
 bool IsGemma(const ModelConfig& model) {
   return model.architecture == "Gemma2ForCausalLM" || model.architecture == "Gemma3ForCausalLM";
 }
 
-absl::Status ReadArchitecture(const json& config, ModelConfig* model) {
-  if (IsSet(config, "architectures") && config["architectures"].is_array() &&
-      !config["architectures"].empty() && config["architectures"][0].is_string()) {
-    model->architecture = config["architectures"][0].get<std::string>();
-  } else {
+absl::Status ReadArchitecture(const ConfigObject& config, ModelConfig* model) {
+  model->architecture = config.Architecture();
+  if (model->architecture.empty())
     return absl::InvalidArgumentError(
-        "config.json: architectures is missing (for example [\"LlamaForCausalLM\"])");
-  }
+        "field 'architectures' is missing (for example [\"LlamaForCausalLM\"])");
   if (model->architecture == "Qwen2ForCausalLM") {
     model->qkv_bias = true;
   } else if (model->architecture == "Qwen3ForCausalLM") {
@@ -92,190 +60,180 @@ absl::Status ReadArchitecture(const json& config, ModelConfig* model) {
   return absl::OkStatus();
 }
 
+// What the model keeps in its cache is read as the planner reads it; the engine computes with layers that
+// differ in their windows at most.
+absl::Status ReadShape(const ConfigObject& config, ModelConfig* model) {
+  KVTIDE_ASSIGN_OR_RETURN(const planner::ModelGeometry geometry, planner::GeometryFromConfig(config, ""));
+  if (geometry.n_experts > 0) return Unsupported("a mixture of experts");
+  KVTIDE_ASSIGN_OR_RETURN(model->hidden_size, Size("hidden_size", geometry.n_embd));
+  KVTIDE_ASSIGN_OR_RETURN(model->intermediate_size, Size("intermediate_size", geometry.n_ff));
+  KVTIDE_ASSIGN_OR_RETURN(model->vocab_size, Size("vocab_size", geometry.n_vocab));
+  KVTIDE_ASSIGN_OR_RETURN(model->max_positions, Size("max_position_embeddings",
+                                                     geometry.max_context > 0 ? geometry.max_context : 2048));
+  model->layers = static_cast<int>(geometry.layers.size());
+  model->query_heads = geometry.n_query_heads;
+  const planner::LayerGeometry& first = geometry.layers.front();
+  model->kv_heads = first.n_kv_heads;
+  model->head_dim = first.head_dim_k;
+  for (const planner::LayerGeometry& layer : geometry.layers) {
+    if (layer.kind != planner::LayerKind::kFull && layer.kind != planner::LayerKind::kSliding)
+      return Unsupported(absl::StrCat("a layer that is ", planner::LayerKindName(layer.kind)));
+    if (layer.n_kv_heads != model->kv_heads || layer.head_dim_k != model->head_dim ||
+        layer.head_dim_v != model->head_dim || layer.index_dim != 0)
+      return Unsupported("layers, or keys and values, of different widths");
+    model->layer_windows.push_back(layer.window);
+  }
+  if (std::count(model->layer_windows.begin(), model->layer_windows.end(), first.window) == model->layers) {
+    model->sliding_window = first.window;
+    model->layer_windows.clear();
+  }
+  if (model->query_heads % model->kv_heads != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(model->query_heads, " attention heads cannot share ", model->kv_heads, " KV heads"));
+  }
+  if (model->head_dim % 2 != 0) return Unsupported(absl::StrCat("the odd head_dim ", model->head_dim));
+  return absl::OkStatus();
+}
+
 // YaRN (Peng et al. 2023, arXiv:2309.00071): frequencies that turn often stay, slow ones are stretched, and
 // cos and sin grow.
-absl::Status ReadYarn(const json& rope, ModelConfig* model) {
+absl::Status ReadYarn(const ConfigObject& rope, ModelConfig* model) {
   model->rope_scaling = RopeScaling::kYarn;
   for (const char* other : {"mscale", "mscale_all_dim"})
-    if (IsSet(rope, other)) return Unsupported(absl::StrCat("yarn with ", other));
-  if (IsSet(rope, "truncate") && rope["truncate"].is_boolean() && !rope["truncate"].get<bool>())
-    return Unsupported("yarn with truncate = false");
-  model->rope_original_positions = model->max_positions;
-  KVTIDE_RETURN_IF_ERROR(
-      ReadNumber(rope, "original_max_position_embeddings", &model->rope_original_positions));
-  KVTIDE_RETURN_IF_ERROR(ReadNumber(rope, "beta_fast", &model->yarn_beta_fast));
-  KVTIDE_RETURN_IF_ERROR(ReadNumber(rope, "beta_slow", &model->yarn_beta_slow));
-  model->rope_attention_factor = model->rope_factor > 1 ? 0.1 * std::log(model->rope_factor) + 1 : 1;
-  KVTIDE_RETURN_IF_ERROR(ReadNumber(rope, "attention_factor", &model->rope_attention_factor));
+    if (rope.Has(other)) return Unsupported(absl::StrCat("yarn with ", other));
+  KVTIDE_ASSIGN_OR_RETURN(const bool truncate, rope.Flag("truncate", true));
+  if (!truncate) return Unsupported("yarn with truncate = false");
+  KVTIDE_ASSIGN_OR_RETURN(model->rope_original_positions,
+                          rope.Positive("original_max_position_embeddings", model->max_positions));
+  KVTIDE_ASSIGN_OR_RETURN(model->yarn_beta_fast, rope.Positive("beta_fast", model->yarn_beta_fast));
+  KVTIDE_ASSIGN_OR_RETURN(model->yarn_beta_slow, rope.Positive("beta_slow", model->yarn_beta_slow));
+  KVTIDE_ASSIGN_OR_RETURN(
+      model->rope_attention_factor,
+      rope.Positive("attention_factor", model->rope_factor > 1 ? 0.1 * std::log(model->rope_factor) + 1 : 1));
   if (model->rope_theta <= 1 || model->yarn_beta_fast <= model->yarn_beta_slow)
     return absl::InvalidArgumentError("yarn: rope_theta must be above 1, and beta_fast above beta_slow");
   return absl::OkStatus();
 }
 
-// New folders have rope_parameters, older ones rope_theta and rope_scaling.
-absl::Status ReadRope(const json& config, ModelConfig* model) {
-  if (model->architecture == "Gemma3ForCausalLM") {
-    model->rope_theta = 1000000;
-    model->local_rope_theta = 10000;
-    KVTIDE_RETURN_IF_ERROR(ReadNumber(config, "rope_local_base_freq", &model->local_rope_theta));
-  }
-  KVTIDE_RETURN_IF_ERROR(ReadNumber(config, "rope_theta", &model->rope_theta));
-  if (IsSet(config, "partial_rotary_factor") && config["partial_rotary_factor"] != 1.0) {
-    return Unsupported("partial_rotary_factor other than 1");
-  }
-  const char* key = IsSet(config, "rope_parameters") ? "rope_parameters" : "rope_scaling";
-  if (!IsSet(config, key)) return absl::OkStatus();
-  if (!config[key].is_object())
-    return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, " is not an object"));
-  // Gemma 3 has one set for each kind of layer, in newer folders.
-  const bool by_kind = IsSet(config[key], "full_attention") && config[key]["full_attention"].is_object();
-  if (by_kind && IsSet(config[key], "sliding_attention") && config[key]["sliding_attention"].is_object())
-    KVTIDE_RETURN_IF_ERROR(
-        ReadNumber(config[key]["sliding_attention"], "rope_theta", &model->local_rope_theta));
-  const json& rope = by_kind ? config[key]["full_attention"] : config[key];
-  KVTIDE_RETURN_IF_ERROR(ReadNumber(rope, "rope_theta", &model->rope_theta));
-  std::string type = "default";
-  for (const char* type_key : {"type", "rope_type"}) {
-    if (!IsSet(rope, type_key)) continue;
-    if (!rope[type_key].is_string())
-      return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, ".", type_key, " is not a text"));
-    type = rope[type_key].get<std::string>();
-  }
-  if (type == "default") return absl::OkStatus();
+absl::Status ReadScaling(const std::string& type, const ConfigObject& rope, ModelConfig* model) {
   if (type != "linear" && type != "llama3" && type != "yarn")
     return Unsupported(absl::StrCat("rope type ", type, " (supported: default, linear, llama3, yarn)"));
-  if (!IsSet(rope, "factor"))
-    return absl::InvalidArgumentError(absl::StrCat("config.json: ", key, ".factor is missing"));
-  KVTIDE_RETURN_IF_ERROR(ReadNumber(rope, "factor", &model->rope_factor));
+  if (!rope.Has("factor")) return absl::InvalidArgumentError("field 'factor' is missing");
+  KVTIDE_ASSIGN_OR_RETURN(model->rope_factor, rope.Positive("factor", 1));
   if (type == "yarn") return ReadYarn(rope, model);
   model->rope_scaling = type == "linear" ? RopeScaling::kLinear : RopeScaling::kLlama3;
   if (model->rope_scaling == RopeScaling::kLinear) return absl::OkStatus();
-  KVTIDE_RETURN_IF_ERROR(ReadNumber(rope, "low_freq_factor", &model->rope_low_frequency));
-  KVTIDE_RETURN_IF_ERROR(ReadNumber(rope, "high_freq_factor", &model->rope_high_frequency));
-  KVTIDE_RETURN_IF_ERROR(
-      ReadNumber(rope, "original_max_position_embeddings", &model->rope_original_positions));
-  if (model->rope_original_positions <= 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("config.json: ", key, ".original_max_position_embeddings is missing"));
-  }
-  if (model->rope_high_frequency <= model->rope_low_frequency) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("config.json: ", key, ": high_freq_factor must exceed low_freq_factor"));
-  }
+  KVTIDE_ASSIGN_OR_RETURN(model->rope_low_frequency,
+                          rope.Positive("low_freq_factor", model->rope_low_frequency));
+  KVTIDE_ASSIGN_OR_RETURN(model->rope_high_frequency,
+                          rope.Positive("high_freq_factor", model->rope_high_frequency));
+  KVTIDE_ASSIGN_OR_RETURN(model->rope_original_positions,
+                          rope.Positive("original_max_position_embeddings", 0));
+  if (model->rope_original_positions <= 0)
+    return absl::InvalidArgumentError("field 'original_max_position_embeddings' is missing");
+  if (model->rope_high_frequency <= model->rope_low_frequency)
+    return absl::InvalidArgumentError("high_freq_factor must exceed low_freq_factor");
   return absl::OkStatus();
 }
 
-absl::Status ReadWindow(const json& config, ModelConfig* model) {
-  bool use_sliding_window =
-      model->architecture != "Qwen2ForCausalLM" && model->architecture != "Qwen3ForCausalLM";
-  KVTIDE_RETURN_IF_ERROR(ReadFlag(config, "use_sliding_window", &use_sliding_window));
-  if (IsSet(config, "layer_types")) {
-    if (!config["layer_types"].is_array())
-      return absl::InvalidArgumentError("config.json: layer_types is not a list");
-    int window = 0;
-    for (const json& type : config["layer_types"]) {
-      if (type != "full_attention" && type != "sliding_attention")
-        return Unsupported(absl::StrCat("layer_types with ", type.dump()));
-      if (type == "sliding_attention" && window == 0)
-        KVTIDE_RETURN_IF_ERROR(ReadSize(config, "sliding_window", IsGemma(*model) ? 4096 : 0, &window));
-      model->layer_windows.push_back(type == "sliding_attention" ? window : 0);
-    }
-    if (model->layer_windows.size() != static_cast<size_t>(model->layers))
-      return absl::InvalidArgumentError(absl::StrCat("config.json: layer_types has ",
-                                                     model->layer_windows.size(), " entries for ",
-                                                     model->layers, " layers"));
-    return absl::OkStatus();
+// New folders have rope_parameters, older ones rope_theta and rope_scaling.
+absl::Status ReadRope(const ConfigObject& config, ModelConfig* model) {
+  if (model->architecture == "Gemma3ForCausalLM") {
+    model->rope_theta = 1000000;
+    KVTIDE_ASSIGN_OR_RETURN(model->local_rope_theta, config.Positive("rope_local_base_freq", 10000));
   }
-  if (IsGemma(*model)) {
-    int window = 4096, pattern = model->architecture == "Gemma3ForCausalLM" ? 6 : 2;
-    KVTIDE_RETURN_IF_ERROR(ReadSize(config, "sliding_window", window, &window));
-    KVTIDE_RETURN_IF_ERROR(ReadSize(config, "sliding_window_pattern", pattern, &pattern));
-    for (int l = 0; l < model->layers; ++l)
-      model->layer_windows.push_back((l + 1) % pattern != 0 ? window : 0);
-    return absl::OkStatus();
+  KVTIDE_ASSIGN_OR_RETURN(model->rope_theta, config.Positive("rope_theta", model->rope_theta));
+  KVTIDE_ASSIGN_OR_RETURN(const double rotated, config.Positive("partial_rotary_factor", 1));
+  if (rotated != 1) return Unsupported("partial_rotary_factor other than 1");
+  const char* key = config.Has("rope_parameters") ? "rope_parameters" : "rope_scaling";
+  KVTIDE_ASSIGN_OR_RETURN(ConfigObject rope, config.Object(key));
+  // Gemma 3 has one set for each kind of layer, in newer folders.
+  if (rope.Has("full_attention")) {
+    KVTIDE_ASSIGN_OR_RETURN(const ConfigObject local, rope.Object("sliding_attention"));
+    KVTIDE_ASSIGN_OR_RETURN(model->local_rope_theta, local.Positive("rope_theta", model->local_rope_theta));
+    KVTIDE_ASSIGN_OR_RETURN(rope, rope.Object("full_attention"));
   }
-  if (!use_sliding_window || !IsSet(config, "sliding_window")) return absl::OkStatus();
-  if (IsSet(config, "max_window_layers") && config["max_window_layers"] != model->layers) {
-    return Unsupported("sliding_window on a part of the layers (max_window_layers)");
+  KVTIDE_ASSIGN_OR_RETURN(model->rope_theta, rope.Positive("rope_theta", model->rope_theta));
+  std::string type = "default";
+  for (const char* type_key : {"type", "rope_type"}) {
+    KVTIDE_ASSIGN_OR_RETURN(type, rope.Text(type_key, type));
   }
-  return ReadSize(config, "sliding_window", 0, &model->sliding_window);
+  if (type == "default") return absl::OkStatus();
+  return Annotate(ReadScaling(type, rope, model), key);
 }
 
-absl::Status ReadGemma(const json& config, ModelConfig* model) {
+absl::Status ReadGemma(const ConfigObject& config, ModelConfig* model) {
+  const bool capped = model->architecture == "Gemma2ForCausalLM";
   model->embedding_scale = std::sqrt(static_cast<float>(model->hidden_size));
-  double scalar = 256, attention = 0, final = 0;
-  if (model->architecture == "Gemma2ForCausalLM") attention = 50, final = 30;
-  if (config.contains("attn_logit_softcapping")) attention = 0;
-  if (config.contains("final_logit_softcapping")) final = 0;
-  KVTIDE_RETURN_IF_ERROR(ReadNumber(config, "query_pre_attn_scalar", &scalar));
-  KVTIDE_RETURN_IF_ERROR(ReadNumber(config, "attn_logit_softcapping", &attention));
-  KVTIDE_RETURN_IF_ERROR(ReadNumber(config, "final_logit_softcapping", &final));
+  KVTIDE_ASSIGN_OR_RETURN(const double scalar, config.Positive("query_pre_attn_scalar", 256));
+  // Null means none here.
+  const auto cap = [&](const char* field, double of_gemma2) {
+    return config.Positive(field, capped && !config.json().contains(field) ? of_gemma2 : 0);
+  };
+  KVTIDE_ASSIGN_OR_RETURN(const double attention, cap("attn_logit_softcapping", 50));
+  KVTIDE_ASSIGN_OR_RETURN(const double final, cap("final_logit_softcapping", 30));
   model->attention_scale = static_cast<float>(1 / std::sqrt(scalar));
   model->attention_softcap = static_cast<float>(attention);
   model->final_softcap = static_cast<float>(final);
   return absl::OkStatus();
 }
 
-absl::Status ReadTokenIds(const json& config, ModelConfig* model) {
+absl::Status ReadTokenIds(const ConfigObject& config, ModelConfig* model) {
   const auto valid = [&](const json& id) {
     return id.is_number_integer() && id.get<int64_t>() >= 0 && id.get<int64_t>() < model->vocab_size;
   };
-  if (IsSet(config, "bos_token_id")) {
-    if (!valid(config["bos_token_id"]))
-      return absl::InvalidArgumentError("config.json: bos_token_id is not in the vocabulary");
-    model->bos_token = config["bos_token_id"].get<int32_t>();
+  const json& fields = config.json();
+  if (config.Has("bos_token_id")) {
+    if (!valid(fields["bos_token_id"]))
+      return absl::InvalidArgumentError("field 'bos_token_id' is not in the vocabulary");
+    model->bos_token = fields["bos_token_id"].get<int32_t>();
   }
-  if (!IsSet(config, "eos_token_id")) return absl::OkStatus();
+  if (!config.Has("eos_token_id")) return absl::OkStatus();
   const json ids =
-      config["eos_token_id"].is_array() ? config["eos_token_id"] : json::array({config["eos_token_id"]});
+      fields["eos_token_id"].is_array() ? fields["eos_token_id"] : json::array({fields["eos_token_id"]});
   for (const json& id : ids) {
-    if (!valid(id)) return absl::InvalidArgumentError("config.json: eos_token_id is not in the vocabulary");
+    if (!valid(id)) return absl::InvalidArgumentError("field 'eos_token_id' is not in the vocabulary");
     model->eos_tokens.push_back(id.get<int32_t>());
   }
   return absl::OkStatus();
 }
 
+absl::Status ReadBiasesAndActivation(const ConfigObject& config, ModelConfig* model) {
+  KVTIDE_ASSIGN_OR_RETURN(const bool attention_bias, config.Flag("attention_bias", false));
+  KVTIDE_ASSIGN_OR_RETURN(const bool mlp_bias, config.Flag("mlp_bias", false));
+  if (mlp_bias) return Unsupported("mlp_bias");
+  if (attention_bias) model->qkv_bias = model->output_bias = true;
+  for (const char* key : {"hidden_act", "hidden_activation"}) {
+    KVTIDE_ASSIGN_OR_RETURN(const std::string name, config.Text(key, ""));
+    // Gemma's folders name the exact GELU in hidden_act and compute its approximation.
+    if (name.empty() || (IsGemma(*model) && name == "gelu")) continue;
+    if (name != (IsGemma(*model) ? "gelu_pytorch_tanh" : "silu"))
+      return Unsupported(absl::StrCat(key, " \"", name, "\""));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<ModelConfig> ReadFields(const ConfigObject& config) {
+  ModelConfig model;
+  KVTIDE_RETURN_IF_ERROR(ReadArchitecture(config, &model));
+  KVTIDE_RETURN_IF_ERROR(ReadShape(config, &model));
+  KVTIDE_ASSIGN_OR_RETURN(const double eps, config.Positive("rms_norm_eps", model.rms_norm_eps));
+  model.rms_norm_eps = static_cast<float>(eps);
+  KVTIDE_ASSIGN_OR_RETURN(model.tied_embeddings, config.Flag("tie_word_embeddings", model.tied_embeddings));
+  KVTIDE_RETURN_IF_ERROR(ReadBiasesAndActivation(config, &model));
+  if (IsGemma(model)) KVTIDE_RETURN_IF_ERROR(ReadGemma(config, &model));
+  if (config.Has("quantization_config")) return Unsupported("quantization_config (quantised weights)");
+  KVTIDE_RETURN_IF_ERROR(ReadRope(config, &model));
+  KVTIDE_RETURN_IF_ERROR(ReadTokenIds(config, &model));
+  return model;
+}
+
 }  // namespace
 
 absl::StatusOr<ModelConfig> ParseModelConfig(std::string_view json_text) {
-  const json config = json::parse(json_text.begin(), json_text.end(), nullptr, /*allow_exceptions=*/false);
-  if (!config.is_object()) return absl::InvalidArgumentError("config.json is not a JSON object");
-  ModelConfig model;
-  KVTIDE_RETURN_IF_ERROR(ReadArchitecture(config, &model));
-  KVTIDE_RETURN_IF_ERROR(ReadSize(config, "hidden_size", 0, &model.hidden_size));
-  KVTIDE_RETURN_IF_ERROR(ReadSize(config, "intermediate_size", 0, &model.intermediate_size));
-  KVTIDE_RETURN_IF_ERROR(ReadSize(config, "num_hidden_layers", 0, &model.layers));
-  KVTIDE_RETURN_IF_ERROR(ReadSize(config, "num_attention_heads", 0, &model.query_heads));
-  KVTIDE_RETURN_IF_ERROR(ReadSize(config, "num_key_value_heads", model.query_heads, &model.kv_heads));
-  KVTIDE_RETURN_IF_ERROR(ReadSize(
-      config, "head_dim", IsGemma(model) ? 256 : model.hidden_size / model.query_heads, &model.head_dim));
-  KVTIDE_RETURN_IF_ERROR(ReadSize(config, "vocab_size", 0, &model.vocab_size));
-  KVTIDE_RETURN_IF_ERROR(ReadSize(config, "max_position_embeddings", 2048, &model.max_positions));
-  if (model.query_heads % model.kv_heads != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "config.json: ", model.query_heads, " attention heads cannot share ", model.kv_heads, " KV heads"));
-  }
-  if (model.head_dim % 2 != 0) return Unsupported(absl::StrCat("the odd head_dim ", model.head_dim));
-  double eps = model.rms_norm_eps;
-  KVTIDE_RETURN_IF_ERROR(ReadNumber(config, "rms_norm_eps", &eps));
-  model.rms_norm_eps = static_cast<float>(eps);
-  KVTIDE_RETURN_IF_ERROR(ReadFlag(config, "tie_word_embeddings", &model.tied_embeddings));
-  bool attention_bias = false, mlp_bias = false;
-  KVTIDE_RETURN_IF_ERROR(ReadFlag(config, "attention_bias", &attention_bias));
-  KVTIDE_RETURN_IF_ERROR(ReadFlag(config, "mlp_bias", &mlp_bias));
-  if (mlp_bias) return Unsupported("mlp_bias");
-  if (attention_bias) model.qkv_bias = model.output_bias = true;
-  for (const char* key : {"hidden_act", "hidden_activation"}) {
-    // Gemma's folders name the exact GELU in hidden_act and compute its approximation.
-    if (!IsSet(config, key) || (IsGemma(model) && config[key] == "gelu")) continue;
-    if (config[key] != (IsGemma(model) ? "gelu_pytorch_tanh" : "silu"))
-      return Unsupported(absl::StrCat(key, " ", config[key].dump()));
-  }
-  if (IsGemma(model)) KVTIDE_RETURN_IF_ERROR(ReadGemma(config, &model));
-  if (IsSet(config, "quantization_config")) return Unsupported("quantization_config (quantised weights)");
-  KVTIDE_RETURN_IF_ERROR(ReadRope(config, &model));
-  KVTIDE_RETURN_IF_ERROR(ReadWindow(config, &model));
-  KVTIDE_RETURN_IF_ERROR(ReadTokenIds(config, &model));
+  KVTIDE_ASSIGN_OR_RETURN(const ConfigObject config, ConfigObject::Parse(std::string(json_text)));
+  absl::StatusOr<ModelConfig> model = ReadFields(config);
+  if (!model.ok()) return Annotate(model.status(), "config.json");
   return model;
 }
 

@@ -1,7 +1,8 @@
 // What the engine needs to know of a model, read from the config.json of a Hugging Face folder (a GGUF file:
-// model_files.h). The reader accepts Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3 and Phi-3, and refuses by
-// name every setting that would change the result and that the engine does not compute: a wrong answer would
-// look like a bad cache.
+// model_files.h): the shape of the cache as the planner reads it, and what only who computes has to know. The
+// reader accepts Llama, Mistral, Qwen2, Qwen3, Gemma 2 and 3 and Phi-3, and refuses by name every setting
+// that would change the result and that the engine does not compute: a wrong answer would look like a bad
+// cache.
 #pragma once
 
 #include <cstdint>

@@ -1,13 +1,12 @@
 #include "planner/model/config_json.h"
 
-#include <cstring>
-#include <nlohmann/json.hpp>
 #include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status.h"
 #include "planner/model/config_fields.h"
+#include "planner/model/config_object.h"
 #include "planner/model/config_parameters.h"
 #include "planner/model/key_traits.h"
 
@@ -16,7 +15,6 @@ namespace {
 
 using Json = nlohmann::json;
 
-constexpr int64_t kMaxField = int64_t{1} << 40;
 constexpr int64_t kMaxLayers = 4096;
 constexpr int kMaxDimension = 65536;
 
@@ -29,14 +27,14 @@ bool IsOff(const Json& value) {
 
 class ConfigReader {
  public:
-  ConfigReader(const Json& config, const ReadOptions& options) : config_(config), options_(options) {}
+  ConfigReader(const ConfigObject& config, const ReadOptions& options)
+      : fields_(config), config_(config.json()), options_(options) {}
 
   absl::StatusOr<ModelGeometry> Read(const std::string& name) {
     model_.name = name;
     model_.source = "config.json";
     model_.confidence = "high";
-    type_ =
-        config_.value("model_type", Json("")).is_string() ? config_.value("model_type", std::string()) : "";
+    type_ = fields_.Family();
     KVTIDE_RETURN_IF_ERROR(CheckUnknown());
     KVTIDE_RETURN_IF_ERROR(ReadBasics());
     KVTIDE_ASSIGN_OR_RETURN(const std::vector<std::string> kinds, LayerKinds());
@@ -56,28 +54,9 @@ class ConfigReader {
   }
 
  private:
-  bool Has(const char* field) const { return config_.contains(field) && !config_[field].is_null(); }
-
-  absl::StatusOr<int64_t> Field(const char* field, int64_t fallback) const {
-    if (!Has(field)) return fallback;
-    const Json& value = config_[field];
-    if (!value.is_number_integer() || value.get<double>() < 0 ||
-        value.get<double>() > static_cast<double>(kMaxField)) {
-      return absl::InvalidArgumentError(absl::StrCat("field '", field, "' is ", value.dump().substr(0, 64),
-                                                     ", expected a whole number of 0 or more"));
-    }
-    return value.get<int64_t>();
-  }
-
-  absl::StatusOr<int64_t> Required(const char* field) const {
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t value, Field(field, 0));
-    if (value == 0) return absl::InvalidArgumentError(absl::StrCat("field '", field, "' is missing or 0"));
-    return value;
-  }
-
   // A number that has to be a sensible width or count of heads.
   absl::StatusOr<int> Dimension(const char* field, int fallback) const {
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t value, Field(field, fallback));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t value, fields_.Whole(field, fallback));
     if (value > kMaxDimension)
       return absl::InvalidArgumentError(absl::StrCat("field '", field, "' is absurdly large"));
     return static_cast<int>(value);
@@ -101,10 +80,6 @@ class ConfigReader {
     return values;
   }
 
-  bool Flag(const char* field, bool fallback) const {
-    return Has(field) && config_[field].is_boolean() ? config_[field].get<bool>() : fallback;
-  }
-
   void Assume(const std::string& what) { model_.assumptions.push_back(what); }
 
   absl::Status CheckUnknown() {
@@ -125,7 +100,7 @@ class ConfigReader {
   void ReadKeyTraits() {
     model_.key_traits = KeyTraitsOfFamily(type_);
     const auto read = [&](const char* field, Answer* answer) {
-      if (Has(field) && config_[field].is_boolean())
+      if (fields_.Has(field) && config_[field].is_boolean())
         *answer = config_[field].get<bool>() ? Answer::kYes : Answer::kNo;
     };
     for (const char* field : {"attention_bias", "qkv_bias", "add_qkv_bias"})
@@ -133,61 +108,78 @@ class ConfigReader {
     for (const char* field : {"use_qk_norm", "qk_layernorm"}) read(field, &model_.key_traits.norm);
   }
 
+  bool IsGemmaWithWindows() const { return type_ == "gemma2" || type_ == "gemma3" || type_ == "gemma3_text"; }
+
   absl::Status ReadBasics() {
     int64_t layers = 0;
-    if (!Has("num_hidden_layers") && Has("layers_block_type") && config_["layers_block_type"].is_array()) {
+    if (!fields_.Has("num_hidden_layers") && fields_.Has("layers_block_type") &&
+        config_["layers_block_type"].is_array()) {
       layers = static_cast<int64_t>(config_["layers_block_type"].size());
     } else {
-      KVTIDE_ASSIGN_OR_RETURN(layers, Required("num_hidden_layers"));
+      KVTIDE_ASSIGN_OR_RETURN(layers, fields_.Required("num_hidden_layers"));
     }
     if (layers > kMaxLayers)
       return absl::InvalidArgumentError(absl::StrCat("field 'num_hidden_layers' is ", layers));
     layers_ = static_cast<int>(layers);
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t heads, Required("num_attention_heads"));
-    KVTIDE_ASSIGN_OR_RETURN(model_.n_embd, Required("hidden_size"));
-    KVTIDE_ASSIGN_OR_RETURN(model_.n_vocab, Field("vocab_size", 0));
-    KVTIDE_ASSIGN_OR_RETURN(model_.max_context, Field("max_position_embeddings", 0));
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t kv_heads, Field("num_key_value_heads", 0));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t heads, fields_.Required("num_attention_heads"));
+    KVTIDE_ASSIGN_OR_RETURN(model_.n_embd, fields_.Required("hidden_size"));
+    KVTIDE_ASSIGN_OR_RETURN(model_.n_vocab, fields_.Whole("vocab_size", 0));
+    KVTIDE_ASSIGN_OR_RETURN(model_.max_context, fields_.Whole("max_position_embeddings", 0));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t kv_heads, fields_.Whole("num_key_value_heads", 0));
     if (heads > 65536 || kv_heads > 65536)
       return absl::InvalidArgumentError("field 'num_attention_heads' is absurdly large");
     model_.n_query_heads = static_cast<int>(heads);
     kv_heads_ = static_cast<int>(kv_heads > 0 ? kv_heads : heads);
-    if (kv_heads == 0 && !Has("block_configs"))
+    if (kv_heads == 0 && !fields_.Has("block_configs"))
       Assume("num_key_value_heads is missing: as many as attention heads");
-    KVTIDE_ASSIGN_OR_RETURN(int64_t head_dim, Field("head_dim", 0));
+    KVTIDE_ASSIGN_OR_RETURN(int64_t head_dim, fields_.Whole("head_dim", 0));
     if (head_dim == 0) {  // Nemotron-H of 2025
-      KVTIDE_ASSIGN_OR_RETURN(head_dim, Field("attention_head_dim", 0));
+      KVTIDE_ASSIGN_OR_RETURN(head_dim, fields_.Whole("attention_head_dim", 0));
     }
-    if (head_dim == 0 && model_.n_embd % heads != 0 && !Has("kv_lora_rank")) {
+    // What configurations leave out as it is the default of their class (transformers 5.24.0,
+    // models/gemma2/configuration_gemma2.py and gemma3).
+    if (head_dim == 0 && (type_ == "gemma" || IsGemmaWithWindows())) {
+      head_dim = 256;
+      Assume("head_dim is missing: 256 as Gemma has it");
+    }
+    if (head_dim == 0 && model_.n_embd % heads != 0 && !fields_.Has("kv_lora_rank")) {
       return absl::InvalidArgumentError(absl::StrCat("field 'head_dim' is missing and hidden_size ",
                                                      model_.n_embd, " is not a multiple of ", heads,
                                                      " heads"));
     }
-    if (head_dim > 65536) return absl::InvalidArgumentError("field 'head_dim' is absurdly large");
-    head_dim_ = static_cast<int>(head_dim > 0 ? head_dim : model_.n_embd / heads);
-    if (head_dim == 0 && !Has("kv_lora_rank"))
+    const int64_t width = head_dim > 0 ? head_dim : model_.n_embd / heads;
+    if (width > kMaxDimension)
+      return absl::InvalidArgumentError(
+          absl::StrCat("field '", head_dim > 0 ? "head_dim" : "hidden_size", "' is absurdly large"));
+    head_dim_ = static_cast<int>(width);
+    if (head_dim == 0 && !fields_.Has("kv_lora_rank"))
       Assume(absl::StrCat("head_dim is missing: hidden_size / heads = ", head_dim_));
     KVTIDE_ASSIGN_OR_RETURN(value_dim_, Dimension("v_head_dim", head_dim_));
-    KVTIDE_ASSIGN_OR_RETURN(window_, Field("sliding_window", 0));
-    KVTIDE_ASSIGN_OR_RETURN(chunk_, Field("attention_chunk_size", 0));
+    KVTIDE_ASSIGN_OR_RETURN(window_, fields_.Whole("sliding_window", 0));
+    if (IsGemmaWithWindows() && !config_.contains("sliding_window")) {
+      window_ = 4096;
+      Assume("sliding_window is missing: 4096 as Gemma has it");
+    }
+    KVTIDE_ASSIGN_OR_RETURN(chunk_, fields_.Whole("attention_chunk_size", 0));
     return absl::OkStatus();
   }
 
   // One of: full, sliding, chunked, linear, kda, lightning, mamba, conv, mla, compressed, none.
   absl::StatusOr<std::vector<std::string>> LayerKinds() {
-    const std::string attention = Has("kv_lora_rank") ? "mla" : "full";
-    if (Has("compress_ratios")) return std::vector<std::string>(static_cast<size_t>(layers_), "compressed");
-    if (Has("block_configs")) return KindsFromBlocks();
-    if (Has("linear_attn_config")) return KindsFromLists(attention);
+    const std::string attention = fields_.Has("kv_lora_rank") ? "mla" : "full";
+    if (fields_.Has("compress_ratios"))
+      return std::vector<std::string>(static_cast<size_t>(layers_), "compressed");
+    if (fields_.Has("block_configs")) return KindsFromBlocks();
+    if (fields_.Has("linear_attn_config")) return KindsFromLists(attention);
     for (const char* field : {"layer_types", "layers_block_type"}) {
-      if (Has(field)) return KindsFromList(field, attention);
+      if (fields_.Has(field)) return KindsFromList(field, attention);
     }
-    if (Has("hybrid_override_pattern")) return KindsFromPattern();
-    if (Has("hybrid_layer_pattern")) return KindsFromFlags("hybrid_layer_pattern", "full", "sliding");
-    if (Has("attn_type_list")) return KindsFromFlags("attn_type_list", "lightning", "full");
-    if (Has("full_attn_idxs")) return KindsFromIndices("full_attn_idxs", "conv", "full");
+    if (fields_.Has("hybrid_override_pattern")) return KindsFromPattern();
+    if (fields_.Has("hybrid_layer_pattern")) return KindsFromFlags("hybrid_layer_pattern", "full", "sliding");
+    if (fields_.Has("attn_type_list")) return KindsFromFlags("attn_type_list", "lightning", "full");
+    if (fields_.Has("full_attn_idxs")) return KindsFromIndices("full_attn_idxs", "conv", "full");
     if (attention == "mla") {
-      if (Has("layer_group_size"))
+      if (fields_.Has("layer_group_size"))
         return absl::InvalidArgumentError("field 'layer_group_size' with latent attention is not understood");
       return std::vector<std::string>(static_cast<size_t>(layers_), "mla");
     }
@@ -315,7 +307,7 @@ class ConfigReader {
         return absl::InvalidArgumentError(absl::StrCat("field '", field, "' has unknown kind ",
                                                        entry.dump().substr(0, 64), " for layer ", i));
       }
-      if (attention == "mla" && kind == "linear" && Has("kda_head_dim")) kind = "kda";
+      if (attention == "mla" && kind == "linear" && fields_.Has("kda_head_dim")) kind = "kda";
       if (attention == "mla" && kind != "full" && kind != "kda" && kind != "linear") {
         return absl::InvalidArgumentError(
             absl::StrCat("layer ", i, " is ", kind, " in a model of latent attention: not understood"));
@@ -352,28 +344,30 @@ class ConfigReader {
 
   absl::StatusOr<std::vector<std::string>> KindsFromRules() {
     const std::vector<std::string> full(static_cast<size_t>(layers_), "full");
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t interval, Field("full_attention_interval", 0));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t interval, fields_.Whole("full_attention_interval", 0));
     if (interval > 0) return Periodic(interval, "linear", "full");
-    if (Has("linear_num_key_heads")) {
+    if (fields_.Has("linear_num_key_heads")) {
       Assume("full_attention_interval is missing: 4");
       return Periodic(4, "linear", "full");
     }
     if (chunk_ > 0) {
-      KVTIDE_ASSIGN_OR_RETURN(const int64_t period, Field("no_rope_layer_interval", 4));
-      if (!Has("no_rope_layer_interval")) Assume("chunked attention in 3 of 4 layers (no layer_types)");
+      KVTIDE_ASSIGN_OR_RETURN(const int64_t period, fields_.Whole("no_rope_layer_interval", 4));
+      if (!fields_.Has("no_rope_layer_interval"))
+        Assume("chunked attention in 3 of 4 layers (no layer_types)");
       return Periodic(std::max<int64_t>(1, period), "chunked", "full");
     }
     if (window_ == 0) return full;
-    KVTIDE_ASSIGN_OR_RETURN(int64_t period, Field("sliding_window_pattern", 0));
+    KVTIDE_ASSIGN_OR_RETURN(int64_t period, fields_.Whole("sliding_window_pattern", 0));
     // Command R7B says it twice; both count layers up to a full one (transformers 5.24.0,
     // models/cohere2/configuration_cohere2.py: sliding where (i + 1) % pattern is not 0, 4 by default).
     if (period == 0) {
-      KVTIDE_ASSIGN_OR_RETURN(period, Field("layer_switch", 0));
+      KVTIDE_ASSIGN_OR_RETURN(period, fields_.Whole("layer_switch", 0));
     }
     if (period == 0) period = DefaultPeriod();
     if (period > 0) return Periodic(period, "sliding", "full");
     const bool qwen = absl::StartsWith(type_, "qwen");
-    if (!Flag("use_sliding_window", !qwen)) {
+    KVTIDE_ASSIGN_OR_RETURN(const bool slides, fields_.Flag("use_sliding_window", !qwen));
+    if (!slides) {
       Assume(absl::StrCat("sliding_window ", window_, " is not used (use_sliding_window is false)"));
       return full;
     }
@@ -382,7 +376,7 @@ class ConfigReader {
       return full;
     }
     std::vector<std::string> kinds(static_cast<size_t>(layers_), "sliding");
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t first, Field("max_window_layers", 0));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t first, fields_.Whole("max_window_layers", 0));
     for (int64_t i = 0; i < std::min<int64_t>(qwen ? first : 0, layers_); ++i)
       kinds[static_cast<size_t>(i)] = "full";
     return kinds;
@@ -403,15 +397,15 @@ class ConfigReader {
   // The width of the indexer's keys per layer, 0 where a layer has none or uses the selection of another.
   absl::Status ReadIndexer() {
     index_dims_.assign(static_cast<size_t>(layers_), 0);
-    if (Has("sparse_attention_config")) return ReadBlockSparse();
+    if (fields_.Has("sparse_attention_config")) return ReadBlockSparse();
     KVTIDE_ASSIGN_OR_RETURN(const int width, Dimension("index_head_dim", 0));
     if (width == 0) return absl::OkStatus();
     index_dims_.assign(static_cast<size_t>(layers_), width);
-    if (Has("compress_ratios")) return absl::OkStatus();
-    if (!Has("kv_lora_rank"))
+    if (fields_.Has("compress_ratios")) return absl::OkStatus();
+    if (!fields_.Has("kv_lora_rank"))
       return absl::InvalidArgumentError("field 'index_head_dim' without 'kv_lora_rank' is not understood");
-    if (!Has("indexer_types")) {
-      KVTIDE_ASSIGN_OR_RETURN(const int64_t every, Field("index_topk_freq", 1));
+    if (!fields_.Has("indexer_types")) {
+      KVTIDE_ASSIGN_OR_RETURN(const int64_t every, fields_.Whole("index_topk_freq", 1));
       if (every > 1)
         return absl::InvalidArgumentError(
             "field 'index_topk_freq' is above 1 but 'indexer_types' does not say which layers have an "
@@ -480,9 +474,10 @@ class ConfigReader {
     }
     layer.index_dim = index_dims_[static_cast<size_t>(index)];
     if (kind == "mla") {
-      KVTIDE_ASSIGN_OR_RETURN(const int64_t latent, Required("kv_lora_rank"));
-      KVTIDE_ASSIGN_OR_RETURN(const int64_t rope, Field("qk_rope_head_dim", 0));
-      if (!Has("qk_rope_head_dim")) return absl::InvalidArgumentError("field 'qk_rope_head_dim' is missing");
+      KVTIDE_ASSIGN_OR_RETURN(const int64_t latent, fields_.Required("kv_lora_rank"));
+      KVTIDE_ASSIGN_OR_RETURN(const int64_t rope, fields_.Whole("qk_rope_head_dim", 0));
+      if (!fields_.Has("qk_rope_head_dim"))
+        return absl::InvalidArgumentError("field 'qk_rope_head_dim' is missing");
       if (latent + rope > kMaxDimension)
         return absl::InvalidArgumentError("field 'kv_lora_rank' is absurdly large");
       layer.kind = LayerKind::kMla;
@@ -510,7 +505,8 @@ class ConfigReader {
     KVTIDE_ASSIGN_OR_RETURN(const int global_dim, Dimension("global_head_dim", 0));
     if (global_dim > 0) layer.head_dim_k = layer.head_dim_v = global_dim;
     KVTIDE_ASSIGN_OR_RETURN(const int global_heads, Dimension("num_global_key_value_heads", 0));
-    if (global_heads > 0 && Flag("attention_k_eq_v", false)) layer.n_kv_heads = global_heads;
+    KVTIDE_ASSIGN_OR_RETURN(const bool shared, fields_.Flag("attention_k_eq_v", false));
+    if (global_heads > 0 && shared) layer.n_kv_heads = global_heads;
     return layer;
   }
 
@@ -531,11 +527,11 @@ class ConfigReader {
 
   // Gated delta net: convolution inputs and one matrix per value head.
   absl::StatusOr<LayerGeometry> LinearState() {
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t k_heads, Required("linear_num_key_heads"));
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t v_heads, Required("linear_num_value_heads"));
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t k_dim, Required("linear_key_head_dim"));
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t v_dim, Required("linear_value_head_dim"));
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t conv, Required("linear_conv_kernel_dim"));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t k_heads, fields_.Required("linear_num_key_heads"));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t v_heads, fields_.Required("linear_num_value_heads"));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t k_dim, fields_.Required("linear_key_head_dim"));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t v_dim, fields_.Required("linear_value_head_dim"));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t conv, fields_.Required("linear_conv_kernel_dim"));
     KVTIDE_RETURN_IF_ERROR(CheckDimensions({k_heads, v_heads, k_dim, v_dim, conv}));
     return Recurrent((conv - 1) * (v_heads * v_dim + 2 * k_heads * k_dim), k_dim * v_heads * v_dim);
   }
@@ -545,7 +541,7 @@ class ConfigReader {
     int64_t values[3] = {};
     const char* const fields[3] = {"num_heads", "head_dim", "short_conv_kernel_size"};
     const Json empty = Json::object();
-    const Json& linear = Has("linear_attn_config") ? config_["linear_attn_config"] : empty;
+    const Json& linear = fields_.Has("linear_attn_config") ? config_["linear_attn_config"] : empty;
     for (int i = 0; i < 3; ++i) {
       if (!linear.is_object() || !linear.contains(fields[i]) || !linear[fields[i]].is_number_integer() ||
           linear[fields[i]].get<double>() < 1 || linear[fields[i]].get<double>() > kMaxDimension) {
@@ -560,19 +556,21 @@ class ConfigReader {
 
   // Mamba-2, in the words of Nemotron-H or of Granite.
   absl::StatusOr<LayerGeometry> MambaState() {
-    const bool granite = Has("mamba_n_heads");
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t heads, Required(granite ? "mamba_n_heads" : "mamba_num_heads"));
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t dim, Required(granite ? "mamba_d_head" : "mamba_head_dim"));
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t state, Required(granite ? "mamba_d_state" : "ssm_state_size"));
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t groups, Required(granite ? "mamba_n_groups" : "n_groups"));
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t conv, Required(granite ? "mamba_d_conv" : "conv_kernel"));
+    const bool granite = fields_.Has("mamba_n_heads");
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t heads,
+                            fields_.Required(granite ? "mamba_n_heads" : "mamba_num_heads"));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t dim, fields_.Required(granite ? "mamba_d_head" : "mamba_head_dim"));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t state,
+                            fields_.Required(granite ? "mamba_d_state" : "ssm_state_size"));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t groups, fields_.Required(granite ? "mamba_n_groups" : "n_groups"));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t conv, fields_.Required(granite ? "mamba_d_conv" : "conv_kernel"));
     KVTIDE_RETURN_IF_ERROR(CheckDimensions({heads, dim, state, groups, conv}));
     return Recurrent((conv - 1) * (heads * dim + 2 * groups * state), state * heads * dim);
   }
 
   // LFM2: the last inputs of a short convolution.
   absl::StatusOr<LayerGeometry> ConvState() {
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t columns, Required("conv_L_cache"));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t columns, fields_.Required("conv_L_cache"));
     KVTIDE_RETURN_IF_ERROR(CheckDimensions({columns}));
     return Recurrent((columns - 1) * std::min<int64_t>(model_.n_embd, int64_t{1} << 24), 0);
   }
@@ -587,7 +585,7 @@ class ConfigReader {
   }
 
   absl::Status ShareLayers(const std::vector<std::string>& kinds) {
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t shared, Field("num_kv_shared_layers", 0));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t shared, fields_.Whole("num_kv_shared_layers", 0));
     if (shared == 0) return absl::OkStatus();
     if (shared >= layers_) {
       return absl::InvalidArgumentError(
@@ -610,11 +608,11 @@ class ConfigReader {
 
   absl::Status ReadExperts() {
     for (const char* field : {"num_experts", "num_local_experts", "n_routed_experts"}) {
-      KVTIDE_ASSIGN_OR_RETURN(const int64_t experts, Field(field, 0));
+      KVTIDE_ASSIGN_OR_RETURN(const int64_t experts, fields_.Whole(field, 0));
       if (experts > 0) model_.n_experts = static_cast<int>(std::min<int64_t>(experts, 1 << 20));
     }
     for (const char* field : {"num_experts_per_tok", "num_experts_per_token", "top_k_experts"}) {
-      KVTIDE_ASSIGN_OR_RETURN(const int64_t used, Field(field, 0));
+      KVTIDE_ASSIGN_OR_RETURN(const int64_t used, fields_.Whole(field, 0));
       if (used > 0) model_.n_experts_used = static_cast<int>(std::min<int64_t>(used, 1 << 20));
     }
     KVTIDE_RETURN_IF_ERROR(ReadFeedForward());
@@ -622,11 +620,11 @@ class ConfigReader {
   }
 
   absl::Status ReadFeedForward() {
-    KVTIDE_ASSIGN_OR_RETURN(model_.n_ff, Field("intermediate_size", 0));
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t expert, Field("moe_intermediate_size", 0));
+    KVTIDE_ASSIGN_OR_RETURN(model_.n_ff, fields_.Whole("intermediate_size", 0));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t expert, fields_.Whole("moe_intermediate_size", 0));
     if (model_.n_experts == 0) return absl::OkStatus();
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t shared, Field("n_shared_experts", 0));
-    KVTIDE_ASSIGN_OR_RETURN(const int64_t shared_width, Field("shared_expert_intermediate_size", 0));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t shared, fields_.Whole("n_shared_experts", 0));
+    KVTIDE_ASSIGN_OR_RETURN(const int64_t shared_width, fields_.Whole("shared_expert_intermediate_size", 0));
     const int64_t width = expert > 0 ? expert : model_.n_ff;
     if (width > 1 << 24 || shared > 1 << 16 || shared_width > 1 << 24)
       return absl::InvalidArgumentError("field 'moe_intermediate_size' is absurdly large");
@@ -651,6 +649,7 @@ class ConfigReader {
     return absl::OkStatus();
   }
 
+  const ConfigObject& fields_;
   const Json& config_;
   const ReadOptions options_;
   ModelGeometry model_;
@@ -665,45 +664,17 @@ class ConfigReader {
   int64_t chunk_ = 0;
 };
 
-// Python writes numbers that JSON does not have (Infinity in the time steps of Mamba layers); null stands for
-// them.
-std::string PlainJson(const std::string& text) {
-  std::string plain;
-  plain.reserve(text.size());
-  bool quoted = false;
-  for (size_t i = 0; i < text.size(); ++i) {
-    if (text[i] == '"') quoted = !quoted;
-    if (quoted && text[i] == '\\' && i + 1 < text.size()) plain += text[i++];
-    size_t skip = 0;
-    for (const char* word : {"-Infinity", "Infinity", "NaN"}) {
-      if (!quoted && skip == 0 && text.compare(i, std::strlen(word), word) == 0) skip = std::strlen(word);
-    }
-    if (skip > 0) {
-      plain += "null";
-      i += skip - 1;
-    } else {
-      plain += text[i];
-    }
-  }
-  return plain;
-}
-
 }  // namespace
+
+absl::StatusOr<ModelGeometry> GeometryFromConfig(const ConfigObject& config, const std::string& name,
+                                                 const ReadOptions& options) {
+  return ConfigReader(config, options).Read(name);
+}
 
 absl::StatusOr<ModelGeometry> GeometryFromConfigJson(const std::string& text, const std::string& name,
                                                      const ReadOptions& options) {
-  const Json root = Json::parse(PlainJson(text), nullptr, /*allow_exceptions=*/false);
-  if (root.is_discarded() || !root.is_object())
-    return absl::InvalidArgumentError("config.json is not a JSON object");
-  for (const char* part : {"text_config", "llm_config", "language_config"}) {
-    if (!root.contains(part) || !root[part].is_object()) continue;
-    Json text_part = root[part];
-    // Tied embeddings may be said once, for the whole model.
-    if (!text_part.contains("tie_word_embeddings") && root.contains("tie_word_embeddings"))
-      text_part["tie_word_embeddings"] = root["tie_word_embeddings"];
-    return ConfigReader(text_part, options).Read(name);
-  }
-  return ConfigReader(root, options).Read(name);
+  KVTIDE_ASSIGN_OR_RETURN(const ConfigObject config, ConfigObject::Parse(text));
+  return GeometryFromConfig(config, name, options);
 }
 
 }  // namespace kvtide::planner

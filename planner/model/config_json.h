@@ -10,10 +10,14 @@
 
 namespace kvtide::planner {
 
+class ConfigObject;
+
 struct ReadOptions {
   bool ignore_unknown_fields = false;
 };
 
+absl::StatusOr<ModelGeometry> GeometryFromConfig(const ConfigObject& config, const std::string& name,
+                                                 const ReadOptions& options = {});
 absl::StatusOr<ModelGeometry> GeometryFromConfigJson(const std::string& text, const std::string& name,
                                                      const ReadOptions& options = {});
 

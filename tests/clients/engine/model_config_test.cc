@@ -140,19 +140,48 @@ TEST(ModelConfigTest, RefusesByNameWhatWouldChangeTheResult) {
   EXPECT_THAT(with("architectures", {"GptOssForCausalLM"}), HasSubstr("GptOssForCausalLM"));
   EXPECT_THAT(with("rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}, {"mscale", 1.0}}),
               HasSubstr("yarn with mscale"));
-  EXPECT_THAT(with("rope_scaling", {{"rope_type", "yarn"}, {"factor", -4.0}}),
-              HasSubstr("factor is not a positive number"));
+  EXPECT_THAT(with("rope_scaling", {{"rope_type", "yarn"}, {"factor", -4.0}}), HasSubstr("'factor' is"));
   EXPECT_THAT(with("rope_scaling", {{"rope_type", "yarn"}, {"factor", 4.0}, {"beta_fast", 0.5}}),
               HasSubstr("beta_fast above beta_slow"));
   EXPECT_THAT(with("rope_scaling", {{"rope_type", "longrope"}, {"factor", 4.0}}), HasSubstr("longrope"));
   EXPECT_THAT(with("rope_scaling", {{"type", "dynamic"}, {"factor", 4.0}}), HasSubstr("dynamic"));
-  EXPECT_THAT(with("rope_scaling", {{"type", "linear"}}), HasSubstr("factor is missing"));
+  EXPECT_THAT(with("rope_scaling", {{"type", "linear"}}), HasSubstr("'factor' is missing"));
   EXPECT_THAT(with("hidden_act", "gelu"), HasSubstr("gelu"));
   EXPECT_THAT(with("mlp_bias", true), HasSubstr("mlp_bias"));
   EXPECT_THAT(with("quantization_config", {{"bits", 4}}), HasSubstr("quantization_config"));
-  EXPECT_THAT(with("layer_types", {"full_attention", "chunked_attention"}), HasSubstr("chunked_attention"));
-  EXPECT_THAT(with("layer_types", {"full_attention"}), HasSubstr("layer_types has 1 entries"));
+  json kinds = json::array();
+  for (int l = 0; l < 32; ++l) kinds.push_back(l < 31 ? "full_attention" : "chunked_attention");
+  EXPECT_THAT(with("layer_types", kinds), HasSubstr("layer is chunked"));
+  EXPECT_THAT(with("layers_block_type", json(std::vector<std::string>(32, "mlp"))),
+              HasSubstr("layer that is none"));
+  EXPECT_THAT(with("num_experts", 8), HasSubstr("mixture"));
+  EXPECT_THAT(with("layer_types", {"full_attention"}), HasSubstr("'layer_types' is not a list of 32 names"));
   EXPECT_THAT(with("partial_rotary_factor", 0.5), HasSubstr("partial_rotary_factor"));
+}
+
+// Windows are those that the planner counts with.
+TEST(ModelConfigTest, WindowsOfLayers) {
+  json config = Llama();
+  config["sliding_window"] = 4096;
+  EXPECT_EQ(ParseModelConfig(config.dump())->sliding_window, 4096);
+  config["architectures"] = {"Qwen2ForCausalLM"};
+  EXPECT_EQ(ParseModelConfig(config.dump())->sliding_window, 0) << "Qwen2 asks for it first";
+  config["use_sliding_window"] = true;
+  config["max_window_layers"] = 30;
+  auto model = ParseModelConfig(config.dump());
+  ASSERT_TRUE(model.ok()) << model.status();
+  EXPECT_EQ(model->window(29), 0) << "the first layers see everything";
+  EXPECT_EQ(model->window(30), 4096);
+  config["max_window_layers"] = 32;
+  EXPECT_EQ(ParseModelConfig(config.dump())->window(31), 0);
+  // What Gemma's folders leave out.
+  config = Llama();
+  config["architectures"] = {"Gemma2ForCausalLM"};
+  model = ParseModelConfig(config.dump());
+  ASSERT_TRUE(model.ok()) << model.status();
+  EXPECT_EQ(model->head_dim, 256);
+  EXPECT_EQ(model->window(0), 4096);
+  EXPECT_EQ(model->window(1), 0);
 }
 
 TEST(ModelConfigTest, RefusesSizesThatMakeNoSense) {
@@ -161,9 +190,9 @@ TEST(ModelConfigTest, RefusesSizesThatMakeNoSense) {
     config[key] = value;
     return Refusal(config);
   };
-  EXPECT_THAT(with("num_hidden_layers", 0), HasSubstr("num_hidden_layers is 0"));
-  EXPECT_THAT(with("num_hidden_layers", -5), HasSubstr("num_hidden_layers is -5"));
-  EXPECT_THAT(with("num_hidden_layers", "32"), HasSubstr("not an integer"));
+  EXPECT_THAT(with("num_hidden_layers", 0), HasSubstr("'num_hidden_layers' is missing or 0"));
+  EXPECT_THAT(with("num_hidden_layers", -5), HasSubstr("'num_hidden_layers' is -5"));
+  EXPECT_THAT(with("num_hidden_layers", "32"), HasSubstr("expected a whole number"));
   EXPECT_THAT(with("num_key_value_heads", 5), HasSubstr("cannot share"));
   EXPECT_THAT(with("head_dim", 127), HasSubstr("odd head_dim"));
   EXPECT_THAT(with("hidden_size", 1ll << 40), HasSubstr("hidden_size"));
@@ -171,7 +200,7 @@ TEST(ModelConfigTest, RefusesSizesThatMakeNoSense) {
   EXPECT_THAT(with("rms_norm_eps", "small"), HasSubstr("rms_norm_eps"));
   json config = Llama();
   config.erase("vocab_size");
-  EXPECT_THAT(Refusal(config), HasSubstr("vocab_size is missing"));
+  EXPECT_THAT(Refusal(config), HasSubstr("'vocab_size' is 0"));
   EXPECT_FALSE(ParseModelConfig("{").ok());
   EXPECT_FALSE(ParseModelConfig("[]").ok());
 }
