@@ -99,7 +99,7 @@ struct AttendItem {
 struct AttendArgs {
   int layer = 0;       // within the layer group
   int heads = 0;       // query heads, a multiple of the KV heads
-  float scale = 0;     // of q.k; usually 1/sqrt(head_dim). Queries with no value above 1e-15 may count as 0
+  float scale = 0;     // of q.k, finite; usually 1/sqrt(head_dim)
   bool causal = true;  // query at position p sees tokens at positions <= p
   int64_t window = 0;  // 0 = all; else only positions > p - window
   float softcap = 0;   // 0 = none; else logit = softcap * tanh(logit / softcap)
@@ -127,6 +127,8 @@ struct AttendPlanArgs {
 class AttendPlan {
  public:
   virtual ~AttendPlan() = default;
+  // What it keeps in a device's memory, beside the slabs.
+  virtual size_t device_bytes() const { return 0; }
 };
 // One layer over a plan: queries and results of each of its items, in host memory and in the caller's type.
 struct LayerItem {

@@ -24,6 +24,8 @@ const char* ItemKindName(ItemKind kind) {
       return "compute";
     case ItemKind::kDequantScratch:
       return "dequant_scratch";
+    case ItemKind::kPlanTables:
+      return "plan_tables";
     case ItemKind::kContext:
       return "context";
     case ItemKind::kGraphs:
@@ -66,6 +68,8 @@ const char* ItemKindLabel(ItemKind kind) {
       return "compute buffers";
     case ItemKind::kDequantScratch:
       return "dequantisation scratch";
+    case ItemKind::kPlanTables:
+      return "plans of attention";
     case ItemKind::kContext:
       return "CUDA context";
     case ItemKind::kGraphs:

@@ -26,7 +26,8 @@ enum class ItemKind {
   kRecurrent,
   kCompute,
   kDequantScratch,
-  kContext,  // CUDA context and library workspaces
+  kPlanTables,  // what attention kernels read of which blocks they attend over
+  kContext,     // CUDA context and library workspaces
   kGraphs,
   kFragmentation,
   kMmproj,

@@ -31,27 +31,37 @@ struct CachedAttendPlan {
   std::vector<int> parts_of_item;  // in how many parts each item is
   std::vector<std::shared_ptr<const Profile>> profiles;
   uint64_t blocks = 0, blocks_below_tier0 = 0;  // that the call reads
+
+  size_t DeviceBytes() const;
 };
 
 class AttendPlans {
  public:
-  explicit AttendPlans(size_t most) : most_(most) {}
+  // At most so many, and so many bytes of devices' memory.
+  AttendPlans(size_t most, size_t most_bytes) : most_(most), most_bytes_(most_bytes) {}
 
   // The plan of this key, out of the cache until it is put back; null if there is none.
   std::unique_ptr<CachedAttendPlan> Take(const AttendPlanKey& key);
   // Any plan of this shape, the latest first: what it was made of is out of date.
   std::unique_ptr<CachedAttendPlan> TakeShape(const AttendPlanKey& key);
-  // Forgets the one that was not used for longest if there are too many.
+  // Forgets those that were not used for longest if there are too many.
   void Put(std::unique_ptr<CachedAttendPlan> plan);
   size_t size() const;
+  size_t bytes() const;
 
  private:
   template <class Fits>
   std::unique_ptr<CachedAttendPlan> TakeWhere(Fits fits);
 
-  const size_t most_;
+  struct Kept {
+    std::unique_ptr<CachedAttendPlan> plan;
+    size_t bytes = 0;
+  };
+
+  const size_t most_, most_bytes_;
   mutable Mutex mu_;
-  std::vector<std::unique_ptr<CachedAttendPlan>> plans_ ABSL_GUARDED_BY(mu_);  // the latest last
+  std::vector<Kept> plans_ ABSL_GUARDED_BY(mu_);  // the latest last
+  size_t bytes_ ABSL_GUARDED_BY(mu_) = 0;         // of all of them
 };
 
 }  // namespace kvtide

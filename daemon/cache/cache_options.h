@@ -48,7 +48,8 @@ struct CacheOptions {
   // Most products of queries, visible tokens and query heads of one attention, summed over its items: 32,768
   // queries of 64 heads over 131,072 tokens.
   int64_t max_attend_work = int64_t{1} << 38;
-  size_t max_cached_plans = 64;               // of attentions, kept for the next layer and step
+  size_t max_cached_plans = 64;               // of attentions, kept for the next layer and step,
+  size_t max_plan_bytes = size_t{64} << 20;   // and what they take of devices' memory beside the tiers
   size_t move_piece_bytes = size_t{1} << 20;  // copies between tiers are cut into pieces of at most this
   size_t max_moves_in_flight = 16;            // blocks, per round of the mover
   bool background_moves = true;               // false: only RunMovesOnce moves by policy (tests, simulation)

@@ -49,6 +49,7 @@ struct CacheStats {
   uint64_t shared_blocks = 0;  // held by more than one sequence
   uint64_t stored_bytes = 0;   // of all blocks, each counted once
   uint64_t table_bytes = 0;    // of block tables and what readers were shown of them, in ordinary memory
+  uint64_t plan_bytes = 0;     // of plans of attention, in devices' memory beside the tiers
   uint64_t f16_equivalent_bytes =
       0;                      // what the stored tokens of all sequences would take in f16, unpadded, unshared
   double bits_per_value = 0;  // stored bits per value of the stored tokens, each block once; 0 when empty

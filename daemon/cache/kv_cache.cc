@@ -69,6 +69,7 @@ absl::Status KvCache::Impl::AppendAttend(const AttendCall& call) {
   KVTIDE_RETURN_IF_ERROR(reader.CheckCall(call, model, true));
   KVTIDE_RETURN_IF_ERROR(check());
   WriteBatch batch;
+  batch.context = &context;
   batch.sequences.reserve(call.items.size());
   batch.writes.reserve(call.items.size());
   bool codes_at_once = false;
@@ -307,7 +308,11 @@ absl::StatusOr<SequenceInfo> KvCache::GetSequence(SequenceId sequence, const Cal
 std::vector<SequenceInfo> KvCache::ListSequences(const SequenceList& list, const CallContext& context) const {
   return impl_->inspector.ListSequences(list, context);
 }
-CacheStats KvCache::Stats() const { return impl_->inspector.Stats(); }
+CacheStats KvCache::Stats() const {
+  CacheStats stats = impl_->inspector.Stats();
+  stats.plan_bytes = impl_->reader.plan_bytes();
+  return stats;
+}
 const CacheOptions& KvCache::options() const { return impl_->core.options(); }
 MoveReport KvCache::RunMovesOnce() {
   const MoveReport report = impl_->mover.RunOnce();

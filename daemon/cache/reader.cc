@@ -50,7 +50,7 @@ struct Reader::PartState {
 };
 
 Reader::Reader(CacheCore& core, Mover& mover)
-    : core_(core), mover_(mover), plans_(core.options().max_cached_plans) {}
+    : core_(core), mover_(mover), plans_(core.options().max_cached_plans, core.options().max_plan_bytes) {}
 
 namespace {
 

@@ -36,6 +36,9 @@ class Reader {
 
   absl::Status ReadTokens(const ReadCall& call);
 
+  // Of plans that wait for the next layer or step, in devices' memory.
+  size_t plan_bytes() const { return plans_.bytes(); }
+
  private:
   struct Batch;
   struct Item;

@@ -15,15 +15,15 @@ struct Sealer::Seal {
   absl::Status status;
 };
 
-void Sealer::Settle(CacheLock& lock, std::span<const SequencePtr> sequences) {
+void Sealer::Settle(CacheLock& lock, std::span<const SequencePtr> sequences, const CallContext* context) {
   std::vector<Work> work;
   for (const SequencePtr& sequence : sequences) {
     if (sequence->closed) continue;
     for (size_t g = 0; g < sequence->groups.size(); g++)
       SettleTable(lock, *sequence, static_cast<int>(g), work);
   }
-  while (SealRound(lock, work)) {
-  }
+  while (SealRound(lock, work))
+    if (context != nullptr && !context->Check(core_.options().clock(), "sealing").ok()) break;
 }
 
 // What needs no coding is done at once.

@@ -15,8 +15,9 @@ class Sealer {
  public:
   Sealer(CacheCore& core, Mover& mover) : core_(core), mover_(mover) {}
 
-  // For the sequences of one call. Their blocks are coded together: one Recode for each tier and round.
-  void Settle(CacheLock& lock, std::span<const SequencePtr> sequences);
+  // For the sequences of one call. Their blocks are coded together: one Recode for each tier and round. A
+  // call that is not wanted any more, if `context` is not null, leaves further rounds to the next append.
+  void Settle(CacheLock& lock, std::span<const SequencePtr> sequences, const CallContext* context);
 
  private:
   // A table with blocks to code: those of [table.sealed, end).

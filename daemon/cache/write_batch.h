@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "daemon/cache/block_guards.h"
+#include "daemon/cache/call_context.h"
 #include "daemon/cache/sequences.h"
 #include "kernels/backend.h"
 #include "kernels/base/data_type.h"
@@ -62,6 +63,8 @@ class WriteBatch {
 
   std::vector<SequencePtr> sequences;
   std::vector<LayerWrite> writes;
+  const CallContext* context =
+      nullptr;  // whose append it is, looked at between rounds; null = it cannot be stopped
 
  private:
   friend class Writer;

@@ -28,6 +28,7 @@ const CallContext& ContextOf(const AppendCall& call) {
 absl::Status Writer::CheckAppend(const AppendCall& call, const ModelSpec& model) const {
   std::vector<bool> seen(model.layers.size());
   for (const LayerKv& kv : call.layers) {
+    KVTIDE_RETURN_IF_ERROR(CheckWanted(&ContextOf(call)));
     if (kv.layer < 0 || static_cast<size_t>(kv.layer) >= model.layers.size())
       return absl::InvalidArgumentError(absl::StrCat("layer ", kv.layer, ": model '", model.name,
                                                      "' has layers 0 to ", model.layers.size() - 1));
@@ -50,6 +51,11 @@ absl::Status Writer::CheckAppend(const AppendCall& call, const ModelSpec& model)
   return absl::OkStatus();
 }
 
+absl::Status Writer::CheckWanted(const CallContext* context) const {
+  if (context == nullptr) return absl::OkStatus();
+  return context->Check(core_.options().clock(), "the append (nothing was written)");
+}
+
 absl::Status Writer::Append(const AppendCall& call) {
   const CacheOptions& options = core_.options();
   const CallContext& context = ContextOf(call);
@@ -66,6 +72,7 @@ absl::Status Writer::Append(const AppendCall& call) {
   }
   KVTIDE_RETURN_IF_ERROR(CheckAppend(call, sequence->model->spec));
   WriteBatch batch;
+  batch.context = &context;
   batch.AddSequence(sequence);
   batch.writes.reserve(call.layers.size());
   for (const LayerKv& kv : call.layers) {
@@ -74,13 +81,12 @@ absl::Status Writer::Append(const AppendCall& call) {
     write.v = kv.v;
     write.hash = HashRows(write);
   }
-  KVTIDE_RETURN_IF_ERROR(context.Check(options.clock(), "the append (nothing was written)"));
+  KVTIDE_RETURN_IF_ERROR(CheckWanted(batch.context));
   {
     CacheLock lock(core_);
     KVTIDE_RETURN_IF_ERROR(Begin(lock, batch));
   }
-  absl::Status status = context.Check(options.clock(), "the append (nothing was written)");
-  if (status.ok()) status = WriteBytes(batch);
+  absl::Status status = WriteBytes(batch);
   CacheLock lock(core_);
   if (!status.ok()) {
     Rollback(*lock, batch);
@@ -290,16 +296,22 @@ absl::Status Writer::CopyBeforeWrite(CacheLock& lock, WriteBatch& batch, Sequenc
 }
 
 absl::Status Writer::WriteBytes(WriteBatch& batch) {
-  for (size_t t = 0; t < batch.pieces_.size(); t++) {
-    if (batch.pieces_[t].empty()) continue;
-    AppendArgs args;
-    args.pieces = batch.pieces_[t];
-    KVTIDE_RETURN_IF_ERROR(Annotate(core_.backend(static_cast<int>(t)).Append(args),
-                                    absl::StrCat(TierText(core_.options(), t), ": writing new tokens")));
-  }
+  constexpr size_t kAtOnce = 256;  // pieces, 64 tokens of a layer each: 128 MiB of f32 for 8 heads of 128
+  for (size_t t = 0; t < batch.pieces_.size(); t++)
+    for (std::span<const AppendPiece> rest = batch.pieces_[t]; !rest.empty();) {
+      KVTIDE_RETURN_IF_ERROR(CheckWanted(batch.context));
+      AppendArgs args;
+      args.pieces = rest.first(std::min(kAtOnce, rest.size()));
+      rest = rest.subspan(args.pieces.size());
+      KVTIDE_RETURN_IF_ERROR(Annotate(core_.backend(static_cast<int>(t)).Append(args),
+                                      absl::StrCat(TierText(core_.options(), t), ": writing new tokens")));
+    }
   batch.pieces_.clear();
-  for (LayerWrite& write : batch.writes)
-    if (!write.twins.empty()) KVTIDE_RETURN_IF_ERROR(CodeAtOnce(batch, write));
+  for (LayerWrite& write : batch.writes) {
+    if (write.twins.empty()) continue;
+    KVTIDE_RETURN_IF_ERROR(CheckWanted(batch.context));
+    KVTIDE_RETURN_IF_ERROR(CodeAtOnce(batch, write));
+  }
   return absl::OkStatus();
 }
 
@@ -421,7 +433,7 @@ absl::Status Writer::Finish(CacheLock& lock, WriteBatch& batch) {
   for (size_t i = 0; i < batch.sequences.size(); i++)
     lock->counters.appended_tokens +=
         static_cast<uint64_t>(batch.sequences[i]->MinTokens() - batch.old_tokens_[i]);
-  sealer_.Settle(lock, batch.sequences);
+  sealer_.Settle(lock, batch.sequences, batch.context);
   absl::Status status;
   for (const SequencePtr& sequence : batch.sequences) {
     lock->sequences.CountHeld(*sequence);

@@ -38,6 +38,7 @@ class Writer {
   absl::Status Finish(CacheLock& lock, WriteBatch& batch);
 
  private:
+  absl::Status CheckWanted(const CallContext* context) const;
   absl::Status CheckAppend(const AppendCall& call, const ModelSpec& model) const;
   absl::Status BeginLayer(CacheLock& lock, WriteBatch& batch, LayerWrite& write);
   static void AddPiece(WriteBatch& batch, LayerWrite& write, int64_t index);

@@ -75,6 +75,8 @@ void WriteContents(FamilyWriter& writer, const CacheStats& stats) {
       "Stored bytes per K or V value of the stored tokens, with scales, padding and tails; times 8 these are "
       "the true bits per value. 0 when nothing is stored.",
       stats.bits_per_value / 8);
+  gauge("kvtide_plan_bytes", "Plans of attention that wait for the next layer or step, in devices' memory.",
+        static_cast<double>(stats.plan_bytes));
   gauge("kvtide_sequences_limit", "Most sequences that may be open.",
         static_cast<double>(stats.max_sequences));
   gauge("kvtide_models_limit", "Most models that may be registered.", static_cast<double>(stats.max_models));

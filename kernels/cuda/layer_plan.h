@@ -1,8 +1,8 @@
 // Backend::PlanAttend and AttendLayer on a GPU. A plan says which kernels compute which queries: batches, one
 // after the other, of items with few rows (attend/) or with many (prefill/). Most plans are one batch of few
 // rows whose tables lie on the device; what else there is, is planned again for each layer: pages that are
-// converted first, prefills, and work so long that it is cut into batches of bounded time, between which a
-// call can be stopped.
+// converted first, and work so long that it is cut into batches of bounded time, between which a
+// call can be stopped. Prefills are planned with the first layer.
 #pragma once
 
 #include <memory>
@@ -16,6 +16,7 @@
 #include "kernels/cuda/attend/environment.h"
 #include "kernels/cuda/attend/layer_tensors.h"
 #include "kernels/cuda/device/workspace.h"
+#include "kernels/cuda/prefill/prefill_call.h"
 
 namespace kvtide::cuda {
 
@@ -34,7 +35,7 @@ class LayerPlan : public AttendPlan {
                       Workspace& workspace);
 
   // What the plan has on the device, and what it and those before it have sent there.
-  size_t device_bytes() const { return tables_.device_bytes(); }
+  size_t device_bytes() const override { return tables_.device_bytes(); }
   size_t sent_bytes() const { return tables_.sent_bytes(); }
 
  private:
@@ -42,6 +43,7 @@ class LayerPlan : public AttendPlan {
   struct Batch {
     enum Kind { kPlanned, kFewRows, kManyRows } kind = kPlanned;
     std::vector<ItemSlice> slices;
+    std::unique_ptr<PrefillPlan> prefill;  // of kManyRows, once a layer was attended
   };
   struct KeptItem {
     std::vector<std::byte*> blocks;  // of all runs
@@ -58,8 +60,8 @@ class LayerPlan : public AttendPlan {
   absl::Status AttendWithCare(const Batch& batch, const AttendLayerArgs& args,
                               const AttendEnvironment& environment, Workspace& workspace);
   AttendPlanArgs PlanAgain(const Batch& batch, std::vector<PlanItem>* items) const;
-  absl::Status AttendBatch(const Batch& batch, const AttendLayerArgs& args,
-                           const AttendEnvironment& environment, Workspace& workspace);
+  absl::Status AttendBatch(Batch& batch, const AttendLayerArgs& args, const AttendEnvironment& environment,
+                           Workspace& workspace);
 
   // Of a plan made of slices of another one's items: which they are.
   std::vector<ItemSlice> origin_;

@@ -16,6 +16,8 @@ namespace kvtide::planner {
 // Most scratch memory of one attention call on a GPU: CudaBackendOptions::scratch_bytes (a test compares
 // them).
 constexpr int64_t kKvtideScratchBytes = int64_t{256} << 20;
+// Most memory of a GPU that plans of attention keep: CacheOptions::max_plan_bytes (a test compares them).
+constexpr int64_t kKvtidePlanBytes = int64_t{64} << 20;
 
 absl::StatusOr<std::unique_ptr<KvSizer>> MakeKvtideSizer(const EngineOptions& options,
                                                          const std::vector<LayerGroup>& groups,

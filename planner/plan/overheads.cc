@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "planner/engines/kvtide_engine.h"
 #include "planner/engines/llama_cpp.h"
 #include "planner/engines/sglang.h"
 #include "planner/saturating.h"
@@ -77,6 +78,8 @@ ItemList OverheadItems(const PlanRequest& request, const KvLoad& load, const KvS
     case Engine::kKvtide:
       items.push_back({ItemKind::kCompute, VllmActivations(request), Provenance::kGuess});
       items.push_back({ItemKind::kDequantScratch, sizer.ScratchBytes(load), Provenance::kFormula});
+      if (request.device.memory != DeviceMemory::kHost)
+        items.push_back({ItemKind::kPlanTables, kKvtidePlanBytes, Provenance::kFormula});
       // Two processes on the card: the engine and the daemon.
       items.push_back({ItemKind::kContext, 2 * kCudaContextBytes, Provenance::kCalibrated});
       break;

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "tests/daemon/cache/cache_fixture.h"
+#include "tests/daemon/cache/step_layer.h"
 #include "tests/sim/sim_client.h"
 
 namespace kvtide::testing {
@@ -60,6 +61,7 @@ class CacheSim : public CacheTest {
     return clients_[static_cast<size_t>(Random(static_cast<int>(clients_.size())))];
   }
   std::vector<FaultyBackend*> Backends() const;
+  std::vector<FaultyBackend*> TierBackends() const;
   SequenceInfo Info(const SimClient& client) const { return cache_->GetSequence(client.id).value(); }
 
   void Step();
@@ -70,6 +72,9 @@ class CacheSim : public CacheTest {
   void Append(ClientPtr client, int64_t tokens);
   bool AppendAttend(ClientPtr client, int layer, int64_t tokens);
   void DecodeStep(ClientPtr client, int64_t tokens);
+  void StepOf(ClientPtr client, int64_t tokens);
+  void EngineStep(const std::vector<ClientPtr>& clients, int64_t tokens);
+  bool RunLayer(const kvtide::Step& step, size_t item, SimClient& client, const NewRows& rows);
   void Attend(ClientPtr client);
   void AttendLayer(ClientPtr client, int layer, int64_t queries, bool sinks);
   void Read(ClientPtr client);
@@ -83,7 +88,6 @@ class CacheSim : public CacheTest {
   void Persist(ClientPtr client);
   void Cancel();
 
-  NewRows MakeRows(const SimClient& client, int layer, int64_t tokens);
   int64_t RandomCut(const SimClient& client);
   void PlantFault(std::initializer_list<FaultyBackend::Call> calls);
   void ClearFaults();

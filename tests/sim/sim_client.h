@@ -9,25 +9,17 @@
 #include <vector>
 
 #include "daemon/cache/kv_cache.h"
+#include "tests/daemon/cache/layer_call.h"
 #include "tests/daemon/cache/shadow.h"
 
 namespace kvtide::testing {
-
-// New rows of one layer.
-struct NewRows {
-  int layer = 0;
-  int64_t tokens = 0;
-  std::vector<float> k, v;
-};
 
 struct SimClient {
   SimClient(SequenceId sequence, std::shared_ptr<const ModelSpec> its_model,
             const SequenceOptions& its_options)
       : id(sequence), model(std::move(its_model)), options(its_options), shadow(*model, options) {}
 
-  const LayerGroupSpec& group(int layer) const {
-    return model->groups[static_cast<size_t>(model->layers[static_cast<size_t>(layer)].group)];
-  }
+  const LayerGroupSpec& group(int layer) const { return GroupOf(*model, layer); }
   int64_t length() const { return shadow.Length(); }
 
   // What a read of a layer may see now, as states of the naive model; in the last one most has left the

@@ -338,6 +338,59 @@ TEST_F(AppendTest, AFailedSealKeepsTheBlocksExactAndTheNextAppendTriesAgain) {
   client.CheckAllLayers();
 }
 
+// A call that is given up while it writes or codes ends after the round at hand.
+TEST_F(AppendTest, ACancelledAppendStopsBetweenRounds) {
+  Start(64 * kMiB);
+  Client client(*cache_, SmallModel(), WithPair("q8_0", {0, 0}), random_);
+  const NewRows rows(client.model(), 0, 64 * 600, random_);
+  const LayerKv layer = rows.Kv();
+  Cancellation cancellation;
+  CallContext context;
+  context.cancellation = &cancellation;
+  AppendCall call;
+  call.sequence = client.id();
+  call.tokens = rows.tokens;
+  call.layers = {&layer, 1};
+  call.context = &context;
+  device_->SetHook([&](FaultyBackend::Call kind) {
+    if (kind == FaultyBackend::kAppend) cancellation.Cancel();
+  });
+  const int before = device_->calls(FaultyBackend::kAppend);
+  EXPECT_TRUE(IsError(cache_->Append(call), absl::StatusCode::kCancelled, "nothing was written"));
+  EXPECT_EQ(device_->calls(FaultyBackend::kAppend) - before, 1) << "of three rounds";
+  device_->SetHook(nullptr);
+  EXPECT_EQ(UsedBytes(cache_->Stats()), 0u);
+  EXPECT_EQ(*cache_->LayerLength(client.id(), 0), 0);
+}
+
+TEST_F(AppendTest, ACancelledAppendLeavesSealsToTheNextOne) {
+  Start(32 * kMiB);
+  Client client(*cache_, SmallModel(), WithPair("q8_0", {0, 0}), random_);
+  const NewRows rows[2] = {{client.model(), 0, 64 * 50, random_}, {client.model(), 1, 64 * 50, random_}};
+  const LayerKv layers[2] = {rows[0].Kv(), rows[1].Kv()};
+  Cancellation cancellation;
+  CallContext context;
+  context.cancellation = &cancellation;
+  AppendCall call;
+  call.sequence = client.id();
+  call.tokens = rows[0].tokens;
+  call.layers = layers;
+  call.context = &context;
+  device_->SetHook([&](FaultyBackend::Call kind) {
+    if (kind == FaultyBackend::kRecode) cancellation.Cancel();
+  });
+  ASSERT_TRUE(cache_->Append(call).ok()) << "the tokens are there";
+  device_->SetHook(nullptr);
+  const uint64_t sealed = cache_->Stats().sealed_blocks;
+  EXPECT_GT(sealed, 0u);
+  EXPECT_LT(sealed, 50u);
+  for (const NewRows& row : rows) client.shadow().Append(row.layer, row.k, row.v, row.tokens);
+  client.shadow().Settle();
+  ASSERT_TRUE(client.Append(1).ok());
+  EXPECT_EQ(cache_->Stats().sealed_blocks, 50u);
+  client.CheckAllLayers();
+}
+
 TEST_F(AppendTest, CancelledCallsChangeNothing) {
   Start();
   Client client(*cache_, SmallModel(), WithPair("f16"), random_);

@@ -1,7 +1,6 @@
 #include "tests/daemon/cache/cache_fixture.h"
 
 #include <chrono>
-#include <cmath>
 #include <numeric>
 #include <thread>
 
@@ -33,13 +32,6 @@ ModelSpec WithMeans(ModelSpec model) {
         random, static_cast<size_t>(group.shape.layers * group.shape.kv_heads * group.shape.head_dim_k),
         3.0f);
   return model;
-}
-
-std::vector<float> RandomRows(std::mt19937& random, size_t count, float spread) {
-  std::normal_distribution<float> normal(0, spread);
-  std::vector<float> values(count);
-  for (float& x : values) x = normal(random);
-  return values;
 }
 
 CacheTest::CacheTest() {
@@ -135,29 +127,12 @@ Client Client::Fork() {
   return fork;
 }
 
-Client::Rows Client::MakeRows(int layer, int64_t tokens) {
-  const GroupShape& shape = group(layer).shape;
-  const auto rows = static_cast<size_t>(tokens * shape.kv_heads);
-  Rows made{RandomRows(*random_, rows * static_cast<size_t>(shape.head_dim_k)),
-            RandomRows(*random_, rows * static_cast<size_t>(shape.head_dim_v))};
-  // Keys have channels with a mean, as models' keys do.
-  for (size_t i = 0; i < made.k.size(); i += 8) made.k[i] += 2.0f;
-  return made;
-}
-
 absl::Status Client::Append(int64_t tokens) {
-  std::vector<Rows> rows;
+  std::vector<NewRows> rows;
   std::vector<LayerKv> layers;
-  for (size_t l = 0; l < model_->layers.size(); l++) rows.push_back(MakeRows(static_cast<int>(l), tokens));
-  for (size_t l = 0; l < rows.size(); l++) {
-    LayerKv kv;
-    kv.layer = static_cast<int>(l);
-    kv.k = {rows[l].k.data(), DataType::kF32};
-    kv.v = {rows[l].v.data(), DataType::kF32};
-    kv.k_elements = rows[l].k.size();
-    kv.v_elements = rows[l].v.size();
-    layers.push_back(kv);
-  }
+  for (size_t l = 0; l < model_->layers.size(); l++)
+    rows.emplace_back(*model_, static_cast<int>(l), tokens, *random_);
+  for (const NewRows& row : rows) layers.push_back(row.Kv());
   AppendCall call;
   call.sequence = id_;
   call.start_position = length();
@@ -165,7 +140,7 @@ absl::Status Client::Append(int64_t tokens) {
   call.layers = layers;
   const absl::Status status = cache_->Append(call);
   if (!status.ok()) return status;
-  for (size_t l = 0; l < rows.size(); l++) shadow_.Append(static_cast<int>(l), rows[l].k, rows[l].v, tokens);
+  for (const NewRows& row : rows) shadow_.Append(row.layer, row.k, row.v, tokens);
   shadow_.Settle();
   return status;
 }
@@ -173,34 +148,14 @@ absl::Status Client::Append(int64_t tokens) {
 absl::Status Client::Step(int64_t tokens) {
   for (size_t l = 0; l < model_->layers.size(); l++) {
     const int layer = static_cast<int>(l);
-    const LayerGroupSpec& spec = group(layer);
     const int64_t start = shadow_.LayerLength(layer);
-    const Rows rows = MakeRows(layer, tokens);
-    const auto query_rows = static_cast<size_t>(tokens * spec.heads);
-    const std::vector<float> q =
-        RandomRows(*random_, query_rows * static_cast<size_t>(spec.shape.head_dim_k));
-    std::vector<float> out(query_rows * static_cast<size_t>(spec.shape.head_dim_v)), lse(query_rows);
-    AttendRequest item;
-    item.sequence = id_;
-    item.q = {q.data(), DataType::kF32};
-    item.q_elements = q.size();
-    item.queries = tokens;
-    item.first_query_position = start;
-    item.out = out.data();
-    item.lse = lse.data();
-    item.new_tokens = tokens;
-    item.start_position = start;
-    item.k = {rows.k.data(), DataType::kF32};
-    item.v = {rows.v.data(), DataType::kF32};
-    item.k_elements = rows.k.size();
-    item.v_elements = rows.v.size();
-    AttendCall call;
-    call.layer = layer;
-    call.items = {&item, 1};
-    const absl::Status status = cache_->AppendAttend(call);
+    const NewRows rows(*model_, layer, tokens, *random_);
+    LayerCall attend(*model_, layer, id_, tokens, start, *random_);
+    attend.Append(rows);
+    const absl::Status status = cache_->AppendAttend(attend.call());
     if (!status.ok()) return status;
     shadow_.Append(layer, rows.k, rows.v, tokens);
-    ExpectClose(shadow_.Attend(layer, q, tokens, start), out, lse,
+    ExpectClose(shadow_.Attend(layer, attend.q, tokens, start), attend.out, attend.lse,
                 "step of " + std::to_string(tokens) + " at " + std::to_string(start) + ", layer " +
                     std::to_string(l));
     shadow_.Settle();
@@ -209,27 +164,14 @@ absl::Status Client::Step(int64_t tokens) {
 }
 
 absl::Status Client::CheckAttention(int layer, int64_t queries, const float* sinks) {
-  const LayerGroupSpec& spec = group(layer);
   const int64_t tokens = shadow_.LayerLength(layer);
   // In a sliding window only what the next token sees is sure to be there.
-  const int64_t first = spec.window > 0 ? tokens : std::max<int64_t>(0, tokens - queries);
-  const auto rows = static_cast<size_t>(queries * spec.heads);
-  const std::vector<float> q = RandomRows(*random_, rows * static_cast<size_t>(spec.shape.head_dim_k));
-  std::vector<float> out(rows * static_cast<size_t>(spec.shape.head_dim_v)), lse(rows);
-  AttendRequest item;
-  item.sequence = id_;
-  item.q = {q.data(), DataType::kF32};
-  item.queries = queries;
-  item.first_query_position = first;
-  item.out = out.data();
-  item.lse = lse.data();
-  AttendCall call;
-  call.layer = layer;
-  call.items = {&item, 1};
-  call.sinks = sinks;
-  const absl::Status status = cache_->Attend(call);
+  const int64_t first = GroupOf(*model_, layer).window > 0 ? tokens : std::max<int64_t>(0, tokens - queries);
+  LayerCall attend(*model_, layer, id_, queries, first, *random_);
+  attend.call().sinks = sinks;
+  const absl::Status status = cache_->Attend(attend.call());
   if (!status.ok()) return status;
-  ExpectClose(shadow_.Attend(layer, q, queries, first, true, 0, sinks), out, lse,
+  ExpectClose(shadow_.Attend(layer, attend.q, queries, first, true, 0, sinks), attend.out, attend.lse,
               "attention over " + std::to_string(tokens) + " tokens, layer " + std::to_string(layer));
   return status;
 }
@@ -249,21 +191,7 @@ absl::Status Client::Truncate(int64_t tokens) {
 
 void ExpectClose(const AttentionResult& expected, const std::vector<float>& out,
                  const std::vector<float>& lse, const std::string& what) {
-  ASSERT_EQ(expected.out.size(), out.size()) << what;
-  double error = 0, norm = 0;
-  for (size_t i = 0; i < out.size(); i++) {
-    const double difference = static_cast<double>(out[i]) - static_cast<double>(expected.out[i]);
-    error += difference * difference;
-    norm += static_cast<double>(expected.out[i]) * static_cast<double>(expected.out[i]);
-  }
-  EXPECT_LE(std::sqrt(error), 3e-3 * std::sqrt(norm) + 1e-6) << what;
-  for (size_t i = 0; i < lse.size(); i++) {
-    if (std::isinf(expected.lse[i])) {
-      EXPECT_EQ(lse[i], expected.lse[i]) << what;
-    } else {
-      EXPECT_NEAR(lse[i], expected.lse[i], 3e-3) << what << ", row " << i;
-    }
-  }
+  EXPECT_EQ(Difference(expected, out, lse), "") << what;
 }
 
 uint64_t TotalBytes(const SequenceInfo& info) {

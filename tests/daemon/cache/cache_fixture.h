@@ -15,6 +15,7 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "tests/daemon/cache/fake_clock.h"
 #include "tests/daemon/cache/faulty_backend.h"
+#include "tests/daemon/cache/layer_call.h"
 #include "tests/daemon/cache/shadow.h"
 #include "tests/daemon/disk/fault_file_system.h"
 
@@ -38,8 +39,6 @@ inline SequenceOptions WithPair(const std::string& pair, ExactWindow window = {}
   options.exact_window = window;
   return options;
 }
-
-std::vector<float> RandomRows(std::mt19937& random, size_t count, float spread = 1.0f);
 
 // Matches a status by its code and a part of its message.
 inline bool IsError(const absl::Status& status, absl::StatusCode code, const std::string& part) {
@@ -98,14 +97,6 @@ class Client {
   SequenceInfo info() const { return cache_->GetSequence(id_).value(); }
 
  private:
-  struct Rows {
-    std::vector<float> k, v;
-  };
-  const LayerGroupSpec& group(int layer) const {
-    return model_->groups[static_cast<size_t>(model_->layers[static_cast<size_t>(layer)].group)];
-  }
-  Rows MakeRows(int layer, int64_t tokens);
-
   KvCache* cache_;
   std::shared_ptr<const ModelSpec> model_;
   ShadowSequence shadow_;
@@ -113,7 +104,7 @@ class Client {
   SequenceId id_ = 0;
 };
 
-// Relative L2 distance below 3e-3, log-sum-exp within 3e-3.
+// A failure with how they differ (shadow.h).
 void ExpectClose(const AttentionResult& expected, const std::vector<float>& out,
                  const std::vector<float>& lse, const std::string& what);
 

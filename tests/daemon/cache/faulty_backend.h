@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <functional>
 #include <map>
@@ -57,7 +58,8 @@ class FaultyBackend : public Backend {
     overdue_.clear();
   }
 
-  // Calls of the kind wait inside until Open. WaitForEntry returns when one has arrived.
+  // Calls of the kind wait inside until Open; an attention that is cancelled leaves, as backends look at that
+  // between tiles. WaitForEntry returns when one has arrived.
   void Close(Call call) {
     std::lock_guard<std::mutex> lock(mu_);
     closed_[call] = true;
@@ -67,6 +69,11 @@ class FaultyBackend : public Backend {
     std::lock_guard<std::mutex> lock(mu_);
     closed_[call] = false;
     changed_.notify_all();
+  }
+  // How many wait there now.
+  int held(Call call) {
+    std::lock_guard<std::mutex> lock(mu_);
+    return held_[call];
   }
   void WaitForEntry(Call call) {
     std::unique_lock<std::mutex> lock(mu_);
@@ -91,7 +98,7 @@ class FaultyBackend : public Backend {
     return inner_->Recode(pieces);
   }
   absl::Status Attend(const AttendArgs& args) override {
-    if (absl::Status status = Enter(kAttend); !status.ok()) return status;
+    if (absl::Status status = Enter(kAttend, args.cancellation); !status.ok()) return status;
     return inner_->Attend(args);
   }
   absl::StatusOr<std::unique_ptr<AttendPlan>> PlanAttend(const AttendPlanArgs& args,
@@ -105,7 +112,7 @@ class FaultyBackend : public Backend {
       if (absl::Status status = AppendFirst(*this, args); !status.ok()) return status;
       attend.append = {};
     }
-    if (absl::Status status = Enter(kAttend); !status.ok()) return status;
+    if (absl::Status status = Enter(kAttend, args.cancellation); !status.ok()) return status;
     return inner_->AttendLayer(plan, attend);
   }
   absl::Status Decode(const DecodeArgs& args) override {
@@ -147,15 +154,18 @@ class FaultyBackend : public Backend {
     bool copied = false;
   };
 
-  absl::Status Enter(Call call) {
+  absl::Status Enter(Call call, const Cancellation* cancellation = nullptr) {
     calls_[call]++;
     if (hook_ != nullptr && call != kAllocateSlab) hook_(call);
     {
       std::unique_lock<std::mutex> lock(mu_);
       if (closed_[call]) {
         inside_[call]++;
+        held_[call]++;
         changed_.notify_all();
-        changed_.wait(lock, [&] { return !closed_[call]; });
+        while (closed_[call] && !IsCancelled(cancellation))
+          changed_.wait_for(lock, std::chrono::milliseconds(1));
+        held_[call]--;
       }
     }
     if (fail_[call].load() == 0) return absl::OkStatus();
@@ -212,7 +222,7 @@ class FaultyBackend : public Backend {
   std::mutex mu_;
   std::condition_variable changed_;
   bool closed_[kCalls] = {};
-  int inside_[kCalls] = {};
+  int inside_[kCalls] = {}, held_[kCalls] = {};
   CopyTicket last_ticket_ = 0;
   std::map<CopyTicket, Late> late_;
   std::vector<Late> overdue_;  // said to be done, not yet copied

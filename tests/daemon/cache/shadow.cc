@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
 #include "kernels/format/page_codec.h"
 #include "kernels/format/profile_maker.h"
@@ -256,6 +257,24 @@ AttentionResult ShadowSequence::Attend(int layer, const std::vector<float>& q, i
       result.lse[i * heads + h] = static_cast<float>(largest + std::log(sum));
     }
   return result;
+}
+
+std::string Difference(const AttentionResult& expected, const std::vector<float>& out,
+                       const std::vector<float>& lse) {
+  if (expected.out.size() != out.size() || expected.lse.size() != lse.size()) return "sizes differ";
+  double error = 0, norm = 0;
+  for (size_t i = 0; i < out.size(); i++) {
+    const double difference = static_cast<double>(out[i]) - static_cast<double>(expected.out[i]);
+    error += difference * difference;
+    norm += static_cast<double>(expected.out[i]) * static_cast<double>(expected.out[i]);
+  }
+  if (!(std::sqrt(error) <= 3e-3 * std::sqrt(norm) + 1e-6))
+    return absl::StrCat("outputs of size ", std::sqrt(norm), " differ by ", std::sqrt(error));
+  for (size_t i = 0; i < lse.size(); i++)
+    if (std::isinf(expected.lse[i]) ? lse[i] != expected.lse[i]
+                                    : !(std::fabs(lse[i] - expected.lse[i]) <= 3e-3f))
+      return absl::StrCat("the log-sum-exp of row ", i, " is ", lse[i], ", expected ", expected.lse[i]);
+  return "";
 }
 
 }  // namespace kvtide::testing

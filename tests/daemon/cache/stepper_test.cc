@@ -6,6 +6,7 @@
 #include <functional>
 
 #include "tests/daemon/cache/cache_fixture.h"
+#include "tests/daemon/cache/step_layer.h"
 
 namespace kvtide::testing {
 namespace {
@@ -28,68 +29,25 @@ class StepTest : public CacheTest {
     return cache_->BeginStep(call);
   }
 
-  const LayerGroupSpec& Group(const ModelSpec& model, int layer) {
-    return model.groups[static_cast<size_t>(model.layers[static_cast<size_t>(layer)].group)];
-  }
-
   // One layer of one item, as an engine does it: rows into the blocks, then attention over them. The shadow
   // gets the rows if they are to stay.
   void RunLayer(const Step& step, size_t item, int layer, Client& client, ShadowSequence& shadow) {
     const ModelSpec& model = client.model();
-    const LayerGroupSpec& group = Group(model, layer);
-    const int in_group = model.layers[static_cast<size_t>(layer)].layer_in_group;
     const int64_t start = step.start(item), tokens = step.end(item) - start;
-    const auto count = [&](int heads, int dim) { return static_cast<size_t>(tokens * heads * dim); };
-    std::vector<float> k = RandomRows(random_, count(group.shape.kv_heads, group.shape.head_dim_k));
-    const std::vector<float> v = RandomRows(random_, count(group.shape.kv_heads, group.shape.head_dim_v));
-    for (size_t i = 0; i < k.size(); i += 8) k[i] += 2.0f;
-    const std::span<const SnapshotRun> runs = step.Runs(item, model.layers[static_cast<size_t>(layer)].group);
-    ASSERT_GE(runs.back().end_block() * kBlockTokens, step.end(item));
-    std::vector<AppendPiece> pieces;
-    std::vector<BlockRun> blocks;
-    for (const SnapshotRun& run : runs) {
-      for (int64_t index = run.first_block; index < run.end_block(); index++) {
-        const int64_t from = std::max(start, index * kBlockTokens);
-        const int64_t to = std::min(start + tokens, (index + 1) * kBlockTokens);
-        if (from >= to) continue;
-        ASSERT_TRUE(run.layout->pair() == ExactPair()) << "new tokens go into exact blocks";
-        AppendPiece piece;
-        piece.layout = run.layout;
-        piece.block = run.blocks[static_cast<size_t>(index - run.first_block)];
-        piece.layer = in_group;
-        piece.first_token = static_cast<int>(from - index * kBlockTokens);
-        piece.tokens = static_cast<int>(to - from);
-        piece.source_row = static_cast<size_t>(from - start);
-        pieces.push_back(piece);
-      }
-      blocks.push_back(
-          {run.layout, run.profile.get(), run.blocks, run.first_block * kBlockTokens,
-           std::min(run.end_block() * kBlockTokens, start + tokens) - run.first_block * kBlockTokens});
+    const NewRows rows(model, layer, tokens, random_);
+    const StepLayer work(step, item, model, rows);
+    ASSERT_TRUE(work.complete()) << "new tokens go into exact blocks";
+    AppendArgs append;
+    for (const auto& [tier, pieces] : work.pieces()) {
+      append.pieces = pieces;
+      ASSERT_TRUE(engine_->Append(append).ok());
     }
-    AppendArgs rows;
-    rows.k = {k.data(), DataType::kF32};
-    rows.v = {v.data(), DataType::kF32};
-    rows.pieces = pieces;
-    ASSERT_TRUE(engine_->Append(rows).ok());
-    shadow.Append(layer, k, v, tokens);
-
-    const std::vector<float> q = RandomRows(random_, count(group.heads, group.shape.head_dim_k));
-    std::vector<float> out(count(group.heads, group.shape.head_dim_v)), lse(count(group.heads, 1));
-    AttendItem attend;
-    attend.runs = blocks;
-    attend.q = q.data();
-    attend.queries = static_cast<int>(tokens);
-    attend.first_query_position = start;
-    attend.out = out.data();
-    attend.lse = lse.data();
-    AttendArgs args;
-    args.layer = in_group;
-    args.heads = group.heads;
-    args.scale = group.scale != 0 ? group.scale : 1 / std::sqrt(static_cast<float>(group.shape.head_dim_k));
-    args.window = group.window;
-    args.softcap = group.softcap;
-    args.items = {&attend, 1};
-    const absl::Status status = engine_->Attend(args);
+    shadow.Append(layer, rows.k, rows.v, tokens);
+    const LayerGroupSpec& group = GroupOf(model, layer);
+    const std::vector<float> q =
+        RandomRows(random_, static_cast<size_t>(tokens * group.heads * group.shape.head_dim_k));
+    std::vector<float> out, lse;
+    const absl::Status status = work.Attend(*engine_, q, &out, &lse);
     ASSERT_TRUE(status.ok()) << status;
     ExpectClose(shadow.Attend(layer, q, tokens, start), out, lse,
                 "step of " + std::to_string(tokens) + " at " + std::to_string(start) + ", layer " +

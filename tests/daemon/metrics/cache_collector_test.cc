@@ -32,6 +32,7 @@ TEST(CacheCollector, FamiliesAndTypes) {
       {"kvtide_stored_bytes", "gauge"},
       {"kvtide_f16_equivalent_bytes", "gauge"},
       {"kvtide_bytes_per_value", "gauge"},
+      {"kvtide_plan_bytes", "gauge"},
       {"kvtide_sequences_limit", "gauge"},
       {"kvtide_models_limit", "gauge"},
       {"kvtide_sequence_tokens_limit", "gauge"},

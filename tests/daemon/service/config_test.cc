@@ -6,6 +6,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "planner/engines/kvtide_engine.h"
 
 namespace kvtide {
 namespace {
@@ -31,6 +32,7 @@ TEST(Config, DefaultsAreComplete) {
   EXPECT_EQ(PairName(options->service.defaults.pair), "q8_0/turbo4");
   EXPECT_EQ(options->service.defaults.exact_window, ExactWindow{});
   EXPECT_EQ(options->metrics_address, "127.0.0.1:9464");
+  EXPECT_EQ(static_cast<int64_t>(options->cache.max_plan_bytes), planner::kKvtidePlanBytes) << "in the bill";
 }
 
 TEST(Config, TakesSizesAsTextOrBytes) {
