@@ -314,58 +314,6 @@ TEST_F(Attack, AClientBeyondTheConnectionsHearsWhy) {
   EXPECT_TRUE(logged()) << daemon_->Log();
 }
 
-// The bystander's calls are served in turn with those of a client that keeps 64 in flight: counted, not
-// timed.
-TEST_F(Attack, AClientWith64CallsInFlightDoesNotStarveAnother) {
-  Start({"--device-memory", "64MiB"});
-  for (int64_t tokens = 64; tokens < 32768; tokens += 2048) {
-    ASSERT_TRUE(client_->Append(sequence_, tokens, Tokens(1, tokens, 2048).layers).ok());
-  }
-  const std::string attend = [&] {
-    v1::AttendRequest request;
-    v1::AttendItem* item = request.add_items();
-    item->set_sequence_id(sequence_);
-    Fill(item->mutable_q(), 1, kHeads);
-    return request.SerializeAsString();
-  }();
-  const auto greedy = Wire(), bystander = Wire();
-  std::vector<int32_t> in_flight;
-  int64_t served = 0;
-  const auto refill = [&] {
-    greedy->Move();
-    for (int32_t& call : in_flight) {
-      if (!greedy->answer(call).ended) continue;
-      ASSERT_EQ(greedy->answer(call).code, kOk) << greedy->answer(call).text;
-      greedy->Forget(call);
-      served++;
-      call = greedy->Call(Method("Attend"), {.bytes = attend});
-    }
-    greedy->Move();
-  };
-  for (int i = 0; i < 64; i++) in_flight.push_back(greedy->Call(Method("Attend"), {.bytes = attend}));
-  greedy->Until(
-      [&] {
-        refill();
-        return served >= 64;
-      },
-      120);
-  std::vector<int64_t> meanwhile;
-  for (int i = 0; i < 21; i++) {
-    const int64_t before = served;
-    const int32_t call = bystander->Call(Method("Attend"), {.bytes = attend});
-    ASSERT_TRUE(bystander->Until(
-        [&] {
-          refill();
-          return bystander->answer(call).ended;
-        },
-        60));
-    EXPECT_EQ(bystander->answer(call).code, kOk);
-    meanwhile.push_back(served - before);
-  }
-  std::sort(meanwhile.begin(), meanwhile.end());
-  EXPECT_LE(meanwhile[10], 10) << "calls of the greedy client served while one of the bystander waited";
-}
-
 // Moves, plans and reads have threads of their own.
 TEST_F(Attack, BulkCallsDoNotKeepEnginesWaiting) {
   Start({"--device-memory", "64MiB", "--host-memory", "64MiB"});
@@ -421,7 +369,9 @@ TEST_F(Attack, APlanThatWouldTakeMinutesIsRefused) {
   EXPECT_THAT(answer.text, HasSubstr("65536"));
 }
 
-// A daemon with a long sequence, and attends over it that take some seconds on any machine.
+// A daemon with a long sequence, and attends over it that take some seconds: as many items as that needs on
+// this machine. Where a whole message of them is not enough the tests are left out; server_test.cc holds such
+// calls at a gate.
 class LongAttends : public Attack {
  protected:
   static constexpr int64_t kTokens = 131072;
@@ -433,11 +383,19 @@ class LongAttends : public Attack {
     const Tokens rows(1, 0, 2048);
     for (int64_t tokens = 64; tokens < kTokens; tokens += 2048)
       ASSERT_TRUE(client_->Append(sequence_, tokens, rows.layers).ok());
+    const auto wire = Wire();
+    for (items_ = 1; items_ <= kMostItems; items_ *= 2) {
+      const auto start = std::chrono::steady_clock::now();
+      const Answer answer = wire->CallAndWait(Method("Attend"), LongAttend());
+      ASSERT_EQ(answer.code, kOk) << answer.text;
+      if (std::chrono::steady_clock::now() - start > std::chrono::seconds(3)) return;
+    }
+    GTEST_SKIP() << kMostItems << " long attends in one message take less than 3 seconds here";
   }
-  // 10^9 products of queries, tokens and heads.
+  // 5 * 10^8 products of queries, tokens and heads for each item.
   std::string LongAttend() const {
     v1::AttendRequest request;
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < items_; i++) {
       v1::AttendItem* item = request.add_items();
       item->set_sequence_id(sequence_);
       item->set_first_query_position(kTokens - 1000);
@@ -445,11 +403,16 @@ class LongAttends : public Attack {
     }
     return request.SerializeAsString();
   }
+
+ private:
+  static constexpr int kMostItems = 8;
+  int items_ = 1;
 };
 
 // A client that gives up frees what its call computes with: others are served at once, not a minute later.
 TEST_F(LongAttends, AnAbandonedOneStopsWithinASecond) {
-  StartLong({});
+  ASSERT_NO_FATAL_FAILURE(StartLong({}));
+  if (IsSkipped()) return;
   const std::string small = AttendBytes(sequence_, 1);
   const auto bystander = Wire();
   ASSERT_EQ(bystander->CallAndWait(Method("Attend"), small).code, kOk);
@@ -479,7 +442,8 @@ TEST_F(LongAttends, AShutdownAnswersWhatWaitsAndEndsInTime) {
   constexpr int kCalls = 6, kThreads = 2;
   const std::string config = MakeFolder() + "/kvtided.json";
   std::ofstream(config) << "{\"service_threads\": " << kThreads << "}";
-  StartLong({"--config", config, "--shutdown-seconds", "1"});
+  ASSERT_NO_FATAL_FAILURE(StartLong({"--config", config, "--shutdown-seconds", "1"}));
+  if (IsSkipped()) return;
   const auto wire = Wire();
   std::vector<int32_t> calls;
   const std::string attend = LongAttend();

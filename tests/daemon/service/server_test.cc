@@ -1,6 +1,6 @@
-// A shutdown beside calls that are held at a gate, or that would take long: who is told what, and that it
-// does not wait for what nobody needs. Server, cache and sockets are real; the backend is one that can be
-// held.
+// Calls that are held at a gate, or that would take long, beside a shutdown, a client that leaves and others
+// that wait: who is told what, whose turn it is, and that nobody waits for what nobody needs. Server, cache
+// and sockets are real; the backend is one that can be held.
 #include "daemon/service/server.h"
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <memory>
 #include <mutex>
+#include <semaphore>
 #include <set>
 #include <string>
 #include <thread>
@@ -130,6 +131,72 @@ TEST_F(ServerTest, CallsThatWaitAreToldAndThoseThatRunEndWell) {
   EXPECT_TRUE(wire_->Until([&] { return Ended(calls, kOk) == kThreads; }, 60));
   shutdown.join();
   EXPECT_TRUE(in_time);
+}
+
+// What runs when the grace is over is cancelled and comes back; what waited was told before.
+TEST_F(ServerTest, ThoseThatRunBeyondTheGraceAreCancelled) {
+  constexpr int kCalls = 6;
+  const std::string attend = AttendBytes(Fill(100));
+  device_.Close(FaultyBackend::kAttend);
+  std::vector<int32_t> calls;
+  for (int i = 0; i < kCalls; i++) calls.push_back(wire_->Call(Method("Attend"), {.bytes = attend}));
+  ASSERT_TRUE(wire_->Until(
+      [&] { return gauges_->calls_under_way == kCalls && device_.held(FaultyBackend::kAttend) == kThreads; },
+      60));
+  bool in_time = false;
+  std::thread shutdown([&] { in_time = server_->Shutdown(absl::Milliseconds(20), absl::Seconds(60)); });
+  EXPECT_TRUE(
+      wire_->Until([&] { return Ended(calls, kUnavailable) + Ended(calls, kCancelled) == kCalls; }, 60));
+  shutdown.join();
+  EXPECT_TRUE(in_time) << "a call that was cancelled did not come back";
+  EXPECT_EQ(device_.held(FaultyBackend::kAttend), 0);
+  EXPECT_EQ(device_.calls(FaultyBackend::kAttend), kThreads) << "what waited has begun after all";
+  EXPECT_GE(Ended(calls, kUnavailable), kCalls - kThreads);
+  device_.Open(FaultyBackend::kAttend);
+}
+
+// A client that is gone frees the threads that its calls hold: others are served.
+TEST_F(ServerTest, AnAbandonedCallStops) {
+  const std::string attend = AttendBytes(Fill(20000));
+  device_.Close(FaultyBackend::kAttend);
+  for (int i = 0; i < kThreads + 2; i++) wire_->Call(Method("Attend"), {.bytes = attend});
+  ASSERT_TRUE(wire_->Until(
+      [&] {
+        return gauges_->calls_under_way == kThreads + 2 && device_.held(FaultyBackend::kAttend) == kThreads;
+      },
+      60));
+  wire_.reset();
+  const auto other = Http2Client::Connect(folder_ + "/run/kvtided.sock");
+  EXPECT_TRUE(other->Until(
+      [&] { return gauges_->calls_under_way == 0 && device_.held(FaultyBackend::kAttend) == 0; }, 60));
+  device_.Open(FaultyBackend::kAttend);
+  EXPECT_EQ(other->CallAndWait(Method("Attend"), attend).code, kOk);
+}
+
+// A client has 64 calls waiting when another one sends its only one. Two more may begin: the other's is among
+// them.
+TEST_F(ServerTest, AClientWithManyCallsInFlightDoesNotStarveAnother) {
+  constexpr int kMany = 64;
+  const std::string attend = AttendBytes(Fill(20000));
+  std::counting_semaphore<> may_begin(0);
+  device_.SetHook([&](FaultyBackend::Call call) {
+    if (call == FaultyBackend::kAttend) may_begin.acquire();
+  });
+  std::vector<int32_t> calls;
+  for (int i = 0; i < kMany; i++) calls.push_back(wire_->Call(Method("Attend"), {.bytes = attend}));
+  ASSERT_TRUE(wire_->Until(
+      [&] { return gauges_->calls_under_way == kMany && device_.calls(FaultyBackend::kAttend) == kThreads; },
+      60));
+  const auto bystander = Http2Client::Connect(folder_ + "/run/kvtided.sock");
+  const int32_t call = bystander->Call(Method("Attend"), {.bytes = attend});
+  ASSERT_TRUE(bystander->Until([&] { return gauges_->calls_under_way == kMany + 1; }, 60));
+  // Those that run, and two that waited.
+  may_begin.release(kThreads + 2);
+  EXPECT_TRUE(bystander->Until([&] { return bystander->answer(call).ended; }, 60)) << "it waits behind many";
+  EXPECT_EQ(bystander->answer(call).code, kOk) << bystander->answer(call).text;
+  may_begin.release(kMany);
+  EXPECT_TRUE(wire_->Until([&] { return Ended(calls, kOk) == kMany; }, 60));
+  device_.SetHook(nullptr);
 }
 
 // An eviction of a thousand blocks is cancelled after some of them, whatever the grace.
