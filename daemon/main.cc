@@ -12,17 +12,17 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
 #include "daemon/backends.h"
 #include "daemon/cache/kv_cache.h"
 #include "daemon/config.h"
-#include "daemon/disk/disk_tier.h"
 #include "daemon/failure_log.h"
-#include "daemon/host_memory.h"
 #include "daemon/log.h"
 #include "daemon/metrics/metrics.h"
 #include "daemon/service/address.h"
 #include "daemon/service/server.h"
 #include "daemon/service_manager.h"
+#include "daemon/tiered_cache.h"
 #include "daemon/version.h"
 #include "google/protobuf/util/json_util.h"
 #include "kernels/base/out_of_memory.h"
@@ -227,8 +227,7 @@ class Daemon {
     spdlog::info("stopped sequences={} appended_tokens={} moves={}", stats.sequences, stats.appended_tokens,
                  stats.moves);
     metrics_->Stop();
-    cache_.reset();
-    disk_.reset();
+    tiers_.reset();
     return true;
   }
 
@@ -236,53 +235,14 @@ class Daemon {
   explicit Daemon(DaemonOptions options) : options_(std::move(options)) {}
 
   absl::Status StartCache() {
-    KVTIDE_ASSIGN_OR_RETURN(backends_, MakeBackends(options_.devices, options_.compute_threads));
-    if (!backends_.note.empty()) spdlog::warn("device=cpu {}", backends_.note);
-    // Pages of the tiers are taken as they are first used; by then it is too late to say no.
-    KVTIDE_RETURN_IF_ERROR(CheckHostMemory(
-        options_.host_bytes + backends_.cpu_devices * options_.device_bytes, ReadHostMemory()));
-    for (const auto& device : backends_.devices) {
-      options_.cache.tiers.push_back(
-          {"device", device.get(), static_cast<size_t>(options_.device_bytes), false, device->name()});
-    }
-    if (options_.host_bytes > 0) {
-      options_.cache.tiers.push_back(
-          {"host", backends_.Host(), static_cast<size_t>(options_.host_bytes), false, "cpu"});
-    }
-    KVTIDE_RETURN_IF_ERROR(OpenDisk());
-    KVTIDE_ASSIGN_OR_RETURN(cache_, KvCache::Create(options_.cache));
-    const RestoreReport& restored = cache_->restored();
-    if (restored.sequences > 0)
-      spdlog::info("restored sequences={} tokens={} blocks={} bytes={}", restored.sequences, restored.tokens,
-                   restored.blocks, restored.bytes);
-    for (const std::string& lost : restored.lost) spdlog::error("not restored: {}", lost);
-    return absl::OkStatus();
-  }
-
-  absl::Status OpenDisk() {
-    if (options_.disk_folder.empty()) return absl::OkStatus();
-    DiskTierOptions disk;
-    disk.folder = options_.disk_folder;
-    disk.capacity_bytes = static_cast<size_t>(options_.disk_bytes);
-    disk.io = IoKind::kThreads;
-    if (options_.disk_io != "threads") {
-      const absl::Status uring = CheckUring();
-      if (uring.ok()) {
-        disk.io = IoKind::kUring;
-      } else if (options_.disk_io == "io_uring") {
-        return Annotate(uring, "disk_io io_uring is not allowed here (threads works everywhere)");
-      } else {
-        spdlog::warn("disk_io=threads io_uring is not allowed here: {}", std::string(uring.message()));
-      }
-    }
-    KVTIDE_ASSIGN_OR_RETURN(disk_, DiskTier::Open(disk));
-    if (!disk_->rebuild_reason().empty())
-      spdlog::error("index of the disk tier built anew: {}", disk_->rebuild_reason());
-    spdlog::info("disk folder={} bytes={} io={}", disk.folder, disk.capacity_bytes,
-                 disk.io == IoKind::kUring ? "io_uring" : "threads");
-    options_.cache.tiers.push_back(
-        {"disk", nullptr, disk_->capacity_bytes(), true, "disk", disk_.get(), disk_.get()});
-    options_.service.staging_bytes = static_cast<int64_t>(disk_->staging_bytes());
+    KVTIDE_ASSIGN_OR_RETURN(tiers_, MakeTieredCache(options_));
+    cache_ = tiers_->cache.get();
+    options_.service.staging_bytes = tiers_->staging_bytes();
+    for (const TieredCache::Note& note : tiers_->notes)
+      spdlog::log(note.level == TieredCache::Note::kError     ? spdlog::level::err
+                  : note.level == TieredCache::Note::kWarning ? spdlog::level::warn
+                                                              : spdlog::level::info,
+                  "{}", note.text);
     return absl::OkStatus();
   }
 
@@ -290,7 +250,7 @@ class Daemon {
     metrics::MetricsOptions metrics;
     metrics.version = kVersion;
     metrics.cuda = KnownBackends() != "cpu";
-    metrics.stats = [cache = cache_.get()] { return cache->Stats(); };
+    metrics.stats = [cache = cache_] { return cache->Stats(); };
     metrics.service = [this] { return ServiceStats(options_.service); };
     metrics_ = std::make_unique<metrics::Metrics>(std::move(metrics));
     options_.service.report = [this](const service::CallReport& call) {
@@ -341,7 +301,7 @@ class Daemon {
         spdlog::error("address={} the socket's file is gone: {}", address, std::string(status.message()));
       }
     };
-    KVTIDE_ASSIGN_OR_RETURN(server_, service::Server::Start(cache_.get(), options_.service));
+    KVTIDE_ASSIGN_OR_RETURN(server_, service::Server::Start(cache_, options_.service));
     const int64_t connections = options_.service.gauges->connections_limit;
     if (connections < static_cast<int64_t>(options_.service.max_connections)) {
       spdlog::warn(
@@ -355,9 +315,8 @@ class Daemon {
   FailureLog failures_{[](const char* level, const std::string& line) {
     spdlog::log(spdlog::level::from_str(level), "{}", line);
   }};
-  Backends backends_;
-  std::unique_ptr<DiskTier> disk_;
-  std::unique_ptr<KvCache> cache_;
+  std::unique_ptr<TieredCache> tiers_;
+  KvCache* cache_ = nullptr;  // of tiers_
   std::unique_ptr<metrics::Metrics> metrics_;
   std::string metrics_address_;  // as bound; empty = not served
   std::unique_ptr<service::Server> server_;
@@ -383,6 +342,9 @@ int Fail(const absl::Status& status, int code) {
 
 int Main(int argc, char** argv) {
   EndProcessWhenOutOfMemory();
+  // Abseil as distributions build it looks for deadlocks: every mutex of gRPC is entered into one graph,
+  // under one lock.
+  absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
   CLI::App app("kvtided keeps the KV cache of inference servers in compressed pools on GPU and host memory.",
                "kvtided");
   Flags flags;

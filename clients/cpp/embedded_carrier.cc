@@ -2,13 +2,10 @@
 
 #include <utility>
 
-#include "absl/strings/str_cat.h"
-#include "daemon/backends.h"
-#include "daemon/cache/kv_cache.h"
 #include "daemon/config.h"
-#include "daemon/host_memory.h"
 #include "daemon/service/handlers.h"
 #include "daemon/service/verbs.h"
+#include "daemon/tiered_cache.h"
 #include "kernels/base/status.h"
 
 namespace kvtide::client {
@@ -16,22 +13,15 @@ namespace {
 
 class EmbeddedCarrier : public Carrier {
  public:
-  static absl::StatusOr<std::unique_ptr<Carrier>> Create(DaemonOptions options) {
+  static absl::StatusOr<std::unique_ptr<Carrier>> Create(const DaemonOptions& options) {
     std::unique_ptr<EmbeddedCarrier> made(new EmbeddedCarrier());
-    KVTIDE_ASSIGN_OR_RETURN(made->backends_, MakeBackends(options.devices, options.compute_threads));
-    KVTIDE_RETURN_IF_ERROR(CheckHostMemory(
-        options.host_bytes + made->backends_.cpu_devices * options.device_bytes, ReadHostMemory()));
-    for (const auto& device : made->backends_.devices) {
-      options.cache.tiers.push_back(
-          {"device", device.get(), static_cast<size_t>(options.device_bytes), false, device->name()});
-    }
-    if (options.host_bytes > 0) {
-      options.cache.tiers.push_back(
-          {"host", made->backends_.Host(), static_cast<size_t>(options.host_bytes), false, "cpu"});
-    }
-    KVTIDE_ASSIGN_OR_RETURN(made->cache_, KvCache::Create(options.cache));
-    made->handlers_ = std::make_unique<service::Handlers>(made->cache_.get(), options.service);
+    KVTIDE_ASSIGN_OR_RETURN(made->tiers_, MakeTieredCache(options));
+    made->handlers_ = std::make_unique<service::Handlers>(made->tiers_->cache.get(), options.service);
     return std::unique_ptr<Carrier>(std::move(made));
+  }
+  ~EmbeddedCarrier() override {
+    handlers_.reset();
+    if (tiers_ != nullptr) tiers_->cache->PersistChanged();
   }
 
   absl::Status Call(v1::SessionRequest* request, v1::SessionResponse* response) override {
@@ -47,8 +37,7 @@ class EmbeddedCarrier : public Carrier {
 
   const service::TensorMemory places_ = service::TensorMemory::OfProcess();
   const std::unique_ptr<SharedMemory> memory_ = MakeProcessMemory();
-  Backends backends_;
-  std::unique_ptr<KvCache> cache_;
+  std::unique_ptr<TieredCache> tiers_;
   std::unique_ptr<service::Handlers> handlers_;
 };
 
@@ -57,8 +46,8 @@ class EmbeddedCarrier : public Carrier {
 absl::StatusOr<std::unique_ptr<Carrier>> MakeEmbeddedCarrier(const std::string& config_json) {
   KVTIDE_ASSIGN_OR_RETURN(const v1::KvtidedConfig config,
                           ParseConfig(config_json.empty() ? "{}" : config_json, "(embedded pool)"));
-  KVTIDE_ASSIGN_OR_RETURN(DaemonOptions options, ResolveConfig(config));
-  return EmbeddedCarrier::Create(std::move(options));
+  KVTIDE_ASSIGN_OR_RETURN(const DaemonOptions options, ResolveConfig(config));
+  return EmbeddedCarrier::Create(options);
 }
 
 }  // namespace kvtide::client

@@ -1,6 +1,6 @@
-// The embedded way: a KvCache with its backends in this process, behind the daemon's own handlers, so that
-// checks, defaults and words are the same. Places are addresses: tensors are read and written where the
-// caller has them.
+// The embedded way: a KvCache with its backends and its disk in this process, behind the daemon's own
+// handlers, so that checks, defaults and words are the same. Places are addresses: tensors are read and
+// written where the caller has them.
 #pragma once
 
 #include <memory>

@@ -36,7 +36,8 @@ struct PoolOptions {
   // Of the ways to a daemon.
   ClientOptions client{.session = true};
   // Of the embedded way: a configuration of kvtided as JSON (kvtide/v1/kvtided_config.proto); fields about
-  // serving have no effect. Empty = kvtided's defaults.
+  // serving have no effect. Empty = kvtided's defaults. With `disk`, sequences that are durable (Persist) are
+  // there again in the next pool over that folder.
   std::string embedded_config;
   // Of the shared-memory way: the size of the arena, which holds the tensors of one call and all that
   // Allocate gave. Pages that were never used cost nothing.

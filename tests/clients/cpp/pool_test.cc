@@ -300,5 +300,41 @@ TEST(PoolConnect, AConfigurationThatIsNoneIsRefused) {
   ExpectError(Pool::Connect("embedded", options).status(), absl::StatusCode::kInvalidArgument, "colour");
 }
 
+// The embedded way has the daemon's tiers, that on disk too.
+TEST(EmbeddedPool, WhatIsDurableIsThereInTheNextPool) {
+  client::PoolOptions options;
+  options.embedded_config = absl::StrCat(
+      R"({"device": "cpu", "device_memory": "4MiB", "host_memory": "4MiB", "compute_threads": 1, )",
+      R"("disk_io": "threads", "disk": ")", e2e::MakeFolder(), R"(/tier:64MiB"})");
+  const int layers[] = {0, 1};
+  client::SequenceId kept = 0;
+  std::vector<client::LayerRows> rows;
+  {
+    const auto pool = Pool::Connect("embedded", options);
+    ASSERT_TRUE(pool.ok()) << pool.status();
+    ASSERT_TRUE((*pool)->RegisterModel(e2e::SmallModel()).ok());
+    for (int i = 0; i < 2; i++) {
+      kept = (*pool)->CreateSequence("small", {.pair = "q8_0/turbo4"}).value();
+      ASSERT_TRUE((*pool)->Append(kept, 0, e2e::Tokens(1, 0, 300).layers).ok());
+    }
+    const auto persisted = (*pool)->PersistSequences({&kept, 1});
+    ASSERT_TRUE(persisted.ok()) << persisted.status();
+    EXPECT_EQ(persisted->tokens, 300);
+    rows = (*pool)->ReadTokens(kept, layers, 0, 300).value();
+  }
+  const auto pool = Pool::Connect("embedded", options);
+  ASSERT_TRUE(pool.ok()) << pool.status();
+  const auto all = (*pool)->ListSequences("small");
+  ASSERT_TRUE(all.ok()) << all.status();
+  ASSERT_EQ(all->size(), 1u);
+  EXPECT_EQ((*all)[0].id, kept);
+  const auto again = (*pool)->ReadTokens(kept, layers, 0, 300);
+  ASSERT_TRUE(again.ok()) << again.status();
+  for (size_t l = 0; l < 2; l++) {
+    EXPECT_EQ((*again)[l].k, rows[l].k);
+    EXPECT_EQ((*again)[l].v, rows[l].v);
+  }
+}
+
 }  // namespace
 }  // namespace kvtide::testing

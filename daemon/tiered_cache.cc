@@ -1,0 +1,73 @@
+#include "daemon/tiered_cache.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "daemon/host_memory.h"
+#include "kernels/base/status.h"
+
+namespace kvtide {
+namespace {
+
+using Note = TieredCache::Note;
+
+absl::StatusOr<IoKind> ChooseIo(const std::string& wanted, std::vector<Note>* notes) {
+  if (wanted == "threads") return IoKind::kThreads;
+  const absl::Status uring = CheckUring();
+  if (uring.ok()) return IoKind::kUring;
+  if (wanted == "io_uring")
+    return Annotate(uring, "disk_io io_uring is not allowed here (threads works everywhere)");
+  notes->push_back(
+      {Note::kWarning, absl::StrCat("disk_io=threads io_uring is not allowed here: ", uring.message())});
+  return IoKind::kThreads;
+}
+
+absl::Status OpenDisk(const DaemonOptions& options, TieredCache* made) {
+  DiskTierOptions disk;
+  disk.folder = options.disk_folder;
+  disk.capacity_bytes = static_cast<size_t>(options.disk_bytes);
+  KVTIDE_ASSIGN_OR_RETURN(disk.io, ChooseIo(options.disk_io, &made->notes));
+  KVTIDE_ASSIGN_OR_RETURN(made->disk, DiskTier::Open(disk));
+  if (!made->disk->rebuild_reason().empty())
+    made->notes.push_back(
+        {Note::kError, absl::StrCat("index of the disk tier built anew: ", made->disk->rebuild_reason())});
+  made->notes.push_back(
+      {Note::kInfo, absl::StrCat("disk folder=", disk.folder, " bytes=", disk.capacity_bytes,
+                                 " io=", disk.io == IoKind::kUring ? "io_uring" : "threads")});
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<TieredCache>> MakeTieredCache(const DaemonOptions& options) {
+  auto made = std::make_unique<TieredCache>();
+  KVTIDE_ASSIGN_OR_RETURN(made->backends, MakeBackends(options.devices, options.compute_threads));
+  if (!made->backends.note.empty())
+    made->notes.push_back({Note::kWarning, absl::StrCat("device=cpu ", made->backends.note)});
+  // Pages of the tiers are taken as they are first used; by then it is too late to say no.
+  KVTIDE_RETURN_IF_ERROR(CheckHostMemory(
+      options.host_bytes + made->backends.cpu_devices * options.device_bytes, ReadHostMemory()));
+  CacheOptions cache = options.cache;
+  for (const auto& device : made->backends.devices)
+    cache.tiers.push_back(
+        {"device", device.get(), static_cast<size_t>(options.device_bytes), false, device->name()});
+  if (options.host_bytes > 0)
+    cache.tiers.push_back(
+        {"host", made->backends.Host(), static_cast<size_t>(options.host_bytes), false, "cpu"});
+  if (!options.disk_folder.empty()) {
+    KVTIDE_RETURN_IF_ERROR(OpenDisk(options, made.get()));
+    DiskTier* const disk = made->disk.get();
+    cache.tiers.push_back({"disk", nullptr, disk->capacity_bytes(), true, "disk", disk, disk});
+  }
+  KVTIDE_ASSIGN_OR_RETURN(made->cache, KvCache::Create(cache));
+  const RestoreReport& restored = made->cache->restored();
+  if (restored.sequences > 0)
+    made->notes.push_back(
+        {Note::kInfo, absl::StrCat("restored sequences=", restored.sequences, " tokens=", restored.tokens,
+                                   " blocks=", restored.blocks, " bytes=", restored.bytes)});
+  for (const std::string& lost : restored.lost)
+    made->notes.push_back({Note::kError, absl::StrCat("not restored: ", lost)});
+  return made;
+}
+
+}  // namespace kvtide

@@ -1,0 +1,37 @@
+// A cache with all that lies under it, as a daemon and an embedded pool have it: backends, tiers on them, the
+// disk with what was durable there.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "daemon/backends.h"
+#include "daemon/cache/kv_cache.h"
+#include "daemon/config.h"
+#include "daemon/disk/disk_tier.h"
+
+namespace kvtide {
+
+struct TieredCache {
+  Backends backends;
+  std::unique_ptr<DiskTier> disk;  // null: there is none
+  std::unique_ptr<KvCache> cache;
+  // What whoever runs it wants to know of its start, as lines for a log.
+  struct Note {
+    enum Level { kInfo, kWarning, kError } level = kInfo;
+    std::string text;
+  };
+  std::vector<Note> notes;
+
+  // Memory beside the tiers for pieces on their way to or from the disk.
+  int64_t staging_bytes() const { return disk != nullptr ? static_cast<int64_t>(disk->staging_bytes()) : 0; }
+};
+
+// Takes the memory and the disk that the options name. Errors are those of backends, of memory that is not
+// there, of the disk, and of options that do not fit together.
+absl::StatusOr<std::unique_ptr<TieredCache>> MakeTieredCache(const DaemonOptions& options);
+
+}  // namespace kvtide
