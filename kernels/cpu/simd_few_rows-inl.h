@@ -59,10 +59,15 @@ void PrepareRows(const QueryRows& rows, int first, const CodeTable& table, int d
   const TagF32 f32;
   auto words = hwy::AllocateAligned<int32_t>(static_cast<size_t>(dim));
   for (int r = 0; r < kRows; r++) {
-    const float* row = q.data() + static_cast<size_t>(r * dim);
+    float* const row = q.data() + static_cast<size_t>(r * dim);
     VecF32 sizes = hn::Zero(f32);
     for (int d = 0; d < dim; d += kLanes) sizes = hn::Max(sizes, hn::Abs(hn::LoadU(f32, row + d)));
-    const float largest = hn::GetLane(hn::MaxOfLanes(f32, sizes));
+    float largest = hn::GetLane(hn::MaxOfLanes(f32, sizes));
+    if (largest < 0x1p-64f) {  // its inverse might leave f32
+      for (int d = 0; d < dim; d++) row[d] *= 0x1p64f;
+      largest *= 0x1p64f;
+      out.scale[r].factor *= 0x1p-64f;
+    }
     const VecF32 to_int = hn::Set(f32, largest > 0 ? 32767.0f / largest : 0.0f);
     out.scale[r].factor *= largest / 32767.0f * table.unit;
     for (int d = 0; d < dim; d += kLanes)
