@@ -9,7 +9,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
 #include <memory>
 #include <string>
 #include <vector>
@@ -18,6 +17,7 @@
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
 #include "tests/bench/idle_backend.h"
+#include "tests/bench/result_file.h"
 
 namespace kvtide::bench {
 namespace {
@@ -129,8 +129,7 @@ double Median(std::vector<double> values) {
 }
 
 int Run(int rounds, const std::string& json) {
-  std::string text = "{\n  \"benchmark\": \"append_attend_bench\",\n  \"batches\": [";
-  bool first = true;
+  Result result = {{"benchmark", "append_attend_bench"}, {"batches", Result::array()}};
   for (const Batch& batch : {Batch{33, 32768}, Batch{1, 8192}}) {
     const Times times = Measure(batch, rounds);
     const auto least = [](const std::vector<double>& values) {
@@ -139,22 +138,14 @@ int Run(int rounds, const std::string& json) {
     std::printf("%3d x %6ld: %6.1f us a call (median %6.1f), on the path %6.1f (median %6.1f)\n",
                 batch.sequences, static_cast<long>(batch.tokens), least(times.total), Median(times.total),
                 least(times.path), Median(times.path));
-    char line[300];
-    std::snprintf(line, sizeof(line),
-                  "%s\n    {\"sequences\": %d, \"tokens\": %ld, \"call_us\": %.1f, \"call_median_us\": %.1f, "
-                  "\"path_us\": %.1f, \"path_median_us\": %.1f}",
-                  first ? "" : ",", batch.sequences, static_cast<long>(batch.tokens), least(times.total),
-                  Median(times.total), least(times.path), Median(times.path));
-    text += line;
-    first = false;
+    result["batches"].push_back({{"sequences", batch.sequences},
+                                 {"tokens", batch.tokens},
+                                 {"call_us", Tenth(least(times.total))},
+                                 {"call_median_us", Tenth(Median(times.total))},
+                                 {"path_us", Tenth(least(times.path))},
+                                 {"path_median_us", Tenth(Median(times.path))}});
   }
-  text += "\n  ]\n}\n";
-  if (json.empty()) return 0;
-  std::ofstream file(json);
-  file << text;
-  if (file.flush()) return 0;
-  std::printf("cannot write %s\n", json.c_str());
-  return 1;
+  return WriteResult(result, json);
 }
 
 }  // namespace

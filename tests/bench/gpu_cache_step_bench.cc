@@ -13,7 +13,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <fstream>
 #include <memory>
 #include <random>
 #include <string>
@@ -23,6 +22,7 @@
 #include "daemon/cache/kv_cache.h"
 #include "kernels/base/check.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "tests/bench/result_file.h"
 #ifdef KVTIDE_BENCH_HAS_CUDA
 #include "kernels/cuda/cuda_backend.h"
 #include "tests/bench/gpu_step.h"
@@ -248,14 +248,12 @@ void MeasureBackend(const Settings& settings, const Shape& shape, Measured* meas
 }
 
 int Run(const Settings& settings, const std::string& json) {
-  std::string text = "{\n  \"layers\": " + std::to_string(settings.layers()) + ",\n  \"device\": \"" +
-                     settings.device + "\",\n  \"steps\": [";
+  Result result = {{"layers", settings.layers()}, {"device", settings.device}, {"steps", Result::array()}};
   std::printf("%s, %d layers, %d KV heads, %d query heads, d %d; microseconds per layer\n",
               settings.device.c_str(), settings.layers(), kNumKvHeads, kNumHeads, kHeadDim);
   const std::vector<Shape> shapes =
       settings.quick ? std::vector<Shape>{{"turbo4", 2, 1024}, {"q8_0", 1, 512}}
                      : std::vector<Shape>{{"turbo4", 33, 32768}, {"turbo4", 1, 8192}, {"f16", 1, 8192}};
-  bool first = true;
   for (const Shape& shape : shapes) {
     Measured m;
 #ifdef KVTIDE_BENCH_HAS_CUDA
@@ -274,24 +272,18 @@ int Run(const Settings& settings, const std::string& json) {
         "append %7.1f, plan %7.1f a step\n",
         shape.pair, shape.sequences, shape.tokens, m.cache_p50, m.cache_mean, m.bare, m.cache_p50 - m.bare,
         m.attend_p50, m.append_p50, m.plan_us);
-    char line[600];
-    std::snprintf(
-        line, sizeof(line),
-        "%s\n    {\"pair\": \"%s\", \"sequences\": %d, \"tokens\": %d, \"append_attend_p50_us\": %.1f, "
-        "\"append_attend_mean_us\": %.1f, \"kernels_us\": %.1f, \"above_kernels_us\": %.1f, "
-        "\"backend_attend_p50_us\": %.1f, \"backend_append_p50_us\": %.1f, \"backend_plan_us\": %.1f}",
-        first ? "" : ",", shape.pair, shape.sequences, shape.tokens, m.cache_p50, m.cache_mean, m.bare,
-        m.cache_p50 - m.bare, m.attend_p50, m.append_p50, m.plan_us);
-    text += line;
-    first = false;
+    result["steps"].push_back({{"pair", shape.pair},
+                               {"sequences", shape.sequences},
+                               {"tokens", shape.tokens},
+                               {"append_attend_p50_us", Tenth(m.cache_p50)},
+                               {"append_attend_mean_us", Tenth(m.cache_mean)},
+                               {"kernels_us", Tenth(m.bare)},
+                               {"above_kernels_us", Tenth(m.cache_p50 - m.bare)},
+                               {"backend_attend_p50_us", Tenth(m.attend_p50)},
+                               {"backend_append_p50_us", Tenth(m.append_p50)},
+                               {"backend_plan_us", Tenth(m.plan_us)}});
   }
-  text += "\n  ]\n}\n";
-  if (json.empty()) return 0;
-  std::ofstream file(json);
-  file << text;
-  if (file.flush()) return 0;
-  std::printf("cannot write %s\n", json.c_str());
-  return 1;
+  return WriteResult(result, json);
 }
 
 }  // namespace
