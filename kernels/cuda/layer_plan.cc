@@ -11,7 +11,6 @@
 #include "kernels/base/sizes.h"
 #include "kernels/base/status.h"
 #include "kernels/cuda/codec/append_call.h"
-#include "kernels/cuda/prefill/prefill_call.h"
 
 namespace kvtide::cuda {
 namespace {
@@ -141,7 +140,7 @@ void LayerPlan::Cut(const AttendPlanArgs& args, const AttendEnvironment& environ
         Cost sum = cost;
         sum += cost_of(queries);
         if (batches_.size() == first || !sum.Fits()) {
-          batches_.push_back({many ? Batch::kManyRows : Batch::kFewRows, {}});
+          batches_.push_back({many ? Batch::kManyRows : Batch::kFewRows, {}, nullptr});
           sum = cost_of(queries);
         }
         cost = sum;
@@ -196,7 +195,7 @@ bool LayerPlan::QueuesAppend(const AttendLayerArgs& args) const {
 absl::Status LayerPlan::Attend(const AttendLayerArgs& args, const AttendEnvironment& environment,
                                Workspace& workspace) {
   KVTIDE_RETURN_IF_ERROR(CheckAttendLayer(args, shape_));
-  for (const Batch& batch : batches_) {
+  for (Batch& batch : batches_) {
     if (IsCancelled(args.cancellation)) return absl::CancelledError("attention was cancelled");
     const absl::Status status = AttendBatch(batch, args, environment, workspace);
     if (!status.ok()) {
@@ -224,7 +223,7 @@ AttendPlanArgs LayerPlan::PlanAgain(const Batch& batch, std::vector<PlanItem>* i
   return {shape_.heads, causal_, window_, *items};
 }
 
-absl::Status LayerPlan::AttendBatch(const Batch& batch, const AttendLayerArgs& args,
+absl::Status LayerPlan::AttendBatch(Batch& batch, const AttendLayerArgs& args,
                                     const AttendEnvironment& environment, Workspace& workspace) {
   std::vector<PlanItem> items;
   LayerTensors tensors(shape_.group, shape_.heads, batch.slices, args);
@@ -232,8 +231,11 @@ absl::Status LayerPlan::AttendBatch(const Batch& batch, const AttendLayerArgs& a
   if (batch.kind == Batch::kManyRows) {
     if (careful || args.softcap > kMostSoftcapOfMany)
       return AttendWithCare(batch, args, environment, workspace);
-    KVTIDE_RETURN_IF_ERROR(
-        PrefillCall(PlanAgain(batch, &items), shape_.group, args, tensors, environment, workspace));
+    if (batch.prefill == nullptr) {
+      const AttendPlanArgs planned = PlanAgain(batch, &items);
+      batch.prefill = std::make_unique<PrefillPlan>(std::move(items), planned, shape_.group, environment);
+    }
+    KVTIDE_RETURN_IF_ERROR(batch.prefill->Attend(args, tensors, workspace));
   } else {
     if (batch.kind == Batch::kFewRows)
       KVTIDE_RETURN_IF_ERROR(tables_.Make(PlanAgain(batch, &items), shape_.group, environment,

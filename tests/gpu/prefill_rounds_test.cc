@@ -66,7 +66,7 @@ class Call {
       items.push_back(item.args);
     }
     args_.items = items;
-    PrefillRounds plan(args_, 0, shape_, environment_, kernel_);
+    PrefillRounds plan(args_, shape_, environment_, kernel_);
     const auto slot_bytes = static_cast<size_t>(kernel_.rows) * (kDim * sizeof(float) + sizeof(float2));
     size_t in_place = 0;
     std::set<std::pair<uint64_t, int>> begun;                  // groups: output, first row
@@ -88,7 +88,7 @@ class Call {
                      (place & kScratchPlace) != 0) {
             record = decoded.at((place & ~kScratchPlace) / kRowsOfPage);
           } else {
-            record = plan.blocks() + static_cast<int64_t>(place) * 2 * kDim;
+            record = plan.blocks(0) + static_cast<int64_t>(place) * 2 * kDim;
             in_place++;
           }
           const auto [item, head, page] = known_.at(record);

@@ -36,7 +36,7 @@ AttendResult Run(const TestSequence& sequence, const std::vector<BlockRun>& runs
   AttendArgs args;
   args.layer = c.layer;
   args.heads = heads;
-  args.scale = 1.0f / std::sqrt(static_cast<float>(shape.head_dim_k));
+  args.scale = c.scale != 0 ? c.scale : 1.0f / std::sqrt(static_cast<float>(shape.head_dim_k));
   args.causal = c.causal;
   args.window = c.window;
   args.softcap = c.softcap;

@@ -17,6 +17,7 @@ struct AttendCase {
   int queries = 1;
   int64_t first_query_position = -1;
   float query_size = 1;  // standard deviation of the query values
+  float scale = 0;       // of q.k; 0 = 1/sqrt(head_dim_k)
   bool causal = true;
   int64_t window = 0;
   float softcap = 0;

@@ -60,29 +60,34 @@ AttendLayerArgs LayerOf(int layer, int head_dim, std::span<const LayerItem> item
   return args;
 }
 
+// Few rows and many, with profiles of each layer's own, f16 pages that may be read in place among them.
 TEST_P(BackendConformance, RunsEveryLayerOnOnePlan) {
-  const GroupShape shape{5, 2, 128, 64};
-  const Profile profile = RandomProfile(shape, 3);
-  std::vector<BatchItem> batch;
-  batch.emplace_back(backend(), shape, "turbo4/turbo3", 700, 1, 4, 10, &profile);
-  batch.emplace_back(backend(), shape, "q8_0", 300, 40, 4, 20);
-  batch.emplace_back(backend(), shape, "turbo3", 200, 2, 4, 30);
-  std::vector<PlanItem> planned;
-  for (const BatchItem& item : batch) planned.push_back(item.Planned());
-  auto plan = backend().PlanAttend({8, true, 0, planned}, nullptr);
-  ASSERT_TRUE(plan.ok()) << plan.status();
-  // The plan keeps the blocks: the spans that it was made of are gone.
-  planned.clear();
-  for (BatchItem& item : batch) item.runs.clear();
-  for (const int layer : {0, 3, 4, 1, 3}) {
-    SCOPED_TRACE(layer);
-    std::vector<LayerItem> tensors;
-    for (BatchItem& item : batch) tensors.push_back(item.Tensors());
-    ASSERT_TRUE(backend().AttendLayer(**plan, LayerOf(layer, 128, tensors)).ok());
-    for (BatchItem& item : batch) {
-      item.attend.layer = layer;
-      // Pages of unequal head dims may be converted to f16.
-      ExpectClose(item.result, AttendByReference(*item.sequence, item.attend, item.q), 64, 3e-3);
+  for (const int dim : {128, 64}) {
+    const GroupShape shape{5, 2, dim, 64};
+    const Profile profile = RandomProfile(shape, 3);
+    std::vector<BatchItem> batch;
+    batch.emplace_back(backend(), shape, "turbo4/turbo3", 700, 1, 4, 10, &profile);
+    batch.emplace_back(backend(), shape, "q8_0", 300, 40, 4, 20);
+    batch.emplace_back(backend(), shape, "turbo3", 200, 2, 4, 30);
+    batch.emplace_back(backend(), shape, "turbo4", 500, 90, 4, 40, &profile);
+    batch.emplace_back(backend(), shape, "f16", 400, 70, 4, 50);
+    std::vector<PlanItem> planned;
+    for (const BatchItem& item : batch) planned.push_back(item.Planned());
+    auto plan = backend().PlanAttend({8, true, 0, planned}, nullptr);
+    ASSERT_TRUE(plan.ok()) << plan.status();
+    // The plan keeps the blocks: the spans that it was made of are gone.
+    planned.clear();
+    for (BatchItem& item : batch) item.runs.clear();
+    for (const int layer : {0, 3, 4, 1, 3}) {
+      SCOPED_TRACE(::testing::Message() << "dim " << dim << " layer " << layer);
+      std::vector<LayerItem> tensors;
+      for (BatchItem& item : batch) tensors.push_back(item.Tensors());
+      ASSERT_TRUE(backend().AttendLayer(**plan, LayerOf(layer, dim, tensors)).ok());
+      for (BatchItem& item : batch) {
+        item.attend.layer = layer;
+        // Pages of unequal head dims may be converted to f16.
+        ExpectClose(item.result, AttendByReference(*item.sequence, item.attend, item.q), 64, 3e-3);
+      }
     }
   }
 }
@@ -366,7 +371,7 @@ TEST_P(BackendConformance, SaysSoWhereLogitsLeaveF32) {
         AttendCase c;
         c.queries = queries;
         c.group = 2;
-        c.query_size = 1e-12f;
+        c.query_size = 1e-20f;
         std::vector<float> q = MakeQueries(sequence, c);
         const std::vector<BlockRun> runs = sequence.device_runs();
         AttendResult result{std::vector<float>(q.size()), std::vector<float>(q.size() / 64)};
@@ -374,10 +379,10 @@ TEST_P(BackendConformance, SaysSoWhereLogitsLeaveF32) {
             runs, q.data(), queries, sequence.tokens() - queries, result.out.data(), result.lse.data()};
         AttendArgs args;
         args.heads = 4;
-        args.scale = 1e12f;
+        args.scale = 1e20f;
         args.items = {&item, 1};
         EXPECT_TRUE(backend().Attend(args).ok());
-        // Query 1, head 2: finite values, logits of 64e42.
+        // Query 1, head 2: finite values, logits of 64e50.
         std::fill_n(q.begin() + (1 * 4 + 2) * 64, 64, sign * 1e30f);
         const std::vector<BlockRun> host = sequence.host_runs();
         AttendItem reference = item;
@@ -398,6 +403,25 @@ TEST_P(BackendConformance, SaysSoWhereLogitsLeaveF32) {
         ASSERT_TRUE(ReferenceAttend(args).ok());
         ExpectClose(result, {wanted_out, wanted_lse}, 64, 3e-3);
       }
+}
+
+// What a query times the scale is decides, not the query alone; and the scale may be negative.
+TEST_P(BackendConformance, TinyQueriesWithLargeScales) {
+  for (const char* pair : {"f16", "q5_0", "turbo4", "planar3"})
+    for (const int queries : {1, 40, 150})
+      for (const float size : {1e-16f, 1e-32f, 1e-36f})
+        for (const float sign : {1.0f, -1.0f}) {
+          SCOPED_TRACE(::testing::Message()
+                       << pair << " queries " << queries << " of " << size << " sign " << sign);
+          TestSequence sequence(backend(), {1, 2, 64, 64});
+          sequence.AddRun(pair, 200, GaussianRows(91));
+          AttendCase c;
+          c.queries = queries;
+          c.group = 2;
+          c.query_size = size;
+          c.scale = sign * 0.125f / size;
+          CheckAttend(backend(), sequence, c);
+        }
 }
 
 // Large caps change little, and rounding must not change more.

@@ -29,7 +29,8 @@ struct Shape {
   int tokens;
   float magnitude;  // of the queries
   bool equal_v_scales = false;
-  int first = 0;  // tokens before it are masked, as by a window
+  int first = 0;    // tokens before it are masked, as by a window
+  float scale = 1;  // of logits, times 1/sqrt(d)
 };
 
 struct Problem {
@@ -80,9 +81,10 @@ Problem MakeProblem(CacheType k_type, CacheType v_type, int dk, int dv, const Sh
 // Runs a tile class over the problem as the kernel does and compares with float64.
 template <class Tile, int DK, int DV, class Write>
 void Check(const Problem& p, const Shape& shape, float limit, Write write) {
-  const float scale = 1.0f / std::sqrt(static_cast<float>(DK));
+  const float scale = shape.scale / std::sqrt(static_cast<float>(DK)),
+              key_scale = scale * kLog2E * Tile::kKUnit;
   std::vector<uint8_t> area(Tile::kQueryBytes + 64);
-  std::vector<float> steps(Tile::kRows);
+  std::vector<float> units(Tile::kRows);
   for (int r = 0; r < Tile::kRows; r++)
     RunWarp([&](int lane) {
       WarpRow<DK> row;
@@ -91,8 +93,8 @@ void Check(const Problem& p, const Shape& shape, float limit, Write write) {
           const int dim = 128 * b + 4 * lane + i;
           row.x[b][i] = r < shape.rows && dim < DK ? p.q[static_cast<size_t>(r * DK + dim)] : 0.0f;
         }
-      const float step = write(row, r, area.data());
-      if (lane == 0) steps[static_cast<size_t>(r)] = step;
+      const float unit = write(row, key_scale, r, area.data());
+      if (lane == 0) units[static_cast<size_t>(r)] = unit;
     });
   std::vector<std::vector<uint8_t>> k(p.k_halves.size()), v(p.k_halves.size());
   for (size_t i = 0; i < k.size(); i++) {
@@ -110,9 +112,7 @@ void Check(const Problem& p, const Shape& shape, float limit, Write write) {
     const int n = lane >> 2, c = lane & 3;
     constexpr int kTiles = Tile::kRows / 8;
     float multiplier[kTiles];
-    for (int m = 0; m < kTiles; m++)
-      multiplier[m] =
-          std::fmax(steps[static_cast<size_t>(n + 8 * m)] * scale * kLog2E * Tile::kKUnit, 1e-25f);
+    for (int m = 0; m < kTiles; m++) multiplier[m] = units[static_cast<size_t>(n + 8 * m)];
     if (lane == 0) Tile::WriteTables(tables);
     EmulatedWarp::All(true);
     tile.Init(tables);
@@ -181,9 +181,9 @@ template <class KCodec, class VCodec, int DK, int DV, int MT>
 void CheckCoded(const Shape& shape, unsigned seed, float limit = 5e-4f) {
   using Tile = CodedTile<EmulatedWarp, KCodec, VCodec, DK, DV, MT>;
   const Problem p = MakeProblem(TypeOf(KCodec::kName), TypeOf(VCodec::kName), DK, DV, shape, seed);
-  Check<Tile, DK, DV>(p, shape, limit, [](const WarpRow<DK>& row, int r, uint8_t* area) {
+  Check<Tile, DK, DV>(p, shape, limit, [](WarpRow<DK>& row, float key_scale, int r, uint8_t* area) {
     return cuda::WriteCodedQuery<EmulatedWarp, DK, KCodec::kGroup, Tile::KDecoder::kOffset>(
-        row, r, area, Tile::kQueryFragmentBytes);
+        row, key_scale, r, area, Tile::kQueryFragmentBytes);
   });
 }
 
@@ -192,9 +192,10 @@ void CheckHalf(const Shape& shape, unsigned seed) {
   using Tile = HalfTile<EmulatedWarp, kBf16, DK, DV, MT, kTokens>;
   const CacheType type = TypeOf(kBf16 ? "bf16" : "f16");
   const Problem p = MakeProblem(type, type, DK, DV, shape, seed);
-  Check<Tile, DK, DV>(p, shape, kBf16 ? 1e-3f : 1e-4f, [](const WarpRow<DK>& row, int r, uint8_t* area) {
-    return cuda::WriteHalfQuery<EmulatedWarp, DK, kBf16>(row, r, area);
-  });
+  Check<Tile, DK, DV>(p, shape, kBf16 ? 1e-3f : 1e-4f,
+                      [](WarpRow<DK>& row, float key_scale, int r, uint8_t* area) {
+                        return cuda::WriteHalfQuery<EmulatedWarp, DK, kBf16>(row, key_scale, r, area);
+                      });
 }
 
 TEST(WarpEmulator, PermuteReplicatesSigns) {
@@ -252,6 +253,27 @@ TEST(HalfTile, AgainstFloat64) {
   CheckHalf<false, 256, 256, 1, 16>({8, 65, 1.0f}, 64);
   CheckHalf<true, 128, 128, 1, 32>({8, 130, 1.0f}, 65);
   CheckHalf<false, 128, 128, 1, 32>({8, 130, 100.0f}, 66);
+}
+
+// What counts is the query times the scale, down to the smallest queries; and a scale may be negative.
+TEST(QueryRow, TinyQueriesAndAnyScale) {
+  for (const float magnitude : {1e-16f, 1e-20f, 1e-30f, 1e-37f})
+    for (const float sign : {1.0f, -1.0f}) {
+      SCOPED_TRACE(::testing::Message() << "queries of " << magnitude << ", sign " << sign);
+      const float scale = sign / magnitude;
+      CheckCoded<Turbo4, Turbo4, 128, 128, 1>({8, 130, magnitude, false, 0, scale}, 81);
+      CheckCoded<Q4_0, Q4_0, 64, 64, 2>({16, 100, magnitude, false, 30, scale}, 82);
+      CheckHalf<false, 128, 128, 1, 32>({8, 130, magnitude, false, 70, scale}, 83);
+      CheckHalf<true, 64, 64, 1, 64>({8, 100, magnitude, false, 0, scale}, 84);
+    }
+}
+// Tiny queries whose logits vanish see all tokens alike, as queries of zero do.
+TEST(QueryRow, WhatVanishesSeesAllTokensAlike) {
+  for (const float magnitude : {0.0f, 1e-12f, 1e-30f, 1e-40f}) {
+    SCOPED_TRACE(::testing::Message() << "queries of " << magnitude);
+    CheckCoded<Turbo4, Turbo4, 128, 128, 1>({8, 130, magnitude, false, 70}, 91);
+    CheckHalf<false, 128, 128, 1, 32>({8, 130, magnitude, false, 70}, 92);
+  }
 }
 
 template <int D>

@@ -49,7 +49,7 @@ KVTIDE_DEVICE void QueryBody(const AttendParams& params, uint32_t index_of_unit,
   if (threadIdx.x == 0) *reinterpret_cast<UnitRange*>(shared + Kind::kUnitAt) = unit;
   __syncthreads();
   if (active) {
-    float bias = 0, step;
+    float bias = 0, unit_value;
     if constexpr (Kind::kCoded) {
       WarpRow<D> other;
       if (unit.mean != nullptr) {
@@ -70,14 +70,13 @@ KVTIDE_DEVICE void QueryBody(const AttendParams& params, uint32_t index_of_unit,
             if (128 * b + 4 * lane + i < params.head_dim) row.x[b][i] /= other.x[b][i];
       }
       Rotate<D, false>(params.k_rotation, row);
-      step =
-          WriteCodedQuery<DeviceWarp, D, Kind::kGroup, Kind::kOffset>(row, r, area, Kind::kRowFragmentBytes);
+      unit_value = WriteCodedQuery<DeviceWarp, D, Kind::kGroup, Kind::kOffset>(row, params.key_scale, r, area,
+                                                                               Kind::kRowFragmentBytes);
     } else {
-      step = WriteHalfQuery<DeviceWarp, D, Kind::kGroup == kBf16Query>(row, r, area);
+      unit_value = WriteHalfQuery<DeviceWarp, D, Kind::kGroup == kBf16Query>(row, params.key_scale, r, area);
     }
     if (lane == 0)
-      DeviceWarp::Store64(area + Kind::kFragmentBytes + r * 8,
-                          __float_as_uint(fmaxf(step * params.key_scale, 1e-25f)),
+      DeviceWarp::Store64(area + Kind::kFragmentBytes + r * 8, __float_as_uint(unit_value),
                           __float_as_uint(bias * params.scale));
   }
   __syncthreads();

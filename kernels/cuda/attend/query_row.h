@@ -102,17 +102,40 @@ KVTIDE_DEVICE int FragmentOffset(int lane, int b, int r) {
   }
 }
 
+// How a row is divided into numbers of `most` at most: by its largest magnitude, and by -1 where logits are
+// taken times a negative scale, as what they are taken times beside the row has to be positive.
+struct RowDivision {
+  float inverse;  // what values are taken times; 0 for a row of zeros
+  float unit;     // what 1 of a logit of such numbers is worth, times |scale|
+};
+// Rows so small that their inverse would leave f32 are made larger first: what vanishes is decided by the
+// logits, not by the queries alone.
+template <class W, int D>
+KVTIDE_DEVICE RowDivision Divide(WarpRow<D>& row, float most, float scale) {
+  float top = LargestMagnitude<W, D>(row), size = scale < 0 ? -scale : scale;
+  if (top < 0x1p-64f) {
+#pragma unroll
+    for (int b = 0; b < WarpRow<D>::kBlocks; b++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) row.x[b][i] *= 0x1p64f;
+    top *= 0x1p64f;
+    size *= 0x1p-64f;
+  }
+  const float inverse = top > 0 ? most / top : 0.0f;
+  // Never 0, so that masked logits stay below all others.
+  return {scale < 0 ? -inverse : inverse, W::Max(top / most * size, 1e-25f)};
+}
+
 // Coded pages: q16 = round(q * 32639 / max) in balanced bytes. Returns what one unit of the integer sum is
-// worth. kGroup: values per K scale; kOffset: table offset to take back (0 = none).
+// worth, times |scale|; the sign of the scale is the row's. kGroup: values per K scale; kOffset: table offset
+// to take back (0 = none).
 template <class W, int D, int kGroup, int kOffset>
-KVTIDE_DEVICE float WriteCodedQuery(const WarpRow<D>& row, int r, typename W::Shared area,
+KVTIDE_DEVICE float WriteCodedQuery(WarpRow<D>& row, float scale, int r, typename W::Shared area,
                                     int fragment_bytes) {
   constexpr int kGroups = (D + kGroup - 1) / kGroup;
   const int lane = W::Lane();
-  const float top = LargestMagnitude<W, D>(row);
   // 32639 = 127 * 257: the largest value whose high byte, rounded to balance the low one, is still 127.
-  const bool zero = !(top > 1e-15f);  // below, logits vanish
-  const float inverse = zero ? 0.0f : 32639.0f / top;
+  const auto [inverse, unit] = Divide<W, D>(row, 32639.0f, scale);
 #pragma unroll
   for (int b = 0; b < WarpRow<D>::kBlocks; b++) {
     uint32_t high_word = 0, low_word = 0;
@@ -141,16 +164,14 @@ KVTIDE_DEVICE float WriteCodedQuery(const WarpRow<D>& row, int r, typename W::Sh
                    static_cast<uint32_t>(-kOffset * high_sum), static_cast<uint32_t>(-kOffset * low_sum));
     }
   }
-  return zero ? 1.0f : top / 32639.0f;
+  return unit;
 }
 
-// f16 or bf16 pages: q / max in two halves. Returns max.
+// f16 or bf16 pages: q / max in two halves. Returns max times |scale|; the sign of the scale is the row's.
 template <class W, int D, bool kBf16>
-KVTIDE_DEVICE float WriteHalfQuery(const WarpRow<D>& row, int r, typename W::Shared area) {
+KVTIDE_DEVICE float WriteHalfQuery(WarpRow<D>& row, float scale, int r, typename W::Shared area) {
   const int lane = W::Lane();
-  const float top = LargestMagnitude<W, D>(row);
-  const bool zero = !(top > 1e-15f);
-  const float inverse = zero ? 0.0f : 1.0f / top;
+  const auto [inverse, unit] = Divide<W, D>(row, 1.0f, scale);
 #pragma unroll
   for (int b = 0; b < WarpRow<D>::kBlocks; b++) {
     if (128 * b + 4 * lane >= D) continue;
@@ -164,7 +185,7 @@ KVTIDE_DEVICE float WriteHalfQuery(const WarpRow<D>& row, int r, typename W::Sha
       W::Store64(area + offset + p * 16, rounded, W::template Pack<kBf16>(x - low, y - high));
     }
   }
-  return zero ? 1.0f : top;
+  return unit;
 }
 
 }  // namespace kvtide::cuda

@@ -1,6 +1,7 @@
 #include "kernels/cuda/prefill/prefill_call.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "kernels/base/status.h"
@@ -23,15 +24,15 @@ int WidestDim(const GroupShape& shape) { return std::max(shape.head_dim_k, shape
 
 class Prefill {
  public:
-  Prefill(const AttendPlanArgs& batch, const GroupShape& shape, const AttendLayerArgs& args,
-          LayerTensors& tensors, const AttendEnvironment& environment, Workspace& workspace)
+  Prefill(PrefillRounds& plan, const GroupShape& shape, const AttendLayerArgs& args, LayerTensors& tensors,
+          const AttendEnvironment& environment, Workspace& workspace)
       : shape_(shape),
         args_(args),
         tensors_(tensors),
         environment_(environment),
         workspace_(workspace),
-        kernel_(*FindPrefillKernel(WidestDim(shape), environment.warpgroups)),
-        plan_(batch, args.layer, shape, environment, kernel_) {}
+        kernel_(plan.kernel()),
+        plan_(plan) {}
 
   absl::Status Run() {
     KVTIDE_RETURN_IF_ERROR(Place());
@@ -42,9 +43,24 @@ class Prefill {
   bool WidensQueries() const { return tensors_.query_type() != DataType::kF32; }
   bool NarrowsOutput() const { return tensors_.output_type() != DataType::kF32; }
 
+  // The layer's means and gains of all heads that jobs name.
+  void GatherProfiles() {
+    const auto add = [&](const std::vector<float>& values) {
+      const auto at = static_cast<int64_t>(floats_.size());
+      floats_.insert(floats_.end(), values.begin(), values.end());
+      return values.empty() ? -1 : at;
+    };
+    for (const PrefillProfile& of : plan_.profiles()) {
+      const HeadProfile& head = of.profile->key(args_.layer, of.head);
+      const int64_t mean = add(head.mean), gain = add(head.gain);
+      profiles_.push_back({mean, gain});
+    }
+  }
+
   // Takes memory and makes offsets addresses.
   absl::Status Place() {
-    size_t bytes = tensors_.staging_bytes() + plan_.floats().size() * sizeof(float), arrays = 4;
+    GatherProfiles();
+    size_t bytes = tensors_.staging_bytes() + floats_.size() * sizeof(float), arrays = 4;
     for (const PrefillRound& round : plan_.rounds()) {
       bytes += round.parts.size() * sizeof(PrefillPart) + round.groups.size() * sizeof(PrefillGroup) +
                round.slots.size() * sizeof(uint32_t) + round.places.size() * sizeof(PagePlace);
@@ -65,9 +81,9 @@ class Prefill {
     std::byte* const scratch = workspace_.scratch.data();
     PageMaps maps;
     if (kernel_.warpgroups && plan_.most_parts() > 0) {
+      const std::byte* const blocks = plan_.blocks(args_.layer);
       KVTIDE_RETURN_IF_ERROR(MakePageMap(scratch, kernel_.dim, &maps.scratch));
-      KVTIDE_RETURN_IF_ERROR(
-          MakePageMap(plan_.blocks() == nullptr ? scratch : plan_.blocks(), kernel_.dim, &maps.blocks));
+      KVTIDE_RETURN_IF_ERROR(MakePageMap(blocks == nullptr ? scratch : blocks, kernel_.dim, &maps.blocks));
     }
     tensors_.PlaceQueries(workspace_);
     queries_ = WidensQueries() ? reinterpret_cast<float*>(workspace_.rows.data())
@@ -75,7 +91,7 @@ class Prefill {
     std::byte* const output =
         NarrowsOutput() ? workspace_.rows.data() + wide_queries : static_cast<std::byte*>(tensors_.output());
     output_ = reinterpret_cast<float*>(output);
-    const float* const floats = workspace_.Upload(plan_.floats());
+    const float* const floats = workspace_.Upload(floats_);
     const float* const sinks = tensors_.sinks();
     const auto moved = [](auto* offset, std::byte* base) {
       return reinterpret_cast<decltype(offset)>(base + reinterpret_cast<size_t>(offset));
@@ -85,10 +101,13 @@ class Prefill {
         const auto jobs = workspace_.Place<CodecJob>(c.jobs.size());
         for (size_t i = 0; i < c.jobs.size(); i++) {
           CodecJob job;
-          job.source = c.jobs[i].source;
+          job.source = c.jobs[i].source + c.layout->RecordOffset(args_.layer, 0);
           job.target = scratch + c.jobs[i].target;
-          job.mean = c.jobs[i].mean < 0 ? nullptr : floats + c.jobs[i].mean;
-          job.gain = c.jobs[i].gain < 0 ? nullptr : floats + c.jobs[i].gain;
+          if (c.jobs[i].profile >= 0) {
+            const ProfilePlace& place = profiles_[Size(c.jobs[i].profile)];
+            job.mean = place.mean < 0 ? nullptr : floats + place.mean;
+            job.gain = place.gain < 0 ? nullptr : floats + place.gain;
+          }
           jobs.host[i] = job;
         }
         c.device = jobs.device;
@@ -101,7 +120,8 @@ class Prefill {
         parts.host[i].pages = places + round.parts[i].pages;
         parts.host[i].query = queries_ + round.parts[i].query;
       }
-      for (PrefillGroup& group : round.groups) {
+      std::vector<PrefillGroup> groups = round.groups;
+      for (PrefillGroup& group : groups) {
         group.output = moved(group.output, output);
         group.lse = moved(group.lse, reinterpret_cast<std::byte*>(tensors_.lse()));
         group.sinks =
@@ -115,7 +135,7 @@ class Prefill {
       round.attend.value_dim = shape_.head_dim_v;
       round.attend.scale = args_.scale * kLog2E;
       round.attend.softcap = args_.softcap * kLog2E;
-      round.attend.groups = round.merge.groups = workspace_.Upload(round.groups);
+      round.attend.groups = round.merge.groups = workspace_.Upload(groups);
       round.merge.slots = workspace_.Upload(round.slots);
       round.merge.outputs = round.attend.outputs;
       round.merge.sums = round.attend.sums;
@@ -170,7 +190,12 @@ class Prefill {
   const AttendEnvironment& environment_;
   Workspace& workspace_;
   const PrefillKernel& kernel_;
-  PrefillRounds plan_;
+  PrefillRounds& plan_;
+  std::vector<float> floats_;
+  struct ProfilePlace {
+    int64_t mean, gain;  // in floats_, -1 = none
+  };
+  std::vector<ProfilePlace> profiles_;
   const float* queries_ = nullptr;  // on the device, f32
   float* output_ = nullptr;
 };
@@ -205,9 +230,16 @@ absl::Status PreparePrefillKernels(const DeviceImage& image) {
   return absl::OkStatus();
 }
 
-absl::Status PrefillCall(const AttendPlanArgs& batch, const GroupShape& shape, const AttendLayerArgs& args,
-                         LayerTensors& tensors, const AttendEnvironment& environment, Workspace& workspace) {
-  return Prefill(batch, shape, args, tensors, environment, workspace).Run();
+PrefillPlan::PrefillPlan(std::vector<PlanItem> items, const AttendPlanArgs& batch, const GroupShape& shape,
+                         const AttendEnvironment& environment)
+    : items_(std::move(items)),
+      batch_{batch.heads, batch.causal, batch.window, items_},
+      shape_(shape),
+      environment_(environment),
+      rounds_(batch_, shape, environment, *FindPrefillKernel(WidestDim(shape), environment.warpgroups)) {}
+
+absl::Status PrefillPlan::Attend(const AttendLayerArgs& args, LayerTensors& tensors, Workspace& workspace) {
+  return Prefill(rounds_, shape_, args, tensors, environment_, workspace).Run();
 }
 
 }  // namespace kvtide::cuda

@@ -5,12 +5,15 @@
 // of rows over one page needs more.
 #pragma once
 
+#include <vector>
+
 #include "absl/status/status.h"
 #include "kernels/backend.h"
 #include "kernels/cuda/attend/environment.h"
 #include "kernels/cuda/attend/layer_tensors.h"
 #include "kernels/cuda/device/device_image.h"
 #include "kernels/cuda/device/workspace.h"
+#include "kernels/cuda/prefill/prefill_rounds.h"
 
 namespace kvtide::cuda {
 
@@ -20,9 +23,25 @@ bool IsPrefill(const PlanItem& item, const GroupShape& shape, int heads,
                const AttendEnvironment& environment);
 
 absl::Status PreparePrefillKernels(const DeviceImage& image);
-// One layer of a batch, which is checked; all items are of the given shape. Queues and waits: between rounds
-// it looks at the cancellation. Results are in the tensors' memory, not yet fetched.
-absl::Status PrefillCall(const AttendPlanArgs& batch, const GroupShape& shape, const AttendLayerArgs& args,
-                         LayerTensors& tensors, const AttendEnvironment& environment, Workspace& workspace);
+// A batch, which is checked, planned for all layers of its group.
+class PrefillPlan {
+ public:
+  // All items are of the given shape. Shape, environment and what `items` point to outlive the plan.
+  PrefillPlan(std::vector<PlanItem> items, const AttendPlanArgs& batch, const GroupShape& shape,
+              const AttendEnvironment& environment);
+  PrefillPlan(const PrefillPlan&) = delete;
+  PrefillPlan& operator=(const PrefillPlan&) = delete;
+
+  // One layer. Queues and waits: between rounds it looks at the cancellation. Results are in the tensors'
+  // memory, not yet fetched.
+  absl::Status Attend(const AttendLayerArgs& args, LayerTensors& tensors, Workspace& workspace);
+
+ private:
+  const std::vector<PlanItem> items_;
+  AttendPlanArgs batch_;
+  const GroupShape& shape_;
+  const AttendEnvironment& environment_;
+  PrefillRounds rounds_;
+};
 
 }  // namespace kvtide::cuda

@@ -21,10 +21,9 @@ bool IsF16(CacheType type) {
 
 }  // namespace
 
-PrefillRounds::PrefillRounds(const AttendPlanArgs& args, int layer, const GroupShape& shape,
+PrefillRounds::PrefillRounds(const AttendPlanArgs& args, const GroupShape& shape,
                              const AttendEnvironment& environment, const PrefillKernel& kernel)
     : args_(args),
-      layer_(layer),
       shape_(shape),
       environment_(environment),
       kernel_(kernel),
@@ -65,15 +64,16 @@ void PrefillRounds::AddSegments(const PlanItem& item) {
     for (size_t block = 0; block < Size(BlocksOf(run)); block++) {
       const PrefillSegment::Page page{&run, block};
       segments.back().pages.push_back(page);
-      if (MayBeReadInPlace(page) && (blocks_ == nullptr || Record(page, 0) < blocks_))
-        blocks_ = Record(page, 0);
+      if (!MayBeReadInPlace(page) || (blocks_ != nullptr && Record(page, 0) >= blocks_)) continue;
+      blocks_ = Record(page, 0);
+      in_place_ = run.layout;
     }
     segments.back().tokens += run.tokens;
   }
 }
 
 const std::byte* PrefillRounds::Record(const PrefillSegment::Page& page, int head) const {
-  return page.run->blocks[page.block] + page.run->layout->RecordOffset(layer_, head);
+  return page.run->blocks[page.block] + page.run->layout->RecordOffset(0, head);
 }
 // Whether a page is f16 as the kernel wants it. One that is not full may hold anything behind its tokens.
 bool PrefillRounds::MayBeReadInPlace(const PrefillSegment::Page& page) const {
@@ -147,19 +147,16 @@ void PrefillRounds::AddJobs(const PrefillSegment::Page& page, int head, size_t s
     if (conversion == nullptr)
       conversion = &round->conversions.emplace_back(PrefillRound::Conversion{&layout, side, {}, nullptr});
     PrefillJob job{Record(page, head) + (key ? 0 : layout.v_codes()),
-                   scratch_page * page_bytes_ + (key ? 0 : page_bytes_ / 2), -1, -1};
-    if (key && page.run->profile != nullptr && Info(layout.pair().k).storage == Storage::kCodes) {
-      const HeadProfile& profile = page.run->profile->key(layer_, head);
-      job.mean = PlaceOf(profile.mean);
-      job.gain = PlaceOf(profile.gain);
-    }
+                   scratch_page * page_bytes_ + (key ? 0 : page_bytes_ / 2), -1};
+    if (key && page.run->profile != nullptr && Info(layout.pair().k).storage == Storage::kCodes)
+      job.profile = IndexOf({page.run->profile, head});
     conversion->jobs.push_back(job);
   }
 }
-int64_t PrefillRounds::PlaceOf(const std::vector<float>& values) {
-  if (values.empty()) return -1;
-  const auto [entry, added] = places_.emplace(&values, static_cast<int64_t>(floats_.size()));
-  if (added) floats_.insert(floats_.end(), values.begin(), values.end());
+int64_t PrefillRounds::IndexOf(const PrefillProfile& profile) {
+  const auto [entry, added] = profile_index_.emplace(std::pair(profile.profile, profile.head),
+                                                     static_cast<int64_t>(profiles_.size()));
+  if (added) profiles_.push_back(profile);
   return entry->second;
 }
 

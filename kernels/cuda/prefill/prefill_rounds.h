@@ -1,11 +1,13 @@
 // What a prefill computes: rows in groups, the pages that they see in rounds that fit in scratch memory, and
 // in each round the pages to decode, the parts and what is merged. A round takes a bounded time. Addresses
 // that are known only when memory is taken are offsets here (prefill_call.cc makes them addresses). Made on
-// the host once a call; the caller's arguments must outlive it.
+// the host once for all layers of a group, whose records lie equally far apart in all blocks of a layout; the
+// caller's arguments must outlive it.
 #pragma once
 
 #include <deque>
 #include <map>
+#include <utility>
 #include <vector>
 
 #include "kernels/attend_args.h"
@@ -28,11 +30,17 @@ struct PrefillSegment {
   int64_t first_position = 0, tokens = 0;
 };
 
-// One half of one block of one head, to be decoded. Places in arrays of floats, -1 = none.
+// One half of one block of one head, to be decoded.
 struct PrefillJob {
-  const std::byte* source;
-  size_t target;  // in the scratch memory
-  int64_t mean, gain;
+  const std::byte* source;  // of layer 0
+  size_t target;            // in the scratch memory
+  int64_t profile;          // which of PrefillRounds::profiles() its keys have, -1 = none
+};
+// Means and gains of one head's keys, in all layers.
+struct PrefillProfile {
+  const Profile* profile;
+  int head;
+  bool operator==(const PrefillProfile&) const = default;
 };
 
 struct PrefillPartPlan {
@@ -77,8 +85,10 @@ struct PrefillRound {
 
 class PrefillRounds {
  public:
-  PrefillRounds(const AttendPlanArgs& args, int layer, const GroupShape& shape,
-                const AttendEnvironment& environment, const PrefillKernel& kernel);
+  PrefillRounds(const AttendPlanArgs& args, const GroupShape& shape, const AttendEnvironment& environment,
+                const PrefillKernel& kernel);
+  PrefillRounds(const PrefillRounds&) = delete;
+  PrefillRounds& operator=(const PrefillRounds&) = delete;
 
   std::vector<PrefillRound>& rounds() { return rounds_; }
   const PrefillKernel& kernel() const { return kernel_; }
@@ -88,10 +98,11 @@ class PrefillRounds {
   size_t first_query(size_t item) const { return first_query_[item]; }
   size_t scratch_bytes() const { return scratch_pages_ * page_bytes_; }  // of decoded pages
   size_t most_parts() const { return most_parts_; }                      // of a round
-  // Means and gains that jobs name.
-  const std::vector<float>& floats() const { return floats_; }
-  // From where places in blocks are counted; null: no page is read in place.
-  const std::byte* blocks() const { return blocks_; }
+  const std::vector<PrefillProfile>& profiles() const { return profiles_; }
+  // From where a layer's places in blocks are counted; null: no page is read in place.
+  const std::byte* blocks(int layer) const {
+    return blocks_ == nullptr ? nullptr : blocks_ + in_place_->RecordOffset(layer, 0);
+  }
 
  private:
   static size_t Size(int64_t n) { return static_cast<size_t>(n); }
@@ -104,27 +115,27 @@ class PrefillRounds {
   void PlanGroupsOf(size_t index);
   void PlanGroups(size_t first, size_t count, const std::vector<PrefillSegment>& segments);
   void AddJobs(const PrefillSegment::Page& page, int head, size_t scratch_page, PrefillRound* round);
-  int64_t PlaceOf(const std::vector<float>& values);
+  int64_t IndexOf(const PrefillProfile& profile);
   void FinishRound();
   PrefillPartPlan MakePart(size_t index, const PrefillRound::Entry& entry, int64_t begin, int64_t end) const;
   void AddGroup(size_t index, uint32_t first_slot, uint32_t slots, PrefillRound* round);
   void AddUntouchedGroups();
 
   const AttendPlanArgs& args_;
-  const int layer_;
   const GroupShape& shape_;
   const AttendEnvironment& environment_;
   const PrefillKernel& kernel_;
   const int group_;
-  const std::byte* blocks_ = nullptr;
-  size_t page_bytes_ = 0;                                          // a K and a V page in scratch memory
+  const std::byte* blocks_ = nullptr;      // of layer 0
+  const BlockLayout* in_place_ = nullptr;  // of the pages that are read there: one for all
+  size_t page_bytes_ = 0;                  // a K and a V page in scratch memory
   size_t most_pages_ = 0, most_slots_ = 0, most_group_pages_ = 0;  // of a round
   size_t queries_ = 0, scratch_pages_ = 0, most_parts_ = 0;
   std::vector<size_t> first_query_;
   std::deque<std::vector<PrefillSegment>> segments_;  // by item; entries point into it
   std::vector<PrefillGroupPlan> groups_;
-  std::vector<float> floats_;
-  std::map<const std::vector<float>*, int64_t> places_;
+  std::vector<PrefillProfile> profiles_;
+  std::map<std::pair<const Profile*, int>, int64_t> profile_index_;
   std::vector<PrefillRound> rounds_;
   bool round_done_ = false;
 };

@@ -9,8 +9,8 @@
 
 namespace kvtide::cuda {
 
-// The warp's rows of queries: halves of q / 2^e in the order of a tile, and scale * 2^e. A power of two keeps
-// queries that were f16 exact.
+// The warp's rows of queries: halves of q / 2^e in the order of a tile, and |scale| * 2^e; the sign of the
+// scale is the rows'. A power of two keeps queries that were f16 exact.
 template <class Config, int D>
 KVTIDE_DEVICE void LoadQueries(const PrefillParams& params, const PrefillPart& part, uint8_t* area,
                                float* scales, int warp) {
@@ -39,9 +39,9 @@ KVTIDE_DEVICE void LoadQueries(const PrefillParams& params, const PrefillPart& p
       for (int b = 0; b < D / 64; b++) top = fmaxf(top, fmaxf(fabsf(x[k][b].x), fabsf(x[k][b].y)));
 #pragma unroll
       for (int mask = 16; mask > 0; mask /= 2) top = fmaxf(top, DeviceWarp::ShflXor(top, mask));
-      // 2^-e and 2^e with top < 2^e; below 1e-30 logits vanish.
-      const uint32_t exponent = __float_as_uint(fmaxf(top, 1e-30f)) >> 23;
-      const float inverse = __uint_as_float((253u - exponent) << 23),
+      // 2^-e, with the scale's sign, and 2^e with top < 2^e.
+      const uint32_t exponent = __float_as_uint(top) >> 23;
+      const float inverse = copysignf(__uint_as_float((253u - exponent) << 23), params.scale),
                   power = __uint_as_float((exponent + 1u) << 23);
 #pragma unroll
       for (int b = 0; b < D / 64; b++) {
@@ -49,7 +49,7 @@ KVTIDE_DEVICE void LoadQueries(const PrefillParams& params, const PrefillPart& p
         *reinterpret_cast<uint32_t*>(area + at) =
             DeviceWarp::Pack<false>(x[k][b].x * inverse, x[k][b].y * inverse);
       }
-      if (lane == 0) scales[r] = fmaxf(params.scale * power, 1e-30f);
+      if (lane == 0) scales[r] = fmaxf(fabsf(params.scale) * power, 1e-30f);
     }
   }
   __syncwarp();

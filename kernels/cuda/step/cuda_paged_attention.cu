@@ -10,6 +10,7 @@
 #include "kernels/cuda/device/device_image.h"
 #include "kernels/cuda/device/launch.h"
 #include "kernels/cuda/device/rotations.h"
+#include "kernels/cuda/device/settled.h"
 #include "kernels/cuda/step/cuda_paged_attention.h"
 #include "kernels/cuda/step/paged_prefill.h"
 #include "kernels/cuda/step/paged_step.cuh"
@@ -139,16 +140,6 @@ class PagedOnDevice final : public PagedAttention {
   size_t bytes() const override { return bytes_ + prefill_.bytes(); }
 
  private:
-  // A call that failed leaves nothing behind that still runs, unless it was captured.
-  static absl::Status Settled(absl::Status status, cudaStream_t stream) {
-    if (status.ok()) return status;
-    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    if (cudaStreamIsCapturing(stream, &capture) == cudaSuccess && capture == cudaStreamCaptureStatusNone)
-      (void)cudaStreamSynchronize(stream);
-    (void)cudaGetLastError();
-    return status;
-  }
-
   absl::Status CheckCall(int layer) const {
     if (layer < 0 || Size(layer) >= layers_.size())
       return absl::InvalidArgumentError(absl::StrCat("layer ", layer, " of ", layers_.size()));

@@ -9,6 +9,7 @@
 #include "kernels/cuda/device/device_image.h"
 #include "kernels/cuda/device/launch.h"
 #include "kernels/cuda/device/rotations.h"
+#include "kernels/cuda/device/settled.h"
 #include "kernels/cuda/step/device_decode.h"
 #include "kernels/cuda/step/device_plan.cuh"
 
@@ -147,16 +148,6 @@ class DecodeOnDevice final : public DeviceDecode {
   size_t device_bytes() const override { return bytes_; }
 
  private:
-  // A call that failed leaves nothing behind that still runs, unless it was captured.
-  static absl::Status Settled(absl::Status status, cudaStream_t stream) {
-    if (status.ok()) return status;
-    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    if (cudaStreamIsCapturing(stream, &capture) == cudaSuccess && capture == cudaStreamCaptureStatusNone)
-      (void)cudaStreamSynchronize(stream);
-    (void)cudaGetLastError();
-    return status;
-  }
-
   absl::Status Launch(int index, cudaStream_t stream) {
     if (index < 0 || Size(index) >= layers_)
       return absl::InvalidArgumentError(absl::StrCat("layer index ", index, " of ", layers_));

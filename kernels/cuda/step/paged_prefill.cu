@@ -176,7 +176,7 @@ absl::Status PagedPrefill::Plan(const PagedStep& step, const uint64_t* coded_ent
   KVTIDE_RETURN_IF_ERROR(AddItems(step));
   if (items_.empty()) return absl::OkStatus();
   batch_ = {options_.heads, true, options_.window, plan_items_};
-  plan_.emplace(batch_, 0, options_.shape, environment_, *kernel_);
+  plan_.emplace(batch_, options_.shape, environment_, *kernel_);
   return Place(stream);
 }
 
