@@ -23,7 +23,10 @@ import json, sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 models, name, out, text, context = sys.argv[1:]
-AutoModelForCausalLM.from_pretrained(models, gguf_file=name, dtype=torch.float32).save_pretrained(out)
+model = AutoModelForCausalLM.from_pretrained(models, gguf_file=name, dtype=torch.float32)
+model.hf_quantizer = None  # its weights are numbers now
+del model.config.quantization_config
+model.save_pretrained(out)
 tokenizer = AutoTokenizer.from_pretrained(models, gguf_file=name)
 tokens = tokenizer(open(text, encoding="utf-8").read()[:12 * int(context)], add_special_tokens=False)["input_ids"]
 if "gemma" in name:
