@@ -92,6 +92,8 @@ bool CacheSim::Excused(const absl::Status& status, const Frame& frame) const {
       return client.options.allow_drop && (client.closed || Info(client).dropped_blocks > 0);
     case absl::StatusCode::kResourceExhausted:
       if (world_ == World::kDisk && fault_ && absl::StrContains(text, "No space left")) return true;
+      // A step wants all blocks of its sequences in memory at a time.
+      if (world_ == World::kDisk && absl::StrContains(text, "blocks of the step leave memory")) return true;
       return (world_ == World::kTight || world_ == World::kDisk) && absl::StrContains(text, "no room");
     case absl::StatusCode::kUnavailable:  // of a disk, or of copies to where blocks can be used
       return world_ == World::kDisk && (fault_ || absl::StrContains(text, "restart the daemon"));
