@@ -55,8 +55,9 @@ std::string OneLine(const std::string& message) {
                       place.empty() ? text : place, "'");
 }
 
-// What protobuf's parser lets pass in silence: a key that is there twice (the last one wins), and "deviceMemory"
-// for "device_memory" (two spellings of one key). Unknown keys get the nearest known one besides.
+// What protobuf's parser lets pass in silence: a key that is there twice (the last one wins), and
+// "deviceMemory" for "device_memory" (two spellings of one key). Unknown keys get the nearest known one
+// besides.
 class KeyCheck : public nlohmann::json_sax<nlohmann::json> {
  public:
   const absl::Status& status() const { return status_; }
@@ -77,7 +78,8 @@ class KeyCheck : public nlohmann::json_sax<nlohmann::json> {
     return true;
   }
   bool start_object(size_t) override {
-    objects_.push_back({objects_.empty() ? v1::KvtidedConfig::descriptor() : objects_.back().next, nullptr, {}});
+    objects_.push_back(
+        {objects_.empty() ? v1::KvtidedConfig::descriptor() : objects_.back().next, nullptr, {}});
     return true;
   }
   bool end_object() override {
@@ -340,6 +342,7 @@ absl::StatusOr<v1::KvtidedConfig> ReadConfigFile(const std::string& path) {
 void MergeConfig(const v1::KvtidedConfig& over, v1::KvtidedConfig* config) {
   if (over.listen_size() > 0) config->clear_listen();
   if (over.allow_size() > 0) config->clear_allow();
+  if (over.quota_size() > 0) config->clear_quota();
   config->MergeFrom(over);
 }
 
@@ -367,6 +370,14 @@ absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config) {
     return absl::InvalidArgumentError(
         absl::StrCat("log_level \"", options.log_level, "\" is unknown; use ", absl::StrJoin(kLevels, ", ")));
   }
+  options.log_format = config.log_format().empty() ? "text" : config.log_format();
+  if (options.log_format != "text" && options.log_format != "json")
+    return absl::InvalidArgumentError(
+        absl::StrCat("log_format \"", options.log_format, "\" is unknown; use text or json"));
+  KVTIDE_RETURN_IF_ERROR(CheckRange("slow_call_ms", config.slow_call_ms(), -1, 1 << 30));
+  options.slow_call = config.slow_call_ms() < 0
+                          ? absl::InfiniteDuration()
+                          : absl::Milliseconds(config.slow_call_ms() > 0 ? config.slow_call_ms() : 1000);
   KVTIDE_RETURN_IF_ERROR(CheckRange("compute_threads", config.compute_threads(), 0, 1024));
   options.compute_threads = config.compute_threads();
   KVTIDE_RETURN_IF_ERROR(CheckRange("shutdown_seconds", config.shutdown_seconds(), 0, 3600));
@@ -376,6 +387,13 @@ absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config) {
   KVTIDE_RETURN_IF_ERROR(ResolveSharedMemory(config, &options.service.shared_memory));
   KVTIDE_RETURN_IF_ERROR(ResolveLimits(config, &options.cache));
   KVTIDE_RETURN_IF_ERROR(ResolveDisk(config, &options));
+  std::vector<std::string> tiers = {"device"};
+  if (options.host_bytes > 0) tiers.push_back("host");
+  if (options.disk_bytes > 0) tiers.push_back("disk");
+  KVTIDE_ASSIGN_OR_RETURN(
+      options.cache.quotas,
+      TenantQuotas::Parse(std::vector<std::string>(config.quota().begin(), config.quota().end()), tiers));
+  options.service.quotas = options.cache.quotas;
   return options;
 }
 

@@ -23,7 +23,8 @@ struct DaemonOptions {
   int64_t disk_bytes = 0;
   std::string disk_io;          // "auto", "io_uring", "threads"
   std::string metrics_address;  // empty = none
-  std::string log_level;
+  std::string log_level, log_format;
+  absl::Duration slow_call;  // infinite = none are logged
   int compute_threads = 0;
   absl::Duration shutdown_grace;
   bool insecure_tcp = false;

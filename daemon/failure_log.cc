@@ -59,7 +59,8 @@ std::string Escaped(std::string_view text, size_t most) {
 }
 
 void FailureLog::Add(const service::CallReport& call, absl::Time now) {
-  if (call.code == 0) return;
+  const bool slow = call.duration > slow_ && std::string_view(call.method) != "Session";
+  if (call.code == 0 && !slow) return;
   int64_t suppressed = 0;
   {
     const MutexLock lock(mutex_);
@@ -67,14 +68,21 @@ void FailureLog::Add(const service::CallReport& call, absl::Time now) {
     if (!entry->second.Pass(now, &suppressed)) return;
   }
   const auto code = static_cast<absl::StatusCode>(call.code);
-  std::string line =
-      absl::StrCat("call failed method=", call.method, " code=", absl::StatusCodeToString(code));
+  std::string line = absl::StrCat(call.code != 0 ? "call failed" : "slow call", " method=", call.method,
+                                  " code=", absl::StatusCodeToString(code));
   if (call.sequence != 0) absl::StrAppend(&line, " sequence=", call.sequence);
-  absl::StrAppend(&line, " request=", Escaped(call.request_id), " caller=", Escaped(call.caller),
-                  " us=", absl::ToInt64Microseconds(call.duration), " message=\"", Escaped(call.message),
-                  "\"");
+  absl::StrAppend(&line, " request=", Escaped(call.request_id), " caller=", Escaped(call.caller));
+  if (!call.tenant.empty()) absl::StrAppend(&line, " tenant=", Escaped(call.tenant));
+  if (!call.trace.empty()) absl::StrAppend(&line, " trace=", Escaped(call.trace));
+  absl::StrAppend(&line, " us=", absl::ToInt64Microseconds(call.duration));
+  if (slow)
+    absl::StrAppend(&line, " received_us=", absl::ToInt64Microseconds(call.received),
+                    " waited_us=", absl::ToInt64Microseconds(call.waited),
+                    " served_us=", absl::ToInt64Microseconds(call.duration - call.received - call.waited),
+                    " request_bytes=", call.request_bytes, " response_bytes=", call.response_bytes);
+  if (call.code != 0) absl::StrAppend(&line, " message=\"", Escaped(call.message), "\"");
   if (suppressed > 0) absl::StrAppend(&line, " suppressed=", suppressed);
-  write_(LevelOf(code), line);
+  write_(call.code == 0 ? "warning" : LevelOf(code), line);
 }
 
 }  // namespace kvtide

@@ -1,6 +1,7 @@
-// One line in the log for each call that failed: code, message, verb, sequence, request id, caller. Lines are
-// limited by verb and code, so that a client that fails all the time cannot fill a disk: after a burst only
-// one a second, with the number of those that were left out. Thread-safe.
+// One line in the log for each call that failed (code, message, verb, sequence, request id, trace, caller),
+// and for each that was slow, with where its time went. Lines are limited by verb and code, so that a client
+// that fails all the time cannot fill a disk: after a burst only one a second, with the number of those that
+// were left out. Thread-safe.
 #pragma once
 
 #include <cstdint>
@@ -39,12 +40,15 @@ class FailureLog {
   // `write` gets "error" (the daemon's own fault), "warning" (something is full, lost or going away) or
   // "info" (a mistake or wish of the client), and the line.
   using Write = std::function<void(const char* level, const std::string& line)>;
-  explicit FailureLog(Write write) : write_(std::move(write)) {}
+  // `slow`: calls that took longer are told too, sessions aside.
+  explicit FailureLog(Write write, absl::Duration slow = absl::InfiniteDuration())
+      : write_(std::move(write)), slow_(slow) {}
 
   void Add(const service::CallReport& call, absl::Time now);
 
  private:
   const Write write_;
+  const absl::Duration slow_;
   Mutex mutex_;
   // By verb and code, a bounded number of each.
   std::map<std::pair<std::string, int>, RateLimit> limits_ ABSL_GUARDED_BY(mutex_);

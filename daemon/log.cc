@@ -1,6 +1,7 @@
 #include "daemon/log.h"
 
 #include <grpc/support/log.h>
+#include <spdlog/formatter.h>
 #include <spdlog/sinks/stdout_color_sinks.h>
 #include <spdlog/sinks/stdout_sinks.h>
 #include <spdlog/spdlog.h>
@@ -12,6 +13,7 @@
 
 #include "absl/time/clock.h"
 #include "daemon/failure_log.h"
+#include "daemon/log_json.h"
 #include "google/protobuf/stubs/logging.h"
 #include "kernels/base/mutex.h"
 
@@ -24,6 +26,18 @@ bool WantsColour() {
   return ::isatty(STDERR_FILENO) != 0 && (no_color == nullptr || *no_color == '\0') &&
          (term == nullptr || std::string(term) != "dumb");
 }
+
+class JsonFormatter final : public spdlog::formatter {
+ public:
+  void format(const spdlog::details::log_msg& message, spdlog::memory_buf_t& to) override {
+    const spdlog::string_view_t level = spdlog::level::to_string_view(message.level);
+    const std::string line = LogLineAsJson(absl::FromChrono(message.time), {level.data(), level.size()},
+                                           {message.payload.data(), message.payload.size()}) +
+                             "\n";
+    to.append(line.data(), line.data() + line.size());
+  }
+  std::unique_ptr<spdlog::formatter> clone() const override { return std::make_unique<JsonFormatter>(); }
+};
 
 // What libraries say of clients' mistakes, at the clients' pace: limited.
 void LogLimited(spdlog::level::level_enum level, const char* library, const std::string& text) {
@@ -54,15 +68,19 @@ void LogFromProtobuf(google::protobuf::LogLevel, const char*, int, const std::st
 
 }  // namespace
 
-void SetUpLogging(const std::string& level) {
+void SetUpLogging(const std::string& level, bool json) {
   std::shared_ptr<spdlog::sinks::sink> sink;
-  if (WantsColour()) {
+  if (WantsColour() && !json) {
     sink = std::make_shared<spdlog::sinks::stderr_color_sink_mt>();
   } else {
     sink = std::make_shared<spdlog::sinks::stderr_sink_mt>();
   }
   auto logger = std::make_shared<spdlog::logger>("kvtided", sink);
-  logger->set_pattern("%Y-%m-%dT%H:%M:%S.%e%z %^%l%$ %v");
+  if (json) {
+    logger->set_formatter(std::make_unique<JsonFormatter>());
+  } else {
+    logger->set_pattern("%Y-%m-%dT%H:%M:%S.%e%z %^%l%$ %v");
+  }
   logger->set_level(spdlog::level::from_str(level));
   logger->flush_on(spdlog::level::trace);
   spdlog::set_default_logger(logger);

@@ -6,7 +6,8 @@
 
 namespace kvtide {
 
-// `level`: trace, debug, info, warning or error. Call once, before threads start.
-void SetUpLogging(const std::string& level);
+// `level`: trace, debug, info, warning or error. `json`: an object a line (log_json.h). Call once, before
+// threads start.
+void SetUpLogging(const std::string& level, bool json);
 
 }  // namespace kvtide

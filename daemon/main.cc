@@ -103,6 +103,13 @@ void AddFlags(CLI::App* app, Flags* flags) {
   AddFlag(
       app, "--log-level", "KVTIDE_LOG_LEVEL", [config](const std::string& v) { config->set_log_level(v); },
       "trace, debug, info, warning or error (default info)");
+  AddFlag(
+      app, "--log-format", "KVTIDE_LOG_FORMAT", [config](const std::string& v) { config->set_log_format(v); },
+      "text (default; words and key=value) or json, an object a line");
+  app->add_option_function<int>(
+         "--slow-call-ms", [config](int v) { config->set_slow_call_ms(v); },
+         "log calls that take longer, and where the time went; 0 = the default (1000), -1 = none")
+      ->envname("KVTIDE_SLOW_CALL_MS");
   app->add_option_function<int>(
          "--compute-threads", [config](int v) { config->set_compute_threads(v); },
          "threads that attend on the CPU; 0 = the default (one per core)")
@@ -145,6 +152,16 @@ void AddFlags(CLI::App* app, Flags* flags) {
          "uid:1002=ops:admin, anyone, tcp=acme; may be given several times")
       ->allow_extra_args(false)
       ->envname("KVTIDE_ALLOW");
+  app->add_option_function<std::vector<std::string>>(
+         "--quota",
+         [config](const std::vector<std::string>& all) {
+           config->mutable_quota()->Assign(all.begin(), all.end());
+         },
+         "hard limits of a tenant, or of every other one (*): "
+         "acme:sequences=100,models=4,calls=32,connections=16,"
+         "device=2GiB,host=16GiB; may be given several times")
+      ->allow_extra_args(false)
+      ->envname("KVTIDE_QUOTA");
   AddFlag(
       app, "--server-cert", "KVTIDE_SERVER_CERT",
       [config](const std::string& v) { config->set_server_cert(v); },
@@ -232,7 +249,11 @@ class Daemon {
   }
 
  private:
-  explicit Daemon(DaemonOptions options) : options_(std::move(options)) {}
+  explicit Daemon(DaemonOptions options)
+      : options_(std::move(options)),
+        calls_([](const char* level,
+                  const std::string& line) { spdlog::log(spdlog::level::from_str(level), "{}", line); },
+               options_.slow_call) {}
 
   absl::Status StartCache() {
     KVTIDE_ASSIGN_OR_RETURN(tiers_, MakeTieredCache(options_));
@@ -255,7 +276,7 @@ class Daemon {
     metrics_ = std::make_unique<metrics::Metrics>(std::move(metrics));
     options_.service.report = [this](const service::CallReport& call) {
       metrics_->RecordCall(call.method, call.code, call.duration, call.request_bytes, call.response_bytes);
-      failures_.Add(call, absl::Now());
+      calls_.Add(call, absl::Now());
     };
     if (options_.metrics_address.empty()) return absl::OkStatus();
     KVTIDE_ASSIGN_OR_RETURN(metrics_address_, metrics_->Start(options_.metrics_address));
@@ -294,6 +315,8 @@ class Daemon {
           "connections refused={} open={} max_connections={} close idle clients, or raise --max-connections",
           refused, gauges->connections.load(), gauges->connections_limit.load());
     };
+    // The service manager restarts who does not say so in time (WatchdogSec).
+    if (WatchdogWanted()) options_.service.alive = [] { NotifyServiceManager("WATCHDOG=1"); };
     options_.service.mended = [](const std::string& address, const absl::Status& status) {
       if (status.ok()) {
         spdlog::warn("address={} the socket's file was gone; it is there again", address);
@@ -312,9 +335,7 @@ class Daemon {
   }
 
   DaemonOptions options_;
-  FailureLog failures_{[](const char* level, const std::string& line) {
-    spdlog::log(spdlog::level::from_str(level), "{}", line);
-  }};
+  FailureLog calls_;
   std::unique_ptr<TieredCache> tiers_;
   KvCache* cache_ = nullptr;  // of tiers_
   std::unique_ptr<metrics::Metrics> metrics_;
@@ -378,7 +399,7 @@ int Main(int argc, char** argv) {
     std::printf("%s", json.c_str());
     return 0;
   }
-  SetUpLogging(options->log_level);
+  SetUpLogging(options->log_level, options->log_format == "json");
   const sigset_t stop_signals = BlockStopSignals();
   auto daemon = Daemon::Start(std::move(options).value());
   if (!daemon.ok()) return Fail(daemon.status(), kExitCannotStart);

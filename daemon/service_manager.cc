@@ -27,4 +27,10 @@ void NotifyServiceManager(const std::string& state) {
   ::close(fd);
 }
 
+bool WatchdogWanted() {
+  const char* const time = std::getenv("WATCHDOG_USEC");
+  const char* const process = std::getenv("WATCHDOG_PID");
+  return time != nullptr && std::atoll(time) > 0 && (process == nullptr || std::atoll(process) == ::getpid());
+}
+
 }  // namespace kvtide

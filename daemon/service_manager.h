@@ -9,4 +9,7 @@ namespace kvtide {
 // without.
 void NotifyServiceManager(const std::string& state);
 
+// Whether the service manager waits for "WATCHDOG=1" from this process (sd_watchdog_enabled(3)).
+bool WatchdogWanted();
+
 }  // namespace kvtide

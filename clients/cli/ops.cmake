@@ -6,8 +6,10 @@ kvtide_add_library(kvtide_cli_ops
   ops/doctor_checks.cc
   ops/doctor_command.cc
   ops/doctor_engine.cc
+  ops/health_command.cc
   ops/persist_command.cc
   ops/seq_command.cc
+  ops/seq_verbs.cc
   ops/status_command.cc
   ops/status_report.cc
   ops/top_command.cc

@@ -87,7 +87,8 @@ absl::Status AskWhy(const std::string& address) {
   const bool unix = address.compare(0, 5, "unix:") == 0;
   if ((ended && said.empty() && !unix) || (said.size() >= 3 && byte(0) == 0x15 && byte(1) == 3))
     return absl::UnavailableError(
-        "it ends connections that speak plain HTTP/2, so it may want TLS; give --tls-ca (KVTIDE_TLS_CA), the CA of "
+        "it ends connections that speak plain HTTP/2, so it may want TLS; give --tls-ca (KVTIDE_TLS_CA), the "
+        "CA of "
         "its certificate");
   for (size_t at = 0; at + 9 <= said.size();) {
     const size_t length = byte(at) << 16 | byte(at + 1) << 8 | byte(at + 2);
@@ -151,6 +152,9 @@ absl::StatusOr<std::shared_ptr<grpc::Channel>> OpenChannel(const std::string& ad
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 50);
   arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 50);
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
+  // Before a daemon does (idle_seconds): nobody looks at the connection of a client that makes no calls, so a
+  // call could go into one that the daemon has just closed.
+  arguments.SetInt(GRPC_ARG_CLIENT_IDLE_TIMEOUT_MS, 10 * 60 * 1000);
   // A proxy of the environment is never meant for this.
   arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
   KVTIDE_ASSIGN_OR_RETURN(const std::shared_ptr<grpc::ChannelCredentials> credentials,

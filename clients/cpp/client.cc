@@ -32,6 +32,13 @@ absl::StatusOr<ServerInfo> Client::GetServerInfo() {
   return FromProto(response);
 }
 
+absl::Status Client::UnregisterModel(const std::string& model) {
+  v1::SessionRequest message;
+  v1::SessionResponse response;
+  message.mutable_unregister_model()->set_model(model);
+  return impl_->carrier->Call(&message, &response);
+}
+
 absl::Status Client::RegisterModel(const Model& model) {
   v1::SessionRequest message;
   v1::RegisterModelRequest& request = *message.mutable_register_model();

@@ -216,7 +216,14 @@ struct TierStats {
   int64_t read_bytes = 0, written_bytes = 0;
   int64_t read_errors = 0, write_errors = 0, checksum_errors = 0, sync_errors = 0;
 };
+struct MethodStats {
+  std::string method;
+  int64_t calls = 0;
+  std::vector<std::pair<std::string, int64_t>> failed;  // by code
+  double p50_seconds = 0, p99_seconds = 0;
+};
 struct ServerStats {
+  std::vector<MethodStats> methods;
   std::vector<TierStats> tiers;
   int64_t models = 0, sequences = 0, tokens = 0, shared_blocks = 0;
   int64_t stored_bytes = 0, f16_equivalent_bytes = 0;
@@ -292,6 +299,8 @@ class Client {
   absl::StatusOr<ServerInfo> GetServerInfo();
 
   absl::Status RegisterModel(const Model& model);
+  // Forgets it, so that its name and its place are free; its sequences have to be closed.
+  absl::Status UnregisterModel(const std::string& model);
   absl::StatusOr<SequenceId> CreateSequence(const std::string& model, const SequenceOptions& options = {});
   absl::StatusOr<SequenceId> ForkSequence(SequenceId sequence);
   absl::Status TruncateSequence(SequenceId sequence, int64_t tokens);

@@ -225,6 +225,14 @@ ServerStats FromProto(const v1::GetStatsResponse& proto) {
   stats.durable_sequences = proto.durable_sequences();
   stats.compacted_blocks = proto.compacted_blocks();
   stats.compacted_bytes = proto.compacted_bytes();
+  for (const v1::MethodStats& method : proto.methods()) {
+    MethodStats& to = stats.methods.emplace_back();
+    to.method = method.method();
+    to.calls = method.calls();
+    for (const v1::CodeCount& failed : method.failed()) to.failed.emplace_back(failed.code(), failed.calls());
+    to.p50_seconds = method.p50_seconds();
+    to.p99_seconds = method.p99_seconds();
+  }
   return stats;
 }
 

@@ -28,6 +28,7 @@ class UnaryCalls : public Carrier {
     switch (request->call_case()) {
       KVTIDE_VERB(GetServerInfo, get_server_info)
       KVTIDE_VERB(RegisterModel, register_model)
+      KVTIDE_VERB(UnregisterModel, unregister_model)
       KVTIDE_VERB(CreateSequence, create_sequence)
       KVTIDE_VERB(ForkSequence, fork_sequence)
       KVTIDE_VERB(TruncateSequence, truncate_sequence)

@@ -340,6 +340,11 @@ void BindPool(nb::module_& m) {
              const auto pool = handle.pool();
              Raise(Blocking([&] { return pool->RegisterModel(model); }));
            })
+      .def("unregister_model",
+           [](const Handle& handle, const std::string& name) {
+             const auto pool = handle.pool();
+             Raise(Blocking([&] { return pool->UnregisterModel(name); }));
+           })
       .def("create_sequence",
            [](const Handle& handle, const std::string& model, const nb::dict& settings) {
              const client::SequenceOptions options = MakeSequenceOptions(settings);

@@ -12,6 +12,7 @@
 #include "daemon/cache/cache_stats.h"
 #include "daemon/cache/chunk.h"
 #include "daemon/cache/recency.h"
+#include "daemon/cache/tenants.h"
 #include "kernels/format/block_layout.h"
 #include "kernels/format/profile.h"
 
@@ -31,12 +32,13 @@ struct Place {
   uint64_t profile_hash = 0;  // the profile that it was coded with,
   uint64_t checksum = 0;      // and XXH3
   int pictures = 0;
-  int pins = 0;                // copies and seals that run
-  int keeps = 0;               // durable manifests that name it
-  bool retired = false;        // no block uses it; freed with the last picture, pin and keep
-  CachePair pair;              // for statistics
-  Block* block = nullptr;      // that lies here; null: reserved by a move, or retired
-  Block* backup_of = nullptr;  // retired: the block whose bytes, as they are now, lie here too
+  int pins = 0;                      // copies and seals that run
+  int keeps = 0;                     // durable manifests that name it
+  bool retired = false;              // no block uses it; freed with the last picture, pin and keep
+  CachePair pair;                    // for statistics
+  Block* block = nullptr;            // that lies here; null: reserved by a move, or retired
+  TenantAccount* account = nullptr;  // where its extent is counted; null: nowhere
+  Block* backup_of = nullptr;        // retired: the block whose bytes, as they are now, lie here too
 };
 
 // Whose bytes these are; checked when they come back from a place that others can write to.
@@ -66,6 +68,7 @@ struct Block {
   // Rows that a reader may still see were truncated away; the next writer copies the block while it is read.
   bool copy_before_write = false;
   OwnerStamp stamp;
+  TenantAccount* account = nullptr;  // of the tenant that wrote it
   int codec_version_k = 0, codec_version_v = 0;
   bool has_checksum = false;
   uint64_t checksum = 0;  // XXH3 of the bytes, computed on arrival in a tier that wants it; always with I/O
@@ -86,5 +89,13 @@ struct Block {
     return count;
   }
 };
+
+// Counts the place for a tenant, once.
+inline void Charge(Place* place, TenantAccount* account) {
+  if (account == nullptr || place->account != nullptr) return;
+  place->account = account;
+  account->tier_bytes[static_cast<size_t>(place->tier)] += place->extent;
+  account->places++;
+}
 
 }  // namespace kvtide

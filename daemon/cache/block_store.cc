@@ -83,6 +83,10 @@ void BlockStore::FreeIfUnused(Place* place) {
   KVTIDE_CHECK(stats.blocks > 0 && stats.bytes >= place->extent);
   stats.blocks--;
   stats.bytes -= place->extent;
+  if (place->account != nullptr) {
+    place->account->tier_bytes[static_cast<size_t>(place->tier)] -= place->extent;
+    place->account->places--;
+  }
   delete place;
 }
 
@@ -124,14 +128,34 @@ Block* BlockStore::NewBlock(Place* place, int home, const BlockLayout* layout) {
   return block;
 }
 
+uint64_t BlockStore::QuotaLeft(const TenantAccount& account, int tier_index) const {
+  const std::string& name = tier(tier_index).name;
+  const uint64_t limit = account.limits.OfTier(name);
+  if (limit == TenantLimits::kNone) return limit;
+  uint64_t taken = 0;
+  for (size_t t = 0; t < tiers_.size(); t++)
+    if (tiers_[t].name == name) taken += account.tier_bytes[t];
+  return limit - std::min(limit, taken);
+}
+
+bool BlockStore::MayLie(const Block& block, int tier_index) const {
+  return block.account == nullptr ||
+         tier(tier_index).ExtentBytes(block.layout->block_bytes()) <= QuotaLeft(*block.account, tier_index);
+}
+
 Place* BlockStore::Reserve(int tier, const Block& block) {
-  return NewPlace(tier, block.layout->block_bytes(), block.layout->pair());
+  if (!MayLie(block, tier)) return nullptr;
+  Place* const place = NewPlace(tier, block.layout->block_bytes(), block.layout->pair());
+  if (place != nullptr) Charge(place, block.account);
+  return place;
 }
 
 Place* BlockStore::ReserveAt(int tier, size_t offset, const Block& block) {
   const size_t bytes = block.layout->block_bytes();
   if (!this->tier(tier).allocator.AllocateAt(offset, this->tier(tier).ExtentBytes(bytes))) return nullptr;
-  return PlaceAt(tier, offset, bytes, block.layout->pair());
+  Place* const place = PlaceAt(tier, offset, bytes, block.layout->pair());
+  Charge(place, block.account);
+  return place;
 }
 
 Place* BlockStore::Claim(int tier, size_t offset, size_t bytes) {

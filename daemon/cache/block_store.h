@@ -68,7 +68,12 @@ class BlockStore {
   // The same for a block whose bytes lie at this offset already, in a tier of I/O; null if one of them is
   // taken.
   Block* AllocateAt(int tier, size_t offset, int home, const BlockLayout* layout);
-  // A place for a copy of the block in any tier, or null: anywhere, or at this offset.
+  // Bytes that the tenant may still take in the tier, over all its devices.
+  uint64_t QuotaLeft(const TenantAccount& account, int tier) const;
+  // Whether the quota of the block's tenant allows a copy of it in the tier.
+  bool MayLie(const Block& block, int tier) const;
+  // A place for a copy of the block in any tier, or null: anywhere (within its tenant's quota), or at this
+  // offset.
   Place* Reserve(int tier, const Block& block);
   Place* ReserveAt(int tier, size_t offset, const Block& block);
   // Free bytes that nobody else may take until the place is retired, or null.

@@ -30,8 +30,10 @@ struct Counters {
 };
 
 struct CacheState {
-  explicit CacheState(const CacheOptions& options) : sequences(options, &store) {}
+  explicit CacheState(const CacheOptions& options)
+      : tenants(&options.quotas, options.tiers.size()), sequences(options, &store, &tenants) {}
 
+  TenantTable tenants;  // before those who count in it
   BlockStore store;
   Sequences sequences;
   Counters counters;

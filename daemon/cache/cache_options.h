@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "daemon/cache/io_tier.h"
+#include "daemon/cache/tenants.h"
 #include "daemon/cache/tier_policy.h"
 #include "kernels/backend.h"
 
@@ -38,6 +39,7 @@ struct TierOptions {
 
 struct CacheOptions {
   std::vector<TierOptions> tiers;  // fastest first: device (once for each device), host
+  TenantQuotas quotas;             // of tenants; none by default
   TierLimits limits;
   size_t max_models = 64;
   size_t max_sequences = 16384;

@@ -41,8 +41,15 @@ struct TierStats {
   IoTierStats io;
 };
 
+struct TenantStats {
+  std::string tenant;
+  uint64_t sequences = 0, models = 0;
+  std::vector<uint64_t> tier_bytes;  // by tier: of blocks that it has written, copies included
+};
+
 struct CacheStats {
-  std::vector<TierStats> tiers;  // in the order of the options: each device of the first tier is an entry
+  std::vector<TenantStats> tenants;  // that have anything, by name
+  std::vector<TierStats> tiers;      // in the order of the options: each device of the first tier is an entry
   uint64_t models = 0;
   uint64_t sequences = 0;
   uint64_t tokens = 0;         // sum of the sequences' lengths

@@ -97,6 +97,8 @@ CacheStats Inspector::Stats() const {
   stats.durable_sequences = lock->durable_sequences;
   stats.max_sequences = core_.options().max_sequences;
   stats.max_models = core_.options().max_models;
+  for (const TenantAccount* account : lock->tenants.All())
+    stats.tenants.push_back({account->tenant, account->sequences, account->models, account->tier_bytes});
   stats.max_tokens_per_sequence = core_.options().max_tokens_per_sequence;
   return stats;
 }

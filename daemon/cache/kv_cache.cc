@@ -112,6 +112,11 @@ absl::StatusOr<ModelId> KvCache::RegisterModel(const ModelSpec& spec, const Call
   return id;
 }
 
+absl::StatusOr<ModelId> KvCache::UnregisterModel(const std::string& name, const CallContext& context) {
+  CacheLock lock(impl_->core);
+  return lock->sequences.UnregisterModel(name, context.tenant());
+}
+
 absl::StatusOr<ModelSpec> KvCache::GetModel(ModelId model) const {
   CacheLock lock(impl_->core);
   KVTIDE_ASSIGN_OR_RETURN(const auto state, lock->sequences.GetModel(model));

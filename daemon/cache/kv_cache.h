@@ -130,6 +130,9 @@ class KvCache {
   // name gives the same id. A shard of a model (some of its KV heads and their query heads) is a model of its
   // own, whose sequences are created on the shard's device.
   absl::StatusOr<ModelId> RegisterModel(const ModelSpec& spec, const CallContext& context = {});
+  // Forgets a model of the caller's tenant; its id is never used again. FailedPrecondition while it has open
+  // sequences.
+  absl::StatusOr<ModelId> UnregisterModel(const std::string& name, const CallContext& context = {});
   absl::StatusOr<ModelSpec> GetModel(ModelId model) const;
   absl::StatusOr<ModelId> FindModel(const std::string& name, const CallContext& context = {}) const;
   // In order of registration; an admin sees those of all tenants.

@@ -28,8 +28,8 @@ class Mover {
   // Room for writers; see RoomMaker.
   absl::StatusOr<std::vector<WritingBlock>> Allocate(CacheLock& lock, int home,
                                                      std::span<const BlockLayout* const> layouts,
-                                                     size_t want_bytes) {
-    return room_.Allocate(lock, home, layouts, want_bytes);
+                                                     size_t want_bytes, const TenantAccount* account) {
+    return room_.Allocate(lock, home, layouts, want_bytes, account);
   }
   WritingBlock AllocateIn(CacheLock& lock, int tier, int home, const BlockLayout* layout, size_t want_bytes) {
     return room_.AllocateIn(lock, tier, home, layout, want_bytes);

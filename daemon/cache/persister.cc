@@ -230,7 +230,10 @@ absl::Status Persister::WriteBatch(CacheLock& lock, std::span<const HeldBlock> b
     Block* const block = held.get();
     Place* const target = store.Reserve(tier_, *block);
     if (target == nullptr) {
-      status = absl::ResourceExhaustedError(RoomMaker::RoomText(*lock, block->layout->block_bytes()));
+      const size_t bytes = block->layout->block_bytes();
+      status = absl::ResourceExhaustedError(store.MayLie(*block, tier_)
+                                                ? RoomMaker::RoomText(*lock, bytes)
+                                                : RoomMaker::QuotaText(*lock, *block->account, bytes));
       break;
     }
     NameWrite(core_, *block, target);
@@ -380,7 +383,7 @@ absl::Status Persister::RestoreOne(CacheLock& lock, const std::string& bytes, Re
       profile = profiles_.try_emplace(profile->hash, profile).first->second;
   KVTIDE_RETURN_IF_ERROR(CheckModelSpec(manifest.model));
   KVTIDE_ASSIGN_OR_RETURN(const ModelId model,
-                          lock->sequences.RegisterModel(manifest.model, manifest.model_tenant));
+                          lock->sequences.RegisterModel(manifest.model, manifest.model_tenant, true));
   SequenceOptions options = manifest.options;
   // Where it lived; anywhere if that device is no more.
   options.device = manifest.device;
@@ -458,6 +461,8 @@ absl::Status Persister::RestoreGroup(CacheLock& lock, const Manifest& manifest, 
       block->profile = profile_at(from.profile);
       block->has_checksum = true;
       block->checksum = from.checksum;
+      block->account = sequence.account.get();
+      Charge(block->place, block->account);
       block->stamp = {sequence.model->hash, from.writer, sequence.name_space_hash, static_cast<int>(index),
                       number};
       block->place->write_id = from.write_id;

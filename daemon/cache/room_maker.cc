@@ -41,6 +41,24 @@ std::string RoomMaker::RoomText(const CacheState& state, size_t bytes) {
   return text;
 }
 
+std::string RoomMaker::QuotaText(const CacheState& state, const TenantAccount& account, size_t bytes) {
+  std::string text =
+      absl::StrCat("no room for ", bytes, " bytes within the quota of tenant '", account.tenant, "': ");
+  bool first = true;
+  for (size_t t = 0; t < state.store.tiers(); t++) {
+    const std::string& name = state.store.tier(static_cast<int>(t)).name;
+    const uint64_t limit = account.limits.OfTier(name);
+    if (limit == TenantLimits::kNone || (t > 0 && state.store.tier(static_cast<int>(t) - 1).name == name))
+      continue;
+    absl::StrAppend(&text, first ? "" : "; ", limit - state.store.QuotaLeft(account, static_cast<int>(t)),
+                    " of ", limit, " bytes taken in tier '", name, "'");
+    first = false;
+  }
+  absl::StrAppend(
+      &text, ". Close or truncate sequences of the tenant, evict some to a lower tier, or raise its quota");
+  return text;
+}
+
 WritingBlock RoomMaker::AllocateIn(CacheLock& lock, int tier, int home, const BlockLayout* layout,
                                    size_t want_bytes) {
   constexpr int kRounds = 64;  // others may take the room that was made
@@ -54,14 +72,20 @@ WritingBlock RoomMaker::AllocateIn(CacheLock& lock, int tier, int home, const Bl
 
 absl::StatusOr<std::vector<WritingBlock>> RoomMaker::Allocate(CacheLock& lock, int home,
                                                               std::span<const BlockLayout* const> layouts,
-                                                              size_t want_bytes) {
+                                                              size_t want_bytes,
+                                                              const TenantAccount* account) {
   size_t bytes = 0;
   for (const BlockLayout* layout : layouts) bytes += layout->block_bytes();
   const absl::Time deadline = core_.options().clock() + core_.options().room_wait;
   const int tiers = static_cast<int>(core_.tiers());
   while (true) {
+    bool over_quota = false;
     for (int t = home; t < tiers; t = lock->store.Below(t)) {
       if (!core_.attends(t)) continue;  // new blocks are written where a backend can
+      if (account != nullptr && bytes > lock->store.QuotaLeft(*account, t)) {
+        over_quota = true;
+        continue;
+      }
       std::vector<WritingBlock> blocks;
       while (blocks.size() < layouts.size()) {
         WritingBlock block = AllocateIn(lock, t, home, layouts[blocks.size()], want_bytes);
@@ -70,6 +94,8 @@ absl::StatusOr<std::vector<WritingBlock>> RoomMaker::Allocate(CacheLock& lock, i
       }
       if (blocks.size() == layouts.size()) return blocks;
     }
+    // Nobody else's moves and calls make room in a quota.
+    if (over_quota) return absl::ResourceExhaustedError(QuotaText(*lock, *account, bytes));
     const absl::Duration left = deadline - core_.options().clock();
     if ((lock->moves_running == 0 && lock->attends_running == 0) || left <= absl::ZeroDuration())
       return absl::ResourceExhaustedError(RoomText(*lock, bytes));
@@ -175,6 +201,10 @@ MoveReport RoomMaker::Execute(CacheLock& lock, std::span<const Move> moves, bool
       continue;
     }
     Block* block = find(move);
+    if (block != nullptr && block->backup == nullptr && !store.MayLie(*block, move.to)) {
+      report.left_blocks++;
+      continue;
+    }
     if (block != nullptr && block->backup != nullptr && block->backup->tier == move.to) {
       // Its bytes are there already.
       report.moved_blocks++;

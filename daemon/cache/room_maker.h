@@ -21,10 +21,11 @@ class RoomMaker {
 
   // One new block of each layout, all in the fastest tier from `home` on that can take them. Waits for the
   // calls and moves of others when there is no room (CacheOptions::room_wait); ResourceExhausted with the
-  // numbers. `want_bytes` is how much the caller will need in all: room is made in larger steps.
+  // numbers. Tiers where the tenant's quota leaves no room are passed over. `want_bytes` is how much the
+  // caller will need in all: room is made in larger steps.
   absl::StatusOr<std::vector<WritingBlock>> Allocate(CacheLock& lock, int home,
                                                      std::span<const BlockLayout* const> layouts,
-                                                     size_t want_bytes);
+                                                     size_t want_bytes, const TenantAccount* account);
   // A new block in this tier, or an empty guard.
   WritingBlock AllocateIn(CacheLock& lock, int tier, int home, const BlockLayout* layout, size_t want_bytes);
 
@@ -41,6 +42,8 @@ class RoomMaker {
   static BlockView View(const BlockStore& store, const Block& block, absl::Time now);
   // "no room for N bytes: tier 'device' has ..."
   static std::string RoomText(const CacheState& state, size_t bytes);
+  // "tenant 'acme' has N of M bytes in tier 'device'": for all tiers where it has a quota.
+  static std::string QuotaText(const CacheState& state, const TenantAccount& account, size_t bytes);
   // What a tier may take, as the policy sees it.
   static void ViewRoom(const Tier& tier, bool gathered, TierView* view);
 

@@ -109,6 +109,7 @@ struct Sequence {
   std::shared_ptr<const ModelState> model;
   SequenceOptions options;
   uint64_t name_space_hash = 0;
+  std::shared_ptr<TenantAccount> account;  // of options.name_space
   SequenceId forked_from = 0;
   int home = 0;       // device of the first tier; never changes, forks inherit it
   bool empty = true;  // nothing was ever appended
@@ -139,6 +140,8 @@ struct Sequence {
 // Says whose bytes the block holds.
 inline void Stamp(Block& block, const Sequence& sequence, int group, int64_t index) {
   block.stamp = {sequence.model->hash, sequence.id, sequence.name_space_hash, group, index};
+  block.account = sequence.account.get();
+  Charge(block.place, block.account);
 }
 
 }  // namespace kvtide

@@ -14,9 +14,10 @@
 
 namespace kvtide {
 
-Sequences::Sequences(const CacheOptions& options, BlockStore* store)
+Sequences::Sequences(const CacheOptions& options, BlockStore* store, TenantTable* tenants)
     : options_(options),
       store_(store),
+      tenants_(tenants),
       home_counts_(static_cast<size_t>(CountHomes(options.tiers))),
       ids_(options.id_seed) {}
 
@@ -27,13 +28,18 @@ void Sequences::Clear() {
   by_id_.clear();
 }
 
-absl::StatusOr<ModelId> Sequences::RegisterModel(const ModelSpec& spec, const std::string& tenant) {
-  for (const auto& model : models_) {
+absl::StatusOr<ModelId> Sequences::RegisterModel(const ModelSpec& spec, const std::string& tenant,
+                                                 bool restored) {
+  for (const auto& [id, model] : models_) {
     if (model->spec.name != spec.name || model->tenant != tenant) continue;
     if (model->spec == spec) return model->id;
     return absl::FailedPreconditionError(absl::StrCat(
         "model '", spec.name, "' is registered with another geometry; use another name for this one"));
   }
+  const std::shared_ptr<TenantAccount> account = tenants_->Get(tenant);
+  if (!restored)
+    KVTIDE_RETURN_IF_ERROR(account->CheckOneMore(&TenantAccount::models, account->limits.models, "models",
+                                                 "unregister one that is not used any more"));
   if (models_.size() >= options_.max_models)
     return absl::ResourceExhaustedError(
         absl::StrCat(models_.size(), " models are registered, which is the limit (max_models)"));
@@ -44,7 +50,7 @@ absl::StatusOr<ModelId> Sequences::RegisterModel(const ModelSpec& spec, const st
             Annotate(tier.backend->CheckSupport(*Layout(spec.groups[g].shape, ExactPair())),
                      absl::StrCat("model '", spec.name, "', layer group ", g)));
   auto model = std::make_shared<ModelState>();
-  model->id = static_cast<ModelId>(models_.size() + 1);
+  model->id = ++last_model_;
   model->spec = spec;
   model->tenant = tenant;
   model->hash = HashModel(spec);
@@ -52,19 +58,33 @@ absl::StatusOr<ModelId> Sequences::RegisterModel(const ModelSpec& spec, const st
     model->calibrated.push_back(group.key_means.empty() ? nullptr
                                                         : std::make_shared<const Profile>(
                                                               MakeMeanProfile(group.shape, group.key_means)));
-  models_.push_back(model);
+  models_[model->id] = model;
+  account->models++;
   return model->id;
 }
 
+absl::StatusOr<ModelId> Sequences::UnregisterModel(const std::string& name, const std::string& tenant) {
+  KVTIDE_ASSIGN_OR_RETURN(const ModelId id, FindModel(name, tenant));
+  const auto found = models_.find(id);
+  const auto users = std::count_if(sequences_.begin(), sequences_.end(),
+                                   [&](const auto& entry) { return entry.second->model == found->second; });
+  if (users > 0)
+    return absl::FailedPreconditionError(
+        absl::StrCat("model '", name, "' has ", users, " open sequences; close them first"));
+  models_.erase(found);
+  tenants_->Get(tenant)->models--;
+  return id;
+}
+
 absl::StatusOr<std::shared_ptr<const ModelState>> Sequences::GetModel(ModelId model) const {
-  if (model == 0 || model > models_.size())
-    return absl::NotFoundError(absl::StrCat("model ", model, " is not registered"));
-  return models_[model - 1];
+  const auto found = models_.find(model);
+  if (found == models_.end()) return absl::NotFoundError(absl::StrCat("model ", model, " is not registered"));
+  return found->second;
 }
 
 std::vector<std::string> Sequences::ModelNames(const Identity& caller) const {
   std::vector<std::string> names;
-  for (const auto& model : models_)
+  for (const auto& [id, model] : models_)
     if (caller.MaySee(model->tenant) &&
         std::find(names.begin(), names.end(), model->spec.name) == names.end())
       names.push_back(model->spec.name);
@@ -72,7 +92,7 @@ std::vector<std::string> Sequences::ModelNames(const Identity& caller) const {
 }
 
 absl::StatusOr<ModelId> Sequences::FindModel(const std::string& name, const std::string& tenant) const {
-  for (const auto& model : models_)
+  for (const auto& [id, model] : models_)
     if (model->spec.name == name && model->tenant == tenant) return model->id;
   return absl::NotFoundError(absl::StrCat("model '", name, "' is not registered"));
 }
@@ -117,6 +137,7 @@ absl::StatusOr<int> Sequences::ChooseHome(const std::string& device) const {
 
 void Sequences::Enter(const SequencePtr& sequence) {
   created_++;
+  sequence->account->sequences++;
   sequences_[sequence->id] = sequence;
   by_id_[sequence->id] = sequence;
   HomeCount& count = home_counts_[static_cast<size_t>(sequence->home)];
@@ -171,6 +192,11 @@ absl::StatusOr<std::vector<SequencePtr>> Sequences::FindAll(std::span<const Sequ
   return found;
 }
 
+absl::Status Sequences::CheckQuota(const TenantAccount& account) {
+  return account.CheckOneMore(&TenantAccount::sequences, account.limits.sequences, "sequences",
+                              "close some of them");
+}
+
 absl::Status Sequences::CheckRoomForOne() const {
   if (sequences_.size() < options_.max_sequences) return absl::OkStatus();
   return absl::ResourceExhaustedError(
@@ -179,12 +205,15 @@ absl::Status Sequences::CheckRoomForOne() const {
 
 absl::StatusOr<SequencePtr> Sequences::Create(ModelId model_id, const SequenceOptions& options) {
   KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, Build(model_id, options));
+  KVTIDE_RETURN_IF_ERROR(CheckQuota(*sequence->account));
+  KVTIDE_RETURN_IF_ERROR(CheckRoomForOne());
   sequence->id = NewId();
   Enter(sequence);
   return sequence;
 }
 
 absl::Status Sequences::Restore(const SequencePtr& sequence) {
+  // Not the quota: what was there stays, and counts.
   KVTIDE_RETURN_IF_ERROR(CheckRoomForOne());
   if (sequence->id == 0 || by_id_.count(sequence->id) != 0)
     return absl::AlreadyExistsError(absl::StrCat("sequence ", sequence->id, " exists"));
@@ -196,8 +225,8 @@ absl::Status Sequences::Restore(const SequencePtr& sequence) {
 absl::StatusOr<SequencePtr> Sequences::Build(ModelId model_id, const SequenceOptions& options) const {
   KVTIDE_ASSIGN_OR_RETURN(const std::shared_ptr<const ModelState> model, GetModel(model_id));
   KVTIDE_RETURN_IF_ERROR(CheckSequenceOptions(options, model->spec));
-  KVTIDE_RETURN_IF_ERROR(CheckRoomForOne());
   auto sequence = std::make_shared<Sequence>();
+  sequence->account = tenants_->Get(options.name_space);
   sequence->model = model;
   sequence->options = options;
   sequence->name_space_hash = HashNameSpace(options.name_space);
@@ -252,8 +281,10 @@ absl::StatusOr<SequencePtr> Sequences::Fork(SequenceId id, const CallContext& co
   if (parent->writer)
     return absl::AbortedError(
         absl::StrCat("sequence ", id, " is being written; fork it when the call has ended"));
+  KVTIDE_RETURN_IF_ERROR(CheckQuota(*parent->account));
   KVTIDE_RETURN_IF_ERROR(CheckRoomForOne());
   auto child = std::make_shared<Sequence>();
+  child->account = parent->account;
   child->id = NewId();
   child->model = parent->model;
   child->options = parent->options;
@@ -281,6 +312,7 @@ absl::Status Sequences::Close(const SequencePtr& sequence) {
   closed_.push_back(id);
   if (closed_.size() > 1024) closed_.pop_front();
   closed_count_++;
+  sequence->account->sequences--;
   sequence->closed = true;
   CountHeld(*sequence);
   if (sequence->writer) {

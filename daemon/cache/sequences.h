@@ -25,10 +25,14 @@ using SequencePtr = std::shared_ptr<Sequence>;
 
 class Sequences {
  public:
-  Sequences(const CacheOptions& options, BlockStore* store);
+  // Borrows all of them.
+  Sequences(const CacheOptions& options, BlockStore* store, TenantTable* tenants);
 
   // Names of models are the tenant's own: two tenants may have different ones of a name.
-  absl::StatusOr<ModelId> RegisterModel(const ModelSpec& spec, const std::string& tenant);
+  // `restored`: it was there before, so no quota counts.
+  absl::StatusOr<ModelId> RegisterModel(const ModelSpec& spec, const std::string& tenant,
+                                        bool restored = false);
+  absl::StatusOr<ModelId> UnregisterModel(const std::string& name, const std::string& tenant);
   absl::StatusOr<std::shared_ptr<const ModelState>> GetModel(ModelId model) const;
   absl::StatusOr<ModelId> FindModel(const std::string& name, const std::string& tenant) const;
   // Those that the caller may see; an admin, all.
@@ -71,6 +75,7 @@ class Sequences {
     size_t sequences = 0, empty = 0;
   };
 
+  static absl::Status CheckQuota(const TenantAccount& account);
   absl::Status CheckRoomForOne() const;
   SequenceId RandomId();
   SequenceId NewId();
@@ -82,7 +87,9 @@ class Sequences {
 
   const CacheOptions& options_;
   BlockStore* const store_;
-  std::vector<std::shared_ptr<const ModelState>> models_;
+  TenantTable* const tenants_;
+  std::map<ModelId, std::shared_ptr<const ModelState>> models_;
+  ModelId last_model_ = 0;
   std::map<SequenceId, SequencePtr> sequences_;         // in order, for lists
   absl::flat_hash_map<SequenceId, SequencePtr> by_id_;  // the same, to find
   std::vector<HomeCount> home_counts_;                  // of open sequences, by device of the first tier

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
 #include "kernels/base/status.h"
 
 namespace kvtide {
@@ -34,7 +35,8 @@ absl::StatusOr<TenantQuotas> TenantQuotas::Parse(std::span<const std::string> te
   for (const std::string& text : texts) {
     const auto wrong = [&](absl::string_view what) {
       return absl::InvalidArgumentError(absl::StrCat(
-          "quota \"", text, "\": ", what, "; write TENANT:KEY=VALUE,... with the keys sequences, models, calls, ",
+          "quota \"", text, "\": ", what,
+          "; write TENANT:KEY=VALUE,... with the keys sequences, models, calls, ",
           "connections and the tiers ", absl::StrJoin(tiers, ", "), ", and * for all other tenants"));
     };
     const size_t colon = text.find(':');
@@ -45,7 +47,8 @@ absl::StatusOr<TenantQuotas> TenantQuotas::Parse(std::span<const std::string> te
     for (const absl::string_view part : absl::StrSplit(absl::string_view(text).substr(colon + 1), ',')) {
       const std::pair<std::string, std::string> pair = absl::StrSplit(part, absl::MaxSplits('=', 1));
       const auto& [key, value] = pair;
-      if (std::find(seen.begin(), seen.end(), key) != seen.end()) return wrong(absl::StrCat(key, " is there twice"));
+      if (std::find(seen.begin(), seen.end(), key) != seen.end())
+        return wrong(absl::StrCat(key, " is there twice"));
       seen.push_back(key);
       uint64_t* count = nullptr;
       if (key == "sequences") count = &limits.sequences;
@@ -79,17 +82,19 @@ absl::Status TenantAccount::CheckOneMore(uint64_t TenantAccount::*count, uint64_
                                                    ", and its quota is ", limit, "; ", advice));
 }
 
-TenantAccount* TenantTable::Get(const std::string& tenant) {
-  if (const auto found = accounts_.find(tenant); found != accounts_.end()) return found->second.get();
+std::shared_ptr<TenantAccount> TenantTable::Get(const std::string& tenant) {
+  if (const auto found = accounts_.find(tenant); found != accounts_.end()) return found->second;
   if (accounts_.size() >= sweep_at_) {
-    absl::erase_if(accounts_, [](const auto& entry) { return IsEmpty(*entry.second); });
+    absl::erase_if(accounts_,
+                   [](const auto& entry) { return IsEmpty(*entry.second) && entry.second.use_count() == 1; });
     sweep_at_ = std::max<size_t>(64, 2 * accounts_.size());
   }
-  auto account = std::make_unique<TenantAccount>();
+  auto account = std::make_shared<TenantAccount>();
   account->tenant = tenant;
   account->limits = quotas_->Of(tenant);
   account->tier_bytes.resize(tiers_);
-  return accounts_.emplace(tenant, std::move(account)).first->second.get();
+  accounts_.emplace(tenant, account);
+  return account;
 }
 
 std::vector<const TenantAccount*> TenantTable::All() const {

@@ -28,12 +28,13 @@ struct TenantLimits {
   bool operator==(const TenantLimits&) const = default;
 };
 
-// The limits of all tenants. A text for each: "acme:sequences=100,models=4,calls=32,connections=16,device=2GiB,
-// host=16GiB"; what is left out has no limit. "*" stands for every tenant that has no text of its own, each
-// for itself.
+// The limits of all tenants. A text for each:
+// "acme:sequences=100,models=4,calls=32,connections=16,device=2GiB, host=16GiB"; what is left out has no
+// limit. "*" stands for every tenant that has no text of its own, each for itself.
 class TenantQuotas {
  public:
-  // `tiers`: their names, which stand beside the four counts. InvalidArgument names the text and what is wrong.
+  // `tiers`: their names, which stand beside the four counts. InvalidArgument names the text and what is
+  // wrong.
   static absl::StatusOr<TenantQuotas> Parse(std::span<const std::string> texts,
                                             std::span<const std::string> tiers);
   const TenantLimits& Of(const std::string& tenant) const;
@@ -51,7 +52,8 @@ struct TenantAccount {
   std::vector<uint64_t> tier_bytes;  // by tier index: extents of its blocks, and of copies on their way
   uint64_t places = 0;               // that these are of
 
-  // ResourceExhausted where one more is too much: says whose quota, how much of it is taken and what frees it.
+  // ResourceExhausted where one more is too much: says whose quota, how much of it is taken and what frees
+  // it.
   absl::Status CheckOneMore(uint64_t TenantAccount::*count, uint64_t limit, const char* what,
                             const char* advice) const;
 };
@@ -59,15 +61,15 @@ struct TenantAccount {
 class TenantTable {
  public:
   TenantTable(const TenantQuotas* quotas, size_t tiers) : quotas_(quotas), tiers_(tiers) {}
-  // Lives while it counts anything, and until the next call of this.
-  TenantAccount* Get(const std::string& tenant);
+  // Kept while it counts anything or somebody has it.
+  std::shared_ptr<TenantAccount> Get(const std::string& tenant);
   // Those that have anything, by name.
   std::vector<const TenantAccount*> All() const;
 
  private:
   const TenantQuotas* const quotas_;
   const size_t tiers_;
-  absl::flat_hash_map<std::string, std::unique_ptr<TenantAccount>> accounts_;
+  absl::flat_hash_map<std::string, std::shared_ptr<TenantAccount>> accounts_;
   size_t sweep_at_ = 64;
 };
 

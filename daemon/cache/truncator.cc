@@ -99,7 +99,7 @@ absl::StatusOr<WritingBlock> Truncator::ReopenCodedBlock(CacheLock& lock, Sequen
   } else {
     const BlockLayout* const layouts[1] = {table.exact};
     KVTIDE_ASSIGN_OR_RETURN(std::vector<WritingBlock> blocks,
-                            mover_.Allocate(lock, sequence.home, layouts, 0));
+                            mover_.Allocate(lock, sequence.home, layouts, 0, sequence.account.get()));
     target = std::move(blocks.front());
   }
   Stamp(*target.get(), sequence, group, index);

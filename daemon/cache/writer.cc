@@ -210,9 +210,10 @@ absl::Status Writer::AddBlocks(CacheLock& lock, WriteBatch& batch, Sequence& seq
   const size_t bytes_each = table.exact->block_bytes() + (twins ? table.coded->block_bytes() : 0);
   while (table.end_block() <= last_index) {
     const int64_t index = table.end_block();
-    KVTIDE_ASSIGN_OR_RETURN(std::vector<WritingBlock> blocks,
-                            mover_.Allocate(lock, sequence.home, {layouts, count},
-                                            bytes_each * static_cast<size_t>(last_index - index + 1)));
+    KVTIDE_ASSIGN_OR_RETURN(
+        std::vector<WritingBlock> blocks,
+        mover_.Allocate(lock, sequence.home, {layouts, count},
+                        bytes_each * static_cast<size_t>(last_index - index + 1), sequence.account.get()));
     for (const WritingBlock& block : blocks) Stamp(*block.get(), sequence, group, index);
     if (twins) {
       store.AddDirect(blocks[0].get(), sequence.keeper());
@@ -271,8 +272,9 @@ absl::Status Writer::CopyBeforeWrite(CacheLock& lock, WriteBatch& batch, Sequenc
   GroupTable& table = sequence.groups[static_cast<size_t>(group)];
   const BlockLayout* layouts[2] = {};
   for (size_t i = 0; i < entries.size(); i++) layouts[i] = entries[i]->layout;
-  KVTIDE_ASSIGN_OR_RETURN(std::vector<WritingBlock> copies,
-                          mover_.Allocate(lock, sequence.home, {layouts, entries.size()}, 0));
+  KVTIDE_ASSIGN_OR_RETURN(
+      std::vector<WritingBlock> copies,
+      mover_.Allocate(lock, sequence.home, {layouts, entries.size()}, 0, sequence.account.get()));
   for (size_t i = 0; i < entries.size(); i++) {
     if (entries[i]->place == nullptr)  // dropped while room was made
       return absl::DataLossError(absl::StrCat("tokens from ", index * kBlockTokens, " were dropped"));

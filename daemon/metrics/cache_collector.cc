@@ -1,6 +1,7 @@
 #include "daemon/metrics/cache_collector.h"
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "daemon/metrics/family.h"
@@ -173,6 +174,48 @@ void WriteIo(FamilyWriter& writer, const CacheStats& stats) {
           stats.persisted_bytes);
 }
 
+// The tenants that have most, each by its name, and the others together: as many series however many there
+// are.
+std::vector<TenantStats> ShownTenants(const CacheStats& stats) {
+  constexpr size_t kMost = 32;
+  std::vector<TenantStats> shown = stats.tenants;
+  const auto bytes = [](const TenantStats& tenant) {
+    return std::accumulate(tenant.tier_bytes.begin(), tenant.tier_bytes.end(), uint64_t{0});
+  };
+  std::stable_sort(shown.begin(), shown.end(), [&](const TenantStats& a, const TenantStats& b) {
+    return std::pair(bytes(a), a.sequences) > std::pair(bytes(b), b.sequences);
+  });
+  if (shown.size() <= kMost) return shown;
+  TenantStats others{"(others)", 0, 0, std::vector<uint64_t>(stats.tiers.size())};
+  for (size_t i = kMost; i < shown.size(); i++) {
+    others.sequences += shown[i].sequences;
+    others.models += shown[i].models;
+    for (size_t t = 0; t < others.tier_bytes.size(); t++) others.tier_bytes[t] += shown[i].tier_bytes[t];
+  }
+  shown.resize(kMost);
+  shown.push_back(std::move(others));
+  return shown;
+}
+
+void WriteTenants(FamilyWriter& writer, const CacheStats& stats) {
+  std::vector<TenantStats> tenants = ShownTenants(stats);
+  // An admin may give a tenant any name.
+  for (TenantStats& tenant : tenants)
+    std::replace_if(
+        tenant.tenant.begin(), tenant.tenant.end(),
+        [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; }, '?');
+  writer.Gauge("kvtide_tenant_sequences", "Open sequences of the tenant.");
+  for (const TenantStats& tenant : tenants)
+    writer.Sample(static_cast<double>(tenant.sequences), {{"tenant", tenant.tenant}});
+  writer.Gauge("kvtide_tenant_bytes",
+               "Bytes of blocks in the tier that the tenant has written, copies of them included.");
+  for (const TenantStats& tenant : tenants)
+    for (size_t t = 0; t < stats.tiers.size() && t < tenant.tier_bytes.size(); t++)
+      writer.Sample(
+          static_cast<double>(tenant.tier_bytes[t]),
+          {{"tenant", tenant.tenant}, {"tier", stats.tiers[t].name}, {"device", stats.tiers[t].device}});
+}
+
 }  // namespace
 
 std::vector<prometheus::MetricFamily> CacheCollector::Collect() const {
@@ -183,6 +226,7 @@ std::vector<prometheus::MetricFamily> CacheCollector::Collect() const {
   WriteContents(writer, stats);
   WriteCounters(writer, stats);
   WriteIo(writer, stats);
+  WriteTenants(writer, stats);
   return families;
 }
 

@@ -27,17 +27,22 @@ CallCounts::Method* CallCounts::Find(const char* name) {
 void CallCounts::Add(const CallReport& call) {
   Method* const method = Find(call.method);
   if (method == nullptr) return;
-  const size_t code = call.code >= 0 && static_cast<size_t>(call.code) < kCodes ? static_cast<size_t>(call.code) : 2;
+  const size_t code =
+      call.code >= 0 && static_cast<size_t>(call.code) < kCodes ? static_cast<size_t>(call.code) : 2;
   method->codes[code].fetch_add(1, std::memory_order_relaxed);
-  const double steps = std::log(std::max(1.0, absl::ToDoubleSeconds(call.duration) / kFirst)) / std::log(kStep);
-  const auto bucket = static_cast<size_t>(std::clamp(std::ceil(steps), 0.0, static_cast<double>(kBuckets - 1)));
+  if (absl::string_view(call.method) == "Session") return;  // a stream lasts as long as its client
+  const double steps =
+      std::log(std::max(1.0, absl::ToDoubleSeconds(call.duration) / kFirst)) / std::log(kStep);
+  const auto bucket =
+      static_cast<size_t>(std::clamp(std::ceil(steps), 0.0, static_cast<double>(kBuckets - 1)));
   method->durations[bucket].fetch_add(1, std::memory_order_relaxed);
 }
 
 double CallCounts::Quantile(const Method& method, double share) {
   std::array<int64_t, kBuckets> counts{};
   int64_t all = 0;
-  for (size_t i = 0; i < kBuckets; i++) all += counts[i] = method.durations[i].load(std::memory_order_relaxed);
+  for (size_t i = 0; i < kBuckets; i++)
+    all += counts[i] = method.durations[i].load(std::memory_order_relaxed);
   int64_t below = 0;
   for (size_t i = 0; i < kBuckets; i++) {
     below += counts[i];

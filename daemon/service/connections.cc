@@ -4,6 +4,8 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 
+#include <vector>
+
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_replace.h"
@@ -59,7 +61,9 @@ std::shared_ptr<Connection> Connections::Add(int fd) {
   const ino_t socket = SocketOf(fd);
   const MutexLock lock(mutex_);
   connection->number = ++last_;
+  Erase(fd);
   open_[fd] = {connection, socket};
+  if (connection->identity.ok()) of_tenants_[(*connection->identity)->tenant]++;
   if (connection->tcp) tcp_[connection->name] = fd;
   size_ = open_.size();
   return connection;
@@ -81,17 +85,37 @@ std::shared_ptr<Connection> Connections::Find(const std::string& peer) const {
   return gone_;
 }
 
+void Connections::Erase(int fd) {
+  const auto entry = open_.find(fd);
+  if (entry == open_.end()) return;
+  const Connection& connection = *entry->second.connection;
+  const auto named = tcp_.find(connection.name);
+  if (named != tcp_.end() && named->second == fd) tcp_.erase(named);
+  if (connection.identity.ok()) {
+    const auto of = of_tenants_.find((*connection.identity)->tenant);
+    if (--of->second == 0) of_tenants_.erase(of);
+  }
+  open_.erase(entry);
+}
+
+void Connections::Forget(int fd) {
+  const MutexLock lock(mutex_);
+  Erase(fd);
+  size_ = open_.size();
+}
+
+size_t Connections::CountOf(const std::string& tenant) const {
+  const MutexLock lock(mutex_);
+  const auto found = of_tenants_.find(tenant);
+  return found == of_tenants_.end() ? 0 : found->second;
+}
+
 size_t Connections::Sweep() {
   const MutexLock lock(mutex_);
-  for (auto entry = open_.begin(); entry != open_.end();) {
-    if (SocketOf(entry->first) == entry->second.socket) {
-      ++entry;
-    } else {
-      const auto named = tcp_.find(entry->second.connection->name);
-      if (named != tcp_.end() && named->second == entry->first) tcp_.erase(named);
-      open_.erase(entry++);
-    }
-  }
+  std::vector<int> gone;
+  for (const auto& [fd, entry] : open_)
+    if (SocketOf(fd) != entry.socket) gone.push_back(fd);
+  for (const int fd : gone) Erase(fd);
   size_ = open_.size();
   return open_.size();
 }

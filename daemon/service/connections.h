@@ -39,9 +39,13 @@ class Connections {
   std::shared_ptr<Connection> Add(int fd);
   // By the peer name of a call. A call whose connection has gone gets one that stands for all such.
   std::shared_ptr<Connection> Find(const std::string& peer) const;
+  // Closes none of them: forgets one that was added and is refused after all.
+  void Forget(int fd);
   // Forgets those whose descriptor is closed or another socket's by now; how many are left.
   size_t Sweep();
   size_t size() const { return size_.load(std::memory_order_relaxed); }
+  // Of a tenant, as its sockets tell; those that say who they are with a token or certificate do not count.
+  size_t CountOf(const std::string& tenant) const;
   // As opened by Add since the start.
   uint64_t accepted() const;
 
@@ -51,10 +55,12 @@ class Connections {
     ino_t socket = 0;
   };
   const Access access_;
+  void Erase(int fd) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   mutable Mutex mutex_;
   absl::flat_hash_map<int, Entry> open_ ABSL_GUARDED_BY(mutex_);
   // By what gRPC calls the peer of a connection that it was handed with TLS: "ipv4:127.0.0.1:53412".
   absl::flat_hash_map<std::string, int> tcp_ ABSL_GUARDED_BY(mutex_);
+  absl::flat_hash_map<std::string, size_t> of_tenants_ ABSL_GUARDED_BY(mutex_);
   uint64_t last_ ABSL_GUARDED_BY(mutex_) = 0;
   std::atomic<size_t> size_{0};  // of open_
   const std::shared_ptr<Connection> gone_ = std::make_shared<Connection>();

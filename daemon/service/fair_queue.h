@@ -1,49 +1,80 @@
-// Work that waits, in turns: of every caller with waiting work one piece is taken before any of them gets a
-// second one. Within a caller the order is that of arrival. Not thread-safe; the queue borrows the work.
+// Work that waits, in turns: tenants take turns, and within a tenant its callers do. Of every tenant with
+// waiting work one piece is taken before any of them gets a second one, and so of every caller within its
+// tenant. Within a caller the order is that of arrival. Not thread-safe; the queue borrows the work.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <utility>
 
 #include "absl/container/flat_hash_map.h"
 
 namespace kvtide::service {
 
+// Turns between keys that have something waiting.
+template <class Key, class Queue>
+class Turns {
+ public:
+  // The queue of a key, which has a turn from now on; something is put into it at once.
+  Queue& Of(const Key& key) {
+    const auto [entry, first] = queues_.try_emplace(key);
+    if (first) turns_.push_back(key);
+    return entry->second;
+  }
+  // Takes one piece from the queue whose turn it is; `pop` takes it and says whether more is left.
+  template <class Pop>
+  bool Next(Pop pop) {
+    if (turns_.empty()) return false;
+    const Key key = std::move(turns_.front());
+    turns_.pop_front();
+    const auto entry = queues_.find(key);
+    if (pop(entry->second)) {
+      turns_.push_back(key);
+    } else {
+      queues_.erase(entry);
+    }
+    return true;
+  }
+  bool empty() const { return turns_.empty(); }
+
+ private:
+  absl::flat_hash_map<Key, Queue> queues_;  // those with waiting work
+  std::deque<Key> turns_;                   // the same, in the order of their turns
+};
+
+// Who waits: a tenant (a hash of its name) and one of its callers.
+struct Caller {
+  uint64_t tenant = 0, number = 0;
+};
+
 template <class Work>
 class FairQueue {
  public:
-  void Push(uint64_t caller, Work* work) {
-    const auto [entry, first] = callers_.try_emplace(caller);
-    if (first) {
-      turns_.push_back(caller);
-    }
-    entry->second.push_back(work);
+  void Push(Caller caller, Work* work) {
+    tenants_.Of(caller.tenant).Of(caller.number).push_back(work);
     size_++;
   }
 
   // Null when nothing waits.
   Work* Pop() {
-    if (turns_.empty()) return nullptr;
-    const uint64_t caller = turns_.front();
-    turns_.pop_front();
-    const auto entry = callers_.find(caller);
-    Work* const work = entry->second.front();
-    entry->second.pop_front();
-    if (entry->second.empty()) {
-      callers_.erase(entry);
-    } else {
-      turns_.push_back(caller);
-    }
-    size_--;
+    Work* work = nullptr;
+    tenants_.Next([&](Turns<uint64_t, std::deque<Work*>>& callers) {
+      callers.Next([&](std::deque<Work*>& queue) {
+        work = queue.front();
+        queue.pop_front();
+        return !queue.empty();
+      });
+      return !callers.empty();
+    });
+    if (work != nullptr) size_--;
     return work;
   }
 
   size_t size() const { return size_; }
 
  private:
-  absl::flat_hash_map<uint64_t, std::deque<Work*>> callers_;  // those with waiting work
-  std::deque<uint64_t> turns_;                                // the same, in the order of their turns
+  Turns<uint64_t, Turns<uint64_t, std::deque<Work*>>> tenants_;
   size_t size_ = 0;
 };
 

@@ -101,6 +101,14 @@ absl::Status Handlers::RegisterModel(const v1::RegisterModelRequest& request,
   return absl::OkStatus();
 }
 
+absl::Status Handlers::UnregisterModel(const v1::UnregisterModelRequest& request,
+                                       v1::UnregisterModelResponse*, const Call& call) {
+  KVTIDE_ASSIGN_OR_RETURN(const ModelId model, cache_->UnregisterModel(request.model(), call.context));
+  const MutexLock lock(mutex_);
+  specs_.erase(model);
+  return absl::OkStatus();
+}
+
 absl::Status Handlers::CreateSequence(const v1::CreateSequenceRequest& request,
                                       v1::CreateSequenceResponse* response, const Call& call) {
   KVTIDE_ASSIGN_OR_RETURN(const SequenceOptions options, FromProto(request, options_.defaults));
@@ -234,6 +242,7 @@ absl::Status Handlers::ListSequences(const v1::ListSequencesRequest& request,
 
 absl::Status Handlers::GetStats(const v1::GetStatsRequest&, v1::GetStatsResponse* response, const Call&) {
   ToProto(cache_->Stats(), response);
+  options_.counts->ToProto(response->mutable_methods());
   response->set_uptime_seconds(absl::ToDoubleSeconds(cache_->options().clock() - started_));
   return absl::OkStatus();
 }

@@ -27,6 +27,7 @@ class Handlers {
 
   absl::Status GetServerInfo(const v1::GetServerInfoRequest&, v1::GetServerInfoResponse*, const Call&);
   absl::Status RegisterModel(const v1::RegisterModelRequest&, v1::RegisterModelResponse*, const Call&);
+  absl::Status UnregisterModel(const v1::UnregisterModelRequest&, v1::UnregisterModelResponse*, const Call&);
   absl::Status CreateSequence(const v1::CreateSequenceRequest&, v1::CreateSequenceResponse*, const Call&);
   absl::Status ForkSequence(const v1::ForkSequenceRequest&, v1::ForkSequenceResponse*, const Call&);
   absl::Status TruncateSequence(const v1::TruncateSequenceRequest&, v1::TruncateSequenceResponse*,

@@ -5,6 +5,7 @@
 #include <random>
 #include <utility>
 
+#include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "absl/time/clock.h"
@@ -28,6 +29,22 @@ bool IsSane(const grpc::string_ref& id) {
     return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '-' || c == '_' || c == '.' || c == ':' ||
            c == '/' || c == '+' || c == '=';
   });
+}
+
+// The trace id of W3C's traceparent; empty where there is none that is well formed.
+std::string TraceOf(const grpc::ServerContext& context) {
+  const auto& metadata = context.client_metadata();
+  const auto found = metadata.find("traceparent");
+  // 00-32 digits-16 digits-2 digits, all of them small hexadecimal ones.
+  if (found == metadata.end() || found->second.size() != 55) return "";
+  const absl::string_view text(found->second.data(), found->second.size());
+  for (size_t i = 0; i < text.size(); i++) {
+    const bool dash = i == 2 || i == 35 || i == 52;
+    const bool digit =
+        absl::ascii_isdigit(static_cast<unsigned char>(text[i])) || (text[i] >= 'a' && text[i] <= 'f');
+    if (dash ? text[i] != '-' : !digit) return "";
+  }
+  return std::string(text.substr(3, 32));
 }
 
 absl::Time ToTime(std::chrono::system_clock::time_point deadline) {
@@ -95,11 +112,32 @@ absl::StatusOr<IdentityPtr> KvCacheService::Identify(const grpc::ServerContext& 
   return connection.identity;
 }
 
-bool KvCacheService::Submit(const Verb* verb, uint64_t caller, WorkerPool::Work* work) {
+absl::Status KvCacheService::BeginCall(const std::string& tenant) {
+  const uint64_t limit = options_.quotas.Of(tenant).calls;
+  if (limit == TenantLimits::kNone) return absl::OkStatus();
+  const MutexLock lock(tenants_mutex_);
+  uint64_t& calls = calls_of_[tenant];
+  if (calls >= limit)
+    return absl::ResourceExhaustedError(absl::StrCat("tenant '", tenant, "' has ", calls,
+                                                     " calls under way, and its quota is ", limit,
+                                                     "; wait for answers before sending more"));
+  calls++;
+  return absl::OkStatus();
+}
+
+void KvCacheService::EndCall(const std::string& tenant) {
+  if (options_.quotas.Of(tenant).calls == TenantLimits::kNone) return;
+  const MutexLock lock(tenants_mutex_);
+  const auto found = calls_of_.find(tenant);
+  if (--found->second == 0) calls_of_.erase(found);
+}
+
+bool KvCacheService::Submit(const Verb* verb, Caller caller, WorkerPool::Work* work) {
   return (verb != nullptr && verb->lane == Lane::kBulk ? bulk_ : prompt_).Submit(caller, work);
 }
 
 void KvCacheService::Report(const CallReport& report) const {
+  options_.counts->Add(report);
   if (options_.report) options_.report(report);
 }
 
@@ -125,6 +163,7 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
                       ? std::string(asked->second.data(), asked->second.size())
                       : service->NewRequestId();
     context->AddTrailingMetadata(kRequestIdKey, request_id_);
+    trace_ = TraceOf(*context);
     call_.context.caller = connection_->name;
     identity_ = service->Identify(*context, *connection_);
     if (identity_.ok()) call_.context.identity = identity_->get();
@@ -160,6 +199,7 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
   // Takes the memory of a request that has arrived: as it is, and as it will be read.
   absl::Status TakeRequest() {
     request_bytes_ = static_cast<int64_t>(request_.Length());
+    received_ = taken_ = absl::Now();
     return hold_.Add(2 * request_bytes_ + kCallBytes);
   }
   // Whether the caller is somebody, before anything of the call is read.
@@ -167,8 +207,16 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
     KVTIDE_RETURN_IF_ERROR(service_->CheckNotDraining());
     return identity_.status();
   }
+  // Counts the call for its tenant, until End.
+  absl::Status CountForTenant() {
+    KVTIDE_RETURN_IF_ERROR(service_->BeginCall(call_.context.tenant()));
+    counted_for_ = *identity_;
+    return absl::OkStatus();
+  }
+  Caller CallerOf() const { return {std::hash<std::string>()(call_.context.tenant()), connection_->number}; }
   // Whether the call may begin.
-  absl::Status MayBegin() const {
+  absl::Status MayBegin() {
+    taken_ = absl::Now();
     if (cancellation_.cancelled()) return Gone();
     return service_->CheckNotDraining();
   }
@@ -177,7 +225,7 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
   }
 
   void Begin() {
-    start_ = absl::Now();
+    start_ = received_ = taken_ = absl::Now();
     service_->options_.gauges->calls_under_way++;
   }
   void End(const char* method, const absl::Status& status, SequenceId sequence,
@@ -188,12 +236,15 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
     report.duration = absl::Now() - start_;
     report.request_bytes = request_bytes_;
     report.response_bytes = status.ok() ? static_cast<int64_t>(answer_.Length()) : 0;
-    if (!status.ok()) {
-      report.message = std::string_view(status.message().data(), status.message().size());
-      report.request_id = std::string_view(request_id.data(), request_id.size());
-      report.caller = connection_->name;
-      report.sequence = sequence;
-    }
+    report.received = received_ - start_;
+    report.waited = taken_ - received_;
+    report.message = std::string_view(status.message().data(), status.message().size());
+    report.request_id = std::string_view(request_id.data(), request_id.size());
+    report.caller = connection_->name;
+    report.tenant = call_.context.tenant();
+    report.trace = trace_;
+    report.sequence = sequence;
+    if (counted_for_ != nullptr) service_->EndCall(std::exchange(counted_for_, nullptr)->tenant);
     service_->Report(report);
     service_->options_.gauges->calls_under_way--;
   }
@@ -221,9 +272,8 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
 
   // To be called before an answer is written or a request is awaited that has begun, and when that is done.
   void WaitForClient(bool begins) {
-    waiting_since_.store(
-        begins ? absl::ToUnixNanos(absl::Now()) : absl::ToUnixNanos(absl::InfiniteFuture()),
-        std::memory_order_relaxed);
+    waiting_since_.store(begins ? absl::ToUnixNanos(absl::Now()) : absl::ToUnixNanos(absl::InfiniteFuture()),
+                         std::memory_order_relaxed);
   }
 
   KvCacheService* const service_;
@@ -231,12 +281,13 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
   const std::shared_ptr<Connection> connection_;
   MemoryBudget::Hold hold_;
   absl::StatusOr<IdentityPtr> identity_;
+  IdentityPtr counted_for_;  // null: not counted
   Cancellation cancellation_;
   Call call_;
-  std::string request_id_;
+  std::string request_id_, trace_;
   grpc::ByteBuffer request_, answer_;
   int64_t request_bytes_ = 0;
-  absl::Time start_ = absl::Now();
+  absl::Time start_ = absl::Now(), received_ = start_, taken_ = start_;
 
  private:
   std::atomic<int64_t> waiting_since_{absl::ToUnixNanos(absl::InfiniteFuture())};
@@ -249,7 +300,9 @@ class KvCacheService::UnaryCall final : public AnyCall {
 
   void Start() {
     Begin();
-    if (const absl::Status status = MayCall(); !status.ok()) {
+    absl::Status status = MayCall();
+    if (status.ok()) status = CountForTenant();
+    if (!status.ok()) {
       Conclude(status);
       return;
     }
@@ -276,7 +329,7 @@ class KvCacheService::UnaryCall final : public AnyCall {
       Conclude(status);
       return;
     }
-    if (!service_->Submit(verb_, connection_->number, this)) {
+    if (!service_->Submit(verb_, CallerOf(), this)) {
       Conclude(absl::ResourceExhaustedError(absl::StrCat("all threads are busy and ",
                                                          service_->options_.max_queued_calls,
                                                          " calls wait already; try again later")));
@@ -345,15 +398,17 @@ class KvCacheService::SessionCall final : public AnyCall {
       call_.context.identity = identity_->get();
     }
     Place(verb_);
-    if (const absl::Status status = TakeRequest(); !status.ok()) {
-      Fail(status);
+    absl::Status taken = CountForTenant();
+    if (taken.ok()) taken = TakeRequest();
+    if (!taken.ok()) {
+      Fail(taken);
     } else if (SequenceId sequence = 0; ServeHere(verb_, [&](grpc::ByteBuffer* request) {
                  SequenceId made = 0, closed = 0;  // brief verbs make and close none
                  served_ = ServeSessionRequest(&service_->handlers_, request, call_, &answer_, &sequence,
                                                &made, &closed);
                })) {
       Write(served_, sequence);
-    } else if (!service_->Submit(verb_, connection_->number, this)) {
+    } else if (!service_->Submit(verb_, CallerOf(), this)) {
       Fail(absl::ResourceExhaustedError("all threads are busy and the queue is full; try again later"));
     }
   }
@@ -408,6 +463,8 @@ class KvCacheService::SessionCall final : public AnyCall {
     report.message = std::string_view(status.message().data(), status.message().size());
     report.request_id = request_id_;
     report.caller = connection_->name;
+    report.tenant = call_.context.tenant();
+    report.trace = trace_;
     service_->Report(report);
     rpc_->Finish(ToGrpc(status));
   }

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
 #include "daemon/service/connections.h"
 #include "daemon/service/handlers.h"
@@ -54,7 +55,10 @@ class KvCacheService {
   friend class RingSession;
 
   // Hands a call to the threads of its verb. False: their queue is full.
-  bool Submit(const Verb* verb, uint64_t caller, WorkerPool::Work* work);
+  bool Submit(const Verb* verb, Caller caller, WorkerPool::Work* work);
+  // Counts a call of a tenant that begins; ResourceExhausted where it has as many as its quota allows.
+  absl::Status BeginCall(const std::string& tenant);
+  void EndCall(const std::string& tenant);
   std::string NewRequestId();
 
   const ServiceOptions options_;
@@ -66,7 +70,10 @@ class KvCacheService {
   Mutex mutex_;
   absl::flat_hash_set<AnyCall*> calls_ ABSL_GUARDED_BY(mutex_);  // that exist
   absl::flat_hash_set<RingSession*> rings_ ABSL_GUARDED_BY(mutex_);
-  WorkerPool prompt_, bulk_;  // last: their threads use all above
+  Mutex tenants_mutex_;
+  absl::flat_hash_map<std::string, uint64_t> calls_of_
+      ABSL_GUARDED_BY(tenants_mutex_);  // of tenants with a quota
+  WorkerPool prompt_, bulk_;            // last: their threads use all above
 };
 
 }  // namespace kvtide::service

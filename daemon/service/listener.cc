@@ -112,7 +112,13 @@ bool Listener::AcceptOne(int listening) {
   }
   const int on = 1;
   ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));  // not for Unix sockets, which say so
-  options_.serve(fd, connections_->Add(fd)->tcp);
+  const std::shared_ptr<Connection> connection = connections_->Add(fd);
+  if (const std::string reason = options_.refusal ? options_.refusal(*connection) : ""; !reason.empty()) {
+    connections_->Forget(fd);
+    Refuse(fd, reason.c_str(), true);
+    return true;
+  }
+  options_.serve(fd, connection->tcp);
   return true;
 }
 

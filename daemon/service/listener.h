@@ -23,6 +23,8 @@ class Listener {
     size_t max_connections = 0;
     // Takes the descriptor of a connection that is in `connections`.
     std::function<void(int fd, bool tcp)> serve;
+    // Why a connection that was just added is one too many, or empty; may be empty itself.
+    std::function<std::string(const Connection& connection)> refusal;
     // About once a second; with the number of connections that were closed because there were too many, or no
     // descriptor for them.
     std::function<void(uint64_t refused)> tick;

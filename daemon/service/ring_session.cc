@@ -3,10 +3,12 @@
 #include <string_view>
 #include <utility>
 
+#include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "google/protobuf/arena.h"
 #include "kernels/base/mutex.h"
+#include "kernels/base/status.h"
 
 namespace kvtide::service {
 
@@ -87,14 +89,20 @@ absl::Status RingSession::Run(const v1::SessionRequest& request, absl::Duration 
   call.memory = &hold;
   call.tensors = &tensors_;
   call.max_answer_bytes = max_answer_bytes_;
+  KVTIDE_RETURN_IF_ERROR(service_->BeginCall(call.context.tenant()));
+  const absl::Cleanup count = [&] { service_->EndCall(call.context.tenant()); };
   WorkerPool& lane = verb->lane == Lane::kBulk ? service_->bulk_ : service_->prompt_;
   absl::Status status;
   if (lane.Enter()) {
     status = ServeMessage(&service_->handlers_, request, call, answer, sequence);
     lane.Leave();
   } else {
-    Turn turn([&] { return ServeMessage(&service_->handlers_, request, call, answer, sequence); });
-    if (lane.Submit(connection_->number, &turn)) {
+    const absl::Time queued = absl::Now();
+    Turn turn([&, queued] {
+      waited_ = absl::Now() - queued;
+      return ServeMessage(&service_->handlers_, request, call, answer, sequence);
+    });
+    if (lane.Submit({std::hash<std::string>()(call.context.tenant()), connection_->number}, &turn)) {
       status = turn.Wait();
     } else {
       status = absl::ResourceExhaustedError("all threads are busy and the queue is full; try again later");
@@ -112,6 +120,7 @@ void RingSession::Serve(const std::string& bytes, absl::Duration timeout, v1::Se
   ServiceGauges& gauges = *service_->options_.gauges;
   gauges.calls_under_way++;
   number_++;
+  waited_ = absl::ZeroDuration();
   const absl::Time start = absl::Now();
   alignas(16) char block[4096];
   google::protobuf::ArenaOptions options;
@@ -142,14 +151,13 @@ void RingSession::Serve(const std::string& bytes, absl::Duration timeout, v1::Se
   report.duration = absl::Now() - start;
   report.request_bytes = static_cast<int64_t>(bytes.size());
   report.response_bytes = status.ok() ? static_cast<int64_t>(answer->ByteSizeLong()) : 0;
-  std::string request_id;
-  if (!status.ok()) {
-    request_id = absl::StrCat("ring/", connection_->number & 0xffffffff, "/", number_);
-    report.message = std::string_view(status.message().data(), status.message().size());
-    report.request_id = request_id;
-    report.caller = connection_->name;
-    report.sequence = sequence;
-  }
+  report.waited = waited_;
+  const std::string request_id = absl::StrCat("ring/", connection_->number & 0xffffffff, "/", number_);
+  report.message = std::string_view(status.message().data(), status.message().size());
+  report.request_id = request_id;
+  report.caller = connection_->name;
+  report.tenant = (*connection_->identity)->tenant;
+  report.sequence = sequence;
   service_->Report(report);
   gauges.calls_under_way--;
 }

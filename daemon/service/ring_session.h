@@ -52,7 +52,8 @@ class RingSession {
   Cancellation cancellation_;
   std::atomic<bool> bulk_{false};
   absl::flat_hash_set<SequenceId> owned_;
-  uint64_t number_ = 0;  // of messages
+  uint64_t number_ = 0;    // of messages
+  absl::Duration waited_;  // of the call under way, for its turn
   absl::Status end_;
 };
 

@@ -42,13 +42,14 @@ struct Marked<Base, Mark, Rest...> {
 using Api = v1::KvCacheService;
 using Description =
     Marked<Api::Service, Api::WithGenericMethod_GetServerInfo, Api::WithGenericMethod_RegisterModel,
-           Api::WithGenericMethod_CreateSequence, Api::WithGenericMethod_ForkSequence,
-           Api::WithGenericMethod_TruncateSequence, Api::WithGenericMethod_CloseSequence,
-           Api::WithGenericMethod_Append, Api::WithGenericMethod_Attend, Api::WithGenericMethod_AppendAttend,
-           Api::WithGenericMethod_ReadTokens, Api::WithGenericMethod_EvictSequences,
-           Api::WithGenericMethod_PrefetchSequences, Api::WithGenericMethod_ListSequences,
-           Api::WithGenericMethod_PersistSequences, Api::WithGenericMethod_GetStats,
-           Api::WithGenericMethod_Plan, Api::WithGenericMethod_Session>::Type;
+           Api::WithGenericMethod_UnregisterModel, Api::WithGenericMethod_CreateSequence,
+           Api::WithGenericMethod_ForkSequence, Api::WithGenericMethod_TruncateSequence,
+           Api::WithGenericMethod_CloseSequence, Api::WithGenericMethod_Append, Api::WithGenericMethod_Attend,
+           Api::WithGenericMethod_AppendAttend, Api::WithGenericMethod_ReadTokens,
+           Api::WithGenericMethod_EvictSequences, Api::WithGenericMethod_PrefetchSequences,
+           Api::WithGenericMethod_ListSequences, Api::WithGenericMethod_PersistSequences,
+           Api::WithGenericMethod_GetStats, Api::WithGenericMethod_Plan,
+           Api::WithGenericMethod_Session>::Type;
 
 void SetLimits(const ServiceOptions& options, grpc::ServerBuilder* builder) {
   builder->SetMaxReceiveMessageSize(static_cast<int>(options.max_message_bytes));
@@ -136,6 +137,14 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
     connection.fd = fd;
     secure->HandleNewConnection(&connection);
   };
+  listener.refusal = [connections = &server->connections_, quotas = options.quotas](const Connection& one) {
+    if (!one.identity.ok()) return std::string();
+    const std::string& tenant = (*one.identity)->tenant;
+    const uint64_t limit = quotas.Of(tenant).connections;
+    return limit == TenantLimits::kNone || connections->CountOf(tenant) <= limit
+               ? std::string()
+               : absl::StrCat("tenant '", tenant, "' has as many connections as its quota allows, ", limit);
+  };
   listener.tick = [self = server.get(), options](uint64_t refused) { self->Tick(options, refused); };
   server->listener_ = std::make_unique<Listener>(&server->connections_, std::move(listener));
   if (!ring_sockets.empty()) {
@@ -155,6 +164,7 @@ Server::~Server() { Shutdown(absl::ZeroDuration(), absl::InfiniteDuration()); }
 
 void Server::Tick(const ServiceOptions& options, uint64_t refused) {
   service_->Tick();
+  if (options.alive) options.alive();
   for (const auto& claim : claims_) {
     const absl::StatusOr<bool> mended = claim->Mend();
     if ((!mended.ok() || *mended) && options.mended) options.mended(claim->text(), mended.status());

@@ -11,23 +11,15 @@
 #include <vector>
 
 #include "absl/time/time.h"
+#include "daemon/cache/tenants.h"
 #include "daemon/service/access.h"
+#include "daemon/service/call_counts.h"
+#include "daemon/service/call_report.h"
 #include "daemon/service/convert.h"
 #include "daemon/service/tls.h"
 #include "daemon/service/tokens.h"
 
 namespace kvtide::service {
-
-// Told after every call, from any thread; must be quick. `method` is a string literal, `code` a gRPC status
-// code; texts are the callee's for the call only, and empty when the call went well.
-struct CallReport {
-  const char* method = "";
-  int code = 0;
-  absl::Duration duration;
-  int64_t request_bytes = 0, response_bytes = 0;
-  std::string_view message, request_id, caller;
-  uint64_t sequence = 0;  // the first that the request names; 0 = none
-};
 
 // What the service shows of itself; shared with whoever shows the numbers, and counted in any thread.
 struct ServiceGauges {
@@ -59,13 +51,14 @@ struct ServiceOptions {
   // Bearer tokens; null = none. Where there are some, calls over TCP need one, unless they come with a
   // certificate.
   std::shared_ptr<Tokens> tokens;
+  TenantQuotas quotas;  // calls and connections of them; the rest is the cache's
   int64_t max_message_bytes = int64_t{64} << 20;
   int threads = 2;                 // for calls that engines wait for
   int bulk_threads = 2;            // for those that may take long: moves, plans, reads
   size_t max_queued_calls = 1024;  // for each of the two
   size_t max_connections = 1024;
   absl::Duration idle = absl::Minutes(30);  // a connection without calls is closed after so long
-  int max_calls_per_connection = 256;  // at a time; the client's gRPC keeps back what is beyond
+  int max_calls_per_connection = 256;       // at a time; the client's gRPC keeps back what is beyond
   // Requests and answers of calls under way, all together; one connection may have half of it. 0 = the least,
   // LeastCallMemory.
   int64_t call_memory_bytes = 0;
@@ -75,8 +68,13 @@ struct ServiceOptions {
   // Told at most once a second when connections were refused, with their number since the start; may be
   // empty.
   std::function<void(int64_t refused)> refused;
-  // Told when the file of a Unix socket was gone and has been made again, or why it could not be; may be empty.
+  // Called about once a second by the thread that looks after connections, when it has asked the threads of
+  // calls for their queues: the daemon is not stuck. May be empty.
+  std::function<void()> alive;
+  // Told when the file of a Unix socket was gone and has been made again, or why it could not be; may be
+  // empty.
   std::function<void(const std::string& address, const absl::Status& status)> mended;
+  std::shared_ptr<CallCounts> counts = std::make_shared<CallCounts>();
   std::shared_ptr<ServiceGauges> gauges = std::make_shared<ServiceGauges>();
 };
 

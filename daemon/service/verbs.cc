@@ -96,14 +96,23 @@ absl::Status Serve(Handlers* handlers, grpc::ByteBuffer* bytes, const Call& call
         Serve < v1::Method##Request, v1::Method##Response, &Handlers::Method>      \
   }
 constexpr Verb kVerbs[] = {
-    KVTIDE_VERB(AppendAttend, kPrompt, true),    KVTIDE_VERB(Append, kPrompt, false),
-    KVTIDE_VERB(Attend, kPrompt, true),          KVTIDE_VERB(GetServerInfo, kPrompt, false),
-    KVTIDE_VERB(RegisterModel, kPrompt, false),  KVTIDE_VERB(CreateSequence, kPrompt, false),
-    KVTIDE_VERB(ForkSequence, kPrompt, false),   KVTIDE_VERB(TruncateSequence, kPrompt, false),
-    KVTIDE_VERB(CloseSequence, kPrompt, false),  KVTIDE_VERB(ListSequences, kPrompt, false),
-    KVTIDE_VERB(GetStats, kPrompt, false),       KVTIDE_VERB(ReadTokens, kBulk, false),
-    KVTIDE_VERB(EvictSequences, kBulk, false),   KVTIDE_VERB(PrefetchSequences, kBulk, false),
-    KVTIDE_VERB(PersistSequences, kBulk, false), KVTIDE_VERB(Plan, kBulk, false),
+    KVTIDE_VERB(AppendAttend, kPrompt, true),
+    KVTIDE_VERB(Append, kPrompt, false),
+    KVTIDE_VERB(Attend, kPrompt, true),
+    KVTIDE_VERB(GetServerInfo, kPrompt, false),
+    KVTIDE_VERB(UnregisterModel, kPrompt, false),
+    KVTIDE_VERB(RegisterModel, kPrompt, false),
+    KVTIDE_VERB(CreateSequence, kPrompt, false),
+    KVTIDE_VERB(ForkSequence, kPrompt, false),
+    KVTIDE_VERB(TruncateSequence, kPrompt, false),
+    KVTIDE_VERB(CloseSequence, kPrompt, false),
+    KVTIDE_VERB(ListSequences, kPrompt, false),
+    KVTIDE_VERB(GetStats, kPrompt, false),
+    KVTIDE_VERB(ReadTokens, kBulk, false),
+    KVTIDE_VERB(EvictSequences, kBulk, false),
+    KVTIDE_VERB(PrefetchSequences, kBulk, false),
+    KVTIDE_VERB(PersistSequences, kBulk, false),
+    KVTIDE_VERB(Plan, kBulk, false),
 };
 #undef KVTIDE_VERB
 
@@ -149,6 +158,7 @@ absl::Status ServeMessage(Handlers* handlers, const v1::SessionRequest& request,
     return handlers->Method(request.field(), answer->mutable_##field(), call);
   switch (request.call_case()) {
     KVTIDE_SESSION_VERB(RegisterModel, register_model)
+    KVTIDE_SESSION_VERB(UnregisterModel, unregister_model)
     KVTIDE_SESSION_VERB(CreateSequence, create_sequence)
     KVTIDE_SESSION_VERB(ForkSequence, fork_sequence)
     KVTIDE_SESSION_VERB(TruncateSequence, truncate_sequence)

@@ -17,7 +17,7 @@ WorkerPool::~WorkerPool() {
   for (std::thread& thread : threads_) thread.join();
 }
 
-bool WorkerPool::Submit(uint64_t caller, Work* work) {
+bool WorkerPool::Submit(Caller caller, Work* work) {
   bool wake = false;
   {
     const MutexLock lock(mutex_);

@@ -33,7 +33,7 @@ class WorkerPool {
   WorkerPool& operator=(const WorkerPool&) = delete;
 
   // False: the queue is full.
-  bool Submit(uint64_t caller, Work* work);
+  bool Submit(Caller caller, Work* work);
   // For threads that could serve a call of their own: true if nothing waits and one of the pool's threads
   // would be free. Then Leave has to be called.
   bool Enter();

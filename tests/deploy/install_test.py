@@ -46,8 +46,18 @@ def check_unit(text, root):
         user = re.search(rf"^{key}=(\S+)$", text, re.M).group(1)
         declared = "".join(p.read_text() for p in root.rglob("sysusers.d/*.conf"))
         check(re.search(rf"^u {user} ", declared, re.M), f"the unit's {key} {user} is created by nothing")
+    for directive in ("WatchdogSec=", "ExecReload="):
+        check(directive in text, f"the unit has no {directive}")
     check("MemoryMax=" in text or "OOMScoreAdjust=-" not in text, "the unit hides from the OOM killer without a bound of its own")
     return root / start.group(1).lstrip("/"), config
+
+
+def check_exposure(unit):
+    """The unit's restrictions stay: systemd scores what a service could still do, 0 to 10; this one has 1.9."""
+    if missing("systemd-analyze", "the unit's exposure"):
+        return
+    analysis = subprocess.run(["systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=20", str(unit)], capture_output=True, text=True)
+    check(analysis.returncode == 0, f"the unit is exposed more than 2.0: {(analysis.stdout + analysis.stderr).strip().splitlines()[-1:]}")
 
 
 def check_install(build, work):
@@ -55,6 +65,9 @@ def check_install(build, work):
     run("cmake", "--install", build, "--prefix", "/usr", "--component", "Unspecified", env={"DESTDIR": str(root), "PATH": "/usr/bin:/bin:/usr/local/bin"})
     units = list(root.rglob("kvtided.service"))
     check(len(units) == 1, f"{len(units)} units are installed")
+    for path in ("bash-completion/completions/kvtide", "zsh/vendor-completions/_kvtide", "fish/vendor_completions.d/kvtide.fish"):
+        scripts = list(root.rglob(path))
+        check(len(scripts) == 1 and "plan" in scripts[0].read_text(), f"{path} is not installed")
     for path in ("prometheus/rules.yml", "grafana/dashboards/kvtide.json", "kustomize/base/sidecar.yaml", "compose/compose.yaml"):
         check(list(root.rglob(f"kvtide/deploy/{path}")), f"{path} is not installed")
     return units[0], root
@@ -76,6 +89,7 @@ def check_package(build, work):
     unit = root / "usr/lib/systemd/system/kvtided.service"
     check(unit.is_file(), "the package has no unit")
     program, config = check_unit(unit.read_text(), root)
+    check_exposure(unit)
     version = run(program, "--version").stdout
     check(version.startswith("kvtided "), f"the packaged program says {version!r}")
     printed = json.loads(run(program, "--config", config, "--print-config").stdout)

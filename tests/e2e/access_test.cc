@@ -125,8 +125,9 @@ class Network : public ::testing::Test {
   void MakeCertificate(const std::string& ca, const std::string& name, const std::string& common_name) const {
     Write(name + ".ext", "subjectAltName=DNS:localhost,IP:127.0.0.1\n");
     Shell("openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj '/CN=" + common_name +
-          "' -keyout " + name + ".key -out " + name + ".csr && openssl x509 -req -in " + name + ".csr -CA " + ca +
-          ".pem -CAkey " + ca + ".key -CAcreateserial -days 2 -extfile " + name + ".ext -out " + name + ".pem");
+          "' -keyout " + name + ".key -out " + name + ".csr && openssl x509 -req -in " + name + ".csr -CA " +
+          ca + ".pem -CAkey " + ca + ".key -CAcreateserial -days 2 -extfile " + name + ".ext -out " + name +
+          ".pem");
   }
   // A line of a token file.
   std::string TokenLine(const std::string& token, const std::string& rest) const {
@@ -144,7 +145,8 @@ class Network : public ::testing::Test {
     ASSERT_NE(at, std::string::npos) << line;
     address_ = line.substr(at, line.find_first_of(" ,", at) - at);
   }
-  absl::StatusOr<std::unique_ptr<Client>> Connect(const client::Credentials& credentials, bool unix = false) const {
+  absl::StatusOr<std::unique_ptr<Client>> Connect(const client::Credentials& credentials,
+                                                  bool unix = false) const {
     client::ClientOptions options;
     options.wait_for_daemon = false;
     options.connect_timeout = absl::Seconds(30);
@@ -169,8 +171,8 @@ TEST_F(Network, CertificatesNameTheTenantAndAreReplacedWithoutARestart) {
   MakeCertificate("ca", "acme", "acme");
   MakeCertificate("ca", "ops", "Operations, Inc.");
   MakeCertificate("stranger", "forged", "acme");
-  Start({"--server-cert", File("server.pem"), "--server-key", File("server.key"), "--client-ca", File("ca.pem"),
-         "--allow", "cert:Operations, Inc.=default:admin"});
+  Start({"--server-cert", File("server.pem"), "--server-key", File("server.key"), "--client-ca",
+         File("ca.pem"), "--allow", "cert:Operations, Inc.=default:admin"});
   const auto with = [&](const std::string& name) {
     return client::Credentials{File("ca.pem"), File(name + ".pem"), File(name + ".key"), ""};
   };
@@ -204,7 +206,8 @@ TEST_F(Network, CertificatesNameTheTenantAndAreReplacedWithoutARestart) {
 }
 
 TEST_F(Network, TokensNameTheTenantExpireAndAreReadAgain) {
-  const std::string acme = TokenLine("token-of-acme", "acme"), old = TokenLine("token-of-old", "old until=2026-01-01T00:00:00Z");
+  const std::string acme = TokenLine("token-of-acme", "acme"),
+                    old = TokenLine("token-of-old", "old until=2026-01-01T00:00:00Z");
   Write("tokens", "# test\n" + acme + old + TokenLine("token-of-ops", "default:admin"));
   Start({"--tokens", File("tokens")});
   const auto with = [&](const std::string& token) { return client::Credentials{"", "", "", File(token)}; };
@@ -243,16 +246,61 @@ TEST_F(Network, TokensNameTheTenantExpireAndAreReadAgain) {
   for (int i = 0; i < 200 && !absl::StrContains(daemon_->Log(), "tokens stay as they were"); i++)
     absl::SleepFor(absl::Milliseconds(50));
   EXPECT_TRUE(Ask(with("token-of-new")).ok());
-  EXPECT_THAT(daemon_->Log(), AllOf(HasSubstr("tokens, line 1"), Not(HasSubstr("token-of")), HasSubstr("reloaded tokens=1")));
+  EXPECT_THAT(daemon_->Log(),
+              AllOf(HasSubstr("tokens, line 1"), Not(HasSubstr("token-of")), HasSubstr("reloaded tokens=1")));
   EXPECT_EQ(daemon_->Stop(), 0);
+}
+
+// Quotas of one tenant hold nobody else up, and say what would free them. Tenants come with tokens over the
+// Unix socket.
+TEST_F(Network, AQuotaIsOneTenantsOwn) {
+  Write("tokens", TokenLine("token-of-acme", "acme") + TokenLine("token-of-other", "other"));
+  Start({"--tokens", File("tokens"), "--quota", "acme:sequences=2,models=1,device=64KiB,host=0",
+         "--metrics-address", "127.0.0.1:0"});
+  const auto acme = Connect({"", "", "", File("token-of-acme")}, true).value();
+  const auto other = Connect({"", "", "", File("token-of-other")}, true).value();
+  for (const auto* client : {&acme, &other}) ASSERT_TRUE((*client)->RegisterModel(SmallModel()).ok());
+  EXPECT_THAT(std::string(acme->RegisterModel(SmallModel("another")).message()), HasSubstr("its quota is 1"));
+  const auto first = acme->CreateSequence("small", {.pair = "f16/f16"}),
+             second = acme->CreateSequence("small");
+  ASSERT_TRUE(first.ok() && second.ok());
+  const absl::Status third = acme->CreateSequence("small").status();
+  EXPECT_EQ(third.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(third.message()),
+              HasSubstr("tenant 'acme' has 2 sequences, and its quota is 2; close some"));
+  ASSERT_TRUE(acme->Append(*first, 0, Tokens(1, 0, 64).layers).ok());
+  EXPECT_THAT(std::string(acme->Append(*first, 64, Tokens(1, 64, 1).layers).status().message()),
+              HasSubstr("65536 of 65536 bytes taken in tier 'device'"));
+  for (int i = 0; i < 5; i++) {
+    const auto sequence = other->CreateSequence("small", {.pair = "f16/f16"});
+    ASSERT_TRUE(sequence.ok()) << sequence.status();
+    EXPECT_TRUE(other->Append(*sequence, 0, Tokens(2, 0, 100).layers).ok());
+  }
+  EXPECT_EQ(acme->ListSequences()->size(), 2u);
+  ASSERT_TRUE(acme->CloseSequence(*second).ok());
+  EXPECT_TRUE(acme->CreateSequence("small").ok());
+  // A name of another tenant is refused before anything happens.
+  EXPECT_EQ(acme->CreateSequence("small", {.tenant = "other"}).status().code(),
+            absl::StatusCode::kPermissionDenied);
+}
+
+TEST_F(Network, ConnectionsOfOneTenantHaveALimit) {
+  const auto daemon = TestDaemon::Start({"--quota", "default:connections=2"});
+  const auto first = daemon->Connect(), second = daemon->Connect();
+  const auto third =
+      Client::Connect(daemon->address(), {.connect_timeout = absl::Seconds(3), .wait_for_daemon = false});
+  EXPECT_EQ(third.status().code(), absl::StatusCode::kResourceExhausted) << third.status();
+  EXPECT_THAT(std::string(third.status().message()), HasSubstr("as many connections as its quota allows, 2"));
+  EXPECT_TRUE(first->GetStats().ok());
 }
 
 TEST_F(Network, NobodyListensBeyondLoopbackWithoutTlsAndNames) {
   MakeCa("ca");
   MakeCertificate("ca", "server", "kvtided");
   MakeCertificate("ca", "other", "kvtided");
-  const std::vector<std::string> open = {"--listen", "0.0.0.0:0", "--device", "cpu", "--device-memory", "4MiB",
-                                         "--host-memory", "0", "--metrics-address", "off"};
+  const std::vector<std::string> open = {"--listen",          "0.0.0.0:0", "--device",      "cpu",
+                                         "--device-memory",   "4MiB",      "--host-memory", "0",
+                                         "--metrics-address", "off"};
   const auto run = [&](const std::vector<std::string>& more) {
     std::vector<std::string> arguments = open;
     arguments.insert(arguments.end(), more.begin(), more.end());

@@ -1,4 +1,5 @@
-// A client that appends to a sequence of the small model until it is killed: `appender ADDRESS [session]`.
+// A client that appends to a sequence of the small model until it is killed: `appender ADDRESS
+// [session|register]`; register: it makes the model known first.
 #include <cstdio>
 #include <string>
 
@@ -9,6 +10,9 @@ int main(int argc, char** argv) {
   options.session = argc > 2 && std::string(argv[2]) == "session";
   auto client = kvtide::Client::Connect(argv[1], options);
   if (!client.ok()) return std::fprintf(stderr, "%s\n", client.status().ToString().c_str()), 1;
+  if (argc > 2 && std::string(argv[2]) == "register" &&
+      !(*client)->RegisterModel(kvtide::e2e::SmallModel()).ok())
+    return 1;
   kvtide::client::SequenceOptions exact;
   exact.pair = "f16/f16";
   const auto sequence = (*client)->CreateSequence("small", exact);

@@ -10,11 +10,13 @@
 #include <chrono>
 #include <cstring>
 #include <fstream>
+#include <sstream>
 #include <thread>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kvtide/v1/kv_cache_service.pb.h"
+#include "nlohmann/json.hpp"
 #include "tests/e2e/test_daemon.h"
 #include "tests/wire/http2_client.h"
 
@@ -268,6 +270,61 @@ TEST_F(Attack, FailuresLeaveALineWithTheRequestThatMadeThem) {
   size_t lines = 0;
   for (size_t at = 0; (at = log.find("method=CloseSequence", at)) != std::string::npos; at++) lines++;
   EXPECT_LT(lines, 40u) << "a flood of failures is a flood of lines";
+}
+
+// Each line is an object; a failed call and a slow one carry the client's trace, and where the time went.
+TEST_F(Attack, LogsAreJsonWithTracesAndSlowCalls) {
+  Start({"--log-format", "json", "--slow-call-ms", "1"});
+  const auto wire = Wire();
+  v1::PlanRequest plan;
+  plan.set_model_name("small");
+  for (int i = 1; i <= 64; i++) plan.add_contexts(i * 1024);
+  const int32_t slow =
+      wire->Call(Method("Plan"), {.bytes = plan.SerializeAsString()},
+                 {{"traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}});
+  v1::CreateSequenceRequest create;
+  create.set_model("no\nsuch\"model");
+  const int32_t failed =
+      wire->Call(Method("CreateSequence"), {.bytes = create.SerializeAsString()},
+                 {{"traceparent", "00-0AF7651916CD43DD8448EB211C80319C-b7ad6b7169203331-01"}});
+  ASSERT_TRUE(wire->Until([&] { return wire->answer(slow).ended && wire->answer(failed).ended; }, 60));
+  EXPECT_EQ(wire->answer(slow).code, kOk) << wire->answer(slow).text;
+  bool saw_slow = false, saw_failed = false;
+  std::istringstream log(daemon_->Log());
+  for (std::string line; std::getline(log, line);) {
+    if (line.compare(0, 8, "kvtided ") == 0) continue;  // what it prints when it serves
+    const auto json = nlohmann::json::parse(line, nullptr, false);
+    ASSERT_TRUE(json.is_object()) << line;
+    if (json["message"] == "slow call" && json["method"] == "Plan") {
+      saw_slow = true;
+      EXPECT_EQ(json["trace"], "0af7651916cd43dd8448eb211c80319c");
+      EXPECT_EQ(json["tenant"], "default");
+      const int64_t parts = json["received_us"].get<int64_t>() + json["waited_us"].get<int64_t>() +
+                            json["served_us"].get<int64_t>();
+      EXPECT_NEAR(static_cast<double>(parts), json["us"].get<double>(), 3);
+      EXPECT_GT(json["served_us"], 0);
+    }
+    if (json["message"] == "call failed" && json["method"] == "CreateSequence") {
+      saw_failed = true;
+      EXPECT_THAT(json["text"].get<std::string>(), HasSubstr("no\nsuch\"model"));
+      EXPECT_FALSE(json.contains("trace")) << "not as the standard writes it";
+    }
+  }
+  EXPECT_TRUE(saw_slow && saw_failed) << daemon_->Log();
+}
+
+// A request whose bytes stop coming, and a connection that says nothing: neither is waited for without end.
+TEST_F(Attack, IdleConnectionsAreLetGoAndClientsComeBack) {
+  Start({"--idle-seconds", "1"});
+  const auto silent = Http2Client::Connect(daemon_->socket_path());
+  ASSERT_NE(silent, nullptr);
+  EXPECT_TRUE(silent->Until([&] { return !silent->open(); }, 60)) << "still there";
+  // A client of ours that was let go connects again by itself. (One that calls in the very moment hears it
+  // once.)
+  std::this_thread::sleep_for(std::chrono::milliseconds(1500));
+  for (int i = 0; i < 100 && !client_->GetStats().ok(); i++)
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  EXPECT_EQ(client_->ListSequences()->size(), 1u);
 }
 
 // 64 descriptors, 100 connections: when they have left, others get in.

@@ -74,6 +74,63 @@ TEST(Command, StatusOfADaemonThatIsThereAndOfOneThatIsNot) {
 }
 
 // A prediction beside what a daemon with a sequence of that length says it holds.
+TEST(Command, SequencesAreListedShownForkedMovedAndClosed) {
+  const auto daemon = TestDaemon::Start();
+  const auto client = daemon->Connect();
+  ASSERT_TRUE(client->RegisterModel(SmallModel()).ok());
+  const auto sequence = client->CreateSequence("small", {.pair = "f16/f16", .tenant = "evil\x1b[2J"});
+  ASSERT_TRUE(sequence.ok());
+  ASSERT_TRUE(client->Append(*sequence, 0, Tokens(1, 0, 100).layers).ok());
+  const std::string id = std::to_string(*sequence);
+  const auto seq = [&](std::vector<std::string> words) {
+    words.insert(words.begin(), "seq");
+    words.insert(words.end(), {"--address", daemon->address()});
+    return Kvtide(words);
+  };
+  const Outcome list = seq({"list"});
+  EXPECT_EQ(list.exit_code, 0);
+  EXPECT_THAT(list.output, AllOf(HasSubstr(id), HasSubstr("evil\\x1b[2J"), Not(HasSubstr("\x1b"))));
+  EXPECT_THAT(seq({"list", "--tenant", "nobody"}).output, HasSubstr("no sequences"));
+  EXPECT_THAT(seq({"show", id}).output, AllOf(HasSubstr("tokens     100"), HasSubstr("2 blocks")));
+  EXPECT_THAT(seq({"evict", id}).output, HasSubstr("moved 2 blocks"));
+  EXPECT_THAT(seq({"prefetch", id}).output, HasSubstr("moved 2 blocks"));
+  const Outcome fork = seq({"fork", id});
+  EXPECT_EQ(fork.exit_code, 0);
+  EXPECT_EQ(client->ListSequences()->size(), 2u);
+  EXPECT_THAT(seq({"show", "12345"}).output, HasSubstr("holds no sequence 12345"));
+  EXPECT_EQ(seq({"close", id, std::to_string(std::stoull(fork.output))}).output, "closed 2\n");
+  EXPECT_TRUE(client->ListSequences()->empty());
+  EXPECT_NE(seq({"close", id}).exit_code, 0) << "it is closed already";
+  EXPECT_EQ(Kvtide({"health", "--address", daemon->address()}).exit_code, 0);
+  EXPECT_EQ(Kvtide({"health", "--address", daemon->address() + "2"}).exit_code, 1);
+}
+
+// The scripts are run by the shells that they are for, where those are there.
+TEST(Command, CompletesCommandsAndOptions) {
+  const Outcome bash = Kvtide({"completion", "bash"});
+  ASSERT_EQ(bash.exit_code, 0);
+  const std::string folder = MakeFolder();
+  std::ofstream(folder + "/kvtide.bash") << bash.output;
+  const auto complete = [&](const std::string& words) {
+    const std::string command =
+        "source " + folder + "/kvtide.bash; COMP_WORDS=(" + words +
+        "); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _kvtide; echo \"[${COMPREPLY[*]}]\"";
+    const std::string log = folder + "/log";
+    std::filesystem::remove(log);
+    EXPECT_EQ(WaitForExit(StartProgram({"/bin/bash", "-c", command}, log), 60), 0);
+    return ReadWhole(log);
+  };
+  EXPECT_EQ(complete("kvtide fl"), "[fleet]\n");
+  EXPECT_EQ(complete("kvtide seq li"), "[list]\n");
+  EXPECT_EQ(complete("kvtide seq list --ten"), "[--tenant]\n");
+  EXPECT_EQ(complete("kvtide --vers"), "[--version]\n");
+  EXPECT_THAT(complete("kvtide status --tls"), HasSubstr("--tls-ca --tls-cert --tls-key"));
+  EXPECT_THAT(Kvtide({"completion", "zsh"}).output, HasSubstr("#compdef kvtide"));
+  EXPECT_THAT(Kvtide({"completion", "fish"}).output, HasSubstr("complete -c kvtide"));
+  EXPECT_EQ(Kvtide({"completion", "csh"}).exit_code, 2);
+  std::filesystem::remove_all(folder);
+}
+
 TEST(Command, VerifiesAPlanAgainstARunningDaemon) {
   const auto daemon = TestDaemon::Start({"--metrics-address", "127.0.0.1:0"});
   const auto client = daemon->Connect();

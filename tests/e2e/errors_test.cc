@@ -139,6 +139,20 @@ TEST_F(Errors, AModelIsRegisteredOnceWithOneShape) {
   EXPECT_EQ(client_->RegisterModel({"", {}}).code(), absl::StatusCode::kInvalidArgument);
 }
 
+TEST_F(Errors, AModelInUseStaysAndOneThatIsNotMayGo) {
+  ASSERT_TRUE(client_->RegisterModel(SmallModel("passing")).ok());
+  const auto sequence = client_->CreateSequence("passing");
+  ASSERT_TRUE(sequence.ok());
+  EXPECT_EQ(client_->UnregisterModel("passing").code(), absl::StatusCode::kFailedPrecondition);
+  ASSERT_TRUE(client_->CloseSequence(*sequence).ok());
+  EXPECT_TRUE(client_->UnregisterModel("passing").ok());
+  EXPECT_EQ(client_->UnregisterModel("passing").code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(client_->CreateSequence("passing").status().code(), absl::StatusCode::kNotFound);
+  client::Model other = SmallModel("passing");
+  other.layers.pop_back();
+  EXPECT_TRUE(client_->RegisterModel(other).ok()) << "the name is free";
+}
+
 TEST_F(Errors, PositionsThatDoNotFollow) {
   for (const int64_t start : {int64_t{9}, int64_t{11}, int64_t{1} << 40}) {
     EXPECT_THAT(AppendFails(Tokens(2, 10, 4), absl::StatusCode::kOutOfRange, start), HasSubstr("10"))

@@ -1,9 +1,14 @@
 // The life of sequences in a real daemon: what is appended is attended, wherever it lies.
 #include <signal.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <chrono>
+#include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <thread>
@@ -389,6 +394,40 @@ TEST(Life, ShutdownIsGracefulAndClosesTheSocket) {
   EXPECT_NE(::access(daemon->socket_path().c_str(), F_OK), 0) << "the socket is still there";
   EXPECT_EQ(client->GetStats().status().code(), absl::StatusCode::kUnavailable);
   EXPECT_EQ(session->GetStats().status().code(), absl::StatusCode::kUnavailable);
+}
+
+// What systemd hears (Type=notify, WatchdogSec, ExecReload): ready, every second that it is not stuck, a
+// reload, the end.
+TEST(Life, TellsTheServiceManagerHowItIs) {
+  const std::string folder = MakeFolder();
+  const int socket = ::socket(AF_UNIX, SOCK_DGRAM, 0);
+  sockaddr_un name{};
+  name.sun_family = AF_UNIX;
+  std::snprintf(name.sun_path, sizeof(name.sun_path), "%s/notify", folder.c_str());
+  ASSERT_EQ(::bind(socket, reinterpret_cast<const sockaddr*>(&name), sizeof(name)), 0);
+  const timeval patience = {60, 0};
+  ::setsockopt(socket, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
+  setenv("NOTIFY_SOCKET", name.sun_path, 1);
+  setenv("WATCHDOG_USEC", "30000000", 1);
+  const auto daemon = TestDaemon::Start();
+  unsetenv("NOTIFY_SOCKET");
+  unsetenv("WATCHDOG_USEC");
+  const auto hear = [&](const std::string& wanted) {
+    char text[256];
+    for (ssize_t size; (size = ::recv(socket, text, sizeof(text), 0)) > 0;)
+      if (std::string(text, static_cast<size_t>(size)) == wanted) return true;
+    return false;
+  };
+  EXPECT_TRUE(hear("READY=1"));
+  EXPECT_TRUE(hear("WATCHDOG=1"));
+  EXPECT_TRUE(hear("WATCHDOG=1"));
+  kill(daemon->pid(), SIGHUP);
+  EXPECT_TRUE(hear("RELOADING=1"));
+  EXPECT_TRUE(hear("READY=1"));
+  EXPECT_EQ(daemon->Stop(), 0);
+  EXPECT_TRUE(hear("STOPPING=1"));
+  ::close(socket);
+  std::filesystem::remove_all(folder);
 }
 
 TEST(Life, PlansForItsOwnTiers) {

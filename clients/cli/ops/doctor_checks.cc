@@ -1,6 +1,7 @@
 #include "clients/cli/ops/doctor_checks.h"
 
 #include <algorithm>
+#include <map>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -205,6 +206,36 @@ std::vector<Finding> CheckContents(const client::ServerStats& stats) {
     findings.push_back(Warn("moves", absl::StrCat(stats.failed_moves, " block moves failed"),
                             "the daemon's log has the reason"));
   }
+  // What calls came to: clients see these, whatever the tiers look like now.
+  int64_t lost = 0, faults = 0;
+  std::map<std::string, int64_t> failed;
+  for (const client::MethodStats& method : stats.methods) {
+    for (const auto& [code, calls] : method.failed) {
+      failed[code] += calls;
+      if (code == "DATA_LOSS") lost += calls;
+      if (code == "INTERNAL" || code == "UNKNOWN") faults += calls;
+    }
+  }
+  if (lost > 0 || stats.lost_blocks > 0) {
+    findings.push_back(
+        Fail("data loss",
+             absl::StrCat(lost, " calls ended with DATA_LOSS; ", stats.lost_blocks,
+                          " blocks could not be read back, ", stats.dropped_blocks, " were dropped"),
+             "the log names the sequences and token ranges (code=DATA_LOSS): compute those again; "
+             "dropped blocks mean that the tiers are too small (kvtide plan)"));
+  } else if (stats.dropped_blocks > 0) {
+    findings.push_back(
+        Warn("dropped", absl::StrCat(stats.dropped_blocks, " blocks were dropped since the start"),
+             "attention over them will be DATA_LOSS: give a tier more memory, or keep fewer sequences"));
+  }
+  if (faults > 0) {
+    findings.push_back(Fail("faults", absl::StrCat(faults, " calls ended with INTERNAL or UNKNOWN"),
+                            "a fault of kvtided: its log has the calls (level error); report it with them"));
+  }
+  std::vector<std::string> codes;
+  for (const auto& [code, calls] : failed) codes.push_back(absl::StrCat(code, " ", calls));
+  if (!codes.empty())
+    findings.push_back(Ok("errors", absl::StrCat("since the start: ", absl::StrJoin(codes, ", "))));
   if (stats.exhausted > 0) {
     findings.push_back(Warn("room", absl::StrCat(stats.exhausted, " calls found no room since the start"),
                             "see which tier is full; kvtide plan says what would fit"));
@@ -226,7 +257,7 @@ std::string RenderFindings(const std::vector<Finding>& findings, const Terminal&
     std::string verdict = Name(finding.verdict);
     verdict.resize(4, ' ');
     absl::StrAppend(&text, terminal.Painted(verdict, paint), "  ", finding.subject,
-                    std::string(width - finding.subject.size(), ' '), "  ", finding.text, "\n");
+                    std::string(width - finding.subject.size(), ' '), "  ", Printable(finding.text), "\n");
     if (!finding.advice.empty())
       absl::StrAppend(&text, std::string(width + 8, ' '), "-> ", finding.advice, "\n");
   }

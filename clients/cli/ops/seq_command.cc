@@ -9,20 +9,13 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "clients/cli/ops/daemon_flags.h"
+#include "clients/cli/ops/seq_verbs.h"
 #include "clients/cli/terminal/command_status.h"
 #include "clients/engine/safetensors_writer.h"
 #include "kernels/base/status.h"
 
 namespace kvtide::cli {
 namespace {
-
-absl::StatusOr<client::SequenceInfo> FindSequence(client::Client& client, client::SequenceId id) {
-  KVTIDE_ASSIGN_OR_RETURN(const std::vector<client::SequenceInfo> all, client.ListSequences());
-  for (const client::SequenceInfo& info : all)
-    if (info.id == id) return info;
-  return absl::NotFoundError(
-      absl::StrCat("the daemon holds no sequence ", id, "; `kvtide status` lists what it has"));
-}
 
 // NumPy's format, version 1.0: the header fills up to 64 bytes.
 std::string NpyHeader(DataType type, std::span<const int64_t> shape) {
@@ -100,8 +93,10 @@ void AddSeqCommand(CLI::App& app, int* exit_code) {
     std::string dtype = "f16";
   };
   auto flags = std::make_shared<Flags>();
-  CLI::App* seq = app.add_subcommand("seq", "Look into a sequence of a running kvtided");
+  CLI::App* seq =
+      app.add_subcommand("seq", "List, look into, fork, evict and close sequences of a running kvtided");
   seq->require_subcommand(1);
+  AddSeqVerbs(seq, exit_code);
   CLI::App* read = seq->add_subcommand("read", "Write keys and values, decoded, into a file");
   read->footer(
       "Examples:\n"

@@ -61,7 +61,8 @@ std::string Tiers(const ServerStats& stats, const Terminal& terminal) {
     if (!tier.problem.empty())
       absl::StrAppend(
           &text,
-          terminal.Painted(absl::StrCat(tier.name, " takes no blocks now: ", tier.problem), Paint::kRed),
+          terminal.Painted(absl::StrCat(tier.name, " takes no blocks now: ", Printable(tier.problem)),
+                           Paint::kRed),
           "\n");
   }
   return text;
@@ -71,8 +72,8 @@ std::string Contents(const DaemonSnapshot& snapshot) {
   const ServerStats& stats = snapshot.stats;
   std::string text = absl::StrCat(
       "sequences  ", stats.sequences, " of ", snapshot.info.max_sequences, " with ", stats.tokens,
-      " tokens; models: ", snapshot.info.models.empty() ? "none" : absl::StrJoin(snapshot.info.models, ", "),
-      "\n");
+      " tokens; models: ",
+      snapshot.info.models.empty() ? "none" : Printable(absl::StrJoin(snapshot.info.models, ", ")), "\n");
   absl::StrAppend(&text, "stored     ", FormatBytes(stats.stored_bytes));
   if (stats.stored_bytes > 0) {
     absl::StrAppendFormat(&text, ", in f16 %s: %.2f bits per value", FormatBytes(stats.f16_equivalent_bytes),
@@ -94,37 +95,15 @@ std::string Contents(const DaemonSnapshot& snapshot) {
   return text;
 }
 
-std::string Sequences(std::vector<SequenceInfo> sequences, size_t max_sequences, const Terminal& terminal) {
-  if (sequences.empty() || max_sequences == 0) return "";
-  std::stable_sort(sequences.begin(), sequences.end(), [](const SequenceInfo& a, const SequenceInfo& b) {
-    return a.idle_seconds > b.idle_seconds;
-  });
-  Table table({{"sequence", Align::kLeft},
-               {"model", Align::kLeft},
-               {"pair", Align::kLeft},
-               {"tokens"},
-               {"bytes by tier", Align::kLeft},
-               {"idle"},
-               {"age"},
-               {"dropped"}});
-  const size_t shown = std::min(max_sequences, sequences.size());
-  for (size_t i = 0; i < shown; ++i) {
-    const SequenceInfo& sequence = sequences[i];
-    std::vector<std::string> tiers;
-    for (const client::TierShare& tier : sequence.tiers) {
-      if (tier.bytes > 0)
-        tiers.push_back(absl::StrCat(TierName(sequence, tier), " ", FormatBytes(tier.bytes)));
-    }
-    table.AddRow({absl::StrCat(sequence.id), sequence.model, sequence.pair, absl::StrCat(sequence.tokens),
-                  absl::StrJoin(tiers, ", "), DurationText(sequence.idle_seconds),
-                  DurationText(sequence.age_seconds), absl::StrCat(sequence.dropped_blocks)},
-                 sequence.dropped_blocks > 0 ? Paint::kYellow : Paint::kPlain);
-  }
-  std::string text = absl::StrCat("\n", table.Render(terminal));
-  if (shown < sequences.size()) {
-    absl::StrAppend(&text, "and ", sequences.size() - shown, " more, used later than these (--sequences)\n");
-  }
-  return text;
+// Methods that were called, with their errors.
+std::string Calls(const ServerStats& stats, const Terminal& terminal) {
+  if (stats.methods.empty()) return "";
+  Table table({{"calls", Align::kLeft}, {"number"}, {"p50"}, {"p99"}, {"failed", Align::kLeft}});
+  for (const client::MethodStats& method : stats.methods)
+    table.AddRow({method.method, absl::StrCat(method.calls), LatencyText(method.p50_seconds),
+                  LatencyText(method.p99_seconds), FailedText(method)},
+                 method.failed.empty() ? Paint::kPlain : Paint::kYellow);
+  return absl::StrCat("\n", table.Render(terminal));
 }
 
 Json TierJson(const TierStats& tier) {
@@ -186,6 +165,85 @@ std::string TierName(const SequenceInfo& sequence, const client::TierShare& shar
   return devices > 1 ? absl::StrCat(share.tier, " ", share.device) : share.tier;
 }
 
+std::string RenderSequences(std::vector<SequenceInfo> sequences, size_t max_sequences,
+                            const Terminal& terminal) {
+  if (sequences.empty() || max_sequences == 0) return "";
+  std::stable_sort(sequences.begin(), sequences.end(), [](const SequenceInfo& a, const SequenceInfo& b) {
+    return a.idle_seconds > b.idle_seconds;
+  });
+  Table table({{"sequence", Align::kLeft},
+               {"tenant", Align::kLeft},
+               {"model", Align::kLeft},
+               {"pair", Align::kLeft},
+               {"tokens"},
+               {"bytes by tier", Align::kLeft},
+               {"idle"},
+               {"age"},
+               {"dropped"}});
+  const size_t shown = std::min(max_sequences, sequences.size());
+  for (size_t i = 0; i < shown; ++i) {
+    const SequenceInfo& sequence = sequences[i];
+    std::vector<std::string> tiers;
+    for (const client::TierShare& tier : sequence.tiers) {
+      if (tier.bytes > 0)
+        tiers.push_back(absl::StrCat(TierName(sequence, tier), " ", FormatBytes(tier.bytes)));
+    }
+    table.AddRow(
+        {absl::StrCat(sequence.id), sequence.tenant, sequence.model, sequence.pair,
+         absl::StrCat(sequence.tokens), absl::StrJoin(tiers, ", "), DurationText(sequence.idle_seconds),
+         DurationText(sequence.age_seconds), absl::StrCat(sequence.dropped_blocks)},
+        sequence.dropped_blocks > 0 ? Paint::kYellow : Paint::kPlain);
+  }
+  std::string text = absl::StrCat("\n", table.Render(terminal));
+  if (shown < sequences.size()) {
+    absl::StrAppend(&text, "and ", sequences.size() - shown, " more, used later than these (--sequences)\n");
+  }
+  return text;
+}
+
+std::string RenderSequencesJson(const std::vector<SequenceInfo>& sequences) {
+  Json list = Json::array();
+  for (const SequenceInfo& sequence : sequences) list.push_back(SequenceJson(sequence));
+  return list.dump(2) + "\n";
+}
+
+std::string RenderSequence(const SequenceInfo& sequence) {
+  std::string text = absl::StrCat("sequence   ", sequence.id, " of tenant ", Printable(sequence.tenant),
+                                  ", model ", Printable(sequence.model), ", ", sequence.pair, "\n");
+  if (sequence.forked_from != 0) absl::StrAppend(&text, "fork of    ", sequence.forked_from, "\n");
+  absl::StrAppend(&text, "tokens     ", sequence.tokens,
+                  sequence.max_layer_tokens != sequence.tokens
+                      ? absl::StrCat(", up to ", sequence.max_layer_tokens, " in some layers")
+                      : "",
+                  "; exact: first ", sequence.exact_window.first_blocks, " and last ",
+                  sequence.exact_window.last_blocks, " blocks",
+                  sequence.seal_at_once ? "; evaluation mode" : "", "\n");
+  for (const client::TierShare& tier : sequence.tiers)
+    absl::StrAppend(
+        &text, "in ", TierName(sequence, tier),
+        std::string(std::max<size_t>(1, 8 - std::min<size_t>(7, TierName(sequence, tier).size())), ' '),
+        tier.blocks, " blocks, ", FormatBytes(tier.bytes), "\n");
+  absl::StrAppend(&text, "blocks     ", sequence.shared_blocks, " shared with other sequences, ",
+                  sequence.dropped_blocks, " dropped\n", "durable    ",
+                  sequence.durable ? absl::StrCat("its first ", sequence.durable_tokens, " tokens") : "no",
+                  "\n", "used       ", DurationText(sequence.idle_seconds), " ago, made ",
+                  DurationText(sequence.age_seconds), " ago, on ", sequence.device, "\n");
+  return text;
+}
+
+std::string LatencyText(double seconds) {
+  if (seconds <= 0) return "-";
+  return seconds < 1e-3  ? absl::StrFormat("%.0f us", seconds * 1e6)
+         : seconds < 1.0 ? absl::StrFormat("%.1f ms", seconds * 1e3)
+                         : absl::StrFormat("%.1f s", seconds);
+}
+
+std::string FailedText(const client::MethodStats& method) {
+  std::vector<std::string> parts;
+  for (const auto& [code, calls] : method.failed) parts.push_back(absl::StrCat(code, " ", calls));
+  return absl::StrJoin(parts, ", ");
+}
+
 std::string PercentText(double part, double whole) {
   return whole > 0 ? absl::StrFormat("%.0f %%", 100 * part / whole) : "-";
 }
@@ -202,7 +260,8 @@ std::string RenderStatus(const DaemonSnapshot& snapshot, size_t max_sequences, c
                       snapshot.serving ? terminal.Painted("serving", Paint::kGreen)
                                        : terminal.Painted("not serving (starting or stopping)", Paint::kRed),
                       "\n\n", Tiers(snapshot.stats, terminal), "\n", Contents(snapshot),
-                      Sequences(snapshot.sequences, max_sequences, terminal));
+                      Calls(snapshot.stats, terminal),
+                      RenderSequences(snapshot.sequences, max_sequences, terminal));
 }
 
 std::string RenderStatusJson(const DaemonSnapshot& snapshot) {
@@ -222,7 +281,18 @@ std::string RenderStatusJson(const DaemonSnapshot& snapshot) {
                {"bits_per_value", stats.bits_per_value},
                {"shared_blocks", stats.shared_blocks}};
   for (const TierStats& tier : stats.tiers) json["tiers"].push_back(TierJson(tier));
-  json["counters"] = {{"sequences_created", stats.sequences_created},
+  json["methods"] = Json::array();
+  for (const client::MethodStats& method : stats.methods) {
+    Json failed = Json::object();
+    for (const auto& [code, calls] : method.failed) failed[code] = calls;
+    json["methods"].push_back({{"method", method.method},
+                               {"calls", method.calls},
+                               {"p50_seconds", method.p50_seconds},
+                               {"p99_seconds", method.p99_seconds},
+                               {"failed", failed}});
+  }
+  json["counters"] = {{"lost_blocks", stats.lost_blocks},
+                      {"sequences_created", stats.sequences_created},
                       {"sequences_closed", stats.sequences_closed},
                       {"appended_tokens", stats.appended_tokens},
                       {"sealed_blocks", stats.sealed_blocks},

@@ -22,10 +22,20 @@ std::string RenderStatus(const DaemonSnapshot& snapshot, size_t max_sequences, c
 // All sequences. Ids are texts: 64 bits do not survive in every JSON reader.
 std::string RenderStatusJson(const DaemonSnapshot& snapshot);
 
+// The longest idle first, at most `max_sequences` of them; empty where there is none. And all of them, as
+// JSON.
+std::string RenderSequences(std::vector<client::SequenceInfo> sequences, size_t max_sequences,
+                            const Terminal& terminal);
+std::string RenderSequencesJson(const std::vector<client::SequenceInfo>& sequences);
+// All that is known of one.
+std::string RenderSequence(const client::SequenceInfo& sequence);
+
 // "host", or "device cuda:1" where the sequence could lie on several devices of a tier.
 std::string TierName(const client::SequenceInfo& sequence, const client::TierShare& share);
 
 // "29 %"; "-" when there is no whole.
+std::string LatencyText(double seconds);                    // "85 us", "2.4 ms", "1.5 s"
+std::string FailedText(const client::MethodStats& method);  // "NOT_FOUND 3, ABORTED 1"
 std::string PercentText(double part, double whole);
 // Green below `warn`, yellow below `alarm`, red from there; shares from 0 to 1.
 Paint ShareColour(double share, double warn, double alarm);

@@ -31,12 +31,31 @@ class Rates {
 
   // Per second. A counter of a tier is found in both snapshots by the tier's place.
   double Of(int64_t ServerStats::*counter) const { return PerSecond(before_.*counter, now_.*counter); }
+  // Of a method, which is found in the earlier snapshot by its name.
+  double OfCalls(const client::MethodStats& method) const {
+    const client::MethodStats* const before = Before(method);
+    return PerSecond(before != nullptr ? before->calls : 0, method.calls);
+  }
+  double OfErrors(const client::MethodStats& method) const {
+    const client::MethodStats* const before = Before(method);
+    return PerSecond(before != nullptr ? Errors(*before) : 0, Errors(method));
+  }
   double OfTier(size_t tier, int64_t TierStats::*counter) const {
     return PerSecond(tier < before_.tiers.size() ? before_.tiers[tier].*counter : 0,
                      now_.tiers[tier].*counter);
   }
 
  private:
+  static int64_t Errors(const client::MethodStats& method) {
+    int64_t errors = 0;
+    for (const auto& [code, calls] : method.failed) errors += calls;
+    return errors;
+  }
+  const client::MethodStats* Before(const client::MethodStats& method) const {
+    for (const client::MethodStats& before : before_.methods)
+      if (before.method == method.method) return &before;
+    return nullptr;
+  }
   double PerSecond(int64_t before, int64_t now) const {
     return seconds_ > 0 ? static_cast<double>(std::max<int64_t>(0, now - before)) / seconds_ : 0;
   }
@@ -90,11 +109,27 @@ void AppendRates(const ServerStats& stats, const Rates& rates, std::string* text
                   " blocks/s   attended ", CountText(attended), " blocks/s (",
                   PercentText(rates.Of(&ServerStats::attended_blocks_below_first_tier), attended),
                   " below the first tier)\n");
-  absl::StrAppend(text, "moved ", ByteRateText(rates.Of(&ServerStats::moved_bytes)), " in ",
-                  CountText(rates.Of(&ServerStats::moves)), " moves/s (",
-                  CountText(rates.Of(&ServerStats::failed_moves)), " failed/s)   no room ",
-                  CountText(rates.Of(&ServerStats::exhausted)), " calls/s   checksum failures ",
-                  stats.checksum_failures, "\n");
+  absl::StrAppend(
+      text, "moved ", ByteRateText(rates.Of(&ServerStats::moved_bytes)), " in ",
+      CountText(rates.Of(&ServerStats::moves)), " moves/s (", CountText(rates.Of(&ServerStats::failed_moves)),
+      " failed/s)   no room ", CountText(rates.Of(&ServerStats::exhausted)), " calls/s   checksum failures ",
+      stats.checksum_failures, "   dropped ", stats.dropped_blocks, "   lost ", stats.lost_blocks, "\n");
+}
+
+// The busiest methods: calls and errors a second, latency since the start, errors by code.
+void AppendCalls(const ServerStats& stats, const Rates& rates, const Terminal& terminal, std::string* text) {
+  constexpr size_t kShown = 6;
+  if (stats.methods.empty()) return;
+  Table table(
+      {{"calls", Align::kLeft}, {"rate"}, {"errors"}, {"p50"}, {"p99"}, {"failed so far", Align::kLeft}});
+  for (size_t i = 0; i < std::min(kShown, stats.methods.size()); ++i) {
+    const client::MethodStats& method = stats.methods[i];
+    const double errors = rates.OfErrors(method);
+    table.AddRow({method.method, RateText(rates.OfCalls(method)), RateText(errors),
+                  LatencyText(method.p50_seconds), LatencyText(method.p99_seconds), FailedText(method)},
+                 errors > 0 ? Paint::kYellow : Paint::kPlain);
+  }
+  absl::StrAppend(text, "\n", table.Render(terminal));
 }
 
 void AppendSequences(std::vector<SequenceInfo> sequences, int lines, const Terminal& terminal,
@@ -164,6 +199,7 @@ std::string RenderTop(const DaemonSnapshot& before, const DaemonSnapshot& now, d
   if (stats.stored_bytes > 0) absl::StrAppendFormat(&text, " at %.2f bits per value", stats.bits_per_value);
   absl::StrAppend(&text, "\n");
   AppendRates(stats, rates, &text);
+  AppendCalls(stats, rates, terminal, &text);
   const auto used = static_cast<int>(std::count(text.begin(), text.end(), '\n'));
   AppendSequences(now.sequences, height - used - 1, terminal, &text);
 

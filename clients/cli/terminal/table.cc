@@ -9,6 +9,7 @@ namespace kvtide::cli {
 
 void Table::AddRow(std::vector<std::string> cells, Paint paint) {
   cells.resize(columns_.size());
+  for (std::string& cell : cells) cell = Printable(cell);
   rows_.push_back({std::move(cells), paint});
 }
 

@@ -21,6 +21,7 @@ class Table {
   explicit Table(std::vector<Column> columns) : columns_(std::move(columns)) {}
 
   // As many cells as there are columns; fewer are filled up with empty ones.
+  // Cells are shown Printable.
   void AddRow(std::vector<std::string> cells, Paint paint = Paint::kPlain);
   bool empty() const { return rows_.empty(); }
 

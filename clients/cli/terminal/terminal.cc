@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
@@ -65,6 +66,25 @@ int DisplayWidth(const std::string& text) {
     }
   }
   return width;
+}
+
+std::string Printable(const std::string& text) {
+  std::string out;
+  for (size_t i = 0; i < text.size(); ++i) {
+    const auto byte = static_cast<unsigned char>(text[i]);
+    const bool c1 = byte == 0xc2 && i + 1 < text.size() && static_cast<unsigned char>(text[i + 1]) < 0xa0;
+    if (byte >= 0x20 && byte != 0x7f && !c1) {
+      out += text[i];
+    } else if (text[i] == '\n') {
+      out += "\\n";
+    } else {
+      const unsigned code = c1 ? static_cast<unsigned char>(text[++i]) : byte;
+      char escaped[8];
+      std::snprintf(escaped, sizeof(escaped), "\\x%02x", code);
+      out += escaped;
+    }
+  }
+  return out;
 }
 
 std::string CountText(double count) {

@@ -30,6 +30,10 @@ class Terminal {
 // Columns that a text takes: UTF-8 characters, escape sequences not counted.
 int DisplayWidth(const std::string& text);
 
+// A text of somebody else's, such as a name, as it may be shown: control characters (also the C1 ones in
+// UTF-8) become \n, \x1b.
+std::string Printable(const std::string& text);
+
 std::string CountText(double count);       // "950", "12.3k", "4.1M"
 std::string DurationText(double seconds);  // "8 s", "2:05", "1:02:05"
 

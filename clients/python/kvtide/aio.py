@@ -58,6 +58,10 @@ class AsyncPool:
         """See :meth:`Pool.register`."""
         return await _run(self.pool.register, model, list(layers))
 
+    async def unregister(self, model: str) -> None:
+        """See :meth:`Pool.unregister`."""
+        await _run(self.pool.unregister, model)
+
     async def create(self, model: str, **options: Any) -> Sequence:
         """See :meth:`Pool.create`."""
         return await _run(self.pool.create, model, **options)

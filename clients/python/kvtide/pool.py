@@ -427,6 +427,16 @@ class Pool:
         self._models[model] = layers
         return model
 
+    def unregister(self, model: str) -> None:
+        """Forgets a model, so that its name and its place are free. Its sequences have to be closed.
+
+        Raises:
+            FailedPrecondition: the model has open sequences.
+            NotFound: no model of this name is registered.
+        """
+        self._core.unregister_model(model)
+        self._models.pop(model, None)
+
     def create(
         self,
         model: str,

@@ -115,6 +115,29 @@ TEST(DoctorChecks, DiskAndContents) {
   EXPECT_EQ(findings[1].verdict, Verdict::kFail);
 }
 
+// What the alerts of deploy/prometheus wake somebody for, doctor finds as well.
+TEST(DoctorChecks, FindsLostDataFaultsAndDroppedBlocks) {
+  const auto subjects = [](const client::ServerStats& stats, Verdict verdict) {
+    std::string text;
+    for (const Finding& finding : CheckContents(stats))
+      if (finding.verdict == verdict) text += finding.subject + ";";
+    return text;
+  };
+  client::ServerStats stats;
+  stats.methods = {{"Attend", 10, {{"NOT_FOUND", 1}}, 0, 0}};
+  EXPECT_EQ(subjects(stats, Verdict::kOk), "errors;") << "a mistake of a client";
+  EXPECT_FALSE(AnyFailed(CheckContents(stats)));
+  stats.dropped_blocks = 4;
+  EXPECT_EQ(subjects(stats, Verdict::kWarn), "dropped;");
+  stats.methods[0].failed.emplace_back("DATA_LOSS", 3);
+  EXPECT_EQ(subjects(stats, Verdict::kFail), "data loss;");
+  stats.methods[0].failed.emplace_back("INTERNAL", 1);
+  EXPECT_EQ(subjects(stats, Verdict::kFail), "data loss;faults;");
+  stats = {};
+  stats.lost_blocks = 1;
+  EXPECT_EQ(subjects(stats, Verdict::kFail), "data loss;");
+}
+
 TEST(DoctorChecks, RendersAndCounts) {
   const std::vector<Finding> findings = {{Verdict::kOk, "one", "fine", ""},
                                          {Verdict::kFail, "second", "broken", "mend it"}};

@@ -81,6 +81,25 @@ TEST(StatusReport, LongestIdleFirstAndTheRestCounted) {
   EXPECT_THAT(RenderStatus(Sample(), 0, kPlain), Not(HasSubstr("18446744073709551615")));
 }
 
+TEST(StatusReport, ErrorsByCodeLatencyAndNamesThatWouldPlayWithTheTerminal) {
+  DaemonSnapshot snapshot = Sample();
+  snapshot.stats.methods = {{"Append", 1000, {{"RESOURCE_EXHAUSTED", 7}, {"DATA_LOSS", 2}}, 85e-6, 2.4e-3}};
+  snapshot.info.models = {"evil\x1b[2J"};
+  snapshot.sequences[0].model = "two\nlines\xc2\x9b";
+  snapshot.sequences[0].tenant = "acme";
+  const std::string text = RenderStatus(snapshot, 10, kPlain);
+  EXPECT_THAT(text, HasSubstr("RESOURCE_EXHAUSTED 7, DATA_LOSS 2"));
+  EXPECT_THAT(text, HasSubstr("85 us"));
+  EXPECT_THAT(text, HasSubstr("2.4 ms"));
+  EXPECT_THAT(text, HasSubstr("models: evil\\x1b[2J"));
+  EXPECT_THAT(text, HasSubstr("two\\nlines\\x9b"));
+  EXPECT_THAT(text, HasSubstr("acme"));
+  EXPECT_THAT(text, Not(HasSubstr("\x1b")));
+  const nlohmann::json json = nlohmann::json::parse(RenderStatusJson(snapshot));
+  EXPECT_EQ(json["methods"][0]["failed"]["DATA_LOSS"], 2);
+  EXPECT_EQ(json["counters"]["lost_blocks"], 0);
+}
+
 TEST(StatusReport, AnEmptyDaemon) {
   DaemonSnapshot snapshot;
   snapshot.serving = false;

@@ -73,5 +73,19 @@ TEST(TopScreen, StaysInsideTheTerminal) {
   for (std::string line; std::getline(lines, line);) EXPECT_LE(DisplayWidth(line), 40) << line;
 }
 
+TEST(TopScreen, ErrorsAndLatencyOfTheBusiestMethods) {
+  DaemonSnapshot before = At(10, 100), now = At(12, 300);
+  before.stats.methods = {{"Append", 100, {{"ABORTED", 1}}, 0, 0}};
+  now.stats.methods = {{"Attend", 50, {}, 90e-6, 1e-3},
+                       {"Append", 300, {{"ABORTED", 1}, {"DATA_LOSS", 4}}, 1e-3, 1.5}};
+  now.stats.lost_blocks = 6;
+  const std::string text = RenderTop(before, now, 2, 60, kPlain);
+  EXPECT_THAT(text, HasSubstr("100/s"));
+  EXPECT_THAT(text, HasSubstr("2/s"));
+  EXPECT_THAT(text, HasSubstr("ABORTED 1, DATA_LOSS 4"));
+  EXPECT_THAT(text, HasSubstr("1.5 s"));
+  EXPECT_THAT(text, HasSubstr("lost 6"));
+}
+
 }  // namespace
 }  // namespace kvtide::cli

@@ -120,6 +120,28 @@ TEST_F(TenantTest, ModelsAreTheTenantsOwn) {
   EXPECT_EQ(cache_->ModelNames(as_ops_), std::vector<std::string>{"m"});
 }
 
+TEST_F(TenantTest, AModelThatNobodyUsesMayGo) {
+  options_.max_models = 2;
+  Start();
+  const ModelId first = cache_->RegisterModel(SmallModel("m"), as_acme_).value();
+  ASSERT_TRUE(cache_->RegisterModel(SmallModel(), as_acme_).ok());
+  EXPECT_TRUE(
+      IsError(cache_->UnregisterModel("m", as_other_).status(), StatusCode::kNotFound, "not registered"));
+  EXPECT_FALSE(cache_->RegisterModel(SmallModel("third"), as_acme_).ok());
+  const SequenceId sequence = cache_->CreateSequence(first, WithPair("f16"), as_acme_).value();
+  EXPECT_TRUE(IsError(cache_->UnregisterModel("m", as_acme_).status(), StatusCode::kFailedPrecondition,
+                      "has 1 open sequences"));
+  ASSERT_TRUE(cache_->CloseSequence(sequence, as_acme_).ok());
+  EXPECT_EQ(cache_->UnregisterModel("m", as_acme_).value(), first);
+  EXPECT_EQ(cache_->GetModel(first).status().code(), StatusCode::kNotFound);
+  // The name is free, for another geometry too, and the id is not used again.
+  EXPECT_NE(cache_->RegisterModel(UniformModel("m", {3, 1, 64, 64}, 2), as_acme_).value(), first);
+  for (int i = 0; i < 100; i++) {
+    ASSERT_TRUE(cache_->UnregisterModel("m", as_acme_).ok());
+    ASSERT_TRUE(cache_->RegisterModel(SmallModel("m"), as_acme_).ok());
+  }
+}
+
 TEST_F(TenantTest, ARestartKeepsWhoOwnsWhat) {
   StartWithDisk(8 * kMiB, 8 * kMiB, 8 * kMiB);
   ASSERT_TRUE(cache_->RegisterModel(SmallModel(), as_acme_).ok());
@@ -168,6 +190,111 @@ TEST_F(TenantTest, AReusedPlaceGivesNothingOfItsFormerTenant) {
     }
     ASSERT_TRUE(cache_->CloseSequence(after, as_other_).ok());
   }
+}
+
+class QuotaTest : public TenantTest {
+ protected:
+  void Limit(const std::vector<std::string>& texts) {
+    options_.quotas = TenantQuotas::Parse(texts, std::vector<std::string>{"device", "host", "disk"}).value();
+  }
+  const TenantStats& Of(const std::string& tenant) {
+    stats_ = cache_->Stats();
+    for (const TenantStats& one : stats_.tenants)
+      if (one.tenant == tenant) return one;
+    static const TenantStats kNothing;
+    return kNothing;
+  }
+  CacheStats stats_;
+};
+
+TEST_F(QuotaTest, SequencesAndModelsAreCountedByTenant) {
+  Limit({"acme:sequences=2,models=1", "*:sequences=3"});
+  Start();
+  for (const CallContext* context : {&as_acme_, &as_other_})
+    ASSERT_TRUE(cache_->RegisterModel(SmallModel(), *context).ok());
+  EXPECT_TRUE(cache_->RegisterModel(SmallModel(), as_acme_).ok()) << "again: the same one";
+  EXPECT_TRUE(IsError(cache_->RegisterModel(SmallModel("m"), as_acme_).status(),
+                      StatusCode::kResourceExhausted, "tenant 'acme' has 1 models, and its quota is 1"));
+  EXPECT_TRUE(cache_->RegisterModel(SmallModel("m"), as_other_).ok());
+  const SequenceId first = Create("", as_acme_).value();
+  const SequenceId second = cache_->ForkSequence(first, as_acme_).value();
+  EXPECT_TRUE(IsError(Create("", as_acme_).status(), StatusCode::kResourceExhausted,
+                      "tenant 'acme' has 2 sequences, and its quota is 2; close some"));
+  EXPECT_TRUE(
+      IsError(cache_->ForkSequence(first, as_acme_).status(), StatusCode::kResourceExhausted, "quota"));
+  for (int i = 0; i < 3; i++) EXPECT_TRUE(Create("", as_other_).ok());
+  EXPECT_FALSE(Create("", as_other_).ok());
+  ASSERT_TRUE(cache_->CloseSequence(second, as_acme_).ok());
+  EXPECT_TRUE(Create("", as_acme_).ok());
+  EXPECT_EQ(Of("acme").sequences, 2u);
+  EXPECT_EQ(Of("other").models, 2u);
+}
+
+TEST_F(QuotaTest, BytesOfATierAreOneTenantsOwn) {
+  // An f16 block has 64 KiB: two of them on the device, one on the host.
+  Limit({"acme:device=128KiB,host=64KiB"});
+  Start();
+  for (const CallContext* context : {&as_acme_, &as_other_})
+    ASSERT_TRUE(cache_->RegisterModel(SmallModel(), *context).ok());
+  const auto create = [&](const CallContext& context) {
+    return cache_->CreateSequence(*cache_->FindModel("small", context), WithPair("f16"), context).value();
+  };
+  const SequenceId mine = create(as_acme_);
+  ASSERT_TRUE(Append(mine, 0, 128, as_acme_).ok());
+  EXPECT_EQ(Of("acme").tier_bytes, (std::vector<uint64_t>{128 << 10, 0}));
+  // What has no room in the first tier goes to the next one where it may.
+  ASSERT_TRUE(Append(mine, 128, 64, as_acme_).ok());
+  EXPECT_EQ(Of("acme").tier_bytes, (std::vector<uint64_t>{128 << 10, 64 << 10}));
+  const absl::Status full = Append(mine, 192, 1, as_acme_);
+  EXPECT_TRUE(IsError(
+      full, StatusCode::kResourceExhausted,
+      "within the quota of tenant 'acme': 131072 of 131072 bytes taken in tier 'device'; 65536 of 65536"));
+  EXPECT_TRUE(Read(mine, 0, 192, as_acme_).ok()) << "nothing is lost";
+  // Nobody else is held up, and an eviction that would exceed the quota below leaves its blocks.
+  const SequenceId others = create(as_other_);
+  ASSERT_TRUE(Append(others, 0, 640, as_other_).ok());
+  EXPECT_EQ(cache_->Evict({{mine}}, 1, as_acme_)->moved_blocks, 0u);
+  EXPECT_EQ(cache_->Evict({{others}}, 1, as_other_)->moved_blocks, 10u);
+  // What is given back may be taken again.
+  ASSERT_TRUE(cache_->TruncateSequence(mine, 64, as_acme_).ok());
+  EXPECT_TRUE(Append(mine, 64, 128, as_acme_).ok());
+  ASSERT_TRUE(cache_->CloseSequence(mine, as_acme_).ok());
+  EXPECT_EQ(Of("acme").sequences, 0u);
+  EXPECT_EQ(Of("acme").tier_bytes, (std::vector<uint64_t>{0, 0}));
+}
+
+TEST_F(QuotaTest, WhatWasThereBeforeStaysUnderASmallerQuota) {
+  StartWithDisk(8 * kMiB, 8 * kMiB, 8 * kMiB);
+  ASSERT_TRUE(cache_->RegisterModel(SmallModel(), as_acme_).ok());
+  for (int i = 0; i < 2; i++) {
+    const SequenceId one = Create("", as_acme_).value();
+    ASSERT_TRUE(Append(one, 0, 70, as_acme_).ok());
+    ASSERT_TRUE(cache_->Persist({{one}}, as_acme_).ok());
+  }
+  Limit({"acme:sequences=1,models=0,disk=1"});
+  Restart(false);
+  EXPECT_EQ(cache_->ListSequences({}, as_acme_).size(), 2u);
+  EXPECT_GT(Of("acme").tier_bytes.back(), 1u);
+  EXPECT_FALSE(Create("", as_acme_).ok());
+}
+
+TEST(TenantQuotas, TextsThatAreNoneAreNamed) {
+  const std::vector<std::string> tiers = {"device", "host"};
+  const auto parse = [&](const std::vector<std::string>& texts) { return TenantQuotas::Parse(texts, tiers); };
+  for (const char* text :
+       {"", "acme", ":sequences=1", "acme:", "acme:sequences", "acme:sequences=x", "acme:disk=1GiB",
+        "acme:sequences=1,sequences=2", "acme:device=1GB", "acme:device=99999999999TiB"}) {
+    const auto status = parse({text}).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << text;
+    EXPECT_TRUE(absl::StrContains(status.message(), absl::StrCat("quota \"", text, "\""))) << status;
+  }
+  EXPECT_FALSE(parse({"a:calls=1", "a:models=1"}).ok());
+  const TenantQuotas quotas = parse({"acme:calls=3,device=2GiB", "*:connections=4"}).value();
+  EXPECT_EQ(quotas.Of("acme").calls, 3u);
+  EXPECT_EQ(quotas.Of("acme").connections, TenantLimits::kNone);
+  EXPECT_EQ(quotas.Of("acme").OfTier("device"), uint64_t{2} << 30);
+  EXPECT_EQ(quotas.Of("acme").OfTier("host"), TenantLimits::kNone);
+  EXPECT_EQ(quotas.Of("anybody").connections, 4u);
 }
 
 }  // namespace

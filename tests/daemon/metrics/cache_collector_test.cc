@@ -27,6 +27,8 @@ TEST(CacheCollector, FamiliesAndTypes) {
       {"kvtide_pair_bytes", "gauge"},
       {"kvtide_models", "gauge"},
       {"kvtide_sequences", "gauge"},
+      {"kvtide_tenant_sequences", "gauge"},
+      {"kvtide_tenant_bytes", "gauge"},
       {"kvtide_tokens", "gauge"},
       {"kvtide_shared_blocks", "gauge"},
       {"kvtide_stored_bytes", "gauge"},
@@ -148,6 +150,29 @@ TEST(CacheCollector, NeverNegative) {
   stats.attended_blocks = 3;
   stats.attended_blocks_below_tier0 = 5;
   for (const auto& [name, value] : Scrape(stats).samples) EXPECT_GE(value, 0) << name;
+}
+
+// Series have a bound, whatever tenants are called and however many they are; sums stay.
+TEST(CacheCollector, TenantsHaveABoundAndNoControlCharacters) {
+  CacheStats stats = BusyStats();
+  stats.tenants.clear();
+  uint64_t sequences = 0, bytes = 0;
+  for (uint64_t i = 0; i < 5000; i++) {
+    stats.tenants.push_back({"t\n\x1b\"\\" + std::to_string(i), i, 1, {i, 2 * i, 3 * i}});
+    sequences += i;
+    bytes += 6 * i;
+  }
+  size_t series = 0;
+  double seen_sequences = 0, seen_bytes = 0;
+  for (const auto& [name, value] : Scrape(stats).samples) {
+    if (name.rfind("kvtide_tenant_", 0) != 0) continue;
+    series++;
+    EXPECT_EQ(name.find('\x1b'), std::string::npos);
+    (name.rfind("kvtide_tenant_bytes{", 0) == 0 ? seen_bytes : seen_sequences) += value;
+  }
+  EXPECT_EQ(series, 33u * (1 + stats.tiers.size()));
+  EXPECT_EQ(seen_sequences, static_cast<double>(sequences));
+  EXPECT_EQ(seen_bytes, static_cast<double>(bytes));
 }
 
 TEST(CacheCollector, OneSnapshotForAScrape) {

@@ -52,6 +52,7 @@ CacheStats BusyStats() {
     stats.dropped_blocks += tier.dropped_blocks;
     stats.moves += tier.demoted_blocks + tier.promoted_blocks;
   }
+  stats.tenants = {{"acme", 8102, 8101, {8111, 8112, 8113}}, {"default", 8202, 8201, {8211, 8212, 8213}}};
   stats.models = 3;
   stats.sequences = 5;
   stats.tokens = 70001;

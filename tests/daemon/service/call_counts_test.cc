@@ -40,6 +40,16 @@ TEST(CallCounts, TellsErrorsByCodeAndHowLongCallsTake) {
   EXPECT_LE(append.p99_seconds(), 142e-6);
 }
 
+TEST(CallCounts, SessionsCountButHaveNoLatency) {
+  CallCounts counts;
+  counts.Add(Call("Session", 1, absl::Hours(1)));
+  google::protobuf::RepeatedPtrField<v1::MethodStats> methods;
+  counts.ToProto(&methods);
+  ASSERT_EQ(methods.size(), 1);
+  EXPECT_EQ(methods[0].calls(), 1);
+  EXPECT_EQ(methods[0].p99_seconds(), 0);
+}
+
 TEST(CallCounts, AnyNumberOfThreadsAddTheSameMethods) {
   CallCounts counts;
   const char* const kNames[] = {"A", "B", "C", "D"};

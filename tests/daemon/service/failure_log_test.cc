@@ -65,6 +65,29 @@ TEST(FailureLog, AFloodIsCounted) {
   EXPECT_THAT(out.lines.back(), HasSubstr("suppressed=990"));
 }
 
+TEST(FailureLog, ASlowCallSaysWhereItsTimeWent) {
+  std::vector<std::string> lines;
+  FailureLog log(
+      [&](const char* level, const std::string& line) { lines.push_back(std::string(level) + ": " + line); },
+      absl::Milliseconds(5));
+  service::CallReport call = Failure(0);
+  call.duration = absl::Milliseconds(9);
+  call.received = absl::Milliseconds(1);
+  call.waited = absl::Milliseconds(6);
+  call.tenant = "acme";
+  call.trace = "0af7651916cd43dd8448eb211c80319c";
+  log.Add(call, absl::UnixEpoch());
+  call.duration = absl::Milliseconds(4);
+  log.Add(call, absl::UnixEpoch());
+  call.method = "Session";
+  call.duration = absl::Hours(3);
+  log.Add(call, absl::UnixEpoch());
+  EXPECT_THAT(
+      lines, ElementsAre("warning: slow call method=Append code=OK sequence=42 request=r-1 "
+                         "caller=unix:uid=0,pid=7 tenant=acme trace=0af7651916cd43dd8448eb211c80319c us=9000 "
+                         "received_us=1000 waited_us=6000 served_us=2000 request_bytes=0 response_bytes=0"));
+}
+
 TEST(FailureLog, ATextStaysWithinItsLine) {
   Lines out;
   service::CallReport call = Failure(3);

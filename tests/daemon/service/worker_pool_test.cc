@@ -25,7 +25,7 @@ class Piece final : public WorkerPool::Work {
 // A pool of one thread that is busy until it is let go.
 struct BusyPool {
   explicit BusyPool(size_t max_queued) : pool(1, max_queued) {
-    EXPECT_TRUE(pool.Submit(1, &work));
+    EXPECT_TRUE(pool.Submit({0, 1}, &work));
     busy.get_future().wait();
   }
   void LetGo() { release.set_value(); }
@@ -43,10 +43,10 @@ TEST(WorkerPool, SaysNoWhenItsQueueIsFullAndFinishesWhatItTook) {
   Piece a([&done] { done++; }), b([&done] { done++; }), c([&done] { done += 100; });
   {
     BusyPool busy(2);
-    EXPECT_TRUE(busy.pool.Submit(1, &a));
-    EXPECT_TRUE(busy.pool.Submit(1, &b));
+    EXPECT_TRUE(busy.pool.Submit({0, 1}, &a));
+    EXPECT_TRUE(busy.pool.Submit({0, 1}, &b));
     EXPECT_EQ(busy.pool.queued(), 2u);
-    EXPECT_FALSE(busy.pool.Submit(1, &c));
+    EXPECT_FALSE(busy.pool.Submit({0, 1}, &c));
     busy.LetGo();
   }
   EXPECT_EQ(done, 2);
@@ -61,9 +61,9 @@ TEST(WorkerPool, CallersTakeTurns) {
     BusyPool busy(100);
     for (int i = 0; i < 64; i++) {
       many.push_back(std::make_unique<Piece>([&order] { order += 'a'; }));
-      ASSERT_TRUE(busy.pool.Submit(1, many.back().get()));
+      ASSERT_TRUE(busy.pool.Submit({0, 1}, many.back().get()));
     }
-    ASSERT_TRUE(busy.pool.Submit(2, &single));
+    ASSERT_TRUE(busy.pool.Submit({0, 2}, &single));
     busy.LetGo();
   }
   EXPECT_EQ(order, "ab" + std::string(63, 'a'));
@@ -81,8 +81,8 @@ TEST(WorkerPool, RunsOnAllItsThreads) {
     second.set_value();
   });
   WorkerPool pool(2, 16);
-  ASSERT_TRUE(pool.Submit(1, &a));
-  ASSERT_TRUE(pool.Submit(1, &b));
+  ASSERT_TRUE(pool.Submit({0, 1}, &a));
+  ASSERT_TRUE(pool.Submit({0, 1}, &b));
 }
 
 TEST(WorkerPool, WhatWaitsIsRefusedWhenItCloses) {
@@ -90,10 +90,10 @@ TEST(WorkerPool, WhatWaitsIsRefusedWhenItCloses) {
   const auto never = [] { FAIL() << "ran after the end"; };
   Piece waiting(never, [&refused] { refused++; }), late(never, [&refused] { refused++; });
   BusyPool busy(10);
-  ASSERT_TRUE(busy.pool.Submit(1, &waiting));
+  ASSERT_TRUE(busy.pool.Submit({0, 1}, &waiting));
   busy.pool.Close();
   EXPECT_EQ(refused, 1);
-  EXPECT_TRUE(busy.pool.Submit(1, &late));
+  EXPECT_TRUE(busy.pool.Submit({0, 1}, &late));
   EXPECT_EQ(refused, 2);
   busy.LetGo();
 }

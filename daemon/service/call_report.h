@@ -1,0 +1,26 @@
+// What is told of a call when it has ended.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+
+#include "absl/time/time.h"
+
+namespace kvtide::service {
+
+// Told after every call, from any thread; must be quick. `method` is a string literal, `code` a gRPC status
+// code; texts are the callee's for the call only.
+struct CallReport {
+  const char* method = "";
+  int code = 0;
+  absl::Duration duration;  // from the call's arrival to its answer; of it,
+  absl::Duration received;  // until its request was there,
+  absl::Duration waited;    // and from there until a thread took it
+  int64_t request_bytes = 0, response_bytes = 0;
+  std::string_view message;  // empty when the call went well
+  std::string_view request_id, caller, tenant;
+  std::string_view trace;  // the trace id of the client's traceparent; empty = none
+  uint64_t sequence = 0;   // the first that the request names; 0 = none
+};
+
+}  // namespace kvtide::service

@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""A real Prometheus scrapes a real kvtided under load; every panel and every alert has to have an answer.
+
+usage: prometheus_test.py REPOSITORY KVTIDED KVTIDE APPENDER PROMETHEUS
+
+Each expression of the dashboard is asked for over the time of the load, and has to give finite numbers; a planted expression has to
+fail. Each alert's expression has to be one that Prometheus evaluates, none of them may fire on a healthy daemon, and the one that
+should (data loss aside, none does) is checked by rules_test.yml.
+"""
+import json
+import math
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.parse
+import urllib.request
+
+PATIENCE = 120
+VARIABLES = {"$__rate_interval": "8s", "$__range": "1m", "$job": ".+", "$instance": ".+"}
+# Nothing happens there on a healthy daemon: no number is the right answer (0 / 0).
+MAY_BE_EMPTY = set()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def ask(port, path, **parameters):
+    query = urllib.parse.urlencode(parameters)
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/v1/{path}?{query}", timeout=30) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        text = error.read().decode()
+        return json.loads(text) if text.startswith("{") else {"status": "error", "error": text}
+
+
+def wait_for(what, check):
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        try:
+            value = check()
+            if value:
+                return value
+        except OSError:
+            pass
+        time.sleep(0.1)
+    sys.exit(f"no {what} within {PATIENCE} s")
+
+
+def finite_numbers(answer):
+    """Of all series of an answer; None when it failed."""
+    if answer.get("status") != "success":
+        return None
+    values = [float(v) for series in answer["data"]["result"] for _, v in series.get("values", [])]
+    return [v for v in values if math.isfinite(v)]
+
+
+def main():
+    repository, kvtided, kvtide, appender, prometheus = sys.argv[1:]
+    repository = pathlib.Path(repository)
+    rules = repository / "deploy/prometheus/rules.yml"
+    complaints = []
+    with tempfile.TemporaryDirectory(prefix="kvtide-prometheus-") as name:
+        folder = pathlib.Path(name)
+        (folder / "run").mkdir()
+        address = f"unix:{folder}/run/kvtided.sock"
+        metrics, web = free_port(), free_port()
+        config = (repository / "deploy/prometheus/prometheus.yml").read_text()
+        assert "kvtided:9464" in config, "prometheus.yml scrapes another target"
+        config = config.replace("kvtided:9464", f"127.0.0.1:{metrics}").replace("/etc/prometheus/rules.yml", str(rules))
+        config = "\n".join("  scrape_interval: 1s" if line.strip().startswith("scrape_interval:") else line for line in config.splitlines())
+        (folder / "prometheus.yml").write_text(config)
+        (folder / "rules.yml").write_text(rules.read_text())
+        log = open(folder / "log", "w")
+        processes = []
+
+        def start(*command):
+            processes.append(subprocess.Popen([str(c) for c in command], stdout=log, stderr=log, cwd=folder))
+            return processes[-1]
+
+        def run(*words):
+            return subprocess.run([kvtide, *words, "--address", address], stdout=log, stderr=log, cwd=folder).returncode
+
+        try:
+            start(kvtided, "--listen", address, "--device", "cpu", "--device-memory", "24MiB", "--host-memory", "64MiB",
+                  "--disk", f"{folder}/tier:16MiB", "--metrics-address", f"127.0.0.1:{metrics}")
+            start(prometheus, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/tsdb",
+                  f"--web.listen-address=127.0.0.1:{web}", "--log.level=warn")
+            wait_for("daemon", lambda: run("health") == 0)
+            wait_for("scrape", lambda: finite_numbers(ask(web, "query_range", query="kvtide_build_info", start=time.time() - 30, end=time.time(), step=1)))
+            begun = time.time()
+            # Text through the bundled model: appends, seals, attention; and an engine that appends all the time.
+            start(appender, address, "register")
+            assert run("eval", "--pairs", "q8_0/turbo4", "--windows", "1", "--context", "512", "--no-layer-errors", "--no-progress") == 0, (folder / "log").read_text()
+            ids = json.loads(subprocess.run([kvtide, "seq", "list", "--output", "json", "--address", address], capture_output=True, cwd=folder).stdout)
+            assert ids, "the engine has no sequence"
+            one = ids[0]["id"]
+            assert run("seq", "fork", one) == 0
+            for verb in ("evict", "prefetch"):
+                run("seq", verb, one)
+            run("seq", "close", "12345")  # NOT_FOUND: a failed call
+            time.sleep(5)
+            end = time.time()
+            dashboards = sorted((repository / "deploy/grafana/dashboards").glob("*.json"))
+            asked = 0
+            for path in dashboards:
+                for panel in json.loads(path.read_text())["panels"]:
+                    for target in panel.get("targets", []):
+                        expression = target["expr"]
+                        for variable, value in VARIABLES.items():
+                            expression = expression.replace(variable, value)
+                        answer = ask(web, "query_range", query=expression, start=begun, end=end, step=1)
+                        numbers = finite_numbers(answer)
+                        asked += 1
+                        if numbers is None:
+                            complaints.append(f"{panel['title']}: {answer.get('error')}: {expression}")
+                        elif not numbers and panel["title"] not in MAY_BE_EMPTY:
+                            complaints.append(f"{panel['title']}: no number: {expression}")
+            # The check finds what is planted.
+            assert finite_numbers(ask(web, "query_range", query="sum(", start=begun, end=end, step=1)) is None
+            assert finite_numbers(ask(web, "query_range", query="kvtide_no_such_thing", start=begun, end=end, step=1)) == []
+            groups = ask(web, "rules")["data"]["groups"]
+            alerts = [rule for group in groups for rule in group["rules"] if rule["type"] == "alerting"]
+            if len(alerts) < 10:
+                complaints.append(f"Prometheus has {len(alerts)} alerts")
+            for alert in alerts:
+                if alert["health"] not in ("ok", "unknown") or alert.get("lastError"):
+                    complaints.append(f"{alert['name']}: {alert.get('lastError')}")
+                # Evaluated now, whenever its group's turn is.
+                if finite_numbers(ask(web, "query_range", query=alert["query"], start=begun, end=end, step=1)) is None:
+                    complaints.append(f"{alert['name']}: {alert['query']} is not evaluated")
+                if alert["state"] == "firing":
+                    complaints.append(f"{alert['name']} fires on a healthy daemon")
+        finally:
+            for process in reversed(processes):
+                process.send_signal(signal.SIGTERM)
+            for process in processes:
+                try:
+                    process.wait(30)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+            log.close()
+            if complaints or sys.exc_info()[0] is not None:
+                print((folder / "log").read_text()[-3000:])
+    for complaint in complaints:
+        print(complaint)
+    print(f"{asked} expressions, {len(alerts)} alerts, {len(complaints)} complaints")
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
