@@ -4,6 +4,7 @@ The daemon is a double unless KVTIDE_TEST_ADDRESS names a real one; pages then r
 import os
 import pathlib
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,7 +24,7 @@ ADDRESS = os.environ.get("KVTIDE_TEST_ADDRESS", "")
 
 
 def host_pool(layout, allocator):
-    from sglang.srt.mem_cache.device_pool_info import KVBufferLayout, KVBuffers, MHABufferInfo
+    """As SGLang makes it beside its device pool; of that, which wants a GPU, it needs sizes and addresses only."""
     from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 
     device = [torch.randn(TOKENS + PAGE, HEADS, DIM, dtype=torch.bfloat16) for _ in range(2 * LAYERS)]
@@ -32,12 +33,20 @@ def host_pool(layout, allocator):
         return torch.tensor([one.data_ptr() for one in tensors], dtype=torch.uint64)
 
     keys, values = device[:LAYERS], device[LAYERS:]
-    info = MHABufferInfo(buffers=KVBuffers(k=tuple(keys), v=tuple(values), k_data_ptrs=addresses(keys), v_data_ptrs=addresses(values),
-                                           layout=KVBufferLayout.NHD),
-                         page_size=PAGE, head_num=HEADS, head_dim=DIM, v_head_dim=DIM, dtype=torch.bfloat16,
-                         device=torch.device("cpu"))
-    pool = MHATokenToKVPoolHost(info, 2.0, 0, PAGE, layout, pin_memory=False, allocator_type=allocator, device_capacity_tokens=TOKENS,
-                                start_layer=0, end_layer=LAYERS)
+    try:
+        from sglang.srt.mem_cache.device_pool_info import KVBufferLayout, KVBuffers, MHABufferInfo
+    except ImportError:  # before 0.5.23
+        of, options = SimpleNamespace(layer_num=LAYERS, device="cpu", dtype=torch.bfloat16, store_dtype=torch.bfloat16, head_num=HEADS,
+                                      head_dim=DIM, v_head_dim=DIM, row_dim=HEADS * DIM, size=TOKENS, start_layer=0, end_layer=LAYERS,
+                                      page_size=PAGE, k_buffer=keys, v_buffer=values, k_data_ptrs=addresses(keys),
+                                      v_data_ptrs=addresses(values)), {}
+    else:
+        of = MHABufferInfo(buffers=KVBuffers(k=tuple(keys), v=tuple(values), k_data_ptrs=addresses(keys), v_data_ptrs=addresses(values),
+                                             layout=KVBufferLayout.NHD),
+                           page_size=PAGE, head_num=HEADS, head_dim=DIM, v_head_dim=DIM, dtype=torch.bfloat16,
+                           device=torch.device("cpu"))
+        options = dict(device_capacity_tokens=TOKENS, start_layer=0, end_layer=LAYERS)
+    pool = MHATokenToKVPoolHost(of, 2.0, 0, PAGE, layout, pin_memory=False, allocator_type=allocator, **options)
     pool.kv_buffer.normal_()
     return pool
 
