@@ -86,7 +86,8 @@ def main():
             return processes[-1]
 
         def run(*words):
-            return subprocess.run([kvtide, *words, "--address", address], stdout=log, stderr=log, cwd=folder).returncode
+            patience = [] if words[0] == "eval" else ["--timeout", "60"]
+            return subprocess.run([kvtide, *words, "--address", address, *patience], stdout=log, stderr=log, cwd=folder).returncode
 
         try:
             start(kvtided, "--listen", address, "--device", "cpu", "--device-memory", "24MiB", "--host-memory", "64MiB",
@@ -99,7 +100,9 @@ def main():
             # Text through the bundled model: appends, seals, attention; and an engine that appends all the time.
             start(appender, address, "register")
             assert run("eval", "--pairs", "q8_0/turbo4", "--windows", "1", "--context", "512", "--no-layer-errors", "--no-progress") == 0, (folder / "log").read_text()
-            ids = json.loads(subprocess.run([kvtide, "seq", "list", "--output", "json", "--address", address], capture_output=True, cwd=folder).stdout)
+            listed = subprocess.run([kvtide, "seq", "list", "--output", "json", "--address", address, "--timeout", "60"], capture_output=True, text=True, cwd=folder)
+            assert listed.returncode == 0, listed.stderr
+            ids = json.loads(listed.stdout)
             assert ids, "the engine has no sequence"
             one = ids[0]["id"]
             assert run("seq", "fork", one) == 0
