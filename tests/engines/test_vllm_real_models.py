@@ -1,4 +1,6 @@
-"""SmolLM2-135M and Gemma 3 270M (tests/models.sh; KVTIDE_MODELS) through a real vLLM: the perplexity of `kvtide eval` over the same file."""
+"""SmolLM2-135M (tests/models.sh; KVTIDE_MODELS) through a real vLLM: the perplexity of `kvtide eval` over the same file.
+
+Gemma 3 270M is not here: transformers 5.17 reads the text's "<unk>" as Gemma's special token, kvtide as text."""
 
 import json
 import math
@@ -12,7 +14,7 @@ import pytest
 from engine import ROOT, TEXT
 
 MODELS = pathlib.Path(os.environ.get("KVTIDE_MODELS", pathlib.Path.home() / ".cache" / "kvtide" / "models"))
-FILES = ["smollm2-135m-q4_1.gguf", "gemma3-270m-q4_k_m.gguf"]
+FILES = ["smollm2-135m-q4_1.gguf"]
 CONTEXT = 512
 PAIR = "turbo4/turbo4"
 
@@ -29,8 +31,6 @@ del model.config.quantization_config
 model.save_pretrained(out)
 tokenizer = AutoTokenizer.from_pretrained(models, gguf_file=name)
 tokens = tokenizer(open(text, encoding="utf-8").read()[:12 * int(context)], add_special_tokens=False)["input_ids"]
-if "gemma" in name:
-    tokens = [tokenizer.bos_token_id] + tokens
 print(json.dumps(tokens[:int(context)]))
 """
 
