@@ -25,7 +25,7 @@ absl::Status CheckRun(const BlockRun& run, const GroupShape& shape, int64_t end_
   if (run.profile != nullptr &&
       run.profile->k.size() != static_cast<size_t>(shape.layers) * static_cast<size_t>(shape.kv_heads))
     return absl::InvalidArgumentError("the profile does not have one entry per layer and KV head");
-  return absl::OkStatus();
+  return run.tokens > 0 ? CheckProfileFor(run.layout->pair().k, shape, run.profile) : absl::OkStatus();
 }
 
 template <class Items>

@@ -36,6 +36,10 @@ inline absl::Status CheckPiece(const RecodePiece& piece) {
       piece.tokens > kBlockTokens)
     return absl::InvalidArgumentError(absl::StrCat("recode: layers ", piece.first_layer, " + ", piece.layers,
                                                    " or ", piece.tokens, " tokens lie outside the block"));
+  for (const auto& [layout, profile] :
+       {std::pair(piece.from, piece.from_profile), std::pair(piece.to, piece.to_profile)})
+    if (const absl::Status status = CheckProfileFor(layout->pair().k, layout->shape(), profile); !status.ok())
+      return absl::Status(status.code(), absl::StrCat("recode: ", status.message()));
   return absl::OkStatus();
 }
 
@@ -54,6 +58,8 @@ inline absl::Status CheckPiece(const DecodePiece& piece) {
   if (run.profile != nullptr &&
       run.profile->k.size() != static_cast<size_t>(shape.layers) * static_cast<size_t>(shape.kv_heads))
     return absl::InvalidArgumentError("decode: the profile does not have one entry per layer and KV head");
+  if (const absl::Status status = CheckProfileFor(run.layout->pair().k, shape, run.profile); !status.ok())
+    return absl::Status(status.code(), absl::StrCat("decode: ", status.message()));
   const auto heads = static_cast<size_t>(shape.kv_heads);
   for (const auto& [stride, dim] :
        {std::pair(piece.k_stride, shape.head_dim_k), std::pair(piece.v_stride, shape.head_dim_v)})

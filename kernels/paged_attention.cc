@@ -35,6 +35,10 @@ absl::Status CheckCount(const char* name, int64_t count, int64_t least, int64_t 
 absl::Status CheckPagedOptions(const PagedOptions& options, std::span<const PagedLayer> layers,
                                size_t alignment) {
   KVTIDE_RETURN_IF_ERROR(CheckGroupShape(options.shape));
+  if (Info(options.pair.k).calibrated || Info(options.pair.v).calibrated)
+    return absl::InvalidArgumentError(absl::StrCat(PairName(options.pair),
+                                                   ": calibrated types need transforms of a profile, which "
+                                                   "pages of an engine do not have; choose another K type"));
   if (options.shape.layers != 1)
     return absl::InvalidArgumentError(
         absl::StrCat("a page of ", options.shape.layers, " layers: a page is one layer of a block"));

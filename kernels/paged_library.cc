@@ -12,7 +12,7 @@ namespace kvtide {
 std::string PagedBuild() {
   // The first number is raised when a virtual function of PagedAttention or the meaning of a field changes.
   return absl::StrCat("1;", sizeof(PagedOptions), ";", sizeof(PagedLayer), ";", sizeof(PagedStep), ";",
-                      AllCacheTypes().size(), ";", __VERSION__);
+                      kCacheTypes, ";", __VERSION__);
 }
 
 int MakePagedByEntry(const PagedFactory& factory, const char* build, const PagedOptions* options,

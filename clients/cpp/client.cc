@@ -3,6 +3,7 @@
 #include <cstring>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "clients/cpp/client_impl.h"
@@ -44,7 +45,15 @@ absl::Status Client::RegisterModel(const Model& model) {
   v1::RegisterModelRequest& request = *message.mutable_register_model();
   ToProto(model, request.mutable_model());
   v1::SessionResponse answer;
-  return impl_->carrier->Call(&message, &answer);
+  const absl::Status status = impl_->carrier->Call(&message, &answer);
+  // Transforms of keys may be more than a ring of shared memory holds: they go over the socket, once for a
+  // model.
+  if (status.code() != absl::StatusCode::kResourceExhausted || model.layers.empty() ||
+      model.layers[0].key_transform.empty() || impl_->carrier->memory() == nullptr ||
+      !absl::StartsWith(impl_->address, "unix:"))
+    return status;
+  KVTIDE_ASSIGN_OR_RETURN(const std::unique_ptr<Impl> grpc, ConnectGrpc(impl_->address, {}));
+  return grpc->carrier->Call(&message, &answer);
 }
 
 absl::StatusOr<SequenceId> Client::CreateSequence(const std::string& model, const SequenceOptions& options) {

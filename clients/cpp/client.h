@@ -81,6 +81,9 @@ struct ModelLayer {
   float scale = 0;              // 0 = 1/sqrt(head_dim_k)
   float softcap = 0;            // 0 = none
   std::vector<float> key_mean;  // [kv_heads][head_dim_k], for KeyCentring::kCalibrated; empty = none
+  // For K types tide4, tide3, tide2, as model.proto has them; empty = none.
+  std::vector<float> key_transform;  // [kv_heads][head_dim_k][head_dim_k]
+  std::vector<uint8_t> key_widths;   // [kv_heads][3][head_dim_k rounded up to 32, / 8]
 };
 struct Model {
   std::string name;

@@ -67,6 +67,8 @@ void ToProto(const Model& model, v1::Model* proto) {
     out->set_scale(layer.scale);
     out->set_softcap(layer.softcap);
     out->set_key_mean(layer.key_mean.data(), layer.key_mean.size() * sizeof(float));
+    out->set_key_transform(layer.key_transform.data(), layer.key_transform.size() * sizeof(float));
+    out->set_key_widths(layer.key_widths.data(), layer.key_widths.size());
   }
 }
 

@@ -19,6 +19,9 @@ client::Model ClientModel(const std::string& name, const KvGeometry& geometry) {
   for (int l = 0; l < geometry.layers; ++l) {
     model.layers[l].window = geometry.window(l);
     if (!geometry.key_means.empty()) model.layers[l].key_mean = geometry.key_means[l];
+    if (geometry.key_transforms.empty()) continue;
+    model.layers[l].key_transform = geometry.key_transforms[l];
+    model.layers[l].key_widths = geometry.key_widths[l];
   }
   return model;
 }

@@ -10,16 +10,60 @@
 #include "absl/strings/str_cat.h"
 #include "clients/engine/safetensors.h"
 #include "clients/engine/safetensors_writer.h"
-#include "kernels/base/check.h"
 #include "kernels/base/status.h"
+#include "kernels/format/tide.h"
+#include "kernels/format/tide_maker.h"
 
 namespace kvtide::engine {
 namespace {
 
-constexpr char kFormat[] = "kvtide-key-profile-1";
+constexpr char kFormat[] = "kvtide-key-profile-1", kTransformFormat[] = "kvtide-key-profile-2";
 constexpr float kLargest = 65504;  // of f16
 
 std::string MeanName(size_t layer) { return absl::StrCat("layers.", layer, ".key_mean"); }
+std::string TransformName(size_t layer) { return absl::StrCat("layers.", layer, ".key_transform"); }
+std::string WidthName(size_t layer) { return absl::StrCat("layers.", layer, ".key_widths"); }
+
+int64_t Groups(const KeyProfile& profile) { return StoredDim(profile.head_dim) / kTideGroup; }
+
+// The values of a tensor of this shape.
+absl::StatusOr<std::vector<float>> Values(const WeightMap& tensors, const std::string& name,
+                                          const std::vector<int64_t>& shape) {
+  const auto found = tensors.find(name);
+  if (found == tensors.end()) return absl::InvalidArgumentError(absl::StrCat("it has no ", name));
+  const WeightTensor& tensor = found->second;
+  if (tensor.type != DataType::kF32 || tensor.shape != shape)
+    return absl::InvalidArgumentError(absl::StrCat(name, " is not f32 ", ShapeText(shape)));
+  std::vector<float> values(tensor.bytes.size() / sizeof(float));
+  std::memcpy(values.data(), tensor.bytes.data(), tensor.bytes.size());
+  return values;
+}
+
+// Transforms and widths of every layer, looked at as a whole by the format itself.
+absl::Status ReadTransforms(const WeightMap& tensors, KeyProfile* profile) {
+  std::vector<float> means, transforms;
+  std::vector<uint8_t> widths;
+  for (size_t l = 0; l < profile->means.size(); ++l) {
+    const int64_t heads = profile->kv_heads, dim = profile->head_dim;
+    KVTIDE_ASSIGN_OR_RETURN(profile->transforms.emplace_back(),
+                            Values(tensors, TransformName(l), {heads, dim, dim}));
+    KVTIDE_ASSIGN_OR_RETURN(const std::vector<float> numbers,
+                            Values(tensors, WidthName(l), {heads, kTideTypes, Groups(*profile)}));
+    std::vector<uint8_t>& own = profile->widths.emplace_back();
+    for (const float number : numbers) {
+      if (!(number >= 0 && number <= kMostTideWidth))
+        return absl::InvalidArgumentError(absl::StrCat(WidthName(l), " has the value ", number));
+      own.push_back(static_cast<uint8_t>(number));
+    }
+    means.insert(means.end(), profile->means[l].begin(), profile->means[l].end());
+    transforms.insert(transforms.end(), profile->transforms[l].begin(), profile->transforms[l].end());
+    widths.insert(widths.end(), own.begin(), own.end());
+  }
+  const GroupShape shape{static_cast<int>(profile->means.size()), profile->kv_heads, profile->head_dim,
+                         profile->head_dim};
+  KVTIDE_RETURN_IF_ERROR(CheckGroupShape(shape));
+  return MakeCalibratedProfile(shape, means, transforms, widths).status();
+}
 
 }  // namespace
 
@@ -30,8 +74,20 @@ absl::Status WriteKeyProfile(const std::string& path, const KeyProfile& profile)
                        DataType::kF32,
                        {profile.kv_heads, profile.head_dim},
                        std::as_bytes(std::span(profile.means[l]))});
+  std::vector<std::vector<float>> widths;
+  for (const std::vector<uint8_t>& layer : profile.widths) widths.emplace_back(layer.begin(), layer.end());
+  for (size_t l = 0; l < profile.transforms.size(); ++l) {
+    tensors.push_back({TransformName(l),
+                       DataType::kF32,
+                       {profile.kv_heads, profile.head_dim, profile.head_dim},
+                       std::as_bytes(std::span(profile.transforms[l]))});
+    tensors.push_back({WidthName(l),
+                       DataType::kF32,
+                       {profile.kv_heads, kTideTypes, Groups(profile)},
+                       std::as_bytes(std::span(widths[l]))});
+  }
   return WriteSafetensors(path, tensors,
-                          {{"format", kFormat},
+                          {{"format", profile.transforms.empty() ? kFormat : kTransformFormat},
                            {"model", profile.model},
                            {"text", profile.text},
                            {"tokens", absl::StrCat(profile.tokens)}});
@@ -44,15 +100,16 @@ absl::StatusOr<KeyProfile> ReadKeyProfile(const std::string& path) {
   const auto bad = [&path](const std::string& what) {
     return absl::InvalidArgumentError(absl::StrCat(path, ": ", what));
   };
-  if (metadata["format"] != kFormat)
-    return bad(absl::StrCat("its format is \"", metadata["format"], "\", not \"", kFormat,
-                            "\"; `kvtide calibrate` writes it"));
+  const bool transformed = metadata["format"] == kTransformFormat;
+  if (metadata["format"] != kFormat && !transformed)
+    return bad(absl::StrCat("its format is \"", metadata["format"], "\", not \"", kFormat, "\" or \"",
+                            kTransformFormat, "\"; `kvtide calibrate` writes it"));
   KeyProfile profile;
   profile.model = metadata["model"];
   profile.text = metadata["text"];
   if (!absl::SimpleAtoi(metadata["tokens"], &profile.tokens))
     return bad("it does not say of how many tokens");
-  for (size_t l = 0; l < tensors.size(); ++l) {
+  for (size_t l = 0; l < tensors.size() / (transformed ? 3 : 1); ++l) {
     const auto found = tensors.find(MeanName(l));
     if (found == tensors.end()) return bad(absl::StrCat("it has no ", MeanName(l)));
     const WeightTensor& tensor = found->second;
@@ -67,6 +124,9 @@ absl::StatusOr<KeyProfile> ReadKeyProfile(const std::string& path) {
       if (!(std::abs(value) <= kLargest)) return bad(absl::StrCat(MeanName(l), " has the value ", value));
   }
   if (profile.means.empty()) return bad("it has no layers");
+  if (transformed)
+    if (const absl::Status status = ReadTransforms(tensors, &profile); !status.ok())
+      return bad(std::string(status.message()));
   return profile;
 }
 
@@ -80,26 +140,10 @@ absl::Status CheckKeyProfile(const KeyProfile& profile, const KvGeometry& geomet
       " of ", geometry.head_dim, ": make one with `kvtide calibrate`"));
 }
 
-KeyMeans::KeyMeans(const KvGeometry& geometry)
-    : sums_(static_cast<size_t>(geometry.layers), std::vector<double>(geometry.kv_width())),
-      tokens_(static_cast<size_t>(geometry.layers)) {}
-
-void KeyMeans::Add(int layer, int n, const float* k) {
-  std::vector<double>& sums = sums_[static_cast<size_t>(layer)];
-  for (int t = 0; t < n; ++t)
-    for (size_t i = 0; i < sums.size(); ++i) sums[i] += k[static_cast<size_t>(t) * sums.size() + i];
-  tokens_[static_cast<size_t>(layer)] += n;
-}
-
-std::vector<std::vector<float>> KeyMeans::means() const {
-  std::vector<std::vector<float>> means;
-  for (size_t l = 0; l < sums_.size(); ++l) {
-    KVTIDE_CHECK(tokens_[l] > 0, "layer ", l, " was given no tokens");
-    std::vector<float>& mean = means.emplace_back();
-    for (const double sum : sums_[l])
-      mean.push_back(static_cast<float>(sum / static_cast<double>(tokens_[l])));
-  }
-  return means;
+void UseKeyProfile(const KeyProfile& profile, KvGeometry* geometry) {
+  geometry->key_means = profile.means;
+  geometry->key_transforms = profile.transforms;
+  geometry->key_widths = profile.widths;
 }
 
 }  // namespace kvtide::engine

@@ -43,6 +43,9 @@ struct Half {
        const std::vector<float>& gain)
       : type(Raise(ParseCacheType(name))), side(ParseSide(side_name)) {
     Raise(CheckGroupShape({1, 1, head_dim, head_dim}));
+    if (Info(type).calibrated)
+      throw StatusException(absl::InvalidArgumentError(absl::StrCat(
+          name, " needs the transform of a profile, which this function does not take; use another type")));
     layout = MakeHalfLayout(type, head_dim);
     for (const std::vector<float>* values : {&mean, &gain}) {
       if (!values->empty() && values->size() != static_cast<size_t>(head_dim))

@@ -40,6 +40,9 @@ uint64_t HashModel(const ModelSpec& spec) {
         .Add(uint64_t{std::bit_cast<uint32_t>(group.scale)})
         .Add(uint64_t{std::bit_cast<uint32_t>(group.softcap)});
     for (const float mean : group.key_means) bytes.Add(uint64_t{std::bit_cast<uint32_t>(mean)});
+    if (group.key_transforms.empty()) continue;
+    bytes.Add(XXH3_64bits(group.key_transforms.data(), group.key_transforms.size() * sizeof(float)))
+        .Add(XXH3_64bits(group.key_widths.data(), group.key_widths.size()));
   }
   for (const LayerSpec& layer : spec.layers) bytes.Add(layer.group).Add(layer.layer_in_group);
   return bytes.Hash();

@@ -49,7 +49,9 @@ CacheStats Inspector::Stats() const {
     to.dropped_blocks = tier.dropped;
     to.lost_blocks = tier.lost;
     if (tier.io != nullptr) to.io = tier.io->Stats();
-    for (const CacheType k : AllCacheTypes())
+    std::vector<CacheType> keys = AllCacheTypes();
+    for (const CacheType type : CalibratedTypes()) keys.push_back(type);
+    for (const CacheType k : keys)
       for (const CacheType v : AllCacheTypes()) {
         const PairStats& pair = tier.pairs[PairIndex({k, v})];
         if (pair.blocks > 0) to.pairs[PairName({k, v})] = pair;

@@ -2,14 +2,16 @@
 
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status.h"
+#include "kernels/format/tide_maker.h"
 
 namespace kvtide {
 namespace {
 
-constexpr uint32_t kVersion = 3;
+constexpr uint32_t kVersion = 4;
 
 class Writer {
  public:
@@ -103,6 +105,8 @@ void PutModel(Writer& out, const ModelSpec& model) {
     out.Put(group.scale);
     out.Put(group.softcap);
     out.PutList(group.key_means);
+    out.PutList(group.key_transforms);
+    out.PutList(group.key_widths);
   }
   out.Put(uint64_t{model.layers.size()});
   for (const LayerSpec& layer : model.layers) {
@@ -113,7 +117,7 @@ void PutModel(Writer& out, const ModelSpec& model) {
 ModelSpec GetModel(Reader& in) {
   ModelSpec model;
   model.name = in.GetText();
-  model.groups.resize(in.GetCount(44));
+  model.groups.resize(in.GetCount(60));
   for (LayerGroupSpec& group : model.groups) {
     group.shape = GetShape(in);
     in.Get(&group.window);
@@ -121,6 +125,8 @@ ModelSpec GetModel(Reader& in) {
     in.Get(&group.scale);
     in.Get(&group.softcap);
     group.key_means = in.GetList<float>();
+    group.key_transforms = in.GetList<float>();
+    group.key_widths = in.GetList<uint8_t>();
   }
   model.layers.resize(in.GetCount(8));
   for (LayerSpec& layer : model.layers) {
@@ -175,29 +181,39 @@ absl::StatusOr<SequenceOptions> GetOptions(Reader& in) {
   return options;
 }
 
+// Transforms stand in the model already: of a profile that has them only the hash is kept.
 void PutProfile(Writer& out, const Profile& profile) {
+  const bool of_model = !profile.k.empty() && !profile.k[0].transform.empty();
+  out.Put(static_cast<uint8_t>(of_model));
+  if (of_model) return out.Put(profile.hash);
   PutShape(out, profile.shape);
   for (const auto* side : {&profile.k, &profile.v}) {
     out.Put(uint64_t{side->size()});
     for (const HeadProfile& head : *side) {
       out.PutList(head.mean);
       out.PutList(head.gain);
-      out.PutList(head.transform);
-      out.PutList(head.widths);
     }
   }
   out.Put(profile.hash);
 }
-std::shared_ptr<const Profile> GetProfile(Reader& in) {
+// An empty profile where it is of a model without transforms: Check finds it.
+std::shared_ptr<const Profile> GetProfile(Reader& in, const LayerGroupSpec& group) {
   auto profile = std::make_shared<Profile>();
+  if (in.Get<uint8_t>() != 0) {
+    if (CheckGroupShape(group.shape).ok())
+      if (auto made =
+              MakeCalibratedProfile(group.shape, group.key_means, group.key_transforms, group.key_widths);
+          made.ok())
+        *profile = *std::move(made);
+    if (in.Get<uint64_t>() != profile->hash) profile->hash = 0;
+    return profile;
+  }
   profile->shape = GetShape(in);
   for (auto* side : {&profile->k, &profile->v}) {
-    side->resize(in.GetCount(32));
+    side->resize(in.GetCount(16));
     for (HeadProfile& head : *side) {
       head.mean = in.GetList<float>();
       head.gain = in.GetList<float>();
-      head.transform = in.GetList<float>();
-      head.widths = in.GetList<uint8_t>();
     }
   }
   in.Get(&profile->hash);
@@ -231,7 +247,7 @@ void PutGroup(Writer& out, const ManifestGroup& group) {
     out.Put(static_cast<uint32_t>(block.exact));
   }
 }
-ManifestGroup GetGroup(Reader& in) {
+ManifestGroup GetGroup(Reader& in, const LayerGroupSpec& spec) {
   ManifestGroup group;
   group.pair = in.GetText();
   in.Get(&group.codec_version_k);
@@ -247,8 +263,8 @@ ManifestGroup GetGroup(Reader& in) {
     in.Get(&layer.last_hash);
   }
   in.Get(&group.profile);
-  const size_t profiles = in.GetCount(40);
-  for (size_t i = 0; i < profiles; i++) group.profiles.push_back(GetProfile(in));
+  const size_t profiles = in.GetCount(9);
+  for (size_t i = 0; i < profiles; i++) group.profiles.push_back(GetProfile(in, spec));
   group.blocks.resize(in.GetCount(40));
   for (ManifestBlock& block : group.blocks) {
     in.Get(&block.offset);
@@ -266,7 +282,6 @@ absl::Status Check(const Manifest& manifest) {
   const auto damaged = [](const char* what) {
     return absl::DataLossError(absl::StrCat("the manifest's ", what, " make no sense"));
   };
-  if (manifest.groups.size() != manifest.model.groups.size()) return damaged("layer groups");
   for (size_t g = 0; g < manifest.groups.size(); g++) {
     const ManifestGroup& group = manifest.groups[g];
     const GroupShape& shape = manifest.model.groups[g].shape;
@@ -331,7 +346,9 @@ absl::StatusOr<Manifest> DecodeManifest(const std::string& bytes) {
   manifest.model_tenant = in.GetText();
   KVTIDE_ASSIGN_OR_RETURN(manifest.options, GetOptions(in));
   const size_t groups = in.GetCount(80);
-  for (size_t g = 0; g < groups; g++) manifest.groups.push_back(GetGroup(in));
+  if (groups != manifest.model.groups.size())
+    return absl::DataLossError("the manifest's layer groups make no sense");
+  for (const LayerGroupSpec& spec : manifest.model.groups) manifest.groups.push_back(GetGroup(in, spec));
   if (in.failed() || !in.at_end()) return absl::DataLossError("the manifest is cut off or too long");
   KVTIDE_RETURN_IF_ERROR(Check(manifest));
   return manifest;

@@ -19,6 +19,10 @@ struct LayerGroupSpec {
   float softcap = 0;   // 0 = none
   // Mean of K over a calibration text, [layers][kv_heads][head_dim_k]; empty = not calibrated.
   std::vector<float> key_means;
+  // For calibrated K types, beside the means (MakeCalibratedProfile of tide_maker.h says the shapes); empty =
+  // none.
+  std::vector<float> key_transforms;
+  std::vector<uint8_t> key_widths;
   bool operator==(const LayerGroupSpec&) const = default;
 };
 

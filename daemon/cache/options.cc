@@ -41,6 +41,10 @@ absl::Status CheckModelSpec(const ModelSpec& spec) {
       if (!(std::abs(mean) <= 65504.0f))
         return absl::InvalidArgumentError(
             absl::StrCat(where, ": a mean of keys is ", mean, ", must be finite and within +-65504"));
+    if (group.key_transforms.empty() != group.key_widths.empty() ||
+        (!group.key_transforms.empty() && group.key_means.empty()))
+      return absl::InvalidArgumentError(
+          absl::StrCat(where, ": transforms of keys, their widths and means come together, or not at all"));
     layers += static_cast<size_t>(group.shape.layers);
   }
   if (layers != spec.layers.size())
@@ -75,7 +79,8 @@ ModelSpec UniformModel(std::string name, const GroupShape& shape, int heads) {
 ProfileOptions ProfileOptionsFor(const SequenceOptions& options, CacheType key_type) {
   ProfileOptions profile;
   if (Info(key_type).storage == Storage::kHalf) return profile;
-  if (options.centre == Centre::kCalibrated) return profile;  // the model's profile, nothing is made
+  // The model's profile, nothing is made.
+  if (options.centre == Centre::kCalibrated || Info(key_type).calibrated) return profile;
   profile = DefaultProfileOptions(key_type, !options.seal_at_once);
   if (options.centre != Centre::kTypeDefault) profile.mean = options.centre == Centre::kFirstBlock;
   if (options.equalise.has_value()) profile.equalise = *options.equalise;
@@ -98,6 +103,13 @@ absl::Status CheckSequenceOptions(const SequenceOptions& options, const ModelSpe
         return absl::InvalidArgumentError(
             absl::StrCat("model '", model.name, "' has no calibrated means of keys in layer group ", g,
                          "; register it with Layer.key_mean (kvtide calibrate makes them)"));
+  for (size_t g = 0; g < model.groups.size(); g++) {
+    const CacheType key_type = options.PairOfGroup(static_cast<int>(g)).k;
+    if (Info(key_type).calibrated && model.groups[g].key_transforms.empty())
+      return absl::InvalidArgumentError(absl::StrCat(
+          "model '", model.name, "' has no transforms of keys in layer group ", g, ", which ", Name(key_type),
+          " needs; register it with Layer.key_transform and key_widths (kvtide calibrate makes them)"));
+  }
   if (options.name_space.size() > 256)
     return absl::InvalidArgumentError("namespace: must have at most 256 bytes");
   return absl::OkStatus();

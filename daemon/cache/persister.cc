@@ -459,6 +459,8 @@ absl::Status Persister::RestoreGroup(CacheLock& lock, const Manifest& manifest, 
             absl::StrCat("block ", number, " does not lie inside the tier, or over another one"));
       const WritingBlock guard(store, block);
       block->profile = profile_at(from.profile);
+      if (!CheckProfileFor(layout->pair().k, layout->shape(), block->profile.get()).ok())
+        return absl::DataLossError(absl::StrCat("block ", number, " has lost the profile of its keys"));
       block->has_checksum = true;
       block->checksum = from.checksum;
       block->account = sequence.account.get();

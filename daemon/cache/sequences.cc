@@ -11,6 +11,7 @@
 #include "daemon/cache/tier_policy.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
+#include "kernels/format/tide_maker.h"
 
 namespace kvtide {
 
@@ -27,6 +28,21 @@ void Sequences::Clear() {
   sequences_.clear();
   by_id_.clear();
 }
+
+namespace {
+
+// What a layer group was registered with; null = nothing.
+absl::StatusOr<std::shared_ptr<const Profile>> ProfileOf(const LayerGroupSpec& group) {
+  if (!group.key_transforms.empty()) {
+    KVTIDE_ASSIGN_OR_RETURN(Profile profile, MakeCalibratedProfile(group.shape, group.key_means,
+                                                                   group.key_transforms, group.key_widths));
+    return std::make_shared<const Profile>(std::move(profile));
+  }
+  if (group.key_means.empty()) return nullptr;
+  return std::make_shared<const Profile>(MakeMeanProfile(group.shape, group.key_means));
+}
+
+}  // namespace
 
 absl::StatusOr<ModelId> Sequences::RegisterModel(const ModelSpec& spec, const std::string& tenant,
                                                  bool restored) {
@@ -49,15 +65,16 @@ absl::StatusOr<ModelId> Sequences::RegisterModel(const ModelSpec& spec, const st
         KVTIDE_RETURN_IF_ERROR(
             Annotate(tier.backend->CheckSupport(*Layout(spec.groups[g].shape, ExactPair())),
                      absl::StrCat("model '", spec.name, "', layer group ", g)));
+  std::vector<std::shared_ptr<const Profile>> calibrated;
+  for (size_t g = 0; g < spec.groups.size(); g++) {
+    KVTIDE_ASSIGN_OR_RETURN(calibrated.emplace_back(), ProfileOf(spec.groups[g]));
+  }
   auto model = std::make_shared<ModelState>();
   model->id = ++last_model_;
   model->spec = spec;
   model->tenant = tenant;
   model->hash = HashModel(spec);
-  for (const LayerGroupSpec& group : spec.groups)
-    model->calibrated.push_back(group.key_means.empty() ? nullptr
-                                                        : std::make_shared<const Profile>(
-                                                              MakeMeanProfile(group.shape, group.key_means)));
+  model->calibrated = std::move(calibrated);
   models_[model->id] = model;
   account->models++;
   return model->id;
@@ -242,7 +259,8 @@ absl::StatusOr<SequencePtr> Sequences::Build(ModelId model_id, const SequenceOpt
     table.SetLayers(static_cast<size_t>(spec.shape.layers));
     table.profiled.resize(static_cast<size_t>(spec.shape.layers));
     table.profile_options = ProfileOptionsFor(options, pair.k);
-    if (options.centre == Centre::kCalibrated && Info(pair.k).storage != Storage::kHalf)
+    if ((options.centre == Centre::kCalibrated && Info(pair.k).storage != Storage::kHalf) ||
+        Info(pair.k).calibrated)
       table.profile = table.calibrated = model->calibrated[g];
     for (const TierOptions& tier : options_.tiers)
       if (tier.attends())

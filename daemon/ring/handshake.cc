@@ -20,7 +20,9 @@ namespace kvtide::ring {
 uint64_t LayoutFingerprint() {
   static const uint64_t fingerprint = [] {
     std::string text = absl::StrCat(kBlockTokens);
-    for (const CacheType type : AllCacheTypes()) {
+    std::vector<CacheType> types = AllCacheTypes();
+    for (const CacheType type : CalibratedTypes()) types.push_back(type);
+    for (const CacheType type : types) {
       const CacheTypeInfo& info = Info(type);
       absl::StrAppend(&text, ";", info.name, " ", info.version);
       for (const int dim : {64, 128, 256})

@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status.h"
 #include "kernels/format/block_layout.h"
+#include "kernels/format/tide.h"
 
 namespace kvtide::service {
 namespace {
@@ -40,6 +41,20 @@ absl::Status CheckLayer(const v1::Layer& layer) {
                                                    " bytes, expected ", mean_bytes,
                                                    " (f32 [kv_heads][head_dim_k]) or none"));
   }
+  const auto check = [&](const char* field, const std::string& bytes, size_t wanted, const char* layout) {
+    if (bytes.empty() || (bytes.size() == wanted && !layer.key_mean().empty())) return absl::OkStatus();
+    return absl::InvalidArgumentError(absl::StrCat(field, " has ", bytes.size(), " bytes, expected ", wanted,
+                                                   " (", layout, ") beside key_mean, or none"));
+  };
+  KVTIDE_RETURN_IF_ERROR(check("key_transform", layer.key_transform(),
+                               mean_bytes * static_cast<size_t>(shape.head_dim_k),
+                               "f32 [kv_heads][head_dim_k][head_dim_k]"));
+  KVTIDE_RETURN_IF_ERROR(
+      check("key_widths", layer.key_widths(),
+            static_cast<size_t>(shape.kv_heads * kTideTypes * StoredDim(shape.head_dim_k) / kTideGroup),
+            "[kv_heads][3][head_dim_k rounded up to 32, / 8]"));
+  if (layer.key_transform().empty() != layer.key_widths().empty())
+    return absl::InvalidArgumentError("key_transform and key_widths come together, or not at all");
   if (layer.window() < 0 || layer.window() > kMostWindow) {
     return absl::InvalidArgumentError(
         absl::StrCat("window is ", layer.window(), "; allowed are 0 to ", kMostWindow));
@@ -54,6 +69,14 @@ absl::Status CheckLayer(const v1::Layer& layer) {
     return absl::InvalidArgumentError(absl::StrCat("softcap is ", layer.softcap()));
   }
   return absl::OkStatus();
+}
+
+// Little-endian values behind those that are there.
+template <class T>
+void Append(const std::string& bytes, std::vector<T>& values) {
+  const size_t had = values.size();
+  values.resize(had + bytes.size() / sizeof(T));
+  if (!bytes.empty()) std::memcpy(values.data() + had, bytes.data(), bytes.size());
 }
 
 absl::Status UnknownValue(const char* field, int value) {
@@ -87,6 +110,8 @@ absl::StatusOr<ModelSpec> FromProto(const v1::Model& proto) {
     auto group = std::find_if(spec.groups.begin(), spec.groups.end(), [&wanted](LayerGroupSpec candidate) {
       candidate.shape.layers = 0;
       candidate.key_means.clear();
+      candidate.key_transforms.clear();
+      candidate.key_widths.clear();
       return candidate == wanted;
     });
     if (group == spec.groups.end()) {
@@ -97,14 +122,16 @@ absl::StatusOr<ModelSpec> FromProto(const v1::Model& proto) {
       }
       group = spec.groups.insert(group, wanted);
     }
-    if (group->shape.layers > 0 && group->key_means.empty() != layer.key_mean().empty()) {
+    if (group->shape.layers > 0 && (group->key_means.empty() != layer.key_mean().empty() ||
+                                    group->key_transforms.empty() != layer.key_transform().empty())) {
       return absl::InvalidArgumentError(
-          absl::StrCat("layers[", i, "].key_mean: of layers with one shape all have it, or none"));
+          absl::StrCat("layers[", i, "].",
+                       group->key_means.empty() != layer.key_mean().empty() ? "key_mean" : "key_transform",
+                       ": of layers with one shape all have it, or none"));
     }
-    const size_t had = group->key_means.size();
-    group->key_means.resize(had + layer.key_mean().size() / sizeof(float));
-    if (!layer.key_mean().empty())
-      std::memcpy(group->key_means.data() + had, layer.key_mean().data(), layer.key_mean().size());
+    Append(layer.key_mean(), group->key_means);
+    Append(layer.key_transform(), group->key_transforms);
+    Append(layer.key_widths(), group->key_widths);
     spec.layers.push_back({static_cast<int>(group - spec.groups.begin()), group->shape.layers});
     group->shape.layers++;
   }

@@ -86,6 +86,7 @@ class LayerRun {
       float sum = 0;
       for (size_t d = 0; d < profile.mean.size(); d++) sum += target[d] * profile.mean[d];
       *bias = sum;
+      if (Info(frame.type).calibrated) return kernels_.turn(frame.type, dim, profile, target);
       for (size_t d = 0; d < profile.gain.size(); d++) target[d] /= profile.gain[d];
     }
     kernels_.rotate(frame.type, false, target, frame.dim);
@@ -111,9 +112,11 @@ class LayerRun {
       ends[r] = seen.end;
     }
     const int64_t skipped = first * kBlockTokens;
-    const PageSegment segment = MakePageSegment(
-        *run.layout, args_.layer, chunk.kv_head, run.blocks.subspan(Size(first), Size(end - first)),
-        run.first_position + skipped, std::min(run.tokens, end * kBlockTokens) - skipped);
+    const PageSegment segment =
+        MakePageSegment(*run.layout, args_.layer, chunk.kv_head,
+                        run.profile == nullptr ? nullptr : &run.profile->key(args_.layer, chunk.kv_head),
+                        run.blocks.subspan(Size(first), Size(end - first)), run.first_position + skipped,
+                        std::min(run.tokens, end * kBlockTokens) - skipped);
     QueryRows rows;
     rows.rows = chunk.rows;
     rows.q = q;

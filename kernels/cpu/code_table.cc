@@ -4,6 +4,7 @@
 
 #include "kernels/base/check.h"
 #include "kernels/format/catalogue.h"
+#include "kernels/format/tide.h"
 
 namespace kvtide {
 namespace {
@@ -33,8 +34,14 @@ CodeTable MakeTable() {
 
 std::vector<CodeTable> MakeTables() {
   std::vector<CodeTable> tables;
-  for (CacheType type : AllCacheTypes())
+  for (const CacheType type : AllCacheTypes())
     tables.push_back(VisitCodec(type, [](auto codec) { return MakeTable<decltype(codec)>(); }));
+  CodeTable mixed;
+  mixed.bits = 8;
+  mixed.group = kMaxTideDim;
+  mixed.unit = 1;
+  mixed.mixed = true;
+  tables.resize(kCacheTypes, mixed);
   return tables;
 }
 

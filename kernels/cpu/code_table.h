@@ -19,6 +19,8 @@ struct CodeTable {
   alignas(16) int8_t low[16] = {};
   alignas(16) int8_t high[16] = {};
   bool bf16 = false;
+  // Groups of 8 codes with widths of their own (tide.h), turned into levels of 8 bits before anything else.
+  bool mixed = false;
 
   bool coded() const { return bits != 0; }
 };

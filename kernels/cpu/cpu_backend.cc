@@ -49,7 +49,10 @@ class CpuBackend : public Backend {
   std::string name() const override { return options_.name; }
 
   absl::Status CheckSupport(const BlockLayout& layout) const override {
-    return CheckGroupShape(layout.shape());
+    KVTIDE_RETURN_IF_ERROR(CheckGroupShape(layout.shape()));
+    if (Info(layout.pair().v).calibrated)
+      return absl::InvalidArgumentError(absl::StrCat(Name(layout.pair().v), " codes keys only"));
+    return absl::OkStatus();
   }
 
   absl::StatusOr<std::unique_ptr<Slab>> AllocateSlab(size_t bytes) override {
@@ -138,6 +141,7 @@ class CpuBackend : public Backend {
     piece.tokens = kBlockTokens;
     piece.k = {args.k, DataType::kF32};
     piece.v = {args.v, DataType::kF32};
+    KVTIDE_RETURN_IF_ERROR(CheckPiece(piece));
     DecodeBlock(piece, 0, kBlockTokens);
     return absl::OkStatus();
   }

@@ -2,6 +2,7 @@
 
 #include <array>
 
+#include "kernels/base/check.h"
 #include "kernels/cpu/plain_kernels.h"
 #include "kernels/cpu/simd_attend.h"
 #include "kernels/cpu/simd_convert.h"
@@ -38,7 +39,7 @@ const PageKernels* FindVectorKernels(SimdLevel level) {
 
 }  // namespace
 
-PageSegment MakePageSegment(const BlockLayout& layout, int layer, int kv_head,
+PageSegment MakePageSegment(const BlockLayout& layout, int layer, int kv_head, const HeadProfile* profile,
                             std::span<std::byte* const> blocks, int64_t first_position, int64_t tokens) {
   PageSegment segment;
   segment.layout = &layout;
@@ -46,6 +47,10 @@ PageSegment MakePageSegment(const BlockLayout& layout, int layer, int kv_head,
                layout.k_scales()};
   segment.v = {&CodeTableOf(layout.pair().v), layout.v().stored_dim, layout.v().groups, layout.v_codes(),
                layout.v_scales()};
+  if (segment.k.table->mixed) {
+    KVTIDE_CHECK(profile != nullptr, Name(layout.pair().k), " without a profile");
+    segment.k.widths = WidthsOf(layout.pair().k, *profile).data();
+  }
   segment.record_bytes = layout.record_bytes();
   segment.record_offset = layout.RecordOffset(layer, kv_head);
   segment.blocks = blocks;

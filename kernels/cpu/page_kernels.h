@@ -28,6 +28,8 @@ struct PageKernels {
   void (*attend_many)(const PageSegment& segment, const QueryRows& rows, float* out, float* lse) = nullptr;
   // Turns a vector of stored_dim values into the rotated frame of a type, or back.
   void (*rotate)(CacheType type, bool inverse, float* x, int stored_dim) = nullptr;
+  // TurnTideQuery of tide_codec.h, in place.
+  void (*turn)(CacheType type, int head_dim, const HeadProfile& head, float* q) = nullptr;
   // `count` values of a tensor from element `first` on as f32, and f32 values rounded to the tensor's type
   // there (f16 holds at most +-65504; NaN stays NaN).
   void (*widen)(TensorView from, size_t first, size_t count, float* to) = nullptr;
@@ -48,8 +50,9 @@ inline void StoreElement(float value, MutableTensorView to, size_t i) {
   to.Set(i, to.type == DataType::kF16 ? std::clamp(value, -kMaxF16, kMaxF16) : value);
 }
 
-// The pages of a KV head in a run of blocks.
-PageSegment MakePageSegment(const BlockLayout& layout, int layer, int kv_head,
+// The pages of a KV head in a run of blocks. `profile`, which may be null, is that of the head; the segment
+// of a calibrated type points into it.
+PageSegment MakePageSegment(const BlockLayout& layout, int layer, int kv_head, const HeadProfile* profile,
                             std::span<std::byte* const> blocks, int64_t first_position, int64_t tokens);
 
 // The levels that this build has and this processor can run, plain first, best last.

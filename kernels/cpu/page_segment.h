@@ -16,9 +16,10 @@ class BlockLayout;
 // One half (K or V) of the records of a segment.
 struct HalfShape {
   const CodeTable* table = nullptr;
-  int dim = 0;                   // stored dim
-  int groups = 0;                // scales per token, 0 for f16 and bf16
-  size_t codes = 0, scales = 0;  // offsets inside a record
+  int dim = 0;                      // stored dim
+  int groups = 0;                   // scales per token, 0 for f16 and bf16
+  size_t codes = 0, scales = 0;     // offsets inside a record
+  const uint8_t* widths = nullptr;  // [dim / 8], of mixed tables
 };
 
 struct PageSegment {

@@ -6,6 +6,8 @@
 
 #include "kernels/base/check.h"
 #include "kernels/format/page_codec.h"
+#include "kernels/format/tide.h"
+#include "kernels/format/tide_codec.h"
 
 namespace kvtide {
 namespace {
@@ -59,7 +61,11 @@ void Attend(const PageSegment& segment, const QueryRows& rows, float* out, float
       if (first >= last) continue;
       if (!decoded) {
         const std::byte* record = segment.blocks[b] + segment.record_offset;
-        DecodeHalfRotated(layout.pair().k, Side::kKey, layout.k(), record, k.data());
+        if (segment.k.widths != nullptr) {
+          DecodeTideLevels(layout.k(), segment.k.widths, record, k.data());
+        } else {
+          DecodeHalfRotated(layout.pair().k, Side::kKey, layout.k(), record, k.data());
+        }
         DecodeHalfRotated(layout.pair().v, Side::kValue, layout.v(), record + layout.v_codes(), v.data());
         decoded = true;
       }
@@ -79,6 +85,12 @@ void Attend(const PageSegment& segment, const QueryRows& rows, float* out, float
 
 void Rotate(CacheType type, bool inverse, float* x, int stored_dim) {
   inverse ? RotateInverse(type, x, stored_dim) : RotateForward(type, x, stored_dim);
+}
+
+void Turn(CacheType type, int head_dim, const HeadProfile& head, float* q) {
+  float turned[kMaxTideDim];
+  TurnTideQuery(type, head_dim, head, q, turned);
+  std::copy_n(turned, StoredDim(head_dim), q);
 }
 
 void Widen(TensorView from, size_t first, size_t count, float* to) {
@@ -115,6 +127,7 @@ const PageKernels& PlainKernels() {
                                     .attend = Attend,
                                     .attend_many = Attend,
                                     .rotate = Rotate,
+                                    .turn = Turn,
                                     .widen = Widen,
                                     .narrow = Narrow,
                                     .store_rows = StoreRows,

@@ -14,6 +14,7 @@
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 #include "kernels/cpu/simd_decode-inl.h"
+#include "kernels/cpu/simd_tide_encode-inl.h"
 // clang-format on
 
 KVTIDE_BEFORE_NAMESPACE();
@@ -322,6 +323,10 @@ HWY_NOINLINE void EncodeCoded(Side side, const HalfLayout& layout, const HeadPro
 
 void Encode(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
             const float* rows, int tokens, std::byte* half) {
+  if (Info(type).calibrated) {
+    KVTIDE_CHECK(side == Side::kKey && profile != nullptr, Name(type), " without a profile");
+    return EncodeTide(type, layout, *profile, rows, tokens, half);
+  }
   if (Info(type).storage == Storage::kHalf)
     return EncodeHalf(type, side, layout, profile, rows, tokens, half);
   VisitCodec(type, [&](auto codec) {
@@ -390,7 +395,8 @@ void DecodeCoded(CacheType type, Side side, const HalfLayout& layout, const Head
     std::memcpy(copy.get(), bytes, layout.bytes);
     bytes = copy.get();
   }
-  const HalfView view{&CodeTableOf(type), dim, layout.groups, bytes, bytes + layout.code_bytes, nullptr};
+  const HalfView view{&CodeTableOf(type),        dim,     layout.groups, bytes,
+                      bytes + layout.code_bytes, nullptr, nullptr};
   const auto tile = hwy::AllocateAligned<float>(static_cast<size_t>(kBlockTokens * dim));
   side == Side::kKey ? DecodeCodedKeys(view, tile.get()) : DecodeCodedValues(view, tile.get());
   alignas(64) float y[kMaxDim];
@@ -413,6 +419,10 @@ void DecodeCoded(CacheType type, Side side, const HalfLayout& layout, const Head
 void Decode(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
             const std::byte* half, float* rows) {
   const CodeTable& table = CodeTableOf(type);
+  if (table.mixed) {
+    KVTIDE_CHECK(side == Side::kKey && profile != nullptr, Name(type), " without a profile");
+    return DecodeTide(type, layout, *profile, half, rows);
+  }
   if (table.coded()) return DecodeCoded(type, side, layout, profile, half, rows);
   float row[kMaxDim];
   for (int t = 0; t < kBlockTokens; t++) {
@@ -423,6 +433,7 @@ void Decode(CacheType type, Side side, const HalfLayout& layout, const HeadProfi
 
 void UseEncoders(PageKernels& kernels) {
   kernels.rotate = Rotate;
+  kernels.turn = TurnTide;
   kernels.store_rows = StoreRows;
   kernels.encode = Encode;
   kernels.decode = Decode;

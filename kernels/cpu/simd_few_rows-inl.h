@@ -129,7 +129,7 @@ void AttendRows(const PageSegment& segment, const QueryRows& rows, int first_row
   const int key_steps = k_table.coded() ? dim_k / 8 * std::max(1, kPageVectors / VectorsFor(kRows)) : 16;
   const int value_steps = (v_table.coded() ? 8 : kWide ? 32 : 16) * std::max(1, dim_v / kLanes / 4);
   prefetch.lines = static_cast<int>(record_bytes / 64) / (key_steps + value_steps) + 1;
-  HalfView k{&k_table, dim_k, segment.k.groups, nullptr, nullptr, &prefetch};
+  HalfView k{&k_table, dim_k, segment.k.groups, nullptr, nullptr, &prefetch, segment.k.widths};
   HalfView v{&v_table, dim_v, segment.v.groups, nullptr, nullptr, &prefetch};
   alignas(64) float dots[kRows * kBlockTokens];
   constexpr size_t kAhead = 2;  // pages

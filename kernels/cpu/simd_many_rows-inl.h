@@ -141,7 +141,7 @@ inline void AttendManyRows(const PageSegment& segment, const QueryRows& rows, fl
   LogitScale scale;
   scale.factor = rows.scale;
   scale.softcap = rows.softcap;
-  HalfView k{&k_table, dim_k, segment.k.groups, nullptr, nullptr, nullptr};
+  HalfView k{&k_table, dim_k, segment.k.groups, nullptr, nullptr, nullptr, segment.k.widths};
   HalfView v{&v_table, dim_v, segment.v.groups, nullptr, nullptr, nullptr};
   for (size_t b = 0; b < segment.blocks.size(); b++) {
     const int64_t position = segment.first_position + static_cast<int64_t>(b) * kBlockTokens;

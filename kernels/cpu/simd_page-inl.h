@@ -42,6 +42,7 @@ struct HalfView {
   const uint8_t* codes = nullptr;
   const uint8_t* scales = nullptr;
   Prefetcher* prefetch = nullptr;
+  const uint8_t* widths = nullptr;  // of mixed tables
 };
 
 HWY_INLINE VecF32 LoadHalf(const uint16_t* p, bool bf16) {

@@ -8,6 +8,7 @@
 #endif
 
 #include "kernels/cpu/simd_page-inl.h"
+#include "kernels/cpu/simd_tide-inl.h"
 
 KVTIDE_BEFORE_NAMESPACE();
 namespace kvtide {
@@ -20,8 +21,6 @@ constexpr int KernelBits(int bits) { return bits <= 4 ? 4 : 8; }
 // Planes of 2 and 3 bits are turned into planes of 4 bits first and take the kernels of 4 bits, whose level
 // tables ignore the bits above a code; planes of 5 bits become levels of 8 bits. It is faster than decoding
 // inside the products, whose code would not fit the caches for it.
-using WidePlane = uint8_t[64 * 512];  // 8 bits at the largest head dim
-
 template <int kBits, int kPhase>
 HWY_INLINE void ExpandQuad(const uint8_t* codes, int quad, uint8_t* HWY_RESTRICT out) {
   KVTIDE_UNROLL
@@ -109,6 +108,11 @@ HWY_NOINLINE void ExpandFivesPlane(const CodeTable& table, const uint8_t* codes,
 // The view of a half whose codes have a width with a kernel, with `plane` as the place for them.
 HWY_INLINE HalfView Widened(const HalfView& half, WidePlane& plane) {
   HalfView view = half;
+  if (half.table->mixed) {
+    ExpandTide(half.widths, half.codes, half.dim, plane);
+    view.codes = plane;
+    return view;
+  }
   switch (half.table->bits) {
     case 2:
       ExpandPlane<2>(half.codes, half.dim, plane);

@@ -75,6 +75,10 @@ class CudaBackend : public Backend {
   std::string name() const override { return absl::StrCat("cuda:", device_); }
 
   absl::Status CheckSupport(const BlockLayout& layout) const override {
+    if (Info(layout.pair().k).calibrated || Info(layout.pair().v).calibrated)
+      return absl::InvalidArgumentError(
+          absl::StrCat(PairName(layout.pair()),
+                       ": calibrated types have no CUDA kernels yet; choose another K type for this device"));
     return CheckGroupShape(layout.shape());
   }
 

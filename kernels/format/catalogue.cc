@@ -5,6 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
+#include "kernels/format/tide.h"
 
 namespace kvtide {
 namespace {
@@ -28,7 +29,18 @@ constexpr std::array<CacheTypeInfo, sizeof...(Codecs)> MakeTable(CodecList<Codec
   return {MakeInfo<Codecs>()...};
 }
 
-constexpr auto kTable = MakeTable(CacheTypes{});
+constexpr CacheTypeInfo Tide(const char* name, int bits) {
+  return {name, Storage::kCodes, bits, kMaxTideDim, kTideVersion, true, Equalise::kNone, nullptr, true};
+}
+
+constexpr auto kCodecTable = MakeTable(CacheTypes{});
+constexpr auto kTable = [] {
+  std::array<CacheTypeInfo, kCacheTypes> table{};
+  for (size_t i = 0; i < kCodecTable.size(); i++) table[i] = kCodecTable[i];
+  for (size_t i = 0; i < kTideTypes; i++) table[kCodecTypes + i] = Tide(kTideNames[i], kTideBits[i]);
+  return table;
+}();
+static_assert(kCacheTypes == kCodecTypes + kTideTypes);
 
 }  // namespace
 
@@ -39,7 +51,13 @@ const CacheTypeInfo& Info(CacheType type) {
 
 std::vector<CacheType> AllCacheTypes() {
   std::vector<CacheType> types;
-  for (size_t i = 0; i < kTable.size(); i++) types.push_back(static_cast<CacheType>(i));
+  for (int i = 0; i < kCodecTypes; i++) types.push_back(static_cast<CacheType>(i));
+  return types;
+}
+
+std::vector<CacheType> CalibratedTypes() {
+  std::vector<CacheType> types;
+  for (int i = kCodecTypes; i < kCacheTypes; i++) types.push_back(static_cast<CacheType>(i));
   return types;
 }
 
@@ -62,6 +80,10 @@ absl::StatusOr<CachePair> ParseCachePair(std::string_view text) {
   } else {
     KVTIDE_ASSIGN_OR_RETURN(pair.v, ParseCacheType(text.substr(slash + 1)));
   }
+  if (Info(pair.v).calibrated)
+    return absl::InvalidArgumentError(absl::StrCat("pair '", std::string(text), "': ", Name(pair.v),
+                                                   " codes keys only; write ", Name(pair.k), "/turbo",
+                                                   Info(pair.v).bits, ", for example"));
   return pair;
 }
 

@@ -3,6 +3,8 @@
 #include <vector>
 
 #include "kernels/base/check.h"
+#include "kernels/format/tide.h"
+#include "kernels/format/tide_codec.h"
 
 namespace kvtide {
 namespace {
@@ -113,12 +115,25 @@ void CheckHalf(CacheType type, Side side, const HalfLayout& layout, const HeadPr
                "a mean or gain of V is not supported");
 }
 
+// For calibrated types: what they need, or the end.
+const HeadProfile& Transform(CacheType type, Side side, const HalfLayout& layout,
+                             const HeadProfile* profile) {
+  const size_t d = static_cast<size_t>(layout.head_dim);
+  KVTIDE_CHECK(side == Side::kKey && profile != nullptr && profile->transform.size() == d * d &&
+                   profile->inverse.size() == d * d &&
+                   profile->widths.size() == static_cast<size_t>(kTideTypes * layout.stored_dim / kTideGroup),
+               Name(type), " without a transform of head dim ", d);
+  return *profile;
+}
+
 }  // namespace
 
 void EncodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
                 const float* rows, int tokens, std::byte* half) {
   CheckHalf(type, side, layout, profile);
   KVTIDE_CHECK(tokens >= 0 && tokens <= kBlockTokens, "tokens ", tokens);
+  if (Info(type).calibrated)
+    return EncodeTideHalf(type, layout, Transform(type, side, layout, profile), rows, tokens, half);
   VisitCodec(type, [&](auto codec) {
     using C = decltype(codec);
     if constexpr (C::kStorage == Storage::kHalf) {
@@ -149,6 +164,8 @@ void DecodeHalfRotated(CacheType type, Side side, const HalfLayout& layout, cons
 void DecodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
                 const std::byte* half, float* rows) {
   CheckHalf(type, side, layout, profile);
+  if (Info(type).calibrated)
+    return DecodeTideHalf(type, layout, Transform(type, side, layout, profile), half, rows);
   std::vector<float> rotated(static_cast<size_t>(kBlockTokens * layout.stored_dim));
   DecodeHalfRotated(type, side, layout, half, rotated.data());
   const bool coded = Info(type).storage == Storage::kCodes;

@@ -4,6 +4,7 @@
 // Keys of coded types are stored as k' = (k - mean) * gain, padded with zeros to the stored dim, rotated, cut
 // into groups of C::kGroup (the last may be shorter), quantised. f16 and bf16 rows are stored as they are: a
 // profile changes nothing there, and an attention over them adds no q.mean. Values never use a profile.
+// Calibrated types (tide.h) are coded by tide_codec.h and need a profile's transform.
 //
 // The templates run on CPU and GPU; EncodeHalf and DecodeHalf are for the CPU and may be called from any
 // thread.
@@ -133,12 +134,12 @@ void DecodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadP
                 const std::byte* half, float* rows);
 
 // Decodes all 64 rows [64][stored_dim] as they are stored: scale * level in the rotated frame, padding
-// included. For f16 and bf16 the values themselves.
+// included. For f16 and bf16 the values themselves. Not for calibrated types: DecodeTideLevels.
 void DecodeHalfRotated(CacheType type, Side side, const HalfLayout& layout, const std::byte* half,
                        float* rows);
 
 // Turns a vector of stored_dim values into a type's rotated frame and back, in place; nothing for types
-// without rotation.
+// without rotation. Not for calibrated types.
 void RotateForward(CacheType type, float* x, int stored_dim);
 void RotateInverse(CacheType type, float* x, int stored_dim);
 

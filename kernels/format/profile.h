@@ -5,13 +5,18 @@
 //     q . k = (q / gain) . k' + q . mean
 // exactly; the second term is constant over tokens, so softmax does not change and backends add it to the
 // logits of the run (before soft-cap), which also keeps the log-sum-exp right. V is coded as it is.
-// `transform` (stored_dim x stored_dim, row-major) and `widths` (bits of each of 8 groups of 16 coefficients)
-// are carried for calibrated types; today's types leave them empty.
+//
+// Calibrated types (tide.h) need a transform: with X = k - mean and coefficients z,
+//     z_j = sum_i X_i transform[i][j]      X_i = sum_j inverse[i][j] z_j      q . X = sum_j z_j sum_i q_i
+//     inverse[i][j]
+// and the widths of the groups of 8 coefficients, for each of the calibrated types. Other types ignore both.
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "kernels/format/block_layout.h"
 
 namespace kvtide {
@@ -19,8 +24,9 @@ namespace kvtide {
 struct HeadProfile {
   std::vector<float> mean;       // [head_dim], empty = 0
   std::vector<float> gain;       // [head_dim], empty = 1; finite and positive
-  std::vector<float> transform;  // empty = the type's own rotation
-  std::vector<uint8_t> widths;   // empty = the type's own width
+  std::vector<float> transform;  // [head_dim][head_dim], channel by coefficient; empty = none
+  std::vector<float> inverse;    // the same shape
+  std::vector<uint8_t> widths;   // [kTideTypes][stored_dim / 8], 0..6; what lies above head_dim has 0
   bool operator==(const HeadProfile&) const = default;
 };
 
@@ -34,6 +40,17 @@ struct Profile {
     return k[static_cast<size_t>(layer) * static_cast<size_t>(shape.kv_heads) + static_cast<size_t>(kv_head)];
   }
 };
+
+// OK if keys of the type can be coded and attended with the profile, which may be null: a calibrated type
+// needs a transform of the right size for every head. InvalidArgument says what to do.
+absl::Status CheckProfileFor(CacheType key_type, const GroupShape& shape, const Profile* profile);
+
+// The widths of a calibrated type, [stored_dim / 8]; the head has them.
+std::span<const uint8_t> WidthsOf(CacheType type, const HeadProfile& head);
+
+// Fills in `inverse`. InvalidArgument that says what is wrong with mean, transform or widths: sizes, values
+// that are not finite, widths beyond a type's bits, or a transform that cannot be inverted in f32.
+absl::Status CompleteTransform(int head_dim, HeadProfile& head);
 
 // XXH3 over the shape and all values; never 0.
 uint64_t HashProfile(const Profile& profile);

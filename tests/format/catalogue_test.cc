@@ -17,7 +17,7 @@ TEST(Catalogue, KnowsTheseTypes) {
     names.insert(Name(type));
     EXPECT_EQ(ParseCacheType(Name(type)).value(), type);
   }
-  EXPECT_EQ(static_cast<int>(names.size()), kCacheTypes) << "names must differ";
+  EXPECT_EQ(static_cast<int>(names.size()), kCodecTypes) << "names must differ";
   EXPECT_EQ(names,
             (std::set<std::string>{"f16", "bf16", "q8_0", "q5_0", "q4_0", "turbo4", "turbo3", "turbo2",
                                    "iso4", "iso3", "planar4", "planar3", "rotor4", "rotor3", "pq4", "pq3"}));

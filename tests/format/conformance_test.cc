@@ -250,7 +250,7 @@ TEST_P(Conformance, ASpikeInAnyChannelKeepsItsPlace) {
 
 std::vector<int> TypeIndices() {
   std::vector<int> indices;
-  for (int i = 0; i < kCacheTypes; i++) indices.push_back(i);
+  for (int i = 0; i < kCodecTypes; i++) indices.push_back(i);
   return indices;
 }
 

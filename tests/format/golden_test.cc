@@ -13,6 +13,7 @@
 
 #include "tests/format/half_page.h"
 #include "tests/format/test_rows.h"
+#include "tests/format/test_tide.h"
 
 namespace kvtide {
 namespace {
@@ -90,12 +91,37 @@ void CompareOrWrite(const std::string& name, const std::string& now) {
 
 TEST(GoldenDigests, OfEveryTypeSideAndDim) { CompareOrWrite("digests.txt", Digests()); }
 
+// Calibrated types, which need a profile and code keys only: digests, and the half page of head dim 64.
+TEST(GoldenTideDigests, OfEveryDim) {
+  std::ostringstream out;
+  for (const CacheType type : CalibratedTypes())
+    for (const int dim : test::HeadDims()) {
+      const HeadProfile head = test::TideHead(dim, 77);
+      char line[160];
+      std::snprintf(line, sizeof(line), "%s v%d d%d k %016llx\n", Name(type), Info(type).version, dim,
+                    static_cast<unsigned long long>(Digest(
+                        test::HalfPage(type, Side::kKey, dim).Encode(GoldenRows(dim), 61, &head).bytes)));
+      out << line;
+    }
+  CompareOrWrite("tide_digests.txt", out.str());
+}
+
+class GoldenTide : public testing::TestWithParam<int> {};
+TEST_P(GoldenTide, HalfPage) {
+  const CacheType type = CalibratedTypes()[static_cast<size_t>(GetParam())];
+  const HeadProfile head = test::TideHead(64, 77);
+  const test::HalfPage page = test::HalfPage(type, Side::kKey, 64).Encode(GoldenRows(64), 61, &head);
+  CompareOrWrite(std::string(Name(type)) + ".bin",
+                 std::string(reinterpret_cast<const char*>(page.bytes.data()), page.bytes.size()));
+}
+INSTANTIATE_TEST_SUITE_P(Types, GoldenTide, testing::Range(0, kTideTypes));
+
 class Golden : public testing::TestWithParam<int> {};
 TEST_P(Golden, HalfPages) {
   const CacheType type = static_cast<CacheType>(GetParam());
   CompareOrWrite(std::string(Name(type)) + ".bin", HalfPages(type));
 }
-INSTANTIATE_TEST_SUITE_P(Types, Golden, testing::Range(0, kCacheTypes),
+INSTANTIATE_TEST_SUITE_P(Types, Golden, testing::Range(0, kCodecTypes),
                          [](const testing::TestParamInfo<int>& p) {
                            return std::string(Name(static_cast<CacheType>(p.param)));
                          });

@@ -61,6 +61,8 @@ TEST(PagedArguments, SayWhichOptionIsWrong) {
     return a.WrongOptions();
   };
   EXPECT_THAT(wrong([](Arguments& a) { a.options.shape.layers = 2; }), HasSubstr("one layer"));
+  EXPECT_THAT(wrong([](Arguments& a) { a.options.pair = *ParseCachePair("tide3/turbo3"); }),
+              HasSubstr("tide3/turbo3: calibrated types need transforms"));
   EXPECT_THAT(wrong([](Arguments& a) { a.options.heads = 3; }), HasSubstr("KV heads"));
   EXPECT_THAT(wrong([](Arguments& a) { a.options.scale = std::numeric_limits<float>::quiet_NaN(); }),
               HasSubstr("scale"));

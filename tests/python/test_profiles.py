@@ -31,6 +31,18 @@ def test_a_profile_is_read(tmp_path):
     assert profile.digest != profiles.load(write(tmp_path / "q", MEANS[::-1])).digest
 
 
+def test_means_are_read_beside_transforms(tmp_path):
+    path = write(tmp_path / "p", MEANS, form="kvtide-key-profile-2")
+    data = path.read_bytes()
+    (length,) = struct.unpack_from("<Q", data)
+    header = json.loads(data[8 : 8 + length])
+    end = len(data) - 8 - length
+    header["layers.0.key_widths"] = {"dtype": "F32", "shape": [2], "data_offsets": [end, end + 8]}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :] + bytes(8))
+    np.testing.assert_array_equal(profiles.load(path).means, MEANS)
+
+
 @pytest.mark.parametrize("data", [b"", b"x" * 100, struct.pack("<Q", 2) + b"{}", struct.pack("<Q", 1 << 40)])
 def test_what_is_none_is_refused(tmp_path, data):
     (tmp_path / "p").write_bytes(data)
@@ -39,8 +51,8 @@ def test_what_is_none_is_refused(tmp_path, data):
 
 
 def test_other_formats_are_refused_by_name(tmp_path):
-    with pytest.raises(InvalidArgument, match="kvtide-key-profile-2"):
-        profiles.load(write(tmp_path / "p", MEANS, form="kvtide-key-profile-2"))
+    with pytest.raises(InvalidArgument, match="kvtide-key-profile-9"):
+        profiles.load(write(tmp_path / "p", MEANS, form="kvtide-key-profile-9"))
     with pytest.raises(InvalidArgument, match="not f32"):
         profiles.load(write(tmp_path / "p", [mean.astype(np.float16) for mean in MEANS], dtype="F16"))
 

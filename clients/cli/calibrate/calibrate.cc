@@ -16,6 +16,7 @@
 #include "clients/cli/terminal/number_checks.h"
 #include "clients/cli/terminal/progress.h"
 #include "clients/engine/capture_kv_store.h"
+#include "clients/engine/key_calibration.h"
 #include "clients/engine/key_profile.h"
 #include "clients/engine/llama_model.h"
 #include "clients/engine/local_kv_store.h"
@@ -27,21 +28,29 @@ namespace kvtide::cli {
 namespace {
 
 constexpr int kChunk = 512;
+constexpr int64_t kMostHeldBack = 1024;
 
 std::string LastName(const std::string& path) {
   return std::filesystem::path(path + "/").lexically_normal().parent_path().filename().string();
 }
 
-// One window of the text as a sequence of its own.
+// One window of the text as a sequence of its own; its tokens from `held_back` on are held back.
 absl::Status AddWindow(const engine::LlamaModel& model, engine::KvStore& exact,
-                       std::span<const int32_t> tokens, engine::KeyMeans* means, Progress* progress,
+                       std::span<const int32_t> tokens, int64_t held_back,
+                       engine::KeyCalibration* calibration, Progress* progress,
                        const std::atomic<bool>& stop) {
-  const size_t width = model.kv_geometry().kv_width();
-  engine::CaptureKvStore store(
-      exact, [&](int layer, int64_t start, int n, const float*, const float* k, const float*) {
-        const int skipped = static_cast<int>(std::clamp<int64_t>(kBlockTokens - start, 0, n));
-        if (skipped < n) means->Add(layer, n - skipped, k + static_cast<size_t>(skipped) * width);
-      });
+  const size_t k_width = model.kv_geometry().kv_width(), q_width = model.kv_geometry().query_width();
+  engine::CaptureKvStore store(exact, [&](int layer, int64_t start, int n, const float* q, const float* k,
+                                          const float*) {
+    const auto skipped = static_cast<size_t>(std::clamp<int64_t>(kBlockTokens - start, 0, n));
+    const auto held =
+        static_cast<size_t>(std::clamp<int64_t>(held_back - start, static_cast<int64_t>(skipped), n));
+    if (held > skipped)
+      calibration->Add(layer, static_cast<int>(held - skipped), q + skipped * q_width, k + skipped * k_width);
+    if (static_cast<size_t>(n) > held)
+      calibration->HoldBack(layer, static_cast<int>(static_cast<size_t>(n) - held), q + held * q_width,
+                            k + held * k_width);
+  });
   KVTIDE_ASSIGN_OR_RETURN(const engine::SequenceId sequence, store.CreateSequence());
   std::vector<float> hidden;
   for (size_t at = 0; at < tokens.size(); at += kChunk) {
@@ -56,7 +65,8 @@ absl::Status AddWindow(const engine::LlamaModel& model, engine::KvStore& exact,
 
 }  // namespace
 
-absl::StatusOr<engine::KeyProfile> Calibrate(const CalibrateOptions& options, const std::atomic<bool>& stop) {
+absl::StatusOr<engine::KeyProfile> Calibrate(const CalibrateOptions& options, const std::atomic<bool>& stop,
+                                             std::vector<engine::KeyTypeError>* errors) {
   std::string folder = options.model;
   if (folder.empty()) {
     KVTIDE_ASSIGN_OR_RETURN(folder, BundledModelFolder());
@@ -82,17 +92,28 @@ absl::StatusOr<engine::KeyProfile> Calibrate(const CalibrateOptions& options, co
   }
   const engine::KvGeometry geometry = model->kv_geometry();
   engine::LocalKvStore exact(geometry, DataType::kF16, pool);
-  engine::KeyMeans means(geometry);
+  engine::KeyCalibration calibration(geometry, pool);
+  const auto all = static_cast<int64_t>(tokens.size());
+  const int64_t held_back = options.means_only ? all : all - std::min(all / 8, kMostHeldBack);
   std::optional<Progress> progress;
   if (options.show_progress) progress.emplace("calibrate", static_cast<double>(tokens.size()), "tokens");
   for (size_t at = 0; at < tokens.size(); at += static_cast<size_t>(context)) {
     const size_t n = std::min(tokens.size() - at, static_cast<size_t>(context));
-    KVTIDE_RETURN_IF_ERROR(
-        AddWindow(*model, exact, {tokens.data() + at, n}, &means, progress ? &*progress : nullptr, stop));
+    KVTIDE_RETURN_IF_ERROR(AddWindow(*model, exact, {tokens.data() + at, n},
+                                     held_back - static_cast<int64_t>(at), &calibration,
+                                     progress ? &*progress : nullptr, stop));
   }
   if (progress) progress->Finish();
-  return engine::KeyProfile{LastName(folder),  LastName(options.text_file), means.tokens(),
-                            geometry.kv_heads, geometry.head_dim,           means.means()};
+  engine::KeyProfile profile{LastName(folder),
+                             LastName(options.text_file),
+                             calibration.tokens(),
+                             geometry.kv_heads,
+                             geometry.head_dim,
+                             calibration.means(),
+                             {},
+                             {}};
+  if (!options.means_only) KVTIDE_RETURN_IF_ERROR(calibration.AddTransforms(&profile, errors));
+  return profile;
 }
 
 void AddCalibrateCommand(CLI::App& app, int* exit_code) {
@@ -109,7 +130,13 @@ void AddCalibrateCommand(CLI::App& app, int* exit_code) {
       "Examples:\n"
       "  kvtide calibrate --model model.gguf --text manual.txt --out model.profile\n"
       "  kvtide eval --model model.gguf --text book.txt --profile model.profile --pairs turbo4/turbo4\n"
-      "Take a text of the kind that the model will see; a few thousand tokens are enough for means.");
+      "  kvtide eval --model model.gguf --text book.txt --profile model.profile --pairs "
+      "tide3/turbo3,tide2/turbo2\n"
+      "Take a text of the kind that the model will see; a few thousand tokens are enough for means, "
+      "transforms\n"
+      "(tide4, tide3, tide2) want 8 thousand and more. The last tokens, an eighth and at most 1024, are held "
+      "back:\n"
+      "a profile with which one of these types changes logits more than turbo of the same bits is refused.");
   calibrate->add_option("--model", o.model,
                         "Hugging Face folder or GGUF file; default: the bundled tidelm-7m");
   calibrate->add_option("--text", o.text_file, "UTF-8 text")->required();
@@ -122,17 +149,24 @@ void AddCalibrateCommand(CLI::App& app, int* exit_code) {
   calibrate->add_option("--out", flags->out_file, "The profile to write (safetensors)")->required();
   calibrate->add_option("--threads", o.threads, "Threads of the engine; default: one per core")
       ->check(Positive());
+  calibrate->add_flag("--means-only", o.means_only, "Means of keys and no transforms: for short texts");
   calibrate->add_flag("--no-progress", flags->no_progress, "No progress bar");
   calibrate->callback([flags, exit_code] {
     flags->options.show_progress = !flags->no_progress;
-    const absl::StatusOr<engine::KeyProfile> profile = Calibrate(flags->options, StopAtInterrupt());
+    std::vector<engine::KeyTypeError> errors;
+    const absl::StatusOr<engine::KeyProfile> profile = Calibrate(flags->options, StopAtInterrupt(), &errors);
     absl::Status status = profile.status();
     if (status.ok()) status = engine::WriteKeyProfile(flags->out_file, *profile);
     *exit_code = ExitCode(status);
     if (status.ok()) {
-      std::printf("%s: means of keys over %lld tokens, %zu layers of %d KV heads of %d\n",
-                  flags->out_file.c_str(), static_cast<long long>(profile->tokens), profile->means.size(),
-                  profile->kv_heads, profile->head_dim);
+      std::printf("%s: means%s of keys over %lld tokens, %zu layers of %d KV heads of %d\n",
+                  flags->out_file.c_str(), profile->transforms.empty() ? "" : " and transforms",
+                  static_cast<long long>(profile->tokens), profile->means.size(), profile->kv_heads,
+                  profile->head_dim);
+      if (!errors.empty()) std::printf("error of logits on tokens held back, of their variance:\n");
+      for (const engine::KeyTypeError& error : errors)
+        std::printf("  %s %.5f   %s around the mean %.5f\n", error.type.c_str(), error.error,
+                    error.beside.c_str(), error.beside_error);
     } else {
       std::fprintf(stderr, "kvtide calibrate: %s\n", std::string(status.message()).c_str());
     }

@@ -56,6 +56,10 @@ absl::StatusOr<std::vector<CachePair>> ChoosePairs(const std::vector<std::string
   };
   for (const std::string& text : wanted) {
     KVTIDE_ASSIGN_OR_RETURN(const CachePair pair, ParseCachePair(text));
+    if (Info(pair.k).calibrated)
+      return absl::InvalidArgumentError(
+          absl::StrCat("pair '", text, "': ", Name(pair.k),
+                       " needs a profile of the model; measure it with --model and --profile"));
     add(pair);
   }
   if (!wanted.empty()) return pairs;

@@ -230,7 +230,7 @@ void LayerProbe::Compare(const Query& query, const std::vector<float>& key_error
 }
 
 LayerError LayerProbe::Measure(CachePair pair, const ProfileOptions& key_profile, const WindowPolicy& policy,
-                               ThreadPool& pool, std::span<const float> key_mean) const {
+                               ThreadPool& pool, std::span<const HeadProfile> calibrated) const {
   const int dk = shape_.head_dim_k, dv = shape_.head_dim_v, group = shape_.query_heads / shape_.kv_heads;
   std::vector<char> exact_token(static_cast<size_t>(tokens_));
   for (int t = 0; t < tokens_; ++t)
@@ -240,13 +240,9 @@ LayerError LayerProbe::Measure(CachePair pair, const ProfileOptions& key_profile
     const Head& head = heads_[static_cast<size_t>(h)];
     Sums& sum = sums[static_cast<size_t>(h)];
     const int profile_tokens = std::min<int>(kBlockTokens, tokens_);
-    HeadProfile profile;
-    if (key_mean.empty()) {
-      profile = MakeKeyProfile(head.k.data(), profile_tokens, static_cast<size_t>(dk), dk, key_profile);
-    } else {
-      const std::span<const float> mean = key_mean.subspan(static_cast<size_t>(h) * dk, dk);
-      profile.mean.assign(mean.begin(), mean.end());
-    }
+    const HeadProfile profile = calibrated.empty() ? MakeKeyProfile(head.k.data(), profile_tokens,
+                                                                    static_cast<size_t>(dk), dk, key_profile)
+                                                   : calibrated[static_cast<size_t>(h)];
     std::vector<float> k = CodeAndDecode(head.k, dk, pair.k, Side::kKey, &profile);
     std::vector<float> v = CodeAndDecode(head.v, dv, pair.v, Side::kValue, nullptr);
     sum.key.Add(head.k, k);

@@ -60,10 +60,10 @@ class LayerProbe {
   // The vectors have the shape; at least one token and one query, not more queries than tokens.
   LayerProbe(const LayerShape& shape, const LayerVectors& vectors, ThreadPool& pool);
 
-  // The key profile is made from the first block, as the cache makes it, unless `key_mean` [kv_heads]
-  // [head_dim_k] is given: then it is that and nothing else.
+  // The key profile is made from the first block, as the cache makes it, unless a calibrated one is given, of
+  // each KV head: then it is that and nothing else.
   LayerError Measure(CachePair pair, const ProfileOptions& key_profile, const WindowPolicy& policy,
-                     ThreadPool& pool, std::span<const float> key_mean = {}) const;
+                     ThreadPool& pool, std::span<const HeadProfile> calibrated = {}) const;
 
  private:
   // Exact attention of one query of one head over tokens [first, position].

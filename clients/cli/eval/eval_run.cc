@@ -1,7 +1,6 @@
 #include "clients/cli/eval/eval_run.h"
 
 #include <algorithm>
-#include <bit>
 #include <chrono>
 #include <filesystem>
 #include <memory>
@@ -20,6 +19,7 @@
 #include "clients/engine/tokenizer.h"
 #include "kernels/base/status.h"
 #include "kernels/format/block_layout.h"
+#include "kernels/format/tide_maker.h"
 
 namespace kvtide::cli {
 namespace {
@@ -38,11 +38,18 @@ uint64_t HashTokens(std::span<const int32_t> tokens) {
   return hash;
 }
 
-uint64_t HashMeans(const std::vector<std::vector<float>>& means) {
-  std::vector<int32_t> bits;
-  for (const std::vector<float>& layer : means)
-    for (const float mean : layer) bits.push_back(std::bit_cast<int32_t>(mean));
-  return HashTokens(bits);
+// The profile as the daemon will have it; all layers are one group here.
+absl::StatusOr<Profile> MakeProfileOf(const engine::KeyProfile& profile) {
+  const GroupShape shape{static_cast<int>(profile.means.size()), profile.kv_heads, profile.head_dim,
+                         profile.head_dim};
+  std::vector<float> means, transforms;
+  std::vector<uint8_t> widths;
+  for (const auto& layer : profile.means) means.insert(means.end(), layer.begin(), layer.end());
+  for (const auto& layer : profile.transforms)
+    transforms.insert(transforms.end(), layer.begin(), layer.end());
+  for (const auto& layer : profile.widths) widths.insert(widths.end(), layer.begin(), layer.end());
+  if (transforms.empty()) return MakeMeanProfile(shape, means);
+  return MakeCalibratedProfile(shape, means, transforms, widths);
 }
 
 // Stops the run from inside when the user asks.
@@ -109,7 +116,8 @@ class EvalRun {
       KVTIDE_ASSIGN_OR_RETURN(const engine::KeyProfile profile,
                               engine::ReadKeyProfile(options_.profile_file));
       KVTIDE_RETURN_IF_ERROR(engine::CheckKeyProfile(profile, geometry_));
-      geometry_.key_means = profile.means;
+      KVTIDE_ASSIGN_OR_RETURN(profile_, MakeProfileOf(profile));
+      engine::UseKeyProfile(profile, &geometry_);
       key_centring_ = client::KeyCentring::kCalibrated;
     }
     const engine::ModelConfig& config = model_->config();
@@ -189,6 +197,10 @@ class EvalRun {
       std::string name = fp8.has_value() ? fp8->Name() : "";
       if (!fp8.has_value()) {
         KVTIDE_ASSIGN_OR_RETURN(const CachePair pair, ParseCachePair(text));
+        if (Info(pair.k).calibrated && geometry_.key_transforms.empty())
+          return absl::InvalidArgumentError(absl::StrCat(
+              "pair '", text, "': ", Name(pair.k),
+              " needs --profile with transforms of this model's keys; `kvtide calibrate` makes one"));
         name = PairName(pair);
       }
       if (name != kYardstick && std::find(pairs_.begin(), pairs_.end(), name) == pairs_.end())
@@ -238,12 +250,12 @@ class EvalRun {
   }
 
   std::string StateKey() const {
-    return absl::StrCat(
-        ModelName(), " ", model_->parameters(), " parameters, text ", absl::Hex(HashTokens(tokens_)),
-        ", context ", context_, ", chunk ", chunk_, ", window ", options_.window_policy, ", centring ",
-        static_cast<int>(key_centring_),
-        geometry_.key_means.empty() ? "" : absl::StrCat(" by ", absl::Hex(HashMeans(geometry_.key_means))),
-        ", equalising ", static_cast<int>(options_.key_equalising), ", version ", info_.version);
+    return absl::StrCat(ModelName(), " ", model_->parameters(), " parameters, text ",
+                        absl::Hex(HashTokens(tokens_)), ", context ", context_, ", chunk ", chunk_,
+                        ", window ", options_.window_policy, ", centring ", static_cast<int>(key_centring_),
+                        profile_.hash == 0 ? "" : absl::StrCat(" by ", absl::Hex(profile_.hash)),
+                        ", equalising ", static_cast<int>(options_.key_equalising), ", version ",
+                        info_.version);
   }
 
   absl::Status Score() {
@@ -333,12 +345,15 @@ class EvalRun {
       KVTIDE_ASSIGN_OR_RETURN(const CachePair pair, ParseCachePair(name));
       const ProfileOptions profile =
           KeyProfileOptions(pair.k, policy_, key_centring_, options_.key_equalising);
-      const bool centred = !geometry_.key_means.empty() && Info(pair.k).storage != Storage::kHalf;
+      const bool calibrated = profile_.hash != 0 && Info(pair.k).storage != Storage::kHalf;
       std::vector<LayerError> errors;
       for (size_t l = 0; l < probes.size(); ++l) {
-        const std::span<const float> mean =
-            centred ? std::span<const float>(geometry_.key_means[l]) : std::span<const float>();
-        errors.push_back(probes[l].Measure(pair, profile, policy_, pool_, mean));
+        std::span<const HeadProfile> heads;
+        if (calibrated)
+          heads = std::span(profile_.k)
+                      .subspan(l * static_cast<size_t>(geometry_.kv_heads),
+                               static_cast<size_t>(geometry_.kv_heads));
+        errors.push_back(probes[l].Measure(pair, profile, policy_, pool_, heads));
       }
       layers_.push_back(std::move(errors));
     }
@@ -406,7 +421,8 @@ class EvalRun {
   std::string folder_, text_file_;
   std::unique_ptr<engine::Tokenizer> tokenizer_;
   std::unique_ptr<engine::LlamaModel> model_;
-  engine::KvGeometry geometry_;  // with the profile's means
+  engine::KvGeometry geometry_;  // with the profile
+  Profile profile_;              // hash 0 = none
   client::KeyCentring key_centring_ = client::KeyCentring::kDefault;
   std::vector<int32_t> tokens_;
   std::vector<LayerVectors> vectors_;  // of the first tokens, once somebody needs them

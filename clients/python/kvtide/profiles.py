@@ -21,7 +21,7 @@ import numpy as np
 
 from .errors import InvalidArgument
 
-_FORMAT = "kvtide-key-profile-1"
+_FORMATS = ("kvtide-key-profile-1", "kvtide-key-profile-2")  # the second has transforms besides
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ def load(path: Union[str, "os.PathLike[str]"]) -> KeyProfile:
         (length,) = struct.unpack_from("<Q", data)
         header = json.loads(data[8 : 8 + length])
         notes = header.pop("__metadata__", {})
-        if notes.get("format") != _FORMAT:
-            raise InvalidArgument(f"{path}: its format is {notes.get('format')!r}, not {_FORMAT!r}; `kvtide calibrate` writes it")
+        if notes.get("format") not in _FORMATS:
+            raise InvalidArgument(f"{path}: its format is {notes.get('format')!r}, not {_FORMATS[0]!r}; `kvtide calibrate` writes it")
         means = []
-        for layer in range(len(header)):
+        for layer in range(sum(name.endswith(".key_mean") for name in header)):
             tensor = header[f"layers.{layer}.key_mean"]
             begin, end = tensor["data_offsets"]
             if tensor["dtype"] != "F32" or len(tensor["shape"]) != 2:

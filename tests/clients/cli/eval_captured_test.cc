@@ -77,7 +77,7 @@ TEST_F(EvalCapturedTest, AllMeansEveryTypeOnBothSidesAndAfterQ8) {
   options_.pairs.clear();
   const auto report = Run();
   ASSERT_TRUE(report.ok()) << report.status();
-  EXPECT_EQ(report->rows.size(), static_cast<size_t>(kCacheTypes + kCacheTypes - 3));
+  EXPECT_EQ(report->rows.size(), static_cast<size_t>(kCodecTypes + kCodecTypes - 3));
 }
 
 TEST_F(EvalCapturedTest, GoesOnFromTheStateAndRefusesThatOfAnotherRun) {
@@ -105,6 +105,8 @@ TEST_F(EvalCapturedTest, StopsWhenAskedAndRefusesUnknownPairs) {
   stop_ = false;
   options_.pairs = {"q8_0/turbo9"};
   EXPECT_THAT(std::string(Run().status().message()), HasSubstr("turbo9"));
+  options_.pairs = {"tide3/turbo3"};
+  EXPECT_THAT(std::string(Run().status().message()), HasSubstr("tide3 needs a profile"));
 }
 
 }  // namespace

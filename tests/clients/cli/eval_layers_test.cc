@@ -94,7 +94,11 @@ TEST(LayerProbeTest, ACalibratedMeanIsTakenOff) {
   const LayerProbe probe(shape, x, pool);
   const CachePair pair = *ParseCachePair("turbo3/f16");
   const LayerError without = probe.Measure(pair, {}, kAllCoded, pool);
-  const LayerError with = probe.Measure(pair, {}, kAllCoded, pool, mean);
+  std::vector<HeadProfile> heads(2);
+  for (size_t h = 0; h < 2; ++h)
+    heads[h].mean.assign(mean.begin() + static_cast<std::ptrdiff_t>(64 * h),
+                         mean.begin() + static_cast<std::ptrdiff_t>(64 * h + 64));
+  const LayerError with = probe.Measure(pair, {}, kAllCoded, pool, heads);
   EXPECT_LT(with.logit, without.logit / 2);
   EXPECT_LT(with.weight_kld, without.weight_kld / 4);
 }

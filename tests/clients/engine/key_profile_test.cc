@@ -2,9 +2,15 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <random>
+#include <vector>
 
+#include "clients/engine/key_calibration.h"
 #include "clients/engine/safetensors_writer.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -33,19 +39,100 @@ class KeyProfileTest : public testing::Test {
 };
 
 TEST_F(KeyProfileTest, MeansAreThoseOfTheKeys) {
-  KeyMeans means(Geometry());
-  std::vector<float> keys(3 * 32);
+  ThreadPool pool(2);
+  KeyCalibration calibration(Geometry(), pool);
+  std::vector<float> keys(3 * 32), queries(3 * 64, 1.0f);
   for (size_t i = 0; i < keys.size(); ++i) keys[i] = static_cast<float>(i);
-  means.Add(0, 3, keys.data());
-  means.Add(1, 1, keys.data());
-  means.Add(1, 1, keys.data() + 32);
-  EXPECT_EQ(means.tokens(), 3);
-  EXPECT_EQ(means.means()[0][5], 32 + 5);
-  EXPECT_EQ(means.means()[1][5], 16 + 5);
+  calibration.Add(0, 3, queries.data(), keys.data());
+  calibration.Add(1, 1, queries.data(), keys.data());
+  calibration.Add(1, 1, queries.data(), keys.data() + 32);
+  EXPECT_EQ(calibration.tokens(), 3);
+  EXPECT_EQ(calibration.means()[0][5], 32 + 5);
+  EXPECT_EQ(calibration.means()[1][21], 16 + 21);
+}
+
+// Rows of a few strong directions.
+std::vector<float> Rows(uint32_t seed, int tokens, int width) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> rows(static_cast<size_t>(tokens * width));
+  for (size_t i = 0; i < rows.size(); ++i) rows[i] = 1 + normal(random) * (i % 4 == 1 ? 5.0f : 0.3f);
+  return rows;
+}
+
+KeyProfile Transformed(std::vector<KeyTypeError>* errors) {
+  ThreadPool pool(2);
+  KeyCalibration calibration(Geometry(), pool);
+  for (int layer = 0; layer < 2; ++layer) {
+    const auto seed = static_cast<uint32_t>(10 * layer);
+    calibration.Add(layer, 300, Rows(seed, 300, 64).data(), Rows(seed + 1, 300, 32).data());
+    calibration.HoldBack(layer, 100, Rows(seed + 2, 100, 64).data(), Rows(seed + 3, 100, 32).data());
+  }
+  KeyProfile profile{"model", "text", calibration.tokens(), 2, 16, calibration.means(), {}, {}};
+  const absl::Status status = calibration.AddTransforms(&profile, errors);
+  EXPECT_TRUE(status.ok()) << status;
+  return profile;
+}
+
+TEST_F(KeyProfileTest, TransformsBeatTurboOnHeldBackTokensAndComeBackFromTheirFile) {
+  std::vector<KeyTypeError> errors;
+  const KeyProfile profile = Transformed(&errors);
+  ASSERT_EQ(errors.size(), 3u);
+  for (const KeyTypeError& error : errors) {
+    EXPECT_GT(error.error, 0);
+    EXPECT_LT(error.error, error.beside_error / 2) << error.type;
+  }
+  EXPECT_EQ(errors[1].type, "tide3");
+  EXPECT_EQ(errors[1].beside, "turbo3");
+  ASSERT_TRUE(WriteKeyProfile(path_, profile).ok());
+  const auto read = ReadKeyProfile(path_);
+  ASSERT_TRUE(read.ok()) << read.status();
+  EXPECT_EQ(read->means, profile.means);
+  EXPECT_EQ(read->transforms, profile.transforms);
+  EXPECT_EQ(read->widths, profile.widths);
+}
+
+// Held-back tokens that look nothing like the others: their keys lie where the profile has no bits.
+TEST_F(KeyProfileTest, AProfileThatDoesNotHoldElsewhereIsRefused) {
+  ThreadPool pool(1);
+  KeyCalibration calibration(Geometry(), pool);
+  for (int layer = 0; layer < 2; ++layer) {
+    calibration.Add(layer, 300, Rows(1, 300, 64).data(), Rows(2, 300, 32).data());
+    std::vector<float> q = Rows(3, 100, 64), k = Rows(4, 100, 32);
+    std::rotate(q.begin(), q.begin() + 1, q.end());
+    std::rotate(k.begin(), k.begin() + 1, k.end());
+    calibration.HoldBack(layer, 100, q.data(), k.data());
+  }
+  KeyProfile profile{"model", "text", 300, 2, 16, calibration.means(), {}, {}};
+  std::vector<KeyTypeError> errors;
+  EXPECT_THAT(std::string(calibration.AddTransforms(&profile, &errors).message()),
+              HasSubstr("on the tokens that were held back tide"));
+  EXPECT_TRUE(profile.transforms.empty());
+}
+
+TEST_F(KeyProfileTest, RefusesDamagedTransforms) {
+  std::vector<KeyTypeError> errors;
+  const KeyProfile good = Transformed(&errors);
+  const auto message = [&](auto change) {
+    KeyProfile profile = good;
+    change(profile);
+    EXPECT_TRUE(WriteKeyProfile(path_, profile).ok());
+    return Message();
+  };
+  EXPECT_THAT(message([](KeyProfile& p) { p.transforms[1][3] = NAN; }),
+              HasSubstr("a value of nan in a transform"));
+  EXPECT_THAT(message([](KeyProfile& p) { p.widths[0][2] = 200; }),
+              HasSubstr("layers.0.key_widths has the value 200"));
+  EXPECT_THAT(
+      message([](KeyProfile& p) { std::fill(p.transforms[0].begin(), p.transforms[0].begin() + 256, 0.0f); }),
+      HasSubstr("without an inverse"));
+  EXPECT_THAT(message([](KeyProfile& p) { std::fill(p.widths[1].begin(), p.widths[1].end(), uint8_t{6}); }),
+              HasSubstr("width"));
 }
 
 TEST_F(KeyProfileTest, ComesBackFromItsFile) {
-  KeyProfile profile{"model", "text", 1234, 2, 16, {std::vector<float>(32, 1.5f), std::vector<float>(32)}};
+  KeyProfile profile{"model", "text", 1234, 2, 16, {std::vector<float>(32, 1.5f), std::vector<float>(32)},
+                     {},      {}};
   profile.means[1][31] = -7;
   ASSERT_TRUE(WriteKeyProfile(path_, profile).ok());
   const auto read = ReadKeyProfile(path_);
@@ -58,6 +145,28 @@ TEST_F(KeyProfileTest, ComesBackFromItsFile) {
   other.kv_heads = 4;
   EXPECT_THAT(std::string(CheckKeyProfile(*read, other).message()),
               HasSubstr("the profile is of model with 2 layers of 2 KV heads of 16; this model has 2 of 4"));
+}
+
+TEST_F(KeyProfileTest, DamagedFilesAreReadOrRefused) {
+  std::vector<KeyTypeError> errors;
+  ASSERT_TRUE(WriteKeyProfile(path_, Transformed(&errors)).ok());
+  std::ifstream file(path_, std::ios::binary);
+  const std::string good((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  std::mt19937 random(3);
+  int refused = 0;
+  for (int i = 0; i < 300; ++i) {
+    std::string bad = good.substr(0, i % 3 == 0 ? random() % good.size() : good.size());
+    for (int flips = 0; flips < 3 && !bad.empty(); ++flips)
+      bad[random() % (i % 2 == 0 ? bad.size() : std::min<size_t>(bad.size(), 900))] ^=
+          static_cast<char>(1 + random() % 255);
+    std::ofstream(path_, std::ios::binary) << bad;
+    const auto read = ReadKeyProfile(path_);
+    refused += !read.ok();
+    if (read.ok()) {
+      EXPECT_EQ(read->transforms.size(), read->means.size());
+    }
+  }
+  EXPECT_GT(refused, 100);
 }
 
 TEST_F(KeyProfileTest, RefusesWhatIsNone) {

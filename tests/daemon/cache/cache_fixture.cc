@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "tests/daemon/cache/device_under_test.h"
+#include "tests/format/test_tide.h"
 
 namespace kvtide::testing {
 
@@ -31,6 +32,17 @@ ModelSpec WithMeans(ModelSpec model) {
     group.key_means = RandomRows(
         random, static_cast<size_t>(group.shape.layers * group.shape.kv_heads * group.shape.head_dim_k),
         3.0f);
+  return model;
+}
+
+ModelSpec WithTransforms(ModelSpec model) {
+  model = WithMeans(std::move(model));
+  model.name += "-transformed";
+  for (LayerGroupSpec& group : model.groups)
+    for (const HeadProfile& head : test::TideProfile(group.shape, 31).k) {
+      group.key_transforms.insert(group.key_transforms.end(), head.transform.begin(), head.transform.end());
+      group.key_widths.insert(group.key_widths.end(), head.widths.begin(), head.widths.end());
+    }
   return model;
 }
 

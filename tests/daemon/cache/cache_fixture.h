@@ -31,6 +31,8 @@ inline ModelSpec SmallModel(const std::string& name = "small") {
 ModelSpec MixedModel();
 // The model with means of its keys, larger than their spread; the same ones every time.
 ModelSpec WithMeans(ModelSpec model);
+// With transforms for calibrated keys as well.
+ModelSpec WithTransforms(ModelSpec model);
 
 inline CachePair Pair(const std::string& text) { return *ParseCachePair(text); }
 inline SequenceOptions WithPair(const std::string& pair, ExactWindow window = {}) {

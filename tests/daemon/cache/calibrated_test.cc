@@ -46,6 +46,61 @@ TEST_F(CalibratedTest, ForksMovesAndCutsKeepTheMeans) {
   }
 }
 
+// Calibrated types use the model's transforms whatever is said about means; other types of the same model use
+// its means alone.
+TEST_F(CalibratedTest, TransformsCodeKeysOfCalibratedTypes) {
+  Start();
+  for (const bool at_once : {false, true})
+    for (const char* pair : {"tide4/turbo4", "tide3/turbo3", "tide2/q8_0", "tide3/f16", "turbo3"})
+      for (const ModelSpec& model : {SmallModel(), MixedModel()}) {
+        SCOPED_TRACE(std::string(pair) + " " + model.name);
+        SequenceOptions options = Calibrated(pair, at_once);
+        if (Info(options.pair.k).calibrated) options.centre = Centre::kTypeDefault;
+        Client client(*cache_, WithTransforms(model), options, random_);
+        for (const int64_t tokens : {200, 1, 130, 64}) ASSERT_TRUE(client.Step(tokens).ok());
+        client.CheckAllLayers();
+        Client fork = client.Fork();
+        ASSERT_TRUE(cache_->EvictAll(1).ok());
+        ASSERT_TRUE(fork.Step(100).ok());
+        fork.CheckAllLayers();
+        if (model.groups.size() == 1) {  // a sliding window has let its first blocks go
+          // Coding at once codes the rest of a cut block again, which changes calibrated keys once more.
+          ASSERT_TRUE(client.Truncate(at_once ? 64 : 70).ok());
+          ASSERT_TRUE(client.Step(300).ok());
+          client.CheckAllLayers();
+        }
+        cache_->CheckInvariants();
+        ASSERT_TRUE(client.Close().ok());
+        ASSERT_TRUE(fork.Close().ok());
+      }
+}
+
+TEST_F(CalibratedTest, SaysWhichTransformsAreMissingOrWrong) {
+  Start();
+  const SequenceOptions options = WithPair("tide3/turbo3");
+  for (const ModelSpec& model : {SmallModel(), WithMeans(SmallModel())})
+    EXPECT_TRUE(IsError(cache_->CreateSequence(Register(model), options).status(),
+                        absl::StatusCode::kInvalidArgument,
+                        "has no transforms of keys in layer group 0, which tide3 needs"));
+  const ModelSpec good = WithTransforms(SmallModel());
+  const auto refused = [&](const char* what, auto change) {
+    ModelSpec model = good;
+    change(model.groups[0]);
+    EXPECT_TRUE(IsError(cache_->RegisterModel(model).status(), absl::StatusCode::kInvalidArgument, what));
+  };
+  refused("come together", [](LayerGroupSpec& g) { g.key_widths.clear(); });
+  refused("come together", [](LayerGroupSpec& g) { g.key_means.clear(); });
+  refused("values of transforms", [](LayerGroupSpec& g) { g.key_transforms.pop_back(); });
+  refused("a width of 200", [](LayerGroupSpec& g) { g.key_widths[3] = 200; });
+  refused("without an inverse",
+          [](LayerGroupSpec& g) { std::fill_n(g.key_transforms.begin(), 64 * 64, 0.5f); });
+  Register(good);
+  ModelSpec other = good;
+  other.groups[0].key_transforms[5] += 0.01f;
+  EXPECT_TRUE(IsError(cache_->RegisterModel(other).status(), absl::StatusCode::kFailedPrecondition,
+                      "registered with another geometry"));
+}
+
 TEST_F(CalibratedTest, SaysWhatIsMissingOrWrong) {
   Start();
   SequenceOptions options = Calibrated("turbo4", false);

@@ -117,6 +117,26 @@ TEST_F(PersistTest, CalibratedMeansComeBackWithTheirModel) {
   client.CheckAllLayers();
 }
 
+TEST_F(PersistTest, TransformsComeBackWithTheirModel) {
+  StartSmall(20, 20, 600);  // manifests hold the model's transforms
+  Client client(*cache_, WithTransforms(SmallModel()), WithPair("tide3/turbo3", {1, 1}), random_);
+  ASSERT_TRUE(client.Append(64 * 5).ok());
+  Client fork = client.Fork();
+  for (const SequenceId id : {client.id(), fork.id()}) {
+    const absl::StatusOr<PersistReport> report = cache_->Persist({{id}});
+    ASSERT_TRUE(report.ok()) << report.status();
+  }
+  const uint64_t hash = HashOf(client.id());
+  Restart(true);
+  ASSERT_EQ(cache_->restored().sequences, 2u);
+  for (Client* one : {&client, &fork}) {
+    one->Move(*cache_);
+    EXPECT_EQ(HashOf(one->id()), hash);
+    ASSERT_TRUE(one->Step(200).ok());
+    one->CheckAllLayers();
+  }
+}
+
 TEST_F(PersistTest, WhatCameAfterTheLastPersistIsGoneAndNothingElse) {
   StartSmall();
   Client client(*cache_, SmallModel(), WithPair("q8_0", {1, 1}), random_);

@@ -8,6 +8,7 @@
 #include "kernels/base/check.h"
 #include "kernels/format/page_codec.h"
 #include "kernels/format/profile_maker.h"
+#include "kernels/format/tide_maker.h"
 
 namespace kvtide::testing {
 
@@ -17,10 +18,12 @@ ShadowSequence::ShadowSequence(const ModelSpec& model, const SequenceOptions& op
     Group& to = groups_.emplace_back();
     to.layers.resize(static_cast<size_t>(group.shape.layers));
     to.profiled.resize(to.layers.size());
-    if (options.centre == Centre::kCalibrated &&
-        Info(options.PairOfGroup(static_cast<int>(groups_.size()) - 1).k).storage != Storage::kHalf)
-      to.profile = to.calibrated =
-          std::make_shared<const Profile>(MakeMeanProfile(group.shape, group.key_means));
+    const CacheTypeInfo& keys = Info(options.PairOfGroup(static_cast<int>(groups_.size()) - 1).k);
+    if (keys.calibrated || (options.centre == Centre::kCalibrated && keys.storage != Storage::kHalf))
+      to.profile = to.calibrated = std::make_shared<const Profile>(
+          group.key_transforms.empty()
+              ? MakeMeanProfile(group.shape, group.key_means)
+              : *MakeCalibratedProfile(group.shape, group.key_means, group.key_transforms, group.key_widths));
   }
 }
 

@@ -77,6 +77,43 @@ TEST(Convert, MeansOfKeysFollowTheirLayersIntoGroups) {
               HasSubstr("key_mean has 8 bytes, expected 512"));
 }
 
+TEST(Convert, TransformsOfKeysStandBesideTheirMeans) {
+  const auto bytes = [](size_t values) {
+    const std::vector<float> floats(values, 0.5f);
+    return std::string(reinterpret_cast<const char*>(floats.data()), values * sizeof(float));
+  };
+  v1::Model model;
+  model.set_name("transforms");
+  for (int i = 0; i < 2; i++) {
+    *model.add_layers() = MakeLayer(2, 64, 0, 8);
+    model.mutable_layers(i)->set_key_mean(bytes(2 * 64));
+    model.mutable_layers(i)->set_key_transform(bytes(2 * 64 * 64));
+    model.mutable_layers(i)->set_key_widths(std::string(2 * 3 * 8, static_cast<char>(i + 1)));
+  }
+  const auto spec = FromProto(model);
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  ASSERT_EQ(spec->groups.size(), 1u);
+  EXPECT_EQ(spec->groups[0].key_transforms.size(), 2u * 2 * 64 * 64);
+  ASSERT_EQ(spec->groups[0].key_widths.size(), 2u * 2 * 3 * 8);
+  EXPECT_EQ(spec->groups[0].key_widths.back(), 2);
+  const auto message = [&](auto change) {
+    v1::Model other = model;
+    change(*other.mutable_layers(1));
+    return std::string(FromProto(other).status().message());
+  };
+  EXPECT_THAT(message([&](v1::Layer& l) { l.set_key_transform(bytes(5)); }),
+              HasSubstr("key_transform has 20 bytes, expected 32768"));
+  EXPECT_THAT(message([&](v1::Layer& l) { l.set_key_widths("123"); }),
+              HasSubstr("key_widths has 3 bytes, expected 48"));
+  EXPECT_THAT(message([&](v1::Layer& l) { l.clear_key_widths(); }), HasSubstr("come together"));
+  EXPECT_THAT(message([&](v1::Layer& l) { l.clear_key_mean(); }), HasSubstr("beside key_mean"));
+  EXPECT_THAT(message([&](v1::Layer& l) {
+                l.clear_key_transform();
+                l.clear_key_widths();
+              }),
+              HasSubstr("layers[1].key_transform: of layers with one shape all have it, or none"));
+}
+
 TEST(Convert, SequencesGetDefaultsUnlessTheyAsk) {
   const SequenceDefaults defaults{ParseCachePair("turbo4/turbo3").value(), {2, 5}};
   v1::CreateSequenceRequest request;

@@ -1,0 +1,114 @@
+// Cache types tide4, tide3 and tide2: keys as transform coefficients with the bits where the queries look.
+// They code keys only, and only with a calibrated profile (profile.h): a head's transform turns a key minus
+// its mean into uncorrelated coefficients of variance 1, sorted by how much they move the logits of the
+// model's queries, and its widths say with how many bits, 0 to 6, each group of 8 neighbouring coefficients
+// is coded. After the Karhunen-Loeve transform with a query metric (tide_maker.h).
+//
+// A stored coefficient is  scale * TideLevel(width, code) / TideSigma(width), with one scale for the whole
+// vector: 1 where all coefficients lie inside their quantisers, more for outlier tokens, which would
+// otherwise clip.
+//
+// The layout of half a page is that of turbo of the same bits at one scale a token: a code plane of
+// CodePlaneBytes(bits, stored_dim), then f16[64] scales. The plane is cut into units of 64 bytes, TideUnits
+// of them. A group of width w takes w units, one bit plane each: bit e of byte TideByte(token, group) of unit
+// b is bit b of the code of coefficient 8 * group + e. Groups follow each other without gaps; what they do
+// not fill is zero. The bytes of a unit stand in the order of an 8-bit key plane (page_order.h): its 16-byte
+// slots hold two tokens, and 8 bytes of a bit plane become 64 bytes of that plane.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/format/codec.h"
+#include "kernels/format/page_order.h"
+
+namespace kvtide {
+
+constexpr int kTideTypes = 3;  // in the order of HeadProfile::widths
+constexpr const char* kTideNames[kTideTypes] = {"tide4", "tide3", "tide2"};
+constexpr int kTideBits[kTideTypes] = {4, 3, 2};
+constexpr int kTideVersion = 1;   // raised with every change of what stored bytes mean
+constexpr int kMaxTideDim = 512;  // one scale for any vector
+constexpr int kTideGroup = 8, kMostTideWidth = 6;
+constexpr int kTideUnitBytes = 64;
+
+// Units of 64 bytes, and so the most that the widths of a head may add up to.
+KVTIDE_HD constexpr int TideUnits(int bits, int stored_dim) {
+  return static_cast<int>(CodePlaneBytes(bits, stored_dim)) / kTideUnitBytes;
+}
+
+// Place of a token's byte in every unit of a group.
+KVTIDE_HD constexpr int TideByte(int token, int group) {
+  const int t = token % 32, n = 2 * (t / 8) + (t & 1), i = t % 8 / 2, c = group % 4;
+  return token / 32 * 32 + i / 2 * 16 + 2 * (n ^ (2 * c)) + i % 2;
+}
+
+// The level of one standard deviation.
+KVTIDE_HD constexpr float TideSigma(int width) {
+  const float sigma[kMostTideWidth + 1] = {1.0f, 139.118f, 79.46f, 52.941f, 38.141f, 36.396f, 28.895f};
+  return sigma[width];
+}
+
+// Lloyd-Max levels for N(0,1) as integers of 7 bits and a sign, ascending; the error is that of the real
+// levels at 1 to 4 bits, 0.7 and 2.8 % more at 5 and 6. Width 0 has the level 0.
+KVTIDE_HD constexpr int TidePositive(int width, int i) {
+  const uint8_t levels[64] = {0,                                                                    //
+                              111,                                                                  //
+                              36,  120,                                                             //
+                              13,  40,  71, 114,                                                    //
+                              5,   15,  25, 36,  48, 62, 79, 104,                                   //
+                              2,   7,   12, 17,  22, 27, 32, 38,  44, 50, 57, 65, 74, 84, 98, 119,  //
+                              1,   3,   5,  7,   9,  11, 13, 15,  17, 19, 21, 23, 25, 27, 29, 32,   //
+                              34,  37,  39, 42,  45, 48, 51, 54,  58, 62, 66, 71, 77, 84, 93, 108};
+  return width == 0 ? 0 : levels[(1 << (width - 1)) + i];
+}
+KVTIDE_HD constexpr int TideLevel(int width, int code) {
+  if (width == 0) return 0;
+  const int half = 1 << (width - 1);
+  return code >= half ? TidePositive(width, code - half) : -TidePositive(width, half - 1 - code);
+}
+
+// The code of a value given in levels; a value on a midpoint takes the code nearer to 0, and 0 that of the
+// negative side.
+KVTIDE_HD inline int TideCode(int width, float v) {
+  const int half = 1 << (width - 1);
+  const float magnitude = v < 0 ? -v : v;
+  int low = 0, high = half - 1;  // the level is among these
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    const float midpoint =
+        0.5f * static_cast<float>(TidePositive(width, middle) + TidePositive(width, middle + 1));
+    if (magnitude > midpoint) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return v > 0 ? half + low : half - 1 - low;
+}
+
+// The end of a quantiser in standard deviations: its last level and one step more. Values up to half a step
+// beyond it would not be coded better with a larger scale, and the others worse (README.md). 0 for widths
+// below 2, whose coefficients do not ask for a scale.
+KVTIDE_HD constexpr float TideEnd(int width) {
+  if (width < 2) return 0;
+  const int last = (1 << (width - 1)) - 1;
+  return static_cast<float>(2 * TidePositive(width, last) - TidePositive(width, last - 1)) / TideSigma(width);
+}
+
+// The f16 bits of a vector's scale, from its `dim` coefficients.
+KVTIDE_HD inline uint16_t TideScale(const float* z, const uint8_t* widths, int dim) {
+  float scale = 1;
+  for (int g = 0; g < dim / kTideGroup; g++) {
+    const float end = TideEnd(widths[g]);
+    if (end == 0) continue;
+    float largest = 0;
+    for (int e = 0; e < kTideGroup; e++) {
+      const float value = z[kTideGroup * g + e], magnitude = value < 0 ? -value : value;
+      if (magnitude > largest) largest = magnitude;
+    }
+    if (largest / end > scale) scale = largest / end;
+  }
+  return ScaleBits(scale);
+}
+
+}  // namespace kvtide

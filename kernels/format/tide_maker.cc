@@ -1,0 +1,258 @@
+#include "kernels/format/tide_maker.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/base/check.h"
+#include "kernels/base/status.h"
+#include "kernels/format/tide.h"
+
+namespace kvtide {
+namespace {
+
+using Matrix = std::vector<double>;  // square, row-major
+
+// Directions that no query of the text looked at still count this share of the mean.
+constexpr double kLeastQueryShare = 1e-3;
+// Coefficients weaker than this share of the strongest are scaled no further, so that the inverse stays tame.
+constexpr double kLeastVariance = 1e-9;
+
+// The error of a coefficient of variance 1 at each width.
+constexpr double kError[kMostTideWidth + 1] = {1,         0.36338,   0.117482,  0.034549,
+                                               0.0095062, 0.0025211, 0.00066242};
+
+void AddProducts(const float* rows, int n, size_t stride, size_t dim, Matrix& products) {
+  for (int t = 0; t < n; t++) {
+    const float* row = rows + static_cast<size_t>(t) * stride;
+    for (size_t i = 0; i < dim; i++) {
+      const double x = static_cast<double>(row[i]);
+      double* target = products.data() + i * dim;
+      for (size_t j = 0; j <= i; j++) target[j] += x * static_cast<double>(row[j]);
+    }
+  }
+}
+
+// Eigenvalues, descending, with their vectors as columns, of a symmetric matrix: cyclic Jacobi rotations.
+struct Eigen {
+  std::vector<double> values;
+  Matrix vectors;
+};
+Eigen Decompose(size_t n, Matrix a) {
+  Matrix v(n * n, 0.0);
+  for (size_t i = 0; i < n; i++) v[i * n + i] = 1;
+  double total = 0;
+  for (const double x : a) total += x * x;
+  for (int sweep = 0; sweep < 60; sweep++) {
+    double off = 0;
+    for (size_t p = 0; p < n; p++)
+      for (size_t q = 0; q < p; q++) off += a[p * n + q] * a[p * n + q];
+    if (off <= 1e-26 * total) break;
+    for (size_t p = 0; p < n; p++)
+      for (size_t q = p + 1; q < n; q++) {
+        const double apq = a[p * n + q];
+        if (apq == 0) continue;
+        const double theta = (a[q * n + q] - a[p * n + p]) / (2 * apq);
+        const double t = (theta < 0 ? -1 : 1) / (std::abs(theta) + std::sqrt(theta * theta + 1));
+        const double c = 1 / std::sqrt(t * t + 1), s = t * c;
+        // Rows p and q, then the columns by symmetry.
+        double *row_p = a.data() + p * n, *row_q = a.data() + q * n;
+        const double app = row_p[p], aqq = row_q[q];
+        for (size_t i = 0; i < n; i++) {
+          const double x = row_p[i], y = row_q[i];
+          row_p[i] = c * x - s * y;
+          row_q[i] = s * x + c * y;
+        }
+        for (size_t i = 0; i < n; i++) {
+          a[i * n + p] = row_p[i];
+          a[i * n + q] = row_q[i];
+        }
+        row_p[p] = app - t * apq;
+        row_q[q] = aqq + t * apq;
+        row_p[q] = row_q[p] = 0;
+        double *vec_p = v.data() + p * n, *vec_q = v.data() + q * n;  // vectors as rows here
+        for (size_t i = 0; i < n; i++) {
+          const double x = vec_p[i], y = vec_q[i];
+          vec_p[i] = c * x - s * y;
+          vec_q[i] = s * x + c * y;
+        }
+      }
+  }
+  std::vector<size_t> order(n);
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t x, size_t y) { return a[x * n + x] > a[y * n + y]; });
+  Eigen eigen{std::vector<double>(n), Matrix(n * n)};
+  for (size_t j = 0; j < n; j++) {
+    eigen.values[j] = a[order[j] * n + order[j]];
+    for (size_t i = 0; i < n; i++) eigen.vectors[i * n + j] = v[order[j] * n + i];
+  }
+  return eigen;
+}
+
+Matrix Multiply(size_t n, const Matrix& a, const Matrix& b) {
+  Matrix c(n * n, 0.0);
+  for (size_t i = 0; i < n; i++)
+    for (size_t k = 0; k < n; k++)
+      for (size_t j = 0; j < n; j++) c[i * n + j] += a[i * n + k] * b[k * n + j];
+  return c;
+}
+
+// The symmetric square root of a positive definite matrix.
+Matrix SquareRoot(size_t n, const Matrix& a) {
+  const Eigen eigen = Decompose(n, a);
+  Matrix root(n * n, 0.0);
+  for (size_t k = 0; k < n; k++) {
+    const double value = std::sqrt(std::max(0.0, eigen.values[k]));
+    for (size_t i = 0; i < n; i++)
+      for (size_t j = 0; j < n; j++)
+        root[i * n + j] += value * eigen.vectors[i * n + k] * eigen.vectors[j * n + k];
+  }
+  return root;
+}
+
+// Units given out one by one to the group where the next bit lowers the harm most.
+void GiveOut(std::span<const double> harms, int units, std::span<uint8_t> widths) {
+  std::fill(widths.begin(), widths.end(), uint8_t{0});
+  for (; units > 0; units--) {
+    size_t best = harms.size();
+    double most = 0;
+    for (size_t g = 0; g < harms.size(); g++) {
+      if (widths[g] == kMostTideWidth) continue;
+      const double gain = harms[g] * (kError[widths[g]] - kError[widths[g] + 1]);
+      if (best == harms.size() || gain > most) {
+        best = g;
+        most = gain;
+      }
+    }
+    if (best == harms.size()) return;
+    widths[best]++;
+  }
+}
+
+absl::StatusOr<HeadProfile> MakeHead(const KeyStatistics& statistics) {
+  const size_t n = static_cast<size_t>(statistics.head_dim());
+  Matrix metric = statistics.QueryMoment();
+  double trace = 0;
+  for (size_t i = 0; i < n; i++) trace += metric[i * n + i];
+  if (!(trace > 0)) return absl::InvalidArgumentError("the text has no queries, or they are all zero");
+  for (size_t i = 0; i < n; i++) metric[i * n + i] += kLeastQueryShare * trace / static_cast<double>(n);
+  const Matrix root = SquareRoot(n, metric);
+  const Eigen eigen = Decompose(n, Multiply(n, Multiply(n, root, statistics.KeyCovariance()), root));
+  HeadProfile head;
+  for (const double mean : statistics.Mean()) head.mean.push_back(static_cast<float>(mean));
+  // transform[i][j] = (root V)[i][j] / sqrt(variance j): z = V' root X.
+  const Matrix turned = Multiply(n, root, eigen.vectors);
+  head.transform.resize(n * n);
+  const double least = std::max(eigen.values[0] * kLeastVariance, 1e-20);
+  for (size_t i = 0; i < n; i++)
+    for (size_t j = 0; j < n; j++)
+      head.transform[i * n + j] =
+          static_cast<float>(turned[i * n + j] / std::sqrt(std::max(eigen.values[j], least)));
+  std::vector<double> harms(n / kTideGroup);
+  for (size_t j = 0; j < n; j++) harms[j / kTideGroup] += std::max(eigen.values[j], 0.0);
+  const int stored = StoredDim(statistics.head_dim());
+  const size_t groups = static_cast<size_t>(stored / kTideGroup);
+  head.widths.resize(kTideTypes * groups);
+  for (size_t type = 0; type < kTideTypes; type++)
+    GiveOut(harms, TideUnits(kTideBits[type], stored),
+            std::span(head.widths).subspan(type * groups, harms.size()));
+  KVTIDE_RETURN_IF_ERROR(CompleteTransform(statistics.head_dim(), head));
+  return head;
+}
+
+}  // namespace
+
+KeyStatistics::KeyStatistics(int head_dim)
+    : dim_(static_cast<size_t>(head_dim)),
+      sum_(dim_),
+      key_products_(dim_ * dim_),
+      query_products_(dim_ * dim_) {}
+
+void KeyStatistics::AddKeys(const float* rows, int n, size_t stride) {
+  AddProducts(rows, n, stride, dim_, key_products_);
+  for (int t = 0; t < n; t++)
+    for (size_t i = 0; i < dim_; i++)
+      sum_[i] += static_cast<double>(rows[static_cast<size_t>(t) * stride + i]);
+  keys_ += n;
+}
+
+void KeyStatistics::AddQueries(const float* rows, int n, size_t stride) {
+  AddProducts(rows, n, stride, dim_, query_products_);
+  queries_ += n;
+}
+
+std::vector<double> KeyStatistics::Mean() const {
+  std::vector<double> mean = sum_;
+  for (double& x : mean) x /= static_cast<double>(std::max<int64_t>(1, keys_));
+  return mean;
+}
+
+std::vector<double> KeyStatistics::KeyCovariance() const {
+  const std::vector<double> mean = Mean();
+  std::vector<double> covariance(dim_ * dim_);
+  for (size_t i = 0; i < dim_; i++)
+    for (size_t j = 0; j <= i; j++)
+      covariance[i * dim_ + j] = covariance[j * dim_ + i] =
+          key_products_[i * dim_ + j] / static_cast<double>(std::max<int64_t>(1, keys_)) - mean[i] * mean[j];
+  return covariance;
+}
+
+std::vector<double> KeyStatistics::QueryMoment() const {
+  std::vector<double> moment(dim_ * dim_);
+  for (size_t i = 0; i < dim_; i++)
+    for (size_t j = 0; j <= i; j++)
+      moment[i * dim_ + j] = moment[j * dim_ + i] =
+          query_products_[i * dim_ + j] / static_cast<double>(std::max<int64_t>(1, queries_));
+  return moment;
+}
+
+absl::StatusOr<Profile> MakeTideProfile(const GroupShape& shape, std::span<const KeyStatistics> heads) {
+  KVTIDE_CHECK(heads.size() == static_cast<size_t>(shape.layers * shape.kv_heads), heads.size(), " heads of ",
+               shape.layers, " x ", shape.kv_heads);
+  Profile profile;
+  profile.shape = shape;
+  for (size_t h = 0; h < heads.size(); h++) {
+    const std::string where = absl::StrCat("layer ", h / static_cast<size_t>(shape.kv_heads), ", KV head ",
+                                           h % static_cast<size_t>(shape.kv_heads));
+    if (heads[h].keys() < int64_t{4} * shape.head_dim_k)
+      return absl::InvalidArgumentError(
+          absl::StrCat(where, ": ", heads[h].keys(), " keys are too few for a transform of ",
+                       shape.head_dim_k, " channels: use at least ", 4 * shape.head_dim_k, " tokens"));
+    absl::StatusOr<HeadProfile> head = MakeHead(heads[h]);
+    if (!head.ok()) return Annotate(head.status(), where);
+    profile.k.push_back(*std::move(head));
+  }
+  profile.hash = HashProfile(profile);
+  return profile;
+}
+
+absl::StatusOr<Profile> MakeCalibratedProfile(const GroupShape& shape, std::span<const float> means,
+                                              std::span<const float> transforms,
+                                              std::span<const uint8_t> widths) {
+  const size_t d = static_cast<size_t>(shape.head_dim_k),
+               each = kTideTypes * static_cast<size_t>(StoredDim(shape.head_dim_k) / kTideGroup);
+  const size_t heads = static_cast<size_t>(shape.layers) * static_cast<size_t>(shape.kv_heads);
+  if (means.size() != heads * d || transforms.size() != heads * d * d || widths.size() != heads * each)
+    return absl::InvalidArgumentError(
+        absl::StrCat("profile of keys: ", means.size(), " means, ", transforms.size(),
+                     " values of transforms and ", widths.size(), " widths for ", heads, " heads of ", d,
+                     ", must be ", heads * d, ", ", heads * d * d, " and ", heads * each));
+  Profile profile;
+  profile.shape = shape;
+  profile.k.resize(heads);
+  for (size_t h = 0; h < heads; h++) {
+    HeadProfile& head = profile.k[h];
+    const auto mean = means.subspan(h * d, d), transform = transforms.subspan(h * d * d, d * d);
+    const auto width = widths.subspan(h * each, each);
+    head.mean.assign(mean.begin(), mean.end());
+    head.transform.assign(transform.begin(), transform.end());
+    head.widths.assign(width.begin(), width.end());
+    KVTIDE_RETURN_IF_ERROR(Annotate(CompleteTransform(shape.head_dim_k, head), absl::StrCat("head ", h)));
+  }
+  profile.hash = HashProfile(profile);
+  return profile;
+}
+
+}  // namespace kvtide

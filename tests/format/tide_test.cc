@@ -1,0 +1,315 @@
+#include "kernels/format/tide.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+#include <set>
+#include <vector>
+
+#include "kernels/format/page_codec.h"
+#include "kernels/format/tide_codec.h"
+#include "kernels/format/tide_maker.h"
+#include "tests/format/half_page.h"
+#include "tests/format/test_rows.h"
+#include "tests/format/test_tide.h"
+
+namespace kvtide {
+namespace {
+
+using testing::HasSubstr;
+
+const std::vector<int>& Dims() { return test::HeadDims(); }
+
+double Density(double x) { return std::exp(-x * x / 2) / std::sqrt(2 * std::numbers::pi); }
+double Below(double x) { return 0.5 * std::erfc(-x / std::numbers::sqrt2); }
+
+// Mean squared error on N(0,1), in closed form.
+double GaussianError(int width) {
+  double error = 0, low = 0;
+  const int half = 1 << (width - 1);
+  for (int i = 0; i < half; i++) {
+    const auto level = [&](int at) {
+      return static_cast<double>(TidePositive(width, at)) / static_cast<double>(TideSigma(width));
+    };
+    const double x = level(i), high = i + 1 == half ? 40.0 : (level(i) + level(i + 1)) / 2;
+    const double mass = Below(high) - Below(low), first = Density(low) - Density(high);
+    const double second = mass + low * Density(low) - high * Density(high);
+    error += second - 2 * x * first + x * x * mass;
+    low = high;
+  }
+  return 2 * error;
+}
+
+TEST(Tide, LevelsAreThoseOfLloydMaxWithin3Percent) {
+  const double best[] = {0, .363380, .117482, .034548, .009501, .002505, .000644};
+  for (int width = 1; width <= kMostTideWidth; width++) {
+    EXPECT_LT(GaussianError(width), best[width] * (width < 5 ? 1.001 : 1.03)) << width;
+    for (int code = 0; code < 1 << width; code++) {
+      EXPECT_EQ(TideLevel(width, code), -TideLevel(width, (1 << width) - 1 - code));
+      EXPECT_LE(std::abs(TideLevel(width, code)), 127);
+      if (code > 0) {
+        EXPECT_GT(TideLevel(width, code), TideLevel(width, code - 1));
+      }
+    }
+  }
+}
+
+TEST(Tide, CodesAreThoseOfTheNearestLevel) {
+  for (int width = 1; width <= kMostTideWidth; width++)
+    for (int v = -260; v <= 260; v++) {
+      const float value = static_cast<float>(v) / 2;
+      int nearest = 0;
+      for (int code = 1; code < 1 << width; code++) {
+        const float now = std::abs(static_cast<float>(TideLevel(width, code)) - value);
+        const float had = std::abs(static_cast<float>(TideLevel(width, nearest)) - value);
+        // Ties go to the smaller magnitude, at zero to the negative side.
+        if (now < had || (now == had && v < 0)) nearest = code;
+      }
+      EXPECT_EQ(TideCode(width, value), nearest) << width << " " << value;
+    }
+}
+
+TEST(Tide, BytesOfAUnitStandInTheOrderOfAnEightBitPlane) {
+  for (const int dim : Dims())
+    for (int g = 0; g < StoredDim(dim) / kTideGroup; g++) {
+      std::set<int> seen;
+      for (int t = 0; t < kBlockTokens; t++) {
+        const int byte = TideByte(t, g);
+        EXPECT_TRUE(seen.insert(byte).second);
+        const CodePlace place = KeyPlace(t, kTideGroup * g, StoredDim(dim));
+        const size_t plane = LaneWordOffset(place.quad * 8 + 2 * place.unit, place.lane);
+        const size_t quads = static_cast<size_t>(StoredDim(dim)) / 32;
+        // Halves of 32 tokens, slots of 512 bytes, columns of 128.
+        EXPECT_EQ(plane, (static_cast<size_t>(byte / 32) * quads + static_cast<size_t>(g / 4)) * 1024 +
+                             static_cast<size_t>(byte / 16 % 2) * 512 + static_cast<size_t>(g % 4) * 128 +
+                             static_cast<size_t>(byte % 16) * 8);
+      }
+      EXPECT_EQ(seen.size(), 64u);
+    }
+}
+
+TEST(Tide, APageOfATypeHasTheBytesOfTurboWithOneScale) {
+  for (const CacheType type : CalibratedTypes()) {
+    const CacheType turbo = *ParseCacheType("turbo" + std::to_string(Info(type).bits));
+    EXPECT_EQ(MakeHalfLayout(type, 64).bytes, MakeHalfLayout(turbo, 64).bytes);
+    EXPECT_EQ(MakeHalfLayout(type, 128).bytes, MakeHalfLayout(turbo, 128).bytes);
+    EXPECT_LT(MakeHalfLayout(type, 256).bytes, MakeHalfLayout(turbo, 256).bytes);
+  }
+}
+
+// Logits over the decoded keys are those over the levels with the turned query, and near those of the keys.
+TEST(Tide, MoreBitsComeNearerAndQueriesMeetLevels) {
+  for (const int dim : Dims()) {
+    const HeadProfile head = test::TideHead(dim, 7);
+    std::vector<float> rows = test::BellRows(3, kBlockTokens, dim);
+    const std::vector<float> q = test::BellRows(4, 1, dim);
+    double before = 0;
+    for (const char* name : {"tide4", "tide3", "tide2"}) {
+      SCOPED_TRACE(std::string(name) + " d " + std::to_string(dim));
+      const CacheType type = *ParseCacheType(name);
+      const test::HalfPage page = test::HalfPage(type, Side::kKey, dim).Encode(rows, kBlockTokens, &head);
+      const std::vector<float> decoded = page.Decode(&head);
+      double error = 0, energy = 0, mean = 0;
+      for (int i = 0; i < dim; i++)
+        mean += static_cast<double>(q[static_cast<size_t>(i)] * head.mean[static_cast<size_t>(i)]);
+      std::vector<float> levels(static_cast<size_t>(kBlockTokens * page.layout.stored_dim)),
+          turned(static_cast<size_t>(page.layout.stored_dim));
+      DecodeTideLevels(page.layout, WidthsOf(type, head).data(), page.bytes.data(), levels.data());
+      TurnTideQuery(type, dim, head, q.data(), turned.data());
+      for (int t = 0; t < kBlockTokens; t++) {
+        for (int i = 0; i < dim; i++) {
+          const size_t at = static_cast<size_t>(t * dim + i);
+          const double e = static_cast<double>(decoded[at] - rows[at]);
+          error += e * e;
+          energy += static_cast<double>(rows[at] * rows[at]);
+        }
+        const double by_levels =
+            test::Dot(turned.data(), levels.data() + t * page.layout.stored_dim, page.layout.stored_dim);
+        EXPECT_NEAR(test::Dot(q.data(), decoded.data() + t * dim, dim), by_levels + mean,
+                    1e-3 * std::sqrt(dim));
+      }
+      EXPECT_LT(error, 1.2 * energy);
+      EXPECT_GT(error, before);
+      before = error;
+    }
+  }
+}
+
+TEST(Tide, OutliersRaiseTheScaleInsteadOfClipping) {
+  const int dim = 64;
+  HeadProfile head = test::TideHead(dim, 9);
+  const CacheType type = *ParseCacheType("tide4");
+  std::fill(head.widths.begin(), head.widths.begin() + 8, uint8_t{4});
+  std::vector<float> rows = test::BellRows(5, kBlockTokens, dim);
+  for (int i = 0; i < dim; i++) rows[static_cast<size_t>(2 * dim + i)] *= 300;
+  const test::HalfPage page = test::HalfPage(type, Side::kKey, dim).Encode(rows, 3, &head);
+  const auto* scales = reinterpret_cast<const uint16_t*>(page.bytes.data() + page.layout.code_bytes);
+  EXPECT_GT(F16ToF32(scales[2]), 150);
+  EXPECT_EQ(scales[3], 0) << "no token, no scale";
+  const std::vector<float> decoded = page.Decode(&head);
+  double error = 0, energy = 0;
+  for (size_t i = 2 * dim; i < 3 * dim; i++) {
+    error += std::pow(static_cast<double>(decoded[i] - rows[i]), 2);
+    energy += std::pow(static_cast<double>(rows[i]), 2);
+  }
+  EXPECT_LT(error, 0.03 * energy);
+}
+
+TEST(Tide, ProfilesThatDoNotFitAreRefused) {
+  const auto message = [](auto change) {
+    HeadProfile head = test::TideHead(64, 1);
+    change(head);
+    return std::string(CompleteTransform(64, head).message());
+  };
+  EXPECT_EQ(message([](HeadProfile&) {}), "");
+  EXPECT_THAT(message([](HeadProfile& h) { h.transform.pop_back(); }), HasSubstr("4095 values"));
+  EXPECT_THAT(message([](HeadProfile& h) { h.widths.pop_back(); }), HasSubstr("23 widths"));
+  EXPECT_THAT(message([](HeadProfile& h) { h.widths[9] = 7; }), HasSubstr("a width of 7"));
+  EXPECT_THAT(message([](HeadProfile& h) { std::fill(h.widths.begin() + 16, h.widths.end(), uint8_t{6}); }),
+              HasSubstr("widths of tide2 add up to 48, more than 16"));
+  EXPECT_THAT(message([](HeadProfile& h) { h.transform[70] = NAN; }), HasSubstr("a value of nan"));
+  EXPECT_THAT(message([](HeadProfile& h) { std::fill_n(h.transform.begin() + 64, 64, 0.0f); }),
+              HasSubstr("without an inverse"));
+  EXPECT_THAT(message([](HeadProfile& h) { h.mean.resize(3); }), HasSubstr("3 means"));
+  HeadProfile padded = test::TideHead(80, 1);
+  padded.widths[11] = 1;
+  EXPECT_THAT(std::string(CompleteTransform(80, padded).message()), HasSubstr("a width of 1 for group 11"));
+
+  const GroupShape shape{2, 2, 64, 64};
+  const CacheType type = *ParseCacheType("tide3"), turbo = *ParseCacheType("turbo3");
+  Profile profile = test::TideProfile(shape, 3);
+  EXPECT_TRUE(CheckProfileFor(type, shape, &profile).ok());
+  EXPECT_TRUE(CheckProfileFor(turbo, shape, nullptr).ok());
+  EXPECT_THAT(std::string(CheckProfileFor(type, shape, nullptr).message()), HasSubstr("kvtide calibrate"));
+  EXPECT_FALSE(CheckProfileFor(type, {2, 2, 128, 64}, &profile).ok());
+  profile.k[3].transform.clear();
+  EXPECT_THAT(std::string(CheckProfileFor(type, shape, &profile).message()), HasSubstr("every head"));
+}
+
+TEST(Tide, TheHashSeesEveryPartOfAProfile) {
+  const Profile profile = test::TideProfile({1, 1, 64, 64}, 3);
+  const auto with = [&](auto change) {
+    Profile other = profile;
+    change(other.k[0]);
+    return HashProfile(other);
+  };
+  EXPECT_EQ(with([](HeadProfile&) {}), profile.hash);
+  EXPECT_NE(with([](HeadProfile& h) { h.transform[5] += 1; }), profile.hash);
+  EXPECT_NE(with([](HeadProfile& h) { h.inverse[5] += 1; }), profile.hash);
+  EXPECT_NE(with([](HeadProfile& h) { h.widths[5]++; }), profile.hash);
+}
+
+// Keys with a few strong directions, queries that look along others.
+std::vector<KeyStatistics> Statistics(int dim, int tokens, std::vector<float>* keys,
+                                      std::vector<float>* queries) {
+  *keys = test::BellRows(21, tokens, dim);
+  *queries = test::BellRows(22, tokens, dim);
+  for (int t = 0; t < tokens; t++) {
+    float* k = keys->data() + t * dim;
+    float* q = queries->data() + t * dim;
+    for (int i = 0; i < dim; i++) {
+      k[i] = (k[i] + 0.8f * k[(i + 1) % dim]) * (i % 8 == 0 ? 6.0f : 0.5f) + 2;
+      q[i] *= i < dim / 2 ? 3.0f : 0.3f;
+    }
+  }
+  std::vector<KeyStatistics> heads(1, KeyStatistics(dim));
+  heads[0].AddKeys(keys->data(), tokens, static_cast<size_t>(dim));
+  heads[0].AddQueries(queries->data(), tokens, static_cast<size_t>(dim));
+  return heads;
+}
+
+TEST(TideMaker, HalvesTheErrorOfLogitsOfTurboAndMore) {
+  for (const int dim : {64, 80, 128}) {
+    std::vector<float> keys, queries;
+    const std::vector<KeyStatistics> heads = Statistics(dim, 1024, &keys, &queries);
+    const auto profile = MakeTideProfile({1, 1, dim, dim}, heads);
+    ASSERT_TRUE(profile.ok()) << profile.status();
+    const HeadProfile& head = profile->k[0];
+    for (const CacheType type : CalibratedTypes()) {
+      SCOPED_TRACE(std::string(Name(type)) + " d " + std::to_string(dim));
+      int sum = 0;
+      for (const uint8_t width : WidthsOf(type, head)) sum += width;
+      EXPECT_LE(sum, TideUnits(Info(type).bits, StoredDim(dim)));
+      const CacheType turbo = *ParseCacheType("turbo" + std::to_string(Info(type).bits));
+      const auto error = [&](CacheType coded) {
+        const std::vector<float> decoded =
+            test::HalfPage(coded, Side::kKey, dim).Encode(keys, kBlockTokens, &head).Decode(&head);
+        double sum_of_squares = 0;
+        for (int t = 0; t < kBlockTokens; t++)
+          for (int q = 0; q < 64; q++) {
+            const double difference = test::Dot(queries.data() + q * dim, decoded.data() + t * dim, dim) -
+                                      test::Dot(queries.data() + q * dim, keys.data() + t * dim, dim);
+            sum_of_squares += difference * difference;
+          }
+        return sum_of_squares;
+      };
+      EXPECT_LT(error(type), error(turbo) / 2);
+    }
+  }
+}
+
+TEST(TideMaker, CoefficientsAreUncorrelatedWithVarianceOne) {
+  const int dim = 64, tokens = 2048;
+  std::vector<float> keys, queries;
+  const auto profile = MakeTideProfile({1, 1, dim, dim}, Statistics(dim, tokens, &keys, &queries));
+  ASSERT_TRUE(profile.ok());
+  const HeadProfile& head = profile->k[0];
+  std::vector<double> z(static_cast<size_t>(tokens * dim));
+  for (int t = 0; t < tokens; t++)
+    for (int i = 0; i < dim; i++)
+      for (int j = 0; j < dim; j++)
+        z[static_cast<size_t>(t * dim + j)] +=
+            static_cast<double>((keys[static_cast<size_t>(t * dim + i)] - head.mean[static_cast<size_t>(i)]) *
+                                head.transform[static_cast<size_t>(i * dim + j)]);
+  for (int a = 0; a < dim; a += 7)
+    for (int b = 0; b < dim; b += 5) {
+      double sum = 0;
+      for (int t = 0; t < tokens; t++)
+        sum += z[static_cast<size_t>(t * dim + a)] * z[static_cast<size_t>(t * dim + b)];
+      EXPECT_NEAR(sum / tokens, a == b ? 1 : 0, 2e-3) << a << " " << b;
+    }
+}
+
+TEST(TideMaker, SaysWhatIsMissing) {
+  std::vector<float> keys, queries;
+  std::vector<KeyStatistics> heads = Statistics(64, 200, &keys, &queries);
+  EXPECT_THAT(std::string(MakeTideProfile({1, 1, 64, 64}, heads).status().message()),
+              HasSubstr("200 keys are too few for a transform of 64 channels: use at least 256 tokens"));
+  heads.assign(1, KeyStatistics(64));
+  heads[0].AddKeys(Statistics(64, 300, &keys, &queries).empty() ? nullptr : keys.data(), 300, 64);
+  EXPECT_THAT(std::string(MakeTideProfile({1, 1, 64, 64}, heads).status().message()),
+              HasSubstr("no queries"));
+}
+
+TEST(TideMaker, PartsMakeTheProfileAgain) {
+  const GroupShape shape{1, 2, 80, 64};
+  const Profile profile = test::TideProfile(shape, 4);
+  std::vector<float> means, transforms;
+  std::vector<uint8_t> widths;
+  for (const HeadProfile& head : profile.k) {
+    means.insert(means.end(), head.mean.begin(), head.mean.end());
+    transforms.insert(transforms.end(), head.transform.begin(), head.transform.end());
+    widths.insert(widths.end(), head.widths.begin(), head.widths.end());
+  }
+  const auto again = MakeCalibratedProfile(shape, means, transforms, widths);
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_EQ(again->hash, profile.hash);
+  widths.pop_back();
+  EXPECT_THAT(std::string(MakeCalibratedProfile(shape, means, transforms, widths).status().message()),
+              HasSubstr("71 widths for 2 heads of 80"));
+}
+
+TEST(Tide, KeysOnly) {
+  EXPECT_THAT(std::string(ParseCachePair("tide3").status().message()),
+              HasSubstr("tide3 codes keys only; write tide3/turbo3"));
+  EXPECT_FALSE(ParseCachePair("q8_0/tide2").ok());
+  const auto pair = ParseCachePair("tide3/turbo2");
+  ASSERT_TRUE(pair.ok());
+  EXPECT_EQ(PairName(*pair), "tide3/turbo2");
+}
+
+}  // namespace
+}  // namespace kvtide
