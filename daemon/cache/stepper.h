@@ -80,8 +80,8 @@ class Stepper {
   // if it fails.
   absl::StatusOr<std::unique_ptr<Step>> Begin(const StepCall& call);
   // The engine has written all rows of all layers: the new tokens count, and what follows an append
-  // (profiles, windows, seals) is done. Aborted if a sequence was closed meanwhile: then nothing of the step
-  // counts.
+  // (profiles, windows, seals) is done. Aborted if a sequence was closed before that: then nothing of the
+  // step counts.
   absl::Status Commit(Step& step);
   // Nothing of the step counts.
   void Rollback(Step& step);

@@ -436,12 +436,15 @@ absl::Status Writer::Finish(CacheLock& lock, WriteBatch& batch) {
     lock->counters.appended_tokens +=
         static_cast<uint64_t>(batch.sequences[i]->MinTokens() - batch.old_tokens_[i]);
   sealer_.Settle(lock, batch.sequences, batch.context);
-  absl::Status status;
+  // The tokens were published: who is closed after that takes nothing from the others.
+  bool left = false;
   for (const SequencePtr& sequence : batch.sequences) {
     lock->sequences.CountHeld(*sequence);
-    if (sequence->closed && status.ok())
-      status = absl::AbortedError(absl::StrCat("sequence ", sequence->id, " was closed"));
+    left = left || !sequence->closed;
   }
+  absl::Status status;
+  if (!left)
+    status = absl::AbortedError(absl::StrCat("sequence ", batch.sequences.front()->id, " was closed"));
   batch.writers_.clear();
   batch.phase_ = WriteBatch::Phase::kEnded;
   lock->changed.NotifyAll();

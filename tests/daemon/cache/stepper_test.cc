@@ -87,6 +87,24 @@ TEST_F(StepTest, WhatTheEngineWroteCountsWhenTheStepEnds) {
   EXPECT_GT(cache_->Stats().sealed_blocks, 0u);
 }
 
+// Who is closed while blocks are sealed takes nothing from the others: their tokens were published.
+TEST_F(StepTest, ACloseDuringSealsDoesNotTakeTheTokensOfOthersBack) {
+  Start();
+  Client closed(*cache_, SmallModel(), WithPair("q8_0", {0, 0}), random_);
+  Client kept(*cache_, SmallModel(), WithPair("q8_0", {0, 0}), random_);
+  auto step = Begin({{closed.id(), 64}, {kept.id(), 64}});
+  ASSERT_TRUE(step.ok()) << step.status();
+  device_->SetHook([&](FaultyBackend::Call call) {
+    if (call == FaultyBackend::kRecode && cache_->Length(closed.id()).ok()) {
+      EXPECT_TRUE(closed.Close().ok());
+    }
+  });
+  EXPECT_TRUE(cache_->EndStep(*std::move(step)).ok());
+  device_->SetHook(nullptr);
+  EXPECT_FALSE(cache_->Length(closed.id()).ok());
+  EXPECT_EQ(*cache_->Length(kept.id()), 64);
+}
+
 TEST_F(StepTest, ATableThatHasNotChangedKeepsItsSerial) {
   Start();
   Client client(*cache_, SmallModel(), WithPair("f16/f16"), random_);
