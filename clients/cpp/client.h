@@ -288,6 +288,8 @@ struct PlanAnswer {
   std::vector<std::string> assumptions, notes;
 };
 
+class BlockStore;  // block_store.h
+
 class Client {
  public:
   // `address`: "unix:/path/to/socket" or "host:port". Waits until the daemon answers; UNAVAILABLE names the
@@ -342,6 +344,7 @@ class Client {
   struct Impl;  // client_impl.h
 
  protected:
+  friend class BlockStore;
   explicit Client(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };

@@ -43,6 +43,14 @@ class UnaryCalls : public Carrier {
       KVTIDE_VERB(ListSequences, list_sequences)
       KVTIDE_VERB(GetStats, get_stats)
       KVTIDE_VERB(Plan, plan)
+      KVTIDE_VERB(OpenNamespace, open_namespace)
+      KVTIDE_VERB(StoreBlocks, store_blocks)
+      KVTIDE_VERB(LookupBlocks, lookup_blocks)
+      KVTIDE_VERB(LoadBlocks, load_blocks)
+      KVTIDE_VERB(ReleaseLease, release_lease)
+      KVTIDE_VERB(DeleteNamespace, delete_namespace)
+      KVTIDE_VERB(PersistNamespace, persist_namespace)
+      KVTIDE_VERB(ListNamespaces, list_namespaces)
       case Case::CALL_NOT_SET:
         break;
     }

@@ -45,14 +45,19 @@ void TensorMover::Add(const TensorRef& tensor, v1::Tensor* proto) {
   for (const int64_t dimension : tensor.shape) proto->add_shape(dimension);
   const size_t bytes = BytesOf(tensor);
   if (bytes == 0) return;
-  std::optional<uint64_t> place = memory_->PlaceOf(tensor.data, bytes);
-  if (!place) {
+  AddSource(tensor.data, bytes, proto->mutable_place());
+}
+
+void TensorMover::AddSource(const void* data, size_t bytes, v1::Place* place) {
+  place->set_bytes(bytes);
+  if (bytes == 0) return;
+  std::optional<uint64_t> offset = memory_->PlaceOf(data, bytes);
+  if (!offset) {
     std::byte* const piece = Take(bytes);
-    std::memcpy(piece, tensor.data, bytes);
-    place = memory_->PlaceOf(piece, bytes);
+    std::memcpy(piece, data, bytes);
+    offset = memory_->PlaceOf(piece, bytes);
   }
-  proto->mutable_place()->set_offset(*place);
-  proto->mutable_place()->set_bytes(bytes);
+  place->set_offset(*offset);
 }
 
 void TensorMover::AddResult(void* data, size_t bytes, v1::Place* place) {

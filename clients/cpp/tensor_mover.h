@@ -31,6 +31,8 @@ class TensorMover {
 
   void Add(const TensorRef& tensor, v1::Tensor* proto);
   bool has_memory() const { return memory_ != nullptr; }
+  // Bytes to be read; only with memory.
+  void AddSource(const void* data, size_t bytes, v1::Place* place);
   // Where a result is to be written; only with memory.
   void AddResult(void* data, size_t bytes, v1::Place* place);
   // Copies what was written in the arena to where the caller wants it.

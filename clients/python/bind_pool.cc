@@ -412,6 +412,8 @@ void BindPool(nb::module_& m) {
              const auto pool = handle.pool();
              return ToPython(Raise(Blocking([&] { return pool->PersistSequences(sequences); })));
            })
+      .def("open_block_store",
+           [](const Handle& handle, const nb::dict& spec) { return OpenBlockStore(handle.pool(), spec); })
       .def("sequences",
            [](const Handle& handle, const std::string& model) {
              const auto pool = handle.pool();

@@ -3,11 +3,20 @@
 
 #include <nanobind/nanobind.h>
 
+#include <memory>
+
+#include "clients/cpp/pool.h"
+
 namespace kvtide::python {
 
 void BindPool(nanobind::module_& m);
+void BindBlocks(nanobind::module_& m);
 void BindFormats(nanobind::module_& m);
 void BindPlan(nanobind::module_& m);
 void BindPaged(nanobind::module_& m);
+
+
+// An open namespace (bind_blocks.cc); `spec` has the fields of kvtide.block_store.Namespace.
+nanobind::object OpenBlockStore(std::shared_ptr<client::Pool> pool, const nanobind::dict& spec);
 
 }  // namespace kvtide::python

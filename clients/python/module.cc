@@ -17,6 +17,7 @@ NB_MODULE(_core, m) {
       PyErr_SetObject(made.type().ptr(), made.ptr());
     }
   });
+  kvtide::python::BindBlocks(m);
   kvtide::python::BindPool(m);
   kvtide::python::BindFormats(m);
   kvtide::python::BindPlan(m);

@@ -35,7 +35,7 @@ struct Place {
   int pins = 0;                      // copies and seals that run
   int keeps = 0;                     // durable manifests that name it
   bool retired = false;              // no block uses it; freed with the last picture, pin and keep
-  CachePair pair;                    // for statistics
+  size_t pair_index = 0;             // PairIndexOf, for statistics
   Block* block = nullptr;            // that lies here; null: reserved by a move, or retired
   TenantAccount* account = nullptr;  // where its extent is counted; null: nowhere
   Block* backup_of = nullptr;        // retired: the block whose bytes, as they are now, lie here too
@@ -48,17 +48,43 @@ struct OwnerStamp {
   uint64_t name_space_hash = 0;  // XXH3
   int group = 0;
   int64_t index = 0;
+  BlockKey key;  // of a block that is found by key; zeros: it is not
   bool operator==(const OwnerStamp&) const = default;
 };
 
+// What a block's bytes are.
+struct BlockForm {
+  const BlockLayout* layout = nullptr;  // null: bytes that mean nothing to us
+  size_t bytes = 0;
+  BlockForm(const BlockLayout* of) : layout(of), bytes(of->block_bytes()) {}  // NOLINT: implicit on purpose
+  static BlockForm Opaque(size_t bytes) { return BlockForm(bytes); }
+
+ private:
+  explicit BlockForm(size_t opaque_bytes) : bytes(opaque_bytes) {}
+};
+
+// Index of a pair in Tier::pairs, and that of bytes which have none.
+inline size_t PairIndex(CachePair pair) {
+  return static_cast<size_t>(pair.k) * static_cast<size_t>(kCacheTypes) + static_cast<size_t>(pair.v);
+}
+constexpr size_t kOpaquePairIndex = static_cast<size_t>(kCacheTypes) * static_cast<size_t>(kCacheTypes);
+inline size_t PairIndexOf(const BlockForm& form) {
+  return form.layout != nullptr ? PairIndex(form.layout->pair()) : kOpaquePairIndex;
+}
+
 struct Block {
-  BlockId id = 0;  // never used again
-  const BlockLayout* layout = nullptr;
+  BlockId id = 0;                          // never used again
+  const BlockLayout* layout = nullptr;     // null: opaque
   std::shared_ptr<const Profile> profile;  // of coded blocks
-  Place* place = nullptr;                  // null: dropped
-  Place* backup = nullptr;                 // with the same bytes, kept by manifests
-  int home = 0;                            // device of the first tier that its sequences live on
+  size_t bytes = 0;
+  Place* place = nullptr;   // null: dropped
+  Place* backup = nullptr;  // with the same bytes, kept by manifests
+  int home = 0;             // device of the first tier that its sequences live on
   // The block lives while it is in a chunk, has a direct entry or is held.
+  bool keyed = false;                     // it has a direct entry of the index of keys (keyed_index.h)
+  bool durable = false;                   // keyed: a place of it is kept for a restart
+  bool checked = true;                    // keyed: false after a restart, until its label was seen
+  int leases = 0;                         // of clients that are about to load it: not dropped
   absl::InlinedVector<Chunk*, 1> chunks;  // that have it
   int direct_entries = 0;                 // twins of seal_at_once, which are in no chunk
   int direct_keepers = 0;                 // of these, of sequences that do not allow drops
@@ -88,6 +114,8 @@ struct Block {
     for (const Chunk* chunk : chunks) count += chunk->keepers;
     return count;
   }
+  bool droppable() const { return references() > 0 && keepers() == 0 && leases == 0; }
+  BlockForm form() const { return layout != nullptr ? BlockForm(layout) : BlockForm::Opaque(bytes); }
 };
 
 // Counts the place for a tenant, once.

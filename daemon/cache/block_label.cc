@@ -64,19 +64,21 @@ BlockLabel LabelOf(const Block& block, const Place& place) {
   BlockLabel label;
   label.kind = BlockLabel::Kind::kBlock;
   label.write_id = place.write_id;
-  label.bytes = block.layout->block_bytes();
+  label.bytes = block.bytes;
   label.checksum = block.has_checksum ? block.checksum : 0;
   label.model_hash = block.stamp.model_hash;
   label.sequence = block.stamp.sequence;
   label.name_space_hash = block.stamp.name_space_hash;
   label.group = block.stamp.group;
   label.index = block.stamp.index;
-  label.k_type = Name(block.layout->pair().k);
-  label.v_type = Name(block.layout->pair().v);
+  label.chain = {block.stamp.key.low, block.stamp.key.high};
+  const bool opaque = block.layout == nullptr;
+  label.k_type = opaque ? "opaque" : Name(block.layout->pair().k);
+  label.v_type = opaque ? "opaque" : Name(block.layout->pair().v);
   label.codec_version_k = block.codec_version_k;
   label.codec_version_v = block.codec_version_v;
   label.profile_hash = place.profile_hash;
-  label.layout_hash = HashLayout(*block.layout);
+  if (!opaque) label.layout_hash = HashLayout(*block.layout);
   return label;
 }
 

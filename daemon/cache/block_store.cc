@@ -27,7 +27,7 @@ absl::Status BlockStore::Init(const CacheOptions& options) {
     tier.checksum = from.checksum;
     tier.allocator = ExtentAllocator(from.capacity_bytes);
     tier.policy = MakeLruPolicy();
-    tier.pairs.resize(static_cast<size_t>(kCacheTypes) * static_cast<size_t>(kCacheTypes));
+    tier.pairs.resize(kOpaquePairIndex + 1);
     if (!tier.attends()) continue;
     absl::StatusOr<std::unique_ptr<Slab>> slab = from.backend->AllocateSlab(tier.allocator.capacity_bytes());
     if (!slab.ok())
@@ -46,26 +46,27 @@ size_t Tier::LargestRoom() const {
   return extent > most ? extent - most : 0;
 }
 
-Place* BlockStore::NewPlace(int tier_index, size_t bytes, CachePair pair) {
+Place* BlockStore::NewPlace(int tier_index, size_t bytes, size_t pair_index) {
   Tier& tier = this->tier(tier_index);
-  const auto end = pair == ExactPair() ? ExtentAllocator::End::kTop : ExtentAllocator::End::kBottom;
+  const bool exact = pair_index == PairIndex(ExactPair());
+  const auto end = exact ? ExtentAllocator::End::kTop : ExtentAllocator::End::kBottom;
   const std::optional<size_t> offset = tier.allocator.Allocate(tier.ExtentBytes(bytes), end);
-  return offset.has_value() ? PlaceAt(tier_index, *offset, bytes, pair) : nullptr;
+  return offset.has_value() ? PlaceAt(tier_index, *offset, bytes, pair_index) : nullptr;
 }
 
 // The bytes are allocated.
-Place* BlockStore::PlaceAt(int tier_index, size_t offset, size_t bytes, CachePair pair) {
+Place* BlockStore::PlaceAt(int tier_index, size_t offset, size_t bytes, size_t pair_index) {
   Tier& tier = this->tier(tier_index);
   auto place = std::make_unique<Place>();
   place->tier = tier_index;
   place->offset = offset;
   place->bytes = bytes;
-  place->extent = tier.ExtentBytes(bytes);
+  place->extent = ExtentAllocator::RoundUp(tier.ExtentBytes(bytes));
   if (tier.slab != nullptr) place->data = tier.slab->data() + offset;
-  place->pair = pair;
+  place->pair_index = pair_index;
   tier.places[offset] = place.get();
   tier.blocks++;
-  PairStats& stats = tier.pairs[PairIndex(pair)];
+  PairStats& stats = tier.pairs[pair_index];
   stats.blocks++;
   stats.bytes += place->extent;
   return place.release();
@@ -79,7 +80,7 @@ void BlockStore::FreeIfUnused(Place* place) {
   tier.allocator.Free(place->offset, place->extent);
   tier.places.erase(place->offset);
   tier.blocks--;
-  PairStats& stats = tier.pairs[PairIndex(place->pair)];
+  PairStats& stats = tier.pairs[place->pair_index];
   KVTIDE_CHECK(stats.blocks > 0 && stats.bytes >= place->extent);
   stats.blocks--;
   stats.bytes -= place->extent;
@@ -90,22 +91,22 @@ void BlockStore::FreeIfUnused(Place* place) {
   delete place;
 }
 
-Block* BlockStore::Allocate(int tier, int home, const BlockLayout* layout) {
+Block* BlockStore::Allocate(int tier, int home, const BlockForm& form) {
   KVTIDE_CHECK(tier == home || tier >= homes_);
-  Place* place = NewPlace(tier, layout->block_bytes(), layout->pair());
-  return place != nullptr ? NewBlock(place, home, layout) : nullptr;
+  Place* place = NewPlace(tier, form.bytes, PairIndexOf(form));
+  return place != nullptr ? NewBlock(place, home, form) : nullptr;
 }
 
-Block* BlockStore::AllocateAt(int tier, size_t offset, int home, const BlockLayout* layout) {
-  const size_t bytes = layout->block_bytes(), extent = this->tier(tier).ExtentBytes(bytes);
+Block* BlockStore::AllocateAt(int tier, size_t offset, int home, const BlockForm& form) {
+  const size_t bytes = form.bytes, extent = this->tier(tier).ExtentBytes(bytes);
   const ExtentAllocator& allocator = this->tier(tier).allocator;
   if (offset % ExtentAllocator::kAlignment != 0 || offset > allocator.capacity_bytes() ||
       extent > allocator.capacity_bytes() - offset || !this->tier(tier).allocator.AllocateAt(offset, extent))
     return nullptr;
-  return NewBlock(PlaceAt(tier, offset, bytes, layout->pair()), home, layout);
+  return NewBlock(PlaceAt(tier, offset, bytes, PairIndexOf(form)), home, form);
 }
 
-Block* BlockStore::NewBlock(Place* place, int home, const BlockLayout* layout) {
+Block* BlockStore::NewBlock(Place* place, int home, const BlockForm& form) {
   uint32_t slot;
   if (free_slots_.empty()) {
     slot = static_cast<uint32_t>(blocks_.size());
@@ -118,12 +119,15 @@ Block* BlockStore::NewBlock(Place* place, int home, const BlockLayout* layout) {
   blocks_[slot] = std::make_unique<Block>();
   Block* block = blocks_[slot].get();
   block->id = BlockId{uses_[slot]++} << 32 | slot;
-  block->layout = layout;
+  block->layout = form.layout;
+  block->bytes = form.bytes;
   block->place = place;
   place->block = block;
   block->home = home;
-  block->codec_version_k = Info(layout->pair().k).version;
-  block->codec_version_v = Info(layout->pair().v).version;
+  if (form.layout != nullptr) {
+    block->codec_version_k = Info(form.layout->pair().k).version;
+    block->codec_version_v = Info(form.layout->pair().v).version;
+  }
   stored_bytes_ += place->bytes;
   return block;
 }
@@ -140,27 +144,27 @@ uint64_t BlockStore::QuotaLeft(const TenantAccount& account, int tier_index) con
 
 bool BlockStore::MayLie(const Block& block, int tier_index) const {
   return block.account == nullptr ||
-         tier(tier_index).ExtentBytes(block.layout->block_bytes()) <= QuotaLeft(*block.account, tier_index);
+         tier(tier_index).ExtentBytes(block.bytes) <= QuotaLeft(*block.account, tier_index);
 }
 
 Place* BlockStore::Reserve(int tier, const Block& block) {
   if (!MayLie(block, tier)) return nullptr;
-  Place* const place = NewPlace(tier, block.layout->block_bytes(), block.layout->pair());
+  Place* const place = NewPlace(tier, block.bytes, PairIndexOf(block.form()));
   if (place != nullptr) Charge(place, block.account);
   return place;
 }
 
 Place* BlockStore::ReserveAt(int tier, size_t offset, const Block& block) {
-  const size_t bytes = block.layout->block_bytes();
+  const size_t bytes = block.bytes;
   if (!this->tier(tier).allocator.AllocateAt(offset, this->tier(tier).ExtentBytes(bytes))) return nullptr;
-  Place* const place = PlaceAt(tier, offset, bytes, block.layout->pair());
+  Place* const place = PlaceAt(tier, offset, bytes, PairIndexOf(block.form()));
   Charge(place, block.account);
   return place;
 }
 
 Place* BlockStore::Claim(int tier, size_t offset, size_t bytes) {
   if (!this->tier(tier).allocator.AllocateAt(offset, bytes)) return nullptr;
-  return PlaceAt(tier, offset, bytes, ExactPair());
+  return PlaceAt(tier, offset, bytes, PairIndex(ExactPair()));
 }
 
 Chunk* BlockStore::NewChunk(TableFamily* family, bool keeper) {
@@ -366,6 +370,8 @@ void BlockStore::SwapPlace(Block* block, Place* place) {
 
 void BlockStore::Drop(Block* block) {
   KVTIDE_CHECK(block->place != nullptr && !block->writing && !block->moving);
+  const bool forgotten = block->keyed;
+  if (forgotten) forget_(block);
   MakeStale(*block);
   CountInChunks(*block, -1);
   Unlink(block);
@@ -377,6 +383,7 @@ void BlockStore::Drop(Block* block) {
   block->has_checksum = false;
   ForgetBackup(block);
   Retire(place);
+  if (forgotten) RemoveDirect(block, false);
 }
 
 RecencyPtr BlockStore::NewRecency(absl::Time now) {
@@ -401,20 +408,39 @@ RecencyPtr BlockStore::NewRecency(absl::Time now) {
   });
 }
 
-void BlockStore::Join(Block* block, const RecencyPtr& record) {
+void BlockStore::Join(Block* block, const RecencyPtr& record, End end) {
   if (block->record != nullptr || block->place == nullptr) return;
   block->record = record->merged_into != nullptr ? record->merged_into : record;
-  Link(block);
+  Link(block, end);
 }
 
-void BlockStore::Link(Block* block) {
+void BlockStore::Rejoin(Block* block, const RecencyPtr& record, End end) {
+  if (block->place == nullptr) return;
+  Unlink(block);
+  Join(block, record, end);
+}
+
+uint64_t BlockStore::BlocksOf(const RecencyPtr& record) const {
+  uint64_t blocks = 0;
+  for (const Recency::List& list : Root(record.get())->tiers) blocks += list.blocks;
+  return blocks;
+}
+
+void BlockStore::Link(Block* block, End end) {
   Recency* record = Root(block->record);
   Tier& tier = this->tier(block->place->tier);
   Recency::List& list = record->tiers[static_cast<size_t>(block->place->tier)];
-  block->previous = list.last;
-  block->next = nullptr;
-  (list.last != nullptr ? list.last->next : list.first) = block;
-  list.last = block;
+  if (end == End::kHottest) {
+    block->previous = list.last;
+    block->next = nullptr;
+    (list.last != nullptr ? list.last->next : list.first) = block;
+    list.last = block;
+  } else {
+    block->next = list.first;
+    block->previous = nullptr;
+    (list.first != nullptr ? list.first->previous : list.last) = block;
+    list.first = block;
+  }
   if (list.blocks++ == 0) tier.policy->Insert(record->slot);
   if (record->readers > 0) tier.read++;
 }
@@ -580,8 +606,8 @@ void BlockStore::CheckInvariants() const {
       return;
     }
     const Place& place = *block.place;
-    KVTIDE_CHECK(!place.retired && place.bytes == block.layout->block_bytes() &&
-                 place.pair == block.layout->pair());
+    KVTIDE_CHECK(!place.retired && place.bytes == block.bytes &&
+                 place.pair_index == PairIndexOf(block.form()));
     KVTIDE_CHECK(place.tier == block.home || place.tier >= homes_, "block ", block.id, " of device ",
                  block.home, " lies in tier ", place.tier);
     const auto t = static_cast<size_t>(place.tier);

@@ -8,8 +8,10 @@
 #pragma once
 
 #include <deque>
+#include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/container/btree_map.h"
@@ -64,10 +66,10 @@ class BlockStore {
 
   // A block that nobody has yet (make it a WritingBlock at once), or null. f16 blocks come from the top of
   // the slab, others from the bottom. `tier` is `home` or below it.
-  Block* Allocate(int tier, int home, const BlockLayout* layout);
+  Block* Allocate(int tier, int home, const BlockForm& form);
   // The same for a block whose bytes lie at this offset already, in a tier of I/O; null if one of them is
   // taken.
-  Block* AllocateAt(int tier, size_t offset, int home, const BlockLayout* layout);
+  Block* AllocateAt(int tier, size_t offset, int home, const BlockForm& form);
   // Bytes that the tenant may still take in the tier, over all its devices.
   uint64_t QuotaLeft(const TenantAccount& account, int tier) const;
   // Whether the quota of the block's tenant allows a copy of it in the tier.
@@ -106,14 +108,25 @@ class BlockStore {
 
   // The block lies in `place` from now on; its former place is retired.
   void SwapPlace(Block* block, Place* place);
-  // The bytes go, the block stays in its tables.
+  // The bytes go, the block stays in its tables; one that is found by key is not found any more.
   void Drop(Block* block);
+  // Called with every block that is found by key before it is dropped: it leaves the index.
+  void SetForget(std::function<void(Block*)> forget) { forget_ = std::move(forget); }
   void Retire(Place* place);
 
   // Recency (recency.h).
   RecencyPtr NewRecency(absl::Time now);
-  // Puts a block that has no record yet into this one.
-  void Join(Block* block, const RecencyPtr& record);
+  // Puts a block that has no record yet into this one: as its hottest block in the tier, or as its coldest.
+  enum class End : uint8_t { kHottest, kColdest };
+  void Join(Block* block, const RecencyPtr& record, End end = End::kHottest);
+  // The same for one that may have another record.
+  void Rejoin(Block* block, const RecencyPtr& record, End end);
+  void Touch(const RecencyPtr& record, absl::Time now) { TouchRecord(Root(record), now); }
+  // Blocks that go by the record.
+  uint64_t BlocksOf(const RecencyPtr& record) const;
+  bool GoesBy(const Block& block, const RecencyPtr& record) const {
+    return block.record != nullptr && &Root(block) == Root(record.get());
+  }
   // What is there so far goes by the family's record from now on; parent and child have records of their own
   // for what comes.
   void ForkRecency(SequenceRecency* parent, SequenceRecency* child);
@@ -125,6 +138,7 @@ class BlockStore {
   uint64_t serial() const { return serial_; }
   uint64_t TouchSerial(const Block& block) const { return Root(block).touch_serial; }
   absl::Time LastTouched(const Block& block) const { return Root(block).last_touched; }
+  absl::Time LastTouched(const RecencyPtr& record) const { return Root(record.get())->last_touched; }
   // Shows the blocks of a tier from the coldest on until `visit` says false.
   void Peek(int tier, absl::FunctionRef<bool(const Block&)> visit) const;
   // The same without the blocks of sequences that are being read or were used at `before_serial` or later.
@@ -169,15 +183,15 @@ class BlockStore {
     return record->merged_into != nullptr ? record->merged_into.get() : record.get();
   }
 
-  Place* NewPlace(int tier, size_t bytes, CachePair pair);
-  Place* PlaceAt(int tier, size_t offset, size_t bytes, CachePair pair);
-  Block* NewBlock(Place* place, int home, const BlockLayout* layout);
+  Place* NewPlace(int tier, size_t bytes, size_t pair_index);
+  Place* PlaceAt(int tier, size_t offset, size_t bytes, size_t pair_index);
+  Block* NewBlock(Place* place, int home, const BlockForm& form);
   void FreeIfUnused(Place* place);
   void DeleteIfUnused(Block* block);
   // What snapshots show of the block is stale.
   void MakeStale(const Block& block);
   // In and out of the list of its record and tier.
-  void Link(Block* block);
+  void Link(Block* block, End end);
   void Unlink(Block* block);
   void TouchRecord(Recency* root, absl::Time now);
   void Merge(const RecencyPtr& from, const RecencyPtr& into);
@@ -201,11 +215,7 @@ class BlockStore {
   uint64_t dropped_ = 0;       // blocks in tables without bytes
   uint64_t stored_bytes_ = 0;  // of blocks' places
   int64_t table_bytes_ = 0;
+  std::function<void(Block*)> forget_;
 };
-
-// Index of a pair in Tier::pairs.
-inline size_t PairIndex(CachePair pair) {
-  return static_cast<size_t>(pair.k) * static_cast<size_t>(kCacheTypes) + static_cast<size_t>(pair.v);
-}
 
 }  // namespace kvtide

@@ -37,7 +37,8 @@ absl::Status Mover::BringIn(CacheLock& lock, std::span<const HeldBlock> blocks, 
       if (block->moving) {
         moving = block;
       } else if (batch.size() < options.max_moves_in_flight &&
-                 (batch.empty() || batch.front()->home == block->home)) {
+                 (batch.empty() ||
+                  (batch.front()->home == block->home && batch.front()->keyed == block->keyed))) {
         batch.emplace_back(store, block);
       }
     }
@@ -90,7 +91,8 @@ void Mover::BringBatch(CacheLock& lock, std::span<const HeldBlock> blocks, int h
   const ExtentAllocator& top = store.tier(home).allocator;
   const auto limit =
       static_cast<size_t>(static_cast<double>(top.capacity_bytes()) * core_.options().limits.promote_below);
-  if (top.used_bytes() < limit)
+  // Nobody attends over what is found by key: it is wanted in memory, not on the device.
+  if (top.used_bytes() < limit && !blocks.front()->keyed)
     MoveTo(lock, still_far(limit - top.used_bytes()), home, before_serial, cancellation);
   for (int t = store.Below(home); t < static_cast<int>(core_.tiers()); t = store.Below(t))
     if (core_.attends(t)) MoveTo(lock, still_far(kAll), t, before_serial, cancellation);

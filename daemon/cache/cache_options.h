@@ -50,6 +50,9 @@ struct CacheOptions {
   // Most products of queries, visible tokens and query heads of one attention, summed over its items: 32,768
   // queries of 64 heads over 131,072 tokens.
   int64_t max_attend_work = int64_t{1} << 38;
+  size_t max_namespaces = 256;                // of the block store
+  size_t max_keyed_blocks = size_t{1} << 20;  // that are found by key; beyond it the coldest are dropped
+  size_t max_leases = 16384;
   size_t max_cached_plans = 64;               // of attentions, kept for the next layer and step,
   size_t max_plan_bytes = size_t{64} << 20;   // and what they take of devices' memory beside the tiers
   size_t move_piece_bytes = size_t{1} << 20;  // copies between tiers are cut into pieces of at most this

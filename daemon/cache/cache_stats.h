@@ -86,6 +86,16 @@ struct CacheStats {
   uint64_t failed_persists = 0;  // and that did not
   uint64_t persisted_bytes = 0;  // of blocks that were written for it
   uint64_t durable_sequences = 0;
+  // The block store: blocks that are found by key.
+  uint64_t namespaces = 0, keyed_blocks = 0, keyed_bytes = 0, durable_keyed_blocks = 0, leases = 0;
+  // Counters.
+  uint64_t keyed_hits = 0;    // keys that lookups found,
+  uint64_t keyed_misses = 0;  // and that they did not: the first miss of a call and all after it
+  uint64_t keyed_stored = 0;
+  uint64_t keyed_present = 0;   // stores of keys that were there
+  uint64_t keyed_left_out = 0;  // stores without room
+  uint64_t keyed_loaded = 0, keyed_loaded_bytes = 0;
+  uint64_t leases_granted = 0, leases_expired = 0;
   // Limits, for display beside the gauges.
   uint64_t max_sequences = 0;
   uint64_t max_models = 0;

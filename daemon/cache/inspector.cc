@@ -56,6 +56,8 @@ CacheStats Inspector::Stats() const {
         const PairStats& pair = tier.pairs[PairIndex({k, v})];
         if (pair.blocks > 0) to.pairs[PairName({k, v})] = pair;
       }
+    if (const PairStats& opaque = tier.pairs[kOpaquePairIndex]; opaque.blocks > 0)
+      to.pairs["opaque"] = opaque;
   }
   stats.models = lock->sequences.models();
   stats.sequences = lock->sequences.all().size();
@@ -70,8 +72,8 @@ CacheStats Inspector::Stats() const {
   stats.shared_blocks = lock->store.shared_blocks();
   stats.stored_bytes = lock->store.stored_bytes();
   if (stats.f16_equivalent_bytes > 0)
-    stats.bits_per_value =
-        16.0 * static_cast<double>(stats.stored_bytes) / static_cast<double>(stats.f16_equivalent_bytes);
+    stats.bits_per_value = 16.0 * static_cast<double>(stats.stored_bytes - lock->keyed.bytes()) /
+                           static_cast<double>(stats.f16_equivalent_bytes);
   stats.sequences_created = lock->sequences.created();
   stats.sequences_closed = lock->sequences.closed();
   stats.appended_tokens = lock->counters.appended_tokens;
@@ -97,6 +99,22 @@ CacheStats Inspector::Stats() const {
   stats.failed_persists = lock->counters.failed_persists;
   stats.persisted_bytes = lock->counters.persisted_bytes;
   stats.durable_sequences = lock->durable_sequences;
+  const KeyedIndex& keyed = lock->keyed;
+  stats.namespaces = keyed.namespaces().size();
+  stats.keyed_blocks = keyed.blocks();
+  stats.keyed_bytes = keyed.bytes();
+  for (const auto& [id, space] : keyed.namespaces()) stats.durable_keyed_blocks += space->durable.size();
+  stats.leases = keyed.leases();
+  stats.leases_expired = keyed.expired();
+  const Counters& counters = lock->counters;
+  stats.leases_granted = counters.leases_granted;
+  stats.keyed_hits = counters.keyed_hits;
+  stats.keyed_misses = counters.keyed_misses;
+  stats.keyed_stored = counters.keyed_stored;
+  stats.keyed_present = counters.keyed_present;
+  stats.keyed_left_out = counters.keyed_left_out;
+  stats.keyed_loaded = counters.keyed_loaded;
+  stats.keyed_loaded_bytes = counters.keyed_loaded_bytes;
   stats.max_sequences = core_.options().max_sequences;
   stats.max_models = core_.options().max_models;
   for (const TenantAccount* account : lock->tenants.All())
@@ -207,6 +225,9 @@ void Inspector::CheckInvariants() const {
       }
     }
   }
+  lock->keyed.CheckInvariants();
+  lock->keyed.ForEach(
+      [&](const KeyedNamespace&, const BlockKey&, const Block* block) { counted[block].first++; });
   lock->store.ForEach([&](const Block& block) {
     const auto it = counted.find(&block);
     const int refs = it == counted.end() ? 0 : it->second.first,

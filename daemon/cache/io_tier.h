@@ -53,6 +53,7 @@ struct IoJob {
   // Moves bytes [at, at + piece.size()) between the block's memory and `piece`, which is in host memory: into
   // the piece for a write, out of it for a read. Called in order, never for two pieces at a time.
   std::function<absl::Status(size_t at, std::span<std::byte> piece)> copy;
+  bool label_only = false;  // a read that looks at the label and no further; `copy` is not called
   const Cancellation* cancellation = nullptr;  // looked at between pieces
   // The end of it. A write: ResourceExhausted when the disk is full. A read: DataLoss when the label, the
   // bytes or the device say that the block is not there any more. Cancelled.

@@ -5,6 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/cache_core.h"
 #include "daemon/cache/inspector.h"
+#include "daemon/cache/keyed_store.h"
 #include "daemon/cache/mover.h"
 #include "daemon/cache/persister.h"
 #include "daemon/cache/reader.h"
@@ -35,6 +36,7 @@ class KvCache::Impl {
   Truncator truncator{core, mover};
   Reader reader{core, mover};
   Inspector inspector{core};
+  KeyedStore keyed{core, mover};
   Persister persister{core};
   RestoreReport restored;
 };
@@ -53,6 +55,7 @@ KvCache::Impl::~Impl() {
   mover.Stop();
   CacheLock lock(core);
   KVTIDE_CHECK(lock->attends_running == 0, "the cache is destroyed under running calls");
+  lock->keyed.Clear();
   lock->sequences.Clear();
 }
 
@@ -307,6 +310,38 @@ absl::StatusOr<MoveReport> KvCache::Prefetch(std::span<const SequenceId> sequenc
                                              const CallContext& context) {
   return impl_->mover.Prefetch(sequences, context);
 }
+absl::StatusOr<NamespaceInfo> KvCache::OpenNamespace(const NamespaceSpec& spec, Persistence persistence) {
+  return impl_->keyed.Open(spec, persistence);
+}
+absl::StatusOr<StoreReport> KvCache::StoreBlocks(const StoreCall& call) { return impl_->keyed.Store(call); }
+absl::StatusOr<LookupReport> KvCache::LookupBlocks(const LookupCall& call) {
+  return impl_->keyed.Lookup(call);
+}
+absl::StatusOr<LeaseInfo> KvCache::DescribeLease(LeaseId lease, const CallContext& context) {
+  return impl_->keyed.DescribeLease(lease, context);
+}
+absl::StatusOr<LoadReport> KvCache::LoadBlocks(const LoadCall& call) { return impl_->keyed.Load(call); }
+bool KvCache::ReleaseLease(LeaseId lease, const CallContext& context) {
+  return impl_->keyed.Release(lease, context);
+}
+absl::StatusOr<uint64_t> KvCache::DeleteNamespace(NamespaceId name_space, const CallContext& context) {
+  uint64_t blocks = 0;
+  KVTIDE_ASSIGN_OR_RETURN(const NamespacePtr space, impl_->keyed.Delete(name_space, context, &blocks));
+  KVTIDE_RETURN_IF_ERROR(impl_->persister.ForgetNamespace(*space));
+  return blocks;
+}
+absl::StatusOr<NamespacePersistReport> KvCache::PersistNamespace(NamespaceId name_space,
+                                                                 const CallContext& context) {
+  return impl_->persister.PersistNamespace(name_space, context);
+}
+absl::StatusOr<NamespaceInfo> KvCache::GetNamespace(NamespaceId name_space,
+                                                    const CallContext& context) const {
+  return impl_->keyed.Get(name_space, context);
+}
+std::vector<NamespaceInfo> KvCache::ListNamespaces(const CallContext& context) const {
+  return impl_->keyed.List(context);
+}
+
 absl::StatusOr<SequenceInfo> KvCache::GetSequence(SequenceId sequence, const CallContext& context) const {
   return impl_->inspector.GetSequence(sequence, context);
 }

@@ -34,6 +34,7 @@
 #include "daemon/cache/cache_options.h"
 #include "daemon/cache/cache_stats.h"
 #include "daemon/cache/call_context.h"
+#include "daemon/cache/keyed_calls.h"
 #include "daemon/cache/model.h"
 #include "daemon/cache/move_report.h"
 #include "daemon/cache/persist_report.h"
@@ -191,6 +192,30 @@ class KvCache {
   bool IsDurable(SequenceId sequence) const;
   // What was there at the start.
   const RestoreReport& restored() const;
+
+  // The block store, for engines that keep pages of their own: blocks without a sequence, found by key
+  // (keyed_store.h). Idempotent: an equal spec is the same namespace, after a restart too.
+  absl::StatusOr<NamespaceInfo> OpenNamespace(const NamespaceSpec& spec, Persistence persistence);
+  // NotFound for a namespace that is unknown or is deleted while this runs: nothing of it is there then.
+  // InvalidArgument for keys, payloads or values that do not fit: nothing was stored. ResourceExhausted if
+  // not one block found room.
+  absl::StatusOr<StoreReport> StoreBlocks(const StoreCall& call);
+  // Only what can be read now counts. ResourceExhausted at the limit of leases.
+  absl::StatusOr<LookupReport> LookupBlocks(const LookupCall& call);
+  absl::StatusOr<LeaseInfo> DescribeLease(LeaseId lease, const CallContext& context = {});
+  // NotFound for a lease that is over; DataLoss for blocks that cannot be read any more, which are misses
+  // from then on.
+  absl::StatusOr<LoadReport> LoadBlocks(const LoadCall& call);
+  // False if it was over.
+  bool ReleaseLease(LeaseId lease, const CallContext& context = {});
+  // Returns how many blocks it had. Unavailable if it could not be removed from the durable tier: it is gone,
+  // but may be there again after a restart.
+  absl::StatusOr<uint64_t> DeleteNamespace(NamespaceId name_space, const CallContext& context = {});
+  // What is there now survives a restart. FailedPrecondition without a tier that does.
+  absl::StatusOr<NamespacePersistReport> PersistNamespace(NamespaceId name_space,
+                                                          const CallContext& context = {});
+  absl::StatusOr<NamespaceInfo> GetNamespace(NamespaceId name_space, const CallContext& context = {}) const;
+  std::vector<NamespaceInfo> ListNamespaces(const CallContext& context = {}) const;
 
   absl::StatusOr<SequenceInfo> GetSequence(SequenceId sequence, const CallContext& context = {}) const;
   // Those that the caller may see, in the order of their ids; costs what it returns and what it passes over.

@@ -1,10 +1,9 @@
 #include "daemon/cache/manifest.h"
 
-#include <cstring>
-#include <type_traits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/manifest_bytes.h"
 #include "kernels/base/status.h"
 #include "kernels/format/tide_maker.h"
 
@@ -13,89 +12,18 @@ namespace {
 
 constexpr uint32_t kVersion = 4;
 
-class Writer {
- public:
-  template <class T>
-  void Put(const T& value) {
-    static_assert(std::is_arithmetic_v<T>);
-    text_.append(reinterpret_cast<const char*>(&value), sizeof value);
-  }
-  void PutText(const std::string& text) {
-    Put(uint64_t{text.size()});
-    text_ += text;
-  }
-  template <class T>
-  void PutList(const std::vector<T>& values) {
-    Put(uint64_t{values.size()});
-    for (const T& value : values) Put(value);
-  }
-  std::string Take() { return std::move(text_); }
-
- private:
-  std::string text_;
-};
-
-// Reads what Writer has written; zeros and `failed` beyond the end.
-class Reader {
- public:
-  explicit Reader(const std::string& text) : text_(text) {}
-  template <class T>
-  T Get() {
-    static_assert(std::is_arithmetic_v<T>);
-    T value{};
-    if (text_.size() - at_ < sizeof value) {
-      failed_ = true;
-      at_ = text_.size();
-      return value;
-    }
-    std::memcpy(&value, text_.data() + at_, sizeof value);
-    at_ += sizeof value;
-    return value;
-  }
-  template <class T>
-  void Get(T* value) {
-    *value = Get<T>();
-  }
-  // Of things that have `each` bytes at least.
-  size_t GetCount(size_t each) {
-    const auto count = Get<uint64_t>();
-    if (count <= (text_.size() - at_) / each) return count;
-    failed_ = true;
-    return 0;
-  }
-  std::string GetText() {
-    const size_t size = GetCount(1);
-    const std::string text = text_.substr(at_, size);
-    at_ += size;
-    return text;
-  }
-  template <class T>
-  std::vector<T> GetList() {
-    std::vector<T> values(GetCount(sizeof(T)));
-    for (T& value : values) value = Get<T>();
-    return values;
-  }
-  bool failed() const { return failed_; }
-  bool at_end() const { return at_ == text_.size(); }
-
- private:
-  const std::string& text_;
-  size_t at_ = 0;
-  bool failed_ = false;
-};
-
-void PutShape(Writer& out, const GroupShape& shape) {
+void PutShape(ManifestWriter& out, const GroupShape& shape) {
   for (const int value : {shape.layers, shape.kv_heads, shape.head_dim_k, shape.head_dim_v})
     out.Put(int32_t{value});
 }
-GroupShape GetShape(Reader& in) {
+GroupShape GetShape(ManifestReader& in) {
   GroupShape shape;
   for (int* value : {&shape.layers, &shape.kv_heads, &shape.head_dim_k, &shape.head_dim_v})
     *value = in.Get<int32_t>();
   return shape;
 }
 
-void PutModel(Writer& out, const ModelSpec& model) {
+void PutModel(ManifestWriter& out, const ModelSpec& model) {
   out.PutText(model.name);
   out.Put(uint64_t{model.groups.size()});
   for (const LayerGroupSpec& group : model.groups) {
@@ -114,7 +42,7 @@ void PutModel(Writer& out, const ModelSpec& model) {
     out.Put(int32_t{layer.layer_in_group});
   }
 }
-ModelSpec GetModel(Reader& in) {
+ModelSpec GetModel(ManifestReader& in) {
   ModelSpec model;
   model.name = in.GetText();
   model.groups.resize(in.GetCount(60));
@@ -136,7 +64,7 @@ ModelSpec GetModel(Reader& in) {
   return model;
 }
 
-void PutOptions(Writer& out, const SequenceOptions& options) {
+void PutOptions(ManifestWriter& out, const SequenceOptions& options) {
   out.PutText(PairName(options.pair));
   out.Put(uint64_t{options.group_pairs.size()});
   for (const CachePair& pair : options.group_pairs) out.PutText(PairName(pair));
@@ -151,14 +79,14 @@ void PutOptions(Writer& out, const SequenceOptions& options) {
   out.Put(static_cast<uint8_t>(options.persistence));
   out.Put(static_cast<uint8_t>(options.allow_drop));
 }
-absl::StatusOr<CachePair> GetPair(Reader& in) {
+absl::StatusOr<CachePair> GetPair(ManifestReader& in) {
   const std::string name = in.GetText();
   if (in.failed()) return absl::DataLossError("the manifest is cut off");
   const absl::StatusOr<CachePair> pair = ParseCachePair(name);
   if (pair.ok()) return pair;
   return absl::FailedPreconditionError(absl::StrCat("this build has no cache types ", name));
 }
-absl::StatusOr<SequenceOptions> GetOptions(Reader& in) {
+absl::StatusOr<SequenceOptions> GetOptions(ManifestReader& in) {
   SequenceOptions options;
   KVTIDE_ASSIGN_OR_RETURN(options.pair, GetPair(in));
   const size_t pairs = in.GetCount(8);
@@ -182,7 +110,7 @@ absl::StatusOr<SequenceOptions> GetOptions(Reader& in) {
 }
 
 // Transforms stand in the model already: of a profile that has them only the hash is kept.
-void PutProfile(Writer& out, const Profile& profile) {
+void PutProfile(ManifestWriter& out, const Profile& profile) {
   const bool of_model = !profile.k.empty() && !profile.k[0].transform.empty();
   out.Put(static_cast<uint8_t>(of_model));
   if (of_model) return out.Put(profile.hash);
@@ -197,7 +125,7 @@ void PutProfile(Writer& out, const Profile& profile) {
   out.Put(profile.hash);
 }
 // An empty profile where it is of a model without transforms: Check finds it.
-std::shared_ptr<const Profile> GetProfile(Reader& in, const LayerGroupSpec& group) {
+std::shared_ptr<const Profile> GetProfile(ManifestReader& in, const LayerGroupSpec& group) {
   auto profile = std::make_shared<Profile>();
   if (in.Get<uint8_t>() != 0) {
     if (CheckGroupShape(group.shape).ok())
@@ -220,7 +148,7 @@ std::shared_ptr<const Profile> GetProfile(Reader& in, const LayerGroupSpec& grou
   return profile;
 }
 
-void PutGroup(Writer& out, const ManifestGroup& group) {
+void PutGroup(ManifestWriter& out, const ManifestGroup& group) {
   out.PutText(group.pair);
   out.Put(group.codec_version_k);
   out.Put(group.codec_version_v);
@@ -247,7 +175,7 @@ void PutGroup(Writer& out, const ManifestGroup& group) {
     out.Put(static_cast<uint32_t>(block.exact));
   }
 }
-ManifestGroup GetGroup(Reader& in, const LayerGroupSpec& spec) {
+ManifestGroup GetGroup(ManifestReader& in, const LayerGroupSpec& spec) {
   ManifestGroup group;
   group.pair = in.GetText();
   in.Get(&group.codec_version_k);
@@ -317,7 +245,7 @@ absl::Status Check(const Manifest& manifest) {
 }  // namespace
 
 std::string EncodeManifest(const Manifest& manifest) {
-  Writer out;
+  ManifestWriter out;
   out.Put(kVersion);
   out.Put(manifest.id);
   out.Put(manifest.forked_from);
@@ -332,7 +260,7 @@ std::string EncodeManifest(const Manifest& manifest) {
 }
 
 absl::StatusOr<Manifest> DecodeManifest(const std::string& bytes) {
-  Reader in(bytes);
+  ManifestReader in(bytes);
   const auto version = in.Get<uint32_t>();
   if (version != kVersion)
     return absl::FailedPreconditionError(

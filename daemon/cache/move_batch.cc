@@ -92,8 +92,9 @@ void CopyInMemory(const CacheCore& core, std::span<CopyJob* const> jobs) {
   }
 }
 
-// One piece between a tier's memory and host memory.
-absl::Status CopyPieceNow(Backend& backend, const CopyPiece& piece, CopyDirection direction) {
+}  // namespace
+
+absl::Status CopyNow(Backend& backend, const CopyPiece& piece, CopyDirection direction) {
   KVTIDE_ASSIGN_OR_RETURN(const CopyTicket ticket, backend.StartCopy({&piece, 1}, direction));
   Backoff backoff;
   while (true) {
@@ -102,6 +103,8 @@ absl::Status CopyPieceNow(Backend& backend, const CopyPiece& piece, CopyDirectio
     backoff.Wait();
   }
 }
+
+namespace {
 
 // To or from a tier of I/O. `buffer`: the other side is one, too, and its bytes are here.
 IoJob MakeIoJob(const CacheCore& core, CopyJob& job, bool write, std::vector<std::byte>* buffer,
@@ -122,10 +125,8 @@ IoJob MakeIoJob(const CacheCore& core, CopyJob& job, bool write, std::vector<std
   }
   Backend* const backend = &core.backend(write ? job.from : job.to);
   io.copy = [backend, write, &job](size_t at, std::span<std::byte> piece) {
-    return write
-               ? CopyPieceNow(*backend, {piece.data(), job.source + at, piece.size()}, CopyDirection::kToHost)
-               : CopyPieceNow(*backend, {job.target + at, piece.data(), piece.size()},
-                              CopyDirection::kFromHost);
+    return write ? CopyNow(*backend, {piece.data(), job.source + at, piece.size()}, CopyDirection::kToHost)
+                 : CopyNow(*backend, {job.target + at, piece.data(), piece.size()}, CopyDirection::kFromHost);
   };
   return io;
 }

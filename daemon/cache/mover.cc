@@ -288,6 +288,7 @@ MoveReport Mover::RunOnce() {
   CacheLock lock(core_);
   BlockStore& store = lock->store;
   const absl::Time now = core_.options().clock();
+  lock->keyed.ExpireLeases(now);
   const uint64_t before_serial = store.serial() + 1;  // what is used from now on stays
   Snapshot snapshot;
   snapshot.homes = static_cast<size_t>(store.homes());

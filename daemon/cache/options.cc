@@ -154,7 +154,8 @@ absl::Status CheckCacheOptions(const CacheOptions& options) {
     return absl::InvalidArgumentError("watermarks: need 0 <= low <= high <= 1 and 0 <= promote_below <= 1");
   if (options.max_models < 1 || options.max_sequences < 1 || options.max_tokens_per_sequence < 1 ||
       options.max_tokens_per_append < 1 || options.max_queries_per_item < 1 || options.max_batch_items < 1 ||
-      options.max_moves_in_flight < 1 || options.max_attend_work < 1 || options.max_cached_plans < 1)
+      options.max_moves_in_flight < 1 || options.max_attend_work < 1 || options.max_cached_plans < 1 ||
+      options.max_namespaces < 1 || options.max_keyed_blocks < 1 || options.max_leases < 1)
     return absl::InvalidArgumentError("every limit must be at least 1");
   if (options.move_piece_bytes < 4096)
     return absl::InvalidArgumentError("move_piece_bytes must be at least 4096");

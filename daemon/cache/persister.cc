@@ -6,6 +6,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/block_label.h"
+#include "daemon/cache/keyed_manifest.h"
 #include "daemon/cache/move_batch.h"
 #include "daemon/cache/room_maker.h"
 #include "kernels/base/check.h"
@@ -13,7 +14,7 @@
 
 namespace kvtide {
 
-Persister::Persister(CacheCore& core) : core_(core) {
+Persister::Persister(CacheCore& core) : core_(core), room_(core) {
   const std::vector<TierOptions>& tiers = core.options().tiers;
   for (size_t t = 0; t < tiers.size(); t++) {
     if (tiers[t].index == nullptr) continue;
@@ -89,6 +90,7 @@ void Persister::PersistChanged() {
       changed.push_back(sequence);
   PersistReport report;
   for (const SequencePtr& sequence : changed) PersistOne(lock, sequence, {}, &report).IgnoreError();
+  PersistNamespaces(lock);
 }
 
 absl::Status Persister::PersistOne(CacheLock& lock, const SequencePtr& sequence, const CallContext& context,
@@ -230,7 +232,7 @@ absl::Status Persister::WriteBatch(CacheLock& lock, std::span<const HeldBlock> b
     Block* const block = held.get();
     Place* const target = store.Reserve(tier_, *block);
     if (target == nullptr) {
-      const size_t bytes = block->layout->block_bytes();
+      const size_t bytes = block->bytes;
       status = absl::ResourceExhaustedError(store.MayLie(*block, tier_)
                                                 ? RoomMaker::RoomText(*lock, bytes)
                                                 : RoomMaker::QuotaText(*lock, *block->account, bytes));
@@ -359,10 +361,24 @@ RestoreReport Persister::Restore() {
   const std::map<uint64_t, std::string> manifests = index_->Load(&report.lost);
   std::vector<uint64_t> refused;
   CacheLock lock(core_);
+  // Where two of them name the same bytes, the newer one has them: shards may name blocks that were dropped
+  // later.
+  std::vector<std::pair<int64_t, uint64_t>> shards;
   for (const auto& [key, bytes] : manifests) {
+    if (IsKeyedManifest(bytes)) {
+      shards.emplace_back(-WrittenAt(bytes), key);
+      continue;
+    }
     const absl::Status status = RestoreOne(lock, bytes, &report);
     if (status.ok()) continue;
     report.lost.push_back(absl::StrCat("sequence ", key, ": ", status.message()));
+    refused.push_back(key);
+  }
+  std::sort(shards.begin(), shards.end());
+  for (const auto& [written, key] : shards) {
+    const absl::Status status = RestoreShard(lock, key, manifests.at(key), &report);
+    if (status.ok()) continue;
+    report.lost.push_back(absl::StrCat("blocks of a namespace (", key, "): ", status.message()));
     refused.push_back(key);
   }
   profiles_.clear();

@@ -20,8 +20,10 @@
 #include "daemon/cache/block_guards.h"
 #include "daemon/cache/cache_core.h"
 #include "daemon/cache/call_context.h"
+#include "daemon/cache/keyed_calls.h"
 #include "daemon/cache/manifest.h"
 #include "daemon/cache/persist_report.h"
+#include "daemon/cache/room_maker.h"
 
 namespace kvtide {
 
@@ -47,6 +49,11 @@ class Persister {
   // At the start: what is durable is there again.
   RestoreReport Restore();
 
+  // Blocks that are found by key (keyed_persist.cc). All that are there when it begins.
+  absl::StatusOr<NamespacePersistReport> PersistNamespace(NamespaceId id, const CallContext& context);
+  // A deleted namespace: it is not there after a restart.
+  absl::Status ForgetNamespace(KeyedNamespace& space);
+
  private:
   absl::Status PersistOne(CacheLock& lock, const SequencePtr& sequence, const CallContext& context,
                           PersistReport* report);
@@ -65,7 +72,17 @@ class Persister {
 
   void Run();
 
+  absl::Status PersistBlocks(CacheLock& lock, const NamespacePtr& space, std::vector<BlockId> ids,
+                             const CallContext& context, NamespacePersistReport* report);
+  // Writes what shards have gained, and at most `lost` of those that only have lost blocks.
+  absl::Status WriteShards(CacheLock& lock, const NamespacePtr& space, size_t lost);
+  void PersistNamespaces(CacheLock& lock);
+  // Of a deleted namespace.
+  absl::Status EraseShards(CacheLock& lock, const KeyedNamespace& space);
+  absl::Status RestoreShard(CacheLock& lock, uint64_t id, const std::string& bytes, RestoreReport* report);
+
   CacheCore& core_;
+  RoomMaker room_;
   int tier_ = -1;  // that survives restarts; -1: none
   DurableIndex* index_ = nullptr;
   // Under the cache's mutex. What a failed call leaves: keys that may still be there at the next start, and

@@ -113,8 +113,7 @@ void RoomMaker::ViewRoom(const Tier& tier, bool gathered, TierView* view) {
 }
 
 BlockView RoomMaker::View(const BlockStore& store, const Block& block, absl::Time now) {
-  return {block.id, block.place->bytes, block.references() > 0 && block.keepers() == 0,
-          now - store.LastTouched(block), block.home};
+  return {block.id, block.place->bytes, block.droppable(), now - store.LastTouched(block), block.home};
 }
 
 Snapshot RoomMaker::View(const CacheState& state, int first_tier, size_t bytes, uint64_t before_serial,
@@ -123,7 +122,7 @@ Snapshot RoomMaker::View(const CacheState& state, int first_tier, size_t bytes, 
   Snapshot snapshot;
   snapshot.homes = static_cast<size_t>(store.homes());
   const absl::Time now = core_.options().clock();
-  const bool dropping = state.sequences.dropping_sequences() > 0;
+  const bool dropping = state.sequences.dropping_sequences() > 0 || state.keyed.blocks() > 0;
   for (size_t t = 0; t < store.tiers(); t++) {
     const Tier& tier = store.tier(static_cast<int>(t));
     TierView& view = snapshot.tiers.emplace_back();
@@ -174,7 +173,7 @@ bool RoomMaker::Demote(CacheLock& lock, int tier, size_t bytes, size_t want_byte
 bool RoomMaker::Drop(CacheState& state, const Move& move, MoveReport* report) const {
   Block* block = state.store.Get(move.block);
   if (block == nullptr || !BlockStore::IsIdle(*block) || block->place->tier != move.from ||
-      block->references() == 0 || block->keepers() > 0)
+      !block->droppable())
     return false;
   state.store.Drop(block);
   state.counters.dropped_blocks++;
@@ -216,7 +215,7 @@ MoveReport RoomMaker::Execute(CacheLock& lock, std::span<const Move> moves, bool
     Place* target = block != nullptr ? store.Reserve(move.to, *block) : nullptr;
     if (block != nullptr && target == nullptr) {
       // Earlier moves of the list make the room, or it is there in pieces. The mutex was free: look again.
-      const size_t bytes = block->layout->block_bytes();
+      const size_t bytes = block->bytes;
       batch.Finish();
       MakeHole(lock, move.to, bytes, Search::kNear, before_serial);
       block = find(move);

@@ -121,7 +121,7 @@ const BlockLayout* Sequences::Layout(const GroupShape& shape, CachePair pair) co
   return layouts_.back().get();
 }
 
-SequenceId Sequences::RandomId() {
+uint64_t Sequences::RandomId() {
   if (options_.id_seed != 0) return ids_();
   SequenceId id = 0;
   KVTIDE_CHECK(getrandom(&id, sizeof id, 0) == sizeof id, "the system has no random numbers");

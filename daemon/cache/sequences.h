@@ -53,6 +53,12 @@ class Sequences {
                                                    const CallContext& context) const;
   bool IsOpen(SequenceId id) const { return by_id_.count(id) != 0; }
   const std::map<SequenceId, SequencePtr>& all() const { return sequences_; }
+  // A layout of this shape, the same one each time.
+  const BlockLayout* Layout(const GroupShape& shape, CachePair pair) const;
+  // Any number; the caller sees to it that nobody has it.
+  uint64_t RandomId();
+  // One that no sequence has or had lately.
+  SequenceId NewId();
 
   void NotEmptyAnyMore(Sequence& sequence);
   // After every change of the sequence's lengths or first blocks.
@@ -77,12 +83,9 @@ class Sequences {
 
   static absl::Status CheckQuota(const TenantAccount& account);
   absl::Status CheckRoomForOne() const;
-  SequenceId RandomId();
-  SequenceId NewId();
   // The device of the first tier for a new sequence: the one with this name, or the one with the most room.
   absl::StatusOr<int> ChooseHome(const std::string& device) const;
   void Enter(const SequencePtr& sequence);
-  const BlockLayout* Layout(const GroupShape& shape, CachePair pair) const;
   void ReleaseTables(Sequence& sequence);
 
   const CacheOptions& options_;

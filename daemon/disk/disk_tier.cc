@@ -145,7 +145,8 @@ void DiskTier::Pipeline::Write(IoJob& job) {
 }
 
 void DiskTier::Pipeline::Read(IoJob& job) {
-  const size_t extent = tier_.ExtentBytes(job.label.bytes), piece_bytes = tier_.options_.piece_bytes;
+  const size_t extent = job.label_only ? kDiskPage : tier_.ExtentBytes(job.label.bytes);
+  const size_t piece_bytes = tier_.options_.piece_bytes;
   const auto hash = std::make_shared<Hash>();
   const auto found = std::make_shared<uint64_t>(0);
   for (size_t begin = 0; begin < extent && Wanted(job); begin += piece_bytes) {
@@ -207,6 +208,7 @@ void DiskTier::Pipeline::FinishRead(const Piece& piece) {
     const absl::StatusOr<BlockLabel> label = ReadExtentHeader({piece.memory, kDiskPage});
     job.status = label.ok() ? CheckLabel(*label, job.label) : absl::DataLossError(label.status().message());
     if (label.ok()) *piece.found = label->checksum;
+    if (job.label_only && job.status.ok()) return;
   }
   size_t at = 0;
   const std::span<std::byte> block = BlockBytes(piece, &at);

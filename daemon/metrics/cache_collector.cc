@@ -216,6 +216,39 @@ void WriteTenants(FamilyWriter& writer, const CacheStats& stats) {
           {{"tenant", tenant.tenant}, {"tier", stats.tiers[t].name}, {"device", stats.tiers[t].device}});
 }
 
+// The block store.
+void WriteKeyed(FamilyWriter& writer, const CacheStats& stats) {
+  const auto gauge = [&](const char* name, const char* help, uint64_t value) {
+    writer.Gauge(name, help).Sample(static_cast<double>(value));
+  };
+  const auto counter = [&](const char* name, const char* help, uint64_t value) {
+    writer.Counter(name, help).Sample(static_cast<double>(value));
+  };
+  gauge("kvtide_namespaces", "Open namespaces of the block store.", stats.namespaces);
+  gauge("kvtide_keyed_blocks", "Blocks that are found by key.", stats.keyed_blocks);
+  gauge("kvtide_keyed_bytes", "Bytes of blocks that are found by key.", stats.keyed_bytes);
+  gauge("kvtide_durable_keyed_blocks", "Blocks that would be found by key after a restart.",
+        stats.durable_keyed_blocks);
+  gauge("kvtide_leases", "Leases that are held.", stats.leases);
+  writer
+      .Counter("kvtide_keyed_lookups_total",
+               "Keys that lookups found, or did not: the first miss of a call and all after it.")
+      .Sample(static_cast<double>(stats.keyed_hits), {{"result", "hit"}})
+      .Sample(static_cast<double>(stats.keyed_misses), {{"result", "miss"}});
+  writer
+      .Counter("kvtide_keyed_stores_total",
+               "Blocks that clients stored: new ones, those that were there, those without room.")
+      .Sample(static_cast<double>(stats.keyed_stored), {{"result", "stored"}})
+      .Sample(static_cast<double>(stats.keyed_present), {{"result", "present"}})
+      .Sample(static_cast<double>(stats.keyed_left_out), {{"result", "left_out"}});
+  counter("kvtide_keyed_loaded_blocks_total", "Blocks that clients loaded.", stats.keyed_loaded);
+  counter("kvtide_keyed_loaded_bytes_total", "Bytes of blocks that clients loaded, as they rest.",
+          stats.keyed_loaded_bytes);
+  counter("kvtide_leases_granted_total", "Leases that lookups gave.", stats.leases_granted);
+  counter("kvtide_leases_expired_total", "Leases whose time was over before they were given back.",
+          stats.leases_expired);
+}
+
 }  // namespace
 
 std::vector<prometheus::MetricFamily> CacheCollector::Collect() const {
@@ -227,6 +260,7 @@ std::vector<prometheus::MetricFamily> CacheCollector::Collect() const {
   WriteCounters(writer, stats);
   WriteIo(writer, stats);
   WriteTenants(writer, stats);
+  WriteKeyed(writer, stats);
   return families;
 }
 

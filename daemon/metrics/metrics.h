@@ -38,10 +38,12 @@ struct MetricsOptions {
 // Method names that calls are counted under; calls with other names count as "other". A test holds this
 // against the service.
 constexpr const char* kMethods[] = {
-    "GetServerInfo",    "RegisterModel",     "UnregisterModel",  "CreateSequence", "ForkSequence",
-    "TruncateSequence", "CloseSequence",     "Append",           "Attend",         "AppendAttend",
-    "EvictSequences",   "PrefetchSequences", "ListSequences",    "GetStats",       "Plan",
-    "Session",          "ReadTokens",        "PersistSequences",
+    "GetServerInfo",    "RegisterModel",     "UnregisterModel",  "CreateSequence",  "ForkSequence",
+    "TruncateSequence", "CloseSequence",     "Append",           "Attend",          "AppendAttend",
+    "EvictSequences",   "PrefetchSequences", "ListSequences",    "GetStats",        "Plan",
+    "Session",          "ReadTokens",        "PersistSequences", "OpenNamespace",   "StoreBlocks",
+    "LookupBlocks",     "LoadBlocks",        "ReleaseLease",     "DeleteNamespace", "PersistNamespace",
+    "ListNamespaces",
 };
 
 class Metrics {

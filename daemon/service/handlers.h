@@ -14,6 +14,7 @@
 #include "daemon/service/service_options.h"
 #include "daemon/service/tensor.h"
 #include "kernels/base/mutex.h"
+#include "kvtide/v1/blocks.pb.h"
 #include "kvtide/v1/plan.pb.h"
 #include "kvtide/v1/sequence.pb.h"
 #include "kvtide/v1/server.pb.h"
@@ -43,11 +44,23 @@ class Handlers {
   absl::Status PersistSequences(const v1::PersistSequencesRequest&, v1::PersistSequencesResponse*,
                                 const Call&);
   absl::Status ListSequences(const v1::ListSequencesRequest&, v1::ListSequencesResponse*, const Call&);
+  // The block store.
+  absl::Status OpenNamespace(const v1::OpenNamespaceRequest&, v1::OpenNamespaceResponse*, const Call&);
+  absl::Status StoreBlocks(const v1::StoreBlocksRequest&, v1::StoreBlocksResponse*, const Call&);
+  absl::Status LookupBlocks(const v1::LookupBlocksRequest&, v1::LookupBlocksResponse*, const Call&);
+  absl::Status LoadBlocks(const v1::LoadBlocksRequest&, v1::LoadBlocksResponse*, const Call&);
+  absl::Status ReleaseLease(const v1::ReleaseLeaseRequest&, v1::ReleaseLeaseResponse*, const Call&);
+  absl::Status DeleteNamespace(const v1::DeleteNamespaceRequest&, v1::DeleteNamespaceResponse*, const Call&);
+  absl::Status PersistNamespace(const v1::PersistNamespaceRequest&, v1::PersistNamespaceResponse*,
+                                const Call&);
+  absl::Status ListNamespaces(const v1::ListNamespacesRequest&, v1::ListNamespacesResponse*, const Call&);
   absl::Status GetStats(const v1::GetStatsRequest&, v1::GetStatsResponse*, const Call&);
   absl::Status Plan(const v1::PlanRequest&, v1::PlanResponse*, const Call&);
 
   // Closes a sequence of a session that ended.
   void Release(SequenceId sequence);
+  // The same for a lease.
+  void EndLease(LeaseId lease) { cache_->ReleaseLease(lease); }
 
  private:
   using SpecPointer = std::shared_ptr<const ModelSpec>;

@@ -403,9 +403,8 @@ class KvCacheService::SessionCall final : public AnyCall {
     if (!taken.ok()) {
       Fail(taken);
     } else if (SequenceId sequence = 0; ServeHere(verb_, [&](grpc::ByteBuffer* request) {
-                 SequenceId made = 0, closed = 0;  // brief verbs make and close none
-                 served_ = ServeSessionRequest(&service_->handlers_, request, call_, &answer_, &sequence,
-                                               &made, &closed);
+                 served_ =
+                     ServeSessionRequest(&service_->handlers_, request, call_, &answer_, &sequence, &owned_);
                })) {
       Write(served_, sequence);
     } else if (!service_->Submit(verb_, CallerOf(), this)) {
@@ -418,11 +417,9 @@ class KvCacheService::SessionCall final : public AnyCall {
       Fail(status);
       return;
     }
-    SequenceId sequence = 0, made = 0, closed = 0;
+    SequenceId sequence = 0;
     const absl::Status status =
-        ServeSessionRequest(&service_->handlers_, &request_, call_, &answer_, &sequence, &made, &closed);
-    if (made != 0) owned_.insert(made);
-    if (closed != 0) owned_.erase(closed);
+        ServeSessionRequest(&service_->handlers_, &request_, call_, &answer_, &sequence, &owned_);
     Write(status, sequence);
   }
   void Refuse() override { Fail(ShuttingDown()); }
@@ -454,8 +451,7 @@ class KvCacheService::SessionCall final : public AnyCall {
 
   // Releases what was created here, then ends the stream: a client that sees the end finds it released.
   void Conclude(const absl::Status& status) {
-    for (const SequenceId sequence : owned_) service_->handlers_.Release(sequence);
-    owned_.clear();
+    owned_.Release(&service_->handlers_);
     CallReport report;
     report.method = "Session";
     report.code = status.raw_code();
@@ -473,7 +469,7 @@ class KvCacheService::SessionCall final : public AnyCall {
   const Verb* verb_ = nullptr;
   uint64_t number_ = 0;  // of requests
   absl::Status served_;  // the last one that was served here
-  absl::flat_hash_set<SequenceId> owned_;
+  SessionOwned owned_;
 };
 
 // A method that this version does not have.

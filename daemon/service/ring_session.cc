@@ -60,7 +60,7 @@ RingSession::~RingSession() {
     const MutexLock lock(service_->mutex_);
     service_->rings_.erase(this);
   }
-  for (const SequenceId sequence : owned_) service_->handlers_.Release(sequence);
+  owned_.Release(&service_->handlers_);
   CallReport report;
   report.method = "Session";
   report.code = end_.raw_code();
@@ -110,9 +110,7 @@ absl::Status RingSession::Run(const v1::SessionRequest& request, absl::Duration 
   }
   bulk_.store(false, std::memory_order_relaxed);
   if (!status.ok()) return status;
-  if (answer->has_create_sequence()) owned_.insert(answer->create_sequence().sequence_id());
-  if (answer->has_fork_sequence()) owned_.insert(answer->fork_sequence().sequence_id());
-  if (request.has_close_sequence()) owned_.erase(request.close_sequence().sequence_id());
+  owned_.Note(request, *answer);
   return status;
 }
 

@@ -7,11 +7,11 @@
 #include <memory>
 #include <string>
 
-#include "absl/container/flat_hash_set.h"
 #include "absl/time/time.h"
 #include "daemon/service/connections.h"
 #include "daemon/service/kv_cache_service.h"
 #include "daemon/service/tensor.h"
+#include "daemon/service/verbs.h"
 #include "kernels/base/cancellation.h"
 #include "kvtide/v1/kv_cache_service.pb.h"
 
@@ -51,7 +51,7 @@ class RingSession {
   const absl::Time opened_;
   Cancellation cancellation_;
   std::atomic<bool> bulk_{false};
-  absl::flat_hash_set<SequenceId> owned_;
+  SessionOwned owned_;
   uint64_t number_ = 0;    // of messages
   absl::Duration waited_;  // of the call under way, for its turn
   absl::Status end_;

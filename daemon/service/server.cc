@@ -48,8 +48,11 @@ using Description =
            Api::WithGenericMethod_AppendAttend, Api::WithGenericMethod_ReadTokens,
            Api::WithGenericMethod_EvictSequences, Api::WithGenericMethod_PrefetchSequences,
            Api::WithGenericMethod_ListSequences, Api::WithGenericMethod_PersistSequences,
-           Api::WithGenericMethod_GetStats, Api::WithGenericMethod_Plan,
-           Api::WithGenericMethod_Session>::Type;
+           Api::WithGenericMethod_GetStats, Api::WithGenericMethod_Plan, Api::WithGenericMethod_OpenNamespace,
+           Api::WithGenericMethod_StoreBlocks, Api::WithGenericMethod_LookupBlocks,
+           Api::WithGenericMethod_LoadBlocks, Api::WithGenericMethod_ReleaseLease,
+           Api::WithGenericMethod_DeleteNamespace, Api::WithGenericMethod_PersistNamespace,
+           Api::WithGenericMethod_ListNamespaces, Api::WithGenericMethod_Session>::Type;
 
 void SetLimits(const ServiceOptions& options, grpc::ServerBuilder* builder) {
   builder->SetMaxReceiveMessageSize(static_cast<int>(options.max_message_bytes));

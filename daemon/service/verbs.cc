@@ -113,6 +113,14 @@ constexpr Verb kVerbs[] = {
     KVTIDE_VERB(PrefetchSequences, kBulk, false),
     KVTIDE_VERB(PersistSequences, kBulk, false),
     KVTIDE_VERB(Plan, kBulk, false),
+    KVTIDE_VERB(OpenNamespace, kPrompt, false),
+    KVTIDE_VERB(StoreBlocks, kBulk, false),
+    KVTIDE_VERB(LookupBlocks, kPrompt, false),
+    KVTIDE_VERB(LoadBlocks, kBulk, false),
+    KVTIDE_VERB(ReleaseLease, kPrompt, false),
+    KVTIDE_VERB(DeleteNamespace, kBulk, false),
+    KVTIDE_VERB(PersistNamespace, kBulk, false),
+    KVTIDE_VERB(ListNamespaces, kPrompt, false),
 };
 #undef KVTIDE_VERB
 
@@ -174,6 +182,14 @@ absl::Status ServeMessage(Handlers* handlers, const v1::SessionRequest& request,
     KVTIDE_SESSION_VERB(GetStats, get_stats)
     KVTIDE_SESSION_VERB(GetServerInfo, get_server_info)
     KVTIDE_SESSION_VERB(Plan, plan)
+    KVTIDE_SESSION_VERB(OpenNamespace, open_namespace)
+    KVTIDE_SESSION_VERB(StoreBlocks, store_blocks)
+    KVTIDE_SESSION_VERB(LookupBlocks, lookup_blocks)
+    KVTIDE_SESSION_VERB(LoadBlocks, load_blocks)
+    KVTIDE_SESSION_VERB(ReleaseLease, release_lease)
+    KVTIDE_SESSION_VERB(DeleteNamespace, delete_namespace)
+    KVTIDE_SESSION_VERB(PersistNamespace, persist_namespace)
+    KVTIDE_SESSION_VERB(ListNamespaces, list_namespaces)
     case Case::CALL_NOT_SET:
       break;
   }
@@ -202,8 +218,7 @@ const Verb* FindSessionVerb(const grpc::ByteBuffer& request) {
 }
 
 absl::Status ServeSessionRequest(Handlers* handlers, grpc::ByteBuffer* bytes, const Call& call,
-                                 grpc::ByteBuffer* answer_bytes, SequenceId* sequence, SequenceId* made,
-                                 SequenceId* closed) {
+                                 grpc::ByteBuffer* answer_bytes, SequenceId* sequence, SessionOwned* owned) {
   Messages messages;
   auto* request = messages.New<v1::SessionRequest>();
   auto* answer = messages.New<v1::SessionResponse>();
@@ -213,12 +228,25 @@ absl::Status ServeSessionRequest(Handlers* handlers, grpc::ByteBuffer* bytes, co
     WriteSessionError(request->request_id(), status, answer_bytes);
     return status;
   }
-  if (answer->has_create_sequence()) *made = answer->create_sequence().sequence_id();
-  if (answer->has_fork_sequence()) *made = answer->fork_sequence().sequence_id();
-  if (request->has_close_sequence()) *closed = request->close_sequence().sequence_id();
+  owned->Note(*request, *answer);
   answer->set_request_id(request->request_id());
   Write(*answer, answer_bytes);
   return absl::OkStatus();
+}
+
+void SessionOwned::Note(const v1::SessionRequest& request, const v1::SessionResponse& answer) {
+  if (answer.has_create_sequence()) sequences_.insert(answer.create_sequence().sequence_id());
+  if (answer.has_fork_sequence()) sequences_.insert(answer.fork_sequence().sequence_id());
+  if (request.has_close_sequence()) sequences_.erase(request.close_sequence().sequence_id());
+  if (answer.lookup_blocks().lease_id() != 0) leases_.insert(answer.lookup_blocks().lease_id());
+  if (request.has_release_lease()) leases_.erase(request.release_lease().lease_id());
+}
+
+void SessionOwned::Release(Handlers* handlers) {
+  for (const SequenceId sequence : sequences_) handlers->Release(sequence);
+  for (const LeaseId lease : leases_) handlers->EndLease(lease);
+  sequences_.clear();
+  leases_.clear();
 }
 
 void AnswerSessionError(const grpc::ByteBuffer& request, const absl::Status& status,

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
 #include "daemon/service/call.h"
@@ -39,11 +40,22 @@ const Verb* FindSessionVerb(const grpc::ByteBuffer& request);
 absl::Status ServeMessage(Handlers* handlers, const v1::SessionRequest& request, const Call& call,
                           v1::SessionResponse* answer, SequenceId* sequence);
 
+// What was made on a session and ends with it: sequences and leases.
+class SessionOwned {
+ public:
+  // A call of the session went well.
+  void Note(const v1::SessionRequest& request, const v1::SessionResponse& answer);
+  void Release(Handlers* handlers);
+
+ private:
+  absl::flat_hash_set<SequenceId> sequences_;
+  absl::flat_hash_set<LeaseId> leases_;  // some may be over
+};
+
 // Serves one request of a session, as Verb::serve. The answer carries what went wrong; the status says it
-// too. `made` and `closed` get the sequences that the call made or closed, 0 for none.
+// too.
 absl::Status ServeSessionRequest(Handlers* handlers, grpc::ByteBuffer* request, const Call& call,
-                                 grpc::ByteBuffer* answer, SequenceId* sequence, SequenceId* made,
-                                 SequenceId* closed);
+                                 grpc::ByteBuffer* answer, SequenceId* sequence, SessionOwned* owned);
 
 // An answer for a request that was not served.
 void AnswerSessionError(const grpc::ByteBuffer& request, const absl::Status& status,

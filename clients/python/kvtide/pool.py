@@ -20,6 +20,7 @@ from .errors import FailedPrecondition, InvalidArgument, KvtideError
 
 if TYPE_CHECKING:
     from .aio import AsyncPool
+    from .block_store import BlockStore, Namespace
 
 _CENTRING = {"default": 0, "none": 1, "first_block": 2, "calibrated": 3}
 _PERSISTENCE = {"default": 0, "none": 1, "on-park": 2, "all": 3}
@@ -349,6 +350,19 @@ class Pool:
 
         return AsyncPool(self)
 
+    def block_store(self, namespace: "Namespace", *, persist_all: bool = False) -> "BlockStore":
+        """Opens a namespace of the block store, for engines that keep pages of their own (:mod:`kvtide.block_store`).
+
+        Idempotent: an equal namespace is the same one, after a restart too.
+
+        Args:
+            namespace: what its blocks are, and what keys are unique in.
+            persist_all: blocks become durable soon after they were stored (a pool with a disk tier).
+        """
+        from .block_store import _open
+
+        return _open(self, namespace, persist_all)
+
     # What is there.
 
     def info(self) -> PoolInfo:
@@ -521,8 +535,12 @@ class Pool:
             return self._info
 
     def _tokens_per_call(self, bytes_per_token: int) -> int:
+        most = self._limits().max_append_tokens or 1 << 62
+        return max(1, min(most, self._items_per_call(bytes_per_token)))
+
+    def _items_per_call(self, bytes_per_token: int) -> int:
         limits = self._limits()
-        most = limits.max_append_tokens or 1 << 62
+        most = 1 << 62
         if self.way == "gRPC" and limits.max_message_bytes:
             most = min(most, int(limits.max_message_bytes * _MESSAGE_SHARE) // max(1, bytes_per_token))
         elif self.way == "shared memory":

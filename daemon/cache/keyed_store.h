@@ -1,0 +1,61 @@
+// The block store: blocks without a sequence, found by key, for engines that keep pages of their own. Its
+// blocks lie in the same tiers as those of sequences, in the first one below the devices that has room:
+// nobody attends over them here. They are moved by the same policy, and may always be dropped.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "daemon/cache/cache_core.h"
+#include "daemon/cache/keyed_calls.h"
+#include "daemon/cache/mover.h"
+#include "daemon/cache/room_maker.h"
+
+namespace kvtide {
+
+class KeyedStore {
+ public:
+  KeyedStore(CacheCore& core, Mover& mover) : core_(core), mover_(mover), room_(core) {}
+
+  absl::StatusOr<NamespaceInfo> Open(const NamespaceSpec& spec, Persistence persistence);
+  absl::StatusOr<StoreReport> Store(const StoreCall& call);
+  absl::StatusOr<LookupReport> Lookup(const LookupCall& call);
+  absl::StatusOr<LeaseInfo> DescribeLease(LeaseId lease, const CallContext& context);
+  absl::StatusOr<LoadReport> Load(const LoadCall& call);
+  // False if it was over already.
+  bool Release(LeaseId lease, const CallContext& context);
+  // Returns the namespace that was deleted, for what is durable of it; it had so many blocks.
+  absl::StatusOr<NamespacePtr> Delete(NamespaceId id, const CallContext& context, uint64_t* blocks);
+  absl::StatusOr<NamespaceInfo> Get(NamespaceId id, const CallContext& context);
+  // Those of the caller's tenant.
+  std::vector<NamespaceInfo> List(const CallContext& context);
+  static NamespaceInfo Describe(const KeyedNamespace& space);
+  // A namespace that is there, or a new one.
+  static absl::StatusOr<NamespacePtr> Make(CacheLock& lock, const NamespaceSpec& spec);
+
+ private:
+  struct Write;
+  class StoringLease;
+
+  static LeaseId NewLeaseId(CacheState& state);
+
+  absl::StatusOr<KeyedLease*> FindLease(CacheLock& lock, LeaseId id, const CallContext& context);
+
+  absl::StatusOr<std::vector<BlockKey>> Keys(NamespaceId space, std::span<const std::string_view> keys) const;
+  // A block in the best tier that is there; what is colder makes way.
+  WritingBlock Allocate(CacheLock& lock, const BlockForm& form, uint64_t want_bytes);
+  // Drops the coldest block that is found by key: there is no room for more of them in the index.
+  bool DropColdest(CacheState& state) const;
+  // Labels of blocks that came from before a restart; what is not there any more is dropped.
+  void CheckLabels(CacheLock& lock, std::span<const HeldBlock> blocks) const;
+  void UseTogether(CacheState& state, std::span<Block* const> blocks) const;
+
+  CacheCore& core_;
+  Mover& mover_;
+  RoomMaker room_;
+};
+
+}  // namespace kvtide

@@ -1,0 +1,329 @@
+#include "tests/sim/keyed_sim.h"
+
+#include <algorithm>
+
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+
+namespace kvtide::testing {
+namespace {
+
+constexpr int kKeys = 60;
+constexpr uint64_t kOpaqueBytes = 5000;
+
+std::vector<std::string> Names(int first, uint64_t count) {
+  std::vector<std::string> names;
+  for (uint64_t i = 0; i < count; i++) names.push_back(absl::StrCat("key ", first + static_cast<int>(i)));
+  return names;
+}
+
+}  // namespace
+
+void KeyedSim::Expect(bool good, const std::string& text) {
+  if (good || failed_) return;
+  failed_ = true;
+  ADD_FAILURE() << "seed " << seed_ << ", step " << step_ << ", depth " << depth_ << ": " << text;
+}
+
+std::vector<std::byte> KeyedSim::Payload(size_t space, int first, uint64_t count) const {
+  const NamespaceSpec& spec = spaces_[space].spec;
+  const size_t bytes = spec.opaque.has_value()
+                           ? spec.opaque->block_bytes
+                           : static_cast<size_t>(spec.rows() * spec.tensors->kv_heads * 2 *
+                                                 (spec.tensors->head_dim_k + spec.tensors->head_dim_v));
+  std::vector<std::byte> payload(bytes * count);
+  for (uint64_t i = 0; i < count; i++) {
+    std::mt19937 random(static_cast<uint32_t>(space * 1'000'003) + static_cast<uint32_t>(first) +
+                        static_cast<uint32_t>(i));
+    for (size_t b = 0; b + 1 < bytes; b += 2) {
+      // Finite values of f16, so that they are rows too.
+      const uint16_t value = static_cast<uint16_t>(random() % 0x7800);
+      payload[i * bytes + b] = static_cast<std::byte>(value & 0xff);
+      payload[i * bytes + b + 1] = static_cast<std::byte>(value >> 8);
+    }
+  }
+  return payload;
+}
+
+void KeyedSim::Open(size_t at) {
+  Space& space = spaces_[at];
+  const absl::StatusOr<NamespaceInfo> info =
+      cache_->OpenNamespace(space.spec, Random(2) == 0 ? Persistence::kAll : Persistence::kNone);
+  if (!info.ok()) return Expect(false, info.status().ToString());
+  Expect(space.id == 0 || space.id == info->id, "the id of a namespace has changed");
+  space.id = info->id;
+  space.open = true;
+}
+
+void KeyedSim::Store(size_t at, int first, int count) {
+  const uint64_t deletes = spaces_[at].deletes;
+  const std::vector<std::string> names = Names(first, static_cast<uint64_t>(count));
+  const std::vector<std::string_view> keys(names.begin(), names.end());
+  const std::vector<std::byte> payload = Payload(at, first, static_cast<uint64_t>(count));
+  StoreCall call;
+  call.name_space = spaces_[at].id;
+  call.keys = keys;
+  call.form = spaces_[at].spec.opaque.has_value() ? BlockPayload::kBytes : BlockPayload::kTensors;
+  call.payload = payload;
+  for (int i = 0; i < count; i++) spaces_[at].stored.insert(first + i);
+  const absl::StatusOr<StoreReport> report = cache_->StoreBlocks(call);
+  if (report.ok()) {
+    Expect(report->stored + report->present + report->left_out == static_cast<uint64_t>(count),
+           "a store has lost count");
+    return;
+  }
+  const absl::StatusCode code = report.status().code();
+  Expect((code == absl::StatusCode::kNotFound && (spaces_[at].deletes != deletes || !spaces_[at].open)) ||
+             (code == absl::StatusCode::kInternal && fault_) || code == absl::StatusCode::kResourceExhausted,
+         report.status().ToString());
+}
+
+uint64_t KeyedSim::Hits(size_t at, int first, int count) {
+  const std::vector<std::string> names = Names(first, static_cast<uint64_t>(count));
+  const std::vector<std::string_view> keys(names.begin(), names.end());
+  LookupCall call;
+  call.name_space = spaces_[at].id;
+  call.keys = keys;
+  call.peek = true;
+  const absl::StatusOr<LookupReport> report = cache_->LookupBlocks(call);
+  return report.ok() ? report->hits : 0;
+}
+
+void KeyedSim::Lookup(size_t at, int first, int count) {
+  const uint64_t deletes = spaces_[at].deletes;
+  const std::vector<std::string> names = Names(first, static_cast<uint64_t>(count));
+  const std::vector<std::string_view> keys(names.begin(), names.end());
+  LookupCall call;
+  call.name_space = spaces_[at].id;
+  call.keys = keys;
+  call.lease = absl::Seconds(1 + Random(20));
+  const absl::StatusOr<LookupReport> report = cache_->LookupBlocks(call);
+  const Space& space = spaces_[at];
+  if (!report.ok())
+    return Expect(absl::IsNotFound(report.status()) && (!space.open || space.deletes != deletes),
+                  report.status().ToString());
+  for (uint64_t i = 0; i < report->hits; i++)
+    Expect(space.deletes != deletes || space.stored.count(first + static_cast<int>(i)) == 1,
+           absl::StrCat("key ", first + static_cast<int>(i), " is found and was never stored"));
+  if (report->lease != 0)
+    leases_.push_back({report->lease, at, deletes, first, report->hits, options_.clock() + call.lease});
+}
+
+void KeyedSim::Load(size_t index) {
+  const Lease lease = leases_[index];
+  const auto from = static_cast<uint64_t>(Random(static_cast<int>(lease.blocks)));
+  const uint64_t count = std::min<uint64_t>(lease.blocks - from, static_cast<uint64_t>(1 + Random(6)));
+  std::vector<std::byte> expected = Payload(lease.space, lease.first + static_cast<int>(from), count);
+  if (lie_) expected.back() ^= std::byte{1};
+  std::vector<std::byte> payload(expected.size());
+  LoadCall call;
+  call.lease = lease.id;
+  call.first = from;
+  call.blocks = count;
+  call.form = spaces_[lease.space].spec.opaque.has_value() ? BlockPayload::kBytes : BlockPayload::kTensors;
+  call.payload = payload;
+  const absl::StatusOr<LoadReport> report = cache_->LoadBlocks(call);
+  if (report.ok()) {
+    loaded_ += count;
+    return Expect(payload == expected, absl::StrCat("a load of key ", lease.first + static_cast<int>(from),
+                                                    " has other bytes than were stored"));
+  }
+  const bool over =
+      options_.clock() >= lease.end || spaces_[lease.space].deletes != lease.deletes ||
+      std::none_of(leases_.begin(), leases_.end(), [&](const Lease& l) { return l.id == lease.id; });
+  const absl::StatusCode code = report.status().code();
+  Expect((code == absl::StatusCode::kNotFound && over) || (code == absl::StatusCode::kInternal && fault_) ||
+             (code == absl::StatusCode::kUnavailable && fault_) ||
+             (code == absl::StatusCode::kAborted && depth_ > 0) ||
+             (code == absl::StatusCode::kDataLoss && lost_) || code == absl::StatusCode::kResourceExhausted,
+         report.status().ToString());
+}
+
+void KeyedSim::Release(size_t index) {
+  const Lease lease = leases_[index];
+  leases_.erase(leases_.begin() + static_cast<int64_t>(index));
+  const bool over = options_.clock() >= lease.end || spaces_[lease.space].deletes != lease.deletes;
+  Expect(cache_->ReleaseLease(lease.id) || over, "a lease was over before its time");
+}
+
+void KeyedSim::Delete(size_t at) {
+  Space& space = spaces_[at];
+  const bool open = space.open;
+  const NamespaceId id = space.id;
+  space.deletes++;
+  space.open = false;
+  space.stored.clear();
+  const absl::Status status = cache_->DeleteNamespace(id).status();
+  Expect(status.ok() || (absl::IsNotFound(status) && !open) || fault_, status.ToString());
+}
+
+void KeyedSim::Persist(size_t at) {
+  const uint64_t deletes = spaces_[at].deletes, nested = nested_;
+  const absl::StatusOr<NamespacePersistReport> report = cache_->PersistNamespace(spaces_[at].id);
+  if (!report.ok()) {
+    const absl::StatusCode code = report.status().code();
+    return Expect(
+        (code == absl::StatusCode::kNotFound && (!spaces_[at].open || spaces_[at].deletes != deletes)) ||
+            fault_ || code == absl::StatusCode::kResourceExhausted ||
+            (code == absl::StatusCode::kAborted && depth_ > 0),
+        report.status().ToString());
+  }
+  if (depth_ > 0 || fault_ || nested_ != nested || Random(3) != 0) return;
+  // What is there now is there after a crash.
+  std::vector<int> there;
+  for (const int key : spaces_[at].stored)
+    if (Hits(at, key, 1) == 1) there.push_back(key);
+  // To ask may have found that some are gone: the list of what is durable does not grow by it.
+  RestartNow();
+  for (const int key : there)
+    Expect(Hits(at, key, 1) == 1, absl::StrCat("key ", key, " was durable and is not there after a restart"));
+}
+
+void KeyedSim::RestartNow() {
+  restarts_++;
+  sequences_.clear();
+  leases_.clear();
+  for (FaultyBackend* backend : {device_.get(), host_.get()}) backend->SetHook(nullptr);
+  const bool crash = Random(2) == 0;
+  lost_ = lost_ || crash;  // other bytes may lie under an old label then
+  Restart(crash);
+  for (const auto& backend : {device_.get(), host_.get()}) {
+    backend->DelayCopies([this] { return Random(2) == 0 ? 0 : Random(3); });
+    backend->SetHook([this](FaultyBackend::Call) { Inside(); });
+  }
+  std::set<NamespaceId> there;
+  for (const NamespaceInfo& info : cache_->ListNamespaces()) there.insert(info.id);
+  for (Space& space : spaces_) {
+    Expect(space.open || there.count(space.id) == 0, "a namespace is there again that was deleted");
+    space.open = there.count(space.id) == 1;
+  }
+  for (size_t at = 0; at < spaces_.size(); at++)
+    if (!spaces_[at].open) Open(at);
+}
+
+// Sequences want room, too.
+void KeyedSim::Crowd() {
+  if (sequences_.size() > 3 || (!sequences_.empty() && Random(2) == 0)) {
+    (void)sequences_.front()->Close();
+    sequences_.erase(sequences_.begin());
+    return;
+  }
+  sequences_.push_back(
+      std::make_unique<Client>(*cache_, SmallModel(), WithPair("q8_0/turbo4", {1, 1}), dice_));
+  const absl::Status status = sequences_.back()->Append(1 + Random(300));
+  Expect(status.ok() || absl::IsResourceExhausted(status) || fault_ || depth_ > 0, status.ToString());
+}
+
+void KeyedSim::Inside() {
+  if (std::this_thread::get_id() != thread_ || depth_ >= 2 || budget_ <= 0 || failed_ || Random(6) != 0)
+    return;
+  budget_--;
+  nested_++;
+  depth_++;
+  Step(true);
+  depth_--;
+}
+
+void KeyedSim::Step(bool nested) {
+  const auto at = static_cast<size_t>(Random(static_cast<int>(spaces_.size())));
+  const int dice = Random(100), first = Random(kKeys), count = 1 + Random(12);
+  const size_t lease = leases_.empty() ? 0 : static_cast<size_t>(Random(static_cast<int>(leases_.size())));
+  if (dice < 30) {
+    Store(at, first, count);
+  } else if (dice < 50) {
+    Lookup(at, first, count);
+  } else if (dice < 70) {
+    if (!leases_.empty()) Load(lease);
+  } else if (dice < 78) {
+    if (!leases_.empty()) Release(lease);
+  } else if (dice < 81) {
+    Delete(at);
+    if (Random(3) != 0) Open(at);
+  } else if (dice < 84) {
+    Open(at);
+  } else if (dice < 89) {
+    Persist(at);
+  } else if (dice < 93) {
+    clock_.Advance(absl::Milliseconds(1 + Random(4000)));
+    cache_->RunMovesOnce();
+  } else if (dice < 97) {
+    if (!nested) Crowd();
+  } else if (!nested && Random(4) == 0) {
+    cache_->PersistChanged();
+    RestartNow();
+  }
+}
+
+bool KeyedSim::Run(uint32_t seed, int64_t steps, bool lie) {
+  seed_ = seed;
+  failed_ = false;
+  lie_ = lie;
+  fault_ = lost_ = false;
+  depth_ = 0;
+  thread_ = std::this_thread::get_id();
+  dice_.seed(seed);
+  disk_.reset();
+  files_ = std::make_unique<FaultFileSystem>(seed);
+  options_.id_seed = seed + 1;
+  options_.room_wait = absl::ZeroDuration();  // whoever would have to be waited for is a caller of ours
+  options_.max_moves_in_flight = static_cast<size_t>(1 + Random(8));
+  options_.max_keyed_blocks = Random(3) == 0 ? 40 : 100'000;
+  options_.limits.high_watermark = 0.8;
+  options_.limits.low_watermark = 0.5;
+  lives_ = 0;
+  StartWithDisk((2 + static_cast<size_t>(Random(6))) * 65536, (2 + static_cast<size_t>(Random(8))) * 65536,
+                (1 + static_cast<size_t>(Random(6))) * kMiB);
+  spaces_.assign(3, {});
+  for (size_t at = 0; at < spaces_.size(); at++) {
+    NamespaceSpec& spec = spaces_[at].spec;
+    spec.model = absl::StrCat("space ", at);
+    spec.block_tokens = 16;
+    if (at == 0) {
+      spec.tensors = TensorContent{3, 1, 64, 64, ExactPair()};
+    } else {
+      spec.opaque = OpaqueContent{at == 1 ? kOpaqueBytes : 2 * kOpaqueBytes, ""};
+    }
+    Open(at);
+  }
+  leases_.clear();
+  sequences_.clear();
+  for (const auto& backend : {device_.get(), host_.get()}) {
+    backend->DelayCopies([this] { return Random(2) == 0 ? 0 : Random(3); });
+    backend->SetHook([this](FaultyBackend::Call) { Inside(); });
+  }
+  for (step_ = 0; step_ < steps && !failed_; step_++) {
+    budget_ = 8;
+    fault_ = false;
+    if (Random(20) == 0) {
+      fault_ = true;
+      clock_.Advance(absl::Minutes(1));
+      files_->Fail(FaultFileSystem::kWrite, Random(20), 1 + Random(3),
+                   absl::ResourceExhaustedError("No space left on device"));
+    } else if (Random(20) == 0) {
+      fault_ = true;
+      host_->Fail(Random(2) == 0 ? FaultyBackend::kStartCopy : FaultyBackend::kPoll, 1 + Random(2));
+    }
+    Step(false);
+    files_->ClearFaults();
+    for (FaultyBackend* backend : {device_.get(), host_.get()})
+      for (int call = 0; call < FaultyBackend::kCalls; call++)
+        backend->Fail(static_cast<FaultyBackend::Call>(call), 0);
+    cache_->CheckInvariants();
+  }
+  budget_ = 0;
+  for (const auto& sequence : sequences_) (void)sequence->Close();
+  sequences_.clear();
+  for (Space& space : spaces_) (void)cache_->DeleteNamespace(space.id).status();
+  cache_->CheckInvariants();
+  const uint64_t left = UsedBytes(cache_->Stats());
+  Expect(left == 0 && cache_->Stats().leases == 0,
+         absl::StrCat(left, " bytes are left after all was deleted"));
+  for (FaultyBackend* backend : {device_.get(), host_.get()}) {
+    backend->SetHook(nullptr);
+    backend->DelayCopies(nullptr);
+  }
+  cache_.reset();
+  return !failed_;
+}
+
+}  // namespace kvtide::testing

@@ -1,0 +1,76 @@
+// A randomised simulation of the block store: its verbs in random order beside sequences that want the same
+// room, over a disk, with copies and writes that fail, stops and crashes, a clock that jumps, and verbs that
+// run inside of others wherever the cache has given up its mutex. In one thread, so that a seed repeats all
+// of it.
+//
+// The naive model knows what was stored under each key. What a lookup counts must have been stored since the
+// namespace was last deleted, and must load as these very bytes; what a lease holds must stay; what was made
+// durable must be there after a restart, if it was there before it.
+#pragma once
+
+#include <map>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "tests/daemon/cache/cache_fixture.h"
+
+namespace kvtide::testing {
+
+class KeyedSim : public CacheTest {
+ protected:
+  // One seed. False at the first thing that is wrong; then a test failure says what, where and how to repeat.
+  // `lie`: loads are compared with other bytes, to prove that a difference is seen.
+  bool Run(uint32_t seed, int64_t steps, bool lie = false);
+
+ private:
+  struct Space {
+    NamespaceSpec spec;
+    NamespaceId id = 0;
+    bool open = false;
+    std::set<int> stored;  // keys since it was last deleted
+    int running = 0;       // stores
+    uint64_t deletes = 0;
+  };
+  struct Lease {
+    LeaseId id = 0;
+    size_t space = 0;
+    uint64_t deletes = 0;
+    int first = 0;
+    uint64_t blocks = 0;
+    absl::Time end;
+  };
+
+  int Random(int below) { return static_cast<int>(dice_() % static_cast<uint32_t>(below)); }
+  // What is stored under a key: the same bytes every time.
+  std::vector<std::byte> Payload(size_t space, int first, uint64_t count) const;
+  void Expect(bool good, const std::string& text);
+  void Step(bool nested);
+  void Inside();
+  void Open(size_t space);
+  void Store(size_t space, int first, int count);
+  void Lookup(size_t space, int first, int count);
+  void Load(size_t lease);
+  void Release(size_t lease);
+  void Delete(size_t space);
+  void Persist(size_t space);
+  void RestartNow();
+  void Crowd();
+  uint64_t Hits(size_t space, int first, int count);
+
+  uint32_t seed_ = 0;
+  int64_t step_ = 0;
+  bool failed_ = false, lie_ = false, fault_ = false, lost_ = false;
+  int depth_ = 0, budget_ = 0;
+  std::mt19937 dice_;
+  std::thread::id thread_;
+  std::vector<Space> spaces_;
+  std::vector<Lease> leases_;
+  std::vector<std::unique_ptr<Client>> sequences_;
+
+ protected:
+  uint64_t nested_ = 0, loaded_ = 0, restarts_ = 0;
+};
+
+}  // namespace kvtide::testing
