@@ -146,7 +146,8 @@ absl::Status Persister::WriteShards(CacheLock& lock, const NamespacePtr& space, 
     if (!shard.gained && (!shard.lost || lost == 0)) continue;
     if (!shard.gained) lost--;
     KeyedManifest manifest;
-    manifest.written_at = absl::ToUnixNanos(core_.options().clock());
+    last_written_ = std::max(last_written_ + 1, absl::ToUnixNanos(core_.options().clock()));
+    manifest.written_at = last_written_;
     manifest.id = space->id;
     manifest.spec = space->spec;
     manifest.persistence = space->persistence;
@@ -231,6 +232,7 @@ absl::Status Persister::RestoreShard(CacheLock& lock, uint64_t id, const std::st
                                      RestoreReport* report) {
   KVTIDE_ASSIGN_OR_RETURN(const KeyedManifest manifest, DecodeKeyedManifest(bytes));
   BlockStore& store = lock->store;
+  last_written_ = std::max(last_written_, manifest.written_at);
   const size_t before = lock->keyed.namespaces().size();
   KVTIDE_ASSIGN_OR_RETURN(const NamespacePtr space, KeyedStore::Make(lock, manifest.spec));
   if (lock->keyed.namespaces().size() > before) {

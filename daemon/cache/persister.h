@@ -85,6 +85,7 @@ class Persister {
   RoomMaker room_;
   int tier_ = -1;  // that survives restarts; -1: none
   DurableIndex* index_ = nullptr;
+  int64_t last_written_ = 0;  // of shards, under the cache's mutex: no two are of one time
   // Under the cache's mutex. What a failed call leaves: keys that may still be there at the next start, and
   // what their manifests name.
   std::vector<std::pair<SequenceId, std::vector<Place*>>> in_doubt_;

@@ -321,8 +321,8 @@ TEST_F(KeyedStoreTest, BadCallsSayWhatIsWrongAndStoreNothing) {
   EXPECT_TRUE(
       IsError(store({std::string(65, 'a'), "b"}), absl::StatusCode::kInvalidArgument, "has 65 bytes"));
   EXPECT_TRUE(IsError(store({}), absl::StatusCode::kInvalidArgument, "without keys"));
-  EXPECT_TRUE(
-      IsError(store({"a"}), absl::StatusCode::kInvalidArgument, "payload of 1 blocks has 32768 bytes"));
+  EXPECT_TRUE(IsError(store({"a"}), absl::StatusCode::kInvalidArgument,
+                      "payload of 1 blocks has 65536 bytes, must have 32768"));
   rows[5000] = std::nanf("");
   EXPECT_TRUE(IsError(store({"a", "b"}), absl::StatusCode::kInvalidArgument,
                       "block 0: K has NaN at layer 1, token 7"));
