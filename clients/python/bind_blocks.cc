@@ -67,9 +67,9 @@ Payload FormOf(const Array& array, const nb::dict& layout) {
 }
 
 // Keeps its pool.
-class Handle {
+class OpenStore {
  public:
-  Handle(std::shared_ptr<client::Pool> pool, std::unique_ptr<client::BlockStore> store)
+  OpenStore(std::shared_ptr<client::Pool> pool, std::unique_ptr<client::BlockStore> store)
       : pool_(std::move(pool)), store_(std::move(store)) {}
   client::BlockStore& store() const { return *store_; }
 
@@ -95,22 +95,22 @@ nb::object OpenBlockStore(std::shared_ptr<client::Pool> pool, const nb::dict& fr
                                         nb::cast<std::string>(from["pair"])};
   }
   auto store = Raise(Blocking([&] { return client::BlockStore::Open(*pool, spec); }));
-  return nb::cast(std::make_unique<Handle>(std::move(pool), std::move(store)));
+  return nb::cast(std::make_unique<OpenStore>(std::move(pool), std::move(store)));
 }
 
 void BindBlocks(nb::module_& m) {
-  nb::class_<Handle>(m, "BlockStore")
-      .def_prop_ro("namespace_id", [](const Handle& handle) { return handle.store().namespace_id(); })
-      .def_prop_ro("block_bytes", [](const Handle& handle) { return handle.store().block_bytes(); })
-      .def_prop_ro("pair", [](const Handle& handle) { return handle.store().pair(); })
-      .def_prop_ro("existed", [](const Handle& handle) { return handle.store().existed(); })
+  nb::class_<OpenStore>(m, "BlockStore")
+      .def_prop_ro("namespace_id", [](const OpenStore& handle) { return handle.store().namespace_id(); })
+      .def_prop_ro("block_bytes", [](const OpenStore& handle) { return handle.store().block_bytes(); })
+      .def_prop_ro("pair", [](const OpenStore& handle) { return handle.store().pair(); })
+      .def_prop_ro("existed", [](const OpenStore& handle) { return handle.store().existed(); })
       .def_prop_ro("codec_versions",
-                   [](const Handle& handle) {
+                   [](const OpenStore& handle) {
                      return nb::make_tuple(handle.store().codec_version_k(),
                                            handle.store().codec_version_v());
                    })
       .def("store",
-           [](const Handle& handle, const std::vector<nb::bytes>& keys, const AnyArray& array,
+           [](const OpenStore& handle, const std::vector<nb::bytes>& keys, const AnyArray& array,
               const nb::dict& layout) {
              const std::vector<std::string_view> views = Views(keys);
              const Payload payload = FormOf(array, layout);
@@ -121,7 +121,7 @@ void BindBlocks(nb::module_& m) {
              return nb::make_tuple(result.stored, result.present, result.left_out, result.problem);
            })
       .def("lookup",
-           [](const Handle& handle, const std::vector<nb::bytes>& keys, double lease_seconds, bool peek) {
+           [](const OpenStore& handle, const std::vector<nb::bytes>& keys, double lease_seconds, bool peek) {
              const std::vector<std::string_view> views = Views(keys);
              const client::LookupBlocksResult result =
                  Raise(Blocking([&] { return handle.store().Lookup(views, lease_seconds, peek); }));
@@ -131,7 +131,7 @@ void BindBlocks(nb::module_& m) {
            })
       .def(
           "load",
-          [](const Handle& handle, client::LeaseId lease, int64_t first, int64_t count,
+          [](const OpenStore& handle, client::LeaseId lease, int64_t first, int64_t count,
              const AnyWritableArray& array, const nb::dict& layout) {
             const Payload payload = FormOf(array, layout);
             const std::span<std::byte> bytes(static_cast<std::byte*>(array.data()), array.nbytes());
@@ -143,17 +143,17 @@ void BindBlocks(nb::module_& m) {
           },
           nb::arg(), nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg())
       .def("release",
-           [](const Handle& handle, client::LeaseId lease) {
+           [](const OpenStore& handle, client::LeaseId lease) {
              return Raise(Blocking([&] { return handle.store().Release(lease); }));
            })
       .def("persist",
-           [](const Handle& handle) {
+           [](const OpenStore& handle) {
              const client::PersistNamespaceResult result =
                  Raise(Blocking([&] { return handle.store().Persist(); }));
              return nb::make_tuple(result.blocks, result.bytes, result.durable_blocks);
            })
       .def("delete",
-           [](const Handle& handle) { return Raise(Blocking([&] { return handle.store().Delete(); })); });
+           [](const OpenStore& handle) { return Raise(Blocking([&] { return handle.store().Delete(); })); });
 }
 
 }  // namespace kvtide::python
