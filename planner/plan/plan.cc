@@ -355,7 +355,7 @@ class Planner {
 
   bool WithinBudget(const Harm& harm) const {
     return !request_.max_ppl_increase_percent.has_value() ||
-           std::max(harm.ppl_change_percent, harm.expected_percent) <= *request_.max_ppl_increase_percent;
+           harm.compared_percent() <= *request_.max_ppl_increase_percent;
   }
 
   // Whether size aside nothing speaks against the pair.
@@ -372,8 +372,7 @@ class Planner {
   static bool Better(const Candidate& a, const Candidate& b) {
     if (a.harm.measured != b.harm.measured) return a.harm.measured;
     if (!a.harm.measured) return a.total_bytes > b.total_bytes;  // more bits are the safer guess
-    const double harm = std::max(a.harm.ppl_change_percent, a.harm.expected_percent);
-    const double other = std::max(b.harm.ppl_change_percent, b.harm.expected_percent);
+    const double harm = a.harm.compared_percent(), other = b.harm.compared_percent();
     if (harm != other) return harm < other;
     return a.total_bytes < b.total_bytes;
   }
@@ -401,8 +400,8 @@ class Planner {
         candidate.rejection = Rejection::kTooLarge;
         continue;
       }
-      const bool equal = result.chosen >= 0 && candidate.harm.ppl_change_percent ==
-                                                   result.candidates[result.chosen].harm.ppl_change_percent;
+      const bool equal = result.chosen >= 0 && candidate.harm.compared_percent() ==
+                                                   result.candidates[result.chosen].harm.compared_percent();
       candidate.rejection = equal ? Rejection::kMoreBytes : Rejection::kMoreHarm;
     }
     if (result.chosen >= 0) {
@@ -470,7 +469,7 @@ class Planner {
       std::optional<Split> split = SplitOf(*result, i);
       if (!split.has_value()) continue;
       fastest = std::max(fastest, split->speed.tokens_per_s);
-      options.push_back({*std::move(split), candidate.harm.ppl_change_percent});
+      options.push_back({*std::move(split), candidate.harm.compared_percent()});
     }
     const Option* best = nullptr;
     for (const Option& option : options) {

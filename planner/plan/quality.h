@@ -2,6 +2,7 @@
 // pair without one. f16/f16 and bf16/bf16 are the yardstick: harm 0 by definition.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -36,12 +37,14 @@ struct Harm {
   double ppl_change_percent = 0;
   std::string model;  // of the row; empty for f16
   int64_t context = 0;
-  // What pairs are compared by: ppl_change_percent, or more where a model that counts measured other pairs,
-  // but not this one, and takes those worse.
+  // More than ppl_change_percent where a model that counts measured other pairs, but not this one, and takes
+  // those worse. Pairs are compared, shown and drawn by compared_percent().
   double expected_percent = 0;
   std::string expected_of;  // that model
   bool resembles = true;    // a proxy that resembles the asked model
   bool own_format = false;  // the only format that the engine has for the model: there is nothing to choose
+
+  double compared_percent() const { return std::max(ppl_change_percent, expected_percent); }
 };
 
 // CSV with a header line; the columns are named as in QualityRow with pair_k and pair_v. Lines that start

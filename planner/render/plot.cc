@@ -143,7 +143,7 @@ std::vector<size_t> PickCurves(const ContextPlan& context) {
     return std::any_of(picked.begin(), picked.end(), [&](size_t other) {
       const Candidate& there = context.candidates[other];
       return there.total_bytes == candidate.total_bytes && there.harm.measured == candidate.harm.measured &&
-             there.harm.ppl_change_percent == candidate.harm.ppl_change_percent;
+             there.harm.compared_percent() == candidate.harm.compared_percent();
     });
   };
   for (bool measured : {true, false}) {
@@ -175,7 +175,7 @@ absl::StatusOr<std::string> RenderSvg(const PlanRequest& request) {
     for (size_t i : curves) {
       most =
           std::max(most, std::min(GiB(context.candidates[i].total_bytes), 3 * GiB(plan.device_budget_bytes)));
-      harm = std::max(harm, context.candidates[i].harm.ppl_change_percent);
+      harm = std::max(harm, context.candidates[i].harm.compared_percent());
     }
   }
   const Axes memory{x_min, x_max, most * 1.05, kTop, kMemoryHeight};
@@ -223,7 +223,7 @@ absl::StatusOr<std::string> RenderSvg(const PlanRequest& request) {
   for (const ContextPlan& context : plan.contexts) {
     if (context.chosen < 0) continue;
     chosen.push_back(
-        {static_cast<double>(context.context), context.candidates[context.chosen].harm.ppl_change_percent});
+        {static_cast<double>(context.context), context.candidates[context.chosen].harm.compared_percent()});
   }
   for (size_t n = curves.size(); n-- > 0;) {
     const Candidate& last = end.candidates[curves[n]];
@@ -231,7 +231,7 @@ absl::StatusOr<std::string> RenderSvg(const PlanRequest& request) {
     std::vector<Point> points;
     for (const ContextPlan& context : plan.contexts) {
       points.push_back(
-          {static_cast<double>(context.context), context.candidates[curves[n]].harm.ppl_change_percent});
+          {static_cast<double>(context.context), context.candidates[curves[n]].harm.compared_percent()});
     }
     DrawCurve(quality, points, kColors[n], true, &svg);
     harm_labels.push_back({quality.Y(points.back().y), last.asked.Name(), kColors[n]});

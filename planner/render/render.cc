@@ -50,11 +50,14 @@ const char* VerdictColor(Verdict verdict) {
   return verdict == Verdict::kFits ? kGreen : verdict == Verdict::kFitsWithTiers ? kYellow : kRed;
 }
 
-// With the model it was measured on: "+0.17% tidelm-7m".
+// With the model it was measured on: "+0.17% tidelm-7m"; "~+0.90% SmolLM2-135M" is what that model is
+// expected to take of a pair that was measured on another one.
 std::string HarmText(const Harm& harm) {
   if (!harm.measured) return "not measured";
   if (harm.own_format) return "own format";
   if (harm.model.empty()) return "none";
+  if (harm.expected_percent > harm.ppl_change_percent)
+    return absl::StrFormat("~%+.2f%% %s", harm.expected_percent, harm.expected_of);
   return absl::StrFormat("%+.2f%% %s", harm.ppl_change_percent, harm.model);
 }
 
@@ -200,15 +203,15 @@ std::vector<int> PairsToShow(const ContextPlan& context, bool all) {
     const Candidate& candidate = at(i);
     const auto beats = [&](const Candidate& other) {
       return other.harm.measured && other.total_bytes > 0 &&
-             other.harm.ppl_change_percent <= candidate.harm.ppl_change_percent &&
+             other.harm.compared_percent() <= candidate.harm.compared_percent() &&
              other.kv_bytes <= candidate.kv_bytes &&
-             (other.harm.ppl_change_percent < candidate.harm.ppl_change_percent ||
+             (other.harm.compared_percent() < candidate.harm.compared_percent() ||
               other.kv_bytes < candidate.kv_bytes);
     };
     // bf16 is f16 as far as bytes and harm go.
     const bool repeated = std::any_of(shown.begin(), shown.end(), [&](int other) {
       return at(other).harm.measured && at(other).kv_bytes == candidate.kv_bytes &&
-             at(other).harm.ppl_change_percent == candidate.harm.ppl_change_percent;
+             at(other).harm.compared_percent() == candidate.harm.compared_percent();
     });
     // The 8-bit types of servers have no measurement and are asked for all the same.
     const bool usual = candidate.asked.k == "fp8" && candidate.asked.v != "tq4" && candidate.total_bytes > 0;
@@ -321,13 +324,12 @@ Json JsonOf(const Candidate& candidate) {
     json["pool_concurrency"] = candidate.pool_concurrency;
   }
   if (candidate.harm.measured) {
-    json["harm"] = {
-        {"ppl_change_percent", candidate.harm.ppl_change_percent},
-        {"proxy", candidate.harm.proxy},
-        {"model", candidate.harm.model},
-        {"context", candidate.harm.context},
-        {"expected_percent", std::max(candidate.harm.expected_percent, candidate.harm.ppl_change_percent)},
-        {"resembles", candidate.harm.resembles}};
+    json["harm"] = {{"ppl_change_percent", candidate.harm.ppl_change_percent},
+                    {"proxy", candidate.harm.proxy},
+                    {"model", candidate.harm.model},
+                    {"context", candidate.harm.context},
+                    {"expected_percent", candidate.harm.compared_percent()},
+                    {"resembles", candidate.harm.resembles}};
   } else {
     json["harm"] = nullptr;
   }

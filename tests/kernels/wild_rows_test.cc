@@ -17,21 +17,27 @@ namespace {
 constexpr size_t kFence = 4096;
 constexpr std::byte kFenceByte{0x5a};
 
-// Memory between fences, and of its own, so that AddressSanitizer sees a step aside too.
+// Memory between fences, aligned as blocks of slabs are, and of its own, so that AddressSanitizer sees a step
+// aside too.
 class Fenced {
  public:
-  explicit Fenced(size_t bytes) : bytes_(bytes), all_(bytes + 2 * kFence, kFenceByte) {}
-  std::byte* data() { return all_.data() + kFence; }
+  explicit Fenced(size_t bytes)
+      : bytes_(bytes),
+        all_(bytes + 2 * kFence + kAlignment, kFenceByte),
+        data_(all_.data() + kFence + kAlignment - reinterpret_cast<uintptr_t>(all_.data()) % kAlignment) {}
+  std::byte* data() { return data_; }
   size_t bytes() const { return bytes_; }
   bool Intact() const {
     for (size_t i = 0; i < kFence; i++)
-      if (all_[i] != kFenceByte || all_[kFence + bytes_ + i] != kFenceByte) return false;
+      if (data_[i - kFence] != kFenceByte || data_[bytes_ + i] != kFenceByte) return false;
     return true;
   }
 
  private:
+  static constexpr size_t kAlignment = 64;
   size_t bytes_;
   std::vector<std::byte> all_;
+  std::byte* data_;
 };
 
 class WildRows : public ::testing::TestWithParam<int> {};

@@ -87,6 +87,26 @@ TEST(Render, TheShortTableSumsUpAndHidesWhatCannotBeChosen) {
   EXPECT_LT(brief.size(), RenderTable(request, plan, {false, true}).size() / 2);
 }
 
+// A pair that only the tolerant of two models measured does not look better than one that both did.
+TEST(Render, WhatAPairIsExpectedToCostIsShownAndDecidesWhatIsWorthARow) {
+  PlanRequest request = Request(Engine::kKvtide);
+  request.model = *FindModel("llama-3.1-8b");
+  request.weights = *EstimateWeights(request.model, "q4_0");
+  request.quality = *ParseQualityCsv(
+      "model,text,tokens,context,pair_k,pair_v,window_policy,ppl_change_percent,version\n"
+      "tidelm-7m,t,1,4096,turbo4,turbo4,default,.1,v\n"
+      "tidelm-7m,t,1,4096,turbo3,turbo3,default,.4,v\n"
+      "tidelm-7m,t,1,4096,iso4,iso4,default,.2,v\n"
+      "smollm2-135m,t,1,4096,turbo4,turbo4,default,.5,v\n"
+      "smollm2-135m,t,1,4096,turbo3,turbo3,default,2,v\n",
+      "q.csv");
+  const Plan plan = Make(request);
+  EXPECT_THAT(RenderTable(request, plan, {false, true}), HasSubstr("~+1.00% SmolLM2-135M"));
+  const std::string brief = RenderTable(request, plan, {false, false});
+  EXPECT_THAT(brief, HasSubstr("turbo4/turbo4"));
+  EXPECT_THAT(brief, Not(HasSubstr("iso4/iso4")));  // as large as turbo4/turbo4, and worse
+}
+
 TEST(Render, LlamaArgsAreUsableAsTheyStand) {
   PlanRequest request = Request(Engine::kLlamaCpp);
   EXPECT_EQ(*RenderLlamaArgs(request, Make(request)),

@@ -84,7 +84,7 @@ TEST(Metrics, LabelsAreFew) {
       EXPECT_EQ(allowed.count((*it)[1]), 1u) << name;
     }
   }
-  EXPECT_LT(series, 1000u);
+  EXPECT_LT(series, 1500u);  // some 25 for each verb that was called, most of them buckets of its latency
 }
 
 TEST(Metrics, ServesOverHttpAndStops) {
