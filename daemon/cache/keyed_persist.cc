@@ -56,7 +56,7 @@ absl::StatusOr<NamespacePersistReport> Persister::PersistNamespace(NamespaceId i
   const absl::Status written = PersistBlocks(lock, space, std::move(ids), context, &report);
   const absl::Status named = WriteShards(lock, space, ~size_t{0});
   if (space->deleted) {
-    KVTIDE_RETURN_IF_ERROR(EraseShards(lock, *space));
+    KVTIDE_RETURN_IF_ERROR(EraseShards(lock, space->shards));
     return absl::NotFoundError("the namespace was deleted meanwhile");
   }
   KVTIDE_RETURN_IF_ERROR(written);
@@ -187,6 +187,7 @@ absl::Status Persister::WriteShards(CacheLock& lock, const NamespacePtr& space, 
 void Persister::PersistNamespaces(CacheLock& lock) {
   constexpr size_t kLostAtOnce =
       8;  // shards: each costs a few syncs, and what they name too much does no harm
+  EraseShards(lock, {}).IgnoreError();
   std::vector<NamespacePtr> spaces;
   for (const auto& [id, space] : lock->keyed.namespaces()) spaces.push_back(space);
   for (const NamespacePtr& space : spaces) {
@@ -199,7 +200,7 @@ void Persister::PersistNamespaces(CacheLock& lock) {
     if (!status.ok()) lock->counters.failed_persists++;
     WriteShards(lock, space, kLostAtOnce).IgnoreError();
     if (space->deleted) {
-      EraseShards(lock, *space).IgnoreError();
+      EraseShards(lock, space->shards).IgnoreError();
       continue;
     }
     if (status.ok()) continue;
@@ -217,15 +218,20 @@ absl::Status Persister::ForgetNamespace(KeyedNamespace& space) {
   const absl::Time last = options.clock() + options.io_wait;
   while (space.persisting && options.clock() < last && options.room_wait > absl::ZeroDuration())
     lock.WaitForChange(options.room_wait);
-  return EraseShards(lock, space);
+  return EraseShards(lock, space.shards);
 }
 
-absl::Status Persister::EraseShards(CacheLock& lock, const KeyedNamespace& space) {
-  std::vector<uint64_t> keys;
-  for (const auto& shard : space.shards) keys.push_back(shard->id);
+absl::Status Persister::EraseShards(CacheLock& lock, std::span<const std::unique_ptr<KeyedShard>> shards) {
+  std::vector<uint64_t> keys = std::exchange(unerased_shards_, {});
+  for (const auto& shard : shards) keys.push_back(shard->id);
   if (keys.empty()) return absl::OkStatus();
-  const Unlocked unlocked(lock);
-  return Annotate(index_->Erase(keys), "the namespace is deleted, but may be there again after a restart");
+  absl::Status status;
+  {
+    const Unlocked unlocked(lock);
+    status = index_->Erase(keys);
+  }
+  if (!status.ok()) unerased_shards_.insert(unerased_shards_.end(), keys.begin(), keys.end());
+  return Annotate(status, "the namespace is deleted, but may be there again after a restart");
 }
 
 absl::Status Persister::RestoreShard(CacheLock& lock, uint64_t id, const std::string& bytes,

@@ -77,8 +77,8 @@ class Persister {
   // Writes what shards have gained, and at most `lost` of those that only have lost blocks.
   absl::Status WriteShards(CacheLock& lock, const NamespacePtr& space, size_t lost);
   void PersistNamespaces(CacheLock& lock);
-  // Of a deleted namespace.
-  absl::Status EraseShards(CacheLock& lock, const KeyedNamespace& space);
+  // Of a deleted namespace, and those that could not be erased before.
+  absl::Status EraseShards(CacheLock& lock, std::span<const std::unique_ptr<KeyedShard>> shards);
   absl::Status RestoreShard(CacheLock& lock, uint64_t id, const std::string& bytes, RestoreReport* report);
 
   CacheCore& core_;
@@ -89,6 +89,7 @@ class Persister {
   // Under the cache's mutex. What a failed call leaves: keys that may still be there at the next start, and
   // what their manifests name.
   std::vector<std::pair<SequenceId, std::vector<Place*>>> in_doubt_;
+  std::vector<uint64_t> unerased_shards_;                        // of deleted namespaces, likewise
   std::map<uint64_t, std::shared_ptr<const Profile>> profiles_;  // of what was restored, by hash
   CondVar wake_;
   bool stopping_ = false;  // under the cache's mutex

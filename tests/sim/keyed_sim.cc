@@ -132,10 +132,12 @@ void KeyedSim::Load(size_t index) {
       options_.clock() >= lease.end || spaces_[lease.space].deletes != lease.deletes ||
       std::none_of(leases_.begin(), leases_.end(), [&](const Lease& l) { return l.id == lease.id; });
   const absl::StatusCode code = report.status().code();
+  // A lease that ended meanwhile keeps nothing.
   Expect((code == absl::StatusCode::kNotFound && over) || (code == absl::StatusCode::kInternal && fault_) ||
              (code == absl::StatusCode::kUnavailable && fault_) ||
              (code == absl::StatusCode::kAborted && depth_ > 0) ||
-             (code == absl::StatusCode::kDataLoss && lost_) || code == absl::StatusCode::kResourceExhausted,
+             (code == absl::StatusCode::kDataLoss && (lost_ || over)) ||
+             code == absl::StatusCode::kResourceExhausted,
          report.status().ToString());
 }
 
