@@ -145,7 +145,7 @@ def test_faults_in_the_middle_of_loads(tmp_path, stock, fault):
 
 def test_two_engines_on_one_daemon(daemon, stock):
     """Both at once, the same prompts."""
-    job = json.dumps({"llm": engine.llm_arguments(dtype="float32", kv_transfer_config=transfer(daemon.address, pair="f16/f16")),
+    job = json.dumps({"llm": engine.llm_arguments("", dtype="float32", kv_transfer_config=transfer(daemon.address, pair="f16/f16")),
                       "batches": [greedy(24), greedy(24)]})
     processes, outs = [], []
     for i in range(2):
