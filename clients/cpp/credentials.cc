@@ -2,11 +2,7 @@
 
 #include <algorithm>
 #include <cctype>
-#include <cerrno>
 #include <cstdlib>
-#include <cstring>
-#include <fstream>
-#include <sstream>
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
@@ -15,6 +11,7 @@
 #include "grpcpp/security/tls_certificate_provider.h"
 #include "grpcpp/security/tls_credentials_options.h"
 #include "kernels/base/status.h"
+#include "kernels/base/text_file.h"
 
 namespace kvtide::client {
 namespace {
@@ -25,17 +22,6 @@ constexpr size_t kLongestToken = 4096;
 
 void FromEnvironment(const char* variable, std::string* field) {
   if (const char* value = std::getenv(variable); field->empty() && value != nullptr) *field = value;
-}
-
-absl::StatusOr<std::string> ReadFile(const char* what, const std::string& path) {
-  errno = 0;
-  std::ifstream file(path);
-  std::stringstream text;
-  if (!file || !(text << file.rdbuf()))
-    return absl::InvalidArgumentError(
-        absl::StrCat("cannot read the ", what, " ", path, ": ",
-                     errno != 0 ? std::strerror(errno) : "it is empty or no file"));
-  return text.str();
 }
 
 }  // namespace
@@ -59,10 +45,10 @@ absl::StatusOr<std::shared_ptr<grpc::ChannelCredentials>> ChannelCredentialsFor(
     return absl::InvalidArgumentError(
         "--tls-cert needs --tls-ca: a PEM file with the CA of the daemon's certificate, or \"system\"");
   const bool system = credentials.tls_ca == kSystemRoots;
-  if (!system) KVTIDE_RETURN_IF_ERROR(ReadFile("CA", credentials.tls_ca).status());
+  if (!system) KVTIDE_RETURN_IF_ERROR(ReadTextFile("CA", credentials.tls_ca).status());
   if (own) {
-    KVTIDE_RETURN_IF_ERROR(ReadFile("client certificate", credentials.tls_cert).status());
-    KVTIDE_RETURN_IF_ERROR(ReadFile("client key", credentials.tls_key).status());
+    KVTIDE_RETURN_IF_ERROR(ReadTextFile("client certificate", credentials.tls_cert).status());
+    KVTIDE_RETURN_IF_ERROR(ReadTextFile("client key", credentials.tls_key).status());
   }
   using grpc::experimental::FileWatcherCertificateProvider;
   grpc::experimental::TlsChannelCredentialsOptions options;
@@ -85,7 +71,7 @@ absl::StatusOr<std::shared_ptr<TokenFile>> TokenFile::Open(const std::string& pa
 
 absl::Status TokenFile::Read() {
   read_at_ = absl::Now();
-  KVTIDE_ASSIGN_OR_RETURN(const std::string text, ReadFile("token", path_));
+  KVTIDE_ASSIGN_OR_RETURN(const std::string text, ReadTextFile("token", path_));
   const std::string token(absl::StripAsciiWhitespace(text));
   // What could not stand in a header would end the process in gRPC. The token itself is shown nowhere.
   const bool sane = std::all_of(token.begin(), token.end(),

@@ -21,12 +21,6 @@ using namespace nb::literals;
 namespace kvtide::python {
 namespace {
 
-template <class F>
-auto Blocking(F&& call) {
-  const nb::gil_scoped_release release;
-  return call();
-}
-
 std::vector<std::string_view> Views(const std::vector<nb::bytes>& keys) {
   std::vector<std::string_view> views;
   views.reserve(keys.size());

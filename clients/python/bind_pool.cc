@@ -24,13 +24,6 @@ using namespace nb::literals;
 namespace kvtide::python {
 namespace {
 
-// Runs a blocking call without the GIL.
-template <class F>
-auto Blocking(F&& call) {
-  const nb::gil_scoped_release release;
-  return call();
-}
-
 template <class T, class F>
 nb::list List(const std::vector<T>& values, F&& convert) {
   nb::list list;

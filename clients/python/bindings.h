@@ -15,6 +15,12 @@ void BindFormats(nanobind::module_& m);
 void BindPlan(nanobind::module_& m);
 void BindPaged(nanobind::module_& m);
 
+// Runs a blocking call without the GIL.
+template <class F>
+auto Blocking(F&& call) {
+  const nanobind::gil_scoped_release release;
+  return call();
+}
 
 // An open namespace (bind_blocks.cc); `spec` has the fields of kvtide.block_store.Namespace.
 nanobind::object OpenBlockStore(std::shared_ptr<client::Pool> pool, const nanobind::dict& spec);

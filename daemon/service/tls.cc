@@ -5,17 +5,13 @@
 #include <openssl/pem.h>
 #include <openssl/x509.h>
 
-#include <cerrno>
-#include <cstring>
-#include <fstream>
-#include <sstream>
-
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "grpc/grpc_security_constants.h"
 #include "grpcpp/security/tls_certificate_provider.h"
 #include "grpcpp/security/tls_credentials_options.h"
 #include "kernels/base/status.h"
+#include "kernels/base/text_file.h"
 
 namespace kvtide::service {
 namespace {
@@ -34,24 +30,13 @@ using Certificate = std::unique_ptr<X509, Freed<&X509_free>>;
 using Key = std::unique_ptr<EVP_PKEY, Freed<&EVP_PKEY_free>>;
 using Text = std::unique_ptr<BIO, Freed<&BIO_free_all>>;
 
-absl::StatusOr<std::string> ReadPem(const char* what, const std::string& path) {
-  errno = 0;
-  std::ifstream file(path);
-  std::stringstream text;
-  if (!file || !(text << file.rdbuf()))
-    return absl::InvalidArgumentError(
-        absl::StrCat("cannot read the ", what, " ", path, ": ",
-                     errno != 0 ? std::strerror(errno) : "it is empty or no file"));
-  return text.str();
-}
-
 Text Open(const std::string& pem) { return Text(BIO_new_mem_buf(pem.data(), static_cast<int>(pem.size()))); }
 
 // Passphrases are nobody's to type in: the daemon starts alone.
 int NoPassphrase(char*, int, int, void*) { return 0; }
 
 absl::StatusOr<Certificate> ReadCertificate(const char* what, const std::string& path) {
-  KVTIDE_ASSIGN_OR_RETURN(const std::string pem, ReadPem(what, path));
+  KVTIDE_ASSIGN_OR_RETURN(const std::string pem, ReadTextFile(what, path));
   Certificate certificate(PEM_read_bio_X509(Open(pem).get(), nullptr, NoPassphrase, nullptr));
   ERR_clear_error();
   if (certificate == nullptr)
@@ -74,7 +59,7 @@ absl::Status CheckTls(const TlsOptions& options) {
   if (!options.enabled()) return absl::OkStatus();
   KVTIDE_ASSIGN_OR_RETURN(const Certificate certificate,
                           ReadCertificate("server certificate", options.certificate));
-  KVTIDE_ASSIGN_OR_RETURN(const std::string pem, ReadPem("server key", options.key));
+  KVTIDE_ASSIGN_OR_RETURN(const std::string pem, ReadTextFile("server key", options.key));
   const Key key(PEM_read_bio_PrivateKey(Open(pem).get(), nullptr, NoPassphrase, nullptr));
   ERR_clear_error();
   if (key == nullptr)

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "gtest/gtest-spi.h"
+#include "tests/sim/sim_runs.h"
 
 namespace kvtide::testing {
 namespace {
@@ -15,20 +16,12 @@ class CacheSimTest : public CacheSim {
  protected:
   // The seeds of a world: `count` unless the environment says otherwise.
   void RunSeeds(World world, int64_t count) {
-    int64_t first = 1;
-    if (const char* text = std::getenv("KVTIDE_SIM_SEEDS"); text != nullptr) {
-      const std::string seeds = text;
-      const size_t colon = seeds.find(':');
-      first = std::stoll(seeds.substr(0, colon));
-      count = colon == std::string::npos ? 1 : std::stoll(seeds.substr(colon + 1));
-    }
-    const char* steps_text = std::getenv("KVTIDE_SIM_STEPS");
-    const int64_t steps = steps_text != nullptr ? std::atoll(steps_text) : 200;
-    for (int64_t i = 0; i < count; i++)
-      if (!Run(world, static_cast<uint32_t>(first + i), steps)) return;
+    const SimRuns runs(count, 200);
+    for (int64_t i = 0; i < runs.count; i++)
+      if (!Run(world, static_cast<uint32_t>(runs.first + i), runs.steps)) return;
     std::printf("seeds %lld to %lld, %lld steps each, %llu verbs inside others\n",
-                static_cast<long long>(first), static_cast<long long>(first + count - 1),
-                static_cast<long long>(steps), static_cast<unsigned long long>(nested_));
+                static_cast<long long>(runs.first), static_cast<long long>(runs.first + runs.count - 1),
+                static_cast<long long>(runs.steps), static_cast<unsigned long long>(nested_));
   }
 
   // A backend that goes wrong in this way is noticed within a few seeds.

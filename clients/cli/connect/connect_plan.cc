@@ -103,10 +103,6 @@ void ConnectVllm(const ConnectRequest& request, Connection* out) {
                   "64"};
   if (request.gpus > 1)
     out->command.insert(out->command.end(), {"--tensor-parallel-size", absl::StrCat(request.gpus)});
-  if (!Caches(request.way)) {
-    out->environment.emplace_back("KVTIDE_PAIR", out->choice.pair);
-    if (request.gpu) out->command.insert(out->command.end(), {"--attention-backend", "CUSTOM"});
-  }
   if (Caches(request.way)) {
     out->settings = {{"kv_connector", "KvtideConnector"},
                      {"kv_connector_module_path", "kvtide.vllm.connector"},
@@ -119,6 +115,8 @@ void ConnectVllm(const ConnectRequest& request, Connection* out) {
                    "# and while it serves: External prefix cache hit rate: ...%"};
     out->notes.push_back("every vLLM of one model and one pair that names this address shares what it holds");
   } else {
+    out->environment.emplace_back("KVTIDE_PAIR", out->choice.pair);
+    if (request.gpu) out->command.insert(out->command.end(), {"--attention-backend", "CUSTOM"});
     out->verify = {"kvtide doctor --engine vllm", "# vLLM's log at the start: GPU KV cache size: ... tokens"};
   }
 }

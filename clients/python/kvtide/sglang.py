@@ -34,6 +34,7 @@ from .block_store import Namespace, OpaqueBlocks, PageLayout, TensorBlocks
 from .errors import InvalidArgument
 from .fingerprint import name_of, weights_of
 from .store_link import StoreLink, in_pieces
+from .store_settings import StoreSettings
 
 logger = logging.getLogger("kvtide.sglang")
 
@@ -43,37 +44,14 @@ _MOST_LEASES = 256
 
 
 @dataclass(frozen=True)
-class SglangSettings:
-    """Keys of ``--hicache-storage-backend-extra-config``, beside SGLang's own.
-
-    Attributes:
-        address: of kvtided; empty = ``$KVTIDE_ADDRESS``, else the default socket.
-        pair: types of keys and values at rest; ``exact`` = the pages' bytes as they are.
-        way: ``auto``, ``shm`` (shared memory) or ``grpc``.
-        timeout: seconds of a call.
-        connect_wait: seconds that the start of the engine waits for the daemon.
-        piece_mib: most that one call carries.
-        salt: keeps engines apart that would share.
-        persist: blocks survive a restart of the daemon, if it has a disk tier.
-    """
-
-    address: str = ""
-    pair: str = "q8_0/turbo4"
-    way: str = "auto"
-    timeout: float = 10.0
-    connect_wait: float = 3.0
-    piece_mib: int = 16
-    salt: str = ""
-    persist: bool = False
+class SglangSettings(StoreSettings):
+    """Keys of ``--hicache-storage-backend-extra-config``, beside SGLang's own."""
 
     @classmethod
     def read(cls, extra: Optional[Mapping[str, Any]]) -> "SglangSettings":
         """Keys that are not kvtide's are SGLang's."""
         chosen = {one.name: extra[one.name] for one in fields(cls) if extra and one.name in extra}
-        for one in fields(cls):
-            value, kind = chosen.get(one.name, one.default), type(one.default)
-            if not isinstance(value, (int, float) if kind is float else kind):
-                raise InvalidArgument(f"extra config: {one.name} is {value!r}, not of type {kind.__name__}")
+        cls.check_types(chosen, "extra config")
         return cls(**chosen)
 
 

@@ -12,6 +12,7 @@
 #include "clients/cli/terminal/shell_words.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "tests/clients/cli/run_words.h"
 
 namespace kvtide::cli {
 namespace {
@@ -172,50 +173,30 @@ TEST(ShellWords, AShellReadsEveryWordBack) {
   EXPECT_EQ(std::string(buffer.data(), read), wanted);
 }
 
-struct Outcome {
-  int exit_code = -1;
-  std::string out, err;
-};
-
-Outcome RunWords(std::vector<std::string> words) {
-  CLI::App app("test", "kvtide");
-  Outcome outcome;
-  AddConnectCommand(app, &outcome.exit_code);
-  std::reverse(words.begin(), words.end());
-  testing::internal::CaptureStdout();
-  testing::internal::CaptureStderr();
-  try {
-    app.parse(words);
-  } catch (const CLI::ParseError& error) {
-    outcome.exit_code = 2;
-  }
-  outcome.out = testing::internal::GetCapturedStdout();
-  outcome.err = testing::internal::GetCapturedStderr();
-  return outcome;
-}
+Outcome RunConnect(std::vector<std::string> words) { return RunWords(std::move(words), AddConnectCommand); }
 
 TEST(ConnectCommand, UsesThePlannersModels) {
   const Outcome outcome =
-      RunWords({"connect", "vllm", "--model", "llama-3.1-8b", "--context", "8K", "--host-memory", "64GiB",
-                "--output", "json", "--address", "unix:/tmp/x.sock"});
+      RunConnect({"connect", "vllm", "--model", "llama-3.1-8b", "--context", "8K", "--host-memory", "64GiB",
+                  "--output", "json", "--address", "unix:/tmp/x.sock"});
   ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
   const nlohmann::json json = nlohmann::json::parse(outcome.out);
   // 64 sequences of 8K f16 tokens take 64 GiB; all blocks of the store are coded, and the harm is that of no
   // exact window.
   EXPECT_EQ(json["pair"], "f16/f16");
-  const Outcome smaller = RunWords({"connect", "vllm", "--model", "llama-3.1-8b", "--context", "8K",
-                                    "--host-memory", "60GiB", "--output", "json"});
+  const Outcome smaller = RunConnect({"connect", "vllm", "--model", "llama-3.1-8b", "--context", "8K",
+                                      "--host-memory", "60GiB", "--output", "json"});
   EXPECT_EQ(nlohmann::json::parse(smaller.out)["pair"], "q8_0/q8_0");
 }
 
 TEST(ConnectCommand, BadWordsAreRefusedWithWhatIsKnown) {
-  EXPECT_THAT(RunWords({"connect", "ollama", "--model", "llama-3.1-8b"}).err,
+  EXPECT_THAT(RunConnect({"connect", "ollama", "--model", "llama-3.1-8b"}).err,
               HasSubstr("known: vllm, sglang, transformers, llama.cpp"));
-  EXPECT_EQ(RunWords({"connect", "vllm"}).exit_code, 2);
-  EXPECT_EQ(RunWords({"connect", "vllm", "--model", "llama-3.1-8b", "--context", "4K,8K"}).exit_code, 2);
-  EXPECT_THAT(RunWords({"connect", "vllm", "--model", "llama-3.1-8b", "--pair", "x/y"}).err,
+  EXPECT_EQ(RunConnect({"connect", "vllm"}).exit_code, 2);
+  EXPECT_EQ(RunConnect({"connect", "vllm", "--model", "llama-3.1-8b", "--context", "4K,8K"}).exit_code, 2);
+  EXPECT_THAT(RunConnect({"connect", "vllm", "--model", "llama-3.1-8b", "--pair", "x/y"}).err,
               HasSubstr("'x'"));
-  EXPECT_THAT(RunWords({"connect", "sglang", "--model", "llama-3.1-8b", "--way", "pages"}).err,
+  EXPECT_THAT(RunConnect({"connect", "sglang", "--model", "llama-3.1-8b", "--way", "pages"}).err,
               HasSubstr("only vLLM"));
 }
 

@@ -1,8 +1,8 @@
 // The commands as main.cc runs them, without a daemon: they say so, quickly, and with the right exit code.
 #include <unistd.h>
 
-#include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "CLI/CLI.hpp"
@@ -12,40 +12,25 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
+#include "tests/clients/cli/run_words.h"
 
 namespace kvtide::cli {
 namespace {
 
 using testing::HasSubstr;
 
-struct Outcome {
-  int exit_code = -1;
-  std::string out, err;
-};
-
-Outcome RunWords(std::vector<std::string> words) {
-  CLI::App app("test", "kvtide");
-  Outcome outcome;
-  AddStatusCommand(app, &outcome.exit_code);
-  AddTopCommand(app, &outcome.exit_code);
-  AddDoctorCommand(app, &outcome.exit_code);
-  std::reverse(words.begin(), words.end());
-  testing::internal::CaptureStdout();
-  testing::internal::CaptureStderr();
-  try {
-    app.parse(words);
-  } catch (const CLI::ParseError& error) {
-    outcome.exit_code = 2;
-  }
-  outcome.out = testing::internal::GetCapturedStdout();
-  outcome.err = testing::internal::GetCapturedStderr();
-  return outcome;
+Outcome RunOps(std::vector<std::string> words) {
+  return RunWords(std::move(words), [](CLI::App& app, int* exit_code) {
+    AddStatusCommand(app, exit_code);
+    AddTopCommand(app, exit_code);
+    AddDoctorCommand(app, exit_code);
+  });
 }
 
 const char kNobody[] = "unix:/nonexistent/kvtided.sock";
 
 TEST(OpsCommands, StatusWithoutADaemon) {
-  const Outcome outcome = RunWords({"status", "--address", kNobody, "--timeout", "0.1"});
+  const Outcome outcome = RunOps({"status", "--address", kNobody, "--timeout", "0.1"});
   EXPECT_EQ(outcome.exit_code, 1);
   EXPECT_EQ(outcome.out, "");
   EXPECT_THAT(outcome.err, HasSubstr("there is no socket /nonexistent/kvtided.sock"));
@@ -53,14 +38,14 @@ TEST(OpsCommands, StatusWithoutADaemon) {
 }
 
 TEST(OpsCommands, TopWithoutADaemon) {
-  const Outcome outcome = RunWords({"top", "--address", kNobody, "--timeout", "0.1"});
+  const Outcome outcome = RunOps({"top", "--address", kNobody, "--timeout", "0.1"});
   EXPECT_EQ(outcome.exit_code, 1);
   EXPECT_EQ(outcome.out, "");
   EXPECT_THAT(outcome.err, HasSubstr("there is no socket"));
 }
 
 TEST(OpsCommands, DoctorWithoutADaemonStillChecksTheMachine) {
-  const Outcome outcome = RunWords({"doctor", "--address", kNobody, "--timeout", "0.1", "--output", "json"});
+  const Outcome outcome = RunOps({"doctor", "--address", kNobody, "--timeout", "0.1", "--output", "json"});
   EXPECT_EQ(outcome.exit_code, 1);
   const nlohmann::json json = nlohmann::json::parse(outcome.out);
   EXPECT_EQ(json["ok"], false);
@@ -72,9 +57,9 @@ TEST(OpsCommands, DoctorWithoutADaemonStillChecksTheMachine) {
 }
 
 TEST(OpsCommands, BadFlags) {
-  EXPECT_EQ(RunWords({"status", "--output", "xml"}).exit_code, 2);
-  EXPECT_EQ(RunWords({"top", "--interval", "0"}).exit_code, 2);
-  EXPECT_EQ(RunWords({"doctor", "--timeout", "-1"}).exit_code, 2);
+  EXPECT_EQ(RunOps({"status", "--output", "xml"}).exit_code, 2);
+  EXPECT_EQ(RunOps({"top", "--interval", "0"}).exit_code, 2);
+  EXPECT_EQ(RunOps({"doctor", "--timeout", "-1"}).exit_code, 2);
 }
 
 }  // namespace

@@ -9,44 +9,28 @@ from typing import Any, List, Mapping
 
 from ..errors import InvalidArgument
 from ..fingerprint import name_of, weights_of
+from ..store_settings import StoreSettings
 from .settings import BLOCK_TOKENS, parse_pair
 
 
 @dataclass(frozen=True)
-class ConnectorSettings:
-    """Keys of ``kv_connector_extra_config``.
+class ConnectorSettings(StoreSettings):
+    """Keys of ``kv_connector_extra_config``. With kvtide's own pages the pair is theirs.
 
     Attributes:
-        address: of kvtided; empty = ``$KVTIDE_ADDRESS``, else the default socket.
-        pair: types of keys and values at rest, such as ``turbo4/turbo4``; ``exact`` = the pages' bytes as they are. With kvtide's
-            own pages it is theirs.
-        way: ``auto``, ``shm`` (shared memory) or ``grpc``.
         lookup_timeout: seconds that the scheduler waits for an answer.
-        timeout: seconds of a load or a store.
-        connect_wait: seconds that the start of the engine waits for the daemon.
-        piece_mib: most that one call carries.
-        salt: keeps engines apart that would share.
-        persist: blocks survive a restart of the daemon, if it has a disk tier.
     """
 
-    address: str = ""
-    pair: str = "q8_0/turbo4"
-    way: str = "auto"
-    lookup_timeout: float = 1.0
     timeout: float = 30.0
-    connect_wait: float = 3.0
-    piece_mib: int = 16
-    salt: str = ""
-    persist: bool = False
+    lookup_timeout: float = 1.0
 
     @classmethod
     def read(cls, extra: Mapping[str, Any]) -> "ConnectorSettings":
-        known = {one.name: type(one.default) for one in fields(cls)}
-        for key, value in extra.items():
+        known = [one.name for one in fields(cls)]
+        for key in extra:
             if key not in known:
                 raise InvalidArgument(f"kv_connector_extra_config has no key {key!r}; kvtide knows {', '.join(known)}")
-            if not isinstance(value, (int, float) if known[key] is float else known[key]):
-                raise InvalidArgument(f"kv_connector_extra_config: {key} is {value!r}, not of type {known[key].__name__}")
+        cls.check_types(extra, "kv_connector_extra_config")
         out = cls(**extra)
         if out.way not in ("auto", "shm", "grpc"):
             raise InvalidArgument(f"kv_connector_extra_config: way is {out.way!r}; use auto, shm or grpc")

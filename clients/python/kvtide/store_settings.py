@@ -1,0 +1,39 @@
+"""What a user chooses for an engine's blocks in a daemon, whichever engine it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Mapping
+
+from .errors import InvalidArgument
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """Attributes:
+        address: of kvtided; empty = ``$KVTIDE_ADDRESS``, else the default socket.
+        pair: types of keys and values at rest, such as ``turbo4/turbo4``; ``exact`` = the pages' bytes as they are.
+        way: ``auto``, ``shm`` (shared memory) or ``grpc``.
+        timeout: seconds of a load or a store.
+        connect_wait: seconds that the start of the engine waits for the daemon.
+        piece_mib: most that one call carries.
+        salt: keeps engines apart that would share.
+        persist: blocks survive a restart of the daemon, if it has a disk tier.
+    """
+
+    address: str = ""
+    pair: str = "q8_0/turbo4"
+    way: str = "auto"
+    timeout: float = 10.0
+    connect_wait: float = 3.0
+    piece_mib: int = 16
+    salt: str = ""
+    persist: bool = False
+
+    @classmethod
+    def check_types(cls, values: Mapping[str, Any], where: str) -> None:
+        """InvalidArgument, which begins with ``where``, for a value of another type than its field has."""
+        for one in fields(cls):
+            value, kind = values.get(one.name, one.default), type(one.default)
+            if not isinstance(value, (int, float) if kind is float else kind):
+                raise InvalidArgument(f"{where}: {one.name} is {value!r}, not of type {kind.__name__}")

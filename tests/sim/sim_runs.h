@@ -1,0 +1,25 @@
+// Which seeds a simulation runs, and how many steps of each: KVTIDE_SIM_SEEDS=first:count (or one seed) and
+// KVTIDE_SIM_STEPS choose others than a test's own.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <string>
+
+namespace kvtide::testing {
+
+struct SimRuns {
+  int64_t first = 1, count = 0, steps = 0;
+
+  SimRuns(int64_t usual_count, int64_t usual_steps) : count(usual_count), steps(usual_steps) {
+    if (const char* text = std::getenv("KVTIDE_SIM_SEEDS"); text != nullptr) {
+      const std::string seeds = text;
+      const size_t colon = seeds.find(':');
+      first = std::stoll(seeds.substr(0, colon));
+      count = colon == std::string::npos ? 1 : std::stoll(seeds.substr(colon + 1));
+    }
+    if (const char* text = std::getenv("KVTIDE_SIM_STEPS"); text != nullptr) steps = std::atoll(text);
+  }
+};
+
+}  // namespace kvtide::testing
