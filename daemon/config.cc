@@ -282,6 +282,14 @@ absl::Status ResolveLimits(const v1::KvtidedConfig& config, CacheOptions* cache)
   return absl::OkStatus();
 }
 
+// As ParseBytes reads it, to the byte: "16GiB", "1500000".
+std::string ExactBytes(int64_t bytes) {
+  constexpr const char* kUnits[] = {"", "KiB", "MiB", "GiB"};
+  int unit = 0;
+  for (; unit < 3 && bytes != 0 && bytes % 1024 == 0; unit++) bytes /= 1024;
+  return absl::StrCat(bytes, kUnits[unit]);
+}
+
 }  // namespace
 
 absl::StatusOr<std::vector<std::string>> ParseDevices(const std::string& text) {
@@ -343,6 +351,7 @@ void MergeConfig(const v1::KvtidedConfig& over, v1::KvtidedConfig* config) {
   if (over.listen_size() > 0) config->clear_listen();
   if (over.allow_size() > 0) config->clear_allow();
   if (over.quota_size() > 0) config->clear_quota();
+  if (over.has_exact_window()) config->clear_exact_window();
   config->MergeFrom(over);
 }
 
@@ -395,6 +404,49 @@ absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config) {
       TenantQuotas::Parse(std::vector<std::string>(config.quota().begin(), config.quota().end()), tiers));
   options.service.quotas = options.cache.quotas;
   return options;
+}
+
+v1::KvtidedConfig WithDefaults(const v1::KvtidedConfig& config, const DaemonOptions& options) {
+  v1::KvtidedConfig full = config;
+  const service::ServiceOptions& service = options.service;
+  full.mutable_listen()->Assign(service.listen.begin(), service.listen.end());
+  full.set_device(absl::StrJoin(options.devices, ","));
+  full.set_device_memory(ExactBytes(options.device_bytes));
+  full.clear_device_tier_bytes();
+  full.set_host_memory(ExactBytes(options.host_bytes));
+  full.clear_host_tier_bytes();
+  full.set_disk(options.disk_folder.empty()
+                    ? "off"
+                    : absl::StrCat(options.disk_folder, ":", ExactBytes(options.disk_bytes)));
+  full.set_disk_io(options.disk_io);
+  if (config.persist().empty()) full.set_persist("none");
+  full.set_default_pair(PairName(service.defaults.pair));
+  full.mutable_exact_window()->set_first_blocks(service.defaults.exact_window.first_blocks);
+  full.mutable_exact_window()->set_last_blocks(service.defaults.exact_window.last_blocks);
+  full.set_metrics_address(options.metrics_address.empty() ? "off" : options.metrics_address);
+  full.set_log_level(options.log_level);
+  full.set_log_format(options.log_format);
+  full.set_slow_call_ms(options.slow_call == absl::InfiniteDuration()
+                            ? -1
+                            : static_cast<int32_t>(absl::ToInt64Milliseconds(options.slow_call)));
+  full.set_max_connections(static_cast<int32_t>(service.max_connections));
+  full.set_max_calls_per_connection(service.max_calls_per_connection);
+  full.set_idle_seconds(static_cast<int32_t>(absl::ToInt64Seconds(service.idle)));
+  full.set_max_queued_calls(static_cast<int32_t>(service.max_queued_calls));
+  full.set_max_message_bytes(service.max_message_bytes);
+  full.set_call_memory(ExactBytes(service.call_memory_bytes));
+  full.set_shared_memory(ExactBytes(service.shared_memory.total_bytes));
+  full.set_shared_memory_client(ExactBytes(service.shared_memory.client_bytes));
+  full.set_max_shared_memory_clients(static_cast<int32_t>(service.shared_memory.max_clients));
+  full.set_max_sequences(static_cast<int64_t>(options.cache.max_sequences));
+  full.set_max_models(static_cast<int64_t>(options.cache.max_models));
+  full.set_max_tokens(options.cache.max_tokens_per_sequence);
+  full.set_max_attend_work(options.cache.max_attend_work);
+  full.set_service_threads(service.threads);
+  full.set_bulk_threads(service.bulk_threads);
+  full.set_compute_threads(options.compute_threads > 0 ? options.compute_threads : Processors());
+  full.set_shutdown_seconds(static_cast<int32_t>(absl::ToInt64Seconds(options.shutdown_grace)));
+  return full;
 }
 
 }  // namespace kvtide

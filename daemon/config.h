@@ -1,6 +1,5 @@
-// The daemon's configuration: a JSON file (kvtide/v1/kvtided_config.proto is its manual), environment and
-// flags, checked and turned into options. Flags win over the environment, that over the file. Errors name the
-// file and the field.
+// The daemon's configuration: a JSON file (kvtide/v1/kvtided_config.proto is its manual), checked and turned
+// into options. Where its values come from: settings.h. Errors name the file and the field.
 #pragma once
 
 #include <cstdint>
@@ -46,5 +45,9 @@ absl::StatusOr<std::vector<std::string>> ParseDevices(const std::string& text);
 
 // Defaults filled in, everything checked.
 absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config);
+
+// The configuration with everything said that it leaves to defaults: what ResolveConfig made of it, as a
+// configuration.
+v1::KvtidedConfig WithDefaults(const v1::KvtidedConfig& config, const DaemonOptions& options);
 
 }  // namespace kvtide

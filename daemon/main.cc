@@ -15,6 +15,7 @@
 #include "absl/synchronization/mutex.h"
 #include "daemon/backends.h"
 #include "daemon/cache/kv_cache.h"
+#include "daemon/command_line.h"
 #include "daemon/config.h"
 #include "daemon/failure_log.h"
 #include "daemon/log.h"
@@ -22,6 +23,7 @@
 #include "daemon/service/address.h"
 #include "daemon/service/server.h"
 #include "daemon/service_manager.h"
+#include "daemon/settings.h"
 #include "daemon/tiered_cache.h"
 #include "daemon/version.h"
 #include "google/protobuf/util/json_util.h"
@@ -44,165 +46,6 @@ namespace {
 constexpr int kExitBadInput = 2, kExitCannotStart = 1, kExitCallsLeft = 3;
 // How long calls that a shutdown has cancelled may take to notice.
 constexpr absl::Duration kShutdownPatience = absl::Seconds(5);
-
-struct Flags {
-  std::string config_file;
-  v1::KvtidedConfig config;
-  bool print_config = false;
-  bool version = false;
-};
-
-// One flag for one field of the config; `name` in the environment is KVTIDE_NAME.
-template <class Set>
-void AddFlag(CLI::App* app, const std::string& flag, const std::string& env, Set set,
-             const std::string& help) {
-  app->add_option_function<std::string>(flag, set, help)->envname(env);
-}
-
-void AddFlags(CLI::App* app, Flags* flags) {
-  v1::KvtidedConfig* config = &flags->config;
-  app->add_option("--config", flags->config_file,
-                  "JSON file; kvtide/v1/kvtided_config.proto lists its fields")
-      ->envname("KVTIDE_CONFIG");
-  app->add_option_function<std::vector<std::string>>(
-         "--listen",
-         [config](const std::vector<std::string>& all) {
-           config->mutable_listen()->Assign(all.begin(), all.end());
-         },
-         "address: unix:/path/to/socket or host:port; may be given several times")
-      ->allow_extra_args(false)
-      ->envname("KVTIDE_LISTEN");
-  AddFlag(
-      app, "--device", "KVTIDE_DEVICE", [config](const std::string& v) { config->set_device(v); },
-      "cpu, cuda:0, several as in cuda:0,cuda:1, cuda:all, or auto (default: the first GPU, else cpu)");
-  AddFlag(
-      app, "--device-memory", "KVTIDE_DEVICE_MEMORY",
-      [config](const std::string& v) { config->set_device_memory(v); },
-      "size of the device tier on each device, such as 16GiB (default 1GiB)");
-  AddFlag(
-      app, "--host-memory", "KVTIDE_HOST_MEMORY",
-      [config](const std::string& v) { config->set_host_memory(v); },
-      "size of the host tier, 0 for none (default 2GiB)");
-  AddFlag(
-      app, "--disk", "KVTIDE_DISK", [config](const std::string& v) { config->set_disk(v); },
-      "disk tier: a folder of its own and its size, such as /var/lib/kvtide:100GiB (default: none)");
-  AddFlag(
-      app, "--disk-io", "KVTIDE_DISK_IO", [config](const std::string& v) { config->set_disk_io(v); },
-      "io_uring, threads, or auto (default: io_uring where it is allowed)");
-  AddFlag(
-      app, "--persist", "KVTIDE_PERSIST", [config](const std::string& v) { config->set_persist(v); },
-      "when sequences become durable by themselves: none (default), on-park or all");
-  AddFlag(
-      app, "--default-pair", "KVTIDE_DEFAULT_PAIR",
-      [config](const std::string& v) { config->set_default_pair(v); },
-      "K and V type of sequences that name none (default q8_0/turbo4)");
-  AddFlag(
-      app, "--metrics-address", "KVTIDE_METRICS_ADDRESS",
-      [config](const std::string& v) { config->set_metrics_address(v); },
-      "where /metrics is served, or off (default 127.0.0.1:9464)");
-  AddFlag(
-      app, "--log-level", "KVTIDE_LOG_LEVEL", [config](const std::string& v) { config->set_log_level(v); },
-      "trace, debug, info, warning or error (default info)");
-  AddFlag(
-      app, "--log-format", "KVTIDE_LOG_FORMAT", [config](const std::string& v) { config->set_log_format(v); },
-      "text (default; words and key=value) or json, an object a line");
-  app->add_option_function<int>(
-         "--slow-call-ms", [config](int v) { config->set_slow_call_ms(v); },
-         "log calls that take longer, and where the time went; 0 = the default (1000), -1 = none")
-      ->envname("KVTIDE_SLOW_CALL_MS");
-  app->add_option_function<int>(
-         "--compute-threads", [config](int v) { config->set_compute_threads(v); },
-         "threads that attend on the CPU; 0 = the default (one per core)")
-      ->envname("KVTIDE_COMPUTE_THREADS");
-  app->add_option_function<int64_t>(
-         "--max-message-bytes", [config](int64_t v) { config->set_max_message_bytes(v); },
-         "largest message, either way (default 64 MiB)")
-      ->envname("KVTIDE_MAX_MESSAGE_BYTES");
-  app->add_option_function<int64_t>(
-         "--max-attend-work", [config](int64_t v) { config->set_max_attend_work(v); },
-         "most work of one attention: queries x visible tokens x query heads of all its items (default 2^38)")
-      ->envname("KVTIDE_MAX_ATTEND_WORK");
-  app->add_option_function<int>(
-         "--max-connections", [config](int v) { config->set_max_connections(v); },
-         "connections at a time; 0 = the default (1024, or what the limit of open files has room for)")
-      ->envname("KVTIDE_MAX_CONNECTIONS");
-  app->add_option_function<int>(
-         "--idle-seconds", [config](int v) { config->set_idle_seconds(v); },
-         "close connections without calls after so long; 0 = the default (1800)")
-      ->envname("KVTIDE_IDLE_SECONDS");
-  AddFlag(
-      app, "--call-memory", "KVTIDE_CALL_MEMORY",
-      [config](const std::string& v) { config->set_call_memory(v); },
-      "memory for requests and answers of calls under way (default and least: six largest messages)");
-  AddFlag(
-      app, "--shared-memory", "KVTIDE_SHARED_MEMORY",
-      [config](const std::string& v) { config->set_shared_memory(v); },
-      "memory shared with clients of this host, all together (default 512MiB); 0 closes that way");
-  AddFlag(
-      app, "--shared-memory-client", "KVTIDE_SHARED_MEMORY_CLIENT",
-      [config](const std::string& v) { config->set_shared_memory_client(v); },
-      "most of it for one client (default 256MiB)");
-  app->add_option_function<std::vector<std::string>>(
-         "--allow",
-         [config](const std::vector<std::string>& all) {
-           config->mutable_allow()->Assign(all.begin(), all.end());
-         },
-         "who may use kvtided beside its own user and root, and as which tenant: uid:1001, group (its own), "
-         "group:kvtide=acme, "
-         "uid:1002=ops:admin, anyone, tcp=acme; may be given several times")
-      ->allow_extra_args(false)
-      ->envname("KVTIDE_ALLOW");
-  app->add_option_function<std::vector<std::string>>(
-         "--quota",
-         [config](const std::vector<std::string>& all) {
-           config->mutable_quota()->Assign(all.begin(), all.end());
-         },
-         "hard limits of a tenant, or of every other one (*): "
-         "acme:sequences=100,models=4,calls=32,connections=16,"
-         "device=2GiB,host=16GiB; may be given several times")
-      ->allow_extra_args(false)
-      ->envname("KVTIDE_QUOTA");
-  AddFlag(
-      app, "--server-cert", "KVTIDE_SERVER_CERT",
-      [config](const std::string& v) { config->set_server_cert(v); },
-      "TLS on TCP addresses: PEM file with kvtided's certificate chain");
-  AddFlag(
-      app, "--server-key", "KVTIDE_SERVER_KEY", [config](const std::string& v) { config->set_server_key(v); },
-      "PEM file with its key");
-  AddFlag(
-      app, "--client-ca", "KVTIDE_CLIENT_CA", [config](const std::string& v) { config->set_client_ca(v); },
-      "mTLS: PEM file with the CA of clients' certificates, whose common name is the tenant");
-  AddFlag(
-      app, "--tokens", "KVTIDE_TOKENS", [config](const std::string& v) { config->set_tokens(v); },
-      "file with the SHA-256 of bearer tokens: sha256:HEX TENANT[:admin] [until=TIME]; read again at SIGHUP");
-  app->add_flag_function(
-         "--allow-insecure-tcp", [config](int64_t) { config->set_allow_insecure_tcp(true); },
-         "listen beyond loopback without TLS, or without asking who calls")
-      ->envname("KVTIDE_ALLOW_INSECURE_TCP");
-  app->add_option_function<int>(
-         "--shutdown-seconds", [config](int v) { config->set_shutdown_seconds(v); },
-         "how long calls under way may go on after SIGTERM; 0 = the default (10)")
-      ->envname("KVTIDE_SHUTDOWN_SECONDS");
-  app->add_flag("--print-config", flags->print_config, "print the configuration as JSON and stop");
-  app->add_flag("--version", flags->version, "print the version and stop");
-  app->footer(
-      "Examples:\n"
-      "  kvtided                                                   a Unix socket, 1 GiB of device memory\n"
-      "  kvtided --device cpu --device-memory 256MiB --listen unix:/tmp/kv/kvtided.sock\n"
-      "  kvtided --config /etc/kvtide/kvtided.json                 as `kvtide plan --output kvtided-config` "
-      "writes it\n"
-      "  kvtided --listen unix:/run/kvtide/kvtided.sock --listen 127.0.0.1:7600\n"
-      "Stop it with SIGTERM or Ctrl-C: it finishes the calls under way.");
-}
-
-absl::StatusOr<v1::KvtidedConfig> GatherConfig(const Flags& flags) {
-  v1::KvtidedConfig config;
-  if (!flags.config_file.empty()) {
-    KVTIDE_ASSIGN_OR_RETURN(config, ReadConfigFile(flags.config_file));
-  }
-  MergeConfig(flags.config, &config);
-  return config;
-}
 
 // Everything that lives while the daemon serves, in the order in which it is made.
 class Daemon {
@@ -366,10 +209,9 @@ int Main(int argc, char** argv) {
   // Abseil as distributions build it looks for deadlocks: every mutex of gRPC is entered into one graph,
   // under one lock.
   absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
-  CLI::App app("kvtided keeps the KV cache of inference servers in compressed pools on GPU and host memory.",
-               "kvtided");
-  Flags flags;
-  AddFlags(&app, &flags);
+  CLI::App app(kDaemonDescription, "kvtided");
+  CommandLine flags;
+  AddCommandLine(&app, &flags);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ExtrasError&) {
@@ -386,16 +228,17 @@ int Main(int argc, char** argv) {
     std::printf("kvtided %s (backends: %s)\n", kVersion, KnownBackends().c_str());
     return 0;
   }
-  const auto config = GatherConfig(flags);
-  if (!config.ok()) return Fail(config.status(), kExitBadInput);
-  auto options = ResolveConfig(*config);
+  const auto layers = GatherConfig(flags.config_file, flags.config);
+  if (!layers.ok()) return Fail(layers.status(), kExitBadInput);
+  const v1::KvtidedConfig config = layers->Merged();
+  auto options = ResolveConfig(config);
   if (!options.ok()) return Fail(options.status(), kExitBadInput);
   if (flags.print_config) {
     google::protobuf::util::JsonPrintOptions print;
     print.add_whitespace = true;
     print.preserve_proto_field_names = true;
     std::string json;
-    if (!google::protobuf::util::MessageToJsonString(*config, &json, print).ok()) return kExitBadInput;
+    if (!google::protobuf::util::MessageToJsonString(config, &json, print).ok()) return kExitBadInput;
     std::printf("%s", json.c_str());
     return 0;
   }

@@ -5,6 +5,7 @@
     kernels <- daemon/cache <- daemon/service | daemon/metrics | daemon/disk <- daemon main
     format <- daemon/ring <- daemon/service, clients/cpp
     planner <- daemon/service, daemon main, clients/engine, clients/cli       proto <- daemon/service, clients
+    daemon main (its settings) <- clients/cli
 
 It also keeps third-party words where they belong: CUDA in kernels/cuda, gRPC and protobuf out of the cache, Prometheus in
 daemon/metrics, no clock but the injected one in the cache. Inside a layer its rooms (folders) have a ladder of their own; files
@@ -40,7 +41,8 @@ LADDER = {
     "clients/engine": {"kernels/base", "kernels/format", "planner", "clients/cpp"},
     "clients/python": {"kernels/base", "kernels/format", "kernels", "kernels/cpu", "daemon", "daemon/cache", "daemon/service", "planner", "proto",
                        "clients/cpp", "clients/cli"},
-    "clients/cli": {"kernels/base", "kernels/format", "planner", "proto", "clients/cpp", "clients/engine"},
+    # The daemon: its settings, for `kvtide config`, manual pages and completions.
+    "clients/cli": {"kernels/base", "kernels/format", "planner", "proto", "daemon", "clients/cpp", "clients/engine"},
 }
 # layer -> its rooms, and the other rooms that each may include.
 ROOMS = {

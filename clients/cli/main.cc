@@ -9,9 +9,11 @@
 #include "clients/cli/calibrate/calibrate.h"
 #include "clients/cli/capture/capture.h"
 #include "clients/cli/completion/completion.h"
+#include "clients/cli/completion/manual.h"
 #include "clients/cli/connect/connect_command.h"
 #include "clients/cli/demo/demo.h"
 #include "clients/cli/eval/eval.h"
+#include "clients/cli/ops/config_command.h"
 #include "clients/cli/ops/doctor_command.h"
 #include "clients/cli/ops/health_command.h"
 #include "clients/cli/ops/persist_command.h"
@@ -67,7 +69,9 @@ int main(int argc, char** argv) {
   kvtide::cli::AddSeqCommand(app, &exit_code);
   kvtide::cli::AddDoctorCommand(app, &exit_code);
   kvtide::cli::AddHealthCommand(app, &exit_code);
+  kvtide::cli::AddConfigCommand(app, &exit_code);
   kvtide::cli::AddCompletionCommand(app, &exit_code);
+  kvtide::cli::AddManualCommand(app, &exit_code);
   constexpr int kBadInput = 2;
   try {
     app.parse(kvtide::cli::WithEngineWords(argc, argv));

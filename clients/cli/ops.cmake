@@ -2,6 +2,7 @@
 find_package(CLI11 CONFIG REQUIRED)
 find_package(nlohmann_json CONFIG REQUIRED)
 kvtide_add_library(kvtide_cli_ops
+  ops/config_command.cc
   ops/daemon_flags.cc
   ops/doctor_checks.cc
   ops/doctor_command.cc
@@ -18,4 +19,4 @@ kvtide_add_library(kvtide_cli_ops
 target_compile_definitions(kvtide_cli_ops PRIVATE KVTIDE_VERSION="${PROJECT_VERSION}")
 target_link_libraries(kvtide_cli_ops
   PUBLIC kvtide_client kvtide_cli_engine CLI11::CLI11
-  PRIVATE kvtide_cli_connect kvtide_cli_plan kvtide_planner nlohmann_json::nlohmann_json ${CMAKE_DL_LIBS})
+  PRIVATE kvtide_cli_connect kvtide_cli_plan kvtide_daemon kvtide_planner nlohmann_json::nlohmann_json ${CMAKE_DL_LIBS})

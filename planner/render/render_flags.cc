@@ -123,7 +123,11 @@ absl::StatusOr<std::string> RenderKvtidedConfig(const PlanRequest& request, cons
                                                     : context->split->device_kv_bytes;
   nlohmann::ordered_json config;
   config["device_tier_bytes"] = device_bytes / kMiB * kMiB;
-  config["host_tier_bytes"] = request.device.host_bytes / kMiB * kMiB;
+  if (const int64_t host_bytes = request.device.host_bytes / kMiB * kMiB; host_bytes > 0) {
+    config["host_tier_bytes"] = host_bytes;
+  } else {
+    config["host_memory"] = "0";  // no bytes would be the default
+  }
   config["default_pair"] = pair.Name();
   config["exact_window"] = {{"first_blocks", request.engine.exact_window.first_blocks},
                             {"last_blocks", request.engine.exact_window.last_blocks}};

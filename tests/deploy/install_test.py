@@ -8,6 +8,7 @@ are there, that the user it runs as is declared, that a configuration which exis
 no manifest or image listens on TCP without being asked, that the sidecar's socket can be opened by its engine, and that what
 kustomize renders is complete. Tools that are missing (kubectl, systemd-analyze, dpkg-deb) leave their part out, and the output says so.
 """
+import gzip
 import json
 import pathlib
 import re
@@ -60,14 +61,24 @@ def check_exposure(unit):
     check(analysis.returncode == 0, f"the unit is exposed more than 2.0: {(analysis.stdout + analysis.stderr).strip().splitlines()[-1:]}")
 
 
+def check_manual(root):
+    for path, words in (("man1/kvtide.1.gz", (".SS config check", ".SS seq list")), ("man8/kvtided.8.gz", ("host\\-memory", "KVTIDE_QUOTA"))):
+        pages = list(root.rglob(path))
+        check(len(pages) == 1, f"{path} is not installed")
+        for word in words if pages else ():
+            check(word in gzip.decompress(pages[0].read_bytes()).decode(), f"{path} does not mention {word}")
+
+
 def check_install(build, work):
     root = work / "root"
     run("cmake", "--install", build, "--prefix", "/usr", "--component", "Unspecified", env={"DESTDIR": str(root), "PATH": "/usr/bin:/bin:/usr/local/bin"})
     units = list(root.rglob("kvtided.service"))
     check(len(units) == 1, f"{len(units)} units are installed")
-    for path in ("bash-completion/completions/kvtide", "zsh/vendor-completions/_kvtide", "fish/vendor_completions.d/kvtide.fish"):
-        scripts = list(root.rglob(path))
-        check(len(scripts) == 1 and "plan" in scripts[0].read_text(), f"{path} is not installed")
+    for program, word in (("kvtide", "plan"), ("kvtided", "host-memory")):
+        for path in (f"bash-completion/completions/{program}", f"zsh/vendor-completions/_{program}", f"fish/vendor_completions.d/{program}.fish"):
+            scripts = list(root.rglob(path))
+            check(len(scripts) == 1 and word in scripts[0].read_text(), f"{path} is not installed")
+    check_manual(root)
     for path in ("prometheus/rules.yml", "grafana/dashboards/kvtide.json", "kustomize/base/sidecar.yaml", "compose/compose.yaml"):
         check(list(root.rglob(f"kvtide/deploy/{path}")), f"{path} is not installed")
     return units[0], root
@@ -86,6 +97,7 @@ def check_package(build, work):
     check("libgrpc++" in fields, f"the package depends on too little: {fields}")
     files = run("dpkg-deb", "-c", packages[0]).stdout
     check("/usr/lib/cmake" not in files and ".a\n" not in files, "the package holds the client library's development files")
+    check_manual(root)
     unit = root / "usr/lib/systemd/system/kvtided.service"
     check(unit.is_file(), "the package has no unit")
     program, config = check_unit(unit.read_text(), root)

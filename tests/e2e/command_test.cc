@@ -128,6 +128,62 @@ TEST(Command, CompletesCommandsAndOptions) {
   EXPECT_THAT(Kvtide({"completion", "zsh"}).output, HasSubstr("#compdef kvtide"));
   EXPECT_THAT(Kvtide({"completion", "fish"}).output, HasSubstr("complete -c kvtide"));
   EXPECT_EQ(Kvtide({"completion", "csh"}).exit_code, 2);
+  std::ofstream(folder + "/kvtide.bash") << Kvtide({"completion", "bash", "kvtided"}).output;
+  std::filesystem::remove(folder + "/log");
+  EXPECT_EQ(
+      WaitForExit(StartProgram({"/bin/bash", "-c",
+                                "source " + folder +
+                                    "/kvtide.bash; COMP_WORDS=(kvtided --host); COMP_CWORD=1; _kvtided; "
+                                    "echo \"[${COMPREPLY[*]}]\""},
+                               folder + "/log"),
+                  60),
+      0);
+  EXPECT_EQ(ReadWhole(folder + "/log"), "[--host-memory]\n");
+  std::filesystem::remove_all(folder);
+}
+
+// The pages have every command and option, and the formatter finds no fault where there is one.
+TEST(Command, HasManualPages) {
+  const std::string folder = MakeFolder();
+  for (const char* program : {"kvtide", "kvtided"}) {
+    const Outcome page = Kvtide({"manual", program});
+    ASSERT_EQ(page.exit_code, 0);
+    for (const char* section : {".SH NAME", ".SH SYNOPSIS", ".SH OPTIONS", ".SH EXAMPLES", ".SH EXIT STATUS"})
+      EXPECT_THAT(page.output, HasSubstr(section)) << program;
+    std::ofstream(folder + "/page") << page.output;
+    if (std::filesystem::exists("/usr/bin/groff")) {
+      std::filesystem::remove(folder + "/log");
+      EXPECT_EQ(WaitForExit(StartProgram({"/usr/bin/groff", "-man", "-ww", "-Wbreak", "-z", "-Tutf8",
+                                          folder + "/page"},
+                                         folder + "/log"),
+                            60),
+                0);
+      EXPECT_EQ(ReadWhole(folder + "/log"), "") << program;
+    }
+  }
+  EXPECT_THAT(Kvtide({"manual", "kvtide"}).output,
+              AllOf(HasSubstr(".SS seq list"), HasSubstr(".SS config show"), HasSubstr("\\-\\-tls\\-ca")));
+  EXPECT_THAT(Kvtide({"manual", "kvtided"}).output,
+              AllOf(HasSubstr("\\-\\-max\\-queued\\-calls"), HasSubstr("KVTIDE_QUOTA")));
+  std::filesystem::remove_all(folder);
+}
+
+// From a plan to a daemon: what the planner writes is what kvtided reads.
+TEST(Command, APlanIsAConfiguration) {
+  if (TestDevice() != "cpu") GTEST_SKIP() << "the plan is for a card of 2 GiB";
+  const std::string folder = MakeFolder(), file = folder + "/plan.json";
+  for (const char* host : {"0", "4MiB"}) {
+    const Outcome plan = Kvtide({"plan", "--model", "SmolLM2-135M", "--device", "vram=2GiB,bandwidth=100GB/s",
+                                 "--host-memory", host, "--context", "1024", "--output", "kvtided-config"});
+    ASSERT_EQ(plan.exit_code, 0) << plan.output;
+    std::ofstream(file) << plan.output;
+    const Outcome check = Kvtide({"config", "check", "--config", file});
+    EXPECT_EQ(check.exit_code, 0) << check.output;
+    const auto daemon = TestDaemon::Start({"--config", file, "--device-memory", "", "--host-memory", ""});
+    const auto info = daemon->Connect()->GetServerInfo();
+    ASSERT_TRUE(info.ok());
+    EXPECT_EQ(info->tiers.size(), std::string(host) == "0" ? 1u : 2u);
+  }
   std::filesystem::remove_all(folder);
 }
 

@@ -143,6 +143,11 @@ TEST(Render, KvtidedConfigGivesTheTierAllThatIsLeft) {
   EXPECT_EQ(json["host_tier_bytes"], 32 * kGiB);
   EXPECT_EQ(json["default_pair"], chosen.asked.Name());
   EXPECT_EQ(json["exact_window"]["last_blocks"], 2);
+  // Without a host tier it says so: 0 bytes would be kvtided's default size.
+  request.device.host_bytes = 0;
+  const Json without = Json::parse(RenderKvtidedConfig(request, Make(request)).value());
+  EXPECT_EQ(without["host_memory"], "0");
+  EXPECT_FALSE(without.contains("host_tier_bytes"));
 }
 
 TEST(Render, SettingsAreRefusedForPlansThatDoNotFitAndForOtherEngines) {

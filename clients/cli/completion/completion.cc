@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_replace.h"
+#include "daemon/command_line.h"
 
 namespace kvtide::cli {
 namespace {
@@ -34,18 +35,19 @@ void Walk(const CLI::App& app, const std::string& words,
 
 // Two passes over the words before the cursor: which command it is, then what may follow.
 std::string Bash(const CLI::App& app) {
+  const std::string& name = app.get_name();
   std::string script =
-      "# bash completion of kvtide, made by `kvtide completion bash`\n"
-      "_kvtide() {\n"
-      "  local cur=\"${COMP_WORDS[COMP_CWORD]}\" path=\"\" word i\n"
-      "  for ((i = 1; i < COMP_CWORD; i++)); do\n"
-      "    word=\"${COMP_WORDS[i]}\"\n"
-      "    case \"${path:+$path }$word\" in\n      ";
+      absl::StrCat("# bash completion of ", name, ", made by `kvtide completion bash ", name, "`\n_", name,
+                   "() {\n"
+                   "  local cur=\"${COMP_WORDS[COMP_CWORD]}\" path=\"\" word i\n"
+                   "  for ((i = 1; i < COMP_CWORD; i++)); do\n"
+                   "    word=\"${COMP_WORDS[i]}\"\n"
+                   "    case \"${path:+$path }$word\" in\n      ");
   std::vector<std::string> commands;
   Walk(app, "", [&](const CLI::App&, const std::string& words) {
     if (!words.empty()) commands.push_back(absl::StrCat("\"", words, "\""));
   });
-  absl::StrAppend(&script, absl::StrJoin(commands, "|"),
+  absl::StrAppend(&script, commands.empty() ? "\"\"" : absl::StrJoin(commands, "|"),
                   ") path=\"${path:+$path }$word\" ;;\n    esac\n  done\n  case \"$path\" in\n");
   Walk(app, "", [&](const CLI::App& command, const std::string& words) {
     std::vector<std::string> next = Options(command);
@@ -56,7 +58,8 @@ std::string Bash(const CLI::App& app) {
   absl::StrAppend(
       &script,
       "  esac\n  [[ ${#COMPREPLY[@]} -eq 0 && \"$cur\" != -* ]] && COMPREPLY=($(compgen -f -- \"$cur\"))\n}\n"
-      "complete -F _kvtide kvtide\n");
+      "complete -F _",
+      name, " ", name, "\n");
   return script;
 }
 
@@ -64,17 +67,19 @@ std::string Fish(const CLI::App& app) {
   const auto quoted = [](const std::string& text) {
     return absl::StrCat("'", absl::StrReplaceAll(text, {{"\\", "\\\\"}, {"'", "\\'"}, {"\n", " "}}), "'");
   };
-  std::string script = "# fish completion of kvtide, made by `kvtide completion fish`\n";
+  const std::string& name = app.get_name();
+  std::string script =
+      absl::StrCat("# fish completion of ", name, ", made by `kvtide completion fish ", name, "`\n");
   Walk(app, "", [&](const CLI::App& command, const std::string& words) {
-    std::string condition = "__fish_use_subcommand";
+    std::string condition = Subcommands(app).empty() ? "true" : "__fish_use_subcommand";
     if (!words.empty())
       condition = absl::StrCat("__fish_seen_subcommand_from ", words.substr(words.rfind(' ') + 1));
     for (const CLI::App* one : Subcommands(command))
-      absl::StrAppend(&script, "complete -c kvtide -f -n '", condition, "' -a ", one->get_name(), " -d ",
+      absl::StrAppend(&script, "complete -c ", name, " -f -n '", condition, "' -a ", one->get_name(), " -d ",
                       quoted(one->get_description()), "\n");
     for (const CLI::Option* option : command.get_options())
-      for (const std::string& name : option->get_lnames())
-        absl::StrAppend(&script, "complete -c kvtide -n '", condition, "' -l ", name, " -d ",
+      for (const std::string& option_name : option->get_lnames())
+        absl::StrAppend(&script, "complete -c ", name, " -n '", condition, "' -l ", option_name, " -d ",
                         quoted(option->get_description()), "\n");
   });
   return script;
@@ -85,25 +90,33 @@ std::string Fish(const CLI::App& app) {
 std::string CompletionScript(const CLI::App& app, const std::string& shell) {
   if (shell == "fish") return Fish(app);
   if (shell == "zsh")
-    return absl::StrCat("#compdef kvtide\nautoload -U +X bashcompinit && bashcompinit\n", Bash(app));
+    return absl::StrCat("#compdef ", app.get_name(), "\nautoload -U +X bashcompinit && bashcompinit\n",
+                        Bash(app));
   return Bash(app);
 }
 
 void AddCompletionCommand(CLI::App& app, int* exit_code) {
-  auto shell = std::make_shared<std::string>();
+  auto shell = std::make_shared<std::string>(), program = std::make_shared<std::string>("kvtide");
   CLI::App* completion =
-      app.add_subcommand("completion", "Print the completions of this command line for a shell");
+      app.add_subcommand("completion", "Print the completions of kvtide or kvtided for a shell");
   completion->footer(
       "Examples:\n"
       "  source <(kvtide completion bash)\n"
+      "  source <(kvtide completion bash kvtided)\n"
       "  kvtide completion zsh > ~/.zfunc/_kvtide\n"
       "  kvtide completion fish > ~/.config/fish/completions/kvtide.fish\n"
       "An installed package has put them in place already.");
   completion->add_option("shell", *shell, "bash, zsh or fish")
       ->required()
       ->check(CLI::IsMember({"bash", "zsh", "fish"}));
-  completion->callback([&app, shell, exit_code] {
-    std::fputs(CompletionScript(app, *shell).c_str(), stdout);
+  completion->add_option("program", *program, "kvtide or kvtided")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"kvtide", "kvtided"}));
+  completion->callback([&app, shell, program, exit_code] {
+    CLI::App daemon(kDaemonDescription, "kvtided");
+    CommandLine flags;
+    AddCommandLine(&daemon, &flags);
+    std::fputs(CompletionScript(*program == "kvtide" ? app : daemon, *shell).c_str(), stdout);
     *exit_code = 0;
   });
 }

@@ -3,6 +3,7 @@ find_package(nlohmann_json CONFIG REQUIRED)
 kvtide_add_test(kvtide_test_clients_cli_ops
   LIBS kvtide_cli_ops kvtide_planner nlohmann_json::nlohmann_json
   SOURCES
+    config_command_test.cc
     doctor_checks_test.cc
     doctor_engine_test.cc
     ops_commands_test.cc

@@ -1,0 +1,167 @@
+#include "daemon/settings.h"
+
+#include <fstream>
+#include <map>
+#include <set>
+
+#include "daemon/command_line.h"
+#include "gmock/gmock.h"
+#include "google/protobuf/util/message_differencer.h"
+#include "gtest/gtest.h"
+
+namespace kvtide {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::UnorderedElementsAre;
+
+// An environment of these variables only.
+Environment Of(std::map<std::string, std::string> variables) {
+  return [variables = std::move(variables)](const char* name) -> const char* {
+    const auto found = variables.find(name);
+    return found == variables.end() ? nullptr : found->second.c_str();
+  };
+}
+
+std::map<std::string, EffectiveValue> ByName(const ConfigLayers& layers) {
+  std::map<std::string, EffectiveValue> values;
+  const auto all = EffectiveValues(layers);
+  EXPECT_TRUE(all.ok()) << all.status();
+  for (const EffectiveValue& value : *all) values.emplace(value.setting->field, value);
+  return values;
+}
+
+TEST(Settings, AreAllFieldsOfTheConfigurationOnce) {
+  std::set<std::string> missing, seen;
+  const auto* const message = v1::KvtidedConfig::descriptor();
+  for (int i = 0; i < message->field_count(); i++) missing.insert(message->field(i)->name());
+  for (const Setting& setting : AllSettings()) {
+    EXPECT_TRUE(seen.insert(setting.field).second) << setting.field;
+    EXPECT_EQ(missing.erase(setting.field), 1u) << setting.field;
+    EXPECT_EQ(FindSetting(setting.field), &setting);
+  }
+  // Other ways to write device_memory and host_memory, in files.
+  EXPECT_THAT(missing, UnorderedElementsAre("device_tier_bytes", "host_tier_bytes"));
+  EXPECT_EQ(FindSetting("devise"), nullptr);
+  EXPECT_EQ(FindSetting("device_memory")->Flag(), "--device-memory");
+  EXPECT_EQ(FindSetting("device_memory")->Environment(), "KVTIDE_DEVICE_MEMORY");
+}
+
+TEST(Settings, EveryOneIsAFlag) {
+  CLI::App app;
+  CommandLine flags;
+  AddCommandLine(&app, &flags);
+  for (const Setting& setting : AllSettings()) {
+    const CLI::Option* const option = app.get_option_no_throw(setting.Flag());
+    ASSERT_NE(option, nullptr) << setting.field;
+    EXPECT_THAT(option->get_description(), HasSubstr(setting.Environment()));
+  }
+}
+
+TEST(Settings, WhatTextSaysComesBack) {
+  const std::map<std::string, std::string> kTexts = {{"device", "cpu"},
+                                                     {"idle_seconds", "7"},
+                                                     {"slow_call_ms", "-1"},
+                                                     {"max_message_bytes", "5000000000"},
+                                                     {"allow_insecure_tcp", "true"},
+                                                     {"exact_window", "3,4"}};
+  for (const auto& [field, text] : kTexts) {
+    v1::KvtidedConfig config;
+    const Setting& setting = *FindSetting(field);
+    EXPECT_FALSE(IsSet(setting, config)) << field;
+    ASSERT_TRUE(SetFromText(setting, text, &config).ok()) << field;
+    EXPECT_TRUE(IsSet(setting, config)) << field;
+    EXPECT_EQ(TextOf(setting, config), text);
+  }
+  for (const auto& [field, text] : std::map<std::string, std::string>{{"idle_seconds", "7s"},
+                                                                      {"idle_seconds", ""},
+                                                                      {"slow_call_ms", "9999999999"},
+                                                                      {"allow_insecure_tcp", "perhaps"},
+                                                                      {"exact_window", "1"},
+                                                                      {"exact_window", "1,2,3"}}) {
+    v1::KvtidedConfig config;
+    EXPECT_EQ(SetFromText(*FindSetting(field), text, &config).code(), absl::StatusCode::kInvalidArgument)
+        << field << " " << text;
+  }
+}
+
+TEST(Settings, FlagsWinOverTheEnvironmentAndThatOverTheFile) {
+  const std::string file = ::testing::TempDir() + "/kvtide_settings_test.json";
+  std::ofstream(file)
+      << R"({"device": "cpu", "listen": ["unix:/a"], "log_level": "error", "host_tier_bytes": 1048576,
+                             "exact_window": {"first_blocks": 1, "last_blocks": 5}, "idle_seconds": 9})";
+  v1::KvtidedConfig flags;
+  flags.set_log_level("debug");
+  const auto layers = GatherConfig("", flags,
+                                   Of({{"KVTIDE_CONFIG", file},
+                                       {"KVTIDE_LISTEN", "unix:/b  unix:/c"},
+                                       {"KVTIDE_LOG_LEVEL", "trace"},
+                                       {"KVTIDE_IDLE_SECONDS", "11"},
+                                       {"KVTIDE_EXACT_WINDOW", "4,0"},
+                                       {"KVTIDE_DISK", ""}}));
+  ASSERT_TRUE(layers.ok()) << layers.status();
+  EXPECT_EQ(layers->file_name, file);
+  EXPECT_THAT(layers->Merged().listen(), ElementsAre("unix:/b", "unix:/c"));
+  const auto values = ByName(*layers);
+  const auto expect = [&](const char* name, const char* value, Source source) {
+    EXPECT_EQ(values.at(name).value, value) << name;
+    EXPECT_EQ(NameOf(values.at(name).source), std::string(NameOf(source))) << name;
+  };
+  expect("device", "cpu", Source::kFile);
+  expect("listen", "unix:/b unix:/c", Source::kEnvironment);
+  expect("log_level", "debug", Source::kFlag);
+  expect("host_memory", "1MiB", Source::kFile);
+  expect("idle_seconds", "11", Source::kEnvironment);
+  expect("exact_window", "4,0", Source::kEnvironment);
+  expect("disk", "off", Source::kDefault);
+  expect("device_memory", "1GiB", Source::kDefault);
+}
+
+// What is shown is what it would be: written into a file, it gives the same daemon.
+TEST(Settings, TheEffectiveConfigurationIsAConfiguration) {
+  v1::KvtidedConfig asked;
+  asked.set_device("cpu");
+  asked.set_device_tier_bytes((1 << 20) + 512);
+  asked.set_host_memory("0");
+  asked.set_disk("/tmp/kvtide-nowhere:3MiB");
+  asked.set_persist("all");
+  asked.add_quota("acme:sequences=3,device=1MiB");
+  asked.set_slow_call_ms(-1);
+  for (const v1::KvtidedConfig& config : {v1::KvtidedConfig(), asked}) {
+    const auto options = ResolveConfig(config);
+    ASSERT_TRUE(options.ok()) << options.status();
+    const v1::KvtidedConfig full = WithDefaults(config, *options);
+    const auto again = ResolveConfig(full);
+    ASSERT_TRUE(again.ok()) << again.status();
+    EXPECT_TRUE(google::protobuf::util::MessageDifferencer::Equals(full, WithDefaults(full, *again)))
+        << full.DebugString();
+    EXPECT_EQ(options->device_bytes, again->device_bytes);
+    EXPECT_EQ(options->host_bytes, again->host_bytes);
+    EXPECT_EQ(options->disk_bytes, again->disk_bytes);
+    EXPECT_EQ(options->slow_call, again->slow_call);
+    // Nothing is left to a default that only the code knows, but what has none.
+    const std::set<std::string> kNone = {"allow",     "quota",  "server_cert",       "server_key",
+                                         "client_ca", "tokens", "allow_insecure_tcp"};
+    for (const Setting& setting : AllSettings())
+      EXPECT_TRUE(IsSet(setting, full) || kNone.contains(setting.field)) << setting.field;
+  }
+}
+
+TEST(Settings, ErrorsOfTheEnvironmentNameTheVariable) {
+  const auto status = GatherConfig("", {}, Of({{"KVTIDE_IDLE_SECONDS", "soon"}})).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("KVTIDE_IDLE_SECONDS: 'soon' is not a whole number"));
+  EXPECT_THAT(std::string(GatherConfig("/none.json", {}, Of({})).status().message()),
+              HasSubstr("/none.json"));
+}
+
+TEST(Settings, VariablesThatNobodyReadsAreTold) {
+  const char* const variables[] = {"HOME=/", "KVTIDE_DEVICE=cpu", "KVTIDE_ADDRESS=x", "KVTIDE_DEVISE=1",
+                                   nullptr};
+  EXPECT_THAT(UnknownVariables(variables),
+              ElementsAre("no setting reads KVTIDE_DEVISE; did you mean KVTIDE_DEVICE?"));
+}
+
+}  // namespace
+}  // namespace kvtide
