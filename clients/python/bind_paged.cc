@@ -280,6 +280,12 @@ void BindPaged(nb::module_& m) {
                             {table.data(), size}, row, static_cast<int64_t>(table.shape(1))));
           },
           "query_start"_a, "lengths"_a, "table"_a)
+      .def(
+          "forget",
+          [](ExactPages& self, const Numbers& pages) {
+            Raise(self.Forget({pages.data(), pages.size()}));
+          },
+          "pages"_a)
       .def_prop_ro("slots", [](const ExactPages& self) { return self.options().slots; })
       .def_prop_ro("least_slots", [](const ExactPages& self) { return self.options().LeastSlots(); })
       .def_prop_ro("all_slots", [](const ExactPages& self) { return self.options().AllSlots(); })

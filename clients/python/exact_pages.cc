@@ -145,13 +145,26 @@ absl::Status ExactPages::Check(std::span<const int32_t> query_start, std::span<c
   return absl::OkStatus();
 }
 
+void ExactPages::Free(int32_t page) {
+  const int slot = slot_of_[Size(page)];
+  if (slot < 0) return;
+  slots_[Size(slot)].page = -1;
+  Move(slot, kFree);
+  slot_of_[Size(page)] = -1;
+}
+
+absl::Status ExactPages::Forget(std::span<const int32_t> pages) {
+  for (const int32_t page : pages)
+    if (page <= 0 || page >= options_.pages)
+      return absl::InvalidArgumentError(
+          absl::StrCat("page ", page, " of ", options_.pages, " is written from elsewhere"));
+  for (const int32_t page : pages) Free(page);
+  return absl::OkStatus();
+}
+
 void ExactPages::Keep(int32_t page, bool fresh, bool stays, bool must, List list) {
+  if (fresh && !stays) Free(page);
   int slot = slot_of_[Size(page)];
-  if (fresh && !stays && slot >= 0) {
-    slots_[Size(slot)].page = -1;
-    Move(slot, kFree);
-    slot_of_[Size(page)] = slot = -1;
-  }
   if (stays && slot < 0) {
     slot = Take(must);
     if (slot >= 0) {

@@ -10,6 +10,8 @@
 //   * A full block is sealed into its coded page in the step that fills it, and again in every step that
 //     writes into it (speculation). From then on its exact page is a better copy, nothing more.
 //   * Every other block was sealed by somebody: it is attended coded (prefix hits, resumed requests).
+//   * A page whose coded bytes somebody else writes (a KV connector's load) is *forgotten*: its block is
+//     attended coded like a prefix hit.
 // Exact pages are of two kinds. A *slot* keeps its block over steps: the first and last blocks and the tail.
 // A *scratch page* serves one layer of one step: the other blocks of a prefill chunk (`blocks_stay`: slots
 // serve them too).
@@ -71,6 +73,10 @@ class ExactPages {
   absl::Status Step(std::span<const int32_t> query_start, std::span<const int32_t> lengths,
                     std::span<const int32_t> table, int64_t row, int64_t columns);
 
+  // The engine has given these pages to blocks whose coded bytes come from elsewhere: exact copies of what
+  // was in them mean nothing. InvalidArgument, with nothing forgotten, for a page that is none.
+  absl::Status Forget(std::span<const int32_t> pages);
+
   // Results of the last Step, as PagedStep wants them. The memory stays where it is.
   std::span<int32_t> coded_first() { return coded_first_; }
   std::span<int32_t> coded_count() { return coded_count_; }
@@ -112,6 +118,7 @@ class ExactPages {
   // A slot without a page; -1: none that may be taken. `must`: whatever this step does not need.
   int Take(bool must);
   int PlaceOf(int32_t page) const;
+  void Free(int32_t page);  // the slot of a page, if it has one
   void Keep(int32_t page, bool fresh, bool stays, bool must, List list);
   void MakeTables(size_t s, int first_row, int64_t before, int64_t after, std::span<const int32_t> pages);
 

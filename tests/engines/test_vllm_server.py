@@ -14,6 +14,8 @@ import pytest
 
 
 class Server:
+    ENVIRONMENT = {}
+
     def __init__(self, folder, pair, **options):
         with socket.socket() as one:
             one.bind(("127.0.0.1", 0))
@@ -23,7 +25,7 @@ class Server:
                      "--host", "127.0.0.1", "--served-model-name", "tide", "--dtype", "bfloat16", "--max-model-len", "2048",
                      "--enforce-eager", "--max-num-seqs", "8", "--block-size", "64", "--kv-cache-memory-bytes", str(256 << 20), *self.arguments()]
         self.process = subprocess.Popen(arguments, stdout=open(self.log, "w"), stderr=subprocess.STDOUT, cwd=folder,
-                                        env=engine.environment(pair, VLLM_ENABLE_V1_MULTIPROCESSING=1))
+                                        env=engine.environment(pair, VLLM_ENABLE_V1_MULTIPROCESSING=1, **self.ENVIRONMENT))
         deadline = time.monotonic() + 900
         while True:
             try:

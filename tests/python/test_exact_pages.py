@@ -21,7 +21,8 @@ class Engine:
     """What vLLM does with pages: first come first served, prefix cache of full blocks, freed pages kept until they are needed,
     preemption by recomputation, chunked prefill, drafts that may be refused, rows in any order."""
 
-    def __init__(self, rng, *, pages, sequences, budget, drafts=0, sliding=0, idle=0.0):
+    def __init__(self, rng, *, pages, sequences, budget, drafts=0, sliding=0, idle=0.0, external=0.0):
+        self.external, self.elsewhere, self.loads = external, set(), []  # blocks that a connector keeps, and gives back
         self.rng, self.sequences, self.budget, self.drafts, self.sliding, self.idle = rng, sequences, budget, drafts, sliding, idle
         self.free = list(range(1, pages))
         self.users = {page: 0 for page in range(1, pages)}
@@ -69,9 +70,16 @@ class Engine:
         if self.sliding:
             return
         for b in range((len(request.tokens) - 1) // BLOCK):
-            page = self.cached.get(tuple(request.tokens[:(b + 1) * BLOCK]))
+            key = tuple(request.tokens[:(b + 1) * BLOCK])
+            page = self.cached.get(key)
             if page is None:
-                break
+                if key not in self.elsewhere or not self.free:
+                    break
+                page = self.take_page()
+                self.users[page] = 0
+                self.free.append(page)
+                self.loads.append((page, key))
+                self.cached[key], self.key_of[page] = page, key
             if self.users[page] == 0:
                 self.free.remove(page)
             self.users[page] += 1
@@ -81,6 +89,8 @@ class Engine:
     def remember(self, request, upto):
         for b in range(min(upto, len(request.tokens)) // BLOCK):
             key, page = tuple(request.tokens[:(b + 1) * BLOCK]), request.pages[b]
+            if self.external and self.rng.random() < self.external:
+                self.elsewhere.add(key)
             if page and page not in self.key_of and key not in self.cached:
                 self.cached[key], self.key_of[page] = page, key
 
@@ -151,19 +161,26 @@ def names(tokens, known={}):
     return out
 
 
-def run(seed, *, steps, pages=40, sequences=4, budget=256, first=1, last=2, drafts=0, sliding=0, idle=0.0, slots=0, stay=False):
+def run(seed, *, steps, pages=40, sequences=4, budget=256, first=1, last=2, drafts=0, sliding=0, idle=0.0, slots=0, stay=False,
+        external=0.0):
     rng = random.Random(seed)
-    engine = Engine(rng, pages=pages, sequences=sequences, budget=budget, drafts=drafts, sliding=sliding, idle=idle)
+    engine = Engine(rng, pages=pages, sequences=sequences, budget=budget, drafts=drafts, sliding=sliding, idle=idle,
+                    external=external)
     exact = _core.ExactPages(pages=pages, slots=slots, first_blocks=first, last_blocks=last, sliding=sliding,
                              max_sequences=sequences, max_tokens=budget, rewritten=drafts, blocks_stay=stay)
     # The token that each row of each page holds.
     in_exact = np.zeros((exact.slots + exact.scratch, BLOCK), np.int64)
     in_coded = np.zeros((pages, BLOCK), np.int64)
     tables = exact.tables()
+    loaded = 0
     for step in range(steps):
         while len(engine.waiting) < 3:
             engine.new_request()
         rows = engine.schedule()
+        for page, key in engine.loads:
+            exact.forget(np.array([page], np.int32))
+            in_coded[page] = names(key)[-BLOCK:]
+        loaded, engine.loads = loaded + len(engine.loads), []
         query_start = np.cumsum([0] + [new for _, new, _ in rows]).astype(np.int32)
         lengths = np.array([request.computed + new for request, new, _ in rows], np.int32)
         table = np.zeros((len(rows), pages), np.int32)
@@ -198,6 +215,7 @@ def run(seed, *, steps, pages=40, sequences=4, budget=256, first=1, last=2, draf
             in_coded[page] = in_exact[place]
         in_exact[exact.slots:] = 0  # scratch pages are shared by layers: nothing of them outlives the step
         engine.finish(rows)
+    assert bool(loaded) == bool(external)
     return engine, exact
 
 
@@ -217,6 +235,13 @@ def test_preemption(seed):
 @pytest.mark.parametrize("drafts", [1, 5])
 def test_speculation(seed, drafts):
     run(200 + seed, steps=150, drafts=drafts)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_blocks_that_a_connector_loads(seed, drafts):
+    """Into pages that had exact copies of what was there before."""
+    run(900 + seed, steps=300, pages=14, sequences=4, external=0.9, drafts=drafts)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -291,6 +316,18 @@ def test_a_page_that_is_given_to_somebody_else_is_forgotten():
     tables = exact.tables()
     assert tables["coded_count"][0] == 0
     assert tables["write_slots"][0] // BLOCK == tables["exact_table"][0][0]
+
+
+def test_a_page_that_is_written_from_elsewhere_is_attended_coded():
+    exact = small()
+    one_row(exact, 0, 128, [1, 2])
+    assert one_row(exact, 128, 140, [1, 2, 3]) == (1, 0)
+    exact.forget(np.array([2], np.int32))
+    assert one_row(exact, 140, 141, [1, 2, 3]) == (1, 1)
+    for page in (0, 20, -1):
+        with pytest.raises(InvalidArgument, match=f"page {page} of 20"):
+            exact.forget(np.array([1, page], np.int32))
+    assert one_row(exact, 141, 142, [1, 2, 3]) == (1, 1)  # 1 was not forgotten
 
 
 def test_what_cannot_be_is_refused_and_changes_nothing():

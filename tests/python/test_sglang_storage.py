@@ -234,6 +234,9 @@ def test_one_rank_writes_for_mla():
 def test_settings():
     assert SglangSettings.read(None) == SglangSettings()
     assert SglangSettings.read({"backend_name": "kvtide", "address": "unix:/x", "timeout": 3}).timeout == 3
-    with pytest.raises(InvalidArgument, match="pair is 4"):
-        SglangSettings.read({"pair": 4})
+    assert SglangSettings.read({"pair": "turbo4"}).pair == "turbo4/turbo4" and SglangSettings.read({"pair": "exact"}).pair == "exact"
+    for wrong, words in [({"pair": 4}, "pair is 4"), ({"pair": "turbo9"}, 'extra-config: pair "turbo9": write exact, or'),
+                         ({"pair": "auto"}, "name a pair"), ({"way": "carrier"}, "way is 'carrier'; use auto, shm or grpc")]:
+        with pytest.raises(InvalidArgument, match=words):
+            SglangSettings.read(wrong)
     assert key_of("a" * 64) == b"a" * 64 and len(key_of("a" * 65)) == 32

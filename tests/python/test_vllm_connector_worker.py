@@ -12,9 +12,9 @@ torch = pytest.importorskip("torch")
 from block_store_double import Daemon  # noqa: E402
 from kvtide.block_store import Namespace, OpaqueBlocks, TensorBlocks  # noqa: E402
 from kvtide.store_link import StoreLink  # noqa: E402
-from kvtide.vllm.connector_pages import Pages, learn  # noqa: E402
+from kvtide.vllm.connector_pages import OwnPages, Pages, learn  # noqa: E402
 from kvtide.vllm.connector_plan import Load, Save, Step  # noqa: E402
-from kvtide.vllm.connector_worker import ConnectorWorker  # noqa: E402
+from kvtide.vllm.connector_worker import ConnectorWorker, codec_versions  # noqa: E402
 
 HEADS, TOKENS, DIM, LAYERS, BLOCKS = 2, 16, 32, 3, 24
 CHUNK = 4  # blocks
@@ -398,3 +398,66 @@ def test_opaque_blocks():
     for cache, old in zip(world.caches, want):
         assert torch.equal(cache[11:15], old)
     worker.close()
+
+
+class Part:
+    """Of kvtide's attention backend: decoding steps leave blocks to be sealed by the next one."""
+
+    def __init__(self, caches):
+        self.caches, self.unsealed, self.forgotten = caches, {}, []
+
+    def will_be_read(self, pages):
+        for page in set(pages) & set(self.unsealed):
+            for cache in self.caches:
+                cache[page] = self.unsealed[page]
+            del self.unsealed[page]
+
+    def will_be_written(self, pages):
+        self.forgotten += pages
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """Pages of the backend, and a daemon that codes as this package does."""
+    import block_store_double
+
+    pair = "turbo4/turbo4"
+    monkeypatch.setattr(block_store_double.Store, "codec_versions", property(lambda _: own.versions, lambda *_: None), raising=False)
+    own = SimpleNamespace(daemon=Daemon(), versions=codec_versions(pair), caches=[torch.zeros(BLOCKS, 2, 96, dtype=torch.uint8) for _ in range(LAYERS)])
+    own.part = Part(own.caches)
+    own.space = Namespace("m", 64, TensorBlocks(LAYERS, HEADS, DIM, DIM, pair))
+    own.links = [StoreLink(own.daemon.open_pool, "here", pauses=(0.001, 0.01)) for _ in range(3)]
+    for link in own.links:
+        link.start([own.space], wait=20)
+    own.worker = ConnectorWorker(OwnPages(own.caches, BLOCKS, lambda: [own.part]), *own.links[:2], (0, 0), coded=True)
+    yield own
+    own.worker.close()
+    own.links[2].close()
+
+
+def test_own_pages_are_sealed_before_they_are_saved_and_forgotten_before_they_are_loaded(own):
+    own.part.unsealed[5] = 7
+    World.save(own, "a", KEYS[:2], [4, 5], held=["a"])
+    World.done(own, saved=["a"])
+    assert own.part.unsealed == {}
+    while len(own.daemon.blocks.get(own.space, ())) < 2:
+        time.sleep(0.001)
+    assert World.load(own, "b", KEYS[:2], [8, 9]) == 2
+    assert own.part.forgotten == [8, 9]  # on the engine's thread, at once
+    assert World.done(own, received=["b"]) == set()
+    for cache in own.caches:
+        assert (cache[8] == 0).all() and (cache[9] == 7).all()
+
+
+def test_a_daemon_that_codes_otherwise_gets_and_gives_nothing(own, caplog):
+    World.save(own, "a", KEYS[:2], [4, 5], held=["a"])
+    World.done(own, saved=["a"])
+    while len(own.daemon.blocks.get(own.space, ())) < 2:
+        time.sleep(0.001)
+    own.versions = (1000, 1000)
+    World.save(own, "b", KEYS[2:], [6, 7], held=["b"])
+    World.done(own, saved=["b"])
+    World.load(own, "c", KEYS[:2], [8, 9])
+    assert World.done(own, received=["c"]) == {8, 9}
+    assert len(own.daemon.blocks[own.space]) == 2
+    assert "install the same release of both" in caplog.text

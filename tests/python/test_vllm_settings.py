@@ -48,12 +48,14 @@ def config(**changes):
 def test_what_runs_is_not_refused():
     assert refusals(config()) == [] and refusals(config(block_size=128)) == []
     assert refusals(config(block_size=16, user_specified_block_size=False)) == []  # vLLM asks the backend later
+    assert refusals(config(kv_transfer_config=SimpleNamespace(kv_connector="KvtideConnector"))) == []
 
 
 @pytest.mark.parametrize("change,words", [
     ({"cache_dtype": "fp8"}, "--kv-cache-dtype fp8"), ({"block_size": 16}, "--block-size 64"), ({"use_mla": True}, "latent"),
     ({"is_encoder_decoder": True}, "encoder-decoder"), ({"decode_context_parallel_size": 2}, "--tensor-parallel-size"),
-    ({"enable_dbo": True}, "--enable-dbo"), ({"kv_transfer_config": object()}, "KV connectors")])
+    ({"enable_dbo": True}, "--enable-dbo"),
+    ({"kv_transfer_config": SimpleNamespace(kv_connector="OffloadingConnector")}, "the KV connector OffloadingConnector")])
 def test_refusals_say_what_to_change(change, words):
     (reason,) = refusals(config(**change))
     assert words in reason

@@ -27,6 +27,7 @@ const char* const kExamples = R"(Examples:
   kvtide connect vllm --model meta-llama/Llama-3.1-8B-Instruct
   kvtide connect vllm --model Qwen/Qwen3-32B --context 32K --sequences 64 --gpus 2 --host-memory 256GiB --disk /var/lib/kvtide:1TiB
   kvtide connect vllm --model ./Llama-3.1-8B/ --way pages --device "RTX 4090" --pair turbo4/turbo4
+  kvtide connect vllm --model ./Llama-3.1-8B/ --way both --disk /var/lib/kvtide:500GiB
   kvtide connect sglang --model Qwen/Qwen3-32B --output json
   kvtide connect transformers --model ./SmolLM2-135M/
   kvtide connect llama.cpp --model ./model.gguf --context 32K --sequences 4
@@ -134,7 +135,7 @@ void AddConnectCommand(CLI::App& app, int* exit_code) {
       ->required();
   connect
       ->add_option("--way", flags->way,
-                   "cache: the engine's blocks rest in kvtided; pages: vLLM's own pages are kvtide's")
+                   "cache: the engine's blocks rest in kvtided; pages: vLLM's own pages are kvtide's; both")
       ->capture_default_str();
   connect->add_option("--address", flags->address,
                       "Where kvtided listens (default: $KVTIDE_ADDRESS, else the default socket)");

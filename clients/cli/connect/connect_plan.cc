@@ -27,7 +27,7 @@ constexpr Named<ServingEngine> kEngines[] = {{ServingEngine::kVllm, "vllm"},
                                              {ServingEngine::kSglang, "sglang"},
                                              {ServingEngine::kTransformers, "transformers"},
                                              {ServingEngine::kLlamaCpp, "llama.cpp"}};
-constexpr Named<Way> kWays[] = {{Way::kCache, "cache"}, {Way::kPages, "pages"}};
+constexpr Named<Way> kWays[] = {{Way::kCache, "cache"}, {Way::kPages, "pages"}, {Way::kBoth, "both"}};
 
 template <class Value, size_t N>
 const char* NameOf(const Named<Value> (&all)[N], Value value) {
@@ -63,7 +63,8 @@ bool Measured(const Candidate& candidate) {
          candidate.support.level != planner::SupportLevel::kRefused;
 }
 
-bool Caches(Way way) { return way == Way::kCache; }
+bool Caches(Way way) { return way != Way::kPages; }
+bool OwnsPages(Way way) { return way != Way::kCache; }
 
 // Keys of the connectors' own configuration.
 nlohmann::ordered_json StoreSettings(const ConnectRequest& request, const PairChoice& choice) {
@@ -103,6 +104,11 @@ void ConnectVllm(const ConnectRequest& request, Connection* out) {
                   "64"};
   if (request.gpus > 1)
     out->command.insert(out->command.end(), {"--tensor-parallel-size", absl::StrCat(request.gpus)});
+  if (OwnsPages(request.way)) {
+    out->environment.emplace_back("KVTIDE_PAIR", out->choice.pair);
+    if (request.gpu) out->command.insert(out->command.end(), {"--attention-backend", "CUSTOM"});
+    out->verify = {"# vLLM's log at the start: GPU KV cache size: ... tokens"};
+  }
   if (Caches(request.way)) {
     out->settings = {{"kv_connector", "KvtideConnector"},
                      {"kv_connector_module_path", "kvtide.vllm.connector"},
@@ -110,15 +116,14 @@ void ConnectVllm(const ConnectRequest& request, Connection* out) {
                      {"kv_load_failure_policy", "recompute"},
                      {"kv_connector_extra_config", StoreSettings(request, out->choice)}};
     out->command.insert(out->command.end(), {"--kv-transfer-config", out->settings.dump()});
-    out->verify = {absl::StrCat("kvtide doctor --engine vllm --address ", request.address),
-                   "# vLLM's log at the start: kvtide: blocks of 64 tokens ... rest in kvtided at ...",
-                   "# and while it serves: External prefix cache hit rate: ...%"};
+    out->verify.insert(out->verify.end(),
+                       {"# vLLM's log at the start: kvtide: blocks of 64 tokens ... rest in kvtided at ...",
+                        "# and while it serves: External prefix cache hit rate: ...%"});
     out->notes.push_back("every vLLM of one model and one pair that names this address shares what it holds");
-  } else {
-    out->environment.emplace_back("KVTIDE_PAIR", out->choice.pair);
-    if (request.gpu) out->command.insert(out->command.end(), {"--attention-backend", "CUSTOM"});
-    out->verify = {"kvtide doctor --engine vllm", "# vLLM's log at the start: GPU KV cache size: ... tokens"};
   }
+  out->verify.insert(out->verify.begin(),
+                     absl::StrCat("kvtide doctor --engine vllm",
+                                  Caches(request.way) ? absl::StrCat(" --address ", request.address) : ""));
 }
 
 void ConnectSglang(const ConnectRequest& request, Connection* out) {
@@ -226,7 +231,7 @@ absl::StatusOr<PairChoice> ChoosePair(const ConnectRequest& request) {
         return Describe(candidate, absl::StrCat("as asked, ", HarmWords(candidate.harm)), request);
     return absl::NotFoundError(absl::StrCat("--pair: the plan has no pair '", request.pair, "'"));
   }
-  const bool pages = !Caches(request.way);
+  const bool pages = OwnsPages(request.way);
   const Candidate* best = nullptr;
   const Candidate* smallest = nullptr;
   const auto less_harm = [](const Candidate& a, const Candidate& b) {
@@ -265,7 +270,7 @@ absl::StatusOr<PairChoice> ChoosePair(const ConnectRequest& request) {
 }
 
 absl::StatusOr<Connection> MakeConnection(const ConnectRequest& request) {
-  if (!Caches(request.way) && request.engine != ServingEngine::kVllm) {
+  if (OwnsPages(request.way) && request.engine != ServingEngine::kVllm) {
     return absl::InvalidArgumentError(absl::StrCat("--way ", WayName(request.way),
                                                    ": only vLLM takes another one's pages; ",
                                                    ServingEngineName(request.engine), " has --way cache"));

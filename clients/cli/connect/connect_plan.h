@@ -1,12 +1,12 @@
 // What to type so that an engine uses kvtide: the answer of `kvtide connect`, as data. Pure: MakeConnection
 // reads no file and asks nobody.
 //
-// Two ways an engine can use kvtide:
+// How an engine can use kvtide:
 //   * cache    the engine keeps its own pages; what it computed rests in kvtided, coded, and comes back when
 //   a
 //              prompt begins with the same tokens (vLLM connector, SGLang storage, saved states of llama.cpp)
-//   * pages    the engine's own pages are kvtide's (vLLM's attention backend): more tokens in the same GPU
-//   memory
+//   * pages    the engine's own pages are kvtide's (vLLM's attention backend): more tokens in the same memory
+//   * both     its coded pages rest in kvtided as they are
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ enum class ServingEngine { kVllm, kSglang, kTransformers, kLlamaCpp };
 const char* ServingEngineName(ServingEngine engine);
 absl::StatusOr<ServingEngine> ParseServingEngine(const std::string& name);
 
-enum class Way { kCache, kPages };
+enum class Way { kCache, kPages, kBoth };
 const char* WayName(Way way);
 absl::StatusOr<Way> ParseWay(const std::string& name);
 

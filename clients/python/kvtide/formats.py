@@ -101,3 +101,17 @@ def decode(
 
 def _vector(values: Any) -> Optional[np.ndarray]:
     return None if values is None else _arrays.vector(values)
+
+
+def parse_pair(text: str, *others: str) -> str:
+    """``turbo4/turbo4`` of a pair's name, or of one type for both keys and values (``turbo4``).
+
+    Raises:
+        InvalidArgument: no pair of known types. ``others``: what can be written instead, for the words.
+    """
+    names = [one.name for one in types()]
+    parts = text.split("/") if "/" in text else [text, text]
+    if len(parts) != 2 or not set(parts) <= set(names):
+        raise InvalidArgument(f'pair "{text}": write {"".join(f"{one}, or " for one in others)}the type of keys and of values such as '
+                              f"turbo4/turbo4; types: {', '.join(names)}")
+    return "/".join(parts)

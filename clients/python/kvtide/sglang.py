@@ -50,9 +50,8 @@ class SglangSettings(StoreSettings):
     @classmethod
     def read(cls, extra: Optional[Mapping[str, Any]]) -> "SglangSettings":
         """Keys that are not kvtide's are SGLang's."""
-        chosen = {one.name: extra[one.name] for one in fields(cls) if extra and one.name in extra}
-        cls.check_types(chosen, "extra config")
-        return cls(**chosen)
+        return cls.make({one.name: extra[one.name] for one in fields(cls) if extra and one.name in extra},
+                        "--hicache-storage-backend-extra-config")
 
 
 def never_raises(otherwise: Callable[..., Any]) -> Callable[..., Any]:

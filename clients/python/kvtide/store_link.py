@@ -89,6 +89,11 @@ class StoreLink:
         """The open namespaces in the order of :meth:`start`; None while the daemon is away."""
         return self._stores
 
+    @property
+    def pool(self) -> Any:
+        """The pool at the other end now; None while the daemon is away."""
+        return self._pool
+
     def empty(self, shape: Sequence[int], dtype: Any) -> Any:
         """Memory for a payload that goes to the daemon without a copy, if there is such."""
         pool = self._pool

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Mapping
 
+from . import formats
 from .errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+WAYS = ("auto", "shm", "grpc")
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,20 @@ class StoreSettings:
     persist: bool = False
 
     @classmethod
-    def check_types(cls, values: Mapping[str, Any], where: str) -> None:
-        """InvalidArgument, which begins with ``where``, for a value of another type than its field has."""
+    def make(cls, values: Mapping[str, Any], where: str) -> "Self":
+        """Settings of these values. InvalidArgument, which begins with ``where``, for what cannot be."""
         for one in fields(cls):
             value, kind = values.get(one.name, one.default), type(one.default)
             if not isinstance(value, (int, float) if kind is float else kind):
                 raise InvalidArgument(f"{where}: {one.name} is {value!r}, not of type {kind.__name__}")
+        out = cls(**values)
+        if out.way not in WAYS:
+            raise InvalidArgument(f"{where}: way is {out.way!r}; use {', '.join(WAYS[:-1])} or {WAYS[-1]}")
+        if out.pair == "auto":
+            raise InvalidArgument(f"{where}: name a pair; kvtide connect chooses one")
+        if out.pair == "exact":
+            return out
+        try:
+            return replace(out, pair=formats.parse_pair(out.pair, "exact"))
+        except InvalidArgument as error:
+            raise InvalidArgument(f"{where}: {error}") from None

@@ -127,6 +127,20 @@ TEST(ConnectPlan, VllmOnKvtidesPages) {
   EXPECT_EQ(MakeConnection(request).status().code(), absl::StatusCode::kInvalidArgument);
 }
 
+TEST(ConnectPlan, VllmOnKvtidesPagesThatRestInTheDaemonToo) {
+  ConnectRequest request = Request(ServingEngine::kVllm);
+  request.way = Way::kBoth;
+  const Connection both = *MakeConnection(request);
+  EXPECT_EQ(both.choice.pair, "turbo4/turbo4") << "what fits the device";
+  EXPECT_THAT(both.environment, ElementsAre(testing::Pair("KVTIDE_PAIR", "turbo4/turbo4")));
+  EXPECT_THAT(both.command, IsSupersetOf({"--attention-backend", "CUSTOM", "--kv-transfer-config"}));
+  EXPECT_THAT(both.daemon, Contains("--host-memory"));
+  EXPECT_EQ(both.settings["kv_connector_extra_config"]["pair"], "turbo4/turbo4");
+  EXPECT_EQ(both.verify.front(), "kvtide doctor --engine vllm --address unix:/run/kvtide/kvtided.sock");
+  request.engine = ServingEngine::kTransformers;
+  EXPECT_EQ(MakeConnection(request).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
 TEST(ConnectPlan, SglangTransformersAndLlamaCpp) {
   const Connection sglang = *MakeConnection(Request(ServingEngine::kSglang));
   EXPECT_EQ(sglang.settings["interface_v1"], 1);

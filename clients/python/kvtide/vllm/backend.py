@@ -63,7 +63,7 @@ class KvtideBackend(AttentionBackend):
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        return False
+        return True  # KvtideConnector; ``settings.refusals`` refuses others, which do not know when a page is sealed
 
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:

@@ -24,10 +24,12 @@ from .. import store_link
 from ..block_store import Namespace, OpaqueBlocks, TensorBlocks
 from ..errors import InvalidArgument
 from . import connector_config
+from .backend import KvtideImpl
 from .connector_config import ConnectorSettings
-from .connector_pages import Pages, learn
+from .connector_pages import OwnPages, Pages, learn
 from .connector_plan import ConnectorPlan, Rank, Step
 from .connector_worker import ConnectorWorker
+from .pages import settings_of
 
 logger = init_logger("vllm.kvtide")
 
@@ -88,19 +90,13 @@ class KvtideConnector(KVConnectorBase_V1):
     def register_kv_caches(self, kv_caches: Dict[str, torch.Tensor]) -> None:
         if self.reasons:
             return
-        group = self._kv_cache_config.kv_cache_groups[0]
-        names = [name for name in group.layer_names if name in kv_caches]
-        caches = [kv_caches[name] for name in names]
-        layers = self._vllm_config.compilation_config.static_forward_context
-        config, coded = self._vllm_config, False  # kvtide's own pages: not yet
-        order = learn(layers[names[0]], caches[0]) if self.settings.pair != "exact" and alike(caches) else None
-        pages = Pages(caches, self._kv_cache_config.num_blocks, self.chunk_tokens // self.block_tokens, order)
-        if order is not None:
-            content: Any = TensorBlocks(len(caches), order.heads, order.head_dim, order.head_dim, self.settings.pair)
-            what = f"in {self.settings.pair}"
-        else:
-            content = OpaqueBlocks(pages.bytes, f"{caches[0].dtype} {tuple(caches[0].shape[1:])} {caches[0].stride()[1:]}"[:256])
-            what = "as the bytes that they are"
+        config, context = self._vllm_config, self._vllm_config.compilation_config.static_forward_context
+        own = isinstance(context[next(iter(kv_caches))].impl, KvtideImpl)
+        names = [name for name in self._kv_cache_config.kv_cache_groups[0].layer_names
+                 if name in kv_caches and not (own and context[name].impl.owner_name)]
+        layers, caches = [context[name] for name in names], [kv_caches[name] for name in names]
+        pages, content, what = self._own_pages(layers, caches) if own else self._pages(layers, caches)
+        coded = own and isinstance(content, TensorBlocks)
         parallel, rank = config.parallel_config, self._rank()
         self.namespace = Namespace(
             connector_config.fingerprint(config, names, hash_tokens(config, self._kv_cache_config), rank,
@@ -111,8 +107,30 @@ class KvtideConnector(KVConnectorBase_V1):
         self.worker = ConnectorWorker(pages, links[0], links[1], rank, coded=coded, piece_bytes=self.settings.piece_mib << 20,
                                       most_blocks=max(64, self._kv_cache_config.num_blocks // 4), log=logger)
         if all(there):
-            logger.info("kvtide: blocks of %d tokens rest %s in kvtided at %s: %d bytes instead of %d", self.chunk_tokens, what,
-                        self.settings.address or "its default socket", links[0].stores()[0].block_bytes, pages.bytes)
+            logger.info("kvtide: blocks of %d tokens rest %s in kvtided at %s: %d bytes%s", self.chunk_tokens, what,
+                        self.settings.address or "its default socket", links[0].stores()[0].block_bytes,
+                        "" if own else f" instead of {pages.bytes}")
+
+    def _pages(self, layers: List[Any], caches: List[torch.Tensor]) -> Tuple[Pages, Any, str]:
+        """The pages, what the daemon is told that they are, and the same for the log."""
+        order = learn(layers[0], caches[0]) if self.settings.pair != "exact" and alike(caches) else None
+        pages = Pages(caches, self._kv_cache_config.num_blocks, self.chunk_tokens // self.block_tokens, order)
+        if order is not None:
+            content = TensorBlocks(len(caches), order.heads, order.head_dim, order.head_dim, self.settings.pair)
+            return pages, content, f"in {self.settings.pair}"
+        encoding = f"{caches[0].dtype} {tuple(caches[0].shape[1:])} {caches[0].stride()[1:]}"[:256]
+        return pages, OpaqueBlocks(pages.bytes, encoding), "as the bytes that they are"
+
+    def _own_pages(self, layers: List[Any], caches: List[torch.Tensor]) -> Tuple[Pages, Any, str]:
+        """Of kvtide's attention backend. The daemon codes blocks as the backend does, so a stock vLLM with the same pair and block
+        size finds them too."""
+        pages = OwnPages(caches, self._kv_cache_config.num_blocks, lambda: {id(one.impl.part): one.impl.part for one in layers}.values())
+        pair, shapes = settings_of(self._vllm_config).pair, {layer.impl.shape for layer in layers}
+        what = f"as kvtide's pages of {pair}"
+        if len(shapes) > 1:
+            return pages, OpaqueBlocks(pages.bytes, f"kvtide {pair} {[asdict(layer.impl.shape) for layer in layers]}"[:256]), what
+        (shape,) = shapes
+        return pages, TensorBlocks(len(caches), shape.kv_heads, shape.head_dim_k, shape.head_dim_v, pair), what
 
     def _rank(self) -> Rank:
         from vllm.distributed.parallel_state import get_pp_group, get_tp_group

@@ -10,7 +10,7 @@ from typing import Any, List, Mapping
 from ..errors import InvalidArgument
 from ..fingerprint import name_of, weights_of
 from ..store_settings import StoreSettings
-from .settings import BLOCK_TOKENS, parse_pair
+from .settings import BLOCK_TOKENS
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,7 @@ class ConnectorSettings(StoreSettings):
         for key in extra:
             if key not in known:
                 raise InvalidArgument(f"kv_connector_extra_config has no key {key!r}; kvtide knows {', '.join(known)}")
-        cls.check_types(extra, "kv_connector_extra_config")
-        out = cls(**extra)
-        if out.way not in ("auto", "shm", "grpc"):
-            raise InvalidArgument(f"kv_connector_extra_config: way is {out.way!r}; use auto, shm or grpc")
-        if out.pair != "exact":
-            object.__setattr__(out, "pair", parse_pair(out.pair))
-            if out.pair == "auto":
-                raise InvalidArgument("kv_connector_extra_config: name a pair; kvtide connect vllm chooses one")
-        return out
+        return cls.make(extra, "kv_connector_extra_config")
 
 
 def refusals(config: Any) -> List[str]:

@@ -9,7 +9,7 @@ treated as bytes that nobody here understands.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Optional, Sequence, Tuple
+from typing import Any, Callable, Optional, Sequence, Tuple
 
 import torch
 
@@ -114,6 +114,12 @@ class Pages:
             self.shape = (len(caches), self.pages_per_chunk * self.page_bytes)
             self.bytes = len(caches) * self.pages_per_chunk * self.page_bytes
 
+    def will_be_read(self, blocks: Sequence[int]) -> None:
+        """On the engine's thread, before the event behind which ``read`` of these full blocks begins."""
+
+    def will_be_written(self, blocks: Sequence[int]) -> None:
+        """On the engine's thread, before the event behind which ``write`` of these blocks begins."""
+
     def pages_of(self, blocks: Sequence[int]) -> torch.Tensor:
         ids = torch.tensor(blocks, dtype=torch.int64)
         if self.split > 1:
@@ -170,3 +176,24 @@ class Pages:
                 for side in range(2):
                     page[:, order.index[side].flatten()] = parts[side].flatten(1)
                 cache[ids] = page.view(len(ids), *cache.shape[1:])
+
+
+class OwnPages(Pages):
+    """Those of kvtide's attention backend, coded: they travel as they are, ``[chunks, layers, bytes of a page]``.
+
+    Args:
+        caches: of each layer that has pages.
+        parts: the backend's, asked when they are needed: vLLM makes them after the connector.
+    """
+
+    def __init__(self, caches: Sequence[torch.Tensor], blocks: int, parts: Callable[[], Sequence[Any]]) -> None:
+        super().__init__(caches, blocks, 1, None)
+        self.parts = parts
+
+    def will_be_read(self, blocks: Sequence[int]) -> None:
+        for part in self.parts():
+            part.will_be_read(blocks)
+
+    def will_be_written(self, blocks: Sequence[int]) -> None:
+        for part in self.parts():
+            part.will_be_written(blocks)

@@ -22,7 +22,8 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 import numpy as np
 import torch
 
-from ..errors import ResourceExhausted
+from .. import formats
+from ..errors import FailedPrecondition, ResourceExhausted
 from ..store_link import in_pieces
 from .connector_pages import Pages
 from .connector_plan import Load, Rank, Save, Step
@@ -56,6 +57,58 @@ class Counts:
     load_seconds: float = 0.0
 
 
+def codec_versions(pair: str) -> Tuple[int, int]:
+    """Of this package, for keys and values."""
+    version = {one.name: one.version for one in formats.types()}
+    key, value = pair.split("/")
+    return version[key], version[value]
+
+
+class Staging:
+    """Two buffers in the memory that a link's daemon sees, taken in turn: while one is copied, the other is filled. On GPUs they are
+    pinned, else a copy would go through a third one of the driver's."""
+
+    def __init__(self, link: Any, size: int, gpu: Optional[torch.device]) -> None:
+        self.link, self.size, self.gpu = link, size, gpu
+        self.pool: Any = None
+        self.buffers: List[np.ndarray] = []
+        self.events: List[Any] = [None, None]
+        self.next = 0
+
+    def take(self) -> np.ndarray:
+        """The next buffer, of ``size`` bytes, when nothing copies it any more."""
+        if self.pool is not self.link.pool or not self.buffers:
+            self.close()
+            self.buffers = [self._new(), self._new()]
+            self.pool = self.link.pool
+        self.next = 1 - self.next
+        if self.events[self.next] is not None:
+            self.events[self.next].synchronize()
+        return self.buffers[self.next]
+
+    def copying(self) -> None:
+        """Copies of the buffer taken last are on the current stream."""
+        if self.events[self.next] is None:
+            self.events[self.next] = torch.cuda.Event()
+        self.events[self.next].record()
+
+    def _new(self) -> np.ndarray:
+        buffer = self.link.empty((self.size,), np.uint8)
+        if self.gpu is not None:
+            status = torch.cuda.cudart().cudaHostRegister(buffer.ctypes.data, self.size, 0)
+            if int(status) != 0:
+                raise MemoryError(f"{self.size} bytes of memory shared with kvtided cannot be pinned (CUDA error {int(status)}): raise the "
+                                  "limit of locked memory (ulimit -l)")
+        return buffer
+
+    def close(self) -> None:
+        buffers, self.buffers = self.buffers, []
+        if self.gpu is not None and buffers:
+            torch.cuda.synchronize(self.gpu)
+            for buffer in buffers:
+                torch.cuda.cudart().cudaHostUnregister(buffer.ctypes.data)
+
+
 class ConnectorWorker:
     """Args:
         pages: the rank's pages.
@@ -72,6 +125,8 @@ class ConnectorWorker:
         self.piece_bytes, self.most_blocks = piece_bytes, most_blocks
         self.log = log or logging.getLogger("vllm.kvtide")
         self.gpu = pages.caches[0].device if pages.caches[0].device.type == "cuda" else None
+        staging = max(piece_bytes, pages.bytes)
+        self.save_staging, self.load_staging = (Staging(link, staging, self.gpu) for link in (save_link, load_link))
         self.lock = threading.Condition()
         self.jobs: Dict[str, List[Job]] = {}
         self.waiting_blocks = 0
@@ -100,6 +155,7 @@ class ConnectorWorker:
 
     def start_loads(self, step: Step) -> None:
         for load in step.loads:
+            self.pages.will_be_written(load.blocks)
             self.loads.put((load, self._event()))
 
     def start_saves(self, step: Step) -> None:
@@ -107,12 +163,14 @@ class ConnectorWorker:
         with self.lock:
             self.held |= step.held
         for save in step.saves:
-            job = Job(save, self._event())
             with self.lock:
                 if self.waiting_blocks + len(save.blocks) > self.most_blocks:
                     self.counts.dropped_blocks += len(save.blocks)
                     continue
                 self.waiting_blocks += len(save.blocks)
+            self.pages.will_be_read(save.blocks)
+            job = Job(save, self._event())
+            with self.lock:
                 self.jobs.setdefault(save.request, []).append(job)
             self.saves.put(job)
 
@@ -140,6 +198,8 @@ class ConnectorWorker:
         self.loads.put(None)
         for thread in self.threads:
             thread.join(timeout=10)
+            if not thread.is_alive():
+                (self.save_staging if thread.name == "kvtide-save" else self.load_staging).close()
         self.save_link.close()
         self.load_link.close()
 
@@ -168,7 +228,7 @@ class ConnectorWorker:
         stores = self.save_link.stores()
         if not stores:
             return self._drop(save, len(save.keys))
-        store = stores[0]
+        store = self._checked(stores[0])
         present = store.lookup(save.keys, lease_seconds=-1, peek=True).hits
         with self.lock:
             self.counts.present_blocks += present
@@ -201,7 +261,7 @@ class ConnectorWorker:
 
     def _out(self, job: Job, first: int, end: int) -> Any:
         blocks = job.save.blocks[first * self.pages.chunk_blocks:end * self.pages.chunk_blocks]
-        payload, tensor = self._payload(self.save_link, end - first)
+        payload, tensor = self._payload(self.save_staging, end - first)
         if self.gpu is None:
             self.pages.read(blocks, tensor)
             return payload
@@ -209,7 +269,7 @@ class ConnectorWorker:
         stream.wait_event(job.event)
         staged = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.gpu)
         self.pages.read(blocks, staged)
-        tensor.copy_(staged)
+        tensor.copy_(staged, non_blocking=True)
         stream.synchronize()
         return payload
 
@@ -242,6 +302,8 @@ class ConnectorWorker:
                 except Exception as error:
                     self._say("load", error)
                     self.load_link.failed(error)
+                if self.gpu is not None:
+                    torch.cuda.current_stream(self.gpu).synchronize()
                 with self.lock:
                     bad = load.blocks[done:]
                     self.counts.failed_loads += bool(bad)
@@ -254,10 +316,11 @@ class ConnectorWorker:
         stores = self.load_link.stores()
         if not stores or self.rank not in load.leases:
             return
+        store = self._checked(stores[0])
         per, began = self.pages.chunk_blocks, time.monotonic()
         for first, end in in_pieces(load.chunks, self.pages.bytes, self.piece_bytes):
-            payload, tensor = self._payload(self.load_link, end - first)
-            lost = stores[0].load(load.leases[self.rank], payload, first_block=first, coded=self.coded)
+            payload, tensor = self._payload(self.load_staging, end - first)
+            lost = store.load(load.leases[self.rank], payload, first_block=first, coded=self.coded)
             good = min([end, *lost])
             # Of the load's first chunk the engine may have the first blocks itself.
             begin, stop = max(0, first * per - load.skip), min(len(load.blocks), good * per - load.skip)
@@ -277,14 +340,21 @@ class ConnectorWorker:
             return
         stream = torch.cuda.current_stream(self.gpu)
         stream.wait_event(event)
-        self.pages.write(tensor.to(self.gpu), blocks, skip)
-        stream.synchronize()
+        self.pages.write(tensor.to(self.gpu, non_blocking=True), blocks, skip)
+        self.load_staging.copying()
 
     # --- both ---
 
-    def _payload(self, link: Any, chunks: int) -> Tuple[Any, torch.Tensor]:
+    def _checked(self, store: Any) -> Any:
+        """Coded pages mean the same here and there."""
+        if self.coded and tuple(store.codec_versions) != (here := codec_versions(store.pair)):
+            raise FailedPrecondition(f"kvtided codes {store.pair} in versions {store.codec_versions}, this package in {here}: install "
+                                     "the same release of both")
+        return store
+
+    def _payload(self, staging: Staging, chunks: int) -> Tuple[Any, torch.Tensor]:
         """Memory for chunks: what the store takes, and the same as a tensor."""
-        array = link.empty((chunks, *self.pages.shape), _TYPES[self.pages.dtype])
+        array = staging.take()[:chunks * self.pages.bytes].view(_TYPES[self.pages.dtype]).reshape(chunks, *self.pages.shape)
         tensor = torch.from_numpy(array)
         if self.pages.dtype == torch.bfloat16:
             tensor = tensor.view(torch.bfloat16)

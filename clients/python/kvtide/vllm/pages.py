@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import weakref
 from dataclasses import dataclass, replace
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -293,17 +293,17 @@ class Part:
         most_queries = max(m.max_query_len, self.exact.most_queries)
         if prefill:
             own = host["seal_pages"][:seals].copy()
-            self.seal_now(m, deferred)
+            self.seal_now(m.block_table_tensor, deferred)
             self.put_seals(own)
             self.deferred, self.seals = deferred[:0], seals
-            self.plan(m, rows, m.num_actual_tokens, most_queries, seals, True)
+            self.plan(m.block_table_tensor, rows, m.num_actual_tokens, most_queries, seals, True)
             return
         # A graph may serve this step: it has no seals, and the numbers of the step that it was captured with. What decoding steps
         # have filled is sealed before the next step: no scratch page is among it, whoever reads it coded does so in a later step,
         # and what is written over its exact pages is written after this.
         self.deferred, self.seals = host["seal_pages"][:seals].copy(), 0
         self.put_seals(deferred)
-        self.plan(m, rows, m.num_actual_tokens, most_queries, len(deferred), False)
+        self.plan(m.block_table_tensor, rows, m.num_actual_tokens, most_queries, len(deferred), False)
         if len(deferred):
             self.paged.seal_layers(self.stream())
 
@@ -328,34 +328,50 @@ class Part:
         self.arrays.host["seal_pages"][:len(pages)] = pages
         self.arrays.host["seal_count"][0] = len(pages)
 
-    def seal_now(self, m: Any, pages: np.ndarray) -> None:
+    def seal_now(self, table: torch.Tensor, pages: np.ndarray) -> None:
         if len(pages):
             self.put_seals(pages)
-            self.plan(m, 0, 0, 0, len(pages), False)
+            self.plan(table, 0, 0, 0, len(pages), False)
             self.paged.seal_layers(self.stream())
+
+    # --- between the engine's pages and somebody else ---
+
+    def will_be_read(self, pages: Sequence[int]) -> None:
+        """Work put on the current stream after this finds full blocks in these pages: what decoding has filled is sealed."""
+        if len(self.deferred) and not set(pages).isdisjoint(self.deferred[:, 1].tolist()):
+            deferred, self.deferred = self.deferred, self.deferred[:0]
+            self.seal_now(self.step_tables, deferred)
+
+    def will_be_written(self, pages: Sequence[int]) -> None:
+        """The coded bytes of these pages come from elsewhere, behind the work on the current stream."""
+        if self.exact is None:
+            return
+        self.exact.forget(np.asarray(pages, np.int32))
+        if len(self.deferred):
+            self.deferred = self.deferred[~np.isin(self.deferred[:, 1], pages)]
 
     def capture(self, m: Any) -> None:
         """A step of nothing, with the bounds of what the graph will serve."""
         rows = m.num_reqs
         self.bind(m.block_table_tensor.shape[1])
-        self.seal_now(m, self.deferred)
+        self.seal_now(m.block_table_tensor, self.deferred)
         self.deferred = self.deferred[:0]
         host = self.arrays.host
         host["lengths"][:] = 0
         host["query_start"][:rows + 1] = m.query_start_loc_cpu[:rows + 1].numpy()
         self.exact.step(np.zeros(1, np.int32), np.zeros(0, np.int32), np.zeros((0, 1), np.int32))
         self.tokens, self.seals = m.num_actual_tokens, 0
-        self.plan(m, rows, m.num_actual_tokens, m.max_query_len, 0, False)
+        self.plan(m.block_table_tensor, rows, m.num_actual_tokens, m.max_query_len, 0, False)
 
-    def plan(self, m: Any, rows: int, tokens: int, most_queries: int, seals: int, prefill: bool) -> None:
+    def plan(self, table: torch.Tensor, rows: int, tokens: int, most_queries: int, seals: int, prefill: bool) -> None:
         there = self.arrays.send(rows)
         self.paged.tables(there["query_start"], there["lengths"], there["coded_first"], there["coded_count"],
-                          m.block_table_tensor.data_ptr(), m.block_table_tensor.stride(0), there["exact_table"], self.exact.exact_row,
+                          table.data_ptr(), table.stride(0), there["exact_table"], self.exact.exact_row,
                           there["write_slots"], there["seal_pages"], there["seal_count"])
         host = self.arrays.host
         self.paged.host_tables(*(host[name].ctypes.data if prefill and not self.on_cpu else 0
                                  for name in ("query_start", "lengths", "coded_first", "coded_count")))
-        self.step_tables = m.block_table_tensor  # the plan has its address
+        self.step_tables = table  # the plan has its address
         self.paged.plan(rows, tokens, most_queries, seals, self.stream())
 
     def stream(self) -> int:

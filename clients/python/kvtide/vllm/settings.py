@@ -54,14 +54,7 @@ class Settings:
 
 
 def parse_pair(text: str) -> str:
-    if text == "auto":
-        return text
-    names = [one.name for one in formats.types()]
-    parts = text.split("/") if "/" in text else [text, text]
-    if len(parts) != 2 or not set(parts) <= set(names):
-        raise InvalidArgument(f'pair "{text}": write auto, or the type of keys and of values such as turbo4/turbo4; types: '
-                              + ", ".join(names))
-    return "/".join(parts)
+    return text if text == "auto" else formats.parse_pair(text, "auto")
 
 
 def parse_window(text: str) -> Tuple[int, int]:
@@ -119,6 +112,8 @@ def refusals(config: Any) -> List[str]:
             out.append(f"{what} {getattr(parallel, name)}: sequences are not split over GPUs; use --tensor-parallel-size")
     if getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False):
         out.append("--enable-dbo: batches are not split in two; leave it out")
-    if config.kv_transfer_config is not None:
-        out.append("KV connectors and --kv-offloading-size: they would write pages behind the backend's back; leave them out")
+    connector = getattr(config.kv_transfer_config, "kv_connector", None)
+    if config.kv_transfer_config is not None and connector != "KvtideConnector":
+        out.append(f"the KV connector {connector} (--kv-transfer-config, --kv-offloading-size): it would write pages behind the "
+                   "backend's back; leave it out, or let blocks rest in kvtided: kvtide connect vllm --way both")
     return out
