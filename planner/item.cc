@@ -26,6 +26,8 @@ const char* ItemKindName(ItemKind kind) {
       return "dequant_scratch";
     case ItemKind::kPlanTables:
       return "plan_tables";
+    case ItemKind::kKeyProfile:
+      return "key_profile";
     case ItemKind::kContext:
       return "context";
     case ItemKind::kGraphs:
@@ -70,6 +72,8 @@ const char* ItemKindLabel(ItemKind kind) {
       return "dequantisation scratch";
     case ItemKind::kPlanTables:
       return "plans of attention";
+    case ItemKind::kKeyProfile:
+      return "profile of the keys";
     case ItemKind::kContext:
       return "CUDA context";
     case ItemKind::kGraphs:

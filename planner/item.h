@@ -27,6 +27,7 @@ enum class ItemKind {
   kCompute,
   kDequantScratch,
   kPlanTables,  // what attention kernels read of which blocks they attend over
+  kKeyProfile,  // means and transforms of calibrated keys
   kContext,     // CUDA context and library workspaces
   kGraphs,
   kFragmentation,

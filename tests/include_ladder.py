@@ -40,7 +40,7 @@ LADDER = {
                     "proto"},
     "clients/engine": {"kernels/base", "kernels/format", "planner", "clients/cpp"},
     "clients/python": {"kernels/base", "kernels/format", "kernels", "kernels/cpu", "daemon", "daemon/cache", "daemon/service", "planner", "proto",
-                       "clients/cpp", "clients/cli"},
+                       "clients/cpp", "clients/engine", "clients/cli"},
     # The daemon: its settings, for `kvtide config`, manual pages and completions.
     "clients/cli": {"kernels/base", "kernels/format", "planner", "proto", "daemon", "clients/cpp", "clients/engine"},
 }

@@ -2,6 +2,7 @@
 # Builds kvtide and runs all tests: the one command of the README, the same that CI runs.
 #   tests/run.sh [preset] [ctest arguments ...]     presets: dev (default), release, asan, tsan, clang, cuda
 #   tests/run.sh python [--full] [pytest arguments ...]     the Python package; tests/python/run.sh says more
+#   tests/run.sh sdist     the Python package from its source archive alone (part of `python`)
 #   tests/run.sh transformers | llama [pytest arguments ...]     with those libraries, which are installed under build/
 #   tests/run.sh engines [pytest arguments ...]     vLLM on the CPU, which it installs; tests/engines/run.sh says more
 # Packages that are missing are installed first. Uses ccache when it is there.
@@ -13,7 +14,7 @@ preset="${1:-dev}"
 # Objects are shared between checkouts and build folders.
 export CCACHE_BASEDIR="$PWD" CCACHE_NOHASHDIR=1
 case "$preset" in
-  python | transformers | llama) exec tests/python/run.sh "$preset" "$@" ;;
+  python | sdist | transformers | llama) exec tests/python/run.sh "$preset" "$@" ;;
   engines) exec tests/engines/run.sh "$@" ;;
 esac
 cmake --preset "$preset"

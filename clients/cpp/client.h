@@ -265,6 +265,7 @@ struct PlanQuestion {
   std::optional<ExactWindow> exact_window;
   std::optional<double> max_perplexity_increase_percent;
   std::optional<int64_t> margin_bytes;
+  KeyCentring key_centring = KeyCentring::kDefault;  // kCalibrated: pairs may use the model's profile
 };
 enum class PlanVerdict { kFits, kFitsWithTiers, kDoesNotFit };
 struct PlanCandidate {
@@ -273,6 +274,9 @@ struct PlanCandidate {
   bool fits = false, measured = false;
   double bits_per_value = 0, ratio_to_f16 = 0, perplexity_increase_percent = 0;
   int64_t max_context = 0, max_concurrency = 0;
+  std::string measured_model, measured_text;  // what the harm was measured on
+  int64_t measured_tokens = 0;
+  bool calibrated = false;  // with keys coded by a profile: create sequences with KeyCentring::kCalibrated
 };
 struct ContextAnswer {
   int64_t context = 0;

@@ -111,6 +111,7 @@ void ToProto(const PlanQuestion& question, v1::PlanRequest* proto) {
     proto->set_max_perplexity_increase_percent(*question.max_perplexity_increase_percent);
   }
   if (question.margin_bytes) proto->set_margin_bytes(*question.margin_bytes);
+  proto->set_key_centring(static_cast<v1::KeyCentring>(question.key_centring));
 }
 
 ServerInfo FromProto(const v1::GetServerInfoResponse& proto) {
@@ -265,6 +266,10 @@ PlanAnswer FromProto(const v1::PlanResponse& proto) {
       c.perplexity_increase_percent = candidate.perplexity_increase_percent();
       c.max_context = candidate.max_context();
       c.max_concurrency = candidate.max_concurrency();
+      c.measured_model = candidate.measured_model();
+      c.measured_text = candidate.measured_text();
+      c.measured_tokens = candidate.measured_tokens();
+      c.calibrated = candidate.calibrated();
       out.candidates.push_back(std::move(c));
     }
     answer.contexts.push_back(std::move(out));

@@ -6,6 +6,7 @@
 
 #include "clients/cli/eval/eval_plot.h"
 #include "clients/cli/plan/plan_flags.h"
+#include "clients/engine/key_profile.h"
 #include "clients/python/bindings.h"
 #include "clients/python/raise.h"
 #include "planner/model/catalogue.h"
@@ -33,6 +34,7 @@ void BindPlan(nb::module_& m) {
       .def_rw("host_memory", &PlanFlags::host_memory)
       .def_rw("used", &PlanFlags::used)
       .def_rw("exact_window", &PlanFlags::exact_window)
+      .def_rw("profile", &PlanFlags::profile)
       .def_rw("quality_files", &PlanFlags::quality_files)
       .def_rw("gpus", &PlanFlags::gpus)
       .def_rw("concurrency", &PlanFlags::concurrency)
@@ -64,6 +66,18 @@ void BindPlan(nb::module_& m) {
         layers.emplace_back(layer.n_kv_heads, layer.head_dim_k, layer.head_dim_v);
     }
     return std::make_tuple(architecture == nullptr ? std::string() : *architecture, layers);
+  });
+  // A profile of keys: (model, text, tokens, KV heads, head dim, means, transforms, widths), the last three
+  // lists of bytes by layer; clients/engine/key_profile.h says their shapes.
+  m.def("read_key_profile", [](const std::string& path) {
+    const engine::KeyProfile profile = Raise(engine::ReadKeyProfile(path));
+    const auto by_layer = [](const auto& layers) {
+      std::vector<nb::bytes> out;
+      for (const auto& layer : layers) out.emplace_back(layer.data(), layer.size() * sizeof(layer[0]));
+      return out;
+    };
+    return nb::make_tuple(profile.model, profile.text, profile.tokens, profile.kv_heads, profile.head_dim,
+                          by_layer(profile.means), by_layer(profile.transforms), by_layer(profile.widths));
   });
   m.def("catalogue_models", [] {
     std::vector<std::string> names;

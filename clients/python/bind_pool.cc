@@ -144,6 +144,7 @@ nb::dict ToPython(const client::PlanCandidate& from) {
       KVTIDE_PUT(free_bytes);
   KVTIDE_PUT(fits), KVTIDE_PUT(measured), KVTIDE_PUT(bits_per_value), KVTIDE_PUT(ratio_to_f16);
   KVTIDE_PUT(perplexity_increase_percent), KVTIDE_PUT(max_context), KVTIDE_PUT(max_concurrency);
+  KVTIDE_PUT(measured_model), KVTIDE_PUT(measured_text), KVTIDE_PUT(measured_tokens), KVTIDE_PUT(calibrated);
   return out;
 }
 
@@ -214,6 +215,10 @@ client::Model MakeModel(const std::string& name, const std::vector<nb::dict>& la
     layer.scale = nb::cast<float>(from["scale"]);
     layer.softcap = nb::cast<float>(from["softcap"]);
     if (from.contains("key_mean")) layer.key_mean = nb::cast<std::vector<float>>(from["key_mean"]);
+    if (from.contains("key_transform")) {
+      layer.key_transform = nb::cast<std::vector<float>>(from["key_transform"]);
+      layer.key_widths = nb::cast<std::vector<uint8_t>>(from["key_widths"]);
+    }
     model.layers.push_back(layer);
   }
   return model;
@@ -233,6 +238,7 @@ client::PlanQuestion MakeQuestion(const nb::dict& from) {
   question.max_perplexity_increase_percent =
       nb::cast<std::optional<double>>(from["max_perplexity_increase_percent"]);
   question.margin_bytes = nb::cast<std::optional<int64_t>>(from["margin_bytes"]);
+  question.key_centring = static_cast<client::KeyCentring>(nb::cast<int>(from["key_centring"]));
   return question;
 }
 

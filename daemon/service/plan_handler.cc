@@ -29,6 +29,21 @@ planner::ModelGeometry ToGeometry(const ModelSpec& spec) {
   return geometry;
 }
 
+// The profile that the layers of a model have.
+absl::StatusOr<planner::CalibratedKeys> CalibratedKeysOf(const ModelSpec& spec) {
+  planner::CalibratedKeys keys{absl::StrCat("the profile of model '", spec.name, "'"), "", 0, true};
+  for (const LayerGroupSpec& group : spec.groups) {
+    if (group.key_means.empty()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("key_centring: model '", spec.name,
+                       "' has no calibrated means of keys; register it with Layer.key_mean (kvtide "
+                       "calibrate makes them)"));
+    }
+    keys.transforms = keys.transforms && !group.key_transforms.empty();
+  }
+  return keys;
+}
+
 v1::PlanVerdict ToProto(planner::Verdict verdict) {
   switch (verdict) {
     case planner::Verdict::kFits:
@@ -51,6 +66,10 @@ void ToProto(const planner::Candidate& candidate, v1::PlanCandidate* proto) {
   proto->set_ratio_to_f16(candidate.ratio_to_f16);
   proto->set_measured(candidate.harm.measured);
   proto->set_perplexity_increase_percent(candidate.harm.ppl_change_percent);
+  proto->set_measured_model(candidate.harm.model);
+  proto->set_measured_text(candidate.harm.text);
+  proto->set_measured_tokens(candidate.harm.tokens);
+  proto->set_calibrated(candidate.harm.calibrated);
   proto->set_max_context(candidate.max_context);
   proto->set_max_concurrency(candidate.max_concurrency);
   if (candidate.rejection != planner::Rejection::kNone) {
@@ -100,14 +119,21 @@ absl::Status Handlers::Plan(const v1::PlanRequest& request, v1::PlanResponse* re
         "device_bytes, host_bytes, weights_bytes and concurrency are not negative");
   }
   planner::PlanRequest question;
+  const auto ask_about = [&](const ModelSpec& spec) -> absl::Status {
+    question.model = ToGeometry(spec);
+    if (request.key_centring() == v1::KEY_CENTRING_CALIBRATED) {
+      KVTIDE_ASSIGN_OR_RETURN(question.engine.calibrated_keys, CalibratedKeysOf(spec));
+    }
+    return absl::OkStatus();
+  };
   if (request.model_source_case() == v1::PlanRequest::kModelName) {
     KVTIDE_ASSIGN_OR_RETURN(const ModelId model, cache_->FindModel(request.model_name(), call.context));
     KVTIDE_ASSIGN_OR_RETURN(const SpecPointer spec, SpecOfModel(model));
-    question.model = ToGeometry(*spec);
+    KVTIDE_RETURN_IF_ERROR(ask_about(*spec));
   } else {
     auto spec = FromProto(request.model());
     if (!spec.ok()) return Annotate(spec.status(), "model");
-    question.model = ToGeometry(*spec);
+    KVTIDE_RETURN_IF_ERROR(ask_about(*spec));
   }
   KVTIDE_RETURN_IF_ERROR(CheckPlanWork(request, question.model));
   const std::vector<TierOptions>& tiers = cache_->options().tiers;
@@ -115,6 +141,8 @@ absl::Status Handlers::Plan(const v1::PlanRequest& request, v1::PlanResponse* re
   question.device.name = own_memory ? absl::StrCat("tier ", tiers[0].name) : "as asked";
   question.device.vram_bytes =
       own_memory ? static_cast<int64_t>(tiers[0].capacity_bytes) : request.device_bytes();
+  // Types without GPU kernels are attended by the CPU backend as all others.
+  if (tiers[0].backend->name() == "cpu") question.device.memory = planner::DeviceMemory::kHost;
   question.device.host_bytes = request.host_bytes();
   // Sequences live on one device each, so a plan is about one device and its part of the rest.
   const auto devices = static_cast<size_t>(CountHomes(tiers));

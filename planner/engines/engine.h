@@ -3,6 +3,8 @@
 // kvtide_engine.h).
 #pragma once
 
+#include <cstdint>
+#include <optional>
 #include <string>
 
 #include "absl/status/statusor.h"
@@ -17,6 +19,15 @@ absl::StatusOr<Engine> ParseEngine(const std::string& name);
 
 // What llama.cpp computes with: kernels of attention differ. HIP has those of CUDA.
 enum class LlamaBackend { kCuda, kMetal, kCpu };
+
+// A profile of the model's keys, as `kvtide calibrate` makes it (clients/engine/key_profile.h): coded keys
+// lie around its means.
+struct CalibratedKeys {
+  std::string name;  // of the profile, for people
+  std::string text;  // that it was made from, and how much of it; empty and 0 where nobody knows
+  int64_t tokens = 0;
+  bool transforms = false;  // it has those that tide4, tide3 and tide2 need
+};
 
 struct EngineOptions {
   Engine engine = Engine::kKvtide;
@@ -55,6 +66,7 @@ struct EngineOptions {
   bool dp_attention = false;
   // kvtide
   ExactWindow exact_window;
+  std::optional<CalibratedKeys> calibrated_keys;
 };
 
 }  // namespace kvtide::planner

@@ -97,6 +97,7 @@ std::vector<std::string> CacheTypeNames(Engine engine) {
       break;
     case Engine::kKvtide:
       for (CacheType type : AllCacheTypes()) add(std::string(Name(type)));
+      for (CacheType type : CalibratedTypes()) add(std::string(Name(type)));
       break;
     case Engine::kVllm:
       for (const TypePair& pair : VllmPairs()) {
@@ -137,7 +138,7 @@ std::vector<TypePair> DefaultPairs(const EngineOptions& options, bool latent_onl
       pairs = SglangPairs();
       break;
     case Engine::kKvtide:
-      pairs = KvtidePairs();
+      pairs = KvtidePairs(options);
       break;
   }
   if (!latent_only) return pairs;

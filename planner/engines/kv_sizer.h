@@ -42,6 +42,8 @@ class KvSizer {
   virtual KvBytes Bytes(const KvLoad& load) const = 0;
   // f16 copies that the attention kernels need beside the cache, at their largest.
   virtual int64_t ScratchBytes(const KvLoad&) const { return 0; }
+  // What a profile of the model's keys takes beside the cache, once for all sequences.
+  virtual int64_t KeyProfileBytes() const { return 0; }
   // f16 copies written and read back in every decode step.
   virtual int64_t StepScratchBytes(int64_t /*context*/) const { return 0; }
 

@@ -7,6 +7,7 @@
 #include "kernels/base/status.h"
 #include "kernels/format/catalogue.h"
 #include "kernels/format/exact_window.h"
+#include "kernels/format/tide.h"
 
 namespace kvtide::planner {
 namespace {
@@ -92,6 +93,22 @@ class KvtideSizer : public KvSizer {
     return largest == 0 ? 0 : std::min(kKvtideScratchBytes, Sum(largest, kKvtideScratchBytes / 4));
   }
 
+  // Means, and transforms in both directions with the bits of their coefficients.
+  int64_t KeyProfileBytes() const override {
+    if (!options_.calibrated_keys.has_value()) return 0;
+    int64_t bytes = 0;
+    for (const StoredGroup& stored : groups_) {
+      if (stored.group.kind == LayerKind::kRecurrent) continue;
+      const int64_t dim = stored.group.head_dim_k;
+      int64_t head = dim * static_cast<int64_t>(sizeof(float));
+      if (options_.calibrated_keys->transforms)
+        head = Sum(head, Product(2, dim, dim, sizeof(float)),
+                   kTideTypes * (StoredDim(stored.group.head_dim_k) / kTideGroup));
+      bytes = Sum(bytes, Product(stored.layers, stored.group.n_kv_heads, head));
+    }
+    return bytes;
+  }
+
   std::vector<std::string> Explain(const KvLoad& load) const override {
     std::vector<std::string> lines;
     for (size_t i = 0; i < groups_.size(); ++i) {
@@ -171,7 +188,7 @@ absl::StatusOr<std::unique_ptr<KvSizer>> MakeKvtideSizer(const EngineOptions& op
   return std::unique_ptr<KvSizer>(std::move(sizer));
 }
 
-std::vector<TypePair> KvtidePairs() {
+std::vector<TypePair> KvtidePairs(const EngineOptions& options) {
   std::vector<TypePair> pairs;
   const std::vector<CacheType> types = AllCacheTypes();
   for (CacheType type : types) pairs.push_back({Name(type), Name(type)});
@@ -179,6 +196,13 @@ std::vector<TypePair> KvtidePairs() {
   for (CacheType type : types) {
     const CacheTypeInfo& info = Info(type);
     if (info.storage == Storage::kCodes && info.bits < 8) pairs.push_back({"q8_0", info.name});
+  }
+  if (!options.calibrated_keys.has_value() || !options.calibrated_keys->transforms) return pairs;
+  // Values have no calibrated type: turbo of the same bits and of fewer.
+  for (CacheType k : CalibratedTypes()) {
+    for (const char* v : {"turbo4", "turbo3", "turbo2"}) {
+      if (Info(*ParseCacheType(v)).bits <= Info(k).bits) pairs.push_back({Name(k), v});
+    }
   }
   return pairs;
 }

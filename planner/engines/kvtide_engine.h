@@ -22,7 +22,8 @@ constexpr int64_t kKvtidePlanBytes = int64_t{64} << 20;
 absl::StatusOr<std::unique_ptr<KvSizer>> MakeKvtideSizer(const EngineOptions& options,
                                                          const std::vector<LayerGroup>& groups,
                                                          const TypePair& pair);
-std::vector<TypePair> KvtidePairs();
+// Those with calibrated K types only where the options have a profile with transforms.
+std::vector<TypePair> KvtidePairs(const EngineOptions& options);
 
 // The pool of one layer group: how many blocks of which layout a load needs.
 struct PoolNeed {

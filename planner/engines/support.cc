@@ -116,16 +116,20 @@ Support Fp8Cache(Support support, int capability) {
           "reads, other kernels refuse to start"};
 }
 
-Support Kvtide(const TypePair& pair, int dk, int dv) {
-  Support support{SupportLevel::kNative, "kvtide", ""};
-  absl::Status status;
-  for (const std::string& type : {pair.k, pair.v}) {
-    absl::StatusOr<CacheType> parsed = ParseCacheType(type);
-    if (!parsed.ok()) status = parsed.status();
+Support Kvtide(const EngineOptions& options, const TypePair& pair, int dk, int dv) {
+  const absl::StatusOr<CachePair> types = ParseCachePair(pair.Name());
+  if (!types.ok()) return {SupportLevel::kRefused, "kvtide", std::string(types.status().message())};
+  if (const absl::Status shape = CheckGroupShape({1, 1, dk, dv}); !shape.ok())
+    return {SupportLevel::kRefused, "kvtide", std::string(shape.message())};
+  if (!Info(types->k).calibrated) return {SupportLevel::kNative, "kvtide", ""};
+  if (!options.calibrated_keys.has_value() || !options.calibrated_keys->transforms) {
+    return {SupportLevel::kRefused, "kvtide",
+            absl::StrCat(pair.k,
+                         " needs a profile with transforms of the model's keys (--profile); `kvtide "
+                         "calibrate` makes one")};
   }
-  if (status.ok()) status = CheckGroupShape({1, 1, dk, dv});
-  if (!status.ok()) return {SupportLevel::kRefused, "kvtide", std::string(status.message())};
-  return support;
+  return {SupportLevel::kCpuFallback, "kvtide",
+          absl::StrCat(pair.k, " is coded and attended by the CPU; there are no GPU kernels for it yet")};
 }
 
 }  // namespace
@@ -157,7 +161,7 @@ Support FindSupport(const EngineOptions& options, const TypePair& pair, int head
       return absl::StartsWith(pair.k, "fp8") ? Fp8Cache(support, options.compute_capability) : support;
     }
     case Engine::kKvtide:
-      return Kvtide(pair, head_dim_k, head_dim_v);
+      return Kvtide(options, pair, head_dim_k, head_dim_v);
   }
   return {};
 }

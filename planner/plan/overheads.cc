@@ -80,6 +80,7 @@ ItemList OverheadItems(const PlanRequest& request, const KvLoad& load, const KvS
       items.push_back({ItemKind::kDequantScratch, sizer.ScratchBytes(load), Provenance::kFormula});
       if (request.device.memory != DeviceMemory::kHost)
         items.push_back({ItemKind::kPlanTables, kKvtidePlanBytes, Provenance::kFormula});
+      items.push_back({ItemKind::kKeyProfile, sizer.KeyProfileBytes(), Provenance::kFormula});
       // Two processes on the card: the engine and the daemon.
       items.push_back({ItemKind::kContext, 2 * kCudaContextBytes, Provenance::kCalibrated});
       break;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <functional>
 #include <memory>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -93,7 +94,8 @@ class Planner {
         budget_(request.device.UsableBytes()),
         margin_(MarginBytes(request)),
         weights_(WeightsPerDevice(request)),
-        harms_(request.quality, request.model, WindowPolicy(request.engine), request.accept_proxy_quality) {}
+        harms_(request.quality, request.model, WindowPolicy(request.engine), request.accept_proxy_quality,
+               request.engine.calibrated_keys.has_value()) {}
 
   absl::StatusOr<Plan> Run() {
     KVTIDE_RETURN_IF_ERROR(PreparePairs());
@@ -642,6 +644,7 @@ class Planner {
       plan->assumptions.push_back(
           "speed is that of a server such as vLLM; it counts no coupling between engine and daemon");
     }
+    KeyAssumptions(plan);
     if (!harms_.differences().empty()) {
       plan->assumptions.push_back(
           absl::StrCat("harm: no measured model resembles this one (", harms_.differences(),
@@ -649,6 +652,28 @@ class Planner {
     }
     SpeedAssumptions(plan);
     plan->assumptions.push_back("prefill is not predicted");
+  }
+
+  // Which keys a profile calibrates, and what the harm of the chosen pairs rests on.
+  void KeyAssumptions(Plan* plan) const {
+    if (!request_.engine.calibrated_keys.has_value()) return;
+    const CalibratedKeys& keys = *request_.engine.calibrated_keys;
+    plan->assumptions.push_back(
+        absl::StrCat("keys: of pairs marked calibrated, coded by ", keys.name,
+                     keys.text.empty() ? "" : absl::StrCat(" (", keys.tokens, " tokens of ", keys.text, ")"),
+                     keys.transforms ? "" : "; it has no transforms, which tide types need"));
+    std::set<std::string> rows;
+    for (const ContextPlan& context : plan->contexts) {
+      if (context.chosen < 0) continue;
+      const Candidate& chosen = context.candidates[static_cast<size_t>(context.chosen)];
+      if (chosen.harm.model.empty()) continue;
+      rows.insert(absl::StrCat("harm: ", chosen.asked.Name(), " on ", chosen.harm.model, ", ",
+                               chosen.harm.tokens, " tokens of ", chosen.harm.text, ", ",
+                               chosen.harm.key_profile.empty()
+                                   ? "without a profile"
+                                   : absl::StrCat("with a profile of ", chosen.harm.key_profile)));
+    }
+    plan->assumptions.insert(plan->assumptions.end(), rows.begin(), rows.end());
   }
 
   void SpeedAssumptions(Plan* plan) const {

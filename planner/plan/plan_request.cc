@@ -118,6 +118,9 @@ absl::Status CheckPlanRequest(const PlanRequest& request) {
     return absl::InvalidArgumentError(absl::StrCat("recurrent copies: expected 0 to ", kMaxRecurrentCopies));
   if (engine.total_context && work.shared_prefix_tokens > 0)
     return absl::InvalidArgumentError("shared prefix: -c is the cells of all slots, whatever they share");
+  if (engine.calibrated_keys.has_value() && engine.engine != Engine::kKvtide)
+    return absl::InvalidArgumentError(
+        absl::StrCat("profile: ", EngineName(engine.engine), " codes no keys by a profile; kvtide does"));
   KVTIDE_RETURN_IF_ERROR(CheckShares(engine));
   return CheckSteps(engine);
 }

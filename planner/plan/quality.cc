@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <set>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -21,6 +22,7 @@ absl::StatusOr<QualityRow> ReadRow(const CsvRow& csv) {
   row.model = csv.Text("model");
   row.text = csv.Text("text");
   row.pair = {csv.Text("pair_k"), csv.Text("pair_v")};
+  row.key_profile = csv.Text("key_profile");
   row.window_policy = csv.Text("window_policy");
   if (row.window_policy == "1+2") row.window_policy = "default";
   if (row.window_policy == "0+0") row.window_policy = "none";
@@ -95,11 +97,11 @@ const std::vector<QualityRow>& BuiltInQuality() {
 }
 
 HarmTable::HarmTable(const std::vector<QualityRow>& rows, const ModelGeometry& model,
-                     const std::string& window_policy, bool accept_proxy) {
+                     const std::string& window_policy, bool accept_proxy, bool calibrated) {
   const KeyShape shape = KeyShapeOf(model);
   std::vector<std::string> apart;  // differences from each model that is not like it
   for (const QualityRow& row : rows) {
-    if (row.window_policy != window_policy) continue;
+    if (row.window_policy != window_policy || (!calibrated && !row.key_profile.empty())) continue;
     auto known =
         std::find_if(models_.begin(), models_.end(), [&](const Model& m) { return m.name == row.model; });
     if (known == models_.end()) {
@@ -114,8 +116,10 @@ HarmTable::HarmTable(const std::vector<QualityRow>& rows, const ModelGeometry& m
       }
       known = models_.insert(models_.end(), std::move(added));
     }
-    known->rows.push_back({StoredName(row.pair), row.context, Loss(row.ppl_change_percent)});
+    known->rows.push_back({StoredName(row.pair), row.context, Loss(row.ppl_change_percent), row.text,
+                           row.tokens, row.key_profile});
   }
+  PreferCalibrated();
   const auto keep = [&](auto counts) {
     std::vector<Model> kept;
     for (Model& m : models_)
@@ -129,6 +133,17 @@ HarmTable::HarmTable(const std::vector<QualityRow>& rows, const ModelGeometry& m
   for (const Model& m : models_) {
     ratios_.emplace_back();
     for (const Model& other : models_) ratios_.back().push_back(Ratio(m, other));
+  }
+}
+
+void HarmTable::PreferCalibrated() {
+  for (Model& model : models_) {
+    std::set<std::string> calibrated;  // pairs
+    for (const Measured& row : model.rows)
+      if (!row.key_profile.empty()) calibrated.insert(row.pair);
+    std::erase_if(model.rows, [&](const Measured& row) {
+      return row.key_profile.empty() && calibrated.count(row.pair) > 0;
+    });
   }
 }
 
@@ -154,6 +169,7 @@ double HarmTable::Ratio(const Model& model, const Model& other) {
   std::vector<double> ratios;
   for (const Measured& row : model.rows) {
     const Measured* same = Nearest(other, row.pair, row.context);
+    if (same != nullptr && same->key_profile.empty() != row.key_profile.empty()) continue;
     if (same != nullptr && same->percent > kNoise) ratios.push_back(row.percent / same->percent);
   }
   if (ratios.size() < kFewest) return 0;
@@ -174,8 +190,17 @@ Harm HarmTable::Find(const TypePair& pair, int64_t context) const {
   for (const Model& model : models_) {
     if (mine != nullptr && !model.own) continue;
     const Measured* row = Nearest(model, stored, context);
+    if (row != nullptr && !row->key_profile.empty()) harm.calibrated = true;
     if (row == nullptr || (harm.measured && row->percent <= harm.ppl_change_percent)) continue;
-    harm = {true, !model.own, row->percent, model.name, row->context, row->percent, "", model.resembles};
+    harm.measured = true;
+    harm.proxy = !model.own;
+    harm.ppl_change_percent = harm.expected_percent = row->percent;
+    harm.model = model.name;
+    harm.context = row->context;
+    harm.text = row->text;
+    harm.tokens = row->tokens;
+    harm.key_profile = row->key_profile;
+    harm.resembles = model.resembles;
   }
   if (!harm.measured || mine != nullptr) return harm;
   // Models that measured other pairs only: the asked one itself, or one that resembles it.

@@ -19,6 +19,9 @@ struct QualityRow {
   int64_t tokens = 0;
   int64_t context = 0;
   TypePair pair;
+  // The text of the profile around whose means keys were coded (`kvtide eval --profile`), and with whose
+  // transforms in tide4, tide3 and tide2; empty = no profile.
+  std::string key_profile;
   std::string window_policy;  // "default", "none", or "F+L" (exact blocks at either end)
   double ppl_change_percent = 0;
   double kld_mean = 0;
@@ -37,6 +40,10 @@ struct Harm {
   double ppl_change_percent = 0;
   std::string model;  // of the row; empty for f16
   int64_t context = 0;
+  std::string text;  // of the row, and how much of it
+  int64_t tokens = 0;
+  std::string key_profile;  // the text of its profile; empty = measured without one
+  bool calibrated = false;  // a model that counts measured the pair with a profile: keys are coded by one
   // More than ppl_change_percent where a model that counts measured other pairs, but not this one, and takes
   // those worse. Pairs are compared, shown and drawn by compared_percent().
   double expected_percent = 0;
@@ -56,11 +63,12 @@ const std::vector<QualityRow>& BuiltInQuality();
 
 // What is known of harm for one model: its own rows; without them, if proxies are accepted, those of the
 // measured models that resemble it (key_traits.h), and if none does, of all. Of several models and texts the
-// worst counts. Made once per plan; Find is a pure function then.
+// worst counts. With `calibrated` keys a model's rows with a profile count for the pairs that have such, and
+// for the others those without; else only the latter. Made once per plan; Find is a pure function then.
 class HarmTable {
  public:
   HarmTable(const std::vector<QualityRow>& rows, const ModelGeometry& model, const std::string& window_policy,
-            bool accept_proxy);
+            bool accept_proxy, bool calibrated = false);
 
   // At a context: of each model the rows nearest to it. Pairs of the same bytes count as one.
   Harm Find(const TypePair& pair, int64_t context) const;
@@ -73,6 +81,9 @@ class HarmTable {
     std::string pair;  // as stored: names of the same bytes are one
     int64_t context;
     double percent;
+    std::string text;
+    int64_t tokens;
+    std::string key_profile;
   };
   struct Model {
     std::string name;
@@ -81,6 +92,8 @@ class HarmTable {
     std::vector<Measured> rows;
   };
   const Model* Own() const;
+  // Of each model and pair: rows with a profile, where there are some.
+  void PreferCalibrated();
   // Of one model: the worst of the rows nearest in context; nullptr when it has none of the pair.
   static const Measured* Nearest(const Model& model, const std::string& pair, int64_t context);
   // How much worse `model` takes the pairs that both measured; 0 when there are too few.

@@ -56,9 +56,10 @@ std::string HarmText(const Harm& harm) {
   if (!harm.measured) return "not measured";
   if (harm.own_format) return "own format";
   if (harm.model.empty()) return "none";
+  const char* how = harm.calibrated ? ", calibrated" : "";
   if (harm.expected_percent > harm.ppl_change_percent)
-    return absl::StrFormat("~%+.2f%% %s", harm.expected_percent, harm.expected_of);
-  return absl::StrFormat("%+.2f%% %s", harm.ppl_change_percent, harm.model);
+    return absl::StrFormat("~%+.2f%% %s%s", harm.expected_percent, harm.expected_of, how);
+  return absl::StrFormat("%+.2f%% %s%s", harm.ppl_change_percent, harm.model, how);
 }
 
 // Small speeds with a digit behind the point.
@@ -110,17 +111,29 @@ std::string WhyNot(const Candidate& candidate, bool chosen) {
   return why;
 }
 
-std::string CandidateLine(const Candidate& candidate, bool chosen, int kernel_width) {
+// Columns that grow with what stands in them.
+struct Widths {
+  int harm = 20;
+  int kernel = 10;
+
+  void Hold(const Candidate& candidate) {
+    harm = std::max(harm, static_cast<int>(HarmText(candidate.harm).size()));
+    kernel = std::max(kernel, static_cast<int>(KernelText(candidate.support).size()));
+  }
+};
+
+std::string CandidateLine(const Candidate& candidate, bool chosen, const Widths& widths) {
   std::string name = candidate.asked.Name();
   if (!(candidate.asked == candidate.effective)) absl::StrAppend(&name, " > ", candidate.effective.Name());
   if (candidate.total_bytes == 0) {
     return absl::StrFormat("%s %-15s %s", chosen ? ">" : " ", name, WhyNot(candidate, chosen));
   }
   return absl::StrFormat(
-      "%s %-15s %9s %5.2f %5.2fx %9s %-20s %-*s %9d %5d  %-15s %s", chosen ? ">" : " ", name,
+      "%s %-15s %9s %5.2f %5.2fx %9s %-*s %-*s %9d %5d  %-15s %s", chosen ? ">" : " ", name,
       FormatMiB(candidate.kv_bytes), candidate.bits_per_value, candidate.ratio_to_f16,
-      FormatMiB(candidate.free_bytes), HarmText(candidate.harm), kernel_width, KernelText(candidate.support),
-      std::max<int64_t>(0, candidate.max_context), std::max<int64_t>(0, candidate.max_concurrency),
+      FormatMiB(candidate.free_bytes), widths.harm, HarmText(candidate.harm), widths.kernel,
+      KernelText(candidate.support), std::max<int64_t>(0, candidate.max_context),
+      std::max<int64_t>(0, candidate.max_concurrency),
       candidate.fits || chosen ? SpeedText(candidate.speed) : "-", WhyNot(candidate, chosen));
 }
 
@@ -128,10 +141,10 @@ std::string CandidateLine(const Candidate& candidate, bool chosen, int kernel_wi
 const char* CacheHead(int devices) { return devices > 1 ? "MiB/GPU" : "KV MiB"; }
 const char* RestHead(int devices) { return devices > 1 ? "left/GPU" : "left MiB"; }
 
-std::string TableHead(int devices, int kernel_width) {
-  return absl::StrFormat("  %-15s %9s %5s %6s %9s %-20s %-*s %9s %5s  %-15s", "pair", CacheHead(devices),
-                         "bits", "ratio", RestHead(devices), "harm, measured on", kernel_width, "kernel",
-                         "max ctx", "seqs", "tok/s");
+std::string TableHead(int devices, const Widths& widths) {
+  return absl::StrFormat("  %-15s %9s %5s %6s %9s %-*s %-*s %9s %5s  %-15s", "pair", CacheHead(devices),
+                         "bits", "ratio", RestHead(devices), widths.harm, "harm, measured on", widths.kernel,
+                         "kernel", "max ctx", "seqs", "tok/s");
 }
 
 // The bill in one line.
@@ -243,17 +256,13 @@ std::string Heading(const ContextPlan& context, const Painter& paint) {
 std::string ContextTable(const ContextPlan& context, const TableStyle& style, bool items) {
   const Painter paint(style.color);
   const std::vector<int> shown = PairsToShow(context, style.full || style.every_pair);
-  int kernel_width = 10;
-  for (int i : shown) {
-    kernel_width =
-        std::max(kernel_width,
-                 static_cast<int>(KernelText(context.candidates[static_cast<size_t>(i)].support).size()));
-  }
-  std::string text = paint(kDim, TableHead(style.devices, kernel_width)) + "\n";
+  Widths widths;
+  for (int i : shown) widths.Hold(context.candidates[static_cast<size_t>(i)]);
+  std::string text = paint(kDim, TableHead(style.devices, widths)) + "\n";
   for (int i : shown) {
     const Candidate& candidate = context.candidates[static_cast<size_t>(i)];
     const bool chosen = i == context.chosen;
-    const std::string line = CandidateLine(candidate, chosen, kernel_width);
+    const std::string line = CandidateLine(candidate, chosen, widths);
     absl::StrAppend(&text, chosen ? paint(kGreen, line) : candidate.fits ? line : paint(kDim, line), "\n");
   }
   if (const size_t hidden = context.candidates.size() - shown.size(); hidden > 0) {
@@ -272,10 +281,13 @@ std::string ContextTable(const ContextPlan& context, const TableStyle& style, bo
 
 // One line per context: what to run.
 std::string Summary(const Plan& plan, int devices, const Painter& paint) {
-  std::string text =
-      paint(kDim, absl::StrFormat("%10s  %-22s %-18s %10s %10s  %-20s %-16s", "context", "verdict", "pair",
-                                  CacheHead(devices), RestHead(devices), "harm, measured on", "tok/s")) +
-      "\n";
+  Widths widths;
+  for (const ContextPlan& context : plan.contexts)
+    if (context.chosen >= 0) widths.Hold(context.candidates[static_cast<size_t>(context.chosen)]);
+  std::string text = paint(kDim, absl::StrFormat("%10s  %-22s %-18s %10s %10s  %-*s %-16s", "context",
+                                                 "verdict", "pair", CacheHead(devices), RestHead(devices),
+                                                 widths.harm, "harm, measured on", "tok/s")) +
+                     "\n";
   for (const ContextPlan& context : plan.contexts) {
     const bool queue = context.chosen >= 0 && !context.candidates[static_cast<size_t>(context.chosen)].fits;
     std::string line = absl::StrFormat("%10d  %-22s", context.context,
@@ -283,13 +295,13 @@ std::string Summary(const Plan& plan, int devices, const Painter& paint) {
                                              : std::string(VerdictText(context.verdict)));
     if (context.chosen >= 0) {
       const Candidate& chosen = context.candidates[static_cast<size_t>(context.chosen)];
-      absl::StrAppendFormat(&line, " %-18s %10s %10s  %-20s %s", chosen.asked.Name(),
-                            FormatMiB(chosen.kv_bytes), FormatMiB(chosen.free_bytes), HarmText(chosen.harm),
-                            SpeedText(chosen.speed));
+      absl::StrAppendFormat(&line, " %-18s %10s %10s  %-*s %s", chosen.asked.Name(),
+                            FormatMiB(chosen.kv_bytes), FormatMiB(chosen.free_bytes), widths.harm,
+                            HarmText(chosen.harm), SpeedText(chosen.speed));
     } else if (context.split.has_value()) {
-      absl::StrAppendFormat(&line, " %-18s %10s %10s  %-20s %s", context.split->pair.Name(),
+      absl::StrAppendFormat(&line, " %-18s %10s %10s  %-*s %s", context.split->pair.Name(),
                             FormatMiB(context.split->device_kv_bytes + context.split->host_kv_bytes), "split",
-                            "", SpeedText(context.split->speed));
+                            widths.harm, "", SpeedText(context.split->speed));
     }
     absl::StrAppend(&text, paint(VerdictColor(context.verdict), line), "\n");
   }
@@ -328,6 +340,10 @@ Json JsonOf(const Candidate& candidate) {
                     {"proxy", candidate.harm.proxy},
                     {"model", candidate.harm.model},
                     {"context", candidate.harm.context},
+                    {"text", candidate.harm.text},
+                    {"tokens", candidate.harm.tokens},
+                    {"calibrated", candidate.harm.calibrated},
+                    {"key_profile", candidate.harm.key_profile},
                     {"expected_percent", candidate.harm.compared_percent()},
                     {"resembles", candidate.harm.resembles}};
   } else {
@@ -422,8 +438,8 @@ std::string ShortAnswer(const Plan& plan, const TableStyle& style) {
   for (const std::string& line : KernelLines(last, false)) lines.push_back(line);
   for (const std::string& assumption : plan.assumptions) {
     if (absl::StartsWith(assumption, "weights") || absl::StartsWith(assumption, "speed:") ||
-        absl::StartsWith(assumption, "harm:") || absl::StartsWith(assumption, "catalogue geometry") ||
-        absl::StrContains(assumption, "is taken as"))
+        absl::StartsWith(assumption, "harm:") || absl::StartsWith(assumption, "keys:") ||
+        absl::StartsWith(assumption, "catalogue geometry") || absl::StrContains(assumption, "is taken as"))
       lines.push_back("assumed: " + assumption);
   }
   for (size_t i = 0; i < lines.size() && i < kMostLines; ++i) absl::StrAppend(&text, lines[i], "\n");
@@ -504,6 +520,13 @@ std::string RenderJson(const PlanRequest& request, const Plan& plan) {
   json["shared_prefix_tokens"] = request.workload.shared_prefix_tokens;
   json["exact_window"] = {{"first_blocks", request.engine.exact_window.first_blocks},
                           {"last_blocks", request.engine.exact_window.last_blocks}};
+  json["key_profile"] = nullptr;
+  if (const auto& keys = request.engine.calibrated_keys; keys.has_value()) {
+    json["key_profile"] = {{"name", keys->name},
+                           {"text", keys->text},
+                           {"tokens", keys->tokens},
+                           {"transforms", keys->transforms}};
+  }
   json["device"] = {{"name", request.device.name},
                     {"count", request.device.count},
                     {"vram_bytes", request.device.vram_bytes},

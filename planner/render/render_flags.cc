@@ -118,6 +118,14 @@ absl::StatusOr<std::string> RenderSglangArgs(const PlanRequest& request, const P
 absl::StatusOr<std::string> RenderKvtidedConfig(const PlanRequest& request, const Plan& plan) {
   KVTIDE_ASSIGN_OR_RETURN(const ContextPlan* context, LargestContext(request, plan, Engine::kKvtide));
   const TypePair& pair = PairOf(*context);
+  const auto chosen = std::find_if(context->candidates.begin(), context->candidates.end(),
+                                   [&](const Candidate& candidate) { return candidate.asked == pair; });
+  if (chosen->harm.calibrated) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "keys of ", pair.Name(),
+        " are coded by a profile, which a model brings when it is registered (Layer.key_mean), not the "
+        "daemon; plan without --profile for its default pair"));
+  }
   const int64_t device_bytes = context->chosen >= 0 ? context->candidates[context->chosen].kv_bytes +
                                                           context->candidates[context->chosen].free_bytes
                                                     : context->split->device_kv_bytes;

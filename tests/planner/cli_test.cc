@@ -12,10 +12,15 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <string>
+#include <vector>
+
+#include "clients/engine/key_profile.h"
+#include "kernels/format/tide.h"
 
 namespace kvtide {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
@@ -286,6 +291,56 @@ TEST(PlanCli, AutoPlansForEachKindOfGpu) {
   const Ran none = Kvtide(plan + "auto:3", environment);
   EXPECT_EQ(none.code, 2);
   EXPECT_THAT(none.out, HasSubstr("no GPU '3'; this machine has 3"));
+}
+
+// A profile of a model with these layers, as `kvtide calibrate` writes it; with transforms that change
+// nothing.
+std::string WriteProfile(const std::string& name, int layers, int kv_heads, int head_dim, bool transforms) {
+  engine::KeyProfile profile;
+  profile.model = "m";
+  profile.text = "manual.txt";
+  profile.tokens = 16384;
+  profile.kv_heads = kv_heads;
+  profile.head_dim = head_dim;
+  const auto heads = static_cast<size_t>(kv_heads), dim = static_cast<size_t>(head_dim);
+  std::vector<float> unit(heads * dim * dim, 0.0f);
+  for (size_t i = 0; i < heads * dim; ++i) unit[i * dim + i % dim] = 1;
+  for (int l = 0; l < layers; ++l) {
+    profile.means.emplace_back(heads * dim, 0.5f);
+    if (!transforms) continue;
+    profile.transforms.push_back(unit);
+    profile.widths.emplace_back(heads * kTideTypes * dim / kTideGroup, uint8_t{2});
+  }
+  const std::string path = ::testing::TempDir() + "/kvtide_" + std::to_string(getpid()) + "_" + name;
+  EXPECT_TRUE(engine::WriteKeyProfile(path, profile).ok());
+  return path;
+}
+
+TEST(PlanCli, AProfileOfTheKeysIsReadAndNamed) {
+  const std::string file = WriteProfile("smollm2.profile", 30, 3, 64, true);
+  const std::string plan =
+      "plan --model smollm2-135m --weights q4_k_m --context 8192 --device "
+      "'CPU EPYC 9654,ram=8GiB' --all --profile ";
+  const Ran ran = Kvtide(plan + file);
+  EXPECT_EQ(ran.code, 0) << ran.out;
+  EXPECT_THAT(ran.out, AllOf(HasSubstr("tide3/turbo3"), HasSubstr("SmolLM2-135M, calibrated"),
+                             HasSubstr("smollm2.profile (16384 tokens of manual.txt)"),
+                             HasSubstr("profile of the keys")));
+  const Ran json = Kvtide(plan + file + " --output json");
+  const auto parsed = nlohmann::json::parse(json.out);
+  EXPECT_EQ(parsed["key_profile"]["text"], "manual.txt");
+  EXPECT_EQ(parsed["key_profile"]["transforms"], true);
+  const Ran other = Kvtide("plan --model llama-3.1-8b --weights q4_0 --device 'RTX 3060' --profile " + file);
+  EXPECT_EQ(other.code, 2);
+  EXPECT_THAT(other.out, AllOf(HasSubstr("--profile"), HasSubstr("30 layers of 3 KV heads of 64"),
+                               HasSubstr("kvtide calibrate")));
+  const Ran vllm = Kvtide(plan + file + " --engine vllm");
+  EXPECT_EQ(vllm.code, 2);
+  EXPECT_THAT(vllm.out, HasSubstr("--profile is an option of kvtide"));
+  const Ran missing = Kvtide(plan + "/no/such.profile");
+  EXPECT_EQ(missing.code, 2);
+  EXPECT_THAT(missing.out, AllOf(HasSubstr("--profile"), HasSubstr("/no/such.profile")));
+  std::filesystem::remove(file);
 }
 
 TEST(PlanCli, QualityFilesAreRead) {

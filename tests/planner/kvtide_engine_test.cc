@@ -124,7 +124,7 @@ TEST(KvtideEngine, LatentAndChunkedModelsAreRefused) {
 }
 
 TEST(KvtideEngine, PairsComeFromTheCatalogueOfFormats) {
-  const std::vector<TypePair> pairs = KvtidePairs();
+  const std::vector<TypePair> pairs = KvtidePairs({});
   EXPECT_THAT(pairs, ::testing::Contains(TypePair{"f16", "f16"}));
   EXPECT_THAT(pairs, ::testing::Contains(TypePair{"q8_0", "turbo4"}));
   for (const TypePair& pair : pairs) EXPECT_TRUE(ParseCachePair(pair.Name()).ok()) << pair.Name();

@@ -176,6 +176,77 @@ TEST(Plan, UnmeasuredPairsAreShownButNeverChosen) {
   EXPECT_THAT(context.reason, HasSubstr("would fit, but its harm is not measured"));
 }
 
+QualityRow Calibrated(const char* pair, double change) {
+  QualityRow row = Row(pair, "default", change);
+  row.text = "a.txt";
+  row.tokens = 16384;
+  row.key_profile = "b.txt";
+  return row;
+}
+
+// A profile of the model's keys: its means serve the pairs that were measured with one, its transforms bring
+// K types of their own, it takes memory, and the answer says what it rests on.
+TEST(Plan, AProfileOfTheKeysOffersWhatWasMeasuredWithOne) {
+  PlanRequest request = Request("llama-3.1-8b", "CPU EPYC 9654,ram=7GiB", Engine::kKvtide);
+  request.device.vram_bytes = 7 * kGiB;
+  request.weights.bytes = 4800 * kMiB;
+  request.margin_bytes = 0;
+  request.quality.push_back(Calibrated("turbo4/turbo4", 0.2));
+  request.quality.push_back(Calibrated("tide3/turbo3", 0.15));
+  const ContextPlan plain = Make(request).contexts[0];
+  EXPECT_EQ(Chosen(plain), "turbo4/turbo4");
+  EXPECT_EQ(Find(plain, "turbo4/turbo4").harm.ppl_change_percent, 0.3);
+  for (const Candidate& candidate : plain.candidates) EXPECT_NE(candidate.asked.k, "tide3");
+  request.pairs = {{"tide3", "turbo3"}, {"turbo4", "turbo4"}};
+  const Candidate refused = Find(Make(request).contexts[0], "tide3/turbo3");
+  EXPECT_EQ(refused.rejection, Rejection::kRefused);
+  EXPECT_THAT(refused.support.reason, HasSubstr("--profile"));
+  request.pairs.clear();
+
+  request.engine.calibrated_keys = CalibratedKeys{"m.profile", "b.txt", 16384, true};
+  const Plan plan = Make(request);
+  const ContextPlan& context = plan.contexts[0];
+  EXPECT_EQ(Chosen(context), "tide3/turbo3");
+  const Candidate &tide = Find(context, "tide3/turbo3"), &turbo4 = Find(context, "turbo4/turbo4");
+  EXPECT_TRUE(tide.harm.calibrated);
+  EXPECT_EQ(turbo4.harm.ppl_change_percent, 0.2);
+  EXPECT_FALSE(Find(context, "q8_0/q8_0").harm.calibrated);
+  // The same block bytes as turbo3, and the profile: 32 layers of 8 heads with a mean, two 128 x 128 matrices
+  // and three types' widths of 16 groups.
+  EXPECT_EQ(tide.kv_bytes, Find(context, "turbo3/turbo3").kv_bytes);
+  int64_t profile = 0;
+  for (const Item& item : tide.items)
+    if (item.kind == ItemKind::kKeyProfile) profile += item.bytes;
+  EXPECT_EQ(profile, 32 * 8 * (128 * 4 + 2 * 128 * 128 * 4 + 3 * 16));
+  EXPECT_THAT(plan.assumptions, Contains(HasSubstr("m.profile (16384 tokens of b.txt)")));
+  EXPECT_THAT(plan.assumptions, Contains(HasSubstr("harm: tide3/turbo3 on tidelm-7m, 16384 tokens of a.txt, "
+                                                   "with a profile of b.txt")));
+
+  // Means alone.
+  request.engine.calibrated_keys->transforms = false;
+  const ContextPlan means = Make(request).contexts[0];
+  EXPECT_EQ(Chosen(means), "turbo4/turbo4");
+  for (const Candidate& candidate : means.candidates) EXPECT_NE(candidate.asked.k, "tide3");
+  EXPECT_THAT(Error([&] {
+                PlanRequest other = request;
+                other.engine.engine = Engine::kVllm;
+                return other;
+              }()),
+              HasSubstr("codes no keys by a profile"));
+}
+
+// GPUs have no kernels for tide types: shown with the reason, never chosen.
+TEST(Plan, CalibratedTypesAreNotChosenWhereTheyHaveNoKernels) {
+  PlanRequest request = Request("llama-3.1-8b", "vram=7300MiB", Engine::kKvtide);
+  request.weights.bytes = 4800 * kMiB;
+  request.margin_bytes = 0;
+  request.quality.push_back(Calibrated("tide3/turbo3", 0.15));
+  request.engine.calibrated_keys = CalibratedKeys{"m.profile", "b.txt", 16384, true};
+  const ContextPlan context = Make(request).contexts[0];
+  EXPECT_EQ(Chosen(context), "turbo4/turbo4");
+  EXPECT_EQ(Find(context, "tide3/turbo3").rejection, Rejection::kCpuFallback);
+}
+
 TEST(Plan, ProxiesCanBeRefused) {
   PlanRequest request = Request("llama-3.1-8b", "vram=8GiB", Engine::kKvtide);
   request.weights.bytes = 4800 * kMiB;

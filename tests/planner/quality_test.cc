@@ -128,6 +128,35 @@ TEST(Quality, PairsMeasuredOnFewerModelsAreComparedByWhatTheOthersTake) {
   EXPECT_TRUE(own.Find({"q4_0", "q4_0"}, 4096).proxy);
 }
 
+// Keys that are coded by a profile have rows of their own; other rows of such pairs do not count then.
+TEST(Quality, RowsWithAProfileCountForCalibratedKeysOnly) {
+  const auto rows = ParseQualityCsv(
+      "model,text,tokens,context,pair_k,pair_v,window_policy,ppl_change_percent,version,key_profile\n"
+      "smollm2-135m,a,1,4096,turbo4,turbo4,none,6,v,\n"
+      "smollm2-135m,a,1,4096,turbo4,turbo4,none,3,v,manuals\n"
+      "smollm2-135m,b,7,4096,turbo4,turbo4,none,4,v,wiki\n"
+      "smollm2-135m,a,1,4096,tide3,turbo3,none,8,v,manuals\n"
+      "smollm2-135m,a,1,4096,q8_0,q8_0,none,0.1,v,\n"
+      "tidelm-7m,a,1,4096,turbo4,turbo4,none,1,v,\n",
+      "q.csv");
+  ASSERT_TRUE(rows.ok()) << rows.status();
+  const TypePair turbo4{"turbo4", "turbo4"}, tide3{"tide3", "turbo3"}, q8{"q8_0", "q8_0"};
+  const HarmTable plain(*rows, *FindModel("llama-3.1-8b"), "none", true);
+  EXPECT_EQ(plain.Find(turbo4, 4096).ppl_change_percent, 6);
+  EXPECT_FALSE(plain.Find(turbo4, 4096).calibrated);
+  EXPECT_FALSE(plain.Find(tide3, 4096).measured);
+  const HarmTable calibrated(*rows, *FindModel("llama-3.1-8b"), "none", true, true);
+  const Harm harm = calibrated.Find(turbo4, 4096);
+  EXPECT_EQ(harm.ppl_change_percent, 4);  // the worse text
+  EXPECT_TRUE(harm.calibrated);
+  EXPECT_EQ(harm.text, "b");
+  EXPECT_EQ(harm.tokens, 7);
+  EXPECT_EQ(harm.key_profile, "wiki");
+  EXPECT_EQ(calibrated.Find(tide3, 4096).ppl_change_percent, 8);
+  EXPECT_EQ(calibrated.Find(q8, 4096).ppl_change_percent, 0.1);  // nobody measured it with one
+  EXPECT_FALSE(calibrated.Find(q8, 4096).calibrated);
+}
+
 TEST(Quality, CsvRoundTripAndErrors) {
   const std::string header =
       "model,text,tokens,context,pair_k,pair_v,window_policy,ppl_change_percent,kld_mean,kld_p99,top1_"

@@ -150,6 +150,19 @@ TEST(Render, KvtidedConfigGivesTheTierAllThatIsLeft) {
   EXPECT_FALSE(without.contains("host_tier_bytes"));
 }
 
+// The daemon's default pair is for models without a profile too.
+TEST(Render, KvtidedConfigHasNoCalibratedPair) {
+  PlanRequest request = Request(Engine::kKvtide);
+  request.device = *ParseDevice("CPU EPYC 9654,ram=64GiB");
+  request.pairs = {{"turbo4", "turbo4"}};
+  request.quality = BuiltInQuality();
+  EXPECT_TRUE(RenderKvtidedConfig(request, Make(request)).ok());
+  request.engine.calibrated_keys = CalibratedKeys{"m.profile", "b.txt", 16384, false};
+  const auto config = RenderKvtidedConfig(request, Make(request));
+  EXPECT_TRUE(absl::IsInvalidArgument(config.status()));
+  EXPECT_THAT(std::string(config.status().message()), HasSubstr("plan without --profile"));
+}
+
 TEST(Render, SettingsAreRefusedForPlansThatDoNotFitAndForOtherEngines) {
   PlanRequest request = Request(Engine::kLlamaCpp);
   EXPECT_TRUE(absl::IsInvalidArgument(RenderVllmArgs(request, Make(request)).status()));

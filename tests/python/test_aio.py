@@ -1,11 +1,13 @@
 """The coroutines are the blocking verbs in threads."""
 import asyncio
+import inspect
 
 import numpy as np
 import pytest
 
 import kvtide
 import kvtide.aio
+from kvtide import block_store
 from reference import attend
 
 
@@ -30,6 +32,31 @@ def test_coroutines(pool):
         assert "aio" in (await aio.info()).models and (await aio.stats()).sequences >= 5
         await aio.close_sequence(fork)
         assert fork.id not in {s.id for s in await aio.sequences("aio")}
+
+    asyncio.run(work())
+
+
+def test_every_verb_has_a_twin():
+    """What blocks has a coroutine of its name; `append` of a sequence is `append_layers` there."""
+    verbs = lambda kind: {name for name, verb in vars(kind).items() if not name.startswith("_") and inspect.isfunction(verb)}  # noqa: E731
+    coroutines = lambda kind: {name for name in verbs(kind) if inspect.iscoroutinefunction(getattr(kind, name))}  # noqa: E731
+    here = {"empty", "close", "layer_length", "release", "append_layers"}  # of this process alone; `async with` closes
+    assert (verbs(kvtide.Pool) | verbs(kvtide.Sequence)) - here - coroutines(kvtide.aio.AsyncPool) == set()
+    assert verbs(block_store._Open) - coroutines(kvtide.aio.AsyncBlockStore) == set()
+
+
+def test_blocks(pool):
+    async def work():
+        blocks = await pool.aio.block_store(block_store.Namespace("aio", 64, block_store.OpaqueBlocks(block_bytes=256)))
+        payload = np.arange(512, dtype=np.uint8).reshape(2, 256)
+        keys = [bytes([n] * 16) for n in range(2)]
+        assert (await blocks.store(keys, payload)).stored == 2
+        found = await blocks.lookup(keys)
+        out = np.zeros_like(payload)
+        await blocks.load(found.lease_id, out)
+        np.testing.assert_array_equal(out, payload)
+        assert await blocks.release(found.lease_id)
+        assert await blocks.delete() == 2
 
     asyncio.run(work())
 

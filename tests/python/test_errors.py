@@ -119,12 +119,31 @@ def test_no_room():
 def test_connecting():
     with pytest.raises(ConnectionError, match="kvtided"):
         kvtide.connect("unix:/nowhere/kvtided.sock", connect_timeout=0.2)
+    for address in ("nonsense", "localhost", "unix:", "http://localhost:50051", "", "shm:"):
+        with pytest.raises(errors.InvalidArgument, match="is no address of a pool; write 'auto'"):
+            kvtide.connect(address)
     with pytest.raises(errors.InvalidArgument, match="device"):
         kvtide.connect("embedded", device="tpu")
     with pytest.raises(errors.InvalidArgument, match="host memory"):
         kvtide.connect("embedded", device="cpu", device_memory="900TiB")
     with pytest.raises(errors.KvtideError):
         kvtide.connect("embedded", device="cpu", device_memory="lots")
+
+
+def test_every_status_code_has_a_class():
+    """The codes of gRPC but OK and UNKNOWN, each with a class of its own that Python's words fit."""
+    codes = ("CANCELLED INVALID_ARGUMENT DEADLINE_EXCEEDED NOT_FOUND ALREADY_EXISTS PERMISSION_DENIED RESOURCE_EXHAUSTED "
+             "FAILED_PRECONDITION ABORTED OUT_OF_RANGE UNIMPLEMENTED INTERNAL UNAVAILABLE DATA_LOSS UNAUTHENTICATED").split()
+    classes = [type(errors.from_status(code, "text")) for code in codes]
+    assert len(set(classes)) == len(codes) and errors.KvtideError not in classes
+    for code, kind in zip(codes, classes):
+        assert kind.code == code and issubclass(kind, errors.KvtideError) and str(kind("text")) == "text"
+        assert kind.__name__ in dir(errors) and kind.__doc__
+    for kind, builtin in ((errors.InvalidArgument, ValueError), (errors.NotFound, LookupError), (errors.OutOfRange, IndexError),
+                          (errors.ResourceExhausted, MemoryError), (errors.DeadlineExceeded, TimeoutError),
+                          (errors.Unavailable, ConnectionError), (errors.Unimplemented, NotImplementedError),
+                          (errors.PermissionDenied, PermissionError)):
+        assert issubclass(kind, builtin)
 
 
 def test_classes_have_codes():

@@ -1,9 +1,11 @@
 """The planner as a library gives the numbers of `kvtide plan`."""
 import json
 
+import numpy as np
 import pytest
 
 import kvtide
+from test_profiles import write
 from ways import ROOT
 from kvtide import errors, planner
 
@@ -32,3 +34,25 @@ def test_names_and_mistakes():
         kvtide.plan("llama-3.1-8b", "RTX 9999")
     with pytest.raises(errors.KvtideError, match="pair"):
         kvtide.plan("llama-3.1-8b", "RTX 3060", pairs=["f17"])
+    plan = kvtide.plan("llama-3.1-8b", "RTX 3060", context=8192, pairs=["f16"])
+    with pytest.raises(KeyError, match="4096; the plan has the contexts 8192"):
+        plan[4096]
+    with pytest.raises(KeyError, match="q8_0/q8_0; the plan considered f16/f16"):
+        plan[8192]["q8_0/q8_0"]
+
+
+def test_a_profile_of_keys(tmp_path):
+    folder = str(ROOT / "clients" / "engine" / "models" / "tidelm-7m")
+    means = [np.zeros((2, 128), np.float32)] * 6
+    path = write(tmp_path / "tidelm.profile", means)
+    options = dict(device="CPU EPYC 9654,ram=8GiB", context="4K", pairs=["turbo3/turbo3", "q8_0/q5_0"])
+    plain = kvtide.plan(folder, **options)
+    plan = kvtide.plan(folder, profile=path, **options)
+    assert plan.json["key_profile"] == {"name": "tidelm.profile", "text": "t", "tokens": 77, "transforms": False}
+    assert plan[4096]["turbo3/turbo3"].calibrated and not plan[4096]["q8_0/q5_0"].calibrated
+    assert not plain[4096]["turbo3/turbo3"].calibrated and plain.json["key_profile"] is None
+    assert any("tidelm.profile" in one for one in plan.assumptions)
+    with pytest.raises(errors.InvalidArgument, match="--profile: .*6 layers of 2 KV heads of 128"):
+        kvtide.plan("llama-3.1-8b", "RTX 3060", weights="q4_0", profile=path)
+    with pytest.raises(errors.KvtideError, match="/no/such.profile"):
+        kvtide.plan(folder, profile="/no/such.profile", **options)

@@ -13,15 +13,26 @@ LAYERS = [kvtide.Layer(kv_heads=2, head_dim=32, query_heads=4)] * 2
 MEANS = [np.random.default_rng(layer).standard_normal((2, 32)).astype(np.float32) * 4 for layer in range(2)]
 
 
-def write(path, means, form="kvtide-key-profile-1", dtype="F32"):
+def write(path, means, transforms=(), widths=(), form=None, dtype="F32"):
+    """A profile as `kvtide calibrate` writes it."""
+    form = form or ("kvtide-key-profile-2" if transforms else "kvtide-key-profile-1")
     header, data = {"__metadata__": {"format": form, "model": "m", "text": "t", "tokens": "77"}}, b""
-    for layer, mean in enumerate(means):
-        header[f"layers.{layer}.key_mean"] = {"dtype": dtype, "shape": list(mean.shape),
-                                              "data_offsets": [len(data), len(data) + mean.nbytes]}
-        data += mean.tobytes()
+    for name, layers in (("key_mean", means), ("key_transform", transforms), ("key_widths", widths)):
+        for layer, values in enumerate(layers):
+            header[f"layers.{layer}.{name}"] = {"dtype": dtype, "shape": list(values.shape),
+                                                "data_offsets": [len(data), len(data) + values.nbytes]}
+            data += values.tobytes()
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return path
+
+
+def write_transforms(path):
+    """A profile with rotations as transforms, and the bits of tide4, tide3 and tide2 spread evenly."""
+    random = np.random.default_rng(5)
+    rotations = [np.stack([np.linalg.qr(random.standard_normal((32, 32)))[0] for _ in range(2)]).astype(np.float32) for _ in range(2)]
+    bits = [np.broadcast_to(np.float32([4, 3, 2])[None, :, None], (2, 3, 4)).copy() for _ in range(2)]
+    return write(path, MEANS, rotations, bits), rotations
 
 
 def test_a_profile_is_read(tmp_path):
@@ -31,16 +42,19 @@ def test_a_profile_is_read(tmp_path):
     assert profile.digest != profiles.load(write(tmp_path / "q", MEANS[::-1])).digest
 
 
-def test_means_are_read_beside_transforms(tmp_path):
-    path = write(tmp_path / "p", MEANS, form="kvtide-key-profile-2")
-    data = path.read_bytes()
-    (length,) = struct.unpack_from("<Q", data)
-    header = json.loads(data[8 : 8 + length])
-    end = len(data) - 8 - length
-    header["layers.0.key_widths"] = {"dtype": "F32", "shape": [2], "data_offsets": [end, end + 8]}
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :] + bytes(8))
-    np.testing.assert_array_equal(profiles.load(path).means, MEANS)
+def test_transforms_are_read(tmp_path):
+    path, rotations = write_transforms(tmp_path / "p")
+    profile = profiles.load(path)
+    np.testing.assert_array_equal(profile.means, MEANS)
+    np.testing.assert_array_equal(profile.transforms, rotations)
+    assert [one.shape for one in profile.widths] == [(2, 3, 4)] * 2 and profile.widths[0][1, 1].tolist() == [3] * 4
+    assert profile.digest != profiles.load(write(tmp_path / "q", MEANS)).digest
+    np.testing.assert_array_equal(profile.of_layers([1]).transforms, rotations[1:])
+
+
+def test_a_file_that_is_missing():
+    with pytest.raises(FileNotFoundError):
+        profiles.load("/no/such.profile")
 
 
 @pytest.mark.parametrize("data", [b"", b"x" * 100, struct.pack("<Q", 2) + b"{}", struct.pack("<Q", 1 << 40)])
@@ -79,3 +93,38 @@ def test_mistakes(pool):
         pool.create("without", key_centring="calibrated")
     with pytest.raises(FailedPrecondition, match="another geometry"):
         pool.register("without", LAYERS, key_means=MEANS)
+    with pytest.raises(InvalidArgument, match="key_means: give one"):
+        pool.register("both", LAYERS, key_means=MEANS, profile=profiles.KeyProfile("m", "t", 1, MEANS))
+    with pytest.raises(InvalidArgument, match="no transforms of keys"):
+        pool.create("without", pair="tide3/turbo3")
+
+
+def test_tide_pairs_need_the_transforms_of_a_profile(pool, tmp_path):
+    profile = profiles.load(write_transforms(tmp_path / "p")[0])
+    pool.register("tide", LAYERS, profile=profile)
+    random = np.random.default_rng(0)
+    k = random.standard_normal((400, 2, 32)).astype(np.float32)
+    errors = {}
+    for pair in ("tide4/turbo4", "tide2/turbo2"):
+        with pool.create("tide", pair=pair) as sequence:
+            for layer in range(2):
+                sequence.append(layer, k + MEANS[layer], k)
+            errors[pair] = np.abs(sequence.read(0)[0] - k - MEANS[0]).mean()
+    assert errors["tide4/turbo4"] < 0.12 and errors["tide4/turbo4"] < errors["tide2/turbo2"] / 2 < 0.3
+
+
+def test_the_pools_planner_knows_profiles(pool, tmp_path):
+    pool.register("plain", LAYERS)
+    pool.register("planned", LAYERS, profile=profiles.load(write_transforms(tmp_path / "p")[0]))
+    with pytest.raises(InvalidArgument, match="no calibrated means"):
+        pool.plan("plain", [4096], key_centring="calibrated")
+    plain = {one.pair: one for one in pool.plan("planned", [4096]).contexts[0].candidates}
+    assert "tide3/turbo3" not in plain and not any(one.calibrated for one in plain.values())
+    plan = pool.plan("planned", [4096], key_centring="calibrated")
+    calibrated = {one.pair: one for one in plan.contexts[0].candidates}
+    turbo4 = calibrated["turbo4/turbo4"]
+    assert turbo4.calibrated and turbo4.measured_tokens > 0 and turbo4.measured_text and turbo4.measured_model
+    assert turbo4.perplexity_increase_percent < plain["turbo4/turbo4"].perplexity_increase_percent
+    assert calibrated["tide3/turbo3"].kv_bytes == calibrated["turbo3/turbo3"].kv_bytes
+    assert calibrated["tide3/turbo3"].measured and calibrated["tide3/turbo3"].rejection in ("", "more_harm")
+    assert any("planned" in one for one in plan.assumptions)

@@ -9,6 +9,7 @@
 #include "clients/cli/eval/eval_text.h"
 #include "clients/cli/terminal/report_parts.h"
 #include "clients/cli/terminal/table.h"
+#include "kernels/format/catalogue.h"
 #include "nlohmann/json.hpp"
 
 namespace kvtide::cli {
@@ -17,6 +18,12 @@ namespace {
 using nlohmann::ordered_json;
 
 bool IsYardstick(const EvalRow& row) { return row.pair == "f16/f16"; }
+
+// Keys in f16 and the fp8 of servers know no profile.
+bool CodesKeys(const EvalRow& row) {
+  const absl::StatusOr<CachePair> pair = ParseCachePair(row.pair);
+  return pair.ok() && Info(pair->k).storage != Storage::kHalf;
+}
 
 ordered_json RowJson(const EvalRow& row) {
   ordered_json json = {{"pair", row.pair},
@@ -97,15 +104,16 @@ std::string RenderCsv(const EvalReport& report) {
   std::string csv =
       "model,text,tokens,context,pair_k,pair_v,window_policy,ppl_change_percent,kld_mean,kld_p99,top1_"
       "agreement,"
-      "bits_per_value,version,date\n";
+      "bits_per_value,version,date,key_profile\n";
   for (const EvalRow& row : report.rows) {
     if (IsYardstick(row)) continue;
     const size_t slash = row.pair.find('/');
     absl::StrAppend(&csv, CsvCell(report.model), ",", CsvCell(report.text), ",", report.tokens, ",",
                     report.context, ",", row.pair.substr(0, slash), ",", row.pair.substr(slash + 1), ",",
                     report.window_policy, ",");
-    absl::StrAppendFormat(&csv, "%.4f,%.4g,%.3g,%.5f,%.4f,%s,%s\n", row.change_percent, row.kld_mean,
-                          row.kld_p99, row.top1_agreement, row.bits_per_value, report.version, report.date);
+    absl::StrAppendFormat(&csv, "%.4f,%.4g,%.3g,%.5f,%.4f,%s,%s,%s\n", row.change_percent, row.kld_mean,
+                          row.kld_p99, row.top1_agreement, row.bits_per_value, report.version, report.date,
+                          CodesKeys(row) ? CsvCell(report.key_profile) : "");
   }
   return csv;
 }

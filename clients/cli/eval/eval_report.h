@@ -35,6 +35,7 @@ struct EvalReport {
   int chunk = 0;
   std::string window_policy;  // "default", "none" or "F+L"
   std::string key_centring, key_equalising;
+  std::string key_profile;  // the text of the profile by which keys are coded; empty = none
   std::string version, date, machine;
   std::string way;  // to the daemon: "shared memory"
   double seconds = 0;

@@ -119,6 +119,7 @@ class EvalRun {
       KVTIDE_ASSIGN_OR_RETURN(profile_, MakeProfileOf(profile));
       engine::UseKeyProfile(profile, &geometry_);
       key_centring_ = client::KeyCentring::kCalibrated;
+      key_profile_ = profile.text;
     }
     const engine::ModelConfig& config = model_->config();
     context_ = options_.context > 0 ? options_.context : std::min(4096, config.max_positions);
@@ -390,6 +391,7 @@ class EvalRun {
     report.window_policy = options_.window_policy;
     report.key_centring = ChoiceName(key_centring_);
     report.key_equalising = ChoiceName(options_.key_equalising);
+    report.key_profile = key_profile_;
     report.version = info_.version;
     report.date = Today();
     report.machine = Machine();
@@ -423,6 +425,7 @@ class EvalRun {
   std::unique_ptr<engine::LlamaModel> model_;
   engine::KvGeometry geometry_;  // with the profile
   Profile profile_;              // hash 0 = none
+  std::string key_profile_;      // its text
   client::KeyCentring key_centring_ = client::KeyCentring::kDefault;
   std::vector<int32_t> tokens_;
   std::vector<LayerVectors> vectors_;  // of the first tokens, once somebody needs them

@@ -35,6 +35,7 @@ const char* const kExamples = R"(Examples:
   kvtide plan verify --model ./model.gguf --device auto --engine llama.cpp --context 32K --pairs f16/f16 --log server.log
   kvtide plan --model ./model.gguf --device "RTX 3090" --engine llama.cpp -c 32768 -np 4 -kvu -ctk q8_0 -ctv q8_0
   kvtide plan --model qwen3-32b --weights fp8 --device "H100 SXM" --engine vllm --context 32K --concurrency 64
+  kvtide plan --model ./model.gguf --device vram=8GiB --context 32K --profile model.profile   (of kvtide calibrate)
 Exit codes: 0 fits, 3 fits only with tiers or with sequences that wait, 4 does not fit, 2 bad input, 1 the answer could
 not be written, 5 verify: beyond --tolerance.)";
 

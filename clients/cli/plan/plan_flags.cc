@@ -11,6 +11,7 @@
 #include "absl/strings/str_split.h"
 #include "clients/cli/plan/plan_device.h"
 #include "clients/cli/plan/plan_io.h"
+#include "clients/engine/key_profile.h"
 #include "kernels/base/status.h"
 #include "planner/engines/kv_sizer.h"
 #include "planner/model/catalogue.h"
@@ -184,7 +185,8 @@ absl::Status CheckForeignOptions(const PlanFlags& flags, planner::Engine engine)
                                    {"--no-rewrites", {Engine::kLlamaCpp}},
                                    {"--split-mode", {Engine::kLlamaCpp}},
                                    {"--swa-full", {Engine::kLlamaCpp, Engine::kSglang}},
-                                   {"--exact-window", {Engine::kKvtide}}};
+                                   {"--exact-window", {Engine::kKvtide}},
+                                   {"--profile", {Engine::kKvtide}}};
   if (!flags.given) return absl::OkStatus();
   for (const Option& option : options) {
     if (!flags.given(option.name) ||
@@ -236,6 +238,28 @@ absl::Status SetEngine(const PlanFlags& flags, PlanRequest* request) {
   engine.swa_full_tokens_ratio = flags.swa_full_tokens_ratio;
   engine.dp_attention = flags.dp_attention;
   KVTIDE_FLAG(engine.exact_window, "--exact-window", ParseWindow(flags.exact_window));
+  return absl::OkStatus();
+}
+
+// Pairs may be coded by a profile of the model's keys.
+absl::Status SetProfile(const PlanFlags& flags, PlanRequest* request) {
+  if (flags.profile.empty()) return absl::OkStatus();
+  engine::KeyProfile profile;
+  KVTIDE_FLAG(profile, "--profile", engine::ReadKeyProfile(flags.profile));
+  engine::KvGeometry layers;  // of the model that keep keys
+  for (const planner::LayerGeometry& layer : request->model.layers) {
+    if (!layer.OwnsCache() || layer.kind == planner::LayerKind::kRecurrent) continue;
+    if (layers.layers++ > 0 && (layer.n_kv_heads != layers.kv_heads || layer.head_dim_k != layers.head_dim))
+      return absl::InvalidArgumentError(absl::StrCat("--profile: layers of ", request->model.name,
+                                                     " differ in KV heads or head dims, and a "
+                                                     "profile is of equal ones"));
+    layers.kv_heads = layer.n_kv_heads;
+    layers.head_dim = layer.head_dim_k;
+  }
+  KVTIDE_RETURN_IF_ERROR(Flag("--profile", engine::CheckKeyProfile(profile, layers)));
+  request->engine.calibrated_keys =
+      planner::CalibratedKeys{std::filesystem::path(flags.profile).filename().string(), profile.text,
+                              profile.tokens, !profile.transforms.empty()};
   return absl::OkStatus();
 }
 
@@ -454,6 +478,8 @@ void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
       .add_option("--exact-window", flags->exact_window,
                   "Blocks kept in f16 (kvtide): default, none, FIRST+LAST")
       ->capture_default_str();
+  command.add_option("--profile", flags->profile,
+                     "Keys may be coded by this profile of `kvtide calibrate` (kvtide)");
   command
       .add_option("--gpus,--tensor-parallel-size,--tp-size,--tp", flags->gpus,
                   "Equal devices: tensor parallel, or layers split (llama.cpp)")
@@ -533,6 +559,7 @@ absl::StatusOr<PlanRequest> MakePlanRequest(const PlanFlags& flags) {
   if (request.engine.engine == planner::Engine::kLlamaCpp &&
       request.device.memory == planner::DeviceMemory::kOwn)
     planner::LeaveEmbeddingOnHost(&request.weights);
+  KVTIDE_RETURN_IF_ERROR(SetProfile(flags, &request));
   KVTIDE_RETURN_IF_ERROR(SetQuality(flags, &request));
   KVTIDE_FLAG(request.workload.contexts, "--context", ParseContexts(flags.contexts));
   KVTIDE_FLAG(request.pairs, "--pairs", planner::ParsePairs(flags.pairs));

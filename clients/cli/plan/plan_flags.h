@@ -38,6 +38,7 @@ struct PlanFlags {
   std::string mmproj;
   std::string draft;
   std::string exact_window = "default";
+  std::string profile;  // of the model's keys, as `kvtide calibrate` writes it
   std::vector<std::string> quality_files;
   int gpus = 0;
   int concurrency = 1;

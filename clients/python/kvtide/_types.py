@@ -255,6 +255,10 @@ class PoolPlanCandidate:
     perplexity_increase_percent: float
     max_context: int
     max_concurrency: int
+    measured_model: str  # the measurement behind perplexity_increase_percent
+    measured_text: str
+    measured_tokens: int
+    calibrated: bool  # it is that of keys coded by a profile: create(..., key_centring="calibrated")
 
 
 @dataclass(frozen=True)

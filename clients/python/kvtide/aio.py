@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from typing import Any, Callable, Iterable, List, Mapping, Optional, Tuple, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, Iterable, List, Mapping, Optional, Tuple, TypeVar
 
 from ._types import MoveResult, PersistResult, PoolInfo, PoolPlan, PoolStats, SequenceInfo
 from .pool import Pool, Sequence, connect as _connect
+
+if TYPE_CHECKING:
+    from .block_store import BlockStore, Found, Namespace, Persisted, StoreResult
 
 _T = TypeVar("_T")
 
@@ -54,9 +57,13 @@ class AsyncPool:
         """See :meth:`Pool.plan`."""
         return await _run(self.pool.plan, model, list(contexts), **options)
 
-    async def register(self, model: str, layers: Iterable[Any]) -> str:
+    async def models(self) -> List[str]:
+        """See :meth:`Pool.models`."""
+        return await _run(self.pool.models)
+
+    async def register(self, model: str, layers: Iterable[Any], **options: Any) -> str:
         """See :meth:`Pool.register`."""
-        return await _run(self.pool.register, model, list(layers))
+        return await _run(self.pool.register, model, list(layers), **options)
 
     async def unregister(self, model: str) -> None:
         """See :meth:`Pool.unregister`."""
@@ -65,6 +72,10 @@ class AsyncPool:
     async def create(self, model: str, **options: Any) -> Sequence:
         """See :meth:`Pool.create`."""
         return await _run(self.pool.create, model, **options)
+
+    async def attach(self, id: int) -> Sequence:
+        """See :meth:`Pool.attach`."""
+        return await _run(self.pool.attach, id)
 
     async def fork(self, sequence: Sequence) -> Sequence:
         """See :meth:`Pool.fork`."""
@@ -94,6 +105,10 @@ class AsyncPool:
         """See :meth:`Sequence.read`."""
         return await _run(sequence.read, layer, **options)
 
+    async def read_into(self, sequence: Sequence, layer: int, k: Any, v: Any, *, start: int = 0) -> None:
+        """See :meth:`Sequence.read_into`."""
+        await _run(sequence.read_into, layer, k, v, start=start)
+
     async def evict(self, sequences: Optional[Iterable[Sequence]] = None, tier: str = "", *, drop: bool = False) -> MoveResult:
         """See :meth:`Pool.evict`."""
         return await _run(self.pool.evict, sequences, tier, drop=drop)
@@ -105,3 +120,38 @@ class AsyncPool:
     async def prefetch(self, sequences: Iterable[Sequence]) -> MoveResult:
         """See :meth:`Pool.prefetch`."""
         return await _run(self.pool.prefetch, list(sequences))
+
+    async def block_store(self, namespace: "Namespace", **options: Any) -> "AsyncBlockStore":
+        """See :meth:`Pool.block_store`."""
+        return AsyncBlockStore(await _run(self.pool.block_store, namespace, **options))
+
+
+class AsyncBlockStore:
+    """A namespace of blocks with coroutines; ``.blocking`` is the other one."""
+
+    def __init__(self, blocks: "BlockStore") -> None:
+        self.blocking = blocks
+
+    async def store(self, keys: Iterable[bytes], payload: Any, **options: Any) -> "StoreResult":
+        """See :meth:`BlockStore.store`."""
+        return await _run(self.blocking.store, list(keys), payload, **options)
+
+    async def lookup(self, keys: Iterable[bytes], **options: Any) -> "Found":
+        """See :meth:`BlockStore.lookup`."""
+        return await _run(self.blocking.lookup, list(keys), **options)
+
+    async def load(self, lease_id: int, out: Any, **options: Any) -> List[int]:
+        """See :meth:`BlockStore.load`."""
+        return await _run(self.blocking.load, lease_id, out, **options)
+
+    async def release(self, lease_id: int) -> bool:
+        """See :meth:`BlockStore.release`."""
+        return await _run(self.blocking.release, lease_id)
+
+    async def persist(self) -> "Persisted":
+        """See :meth:`BlockStore.persist`."""
+        return await _run(self.blocking.persist)
+
+    async def delete(self) -> int:
+        """See :meth:`BlockStore.delete`."""
+        return await _run(self.blocking.delete)

@@ -27,7 +27,7 @@ YARDSTICK = "f16/f16"
 _BINS_PER_DECADE = 100
 _SMALLEST = 1e-9  # nats; below it divergences are rounding
 COLUMNS = ("model,text,tokens,context,pair_k,pair_v,window_policy,ppl_change_percent,kld_mean,kld_p99,top1_agreement,"
-           "bits_per_value,version,date").split(",")
+           "bits_per_value,version,date,key_profile").split(",")
 
 
 @dataclass
@@ -147,6 +147,7 @@ class Report:
     date: str
     seconds: float
     rows: List[Row]
+    key_profile: str = ""  # the text of the profile around whose means keys are coded
 
     def csv(self) -> str:
         """Rows for planner/plan/quality.csv; without f16/f16, which is the yardstick."""
@@ -159,7 +160,8 @@ class Report:
             k, v = row.pair.split("/")
             writer.writerow([self.model, self.text, self.tokens, self.context, k, v, self.window_policy,
                              f"{row.change_percent:.4f}", f"{row.kld_mean:.4g}", f"{row.kld_p99:.3g}",
-                             f"{row.top1_agreement:.5f}", f"{row.bits_per_value:.4f}", self.version, self.date])
+                             f"{row.top1_agreement:.5f}", f"{row.bits_per_value:.4f}", self.version, self.date,
+                             "" if k in ("f16", "bf16") else self.key_profile])
         return out.getvalue()
 
     def json(self) -> str:
@@ -311,7 +313,7 @@ def evaluate(
             for one, score in scores.items()]
     _mark(rows)
     return Report(name, text, windows * context, windows, context, chunk, exact_window, __version__,
-                  datetime.date.today().isoformat(), time.monotonic() - began, rows)
+                  datetime.date.today().isoformat(), time.monotonic() - began, rows, profile.text if profile else "")
 
 
 def _score_chunk(model: Any, ids: Any, begin: int, end: int, caches: Dict[str, Any], scores: Dict[str, Score]) -> None:

@@ -6,6 +6,7 @@ The same arithmetic, catalogue and measurements as ``kvtide plan``; it needs nei
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, fields
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
@@ -36,7 +37,8 @@ class Speed:
 @dataclass(frozen=True)
 class Pair:
     """One pair at one context length; bytes are per device. ``harm_percent`` is the measured change of perplexity, None when
-    the pair was not measured; ``proxy`` says that it was measured on another model (``harm_model``)."""
+    the pair was not measured; ``proxy`` says that it was measured on another model (``harm_model``). ``calibrated``: keys are coded
+    by the profile of the question."""
 
     pair: str
     fits: bool
@@ -53,6 +55,7 @@ class Pair:
     proxy: bool
     speed: Optional[Speed]
     items: List[Item]
+    calibrated: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class ContextPlan:
         for one in self.pairs:
             if one.pair == pair:
                 return one
-        raise KeyError(pair)
+        raise KeyError(f"{pair}; the plan considered {', '.join(one.pair for one in self.pairs)}")
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Plan:
         for one in self.contexts:
             if one.context == context:
                 return one
-        raise KeyError(context)
+        raise KeyError(f"{context}; the plan has the contexts {', '.join(str(one.context) for one in self.contexts)}")
 
 
 def models() -> List[str]:
@@ -120,6 +123,7 @@ def plan(
     gpus: int = 0,
     shared_prefix: int = 0,
     exact_window: Union[str, Tuple[int, int]] = "default",
+    profile: Union[str, "os.PathLike[str]", None] = None,
     max_perplexity_increase: Optional[float] = None,
     quality_files: Sequence[str] = (),
     own_quality_only: bool = False,
@@ -140,6 +144,8 @@ def plan(
         used: device memory that others use already.
         margin: device memory to keep free.
         exact_window: ``default``, ``none`` or blocks kept exact at either end, as ``(1, 2)``.
+        profile: of ``kvtide calibrate`` for this model: pairs count with the harm that was measured with profiles, where it was
+            (``Pair.calibrated``), and ``tide4``, ``tide3`` and ``tide2`` keys are offered if it has transforms.
         max_perplexity_increase: in percent; pairs that harm more are not chosen.
         own_quality_only: count only measurements on this very model.
 
@@ -160,6 +166,7 @@ def plan(
     flags.gpus = gpus
     flags.shared_prefix = shared_prefix
     flags.exact_window = exact_window if isinstance(exact_window, str) else "+".join(map(str, exact_window))
+    flags.profile = "" if profile is None else os.fspath(profile)
     flags.max_ppl_increase = "" if max_perplexity_increase is None else str(max_perplexity_increase)
     flags.quality_files = list(quality_files)
     flags.own_quality_only = own_quality_only
@@ -203,6 +210,7 @@ def _pair(raw: Dict[str, Any]) -> Pair:
         harm_percent=harm.get("ppl_change_percent"),
         harm_model=harm.get("model", ""),
         proxy=harm.get("proxy", False),
+        calibrated=harm.get("calibrated", False),
         speed=_known(Speed, raw["speed"]) if raw.get("speed") else None,
         items=[_known(Item, item) for item in raw["items"]],
         **{name: raw[name] for name in ("pair", "fits", "rejection", "kv_bytes", "total_bytes", "free_bytes", "bits_per_value",

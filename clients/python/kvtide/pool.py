@@ -19,6 +19,7 @@ from ._types import Layer, MoveResult, PersistResult, PoolInfo, PoolPlan, PoolSt
 from .errors import FailedPrecondition, InvalidArgument, KvtideError
 
 if TYPE_CHECKING:
+    from .profiles import KeyProfile
     from .aio import AsyncPool
     from .block_store import BlockStore, Namespace
 
@@ -85,8 +86,9 @@ def connect(
     Raises:
         PermissionDenied, Unauthenticated: the daemon does not let this user, certificate or token in, with the first call.
         Unavailable: no daemon answers at the address.
-        InvalidArgument, ResourceExhausted: sizes or devices that this machine does not have.
+        InvalidArgument, ResourceExhausted: what is no address; sizes or devices that this machine does not have.
     """
+    _check_address(address)
     config: dict = {"device": device, "compute_threads": threads, "max_sequences": max_sequences}
     for name, size in (("device_memory", device_memory), ("host_memory", host_memory)):
         if size is not None:
@@ -96,6 +98,20 @@ def connect(
     core = _core.connect(address, timeout, connect_timeout, max_message_bytes, session, json.dumps(config), arena_bytes,
                          (tls_ca, tls_cert, tls_key, token_file))
     return Pool(core, arena_bytes)
+
+
+def _check_address(address: str) -> None:
+    """What can be no address is told at once, and not after a wait for a daemon that nobody meant."""
+    place = address
+    for way in ("shm:", "auto:"):
+        if place.startswith(way):
+            place = place[len(way) :]
+            break
+    host, colon, port = place.rpartition(":")
+    if address in ("auto", "embedded") or place.startswith("unix:") and len(place) > 5 or (host and colon and port.isdigit() and "//" not in host):
+        return
+    raise InvalidArgument(f"{address!r} is no address of a pool; write 'auto', 'embedded', 'unix:/path/to/socket', "
+                          "'shm:unix:/path/to/socket' or 'host:port'")
 
 
 class Sequence:
@@ -394,6 +410,7 @@ class Pool:
         exact_window: Optional[Tuple[int, int]] = None,
         max_perplexity_increase_percent: Optional[float] = None,
         margin_bytes: Optional[int] = None,
+        key_centring: str = "default",
     ) -> PoolPlan:
         """Which pair lets sequences of a registered model fit into this pool, for every context length.
 
@@ -403,6 +420,8 @@ class Pool:
             concurrency: sequences at once.
             device_bytes, host_bytes: memory to plan for; 0 = the pool's own.
             pairs: pairs to consider; empty = all.
+            key_centring: ``calibrated``: keys may be coded by the profile of the model (:meth:`register`); candidates with
+                ``calibrated`` are measured so, and their sequences are to be created with ``key_centring="calibrated"``.
         """
         question = {
             "model": model,
@@ -415,28 +434,46 @@ class Pool:
             "exact_window": exact_window,
             "max_perplexity_increase_percent": max_perplexity_increase_percent,
             "margin_bytes": margin_bytes,
+            "key_centring": _choice(_CENTRING, "key_centring", key_centring),
         }
         return PoolPlan._of(self._core.plan(question))
 
     # Models and sequences.
 
-    def register(self, model: str, layers: SequenceOf[Layer], *, key_means: Optional[SequenceOf[Any]] = None) -> str:
+    def register(
+        self,
+        model: str,
+        layers: SequenceOf[Layer],
+        *,
+        profile: Optional["KeyProfile"] = None,
+        key_means: Optional[SequenceOf[Any]] = None,
+    ) -> str:
         """Makes a model known under a name; an equal one under the same name is fine. Returns the name.
 
         Args:
-            key_means: of each layer ``[kv_heads, head_dim]``, for sequences with ``key_centring="calibrated"``: the ``means`` of
-                :func:`kvtide.profiles.load`. Part of the model: one with other means needs another name.
+            profile: of :func:`kvtide.profiles.load`, for sequences with ``key_centring="calibrated"``, and with transforms for
+                ``tide`` pairs. Part of the model: one with another profile needs another name.
+            key_means: means alone, of each layer ``[kv_heads, head_dim]``.
         """
         layers = list(layers)
         wire = [layer._wire() for layer in layers]
+        if profile is not None:
+            if key_means is not None:
+                raise InvalidArgument("profile and key_means: give one of them; a profile has means")
+            key_means = profile.means
         if key_means is not None:
             means = [_arrays.floats(mean, "key_means") for mean in key_means]
             shapes = [(layer.kv_heads, layer.head_dim) for layer in layers]
             if [mean.shape for mean in means] != shapes:
-                raise InvalidArgument(f"key_means has the shapes {[list(m.shape) for m in means][:3]}..., the layers have "
+                what = "key_means has" if profile is None else f"the profile of {profile.model!r} has means of"
+                raise InvalidArgument(f"{what} the shapes {[list(m.shape) for m in means][:3]}..., the layers have "
                                       f"{[list(shape) for shape in shapes][:3]}...: is it the profile of another model?")
             for layer, mean in zip(wire, means):
                 layer["key_mean"] = mean.reshape(-1).tolist()
+        if profile is not None and profile.transforms:
+            for layer, transform, widths in zip(wire, profile.transforms, profile.widths):
+                layer["key_transform"] = transform.reshape(-1).tolist()
+                layer["key_widths"] = widths.reshape(-1).tolist()
         self._core.register_model(model, wire)
         self._models[model] = layers
         return model

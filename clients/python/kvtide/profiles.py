@@ -1,8 +1,10 @@
-"""Profiles of keys, as ``kvtide calibrate`` writes them: the mean of every layer's keys over a text.
+"""Profiles of keys, as ``kvtide calibrate`` writes them: the mean of every layer's keys over a text, and the transforms of
+``tide`` types.
 
 >>> profile = kvtide.profiles.load("model.profile")
->>> pool.register("model", layers, key_means=profile.means)
+>>> pool.register("model", layers, profile=profile)
 >>> pool.create("model", pair="turbo4/turbo4", key_centring="calibrated")
+>>> pool.create("model", pair="tide3/turbo3")        # where the profile has transforms
 
 Keys are then coded as their difference from the mean, which attention takes back exactly.
 """
@@ -10,53 +12,46 @@ Keys are then coded as their difference from the mean, which attention takes bac
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import pathlib
-import struct
-from dataclasses import dataclass
-from typing import List, Union
+from dataclasses import dataclass, field, replace
+from typing import Iterable, List, Union
 
 import numpy as np
 
-from .errors import InvalidArgument
-
-_FORMATS = ("kvtide-key-profile-1", "kvtide-key-profile-2")  # the second has transforms besides
+from . import _core
 
 
 @dataclass(frozen=True)
 class KeyProfile:
-    """``means[layer]`` is ``[kv_heads, head_dim]`` in float32, of keys after rotary embedding."""
+    """``means[layer]`` is ``[kv_heads, head_dim]`` in float32, of keys after rotary embedding. With transforms:
+    ``transforms[layer]`` ``[kv_heads, head_dim, head_dim]`` in float32, channel by coefficient, and ``widths[layer]``
+    ``[kv_heads, 3, groups of 8]`` in uint8, the bits of each group in tide4, tide3 and tide2; else both lists are empty."""
 
     model: str
     text: str
     tokens: int
     means: List[np.ndarray]
+    transforms: List[np.ndarray] = field(default_factory=list)
+    widths: List[np.ndarray] = field(default_factory=list)
 
     @property
     def digest(self) -> str:
         """Tells profiles apart."""
-        return hashlib.sha256(b"".join(mean.tobytes() for mean in self.means)).hexdigest()[:16]
+        parts = [*self.means, *self.transforms, *self.widths]
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]
+
+    def of_layers(self, layers: Iterable[int]) -> "KeyProfile":
+        """The same for these layers of the model alone, in this order."""
+        layers = list(layers)
+        pick = lambda parts: [parts[layer] for layer in layers] if parts else []  # noqa: E731
+        return replace(self, means=pick(self.means), transforms=pick(self.transforms), widths=pick(self.widths))
 
 
 def load(path: Union[str, "os.PathLike[str]"]) -> KeyProfile:
     """Reads a profile (safetensors); ``InvalidArgument`` for files that are none."""
-    data = pathlib.Path(path).read_bytes()
-    try:
-        (length,) = struct.unpack_from("<Q", data)
-        header = json.loads(data[8 : 8 + length])
-        notes = header.pop("__metadata__", {})
-        if notes.get("format") not in _FORMATS:
-            raise InvalidArgument(f"{path}: its format is {notes.get('format')!r}, not {_FORMATS[0]!r}; `kvtide calibrate` writes it")
-        means = []
-        for layer in range(sum(name.endswith(".key_mean") for name in header)):
-            tensor = header[f"layers.{layer}.key_mean"]
-            begin, end = tensor["data_offsets"]
-            if tensor["dtype"] != "F32" or len(tensor["shape"]) != 2:
-                raise InvalidArgument(f"{path}: the mean of layer {layer} is not f32 [kv_heads, head_dim]")
-            means.append(np.frombuffer(data[8 + length + begin : 8 + length + end], "<f4").reshape(tensor["shape"]))
-        return KeyProfile(notes.get("model", ""), notes.get("text", ""), int(notes["tokens"]), means)
-    except InvalidArgument:
-        raise
-    except (struct.error, ValueError, KeyError, TypeError) as error:
-        raise InvalidArgument(f"{path} is not a profile of `kvtide calibrate`: {error}") from error
+    path = os.fspath(path)
+    os.stat(path)  # FileNotFoundError as of any other file
+    model, text, tokens, heads, dim, means, transforms, widths = _core.read_key_profile(path)
+    arrays = lambda parts, dtype, *shape: [np.frombuffer(part, dtype).reshape(heads, *shape) for part in parts]  # noqa: E731
+    return KeyProfile(model, text, tokens, arrays(means, "<f4", dim), arrays(transforms, "<f4", dim, dim),
+                      arrays(widths, "u1", 3, -1))

@@ -64,6 +64,18 @@ TEST(EvalReportTest, CsvIsWhatThePlannerReads) {
   EXPECT_EQ((*rows)[1].tokens, 8192);
   EXPECT_EQ((*rows)[1].window_policy, "default");
   EXPECT_DOUBLE_EQ((*rows)[1].kld_mean, 0.02);
+  EXPECT_EQ((*rows)[1].key_profile, "");
+}
+
+TEST(EvalReportTest, CsvNamesTheProfileOfCodedKeys) {
+  EvalReport report = Example();
+  report.key_profile = "manuals.txt";
+  report.rows = {{"f16/turbo4", 15.9, 0.1, 0.01, 0.1, 0.99, 10, false, {}, {}},
+                 {"turbo4/turbo4", 16, 0.5, 0.02, 0.2, 0.98, 4, false, {}, {}}};
+  const auto rows = planner::ParseQualityCsv(RenderCsv(report), "eval.csv");
+  ASSERT_TRUE(rows.ok()) << rows.status();
+  EXPECT_EQ((*rows)[0].key_profile, "");  // nothing of it is coded
+  EXPECT_EQ((*rows)[1].key_profile, "manuals.txt");
 }
 
 TEST(EvalReportTest, TableAndPlotNameEveryPair) {

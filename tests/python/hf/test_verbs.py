@@ -102,6 +102,34 @@ def test_a_profile_of_keys(pool):
             model(ids(1, 4), past_key_values=cache, use_cache=True)
 
 
+def test_the_planner_chooses_among_calibrated_pairs(pool):
+    """`pair="auto"` with a profile: keys are coded by it where the chosen pair was measured so."""
+    import numpy as np
+
+    from kvtide.profiles import KeyProfile
+
+    model = models.make("llama")
+    model.set_attn_implementation("sdpa")
+    text = model.config
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    profile = KeyProfile("m", "t", 400, [np.ones((text.num_key_value_heads, dim), np.float32)] * text.num_hidden_layers)
+    chosen = set()
+    for context in (1 << n for n in range(10, 22)):
+        cache = KvtideCache(model, pool=pool, profile=profile, context=context)
+        try:
+            with cache, torch.no_grad():
+                model(ids(1, 70), past_key_values=cache, use_cache=True)
+                plan = pool.plan(cache._store.model, [context], key_centring="calibrated").contexts[0]
+                assert cache.pair in (plan.chosen_pair, plan.split_pair)
+                calibrated = next(one.calibrated for one in plan.candidates if one.pair == cache.pair)
+                assert cache._store.settings["key_centring"] == ("calibrated" if calibrated else "default")
+                chosen.add((cache.pair, calibrated))
+        except ValueError as error:
+            assert "do not fit" in str(error)
+            break
+    assert ("f16/f16", False) in chosen and any(calibrated for _, calibrated in chosen), chosen
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_crop(pool, mode):
     pair = Pair("llama", pool, mode)

@@ -225,10 +225,13 @@ class KvtideCache(Cache):
             return
         context, batch = self._auto
         self._auto = None
-        [plan] = self.pool.plan(self._store.model, [context], concurrency=batch).contexts
+        settings = self._store.settings
+        [plan] = self.pool.plan(self._store.model, [context], concurrency=batch, key_centring=settings["key_centring"]).contexts
         if plan.verdict == "does_not_fit":
             raise InvalidArgument(f"{batch} rows of {context} tokens do not fit into {self.pool.address}: {plan.reason}")
-        self._store.settings["pair"] = plan.chosen_pair or plan.split_pair
+        settings["pair"] = plan.chosen_pair or plan.split_pair
+        if self._store.profile is not None and not any(one.calibrated for one in plan.candidates if one.pair == settings["pair"]):
+            settings["key_centring"] = "default"  # nobody measured the pair with a profile
 
     def get_seq_length(self, layer_idx: int = 0, *args: Any) -> int:
         if layer_idx >= len(self.layers):

@@ -70,14 +70,14 @@ class Store:
             window = kind.window if kind.kind == "sliding" and not keep else 0
             layers.append(Layer(shape.kv_heads, shape.head_dim_k, shape.query_heads, shape.head_dim_v, window))
         name = "transformers-" + hashlib.sha256(repr(layers).encode()).hexdigest()[:16]
-        means = None
+        profile = None
         if self.profile is not None:
             if max(shapes) >= len(self.profile.means):
                 raise InvalidArgument(f"the profile is of {self.profile.model} with {len(self.profile.means)} layers; this model "
                                       f"keeps keys in layer {max(shapes)}")
-            means = [self.profile.means[layer] for layer in sorted(shapes)]
+            profile = self.profile.of_layers(sorted(shapes))
             name += "-" + self.profile.digest
-        self.model = self.pool.register(name, layers, key_means=means)
+        self.model = self.pool.register(name, layers, profile=profile)
         self.shapes = [shapes[layer] for layer in sorted(shapes)]
 
     def settle(self) -> None:
