@@ -150,16 +150,16 @@ def child(job):
 
 
 class Engine:
-    def __init__(self, job, folder):
+    def __init__(self, job, folder, script=__file__):
         self.job, self.out = job, folder / (re.sub(r"\W+", "_", job["cache"]) + ".json")
         self.log = (job["logs"] and pathlib.Path(job["logs"]) or folder) / self.out.with_suffix(".log").name
         env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
                "PYTHONUNBUFFERED": "1"}
         env.pop("KVTIDE_PAIR", None)
         if job["cache"].startswith("kvtide"):
-            env["KVTIDE_PAIR"] = job["cache"].split()[1]
+            env["KVTIDE_PAIR"] = job["cache"].split()[1]  # of the pages; a cache below them may be named behind it
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen([sys.executable, __file__, "--child", json.dumps({**job, "out": str(self.out)})],
+            self.process = subprocess.Popen([sys.executable, script, "--child", json.dumps({**job, "out": str(self.out)})],
                                             stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=env, text=True)
 
     def finish(self):
@@ -186,6 +186,11 @@ def versions():
     return {"device": properties.name, "driver": driver.stdout.strip().splitlines()[0] if driver.stdout.strip() else "", **out}
 
 
+def commit():
+    return os.environ.get("KVTIDE_COMMIT") or subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
+                                                             text=True).stdout.strip()
+
+
 def main():
     arguments = parse()
     if arguments.child:
@@ -200,8 +205,7 @@ def main():
                "shapes": [] if arguments.limit else [[int(n) for n in one.split("x")] for one in arguments.shapes.split(",")]}
         caches = arguments.caches.split(",")
         result = {"what": "decoding in vLLM", "command": "gpu_bench.py " + " ".join(sys.argv[1:]),
-                  "commit": os.environ.get("KVTIDE_COMMIT") or subprocess.run(
-                      ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
+                  "commit": commit(),
                   "date": time.strftime("%Y-%m-%d"), "layers": arguments.layers, "gpus": arguments.gpus, "compile": arguments.compile,
                   "limit_gib": arguments.limit, "engines": []}
         following = Engine({**job, "cache": caches[0]}, folder)

@@ -380,6 +380,23 @@ def test_what_cannot_be_kept_up_with_is_not_saved():
     world.close()
 
 
+def test_seconds_of_pieces_are_counted_once():
+    world = World(piece_bytes=1)
+    world.daemon.before = lambda verb: time.sleep(0.02 if verb in ("store", "load") else 0)
+    began = time.monotonic()
+    world.save("a", KEYS, range(1, 17), held=["a"])
+    world.done(saved=["a"])
+    until(lambda: len(world.daemon.blocks.get(world.space, ())) == 4)
+    world.load("b", KEYS, range(1, 17))
+    world.done(received=["b"])
+    world.worker.saves.put(None)
+    world.worker.threads[0].join(30)
+    elapsed, counts = time.monotonic() - began, world.worker.take_counts()
+    assert counts.saved_blocks == counts.loaded_blocks == 4
+    assert 0.08 <= counts.save_seconds and 0.08 <= counts.load_seconds and counts.save_seconds + counts.load_seconds <= elapsed
+    world.close()
+
+
 def test_opaque_blocks():
     world = World()
     world.worker.close()

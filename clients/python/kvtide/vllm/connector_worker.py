@@ -253,7 +253,7 @@ class ConnectorWorker:
                 self.counts.present_blocks += result.present
                 self.counts.dropped_blocks += result.left_out
                 self.counts.saved_bytes += result.stored * self.pages.bytes
-                self.counts.save_seconds += time.monotonic() - began
+                self.counts.save_seconds, began = self.counts.save_seconds + time.monotonic() - began, time.monotonic()
             if result.left_out:
                 self._say("room", ResourceExhausted(result.problem))
                 return None  # what comes behind would not be found without these
