@@ -10,6 +10,7 @@ kustomize renders is complete. Tools that are missing (kubectl, systemd-analyze,
 """
 import gzip
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -102,6 +103,7 @@ def check_package(build, work):
     check(unit.is_file(), "the package has no unit")
     program, config = check_unit(unit.read_text(), root)
     check_exposure(unit)
+    check_installed_and_removed(packages[0], work)
     version = run(program, "--version").stdout
     check(version.startswith("kvtided "), f"the packaged program says {version!r}")
     printed = json.loads(run(program, "--config", config, "--print-config").stdout)
@@ -119,6 +121,46 @@ def check_package(build, work):
         verified = subprocess.run(["systemd-analyze", "verify", "--man=no", str(copy)], capture_output=True, text=True)
         bad = [l for l in verified.stderr.splitlines() if str(copy) in l or "Unknown" in l]
         check(not bad, f"systemd-analyze: {bad}")
+
+
+def check_installed_and_removed(package, work):
+    """dpkg itself installs the package into a root of its own, removes it and purges it."""
+    if missing("dpkg", "install and removal"):
+        return
+    if os.geteuid() != 0:
+        print("not root: install and removal by dpkg not checked")
+        return
+    root = work / "machine"
+    for folder in ("var/lib/dpkg/info", "var/lib/dpkg/updates", "etc", "var/log"):
+        (root / folder).mkdir(parents=True)
+    for name in ("var/lib/dpkg/status", "etc/passwd", "etc/group", "etc/shadow", "etc/gshadow"):
+        (root / name).touch()
+
+    def dpkg(*words):
+        # The packages that it depends on are this machine's; scripts run here, with DPKG_ROOT.
+        done = subprocess.run(["dpkg", f"--root={root}", "--force-depends", "--force-script-chrootless", "--force-confold", *words],
+                              capture_output=True, text=True)
+        check(done.returncode == 0, f"dpkg {words[0]}: {(done.stdout + done.stderr).strip().splitlines()[-3:]}")
+        return done.stdout + done.stderr
+
+    said = dpkg("--install", str(package))
+    check("systemctl enable --now kvtided" in said, f"the first install does not say what to do next: {said}")
+    check((root / "usr/bin/kvtided").is_file() and (root / "usr/share/man/man8/kvtided.8.gz").is_file(), "dpkg installs too little")
+    users = [l for l in (root / "etc/passwd").read_text().splitlines() if l.startswith("kvtide:")]
+    check(len(users) == 1 and users[0].endswith("nologin"), f"the user kvtide: {users}")
+    check("kvtide:" in (root / "etc/group").read_text(), "no group kvtide")
+    config = root / "etc/kvtide/kvtided.json"
+    config.write_text(config.read_text().replace("1GiB", "3GiB"))
+    again = dpkg("--install", str(package))
+    check("3GiB" in config.read_text(), "an upgrade overwrites the configuration")
+    check("enable --now" not in again, "an upgrade says what a first install does")
+    check(run(root / "usr/bin/kvtide", "config", "check", "--config", config).returncode == 0, "the installed configuration")
+    dpkg("--remove", "kvtide")
+    check(not (root / "usr/bin/kvtided").exists() and not list(root.rglob("kvtided.service")), "a removal leaves the program")
+    check(config.is_file(), "a removal takes the configuration")
+    dpkg("--purge", "kvtide")
+    left = [str(p.relative_to(root)) for p in root.rglob("*kvtide*") if "var/" not in str(p.relative_to(root))]
+    check(not left, f"a purge leaves {left}")
 
 
 def check_kept(build, work):
@@ -142,11 +184,14 @@ def check_manifests(repository):
     check(re.search(r"^FROM \$\{RUN_IMAGE\}$", image, re.M), "the image that runs is the one that builds")
     if missing("kubectl", "what kustomize renders"):
         return
-    for overlay in ("base", "gpu", "monitoring"):
+    for overlay in ("base", "gpu", "monitoring", "node"):
         rendered = run("kubectl", "kustomize", deploy / "kustomize" / overlay).stdout
+        golden = repository / "tests/deploy/golden" / f"{overlay}.yaml"
+        check(rendered == golden.read_text(), f"{overlay} renders something else than {golden.name}: kubectl kustomize deploy/kustomize/{overlay}")
         kinds = re.findall(r"^kind: (\w+)$", rendered, re.M)
-        check({"Deployment", "ConfigMap", "NetworkPolicy"} <= set(kinds), f"{overlay} renders {kinds}")
-        check(f"fsGroup: {user}" in rendered, f"{overlay}: the engine cannot open the socket of uid {user}")
+        check({"DaemonSet" if overlay == "node" else "Deployment", "ConfigMap", "NetworkPolicy"} <= set(kinds), f"{overlay} renders {kinds}")
+        check(f"runAsUser: {user}" in rendered, f"{overlay}: kvtided is not uid {user}")
+        check(overlay == "node" or f"fsGroup: {user}" in rendered, f"{overlay}: the engine cannot open the socket of uid {user}")
         check(("nvidia" in rendered) == (overlay == "gpu"), f"{overlay}: GPU wiring")
         check(("PodMonitor" in kinds) == (overlay == "monitoring"), f"{overlay}: {kinds}")
         grace = int(re.search(r"terminationGracePeriodSeconds: (\d+)", rendered).group(1))
