@@ -97,6 +97,10 @@ def test_a_profile_of_keys(pool):
         errors[name] = np.mean([np.abs(one - layer.keys[0].transpose(0, 1).numpy()).mean()
                                 for one, layer in zip(k, stock.layers)])
     assert errors["profile"] < errors["none"]
+    with pytest.raises(ValueError, match="give profile=, a file of `kvtide calibrate`$"):
+        KvtideCache(model, "tide3/turbo3", pool=pool)
+    with pytest.raises(ValueError, match="means alone"):
+        KvtideCache(model, "tide3/turbo3", pool=pool, profile=KeyProfile("m", "t", 400, means))
     with pytest.raises(ValueError, match="with 1 layers"):
         with KvtideCache(model, pool=pool, profile=KeyProfile("m", "t", 400, means[:1])) as cache, torch.no_grad():
             model(ids(1, 4), past_key_values=cache, use_cache=True)

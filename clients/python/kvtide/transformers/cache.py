@@ -99,7 +99,7 @@ class KvtideCache(Cache):
         seal_at_once: for evaluations: every token is coded before anything attends over it.
         key_centring, key_equalising, tenant, allow_drop: as :meth:`kvtide.Pool.create`.
         profile: a profile of ``kvtide calibrate`` for this model (:func:`kvtide.profiles.load`, or its path), by which keys are
-            centred.
+            coded: around its means, in ``tide`` pairs by its transforms. With ``pair="auto"`` where that was measured.
         device_memory, host_memory, address, device, threads: as :func:`kvtide.connect`, for a pool of this cache alone.
 
     The first forward attends over its own tokens exactly; so does every later one over those that it adds. Sequences are freed
@@ -149,6 +149,9 @@ class KvtideCache(Cache):
         if profile is not None:
             settings["key_centring"] = "calibrated"
             profile = profile if isinstance(profile, KeyProfile) else load_profile(profile)
+        if pair.startswith("tide") and (profile is None or not profile.transforms):
+            raise InvalidArgument(f"pair {pair!r} codes keys by the transforms of the model: give profile=, a file of `kvtide calibrate`"
+                                  + ("" if profile is None else "; this one has means alone (--means-only)"))
         self._store = Store(pool, kinds, attend, settings, profile)
         self._lazy = self._config is None
         super().__init__(layers=[self._layer(i) for i in range(len(kinds))])
