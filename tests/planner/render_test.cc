@@ -153,6 +153,7 @@ TEST(Render, KvtidedConfigGivesTheTierAllThatIsLeft) {
 // The daemon's default pair is for models without a profile too.
 TEST(Render, KvtidedConfigHasNoCalibratedPair) {
   PlanRequest request = Request(Engine::kKvtide);
+  request.model = *FindModel("smollm2-135m");
   request.device = *ParseDevice("CPU EPYC 9654,ram=64GiB");
   request.pairs = {{"turbo4", "turbo4"}};
   request.quality = BuiltInQuality();
