@@ -4,19 +4,23 @@
 #include <thread>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/cpu_direct_device.h"
 #ifdef KVTIDE_HAVE_CUDA
 #include "daemon/pinned_backend.h"
 #include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/cuda_direct_device.h"
 #endif
 
 namespace kvtide {
 namespace {
 
-std::unique_ptr<Backend> MakeCpu(const std::string& name, int threads) {
+std::unique_ptr<Backend> MakeCpu(const std::string& name, int threads, bool share = false) {
   CpuBackendOptions options;
+  options.shared_memory = share;
   options.name = name;
   options.threads = threads;
   return MakeCpuBackend(options);
@@ -65,14 +69,15 @@ absl::Status AddGpu(const std::string& device, Backends* backends) {
 
 }  // namespace
 
-absl::StatusOr<Backends> MakeBackends(const std::vector<std::string>& devices, int compute_threads) {
+absl::StatusOr<Backends> MakeBackends(const std::vector<std::string>& devices, int compute_threads,
+                                      bool share) {
   Backends backends;
   if (devices.size() == 1 && devices[0] == "auto") {
     const absl::Status status = AddGpu("0", &backends);
     if (status.ok()) {
       backends.host = MakeHost(compute_threads);
     } else {
-      backends.devices.push_back(MakeCpu("cpu", compute_threads));
+      backends.devices.push_back(MakeCpu("cpu", compute_threads, share));
       backends.cpu_devices = 1;
       backends.note = absl::StrCat("no GPU is used: ", std::string(status.message()));
     }
@@ -86,7 +91,8 @@ absl::StatusOr<Backends> MakeBackends(const std::vector<std::string>& devices, i
   for (const std::string& name : names) {
     if (name == "cpu") {
       const std::string numbered = cpus > 1 ? absl::StrCat("cpu:", backends.cpu_devices) : "cpu";
-      backends.devices.push_back(MakeCpu(numbered, cpus > 1 ? std::max(1, threads / cpus) : compute_threads));
+      backends.devices.push_back(
+          MakeCpu(numbered, cpus > 1 ? std::max(1, threads / cpus) : compute_threads, share));
       backends.cpu_devices++;
     } else {
       KVTIDE_RETURN_IF_ERROR(Annotate(AddGpu(name.substr(sizeof(kCuda) - 1), &backends),
@@ -96,6 +102,18 @@ absl::StatusOr<Backends> MakeBackends(const std::vector<std::string>& devices, i
   if (backends.cpu_devices < static_cast<int>(backends.devices.size()))
     backends.host = MakeHost(compute_threads);
   return backends;
+}
+
+absl::StatusOr<std::unique_ptr<DirectDevice>> MakeDirectDevice(const std::string& device, int threads) {
+  if (device == "cpu") return MakeCpuDirectDevice(threads);
+  if (!absl::StartsWith(device, kCuda))
+    return absl::InvalidArgumentError(absl::StrCat(
+        "\"", device, "\" is no device on which an engine computes: cuda:0, cuda:GPU-... or cpu"));
+#ifdef KVTIDE_HAVE_CUDA
+  return MakeCudaDirectDevice(device.substr(sizeof(kCuda) - 1));
+#else
+  return absl::UnavailableError("this build has no CUDA");
+#endif
 }
 
 std::string KnownBackends() {

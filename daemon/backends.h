@@ -7,6 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
+#include "kernels/direct_device.h"
 
 namespace kvtide {
 
@@ -21,8 +22,14 @@ struct Backends {
 
 // `devices` as ParseDevices (config.h) gives them. An error for a GPU that this build or machine does not
 // have, or that is named twice; "auto" falls back to the CPU and says why in `note`. CPU devices share the
-// threads.
-absl::StatusOr<Backends> MakeBackends(const std::vector<std::string>& devices, int compute_threads);
+// threads. `share`: other processes can map the memory of CPU devices; that of GPUs always.
+absl::StatusOr<Backends> MakeBackends(const std::vector<std::string>& devices, int compute_threads,
+                                      bool share = false);
+
+// Where an engine of this process computes over a mapped pool: "cpu" (with so many threads, 0 = one for each
+// processor), "cuda:0" or "cuda:GPU-...". InvalidArgument for other names, Unavailable for CUDA in a build
+// without it.
+absl::StatusOr<std::unique_ptr<DirectDevice>> MakeDirectDevice(const std::string& device, int threads);
 
 // "cpu" or "cpu, cuda".
 std::string KnownBackends();

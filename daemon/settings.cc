@@ -65,6 +65,7 @@ constexpr Setting kSettings[] = {
      "memory shared with clients of this host, all together (default 512MiB); 0 closes that way"},
     {"shared_memory_client", "most of it for one client (default 256MiB)"},
     {"max_shared_memory_clients", "clients that share memory, a thread each; 0 = the default (64)"},
+    {"share_pool", "engines of an admin may map the device tier on CPUs (the direct way), as they may on GPUs"},
     {"max_sequences", "sequences at a time; 0 = the default (16384)"},
     {"max_models", "models at a time; 0 = the default (64)"},
     {"max_tokens", "tokens of one sequence; 0 = the default (4194304)"},

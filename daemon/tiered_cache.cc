@@ -41,7 +41,8 @@ absl::Status OpenDisk(const DaemonOptions& options, TieredCache* made) {
 
 absl::StatusOr<std::unique_ptr<TieredCache>> MakeTieredCache(const DaemonOptions& options) {
   auto made = std::make_unique<TieredCache>();
-  KVTIDE_ASSIGN_OR_RETURN(made->backends, MakeBackends(options.devices, options.compute_threads));
+  KVTIDE_ASSIGN_OR_RETURN(made->backends,
+                          MakeBackends(options.devices, options.compute_threads, options.share_pool));
   if (!made->backends.note.empty())
     made->notes.push_back({Note::kWarning, absl::StrCat("device=cpu ", made->backends.note)});
   // Pages of the tiers are taken as they are first used; by then it is too late to say no.

@@ -54,6 +54,10 @@ struct Widened {
 
 }  // namespace
 
+absl::StatusOr<SlabHandle> Slab::Share() const {
+  return absl::FailedPreconditionError("this memory cannot be mapped by other processes");
+}
+
 absl::StatusOr<std::unique_ptr<AttendPlan>> Backend::PlanAttend(const AttendPlanArgs& args,
                                                                 std::unique_ptr<AttendPlan>) {
   KVTIDE_ASSIGN_OR_RETURN(AttendShape shape, CheckAttendPlan(args));

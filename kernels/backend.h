@@ -28,6 +28,7 @@
 #include "kernels/base/tickets.h"
 #include "kernels/format/block_layout.h"
 #include "kernels/format/profile.h"
+#include "kernels/slab_handle.h"
 
 namespace kvtide {
 
@@ -38,6 +39,8 @@ class Slab {
   virtual ~Slab() = default;
   virtual std::byte* data() const = 0;
   virtual size_t bytes() const = 0;
+  // For another process of this host to map it. FailedPrecondition where that cannot be.
+  virtual absl::StatusOr<SlabHandle> Share() const;
 };
 
 // Consecutive blocks of one sequence and layer group that share layout and profile.

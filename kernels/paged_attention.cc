@@ -14,8 +14,8 @@ constexpr size_t kPageAlignment = 128, kRowAlignment = 16;
 
 bool IsAligned(const void* data, size_t to) { return reinterpret_cast<uintptr_t>(data) % to == 0; }
 
-absl::Status CheckPages(const char* kind, size_t stride, size_t bytes) {
-  if (stride == 0) return absl::OkStatus();
+absl::Status CheckPages(const char* kind, bool pool, size_t stride, size_t bytes) {
+  if (stride == 0 || pool) return absl::OkStatus();
   if (stride < bytes || stride % kPageAlignment != 0)
     return absl::InvalidArgumentError(absl::StrCat(kind, " pages of ", bytes, " bytes every ", stride,
                                                    ": the stride must be a multiple of ", kPageAlignment,
@@ -60,10 +60,16 @@ absl::Status CheckPagedOptions(const PagedOptions& options, std::span<const Page
   KVTIDE_RETURN_IF_ERROR(CheckCount("max_tokens", options.max_tokens, options.max_sequences, kMostTokens));
   KVTIDE_RETURN_IF_ERROR(CheckCount("max_coded_blocks", options.max_coded_blocks, 0, kMostBlocks));
   KVTIDE_RETURN_IF_ERROR(CheckCount("max_exact_blocks", options.max_exact_blocks, 1, kMostBlocks));
+  KVTIDE_RETURN_IF_ERROR(CheckCount("max_profiles", options.max_profiles, 0, kMostTokens));
   KVTIDE_RETURN_IF_ERROR(CheckCount("max_seals", options.max_seals, 0, kMostTokens));
-  KVTIDE_RETURN_IF_ERROR(CheckCount("exact_pages", options.exact_pages, 0, INT32_MAX / kBlockTokens));
-  KVTIDE_RETURN_IF_ERROR(CheckPages("coded", options.coded_stride, CodedPage(options).block_bytes()));
-  KVTIDE_RETURN_IF_ERROR(CheckPages("exact", options.exact_stride, ExactPage(options).block_bytes()));
+  KVTIDE_RETURN_IF_ERROR(
+      CheckCount("exact_pages", options.exact_pages, 0, options.pool ? INT32_MAX : INT32_MAX / kBlockTokens));
+  if (options.pool && options.scratch != nullptr)
+    return absl::InvalidArgumentError("a pool has no scratch pages: every page has its place in a block");
+  KVTIDE_RETURN_IF_ERROR(
+      CheckPages("coded", options.pool, options.coded_stride, CodedPage(options).block_bytes()));
+  KVTIDE_RETURN_IF_ERROR(
+      CheckPages("exact", options.pool, options.exact_stride, ExactPage(options).block_bytes()));
   if (options.prefill_bytes != 0 && options.prefill_bytes < (size_t{1} << 20))
     return absl::InvalidArgumentError(
         absl::StrCat("prefill_bytes is ", options.prefill_bytes, ", 0 or at least 1 MiB are possible"));
@@ -76,6 +82,8 @@ absl::Status CheckPagedOptions(const PagedOptions& options, std::span<const Page
       return absl::InvalidArgumentError(absl::StrCat("layer ", i, ": ", what));
     };
     if (layer.coded == nullptr && options.max_coded_blocks > 0) return wrong("no coded pages");
+    if (options.max_profiles > 0 && (layer.k_mean != nullptr || layer.k_gain != nullptr))
+      return wrong("a profile of the layer, and profiles of sequences (max_profiles); give one of the two");
     if (layer.exact == nullptr && options.exact_pages > 0) return wrong("no exact pages");
     if (!IsAligned(layer.coded, alignment) || !IsAligned(layer.exact, alignment))
       return wrong(absl::StrCat("pages must begin at a multiple of ", alignment));
@@ -92,9 +100,11 @@ absl::Status CheckPagedStep(const PagedStep& step, const PagedOptions& options) 
     return absl::InvalidArgumentError("a step with seals and without seal_pages");
   if (step.sequences == 0) return absl::OkStatus();
   if (step.query_start == nullptr || step.lengths == nullptr || step.coded_first == nullptr ||
-      step.coded_count == nullptr || step.exact_table == nullptr || step.write_slots == nullptr)
+      step.coded_count == nullptr || step.exact_table == nullptr)
     return absl::InvalidArgumentError(
-        "a step needs query_start, lengths, coded_first, coded_count, exact_table and write_slots");
+        "a step needs query_start, lengths, coded_first, coded_count and exact_table");
+  if (step.write_slots != nullptr && options.pool)
+    return absl::InvalidArgumentError("a step over a pool with write_slots: rows go where exact_table says");
   if (step.coded_table == nullptr && options.max_coded_blocks > 0)
     return absl::InvalidArgumentError("a step without coded_table: max_coded_blocks is not 0");
   if (step.coded_row < 0 || step.exact_row < 1)
@@ -106,6 +116,12 @@ absl::Status CheckPagedStep(const PagedStep& step, const PagedOptions& options) 
                    step.host_coded_first != nullptr && step.host_coded_count != nullptr;
   if (some && !all) return absl::InvalidArgumentError("of the four host_ arrays all are given or none");
   return absl::OkStatus();
+}
+
+absl::Status CheckPagedProfile(int index, const PagedOptions& options) {
+  if (index >= 1 && index < options.max_profiles) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("profile ", index, ": 1 to ", options.max_profiles - 1, " are possible (max_profiles)"));
 }
 
 absl::Status CheckPagedRows(PagedRows rows, DataType type, int heads, int head_dim, const char* name) {

@@ -8,8 +8,10 @@
 //                and the first and last blocks, which it attends in f16 although their coded pages exist
 //                already (deferred quantisation: others who hit the same prefix read the coded pages).
 // A page is named by a number: the page's bytes begin at base + number * stride, with a base for each layer.
-// Exact pages from `exact_pages` on are *scratch*: they are shared by all layers and hold blocks of a prefill
-// chunk that are sealed before the layer ends.
+// Pages of a *pool* (PagedOptions::pool) lie inside blocks of all layers of a group, coded and exact ones
+// side by side, at any multiple of kPoolUnit bytes: what their numbers count. Exact pages from `exact_pages`
+// on are *scratch*: they are shared by all layers and hold blocks of a prefill chunk that are sealed before
+// the layer ends.
 //
 // The blocks of a sequence are [0, coded_first) exact, [coded_first, coded_first + coded_count) coded and the
 // rest exact, up to the last, which may be partly filled. The tokens of this step stand at the end of the
@@ -53,6 +55,7 @@
 namespace kvtide {
 
 inline constexpr int kMostPagedSequences = 4096;
+inline constexpr size_t kPoolUnit = 128;
 
 struct PagedOptions {
   GroupShape shape;                 // of a page: layers = 1
@@ -71,6 +74,11 @@ struct PagedOptions {
   int max_seals = 0;         // of a step
   // Bytes from a page to the next; 0 = pages lie side by side. Multiples of 128.
   size_t coded_stride = 0, exact_stride = 0;
+  // Numbers count kPoolUnit bytes: both strides are that, whatever was given.
+  bool pool = false;
+  // Profiles that sequences may have each for itself, instead of PagedLayer's; the first one is 0 and 1. 0 =
+  // none.
+  int max_profiles = 0;
   int exact_pages = 0;           // of each layer; numbers from here on are scratch pages
   std::byte* scratch = nullptr;  // page `exact_pages`; null: there are none
   // Memory for decoded pages of prefill chunks (CUDA, where steps give lengths on the host), beside f32
@@ -116,11 +124,15 @@ struct PagedStep {
   // that no new token sees are not read.
   const int32_t* exact_table = nullptr;
   int64_t exact_row = 0;
-  // Where Write puts a row: 64 * exact page + token in the page, or -1 = nowhere.
+  // Where Write puts a row: 64 * exact page + token in the page, or -1 = nowhere. Null: every new token of a
+  // sequence goes where exact_table has its block.
   const int32_t* write_slots = nullptr;  // [tokens]
   // Blocks that are full after this step and whose coded page is not written yet.
   const int32_t* seal_pages = nullptr;  // [seals][2] exact page, coded page; a negative exact page = none
   const int32_t* seal_count = nullptr;  // [1] how many of them count, or null = all
+  // With max_profiles: which one each sequence's coded keys have, and each seal gives; null = the first one.
+  const int32_t* profiles = nullptr;       // [sequences]
+  const int32_t* seal_profiles = nullptr;  // [seals]
 
   // Copies in host memory, or null. Prefill chunks are attended by other kernels where these are given (CUDA:
   // several times faster); they are looked at during Plan only. Such a step cannot be captured.
@@ -156,6 +168,11 @@ class PagedAttention {
   virtual absl::Status Seal(int layer, void* stream) = 0;
   virtual absl::Status SealLayers(void* stream) = 0;
 
+  // Makes profile `index` of max_profiles of these, in host memory: [layers][kv_heads][head_dim_k] each, null
+  // = 0 and 1. No work that reads the former one may be under way but on `stream`. InvalidArgument for the
+  // first one and beyond the last.
+  virtual absl::Status SetProfile(int index, const float* k_mean, const float* k_gain, void* stream) = 0;
+
   // How many values Write has changed since the object was made; waits for `stream`.
   virtual absl::StatusOr<uint64_t> ChangedValues(void* stream) = 0;
   // Memory that the object holds in the backend, without the engine's pages.
@@ -168,6 +185,7 @@ class PagedAttention {
 absl::Status CheckPagedOptions(const PagedOptions& options, std::span<const PagedLayer> layers,
                                size_t alignment = 128);
 absl::Status CheckPagedStep(const PagedStep& step, const PagedOptions& options);
+absl::Status CheckPagedProfile(int index, const PagedOptions& options);
 absl::Status CheckPagedRows(PagedRows rows, DataType type, int heads, int head_dim, const char* name);
 inline BlockLayout CodedPage(const PagedOptions& options) { return BlockLayout(options.shape, options.pair); }
 inline BlockLayout ExactPage(const PagedOptions& options) { return BlockLayout(options.shape, ExactPair()); }

@@ -18,6 +18,8 @@ struct DaemonOptions {
   int64_t device_bytes = 0;
   int64_t host_bytes = 0;
   int compute_threads = 0;  // 0 = one per core
+  std::string device;       // empty = as kvtided chooses
+  bool share_pool = false;  // the memory of CPU devices can be mapped
   std::string metrics_address = "off";
 };
 

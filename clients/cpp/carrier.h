@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
+#include <string>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -28,6 +30,13 @@ class SharedMemory {
 // Memory of this process. Places are addresses.
 std::unique_ptr<SharedMemory> MakeProcessMemory();
 
+// Memory of the pool's first tier on one device, which this process reads and writes itself.
+struct PoolSlab {
+  std::string tier, device;  // as TierInfo names them
+  std::byte* data = nullptr;
+  uint64_t bytes = 0;
+};
+
 class Carrier {
  public:
   virtual ~Carrier() = default;
@@ -35,6 +44,8 @@ class Carrier {
   virtual absl::Status Call(v1::SessionRequest* request, v1::SessionResponse* response) = 0;
   // Null: tensors travel in the messages.
   virtual SharedMemory* memory() { return nullptr; }
+  // Empty: the pool is not mapped.
+  virtual std::span<const PoolSlab> pool() const { return {}; }
 };
 
 }  // namespace kvtide::client

@@ -87,6 +87,7 @@ absl::Status Client::TruncateSequence(SequenceId sequence, int64_t tokens) {
 }
 
 absl::Status Client::CloseSequence(SequenceId sequence) {
+  impl_->step_tables.Forget(sequence);
   v1::SessionRequest message;
   v1::CloseSequenceRequest& request = *message.mutable_close_sequence();
   request.set_sequence_id(sequence);
@@ -297,10 +298,55 @@ absl::Status Client::Attend(int layer, std::span<const AttendItem> items, const 
 }
 
 absl::Status Client::AppendAttend(int layer, std::span<const AppendAttendItem> items,
-                                  const AttentionOptions& options) {
+                                  const AttentionOptions& options, uint64_t step) {
   v1::SessionRequest message;
+  message.mutable_append_attend()->set_step_id(step);
   return RunAttention(impl_->carrier.get(), layer, items, options, &message, message.mutable_append_attend(),
                       &v1::SessionResponse::append_attend);
+}
+
+absl::StatusOr<Step> Client::BeginStep(std::span<const StepItem> items, const StepOptions& options) {
+  v1::SessionRequest message;
+  v1::BeginStepRequest& request = *message.mutable_begin_step();
+  for (const StepItem& item : items) {
+    v1::StepItem* const out = request.add_items();
+    out->set_sequence_id(item.sequence);
+    out->set_new_tokens(item.new_tokens);
+  }
+  request.set_after_step_id(options.after);
+  if (options.tables) {
+    KVTIDE_ASSIGN_OR_RETURN(const StepView view,
+                            impl_->step_tables.Begin(impl_->carrier.get(), items, &message));
+    Step step{view.id, view.starts, {}, impl_->step_tables.kinds()};
+    const size_t groups = view.tables.size() / items.size();
+    for (size_t i = 0; i < view.tables.size(); i++) {
+      if (i % groups == 0) step.tables.emplace_back();
+      step.tables.back().push_back(*view.tables[i]);
+    }
+    return step;
+  }
+  v1::SessionResponse answer;
+  KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
+  Step step;
+  step.id = answer.begin_step().step_id();
+  for (const v1::StepSequence& item : answer.begin_step().items())
+    step.starts.push_back(item.start_position());
+  return step;
+}
+
+absl::Status Client::EndStep(uint64_t step) {
+  v1::SessionRequest message;
+  message.mutable_end_step()->set_step_id(step);
+  v1::SessionResponse answer;
+  return impl_->carrier->Call(&message, &answer);
+}
+
+absl::Status Client::RollBackStep(uint64_t step) {
+  v1::SessionRequest message;
+  message.mutable_end_step()->set_step_id(step);
+  message.mutable_end_step()->set_roll_back(true);
+  v1::SessionResponse answer;
+  return impl_->carrier->Call(&message, &answer);
 }
 
 namespace {

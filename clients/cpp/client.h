@@ -156,6 +156,42 @@ struct AppendAttendItem {
   std::span<float> lse;
 };
 
+// Steps: the next tokens of a batch of sequences in all layers, which count all at once
+// (kvtide/v1/steps.proto).
+struct StepItem {
+  SequenceId sequence = 0;
+  int64_t new_tokens = 0;
+};
+struct StepOptions {
+  uint64_t after = 0;   // an open step that this one follows; 0 = none
+  bool tables = false;  // tell where blocks lie
+};
+// What the bytes of a block are, and in whose memory they lie.
+struct BlockKind {
+  std::string pair, tier, device;
+  bool operator==(const BlockKind&) const = default;
+};
+struct StepBlock {
+  uint64_t offset = 0;  // where it begins in the memory of its tier
+  int kind = 0;         // index into Step::kinds
+  bool operator==(const StepBlock&) const = default;
+};
+// The blocks of one layer group of a sequence.
+struct StepTable {
+  int64_t first_block = 0;    // number of blocks[0]
+  int64_t first_changed = 0;  // blocks before this one are as in the last step with tables
+  uint64_t profile = 0;       // of its coded keys, in mapped steps (steps.proto); 0 = none
+  uint64_t version = 0;       // another one with every change
+  std::vector<StepBlock> blocks;
+};
+struct Step {
+  uint64_t id = 0;
+  std::vector<int64_t> starts;  // of the items: the first new token
+  // Of the items, by layer group; empty if they were not asked for.
+  std::vector<std::vector<StepTable>> tables;
+  std::vector<BlockKind> kinds;  // an index means the same in all steps of a Client
+};
+
 struct TierInfo {
   std::string name, backend;
   int64_t capacity_bytes = 0;
@@ -327,8 +363,16 @@ class Client {
   // The same into the caller's memory: as many tokens as the items have rows, of one type in all of them.
   absl::Status ReadTokens(SequenceId sequence, int64_t first, std::span<const ReadItem> items);
   absl::Status Attend(int layer, std::span<const AttendItem> items, const AttentionOptions& options = {});
+  // `step`: an open step, whose items these are; 0 = none.
   absl::Status AppendAttend(int layer, std::span<const AppendAttendItem> items,
-                            const AttentionOptions& options = {});
+                            const AttentionOptions& options = {}, uint64_t step = 0);
+
+  // On a session only. The rows of each layer go to AppendAttend with the step's id; they count when it ends.
+  // A step that is open when the Client goes has never been.
+  absl::StatusOr<Step> BeginStep(std::span<const StepItem> items, const StepOptions& options = {});
+  absl::Status EndStep(uint64_t step);
+  // Nothing of the step counts, nor of those that follow it.
+  absl::Status RollBackStep(uint64_t step);
 
   absl::StatusOr<MoveResult> EvictSequences(std::span<const SequenceId> sequences,
                                             const EvictOptions& options = {});

@@ -4,6 +4,7 @@
 
 #include "daemon/config.h"
 #include "daemon/service/handlers.h"
+#include "daemon/service/open_steps.h"
 #include "daemon/service/verbs.h"
 #include "daemon/tiered_cache.h"
 #include "kernels/base/status.h"
@@ -16,10 +17,18 @@ class EmbeddedCarrier : public Carrier {
   static absl::StatusOr<std::unique_ptr<Carrier>> Create(const DaemonOptions& options) {
     std::unique_ptr<EmbeddedCarrier> made(new EmbeddedCarrier());
     KVTIDE_ASSIGN_OR_RETURN(made->tiers_, MakeTieredCache(options));
+    const KvCache& cache = *made->tiers_->cache;
+    const std::vector<TierOptions>& tiers = cache.options().tiers;
+    for (int t = 0; t < CountHomes(tiers); t++) {
+      const Slab* const slab = cache.SlabOf(t);
+      const TierOptions& tier = tiers[static_cast<size_t>(t)];
+      made->pool_.push_back({tier.name, tier.Device(), slab->data(), slab->bytes()});
+    }
     made->handlers_ = std::make_unique<service::Handlers>(made->tiers_->cache.get(), options.service);
     return std::unique_ptr<Carrier>(std::move(made));
   }
   ~EmbeddedCarrier() override {
+    steps_.RollBackAll();
     handlers_.reset();
     if (tiers_ != nullptr) tiers_->cache->PersistChanged();
   }
@@ -27,10 +36,13 @@ class EmbeddedCarrier : public Carrier {
   absl::Status Call(v1::SessionRequest* request, v1::SessionResponse* response) override {
     service::Call call;
     call.tensors = &places_;
+    call.steps = &steps_;
+    call.maps_pool = true;
     SequenceId sequence = 0;
     return service::ServeMessage(handlers_.get(), *request, call, response, &sequence);
   }
   SharedMemory* memory() override { return memory_.get(); }
+  std::span<const PoolSlab> pool() const override { return pool_; }
 
  private:
   EmbeddedCarrier() = default;
@@ -39,6 +51,8 @@ class EmbeddedCarrier : public Carrier {
   const std::unique_ptr<SharedMemory> memory_ = MakeProcessMemory();
   std::unique_ptr<TieredCache> tiers_;
   std::unique_ptr<service::Handlers> handlers_;
+  service::OpenSteps steps_;
+  std::vector<PoolSlab> pool_;
 };
 
 }  // namespace

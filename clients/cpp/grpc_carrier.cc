@@ -51,6 +51,9 @@ class UnaryCalls : public Carrier {
       KVTIDE_VERB(DeleteNamespace, delete_namespace)
       KVTIDE_VERB(PersistNamespace, persist_namespace)
       KVTIDE_VERB(ListNamespaces, list_namespaces)
+      KVTIDE_VERB(BeginStep, begin_step)
+      KVTIDE_VERB(EndStep, end_step)
+      KVTIDE_VERB(GetStepProfile, get_step_profile)
       case Case::CALL_NOT_SET:
         break;
     }

@@ -13,6 +13,7 @@
 #include "clients/cpp/client_impl.h"
 #include "clients/cpp/embedded_carrier.h"
 #include "clients/cpp/ring_carrier.h"
+#include "daemon/backends.h"
 #include "kernels/base/status.h"
 
 namespace kvtide::client {
@@ -20,18 +21,14 @@ namespace {
 
 constexpr char kUnix[] = "unix:";
 
-std::string PathOf(const std::string& unix_address) {
-  std::string path = unix_address.substr(sizeof(kUnix) - 1);
-  return absl::StartsWith(path, "//") ? path.substr(2) : path;  // unix:///absolute/path
-}
-
 // Whether a process has the Unix socket of the address open; true for addresses of other kinds. gRPC waits
 // for one to come, which is no use for "auto".
 bool MayAnswer(const std::string& address) {
-  if (!absl::StartsWith(address, kUnix)) return true;
+  const absl::StatusOr<std::string> found = SocketPathOf(address);
+  if (!found.ok()) return true;
+  const std::string& path = *found;
   sockaddr_un to{};
   to.sun_family = AF_UNIX;
-  const std::string path = PathOf(address);
   if (path.size() >= sizeof(to.sun_path)) return false;
   std::memcpy(to.sun_path, path.data(), path.size());
   const int fd = ::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
@@ -51,6 +48,8 @@ const char* WayName(Way way) {
       return "shared memory";
     case Way::kGrpc:
       return "gRPC";
+    case Way::kDirect:
+      return "direct";
   }
   return "unknown";
 }
@@ -84,28 +83,29 @@ absl::StatusOr<TensorBuffer> Pool::Allocate(size_t bytes) {
 
 namespace {
 
-absl::StatusOr<std::unique_ptr<Carrier>> ConnectRing(const std::string& address, const PoolOptions& options) {
-  if (!absl::StartsWith(address, kUnix)) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "\"", address, "\": memory is shared with a daemon on a Unix socket; use shm:unix:/path"));
-  }
+absl::StatusOr<std::unique_ptr<Carrier>> ConnectRing(const std::string& address, const PoolOptions& options,
+                                                     DirectDevice* direct) {
+  KVTIDE_ASSIGN_OR_RETURN(const std::string path, SocketPathOf(address));
   if (options.arena_bytes < 1) return absl::InvalidArgumentError("arena_bytes is less than 1");
   RingOptions ring;
   ring.timeout = options.client.timeout;
   ring.connect_timeout = options.client.connect_timeout;
   ring.arena_bytes = static_cast<uint64_t>(options.arena_bytes);
   ring.poll = options.poll;
-  return RingCarrier::Connect(PathOf(address), ring);
+  ring.direct = direct;
+  return RingCarrier::Connect(path, ring);
 }
 
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Pool>> Pool::Connect(const std::string& asked, const PoolOptions& options) {
-  constexpr char kShared[] = "shm:", kBest[] = "auto:";
+  constexpr char kShared[] = "shm:", kBest[] = "auto:", kDirect[] = "direct:";
   const bool shared = absl::StartsWith(asked, kShared);
+  const bool direct = absl::StartsWith(asked, kDirect);
   const bool best = asked == "auto" || absl::StartsWith(asked, kBest);
   std::string address = asked, why = "asked for";
   if (shared) address = asked.substr(sizeof(kShared) - 1);
+  if (direct) address = asked.substr(sizeof(kDirect) - 1);
   if (best && asked != "auto") address = asked.substr(sizeof(kBest) - 1);
   if (address == "auto") {
     address = DefaultAddress();
@@ -125,11 +125,27 @@ absl::StatusOr<std::unique_ptr<Pool>> Pool::Connect(const std::string& asked, co
   auto impl = std::make_unique<Impl>();
   impl->address = address;
   if (address == "embedded") {
+    if (!options.direct_device.empty()) {
+      KVTIDE_ASSIGN_OR_RETURN(impl->direct, MakeDirectDevice(options.direct_device, options.direct_threads));
+    }
     KVTIDE_ASSIGN_OR_RETURN(impl->carrier, MakeEmbeddedCarrier(options.embedded_config));
     return std::unique_ptr<Pool>(new Pool(std::move(impl), Way::kEmbedded, why));
   }
+  if (direct || (best && absl::StartsWith(address, kUnix) && !options.direct_device.empty())) {
+    absl::StatusOr<std::unique_ptr<DirectDevice>> device =
+        MakeDirectDevice(options.direct_device, options.direct_threads);
+    absl::StatusOr<std::unique_ptr<Carrier>> ring =
+        device.ok() ? ConnectRing(address, options, device->get()) : device.status();
+    if (ring.ok()) {
+      impl->direct = *std::move(device);
+      impl->carrier = *std::move(ring);
+      return std::unique_ptr<Pool>(new Pool(std::move(impl), Way::kDirect, why));
+    }
+    if (direct) return ring.status();
+    absl::StrAppend(&why, "; not direct: ", ring.status().message());
+  }
   if (shared || (best && absl::StartsWith(address, kUnix))) {
-    absl::StatusOr<std::unique_ptr<Carrier>> ring = ConnectRing(address, options);
+    absl::StatusOr<std::unique_ptr<Carrier>> ring = ConnectRing(address, options, nullptr);
     if (ring.ok()) {
       impl->carrier = *std::move(ring);
       return std::unique_ptr<Pool>(new Pool(std::move(impl), Way::kSharedMemory, why));

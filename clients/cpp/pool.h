@@ -2,6 +2,9 @@
 // plain structs of client.h; how a pool is reached is its way:
 //
 //   embedded       the pool lives in this process; tensors are read and written where the caller has them
+//   direct         as shared memory, and the daemon's first tier is mapped into this process: engines attend
+//   over it with
+//                  kernels of their own (direct_attention.h)
 //   shared memory  a kvtided on this host: requests through a ring, tensors in an arena that both ends map
 //   gRPC           a kvtided anywhere: tensors travel in messages
 //
@@ -28,8 +31,8 @@ namespace kvtide::client {
 
 class SharedMemory;
 
-enum class Way : uint8_t { kEmbedded, kSharedMemory, kGrpc };
-// "embedded", "shared memory", "gRPC".
+enum class Way : uint8_t { kEmbedded, kSharedMemory, kGrpc, kDirect };
+// "embedded", "shared memory", "gRPC", "direct".
 const char* WayName(Way way);
 
 struct PoolOptions {
@@ -44,6 +47,10 @@ struct PoolOptions {
   int64_t arena_bytes = int64_t{64} << 20;
   // How long a caller looks for its answer before it sleeps.
   absl::Duration poll = absl::Microseconds(50);
+  // Where the engine computes by itself, with DirectAttention: "cuda:0", "cuda:GPU-...", "cpu". Empty: it
+  // does not, and "auto" leaves the direct way out.
+  std::string direct_device;
+  int direct_threads = 0;  // of "cpu"; 0 = one for each processor
 };
 
 // Memory for tensors, at a multiple of 64. It must not outlive its Pool.
@@ -79,6 +86,7 @@ class Pool : public Client {
   //                         by the best way that works; embedded where neither is
   //   auto:ADDRESS          the daemon at ADDRESS, by the best way that works
   //   embedded              a pool of this process
+  //   direct:unix:/path     a daemon of this host, whose first tier is mapped (direct_device)
   //   shm:unix:/path        a daemon of this host, through shared memory (shm:auto: the one that "auto" asks)
   //   unix:/path, host:port a daemon, over gRPC
   // InvalidArgument for anything else; else why the way does not work.
@@ -95,6 +103,7 @@ class Pool : public Client {
   absl::StatusOr<TensorBuffer> Allocate(size_t bytes);
 
  private:
+  friend class DirectAttention;
   Pool(std::unique_ptr<Impl> impl, Way way, std::string why);
 
   const Way way_;

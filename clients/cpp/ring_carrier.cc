@@ -4,11 +4,16 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <memory>
 #include <span>
 #include <utility>
+#include <vector>
 
+#include "absl/cleanup/cleanup.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "clients/cpp/arena_allocator.h"
@@ -84,8 +89,15 @@ class ArenaMemory : public SharedMemory {
 
 class Ring final : public RingCarrier {
  public:
-  Ring(Socket socket, ring::Arena arena, const RingOptions& options, uint64_t generation)
+  // A pool that is mapped, and what holds it.
+  struct Mapped {
+    std::vector<std::unique_ptr<Slab>> slabs;
+    std::vector<PoolSlab> pool;
+  };
+
+  Ring(Socket socket, ring::Arena arena, const RingOptions& options, uint64_t generation, Mapped mapped)
       : options_(options),
+        mapped_(std::move(mapped)),
         generation_(generation),
         socket_(std::move(socket)),
         arena_(std::move(arena)),
@@ -93,7 +105,13 @@ class Ring final : public RingCarrier {
         requests_(arena_.request_head(), arena_.requests(), arena_.layout().request_bytes),
         answers_(arena_.answer_head(), arena_.answers(), arena_.layout().answer_bytes) {}
 
+  ~Ring() override {
+    // Whoever works on the pool has ended before.
+    if (!mapped_.pool.empty()) (void)::send(socket_.fd(), &ring::kGoodbye, 1, MSG_NOSIGNAL | MSG_DONTWAIT);
+  }
+
   uint64_t generation() const override { return generation_; }
+  std::span<const PoolSlab> pool() const override { return mapped_.pool; }
   SharedMemory* memory() override { return &memory_; }
 
   absl::Status Call(v1::SessionRequest* request, v1::SessionResponse* response) override {
@@ -163,6 +181,7 @@ class Ring final : public RingCarrier {
   }
 
   const RingOptions options_;
+  const Mapped mapped_;
   const uint64_t generation_;
   const Socket socket_;
   const ring::Arena arena_;
@@ -175,7 +194,53 @@ class Ring final : public RingCarrier {
   bool broken_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
+// Maps what of the pool lies where `device` computes.
+absl::StatusOr<Ring::Mapped> MapPool(int socket, absl::Time deadline, DirectDevice* device) {
+  ring::PoolSlabs told;
+  int fds[ring::kMostSlabs];
+  const absl::Status received =
+      ring::Receive(socket, std::as_writable_bytes(std::span(&told, 1)), deadline, std::span<int>(fds));
+  const absl::Cleanup close = [&] {
+    for (const int fd : fds)
+      if (fd >= 0) ::close(fd);
+  };
+  KVTIDE_RETURN_IF_ERROR(received);
+  Ring::Mapped mapped;
+  absl::Status status = absl::FailedPreconditionError("kvtided shares no memory of its pool");
+  size_t files = 0;
+  for (uint32_t i = 0; i < std::min(told.count, ring::kMostSlabs); i++) {
+    const ring::PoolSlabs::Slab& from = told.slabs[i];
+    SlabHandle handle;
+    handle.kind = static_cast<SlabHandle::Kind>(from.kind);
+    handle.bytes = from.bytes;
+    std::memcpy(handle.device.data(), from.owner, handle.device.size() - 1);
+    std::memcpy(handle.ipc.data(), from.ipc, handle.ipc.size());
+    if (handle.kind == SlabHandle::Kind::kFile && files < ring::kMostSlabs)
+      handle.fd = std::exchange(fds[files++], -1);
+    absl::StatusOr<std::unique_ptr<Slab>> slab = device->Map(handle);
+    if (!slab.ok()) {
+      status = slab.status();
+      continue;
+    }
+    const auto text = [](const char* of, size_t most) { return std::string(of, ::strnlen(of, most)); };
+    mapped.pool.push_back({text(from.tier, sizeof(from.tier)), text(from.device, sizeof(from.device)),
+                           (*slab)->data(), from.bytes});
+    mapped.slabs.push_back(*std::move(slab));
+  }
+  if (mapped.pool.empty()) return status;
+  return mapped;
+}
+
 }  // namespace
+
+absl::StatusOr<std::string> SocketPathOf(const std::string& address) {
+  constexpr char kUnix[] = "unix:";
+  if (!absl::StartsWith(address, kUnix))
+    return absl::InvalidArgumentError(absl::StrCat(
+        "\"", address, "\": memory is shared with a daemon on a Unix socket; use shm:unix:/path"));
+  const std::string path = address.substr(sizeof(kUnix) - 1);
+  return absl::StartsWith(path, "//") ? path.substr(2) : path;  // unix:///absolute/path
+}
 
 absl::StatusOr<std::unique_ptr<RingCarrier>> RingCarrier::Connect(const std::string& socket_path,
                                                                   const RingOptions& options) {
@@ -183,6 +248,10 @@ absl::StatusOr<std::unique_ptr<RingCarrier>> RingCarrier::Connect(const std::str
   ring::Hello hello;
   hello.generation = options.generation;
   hello.tensor_bytes = options.arena_bytes;
+  if (options.direct != nullptr) {
+    hello.wants_pool = 1;
+    hello.layout = ring::LayoutFingerprint();
+  }
   KVTIDE_RETURN_IF_ERROR(ring::Send(socket.fd(), std::as_bytes(std::span(&hello, 1)), {}));
   ring::Welcome welcome;
   int fd = -1;
@@ -198,7 +267,13 @@ absl::StatusOr<std::unique_ptr<RingCarrier>> RingCarrier::Connect(const std::str
   layout.answer_bytes = welcome.answer_bytes;
   layout.tensor_bytes = welcome.tensor_bytes;
   KVTIDE_ASSIGN_OR_RETURN(ring::Arena arena, ring::Arena::Map(fd, layout));
-  return std::make_unique<Ring>(std::move(socket), std::move(arena), options, welcome.generation);
+  Ring::Mapped mapped;
+  if (options.direct != nullptr) {
+    KVTIDE_ASSIGN_OR_RETURN(mapped,
+                            MapPool(socket.fd(), absl::Now() + options.connect_timeout, options.direct));
+  }
+  return std::make_unique<Ring>(std::move(socket), std::move(arena), options, welcome.generation,
+                                std::move(mapped));
 }
 
 }  // namespace kvtide::client

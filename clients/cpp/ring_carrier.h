@@ -9,6 +9,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "clients/cpp/carrier.h"
+#include "kernels/direct_device.h"
 
 namespace kvtide::client {
 
@@ -20,7 +21,13 @@ struct RingOptions {
   absl::Duration poll = absl::Microseconds(50);
   // Of the daemon that it has to be; 0 = any.
   uint64_t generation = 0;
+  // Maps the pool where this computes; borrowed. Null: the pool is not mapped. FailedPrecondition if it lies
+  // elsewhere, or blocks look otherwise; PermissionDenied if the daemon does not allow it.
+  DirectDevice* direct = nullptr;
 };
+
+// Of "unix:/path" and "unix:///path". InvalidArgument for addresses of other kinds.
+absl::StatusOr<std::string> SocketPathOf(const std::string& address);
 
 class RingCarrier : public Carrier {
  public:

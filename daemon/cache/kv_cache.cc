@@ -32,9 +32,9 @@ class KvCache::Impl {
   Mover mover{core};
   Sealer sealer{core, mover};
   Writer writer{core, mover, sealer};
-  Stepper stepper{core, mover, writer};
   Truncator truncator{core, mover};
   Reader reader{core, mover};
+  Stepper stepper{core, mover, sealer, writer, reader};
   Inspector inspector{core};
   KeyedStore keyed{core, mover};
   Persister persister{core};
@@ -288,7 +288,16 @@ absl::StatusOr<std::unique_ptr<Step>> KvCache::BeginStep(const StepCall& call) {
   return impl_->stepper.Begin(call);
 }
 
+absl::Status KvCache::AttendStepLayer(Step& step, const AttendCall& call) {
+  return impl_->stepper.AttendLayer(step, call);
+}
+
 absl::Status KvCache::EndStep(std::unique_ptr<Step> step) { return impl_->stepper.Commit(*step); }
+
+const Slab* KvCache::SlabOf(int tier) const {
+  CacheLock lock(impl_->core);
+  return lock->store.tier(tier).slab.get();
+}
 
 absl::StatusOr<MoveReport> KvCache::Evict(std::span<const SequenceId> sequences, int tier,
                                           const CallContext& context) {

@@ -116,6 +116,7 @@ struct SequenceList {
   std::string model;  // of models of this name; empty = any
 };
 
+class Slab;       // kernels/backend.h
 class Step;       // stepper.h
 struct StepCall;  // stepper.h
 
@@ -168,7 +169,10 @@ class KvCache {
   // layers and pins what they see (stepper.h). EndStep publishes what the engine has written; a step that is
   // destroyed instead has never been.
   absl::StatusOr<std::unique_ptr<Step>> BeginStep(const StepCall& call);
+  absl::Status AttendStepLayer(Step& step, const AttendCall& call);
   absl::Status EndStep(std::unique_ptr<Step> step);
+  // The memory of a tier that SnapshotRun::tier names; null for one of I/O.
+  const Slab* SlabOf(int tier) const;
 
   // Moves blocks that lie above `tier` down to it (kDropTier: drops them, if the sequence allows it). Returns
   // when the copies are done. Making room below may demote further or drop, by policy. A call that is no

@@ -5,15 +5,11 @@
 #include "kernels/base/check.h"
 
 namespace kvtide {
+namespace {
 
-// A block on its way into its cache types.
-struct Sealer::Seal {
-  Work* work = nullptr;
-  int64_t index = 0;
-  PinnedPlace source;
-  WritingBlock target;
-  absl::Status status;
-};
+constexpr int64_t kStep = 16;  // blocks of a table that exist twice at a time
+
+}  // namespace
 
 void Sealer::Settle(CacheLock& lock, std::span<const SequencePtr> sequences, const CallContext* context) {
   std::vector<Work> work;
@@ -25,6 +21,22 @@ void Sealer::Settle(CacheLock& lock, std::span<const SequencePtr> sequences, con
   while (SealRound(lock, work))
     if (context != nullptr && !context->Check(core_.options().clock(), "sealing").ok()) break;
 }
+
+std::vector<Sealer::Seal> Sealer::Start(CacheLock& lock, std::span<const SequencePtr> sequences,
+                                        size_t most) {
+  std::vector<Work> work;
+  for (const SequencePtr& sequence : sequences) {
+    if (sequence->closed) continue;
+    for (size_t g = 0; g < sequence->groups.size(); g++)
+      SettleTable(lock, *sequence, static_cast<int>(g), work);
+  }
+  std::vector<Seal> seals;
+  for (Work& table : work) StartSeals(lock, table, static_cast<int64_t>(most - seals.size()), seals);
+  for (Seal& seal : seals) seal.work = nullptr;
+  return seals;
+}
+
+void Sealer::TakeBack(Seal& seal) { seal.table().sealed = std::min(seal.table().sealed, seal.index); }
 
 // What needs no coding is done at once.
 void Sealer::SettleTable(CacheLock& lock, Sequence& sequence, int group, std::vector<Work>& work) {
@@ -113,7 +125,7 @@ bool Sealer::SealRound(CacheLock& lock, std::vector<Work>& work) {
   std::vector<int64_t> begun;  // of each table
   for (Work& table : work) {
     begun.push_back(table.table().sealed);
-    if (!table.stuck) StartSeals(lock, table, seals);
+    if (!table.stuck) StartSeals(lock, table, kStep, seals);
   }
   if (!seals.empty()) {
     const Unlocked unlocked(lock);
@@ -130,10 +142,9 @@ bool Sealer::SealRound(CacheLock& lock, std::vector<Work>& work) {
 }
 
 // Room for the coded blocks of the table's next exact ones. Sets `sealed` as if all of them succeeded.
-void Sealer::StartSeals(CacheLock& lock, Work& work, std::vector<Seal>& seals) {
-  constexpr int64_t kStep = 16;  // blocks of a table that exist twice at a time
+void Sealer::StartSeals(CacheLock& lock, Work& work, int64_t most, std::vector<Seal>& seals) {
   GroupTable& table = work.table();
-  const int64_t end = std::min(work.end, table.sealed + kStep);
+  const int64_t end = std::min(work.end, table.sealed + std::min(kStep, most));
   for (; table.sealed < end; table.sealed++) {
     Block* source = table.at(table.sealed);
     if (source->layout == table.coded || source->place == nullptr) continue;
@@ -151,7 +162,14 @@ void Sealer::StartSeals(CacheLock& lock, Work& work, std::vector<Seal>& seals) {
       work.stuck = true;
       return;
     }
-    seals.push_back({&work, table.sealed, std::move(place), std::move(target), {}});
+    seals.push_back({work.sequence,
+                     work.group,
+                     table.sealed,
+                     std::move(place),
+                     std::move(target),
+                     table.profile,
+                     {},
+                     &work});
   }
 }
 
@@ -160,13 +178,13 @@ void Sealer::Recode(std::vector<Seal>& seals) {
     std::vector<RecodePiece> pieces;
     for (const Seal& seal : seals) {
       if (seal.source->tier != t) continue;
-      const GroupTable& table = seal.work->table();
+      const GroupTable& table = seal.table();
       RecodePiece& piece = pieces.emplace_back();
       piece.from = table.exact;
       piece.source = seal.source->data;
       piece.to = table.coded;
       piece.target = seal.target->place->data;
-      piece.to_profile = table.profile.get();
+      piece.to_profile = seal.profile.get();
       piece.first_layer = 0;
       piece.layers = table.coded->shape().layers;
     }
@@ -180,16 +198,17 @@ void Sealer::Recode(std::vector<Seal>& seals) {
 // The coded block takes the exact one's place in the table; after an error the table goes back to the exact
 // one and waits for the next append.
 void Sealer::Publish(CacheState& state, Seal& seal) {
-  Sequence& sequence = *seal.work->sequence;
-  GroupTable& table = seal.work->table();
+  Sequence& sequence = *seal.sequence;
+  GroupTable& table = seal.table();
   if (!seal.status.ok()) {
     state.counters.failed_seals++;
-    table.sealed = std::min(table.sealed, seal.index);
+    TakeBack(seal);
     seal.work->stuck = true;
     return;
   }
-  seal.target->profile = table.profile;
-  Stamp(*seal.target.get(), sequence, seal.work->group, seal.index);
+  if (seal.index < table.first_block()) return;  // it fell out of the window
+  seal.target->profile = seal.profile;
+  Stamp(*seal.target.get(), sequence, seal.group, seal.index);
   table.blocks->Replace(seal.index, seal.target.get(), sequence.recency.own);
   state.counters.sealed_blocks++;
 }

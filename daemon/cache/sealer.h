@@ -3,6 +3,7 @@
 // caller is the sequence's writer.
 #pragma once
 
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -12,12 +13,34 @@
 namespace kvtide {
 
 class Sealer {
+ private:
+  struct Work;
+
  public:
+  // A block on its way into its cache types. Made and destroyed under the mutex.
+  struct Seal {
+    Sequence* sequence = nullptr;
+    int group = 0;
+    int64_t index = 0;
+    PinnedPlace source;
+    WritingBlock target;
+    std::shared_ptr<const Profile> profile;
+    absl::Status status;
+    Work* work = nullptr;  // null: whoever started it looks after it
+    GroupTable& table() const { return sequence->groups[static_cast<size_t>(group)]; }
+  };
+
   Sealer(CacheCore& core, Mover& mover) : core_(core), mover_(mover) {}
 
   // For the sequences of one call. Their blocks are coded together: one Recode for each tier and round. A
   // call that is not wanted any more, if `context` is not null, leaves further rounds to the next append.
   void Settle(CacheLock& lock, std::span<const SequencePtr> sequences, const CallContext* context);
+
+  // Where somebody else codes: room for at most so many blocks of the sequences that wait to be coded. Each
+  // ends with Publish, when its bytes are written, or TakeBack.
+  std::vector<Seal> Start(CacheLock& lock, std::span<const SequencePtr> sequences, size_t most);
+  void Publish(CacheState& state, Seal& seal);
+  static void TakeBack(Seal& seal);
 
  private:
   // A table with blocks to code: those of [table.sealed, end).
@@ -28,7 +51,6 @@ class Sealer {
     bool stuck = false;  // no room, or an error: the rest waits for the next append
     GroupTable& table() const { return sequence->groups[static_cast<size_t>(group)]; }
   };
-  struct Seal;
 
   void SettleTable(CacheLock& lock, Sequence& sequence, int group, std::vector<Work>& work);
   bool BringIn(CacheLock& lock, const GroupTable& table, int64_t index);
@@ -36,9 +58,8 @@ class Sealer {
   void FreeFallenBlocks(CacheState& state, Sequence& sequence, GroupTable& table);
   // False when nothing is left to do.
   bool SealRound(CacheLock& lock, std::vector<Work>& work);
-  void StartSeals(CacheLock& lock, Work& work, std::vector<Seal>& seals);
+  void StartSeals(CacheLock& lock, Work& work, int64_t most, std::vector<Seal>& seals);
   void Recode(std::vector<Seal>& seals);
-  void Publish(CacheState& state, Seal& seal);
 
   CacheCore& core_;
   Mover& mover_;

@@ -65,6 +65,11 @@ struct GroupTable {
     if (before == min_tokens_ && progress.tokens != min_tokens_) at_min_--;
     if (progress.tokens < min_tokens_ || at_min_ == 0) FindMin();
   }
+  void SetAllLayers(LayerProgress progress) {
+    layers_.assign(layers_.size(), progress);
+    min_tokens_ = progress.tokens;
+    at_min_ = layers_.size();
+  }
   int64_t MinTokens() const { return min_tokens_; }
   int64_t MaxTokens() const {
     int64_t tokens = 0;

@@ -1,7 +1,9 @@
 #include "daemon/cache/stepper.h"
 
+#include <algorithm>
 #include <utility>
 
+#include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
@@ -17,6 +19,10 @@ const CallContext& ContextOf(const StepCall& call) {
   return call.context != nullptr ? *call.context : kNobody;
 }
 
+absl::Status Lost() {
+  return absl::AbortedError("the step before this one was rolled back, and this one with it");
+}
+
 }  // namespace
 
 Step::~Step() {
@@ -27,12 +33,29 @@ std::span<const SnapshotRun> Step::Runs(size_t item, int group) const {
   return items_[item].tables[static_cast<size_t>(group)]->runs();
 }
 
+std::vector<StepSeal> Step::Seals() const {
+  std::vector<StepSeal> seals;
+  for (const Sealer::Seal& seal : seals_) {
+    const auto item =
+        std::find_if(batch_.sequences.begin(), batch_.sequences.end(),
+                     [&](const SequencePtr& sequence) { return sequence.get() == seal.sequence; });
+    seals.push_back({static_cast<size_t>(item - batch_.sequences.begin()), seal.group, seal.index,
+                     seal.source->data, seal.target->place->data, seal.target->layout});
+  }
+  return seals;
+}
+
+int Step::FirstLayerLeft() const {
+  const auto left = std::find(written_.begin(), written_.end(), false);
+  return left == written_.end() ? -1 : static_cast<int>(left - written_.begin());
+}
+
 uint64_t Step::Serial(size_t item, int group) const {
   return items_[item].tables[static_cast<size_t>(group)]->serial();
 }
 
 absl::Status Stepper::AddItem(CacheState& state, const StepItem& item, const CallContext& context,
-                              Step& step) const {
+                              const Step* after, Step& step) const {
   if (item.new_tokens < 1 || item.new_tokens > core_.options().max_tokens_per_append) {
     return absl::InvalidArgumentError(absl::StrCat("a step of ", item.new_tokens, " tokens: must be 1 to ",
                                                    core_.options().max_tokens_per_append,
@@ -47,17 +70,21 @@ absl::Status Stepper::AddItem(CacheState& state, const StepItem& item, const Cal
                                                    ", those before it are of ",
                                                    batch.sequences.front()->model->spec.name));
   }
-  if (sequence->MinTokens() != sequence->MaxTokens()) {
+  // The last open step that has the sequence.
+  const WriteBatch* previous = after != nullptr ? &after->batch_ : nullptr;
+  while (previous != nullptr && !previous->Writes(*sequence)) previous = previous->previous();
+  const bool follows = previous != nullptr;
+  if (!follows && sequence->MinTokens() != sequence->MaxTokens()) {
     return absl::FailedPreconditionError(
         absl::StrCat("layers have ", sequence->MinTokens(), " to ", sequence->MaxTokens(),
                      " tokens; append to those that are behind, or truncate to ", sequence->MinTokens()));
   }
   Step::Item& added = step.items_.emplace_back();
-  added.start = sequence->MinTokens();
+  added.start = follows ? previous->EndOf(*sequence) : sequence->MinTokens();
   added.end = added.start + item.new_tokens;
-  batch.AddSequence(sequence);
-  for (size_t layer = 0; layer < sequence->model->spec.layers.size(); layer++)
-    batch.AddWrite(static_cast<int>(layer), added.start, item.new_tokens).hash = kUnknownRows;
+  batch.AddSequence(sequence, follows);
+  for (size_t group = 0; group < sequence->groups.size(); group++)
+    batch.AddGroup(static_cast<int>(group), added.start, item.new_tokens).hash = kUnknownRows;
   return absl::OkStatus();
 }
 
@@ -96,12 +123,68 @@ absl::Status Stepper::TakeTables(CacheState& state, Step& step) const {
                                                 " to ", run.end_block() * kBlockTokens - 1, " were dropped"));
       }
       step.items_[i].tables.push_back(*table);
+      step.items_[i].profiles.push_back(batch.sequences[i]->groups[group].profile);
     }
   }
   return absl::OkStatus();
 }
 
+absl::Status Stepper::CheckHome(const Step& step) const {
+  for (size_t i = 0; i < step.size(); i++) {
+    const int home = step.batch_.sequences[i]->home;
+    for (const TableSnapshot* const table : step.items_[i].tables)
+      for (const SnapshotRun& run : table->runs())
+        if (run.tier != home)
+          return absl::UnavailableError(absl::StrCat(
+              "items[", i, "]: tokens from ", run.first_block * kBlockTokens, " on lie in ",
+              TierText(core_.options(), static_cast<size_t>(run.tier)),
+              ", and there is no room for them in the memory that the engine reads; fewer or shorter "
+              "sequences at a time, or more of that memory"));
+  }
+  for (const Sealer::Seal& seal : step.seals_)
+    if (seal.source->tier != seal.sequence->home)
+      return absl::UnavailableError(
+          "a block that is to be coded lies below the memory that the engine reads");
+  return absl::OkStatus();
+}
+
+void Stepper::Abandon(CacheState& state, Step& step) {
+  step.reading_.reset();
+  for (Sealer::Seal& seal : step.seals_) Sealer::TakeBack(seal);
+  step.seals_.clear();
+  if (step.batch_.open()) writer_.Rollback(state, step.batch_);
+}
+
+absl::Status Stepper::AddItems(CacheState& state, const StepCall& call, Step& step) const {
+  step.items_.reserve(call.items.size());
+  absl::flat_hash_set<SequenceId> seen;
+  for (size_t i = 0; i < call.items.size(); i++) {
+    const auto where = [i] { return absl::StrCat("items[", i, "]"); };
+    if (!seen.insert(call.items[i].sequence).second)
+      return absl::InvalidArgumentError(
+          absl::StrCat(where(), ": sequence ", call.items[i].sequence, " is there twice"));
+    if (absl::Status added = AddItem(state, call.items[i], ContextOf(call), call.after, step); !added.ok())
+      return Annotate(added, where());
+    if (i == 0) step.batch_.writes.reserve(call.items.size() * step.model().groups.size());
+  }
+  step.written_.assign(step.model().layers.size(), false);
+  return absl::OkStatus();
+}
+
 absl::StatusOr<std::unique_ptr<Step>> Stepper::Begin(const StepCall& call) {
+  absl::StatusOr<std::unique_ptr<Step>> step = TryBegin(call);
+  if (!call.mapped || step.status().code() != absl::StatusCode::kUnavailable) return step;
+  // Some of it lies below: once more, when it has come up.
+  std::vector<SequenceId> sequences;
+  for (const StepItem& item : call.items) sequences.push_back(item.sequence);
+  KVTIDE_RETURN_IF_ERROR(mover_.Prefetch(sequences, ContextOf(call)).status());
+  step = TryBegin(call);
+  if (step.status().code() == absl::StatusCode::kUnavailable)
+    return absl::ResourceExhaustedError(step.status().message());
+  return step;
+}
+
+absl::StatusOr<std::unique_ptr<Step>> Stepper::TryBegin(const StepCall& call) {
   if (call.items.empty()) return absl::InvalidArgumentError("a step without items");
   if (call.items.size() > core_.options().max_batch_items) {
     return absl::InvalidArgumentError(absl::StrCat("a step of ", call.items.size(), " items, at most ",
@@ -110,31 +193,79 @@ absl::StatusOr<std::unique_ptr<Step>> Stepper::Begin(const StepCall& call) {
   KVTIDE_RETURN_IF_ERROR(ContextOf(call).Check(core_.options().clock(), "the step (nothing has begun)"));
   std::unique_ptr<Step> step(new Step(this));
   CacheLock lock(core_);
-  step->items_.reserve(call.items.size());
-  for (size_t i = 0; i < call.items.size(); i++) {
-    if (absl::Status added = AddItem(*lock, call.items[i], ContextOf(call), *step); !added.ok())
-      return Annotate(added, absl::StrCat("items[", i, "]"));
+  if (call.after != nullptr) {
+    if (!call.after->batch_.open())
+      return absl::AbortedError("the step that this one is to follow was rolled back with the one before it");
+    if (call.after->batch_.followed())
+      return absl::InvalidArgumentError(
+          "another step follows that one already; steps follow each other in a row");
+    step->batch_.Follow(call.after->batch_);
   }
-  // A sequence that is there twice is refused as its own writer.
+  KVTIDE_RETURN_IF_ERROR(AddItems(*lock, call, *step));
   KVTIDE_RETURN_IF_ERROR(writer_.Begin(lock, step->batch_));
   // The mutex was free while room was made: what is read is looked at now.
+  step->mapped_ = call.mapped;
+  step->batch_.settles = !call.mapped;
   absl::Status status = BringIn(lock, *step);
+  if (call.mapped && status.ok()) step->seals_ = sealer_.Start(lock, step->batch_.sequences, call.most_seals);
   if (status.ok()) status = TakeTables(*lock, *step);
+  if (call.mapped && status.ok()) status = CheckHome(*step);
   if (!status.ok()) {
-    step->reading_.reset();
-    writer_.Rollback(*lock, step->batch_);
+    Abandon(*lock, *step);
     return status;
   }
   step->open_ = true;
   return step;
 }
 
+absl::Status Stepper::AttendLayer(Step& step, const AttendCall& call) {
+  KVTIDE_CHECK(step.open_, "a step ends once");
+  if (call.items.size() != step.size()) {
+    return absl::InvalidArgumentError(absl::StrCat(call.items.size(), " items, the step has ", step.size(),
+                                                   "; a layer has rows for all of them"));
+  }
+  for (size_t i = 0; i < step.size(); i++) {
+    const AttendRequest& item = call.items[i];
+    const int64_t tokens = step.end(i) - step.start(i);
+    if (item.sequence == step.sequence(i) && item.start_position == step.start(i) &&
+        item.new_tokens == tokens)
+      continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("items[", i, "] has ", item.new_tokens, " tokens of sequence ", item.sequence, " from ",
+                     item.start_position, " on, the step has ", tokens, " of sequence ", step.sequence(i),
+                     " from ", step.start(i), " on"));
+  }
+  KVTIDE_RETURN_IF_ERROR(reader_.CheckCall(call, step.model(), true));
+  WriteBatch layer;
+  CacheLock lock(core_);
+  if (!step.batch_.open()) return Lost();
+  writer_.TakeLayer(*lock, step.batch_, call.layer, call.items, layer);
+  KVTIDE_RETURN_IF_ERROR(reader_.Attend(lock, call, step.batch_.sequences, &layer));
+  step.written_[static_cast<size_t>(call.layer)] = true;
+  return absl::OkStatus();
+}
+
 absl::Status Stepper::Commit(Step& step) {
   KVTIDE_CHECK(step.open_, "a step ends once");
   step.open_ = false;
   CacheLock lock(core_);
+  const bool lost = !step.batch_.open();
+  if (lost || step.batch_.waits()) {
+    Abandon(*lock, step);
+    if (lost) return Lost();
+    return absl::FailedPreconditionError("the step that this one follows is still open; end that one first");
+  }
   step.reading_.reset();
-  KVTIDE_RETURN_IF_ERROR(writer_.Commit(*lock, step.batch_));
+  const absl::Status committed = writer_.Commit(*lock, step.batch_);
+  for (Sealer::Seal& seal : step.seals_) {
+    if (committed.ok()) {
+      sealer_.Publish(*lock, seal);
+    } else {
+      Sealer::TakeBack(seal);
+    }
+  }
+  step.seals_.clear();
+  KVTIDE_RETURN_IF_ERROR(committed);
   return writer_.Finish(lock, step.batch_);
 }
 
@@ -142,8 +273,7 @@ void Stepper::Rollback(Step& step) {
   KVTIDE_CHECK(step.open_, "a step ends once");
   step.open_ = false;
   CacheLock lock(core_);
-  step.reading_.reset();
-  writer_.Rollback(*lock, step.batch_);
+  Abandon(*lock, step);
 }
 
 }  // namespace kvtide

@@ -19,7 +19,9 @@
 #include "daemon/cache/cache_core.h"
 #include "daemon/cache/call_context.h"
 #include "daemon/cache/mover.h"
+#include "daemon/cache/reader.h"
 #include "daemon/cache/reading.h"
+#include "daemon/cache/sealer.h"
 #include "daemon/cache/writer.h"
 
 namespace kvtide {
@@ -29,13 +31,33 @@ struct StepItem {
   int64_t new_tokens = 0;  // at least 1
 };
 
+class Step;
+
 // A batch of sequences of one model, each once.
 struct StepCall {
   std::span<const StepItem> items;
   const CallContext* context = nullptr;  // who calls; null = this process, for as long as it takes
+  // An open step that this one follows: the engine works on that one still. Sequences that are in both go on
+  // where that one ends. It ends first; when it is rolled back, so is this one.
+  Step* after = nullptr;
+  // The engine has mapped the memory of the first tier: all blocks have to lie there, and it codes those of
+  // Step::Seals.
+  bool mapped = false;
+  size_t most_seals = 0;  // of a mapped step
 };
 
 class Stepper;
+
+// A block that the engine codes in a step: as Backend::Recode from f16/f16 does. The step's tables show the
+// exact block still.
+struct StepSeal {
+  size_t item = 0;
+  int group = 0;
+  int64_t block = 0;  // number
+  const std::byte* source = nullptr;
+  std::byte* target = nullptr;
+  const BlockLayout* layout = nullptr;  // of the target
+};
 
 // A step on its way. Used by one thread at a time. One that is destroyed before its end is rolled back.
 class Step {
@@ -45,6 +67,8 @@ class Step {
   Step& operator=(const Step&) = delete;
 
   size_t size() const { return items_.size(); }
+  SequenceId sequence(size_t item) const { return batch_.sequences[item]->id; }
+  const ModelSpec& model() const { return batch_.sequences.front()->model->spec; }
   // The first new token of an item; all layers of its sequence have as many before it.
   int64_t start(size_t item) const { return items_[item].start; }
   int64_t end(size_t item) const { return items_[item].end; }
@@ -55,12 +79,24 @@ class Step {
   // Names what Runs shows: while it stays the same from step to step, so do the runs, and an engine keeps its
   // copy of the table.
   uint64_t Serial(size_t item, int group) const;
+  bool mapped() const { return mapped_; }
+  // The tier of the sequence's device.
+  int home(size_t item) const { return batch_.sequences[item]->home; }
+  // Of a mapped step; they count when it ends.
+  std::vector<StepSeal> Seals() const;
+  // What the coded blocks of an item in a group are coded with, and those of its seals; null = nothing.
+  const Profile* ProfileOf(size_t item, int group) const {
+    return items_[item].profiles[static_cast<size_t>(group)].get();
+  }
+  // The first layer that AttendStepLayer has not written; -1: it has written all of them.
+  int FirstLayerLeft() const;
 
  private:
   friend class Stepper;
   struct Item {
     int64_t start = 0, end = 0;
-    std::vector<const TableSnapshot*> tables;  // by layer group
+    std::vector<const TableSnapshot*> tables;              // by layer group
+    std::vector<std::shared_ptr<const Profile>> profiles;  // likewise
   };
   explicit Step(Stepper* stepper) : stepper_(stepper) {}
 
@@ -68,33 +104,50 @@ class Step {
   WriteBatch batch_;
   std::optional<Reading> reading_;
   std::vector<Item> items_;
+  std::vector<bool> written_;  // layers, by AttendLayer
+  std::vector<Sealer::Seal> seals_;
   bool open_ = false;
+  bool mapped_ = false;
 };
 
 class Stepper {
  public:
-  Stepper(CacheCore& core, Mover& mover, Writer& writer) : core_(core), mover_(mover), writer_(writer) {}
+  Stepper(CacheCore& core, Mover& mover, Sealer& sealer, Writer& writer, Reader& reader)
+      : core_(core), mover_(mover), sealer_(sealer), writer_(writer), reader_(reader) {}
 
   // InvalidArgument for no items, no tokens, a sequence that is there twice, codes at once or is of another
-  // model; FailedPrecondition where layers have different lengths; else as for an append. Nothing has changed
-  // if it fails.
+  // model, and for a step that another one follows already; FailedPrecondition where layers have different
+  // lengths; else as for an append. Nothing has changed if it fails.
   absl::StatusOr<std::unique_ptr<Step>> Begin(const StepCall& call);
+  // For engines that cannot reach the blocks: writes the rows of one layer and attends, as AppendAttend does.
+  // The items are those of the step, in its order, with all new tokens of each. May be repeated. An error
+  // leaves the step open.
+  absl::Status AttendLayer(Step& step, const AttendCall& call);
   // The engine has written all rows of all layers: the new tokens count, and what follows an append
-  // (profiles, windows, seals) is done. Aborted if a sequence was closed before that: then nothing of the
-  // step counts.
+  // (profiles, windows, seals) is done. Aborted if a sequence was closed before that, or the step that it
+  // follows was rolled back; FailedPrecondition if that one is still open: then nothing of the step counts.
   absl::Status Commit(Step& step);
   // Nothing of the step counts.
   void Rollback(Step& step);
 
  private:
-  absl::Status AddItem(CacheState& state, const StepItem& item, const CallContext& context, Step& step) const;
+  absl::Status AddItem(CacheState& state, const StepItem& item, const CallContext& context, const Step* after,
+                       Step& step) const;
+  absl::Status AddItems(CacheState& state, const StepCall& call, Step& step) const;
   // What lies where nobody can read it comes to where the engine can.
   absl::Status BringIn(CacheLock& lock, const Step& step);
   absl::Status TakeTables(CacheState& state, Step& step) const;
+  // Whether all that the tables show lies in the sequences' first tier.
+  absl::Status CheckHome(const Step& step) const;
+  absl::StatusOr<std::unique_ptr<Step>> TryBegin(const StepCall& call);
+  // Takes everything back.
+  void Abandon(CacheState& state, Step& step);
 
   CacheCore& core_;
   Mover& mover_;
+  Sealer& sealer_;
   Writer& writer_;
+  Reader& reader_;
 };
 
 }  // namespace kvtide

@@ -15,6 +15,8 @@ namespace kvtide {
 WriteBatch::~WriteBatch() {
   KVTIDE_CHECK(phase_ == Phase::kNew || phase_ == Phase::kEnded,
                "an append was begun and neither finished nor rolled back");
+  // One that was never begun.
+  if (previous_ != nullptr) previous_->next_ = nullptr;
 }
 
 uint64_t HashRows(const LayerWrite& write) {
@@ -35,12 +37,41 @@ LayerWrite& WriteBatch::AddWrite(int model_layer, int64_t start, int64_t tokens)
   const LayerSpec& layer = sequence.model->spec.layers[static_cast<size_t>(model_layer)];
   LayerWrite& write = writes.emplace_back();
   write.sequence = &sequence;
+  write.follows = follows_.back();
   write.group = layer.group;
   write.layer = layer.layer_in_group;
   write.model_layer = model_layer;
   write.start = start;
   write.tokens = tokens;
   return write;
+}
+
+LayerWrite& WriteBatch::AddGroup(int group, int64_t start, int64_t tokens) {
+  LayerWrite& write = writes.emplace_back();
+  write.sequence = sequences.back().get();
+  write.follows = follows_.back();
+  write.whole_group = true;
+  write.group = group;
+  write.start = start;
+  write.tokens = tokens;
+  return write;
+}
+
+void WriteBatch::Follow(WriteBatch& previous) {
+  KVTIDE_CHECK(phase_ == Phase::kNew && previous.open() && previous.next_ == nullptr);
+  previous_ = &previous;
+  previous.next_ = this;
+}
+
+bool WriteBatch::Writes(const Sequence& sequence) const {
+  return std::any_of(sequences.begin(), sequences.end(),
+                     [&](const SequencePtr& one) { return one.get() == &sequence; });
+}
+
+bool WriteBatch::Follows(const Sequence& sequence) const {
+  for (size_t i = 0; i < sequences.size(); i++)
+    if (sequences[i].get() == &sequence) return follows_[i];
+  return false;
 }
 
 int64_t WriteBatch::EndOf(const Sequence& sequence) const {

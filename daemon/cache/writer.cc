@@ -109,17 +109,17 @@ bool Writer::IsPlain(const Sequence& sequence, const LayerSpec& layer, int64_t s
 absl::Status Writer::Begin(CacheLock& lock, WriteBatch& batch) {
   KVTIDE_CHECK(batch.phase_ == WriteBatch::Phase::kNew);
   batch.writers_.reserve(batch.sequences.size());
-  batch.old_tokens_.reserve(batch.sequences.size());
   batch.blocks_.reserve(batch.writes.size());
   batch.pieces_.resize(core_.tiers());
-  for (const SequencePtr& sequence : batch.sequences) {
+  for (size_t i = 0; i < batch.sequences.size(); i++) {
+    const SequencePtr& sequence = batch.sequences[i];
+    if (batch.follows_[i]) continue;
     absl::StatusOr<WriterGuard> writer = WriterGuard::Begin(lock->sequences, sequence, &batch);
     if (!writer.ok()) {
       batch.writers_.clear();
       return writer.status();
     }
     batch.writers_.push_back(*std::move(writer));
-    batch.old_tokens_.push_back(sequence->MinTokens());
   }
   batch.phase_ = WriteBatch::Phase::kBegun;
   for (LayerWrite& write : batch.writes) {
@@ -137,7 +137,7 @@ absl::Status Writer::BeginLayer(CacheLock& lock, WriteBatch& batch, LayerWrite& 
   GroupTable& table = sequence.groups[static_cast<size_t>(write.group)];
   const LayerProgress& layer = table.layer(write.layer);
   const auto where = [&] { return absl::StrCat("sequence ", sequence.id, ", layer ", write.model_layer); };
-  if (write.start == layer.last_start && write.tokens == layer.tokens - layer.last_start) {
+  if (!write.follows && write.start == layer.last_start && write.tokens == layer.tokens - layer.last_start) {
     {
       const Unlocked unlocked(lock);  // this call is the writer: the layer stays as it is
       write.hash = HashRows(write);
@@ -149,7 +149,7 @@ absl::Status Writer::BeginLayer(CacheLock& lock, WriteBatch& batch, LayerWrite& 
     write.repeated = true;
     return absl::OkStatus();
   }
-  if (write.start != layer.tokens)
+  if (!write.follows && write.start != layer.tokens)
     return absl::OutOfRangeError(absl::StrCat(where(), ": start position ", write.start,
                                               " is not the layer's length ", layer.tokens,
                                               "; append there, or truncate first"));
@@ -165,8 +165,24 @@ absl::Status Writer::BeginLayer(CacheLock& lock, WriteBatch& batch, LayerWrite& 
   for (int64_t index = first; index <= std::min(last, old_end - 1); index++)
     if (const absl::Status status = MakeWritable(lock, batch, sequence, write.group, index); !status.ok())
       return Annotate(status, where());
-  for (int64_t index = first; index <= last; index++) AddPiece(batch, write, index);
+  for (int64_t index = first; index <= last && !write.whole_group; index++) AddPiece(batch, write, index);
   return absl::OkStatus();
+}
+
+void Writer::TakeLayer(CacheState&, const WriteBatch& batch, int model_layer,
+                       std::span<const AttendRequest> items, WriteBatch& layer) const {
+  KVTIDE_CHECK(batch.open() && items.size() == batch.sequences.size());
+  layer.sequences.reserve(items.size());
+  layer.writes.reserve(items.size());
+  layer.pieces_.resize(core_.tiers());
+  for (size_t i = 0; i < items.size(); i++) {
+    layer.AddSequence(batch.sequences[i]);
+    LayerWrite& write = layer.AddWrite(model_layer, items[i].start_position, items[i].new_tokens);
+    write.k = items[i].k;
+    write.v = items[i].v;
+    for (int64_t index = write.start / kBlockTokens; index <= (write.end() - 1) / kBlockTokens; index++)
+      AddPiece(layer, write, index);
+  }
 }
 
 // What is to be written into one block.
@@ -234,7 +250,11 @@ absl::Status Writer::MakeWritable(CacheLock& lock, WriteBatch& batch, Sequence& 
   const auto staged = table.staging.find(index);
   Block* const both[2] = {table.at(index), staged != table.staging.end() ? staged->second : nullptr};
   const std::span<Block* const> entries(both, both[1] != nullptr ? 2 : 1);
-  if (entries[0]->writing) return absl::OkStatus();  // by an earlier layer of this batch
+  if (entries[0]->writing) {  // by an earlier layer of this batch, or by the one that it follows
+    if (batch.previous_ != nullptr && (batch.inherited_.empty() || batch.inherited_.back() != entries[0]))
+      batch.inherited_.push_back(entries[0]);
+    return absl::OkStatus();
+  }
   for (size_t still = 0; still < entries.size(); still++) {
     if (mover_.IsFar(*entries[still])) {
       KVTIDE_RETURN_IF_ERROR(mover_.BringIn(lock, entries[still]));
@@ -377,7 +397,7 @@ void Writer::PublishProfiles(WriteBatch& batch) {
 }
 
 absl::Status Writer::Commit(CacheState& state, WriteBatch& batch) {
-  KVTIDE_CHECK(batch.phase_ == WriteBatch::Phase::kBegun);
+  KVTIDE_CHECK(batch.phase_ == WriteBatch::Phase::kBegun && batch.previous_ == nullptr);
   for (const SequencePtr& sequence : batch.sequences) {
     if (!sequence->closed) continue;
     const SequenceId id = sequence->id;
@@ -385,11 +405,17 @@ absl::Status Writer::Commit(CacheState& state, WriteBatch& batch) {
     return absl::AbortedError(absl::StrCat("sequence ", id, " was closed during the append"));
   }
   batch.phase_ = WriteBatch::Phase::kCommitted;
+  for (const SequencePtr& sequence : batch.sequences) batch.old_tokens_.push_back(sequence->MinTokens());
   const absl::Time now = core_.options().clock();
   for (LayerWrite& write : batch.writes) {
     if (write.repeated) continue;
     GroupTable& table = write.sequence->groups[static_cast<size_t>(write.group)];
-    table.SetLayer(write.layer, {write.start + write.tokens, write.start, write.hash});
+    const LayerProgress progress{write.start + write.tokens, write.start, write.hash};
+    if (write.whole_group) {
+      table.SetAllLayers(progress);
+    } else {
+      table.SetLayer(write.layer, progress);
+    }
     state.sequences.NotEmptyAnyMore(*write.sequence);
     if (write.start == 0) table.profiled[static_cast<size_t>(write.layer)] = true;
   }
@@ -405,9 +431,11 @@ absl::Status Writer::Commit(CacheState& state, WriteBatch& batch) {
 
 void Writer::Rollback(CacheState& state, WriteBatch& batch) {
   KVTIDE_CHECK(batch.phase_ == WriteBatch::Phase::kBegun);
+  if (batch.next_ != nullptr) Rollback(state, *batch.next_);
   BlockStore& store = state.store;
   // Readers may be at rows that the next append overwrites.
   for (const WritingBlock& block : batch.blocks_) block->copy_before_write = true;
+  for (Block* const block : batch.inherited_) block->copy_before_write = true;
   for (const SequencePtr& sequence : batch.sequences)
     for (GroupTable& table : sequence->groups)
       for (const auto& [changed, end] : batch.table_ends_) {
@@ -422,20 +450,44 @@ void Writer::Rollback(CacheState& state, WriteBatch& batch) {
         }
       }
   for (const SequencePtr& sequence : batch.sequences) state.sequences.CountHeld(*sequence);
+  if (batch.previous_ != nullptr) std::exchange(batch.previous_, nullptr)->next_ = nullptr;
+  ReleaseBlocks(batch);
+  ReleaseSequences(batch);
+  state.changed.NotifyAll();
+}
+
+void Writer::ReleaseBlocks(WriteBatch& batch) {
+  for (WriteBatch* next = batch.next_; next != nullptr; next = next->next_) {
+    std::sort(next->inherited_.begin(), next->inherited_.end());
+    for (WritingBlock& block : batch.blocks_)
+      if (block && std::binary_search(next->inherited_.begin(), next->inherited_.end(), block.get()))
+        next->blocks_.push_back(std::move(block));
+  }
   batch.blocks_.clear();
+  batch.inherited_.clear();
+}
+
+void Writer::ReleaseSequences(WriteBatch& batch) {
+  for (WriterGuard& writer : batch.writers_) {
+    WriteBatch* next = batch.next_;
+    while (next != nullptr && !next->Follows(writer.sequence())) next = next->next_;
+    if (next == nullptr) continue;
+    writer.sequence().writer = next;
+    next->writers_.push_back(std::move(writer));
+  }
+  if (batch.next_ != nullptr) std::exchange(batch.next_, nullptr)->previous_ = nullptr;
   batch.writers_.clear();
   batch.phase_ = WriteBatch::Phase::kEnded;
-  state.changed.NotifyAll();
 }
 
 absl::Status Writer::Finish(CacheLock& lock, WriteBatch& batch) {
   KVTIDE_CHECK(batch.phase_ == WriteBatch::Phase::kCommitted);
-  batch.blocks_.clear();
+  ReleaseBlocks(batch);
   lock->changed.NotifyAll();
   for (size_t i = 0; i < batch.sequences.size(); i++)
     lock->counters.appended_tokens +=
         static_cast<uint64_t>(batch.sequences[i]->MinTokens() - batch.old_tokens_[i]);
-  sealer_.Settle(lock, batch.sequences, batch.context);
+  if (batch.settles) sealer_.Settle(lock, batch.sequences, batch.context);
   // The tokens were published: who is closed after that takes nothing from the others.
   bool left = false;
   for (const SequencePtr& sequence : batch.sequences) {
@@ -445,8 +497,7 @@ absl::Status Writer::Finish(CacheLock& lock, WriteBatch& batch) {
   absl::Status status;
   if (!left)
     status = absl::AbortedError(absl::StrCat("sequence ", batch.sequences.front()->id, " was closed"));
-  batch.writers_.clear();
-  batch.phase_ = WriteBatch::Phase::kEnded;
+  ReleaseSequences(batch);
   lock->changed.NotifyAll();
   return status;
 }

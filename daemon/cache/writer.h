@@ -25,6 +25,10 @@ class Writer {
 
   // Reserves everything; nothing has changed if it fails.
   absl::Status Begin(CacheLock& lock, WriteBatch& batch);
+  // What backends write in one layer of a batch that is open: rows of `items`, one for each of its sequences,
+  // at the places that it has reserved. `layer` is a new batch, which is never begun.
+  void TakeLayer(CacheState& state, const WriteBatch& batch, int model_layer,
+                 std::span<const AttendRequest> items, WriteBatch& layer) const;
   // Writes the rows, without the mutex; with seal_at_once codes them, too.
   absl::Status WriteBytes(WriteBatch& batch);
   // Shows the profiles that coding has made.
@@ -32,7 +36,7 @@ class Writer {
   // Publishes profiles and the new lengths; the writes have their hashes. A failure has rolled the batch
   // back.
   absl::Status Commit(CacheState& state, WriteBatch& batch);
-  // Takes back what the batch has reserved.
+  // Takes back what the batch has reserved, after what follows it.
   void Rollback(CacheState& state, WriteBatch& batch);
   // Ends the batch; what follows an append (sealer.h) is done here.
   absl::Status Finish(CacheLock& lock, WriteBatch& batch);
@@ -47,6 +51,9 @@ class Writer {
   absl::Status MakeWritable(CacheLock& lock, WriteBatch& batch, Sequence& sequence, int group, int64_t index);
   absl::Status CopyBeforeWrite(CacheLock& lock, WriteBatch& batch, Sequence& sequence, int group,
                                int64_t index, std::span<Block* const> entries);
+  // The batch lets go of its blocks, then of its sequences, or hands them to what follows it.
+  static void ReleaseBlocks(WriteBatch& batch);
+  static void ReleaseSequences(WriteBatch& batch);
   absl::Status CodeAtOnce(WriteBatch& batch, LayerWrite& write);
 
   CacheCore& core_;

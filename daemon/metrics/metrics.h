@@ -43,7 +43,7 @@ constexpr const char* kMethods[] = {
     "EvictSequences",   "PrefetchSequences", "ListSequences",    "GetStats",        "Plan",
     "Session",          "ReadTokens",        "PersistSequences", "OpenNamespace",   "StoreBlocks",
     "LookupBlocks",     "LoadBlocks",        "ReleaseLease",     "DeleteNamespace", "PersistNamespace",
-    "ListNamespaces",
+    "ListNamespaces",   "BeginStep",         "EndStep",          "GetStepProfile",
 };
 
 class Metrics {

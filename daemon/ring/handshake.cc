@@ -73,7 +73,7 @@ void SetText(const absl::Status& status, Welcome* welcome) {
 
 absl::Status Send(int socket, std::span<const std::byte> bytes, std::span<const int> fds) {
   iovec data{const_cast<std::byte*>(bytes.data()), bytes.size()};
-  alignas(cmsghdr) char control[CMSG_SPACE(4 * sizeof(int))] = {};
+  alignas(cmsghdr) char control[CMSG_SPACE(kMostSlabs * sizeof(int))] = {};
   msghdr message{};
   message.msg_iov = &data;
   message.msg_iovlen = 1;
@@ -96,8 +96,9 @@ absl::Status Send(int socket, std::span<const std::byte> bytes, std::span<const 
                                              sent < 0 ? std::strerror(errno) : "sent in part"));
 }
 
-absl::Status Receive(int socket, std::span<std::byte> bytes, absl::Time deadline, int* fd) {
-  *fd = -1;
+absl::Status Receive(int socket, std::span<std::byte> bytes, absl::Time deadline, std::span<int> fds) {
+  std::fill(fds.begin(), fds.end(), -1);
+  size_t came = 0;
   size_t received = 0;
   while (received < bytes.size()) {
     const absl::Duration left = deadline - absl::Now();
@@ -106,7 +107,7 @@ absl::Status Receive(int socket, std::span<std::byte> bytes, absl::Time deadline
     pollfd wait{socket, POLLIN, 0};
     ::poll(&wait, 1, static_cast<int>(std::min<int64_t>(absl::ToInt64Milliseconds(left) + 1, 60'000)));
     iovec data{bytes.data() + received, bytes.size() - received};
-    alignas(cmsghdr) char control[CMSG_SPACE(4 * sizeof(int))] = {};
+    alignas(cmsghdr) char control[CMSG_SPACE(kMostSlabs * sizeof(int))] = {};
     msghdr message{};
     message.msg_iov = &data;
     message.msg_iovlen = 1;
@@ -122,8 +123,8 @@ absl::Status Receive(int socket, std::span<std::byte> bytes, absl::Time deadline
       for (size_t i = 0; i < count_of_fds; i++) {
         int one = -1;
         std::memcpy(&one, CMSG_DATA(head) + i * sizeof(int), sizeof(int));
-        if (*fd < 0) {
-          *fd = one;
+        if (came < fds.size()) {
+          fds[came++] = one;
         } else {
           ::close(one);
         }

@@ -4,6 +4,7 @@
 // lives: its end is how either side learns that the other has gone.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -16,14 +17,14 @@
 namespace kvtide::ring {
 
 // Raised with every change of Hello, Welcome, RingHead, ArenaLayout or what messages mean.
-constexpr uint32_t kProtocolVersion = 1;
+constexpr uint32_t kProtocolVersion = 2;
 constexpr char kMagic[8] = {'K', 'V', 'T', 'R', 'I', 'N', 'G', '\0'};
 constexpr char kSocketSuffix[] = ".ring";
 
 struct Hello {
   char magic[8] = {'K', 'V', 'T', 'R', 'I', 'N', 'G', '\0'};
   uint32_t version = kProtocolVersion;
-  uint32_t unused = 0;
+  uint32_t wants_pool = 0;  // 1: PoolSlabs follow the Welcome
   // Of the daemon that the client was connected to before; 0 = any. Another one has none of its sequences.
   uint64_t generation = 0;
   // LayoutFingerprint() of clients that want to read blocks themselves; 0 = does not matter.
@@ -40,6 +41,27 @@ struct Welcome {
   char text[512] = {};
 };
 
+// The memory of the first tier, for a client that maps it; the descriptors of files among the slabs come with
+// it, in their order (SCM_RIGHTS).
+constexpr uint32_t kMostSlabs = 16;
+struct PoolSlabs {
+  struct Slab {
+    char tier[32] = {};    // as TierInfo names it,
+    char device[64] = {};  // and its device
+    char owner[48] = {};   // SlabHandle::device
+    uint32_t kind = 0;     // SlabHandle::Kind
+    uint32_t unused = 0;
+    uint64_t bytes = 0;
+    std::byte ipc[64] = {};
+  };
+  uint32_t count = 0;
+  uint32_t unused = 0;
+  Slab slabs[kMostSlabs];
+};
+// What a client that maps the pool says before it closes the connection, when no work of its own is under way
+// any more. From one that closes without it, the daemon waits until its process has ended.
+constexpr char kGoodbye = 'B';
+
 // Of what blocks look like in this build: names, versions and layouts of all cache types.
 uint64_t LayoutFingerprint();
 
@@ -51,9 +73,12 @@ void SetText(const absl::Status& status, Welcome* welcome);
 
 // Sends all bytes, with descriptors beside the first of them; to be used on fresh sockets only.
 absl::Status Send(int socket, std::span<const std::byte> bytes, std::span<const int> fds);
-// Receives exactly so many bytes by the deadline, and at most one descriptor (-1 = none came), which is the
-// caller's.
-absl::Status Receive(int socket, std::span<std::byte> bytes, absl::Time deadline, int* fd);
+// Receives exactly so many bytes by the deadline, and at most fds.size() descriptors (-1 = none came), which
+// are the caller's.
+absl::Status Receive(int socket, std::span<std::byte> bytes, absl::Time deadline, std::span<int> fds);
+inline absl::Status Receive(int socket, std::span<std::byte> bytes, absl::Time deadline, int* fd) {
+  return Receive(socket, bytes, deadline, {fd, 1});
+}
 // Whether the other end has closed or died; does not wait.
 bool HungUp(int socket);
 

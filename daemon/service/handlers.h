@@ -18,6 +18,7 @@
 #include "kvtide/v1/plan.pb.h"
 #include "kvtide/v1/sequence.pb.h"
 #include "kvtide/v1/server.pb.h"
+#include "kvtide/v1/steps.pb.h"
 
 namespace kvtide::service {
 
@@ -44,6 +45,9 @@ class Handlers {
   absl::Status PersistSequences(const v1::PersistSequencesRequest&, v1::PersistSequencesResponse*,
                                 const Call&);
   absl::Status ListSequences(const v1::ListSequencesRequest&, v1::ListSequencesResponse*, const Call&);
+  absl::Status BeginStep(const v1::BeginStepRequest&, v1::BeginStepResponse*, const Call&);
+  absl::Status EndStep(const v1::EndStepRequest&, v1::EndStepResponse*, const Call&);
+  absl::Status GetStepProfile(const v1::GetStepProfileRequest&, v1::GetStepProfileResponse*, const Call&);
   // The block store.
   absl::Status OpenNamespace(const v1::OpenNamespaceRequest&, v1::OpenNamespaceResponse*, const Call&);
   absl::Status StoreBlocks(const v1::StoreBlocksRequest&, v1::StoreBlocksResponse*, const Call&);

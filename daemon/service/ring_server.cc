@@ -3,6 +3,7 @@
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -29,6 +30,16 @@ constexpr size_t kMostGuests = 64;
 // A sleep that nobody ends: only a lost wake-up could need it.
 constexpr absl::Duration kLongestSleep = absl::Milliseconds(500);
 constexpr uint64_t kPage = 4096;
+// How long a process that maps the pool may take to end once its connection has.
+constexpr absl::Duration kLongestDeath = absl::Seconds(10);
+
+// A descriptor of the process at the other end; -1 where the kernel gives none.
+int ProcessOf(int socket) {
+  ucred peer{};
+  socklen_t size = sizeof(peer);
+  if (::getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &peer, &size) != 0 || peer.pid <= 0) return -1;
+  return static_cast<int>(::syscall(SYS_pidfd_open, peer.pid, 0));
+}
 
 size_t MostPollers() { return std::max<size_t>(1, std::thread::hardware_concurrency() / 2); }
 
@@ -44,15 +55,19 @@ struct RingServer::Guest {
 
 class RingServer::Client {
  public:
-  Client(RingServer* server, int socket, ring::Arena arena, std::shared_ptr<Connection> connection)
+  // `process`: a pidfd of a client that maps the pool, taken; -1 = it does not, or cannot be watched.
+  Client(RingServer* server, int socket, ring::Arena arena, std::shared_ptr<Connection> connection,
+         bool maps_pool, int process)
       : server_(server),
         socket_(socket),
+        process_(process),
         arena_(std::move(arena)),
         requests_(arena_.request_head(), arena_.requests(), arena_.layout().request_bytes),
         answers_(arena_.answer_head(), arena_.answers(), arena_.layout().answer_bytes),
         session_(std::make_unique<RingSession>(server->service_, std::move(connection),
                                                TensorMemory(arena_.tensors(), arena_.layout().tensor_bytes),
-                                               static_cast<int64_t>(arena_.layout().answer_bytes) - 4096)) {
+                                               static_cast<int64_t>(arena_.layout().answer_bytes) - 4096,
+                                               maps_pool)) {
     thread_ = std::thread([this] { Run(); });
   }
   ~Client() {
@@ -63,12 +78,18 @@ class RingServer::Client {
     }
     thread_.join();
     ::close(socket_);
+    if (process_ >= 0) ::close(process_);
   }
 
   int socket() const { return socket_; }
   uint64_t bytes() const { return arena_.layout().total(); }
   bool closing() const { return closing_.load(std::memory_order_relaxed); }
   bool ended() const { return ended_.load(std::memory_order_acquire); }
+  // The daemon ends: nobody's work is waited for.
+  void Stop() {
+    stopping_.store(true);
+    Close();
+  }
   // The client has gone, or has to go. To be repeated until `ended`: a thread that is about to sleep misses
   // it.
   void Close() {
@@ -106,10 +127,22 @@ class RingServer::Client {
       const MutexLock lock(mutex_);
       session = std::move(session_);
     }
+    WaitForWork();
     // In this order: who sees the connection end finds the sequences closed.
     session.reset();
     ::shutdown(socket_, SHUT_RDWR);
     ended_.store(true, std::memory_order_release);
+  }
+
+  // A client that maps the pool may have work of its own under way that reads and writes blocks. One that
+  // says goodbye has none; of a process that has ended, the driver has ended all.
+  void WaitForWork() const {
+    char last = 0;
+    if (process_ < 0 || (::recv(socket_, &last, 1, MSG_DONTWAIT) == 1 && last == ring::kGoodbye)) return;
+    const absl::Time end = absl::Now() + kLongestDeath;
+    pollfd wait{process_, POLLIN, 0};
+    while (!stopping_.load() && absl::Now() < end && ::poll(&wait, 1, 20) == 0) {
+    }
   }
 
   // Looks at the ring for a while, if not too many do, and sleeps. Who sleeps does not count as looking: a
@@ -147,13 +180,13 @@ class RingServer::Client {
   }
 
   RingServer* const server_;
-  const int socket_;
+  const int socket_, process_;
   ring::Arena arena_;
   ring::RingReader requests_;
   ring::RingWriter answers_;
   Mutex mutex_;
   std::unique_ptr<RingSession> session_;  // gone when the thread ends; changed under the mutex
-  std::atomic<bool> closing_{false}, ended_{false};
+  std::atomic<bool> closing_{false}, ended_{false}, stopping_{false};
   std::thread thread_;
 };
 
@@ -174,7 +207,7 @@ void RingServer::Stop() {
   const uint64_t one = 1;
   KVTIDE_CHECK(::write(stop_, &one, sizeof(one)) == sizeof(one));
   watcher_.join();
-  for (const auto& client : clients_) client->Close();
+  for (const auto& client : clients_) client->Stop();
   clients_.clear();
   for (const Guest& guest : guests_) ::close(guest.socket);
   guests_.clear();
@@ -297,6 +330,10 @@ absl::Status RingServer::LetIn(Guest* guest) {
                      limits.client_bytes, " (--shared-memory-client), all of them ", limits.total_bytes,
                      " (--shared-memory), ", bytes_, " are taken; ask for a smaller one, or raise them"));
   }
+  ring::PoolSlabs slabs;
+  std::vector<int> slab_fds;
+  const bool maps_pool = guest->hello.wants_pool != 0;
+  if (maps_pool) KVTIDE_RETURN_IF_ERROR(SharePool(*identity, &slabs, &slab_fds));
   KVTIDE_ASSIGN_OR_RETURN(ring::Arena arena, ring::Arena::Make(layout));
   ring::Welcome welcome;
   welcome.generation = options_.generation;
@@ -306,14 +343,42 @@ absl::Status RingServer::LetIn(Guest* guest) {
   welcome.tensor_bytes = layout.tensor_bytes;
   const int fd = arena.fd();
   KVTIDE_RETURN_IF_ERROR(ring::Send(guest->socket, std::as_bytes(std::span(&welcome, 1)), {&fd, 1}));
+  if (maps_pool)
+    KVTIDE_RETURN_IF_ERROR(ring::Send(guest->socket, std::as_bytes(std::span(&slabs, 1)), slab_fds));
   auto connection = std::make_shared<Connection>();
   // Numbers of connections of gRPC are below.
   connection->number = (uint64_t{1} << 63) + (++last_client_ << 32);
   connection->name = NameOfPeer(guest->socket);
   connection->identity = identity;
   bytes_ += layout.total();
-  clients_.push_back(
-      std::make_unique<Client>(this, std::exchange(guest->socket, -1), std::move(arena), connection));
+  const int process = maps_pool ? ProcessOf(guest->socket) : -1;
+  clients_.push_back(std::make_unique<Client>(this, std::exchange(guest->socket, -1), std::move(arena),
+                                              connection, maps_pool, process));
+  return absl::OkStatus();
+}
+
+absl::Status RingServer::SharePool(const Identity& identity, ring::PoolSlabs* slabs,
+                                   std::vector<int>* fds) const {
+  if (!identity.admin)
+    return absl::PermissionDeniedError(
+        "the memory of the pool holds the blocks of all tenants: only an admin of this kvtided may map it "
+        "(--allow user:NAME=TENANT:admin); use shared memory");
+  const std::vector<TierOptions>& tiers = options_.cache->options().tiers;
+  const size_t homes = std::min<size_t>(static_cast<size_t>(CountHomes(tiers)), ring::kMostSlabs);
+  for (size_t t = 0; t < homes; t++) {
+    absl::StatusOr<SlabHandle> handle = options_.cache->SlabOf(static_cast<int>(t))->Share();
+    if (!handle.ok())
+      return Annotate(handle.status(), absl::StrCat("the tier ", tiers[t].name, " on ", tiers[t].Device(),
+                                                    " (on CPUs start kvtided with --share-pool)"));
+    ring::PoolSlabs::Slab& slab = slabs->slabs[slabs->count++];
+    tiers[t].name.copy(slab.tier, sizeof(slab.tier) - 1);
+    tiers[t].Device().copy(slab.device, sizeof(slab.device) - 1);
+    std::memcpy(slab.owner, handle->device.data(), sizeof(slab.owner));
+    slab.kind = static_cast<uint32_t>(handle->kind);
+    slab.bytes = handle->bytes;
+    std::memcpy(slab.ipc, handle->ipc.data(), sizeof(slab.ipc));
+    if (handle->kind == SlabHandle::Kind::kFile) fds->push_back(handle->fd);
+  }
   return absl::OkStatus();
 }
 

@@ -28,6 +28,7 @@ class RingServer {
     uint64_t generation = 0;   // of the pool: another one in every process
     SharedMemoryOptions limits;
     Access access;
+    const KvCache* cache = nullptr;  // whose first tier admins may map
     std::shared_ptr<ServiceGauges> gauges;
   };
   // Borrows the service.
@@ -49,6 +50,8 @@ class RingServer {
   // Takes what a guest says; false: it is to be forgotten, let in or not.
   bool Hear(Guest* guest);
   absl::Status LetIn(Guest* guest);
+  // The memory that a client may map, and the descriptors that go with it; borrowed.
+  absl::Status SharePool(const Identity& identity, ring::PoolSlabs* slabs, std::vector<int>* fds) const;
   // Clients whose threads have ended.
   void Sweep();
 

@@ -45,11 +45,12 @@ class RingSession::Turn final : public WorkerPool::Work {
 };
 
 RingSession::RingSession(KvCacheService* service, std::shared_ptr<Connection> connection,
-                         const TensorMemory& tensors, int64_t max_answer_bytes)
+                         const TensorMemory& tensors, int64_t max_answer_bytes, bool maps_pool)
     : service_(service),
       connection_(std::move(connection)),
       tensors_(tensors),
       max_answer_bytes_(max_answer_bytes),
+      maps_pool_(maps_pool),
       opened_(absl::Now()) {
   const MutexLock lock(service_->mutex_);
   service_->rings_.insert(this);
@@ -88,6 +89,8 @@ absl::Status RingSession::Run(const v1::SessionRequest& request, absl::Duration 
   call.context.cancellation = &cancellation_;
   call.memory = &hold;
   call.tensors = &tensors_;
+  call.steps = owned_.steps();
+  call.maps_pool = maps_pool_;
   call.max_answer_bytes = max_answer_bytes_;
   KVTIDE_RETURN_IF_ERROR(service_->BeginCall(call.context.tenant()));
   const absl::Cleanup count = [&] { service_->EndCall(call.context.tenant()); };

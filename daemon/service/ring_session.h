@@ -20,8 +20,9 @@ namespace kvtide::service {
 class RingSession {
  public:
   // Borrows the service. Tensors of messages may lie in `tensors`; answers have at most `max_answer_bytes`.
+  // `maps_pool`: the client writes and reads blocks itself.
   RingSession(KvCacheService* service, std::shared_ptr<Connection> connection, const TensorMemory& tensors,
-              int64_t max_answer_bytes);
+              int64_t max_answer_bytes, bool maps_pool);
   ~RingSession();
   RingSession(const RingSession&) = delete;
   RingSession& operator=(const RingSession&) = delete;
@@ -48,6 +49,7 @@ class RingSession {
   const std::shared_ptr<Connection> connection_;
   const TensorMemory tensors_;
   const int64_t max_answer_bytes_;
+  const bool maps_pool_;
   const absl::Time opened_;
   Cancellation cancellation_;
   std::atomic<bool> bulk_{false};

@@ -52,7 +52,9 @@ using Description =
            Api::WithGenericMethod_StoreBlocks, Api::WithGenericMethod_LookupBlocks,
            Api::WithGenericMethod_LoadBlocks, Api::WithGenericMethod_ReleaseLease,
            Api::WithGenericMethod_DeleteNamespace, Api::WithGenericMethod_PersistNamespace,
-           Api::WithGenericMethod_ListNamespaces, Api::WithGenericMethod_Session>::Type;
+           Api::WithGenericMethod_ListNamespaces, Api::WithGenericMethod_BeginStep,
+           Api::WithGenericMethod_EndStep, Api::WithGenericMethod_GetStepProfile,
+           Api::WithGenericMethod_Session>::Type;
 
 void SetLimits(const ServiceOptions& options, grpc::ServerBuilder* builder) {
   builder->SetMaxReceiveMessageSize(static_cast<int>(options.max_message_bytes));
@@ -157,6 +159,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
     rings.generation = uint64_t{random()} << 32 | random() | 1;
     rings.limits = options.shared_memory;
     rings.access = options.access;
+    rings.cache = cache;
     rings.gauges = options.gauges;
     server->rings_ = std::make_unique<RingServer>(server->service_.get(), std::move(rings));
   }

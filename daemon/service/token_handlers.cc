@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "daemon/service/handlers.h"
+#include "daemon/service/open_steps.h"
 #include "kernels/base/status.h"
 #include "proto/data_type.h"
 
@@ -142,6 +143,15 @@ class Handlers::Batch {
   int layer() const { return call_.layer; }
 
   // `run` is KvCache::Attend or AppendAttend.
+  absl::Status RunInStep(const std::vector<AttendRequest>& requests, uint64_t step) {
+    if (caller_.declined != nullptr) {
+      *caller_.declined = true;
+      return absl::AbortedError("declined");
+    }
+    KVTIDE_ASSIGN_OR_RETURN(const OpenSteps::Taken taken, OpenSteps::TakeFrom(caller_.steps, step));
+    call_.items = requests;
+    return handlers_->cache_->AttendStepLayer(*taken, call_);
+  }
   absl::Status Run(const std::vector<AttendRequest>& requests,
                    absl::Status (KvCache::*run)(const AttendCall&)) {
     call_.items = requests;
@@ -290,6 +300,7 @@ absl::Status Handlers::AppendAttend(const v1::AppendAttendRequest& request,
   for (int i = 0; i < request.items_size(); i++) {
     batch.AddAnswer(response->add_results(), &requests[static_cast<size_t>(i)]);
   }
+  if (request.step_id() != 0) return batch.RunInStep(requests, request.step_id());
   return batch.Run(requests, &KvCache::AppendAttend);
 }
 

@@ -121,6 +121,9 @@ constexpr Verb kVerbs[] = {
     KVTIDE_VERB(DeleteNamespace, kBulk, false),
     KVTIDE_VERB(PersistNamespace, kBulk, false),
     KVTIDE_VERB(ListNamespaces, kPrompt, false),
+    KVTIDE_VERB(BeginStep, kPrompt, false),
+    KVTIDE_VERB(EndStep, kPrompt, false),
+    KVTIDE_VERB(GetStepProfile, kPrompt, false),
 };
 #undef KVTIDE_VERB
 
@@ -190,6 +193,9 @@ absl::Status ServeMessage(Handlers* handlers, const v1::SessionRequest& request,
     KVTIDE_SESSION_VERB(DeleteNamespace, delete_namespace)
     KVTIDE_SESSION_VERB(PersistNamespace, persist_namespace)
     KVTIDE_SESSION_VERB(ListNamespaces, list_namespaces)
+    KVTIDE_SESSION_VERB(BeginStep, begin_step)
+    KVTIDE_SESSION_VERB(EndStep, end_step)
+    KVTIDE_SESSION_VERB(GetStepProfile, get_step_profile)
     case Case::CALL_NOT_SET:
       break;
   }
@@ -223,7 +229,9 @@ absl::Status ServeSessionRequest(Handlers* handlers, grpc::ByteBuffer* bytes, co
   auto* request = messages.New<v1::SessionRequest>();
   auto* answer = messages.New<v1::SessionResponse>();
   absl::Status status = Read(bytes, call, request);
-  if (status.ok()) status = ServeMessage(handlers, *request, call, answer, sequence);
+  Call of_session = call;
+  of_session.steps = owned->steps();
+  if (status.ok()) status = ServeMessage(handlers, *request, of_session, answer, sequence);
   if (!status.ok()) {
     WriteSessionError(request->request_id(), status, answer_bytes);
     return status;
@@ -237,12 +245,16 @@ absl::Status ServeSessionRequest(Handlers* handlers, grpc::ByteBuffer* bytes, co
 void SessionOwned::Note(const v1::SessionRequest& request, const v1::SessionResponse& answer) {
   if (answer.has_create_sequence()) sequences_.insert(answer.create_sequence().sequence_id());
   if (answer.has_fork_sequence()) sequences_.insert(answer.fork_sequence().sequence_id());
-  if (request.has_close_sequence()) sequences_.erase(request.close_sequence().sequence_id());
+  if (request.has_close_sequence()) {
+    sequences_.erase(request.close_sequence().sequence_id());
+    steps_.Forget(request.close_sequence().sequence_id());
+  }
   if (answer.lookup_blocks().lease_id() != 0) leases_.insert(answer.lookup_blocks().lease_id());
   if (request.has_release_lease()) leases_.erase(request.release_lease().lease_id());
 }
 
 void SessionOwned::Release(Handlers* handlers) {
+  steps_.RollBackAll();
   for (const SequenceId sequence : sequences_) handlers->Release(sequence);
   for (const LeaseId lease : leases_) handlers->EndLease(lease);
   sequences_.clear();

@@ -9,6 +9,7 @@
 #include "absl/strings/string_view.h"
 #include "daemon/service/call.h"
 #include "daemon/service/handlers.h"
+#include "daemon/service/open_steps.h"
 #include "grpcpp/support/byte_buffer.h"
 #include "kvtide/v1/kv_cache_service.pb.h"
 
@@ -40,16 +41,18 @@ const Verb* FindSessionVerb(const grpc::ByteBuffer& request);
 absl::Status ServeMessage(Handlers* handlers, const v1::SessionRequest& request, const Call& call,
                           v1::SessionResponse* answer, SequenceId* sequence);
 
-// What was made on a session and ends with it: sequences and leases.
+// What was made on a session and ends with it: sequences, leases and steps.
 class SessionOwned {
  public:
   // A call of the session went well.
   void Note(const v1::SessionRequest& request, const v1::SessionResponse& answer);
   void Release(Handlers* handlers);
+  OpenSteps* steps() { return &steps_; }
 
  private:
   absl::flat_hash_set<SequenceId> sequences_;
   absl::flat_hash_set<LeaseId> leases_;  // some may be over
+  OpenSteps steps_;
 };
 
 // Serves one request of a session, as Verb::serve. The answer carries what went wrong; the status says it

@@ -15,6 +15,7 @@
 #include "kernels/check_pieces.h"
 #include "kernels/cpu/attend.h"
 #include "kernels/cpu/copy_queue.h"
+#include "kernels/cpu/file_slab.h"
 
 namespace kvtide {
 namespace {
@@ -57,6 +58,7 @@ class CpuBackend : public Backend {
 
   absl::StatusOr<std::unique_ptr<Slab>> AllocateSlab(size_t bytes) override {
     if (bytes == 0) return absl::InvalidArgumentError("a slab of 0 bytes");
+    if (options_.shared_memory) return MakeFileSlab(bytes);
     const size_t mapped = bytes + kHugePage;
     void* mapping = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapping == MAP_FAILED)

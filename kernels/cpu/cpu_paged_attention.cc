@@ -38,14 +38,27 @@ class CpuPagedAttention : public PagedAttention {
         layers_(layers.begin(), layers.end()) {
     if (options_.coded_stride == 0) options_.coded_stride = coded_.block_bytes();
     if (options_.exact_stride == 0) options_.exact_stride = exact_.block_bytes();
-    profiles_.resize(layers.size());
-    for (size_t i = 0; i < layers.size(); i++) profiles_[i] = MakeProfile(layers[i]);
+    if (options_.pool) options_.coded_stride = options_.exact_stride = kPoolUnit;
+    profiles_.resize(layers.size() * Size(std::max(1, options.max_profiles)));
+    for (size_t i = 0; i < layers.size(); i++) profiles_[i] = MakeProfile(layers[i].k_mean, layers[i].k_gain);
+  }
+
+  absl::Status SetProfile(int index, const float* k_mean, const float* k_gain, void*) override {
+    KVTIDE_RETURN_IF_ERROR(CheckPagedProfile(index, options_));
+    const size_t values = Size(options_.shape.kv_heads) * Size(options_.shape.head_dim_k);
+    const auto of = [values](const float* all, size_t layer) {
+      return all == nullptr ? nullptr : all + layer * values;
+    };
+    for (size_t layer = 0; layer < layers_.size(); layer++)
+      profiles_[Size(index) * layers_.size() + layer] = MakeProfile(of(k_mean, layer), of(k_gain, layer));
+    return absl::OkStatus();
   }
 
   absl::Status Plan(const PagedStep& step, void*) override {
     KVTIDE_RETURN_IF_ERROR(CheckPagedStep(step, options_));
     step_ = step;
     planned_ = true;
+    FindPlaces();
     return absl::OkStatus();
   }
 
@@ -59,16 +72,15 @@ class CpuPagedAttention : public PagedAttention {
     append.v = StorableRows(v, int64_t{shape.kv_heads} * shape.head_dim_v, v_);
     pieces_.clear();
     for (int t = 0; t < step_.tokens; t++) {
-      const int32_t slot = step_.write_slots[t];
-      if (slot < 0) continue;
-      const int in_page = slot % kBlockTokens;
-      if (in_page != 0 && t > 0 && step_.write_slots[t - 1] == slot - 1) {
+      const auto [page, in_page] = places_[Size(t)];
+      if (page < 0) continue;
+      if (in_page != 0 && t > 0 && places_[Size(t) - 1] == Place{page, in_page - 1}) {
         pieces_.back().tokens++;
         continue;
       }
       AppendPiece& piece = pieces_.emplace_back();
       piece.layout = &exact_;
-      piece.block = ExactPageOf(layer, slot / kBlockTokens);
+      piece.block = ExactPageOf(layer, page);
       piece.first_token = in_page;
       piece.tokens = 1;
       piece.source_row = Size(t);
@@ -149,27 +161,57 @@ class CpuPagedAttention : public PagedAttention {
   }
 
  private:
+  struct Place {
+    int32_t page = -1, token = 0;  // no page: the row is not written
+    bool operator==(const Place&) const = default;
+  };
   // Rows of K or V on their way into f16.
   struct Rows {
     std::vector<std::byte> packed;
     std::vector<float> changed;
   };
 
-  std::unique_ptr<Profile> MakeProfile(const PagedLayer& layer) const {
-    if (layer.k_mean == nullptr && layer.k_gain == nullptr) return nullptr;
+  const Profile* ProfileOf(int layer, const int32_t* indices, int at) const {
+    const int index =
+        indices == nullptr ? 0 : std::clamp(indices[at], 0, std::max(0, options_.max_profiles - 1));
+    return profiles_[Size(index) * layers_.size() + Size(layer)].get();
+  }
+
+  std::unique_ptr<Profile> MakeProfile(const float* k_mean, const float* k_gain) const {
+    if (k_mean == nullptr && k_gain == nullptr) return nullptr;
     auto profile = std::make_unique<Profile>();
     profile->shape = options_.shape;
     const size_t dim = Size(options_.shape.head_dim_k);
     for (size_t head = 0; head < Size(options_.shape.kv_heads); head++) {
       HeadProfile& key = profile->k.emplace_back();
-      if (layer.k_mean != nullptr)
-        key.mean.assign(layer.k_mean + head * dim, layer.k_mean + (head + 1) * dim);
-      if (layer.k_gain != nullptr)
-        key.gain.assign(layer.k_gain + head * dim, layer.k_gain + (head + 1) * dim);
+      if (k_mean != nullptr) key.mean.assign(k_mean + head * dim, k_mean + (head + 1) * dim);
+      if (k_gain != nullptr) key.gain.assign(k_gain + head * dim, k_gain + (head + 1) * dim);
     }
     profile->v.resize(profile->k.size());
     profile->hash = HashProfile(*profile);
     return profile;
+  }
+
+  // Where rows of the step go.
+  void FindPlaces() {
+    places_.assign(Size(step_.tokens), {});
+    if (step_.write_slots != nullptr) {
+      for (size_t t = 0; t < places_.size(); t++) {
+        const int32_t slot = step_.write_slots[t];
+        if (slot >= 0) places_[t] = {slot / kBlockTokens, slot % kBlockTokens};
+      }
+      return;
+    }
+    for (int s = 0; s < step_.sequences; s++) {
+      const int first = step_.query_start[s], queries = step_.query_start[s + 1] - first;
+      for (int i = 0; i < queries && first + i < step_.tokens; i++) {
+        const int position = step_.lengths[s] - queries + i;
+        if (position < 0) continue;
+        const int block = position / kBlockTokens;
+        const int at = block < step_.coded_first[s] ? block : block - step_.coded_count[s];
+        places_[Size(first + i)] = {step_.exact_table[s * step_.exact_row + at], position % kBlockTokens};
+      }
+    }
   }
 
   absl::Status CheckCall(int layer) const {
@@ -196,7 +238,7 @@ class CpuPagedAttention : public PagedAttention {
     const auto fits = [](float x) { return std::abs(x) <= kMaxF16; };  // NaN does not
     memory.changed.clear();
     for (size_t t = 0; t < Size(step_.tokens); t++) {
-      if (step_.write_slots[t] < 0) continue;
+      if (places_[t].page < 0) continue;
       for (size_t i = t * row; i < (t + 1) * row; i++) {
         const float value = dense.At(i);
         if (fits(value)) continue;
@@ -259,7 +301,7 @@ class CpuPagedAttention : public PagedAttention {
         const Part& part = parts[p];
         BlockRun& run = runs_.emplace_back();
         run.layout = part.layout;
-        run.profile = part.layout == &coded_ ? profiles_[Size(layer)].get() : nullptr;
+        run.profile = part.layout == &coded_ ? ProfileOf(layer, step_.profiles, sequences_[i]) : nullptr;
         run.blocks = std::span<std::byte* const>(blocks_).subspan(part.first, Size(part.blocks));
         run.first_position = part.first_block * kBlockTokens;
         run.tokens = std::min(length - run.first_position, part.blocks * kBlockTokens);
@@ -280,7 +322,7 @@ class CpuPagedAttention : public PagedAttention {
       piece.source = ExactPageOf(layer, from);
       piece.to = &coded_;
       piece.target = CodedPageOf(layer, to);
-      piece.to_profile = profiles_[Size(layer)].get();
+      piece.to_profile = ProfileOf(layer, step_.seal_profiles, i);
       piece.layers = 1;
     }
   }
@@ -289,7 +331,7 @@ class CpuPagedAttention : public PagedAttention {
   PagedOptions options_;
   const BlockLayout coded_, exact_;
   const std::vector<PagedLayer> layers_;
-  std::vector<std::unique_ptr<Profile>> profiles_;
+  std::vector<std::unique_ptr<Profile>> profiles_;  // [max_profiles, at least 1][layers]
   PagedStep step_;
   bool planned_ = false;
   uint64_t changed_ = 0;
@@ -298,6 +340,7 @@ class CpuPagedAttention : public PagedAttention {
   // Memory of a call, kept for the next.
   Rows k_, v_;
   std::vector<std::byte> q_, out_;
+  std::vector<Place> places_;  // of the step's rows
   std::vector<AppendPiece> pieces_;
   std::vector<RecodePiece> seals_;
   std::vector<int> sequences_;  // of items_

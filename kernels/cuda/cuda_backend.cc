@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstring>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -46,6 +47,22 @@ class DeviceSlab : public Slab {
   }
   std::byte* data() const override { return memory_.data(); }
   size_t bytes() const override { return bytes_; }
+  absl::StatusOr<SlabHandle> Share() const override {
+    const DeviceGuard guard(device_);
+    cudaIpcMemHandle_t ipc;
+    if (const cudaError_t error = cudaIpcGetMemHandle(&ipc, memory_.data()); error != cudaSuccess) {
+      (void)cudaGetLastError();
+      return absl::FailedPreconditionError(
+          absl::StrCat("CUDA IPC does not share the pool's memory here: ", cudaGetErrorString(error)));
+    }
+    SlabHandle handle;
+    handle.kind = SlabHandle::Kind::kCudaIpc;
+    handle.bytes = bytes_;
+    KVTIDE_ASSIGN_OR_RETURN(const std::string id, CudaDeviceUuid(device_));
+    id.copy(handle.device.data(), handle.device.size() - 1);
+    std::memcpy(handle.ipc.data(), &ipc, sizeof(ipc));
+    return handle;
+  }
 
  private:
   const int device_;
@@ -246,36 +263,6 @@ class CudaBackend : public Backend {
   CopyEngine copies_;
 };
 
-std::string UuidText(const cudaUUID_t& uuid) {
-  std::string text = "GPU-";
-  for (int i = 0; i < 16; i++) {
-    char part[4];
-    std::snprintf(part, sizeof(part), "%02x",
-                  static_cast<unsigned>(static_cast<unsigned char>(uuid.bytes[i])));
-    text += part;
-    if (i == 3 || i == 5 || i == 7 || i == 9) text += '-';
-  }
-  return text;
-}
-
-absl::StatusOr<int> FindDevice(const std::string& wanted) {
-  KVTIDE_ASSIGN_OR_RETURN(const int count, CountCudaDevices());
-  int index = -1;
-  if (absl::SimpleAtoi(wanted, &index)) {
-    if (index >= 0 && index < count) return index;
-    return absl::NotFoundError(absl::StrCat("no CUDA device ", wanted, "; there are ", count));
-  }
-  std::string known;
-  for (int i = 0; i < count; i++) {
-    cudaDeviceProp properties{};
-    KVTIDE_CUDA_RETURN_IF_ERROR(cudaGetDeviceProperties(&properties, i));
-    const std::string uuid = UuidText(properties.uuid);
-    if (uuid == wanted) return i;
-    absl::StrAppend(&known, i == 0 ? "" : ", ", uuid);
-  }
-  return absl::NotFoundError(absl::StrCat("no CUDA device '", wanted, "'; give an index or one of: ", known));
-}
-
 }  // namespace
 }  // namespace cuda
 
@@ -289,12 +276,42 @@ absl::StatusOr<int> CountCudaDevices() {
   return count;
 }
 
+absl::StatusOr<std::string> CudaDeviceUuid(int index) {
+  cudaDeviceProp properties{};
+  KVTIDE_CUDA_RETURN_IF_ERROR(cudaGetDeviceProperties(&properties, index));
+  std::string text = "GPU-";
+  for (int i = 0; i < 16; i++) {
+    char part[4];
+    std::snprintf(part, sizeof(part), "%02x",
+                  static_cast<unsigned>(static_cast<unsigned char>(properties.uuid.bytes[i])));
+    text += part;
+    if (i == 3 || i == 5 || i == 7 || i == 9) text += '-';
+  }
+  return text;
+}
+
+absl::StatusOr<int> FindCudaDevice(const std::string& wanted) {
+  KVTIDE_ASSIGN_OR_RETURN(const int count, CountCudaDevices());
+  int index = -1;
+  if (absl::SimpleAtoi(wanted, &index)) {
+    if (index >= 0 && index < count) return index;
+    return absl::NotFoundError(absl::StrCat("no CUDA device ", wanted, "; there are ", count));
+  }
+  std::string known;
+  for (int i = 0; i < count; i++) {
+    KVTIDE_ASSIGN_OR_RETURN(const std::string uuid, CudaDeviceUuid(i));
+    if (uuid == wanted) return i;
+    absl::StrAppend(&known, i == 0 ? "" : ", ", uuid);
+  }
+  return absl::NotFoundError(absl::StrCat("no CUDA device '", wanted, "'; give an index or one of: ", known));
+}
+
 absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const CudaBackendOptions& options) {
   if (options.workspaces < 1 || options.max_copies < 1 || options.copy_piece_bytes < 4096 ||
       options.scratch_bytes < (size_t{1} << 20))
     return absl::InvalidArgumentError(
         "CUDA backend: at least 1 workspace, 1 copy, copy pieces of 4 KiB and 1 MiB of scratch are needed");
-  KVTIDE_ASSIGN_OR_RETURN(const int device, cuda::FindDevice(options.device));
+  KVTIDE_ASSIGN_OR_RETURN(const int device, FindCudaDevice(options.device));
   KVTIDE_ASSIGN_OR_RETURN(const cuda::DeviceImage image, cuda::FindDeviceImage(device));
   int processors = 0;
   const cuda::DeviceGuard guard(device);

@@ -32,6 +32,10 @@ struct CudaBackendOptions {
 // NotFound if there is no such device, FailedPrecondition if the driver or the device does not fit.
 absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const CudaBackendOptions& options = {});
 
+// The index of a device that is named as CudaBackendOptions::device. NotFound lists those that there are.
+absl::StatusOr<int> FindCudaDevice(const std::string& device);
+// "GPU-...", as nvidia-smi prints it.
+absl::StatusOr<std::string> CudaDeviceUuid(int index);
 // GPUs that this process sees. FailedPrecondition without a driver.
 absl::StatusOr<int> CountCudaDevices();
 

@@ -110,6 +110,56 @@ class SmallCall {
   kvtide::client::AppendAttendItem item_;
 };
 
+// The talk of a step of 64 sequences, a token each, of one layer; its rows are written between begin and end,
+// and not counted.
+class StepCall {
+ public:
+  static constexpr int kSequences = 64, kKvHeads = 1, kHeads = 2, kDim = 64;
+
+  explicit StepCall(Pool* pool) : pool_(pool) {
+    kvtide::client::ModelLayer layer;
+    layer.kv_heads = kKvHeads;
+    layer.head_dim_k = layer.head_dim_v = kDim;
+    layer.query_heads = kHeads;
+    Must(pool->RegisterModel({"step", {layer}}));
+    values_.assign(static_cast<size_t>(kSequences) * kHeads * kDim, 0.25f);
+    output_.resize(values_.size());
+    for (int i = 0; i < kSequences; i++) {
+      const auto id = Must(pool->CreateSequence("step", {.pair = "f16/f16"}));
+      items_.push_back({id, 1});
+      auto& row = rows_.emplace_back();
+      row.sequence = id;
+      row.q = TensorRef::F32(std::span(values_).first(kHeads * kDim), {1, kHeads, kDim});
+      row.k = row.v = TensorRef::F32(std::span(values_).first(kKvHeads * kDim), {1, kKvHeads, kDim});
+      row.output = std::span(output_).subspan(static_cast<size_t>(i) * kHeads * kDim, kHeads * kDim);
+    }
+  }
+  ~StepCall() {
+    for (const auto& item : items_) Must(pool_->CloseSequence(item.sequence));
+  }
+
+  void Rewind() {
+    for (const auto& item : items_) Must(pool_->TruncateSequence(item.sequence, 0));
+  }
+  // Microseconds of begin and end.
+  double operator()() {
+    auto start = Clock::now();
+    const kvtide::client::Step step = Must(pool_->BeginStep(items_, {.tables = true}));
+    double time = Microseconds(Clock::now() - start);
+    for (size_t i = 0; i < rows_.size(); i++) rows_[i].start_position = step.starts[i];
+    Must(pool_->AppendAttend(0, rows_, {}, step.id));
+    start = Clock::now();
+    Must(pool_->EndStep(step.id));
+    return time + Microseconds(Clock::now() - start);
+  }
+
+ private:
+  Pool* pool_;
+  std::vector<float> values_, output_;
+  std::vector<kvtide::client::StepItem> items_;
+  std::vector<kvtide::client::AppendAttendItem> rows_;
+};
+
 // A chunk of a prompt in all layers, there and back: f16, 8 KV heads of 128.
 class LargeCall {
  public:
@@ -178,6 +228,8 @@ int main(int argc, char** argv) {
   kvtide::cli::DaemonOptions daemon_options;
   daemon_options.device_bytes = int64_t{256} << 20;
   daemon_options.compute_threads = 1;
+  daemon_options.device = "cpu";
+  daemon_options.share_pool = true;
   int rounds = 10, calls = 200, large_calls = 5, poll = 50;
   std::string json_file;
   app.add_option("--kvtided", daemon_options.program, "the daemon's program");
@@ -197,9 +249,11 @@ int main(int argc, char** argv) {
     std::unique_ptr<Pool> pool;
     std::unique_ptr<SmallCall> small;
     std::unique_ptr<LargeCall> large;
+    std::unique_ptr<StepCall> step;  // null: no session
   };
   std::vector<Way> ways;
   ways.push_back({"embedded", "embedded", false, false});
+  ways.push_back({"direct", "direct:" + daemon->address(), false, true});
   ways.push_back({"shared memory, in place", "shm:" + daemon->address(), false, true});
   ways.push_back({"shared memory, copied", "shm:" + daemon->address(), false, false});
   ways.push_back({"gRPC, session", daemon->address(), true, false});
@@ -208,14 +262,19 @@ int main(int argc, char** argv) {
     kvtide::client::PoolOptions options;
     options.client.session = way.session;
     options.poll = absl::Microseconds(poll);
+    options.direct_device = "cpu";
+    options.direct_threads = 1;
     options.embedded_config =
         R"({"device": "cpu", "device_memory": "256MiB", "host_memory": "0", "compute_threads": 1})";
     way.pool = Must(Pool::Connect(way.address, options));
     way.small = std::make_unique<SmallCall>(way.pool.get(), way.in_place);
     way.large = std::make_unique<LargeCall>(way.pool.get(), way.in_place);
+    if (way.session || way.pool->way() != kvtide::client::Way::kGrpc)
+      way.step = std::make_unique<StepCall>(way.pool.get());
   }
   const double load_before = LoadAverage();
   constexpr const char* kSmall = "append + attend 1 token, tiny model";
+  constexpr const char* kStep = "begin + end of a step, 64 sequences";
   constexpr const char* kAppend = "append 512 tokens, 8 layers of 8 x 128, f16";
   constexpr const char* kRead = "read them back";
   std::map<std::string, std::map<std::string, Numbers>> all;  // by call, by way
@@ -224,6 +283,17 @@ int main(int argc, char** argv) {
       way.small->Rewind();
       for (int i = 0; i < 5; i++) (*way.small)();
       Measure(calls, &all[kSmall][way.name], *way.small);
+      if (way.step != nullptr) {
+        way.step->Rewind();
+        std::vector<double> talks;
+        for (int i = 0; i < calls + 5; i++) {
+          const double talk = (*way.step)();
+          if (i >= 5) talks.push_back(talk);
+        }
+        std::sort(talks.begin(), talks.end());
+        all[kStep][way.name].p50.push_back(talks[talks.size() / 2]);
+        all[kStep][way.name].p99.push_back(talks[talks.size() * 99 / 100]);
+      }
       way.large->Rewind();
       way.large->Append();
       Numbers* const append = &all[kAppend][way.name];
@@ -242,8 +312,9 @@ int main(int argc, char** argv) {
 
   std::printf("%-46s %-24s %10s %10s %10s %8s\n", "call", "way", "p50 us", "p99 us", "median p50", "GB/s");
   nlohmann::json rows = nlohmann::json::array();
-  for (const char* call : {kSmall, kAppend, kRead}) {
+  for (const char* call : {kSmall, kStep, kAppend, kRead}) {
     for (const Way& way : ways) {
+      if (call == kStep && way.step == nullptr) continue;
       const Numbers& numbers = all[call][way.name];
       const double p50 = Least(numbers.p50), p99 = Least(numbers.p99), median = Median(numbers.p50);
       nlohmann::json row = {{"call", call},
@@ -251,7 +322,7 @@ int main(int argc, char** argv) {
                             {"best_p50_us", p50},
                             {"best_p99_us", p99},
                             {"median_p50_us", median}};
-      if (call == kSmall) {
+      if (call == kSmall || call == kStep) {
         std::printf("%-46s %-24s %10.1f %10.1f %10.1f\n", call, way.name, p50, p99, median);
       } else {
         const double rate = static_cast<double>(LargeCall::kBytes) / p50 / 1e3;

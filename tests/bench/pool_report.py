@@ -22,7 +22,7 @@ def table(run):
             text = f"{row['gigabytes_per_second']:.2f} GB/s"
         cells[row["way"], row["call"]] = text
     lines = ["| way | " + " | ".join(calls) + " |", "|---" * (len(calls) + 1) + "|"]
-    lines += ["| " + " | ".join([way] + [cells[way, call] for call in calls]) + " |" for way in ways]
+    lines += ["| " + " | ".join([way] + [cells.get((way, call), "") for call in calls]) + " |" for way in ways]
     before, after = run["load_average"]
     lines.append("")
     lines.append(f"p50 / p99 of the best of the rounds, ways in turns; {run['hardware']}, {run['processors']} processors, "

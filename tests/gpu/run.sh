@@ -6,14 +6,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-all=(kernels cache e2e devices sanitizers bench counters demo eval)
+all=(kernels cache direct e2e devices sanitizers bench counters demo eval)
 declare -A what=(
   [kernels]="conformance of the CUDA backend, CUDA IPC, two GPUs if there are two"
   [cache]="the cache's tests and its simulation with a GPU as the device"
+  [direct]="an engine over the pool of a kvtided, mapped by CUDA IPC: bits, deaths, compute-sanitizer"
   [e2e]="kvtided in processes of its own on the GPU, the kvtide command with it"
   [devices]="kvtided and the cache on two GPUs (skipped with one)"
   [sanitizers]="compute-sanitizer's four tools on small shapes"
-  [bench]="gpu_attend, gpu_step, gpu_cache_step, gpu_moves, gpu_prefill, gpu_seal and paged_attention benchmarks, f16 attention of PyTorch"
+  [bench]="gpu_attend, gpu_step, gpu_cache_step, gpu_moves, gpu_prefill, gpu_seal, paged_attention and direct benchmarks, f16 attention of PyTorch"
   [counters]="hardware counters of the main kernels (ncu)"
   [demo]="kvtide demo on the GPU: the same tokens from every tier"
   [eval]="kvtide eval on the GPU and on the CPU: perplexities within 0.1 %"
@@ -107,6 +108,26 @@ stage_cache() {
     KVTIDE_TEST_DEVICE=cuda:0 KVTIDE_SIM_SEEDS=1:24 limited "$bin/kvtide_test_sim" --gtest_brief=1
 }
 stage_e2e() { KVTIDE_TEST_DEVICE=cuda:0 KVTIDE_TEST_PROGRAMS="$bin" sharded 6 "$bin/kvtide_test_e2e"; }
+# A sanitizer takes every allocation into its own hands, the daemon's too: what it watches is an embedded pool.
+stage_direct() {
+  export KVTIDE_TEST_DEVICE=cuda:0 KVTIDE_TEST_PROGRAMS="$bin"
+  limited "$bin/kvtide_test_gpu_direct" --gtest_brief=1 || return 1
+  command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not installed"; return 0; }
+  local tool failed=0
+  for tool in memcheck racecheck synccheck; do
+    (KVTIDE_TEST_ROUNDS=6 limited compute-sanitizer --tool "$tool" --error-exitcode 9 "$bin/kvtide_test_gpu_direct" \
+      --gtest_filter='*EmbeddedSmall*' > "$work/direct.$tool" 2>&1 || touch "$work/direct.$tool.failed") &
+  done
+  wait
+  for tool in memcheck racecheck synccheck; do
+    echo "$tool: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$work/direct.$tool" | tail -1) $(grep -E '^\[  PASSED' "$work/direct.$tool" || true)"
+    if [ -f "$work/direct.$tool.failed" ]; then
+      failed=1
+      tail -40 "$work/direct.$tool"
+    fi
+  done
+  return "$failed"
+}
 stage_devices() {
   if [ "$gpus" -lt 2 ]; then
     echo "SKIPPED: two GPUs are needed, this machine has $gpus"
@@ -140,14 +161,16 @@ stage_sanitizers() {
 }
 stage_bench() {
   local failed=0 name program
-  for name in attend step cache_step moves prefill seal paged_attention; do
+  for name in attend step cache_step moves prefill seal paged_attention direct; do
     program="gpu_${name}_bench"
+    local arguments=()
+    [ "$name" = direct ] && program=kvtide_bench_direct arguments=(--device cuda:0 --kvtided "$bin/kvtided")
     [ "$name" = paged_attention ] && program=paged_attention_bench
     if [ ! -x "$bin/$program" ]; then
       echo "$program: not built"
       continue
     fi
-    limited "$bin/$program" --json "$work/gpu_$name.json" || { failed=1; continue; }
+    limited "$bin/$program" "${arguments[@]}" --json "$work/gpu_$name.json" || { failed=1; continue; }
     if [ "$name" = prefill ] && [ -f tests/bench/gpu_prefill_baseline.py ] && python3 -c 'import torch' 2> /dev/null; then
       limited python3 tests/bench/gpu_prefill_baseline.py --bench "$work/gpu_prefill.json" || failed=1
     fi

@@ -352,7 +352,8 @@ class MiniEngine {
     step_.coded_row = kCodedRow;
     step_.exact_table = exact_table_.data();
     step_.exact_row = kExactRow;
-    step_.write_slots = slots_.data();
+    // Rows go where the exact table has their blocks, said or not.
+    if (fixed ? engine_.kv_heads % 2 == 0 : Chance(0.5)) step_.write_slots = slots_.data();
     step_.seal_pages = seals_.data();
     step_.seal_count = seal_count_.data();
     if (engine_.host_arrays) {

@@ -58,6 +58,23 @@ Finding CheckServing(bool serving) {
               "it is starting or stopping; look at its log if this stays");
 }
 
+Finding CheckWays(const client::DaemonWays& ways) {
+  if (absl::IsInvalidArgument(ways.shared_memory))
+    return Ok(
+        "ways",
+        "gRPC; engines on the daemon's host reach it by shared memory, or directly, at its Unix socket");
+  const std::string shared =
+      ways.shared_memory.ok()
+          ? "gRPC, shared memory"
+          : absl::StrCat("gRPC; no shared memory: ", std::string(ways.shared_memory.message()));
+  if (ways.direct.ok())
+    return Ok("ways", absl::StrCat(shared, ", direct (the pool on ", absl::StrJoin(ways.devices, ", "),
+                                   " can be mapped)"));
+  const std::string text = absl::StrCat(shared, "; not direct: ", std::string(ways.direct.message()));
+  if (ways.shared_memory.ok()) return Ok("ways", text);
+  return Warn("ways", text, "tensors of engines on this host travel in messages; what stands there says why");
+}
+
 Finding CheckVersions(const std::string& client, const std::string& daemon) {
   if (client == daemon) return Ok("versions", absl::StrCat("kvtide and kvtided are both ", client));
   return Warn("versions", absl::StrCat("kvtide is ", client, ", kvtided is ", daemon),

@@ -10,6 +10,7 @@
 #include "absl/status/status.h"
 #include "clients/cli/ops/status_report.h"
 #include "clients/cli/terminal/terminal.h"
+#include "clients/cpp/ways.h"
 
 namespace kvtide::cli {
 
@@ -33,6 +34,8 @@ struct GpuFacts {
 
 Finding CheckConnection(const std::string& address, const absl::Status& status);
 Finding CheckServing(bool serving);
+// By which ways engines of this host reach the daemon.
+Finding CheckWays(const client::DaemonWays& ways);
 Finding CheckVersions(const std::string& client, const std::string& daemon);
 // `flags`: the flags line of /proc/cpuinfo.
 Finding CheckCpu(const std::string& flags);

@@ -117,6 +117,7 @@ std::vector<Finding> Examine(const DaemonFlags& flags) {
     tiers = snapshot->info.tiers;
     findings.push_back(CheckServing(snapshot->serving));
     findings.push_back(CheckVersions(KVTIDE_VERSION, snapshot->info.version));
+    findings.push_back(CheckWays(client::ProbeWays(flags.Address())));
     for (Finding& finding : CheckContents(snapshot->stats)) findings.push_back(std::move(finding));
   }
   const GpuFacts gpu = AskGpu();

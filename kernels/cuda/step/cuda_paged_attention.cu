@@ -56,6 +56,7 @@ class PagedOnDevice final : public PagedAttention {
     exact_ = ExactPage(options);
     if (options_.coded_stride == 0) options_.coded_stride = coded_.block_bytes();
     if (options_.exact_stride == 0) options_.exact_stride = exact_.block_bytes();
+    if (options_.pool) options_.coded_stride = options_.exact_stride = kPoolUnit;
     kv_heads_ = Size(options.shape.kv_heads);
     group_ = options.heads / options.shape.kv_heads;
     int device = 0;
@@ -129,6 +130,21 @@ class PagedOnDevice final : public PagedAttention {
     return Settled(LaunchSeals(0, static_cast<int>(layers_.size()), of), of);
   }
 
+  absl::Status SetProfile(int index, const float* k_mean, const float* k_gain, void* stream) override {
+    KVTIDE_RETURN_IF_ERROR(CheckPagedProfile(index, options_));
+    const auto of = static_cast<cudaStream_t>(stream);
+    const auto set = [&](const float* from, float fill, float* all) -> absl::Status {
+      if (all == nullptr) return absl::OkStatus();
+      const std::vector<float> filled(from == nullptr ? Size(profile_stride_) : 0, fill);
+      KVTIDE_CUDA_RETURN_IF_ERROR(
+          cudaMemcpyAsync(all + index * profile_stride_, from == nullptr ? filled.data() : from,
+                          Size(profile_stride_) * sizeof(float), cudaMemcpyHostToDevice, of));
+      return StatusOf(KVTIDE_CUDA_TRY(cudaStreamSynchronize(of)), "a profile");
+    };
+    KVTIDE_RETURN_IF_ERROR(set(k_mean, 0, mean_));
+    return set(k_gain, 1, gain_);
+  }
+
   absl::StatusOr<uint64_t> ChangedValues(void* stream) override {
     unsigned long long changed = 0;
     const auto of = static_cast<cudaStream_t>(stream);
@@ -197,18 +213,21 @@ class PagedOnDevice final : public PagedAttention {
 
   absl::Status CopyProfiles() {
     const size_t values = kv_heads_ * Size(options_.shape.head_dim_k);
-    const auto copy = [&](const float* PagedLayer::*field, float fill, const float** to) -> absl::Status {
-      const bool any = std::any_of(layers_.begin(), layers_.end(),
+    const auto copy = [&](const float* PagedLayer::*field, float fill, float** to) -> absl::Status {
+      const bool any = options_.max_profiles > 0 ||
+                       std::any_of(layers_.begin(), layers_.end(),
                                    [&](const PagedLayer& layer) { return layer.*field != nullptr; });
       if (!any || options_.max_coded_blocks == 0 || Info(options_.pair.k).storage != Storage::kCodes)
         return absl::OkStatus();
-      KVTIDE_ASSIGN_OR_RETURN(float* const copied, Allocate<float>(values * layers_.size()));
+      KVTIDE_ASSIGN_OR_RETURN(float* const copied, Allocate<float>(values * layers_.size() *
+                                                                   Size(std::max(1, options_.max_profiles))));
       const std::vector<float> filled(values, fill);
       for (size_t i = 0; i < layers_.size(); i++) {
         const float* const from = layers_[i].*field == nullptr ? filled.data() : layers_[i].*field;
         KVTIDE_CUDA_RETURN_IF_ERROR(
             cudaMemcpy(copied + i * values, from, values * sizeof(float), cudaMemcpyDefault));
       }
+      profile_stride_ = static_cast<int64_t>(values * layers_.size());
       *to = copied;
       return absl::OkStatus();
     };
@@ -227,6 +246,7 @@ class PagedOnDevice final : public PagedAttention {
       KVTIDE_ASSIGN_OR_RETURN(tables_.coded, Allocate<uint64_t>(sequences * Size(tables_.max_coded)));
     }
     KVTIDE_ASSIGN_OR_RETURN(tables_.exact, Allocate<uint64_t>(sequences * Size(tables_.max_exact)));
+    KVTIDE_ASSIGN_OR_RETURN(places_, Allocate<int2>(Size(options_.max_tokens)));
     return absl::OkStatus();
   }
 
@@ -341,8 +361,8 @@ class PagedOnDevice final : public PagedAttention {
   absl::Status PlanTiles(const PagedStep& step, cudaStream_t stream) {
     step_ = step;
     // Steps without prefills are planned by their bounds, as graphs are.
-    const bool prefills =
-        step.host_query_start != nullptr && int64_t{step.most_queries} * group_ > prefill_.most_rows();
+    const bool prefills = step.host_query_start != nullptr && options_.max_profiles == 0 &&
+                          int64_t{step.most_queries} * group_ > prefill_.most_rows();
     const int most_rows = prefills ? prefill_.most_rows() : INT32_MAX;
     CountTiles(step, most_rows);
     if (step.sequences == 0) return absl::OkStatus();
@@ -357,6 +377,8 @@ class PagedOnDevice final : public PagedAttention {
     tables_.coded_row = step.coded_row;
     tables_.exact_row = step.exact_row;
     tables_.sequences = step.sequences;
+    tables_.places = step.write_slots == nullptr ? places_ : nullptr;
+    tables_.tokens = step.tokens;
     PagedTilesParams tiles;
     tiles.tables = tables_;
     tiles.tiles = tile_;
@@ -367,7 +389,9 @@ class PagedOnDevice final : public PagedAttention {
     tiles.window = options_.window;
     KVTIDE_RETURN_IF_ERROR(LaunchKernel(reinterpret_cast<const void*>(&PagedTilesKernel),
                                         1 + Size(step.sequences), kTileThreads, 0, false, &tiles, stream));
-    KVTIDE_RETURN_IF_ERROR(prefill_.Plan(step, tables_.coded, tables_.exact, stream));
+    // Prefills know the profiles of layers, not those of sequences.
+    if (options_.max_profiles == 0)
+      KVTIDE_RETURN_IF_ERROR(prefill_.Plan(step, tables_.coded, tables_.exact, stream));
 
     // Few rows are cut into many states each, and leave warps free to share them (device_decode.cu).
     const size_t rows = tiles_ * kv_heads_ * Size(std::min(kernels.rows, tile_queries_ * group_)),
@@ -394,6 +418,9 @@ class PagedOnDevice final : public PagedAttention {
     plan.items.output_stride = output_stride_;
     plan.items.mean = mean_;
     plan.items.gain = gain_;
+    plan.items.profiles = step_.profiles;
+    plan.items.most_profiles = options_.max_profiles;
+    plan.items.profile_stride = profile_stride_;
     plan.groups = plan_groups_;
     plan.sources = plan_sources_;
     plan.group_stride = static_cast<uint32_t>(batch_ * kv_heads_);
@@ -439,11 +466,13 @@ class PagedOnDevice final : public PagedAttention {
   }
 
   absl::Status LaunchWrite(const PagedLayer& layer, PagedRows k, PagedRows v, cudaStream_t stream) {
+    if (step_.sequences == 0 && step_.write_slots == nullptr) return absl::OkStatus();
     WriteParams params;
     params.k = {k.data, k.stride, exact_.k().head_dim, exact_.k().stored_dim, 0};
     params.v = {v.data, v.stride, exact_.v().head_dim, exact_.v().stored_dim,
                 static_cast<int32_t>(exact_.v_codes())};
     params.slots = step_.write_slots;
+    params.places = places_;
     params.tokens = step_.tokens;
     params.kv_heads = options_.shape.kv_heads;
     params.record_bytes = exact_.record_bytes();
@@ -536,6 +565,9 @@ class PagedOnDevice final : public PagedAttention {
     params.pages = step_.seal_pages;
     params.count = step_.seal_count;
     params.seals = step_.seals;
+    params.profiles = step_.seal_profiles;
+    params.most_profiles = options_.max_profiles;
+    params.profile_stride = profile_stride_;
     params.first_layer = first_layer;
     params.layer_count = layers;
     KVTIDE_RETURN_IF_ERROR(LaunchKernel(reinterpret_cast<const void*>(&SealJobsKernel), 1, kSealThreads, 0,
@@ -566,7 +598,9 @@ class PagedOnDevice final : public PagedAttention {
   TileKernels narrow_, wide_;
   Rotations rotations_;
   std::vector<DeviceBuffer> buffers_;
-  const float *mean_ = nullptr, *gain_ = nullptr;  // [layers][kv_heads][head_dim_k]
+  float *mean_ = nullptr, *gain_ = nullptr;  // [max_profiles, at least 1][layers][kv_heads][head_dim_k]
+  int64_t profile_stride_ = 0;               // from a profile to the next, if there are any
+  int2* places_ = nullptr;                   // of the step's rows
   PagedTables tables_;
   PagedTile* tile_ = nullptr;
   CombineGroup* plan_groups_ = nullptr;

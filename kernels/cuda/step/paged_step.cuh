@@ -48,6 +48,9 @@ struct PagedTables {
   int32_t max_coded = 0, max_exact = 0;
   uint64_t coded_stride = 0, exact_stride = 0;
   int32_t exact_pages = 0;
+  // Where the step's rows go, page and token in it, [tokens]; null: the engine says so (write_slots).
+  int2* places = nullptr;
+  int32_t tokens = 0;
 
   __device__ int CodedCount(int sequence) const {
     return coded == nullptr ? 0 : min(max(coded_count[sequence], 0), max_coded);
@@ -109,8 +112,26 @@ __global__ void __launch_bounds__(kTileThreads)
       tables.exact[static_cast<int64_t>(sequence) * tables.max_exact + i] =
           static_cast<uint64_t>(static_cast<int64_t>(page)) * tables.exact_stride;
     }
+    if (tables.places != nullptr) {
+      const int first = tables.query_start[sequence], queries = tables.Queries(sequence),
+                start = tables.lengths[sequence] - queries;
+      for (int i = static_cast<int>(threadIdx.x); i < queries && first + i < tables.tokens;
+           i += kTileThreads) {
+        const int block = (start + i) / kBlockTokens;
+        const int at = block < tables.coded_first[sequence] ? block : block - coded;
+        const bool there = start + i >= 0 && at >= 0 && at < exact;
+        tables.places[first + i] = there ? make_int2(tables.exact_table[sequence * tables.exact_row + at],
+                                                     (start + i) % kBlockTokens)
+                                         : make_int2(-1, 0);
+      }
+    }
     return;
   }
+  // Rows of no sequence.
+  if (tables.places != nullptr)
+    for (int i = tables.query_start[tables.sequences] + static_cast<int>(threadIdx.x); i < tables.tokens;
+         i += kTileThreads)
+      tables.places[i] = make_int2(-1, 0);
   __shared__ int32_t first_tile[kMostPagedSequences + 1];
   using Scan = cub::BlockScan<int, kTileThreads>;
   __shared__ typename Scan::TempStorage storage;
@@ -159,6 +180,11 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
+// Which profile a sequence or seal has.
+__device__ inline int64_t ProfileIndex(const int32_t* indices, int at, int32_t most) {
+  return indices == nullptr ? 0 : min(max(indices[at], 0), max(0, most - 1));
+}
+
 // The items of the plan (device_plan.cuh): tiles, launches are batches of `batch` tiles.
 struct TileItems {
   const PagedTile* tiles = nullptr;
@@ -169,6 +195,9 @@ struct TileItems {
   int64_t query_stride = 0, output_stride = 0;  // elements between rows of the tensors
   const float* mean = nullptr;                  // of layer 0, or null
   const float* gain = nullptr;
+  const int32_t* profiles = nullptr;  // [sequences], or null
+  int32_t most_profiles = 0;
+  int64_t profile_stride = 0;
 
   __device__ const PagedTile& Tile(size_t item) const { return tiles[blockIdx.x * batch + item]; }
   __device__ int2 Pages(const PlanKind*, int k, int item) const {
@@ -186,8 +215,10 @@ struct TileItems {
     const PagedTile::Pages& pages = tile.pages[kinds[k]];
     unit.first_query = tile.first_token * query_stride + static_cast<int64_t>(head) * group * head_dim_k;
     unit.query_stride = query_stride;
-    if (plan[k].coded && mean != nullptr) unit.mean = mean + static_cast<int64_t>(head) * head_dim_k;
-    if (plan[k].coded && gain != nullptr) unit.gain = gain + static_cast<int64_t>(head) * head_dim_k;
+    const int64_t profile = static_cast<int64_t>(head) * head_dim_k +
+                            ProfileIndex(profiles, tile.sequence, most_profiles) * profile_stride;
+    if (plan[k].coded && mean != nullptr) unit.mean = mean + profile;
+    if (plan[k].coded && gain != nullptr) unit.gain = gain + profile;
     unit.tokens = pages.tokens;
     unit.first_row = tile.first_row;
     unit.rows = tile.rows;
@@ -229,7 +260,8 @@ struct WriteSide {
 };
 struct WriteParams {
   WriteSide k, v;
-  const int32_t* slots = nullptr;
+  const int32_t* slots = nullptr;  // or null: places
+  const int2* places = nullptr;
   int32_t tokens = 0, kv_heads = 0;
   uint64_t record_bytes = 0;
   ExactPages exact;
@@ -238,6 +270,13 @@ struct WriteParams {
   PagedTables tables;
   bool fill_scratch = false;
   uint64_t layer_base = 0;
+
+  __device__ int2 Place(int token) const {
+    if (token >= tokens) return make_int2(-1, 0);
+    if (slots == nullptr) return places[token];
+    const int32_t slot = slots[token];
+    return slot < 0 ? make_int2(-1, 0) : make_int2(slot / kBlockTokens, slot % kBlockTokens);
+  }
 };
 inline constexpr int kWriteThreads = 256;
 
@@ -291,12 +330,12 @@ __global__ void __launch_bounds__(kWriteThreads) WriteKernel(const __grid_consta
     const WriteSide& side = key ? params.k : params.v;
     const int dim = 8 * (key ? at : at - k_chunks);
     uint32_t words[kTokens][kWords] = {};
-    int32_t slots[kTokens];
+    int2 places[kTokens];  // page and token in it
 #pragma unroll
     for (int n = 0; n < kTokens; n++) {
       const int token = static_cast<int>(blockIdx.x + n * gridDim.x);
-      slots[n] = token < params.tokens ? params.slots[token] : -1;
-      if (slots[n] < 0 || dim >= side.head_dim) continue;  // zeros behind the head dim
+      places[n] = params.Place(token);
+      if (places[n].x < 0 || dim >= side.head_dim) continue;  // zeros behind the head dim
       const auto* const from = reinterpret_cast<const uint4*>(
           static_cast<const T*>(side.rows) + token * side.stride + head * side.head_dim + dim);
 #pragma unroll
@@ -304,11 +343,10 @@ __global__ void __launch_bounds__(kWriteThreads) WriteKernel(const __grid_consta
     }
 #pragma unroll
     for (int n = 0; n < kTokens; n++) {
-      if (slots[n] < 0) continue;
-      auto* const half =
-          reinterpret_cast<uint16_t*>(params.exact.Page(slots[n] / kBlockTokens) +
-                                      static_cast<uint64_t>(head) * params.record_bytes + side.offset);
-      *reinterpret_cast<uint4*>(half + HalfPrecisionIndex(slots[n] % kBlockTokens, dim, side.stored_dim)) =
+      if (places[n].x < 0) continue;
+      auto* const half = reinterpret_cast<uint16_t*>(
+          params.exact.Page(places[n].x) + static_cast<uint64_t>(head) * params.record_bytes + side.offset);
+      *reinterpret_cast<uint4*>(half + HalfPrecisionIndex(places[n].y, dim, side.stored_dim)) =
           ToHalves<T>(words[n], &changed);
     }
   }
@@ -328,8 +366,11 @@ __global__ void __launch_bounds__(kWriteThreads) WriteKernel(const __grid_consta
 }
 
 struct SealParams {
-  const int32_t* pages = nullptr;  // [seals][2]
-  const int32_t* count = nullptr;  // or null
+  const int32_t* pages = nullptr;     // [seals][2]
+  const int32_t* count = nullptr;     // or null
+  const int32_t* profiles = nullptr;  // [seals], or null
+  int32_t most_profiles = 0;
+  int64_t profile_stride = 0;
   int32_t seals = 0, kv_heads = 0;
   // Of each layer [layers].
   struct Layer {
@@ -356,6 +397,7 @@ __global__ void __launch_bounds__(kSealThreads) SealJobsKernel(const __grid_cons
   using Scan = cub::BlockScan<int, kSealThreads>;
   __shared__ typename Scan::TempStorage storage;
   __shared__ int2 chosen[kSealThreads];
+  __shared__ int64_t chosen_profile[kSealThreads];
   const int seals = params.count == nullptr ? params.seals : min(max(*params.count, 0), params.seals);
   int before = 0;  // of the seals
   for (int base = 0; base < seals; base += kSealThreads) {
@@ -365,7 +407,10 @@ __global__ void __launch_bounds__(kSealThreads) SealJobsKernel(const __grid_cons
     int at = 0, all = 0;
     const int own = pages.x >= 0 ? 1 : 0;
     Scan(storage).ExclusiveSum(own, at, all);
-    if (own == 1) chosen[at] = pages;
+    if (own == 1) {
+      chosen[at] = pages;
+      chosen_profile[at] = ProfileIndex(params.profiles, i, params.most_profiles) * params.profile_stride;
+    }
     __syncthreads();
     const int per_seal = params.layer_count * params.kv_heads;
     for (int j = static_cast<int>(threadIdx.x); j < all * per_seal; j += kSealThreads) {
@@ -383,7 +428,7 @@ __global__ void __launch_bounds__(kSealThreads) SealJobsKernel(const __grid_cons
       params.v[static_cast<int64_t>(before) * per_seal + j] = job;
       job.source = source;
       job.target = target;
-      const auto values = head * static_cast<uint64_t>(params.head_dim_k);
+      const auto values = static_cast<int64_t>(head) * params.head_dim_k + chosen_profile[j / per_seal];
       job.mean = layer.mean == nullptr ? nullptr : layer.mean + values;
       job.gain = layer.gain == nullptr ? nullptr : layer.gain + values;
       params.k[static_cast<int64_t>(before) * per_seal + j] = job;

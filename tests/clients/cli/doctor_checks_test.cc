@@ -27,6 +27,20 @@ TEST(DoctorChecks, Versions) {
   EXPECT_EQ(CheckVersions("0.1.0", "0.2.0").verdict, Verdict::kWarn);
 }
 
+TEST(DoctorChecks, Ways) {
+  client::DaemonWays ways;
+  ways.devices = {"GPU-1", "GPU-2"};
+  EXPECT_EQ(CheckWays(ways).verdict, Verdict::kOk);
+  EXPECT_THAT(CheckWays(ways).text, HasSubstr("direct (the pool on GPU-1, GPU-2 can be mapped)"));
+  ways.direct = absl::PermissionDeniedError("only an admin");
+  EXPECT_EQ(CheckWays(ways).verdict, Verdict::kOk);
+  EXPECT_THAT(CheckWays(ways).text, HasSubstr("shared memory; not direct: only an admin"));
+  ways.shared_memory = absl::NotFoundError("nobody offers it");
+  EXPECT_EQ(CheckWays(ways).verdict, Verdict::kWarn);
+  EXPECT_THAT(CheckWays(ways).text, HasSubstr("no shared memory: nobody offers it"));
+  EXPECT_EQ(CheckWays(client::ProbeWays("host:1")).verdict, Verdict::kOk);
+}
+
 TEST(DoctorChecks, Cpu) {
   const Finding fast = CheckCpu(" fpu sse4_2 avx2 fma f16c avx512f avx512bw avx512_vnni");
   EXPECT_EQ(fast.verdict, Verdict::kOk);

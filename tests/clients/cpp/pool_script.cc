@@ -1,6 +1,7 @@
 #include "tests/clients/cpp/pool_script.h"
 
 #include <algorithm>
+#include <map>
 #include <random>
 #include <set>
 #include <utility>
@@ -42,17 +43,21 @@ ModelSpec Spec(const client::Model& model) {
 
 class Script {
  public:
-  Script(Pool& pool, uint32_t seed, bool moves)
-      : pool_(pool), moves_(moves), random_(seed), model_(MixedModel("script")), spec_(Spec(model_)) {
+  Script(Pool& pool, const ScriptOptions& options)
+      : pool_(pool),
+        options_(options),
+        random_(options.seed),
+        model_(MixedModel("script")),
+        spec_(Spec(model_)) {
     Expect(pool.RegisterModel(model_));
   }
   ~Script() {
     for (const Item& item : items_) Expect(pool_.CloseSequence(item.id));
   }
 
-  void Step() {
+  void Run() {
     if (::testing::Test::HasFatalFailure()) return;
-    const int verb = Pick(moves_ ? 12 : 10);
+    const int verb = Pick(options_.moves ? 14 : 12);
     if (items_.empty() || (verb == 0 && items_.size() < 4)) return Create();
     Item& item = items_[static_cast<size_t>(Pick(static_cast<int>(items_.size())))];
     switch (verb) {
@@ -73,7 +78,11 @@ class Script {
         return Close(item);
       case 9:
         return Truncate(item);
-      case 10: {
+      case 10:
+      case 11:
+        if (options_.steps) return Steps(1 + Pick(3));
+        return Engine(item, 1);
+      case 12: {
         const auto moved = pool_.EvictSequences({{item.id}});
         Expect(moved.status());
         return;
@@ -146,6 +155,119 @@ class Script {
       item.shadow.Settle();
       Keep(out);
       Keep(lse);
+    }
+  }
+
+  // A step under way: its tokens are in shadows of its own.
+  struct OpenStep {
+    client::Step step;
+    std::vector<client::StepItem> items;
+    std::vector<size_t> of;  // index into items_
+  };
+
+  // Steps that follow each other: all begin, then the layers of all are written, then they end, or one is
+  // taken back with what follows it.
+  void Steps(int count) {
+    std::vector<OpenStep> open;
+    std::vector<ShadowSequence> ahead, ended;
+    for (const Item& item : items_) ahead.push_back(item.shadow);
+    ended = ahead;
+    const int rolled_back = Pick(3) == 0 ? Pick(count) : count;
+    for (int s = 0; s < count; s++) {
+      OpenStep& step = open.emplace_back();
+      for (size_t i = 0; i < items_.size(); i++) {
+        if (i != 0 && Pick(2) == 0) continue;
+        step.of.push_back(i);
+        step.items.push_back({items_[i].id, 1 + Pick(Pick(4) == 0 ? 90 : 3)});
+      }
+      client::StepOptions options;
+      if (s > 0) options.after = open[open.size() - 2].step.id;
+      options.tables = Pick(2) == 0;
+      auto begun = pool_.BeginStep(step.items, options);
+      ASSERT_TRUE(begun.ok()) << begun.status();
+      step.step = *std::move(begun);
+      ASSERT_EQ(step.step.starts.size(), step.items.size());
+      if (options.tables) CheckTables(step);
+    }
+    for (int s = 0; s < count; s++) {
+      for (size_t l = 0; l < model_.layers.size(); l++) AttendInStep(open[static_cast<size_t>(s)], l, ahead);
+      if (::testing::Test::HasFatalFailure()) return;
+      if (s < rolled_back) ended = ahead;
+    }
+    for (int s = 0; s < count; s++) {
+      const uint64_t id = open[static_cast<size_t>(s)].step.id;
+      if (s < rolled_back) {
+        Expect(pool_.EndStep(id));
+      } else if (s == rolled_back) {
+        Expect(pool_.RollBackStep(id));
+      } else {
+        EXPECT_EQ(pool_.EndStep(id).code(), absl::StatusCode::kAborted);
+      }
+    }
+    // All began before any of them had ended: what follows an append came after them.
+    for (size_t i = 0; i < items_.size(); i++) {
+      items_[i].shadow = ended[i];
+      items_[i].shadow.Settle();
+    }
+  }
+
+  // Tables begin where windows do, end with the last new token, whose blocks are f16, and what was said not
+  // to have changed has not.
+  void CheckTables(const OpenStep& open) {
+    ASSERT_EQ(open.step.tables.size(), open.items.size());
+    for (size_t i = 0; i < open.items.size(); i++) {
+      const int64_t start = open.step.starts[i], end = start + open.items[i].new_tokens;
+      ASSERT_EQ(open.step.tables[i].size(), spec_.groups.size());
+      for (size_t g = 0; g < spec_.groups.size(); g++) {
+        const client::StepTable& table = open.step.tables[i][g];
+        const auto blocks = static_cast<int64_t>(table.blocks.size());
+        ASSERT_EQ(table.first_block + blocks, (end + kBlockTokens - 1) / kBlockTokens);
+        for (int64_t b = std::max(start / kBlockTokens, table.first_block); b < table.first_block + blocks;
+             b++) {
+          const client::StepBlock& block = table.blocks[static_cast<size_t>(b - table.first_block)];
+          EXPECT_EQ(open.step.kinds[static_cast<size_t>(block.kind)].pair, "f16/f16");
+        }
+        client::StepTable& last = told_[{open.items[i].sequence, g}];
+        for (int64_t b = table.first_block; b < table.first_changed; b++)
+          ASSERT_TRUE(table.blocks.at(static_cast<size_t>(b - table.first_block)) ==
+                      last.blocks.at(static_cast<size_t>(b - last.first_block)));
+        last = table;
+      }
+    }
+  }
+
+  void AttendInStep(OpenStep& open, size_t l, std::vector<ShadowSequence>& shadows) {
+    const client::ModelLayer& shape = layer(l);
+    std::vector<std::vector<float>> q, k, v, out, lse;
+    for (const client::StepItem& item : open.items) {
+      q.push_back(Rows(item.new_tokens, shape.query_heads, shape.head_dim_k));
+      k.push_back(Rows(item.new_tokens, shape.kv_heads, shape.head_dim_k, true));
+      v.push_back(Rows(item.new_tokens, shape.kv_heads, shape.head_dim_v));
+      out.emplace_back(static_cast<size_t>(item.new_tokens * shape.query_heads * shape.head_dim_v));
+      lse.emplace_back(static_cast<size_t>(item.new_tokens * shape.query_heads));
+    }
+    std::vector<client::AppendAttendItem> calls(open.items.size());
+    for (size_t i = 0; i < calls.size(); i++) {
+      const int64_t tokens = open.items[i].new_tokens;
+      calls[i].sequence = open.items[i].sequence;
+      calls[i].start_position = open.step.starts[i];
+      calls[i].q = TensorRef::F32(q[i], {tokens, shape.query_heads, shape.head_dim_k});
+      calls[i].k = TensorRef::F32(k[i], {tokens, shape.kv_heads, shape.head_dim_k});
+      calls[i].v = TensorRef::F32(v[i], {tokens, shape.kv_heads, shape.head_dim_v});
+      calls[i].output = out[i];
+      calls[i].lse = lse[i];
+    }
+    const absl::Status status = pool_.AppendAttend(static_cast<int>(l), calls, {}, open.step.id);
+    ASSERT_TRUE(status.ok()) << status;
+    for (size_t i = 0; i < calls.size(); i++) {
+      ShadowSequence& shadow = shadows[open.of[i]];
+      ASSERT_EQ(shadow.LayerLength(static_cast<int>(l)), open.step.starts[i]);
+      shadow.Append(static_cast<int>(l), k[i], v[i], open.items[i].new_tokens);
+      ExpectClose(shadow.Attend(static_cast<int>(l), q[i], open.items[i].new_tokens, open.step.starts[i]),
+                  out[i], lse[i],
+                  "layer " + std::to_string(l) + " of a step at " + std::to_string(open.step.starts[i]));
+      Keep(out[i]);
+      Keep(lse[i]);
     }
   }
 
@@ -257,12 +379,13 @@ class Script {
   }
 
   Pool& pool_;
-  const bool moves_;
+  const ScriptOptions options_;
   std::mt19937 random_;
   const client::Model model_;
   const ModelSpec spec_;
   std::vector<Item> items_;
   std::vector<float> answers_;
+  std::map<std::pair<client::SequenceId, size_t>, client::StepTable> told_;
 };
 
 }  // namespace
@@ -298,9 +421,9 @@ client::Model MixedModel(const std::string& name) {
   return {name, {sliding, full, sliding}};
 }
 
-std::vector<float> RunScript(Pool& pool, uint32_t seed, int steps, bool moves) {
-  Script script(pool, seed, moves);
-  for (int i = 0; i < steps && !::testing::Test::HasFailure(); i++) script.Step();
+std::vector<float> RunScript(Pool& pool, const ScriptOptions& options) {
+  Script script(pool, options);
+  for (int i = 0; i < options.verbs && !::testing::Test::HasFailure(); i++) script.Run();
   return script.TakeAnswers();
 }
 

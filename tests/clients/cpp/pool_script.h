@@ -30,10 +30,17 @@ class Ways {
 // One layer with full attention, two with a sliding window of 100 tokens and other head dims, interleaved.
 client::Model MixedModel(const std::string& name);
 
-// Runs `steps` random verbs on a few sequences; failures are test failures. All that came back: outputs,
-// log-sum-exps, rows, lengths, in order. With `moves` sequences are evicted and prefetched too: blocks then
-// come back in the background, and where a block lies when it is attended is a matter of time, so that
-// answers are equal to rounding and not to the bit.
-std::vector<float> RunScript(Pool& pool, uint32_t seed, int steps, bool moves);
+struct ScriptOptions {
+  uint32_t seed = 1;
+  int verbs = 120;
+  // Sequences are evicted and prefetched too: blocks then come back in the background, and where a block lies
+  // when it is attended is a matter of time, so that answers are equal to rounding and not to the bit.
+  bool moves = false;
+  bool steps = true;  // steps too, on a session
+};
+
+// Runs random verbs on a few sequences; failures are test failures. All that came back: outputs,
+// log-sum-exps, rows, lengths, in order.
+std::vector<float> RunScript(Pool& pool, const ScriptOptions& options);
 
 }  // namespace kvtide::testing

@@ -43,14 +43,16 @@ void ExpectError(const absl::Status& status, absl::StatusCode code, const std::s
 
 TEST_P(PoolTest, AnswersEqualTheModelOfTheCacheAndThoseOfTheEmbeddedWayToTheBit) {
   for (const uint32_t seed : {1u, 2u, 3u}) {
-    const std::vector<float> answers = RunScript(*pool_, seed, 120, false);
+    ScriptOptions script{.seed = seed, .steps = GetParam() != "grpc"};
+    const std::vector<float> answers = RunScript(*pool_, script);
     ASSERT_FALSE(HasFailure()) << "seed " << seed;
     const std::unique_ptr<Pool> embedded = ways_.Open("embedded");
-    const std::vector<float> expected = RunScript(*embedded, seed, 120, false);
+    const std::vector<float> expected = RunScript(*embedded, script);
     ASSERT_EQ(answers.size(), expected.size()) << "seed " << seed;
     EXPECT_EQ(std::memcmp(answers.data(), expected.data(), answers.size() * sizeof(float)), 0)
         << "seed " << seed;
-    RunScript(*pool_, seed, 120, true);
+    script.moves = true;
+    RunScript(*pool_, script);
   }
   const auto stats = pool_->GetStats();
   ASSERT_TRUE(stats.ok()) << stats.status();
@@ -188,6 +190,101 @@ TEST_P(PoolTest, MistakesAreNamedAndChangeNothing) {
   EXPECT_EQ((*all)[0].tokens, 10);
   EXPECT_TRUE(pool_->CloseSequence(id).ok());
   ExpectError(pool_->CloseSequence(id), StatusCode::kNotFound, "");
+}
+
+TEST_P(PoolTest, MistakesAboutStepsAreNamedAndChangeNothing) {
+  using absl::StatusCode;
+  const client::SequenceId id = Make(), other = Make();
+  ASSERT_TRUE(Append(id, 0, 10).ok());
+  const std::vector<client::StepItem> both = {{id, 1}, {other, 2}};
+  if (GetParam() == "grpc") {
+    ExpectError(pool_->BeginStep(both).status(), StatusCode::kFailedPrecondition,
+                "steps belong to a session");
+    ExpectError(pool_->EndStep(1), StatusCode::kFailedPrecondition, "steps belong to a session");
+    return;
+  }
+  const auto begin = [&](std::vector<client::StepItem> items, uint64_t after = 0) {
+    return pool_->BeginStep(items, {.after = after});
+  };
+  ExpectError(begin({}).status(), StatusCode::kInvalidArgument, "without items");
+  ExpectError(begin({{id, 0}}).status(), StatusCode::kInvalidArgument, "items[0]: a step of 0 tokens");
+  ExpectError(begin({{id, 1}, {id, 1}}).status(), StatusCode::kInvalidArgument, "items[1]: sequence");
+  ExpectError(begin({{id + 1, 1}}).status(), StatusCode::kNotFound, "items[0]");
+  ExpectError(begin({{id, 1}}, 77).status(), StatusCode::kNotFound, "step 77 is not open on this session");
+  ExpectError(begin({{id, 1'000'000'000'000}}).status(), StatusCode::kInvalidArgument,
+              "max_tokens_per_append");
+  ExpectError(pool_->EndStep(77), StatusCode::kNotFound, "step 77");
+  const auto step = begin(both);
+  ASSERT_TRUE(step.ok()) << step.status();
+  EXPECT_EQ(step->starts, (std::vector<int64_t>{10, 0}));
+  ExpectError(begin({{id, 1}}).status(), StatusCode::kAborted, "written by another call");
+  ExpectError(Append(id, 10, 1), StatusCode::kAborted, "");
+  ExpectError(pool_->EndStep(step->id), StatusCode::kFailedPrecondition, "the rows of layer 0 have not come");
+  const e2e::Tokens one(1, 10, 1), two(1, 0, 2);
+  std::vector<float> output(static_cast<size_t>(2 * e2e::kHeads * e2e::kDim));
+  std::vector<std::vector<float>> q = {e2e::Rows(1, 0, 1, e2e::kHeads), e2e::Rows(1, 0, 2, e2e::kHeads)};
+  std::vector<client::AppendAttendItem> items(2);
+  for (size_t i = 0; i < 2; i++) {
+    items[i].sequence = both[i].sequence;
+    items[i].start_position = step->starts[i];
+    const int64_t tokens = both[i].new_tokens;
+    items[i].q = TensorRef::F32(q[i], {tokens, e2e::kHeads, e2e::kDim});
+    items[i].output = std::span(output).first(q[i].size());
+  }
+  const auto run = [&](int layer, uint64_t id_of_step) {
+    const e2e::Tokens* const rows[] = {&one, &two};
+    for (size_t i = 0; i < 2; i++) {
+      const int64_t tokens = both[i].new_tokens;
+      items[i].k =
+          TensorRef::F32(rows[i]->k[static_cast<size_t>(layer) % 2], {tokens, e2e::kKvHeads, e2e::kDim});
+      items[i].v =
+          TensorRef::F32(rows[i]->v[static_cast<size_t>(layer) % 2], {tokens, e2e::kKvHeads, e2e::kDim});
+    }
+    return pool_->AppendAttend(layer, items, {}, id_of_step);
+  };
+  ExpectError(run(0, 77), StatusCode::kNotFound, "step 77");
+  ExpectError(run(5, step->id), StatusCode::kInvalidArgument, "layer is 5");
+  std::swap(items[0].sequence, items[1].sequence);
+  ExpectError(run(0, step->id), StatusCode::kInvalidArgument, "items[0] has 1 tokens of sequence");
+  std::swap(items[0].sequence, items[1].sequence);
+  q[1][3] = std::numeric_limits<float>::quiet_NaN();
+  ExpectError(run(0, step->id), StatusCode::kInvalidArgument, "NaN");
+  q[1][3] = 0;
+  absl::Status status = run(0, step->id);
+  ASSERT_TRUE(status.ok()) << status;
+  ExpectError(pool_->EndStep(step->id), StatusCode::kFailedPrecondition, "the rows of layer 1 have not come");
+  const auto next = begin({{id, 1}}, step->id);
+  ASSERT_TRUE(next.ok()) << next.status();
+  EXPECT_EQ(next->starts[0], 11);
+  status = run(1, step->id);
+  ASSERT_TRUE(status.ok()) << status;
+  ExpectError(pool_->EndStep(next->id), StatusCode::kFailedPrecondition, "end that one first");
+  status = pool_->EndStep(step->id);
+  ASSERT_TRUE(status.ok()) << status;
+  ExpectError(pool_->EndStep(step->id), StatusCode::kNotFound, "");
+  EXPECT_TRUE(pool_->RollBackStep(next->id).ok());
+  const auto all = pool_->ListSequences();
+  ASSERT_TRUE(all.ok());
+  for (const client::SequenceInfo& info : *all) EXPECT_EQ(info.tokens, info.id == id ? 11 : 2);
+  // A sequence that is closed takes the step with it.
+  const auto lost = begin(both);
+  ASSERT_TRUE(lost.ok()) << lost.status();
+  EXPECT_TRUE(pool_->CloseSequence(other).ok());
+  EXPECT_TRUE(pool_->RollBackStep(lost->id).ok());
+  std::vector<uint64_t> open;
+  for (;;) {
+    const auto more = begin({{id, 1}}, open.empty() ? 0 : open.back());
+    if (!more.ok()) {
+      ExpectError(more.status(), StatusCode::kResourceExhausted, "end some");
+      break;
+    }
+    open.push_back(more->id);
+  }
+  EXPECT_EQ(open.size(), 64u);
+  EXPECT_TRUE(pool_->RollBackStep(open.front()).ok());
+  for (size_t i = 1; i < open.size(); i++) EXPECT_TRUE(pool_->RollBackStep(open[i]).ok());
+  EXPECT_TRUE(Append(id, 11, 3).ok());
+  EXPECT_TRUE(pool_->CloseSequence(id).ok());
 }
 
 TEST_P(PoolTest, ThreadsShareAPool) {

@@ -211,8 +211,71 @@ TEST(SharedMemory, NonsenseInTheRingEndsItsClientAndNobodyElse) {
 [[noreturn]] void Work(const std::string& address, uint32_t seed) {
   auto pool = Pool::Connect("shm:" + address);
   if (!pool.ok()) ::_exit(1);
-  for (; !::testing::Test::HasFailure(); seed += 1000) RunScript(**pool, seed, 200, true);
+  for (; !::testing::Test::HasFailure(); seed += 1000)
+    RunScript(**pool, {.seed = seed, .verbs = 200, .moves = true});
   ::_exit(1);
+}
+
+// Where in its steps an engine is killed.
+enum class Point : uint8_t {
+  kBegun,
+  kLayerWritten,
+  kAllWritten,
+  kFollowed,
+  kFirstEnded,
+  kRolledBack,
+  kBetween,
+  kPoints
+};
+
+// An engine that comes to a point of its second step, says so, and waits to be killed.
+[[noreturn]] void StepUntil(const std::string& address, Point point, int say) {
+  const auto reached = [&] {
+    const char byte = 1;
+    if (::write(say, &byte, 1) != 1) ::_exit(2);
+    for (;;) ::pause();
+  };
+  const auto good = [](const absl::Status& status) {
+    if (!status.ok()) ::_exit(1);
+  };
+  auto pool = Pool::Connect("shm:" + address);
+  good(pool.status());
+  good((*pool)->RegisterModel(e2e::SmallModel()));
+  const auto id = (*pool)->CreateSequence("small", {.pair = "q8_0/turbo4"});
+  good(id.status());
+  const e2e::Tokens rows(1, 0, 100);
+  const std::vector<float> q = e2e::Rows(1, 0, 100, e2e::kHeads);
+  std::vector<float> output(q.size());
+  const auto write = [&](const client::Step& step, int layer) {
+    client::AppendAttendItem item;
+    item.sequence = *id;
+    item.start_position = step.starts[0];
+    item.q = TensorRef::F32(q, {100, e2e::kHeads, e2e::kDim});
+    item.k = TensorRef::F32(rows.k[static_cast<size_t>(layer)], {100, e2e::kKvHeads, e2e::kDim});
+    item.v = TensorRef::F32(rows.v[static_cast<size_t>(layer)], {100, e2e::kKvHeads, e2e::kDim});
+    item.output = output;
+    good((*pool)->AppendAttend(layer, {&item, 1}, {}, step.id));
+  };
+  const client::StepItem items[] = {{*id, 100}};
+  for (int round = 0;; round++) {
+    const bool last = round == 1;
+    const auto first = (*pool)->BeginStep(items, {.tables = true});
+    good(first.status());
+    if (last && point == Point::kBegun) reached();
+    write(*first, 0);
+    if (last && point == Point::kLayerWritten) reached();
+    write(*first, 1);
+    if (last && point == Point::kAllWritten) reached();
+    const auto second = (*pool)->BeginStep(items, {.after = first->id, .tables = true});
+    good(second.status());
+    write(*second, 0);
+    if (last && point == Point::kFollowed) reached();
+    good((*pool)->EndStep(first->id));
+    if (last && point == Point::kFirstEnded) reached();
+    good((*pool)->RollBackStep(second->id));
+    if (last && point == Point::kRolledBack) reached();
+    if (last) reached();
+  }
 }
 
 class Deaths : public ::testing::Test {
@@ -257,6 +320,33 @@ TEST_F(Deaths, AKilledClientLosesItsSequencesWithinASecondAndHarmsNobody) {
     return stats.ok() && stats->stored_bytes == 0 &&
            stats->tiers[0].used_bytes + stats->tiers[1].used_bytes == 0;
   })) << "bytes are left";
+}
+
+TEST_F(Deaths, AClientThatIsKilledInAStepLeavesNothingOfIt) {
+  Ways ways;
+  const std::string address = ways.daemon().address();
+  const auto watcher = ways.daemon().Connect();
+  ASSERT_TRUE(watcher->RegisterModel(e2e::SmallModel()).ok());
+  const int rounds = std::max(static_cast<int>(Point::kPoints), Rounds(0));
+  for (int round = 0; round < rounds; round++) {
+    const auto point = static_cast<Point>(round % static_cast<int>(Point::kPoints));
+    int ends[2];
+    ASSERT_EQ(::pipe(ends), 0);
+    const pid_t child = ::fork();
+    if (child == 0) StepUntil(address, point, ends[1]);
+    ::close(ends[1]);
+    char byte = 0;
+    EXPECT_EQ(::read(ends[0], &byte, 1), 1) << "the engine failed before point " << static_cast<int>(point);
+    ::close(ends[0]);
+    ::kill(child, SIGKILL);
+    EXPECT_EQ(e2e::WaitForExit(child, 30), 128 + SIGKILL);
+    ASSERT_TRUE(Eventually([&] {
+      const auto stats = watcher->GetStats();
+      return stats.ok() && stats->sequences == 0 && stats->stored_bytes == 0 &&
+             stats->tiers[0].used_bytes + stats->tiers[1].used_bytes == 0;
+    })) << "bytes are left after point "
+        << static_cast<int>(point);
+  }
 }
 
 TEST_F(Deaths, AKilledDaemonIsAnErrorAtTheNextCallAndNeverAHang) {

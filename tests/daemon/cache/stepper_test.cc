@@ -215,6 +215,166 @@ TEST_F(StepTest, NoRoomTakesAllOfItBack) {
   a.CheckAllLayers();
 }
 
+// The next step begins while the engine still works on this one.
+TEST_F(StepTest, AStepMayFollowOneThatIsStillOpen) {
+  if (!OnCpu()) GTEST_SKIP() << "the engine of this test reads host memory";
+  Start();
+  Client a(*cache_, MixedModel(), WithPair("f16/f16"), random_);
+  Client b(*cache_, MixedModel(), WithPair("f16/f16"), random_);
+  ASSERT_TRUE(a.Append(50).ok());
+  Client fork = a.Fork();
+  std::unique_ptr<Step> last;
+  ShadowSequence ahead = a.shadow();
+  for (int round = 0; round < 30; round++) {
+    StepCall call;
+    const std::vector<StepItem> items = {{a.id(), 1 + round % 40}, {b.id(), 3}};
+    call.items = std::span(items).first(round % 2 == 0 ? 1 : 2);  // b takes part now and then
+    call.after = last.get();
+    auto step = cache_->BeginStep(call);
+    ASSERT_TRUE(step.ok()) << step.status();
+    ASSERT_EQ((*step)->start(0), ahead.Length());
+    RunLayers(**step, 0, a, ahead);
+    if (round % 2 == 1) RunLayers(**step, 1, b, b.shadow());
+    // The first of them ends later.
+    if (last != nullptr) {
+      const absl::Status status = cache_->EndStep(std::move(last));
+      ASSERT_TRUE(status.ok()) << status;
+      EXPECT_EQ(*cache_->Length(a.id()), (*step)->start(0));
+    }
+    cache_->CheckInvariants();
+    ahead.Settle();
+    b.shadow().Settle();
+    last = *std::move(step);
+    ASSERT_FALSE(HasFailure()) << "round " << round;
+  }
+  ASSERT_TRUE(cache_->EndStep(std::move(last)).ok());
+  a.shadow() = ahead;
+  a.CheckAllLayers();
+  b.CheckAllLayers();
+  fork.CheckAllLayers();
+  EXPECT_TRUE(a.Append(5).ok());
+  a.CheckAllLayers();
+}
+
+TEST_F(StepTest, WhatFollowsAStepThatIsRolledBackHasNeverBeen) {
+  Start();
+  Client client(*cache_, SmallModel(), WithPair("f16/f16"), random_);
+  Client other(*cache_, SmallModel(), WithPair("f16/f16"), random_);
+  ASSERT_TRUE(client.Append(60).ok());
+  const uint64_t bytes = UsedBytes(cache_->Stats());
+  const auto follow = [&](Step* after, const Client& of, int64_t tokens) {
+    const StepItem item{of.id(), tokens};
+    StepCall call;
+    call.items = {&item, 1};
+    call.after = after;
+    return cache_->BeginStep(call);
+  };
+  auto first = Begin({{client.id(), 2}});
+  ASSERT_TRUE(first.ok()) << first.status();
+  auto second = follow(first->get(), client, 100);
+  ASSERT_TRUE(second.ok()) << second.status();
+  EXPECT_EQ((*second)->start(0), 62);
+  IsError(follow(first->get(), other, 1).status(), StatusCode::kInvalidArgument, "in a row");
+  auto third = follow(second->get(), other, 1);
+  ASSERT_TRUE(third.ok()) << third.status();
+  first->reset();
+  cache_->CheckInvariants();
+  IsError(follow(third->get(), other, 1).status(), StatusCode::kAborted, "rolled back");
+  IsError(cache_->EndStep(*std::move(third)), StatusCode::kAborted, "rolled back");
+  IsError(cache_->EndStep(*std::move(second)), StatusCode::kAborted, "rolled back");
+  EXPECT_EQ(UsedBytes(cache_->Stats()), bytes);
+  client.CheckAllLayers();
+  ASSERT_TRUE(client.Append(20).ok());
+  ASSERT_TRUE(other.Append(20).ok());
+  client.CheckAllLayers();
+  // The later one is taken back alone; or ends too early, which takes it back.
+  for (const bool ends : {false, true}) {
+    first = Begin({{client.id(), 1}});
+    second = follow(first->get(), client, 1);
+    ASSERT_TRUE(second.ok()) << second.status();
+    if (ends) {
+      IsError(cache_->EndStep(*std::move(second)), StatusCode::kFailedPrecondition, "still open");
+    } else {
+      second->reset();
+    }
+    second = follow(first->get(), client, 3);
+    ASSERT_TRUE(second.ok()) << second.status();
+    second->reset();
+    first->reset();
+  }
+  // Who is closed takes all of them back.
+  first = Begin({{client.id(), 10}, {other.id(), 1}});
+  second = follow(first->get(), client, 200);
+  ASSERT_TRUE(client.Close().ok());
+  IsError(cache_->EndStep(*std::move(first)), StatusCode::kAborted, "closed");
+  IsError(cache_->EndStep(*std::move(second)), StatusCode::kAborted, "rolled back");
+  other.CheckAllLayers();
+  cache_->CheckInvariants();
+}
+
+// For engines that cannot reach the blocks.
+TEST_F(StepTest, TheCacheWritesAndAttendsALayerForTheEngine) {
+  Start();
+  Client a(*cache_, MixedModel(), WithPair("q8_0/turbo4", {0, 1}), random_);
+  Client b(*cache_, MixedModel(), WithPair("f16/f16"), random_);
+  ASSERT_TRUE(a.Append(100).ok());
+  for (int round = 0; round < 12; round++) {
+    std::vector<StepItem> items = {{a.id(), 1 + 13 * (round % 3)}, {b.id(), 2}};
+    auto step = Begin(items);
+    ASSERT_TRUE(step.ok()) << step.status();
+    Client* const clients[] = {&a, &b};
+    for (size_t layer = 0; layer < a.model().layers.size(); layer++) {
+      EXPECT_EQ((*step)->FirstLayerLeft(), static_cast<int>(layer));
+      const LayerGroupSpec& group = GroupOf(a.model(), static_cast<int>(layer));
+      std::vector<NewRows> rows;
+      std::vector<std::vector<float>> q(2), out(2), lse(2);
+      std::vector<AttendRequest> requests(2);
+      for (size_t i = 0; i < 2; i++) {
+        const int64_t tokens = items[i].new_tokens;
+        rows.emplace_back(a.model(), static_cast<int>(layer), tokens, random_);
+        q[i] = RandomRows(random_, static_cast<size_t>(tokens * group.heads * group.shape.head_dim_k));
+        out[i].resize(static_cast<size_t>(tokens * group.heads * group.shape.head_dim_v));
+        lse[i].resize(static_cast<size_t>(tokens * group.heads));
+      }
+      for (size_t i = 0; i < 2; i++) {
+        AttendRequest& request = requests[i];
+        request.sequence = items[i].sequence;
+        request.q = {q[i].data(), DataType::kF32};
+        request.queries = request.new_tokens = items[i].new_tokens;
+        request.first_query_position = request.start_position = (*step)->start(i);
+        request.k = {rows[i].k.data(), DataType::kF32};
+        request.v = {rows[i].v.data(), DataType::kF32};
+        request.out = out[i].data();
+        request.lse = lse[i].data();
+      }
+      AttendCall call;
+      call.layer = static_cast<int>(layer);
+      call.items = std::span(requests).first(1);
+      IsError(cache_->AttendStepLayer(**step, call), StatusCode::kInvalidArgument, "the step has 2");
+      call.items = requests;
+      requests[1].new_tokens++;
+      IsError(cache_->AttendStepLayer(**step, call), StatusCode::kInvalidArgument, "items[1] has 3 tokens");
+      requests[1].new_tokens--;
+      for (int again = 0; again < 2; again++) {  // a layer may be repeated
+        const absl::Status status = cache_->AttendStepLayer(**step, call);
+        ASSERT_TRUE(status.ok()) << status;
+      }
+      for (size_t i = 0; i < 2; i++) {
+        ShadowSequence& shadow = clients[i]->shadow();
+        shadow.Append(static_cast<int>(layer), rows[i].k, rows[i].v, items[i].new_tokens);
+        ExpectClose(shadow.Attend(static_cast<int>(layer), q[i], items[i].new_tokens, (*step)->start(i)),
+                    out[i], lse[i], "layer");
+      }
+    }
+    EXPECT_EQ((*step)->FirstLayerLeft(), -1);
+    ASSERT_TRUE(cache_->EndStep(*std::move(step)).ok());
+    a.shadow().Settle();
+    b.shadow().Settle();
+    a.CheckAllLayers();
+    b.CheckAllLayers();
+  }
+}
+
 // Steps between all other verbs; some end, some do not.
 TEST_F(StepTest, RandomScripts) {
   if (!OnCpu()) GTEST_SKIP() << "the engine of this test reads host memory";

@@ -1,0 +1,49 @@
+// Block tables as the daemon has told them: it tells what has changed since the last step, this keeps the
+// rest. Thread-safe.
+#pragma once
+
+#include <map>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/statusor.h"
+#include "clients/cpp/carrier.h"
+#include "clients/cpp/client.h"
+#include "kernels/base/mutex.h"
+
+namespace kvtide::client {
+
+// A step whose tables are borrowed: each until the next step of its sequence, or its close.
+struct StepView {
+  uint64_t id = 0;
+  std::vector<int64_t> starts;
+  std::vector<const StepTable*> tables;  // [items][groups]
+  std::vector<v1::StepSeal> seals;
+};
+
+class StepTables {
+ public:
+  // Sends a BeginStepRequest for the items, and brings the tables up to date. After a failed call everything
+  // is asked for again.
+  absl::StatusOr<StepView> Begin(Carrier* carrier, std::span<const StepItem> items,
+                                 v1::SessionRequest* message);
+  // What StepBlock::kind means.
+  std::vector<BlockKind> kinds();
+  // The sequence is closed.
+  void Forget(SequenceId sequence);
+
+ private:
+  absl::Status Update(SequenceId sequence, const v1::StepSequence& told, StepView* step)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  int KindOf(const v1::StepBlocks& blocks) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  Mutex mutex_;
+  bool known_ ABSL_GUARDED_BY(mutex_) = false;  // tables_ is what the daemon thinks that we know
+  std::map<std::pair<SequenceId, int>, StepTable> tables_ ABSL_GUARDED_BY(mutex_);
+  std::vector<BlockKind> kinds_ ABSL_GUARDED_BY(mutex_);
+  uint64_t last_version_ ABSL_GUARDED_BY(mutex_) = 0;
+};
+
+}  // namespace kvtide::client

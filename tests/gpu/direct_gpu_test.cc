@@ -1,0 +1,205 @@
+// The direct way on a GPU: kvtided in a process of its own holds the pool, this one maps it by CUDA IPC,
+// writes, attends and seals over it on its own stream.
+#include <cuda_runtime.h>
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <random>
+
+#include "absl/strings/match.h"
+#include "absl/time/clock.h"
+#include "tests/clients/cpp/direct_script.h"
+#include "tests/e2e/test_daemon.h"
+
+namespace kvtide::testing {
+namespace {
+
+using absl::StatusCode;
+
+void Cuda(cudaError_t error) { ASSERT_EQ(error, cudaSuccess) << cudaGetErrorString(error); }
+
+class DeviceMemory : public EngineMemory {
+ public:
+  DeviceMemory() { Cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
+  ~DeviceMemory() override {
+    Clear();
+    (void)cudaStreamDestroy(stream_);
+  }
+  void* stream() const override { return stream_; }
+  float* Put(std::span<const float> values) override {
+    float* const data = Room(values.size());
+    Cuda(cudaMemcpyAsync(data, values.data(), values.size_bytes(), cudaMemcpyHostToDevice, stream_));
+    return data;
+  }
+  float* Room(size_t count) override {
+    void* data = nullptr;
+    Cuda(cudaMalloc(&data, count * sizeof(float)));
+    pieces_.push_back(data);
+    return static_cast<float*>(data);
+  }
+  std::vector<float> Get(const float* data, size_t count) override {
+    std::vector<float> values(count);
+    Cuda(cudaMemcpyAsync(values.data(), data, count * sizeof(float), cudaMemcpyDeviceToHost, stream_));
+    Cuda(cudaStreamSynchronize(stream_));
+    return values;
+  }
+  void Clear() override {
+    Cuda(cudaStreamSynchronize(stream_));
+    for (void* const piece : pieces_) (void)cudaFree(piece);
+    pieces_.clear();
+  }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+  std::vector<void*> pieces_;
+};
+
+client::PoolOptions OnGpu() {
+  client::PoolOptions options;
+  options.direct_device = "cuda:0";
+  options.embedded_config = R"({"device": "cuda:0", "device_memory": "256MiB", "host_memory": "64MiB"})";
+  return options;
+}
+
+std::unique_ptr<e2e::TestDaemon> GpuDaemon() {
+  return e2e::TestDaemon::Start(
+      {"--device", "cuda:0", "--device-memory", "256MiB", "--host-memory", "64MiB"});
+}
+
+std::unique_ptr<Pool> Connect(const std::string& address) {
+  auto pool = Pool::Connect(address, OnGpu());
+  EXPECT_TRUE(pool.ok()) << pool.status();
+  return pool.ok() ? *std::move(pool) : nullptr;
+}
+
+template <class Condition>
+bool Eventually(Condition condition) {
+  for (int i = 0; i < 6000; i++) {
+    if (condition()) return true;
+    absl::SleepFor(absl::Milliseconds(5));
+  }
+  return false;
+}
+
+TEST(DirectGpu, StepsOverTheMappedPoolEqualThoseOfAnEmbeddedOneToTheBit) {
+  const auto daemon = GpuDaemon();
+  for (const char* const pair : {"turbo4/turbo3", "q8_0/turbo4", "f16/f16"}) {
+    const auto direct = Connect("direct:" + daemon->address());
+    ASSERT_NE(direct, nullptr);
+    ASSERT_EQ(direct->way(), client::Way::kDirect);
+    const DirectScriptOptions script{.pair = pair, .seed = 1, .rounds = 30, .tolerance = 5e-3};
+    const std::vector<float> answers = RunDirectScript(*direct, script, std::make_unique<DeviceMemory>());
+    ASSERT_FALSE(HasFailure()) << pair;
+    const auto embedded = Connect("embedded");
+    const std::vector<float> expected = RunDirectScript(*embedded, script, std::make_unique<DeviceMemory>());
+    ASSERT_EQ(answers.size(), expected.size());
+    EXPECT_EQ(std::memcmp(answers.data(), expected.data(), answers.size() * sizeof(float)), 0) << pair;
+    const auto stats = direct->GetStats();
+    ASSERT_TRUE(stats.ok()) << stats.status();
+    EXPECT_EQ(stats->stored_bytes, 0);
+  }
+}
+
+// Small enough for compute-sanitizer.
+TEST(DirectGpu, EmbeddedSmallStepsEqualTheModel) {
+  const auto pool = Connect("embedded");
+  ASSERT_NE(pool, nullptr);
+  const char* const asked = std::getenv("KVTIDE_TEST_ROUNDS");
+  RunDirectScript(*pool,
+                  {.pair = "turbo4/turbo3",
+                   .seed = 11,
+                   .rounds = asked != nullptr ? std::atoi(asked) : 10,
+                   .tolerance = 5e-3},
+                  std::make_unique<DeviceMemory>());
+}
+
+TEST(DirectGpu, TwoEnginesShareAPool) {
+  const auto daemon = GpuDaemon();
+  const auto a = Connect("direct:" + daemon->address()), b = Connect("direct:" + daemon->address());
+  DirectScript first(*a, {.pair = "turbo4/turbo3", .seed = 5, .tolerance = 5e-3},
+                     std::make_unique<DeviceMemory>());
+  DirectScript second(*b, {.pair = "turbo4/turbo3", .seed = 6, .tolerance = 5e-3},
+                      std::make_unique<DeviceMemory>());
+  first.Create();
+  second.Create();
+  for (int i = 0; i < 10 && !HasFailure(); i++) {
+    first.Steps(2);
+    second.Steps(2);
+  }
+  first.CheckBytes();
+  second.CheckBytes();
+}
+
+TEST(DirectGpu, AnotherDeviceAndAnotherWayAreToldApart) {
+  const auto daemon = GpuDaemon();
+  client::PoolOptions cpu = OnGpu();
+  cpu.direct_device = "cpu";
+  const absl::Status status = Pool::Connect("direct:" + daemon->address(), cpu).status();
+  EXPECT_EQ(status.code(), StatusCode::kFailedPrecondition) << status;
+  EXPECT_TRUE(absl::StrContains(status.message(), "the pool lies on GPU-")) << status;
+  const auto best = Pool::Connect("auto:" + daemon->address(), OnGpu());
+  ASSERT_TRUE(best.ok()) << best.status();
+  EXPECT_EQ((*best)->way(), client::Way::kDirect);
+}
+
+TEST(DirectGpu, AKilledEngineLeavesNothingAndAKilledDaemonIsAnError) {
+  const auto daemon = GpuDaemon();
+  const auto watcher = daemon->Connect();
+  std::mt19937 random(20260101);
+  const char* const asked = std::getenv("KVTIDE_TEST_DEATHS");
+  const int rounds = asked != nullptr ? std::atoi(asked) : 3;
+  const auto bystander = Connect("direct:" + daemon->address());
+  DirectScript script(*bystander, {.pair = "turbo4/turbo3", .seed = 3, .tolerance = 5e-3},
+                      std::make_unique<DeviceMemory>());
+  script.Create();
+  for (int round = 0; round < rounds; round++) {
+    const pid_t child = ::fork();
+    if (child == 0) {  // a fresh program: CUDA does not survive a fork
+      char self[] = "/proc/self/exe", flag[] = "--work";
+      std::string address = daemon->address();
+      char* arguments[] = {self, flag, address.data(), nullptr};
+      ::execv(self, arguments);
+      ::_exit(127);
+    }
+    ASSERT_TRUE(Eventually([&] { return watcher->GetStats()->sequences > 2; }));
+    absl::SleepFor(absl::Microseconds(random() % 50000));
+    ::kill(child, SIGKILL);
+    EXPECT_EQ(e2e::WaitForExit(child, 30), 128 + SIGKILL);
+    ASSERT_TRUE(Eventually([&] { return watcher->GetStats()->sequences == 1; })) << "round " << round;
+    script.Steps(2);
+    ASSERT_FALSE(HasFailure()) << "round " << round;
+  }
+  script.CheckBytes();
+  daemon->Kill();
+  const client::StepItem item{script.ids()[0], 1};
+  const absl::Status status = script.attention().Begin({&item, 1}, nullptr).status();
+  EXPECT_EQ(status.code(), StatusCode::kUnavailable) << status;
+  script.Abandon();
+}
+
+}  // namespace
+
+// An engine that works until it is killed.
+int WorkUntilKilled(const std::string& address) {
+  auto pool = Pool::Connect("direct:" + address, OnGpu());
+  if (!pool.ok()) return 1;
+  for (uint32_t seed = 1; !::testing::Test::HasFailure(); seed++)
+    RunDirectScript(**pool, {.pair = "turbo4/turbo3", .seed = seed, .tolerance = 5e-3},
+                    std::make_unique<DeviceMemory>());
+  return 1;
+}
+
+}  // namespace kvtide::testing
+
+int main(int count, char** arguments) {
+  ::testing::InitGoogleTest(&count, arguments);
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) return 77;
+  if (count == 3 && std::strcmp(arguments[1], "--work") == 0)
+    return kvtide::testing::WorkUntilKilled(arguments[2]);
+  return RUN_ALL_TESTS();
+}
