@@ -168,7 +168,9 @@ class Engine {
       }
       items_.push_back({id, 1});
     }
-    for (int more = 1; more > 0;) {
+    // In every step some sequence fills a block.
+    const int usual = setting_.sequences / 16 + 1;
+    for (int more = usual + 1; more > usual;) {
       client::DirectStep step = Begin();
       more = step.seals;
       Layers();
@@ -218,6 +220,7 @@ Result Measure(Pool* pool, const Setting& setting) {
     cudaGraph_t graph;
     cudaGraphExec_t exec;
     client::DirectStep step = engine.Begin();
+    result["first_sequence_tokens_in_graph"] = step.starts[0];
     engine.Layers();
     engine.Mark(step);
     engine.End(std::move(step));
