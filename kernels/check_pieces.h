@@ -14,10 +14,9 @@ namespace kvtide {
 inline absl::Status CheckPiece(const AppendPiece& piece) {
   if (piece.layout == nullptr || piece.block == nullptr)
     return absl::InvalidArgumentError("append: no layout or no block");
-  const CachePair pair = piece.layout->pair();
-  if (Info(pair.k).storage != Storage::kHalf || Info(pair.v).storage != Storage::kHalf)
-    return absl::InvalidArgumentError(
-        absl::StrCat("append to a block of ", PairName(pair), ": tokens are appended to f16 or bf16 blocks"));
+  if (piece.layout->k().groups > 0 || piece.layout->v().groups > 0)  // codes, which have scales
+    return absl::InvalidArgumentError(absl::StrCat("append to a block of ", PairName(piece.layout->pair()),
+                                                   ": tokens are appended to f16 or bf16 blocks"));
   if (piece.layer < 0 || piece.layer >= piece.layout->shape().layers || piece.first_token < 0 ||
       piece.tokens < 0 || piece.first_token + piece.tokens > kBlockTokens)
     return absl::InvalidArgumentError(absl::StrCat("append: layer ", piece.layer, ", tokens ",

@@ -26,87 +26,83 @@ int64_t DroppedTokens(const GroupTable& table) {
   return tokens;
 }
 
-}  // namespace
+TierStats StatsOf(const Tier& tier, const std::string& medium) {
+  TierStats stats;
+  stats.name = tier.name;
+  stats.backend = medium;
+  stats.attends = tier.attends();
+  stats.device = tier.device;
+  stats.capacity_bytes = tier.allocator.capacity_bytes();
+  stats.used_bytes = tier.allocator.used_bytes();
+  stats.free_bytes = tier.allocator.free_bytes();
+  stats.largest_free_extent_bytes = tier.allocator.LargestFreeExtent();
+  stats.blocks = tier.blocks;
+  stats.pinned_blocks = std::min(tier.blocks, tier.read + tier.pinned);
+  stats.demoted_blocks = tier.demoted;
+  stats.promoted_blocks = tier.promoted;
+  stats.dropped_blocks = tier.dropped;
+  stats.lost_blocks = tier.lost;
+  if (tier.io != nullptr) stats.io = tier.io->Stats();
+  std::vector<CacheType> keys = AllCacheTypes();
+  for (const CacheType type : CalibratedTypes()) keys.push_back(type);
+  for (const CacheType k : keys)
+    for (const CacheType v : AllCacheTypes()) {
+      const PairStats& pair = tier.pairs[PairIndex({k, v})];
+      if (pair.blocks > 0) stats.pairs[PairName({k, v})] = pair;
+    }
+  if (const PairStats& opaque = tier.pairs[kOpaquePairIndex]; opaque.blocks > 0)
+    stats.pairs["opaque"] = opaque;
+  return stats;
+}
 
-CacheStats Inspector::Stats() const {
-  CacheLock lock(core_);
-  CacheStats stats;
-  for (size_t t = 0; t < lock->store.tiers(); t++) {
-    const Tier& tier = lock->store.tier(static_cast<int>(t));
-    TierStats& to = stats.tiers.emplace_back();
-    to.name = tier.name;
-    to.backend = core_.options().tiers[t].Medium();
-    to.attends = tier.attends();
-    to.device = tier.device;
-    to.capacity_bytes = tier.allocator.capacity_bytes();
-    to.used_bytes = tier.allocator.used_bytes();
-    to.free_bytes = tier.allocator.free_bytes();
-    to.largest_free_extent_bytes = tier.allocator.LargestFreeExtent();
-    to.blocks = tier.blocks;
-    to.pinned_blocks = std::min(tier.blocks, tier.read + tier.pinned);
-    to.demoted_blocks = tier.demoted;
-    to.promoted_blocks = tier.promoted;
-    to.dropped_blocks = tier.dropped;
-    to.lost_blocks = tier.lost;
-    if (tier.io != nullptr) to.io = tier.io->Stats();
-    std::vector<CacheType> keys = AllCacheTypes();
-    for (const CacheType type : CalibratedTypes()) keys.push_back(type);
-    for (const CacheType k : keys)
-      for (const CacheType v : AllCacheTypes()) {
-        const PairStats& pair = tier.pairs[PairIndex({k, v})];
-        if (pair.blocks > 0) to.pairs[PairName({k, v})] = pair;
-      }
-    if (const PairStats& opaque = tier.pairs[kOpaquePairIndex]; opaque.blocks > 0)
-      to.pairs["opaque"] = opaque;
-  }
-  stats.models = lock->sequences.models();
-  stats.sequences = lock->sequences.all().size();
-  stats.tokens = lock->sequences.tokens();
-  stats.f16_equivalent_bytes = lock->sequences.held_f16_bytes();
-  if (lock->store.dropped_blocks() > 0)
-    for (const auto& [id, sequence] : lock->sequences.all())
-      for (const GroupTable& table : sequence->groups)
-        stats.f16_equivalent_bytes -=
-            BytesPerToken(table.exact->shape()) * static_cast<uint64_t>(DroppedTokens(table));
-  stats.table_bytes = lock->store.table_bytes();
-  stats.shared_blocks = lock->store.shared_blocks();
-  stats.stored_bytes = lock->store.stored_bytes();
-  if (stats.f16_equivalent_bytes > 0)
-    stats.bits_per_value = 16.0 * static_cast<double>(stats.stored_bytes - lock->keyed.bytes()) /
-                           static_cast<double>(stats.f16_equivalent_bytes);
-  stats.sequences_created = lock->sequences.created();
-  stats.sequences_closed = lock->sequences.closed();
-  stats.appended_tokens = lock->counters.appended_tokens;
-  stats.sealed_blocks = lock->counters.sealed_blocks;
-  stats.failed_seals = lock->counters.failed_seals;
-  stats.copied_on_write_blocks = lock->counters.copied_on_write_blocks;
-  stats.window_freed_blocks = lock->counters.window_freed_blocks;
-  stats.evict_calls = lock->counters.evict_calls;
-  stats.prefetch_calls = lock->counters.prefetch_calls;
-  stats.moves = lock->counters.moves;
-  stats.failed_moves = lock->counters.failed_moves;
-  stats.moved_bytes = lock->counters.moved_bytes;
-  stats.compacted_blocks = lock->counters.compacted_blocks;
-  stats.compacted_bytes = lock->counters.compacted_bytes;
-  stats.dropped_blocks = lock->counters.dropped_blocks;
-  stats.attended_blocks = lock->counters.attended_blocks;
-  stats.attended_blocks_below_tier0 = lock->counters.attended_blocks_below_tier0;
-  stats.checksum_failures = lock->counters.checksum_failures;
-  stats.exhausted = lock->counters.exhausted;
-  stats.lost_blocks = lock->counters.lost_blocks;
-  stats.persist_calls = lock->counters.persist_calls;
-  stats.persisted = lock->counters.persisted;
-  stats.failed_persists = lock->counters.failed_persists;
-  stats.persisted_bytes = lock->counters.persisted_bytes;
-  stats.durable_sequences = lock->durable_sequences;
-  const KeyedIndex& keyed = lock->keyed;
+void AddSequences(const CacheState& state, CacheStats& stats) {
+  const Sequences& sequences = state.sequences;
+  stats.models = sequences.models();
+  stats.sequences = sequences.all().size();
+  stats.sequences_created = sequences.created();
+  stats.sequences_closed = sequences.closed();
+  stats.durable_sequences = state.durable_sequences;
+  stats.tokens = sequences.tokens();
+  stats.f16_equivalent_bytes = sequences.held_f16_bytes();
+  if (state.store.dropped_blocks() == 0) return;
+  for (const auto& [id, sequence] : sequences.all())
+    for (const GroupTable& table : sequence->groups)
+      stats.f16_equivalent_bytes -=
+          BytesPerToken(table.exact->shape()) * static_cast<uint64_t>(DroppedTokens(table));
+}
+
+void AddKeyed(const KeyedIndex& keyed, CacheStats& stats) {
   stats.namespaces = keyed.namespaces().size();
   stats.keyed_blocks = keyed.blocks();
   stats.keyed_bytes = keyed.bytes();
   for (const auto& [id, space] : keyed.namespaces()) stats.durable_keyed_blocks += space->durable.size();
   stats.leases = keyed.leases();
   stats.leases_expired = keyed.expired();
-  const Counters& counters = lock->counters;
+}
+
+void AddCounters(const Counters& counters, CacheStats& stats) {
+  stats.appended_tokens = counters.appended_tokens;
+  stats.sealed_blocks = counters.sealed_blocks;
+  stats.failed_seals = counters.failed_seals;
+  stats.copied_on_write_blocks = counters.copied_on_write_blocks;
+  stats.window_freed_blocks = counters.window_freed_blocks;
+  stats.evict_calls = counters.evict_calls;
+  stats.prefetch_calls = counters.prefetch_calls;
+  stats.moves = counters.moves;
+  stats.failed_moves = counters.failed_moves;
+  stats.moved_bytes = counters.moved_bytes;
+  stats.compacted_blocks = counters.compacted_blocks;
+  stats.compacted_bytes = counters.compacted_bytes;
+  stats.dropped_blocks = counters.dropped_blocks;
+  stats.attended_blocks = counters.attended_blocks;
+  stats.attended_blocks_below_tier0 = counters.attended_blocks_below_tier0;
+  stats.checksum_failures = counters.checksum_failures;
+  stats.exhausted = counters.exhausted;
+  stats.lost_blocks = counters.lost_blocks;
+  stats.persist_calls = counters.persist_calls;
+  stats.persisted = counters.persisted;
+  stats.failed_persists = counters.failed_persists;
+  stats.persisted_bytes = counters.persisted_bytes;
   stats.leases_granted = counters.leases_granted;
   stats.keyed_hits = counters.keyed_hits;
   stats.keyed_misses = counters.keyed_misses;
@@ -115,11 +111,29 @@ CacheStats Inspector::Stats() const {
   stats.keyed_left_out = counters.keyed_left_out;
   stats.keyed_loaded = counters.keyed_loaded;
   stats.keyed_loaded_bytes = counters.keyed_loaded_bytes;
+}
+
+}  // namespace
+
+CacheStats Inspector::Stats() const {
+  CacheLock lock(core_);
+  CacheStats stats;
+  for (size_t t = 0; t < lock->store.tiers(); t++)
+    stats.tiers.push_back(StatsOf(lock->store.tier(static_cast<int>(t)), core_.options().tiers[t].Medium()));
+  AddSequences(*lock, stats);
+  AddKeyed(lock->keyed, stats);
+  AddCounters(lock->counters, stats);
+  stats.table_bytes = lock->store.table_bytes();
+  stats.shared_blocks = lock->store.shared_blocks();
+  stats.stored_bytes = lock->store.stored_bytes();
+  if (stats.f16_equivalent_bytes > 0)
+    stats.bits_per_value = 16.0 * static_cast<double>(stats.stored_bytes - lock->keyed.bytes()) /
+                           static_cast<double>(stats.f16_equivalent_bytes);
   stats.max_sequences = core_.options().max_sequences;
   stats.max_models = core_.options().max_models;
+  stats.max_tokens_per_sequence = core_.options().max_tokens_per_sequence;
   for (const TenantAccount* account : lock->tenants.All())
     stats.tenants.push_back({account->tenant, account->sequences, account->models, account->tier_bytes});
-  stats.max_tokens_per_sequence = core_.options().max_tokens_per_sequence;
   return stats;
 }
 

@@ -187,6 +187,7 @@ void KeyedSim::Persist(size_t at) {
 
 void KeyedSim::RestartNow() {
   restarts_++;
+  files_->ClearFaults();  // a start on a disk that takes nothing is refused
   sequences_.clear();
   leases_.clear();
   for (FaultyBackend* backend : {device_.get(), host_.get()}) backend->SetHook(nullptr);
