@@ -76,11 +76,13 @@ class CudaBackend : public Backend {
       : options_(options),
         device_(device),
         image_(image),
+        hand_(options.second_hand ? std::make_unique<SecondHand>() : nullptr),
         pool_(options.workspaces),
         copies_(device, options.copy_piece_bytes, options.max_copies) {
     environment_.processors = processors;
     environment_.scratch_bytes = options_.scratch_bytes;
     environment_.in_place_bytes = options_.in_place_bytes;
+    environment_.hand = hand_.get();
     environment_.rotations = &rotations_;
     environment_.profiles = &profiles_;
     environment_.most_decode_rows = options_.most_decode_rows;
@@ -255,6 +257,7 @@ class CudaBackend : public Backend {
   const int device_;
   const DeviceImage image_;
   AttendEnvironment environment_;
+  const std::unique_ptr<SecondHand> hand_;
   Rotations rotations_;
   ProfileStore profiles_;
   WorkspacePool pool_;

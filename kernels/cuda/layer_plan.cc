@@ -226,7 +226,7 @@ AttendPlanArgs LayerPlan::PlanAgain(const Batch& batch, std::vector<PlanItem>* i
 absl::Status LayerPlan::AttendBatch(Batch& batch, const AttendLayerArgs& args,
                                     const AttendEnvironment& environment, Workspace& workspace) {
   std::vector<PlanItem> items;
-  LayerTensors tensors(shape_.group, shape_.heads, batch.slices, args);
+  LayerTensors tensors(shape_.group, shape_.heads, batch.slices, args, environment.hand);
   const bool careful = MayLeaveF32(batch.slices, args, shape_);
   if (batch.kind == Batch::kManyRows) {
     if (careful || args.softcap > kMostSoftcapOfMany)
@@ -246,29 +246,25 @@ absl::Status LayerPlan::AttendBatch(Batch& batch, const AttendLayerArgs& args,
     KVTIDE_RETURN_IF_ERROR(workspace.Begin(
         Workspace::Bound(2 + AppendRows::kArrays, tensors.staging_bytes() + rows.staging_bytes()),
         tensors.query_bytes() + rows.row_bytes() <= environment.in_place_bytes));
-    rows.Place(workspace);
-    tensors.PlaceQueries(workspace);
     KVTIDE_RETURN_IF_ERROR(
         tensors.ReserveResults(workspace, tensors.result_bytes() <= environment.in_place_bytes, true));
+    tensors.PlaceQueries(workspace);
+    KVTIDE_RETURN_IF_ERROR(tensors.SendQueries(workspace));
+    rows.Place(workspace, environment.hand);  // while the queries are on their way
     KVTIDE_RETURN_IF_ERROR(workspace.Send());
     KVTIDE_RETURN_IF_ERROR(rows.Launch(workspace.stream()));
-    KVTIDE_RETURN_IF_ERROR(tables_.Launch(args, tensors, careful, environment, workspace));
+    KVTIDE_RETURN_IF_ERROR(tables_.Launch(args, tensors, {careful, !rows.empty()}, environment, workspace));
   }
   KVTIDE_RETURN_IF_ERROR(tensors.Fetch(workspace));
   if (&batch == &batches_.front()) KVTIDE_RETURN_IF_ERROR(RunMeanwhile(args));  // while the device computes
-  KVTIDE_RETURN_IF_ERROR(workspace.Finish());
-  if (batch.kind != Batch::kManyRows) {
-    const auto beyond =
-        tensors.FindBeyond(workspace, [&](size_t item, int query) { return SeesAToken(item, query); });
-    if (beyond.has_value()) {
-      const ItemSlice from = origin_.empty() ? ItemSlice{beyond->item, 0, 0} : origin_[beyond->item];
-      return absl::InternalError(absl::StrCat(
-          "item ", from.item, ", query ", from.first_query + beyond->query, ", head ", beyond->head,
-          ": its logits do not fit f32 with scale ", args.scale, "; use smaller queries or a smaller scale"));
-    }
-  }
-  tensors.Deliver(workspace);
-  return absl::OkStatus();
+  KVTIDE_ASSIGN_OR_RETURN(
+      const std::optional<LayerTensors::Row> beyond,
+      tensors.Take(workspace, [&](size_t item, int query) { return SeesAToken(item, query); }));
+  if (!beyond.has_value()) return absl::OkStatus();
+  const ItemSlice from = origin_.empty() ? ItemSlice{beyond->item, 0, 0} : origin_[beyond->item];
+  return absl::InternalError(absl::StrCat("item ", from.item, ", query ", from.first_query + beyond->query,
+                                          ", head ", beyond->head, ": its logits do not fit f32 with scale ",
+                                          args.scale, "; use smaller queries or a smaller scale"));
 }
 
 absl::Status LayerPlan::AttendWithCare(const Batch& batch, const AttendLayerArgs& args,

@@ -3,7 +3,7 @@
 // help of its own would call it. Beside it, in the same run: the kernels alone (DeviceDecode in a CUDA graph,
 // gpu_step.h), and the backend alone (AttendLayer over a plan, Append of the new rows), so that what is
 // between them has a name.
-//   gpu_cache_step_bench [--json FILE] [--device cuda:0|cpu] [--quick] [--in-place BYTES]
+//   gpu_cache_step_bench [--json FILE] [--device cuda:0|cpu] [--quick] [--in-place BYTES] [--second-hand 0|1]
 // Per layer: median and mean over all layers of `steps` steps after two that warm up; the mean holds what a
 // step pays once, as its plan. --quick, which is what the CPU takes seconds for, has short sequences and few
 // layers.
@@ -42,6 +42,7 @@ struct Settings {
   std::string device = "cuda:0";
   bool quick = false;
   long in_place_bytes = -1;  // -1: the backend's own
+  bool second_hand = true;
   int layers() const { return quick ? 4 : 32; }
   int steps() const { return quick ? 3 : 10; }
 };
@@ -69,6 +70,7 @@ std::unique_ptr<Backend> MakeBackend(const Settings& settings) {
   if (device != "cpu") {
     CudaBackendOptions options;
     options.device = device.substr(device.find(':') + 1);
+    options.second_hand = settings.second_hand;
     if (settings.in_place_bytes >= 0) options.in_place_bytes = static_cast<size_t>(settings.in_place_bytes);
     auto backend = MakeCudaBackend(options);
     KVTIDE_CHECK(backend.ok(), std::string(backend.status().message()));
@@ -299,11 +301,14 @@ int main(int argc, char** argv) {
       settings.device = argv[++i];
     } else if (std::strcmp(argv[i], "--in-place") == 0 && i + 1 < argc) {
       settings.in_place_bytes = std::atol(argv[++i]);
+    } else if (std::strcmp(argv[i], "--second-hand") == 0 && i + 1 < argc) {
+      settings.second_hand = std::atoi(argv[++i]) != 0;
     } else if (std::strcmp(argv[i], "--quick") == 0) {
       settings.quick = true;
     } else {
       std::printf(
-          "usage: gpu_cache_step_bench [--json FILE] [--device cuda:0|cpu] [--quick] [--in-place BYTES]\n");
+          "usage: gpu_cache_step_bench [--json FILE] [--device cuda:0|cpu] [--quick] [--in-place BYTES] "
+          "[--second-hand 0|1]\n");
       return 2;
     }
   }

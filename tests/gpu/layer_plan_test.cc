@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "kernels/base/check.h"
+#include "kernels/base/second_hand.h"
 #include "kernels/cuda/attend/profile_store.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/device/capability.h"
@@ -138,7 +139,7 @@ TEST_F(LayerPlanTest, TypesAndPlacesOfTensorsChangeOnlyTheRounding) {
   sequence.AddRun("f16", 64, GaussianRows(1));
   sequence.AddRun("turbo4", 640, GaussianRows(2));
   const std::vector<BlockRun> runs = sequence.device_runs();
-  for (const int queries : {1, 3, 200}) {  // the last is a prefill
+  for (const int queries : {1, 3, 40, 200}) {  // 40 are sent by a kernel, the last is a prefill
     auto plan = Plan(runs, queries, sequence.tokens() - queries, nullptr);
     const std::vector<float> wanted = Attend(*plan, queries, 1, DataType::kF32);
     for (const size_t in_place : {size_t{0}, size_t{1} << 20})
@@ -154,6 +155,70 @@ TEST_F(LayerPlanTest, TypesAndPlacesOfTensorsChangeOnlyTheRounding) {
         }
       }
   }
+}
+
+// Queries, rows and results of many items: copied by one thread or by two, read in place or sent.
+TEST_F(LayerPlanTest, ManyItemsAreCopiedByTwoThreads) {
+  constexpr int kItems = 30, kQueries = 2, kTail = 20;
+  constexpr size_t kQueryValues = size_t{kQueries} * kHeads * kDim, kRowValues = size_t{2} * kDim;
+  TestSequence sequence(*backend_, shape_);
+  sequence.AddRun("turbo4", 640, GaussianRows(2));
+  const std::vector<BlockRun> coded = sequence.device_runs();
+  const BlockLayout exact(shape_, ExactPair());
+  const auto slab = backend_->AllocateSlab(kItems * exact.block_bytes()).value();
+  std::vector<std::byte*> blocks;
+  for (int i = 0; i < kItems; i++)
+    blocks.push_back(slab->data() + static_cast<size_t>(i) * exact.block_bytes());
+  std::vector<std::vector<BlockRun>> runs;
+  std::vector<PlanItem> items;
+  for (size_t i = 0; i < kItems; i++)
+    runs.push_back({coded[0], {&exact, nullptr, std::span(blocks).subspan(i, 1), 640, kTail}});
+  for (const std::vector<BlockRun>& run : runs) items.push_back({run, kQueries, 640 + kTail - kQueries});
+  auto plan = LayerPlan::Make({kHeads, true, 0, items}, environment_, nullptr);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal;
+  std::vector<float> q(kItems * kQueryValues), rows(kItems * kTail * kRowValues);
+  for (std::vector<float>* values : {&q, &rows})
+    for (float& x : *values) x = normal(random);
+  std::vector<AppendPiece> pieces;
+  for (size_t i = 0; i < kItems; i++) {
+    AppendPiece& piece = pieces.emplace_back();
+    piece.layout = &exact;
+    piece.block = blocks[i];
+    piece.layer = 1;
+    piece.tokens = kTail;
+    piece.k = piece.v = {rows.data() + i * kTail * kRowValues, DataType::kF32};
+  }
+  const auto attend = [&] {
+    std::vector<float> out(q.size(), NAN), lse(kItems * kQueries * kHeads, NAN);
+    std::vector<LayerItem> tensors;
+    for (size_t i = 0; i < kItems; i++)
+      tensors.push_back({{q.data() + i * kQueryValues, DataType::kF32},
+                         {out.data() + i * kQueryValues, DataType::kF32},
+                         lse.data() + i * kQueries * kHeads});
+    AttendLayerArgs args;
+    args.layer = 1;
+    args.scale = 0.09f;
+    args.items = tensors;
+    args.append = pieces;
+    EXPECT_TRUE((*plan)->QueuesAppend(args));
+    const absl::Status status = (*plan)->Attend(args, environment_, workspace_);
+    workspace_.Abandon();
+    EXPECT_TRUE(status.ok()) << status;
+    out.insert(out.end(), lse.begin(), lse.end());
+    return out;
+  };
+  environment_.in_place_bytes = 0;
+  const std::vector<float> wanted = attend();
+  for (const float x : wanted) ASSERT_TRUE(std::isfinite(x));
+  SecondHand hand;
+  for (SecondHand* const helper : {static_cast<SecondHand*>(nullptr), &hand})
+    for (const size_t in_place : {size_t{0}, size_t{1} << 20}) {
+      environment_.hand = helper;
+      environment_.in_place_bytes = in_place;
+      for (int round = 0; round < 20; round++) ASSERT_EQ(attend(), wanted);
+    }
 }
 
 // 16,384 queries over 131,072 tokens take most of a second.

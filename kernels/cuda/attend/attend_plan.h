@@ -159,7 +159,7 @@ KVTIDE_HD inline int SecondSourceWarps(int team, uint32_t first_slots, uint32_t 
   return static_cast<int>(share < 1 ? 1 : share >= warps ? warps - 1 : share);
 }
 
-// What the tokens alone gave a row: a sum of weights, nothing, or logits beyond f32.
+// What the tokens alone gave a row: a sum of weights, nothing, or logits beyond f32. Written when the row is.
 enum class RowMark : uint8_t { kNothing, kSum, kBeyond };
 
 struct CombineParams {

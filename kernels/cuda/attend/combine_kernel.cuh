@@ -96,6 +96,14 @@ KVTIDE_DEVICE void AddSource(const CombineSource& source, const std::byte* parti
   }
 }
 
+// A row's mark, seen by others (the host, where it lies there) after everything that the warp has written.
+KVTIDE_DEVICE void StoreMark(RowMark* to, RowMark mark) {
+  __syncwarp();
+  if (DeviceWarp::Lane() != 0) return;
+  __threadfence_system();
+  *reinterpret_cast<volatile uint8_t*>(to) = static_cast<uint8_t>(mark);
+}
+
 template <int DV, bool kFew>
 __global__ void __launch_bounds__(32 * kCombineWarps, kFew&& DV <= 128 ? 8
                                                       : DV <= 128      ? 5
@@ -225,11 +233,9 @@ __global__ void __launch_bounds__(32 * kCombineWarps, kFew&& DV <= 128 ? 8
       *reinterpret_cast<uint2*>(static_cast<uint16_t*>(params.output) + out + dim) = packed;
     }
   }
-  if (lane == 0 && params.marks != nullptr)
-    params.marks[group.first_lse + query * group.lse_stride + head] = mark;
-  if (lane == 0)
-    params.lse[group.first_lse + query * group.lse_stride + head] =
-        sum > 0 ? (reference + log2f(sum)) * 0.69314718056f : -INFINITY;
+  const int64_t at = group.first_lse + query * group.lse_stride + head;
+  if (lane == 0) params.lse[at] = sum > 0 ? (reference + log2f(sum)) * 0.69314718056f : -INFINITY;
+  if (params.marks != nullptr) StoreMark(params.marks + at, mark);
 }
 
 }  // namespace kvtide::cuda

@@ -399,15 +399,17 @@ void DecodeTables::PlaceMerge() {
   merge_.head_dim = shape_.head_dim_v;
 }
 
-absl::Status DecodeTables::Launch(const AttendLayerArgs& args, const LayerTensors& tensors, bool careful,
+absl::Status DecodeTables::Launch(const AttendLayerArgs& args, const LayerTensors& tensors, Way way,
                                   const AttendEnvironment& environment, Workspace& workspace) {
   const cudaStream_t stream = workspace.stream();
+  // Whether the kernel at hand follows another one.
+  bool follows = way.after_kernel && sent_ && !way.careful && environment.begin == nullptr;
   if (!sent_) KVTIDE_RETURN_IF_ERROR(memory_.Send(stream));
   sent_ = true;
   KVTIDE_RETURN_IF_ERROR(workspace.partials.Reserve(partial_bytes_));
   KVTIDE_RETURN_IF_ERROR(workspace.queries.Reserve(query_bytes_));
   // Warps leave out states that are no numbers: what nobody writes is to be none either.
-  if (careful && partial_bytes_ > 0)
+  if (way.careful && partial_bytes_ > 0)
     KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemsetAsync(workspace.partials.data(), 0xff, partial_bytes_, stream));
   for (LaunchPlan& plan : launches_) {
     AttendParams& params = plan.params;
@@ -424,10 +426,9 @@ absl::Status DecodeTables::Launch(const AttendLayerArgs& args, const LayerTensor
     params.profile_offset = int64_t{args.layer} * shape_.kv_heads * shape_.head_dim_k;
   }
   if (environment.begin != nullptr) KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment.begin, stream));
-  bool attended = false;
   for (const LaunchPlan& plan : launches_) {
-    KVTIDE_RETURN_IF_ERROR(LaunchUnits(plan, page_dim_, environment.dependent_launches, !attended, stream));
-    attended = attended || (!plan.units.empty() && !plan.joined);
+    KVTIDE_RETURN_IF_ERROR(LaunchUnits(plan, page_dim_, environment.dependent_launches, !follows, stream));
+    follows = follows || (!plan.units.empty() && !plan.joined);
   }
   CombineParams merge = merge_;
   merge.partials = workspace.partials.data();
@@ -439,7 +440,7 @@ absl::Status DecodeTables::Launch(const AttendLayerArgs& args, const LayerTensor
   const size_t warps = groups_.size() * Size(tile_rows_) * Size(merge.team);
   KVTIDE_RETURN_IF_ERROR(LaunchKernel(FindCombineKernel(page_dim_, merge.team),
                                       (warps + kCombineWarps - 1) / kCombineWarps, 32 * kCombineWarps, 0,
-                                      environment.dependent_launches && attended, &merge, stream));
+                                      environment.dependent_launches && follows, &merge, stream));
   if (environment.end != nullptr) KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment.end, stream));
   return absl::OkStatus();
 }

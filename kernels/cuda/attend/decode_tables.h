@@ -42,9 +42,12 @@ class DecodeTables {
   // was planned before is forgotten, its memory used again.
   absl::Status Make(const AttendPlanArgs& batch, const GroupShape& shape,
                     const AttendEnvironment& environment, std::optional<Convert> convert);
+  struct Way {
+    bool careful = false;       // logits may leave f32; a row of which no state is a number is then found too
+    bool after_kernel = false;  // what the stream has got last is a kernel that lets the next one start
+  };
   // Queues the kernels of a layer, and before them what the device does not have yet. The tensors are placed.
-  // careful: logits may leave f32; a row of which no state is a number is then found too.
-  absl::Status Launch(const AttendLayerArgs& args, const LayerTensors& tensors, bool careful,
+  absl::Status Launch(const AttendLayerArgs& args, const LayerTensors& tensors, Way way,
                       const AttendEnvironment& environment, Workspace& workspace);
   // After an error: what the device has is in doubt.
   void Forget();

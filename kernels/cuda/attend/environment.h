@@ -5,6 +5,8 @@
 
 #include <cstddef>
 
+#include "kernels/base/second_hand.h"
+
 namespace kvtide::cuda {
 
 class ProfileStore;
@@ -16,6 +18,7 @@ struct AttendEnvironment {
   // Queries and results of up to so many bytes are read and written where they lie in pinned memory of the
   // host.
   size_t in_place_bytes = 0;
+  SecondHand* hand = nullptr;  // helps to copy queries and results of large calls, or null
   Rotations* rotations = nullptr;
   ProfileStore* profiles = nullptr;
   bool read_in_place = true;   // f16 blocks by prefills; else their addresses are not known to the host

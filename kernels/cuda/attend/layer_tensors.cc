@@ -1,7 +1,13 @@
 #include "kernels/cuda/attend/layer_tensors.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <thread>
+
+#include "kernels/base/mutex.h"
+#include "kernels/base/status.h"
+#include "kernels/cuda/copy/copy_in.h"
 
 namespace kvtide::cuda {
 namespace {
@@ -26,16 +32,28 @@ QueryType QueryTypeOf(DataType type) {
 }
 
 LayerTensors::LayerTensors(const GroupShape& shape, int heads, std::span<const ItemSlice> slices,
-                           const AttendLayerArgs& args)
+                           const AttendLayerArgs& args, SecondHand* hand)
     : heads_(heads),
       query_width_(Size(heads) * Size(shape.head_dim_k)),
       output_width_(Size(heads) * Size(shape.head_dim_v)),
       slices_(slices),
       args_(args),
+      hand_(hand),
       query_type_(CommonType(slices, [&](const ItemSlice& slice) { return args.items[slice.item].q.type; })),
       output_type_(
           CommonType(slices, [&](const ItemSlice& slice) { return args.items[slice.item].out.type; })) {
-  for (const ItemSlice& slice : slices) queries_ += Size(slice.queries);
+  first_queries_.reserve(slices.size());
+  for (const ItemSlice& slice : slices) {
+    first_queries_.push_back(queries_);
+    queries_ += Size(slice.queries);
+  }
+}
+
+// bytes: of all slices.
+void LayerTensors::ForEachSlice(size_t bytes, absl::FunctionRef<void(size_t index)> body) const {
+  constexpr size_t kShared = 64 << 10;  // worth a second thread
+  if (hand_ != nullptr && bytes >= kShared) return hand_->Share(slices_.size(), body);
+  for (size_t i = 0; i < slices_.size(); i++) body(i);
 }
 
 size_t LayerTensors::LseAt() const {
@@ -48,23 +66,39 @@ size_t LayerTensors::staging_bytes() const { return query_bytes() + Size(heads_)
 
 void LayerTensors::PlaceQueries(Workspace& workspace) {
   const auto placed = workspace.Place<std::byte>(query_bytes());
-  std::byte* to = placed.host;
-  for (const ItemSlice& slice : slices_) {
+  query_ = placed.device;
+  ForEachSlice(query_bytes(), [&](size_t index) {
+    const ItemSlice& slice = slices_[index];
     const TensorView q = args_.items[slice.item].q;
     const size_t first = Size(slice.first_query) * query_width_, count = Size(slice.queries) * query_width_;
+    std::byte* const to = placed.host + first_queries_[index] * query_width_ * DataTypeBytes(query_type_);
     if (q.type == query_type_) {
       const size_t bytes = DataTypeBytes(q.type);
       std::memcpy(to, static_cast<const std::byte*>(q.data) + first * bytes, count * bytes);
     } else {
       for (size_t i = 0; i < count; i++) reinterpret_cast<float*>(to)[i] = q.At(first + i);
     }
-    to += count * DataTypeBytes(query_type_);
-  }
-  query_ = placed.device;
+  });
   if (args_.sinks == nullptr) return;
   const auto sinks = workspace.Place<float>(Size(heads_));
   std::copy_n(args_.sinks, heads_, sinks.host);
   sinks_ = sinks.device;
+}
+
+absl::Status LayerTensors::SendQueries(Workspace& workspace) {
+  constexpr size_t kFew = 64 << 10;  // are read in place: every run of an item reads its queries
+  if (!workspace.in_place()) return workspace.Send();
+  if (query_bytes() <= kFew) return absl::OkStatus();
+  KVTIDE_RETURN_IF_ERROR(workspace.sent_queries.Reserve(query_bytes()));
+  KVTIDE_CUDA_RETURN_IF_ERROR(
+      LaunchCopyIn(query_, workspace.sent_queries.data(), query_bytes(), workspace.stream()));
+  query_ = workspace.sent_queries.data();
+  return absl::OkStatus();
+}
+
+RowMark* LayerTensors::HostMarks(const Workspace& workspace) const {
+  return reinterpret_cast<RowMark*>(workspace.results_host.data() + LseAt() +
+                                    queries_ * Size(heads_) * sizeof(float));
 }
 
 absl::Status LayerTensors::ReserveResults(Workspace& workspace, bool in_place, bool marked) {
@@ -75,6 +109,8 @@ absl::Status LayerTensors::ReserveResults(Workspace& workspace, bool in_place, b
   if (!in_place) {
     if (absl::Status status = workspace.results.Reserve(result_bytes()); !status.ok()) return status;
     results = workspace.results.data();
+  } else if (marked) {
+    std::fill_n(HostMarks(workspace), queries_ * Size(heads_), kPendingMark);
   }
   output_ = results;
   lse_ = reinterpret_cast<float*>(results + LseAt());
@@ -90,36 +126,79 @@ absl::Status LayerTensors::Fetch(Workspace& workspace) const {
   return absl::OkStatus();
 }
 
-std::optional<LayerTensors::Row> LayerTensors::FindBeyond(
-    const Workspace& workspace, absl::FunctionRef<bool(size_t item, int query)> sees) const {
-  const auto* mark = reinterpret_cast<const RowMark*>(workspace.results_host.data() + LseAt() +
-                                                      queries_ * Size(heads_) * sizeof(float));
-  for (const ItemSlice& slice : slices_)
-    for (int query = slice.first_query; query < slice.first_query + slice.queries; query++)
-      for (int head = 0; head < heads_; head++, mark++)
-        if (*mark == RowMark::kBeyond || (*mark == RowMark::kNothing && sees(slice.item, query)))
-          return Row{slice.item, query, head};
+absl::StatusOr<std::optional<LayerTensors::Row>> LayerTensors::Take(
+    Workspace& workspace, absl::FunctionRef<bool(size_t item, int query)> sees) const {
+  if (in_place_ && marked_) {
+    // The first row; the others come within some microseconds.
+    if (queries_ > 0) KVTIDE_RETURN_IF_ERROR(WaitFor(HostMarks(workspace), workspace));
+  } else {
+    KVTIDE_RETURN_IF_ERROR(workspace.Finish());
+  }
+  Mutex mutex;
+  absl::Status failed;
+  std::optional<Row> first;
+  size_t first_slice = slices_.size();
+  ForEachSlice(result_bytes(), [&](size_t index) {
+    const absl::StatusOr<std::optional<Row>> row = TakeSlice(index, workspace, sees);
+    if (row.ok() && !row->has_value()) return;
+    const MutexLock lock(mutex);
+    failed.Update(row.status());
+    if (!row.ok() || index > first_slice) return;
+    first = *row;
+    first_slice = index;
+  });
+  KVTIDE_RETURN_IF_ERROR(failed);
+  if (first.has_value()) return first;
+  // All rows are there; the kernel that wrote them ends.
+  if (in_place_) KVTIDE_RETURN_IF_ERROR(workspace.Finish());
   return std::nullopt;
 }
 
-void LayerTensors::Deliver(const Workspace& workspace) const {
-  const std::byte* out = workspace.results_host.data();
-  const auto* lse = reinterpret_cast<const float*>(out + LseAt());
-  for (const ItemSlice& slice : slices_) {
-    const LayerItem& item = args_.items[slice.item];
-    const size_t first = Size(slice.first_query) * output_width_, count = Size(slice.queries) * output_width_;
-    if (item.out.type == output_type_) {
-      const size_t bytes = DataTypeBytes(output_type_);
-      std::memcpy(static_cast<std::byte*>(item.out.data) + first * bytes, out, count * bytes);
-    } else {
-      for (size_t i = 0; i < count; i++) item.out.Set(first + i, reinterpret_cast<const float*>(out)[i]);
-    }
-    out += count * DataTypeBytes(output_type_);
-    const size_t rows = Size(slice.queries) * Size(heads_);
-    if (item.lse != nullptr)
-      std::memcpy(item.lse + Size(slice.first_query) * Size(heads_), lse, rows * sizeof(float));
-    lse += rows;
+absl::StatusOr<std::optional<LayerTensors::Row>> LayerTensors::TakeSlice(
+    size_t index, const Workspace& workspace, absl::FunctionRef<bool(size_t item, int query)> sees) const {
+  const ItemSlice& slice = slices_[index];
+  if (marked_) {
+    RowMark* mark = HostMarks(workspace) + first_queries_[index] * Size(heads_);
+    for (int query = slice.first_query; query < slice.first_query + slice.queries; query++)
+      for (int head = 0; head < heads_; head++, mark++) {
+        if (in_place_) KVTIDE_RETURN_IF_ERROR(WaitFor(mark, workspace));
+        if (*mark == RowMark::kBeyond || (*mark == RowMark::kNothing && sees(slice.item, query)))
+          return Row{slice.item, query, head};
+      }
   }
+  Deliver(index, workspace);
+  return std::nullopt;
+}
+
+// Until the device has written a mark, which it does when the row is complete.
+absl::Status LayerTensors::WaitFor(RowMark* mark, const Workspace& workspace) const {
+  constexpr int kLooks = 1024;  // at the mark, between looks at the device
+  const std::atomic_ref<RowMark> seen(*mark);
+  for (bool done = false;;) {
+    for (int look = 0; look < kLooks; look++) {
+      if (seen.load(std::memory_order_acquire) != kPendingMark) return absl::OkStatus();
+      std::this_thread::yield();
+    }
+    if (done) return absl::InternalError("the device is done, but not all results are there");
+    KVTIDE_RETURN_IF_ERROR(workspace.Look(&done));
+  }
+}
+
+void LayerTensors::Deliver(size_t index, const Workspace& workspace) const {
+  const ItemSlice& slice = slices_[index];
+  const LayerItem& item = args_.items[slice.item];
+  const size_t value_bytes = DataTypeBytes(output_type_), first_query = first_queries_[index];
+  const std::byte* const from = workspace.results_host.data() + first_query * output_width_ * value_bytes;
+  const size_t first = Size(slice.first_query) * output_width_, count = Size(slice.queries) * output_width_;
+  if (item.out.type == output_type_) {
+    std::memcpy(static_cast<std::byte*>(item.out.data) + first * value_bytes, from, count * value_bytes);
+  } else {
+    for (size_t i = 0; i < count; i++) item.out.Set(first + i, reinterpret_cast<const float*>(from)[i]);
+  }
+  if (item.lse == nullptr) return;
+  const auto* const lse = reinterpret_cast<const float*>(workspace.results_host.data() + LseAt());
+  std::memcpy(item.lse + Size(slice.first_query) * Size(heads_), lse + first_query * Size(heads_),
+              Size(slice.queries) * Size(heads_) * sizeof(float));
 }
 
 }  // namespace kvtide::cuda

@@ -1,5 +1,7 @@
 // Queries and results of one layer and batch of items on their way between the caller's memory and the
-// device, in the caller's element types: one copy each way at most, converted by kernels only.
+// device, in the caller's element types: one copy each way at most, converted by kernels only. Results that
+// kernels write into memory of the host are taken item by item, as they come. Of large calls a second thread
+// copies some items.
 #pragma once
 
 #include <optional>
@@ -8,7 +10,9 @@
 
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "kernels/backend.h"
+#include "kernels/base/second_hand.h"
 #include "kernels/cuda/attend/attend_plan.h"
 #include "kernels/cuda/device/workspace.h"
 
@@ -22,11 +26,14 @@ struct ItemSlice {
 
 QueryType QueryTypeOf(DataType type);
 
+// Where the host looks for the mark of a row that the device has not written yet.
+inline constexpr RowMark kPendingMark{0xff};
+
 // Rows of all slices stand one behind the other. Types are those of all items, f32 where items differ.
 class LayerTensors {
  public:
   LayerTensors(const GroupShape& shape, int heads, std::span<const ItemSlice> slices,
-               const AttendLayerArgs& args);
+               const AttendLayerArgs& args, SecondHand* hand);
 
   size_t queries() const { return queries_; }  // query tokens of all slices
   DataType query_type() const { return query_type_; }
@@ -39,6 +46,8 @@ class LayerTensors {
   // What PlaceQueries places, for Workspace::Begin, in two arrays.
   size_t staging_bytes() const;
   void PlaceQueries(Workspace& workspace);
+  // Queues what brings them to the device, if kernels are not to read them where they were placed.
+  absl::Status SendQueries(Workspace& workspace);
   const void* query() const { return query_; }
   const float* sinks() const { return sinks_; }  // null = none
 
@@ -50,23 +59,31 @@ class LayerTensors {
   RowMark* marks() const { return reinterpret_cast<RowMark*>(lse_ + queries_ * static_cast<size_t>(heads_)); }
   // Queues the copy back.
   absl::Status Fetch(Workspace& workspace) const;
-  // When the device is done: the first row whose logits were beyond f32, if any. sees: whether a query sees a
-  // token.
+  // Waits for the results and gives them to the caller, up to the first row whose logits were beyond f32, if
+  // there is one. sees: whether a query sees a token. The device has done all that was queued, unless this
+  // fails or finds a row.
   struct Row {
     size_t item = 0;
     int query = 0, head = 0;
   };
-  std::optional<Row> FindBeyond(const Workspace& workspace,
-                                absl::FunctionRef<bool(size_t item, int query)> sees) const;
-  void Deliver(const Workspace& workspace) const;
+  absl::StatusOr<std::optional<Row>> Take(Workspace& workspace,
+                                          absl::FunctionRef<bool(size_t item, int query)> sees) const;
 
  private:
   size_t LseAt() const;
+  RowMark* HostMarks(const Workspace& workspace) const;
+  absl::Status WaitFor(RowMark* mark, const Workspace& workspace) const;
+  absl::StatusOr<std::optional<Row>> TakeSlice(size_t index, const Workspace& workspace,
+                                               absl::FunctionRef<bool(size_t item, int query)> sees) const;
+  void Deliver(size_t index, const Workspace& workspace) const;
+  void ForEachSlice(size_t bytes, absl::FunctionRef<void(size_t index)> body) const;
 
   const int heads_;
   const size_t query_width_, output_width_;
   const std::span<const ItemSlice> slices_;
   const AttendLayerArgs& args_;
+  SecondHand* const hand_;
+  std::vector<size_t> first_queries_;  // of all slices, where each begins
   size_t queries_ = 0;
   DataType query_type_ = DataType::kF32, output_type_ = DataType::kF32;
   const void* query_ = nullptr;

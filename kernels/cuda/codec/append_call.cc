@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "kernels/base/status.h"
 
@@ -71,7 +72,7 @@ absl::StatusOr<AppendRows> AppendRows::Make(const AppendArgs& args) {
   return made;
 }
 
-void AppendRows::Place(Workspace& workspace) {
+void AppendRows::Place(Workspace& workspace, SecondHand* hand) {
   if (empty()) return;
   const BlockLayout& layout = *args_.pieces[0].layout;
   const GroupShape& shape = layout.shape();
@@ -79,20 +80,29 @@ void AppendRows::Place(Workspace& workspace) {
                v_width = Size(shape.kv_heads) * Size(shape.head_dim_v), value_bytes = DataTypeBytes(type_);
   const auto k = workspace.Place<std::byte>(k_bytes_), v = workspace.Place<std::byte>(v_bytes_);
   const auto placed = workspace.Place<AppendJob>(jobs_);
-  size_t row = 0, index = 0;
+  std::vector<const AppendPiece*> pieces;  // of the jobs
+  pieces.reserve(jobs_);
+  int64_t row = 0;
   for (const AppendPiece& piece : args_.pieces) {
     if (piece.tokens == 0) continue;
-    CopyRows(KeysOf(args_, piece), piece.source_row, Size(piece.tokens), k_width, type_,
-             k.host + row * k_width * value_bytes);
-    CopyRows(ValuesOf(args_, piece), piece.source_row, Size(piece.tokens), v_width, type_,
-             v.host + row * v_width * value_bytes);
-    AppendJob job;
-    job.target = piece.block + layout.RecordOffset(piece.layer, 0);
-    job.first_row = static_cast<int64_t>(row);
-    job.first_token = piece.first_token;
-    job.tokens = piece.tokens;
-    placed.host[index++] = job;
-    row += Size(piece.tokens);
+    AppendJob& job = placed.host[pieces.size()];
+    job = {piece.block + layout.RecordOffset(piece.layer, 0), row, piece.first_token, piece.tokens, 0};
+    pieces.push_back(&piece);
+    row += piece.tokens;
+  }
+  const auto copy = [&](size_t index) {
+    const AppendPiece& piece = *pieces[index];
+    const size_t at = Size(placed.host[index].first_row), tokens = Size(piece.tokens);
+    CopyRows(KeysOf(args_, piece), piece.source_row, tokens, k_width, type_,
+             k.host + at * k_width * value_bytes);
+    CopyRows(ValuesOf(args_, piece), piece.source_row, tokens, v_width, type_,
+             v.host + at * v_width * value_bytes);
+  };
+  constexpr size_t kShared = 64 << 10;  // worth a second thread
+  if (hand != nullptr && row_bytes() >= kShared) {
+    hand->Share(jobs_, copy);
+  } else {
+    for (size_t i = 0; i < jobs_; i++) copy(i);
   }
   params_.k = SideOf(layout.k(), layout.pair().k, 0, k.device);
   params_.v = SideOf(layout.v(), layout.pair().v, layout.v_codes(), v.device);
@@ -113,7 +123,7 @@ absl::Status AppendCall(const AppendArgs& args, size_t in_place_bytes, Workspace
   if (rows.empty()) return absl::OkStatus();
   KVTIDE_RETURN_IF_ERROR(workspace.Begin(Workspace::Bound(AppendRows::kArrays, rows.staging_bytes()),
                                          rows.row_bytes() <= in_place_bytes));
-  rows.Place(workspace);
+  rows.Place(workspace, nullptr);
   KVTIDE_RETURN_IF_ERROR(workspace.Send());
   KVTIDE_RETURN_IF_ERROR(rows.Launch(workspace.stream()));
   return workspace.Finish();

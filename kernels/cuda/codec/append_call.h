@@ -7,6 +7,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
+#include "kernels/base/second_hand.h"
 #include "kernels/cuda/codec/codec_kernels.h"
 #include "kernels/cuda/device/workspace.h"
 
@@ -24,7 +25,8 @@ class AppendRows {
   size_t staging_bytes() const { return row_bytes() + jobs_ * sizeof(AppendJob); }
   static constexpr size_t kArrays = 3;
 
-  void Place(Workspace& workspace);
+  // hand: helps, or null.
+  void Place(Workspace& workspace, SecondHand* hand);
   absl::Status Launch(cudaStream_t stream) const;
 
  private:

@@ -398,6 +398,7 @@ __device__ uint4 AppendedChunk(const AppendSide& side, DataType type, int64_t ro
 // CTA (x, y): threads y of job x; 8 values each. One thread's values are neighbours in a page, as they are in
 // a row.
 __global__ void AppendKernel(const __grid_constant__ AppendParams params) {
+  LetNextKernelStart();
   const AppendJob job = params.jobs[blockIdx.x];
   const int k_chunks = params.k.stored_dim / 8, chunks = k_chunks + params.v.stored_dim / 8;
   const int all = job.tokens * params.heads * chunks;

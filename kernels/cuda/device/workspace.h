@@ -18,6 +18,7 @@ namespace kvtide::cuda {
 class Workspace {
  public:
   absl::Status Create() {
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device_));
     for (Event& event : events_)
       if (absl::Status status = event.Create(); !status.ok()) return status;
     return stream_.Create();
@@ -29,7 +30,7 @@ class Workspace {
   absl::Status Begin(size_t bytes, bool in_place = false) {
     KVTIDE_CHECK(!in_flight_, "a call begins while the last one's work is under way");
     if (absl::Status status = staging_.Reserve(bytes); !status.ok()) return status;
-    used_ = 0;
+    used_ = sent_ = 0;
     capacity_ = bytes;
     in_place_ = in_place;
     in_flight_ = true;  // from now on something may be queued
@@ -56,11 +57,23 @@ class Workspace {
     return placed.device;
   }
   static size_t Bound(size_t arrays, size_t bytes) { return bytes + 256 * (arrays + 1); }
-  // Sends what was placed to the device.
+  bool in_place() const { return in_place_; }
+  // Sends what was placed since the last time to the device.
   absl::Status Send() {
-    if (in_place_ || used_ == 0) return absl::OkStatus();
-    KVTIDE_CUDA_RETURN_IF_ERROR(
-        cudaMemcpyAsync(uploaded_.data(), staging_.data(), used_, cudaMemcpyHostToDevice, stream()));
+    if (in_place_ || used_ == sent_) return absl::OkStatus();
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(uploaded_.data() + sent_, staging_.data() + sent_,
+                                                used_ - sent_, cudaMemcpyHostToDevice, stream()));
+    sent_ = used_;
+    return absl::OkStatus();
+  }
+  // What went wrong on the device so far, without a wait for the rest; on any thread. done: whether all is
+  // over.
+  absl::Status Look(bool* done) const {
+    const DeviceGuard guard(device_);
+    const cudaError_t error = KVTIDE_CUDA_TRY(cudaStreamQuery(stream()));
+    *done = error == cudaSuccess;
+    if (error != cudaErrorNotReady) return StatusOf(error, "the work of a call");
+    (void)cudaGetLastError();
     return absl::OkStatus();
   }
   // Waits for everything that the call has queued.
@@ -84,15 +97,16 @@ class Workspace {
     return absl::OkStatus();
   }
 
-  DeviceBuffer partials, queries, results, scratch, rows;
+  DeviceBuffer partials, sent_queries, queries, results, scratch, rows;
   PinnedBuffer results_host;
 
  private:
+  int device_ = 0;
   Stream stream_;
   Event events_[2];
   PinnedBuffer staging_;
   DeviceBuffer uploaded_;
-  size_t used_ = 0, capacity_ = 0, step_ = 0;
+  size_t used_ = 0, sent_ = 0, capacity_ = 0, step_ = 0;
   bool in_place_ = false, in_flight_ = false;
 };
 
