@@ -10,6 +10,7 @@
 #include "absl/strings/numbers.h"
 #include "kernels/attend_args.h"
 #include "kernels/base/mutex.h"
+#include "kernels/base/second_hand.h"
 #include "kernels/base/status.h"
 #include "kernels/check_pieces.h"
 #include "kernels/cuda/attend/decode_tables.h"

@@ -5,7 +5,9 @@
 
 #include <cstddef>
 
-#include "kernels/base/second_hand.h"
+namespace kvtide {
+class SecondHand;
+}
 
 namespace kvtide::cuda {
 
