@@ -16,6 +16,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "daemon/service/access.h"
 #include "daemon/service/memory_budget.h"
+#include "daemon/service/read_turns.h"
 #include "kernels/base/mutex.h"
 
 namespace kvtide::service {
@@ -27,6 +28,7 @@ struct Connection {
   bool tcp = false;
   std::string name = "a closed connection";  // "unix:uid=1000,pid=4711" or "127.0.0.1:53412"
   MemoryBudget::Account memory;
+  ReadTurns turns;
 };
 
 // Who is at the other end of a socket: "unix:uid=1000,pid=4711" or "127.0.0.1:53412".

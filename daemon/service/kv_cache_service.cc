@@ -294,7 +294,7 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
   std::atomic<bool> bulk_{false};
 };
 
-class KvCacheService::UnaryCall final : public AnyCall {
+class KvCacheService::UnaryCall final : public AnyCall, public ReadTurns::Reader {
  public:
   UnaryCall(KvCacheService* service, Rpc* rpc, const Verb* verb) : AnyCall(service, rpc), verb_(verb) {}
 
@@ -307,20 +307,25 @@ class KvCacheService::UnaryCall final : public AnyCall {
       return;
     }
     Place(verb_);
+    connection_->turns.Enter(*this);
+  }
+  void Read() override {
     WaitForClient(true);
     rpc_->Read(&request_);
   }
 
   void OnReadDone(bool ok) override {
     WaitForClient(false);
+    const absl::Status taken = ok ? TakeRequest() : absl::OkStatus();  // before the next one comes
+    connection_->turns.Leave();
     if (!ok) {
       Conclude(cancellation_.cancelled() ? Gone()
                                          : absl::InvalidArgumentError("the call came without a request"));
       return;
     }
-    if (const absl::Status status = TakeRequest(); !status.ok()) {
+    if (!taken.ok()) {
       request_.Clear();
-      Conclude(status);
+      Conclude(taken);
       return;
     }
     absl::Status status;

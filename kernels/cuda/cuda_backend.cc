@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstring>
 #include <memory>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -77,7 +78,8 @@ class CudaBackend : public Backend {
       : options_(options),
         device_(device),
         image_(image),
-        hand_(options.second_hand ? std::make_unique<SecondHand>() : nullptr),
+        hand_(options.second_hand && std::thread::hardware_concurrency() > 2 ? std::make_unique<SecondHand>()
+                                                                             : nullptr),
         pool_(options.workspaces),
         copies_(device, options.copy_piece_bytes, options.max_copies) {
     environment_.processors = processors;

@@ -24,7 +24,7 @@ struct CudaBackendOptions {
   // they lie in pinned memory of the host; larger ones are copied to the device and back.
   size_t in_place_bytes = 1u << 20;
   // A second thread copies tensors of large calls between the caller's memory and pinned memory; it takes up
-  // to one core as long as such calls follow each other.
+  // to one core as long as such calls follow each other. On three processors or more.
   bool second_hand = true;
   int most_decode_rows = 256;          // items with more query rows per KV head use the prefill kernels
   bool warpgroups = true;              // false: the prefill kernels for any GPU where 9.0 has its own (tests)
