@@ -7,7 +7,7 @@
 
 #include "kernels/base/mutex.h"
 #include "kernels/base/status.h"
-#include "kernels/cuda/copy/copy_in.h"
+#include "kernels/cuda/device/copy_in.h"
 
 namespace kvtide::cuda {
 namespace {

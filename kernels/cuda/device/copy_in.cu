@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "kernels/cuda/copy/copy_in.h"
+#include "kernels/cuda/device/copy_in.h"
 
 namespace kvtide::cuda {
 namespace {
