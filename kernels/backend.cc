@@ -132,6 +132,7 @@ absl::Status Backend::DecodeTokens(std::span<const DecodePiece> pieces, const Ca
       args.layout = &layout;
       args.profile = piece.run->profile;
       args.block = piece.run->blocks[static_cast<size_t>(token / kBlockTokens)];
+      args.position = piece.run->first_position + token / kBlockTokens * kBlockTokens;
       args.layer = piece.layer;
       args.k = piece.k.data == nullptr ? nullptr : k.data();
       args.v = piece.v.data == nullptr ? nullptr : v.data();

@@ -48,7 +48,7 @@ struct BlockRun {
   const BlockLayout* layout = nullptr;
   const Profile* profile = nullptr;    // null: neither mean nor gain
   std::span<std::byte* const> blocks;  // start of each block, in order
-  int64_t first_position = 0;          // position of the first token of blocks[0]
+  int64_t first_position = 0;          // position of the first token of blocks[0] in the sequence
   int64_t tokens = 0;                  // tokens that count; the last block may be partly filled
 };
 
@@ -88,6 +88,7 @@ struct RecodePiece {
   const Profile* to_profile = nullptr;
   int first_layer = 0, layers = 0;
   int tokens = kBlockTokens;
+  int64_t position = 0;  // of the block's first token in its sequence; calibrated types need it
 };
 
 // Attention of one sequence's new queries over runs of blocks, one layer.
@@ -167,6 +168,7 @@ struct DecodeArgs {
   int layer = 0;
   float* k = nullptr;
   float* v = nullptr;
+  int64_t position = 0;  // as in RecodePiece
 };
 
 // Decodes one layer of some tokens of a run to rows in host memory, in the caller's type (rounded to nearest;

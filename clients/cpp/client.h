@@ -82,8 +82,11 @@ struct ModelLayer {
   float softcap = 0;            // 0 = none
   std::vector<float> key_mean;  // [kv_heads][head_dim_k], for KeyCentring::kCalibrated; empty = none
   // For K types tide4, tide3, tide2, as model.proto has them; empty = none.
-  std::vector<float> key_transform;  // [kv_heads][head_dim_k][head_dim_k]
-  std::vector<uint8_t> key_widths;   // [kv_heads][3][head_dim_k rounded up to 32, / 8]
+  std::vector<float> key_transform;    // [kv_heads][head_dim_k][head_dim_k]
+  std::vector<uint8_t> key_widths;     // [kv_heads][3][head_dim_k rounded up to 32, / 8]
+  std::vector<float> key_centre;       // [kv_heads][head_dim_k]
+  std::vector<float> key_frequencies;  // of RoPE, [pairs], radians a position
+  bool key_rope_neighbours = false;    // pairs are channels 2i and 2i + 1 instead of i and i + pairs
 };
 struct Model {
   std::string name;

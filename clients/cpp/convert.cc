@@ -69,6 +69,9 @@ void ToProto(const Model& model, v1::Model* proto) {
     out->set_key_mean(layer.key_mean.data(), layer.key_mean.size() * sizeof(float));
     out->set_key_transform(layer.key_transform.data(), layer.key_transform.size() * sizeof(float));
     out->set_key_widths(layer.key_widths.data(), layer.key_widths.size());
+    out->set_key_centre(layer.key_centre.data(), layer.key_centre.size() * sizeof(float));
+    out->set_key_frequencies(layer.key_frequencies.data(), layer.key_frequencies.size() * sizeof(float));
+    out->set_key_rope_neighbours(layer.key_rope_neighbours);
   }
 }
 

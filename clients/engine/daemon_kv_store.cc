@@ -20,8 +20,12 @@ client::Model ClientModel(const std::string& name, const KvGeometry& geometry) {
     model.layers[l].window = geometry.window(l);
     if (!geometry.key_means.empty()) model.layers[l].key_mean = geometry.key_means[l];
     if (geometry.key_transforms.empty()) continue;
-    model.layers[l].key_transform = geometry.key_transforms[l];
-    model.layers[l].key_widths = geometry.key_widths[l];
+    const KeyTransforms& keys = geometry.key_transforms[l];
+    model.layers[l].key_transform = keys.matrices;
+    model.layers[l].key_widths = keys.widths;
+    model.layers[l].key_centre = keys.centres;
+    model.layers[l].key_frequencies = keys.frequencies;
+    model.layers[l].key_rope_neighbours = keys.pairs == RopePairs::kNeighbours;
   }
   return model;
 }

@@ -15,12 +15,14 @@ namespace {
 
 GroupShape ShapeOf(const KvGeometry& g) { return {g.layers, g.kv_heads, g.head_dim, g.head_dim}; }
 
-// Sum over rows [n][d] of e' M e with e = decoded - rows, or of rows minus mean without a type.
+// Sum over keys of e' M e, with e the error of coding or, for leaving out, the key minus its mean, both
+// turned back.
 class Harm {
  public:
   Harm(std::vector<double> metric, const HeadProfile& head) : metric_(std::move(metric)), head_(head) {}
 
-  double OfCoding(CacheType type, const std::vector<float>& rows) const {
+  double OfCoding(CacheType type, const HeldKeys& keys) const {
+    const std::vector<float>& rows = keys.rows;
     const int d = static_cast<int>(head_.mean.size()), tokens = static_cast<int>(rows.size()) / d;
     const HalfLayout layout = MakeHalfLayout(type, d);
     // Planes are read in 16-byte words.
@@ -31,20 +33,27 @@ class Harm {
     for (int t = 0; t < tokens; t += kBlockTokens) {
       const int n = std::min<int>(kBlockTokens, tokens - t);
       const float* own = rows.data() + static_cast<size_t>(t) * static_cast<size_t>(d);
-      EncodeHalf(type, Side::kKey, layout, &head_, own, n, bytes);
-      DecodeHalf(type, Side::kKey, layout, &head_, bytes, page.data());
+      const int64_t position = keys.position + t;
+      EncodeHalf(type, Side::kKey, layout, &head_, position, own, n, bytes);
+      DecodeHalf(type, Side::kKey, layout, &head_, position, bytes, page.data());
       for (int i = 0; i < n * d; ++i) page[static_cast<size_t>(i)] -= own[i];
-      for (int i = 0; i < n; ++i) sum += Of(page.data() + static_cast<size_t>(i * d), d);
+      for (int i = 0; i < n; ++i) {
+        float* const error = page.data() + static_cast<size_t>(i * d);
+        TurnKey(head_.rope, position, i, true, error);
+        sum += Of(error, d);
+      }
     }
     return sum;
   }
-  double OfLeavingOut(const std::vector<float>& rows) const {
-    const int d = static_cast<int>(head_.mean.size());
+  double OfLeavingOut(const HeldKeys& keys) const {
+    const size_t d = head_.mean.size();
     double sum = 0;
-    std::vector<float> x(head_.mean.size());
-    for (size_t t = 0; t < rows.size(); t += x.size()) {
-      for (size_t i = 0; i < x.size(); ++i) x[i] = rows[t + i] - head_.mean[i];
-      sum += Of(x.data(), d);
+    std::vector<float> x(d);
+    for (size_t t = 0; t < keys.rows.size() / d; ++t) {
+      std::copy_n(keys.rows.data() + t * d, d, x.begin());
+      TurnKey(head_.rope, keys.position + static_cast<int64_t>(t), 0, true, x.data());
+      for (size_t i = 0; i < d; ++i) x[i] -= head_.centre[i];
+      sum += Of(x.data(), static_cast<int>(d));
     }
     return sum;
   }
@@ -67,31 +76,35 @@ class Harm {
 }  // namespace
 
 KeyCalibration::KeyCalibration(const KvGeometry& geometry, ThreadPool& pool)
-    : geometry_(geometry),
-      pool_(pool),
-      heads_(static_cast<size_t>(geometry.layers * geometry.kv_heads), KeyStatistics(geometry.head_dim)),
-      held_heads_(heads_),
-      held_(heads_.size()) {}
+    : geometry_(geometry), pool_(pool), held_(static_cast<size_t>(geometry.layers * geometry.kv_heads)) {
+  for (int layer = 0; layer < geometry.layers; ++layer)
+    heads_.insert(
+        heads_.end(), static_cast<size_t>(geometry.kv_heads),
+        KeyStatistics(geometry.head_dim,
+                      geometry.ropes.empty() ? Rope() : geometry.ropes[static_cast<size_t>(layer)]));
+  held_heads_ = heads_;
+}
 
-void KeyCalibration::Add(int layer, int n, const float* q, const float* k) {
+void KeyCalibration::Add(int layer, int64_t position, int n, const float* q, const float* k) {
   const int d = geometry_.head_dim, group = geometry_.query_heads / geometry_.kv_heads;
   pool_.ParallelFor(geometry_.kv_heads, [&](int64_t h) {
     KeyStatistics& head = heads_[static_cast<size_t>(layer * geometry_.kv_heads + h)];
-    head.AddKeys(k + h * d, n, geometry_.kv_width());
+    head.AddKeys(k + h * d, n, geometry_.kv_width(), position);
     for (int64_t i = h * group; i < (h + 1) * group; ++i)
-      head.AddQueries(q + i * d, n, geometry_.query_width());
+      head.AddQueries(q + i * d, n, geometry_.query_width(), position);
   });
 }
 
-void KeyCalibration::HoldBack(int layer, int n, const float* q, const float* k) {
+void KeyCalibration::HoldBack(int layer, int64_t position, int n, const float* q, const float* k) {
   const int d = geometry_.head_dim, group = geometry_.query_heads / geometry_.kv_heads;
   pool_.ParallelFor(geometry_.kv_heads, [&](int64_t h) {
     const auto index = static_cast<size_t>(layer * geometry_.kv_heads + h);
     for (int64_t i = h * group; i < (h + 1) * group; ++i)
-      held_heads_[index].AddQueries(q + i * d, n, geometry_.query_width());
+      held_heads_[index].AddQueries(q + i * d, n, geometry_.query_width(), position);
+    HeldKeys& keys = held_[index].emplace_back(HeldKeys{position, {}});
     for (int t = 0; t < n; ++t) {
       const float* row = k + static_cast<size_t>(t) * geometry_.kv_width() + h * d;
-      held_[index].insert(held_[index].end(), row, row + d);
+      keys.rows.insert(keys.rows.end(), row, row + d);
     }
   });
 }
@@ -117,9 +130,12 @@ std::vector<KeyTypeError> KeyCalibration::Measure(const Profile& profile) const 
     std::vector<Sums> sums(held_.size());
     pool_.ParallelFor(static_cast<int64_t>(held_.size()), [&](int64_t h) {
       const auto index = static_cast<size_t>(h);
-      const Harm harm(held_heads_[index].QueryMoment(), profile.k[index]);
-      sums[index] = {harm.OfCoding(type, held_[index]), harm.OfCoding(turbo, held_[index]),
-                     harm.OfLeavingOut(held_[index])};
+      const Harm harm(held_heads_[index].QueryMetric(), profile.k[index]);
+      for (const HeldKeys& keys : held_[index]) {
+        sums[index].own += harm.OfCoding(type, keys);
+        sums[index].beside += harm.OfCoding(turbo, keys);
+        sums[index].all += harm.OfLeavingOut(keys);
+      }
     });
     Sums total;
     for (const Sums& sum : sums) {
@@ -144,14 +160,12 @@ absl::Status KeyCalibration::AddTransforms(KeyProfile* profile, std::vector<KeyT
                      ", ", error.beside, " by ", error.beside_error,
                      " of their variance: use a longer text, of the kind that the model will see"));
   }
-  profile->transforms.assign(static_cast<size_t>(geometry_.layers), {});
-  profile->widths.assign(static_cast<size_t>(geometry_.layers), {});
-  for (size_t h = 0; h < made.k.size(); ++h) {
-    const size_t layer = h / static_cast<size_t>(geometry_.kv_heads);
-    const HeadProfile& head = made.k[h];
-    profile->transforms[layer].insert(profile->transforms[layer].end(), head.transform.begin(),
-                                      head.transform.end());
-    profile->widths[layer].insert(profile->widths[layer].end(), head.widths.begin(), head.widths.end());
+  for (size_t first = 0; first < made.k.size(); first += static_cast<size_t>(geometry_.kv_heads)) {
+    Profile layer;
+    layer.shape = made.shape;
+    const auto begin = made.k.begin() + static_cast<std::ptrdiff_t>(first);
+    layer.k.assign(begin, begin + geometry_.kv_heads);
+    profile->transforms.push_back(TransformsOf(layer));
   }
   return absl::OkStatus();
 }

@@ -21,14 +21,21 @@ struct KeyTypeError {
   double error = 0, beside_error = 0;
 };
 
+// Keys that are held back: tokens that follow each other.
+struct HeldKeys {
+  int64_t position = 0;
+  std::vector<float> rows;  // [tokens][head_dim]
+};
+
 class KeyCalibration {
  public:
   // The pool is borrowed.
   KeyCalibration(const KvGeometry& geometry, ThreadPool& pool);
 
-  // Of n tokens of one layer: q [n][query_heads][head_dim], k [n][kv_heads][head_dim], after RoPE.
-  void Add(int layer, int n, const float* q, const float* k);
-  void HoldBack(int layer, int n, const float* q, const float* k);
+  // Of n tokens of one layer from `position` on: q [n][query_heads][head_dim], k [n][kv_heads][head_dim],
+  // after RoPE.
+  void Add(int layer, int64_t position, int n, const float* q, const float* k);
+  void HoldBack(int layer, int64_t position, int n, const float* q, const float* k);
 
   // Tokens that the first layer was given.
   int64_t tokens() const { return heads_.front().keys(); }
@@ -44,7 +51,7 @@ class KeyCalibration {
   const KvGeometry geometry_;
   ThreadPool& pool_;
   std::vector<KeyStatistics> heads_, held_heads_;  // layer-major; of what is held back only queries
-  std::vector<std::vector<float>> held_;           // keys that are held back, [tokens][head_dim]
+  std::vector<std::vector<HeldKeys>> held_;        // of each head
 };
 
 }  // namespace kvtide::engine

@@ -3,10 +3,12 @@
 // the mean (kernels/format/profile.h says why attention stays exact).
 //
 // A file is safetensors: metadata "format" = "kvtide-key-profile-1", "model", "text", "tokens"; tensors
-// "layers.N.key_mean", f32 [kv_heads][head_dim]. With transforms the format is "kvtide-key-profile-2", and
-// there are "layers.N.key_transform", f32 [kv_heads][head_dim][head_dim], channel by coefficient, and
-// "layers.N.key_widths", f32 holding integers, [kv_heads][types tide4, tide3, tide2][groups of 8
-// coefficients]. A reader refuses other formats by name.
+// "layers.N.key_mean", f32 [kv_heads][head_dim]. With transforms the format is "kvtide-key-profile-3", and
+// there are "layers.N.key_frequencies", f32 [pairs], of RoPE in radians a position, metadata "rope_pairs" =
+// "halves" or "neighbours" (rope.h), and of keys with RoPE taken back: "layers.N.key_centre", f32
+// [kv_heads][head_dim], their mean, "layers.N.key_transform", f32 [kv_heads][head_dim][head_dim], channel by
+// coefficient, and "layers.N.key_widths", f32 holding integers, [kv_heads][types tide4, tide3, tide2][groups
+// of 8 coefficients]. A reader refuses other formats by name; 2 had transforms of keys after RoPE.
 #pragma once
 
 #include <cstdint>
@@ -24,16 +26,18 @@ struct KeyProfile {
   int64_t tokens = 0;       // that the means are over
   int kv_heads = 0, head_dim = 0;
   std::vector<std::vector<float>> means;  // by layer, [kv_heads][head_dim]
-  // By layer, as in the file; empty = none.
-  std::vector<std::vector<float>> transforms;
-  std::vector<std::vector<uint8_t>> widths;
+  std::vector<KeyTransforms> transforms;  // by layer; empty = none
 };
 
 absl::Status WriteKeyProfile(const std::string& path, const KeyProfile& profile);
 absl::StatusOr<KeyProfile> ReadKeyProfile(const std::string& path);
 
-// INVALID_ARGUMENT if the profile is of a model with other layers.
+// INVALID_ARGUMENT if the profile is of a model with other layers or another RoPE.
 absl::Status CheckKeyProfile(const KeyProfile& profile, const KvGeometry& geometry);
+
+// The profile as the daemon will have it, all layers being one group. INVALID_ARGUMENT as
+// MakeCalibratedProfile has it.
+absl::StatusOr<Profile> FormatProfile(const KeyProfile& profile);
 
 // The profile's parts, for sequences of a model that it fits (CheckKeyProfile).
 void UseKeyProfile(const KeyProfile& profile, KvGeometry* geometry);

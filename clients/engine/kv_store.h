@@ -8,6 +8,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "kernels/format/profile.h"
 
 namespace kvtide::engine {
 
@@ -24,9 +25,8 @@ struct KvGeometry {
   float softcap = 0;               // 0 = none; else logit = softcap * tanh(logit / softcap)
   // Of each layer, [kv_heads][head_dim], for sequences that are centred by calibration; empty = none.
   std::vector<std::vector<float>> key_means;
-  // Of each layer, for calibrated K types (key_profile.h says the shapes); empty = none.
-  std::vector<std::vector<float>> key_transforms;
-  std::vector<std::vector<uint8_t>> key_widths;
+  std::vector<KeyTransforms> key_transforms;  // of each layer, for calibrated K types; empty = none
+  std::vector<Rope> ropes;                    // of each layer, that keys come with; empty = none
 
   // Logits are scale() * q.k.
   float scale() const;

@@ -156,6 +156,11 @@ KvGeometry LlamaModel::kv_geometry() const {
   g.layer_windows = config_.layer_windows;
   g.attention_scale = config_.attention_scale;
   g.softcap = config_.attention_softcap;
+  for (int l = 0; l < config_.layers; ++l) {
+    const std::vector<double>& own =
+        config_.window(l) > 0 && config_.local_rope_theta > 0 ? local_frequencies_ : rope_frequencies_;
+    g.ropes.push_back({RopePairs::kHalves, {own.begin(), own.end()}});
+  }
   return g;
 }
 

@@ -4,6 +4,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <type_traits>
+
 #include "clients/cli/eval/eval_plot.h"
 #include "clients/cli/plan/plan_flags.h"
 #include "clients/engine/key_profile.h"
@@ -67,8 +69,9 @@ void BindPlan(nb::module_& m) {
     }
     return std::make_tuple(architecture == nullptr ? std::string() : *architecture, layers);
   });
-  // A profile of keys: (model, text, tokens, KV heads, head dim, means, transforms, widths), the last three
-  // lists of bytes by layer; clients/engine/key_profile.h says their shapes.
+  // A profile of keys: (model, text, tokens, KV heads, head dim, means, transforms, widths, means before
+  // RoPE, frequencies, whether RoPE turns neighbours); parts are lists of bytes by layer,
+  // clients/engine/key_profile.h says their shapes.
   m.def("read_key_profile", [](const std::string& path) {
     const engine::KeyProfile profile = Raise(engine::ReadKeyProfile(path));
     const auto by_layer = [](const auto& layers) {
@@ -76,8 +79,16 @@ void BindPlan(nb::module_& m) {
       for (const auto& layer : layers) out.emplace_back(layer.data(), layer.size() * sizeof(layer[0]));
       return out;
     };
-    return nb::make_tuple(profile.model, profile.text, profile.tokens, profile.kv_heads, profile.head_dim,
-                          by_layer(profile.means), by_layer(profile.transforms), by_layer(profile.widths));
+    const auto parts = [&](auto part) {
+      std::vector<std::remove_cvref_t<decltype(profile.transforms[0].*part)>> layers;
+      for (const KeyTransforms& layer : profile.transforms) layers.push_back(layer.*part);
+      return by_layer(layers);
+    };
+    return nb::make_tuple(
+        profile.model, profile.text, profile.tokens, profile.kv_heads, profile.head_dim,
+        by_layer(profile.means), parts(&KeyTransforms::matrices), parts(&KeyTransforms::widths),
+        parts(&KeyTransforms::centres), parts(&KeyTransforms::frequencies),
+        !profile.transforms.empty() && profile.transforms[0].pairs == RopePairs::kNeighbours);
   });
   m.def("catalogue_models", [] {
     std::vector<std::string> names;

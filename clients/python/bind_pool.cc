@@ -218,6 +218,9 @@ client::Model MakeModel(const std::string& name, const std::vector<nb::dict>& la
     if (from.contains("key_transform")) {
       layer.key_transform = nb::cast<std::vector<float>>(from["key_transform"]);
       layer.key_widths = nb::cast<std::vector<uint8_t>>(from["key_widths"]);
+      layer.key_centre = nb::cast<std::vector<float>>(from["key_centre"]);
+      layer.key_frequencies = nb::cast<std::vector<float>>(from["key_frequencies"]);
+      layer.key_rope_neighbours = nb::cast<bool>(from["key_rope_neighbours"]);
     }
     model.layers.push_back(layer);
   }

@@ -41,8 +41,11 @@ uint64_t HashModel(const ModelSpec& spec) {
         .Add(uint64_t{std::bit_cast<uint32_t>(group.softcap)});
     for (const float mean : group.key_means) bytes.Add(uint64_t{std::bit_cast<uint32_t>(mean)});
     if (group.key_transforms.empty()) continue;
-    bytes.Add(XXH3_64bits(group.key_transforms.data(), group.key_transforms.size() * sizeof(float)))
-        .Add(XXH3_64bits(group.key_widths.data(), group.key_widths.size()));
+    const KeyTransforms& keys = group.key_transforms;
+    bytes.Add(static_cast<int>(keys.pairs));
+    for (const auto* values : {&keys.frequencies, &keys.centres, &keys.matrices})
+      bytes.Add(XXH3_64bits(values->data(), values->size() * sizeof(float)));
+    bytes.Add(XXH3_64bits(keys.widths.data(), keys.widths.size()));
   }
   for (const LayerSpec& layer : spec.layers) bytes.Add(layer.group).Add(layer.layer_in_group);
   return bytes.Hash();

@@ -10,7 +10,7 @@
 namespace kvtide {
 namespace {
 
-constexpr uint32_t kVersion = 4;
+constexpr uint32_t kVersion = 5;
 
 void PutShape(ManifestWriter& out, const GroupShape& shape) {
   for (const int value : {shape.layers, shape.kv_heads, shape.head_dim_k, shape.head_dim_v})
@@ -33,8 +33,11 @@ void PutModel(ManifestWriter& out, const ModelSpec& model) {
     out.Put(group.scale);
     out.Put(group.softcap);
     out.PutList(group.key_means);
-    out.PutList(group.key_transforms);
-    out.PutList(group.key_widths);
+    out.Put(static_cast<uint8_t>(group.key_transforms.pairs));
+    out.PutList(group.key_transforms.frequencies);
+    out.PutList(group.key_transforms.centres);
+    out.PutList(group.key_transforms.matrices);
+    out.PutList(group.key_transforms.widths);
   }
   out.Put(uint64_t{model.layers.size()});
   for (const LayerSpec& layer : model.layers) {
@@ -53,8 +56,11 @@ ModelSpec GetModel(ManifestReader& in) {
     in.Get(&group.scale);
     in.Get(&group.softcap);
     group.key_means = in.GetList<float>();
-    group.key_transforms = in.GetList<float>();
-    group.key_widths = in.GetList<uint8_t>();
+    group.key_transforms.pairs = static_cast<RopePairs>(in.Get<uint8_t>());
+    group.key_transforms.frequencies = in.GetList<float>();
+    group.key_transforms.centres = in.GetList<float>();
+    group.key_transforms.matrices = in.GetList<float>();
+    group.key_transforms.widths = in.GetList<uint8_t>();
   }
   model.layers.resize(in.GetCount(8));
   for (LayerSpec& layer : model.layers) {
@@ -129,9 +135,7 @@ std::shared_ptr<const Profile> GetProfile(ManifestReader& in, const LayerGroupSp
   auto profile = std::make_shared<Profile>();
   if (in.Get<uint8_t>() != 0) {
     if (CheckGroupShape(group.shape).ok())
-      if (auto made =
-              MakeCalibratedProfile(group.shape, group.key_means, group.key_transforms, group.key_widths);
-          made.ok())
+      if (auto made = MakeCalibratedProfile(group.shape, group.key_means, group.key_transforms); made.ok())
         *profile = *std::move(made);
     if (in.Get<uint64_t>() != profile->hash) profile->hash = 0;
     return profile;

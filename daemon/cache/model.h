@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
-#include "kernels/format/block_layout.h"
+#include "kernels/format/profile.h"
 
 namespace kvtide {
 
@@ -19,10 +19,7 @@ struct LayerGroupSpec {
   float softcap = 0;   // 0 = none
   // Mean of K over a calibration text, [layers][kv_heads][head_dim_k]; empty = not calibrated.
   std::vector<float> key_means;
-  // For calibrated K types, beside the means (MakeCalibratedProfile of tide_maker.h says the shapes); empty =
-  // none.
-  std::vector<float> key_transforms;
-  std::vector<uint8_t> key_widths;
+  KeyTransforms key_transforms;  // for calibrated K types, beside the means; empty = none
   bool operator==(const LayerGroupSpec&) const = default;
 };
 

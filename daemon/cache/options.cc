@@ -41,10 +41,11 @@ absl::Status CheckModelSpec(const ModelSpec& spec) {
       if (!(std::abs(mean) <= 65504.0f))
         return absl::InvalidArgumentError(
             absl::StrCat(where, ": a mean of keys is ", mean, ", must be finite and within +-65504"));
-    if (group.key_transforms.empty() != group.key_widths.empty() ||
-        (!group.key_transforms.empty() && group.key_means.empty()))
-      return absl::InvalidArgumentError(
-          absl::StrCat(where, ": transforms of keys, their widths and means come together, or not at all"));
+    const KeyTransforms& keys = group.key_transforms;
+    if (keys.empty() != keys.widths.empty() || keys.empty() != keys.centres.empty() ||
+        (keys.empty() ? !keys.frequencies.empty() : group.key_means.empty()))
+      return absl::InvalidArgumentError(absl::StrCat(
+          where, ": transforms of keys, their widths, RoPE and means come together, or not at all"));
     layers += static_cast<size_t>(group.shape.layers);
   }
   if (layers != spec.layers.size())
@@ -108,7 +109,7 @@ absl::Status CheckSequenceOptions(const SequenceOptions& options, const ModelSpe
     if (Info(key_type).calibrated && model.groups[g].key_transforms.empty())
       return absl::InvalidArgumentError(absl::StrCat(
           "model '", model.name, "' has no transforms of keys in layer group ", g, ", which ", Name(key_type),
-          " needs; register it with Layer.key_transform and key_widths (kvtide calibrate makes them)"));
+          " needs; register it with Layer.key_transform and its companions (kvtide calibrate makes them)"));
   }
   if (options.name_space.size() > 256)
     return absl::InvalidArgumentError("namespace: must have at most 256 bytes");

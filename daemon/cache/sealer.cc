@@ -185,6 +185,7 @@ void Sealer::Recode(std::vector<Seal>& seals) {
       piece.to = table.coded;
       piece.target = seal.target->place->data;
       piece.to_profile = seal.profile.get();
+      piece.position = seal.index * kBlockTokens;
       piece.first_layer = 0;
       piece.layers = table.coded->shape().layers;
     }

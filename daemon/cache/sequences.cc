@@ -34,8 +34,8 @@ namespace {
 // What a layer group was registered with; null = nothing.
 absl::StatusOr<std::shared_ptr<const Profile>> ProfileOf(const LayerGroupSpec& group) {
   if (!group.key_transforms.empty()) {
-    KVTIDE_ASSIGN_OR_RETURN(Profile profile, MakeCalibratedProfile(group.shape, group.key_means,
-                                                                   group.key_transforms, group.key_widths));
+    KVTIDE_ASSIGN_OR_RETURN(Profile profile,
+                            MakeCalibratedProfile(group.shape, group.key_means, group.key_transforms));
     return std::make_shared<const Profile>(std::move(profile));
   }
   if (group.key_means.empty()) return nullptr;

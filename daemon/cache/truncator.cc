@@ -106,7 +106,7 @@ absl::StatusOr<WritingBlock> Truncator::ReopenCodedBlock(CacheLock& lock, Sequen
   absl::Status status;
   {
     const Unlocked unlocked(lock);
-    status = DecodeInto(*place.get(), table, profile.get(), *target->place, tokens);
+    status = DecodeInto(*place.get(), table, profile.get(), index * kBlockTokens, *target->place, tokens);
   }
   lock->changed.NotifyAll();
   if (!status.ok()) return status;
@@ -114,7 +114,7 @@ absl::StatusOr<WritingBlock> Truncator::ReopenCodedBlock(CacheLock& lock, Sequen
 }
 
 absl::Status Truncator::DecodeInto(const Place& source, const GroupTable& table, const Profile* profile,
-                                   const Place& target, int64_t tokens) const {
+                                   int64_t position, const Place& target, int64_t tokens) const {
   const GroupShape& shape = table.exact->shape();
   const size_t rows = static_cast<size_t>(kBlockTokens) * static_cast<size_t>(shape.kv_heads);
   std::vector<float> k(rows * static_cast<size_t>(shape.head_dim_k)),
@@ -124,6 +124,7 @@ absl::Status Truncator::DecodeInto(const Place& source, const GroupTable& table,
     decode.layout = table.coded;
     decode.profile = profile;
     decode.block = source.data;
+    decode.position = position;
     decode.layer = layer;
     decode.k = k.data();
     decode.v = v.data();

@@ -24,7 +24,7 @@ class Truncator {
   absl::StatusOr<WritingBlock> ReopenCodedBlock(CacheLock& lock, Sequence& sequence, int group, int64_t index,
                                                 int64_t tokens);
   absl::Status DecodeInto(const Place& source, const GroupTable& table, const Profile* profile,
-                          const Place& target, int64_t tokens) const;
+                          int64_t position, const Place& target, int64_t tokens) const;
   void CutTable(CacheState& state, Sequence& sequence, int group, Cut& cut);
 
   CacheCore& core_;

@@ -368,6 +368,7 @@ absl::Status Writer::CodeAtOnce(WriteBatch& batch, LayerWrite& write) {
     piece.to = table.coded;
     piece.target = target.coded;
     piece.to_profile = profile.get();
+    piece.position = target.index * kBlockTokens;
     piece.first_layer = write.layer;
     piece.layers = 1;
     piece.tokens = static_cast<int>(

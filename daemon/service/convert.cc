@@ -46,6 +46,7 @@ absl::Status CheckLayer(const v1::Layer& layer) {
     return absl::InvalidArgumentError(absl::StrCat(field, " has ", bytes.size(), " bytes, expected ", wanted,
                                                    " (", layout, ") beside key_mean, or none"));
   };
+  KVTIDE_RETURN_IF_ERROR(check("key_centre", layer.key_centre(), mean_bytes, "f32 [kv_heads][head_dim_k]"));
   KVTIDE_RETURN_IF_ERROR(check("key_transform", layer.key_transform(),
                                mean_bytes * static_cast<size_t>(shape.head_dim_k),
                                "f32 [kv_heads][head_dim_k][head_dim_k]"));
@@ -53,8 +54,17 @@ absl::Status CheckLayer(const v1::Layer& layer) {
       check("key_widths", layer.key_widths(),
             static_cast<size_t>(shape.kv_heads * kTideTypes * StoredDim(shape.head_dim_k) / kTideGroup),
             "[kv_heads][3][head_dim_k rounded up to 32, / 8]"));
-  if (layer.key_transform().empty() != layer.key_widths().empty())
-    return absl::InvalidArgumentError("key_transform and key_widths come together, or not at all");
+  const bool transformed = !layer.key_transform().empty();
+  if (transformed == layer.key_widths().empty() || transformed == layer.key_centre().empty())
+    return absl::InvalidArgumentError(
+        "key_transform, key_centre and key_widths come together, or not at all; a profile of before has no "
+        "key_centre, make it anew with `kvtide calibrate`");
+  const size_t pairs = layer.key_frequencies().size() / sizeof(float);
+  if (layer.key_frequencies().size() % sizeof(float) != 0 || (pairs > 0 && !transformed) ||
+      2 * pairs > static_cast<size_t>(shape.head_dim_k))
+    return absl::InvalidArgumentError(
+        absl::StrCat("key_frequencies has ", layer.key_frequencies().size(),
+                     " bytes, expected f32 of at most head_dim_k / 2 pairs beside key_transform"));
   if (layer.window() < 0 || layer.window() > kMostWindow) {
     return absl::InvalidArgumentError(
         absl::StrCat("window is ", layer.window(), "; allowed are 0 to ", kMostWindow));
@@ -110,8 +120,7 @@ absl::StatusOr<ModelSpec> FromProto(const v1::Model& proto) {
     auto group = std::find_if(spec.groups.begin(), spec.groups.end(), [&wanted](LayerGroupSpec candidate) {
       candidate.shape.layers = 0;
       candidate.key_means.clear();
-      candidate.key_transforms.clear();
-      candidate.key_widths.clear();
+      candidate.key_transforms = {};
       return candidate == wanted;
     });
     if (group == spec.groups.end()) {
@@ -130,8 +139,18 @@ absl::StatusOr<ModelSpec> FromProto(const v1::Model& proto) {
                        ": of layers with one shape all have it, or none"));
     }
     Append(layer.key_mean(), group->key_means);
-    Append(layer.key_transform(), group->key_transforms);
-    Append(layer.key_widths(), group->key_widths);
+    KeyTransforms& keys = group->key_transforms;
+    const RopePairs pairs = layer.key_rope_neighbours() ? RopePairs::kNeighbours : RopePairs::kHalves;
+    if (group->shape.layers > 0 && (pairs != keys.pairs || keys.frequencies.size() * sizeof(float) !=
+                                                               layer.key_frequencies().size() *
+                                                                   static_cast<size_t>(group->shape.layers)))
+      return absl::InvalidArgumentError(absl::StrCat(
+          "layers[", i, "].key_frequencies: of layers with one shape all have as many pairs, of one kind"));
+    keys.pairs = pairs;
+    Append(layer.key_frequencies(), keys.frequencies);
+    Append(layer.key_centre(), keys.centres);
+    Append(layer.key_transform(), keys.matrices);
+    Append(layer.key_widths(), keys.widths);
     spec.layers.push_back({static_cast<int>(group - spec.groups.begin()), group->shape.layers});
     group->shape.layers++;
   }

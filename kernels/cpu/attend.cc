@@ -86,7 +86,6 @@ class LayerRun {
       float sum = 0;
       for (size_t d = 0; d < profile.mean.size(); d++) sum += target[d] * profile.mean[d];
       *bias = sum;
-      if (Info(frame.type).calibrated) return kernels_.turn(frame.type, dim, profile, target);
       for (size_t d = 0; d < profile.gain.size(); d++) target[d] /= profile.gain[d];
     }
     kernels_.rotate(frame.type, false, target, frame.dim);

@@ -36,12 +36,12 @@ std::vector<CodeTable> MakeTables() {
   std::vector<CodeTable> tables;
   for (const CacheType type : AllCacheTypes())
     tables.push_back(VisitCodec(type, [](auto codec) { return MakeTable<decltype(codec)>(); }));
-  CodeTable mixed;
-  mixed.bits = 8;
-  mixed.group = kMaxTideDim;
-  mixed.unit = 1;
-  mixed.mixed = true;
-  tables.resize(kCacheTypes, mixed);
+  CodeTable calibrated;
+  calibrated.bits = 8;
+  calibrated.group = kMaxTideDim;
+  calibrated.unit = 1;
+  calibrated.rebuilt = true;
+  tables.resize(kCacheTypes, calibrated);
   return tables;
 }
 

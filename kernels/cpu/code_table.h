@@ -19,8 +19,8 @@ struct CodeTable {
   alignas(16) int8_t low[16] = {};
   alignas(16) int8_t high[16] = {};
   bool bf16 = false;
-  // Groups of 8 codes with widths of their own (tide.h), turned into levels of 8 bits before anything else.
-  bool mixed = false;
+  // Keys of calibrated types (tide.h), which are rebuilt as they were before anything else.
+  bool rebuilt = false;
 
   bool coded() const { return bits != 0; }
 };

@@ -137,6 +137,7 @@ class CpuBackend : public Backend {
     run.layout = args.layout;
     run.profile = args.profile;
     run.blocks = {&block, 1};
+    run.first_position = args.position;
     DecodePiece piece;
     piece.run = &run;
     piece.layer = args.layer;
@@ -203,7 +204,8 @@ class CpuBackend : public Backend {
       if (target.data == nullptr) return;
       const auto dim = static_cast<size_t>(half.head_dim);
       rows.resize(kBlockTokens * dim);
-      kernels_->decode(type, side, half, profile, source, rows.data());
+      kernels_->decode(type, side, half, profile, run.first_position + begin / kBlockTokens * kBlockTokens,
+                       source, rows.data());
       if (stride == 0) stride = heads * dim;
       for (int64_t t = begin; t < end; t++)
         kernels_->narrow(rows.data() + static_cast<size_t>(t % kBlockTokens) * dim, dim, target,
@@ -226,9 +228,10 @@ class CpuBackend : public Backend {
     const HeadProfile* from = piece.from_profile == nullptr ? nullptr : &piece.from_profile->k[index];
     const HeadProfile* to = piece.to_profile == nullptr ? nullptr : &piece.to_profile->k[index];
     RecodeHalf(Side::kKey, piece.from->pair().k, piece.from->k(), from, source, piece.to->pair().k,
-               piece.to->k(), to, piece.tokens, target);
+               piece.to->k(), to, piece.position, piece.tokens, target);
     RecodeHalf(Side::kValue, piece.from->pair().v, piece.from->v(), nullptr, source + piece.from->v_codes(),
-               piece.to->pair().v, piece.to->v(), nullptr, piece.tokens, target + piece.to->v_codes());
+               piece.to->pair().v, piece.to->v(), nullptr, piece.position, piece.tokens,
+               target + piece.to->v_codes());
   }
 
   static bool SameProfile(const HeadProfile* a, const HeadProfile* b) {
@@ -237,15 +240,15 @@ class CpuBackend : public Backend {
 
   void RecodeHalf(Side side, CacheType from, const HalfLayout& from_layout, const HeadProfile* from_profile,
                   const std::byte* source, CacheType to, const HalfLayout& to_layout,
-                  const HeadProfile* to_profile, int tokens, std::byte* target) const {
+                  const HeadProfile* to_profile, int64_t position, int tokens, std::byte* target) const {
     const bool same_frame = SameProfile(from_profile, to_profile) || Info(from).storage == Storage::kHalf;
     if (from == to && same_frame && tokens == kBlockTokens) {
       std::memcpy(target, source, to_layout.bytes);
       return;
     }
     std::vector<float> rows(static_cast<size_t>(kBlockTokens * from_layout.head_dim));
-    kernels_->decode(from, side, from_layout, from_profile, source, rows.data());
-    kernels_->encode(to, side, to_layout, to_profile, rows.data(), tokens, target);
+    kernels_->decode(from, side, from_layout, from_profile, position, source, rows.data());
+    kernels_->encode(to, side, to_layout, to_profile, position, rows.data(), tokens, target);
   }
 
   const CpuBackendOptions options_;

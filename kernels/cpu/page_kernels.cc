@@ -39,6 +39,16 @@ const PageKernels* FindVectorKernels(SimdLevel level) {
 
 }  // namespace
 
+KeyRebuild MakeKeyRebuild(CacheType type, const HeadProfile& profile) {
+  return {static_cast<int>(profile.centre.size()),
+          WidthsOf(type, profile).data(),
+          profile.inverse.data(),
+          profile.centre.data(),
+          profile.rope.frequencies.data(),
+          static_cast<int>(profile.rope.frequencies.size()),
+          profile.rope.pairs};
+}
+
 PageSegment MakePageSegment(const BlockLayout& layout, int layer, int kv_head, const HeadProfile* profile,
                             std::span<std::byte* const> blocks, int64_t first_position, int64_t tokens) {
   PageSegment segment;
@@ -47,9 +57,10 @@ PageSegment MakePageSegment(const BlockLayout& layout, int layer, int kv_head, c
                layout.k_scales()};
   segment.v = {&CodeTableOf(layout.pair().v), layout.v().stored_dim, layout.v().groups, layout.v_codes(),
                layout.v_scales()};
-  if (segment.k.table->mixed) {
+  segment.profile = profile;
+  if (segment.k.table->rebuilt) {
     KVTIDE_CHECK(profile != nullptr, Name(layout.pair().k), " without a profile");
-    segment.k.widths = WidthsOf(layout.pair().k, *profile).data();
+    segment.k.rebuild = MakeKeyRebuild(layout.pair().k, *profile);
   }
   segment.record_bytes = layout.record_bytes();
   segment.record_offset = layout.RecordOffset(layer, kv_head);

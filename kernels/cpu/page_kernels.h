@@ -28,8 +28,6 @@ struct PageKernels {
   void (*attend_many)(const PageSegment& segment, const QueryRows& rows, float* out, float* lse) = nullptr;
   // Turns a vector of stored_dim values into the rotated frame of a type, or back.
   void (*rotate)(CacheType type, bool inverse, float* x, int stored_dim) = nullptr;
-  // TurnTideQuery of tide_codec.h, in place.
-  void (*turn)(CacheType type, int head_dim, const HeadProfile& head, float* q) = nullptr;
   // `count` values of a tensor from element `first` on as f32, and f32 values rounded to the tensor's type
   // there (f16 holds at most +-65504; NaN stays NaN).
   void (*widen)(TensorView from, size_t first, size_t count, float* to) = nullptr;
@@ -40,15 +38,18 @@ struct PageKernels {
                      size_t stride, int first_token, int tokens, std::byte* half) = nullptr;
   // As EncodeHalf and DecodeHalf of page_codec.h.
   void (*encode)(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
-                 const float* rows, int tokens, std::byte* half) = nullptr;
+                 int64_t position, const float* rows, int tokens, std::byte* half) = nullptr;
   void (*decode)(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
-                 const std::byte* half, float* rows) = nullptr;
+                 int64_t position, const std::byte* half, float* rows) = nullptr;
 };
 
 // What narrow does, for one value.
 inline void StoreElement(float value, MutableTensorView to, size_t i) {
   to.Set(i, to.type == DataType::kF16 ? std::clamp(value, -kMaxF16, kMaxF16) : value);
 }
+
+// What keys of a calibrated type are rebuilt with; it points into the profile.
+KeyRebuild MakeKeyRebuild(CacheType type, const HeadProfile& profile);
 
 // The pages of a KV head in a run of blocks. `profile`, which may be null, is that of the head; the segment
 // of a calibrated type points into it.

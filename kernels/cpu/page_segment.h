@@ -8,22 +8,36 @@
 #include <span>
 
 #include "kernels/cpu/code_table.h"
+#include "kernels/format/rope.h"
 
 namespace kvtide {
 
 class BlockLayout;
+struct HeadProfile;
+
+// What keys of a calibrated type are rebuilt with (tide.h, rope.h), in place of a profile.
+struct KeyRebuild {
+  int dim = 0;                         // of the head
+  const uint8_t* widths = nullptr;     // [dim / 8]
+  const float* inverse = nullptr;      // [dim][dim]
+  const float* centre = nullptr;       // [dim]
+  const float* frequencies = nullptr;  // [turned]
+  int turned = 0;                      // pairs of channels
+  RopePairs pairs = RopePairs::kHalves;
+};
 
 // One half (K or V) of the records of a segment.
 struct HalfShape {
   const CodeTable* table = nullptr;
-  int dim = 0;                      // stored dim
-  int groups = 0;                   // scales per token, 0 for f16 and bf16
-  size_t codes = 0, scales = 0;     // offsets inside a record
-  const uint8_t* widths = nullptr;  // [dim / 8], of mixed tables
+  int dim = 0;                   // stored dim
+  int groups = 0;                // scales per token, 0 for f16 and bf16
+  size_t codes = 0, scales = 0;  // offsets inside a record
+  KeyRebuild rebuild;            // of tables that are rebuilt
 };
 
 struct PageSegment {
-  const BlockLayout* layout = nullptr;  // for the plain kernels
+  const BlockLayout* layout = nullptr;  // for the plain kernels, as the profile of the head is
+  const HeadProfile* profile = nullptr;
   HalfShape k, v;
   size_t record_bytes = 0;
   size_t record_offset = 0;  // of the KV head's record inside a block

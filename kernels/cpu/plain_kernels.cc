@@ -6,8 +6,6 @@
 
 #include "kernels/base/check.h"
 #include "kernels/format/page_codec.h"
-#include "kernels/format/tide.h"
-#include "kernels/format/tide_codec.h"
 
 namespace kvtide {
 namespace {
@@ -44,6 +42,17 @@ void AttendTokens(const QueryRows& rows, int row, const float* k, int dim_k, con
   }
 }
 
+// Keys of a calibrated type as they were, [64][stored_dim].
+void RebuildKeys(const BlockLayout& layout, const HeadProfile& head, int64_t position, const std::byte* half,
+                 float* k) {
+  const auto dim = static_cast<size_t>(layout.k().head_dim),
+             stored = static_cast<size_t>(layout.k().stored_dim);
+  std::vector<float> rows(kBlockTokens * dim);
+  DecodeHalf(layout.pair().k, Side::kKey, layout.k(), &head, position, half, rows.data());
+  std::fill_n(k, kBlockTokens * stored, 0.0f);
+  for (size_t t = 0; t < kBlockTokens; t++) std::copy_n(rows.data() + t * dim, dim, k + t * stored);
+}
+
 void Attend(const PageSegment& segment, const QueryRows& rows, float* out, float* lse) {
   const BlockLayout& layout = *segment.layout;
   const int dim_k = layout.k().stored_dim, dim_v = layout.v().stored_dim;
@@ -61,8 +70,8 @@ void Attend(const PageSegment& segment, const QueryRows& rows, float* out, float
       if (first >= last) continue;
       if (!decoded) {
         const std::byte* record = segment.blocks[b] + segment.record_offset;
-        if (segment.k.widths != nullptr) {
-          DecodeTideLevels(layout.k(), segment.k.widths, record, k.data());
+        if (segment.k.table->rebuilt) {
+          RebuildKeys(layout, *segment.profile, position, record, k.data());
         } else {
           DecodeHalfRotated(layout.pair().k, Side::kKey, layout.k(), record, k.data());
         }
@@ -85,12 +94,6 @@ void Attend(const PageSegment& segment, const QueryRows& rows, float* out, float
 
 void Rotate(CacheType type, bool inverse, float* x, int stored_dim) {
   inverse ? RotateInverse(type, x, stored_dim) : RotateForward(type, x, stored_dim);
-}
-
-void Turn(CacheType type, int head_dim, const HeadProfile& head, float* q) {
-  float turned[kMaxTideDim];
-  TurnTideQuery(type, head_dim, head, q, turned);
-  std::copy_n(turned, StoredDim(head_dim), q);
 }
 
 void Widen(TensorView from, size_t first, size_t count, float* to) {
@@ -127,7 +130,6 @@ const PageKernels& PlainKernels() {
                                     .attend = Attend,
                                     .attend_many = Attend,
                                     .rotate = Rotate,
-                                    .turn = Turn,
                                     .widen = Widen,
                                     .narrow = Narrow,
                                     .store_rows = StoreRows,

@@ -29,7 +29,8 @@ Tokens DecodeRuns(const AttendItem& item, int layer, int kv_head) {
     for (int64_t first = 0; first < run.tokens; first += kBlockTokens) {
       const std::byte* record =
           run.blocks[static_cast<size_t>(first / kBlockTokens)] + layout.RecordOffset(layer, kv_head);
-      DecodeHalf(layout.pair().k, Side::kKey, layout.k(), profile, record, k.data());
+      DecodeHalf(layout.pair().k, Side::kKey, layout.k(), profile, run.first_position + first, record,
+                 k.data());
       DecodeHalf(layout.pair().v, Side::kValue, layout.v(), nullptr, record + layout.v_codes(), v.data());
       const int64_t count = std::min<int64_t>(kBlockTokens, run.tokens - first);
       all.k.insert(all.k.end(), k.begin(), k.begin() + count * static_cast<int64_t>(dk));

@@ -8,7 +8,6 @@
 #endif
 
 #include "kernels/cpu/simd_page-inl.h"
-#include "kernels/cpu/simd_tide-inl.h"
 
 KVTIDE_BEFORE_NAMESPACE();
 namespace kvtide {
@@ -116,15 +115,8 @@ HWY_NOINLINE void DecodeValues(const HalfView& v, float* HWY_RESTRICT tile) {
   }
 }
 
-// Any coded type. `tile` has room for [dim][64] (keys) or [64][dim] (values).
+// Any coded type but the rebuilt ones. `tile` has room for [dim][64] (keys) or [64][dim] (values).
 inline void DecodeCodedKeys(const HalfView& k, float* tile) {
-  if (k.table->mixed) {
-    HWY_ALIGN WidePlane plane;
-    ExpandTide(k.widths, k.codes, k.dim, plane);
-    HalfView wide = k;
-    wide.codes = plane;
-    return DecodeKeys<8>(wide, tile);
-  }
   switch (k.table->bits) {
     case 2:
       return DecodeKeys<2>(k, tile);

@@ -321,11 +321,11 @@ HWY_NOINLINE void EncodeCoded(Side side, const HalfLayout& layout, const HeadPro
   PackPlane<C::kBits>(side, dim, codes, half);
 }
 
-void Encode(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
+void Encode(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile, int64_t position,
             const float* rows, int tokens, std::byte* half) {
   if (Info(type).calibrated) {
     KVTIDE_CHECK(side == Side::kKey && profile != nullptr, Name(type), " without a profile");
-    return EncodeTide(type, layout, *profile, rows, tokens, half);
+    return EncodeTide(type, layout, *profile, position, rows, tokens, half);
   }
   if (Info(type).storage == Storage::kHalf)
     return EncodeHalf(type, side, layout, profile, rows, tokens, half);
@@ -395,8 +395,7 @@ void DecodeCoded(CacheType type, Side side, const HalfLayout& layout, const Head
     std::memcpy(copy.get(), bytes, layout.bytes);
     bytes = copy.get();
   }
-  const HalfView view{&CodeTableOf(type),        dim,     layout.groups, bytes,
-                      bytes + layout.code_bytes, nullptr, nullptr};
+  const HalfView view{&CodeTableOf(type), dim, layout.groups, bytes, bytes + layout.code_bytes};
   const auto tile = hwy::AllocateAligned<float>(static_cast<size_t>(kBlockTokens * dim));
   side == Side::kKey ? DecodeCodedKeys(view, tile.get()) : DecodeCodedValues(view, tile.get());
   alignas(64) float y[kMaxDim];
@@ -416,12 +415,12 @@ void DecodeCoded(CacheType type, Side side, const HalfLayout& layout, const Head
   }
 }
 
-void Decode(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
+void Decode(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile, int64_t position,
             const std::byte* half, float* rows) {
   const CodeTable& table = CodeTableOf(type);
-  if (table.mixed) {
+  if (table.rebuilt) {
     KVTIDE_CHECK(side == Side::kKey && profile != nullptr, Name(type), " without a profile");
-    return DecodeTide(type, layout, *profile, half, rows);
+    return DecodeTide(type, layout, *profile, position, half, rows);
   }
   if (table.coded()) return DecodeCoded(type, side, layout, profile, half, rows);
   float row[kMaxDim];
@@ -433,7 +432,6 @@ void Decode(CacheType type, Side side, const HalfLayout& layout, const HeadProfi
 
 void UseEncoders(PageKernels& kernels) {
   kernels.rotate = Rotate;
-  kernels.turn = TurnTide;
   kernels.store_rows = StoreRows;
   kernels.encode = Encode;
   kernels.decode = Decode;

@@ -13,6 +13,7 @@
 #include "kernels/cpu/page_segment.h"
 #include "kernels/cpu/simd_coded_products-inl.h"
 #include "kernels/cpu/simd_half_products-inl.h"
+#include "kernels/cpu/simd_rebuild-inl.h"
 #include "kernels/cpu/simd_widen-inl.h"
 
 KVTIDE_BEFORE_NAMESPACE();
@@ -23,7 +24,8 @@ namespace HWY_NAMESPACE {
 // Up to kRows rows, prepared for K's type; missing rows are zero queries.
 template <int kRows>
 struct PreparedRows {
-  hwy::AlignedFreeUniquePtr<float[]> floats;   // f16, bf16: [kRows][dim], then the same with chunks exchanged
+  // f16, bf16, rebuilt: [kRows][dim]; for the first two then the same with chunks exchanged.
+  hwy::AlignedFreeUniquePtr<float[]> floats;
   hwy::AlignedFreeUniquePtr<int32_t[]> pairs;  // coded: [dim / 32][column][pair][row]
   int32_t starts[kMaxGroups * kRows] = {};     // coded: [group][row], what sums begin with
   LogitScale scale[kRows];
@@ -46,7 +48,7 @@ void PrepareRows(const QueryRows& rows, int first, const CodeTable& table, int d
     out.scale[r].bias = rows.bias == nullptr || r >= count ? 0.0f : rows.bias[source] * rows.scale;
     out.scale[r].softcap = rows.softcap;
   }
-  if (!table.coded()) {
+  if (!table.coded() || table.rebuilt) {
     out.floats = hwy::AllocateAligned<float>(2 * size);
     for (size_t i = 0; i < size; i++) {
       out.floats[i] = q[i];
@@ -89,7 +91,12 @@ void PrepareRows(const QueryRows& rows, int first, const CodeTable& table, int d
 }
 
 template <int kRows>
-HWY_INLINE void PageDots(const HalfView& k, const PreparedRows<kRows>& rows, float* dots) {
+HWY_INLINE void PageDots(const HalfView& k, const PreparedRows<kRows>& rows, float* tiles, float* dots) {
+  if (k.table->rebuilt) {
+    float* const tile = tiles + k.dim * kBlockTokens;
+    RebuildKeys(k, tiles, tile);
+    return Product(rows.floats.get(), k.dim, kRows, tile, k.dim, kBlockTokens, nullptr, dots, kBlockTokens);
+  }
   if (!k.table->coded()) {
     const float* swapped = rows.floats.get() + kRows * k.dim;
     return k.table->bf16 ? KeyDotsHalf<kRows, true>(k, rows.floats.get(), swapped, dots)
@@ -129,7 +136,8 @@ void AttendRows(const PageSegment& segment, const QueryRows& rows, int first_row
   const int key_steps = k_table.coded() ? dim_k / 8 * std::max(1, kPageVectors / VectorsFor(kRows)) : 16;
   const int value_steps = (v_table.coded() ? 8 : kWide ? 32 : 16) * std::max(1, dim_v / kLanes / 4);
   prefetch.lines = static_cast<int>(record_bytes / 64) / (key_steps + value_steps) + 1;
-  HalfView k{&k_table, dim_k, segment.k.groups, nullptr, nullptr, &prefetch, segment.k.widths};
+  HalfView k{&k_table, dim_k, segment.k.groups, nullptr, nullptr, &prefetch, &segment.k.rebuild};
+  const auto tiles = AllocateScratch(k);
   HalfView v{&v_table, dim_v, segment.v.groups, nullptr, nullptr, &prefetch};
   alignas(64) float dots[kRows * kBlockTokens];
   constexpr size_t kAhead = 2;  // pages
@@ -156,7 +164,8 @@ void AttendRows(const PageSegment& segment, const QueryRows& rows, int first_row
     k.scales = record + segment.k.scales;
     v.codes = record + segment.v.codes;
     v.scales = record + segment.v.scales;
-    PageDots<kRows>(k, prepared, dots);
+    k.position = position;
+    PageDots<kRows>(k, prepared, tiles.get(), dots);
     PageFactors page[kRows];
     SoftmaxPage<kRows>(dots, prepared.scale, first, last, states, page);
     PageSums<kRows>(v, dots, page, page_first, page_last, sums.get());

@@ -12,6 +12,8 @@
 
 #include "kernels/cpu/page_segment.h"
 #include "kernels/cpu/simd_decode-inl.h"
+#include "kernels/cpu/simd_product-inl.h"
+#include "kernels/cpu/simd_rebuild-inl.h"
 
 KVTIDE_BEFORE_NAMESPACE();
 namespace kvtide {
@@ -61,68 +63,12 @@ HWY_NOINLINE inline void DecodeValuesHalf(const HalfView& v, int valid, float* H
   }
 }
 
-inline void DecodeKeyTile(const HalfView& k, int valid, float* tile) {
+inline void DecodeKeyTile(const HalfView& k, int valid, float* scratch, float* tile) {
+  if (k.table->rebuilt) return RebuildKeys(k, scratch, tile);
   return k.table->coded() ? DecodeCodedKeys(k, tile) : DecodeKeysHalf(k, valid, tile);
 }
 inline void DecodeValueTile(const HalfView& v, int valid, float* tile) {
   return v.table->coded() ? DecodeCodedValues(v, tile) : DecodeValuesHalf(v, valid, tile);
-}
-
-// ---- Products
-
-constexpr int kProductRows = 6, kProductVectors = kWide ? 4 : 2;
-
-// c[r][..] = keep[r] * c[r][..] + a[r][0..depth) * b[0..depth)[..] for kRows rows and kVectors vectors of
-// columns; without keep, c is overwritten.
-template <int kRows, int kVectors>
-HWY_INLINE void ProductBlock(const float* HWY_RESTRICT a, int a_stride, const float* HWY_RESTRICT b,
-                             int b_stride, int depth, const float* keep, float* HWY_RESTRICT c,
-                             int c_stride) {
-  const TagF32 f32;
-  VecF32 acc[kRows][kVectors];
-  KVTIDE_UNROLL
-  for (int r = 0; r < kRows; r++) KVTIDE_UNROLL
-  for (int i = 0; i < kVectors; i++)
-    acc[r][i] = keep == nullptr
-                    ? hn::Zero(f32)
-                    : hn::Mul(hn::Load(f32, c + r * c_stride + i * kLanes), hn::Set(f32, keep[r]));
-  for (int j = 0; j < depth; j++) {
-    VecF32 value[kVectors];
-    KVTIDE_UNROLL
-    for (int i = 0; i < kVectors; i++) value[i] = hn::Load(f32, b + j * b_stride + i * kLanes);
-    KVTIDE_UNROLL
-    for (int r = 0; r < kRows; r++) {
-      const VecF32 x = hn::Set(f32, a[r * a_stride + j]);
-      KVTIDE_UNROLL
-      for (int i = 0; i < kVectors; i++) acc[r][i] = hn::MulAdd(x, value[i], acc[r][i]);
-    }
-  }
-  KVTIDE_UNROLL
-  for (int r = 0; r < kRows; r++) KVTIDE_UNROLL
-  for (int i = 0; i < kVectors; i++) hn::Store(acc[r][i], f32, c + r * c_stride + i * kLanes);
-}
-
-template <int kVectors>
-HWY_INLINE void ProductColumns(const float* a, int a_stride, int rows, const float* b, int b_stride,
-                               int depth, const float* keep, float* c, int c_stride) {
-  int r = 0;
-  for (; r + kProductRows <= rows; r += kProductRows)
-    ProductBlock<kProductRows, kVectors>(a + r * a_stride, a_stride, b, b_stride, depth,
-                                         keep == nullptr ? nullptr : keep + r, c + r * c_stride, c_stride);
-  for (; r < rows; r++)
-    ProductBlock<1, kVectors>(a + r * a_stride, a_stride, b, b_stride, depth,
-                              keep == nullptr ? nullptr : keep + r, c + r * c_stride, c_stride);
-}
-
-// Columns are a multiple of 32. A slice of b (columns of one block) stays in the L1 cache while all rows
-// pass.
-HWY_NOINLINE inline void Product(const float* a, int a_stride, int rows, const float* b, int depth,
-                                 int columns, const float* keep, float* c, int c_stride) {
-  int first = 0;
-  for (; first + kProductVectors * kLanes <= columns; first += kProductVectors * kLanes)
-    ProductColumns<kProductVectors>(a, a_stride, rows, b + first, columns, depth, keep, c + first, c_stride);
-  for (; first < columns; first += 32)
-    ProductColumns<32 / kLanes>(a, a_stride, rows, b + first, columns, depth, keep, c + first, c_stride);
 }
 
 // ---- Rows and pages
@@ -141,7 +87,8 @@ inline void AttendManyRows(const PageSegment& segment, const QueryRows& rows, fl
   LogitScale scale;
   scale.factor = rows.scale;
   scale.softcap = rows.softcap;
-  HalfView k{&k_table, dim_k, segment.k.groups, nullptr, nullptr, nullptr, segment.k.widths};
+  HalfView k{&k_table, dim_k, segment.k.groups, nullptr, nullptr, nullptr, &segment.k.rebuild};
+  const auto scratch = AllocateScratch(k);
   HalfView v{&v_table, dim_v, segment.v.groups, nullptr, nullptr, nullptr};
   for (size_t b = 0; b < segment.blocks.size(); b++) {
     const int64_t position = segment.first_position + static_cast<int64_t>(b) * kBlockTokens;
@@ -162,7 +109,8 @@ inline void AttendManyRows(const PageSegment& segment, const QueryRows& rows, fl
     k.scales = record + segment.k.scales;
     v.codes = record + segment.v.codes;
     v.scales = record + segment.v.scales;
-    DecodeKeyTile(k, valid, k_tile.get());
+    k.position = position;
+    DecodeKeyTile(k, valid, scratch.get(), k_tile.get());
     DecodeValueTile(v, valid, v_tile.get());
     const int seen = static_cast<int>(last - first);
     float* page_weights = weights.get() + first * kBlockTokens;

@@ -11,6 +11,7 @@
 
 #include "hwy/aligned_allocator.h"
 #include "hwy/cache_control.h"
+#include "kernels/cpu/page_segment.h"
 #include "kernels/cpu/simd_softmax-inl.h"
 
 KVTIDE_BEFORE_NAMESPACE();
@@ -19,6 +20,8 @@ namespace HWY_NAMESPACE {
 #if KVTIDE_VECTOR_TARGET
 
 constexpr int kMaxGroups = 512 / 32;  // scales of one token
+
+using WidePlane = uint8_t[64 * 512];  // 8 bits at the largest head dim
 
 // Asks for the next page in small steps, spread over the work on this one: the strides inside a page are too
 // long for the hardware prefetcher.
@@ -42,7 +45,9 @@ struct HalfView {
   const uint8_t* codes = nullptr;
   const uint8_t* scales = nullptr;
   Prefetcher* prefetch = nullptr;
-  const uint8_t* widths = nullptr;  // of mixed tables
+  const KeyRebuild* rebuild =
+      nullptr;  // of tables that are rebuilt, and the position of the page's first token
+  int64_t position = 0;
 };
 
 HWY_INLINE VecF32 LoadHalf(const uint16_t* p, bool bf16) {

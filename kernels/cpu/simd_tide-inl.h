@@ -17,8 +17,6 @@ namespace kvtide {
 namespace HWY_NAMESPACE {
 #if KVTIDE_VECTOR_TARGET
 
-using WidePlane = uint8_t[64 * 512];  // 8 bits at the largest head dim
-
 // The levels of all codes of a width as bytes.
 using TideTable = std::array<int8_t, 64>;
 constexpr std::array<TideTable, kMostTideWidth + 1> MakeTideTables() {

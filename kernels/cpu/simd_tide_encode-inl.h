@@ -1,6 +1,5 @@
-// Keys of calibrated types to half pages and back, and queries into their frame: the arithmetic of the
-// definition (tide_codec.h) in the same order, by vectors of coefficients, groups or tokens. Included once
-// for each instruction set.
+// Keys of calibrated types to half pages and back: the arithmetic of the definition (tide_codec.h) in the
+// same order, by vectors of pairs, coefficients, groups or tokens. Included once for each instruction set.
 #if defined(KVTIDE_KERNELS_CPU_SIMD_TIDE_ENCODE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef KVTIDE_KERNELS_CPU_SIMD_TIDE_ENCODE_INL_H_
 #undef KVTIDE_KERNELS_CPU_SIMD_TIDE_ENCODE_INL_H_
@@ -11,7 +10,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "kernels/cpu/simd_decode-inl.h"
+#include "kernels/cpu/page_kernels.h"
+#include "kernels/cpu/simd_rebuild-inl.h"
 #include "kernels/format/tide_codec.h"
 
 KVTIDE_BEFORE_NAMESPACE();
@@ -67,8 +67,8 @@ HWY_INLINE void CodeGroup(const float* z, float to_level, uint8_t* HWY_RESTRICT 
   }
 }
 
-HWY_INLINE void CodeGroupOfAnyWidth(int width, const float* z, float scale, uint8_t* bits) {
-  const float to_level = TideSigma(width) / scale;
+HWY_INLINE void CodeGroupOfAnyWidth(int width, const float* z, float gain, uint8_t* bits) {
+  const float to_level = TideSigma(width) / gain;
   switch (width) {
     case 0:
       return;
@@ -88,29 +88,30 @@ HWY_INLINE void CodeGroupOfAnyWidth(int width, const float* z, float scale, uint
 }
 
 HWY_NOINLINE inline void EncodeTide(CacheType type, const HalfLayout& layout, const HeadProfile& head,
-                                    const float* rows, int tokens, std::byte* half) {
+                                    int64_t position, const float* rows, int tokens, std::byte* half) {
   constexpr int kTokens = 4;
   const int dim = layout.head_dim;
-  const uint8_t* widths = WidthsOf(type, head).data();
+  const KeyRebuild keys = MakeKeyRebuild(type, head);
+  const uint8_t* widths = keys.widths;
   std::memset(half, 0, layout.bytes);
-  auto* scales = reinterpret_cast<uint16_t*>(half + layout.code_bytes);
+  auto* gains = reinterpret_cast<uint8_t*>(half + layout.code_bytes);
   alignas(64) float x[kTokens * kMaxTideDim], z[kTokens * kMaxTideDim];
   for (int first = 0; first < tokens; first += kTokens) {
     const int count = std::min(kTokens, tokens - first);
-    for (int t = 0; t < kTokens; t++) {
-      const float* row = rows + (first + std::min(t, count - 1)) * dim;
-      for (int i = 0; i < dim; i++)
-        x[t * dim + i] = head.mean.empty() ? row[i] : row[i] - head.mean[static_cast<size_t>(i)];
-    }
+    for (int t = 0; t < kTokens; t++)
+      std::memcpy(x + t * dim, rows + (first + std::min(t, count - 1)) * dim,
+                  static_cast<size_t>(dim) * sizeof(float));
+    TurnBackRows(keys, position, first, count, x);
+    for (int t = 0; t < kTokens; t++)
+      for (int i = 0; i < dim; i++) x[t * dim + i] -= keys.centre[i];
     MultiplyRows<kTokens>(x, head.transform.data(), dim, z);
     for (int t = 0; t < count; t++) {
       const float* own = z + t * dim;
-      const uint16_t bits = TideScale(own, widths, dim);
-      scales[first + t] = bits;
-      const float scale = F16ToF32(bits);
+      gains[first + t] = TideGainByte(own, widths, dim);
+      const float gain = TideGain(gains[first + t]);
       auto* units = reinterpret_cast<uint8_t*>(half);
       for (int g = 0; g < dim / kTideGroup; g++) {
-        CodeGroupOfAnyWidth(widths[g], own + g * kTideGroup, scale, units + TideByte(first + t, g));
+        CodeGroupOfAnyWidth(widths[g], own + g * kTideGroup, gain, units + TideByte(first + t, g));
         units += widths[g] * kTideUnitBytes;
       }
     }
@@ -118,26 +119,27 @@ HWY_NOINLINE inline void EncodeTide(CacheType type, const HalfLayout& layout, co
 }
 
 HWY_NOINLINE inline void DecodeTide(CacheType type, const HalfLayout& layout, const HeadProfile& head,
-                                    const std::byte* half, float* rows) {
+                                    int64_t position, const std::byte* half, float* rows) {
   const TagF32 f32;
   const int dim = layout.head_dim;
-  const uint8_t* widths = WidthsOf(type, head).data();
+  const KeyRebuild keys = MakeKeyRebuild(type, head);
+  const uint8_t* widths = keys.widths;
   const auto* bytes = reinterpret_cast<const uint8_t*>(half);
   const HalfView view{&CodeTableOf(type),        layout.stored_dim, layout.groups, bytes,
-                      bytes + layout.code_bytes, nullptr,           widths};
-  const auto tile = hwy::AllocateAligned<float>(static_cast<size_t>(kBlockTokens * layout.stored_dim));
-  DecodeCodedKeys(view, tile.get());
+                      bytes + layout.code_bytes, nullptr,           &keys,         position};
+  const auto tiles = AllocateScratch(view);
+  float *const tile = tiles.get(), *const out = tile + layout.stored_dim * kBlockTokens;
+  LoadCoefficients(view, tile);
   for (int j = 0; j < dim; j++) {
     const VecF32 sigma = hn::Set(f32, TideSigma(widths[j / kTideGroup]));
     for (int t = 0; t < kBlockTokens; t += kLanes) {
-      float* at = tile.get() + j * kBlockTokens + t;
+      float* at = tile + j * kBlockTokens + t;
       hn::Store(hn::Div(hn::Load(f32, at), sigma), f32, at);
     }
   }
-  alignas(64) float column[kBlockTokens];
   for (int i = 0; i < dim; i++) {
     const float* inverse = head.inverse.data() + i * dim;
-    const float mean = head.mean.empty() ? 0.0f : head.mean[static_cast<size_t>(i)];
+    const VecF32 centre = hn::Set(f32, keys.centre[i]);
     VecF32 sum[kPageVectors];
     KVTIDE_UNROLL
     for (int p = 0; p < kPageVectors; p++) sum[p] = hn::Zero(f32);
@@ -145,23 +147,15 @@ HWY_NOINLINE inline void DecodeTide(CacheType type, const HalfLayout& layout, co
       const VecF32 factor = hn::Set(f32, inverse[j]);
       KVTIDE_UNROLL
       for (int p = 0; p < kPageVectors; p++)
-        sum[p] = hn::Add(hn::Mul(hn::Load(f32, tile.get() + j * kBlockTokens + p * kLanes), factor), sum[p]);
+        sum[p] = hn::Add(hn::Mul(hn::Load(f32, tile + j * kBlockTokens + p * kLanes), factor), sum[p]);
     }
     KVTIDE_UNROLL
     for (int p = 0; p < kPageVectors; p++)
-      hn::Store(head.mean.empty() ? sum[p] : hn::Add(sum[p], hn::Set(f32, mean)), f32, column + p * kLanes);
-    for (int t = 0; t < kBlockTokens; t++) rows[t * dim + i] = column[TokenPosition(t)];
+      hn::Store(hn::Add(sum[p], centre), f32, out + i * kBlockTokens + p * kLanes);
   }
-}
-
-inline void TurnTide(CacheType type, int head_dim, const HeadProfile& head, float* q) {
-  alignas(64) float turned[kMaxTideDim] = {};
-  MultiplyRows<1>(q, head.inverse.data(), head_dim, turned);
-  const uint8_t* widths = WidthsOf(type, head).data();
-  for (int j = 0; j < head_dim; j++) {
-    const int width = widths[j / kTideGroup];
-    q[j] = width == 0 ? 0.0f : turned[j] / TideSigma(width);
-  }
+  TurnKeyTile(keys, position, out);
+  for (int t = 0; t < kBlockTokens; t++)
+    for (int i = 0; i < dim; i++) rows[t * dim + i] = out[i * kBlockTokens + TokenPosition(t)];
 }
 
 #endif  // KVTIDE_VECTOR_TARGET

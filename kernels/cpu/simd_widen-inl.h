@@ -8,7 +8,6 @@
 #endif
 
 #include "kernels/cpu/simd_page-inl.h"
-#include "kernels/cpu/simd_tide-inl.h"
 
 KVTIDE_BEFORE_NAMESPACE();
 namespace kvtide {
@@ -108,11 +107,6 @@ HWY_NOINLINE void ExpandFivesPlane(const CodeTable& table, const uint8_t* codes,
 // The view of a half whose codes have a width with a kernel, with `plane` as the place for them.
 HWY_INLINE HalfView Widened(const HalfView& half, WidePlane& plane) {
   HalfView view = half;
-  if (half.table->mixed) {
-    ExpandTide(half.widths, half.codes, half.dim, plane);
-    view.codes = plane;
-    return view;
-  }
   switch (half.table->bits) {
     case 2:
       ExpandPlane<2>(half.codes, half.dim, plane);

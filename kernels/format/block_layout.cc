@@ -2,6 +2,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
+#include "kernels/format/tide.h"
 
 namespace kvtide {
 
@@ -24,6 +25,10 @@ HalfLayout MakeHalfLayout(CacheType type, int head_dim) {
   half.stored_dim = StoredDim(head_dim);
   if (info.storage == Storage::kHalf) {
     half.code_bytes = static_cast<size_t>(half.stored_dim) * kBlockTokens * 2;
+  } else if (info.calibrated) {
+    half.groups = 1;
+    half.code_bytes = static_cast<size_t>(TideUnits(info.bits, half.stored_dim)) * kTideUnitBytes;
+    half.scale_bytes = kTideGainBytes;
   } else {
     half.groups = (half.stored_dim + info.group - 1) / info.group;
     half.code_bytes = CodePlaneBytes(info.bits, half.stored_dim);

@@ -3,7 +3,8 @@
 //
 // A block holds 64 tokens of all layers of one layer group: for each layer, for each KV head, one record
 //     [K codes | K scales | V codes | V scales]
-// of record_bytes, a multiple of 128 on either side. Scales are f16[groups][64], in token order.
+// of record_bytes, a multiple of 128 on either side. Scales are f16[groups][64], in token
+// order; those of calibrated types (tide.h) are u8[64].
 #pragma once
 
 #include <cstddef>

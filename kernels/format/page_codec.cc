@@ -120,7 +120,7 @@ const HeadProfile& Transform(CacheType type, Side side, const HalfLayout& layout
                              const HeadProfile* profile) {
   const size_t d = static_cast<size_t>(layout.head_dim);
   KVTIDE_CHECK(side == Side::kKey && profile != nullptr && profile->transform.size() == d * d &&
-                   profile->inverse.size() == d * d &&
+                   profile->inverse.size() == d * d && profile->centre.size() == d &&
                    profile->widths.size() == static_cast<size_t>(kTideTypes * layout.stored_dim / kTideGroup),
                Name(type), " without a transform of head dim ", d);
   return *profile;
@@ -129,11 +129,11 @@ const HeadProfile& Transform(CacheType type, Side side, const HalfLayout& layout
 }  // namespace
 
 void EncodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
-                const float* rows, int tokens, std::byte* half) {
+                int64_t position, const float* rows, int tokens, std::byte* half) {
   CheckHalf(type, side, layout, profile);
   KVTIDE_CHECK(tokens >= 0 && tokens <= kBlockTokens, "tokens ", tokens);
   if (Info(type).calibrated)
-    return EncodeTideHalf(type, layout, Transform(type, side, layout, profile), rows, tokens, half);
+    return EncodeTideHalf(type, layout, Transform(type, side, layout, profile), position, rows, tokens, half);
   VisitCodec(type, [&](auto codec) {
     using C = decltype(codec);
     if constexpr (C::kStorage == Storage::kHalf) {
@@ -162,10 +162,10 @@ void DecodeHalfRotated(CacheType type, Side side, const HalfLayout& layout, cons
 }
 
 void DecodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
-                const std::byte* half, float* rows) {
+                int64_t position, const std::byte* half, float* rows) {
   CheckHalf(type, side, layout, profile);
   if (Info(type).calibrated)
-    return DecodeTideHalf(type, layout, Transform(type, side, layout, profile), half, rows);
+    return DecodeTideHalf(type, layout, Transform(type, side, layout, profile), position, half, rows);
   std::vector<float> rotated(static_cast<size_t>(kBlockTokens * layout.stored_dim));
   DecodeHalfRotated(type, side, layout, half, rotated.data());
   const bool coded = Info(type).storage == Storage::kCodes;
@@ -181,6 +181,18 @@ void DecodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadP
       rows[static_cast<size_t>(t * layout.head_dim + i)] = value;
     }
   }
+}
+
+void EncodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
+                const float* rows, int tokens, std::byte* half) {
+  KVTIDE_CHECK(!Info(type).calibrated, Name(type), " without a position");
+  EncodeHalf(type, side, layout, profile, 0, rows, tokens, half);
+}
+
+void DecodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
+                const std::byte* half, float* rows) {
+  KVTIDE_CHECK(!Info(type).calibrated, Name(type), " without a position");
+  DecodeHalf(type, side, layout, profile, 0, half, rows);
 }
 
 void RotateForward(CacheType type, float* x, int stored_dim) {

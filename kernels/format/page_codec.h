@@ -125,16 +125,24 @@ KVTIDE_HD inline void EncodeVector(float* y, int stored_dim, Side side, uint8_t*
 }
 
 // Encodes `tokens` rows [tokens][head_dim] (finite, within f16) into `half`, half.bytes long. Tokens from
-// `tokens` on are stored as zero vectors of the coded frame. `profile` may be null.
+// `tokens` on are stored as zero vectors of the coded frame. `profile` may be null. `position` is that of the
+// half's first token in its sequence; only calibrated types look at it.
 void EncodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
-                const float* rows, int tokens, std::byte* half);
+                int64_t position, const float* rows, int tokens, std::byte* half);
 
 // Decodes all 64 rows [64][head_dim] in the original frame: rotation, gain and mean are taken back.
+// `position` as for EncodeHalf.
+void DecodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
+                int64_t position, const std::byte* half, float* rows);
+
+// The same for types to which no position matters, which is checked.
+void EncodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
+                const float* rows, int tokens, std::byte* half);
 void DecodeHalf(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile,
                 const std::byte* half, float* rows);
 
 // Decodes all 64 rows [64][stored_dim] as they are stored: scale * level in the rotated frame, padding
-// included. For f16 and bf16 the values themselves. Not for calibrated types: DecodeTideLevels.
+// included. For f16 and bf16 the values themselves. Not for calibrated types.
 void DecodeHalfRotated(CacheType type, Side side, const HalfLayout& layout, const std::byte* half,
                        float* rows);
 

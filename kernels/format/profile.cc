@@ -52,7 +52,7 @@ absl::Status CheckProfileFor(CacheType key_type, const GroupShape& shape, const 
   const size_t widths = static_cast<size_t>(kTideTypes * StoredDim(shape.head_dim_k) / kTideGroup);
   const bool fits = profile != nullptr && profile->k.size() == heads &&
                     std::all_of(profile->k.begin(), profile->k.end(), [&](const HeadProfile& head) {
-                      return (head.mean.empty() || head.mean.size() == dim) &&
+                      return (head.mean.empty() || head.mean.size() == dim) && head.centre.size() == dim &&
                              head.transform.size() == dim * dim && head.inverse.size() == dim * dim &&
                              head.widths.size() == widths;
                     });
@@ -76,6 +76,15 @@ absl::Status CompleteTransform(int head_dim, HeadProfile& head) {
     return absl::InvalidArgumentError(absl::StrCat("profile of keys: ", what...));
   };
   if (!head.mean.empty() && head.mean.size() != n) return bad(head.mean.size(), " means for head dim ", n);
+  if (head.centre.size() != n) return bad(head.centre.size(), " means before RoPE for head dim ", n);
+  for (const float x : head.centre)
+    if (!(std::abs(x) <= kMostEntry)) return bad("a mean before RoPE of ", x);
+  if (2 * head.rope.frequencies.size() > n ||
+      (head.rope.pairs == RopePairs::kNone && !head.rope.frequencies.empty()))
+    return bad(head.rope.frequencies.size(), " frequencies of RoPE for head dim ", n);
+  for (const float x : head.rope.frequencies)
+    if (!(x >= 0 && x <= kMostFrequency))
+      return bad("a frequency of RoPE of ", x, ", must be 0 to ", kMostFrequency, " radians a position");
   if (head.transform.size() != n * n)
     return bad("a transform of ", head.transform.size(), " values for head dim ", n, ", must be ", n * n);
   if (head.widths.size() != kTideTypes * groups)
@@ -123,6 +132,10 @@ uint64_t HashProfile(const Profile& profile) {
     for (const HeadProfile& head : *side) {
       Update(state, head.mean);
       Update(state, head.gain);
+      const auto pairs = static_cast<uint8_t>(head.rope.pairs);
+      XXH3_64bits_update(state, &pairs, sizeof(pairs));
+      Update(state, head.rope.frequencies);
+      Update(state, head.centre);
       Update(state, head.transform);
       Update(state, head.inverse);
       Update(state, head.widths);

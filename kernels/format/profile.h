@@ -6,10 +6,11 @@
 // exactly; the second term is constant over tokens, so softmax does not change and backends add it to the
 // logits of the run (before soft-cap), which also keeps the log-sum-exp right. V is coded as it is.
 //
-// Calibrated types (tide.h) need a transform: with X = k - mean and coefficients z,
-//     z_j = sum_i X_i transform[i][j]      X_i = sum_j inverse[i][j] z_j      q . X = sum_j z_j sum_i q_i
-//     inverse[i][j]
-// and the widths of the groups of 8 coefficients, for each of the calibrated types. Other types ignore both.
+// Calibrated types (tide.h) take RoPE back first. With y the key turned back by its position, X = y - centre
+// and coefficients z,
+//     z_j = sum_i X_i transform[i][j]      X_i = sum_j inverse[i][j] z_j
+// and the widths of the groups of 8 coefficients, for each of the calibrated types. Attention rebuilds such
+// keys as they were, so mean and queries do not matter to it. Other types ignore all of this.
 #pragma once
 
 #include <cstdint>
@@ -18,12 +19,15 @@
 
 #include "absl/status/status.h"
 #include "kernels/format/block_layout.h"
+#include "kernels/format/rope.h"
 
 namespace kvtide {
 
 struct HeadProfile {
   std::vector<float> mean;       // [head_dim], empty = 0
   std::vector<float> gain;       // [head_dim], empty = 1; finite and positive
+  Rope rope;                     // that keys of calibrated types take back
+  std::vector<float> centre;     // [head_dim], mean of the keys that are turned back
   std::vector<float> transform;  // [head_dim][head_dim], channel by coefficient; empty = none
   std::vector<float> inverse;    // the same shape
   std::vector<uint8_t> widths;   // [kTideTypes][stored_dim / 8], 0..6; what lies above head_dim has 0
@@ -41,6 +45,17 @@ struct Profile {
   }
 };
 
+// What calibrated types need of some layers' keys, as it is registered, kept and sent.
+struct KeyTransforms {
+  RopePairs pairs = RopePairs::kHalves;
+  std::vector<float> frequencies;  // [layers][pairs], radians a position; empty = keys without RoPE
+  std::vector<float> centres;      // [layers][kv_heads][head_dim_k]
+  std::vector<float> matrices;     // [layers][kv_heads][head_dim_k][head_dim_k], channel by coefficient
+  std::vector<uint8_t> widths;     // [layers][kv_heads][kTideTypes][stored_dim / 8]
+  bool empty() const { return matrices.empty(); }
+  bool operator==(const KeyTransforms&) const = default;
+};
+
 // OK if keys of the type can be coded and attended with the profile, which may be null: a calibrated type
 // needs a transform of the right size for every head. InvalidArgument says what to do.
 absl::Status CheckProfileFor(CacheType key_type, const GroupShape& shape, const Profile* profile);
@@ -48,8 +63,8 @@ absl::Status CheckProfileFor(CacheType key_type, const GroupShape& shape, const 
 // The widths of a calibrated type, [stored_dim / 8]; the head has them.
 std::span<const uint8_t> WidthsOf(CacheType type, const HeadProfile& head);
 
-// Fills in `inverse`. InvalidArgument that says what is wrong with mean, transform or widths: sizes, values
-// that are not finite, widths beyond a type's bits, or a transform that cannot be inverted in f32.
+// Fills in `inverse`. InvalidArgument that says what is wrong with RoPE, means, transform or widths: sizes,
+// values that are not finite, widths beyond a type's bits, or a transform that cannot be inverted in f32.
 absl::Status CompleteTransform(int head_dim, HeadProfile& head);
 
 // XXH3 over the shape and all values; never 0.

@@ -11,15 +11,9 @@
 #include <span>
 
 #include "kernels/format/profile.h"
+#include "kernels/format/rope.h"
 
 namespace kvtide {
-
-// Which channels RoPE turns together.
-enum class RopePairs : uint8_t {
-  kNone,
-  kHalves,      // i and i + head_dim / 2 (Llama and most Hugging Face models)
-  kNeighbours,  // 2i and 2i + 1 (GPT-J, DeepSeek)
-};
 
 struct ProfileOptions {
   bool mean = false;

@@ -1,19 +1,21 @@
 // Cache types tide4, tide3 and tide2: keys as transform coefficients with the bits where the queries look.
-// They code keys only, and only with a calibrated profile (profile.h): a head's transform turns a key minus
-// its mean into uncorrelated coefficients of variance 1, sorted by how much they move the logits of the
-// model's queries, and its widths say with how many bits, 0 to 6, each group of 8 neighbouring coefficients
-// is coded. After the Karhunen-Loeve transform with a query metric (tide_maker.h).
+// They code keys only, and only with a calibrated profile (profile.h). RoPE is taken back (rope.h), so that a
+// key depends on its token and no longer on its place; a head's transform turns it minus its mean into
+// uncorrelated coefficients of variance 1, sorted by how much they move the logits of the model's queries,
+// and its widths say with how many bits, 0 to 6, each group of 8 neighbouring coefficients is coded. After
+// the Karhunen-Loeve transform with a query metric (tide_maker.h). Whoever reads such a key rebuilds it:
+// levels, inverse transform, mean, RoPE of its position.
 //
-// A stored coefficient is  scale * TideLevel(width, code) / TideSigma(width), with one scale for the whole
+// A stored coefficient is  gain * TideLevel(width, code) / TideSigma(width), with one gain for the whole
 // vector: 1 where all coefficients lie inside their quantisers, more for outlier tokens, which would
 // otherwise clip.
 //
-// The layout of half a page is that of turbo of the same bits at one scale a token: a code plane of
-// CodePlaneBytes(bits, stored_dim), then f16[64] scales. The plane is cut into units of 64 bytes, TideUnits
-// of them. A group of width w takes w units, one bit plane each: bit e of byte TideByte(token, group) of unit
-// b is bit b of the code of coefficient 8 * group + e. Groups follow each other without gaps; what they do
-// not fill is zero. The bytes of a unit stand in the order of an 8-bit key plane (page_order.h): its 16-byte
-// slots hold two tokens, and 8 bytes of a bit plane become 64 bytes of that plane.
+// Half a page is a code plane of TideUnits units of 64 bytes, then u8[64] gains (TideGain); together as many
+// bytes as turbo of the same bits at one f16 scale a token. A group of width w takes w units, one bit plane
+// each: bit e of byte TideByte(token, group) of unit b is bit b of the code of coefficient 8 * group + e.
+// Groups follow each other without gaps; what they do not fill is zero. The bytes of a unit stand in the
+// order of an 8-bit key plane (page_order.h): its 16-byte slots hold two tokens, and 8 bytes of a bit plane
+// become 64 bytes of that plane.
 #pragma once
 
 #include <cstdint>
@@ -26,14 +28,17 @@ namespace kvtide {
 constexpr int kTideTypes = 3;  // in the order of HeadProfile::widths
 constexpr const char* kTideNames[kTideTypes] = {"tide4", "tide3", "tide2"};
 constexpr int kTideBits[kTideTypes] = {4, 3, 2};
-constexpr int kTideVersion = 1;   // raised with every change of what stored bytes mean
+constexpr int kTideVersion = 2;   // raised with every change of what stored bytes mean
 constexpr int kMaxTideDim = 512;  // one scale for any vector
 constexpr int kTideGroup = 8, kMostTideWidth = 6;
 constexpr int kTideUnitBytes = 64;
 
-// Units of 64 bytes, and so the most that the widths of a head may add up to.
+constexpr int kTideGainBytes = 64;
+
+// Units of 64 bytes, and so the most that the widths of a head may add up to: what the gains leave of the
+// scales of turbo is one unit more.
 KVTIDE_HD constexpr int TideUnits(int bits, int stored_dim) {
-  return static_cast<int>(CodePlaneBytes(bits, stored_dim)) / kTideUnitBytes;
+  return static_cast<int>(CodePlaneBytes(bits, stored_dim)) / kTideUnitBytes + 1;
 }
 
 // Place of a token's byte in every unit of a group.
@@ -86,18 +91,28 @@ KVTIDE_HD inline int TideCode(int width, float v) {
   return v > 0 ? half + low : half - 1 - low;
 }
 
-// The end of a quantiser in standard deviations: its last level and one step more. Values up to half a step
-// beyond it would not be coded better with a larger scale, and the others worse (README.md). 0 for widths
-// below 2, whose coefficients do not ask for a scale.
+// The end of a quantiser in standard deviations: half a step beyond its last level. Values up to there are as
+// well coded as others (README.md says what other ends cost). 0 for widths below 2, whose coefficients do not
+// ask for a gain.
 KVTIDE_HD constexpr float TideEnd(int width) {
   if (width < 2) return 0;
   const int last = (1 << (width - 1)) - 1;
-  return static_cast<float>(2 * TidePositive(width, last) - TidePositive(width, last - 1)) / TideSigma(width);
+  return 0.5f * static_cast<float>(3 * TidePositive(width, last) - TidePositive(width, last - 1)) /
+         TideSigma(width);
 }
 
-// The f16 bits of a vector's scale, from its `dim` coefficients.
-KVTIDE_HD inline uint16_t TideScale(const float* z, const uint8_t* widths, int dim) {
-  float scale = 1;
+// A gain from its byte: 0 where there is no token, else 2^((byte - 1) / 16).
+KVTIDE_HD inline float TideGain(int byte) {
+  const float steps[16] = {1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f,
+                           1.29683955f, 1.35425555f, 1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f,
+                           1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
+  if (byte == 0) return 0;
+  return Mul(steps[(byte - 1) % 16], static_cast<float>(1 << (byte - 1) / 16));
+}
+
+// The byte of a vector's gain, from its `dim` coefficients: the least with which none lies beyond the end.
+KVTIDE_HD inline uint8_t TideGainByte(const float* z, const uint8_t* widths, int dim) {
+  float wanted = 1;
   for (int g = 0; g < dim / kTideGroup; g++) {
     const float end = TideEnd(widths[g]);
     if (end == 0) continue;
@@ -106,9 +121,18 @@ KVTIDE_HD inline uint16_t TideScale(const float* z, const uint8_t* widths, int d
       const float value = z[kTideGroup * g + e], magnitude = value < 0 ? -value : value;
       if (magnitude > largest) largest = magnitude;
     }
-    if (largest / end > scale) scale = largest / end;
+    if (largest / end > wanted) wanted = largest / end;
   }
-  return ScaleBits(scale);
+  int low = 1, high = 255;  // the byte is among these
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (TideGain(middle) >= wanted) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return static_cast<uint8_t>(low);
 }
 
 }  // namespace kvtide

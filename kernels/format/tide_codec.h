@@ -12,15 +12,9 @@
 namespace kvtide {
 
 // As EncodeHalf and DecodeHalf; the head has a transform and widths (CheckProfileFor).
-void EncodeTideHalf(CacheType type, const HalfLayout& layout, const HeadProfile& head, const float* rows,
-                    int tokens, std::byte* half);
-void DecodeTideHalf(CacheType type, const HalfLayout& layout, const HeadProfile& head, const std::byte* half,
-                    float* rows);
-
-// What attention works on: scale times level, [64][stored_dim].
-void DecodeTideLevels(const HalfLayout& layout, const uint8_t* widths, const std::byte* half, float* rows);
-// The query that meets it, [stored_dim], from one of head_dim values: its dot product with such a row is that
-// with the key minus the mean.
-void TurnTideQuery(CacheType type, int head_dim, const HeadProfile& head, const float* q, float* turned);
+void EncodeTideHalf(CacheType type, const HalfLayout& layout, const HeadProfile& head, int64_t position,
+                    const float* rows, int tokens, std::byte* half);
+void DecodeTideHalf(CacheType type, const HalfLayout& layout, const HeadProfile& head, int64_t position,
+                    const std::byte* half, float* rows);
 
 }  // namespace kvtide

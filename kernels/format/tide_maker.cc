@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <complex>
+#include <cstddef>
+#include <numbers>
 #include <numeric>
 
 #include "absl/strings/str_cat.h"
@@ -23,15 +26,29 @@ constexpr double kLeastVariance = 1e-9;
 constexpr double kError[kMostTideWidth + 1] = {1,         0.36338,   0.117482,  0.034549,
                                                0.0095062, 0.0025211, 0.00066242};
 
-void AddProducts(const float* rows, int n, size_t stride, size_t dim, Matrix& products) {
-  for (int t = 0; t < n; t++) {
-    const float* row = rows + static_cast<size_t>(t) * stride;
-    for (size_t i = 0; i < dim; i++) {
-      const double x = static_cast<double>(row[i]);
-      double* target = products.data() + i * dim;
-      for (size_t j = 0; j <= i; j++) target[j] += x * static_cast<double>(row[j]);
-    }
-  }
+// The pairs of channels that RoPE turns, and the rest in pairs that it does not.
+struct Pair {
+  size_t first, second;
+  double frequency;
+};
+std::vector<Pair> PairsOf(size_t dim, const Rope& rope) {
+  std::vector<Pair> pairs;
+  const int n = static_cast<int>(rope.frequencies.size());
+  for (int i = 0; i < n; i++)
+    pairs.push_back({static_cast<size_t>(PairFirstChannel(rope.pairs, i)),
+                     static_cast<size_t>(PairSecondChannel(rope.pairs, i, n)),
+                     static_cast<double>(rope.frequencies[static_cast<size_t>(i)])});
+  for (size_t c = 2 * static_cast<size_t>(n); c < dim; c += 2) pairs.push_back({c, c + 1, 0});
+  return pairs;
+}
+
+// The mean of exp(i angle n) over all pairs of tokens of a window of `span`, n = 0 .. span - 1 apart.
+std::complex<double> MeanTurn(double angle, int64_t span) {
+  const auto n = static_cast<double>(span);
+  if (std::abs(angle) * n < 1e-3) return {1, angle * (n - 1) / 3};
+  const std::complex<double> turn = std::polar(1.0, angle),
+                             all = std::polar(1.0, std::fmod(angle * (n + 1), 2 * std::numbers::pi));
+  return (n - (n + 1) * turn + all) / ((1.0 - turn) * (1.0 - turn)) * 2.0 / (n * (n + 1));
 }
 
 // Eigenvalues, descending, with their vectors as columns, of a symmetric matrix: cyclic Jacobi rotations.
@@ -133,7 +150,7 @@ void GiveOut(std::span<const double> harms, int units, std::span<uint8_t> widths
 
 absl::StatusOr<HeadProfile> MakeHead(const KeyStatistics& statistics) {
   const size_t n = static_cast<size_t>(statistics.head_dim());
-  Matrix metric = statistics.QueryMoment();
+  Matrix metric = statistics.QueryMetric();
   double trace = 0;
   for (size_t i = 0; i < n; i++) trace += metric[i * n + i];
   if (!(trace > 0)) return absl::InvalidArgumentError("the text has no queries, or they are all zero");
@@ -142,6 +159,8 @@ absl::StatusOr<HeadProfile> MakeHead(const KeyStatistics& statistics) {
   const Eigen eigen = Decompose(n, Multiply(n, Multiply(n, root, statistics.KeyCovariance()), root));
   HeadProfile head;
   for (const double mean : statistics.Mean()) head.mean.push_back(static_cast<float>(mean));
+  for (const double mean : statistics.Centre()) head.centre.push_back(static_cast<float>(mean));
+  head.rope = statistics.rope();
   // transform[i][j] = (root V)[i][j] / sqrt(variance j): z = V' root X.
   const Matrix turned = Multiply(n, root, eigen.vectors);
   head.transform.resize(n * n);
@@ -164,23 +183,43 @@ absl::StatusOr<HeadProfile> MakeHead(const KeyStatistics& statistics) {
 
 }  // namespace
 
-KeyStatistics::KeyStatistics(int head_dim)
+KeyStatistics::KeyStatistics(int head_dim, const Rope& rope)
     : dim_(static_cast<size_t>(head_dim)),
+      rope_(rope),
       sum_(dim_),
+      turned_sum_(dim_),
       key_products_(dim_ * dim_),
       query_products_(dim_ * dim_) {}
 
-void KeyStatistics::AddKeys(const float* rows, int n, size_t stride) {
-  AddProducts(rows, n, stride, dim_, key_products_);
+void KeyStatistics::AddTurnedBack(const float* rows, int n, size_t stride, int64_t position, double* sum,
+                                  std::vector<double>& products) const {
+  std::vector<float> row(dim_);
+  std::vector<double> x(dim_);
+  for (int t = 0; t < n; t++) {
+    std::copy_n(rows + static_cast<size_t>(t) * stride, dim_, row.begin());
+    TurnKey(rope_, position + t, 0, true, row.data());
+    std::copy(row.begin(), row.end(), x.begin());
+    for (size_t i = 0; i < dim_; i++) {
+      sum[i] += x[i];
+      double* const target = products.data() + i * dim_;
+      for (size_t j = 0; j <= i; j++) target[j] += x[i] * x[j];
+    }
+  }
+}
+
+void KeyStatistics::AddKeys(const float* rows, int n, size_t stride, int64_t position) {
   for (int t = 0; t < n; t++)
     for (size_t i = 0; i < dim_; i++)
       sum_[i] += static_cast<double>(rows[static_cast<size_t>(t) * stride + i]);
+  AddTurnedBack(rows, n, stride, position, turned_sum_.data(), key_products_);
   keys_ += n;
 }
 
-void KeyStatistics::AddQueries(const float* rows, int n, size_t stride) {
-  AddProducts(rows, n, stride, dim_, query_products_);
+void KeyStatistics::AddQueries(const float* rows, int n, size_t stride, int64_t position) {
+  std::vector<double> unused(dim_);
+  AddTurnedBack(rows, n, stride, position, unused.data(), query_products_);
   queries_ += n;
+  span_ = std::max(span_, position + n);
 }
 
 std::vector<double> KeyStatistics::Mean() const {
@@ -189,23 +228,46 @@ std::vector<double> KeyStatistics::Mean() const {
   return mean;
 }
 
+std::vector<double> KeyStatistics::Centre() const {
+  std::vector<double> centre = turned_sum_;
+  for (double& x : centre) x /= static_cast<double>(std::max<int64_t>(1, keys_));
+  return centre;
+}
+
 std::vector<double> KeyStatistics::KeyCovariance() const {
-  const std::vector<double> mean = Mean();
+  const std::vector<double> centre = Centre();
   std::vector<double> covariance(dim_ * dim_);
   for (size_t i = 0; i < dim_; i++)
     for (size_t j = 0; j <= i; j++)
       covariance[i * dim_ + j] = covariance[j * dim_ + i] =
-          key_products_[i * dim_ + j] / static_cast<double>(std::max<int64_t>(1, keys_)) - mean[i] * mean[j];
+          key_products_[i * dim_ + j] / static_cast<double>(std::max<int64_t>(1, keys_)) -
+          centre[i] * centre[j];
   return covariance;
 }
 
-std::vector<double> KeyStatistics::QueryMoment() const {
-  std::vector<double> moment(dim_ * dim_);
-  for (size_t i = 0; i < dim_; i++)
-    for (size_t j = 0; j <= i; j++)
-      moment[i * dim_ + j] = moment[j * dim_ + i] =
-          query_products_[i * dim_ + j] / static_cast<double>(std::max<int64_t>(1, queries_));
-  return moment;
+// A block of two pairs, taken as a map of complex numbers, is z -> a z + b conj(z); R(-n) multiplies z by
+// exp(-i angle n), so that the mean over n multiplies a and b by a mean turn each.
+std::vector<double> KeyStatistics::QueryMetric() const {
+  Matrix metric(dim_ * dim_);
+  const double count = static_cast<double>(std::max<int64_t>(1, queries_));
+  const auto moment = [&](size_t i, size_t j) {
+    return query_products_[std::max(i, j) * dim_ + std::min(i, j)] / count;
+  };
+  const std::vector<Pair> pairs = PairsOf(dim_, rope_);
+  for (const Pair& row : pairs)
+    for (const Pair& column : pairs) {
+      const double xx = moment(row.first, column.first), xy = moment(row.first, column.second),
+                   yx = moment(row.second, column.first), yy = moment(row.second, column.second);
+      const std::complex<double> a =
+          std::complex<double>(xx + yy, yx - xy) / 2.0 * MeanTurn(row.frequency - column.frequency, span_);
+      const std::complex<double> b =
+          std::complex<double>(xx - yy, yx + xy) / 2.0 * MeanTurn(row.frequency + column.frequency, span_);
+      metric[row.first * dim_ + column.first] = a.real() + b.real();
+      metric[row.second * dim_ + column.first] = a.imag() + b.imag();
+      metric[row.first * dim_ + column.second] = b.imag() - a.imag();
+      metric[row.second * dim_ + column.second] = a.real() - b.real();
+    }
+  return metric;
 }
 
 absl::StatusOr<Profile> MakeTideProfile(const GroupShape& shape, std::span<const KeyStatistics> heads) {
@@ -229,30 +291,55 @@ absl::StatusOr<Profile> MakeTideProfile(const GroupShape& shape, std::span<const
 }
 
 absl::StatusOr<Profile> MakeCalibratedProfile(const GroupShape& shape, std::span<const float> means,
-                                              std::span<const float> transforms,
-                                              std::span<const uint8_t> widths) {
+                                              const KeyTransforms& transforms) {
   const size_t d = static_cast<size_t>(shape.head_dim_k),
                each = kTideTypes * static_cast<size_t>(StoredDim(shape.head_dim_k) / kTideGroup);
-  const size_t heads = static_cast<size_t>(shape.layers) * static_cast<size_t>(shape.kv_heads);
-  if (means.size() != heads * d || transforms.size() != heads * d * d || widths.size() != heads * each)
-    return absl::InvalidArgumentError(
-        absl::StrCat("profile of keys: ", means.size(), " means, ", transforms.size(),
-                     " values of transforms and ", widths.size(), " widths for ", heads, " heads of ", d,
-                     ", must be ", heads * d, ", ", heads * d * d, " and ", heads * each));
+  const size_t layers = static_cast<size_t>(shape.layers), kv_heads = static_cast<size_t>(shape.kv_heads),
+               heads = layers * kv_heads;
+  const size_t pairs = transforms.frequencies.size() / layers;
+  if (means.size() != heads * d || transforms.centres.size() != heads * d ||
+      transforms.matrices.size() != heads * d * d || transforms.widths.size() != heads * each ||
+      transforms.frequencies.size() != layers * pairs)
+    return absl::InvalidArgumentError(absl::StrCat(
+        "profile of keys: ", means.size(), " means, ", transforms.centres.size(), " means before RoPE, ",
+        transforms.matrices.size(), " values of transforms, ", transforms.widths.size(), " widths and ",
+        transforms.frequencies.size(), " frequencies for ", layers, " layers of ", kv_heads, " heads of ", d,
+        ", must be ", heads * d, ", ", heads * d, ", ", heads * d * d, ", ", heads * each,
+        " and as many for each layer"));
   Profile profile;
   profile.shape = shape;
   profile.k.resize(heads);
   for (size_t h = 0; h < heads; h++) {
     HeadProfile& head = profile.k[h];
-    const auto mean = means.subspan(h * d, d), transform = transforms.subspan(h * d * d, d * d);
-    const auto width = widths.subspan(h * each, each);
-    head.mean.assign(mean.begin(), mean.end());
-    head.transform.assign(transform.begin(), transform.end());
-    head.widths.assign(width.begin(), width.end());
+    const auto take = [](const auto& from, size_t at, size_t count, auto& to) {
+      to.assign(from.begin() + static_cast<std::ptrdiff_t>(at * count),
+                from.begin() + static_cast<std::ptrdiff_t>((at + 1) * count));
+    };
+    head.rope.pairs = transforms.pairs;
+    take(transforms.frequencies, h / kv_heads, pairs, head.rope.frequencies);
+    take(means, h, d, head.mean);
+    take(transforms.centres, h, d, head.centre);
+    take(transforms.matrices, h, d * d, head.transform);
+    take(transforms.widths, h, each, head.widths);
     KVTIDE_RETURN_IF_ERROR(Annotate(CompleteTransform(shape.head_dim_k, head), absl::StrCat("head ", h)));
   }
   profile.hash = HashProfile(profile);
   return profile;
+}
+
+KeyTransforms TransformsOf(const Profile& profile) {
+  KeyTransforms transforms;
+  const auto add = [](const auto& from, auto& to) { to.insert(to.end(), from.begin(), from.end()); };
+  for (size_t h = 0; h < profile.k.size(); h++) {
+    const HeadProfile& head = profile.k[h];
+    transforms.pairs = head.rope.pairs;
+    if (h % static_cast<size_t>(profile.shape.kv_heads) == 0)
+      add(head.rope.frequencies, transforms.frequencies);
+    add(head.centre, transforms.centres);
+    add(head.transform, transforms.matrices);
+    add(head.widths, transforms.widths);
+  }
+  return transforms;
 }
 
 }  // namespace kvtide

@@ -93,7 +93,8 @@ class KvtideSizer : public KvSizer {
     return largest == 0 ? 0 : std::min(kKvtideScratchBytes, Sum(largest, kKvtideScratchBytes / 4));
   }
 
-  // Means, and transforms in both directions with the bits of their coefficients.
+  // Means, and transforms in both directions with the bits of their coefficients, means before RoPE and its
+  // frequencies.
   int64_t KeyProfileBytes() const override {
     if (!options_.calibrated_keys.has_value()) return 0;
     int64_t bytes = 0;
@@ -102,7 +103,7 @@ class KvtideSizer : public KvSizer {
       const int64_t dim = stored.group.head_dim_k;
       int64_t head = dim * static_cast<int64_t>(sizeof(float));
       if (options_.calibrated_keys->transforms)
-        head = Sum(head, Product(2, dim, dim, sizeof(float)),
+        head = Sum(head, Product(2, dim, dim, sizeof(float)), Product(dim + dim / 2, sizeof(float)),
                    kTideTypes * (StoredDim(stored.group.head_dim_k) / kTideGroup));
       bytes = Sum(bytes, Product(stored.layers, stored.group.n_kv_heads, head));
     }

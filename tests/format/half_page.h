@@ -18,13 +18,13 @@ struct HalfPage {
       : type(t), side(s), layout(MakeHalfLayout(t, head_dim)), bytes(layout.bytes, std::byte{0xa5}) {}
 
   HalfPage& Encode(const std::vector<float>& rows, int tokens = kBlockTokens,
-                   const HeadProfile* profile = nullptr) {
-    EncodeHalf(type, side, layout, profile, rows.data(), tokens, bytes.data());
+                   const HeadProfile* profile = nullptr, int64_t position = 0) {
+    EncodeHalf(type, side, layout, profile, position, rows.data(), tokens, bytes.data());
     return *this;
   }
-  std::vector<float> Decode(const HeadProfile* profile = nullptr) const {
+  std::vector<float> Decode(const HeadProfile* profile = nullptr, int64_t position = 0) const {
     std::vector<float> rows(static_cast<size_t>(kBlockTokens * layout.head_dim));
-    DecodeHalf(type, side, layout, profile, bytes.data(), rows.data());
+    DecodeHalf(type, side, layout, profile, position, bytes.data(), rows.data());
     return rows;
   }
   std::vector<float> DecodeRotated() const {

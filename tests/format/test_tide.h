@@ -10,10 +10,24 @@
 
 namespace kvtide::test {
 
-// A mean, a transform that mixes all channels of rows of variance 1 and random widths, 0 and 6 among them.
+// RoPE of half or all channels, as neighbours or halves.
+inline Rope TideRope(int dim, uint64_t seed, float frequency = 1) {
+  Rope rope;
+  rope.pairs = seed % 2 == 0 ? RopePairs::kHalves : RopePairs::kNeighbours;
+  for (int i = 0; i < (seed % 3 == 0 ? dim / 4 : dim / 2); i++) {
+    rope.frequencies.push_back(frequency);
+    frequency *= 0.75f;
+  }
+  return rope;
+}
+
+// Means, RoPE, a transform that mixes all channels of rows of variance 1 and random
+// widths, 0 and 6 among them.
 inline HeadProfile TideHead(int dim, uint64_t seed) {
   Random random(seed);
   HeadProfile head;
+  head.rope = TideRope(dim, seed);
+  for (int i = 0; i < dim; i++) head.centre.push_back(random.Bell());
   for (int i = 0; i < dim; i++) head.mean.push_back(random.Bell());
   for (int i = 0; i < dim; i++)
     for (int j = 0; j < dim; j++)
@@ -38,8 +52,10 @@ inline HeadProfile TideHead(int dim, uint64_t seed) {
 inline Profile TideProfile(const GroupShape& shape, uint64_t seed) {
   Profile profile;
   profile.shape = shape;
-  for (int h = 0; h < shape.layers * shape.kv_heads; h++)
+  for (int h = 0; h < shape.layers * shape.kv_heads; h++) {
     profile.k.push_back(TideHead(shape.head_dim_k, seed + static_cast<uint64_t>(h)));
+    profile.k.back().rope = TideRope(shape.head_dim_k, seed, h < shape.kv_heads ? 1.0f : 0.5f);
+  }
   profile.hash = HashProfile(profile);
   return profile;
 }

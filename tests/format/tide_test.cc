@@ -100,36 +100,27 @@ TEST(Tide, APageOfATypeHasTheBytesOfTurboWithOneScale) {
   }
 }
 
-// Logits over the decoded keys are those over the levels with the turned query, and near those of the keys.
-TEST(Tide, MoreBitsComeNearerAndQueriesMeetLevels) {
+TEST(Tide, GainsAreSixteenSteps) {
+  EXPECT_EQ(TideGain(0), 0);
+  for (int byte = 1; byte < 256; byte++)
+    EXPECT_NEAR(TideGain(byte), std::exp2((byte - 1) / 16.0), 1e-7 * std::exp2((byte - 1) / 16.0)) << byte;
+}
+
+TEST(Tide, MoreBitsComeNearer) {
   for (const int dim : Dims()) {
     const HeadProfile head = test::TideHead(dim, 7);
-    std::vector<float> rows = test::BellRows(3, kBlockTokens, dim);
-    const std::vector<float> q = test::BellRows(4, 1, dim);
+    const std::vector<float> rows = test::BellRows(3, kBlockTokens, dim);
     double before = 0;
     for (const char* name : {"tide4", "tide3", "tide2"}) {
       SCOPED_TRACE(std::string(name) + " d " + std::to_string(dim));
       const CacheType type = *ParseCacheType(name);
-      const test::HalfPage page = test::HalfPage(type, Side::kKey, dim).Encode(rows, kBlockTokens, &head);
-      const std::vector<float> decoded = page.Decode(&head);
-      double error = 0, energy = 0, mean = 0;
-      for (int i = 0; i < dim; i++)
-        mean += static_cast<double>(q[static_cast<size_t>(i)] * head.mean[static_cast<size_t>(i)]);
-      std::vector<float> levels(static_cast<size_t>(kBlockTokens * page.layout.stored_dim)),
-          turned(static_cast<size_t>(page.layout.stored_dim));
-      DecodeTideLevels(page.layout, WidthsOf(type, head).data(), page.bytes.data(), levels.data());
-      TurnTideQuery(type, dim, head, q.data(), turned.data());
-      for (int t = 0; t < kBlockTokens; t++) {
-        for (int i = 0; i < dim; i++) {
-          const size_t at = static_cast<size_t>(t * dim + i);
-          const double e = static_cast<double>(decoded[at] - rows[at]);
-          error += e * e;
-          energy += static_cast<double>(rows[at] * rows[at]);
-        }
-        const double by_levels =
-            test::Dot(turned.data(), levels.data() + t * page.layout.stored_dim, page.layout.stored_dim);
-        EXPECT_NEAR(test::Dot(q.data(), decoded.data() + t * dim, dim), by_levels + mean,
-                    1e-3 * std::sqrt(dim));
+      const std::vector<float> decoded =
+          test::HalfPage(type, Side::kKey, dim).Encode(rows, kBlockTokens, &head, 640).Decode(&head, 640);
+      double error = 0, energy = 0;
+      for (size_t at = 0; at < rows.size(); at++) {
+        const double e = static_cast<double>(decoded[at] - rows[at]);
+        error += e * e;
+        energy += static_cast<double>(rows[at] * rows[at]);
       }
       EXPECT_LT(error, 1.2 * energy);
       EXPECT_GT(error, before);
@@ -138,7 +129,32 @@ TEST(Tide, MoreBitsComeNearerAndQueriesMeetLevels) {
   }
 }
 
-TEST(Tide, OutliersRaiseTheScaleInsteadOfClipping) {
+// A key has the same codes wherever it stands, once RoPE of its place is in it.
+TEST(Tide, CodesDoNotDependOnThePlace) {
+  for (const uint64_t seed : {6, 7, 8, 9}) {
+    const int dim = 64;
+    const HeadProfile head = test::TideHead(dim, seed);
+    const CacheType type = *ParseCacheType("tide3");
+    const std::vector<float> rows = test::BellRows(3, kBlockTokens, dim);
+    std::vector<std::vector<float>> decoded;
+    for (const int64_t position : {int64_t{0}, int64_t{64 * 31}, int64_t{1} << 20}) {
+      std::vector<float> turned = rows;
+      for (int t = 0; t < kBlockTokens; t++) TurnKey(head.rope, position, t, false, turned.data() + t * dim);
+      std::vector<float> back = test::HalfPage(type, Side::kKey, dim)
+                                    .Encode(turned, kBlockTokens, &head, position)
+                                    .Decode(&head, position);
+      for (int t = 0; t < kBlockTokens; t++) TurnKey(head.rope, position, t, true, back.data() + t * dim);
+      decoded.push_back(back);
+    }
+    int differ = 0;  // values on a border between two codes
+    for (size_t i = 0; i < rows.size(); i++)
+      differ +=
+          std::abs(decoded[1][i] - decoded[0][i]) > 1e-4 || std::abs(decoded[2][i] - decoded[0][i]) > 1e-4;
+    EXPECT_LT(differ, 3 * dim) << seed;
+  }
+}
+
+TEST(Tide, OutliersRaiseTheGainInsteadOfClipping) {
   const int dim = 64;
   HeadProfile head = test::TideHead(dim, 9);
   const CacheType type = *ParseCacheType("tide4");
@@ -146,9 +162,9 @@ TEST(Tide, OutliersRaiseTheScaleInsteadOfClipping) {
   std::vector<float> rows = test::BellRows(5, kBlockTokens, dim);
   for (int i = 0; i < dim; i++) rows[static_cast<size_t>(2 * dim + i)] *= 300;
   const test::HalfPage page = test::HalfPage(type, Side::kKey, dim).Encode(rows, 3, &head);
-  const auto* scales = reinterpret_cast<const uint16_t*>(page.bytes.data() + page.layout.code_bytes);
-  EXPECT_GT(F16ToF32(scales[2]), 150);
-  EXPECT_EQ(scales[3], 0) << "no token, no scale";
+  const auto* gains = reinterpret_cast<const uint8_t*>(page.bytes.data() + page.layout.code_bytes);
+  EXPECT_GT(TideGain(gains[2]), 150);
+  EXPECT_EQ(gains[3], 0) << "no token, no gain";
   const std::vector<float> decoded = page.Decode(&head);
   double error = 0, energy = 0;
   for (size_t i = 2 * dim; i < 3 * dim; i++) {
@@ -169,11 +185,17 @@ TEST(Tide, ProfilesThatDoNotFitAreRefused) {
   EXPECT_THAT(message([](HeadProfile& h) { h.widths.pop_back(); }), HasSubstr("23 widths"));
   EXPECT_THAT(message([](HeadProfile& h) { h.widths[9] = 7; }), HasSubstr("a width of 7"));
   EXPECT_THAT(message([](HeadProfile& h) { std::fill(h.widths.begin() + 16, h.widths.end(), uint8_t{6}); }),
-              HasSubstr("widths of tide2 add up to 48, more than 16"));
+              HasSubstr("widths of tide2 add up to 48, more than 17"));
   EXPECT_THAT(message([](HeadProfile& h) { h.transform[70] = NAN; }), HasSubstr("a value of nan"));
   EXPECT_THAT(message([](HeadProfile& h) { std::fill_n(h.transform.begin() + 64, 64, 0.0f); }),
               HasSubstr("without an inverse"));
   EXPECT_THAT(message([](HeadProfile& h) { h.mean.resize(3); }), HasSubstr("3 means"));
+  EXPECT_THAT(message([](HeadProfile& h) { h.centre.pop_back(); }), HasSubstr("63 means before RoPE"));
+  EXPECT_THAT(message([](HeadProfile& h) { h.centre[3] = INFINITY; }),
+              HasSubstr("a mean before RoPE of inf"));
+  EXPECT_THAT(message([](HeadProfile& h) { h.rope.frequencies.resize(33); }), HasSubstr("33 frequencies"));
+  EXPECT_THAT(message([](HeadProfile& h) { h.rope.frequencies[0] = -1; }),
+              HasSubstr("a frequency of RoPE of -1"));
   HeadProfile padded = test::TideHead(80, 1);
   padded.widths[11] = 1;
   EXPECT_THAT(std::string(CompleteTransform(80, padded).message()), HasSubstr("a width of 1 for group 11"));
@@ -200,6 +222,9 @@ TEST(Tide, TheHashSeesEveryPartOfAProfile) {
   EXPECT_NE(with([](HeadProfile& h) { h.transform[5] += 1; }), profile.hash);
   EXPECT_NE(with([](HeadProfile& h) { h.inverse[5] += 1; }), profile.hash);
   EXPECT_NE(with([](HeadProfile& h) { h.widths[5]++; }), profile.hash);
+  EXPECT_NE(with([](HeadProfile& h) { h.centre[5] += 1; }), profile.hash);
+  EXPECT_NE(with([](HeadProfile& h) { h.rope.frequencies[1] += 0.1f; }), profile.hash);
+  EXPECT_NE(with([](HeadProfile& h) { h.rope.pairs = RopePairs::kHalves; }), profile.hash);
 }
 
 // Keys with a few strong directions, queries that look along others.
@@ -215,9 +240,14 @@ std::vector<KeyStatistics> Statistics(int dim, int tokens, std::vector<float>* k
       q[i] *= i < dim / 2 ? 3.0f : 0.3f;
     }
   }
-  std::vector<KeyStatistics> heads(1, KeyStatistics(dim));
-  heads[0].AddKeys(keys->data(), tokens, static_cast<size_t>(dim));
-  heads[0].AddQueries(queries->data(), tokens, static_cast<size_t>(dim));
+  const Rope rope = test::TideHead(dim, 4).rope;
+  for (int t = 0; t < tokens; t++) {
+    TurnKey(rope, t, 0, false, keys->data() + t * dim);
+    TurnKey(rope, t, 0, false, queries->data() + t * dim);
+  }
+  std::vector<KeyStatistics> heads(1, KeyStatistics(dim, rope));
+  heads[0].AddKeys(keys->data(), tokens, static_cast<size_t>(dim), 0);
+  heads[0].AddQueries(queries->data(), tokens, static_cast<size_t>(dim), 0);
   return heads;
 }
 
@@ -236,7 +266,7 @@ TEST(TideMaker, HalvesTheErrorOfLogitsOfTurboAndMore) {
       const CacheType turbo = *ParseCacheType("turbo" + std::to_string(Info(type).bits));
       const auto error = [&](CacheType coded) {
         const std::vector<float> decoded =
-            test::HalfPage(coded, Side::kKey, dim).Encode(keys, kBlockTokens, &head).Decode(&head);
+            test::HalfPage(coded, Side::kKey, dim).Encode(keys, kBlockTokens, &head, 0).Decode(&head, 0);
         double sum_of_squares = 0;
         for (int t = 0; t < kBlockTokens; t++)
           for (int q = 0; q < 64; q++) {
@@ -258,12 +288,13 @@ TEST(TideMaker, CoefficientsAreUncorrelatedWithVarianceOne) {
   ASSERT_TRUE(profile.ok());
   const HeadProfile& head = profile->k[0];
   std::vector<double> z(static_cast<size_t>(tokens * dim));
+  for (int t = 0; t < tokens; t++) TurnKey(head.rope, t, 0, true, keys.data() + t * dim);
   for (int t = 0; t < tokens; t++)
     for (int i = 0; i < dim; i++)
       for (int j = 0; j < dim; j++)
-        z[static_cast<size_t>(t * dim + j)] +=
-            static_cast<double>((keys[static_cast<size_t>(t * dim + i)] - head.mean[static_cast<size_t>(i)]) *
-                                head.transform[static_cast<size_t>(i * dim + j)]);
+        z[static_cast<size_t>(t * dim + j)] += static_cast<double>(
+            (keys[static_cast<size_t>(t * dim + i)] - head.centre[static_cast<size_t>(i)]) *
+            head.transform[static_cast<size_t>(i * dim + j)]);
   for (int a = 0; a < dim; a += 7)
     for (int b = 0; b < dim; b += 5) {
       double sum = 0;
@@ -278,8 +309,8 @@ TEST(TideMaker, SaysWhatIsMissing) {
   std::vector<KeyStatistics> heads = Statistics(64, 200, &keys, &queries);
   EXPECT_THAT(std::string(MakeTideProfile({1, 1, 64, 64}, heads).status().message()),
               HasSubstr("200 keys are too few for a transform of 64 channels: use at least 256 tokens"));
-  heads.assign(1, KeyStatistics(64));
-  heads[0].AddKeys(Statistics(64, 300, &keys, &queries).empty() ? nullptr : keys.data(), 300, 64);
+  heads.assign(1, KeyStatistics(64, {}));
+  heads[0].AddKeys(Statistics(64, 300, &keys, &queries).empty() ? nullptr : keys.data(), 300, 64, 0);
   EXPECT_THAT(std::string(MakeTideProfile({1, 1, 64, 64}, heads).status().message()),
               HasSubstr("no queries"));
 }
@@ -287,19 +318,44 @@ TEST(TideMaker, SaysWhatIsMissing) {
 TEST(TideMaker, PartsMakeTheProfileAgain) {
   const GroupShape shape{1, 2, 80, 64};
   const Profile profile = test::TideProfile(shape, 4);
-  std::vector<float> means, transforms;
-  std::vector<uint8_t> widths;
-  for (const HeadProfile& head : profile.k) {
-    means.insert(means.end(), head.mean.begin(), head.mean.end());
-    transforms.insert(transforms.end(), head.transform.begin(), head.transform.end());
-    widths.insert(widths.end(), head.widths.begin(), head.widths.end());
-  }
-  const auto again = MakeCalibratedProfile(shape, means, transforms, widths);
+  std::vector<float> means;
+  for (const HeadProfile& head : profile.k) means.insert(means.end(), head.mean.begin(), head.mean.end());
+  KeyTransforms transforms = TransformsOf(profile);
+  const auto again = MakeCalibratedProfile(shape, means, transforms);
   ASSERT_TRUE(again.ok()) << again.status();
   EXPECT_EQ(again->hash, profile.hash);
-  widths.pop_back();
-  EXPECT_THAT(std::string(MakeCalibratedProfile(shape, means, transforms, widths).status().message()),
-              HasSubstr("71 widths for 2 heads of 80"));
+  transforms.widths.pop_back();
+  EXPECT_THAT(std::string(MakeCalibratedProfile(shape, means, transforms).status().message()),
+              HasSubstr("71 widths and 40 frequencies for 1 layers of 2 heads of 80"));
+}
+
+// The metric is the mean over all pairs of tokens of a window, summed one by one.
+TEST(TideMaker, TheQueryMetricIsTheMeanOverDistances) {
+  const int dim = 32, tokens = 50;
+  for (const uint64_t seed : {3, 4, 5}) {
+    const Rope rope = test::TideHead(dim, seed).rope;
+    std::vector<float> queries = test::BellRows(9, tokens, dim);
+    KeyStatistics statistics(dim, rope);
+    std::vector<float> turned = queries;
+    for (int t = 0; t < tokens; t++) TurnKey(rope, t, 0, false, turned.data() + t * dim);
+    statistics.AddQueries(turned.data(), tokens, dim, 0);
+    std::vector<double> wanted(dim * dim);
+    double weights = 0;
+    for (int n = 0; n < tokens; n++) {
+      const double weight = tokens - n;
+      weights += weight;
+      for (int t = 0; t < tokens; t++) {
+        std::vector<float> q(queries.begin() + t * dim, queries.begin() + (t + 1) * dim);
+        TurnKey(rope, n, 0, false, q.data());
+        for (int i = 0; i < dim; i++)
+          for (int j = 0; j < dim; j++)
+            wanted[static_cast<size_t>(i * dim + j)] += weight * static_cast<double>(q[i] * q[j]) / tokens;
+      }
+    }
+    const std::vector<double> metric = statistics.QueryMetric();
+    for (size_t i = 0; i < wanted.size(); i++)
+      EXPECT_NEAR(metric[i], wanted[i] / weights, 1e-4) << seed << " " << i;
+  }
 }
 
 TEST(Tide, KeysOnly) {

@@ -128,6 +128,7 @@ AttendResult AttendByReferenceOverF16(const TestSequence& sequence, const Attend
                 key && stored[r].profile != nullptr ? &stored[r].profile->key(layer, head) : nullptr;
             std::vector<float> rows(static_cast<size_t>(kBlockTokens * source.head_dim));
             DecodeHalf(key ? from.pair().k : from.pair().v, side, source, profile,
+                       stored[r].first_position + static_cast<int64_t>(blocks[r].size()) * kBlockTokens,
                        block + from.RecordOffset(layer, head) + (key ? 0 : from.v_codes()), rows.data());
             EncodeHalf(key ? layout.pair().k : layout.pair().v, side, target, nullptr, rows.data(),
                        kBlockTokens,

@@ -42,11 +42,13 @@ std::vector<float> KeyRows(int dim, uint32_t seed) {
   return rows;
 }
 
+constexpr int64_t kPosition = 64 * 37;
+
 // A block of one record.
 std::vector<std::byte> Block(const BlockLayout& layout, const HeadProfile* head, const std::vector<float>& k,
                              const std::vector<float>& v, int tokens) {
   std::vector<std::byte> bytes(layout.block_bytes());
-  EncodeHalf(layout.pair().k, Side::kKey, layout.k(), head, k.data(), tokens, bytes.data());
+  EncodeHalf(layout.pair().k, Side::kKey, layout.k(), head, kPosition, k.data(), tokens, bytes.data());
   EncodeHalf(layout.pair().v, Side::kValue, layout.v(), nullptr, v.data(), tokens,
              bytes.data() + layout.v_codes());
   return bytes;
@@ -68,7 +70,7 @@ TEST_P(BackendConformance, TideSealsAndRecodesToTheBytesOfTheDefinition) {
           std::vector<float> k = KeyRows(dim, 1);
           const std::vector<std::byte> source = Block(from, &head, k, v, kBlockTokens);
           std::vector<float> values(v.size());
-          DecodeHalf(from.pair().k, Side::kKey, from.k(), &head, source.data(), k.data());
+          DecodeHalf(from.pair().k, Side::kKey, from.k(), &head, kPosition, source.data(), k.data());
           DecodeHalf(from.pair().v, Side::kValue, from.v(), nullptr, source.data() + from.v_codes(),
                      values.data());
           std::vector<std::byte> wanted = Block(to, &head, k, values, tokens);
@@ -85,6 +87,7 @@ TEST_P(BackendConformance, TideSealsAndRecodesToTheBytesOfTheDefinition) {
           piece.to = &to;
           piece.target = b.block(0);
           piece.from_profile = piece.to_profile = &profile;
+          piece.position = kPosition;
           piece.layers = 1;
           piece.tokens = tokens;
           const absl::Status status = backend().Recode({&piece, 1});
@@ -104,11 +107,13 @@ TEST_P(BackendConformance, TideDecodesToTheRowsOfTheDefinition) {
     BackendBlocks blocks(backend(), layout, 1);
     blocks.Write(0, bytes);
     std::vector<float> wanted(static_cast<size_t>(kBlockTokens * dim)), got(wanted.size());
-    DecodeHalf(layout.pair().k, Side::kKey, layout.k(), &profile.k[0], bytes.data(), wanted.data());
+    DecodeHalf(layout.pair().k, Side::kKey, layout.k(), &profile.k[0], kPosition, bytes.data(),
+               wanted.data());
     DecodeArgs args;
     args.layout = &layout;
     args.profile = &profile;
     args.block = blocks.block(0);
+    args.position = kPosition;
     args.k = got.data();
     const absl::Status status = backend().Decode(args);
     ASSERT_TRUE(status.ok()) << status;

@@ -53,7 +53,7 @@ TEST(PageKernels, EveryLevelDecodesToTheFloatsOfTheDefinition) {
           EncodeHalf(type, side, layout, use, rows.data(), kBlockTokens, half);
           std::vector<float> wanted(rows.size()), got(rows.size());
           DecodeHalf(type, side, layout, use, half, wanted.data());
-          kernels.decode(type, side, layout, use, half, got.data());
+          kernels.decode(type, side, layout, use, 0, half, got.data());
           for (size_t i = 0; i < wanted.size(); i++) {
             ASSERT_EQ(FloatBits(got[i]), FloatBits(wanted[i]))
                 << "value " << i << ": " << got[i] << ", definition " << wanted[i];

@@ -82,7 +82,8 @@ void TestSequence::AddRun(const std::string& pair, int64_t tokens, const RowFill
           std::byte* target =
               bytes.data() + layout.RecordOffset(layer, head) + (side == Side::kKey ? 0 : layout.v_codes());
           std::vector<std::byte> encoded(half.bytes);
-          EncodeHalf(type, side, half, head_profile, rows.data(), count, encoded.data());
+          EncodeHalf(type, side, half, head_profile, run.first_position + b * kBlockTokens, rows.data(),
+                     count, encoded.data());
           if (Info(type).storage == Storage::kHalf) {  // append writes only the rows that exist
             for (int t = 0; t < count; t++)
               for (int d = 0; d < half.stored_dim; d++) {

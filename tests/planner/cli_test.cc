@@ -308,8 +308,11 @@ std::string WriteProfile(const std::string& name, int layers, int kv_heads, int 
   for (int l = 0; l < layers; ++l) {
     profile.means.emplace_back(heads * dim, 0.5f);
     if (!transforms) continue;
-    profile.transforms.push_back(unit);
-    profile.widths.emplace_back(heads * kTideTypes * dim / kTideGroup, uint8_t{2});
+    KeyTransforms& layer = profile.transforms.emplace_back();
+    layer.frequencies.assign(dim / 2, 0.01f);
+    layer.centres.assign(heads * dim, 0.5f);
+    layer.matrices = unit;
+    layer.widths.assign(heads * kTideTypes * dim / kTideGroup, uint8_t{2});
   }
   const std::string path = ::testing::TempDir() + "/kvtide_" + std::to_string(getpid()) + "_" + name;
   EXPECT_TRUE(engine::WriteKeyProfile(path, profile).ok());

@@ -13,11 +13,12 @@ LAYERS = [kvtide.Layer(kv_heads=2, head_dim=32, query_heads=4)] * 2
 MEANS = [np.random.default_rng(layer).standard_normal((2, 32)).astype(np.float32) * 4 for layer in range(2)]
 
 
-def write(path, means, transforms=(), widths=(), form=None, dtype="F32"):
+def write(path, means, transforms=(), widths=(), centres=(), frequencies=(), form=None, dtype="F32"):
     """A profile as `kvtide calibrate` writes it."""
-    form = form or ("kvtide-key-profile-2" if transforms else "kvtide-key-profile-1")
-    header, data = {"__metadata__": {"format": form, "model": "m", "text": "t", "tokens": "77"}}, b""
-    for name, layers in (("key_mean", means), ("key_transform", transforms), ("key_widths", widths)):
+    form = form or ("kvtide-key-profile-3" if transforms else "kvtide-key-profile-1")
+    header, data = {"__metadata__": {"format": form, "model": "m", "text": "t", "tokens": "77", "rope_pairs": "halves"}}, b""
+    for name, layers in (("key_mean", means), ("key_transform", transforms), ("key_widths", widths), ("key_centre", centres),
+                         ("key_frequencies", frequencies)):
         for layer, values in enumerate(layers):
             header[f"layers.{layer}.{name}"] = {"dtype": dtype, "shape": list(values.shape),
                                                 "data_offsets": [len(data), len(data) + values.nbytes]}
@@ -32,7 +33,8 @@ def write_transforms(path):
     random = np.random.default_rng(5)
     rotations = [np.stack([np.linalg.qr(random.standard_normal((32, 32)))[0] for _ in range(2)]).astype(np.float32) for _ in range(2)]
     bits = [np.broadcast_to(np.float32([4, 3, 2])[None, :, None], (2, 3, 4)).copy() for _ in range(2)]
-    return write(path, MEANS, rotations, bits), rotations
+    frequencies = [np.full(16, 1e-6, np.float32)] * 2
+    return write(path, MEANS, rotations, bits, MEANS, frequencies), rotations
 
 
 def test_a_profile_is_read(tmp_path):
@@ -48,6 +50,7 @@ def test_transforms_are_read(tmp_path):
     np.testing.assert_array_equal(profile.means, MEANS)
     np.testing.assert_array_equal(profile.transforms, rotations)
     assert [one.shape for one in profile.widths] == [(2, 3, 4)] * 2 and profile.widths[0][1, 1].tolist() == [3] * 4
+    assert profile.centres[1].shape == (2, 32) and profile.frequencies[0].shape == (16,) and not profile.neighbours
     assert profile.digest != profiles.load(write(tmp_path / "q", MEANS)).digest
     np.testing.assert_array_equal(profile.of_layers([1]).transforms, rotations[1:])
 
@@ -67,6 +70,8 @@ def test_what_is_none_is_refused(tmp_path, data):
 def test_other_formats_are_refused_by_name(tmp_path):
     with pytest.raises(InvalidArgument, match="kvtide-key-profile-9"):
         profiles.load(write(tmp_path / "p", MEANS, form="kvtide-key-profile-9"))
+    with pytest.raises(InvalidArgument, match="after RoPE, which is no longer read"):
+        profiles.load(write(tmp_path / "p", MEANS, form="kvtide-key-profile-2"))
     with pytest.raises(InvalidArgument, match="not f32"):
         profiles.load(write(tmp_path / "p", [mean.astype(np.float16) for mean in MEANS], dtype="F16"))
 

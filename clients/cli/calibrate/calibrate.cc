@@ -40,17 +40,19 @@ absl::Status AddWindow(const engine::LlamaModel& model, engine::KvStore& exact,
                        engine::KeyCalibration* calibration, Progress* progress,
                        const std::atomic<bool>& stop) {
   const size_t k_width = model.kv_geometry().kv_width(), q_width = model.kv_geometry().query_width();
-  engine::CaptureKvStore store(exact, [&](int layer, int64_t start, int n, const float* q, const float* k,
-                                          const float*) {
-    const auto skipped = static_cast<size_t>(std::clamp<int64_t>(kBlockTokens - start, 0, n));
-    const auto held =
-        static_cast<size_t>(std::clamp<int64_t>(held_back - start, static_cast<int64_t>(skipped), n));
-    if (held > skipped)
-      calibration->Add(layer, static_cast<int>(held - skipped), q + skipped * q_width, k + skipped * k_width);
-    if (static_cast<size_t>(n) > held)
-      calibration->HoldBack(layer, static_cast<int>(static_cast<size_t>(n) - held), q + held * q_width,
-                            k + held * k_width);
-  });
+  engine::CaptureKvStore store(
+      exact, [&](int layer, int64_t start, int n, const float* q, const float* k, const float*) {
+        const auto skipped = static_cast<size_t>(std::clamp<int64_t>(kBlockTokens - start, 0, n));
+        const auto held =
+            static_cast<size_t>(std::clamp<int64_t>(held_back - start, static_cast<int64_t>(skipped), n));
+        if (held > skipped)
+          calibration->Add(layer, start + static_cast<int64_t>(skipped), static_cast<int>(held - skipped),
+                           q + skipped * q_width, k + skipped * k_width);
+        if (static_cast<size_t>(n) > held)
+          calibration->HoldBack(layer, start + static_cast<int64_t>(held),
+                                static_cast<int>(static_cast<size_t>(n) - held), q + held * q_width,
+                                k + held * k_width);
+      });
   KVTIDE_ASSIGN_OR_RETURN(const engine::SequenceId sequence, store.CreateSequence());
   std::vector<float> hidden;
   for (size_t at = 0; at < tokens.size(); at += kChunk) {
@@ -110,7 +112,6 @@ absl::StatusOr<engine::KeyProfile> Calibrate(const CalibrateOptions& options, co
                              geometry.kv_heads,
                              geometry.head_dim,
                              calibration.means(),
-                             {},
                              {}};
   if (!options.means_only) KVTIDE_RETURN_IF_ERROR(calibration.AddTransforms(&profile, errors));
   return profile;

@@ -34,8 +34,8 @@ std::vector<float> CodeAndDecode(const std::vector<float>& rows, int d, CacheTyp
   std::vector<float> page(static_cast<size_t>(kBlockTokens) * d), decoded(rows.size());
   for (int t = 0; t < tokens; t += kBlockTokens) {
     const int n = std::min<int>(kBlockTokens, tokens - t);
-    EncodeHalf(type, side, layout, profile, rows.data() + static_cast<size_t>(t) * d, n, bytes);
-    DecodeHalf(type, side, layout, profile, bytes, page.data());
+    EncodeHalf(type, side, layout, profile, t, rows.data() + static_cast<size_t>(t) * d, n, bytes);
+    DecodeHalf(type, side, layout, profile, t, bytes, page.data());
     std::copy_n(page.begin(), static_cast<size_t>(n) * d,
                 decoded.begin() + static_cast<std::ptrdiff_t>(t) * d);
   }

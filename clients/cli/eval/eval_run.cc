@@ -38,20 +38,6 @@ uint64_t HashTokens(std::span<const int32_t> tokens) {
   return hash;
 }
 
-// The profile as the daemon will have it; all layers are one group here.
-absl::StatusOr<Profile> MakeProfileOf(const engine::KeyProfile& profile) {
-  const GroupShape shape{static_cast<int>(profile.means.size()), profile.kv_heads, profile.head_dim,
-                         profile.head_dim};
-  std::vector<float> means, transforms;
-  std::vector<uint8_t> widths;
-  for (const auto& layer : profile.means) means.insert(means.end(), layer.begin(), layer.end());
-  for (const auto& layer : profile.transforms)
-    transforms.insert(transforms.end(), layer.begin(), layer.end());
-  for (const auto& layer : profile.widths) widths.insert(widths.end(), layer.begin(), layer.end());
-  if (transforms.empty()) return MakeMeanProfile(shape, means);
-  return MakeCalibratedProfile(shape, means, transforms, widths);
-}
-
 // Stops the run from inside when the user asks.
 absl::Status CheckStop(const std::atomic<bool>& stop) {
   return stop ? absl::CancelledError("stopped by the user") : absl::OkStatus();
@@ -116,7 +102,7 @@ class EvalRun {
       KVTIDE_ASSIGN_OR_RETURN(const engine::KeyProfile profile,
                               engine::ReadKeyProfile(options_.profile_file));
       KVTIDE_RETURN_IF_ERROR(engine::CheckKeyProfile(profile, geometry_));
-      KVTIDE_ASSIGN_OR_RETURN(profile_, MakeProfileOf(profile));
+      KVTIDE_ASSIGN_OR_RETURN(profile_, engine::FormatProfile(profile));
       engine::UseKeyProfile(profile, &geometry_);
       key_centring_ = client::KeyCentring::kCalibrated;
       key_profile_ = profile.text;

@@ -471,9 +471,11 @@ class Pool:
             for layer, mean in zip(wire, means):
                 layer["key_mean"] = mean.reshape(-1).tolist()
         if profile is not None and profile.transforms:
-            for layer, transform, widths in zip(wire, profile.transforms, profile.widths):
-                layer["key_transform"] = transform.reshape(-1).tolist()
-                layer["key_widths"] = widths.reshape(-1).tolist()
+            parts = {"key_transform": profile.transforms, "key_widths": profile.widths, "key_centre": profile.centres,
+                     "key_frequencies": profile.frequencies}
+            for index, layer in enumerate(wire):
+                layer.update({name: part[index].reshape(-1).tolist() for name, part in parts.items()})
+                layer["key_rope_neighbours"] = profile.neighbours
         self._core.register_model(model, wire)
         self._models[model] = layers
         return model

@@ -24,8 +24,10 @@ from . import _core
 @dataclass(frozen=True)
 class KeyProfile:
     """``means[layer]`` is ``[kv_heads, head_dim]`` in float32, of keys after rotary embedding. With transforms:
-    ``transforms[layer]`` ``[kv_heads, head_dim, head_dim]`` in float32, channel by coefficient, and ``widths[layer]``
-    ``[kv_heads, 3, groups of 8]`` in uint8, the bits of each group in tide4, tide3 and tide2; else both lists are empty."""
+    ``transforms[layer]`` ``[kv_heads, head_dim, head_dim]`` in float32, channel by coefficient, of keys before rotary
+    embedding minus ``centres[layer]`` ``[kv_heads, head_dim]``; ``widths[layer]`` ``[kv_heads, 3, groups of 8]`` in uint8, the
+    bits of each group in tide4, tide3 and tide2; ``frequencies[layer]`` ``[pairs]``, the rotary embedding in radians a
+    position, of channels 2i and 2i + 1 with ``neighbours``, else i and i + pairs. Without transforms these lists are empty."""
 
     model: str
     text: str
@@ -33,25 +35,29 @@ class KeyProfile:
     means: List[np.ndarray]
     transforms: List[np.ndarray] = field(default_factory=list)
     widths: List[np.ndarray] = field(default_factory=list)
+    centres: List[np.ndarray] = field(default_factory=list)
+    frequencies: List[np.ndarray] = field(default_factory=list)
+    neighbours: bool = False
 
     @property
     def digest(self) -> str:
         """Tells profiles apart."""
-        parts = [*self.means, *self.transforms, *self.widths]
-        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]
+        parts = [*self.means, *self.transforms, *self.widths, *self.centres, *self.frequencies]
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts) + b"\1" * self.neighbours).hexdigest()[:16]
 
     def of_layers(self, layers: Iterable[int]) -> "KeyProfile":
         """The same for these layers of the model alone, in this order."""
         layers = list(layers)
         pick = lambda parts: [parts[layer] for layer in layers] if parts else []  # noqa: E731
-        return replace(self, means=pick(self.means), transforms=pick(self.transforms), widths=pick(self.widths))
+        return replace(self, **{name: pick(getattr(self, name)) for name in ("means", "transforms", "widths", "centres", "frequencies")})
 
 
 def load(path: Union[str, "os.PathLike[str]"]) -> KeyProfile:
     """Reads a profile (safetensors); ``InvalidArgument`` for files that are none."""
     path = os.fspath(path)
     os.stat(path)  # FileNotFoundError as of any other file
-    model, text, tokens, heads, dim, means, transforms, widths = _core.read_key_profile(path)
+    model, text, tokens, heads, dim, means, transforms, widths, centres, frequencies, neighbours = _core.read_key_profile(path)
     arrays = lambda parts, dtype, *shape: [np.frombuffer(part, dtype).reshape(heads, *shape) for part in parts]  # noqa: E731
     return KeyProfile(model, text, tokens, arrays(means, "<f4", dim), arrays(transforms, "<f4", dim, dim),
-                      arrays(widths, "u1", 3, -1))
+                      arrays(widths, "u1", 3, -1), arrays(centres, "<f4", dim),
+                      [np.frombuffer(part, "<f4") for part in frequencies], neighbours)

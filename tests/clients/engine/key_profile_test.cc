@@ -43,9 +43,9 @@ TEST_F(KeyProfileTest, MeansAreThoseOfTheKeys) {
   KeyCalibration calibration(Geometry(), pool);
   std::vector<float> keys(3 * 32), queries(3 * 64, 1.0f);
   for (size_t i = 0; i < keys.size(); ++i) keys[i] = static_cast<float>(i);
-  calibration.Add(0, 3, queries.data(), keys.data());
-  calibration.Add(1, 1, queries.data(), keys.data());
-  calibration.Add(1, 1, queries.data(), keys.data() + 32);
+  calibration.Add(0, 64, 3, queries.data(), keys.data());
+  calibration.Add(1, 64, 1, queries.data(), keys.data());
+  calibration.Add(1, 65, 1, queries.data(), keys.data() + 32);
   EXPECT_EQ(calibration.tokens(), 3);
   EXPECT_EQ(calibration.means()[0][5], 32 + 5);
   EXPECT_EQ(calibration.means()[1][21], 16 + 21);
@@ -65,10 +65,10 @@ KeyProfile Transformed(std::vector<KeyTypeError>* errors) {
   KeyCalibration calibration(Geometry(), pool);
   for (int layer = 0; layer < 2; ++layer) {
     const auto seed = static_cast<uint32_t>(10 * layer);
-    calibration.Add(layer, 300, Rows(seed, 300, 64).data(), Rows(seed + 1, 300, 32).data());
-    calibration.HoldBack(layer, 100, Rows(seed + 2, 100, 64).data(), Rows(seed + 3, 100, 32).data());
+    calibration.Add(layer, 64, 300, Rows(seed, 300, 64).data(), Rows(seed + 1, 300, 32).data());
+    calibration.HoldBack(layer, 364, 100, Rows(seed + 2, 100, 64).data(), Rows(seed + 3, 100, 32).data());
   }
-  KeyProfile profile{"model", "text", calibration.tokens(), 2, 16, calibration.means(), {}, {}};
+  KeyProfile profile{"model", "text", calibration.tokens(), 2, 16, calibration.means(), {}};
   const absl::Status status = calibration.AddTransforms(&profile, errors);
   EXPECT_TRUE(status.ok()) << status;
   return profile;
@@ -89,21 +89,26 @@ TEST_F(KeyProfileTest, TransformsBeatTurboOnHeldBackTokensAndComeBackFromTheirFi
   ASSERT_TRUE(read.ok()) << read.status();
   EXPECT_EQ(read->means, profile.means);
   EXPECT_EQ(read->transforms, profile.transforms);
-  EXPECT_EQ(read->widths, profile.widths);
+  EXPECT_TRUE(CheckKeyProfile(*read, Geometry()).ok());
+  KvGeometry turned = Geometry();
+  turned.ropes.assign(2, {RopePairs::kHalves, {1.0f, 0.5f}});
+  EXPECT_THAT(std::string(CheckKeyProfile(*read, turned).message()), HasSubstr("another RoPE in layer 0"));
 }
 
 // Held-back tokens that look nothing like the others: their keys lie where the profile has no bits.
 TEST_F(KeyProfileTest, AProfileThatDoesNotHoldElsewhereIsRefused) {
   ThreadPool pool(1);
-  KeyCalibration calibration(Geometry(), pool);
+  KvGeometry geometry = Geometry();
+  geometry.head_dim = 64;  // without padding, whose bits the head could use
+  KeyCalibration calibration(geometry, pool);
   for (int layer = 0; layer < 2; ++layer) {
-    calibration.Add(layer, 300, Rows(1, 300, 64).data(), Rows(2, 300, 32).data());
-    std::vector<float> q = Rows(3, 100, 64), k = Rows(4, 100, 32);
+    calibration.Add(layer, 64, 300, Rows(1, 300, 256).data(), Rows(2, 300, 128).data());
+    std::vector<float> q = Rows(3, 100, 256), k = Rows(4, 100, 128);
     std::rotate(q.begin(), q.begin() + 1, q.end());
     std::rotate(k.begin(), k.begin() + 1, k.end());
-    calibration.HoldBack(layer, 100, q.data(), k.data());
+    calibration.HoldBack(layer, 364, 100, q.data(), k.data());
   }
-  KeyProfile profile{"model", "text", 300, 2, 16, calibration.means(), {}, {}};
+  KeyProfile profile{"model", "text", 300, 2, 64, calibration.means(), {}};
   std::vector<KeyTypeError> errors;
   EXPECT_THAT(std::string(calibration.AddTransforms(&profile, &errors).message()),
               HasSubstr("on the tokens that were held back tide"));
@@ -119,20 +124,23 @@ TEST_F(KeyProfileTest, RefusesDamagedTransforms) {
     EXPECT_TRUE(WriteKeyProfile(path_, profile).ok());
     return Message();
   };
-  EXPECT_THAT(message([](KeyProfile& p) { p.transforms[1][3] = NAN; }),
+  EXPECT_THAT(message([](KeyProfile& p) { p.transforms[1].matrices[3] = NAN; }),
               HasSubstr("a value of nan in a transform"));
-  EXPECT_THAT(message([](KeyProfile& p) { p.widths[0][2] = 200; }),
+  EXPECT_THAT(message([](KeyProfile& p) { p.transforms[0].widths[2] = 200; }),
               HasSubstr("layers.0.key_widths has the value 200"));
-  EXPECT_THAT(
-      message([](KeyProfile& p) { std::fill(p.transforms[0].begin(), p.transforms[0].begin() + 256, 0.0f); }),
-      HasSubstr("without an inverse"));
-  EXPECT_THAT(message([](KeyProfile& p) { std::fill(p.widths[1].begin(), p.widths[1].end(), uint8_t{6}); }),
+  EXPECT_THAT(message([](KeyProfile& p) {
+                std::fill(p.transforms[0].matrices.begin(), p.transforms[0].matrices.begin() + 256, 0.0f);
+              }),
+              HasSubstr("without an inverse"));
+  EXPECT_THAT(message([](KeyProfile& p) {
+                std::fill(p.transforms[1].widths.begin(), p.transforms[1].widths.end(), uint8_t{6});
+              }),
               HasSubstr("width"));
 }
 
 TEST_F(KeyProfileTest, ComesBackFromItsFile) {
   KeyProfile profile{"model", "text", 1234, 2, 16, {std::vector<float>(32, 1.5f), std::vector<float>(32)},
-                     {},      {}};
+                     {}};
   profile.means[1][31] = -7;
   ASSERT_TRUE(WriteKeyProfile(path_, profile).ok());
   const auto read = ReadKeyProfile(path_);
@@ -178,6 +186,8 @@ TEST_F(KeyProfileTest, RefusesWhatIsNone) {
   const TensorToWrite first{"layers.0.key_mean", DataType::kF32, {2, 16}, std::as_bytes(std::span(mean))};
   write("kvtide-key-profile-9", {first});
   EXPECT_THAT(Message(), HasSubstr("its format is \"kvtide-key-profile-9\", not \"kvtide-key-profile-1\""));
+  write("kvtide-key-profile-2", {first});
+  EXPECT_THAT(Message(), HasSubstr("transforms of keys after RoPE, which is no longer read"));
   write(good, {});
   EXPECT_THAT(Message(), HasSubstr("no layers"));
   write(good, {first, {"layers.2.key_mean", DataType::kF32, {2, 16}, std::as_bytes(std::span(mean))}});

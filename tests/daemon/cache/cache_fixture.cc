@@ -4,6 +4,7 @@
 #include <numeric>
 #include <thread>
 
+#include "kernels/format/tide_maker.h"
 #include "tests/daemon/cache/device_under_test.h"
 #include "tests/format/test_tide.h"
 
@@ -39,10 +40,7 @@ ModelSpec WithTransforms(ModelSpec model) {
   model = WithMeans(std::move(model));
   model.name += "-transformed";
   for (LayerGroupSpec& group : model.groups)
-    for (const HeadProfile& head : test::TideProfile(group.shape, 31).k) {
-      group.key_transforms.insert(group.key_transforms.end(), head.transform.begin(), head.transform.end());
-      group.key_widths.insert(group.key_widths.end(), head.widths.begin(), head.widths.end());
-    }
+    group.key_transforms = TransformsOf(test::TideProfile(group.shape, 31));
   return model;
 }
 

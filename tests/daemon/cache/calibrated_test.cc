@@ -88,15 +88,15 @@ TEST_F(CalibratedTest, SaysWhichTransformsAreMissingOrWrong) {
     change(model.groups[0]);
     EXPECT_TRUE(IsError(cache_->RegisterModel(model).status(), absl::StatusCode::kInvalidArgument, what));
   };
-  refused("come together", [](LayerGroupSpec& g) { g.key_widths.clear(); });
+  refused("come together", [](LayerGroupSpec& g) { g.key_transforms.widths.clear(); });
   refused("come together", [](LayerGroupSpec& g) { g.key_means.clear(); });
-  refused("values of transforms", [](LayerGroupSpec& g) { g.key_transforms.pop_back(); });
-  refused("a width of 200", [](LayerGroupSpec& g) { g.key_widths[3] = 200; });
+  refused("values of transforms", [](LayerGroupSpec& g) { g.key_transforms.matrices.pop_back(); });
+  refused("a width of 200", [](LayerGroupSpec& g) { g.key_transforms.widths[3] = 200; });
   refused("without an inverse",
-          [](LayerGroupSpec& g) { std::fill_n(g.key_transforms.begin(), 64 * 64, 0.5f); });
+          [](LayerGroupSpec& g) { std::fill_n(g.key_transforms.matrices.begin(), 64 * 64, 0.5f); });
   Register(good);
   ModelSpec other = good;
-  other.groups[0].key_transforms[5] += 0.01f;
+  other.groups[0].key_transforms.matrices[5] += 0.01f;
   EXPECT_TRUE(IsError(cache_->RegisterModel(other).status(), absl::StatusCode::kFailedPrecondition,
                       "registered with another geometry"));
 }

@@ -23,7 +23,7 @@ ShadowSequence::ShadowSequence(const ModelSpec& model, const SequenceOptions& op
       to.profile = to.calibrated = std::make_shared<const Profile>(
           group.key_transforms.empty()
               ? MakeMeanProfile(group.shape, group.key_means)
-              : *MakeCalibratedProfile(group.shape, group.key_means, group.key_transforms, group.key_widths));
+              : *MakeCalibratedProfile(group.shape, group.key_means, group.key_transforms));
   }
 }
 
@@ -82,8 +82,9 @@ void ShadowSequence::CodeRows(size_t g, size_t l, int64_t first_token, int64_t t
       for (size_t t = 0; t < static_cast<size_t>(tokens); t++)
         std::copy_n(at(t), dim, rows.begin() + static_cast<std::ptrdiff_t>(t * dim));
       std::vector<std::byte> half(layout.bytes);
-      EncodeHalf(type, side, layout, profile, rows.data(), static_cast<int>(tokens), half.data());
-      DecodeHalf(type, side, layout, profile, half.data(), rows.data());
+      EncodeHalf(type, side, layout, profile, first_token, rows.data(), static_cast<int>(tokens),
+                 half.data());
+      DecodeHalf(type, side, layout, profile, first_token, half.data(), rows.data());
       for (size_t t = 0; t < static_cast<size_t>(tokens); t++)
         std::copy_n(rows.begin() + static_cast<std::ptrdiff_t>(t * dim), dim, at(t));
     }

@@ -87,15 +87,21 @@ TEST(Convert, TransformsOfKeysStandBesideTheirMeans) {
   for (int i = 0; i < 2; i++) {
     *model.add_layers() = MakeLayer(2, 64, 0, 8);
     model.mutable_layers(i)->set_key_mean(bytes(2 * 64));
+    model.mutable_layers(i)->set_key_centre(bytes(2 * 64));
+    model.mutable_layers(i)->set_key_frequencies(bytes(32));
     model.mutable_layers(i)->set_key_transform(bytes(2 * 64 * 64));
     model.mutable_layers(i)->set_key_widths(std::string(2 * 3 * 8, static_cast<char>(i + 1)));
   }
   const auto spec = FromProto(model);
   ASSERT_TRUE(spec.ok()) << spec.status();
   ASSERT_EQ(spec->groups.size(), 1u);
-  EXPECT_EQ(spec->groups[0].key_transforms.size(), 2u * 2 * 64 * 64);
-  ASSERT_EQ(spec->groups[0].key_widths.size(), 2u * 2 * 3 * 8);
-  EXPECT_EQ(spec->groups[0].key_widths.back(), 2);
+  const KeyTransforms& keys = spec->groups[0].key_transforms;
+  EXPECT_EQ(keys.pairs, RopePairs::kHalves);
+  EXPECT_EQ(keys.frequencies.size(), 2u * 32);
+  EXPECT_EQ(keys.centres.size(), 2u * 2 * 64);
+  EXPECT_EQ(keys.matrices.size(), 2u * 2 * 64 * 64);
+  ASSERT_EQ(keys.widths.size(), 2u * 2 * 3 * 8);
+  EXPECT_EQ(keys.widths.back(), 2);
   const auto message = [&](auto change) {
     v1::Model other = model;
     change(*other.mutable_layers(1));
@@ -106,10 +112,17 @@ TEST(Convert, TransformsOfKeysStandBesideTheirMeans) {
   EXPECT_THAT(message([&](v1::Layer& l) { l.set_key_widths("123"); }),
               HasSubstr("key_widths has 3 bytes, expected 48"));
   EXPECT_THAT(message([&](v1::Layer& l) { l.clear_key_widths(); }), HasSubstr("come together"));
+  EXPECT_THAT(message([&](v1::Layer& l) { l.clear_key_centre(); }), HasSubstr("a profile of before"));
+  EXPECT_THAT(message([&](v1::Layer& l) { l.set_key_frequencies(bytes(33)); }),
+              HasSubstr("key_frequencies has 132 bytes"));
+  EXPECT_THAT(message([&](v1::Layer& l) { l.set_key_frequencies(bytes(16)); }), HasSubstr("as many pairs"));
+  EXPECT_THAT(message([&](v1::Layer& l) { l.set_key_rope_neighbours(true); }), HasSubstr("of one kind"));
   EXPECT_THAT(message([&](v1::Layer& l) { l.clear_key_mean(); }), HasSubstr("beside key_mean"));
   EXPECT_THAT(message([&](v1::Layer& l) {
                 l.clear_key_transform();
                 l.clear_key_widths();
+                l.clear_key_centre();
+                l.clear_key_frequencies();
               }),
               HasSubstr("layers[1].key_transform: of layers with one shape all have it, or none"));
 }
