@@ -371,11 +371,21 @@ class Planner {
     return Rejection::kNone;
   }
 
+  // Of the yardstick itself: no measurement of a coded pair is as good, however small the change it found.
+  static bool IsExact(const Candidate& candidate) {
+    return candidate.harm.measured && candidate.harm.model.empty() && !candidate.harm.own_format;
+  }
+
+  static bool SameHarm(const Candidate& a, const Candidate& b) {
+    return a.harm.compared_percent() == b.harm.compared_percent() && IsExact(a) == IsExact(b);
+  }
+
   static bool Better(const Candidate& a, const Candidate& b) {
     if (a.harm.measured != b.harm.measured) return a.harm.measured;
     if (!a.harm.measured) return a.total_bytes > b.total_bytes;  // more bits are the safer guess
     const double harm = a.harm.compared_percent(), other = b.harm.compared_percent();
     if (harm != other) return harm < other;
+    if (IsExact(a) != IsExact(b)) return IsExact(a);
     return a.total_bytes < b.total_bytes;
   }
 
@@ -402,8 +412,7 @@ class Planner {
         candidate.rejection = Rejection::kTooLarge;
         continue;
       }
-      const bool equal = result.chosen >= 0 && candidate.harm.compared_percent() ==
-                                                   result.candidates[result.chosen].harm.compared_percent();
+      const bool equal = result.chosen >= 0 && SameHarm(candidate, result.candidates[result.chosen]);
       candidate.rejection = equal ? Rejection::kMoreBytes : Rejection::kMoreHarm;
     }
     if (result.chosen >= 0) {
@@ -441,13 +450,10 @@ class Planner {
   // the exact cache, no coded pair is taken, also if one would fit.
   std::optional<Split> ExactWithExpertsOnHost(const ContextPlan& result) const {
     if (request_.engine.engine != Engine::kLlamaCpp) return std::nullopt;
-    const auto exact = [](const Candidate& candidate) {
-      return candidate.harm.measured && candidate.harm.model.empty();
-    };
-    if (result.chosen >= 0 && exact(result.candidates[result.chosen])) return std::nullopt;
+    if (result.chosen >= 0 && IsExact(result.candidates[result.chosen])) return std::nullopt;
     for (size_t i = 0; i < pairs_.size(); ++i) {
       const Candidate& candidate = result.candidates[i];
-      if (candidate.rejection != Rejection::kNone || candidate.fits || !exact(candidate)) continue;
+      if (candidate.rejection != Rejection::kNone || candidate.fits || !IsExact(candidate)) continue;
       std::optional<Split> split = SplitOf(result, i);
       if (split.has_value() && split->cpu_expert_layers > 0) return split;
     }

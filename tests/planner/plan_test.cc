@@ -152,6 +152,17 @@ TEST(Plan, LeastHarmThenFewestBytes) {
   EXPECT_EQ(Chosen(Make(request).contexts[0]), "q4_0/q4_0");  // as little harm, fewer bytes
 }
 
+// A change that a text did not show is no reason to code a cache that fits as it is.
+TEST(Plan, AnExactCacheThatFitsIsNeverCoded) {
+  PlanRequest request = Request("llama-3.1-8b", "vram=24GiB", Engine::kKvtide);
+  request.weights.bytes = 4800 * kMiB;
+  request.quality = {Row("q8_0/q8_0", "default", -0.002)};
+  const ContextPlan context = Make(request).contexts[0];
+  EXPECT_EQ(Find(context, "q8_0/q8_0").harm.compared_percent(), 0);
+  EXPECT_EQ(Chosen(context), "f16/f16");
+  EXPECT_EQ(Find(context, "q8_0/q8_0").rejection, Rejection::kMoreHarm);
+}
+
 TEST(Plan, QualityBudgetRejects) {
   PlanRequest request = Request("llama-3.1-8b", "vram=7GiB", Engine::kKvtide);
   request.weights.bytes = 4800 * kMiB;
