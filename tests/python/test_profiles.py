@@ -131,5 +131,6 @@ def test_the_pools_planner_knows_profiles(pool, tmp_path):
     assert turbo4.calibrated and turbo4.measured_tokens > 0 and turbo4.measured_text and turbo4.measured_model
     assert turbo4.perplexity_increase_percent < plain["turbo4/turbo4"].perplexity_increase_percent
     assert calibrated["tide3/turbo3"].kv_bytes == calibrated["turbo3/turbo3"].kv_bytes
-    assert calibrated["tide3/turbo3"].measured and calibrated["tide3/turbo3"].rejection in ("", "more_harm")
+    tide = calibrated["tide3/turbo3"]
+    assert tide.rejection in (("", "more_harm") if tide.measured else ("unmeasured",))
     assert any("planned" in one for one in plan.assumptions)
