@@ -114,6 +114,7 @@ class NothingPaged final : public PagedAttention {
   absl::Status Attend(int, PagedRows, MutablePagedRows, float*, void*) override { return absl::OkStatus(); }
   absl::Status Seal(int, void*) override { return absl::OkStatus(); }
   absl::Status SealLayers(void*) override { return absl::OkStatus(); }
+  absl::Status SetProfile(int, const float*, const float*, void*) override { return absl::OkStatus(); }
   absl::StatusOr<uint64_t> ChangedValues(void*) override { return 7; }
   size_t bytes() const override { return 5; }
 };
