@@ -269,7 +269,19 @@ absl::Status ResolveSharedMemory(const v1::KvtidedConfig& config, service::Share
   return absl::OkStatus();
 }
 
+absl::Status ResolveWatermarks(const v1::KvtidedConfig& config, TierLimits* limits) {
+  if (config.high_watermark() != 0) limits->high_watermark = config.high_watermark();
+  if (config.low_watermark() != 0) limits->low_watermark = config.low_watermark();
+  if (limits->low_watermark > 0 && limits->low_watermark <= limits->high_watermark &&
+      limits->high_watermark <= 1)
+    return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(
+      "low_watermark is ", limits->low_watermark, " and high_watermark ", limits->high_watermark,
+      "; both are fractions of a tier above 0 and at most 1, the low one no higher than the other"));
+}
+
 absl::Status ResolveLimits(const v1::KvtidedConfig& config, CacheOptions* cache) {
+  KVTIDE_RETURN_IF_ERROR(ResolveWatermarks(config, &cache->limits));
   KVTIDE_RETURN_IF_ERROR(CheckRange<int64_t>("max_sequences", config.max_sequences(), 0, int64_t{1} << 32));
   KVTIDE_RETURN_IF_ERROR(CheckRange<int64_t>("max_models", config.max_models(), 0, 1 << 16));
   KVTIDE_RETURN_IF_ERROR(CheckRange<int64_t>("max_tokens", config.max_tokens(), 0, int64_t{1} << 40));
@@ -403,7 +415,7 @@ absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config) {
   KVTIDE_ASSIGN_OR_RETURN(
       options.cache.quotas,
       TenantQuotas::Parse(std::vector<std::string>(config.quota().begin(), config.quota().end()), tiers));
-  options.service.quotas = options.cache.quotas;
+  options.service.quotas->Set(options.cache.quotas);
   return options;
 }
 
@@ -444,6 +456,8 @@ v1::KvtidedConfig WithDefaults(const v1::KvtidedConfig& config, const DaemonOpti
   full.set_max_models(static_cast<int64_t>(options.cache.max_models));
   full.set_max_tokens(options.cache.max_tokens_per_sequence);
   full.set_max_attend_work(options.cache.max_attend_work);
+  full.set_high_watermark(options.cache.limits.high_watermark);
+  full.set_low_watermark(options.cache.limits.low_watermark);
   full.set_service_threads(service.threads);
   full.set_bulk_threads(service.bulk_threads);
   full.set_compute_threads(options.compute_threads > 0 ? options.compute_threads : Processors());

@@ -58,12 +58,18 @@ std::string Escaped(std::string_view text, size_t most) {
   return out;
 }
 
+void FailureLog::SetSlow(absl::Duration slow) {
+  const MutexLock lock(mutex_);
+  slow_ = slow;
+}
+
 void FailureLog::Add(const service::CallReport& call, absl::Time now) {
-  const bool slow = call.duration > slow_ && std::string_view(call.method) != "Session";
-  if (call.code == 0 && !slow) return;
   int64_t suppressed = 0;
+  bool slow = false;
   {
     const MutexLock lock(mutex_);
+    slow = call.duration > slow_ && std::string_view(call.method) != "Session";
+    if (call.code == 0 && !slow) return;
     const auto entry = limits_.try_emplace({call.method, call.code}, kBurst, kPerSecond).first;
     if (!entry->second.Pass(now, &suppressed)) return;
   }

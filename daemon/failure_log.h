@@ -45,11 +45,13 @@ class FailureLog {
       : write_(std::move(write)), slow_(slow) {}
 
   void Add(const service::CallReport& call, absl::Time now);
+  // From now on.
+  void SetSlow(absl::Duration slow);
 
  private:
   const Write write_;
-  const absl::Duration slow_;
   Mutex mutex_;
+  absl::Duration slow_ ABSL_GUARDED_BY(mutex_);
   // By verb and code, a bounded number of each.
   std::map<std::pair<std::string, int>, RateLimit> limits_ ABSL_GUARDED_BY(mutex_);
 };

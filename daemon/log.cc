@@ -88,4 +88,8 @@ void SetUpLogging(const std::string& level, bool json) {
   google::protobuf::SetLogHandler(LogFromProtobuf);
 }
 
+void SetLogLevel(const std::string& level) {
+  spdlog::default_logger()->set_level(spdlog::level::from_str(level));
+}
+
 }  // namespace kvtide

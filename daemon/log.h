@@ -10,4 +10,7 @@ namespace kvtide {
 // threads start.
 void SetUpLogging(const std::string& level, bool json);
 
+// Of what is logged from now on. Any thread.
+void SetLogLevel(const std::string& level);
+
 }  // namespace kvtide

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/synchronization/mutex.h"
 #include "daemon/backends.h"
 #include "daemon/cache/kv_cache.h"
@@ -20,6 +21,7 @@
 #include "daemon/failure_log.h"
 #include "daemon/log.h"
 #include "daemon/metrics/metrics.h"
+#include "daemon/running_config.h"
 #include "daemon/service/address.h"
 #include "daemon/service/server.h"
 #include "daemon/service_manager.h"
@@ -27,6 +29,7 @@
 #include "daemon/tiered_cache.h"
 #include "daemon/version.h"
 #include "google/protobuf/util/json_util.h"
+#include "kernels/base/mutex.h"
 #include "kernels/base/out_of_memory.h"
 #include "kernels/base/status.h"
 #include "planner/near_names.h"
@@ -50,8 +53,8 @@ constexpr absl::Duration kShutdownPatience = absl::Seconds(5);
 // Everything that lives while the daemon serves, in the order in which it is made.
 class Daemon {
  public:
-  static absl::StatusOr<std::unique_ptr<Daemon>> Start(DaemonOptions options) {
-    std::unique_ptr<Daemon> daemon(new Daemon(std::move(options)));
+  static absl::StatusOr<std::unique_ptr<Daemon>> Start(ConfigLayers layers, DaemonOptions options) {
+    std::unique_ptr<Daemon> daemon(new Daemon(std::move(layers), std::move(options)));
     KVTIDE_RETURN_IF_ERROR(daemon->StartCache());
     KVTIDE_RETURN_IF_ERROR(daemon->StartMetrics());
     KVTIDE_RETURN_IF_ERROR(daemon->StartServer());
@@ -69,14 +72,31 @@ class Daemon {
     return line;
   }
 
-  // What may change without a restart is read again; what cannot be read stays as it was.
-  void Reload() {
-    if (options_.service.tokens == nullptr) return;
-    if (const absl::Status status = options_.service.tokens->Reload(); status.ok()) {
+  // What may change without a restart is read again; what cannot be read stays as it was. From any thread.
+  absl::StatusOr<v1::ReloadConfigResponse> Reload() {
+    const MutexLock lock(reload_mutex_);
+    if (options_.service.tokens != nullptr) {
+      if (const absl::Status status = options_.service.tokens->Reload(); !status.ok()) {
+        spdlog::error("tokens stay as they were: {}", std::string(status.message()));
+        return status;
+      }
       spdlog::info("reloaded tokens={}", options_.service.tokens->size());
-    } else {
-      spdlog::error("tokens stay as they were: {}", std::string(status.message()));
     }
+    const auto changes = config_.Reload([this](const DaemonOptions& now) -> absl::Status {
+      KVTIDE_RETURN_IF_ERROR(cache_->SetLimits(LiveLimitsOf(now.cache)));
+      options_.service.quotas->Set(now.cache.quotas);
+      calls_.SetSlow(now.slow_call);
+      SetLogLevel(now.log_level);
+      return absl::OkStatus();
+    });
+    if (!changes.ok()) {
+      spdlog::error("the configuration stays as it was: {}",
+                    Escaped(std::string(changes.status().message())));
+      return changes.status();
+    }
+    spdlog::info("reloaded changed=\"{}\" needs_restart=\"{}\"", absl::StrJoin(changes->changed(), " "),
+                 absl::StrJoin(changes->needs_restart(), " "));
+    return changes;
   }
 
   // False: a call has not come back, so that nothing can be taken apart.
@@ -92,8 +112,9 @@ class Daemon {
   }
 
  private:
-  explicit Daemon(DaemonOptions options)
+  Daemon(ConfigLayers layers, DaemonOptions options)
       : options_(std::move(options)),
+        config_(std::move(layers), options_),
         calls_([](const char* level,
                   const std::string& line) { spdlog::log(spdlog::level::from_str(level), "{}", line); },
                options_.slow_call) {}
@@ -118,7 +139,8 @@ class Daemon {
     metrics.service = [this] { return ServiceStats(options_.service); };
     metrics_ = std::make_unique<metrics::Metrics>(std::move(metrics));
     options_.service.report = [this](const service::CallReport& call) {
-      metrics_->RecordCall(call.method, call.code, call.duration, call.request_bytes, call.response_bytes);
+      metrics_->RecordCall({call.method, call.code, call.duration, call.received, call.waited,
+                            call.request_bytes, call.response_bytes, call.tenant});
       calls_.Add(call, absl::Now());
     };
     if (options_.metrics_address.empty()) return absl::OkStatus();
@@ -160,6 +182,8 @@ class Daemon {
     };
     // The service manager restarts who does not say so in time (WatchdogSec).
     if (WatchdogWanted()) options_.service.alive = [] { NotifyServiceManager("WATCHDOG=1"); };
+    options_.service.config = [this] { return config_.Describe(); };
+    options_.service.reload = [this] { return Reload(); };
     options_.service.mended = [](const std::string& address, const absl::Status& status) {
       if (status.ok()) {
         spdlog::warn("address={} the socket's file was gone; it is there again", address);
@@ -178,12 +202,14 @@ class Daemon {
   }
 
   DaemonOptions options_;
+  RunningConfig config_;
   FailureLog calls_;
   std::unique_ptr<TieredCache> tiers_;
   KvCache* cache_ = nullptr;  // of tiers_
   std::unique_ptr<metrics::Metrics> metrics_;
   std::string metrics_address_;  // as bound; empty = not served
   std::unique_ptr<service::Server> server_;
+  Mutex reload_mutex_;  // one reload at a time
 };
 
 // Signals that stop the daemon, and SIGHUP, are taken by Main alone; every thread that starts later inherits
@@ -244,7 +270,7 @@ int Main(int argc, char** argv) {
   }
   SetUpLogging(options->log_level, options->log_format == "json");
   const sigset_t stop_signals = BlockStopSignals();
-  auto daemon = Daemon::Start(std::move(options).value());
+  auto daemon = Daemon::Start(*layers, std::move(options).value());
   if (!daemon.ok()) return Fail(daemon.status(), kExitCannotStart);
   std::printf("%s\n", (*daemon)->ReadyLine().c_str());
   std::fflush(stdout);
@@ -253,7 +279,7 @@ int Main(int argc, char** argv) {
   int received = 0;
   while (sigwait(&stop_signals, &received) == 0 && received == SIGHUP) {
     NotifyServiceManager("RELOADING=1");
-    (*daemon)->Reload();
+    (*daemon)->Reload().IgnoreError();  // the log says it
     NotifyServiceManager("READY=1");
   }
   NotifyServiceManager("STOPPING=1");

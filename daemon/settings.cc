@@ -37,16 +37,17 @@ constexpr Setting kSettings[] = {
      "or none "
      "(default 1,2)"},
     {"metrics_address", "where /metrics is served, or off (default 127.0.0.1:9464)"},
-    {"log_level", "trace, debug, info, warning or error (default info)"},
+    {"log_level", "trace, debug, info, warning or error (default info)", true},
     {"log_format", "text (default; words and key=value) or json, an object a line"},
-    {"slow_call_ms",
-     "log calls that take longer, and where the time went; 0 = the default (1000), -1 = none"},
+    {"slow_call_ms", "log calls that take longer, and where the time went; 0 = the default (1000), -1 = none",
+     true},
     {"allow",
      "who may use kvtided beside its own user and root, and as which tenant: uid:1001, group (its own), "
      "group:kvtide=acme, uid:1002=ops:admin, anyone, tcp=acme; may be given several times"},
     {"quota",
-     "hard limits of a tenant, or of every other one (*): acme:sequences=100,models=4,calls=32,"
-     "connections=16,device=2GiB,host=16GiB; may be given several times"},
+     "hard limits of a tenant, or of every other one (*): acme:sequences=100,models=4,pins=10,calls=32,"
+     "connections=16,device=2GiB,host=16GiB; may be given several times",
+     true},
     {"server_cert", "TLS on TCP addresses: PEM file with kvtided's certificate chain"},
     {"server_key", "PEM file with its key"},
     {"client_ca", "mTLS: PEM file with the CA of clients' certificates, whose common name is the tenant"},
@@ -65,10 +66,13 @@ constexpr Setting kSettings[] = {
      "memory shared with clients of this host, all together (default 512MiB); 0 closes that way"},
     {"shared_memory_client", "most of it for one client (default 256MiB)"},
     {"max_shared_memory_clients", "clients that share memory, a thread each; 0 = the default (64)"},
-    {"share_pool", "engines of an admin may map the device tier on CPUs (the direct way), as they may on GPUs"},
-    {"max_sequences", "sequences at a time; 0 = the default (16384)"},
-    {"max_models", "models at a time; 0 = the default (64)"},
+    {"share_pool",
+     "engines of an admin may map the device tier on CPUs (the direct way), as they may on GPUs"},
+    {"max_sequences", "sequences at a time; 0 = the default (16384)", true},
+    {"max_models", "models at a time; 0 = the default (64)", true},
     {"max_tokens", "tokens of one sequence; 0 = the default (4194304)"},
+    {"high_watermark", "a tier that is fuller moves idle blocks down (default 0.9 of it)", true},
+    {"low_watermark", "until it is no fuller than this (default 0.8)", true},
     {"max_attend_work",
      "most work of one attention: queries x visible tokens x query heads of all its items (default 2^38)"},
     {"service_threads", "threads that serve calls; 0 = the default (one per core, at least 2)"},
@@ -243,8 +247,12 @@ absl::StatusOr<ConfigLayers> GatherConfig(std::string file_name, v1::KvtidedConf
 }
 
 absl::StatusOr<std::vector<EffectiveValue>> EffectiveValues(const ConfigLayers& layers) {
+  KVTIDE_ASSIGN_OR_RETURN(const DaemonOptions options, ResolveConfig(layers.Merged()));
+  return EffectiveValues(layers, options);
+}
+
+std::vector<EffectiveValue> EffectiveValues(const ConfigLayers& layers, const DaemonOptions& options) {
   const v1::KvtidedConfig merged = layers.Merged();
-  KVTIDE_ASSIGN_OR_RETURN(const DaemonOptions options, ResolveConfig(merged));
   const v1::KvtidedConfig filled = WithDefaults(merged, options);
   std::vector<EffectiveValue> values;
   for (const Setting& setting : kSettings)

@@ -67,6 +67,8 @@ struct EffectiveValue {
 };
 // What kvtided would run with. Fails as ResolveConfig does.
 absl::StatusOr<std::vector<EffectiveValue>> EffectiveValues(const ConfigLayers& layers);
+// The same where the options are there already.
+std::vector<EffectiveValue> EffectiveValues(const ConfigLayers& layers, const DaemonOptions& options);
 
 // Variables KVTIDE_* of the environment (as `environ`, NAME=VALUE) that look like a setting and are none: a
 // line each, with the nearest one. Those of other programs of kvtide are known.

@@ -393,6 +393,37 @@ absl::StatusOr<MoveResult> Client::PrefetchSequences(std::span<const SequenceId>
   return MoveResult{response.blocks(), response.bytes(), 0, response.blocks_left()};
 }
 
+absl::StatusOr<RunningConfig> Client::GetConfig() {
+  v1::SessionRequest message;
+  message.mutable_get_config();
+  v1::SessionResponse answer;
+  KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
+  RunningConfig config;
+  config.file = answer.get_config().file();
+  for (const v1::ConfigValue& value : answer.get_config().values())
+    config.values.push_back({value.name(), value.value(), value.source(), value.live()});
+  return config;
+}
+
+absl::StatusOr<ConfigChanges> Client::ReloadConfig() {
+  v1::SessionRequest message;
+  message.mutable_reload_config();
+  v1::SessionResponse answer;
+  KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
+  const v1::ReloadConfigResponse& response = answer.reload_config();
+  return ConfigChanges{{response.changed().begin(), response.changed().end()},
+                       {response.needs_restart().begin(), response.needs_restart().end()}};
+}
+
+absl::Status Client::PinSequences(std::span<const SequenceId> sequences, absl::Duration time) {
+  v1::SessionRequest message;
+  v1::PinSequencesRequest& request = *message.mutable_pin_sequences();
+  request.mutable_sequence_ids()->Add(sequences.begin(), sequences.end());
+  request.set_seconds(absl::ToDoubleSeconds(time));
+  v1::SessionResponse answer;
+  return impl_->carrier->Call(&message, &answer);
+}
+
 absl::StatusOr<PersistResult> Client::PersistSequences(std::span<const SequenceId> sequences) {
   v1::SessionRequest message;
   v1::PersistSequencesRequest& request = *message.mutable_persist_sequences();

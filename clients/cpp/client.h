@@ -236,7 +236,8 @@ struct SequenceInfo {
   ExactWindow exact_window;
   bool seal_at_once = false;
   double idle_seconds = 0, age_seconds = 0;
-  std::string device;  // of the first tier, where it lives
+  double pinned_seconds = 0;  // that it stays pinned; 0 = it is not
+  std::string device;         // of the first tier, where it lives
   bool durable = false;
   int64_t durable_tokens = 0;
   Persistence persistence = Persistence::kNone;
@@ -288,6 +289,20 @@ struct MoveResult {
 struct PersistResult {
   int64_t sequences = 0, tokens = 0;  // that are durable now
   int64_t blocks = 0, bytes = 0;      // that were written
+};
+// A setting of a daemon: its value with the default filled in; where that comes from, "default", "file",
+// "environment" or "flag"; whether it follows a reload.
+struct ConfigValue {
+  std::string name, value, source;
+  bool live = false;
+};
+struct RunningConfig {
+  std::string file;  // empty = none
+  std::vector<ConfigValue> values;
+};
+// Names of settings that a reload has changed, and of those whose new value waits for a restart.
+struct ConfigChanges {
+  std::vector<std::string> changed, needs_restart;
 };
 struct EvictOptions {
   std::string tier;  // empty = the next lower one
@@ -381,6 +396,11 @@ class Client {
                                             const EvictOptions& options = {});
   absl::StatusOr<MoveResult> EvictAll(const EvictOptions& options = {});
   absl::StatusOr<MoveResult> PrefetchSequences(std::span<const SequenceId> sequences);
+  // What the daemon runs with, and reading that again, as its SIGHUP does. For admins.
+  absl::StatusOr<RunningConfig> GetConfig();
+  absl::StatusOr<ConfigChanges> ReloadConfig();
+  // For so long (a day at most, 0 ends it) their blocks stay in their tiers, unless a call names them.
+  absl::Status PinSequences(std::span<const SequenceId> sequences, absl::Duration time);
   // They are there again after a stop, a crash or a kill of the daemon, as they are now.
   absl::StatusOr<PersistResult> PersistSequences(std::span<const SequenceId> sequences);
 

@@ -167,6 +167,7 @@ SequenceInfo FromProto(const v1::Sequence& proto) {
   info.device = proto.device();
   info.durable = proto.durable();
   info.durable_tokens = proto.durable_tokens();
+  info.pinned_seconds = proto.pinned_seconds();
   info.persistence = static_cast<Persistence>(proto.persistence());
   return info;
 }

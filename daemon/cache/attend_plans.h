@@ -31,6 +31,7 @@ struct CachedAttendPlan {
   std::vector<int> parts_of_item;  // in how many parts each item is
   std::vector<std::shared_ptr<const Profile>> profiles;
   uint64_t blocks = 0, blocks_below_tier0 = 0;  // that the call reads
+  std::vector<uint64_t> tier_bytes;             // of them, by tier, in one layer
 
   size_t DeviceBytes() const;
 };

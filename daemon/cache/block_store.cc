@@ -547,7 +547,7 @@ void BlockStore::PeekIdle(int tier, uint64_t before_serial,
                           absl::FunctionRef<bool(const Block&)> visit) const {
   this->tier(tier).policy->Peek([&](RecordSlot slot) {
     const Recency& record = *records_[slot];
-    if (record.readers > 0 || record.touch_serial >= before_serial) return true;
+    if (record.readers > 0 || record.pinned || record.touch_serial >= before_serial) return true;
     const Block* block = record.tiers[static_cast<size_t>(tier)].first;
     for (; block != nullptr; block = block->next)
       if (IsIdle(*block) && !visit(*block)) return false;

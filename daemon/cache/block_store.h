@@ -135,13 +135,16 @@ class BlockStore {
   void Touch(const Block& block, absl::Time now);
   void BeginRead(const RecencyPtr& record);
   void EndRead(const RecencyPtr& record);
+  // PeekIdle passes over its blocks while it is pinned.
+  void SetPinned(const RecencyPtr& record, bool pinned) { Root(record)->pinned = pinned; }
   uint64_t serial() const { return serial_; }
   uint64_t TouchSerial(const Block& block) const { return Root(block).touch_serial; }
   absl::Time LastTouched(const Block& block) const { return Root(block).last_touched; }
   absl::Time LastTouched(const RecencyPtr& record) const { return Root(record.get())->last_touched; }
   // Shows the blocks of a tier from the coldest on until `visit` says false.
   void Peek(int tier, absl::FunctionRef<bool(const Block&)> visit) const;
-  // The same without the blocks of sequences that are being read or were used at `before_serial` or later.
+  // The same without the blocks of sequences that are being read, are pinned or were used at `before_serial`
+  // or later.
   void PeekIdle(int tier, uint64_t before_serial, absl::FunctionRef<bool(const Block&)> visit) const;
   // Attention has found blocks of the sequence below the first tier: the mover may promote them.
   void Want(const SequenceRecency& sequence);

@@ -26,6 +26,7 @@ struct Counters {
   uint64_t copied_on_write_blocks = 0, window_freed_blocks = 0, evict_calls = 0, prefetch_calls = 0;
   uint64_t moves = 0, failed_moves = 0, moved_bytes = 0, dropped_blocks = 0;
   uint64_t compacted_blocks = 0, compacted_bytes = 0;
+  std::vector<uint64_t> attended_bytes;  // by tier
   uint64_t attended_blocks = 0, attended_blocks_below_tier0 = 0, checksum_failures = 0, exhausted = 0;
   uint64_t keyed_hits = 0, keyed_misses = 0, keyed_stored = 0, keyed_present = 0, keyed_left_out = 0;
   uint64_t keyed_loaded = 0, keyed_loaded_bytes = 0, leases_granted = 0;
@@ -34,8 +35,11 @@ struct Counters {
 
 struct CacheState {
   explicit CacheState(const CacheOptions& options)
-      : tenants(&options.quotas, options.tiers.size()), sequences(options, &store, &tenants) {}
+      : limits(LiveLimitsOf(options)),
+        tenants(&limits.quotas, options.tiers.size()),
+        sequences(options, &limits, &store, &tenants) {}
 
+  LiveLimits limits;
   TenantTable tenants;  // before those who count in it
   BlockStore store;
   Sequences sequences;

@@ -68,6 +68,14 @@ struct CacheOptions {
   uint64_t id_seed = 0;  // of the sequence ids; 0 = random
 };
 
+// What may change while the cache runs.
+struct LiveLimits {
+  double high_watermark = TierLimits().high_watermark, low_watermark = TierLimits().low_watermark;
+  size_t max_sequences = CacheOptions().max_sequences, max_models = CacheOptions().max_models;
+  TenantQuotas quotas;
+};
+LiveLimits LiveLimitsOf(const CacheOptions& options);
+
 // Devices of the first tier: so many entries from the first one on have its name.
 int CountHomes(const std::vector<TierOptions>& tiers);
 

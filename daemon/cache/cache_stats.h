@@ -37,6 +37,7 @@ struct TierStats {
   uint64_t promoted_blocks = 0;            // moves into this tier from below,
   uint64_t dropped_blocks = 0;             // drops from this tier,
   uint64_t lost_blocks = 0;                // blocks that it could not give back
+  uint64_t attended_bytes = 0;             // of blocks that attention read here, a layer each
   bool attends = true;                     // in place; false: reached by I/O, of which `io` tells
   IoTierStats io;
 };
@@ -85,6 +86,7 @@ struct CacheStats {
   uint64_t persisted = 0;        // manifests that became durable,
   uint64_t failed_persists = 0;  // and that did not
   uint64_t persisted_bytes = 0;  // of blocks that were written for it
+  uint64_t pinned_sequences = 0;
   uint64_t durable_sequences = 0;
   // The block store: blocks that are found by key.
   uint64_t namespaces = 0, keyed_blocks = 0, keyed_bytes = 0, durable_keyed_blocks = 0, leases = 0;
@@ -114,6 +116,7 @@ struct SequenceInfo {
   std::string device;          // of the first tier, where the sequence lives
   bool durable = false;        // it would be there after a restart,
   int64_t durable_tokens = 0;  // with so many tokens
+  absl::Time pinned_until = absl::InfinitePast();
   std::vector<uint64_t> blocks_by_tier;
   std::vector<uint64_t> bytes_by_tier;  // shared blocks count in every sequence that holds them
   uint64_t shared_blocks = 0;

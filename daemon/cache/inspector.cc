@@ -62,6 +62,7 @@ void AddSequences(const CacheState& state, CacheStats& stats) {
   stats.sequences_created = sequences.created();
   stats.sequences_closed = sequences.closed();
   stats.durable_sequences = state.durable_sequences;
+  stats.pinned_sequences = sequences.pins();
   stats.tokens = sequences.tokens();
   stats.f16_equivalent_bytes = sequences.held_f16_bytes();
   if (state.store.dropped_blocks() == 0) return;
@@ -123,14 +124,16 @@ CacheStats Inspector::Stats() const {
   AddSequences(*lock, stats);
   AddKeyed(lock->keyed, stats);
   AddCounters(lock->counters, stats);
+  for (size_t t = 0; t < lock->counters.attended_bytes.size() && t < stats.tiers.size(); t++)
+    stats.tiers[t].attended_bytes = lock->counters.attended_bytes[t];
   stats.table_bytes = lock->store.table_bytes();
   stats.shared_blocks = lock->store.shared_blocks();
   stats.stored_bytes = lock->store.stored_bytes();
   if (stats.f16_equivalent_bytes > 0)
     stats.bits_per_value = 16.0 * static_cast<double>(stats.stored_bytes - lock->keyed.bytes()) /
                            static_cast<double>(stats.f16_equivalent_bytes);
-  stats.max_sequences = core_.options().max_sequences;
-  stats.max_models = core_.options().max_models;
+  stats.max_sequences = lock->limits.max_sequences;
+  stats.max_models = lock->limits.max_models;
   stats.max_tokens_per_sequence = core_.options().max_tokens_per_sequence;
   for (const TenantAccount* account : lock->tenants.All())
     stats.tenants.push_back({account->tenant, account->sequences, account->models, account->tier_bytes});
@@ -151,6 +154,7 @@ SequenceInfo Inspector::Describe(const CacheState& state, const Sequence& sequen
   info.device = state.store.tier(sequence.home).device;
   info.durable = sequence.durable.exists;
   info.durable_tokens = sequence.durable.tokens;
+  info.pinned_until = sequence.pinned_until;
   info.blocks_by_tier.resize(state.store.tiers());
   info.bytes_by_tier.resize(state.store.tiers());
   for (const GroupTable& table : sequence.groups) {

@@ -167,6 +167,18 @@ absl::Status KvCache::CloseSequence(SequenceId sequence, const CallContext& cont
   return impl_->persister.Forget(lock, *closing);
 }
 
+absl::Status KvCache::Pin(std::span<const SequenceId> sequences, absl::Duration time,
+                          const CallContext& context) {
+  constexpr absl::Duration kLongest = absl::Hours(24);
+  if (time < absl::ZeroDuration() || time > kLongest)
+    return absl::InvalidArgumentError(absl::StrCat("a pin of ", absl::FormatDuration(time),
+                                                   ": allowed are up to ", absl::FormatDuration(kLongest),
+                                                   ", and 0 to end it"));
+  CacheLock lock(impl_->core);
+  KVTIDE_ASSIGN_OR_RETURN(const std::vector<SequencePtr> found, lock->sequences.FindAll(sequences, context));
+  return lock->sequences.Pin(found, options().clock() + time);
+}
+
 absl::StatusOr<PersistReport> KvCache::Persist(std::span<const SequenceId> sequences,
                                                const CallContext& context) {
   return impl_->persister.Persist(sequences, context);
@@ -363,6 +375,22 @@ CacheStats KvCache::Stats() const {
   return stats;
 }
 const CacheOptions& KvCache::options() const { return impl_->core.options(); }
+LiveLimits KvCache::limits() const {
+  const CacheLock lock(impl_->core);
+  return lock->limits;
+}
+absl::Status KvCache::SetLimits(LiveLimits limits) {
+  CacheOptions options = impl_->core.options();
+  options.limits.high_watermark = limits.high_watermark;
+  options.limits.low_watermark = limits.low_watermark;
+  options.max_sequences = limits.max_sequences;
+  options.max_models = limits.max_models;
+  KVTIDE_RETURN_IF_ERROR(CheckCacheOptions(options));
+  const CacheLock lock(impl_->core);
+  lock->limits = std::move(limits);
+  lock->tenants.TakeQuotas();
+  return absl::OkStatus();
+}
 MoveReport KvCache::RunMovesOnce() {
   const MoveReport report = impl_->mover.RunOnce();
   if (!options().background_moves) impl_->persister.PersistChanged();

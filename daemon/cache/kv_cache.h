@@ -184,6 +184,11 @@ class KvCache {
   // blocks of others if needed. What finds no room stays.
   absl::StatusOr<MoveReport> Prefetch(std::span<const SequenceId> sequences, const CallContext& context = {});
 
+  // For so long the blocks of these sequences stay in the tiers where they are, unless a call names them: no
+  // policy and no other sequence's need for room moves or drops them. At most 24 h; 0 ends it.
+  // ResourceExhausted by the tenant's quota.
+  absl::Status Pin(std::span<const SequenceId> sequences, absl::Duration time,
+                   const CallContext& context = {});
   // Makes the sequences durable as they are: after a restart they are there again, with their ids, and read
   // back bit for bit. Needs a tier with TierOptions::index. Appends to a sequence wait while its last blocks
   // are written. FailedPrecondition in evaluation mode; DataLoss where tokens were dropped; ResourceExhausted
@@ -232,6 +237,11 @@ class KvCache {
   absl::StatusOr<int64_t> LayerLength(SequenceId sequence, int layer, const CallContext& context = {}) const;
   CacheStats Stats() const;
   const CacheOptions& options() const;
+  // Those of the options until SetLimits. What is there beyond new limits stays; nothing new is made until
+  // there is less.
+  LiveLimits limits() const;
+  // InvalidArgument as CheckCacheOptions; then nothing has changed.
+  absl::Status SetLimits(LiveLimits limits);
 
   // The bytes that a sequence of `tokens` tokens, at most 2^48, holds at rest.
   static absl::StatusOr<PredictedBytes> Predict(const ModelSpec& model, const SequenceOptions& options,

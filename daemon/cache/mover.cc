@@ -274,7 +274,7 @@ TierView Mover::ViewIdle(const CacheState& state, int tier_index, absl::Time now
   TierView view;
   RoomMaker::ViewRoom(tier, false, &view);
   const bool full = static_cast<double>(tier.allocator.used_bytes()) >
-                    core_.options().limits.high_watermark * static_cast<double>(view.capacity_bytes);
+                    state.limits.high_watermark * static_cast<double>(view.capacity_bytes);
   if (!full || !store.HasBelow(tier_index)) return view;
   size_t peeks = 0;
   store.PeekIdle(tier_index, kAnySerial, [&](const Block& block) {
@@ -289,6 +289,7 @@ MoveReport Mover::RunOnce() {
   BlockStore& store = lock->store;
   const absl::Time now = core_.options().clock();
   lock->keyed.ExpireLeases(now);
+  lock->sequences.ApplyPins(now);
   const uint64_t before_serial = store.serial() + 1;  // what is used from now on stays
   Snapshot snapshot;
   snapshot.homes = static_cast<size_t>(store.homes());
@@ -297,7 +298,10 @@ MoveReport Mover::RunOnce() {
     if (!IsBusy(*block))
       snapshot.tiers[static_cast<size_t>(block->place->tier)].wanted.push_back(
           RoomMaker::View(store, *block, now));
-  std::vector<Move> moves = PickMoves(snapshot, core_.options().limits, kSlice);
+  TierLimits limits = core_.options().limits;
+  limits.high_watermark = lock->limits.high_watermark;
+  limits.low_watermark = lock->limits.low_watermark;
+  std::vector<Move> moves = PickMoves(snapshot, limits, kSlice);
   if (!io_thread_.joinable()) return room_.Execute(lock, moves, true, before_serial);
   const auto io =
       std::stable_partition(moves.begin(), moves.end(), [&](const Move& move) { return !IsIo(move); });

@@ -123,6 +123,11 @@ int CountHomes(const std::vector<TierOptions>& tiers) {
   return homes;
 }
 
+LiveLimits LiveLimitsOf(const CacheOptions& options) {
+  return {options.limits.high_watermark, options.limits.low_watermark, options.max_sequences,
+          options.max_models, options.quotas};
+}
+
 absl::Status CheckCacheOptions(const CacheOptions& options) {
   if (options.tiers.empty() || options.tiers.size() > 64)
     return absl::InvalidArgumentError(

@@ -211,6 +211,7 @@ absl::StatusOr<std::vector<Reader::Wanted>> Reader::TryAttend(CacheLock& lock, B
   KVTIDE_RETURN_IF_ERROR(MergeParts(batch, states));
   reading.attended_blocks = plan->blocks;
   reading.attended_blocks_below_tier0 = plan->blocks_below_tier0;
+  reading.attended_bytes = plan->tier_bytes;
   plans_.Put(std::move(plan));
   return far;
 }
@@ -321,6 +322,7 @@ absl::StatusOr<std::unique_ptr<CachedAttendPlan>> Reader::MakePlan(const Batch& 
   auto plan = std::make_unique<CachedAttendPlan>();
   plan->key = std::move(key);
   plan->parts_of_item.resize(batch.items.size());
+  plan->tier_bytes.resize(core_.tiers());
   std::vector<std::vector<std::vector<BlockRun>>> runs(core_.tiers());  // by tier, by item of the part
   std::vector<CachedAttendPlan::TierPart> parts(core_.tiers());
   for (size_t i = 0; i < batch.items.size(); i++) {
@@ -342,6 +344,8 @@ absl::StatusOr<std::unique_ptr<CachedAttendPlan>> Reader::MakePlan(const Batch& 
       if (run.profile != nullptr && (plan->profiles.empty() || plan->profiles.back() != run.profile))
         plan->profiles.push_back(run.profile);
       plan->blocks += static_cast<uint64_t>(to - from);
+      plan->tier_bytes[t] += static_cast<uint64_t>(to - from) * run.layout->block_bytes() /
+                             static_cast<uint64_t>(run.layout->shape().layers);
       if (run.tier >= core_.homes()) plan->blocks_below_tier0 += static_cast<uint64_t>(to - from);
     }
   }

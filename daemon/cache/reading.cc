@@ -1,5 +1,7 @@
 #include "daemon/cache/reading.h"
 
+#include <algorithm>
+
 namespace kvtide {
 
 Reading::Reading(CacheState& state, size_t tables) : state_(state) {
@@ -16,6 +18,9 @@ Reading::~Reading() {
   entries_.clear();
   state_.counters.attended_blocks += attended_blocks;
   state_.counters.attended_blocks_below_tier0 += attended_blocks_below_tier0;
+  std::vector<uint64_t>& bytes = state_.counters.attended_bytes;
+  bytes.resize(std::max(bytes.size(), attended_bytes.size()));
+  for (size_t t = 0; t < attended_bytes.size(); t++) bytes[t] += attended_bytes[t];
   state_.attends_running--;
   state_.changed.NotifyAll();
 }

@@ -24,6 +24,7 @@ class Reading {
 
   // Adds to the counters of attended blocks when the reading ends.
   uint64_t attended_blocks = 0, attended_blocks_below_tier0 = 0;
+  std::vector<uint64_t> attended_bytes;  // by tier; empty = none
 
  private:
   struct Entry {

@@ -28,6 +28,7 @@ struct Recency {
   uint64_t touch_serial = 0;
   absl::Time last_touched;
   int readers = 0;      // running reads of sequences that have it
+  bool pinned = false;  // a sequence that is pinned has it
   bool wanted = false;  // attention found blocks of it below the first tier
   // After a fork the record of the parent goes on in the family's; its blocks have moved there.
   std::shared_ptr<Recency> merged_into;

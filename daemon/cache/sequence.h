@@ -128,6 +128,7 @@ struct Sequence {
   SequenceRecency recency;
   uint64_t counted_tokens = 0, counted_f16_bytes = 0;  // what Sequences has added to its totals
   absl::Time created, last_used;
+  absl::Time pinned_until = absl::InfinitePast();
 
   bool keeper() const { return !options.allow_drop; }
   int64_t MinTokens() const {

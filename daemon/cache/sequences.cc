@@ -15,8 +15,10 @@
 
 namespace kvtide {
 
-Sequences::Sequences(const CacheOptions& options, BlockStore* store, TenantTable* tenants)
+Sequences::Sequences(const CacheOptions& options, const LiveLimits* limits, BlockStore* store,
+                     TenantTable* tenants)
     : options_(options),
+      limits_(limits),
       store_(store),
       tenants_(tenants),
       home_counts_(static_cast<size_t>(CountHomes(options.tiers))),
@@ -26,6 +28,7 @@ void Sequences::Clear() {
   KVTIDE_CHECK(closing_ == 0, "the cache is destroyed under running calls");
   for (auto& [id, sequence] : sequences_) ReleaseTables(*sequence);
   sequences_.clear();
+  pins_.clear();
   by_id_.clear();
 }
 
@@ -56,7 +59,7 @@ absl::StatusOr<ModelId> Sequences::RegisterModel(const ModelSpec& spec, const st
   if (!restored)
     KVTIDE_RETURN_IF_ERROR(account->CheckOneMore(&TenantAccount::models, account->limits.models, "models",
                                                  "unregister one that is not used any more"));
-  if (models_.size() >= options_.max_models)
+  if (models_.size() >= limits_->max_models)
     return absl::ResourceExhaustedError(
         absl::StrCat(models_.size(), " models are registered, which is the limit (max_models)"));
   for (size_t g = 0; g < spec.groups.size(); g++)
@@ -215,7 +218,7 @@ absl::Status Sequences::CheckQuota(const TenantAccount& account) {
 }
 
 absl::Status Sequences::CheckRoomForOne() const {
-  if (sequences_.size() < options_.max_sequences) return absl::OkStatus();
+  if (sequences_.size() < limits_->max_sequences) return absl::OkStatus();
   return absl::ResourceExhaustedError(
       absl::StrCat(sequences_.size(), " sequences are open, which is the limit (max_sequences); close some"));
 }
@@ -313,6 +316,7 @@ absl::StatusOr<SequencePtr> Sequences::Fork(SequenceId id, const CallContext& co
   child->empty = parent->empty;
   child->created = child->last_used = options_.clock();
   store_->ForkRecency(&parent->recency, &child->recency);
+  ApplyPins(child->created);
   for (const GroupTable& from : parent->groups) {
     GroupTable& to = child->groups.emplace_back(ForkTable(from));
     for (const auto& [index, block] : to.staging) store_->AddDirect(block, child->keeper());
@@ -321,10 +325,51 @@ absl::StatusOr<SequencePtr> Sequences::Fork(SequenceId id, const CallContext& co
   return child;
 }
 
+absl::Status Sequences::Pin(std::span<const SequencePtr> sequences, absl::Time until) {
+  const absl::Time now = options_.clock();
+  absl::flat_hash_map<TenantAccount*, uint64_t> more;
+  if (until > now)
+    for (const SequencePtr& sequence : sequences)
+      if (!pins_.contains(sequence->id)) more[sequence->account.get()]++;
+  for (const auto& [account, count] : more)
+    if (const uint64_t limit = account->limits.pins; count > limit || account->pins > limit - count)
+      return absl::ResourceExhaustedError(absl::StrCat("tenant '", account->tenant, "' has ", account->pins,
+                                                       " pinned sequences, and its quota is ", limit,
+                                                       "; end some pins or let them end"));
+  for (const SequencePtr& sequence : sequences) {
+    sequence->pinned_until = until;
+    if (until > now && pins_.emplace(sequence->id, sequence).second) sequence->account->pins++;
+  }
+  ApplyPins(now);
+  return absl::OkStatus();
+}
+
+void Sequences::ApplyPins(absl::Time now) {
+  if (pins_.empty() && marked_.empty()) return;
+  for (const std::weak_ptr<Recency>& weak : marked_)
+    if (const RecencyPtr record = weak.lock(); record != nullptr) store_->SetPinned(record, false);
+  marked_.clear();
+  std::erase_if(pins_, [&](const auto& entry) {
+    const bool over = entry.second->closed || entry.second->pinned_until <= now;
+    if (over) entry.second->account->pins--;
+    return over;
+  });
+  for (const auto& [id, sequence] : pins_)
+    for (const RecencyPtr* record : {&sequence->recency.own, &sequence->recency.family}) {
+      if (*record == nullptr) continue;
+      store_->SetPinned(*record, true);
+      marked_.push_back(*record);
+    }
+}
+
 absl::Status Sequences::Close(const SequencePtr& sequence) {
   const SequenceId id = sequence->id;
   sequences_.erase(id);
   by_id_.erase(id);
+  if (pins_.contains(id)) {
+    sequence->pinned_until = absl::InfinitePast();
+    ApplyPins(options_.clock());
+  }
   NotEmptyAnyMore(*sequence);
   home_counts_[static_cast<size_t>(sequence->home)].sequences--;
   closed_.push_back(id);

@@ -26,7 +26,7 @@ using SequencePtr = std::shared_ptr<Sequence>;
 class Sequences {
  public:
   // Borrows all of them.
-  Sequences(const CacheOptions& options, BlockStore* store, TenantTable* tenants);
+  Sequences(const CacheOptions& options, const LiveLimits* limits, BlockStore* store, TenantTable* tenants);
 
   // Names of models are the tenant's own: two tenants may have different ones of a name.
   // `restored`: it was there before, so no quota counts.
@@ -49,6 +49,14 @@ class Sequences {
   // What belongs to another tenant is not there: the same error, in the same words.
   absl::StatusOr<SequencePtr> Find(SequenceId id, const CallContext& context) const;
   // Each of them once, in the order of `ids`.
+  // Until then the blocks of these sequences stay in their tiers, unless a call names them; the past ends a
+  // pin. Forks are not pinned, but the blocks that they share are. ResourceExhausted where the tenant's quota
+  // of pins allows fewer; then nothing has changed.
+  absl::Status Pin(std::span<const SequencePtr> sequences, absl::Time until);
+  // Forgets pins whose time is over, and marks the blocks of the others, whose records forks may have
+  // changed.
+  void ApplyPins(absl::Time now);
+  uint64_t pins() const { return pins_.size(); }
   absl::StatusOr<std::vector<SequencePtr>> FindAll(std::span<const SequenceId> ids,
                                                    const CallContext& context) const;
   bool IsOpen(SequenceId id) const { return by_id_.count(id) != 0; }
@@ -89,6 +97,7 @@ class Sequences {
   void ReleaseTables(Sequence& sequence);
 
   const CacheOptions& options_;
+  const LiveLimits* const limits_;
   BlockStore* const store_;
   TenantTable* const tenants_;
   std::map<ModelId, std::shared_ptr<const ModelState>> models_;
@@ -100,6 +109,8 @@ class Sequences {
   int closing_ = 0;
   uint64_t created_ = 0, closed_count_ = 0;
   uint64_t tokens_ = 0, held_f16_bytes_ = 0;
+  std::map<SequenceId, SequencePtr> pins_;
+  std::vector<std::weak_ptr<Recency>> marked_;                       // as pinned
   std::deque<SequenceId> closed_;                                    // the latest ones, for better messages
   mutable std::vector<std::unique_ptr<const BlockLayout>> layouts_;  // made as they are asked for
   std::mt19937_64 ids_;                                              // with CacheOptions::id_seed only

@@ -36,7 +36,7 @@ absl::StatusOr<TenantQuotas> TenantQuotas::Parse(std::span<const std::string> te
     const auto wrong = [&](absl::string_view what) {
       return absl::InvalidArgumentError(absl::StrCat(
           "quota \"", text, "\": ", what,
-          "; write TENANT:KEY=VALUE,... with the keys sequences, models, calls, ",
+          "; write TENANT:KEY=VALUE,... with the keys sequences, models, pins, calls, ",
           "connections and the tiers ", absl::StrJoin(tiers, ", "), ", and * for all other tenants"));
     };
     const size_t colon = text.find(':');
@@ -53,6 +53,7 @@ absl::StatusOr<TenantQuotas> TenantQuotas::Parse(std::span<const std::string> te
       uint64_t* count = nullptr;
       if (key == "sequences") count = &limits.sequences;
       if (key == "models") count = &limits.models;
+      if (key == "pins") count = &limits.pins;
       if (key == "calls") count = &limits.calls;
       if (key == "connections") count = &limits.connections;
       if (count == nullptr && std::find(tiers.begin(), tiers.end(), key) == tiers.end())
@@ -95,6 +96,10 @@ std::shared_ptr<TenantAccount> TenantTable::Get(const std::string& tenant) {
   account->tier_bytes.resize(tiers_);
   accounts_.emplace(tenant, account);
   return account;
+}
+
+void TenantTable::TakeQuotas() {
+  for (const auto& [tenant, account] : accounts_) account->limits = quotas_->Of(tenant);
 }
 
 std::vector<const TenantAccount*> TenantTable::All() const {

@@ -1,5 +1,5 @@
 // Tenants: what each may have at most, and what it has. The counts are guarded by the cache's mutex (part of
-// CacheState); limits never change.
+// CacheState); limits change with TenantTable::TakeQuotas only.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +19,7 @@ namespace kvtide {
 struct TenantLimits {
   static constexpr uint64_t kNone = std::numeric_limits<uint64_t>::max();
   uint64_t sequences = kNone, models = kNone;
+  uint64_t pins = kNone;                        // pinned sequences
   uint64_t calls = kNone, connections = kNone;  // at a time; the service's to check
   std::map<std::string, uint64_t> tier_bytes;   // by name of tier, over all its devices
   uint64_t OfTier(const std::string& tier) const {
@@ -29,8 +30,8 @@ struct TenantLimits {
 };
 
 // The limits of all tenants. A text for each:
-// "acme:sequences=100,models=4,calls=32,connections=16,device=2GiB, host=16GiB"; what is left out has no
-// limit. "*" stands for every tenant that has no text of its own, each for itself.
+// "acme:sequences=100,models=4,pins=10,calls=32,connections=16,device=2GiB, host=16GiB"; what is left out has
+// no limit. "*" stands for every tenant that has no text of its own, each for itself.
 class TenantQuotas {
  public:
   // `tiers`: their names, which stand beside the four counts. InvalidArgument names the text and what is
@@ -48,7 +49,7 @@ class TenantQuotas {
 struct TenantAccount {
   std::string tenant;
   TenantLimits limits;
-  uint64_t sequences = 0, models = 0;
+  uint64_t sequences = 0, models = 0, pins = 0;
   std::vector<uint64_t> tier_bytes;  // by tier index: extents of its blocks, and of copies on their way
   uint64_t places = 0;               // that these are of
 
@@ -63,6 +64,8 @@ class TenantTable {
   TenantTable(const TenantQuotas* quotas, size_t tiers) : quotas_(quotas), tiers_(tiers) {}
   // Kept while it counts anything or somebody has it.
   std::shared_ptr<TenantAccount> Get(const std::string& tenant);
+  // The quotas have changed: every account gets its limits from them. Who has more than that keeps it.
+  void TakeQuotas();
   // Those that have anything, by name.
   std::vector<const TenantAccount*> All() const;
 

@@ -62,6 +62,8 @@ void WriteContents(FamilyWriter& writer, const CacheStats& stats) {
   };
   gauge("kvtide_models", "Registered models.", static_cast<double>(stats.models));
   gauge("kvtide_sequences", "Open sequences.", static_cast<double>(stats.sequences));
+  gauge("kvtide_pinned_sequences", "Sequences whose blocks stay where they are, by PinSequences.",
+        static_cast<double>(stats.pinned_sequences));
   gauge("kvtide_tokens", "Sum of the lengths of all sequences; shared tokens count for each.",
         static_cast<double>(stats.tokens));
   gauge("kvtide_shared_blocks", "Blocks that more than one sequence holds.",
@@ -71,6 +73,11 @@ void WriteContents(FamilyWriter& writer, const CacheStats& stats) {
   gauge("kvtide_f16_equivalent_bytes",
         "What the tokens of all sequences would take in f16, unpadded and unshared.",
         static_cast<double>(stats.f16_equivalent_bytes));
+  gauge("kvtide_saved_bytes",
+        "What f16 would take besides: f16 equivalent less stored bytes; 0 when it is less.",
+        stats.f16_equivalent_bytes > stats.stored_bytes
+            ? static_cast<double>(stats.f16_equivalent_bytes - stats.stored_bytes)
+            : 0);
   gauge(
       "kvtide_bytes_per_value",
       "Stored bytes per K or V value of the stored tokens, with scales, padding and tails; times 8 these are "
@@ -117,6 +124,9 @@ void WriteCounters(FamilyWriter& writer, const CacheStats& stats) {
   tiers("kvtide_dropped_blocks_total", "Blocks dropped from this tier for good.", &TierStats::dropped_blocks);
   tiers("kvtide_lost_blocks_total", "Blocks that this tier could not give back: I/O errors, changed bytes.",
         &TierStats::lost_blocks);
+  tiers("kvtide_tier_attended_bytes_total",
+        "Bytes of blocks that attention read where they lie in this tier, scales and padding included.",
+        &TierStats::attended_bytes);
   // "below" is part of attended_blocks; as labels the two parts add up.
   const uint64_t below = stats.attended_blocks_below_tier0;
   const uint64_t first = stats.attended_blocks > below ? stats.attended_blocks - below : 0;

@@ -9,6 +9,7 @@
 #include "daemon/metrics/cache_collector.h"
 #include "daemon/metrics/endpoint_address.h"
 #include "daemon/metrics/family.h"
+#include "daemon/metrics/gpu_collector.h"
 #include "daemon/metrics/process_collector.h"
 #include "daemon/metrics/request_metrics.h"
 #include "kernels/base/check.h"
@@ -64,7 +65,7 @@ void WriteService(const ServiceStats& stats, FamilyWriter* writer) {
         stats.shared_memory_limit);
 }
 
-// All of a scrape, in one order: build, cache, calls, allocator, process.
+// All of a scrape, in one order: build, cache, calls, GPUs, allocator, process.
 class Everything final : public prometheus::Collectable {
  public:
   explicit Everything(MetricsOptions options)
@@ -83,7 +84,7 @@ class Everything final : public prometheus::Collectable {
                     {"compiler", Compiler()},
                     {"cuda", options_.cuda ? "yes" : "no"}});
     if (options_.service) WriteService(options_.service(), &writer);
-    const prometheus::Collectable* parts[] = {&cache_, &registry_, &allocator_, &process_};
+    const prometheus::Collectable* parts[] = {&cache_, &registry_, &gpus_, &allocator_, &process_};
     for (const prometheus::Collectable* part : parts) {
       for (prometheus::MetricFamily& family : part->Collect()) families.push_back(std::move(family));
     }
@@ -95,6 +96,7 @@ class Everything final : public prometheus::Collectable {
   prometheus::Registry registry_;
   RequestMetrics requests_;
   const CacheCollector cache_;
+  const GpuCollector gpus_;
   const AllocatorCollector allocator_;
   const ProcessCollector process_;
 };
@@ -114,10 +116,7 @@ Metrics::Metrics(MetricsOptions options) {
 
 Metrics::~Metrics() { Stop(); }
 
-void Metrics::RecordCall(const char* method, int code, absl::Duration duration, int64_t request_bytes,
-                         int64_t response_bytes) {
-  impl_->everything->requests().Record(method, code, duration, request_bytes, response_bytes);
-}
+void Metrics::RecordCall(const CallSample& call) { impl_->everything->requests().Record(call); }
 
 absl::StatusOr<std::string> Metrics::Start(const std::string& address) {
   KVTIDE_CHECK(impl_->exposer == nullptr, "metrics were started already");

@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -35,6 +36,17 @@ struct MetricsOptions {
   std::function<ServiceStats()> service;  // may be empty
 };
 
+// A finished call.
+struct CallSample {
+  const char* method = "";
+  int code = 0;             // a gRPC status code
+  absl::Duration duration;  // from its arrival to its answer; of it,
+  absl::Duration received;  // until its request was there,
+  absl::Duration waited;    // and from there until a thread took it
+  int64_t request_bytes = 0, response_bytes = 0;
+  std::string_view tenant;
+};
+
 // Method names that calls are counted under; calls with other names count as "other". A test holds this
 // against the service.
 constexpr const char* kMethods[] = {
@@ -43,7 +55,8 @@ constexpr const char* kMethods[] = {
     "EvictSequences",   "PrefetchSequences", "ListSequences",    "GetStats",        "Plan",
     "Session",          "ReadTokens",        "PersistSequences", "OpenNamespace",   "StoreBlocks",
     "LookupBlocks",     "LoadBlocks",        "ReleaseLease",     "DeleteNamespace", "PersistNamespace",
-    "ListNamespaces",   "BeginStep",         "EndStep",          "GetStepProfile",
+    "ListNamespaces",   "BeginStep",         "EndStep",          "GetStepProfile",  "PinSequences",
+    "GetConfig",        "ReloadConfig",
 };
 
 class Metrics {
@@ -53,10 +66,9 @@ class Metrics {
   Metrics(const Metrics&) = delete;
   Metrics& operator=(const Metrics&) = delete;
 
-  // One finished call. `code` is a gRPC status code. "Session" is a whole stream: it is counted, but its
+  // One finished call. "Session" is a whole stream: it is counted, but its
   // length is not a latency.
-  void RecordCall(const char* method, int code, absl::Duration duration, int64_t request_bytes,
-                  int64_t response_bytes);
+  void RecordCall(const CallSample& call);
 
   // Serves http://ADDRESS/metrics. ADDRESS is "127.0.0.1:9464", "[::1]:9464" or "localhost:0"; returns it
   // with the port that was bound. InvalidArgument for no such address, Unavailable for a port in use, both

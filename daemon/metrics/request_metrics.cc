@@ -20,11 +20,14 @@ const prometheus::Histogram::BucketBoundaries kSeconds = {25e-6, 50e-6, 100e-6, 
                                                           5e-3,  10e-3, 25e-3,  50e-3,  0.1,    0.25, 0.5,
                                                           1,     2.5,   5,      10,     30};
 
+// Fewer, since there are many tenants.
+const prometheus::Histogram::BucketBoundaries kTenantSeconds = {1e-4, 1e-3, 1e-2, 0.1, 1, 10};
+
 }  // namespace
 
 const char* CodeName(int code) { return code >= 0 && code < kCodes ? kCodeNames[code] : "UNKNOWN"; }
 
-RequestMetrics::RequestMetrics(prometheus::Registry* registry) {
+RequestMetrics::RequestMetrics(prometheus::Registry* registry) : registry_(registry) {
   auto& requests =
       prometheus::BuildCounter()
           .Name("kvtide_rpc_requests_total")
@@ -54,17 +57,76 @@ RequestMetrics::RequestMetrics(prometheus::Registry* registry) {
   };
   for (const char* name : kMethods) methods_.emplace(name, make(name));
   other_ = make("other");
+  auto& phases = prometheus::BuildHistogram()
+                     .Name("kvtide_rpc_phase_seconds")
+                     .Help(
+                         "Where the time of calls went: until their request was there, until a thread took "
+                         "them, and the rest.")
+                     .Register(*registry);
+  constexpr const char* kPhases[] = {"receive", "queue", "serve"};
+  for (size_t i = 0; i < phases_.size(); i++) phases_[i] = &phases.Add({{"phase", kPhases[i]}}, kSeconds);
 }
 
-void RequestMetrics::Record(const char* method, int code, absl::Duration duration, int64_t request_bytes,
-                            int64_t response_bytes) {
-  const auto found = methods_.find(absl::string_view(method));
+const RequestMetrics::Tenant& RequestMetrics::Of(std::string_view tenant) {
+  std::string name(tenant);
+  // An admin may give a tenant any name.
+  std::replace_if(
+      name.begin(), name.end(), [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; },
+      '?');
+  const auto found = tenants_.find(name);
+  if (found != tenants_.end()) return found->second;
+  if (tenants_.size() >= kMostTenants) name = "(others)";
+  Tenant& made = tenants_[name];
+  if (made.seconds != nullptr) return made;
+  // Registering a name again gives the family that is there.
+  auto& calls = prometheus::BuildCounter()
+                    .Name("kvtide_tenant_calls_total")
+                    .Help("Finished calls of the tenant, answered or failed; sessions count by their calls.")
+                    .Register(*registry_);
+  made.answered = &calls.Add({{"tenant", name}, {"outcome", "answered"}});
+  made.failed = &calls.Add({{"tenant", name}, {"outcome", "failed"}});
+  made.request_bytes = &prometheus::BuildCounter()
+                            .Name("kvtide_tenant_received_bytes_total")
+                            .Help("Bytes of requests of the tenant.")
+                            .Register(*registry_)
+                            .Add({{"tenant", name}});
+  made.response_bytes = &prometheus::BuildCounter()
+                             .Name("kvtide_tenant_sent_bytes_total")
+                             .Help("Bytes of answers to the tenant.")
+                             .Register(*registry_)
+                             .Add({{"tenant", name}});
+  made.seconds = &prometheus::BuildHistogram()
+                      .Name("kvtide_tenant_call_seconds")
+                      .Help("Time from a call's arrival to its answer, by tenant.")
+                      .Register(*registry_)
+                      .Add({{"tenant", name}}, kTenantSeconds);
+  return made;
+}
+
+void RequestMetrics::Record(const CallSample& call) {
+  const auto found = methods_.find(absl::string_view(call.method));
   const Method& entry = found == methods_.end() ? other_ : found->second;
   constexpr int kUnknown = 2;
-  entry.requests[code >= 0 && code < kCodes ? code : kUnknown]->Increment();
-  if (entry.seconds != nullptr) entry.seconds->Observe(std::max(0.0, absl::ToDoubleSeconds(duration)));
-  entry.request_bytes->Increment(static_cast<double>(std::max<int64_t>(0, request_bytes)));
-  entry.response_bytes->Increment(static_cast<double>(std::max<int64_t>(0, response_bytes)));
+  const double seconds = std::max(0.0, absl::ToDoubleSeconds(call.duration));
+  const auto request_bytes = static_cast<double>(std::max<int64_t>(0, call.request_bytes));
+  const auto response_bytes = static_cast<double>(std::max<int64_t>(0, call.response_bytes));
+  entry.requests[call.code >= 0 && call.code < kCodes ? call.code : kUnknown]->Increment();
+  entry.request_bytes->Increment(request_bytes);
+  entry.response_bytes->Increment(response_bytes);
+  if (entry.seconds == nullptr) return;  // a stream: its calls are told by themselves
+  entry.seconds->Observe(seconds);
+  const absl::Duration parts[] = {call.received, call.waited, call.duration - call.received - call.waited};
+  for (size_t i = 0; i < phases_.size(); i++)
+    phases_[i]->Observe(std::max(0.0, absl::ToDoubleSeconds(parts[i])));
+  Tenant tenant;
+  {
+    const MutexLock lock(mutex_);
+    tenant = Of(call.tenant);
+  }
+  (call.code == 0 ? tenant.answered : tenant.failed)->Increment();
+  tenant.request_bytes->Increment(request_bytes);
+  tenant.response_bytes->Increment(response_bytes);
+  tenant.seconds->Observe(seconds);
 }
 
 }  // namespace kvtide::metrics

@@ -1,14 +1,18 @@
 // Counts, latencies and bytes of calls. Every (method, code) is there from the start with 0, so that a rate
-// sees the first failure. Recording takes no lock of its own and allocates nothing.
+// sees the first failure. Tenants have series of their own as they come, up to kMostTenants; the others share
+// one. Recording allocates nothing but for the first call of a tenant.
 #pragma once
 
 #include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
-#include "absl/time/time.h"
+#include "daemon/metrics/metrics.h"
+#include "kernels/base/mutex.h"
 #include "prometheus/counter.h"
 #include "prometheus/histogram.h"
 #include "prometheus/registry.h"
@@ -16,14 +20,14 @@
 namespace kvtide::metrics {
 
 constexpr int kCodes = 17;
+constexpr size_t kMostTenants = 32;
 // "OK", "RESOURCE_EXHAUSTED"; "UNKNOWN" for codes that gRPC does not have.
 const char* CodeName(int code);
 
 class RequestMetrics {
  public:
   explicit RequestMetrics(prometheus::Registry* registry);
-  void Record(const char* method, int code, absl::Duration duration, int64_t request_bytes,
-              int64_t response_bytes);
+  void Record(const CallSample& call);
 
  private:
   struct Method {
@@ -32,8 +36,20 @@ class RequestMetrics {
     prometheus::Counter* request_bytes = nullptr;
     prometheus::Counter* response_bytes = nullptr;
   };
+  struct Tenant {
+    prometheus::Counter *answered = nullptr, *failed = nullptr, *request_bytes = nullptr,
+                        *response_bytes = nullptr;
+    prometheus::Histogram* seconds = nullptr;
+  };
+  // Made where it is not there yet.
+  const Tenant& Of(std::string_view tenant) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  prometheus::Registry* const registry_;
   absl::flat_hash_map<std::string, Method> methods_;  // never changes after the constructor
   Method other_;
+  std::array<prometheus::Histogram*, 3> phases_{};  // receive, queue, serve
+  Mutex mutex_;
+  absl::flat_hash_map<std::string, Tenant> tenants_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace kvtide::metrics

@@ -304,6 +304,7 @@ void ToProto(const SequenceInfo& info, const std::vector<TierOptions>& tiers, ab
   proto->set_device(info.device);
   proto->set_durable(info.durable);
   proto->set_durable_tokens(info.durable_tokens);
+  proto->set_pinned_seconds(std::max(0.0, absl::ToDoubleSeconds(info.pinned_until - now)));
   proto->set_persistence(info.options.persistence == Persistence::kAll      ? v1::PERSISTENCE_ALL
                          : info.options.persistence == Persistence::kOnPark ? v1::PERSISTENCE_ON_PARK
                                                                             : v1::PERSISTENCE_NONE);

@@ -14,6 +14,18 @@
 namespace kvtide::service {
 namespace {
 
+absl::Status CheckAdmin(const Call& call, const char* verb) {
+  return call.context.identity == nullptr || call.context.identity->admin
+             ? absl::OkStatus()
+             : absl::PermissionDeniedError(absl::StrCat(
+                   verb,
+                   " is for admins: kvtided's own user and root, and whom --allow or --tokens name so"));
+}
+
+absl::Status NoConfig() {
+  return absl::UnimplementedError("there is no configuration to read: this is no daemon of its own");
+}
+
 int64_t Signed(uint64_t value) { return static_cast<int64_t>(value); }
 
 template <class Ids>
@@ -75,8 +87,9 @@ absl::Status Handlers::GetServerInfo(const v1::GetServerInfoRequest&, v1::GetSer
     out->set_bits_per_value(BlockLayout({1, 1, 128, 128}, {type, type}).BitsPerValue());
   }
   response->mutable_limits()->set_max_message_bytes(options_.max_message_bytes);
-  response->mutable_limits()->set_max_sequences(Signed(limits.max_sequences));
-  response->mutable_limits()->set_max_models(Signed(limits.max_models));
+  const LiveLimits live = cache_->limits();
+  response->mutable_limits()->set_max_sequences(Signed(live.max_sequences));
+  response->mutable_limits()->set_max_models(Signed(live.max_models));
   response->mutable_limits()->set_max_tokens(limits.max_tokens_per_sequence);
   response->mutable_limits()->set_max_items(Signed(limits.max_batch_items));
   response->mutable_limits()->set_max_append_tokens(limits.max_tokens_per_append);
@@ -89,6 +102,22 @@ absl::Status Handlers::GetServerInfo(const v1::GetServerInfoRequest&, v1::GetSer
   response->set_uptime_seconds(absl::ToDoubleSeconds(limits.clock() - started_));
   for (const std::string& model : cache_->ModelNames(call.context)) response->add_models(model);
   response->set_process_id(::getpid());
+  return absl::OkStatus();
+}
+
+absl::Status Handlers::GetConfig(const v1::GetConfigRequest&, v1::GetConfigResponse* response,
+                                 const Call& call) {
+  KVTIDE_RETURN_IF_ERROR(CheckAdmin(call, "GetConfig"));
+  if (!options_.config) return NoConfig();
+  *response = options_.config();
+  return absl::OkStatus();
+}
+
+absl::Status Handlers::ReloadConfig(const v1::ReloadConfigRequest&, v1::ReloadConfigResponse* response,
+                                    const Call& call) {
+  KVTIDE_RETURN_IF_ERROR(CheckAdmin(call, "ReloadConfig"));
+  if (!options_.reload) return NoConfig();
+  KVTIDE_ASSIGN_OR_RETURN(*response, options_.reload());
   return absl::OkStatus();
 }
 
@@ -214,6 +243,12 @@ absl::Status Handlers::PersistSequences(const v1::PersistSequencesRequest& reque
   response->set_bytes(Signed(report.bytes));
   response->set_tokens(report.tokens);
   return absl::OkStatus();
+}
+
+absl::Status Handlers::PinSequences(const v1::PinSequencesRequest& request, v1::PinSequencesResponse*,
+                                    const Call& call) {
+  if (request.sequence_ids_size() == 0) return absl::InvalidArgumentError("sequence_ids is empty");
+  return cache_->Pin(ToVector(request.sequence_ids()), absl::Seconds(request.seconds()), call.context);
 }
 
 absl::Status Handlers::ListSequences(const v1::ListSequencesRequest& request,

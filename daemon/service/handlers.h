@@ -44,6 +44,7 @@ class Handlers {
                                  const Call&);
   absl::Status PersistSequences(const v1::PersistSequencesRequest&, v1::PersistSequencesResponse*,
                                 const Call&);
+  absl::Status PinSequences(const v1::PinSequencesRequest&, v1::PinSequencesResponse*, const Call&);
   absl::Status ListSequences(const v1::ListSequencesRequest&, v1::ListSequencesResponse*, const Call&);
   absl::Status BeginStep(const v1::BeginStepRequest&, v1::BeginStepResponse*, const Call&);
   absl::Status EndStep(const v1::EndStepRequest&, v1::EndStepResponse*, const Call&);
@@ -59,6 +60,9 @@ class Handlers {
                                 const Call&);
   absl::Status ListNamespaces(const v1::ListNamespacesRequest&, v1::ListNamespacesResponse*, const Call&);
   absl::Status GetStats(const v1::GetStatsRequest&, v1::GetStatsResponse*, const Call&);
+  // For admins; Unimplemented where there is no configuration to read (a pool in a process of its own).
+  absl::Status GetConfig(const v1::GetConfigRequest&, v1::GetConfigResponse*, const Call&);
+  absl::Status ReloadConfig(const v1::ReloadConfigRequest&, v1::ReloadConfigResponse*, const Call&);
   absl::Status Plan(const v1::PlanRequest&, v1::PlanResponse*, const Call&);
 
   // Closes a sequence of a session that ended.

@@ -112,9 +112,9 @@ absl::StatusOr<IdentityPtr> KvCacheService::Identify(const grpc::ServerContext& 
   return connection.identity;
 }
 
-absl::Status KvCacheService::BeginCall(const std::string& tenant) {
-  const uint64_t limit = options_.quotas.Of(tenant).calls;
-  if (limit == TenantLimits::kNone) return absl::OkStatus();
+absl::StatusOr<bool> KvCacheService::BeginCall(const std::string& tenant) {
+  const uint64_t limit = options_.quotas->CallsOf(tenant);
+  if (limit == TenantLimits::kNone) return false;
   const MutexLock lock(tenants_mutex_);
   uint64_t& calls = calls_of_[tenant];
   if (calls >= limit)
@@ -122,11 +122,10 @@ absl::Status KvCacheService::BeginCall(const std::string& tenant) {
                                                      " calls under way, and its quota is ", limit,
                                                      "; wait for answers before sending more"));
   calls++;
-  return absl::OkStatus();
+  return true;
 }
 
 void KvCacheService::EndCall(const std::string& tenant) {
-  if (options_.quotas.Of(tenant).calls == TenantLimits::kNone) return;
   const MutexLock lock(tenants_mutex_);
   const auto found = calls_of_.find(tenant);
   if (--found->second == 0) calls_of_.erase(found);
@@ -209,8 +208,8 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
   }
   // Counts the call for its tenant, until End.
   absl::Status CountForTenant() {
-    KVTIDE_RETURN_IF_ERROR(service_->BeginCall(call_.context.tenant()));
-    counted_for_ = *identity_;
+    KVTIDE_ASSIGN_OR_RETURN(const bool counted, service_->BeginCall(call_.context.tenant()));
+    if (counted) counted_for_ = *identity_;
     return absl::OkStatus();
   }
   Caller CallerOf() const { return {std::hash<std::string>()(call_.context.tenant()), connection_->number}; }

@@ -92,8 +92,10 @@ absl::Status RingSession::Run(const v1::SessionRequest& request, absl::Duration 
   call.steps = owned_.steps();
   call.maps_pool = maps_pool_;
   call.max_answer_bytes = max_answer_bytes_;
-  KVTIDE_RETURN_IF_ERROR(service_->BeginCall(call.context.tenant()));
-  const absl::Cleanup count = [&] { service_->EndCall(call.context.tenant()); };
+  KVTIDE_ASSIGN_OR_RETURN(const bool counted, service_->BeginCall(call.context.tenant()));
+  const absl::Cleanup count = [&, counted] {
+    if (counted) service_->EndCall(call.context.tenant());
+  };
   WorkerPool& lane = verb->lane == Lane::kBulk ? service_->bulk_ : service_->prompt_;
   absl::Status status;
   if (lane.Enter()) {

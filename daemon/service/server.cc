@@ -54,7 +54,8 @@ using Description =
            Api::WithGenericMethod_DeleteNamespace, Api::WithGenericMethod_PersistNamespace,
            Api::WithGenericMethod_ListNamespaces, Api::WithGenericMethod_BeginStep,
            Api::WithGenericMethod_EndStep, Api::WithGenericMethod_GetStepProfile,
-           Api::WithGenericMethod_Session>::Type;
+           Api::WithGenericMethod_PinSequences, Api::WithGenericMethod_GetConfig,
+           Api::WithGenericMethod_ReloadConfig, Api::WithGenericMethod_Session>::Type;
 
 void SetLimits(const ServiceOptions& options, grpc::ServerBuilder* builder) {
   builder->SetMaxReceiveMessageSize(static_cast<int>(options.max_message_bytes));
@@ -145,7 +146,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
   listener.refusal = [connections = &server->connections_, quotas = options.quotas](const Connection& one) {
     if (!one.identity.ok()) return std::string();
     const std::string& tenant = (*one.identity)->tenant;
-    const uint64_t limit = quotas.Of(tenant).connections;
+    const uint64_t limit = quotas->ConnectionsOf(tenant);
     return limit == TenantLimits::kNone || connections->CountOf(tenant) <= limit
                ? std::string()
                : absl::StrCat("tenant '", tenant, "' has as many connections as its quota allows, ", limit);

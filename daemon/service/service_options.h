@@ -16,8 +16,10 @@
 #include "daemon/service/call_counts.h"
 #include "daemon/service/call_report.h"
 #include "daemon/service/convert.h"
+#include "daemon/service/live_quotas.h"
 #include "daemon/service/tls.h"
 #include "daemon/service/tokens.h"
+#include "kvtide/v1/server.pb.h"
 
 namespace kvtide::service {
 
@@ -51,7 +53,8 @@ struct ServiceOptions {
   // Bearer tokens; null = none. Where there are some, calls over TCP need one, unless they come with a
   // certificate.
   std::shared_ptr<Tokens> tokens;
-  TenantQuotas quotas;  // calls and connections of them; the rest is the cache's
+  // Calls and connections of them; the rest is the cache's. Never null.
+  std::shared_ptr<LiveQuotas> quotas = std::make_shared<LiveQuotas>();
   int64_t max_message_bytes = int64_t{64} << 20;
   int threads = 2;                 // for calls that engines wait for
   int bulk_threads = 2;            // for those that may take long: moves, plans, reads
@@ -74,6 +77,9 @@ struct ServiceOptions {
   // Told when the file of a Unix socket was gone and has been made again, or why it could not be; may be
   // empty.
   std::function<void(const std::string& address, const absl::Status& status)> mended;
+  // What the daemon runs with, and reading that again (ReloadConfig); may be empty.
+  std::function<v1::GetConfigResponse()> config;
+  std::function<absl::StatusOr<v1::ReloadConfigResponse>()> reload;
   std::shared_ptr<CallCounts> counts = std::make_shared<CallCounts>();
   std::shared_ptr<ServiceGauges> gauges = std::make_shared<ServiceGauges>();
 };

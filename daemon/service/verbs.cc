@@ -108,6 +108,9 @@ constexpr Verb kVerbs[] = {
     KVTIDE_VERB(CloseSequence, kPrompt, false),
     KVTIDE_VERB(ListSequences, kPrompt, false),
     KVTIDE_VERB(GetStats, kPrompt, false),
+    KVTIDE_VERB(PinSequences, kPrompt, false),
+    KVTIDE_VERB(GetConfig, kPrompt, false),
+    KVTIDE_VERB(ReloadConfig, kBulk, false),
     KVTIDE_VERB(ReadTokens, kBulk, false),
     KVTIDE_VERB(EvictSequences, kBulk, false),
     KVTIDE_VERB(PrefetchSequences, kBulk, false),
@@ -184,6 +187,9 @@ absl::Status ServeMessage(Handlers* handlers, const v1::SessionRequest& request,
     KVTIDE_SESSION_VERB(ListSequences, list_sequences)
     KVTIDE_SESSION_VERB(GetStats, get_stats)
     KVTIDE_SESSION_VERB(GetServerInfo, get_server_info)
+    KVTIDE_SESSION_VERB(PinSequences, pin_sequences)
+    KVTIDE_SESSION_VERB(GetConfig, get_config)
+    KVTIDE_SESSION_VERB(ReloadConfig, reload_config)
     KVTIDE_SESSION_VERB(Plan, plan)
     KVTIDE_SESSION_VERB(OpenNamespace, open_namespace)
     KVTIDE_SESSION_VERB(StoreBlocks, store_blocks)

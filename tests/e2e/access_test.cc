@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
 
 #include "absl/strings/match.h"
@@ -320,6 +321,56 @@ TEST_F(Network, NobodyListensBeyondLoopbackWithoutTlsAndNames) {
   EXPECT_THAT(run({"--tokens", File("none")}), HasSubstr("cannot read the tokens"));
   const auto asked = TestDaemon::Start({"--listen", "0.0.0.0:0", "--allow-insecure-tcp"});
   EXPECT_THAT(asked->Log(), HasSubstr("open to the network, by --allow-insecure-tcp"));
+}
+
+// Limits, log level and watermarks follow the file without a restart, by the verb and by SIGHUP; admins only.
+TEST(Reload, LimitsAndLogLevelFollowTheFile) {
+  const std::string folder = MakeFolder(), file = folder + "/kvtided.json";
+  std::ofstream(file)
+      << R"({"log_level": "warning", "quota": ["default:sequences=1"], "allow": ["tcp=guest"]})";
+  const auto daemon = TestDaemon::Start({"--config", file, "--listen", "127.0.0.1:0", "--log-level", ""});
+  const auto client = daemon->Connect();
+  ASSERT_TRUE(client->RegisterModel(SmallModel()).ok());
+  ASSERT_TRUE(client->CreateSequence("small", {}).ok());
+  EXPECT_EQ(client->CreateSequence("small", {}).status().code(), absl::StatusCode::kResourceExhausted);
+  std::ofstream(file) << R"({"log_level": "debug", "quota": ["default:sequences=3"], "high_watermark": 0.7,
+                             "low_watermark": 0.6, "max_sequences": 2, "idle_seconds": 77})";
+  auto changes = client->ReloadConfig();
+  ASSERT_TRUE(changes.ok()) << changes.status();
+  EXPECT_THAT(changes->changed, testing::UnorderedElementsAre("log_level", "quota", "max_sequences",
+                                                              "high_watermark", "low_watermark"));
+  EXPECT_THAT(changes->needs_restart, testing::UnorderedElementsAre("idle_seconds", "allow"));
+  EXPECT_TRUE(client->CreateSequence("small", {}).ok()) << "the quota has grown";
+  const absl::Status full = client->CreateSequence("small", {}).status();
+  EXPECT_THAT(std::string(full.message()), HasSubstr("max_sequences")) << full;
+  EXPECT_EQ(client->GetServerInfo()->max_sequences, 2);
+  const auto running = client->GetConfig();
+  ASSERT_TRUE(running.ok()) << running.status();
+  EXPECT_EQ(running->file, file);
+  for (const client::ConfigValue& value : running->values) {
+    if (value.name == "low_watermark") {
+      EXPECT_EQ(value.value + value.source, "0.6file");
+    }
+  }
+  // What is not good changes nothing, and both say why.
+  std::ofstream(file) << R"({"log_level": "loud"})";
+  EXPECT_THAT(std::string(client->ReloadConfig().status().message()),
+              HasSubstr("log_level \"loud\" is unknown"));
+  EXPECT_THAT(daemon->Log(), HasSubstr("the configuration stays as it was: log_level"));
+  std::ofstream(file) << R"({"log_level": "info", "quota": ["default:sequences=2"]})";
+  ASSERT_EQ(::kill(daemon->pid(), SIGHUP), 0);
+  for (int i = 0; i < 200 && !absl::StrContains(daemon->Log(), "quota max_sequences"); i++)
+    absl::SleepFor(absl::Milliseconds(20));
+  EXPECT_THAT(daemon->Log(), HasSubstr("reloaded changed=\"log_level quota max_sequences"));
+  // Not for everybody.
+  const size_t at = daemon->ready_line().find("127.0.0.1:");
+  ASSERT_NE(at, std::string::npos) << daemon->ready_line();
+  const auto guest =
+      Client::Connect(daemon->ready_line().substr(at, daemon->ready_line().find_first_of(" ,", at) - at));
+  ASSERT_TRUE(guest.ok()) << guest.status();
+  EXPECT_EQ((*guest)->GetConfig().status().code(), absl::StatusCode::kPermissionDenied);
+  EXPECT_EQ((*guest)->ReloadConfig().status().code(), absl::StatusCode::kPermissionDenied);
+  std::filesystem::remove_all(folder);
 }
 
 }  // namespace

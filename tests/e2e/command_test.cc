@@ -94,6 +94,12 @@ TEST(Command, SequencesAreListedShownForkedMovedAndClosed) {
   EXPECT_THAT(seq({"show", id}).output, AllOf(HasSubstr("tokens     100"), HasSubstr("2 blocks")));
   EXPECT_THAT(seq({"evict", id}).output, HasSubstr("moved 2 blocks"));
   EXPECT_THAT(seq({"prefetch", id}).output, HasSubstr("moved 2 blocks"));
+  EXPECT_EQ(seq({"pin", id, "--ttl", "90s"}).output, "pinned 1 for 1m30s\n");
+  EXPECT_NEAR(client->ListSequences()->front().pinned_seconds, 90, 60);
+  EXPECT_EQ(seq({"pin", id, "--ttl", "0"}).output, "ended the pins of 1\n");
+  EXPECT_EQ(client->ListSequences()->front().pinned_seconds, 0);
+  EXPECT_EQ(seq({"pin", id, "--ttl", "25h"}).exit_code, 2);
+  EXPECT_EQ(seq({"pin", "12345"}).exit_code, 2);
   const Outcome fork = seq({"fork", id});
   EXPECT_EQ(fork.exit_code, 0);
   EXPECT_EQ(client->ListSequences()->size(), 2u);

@@ -11,6 +11,8 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "clients/cli/ops/daemon_flags.h"
 #include "clients/cli/terminal/command_status.h"
 #include "clients/cli/terminal/table.h"
 #include "clients/cli/terminal/terminal.h"
@@ -31,6 +33,8 @@ constexpr char kInstalledFile[] = "/etc/kvtide/kvtided.json";
 struct ConfigFlags {
   std::string file, output = "table";
   std::vector<std::string> daemon_words;  // flags of kvtided
+  DaemonFlags daemon;
+  bool running = false;  // ask the daemon
 };
 
 absl::StatusOr<v1::KvtidedConfig> ParseDaemonWords(std::vector<std::string> words) {
@@ -115,54 +119,103 @@ int Check(const ConfigFlags& flags) {
   return ExitCode(status);
 }
 
+// Settings as one daemon has them: as it would start here, or as it runs.
+void Print(const client::RunningConfig& config, const std::string& output) {
+  if (output == "json") {
+    Json json = {{"file", config.file.empty() ? Json() : Json(config.file)}};
+    json["settings"] = Json::array();
+    for (const client::ConfigValue& value : config.values) {
+      json["settings"].push_back(
+          {{"name", value.name}, {"value", value.value}, {"source", value.source}, {"live", value.live}});
+      if (const Setting* const setting = FindSetting(value.name); setting != nullptr) {
+        json["settings"].back()["flag"] = setting->Flag();
+        json["settings"].back()["environment"] = setting->Environment();
+      }
+    }
+    std::printf("%s\n", json.dump(2, ' ', false, Json::error_handler_t::replace).c_str());
+    return;
+  }
+  Table table({{"setting", Align::kLeft}, {"value", Align::kLeft}, {"from", Align::kLeft}});
+  for (const client::ConfigValue& value : config.values) {
+    std::string from = value.source;
+    if (from == NameOf(Source::kFile)) from = config.file;
+    if (const Setting* const setting = FindSetting(value.name); setting != nullptr) {
+      if (from == NameOf(Source::kEnvironment)) from = setting->Environment();
+      if (from == NameOf(Source::kFlag)) from = setting->Flag();
+    }
+    table.AddRow({value.name, value.value.empty() ? "-" : value.value, from},
+                 value.source == NameOf(Source::kDefault) ? Paint::kDim : Paint::kPlain);
+  }
+  std::fputs(table.Render(Terminal::Of(STDOUT_FILENO)).c_str(), stdout);
+}
+
 absl::Status Show(const ConfigFlags& flags) {
+  if (flags.running) {
+    if (!flags.file.empty() || !flags.daemon_words.empty())
+      return absl::InvalidArgumentError("--running asks the daemon: leave --config and flags of kvtided out");
+    KVTIDE_ASSIGN_OR_RETURN(const std::unique_ptr<client::Client> client, flags.daemon.Connect());
+    KVTIDE_ASSIGN_OR_RETURN(const client::RunningConfig config, client->GetConfig());
+    Print(config, flags.output);
+    return absl::OkStatus();
+  }
   KVTIDE_ASSIGN_OR_RETURN(const ConfigLayers layers, Gather(flags));
   KVTIDE_ASSIGN_OR_RETURN(const std::vector<EffectiveValue> values, EffectiveValues(layers));
+  client::RunningConfig config;
+  config.file = layers.file_name;
+  for (const EffectiveValue& value : values)
+    config.values.push_back({value.setting->field, value.value, NameOf(value.source), value.setting->live});
+  Print(config, flags.output);
+  return absl::OkStatus();
+}
+
+absl::Status Reload(const ConfigFlags& flags) {
+  KVTIDE_ASSIGN_OR_RETURN(const std::unique_ptr<client::Client> client, flags.daemon.Connect());
+  KVTIDE_ASSIGN_OR_RETURN(const client::ConfigChanges changes, client->ReloadConfig());
   if (flags.output == "json") {
-    Json json = {{"file", layers.file_name.empty() ? Json() : Json(layers.file_name)}};
-    json["settings"] = Json::array();
-    for (const EffectiveValue& value : values)
-      json["settings"].push_back({{"name", value.setting->field},
-                                  {"value", value.value},
-                                  {"source", NameOf(value.source)},
-                                  {"flag", value.setting->Flag()},
-                                  {"environment", value.setting->Environment()},
-                                  {"live", value.setting->live}});
+    const Json json = {{"changed", changes.changed}, {"needs_restart", changes.needs_restart}};
     std::printf("%s\n", json.dump(2, ' ', false, Json::error_handler_t::replace).c_str());
     return absl::OkStatus();
   }
-  Table table({{"setting", Align::kLeft}, {"value", Align::kLeft}, {"from", Align::kLeft}});
-  for (const EffectiveValue& value : values) {
-    std::string from = NameOf(value.source);
-    if (value.source == Source::kFile) from = layers.file_name;
-    if (value.source == Source::kEnvironment) from = value.setting->Environment();
-    if (value.source == Source::kFlag) from = value.setting->Flag();
-    table.AddRow({value.setting->field, value.value.empty() ? "-" : value.value, from},
-                 value.source == Source::kDefault ? Paint::kDim : Paint::kPlain);
-  }
-  std::fputs(table.Render(Terminal::Of(STDOUT_FILENO)).c_str(), stdout);
+  std::printf("changed: %s\n",
+              changes.changed.empty() ? "nothing" : absl::StrJoin(changes.changed, ", ").c_str());
+  if (!changes.needs_restart.empty())
+    std::printf("waits for a restart: %s\n", absl::StrJoin(changes.needs_restart, ", ").c_str());
   return absl::OkStatus();
+}
+
+// Its exit code.
+int Tell(const absl::Status& status) {
+  if (!status.ok()) std::fprintf(stderr, "kvtide config: %s\n", std::string(status.message()).c_str());
+  return ExitCode(status);
+}
+
+void AddOutput(CLI::App* command, ConfigFlags* flags) {
+  command->add_option("--output", flags->output, "table or json")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"table", "json"}));
 }
 
 void AddCommon(CLI::App* command, ConfigFlags* flags) {
   command->add_option(
       "--config", flags->file,
       "The configuration file (default: $KVTIDE_CONFIG, else /etc/kvtide/kvtided.json if it is there)");
-  command->add_option("--output", flags->output, "table or json")
-      ->capture_default_str()
-      ->check(CLI::IsMember({"table", "json"}));
+  AddOutput(command, flags);
   command->add_option("flags", flags->daemon_words, "Flags of kvtided, after --");
 }
 
 }  // namespace
 
 void AddConfigCommand(CLI::App& app, int* exit_code) {
-  CLI::App* config = app.add_subcommand("config", "What a kvtided would run with: check it, show it");
+  CLI::App* config =
+      app.add_subcommand("config", "What a kvtided would run with, or does: check it, show it, reload it");
   config->require_subcommand(1);
   config->footer(
       "Examples:\n"
       "  kvtide config check --config kvtided.json     before the restart, not by it\n"
       "  kvtide config show -- --device cpu            every value, and where it comes from\n"
+      "  kvtide config show --running                  of the daemon that runs\n"
+      "  kvtide config reload                          limits, log level, watermarks, tokens: without a "
+      "restart\n"
       "Flags of kvtided win over variables KVTIDE_*, these over the file.");
 
   auto flags = std::make_shared<ConfigFlags>();
@@ -183,11 +236,21 @@ void AddConfigCommand(CLI::App& app, int* exit_code) {
       "  kvtide config show\n"
       "  kvtide config show --config kvtided.json --output json -- --host-memory 64GiB");
   AddCommon(show, flags.get());
-  show->callback([flags, exit_code] {
-    const absl::Status status = Show(*flags);
-    if (!status.ok()) std::fprintf(stderr, "kvtide config: %s\n", std::string(status.message()).c_str());
-    *exit_code = ExitCode(status);
-  });
+  show->add_flag("--running", flags->running, "Ask the daemon that runs, as one of its admins");
+  flags->daemon.AddTo(show);
+  show->callback([flags, exit_code] { *exit_code = Tell(Show(*flags)); });
+
+  flags = std::make_shared<ConfigFlags>();
+  CLI::App* reload =
+      config->add_subcommand("reload", "Have a kvtided read its configuration and tokens again");
+  reload->footer(
+      "Examples:\n"
+      "  kvtide config reload\n"
+      "As SIGHUP does (systemctl reload kvtided), but it says what has changed and what waits for a restart. "
+      "For admins.");
+  AddOutput(reload, flags.get());
+  flags->daemon.AddTo(reload);
+  reload->callback([flags, exit_code] { *exit_code = Tell(Reload(*flags)); });
 }
 
 }  // namespace kvtide::cli

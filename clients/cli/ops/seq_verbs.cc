@@ -23,6 +23,7 @@ struct Flags {
   std::string model, tenant, output = "table", tier;
   size_t limit = 50;
   bool drop = false;
+  std::string ttl = "10m";
 };
 
 // What a verb prints.
@@ -152,6 +153,27 @@ void AddSeqVerbs(CLI::App* seq, int* exit_code) {
               });
   prefetch->footer("Example:\n  kvtide seq prefetch 8812934");
   add_ids(prefetch, flags.get(), true);
+
+  flags = std::make_shared<Flags>();
+  CLI::App* pin =
+      AddVerb(seq, "pin", "Keep their blocks where they are for a while", flags, exit_code,
+              [](client::Client& client, const Flags& f) -> absl::StatusOr<std::string> {
+                absl::Duration time;
+                if (!absl::ParseDuration(f.ttl, &time))
+                  return absl::InvalidArgumentError(
+                      absl::StrCat("--ttl '", f.ttl, "' is no time such as 90s, 10m or 1h30m"));
+                KVTIDE_RETURN_IF_ERROR(client.PinSequences(f.ids, time));
+                return time == absl::ZeroDuration()
+                           ? absl::StrCat("ended the pins of ", f.ids.size(), "\n")
+                           : absl::StrCat("pinned ", f.ids.size(), " for ", absl::FormatDuration(time), "\n");
+              });
+  pin->footer(
+      "Examples:\n"
+      "  kvtide seq prefetch 8812934 && kvtide seq pin 8812934 --ttl 30m\n"
+      "  kvtide seq pin 8812934 --ttl 0            ends it");
+  add_ids(pin, flags.get(), true);
+  pin->add_option("--ttl", flags->ttl, "How long: 90s, 10m, 1h30m, a day at most; 0 ends the pin")
+      ->capture_default_str();
 
   flags = std::make_shared<Flags>();
   CLI::App* close =

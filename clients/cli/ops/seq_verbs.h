@@ -1,4 +1,4 @@
-// `kvtide seq list|show|fork|evict|prefetch|close`: one sequence, or some, of a running daemon.
+// `kvtide seq list|show|fork|evict|prefetch|pin|close`: one sequence, or some, of a running daemon.
 #pragma once
 
 #include "CLI/CLI.hpp"

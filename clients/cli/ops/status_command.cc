@@ -14,13 +14,20 @@ struct StatusFlags {
   DaemonFlags daemon;
   std::string output = "table";
   size_t sequences = 10;
+  std::string order = "coldest";
 };
+
+SequenceOrder OrderOf(const std::string& text) {
+  if (text == "hottest") return SequenceOrder::kHottest;
+  return text == "largest" ? SequenceOrder::kLargest : SequenceOrder::kColdest;
+}
 
 absl::Status RunStatus(const StatusFlags& flags) {
   KVTIDE_ASSIGN_OR_RETURN(const std::unique_ptr<client::Client> client, flags.daemon.Connect());
   KVTIDE_ASSIGN_OR_RETURN(const DaemonSnapshot snapshot, TakeSnapshot(*client));
-  const std::string text = flags.output == "json" ? RenderStatusJson(snapshot)
-                                                  : RenderStatus(snapshot, flags.sequences, Terminal::Of(1));
+  const std::string text =
+      flags.output == "json" ? RenderStatusJson(snapshot)
+                             : RenderStatus(snapshot, flags.sequences, Terminal::Of(1), OrderOf(flags.order));
   std::fputs(text.c_str(), stdout);
   return absl::OkStatus();
 }
@@ -44,14 +51,16 @@ void AddStatusCommand(CLI::App& app, int* exit_code) {
       "Examples:\n"
       "  kvtide status\n"
       "  kvtide status --address 127.0.0.1:7600 --sequences 50\n"
+      "  kvtide status --order hottest\n"
       "  kvtide status --output json | jq .bits_per_value");
   flags->daemon.AddTo(status);
   status->add_option("--output", flags->output, "table or json")
       ->check(CLI::IsMember({"table", "json"}))
       ->capture_default_str();
-  status
-      ->add_option("--sequences", flags->sequences,
-                   "How many sequences to list, longest idle first; 0 = none")
+  status->add_option("--sequences", flags->sequences, "How many sequences to list; 0 = none")
+      ->capture_default_str();
+  status->add_option("--order", flags->order, "Which of them: coldest (longest idle), hottest or largest")
+      ->check(CLI::IsMember({"coldest", "hottest", "largest"}))
       ->capture_default_str();
   status->callback([flags, exit_code] {
     const absl::Status done = RunStatus(*flags);

@@ -1,6 +1,7 @@
 #include "clients/cli/ops/status_report.h"
 
 #include <algorithm>
+#include <map>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -134,6 +135,26 @@ Json TierJson(const TierStats& tier) {
           {"pairs", pairs}};
 }
 
+int64_t BytesOf(const SequenceInfo& sequence) {
+  int64_t bytes = 0;
+  for (const client::TierShare& tier : sequence.tiers) bytes += tier.bytes;
+  return bytes;
+}
+
+// Empty where one tenant has all.
+std::string Tenants(const std::vector<SequenceInfo>& sequences, const Terminal& terminal) {
+  constexpr size_t kShown = 10;
+  const std::vector<TenantTotal> totals = TotalsOfTenants(sequences);
+  if (totals.size() < 2) return "";
+  Table table({{"tenant", Align::kLeft}, {"sequences"}, {"tokens"}, {"bytes"}, {"idle"}});
+  for (size_t i = 0; i < std::min(kShown, totals.size()); i++)
+    table.AddRow({totals[i].tenant, absl::StrCat(totals[i].sequences), absl::StrCat(totals[i].tokens),
+                  FormatBytes(totals[i].bytes), DurationText(totals[i].idle_seconds)});
+  std::string text = absl::StrCat("\n", table.Render(terminal));
+  if (totals.size() > kShown) absl::StrAppend(&text, "and ", totals.size() - kShown, " tenants with less\n");
+  return text;
+}
+
 Json SequenceJson(const SequenceInfo& sequence) {
   Json tiers = Json::array();
   for (const client::TierShare& tier : sequence.tiers) {
@@ -151,6 +172,7 @@ Json SequenceJson(const SequenceInfo& sequence) {
           {"dropped_blocks", sequence.dropped_blocks},
           {"durable", sequence.durable},
           {"durable_tokens", sequence.durable_tokens},
+          {"pinned_seconds", sequence.pinned_seconds},
           {"idle_seconds", sequence.idle_seconds},
           {"age_seconds", sequence.age_seconds},
           {"tiers", tiers}};
@@ -165,11 +187,31 @@ std::string TierName(const SequenceInfo& sequence, const client::TierShare& shar
   return devices > 1 ? absl::StrCat(share.tier, " ", share.device) : share.tier;
 }
 
+std::vector<TenantTotal> TotalsOfTenants(const std::vector<SequenceInfo>& sequences) {
+  std::map<std::string, TenantTotal> totals;
+  for (const SequenceInfo& sequence : sequences) {
+    TenantTotal& total = totals[sequence.tenant];
+    total.idle_seconds =
+        total.sequences == 0 ? sequence.idle_seconds : std::min(total.idle_seconds, sequence.idle_seconds);
+    total.tenant = sequence.tenant;
+    total.sequences++;
+    total.tokens += sequence.tokens;
+    total.bytes += BytesOf(sequence);
+  }
+  std::vector<TenantTotal> sorted;
+  for (auto& [tenant, total] : totals) sorted.push_back(std::move(total));
+  std::stable_sort(sorted.begin(), sorted.end(),
+                   [](const TenantTotal& a, const TenantTotal& b) { return a.bytes > b.bytes; });
+  return sorted;
+}
+
 std::string RenderSequences(std::vector<SequenceInfo> sequences, size_t max_sequences,
-                            const Terminal& terminal) {
+                            const Terminal& terminal, SequenceOrder order) {
   if (sequences.empty() || max_sequences == 0) return "";
-  std::stable_sort(sequences.begin(), sequences.end(), [](const SequenceInfo& a, const SequenceInfo& b) {
-    return a.idle_seconds > b.idle_seconds;
+  std::stable_sort(sequences.begin(), sequences.end(), [order](const SequenceInfo& a, const SequenceInfo& b) {
+    if (order == SequenceOrder::kLargest) return BytesOf(a) > BytesOf(b);
+    return order == SequenceOrder::kHottest ? a.idle_seconds < b.idle_seconds
+                                            : a.idle_seconds > b.idle_seconds;
   });
   Table table({{"sequence", Align::kLeft},
                {"tenant", Align::kLeft},
@@ -196,7 +238,11 @@ std::string RenderSequences(std::vector<SequenceInfo> sequences, size_t max_sequ
   }
   std::string text = absl::StrCat("\n", table.Render(terminal));
   if (shown < sequences.size()) {
-    absl::StrAppend(&text, "and ", sequences.size() - shown, " more, used later than these (--sequences)\n");
+    absl::StrAppend(&text, "and ", sequences.size() - shown, " more, ",
+                    order == SequenceOrder::kLargest   ? "smaller"
+                    : order == SequenceOrder::kHottest ? "not used since these"
+                                                       : "used later than these",
+                    " (--sequences)\n");
   }
   return text;
 }
@@ -252,7 +298,8 @@ Paint ShareColour(double share, double warn, double alarm) {
   return share < warn ? Paint::kGreen : share < alarm ? Paint::kYellow : Paint::kRed;
 }
 
-std::string RenderStatus(const DaemonSnapshot& snapshot, size_t max_sequences, const Terminal& terminal) {
+std::string RenderStatus(const DaemonSnapshot& snapshot, size_t max_sequences, const Terminal& terminal,
+                         SequenceOrder order) {
   std::string head =
       absl::StrCat("kvtided ", snapshot.info.version, " at ", snapshot.address, ", up ",
                    DurationText(snapshot.info.uptime_seconds), ", process ", snapshot.info.process_id);
@@ -260,8 +307,8 @@ std::string RenderStatus(const DaemonSnapshot& snapshot, size_t max_sequences, c
                       snapshot.serving ? terminal.Painted("serving", Paint::kGreen)
                                        : terminal.Painted("not serving (starting or stopping)", Paint::kRed),
                       "\n\n", Tiers(snapshot.stats, terminal), "\n", Contents(snapshot),
-                      Calls(snapshot.stats, terminal),
-                      RenderSequences(snapshot.sequences, max_sequences, terminal));
+                      Calls(snapshot.stats, terminal), Tenants(snapshot.sequences, terminal),
+                      RenderSequences(snapshot.sequences, max_sequences, terminal, order));
 }
 
 std::string RenderStatusJson(const DaemonSnapshot& snapshot) {
@@ -316,6 +363,13 @@ std::string RenderStatusJson(const DaemonSnapshot& snapshot) {
                       {"durable_sequences", stats.durable_sequences},
                       {"compacted_blocks", stats.compacted_blocks},
                       {"compacted_bytes", stats.compacted_bytes}};
+  json["tenants"] = Json::array();
+  for (const TenantTotal& total : TotalsOfTenants(snapshot.sequences))
+    json["tenants"].push_back({{"tenant", total.tenant},
+                               {"sequences", total.sequences},
+                               {"tokens", total.tokens},
+                               {"bytes", total.bytes},
+                               {"idle_seconds", total.idle_seconds}});
   json["sequence_list"] = Json::array();
   for (const SequenceInfo& sequence : snapshot.sequences)
     json["sequence_list"].push_back(SequenceJson(sequence));

@@ -17,16 +17,26 @@ struct DaemonSnapshot {
   std::vector<client::SequenceInfo> sequences;
 };
 
-// The longest idle sequences first, at most `max_sequences` of them.
-std::string RenderStatus(const DaemonSnapshot& snapshot, size_t max_sequences, const Terminal& terminal);
+// Which sequences come first: the longest idle, the last used, or those that hold most bytes.
+enum class SequenceOrder { kColdest, kHottest, kLargest };
+
+// At most `max_sequences` sequences; tenants where there are several.
+std::string RenderStatus(const DaemonSnapshot& snapshot, size_t max_sequences, const Terminal& terminal,
+                         SequenceOrder order = SequenceOrder::kColdest);
 // All sequences. Ids are texts: 64 bits do not survive in every JSON reader.
 std::string RenderStatusJson(const DaemonSnapshot& snapshot);
 
-// The longest idle first, at most `max_sequences` of them; empty where there is none. And all of them, as
-// JSON.
+// At most `max_sequences` of them; empty where there is none. And all of them, as JSON.
 std::string RenderSequences(std::vector<client::SequenceInfo> sequences, size_t max_sequences,
-                            const Terminal& terminal);
+                            const Terminal& terminal, SequenceOrder order = SequenceOrder::kColdest);
 std::string RenderSequencesJson(const std::vector<client::SequenceInfo>& sequences);
+// What the tenants of these sequences have, most bytes first. Blocks that forks share count for each.
+struct TenantTotal {
+  std::string tenant;
+  int64_t sequences = 0, tokens = 0, bytes = 0;
+  double idle_seconds = 0;  // since any of them was used
+};
+std::vector<TenantTotal> TotalsOfTenants(const std::vector<client::SequenceInfo>& sequences);
 // All that is known of one.
 std::string RenderSequence(const client::SequenceInfo& sequence);
 

@@ -81,6 +81,50 @@ TEST(StatusReport, LongestIdleFirstAndTheRestCounted) {
   EXPECT_THAT(RenderStatus(Sample(), 0, kPlain), Not(HasSubstr("18446744073709551615")));
 }
 
+TEST(StatusReport, HottestAndLargestFirst) {
+  DaemonSnapshot snapshot = Sample();
+  for (size_t i = 0; i < 3; i++) {
+    snapshot.sequences[i].idle_seconds = 10.0 * static_cast<double>(i + 1);
+    snapshot.sequences[i].tiers = {{.tier = "host", .bytes = int64_t{1} << (20 + i)}};
+  }
+  const auto first = [&](SequenceOrder order) {
+    const std::string text = RenderSequences(snapshot.sequences, 1, kPlain, order);
+    return text.substr(text.find("\n", 2) + 1, 2);
+  };
+  const auto digits = [&](size_t i) { return std::to_string(snapshot.sequences[i].id).substr(0, 2); };
+  EXPECT_EQ(first(SequenceOrder::kColdest), digits(2));
+  EXPECT_EQ(first(SequenceOrder::kHottest), digits(0));
+  EXPECT_EQ(first(SequenceOrder::kLargest), digits(2));
+  EXPECT_THAT(RenderSequences(snapshot.sequences, 1, kPlain, SequenceOrder::kLargest),
+              HasSubstr("2 more, smaller"));
+}
+
+TEST(StatusReport, TenantsWhereThereAreSeveral) {
+  DaemonSnapshot snapshot = Sample();
+  for (client::SequenceInfo& sequence : snapshot.sequences) {
+    sequence.tenant = "acme";
+    sequence.tokens = 100;
+    sequence.idle_seconds = 50;
+    sequence.tiers = {{.tier = "host", .bytes = 1 << 20}};
+  }
+  EXPECT_THAT(RenderStatus(snapshot, 0, kPlain), Not(HasSubstr("acme"))) << "one has all";
+  snapshot.sequences[1].tenant = "shop\x1b[2J";
+  snapshot.sequences[2].idle_seconds = 7;
+  snapshot.sequences[2].tiers[0].bytes = 5 << 20;
+  const std::vector<TenantTotal> totals = TotalsOfTenants(snapshot.sequences);
+  ASSERT_EQ(totals.size(), 2u);
+  EXPECT_EQ(totals[0].tenant, "acme");
+  EXPECT_EQ(totals[0].sequences, 2);
+  EXPECT_EQ(totals[0].tokens, 200);
+  EXPECT_EQ(totals[0].bytes, 6 << 20);
+  EXPECT_EQ(totals[0].idle_seconds, 7);
+  const std::string text = RenderStatus(snapshot, 0, kPlain);
+  EXPECT_THAT(text, HasSubstr("acme"));
+  EXPECT_THAT(text, HasSubstr("shop\\x1b[2J"));
+  EXPECT_THAT(text, Not(HasSubstr("\x1b")));
+  EXPECT_EQ(nlohmann::json::parse(RenderStatusJson(snapshot))["tenants"][1]["bytes"], 1 << 20);
+}
+
 TEST(StatusReport, ErrorsByCodeLatencyAndNamesThatWouldPlayWithTheTerminal) {
   DaemonSnapshot snapshot = Sample();
   snapshot.stats.methods = {{"Append", 1000, {{"RESOURCE_EXHAUSTED", 7}, {"DATA_LOSS", 2}}, 85e-6, 2.4e-3}};

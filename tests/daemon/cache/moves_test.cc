@@ -143,6 +143,72 @@ TEST_F(MovesTest, IdleBlocksAboveTheWatermarkAreDemotedInTheBackground) {
   client.CheckAllLayers();
 }
 
+TEST_F(MovesTest, PinnedSequencesStayForTheirTime) {
+  options_.limits.high_watermark = 0.5;
+  options_.limits.low_watermark = 0.25;
+  Start(8 * kBlock, 16 * kBlock);
+  Client cold(*cache_, SmallModel(), WithPair("f16"), random_),
+      hot(*cache_, SmallModel(), WithPair("f16"), random_);
+  ASSERT_TRUE(cold.Append(4 * 64).ok());
+  ASSERT_TRUE(cache_->Pin({{cold.id()}}, absl::Minutes(1)).ok());
+  EXPECT_EQ(cache_->Stats().pinned_sequences, 1u);
+  // Neither another one's need for room nor the policy moves it, though it is the coldest and used no more.
+  clock_.Advance(absl::Seconds(10));
+  ASSERT_TRUE(hot.Append(8 * 64).ok());
+  cache_->RunMovesOnce();
+  EXPECT_EQ(cold.info().blocks_by_tier[0], 4u);
+  EXPECT_LE(hot.info().blocks_by_tier[0], 4u);
+  // A fork shares what is pinned; the record that both have by then is.
+  const SequenceId fork = *cache_->ForkSequence(cold.id());
+  clock_.Advance(absl::Seconds(10));
+  ASSERT_TRUE(hot.Append(2 * 64).ok());
+  cache_->RunMovesOnce();
+  EXPECT_EQ(cold.info().blocks_by_tier[0], 4u);
+  EXPECT_EQ(cache_->Stats().pinned_sequences, 1u) << "the fork is not";
+  cache_->CheckInvariants();
+  // Its time is over.
+  clock_.Advance(absl::Minutes(1));
+  cache_->RunMovesOnce();
+  EXPECT_EQ(cache_->Stats().pinned_sequences, 0u);
+  cache_->RunMovesOnce();
+  EXPECT_LT(cold.info().blocks_by_tier[0], 4u);
+  // A call that names it moves it all the same, and 0 ends a pin.
+  ASSERT_TRUE(cache_->Prefetch({{cold.id(), fork}}).ok());
+  ASSERT_TRUE(cache_->Pin({{cold.id(), fork}}, absl::Hours(1)).ok());
+  EXPECT_EQ(cache_->Evict({{cold.id(), fork}}, 1)->moved_blocks, 4u);
+  ASSERT_TRUE(cache_->Pin({{cold.id()}}, absl::ZeroDuration()).ok());
+  EXPECT_EQ(cache_->Stats().pinned_sequences, 1u);
+  ASSERT_TRUE(cache_->CloseSequence(fork).ok());
+  EXPECT_EQ(cache_->Stats().pinned_sequences, 0u);
+  EXPECT_TRUE(
+      IsError(cache_->Pin({{cold.id()}}, absl::Hours(25)), absl::StatusCode::kInvalidArgument, "24h"));
+  EXPECT_TRUE(IsError(cache_->Pin({{fork}}, absl::Hours(1)), absl::StatusCode::kNotFound, ""));
+  cold.CheckAllLayers();
+  hot.CheckAllLayers();
+  cache_->CheckInvariants();
+}
+
+TEST_F(MovesTest, WatermarksMayChangeWhileItRuns) {
+  Start(8 * kBlock, 8 * kBlock);
+  Client client(*cache_, SmallModel(), WithPair("f16"), random_);
+  ASSERT_TRUE(client.Append(6 * 64).ok());
+  clock_.Advance(absl::Seconds(6));
+  EXPECT_EQ(cache_->RunMovesOnce().moved_blocks, 0u) << "six of eight are below the watermark";
+  LiveLimits limits = cache_->limits();
+  limits.high_watermark = 0.5;
+  limits.low_watermark = 0.25;
+  limits.max_sequences = 1;
+  ASSERT_TRUE(cache_->SetLimits(limits).ok());
+  EXPECT_EQ(cache_->RunMovesOnce().moved_blocks, 4u);
+  EXPECT_TRUE(IsError(cache_->ForkSequence(client.id()).status(), absl::StatusCode::kResourceExhausted,
+                      "max_sequences"));
+  EXPECT_EQ(cache_->Stats().max_sequences, 1u);
+  limits.low_watermark = 0.75;
+  EXPECT_EQ(cache_->SetLimits(limits).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(cache_->limits().low_watermark, 0.25);
+  client.CheckAllLayers();
+}
+
 TEST_F(MovesTest, AttentionPromotesWhatItReadsBelowWhenThereIsRoom) {
   options_.limits.promote_below = 0.5;
   Start(8 * kBlock, 8 * kBlock);

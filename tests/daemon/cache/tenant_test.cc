@@ -230,6 +230,34 @@ TEST_F(QuotaTest, SequencesAndModelsAreCountedByTenant) {
   EXPECT_EQ(Of("other").models, 2u);
 }
 
+TEST_F(QuotaTest, PinsAreCountedByTenantAndQuotasMayChange) {
+  Limit({"acme:pins=1,sequences=3"});
+  Start();
+  for (const CallContext* context : {&as_acme_, &as_other_})
+    ASSERT_TRUE(cache_->RegisterModel(SmallModel(), *context).ok());
+  const SequenceId first = Create("", as_acme_).value(), second = Create("", as_acme_).value();
+  const SequenceId foreign = Create("", as_other_).value();
+  EXPECT_TRUE(IsError(cache_->Pin({{first, second}}, absl::Minutes(1), as_acme_),
+                      StatusCode::kResourceExhausted,
+                      "tenant 'acme' has 0 pinned sequences, and its quota is 1"));
+  EXPECT_TRUE(cache_->Pin({{first}}, absl::Minutes(1), as_acme_).ok());
+  EXPECT_TRUE(cache_->Pin({{first}}, absl::Minutes(2), as_acme_).ok()) << "the same one again";
+  EXPECT_FALSE(cache_->Pin({{second}}, absl::Minutes(1), as_acme_).ok());
+  EXPECT_TRUE(IsError(cache_->Pin({{foreign}}, absl::Minutes(1), as_acme_), StatusCode::kNotFound, ""));
+  EXPECT_TRUE(cache_->Pin({{foreign}}, absl::Minutes(1), as_other_).ok());
+  ASSERT_TRUE(cache_->CloseSequence(first, as_acme_).ok());
+  EXPECT_TRUE(cache_->Pin({{second}}, absl::Minutes(1), as_acme_).ok()) << "a closed one counts no more";
+  // Other quotas count from the next call on; who has more keeps it.
+  LiveLimits limits = cache_->limits();
+  limits.quotas =
+      TenantQuotas::Parse(std::vector<std::string>{"acme:sequences=0"}, std::vector<std::string>{"device"})
+          .value();
+  ASSERT_TRUE(cache_->SetLimits(limits).ok());
+  EXPECT_TRUE(IsError(Create("", as_acme_).status(), StatusCode::kResourceExhausted, "its quota is 0"));
+  EXPECT_TRUE(cache_->GetSequence(second, as_acme_).ok());
+  EXPECT_TRUE(Create("", as_other_).ok());
+}
+
 TEST_F(QuotaTest, BytesOfATierAreOneTenantsOwn) {
   // An f16 block has 64 KiB: two of them on the device, one on the host.
   Limit({"acme:device=128KiB,host=64KiB"});

@@ -76,6 +76,9 @@ TEST(CacheCollector, FamiliesAndTypes) {
       {"kvtide_leases_granted_total", "counter"},
       {"kvtide_leases_expired_total", "counter"},
       {"kvtide_attended_blocks_total", "counter"},
+      {"kvtide_tier_attended_bytes_total", "counter"},
+      {"kvtide_saved_bytes", "gauge"},
+      {"kvtide_pinned_sequences", "gauge"},
       {"kvtide_checksum_failures_total", "counter"},
       {"kvtide_exhausted_calls_total", "counter"},
   };
@@ -94,6 +97,7 @@ TEST(CacheCollector, EveryFieldIsThere) {
                                   stats.shared_blocks,
                                   stats.stored_bytes,
                                   stats.f16_equivalent_bytes,
+                                  stats.f16_equivalent_bytes - stats.stored_bytes,
                                   stats.sequences_created,
                                   stats.sequences_closed,
                                   stats.appended_tokens,
@@ -111,6 +115,7 @@ TEST(CacheCollector, EveryFieldIsThere) {
                                   stats.checksum_failures,
                                   stats.exhausted,
                                   stats.durable_sequences,
+                                  stats.pinned_sequences,
                                   stats.persisted,
                                   stats.failed_persists,
                                   stats.persisted_bytes,
@@ -135,7 +140,7 @@ TEST(CacheCollector, EveryFieldIsThere) {
     for (const uint64_t field :
          {tier.capacity_bytes, tier.used_bytes, tier.free_bytes, tier.largest_free_extent_bytes, tier.blocks,
           tier.pinned_blocks, tier.demoted_blocks, tier.promoted_blocks, tier.dropped_blocks,
-          tier.lost_blocks}) {
+          tier.lost_blocks, tier.attended_bytes}) {
       fields.push_back(field);
     }
     if (!tier.attends)

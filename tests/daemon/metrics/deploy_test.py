@@ -120,6 +120,10 @@ def check_rules(path, names, labels, tests):
     alerts = re.split(r"\n      - alert: ", path.read_text())[1:]
     if len(alerts) < 10:
         complain(f"{path.name}: only {len(alerts)} alerts were found")
+    for record, expression in re.findall(r"\n      - record: (\S+)\n        expr: (.*)", path.read_text()):
+        check_expression(f"{path.name}: {record}", expression, names, labels)
+        if f"expr: {record}\n" not in tested:
+            complain(f"{path.name}: {record} has no case in {tests.name}")
     for alert in alerts:
         name = alert.split("\n", 1)[0].strip()
         expression = re.search(r"\n        expr: (.*?)\n        (?:for|labels): ", alert, re.S)

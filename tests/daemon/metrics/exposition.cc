@@ -25,6 +25,7 @@ TierStats Tier(const std::string& name, const std::string& backend, uint64_t bas
   tier.promoted_blocks = base + 7;
   tier.dropped_blocks = base + 9;
   tier.lost_blocks = base + 13;
+  tier.attended_bytes = base + 41;
   return tier;
 }
 
@@ -76,6 +77,7 @@ CacheStats BusyStats() {
   stats.checksum_failures = 67;
   stats.exhausted = 73;
   stats.durable_sequences = 79;
+  stats.pinned_sequences = 83007;
   stats.persisted = 83;
   stats.failed_persists = 89;
   stats.namespaces = 70002;
@@ -124,9 +126,21 @@ std::unique_ptr<Metrics> BusyMetrics() {
   auto metrics = std::make_unique<Metrics>(std::move(options));
   constexpr int kOk = 0, kResourceExhausted = 8;
   for (int i = 0; i < 10; ++i)
-    metrics->RecordCall("AppendAttend", kOk, absl::Microseconds(300 + i), 100, 200);
-  metrics->RecordCall("AppendAttend", kResourceExhausted, absl::Seconds(2), 100, 0);
-  metrics->RecordCall("Session", kOk, absl::Hours(3), 0, 0);
+    metrics->RecordCall({.method = "AppendAttend",
+                         .code = kOk,
+                         .duration = absl::Microseconds(300 + i),
+                         .request_bytes = 100,
+                         .response_bytes = 200});
+  metrics->RecordCall({.method = "AppendAttend",
+                       .code = kResourceExhausted,
+                       .duration = absl::Seconds(2),
+                       .request_bytes = 100,
+                       .response_bytes = 0});
+  metrics->RecordCall({.method = "Session",
+                       .code = kOk,
+                       .duration = absl::Hours(3),
+                       .request_bytes = 0,
+                       .response_bytes = 0});
   return metrics;
 }
 

@@ -74,7 +74,7 @@ TEST(Metrics, TextHasAllParts) {
 TEST(Metrics, LabelsAreFew) {
   const std::set<std::string> allowed = {"tier", "device",    "pair",   "backend", "position", "location",
                                          "lane", "method",    "code",   "le",      "version",  "compiler",
-                                         "cuda", "operation", "tenant", "result"};
+                                         "cuda", "operation", "tenant", "result",  "phase",    "outcome"};
   const std::regex label("([a-z_]+)=\"");
   size_t series = 0;
   for (const auto& [name, value] : ParseExposition(BusyMetrics()->Text()).samples) {
@@ -84,7 +84,7 @@ TEST(Metrics, LabelsAreFew) {
       EXPECT_EQ(allowed.count((*it)[1]), 1u) << name;
     }
   }
-  EXPECT_LT(series, 1500u);  // some 25 for each verb that was called, most of them buckets of its latency
+  EXPECT_LT(series, 1600u);  // some 40 for each verb, most of them buckets of its latency and codes
 }
 
 TEST(Metrics, ServesOverHttpAndStops) {
@@ -143,7 +143,12 @@ TEST(Metrics, ScrapesWhileCallsEnd) {
   const absl::StatusOr<std::string> address = metrics.Start("127.0.0.1:0");
   ASSERT_TRUE(address.ok()) << address.status();
   std::thread caller([&metrics] {
-    for (int i = 0; i < 2000; ++i) metrics.RecordCall("Attend", i % 17, absl::Microseconds(i), 1, 1);
+    for (int i = 0; i < 2000; ++i)
+      metrics.RecordCall({.method = "Attend",
+                          .code = i % 17,
+                          .duration = absl::Microseconds(i),
+                          .request_bytes = 1,
+                          .response_bytes = 1});
   });
   for (int i = 0; i < 5; ++i) EXPECT_THAT(Get(*address, "/metrics"), HasSubstr("200 OK"));
   caller.join();

@@ -46,9 +46,21 @@ TEST_F(RequestMetricsTest, EveryCodeStartsAtZero) {
 }
 
 TEST_F(RequestMetricsTest, CountsTimesAndBytes) {
-  metrics_.Record("Append", 0, absl::Microseconds(80), 1000, 20);
-  metrics_.Record("Append", 0, absl::Milliseconds(3), 500, 10);
-  metrics_.Record("Append", 8, absl::Seconds(60), 1, 0);
+  metrics_.Record({.method = "Append",
+                   .code = 0,
+                   .duration = absl::Microseconds(80),
+                   .request_bytes = 1000,
+                   .response_bytes = 20});
+  metrics_.Record({.method = "Append",
+                   .code = 0,
+                   .duration = absl::Milliseconds(3),
+                   .request_bytes = 500,
+                   .response_bytes = 10});
+  metrics_.Record({.method = "Append",
+                   .code = 8,
+                   .duration = absl::Seconds(60),
+                   .request_bytes = 1,
+                   .response_bytes = 0});
   EXPECT_EQ(Sample("kvtide_rpc_requests_total{code=\"OK\",method=\"Append\"}"), 2);
   EXPECT_EQ(Sample("kvtide_rpc_requests_total{code=\"RESOURCE_EXHAUSTED\",method=\"Append\"}"), 1);
   EXPECT_EQ(Sample("kvtide_rpc_duration_seconds_count{method=\"Append\"}"), 3);
@@ -63,16 +75,30 @@ TEST_F(RequestMetricsTest, CountsTimesAndBytes) {
 }
 
 TEST_F(RequestMetricsTest, ASessionIsNoLatency) {
-  metrics_.Record("Session", 1, absl::Hours(5), 0, 0);
+  metrics_.Record(
+      {.method = "Session", .code = 1, .duration = absl::Hours(5), .request_bytes = 0, .response_bytes = 0});
   EXPECT_EQ(Sample("kvtide_rpc_requests_total{code=\"CANCELLED\",method=\"Session\"}"), 1);
   EXPECT_EQ(Sample("kvtide_rpc_duration_seconds_count{method=\"Session\"}"), -1);
 }
 
 TEST_F(RequestMetricsTest, OtherNamesAndCodesMakeNoSeries) {
+  metrics_.Record({.method = "Attend"});  // the tenant's first
   const size_t before = Scrape().samples.size();
-  metrics_.Record("Nonsense", 0, absl::Seconds(1), 5, 5);
-  metrics_.Record("Append", 99, absl::Seconds(1), 5, 5);
-  metrics_.Record("Append", -1, absl::Seconds(-1), -5, -5);
+  metrics_.Record({.method = "Nonsense",
+                   .code = 0,
+                   .duration = absl::Seconds(1),
+                   .request_bytes = 5,
+                   .response_bytes = 5});
+  metrics_.Record({.method = "Append",
+                   .code = 99,
+                   .duration = absl::Seconds(1),
+                   .request_bytes = 5,
+                   .response_bytes = 5});
+  metrics_.Record({.method = "Append",
+                   .code = -1,
+                   .duration = absl::Seconds(-1),
+                   .request_bytes = -5,
+                   .response_bytes = -5});
   EXPECT_EQ(Scrape().samples.size(), before);
   EXPECT_EQ(Sample("kvtide_rpc_requests_total{code=\"OK\",method=\"other\"}"), 1);
   EXPECT_EQ(Sample("kvtide_rpc_requests_total{code=\"UNKNOWN\",method=\"Append\"}"), 2);
@@ -95,7 +121,12 @@ TEST_F(RequestMetricsTest, ManyThreads) {
   std::vector<std::thread> threads;
   for (int t = 0; t < 4; ++t) {
     threads.emplace_back([this] {
-      for (int i = 0; i < 1000; ++i) metrics_.Record("Attend", 0, absl::Microseconds(i), 1, 2);
+      for (int i = 0; i < 1000; ++i)
+        metrics_.Record({.method = "Attend",
+                         .code = 0,
+                         .duration = absl::Microseconds(i),
+                         .request_bytes = 1,
+                         .response_bytes = 2});
     });
   }
   for (int i = 0; i < 10; ++i) Scrape();
@@ -103,6 +134,36 @@ TEST_F(RequestMetricsTest, ManyThreads) {
   EXPECT_EQ(Sample("kvtide_rpc_requests_total{code=\"OK\",method=\"Attend\"}"), 4000);
   EXPECT_EQ(Sample("kvtide_rpc_duration_seconds_count{method=\"Attend\"}"), 4000);
   EXPECT_EQ(Sample("kvtide_rpc_sent_bytes_total{method=\"Attend\"}"), 8000);
+}
+
+TEST_F(RequestMetricsTest, PhasesOfACallAddUp) {
+  metrics_.Record({.method = "Append",
+                   .duration = absl::Milliseconds(10),
+                   .received = absl::Milliseconds(2),
+                   .waited = absl::Milliseconds(5)});
+  metrics_.Record({.method = "Session", .duration = absl::Hours(1)});
+  EXPECT_NEAR(Sample("kvtide_rpc_phase_seconds_sum{phase=\"receive\"}"), 0.002, 1e-9);
+  EXPECT_NEAR(Sample("kvtide_rpc_phase_seconds_sum{phase=\"queue\"}"), 0.005, 1e-9);
+  EXPECT_NEAR(Sample("kvtide_rpc_phase_seconds_sum{phase=\"serve\"}"), 0.003, 1e-9);
+  EXPECT_EQ(Sample("kvtide_rpc_phase_seconds_count{phase=\"serve\"}"), 1) << "a stream is no call";
+}
+
+TEST_F(RequestMetricsTest, TenantsHaveTheirOwnUpToABound) {
+  metrics_.Record(
+      {.method = "Append", .duration = absl::Milliseconds(2), .request_bytes = 7, .tenant = "acme"});
+  metrics_.Record(
+      {.method = "Attend", .code = 8, .duration = absl::Seconds(2), .response_bytes = 0, .tenant = "acme"});
+  EXPECT_EQ(Sample("kvtide_tenant_calls_total{outcome=\"answered\",tenant=\"acme\"}"), 1);
+  EXPECT_EQ(Sample("kvtide_tenant_calls_total{outcome=\"failed\",tenant=\"acme\"}"), 1);
+  EXPECT_EQ(Sample("kvtide_tenant_received_bytes_total{tenant=\"acme\"}"), 7);
+  EXPECT_EQ(Sample("kvtide_tenant_call_seconds_bucket{tenant=\"acme\",le=\"0.01\"}"), 1);
+  for (int i = 0; i < 5000; i++) metrics_.Record({.method = "Append", .tenant = "t\n" + std::to_string(i)});
+  EXPECT_EQ(Sample("kvtide_tenant_calls_total{outcome=\"answered\",tenant=\"t?0\"}"), 1);
+  EXPECT_EQ(Sample("kvtide_tenant_calls_total{outcome=\"answered\",tenant=\"(others)\"}"), 5000 - 31);
+  size_t series = 0;
+  for (const auto& [name, value] : Scrape().samples)
+    series += name.find("tenant=") != std::string::npos ? 1 : 0;
+  EXPECT_EQ(series, 33u * (2 + 2 + 6 + 3)) << "however many tenants there are";
 }
 
 }  // namespace

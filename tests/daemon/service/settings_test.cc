@@ -5,6 +5,7 @@
 #include <set>
 
 #include "daemon/command_line.h"
+#include "daemon/running_config.h"
 #include "gmock/gmock.h"
 #include "google/protobuf/util/message_differencer.h"
 #include "gtest/gtest.h"
@@ -146,6 +147,49 @@ TEST(Settings, TheEffectiveConfigurationIsAConfiguration) {
     for (const Setting& setting : AllSettings())
       EXPECT_TRUE(IsSet(setting, full) || kNone.contains(setting.field)) << setting.field;
   }
+}
+
+TEST(RunningConfig, ChangesWhatIsLiveAndTellsWhatWaits) {
+  const std::string file = ::testing::TempDir() + "/kvtide_running_config.json";
+  std::ofstream(file) << R"({"device": "cpu", "log_level": "info", "host_memory": "2MiB"})";
+  v1::KvtidedConfig flags;
+  flags.set_slow_call_ms(5);
+  const auto layers = GatherConfig(file, flags, Of({}));
+  RunningConfig config(*layers, *ResolveConfig(layers->Merged()));
+  const auto value = [&](const std::string& name) {
+    const v1::GetConfigResponse all = config.Describe();
+    for (const v1::ConfigValue& one : all.values())
+      if (one.name() == name) return one.value() + " " + one.source();
+    return std::string();
+  };
+  std::ofstream(file) << R"({"device": "cpu", "log_level": "debug", "host_memory": "3MiB", "slow_call_ms": 9,
+                             "quota": ["a:calls=1"], "low_watermark": 0.5})";
+  int applied = 0;
+  const auto apply = [&](const DaemonOptions& now) {
+    applied++;
+    EXPECT_EQ(now.log_level, "debug");
+    EXPECT_EQ(now.slow_call, absl::Milliseconds(5)) << "the flag wins";
+    EXPECT_EQ(now.cache.limits.low_watermark, 0.5);
+    EXPECT_EQ(now.service.quotas->CallsOf("a"), 1u);
+    return absl::OkStatus();
+  };
+  const auto changes = config.Reload(apply, Of({}));
+  ASSERT_TRUE(changes.ok()) << changes.status();
+  EXPECT_THAT(changes->changed(), UnorderedElementsAre("log_level", "quota", "low_watermark"));
+  EXPECT_THAT(changes->needs_restart(), ElementsAre("host_memory"));
+  EXPECT_EQ(value("log_level"), "debug file");
+  EXPECT_EQ(value("host_memory"), "2MiB file") << "as it runs";
+  // Again: nothing new, but what waits.
+  EXPECT_THAT(config.Reload(apply, Of({}))->changed(), ElementsAre());
+  EXPECT_THAT(config.Reload(apply, Of({}))->needs_restart(), ElementsAre("host_memory"));
+  EXPECT_EQ(applied, 3);
+  // A bad file, or one that cannot be applied, changes nothing.
+  std::ofstream(file) << R"({"log_level": "error", "low_watermark": 2})";
+  EXPECT_THAT(std::string(config.Reload(apply, Of({})).status().message()), HasSubstr("low_watermark is 2"));
+  std::ofstream(file) << R"({"log_level": "error"})";
+  EXPECT_FALSE(config.Reload([](const DaemonOptions&) { return absl::InternalError("no"); }, Of({})).ok());
+  EXPECT_EQ(applied, 3);
+  EXPECT_EQ(value("log_level"), "debug file");
 }
 
 TEST(Settings, ErrorsOfTheEnvironmentNameTheVariable) {
