@@ -77,7 +77,7 @@ class Crowd : public ::testing::Test {
     constexpr int kCalls = 400;
     const std::vector<float> q = Rows(3, 63, 1, kHeads);
     std::vector<float> output(q.size()), lse(kHeads);
-    const client::AttendItem item{sequence_, 63, q, output, lse};
+    const client::AttendItem item{sequence_, 63, client::TensorRef::F32(q, {1, kHeads, kDim}), output, lse};
     std::vector<double> seconds;
     for (int i = 0; i < kCalls; i++) {
       const absl::Time start = absl::Now();
