@@ -1,6 +1,9 @@
 """The connection that engines' caches use: a daemon that is away, comes back, refuses."""
 
 import logging
+import pathlib
+import subprocess
+import sys
 import threading
 import time
 
@@ -136,3 +139,23 @@ def test_pieces():
     assert in_pieces(0, 10, 100) == []
     assert in_pieces(5, 10, 20) == [(0, 2), (2, 4), (4, 5)]
     assert in_pieces(2, 1000, 20) == [(0, 1), (1, 2)]
+
+
+
+def test_no_thread_is_in_a_call_when_the_interpreter_ends():
+    """What comes out of compiled code then would end the process."""
+    script = f"""
+import sys, threading, time
+sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+from block_store_double import Daemon
+from kvtide.block_store import Namespace, OpaqueBlocks
+from kvtide.store_link import StoreLink
+
+link, started = StoreLink(Daemon().open_pool, "here"), threading.Event()
+link.start([Namespace("m", 64, OpaqueBlocks(64))], wait=20)
+link.later(lambda: (started.set(), time.sleep(0.3), print("call over", flush=True)))
+started.wait(20)
+print("main over", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.split("\n")[:2] == ["main over", "call over"], done.stderr

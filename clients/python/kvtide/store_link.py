@@ -8,9 +8,11 @@ refuses) is named in one line and asked again rarely.
 
 from __future__ import annotations
 
+import atexit
 import collections
 import logging
 import threading
+import weakref
 from typing import Any, Callable, Deque, List, Optional, Sequence, Tuple
 
 from .block_store import BlockStore, Namespace
@@ -49,6 +51,19 @@ def connect(address: str, *, way: str = "auto", timeout: float = 5.0, arena_byte
     raise AssertionError
 
 
+def close_at_exit(owner: Any) -> None:
+    """Calls ``owner.close()`` before the interpreter ends, if the object is still there. A thread that comes out of compiled code
+    after that is ended in the middle of it, and the process dies (\"terminate called without an active exception\")."""
+    close = weakref.WeakMethod(owner.close)
+
+    def at_exit() -> None:
+        call = close()
+        if call is not None:
+            call()
+
+    atexit.register(at_exit)
+
+
 class StoreLink:
     """Open namespaces of one daemon, or none.
 
@@ -73,6 +88,7 @@ class StoreLink:
         self._later: Deque[Callable[[], Any]] = collections.deque()
         self.problem = "not connected yet"
         self.tries = 0
+        close_at_exit(self)
 
     def start(self, namespaces: Sequence[Namespace], wait: float = 0.0) -> bool:
         """Begins to connect and to open these; waits for up to ``wait`` seconds. True if it is there."""

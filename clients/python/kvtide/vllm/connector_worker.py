@@ -24,7 +24,7 @@ import torch
 
 from .. import formats
 from ..errors import FailedPrecondition, ResourceExhausted
-from ..store_link import in_pieces
+from ..store_link import close_at_exit, in_pieces
 from .connector_pages import Pages
 from .connector_plan import Load, Rank, Save, Step
 
@@ -141,6 +141,7 @@ class ConnectorWorker:
                         for name, work in (("save", self._save_all), ("load", self._load_all))]
         for thread in self.threads:
             thread.start()
+        close_at_exit(self)
 
     # --- the engine's thread ---
 

@@ -100,6 +100,7 @@ class KvtideTier(SecondaryTierManager):
                         for name, move in (("store", self._store), ("load", self._load))]
         for thread in self.threads:
             thread.start()
+        store_link.close_at_exit(self)
         if all(there):
             logger.info("kvtide: chunks of %d bytes of vLLM's CPU tier rest in kvtided at %s", self.block_size_bytes, self._where())
 
@@ -157,6 +158,9 @@ class KvtideTier(SecondaryTierManager):
             self.lock.wait_for(lambda: self.under_way == 0)
 
     def shutdown(self) -> None:
+        self.close()
+
+    def close(self) -> None:
         for one in self.queues.values():
             one.put(None)
         for thread in self.threads:
