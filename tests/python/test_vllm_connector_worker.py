@@ -457,8 +457,7 @@ def test_own_pages_are_sealed_before_they_are_saved_and_forgotten_before_they_ar
     World.save(own, "a", KEYS[:2], [4, 5], held=["a"])
     World.done(own, saved=["a"])
     assert own.part.unsealed == {}
-    while len(own.daemon.blocks.get(own.space, ())) < 2:
-        time.sleep(0.001)
+    until(lambda: len(own.daemon.blocks.get(own.space, ())) == 2)
     assert World.load(own, "b", KEYS[:2], [8, 9]) == 2
     assert own.part.forgotten == [8, 9]  # on the engine's thread, at once
     assert World.done(own, received=["b"]) == set()
@@ -469,8 +468,7 @@ def test_own_pages_are_sealed_before_they_are_saved_and_forgotten_before_they_ar
 def test_a_daemon_that_codes_otherwise_gets_and_gives_nothing(own, caplog):
     World.save(own, "a", KEYS[:2], [4, 5], held=["a"])
     World.done(own, saved=["a"])
-    while len(own.daemon.blocks.get(own.space, ())) < 2:
-        time.sleep(0.001)
+    until(lambda: len(own.daemon.blocks.get(own.space, ())) == 2)
     own.versions = (1000, 1000)
     World.save(own, "b", KEYS[2:], [6, 7], held=["b"])
     World.done(own, saved=["b"])

@@ -9,7 +9,7 @@ treated as bytes that nobody here understands.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -105,6 +105,7 @@ class Pages:
         self.dtype = first.dtype if order is not None else torch.uint8
         if order is not None:
             self.shape: Tuple[int, ...] = (len(caches), 2, self.pages_per_chunk * order.tokens, order.heads, order.head_dim)
+            self.parts: Tuple[int, ...] = (len(caches), 2, self.pages_per_chunk, order.tokens, order.heads, order.head_dim)
             self.bytes = torch.Size(self.shape).numel() * first.element_size()
         else:
             sizes = {cache[0].numel() * cache.element_size() for cache in caches}
@@ -112,7 +113,25 @@ class Pages:
             if len(sizes) != 1:
                 raise ValueError(f"layers have pages of different sizes: {sorted(sizes)}")
             self.shape = (len(caches), self.pages_per_chunk * self.page_bytes)
+            self.parts = (len(caches), 1, self.pages_per_chunk, self.page_bytes)
             self.bytes = len(caches) * self.pages_per_chunk * self.page_bytes
+        views = [self._views(cache) for cache in caches]
+        self.views: Optional[List[Tuple[torch.Tensor, ...]]] = None if None in views else views
+
+    def _views(self, cache: torch.Tensor) -> Optional[Tuple[torch.Tensor, ...]]:
+        """Of a layer: K and V as [pages, tokens, heads, head_dim], or its bytes as [pages, bytes], without a copy; None if they do
+        not lie so."""
+        order = self.order
+        if order is None:
+            if not cache[0].is_contiguous():
+                return None
+            size = (cache.shape[0], cache[0].numel())
+            return (cache.as_strided(size, (cache.stride(0), 1), cache.storage_offset()).view(torch.uint8),)
+        if order.strides is None:
+            return None
+        size = (cache.shape[0], order.tokens, order.heads, order.head_dim)
+        return tuple(cache.as_strided(size, (cache.stride(0), *steps), cache.storage_offset() + first)
+                     for first, *steps in order.strides)
 
     def will_be_read(self, blocks: Sequence[int]) -> None:
         """On the engine's thread, before the event behind which ``read`` of these full blocks begins."""
@@ -120,62 +139,55 @@ class Pages:
     def will_be_written(self, blocks: Sequence[int]) -> None:
         """On the engine's thread, before the event behind which ``write`` of these blocks begins."""
 
-    def pages_of(self, blocks: Sequence[int]) -> torch.Tensor:
-        ids = torch.tensor(blocks, dtype=torch.int64)
-        if self.split > 1:
-            ids = (ids[:, None] * self.split + torch.arange(self.split)).flatten()
-        return ids.to(self.caches[0].device)
+    def pages_of(self, blocks: Sequence[int]) -> List[int]:
+        return [block * self.split + part for block in blocks for part in range(self.split)]
 
-    def sides(self, cache: torch.Tensor) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
-        """K and V as [pages, tokens, heads, head_dim] without a copy, if the order is even."""
-        if self.order is None or self.order.strides is None:
-            return None
-        order, views = self.order, []
-        for first, *steps in order.strides:
-            views.append(cache.as_strided((cache.shape[0], order.tokens, order.heads, order.head_dim), (cache.stride(0), *steps),
-                                          cache.storage_offset() + first))
-        return views[0], views[1]
+    def _pairs(self, payload: torch.Tensor, pages: Sequence[int], first: int) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
+        """Parts of the payload from its page ``first`` on, and what belongs to them in the caches. Lists of views, so that one call
+        copies all: a thread that comes back from each layer's call waits for the engine's each time."""
+        parts, here, there = payload.view(-1, *self.parts), [], []
+        for layer, views in enumerate(self.views or ()):
+            for i, page in enumerate(pages, first):
+                chunk, at = divmod(i, self.pages_per_chunk)
+                for side, view in enumerate(views):
+                    here.append(parts[chunk, layer, side, at])
+                    there.append(view[page])
+        return here, there
 
     def read(self, blocks: Sequence[int], out: torch.Tensor) -> None:
         """Chunks of these blocks into ``out`` [chunks, *shape], on the caches' device or the host."""
-        ids = self.pages_of(blocks)
-        chunks = len(blocks) // self.chunk_blocks
+        pages = self.pages_of(blocks)
+        if self.views is not None:
+            here, there = self._pairs(out, pages, 0)
+            torch._foreach_copy_(here, there)
+            return
+        ids, parts = torch.tensor(pages, device=self.caches[0].device), out.view(-1, *self.parts)
         for layer, cache in enumerate(self.caches):
+            into = parts[:, layer]
             if self.order is None:
-                page = cache[ids].reshape(len(ids), -1).contiguous().view(torch.uint8)
-                out[:, layer].copy_(page.reshape(chunks, -1))
+                into.copy_(cache[ids].reshape(len(ids), -1).contiguous().view(torch.uint8).view(into.shape))
                 continue
-            order, sides = self.order, self.sides(cache)
-            into = out[:, layer].unflatten(2, (self.pages_per_chunk, order.tokens))  # [chunks, 2, pages, tokens, heads, dim]
-            if sides is not None:
-                for side in range(2):
-                    into[:, side].copy_(sides[side][ids].unflatten(0, (chunks, self.pages_per_chunk)))
-            else:
-                page = cache[ids].reshape(len(ids), -1)
-                for side in range(2):
-                    into[:, side].copy_(page[:, order.index[side]].unflatten(0, (chunks, self.pages_per_chunk)))
+            page = cache[ids].reshape(len(ids), -1)
+            for side in range(2):
+                into[:, side].copy_(page[:, self.order.index[side]].view(into[:, side].shape))
 
     def write(self, payload: torch.Tensor, blocks: Sequence[int], skip: int = 0) -> None:
         """Blocks from chunks: those of the payload from its block ``skip`` on, as many as there are ids."""
-        ids = self.pages_of(blocks)
-        first = skip * self.split
-        span = slice(first, first + len(ids))
+        pages, first = self.pages_of(blocks), skip * self.split
+        if self.views is not None:
+            here, there = self._pairs(payload, pages, first)
+            torch._foreach_copy_(there, here)
+            return
+        ids, parts, span = torch.tensor(pages, device=self.caches[0].device), payload.view(-1, *self.parts), slice(first, first + len(pages))
         for layer, cache in enumerate(self.caches):
+            rows = [parts[:, layer, side].flatten(0, 1)[span].to(cache.device) for side in range(self.parts[1])]
             if self.order is None:
-                page = payload[:, layer].reshape(-1, self.page_bytes)[span].to(cache.device)
-                cache[ids] = page.contiguous().view(cache.dtype).reshape(len(ids), *cache.shape[1:])
+                cache[ids] = rows[0].contiguous().view(cache.dtype).reshape(len(ids), *cache.shape[1:])
                 continue
-            order, sides = self.order, self.sides(cache)
-            rows = payload[:, layer].unflatten(2, (self.pages_per_chunk, order.tokens))
-            parts = [rows[:, side].flatten(0, 1)[span].to(cache.device) for side in range(2)]  # [pages, tokens, heads, dim]
-            if sides is not None:
-                for view, part in zip(sides, parts):
-                    view[ids] = part
-            else:
-                page = torch.empty((len(ids), order.index.numel()), dtype=cache.dtype, device=cache.device)
-                for side in range(2):
-                    page[:, order.index[side].flatten()] = parts[side].flatten(1)
-                cache[ids] = page.view(len(ids), *cache.shape[1:])
+            page = torch.empty((len(ids), self.order.index.numel()), dtype=cache.dtype, device=cache.device)
+            for side in range(2):
+                page[:, self.order.index[side].flatten()] = rows[side].flatten(1)
+            cache[ids] = page.view(len(ids), *cache.shape[1:])
 
 
 class OwnPages(Pages):
@@ -188,12 +200,12 @@ class OwnPages(Pages):
 
     def __init__(self, caches: Sequence[torch.Tensor], blocks: int, parts: Callable[[], Sequence[Any]]) -> None:
         super().__init__(caches, blocks, 1, None)
-        self.parts = parts
+        self.backends = parts
 
     def will_be_read(self, blocks: Sequence[int]) -> None:
-        for part in self.parts():
+        for part in self.backends():
             part.will_be_read(blocks)
 
     def will_be_written(self, blocks: Sequence[int]) -> None:
-        for part in self.parts():
+        for part in self.backends():
             part.will_be_written(blocks)

@@ -61,12 +61,14 @@ class Step:
     Attributes:
         fenced: preempted requests: nothing reads their blocks any more when the step begins.
         held: ended requests whose blocks are kept until their saves have read them.
+        idle: the engine computes nothing in it.
     """
 
     loads: List[Load] = field(default_factory=list)
     saves: List[Save] = field(default_factory=list)
     fenced: Set[str] = field(default_factory=set)
     held: Set[str] = field(default_factory=set)
+    idle: bool = False
 
 
 @dataclass
@@ -244,6 +246,7 @@ class ConnectorPlan:
             for request_id, scheduled in output.num_scheduled_tokens.items():
                 self._save(request_id, computed.get(request_id, 0) + scheduled)
         step, self.step = self.step, Step()
+        step.idle = not output.num_scheduled_tokens
         return step
 
     def _save(self, request_id: str, written: int) -> None:

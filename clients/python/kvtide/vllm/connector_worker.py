@@ -28,6 +28,8 @@ from ..store_link import close_at_exit, in_pieces
 from .connector_pages import Pages
 from .connector_plan import Load, Rank, Save, Step
 
+IDLE_SECONDS = 0.002
+"""That a step which computes nothing waits for a load."""
 _WAITING, _COPYING, _DONE = range(3)
 _TYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.uint16, torch.uint8: np.uint8}
 
@@ -129,7 +131,8 @@ class ConnectorWorker:
         self.save_staging, self.load_staging = (Staging(link, staging, self.gpu) for link in (save_link, load_link))
         self.lock = threading.Condition()
         self.jobs: Dict[str, List[Job]] = {}
-        self.waiting_blocks = 0
+        self.waiting_blocks = self.loading = 0
+        self.idle = False
         self.held: Set[str] = set()
         self.received: Set[str] = set()
         self.bad_blocks: Set[int] = set()
@@ -155,6 +158,9 @@ class ConnectorWorker:
             self.lock.wait_for(lambda: not any(job.state == _COPYING for request in requests for job in self.jobs.get(request, ())))
 
     def start_loads(self, step: Step) -> None:
+        with self.lock:
+            self.idle = step.idle
+            self.loading += len(step.loads)
         for load in step.loads:
             self.pages.will_be_written(load.blocks)
             self.loads.put((load, self._event()))
@@ -178,6 +184,9 @@ class ConnectorWorker:
     def take_done(self) -> Tuple[Set[str], Set[str]]:
         """Ended requests whose blocks nothing reads any more, and requests whose loads are over."""
         with self.lock:
+            if self.idle and self.loading > 0:
+                # The engine asks again and again, and holds the interpreter that the load needs.
+                self.lock.wait_for(lambda: self.received, timeout=IDLE_SECONDS)
             saved = {request for request in self.held if not self.jobs.get(request)}
             self.held -= saved
             received, self.received = self.received, set()
@@ -311,6 +320,8 @@ class ConnectorWorker:
                     # A block that failed is named before its request is.
                     self.bad_blocks.update(bad)
                     self.received.add(load.request)
+                    self.loading -= 1
+                    self.lock.notify_all()
 
     def _load(self, load: Load, event: Any) -> Iterator[int]:
         """The blocks written so far, after each piece. Ends where a block cannot be read."""
