@@ -112,7 +112,13 @@ def child(job):
         counts = dict(totals)
         if name == "computed":
             saved = counts
-            assert engine.reset_prefix_cache(), "blocks are still in use"
+            for i in range(200):
+                if engine.reset_prefix_cache():
+                    break
+                time.sleep(0.1)
+                first_token(f"{name}r{i}", warm[:20])
+            else:
+                raise TimeoutError("what is saved still holds its blocks")
             first_token("w1", warm)  # the first load of all pins memory
     median = lambda values: sorted(values)[len(values) // 2]
     result = {"cache": job["cache"], "computed_ms": 1e3 * median([one[0] for one in rounds[0]]),

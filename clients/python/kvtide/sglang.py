@@ -108,7 +108,7 @@ class KvtideHiCache(HiCacheStorage):
 
     def _open_pool(self) -> Any:
         return store_link.connect(self.settings.address, way=self.settings.way, timeout=self.settings.timeout,
-                                  arena_bytes=4 * (self.settings.piece_mib << 20))
+                                  arena_bytes=4 * (self.settings.piece_mib << 20), log=logger)
 
     # --- the zero-copy interface: one copy, between SGLang's pool and the memory that the daemon sees ---
 

@@ -25,7 +25,8 @@ GONE = (Unavailable, DeadlineExceeded, Cancelled, ConnectionError, OSError)
 """Errors of calls after which the connection is not used any more."""
 
 
-def connect(address: str, *, way: str = "auto", timeout: float = 5.0, arena_bytes: int = 64 << 20) -> Any:
+def connect(address: str, *, way: str = "auto", timeout: float = 5.0, arena_bytes: int = 64 << 20,
+            log: logging.Logger = logging.getLogger("kvtide")) -> Any:
     """A pool at ``address`` and nowhere else.
 
     Args:
@@ -45,9 +46,11 @@ def connect(address: str, *, way: str = "auto", timeout: float = 5.0, arena_byte
     for last, one in enumerate(ways[way], 1):
         try:
             return open_pool(one, timeout=timeout, connect_timeout=min(timeout, 5.0), arena_bytes=arena_bytes)
-        except (KvtideError, OSError):
+        except (KvtideError, OSError) as error:
             if last == len(ways[way]):
                 raise
+            log.info("kvtide: shared memory with kvtided at %s does not work (%s); trying gRPC, which copies blocks through messages", address,
+                     _words(error))
     raise AssertionError
 
 
@@ -196,7 +199,7 @@ class StoreLink:
                 self.tries += 1
                 self.problem = ""
                 self._lock.notify_all()
-            self._log.info("kvtide: kvtided at %s is there", self._where)
+            self._log.info("kvtide: kvtided at %s is there%s", self._where, f", by {pool.way}" if hasattr(pool, "way") else "")
 
 
 def _words(error: BaseException) -> str:

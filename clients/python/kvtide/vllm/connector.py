@@ -81,7 +81,7 @@ class KvtideConnector(KVConnectorBase_V1):
 
         def open_pool() -> Any:
             return store_link.connect(settings.address, way=settings.way, timeout=timeout,
-                                      arena_bytes=4 * (settings.piece_mib << 20))
+                                      arena_bytes=4 * (settings.piece_mib << 20), log=logger)
 
         return store_link.StoreLink(open_pool, settings.address or "its default socket", persist=settings.persist, log=logger)
 

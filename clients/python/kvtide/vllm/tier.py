@@ -112,7 +112,7 @@ class KvtideTier(SecondaryTierManager):
 
         def open_pool() -> Any:
             arena = max(4 * (settings.piece_mib << 20), 4 * self.block_size_bytes)
-            return store_link.connect(settings.address, way=settings.way, timeout=timeout, arena_bytes=arena)
+            return store_link.connect(settings.address, way=settings.way, timeout=timeout, arena_bytes=arena, log=logger)
 
         return StoreLink(open_pool, self._where(), persist=settings.persist, log=logger)
 
