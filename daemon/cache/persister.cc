@@ -365,6 +365,7 @@ RestoreReport Persister::Restore() {
   // later.
   std::vector<std::pair<int64_t, uint64_t>> shards;
   for (const auto& [key, bytes] : manifests) {
+    taken_.insert(key);
     if (IsKeyedManifest(bytes)) {
       shards.emplace_back(-WrittenAt(bytes), key);
       continue;

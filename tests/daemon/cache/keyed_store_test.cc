@@ -746,5 +746,18 @@ TEST_F(KeyedDiskTest, WithoutADurableTierPersistSaysSo) {
       IsError(cache_->PersistNamespace(space).status(), absl::StatusCode::kFailedPrecondition, "--disk"));
 }
 
+// A list of durable blocks took the place of another namespace's, because a later life drew its name again.
+TEST_F(KeyedStoreTest, ListsOfDurableBlocksOfSeveralLivesStayApart) {
+  StartWithDisk(kMiB, kMiB, 4 * kMiB);
+  for (int life = 0; life < 4; life++) {
+    const NamespaceId space = Open(Opaque(kOpaqueBytes, absl::StrCat("of life ", life)));
+    ASSERT_TRUE(Store(space, Keys(life, 3), Stamped(life, 3)).ok());
+    ASSERT_TRUE(cache_->PersistNamespace(space).ok());
+    Restart(true);
+  }
+  for (int life = 0; life < 4; life++)
+    ExpectStamped(Open(Opaque(kOpaqueBytes, absl::StrCat("of life ", life))), life, 3);
+}
+
 }  // namespace
 }  // namespace kvtide::testing
