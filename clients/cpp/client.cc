@@ -307,13 +307,7 @@ absl::Status Client::AppendAttend(int layer, std::span<const AppendAttendItem> i
 
 absl::StatusOr<Step> Client::BeginStep(std::span<const StepItem> items, const StepOptions& options) {
   v1::SessionRequest message;
-  v1::BeginStepRequest& request = *message.mutable_begin_step();
-  for (const StepItem& item : items) {
-    v1::StepItem* const out = request.add_items();
-    out->set_sequence_id(item.sequence);
-    out->set_new_tokens(item.new_tokens);
-  }
-  request.set_after_step_id(options.after);
+  RequestStep(items, options.after, &message);
   if (options.tables) {
     KVTIDE_ASSIGN_OR_RETURN(const StepView view,
                             impl_->step_tables.Begin(impl_->carrier.get(), items, &message));

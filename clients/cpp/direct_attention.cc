@@ -396,13 +396,7 @@ absl::StatusOr<DirectStep> DirectAttention::Impl::Begin(std::span<const StepItem
                                                    " new tokens; made for ", options_.max_sequences, " and ",
                                                    options_.max_new_tokens));
   v1::SessionRequest message;
-  v1::BeginStepRequest& request = *message.mutable_begin_step();
-  for (const StepItem& item : items) {
-    v1::StepItem* const out = request.add_items();
-    out->set_sequence_id(item.sequence);
-    out->set_new_tokens(item.new_tokens);
-  }
-  request.set_after_step_id(after);
+  v1::BeginStepRequest& request = RequestStep(items, after, &message);
   request.set_mapped(true);
   request.set_most_seals(options_.max_seals);
   KVTIDE_ASSIGN_OR_RETURN(const StepView view,

@@ -8,6 +8,18 @@
 
 namespace kvtide::client {
 
+v1::BeginStepRequest& RequestStep(std::span<const StepItem> items, uint64_t after,
+                                  v1::SessionRequest* message) {
+  v1::BeginStepRequest& request = *message->mutable_begin_step();
+  for (const StepItem& item : items) {
+    v1::StepItem* const out = request.add_items();
+    out->set_sequence_id(item.sequence);
+    out->set_new_tokens(item.new_tokens);
+  }
+  request.set_after_step_id(after);
+  return request;
+}
+
 absl::StatusOr<StepView> StepTables::Begin(Carrier* carrier, std::span<const StepItem> items,
                                            v1::SessionRequest* message) {
   // What is told in one answer is applied before the next one is asked for.

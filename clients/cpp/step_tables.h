@@ -23,6 +23,10 @@ struct StepView {
   std::vector<v1::StepSeal> seals;
 };
 
+// A BeginStepRequest for the items, behind the open step `after` (0 = none).
+v1::BeginStepRequest& RequestStep(std::span<const StepItem> items, uint64_t after,
+                                  v1::SessionRequest* message);
+
 class StepTables {
  public:
   // Sends a BeginStepRequest for the items, and brings the tables up to date. After a failed call everything

@@ -12,6 +12,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/time/clock.h"
+#include "tests/base/eventually.h"
 #include "tests/clients/cpp/direct_script.h"
 #include "tests/e2e/test_daemon.h"
 
@@ -74,15 +75,6 @@ std::unique_ptr<Pool> Connect(const std::string& address) {
   auto pool = Pool::Connect(address, OnGpu());
   EXPECT_TRUE(pool.ok()) << pool.status();
   return pool.ok() ? *std::move(pool) : nullptr;
-}
-
-template <class Condition>
-bool Eventually(Condition condition) {
-  for (int i = 0; i < 6000; i++) {
-    if (condition()) return true;
-    absl::SleepFor(absl::Milliseconds(5));
-  }
-  return false;
 }
 
 TEST(DirectGpu, StepsOverTheMappedPoolEqualThoseOfAnEmbeddedOneToTheBit) {

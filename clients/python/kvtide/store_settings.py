@@ -39,6 +39,10 @@ class StoreSettings:
     @classmethod
     def make(cls, values: Mapping[str, Any], where: str) -> "Self":
         """Settings of these values. InvalidArgument, which begins with ``where``, for what cannot be."""
+        known = [one.name for one in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise InvalidArgument(f"{where} has no key {key!r}; kvtide knows {', '.join(known)}")
         for one in fields(cls):
             value, kind = values.get(one.name, one.default), type(one.default)
             if not isinstance(value, (int, float) if kind is float else kind):

@@ -12,6 +12,7 @@
 #include "absl/time/clock.h"
 #include "clients/cpp/direct_attention.h"
 #include "gtest/gtest.h"
+#include "tests/base/eventually.h"
 #include "tests/clients/cpp/direct_script.h"
 #include "tests/clients/cpp/pool_script.h"
 
@@ -43,15 +44,6 @@ std::unique_ptr<Pool> Connect(const std::string& address) {
   auto pool = Pool::Connect(address, OnCpu());
   EXPECT_TRUE(pool.ok()) << pool.status();
   return pool.ok() ? *std::move(pool) : nullptr;
-}
-
-template <class Condition>
-bool Eventually(Condition condition) {
-  for (int i = 0; i < 6000; i++) {
-    if (condition()) return true;
-    absl::SleepFor(absl::Milliseconds(5));
-  }
-  return false;
 }
 
 TEST(Direct, StepsEqualTheModelOfTheCacheAndTheDaemonsOwnBytes) {

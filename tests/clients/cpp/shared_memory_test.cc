@@ -18,6 +18,7 @@
 #include "daemon/ring/arena.h"
 #include "daemon/ring/handshake.h"
 #include "gtest/gtest.h"
+#include "tests/base/eventually.h"
 #include "tests/clients/cpp/pool_script.h"
 
 namespace kvtide::testing {
@@ -29,16 +30,6 @@ using client::TensorRef;
 void ExpectError(const absl::Status& status, StatusCode code, const std::string& part) {
   EXPECT_EQ(status.code(), code) << status;
   EXPECT_TRUE(absl::StrContains(status.message(), part)) << status << "\nexpected: " << part;
-}
-
-// Waits for what a daemon does by itself; only its absence fails.
-template <class Condition>
-bool Eventually(Condition condition) {
-  for (int i = 0; i < 6000; i++) {
-    if (condition()) return true;
-    absl::SleepFor(absl::Milliseconds(5));
-  }
-  return false;
 }
 
 int64_t CountSequences(Client& watcher) {

@@ -13,16 +13,12 @@
 #include "daemon/service/address.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "tests/base/eventually.h"
 
 namespace kvtide::service {
 namespace {
 
 using ::testing::HasSubstr;
-
-bool Eventually(const std::function<bool()>& true_at_last) {
-  for (int i = 0; i < 2000 && !true_at_last(); i++) std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  return true_at_last();
-}
 
 // A listener on a Unix socket that keeps what it is handed.
 class ListenerTest : public ::testing::Test {

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, List, Mapping
 
-from ..errors import InvalidArgument
 from ..fingerprint import name_of, weights_of
 from ..store_settings import StoreSettings
 from .settings import BLOCK_TOKENS
@@ -26,10 +25,6 @@ class ConnectorSettings(StoreSettings):
 
     @classmethod
     def read(cls, extra: Mapping[str, Any]) -> "ConnectorSettings":
-        known = [one.name for one in fields(cls)]
-        for key in extra:
-            if key not in known:
-                raise InvalidArgument(f"kv_connector_extra_config has no key {key!r}; kvtide knows {', '.join(known)}")
         return cls.make(extra, "kv_connector_extra_config")
 
 

@@ -51,11 +51,7 @@ class TierSettings(StoreSettings):
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "TierSettings":
-        known = [one.name for one in fields(cls)]
-        for key in config:
-            if key not in known:
-                raise InvalidArgument(f"secondary_tiers: KvtideTier has no key {key!r}; it knows {', '.join(known)}")
-        out = cls.make(config, "secondary_tiers")
+        out = cls.make(config, "secondary_tiers: KvtideTier")
         if out.pair != "exact":
             raise InvalidArgument(f"secondary_tiers: pair is {out.pair!r}, and the chunks of vLLM's CPU tier are bytes that nobody here "
                                   "understands: leave it out, or use KvtideConnector (kvtide connect vllm), which codes them")
