@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -150,7 +151,7 @@ def child(job):
 
 
 class Engine:
-    def __init__(self, job, folder, script=__file__):
+    def __init__(self, job, folder, script):
         self.job, self.out = job, folder / (re.sub(r"\W+", "_", job["cache"]) + ".json")
         self.log = (job["logs"] and pathlib.Path(job["logs"]) or folder) / self.out.with_suffix(".log").name
         env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
@@ -191,6 +192,28 @@ def commit():
                                                              text=True).stdout.strip()
 
 
+def command(script):
+    """What repeats the run: without where it put what, and without folders of its machine."""
+    words = sys.argv[1:]
+    for option in ("--output", "--logs"):
+        if option in words:
+            del words[words.index(option):words.index(option) + 2]
+    return shlex.join([pathlib.Path(script).name, *(pathlib.Path(word).name if word.startswith("/") else word for word in words)])
+
+
+def run_all(caches, job, folder, script, result, output):
+    """An engine for each cache, into `result` and, after each, into the file `output`."""
+    following = Engine({**job, "cache": caches[0]}, folder, script)
+    for i in range(len(caches)):
+        engine = following  # the next one imports its modules meanwhile
+        following = Engine({**job, "cache": caches[i + 1]}, folder, script) if i + 1 < len(caches) else None
+        began = time.perf_counter()
+        result["engines"].append({**engine.finish(), "whole_s": time.perf_counter() - began})
+        print(json.dumps(result["engines"][-1]), flush=True)
+        if output:
+            output.write_text(json.dumps({**versions(), **result}, indent=1) + "\n")
+
+
 def main():
     arguments = parse()
     if arguments.child:
@@ -204,19 +227,11 @@ def main():
                "gpus": arguments.gpus, "compile": arguments.compile, "timeout": arguments.timeout, "logs": str(arguments.logs or ""),
                "shapes": [] if arguments.limit else [[int(n) for n in one.split("x")] for one in arguments.shapes.split(",")]}
         caches = arguments.caches.split(",")
-        result = {"what": "decoding in vLLM", "command": "gpu_bench.py " + " ".join(sys.argv[1:]),
+        result = {"what": "decoding in vLLM", "command": command(__file__),
                   "commit": commit(),
                   "date": time.strftime("%Y-%m-%d"), "layers": arguments.layers, "gpus": arguments.gpus, "compile": arguments.compile,
                   "limit_gib": arguments.limit, "engines": []}
-        following = Engine({**job, "cache": caches[0]}, folder)
-        for i in range(len(caches)):
-            engine = following  # the next one imports its modules meanwhile
-            following = Engine({**job, "cache": caches[i + 1]}, folder) if i + 1 < len(caches) else None
-            began = time.perf_counter()
-            result["engines"].append({**engine.finish(), "whole_s": time.perf_counter() - began})
-            print(json.dumps(result["engines"][-1]), flush=True)
-            if arguments.output:
-                arguments.output.write_text(json.dumps({**versions(), **result}, indent=1) + "\n")
+        run_all(caches, job, folder, __file__, result, arguments.output)
     return 0
 
 

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 
-from gpu_bench import LLAMA, Engine, commit, versions
+from gpu_bench import LLAMA, command, commit, run_all
 
 CACHES = ["f16", "f16 + cpu", "f16 + exact", "f16 + q8_0/turbo4", "f16 + turbo4/turbo4", "kvtide turbo4/turbo4",
           "kvtide turbo4/turbo4 + kvtided"]
@@ -159,18 +159,11 @@ def main():
             daemon = subprocess.Popen([arguments.kvtided, "--listen", address, "--device", "cpu", "--device-memory", "64MiB",
                                        "--host-memory", f"{arguments.host_gib}GiB", "--metrics-address", "off"], stdout=log,
                                       stderr=subprocess.STDOUT)
-        result = {"what": "time to the first token of prompts that were let go", "command": "gpu_offload.py " + " ".join(sys.argv[1:]),
+        result = {"what": "time to the first token of prompts that were let go", "command": command(__file__),
                   "commit": commit(), "date": time.strftime("%Y-%m-%d"), "tokens": arguments.tokens, "layers": arguments.layers,
                   "cpus": os.cpu_count(), "link_gb_s": link_gb_s(), "engines": []}
         caches = [one.strip() for one in arguments.caches.split(",")]
-        following = Engine({**job, "cache": caches[0]}, folder, __file__)
-        for i in range(len(caches)):
-            engine = following
-            following = Engine({**job, "cache": caches[i + 1]}, folder, __file__) if i + 1 < len(caches) else None
-            result["engines"].append(engine.finish())
-            print(json.dumps(result["engines"][-1]), flush=True)
-            if arguments.output:
-                arguments.output.write_text(json.dumps({**versions(), **result}, indent=1) + "\n")
+        run_all(caches, job, folder, __file__, result, arguments.output)
         if daemon is not None:
             daemon.terminate()
             daemon.wait()
