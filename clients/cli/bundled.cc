@@ -1,6 +1,8 @@
 #include "clients/cli/bundled.h"
 
+#include <cerrno>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <vector>
@@ -42,7 +44,8 @@ absl::StatusOr<std::string> ReadTextFile(const std::string& path) {
   if (fs::is_directory(path, error))
     return absl::InvalidArgumentError(absl::StrCat(path, " is a folder, not a text"));
   std::ifstream in(path, std::ios::binary);
-  if (!in) return absl::NotFoundError(absl::StrCat("cannot open ", path));
+  if (!in)
+    return absl::NotFoundError(absl::StrCat("cannot open the text ", path, ": ", std::strerror(errno)));
   std::string text(std::istreambuf_iterator<char>(in), {});
   if (text.empty()) return absl::InvalidArgumentError(absl::StrCat(path, " is empty"));
   return text;
