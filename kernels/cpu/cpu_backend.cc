@@ -16,6 +16,7 @@
 #include "kernels/cpu/attend.h"
 #include "kernels/cpu/copy_queue.h"
 #include "kernels/cpu/file_slab.h"
+#include "kernels/cpu/half_rows.h"
 
 namespace kvtide {
 namespace {
@@ -84,6 +85,9 @@ class CpuBackend : public Backend {
           const size_t stride = static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(dim);
           const size_t first =
               piece.source_row * stride + static_cast<size_t>(head) * static_cast<size_t>(dim);
+          if (SameBits(type, rows.type))
+            return MoveRowsIn(half, static_cast<const uint16_t*>(rows.data) + first, stride,
+                              piece.first_token, piece.tokens, target);
           kernels_->store_rows(type, half, rows, first, stride, piece.first_token, piece.tokens, target);
         };
         store(layout.pair().k, layout.k(), KeysOf(args, piece), shape.head_dim_k, record);
@@ -203,10 +207,16 @@ class CpuBackend : public Backend {
                             const std::byte* source, size_t head, MutableTensorView target, size_t stride) {
       if (target.data == nullptr) return;
       const auto dim = static_cast<size_t>(half.head_dim);
+      if (stride == 0) stride = heads * dim;
+      if (SameBits(type, target.type)) {
+        const size_t first = static_cast<size_t>(begin - piece.first_token) * stride + head * dim;
+        return MoveRowsOut(half, source, static_cast<int>(begin % kBlockTokens),
+                           static_cast<int>(end - begin), static_cast<uint16_t*>(target.data) + first,
+                           stride);
+      }
       rows.resize(kBlockTokens * dim);
       kernels_->decode(type, side, half, profile, run.first_position + begin / kBlockTokens * kBlockTokens,
                        source, rows.data());
-      if (stride == 0) stride = heads * dim;
       for (int64_t t = begin; t < end; t++)
         kernels_->narrow(rows.data() + static_cast<size_t>(t % kBlockTokens) * dim, dim, target,
                          static_cast<size_t>(t - piece.first_token) * stride + head * dim);

@@ -15,6 +15,7 @@
 #include "hwy/highway.h"
 #include "kernels/cpu/simd_decode-inl.h"
 #include "kernels/cpu/simd_tide_encode-inl.h"
+#include "kernels/cpu/simd_values-inl.h"
 // clang-format on
 
 KVTIDE_BEFORE_NAMESPACE();
@@ -342,7 +343,7 @@ HWY_INLINE void StoreRow(const float* row, bool bf16, int dim, int token, uint16
   for (int d = 0; d < dim; d += 8) {
     uint16_t* target = values + HalfPrecisionIndex(token, d, dim);
     if (bf16) {
-      for (int i = 0; i < 8; i++) target[i] = F32ToBf16(row[d + i]);
+      Narrow(row + d, 8, {target, DataType::kBf16}, 0);
     } else {
       hn::StoreU(hn::DemoteTo(f16, hn::LoadU(f32, row + d)), f16, reinterpret_cast<hwy::float16_t*>(target));
     }
@@ -356,11 +357,7 @@ void StoreRows(CacheType type, const HalfLayout& layout, TensorView rows, size_t
   float row[kMaxDim] = {};
   for (int i = 0; i < tokens; i++) {
     const size_t element = first_element + static_cast<size_t>(i) * stride;
-    if (rows.type == DataType::kF32) {
-      std::memcpy(row, static_cast<const float*>(rows.data) + element, width * sizeof(float));
-    } else {
-      for (size_t d = 0; d < width; d++) row[d] = rows.At(element + d);
-    }
+    Widen(rows, element, width, row);
     StoreRow(row, bf16, layout.stored_dim, first_token + i, reinterpret_cast<uint16_t*>(half));
   }
 }
