@@ -50,6 +50,7 @@ absl::Status WriteConfig(const std::string& folder, const DaemonOptions& options
                            {"log_level", "warning"}};
   if (options.device_bytes == 0) config.erase("device_tier_bytes");
   if (!options.device.empty()) config["device"] = options.device;
+  if (!options.disk.empty()) config["disk"] = options.disk;
   if (options.share_pool) config["share_pool"] = true;
   if (options.compute_threads > 0) config["compute_threads"] = options.compute_threads;
   std::ofstream out(folder + "/kvtided.json");

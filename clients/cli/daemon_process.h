@@ -19,6 +19,7 @@ struct DaemonOptions {
   int64_t host_bytes = 0;
   int compute_threads = 0;  // 0 = one per core
   std::string device;       // empty = as kvtided chooses
+  std::string disk;         // "FOLDER:SIZE"; empty = no disk tier
   bool share_pool = false;  // the memory of CPU devices can be mapped
   std::string metrics_address = "off";
 };

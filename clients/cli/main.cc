@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "clients/cli/bench/bench_command.h"
 #include "clients/cli/calibrate/calibrate.h"
 #include "clients/cli/capture/capture.h"
 #include "clients/cli/completion/completion.h"
@@ -63,6 +64,7 @@ int main(int argc, char** argv) {
   kvtide::cli::AddEvalCommand(app, &exit_code);
   kvtide::cli::AddCaptureCommand(app, &exit_code);
   kvtide::cli::AddCalibrateCommand(app, &exit_code);
+  kvtide::cli::AddBenchCommand(app, &exit_code);
   kvtide::cli::AddStatusCommand(app, &exit_code);
   kvtide::cli::AddPersistCommand(app, &exit_code);
   kvtide::cli::AddTopCommand(app, &exit_code);

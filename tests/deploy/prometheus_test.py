@@ -63,8 +63,8 @@ def finite_numbers(answer):
 
 
 def main():
-    repository, kvtided, kvtide, appender, prometheus = sys.argv[1:]
-    repository = pathlib.Path(repository)
+    # Programs start in a folder of their own.
+    repository, kvtided, kvtide, appender, prometheus = (pathlib.Path(word).resolve() for word in sys.argv[1:])
     rules = repository / "deploy/prometheus/rules.yml"
     complaints = []
     with tempfile.TemporaryDirectory(prefix="kvtide-prometheus-") as name:
