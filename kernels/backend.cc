@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels/attend_args.h"
+#include "kernels/base/backoff.h"
 #include "kernels/base/status.h"
 #include "kernels/check_pieces.h"
 #include "kernels/store_row.h"
@@ -56,6 +57,16 @@ struct Widened {
 
 absl::StatusOr<SlabHandle> Slab::Share() const {
   return absl::FailedPreconditionError("this memory cannot be mapped by other processes");
+}
+
+absl::Status Backend::CopyNow(const CopyPiece& piece, CopyDirection direction) {
+  KVTIDE_ASSIGN_OR_RETURN(const CopyTicket ticket, StartCopy({&piece, 1}, direction));
+  Backoff backoff;
+  while (true) {
+    KVTIDE_ASSIGN_OR_RETURN(const bool done, Poll(ticket));
+    if (done) return absl::OkStatus();
+    backoff.Wait();
+  }
 }
 
 absl::StatusOr<std::unique_ptr<AttendPlan>> Backend::PlanAttend(const AttendPlanArgs& args,

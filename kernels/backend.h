@@ -216,6 +216,9 @@ class Backend {
   virtual absl::StatusOr<CopyTicket> StartCopy(std::span<const CopyPiece> pieces,
                                                CopyDirection direction) = 0;
   virtual absl::StatusOr<bool> Poll(CopyTicket ticket) = 0;
+  // One piece, copied when this returns; from any number of threads. Where this backend's memory is host
+  // memory the caller's thread copies, else it waits for StartCopy.
+  virtual absl::Status CopyNow(const CopyPiece& piece, CopyDirection direction);
 };
 
 }  // namespace kvtide

@@ -50,6 +50,7 @@ ROOMS = {
         "device": set(),
         "copy": {"device"},
         "codec": {"device"},
+        "pages": {"device", "codec"},
         "attend": {"device", "codec"},
         "prefill": {"device", "codec", "attend"},
         "step": {"device", "codec", "attend", "prefill"},

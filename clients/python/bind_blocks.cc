@@ -13,6 +13,7 @@
 #include "clients/cpp/pool.h"
 #include "clients/python/arrays.h"
 #include "clients/python/bindings.h"
+#include "clients/python/open_store.h"
 #include "clients/python/raise.h"
 
 namespace nb = nanobind;
@@ -59,18 +60,6 @@ Payload FormOf(const Array& array, const nb::dict& layout) {
   }
   return payload;
 }
-
-// Keeps its pool.
-class OpenStore {
- public:
-  OpenStore(std::shared_ptr<client::Pool> pool, std::unique_ptr<client::BlockStore> store)
-      : pool_(std::move(pool)), store_(std::move(store)) {}
-  client::BlockStore& store() const { return *store_; }
-
- private:
-  std::shared_ptr<client::Pool> pool_;
-  std::unique_ptr<client::BlockStore> store_;
-};
 
 }  // namespace
 

@@ -18,9 +18,8 @@
 #include "absl/strings/str_cat.h"
 #include "clients/python/bindings.h"
 #include "clients/python/exact_pages.h"
+#include "clients/python/paged_device.h"
 #include "clients/python/raise.h"
-#include "kernels/cpu/cpu_backend.h"
-#include "kernels/cpu/cpu_paged_attention.h"
 #include "kernels/paged_attention.h"
 #include "kernels/paged_library.h"
 
@@ -32,40 +31,6 @@ namespace {
 
 using Numbers = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::device::cpu>;
-
-template <class T>
-T* At(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-DataType ParseType(const std::string& name) {
-  for (const DataType type : {DataType::kF32, DataType::kF16, DataType::kBf16})
-    if (name == DataTypeName(type)) return type;
-  throw StatusException(absl::InvalidArgumentError("\"" + name + "\": tensors are f32, f16 or bf16"));
-}
-
-// Where the pages lie: in host memory, or on the GPU that the CUDA library works on.
-class PagedDevice {
- public:
-  PagedDevice(const std::string& device, int threads, const std::string& library) {
-    if (device == "cpu") {
-      CpuBackendOptions options;
-      options.threads = threads;
-      backend_ = MakeCpuBackend(options);
-    } else {
-      factory_ = Raise(LoadPagedLibrary(library.empty() ? std::string(kCudaPagedLibrary) : library));
-    }
-  }
-  std::unique_ptr<PagedAttention> Make(const PagedOptions& options,
-                                       std::span<const PagedLayer> layers) const {
-    if (backend_ != nullptr) return Raise(MakeCpuPagedAttention(*backend_, options, layers));
-    return Raise(factory_(options, layers));
-  }
-
- private:
-  std::unique_ptr<Backend> backend_;
-  PagedFactory factory_;
-};
 
 // PagedAttention with its step.
 class Paged {

@@ -11,10 +11,10 @@ namespace kvtide::python {
 
 void BindPool(nanobind::module_& m);
 void BindBlocks(nanobind::module_& m);
-void BindCalibration(nanobind::module_& m);
 void BindFormats(nanobind::module_& m);
 void BindPlan(nanobind::module_& m);
 void BindPaged(nanobind::module_& m);
+void BindPages(nanobind::module_& m);
 
 // Runs a blocking call without the GIL.
 template <class F>

@@ -18,9 +18,9 @@ NB_MODULE(_core, m) {
     }
   });
   kvtide::python::BindBlocks(m);
-  kvtide::python::BindCalibration(m);
   kvtide::python::BindPool(m);
   kvtide::python::BindFormats(m);
   kvtide::python::BindPlan(m);
   kvtide::python::BindPaged(m);
+  kvtide::python::BindPages(m);
 }

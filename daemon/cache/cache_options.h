@@ -57,7 +57,8 @@ struct CacheOptions {
   size_t max_plan_bytes = size_t{64} << 20;   // and what they take of devices' memory beside the tiers
   size_t move_piece_bytes = size_t{1} << 20;  // copies between tiers are cut into pieces of at most this
   size_t max_moves_in_flight = 16;            // blocks, per round of the mover
-  bool background_moves = true;               // false: only RunMovesOnce moves by policy (tests, simulation)
+  size_t max_copy_threads = 8;  // of one call of the block store, its own included; at most one per processor
+  bool background_moves = true;  // false: only RunMovesOnce moves by policy (tests, simulation)
   absl::Duration move_interval = absl::Milliseconds(20);
   absl::Duration room_wait = absl::Milliseconds(
       200);  // how long a call waits for pins and moves of others: for room, or for a block that it writes to

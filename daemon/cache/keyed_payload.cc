@@ -1,12 +1,18 @@
 #include "daemon/cache/keyed_payload.h"
 
+#ifdef KVTIDE_XXH_DISPATCH
+#include <xxh_x86dispatch.h>  // the vector instructions of this processor; the same hash
+#else
+#include <xxhash.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "daemon/cache/move_batch.h"
 #include "daemon/cache/tensor_check.h"
+#include "kernels/base/cancellation.h"
 #include "kernels/base/sizes.h"
 #include "kernels/base/status.h"
 
@@ -136,10 +142,57 @@ absl::StatusOr<std::byte*> KeyedPayload::Staging(Backend& backend, int tier) {
   return slab->data();
 }
 
-absl::Status KeyedPayload::Write(Backend& backend, int tier, size_t index, std::byte* target) {
+namespace {
+
+// Copies a block; with `checksum` in slices, each of which is hashed on its way into a near cache, from where
+// it is copied. The source is host memory then.
+absl::Status CopyBlock(Backend& backend, const CopyPiece& piece, CopyDirection direction, uint64_t* checksum,
+                       const Cancellation* cancellation) {
+  if (checksum == nullptr) return backend.CopyNow(piece, direction);
+  constexpr size_t kSlice = size_t{256} << 10;
+  const std::unique_ptr<XXH3_state_t, XXH_errorcode (*)(XXH3_state_t*)> state(XXH3_createState(),
+                                                                              XXH3_freeState);
+  if (state == nullptr) return absl::ResourceExhaustedError("no memory for a checksum");
+  XXH3_64bits_reset(state.get());
+  for (size_t at = 0; at < piece.bytes; at += kSlice) {
+    if (IsCancelled(cancellation)) return absl::CancelledError("cancelled between parts of a block");
+    const size_t bytes = std::min(kSlice, piece.bytes - at);
+    XXH3_64bits_update(state.get(), piece.source + at, bytes);
+    KVTIDE_RETURN_IF_ERROR(backend.CopyNow({piece.target + at, piece.source + at, bytes}, direction));
+  }
+  *checksum = XXH3_64bits_digest(state.get());
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status KeyedPayload::Write(Backend& backend, int tier, size_t index, std::byte* target,
+                                 uint64_t* checksum, const Cancellation* cancellation) {
   const size_t bytes = space_->form.bytes;
   if (form_ == BlockPayload::kBytes)
-    return CopyNow(backend, {target, in_ + index * bytes, bytes}, CopyDirection::kFromHost);
+    return CopyBlock(backend, {target, in_ + index * bytes, bytes}, CopyDirection::kFromHost, checksum,
+                     cancellation);
+  if (IsCancelled(cancellation)) return absl::CancelledError("cancelled between blocks");
+  KVTIDE_RETURN_IF_ERROR(WriteRows(backend, tier, index, target));
+  if (checksum != nullptr) *checksum = XXH3_64bits(target, bytes);
+  return absl::OkStatus();
+}
+
+absl::Status KeyedPayload::Read(Backend& backend, size_t index, std::byte* source, const uint64_t* checksum,
+                                const Cancellation* cancellation) {
+  const size_t bytes = space_->form.bytes;
+  const absl::Status corrupt = absl::DataLossError("the block has other bytes than were stored");
+  if (form_ == BlockPayload::kBytes) {
+    uint64_t found = 0;
+    KVTIDE_RETURN_IF_ERROR(CopyBlock(backend, {out_ + index * bytes, source, bytes}, CopyDirection::kToHost,
+                                     checksum == nullptr ? nullptr : &found, cancellation));
+    return checksum == nullptr || found == *checksum ? absl::OkStatus() : corrupt;
+  }
+  if (checksum != nullptr && XXH3_64bits(source, bytes) != *checksum) return corrupt;
+  return ReadRows(backend, index, source, cancellation);
+}
+
+absl::Status KeyedPayload::WriteRows(Backend& backend, int tier, size_t index, std::byte* target) {
   const BlockLayout& layout = *space_->form.layout;
   const bool coded = layout.pair() != ExactPair();
   std::byte* exact = target;
@@ -220,11 +273,8 @@ absl::Status KeyedPayload::Write(Backend& backend, int tier, size_t index, std::
   return backend.Recode(recodes);
 }
 
-absl::Status KeyedPayload::Read(Backend& backend, size_t index, std::byte* source,
-                                const Cancellation* cancellation) {
-  const size_t bytes = space_->form.bytes;
-  if (form_ == BlockPayload::kBytes)
-    return CopyNow(backend, {out_ + index * bytes, source, bytes}, CopyDirection::kToHost);
+absl::Status KeyedPayload::ReadRows(Backend& backend, size_t index, std::byte* source,
+                                    const Cancellation* cancellation) {
   std::byte* const blocks[] = {source};
   BlockRun run;
   run.layout = space_->form.layout;

@@ -32,10 +32,17 @@ class KeyedPayload {
 
   // InvalidArgument with block, layer, token and head of the first value that is NaN, infinite or beyond f16.
   absl::Status CheckValues() const;
-  // One block of the payload into `target`, in the memory of the tier. Rows are coded on the way.
-  absl::Status Write(Backend& backend, int tier, size_t index, std::byte* target);
-  // And out of `source`. Looks at the cancellation.
-  absl::Status Read(Backend& backend, size_t index, std::byte* source, const Cancellation* cancellation);
+  // Whether Write and Read may run for several blocks at once: bytes are only copied, rows are coded by the
+  // backend's own threads.
+  bool side_by_side() const { return form_ == BlockPayload::kBytes; }
+  // One block of the payload into `target`, in the memory of the tier. Rows are coded on the way. `checksum`:
+  // null, or gets the XXH3 of the block, made while its bytes are near. Looks at the cancellation.
+  absl::Status Write(Backend& backend, int tier, size_t index, std::byte* target, uint64_t* checksum,
+                     const Cancellation* cancellation);
+  // And out of `source`. `checksum`: null, or what the block must have, else DataLoss; what is in the payload
+  // then means nothing.
+  absl::Status Read(Backend& backend, size_t index, std::byte* source, const uint64_t* checksum,
+                    const Cancellation* cancellation);
 
  private:
   static absl::StatusOr<KeyedPayload> Make(const KeyedNamespace& space, BlockPayload form,
@@ -51,6 +58,8 @@ class KeyedPayload {
   };
   std::vector<Segment> Segments() const;
   absl::StatusOr<std::byte*> Staging(Backend& backend, int tier);
+  absl::Status WriteRows(Backend& backend, int tier, size_t index, std::byte* target);
+  absl::Status ReadRows(Backend& backend, size_t index, std::byte* source, const Cancellation* cancellation);
 
   const KeyedNamespace* space_ = nullptr;
   BlockPayload form_ = BlockPayload::kBytes;

@@ -1,10 +1,11 @@
 #include "daemon/cache/keyed_store.h"
 
-#include <xxhash.h>
-
 #include <algorithm>
+#include <atomic>
+#include <thread>
 #include <utility>
 
+#include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/keyed_payload.h"
 #include "daemon/cache/move_batch.h"
@@ -218,6 +219,127 @@ bool KeyedStore::DropColdest(CacheState& state) const {
   return false;
 }
 
+// A call under way.
+struct KeyedStore::Storing {
+  const CallContext& context;
+  std::span<const BlockKey> keys;
+  NamespacePtr space;
+  KeyedPayload payload;
+  RecencyPtr record;
+  size_t next = 0;    // of the keys
+  bool full = false;  // the rest finds no room
+  StoreReport report;
+};
+
+void KeyedStore::Copies(size_t count, size_t bytes, bool side_by_side,
+                        const std::function<bool(size_t)>& copy) {
+  constexpr size_t kWorthAThread = size_t{512} << 10;  // waking one takes as long as copying a part of this
+  const size_t processors = std::max(1u, std::thread::hardware_concurrency());
+  const size_t most = side_by_side ? std::min(core_.options().max_copy_threads, processors) : 1;
+  const size_t threads = std::clamp<size_t>(std::min(count * bytes / kWorthAThread, count), 1, most);
+  std::atomic<size_t> next = 0;
+  std::atomic<bool> stop = false;
+  const auto work = [&] {
+    while (!stop.load(std::memory_order_relaxed)) {
+      const size_t i = next.fetch_add(1, std::memory_order_relaxed);
+      if (i >= count) return;
+      if (!copy(i)) stop.store(true, std::memory_order_relaxed);
+    }
+  };
+  const std::vector<std::function<void()>> parts(threads, work);
+  copiers_.Run(parts);
+}
+
+absl::StatusOr<std::vector<KeyedStore::Write>> KeyedStore::Reserve(CacheLock& lock, Storing& storing) {
+  const CacheOptions& options = core_.options();
+  const KeyedNamespace& space = *storing.space;
+  StoreReport& report = storing.report;
+  std::vector<Write> writes;
+  absl::flat_hash_set<BlockKey> in_batch;
+  for (; storing.next < storing.keys.size() && writes.size() < options.max_moves_in_flight; storing.next++) {
+    if (space.deleted) return DeletedError(space);
+    const BlockKey& key = storing.keys[storing.next];
+    if (space.blocks.contains(key) || in_batch.contains(key)) {
+      report.present++;
+      continue;
+    }
+    if (!storing.full && lock->keyed.blocks() + writes.size() >= options.max_keyed_blocks &&
+        !DropColdest(*lock)) {
+      storing.full = true;
+      report.problem = absl::StrCat("there are ", lock->keyed.blocks(),
+                                    " blocks that are found by key, which is the limit (max_keyed_blocks)");
+    }
+    Write write;
+    write.index = storing.next;
+    if (!storing.full) {
+      write.block = Allocate(lock, space.form, (storing.keys.size() - storing.next) * space.form.bytes);
+      if (!write.block && !writes.empty()) break;  // what is being written makes no way: finish that first
+      if (!write.block) {
+        storing.full = true;
+        report.problem = Mover::RoomText(*lock, space.form.bytes);
+      }
+    }
+    if (storing.full) {
+      report.left_out++;
+      continue;
+    }
+    in_batch.insert(key);
+    write.place = PinnedPlace(lock->store, write.block->place);
+    writes.push_back(std::move(write));
+  }
+  return writes;
+}
+
+void KeyedStore::CopyIn(CacheLock& lock, Storing& storing, std::span<Write> writes) {
+  const Unlocked unlocked(lock);
+  Copies(writes.size(), storing.space->form.bytes, storing.payload.side_by_side(), [&](size_t i) {
+    Write& write = writes[i];
+    const int tier = write.place->tier;
+    const bool checksum = core_.options().tiers[static_cast<size_t>(tier)].checksum;
+    write.status = storing.payload.Write(core_.backend(tier), tier, write.index, write.place->data,
+                                         checksum ? &write.checksum : nullptr, storing.context.cancellation);
+    return true;  // each block stands for itself
+  });
+}
+
+absl::Status KeyedStore::Enter(CacheLock& lock, Storing& storing, const StoringLease& lease,
+                               std::span<Write> writes) {
+  BlockStore& store = lock->store;
+  KeyedNamespace& space = *storing.space;
+  if (space.deleted) return DeletedError(space);
+  absl::Status failed;
+  for (Write& write : writes) {
+    if (!write.status.ok()) {
+      if (failed.ok()) failed = write.status;
+      continue;
+    }
+    const BlockKey& key = storing.keys[write.index];
+    if (space.blocks.contains(key)) {  // another call was faster
+      storing.report.present++;
+      continue;
+    }
+    Block* const block = write.block.get();
+    block->has_checksum = store.tier(block->place->tier).checksum;
+    block->checksum = write.checksum;
+    lock->keyed.Insert(space, key, block);
+    store.Join(block, storing.record, BlockStore::End::kColdest);
+    lease.Add(block);
+    storing.report.stored++;
+  }
+  lock->changed.NotifyAll();
+  return failed;
+}
+
+RecencyPtr KeyedStore::NewestRecord(CacheState& state, KeyedNamespace& space) const {
+  BlockStore& store = state.store;
+  const absl::Time now = core_.options().clock();
+  if (space.newest == nullptr || store.BlocksOf(space.newest) >= kSharedRecord ||
+      now - store.LastTouched(space.newest) > kTogether)
+    space.newest = store.NewRecency(now);
+  store.Touch(space.newest, now);
+  return space.newest;
+}
+
 absl::StatusOr<StoreReport> KeyedStore::Store(const StoreCall& call) {
   const CallContext& context = ContextOf(call.context);
   const CacheOptions& options = core_.options();
@@ -233,84 +355,20 @@ absl::StatusOr<StoreReport> KeyedStore::Store(const StoreCall& call) {
                           KeyedPayload::Incoming(*space, call.form, call.layout, keys.size(), call.payload));
   KVTIDE_RETURN_IF_ERROR(payload.CheckValues());
 
-  StoreReport report;
   CacheLock lock(core_);
-  BlockStore& store = lock->store;
-  // Those of calls that follow each other go by one record: it costs as much as a block.
-  const absl::Time now = options.clock();
   if (space->deleted) return DeletedError(*space);
-  if (space->newest == nullptr || store.BlocksOf(space->newest) >= kSharedRecord ||
-      now - store.LastTouched(space->newest) > kTogether)
-    space->newest = store.NewRecency(now);
-  const RecencyPtr record = space->newest;
-  store.Touch(record, now);
-  const StoringLease storing(lock, space);
-  size_t next = 0;
-  bool full = false;
+  Storing storing{context, keys, space, std::move(payload), NewestRecord(*lock, *space)};
+  const StoringLease lease(lock, space);
   absl::Status failed;
-  while (next < keys.size() && failed.ok()) {
+  while (storing.next < keys.size() && failed.ok()) {
     KVTIDE_RETURN_IF_ERROR(context.Check(options.clock(), "the store (some blocks may be stored)"));
-    std::vector<Write> writes;
-    absl::flat_hash_map<BlockKey, size_t> in_batch;
-    for (; next < keys.size() && writes.size() < options.max_moves_in_flight; next++) {
-      if (space->deleted) return DeletedError(*space);
-      if (space->blocks.contains(keys[next]) || in_batch.contains(keys[next])) {
-        report.present++;
-        continue;
-      }
-      if (!full && lock->keyed.blocks() + writes.size() >= options.max_keyed_blocks && !DropColdest(*lock)) {
-        full = true;
-        report.problem = absl::StrCat("there are ", lock->keyed.blocks(),
-                                      " blocks that are found by key, which is the limit (max_keyed_blocks)");
-      }
-      Write write;
-      write.index = next;
-      if (!full) {
-        write.block = Allocate(lock, space->form, (keys.size() - next) * space->form.bytes);
-        if (!write.block && !writes.empty()) break;  // what is being written makes no way: finish that first
-        if (!write.block) {
-          full = true;
-          report.problem = Mover::RoomText(*lock, space->form.bytes);
-        }
-      }
-      if (full) {
-        report.left_out++;
-        continue;
-      }
-      in_batch.emplace(keys[next], next);
-      write.place = PinnedPlace(store, write.block->place);
-      writes.push_back(std::move(write));
-    }
+    KVTIDE_ASSIGN_OR_RETURN(std::vector<Write> writes, Reserve(lock, storing));
     if (writes.empty()) continue;
-    {
-      const Unlocked unlocked(lock);
-      for (Write& write : writes) {
-        const int tier = write.place->tier;
-        write.status = payload.Write(core_.backend(tier), tier, write.index, write.place->data);
-        if (write.status.ok() && options.tiers[static_cast<size_t>(tier)].checksum)
-          write.checksum = XXH3_64bits(write.place->data, space->form.bytes);
-      }
-    }
+    CopyIn(lock, storing, writes);
+    failed = Enter(lock, storing, lease, writes);
     if (space->deleted) return DeletedError(*space);
-    for (Write& write : writes) {
-      if (!write.status.ok()) {
-        if (failed.ok()) failed = write.status;
-        continue;
-      }
-      if (space->blocks.contains(keys[write.index])) {  // another call was faster
-        report.present++;
-        continue;
-      }
-      Block* const block = write.block.get();
-      block->has_checksum = store.tier(block->place->tier).checksum;
-      block->checksum = write.checksum;
-      lock->keyed.Insert(*space, keys[write.index], block);
-      store.Join(block, record, BlockStore::End::kColdest);
-      storing.Add(block);
-      report.stored++;
-    }
-    lock->changed.NotifyAll();
   }
+  const StoreReport& report = storing.report;
   space->stored += report.stored;
   space->present += report.present;
   lock->counters.keyed_stored += report.stored;
@@ -506,8 +564,9 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
     struct Read {
       size_t index = 0;
       PinnedPlace place;
-      bool verify = false, corrupt = false;
+      bool verify = false;
       uint64_t checksum = 0;
+      absl::Status status;
     };
     std::vector<Read> reads;
     for (size_t i = 0; i < batch.size(); i++) {
@@ -526,16 +585,16 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
     absl::Status status;
     {
       const Unlocked unlocked(lock);
-      for (Read& read : reads) {
-        read.corrupt = read.verify && XXH3_64bits(read.place->data, space->form.bytes) != read.checksum;
-        if (read.corrupt) continue;
-        status =
-            payload.Read(core_.backend(read.place->tier), read.index, read.place->data, context.cancellation);
-        if (!status.ok()) break;
-      }
+      Copies(reads.size(), space->form.bytes, payload.side_by_side(), [&](size_t i) {
+        Read& read = reads[i];
+        read.status = payload.Read(core_.backend(read.place->tier), read.index, read.place->data,
+                                   read.verify ? &read.checksum : nullptr, context.cancellation);
+        return read.status.ok() || absl::IsDataLoss(read.status);
+      });
     }
     for (const Read& read : reads) {
-      if (!read.corrupt) continue;
+      if (!read.status.ok() && !absl::IsDataLoss(read.status) && status.ok()) status = read.status;
+      if (!absl::IsDataLoss(read.status)) continue;
       report.lost.push_back(call.first + read.index);
       lock->counters.checksum_failures++;
       lock->counters.lost_blocks++;

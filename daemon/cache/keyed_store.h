@@ -3,6 +3,7 @@
 // nobody attends over them here. They are moved by the same policy, and may always be dropped.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -13,6 +14,7 @@
 #include "daemon/cache/keyed_calls.h"
 #include "daemon/cache/mover.h"
 #include "daemon/cache/room_maker.h"
+#include "daemon/cache/side_by_side.h"
 
 namespace kvtide {
 
@@ -38,6 +40,7 @@ class KeyedStore {
 
  private:
   struct Write;
+  struct Storing;
   class StoringLease;
 
   static LeaseId NewLeaseId(CacheState& state);
@@ -45,6 +48,15 @@ class KeyedStore {
   absl::StatusOr<KeyedLease*> FindLease(CacheLock& lock, LeaseId id, const CallContext& context);
 
   absl::StatusOr<std::vector<BlockKey>> Keys(NamespaceId space, std::span<const std::string_view> keys) const;
+  // By which blocks of calls that follow each other go together: a record costs as much as a block.
+  RecencyPtr NewestRecord(CacheState& state, KeyedNamespace& space) const;
+  // The steps of a store: places for the next blocks that are not there, their bytes, their keys.
+  absl::StatusOr<std::vector<Write>> Reserve(CacheLock& lock, Storing& storing);
+  void CopyIn(CacheLock& lock, Storing& storing, std::span<Write> writes);
+  absl::Status Enter(CacheLock& lock, Storing& storing, const StoringLease& lease, std::span<Write> writes);
+  // Calls copy(i) for all i < count, without the mutex: on several threads if `side_by_side` and there are
+  // bytes enough to be worth it. None begins after one has returned false.
+  void Copies(size_t count, size_t bytes, bool side_by_side, const std::function<bool(size_t)>& copy);
   // A block in the best tier that is there; what is colder makes way.
   WritingBlock Allocate(CacheLock& lock, const BlockForm& form, uint64_t want_bytes);
   // Drops the coldest block that is found by key: there is no room for more of them in the index.
@@ -56,6 +68,7 @@ class KeyedStore {
   CacheCore& core_;
   Mover& mover_;
   RoomMaker room_;
+  SideBySide copiers_;
 };
 
 }  // namespace kvtide

@@ -1,32 +1,20 @@
 #include "daemon/cache/move_batch.h"
 
+#ifdef KVTIDE_XXH_DISPATCH
+#include <xxh_x86dispatch.h>  // the vector instructions of this processor; the same hash
+#else
 #include <xxhash.h>
+#endif
 
 #include <algorithm>
-#include <chrono>
 #include <map>
-#include <thread>
 
+#include "kernels/base/backoff.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
 
 namespace kvtide {
 namespace {
-
-// Waits for copies: short at first, for small blocks; then without burning a core.
-class Backoff {
- public:
-  void Wait() {
-    if (rounds_++ < 16) {
-      std::this_thread::yield();
-    } else {
-      std::this_thread::sleep_for(std::chrono::microseconds(std::min(rounds_, 200)));
-    }
-  }
-
- private:
-  int rounds_ = 0;
-};
 
 std::vector<CopyPiece> CutIntoPieces(const CopyJob& job, size_t piece_bytes) {
   std::vector<CopyPiece> pieces;
@@ -94,16 +82,6 @@ void CopyInMemory(const CacheCore& core, std::span<CopyJob* const> jobs) {
 
 }  // namespace
 
-absl::Status CopyNow(Backend& backend, const CopyPiece& piece, CopyDirection direction) {
-  KVTIDE_ASSIGN_OR_RETURN(const CopyTicket ticket, backend.StartCopy({&piece, 1}, direction));
-  Backoff backoff;
-  while (true) {
-    KVTIDE_ASSIGN_OR_RETURN(const bool done, backend.Poll(ticket));
-    if (done) return absl::OkStatus();
-    backoff.Wait();
-  }
-}
-
 namespace {
 
 // To or from a tier of I/O. `buffer`: the other side is one, too, and its bytes are here.
@@ -125,8 +103,8 @@ IoJob MakeIoJob(const CacheCore& core, CopyJob& job, bool write, std::vector<std
   }
   Backend* const backend = &core.backend(write ? job.from : job.to);
   io.copy = [backend, write, &job](size_t at, std::span<std::byte> piece) {
-    return write ? CopyNow(*backend, {piece.data(), job.source + at, piece.size()}, CopyDirection::kToHost)
-                 : CopyNow(*backend, {job.target + at, piece.data(), piece.size()}, CopyDirection::kFromHost);
+    return write ? backend->CopyNow({piece.data(), job.source + at, piece.size()}, CopyDirection::kToHost)
+                 : backend->CopyNow({job.target + at, piece.data(), piece.size()}, CopyDirection::kFromHost);
   };
   return io;
 }

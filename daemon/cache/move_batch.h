@@ -27,9 +27,6 @@ struct CopyJob {
 // What the target of a new block's bytes is known by, when it is written by I/O.
 void NameWrite(const CacheCore& core, const Block& block, Place* target);
 
-// One piece between a backend's memory and host memory; returns when it is copied. Without the mutex.
-absl::Status CopyNow(Backend& backend, const CopyPiece& piece, CopyDirection direction);
-
 // Copies all of them side by side, in pieces of CacheOptions::move_piece_bytes, and returns when none runs
 // any more, however some have ended. Without the mutex.
 void CopyAll(const CacheCore& core, std::span<CopyJob> jobs, const Cancellation* cancellation = nullptr);

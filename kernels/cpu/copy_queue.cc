@@ -7,6 +7,11 @@
 
 namespace kvtide {
 
+absl::Status CheckPiece(const CopyPiece& piece) {
+  if (piece.bytes == 0 || (piece.target != nullptr && piece.source != nullptr)) return absl::OkStatus();
+  return absl::InvalidArgumentError("copy piece without source or target");
+}
+
 CopyQueue::~CopyQueue() {
   std::thread worker;
   {
@@ -19,9 +24,7 @@ CopyQueue::~CopyQueue() {
 }
 
 absl::StatusOr<CopyTicket> CopyQueue::Submit(std::span<const CopyPiece> pieces) {
-  for (const CopyPiece& piece : pieces)
-    if (piece.bytes != 0 && (piece.target == nullptr || piece.source == nullptr))
-      return absl::InvalidArgumentError("copy piece without source or target");
+  for (const CopyPiece& piece : pieces) KVTIDE_RETURN_IF_ERROR(CheckPiece(piece));
   MutexLock lock(mutex_);
   KVTIDE_ASSIGN_OR_RETURN(const CopyTicket ticket, tickets_.Issue());
   jobs_.push_back({ticket, std::vector<CopyPiece>(pieces.begin(), pieces.end())});

@@ -16,6 +16,9 @@
 
 namespace kvtide {
 
+// InvalidArgument for bytes from or to nowhere.
+absl::Status CheckPiece(const CopyPiece& piece);
+
 class CopyQueue {
  public:
   explicit CopyQueue(int max_tickets) : tickets_(static_cast<size_t>(max_tickets)) {}

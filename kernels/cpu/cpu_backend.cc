@@ -17,6 +17,7 @@
 #include "kernels/cpu/copy_queue.h"
 #include "kernels/cpu/file_slab.h"
 #include "kernels/cpu/half_rows.h"
+#include "kernels/cpu/stream_copy.h"
 
 namespace kvtide {
 namespace {
@@ -185,6 +186,16 @@ class CpuBackend : public Backend {
     return copies_.Submit(pieces);
   }
   absl::StatusOr<bool> Poll(CopyTicket ticket) override { return copies_.Poll(ticket); }
+  absl::Status CopyNow(const CopyPiece& piece, CopyDirection) override {
+    KVTIDE_RETURN_IF_ERROR(CheckPiece(piece));
+    constexpr size_t kFarBytes = size_t{64} << 10;  // what is less may be read soon, from a near cache
+    if (piece.bytes >= kFarBytes) {
+      StreamCopy(piece.target, piece.source, piece.bytes);
+    } else if (piece.bytes != 0) {
+      std::memcpy(piece.target, piece.source, piece.bytes);
+    }
+    return absl::OkStatus();
+  }
 
  private:
   template <class F>

@@ -2,7 +2,7 @@
 """Time to the first token of prompts whose keys and values vLLM has let go, on this GPU: computed again, from vLLM's own CPU offload,
 from a kvtided.
 
-usage: gpu_offload.py --kvtided PROGRAM [--caches f16,"f16 + cpu",...] [--tokens N] [--prompts N] [--layers N] [--output FILE] [--help]
+usage: gpu_offload.py --kvtided PROGRAM [--caches f16,"f16 + cpu",...] [--tokens N] [--prompts N] [--layers N] [--piece-mib N] [--output FILE]
 
 Each cache is an engine of its own process with Llama 3.1 8B's dimensions and random weights. It serves random prompts one after the
 other (one token each), waits until what it saves is saved, forgets its prefix cache, and serves them again. What the second time took
@@ -34,6 +34,7 @@ def parse(arguments=None):
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--host-gib", type=int, default=16)
+    parser.add_argument("--piece-mib", type=int, help="of the connector; default: its own")
     parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--logs", type=pathlib.Path)
     parser.add_argument("--timeout", type=float, default=300)
@@ -52,6 +53,8 @@ def engine_arguments(job):
         out["kv_offloading_size"] = float(job["host_gib"])
     elif below:
         extra = {"address": job["address"], "pair": "q8_0/turbo4" if below == "kvtided" else below, "salt": job["cache"]}
+        if job["piece_mib"]:
+            extra["piece_mib"] = job["piece_mib"]
         out["kv_transfer_config"] = {"kv_connector": "KvtideConnector", "kv_connector_module_path": "kvtide.vllm.connector",
                                      "kv_role": "kv_both", "kv_load_failure_policy": "recompute", "kv_connector_extra_config": extra}
     return out
@@ -152,7 +155,7 @@ def main():
         (folder / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": arguments.layers}))
         address = f"unix:{name}/kvtided.sock"
         job = {"model": name, "tokens": arguments.tokens, "prompts": arguments.prompts, "host_gib": arguments.host_gib, "address": address,
-               "timeout": arguments.timeout, "logs": str(arguments.logs or "")}
+               "piece_mib": arguments.piece_mib, "timeout": arguments.timeout, "logs": str(arguments.logs or "")}
         daemon = None
         if arguments.kvtided:
             log = open((arguments.logs or folder) / "kvtided.log", "w")

@@ -14,7 +14,7 @@ declare -A what=(
   [e2e]="kvtided in processes of its own on the GPU, the kvtide command with it"
   [devices]="kvtided and the cache on two GPUs (skipped with one)"
   [sanitizers]="compute-sanitizer's four tools on small shapes"
-  [bench]="gpu_attend, gpu_step, gpu_cache_step, gpu_moves, gpu_prefill, gpu_seal, paged_attention and direct benchmarks, f16 attention of PyTorch"
+  [bench]="gpu_attend, gpu_step, gpu_cache_step, gpu_moves, gpu_pages, gpu_prefill, gpu_seal, paged_attention and direct benchmarks, f16 attention of PyTorch"
   [counters]="hardware counters of the main kernels (ncu)"
   [demo]="kvtide demo on the GPU: the same tokens from every tier"
   [eval]="kvtide eval on the GPU and on the CPU: perplexities within 0.1 %"
@@ -141,7 +141,7 @@ stage_devices() {
 }
 stage_sanitizers() {
   command -v compute-sanitizer > /dev/null || { echo "SKIPPED: compute-sanitizer is not installed"; return 0; }
-  local small='--gtest_filter=*PairsOfUnequal*:*CapsLogits*:*SealsWithProfiles*:*Recodes*:*CopiesMany*:*PrefillAndDecode*:*DeviceDecode*Case1*:*AppendsPiecesOfSeveral*:LayerPlanTest.SendsOnly*:LayerPlanTest.Types*:*PagedConformance.SinksSoftcaps*:*PagedConformance.CountsWhat*:*PagedConformance.ChunksWith*' failed=0 tool i
+  local small='--gtest_filter=*PairsOfUnequal*:*CapsLogits*:*SealsWithProfiles*:*Recodes*:*CopiesMany*:*PrefillAndDecode*:*DeviceDecode*Case1*:*AppendsPiecesOfSeveral*:LayerPlanTest.SendsOnly*:LayerPlanTest.Types*:*PagedConformance.SinksSoftcaps*:*PagedConformance.CountsWhat*:*PagedConformance.ChunksWith*:*PageCopierConformance.BytesCome*:*PageCopierConformance.SlotsTake*:*PageCopierConformance.ValuesThat*' failed=0 tool i
   # Each tool in processes of its own; racecheck takes four times as long as the others.
   local -A shards=([memcheck]=1 [racecheck]=4 [synccheck]=1 [initcheck]=1)
   for tool in "${!shards[@]}"; do
@@ -168,7 +168,7 @@ stage_sanitizers() {
 }
 stage_bench() {
   local failed=0 name program
-  for name in attend step cache_step moves prefill seal paged_attention direct; do
+  for name in attend step cache_step moves pages prefill seal paged_attention direct; do
     program="gpu_${name}_bench"
     local arguments=()
     [ "$name" = direct ] && program=kvtide_bench_direct arguments=(--device cuda:0 --kvtided "$bin/kvtided")

@@ -145,12 +145,39 @@ TEST(PagedLibrary, AnEntryMakesObjectsForItsOwnBuildOnly) {
   EXPECT_STREQ(error, "other arguments");
 }
 
+TEST(PagedLibrary, ACopierIsMadeInTheSameWay) {
+  std::byte page{};
+  std::byte* const layers[] = {&page};
+  const PageCopierFactory factory =
+      [&](const PageCopyOptions& options,
+          std::span<std::byte* const> given) -> absl::StatusOr<std::unique_ptr<PageCopier>> {
+    EXPECT_EQ(options.pages, 7);
+    EXPECT_EQ(given.front(), &page);
+    return absl::ResourceExhaustedError("no memory");
+  };
+  PageCopyOptions options;
+  options.pages = 7;
+  PageCopier* made = nullptr;
+  char error[100] = {};
+  const auto call = [&](const std::string& build) {
+    return static_cast<absl::StatusCode>(
+        MakePageCopierByEntry(factory, build.c_str(), &options, layers, 1, &made, error, sizeof error));
+  };
+  EXPECT_EQ(call(PagedBuild()), absl::StatusCode::kResourceExhausted);
+  EXPECT_STREQ(error, "no memory");
+  EXPECT_EQ(call("1;an older one"), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(error, HasSubstr("another build"));
+  EXPECT_EQ(made, nullptr);
+}
+
 TEST(PagedLibrary, SaysWhyThereIsNone) {
   const auto none = LoadPagedLibrary("./no_such_library.so");
   EXPECT_EQ(none.status().code(), absl::StatusCode::kNotFound);
   EXPECT_THAT(none.status().message(), HasSubstr("no_such_library.so"));
   const auto other = LoadPagedLibrary("libm.so.6");
   EXPECT_EQ(other.status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(LoadPageCopierLibrary("./no_such_library.so").status().code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(LoadPageCopierLibrary("libm.so.6").status().code(), absl::StatusCode::kFailedPrecondition);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 
+from kvtide import formats
 from kvtide.block_store import Found, StoreResult
 from kvtide.errors import InvalidArgument, NotFound, ResourceExhausted, Unavailable
 
@@ -71,8 +72,10 @@ class Pool:
 
 class Store:
     def __init__(self, daemon, namespace):
-        self.daemon, self.namespace, self.namespace_id, self.codec_versions = daemon, namespace, 1, (0, 0)
+        self.daemon, self.namespace, self.namespace_id = daemon, namespace, 1
         self.pair = getattr(namespace.content, "pair", "")
+        version = {one.name: one.version for one in formats.types()}
+        self.codec_versions = tuple(version[one] for one in self.pair.split("/")) if self.pair else (0, 0)
         self.block_bytes = getattr(namespace.content, "block_bytes", 0)
 
     def _blocks(self):

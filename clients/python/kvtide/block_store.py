@@ -238,6 +238,23 @@ class _Open:
             lost += self._core.load(lease_id, first_block + begin, end - begin, piece, strides)
         return lost
 
+    def load_pages(
+        self, copier: Any, lease_id: int, chunks: int, pages: Any, buffers: Sequence[Any], *, skip: int = 0
+    ) -> Tuple[int, Optional[int], Optional[Exception]]:
+        """Writes the first blocks of the lease into an engine's pages, all in one call (``clients/cpp/page_load.h``).
+
+        Args:
+            copier: ``_core.PageCopier`` of the pages.
+            pages: int32 numbers of pages, in the order of the tokens.
+            buffers: two arrays of ``pool.empty`` for the pieces.
+            skip: pages of the first block that are left alone.
+
+        Returns:
+            Blocks whose pages are written; the first one that could not be read, if any; the error that ended the load, if one did.
+        """
+        done, lost, error = copier.load(self._core, lease_id, chunks, skip, pages, *buffers)
+        return done, lost if lost >= 0 else None, error
+
     def release(self, lease_id: int) -> bool:
         """Gives a lease back; False if it was over."""
         return self._core.release(lease_id)

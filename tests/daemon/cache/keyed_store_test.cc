@@ -4,8 +4,10 @@
 #include "daemon/cache/keyed_store.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <set>
 #include <thread>
@@ -528,6 +530,139 @@ TEST_F(KeyedStoreTest, Dynamo15079AFailedCopyIsNeverCalledLoadedOrStored) {
                         absl::StatusCode::kInternal, "planted"));
     EXPECT_EQ(Hits(tensors, Keys(0, 1)), 0u);
   }
+}
+
+// Blocks that are worth several threads.
+class LargeBlocks : public KeyedStoreTest {
+ protected:
+  static constexpr size_t kBytes = (size_t{1} << 20) - 131;  // no multiple of anything
+  static constexpr int kBlocks = 20;                         // more than a round
+  void SetUp() override {
+    KeyedStoreTest::SetUp();
+    Start(64 * 1024, 64 * kMiB);
+    space_ = Open(Opaque(kBytes));
+    payload_ = Stamped(0, kBlocks, kBytes);
+  }
+  // Runs `then` once, when the n-th copy of the host tier begins. Copies begin on several threads.
+  void AtCopy(int n, std::function<void()> then) {
+    host_->SetHook([this, n, then = std::move(then)](FaultyBackend::Call call) {
+      if (call == FaultyBackend::kStartCopy && copies_.fetch_add(1) + 1 == n) then();
+    });
+  }
+  absl::StatusOr<StoreReport> StoreAll(const CallContext& context) {
+    const std::vector<std::string> keys = Keys(0, kBlocks);
+    const std::vector<std::string_view> views = Views(keys);
+    StoreCall call;
+    call.name_space = space_;
+    call.keys = views;
+    call.form = BlockPayload::kBytes;
+    call.payload = payload_;
+    call.context = &context;
+    return cache_->StoreBlocks(call);
+  }
+  absl::StatusOr<LoadReport> LoadAll(LeaseId lease, std::span<std::byte> payload,
+                                     const CallContext& context) {
+    LoadCall call;
+    call.lease = lease;
+    call.blocks = kBlocks;
+    call.form = BlockPayload::kBytes;
+    call.payload = payload;
+    call.context = &context;
+    return cache_->LoadBlocks(call);
+  }
+  void ExpectAllThere() {
+    host_->SetHook(nullptr);
+    ExpectStamped(space_, 0, kBlocks, kBytes);
+  }
+
+  NamespaceId space_ = 0;
+  std::vector<std::byte> payload_;
+  std::atomic<int> copies_ = 0;
+};
+
+TEST_F(LargeBlocks, AreCopiedByAFewThreadsAtOnce) {
+  const int most = static_cast<int>(
+      std::min<size_t>(options_.max_copy_threads, std::max(1u, std::thread::hardware_concurrency())));
+  host_->Close(FaultyBackend::kStartCopy);
+  std::thread store([&] { EXPECT_EQ(StoreAll({})->stored, static_cast<uint64_t>(kBlocks)); });
+  while (host_->held(FaultyBackend::kStartCopy) < most) std::this_thread::yield();
+  EXPECT_EQ(host_->held(FaultyBackend::kStartCopy), most);
+  host_->Open(FaultyBackend::kStartCopy);
+  store.join();
+  ExpectAllThere();
+}
+
+TEST_F(LargeBlocks, ACancelledStoreKeepsWholeBlocksOnly) {
+  Cancellation cancellation;
+  CallContext context;
+  context.cancellation = &cancellation;
+  AtCopy(18, [&] { cancellation.Cancel(); });  // each block is copied in several slices
+  EXPECT_TRUE(IsError(StoreAll(context).status(), absl::StatusCode::kCancelled, "cancelled"));
+  host_->SetHook(nullptr);
+  EXPECT_LT(Hits(space_, Keys(0, kBlocks)), 16u);
+  EXPECT_EQ(StoreAll({})->left_out, 0u);
+  ExpectAllThere();
+}
+
+TEST_F(LargeBlocks, AStoreEndsAtItsDeadline) {
+  CallContext context;
+  context.deadline = clock_.function()() + absl::Seconds(5);
+  AtCopy(3, [&] { clock_.Advance(absl::Seconds(6)); });
+  EXPECT_TRUE(IsError(StoreAll(context).status(), absl::StatusCode::kDeadlineExceeded, "the store"));
+  host_->SetHook(nullptr);
+  EXPECT_EQ(Hits(space_, Keys(0, kBlocks)), options_.max_moves_in_flight) << "the first round";
+  EXPECT_EQ(StoreAll({})->present, options_.max_moves_in_flight);
+  ExpectAllThere();
+}
+
+TEST_F(LargeBlocks, ALoadStopsWhenItIsCancelledOrTooLate) {
+  ASSERT_TRUE(StoreAll({}).ok());
+  const LookupReport found = Lookup(space_, Keys(0, kBlocks)).value();
+  std::vector<std::byte> payload(payload_.size());
+  Cancellation cancellation;
+  CallContext context;
+  context.cancellation = &cancellation;
+  AtCopy(2, [&] { cancellation.Cancel(); });
+  EXPECT_TRUE(
+      IsError(LoadAll(found.lease, payload, context).status(), absl::StatusCode::kCancelled, "cancelled"));
+  context.cancellation = nullptr;
+  context.deadline = clock_.function()() + absl::Seconds(5);
+  copies_ = 0;
+  AtCopy(2, [&] { clock_.Advance(absl::Seconds(6)); });
+  EXPECT_TRUE(IsError(LoadAll(found.lease, payload, context).status(), absl::StatusCode::kDeadlineExceeded,
+                      "the load"));
+  host_->SetHook(nullptr);
+  EXPECT_EQ(LoadAll(found.lease, payload, {})->blocks, static_cast<uint64_t>(kBlocks));
+  EXPECT_EQ(payload, payload_);
+  EXPECT_TRUE(cache_->ReleaseLease(found.lease));
+}
+
+TEST_F(LargeBlocks, WhatIsReadBySeveralThreadsIsNotReused) {
+  ASSERT_TRUE(StoreAll({}).ok());
+  const LookupReport found = Lookup(space_, Keys(0, kBlocks)).value();
+  const NamespaceId other = Open(Opaque(kBytes, "other"));
+  std::vector<std::byte> payload(16 * kBytes);
+  AtCopy(5, [&] {
+    EXPECT_TRUE(cache_->DeleteNamespace(space_).ok());
+    for (int i = 0; i < 60; i += 4)
+      EXPECT_TRUE(Store(other, Keys(500 + i, 4), Stamped(500 + i, 4, kBytes)).ok());
+  });
+  ASSERT_TRUE(Load(found.lease, 0, 16, payload).ok());  // one round: it reads on
+  host_->SetHook(nullptr);
+  EXPECT_TRUE(std::equal(payload.begin(), payload.end(), payload_.begin()));
+}
+
+TEST_F(LargeBlocks, OneFailureOfManyCopiesIsTheFailureOfTheCall) {
+  host_->FailAfter(FaultyBackend::kStartCopy, 17);
+  EXPECT_TRUE(IsError(StoreAll({}).status(), absl::StatusCode::kInternal, "planted"));
+  EXPECT_EQ(StoreAll({})->left_out, 0u);
+  const LookupReport found = Lookup(space_, Keys(0, kBlocks)).value();
+  ASSERT_EQ(found.hits, static_cast<uint64_t>(kBlocks));
+  std::vector<std::byte> payload(payload_.size());
+  host_->FailAfter(FaultyBackend::kStartCopy, 30);
+  EXPECT_TRUE(IsError(LoadAll(found.lease, payload, {}).status(), absl::StatusCode::kInternal, "planted"));
+  EXPECT_TRUE(cache_->ReleaseLease(found.lease));
+  ExpectAllThere();
 }
 
 class KeyedDiskTest : public KeyedStoreTest {

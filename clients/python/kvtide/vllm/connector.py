@@ -22,13 +22,14 @@ from vllm.logger import init_logger
 
 from .. import store_link
 from ..block_store import Namespace, OpaqueBlocks, TensorBlocks
-from ..errors import InvalidArgument
+from ..errors import KvtideError
 from . import connector_config
 from .backend import KvtideImpl
 from .connector_config import ConnectorSettings
 from .connector_pages import OwnPages, Pages, learn
 from .connector_plan import ConnectorPlan, Rank, Step
 from .connector_worker import ConnectorWorker
+from .devices import paged_device
 from .pages import settings_of
 
 logger = init_logger("vllm.kvtide")
@@ -96,7 +97,7 @@ class KvtideConnector(KVConnectorBase_V1):
                  if name in kv_caches and not (own and context[name].impl.owner_name)]
         layers, caches = [context[name] for name in names], [kv_caches[name] for name in names]
         pages, content, what = self._own_pages(layers, caches) if own else self._pages(layers, caches)
-        coded = own and isinstance(content, TensorBlocks)
+        coded = (self._use_copiers(pages, content) or own) and isinstance(content, TensorBlocks)
         parallel, rank = config.parallel_config, self._rank()
         self.namespace = Namespace(
             connector_config.fingerprint(config, names, hash_tokens(config, self._kv_cache_config), rank,
@@ -109,7 +110,7 @@ class KvtideConnector(KVConnectorBase_V1):
         if all(there):
             logger.info("kvtide: blocks of %d tokens rest %s in kvtided at %s: %d bytes%s", self.chunk_tokens, what,
                         self.settings.address or "its default socket", links[0].stores()[0].block_bytes,
-                        "" if own else f" instead of {pages.bytes}")
+                        "" if own else f" instead of {pages.raw_bytes}")
 
     def _pages(self, layers: List[Any], caches: List[torch.Tensor]) -> Tuple[Pages, Any, str]:
         """The pages, what the daemon is told that they are, and the same for the log."""
@@ -118,8 +119,20 @@ class KvtideConnector(KVConnectorBase_V1):
         if order is not None:
             content = TensorBlocks(len(caches), order.heads, order.head_dim, order.head_dim, self.settings.pair)
             return pages, content, f"in {self.settings.pair}"
-        encoding = f"{caches[0].dtype} {tuple(caches[0].shape[1:])} {caches[0].stride()[1:]}"[:256]
+        encoding = f"memory {caches[0].dtype} {tuple(caches[0].shape[1:])} {caches[0].stride()[1:]}"[:256]
         return pages, OpaqueBlocks(pages.bytes, encoding), "as the bytes that they are"
+
+    def _use_copiers(self, pages: Pages, content: Any) -> bool:
+        """Compiled code moves the pages, and codes them before they cross the bus."""
+        try:
+            pair = content.pair if isinstance(content, TensorBlocks) else ""
+            if pages.use_copiers(paged_device(pages.caches[0].device.type), self.settings.piece_mib << 20, pair):
+                return True
+            why = "their layout is not one of rows or bytes side by side"
+        except KvtideError as error:
+            why = str(error)
+        logger.warning("kvtide: torch moves the pages, layer by layer, which is slower: %s", why)
+        return False
 
     def _own_pages(self, layers: List[Any], caches: List[torch.Tensor]) -> Tuple[Pages, Any, str]:
         """Of kvtide's attention backend. The daemon codes blocks as the backend does, so a stock vLLM with the same pair and block
@@ -269,9 +282,9 @@ COUNTERS = {
     "saved_blocks": "Blocks stored in kvtided",
     "present_blocks": "Blocks that were in kvtided already",
     "dropped_blocks": "Blocks not stored: no room, or the daemon is away",
-    "saved_bytes": "Bytes of pages stored in kvtided",
+    "saved_bytes": "Bytes stored in kvtided, as they travel",
     "loaded_blocks": "Blocks loaded from kvtided",
-    "loaded_bytes": "Bytes of pages loaded from kvtided",
+    "loaded_bytes": "Bytes loaded from kvtided, as they travel",
     "failed_loads": "Loads that failed: their requests compute",
     "save_seconds": "Time that stores took",
     "load_seconds": "Time that loads took",

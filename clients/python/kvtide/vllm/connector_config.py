@@ -18,9 +18,11 @@ class ConnectorSettings(StoreSettings):
 
     Attributes:
         lookup_timeout: seconds that the scheduler waits for an answer.
+        piece_mib: also of the memory that is pinned and taken on the GPU: four pieces of each.
     """
 
     timeout: float = 30.0
+    piece_mib: int = 32
     lookup_timeout: float = 1.0
 
     @classmethod

@@ -11,8 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Callable, List, Optional, Sequence, Tuple
 
+import numpy as np
 import torch
 
+from .. import _core
+from .settings import BLOCK_TOKENS
+
+_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _DIGIT_BITS = 7  # numbers below 128 are exact in every type of a cache
 
 
@@ -85,11 +90,30 @@ def _even(index: torch.Tensor, cache: torch.Tensor) -> Optional[Tuple[Tuple[int,
     return tuple(out)
 
 
+def side_by_side(cache: torch.Tensor) -> bool:
+    """Whether the bytes of a page fill one piece of memory, in whatever order."""
+    filled = 1
+    for step, size in sorted((step, size) for step, size in zip(cache.stride()[1:], cache.shape[1:]) if size > 1):
+        if step != filled:
+            return False
+        filled *= size
+    return True
+
+
+@dataclass(frozen=True)
+class Copiers:
+    """Compiled code that moves all layers of many blocks at once (``kernels/page_copier.h``): one for each of the worker's
+    threads."""
+
+    saving: Any
+    loading: Any
+
+
 class Pages:
     """Reads and writes chunks of the pages of all layers.
 
     Payload: tensors ``[chunks, layers, 2, chunk tokens, heads, head_dim]`` in the cache's dtype, or bytes
-    ``[chunks, layers, bytes of a chunk's pages]``.
+    ``[chunks, layers, bytes of a chunk's pages]``; with copiers of rows, blocks as they rest, ``[chunks, bytes]``.
 
     Args:
         caches: of each layer, ``[pages, ...]`` with the blocks first.
@@ -115,6 +139,8 @@ class Pages:
             self.shape = (len(caches), self.pages_per_chunk * self.page_bytes)
             self.parts = (len(caches), 1, self.pages_per_chunk, self.page_bytes)
             self.bytes = len(caches) * self.pages_per_chunk * self.page_bytes
+        self.raw_bytes = self.bytes
+        self.copiers: Optional[Copiers] = None
         views = [self._views(cache) for cache in caches]
         self.views: Optional[List[Tuple[torch.Tensor, ...]]] = None if None in views else views
 
@@ -123,7 +149,7 @@ class Pages:
         not lie so."""
         order = self.order
         if order is None:
-            if not cache[0].is_contiguous():
+            if not side_by_side(cache):
                 return None
             size = (cache.shape[0], cache[0].numel())
             return (cache.as_strided(size, (cache.stride(0), 1), cache.storage_offset()).view(torch.uint8),)
@@ -138,6 +164,41 @@ class Pages:
 
     def will_be_written(self, blocks: Sequence[int]) -> None:
         """On the engine's thread, before the event behind which ``write`` of these blocks begins."""
+
+    def use_copiers(self, device: Any, piece_bytes: int, pair: str = "") -> bool:
+        """Moves pages with compiled code from now on, in pieces of at most ``piece_bytes`` (or one chunk): rows are coded in
+        ``pair`` on the way, and a payload is blocks as they rest. False if the pages do not lie so that it could.
+
+        Args:
+            device: ``_core.PagedDevice`` of the caches.
+        """
+        cache, order = self.caches[0], self.order
+        if self.views is None or len({(one.shape[0], one.stride(0)) for one in self.caches}) != 1:
+            return False
+        layers, element = [one.data_ptr() for one in self.caches], cache.element_size()
+        common = (device, layers, cache.stride(0) * element, cache.shape[0], self.pages_per_chunk)
+        if order is None:
+            def make() -> Any:
+                return _core.PageCopier.of_bytes(*common, max(piece_bytes, self.bytes), self.page_bytes)
+        else:
+            tokens = self.pages_per_chunk * order.tokens
+            if tokens % BLOCK_TOKENS or order.strides is None or cache.dtype not in _TYPES:
+                return False
+            chunk = len(layers) * tokens // BLOCK_TOKENS * _core.paged_page_bytes(pair, order.heads, order.head_dim, order.head_dim)
+            k, v = (list(side) for side in order.strides)
+
+            def make() -> Any:
+                return _core.PageCopier.of_rows(*common, max(piece_bytes, chunk), _TYPES[cache.dtype], order.tokens, order.heads,
+                                                order.head_dim, k, v, pair)
+        self.copiers = Copiers(make(), make())
+        self.bytes = self.copiers.saving.chunk_bytes
+        self.shape, self.dtype = (self.bytes,), torch.uint8
+        return True
+
+    def ids(self, blocks: Sequence[int]) -> np.ndarray:
+        """Numbers of the blocks' pages."""
+        first = np.asarray(blocks, np.int32)[:, None] * self.split
+        return (first + np.arange(self.split, dtype=np.int32)).reshape(-1)
 
     def pages_of(self, blocks: Sequence[int]) -> List[int]:
         return [block * self.split + part for block in blocks for part in range(self.split)]
@@ -155,7 +216,10 @@ class Pages:
         return here, there
 
     def read(self, blocks: Sequence[int], out: torch.Tensor) -> None:
-        """Chunks of these blocks into ``out`` [chunks, *shape], on the caches' device or the host."""
+        """Chunks of these blocks into ``out`` [chunks, *shape], on the caches' device or the host; with copiers on the host."""
+        if self.copiers is not None:
+            self.copiers.saving.read(0, self.ids(blocks), out.numpy())
+            return self.copiers.saving.wait(0)
         pages = self.pages_of(blocks)
         if self.views is not None:
             here, there = self._pairs(out, pages, 0)
@@ -173,6 +237,9 @@ class Pages:
 
     def write(self, payload: torch.Tensor, blocks: Sequence[int], skip: int = 0) -> None:
         """Blocks from chunks: those of the payload from its block ``skip`` on, as many as there are ids."""
+        if self.copiers is not None:
+            self.copiers.loading.write(0, payload.numpy(), skip * self.split, self.ids(blocks))
+            return self.copiers.loading.wait(0)
         pages, first = self.pages_of(blocks), skip * self.split
         if self.views is not None:
             here, there = self._pairs(payload, pages, first)

@@ -12,18 +12,19 @@ content is done).
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import queue
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import torch
 
 from .. import formats
-from ..errors import FailedPrecondition, ResourceExhausted
+from ..errors import FailedPrecondition, KvtideError, ResourceExhausted
 from ..store_link import close_at_exit, in_pieces
 from .connector_pages import Pages
 from .connector_plan import Load, Rank, Save, Step
@@ -68,25 +69,37 @@ def codec_versions(pair: str) -> Tuple[int, int]:
 
 class Staging:
     """Two buffers in the memory that a link's daemon sees, taken in turn: while one is copied, the other is filled. On GPUs they are
-    pinned, else a copy would go through a third one of the driver's."""
+    pinned, else a copy would go through a third one of the driver's; where that is not allowed, copies are slower.
 
-    def __init__(self, link: Any, size: int, gpu: Optional[torch.device]) -> None:
-        self.link, self.size, self.gpu = link, size, gpu
+    Args:
+        copier: what copies from and to them, if it is not torch.
+        say: called with an error, once.
+    """
+
+    def __init__(self, link: Any, size: int, gpu: Optional[torch.device], copier: Any = None,
+                 say: Callable[[BaseException], None] = lambda error: None) -> None:
+        self.link, self.size, self.gpu, self.copier, self.say = link, size, gpu, copier, say
         self.pool: Any = None
         self.buffers: List[np.ndarray] = []
+        self.pinned: List[np.ndarray] = []
         self.events: List[Any] = [None, None]
         self.next = 0
 
-    def take(self) -> np.ndarray:
-        """The next buffer, of ``size`` bytes, when nothing copies it any more."""
+    def both(self) -> List[np.ndarray]:
+        """The buffers, of ``size`` bytes."""
         if self.pool is not self.link.pool or not self.buffers:
             self.close()
             self.buffers = [self._new(), self._new()]
             self.pool = self.link.pool
+        return self.buffers
+
+    def take(self) -> np.ndarray:
+        """The next buffer, when nothing copies it any more."""
+        buffers = self.both()
         self.next = 1 - self.next
         if self.events[self.next] is not None:
             self.events[self.next].synchronize()
-        return self.buffers[self.next]
+        return buffers[self.next]
 
     def copying(self) -> None:
         """Copies of the buffer taken last are on the current stream."""
@@ -97,18 +110,27 @@ class Staging:
     def _new(self) -> np.ndarray:
         buffer = self.link.empty((self.size,), np.uint8)
         if self.gpu is not None:
-            status = torch.cuda.cudart().cudaHostRegister(buffer.ctypes.data, self.size, 0)
-            if int(status) != 0:
-                raise MemoryError(f"{self.size} bytes of memory shared with kvtided cannot be pinned (CUDA error {int(status)}): raise the "
-                                  "limit of locked memory (ulimit -l)")
+            try:
+                self._pin(buffer)
+                self.pinned.append(buffer)
+            except (KvtideError, MemoryError) as error:
+                self.say(MemoryError(f"{self.size} bytes of memory shared with kvtided cannot be pinned ({error}): copies are slower; "
+                                     "raise the limit of locked memory (ulimit -l)"))
         return buffer
 
+    def _pin(self, buffer: np.ndarray) -> None:
+        if self.copier is not None:
+            return self.copier.pin(buffer)
+        status = int(torch.cuda.cudart().cudaHostRegister(buffer.ctypes.data, self.size, 0))
+        if status != 0:
+            raise MemoryError(f"CUDA error {status}")
+
     def close(self) -> None:
-        buffers, self.buffers = self.buffers, []
-        if self.gpu is not None and buffers:
+        pinned, self.pinned, self.buffers = self.pinned, [], []
+        if self.gpu is not None and pinned:
             torch.cuda.synchronize(self.gpu)
-            for buffer in buffers:
-                torch.cuda.cudart().cudaHostUnregister(buffer.ctypes.data)
+            for buffer in pinned:
+                self.copier.unpin(buffer) if self.copier is not None else torch.cuda.cudart().cudaHostUnregister(buffer.ctypes.data)
 
 
 class ConnectorWorker:
@@ -116,7 +138,7 @@ class ConnectorWorker:
         pages: the rank's pages.
         save_link, load_link: :class:`~kvtide.store_link.StoreLink` of the rank's namespace.
         rank: of this worker.
-        coded: pages are kvtide's own and travel as they are.
+        coded: payloads are coded: pages are kvtide's own and travel as they are, or copiers code them.
         piece_bytes: most of one call's payload.
         most_blocks: blocks that may wait to be saved; what is beyond is not saved.
     """
@@ -128,7 +150,11 @@ class ConnectorWorker:
         self.log = log or logging.getLogger("vllm.kvtide")
         self.gpu = pages.caches[0].device if pages.caches[0].device.type == "cuda" else None
         staging = max(piece_bytes, pages.bytes)
-        self.save_staging, self.load_staging = (Staging(link, staging, self.gpu) for link in (save_link, load_link))
+        copiers = (pages.copiers.saving, pages.copiers.loading) if pages.copiers is not None else (None, None)
+        self.said: Set[str] = set()
+        self.save_staging, self.load_staging = (
+            Staging(link, staging, self.gpu, copier, functools.partial(self._say, "pinning of memory"))
+            for link, copier in zip((save_link, load_link), copiers))
         self.lock = threading.Condition()
         self.jobs: Dict[str, List[Job]] = {}
         self.waiting_blocks = self.loading = 0
@@ -139,7 +165,6 @@ class ConnectorWorker:
         self.counts = Counts()
         self.saves: "queue.SimpleQueue[Optional[Job]]" = queue.SimpleQueue()
         self.loads: "queue.SimpleQueue[Optional[Tuple[Load, Any]]]" = queue.SimpleQueue()
-        self.said: Set[str] = set()
         self.threads = [threading.Thread(target=work, name=f"kvtide-{name}", daemon=True)
                         for name, work in (("save", self._save_all), ("load", self._load_all))]
         for thread in self.threads:
@@ -224,6 +249,7 @@ class ConnectorWorker:
 
     def _save_all(self) -> None:
         with self._stream():
+            self._prepare(self.save_link, self.save_staging)
             while (job := self.saves.get()) is not None:
                 try:
                     self._save(job)
@@ -242,6 +268,9 @@ class ConnectorWorker:
         present = store.lookup(save.keys, lease_seconds=-1, peek=True).hits
         with self.lock:
             self.counts.present_blocks += present
+        if job.event is not None:  # the step that writes the blocks is no part of the time that saving takes
+            job.event.synchronize()
+            began = time.monotonic()
         pieces = [(present + first, present + end)
                   for first, end in in_pieces(len(save.keys) - present, self.pages.bytes, self.piece_bytes)]
         for first, end in pieces:
@@ -272,7 +301,9 @@ class ConnectorWorker:
     def _out(self, job: Job, first: int, end: int) -> Any:
         blocks = job.save.blocks[first * self.pages.chunk_blocks:end * self.pages.chunk_blocks]
         payload, tensor = self._payload(self.save_staging, end - first)
-        if self.gpu is None:
+        if self.pages.copiers is not None:
+            self._after(self.pages.copiers.saving, job.event)
+        if self.gpu is None or self.pages.copiers is not None:
             self.pages.read(blocks, tensor)
             return payload
         stream = torch.cuda.current_stream(self.gpu)
@@ -303,6 +334,7 @@ class ConnectorWorker:
 
     def _load_all(self) -> None:
         with self._stream():
+            self._prepare(self.load_link, self.load_staging)
             while (one := self.loads.get()) is not None:
                 load, event = one
                 done = 0  # vLLM's blocks that are written
@@ -329,6 +361,9 @@ class ConnectorWorker:
         if not stores or self.rank not in load.leases:
             return
         store = self._checked(stores[0])
+        if self.pages.copiers is not None and hasattr(store, "load_pages"):
+            yield self._load_at_once(store, load, event)
+            return
         per, began = self.pages.chunk_blocks, time.monotonic()
         for first, end in in_pieces(load.chunks, self.pages.bytes, self.piece_bytes):
             payload, tensor = self._payload(self.load_staging, end - first)
@@ -346,8 +381,29 @@ class ConnectorWorker:
             if good < end:
                 return
 
+    def _load_at_once(self, store: Any, load: Load, event: Any) -> int:
+        """All pieces in one call, which needs the interpreter's lock once."""
+        copier, began = self.pages.copiers.loading, time.monotonic()
+        self._after(copier, event)
+        chunks, _, error = store.load_pages(copier, load.leases[self.rank], load.chunks, self.pages.ids(load.blocks),
+                                            self.load_staging.both(), skip=load.skip * self.pages.split)
+        with self.lock:
+            self.counts.loaded_blocks += chunks
+            self.counts.loaded_bytes += chunks * self.pages.bytes
+            self.counts.load_seconds += time.monotonic() - began
+        if error is not None:
+            self._say("load", error)
+            self.load_link.failed(error)
+        return max(0, min(len(load.blocks), chunks * self.pages.chunk_blocks - load.skip))
+
+    def _after(self, copier: Any, event: Any) -> None:
+        if event is not None:
+            copier.after(event.cuda_event)
+
     def _in(self, tensor: torch.Tensor, blocks: Sequence[int], skip: int, event: Any) -> None:
-        if self.gpu is None:
+        if self.pages.copiers is not None:
+            self._after(self.pages.copiers.loading, event)
+        if self.gpu is None or self.pages.copiers is not None:
             self.pages.write(tensor, blocks, skip)
             return
         stream = torch.cuda.current_stream(self.gpu)
@@ -356,6 +412,15 @@ class ConnectorWorker:
         self.load_staging.copying()
 
     # --- both ---
+
+    def _prepare(self, link: Any, staging: Staging) -> None:
+        """Takes and pins memory before the first request waits for it."""
+        if link.stores():
+            try:
+                staging.both()
+            except Exception as error:
+                self._say("preparation", error)
+                link.failed(error)
 
     def _checked(self, store: Any) -> Any:
         """Coded pages mean the same here and there."""

@@ -7,7 +7,6 @@ many are enough and what happens when there are fewer than the windows of all se
 
 from __future__ import annotations
 
-import functools
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -20,7 +19,8 @@ from vllm.logger import init_logger
 from .. import _core
 from ..errors import InvalidArgument
 from . import block_tables, choose
-from .settings import BLOCK_TOKENS, Settings, cuda_library, host_memory, refusals
+from .devices import paged_device
+from .settings import BLOCK_TOKENS, Settings, host_memory, refusals
 
 logger = init_logger("vllm.kvtide")
 
@@ -165,11 +165,6 @@ class SideMemory:
         if scratch is None:
             scratch = _scratch[key] = aligned_pages(self.scratch_pages, self.page_bytes)
         self.scratch = scratch
-
-
-@functools.lru_cache(maxsize=None)
-def paged_device(kind: str) -> Any:
-    return _core.PagedDevice("cpu", torch.get_num_threads()) if kind == "cpu" else _core.PagedDevice(kind, library=cuda_library())
 
 
 class StepArrays:
