@@ -11,6 +11,7 @@ namespace kvtide::python {
 
 void BindPool(nanobind::module_& m);
 void BindBlocks(nanobind::module_& m);
+void BindCalibration(nanobind::module_& m);
 void BindFormats(nanobind::module_& m);
 void BindPlan(nanobind::module_& m);
 void BindPaged(nanobind::module_& m);

@@ -18,6 +18,7 @@ NB_MODULE(_core, m) {
     }
   });
   kvtide::python::BindBlocks(m);
+  kvtide::python::BindCalibration(m);
   kvtide::python::BindPool(m);
   kvtide::python::BindFormats(m);
   kvtide::python::BindPlan(m);

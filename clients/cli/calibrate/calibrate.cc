@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "clients/cli/bundled.h"
 #include "clients/cli/terminal/command_status.h"
+#include "clients/cli/terminal/file_checks.h"
 #include "clients/cli/terminal/interrupt.h"
 #include "clients/cli/terminal/number_checks.h"
 #include "clients/cli/terminal/progress.h"
@@ -147,7 +148,9 @@ void AddCalibrateCommand(CLI::App& app, int* exit_code) {
   calibrate
       ->add_option("--context", o.context, "Tokens of a window; default: 2048, or what the model can handle")
       ->check(Positive());
-  calibrate->add_option("--out", flags->out_file, "The profile to write (safetensors)")->required();
+  calibrate->add_option("--out", flags->out_file, "The profile to write (safetensors)")
+      ->required()
+      ->check(WritableFile());
   calibrate->add_option("--threads", o.threads, "Threads of the engine; default: one per core")
       ->check(Positive());
   calibrate->add_flag("--means-only", o.means_only, "Means of keys and no transforms: for short texts");

@@ -15,6 +15,7 @@
 #include "clients/cli/capture/capture_writer.h"
 #include "clients/cli/capture/captured_file.h"
 #include "clients/cli/terminal/command_status.h"
+#include "clients/cli/terminal/file_checks.h"
 #include "clients/cli/terminal/interrupt.h"
 #include "clients/cli/terminal/number_checks.h"
 #include "clients/cli/terminal/progress.h"
@@ -131,7 +132,9 @@ void AddCaptureCommand(CLI::App& app, int* exit_code) {
       ->capture_default_str();
   capture->add_option("--queries", flags->queries, "Keep the queries of the last N tokens only; default: all")
       ->check(Positive());
-  capture->add_option("--output", flags->out_file, "The safetensors file to write")->required();
+  capture->add_option("--output", flags->out_file, "The safetensors file to write")
+      ->required()
+      ->check(WritableFile());
   capture->add_option("--dtype", flags->dtype, "f32, f16 or bf16")
       ->check(CLI::IsMember({"f32", "f16", "bf16"}))
       ->capture_default_str();

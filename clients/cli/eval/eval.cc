@@ -13,6 +13,7 @@
 #include "clients/cli/eval/eval_captured.h"
 #include "clients/cli/eval/eval_run.h"
 #include "clients/cli/terminal/command_status.h"
+#include "clients/cli/terminal/file_checks.h"
 #include "clients/cli/terminal/interrupt.h"
 #include "clients/cli/terminal/number_checks.h"
 #include "planner/model/device.h"
@@ -139,9 +140,12 @@ void AddEvalCommand(CLI::App& app, int* exit_code) {
   eval->add_option("--output", flags->output, "table, json or csv (rows for planner/plan/quality.csv)")
       ->check(CLI::IsMember({"table", "json", "csv"}))
       ->capture_default_str();
-  eval->add_option("--out", flags->out_file, "Write the output there instead of standard output");
-  eval->add_option("--plot", flags->plot_file, "Also write an SVG of harm against bits");
-  eval->add_option("--resume", o.state_file, "Keep finished windows in this file and go on from it");
+  eval->add_option("--out", flags->out_file, "Write the output there instead of standard output")
+      ->check(WritableFile());
+  eval->add_option("--plot", flags->plot_file, "Also write an SVG of harm against bits")
+      ->check(WritableFile());
+  eval->add_option("--resume", o.state_file, "Keep finished windows in this file and go on from it")
+      ->check(WritableFile());
   eval->add_option("--memory", flags->memory,
                    "Memory of the daemon that is started; default: what the run needs, at most 4GiB");
   eval->add_option("--threads", o.threads, "Threads of the engine; default: one per core")->check(Positive());

@@ -11,6 +11,7 @@
 #include "clients/cli/ops/daemon_flags.h"
 #include "clients/cli/ops/seq_verbs.h"
 #include "clients/cli/terminal/command_status.h"
+#include "clients/cli/terminal/file_checks.h"
 #include "clients/engine/safetensors_writer.h"
 #include "kernels/base/status.h"
 
@@ -107,7 +108,9 @@ void AddSeqCommand(CLI::App& app, int* exit_code) {
   SeqReadOptions& o = flags->options;
   flags->daemon.AddTo(read);
   read->add_option("id", o.sequence, "The sequence's id")->required();
-  read->add_option("--out", o.out_file, "The file to write: .safetensors or .npy")->required();
+  read->add_option("--out", o.out_file, "The file to write: .safetensors or .npy")
+      ->required()
+      ->check(WritableFile());
   read->add_option("--layers", o.layers, "Layers, comma-separated; default: all")
       ->delimiter(',')
       ->check(CLI::NonNegativeNumber);

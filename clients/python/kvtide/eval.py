@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from . import profiles
+from ._files import check_writable
 
 YARDSTICK = "f16/f16"
 _BINS_PER_DECADE = 100
@@ -449,6 +450,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     import kvtide
 
     try:
+        for flag, path in (("--out", flags.out), ("--plot", flags.plot), ("--resume", flags.resume)):
+            check_writable(flag, path)
         tokenizer = AutoTokenizer.from_pretrained(flags.model)
         model = AutoModelForCausalLM.from_pretrained(flags.model, dtype=getattr(torch, flags.dtype)).to(flags.device).eval()
         tokens = tokenizer(pathlib.Path(flags.text).read_text(), verbose=False)["input_ids"]

@@ -1,5 +1,6 @@
 #include "clients/cli/terminal/terminal.h"
 
+#include "clients/cli/terminal/file_checks.h"
 #include "clients/cli/terminal/progress.h"
 #include "clients/cli/terminal/table.h"
 #include "gmock/gmock.h"
@@ -21,6 +22,16 @@ TEST(TerminalTest, NumbersReadWell) {
   EXPECT_EQ(DurationText(8.2), "8 s");
   EXPECT_EQ(DurationText(125), "2:05");
   EXPECT_EQ(DurationText(3725), "1:02:05");
+}
+
+TEST(FileChecksTest, AFileThatCannotBeWrittenIsRefusedBeforeTheWork) {
+  const std::string folder = testing::TempDir();
+  const auto check = [](std::string path) { return WritableFile()(path); };
+  EXPECT_EQ(check(""), "");
+  EXPECT_EQ(check("file_in_this_folder"), "");
+  EXPECT_EQ(check(folder + "/new"), "");
+  EXPECT_THAT(check(folder), testing::HasSubstr("is a folder"));
+  EXPECT_THAT(check(folder + "/none/new"), testing::HasSubstr("there is no folder " + folder));
 }
 
 TEST(TableTest, AlignsTextsLeftAndNumbersRight) {
