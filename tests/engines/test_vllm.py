@@ -82,10 +82,7 @@ def test_perplexity_is_that_of_kvtide_eval(pair, ratio):
     context, windows = 1024, 2
     tokens = engine.text_tokens()
     prompts = [tokens[w * context:(w + 1) * context] for w in range(windows)]
-    ours, log = engine.run([{"prompts": prompts, "sampling": {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0}}], pair=pair,
-                           max_num_seqs=4, max_num_batched_tokens=64, enable_prefix_caching=False, dtype="float32")
-    scores = ours["batches"][0]
-    mine = math.exp(-sum(one["prompt_logprob"] for one in scores) / sum(one["predictions"] for one in scores))
+    mine, ours, log = perplexity(pair, prompts)
     wanted = of_kvtide_eval(pair, context, windows)
     print(f"{pair}: perplexity {mine:.4f} in vLLM, {wanted:.4f} by kvtide eval, {100 * (mine / wanted - 1):+.4f} %")
     assert mine == pytest.approx(wanted, rel=1e-3)
@@ -93,12 +90,41 @@ def test_perplexity_is_that_of_kvtide_eval(pair, ratio):
     assert re.search(r"KV cache in " + pair, log) and "exact pages" in log
 
 
-def of_kvtide_eval(pair, context, windows):
+def test_keys_around_the_means_of_a_profile(tmp_path):
+    """KVTIDE_PROFILE: the perplexity of `kvtide eval --profile`, less than without; a profile of another model is refused."""
+    context, pair, profile = 1024, "turbo2/turbo2", tmp_path / "model.profile"
+    kvtide("calibrate", "--model", engine.MODEL, "--text", str(ROOT / "tests" / "data" / "manuals.txt"), "--tokens", "2048", "--means-only",
+           "--out", str(profile), "--no-progress")
+    prompts = [engine.text_tokens()[:context]]
+    around, _, log = perplexity(pair, prompts, env={"KVTIDE_PROFILE": str(profile)})
+    without, _, _ = perplexity(pair, prompts)
+    wanted = of_kvtide_eval(pair, context, 1, "--profile", str(profile))
+    print(f"{pair} around means: perplexity {around:.4f} in vLLM, {wanted:.4f} by kvtide eval; {without:.4f} without")
+    assert around == pytest.approx(wanted, rel=1e-3) and around < 0.997 * without
+    assert "keys around their means over 1984 tokens of manuals.txt" in log
+    with pytest.raises(AssertionError, match="KVTIDE_PROFILE: .*none.profile"):
+        engine.run([], pair=pair, env={"KVTIDE_PROFILE": str(tmp_path / "none.profile")})
+
+
+def perplexity(pair, prompts, env=None):
+    """Of prompts in chunks of one block, with what the engine and its log say."""
+    ours, log = engine.run([{"prompts": prompts, "sampling": {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0}}], pair=pair, env=env,
+                           max_num_seqs=4, max_num_batched_tokens=64, enable_prefix_caching=False, dtype="float32")
+    scores = ours["batches"][0]
+    return math.exp(-sum(one["prompt_logprob"] for one in scores) / sum(one["predictions"] for one in scores)), ours, log
+
+
+def kvtide(*arguments):
     program = pathlib.Path(os.environ.get("KVTIDE_TEST_PROGRAMS", ROOT / "build" / "dev" / "clients" / "cli")) / "kvtide"
-    done = subprocess.run([str(program), "eval", "--model", engine.MODEL, "--text", str(engine.TEXT), "--context", str(context),
-                           "--windows", str(windows), "--pairs", pair, "--output", "json"], capture_output=True, text=True)
+    done = subprocess.run([str(program), *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return next(row["perplexity"] for row in json.loads(done.stdout)["results"] if row["pair"] == pair)
+    return done.stdout
+
+
+def of_kvtide_eval(pair, context, windows, *more):
+    rows = json.loads(kvtide("eval", "--model", engine.MODEL, "--text", str(engine.TEXT), "--context", str(context), "--windows", str(windows),
+                             "--pairs", pair, "--output", "json", *more))["results"]
+    return next(row["perplexity"] for row in rows if row["pair"] == pair)
 
 
 def test_coded_pages_under_pressure(stock):

@@ -5,11 +5,13 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from kvtide.errors import InvalidArgument
+from kvtide.profiles import KeyProfile
 from kvtide.vllm.choose import choose, harm_of
-from kvtide.vllm.settings import Settings, refusals
+from kvtide.vllm.settings import Settings, heads_of_rank, key_means, refusals
 from ways import ROOT
 
 MODEL = str(ROOT / "clients" / "engine" / "models" / "tidelm-7m")
@@ -20,11 +22,12 @@ def test_where_settings_come_from():
     read = Settings.read({"KVTIDE_PAIR": "q8_0/turbo4", "KVTIDE_EXACT_WINDOW": "0+4", "KVTIDE_SIDE_MEMORY": "1.5GiB"})
     assert read == Settings("q8_0/turbo4", 0, 4, 3 << 29)
     assert Settings.read({"KVTIDE_PAIR": "turbo3"}, {"kvtide": {"pair": "f16"}}).pair == "f16/f16"
+    assert Settings.read({"KVTIDE_PROFILE": "a"}).profile == "a" and Settings.read({}, {"kvtide": {"profile": "b"}}).profile == "b"
     assert read.window_for(0) == (0, 4) and Settings().window_for(128) == (0, 2)
 
 
 @pytest.mark.parametrize("environment,words", [
-    ({"KVTIDE_PAIR": "turbo9"}, "turbo4"), ({"KVTIDE_PAIR": "f16/f16/f16"}, "the type of keys and of values"),
+    ({"KVTIDE_PAIR": "turbo9"}, "turbo4"), ({"KVTIDE_PAIR": "tide3/turbo3"}, "KVTIDE_PROFILE"), ({"KVTIDE_PAIR": "f16/f16/f16"}, "the type of keys and of values"),
     ({"KVTIDE_EXACT_WINDOW": "2"}, "such as 1[+]2"), ({"KVTIDE_EXACT_WINDOW": "1+65"}, "at most 64"),
     ({"KVTIDE_SIDE_MEMORY": "much"}, "such as 2GiB")])
 def test_mistakes_say_what_to_write(environment, words):
@@ -33,7 +36,7 @@ def test_mistakes_say_what_to_write(environment, words):
 
 
 def test_unknown_keys():
-    with pytest.raises(InvalidArgument, match="pair, exact_window, side_memory"):
+    with pytest.raises(InvalidArgument, match="pair, exact_window, side_memory, profile"):
         Settings.read({}, {"kvtide": {"pairs": "f16"}})
 
 
@@ -79,3 +82,18 @@ def test_the_command_line_is_made_without_vllm_or_its_packages():
     assert result.returncode == 0 and "KVTIDE_PAIR=turbo4/turbo4 vllm serve" in result.stdout, result.stderr
     result = subprocess.run([sys.executable, "-m", "kvtide.vllm", "no-such-model"], capture_output=True, text=True)
     assert result.returncode != 0 and "no-such-model" in result.stderr and "Traceback" not in result.stderr, result.stderr
+
+
+def test_a_profile_is_of_the_model():
+    means = [np.full((2, 128), layer, np.float32) for layer in range(6)]
+    profile = KeyProfile("tidelm-7m", "manuals.txt", 1000, means)
+    assert key_means(profile, 6, 2, 128) is means
+    for shape in ((5, 2, 128), (6, 4, 128), (6, 2, 64)):
+        with pytest.raises(InvalidArgument, match="of tidelm-7m with 6 layers of 2 KV heads of 128"):
+            key_means(profile, *shape)
+
+
+def test_heads_of_ranks():
+    assert [heads_of_rank(rank, 4, 8) for rank in range(4)] == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
+    assert [heads_of_rank(rank, 4, 2) for rank in range(4)] == [slice(0, 1), slice(0, 1), slice(1, 2), slice(1, 2)]
+    assert heads_of_rank(0, 1, 3) == slice(0, 3)

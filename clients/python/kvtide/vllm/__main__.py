@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import os
 import shlex
 import sys
 from typing import Iterator, List, Optional, Tuple
@@ -43,11 +44,12 @@ def command(arguments: argparse.Namespace) -> List[str]:
         arguments.device = f"vram={host_memory('MemAvailable')},bandwidth=50GB/s"
     context, sequences = arguments.max_model_len, arguments.max_num_seqs
     if arguments.pair == "auto":
-        chosen = choose.choose(arguments.model, arguments.device, context, sequences, gpus=arguments.tensor_parallel_size)
+        chosen = choose.choose(arguments.model, arguments.device, context, sequences, gpus=arguments.tensor_parallel_size,
+                               profile=arguments.profile)
         pair, why = chosen.pair, chosen.reason
     else:
         pair = parse_pair(arguments.pair)
-        why = choose.harm_of(pair, arguments.model, arguments.device, context) or "harm not known"
+        why = choose.harm_of(pair, arguments.model, arguments.device, context, arguments.profile) or "harm not known"
     plan = planner.plan(arguments.model, arguments.device, context=[context], concurrency=1, pairs=["f16", pair],
                         gpus=arguments.tensor_parallel_size if arguments.tensor_parallel_size > 1 else 0)
     one = plan[context][pair]
@@ -55,6 +57,8 @@ def command(arguments: argparse.Namespace) -> List[str]:
     if arguments.exact_window != "1+2":
         parse_window(arguments.exact_window)
         words.append(f"KVTIDE_EXACT_WINDOW={arguments.exact_window}")
+    if arguments.profile:
+        words.append(f"KVTIDE_PROFILE={shlex.quote(os.path.abspath(arguments.profile))}")
     words += ["vllm", "serve", shlex.quote(arguments.model), "--block-size", "64", "--max-model-len", str(context), "--max-num-seqs",
               str(sequences)]
     if gpu:
@@ -110,6 +114,7 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
     parser.add_argument("--pair", default="auto", help="types of keys and values, such as turbo4/turbo4 (default: the planner's choice)")
     parser.add_argument("--exact-window", default="1+2", metavar="FIRST+LAST", help="blocks of 64 tokens kept in f16 (default 1+2)")
+    parser.add_argument("--profile", default="", metavar="FILE", help="means of the model's keys (python -m kvtide.calibrate)")
     parser.add_argument("--device", default="auto", help="a card of the planner, for another machine than this one")
     parser.add_argument("--check", action="store_true", help="say whether this machine can run it; exit code 1 if not")
     chosen = parser.parse_args(arguments)

@@ -23,7 +23,7 @@ class Choice:
     reason: str
 
 
-def choose(model: str, device: str, context: int, sequences: int, hf_config: Any = None, gpus: int = 1) -> Choice:
+def choose(model: str, device: str, context: int, sequences: int, hf_config: Any = None, gpus: int = 1, profile: str = "") -> Choice:
     """The least harmful measured coded pair with which ``sequences`` of ``context`` tokens fit, or, where none lets them, the smallest
     that harms less than MOST_HARM percent. Never f16, which vLLM has itself: who installs this wants more tokens.
 
@@ -32,6 +32,7 @@ def choose(model: str, device: str, context: int, sequences: int, hf_config: Any
         device: a card of the planner, or ``auto``.
         hf_config: vLLM's configuration of the model, for models that are no folder on this machine.
         gpus: cards that share the model (tensor parallel).
+        profile: of the model's keys, or "": then pairs count with what was measured so, where it was.
     """
     with tempfile.TemporaryDirectory() as folder:
         if not os.path.exists(model) and hf_config is not None:
@@ -40,13 +41,14 @@ def choose(model: str, device: str, context: int, sequences: int, hf_config: Any
                 json.dump(hf_config.to_dict(), file, default=str)
         try:
             plan = planner.plan(model, device, context=[context], concurrency=sequences, max_perplexity_increase=MOST_HARM,
-                                gpus=gpus if gpus > 1 else 0, ignore_unknown_fields=True)
+                                gpus=gpus if gpus > 1 else 0, ignore_unknown_fields=True, profile=profile or None)
         except KvtideError as error:
             raise InvalidArgument(f"KVTIDE_PAIR=auto: the planner says: {error}. Choose a pair yourself, such as "
                                   "KVTIDE_PAIR=turbo4/turbo4") from error
     what = f"{sequences} x {context} tokens"
     measured = [one for one in plan[context].pairs
-                if one.harm_percent is not None and one.harm_percent <= MOST_HARM and one.ratio_to_f16 > 1.1]
+                if one.harm_percent is not None and one.harm_percent <= MOST_HARM and one.ratio_to_f16 > 1.1
+                and not one.pair.startswith("tide")]  # of which the kernels over vLLM's pages know nothing
     if not measured:
         raise InvalidArgument("KVTIDE_PAIR=auto: no pair was measured on a model like this one; choose a pair yourself, such as "
                               "KVTIDE_PAIR=turbo4/turbo4")
@@ -71,9 +73,10 @@ def harm(pair: Any) -> str:
     return f"{pair.harm_percent:+.2f} % perplexity on {pair.harm_model}" + (", another model" if pair.proxy else "")
 
 
-def harm_of(pair: str, model: str, device: str, context: int) -> Optional[str]:
+def harm_of(pair: str, model: str, device: str, context: int, profile: str = "") -> Optional[str]:
     """The same for a pair that the user chose; None if the planner does not know the model."""
     try:
-        return harm(planner.plan(model, device, context=[context], pairs=[pair], ignore_unknown_fields=True)[context][pair])
+        return harm(planner.plan(model, device, context=[context], pairs=[pair], ignore_unknown_fields=True,
+                                 profile=profile or None)[context][pair])
     except (KvtideError, KeyError):
         return None

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
 
-from .. import _core
+from .. import _core, profiles
 from ..errors import InvalidArgument
 from . import block_tables, choose
 from .devices import paged_device
-from .settings import BLOCK_TOKENS, Settings, host_memory, refusals
+from .settings import BLOCK_TOKENS, Settings, heads_of_rank, host_memory, key_means, refusals
 
 logger = init_logger("vllm.kvtide")
 
@@ -54,20 +55,38 @@ def settings_of(config: Any) -> Settings:
     if reasons:
         raise InvalidArgument("kvtide cannot run with these options of vLLM:\n  " + "\n  ".join(reasons))
     settings = Settings.read(config=config.additional_config)
+    profile = read_profile(settings, config)
     model, device, context = config.model_config.model, planner_device(config), config.model_config.max_model_len
     if settings.pair == "auto":
         sequences = config.scheduler_config.max_num_seqs
         choice = choose.choose(model, device, context, sequences, config.model_config.hf_config,
-                               config.parallel_config.tensor_parallel_size)
+                               config.parallel_config.tensor_parallel_size, settings.profile)
         settings = replace(settings, pair=choice.pair)
         why = choice.reason
     else:
-        why = choose.harm_of(settings.pair, model, device, context) or "harm not known to the planner: kvtide eval measures it"
-    logger.info("kvtide: KV cache in %s (%s); the first %d and the last %d blocks of 64 tokens of running sequences in f16",
-                settings.pair, why, settings.first_blocks, settings.last_blocks)
+        why = choose.harm_of(settings.pair, model, device, context, settings.profile) or "harm not known to the planner: kvtide eval measures it"
+    logger.info("kvtide: KV cache in %s (%s); the first %d and the last %d blocks of 64 tokens of running sequences in f16%s",
+                settings.pair, why, settings.first_blocks, settings.last_blocks,
+                f"; keys around their means over {profile.tokens} tokens of {profile.text}" if profile else "")
     _settings[id(config.cache_config)] = (config.cache_config, settings)
     _last[:] = [settings]
     return settings
+
+
+def read_profile(settings: Settings, config: Any) -> Optional[profiles.KeyProfile]:
+    """The profile that the user named, of this model."""
+    if not settings.profile:
+        return None
+    if config.kv_transfer_config is not None:
+        raise InvalidArgument("KVTIDE_PROFILE goes with no KV connector: pages that rest in kvtided would be read by engines that do not have "
+                              "the profile; leave one of them out")
+    try:
+        profile = profiles.load(settings.profile)
+    except OSError as error:
+        raise InvalidArgument(f"KVTIDE_PROFILE: {error}") from error
+    model = config.model_config
+    key_means(profile, model.get_total_num_hidden_layers(), model.get_total_num_kv_heads(), model.get_head_size())
+    return profile
 
 
 def chosen_pair() -> str:
@@ -251,8 +270,10 @@ class Part:
         self.kept = []  # what the object has addresses of
         for layer in self.layers:
             sinks = None if layer.impl.sinks is None else layer.impl.sinks.float().contiguous()
-            self.kept += [layer.kv_cache, layer.impl.side.exact, sinks]
-            paged.add_layer(layer.kv_cache.data_ptr(), layer.impl.side.exact.data_ptr(), 0 if sinks is None else sinks.data_ptr())
+            mean = self.mean_of(layer)
+            self.kept += [layer.kv_cache, layer.impl.side.exact, sinks, mean]
+            paged.add_layer(layer.kv_cache.data_ptr(), layer.impl.side.exact.data_ptr(), 0 if sinks is None else sinks.data_ptr(),
+                            mean=0 if mean is None else mean.ctypes.data)
         release(impl.likeness())
         paged.make(paged_device(self.device.type))
         tables = self.exact.tables()
@@ -267,6 +288,20 @@ class Part:
                     "" if side.slots >= self.exact.all_slots else
                     f" (the windows of all sequences would take {self.exact.all_slots} pages: raise KVTIDE_SIDE_MEMORY or lower "
                     "--max-num-seqs, else some blocks of the windows are attended coded)")
+
+    def mean_of(self, layer: Any) -> Optional[np.ndarray]:
+        """Of this rank's keys in a layer, [kv_heads, head_dim]; None without a profile, and for a draft model's layers."""
+        model, parallel, impl = self.config.model_config, self.config.parallel_config, layer.impl
+        profile = read_profile(self.settings, self.config)
+        if profile is None:
+            return None
+        number = extract_layer_index(layer.layer_name)
+        ranks, heads = parallel.tensor_parallel_size, profile.means[0].shape[0]
+        own = heads_of_rank(parallel.rank % ranks, ranks, heads)
+        if number >= len(profile.means) or layer.layer_name.startswith("draft"):
+            return None
+        mean = np.ascontiguousarray(profile.means[number][own], dtype=np.float32)
+        return mean if mean.shape == (impl.num_kv_heads, impl.head_size) else None
 
     # --- once a step ---
 

@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, List, Mapping, Optional, Tuple
 
+import numpy as np
+
 from .. import formats
 from ..errors import InvalidArgument
 
@@ -25,12 +27,15 @@ class Settings:
             that it attends in float16.
         side_memory: ``KVTIDE_SIDE_MEMORY`` (``2GiB``): most memory for float16 copies; None = a tenth of the device's. Less
             than the window of every sequence needs means that some attend blocks of it coded.
+        profile: ``KVTIDE_PROFILE``, a profile of the model's keys (``python -m kvtide.calibrate``, ``kvtide calibrate``): keys are
+            coded as their difference from its means, which attention takes back.
     """
 
     pair: str = "auto"
     first_blocks: int = 1
     last_blocks: int = 2
     side_memory: Optional[int] = None
+    profile: str = ""
 
     @classmethod
     def read(cls, environment: Optional[Mapping[str, str]] = None, config: Any = None) -> "Settings":
@@ -40,13 +45,14 @@ class Settings:
             "pair": environment.get("KVTIDE_PAIR") or "auto",
             "exact_window": environment.get("KVTIDE_EXACT_WINDOW") or "1+2",
             "side_memory": environment.get("KVTIDE_SIDE_MEMORY") or "",
+            "profile": environment.get("KVTIDE_PROFILE") or "",
         }
         given = config.get("kvtide", {}) if isinstance(config, Mapping) else {}
         if not isinstance(given, Mapping) or set(given) - set(chosen):
             raise InvalidArgument(f"additional config kvtide: {given!r}; it has the keys {', '.join(chosen)}")
         chosen.update({key: str(value) for key, value in given.items()})
         first, last = parse_window(chosen["exact_window"])
-        return cls(parse_pair(chosen["pair"]), first, last, parse_size(chosen["side_memory"]))
+        return cls(parse_pair(chosen["pair"]), first, last, parse_size(chosen["side_memory"]), chosen["profile"])
 
     def window_for(self, sliding: int) -> Tuple[int, int]:
         """Exact blocks of a layer; a sliding window does not see its first block for long."""
@@ -54,6 +60,9 @@ class Settings:
 
 
 def parse_pair(text: str) -> str:
+    if text.startswith("tide"):
+        raise InvalidArgument(f'pair "{text}": calibrated types are not among the kernels over vLLM\'s pages; use turbo4, turbo3 or turbo2, '
+                              "and KVTIDE_PROFILE, around whose means they lose less")
     return text if text == "auto" else formats.parse_pair(text, "auto")
 
 
@@ -71,6 +80,28 @@ def parse_size(text: str) -> Optional[int]:
     if match is None or match.group(2) not in _UNITS:
         raise InvalidArgument(f'side memory "{text}": write a size such as 2GiB')
     return int(float(match.group(1)) * _UNITS[match.group(2)])
+
+
+def key_means(profile: Any, layers: int, kv_heads: int, head_dim: int) -> List[np.ndarray]:
+    """Those of a profile (``kvtide.profiles.KeyProfile``), for each layer ``[kv_heads, head_dim]``.
+
+    Raises:
+        InvalidArgument: the profile is of a model of another shape.
+    """
+    shape = profile.means[0].shape
+    if (len(profile.means), *shape) != (layers, kv_heads, head_dim):
+        raise InvalidArgument(f"KVTIDE_PROFILE is of {profile.model or 'a model'} with {len(profile.means)} layers of {shape[0]} KV heads of "
+                              f"{shape[1]}; this model has {layers} of {kv_heads} of {head_dim}: make one with python -m kvtide.calibrate")
+    return profile.means
+
+
+def heads_of_rank(rank: int, ranks: int, kv_heads: int) -> slice:
+    """Which of a layer's KV heads a tensor-parallel rank has; where there are more ranks than heads, some have the same one."""
+    if kv_heads >= ranks:
+        each = kv_heads // ranks
+        return slice(rank * each, (rank + 1) * each)
+    first = rank * kv_heads // ranks
+    return slice(first, first + 1)
 
 
 def host_memory(what: str = "MemTotal") -> int:
