@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <filesystem>
 #include <memory>
 #include <string>
 
@@ -27,6 +28,7 @@ const char* const kExamples = R"(Examples:
   kvtide connect vllm --model meta-llama/Llama-3.1-8B-Instruct
   kvtide connect vllm --model Qwen/Qwen3-32B --context 32K --sequences 64 --gpus 2 --host-memory 256GiB --disk /var/lib/kvtide:1TiB
   kvtide connect vllm --model ./Llama-3.1-8B/ --way pages --device "RTX 4090" --pair turbo4/turbo4
+  kvtide connect vllm --model ./Llama-3.1-8B/ --way pages --pair turbo3/turbo3 --profile llama.profile
   kvtide connect vllm --model ./Llama-3.1-8B/ --way both --disk /var/lib/kvtide:500GiB
   kvtide connect sglang --model Qwen/Qwen3-32B --output json
   kvtide connect transformers --model ./SmolLM2-135M/
@@ -46,6 +48,7 @@ struct ConnectFlags {
   std::string host_memory;
   std::string disk;
   std::string pair = "auto";
+  std::string profile;
   std::string output = "text";
 };
 
@@ -98,6 +101,9 @@ absl::StatusOr<ConnectRequest> Ask(const ConnectFlags& flags) {
   // Blocks of the store are coded, all of them; sequences and pages have an exact window.
   plan.exact_window = server && request.way == Way::kCache ? "none" : "default";
   if (request.pair != "auto") plan.pairs = request.pair;
+  plan.profile = flags.profile;
+  if (!flags.profile.empty())
+    request.profile = std::filesystem::absolute(flags.profile).lexically_normal().string();
   KVTIDE_ASSIGN_OR_RETURN(const planner::PlanRequest asked, MakePlanRequest(plan));
   if (asked.workload.contexts.size() != 1)
     return absl::InvalidArgumentError("--context: one number of tokens, such as 32K");
@@ -158,6 +164,8 @@ void AddConnectCommand(CLI::App& app, int* exit_code) {
   connect->add_option("--disk", flags->disk, "kvtided's disk tier: FOLDER:SIZE");
   connect->add_option("--pair", flags->pair, "Types of keys and values (default: the planner's choice)")
       ->capture_default_str();
+  connect->add_option("--profile", flags->profile,
+                      "Code keys by this profile (kvtide calibrate): transformers, vLLM with --way pages");
   connect->add_option("--output", flags->output, "text or json")
       ->check(CLI::IsMember({"text", "json"}))
       ->capture_default_str();

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
@@ -58,13 +59,18 @@ PairChoice Describe(const Candidate& candidate, std::string reason, const Connec
           candidate.kv_bytes * request.gpus / request.sequences};
 }
 
+bool Caches(Way way) { return way != Way::kPages; }
+bool OwnsPages(Way way) { return way != Way::kCache; }
+
+// The kernels over an engine's pages have no calibrated K types (tide).
+bool HasKernels(const Candidate& candidate, const ConnectRequest& request) {
+  return !OwnsPages(request.way) || !absl::StartsWith(candidate.asked.k, "tide");
+}
+
 bool Measured(const Candidate& candidate) {
   return candidate.harm.measured && candidate.harm.expected_percent <= kMostHarmPercent &&
          candidate.support.level != planner::SupportLevel::kRefused;
 }
-
-bool Caches(Way way) { return way != Way::kPages; }
-bool OwnsPages(Way way) { return way != Way::kCache; }
 
 // Keys of the connectors' own configuration.
 nlohmann::ordered_json StoreSettings(const ConnectRequest& request, const PairChoice& choice) {
@@ -106,6 +112,7 @@ void ConnectVllm(const ConnectRequest& request, Connection* out) {
     out->command.insert(out->command.end(), {"--tensor-parallel-size", absl::StrCat(request.gpus)});
   if (OwnsPages(request.way)) {
     out->environment.emplace_back("KVTIDE_PAIR", out->choice.pair);
+    if (!request.profile.empty()) out->environment.emplace_back("KVTIDE_PROFILE", request.profile);
     if (request.gpu) out->command.insert(out->command.end(), {"--attention-backend", "CUSTOM"});
     out->verify = {"# vLLM's log at the start: GPU KV cache size: ... tokens"};
   }
@@ -160,7 +167,8 @@ void ConnectSglang(const ConnectRequest& request, Connection* out) {
 
 void ConnectTransformers(const ConnectRequest& request, Connection* out) {
   out->install = {"pip install 'kvtide[transformers]'"};
-  const nlohmann::json model = request.model, address = request.address, pair = out->choice.pair;
+  const nlohmann::json model = request.model, address = request.address, pair = out->choice.pair,
+                       profile = request.profile;
   out->code = {
       "import kvtide",
       "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -171,7 +179,8 @@ void ConnectTransformers(const ConnectRequest& request, Connection* out) {
       "model.set_attn_implementation(\"kvtide\")     # attends where the keys lie; leave it out and they "
       "come back decoded",
       absl::StrCat("pool = kvtide.connect(", address.dump(), ")"),
-      absl::StrCat("cache = KvtideCache(model, pool=pool, pair=", pair.dump(), ")"),
+      absl::StrCat("cache = KvtideCache(model, pool=pool, pair=", pair.dump(),
+                   request.profile.empty() ? "" : absl::StrCat(", profile=", profile.dump()), ")"),
       "inputs = tokenizer(\"...\", return_tensors=\"pt\")",
       "model.generate(**inputs, past_key_values=cache)"};
   out->verify = {absl::StrCat("kvtide doctor --engine transformers --address ", request.address),
@@ -226,9 +235,14 @@ absl::StatusOr<Way> ParseWay(const std::string& name) { return Parse(kWays, "--w
 absl::StatusOr<PairChoice> ChoosePair(const ConnectRequest& request) {
   const planner::ContextPlan& plan = request.plan.contexts.front();
   if (request.pair != "auto") {
-    for (const Candidate& candidate : plan.candidates)
-      if (candidate.asked.Name() == request.pair)
-        return Describe(candidate, absl::StrCat("as asked, ", HarmWords(candidate.harm)), request);
+    for (const Candidate& candidate : plan.candidates) {
+      if (candidate.asked.Name() != request.pair) continue;
+      if (!HasKernels(candidate, request))
+        return absl::InvalidArgumentError(absl::StrCat(
+            "--pair ", request.pair, ": ", candidate.asked.k,
+            " is not among the kernels over vLLM's pages; take turbo4, turbo3 or turbo2 with --profile"));
+      return Describe(candidate, absl::StrCat("as asked, ", HarmWords(candidate.harm)), request);
+    }
     return absl::NotFoundError(absl::StrCat("--pair: the plan has no pair '", request.pair, "'"));
   }
   const bool pages = OwnsPages(request.way);
@@ -240,7 +254,7 @@ absl::StatusOr<PairChoice> ChoosePair(const ConnectRequest& request) {
                : a.kv_bytes < b.kv_bytes;
   };
   for (const Candidate& candidate : plan.candidates) {
-    if (!Measured(candidate)) continue;
+    if (!Measured(candidate) || !HasKernels(candidate, request)) continue;
     if (smallest == nullptr || candidate.kv_bytes < smallest->kv_bytes ||
         (candidate.kv_bytes == smallest->kv_bytes && less_harm(candidate, *smallest)))
       smallest = &candidate;
@@ -274,6 +288,12 @@ absl::StatusOr<Connection> MakeConnection(const ConnectRequest& request) {
     return absl::InvalidArgumentError(absl::StrCat("--way ", WayName(request.way),
                                                    ": only vLLM takes another one's pages; ",
                                                    ServingEngineName(request.engine), " has --way cache"));
+  }
+  const bool pages_alone = request.engine == ServingEngine::kVllm && request.way == Way::kPages;
+  if (!request.profile.empty() && !pages_alone && request.engine != ServingEngine::kTransformers) {
+    return absl::InvalidArgumentError(
+        "--profile: transformers and vLLM with --way pages code keys by a profile; what rests in kvtided for "
+        "others is read by engines that do not have it");
   }
   Connection out;
   out.engine = request.engine;

@@ -40,6 +40,7 @@ struct ConnectRequest {
   int64_t host_bytes = 0;     // kvtided's host tier
   std::string disk;           // kvtided's disk tier, FOLDER:SIZE; empty = none
   std::string pair = "auto";  // a pair, or the choice below
+  std::string profile;        // whole path of a profile of the model's keys; empty = none
   // Of the model at `context`, engine kvtide, `sequences` at once; every candidate's harm and bytes.
   planner::Plan plan;
   // llama.cpp: the flags that `kvtide plan --output llama-args` gives for the device.
@@ -78,6 +79,7 @@ struct Connection {
   std::vector<std::string> notes;
 };
 
+// InvalidArgument for a way or a profile that the engine does not have.
 absl::StatusOr<Connection> MakeConnection(const ConnectRequest& request);
 
 // Lines that can be typed or pasted; what is not typed begins with #.

@@ -127,6 +127,30 @@ TEST(ConnectPlan, VllmOnKvtidesPages) {
   EXPECT_EQ(MakeConnection(request).status().code(), absl::StatusCode::kInvalidArgument);
 }
 
+TEST(ConnectPlan, KeysByAProfile) {
+  ConnectRequest request = Request(ServingEngine::kVllm);
+  request.profile = "/profiles/my model";
+  request.plan.contexts.front().candidates.push_back(Pair("tide3/turbo3", 3 * kGiB, 0.2));
+  EXPECT_THAT(std::string(MakeConnection(request).status().message()), HasSubstr("--way pages"));
+  request.way = Way::kBoth;
+  EXPECT_EQ(MakeConnection(request).status().code(), absl::StatusCode::kInvalidArgument);
+  request.way = Way::kPages;
+  EXPECT_THAT(MakeConnection(request)->environment,
+              ElementsAre(testing::Pair("KVTIDE_PAIR", "turbo4/turbo4"),
+                          testing::Pair("KVTIDE_PROFILE", "/profiles/my model")))
+      << "tide has no kernels over an engine's pages";
+  request.pair = "tide3/turbo3";
+  EXPECT_THAT(std::string(MakeConnection(request).status().message()), HasSubstr("not among the kernels"));
+  request.pair = "auto";
+  request.engine = ServingEngine::kTransformers;
+  request.way = Way::kCache;
+  request.host_bytes = 3 * kGiB;
+  EXPECT_THAT(MakeConnection(request)->code,
+              Contains(HasSubstr("pair=\"tide3/turbo3\", profile=\"/profiles/my model\")")));
+  request.engine = ServingEngine::kSglang;
+  EXPECT_EQ(MakeConnection(request).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
 TEST(ConnectPlan, VllmOnKvtidesPagesThatRestInTheDaemonToo) {
   ConnectRequest request = Request(ServingEngine::kVllm);
   request.way = Way::kBoth;
