@@ -69,7 +69,7 @@ def child(job):
     sys.stdin.readline()
     engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(job)))
     vocabulary = engine.vllm_config.model_config.get_vocab_size()
-    totals = {}
+    totals, marks, parts = {}, [], []
     connector = None
     if "kvtide" in str(job["cache"].partition(" + ")[2]) or "/" in job["cache"].partition(" + ")[2] or job["cache"].endswith("exact"):
         from dataclasses import asdict
@@ -86,15 +86,32 @@ def child(job):
             return counts
 
         connector.worker.take_counts = counted
+        start_loads, take_done = connector.worker.start_loads, connector.worker.take_done
+
+        def loads_start(step):
+            if step.loads:
+                marks.append(time.perf_counter())
+            start_loads(step)
+
+        def loads_end():
+            saved, received = take_done()
+            if received:
+                marks.append(time.perf_counter())
+            return saved, received
+
+        connector.worker.start_loads, connector.worker.take_done = loads_start, loads_end
 
     def first_token(number, prompt):
         """Seconds to the first token; tokens that were found; the token."""
         engine.add_request(str(number), {"prompt_token_ids": prompt},
                            SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False))
         began, result = time.perf_counter(), None
+        marks.clear()
         while engine.has_unfinished_requests():
             for output in engine.step():
                 result = result or (time.perf_counter() - began, output.num_cached_tokens or 0, output.outputs[0].token_ids[0])
+        if len(marks) == 2:
+            parts.append((marks[0] - began, marks[1] - marks[0], result[0] + began - marks[1]))
         return result
 
     rng = random.Random(1)
@@ -122,7 +139,8 @@ def child(job):
                 first_token(f"{name}r{i}", warm[:20])
             else:
                 raise TimeoutError("what is saved still holds its blocks")
-            first_token("w1", warm)  # the first load of all pins memory
+            first_token("w1", warm)  # the first load of all takes memory
+            parts.clear()
     median = lambda values: sorted(values)[len(values) // 2]
     result = {"cache": job["cache"], "computed_ms": 1e3 * median([one[0] for one in rounds[0]]),
               "again_ms": 1e3 * median([one[0] for one in rounds[1]]), "found_tokens": median([one[1] for one in rounds[1]]),
@@ -130,6 +148,8 @@ def child(job):
     if connector is not None:
         stores = connector.worker.load_link.stores()
         result["block_bytes"], result["page_bytes"] = stores[0].block_bytes, connector.worker.pages.bytes
+        if parts:  # of the time to the first token: until the load begins, the load, what is computed behind it
+            result["parts_ms"] = [1e3 * median(list(column)) for column in zip(*parts)]
         if counts.get("load_seconds"):
             result["load_gb_s"] = counts["loaded_blocks"] * result["block_bytes"] / counts["load_seconds"] / 1e9
         if saved.get("save_seconds"):

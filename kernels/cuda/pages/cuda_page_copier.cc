@@ -30,6 +30,7 @@ class PagesOnGpu final : public PageCopier {
     chunk_bytes_ = ChunkBytes(options, layers.size());
     most_chunks_ = options.piece_bytes / chunk_bytes_;
     KVTIDE_RETURN_IF_ERROR(stream_.Create());
+    KVTIDE_RETURN_IF_ERROR(bus_.Create());
     KVTIDE_ASSIGN_OR_RETURN(std::byte* const copied, Allocate(layers.size_bytes()));
     KVTIDE_CUDA_RETURN_IF_ERROR(
         cudaMemcpy(copied, layers.data(), layers.size_bytes(), cudaMemcpyHostToDevice));
@@ -49,6 +50,7 @@ class PagesOnGpu final : public PageCopier {
       slot.bad = reinterpret_cast<int32_t*>(bad);
       KVTIDE_RETURN_IF_ERROR(slot.ids_host.Reserve(ids, ids));
       KVTIDE_RETURN_IF_ERROR(slot.bad_host.Reserve(most_chunks_ * sizeof(int32_t)));
+      KVTIDE_RETURN_IF_ERROR(slot.there.Create());
       KVTIDE_RETURN_IF_ERROR(slot.done.Create());
     }
     return options.page_bytes > 0 ? absl::OkStatus() : CreateRows();
@@ -56,7 +58,7 @@ class PagesOnGpu final : public PageCopier {
 
   ~PagesOnGpu() override {
     const DeviceGuard guard(device_);
-    if (stream_.get() != nullptr) (void)cudaStreamSynchronize(stream_.get());
+    Drain();
   }
 
   size_t chunk_bytes() const override { return chunk_bytes_; }
@@ -75,13 +77,13 @@ class PagesOnGpu final : public PageCopier {
       return absl::InvalidArgumentError(
           absl::StrCat(pages.size(), " pages are no whole chunks of ", options_.chunk_pages));
     const DeviceGuard guard(device_);
-    return Settled(QueueRead(slots_[slot], pages, payload), stream_.get());
+    return Drained(QueueRead(slots_[slot], pages, payload));
   }
 
   absl::Status Write(int slot, const std::byte* payload, int skip, std::span<const int32_t> pages) override {
     KVTIDE_RETURN_IF_ERROR(CheckPagePiece(options_, chunk_bytes_, slot, skip, pages));
     const DeviceGuard guard(device_);
-    return Settled(QueueWrite(slots_[slot], payload, skip, pages), stream_.get());
+    return Drained(QueueWrite(slots_[slot], payload, skip, pages));
   }
 
   absl::Status Wait(int index) override {
@@ -107,7 +109,7 @@ class PagesOnGpu final : public PageCopier {
   }
   void Unpin(std::byte* memory) override {
     const DeviceGuard guard(device_);
-    (void)cudaStreamSynchronize(stream_.get());
+    Drain();
     (void)cudaHostUnregister(memory);
     (void)cudaGetLastError();
   }
@@ -117,7 +119,7 @@ class PagesOnGpu final : public PageCopier {
     std::byte* payload = nullptr;  // on the device, as what follows
     int32_t *ids = nullptr, *bad = nullptr;
     PinnedBuffer ids_host, bad_host;
-    Event done;
+    Event there, done;  // the payload on the device, the slot's work
     bool busy = false;
     size_t checked = 0;  // chunks whose values are looked at
     // Of every record that may lie in the payload: rows of the scratch memory into it, and out of it.
@@ -201,10 +203,25 @@ class PagesOnGpu final : public PageCopier {
     return pages;
   }
 
-  absl::Status Finish(Slot& slot) {
-    KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(slot.done.get(), stream_.get()));
+  absl::Status Finish(Slot& slot, const Stream& last) {
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(slot.done.get(), last.get()));
     slot.busy = true;
     return absl::OkStatus();
+  }
+  // What is put on `second` from now on begins when what was put on `first` is done.
+  static absl::Status Follow(const Stream& first, const Event& event, const Stream& second) {
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(event.get(), first.get()));
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaStreamWaitEvent(second.get(), event.get(), 0));
+    return absl::OkStatus();
+  }
+  void Drain() const {
+    for (const Stream* stream : {&stream_, &bus_})
+      if (stream->get() != nullptr) (void)cudaStreamSynchronize(stream->get());
+  }
+  // A call that failed leaves nothing behind that still runs.
+  absl::Status Drained(const absl::Status& status) const {
+    if (!status.ok()) (void)Settled(status, bus_.get());
+    return Settled(status, stream_.get());
   }
 
   bool wide_bytes() const { return aligned_ && options_.page_bytes % 16 == 0; }
@@ -219,13 +236,16 @@ class PagesOnGpu final : public PageCopier {
                                                   static_cast<int>(chunks), wide_bytes(), false, stream));
     } else {
       KVTIDE_RETURN_IF_ERROR(Encode(slot, pages, chunks));
+    }
+    KVTIDE_RETURN_IF_ERROR(Follow(stream_, slot.there, bus_));
+    if (options_.page_bytes == 0) {
       KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(slot.bad_host.data(), slot.bad, chunks * sizeof(int32_t),
-                                                  cudaMemcpyDeviceToHost, stream));
+                                                  cudaMemcpyDeviceToHost, bus_.get()));
       slot.checked = chunks;
     }
     KVTIDE_CUDA_RETURN_IF_ERROR(
-        cudaMemcpyAsync(payload, slot.payload, chunks * chunk_bytes_, cudaMemcpyDeviceToHost, stream));
-    return Finish(slot);
+        cudaMemcpyAsync(payload, slot.payload, chunks * chunk_bytes_, cudaMemcpyDeviceToHost, bus_.get()));
+    return Finish(slot, bus_);
   }
 
   absl::Status QueueWrite(Slot& slot, const std::byte* payload, int skip, std::span<const int32_t> ids) {
@@ -234,14 +254,15 @@ class PagesOnGpu final : public PageCopier {
     const size_t chunks = (Size(pages.end) + Size(options_.chunk_pages) - 1) / Size(options_.chunk_pages);
     const cudaStream_t stream = stream_.get();
     KVTIDE_CUDA_RETURN_IF_ERROR(
-        cudaMemcpyAsync(slot.payload, payload, chunks * chunk_bytes_, cudaMemcpyHostToDevice, stream));
+        cudaMemcpyAsync(slot.payload, payload, chunks * chunk_bytes_, cudaMemcpyHostToDevice, bus_.get()));
+    KVTIDE_RETURN_IF_ERROR(Follow(bus_, slot.there, stream_));
     if (options_.page_bytes > 0) {
       KVTIDE_CUDA_RETURN_IF_ERROR(LaunchMoveBytes(pages, slot.payload, options_.page_bytes,
                                                   static_cast<int>(chunks), wide_bytes(), true, stream));
     } else {
       KVTIDE_RETURN_IF_ERROR(Decode(slot, pages, chunks));
     }
-    return Finish(slot);
+    return Finish(slot, stream_);
   }
 
   absl::Status Encode(const Slot& slot, const PagesOnDevice& pages, size_t chunks) {
@@ -295,7 +316,7 @@ class PagesOnGpu final : public PageCopier {
   std::vector<DeviceBuffer> buffers_;
   PagesOnDevice pages_;
   Slot slots_[kSlots];
-  Stream stream_;
+  Stream stream_, bus_;  // kernels; payloads between device and host, beside the kernels of the other slot
   // Rows.
   BlockLayout coded_, exact_;
   RowMove move_;
