@@ -5,8 +5,10 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <iterator>
 #include <memory>
 #include <string>
 #include <vector>
@@ -120,7 +122,11 @@ class Daemon {
                options_.slow_call) {}
 
   absl::Status StartCache() {
-    KVTIDE_ASSIGN_OR_RETURN(tiers_, MakeTieredCache(options_));
+    KVTIDE_ASSIGN_OR_RETURN(tiers_, MakeTieredCache(options_, [this](Work work, absl::Duration time) {
+                              // There are none yet while durable sequences come back.
+                              if (metrics::Metrics* const metrics = listening_metrics_)
+                                metrics->RecordWork(static_cast<size_t>(work), time);
+                            }));
     cache_ = tiers_->cache.get();
     options_.service.staging_bytes = tiers_->staging_bytes();
     for (const TieredCache::Note& note : tiers_->notes)
@@ -136,12 +142,18 @@ class Daemon {
     metrics.version = kVersion;
     metrics.cuda = KnownBackends() != "cpu";
     metrics.stats = [cache = cache_] { return cache->Stats(); };
+    metrics.works.assign(std::begin(kWorkNames), std::end(kWorkNames));
     metrics.service = [this] { return ServiceStats(options_.service); };
     metrics_ = std::make_unique<metrics::Metrics>(std::move(metrics));
+    listening_metrics_ = metrics_.get();
     options_.service.report = [this](const service::CallReport& call) {
       metrics_->RecordCall({call.method, call.code, call.duration, call.received, call.waited,
                             call.request_bytes, call.response_bytes, call.tenant});
       calls_.Add(call, absl::Now());
+    };
+    options_.service.looked_up = [this](std::string_view tenant, const char* unit, std::string_view tier,
+                                        uint64_t count) {
+      metrics_->RecordLookup(tenant, unit, tier, count);
     };
     if (options_.metrics_address.empty()) return absl::OkStatus();
     KVTIDE_ASSIGN_OR_RETURN(metrics_address_, metrics_->Start(options_.metrics_address));
@@ -204,6 +216,7 @@ class Daemon {
   DaemonOptions options_;
   RunningConfig config_;
   FailureLog calls_;
+  std::atomic<metrics::Metrics*> listening_metrics_{nullptr};
   std::unique_ptr<TieredCache> tiers_;
   KvCache* cache_ = nullptr;  // of tiers_
   std::unique_ptr<metrics::Metrics> metrics_;

@@ -39,12 +39,18 @@ absl::Status OpenDisk(const DaemonOptions& options, TieredCache* made) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<TieredCache>> MakeTieredCache(const DaemonOptions& options) {
+absl::StatusOr<std::unique_ptr<TieredCache>> MakeTieredCache(const DaemonOptions& options,
+                                                             const WorkTimer& timer) {
   auto made = std::make_unique<TieredCache>();
   KVTIDE_ASSIGN_OR_RETURN(made->backends,
                           MakeBackends(options.devices, options.compute_threads, options.share_pool));
   if (!made->backends.note.empty())
     made->notes.push_back({Note::kWarning, absl::StrCat("device=cpu ", made->backends.note)});
+  if (timer != nullptr) {
+    for (auto& device : made->backends.devices) device = MakeTimedBackend(std::move(device), timer);
+    if (made->backends.host != nullptr)
+      made->backends.host = MakeTimedBackend(std::move(made->backends.host), timer);
+  }
   // Pages of the tiers are taken as they are first used; by then it is too late to say no.
   KVTIDE_RETURN_IF_ERROR(CheckHostMemory(
       options.host_bytes + made->backends.cpu_devices * options.device_bytes, ReadHostMemory()));

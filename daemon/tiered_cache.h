@@ -12,6 +12,7 @@
 #include "daemon/cache/kv_cache.h"
 #include "daemon/config.h"
 #include "daemon/disk/disk_tier.h"
+#include "daemon/timed_backend.h"
 
 namespace kvtide {
 
@@ -32,6 +33,8 @@ struct TieredCache {
 
 // Takes the memory and the disk that the options name. Errors are those of backends, of memory that is not
 // there, of the disk, and of options that do not fit together.
-absl::StatusOr<std::unique_ptr<TieredCache>> MakeTieredCache(const DaemonOptions& options);
+// `timer`, which may be empty, hears of the backends' work, from now on.
+absl::StatusOr<std::unique_ptr<TieredCache>> MakeTieredCache(const DaemonOptions& options,
+                                                             const WorkTimer& timer = {});
 
 }  // namespace kvtide

@@ -34,6 +34,8 @@ int Dial(const std::string& address) {
     if (path.size() >= sizeof(name.sun_path)) return -1;
     std::memcpy(name.sun_path, path.c_str(), path.size() + 1);
     const int fd = ::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    const timeval patience = {1, 0};  // with a daemon that has no time to accept
+    if (fd >= 0) ::setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof(patience));
     if (fd >= 0 && ::connect(fd, reinterpret_cast<const sockaddr*>(&name), sizeof(name)) == 0) return fd;
     if (fd >= 0) ::close(fd);
     return -1;
@@ -62,8 +64,8 @@ int Dial(const std::string& address) {
 
 // What stands at the other end says itself why it does not serve, which gRPC keeps to itself: a daemon with a
 // full table says goodbye with a text, and one that wants TLS answers plain HTTP/2 with an alert. OK when it
-// says nothing of the kind. Asked only after gRPC has failed.
-absl::Status AskWhy(const std::string& address) {
+// says nothing of the kind; `answers`: it speaks HTTP/2 all the same. Asked only after gRPC has failed.
+absl::Status AskWhy(const std::string& address, bool* answers) {
   const int fd = Dial(address);
   if (fd < 0) return absl::OkStatus();
   const timeval patience = {1, 0};
@@ -100,6 +102,8 @@ absl::Status AskWhy(const std::string& address) {
     }
     at += 9 + length;
   }
+  constexpr size_t kSettings = 4;
+  *answers = said.size() >= 9 && byte(3) == kSettings;
   return absl::OkStatus();
 }
 
@@ -119,13 +123,17 @@ std::string WhatToCheck(const std::string& address) {
   return "is kvtided running and listening there (--listen)?";
 }
 
-// Why no connection came about.
+// Why no connection came about; `answers`: somebody speaks HTTP/2 there, so that another try may succeed.
 absl::Status Unreachable(const std::string& address, const std::string& within,
-                         const std::shared_ptr<grpc::Channel>& channel, const Credentials& credentials) {
+                         const std::shared_ptr<grpc::Channel>& channel, const Credentials& credentials,
+                         bool* answers) {
   const std::string head = absl::StrCat("no kvtided at ", address, within, ": ");
   const bool tls = !credentials.tls_ca.empty() && address.compare(0, 5, "unix:") != 0;
-  if (const absl::Status why = tls ? absl::OkStatus() : AskWhy(address); !why.ok())
+  if (const absl::Status why = tls ? absl::OkStatus() : AskWhy(address, answers); !why.ok())
     return absl::Status(why.code(), absl::StrCat(head, why.message()));
+  if (*answers)
+    return absl::UnavailableError(absl::StrCat(
+        head, "it answers, but not in time; is the machine overloaded, or are there very many clients?"));
   if (!tls) return absl::UnavailableError(absl::StrCat(head, WhatToCheck(address)));
   // Of a handshake that failed gRPC tells the first call.
   const absl::Status call = AskHealth(channel, absl::Seconds(1));
@@ -161,17 +169,22 @@ absl::StatusOr<std::shared_ptr<grpc::Channel>> OpenChannel(const std::string& ad
                           ChannelCredentialsFor(address, options.credentials));
   std::shared_ptr<grpc::Channel> channel = grpc::CreateCustomChannel(address, credentials, arguments);
   const auto deadline = absl::ToChronoTime(absl::Now() + options.connect_timeout);
+  bool answers = false;
   if (!options.wait_for_daemon) {
     grpc_connectivity_state state = channel->GetState(true);
     while (state != GRPC_CHANNEL_READY && state != GRPC_CHANNEL_TRANSIENT_FAILURE &&
            channel->WaitForStateChange(state, deadline))
       state = channel->GetState(true);
-    if (state == GRPC_CHANNEL_TRANSIENT_FAILURE)
-      return Unreachable(address, "", channel, options.credentials);
+    if (state == GRPC_CHANNEL_TRANSIENT_FAILURE) {
+      const absl::Status why = Unreachable(address, "", channel, options.credentials, &answers);
+      // A daemon that is there is worth another try: its queue of connections was full, or it was just
+      // starting.
+      if (!answers) return why;
+    }
   }
   if (!channel->WaitForConnected(deadline)) {
     return Unreachable(address, absl::StrCat(" within ", absl::FormatDuration(options.connect_timeout)),
-                       channel, options.credentials);
+                       channel, options.credentials, &answers);
   }
   return channel;
 }

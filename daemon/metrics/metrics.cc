@@ -14,6 +14,7 @@
 #include "daemon/metrics/request_metrics.h"
 #include "kernels/base/check.h"
 #include "prometheus/exposer.h"
+#include "prometheus/histogram.h"
 #include "prometheus/registry.h"
 #include "prometheus/text_serializer.h"
 
@@ -65,16 +66,36 @@ void WriteService(const ServiceStats& stats, FamilyWriter* writer) {
         stats.shared_memory_limit);
 }
 
+std::vector<prometheus::Histogram*> WorkHistograms(const std::vector<std::string>& works,
+                                                   prometheus::Registry* registry) {
+  // From a small kernel to a copy of gigabytes.
+  const prometheus::Histogram::BucketBoundaries seconds = {10e-6, 50e-6, 250e-6, 1e-3, 5e-3, 25e-3, 0.1, 1};
+  auto& family =
+      prometheus::BuildHistogram()
+          .Name("kvtide_work_seconds")
+          .Help(
+              "Time of one piece of work of a backend: rows appended, blocks sealed, a layer attended, "
+              "rows read back, a copy between tiers until it was seen to be done.")
+          .Register(*registry);
+  std::vector<prometheus::Histogram*> histograms;
+  for (const std::string& work : works) histograms.push_back(&family.Add({{"work", work}}, seconds));
+  return histograms;
+}
+
 // All of a scrape, in one order: build, cache, calls, GPUs, allocator, process.
 class Everything final : public prometheus::Collectable {
  public:
   explicit Everything(MetricsOptions options)
       : options_(std::move(options)),
         requests_(&registry_),
+        works_(WorkHistograms(options_.works, &registry_)),
         cache_(options_.stats),
         allocator_(ProcessMallctl()) {}
 
   RequestMetrics& requests() { return requests_; }
+  void RecordWork(size_t work, absl::Duration time) {
+    if (work < works_.size()) works_[work]->Observe(absl::ToDoubleSeconds(time));
+  }
 
   std::vector<prometheus::MetricFamily> Collect() const override {
     std::vector<prometheus::MetricFamily> families;
@@ -95,6 +116,7 @@ class Everything final : public prometheus::Collectable {
   const MetricsOptions options_;
   prometheus::Registry registry_;
   RequestMetrics requests_;
+  const std::vector<prometheus::Histogram*> works_;
   const CacheCollector cache_;
   const GpuCollector gpus_;
   const AllocatorCollector allocator_;
@@ -117,6 +139,13 @@ Metrics::Metrics(MetricsOptions options) {
 Metrics::~Metrics() { Stop(); }
 
 void Metrics::RecordCall(const CallSample& call) { impl_->everything->requests().Record(call); }
+
+void Metrics::RecordLookup(std::string_view tenant, std::string_view unit, std::string_view tier,
+                           uint64_t count) {
+  impl_->everything->requests().RecordLookup(tenant, unit, tier, count);
+}
+
+void Metrics::RecordWork(size_t work, absl::Duration time) { impl_->everything->RecordWork(work, time); }
 
 absl::StatusOr<std::string> Metrics::Start(const std::string& address) {
   KVTIDE_CHECK(impl_->exposer == nullptr, "metrics were started already");

@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -34,6 +35,7 @@ struct MetricsOptions {
   bool cuda = false;                      // this build has the CUDA backend
   std::function<CacheStats()> stats;      // KvCache::Stats; required
   std::function<ServiceStats()> service;  // may be empty
+  std::vector<std::string> works;         // kinds of work that RecordWork names by index
 };
 
 // A finished call.
@@ -69,6 +71,13 @@ class Metrics {
   // One finished call. "Session" is a whole stream: it is counted, but its
   // length is not a latency.
   void RecordCall(const CallSample& call);
+
+  // A lookup of the tenant has found so many `unit`s ("blocks", "tokens") in the tier; an empty one: not
+  // found.
+  void RecordLookup(std::string_view tenant, std::string_view unit, std::string_view tier, uint64_t count);
+
+  // A backend has worked for so long.
+  void RecordWork(size_t work, absl::Duration time);
 
   // Serves http://ADDRESS/metrics. ADDRESS is "127.0.0.1:9464", "[::1]:9464" or "localhost:0"; returns it
   // with the port that was bound. InvalidArgument for no such address, Unavailable for a port in use, both

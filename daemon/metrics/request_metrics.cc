@@ -67,15 +67,17 @@ RequestMetrics::RequestMetrics(prometheus::Registry* registry) : registry_(regis
   for (size_t i = 0; i < phases_.size(); i++) phases_[i] = &phases.Add({{"phase", kPhases[i]}}, kSeconds);
 }
 
-const RequestMetrics::Tenant& RequestMetrics::Of(std::string_view tenant) {
+std::string RequestMetrics::LabelOf(std::string_view tenant) const {
   std::string name(tenant);
   // An admin may give a tenant any name.
   std::replace_if(
       name.begin(), name.end(), [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7f; },
       '?');
-  const auto found = tenants_.find(name);
-  if (found != tenants_.end()) return found->second;
-  if (tenants_.size() >= kMostTenants) name = "(others)";
+  return tenants_.size() < kMostTenants || tenants_.contains(name) ? name : "(others)";
+}
+
+const RequestMetrics::Tenant& RequestMetrics::Of(std::string_view tenant) {
+  const std::string name = LabelOf(tenant);
   Tenant& made = tenants_[name];
   if (made.seconds != nullptr) return made;
   // Registering a name again gives the family that is there.
@@ -101,6 +103,26 @@ const RequestMetrics::Tenant& RequestMetrics::Of(std::string_view tenant) {
                       .Register(*registry_)
                       .Add({{"tenant", name}}, kTenantSeconds);
   return made;
+}
+
+void RequestMetrics::RecordLookup(std::string_view tenant, std::string_view unit, std::string_view tier,
+                                  uint64_t count) {
+  prometheus::Counter* counter = nullptr;
+  {
+    const MutexLock lock(mutex_);
+    Of(tenant);
+    counter = &prometheus::BuildCounter()
+                   .Name("kvtide_tenant_lookups_total")
+                   .Help(
+                       "What lookups of the tenant found, by tier, and what they did not (found_in none): "
+                       "blocks by "
+                       "key, tokens of prefixes.")
+                   .Register(*registry_)
+                   .Add({{"tenant", LabelOf(tenant)},
+                         {"unit", std::string(unit)},
+                         {"found_in", tier.empty() ? "none" : std::string(tier)}});
+  }
+  counter->Increment(static_cast<double>(count));
 }
 
 void RequestMetrics::Record(const CallSample& call) {

@@ -28,6 +28,8 @@ class RequestMetrics {
  public:
   explicit RequestMetrics(prometheus::Registry* registry);
   void Record(const CallSample& call);
+  // Metrics::RecordLookup.
+  void RecordLookup(std::string_view tenant, std::string_view unit, std::string_view tier, uint64_t count);
 
  private:
   struct Method {
@@ -41,6 +43,8 @@ class RequestMetrics {
                         *response_bytes = nullptr;
     prometheus::Histogram* seconds = nullptr;
   };
+  // The label that a tenant's series have.
+  std::string LabelOf(std::string_view tenant) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Made where it is not there yet.
   const Tenant& Of(std::string_view tenant) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 

@@ -25,6 +25,8 @@ namespace kvtide::service {
 namespace {
 
 constexpr char kUnixPrefix[] = "unix:";
+// What a socket's file ends with until it is shown.
+constexpr char kHidden[] = ".new";
 constexpr int kWaitingConnections = 128;  // that the kernel keeps for the daemon to accept
 
 std::string ErrorText(int error) { return std::system_category().message(error); }
@@ -100,7 +102,8 @@ absl::Status CannotListen(const Address& address, int error) {
 }
 
 bool IsSameFile(int fd, int other) {
-  struct stat a {}, b {};
+  struct stat a {
+  }, b{};
   return other >= 0 && ::fstat(fd, &a) == 0 && ::fstat(other, &b) == 0 && a.st_ino == b.st_ino &&
          a.st_dev == b.st_dev;
 }
@@ -160,6 +163,12 @@ absl::StatusOr<Address> ParseAddress(const std::string& text) {
 }
 
 absl::StatusOr<std::unique_ptr<AddressClaim>> AddressClaim::Take(const Address& address) {
+  KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<AddressClaim> claim, Hold(address));
+  KVTIDE_RETURN_IF_ERROR(claim->Show());
+  return claim;
+}
+
+absl::StatusOr<std::unique_ptr<AddressClaim>> AddressClaim::Hold(const Address& address) {
   std::unique_ptr<AddressClaim> claim(new AddressClaim);
   claim->text_ = address.text;
   claim->address_ = address;
@@ -180,30 +189,42 @@ absl::StatusOr<int> AddressClaim::BindUnix(const Address& address) {
   if (!IsSameFile(lock, lock_)) {
     if (::flock(lock, LOCK_EX | LOCK_NB) != 0) {
       return absl::AlreadyExistsError(absl::StrCat("address in use: another kvtided listens on ",
-                                                   address.unix_path, "; stop it, or choose another --listen"));
+                                                   address.unix_path,
+                                                   "; stop it, or choose another --listen"));
     }
     std::move(close_lock).Cancel();
     if (lock_ >= 0) ::close(lock_);
     lock_ = lock;
   }
   KVTIDE_RETURN_IF_ERROR(RemoveStaleSocket(address.unix_path));
+  std::string path = address.unix_path + kHidden;
+  if (path.size() >= sizeof(sockaddr_un::sun_path)) path = address.unix_path;
+  KVTIDE_RETURN_IF_ERROR(RemoveStaleSocket(path));
   const int fd = ::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
   if (fd < 0) return CannotListen(address, errno);
   absl::Cleanup close_socket = [fd] { ::close(fd); };
   sockaddr_un name{};
   name.sun_family = AF_UNIX;
-  std::memcpy(name.sun_path, address.unix_path.c_str(), address.unix_path.size() + 1);
+  std::memcpy(name.sun_path, path.c_str(), path.size() + 1);
   // The file is made with what the mask leaves: owner and group may connect.
   const mode_t before = ::umask(0117);
   const int bound = ::bind(fd, reinterpret_cast<const sockaddr*>(&name), sizeof(name));
   const int error = errno;
   ::umask(before);
   if (bound != 0) return CannotListen(address, error);
-  socket_path_ = address.unix_path;
-  socket_file_ = FileAt(socket_path_);
+  hidden_path_ = path;
   if (::listen(fd, kWaitingConnections) != 0) return CannotListen(address, errno);
   std::move(close_socket).Cancel();
   return fd;
+}
+
+absl::Status AddressClaim::Show() {
+  if (hidden_path_.empty()) return absl::OkStatus();
+  if (::rename(hidden_path_.c_str(), address_.unix_path.c_str()) != 0) return CannotListen(address_, errno);
+  hidden_path_.clear();
+  socket_path_ = address_.unix_path;
+  socket_file_ = FileAt(socket_path_);
+  return absl::OkStatus();
 }
 
 absl::Status AddressClaim::ListenOnUnix(const Address& address) {
@@ -213,12 +234,13 @@ absl::Status AddressClaim::ListenOnUnix(const Address& address) {
 }
 
 absl::StatusOr<bool> AddressClaim::Mend() {
-  if (!address_.is_unix() || FileAt(socket_path_) == socket_file_) return false;
+  if (socket_path_.empty() || FileAt(socket_path_) == socket_file_) return false;
   KVTIDE_ASSIGN_OR_RETURN(const int fd, BindUnix(address_));
   // Whoever waits on the old descriptor waits on the new socket from now on.
   const int moved = ::dup3(fd, sockets_.front(), O_CLOEXEC);
   ::close(fd);
   if (moved < 0) return absl::InternalError(absl::StrCat("dup3: ", ErrorText(errno)));
+  KVTIDE_RETURN_IF_ERROR(Show());
   return true;
 }
 
@@ -258,6 +280,7 @@ absl::Status AddressClaim::ListenOnTcp(const Address& address) {
 
 AddressClaim::~AddressClaim() {
   for (const int fd : sockets_) ::close(fd);
+  if (!hidden_path_.empty()) ::unlink(hidden_path_.c_str());
   // Not what somebody else has put there.
   if (!socket_path_.empty() && FileAt(socket_path_) == socket_file_) ::unlink(socket_path_.c_str());
   // The lock file stays: removing it would let two daemons lock two files of one name.

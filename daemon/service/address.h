@@ -34,12 +34,16 @@ class AddressClaim {
   // For a Unix socket: makes its folder (0750), takes the lock, removes a stale socket, makes one for owner
   // and group (0660). For TCP: every address that the host's name has.
   static absl::StatusOr<std::unique_ptr<AddressClaim>> Take(const Address& address);
+  // The same, but a Unix socket, which listens already, has no file yet under its name until Show: who waits
+  // for the file finds everything behind it ready. (A path without room for ".new" shows at once.)
+  static absl::StatusOr<std::unique_ptr<AddressClaim>> Hold(const Address& address);
+  absl::Status Show();
   ~AddressClaim();
   AddressClaim(const AddressClaim&) = delete;
   AddressClaim& operator=(const AddressClaim&) = delete;
 
-  // Where the file of a Unix socket is no more, or another one stands in its place, clients cannot come: makes
-  // it again, under the same descriptor. True if that was needed; an error where it cannot be done now.
+  // Where the file of a Unix socket is no more, or another one stands in its place, clients cannot come:
+  // makes it again, under the same descriptor. True if that was needed; an error where it cannot be done now.
   absl::StatusOr<bool> Mend();
 
   // Sockets that listen, non-blocking.
@@ -50,7 +54,7 @@ class AddressClaim {
  private:
   AddressClaim() = default;
   absl::Status ListenOnUnix(const Address& address);
-  // Takes the lock, and gives a socket that listens; its file is at socket_path_ then.
+  // Takes the lock, and gives a socket that listens; its file is at hidden_path_ then.
   absl::StatusOr<int> BindUnix(const Address& address);
   absl::Status ListenOnTcp(const Address& address);
 
@@ -63,8 +67,10 @@ class AddressClaim {
   };
   static File FileAt(const std::string& path);
   File socket_file_;
-  std::string text_, socket_path_;  // path: empty for TCP, and until the socket is there
-  int lock_ = -1;                   // -1 for TCP
+  std::string text_;
+  std::string hidden_path_;  // of the socket's file before it is shown; empty: there is none
+  std::string socket_path_;  // the same afterwards
+  int lock_ = -1;            // -1 for TCP
   std::vector<int> sockets_;
 };
 

@@ -171,6 +171,7 @@ absl::Status Handlers::LookupBlocks(const v1::LookupBlocksRequest& request,
   lookup.peek = request.peek();
   lookup.context = &call.context;
   KVTIDE_ASSIGN_OR_RETURN(const LookupReport report, cache_->LookupBlocks(lookup));
+  if (!request.peek()) TellLookup(call, "blocks", report.tiers, keys.size());
   response->set_hits(Signed(report.hits));
   for (const LookupReport::Hits& hits : report.tiers) {
     v1::BlockHits* const out = response->add_tiers();

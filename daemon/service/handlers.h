@@ -2,8 +2,10 @@
 // used by the unary calls and by the session stream alike. Thread-safe.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
@@ -79,6 +81,20 @@ class Handlers {
   absl::StatusOr<SpecPointer> SpecOfModel(ModelId model);
   // The group of model layer `layer`, or InvalidArgument with the number of layers.
   static absl::StatusOr<const LayerGroupSpec*> GroupOfLayer(const ModelSpec& spec, int layer);
+
+  // For metrics: hits by tier and what was missing of `asked`.
+  template <class Hits>
+  void TellLookup(const Call& call, const char* unit, const Hits& hits, uint64_t asked) const {
+    if (!options_.looked_up) return;
+    const std::string_view tenant =
+        call.context.identity == nullptr ? std::string_view(kDefaultTenant) : call.context.identity->tenant;
+    for (const auto& [tier, count] : hits) {
+      const auto found = static_cast<uint64_t>(count);
+      options_.looked_up(tenant, unit, cache_->options().tiers[static_cast<size_t>(tier)].name, found);
+      asked -= std::min(asked, found);
+    }
+    options_.looked_up(tenant, unit, "", asked);
+  }
 
   KvCache* const cache_;
   const ServiceOptions options_;

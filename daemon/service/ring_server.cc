@@ -12,6 +12,7 @@
 #include <span>
 #include <utility>
 
+#include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "daemon/ring/arena.h"
@@ -33,7 +34,8 @@ constexpr uint64_t kPage = 4096;
 // How long a process that maps the pool may take to end once its connection has.
 constexpr absl::Duration kLongestDeath = absl::Seconds(10);
 
-// A descriptor of the process at the other end; -1 where the kernel gives none.
+// A descriptor of the process at the other end; -1 where the kernel gives none, as of one in a PID namespace
+// that is not to be seen from here.
 int ProcessOf(int socket) {
   ucred peer{};
   socklen_t size = sizeof(peer);
@@ -333,7 +335,21 @@ absl::Status RingServer::LetIn(Guest* guest) {
   ring::PoolSlabs slabs;
   std::vector<int> slab_fds;
   const bool maps_pool = guest->hello.wants_pool != 0;
-  if (maps_pool) KVTIDE_RETURN_IF_ERROR(SharePool(*identity, &slabs, &slab_fds));
+  int process = -1;
+  absl::Cleanup close_process = [&process] {
+    if (process >= 0) ::close(process);
+  };
+  if (maps_pool) {
+    KVTIDE_RETURN_IF_ERROR(SharePool(*identity, &slabs, &slab_fds));
+    process = ProcessOf(guest->socket);
+    if (process < 0)
+      return absl::FailedPreconditionError(
+          "kvtided cannot see the process that wants to map its pool, so it would not know when that has "
+          "ended and "
+          "its last kernels with it: let both share a PID namespace (shareProcessNamespace in a pod, --pid "
+          "in a "
+          "container), or use shared memory");
+  }
   KVTIDE_ASSIGN_OR_RETURN(ring::Arena arena, ring::Arena::Make(layout));
   ring::Welcome welcome;
   welcome.generation = options_.generation;
@@ -351,9 +367,8 @@ absl::Status RingServer::LetIn(Guest* guest) {
   connection->name = NameOfPeer(guest->socket);
   connection->identity = identity;
   bytes_ += layout.total();
-  const int process = maps_pool ? ProcessOf(guest->socket) : -1;
   clients_.push_back(std::make_unique<Client>(this, std::exchange(guest->socket, -1), std::move(arena),
-                                              connection, maps_pool, process));
+                                              connection, maps_pool, std::exchange(process, -1)));
   return absl::OkStatus();
 }
 

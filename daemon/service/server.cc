@@ -94,7 +94,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
   std::vector<int> sockets, ring_sockets;
   for (const std::string& text : options.listen) {
     KVTIDE_ASSIGN_OR_RETURN(const Address address, ParseAddress(text));
-    KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<AddressClaim> claim, AddressClaim::Take(address));
+    KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<AddressClaim> claim, AddressClaim::Hold(address));
     sockets.insert(sockets.end(), claim->sockets().begin(), claim->sockets().end());
     server->addresses_.push_back(claim->text());
     server->claims_.push_back(std::move(claim));
@@ -104,7 +104,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
       return Annotate(ring_address.status(),
                       "the socket of the shared-memory way (--shared-memory 0 closes it)");
     }
-    KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<AddressClaim> ring_claim, AddressClaim::Take(*ring_address));
+    KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<AddressClaim> ring_claim, AddressClaim::Hold(*ring_address));
     ring_sockets.insert(ring_sockets.end(), ring_claim->sockets().begin(), ring_claim->sockets().end());
     server->claims_.push_back(std::move(ring_claim));
   }
@@ -164,6 +164,10 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
     rings.gauges = options.gauges;
     server->rings_ = std::make_unique<RingServer>(server->service_.get(), std::move(rings));
   }
+  // The files of Unix sockets appear when all is there, the one for shared memory before the one beside which
+  // it lies: who waits for the latter may use either.
+  for (auto claim = server->claims_.rbegin(); claim != server->claims_.rend(); ++claim)
+    KVTIDE_RETURN_IF_ERROR((*claim)->Show());
   return server;
 }
 

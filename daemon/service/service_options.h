@@ -68,6 +68,10 @@ struct ServiceOptions {
   int64_t staging_bytes = 0;                      // of the cache's tiers of I/O
   SharedMemoryOptions shared_memory;              // beside every Unix socket of `listen`
   std::function<void(const CallReport&)> report;  // may be empty
+  // Told of what a lookup has found in a tier, or, with an empty tier, has not found: blocks by key, or
+  // tokens of a prefix. From any thread; quick. May be empty.
+  std::function<void(std::string_view tenant, const char* unit, std::string_view tier, uint64_t count)>
+      looked_up;
   // Told at most once a second when connections were refused, with their number since the start; may be
   // empty.
   std::function<void(int64_t refused)> refused;

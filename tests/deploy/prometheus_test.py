@@ -105,9 +105,11 @@ def main():
             ids = json.loads(listed.stdout)
             assert ids, "the engine has no sequence"
             one = ids[0]["id"]
-            assert run("seq", "fork", one) == 0
+            forked = subprocess.run([kvtide, "seq", "fork", one, "--address", address, "--timeout", "60"], capture_output=True, text=True, cwd=folder)
+            assert forked.returncode == 0, forked.stderr
             for verb in ("evict", "prefetch"):
-                run("seq", verb, one)
+                assert run("seq", verb, one, forked.stdout.strip()) == 0
+                time.sleep(3)  # scrapes find them there
             run("seq", "close", "12345")  # NOT_FOUND: a failed call
             time.sleep(5)
             end = time.time()

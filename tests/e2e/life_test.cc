@@ -3,16 +3,20 @@
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <thread>
+#include <vector>
 
+#include "clients/cpp/pool.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/e2e/test_daemon.h"
@@ -68,7 +72,13 @@ TEST(Life, AttendsWhatWasAppendedAlsoAfterEvictionAndPrefetch) {
   ASSERT_TRUE(on_host.ok()) << on_host.status();
   EXPECT_LT(LargestDifference(*on_host, expected), 2e-3);
 
-  ASSERT_TRUE(client->PrefetchSequences(std::span(&*sequence, 1)).ok());
+  // Blocks that are on their way already, since attention has asked for them, are told as left.
+  client::MoveResult moved;
+  do {
+    const auto prefetched = client->PrefetchSequences(std::span(&*sequence, 1));
+    ASSERT_TRUE(prefetched.ok()) << prefetched.status();
+    moved = *prefetched;
+  } while (moved.blocks_left > 0);
   EXPECT_EQ(client->ListSequences().value().at(0).tiers.at(0).blocks, 5);
   const auto back = AttendLast(client.get(), *sequence, q);
   ASSERT_TRUE(back.ok());
@@ -394,6 +404,86 @@ TEST(Life, ShutdownIsGracefulAndClosesTheSocket) {
   EXPECT_NE(::access(daemon->socket_path().c_str(), F_OK), 0) << "the socket is still there";
   EXPECT_EQ(client->GetStats().status().code(), absl::StatusCode::kUnavailable);
   EXPECT_EQ(session->GetStats().status().code(), absl::StatusCode::kUnavailable);
+}
+
+// The kernel keeps 128 connections for a daemon that has no time to accept and turns away the next one; who
+// does not want to wait for a daemon waits for one that is there.
+TEST(Life, AFullQueueOfConnectionsIsNoMissingDaemon) {
+  const auto daemon = TestDaemon::Start();
+  ASSERT_EQ(::kill(daemon->pid(), SIGSTOP), 0);
+  sockaddr_un name{};
+  name.sun_family = AF_UNIX;
+  std::snprintf(name.sun_path, sizeof(name.sun_path), "%s", daemon->socket_path().c_str());
+  std::vector<int> waiting;
+  for (int error = 0; error == 0;) {
+    const int fd = ::socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0);
+    error = ::connect(fd, reinterpret_cast<const sockaddr*>(&name), sizeof(name)) == 0 ? 0 : errno;
+    waiting.push_back(fd);
+    ASSERT_LT(waiting.size(), 10000u);
+  }
+  std::thread later([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(300));
+    for (const int fd : waiting) ::close(fd);
+    ::kill(daemon->pid(), SIGCONT);
+  });
+  client::ClientOptions options;
+  options.wait_for_daemon = false;
+  options.connect_timeout = absl::Seconds(60);
+  const auto client = Client::Connect(daemon->address(), options);
+  later.join();
+  ASSERT_TRUE(client.ok()) << client.status();
+  EXPECT_TRUE((*client)->GetServerInfo().ok());
+}
+
+// Scripts wait for the socket's file; what lies behind it is ready then, shared memory too.
+TEST(Life, TheFileOfItsSocketMeansThatItAnswers) {
+  for (int i = 0; i < 5; i++) {
+    const std::string folder = MakeFolder(), path = folder + "/s.sock";
+    const pid_t pid =
+        StartProgram({Program("kvtided"), "--listen", "unix:" + path, "--device", "cpu", "--device-memory",
+                      "16MiB", "--host-memory", "0", "--metrics-address", "off"},
+                     folder + "/log");
+    ASSERT_GT(pid, 0);
+    while (::access(path.c_str(), F_OK) != 0 && ::kill(pid, 0) == 0) {
+    }
+    client::PoolOptions options;
+    options.client.wait_for_daemon = false;
+    const auto shared = Pool::Connect("shm:unix:" + path, options);
+    EXPECT_TRUE(shared.ok()) << shared.status();
+    const auto client = Client::Connect("unix:" + path, options.client);
+    EXPECT_TRUE(client.ok()) << client.status();
+    EXPECT_TRUE(client.ok() && (*client)->ReloadConfig().ok());
+    ::kill(pid, SIGTERM);
+    EXPECT_EQ(WaitForExit(pid, 60), 0) << ReadWhole(folder + "/log");
+    std::filesystem::remove_all(folder);
+  }
+}
+
+// A daemon in a PID namespace of its own does not see this process, so it would not notice when that has
+// ended: blocks could be used again under its last kernels.
+TEST(Life, WhoCannotBeSeenMayNotMapThePool) {
+  const std::string folder = MakeFolder(), path = folder + "/s.sock";
+  const pid_t pid = StartProgram({"/usr/bin/unshare", "--pid", "--fork", "--kill-child", Program("kvtided"),
+                                  "--listen", "unix:" + path, "--device", "cpu", "--device-memory", "16MiB",
+                                  "--host-memory", "0", "--metrics-address", "off", "--share-pool"},
+                                 folder + "/log");
+  ASSERT_GT(pid, 0);
+  while (::access(path.c_str(), F_OK) != 0) {
+    if (::waitpid(pid, nullptr, WNOHANG) == pid)
+      GTEST_SKIP() << "no PID namespaces here: " << ReadWhole(folder + "/log");
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  client::PoolOptions options;
+  options.direct_device = "cpu";
+  const absl::Status mapped = Pool::Connect("direct:unix:" + path, options).status();
+  EXPECT_EQ(mapped.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(mapped.message()), HasSubstr("shareProcessNamespace"));
+  const auto best = Pool::Connect("auto:unix:" + path, options);
+  ASSERT_TRUE(best.ok()) << best.status();
+  EXPECT_EQ((*best)->way(), client::Way::kSharedMemory) << (*best)->why();
+  ::kill(pid, SIGKILL);  // unshare ignores others, and takes the daemon with it
+  WaitForExit(pid, 60);
+  std::filesystem::remove_all(folder);
 }
 
 // What systemd hears (Type=notify, WatchdogSec, ExecReload): ready, every second that it is not stuck, a

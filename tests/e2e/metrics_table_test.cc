@@ -22,6 +22,7 @@
 #include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
+#include "clients/cpp/block_store.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/e2e/test_daemon.h"
@@ -116,6 +117,14 @@ TEST(MetricsTable, IsWhatARealDaemonTells) {
   const auto sequence = client->CreateSequence("small", {.pair = "f16/f16"});
   ASSERT_TRUE(sequence.ok());
   ASSERT_TRUE(client->Append(*sequence, 0, Tokens(1, 0, 100).layers).ok());
+  client::NamespaceSpec spec;
+  spec.model = "small";
+  spec.block_tokens = 64;
+  spec.content = client::OpaqueBlocks{4096, ""};
+  const auto store = client::BlockStore::Open(*client, spec);
+  ASSERT_TRUE(store.ok()) << store.status();
+  const std::string_view key = "not there";
+  ASSERT_TRUE((*store)->Lookup(std::span(&key, 1)).ok());
   std::map<std::string, std::string> now = Rows(Families(Scrape(daemon->metrics_address())));
   ASSERT_GT(now.size(), 50u);
   const std::string path = std::string(KVTIDE_SOURCE_DIR) + "/daemon/metrics/families.md";

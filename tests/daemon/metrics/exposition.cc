@@ -123,7 +123,14 @@ std::unique_ptr<Metrics> BusyMetrics() {
     stats.shared_memory_limit = 1 << 22;
     return stats;
   };
+  options.works = {"append", "seal", "attend", "read", "copy"};
   auto metrics = std::make_unique<Metrics>(std::move(options));
+  metrics->RecordLookup("acme", "blocks", "host", 30);
+  metrics->RecordLookup("acme", "blocks", "", 10);
+  metrics->RecordLookup("acme", "tokens", "device", 640);
+  metrics->RecordWork(2, absl::Microseconds(300));
+  metrics->RecordWork(4, absl::Milliseconds(30));
+  metrics->RecordWork(99, absl::Milliseconds(30));  // of none that it knows
   constexpr int kOk = 0, kResourceExhausted = 8;
   for (int i = 0; i < 10; ++i)
     metrics->RecordCall({.method = "AppendAttend",

@@ -65,6 +65,16 @@ TEST(Metrics, TextHasAllParts) {
   EXPECT_EQ(exposition.types.at("kvtide_rpc_received_bytes_total"), "counter");
   EXPECT_EQ(exposition.types.at("kvtide_rpc_sent_bytes_total"), "counter");
   EXPECT_EQ(exposition.types.at("process_cpu_seconds_total"), "counter");
+  EXPECT_EQ(
+      exposition.samples.at("kvtide_tenant_lookups_total{found_in=\"host\",tenant=\"acme\",unit=\"blocks\"}"),
+      30);
+  EXPECT_EQ(
+      exposition.samples.at("kvtide_tenant_lookups_total{found_in=\"none\",tenant=\"acme\",unit=\"blocks\"}"),
+      10);
+  EXPECT_EQ(exposition.types.at("kvtide_work_seconds"), "histogram");
+  EXPECT_EQ(exposition.samples.at("kvtide_work_seconds_bucket{work=\"attend\",le=\"0.00025\"}"), 0);
+  EXPECT_EQ(exposition.samples.at("kvtide_work_seconds_bucket{work=\"attend\",le=\"0.001\"}"), 1);
+  EXPECT_EQ(exposition.samples.at("kvtide_work_seconds_count{work=\"seal\"}"), 0);
   EXPECT_EQ(exposition.types.count("kvtide_allocator_allocated_bytes"),
             ProcessMallctl() == nullptr ? 0u : 1u);
   EXPECT_THAT(BusyMetrics()->Text(), HasSubstr("version=\"1.2.3\""));
@@ -72,9 +82,10 @@ TEST(Metrics, TextHasAllParts) {
 
 // Dashboards and storage live from few labels; an id of a sequence would make a series for each.
 TEST(Metrics, LabelsAreFew) {
-  const std::set<std::string> allowed = {"tier", "device",    "pair",   "backend", "position", "location",
-                                         "lane", "method",    "code",   "le",      "version",  "compiler",
-                                         "cuda", "operation", "tenant", "result",  "phase",    "outcome"};
+  const std::set<std::string> allowed = {"tier", "device",    "pair",    "backend", "position", "location",
+                                         "lane", "method",    "code",    "le",      "version",  "compiler",
+                                         "cuda", "operation", "tenant",  "result",  "phase",    "outcome",
+                                         "work", "unit",      "found_in"};
   const std::regex label("([a-z_]+)=\"");
   size_t series = 0;
   for (const auto& [name, value] : ParseExposition(BusyMetrics()->Text()).samples) {
@@ -84,7 +95,7 @@ TEST(Metrics, LabelsAreFew) {
       EXPECT_EQ(allowed.count((*it)[1]), 1u) << name;
     }
   }
-  EXPECT_LT(series, 1600u);  // some 40 for each verb, most of them buckets of its latency and codes
+  EXPECT_LT(series, 1800u);  // some 40 for each verb, most of them buckets of its latency and codes
 }
 
 TEST(Metrics, ServesOverHttpAndStops) {

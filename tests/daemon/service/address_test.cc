@@ -64,6 +64,35 @@ TEST_F(Claim, MakesTheFolderAndIsTakenOnce) {
   EXPECT_TRUE(AddressClaim::Take(address_).ok()) << "a claim is free again when its holder is gone";
 }
 
+// Who waits for the file of a socket, as scripts do, can connect when it is there.
+TEST_F(Claim, ShowsNoFileBeforeItListens) {
+  auto claim = AddressClaim::Hold(address_).value();
+  EXPECT_FALSE(std::filesystem::exists(address_.unix_path));
+  EXPECT_EQ(AddressClaim::Hold(address_).status().code(), absl::StatusCode::kAlreadyExists);
+  EXPECT_FALSE(*claim->Mend()) << "it is not missed before it was shown";
+  ASSERT_TRUE(claim->Show().ok());
+  const int fd = ::socket(AF_UNIX, SOCK_STREAM, 0);
+  sockaddr_un name{};
+  name.sun_family = AF_UNIX;
+  std::strcpy(name.sun_path, address_.unix_path.c_str());
+  EXPECT_EQ(::connect(fd, reinterpret_cast<const sockaddr*>(&name), sizeof(name)), 0);
+  ::close(fd);
+  claim.reset();
+  // Held or shown, nothing stays but the lock.
+  claim = AddressClaim::Hold(address_).value();
+  claim.reset();
+  std::vector<std::string> left;
+  for (const auto& entry : std::filesystem::directory_iterator(folder_ + "/made"))
+    left.push_back(entry.path().filename());
+  EXPECT_THAT(left, ::testing::ElementsAre("s.sock.lock"));
+  // The longest path that a socket can have.
+  const std::string longest =
+      folder_ + "/" + std::string(sizeof(sockaddr_un::sun_path) - 2 - folder_.size(), 'x');
+  claim = AddressClaim::Hold(ParseAddress("unix:" + longest).value()).value();
+  EXPECT_TRUE(claim->Show().ok());
+  EXPECT_TRUE(std::filesystem::exists(longest));
+}
+
 // A mistyped path is not made to exist.
 TEST_F(Claim, MakesOneFolderOnly) {
   const auto claim = AddressClaim::Take(ParseAddress("unix:" + folder_ + "/no/such/s.sock").value());

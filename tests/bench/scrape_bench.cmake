@@ -1,0 +1,5 @@
+find_package(nlohmann_json CONFIG REQUIRED)
+find_package(CLI11 CONFIG REQUIRED)
+kvtide_add_executable(kvtide_bench_scrape ${CMAKE_CURRENT_LIST_DIR}/scrape_bench.cc)
+target_link_libraries(kvtide_bench_scrape PRIVATE kvtide_pool kvtide_cli_engine nlohmann_json::nlohmann_json CLI11::CLI11)
+add_dependencies(kvtide_bench_scrape kvtided)
