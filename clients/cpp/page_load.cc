@@ -24,10 +24,12 @@ absl::Status LoadPages(BlockStore& store, PageCopier& copier, const PageLoad& lo
     return absl::InvalidArgumentError(
         absl::StrCat("a buffer has ", load.buffers[0].size(), " bytes, a chunk ", chunk_bytes));
   int64_t written[PageCopier::kSlots] = {};  // chunks up to the end of the slot's piece
+  bool failed = false;                       // a piece did not get there: what is behind it does not count
   const auto settle = [&](int slot) -> absl::Status {
-    KVTIDE_RETURN_IF_ERROR(copier.Wait(slot));
-    report->chunks = std::max(report->chunks, written[slot]);
-    return absl::OkStatus();
+    const absl::Status status = copier.Wait(slot);
+    failed = failed || !status.ok();
+    if (!failed) report->chunks = std::max(report->chunks, written[slot]);
+    return status;
   };
   const auto piece = [&](int64_t first, int slot) -> absl::Status {
     KVTIDE_RETURN_IF_ERROR(settle(slot));  // the buffer is free
@@ -54,12 +56,9 @@ absl::Status LoadPages(BlockStore& store, PageCopier& copier, const PageLoad& lo
   for (int64_t first = 0; first < load.chunks && status.ok() && report->lost < 0;
        first += step, slot = (slot + 1) % PageCopier::kSlots)
     status = piece(first, slot);
-  // In the order of the pieces: what is behind one that failed does not count.
-  bool failed = false;
-  for (int i = 0; i < PageCopier::kSlots; i++, slot = (slot + 1) % PageCopier::kSlots) {
-    if (failed) written[slot] = 0;
+  for (int i = 0; i < PageCopier::kSlots;
+       i++, slot = (slot + 1) % PageCopier::kSlots) {  // the older one first
     const absl::Status settled = settle(slot);
-    failed = failed || !settled.ok();
     if (status.ok()) status = settled;
   }
   return status;
