@@ -19,6 +19,7 @@
 namespace kvtide {
 
 struct Block;
+struct PrefixSpace;
 
 // An extent of a tier's slab. Its bytes neither move nor are reused while a picture names it (chunk pictures,
 // which readers hold) or a running copy works on it: a place that its block has left lives on until then.
@@ -81,10 +82,12 @@ struct Block {
   Place* backup = nullptr;  // with the same bytes, kept by manifests
   int home = 0;             // device of the first tier that its sequences live on
   // The block lives while it is in a chunk, has a direct entry or is held.
-  bool keyed = false;                     // it has a direct entry of the index of keys (keyed_index.h)
-  bool durable = false;                   // keyed: a place of it is kept for a restart
-  bool checked = true;                    // keyed: false after a restart, until its label was seen
-  int leases = 0;                         // of clients that are about to load it: not dropped
+  bool keyed = false;             // it has a direct entry of the index of keys (keyed_index.h)
+  PrefixSpace* prefix = nullptr;  // it is a block of a prefix: the index has a direct entry of it
+  BlockKey prefix_key;            // (prefix_index.h)
+  bool durable = false;           // keyed: a place of it is kept for a restart
+  bool checked = true;            // keyed or cached prefix: false after a restart, until its label was seen
+  int leases = 0;                 // of clients that are about to load it: not dropped
   absl::InlinedVector<Chunk*, 1> chunks;  // that have it
   int direct_entries = 0;                 // twins of seal_at_once, which are in no chunk
   int direct_keepers = 0;                 // of these, of sequences that do not allow drops

@@ -221,6 +221,7 @@ void BlockStore::Enter(Block* block, Chunk* chunk, int slot) {
   const int before = block->references();
   CountInChunks(*block, -1);
   if (block->chunks.size() == 1 && block->direct_entries == 0) block->chunks.front()->sole--;
+  CountAlone(*block, -1);
   chunk->blocks[static_cast<size_t>(slot)] = block;
   chunk->count++;
   block->chunks.push_back(chunk);
@@ -240,7 +241,13 @@ void BlockStore::Leave(Chunk* chunk, int slot) {
   if (block->chunks.size() == 1 && block->direct_entries == 0) block->chunks.front()->sole++;
   CountInChunks(*block, 1);
   CountShared(*block, before);
+  CountAlone(*block, 1);
   DeleteIfUnused(block);
+}
+
+void BlockStore::CountAlone(const Block& block, int sign) {
+  if (block.prefix == nullptr || !block.chunks.empty() || block.place == nullptr) return;
+  alone_bytes_ += static_cast<uint64_t>(sign * static_cast<int64_t>(block.place->bytes));
 }
 
 void BlockStore::AddDirect(Block* block, bool keeper) {
@@ -370,8 +377,9 @@ void BlockStore::SwapPlace(Block* block, Place* place) {
 
 void BlockStore::Drop(Block* block) {
   KVTIDE_CHECK(block->place != nullptr && !block->writing && !block->moving);
-  const bool forgotten = block->keyed;
-  if (forgotten) forget_(block);
+  const bool forgotten = block->keyed || block->prefix != nullptr;
+  if (block->keyed) forget_(block);
+  if (block->prefix != nullptr) forget_prefix_(block);
   MakeStale(*block);
   CountInChunks(*block, -1);
   Unlink(block);
@@ -502,12 +510,12 @@ void BlockStore::ForkRecency(SequenceRecency* parent, SequenceRecency* child) {
     parent->own = NewRecency(now);
   }
   child->family = parent->family;
+  child->prefixes = parent->prefixes;
   child->own = NewRecency(now);
 }
 
 void BlockStore::Touch(const SequenceRecency& sequence, absl::Time now) {
-  for (const RecencyPtr* record : {&sequence.family, &sequence.own})
-    if (*record != nullptr) TouchRecord(Root(*record), now);
+  sequence.ForEach([&](const RecencyPtr& record) { TouchRecord(Root(record), now); });
 }
 
 void BlockStore::Touch(const Block& block, absl::Time now) {
@@ -556,22 +564,20 @@ void BlockStore::PeekIdle(int tier, uint64_t before_serial,
 }
 
 void BlockStore::Want(const SequenceRecency& sequence) {
-  for (const RecencyPtr* record : {&sequence.family, &sequence.own}) {
-    if (*record == nullptr) continue;
-    Recency* root = Root(*record);
-    if (root->wanted) continue;
+  sequence.ForEach([&](const RecencyPtr& record) {
+    Recency* root = Root(record);
+    if (root->wanted) return;
     for (size_t t = static_cast<size_t>(homes_); t < tiers_.size(); t++) {
       if (root->tiers[t].blocks == 0) continue;
       root->wanted = true;
-      wanted_.push_back((*record)->merged_into != nullptr ? (*record)->merged_into : *record);
+      wanted_.push_back(record->merged_into != nullptr ? record->merged_into : record);
       break;
     }
-  }
+  });
 }
 
 void BlockStore::Unwant(const SequenceRecency& sequence) {
-  if (sequence.family != nullptr) Root(sequence.family)->wanted = false;
-  Root(sequence.own)->wanted = false;
+  sequence.ForEach([&](const RecencyPtr& record) { Root(record)->wanted = false; });
 }
 
 std::vector<Block*> BlockStore::TakeWanted(size_t limit) {

@@ -45,6 +45,7 @@ struct Tier {
   uint64_t read = 0;                       // blocks of records that are being read
   std::vector<PairStats> pairs;            // by pair index
   uint64_t demoted = 0, promoted = 0, dropped = 0, lost = 0;
+  uint64_t prefix_hit_tokens = 0;
 };
 
 class BlockStore {
@@ -112,6 +113,10 @@ class BlockStore {
   void Drop(Block* block);
   // Called with every block that is found by key before it is dropped: it leaves the index.
   void SetForget(std::function<void(Block*)> forget) { forget_ = std::move(forget); }
+  // The same for blocks of prefixes.
+  void SetForgetPrefix(std::function<void(Block*)> forget) { forget_prefix_ = std::move(forget); }
+  // A block of a prefix that no table has came to the index, or leaves it.
+  void CountAlone(const Block& block, int sign);
   void Retire(Place* place);
 
   // Recency (recency.h).
@@ -166,6 +171,7 @@ class BlockStore {
   uint64_t shared_blocks() const { return shared_; }
   uint64_t dropped_blocks() const { return dropped_; }
   uint64_t stored_bytes() const { return stored_bytes_; }
+  uint64_t alone_bytes() const { return alone_bytes_; }  // of blocks of prefixes that no table has
   // Chunks, pictures and snapshots.
   uint64_t table_bytes() const { return static_cast<uint64_t>(table_bytes_); }
   void CountTableBytes(int64_t bytes) { table_bytes_ += bytes; }
@@ -217,8 +223,9 @@ class BlockStore {
   uint64_t shared_ = 0;        // blocks with several references
   uint64_t dropped_ = 0;       // blocks in tables without bytes
   uint64_t stored_bytes_ = 0;  // of blocks' places
+  uint64_t alone_bytes_ = 0;
   int64_t table_bytes_ = 0;
-  std::function<void(Block*)> forget_;
+  std::function<void(Block*)> forget_, forget_prefix_;
 };
 
 }  // namespace kvtide

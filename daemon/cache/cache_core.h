@@ -15,6 +15,7 @@
 #include "daemon/cache/block_store.h"
 #include "daemon/cache/cache_options.h"
 #include "daemon/cache/keyed_index.h"
+#include "daemon/cache/prefix_index.h"
 #include "daemon/cache/sequences.h"
 #include "kernels/base/mutex.h"
 
@@ -29,6 +30,7 @@ struct Counters {
   std::vector<uint64_t> attended_bytes;  // by tier
   uint64_t attended_blocks = 0, attended_blocks_below_tier0 = 0, checksum_failures = 0, exhausted = 0;
   uint64_t keyed_hits = 0, keyed_misses = 0, keyed_stored = 0, keyed_present = 0, keyed_left_out = 0;
+  uint64_t prefix_lookups = 0, prefix_miss_tokens = 0, prefix_reused_tokens = 0;
   uint64_t keyed_loaded = 0, keyed_loaded_bytes = 0, leases_granted = 0;
   uint64_t lost_blocks = 0, persist_calls = 0, persisted = 0, failed_persists = 0, persisted_bytes = 0;
 };
@@ -44,6 +46,7 @@ struct CacheState {
   BlockStore store;
   Sequences sequences;
   KeyedIndex keyed{&store};
+  PrefixIndex prefixes{&store};
   Counters counters;
   uint64_t durable_sequences = 0;
   int attends_running = 0;

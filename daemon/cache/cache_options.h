@@ -52,6 +52,9 @@ struct CacheOptions {
   int64_t max_attend_work = int64_t{1} << 38;
   size_t max_namespaces = 256;                // of the block store
   size_t max_keyed_blocks = size_t{1} << 20;  // that are found by key; beyond it the coldest are dropped
+  // Of prefixes: blocks that are found by the token ids up to their end; beyond it the coldest that no
+  // sequence has are dropped. 0: none, token ids are not looked at.
+  size_t max_prefix_blocks = size_t{1} << 20;
   size_t max_leases = 16384;
   size_t max_cached_plans = 64;               // of attentions, kept for the next layer and step,
   size_t max_plan_bytes = size_t{64} << 20;   // and what they take of devices' memory beside the tiers

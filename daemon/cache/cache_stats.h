@@ -38,6 +38,7 @@ struct TierStats {
   uint64_t dropped_blocks = 0;             // drops from this tier,
   uint64_t lost_blocks = 0;                // blocks that it could not give back
   uint64_t attended_bytes = 0;             // of blocks that attention read here, a layer each
+  uint64_t prefix_hit_tokens = 0;          // tokens that lookups of prefixes found here
   bool attends = true;                     // in place; false: reached by I/O, of which `io` tells
   IoTierStats io;
 };
@@ -88,6 +89,11 @@ struct CacheStats {
   uint64_t persisted_bytes = 0;  // of blocks that were written for it
   uint64_t pinned_sequences = 0;
   uint64_t durable_sequences = 0;
+  // Prefixes: blocks that are found by token ids, and of these the bytes that no sequence has.
+  uint64_t prefix_blocks = 0, prefix_alone_bytes = 0, durable_prefix_blocks = 0;
+  // Counters: lookups, tokens that they did not find (those found: TierStats), tokens that sequences began
+  // with.
+  uint64_t prefix_lookups = 0, prefix_miss_tokens = 0, prefix_reused_tokens = 0;
   // The block store: blocks that are found by key.
   uint64_t namespaces = 0, keyed_blocks = 0, keyed_bytes = 0, durable_keyed_blocks = 0, leases = 0;
   // Counters.
@@ -116,6 +122,8 @@ struct SequenceInfo {
   std::string device;          // of the first tier, where the sequence lives
   bool durable = false;        // it would be there after a restart,
   int64_t durable_tokens = 0;  // with so many tokens
+  int64_t known_tokens = 0;    // from the first one on, whose ids were said
+  int64_t reused_tokens = 0;   // that it began with, from a cached prefix
   absl::Time pinned_until = absl::InfinitePast();
   std::vector<uint64_t> blocks_by_tier;
   std::vector<uint64_t> bytes_by_tier;  // shared blocks count in every sequence that holds them

@@ -42,6 +42,7 @@ TierStats StatsOf(const Tier& tier, const std::string& medium) {
   stats.promoted_blocks = tier.promoted;
   stats.dropped_blocks = tier.dropped;
   stats.lost_blocks = tier.lost;
+  stats.prefix_hit_tokens = tier.prefix_hit_tokens;
   if (tier.io != nullptr) stats.io = tier.io->Stats();
   std::vector<CacheType> keys = AllCacheTypes();
   for (const CacheType type : CalibratedTypes()) keys.push_back(type);
@@ -70,6 +71,15 @@ void AddSequences(const CacheState& state, CacheStats& stats) {
     for (const GroupTable& table : sequence->groups)
       stats.f16_equivalent_bytes -=
           BytesPerToken(table.exact->shape()) * static_cast<uint64_t>(DroppedTokens(table));
+}
+
+void AddPrefixes(const CacheState& state, CacheStats& stats) {
+  stats.prefix_blocks = state.prefixes.blocks();
+  stats.prefix_alone_bytes = state.store.alone_bytes();
+  stats.durable_prefix_blocks = state.prefixes.durable_blocks();
+  stats.prefix_lookups = state.counters.prefix_lookups;
+  stats.prefix_miss_tokens = state.counters.prefix_miss_tokens;
+  stats.prefix_reused_tokens = state.counters.prefix_reused_tokens;
 }
 
 void AddKeyed(const KeyedIndex& keyed, CacheStats& stats) {
@@ -130,8 +140,10 @@ CacheStats Inspector::Stats() const {
   stats.shared_blocks = lock->store.shared_blocks();
   stats.stored_bytes = lock->store.stored_bytes();
   if (stats.f16_equivalent_bytes > 0)
-    stats.bits_per_value = 16.0 * static_cast<double>(stats.stored_bytes - lock->keyed.bytes()) /
-                           static_cast<double>(stats.f16_equivalent_bytes);
+    stats.bits_per_value =
+        16.0 * static_cast<double>(stats.stored_bytes - lock->keyed.bytes() - lock->store.alone_bytes()) /
+        static_cast<double>(stats.f16_equivalent_bytes);
+  AddPrefixes(*lock, stats);
   stats.max_sequences = lock->limits.max_sequences;
   stats.max_models = lock->limits.max_models;
   stats.max_tokens_per_sequence = core_.options().max_tokens_per_sequence;
@@ -155,6 +167,8 @@ SequenceInfo Inspector::Describe(const CacheState& state, const Sequence& sequen
   info.durable = sequence.durable.exists;
   info.durable_tokens = sequence.durable.tokens;
   info.pinned_until = sequence.pinned_until;
+  info.known_tokens = sequence.chain.has_value() ? sequence.chain->tokens() : 0;
+  info.reused_tokens = sequence.reused_tokens;
   info.blocks_by_tier.resize(state.store.tiers());
   info.bytes_by_tier.resize(state.store.tiers());
   for (const GroupTable& table : sequence.groups) {
@@ -246,6 +260,9 @@ void Inspector::CheckInvariants() const {
   lock->keyed.CheckInvariants();
   lock->keyed.ForEach(
       [&](const KeyedNamespace&, const BlockKey&, const Block* block) { counted[block].first++; });
+  lock->prefixes.CheckInvariants();
+  lock->prefixes.ForEach(
+      [&](const PrefixSpace&, const BlockKey&, int, const Block* block) { counted[block].first++; });
   lock->store.ForEach([&](const Block& block) {
     const auto it = counted.find(&block);
     const int refs = it == counted.end() ? 0 : it->second.first,

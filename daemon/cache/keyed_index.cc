@@ -110,11 +110,20 @@ uint64_t KeyedIndex::Delete(const NamespacePtr& space) {
 }
 
 void KeyedIndex::Grant(LeaseId id, const NamespacePtr& space, absl::Time end, std::vector<HeldBlock> blocks) {
-  for (const HeldBlock& block : blocks) block->leases++;
   space->leases++;
-  const bool added = leases_.emplace(id, KeyedLease{space, end, std::move(blocks)}).second;
+  Enter(id, {space, nullptr, end, std::move(blocks)});
+}
+
+void KeyedIndex::Grant(LeaseId id, std::shared_ptr<const PrefixHold> prefix, absl::Time end,
+                       std::vector<HeldBlock> blocks) {
+  Enter(id, {nullptr, std::move(prefix), end, std::move(blocks)});
+}
+
+void KeyedIndex::Enter(LeaseId id, KeyedLease lease) {
+  for (const HeldBlock& block : lease.blocks) block->leases++;
+  ends_.emplace(lease.end, id);
+  const bool added = leases_.emplace(id, std::move(lease)).second;
   KVTIDE_CHECK(added);
-  ends_.emplace(end, id);
 }
 
 KeyedLease* KeyedIndex::FindLease(LeaseId id) {
@@ -127,7 +136,7 @@ void KeyedIndex::End(std::map<LeaseId, KeyedLease>::iterator lease) {
     KVTIDE_CHECK(block->leases > 0);
     block->leases--;
   }
-  lease->second.space->leases--;
+  if (lease->second.space != nullptr) lease->second.space->leases--;
   ends_.erase({lease->second.end, lease->first});
   leases_.erase(lease);
 }
@@ -186,7 +195,7 @@ void KeyedIndex::CheckInvariants() const {
   KVTIDE_CHECK(blocks == blocks_ && bytes == bytes_, blocks, " blocks of ", bytes,
                " bytes are found by key, ", blocks_, " of ", bytes_, " counted");
   for (const auto& [id, lease] : leases_) {
-    KVTIDE_CHECK(ends_.count({lease.end, id}) == 1 && !lease.space->deleted);
+    KVTIDE_CHECK(ends_.count({lease.end, id}) == 1 && (lease.space == nullptr || !lease.space->deleted));
     for (const HeldBlock& block : lease.blocks) leased[block.get()]++;
   }
   KVTIDE_CHECK(ends_.size() == leases_.size());

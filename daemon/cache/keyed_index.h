@@ -53,9 +53,21 @@ struct KeyedNamespace {
 };
 using NamespacePtr = std::shared_ptr<KeyedNamespace>;
 
+struct PrefixSpace;
+
+// What a lookup of a prefix has found (prefix_reuse.h).
+struct PrefixHold {
+  std::shared_ptr<PrefixSpace> space;
+  std::vector<BlockKey> keys;  // of its blocks
+  std::string tenant;
+};
+
+// Of blocks of a namespace, or of a prefix.
 struct KeyedLease {
-  NamespacePtr space;
+  NamespacePtr space;                        // null: of a prefix
+  std::shared_ptr<const PrefixHold> prefix;  // null: of a namespace
   absl::Time end;
+  const std::string& tenant() const { return space != nullptr ? space->spec.tenant : prefix->tenant; }
   std::vector<HeldBlock> blocks;  // each counted in Block::leases
 };
 
@@ -78,6 +90,8 @@ class KeyedIndex {
   uint64_t bytes() const { return bytes_; }  // that they take
 
   void Grant(LeaseId id, const NamespacePtr& space, absl::Time end, std::vector<HeldBlock> blocks);
+  void Grant(LeaseId id, std::shared_ptr<const PrefixHold> prefix, absl::Time end,
+             std::vector<HeldBlock> blocks);
   // Null if it is unknown or over.
   KeyedLease* FindLease(LeaseId id);
   bool Release(LeaseId id);
@@ -101,6 +115,7 @@ class KeyedIndex {
   void Forget(Block* block);
   // It need not be there after a restart.
   void ForgetDurable(KeyedNamespace& space, Block* block);
+  void Enter(LeaseId id, KeyedLease lease);
   void End(std::map<LeaseId, KeyedLease>::iterator lease);
 
   BlockStore* const store_;

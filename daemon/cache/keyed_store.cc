@@ -8,6 +8,7 @@
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/keyed_payload.h"
+#include "daemon/cache/label_check.h"
 #include "daemon/cache/move_batch.h"
 #include "kernels/base/check.h"
 #include "kernels/base/sizes.h"
@@ -383,48 +384,6 @@ absl::StatusOr<StoreReport> KeyedStore::Store(const StoreCall& call) {
 }
 
 // Lookups.
-void KeyedStore::CheckLabels(CacheLock& lock, std::span<const HeldBlock> blocks) const {
-  std::vector<PinnedPlace> pins;
-  std::vector<IoJob> jobs;
-  std::vector<Block*> asked;
-  std::map<int, std::vector<size_t>> by_tier;
-  for (const HeldBlock& held : blocks) {
-    Block* const block = held.get();
-    if (block->checked || block->place == nullptr) continue;
-    if (core_.attends(block->place->tier)) {  // read since
-      block->checked = true;
-      continue;
-    }
-    IoJob job;
-    job.offset = block->place->offset;
-    job.label = LabelOf(*block, *block->place);
-    job.label_only = true;
-    by_tier[block->place->tier].push_back(jobs.size());
-    jobs.push_back(std::move(job));
-    asked.push_back(block);
-    pins.emplace_back(lock->store, block->place);
-  }
-  if (jobs.empty()) return;
-  {
-    const Unlocked unlocked(lock);
-    for (const auto& [tier, indices] : by_tier) {
-      std::vector<IoJob> of_tier;
-      for (const size_t index : indices) of_tier.push_back(jobs[index]);
-      core_.io(tier).Run(of_tier);
-      for (size_t i = 0; i < indices.size(); i++) jobs[indices[i]].status = of_tier[i].status;
-    }
-  }
-  for (size_t i = 0; i < jobs.size(); i++) {
-    Block* const block = asked[i];
-    if (jobs[i].status.ok()) {
-      block->checked = true;
-    } else if (absl::IsDataLoss(jobs[i].status) && block->place == pins[i].get() && !block->moving) {
-      lock->counters.lost_blocks++;
-      lock->store.tier(block->place->tier).lost++;
-      lock->store.Drop(block);
-    }
-  }
-}
 
 // Blocks that are used together go by one record from now on, the last one first: what follows them is of no
 // use without them.
@@ -507,7 +466,7 @@ bool KeyedStore::Release(LeaseId id, const CallContext& context) {
   CacheLock lock(core_);
   lock->keyed.ExpireLeases(core_.options().clock());
   const KeyedLease* const lease = lock->keyed.FindLease(id);
-  if (lease == nullptr || !context.identity->MaySee(lease->space->spec.tenant)) return false;
+  if (lease == nullptr || !context.identity->MaySee(lease->tenant())) return false;
   lock->keyed.Release(id);
   lock->changed.NotifyAll();
   return true;
@@ -517,9 +476,12 @@ bool KeyedStore::Release(LeaseId id, const CallContext& context) {
 absl::StatusOr<KeyedLease*> KeyedStore::FindLease(CacheLock& lock, LeaseId id, const CallContext& context) {
   lock->keyed.ExpireLeases(core_.options().clock());
   KeyedLease* const lease = lock->keyed.FindLease(id);
-  if (lease == nullptr || !context.identity->MaySee(lease->space->spec.tenant))
+  if (lease == nullptr || !context.identity->MaySee(lease->tenant()))
     return absl::NotFoundError(
         absl::StrCat("lease ", id, " is unknown or over; look the keys up again (LookupBlocks)"));
+  if (lease->space == nullptr)
+    return absl::FailedPreconditionError(
+        absl::StrCat("lease ", id, " is of a prefix: a sequence begins with it (CreateSequence)"));
   return lease;
 }
 

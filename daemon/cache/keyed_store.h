@@ -35,6 +35,8 @@ class KeyedStore {
   // Those of the caller's tenant.
   std::vector<NamespaceInfo> List(const CallContext& context);
   static NamespaceInfo Describe(const KeyedNamespace& space);
+  // One that is not in use.
+  static LeaseId NewLeaseId(CacheState& state);
   // A namespace that is there, or a new one.
   static absl::StatusOr<NamespacePtr> Make(CacheLock& lock, const NamespaceSpec& spec);
 
@@ -42,8 +44,6 @@ class KeyedStore {
   struct Write;
   struct Storing;
   class StoringLease;
-
-  static LeaseId NewLeaseId(CacheState& state);
 
   absl::StatusOr<KeyedLease*> FindLease(CacheLock& lock, LeaseId id, const CallContext& context);
 
@@ -61,8 +61,6 @@ class KeyedStore {
   WritingBlock Allocate(CacheLock& lock, const BlockForm& form, uint64_t want_bytes);
   // Drops the coldest block that is found by key: there is no room for more of them in the index.
   bool DropColdest(CacheState& state) const;
-  // Labels of blocks that came from before a restart; what is not there any more is dropped.
-  void CheckLabels(CacheLock& lock, std::span<const HeldBlock> blocks) const;
   void UseTogether(CacheState& state, std::span<Block* const> blocks) const;
 
   CacheCore& core_;

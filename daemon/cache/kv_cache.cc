@@ -8,6 +8,7 @@
 #include "daemon/cache/keyed_store.h"
 #include "daemon/cache/mover.h"
 #include "daemon/cache/persister.h"
+#include "daemon/cache/prefix_reuse.h"
 #include "daemon/cache/reader.h"
 #include "daemon/cache/sealer.h"
 #include "daemon/cache/stepper.h"
@@ -37,6 +38,7 @@ class KvCache::Impl {
   Stepper stepper{core, mover, sealer, writer, reader};
   Inspector inspector{core};
   KeyedStore keyed{core, mover};
+  PrefixReuse prefixes{core};
   Persister persister{core};
   RestoreReport restored;
 };
@@ -57,6 +59,7 @@ KvCache::Impl::~Impl() {
   KVTIDE_CHECK(lock->attends_running == 0, "the cache is destroyed under running calls");
   lock->keyed.Clear();
   lock->sequences.Clear();
+  lock->prefixes.Clear();
 }
 
 // Reserve, write and attend, publish, then what follows an append: the new tokens are seen as they came. The
@@ -83,6 +86,7 @@ absl::Status KvCache::Impl::AppendAttend(const AttendCall& call) {
     LayerWrite& write = batch.AddWrite(call.layer, item.start_position, item.new_tokens);
     write.k = item.k;
     write.v = item.v;
+    write.token_ids = item.token_ids;
     codes_at_once = codes_at_once || sequences[i]->options.seal_at_once;
   }
   if (codes_at_once) KVTIDE_RETURN_IF_ERROR(reader.CheckValues(call, model, &batch));
@@ -117,7 +121,13 @@ absl::StatusOr<ModelId> KvCache::RegisterModel(const ModelSpec& spec, const Call
 
 absl::StatusOr<ModelId> KvCache::UnregisterModel(const std::string& name, const CallContext& context) {
   CacheLock lock(impl_->core);
-  return lock->sequences.UnregisterModel(name, context.tenant());
+  KVTIDE_ASSIGN_OR_RETURN(const ModelId id, lock->sequences.FindModel(name, context.tenant()));
+  KVTIDE_ASSIGN_OR_RETURN(const auto model, lock->sequences.GetModel(id));
+  KVTIDE_RETURN_IF_ERROR(lock->sequences.UnregisterModel(name, context.tenant()).status());
+  lock->prefixes.Forget(*model);
+  lock->changed.NotifyAll();
+  KVTIDE_RETURN_IF_ERROR(impl_->persister.EraseDeadRuns(lock));
+  return id;
 }
 
 absl::StatusOr<ModelSpec> KvCache::GetModel(ModelId model) const {
@@ -137,7 +147,7 @@ absl::StatusOr<ModelId> KvCache::FindModel(const std::string& name, const CallCo
 }
 
 absl::StatusOr<SequenceId> KvCache::CreateSequence(ModelId model, const SequenceOptions& asked,
-                                                   const CallContext& context) {
+                                                   const CallContext& context, LeaseId prefix) {
   SequenceOptions options = asked;
   if (options.name_space.empty()) options.name_space = context.tenant();
   if (!context.identity->MaySee(options.name_space))
@@ -145,7 +155,9 @@ absl::StatusOr<SequenceId> KvCache::CreateSequence(ModelId model, const Sequence
                                                     "' and makes no sequences for others; leave the tenant "
                                                     "away, or ask an admin"));
   CacheLock lock(impl_->core);
-  const absl::StatusOr<SequencePtr> sequence = lock->sequences.Create(model, options);
+  const absl::StatusOr<SequencePtr> sequence =
+      prefix != 0 ? impl_->prefixes.Begin(lock, model, options, prefix, context)
+                  : lock->sequences.Create(model, options);
   if (sequence.ok()) return (*sequence)->id;
   if (sequence.status().code() == absl::StatusCode::kResourceExhausted) lock->counters.exhausted++;
   return sequence.status();
@@ -162,9 +174,16 @@ absl::StatusOr<SequenceId> KvCache::ForkSequence(SequenceId id, const CallContex
 absl::Status KvCache::CloseSequence(SequenceId sequence, const CallContext& context) {
   CacheLock lock(impl_->core);
   KVTIDE_ASSIGN_OR_RETURN(const SequencePtr closing, lock->sequences.Find(sequence, context));
+  const std::vector<Block*> cached = PrefixReuse::BlocksOf(*closing);
+  std::unique_ptr<KeptPrefix> kept = impl_->persister.KeepPrefix(*lock, *closing);
   KVTIDE_RETURN_IF_ERROR(lock->sequences.Close(closing));
+  lock->prefixes.Order(cached, closing->recency.own);
   lock->changed.NotifyAll();
-  return impl_->persister.Forget(lock, *closing);
+  return impl_->persister.Forget(lock, *closing, std::move(kept));
+}
+
+absl::StatusOr<PrefixReport> KvCache::LookupPrefix(const PrefixCall& call) {
+  return impl_->prefixes.Lookup(call);
 }
 
 absl::Status KvCache::Pin(std::span<const SequenceId> sequences, absl::Duration time,

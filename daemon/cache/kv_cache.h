@@ -38,6 +38,7 @@
 #include "daemon/cache/model.h"
 #include "daemon/cache/move_report.h"
 #include "daemon/cache/persist_report.h"
+#include "daemon/cache/prefix_calls.h"
 #include "daemon/cache/sequence_options.h"
 #include "kernels/base/data_type.h"
 
@@ -60,6 +61,9 @@ struct AppendCall {
   int64_t start_position = 0;
   int64_t tokens = 0;
   std::span<const LayerKv> layers;
+  // What the tokens are, one id for each: full blocks are found by them from then on (LookupPrefix). Empty:
+  // not said. Ids count from the sequence's first token on; what comes after a token without id is not found.
+  std::span<const TokenId> token_ids;
   const CallContext* context = nullptr;  // who calls; null = this process, for as long as it takes
 };
 
@@ -79,6 +83,7 @@ struct AttendRequest {
   int64_t start_position = 0;
   TensorView k, v;  // [new_tokens][kv_heads][head_dim]
   size_t k_elements = 0, v_elements = 0;
+  std::span<const TokenId> token_ids;  // as in AppendCall; saying them with one layer is enough
 };
 
 // A batch over one layer of one model. Unset values are those of the layer's group.
@@ -141,8 +146,14 @@ class KvCache {
   std::vector<std::string> ModelNames(const CallContext& context = {}) const;
 
   // PermissionDenied where the options name a tenant that is not the caller's, unless an admin does.
+  // `prefix`: a lease of LookupPrefix, whose tokens the sequence begins with; the lease is over then.
+  // NotFound if it is over already, FailedPrecondition if the prefix is of a sequence of another kind.
   absl::StatusOr<SequenceId> CreateSequence(ModelId model, const SequenceOptions& options,
-                                            const CallContext& context = {});
+                                            const CallContext& context = {}, LeaseId prefix = 0);
+  // The longest prefix of the tokens that is cached for sequences of these options, in full blocks, and can
+  // be read now. ResourceExhausted at the limit of leases. What sequences have whose appends said token ids
+  // is cached as soon as it is sealed, and stays when they are closed until the room is needed.
+  absl::StatusOr<PrefixReport> LookupPrefix(const PrefixCall& call);
   // A copy that shares all blocks; whoever writes into the shared tail first gets a copy of it.
   absl::StatusOr<SequenceId> ForkSequence(SequenceId sequence, const CallContext& context = {});
   // Every layer keeps at most `tokens`. Inside a coded block the remaining tokens are decoded into an f16

@@ -10,7 +10,7 @@
 namespace kvtide {
 namespace {
 
-constexpr uint32_t kVersion = 5;
+constexpr uint32_t kVersion = 6, kOldest = 5;  // 5: without tokens
 
 void PutShape(ManifestWriter& out, const GroupShape& shape) {
   for (const int value : {shape.layers, shape.kv_heads, shape.head_dim_k, shape.head_dim_v})
@@ -81,6 +81,7 @@ void PutOptions(ManifestWriter& out, const SequenceOptions& options) {
       static_cast<uint8_t>(options.equalise.has_value() ? 1 + static_cast<uint8_t>(*options.equalise) : 0));
   out.Put(static_cast<uint8_t>(options.rope_pairs));
   out.PutText(options.name_space);
+  out.PutText(options.salt);
   out.PutText(options.device);
   out.Put(static_cast<uint8_t>(options.persistence));
   out.Put(static_cast<uint8_t>(options.allow_drop));
@@ -92,7 +93,7 @@ absl::StatusOr<CachePair> GetPair(ManifestReader& in) {
   if (pair.ok()) return pair;
   return absl::FailedPreconditionError(absl::StrCat("this build has no cache types ", name));
 }
-absl::StatusOr<SequenceOptions> GetOptions(ManifestReader& in) {
+absl::StatusOr<SequenceOptions> GetOptions(ManifestReader& in, uint32_t version) {
   SequenceOptions options;
   KVTIDE_ASSIGN_OR_RETURN(options.pair, GetPair(in));
   const size_t pairs = in.GetCount(8);
@@ -109,6 +110,7 @@ absl::StatusOr<SequenceOptions> GetOptions(ManifestReader& in) {
     options.equalise = static_cast<Equalise>(equalise - 1);
   options.rope_pairs = static_cast<RopePairs>(in.Get<uint8_t>());
   options.name_space = in.GetText();
+  if (version >= 6) options.salt = in.GetText();
   options.device = in.GetText();
   options.persistence = static_cast<Persistence>(in.Get<uint8_t>());
   options.allow_drop = in.Get<uint8_t>() != 0;
@@ -238,6 +240,7 @@ absl::Status Check(const Manifest& manifest) {
     const auto is_side = [&](const std::vector<HeadProfile>& side) {
       return side.empty() || side.size() == heads;
     };
+    if (manifest.closed && static_cast<int64_t>(manifest.chain_keys.size()) < end) return damaged("tokens");
     for (const auto& profile : group.profiles)
       if (profile->shape != shape || !is_side(profile->k) || !is_side(profile->v) ||
           profile->hash != HashProfile(*profile))
@@ -251,6 +254,8 @@ absl::Status Check(const Manifest& manifest) {
 std::string EncodeManifest(const Manifest& manifest) {
   ManifestWriter out;
   out.Put(kVersion);
+  out.Put(static_cast<uint8_t>(manifest.closed));
+  out.Put(manifest.written_unix_nanos);
   out.Put(manifest.id);
   out.Put(manifest.forked_from);
   out.Put(manifest.created_unix_nanos);
@@ -260,27 +265,54 @@ std::string EncodeManifest(const Manifest& manifest) {
   PutOptions(out, manifest.options);
   out.Put(uint64_t{manifest.groups.size()});
   for (const ManifestGroup& group : manifest.groups) PutGroup(out, group);
+  out.Put(manifest.chain_seed);
+  out.Put(uint64_t{manifest.chain_keys.size()});
+  for (const BlockKey& key : manifest.chain_keys) {
+    out.Put(key.low);
+    out.Put(key.high);
+  }
+  out.PutList(manifest.chain_rest);
   return out.Take();
+}
+
+bool IsClosedManifest(const std::string& bytes, int64_t* written_unix_nanos) {
+  ManifestReader in(bytes);
+  const bool closed = in.Get<uint32_t>() >= 6 && in.Get<uint8_t>() != 0;
+  *written_unix_nanos = closed ? in.Get<int64_t>() : 0;
+  return closed && !in.failed();
 }
 
 absl::StatusOr<Manifest> DecodeManifest(const std::string& bytes) {
   ManifestReader in(bytes);
   const auto version = in.Get<uint32_t>();
-  if (version != kVersion)
+  if (version < kOldest || version > kVersion)
     return absl::FailedPreconditionError(
-        absl::StrCat("the manifest has version ", version, ", this build reads ", kVersion));
+        absl::StrCat("the manifest has version ", version, ", this build reads ", kOldest, " to ", kVersion));
   Manifest manifest;
+  if (version >= 6) {
+    manifest.closed = in.Get<uint8_t>() != 0;
+    in.Get(&manifest.written_unix_nanos);
+  }
   in.Get(&manifest.id);
   in.Get(&manifest.forked_from);
   in.Get(&manifest.created_unix_nanos);
   manifest.device = in.GetText();
   manifest.model = GetModel(in);
   manifest.model_tenant = in.GetText();
-  KVTIDE_ASSIGN_OR_RETURN(manifest.options, GetOptions(in));
+  KVTIDE_ASSIGN_OR_RETURN(manifest.options, GetOptions(in, version));
   const size_t groups = in.GetCount(80);
   if (groups != manifest.model.groups.size())
     return absl::DataLossError("the manifest's layer groups make no sense");
   for (const LayerGroupSpec& spec : manifest.model.groups) manifest.groups.push_back(GetGroup(in, spec));
+  if (version >= 6) {
+    in.Get(&manifest.chain_seed);
+    manifest.chain_keys.resize(in.GetCount(sizeof(BlockKey)));
+    for (BlockKey& key : manifest.chain_keys) {
+      in.Get(&key.low);
+      in.Get(&key.high);
+    }
+    manifest.chain_rest = in.GetList<TokenId>();
+  }
   if (in.failed() || !in.at_end()) return absl::DataLossError("the manifest is cut off or too long");
   KVTIDE_RETURN_IF_ERROR(Check(manifest));
   return manifest;

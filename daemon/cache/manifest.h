@@ -40,8 +40,18 @@ struct Manifest {
   std::string model_tenant;  // who has registered it
   SequenceOptions options;
   std::vector<ManifestGroup> groups;
+  // The sequence was closed; its sealed blocks are a cached prefix (PrefixRun of prefix_index.h), and some may have
+  // been dropped later.
+  bool closed = false;
+  int64_t written_unix_nanos = 0;  // closed: of two that name the same place the later one is right
+  // What is known of its tokens (token_chain.h); none: nothing.
+  uint64_t chain_seed = 0;
+  std::vector<BlockKey> chain_keys;
+  std::vector<TokenId> chain_rest;
 };
 
+// Whether it is of a closed sequence, and when it was written, at a glance.
+bool IsClosedManifest(const std::string& bytes, int64_t* written_unix_nanos);
 std::string EncodeManifest(const Manifest& manifest);
 // DataLoss for anything that EncodeManifest has not written; FailedPrecondition for another version of it,
 // and for a type that this build does not know.

@@ -113,6 +113,7 @@ absl::Status CheckSequenceOptions(const SequenceOptions& options, const ModelSpe
   }
   if (options.name_space.size() > 256)
     return absl::InvalidArgumentError("namespace: must have at most 256 bytes");
+  if (options.salt.size() > 256) return absl::InvalidArgumentError("salt: must have at most 256 bytes");
   return absl::OkStatus();
 }
 

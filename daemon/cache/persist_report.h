@@ -18,6 +18,7 @@ struct RestoreReport {
   uint64_t sequences = 0, blocks = 0, bytes = 0;
   int64_t tokens = 0;
   uint64_t namespaces = 0, keyed_blocks = 0;  // of the block store
+  uint64_t prefix_blocks = 0;                 // of sequences that were closed
   std::vector<std::string> lost;  // one line for each sequence that was durable and is not there, and why
 };
 

@@ -91,6 +91,7 @@ void Persister::PersistChanged() {
   PersistReport report;
   for (const SequencePtr& sequence : changed) PersistOne(lock, sequence, {}, &report).IgnoreError();
   PersistNamespaces(lock);
+  EraseDeadRuns(lock).IgnoreError();
 }
 
 absl::Status Persister::PersistOne(CacheLock& lock, const SequencePtr& sequence, const CallContext& context,
@@ -134,9 +135,13 @@ absl::Status Persister::PersistOne(CacheLock& lock, const SequencePtr& sequence,
     next.changes = sequence->changes;
     next.exists = true;
     bytes = EncodeManifest(Describe(*lock, *sequence, &next.places));
+    for (const Block* block : Fallen(*lock, *sequence))
+      if (Place* const place = DurablePlace(*block); place != nullptr && !block->moving)
+        next.places.push_back(place);
     for (Place* place : next.places) lock->store.Keep(place);
   }
   lock->changed.NotifyAll();
+  lock->prefixes.LeaveRun(sequence->id);  // whose value this one replaces
   absl::Status status;
   {
     const Unlocked unlocked(lock);
@@ -178,6 +183,22 @@ absl::StatusOr<WriterGuard> Persister::BecomeWriter(CacheLock& lock, const Seque
   }
 }
 
+// Blocks of a prefix that have left the sequence's sliding windows, but would be seen after its last sealed
+// block: what stays of it when it is closed begins with them.
+std::vector<Block*> Persister::Fallen(const CacheState& state, const Sequence& sequence) {
+  std::vector<Block*> fallen;
+  for (size_t g = 0; sequence.found_blocks > 0 && g < sequence.groups.size(); g++) {
+    const int64_t first =
+        PrefixIndex::FirstBlock(*sequence.prefixes, static_cast<int>(g), sequence.found_blocks);
+    for (int64_t i = first; i < std::min(sequence.groups[g].first_block(), sequence.found_blocks); i++)
+      if (Block* const block = state.prefixes.Get(
+              *sequence.prefixes, sequence.chain->keys()[static_cast<size_t>(i)], static_cast<int>(g));
+          block != nullptr)
+        fallen.push_back(block);
+  }
+  return fallen;
+}
+
 // `all`: the caller is the writer; else what may still change is left out.
 absl::Status Persister::WriteBackups(CacheLock& lock, const Sequence& sequence, bool all,
                                      const CallContext& context, std::vector<PinnedPlace>* pins,
@@ -208,6 +229,10 @@ absl::Status Persister::WriteBackups(CacheLock& lock, const Sequence& sequence, 
         }
       }
     }
+    for (Block* const block : Fallen(*lock, sequence))
+      if (batch.size() < options.max_moves_in_flight && !block->writing && !block->moving &&
+          DurablePlace(*block) == nullptr)
+        batch.emplace_back(lock->store, block);
     if (batch.empty()) {
       if (!moving || !all) return absl::OkStatus();
       if (options.clock() >= last || options.room_wait <= absl::ZeroDuration())
@@ -275,8 +300,7 @@ absl::Status Persister::WriteBatch(CacheLock& lock, std::span<const HeldBlock> b
   return status;
 }
 
-Manifest Persister::Describe(const CacheState& state, const Sequence& sequence,
-                             std::vector<Place*>* places) const {
+Manifest Persister::DescribeEmpty(const CacheState& state, const Sequence& sequence) {
   Manifest manifest;
   manifest.id = sequence.id;
   manifest.forked_from = sequence.forked_from;
@@ -293,39 +317,152 @@ Manifest Persister::Describe(const CacheState& state, const Sequence& sequence,
     group.codec_version_v = Info(pair.v).version;
     group.exact_layout = HashLayout(*table.exact);
     group.coded_layout = HashLayout(*table.coded);
+  }
+  if (sequence.chain.has_value()) {
+    manifest.chain_seed = sequence.prefixes->seed;
+    manifest.chain_keys = sequence.chain->keys();
+  }
+  return manifest;
+}
+
+int32_t Persister::AddProfile(const std::shared_ptr<const Profile>& profile, ManifestGroup* group) {
+  if (profile == nullptr) return -1;
+  const auto found = std::find(group->profiles.begin(), group->profiles.end(), profile);
+  const auto index = static_cast<int32_t>(found - group->profiles.begin());
+  if (found == group->profiles.end()) group->profiles.push_back(profile);
+  return index;
+}
+
+void Persister::AddBlock(const GroupTable& table, const Block& block, ManifestGroup* group) const {
+  const Place* const place = DurablePlace(block);
+  KVTIDE_CHECK(place != nullptr, "block ", block.id, " is not durable");
+  ManifestBlock& out = group->blocks.emplace_back();
+  out.offset = place->offset;
+  out.write_id = place->write_id;
+  out.checksum = place->checksum;
+  out.writer = block.stamp.sequence;
+  out.profile = AddProfile(block.profile, group);
+  out.exact = block.layout == table.exact;
+}
+
+Manifest Persister::Describe(const CacheState& state, const Sequence& sequence,
+                             std::vector<Place*>* places) const {
+  Manifest manifest = DescribeEmpty(state, sequence);
+  for (size_t g = 0; g < sequence.groups.size(); g++) {
+    const GroupTable& table = sequence.groups[g];
+    ManifestGroup& group = manifest.groups[g];
     group.first_block = table.first_block();
     group.sealed = table.sealed;
     for (size_t l = 0; l < table.layers(); l++) group.layers.push_back(table.layer(static_cast<int>(l)));
-    const auto index_of = [&](const std::shared_ptr<const Profile>& profile) -> int32_t {
-      if (profile == nullptr) return -1;
-      const auto found = std::find(group.profiles.begin(), group.profiles.end(), profile);
-      if (found == group.profiles.end()) group.profiles.push_back(profile);
-      return static_cast<int32_t>(std::find(group.profiles.begin(), group.profiles.end(), profile) -
-                                  group.profiles.begin());
-    };
-    group.profile = index_of(table.profile);
+    group.profile = AddProfile(table.profile, &group);
     table.blocks->ForEach([&](const Block* block) {
-      Place* const place = DurablePlace(*block);
-      KVTIDE_CHECK(place != nullptr, "block ", block->id, " is not durable");
-      ManifestBlock& out = group.blocks.emplace_back();
-      out.offset = place->offset;
-      out.write_id = place->write_id;
-      out.checksum = place->checksum;
-      out.writer = block->stamp.sequence;
-      out.profile = index_of(block->profile);
-      out.exact = block->layout == table.exact;
-      places->push_back(place);
+      AddBlock(table, *block, &group);
+      places->push_back(DurablePlace(*block));
     });
   }
+  if (sequence.chain.has_value()) {
+    const std::span<const TokenId> rest = sequence.chain->rest();
+    manifest.chain_rest.assign(rest.begin(), rest.end());
+  }
   return manifest;
+}
+
+std::unique_ptr<KeptPrefix> Persister::KeepPrefix(CacheState& state, const Sequence& sequence) {
+  if (index_ == nullptr || !sequence.durable.exists || sequence.found_blocks == 0) return nullptr;
+  const PrefixSpace& space = *sequence.prefixes;
+  const std::vector<BlockKey>& keys = sequence.chain->keys();
+  const int groups = static_cast<int>(sequence.groups.size());
+  // The longest prefix that is durable with everything that the next token would see.
+  constexpr int64_t kTries = 64;
+  const auto durable = [&](int g, int64_t index) {
+    const Block* const block = state.prefixes.Get(space, keys[static_cast<size_t>(index)], g);
+    return block != nullptr && !block->moving && DurablePlace(*block) != nullptr;
+  };
+  int64_t blocks = 0;
+  while (blocks < sequence.found_blocks) {
+    bool whole = true;
+    for (int g = 0; g < groups; g++)
+      whole = whole && (space.windows[static_cast<size_t>(g)] > 0 || durable(g, blocks));
+    if (!whole) break;
+    blocks++;
+  }
+  const auto holds_windows = [&](int64_t end) {
+    for (int g = 0; g < groups; g++)
+      for (int64_t i = PrefixIndex::FirstBlock(space, g, end); i < end; i++)
+        if (space.windows[static_cast<size_t>(g)] > 0 && !durable(g, i)) return false;
+    return true;
+  };
+  for (const int64_t least = std::max<int64_t>(0, blocks - kTries); blocks > least && !holds_windows(blocks);)
+    blocks--;
+  if (blocks == 0 || !holds_windows(blocks)) return nullptr;
+
+  Manifest manifest = DescribeEmpty(state, sequence);
+  manifest.closed = true;
+  last_written_ = std::max(last_written_ + 1, absl::ToUnixNanos(core_.options().clock()));
+  manifest.written_unix_nanos = last_written_;
+  manifest.chain_keys.resize(static_cast<size_t>(blocks));
+  auto run = std::make_unique<PrefixRun>();
+  run->id = sequence.id;
+  bool is_new = false;
+  for (int g = 0; g < groups; g++) {
+    const GroupTable& table = sequence.groups[static_cast<size_t>(g)];
+    ManifestGroup& group = manifest.groups[static_cast<size_t>(g)];
+    group.first_block = PrefixIndex::FirstBlock(space, g, blocks);
+    group.sealed = blocks;
+    group.layers.assign(table.layers(), {blocks * kBlockTokens, -1, 0});
+    group.profile = AddProfile(table.profile, &group);
+    for (int64_t i = group.first_block; i < blocks; i++) {
+      const Block* const block = state.prefixes.Get(space, keys[static_cast<size_t>(i)], g);
+      AddBlock(table, *block, &group);
+      is_new = is_new || !state.prefixes.IsDurable(*block);
+      run->blocks.push_back(block->id);
+    }
+  }
+  if (!is_new) return nullptr;  // other runs have all of it
+  for (const BlockId id : run->blocks) state.store.Keep(DurablePlace(*state.store.Get(id)));
+  auto kept = std::make_unique<KeptPrefix>();
+  kept->bytes = EncodeManifest(manifest);
+  kept->run = std::move(run);
+  return kept;
 }
 
 void Persister::Release(CacheState& state, Durable* durable) {
   for (Place* place : std::exchange(durable->places, {})) state.store.Unkeep(place);
 }
 
-absl::Status Persister::Forget(CacheLock& lock, Sequence& sequence) {
+absl::Status Persister::EraseDeadRuns(CacheLock& lock) {
+  const std::vector<uint64_t> dead = lock->prefixes.TakeDeadRuns();
+  if (dead.empty() || index_ == nullptr) return absl::OkStatus();
+  absl::Status status;
+  {
+    const Unlocked unlocked(lock);
+    status = index_->Erase(dead);
+  }
+  if (!status.ok()) lock->prefixes.GiveDeadRuns(dead);
+  return Annotate(status, "prefixes are forgotten, but may be there again after a restart");
+}
+
+absl::Status Persister::Forget(CacheLock& lock, Sequence& sequence, std::unique_ptr<KeptPrefix> kept) {
   if (sequence.persisting && !sequence.durable.exists) return absl::OkStatus();  // that call forgets it
+  if (kept != nullptr) {
+    lock->prefixes.EnterRun(std::move(kept->run));
+    absl::Status status;
+    {
+      const Unlocked unlocked(lock);
+      status = index_->Put(sequence.id, kept->bytes);
+    }
+    // What was forgotten meanwhile, all of it, must not come back.
+    if (status.ok() && lock->prefixes.HasRun(sequence.id)) {
+      lock->counters.persisted++;
+      lock->durable_sequences--;
+      Release(*lock, &sequence.durable);
+      sequence.durable = {};
+      lock->changed.NotifyAll();
+      return absl::OkStatus();
+    }
+    if (!status.ok()) lock->counters.failed_persists++;
+    lock->prefixes.LeaveRun(sequence.id);
+  }
   std::vector<SequenceId> keys;
   for (const auto& [id, places] : in_doubt_) keys.push_back(id);
   if (sequence.durable.exists) {
@@ -370,6 +507,10 @@ RestoreReport Persister::Restore() {
       shards.emplace_back(-WrittenAt(bytes), key);
       continue;
     }
+    if (int64_t written = 0; IsClosedManifest(bytes, &written)) {
+      shards.emplace_back(-written, key);
+      continue;
+    }
     const absl::Status status = RestoreOne(lock, bytes, &report);
     if (status.ok()) continue;
     report.lost.push_back(absl::StrCat("sequence ", key, ": ", status.message()));
@@ -377,9 +518,14 @@ RestoreReport Persister::Restore() {
   }
   std::sort(shards.begin(), shards.end());
   for (const auto& [written, key] : shards) {
-    const absl::Status status = RestoreShard(lock, key, manifests.at(key), &report);
+    const std::string& bytes = manifests.at(key);
+    const bool keyed = IsKeyedManifest(bytes);
+    const absl::Status status =
+        keyed ? RestoreShard(lock, key, bytes, &report) : RestoreRun(lock, bytes, &report);
     if (status.ok()) continue;
-    report.lost.push_back(absl::StrCat("blocks of a namespace (", key, "): ", status.message()));
+    if (keyed || !absl::IsNotFound(status))  // a prefix of which nothing is left was dropped in order
+      report.lost.push_back(absl::StrCat(keyed ? "blocks of a namespace (" : "a cached prefix (", key,
+                                         "): ", status.message()));
     refused.push_back(key);
   }
   profiles_.clear();
@@ -392,12 +538,7 @@ RestoreReport Persister::Restore() {
   return report;
 }
 
-absl::Status Persister::RestoreOne(CacheLock& lock, const std::string& bytes, RestoreReport* report) {
-  KVTIDE_ASSIGN_OR_RETURN(Manifest manifest, DecodeManifest(bytes));
-  // Forks had one profile in common, and so do they again.
-  for (ManifestGroup& group : manifest.groups)
-    for (std::shared_ptr<const Profile>& profile : group.profiles)
-      profile = profiles_.try_emplace(profile->hash, profile).first->second;
+absl::StatusOr<SequencePtr> Persister::Rebuild(CacheLock& lock, const Manifest& manifest) {
   KVTIDE_RETURN_IF_ERROR(CheckModelSpec(manifest.model));
   KVTIDE_ASSIGN_OR_RETURN(const ModelId model,
                           lock->sequences.RegisterModel(manifest.model, manifest.model_tenant, true));
@@ -415,6 +556,29 @@ absl::Status Persister::RestoreOne(CacheLock& lock, const std::string& bytes, Re
   sequence->forked_from = manifest.forked_from;
   sequence->options = manifest.options;
   sequence->created = absl::FromUnixNanos(manifest.created_unix_nanos);
+  if (!manifest.chain_keys.empty() || !manifest.chain_rest.empty()) {
+    const PrefixSpacePtr space = lock->prefixes.Open(*sequence);
+    // Another build may tell tokens apart in another way; then they are not known any more.
+    if (space->seed == manifest.chain_seed) {
+      sequence->prefixes = space;
+      sequence->chain.emplace(space->seed, manifest.chain_keys, manifest.chain_rest);
+    }
+  }
+  return sequence;
+}
+
+absl::StatusOr<Manifest> Persister::Decode(const std::string& bytes) {
+  KVTIDE_ASSIGN_OR_RETURN(Manifest manifest, DecodeManifest(bytes));
+  // Forks had one profile in common, and so do they again.
+  for (ManifestGroup& group : manifest.groups)
+    for (std::shared_ptr<const Profile>& profile : group.profiles)
+      profile = profiles_.try_emplace(profile->hash, profile).first->second;
+  return manifest;
+}
+
+absl::Status Persister::RestoreOne(CacheLock& lock, const std::string& bytes, RestoreReport* report) {
+  KVTIDE_ASSIGN_OR_RETURN(const Manifest manifest, Decode(bytes));
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, Rebuild(lock, manifest));
   absl::Status status;
   for (size_t g = 0; g < manifest.groups.size() && status.ok(); g++)
     status = Annotate(RestoreGroup(lock, manifest, g, *sequence), absl::StrCat("layer group ", g));
@@ -432,16 +596,53 @@ absl::Status Persister::RestoreOne(CacheLock& lock, const std::string& bytes, Re
   report->tokens += sequence->MinTokens();
   report->blocks += sequence->durable.places.size();
   for (const Place* place : sequence->durable.places) report->bytes += place->bytes;
+  lock->prefixes.Register(*sequence, core_.options().max_prefix_blocks);
   return absl::OkStatus();
 }
 
-absl::Status Persister::RestoreGroup(CacheLock& lock, const Manifest& manifest, size_t index,
-                                     Sequence& sequence) {
+// A prefix that was durable when its sequence was closed. What was dropped later may be another's by now: it
+// is left out, or its label tells.
+absl::Status Persister::RestoreRun(CacheLock& lock, const std::string& bytes, RestoreReport* report) {
+  KVTIDE_ASSIGN_OR_RETURN(const Manifest manifest, Decode(bytes));
+  last_written_ = std::max(last_written_, manifest.written_unix_nanos);
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, Rebuild(lock, manifest));
+  if (!sequence->chain.has_value())
+    return absl::FailedPreconditionError("this build tells tokens apart in another way");
   BlockStore& store = lock->store;
-  const ManifestGroup& group = manifest.groups[index];
-  GroupTable& table = sequence.groups[index];
+  PrefixSpace& space = *sequence->prefixes;
+  auto run = std::make_unique<PrefixRun>();
+  run->id = manifest.id;
+  for (size_t g = 0; g < manifest.groups.size(); g++) {
+    const ManifestGroup& group = manifest.groups[g];
+    KVTIDE_RETURN_IF_ERROR(CheckCoding(group, sequence->groups[g]));
+    for (size_t b = 0; b < group.blocks.size(); b++) {
+      if (lock->prefixes.blocks() >= core_.options().max_prefix_blocks) break;
+      const ManifestBlock& from = group.blocks[b];
+      const BlockKey& key = manifest.chain_keys[static_cast<size_t>(group.first_block) + b];
+      Block* block = lock->prefixes.Get(space, key, static_cast<int>(g));
+      if (block == nullptr) {
+        WritingBlock guard;
+        block = RestoreBlock(lock, manifest, g, b, *sequence, &guard);
+        if (block == nullptr || block->prefix != nullptr) continue;
+        if (guard) block->checked = false;
+        lock->prefixes.Insert(space, key, static_cast<int>(g), block);
+        store.Join(block, sequence->recency.own, BlockStore::End::kColdest);
+      }
+      const Place* const place = DurablePlace(*block);
+      if (place == nullptr || place->offset != from.offset || place->write_id != from.write_id) continue;
+      run->blocks.push_back(block->id);
+    }
+  }
+  if (run->blocks.empty()) return absl::NotFoundError("none of its blocks is there any more");
+  for (const BlockId id : run->blocks) store.Keep(DurablePlace(*store.Get(id)));
+  report->prefix_blocks += run->blocks.size();
+  lock->prefixes.EnterRun(std::move(run));
+  return absl::OkStatus();
+}
+
+// Bytes that another build wrote in another way are never read.
+absl::Status Persister::CheckCoding(const ManifestGroup& group, const GroupTable& table) {
   const CachePair pair = table.coded->pair();
-  // Bytes that another build wrote in another way are never read.
   if (group.pair != PairName(pair) || group.codec_version_k != Info(pair.k).version ||
       group.codec_version_v != Info(pair.v).version || group.exact_layout != HashLayout(*table.exact) ||
       group.coded_layout != HashLayout(*table.coded))
@@ -449,46 +650,64 @@ absl::Status Persister::RestoreGroup(CacheLock& lock, const Manifest& manifest, 
         absl::StrCat("it was stored as ", group.pair, " by codec versions ", group.codec_version_k, " and ",
                      group.codec_version_v, "; this build has ", PairName(pair), ", ", Info(pair.k).version,
                      " and ", Info(pair.v).version, ", or another order of bytes"));
-  const auto profile_at = [&](int32_t at) {
-    return at < 0 ? nullptr : group.profiles[static_cast<size_t>(at)];
-  };
-  table.profile = profile_at(group.profile);
+  return absl::OkStatus();
+}
+
+// The block of the manifest as it lies in the durable tier: a new one under a guard, or one that another
+// manifest has named before. Null where it does not lie inside of the tier, over another one, or without its
+// profile.
+Block* Persister::RestoreBlock(CacheLock& lock, const Manifest& manifest, size_t group_index, size_t at,
+                               const Sequence& sequence, WritingBlock* guard) {
+  BlockStore& store = lock->store;
+  const ManifestGroup& group = manifest.groups[group_index];
+  const ManifestBlock& from = group.blocks[at];
+  const GroupTable& table = sequence.groups[group_index];
+  const BlockLayout* const layout = from.exact ? table.exact : table.coded;
+  const auto& places = store.tier(tier_).places;
+  if (const auto there = places.find(from.offset); there != places.end()) {
+    Block* const block = there->second->block;
+    const bool same = block != nullptr && there->second->write_id == from.write_id &&
+                      block->layout == layout && block->home == sequence.home &&
+                      block->checksum == from.checksum;
+    return same ? block : nullptr;
+  }
+  const std::shared_ptr<const Profile> profile =
+      from.profile < 0 ? nullptr : group.profiles[static_cast<size_t>(from.profile)];
+  if (!CheckProfileFor(layout->pair().k, layout->shape(), profile.get()).ok()) return nullptr;
+  Block* const block = store.AllocateAt(tier_, from.offset, sequence.home, layout);
+  if (block == nullptr) return nullptr;
+  *guard = WritingBlock(store, block);
+  block->profile = profile;
+  block->has_checksum = true;
+  block->checksum = from.checksum;
+  block->account = sequence.account.get();
+  Charge(block->place, block->account);
+  block->stamp = {sequence.model->hash, from.writer, sequence.name_space_hash, static_cast<int>(group_index),
+                  group.first_block + static_cast<int64_t>(at)};
+  block->place->write_id = from.write_id;
+  block->place->checksum = from.checksum;
+  block->place->profile_hash = profile != nullptr ? profile->hash : 0;
+  return block;
+}
+
+absl::Status Persister::RestoreGroup(CacheLock& lock, const Manifest& manifest, size_t index,
+                                     Sequence& sequence) {
+  BlockStore& store = lock->store;
+  const ManifestGroup& group = manifest.groups[index];
+  GroupTable& table = sequence.groups[index];
+  KVTIDE_RETURN_IF_ERROR(CheckCoding(group, table));
+  table.profile = group.profile < 0 ? nullptr : group.profiles[static_cast<size_t>(group.profile)];
   table.sealed = group.sealed;
   table.blocks->StartAt(group.first_block);
   for (size_t b = 0; b < group.blocks.size(); b++) {
-    const ManifestBlock& from = group.blocks[b];
-    const BlockLayout* const layout = from.exact ? table.exact : table.coded;
-    const int64_t number = group.first_block + static_cast<int64_t>(b);
-    Block* block = nullptr;
-    // A fork that is durable too has it already.
-    const auto& places = store.tier(tier_).places;
-    if (const auto there = places.find(from.offset); there != places.end())
-      if (there->second->write_id == from.write_id && there->second->block != nullptr)
-        block = there->second->block;
-    if (block != nullptr) {
-      if (block->layout != layout || block->home != sequence.home || block->checksum != from.checksum)
-        return absl::DataLossError(absl::StrCat("block ", number, " is another one in another sequence"));
-      table.blocks->PushBack(block, sequence.recency.own);
-    } else {
-      block = store.AllocateAt(tier_, from.offset, sequence.home, layout);
-      if (block == nullptr)
-        return absl::DataLossError(
-            absl::StrCat("block ", number, " does not lie inside the tier, or over another one"));
-      const WritingBlock guard(store, block);
-      block->profile = profile_at(from.profile);
-      if (!CheckProfileFor(layout->pair().k, layout->shape(), block->profile.get()).ok())
-        return absl::DataLossError(absl::StrCat("block ", number, " has lost the profile of its keys"));
-      block->has_checksum = true;
-      block->checksum = from.checksum;
-      block->account = sequence.account.get();
-      Charge(block->place, block->account);
-      block->stamp = {sequence.model->hash, from.writer, sequence.name_space_hash, static_cast<int>(index),
-                      number};
-      block->place->write_id = from.write_id;
-      block->place->checksum = from.checksum;
-      block->place->profile_hash = block->profile != nullptr ? block->profile->hash : 0;
-      table.blocks->PushBack(block, sequence.recency.own);
-    }
+    WritingBlock guard;
+    Block* const block = RestoreBlock(lock, manifest, index, b, sequence, &guard);
+    if (block == nullptr)
+      return absl::DataLossError(
+          absl::StrCat("block ", group.first_block + static_cast<int64_t>(b),
+                       " does not lie inside the tier, lies over another one, is "
+                       "another one in another sequence, or has lost the profile of its keys"));
+    table.blocks->PushBack(block, sequence.recency.own);
     store.Keep(block->place);
     sequence.durable.places.push_back(block->place);
   }

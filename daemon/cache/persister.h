@@ -28,6 +28,12 @@
 
 namespace kvtide {
 
+// A manifest of a prefix that is to be written, and its blocks, whose places are kept.
+struct KeptPrefix {
+  std::string bytes;
+  std::unique_ptr<PrefixRun> run;
+};
+
 class Persister {
  public:
   explicit Persister(CacheCore& core);
@@ -45,8 +51,13 @@ class Persister {
   absl::Status PersistParked(std::span<const SequenceId> ids, const CallContext& context);
   // Those that want it always and have changed. Errors are counted.
   void PersistChanged();
-  // A closed sequence: it is not there after a restart.
-  absl::Status Forget(CacheLock& lock, Sequence& sequence);
+  // Runs of prefixes (prefix_index.h) that are over.
+  absl::Status EraseDeadRuns(CacheLock& lock);
+  // Of a durable sequence that is about to be closed: what is found by its token ids afterwards and is
+  // durable stays so. Null: nothing.
+  std::unique_ptr<KeptPrefix> KeepPrefix(CacheState& state, const Sequence& sequence);
+  // A closed sequence: it is not there after a restart; what was kept of it, as a prefix.
+  absl::Status Forget(CacheLock& lock, Sequence& sequence, std::unique_ptr<KeptPrefix> kept = nullptr);
   // At the start: what is durable is there again.
   RestoreReport Restore();
 
@@ -64,10 +75,23 @@ class Persister {
                             std::vector<PinnedPlace>* pins, PersistReport* report);
   absl::Status WriteBatch(CacheLock& lock, std::span<const HeldBlock> blocks, const CallContext& context,
                           std::vector<PinnedPlace>* pins, PersistReport* report);
+  static std::vector<Block*> Fallen(const CacheState& state, const Sequence& sequence);
   // The place in the durable tier that holds what the block holds; null: none.
   Place* DurablePlace(const Block& block) const;
   Manifest Describe(const CacheState& state, const Sequence& sequence, std::vector<Place*>* places) const;
+  // The same without blocks.
+  static Manifest DescribeEmpty(const CacheState& state, const Sequence& sequence);
+  // A block to the end of its group.
+  void AddBlock(const GroupTable& table, const Block& block, ManifestGroup* group) const;
+  static int32_t AddProfile(const std::shared_ptr<const Profile>& profile, ManifestGroup* group);
   absl::Status RestoreOne(CacheLock& lock, const std::string& bytes, RestoreReport* report);
+  absl::StatusOr<Manifest> Decode(const std::string& bytes);
+  // A sequence as it was created, which is in no list yet.
+  absl::StatusOr<SequencePtr> Rebuild(CacheLock& lock, const Manifest& manifest);
+  absl::Status RestoreRun(CacheLock& lock, const std::string& bytes, RestoreReport* report);
+  Block* RestoreBlock(CacheLock& lock, const Manifest& manifest, size_t group, size_t at,
+                      const Sequence& sequence, WritingBlock* guard);
+  static absl::Status CheckCoding(const ManifestGroup& group, const GroupTable& table);
   absl::Status RestoreGroup(CacheLock& lock, const Manifest& manifest, size_t group, Sequence& sequence);
   void Release(CacheState& state, Durable* durable);
 

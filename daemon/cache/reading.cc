@@ -12,8 +12,7 @@ Reading::Reading(CacheState& state, size_t tables) : state_(state) {
 Reading::~Reading() {
   for (const Entry& entry : entries_) {
     entry.sequence->readers--;
-    state_.store.EndRead(entry.recency.own);
-    if (entry.recency.family != nullptr) state_.store.EndRead(entry.recency.family);
+    entry.recency.ForEach([&](const RecencyPtr& record) { state_.store.EndRead(record); });
   }
   entries_.clear();
   state_.counters.attended_blocks += attended_blocks;
@@ -36,8 +35,7 @@ absl::StatusOr<const TableSnapshot*> Reading::Add(const SequencePtr& sequence, i
   entry.snapshot = sequence->groups[static_cast<size_t>(group)].blocks->Snapshot();
   entry.recency = sequence->recency;
   sequence->readers++;
-  state_.store.BeginRead(entry.recency.own);
-  if (entry.recency.family != nullptr) state_.store.BeginRead(entry.recency.family);
+  entry.recency.ForEach([&](const RecencyPtr& record) { state_.store.BeginRead(record); });
   return entry.snapshot.get();
 }
 

@@ -4,6 +4,7 @@
 // when any of them is. BlockStore keeps the records.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -39,6 +40,21 @@ using RecencyPtr = std::shared_ptr<Recency>;
 struct SequenceRecency {
   RecencyPtr own;
   RecencyPtr family;  // null: never forked
+  // Of blocks of a prefix that it has in common with other sequences, or with nobody any more. What goes
+  // beyond a few is noted by those others only.
+  std::vector<RecencyPtr> prefixes;
+
+  void AddPrefix(const RecencyPtr& record) {
+    constexpr size_t kMost = 16;
+    if (record == nullptr || record == own || record == family || prefixes.size() >= kMost) return;
+    if (std::find(prefixes.begin(), prefixes.end(), record) == prefixes.end()) prefixes.push_back(record);
+  }
+  template <class F>
+  void ForEach(F f) const {
+    if (family != nullptr) f(family);
+    for (const RecencyPtr& record : prefixes) f(record);
+    if (own != nullptr) f(own);
+  }
 };
 
 }  // namespace kvtide

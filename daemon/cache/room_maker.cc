@@ -82,7 +82,8 @@ absl::StatusOr<std::vector<WritingBlock>> RoomMaker::Allocate(CacheLock& lock, i
     bool over_quota = false;
     for (int t = home; t < tiers; t = lock->store.Below(t)) {
       if (!core_.attends(t)) continue;  // new blocks are written where a backend can
-      if (account != nullptr && bytes > lock->store.QuotaLeft(*account, t)) {
+      if (account != nullptr && bytes > lock->store.QuotaLeft(*account, t) &&
+          !DropCached(*lock, *account, t, bytes)) {
         over_quota = true;
         continue;
       }
@@ -101,6 +102,23 @@ absl::StatusOr<std::vector<WritingBlock>> RoomMaker::Allocate(CacheLock& lock, i
       return absl::ResourceExhaustedError(RoomText(*lock, bytes));
     lock.WaitForChange(left);
   }
+}
+
+// What the tenant has cached makes way for what it needs.
+bool RoomMaker::DropCached(CacheState& state, const TenantAccount& account, int tier, size_t bytes) const {
+  std::vector<BlockId> cached;
+  const uint64_t left = state.store.QuotaLeft(account, tier);
+  size_t found = 0;
+  state.store.PeekIdle(tier, kAnySerial, [&](const Block& block) {
+    if (block.account != &account || !block.droppable() || !block.chunks.empty()) return true;
+    cached.push_back(block.id);
+    found += block.place->extent;
+    return left + found < bytes;
+  });
+  if (left + found < bytes) return false;
+  MoveReport ignored;
+  for (const BlockId id : cached) Drop(state, {id, tier, kDropTier}, &ignored);
+  return bytes <= state.store.QuotaLeft(account, tier);
 }
 
 void RoomMaker::ViewRoom(const Tier& tier, bool gathered, TierView* view) {
@@ -122,7 +140,8 @@ Snapshot RoomMaker::View(const CacheState& state, int first_tier, size_t bytes, 
   Snapshot snapshot;
   snapshot.homes = static_cast<size_t>(store.homes());
   const absl::Time now = core_.options().clock();
-  const bool dropping = state.sequences.dropping_sequences() > 0 || state.keyed.blocks() > 0;
+  const bool dropping =
+      state.sequences.dropping_sequences() > 0 || state.keyed.blocks() > 0 || state.store.alone_bytes() > 0;
   for (size_t t = 0; t < store.tiers(); t++) {
     const Tier& tier = store.tier(static_cast<int>(t));
     TierView& view = snapshot.tiers.emplace_back();
@@ -201,6 +220,8 @@ MoveReport RoomMaker::Execute(CacheLock& lock, std::span<const Move> moves, bool
     }
     Block* block = find(move);
     if (block != nullptr && block->backup == nullptr && !store.MayLie(*block, move.to)) {
+      // A cached block that its tenant has no room for below makes way altogether.
+      if (!read_too && Drop(*lock, {move.block, move.from, kDropTier}, &report)) continue;
       report.left_blocks++;
       continue;
     }

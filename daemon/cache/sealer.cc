@@ -20,6 +20,11 @@ void Sealer::Settle(CacheLock& lock, std::span<const SequencePtr> sequences, con
   }
   while (SealRound(lock, work))
     if (context != nullptr && !context->Check(core_.options().clock(), "sealing").ok()) break;
+  for (const SequencePtr& sequence : sequences) {
+    if (sequence->closed || !sequence->chain.has_value()) continue;
+    lock->counters.dropped_blocks += lock->prefixes.Register(*sequence, core_.options().max_prefix_blocks);
+    for (GroupTable& table : sequence->groups) FreeFallenBlocks(*lock, *sequence, table);
+  }
 }
 
 std::vector<Sealer::Seal> Sealer::Start(CacheLock& lock, std::span<const SequencePtr> sequences,
@@ -29,6 +34,11 @@ std::vector<Sealer::Seal> Sealer::Start(CacheLock& lock, std::span<const Sequenc
     if (sequence->closed) continue;
     for (size_t g = 0; g < sequence->groups.size(); g++)
       SettleTable(lock, *sequence, static_cast<int>(g), work);
+    // Others code them when it suits them: what leaves a sliding window before is not found.
+    for (GroupTable& table : sequence->groups) {
+      FreeFallenBlocks(*lock, *sequence, table);
+      table.sealed = std::max(table.sealed, table.first_block());
+    }
   }
   std::vector<Seal> seals;
   for (Work& table : work) StartSeals(lock, table, static_cast<int64_t>(most - seals.size()), seals);
@@ -52,7 +62,8 @@ void Sealer::SettleTable(CacheLock& lock, Sequence& sequence, int group, std::ve
   }
   bool ready = table.coding();
   if (ready && full > 0 && table.profile == nullptr) ready = MakeFirstBlockProfile(lock, table);
-  FreeFallenBlocks(*lock, sequence, table);
+  // Blocks of known tokens are coded and found by them before they leave a sliding window.
+  if (!sequence.chain.has_value()) FreeFallenBlocks(*lock, sequence, table);
   if (!ready) return;
   const ExactWindow exact = sequence.options.EffectiveWindow();
   const int64_t end = std::max<int64_t>(0, full - exact.last_blocks);

@@ -1,6 +1,6 @@
-// What follows an append: the profile from the first block, blocks that fell out of a sliding window, and
-// sealing. All of it may wait for the next append when there is no room; nothing here fails a call. The
-// caller is the sequence's writer.
+// What follows an append: the profile from the first block, blocks that fell out of a sliding window,
+// sealing, and entering what was sealed into the index of prefixes. All of it may wait for the next append
+// when there is no room; nothing here fails a call. The caller is the sequence's writer.
 #pragma once
 
 #include <memory>

@@ -8,6 +8,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -16,6 +17,7 @@
 #include "daemon/cache/block_table.h"
 #include "daemon/cache/model.h"
 #include "daemon/cache/sequence_options.h"
+#include "daemon/cache/token_chain.h"
 
 namespace kvtide {
 
@@ -109,6 +111,9 @@ struct ModelState {
   std::vector<std::shared_ptr<const Profile>> calibrated;  // by group; null = no means
 };
 
+struct PrefixSpace;
+using PrefixSpacePtr = std::shared_ptr<PrefixSpace>;
+
 struct Sequence {
   SequenceId id = 0;
   std::shared_ptr<const ModelState> model;
@@ -126,6 +131,11 @@ struct Sequence {
   bool persisting = false;  // a call makes it durable
   Durable durable;
   SequenceRecency recency;
+  // Known token ids, from the first one on, and where its sealed blocks are found by them (prefix_index.h).
+  std::optional<TokenChain> chain;
+  PrefixSpacePtr prefixes;                             // null: no chain
+  int64_t found_blocks = 0;                            // the index has seen those below
+  int64_t reused_tokens = 0;                           // that it began with
   uint64_t counted_tokens = 0, counted_f16_bytes = 0;  // what Sequences has added to its totals
   absl::Time created, last_used;
   absl::Time pinned_until = absl::InfinitePast();

@@ -33,6 +33,9 @@ struct SequenceOptions {
   RopePairs rope_pairs = RopePairs::kHalves;
   // The tenant: nobody else sees the sequence. Stamped on its blocks. Empty = the caller's.
   std::string name_space;
+  // What else K and V depend on beside model and token ids (adapters, images): sequences of different salts
+  // have no prefix in common. Up to 256 bytes.
+  std::string salt;
   std::string device;  // where the sequence is to live; empty = the device with the most room
   Persistence persistence = Persistence::kNone;
   bool allow_drop =

@@ -315,6 +315,10 @@ absl::StatusOr<SequencePtr> Sequences::Fork(SequenceId id, const CallContext& co
   child->home = parent->home;
   child->empty = parent->empty;
   child->created = child->last_used = options_.clock();
+  child->chain = parent->chain;
+  child->prefixes = parent->prefixes;
+  child->found_blocks = parent->found_blocks;
+  child->reused_tokens = parent->reused_tokens;
   store_->ForkRecency(&parent->recency, &child->recency);
   ApplyPins(child->created);
   for (const GroupTable& from : parent->groups) {

@@ -34,6 +34,8 @@ absl::Status Truncator::Truncate(SequenceId id, int64_t tokens, const CallContex
   if (status.code() == absl::StatusCode::kResourceExhausted) lock->counters.exhausted++;
   KVTIDE_RETURN_IF_ERROR(Annotate(status, absl::StrCat("truncating sequence ", id, " to ", tokens)));
   for (size_t g = 0; g < sequence->groups.size(); g++) CutTable(*lock, *sequence, static_cast<int>(g), cut);
+  if (sequence->chain.has_value()) sequence->chain->Cut(tokens);
+  sequence->found_blocks = std::min(sequence->found_blocks, cut.tail_index());
   sequence->changes++;
   lock->sequences.CountHeld(*sequence);
   sequence->last_used = core_.options().clock();

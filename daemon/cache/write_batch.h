@@ -32,8 +32,9 @@ struct LayerWrite {
   int model_layer = 0;
   int64_t start = 0, tokens = 0;
   TensorView k, v;
-  bool repeated = false;  // the layer has these tokens already
-  bool follows = false;   // another batch that is still open ends at `start`
+  std::span<const TokenId> token_ids;  // of the new tokens; empty: not said
+  bool repeated = false;               // the layer has these tokens already
+  bool follows = false;                // another batch that is still open ends at `start`
   // Of all layers of the group, which have equal lengths; `layer` is 0, and nothing is written by this batch.
   bool whole_group = false;
   uint64_t hash = 0;  // of the rows, as they came; before Commit

@@ -79,6 +79,7 @@ absl::Status Writer::Append(const AppendCall& call) {
     LayerWrite& write = batch.AddWrite(kv.layer, call.start_position, call.tokens);
     write.k = kv.k;
     write.v = kv.v;
+    write.token_ids = call.token_ids;
     write.hash = HashRows(write);
   }
   KVTIDE_RETURN_IF_ERROR(CheckWanted(batch.context));
@@ -137,6 +138,13 @@ absl::Status Writer::BeginLayer(CacheLock& lock, WriteBatch& batch, LayerWrite& 
   GroupTable& table = sequence.groups[static_cast<size_t>(write.group)];
   const LayerProgress& layer = table.layer(write.layer);
   const auto where = [&] { return absl::StrCat("sequence ", sequence.id, ", layer ", write.model_layer); };
+  if (!write.token_ids.empty()) {
+    if (static_cast<int64_t>(write.token_ids.size()) != write.tokens)
+      return absl::InvalidArgumentError(
+          absl::StrCat(where(), ": ", write.token_ids.size(), " token ids for ", write.tokens, " tokens"));
+    if (sequence.chain.has_value())
+      KVTIDE_RETURN_IF_ERROR(Annotate(sequence.chain->Check(write.start, write.token_ids), where()));
+  }
   if (!write.follows && write.start == layer.last_start && write.tokens == layer.tokens - layer.last_start) {
     {
       const Unlocked unlocked(lock);  // this call is the writer: the layer stays as it is
@@ -419,6 +427,7 @@ absl::Status Writer::Commit(CacheState& state, WriteBatch& batch) {
     }
     state.sequences.NotEmptyAnyMore(*write.sequence);
     if (write.start == 0) table.profiled[static_cast<size_t>(write.layer)] = true;
+    LearnTokens(state, write);
   }
   PublishProfiles(batch);
   for (const SequencePtr& sequence : batch.sequences) {
@@ -428,6 +437,19 @@ absl::Status Writer::Commit(CacheState& state, WriteBatch& batch) {
     sequence->last_used = now;
   }
   return absl::OkStatus();
+}
+
+// Ids count from the first token on.
+void Writer::LearnTokens(CacheState& state, const LayerWrite& write) const {
+  Sequence& sequence = *write.sequence;
+  if (write.token_ids.empty() || sequence.options.seal_at_once || core_.options().max_prefix_blocks == 0)
+    return;
+  if (!sequence.chain.has_value()) {
+    if (write.start != 0) return;
+    sequence.prefixes = state.prefixes.Open(sequence);
+    sequence.chain.emplace(sequence.prefixes->seed);
+  }
+  sequence.chain->Add(write.start, write.token_ids);
 }
 
 void Writer::Rollback(CacheState& state, WriteBatch& batch) {

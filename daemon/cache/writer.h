@@ -54,6 +54,7 @@ class Writer {
   // The batch lets go of its blocks, then of its sequences, or hands them to what follows it.
   static void ReleaseBlocks(WriteBatch& batch);
   static void ReleaseSequences(WriteBatch& batch);
+  void LearnTokens(CacheState& state, const LayerWrite& write) const;
   absl::Status CodeAtOnce(WriteBatch& batch, LayerWrite& write);
 
   CacheCore& core_;

@@ -25,7 +25,7 @@ class TenantTest : public CacheTest {
     const std::vector<float> rows = RandomRows(random_, static_cast<size_t>(tokens) * 2 * 64);
     std::vector<LayerKv> layers;
     for (int layer = 0; layer < 2; layer++) layers.push_back({layer, F32(rows), F32(rows)});
-    AppendCall call{sequence, start, tokens, layers, &context};
+    AppendCall call{sequence, start, tokens, layers, {}, &context};
     return cache_->Append(call);
   }
   absl::Status Read(SequenceId sequence, int64_t first, int64_t tokens, const CallContext& context) {
@@ -169,7 +169,7 @@ TEST_F(TenantTest, AReusedPlaceGivesNothingOfItsFormerTenant) {
     const int64_t tokens = 1 + static_cast<int64_t>(random_() % 63);
     const std::vector<float> ones(static_cast<size_t>(tokens) * 2 * 64, 1.0f);
     const LayerKv layers[] = {{0, F32(ones), F32(ones)}, {1, F32(ones), F32(ones)}};
-    ASSERT_TRUE(cache_->Append({after, 0, tokens, layers, &as_other_}).ok());
+    ASSERT_TRUE(cache_->Append({after, 0, tokens, layers, {}, &as_other_}).ok());
     EXPECT_TRUE(IsError(Read(after, 0, tokens + 1, as_other_), StatusCode::kOutOfRange, "tokens"));
     EXPECT_TRUE(IsError(Read(after, tokens, 1, as_other_), StatusCode::kOutOfRange, "tokens"));
     // Queries beyond the end see the ones and nothing else: any other row would change the mean.

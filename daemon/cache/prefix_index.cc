@@ -1,0 +1,308 @@
+#include "daemon/cache/prefix_index.h"
+
+#include <xxhash.h>
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "daemon/cache/block_label.h"
+#include "kernels/base/check.h"
+
+namespace kvtide {
+namespace {
+
+// Blocks of a table below this number never change while the sequence grows.
+int64_t SealedBlocks(const GroupTable& table) {
+  return table.coding() ? table.sealed : table.MinTokens() / kBlockTokens;
+}
+
+// What a sealed block of this number is stored as.
+const BlockLayout* SealedLayout(const Sequence& sequence, const GroupTable& table, int64_t index) {
+  return index < sequence.options.EffectiveWindow().first_blocks ? table.exact : table.coded;
+}
+
+bool IsAlone(const Block& block) { return block.chunks.empty(); }
+
+}  // namespace
+
+Place* KeptPlaceOf(const Block& block) {
+  for (Place* const place : {block.backup, block.place})
+    if (place != nullptr && place->keeps > 0) return place;
+  return nullptr;
+}
+
+PrefixIndex::PrefixIndex(BlockStore* store) : store_(store) {
+  store->SetForgetPrefix([this](Block* block) { Leave(block); });
+}
+
+// Texts have their length before them, numbers end with a comma: different values give different texts.
+std::string PrefixIndex::Identity(const Sequence& sequence) {
+  const SequenceOptions& options = sequence.options;
+  std::string text;
+  for (const std::string& part : {options.name_space, sequence.model->spec.name, options.salt})
+    absl::StrAppend(&text, part.size(), ":", part, ",");
+  absl::StrAppend(&text, sequence.model->hash, ",", options.exact_window.first_blocks, ",",
+                  options.exact_window.last_blocks, ",");
+  for (const GroupTable& table : sequence.groups) {
+    const CachePair pair = table.coded->pair();
+    absl::StrAppend(&text, PairName(pair), ",", Info(pair.k).version, ",", Info(pair.v).version, ",",
+                    HashLayout(*table.exact), ",", HashLayout(*table.coded), ",", table.window, ",");
+    absl::StrAppend(&text, table.profile_options.mean ? 1 : 0, ",",
+                    static_cast<int>(table.profile_options.equalise), ",",
+                    static_cast<int>(table.profile_options.pairs), ",",
+                    table.calibrated != nullptr ? table.calibrated->hash : 0, ";");
+  }
+  return text;
+}
+
+uint64_t PrefixIndex::Seed(const Sequence& sequence) {
+  const std::string identity = Identity(sequence);
+  return XXH3_64bits(identity.data(), identity.size());
+}
+
+PrefixSpacePtr PrefixIndex::Find(const Sequence& like, int home) const {
+  const auto found = spaces_.find({Identity(like), home});
+  return found != spaces_.end() ? found->second : nullptr;
+}
+
+PrefixSpacePtr PrefixIndex::Open(const Sequence& sequence) {
+  std::string identity = Identity(sequence);
+  if (const auto found = spaces_.find({identity, sequence.home}); found != spaces_.end())
+    return found->second;
+  if (spaces_.size() >= sweep_at_) {
+    std::erase_if(spaces_, [](const auto& entry) {
+      return entry.second->nodes.empty() && entry.second.use_count() == 1;
+    });
+    sweep_at_ = std::max<size_t>(64, 2 * spaces_.size());
+  }
+  auto space = std::make_shared<PrefixSpace>();
+  space->home = sequence.home;
+  space->seed = XXH3_64bits(identity.data(), identity.size());
+  space->model = sequence.model;
+  space->tenant = sequence.options.name_space;
+  for (const GroupTable& table : sequence.groups) space->windows.push_back(table.window);
+  space->identity = identity;
+  spaces_.emplace(Name(std::move(identity), sequence.home), space);
+  return space;
+}
+
+Block* PrefixIndex::Get(const PrefixSpace& space, const BlockKey& key, int group) const {
+  const auto node = space.nodes.find(key);
+  return node != space.nodes.end() ? node->second[static_cast<size_t>(group)] : nullptr;
+}
+
+void PrefixIndex::Insert(PrefixSpace& space, const BlockKey& key, int group, Block* block) {
+  KVTIDE_CHECK(block->prefix == nullptr && block->place != nullptr && block->home == space.home &&
+               block->stamp.group == group);
+  PrefixNode& node = space.nodes[key];
+  node.resize(space.windows.size(), nullptr);
+  KVTIDE_CHECK(node[static_cast<size_t>(group)] == nullptr);
+  node[static_cast<size_t>(group)] = block;
+  block->prefix = &space;
+  block->prefix_key = key;
+  store_->AddDirect(block, false);
+  store_->CountAlone(*block, 1);
+  blocks_++;
+}
+
+void PrefixIndex::Leave(Block* block) {
+  KVTIDE_CHECK(block->prefix != nullptr);
+  PrefixSpace& space = *block->prefix;
+  if (const auto found = runs_of_.find(block->id); found != runs_of_.end()) {
+    Place* const place = KeptPlaceOf(*block);
+    KVTIDE_CHECK(place != nullptr);
+    const auto runs = std::move(found->second);
+    runs_of_.erase(found);
+    for (PrefixRun* const run : runs) {
+      store_->Unkeep(place);
+      if (--run->live > 0) continue;
+      dead_runs_.push_back(run->id);
+      runs_.erase(run->id);
+    }
+  }
+  store_->CountAlone(*block, -1);
+  const auto node = space.nodes.find(block->prefix_key);
+  KVTIDE_CHECK(node != space.nodes.end());
+  node->second[static_cast<size_t>(block->stamp.group)] = nullptr;
+  if (std::all_of(node->second.begin(), node->second.end(), [](const Block* b) { return b == nullptr; }))
+    space.nodes.erase(node);
+  block->prefix = nullptr;
+  blocks_--;
+}
+
+bool PrefixIndex::DropColdest() {
+  constexpr int kPeeks = 4096;
+  for (int t = static_cast<int>(store_->tiers()) - 1; t >= 0; t--) {
+    BlockId coldest = 0;
+    bool found = false;
+    int peeks = 0;
+    store_->PeekIdle(t, ~uint64_t{0}, [&](const Block& block) {
+      found = block.prefix != nullptr && IsAlone(block) && block.droppable();
+      coldest = block.id;
+      return !found && ++peeks < kPeeks;
+    });
+    if (!found) continue;
+    store_->Drop(store_->Get(coldest));
+    return true;
+  }
+  return false;
+}
+
+uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most) {
+  if (!sequence.chain.has_value()) return 0;
+  PrefixSpace& space = *sequence.prefixes;
+  int64_t end = sequence.chain->blocks();
+  for (const GroupTable& table : sequence.groups) end = std::min(end, SealedBlocks(table));
+  // A block that is being coded ends what is sealed.
+  for (int64_t index = sequence.found_blocks; index < end; index++)
+    for (const GroupTable& table : sequence.groups)
+      if (index >= table.first_block() && index < table.end_block() && table.at(index)->place != nullptr &&
+          table.at(index)->layout != SealedLayout(sequence, table, index))
+        end = index;
+  uint64_t dropped = 0;
+  for (int64_t index = sequence.found_blocks; index < end; index++) {
+    const BlockKey& key = sequence.chain->keys()[static_cast<size_t>(index)];
+    for (size_t g = 0; g < sequence.groups.size(); g++) {
+      GroupTable& table = sequence.groups[g];
+      if (index < table.first_block() || index >= table.end_block()) continue;
+      Block* const mine = table.at(index);
+      // What could not be coded, or is lost, nobody else is to have.
+      if (mine->place == nullptr || mine->layout != SealedLayout(sequence, table, index)) continue;
+      Block* there = Get(space, key, static_cast<int>(g));
+      if (there == mine) continue;
+      // One that came from before a restart may not be there any more, one that lies deeper would have to be
+      // brought in.
+      if (there != nullptr && IsAlone(*there) && there->leases == 0 && there->holds == 0 &&
+          mine->prefix == nullptr && (!there->checked || there->place->tier > mine->place->tier)) {
+        Leave(there);
+        store_->RemoveDirect(there, false);
+        there = nullptr;
+      }
+      if (there != nullptr) {
+        if (!there->checked || there->layout != mine->layout) continue;
+        table.blocks->Replace(index, there, sequence.recency.own);
+        sequence.recency.AddPrefix(there->record);
+        continue;
+      }
+      if (mine->prefix != nullptr) continue;
+      while (blocks_ >= most && DropColdest()) dropped++;
+      if (blocks_ < most) Insert(space, key, static_cast<int>(g), mine);
+    }
+  }
+  sequence.found_blocks = std::max(sequence.found_blocks, end);
+  return dropped;
+}
+
+int64_t PrefixIndex::FirstBlock(const PrefixSpace& space, int group, int64_t blocks) {
+  return FirstLiveBlock(blocks * kBlockTokens, space.windows[static_cast<size_t>(group)]);
+}
+
+int64_t PrefixIndex::Longest(const PrefixSpace& space, std::span<const BlockKey> keys) const {
+  int64_t longest = 0;
+  absl::InlinedVector<int64_t, 2> there(space.windows.size(), 0);  // up to here, without a gap
+  for (int64_t i = 0; i < static_cast<int64_t>(keys.size()); i++) {
+    const auto node = space.nodes.find(keys[static_cast<size_t>(i)]);
+    if (node == space.nodes.end()) break;
+    bool whole = true;
+    for (size_t g = 0; g < there.size(); g++) {
+      there[g] = node->second[g] != nullptr ? there[g] + 1 : 0;
+      whole = whole && there[g] >= i + 1 - FirstBlock(space, static_cast<int>(g), i + 1);
+    }
+    if (whole) longest = i + 1;
+  }
+  return longest;
+}
+
+void PrefixIndex::Order(std::span<Block* const> blocks, const RecencyPtr& record) {
+  for (Block* const block : blocks)
+    if (block->prefix != nullptr && IsAlone(*block)) store_->Rejoin(block, record, BlockStore::End::kColdest);
+}
+
+void PrefixIndex::Forget(const ModelState& model) {
+  std::vector<Block*> blocks;
+  for (const auto& [name, space] : spaces_) {
+    if (space->model.get() != &model) continue;
+    for (const auto& [key, node] : space->nodes)
+      for (Block* const block : node)
+        if (block != nullptr) blocks.push_back(block);
+  }
+  // The map has no order that a second run would have.
+  std::sort(blocks.begin(), blocks.end(), [](const Block* a, const Block* b) { return a->id < b->id; });
+  for (Block* const block : blocks) {
+    Leave(block);
+    store_->RemoveDirect(block, false);
+  }
+  std::erase_if(spaces_, [&](const auto& entry) { return entry.second->model.get() == &model; });
+}
+
+void PrefixIndex::EnterRun(std::unique_ptr<PrefixRun> run) {
+  run->live = run->blocks.size();
+  for (const BlockId id : run->blocks) runs_of_[id].push_back(run.get());
+  const uint64_t id = run->id;
+  const bool added = runs_.emplace(id, std::move(run)).second;
+  KVTIDE_CHECK(added);
+}
+
+void PrefixIndex::LeaveRun(uint64_t id) {
+  const auto found = runs_.find(id);
+  if (found == runs_.end()) return;
+  for (const BlockId block_id : found->second->blocks) {
+    const auto of = runs_of_.find(block_id);
+    if (of == runs_of_.end()) continue;  // dropped
+    const auto mine = std::find(of->second.begin(), of->second.end(), found->second.get());
+    if (mine == of->second.end()) continue;
+    of->second.erase(mine);
+    if (of->second.empty()) runs_of_.erase(of);
+    store_->Unkeep(KeptPlaceOf(*store_->Get(block_id)));
+  }
+  runs_.erase(found);
+}
+
+void PrefixIndex::Clear() {
+  for (auto& [name, space] : spaces_) {
+    std::vector<Block*> blocks;
+    for (const auto& [key, node] : space->nodes)
+      for (Block* const block : node)
+        if (block != nullptr) blocks.push_back(block);
+    for (Block* const block : blocks) {
+      Leave(block);
+      store_->RemoveDirect(block, false);
+    }
+  }
+  spaces_.clear();
+}
+
+void PrefixIndex::CheckInvariants() const {
+  uint64_t blocks = 0, alone = 0, durable = 0;
+  for (const auto& [name, space] : spaces_) {
+    for (const auto& [key, node] : space->nodes) {
+      KVTIDE_CHECK(node.size() == space->windows.size());
+      uint64_t in_node = 0;
+      for (size_t g = 0; g < node.size(); g++) {
+        const Block* const block = node[g];
+        if (block == nullptr) continue;
+        KVTIDE_CHECK(block->prefix == space.get() && block->prefix_key == key && block->place != nullptr &&
+                     block->stamp.group == static_cast<int>(g) && block->home == space->home &&
+                     !block->keyed);
+        if (IsAlone(*block)) alone += block->place->bytes;
+        if (runs_of_.contains(block->id)) {
+          KVTIDE_CHECK(KeptPlaceOf(*block) != nullptr);
+          durable++;
+        }
+        in_node++;
+      }
+      KVTIDE_CHECK(in_node > 0);
+      blocks += in_node;
+    }
+  }
+  KVTIDE_CHECK(blocks == blocks_ && alone == store_->alone_bytes() && durable == runs_of_.size(), blocks,
+               " blocks of prefixes, ", blocks_, " counted; ", alone, " bytes that no sequence has, ",
+               store_->alone_bytes(), " counted; ", durable, " durable, ", runs_of_.size(), " counted");
+  store_->ForEach([&](const Block& block) {
+    if (block.prefix == nullptr) return;
+    KVTIDE_CHECK(Get(*block.prefix, block.prefix_key, block.stamp.group) == &block, "block ", block.id,
+                 " is not where its prefix says");
+  });
+}
+
+}  // namespace kvtide

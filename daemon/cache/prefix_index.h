@@ -1,0 +1,123 @@
+// The index of prefixes: sealed blocks of sequences whose token ids are known, found by the hash of all
+// tokens up to their end (token_chain.h). The index has one reference to a block, which allows drops: when
+// the last sequence that has the block is closed, it stays as a cached prefix until the policy drops it.
+// Guarded by the cache's mutex (it is part of CacheState).
+//
+// What hashes are unique in is a space: tenant, model, salt, and everything that decides what bytes a token
+// becomes (pairs, exact window, profile, codec versions, layouts). Spaces are told apart by all of it, not by
+// a hash, and share nothing.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/container/inlined_vector.h"
+#include "daemon/cache/block_store.h"
+#include "daemon/cache/sequence.h"
+
+namespace kvtide {
+
+// The blocks of one block number, by layer group; null: not there.
+using PrefixNode = absl::InlinedVector<Block*, 1>;
+
+struct PrefixSpace {
+  std::string identity;
+  int home = 0;       // device of the first tier where its blocks live
+  uint64_t seed = 0;  // of the hashes; the same on every device
+  std::shared_ptr<const ModelState> model;
+  std::string tenant;
+  std::vector<int64_t> windows;  // by layer group
+  absl::flat_hash_map<BlockKey, PrefixNode> nodes;
+};
+
+// Part of a manifest of a sequence that was closed: blocks of a prefix that are there after a restart.
+struct PrefixRun {
+  uint64_t id = 0;              // in the durable index
+  std::vector<BlockId> blocks;  // some may be no more
+  size_t live = 0;              // of them
+};
+
+class PrefixIndex {
+ public:
+  explicit PrefixIndex(BlockStore* store);
+
+  // The space of a sequence's blocks on its device, made if it is not there.
+  PrefixSpacePtr Open(const Sequence& sequence);
+  // The same on another device; null where nothing is cached.
+  PrefixSpacePtr Find(const Sequence& like, int home) const;
+  // Seed of the hashes in the sequence's space.
+  static uint64_t Seed(const Sequence& sequence);
+  static std::string Identity(const Sequence& sequence);
+
+  // Null if it is not there.
+  Block* Get(const PrefixSpace& space, const BlockKey& key, int group) const;
+  // A block of a sequence, which is in no space yet: found from now on.
+  void Insert(PrefixSpace& space, const BlockKey& key, int group, Block* block);
+  // The sealed blocks of the sequence that are new: found from now on; where others have the same tokens the
+  // sequence gets theirs, and its own go. At most `most` blocks are found in all. The caller is its writer.
+  // Returns how many were dropped to make place.
+  uint64_t Register(Sequence& sequence, uint64_t most);
+  // The most full blocks from the first one on that a sequence can begin with: of every group those that the
+  // next token would see.
+  int64_t Longest(const PrefixSpace& space, std::span<const BlockKey> keys) const;
+  // First block that a prefix of so many blocks has in the group.
+  static int64_t FirstBlock(const PrefixSpace& space, int group, int64_t blocks);
+  // What nobody else has goes by this order from now on: the end of a prefix before its beginning.
+  void Order(std::span<Block* const> blocks, const RecencyPtr& record);
+
+  // Forgets what belongs to the model, and says which runs are over.
+  void Forget(const ModelState& model);
+
+  uint64_t blocks() const { return blocks_; }
+  uint64_t durable_blocks() const { return runs_of_.size(); }
+  size_t spaces() const { return spaces_.size(); }
+  // A run whose blocks, in the durable tier, are kept for it.
+  void EnterRun(std::unique_ptr<PrefixRun> run);
+  bool IsDurable(const Block& block) const { return runs_of_.contains(block.id); }
+  bool HasRun(uint64_t id) const { return runs_.contains(id); }
+  // Nothing is kept for it any more.
+  void LeaveRun(uint64_t id);
+  // Runs without blocks: to be taken from the durable index.
+  std::vector<uint64_t> TakeDeadRuns() { return std::exchange(dead_runs_, {}); }
+  void GiveDeadRuns(std::span<const uint64_t> ids) {
+    dead_runs_.insert(dead_runs_.end(), ids.begin(), ids.end());
+  }
+
+  template <class F>
+  void ForEach(F f) const {
+    for (const auto& [name, space] : spaces_)
+      for (const auto& [key, node] : space->nodes)
+        for (size_t g = 0; g < node.size(); g++)
+          if (node[g] != nullptr) f(*space, key, static_cast<int>(g), node[g]);
+  }
+  void CheckInvariants() const;
+  // Gives everything back. No call may be running.
+  void Clear();
+
+ private:
+  using Name = std::pair<std::string, int>;  // identity, home
+
+  // A block that is about to be dropped, or is not wanted any more, is not found from now on.
+  void Leave(Block* block);
+  // Drops the coldest block that no sequence has.
+  bool DropColdest();
+
+  BlockStore* const store_;
+  std::map<Name, PrefixSpacePtr> spaces_;
+  size_t sweep_at_ = 64;
+  uint64_t blocks_ = 0;
+  std::map<uint64_t, std::unique_ptr<PrefixRun>> runs_;
+  absl::flat_hash_map<BlockId, absl::InlinedVector<PrefixRun*, 1>> runs_of_;
+  std::vector<uint64_t> dead_runs_;
+};
+
+// The place of a block that a manifest keeps; null: none does.
+Place* KeptPlaceOf(const Block& block);
+
+}  // namespace kvtide

@@ -1,0 +1,38 @@
+// Sequences that begin with what is cached: LookupPrefix finds the longest prefix of some tokens that can be
+// read now and holds it by a lease, and a new sequence takes its blocks over. They are shared: whoever writes
+// into one first gets a copy of it.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "daemon/cache/cache_core.h"
+#include "daemon/cache/prefix_calls.h"
+
+namespace kvtide {
+
+class PrefixReuse {
+ public:
+  explicit PrefixReuse(CacheCore& core) : core_(core) {}
+
+  absl::StatusOr<PrefixReport> Lookup(const PrefixCall& call);
+  // A new sequence with the tokens of the lease, which is over then.
+  absl::StatusOr<SequencePtr> Begin(CacheLock& lock, ModelId model, const SequenceOptions& options,
+                                    LeaseId lease, const CallContext& context);
+  // The blocks that only the index will have once the sequence is closed. Before it is.
+  static std::vector<Block*> BlocksOf(const Sequence& sequence);
+
+ private:
+  absl::Status CheckAnswering(CacheLock& lock, const PrefixSpace& space, std::span<const BlockKey> keys,
+                              const CallContext& context, int64_t* blocks);
+  static void TakeOver(CacheState& state, const PrefixSpacePtr& space, std::span<const BlockKey> keys,
+                       int64_t blocks, Sequence& sequence);
+
+  CacheCore& core_;
+};
+
+}  // namespace kvtide

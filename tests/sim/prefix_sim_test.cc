@@ -1,0 +1,38 @@
+// The simulation of prefixes over many seeds, and the proof that it sees wrong rows.
+// KVTIDE_SIM_SEEDS=first:count and KVTIDE_SIM_STEPS choose others.
+#include "tests/sim/prefix_sim.h"
+
+#include "gtest/gtest-spi.h"
+#include "tests/sim/sim_runs.h"
+
+namespace kvtide::testing {
+namespace {
+
+class PrefixSimTest : public PrefixSim {};
+
+TEST_F(PrefixSimTest, OverADiskWithRestarts) {
+  const SimRuns runs(8, 300);
+  for (int64_t i = 0; i < runs.count; i++)
+    if (!Run(static_cast<uint32_t>(runs.first + i), runs.steps)) return;
+  EXPECT_GT(reused_, 0u);
+  std::printf(
+      "seeds %lld to %lld, %lld steps each, %llu verbs inside others, %llu tokens reused, %llu restarts\n",
+      static_cast<long long>(runs.first), static_cast<long long>(runs.first + runs.count - 1),
+      static_cast<long long>(runs.steps), static_cast<unsigned long long>(nested_),
+      static_cast<unsigned long long>(reused_), static_cast<unsigned long long>(restarts_));
+}
+
+TEST_F(PrefixSimTest, NoticesRowsOfOtherTokens) {
+  ::testing::TestPartResultArray failures;
+  bool good = true;
+  {
+    ::testing::ScopedFakeTestPartResultReporter intercept(
+        ::testing::ScopedFakeTestPartResultReporter::INTERCEPT_ONLY_CURRENT_THREAD, &failures);
+    good = Run(1, 300, true);
+  }
+  EXPECT_FALSE(good);
+  EXPECT_GT(failures.size(), 0);
+}
+
+}  // namespace
+}  // namespace kvtide::testing
