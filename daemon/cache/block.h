@@ -81,10 +81,10 @@ struct Block {
   Place* place = nullptr;   // null: dropped
   Place* backup = nullptr;  // with the same bytes, kept by manifests
   int home = 0;             // device of the first tier that its sequences live on
-  // The block lives while it is in a chunk, has a direct entry or is held.
+  // The block lives while it is in a chunk, has a direct entry, is a block of a prefix or is held.
   bool keyed = false;             // it has a direct entry of the index of keys (keyed_index.h)
-  PrefixSpace* prefix = nullptr;  // it is a block of a prefix: the index has a direct entry of it
-  BlockKey prefix_key;            // (prefix_index.h)
+  PrefixSpace* prefix = nullptr;  // where the index of prefixes finds it (prefix_index.h); null: it does not,
+  BlockKey prefix_key;            // and by what
   bool durable = false;           // keyed: a place of it is kept for a restart
   bool checked = true;            // keyed or cached prefix: false after a restart, until its label was seen
   int leases = 0;                 // of clients that are about to load it: not dropped
@@ -117,7 +117,11 @@ struct Block {
     for (const Chunk* chunk : chunks) count += chunk->keepers;
     return count;
   }
-  bool droppable() const { return references() > 0 && keepers() == 0 && leases == 0; }
+  // By tables, by its key or as a prefix: it is wanted.
+  bool used() const { return prefix != nullptr || references() > 0; }
+  // One table has it and nobody finds it: who writes into it changes no other's tokens.
+  bool owned() const { return references() == 1 && prefix == nullptr; }
+  bool droppable() const { return used() && keepers() == 0 && leases == 0; }
   BlockForm form() const { return layout != nullptr ? BlockForm(layout) : BlockForm::Opaque(bytes); }
 };
 

@@ -276,7 +276,8 @@ void BlockStore::Unhold(Block* block) {
 
 // A held block without references keeps its bytes: its holder may be writing or copying them.
 void BlockStore::DeleteIfUnused(Block* block) {
-  if (!block->chunks.empty() || block->direct_entries > 0 || block->holds > 0) return;
+  if (!block->chunks.empty() || block->direct_entries > 0 || block->prefix != nullptr || block->holds > 0)
+    return;
   KVTIDE_CHECK(!block->moving);
   Unlink(block);
   ForgetBackup(block);
@@ -377,8 +378,8 @@ void BlockStore::SwapPlace(Block* block, Place* place) {
 
 void BlockStore::Drop(Block* block) {
   KVTIDE_CHECK(block->place != nullptr && !block->writing && !block->moving);
-  const bool forgotten = block->keyed || block->prefix != nullptr;
-  if (block->keyed) forget_(block);
+  const bool was_keyed = block->keyed;
+  if (was_keyed) forget_(block);
   if (block->prefix != nullptr) forget_prefix_(block);
   MakeStale(*block);
   CountInChunks(*block, -1);
@@ -391,7 +392,8 @@ void BlockStore::Drop(Block* block) {
   block->has_checksum = false;
   ForgetBackup(block);
   Retire(place);
-  if (forgotten) RemoveDirect(block, false);
+  if (was_keyed) return RemoveDirect(block, false);
+  DeleteIfUnused(block);
 }
 
 RecencyPtr BlockStore::NewRecency(absl::Time now) {
@@ -601,7 +603,7 @@ void BlockStore::CheckInvariants() const {
   uint64_t shared = 0, stored = 0, dropped = 0;
   absl::flat_hash_set<const Chunk*> chunks;
   ForEach([&](const Block& block) {
-    KVTIDE_CHECK(block.references() + block.holds > 0, "block ", block.id, " belongs to nobody");
+    KVTIDE_CHECK(block.used() || block.holds > 0, "block ", block.id, " belongs to nobody");
     KVTIDE_CHECK(block.keepers() <= block.references());
     if (block.references() > 1) shared++;
     chunks.insert(block.chunks.begin(), block.chunks.end());

@@ -93,6 +93,8 @@ class BlockStore {
   void RemoveDirect(Block* block, bool keeper);
   void Hold(Block* block) { block->holds++; }
   void Unhold(Block* block);
+  // After the index of prefixes has let it go.
+  void DeleteIfUnused(Block* block);
   void Pin(Place* place);
   void Unpin(Place* place);
   void LeavePicture(Place* place);
@@ -196,7 +198,6 @@ class BlockStore {
   Place* PlaceAt(int tier, size_t offset, size_t bytes, size_t pair_index);
   Block* NewBlock(Place* place, int home, const BlockForm& form);
   void FreeIfUnused(Place* place);
-  void DeleteIfUnused(Block* block);
   // What snapshots show of the block is stale.
   void MakeStale(const Block& block);
   // In and out of the list of its record and tier.

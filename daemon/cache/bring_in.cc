@@ -31,7 +31,7 @@ absl::Status Mover::BringIn(CacheLock& lock, std::span<const HeldBlock> blocks, 
     const Block* moving = nullptr;
     for (const HeldBlock& held : blocks) {
       Block* const block = held.get();
-      if (!IsFar(*block) || block->references() == 0) continue;
+      if (!IsFar(*block) || !block->used()) continue;
       far++;
       bytes += block->place->bytes;
       if (block->moving) {

@@ -261,8 +261,6 @@ void Inspector::CheckInvariants() const {
   lock->keyed.ForEach(
       [&](const KeyedNamespace&, const BlockKey&, const Block* block) { counted[block].first++; });
   lock->prefixes.CheckInvariants();
-  lock->prefixes.ForEach(
-      [&](const PrefixSpace&, const BlockKey&, int, const Block* block) { counted[block].first++; });
   lock->store.ForEach([&](const Block& block) {
     const auto it = counted.find(&block);
     const int refs = it == counted.end() ? 0 : it->second.first,

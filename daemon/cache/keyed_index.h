@@ -36,6 +36,7 @@ struct KeyedShard {
 struct KeyedNamespace {
   NamespaceId id = 0;
   NamespaceSpec spec;
+  std::shared_ptr<TenantAccount> account;  // of the spec's tenant, where its blocks count
   BlockForm form = BlockForm::Opaque(0);
   const BlockLayout* exact = nullptr;  // the same rows in f16; null: opaque
   Persistence persistence = Persistence::kNone;

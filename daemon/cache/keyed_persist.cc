@@ -125,7 +125,7 @@ absl::Status Persister::PersistBlocks(CacheLock& lock, const NamespacePtr& space
       block->durable = true;
       if (space->shards.empty() || space->shards.back()->blocks.size() >= kMostShardBlocks) {
         space->shards.push_back(std::make_unique<KeyedShard>());
-        space->shards.back()->id = NewShardId(*lock);
+        space->shards.back()->id = lock->sequences.NewId();
       }
       KeyedShard& shard = *space->shards.back();
       shard.blocks.push_back(block->id);
@@ -136,13 +136,6 @@ absl::Status Persister::PersistBlocks(CacheLock& lock, const NamespacePtr& space
   report->blocks += written.blocks;
   report->bytes += written.bytes;
   return status;
-}
-
-uint64_t Persister::NewShardId(CacheState& state) const {
-  while (true) {
-    const uint64_t id = state.sequences.NewId();
-    if (!taken_.contains(id)) return id;
-  }
 }
 
 absl::Status Persister::WriteShards(CacheLock& lock, const NamespacePtr& space, size_t lost) {
@@ -270,6 +263,8 @@ absl::Status Persister::RestoreShard(CacheLock& lock, uint64_t id, const std::st
     block->place->write_id = from.write_id;
     block->place->checksum = from.checksum;
     block->checked = false;
+    block->account = space->account.get();
+    Charge(block->place, block->account);
     lock->keyed.Insert(*space, from.key, block);
     store.Join(block, record);
     store.Keep(block->place);

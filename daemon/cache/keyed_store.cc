@@ -62,6 +62,7 @@ absl::StatusOr<NamespacePtr> KeyedStore::Make(CacheLock& lock, const NamespaceSp
   auto space = std::make_shared<KeyedNamespace>();
   space->id = id;
   space->spec = spec;
+  space->account = lock->tenants.Get(spec.tenant);
   if (spec.opaque.has_value()) {
     space->form = BlockForm::Opaque(spec.opaque->block_bytes);
   } else {
@@ -181,8 +182,11 @@ struct KeyedStore::Write {
   absl::Status status;
 };
 
-WritingBlock KeyedStore::Allocate(CacheLock& lock, const BlockForm& form, uint64_t want_bytes) {
+WritingBlock KeyedStore::Allocate(CacheLock& lock, const KeyedNamespace& space, uint64_t want_bytes,
+                                  bool* over_quota) {
   BlockStore& store = lock->store;
+  const BlockForm& form = space.form;
+  TenantAccount& account = *space.account;
   int home = 0;
   for (int h = 1; h < store.homes(); h++)
     if (store.tier(h).allocator.free_bytes() > store.tier(home).allocator.free_bytes()) home = h;
@@ -193,8 +197,18 @@ WritingBlock KeyedStore::Allocate(CacheLock& lock, const BlockForm& form, uint64
   constexpr int kRounds = 64;  // others may take the room that was made
   for (const int tier : tiers) {
     for (int round = 0; round < kRounds; round++) {
+      // What the tenant has cached makes way for it, and nobody else's.
+      if (form.bytes > store.QuotaLeft(account, tier) &&
+          !room_.DropCached(*lock, account, tier, form.bytes)) {
+        *over_quota = true;
+        break;
+      }
       Block* const block = store.Allocate(tier, home, form);
-      if (block != nullptr) return WritingBlock(store, block);
+      if (block != nullptr) {
+        block->account = &account;
+        Charge(block->place, &account);
+        return WritingBlock(store, block);
+      }
       if (!room_.MakeRoom(lock, tier, form.bytes, want_bytes, kAnySerial)) break;
     }
   }
@@ -273,11 +287,14 @@ absl::StatusOr<std::vector<KeyedStore::Write>> KeyedStore::Reserve(CacheLock& lo
     Write write;
     write.index = storing.next;
     if (!storing.full) {
-      write.block = Allocate(lock, space.form, (storing.keys.size() - storing.next) * space.form.bytes);
+      bool over_quota = false;
+      write.block =
+          Allocate(lock, space, (storing.keys.size() - storing.next) * space.form.bytes, &over_quota);
       if (!write.block && !writes.empty()) break;  // what is being written makes no way: finish that first
       if (!write.block) {
         storing.full = true;
-        report.problem = Mover::RoomText(*lock, space.form.bytes);
+        report.problem = over_quota ? RoomMaker::QuotaText(*lock, *space.account, space.form.bytes)
+                                    : Mover::RoomText(*lock, space.form.bytes);
       }
     }
     if (storing.full) {

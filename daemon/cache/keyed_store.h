@@ -58,7 +58,7 @@ class KeyedStore {
   // bytes enough to be worth it. None begins after one has returned false.
   void Copies(size_t count, size_t bytes, bool side_by_side, const std::function<bool(size_t)>& copy);
   // A block in the best tier that is there; what is colder makes way.
-  WritingBlock Allocate(CacheLock& lock, const BlockForm& form, uint64_t want_bytes);
+  WritingBlock Allocate(CacheLock& lock, const KeyedNamespace& space, uint64_t want_bytes, bool* over_quota);
   // Drops the coldest block that is found by key: there is no room for more of them in the index.
   bool DropColdest(CacheState& state) const;
   void UseTogether(CacheState& state, std::span<Block* const> blocks) const;

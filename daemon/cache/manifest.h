@@ -40,8 +40,8 @@ struct Manifest {
   std::string model_tenant;  // who has registered it
   SequenceOptions options;
   std::vector<ManifestGroup> groups;
-  // The sequence was closed; its sealed blocks are a cached prefix (PrefixRun of prefix_index.h), and some may have
-  // been dropped later.
+  // The sequence was closed; its sealed blocks are a cached prefix (PrefixRun of prefix_index.h), and some
+  // may have been dropped later.
   bool closed = false;
   int64_t written_unix_nanos = 0;  // closed: of two that name the same place the later one is right
   // What is known of its tokens (token_chain.h); none: nothing.

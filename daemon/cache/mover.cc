@@ -107,7 +107,7 @@ MoveReport Mover::MoveTo(CacheLock& lock, std::span<const HeldBlock> blocks, int
   std::vector<Move> moves;
   for (const HeldBlock& held : blocks) {
     const Block& block = *held.get();
-    if (block.references() == 0 || block.place == nullptr || block.place->tier == tier) continue;
+    if (!block.used() || block.place == nullptr || block.place->tier == tier) continue;
     bytes += block.place->bytes;
     largest = std::max(largest, block.place->bytes);
     moves.push_back({block.id, block.place->tier, tier});
@@ -163,7 +163,7 @@ class Mover::Eviction {
     if (block->references() > 1 && !seen_.insert(block->id).second) return;
     if (!all_ && block->references() > 1 && block->references() > entries_[block->id]) {
       report_.shared_blocks++;
-    } else if (IsBusy(*block)) {
+    } else if (IsBusy(*block) || (tier_ == kDropTier && block->leases > 0)) {
       report_.left_blocks++;
     } else if (tier_ == kDropTier) {
       lock_->store.Drop(block);

@@ -158,10 +158,7 @@ absl::Status Persister::PersistOne(CacheLock& lock, const SequencePtr& sequence,
   if (!sequence->durable.exists) lock->durable_sequences++;
   std::swap(sequence->durable, next);
   Release(*lock, &next);
-  for (auto& [id, places] : in_doubt_)
-    if (id == sequence->id)
-      for (Place* place : std::exchange(places, {})) lock->store.Unkeep(place);
-  std::erase_if(in_doubt_, [&](const auto& doubt) { return doubt.first == sequence->id; });
+  Settle(*lock, sequence->id);
   lock->counters.persisted++;
   report->sequences++;
   report->tokens += sequence->durable.tokens;
@@ -415,11 +412,11 @@ std::unique_ptr<KeptPrefix> Persister::KeepPrefix(CacheState& state, const Seque
       const Block* const block = state.prefixes.Get(space, keys[static_cast<size_t>(i)], g);
       AddBlock(table, *block, &group);
       is_new = is_new || !state.prefixes.IsDurable(*block);
-      run->blocks.push_back(block->id);
+      run->blocks.emplace_back(block->id, DurablePlace(*block));
     }
   }
   if (!is_new) return nullptr;  // other runs have all of it
-  for (const BlockId id : run->blocks) state.store.Keep(DurablePlace(*state.store.Get(id)));
+  for (const auto& [id, place] : run->blocks) state.store.Keep(place);
   auto kept = std::make_unique<KeptPrefix>();
   kept->bytes = EncodeManifest(manifest);
   kept->run = std::move(run);
@@ -428,6 +425,13 @@ std::unique_ptr<KeptPrefix> Persister::KeepPrefix(CacheState& state, const Seque
 
 void Persister::Release(CacheState& state, Durable* durable) {
   for (Place* place : std::exchange(durable->places, {})) state.store.Unkeep(place);
+}
+
+void Persister::Settle(CacheState& state, SequenceId id) {
+  for (auto& [doubted, places] : in_doubt_)
+    if (doubted == id)
+      for (Place* place : std::exchange(places, {})) state.store.Unkeep(place);
+  std::erase_if(in_doubt_, [&](const auto& doubt) { return doubt.first == id; });
 }
 
 absl::Status Persister::EraseDeadRuns(CacheLock& lock) {
@@ -457,12 +461,14 @@ absl::Status Persister::Forget(CacheLock& lock, Sequence& sequence, std::unique_
       lock->durable_sequences--;
       Release(*lock, &sequence.durable);
       sequence.durable = {};
+      Settle(*lock, sequence.id);
       lock->changed.NotifyAll();
       return absl::OkStatus();
     }
     if (!status.ok()) lock->counters.failed_persists++;
-    lock->prefixes.LeaveRun(sequence.id);
   }
+  // A Persist that ran while it was closed may have written over what was kept.
+  lock->prefixes.LeaveRun(sequence.id);
   std::vector<SequenceId> keys;
   for (const auto& [id, places] : in_doubt_) keys.push_back(id);
   if (sequence.durable.exists) {
@@ -482,12 +488,7 @@ absl::Status Persister::Forget(CacheLock& lock, Sequence& sequence, std::unique_
   if (!status.ok())
     return Annotate(
         status, absl::StrCat("sequence ", sequence.id, " is closed, but may be there again after a restart"));
-  for (auto& [id, places] : in_doubt_)
-    if (std::find(keys.begin(), keys.end(), id) != keys.end())
-      for (Place* place : std::exchange(places, {})) lock->store.Unkeep(place);
-  std::erase_if(in_doubt_, [&](const auto& doubt) {
-    return std::find(keys.begin(), keys.end(), doubt.first) != keys.end();
-  });
+  for (const SequenceId id : keys) Settle(*lock, id);
   lock->changed.NotifyAll();
   return absl::OkStatus();
 }
@@ -502,7 +503,7 @@ RestoreReport Persister::Restore() {
   // later.
   std::vector<std::pair<int64_t, uint64_t>> shards;
   for (const auto& [key, bytes] : manifests) {
-    taken_.insert(key);
+    lock->sequences.Reserve(key);
     if (IsKeyedManifest(bytes)) {
       shards.emplace_back(-WrittenAt(bytes), key);
       continue;
@@ -624,17 +625,16 @@ absl::Status Persister::RestoreRun(CacheLock& lock, const std::string& bytes, Re
         WritingBlock guard;
         block = RestoreBlock(lock, manifest, g, b, *sequence, &guard);
         if (block == nullptr || block->prefix != nullptr) continue;
-        if (guard) block->checked = false;
         lock->prefixes.Insert(space, key, static_cast<int>(g), block);
         store.Join(block, sequence->recency.own, BlockStore::End::kColdest);
       }
-      const Place* const place = DurablePlace(*block);
+      Place* const place = DurablePlace(*block);
       if (place == nullptr || place->offset != from.offset || place->write_id != from.write_id) continue;
-      run->blocks.push_back(block->id);
+      run->blocks.emplace_back(block->id, place);
     }
   }
   if (run->blocks.empty()) return absl::NotFoundError("none of its blocks is there any more");
-  for (const BlockId id : run->blocks) store.Keep(DurablePlace(*store.Get(id)));
+  for (const auto& [id, place] : run->blocks) store.Keep(place);
   report->prefix_blocks += run->blocks.size();
   lock->prefixes.EnterRun(std::move(run));
   return absl::OkStatus();
@@ -678,6 +678,7 @@ Block* Persister::RestoreBlock(CacheLock& lock, const Manifest& manifest, size_t
   if (block == nullptr) return nullptr;
   *guard = WritingBlock(store, block);
   block->profile = profile;
+  block->checked = false;
   block->has_checksum = true;
   block->checksum = from.checksum;
   block->account = sequence.account.get();

@@ -15,7 +15,6 @@
 #include <utility>
 #include <vector>
 
-#include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "daemon/cache/block_guards.h"
@@ -94,6 +93,8 @@ class Persister {
   static absl::Status CheckCoding(const ManifestGroup& group, const GroupTable& table);
   absl::Status RestoreGroup(CacheLock& lock, const Manifest& manifest, size_t group, Sequence& sequence);
   void Release(CacheState& state, Durable* durable);
+  // The durable index says now what is of this name: nothing is in doubt.
+  void Settle(CacheState& state, SequenceId id);
 
   void Run();
 
@@ -101,8 +102,6 @@ class Persister {
                              const CallContext& context, NamespacePersistReport* report);
   // Writes what shards have gained, and at most `lost` of those that only have lost blocks.
   absl::Status WriteShards(CacheLock& lock, const NamespacePtr& space, size_t lost);
-  // One that names no other value of the durable index.
-  uint64_t NewShardId(CacheState& state) const;
   void PersistNamespaces(CacheLock& lock);
   // Of a deleted namespace, and those that could not be erased before.
   absl::Status EraseShards(CacheLock& lock, std::span<const std::unique_ptr<KeyedShard>> shards);
@@ -112,8 +111,7 @@ class Persister {
   RoomMaker room_;
   int tier_ = -1;  // that survives restarts; -1: none
   DurableIndex* index_ = nullptr;
-  absl::flat_hash_set<uint64_t> taken_;  // keys of the durable index that were there at the start
-  int64_t last_written_ = 0;             // of shards, under the cache's mutex: no two are of one time
+  int64_t last_written_ = 0;  // of shards, under the cache's mutex: no two are of one time
   // Under the cache's mutex. What a failed call leaves: keys that may still be there at the next start, and
   // what their manifests name.
   std::vector<std::pair<SequenceId, std::vector<Place*>>> in_doubt_;

@@ -25,12 +25,6 @@ bool IsAlone(const Block& block) { return block.chunks.empty(); }
 
 }  // namespace
 
-Place* KeptPlaceOf(const Block& block) {
-  for (Place* const place : {block.backup, block.place})
-    if (place != nullptr && place->keeps > 0) return place;
-  return nullptr;
-}
-
 PrefixIndex::PrefixIndex(BlockStore* store) : store_(store) {
   store->SetForgetPrefix([this](Block* block) { Leave(block); });
 }
@@ -39,7 +33,8 @@ PrefixIndex::PrefixIndex(BlockStore* store) : store_(store) {
 std::string PrefixIndex::Identity(const Sequence& sequence) {
   const SequenceOptions& options = sequence.options;
   std::string text;
-  for (const std::string& part : {options.name_space, sequence.model->spec.name, options.salt})
+  for (const std::string& part :
+       {options.name_space, sequence.model->tenant, sequence.model->spec.name, options.salt})
     absl::StrAppend(&text, part.size(), ":", part, ",");
   absl::StrAppend(&text, sequence.model->hash, ",", options.exact_window.first_blocks, ",",
                   options.exact_window.last_blocks, ",");
@@ -100,7 +95,6 @@ void PrefixIndex::Insert(PrefixSpace& space, const BlockKey& key, int group, Blo
   node[static_cast<size_t>(group)] = block;
   block->prefix = &space;
   block->prefix_key = key;
-  store_->AddDirect(block, false);
   store_->CountAlone(*block, 1);
   blocks_++;
 }
@@ -109,11 +103,9 @@ void PrefixIndex::Leave(Block* block) {
   KVTIDE_CHECK(block->prefix != nullptr);
   PrefixSpace& space = *block->prefix;
   if (const auto found = runs_of_.find(block->id); found != runs_of_.end()) {
-    Place* const place = KeptPlaceOf(*block);
-    KVTIDE_CHECK(place != nullptr);
-    const auto runs = std::move(found->second);
+    const auto kept = std::move(found->second);
     runs_of_.erase(found);
-    for (PrefixRun* const run : runs) {
+    for (const auto& [run, place] : kept) {
       store_->Unkeep(place);
       if (--run->live > 0) continue;
       dead_runs_.push_back(run->id);
@@ -175,7 +167,7 @@ uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most) {
       if (there != nullptr && IsAlone(*there) && there->leases == 0 && there->holds == 0 &&
           mine->prefix == nullptr && (!there->checked || there->place->tier > mine->place->tier)) {
         Leave(there);
-        store_->RemoveDirect(there, false);
+        store_->DeleteIfUnused(there);
         there = nullptr;
       }
       if (there != nullptr) {
@@ -230,14 +222,14 @@ void PrefixIndex::Forget(const ModelState& model) {
   std::sort(blocks.begin(), blocks.end(), [](const Block* a, const Block* b) { return a->id < b->id; });
   for (Block* const block : blocks) {
     Leave(block);
-    store_->RemoveDirect(block, false);
+    store_->DeleteIfUnused(block);
   }
   std::erase_if(spaces_, [&](const auto& entry) { return entry.second->model.get() == &model; });
 }
 
 void PrefixIndex::EnterRun(std::unique_ptr<PrefixRun> run) {
   run->live = run->blocks.size();
-  for (const BlockId id : run->blocks) runs_of_[id].push_back(run.get());
+  for (const auto& [block, place] : run->blocks) runs_of_[block].push_back({run.get(), place});
   const uint64_t id = run->id;
   const bool added = runs_.emplace(id, std::move(run)).second;
   KVTIDE_CHECK(added);
@@ -246,14 +238,15 @@ void PrefixIndex::EnterRun(std::unique_ptr<PrefixRun> run) {
 void PrefixIndex::LeaveRun(uint64_t id) {
   const auto found = runs_.find(id);
   if (found == runs_.end()) return;
-  for (const BlockId block_id : found->second->blocks) {
-    const auto of = runs_of_.find(block_id);
+  for (const auto& [block, place] : found->second->blocks) {
+    const auto of = runs_of_.find(block);
     if (of == runs_of_.end()) continue;  // dropped
-    const auto mine = std::find(of->second.begin(), of->second.end(), found->second.get());
+    const auto mine = std::find_if(of->second.begin(), of->second.end(),
+                                   [&](const Kept& kept) { return kept.run == found->second.get(); });
     if (mine == of->second.end()) continue;
     of->second.erase(mine);
     if (of->second.empty()) runs_of_.erase(of);
-    store_->Unkeep(KeptPlaceOf(*store_->Get(block_id)));
+    store_->Unkeep(place);
   }
   runs_.erase(found);
 }
@@ -266,7 +259,7 @@ void PrefixIndex::Clear() {
         if (block != nullptr) blocks.push_back(block);
     for (Block* const block : blocks) {
       Leave(block);
-      store_->RemoveDirect(block, false);
+      store_->DeleteIfUnused(block);
     }
   }
   spaces_.clear();
@@ -285,8 +278,9 @@ void PrefixIndex::CheckInvariants() const {
                      block->stamp.group == static_cast<int>(g) && block->home == space->home &&
                      !block->keyed);
         if (IsAlone(*block)) alone += block->place->bytes;
-        if (runs_of_.contains(block->id)) {
-          KVTIDE_CHECK(KeptPlaceOf(*block) != nullptr);
+        if (const auto of = runs_of_.find(block->id); of != runs_of_.end()) {
+          for (const Kept& kept : of->second)
+            KVTIDE_CHECK(kept.place->keeps > 0 && runs_.contains(kept.run->id));
           durable++;
         }
         in_node++;

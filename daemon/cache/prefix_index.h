@@ -1,5 +1,5 @@
 // The index of prefixes: sealed blocks of sequences whose token ids are known, found by the hash of all
-// tokens up to their end (token_chain.h). The index has one reference to a block, which allows drops: when
+// tokens up to their end (token_chain.h). The index keeps a block alive and allows drops: when
 // the last sequence that has the block is closed, it stays as a cached prefix until the policy drops it.
 // Guarded by the cache's mutex (it is part of CacheState).
 //
@@ -38,9 +38,11 @@ struct PrefixSpace {
 
 // Part of a manifest of a sequence that was closed: blocks of a prefix that are there after a restart.
 struct PrefixRun {
-  uint64_t id = 0;              // in the durable index
-  std::vector<BlockId> blocks;  // some may be no more
-  size_t live = 0;              // of them
+  uint64_t id = 0;  // in the durable index
+  // Its blocks, of which some may be no more, and where the durable tier keeps them for it: a block may have
+  // been written there once more since.
+  std::vector<std::pair<BlockId, Place*>> blocks;
+  size_t live = 0;  // of them
 };
 
 class PrefixIndex {
@@ -77,7 +79,7 @@ class PrefixIndex {
   uint64_t blocks() const { return blocks_; }
   uint64_t durable_blocks() const { return runs_of_.size(); }
   size_t spaces() const { return spaces_.size(); }
-  // A run whose blocks, in the durable tier, are kept for it.
+  // A run whose places are kept for it (BlockStore::Keep).
   void EnterRun(std::unique_ptr<PrefixRun> run);
   bool IsDurable(const Block& block) const { return runs_of_.contains(block.id); }
   bool HasRun(uint64_t id) const { return runs_.contains(id); }
@@ -89,13 +91,6 @@ class PrefixIndex {
     dead_runs_.insert(dead_runs_.end(), ids.begin(), ids.end());
   }
 
-  template <class F>
-  void ForEach(F f) const {
-    for (const auto& [name, space] : spaces_)
-      for (const auto& [key, node] : space->nodes)
-        for (size_t g = 0; g < node.size(); g++)
-          if (node[g] != nullptr) f(*space, key, static_cast<int>(g), node[g]);
-  }
   void CheckInvariants() const;
   // Gives everything back. No call may be running.
   void Clear();
@@ -113,11 +108,12 @@ class PrefixIndex {
   size_t sweep_at_ = 64;
   uint64_t blocks_ = 0;
   std::map<uint64_t, std::unique_ptr<PrefixRun>> runs_;
-  absl::flat_hash_map<BlockId, absl::InlinedVector<PrefixRun*, 1>> runs_of_;
+  struct Kept {
+    PrefixRun* run = nullptr;
+    Place* place = nullptr;
+  };
+  absl::flat_hash_map<BlockId, absl::InlinedVector<Kept, 1>> runs_of_;
   std::vector<uint64_t> dead_runs_;
 };
-
-// The place of a block that a manifest keeps; null: none does.
-Place* KeptPlaceOf(const Block& block);
 
 }  // namespace kvtide

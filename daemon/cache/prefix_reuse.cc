@@ -46,13 +46,13 @@ std::vector<Block*> PrefixReuse::BlocksOf(const Sequence& sequence) {
 // The longest prefix of blocks whose labels were seen: those from before a restart are looked at now.
 absl::Status PrefixReuse::CheckAnswering(CacheLock& lock, const PrefixSpace& space,
                                          std::span<const BlockKey> keys, const CallContext& context,
-                                         int64_t* blocks) {
+                                         Found* found) {
   while (true) {
-    *blocks = lock->prefixes.Longest(space, keys);
+    found->blocks = lock->prefixes.Longest(space, keys);
+    found->all = Blocks(space, keys, found->blocks);
     std::vector<HeldBlock> unchecked;
-    for (Block* const block : Blocks(space, keys, *blocks)) {
+    for (Block* const block : found->all)
       if (!block->checked) unchecked.emplace_back(lock->store, block);
-    }
     if (unchecked.empty()) return absl::OkStatus();
     KVTIDE_RETURN_IF_ERROR(context.Check(core_.options().clock(), "the lookup"));
     CheckLabels(lock, unchecked);
@@ -93,19 +93,23 @@ absl::StatusOr<PrefixReport> PrefixReuse::Lookup(const PrefixCall& call) {
   CacheLock lock(core_);
   lock->keyed.ExpireLeases(options.clock());
   PrefixSpacePtr best;
-  int64_t blocks = 0;
+  Found found;
   for (int home = 0; home < core_.homes(); home++) {
     if (!asked.device.empty() && home != like->home) continue;
     const PrefixSpacePtr space = lock->prefixes.Find(*like, home);
     if (space == nullptr) continue;
-    int64_t there = 0;
+    Found there;
     KVTIDE_RETURN_IF_ERROR(CheckAnswering(lock, *space, keys, context, &there));
-    if (there <= blocks) continue;
-    blocks = there;
+    if (there.blocks <= found.blocks) continue;
+    found = std::move(there);
     best = space;
   }
-  // Another device may have lost some while the mutex was free for the next one.
-  if (best != nullptr) blocks = std::min(blocks, lock->prefixes.Longest(*best, keys));
+  // One device may have lost some while the mutex was free for the next one.
+  if (best != nullptr && core_.homes() > 1) {
+    found.blocks = std::min(found.blocks, lock->prefixes.Longest(*best, keys));
+    found.all = Blocks(*best, keys, found.blocks);
+  }
+  const int64_t blocks = found.blocks;
   report.tokens = blocks * kBlockTokens;
   const bool wants_lease = call.lease > absl::ZeroDuration() && !call.peek && blocks > 0;
   if (wants_lease && lock->keyed.leases() >= options.max_leases) {
@@ -114,11 +118,9 @@ absl::StatusOr<PrefixReport> PrefixReuse::Lookup(const PrefixCall& call) {
         absl::StrCat(lock->keyed.leases(),
                      " leases are held, which is the limit (max_leases); release some (ReleaseLease)"));
   }
-  std::vector<Block*> found;
   if (blocks > 0) {
-    found = Blocks(*best, keys, blocks);
     std::vector<int> tiers(static_cast<size_t>(blocks), 0);
-    for (const Block* block : found) {
+    for (const Block* block : found.all) {
       int& tier = tiers[static_cast<size_t>(block->stamp.index)];
       tier = std::max(tier, block->place->tier);
     }
@@ -136,17 +138,17 @@ absl::StatusOr<PrefixReport> PrefixReuse::Lookup(const PrefixCall& call) {
   // What no sequence has goes by one record from now on.
   const absl::Time now = options.clock();
   const RecencyPtr record = lock->store.NewRecency(now);
-  lock->prefixes.Order(found, record);
+  lock->prefixes.Order(found.all, record);
   const Recency* touched = record.get();
-  for (const Block* block : found) {
+  for (const Block* block : found.all) {
     if (block->record == nullptr || block->record.get() == touched) continue;
     touched = block->record.get();
     lock->store.Touch(*block, now);
   }
   if (!wants_lease) return report;
   std::vector<HeldBlock> held;
-  held.reserve(found.size());
-  for (Block* const block : found) held.emplace_back(lock->store, block);
+  held.reserve(found.all.size());
+  for (Block* const block : found.all) held.emplace_back(lock->store, block);
   keys.resize(static_cast<size_t>(blocks));
   auto hold = std::make_shared<PrefixHold>(PrefixHold{best, std::move(keys), asked.name_space});
   report.lease = KeyedStore::NewLeaseId(*lock);

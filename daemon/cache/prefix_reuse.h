@@ -27,8 +27,13 @@ class PrefixReuse {
   static std::vector<Block*> BlocksOf(const Sequence& sequence);
 
  private:
+  struct Found {
+    int64_t blocks = 0;
+    std::vector<Block*> all;  // that a sequence which begins with so many would have
+  };
+
   absl::Status CheckAnswering(CacheLock& lock, const PrefixSpace& space, std::span<const BlockKey> keys,
-                              const CallContext& context, int64_t* blocks);
+                              const CallContext& context, Found* found);
   static void TakeOver(CacheState& state, const PrefixSpacePtr& space, std::span<const BlockKey> keys,
                        int64_t blocks, Sequence& sequence);
 

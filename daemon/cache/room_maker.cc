@@ -106,11 +106,15 @@ absl::StatusOr<std::vector<WritingBlock>> RoomMaker::Allocate(CacheLock& lock, i
 
 // What the tenant has cached makes way for what it needs.
 bool RoomMaker::DropCached(CacheState& state, const TenantAccount& account, int tier, size_t bytes) const {
+  constexpr int kMostCachedPeeks = 1 << 16;  // a millisecond or two, in which nobody else has the mutex
   std::vector<BlockId> cached;
   const uint64_t left = state.store.QuotaLeft(account, tier);
   size_t found = 0;
+  int peeks = 0;
   state.store.PeekIdle(tier, kAnySerial, [&](const Block& block) {
-    if (block.account != &account || !block.droppable() || !block.chunks.empty()) return true;
+    if (++peeks > kMostCachedPeeks) return false;
+    const bool cached_only = (block.keyed || block.prefix != nullptr) && block.chunks.empty();
+    if (block.account != &account || !cached_only || !block.droppable()) return true;
     cached.push_back(block.id);
     found += block.place->extent;
     return left + found < bytes;
@@ -210,7 +214,7 @@ MoveReport RoomMaker::Execute(CacheLock& lock, std::span<const Move> moves, bool
   const auto find = [&](const Move& move) -> Block* {
     Block* block = store.Get(move.block);
     const bool there = block != nullptr && block->place != nullptr && block->place->tier == move.from &&
-                       block->references() > 0 && !block->writing && !block->moving;
+                       block->used() && !block->writing && !block->moving;
     return there && (read_too || store.IsIdle(*block)) ? block : nullptr;
   };
   for (const Move& move : moves) {
@@ -284,7 +288,7 @@ StretchView RoomMaker::ViewStretch(const CacheState& state, int tier_index, size
     view.kind = ExtentView::Kind::kFixed;
     view.bytes = ExtentAllocator::RoundUp(place->second->bytes);
     end = place->first + view.bytes;
-    if (block == nullptr || !BlockStore::IsIdle(*block) || block->references() == 0) continue;
+    if (block == nullptr || !BlockStore::IsIdle(*block) || !block->used()) continue;
     view.kind = ExtentView::Kind::kMovable;
     view.block = block->id;
     const bool idle = now - store.LastTouched(*block) >= core_.options().limits.idle;
@@ -350,8 +354,8 @@ void RoomMaker::Dig(CacheLock& lock, int tier, const HolePlan& plan) {
   };
   for (const HoleMove& move : plan.moves) {
     Block* block = store.Get(move.block);
-    if (block == nullptr || !BlockStore::IsIdle(*block) || block->references() == 0 ||
-        block->place->tier != tier || block->place->offset < plan.offset || block->place->offset >= end)
+    if (block == nullptr || !BlockStore::IsIdle(*block) || !block->used() || block->place->tier != tier ||
+        block->place->offset < plan.offset || block->place->offset >= end)
       continue;
     Place* target = move.to.has_value() ? store.ReserveAt(tier, *move.to, *block)
                                         : store.Reserve(store.Below(tier), *block);

@@ -44,6 +44,9 @@ class RoomMaker {
   static std::string RoomText(const CacheState& state, size_t bytes);
   // "tenant 'acme' has N of M bytes in tier 'device'": for all tiers where it has a quota.
   static std::string QuotaText(const CacheState& state, const TenantAccount& account, size_t bytes);
+  // Drops blocks of prefixes and of keys that the tenant has in this tier, and nobody uses, until its quota
+  // leaves so many bytes there; none if they are not enough.
+  bool DropCached(CacheState& state, const TenantAccount& account, int tier, size_t bytes) const;
   // What a tier may take, as the policy sees it.
   static void ViewRoom(const Tier& tier, bool gathered, TierView* view);
 
@@ -54,9 +57,6 @@ class RoomMaker {
   Snapshot View(const CacheState& state, int tier, size_t bytes, uint64_t before_serial, Free free) const;
   bool Demote(CacheLock& lock, int tier, size_t bytes, size_t want_bytes, uint64_t before_serial, Free free);
   bool Drop(CacheState& state, const Move& move, MoveReport* report) const;
-  // Drops cached blocks of the tenant in this tier until its quota leaves so many bytes there; none if they
-  // are not enough.
-  bool DropCached(CacheState& state, const TenantAccount& account, int tier, size_t bytes) const;
   // One free extent of `bytes` out of what is free already: blocks in the way move inside the tier, some of
   // those that were touched before `serial` may go down. True if the tier has it.
   bool MakeHole(CacheLock& lock, int tier, size_t bytes, Search search, uint64_t before_serial);

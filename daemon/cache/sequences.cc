@@ -134,7 +134,8 @@ uint64_t Sequences::RandomId() {
 SequenceId Sequences::NewId() {
   while (true) {
     const SequenceId id = RandomId();
-    if (id != 0 && by_id_.count(id) == 0 && std::find(closed_.begin(), closed_.end(), id) == closed_.end())
+    if (id != 0 && by_id_.count(id) == 0 && !reserved_.contains(id) &&
+        std::find(closed_.begin(), closed_.end(), id) == closed_.end())
       return id;
   }
 }

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "daemon/cache/block_store.h"
@@ -65,8 +66,10 @@ class Sequences {
   const BlockLayout* Layout(const GroupShape& shape, CachePair pair) const;
   // Any number; the caller sees to it that nobody has it.
   uint64_t RandomId();
-  // One that no sequence has or had lately.
+  // One that no sequence has or had lately, and that is no name in the durable index.
   SequenceId NewId();
+  // A name that the durable index had at the start: it is not given again, as what has it would be replaced.
+  void Reserve(SequenceId id) { reserved_.insert(id); }
 
   void NotEmptyAnyMore(Sequence& sequence);
   // After every change of the sequence's lengths or first blocks.
@@ -113,7 +116,8 @@ class Sequences {
   std::vector<std::weak_ptr<Recency>> marked_;                       // as pinned
   std::deque<SequenceId> closed_;                                    // the latest ones, for better messages
   mutable std::vector<std::unique_ptr<const BlockLayout>> layouts_;  // made as they are asked for
-  std::mt19937_64 ids_;                                              // with CacheOptions::id_seed only
+  absl::flat_hash_set<SequenceId> reserved_;
+  std::mt19937_64 ids_;  // with CacheOptions::id_seed only
 };
 
 // What one token of all layers of a group takes in f16, unpadded.

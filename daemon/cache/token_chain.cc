@@ -74,6 +74,8 @@ void TokenChain::Add(int64_t start, std::span<const TokenId> ids) {
   // Not with every token: to move the rest costs as much as it does.
   if (keep_from >= kept_from() + kKeptBlocks * kBlockTokens)
     kept_.erase(kept_.begin(), kept_.begin() + (keep_from - kept_from()));
+  // A long prompt that came at once does not leave its room behind.
+  if (kept_.capacity() > 4 * kKeptBlocks * kBlockTokens) kept_.shrink_to_fit();
 }
 
 void TokenChain::Cut(int64_t tokens) {

@@ -104,7 +104,7 @@ bool Writer::IsPlain(const Sequence& sequence, const LayerSpec& layer, int64_t s
   const int64_t index = start / kBlockTokens;
   if (tokens >= (index + 1) * kBlockTokens - start || index >= table.end_block()) return false;
   const Block& block = *table.at(index);
-  return block.references() == 1 && !block.moving && !block.copy_before_write && block.place != nullptr;
+  return block.owned() && !block.moving && !block.copy_before_write && block.place != nullptr;
 }
 
 absl::Status Writer::Begin(CacheLock& lock, WriteBatch& batch) {
@@ -279,12 +279,12 @@ absl::Status Writer::MakeWritable(CacheLock& lock, WriteBatch& batch, Sequence& 
       return absl::DataLossError(absl::StrCat("tokens ", index * kBlockTokens, " to ",
                                               (index + 1) * kBlockTokens - 1, " were dropped; truncate to ",
                                               index * kBlockTokens, " or below"));
-    if (block->references() > 1 || (block->copy_before_write && IsRead(table, index, *block))) copy = true;
+    if (!block->owned() || (block->copy_before_write && IsRead(table, index, *block))) copy = true;
     if (block->place->tier != entries[0]->place->tier) copy = true;
   }
   if (copy) return CopyBeforeWrite(lock, batch, sequence, group, index, entries);
   for (Block* block : entries) {
-    KVTIDE_CHECK(block->references() == 1);
+    KVTIDE_CHECK(block->owned());
     block->copy_before_write = false;
     block->has_checksum = false;
     lock->store.ForgetBackup(block);

@@ -115,6 +115,7 @@ void PrefixSim::Create(size_t at, size_t index) {
          absl::StrCat("a lease of ", lease.tokens.size(), " tokens gave ", tokens));
   auto client = std::make_shared<Client>();
   client->id = *id;
+  gone_.erase(*id);  // another life of the cache may have had one of that name
   client->tenant = at;
   client->tokens = First(lease.tokens, tokens);
   clients_.push_back(client);
@@ -193,7 +194,9 @@ void PrefixSim::Fork(ClientPtr client) {
   if (!id.ok()) return Expect(Excused(id.status(), client.get()), id.status().ToString());
   auto fork = std::make_shared<Client>(*client);
   fork->id = *id;
+  gone_.erase(*id);
   fork->running = 0;
+  fork->durable.reset();
   clients_.push_back(fork);
 }
 
@@ -201,13 +204,17 @@ void PrefixSim::Close(ClientPtr client) {
   client->closed = true;
   clients_.erase(std::find(clients_.begin(), clients_.end(), client));
   const absl::Status status = cache_->CloseSequence(client->id, tenants_[client->tenant].context);
-  Expect(status.ok() || (fault_ && absl::IsUnavailable(status)), status.ToString());
+  if (status.ok()) gone_.insert(client->id);
+  Expect(status.ok() || (fault_ && (absl::IsUnavailable(status) || absl::IsResourceExhausted(status))),
+         status.ToString());
 }
 
 void PrefixSim::Persist(ClientPtr client) {
   const uint64_t nested = nested_;
+  client->durable.reset();  // it may be what was, or what is
   const absl::StatusOr<PersistReport> report =
       cache_->Persist({{client->id}}, tenants_[client->tenant].context);
+  if (report.ok() && nested_ == nested) client->durable = client->tokens;
   if (!report.ok()) return Expect(Excused(report.status(), client.get()), report.status().ToString());
   if (depth_ > 0 || fault_ || nested_ != nested || client->closed || Random(3) != 0) return;
   // Closed now, it is found after a restart with everything of it that was found before.
@@ -223,7 +230,8 @@ void PrefixSim::Persist(ClientPtr client) {
   const absl::StatusOr<PrefixReport> before = cache_->LookupPrefix(call);
   // Sequences whose tokens were not said leave nothing, and with a sliding window less may be durable than is
   // there.
-  const bool whole = before.ok() && before->tokens == FullBlocks(tokens) * kBlockTokens;
+  const bool whole =
+      before.ok() && before->tokens == FullBlocks(tokens) * kBlockTokens && options_.max_prefix_blocks > 1000;
   RestartNow();
   if (!whole || nested_ != nested) return;
   call.model = tenants_[tenant].model;
@@ -235,31 +243,37 @@ void PrefixSim::Persist(ClientPtr client) {
 
 void PrefixSim::RestartNow() {
   restarts_++;
+  const bool crash = files_->dead() || Random(2) == 0;
+  files_->DieAfter(-1);
+  files_->ClearFaults();  // a start on a disk that takes nothing is refused
   std::vector<ClientPtr> durable;
-  for (const ClientPtr& client : clients_)
-    if (cache_->IsDurable(client->id)) {
-      const SequenceInfo info = cache_->GetSequence(client->id).value();
-      client->tokens.resize(static_cast<size_t>(
-          std::min<int64_t>(info.durable_tokens, static_cast<int64_t>(client->tokens.size()))));
-      // A cut that was not made durable comes back; what came after it is not known here.
-      if (info.durable_tokens <= info.tokens) durable.push_back(client);
-    }
+  for (const ClientPtr& client : clients_) {
+    if (!client->durable.has_value()) continue;
+    client->tokens = *client->durable;
+    durable.push_back(client);
+  }
   clients_.clear();
   leases_.clear();
   for (FaultyBackend* backend : {device_.get(), host_.get()}) backend->SetHook(nullptr);
-  Restart(Random(2) == 0);
+  Restart(crash);
   for (const auto& backend : {device_.get(), host_.get()})
     backend->SetHook([this](FaultyBackend::Call) { Inside(); });
   for (Tenant& tenant : tenants_) tenant.model = cache_->RegisterModel(model_, tenant.context).value();
   for (const SequenceInfo& info : cache_->ListSequences()) {
     const auto known = std::find_if(durable.begin(), durable.end(),
                                     [&](const ClientPtr& client) { return client->id == info.id; });
-    if (known != durable.end() && static_cast<int64_t>((*known)->tokens.size()) == info.tokens) {
-      clients_.push_back(*known);
-    } else {
-      (void)cache_->CloseSequence(info.id);
+    Expect(gone_.count(info.id) == 0, "a sequence that was closed is there again");
+    if (known == durable.end()) {
+      const absl::Status status = cache_->CloseSequence(info.id);
+      Expect(status.ok(), status.ToString());
+      continue;
     }
+    Expect(static_cast<int64_t>((*known)->tokens.size()) == info.tokens,
+           absl::StrCat(info.tokens, " tokens are there after a restart, durable were ",
+                        (*known)->tokens.size()));
+    clients_.push_back(*known);
   }
+  Expect(clients_.size() == durable.size(), "a durable sequence is not there after a restart");
 }
 
 void PrefixSim::Begin() {
@@ -359,6 +373,7 @@ bool PrefixSim::Run(uint32_t seed, int64_t steps, bool lie) {
     tenants_[at].model = cache_->RegisterModel(model_, tenants_[at].context).value();
   }
   clients_.clear();
+  gone_.clear();
   leases_.clear();
   for (FaultyBackend* backend : {device_.get(), host_.get()}) {
     backend->DelayCopies([this] { return Random(2) == 0 ? 0 : Random(3); });
@@ -372,11 +387,22 @@ bool PrefixSim::Run(uint32_t seed, int64_t steps, bool lie) {
       clock_.Advance(absl::Minutes(1));
       files_->Fail(FaultFileSystem::kWrite, Random(20), 1 + Random(3),
                    absl::ResourceExhaustedError("No space left on device"));
+    } else if (Random(25) == 0) {
+      // The process dies in the middle of something; what is done without the disk goes on to the end.
+      fault_ = lost_ = true;
+      files_->DieAfter(Random(40));
     } else if (Random(20) == 0) {
       fault_ = true;
       host_->Fail(Random(2) == 0 ? FaultyBackend::kStartCopy : FaultyBackend::kPoll, 1 + Random(2));
     }
     Step(false);
+    if (files_->dead()) {
+      budget_ = 0;
+      deaths_++;
+      RestartNow();
+    }
+    files_->DieAfter(-1);
+    lost_ = false;
     files_->ClearFaults();
     for (FaultyBackend* backend : {device_.get(), host_.get()})
       for (int call = 0; call < FaultyBackend::kCalls; call++)

@@ -1,7 +1,7 @@
 // A randomised simulation of prefixes: sequences of known tokens that begin with what others have left, grow,
 // are cut, forked, parked, made durable and closed, of two tenants, over a disk, with copies and writes that
-// fail, stops and crashes, a clock that jumps, and verbs that run inside of others wherever the cache has
-// given up its mutex. In one thread, so that a seed repeats all of it.
+// fail, stops, crashes and deaths in the middle of a verb, a clock that jumps, and verbs that run inside of
+// others wherever the cache has given up its mutex. In one thread, so that a seed repeats all of it.
 //
 // The naive model knows no memory: rows follow from the tokens before them, so a list of tokens says what a
 // sequence has to hold, whoever has computed it. A lookup may only find what was computed by its tenant; what
@@ -10,6 +10,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <thread>
@@ -36,6 +37,7 @@ class PrefixSim : public CacheTest {
     SequenceId id = 0;
     size_t tenant = 0;
     Tokens tokens;
+    std::optional<Tokens> durable;  // with these it is there after a restart; unset: not known, or not at all
     bool closed = false;
     int running = 0;  // calls on it
   };
@@ -79,9 +81,10 @@ class PrefixSim : public CacheTest {
   std::vector<Tenant> tenants_;
   std::vector<ClientPtr> clients_;
   std::vector<Lease> leases_;
+  std::set<SequenceId> gone_;  // closed ones
 
  protected:
-  uint64_t nested_ = 0, reused_ = 0, restarts_ = 0;
+  uint64_t nested_ = 0, reused_ = 0, restarts_ = 0, deaths_ = 0;
 };
 
 }  // namespace kvtide::testing

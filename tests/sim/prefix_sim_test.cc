@@ -16,10 +16,12 @@ TEST_F(PrefixSimTest, OverADiskWithRestarts) {
     if (!Run(static_cast<uint32_t>(runs.first + i), runs.steps)) return;
   EXPECT_GT(reused_, 0u);
   std::printf(
-      "seeds %lld to %lld, %lld steps each, %llu verbs inside others, %llu tokens reused, %llu restarts\n",
+      "seeds %lld to %lld, %lld steps each, %llu verbs inside others, %llu tokens reused, %llu restarts, "
+      "%llu of them after a death in a verb\n",
       static_cast<long long>(runs.first), static_cast<long long>(runs.first + runs.count - 1),
       static_cast<long long>(runs.steps), static_cast<unsigned long long>(nested_),
-      static_cast<unsigned long long>(reused_), static_cast<unsigned long long>(restarts_));
+      static_cast<unsigned long long>(reused_), static_cast<unsigned long long>(restarts_),
+      static_cast<unsigned long long>(deaths_));
 }
 
 TEST_F(PrefixSimTest, NoticesRowsOfOtherTokens) {

@@ -881,6 +881,25 @@ TEST_F(KeyedDiskTest, WithoutADurableTierPersistSaysSo) {
       IsError(cache_->PersistNamespace(space).status(), absl::StatusCode::kFailedPrecondition, "--disk"));
 }
 
+// A sequence's manifest took the place of a list of durable blocks, whose name a later life drew for it.
+TEST_F(KeyedStoreTest, SequencesOfLaterLivesLeaveListsOfDurableBlocksAlone) {
+  StartWithDisk(kMiB, kMiB, 6 * kMiB);
+  const NamespaceId space = Open(Opaque());
+  ASSERT_TRUE(Store(space, Keys(0, 3), Stamped(0, 3)).ok());
+  ASSERT_TRUE(cache_->PersistNamespace(space).ok());
+  Restart(true);
+  // The lists were named by the first few numbers that the seed gives.
+  for (int i = 0; i < 8; i++) {
+    Client client(*cache_, SmallModel(), WithPair("f16"), random_);
+    ASSERT_TRUE(client.Append(10).ok());
+    ASSERT_TRUE(cache_->Persist({{client.id()}}).ok());
+  }
+  Restart(true);
+  EXPECT_EQ(cache_->restored().sequences, 8u);
+  for (const SequenceInfo& info : cache_->ListSequences()) ASSERT_TRUE(cache_->CloseSequence(info.id).ok());
+  ExpectStamped(Open(Opaque()), 0, 3);
+}
+
 // A list of durable blocks took the place of another namespace's, because a later life drew its name again.
 TEST_F(KeyedStoreTest, ListsOfDurableBlocksOfSeveralLivesStayApart) {
   StartWithDisk(kMiB, kMiB, 4 * kMiB);

@@ -293,6 +293,8 @@ TEST_F(PrefixReuseTest, TenantsDoNotSeeEachOther) {
   EXPECT_EQ(cache_->LookupPrefix(call).status().code(), absl::StatusCode::kPermissionDenied);
   ASSERT_TRUE(a.Close().ok());
   ASSERT_TRUE(b.Close().ok());
+  for (const CallContext* context : {&of_acme, &of_other})
+    ASSERT_TRUE(cache_->UnregisterModel(SmallModel().name, *context).ok());
 }
 
 // peers: leases that leaked when their requester was gone, and leased blocks that fell out under pressure.
@@ -365,6 +367,7 @@ TEST_F(PrefixReuseTest, WhatATenantHasCachedMakesWayInItsQuota) {
   ASSERT_TRUE(second.Append(SomeTokens(3, 64 * 2)).ok());
   EXPECT_EQ(second.Lookup(SomeTokens(1, 64 * 5))->tokens, 0);
   ASSERT_TRUE(second.Close().ok());
+  ASSERT_TRUE(cache_->UnregisterModel(SmallModel().name, context).ok());
 }
 
 TEST_F(PrefixReuseTest, PrefixesGoDownAndAreFoundThere) {
@@ -475,16 +478,18 @@ TEST_F(PrefixReuseTest, WhatWasDroppedAfterItWasWrittenDownIsNeverServed) {
   }
 }
 
-TEST_F(PrefixReuseTest, ADiskThatDoesNotAnswerHasNothing) {
+TEST_F(PrefixReuseTest, WhatTheDiskCannotReadIsLostAndNothingElse) {
   StartSmall();
   const SequenceOptions options = WithPair("f16");
-  const Tokens tokens = SomeTokens(1, 64 * 5);
-  Leave(options, tokens, SmallModel(), true);
+  const Tokens asked = SomeTokens(1, 64 * 5), other = SomeTokens(2, 64 * 5);
+  for (const Tokens& tokens : {asked, other}) Leave(options, tokens, SmallModel(), true);
   Restart(false);
-  files_->Fail(FaultFileSystem::kRead, 0, 1000);
-  EXPECT_EQ(Cached(options, tokens), 0);
+  files_->Fail(FaultFileSystem::kRead, 3, 1000);
+  EXPECT_EQ(Cached(options, asked), 64 * 3);
   files_->ClearFaults();
-  EXPECT_EQ(Cached(options, tokens), 64 * 5);
+  EXPECT_EQ(Cached(options, asked), 64 * 3);
+  EXPECT_EQ(cache_->Stats().lost_blocks, 2u);
+  EXPECT_EQ(Cached(options, other), 64 * 5);
 }
 
 // peers: a removed key that came back by way of a queued write.
@@ -520,6 +525,67 @@ TEST_F(PrefixReuseTest, APrefixBelongsToADevice) {
                       absl::StatusCode::kFailedPrecondition, "lies on device 'second'"));
   EXPECT_TRUE(cache_->ReleaseLease(found->lease));
   ASSERT_TRUE(client.Close().ok());
+}
+
+// That they are found by their tokens does not make blocks shared: a sequence of its own is parked, dropped
+// and described as one.
+TEST_F(PrefixReuseTest, ASequenceThatNobodySharesIsParkedWhole) {
+  Start(64 * kBlock, 64 * kBlock);
+  SequenceOptions options = WithPair("q8_0/turbo4", {1, 1});
+  options.allow_drop = true;
+  TokenClient client = Make(options);
+  ASSERT_TRUE(client.Append(SomeTokens(1, 64 * 6)).ok());
+  EXPECT_EQ(client.info().shared_blocks, 0u);
+  EXPECT_EQ(cache_->Stats().shared_blocks, 0u);
+  const SequenceId id = client.id();
+  const absl::StatusOr<MoveReport> parked = cache_->Evict({&id, 1}, 1);
+  ASSERT_TRUE(parked.ok()) << parked.status();
+  EXPECT_EQ(parked->moved_blocks, 6u);
+  EXPECT_EQ(parked->shared_blocks, 0u);
+  EXPECT_EQ(cache_->Prefetch({&id, 1})->moved_blocks, 6u);
+  // A second one that has the same tokens holds them in place.
+  TokenClient other = Make(options);
+  ASSERT_TRUE(other.Begin(SomeTokens(1, 64 * 6)).ok());
+  EXPECT_EQ(client.info().shared_blocks, 5u);
+  EXPECT_EQ(cache_->Evict({&id, 1}, 1)->shared_blocks, 5u);
+  ASSERT_TRUE(other.Close().ok());
+  EXPECT_EQ(client.info().shared_blocks, 0u);
+  // Dropped, they are found no more; what a lease holds is not dropped.
+  const absl::StatusOr<PrefixReport> lease = client.Lookup(SomeTokens(1, 64 * 2));
+  EXPECT_EQ(lease->tokens, 64 * 2);
+  const absl::StatusOr<MoveReport> dropped = cache_->Evict({&id, 1}, kDropTier);
+  ASSERT_TRUE(dropped.ok()) << dropped.status();
+  EXPECT_EQ(dropped->dropped_blocks, 4u);
+  EXPECT_EQ(dropped->left_blocks, 2u);
+  EXPECT_EQ(client.Lookup(SomeTokens(1, 64 * 6), absl::ZeroDuration())->tokens, 64 * 2);
+  EXPECT_TRUE(cache_->ReleaseLease(lease->lease));
+  cache_->CheckInvariants();
+  ASSERT_TRUE(client.Close().ok());
+}
+
+// Two tenants' models of one name and geometry; an admin makes a sequence of his for the other's tenant. Each
+// model's prefixes go with it alone.
+TEST_F(PrefixReuseTest, ModelsOfTwoTenantsShareNothingInOneTenant) {
+  Start();
+  const Identity acme{"acme", false}, ops{"ops", true};
+  CallContext of_acme, of_ops;
+  of_acme.identity = &acme;
+  of_ops.identity = &ops;
+  SequenceOptions options = WithPair("f16");
+  options.name_space = "acme";
+  const Tokens tokens = SomeTokens(1, 64 * 4);
+  TokenClient theirs = Make(options, SmallModel(), of_ops);
+  ASSERT_TRUE(theirs.Append(tokens).ok());
+  TokenClient mine = Make(options, SmallModel(), of_acme);
+  EXPECT_EQ(mine.Lookup(tokens)->tokens, 0);
+  ASSERT_TRUE(mine.Append(tokens).ok());
+  ASSERT_TRUE(theirs.Close().ok());
+  ASSERT_TRUE(cache_->UnregisterModel(SmallModel().name, of_ops).ok());
+  cache_->CheckInvariants();
+  ASSERT_TRUE(mine.Append(SomeTokens(2, 64 * 2)).ok());
+  ASSERT_TRUE(mine.Close().ok());
+  cache_->CheckInvariants();
+  ASSERT_TRUE(cache_->UnregisterModel(SmallModel().name, of_acme).ok());
 }
 
 TEST_F(PrefixReuseTest, ForksOfAReusedPrefixGoTheirWay) {

@@ -291,6 +291,60 @@ TEST_F(QuotaTest, BytesOfATierAreOneTenantsOwn) {
   EXPECT_EQ(Of("acme").tier_bytes, (std::vector<uint64_t>{0, 0}));
 }
 
+// The block store's blocks count as those of sequences do: its own cached ones make way, and nobody else's.
+TEST_F(QuotaTest, BlocksThatAreFoundByKeyCountForTheirTenant) {
+  constexpr size_t kBytes = 64 << 10;
+  Limit({"acme:device=0,host=256KiB,disk=300KiB"});
+  StartWithDisk(8 * kMiB, 8 * kMiB, 8 * kMiB);
+  const auto open = [&](const std::string& tenant) {
+    NamespaceSpec spec;
+    spec.model = "pages";
+    spec.tenant = tenant;
+    spec.block_tokens = 16;
+    spec.opaque.emplace();
+    spec.opaque->block_bytes = kBytes;
+    spec.opaque->encoding = "test";
+    return cache_->OpenNamespace(spec, Persistence::kNone).value().id;
+  };
+  const NamespaceId mine = open("acme"), others = open("other");
+  const std::vector<std::byte> payload(6 * kBytes, std::byte{7});
+  const auto store = [&](NamespaceId space, const CallContext& context, char first, size_t count) {
+    std::vector<std::string> names;
+    for (size_t i = 0; i < count; i++) names.push_back(absl::StrCat(std::string(1, first), i));
+    const std::vector<std::string_view> keys(names.begin(), names.end());
+    StoreCall call;
+    call.name_space = space;
+    call.keys = keys;
+    call.form = BlockPayload::kBytes;
+    call.payload = std::span(payload).first(count * kBytes);
+    call.context = &context;
+    return cache_->StoreBlocks(call);
+  };
+  const absl::StatusOr<StoreReport> first = store(mine, as_acme_, 'a', 6);
+  ASSERT_TRUE(first.ok()) << first.status();
+  EXPECT_EQ(first->stored, 4u) << "what the call has stored does not make way for the rest of it";
+  EXPECT_EQ(first->left_out, 2u);
+  EXPECT_TRUE(absl::StrContains(first->problem, "within the quota of tenant 'acme'")) << first->problem;
+  EXPECT_EQ(Of("acme").tier_bytes, (std::vector<uint64_t>{0, 4 * kBytes, 0}));
+  ASSERT_EQ(store(others, as_other_, 'a', 6)->stored, 6u);
+  // New blocks take the place of the tenant's older ones.
+  clock_.Advance(absl::Minutes(1));
+  ASSERT_EQ(store(mine, as_acme_, 'b', 3)->stored, 3u);
+  EXPECT_EQ(Of("acme").tier_bytes, (std::vector<uint64_t>{0, 4 * kBytes, 0}));
+  EXPECT_EQ(cache_->GetNamespace(mine, as_acme_)->blocks, 4u);
+  EXPECT_EQ(cache_->GetNamespace(others, as_other_)->blocks, 6u);
+  EXPECT_EQ(Of("other").tier_bytes[1], 6 * kBytes);
+  cache_->CheckInvariants();
+  // Copies on the disk count too, and what was there before a restart is counted again.
+  ASSERT_TRUE(cache_->PersistNamespace(mine, as_acme_).ok());
+  EXPECT_GE(Of("acme").tier_bytes[2], 4 * kBytes);
+  const uint64_t on_disk = Of("acme").tier_bytes[2];
+  Restart(true);
+  EXPECT_EQ(Of("acme").tier_bytes, (std::vector<uint64_t>{0, 0, on_disk}));
+  EXPECT_EQ(cache_->DeleteNamespace(mine, as_acme_).value(), 4u);
+  EXPECT_EQ(Of("acme").tier_bytes, std::vector<uint64_t>{});
+}
+
 TEST_F(QuotaTest, WhatWasThereBeforeStaysUnderASmallerQuota) {
   StartWithDisk(8 * kMiB, 8 * kMiB, 8 * kMiB);
   ASSERT_TRUE(cache_->RegisterModel(SmallModel(), as_acme_).ok());
