@@ -13,6 +13,11 @@
 #include "kernels/base/status.h"
 
 namespace kvtide {
+namespace {
+
+constexpr uint64_t kAnySerial = ~uint64_t{0};
+
+}  // namespace
 
 Persister::Persister(CacheCore& core) : core_(core), room_(core) {
   const std::vector<TierOptions>& tiers = core.options().tiers;
@@ -142,11 +147,7 @@ absl::Status Persister::PersistOne(CacheLock& lock, const SequencePtr& sequence,
   }
   lock->changed.NotifyAll();
   lock->prefixes.LeaveRun(sequence->id);  // whose value this one replaces
-  absl::Status status;
-  {
-    const Unlocked unlocked(lock);
-    status = index_->Put(sequence->id, bytes);
-  }
+  absl::Status status = Write(lock, sequence->id, bytes);
   if (!status.ok()) {
     if (absl::IsResourceExhausted(status)) {
       Release(*lock, &next);
@@ -237,8 +238,32 @@ absl::Status Persister::WriteBackups(CacheLock& lock, const Sequence& sequence, 
       lock.WaitForChange(options.room_wait);
       continue;
     }
-    KVTIDE_RETURN_IF_ERROR(WriteBatch(lock, batch, context, pins, report));
+    MakeDiskRoom(lock, sequence, batch);
+    // The mutex was free.
+    std::erase_if(batch, [&](const HeldBlock& block) {
+      return block->moving || block->writing || block->place == nullptr ||
+             DurablePlace(*block.get()) != nullptr;
+    });
+    if (!batch.empty()) KVTIDE_RETURN_IF_ERROR(WriteBatch(lock, batch, context, pins, report));
   }
+}
+
+// What is only cached makes way: blocks that nobody has are dropped, then the oldest runs are forgotten.
+void Persister::MakeDiskRoom(CacheLock& lock, const Sequence& sequence, std::span<const HeldBlock> blocks) {
+  const Tier& tier = lock->store.tier(tier_);
+  size_t bytes = 0, largest = 0;
+  for (const HeldBlock& block : blocks) {
+    bytes += tier.ExtentBytes(block->bytes);
+    largest = std::max(largest, block->bytes);
+  }
+  // None of its own blocks for another one.
+  const uint64_t before =
+      sequence.options.allow_drop ? lock->store.TouchSerial(*blocks.front().get()) : kAnySerial;
+  constexpr int kRounds = 64;
+  for (int round = 0; round < kRounds && tier.allocator.free_bytes() < bytes; round++)
+    if (!room_.MakeFree(lock, tier_, tier.allocator.free_bytes() + largest, bytes, before) &&
+        !LetOldestRunGo(lock, 0, absl::ResourceExhaustedError("")).ok())
+      break;
 }
 
 absl::Status Persister::WriteBatch(CacheLock& lock, std::span<const HeldBlock> blocks,
@@ -400,6 +425,7 @@ std::unique_ptr<KeptPrefix> Persister::KeepPrefix(CacheState& state, const Seque
   manifest.chain_keys.resize(static_cast<size_t>(blocks));
   auto run = std::make_unique<PrefixRun>();
   run->id = sequence.id;
+  run->written = manifest.written_unix_nanos;
   bool is_new = false;
   for (int g = 0; g < groups; g++) {
     const GroupTable& table = sequence.groups[static_cast<size_t>(g)];
@@ -427,6 +453,33 @@ void Persister::Release(CacheState& state, Durable* durable) {
   for (Place* place : std::exchange(durable->places, {})) state.store.Unkeep(place);
 }
 
+absl::Status Persister::Write(CacheLock& lock, uint64_t id, const std::string& bytes) {
+  while (true) {
+    absl::Status status;
+    {
+      const Unlocked unlocked(lock);
+      status = index_->Put(id, bytes);
+    }
+    if (!absl::IsResourceExhausted(status)) return status;
+    KVTIDE_RETURN_IF_ERROR(LetOldestRunGo(lock, id, status));
+  }
+}
+
+absl::Status Persister::LetOldestRunGo(CacheLock& lock, uint64_t besides, const absl::Status& why) {
+  const uint64_t oldest = lock->prefixes.OldestRun(besides);
+  if (oldest == 0) return why;
+  // It is forgotten on the disk first: its places are kept until then.
+  absl::Status status;
+  {
+    const Unlocked unlocked(lock);
+    status = index_->Erase({{oldest}});
+  }
+  if (!status.ok()) return why;
+  lock->prefixes.LeaveRun(oldest);
+  lock->changed.NotifyAll();
+  return absl::OkStatus();
+}
+
 void Persister::Settle(CacheState& state, SequenceId id) {
   for (auto& [doubted, places] : in_doubt_)
     if (doubted == id)
@@ -450,11 +503,7 @@ absl::Status Persister::Forget(CacheLock& lock, Sequence& sequence, std::unique_
   if (sequence.persisting && !sequence.durable.exists) return absl::OkStatus();  // that call forgets it
   if (kept != nullptr) {
     lock->prefixes.EnterRun(std::move(kept->run));
-    absl::Status status;
-    {
-      const Unlocked unlocked(lock);
-      status = index_->Put(sequence.id, kept->bytes);
-    }
+    const absl::Status status = Write(lock, sequence.id, kept->bytes);
     // What was forgotten meanwhile, all of it, must not come back.
     if (status.ok() && lock->prefixes.HasRun(sequence.id)) {
       lock->counters.persisted++;
@@ -613,6 +662,7 @@ absl::Status Persister::RestoreRun(CacheLock& lock, const std::string& bytes, Re
   PrefixSpace& space = *sequence->prefixes;
   auto run = std::make_unique<PrefixRun>();
   run->id = manifest.id;
+  run->written = manifest.written_unix_nanos;
   for (size_t g = 0; g < manifest.groups.size(); g++) {
     const ManifestGroup& group = manifest.groups[g];
     KVTIDE_RETURN_IF_ERROR(CheckCoding(group, sequence->groups[g]));

@@ -72,6 +72,7 @@ class Persister {
                                            const CallContext& context);
   absl::Status WriteBackups(CacheLock& lock, const Sequence& sequence, bool all, const CallContext& context,
                             std::vector<PinnedPlace>* pins, PersistReport* report);
+  void MakeDiskRoom(CacheLock& lock, const Sequence& sequence, std::span<const HeldBlock> blocks);
   absl::Status WriteBatch(CacheLock& lock, std::span<const HeldBlock> blocks, const CallContext& context,
                           std::vector<PinnedPlace>* pins, PersistReport* report);
   static std::vector<Block*> Fallen(const CacheState& state, const Sequence& sequence);
@@ -93,6 +94,10 @@ class Persister {
   static absl::Status CheckCoding(const ManifestGroup& group, const GroupTable& table);
   absl::Status RestoreGroup(CacheLock& lock, const Manifest& manifest, size_t group, Sequence& sequence);
   void Release(CacheState& state, Durable* durable);
+  // DurableIndex::Put; what is only cached makes way for it: the oldest runs of prefixes are forgotten.
+  absl::Status Write(CacheLock& lock, uint64_t id, const std::string& bytes);
+  // `why` if there is none, besides one.
+  absl::Status LetOldestRunGo(CacheLock& lock, uint64_t besides, const absl::Status& why);
   // The durable index says now what is of this name: nothing is in doubt.
   void Settle(CacheState& state, SequenceId id);
 

@@ -109,6 +109,7 @@ void PrefixIndex::Leave(Block* block) {
       store_->Unkeep(place);
       if (--run->live > 0) continue;
       dead_runs_.push_back(run->id);
+      ages_.erase({run->written, run->id});
       runs_.erase(run->id);
     }
   }
@@ -171,7 +172,10 @@ uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most) {
         there = nullptr;
       }
       if (there != nullptr) {
-        if (!there->checked || there->layout != mine->layout) continue;
+        // What a tier of I/O has is as good as its bytes, which nobody has looked at.
+        if (!there->checked || there->layout != mine->layout ||
+            (there->place->data == nullptr && mine->place->data != nullptr))
+          continue;
         table.blocks->Replace(index, there, sequence.recency.own);
         sequence.recency.AddPrefix(there->record);
         continue;
@@ -231,8 +235,15 @@ void PrefixIndex::EnterRun(std::unique_ptr<PrefixRun> run) {
   run->live = run->blocks.size();
   for (const auto& [block, place] : run->blocks) runs_of_[block].push_back({run.get(), place});
   const uint64_t id = run->id;
+  ages_.emplace(run->written, id);
   const bool added = runs_.emplace(id, std::move(run)).second;
   KVTIDE_CHECK(added);
+}
+
+uint64_t PrefixIndex::OldestRun(uint64_t besides) const {
+  for (const auto& [written, id] : ages_)
+    if (id != besides) return id;
+  return 0;
 }
 
 void PrefixIndex::LeaveRun(uint64_t id) {
@@ -248,6 +259,7 @@ void PrefixIndex::LeaveRun(uint64_t id) {
     if (of->second.empty()) runs_of_.erase(of);
     store_->Unkeep(place);
   }
+  ages_.erase({found->second->written, id});
   runs_.erase(found);
 }
 
@@ -289,6 +301,7 @@ void PrefixIndex::CheckInvariants() const {
       blocks += in_node;
     }
   }
+  KVTIDE_CHECK(ages_.size() == runs_.size());
   KVTIDE_CHECK(blocks == blocks_ && alone == store_->alone_bytes() && durable == runs_of_.size(), blocks,
                " blocks of prefixes, ", blocks_, " counted; ", alone, " bytes that no sequence has, ",
                store_->alone_bytes(), " counted; ", durable, " durable, ", runs_of_.size(), " counted");

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <set>
 #include <span>
 #include <string>
 #include <utility>
@@ -38,7 +39,8 @@ struct PrefixSpace {
 
 // Part of a manifest of a sequence that was closed: blocks of a prefix that are there after a restart.
 struct PrefixRun {
-  uint64_t id = 0;  // in the durable index
+  uint64_t id = 0;      // in the durable index
+  int64_t written = 0;  // Unix nanoseconds
   // Its blocks, of which some may be no more, and where the durable tier keeps them for it: a block may have
   // been written there once more since.
   std::vector<std::pair<BlockId, Place*>> blocks;
@@ -83,6 +85,8 @@ class PrefixIndex {
   void EnterRun(std::unique_ptr<PrefixRun> run);
   bool IsDurable(const Block& block) const { return runs_of_.contains(block.id); }
   bool HasRun(uint64_t id) const { return runs_.contains(id); }
+  // The one that was written first; 0: there is none but `besides`.
+  uint64_t OldestRun(uint64_t besides) const;
   // Nothing is kept for it any more.
   void LeaveRun(uint64_t id);
   // Runs without blocks: to be taken from the durable index.
@@ -112,6 +116,7 @@ class PrefixIndex {
     PrefixRun* run = nullptr;
     Place* place = nullptr;
   };
+  std::set<std::pair<int64_t, uint64_t>> ages_;  // of runs: when written, id
   absl::flat_hash_map<BlockId, absl::InlinedVector<Kept, 1>> runs_of_;
   std::vector<uint64_t> dead_runs_;
 };

@@ -39,6 +39,7 @@ class PrefixSim : public CacheTest {
     Tokens tokens;
     std::optional<Tokens> durable;  // with these it is there after a restart; unset: not known, or not at all
     bool closed = false;
+    bool may_lose = false;
     int running = 0;  // calls on it
   };
   using ClientPtr = std::shared_ptr<Client>;
@@ -72,7 +73,7 @@ class PrefixSim : public CacheTest {
 
   uint32_t seed_ = 0;
   int64_t step_ = 0;
-  bool failed_ = false, lie_ = false, fault_ = false, lost_ = false;
+  bool failed_ = false, lie_ = false, fault_ = false, lost_ = false, crashed_ = false;
   int depth_ = 0, budget_ = 0;
   std::mt19937 dice_;
   std::thread::id thread_;

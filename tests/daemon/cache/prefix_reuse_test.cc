@@ -468,6 +468,18 @@ TEST_F(PrefixReuseTest, WhatWasDroppedAfterItWasWrittenDownIsNeverServed) {
       TokenClient client = Make(options);
       const absl::StatusOr<int64_t> there = client.Begin(prompt);
       ASSERT_TRUE(there.ok()) << there.status();
+      const absl::Status status = client.TryRead().status();
+      if (!status.ok()) {
+        // The crash left other bytes under an old label: they are not served, and what the error advises
+        // helps.
+        ASSERT_EQ(status.code(), absl::StatusCode::kDataLoss) << status;
+        const std::string text(status.message());
+        const size_t at = text.find("truncate to ");
+        ASSERT_NE(at, std::string::npos) << text;
+        const int64_t left = std::stoll(text.substr(at + 12));
+        ASSERT_TRUE(client.Truncate(left).ok());
+        ASSERT_TRUE(client.Append({prompt.begin() + left, prompt.end()}).ok());
+      }
       EXPECT_EQ(client.Read(), ReadAlone(*cache_, SmallModel(), options, prompt)) << i << " " << *there;
       ASSERT_TRUE(client.Close().ok());
       cache_->CheckInvariants();

@@ -106,6 +106,12 @@ absl::Status TokenClient::Step(const Tokens& tokens) {
 }
 
 std::vector<float> TokenClient::Read() {
+  const absl::StatusOr<std::vector<float>> all = TryRead();
+  EXPECT_TRUE(all.ok()) << all.status();
+  return all.ok() ? *all : std::vector<float>();
+}
+
+absl::StatusOr<std::vector<float>> TokenClient::TryRead() {
   std::vector<float> all;
   const auto length = static_cast<int64_t>(tokens_.size());
   for (int layer = 0; layer < static_cast<int>(spec_.layers.size()); layer++) {
@@ -121,8 +127,7 @@ std::vector<float> TokenClient::Read() {
     call.tokens = length - first;
     call.layers = {&read, 1};
     call.context = &context_;
-    const absl::Status status = cache_->ReadTokens(call);
-    EXPECT_TRUE(status.ok()) << status;
+    KVTIDE_RETURN_IF_ERROR(cache_->ReadTokens(call));
     all.insert(all.end(), k.begin(), k.end());
     all.insert(all.end(), v.begin(), v.end());
   }

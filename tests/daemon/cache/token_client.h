@@ -35,6 +35,7 @@ class TokenClient {
   absl::Status Step(const Tokens& tokens);
   // Every stored value from the first token that has not left a sliding window.
   std::vector<float> Read();
+  absl::StatusOr<std::vector<float>> TryRead();
   // Attention of a query in every layer.
   std::vector<float> Attend();
   absl::Status Truncate(int64_t tokens);
