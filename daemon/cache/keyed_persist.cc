@@ -165,9 +165,11 @@ absl::Status Persister::WriteShards(CacheLock& lock, const NamespacePtr& space, 
     const uint64_t id = shard.id;
     const std::string bytes = EncodeKeyedManifest(manifest);
     absl::Status status;
-    {
+    if (manifest.blocks.empty()) {
       const Unlocked unlocked(lock);
-      status = manifest.blocks.empty() ? index_->Erase({&id, 1}) : index_->Put(id, bytes);
+      status = index_->Erase({&id, 1});
+    } else {
+      status = Write(lock, id, bytes);
     }
     if (status.ok()) {
       lock->counters.persisted++;
