@@ -114,9 +114,8 @@ void RequestMetrics::RecordLookup(std::string_view tenant, std::string_view unit
     counter = &prometheus::BuildCounter()
                    .Name("kvtide_tenant_lookups_total")
                    .Help(
-                       "What lookups of the tenant found, by tier, and what they did not (found_in none): "
-                       "blocks by "
-                       "key, tokens of prefixes.")
+                       "Blocks by key that lookups of the tenant found, by tier, and that they did not "
+                       "(found_in none).")
                    .Register(*registry_)
                    .Add({{"tenant", LabelOf(tenant)},
                          {"unit", std::string(unit)},
