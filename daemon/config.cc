@@ -288,6 +288,10 @@ absl::Status ResolveLimits(const v1::KvtidedConfig& config, CacheOptions* cache)
   KVTIDE_RETURN_IF_ERROR(
       CheckRange<int64_t>("max_attend_work", config.max_attend_work(), 0, int64_t{1} << 62));
   if (config.max_attend_work() > 0) cache->max_attend_work = config.max_attend_work();
+  KVTIDE_RETURN_IF_ERROR(
+      CheckRange<int64_t>("max_prefix_blocks", config.max_prefix_blocks(), -1, int64_t{1} << 31));
+  if (config.max_prefix_blocks() != 0)
+    cache->max_prefix_blocks = static_cast<size_t>(std::max<int64_t>(0, config.max_prefix_blocks()));
   if (config.max_sequences() > 0) cache->max_sequences = static_cast<size_t>(config.max_sequences());
   if (config.max_models() > 0) cache->max_models = static_cast<size_t>(config.max_models());
   if (config.max_tokens() > 0) cache->max_tokens_per_sequence = config.max_tokens();
@@ -458,6 +462,8 @@ v1::KvtidedConfig WithDefaults(const v1::KvtidedConfig& config, const DaemonOpti
   full.set_max_attend_work(options.cache.max_attend_work);
   full.set_high_watermark(options.cache.limits.high_watermark);
   full.set_low_watermark(options.cache.limits.low_watermark);
+  full.set_max_prefix_blocks(
+      options.cache.max_prefix_blocks > 0 ? static_cast<int64_t>(options.cache.max_prefix_blocks) : -1);
   full.set_service_threads(service.threads);
   full.set_bulk_threads(service.bulk_threads);
   full.set_compute_threads(options.compute_threads > 0 ? options.compute_threads : Processors());

@@ -75,6 +75,8 @@ constexpr Setting kSettings[] = {
     {"low_watermark", "until it is no fuller than this (default 0.8)", true},
     {"max_attend_work",
      "most work of one attention: queries x visible tokens x query heads of all its items (default 2^38)"},
+    {"max_prefix_blocks",
+     "blocks that are found by token ids, for prefixes; 0 = the default (1048576), -1 = none"},
     {"service_threads", "threads that serve calls; 0 = the default (one per core, at least 2)"},
     {"bulk_threads", "threads for calls that may take long, beside those; 0 = the default (2)"},
     {"compute_threads", "threads that attend on the CPU; 0 = the default (one per core)"},

@@ -72,6 +72,8 @@ absl::StatusOr<std::unique_ptr<TieredCache>> MakeTieredCache(const DaemonOptions
     made->notes.push_back(
         {Note::kInfo, absl::StrCat("restored sequences=", restored.sequences, " tokens=", restored.tokens,
                                    " blocks=", restored.blocks, " bytes=", restored.bytes)});
+  if (restored.prefix_blocks > 0)
+    made->notes.push_back({Note::kInfo, absl::StrCat("restored prefix_blocks=", restored.prefix_blocks)});
   for (const std::string& lost : restored.lost)
     made->notes.push_back({Note::kError, absl::StrCat("not restored: ", lost)});
   return made;

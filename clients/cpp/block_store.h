@@ -20,8 +20,6 @@
 
 namespace kvtide::client {
 
-using LeaseId = uint64_t;
-
 struct TensorBlocks {
   int layers = 0, kv_heads = 0, head_dim_k = 0, head_dim_v = 0;
   std::string pair;  // at rest; empty = f16/f16

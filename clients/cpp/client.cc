@@ -56,15 +56,44 @@ absl::Status Client::RegisterModel(const Model& model) {
   return grpc->carrier->Call(&message, &answer);
 }
 
-absl::StatusOr<SequenceId> Client::CreateSequence(const std::string& model, const SequenceOptions& options) {
+absl::StatusOr<SequenceId> Client::CreateSequence(const std::string& model, const SequenceOptions& options,
+                                                  LeaseId prefix, int64_t* tokens) {
   v1::SessionRequest message;
   v1::CreateSequenceRequest& request = *message.mutable_create_sequence();
   request.set_model(model);
   ToProto(options, &request);
+  request.set_prefix_lease(prefix);
   v1::SessionResponse answer;
   KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
   const v1::CreateSequenceResponse& response = answer.create_sequence();
+  if (tokens != nullptr) *tokens = response.tokens();
   return response.sequence_id();
+}
+
+absl::StatusOr<CachedPrefix> Client::LookupPrefix(const std::string& model, const SequenceOptions& options,
+                                                  std::span<const TokenId> token_ids, double lease_seconds,
+                                                  bool peek) {
+  v1::SessionRequest message;
+  v1::LookupPrefixRequest& request = *message.mutable_lookup_prefix();
+  request.mutable_like()->set_model(model);
+  ToProto(options, request.mutable_like());
+  request.mutable_token_ids()->Add(token_ids.begin(), token_ids.end());
+  request.set_lease_seconds(lease_seconds);
+  request.set_peek(peek);
+  v1::SessionResponse answer;
+  KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
+  const v1::LookupPrefixResponse& response = answer.lookup_prefix();
+  CachedPrefix prefix{response.tokens(), {}, response.lease_id(), response.lease_seconds()};
+  for (const v1::PrefixTokens& run : response.tiers()) prefix.tiers.emplace_back(run.tier(), run.tokens());
+  return prefix;
+}
+
+absl::StatusOr<bool> Client::ReleaseLease(LeaseId lease) {
+  v1::SessionRequest message;
+  message.mutable_release_lease()->set_lease_id(lease);
+  v1::SessionResponse answer;
+  KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
+  return answer.release_lease().released();
 }
 
 absl::StatusOr<SequenceId> Client::ForkSequence(SequenceId sequence) {
@@ -96,11 +125,13 @@ absl::Status Client::CloseSequence(SequenceId sequence) {
 }
 
 absl::StatusOr<int64_t> Client::Append(SequenceId sequence, int64_t start_position,
-                                       std::span<const LayerTokens> layers) {
+                                       std::span<const LayerTokens> layers,
+                                       std::span<const TokenId> token_ids) {
   v1::SessionRequest message;
   v1::AppendRequest& request = *message.mutable_append();
   request.set_sequence_id(sequence);
   request.set_start_position(start_position);
+  request.mutable_token_ids()->Add(token_ids.begin(), token_ids.end());
   TensorMover tensors(impl_->carrier->memory());
   for (const LayerTokens& layer : layers) {
     tensors.Count(layer.k);
@@ -254,6 +285,7 @@ void AddTensors(const AttendItem& item, TensorMover* tensors, v1::AttendItem* ou
 }
 void AddTensors(const AppendAttendItem& item, TensorMover* tensors, v1::AppendAttendItem* out) {
   out->set_start_position(item.start_position);
+  out->mutable_token_ids()->Add(item.token_ids.begin(), item.token_ids.end());
   tensors->Add(item.q, out->mutable_q());
   tensors->Add(item.k, out->mutable_k());
   tensors->Add(item.v, out->mutable_v());

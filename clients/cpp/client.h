@@ -26,6 +26,8 @@
 namespace kvtide::client {
 
 using SequenceId = uint64_t;
+using LeaseId = uint64_t;  // 0 = none
+using TokenId = uint32_t;
 
 // How the client proves who it is, and checks whom it talks to. Empty fields are those of the environment:
 // KVTIDE_TLS_CA, KVTIDE_TLS_CERT, KVTIDE_TLS_KEY, KVTIDE_TOKEN_FILE. On Unix sockets the kernel does both,
@@ -110,6 +112,16 @@ struct SequenceOptions {
   std::vector<std::string> group_pairs;  // by layer group; empty = `pair` for all
   std::string device;  // where it is to live, as TierInfo::device has it; empty = where most room is
   Persistence persistence = Persistence::kDefault;  // when it becomes durable by itself
+  // What else K and V depend on beside model and token ids; keeps prefixes apart (LookupPrefix).
+  std::string prefix_salt;
+};
+
+// The longest cached prefix of some tokens.
+struct CachedPrefix {
+  int64_t tokens = 0;                                  // in full blocks of 64; 0 = none
+  std::vector<std::pair<std::string, int64_t>> tiers;  // tokens by tier, in their order
+  LeaseId lease = 0;                                   // for CreateSequence, or ReleaseLease; 0 = none
+  double lease_seconds = 0;
 };
 
 struct LayerTokens {
@@ -157,6 +169,7 @@ struct AppendAttendItem {
   TensorRef v;  // [tokens][kv_heads][head_dim_v]
   std::span<float> output;
   std::span<float> lse;
+  std::span<const TokenId> token_ids;  // as in Append; with one layer is enough
 };
 
 // Steps: the next tokens of a batch of sequences in all layers, which count all at once
@@ -241,6 +254,7 @@ struct SequenceInfo {
   bool durable = false;
   int64_t durable_tokens = 0;
   Persistence persistence = Persistence::kNone;
+  int64_t known_tokens = 0, reused_tokens = 0;  // whose ids are known; that it began with
 };
 
 // kvtide.v1.GetStatsResponse explains the fields.
@@ -258,6 +272,7 @@ struct TierStats {
   std::string problem;  // why it takes no blocks now
   int64_t read_bytes = 0, written_bytes = 0;
   int64_t read_errors = 0, write_errors = 0, checksum_errors = 0, sync_errors = 0;
+  int64_t prefix_hit_tokens = 0;
 };
 struct MethodStats {
   std::string method;
@@ -278,6 +293,8 @@ struct ServerStats {
   int64_t lost_blocks = 0, persist_calls = 0, persisted = 0, failed_persists = 0, persisted_bytes = 0;
   int64_t durable_sequences = 0;
   int64_t compacted_blocks = 0, compacted_bytes = 0;
+  int64_t prefix_blocks = 0, prefix_alone_bytes = 0, durable_prefix_blocks = 0;
+  int64_t prefix_lookups = 0, prefix_miss_tokens = 0, prefix_reused_tokens = 0;
 };
 
 struct MoveResult {
@@ -364,14 +381,27 @@ class Client {
   absl::Status RegisterModel(const Model& model);
   // Forgets it, so that its name and its place are free; its sequences have to be closed.
   absl::Status UnregisterModel(const std::string& model);
-  absl::StatusOr<SequenceId> CreateSequence(const std::string& model, const SequenceOptions& options = {});
+  // `prefix`: a lease of LookupPrefix, with whose tokens the sequence begins (CachedPrefix::tokens, unless
+  // some were lost meanwhile: `tokens`, if it is not null, gets the length); it is over then.
+  absl::StatusOr<SequenceId> CreateSequence(const std::string& model, const SequenceOptions& options = {},
+                                            LeaseId prefix = 0, int64_t* tokens = nullptr);
+  // What is cached of the tokens for sequences of these options, and can be read now. Leave the last token
+  // out: one has to be computed. lease_seconds: how long it is kept for CreateSequence; negative = not at
+  // all.
+  absl::StatusOr<CachedPrefix> LookupPrefix(const std::string& model, const SequenceOptions& options,
+                                            std::span<const TokenId> token_ids, double lease_seconds = 30,
+                                            bool peek = false);
+  // False if it was over.
+  absl::StatusOr<bool> ReleaseLease(LeaseId lease);
   absl::StatusOr<SequenceId> ForkSequence(SequenceId sequence);
   absl::Status TruncateSequence(SequenceId sequence, int64_t tokens);
   absl::Status CloseSequence(SequenceId sequence);
 
-  // The length of the sequence after it.
+  // The length of the sequence after it. `token_ids`: what the tokens are, one for each, so that their blocks
+  // are found by LookupPrefix; they count from the sequence's first token on. Empty: not said.
   absl::StatusOr<int64_t> Append(SequenceId sequence, int64_t start_position,
-                                 std::span<const LayerTokens> layers);
+                                 std::span<const LayerTokens> layers,
+                                 std::span<const TokenId> token_ids = {});
   // K and V of `count` tokens from `first` on, in the named layers (empty = all), decoded where they are
   // coded; in the order of the layers. Large ranges come in several calls, so that a sequence that is cut
   // meanwhile is OUT_OF_RANGE.

@@ -85,6 +85,7 @@ void ToProto(const SequenceOptions& options, v1::CreateSequenceRequest* proto) {
   proto->set_persistence(static_cast<v1::Persistence>(options.persistence));
   proto->set_tenant(options.tenant);
   proto->set_device(options.device);
+  proto->set_prefix_salt(options.prefix_salt);
   proto->set_allow_drop(options.allow_drop);
   for (const std::string& pair : options.group_pairs) proto->add_group_pairs(pair);
 }
@@ -168,6 +169,8 @@ SequenceInfo FromProto(const v1::Sequence& proto) {
   info.durable = proto.durable();
   info.durable_tokens = proto.durable_tokens();
   info.pinned_seconds = proto.pinned_seconds();
+  info.known_tokens = proto.known_tokens();
+  info.reused_tokens = proto.reused_tokens();
   info.persistence = static_cast<Persistence>(proto.persistence());
   return info;
 }
@@ -198,6 +201,7 @@ ServerStats FromProto(const v1::GetStatsResponse& proto) {
     out.write_errors = tier.write_errors();
     out.checksum_errors = tier.checksum_errors();
     out.sync_errors = tier.sync_errors();
+    out.prefix_hit_tokens = tier.prefix_hit_tokens();
     stats.tiers.push_back(std::move(out));
   }
   stats.models = proto.models();
@@ -232,6 +236,12 @@ ServerStats FromProto(const v1::GetStatsResponse& proto) {
   stats.durable_sequences = proto.durable_sequences();
   stats.compacted_blocks = proto.compacted_blocks();
   stats.compacted_bytes = proto.compacted_bytes();
+  stats.prefix_blocks = proto.prefix_blocks();
+  stats.prefix_alone_bytes = proto.prefix_alone_bytes();
+  stats.durable_prefix_blocks = proto.durable_prefix_blocks();
+  stats.prefix_lookups = proto.prefix_lookups();
+  stats.prefix_miss_tokens = proto.prefix_miss_tokens();
+  stats.prefix_reused_tokens = proto.prefix_reused_tokens();
   for (const v1::MethodStats& method : proto.methods()) {
     MethodStats& to = stats.methods.emplace_back();
     to.method = method.method();

@@ -30,6 +30,7 @@ class UnaryCalls : public Carrier {
       KVTIDE_VERB(RegisterModel, register_model)
       KVTIDE_VERB(UnregisterModel, unregister_model)
       KVTIDE_VERB(CreateSequence, create_sequence)
+      KVTIDE_VERB(LookupPrefix, lookup_prefix)
       KVTIDE_VERB(ForkSequence, fork_sequence)
       KVTIDE_VERB(TruncateSequence, truncate_sequence)
       KVTIDE_VERB(CloseSequence, close_sequence)

@@ -64,6 +64,24 @@ absl::StatusOr<SequenceId> DaemonKvStore::CreateSequence() {
   return sequence;
 }
 
+absl::StatusOr<DaemonKvStore::Begun> DaemonKvStore::Begin(std::span<const int32_t> tokens) {
+  Begun begun;
+  const std::vector<client::TokenId> ids(tokens.begin(), tokens.end() - (tokens.empty() ? 0 : 1));
+  KVTIDE_ASSIGN_OR_RETURN(const client::CachedPrefix prefix,
+                          client_.LookupPrefix(model_name_, options_, ids));
+  begun.tiers = prefix.tiers;
+  KVTIDE_ASSIGN_OR_RETURN(begun.sequence,
+                          client_.CreateSequence(model_name_, options_, prefix.lease, &begun.tokens));
+  open_.insert(begun.sequence);
+  return begun;
+}
+
+void DaemonKvStore::NextTokens(SequenceId sequence, int64_t start, std::span<const int32_t> tokens) {
+  next_sequence_ = sequence;
+  next_start_ = start;
+  next_tokens_.assign(tokens.begin(), tokens.end());
+}
+
 absl::Status DaemonKvStore::AppendAttend(SequenceId sequence, int layer, int64_t start, int n_tokens,
                                          const float* q, const float* k, const float* v, float* out) {
   const size_t q_width = geometry_.query_width(), kv_width = geometry_.kv_width();
@@ -79,6 +97,9 @@ absl::Status DaemonKvStore::AppendAttend(SequenceId sequence, int layer, int64_t
     item.v = client::TensorRef::F32({v + done * kv_width, n * kv_width},
                                     {n, geometry_.kv_heads, geometry_.head_dim});
     item.output = {out + done * q_width, n * q_width};
+    if (layer == 0 && sequence == next_sequence_ && start == next_start_ &&
+        next_tokens_.size() == static_cast<size_t>(n_tokens))
+      item.token_ids = std::span<const client::TokenId>(next_tokens_).subspan(done, n);
     const absl::Status status = client_.AppendAttend(layer, {&item, 1});
     if (!status.ok()) return Annotate(status, absl::StrCat("layer ", layer, ", tokens from ", start + done));
   }

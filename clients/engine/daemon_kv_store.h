@@ -7,6 +7,8 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "clients/cpp/client.h"
 #include "clients/engine/kv_store.h"
@@ -25,6 +27,16 @@ class DaemonKvStore : public KvStore {
 
   const KvGeometry& geometry() const override { return geometry_; }
   absl::StatusOr<SequenceId> CreateSequence() override;
+  // A sequence that begins with the longest prefix of `tokens` that the daemon has cached, the last token
+  // left out: the rest is the caller's to compute.
+  struct Begun {
+    SequenceId sequence = 0;
+    int64_t tokens = 0;
+    std::vector<std::pair<std::string, int64_t>> tiers;  // where they were
+  };
+  absl::StatusOr<Begun> Begin(std::span<const int32_t> tokens);
+  // Said with the next layer that is appended there.
+  void NextTokens(SequenceId sequence, int64_t start, std::span<const int32_t> tokens) override;
   absl::Status AppendAttend(SequenceId sequence, int layer, int64_t start, int n_tokens, const float* q,
                             const float* k, const float* v, float* out) override;
   absl::StatusOr<SequenceId> Fork(SequenceId sequence) override;
@@ -44,6 +56,10 @@ class DaemonKvStore : public KvStore {
   const client::SequenceOptions options_;
   const int tokens_per_call_;
   std::set<SequenceId> open_;
+  // Of NextTokens.
+  SequenceId next_sequence_ = 0;
+  int64_t next_start_ = 0;
+  std::vector<client::TokenId> next_tokens_;
 };
 
 // The model's shape in the words of the client library.

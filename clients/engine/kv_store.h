@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -44,6 +45,10 @@ class KvStore {
   virtual const KvGeometry& geometry() const = 0;
 
   virtual absl::StatusOr<SequenceId> CreateSequence() = 0;
+
+  // What the tokens at start, start + 1, ... are, before they are appended. A store may find them again by
+  // it.
+  virtual void NextTokens(SequenceId /*sequence*/, int64_t /*start*/, std::span<const int32_t> /*tokens*/) {}
 
   // Appends k and v ([n_tokens][kv_heads][head_dim], keys after RoPE) of the tokens at start, start + 1, ...
   // in one layer, and attends causally with q ([n_tokens][query_heads][head_dim]) over everything up to each

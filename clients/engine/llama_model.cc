@@ -218,6 +218,7 @@ absl::Status LlamaModel::Forward(KvStore& store, SequenceId sequence, int64_t st
   std::vector<float> k(n * kv_width), v(n * kv_width), gate(n * inner), up(n * inner);
   const auto bias = [](const std::vector<float>& b) { return b.empty() ? nullptr : b.data(); };
   Embed(tokens, x.data());
+  store.NextTokens(sequence, start, tokens);
   for (int l = 0; l < config_.layers; ++l) {
     const Layer& layer = layers_[l];
     const Rotation& rotation = config_.window(l) > 0 ? local : global;

@@ -74,7 +74,7 @@ nb::dict ToPython(const client::SequenceInfo& from) {
   KVTIDE_PUT(id), KVTIDE_PUT(forked_from), KVTIDE_PUT(model), KVTIDE_PUT(pair), KVTIDE_PUT(tenant);
   KVTIDE_PUT(tokens), KVTIDE_PUT(max_layer_tokens), KVTIDE_PUT(dropped_blocks), KVTIDE_PUT(shared_blocks);
   KVTIDE_PUT(seal_at_once), KVTIDE_PUT(idle_seconds), KVTIDE_PUT(age_seconds), KVTIDE_PUT(device);
-  KVTIDE_PUT(durable), KVTIDE_PUT(durable_tokens);
+  KVTIDE_PUT(durable), KVTIDE_PUT(durable_tokens), KVTIDE_PUT(known_tokens), KVTIDE_PUT(reused_tokens);
   out["tiers"] = List(from.tiers, [](const client::TierShare& share) { return ToPython(share); });
   out["exact_window"] = ToPython(from.exact_window);
   return out;
@@ -93,6 +93,7 @@ nb::dict ToPython(const client::TierStats& from) {
   KVTIDE_PUT(promoted_blocks), KVTIDE_PUT(dropped_blocks), KVTIDE_PUT(device), KVTIDE_PUT(lost_blocks);
   KVTIDE_PUT(io), KVTIDE_PUT(problem), KVTIDE_PUT(read_bytes), KVTIDE_PUT(written_bytes);
   KVTIDE_PUT(read_errors), KVTIDE_PUT(write_errors), KVTIDE_PUT(checksum_errors), KVTIDE_PUT(sync_errors);
+  KVTIDE_PUT(prefix_hit_tokens);
   out["pairs"] = List(from.pairs, [](const client::PairStats& pair) { return ToPython(pair); });
   return out;
 }
@@ -109,6 +110,8 @@ nb::dict ToPython(const client::ServerStats& from) {
   KVTIDE_PUT(lost_blocks), KVTIDE_PUT(persist_calls), KVTIDE_PUT(persisted), KVTIDE_PUT(failed_persists);
   KVTIDE_PUT(persisted_bytes), KVTIDE_PUT(durable_sequences);
   KVTIDE_PUT(compacted_blocks), KVTIDE_PUT(compacted_bytes);
+  KVTIDE_PUT(prefix_blocks), KVTIDE_PUT(prefix_alone_bytes), KVTIDE_PUT(durable_prefix_blocks);
+  KVTIDE_PUT(prefix_lookups), KVTIDE_PUT(prefix_miss_tokens), KVTIDE_PUT(prefix_reused_tokens);
   out["tiers"] = List(from.tiers, [](const client::TierStats& tier) { return ToPython(tier); });
   return out;
 }
@@ -168,6 +171,7 @@ nb::dict ToPython(const client::PlanAnswer& from) {
 #undef KVTIDE_PUT
 
 using Ids = std::vector<client::SequenceId>;
+using TokenIds = std::vector<client::TokenId>;
 client::SequenceOptions MakeSequenceOptions(const nb::dict& settings) {
   client::SequenceOptions options;
   for (const auto& [key, value] : settings) {
@@ -195,6 +199,8 @@ client::SequenceOptions MakeSequenceOptions(const nb::dict& settings) {
       options.persistence = static_cast<client::Persistence>(nb::cast<int>(value));
     } else if (name == "device") {
       options.device = nb::cast<std::string>(value);
+    } else if (name == "prefix_salt") {
+      options.prefix_salt = nb::cast<std::string>(value);
     } else {
       throw StatusException(absl::InvalidArgumentError("unknown setting of a sequence: " + name));
     }
@@ -285,11 +291,13 @@ void Attend(const Handle& handle, int layer, const Ids& ids,
 void AppendAttend(const Handle& handle, int layer, const Ids& ids, const std::vector<int64_t>& starts,
                   const std::vector<AnyArray>& q, const std::vector<AnyArray>& k,
                   const std::vector<AnyArray>& v, const std::vector<Floats>& outputs,
-                  const std::vector<Floats>& lses, const client::AttentionOptions& options) {
+                  const std::vector<Floats>& lses, const client::AttentionOptions& options,
+                  const std::vector<TokenIds>& token_ids) {
   std::vector<client::AppendAttendItem> items;
   for (size_t i = 0; i < ids.size(); i++) {
     items.push_back({ids[i], starts.at(i), Ref(q.at(i)), Ref(k.at(i)), Ref(v.at(i)), Span(outputs.at(i)),
-                     lses.empty() ? std::span<float>() : Span(lses.at(i))});
+                     lses.empty() ? std::span<float>() : Span(lses.at(i)),
+                     token_ids.empty() ? std::span<const client::TokenId>() : token_ids.at(i)});
   }
   const auto pool = handle.pool();
   Raise(Blocking([&] { return pool->AppendAttend(layer, items, options); }));
@@ -348,10 +356,32 @@ void BindPool(nb::module_& m) {
              Raise(Blocking([&] { return pool->UnregisterModel(name); }));
            })
       .def("create_sequence",
-           [](const Handle& handle, const std::string& model, const nb::dict& settings) {
+           [](const Handle& handle, const std::string& model, const nb::dict& settings,
+              client::LeaseId prefix) {
              const client::SequenceOptions options = MakeSequenceOptions(settings);
              const auto pool = handle.pool();
-             return Raise(Blocking([&] { return pool->CreateSequence(model, options); }));
+             int64_t tokens = 0;
+             const client::SequenceId id =
+                 Raise(Blocking([&] { return pool->CreateSequence(model, options, prefix, &tokens); }));
+             return std::pair(id, tokens);
+           })
+      .def("lookup_prefix",
+           [](const Handle& handle, const std::string& model, const nb::dict& settings, const TokenIds& ids,
+              double lease_seconds, bool peek) {
+             const client::SequenceOptions options = MakeSequenceOptions(settings);
+             const auto pool = handle.pool();
+             const client::CachedPrefix found = Raise(
+                 Blocking([&] { return pool->LookupPrefix(model, options, ids, lease_seconds, peek); }));
+             nb::dict out;
+             out["tokens"] = found.tokens;
+             out["tiers"] = found.tiers;
+             out["lease"] = found.lease;
+             return out;
+           })
+      .def("release_lease",
+           [](const Handle& handle, client::LeaseId lease) {
+             const auto pool = handle.pool();
+             return Raise(Blocking([&] { return pool->ReleaseLease(lease); }));
            })
       .def("fork_sequence",
            [](const Handle& handle, client::SequenceId sequence) {
@@ -371,16 +401,16 @@ void BindPool(nb::module_& m) {
       .def(
           "append",
           [](const Handle& handle, client::SequenceId sequence, int64_t start, const std::vector<int>& layers,
-             const std::vector<AnyArray>& k, const std::vector<AnyArray>& v) {
+             const std::vector<AnyArray>& k, const std::vector<AnyArray>& v, const TokenIds& ids) {
             std::vector<client::LayerTokens> parts;
             for (size_t i = 0; i < layers.size(); i++)
               parts.push_back({layers[i], Ref(k.at(i)), Ref(v.at(i))});
             const auto pool = handle.pool();
-            return Raise(Blocking([&] { return pool->Append(sequence, start, parts); }));
+            return Raise(Blocking([&] { return pool->Append(sequence, start, parts, ids); }));
           })
       .def("attend", &Attend, "layer"_a, "ids"_a, "positions"_a, "q"_a, "outputs"_a, "lses"_a, "options"_a)
       .def("append_attend", &AppendAttend, "layer"_a, "ids"_a, "starts"_a, "q"_a, "k"_a, "v"_a, "outputs"_a,
-           "lses"_a, "options"_a)
+           "lses"_a, "options"_a, "token_ids"_a)
       .def(
           "read",
           [](const Handle& handle, client::SequenceId sequence, int layer, int64_t start,

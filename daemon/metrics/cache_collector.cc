@@ -226,6 +226,30 @@ void WriteTenants(FamilyWriter& writer, const CacheStats& stats) {
           {{"tenant", tenant.tenant}, {"tier", stats.tiers[t].name}, {"device", stats.tiers[t].device}});
 }
 
+// Blocks that are found by token ids.
+void WritePrefixes(FamilyWriter& writer, const CacheStats& stats) {
+  const auto gauge = [&](const char* name, const char* help, uint64_t value) {
+    writer.Gauge(name, help).Sample(static_cast<double>(value));
+  };
+  const auto counter = [&](const char* name, const char* help, uint64_t value) {
+    writer.Counter(name, help).Sample(static_cast<double>(value));
+  };
+  gauge("kvtide_prefix_blocks", "Sealed blocks that are found by token ids.", stats.prefix_blocks);
+  gauge("kvtide_prefix_cached_bytes", "Bytes of such blocks that no open sequence has.",
+        stats.prefix_alone_bytes);
+  gauge("kvtide_durable_prefix_blocks", "Blocks of closed sequences that would be found after a restart.",
+        stats.durable_prefix_blocks);
+  counter("kvtide_prefix_lookups_total", "Lookups of prefixes.", stats.prefix_lookups);
+  PerTier(
+      writer.Counter("kvtide_prefix_hit_tokens_total",
+                     "Tokens that lookups of prefixes found, by the lowest tier that they have blocks in."),
+      stats, &TierStats::prefix_hit_tokens);
+  counter("kvtide_prefix_miss_tokens_total", "Tokens that lookups of prefixes did not find.",
+          stats.prefix_miss_tokens);
+  counter("kvtide_prefix_reused_tokens_total", "Tokens that sequences began with instead of computing them.",
+          stats.prefix_reused_tokens);
+}
+
 // The block store.
 void WriteKeyed(FamilyWriter& writer, const CacheStats& stats) {
   const auto gauge = [&](const char* name, const char* help, uint64_t value) {
@@ -270,6 +294,7 @@ std::vector<prometheus::MetricFamily> CacheCollector::Collect() const {
   WriteCounters(writer, stats);
   WriteIo(writer, stats);
   WriteTenants(writer, stats);
+  WritePrefixes(writer, stats);
   WriteKeyed(writer, stats);
   return families;
 }

@@ -58,7 +58,7 @@ constexpr const char* kMethods[] = {
     "Session",          "ReadTokens",        "PersistSequences", "OpenNamespace",   "StoreBlocks",
     "LookupBlocks",     "LoadBlocks",        "ReleaseLease",     "DeleteNamespace", "PersistNamespace",
     "ListNamespaces",   "BeginStep",         "EndStep",          "GetStepProfile",  "PinSequences",
-    "GetConfig",        "ReloadConfig",
+    "GetConfig",        "ReloadConfig",     "LookupPrefix",
 };
 
 class Metrics {

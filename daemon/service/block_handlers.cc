@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/keyed_payload.h"
+#include "daemon/service/convert.h"
 #include "daemon/service/handlers.h"
 #include "kernels/base/sizes.h"
 #include "kernels/base/status.h"
@@ -14,7 +15,6 @@
 namespace kvtide::service {
 namespace {
 
-constexpr double kDefaultLeaseSeconds = 30, kMostLeaseSeconds = 600;
 constexpr int64_t kFramingBytes = 128;  // of an answer beside its payload
 
 int64_t Signed(uint64_t value) { return static_cast<int64_t>(value); }
@@ -159,10 +159,7 @@ absl::Status Handlers::StoreBlocks(const v1::StoreBlocksRequest& request, v1::St
 
 absl::Status Handlers::LookupBlocks(const v1::LookupBlocksRequest& request,
                                     v1::LookupBlocksResponse* response, const Call& call) {
-  const double asked = request.lease_seconds() == 0 ? kDefaultLeaseSeconds : request.lease_seconds();
-  if (!(asked <= kMostLeaseSeconds))
-    return absl::InvalidArgumentError(
-        absl::StrCat("lease_seconds is ", asked, ", must be at most ", kMostLeaseSeconds));
+  KVTIDE_ASSIGN_OR_RETURN(const double asked, LeaseSeconds(request.lease_seconds()));
   const std::vector<std::string_view> keys = Views(request.keys());
   LookupCall lookup;
   lookup.name_space = request.namespace_id();

@@ -172,6 +172,13 @@ void ToProto(const ModelSpec& spec, v1::RegisterModelResponse* proto) {
   }
 }
 
+absl::StatusOr<double> LeaseSeconds(double asked) {
+  constexpr double kDefault = 30, kMost = 600;
+  if (!(asked <= kMost))
+    return absl::InvalidArgumentError(absl::StrCat("lease_seconds is ", asked, ", must be at most ", kMost));
+  return asked == 0 ? kDefault : asked;
+}
+
 absl::StatusOr<SequenceOptions> FromProto(const v1::CreateSequenceRequest& proto,
                                           const SequenceDefaults& defaults) {
   SequenceOptions options;
@@ -259,6 +266,7 @@ absl::StatusOr<SequenceOptions> FromProto(const v1::CreateSequenceRequest& proto
         absl::StrCat("tenant has ", proto.tenant().size(), " bytes, at most 256"));
   }
   options.name_space = proto.tenant();
+  options.salt = proto.prefix_salt();
   options.device = proto.device();
   options.allow_drop = proto.allow_drop();
   return options;
@@ -305,6 +313,8 @@ void ToProto(const SequenceInfo& info, const std::vector<TierOptions>& tiers, ab
   proto->set_durable(info.durable);
   proto->set_durable_tokens(info.durable_tokens);
   proto->set_pinned_seconds(std::max(0.0, absl::ToDoubleSeconds(info.pinned_until - now)));
+  proto->set_known_tokens(info.known_tokens);
+  proto->set_reused_tokens(info.reused_tokens);
   proto->set_persistence(info.options.persistence == Persistence::kAll      ? v1::PERSISTENCE_ALL
                          : info.options.persistence == Persistence::kOnPark ? v1::PERSISTENCE_ON_PARK
                                                                             : v1::PERSISTENCE_NONE);
@@ -331,6 +341,7 @@ void ToProto(const CacheStats& stats, v1::GetStatsResponse* proto) {
     out->set_promoted_blocks(ToSigned(tier.promoted_blocks));
     out->set_dropped_blocks(ToSigned(tier.dropped_blocks));
     out->set_lost_blocks(ToSigned(tier.lost_blocks));
+    out->set_prefix_hit_tokens(ToSigned(tier.prefix_hit_tokens));
     out->set_io(!tier.attends);
     out->set_problem(tier.io.problem);
     out->set_read_bytes(ToSigned(tier.io.read_bytes));
@@ -369,6 +380,12 @@ void ToProto(const CacheStats& stats, v1::GetStatsResponse* proto) {
   proto->set_failed_persists(ToSigned(stats.failed_persists));
   proto->set_persisted_bytes(ToSigned(stats.persisted_bytes));
   proto->set_durable_sequences(ToSigned(stats.durable_sequences));
+  proto->set_prefix_blocks(ToSigned(stats.prefix_blocks));
+  proto->set_prefix_alone_bytes(ToSigned(stats.prefix_alone_bytes));
+  proto->set_durable_prefix_blocks(ToSigned(stats.durable_prefix_blocks));
+  proto->set_prefix_lookups(ToSigned(stats.prefix_lookups));
+  proto->set_prefix_miss_tokens(ToSigned(stats.prefix_miss_tokens));
+  proto->set_prefix_reused_tokens(ToSigned(stats.prefix_reused_tokens));
   proto->set_compacted_blocks(ToSigned(stats.compacted_blocks));
   proto->set_compacted_bytes(ToSigned(stats.compacted_bytes));
 }

@@ -28,6 +28,8 @@ struct SequenceDefaults {
   ExactWindow exact_window;
   Persistence persistence = Persistence::kNone;
 };
+// What a request asks for: 0 is the default; InvalidArgument beyond the most that a lease may last.
+absl::StatusOr<double> LeaseSeconds(double asked);
 absl::StatusOr<SequenceOptions> FromProto(const v1::CreateSequenceRequest& proto,
                                           const SequenceDefaults& defaults);
 absl::StatusOr<ExactWindow> FromProto(const v1::ExactWindow& proto);

@@ -142,11 +142,38 @@ absl::Status Handlers::CreateSequence(const v1::CreateSequenceRequest& request,
                                       v1::CreateSequenceResponse* response, const Call& call) {
   KVTIDE_ASSIGN_OR_RETURN(const SequenceOptions options, FromProto(request, options_.defaults));
   KVTIDE_ASSIGN_OR_RETURN(const ModelId model, cache_->FindModel(request.model(), call.context));
-  KVTIDE_ASSIGN_OR_RETURN(const SequenceId sequence, cache_->CreateSequence(model, options, call.context));
+  KVTIDE_ASSIGN_OR_RETURN(const SequenceId sequence,
+                          cache_->CreateSequence(model, options, call.context, request.prefix_lease()));
   response->set_sequence_id(sequence);
   response->set_pair(PairName(options.pair));
-  if (const auto info = cache_->GetSequence(sequence, call.context); info.ok())
+  if (const auto info = cache_->GetSequence(sequence, call.context); info.ok()) {
     response->set_device(info->device);
+    response->set_tokens(info->tokens);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Handlers::LookupPrefix(const v1::LookupPrefixRequest& request,
+                                    v1::LookupPrefixResponse* response, const Call& call) {
+  PrefixCall lookup;
+  auto options = FromProto(request.like(), options_.defaults);
+  if (!options.ok()) return Annotate(options.status(), "like");
+  lookup.options = *std::move(options);
+  KVTIDE_ASSIGN_OR_RETURN(lookup.model, cache_->FindModel(request.like().model(), call.context));
+  KVTIDE_ASSIGN_OR_RETURN(const double lease, LeaseSeconds(request.lease_seconds()));
+  lookup.token_ids = {request.token_ids().data(), static_cast<size_t>(request.token_ids_size())};
+  lookup.lease = request.peek() || lease < 0 ? absl::ZeroDuration() : absl::Seconds(lease);
+  lookup.peek = request.peek();
+  lookup.context = &call.context;
+  KVTIDE_ASSIGN_OR_RETURN(const PrefixReport report, cache_->LookupPrefix(lookup));
+  response->set_tokens(report.tokens);
+  for (const PrefixReport::Run& run : report.tiers) {
+    v1::PrefixTokens* const out = response->add_tiers();
+    out->set_tier(cache_->options().tiers[static_cast<size_t>(run.tier)].name);
+    out->set_tokens(run.tokens);
+  }
+  response->set_lease_id(report.lease);
+  if (report.lease != 0) response->set_lease_seconds(lease);
   return absl::OkStatus();
 }
 

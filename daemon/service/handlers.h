@@ -33,6 +33,7 @@ class Handlers {
   absl::Status RegisterModel(const v1::RegisterModelRequest&, v1::RegisterModelResponse*, const Call&);
   absl::Status UnregisterModel(const v1::UnregisterModelRequest&, v1::UnregisterModelResponse*, const Call&);
   absl::Status CreateSequence(const v1::CreateSequenceRequest&, v1::CreateSequenceResponse*, const Call&);
+  absl::Status LookupPrefix(const v1::LookupPrefixRequest&, v1::LookupPrefixResponse*, const Call&);
   absl::Status ForkSequence(const v1::ForkSequenceRequest&, v1::ForkSequenceResponse*, const Call&);
   absl::Status TruncateSequence(const v1::TruncateSequenceRequest&, v1::TruncateSequenceResponse*,
                                 const Call&);

@@ -230,6 +230,7 @@ absl::Status Handlers::Append(const v1::AppendRequest& request, v1::AppendRespon
   append.start_position = request.start_position();
   append.tokens = tokens;
   append.layers = layers;
+  append.token_ids = {request.token_ids().data(), static_cast<size_t>(request.token_ids_size())};
   append.context = &call.context;
   KVTIDE_RETURN_IF_ERROR(cache_->Append(append));
   KVTIDE_ASSIGN_OR_RETURN(const int64_t length, cache_->Length(request.sequence_id(), call.context));
@@ -295,6 +296,7 @@ absl::Status Handlers::AppendAttend(const v1::AppendAttendRequest& request,
     out->k_elements = k->elements;
     out->v = v->view;
     out->v_elements = v->elements;
+    out->token_ids = {item.token_ids().data(), static_cast<size_t>(item.token_ids_size())};
   }
   KVTIDE_RETURN_IF_ERROR(batch.ReserveAnswers());
   for (int i = 0; i < request.items_size(); i++) {

@@ -103,6 +103,7 @@ constexpr Verb kVerbs[] = {
     KVTIDE_VERB(UnregisterModel, kPrompt, false),
     KVTIDE_VERB(RegisterModel, kPrompt, false),
     KVTIDE_VERB(CreateSequence, kPrompt, false),
+    KVTIDE_VERB(LookupPrefix, kPrompt, false),
     KVTIDE_VERB(ForkSequence, kPrompt, false),
     KVTIDE_VERB(TruncateSequence, kPrompt, false),
     KVTIDE_VERB(CloseSequence, kPrompt, false),
@@ -174,6 +175,7 @@ absl::Status ServeMessage(Handlers* handlers, const v1::SessionRequest& request,
     KVTIDE_SESSION_VERB(RegisterModel, register_model)
     KVTIDE_SESSION_VERB(UnregisterModel, unregister_model)
     KVTIDE_SESSION_VERB(CreateSequence, create_sequence)
+    KVTIDE_SESSION_VERB(LookupPrefix, lookup_prefix)
     KVTIDE_SESSION_VERB(ForkSequence, fork_sequence)
     KVTIDE_SESSION_VERB(TruncateSequence, truncate_sequence)
     KVTIDE_SESSION_VERB(CloseSequence, close_sequence)
@@ -256,6 +258,8 @@ void SessionOwned::Note(const v1::SessionRequest& request, const v1::SessionResp
     steps_.Forget(request.close_sequence().sequence_id());
   }
   if (answer.lookup_blocks().lease_id() != 0) leases_.insert(answer.lookup_blocks().lease_id());
+  if (answer.lookup_prefix().lease_id() != 0) leases_.insert(answer.lookup_prefix().lease_id());
+  if (answer.has_create_sequence()) leases_.erase(request.create_sequence().prefix_lease());
   if (request.has_release_lease()) leases_.erase(request.release_lease().lease_id());
 }
 

@@ -61,6 +61,38 @@ class RestartTest : public ::testing::TestWithParam<const char*> {
   std::unique_ptr<client::Client> client_;
 };
 
+TEST_P(RestartTest, PrefixesOfClosedSequencesAreFoundAfterAStopAndAfterAKill) {
+  Start();
+  std::vector<client::TokenId> ids(64 * 6);
+  for (size_t i = 0; i < ids.size(); i++) ids[i] = static_cast<client::TokenId>(i * i % 997);
+  const client::SequenceOptions options = WithPair("q8_0/turbo4");
+  const auto id = client_->CreateSequence("small", options);
+  ASSERT_TRUE(id.ok()) << id.status();
+  ASSERT_TRUE(client_->Append(*id, 0, Tokens(3, 0, 384).layers, ids).ok());
+  const uint64_t hash = HashOf(*client_, *id, 256).value();
+  ASSERT_TRUE(client_->PersistSequences(std::span(&*id, 1)).ok());
+  ASSERT_TRUE(client_->CloseSequence(*id).ok());
+  for (const bool kill : {false, true}) {
+    client_.reset();
+    if (kill) {
+      daemon_->Kill();
+    } else {
+      EXPECT_EQ(daemon_->Stop(), 0);
+    }
+    Start();
+    EXPECT_TRUE(client_->ListSequences()->empty());
+    const auto found = client_->LookupPrefix("small", options, ids);
+    ASSERT_TRUE(found.ok()) << found.status();
+    EXPECT_EQ(found->tokens, 64 * 4);  // the last two blocks were exact
+    ASSERT_EQ(found->tiers.size(), 1u);
+    EXPECT_EQ(found->tiers[0].first, "disk");
+    const auto begun = client_->CreateSequence("small", options, found->lease);
+    ASSERT_TRUE(begun.ok()) << begun.status();
+    EXPECT_EQ(HashOf(*client_, *begun, 256).value(), hash);
+    ASSERT_TRUE(client_->CloseSequence(*begun).ok());
+  }
+}
+
 TEST_P(RestartTest, DurableSequencesAreThereAfterAStopAndAfterAKill) {
   Start();
   std::map<client::SequenceId, std::pair<int64_t, uint64_t>> expected;

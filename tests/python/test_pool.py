@@ -1,5 +1,6 @@
 """Every way to a pool does the same: conformance of the verbs against attention by the book."""
 import threading
+import uuid
 
 import numpy as np
 import pytest
@@ -320,3 +321,31 @@ def test_what_is_larger_than_the_arena_goes_in_pieces(daemon):
             assert out.shape == (300, 4, 64) and len(sequence) == 300
             got_k, _ = sequence.read(0)
             assert np.array_equal(np.asarray(got_k, np.float16), k.astype(np.float16))
+
+
+def test_a_prompt_begins_with_what_another_has_left(pool, model):
+    options = {"pair": "f16/f16", "prefix_salt": uuid.uuid4().hex}  # the daemon serves all ways to it
+    ids = [index * index % 997 for index in range(320)]
+    data = [tensors(40 + layer, 320, layer) for layer in range(3)]
+    first = pool.create(model, **options)
+    first.append_layers({layer: (k, v) for layer, (_, k, v) in enumerate(data)}, token_ids=np.asarray(ids))
+    assert first.info().known_tokens == 320
+    first.close()
+    found = pool.cached(model, ids[:200] + [7] * 60, **options)
+    assert found.tokens == 192 and sum(tokens for _, tokens in found.tiers) == 192
+    assert pool.cached(model, ids, pair="f16/f16", prefix_salt="another").tokens == 0
+    second = pool.create(model, begin_with=ids[:-1], **options)
+    assert len(second) == 256 and [second.layer_length(layer) for layer in range(3)] == [256] * 3
+    assert second.info().reused_tokens == 256
+    with pytest.raises(errors.InvalidArgument, match="3 token ids for 64 tokens"):
+        second.append(0, data[0][1][256:], data[0][2][256:], token_ids=[1, 2, 3])
+    for layer, (q, k, v) in enumerate(data):
+        named = {"token_ids": ids[256:]} if layer == 1 else {}
+        want = attend(q, k, v, first=0, window=LAYERS[layer].window, softcap=LAYERS[layer].softcap)[0]
+        close(second.append_attend(layer, q[256:], k[256:], v[256:], **named), want[256:])
+    assert second.info().known_tokens == 320
+    assert pool.cached(model, ids, **options).tokens == 320
+    second.close()
+    third = pool.create(model, begin_with=[1, 2, 3], **options)
+    assert len(third) == 0
+    third.close()

@@ -18,7 +18,7 @@ struct DemoFlags {
   DemoOptions options;
   std::string device_memory, host_memory;
   std::string output = "table";
-  bool no_reference = false, no_progress = false;
+  bool no_reference = false, no_prefix = false, no_progress = false;
 };
 
 absl::Status ReadSize(const std::string& text, int64_t* bytes) {
@@ -34,6 +34,7 @@ absl::Status RunCommand(DemoFlags& flags, bool* same) {
   if (!status.ok()) return status;
   const bool json = flags.output == "json";
   flags.options.reference = !flags.no_reference;
+  flags.options.reuse = !flags.no_prefix;
   flags.options.show_progress = !flags.no_progress;
   flags.options.narrate = !json;
   const auto report = RunDemo(flags.options);
@@ -81,6 +82,8 @@ void AddDemoCommand(CLI::App& app, int* exit_code) {
       ->check(NonNegative());
   demo->add_option("--seed", o.seed, "Seed of the generated text")->capture_default_str();
   demo->add_flag("--no-reference", flags->no_reference, "Leave out the second run over the text with f16");
+  demo->add_flag("--no-prefix", flags->no_prefix,
+                 "Leave out the prompts that begin as an earlier one did, and the restart");
   demo->add_option("--threads", o.threads, "Threads of the engine; default: one per core")->check(Positive());
   demo->add_option("--kvtided", o.daemon_program, "The daemon's program; default: beside kvtide, or in PATH");
   demo->add_option("--output", flags->output, "table or json")

@@ -18,6 +18,22 @@ double BytesPerToken(const DemoReport& r) {
   return r.stored_tokens > 0 ? static_cast<double>(r.stored_bytes) / static_cast<double>(r.stored_tokens) : 0;
 }
 
+ordered_json ReuseJson(const DemoReuse& reuse) {
+  if (reuse.ways.empty()) return nullptr;
+  ordered_json json = {{"prompt_tokens", reuse.prompt_tokens},
+                       {"shared_tokens", reuse.shared_tokens},
+                       {"computed_seconds", reuse.computed_seconds},
+                       {"computed_perplexity", reuse.computed_perplexity},
+                       {"ways", ordered_json::array()}};
+  for (const DemoReuse::Way& way : reuse.ways)
+    json["ways"].push_back({{"what", way.what},
+                            {"tier", way.tier},
+                            {"reused_tokens", way.reused_tokens},
+                            {"seconds", way.seconds},
+                            {"perplexity", way.perplexity}});
+  return json;
+}
+
 }  // namespace
 
 bool DemoReport::AllSame() const {
@@ -51,6 +67,12 @@ std::string RenderDemoTable(const DemoReport& r, const Terminal& terminal) {
   } else {
     row("perplexity", absl::StrFormat("%.4f", r.perplexity));
   }
+  for (const DemoReuse::Way& way : r.reuse.ways)
+    row("first token",
+        absl::StrFormat("%.2f s %s instead of %.2f s (%.0f %%): %d of %d tokens were in the %s tier",
+                        way.seconds, way.what, r.reuse.computed_seconds,
+                        100 * way.seconds / r.reuse.computed_seconds, way.reused_tokens,
+                        r.reuse.prompt_tokens, way.tier));
   row("continuation", r.AllSame() ? "the same tokens from every tier" : "DIFFERS after a move");
   std::string text = table.Render(terminal);
   text.erase(0, text.find('\n') + 1);  // no titles
@@ -85,6 +107,7 @@ std::string RenderDemoJson(const DemoReport& r) {
                        {"seed", r.seed},
                        {"tiers", ordered_json::array()},
                        {"steps", ordered_json::array()},
+                       {"prefix_reuse", ReuseJson(r.reuse)},
                        {"moved_blocks", r.moves},
                        {"moved_bytes", r.moved_bytes},
                        {"same_tokens", r.AllSame()}};

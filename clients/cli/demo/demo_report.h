@@ -24,6 +24,21 @@ struct DemoStep {
   bool same_tokens = false;
 };
 
+// A prompt that begins as an earlier one did: the time to its first token with what is cached, and without.
+struct DemoReuse {
+  int64_t prompt_tokens = 0, shared_tokens = 0;
+  double computed_seconds = 0;  // nothing is cached
+  struct Way {
+    std::string what;  // "same daemon", "after a restart"
+    std::string tier;  // where the prefix lay
+    int64_t reused_tokens = 0;
+    double seconds = 0;
+    double perplexity = 0;  // of the new tokens
+  };
+  std::vector<Way> ways;
+  double computed_perplexity = 0;
+};
+
 struct DemoReport {
   std::string model, text;
   std::string way;  // to the daemon: "shared memory"
@@ -44,6 +59,7 @@ struct DemoReport {
   std::string generated;
   std::vector<DemoTier> tiers;  // after the generation
   std::vector<DemoStep> steps;
+  DemoReuse reuse;  // no ways: not measured
   int64_t moves = 0, moved_bytes = 0;
   uint64_t seed = 0;
 

@@ -1,5 +1,7 @@
 #include "clients/cli/demo/demo_run.h"
 
+#include <stdlib.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -65,6 +67,7 @@ class DemoRun {
     KVTIDE_RETURN_IF_ERROR(LookAtMemory());
     KVTIDE_RETURN_IF_ERROR(ForkParkResumeEvict());
     KVTIDE_RETURN_IF_ERROR(MeasureReference());
+    KVTIDE_RETURN_IF_ERROR(ReusePrefix());
     return report_;
   }
 
@@ -415,6 +418,153 @@ class DemoRun {
     Stopwatch watch;
     KVTIDE_ASSIGN_OR_RETURN(const double loss, Feed(local, sequence, "the same text with f16", &watch));
     report_.f16_perplexity = PromptPerplexity(loss);
+    return absl::OkStatus();
+  }
+
+  // A prompt that begins with seven eighths of the demo's, in a daemon of its own with a disk tier.
+  absl::Status ReusePrefix() {
+    constexpr size_t kLeast = 8 * 64, kExact = 2 * 64;  // the end of a sequence is not shared
+    if (!options_.reuse || prompt_.size() < kLeast) return absl::OkStatus();
+    const size_t shared = std::min(prompt_.size() * 7 / 8, prompt_.size() - kExact) / 64 * 64;
+    std::vector<int32_t> asked(prompt_.begin(), prompt_.begin() + static_cast<std::ptrdiff_t>(shared));
+    // Another end: the text's beginning once more.
+    asked.insert(asked.end(), prompt_.begin(),
+                 prompt_.begin() + static_cast<std::ptrdiff_t>(prompt_.size() - shared));
+    DemoReuse& reuse = report_.reuse;
+    reuse.prompt_tokens = static_cast<int64_t>(asked.size());
+    reuse.shared_tokens = static_cast<int64_t>(shared);
+    Heading("Prefix reuse");
+    Say(absl::StrCat(asked.size(), " tokens, of which the first ", shared,
+                     " are those of an earlier prompt\n"));
+
+    std::string folder = (std::filesystem::temp_directory_path() / "kvtide-demo-XXXXXX").string();
+    if (mkdtemp(folder.data()) == nullptr)
+      return absl::InternalError(absl::StrCat("cannot make a folder ", folder));
+    struct Folder {
+      std::string path;
+      ~Folder() {
+        std::error_code ignored;
+        std::filesystem::remove_all(path, ignored);
+      }
+    } const disk{folder};
+    store_.reset();
+    client_.reset();
+    daemon_.reset();
+    KVTIDE_RETURN_IF_ERROR(StartReuseDaemon(disk.path));
+    {
+      KVTIDE_ASSIGN_OR_RETURN(const SequenceId alone, store_->CreateSequence());
+      KVTIDE_ASSIGN_OR_RETURN(const FirstToken computed, TimeFirstToken(alone, asked, 0));
+      KVTIDE_RETURN_IF_ERROR(ForgetModel(alone));
+      reuse.computed_seconds = computed.seconds;
+      reuse.computed_perplexity = computed.perplexity;
+    }
+    Say(absl::StrFormat("  %-8s the first token after %.2f s: all %d tokens are computed\n", "alone",
+                        reuse.computed_seconds, asked.size()));
+    // The earlier prompt: computed, made durable, closed.
+    KVTIDE_ASSIGN_OR_RETURN(const SequenceId earlier, store_->CreateSequence());
+    KVTIDE_RETURN_IF_ERROR(TimeFirstToken(earlier, prompt_, 0).status());
+    KVTIDE_RETURN_IF_ERROR(client_->PersistSequences({{earlier}}).status());
+    KVTIDE_RETURN_IF_ERROR(store_->Close(earlier));
+    KVTIDE_RETURN_IF_ERROR(TimeReuse(asked, shared, "in the same daemon"));
+    store_.reset();
+    client_.reset();
+    daemon_.reset();
+    KVTIDE_RETURN_IF_ERROR(StartReuseDaemon(disk.path));
+    return TimeReuse(asked, shared, "after a restart");
+  }
+
+  absl::Status StartReuseDaemon(const std::string& disk) {
+    DaemonOptions daemon;
+    daemon.program = options_.daemon_program;
+    daemon.device_bytes = 4 * report_.f16_bytes;
+    daemon.host_bytes = report_.host_memory_bytes;
+    daemon.disk = absl::StrCat(disk, ":", 4 * report_.f16_bytes);
+    KVTIDE_ASSIGN_OR_RETURN(daemon_, DaemonProcess::Start(daemon));
+    client::PoolOptions pool;
+    pool.client.timeout = absl::Minutes(10);
+    KVTIDE_ASSIGN_OR_RETURN(client_, client::Pool::Connect("auto:" + daemon_->address(), pool));
+    return MakeStore();
+  }
+
+  absl::Status MakeStore() {
+    client::SequenceOptions sequence;
+    sequence.pair = report_.pair;
+    KVTIDE_ASSIGN_OR_RETURN(
+        store_, engine::DaemonKvStore::Create(*client_, report_.model, model_->kv_geometry(), sequence));
+    return absl::OkStatus();
+  }
+
+  // Nothing of the sequence is cached afterwards.
+  absl::Status ForgetModel(SequenceId sequence) {
+    KVTIDE_RETURN_IF_ERROR(store_->Close(sequence));
+    KVTIDE_RETURN_IF_ERROR(client_->UnregisterModel(report_.model));
+    return MakeStore();
+  }
+
+  struct FirstToken {
+    double seconds = 0;     // to the logits behind the last token
+    double perplexity = 0;  // of the last eighth
+  };
+  // Appends the tokens from `at` on.
+  absl::StatusOr<FirstToken> TimeFirstToken(SequenceId sequence, std::span<const int32_t> tokens, size_t at) {
+    std::optional<Progress> progress;
+    if (options_.show_progress) progress.emplace("tokens", static_cast<double>(tokens.size()), "tokens");
+    const size_t vocab = model_->config().vocab_size, width = model_->config().hidden_size;
+    const size_t scored = tokens.size() * 7 / 8 / 64 * 64;
+    std::vector<float> hidden, logits(kPromptChunk * vocab), tail;
+    Stopwatch watch;
+    for (size_t n = 0; at < tokens.size(); at += n) {
+      n = std::min<size_t>(kPromptChunk, tokens.size() - at);
+      watch.Start();
+      KVTIDE_RETURN_IF_ERROR(
+          model_->Forward(*store_, sequence, static_cast<int64_t>(at), tokens.subspan(at, n), &hidden));
+      if (at + n == tokens.size()) model_->Logits(hidden.data() + (n - 1) * width, 1, logits.data());
+      watch.Stop();
+      for (size_t i = 0; i < n; i++)
+        if (at + i >= scored)
+          tail.insert(tail.end(), hidden.begin() + static_cast<std::ptrdiff_t>(i * width),
+                      hidden.begin() + static_cast<std::ptrdiff_t>((i + 1) * width));
+      if (progress) progress->Update(static_cast<double>(at + n));
+    }
+    if (progress) progress->Finish();
+    double loss = 0;
+    const size_t rows = tail.size() / width;
+    for (size_t from = 0; from < rows; from += kPromptChunk) {
+      const size_t n = std::min<size_t>(kPromptChunk, rows - from);
+      model_->Logits(tail.data() + from * width, static_cast<int>(n), logits.data());
+      for (size_t i = 0; i < n; i++) {
+        const size_t next = scored + from + i + 1;
+        if (next < tokens.size())
+          loss += engine::LogSumExp(logits.data() + i * vocab, vocab) -
+                  logits[i * vocab + static_cast<size_t>(tokens[next])];
+      }
+    }
+    return FirstToken{watch.seconds(), rows > 1 ? std::exp(loss / static_cast<double>(rows - 1)) : 0};
+  }
+
+  absl::Status TimeReuse(std::span<const int32_t> asked, size_t shared, const std::string& what) {
+    Stopwatch watch;
+    watch.Start();
+    KVTIDE_ASSIGN_OR_RETURN(const engine::DaemonKvStore::Begun begun, store_->Begin(asked));
+    watch.Stop();
+    if (begun.tokens != static_cast<int64_t>(shared))
+      return absl::InternalError(absl::StrCat("the daemon has ", begun.tokens, " tokens of the prompt ", what,
+                                              ", expected ", shared));
+    KVTIDE_ASSIGN_OR_RETURN(const FirstToken first,
+                            TimeFirstToken(begun.sequence, asked, static_cast<size_t>(begun.tokens)));
+    KVTIDE_RETURN_IF_ERROR(store_->Close(begun.sequence));
+    DemoReuse& reuse = report_.reuse;
+    DemoReuse::Way& way = reuse.ways.emplace_back();
+    way.what = what;
+    way.tier = begun.tiers.empty() ? "" : begun.tiers.back().first;
+    way.reused_tokens = begun.tokens;
+    way.seconds = watch.seconds() + first.seconds;
+    way.perplexity = first.perplexity;
+    Say(absl::StrFormat(
+        "  %-8s %s the first token after %.2f s (%.0f %%): %d tokens come from the %s tier; perplexity "
+        "of the others %.4f, computed %.4f\n",
+        "reuse", what, way.seconds, 100 * way.seconds / reuse.computed_seconds, begun.tokens, way.tier,
+        way.perplexity, reuse.computed_perplexity));
     return absl::OkStatus();
   }
 

@@ -22,6 +22,7 @@ struct DemoOptions {
   std::string cache_type_k, cache_type_v;  // empty = the planner's choice
   float temperature = 0.8f;                // 0 = greedy
   uint64_t seed = 1;
+  bool reuse = true;      // also a prompt that begins as an earlier one did, and a restart
   bool reference = true;  // also f16 in the engine's own memory, for the perplexity
   int threads = 0;
   std::string daemon_program;

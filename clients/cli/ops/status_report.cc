@@ -91,6 +91,15 @@ std::string Contents(const DaemonSnapshot& snapshot) {
     absl::StrAppend(&text, "durable    ", stats.durable_sequences, " sequences; made durable ",
                     stats.persisted, " times (", stats.failed_persists, " failed), ",
                     FormatBytes(stats.persisted_bytes), " written\n");
+  if (stats.prefix_lookups > 0 || stats.prefix_blocks > 0) {
+    int64_t hits = 0;
+    for (const client::TierStats& tier : stats.tiers) hits += tier.prefix_hit_tokens;
+    absl::StrAppend(
+        &text, "prefixes   ", stats.prefix_blocks, " blocks, ", FormatBytes(stats.prefix_alone_bytes),
+        " that no sequence has; ", stats.prefix_lookups, " lookups found ",
+        PercentText(static_cast<double>(hits), static_cast<double>(hits + stats.prefix_miss_tokens)),
+        " of their tokens, ", stats.prefix_reused_tokens, " tokens were not computed again\n");
+  }
   absl::StrAppend(&text, "no room    ", stats.exhausted, " calls; checksum failures ",
                   stats.checksum_failures, "\n");
   return text;
@@ -173,6 +182,8 @@ Json SequenceJson(const SequenceInfo& sequence) {
           {"durable", sequence.durable},
           {"durable_tokens", sequence.durable_tokens},
           {"pinned_seconds", sequence.pinned_seconds},
+          {"known_tokens", sequence.known_tokens},
+          {"reused_tokens", sequence.reused_tokens},
           {"idle_seconds", sequence.idle_seconds},
           {"age_seconds", sequence.age_seconds},
           {"tiers", tiers}};
@@ -272,6 +283,11 @@ std::string RenderSequence(const SequenceInfo& sequence) {
   absl::StrAppend(&text, "blocks     ", sequence.shared_blocks, " shared with other sequences, ",
                   sequence.dropped_blocks, " dropped\n", "durable    ",
                   sequence.durable ? absl::StrCat("its first ", sequence.durable_tokens, " tokens") : "no",
+                  "\n", "prefix     ",
+                  sequence.known_tokens > 0
+                      ? absl::StrCat("the ids of ", sequence.known_tokens, " tokens are known, ",
+                                     sequence.reused_tokens, " of them were there before")
+                      : "its token ids are not known",
                   "\n", "used       ", DurationText(sequence.idle_seconds), " ago, made ",
                   DurationText(sequence.age_seconds), " ago, on ", sequence.device, "\n");
   return text;
@@ -362,7 +378,13 @@ std::string RenderStatusJson(const DaemonSnapshot& snapshot) {
                       {"persisted_bytes", stats.persisted_bytes},
                       {"durable_sequences", stats.durable_sequences},
                       {"compacted_blocks", stats.compacted_blocks},
-                      {"compacted_bytes", stats.compacted_bytes}};
+                      {"compacted_bytes", stats.compacted_bytes},
+                      {"prefix_blocks", stats.prefix_blocks},
+                      {"prefix_alone_bytes", stats.prefix_alone_bytes},
+                      {"durable_prefix_blocks", stats.durable_prefix_blocks},
+                      {"prefix_lookups", stats.prefix_lookups},
+                      {"prefix_miss_tokens", stats.prefix_miss_tokens},
+                      {"prefix_reused_tokens", stats.prefix_reused_tokens}};
   json["tenants"] = Json::array();
   for (const TenantTotal& total : TotalsOfTenants(snapshot.sequences))
     json["tenants"].push_back({{"tenant", total.tenant},

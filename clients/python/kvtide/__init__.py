@@ -12,6 +12,7 @@
 from . import errors, formats, profiles
 from ._types import (
     CacheTypeInfo,
+    CachedPrefix,
     Layer,
     MoveResult,
     PairStats,
@@ -33,6 +34,7 @@ from .pool import Pool, Sequence, connect
 __version__ = "0.1.0"
 __all__ = [
     "CacheTypeInfo",
+    "CachedPrefix",
     "KvtideError",
     "Layer",
     "MoveResult",

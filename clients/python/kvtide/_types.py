@@ -121,6 +121,8 @@ class SequenceInfo:
     device: str
     durable: bool
     durable_tokens: int
+    known_tokens: int
+    reused_tokens: int
 
     @property
     def bytes(self) -> int:
@@ -132,6 +134,15 @@ class SequenceInfo:
         raw = dict(raw)
         raw["tiers"] = [TierShare(**share) for share in raw["tiers"]]
         return cls(**raw)
+
+
+@dataclass(frozen=True)
+class CachedPrefix:
+    """The longest cached prefix of some tokens, in full blocks of 64."""
+
+    tokens: int
+    #: Tokens by the tier that they lie in, in their order.
+    tiers: List[Tuple[str, int]]
 
 
 @dataclass(frozen=True)
@@ -168,6 +179,7 @@ class TierStats:
     write_errors: int
     checksum_errors: int
     sync_errors: int
+    prefix_hit_tokens: int
 
 
 @dataclass(frozen=True)
@@ -207,6 +219,12 @@ class PoolStats:
     durable_sequences: int
     compacted_blocks: int
     compacted_bytes: int
+    prefix_blocks: int
+    prefix_alone_bytes: int
+    durable_prefix_blocks: int
+    prefix_lookups: int
+    prefix_miss_tokens: int
+    prefix_reused_tokens: int
 
     @classmethod
     def _of(cls, raw: Mapping[str, Any]) -> "PoolStats":

@@ -6,7 +6,7 @@ import asyncio
 import functools
 from typing import TYPE_CHECKING, Any, Callable, Iterable, List, Mapping, Optional, Tuple, TypeVar
 
-from ._types import MoveResult, PersistResult, PoolInfo, PoolPlan, PoolStats, SequenceInfo
+from ._types import CachedPrefix, MoveResult, PersistResult, PoolInfo, PoolPlan, PoolStats, SequenceInfo
 from .pool import Pool, Sequence, connect as _connect
 
 if TYPE_CHECKING:
@@ -76,6 +76,10 @@ class AsyncPool:
     async def attach(self, id: int) -> Sequence:
         """See :meth:`Pool.attach`."""
         return await _run(self.pool.attach, id)
+
+    async def cached(self, model: str, token_ids: Any, **options: Any) -> CachedPrefix:
+        """See :meth:`Pool.cached`."""
+        return await _run(self.pool.cached, model, token_ids, **options)
 
     async def fork(self, sequence: Sequence) -> Sequence:
         """See :meth:`Pool.fork`."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List,
 import numpy as np
 
 from . import _arrays, _core
-from ._types import Layer, MoveResult, PersistResult, PoolInfo, PoolPlan, PoolStats, SequenceInfo
+from ._types import CachedPrefix, Layer, MoveResult, PersistResult, PoolInfo, PoolPlan, PoolStats, SequenceInfo
 from .errors import FailedPrecondition, InvalidArgument, KvtideError
 
 if TYPE_CHECKING:
@@ -114,6 +114,22 @@ def _check_address(address: str) -> None:
                           "'shm:unix:/path/to/socket' or 'host:port'")
 
 
+def _token_ids(ids: Any) -> List[int]:
+    if isinstance(ids, np.ndarray) or hasattr(ids, "tolist"):
+        ids = ids.tolist()
+    ids = [int(id) for id in ids]
+    if ids and not 0 <= min(ids) <= max(ids) < 1 << 32:
+        raise InvalidArgument("token ids are integers from 0 to 2^32 - 1")
+    return ids
+
+
+def _named(ids: Optional[Any], tokens: int, what: str) -> List[int]:
+    named = [] if ids is None else _token_ids(ids)
+    if ids is not None and len(named) != tokens:
+        raise InvalidArgument(f"{what}: {len(named)} token ids for {tokens} tokens")
+    return named
+
+
 class Sequence:
     """The tokens of one request or conversation in a pool: K and V of every layer, growing at the end.
 
@@ -167,7 +183,7 @@ class Sequence:
         self._finalizer.detach()
         return self.id
 
-    def append(self, layer: int, k: Any, v: Any, *, start: Optional[int] = None) -> int:
+    def append(self, layer: int, k: Any, v: Any, *, start: Optional[int] = None, token_ids: Optional[Any] = None) -> int:
         """Appends tokens to one layer.
 
         Args:
@@ -176,15 +192,19 @@ class Sequence:
             v: ``[tokens, kv_heads, head_dim_v]``.
             start: position of the first token; None = the layer's length. An exact repeat of the last append succeeds
                 without writing, so that a call whose answer was lost can be repeated.
+            token_ids: what the tokens are, one integer for each: their blocks are found by them (:meth:`Pool.create` with
+                ``begin_with``). Saying them with one layer is enough; they count from the sequence's first token on.
 
         Returns:
             The length of the sequence: tokens that all layers have.
         """
-        return self.append_layers({layer: (k, v)}, start=start)
+        return self.append_layers({layer: (k, v)}, start=start, token_ids=token_ids)
 
-    def append_layers(self, layers: Mapping[int, Tuple[Any, Any]], *, start: Optional[int] = None) -> int:
+    def append_layers(
+        self, layers: Mapping[int, Tuple[Any, Any]], *, start: Optional[int] = None, token_ids: Optional[Any] = None
+    ) -> int:
         """Appends the same tokens to several layers, all or none: ``{layer: (k, v)}``. See :meth:`append`."""
-        return self.pool._append(self, layers, start)
+        return self.pool._append(self, layers, start, token_ids)
 
     def attend(self, layer: int, q: Any, *, position: Optional[int] = None, **options: Any) -> Any:
         """Attends over the tokens of one layer where they lie.
@@ -201,13 +221,24 @@ class Sequence:
         """
         return self.pool.attend(layer, [(self, q)], positions=[position], **options)[0]
 
-    def append_attend(self, layer: int, q: Any, k: Any, v: Any, *, start: Optional[int] = None, **options: Any) -> Any:
+    def append_attend(
+        self,
+        layer: int,
+        q: Any,
+        k: Any,
+        v: Any,
+        *,
+        start: Optional[int] = None,
+        token_ids: Optional[Any] = None,
+        **options: Any,
+    ) -> Any:
         """Appends tokens to one layer and attends with their queries, causally, in one call.
 
         The new tokens are attended exactly (as float16); coding comes after. Shapes are those of :meth:`append` and
         :meth:`attend`, with as many queries as tokens; options and result those of :meth:`attend`.
         """
-        return self.pool.append_attend(layer, [(self, q, k, v)], starts=[start], **options)[0]
+        ids = None if token_ids is None else [token_ids]
+        return self.pool.append_attend(layer, [(self, q, k, v)], starts=[start], token_ids=ids, **options)[0]
 
     def read(self, layer: int, *, start: int = 0, tokens: Optional[int] = None, like: Any = None) -> Tuple[Any, Any]:
         """K and V of one layer as they are stored: decoded where they are coded.
@@ -505,8 +536,10 @@ class Pool:
         allow_drop: bool = False,
         device: str = "",
         persistence: str = "default",
+        prefix_salt: str = "",
+        begin_with: Optional[Any] = None,
     ) -> Sequence:
-        """A new, empty sequence.
+        """A new sequence: an empty one, or one that begins with what is cached of some tokens.
 
         Args:
             model: name of a model that this pool has registered.
@@ -522,7 +555,66 @@ class Pool:
             device: device of the first tier where it is to live; empty = where most room is.
             persistence: when it becomes durable by itself, beside :meth:`persist`: ``none``, ``on-park`` (with an eviction
                 that names it), ``all`` (whenever it has changed), or ``default`` (as the daemon is configured).
+            prefix_salt: what else keys and values depend on beside model and token ids (adapters, images): sequences of
+                different salts have no prefix in common.
+            begin_with: token ids. The sequence begins with the longest prefix of them that is cached, in full blocks of 64, and
+                ``len(sequence)`` says how many tokens that is; the caller computes the rest. Leave the last token out: one has
+                to be computed.
         """
+        settings = self._settings(
+            pair, group_pairs, exact_window, seal_at_once, key_centring, key_equalising, rope_pairs, tenant, allow_drop, device,
+            persistence, prefix_salt,
+        )
+        lease = 0
+        if begin_with is not None:
+            lease = self._core.lookup_prefix(model, settings, _token_ids(begin_with), 30.0, False)["lease"]
+        try:
+            id, tokens = self._core.create_sequence(model, settings, lease)
+        except KvtideError:
+            if lease != 0:
+                self._core.release_lease(lease)
+            raise
+        return Sequence(self, id, model, [tokens] * self._layer_count(model), owned=True)
+
+    def cached(
+        self,
+        model: str,
+        token_ids: Any,
+        *,
+        pair: Optional[str] = None,
+        group_pairs: SequenceOf[str] = (),
+        exact_window: Optional[Tuple[int, int]] = None,
+        key_centring: str = "default",
+        key_equalising: str = "default",
+        rope_pairs: str = "default",
+        tenant: str = "",
+        device: str = "",
+        prefix_salt: str = "",
+    ) -> CachedPrefix:
+        """What is cached of some tokens for sequences that are created with the same arguments, and where it lies. Does not
+        count as a use."""
+        settings = self._settings(
+            pair, group_pairs, exact_window, False, key_centring, key_equalising, rope_pairs, tenant, False, device, "default",
+            prefix_salt,
+        )
+        found = self._core.lookup_prefix(model, settings, _token_ids(token_ids), -1.0, True)
+        return CachedPrefix(found["tokens"], [tuple(run) for run in found["tiers"]])
+
+    @staticmethod
+    def _settings(
+        pair: Optional[str],
+        group_pairs: SequenceOf[str],
+        exact_window: Optional[Tuple[int, int]],
+        seal_at_once: bool,
+        key_centring: str,
+        key_equalising: str,
+        rope_pairs: str,
+        tenant: str,
+        allow_drop: bool,
+        device: str,
+        persistence: str,
+        prefix_salt: str,
+    ) -> dict:
         settings: dict = {
             "key_centring": _choice(_CENTRING, "key_centring", key_centring),
             "key_equalising": _choice(_EQUALISING, "key_equalising", key_equalising),
@@ -531,6 +623,7 @@ class Pool:
             "tenant": tenant,
             "allow_drop": allow_drop,
             "device": device,
+            "prefix_salt": prefix_salt,
             "persistence": _choice(_PERSISTENCE, "persistence", persistence),
             "group_pairs": list(group_pairs),
         }
@@ -538,8 +631,7 @@ class Pool:
             settings["pair"] = pair
         if exact_window is not None:
             settings["exact_window"] = tuple(exact_window)
-        id = self._core.create_sequence(model, settings)
-        return Sequence(self, id, model, [0] * self._layer_count(model), owned=True)
+        return settings
 
     def attach(self, id: int) -> Sequence:
         """A sequence that is there already, by its id. It stays when this object goes."""
@@ -586,7 +678,9 @@ class Pool:
             most = min(most, int(self._arena_bytes * _ARENA_SHARE) // max(1, bytes_per_token))
         return max(1, most)
 
-    def _append(self, sequence: Sequence, layers: Mapping[int, Tuple[Any, Any]], start: Optional[int]) -> int:
+    def _append(
+        self, sequence: Sequence, layers: Mapping[int, Tuple[Any, Any]], start: Optional[int], token_ids: Optional[Any] = None
+    ) -> int:
         if not layers:
             raise InvalidArgument("the append has no layers")
         ids, ks, vs = [], [], []
@@ -596,13 +690,15 @@ class Pool:
             vs.append(_arrays.borrow(v, f"layer {layer}: v"))
         sequence._check_layers(ids)
         tokens = _arrays.check_rank(ks[0], "k")[0]
+        named = _named(token_ids, tokens, "the append")
         position = sequence._lengths[ids[0]] if start is None else start
         per_token = sum(_bytes_per_token(array) for array in ks + vs)
         step = self._tokens_per_call(per_token)
         length = len(sequence)
         for done in range(0, max(tokens, 1), step):
             pieces = [a if step >= tokens else a[done : done + step] for a in ks + vs]
-            length = self._core.append(sequence.id, position + done, ids, pieces[: len(ks)], pieces[len(ks) :])
+            said = named[done : done + step]
+            length = self._core.append(sequence.id, position + done, ids, pieces[: len(ks)], pieces[len(ks) :], said)
             for layer in ids:
                 sequence._lengths[layer] = position + min(done + step, tokens)
         return length
@@ -668,6 +764,7 @@ class Pool:
         items: Iterable[Tuple[Sequence, Any, Any, Any]],
         *,
         starts: Optional[SequenceOf[Optional[int]]] = None,
+        token_ids: Optional[SequenceOf[Optional[Any]]] = None,
         lse: bool = False,
         scale: Optional[float] = None,
         causal: Optional[bool] = None,
@@ -682,6 +779,7 @@ class Pool:
             items: ``(sequence, q, k, v)``: ``q[tokens, query_heads, head_dim]``, ``k[tokens, kv_heads, head_dim]``,
                 ``v[tokens, kv_heads, head_dim_v]``.
             starts: position of the first token of each item; None = the layer's length.
+            token_ids: what the tokens of each item are, as in :meth:`Sequence.append`; None = not said.
 
         The other arguments and the result are those of :meth:`attend`. A call is all or none, unless its tensors are beyond
         the daemon's message limit: then it goes in pieces, and an error leaves the pieces before it appended
@@ -702,6 +800,10 @@ class Pool:
         given = list(starts) if starts is not None else [None] * len(items)
         first = [item[0]._lengths[layer] if given[i] is None else int(given[i]) for i, item in enumerate(items)]
 
+        named = [
+            _named(token_ids[i] if token_ids is not None else None, int(q[i].shape[0]), f"items[{i}]") for i in range(len(items))
+        ]
+
         def cost(i: int) -> int:
             return max(sum(map(_bytes_per_token, (q[i], k[i], v[i]))), _bytes_per_token(outputs[i]))
 
@@ -716,6 +818,7 @@ class Pool:
                 [outputs[i][begin:end] for i, begin, end in piece],
                 [lses[i][begin:end] for i, begin, end in piece],
                 options,
+                [named[i][begin:end] for i, begin, end in piece],
             )
             for i, _, end in piece:
                 items[i][0]._lengths[layer] = first[i] + end

@@ -58,6 +58,22 @@ TEST(DemoTest, ACodedDemoHoldsExactlyThePlannedBytes) {
   const auto report = RunDemo(options);
   ASSERT_TRUE(report.ok()) << report.status();
   EXPECT_TRUE(report->AllSame());
+  // Seven eighths of the second prompt are not computed, in the same daemon and in the next one.
+  const DemoReuse& reuse = report->reuse;
+  EXPECT_GE(reuse.shared_tokens, reuse.prompt_tokens * 3 / 4);
+  ASSERT_EQ(reuse.ways.size(), 2u);
+  for (const DemoReuse::Way& way : reuse.ways) {
+    EXPECT_EQ(way.reused_tokens, reuse.shared_tokens);
+    EXPECT_GT(way.seconds, 0);
+    EXPECT_LT(way.seconds, reuse.computed_seconds);
+    EXPECT_NEAR(way.perplexity, reuse.computed_perplexity, 0.01 * reuse.computed_perplexity);
+  }
+  EXPECT_EQ(reuse.ways[0].tier, "device");
+  EXPECT_EQ(reuse.ways[1].tier, "disk");
+  const std::string table = RenderDemoTable(*report, Terminal(false, false, 200));
+  EXPECT_THAT(table,
+              testing::ContainsRegex("first token +[0-9.]+ s in the same daemon instead of [0-9.]+ s"));
+  EXPECT_THAT(table, testing::ContainsRegex("first token +[0-9.]+ s after a restart instead of [0-9.]+ s"));
   EXPECT_EQ(report->stored_bytes, report->predicted_bytes);
   EXPECT_EQ(report->tiers[1].blocks, 0);
   EXPECT_NEAR(report->perplexity, report->f16_perplexity, 0.005 * report->f16_perplexity);
@@ -134,6 +150,90 @@ TEST(DaemonKvStoreTest, GreedyTokensEqualThoseOfTheEnginesOwnMemory) {
   ASSERT_TRUE(stats.ok());
   EXPECT_GT(stats->attended_blocks_below_first_tier, 0);
   EXPECT_EQ(stats->sequences, 0);
+}
+
+// What was durable when the daemon was killed goes on with the tokens that it would have had, and a prompt
+// that begins as the killed one did is not computed again.
+TEST(DaemonKvStoreTest, GreedyTokensGoOnAfterAKillAsIfNothingHadHappened) {
+  ThreadPool pool(2);
+  const std::string folder = *BundledModelFolder();
+  const auto tokenizer = engine::Tokenizer::Load(folder);
+  const auto model = engine::LlamaModel::Load(folder, pool);
+  ASSERT_TRUE(tokenizer.ok() && model.ok());
+  std::vector<int32_t> prompt = *(*tokenizer)->Encode(ReadTextFile(*BundledTextFile())->substr(0, 2500));
+  prompt.insert(prompt.begin(), 0);
+  const std::string disk = testing::TempDir() + "/kvtide_greedy_" + std::to_string(getpid());
+  std::filesystem::create_directories(disk);
+  DaemonOptions daemon_options;
+  daemon_options.program = KVTIDE_DAEMON_PROGRAM;
+  daemon_options.device_bytes = 32 * kMiB;
+  daemon_options.host_bytes = 32 * kMiB;
+  daemon_options.disk = disk + ":64MiB";
+  std::unique_ptr<DaemonProcess> daemon;
+  std::unique_ptr<client::Client> client;
+  std::unique_ptr<engine::DaemonKvStore> store;
+  std::vector<float> hidden, logits(4096);
+  const auto start = [&](const std::string& pair) {
+    daemon = DaemonProcess::Start(daemon_options).value();
+    client = client::Client::Connect(daemon->address()).value();
+    client::SequenceOptions options;
+    options.pair = pair;
+    store = engine::DaemonKvStore::Create(*client, "tidelm-7m", (*model)->kv_geometry(), options).value();
+  };
+  const auto append = [&](SequenceId sequence, size_t at, std::span<const int32_t> tokens) {
+    const absl::Status status =
+        (*model)->Forward(*store, sequence, static_cast<int64_t>(at), tokens, &hidden);
+    ASSERT_TRUE(status.ok()) << status;
+  };
+  // `count` more tokens behind `at` of them, of which the last one was appended last.
+  const auto generate = [&](SequenceId sequence, size_t at, int count) {
+    std::vector<int32_t> tokens;
+    for (int i = 0; i < count; ++i) {
+      (*model)->Logits(hidden.data() + hidden.size() - 256, 1, logits.data());
+      tokens.push_back(engine::ArgMax(logits));
+      append(sequence, at + static_cast<size_t>(i), {&tokens.back(), 1});
+    }
+    return tokens;
+  };
+  for (const char* pair : {"f16/f16", "q8_0/turbo4"}) {
+    SCOPED_TRACE(pair);
+    start(pair);
+    const SequenceId whole = store->CreateSequence().value();
+    append(whole, 0, prompt);
+    const std::vector<int32_t> expected = generate(whole, prompt.size(), 96);
+    ASSERT_TRUE(store->Close(whole).ok());
+    const SequenceId killed = store->CreateSequence().value();
+    append(killed, 0, prompt);
+    const std::vector<int32_t> before = generate(killed, prompt.size(), 40);
+    ASSERT_TRUE(client->PersistSequences({{killed}}).ok());
+    generate(killed, prompt.size() + 40, 7);  // which nobody has made durable
+    kill(daemon->pid(), SIGKILL);
+    store.reset();
+    start(pair);
+    const auto info = store->Describe(killed);
+    ASSERT_TRUE(info.ok()) << info.status();
+    ASSERT_EQ(info->tokens, static_cast<int64_t>(prompt.size()) + 40);
+    // The last token once more, for what comes after it.
+    ASSERT_TRUE(store->Truncate(killed, info->tokens - 1).ok());
+    append(killed, prompt.size() + 39, {&before.back(), 1});
+    std::vector<int32_t> all = before;
+    const std::vector<int32_t> after = generate(killed, prompt.size() + 40, 56);
+    all.insert(all.end(), after.begin(), after.end());
+    EXPECT_EQ(all, expected);
+    // Another sequence begins with it.
+    const auto begun = store->Begin(prompt);
+    ASSERT_TRUE(begun.ok()) << begun.status();
+    EXPECT_GE(begun->tokens, 64 * 4);
+    append(begun->sequence, static_cast<size_t>(begun->tokens),
+           std::span(prompt).subspan(static_cast<size_t>(begun->tokens)));
+    EXPECT_EQ(generate(begun->sequence, prompt.size(), 96), expected);
+    for (const SequenceId sequence : {killed, begun->sequence}) ASSERT_TRUE(store->Close(sequence).ok());
+    ASSERT_TRUE(client->UnregisterModel("tidelm-7m").ok());
+    store.reset();
+    client.reset();
+    daemon.reset();
+  }
+  std::filesystem::remove_all(disk);
 }
 
 TEST(DaemonKvStoreTest, LargeChunksAreCutToTheMessageLimit) {

@@ -151,6 +151,62 @@ TEST_P(PoolTest, HalfTensorsGoAsTheyAre) {
   EXPECT_TRUE(pool_->CloseSequence(id).ok());
 }
 
+TEST_P(PoolTest, ASequenceBeginsWithWhatAnotherHasLeft) {
+  std::vector<client::TokenId> ids(64 * 5);
+  for (size_t i = 0; i < ids.size(); i++) ids[i] = static_cast<client::TokenId>(i * i % 991);
+  const client::SequenceId first = Make();
+  ASSERT_TRUE(pool_->Append(first, 0, e2e::Tokens(1, 0, 320).layers, ids).ok());
+  ASSERT_TRUE(pool_->CloseSequence(first).ok());
+  const client::SequenceOptions options{.pair = "f16/f16"};
+  std::vector<client::TokenId> asked(ids.begin(), ids.begin() + 64 * 3);
+  asked.resize(64 * 4, 7);
+  const auto found = pool_->LookupPrefix("small", options, asked);
+  ASSERT_TRUE(found.ok()) << found.status();
+  EXPECT_EQ(found->tokens, 64 * 3);
+  ASSERT_EQ(found->tiers.size(), 1u);
+  EXPECT_EQ(found->tiers[0], std::pair(std::string("device"), int64_t{64 * 3}));
+  int64_t tokens = 0;
+  const auto second = pool_->CreateSequence("small", options, found->lease, &tokens);
+  ASSERT_TRUE(second.ok()) << second.status();
+  EXPECT_EQ(tokens, 64 * 3);
+  // One layer says what the tokens are.
+  const e2e::Tokens rows(2, 192, 64);
+  const std::vector<client::TokenId> next(64, 7);
+  const std::vector<float> q = e2e::Rows(3, 192, 64, e2e::kHeads);
+  for (int layer = 0; layer < e2e::kLayers; layer++) {
+    std::vector<float> out(q.size());
+    client::AppendAttendItem item;
+    item.sequence = *second;
+    item.start_position = 192;
+    item.q = TensorRef::F32(q, {64, e2e::kHeads, e2e::kDim});
+    item.k = rows.layers[static_cast<size_t>(layer)].k;
+    item.v = rows.layers[static_cast<size_t>(layer)].v;
+    item.output = out;
+    if (layer == 1) item.token_ids = next;
+    const absl::Status status = pool_->AppendAttend(layer, {&item, 1});
+    ASSERT_TRUE(status.ok()) << status;
+  }
+  const auto whole = pool_->LookupPrefix("small", options, asked, -1, true);
+  ASSERT_TRUE(whole.ok()) << whole.status();
+  EXPECT_EQ(whole->tokens, 64 * 4);
+  EXPECT_EQ(whole->lease, 0u);
+  ExpectError(pool_->CreateSequence("small", options, found->lease).status(), absl::StatusCode::kNotFound,
+              "unknown or over");
+  ExpectError(pool_->Append(*second, 256, e2e::Tokens(1, 256, 2).layers, {{1}}).status(),
+              absl::StatusCode::kInvalidArgument, "1 token ids for 2 tokens");
+  ASSERT_TRUE(pool_->CloseSequence(*second).ok());
+  const auto stats = pool_->GetStats();
+  ASSERT_TRUE(stats.ok()) << stats.status();
+  EXPECT_EQ(stats->prefix_lookups, 1);
+  EXPECT_EQ(stats->prefix_reused_tokens, 64 * 3);
+  EXPECT_EQ(stats->tiers[0].prefix_hit_tokens, 64 * 3);
+  EXPECT_EQ(stats->prefix_blocks, 6);
+  EXPECT_GT(stats->prefix_alone_bytes, 0);
+  // A model that is forgotten takes its prefixes along.
+  ASSERT_TRUE(pool_->UnregisterModel("small").ok());
+  EXPECT_EQ(pool_->GetStats()->stored_bytes, 0);
+}
+
 TEST_P(PoolTest, MistakesAreNamedAndChangeNothing) {
   const client::SequenceId id = Make();
   ASSERT_TRUE(Append(id, 0, 10).ok());

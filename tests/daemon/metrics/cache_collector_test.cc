@@ -64,6 +64,13 @@ TEST(CacheCollector, FamiliesAndTypes) {
       {"kvtide_persisted_total", "counter"},
       {"kvtide_failed_persists_total", "counter"},
       {"kvtide_persisted_bytes_total", "counter"},
+      {"kvtide_prefix_blocks", "gauge"},
+      {"kvtide_prefix_cached_bytes", "gauge"},
+      {"kvtide_durable_prefix_blocks", "gauge"},
+      {"kvtide_prefix_lookups_total", "counter"},
+      {"kvtide_prefix_hit_tokens_total", "counter"},
+      {"kvtide_prefix_miss_tokens_total", "counter"},
+      {"kvtide_prefix_reused_tokens_total", "counter"},
       {"kvtide_namespaces", "gauge"},
       {"kvtide_keyed_blocks", "gauge"},
       {"kvtide_keyed_bytes", "gauge"},
@@ -119,6 +126,12 @@ TEST(CacheCollector, EveryFieldIsThere) {
                                   stats.persisted,
                                   stats.failed_persists,
                                   stats.persisted_bytes,
+                                  stats.prefix_blocks,
+                                  stats.prefix_alone_bytes,
+                                  stats.durable_prefix_blocks,
+                                  stats.prefix_lookups,
+                                  stats.prefix_miss_tokens,
+                                  stats.prefix_reused_tokens,
                                   stats.namespaces,
                                   stats.keyed_blocks,
                                   stats.keyed_bytes,
@@ -140,7 +153,7 @@ TEST(CacheCollector, EveryFieldIsThere) {
     for (const uint64_t field :
          {tier.capacity_bytes, tier.used_bytes, tier.free_bytes, tier.largest_free_extent_bytes, tier.blocks,
           tier.pinned_blocks, tier.demoted_blocks, tier.promoted_blocks, tier.dropped_blocks,
-          tier.lost_blocks, tier.attended_bytes}) {
+          tier.lost_blocks, tier.attended_bytes, tier.prefix_hit_tokens}) {
       fields.push_back(field);
     }
     if (!tier.attends)

@@ -26,6 +26,7 @@ TierStats Tier(const std::string& name, const std::string& backend, uint64_t bas
   tier.dropped_blocks = base + 9;
   tier.lost_blocks = base + 13;
   tier.attended_bytes = base + 41;
+  tier.prefix_hit_tokens = base + 43;
   return tier;
 }
 
@@ -80,6 +81,12 @@ CacheStats BusyStats() {
   stats.pinned_sequences = 83007;
   stats.persisted = 83;
   stats.failed_persists = 89;
+  stats.prefix_blocks = 70016;
+  stats.prefix_alone_bytes = 70017;
+  stats.durable_prefix_blocks = 70018;
+  stats.prefix_lookups = 70019;
+  stats.prefix_miss_tokens = 70020;
+  stats.prefix_reused_tokens = 70021;
   stats.namespaces = 70002;
   stats.keyed_blocks = 70003;
   stats.keyed_bytes = 70004;
