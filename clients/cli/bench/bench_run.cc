@@ -52,6 +52,7 @@ class Samples {
   // What was measured so far was to get going.
   void Restart() {
     for (std::vector<double>& times : times_) times.clear();
+    for (BenchRow& row : rows_) row.bytes = 0;
   }
   std::vector<BenchRow> Done() {
     for (size_t i = 0; i < rows_.size(); i++) {
@@ -337,18 +338,29 @@ class TierCall {
     int64_t bytes = 0;
   };
   absl::StatusOr<Moved> Demote(const std::string& tier) {
-    const auto start = Clock::now();
-    KVTIDE_ASSIGN_OR_RETURN(const client::MoveResult result,
-                            pool_->EvictSequences({&sequence_, 1}, {.tier = tier}));
-    return Moved{Since(start), result.bytes};
+    return Move([&] { return pool_->EvictSequences({&sequence_, 1}, {.tier = tier}); });
   }
   absl::StatusOr<Moved> Promote() {
-    const auto start = Clock::now();
-    KVTIDE_ASSIGN_OR_RETURN(const client::MoveResult result, pool_->PrefetchSequences({&sequence_, 1}));
-    return Moved{Since(start), result.bytes};
+    return Move([&] { return pool_->PrefetchSequences({&sequence_, 1}); });
   }
 
  private:
+  // Until no block is left behind: those that are on their way already, since attention has asked for them,
+  // are busy for a moment. Blocks without room stay for good.
+  template <class Call>
+  static absl::StatusOr<Moved> Move(const Call& call) {
+    constexpr double kPatience = 1;
+    Moved moved;
+    const auto start = Clock::now();
+    for (;;) {
+      KVTIDE_ASSIGN_OR_RETURN(const client::MoveResult result, call());
+      moved.bytes += result.bytes;
+      moved.seconds = Since(start);
+      if (result.blocks_left == 0 || moved.seconds > kPatience) return moved;
+      std::this_thread::sleep_for(std::chrono::microseconds(200));
+    }
+  }
+
   client::Client* pool_ = nullptr;
   std::unique_ptr<ModelOf> model_;
   client::SequenceId sequence_ = 0;
@@ -617,6 +629,7 @@ class Bench {
       const size_t up = add("move back", tier.io ? kFileRead : over_bus ? kToGpu : kCopy);
       probes_.push_back(
           [this, call, attend, attended, down, up, io = tier.io, name = tier.name]() -> absl::Status {
+            KVTIDE_RETURN_IF_ERROR(call->Promote().status());
             KVTIDE_ASSIGN_OR_RETURN(TierCall::Moved moved, call->Demote(name));
             samples_.Add(down, moved.seconds, moved.bytes);
             KVTIDE_ASSIGN_OR_RETURN(moved, call->Promote());
