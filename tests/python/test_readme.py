@@ -22,6 +22,7 @@ def test_examples(capsys, monkeypatch):
     names["pool"].close()
     assert "(1000, 8, 64) 1000 " in out and "fits" in out
     assert "nobody" in out
+    assert "[('device', 576)]" in out and len(names["rest"]) == 124
 
 
 def test_the_example_of_transformers(capsys, monkeypatch):

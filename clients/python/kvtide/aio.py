@@ -93,9 +93,9 @@ class AsyncPool:
         """See :meth:`Sequence.close`."""
         await _run(sequence.close)
 
-    async def append(self, sequence: Sequence, layers: Mapping[int, Tuple[Any, Any]], *, start: Optional[int] = None) -> int:
+    async def append(self, sequence: Sequence, layers: Mapping[int, Tuple[Any, Any]], **options: Any) -> int:
         """See :meth:`Sequence.append_layers`."""
-        return await _run(sequence.append_layers, layers, start=start)
+        return await _run(sequence.append_layers, layers, **options)
 
     async def attend(self, layer: int, items: Iterable[Tuple[Sequence, Any]], **options: Any) -> List[Any]:
         """See :meth:`Pool.attend`."""
@@ -147,6 +147,12 @@ class AsyncBlockStore:
     async def load(self, lease_id: int, out: Any, **options: Any) -> List[int]:
         """See :meth:`BlockStore.load`."""
         return await _run(self.blocking.load, lease_id, out, **options)
+
+    async def load_pages(
+        self, copier: Any, lease_id: int, chunks: int, pages: Any, buffers: Any, **options: Any
+    ) -> Tuple[int, Optional[int], Optional[Exception]]:
+        """See :meth:`BlockStore.load_pages`."""
+        return await _run(self.blocking.load_pages, copier, lease_id, chunks, pages, buffers, **options)
 
     async def release(self, lease_id: int) -> bool:
         """See :meth:`BlockStore.release`."""
