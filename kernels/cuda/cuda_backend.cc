@@ -16,13 +16,13 @@
 #include "kernels/check_pieces.h"
 #include "kernels/cuda/attend/decode_tables.h"
 #include "kernels/cuda/attend/environment.h"
-#include "kernels/cuda/attend/profile_store.h"
 #include "kernels/cuda/codec/append_call.h"
 #include "kernels/cuda/codec/decode_call.h"
 #include "kernels/cuda/codec/recode_call.h"
 #include "kernels/cuda/copy/copy_engine.h"
 #include "kernels/cuda/device/capability.h"
 #include "kernels/cuda/device/device_image.h"
+#include "kernels/cuda/device/profile_store.h"
 #include "kernels/cuda/device/rotations.h"
 #include "kernels/cuda/device/workspace.h"
 #include "kernels/cuda/layer_plan.h"
@@ -97,10 +97,9 @@ class CudaBackend : public Backend {
   std::string name() const override { return absl::StrCat("cuda:", device_); }
 
   absl::Status CheckSupport(const BlockLayout& layout) const override {
-    if (Info(layout.pair().k).calibrated || Info(layout.pair().v).calibrated)
+    if (Info(layout.pair().v).calibrated)
       return absl::InvalidArgumentError(
-          absl::StrCat(PairName(layout.pair()),
-                       ": calibrated types have no CUDA kernels yet; choose another K type for this device"));
+          absl::StrCat(PairName(layout.pair()), ": ", Name(layout.pair().v), " codes keys only"));
     return CheckGroupShape(layout.shape());
   }
 
@@ -143,8 +142,9 @@ class CudaBackend : public Backend {
         if (count > 0 && (records > kMostRecords || !SameKind(a, b))) break;
         count++;
       }
-      KVTIDE_RETURN_IF_ERROR(WithWorkspace(
-          [&](Workspace& workspace) { return RecodeCall(pieces.subspan(first, count), workspace); }));
+      KVTIDE_RETURN_IF_ERROR(WithWorkspace([&](Workspace& workspace) {
+        return RecodeCall(pieces.subspan(first, count), profiles_, workspace);
+      }));
       first += count;
     }
     return absl::OkStatus();
@@ -217,12 +217,12 @@ class CudaBackend : public Backend {
   }
 
   absl::Status Decode(const DecodeArgs& args) override {
-    return WithWorkspace([&](Workspace& workspace) { return DecodeCall(args, workspace); });
+    return WithWorkspace([&](Workspace& workspace) { return DecodeCall(args, profiles_, workspace); });
   }
   absl::Status DecodeTokens(std::span<const DecodePiece> pieces, const Cancellation* cancellation) override {
     for (const DecodePiece& piece : pieces) KVTIDE_RETURN_IF_ERROR(CheckPiece(piece));
     return WithWorkspace(
-        [&](Workspace& workspace) { return DecodeTokensCall(pieces, cancellation, workspace); });
+        [&](Workspace& workspace) { return DecodeTokensCall(pieces, cancellation, profiles_, workspace); });
   }
 
   absl::StatusOr<CopyTicket> StartCopy(std::span<const CopyPiece> pieces, CopyDirection direction) override {

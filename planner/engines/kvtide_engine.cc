@@ -93,6 +93,21 @@ class KvtideSizer : public KvSizer {
     return largest == 0 ? 0 : std::min(kKvtideScratchBytes, Sum(largest, kKvtideScratchBytes / 4));
   }
 
+  // Calibrated keys are rebuilt for every step: attention takes about one and a half times as long as over
+  // f16 pages (an H200, tests/bench/results/gpu_attend_tide.json), as if two thirds of such pages were
+  // written and read beside the coded ones.
+  int64_t StepScratchBytes(int64_t context) const override {
+    const absl::StatusOr<CacheType> k = ParseCacheType(effective_.k);
+    if (!k.ok() || !Info(*k).calibrated) return 0;
+    int64_t bytes = 0;
+    for (size_t i = 0; i < groups_.size(); ++i) {
+      if (groups_[i].group.kind == LayerKind::kRecurrent) continue;
+      bytes = Sum(bytes,
+                  Product(CountLiveBlocks(context, exact_, groups_[i].group.window).coded, exact_bytes_[i]));
+    }
+    return bytes / 3 * 2;
+  }
+
   // Means, and transforms in both directions with the bits of their coefficients, means before RoPE and its
   // frequencies.
   int64_t KeyProfileBytes() const override {

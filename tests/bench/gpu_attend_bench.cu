@@ -17,6 +17,7 @@
 #include "kernels/cuda/attend/attend_kernel.cuh"
 #include "kernels/cuda/attend/kernel_list.h"
 #include "kernels/cuda/device/launch.h"
+#include "kernels/cuda/device/tide_tables.h"
 #include "kernels/format/block_layout.h"
 #include "kernels/format/page_codec.h"
 #include "tests/bench/gpu_fill.cuh"
@@ -30,19 +31,24 @@ struct Shape {
 };
 
 constexpr Shape kShapes[] = {
-    {"turbo4", 33, 4, 32768, 128, 1},      {"turbo4", 33, 4, 32768, 128, 4},
-    {"turbo4", 33, 4, 32768, 128, 8},      {"turbo4", 33, 4, 32768, 128, 16},
-    {"turbo3", 33, 4, 32768, 128, 1},      {"turbo3", 33, 4, 32768, 128, 8},
-    {"turbo3", 33, 4, 32768, 128, 16},     {"turbo2", 33, 4, 32768, 128, 8},
-    {"q8_0/turbo4", 33, 4, 32768, 128, 8}, {"q8_0", 33, 4, 32768, 128, 8},
-    {"f16", 33, 4, 32768, 128, 1},         {"f16", 33, 4, 32768, 128, 8},
-    {"turbo4", 33, 4, 32768, 64, 8},       {"turbo3", 33, 4, 32768, 64, 8},
-    {"f16", 33, 4, 32768, 64, 8},          {"turbo4", 16, 4, 32768, 256, 8},
-    {"f16", 16, 4, 32768, 256, 8},         {"turbo4", 1, 8, 131072, 128, 4},
-    {"turbo3", 1, 8, 131072, 128, 4},      {"f16", 1, 8, 131072, 128, 4},
-    {"turbo4", 66, 8, 4096, 128, 4},       {"f16", 66, 8, 4096, 128, 4},
-    {"turbo4", 1, 8, 32768, 128, 4},       {"turbo4", 512, 8, 512, 128, 4},
-    {"turbo4", 33, 4, 32768, 96, 8},       {"turbo4", 16, 2, 32768, 512, 8},
+    {"turbo4", 33, 4, 32768, 128, 1},       {"turbo4", 33, 4, 32768, 128, 4},
+    {"turbo4", 33, 4, 32768, 128, 8},       {"turbo4", 33, 4, 32768, 128, 16},
+    {"turbo3", 33, 4, 32768, 128, 1},       {"turbo3", 33, 4, 32768, 128, 8},
+    {"turbo3", 33, 4, 32768, 128, 16},      {"turbo2", 33, 4, 32768, 128, 8},
+    {"tide4/turbo4", 33, 4, 32768, 128, 8}, {"tide3/turbo3", 33, 4, 32768, 128, 1},
+    {"tide3/turbo3", 33, 4, 32768, 128, 8}, {"tide3/turbo3", 33, 4, 32768, 128, 16},
+    {"tide2/turbo2", 33, 4, 32768, 128, 8}, {"tide2/turbo2", 33, 4, 32768, 128, 16},
+    {"tide3/turbo3", 33, 4, 32768, 64, 8},  {"tide2/turbo2", 33, 4, 32768, 64, 8},
+    {"tide3/turbo3", 1, 8, 131072, 128, 4}, {"tide2/turbo2", 66, 8, 4096, 128, 4},
+    {"q8_0/turbo4", 33, 4, 32768, 128, 8},  {"q8_0", 33, 4, 32768, 128, 8},
+    {"f16", 33, 4, 32768, 128, 1},          {"f16", 33, 4, 32768, 128, 8},
+    {"turbo4", 33, 4, 32768, 64, 8},        {"turbo3", 33, 4, 32768, 64, 8},
+    {"f16", 33, 4, 32768, 64, 8},           {"turbo4", 16, 4, 32768, 256, 8},
+    {"f16", 16, 4, 32768, 256, 8},          {"turbo4", 1, 8, 131072, 128, 4},
+    {"turbo3", 1, 8, 131072, 128, 4},       {"f16", 1, 8, 131072, 128, 4},
+    {"turbo4", 66, 8, 4096, 128, 4},        {"f16", 66, 8, 4096, 128, 4},
+    {"turbo4", 1, 8, 32768, 128, 4},        {"turbo4", 512, 8, 512, 128, 4},
+    {"turbo4", 33, 4, 32768, 96, 8},        {"turbo4", 16, 2, 32768, 512, 8},
 };
 
 // Reads pages as the attention kernel does and computes next to nothing.
@@ -120,8 +126,42 @@ void Launch(const void* function, unsigned grid, unsigned block, size_t shared, 
   std::exit(1);
 }
 
+// A profile for calibrated keys: RoPE of Llama, a transform near the unit matrix, and widths of groups: at
+// head dim 128 those that `kvtide calibrate` gave the second KV head of the last layer of tidelm-7m.
+Profile MakeProfile(int kv_heads, int dim) {
+  const std::vector<std::vector<uint8_t>> widths =
+      dim == 128 ? std::vector<std::vector<uint8_t>>{{6, 6, 5, 5, 5, 5, 4, 4, 4, 4, 4, 3, 3, 3, 2, 2},
+                                                     {6, 5, 4, 4, 4, 4, 3, 3, 3, 3, 2, 2, 2, 2, 1, 1},
+                                                     {6, 4, 3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 0, 0, 0}}
+                 : std::vector<std::vector<uint8_t>>{
+                       {6, 6, 5, 5, 4, 3, 2, 1}, {5, 5, 4, 4, 3, 2, 1, 1}, {4, 4, 3, 2, 2, 1, 1, 0}};
+  std::mt19937 rng(3);
+  std::normal_distribution<float> normal;
+  Profile profile;
+  profile.shape = {1, kv_heads, dim, dim};
+  for (int h = 0; h < kv_heads; h++) {
+    HeadProfile& head = profile.k.emplace_back();
+    for (int i = 0; i < dim / 2; i++)
+      head.rope.frequencies.push_back(
+          std::pow(500000.0f, -2.0f * static_cast<float>(i) / static_cast<float>(dim)));
+    for (int i = 0; i < dim; i++) head.centre.push_back(normal(rng));
+    for (int i = 0; i < dim * dim; i++)
+      head.transform.push_back((i % (dim + 1) == 0 ? 1.0f : 0.0f) +
+                               normal(rng) / static_cast<float>(2 * dim));
+    for (const std::vector<uint8_t>& type : widths)
+      head.widths.insert(head.widths.end(), type.begin(), type.end());
+    const absl::Status status = CompleteTransform(dim, head);
+    if (!status.ok()) {
+      std::printf("%s\n", std::string(status.message()).c_str());
+      std::exit(1);
+    }
+  }
+  profile.hash = HashProfile(profile);
+  return profile;
+}
+
 // Relative L2 error of one (sequence, KV head) against float64 in the stored frame.
-double CheckHead(const Shape& s, const BlockLayout& layout, const std::byte* blocks,
+double CheckHead(const Shape& s, const BlockLayout& layout, const std::byte* blocks, const Profile* profile,
                  const std::vector<size_t>& order, int sequence, int head, const std::vector<float>& q,
                  const std::vector<float>& out, double* lse_error, const std::vector<float>& lse) {
   const int pages = (s.tokens + 63) / 64, d = s.dim;
@@ -135,7 +175,9 @@ double CheckHead(const Shape& s, const BlockLayout& layout, const std::byte* blo
                                  record.size(), cudaMemcpyDeviceToHost));
     const auto decode = [&](CacheType type, Side side, const HalfLayout& half, const std::byte* from,
                             float* rows) {
-      DecodeHalf(type, side, half, nullptr, from, rows + static_cast<size_t>(p) * 64 * d);
+      const bool calibrated = Info(type).calibrated;
+      DecodeHalf(type, side, half, calibrated ? &profile->key(0, head) : nullptr, 64 * p, from,
+                 rows + static_cast<size_t>(p) * 64 * d);
     };
     decode(layout.pair().k, Side::kKey, layout.k(), record.data(), k.data());
     decode(layout.pair().v, Side::kValue, layout.v(), record.data() + layout.v_codes(), v.data());
@@ -201,6 +243,13 @@ std::string RunShape(const Shape& s, int sms) {
   float* out = Allocate<float>(rows * s.dim, &owned);
   float* lse = Allocate<float>(rows, &owned);
 
+  const bool calibrated = Info(pair.k).calibrated;
+  Profile profile;
+  const std::byte* tables = nullptr;
+  if (calibrated) {
+    profile = MakeProfile(s.kv_heads, s.dim);
+    tables = Upload(MakeTideTables(profile, pair.k), &owned);
+  }
   const AttendKernel* kernel =
       FindAttendKernel(FormOf(pair.k), FormOf(pair.v), StoredDim(s.dim), StoredDim(s.dim), s.group);
   if (kernel == nullptr) {
@@ -233,6 +282,7 @@ std::string RunShape(const Shape& s, int sms) {
         unit.rows = unit.rows_per_query = s.group;
         unit.causal_end = 1 << 30;
         unit.window_begin = -(1 << 30);
+        if (calibrated) unit.tables = tables + static_cast<size_t>(h) * TideTableBytes(s.dim);
         units.push_back(unit);
       }
     NumberPages(&units);
@@ -341,8 +391,8 @@ std::string RunShape(const Shape& s, int sms) {
   KVTIDE_BENCH_CUDA(cudaMemcpy(out_host.data(), out, out_host.size() * 4, cudaMemcpyDeviceToHost));
   KVTIDE_BENCH_CUDA(cudaMemcpy(lse_host.data(), lse, lse_host.size() * 4, cudaMemcpyDeviceToHost));
   double lse_error = 0;
-  const double error =
-      CheckHead(s, layout, data, order, s.sequences - 1, s.kv_heads / 2, q, out_host, &lse_error, lse_host);
+  const double error = CheckHead(s, layout, data, &profile, order, s.sequences - 1, s.kv_heads / 2, q,
+                                 out_host, &lse_error, lse_host);
 
   std::printf(
       "%-12s %4d x %d x %6d d %3d G %2d | %7.1f MB | attend %7.1f us, with merge %7.1f [%.1f, %.1f], in a "

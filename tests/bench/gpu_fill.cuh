@@ -1,5 +1,5 @@
 // Random but tame blocks in device memory, for benchmarks: any bits as codes, scales between 1/64 and 1/32,
-// f16 values of magnitude 1/2 to 2.
+// gains of calibrated keys between 1 and 2, f16 values of magnitude 1/2 to 2.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +29,14 @@ static __global__ void TameHalfWords(uint16_t* base, size_t record_bytes, size_t
   }
 }
 
+static __global__ void TameGains(uint8_t* base, size_t record_bytes, size_t records, size_t offset) {
+  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < kBlockTokens * records;
+       i += static_cast<size_t>(gridDim.x) * blockDim.x) {
+    uint8_t& gain = base[i / kBlockTokens * record_bytes + offset + i % kBlockTokens];
+    gain = static_cast<uint8_t>(1 + gain % 17);
+  }
+}
+
 // Fills `blocks` blocks of a layout that lie side by side.
 inline void FillBlocks(const BlockLayout& layout, size_t blocks, std::byte* data, uint32_t seed) {
   FillRandomWords<<<2048, 256>>>(reinterpret_cast<uint32_t*>(data), layout.block_bytes() * blocks / 4, seed);
@@ -39,7 +47,11 @@ inline void FillBlocks(const BlockLayout& layout, size_t blocks, std::byte* data
                                  coded ? at + half.code_bytes : at,
                                  coded ? half.scale_bytes : half.code_bytes, coded);
   };
-  tame(layout.k(), 0);
+  if (Info(layout.pair().k).calibrated)
+    TameGains<<<2048, 256>>>(reinterpret_cast<uint8_t*>(data), layout.record_bytes(), records,
+                             layout.k().code_bytes);
+  else
+    tame(layout.k(), 0);
   tame(layout.v(), layout.v_codes());
   KVTIDE_BENCH_CUDA(cudaDeviceSynchronize());
 }

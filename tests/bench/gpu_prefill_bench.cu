@@ -15,8 +15,8 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/attend/profile_store.h"
 #include "kernels/cuda/device/device_image.h"
+#include "kernels/cuda/device/profile_store.h"
 #include "kernels/cuda/device/rotations.h"
 #include "kernels/cuda/layer_plan.h"
 #include "kernels/cuda/prefill/prefill_call.h"

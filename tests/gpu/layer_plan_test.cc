@@ -15,10 +15,10 @@
 
 #include "kernels/base/check.h"
 #include "kernels/base/second_hand.h"
-#include "kernels/cuda/attend/profile_store.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/device/capability.h"
 #include "kernels/cuda/device/device_image.h"
+#include "kernels/cuda/device/profile_store.h"
 #include "kernels/cuda/device/rotations.h"
 #include "kernels/cuda/prefill/prefill_call.h"
 #include "tests/kernels/test_sequence.h"

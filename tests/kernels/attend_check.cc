@@ -190,7 +190,10 @@ void ExpectRounded(const AttendResult& got, const AttendResult& f32, int dim, Da
 
 void CheckAttend(Backend& backend, const TestSequence& sequence, const AttendCase& c) {
   const std::vector<float> q = MakeQueries(sequence, c);
-  const double tolerance = c.queries * c.group > kFewRows ? 3e-3 : 1e-3;
+  const std::vector<BlockRun> stored = sequence.host_runs();
+  const bool rebuilt = std::any_of(stored.begin(), stored.end(),
+                                   [](const BlockRun& run) { return Info(run.layout->pair().k).calibrated; });
+  const double tolerance = rebuilt ? 5e-3 : c.queries * c.group > kFewRows ? 3e-3 : 1e-3;
   const int dim = sequence.shape().head_dim_v;
   const AttendResult got = AttendOn(backend, sequence, sequence.device_runs(), c, q);
   AttendResult wanted = AttendByReference(sequence, c, q);

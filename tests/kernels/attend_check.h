@@ -56,8 +56,9 @@ void ExpectClose(const AttendResult& got, const AttendResult& wanted, int dim, d
 // Adds a failure if results in a type are not those of f32 (of the same rounded queries), rounded.
 void ExpectRounded(const AttendResult& got, const AttendResult& f32, int dim, DataType type);
 // AttendOn and AttendByPlan against AttendByReference, or else AttendByReferenceOverF16. The tolerance is
-// 1e-3, and 3e-3 above kFewRows rows of a KV head: backends may compute those with f16 queries, keys and
-// weights. Results in f16 and bf16 are compared with those of f32.
+// 1e-3, 3e-3 above kFewRows rows of a KV head (backends may compute those with f16 queries, keys and weights),
+// and 5e-3 with calibrated keys, which they may rebuild by f16 transforms. Results in f16 and bf16 are compared
+// with those of f32.
 constexpr int kFewRows = 64;
 void CheckAttend(Backend& backend, const TestSequence& sequence, const AttendCase& c);
 

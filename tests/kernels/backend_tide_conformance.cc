@@ -143,6 +143,66 @@ TEST_P(BackendConformance, TideAttendsEveryTypeAtEveryHeadDim) {
     }
 }
 
+// The pairs and head dims that GPUs attend where they lie, with heads behind the first, 8 and 16 rows, masks,
+// and pages that begin anywhere.
+TEST_P(BackendConformance, TideAttendsWithValuesOfTheSameBits) {
+  if (const absl::Status status = CheckTide(backend()); !status.ok()) GTEST_SKIP() << status;
+  for (const int dim : {48, 64, 112, 128})
+    for (const char* pair : {"tide4/turbo4", "tide3/turbo3", "tide2/turbo2"}) {
+      SCOPED_TRACE(std::string(pair) + " d " + std::to_string(dim));
+      const GroupShape shape{2, 3, dim, dim};
+      const Profile profile = test::TideProfile(shape, static_cast<uint64_t>(dim));
+      TestSequence sequence(backend(), shape);
+      sequence.AddRun("f16", 64, GaussianRows(1));
+      sequence.AddRun(pair, 64 * 9 + 17, GaussianRows(2), &profile);
+      for (const int group : {1, 8, 16, 5}) {
+        AttendCase c;
+        c.layer = 1;
+        c.group = group;
+        c.queries = group == 5 ? 3 : 1;
+        CheckAttend(backend(), sequence, c);
+        c.window = 150;
+        CheckAttend(backend(), sequence, c);
+      }
+      AttendCase early;
+      early.first_query_position = 200;
+      early.queries = 2;
+      early.softcap = 15;
+      CheckAttend(backend(), sequence, early);
+    }
+}
+
+// Little of everything, for tools that make it slow: a seal and attention of 8 and 16 rows.
+TEST_P(BackendConformance, TideSealsAPageAndAttendsTwo) {
+  if (const absl::Status status = CheckTide(backend()); !status.ok()) GTEST_SKIP() << status;
+  for (const int dim : {64, 128}) {
+    const GroupShape shape{1, 1, dim, dim};
+    const Profile profile = test::TideProfile(shape, 21);
+    const BlockLayout from(shape, ExactPair()), to(shape, *ParseCachePair("tide3/turbo3"));
+    const std::vector<float> rows = KeyRows(dim, 1);
+    BackendBlocks a(backend(), from, 1), b(backend(), to, 1);
+    a.Write(0, Block(from, nullptr, rows, rows, kBlockTokens));
+    RecodePiece piece;
+    piece.from = &from;
+    piece.source = a.block(0);
+    piece.to = &to;
+    piece.target = b.block(0);
+    piece.to_profile = &profile;
+    piece.position = kPosition;
+    piece.layers = 1;
+    const absl::Status status = backend().Recode({&piece, 1});
+    ASSERT_TRUE(status.ok()) << status;
+    EXPECT_EQ(b.Read(0), Block(to, &profile.k[0], rows, rows, kBlockTokens));
+    TestSequence sequence(backend(), shape);
+    sequence.AddRun("tide3/turbo3", 100, GaussianRows(2), &profile);
+    for (const int group : {8, 16}) {
+      AttendCase c;
+      c.group = group;
+      CheckAttend(backend(), sequence, c);
+    }
+  }
+}
+
 // Exact blocks, blocks of several types and of several profiles, in one sequence.
 TEST_P(BackendConformance, TideAttendsRunsOfSeveralTypesAndProfiles) {
   if (const absl::Status status = CheckTide(backend()); !status.ok()) GTEST_SKIP() << status;

@@ -83,6 +83,7 @@ struct EmulatedWarp {
   static float ToFloat(int x) { return static_cast<float>(x); }
   static int Round(float x) { return static_cast<int>(std::lrint(x)); }
   static uint32_t Bits(float x) { return FloatBits(x); }
+  static float Float(uint32_t x) { return FloatFromBits(x); }
   static void HalfPair(uint32_t packed, float& low, float& high) {
     low = F16ToF32(static_cast<uint16_t>(packed & 0xffff));
     high = F16ToF32(static_cast<uint16_t>(packed >> 16));
@@ -94,6 +95,20 @@ struct EmulatedWarp {
     return static_cast<uint32_t>(F32ToF16(std::fmax(a1, b1))) << 16 | F32ToF16(std::fmax(a0, b0));
   }
   static uint32_t HalfAbs(uint32_t a) { return a & 0x7fff7fffu; }
+  static uint32_t HalfNegative(uint32_t a) { return a ^ 0x80008000u; }
+  static uint32_t HalfMul(uint32_t a, uint32_t b) {
+    float a0, a1, b0, b1;
+    HalfPair(a, a0, a1);
+    HalfPair(b, b0, b1);
+    return Pack<false>(a0 * b0, a1 * b1);
+  }
+  static uint32_t HalfFma(uint32_t a, uint32_t b, uint32_t c) {
+    float a0, a1, b0, b1, c0, c1;
+    HalfPair(a, a0, a1);
+    HalfPair(b, b0, b1);
+    HalfPair(c, c0, c1);
+    return Pack<false>(std::fma(a0, b0, c0), std::fma(a1, b1, c1));
+  }
   template <bool kBf16>
   static uint32_t Pack(float low, float high) {
     const uint32_t l = kBf16 ? F32ToBf16(low) : F32ToF16(low), h = kBf16 ? F32ToBf16(high) : F32ToF16(high);
@@ -105,8 +120,32 @@ struct EmulatedWarp {
     low = kBf16 ? Bf16ToF32(l) : F16ToF32(l);
     high = kBf16 ? Bf16ToF32(h) : F16ToF32(h);
   }
+  static Shared Align(Shared address, uint32_t bytes) {
+    const auto at = reinterpret_cast<uintptr_t>(address);
+    return address + ((at + bytes - 1) / bytes * bytes - at);
+  }
+  static Shared Join(Shared base, uint32_t offset) { return base + offset; }
+  static void Sync() { (void)All(true); }
+  static void LoadTable(const std::byte* from, uint32_t (&w)[4]) { std::memcpy(w, from, 16); }
+  static uint32_t LoadTableWord(const std::byte* from) {
+    uint32_t w;
+    std::memcpy(&w, from, 4);
+    return w;
+  }
+  static uint32_t Load8(Shared address) { return *address; }
+  static uint32_t Load16(Shared address) {
+    uint16_t w;
+    std::memcpy(&w, address, 2);
+    return w;
+  }
+  static uint32_t Load32(Shared address) {
+    uint32_t w;
+    std::memcpy(&w, address, 4);
+    return w;
+  }
   static void Load128(Shared address, uint32_t* w) { std::memcpy(w, address, 16); }
   static void Load64(Shared address, uint32_t* w) { std::memcpy(w, address, 8); }
+  static void Store32(Shared address, uint32_t x) { std::memcpy(address, &x, 4); }
   static void Store64(Shared address, uint32_t x, uint32_t y) {
     std::memcpy(address, &x, 4);
     std::memcpy(address + 4, &y, 4);
@@ -124,6 +163,12 @@ struct EmulatedWarp {
     std::memcpy(&op.in[6], c, 16);
     Park(kSignedA ? Collective::kMmaSigned : Collective::kMmaUnsigned);
     std::memcpy(d, CurrentOperands().out, 16);
+  }
+  static void MmaHalfFrom(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                          const float (&c)[4]) {
+    float sum[4] = {c[0], c[1], c[2], c[3]};
+    MmaHalf<false>(sum, a, b0, b1);
+    std::memcpy(d, sum, 16);
   }
   template <bool kBf16>
   static void MmaHalf(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -246,16 +246,16 @@ TEST(Plan, AProfileOfTheKeysOffersWhatWasMeasuredWithOne) {
               HasSubstr("codes no keys by a profile"));
 }
 
-// GPUs have no kernels for tide types: shown with the reason, never chosen.
-TEST(Plan, CalibratedTypesAreNotChosenWhereTheyHaveNoKernels) {
+// GPUs rebuild calibrated keys in every step: chosen for what they save, with a price in speed.
+TEST(Plan, CalibratedTypesAreChosenOnGpusWithAPrice) {
   PlanRequest request = Request("llama-3.1-8b", "vram=7300MiB", Engine::kKvtide);
   request.weights.bytes = 4800 * kMiB;
   request.margin_bytes = 0;
   request.quality.push_back(Calibrated("tide3/turbo3", 0.15));
   request.engine.calibrated_keys = CalibratedKeys{"m.profile", "b.txt", 16384, true};
   const ContextPlan context = Make(request).contexts[0];
-  EXPECT_EQ(Chosen(context), "turbo4/turbo4");
-  EXPECT_EQ(Find(context, "tide3/turbo3").rejection, Rejection::kCpuFallback);
+  EXPECT_EQ(Chosen(context), "tide3/turbo3");
+  EXPECT_EQ(Find(context, "tide3/turbo3").support.level, SupportLevel::kDequantise);
 }
 
 TEST(Plan, ProxiesCanBeRefused) {

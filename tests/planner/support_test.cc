@@ -136,6 +136,17 @@ TEST(Support, KvtideRunsEveryPairAtEveryHeadDim) {
   }
 }
 
+TEST(Support, GpusRebuildCalibratedKeys) {
+  EngineOptions options;
+  options.engine = Engine::kKvtide;
+  const TypePair pair{"tide3", "turbo3"};
+  EXPECT_THAT(FindSupport(options, pair, 128, 128).reason, HasSubstr("--profile"));
+  options.calibrated_keys = CalibratedKeys{"m.profile", "b.txt", 16384, true};
+  for (const int dim : {64, 80, 128, 256})
+    EXPECT_EQ(FindSupport(options, pair, dim, dim).level, SupportLevel::kDequantise) << dim;
+  EXPECT_THAT(FindSupport(options, pair, 64, 64).reason, HasSubstr("more slowly than over f16 pages"));
+}
+
 TEST(Support, MatrixShowsScratch) {
   EngineOptions options;
   options.engine = Engine::kLlamaCpp;

@@ -19,13 +19,16 @@ template <class W, class KCodec, class VCodec, int DK, int DV, int MT>
 struct TileInfo<CodedTile<W, KCodec, VCodec, DK, DV, MT>> {
   using Tile = CodedTile<W, KCodec, VCodec, DK, DV, MT>;
   static constexpr int kDk = DK, kDv = DV, kTiles = MT;
-  static constexpr bool kCoded = true;
+  // kRebuilt: the tile makes its keys, page by page, with tables of the unit and memory of the warp's own.
+  static constexpr bool kCoded = true, kRebuilt = false;
+  static constexpr int kScratchBytes = 0;  // of a warp
   using Query = QueryKind<DK, Tile::kRows, KCodec::kGroup, Tile::KDecoder::kOffset>;
 };
 template <class W, bool kBf16, int DK, int DV, int MT, int kTokens>
 struct TileInfo<HalfTile<W, kBf16, DK, DV, MT, kTokens>> {
   static constexpr int kDk = DK, kDv = DV, kTiles = MT;
-  static constexpr bool kCoded = false;
+  static constexpr bool kCoded = false, kRebuilt = false;
+  static constexpr int kScratchBytes = 0;
   using Query = QueryKind<DK, 8 * MT, kBf16 ? kBf16Query : kF16Query, 0>;
 };
 
@@ -50,7 +53,8 @@ struct AttendConfig {
   static constexpr int kBarriersAt = kQueryAt + kWarps * kQueryBytes;
   static constexpr int kTablesAt = (kBarriersAt + 8 * kWarps * (kSlots + 1) + 15) / 16 * 16;
   static constexpr int kPagesAt = kTablesAt + Tile::kTableBytes;
-  static constexpr int kSharedBytes = kPagesAt + kWarps * static_cast<int>(sizeof(PageList));
+  static constexpr int kScratchAt = kPagesAt + kWarps * static_cast<int>(sizeof(PageList));
+  static constexpr int kSharedBytes = kScratchAt + kWarps * Info::kScratchBytes;
 };
 
 // All warps that take part.
@@ -178,6 +182,8 @@ KVTIDE_DEVICE void AttendBody(const AttendParams& params, const AttendWorker& wo
              base + Config::kBarriersAt + 8 * static_cast<uint32_t>(warp) * Config::kSlots, params.units,
              worker, params.layer_lines);
   if (threadIdx.x == 0) Tile::WriteTables(base + Config::kTablesAt);
+  if constexpr (Info::kRebuilt)
+    Tile::WriteLookup(base + Config::kTablesAt, static_cast<int>(threadIdx.x), Config::kThreads);
   WaitForEarlierKernels();
   if (page < share_end) fetch_query();
   ring.Fill();
@@ -185,6 +191,9 @@ KVTIDE_DEVICE void AttendBody(const AttendParams& params, const AttendWorker& wo
 
   Tile tile;
   tile.Init(base + Config::kTablesAt);
+  if constexpr (Info::kRebuilt)
+    tile.InitKeys(base + Config::kTablesAt,
+                  base + Config::kScratchAt + static_cast<uint32_t>(warp) * Info::kScratchBytes);
   tile.rows.Reset();
   const bool softcap = params.softcap > 0;
   const float* row_values = nullptr;
@@ -217,6 +226,9 @@ KVTIDE_DEVICE void AttendBody(const AttendParams& params, const AttendWorker& wo
           plain_pages = static_cast<uint32_t>(end / kBlockTokens - first);
       }
       tile.LoadQuery(base + static_cast<uint32_t>(area_at));
+      if constexpr (Info::kRebuilt)
+        tile.BeginUnit(*reinterpret_cast<const typename Info::Query::OwnUnit*>(shared + area_at +
+                                                                               Info::Query::kOwnUnitAt));
 
       const uint32_t unit_end = min(unit.first_page + unit.pages, share_end);
       for (; page < unit_end; page++) {
@@ -225,6 +237,7 @@ KVTIDE_DEVICE void AttendBody(const AttendParams& params, const AttendWorker& wo
         for (int t = 0; t < Tile::kTilesPerPage; t++) {
           float y[MT][Tile::kLogits];
           const uint32_t keys = ring.Wait();
+          if constexpr (Info::kRebuilt) tile.BeginPage(static_cast<int>(page - unit.first_page));
           tile.KeyStage(keys, t, y);
           if constexpr (!Config::Ring::kWholePages) ring.template Release<false>();
           const int first_token = static_cast<int>(page - unit.first_page) * kBlockTokens + t * Tile::kTokens;

@@ -34,6 +34,10 @@ struct alignas(16) AttendUnit : UnitRange {
   const float* gain = nullptr;  // [head_dim_k] or null = 1, AttendParams::profile_offset values before
   const float* mean = nullptr;  // [head_dim_k] or null = 0, likewise
   int64_t query_stride = 0;     // elements from one query token to the next
+  // Calibrated keys: the head's tables (tide_tables.h), AttendParams::table_offset before; and the position
+  // of page 0's first token.
+  const std::byte* tables = nullptr;
+  int64_t position = 0;
 };
 
 inline constexpr int kMostWarps = 16;    // of an attention CTA
@@ -77,6 +81,7 @@ struct AttendParams {
   // means and gains stand than those that the units name.
   uint32_t layer_lines = 0;
   int64_t profile_offset = 0;
+  uint64_t table_offset = 0;    // bytes from the tables of calibrated keys that the units name
   const void* query = nullptr;  // what AttendUnit::first_query counts from
 };
 inline constexpr uint32_t kLineBytes = 128;

@@ -12,6 +12,7 @@
 #include "kernels/cuda/codec/codec_kernels.h"
 #include "kernels/cuda/device/launch.h"
 #include "kernels/cuda/device/rotations.h"
+#include "kernels/cuda/device/tide_tables.h"
 
 namespace kvtide::cuda {
 namespace {
@@ -113,6 +114,8 @@ absl::Status DecodeTables::Make(const AttendPlanArgs& batch, const GroupShape& s
 
 absl::Status DecodeTables::ChooseKernels(const AttendPlanArgs& batch) {
   page_dim_ = PageDim(shape_);
+  const int stored = StoredDim(shape_.head_dim_k);
+  table_bytes_ = HasTideTables(stored) ? TideTableBytes(stored) : 0;
   converted_ = FindAttendKernel(Form::kF16, Form::kF16, page_dim_, page_dim_, most_queries_ * group_,
                                 environment_->shared_limit);
   if (converted_ == nullptr)
@@ -210,9 +213,12 @@ absl::Status DecodeTables::PlanRun(const AttendPlanArgs& batch, const PlanItem& 
   if (kind.kernel == nullptr) return ConvertRun(batch, item, run, all, first_query, first_group);
   RunProfile profile;
   if (run.profile != nullptr && Info(run.layout->pair().k).storage == Storage::kCodes) {
-    KVTIDE_ASSIGN_OR_RETURN(std::shared_ptr<const DeviceProfile> sent,
-                            environment_->profiles->Get(*run.profile));
-    profile = {sent->mean(), sent->gain()};
+    const CacheType type = run.layout->pair().k;
+    const bool calibrated = Info(type).calibrated;
+    KVTIDE_ASSIGN_OR_RETURN(
+        std::shared_ptr<const DeviceProfile> sent,
+        environment_->profiles->Get(*run.profile, calibrated ? TablesOf(type) : ProfilePart::kMeans));
+    profile = {sent->mean(), sent->gain(), calibrated ? sent->tables() : nullptr};
     profiles_.push_back(std::move(sent));
   }
   const size_t blocks = Size(BlocksOf(run));
@@ -230,12 +236,16 @@ absl::Status DecodeTables::ConvertRun(const AttendPlanArgs& batch, const PlanIte
                " are planned for one layer only");
   const size_t heads = Size(shape_.kv_heads), dim = Size(shape_.head_dim_k);
   RunProfile profile;
+  const TideHead* transforms = nullptr;  // of the layer
   if (run.profile != nullptr && Info(run.layout->pair().k).storage == Storage::kCodes) {
+    const bool calibrated = Info(run.layout->pair().k).calibrated;
     KVTIDE_ASSIGN_OR_RETURN(std::shared_ptr<const DeviceProfile> sent,
-                            environment_->profiles->Get(*run.profile));
+                            environment_->profiles->Get(
+                                *run.profile, calibrated ? ProfilePart::kTransforms : ProfilePart::kMeans));
     const size_t before = Size(convert_->layer) * heads * dim;
-    profile = {sent->mean() == nullptr ? nullptr : sent->mean() + before,
-               sent->gain() == nullptr ? nullptr : sent->gain() + before};
+    profile.mean = sent->mean() == nullptr ? nullptr : sent->mean() + before;
+    profile.gain = sent->gain() == nullptr ? nullptr : sent->gain() + before;
+    if (calibrated) transforms = sent->heads() + Size(convert_->layer) * heads;
     profiles_.push_back(std::move(sent));
   }
   for (int64_t page = all.begin; page < all.end;) {
@@ -264,6 +274,8 @@ absl::Status DecodeTables::ConvertRun(const AttendPlanArgs& batch, const PlanIte
         job.target = reinterpret_cast<std::byte*>(target + head * record_bytes_);
         job.mean = profile.mean == nullptr ? nullptr : profile.mean + head * dim;
         job.gain = profile.gain == nullptr ? nullptr : profile.gain + head * dim;
+        job.position = run.first_position + (page + i) * kBlockTokens;
+        if (transforms != nullptr) job.tide = transforms + head;
         conversion.k.push_back(job);
         job.source += run.layout->v_codes();
         job.target += record_bytes_ / 2;
@@ -306,6 +318,8 @@ void DecodeTables::AddUnits(const AttendPlanArgs& batch, const PlanItem& item, c
       unit.gain = profile.gain == nullptr ? nullptr : profile.gain + head_values;
       unit.mean = profile.mean == nullptr ? nullptr : profile.mean + head_values;
       unit.query_stride = int64_t{heads_} * shape_.head_dim_k;
+      if (profile.tables != nullptr) unit.tables = profile.tables + Size(head) * table_bytes_;
+      unit.position = run.first_position + pages.begin * kBlockTokens;
       unit.pages = static_cast<uint32_t>(pages.end - pages.begin);
       unit.tokens =
           Limit(std::min(run.tokens - pages.begin * kBlockTokens, (pages.end - pages.begin) * kBlockTokens));
@@ -424,6 +438,7 @@ absl::Status DecodeTables::Launch(const AttendLayerArgs& args, const LayerTensor
     params.softcap = args.softcap * kLog2E;
     params.layer_lines = static_cast<uint32_t>(Size(args.layer) * plan.layer_bytes / kLineBytes);
     params.profile_offset = int64_t{args.layer} * shape_.kv_heads * shape_.head_dim_k;
+    params.table_offset = Size(args.layer) * Size(shape_.kv_heads) * table_bytes_;
   }
   if (environment.begin != nullptr) KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment.begin, stream));
   for (const LaunchPlan& plan : launches_) {

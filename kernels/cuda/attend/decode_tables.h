@@ -13,9 +13,9 @@
 #include "kernels/cuda/attend/attend_launch.h"
 #include "kernels/cuda/attend/environment.h"
 #include "kernels/cuda/attend/layer_tensors.h"
-#include "kernels/cuda/attend/profile_store.h"
 #include "kernels/cuda/attend/visible_pages.h"
 #include "kernels/cuda/device/device_image.h"
+#include "kernels/cuda/device/profile_store.h"
 #include "kernels/cuda/device/table_memory.h"
 #include "kernels/cuda/device/workspace.h"
 
@@ -71,9 +71,10 @@ class DecodeTables {
     Rotation v_rotation;
     size_t launch = 0;
   };
-  // Means and gains of a run's keys, of layer 0 and KV head 0.
+  // Means and gains of a run's keys, or the tables of calibrated ones, of layer 0 and KV head 0.
   struct RunProfile {
     const float *mean = nullptr, *gain = nullptr;
+    const std::byte* tables = nullptr;
   };
   struct ScratchTable {
     std::byte** table;
@@ -106,6 +107,7 @@ class DecodeTables {
   int page_dim_ = 0;         // head dim of converted pages
   int tile_rows_ = 0;        // query rows of a unit
   size_t record_bytes_ = 0;  // of a converted page
+  size_t table_bytes_ = 0;   // of a calibrated KV head
   int64_t pages_per_chunk_ = 1;
   const AttendKernel* converted_ = nullptr;
   std::vector<RunKind> kinds_;  // few

@@ -87,11 +87,19 @@ JointKernel MakeJoint() {
           Joint::kSharedBytes, ExactConfig::kWarps};
 }
 
+template <class Info>
+constexpr int WarpsOf() {
+  if constexpr (Info::kRebuilt)
+    return Info::kWarps;
+  else
+    return WarpsByRegisters(Info::kDk, Info::kDv, Info::kTiles, !Info::kCoded);
+}
+
 template <class Tile, int kSharedLimit>
 AttendKernel MakeEntry(Form k, Form v) {
   using Info = TileInfo<Tile>;
-  using Config = typename ConfigFor<Tile, WarpsByRegisters(Info::kDk, Info::kDv, Info::kTiles, !Info::kCoded),
-                                    Info::kCoded, kSharedLimit>::Type;
+  constexpr int kWarps = WarpsOf<Info>();
+  using Config = typename ConfigFor<Tile, kWarps, Info::kCoded && !Info::kRebuilt, kSharedLimit>::Type;
   AttendKernel kernel{k,
                       v,
                       Info::kDk,
@@ -107,7 +115,8 @@ AttendKernel MakeEntry(Form k, Form v) {
                       kSharedLimit,
                       {}};
   // At 512 the two bodies in one kernel keep too much of each other in local memory.
-  if constexpr (Info::kCoded && Info::kDk <= 256) kernel.joint = MakeJoint<Config, Tile, kSharedLimit>();
+  if constexpr (Info::kCoded && !Info::kRebuilt && Info::kDk <= 256)
+    kernel.joint = MakeJoint<Config, Tile, kSharedLimit>();
   return kernel;
 }
 

@@ -3,10 +3,15 @@
 
 #include "kernels/cuda/attend/combine_kernel.cuh"
 #include "kernels/cuda/attend/kernel_list.h"
+#include "kernels/format/tide.h"
 
 namespace kvtide::cuda {
 
 Form FormOf(CacheType type) {
+  if (Info(type).calibrated) {
+    constexpr Form kForms[kTideTypes] = {Form::kTide4, Form::kTide3, Form::kTide2};
+    return kForms[CalibratedIndex(type)];
+  }
   return VisitStored(type, [](auto codec) {
     using C = decltype(codec);
     if (std::is_same_v<C, F16>) return Form::kF16;
@@ -30,6 +35,8 @@ const std::vector<AttendKernel>& AllAttendKernels() {
     AddKernels192(all);
     AddKernels256(all);
     AddKernels512(all);
+    AddTideKernels64(all);
+    AddTideKernels128(all);
     return all;
   }();
   return *list;

@@ -13,7 +13,7 @@
 namespace kvtide::cuda {
 
 // Ways of storing, whatever the rotation: one attention kernel serves all types of one form.
-enum class Form : int { kF16, kBf16, kQ8, kQ5, kQ4, kCode4, kCode3, kCode2, kOther };
+enum class Form : int { kF16, kBf16, kQ8, kQ5, kQ4, kCode4, kCode3, kCode2, kTide4, kTide3, kTide2, kOther };
 Form FormOf(CacheType type);
 
 // The kernel of a coded pair that reads f16 pages in the same launch (joint_kernel.cuh), with its threads and
@@ -63,5 +63,8 @@ void AddKernels128(std::vector<AttendKernel>* list);
 void AddKernels192(std::vector<AttendKernel>* list);
 void AddKernels256(std::vector<AttendKernel>* list);
 void AddKernels512(std::vector<AttendKernel>* list);
+// Of calibrated keys.
+void AddTideKernels64(std::vector<AttendKernel>* list);
+void AddTideKernels128(std::vector<AttendKernel>* list);
 
 }  // namespace kvtide::cuda

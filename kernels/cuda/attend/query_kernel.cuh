@@ -27,6 +27,12 @@ struct QueryKind {
   static_assert(kUnitAt % 16 == 0);
 };
 
+// A kind that writes rows by itself, and what tiles want to know of a unit beside its range, at kOwnUnitAt.
+template <class Kind>
+concept WritesRows = requires {
+  typename Kind::OwnUnit;
+};
+
 // Writes the query area of unit `index`, by way of the CTA's `shared` memory of Kind::kBytes.
 template <class Kind>
 KVTIDE_DEVICE void QueryBody(const AttendParams& params, uint32_t index_of_unit, uint8_t* shared) {
@@ -46,11 +52,17 @@ KVTIDE_DEVICE void QueryBody(const AttendParams& params, uint32_t index_of_unit,
   // Rows that the unit does not have are zeros.
   for (int i = static_cast<int>(threadIdx.x); i < Kind::kUnitAt / 16; i += static_cast<int>(blockDim.x))
     reinterpret_cast<uint4*>(shared)[i] = uint4{};
-  if (threadIdx.x == 0) *reinterpret_cast<UnitRange*>(shared + Kind::kUnitAt) = unit;
+  if (threadIdx.x == 0) {
+    *reinterpret_cast<UnitRange*>(shared + Kind::kUnitAt) = unit;
+    if constexpr (WritesRows<Kind>)
+      *reinterpret_cast<typename Kind::OwnUnit*>(shared + Kind::kOwnUnitAt) = Kind::UnitOf(params, unit);
+  }
   __syncthreads();
   if (active) {
     float bias = 0, unit_value;
-    if constexpr (Kind::kCoded) {
+    if constexpr (WritesRows<Kind>) {
+      unit_value = Kind::WriteRow(params, unit, row, r, area);
+    } else if constexpr (Kind::kCoded) {
       WarpRow<D> other;
       if (unit.mean != nullptr) {
         LoadRow<D>(unit.mean, QueryType::kF32, params.profile_offset, params.head_dim, other);

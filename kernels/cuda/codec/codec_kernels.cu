@@ -435,6 +435,7 @@ int Processors() {
 
 cudaError_t LaunchEncode(CacheType type, Side side, const HalfLayout& layout, RowSource source,
                          const CodecJob* jobs, int count, cudaStream_t stream) {
+  if (Info(type).calibrated) return LaunchTideEncode(type, layout, source, jobs, count, stream);
   if (source == RowSource::kF16Page ? HasRowCodec(type) : HasFloatRows(type))
     return LaunchRowEncode(Canonical(type), side, layout, source, jobs, count, Processors(), stream);
   return VisitCodec(Canonical(type), [&](auto codec) {
@@ -461,6 +462,7 @@ cudaError_t LaunchEncode(CacheType type, Side side, const HalfLayout& layout, Ro
 
 cudaError_t LaunchDecode(CacheType type, Side side, const HalfLayout& layout, RowTarget target, int page_dim,
                          const CodecJob* jobs, int count, cudaStream_t stream) {
+  if (Info(type).calibrated) return LaunchTideDecode(type, layout, target, page_dim, jobs, count, stream);
   if (target != RowTarget::kF32Rows ? HasRowCodec(type) : HasFloatRows(type))
     return LaunchRowDecode(Canonical(type), side, layout, target, page_dim, jobs, count, Processors(),
                            stream);

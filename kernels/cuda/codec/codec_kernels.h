@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "kernels/base/data_type.h"
+#include "kernels/cuda/device/tide_head.h"
 #include "kernels/format/block_layout.h"
 
 namespace kvtide::cuda {
@@ -23,11 +24,14 @@ struct HalfShape {
 struct alignas(16) CodecJob {
   const std::byte* source = nullptr;
   std::byte* target = nullptr;
-  const float* mean = nullptr;  // [head_dim] or null, of keys of coded types
+  union {
+    const float* mean = nullptr;  // [head_dim] or null, of keys of coded types
+    const TideHead* tide;         // of keys of calibrated types
+  };
   const float* gain = nullptr;
   int32_t tokens = kBlockTokens;  // tokens that count (encode)
   int32_t row_stride = 0;         // floats from row to row, where rows are f32
-  int64_t padding = 0;
+  int64_t position = 0;           // of the page's first token, for keys of calibrated types
 };
 
 // What an encoder reads: an f16 page of the same shape, or f32 rows in the original frame.
@@ -50,6 +54,11 @@ cudaError_t LaunchRowDecode(CacheType type, Side side, const HalfLayout& layout,
                             cudaStream_t stream);
 bool HasRowCodec(CacheType type);
 bool HasFloatRows(CacheType type);
+// The same for keys of calibrated types; jobs name their heads and positions.
+cudaError_t LaunchTideEncode(CacheType type, const HalfLayout& layout, RowSource source, const CodecJob* jobs,
+                             int count, cudaStream_t stream);
+cudaError_t LaunchTideDecode(CacheType type, const HalfLayout& layout, RowTarget target, int page_dim,
+                             const CodecJob* jobs, int count, cudaStream_t stream);
 
 // Copies rows of tensors [rows][heads][dim] into f16 or bf16 pages, K and V by one launch.
 struct alignas(16) AppendJob {

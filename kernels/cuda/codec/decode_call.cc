@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -20,6 +21,7 @@ size_t Size(int64_t n) { return static_cast<size_t>(n); }
 struct BlockRows {
   const std::byte* block = nullptr;
   int layer = 0;
+  int64_t position = 0;  // of its first token in the sequence
   int64_t first = 0, count = kBlockTokens;
   MutableTensorView k, v;             // null = not wanted
   size_t k_row = 0, v_row = 0;        // of the tensors, where row `first` goes
@@ -28,13 +30,18 @@ struct BlockRows {
 
 // K or V of blocks of one layout and profile.
 absl::Status DecodeSide(const BlockLayout& layout, const Profile* profile, std::span<const BlockRows> blocks,
-                        Side side, Workspace& workspace) {
+                        Side side, ProfileStore& store, Workspace& workspace) {
   const bool key = side == Side::kKey;
+  const CacheType type = key ? layout.pair().k : layout.pair().v;
   const auto target_of = [key](const BlockRows& rows) { return key ? rows.k : rows.v; };
   if (std::all_of(blocks.begin(), blocks.end(),
                   [&](const BlockRows& rows) { return target_of(rows).data == nullptr; }))
     return absl::OkStatus();
   const HalfLayout& half = key ? layout.k() : layout.v();
+  std::shared_ptr<const DeviceProfile> transforms;
+  if (Info(type).calibrated) {
+    KVTIDE_ASSIGN_OR_RETURN(transforms, store.Get(*profile, ProfilePart::kTransforms));
+  }
   const size_t dim = Size(half.head_dim), heads = Size(layout.shape().kv_heads), width = heads * dim,
                block_values = kBlockTokens * width, bytes = blocks.size() * block_values * sizeof(float);
   KVTIDE_RETURN_IF_ERROR(workspace.rows.Reserve(bytes));
@@ -60,7 +67,10 @@ absl::Status DecodeSide(const BlockLayout& layout, const Profile* profile, std::
       job.source = blocks[b].block + layout.RecordOffset(blocks[b].layer, h) + (key ? 0 : layout.v_codes());
       job.target = workspace.rows.data() + (b * block_values + head * dim) * sizeof(float);
       job.row_stride = static_cast<int32_t>(width);
-      if (key && profile != nullptr) {
+      job.position = blocks[b].position;
+      if (transforms != nullptr) {
+        job.tide = transforms->heads() + Size(blocks[b].layer) * heads + head;
+      } else if (key && profile != nullptr) {
         job.mean = place(profile->key(blocks[b].layer, h).mean);
         job.gain = place(profile->key(blocks[b].layer, h).gain);
       }
@@ -68,9 +78,8 @@ absl::Status DecodeSide(const BlockLayout& layout, const Profile* profile, std::
     }
   const CodecJob* const device_jobs = workspace.Upload(jobs);
   KVTIDE_RETURN_IF_ERROR(workspace.Send());
-  KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(key ? layout.pair().k : layout.pair().v, side, half,
-                                           RowTarget::kF32Rows, 0, device_jobs, static_cast<int>(jobs.size()),
-                                           workspace.stream()));
+  KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(type, side, half, RowTarget::kF32Rows, 0, device_jobs,
+                                           static_cast<int>(jobs.size()), workspace.stream()));
   KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(workspace.results_host.data(), workspace.rows.data(), bytes,
                                               cudaMemcpyDeviceToHost, workspace.stream()));
   KVTIDE_RETURN_IF_ERROR(workspace.Finish());
@@ -85,9 +94,9 @@ absl::Status DecodeSide(const BlockLayout& layout, const Profile* profile, std::
 }
 
 absl::Status DecodeBlocks(const BlockLayout& layout, const Profile* profile,
-                          std::span<const BlockRows> blocks, Workspace& workspace) {
-  KVTIDE_RETURN_IF_ERROR(DecodeSide(layout, profile, blocks, Side::kKey, workspace));
-  return DecodeSide(layout, profile, blocks, Side::kValue, workspace);
+                          std::span<const BlockRows> blocks, ProfileStore& store, Workspace& workspace) {
+  KVTIDE_RETURN_IF_ERROR(DecodeSide(layout, profile, blocks, Side::kKey, store, workspace));
+  return DecodeSide(layout, profile, blocks, Side::kValue, store, workspace);
 }
 
 size_t RowsWidth(const BlockLayout& layout, bool key) {
@@ -96,31 +105,35 @@ size_t RowsWidth(const BlockLayout& layout, bool key) {
 
 }  // namespace
 
-absl::Status DecodeCall(const DecodeArgs& args, Workspace& workspace) {
+absl::Status DecodeCall(const DecodeArgs& args, ProfileStore& profiles, Workspace& workspace) {
   if (args.layout == nullptr || args.block == nullptr)
     return absl::InvalidArgumentError("decode: no layout or no block");
   if (args.layer < 0 || args.layer >= args.layout->shape().layers)
     return absl::InvalidArgumentError(
         absl::StrCat("decode: layer ", args.layer, " of ", args.layout->shape().layers));
+  if (args.k != nullptr)
+    KVTIDE_RETURN_IF_ERROR(
+        Annotate(CheckProfileFor(args.layout->pair().k, args.layout->shape(), args.profile), "decode"));
   BlockRows rows;
   rows.block = args.block;
+  rows.position = args.position;
   rows.layer = args.layer;
   rows.k = args.k;
   rows.v = args.v;
   rows.k_stride = RowsWidth(*args.layout, true);
   rows.v_stride = RowsWidth(*args.layout, false);
-  return DecodeBlocks(*args.layout, args.profile, {&rows, 1}, workspace);
+  return DecodeBlocks(*args.layout, args.profile, {&rows, 1}, profiles, workspace);
 }
 
 absl::Status DecodeTokensCall(std::span<const DecodePiece> pieces, const Cancellation* cancellation,
-                              Workspace& workspace) {
+                              ProfileStore& profiles, Workspace& workspace) {
   std::vector<BlockRows> blocks;  // of one layout and profile, and not too many
   const BlockLayout* layout = nullptr;
   const Profile* profile = nullptr;
   const auto flush = [&]() -> absl::Status {
     if (blocks.empty()) return absl::OkStatus();
     if (IsCancelled(cancellation)) return absl::CancelledError("decode: cancelled");
-    const absl::Status status = DecodeBlocks(*layout, profile, blocks, workspace);
+    const absl::Status status = DecodeBlocks(*layout, profile, blocks, profiles, workspace);
     blocks.clear();
     return status;
   };
@@ -142,6 +155,7 @@ absl::Status DecodeTokensCall(std::span<const DecodePiece> pieces, const Cancell
       BlockRows rows;
       rows.block = run.blocks[Size(token / kBlockTokens)];
       rows.layer = piece.layer;
+      rows.position = run.first_position + token / kBlockTokens * kBlockTokens;
       rows.first = token % kBlockTokens;
       rows.count = std::min(kBlockTokens - rows.first, piece.tokens - done);
       rows.k = piece.k;

@@ -1,6 +1,7 @@
 #include "kernels/cuda/codec/recode_call.h"
 
 #include <algorithm>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -39,28 +40,39 @@ class SideRecode {
     return copied_ || direct() ? 0 : kBlockTokens * Size(from_half().head_dim) * sizeof(float);
   }
 
+  // Before Place: transforms of calibrated keys, which stay on the device.
+  absl::Status TakeTransforms(ProfileStore& profiles) {
+    const auto take = [&](CacheType type, const Profile* profile,
+                          std::shared_ptr<const DeviceProfile>* heads) -> absl::Status {
+      if (copied_ || !Info(type).calibrated) return absl::OkStatus();
+      KVTIDE_ASSIGN_OR_RETURN(*heads, profiles.Get(*profile, ProfilePart::kTransforms));
+      return absl::OkStatus();
+    };
+    KVTIDE_RETURN_IF_ERROR(take(from_type_, from_profile_, &from_heads_));
+    return take(to_type_, to_profile_, &to_heads_);
+  }
+
   // Places what the kernels read; `rows` has RowBytes() for each record.
   void Place(std::span<const RecodePiece> pieces, std::byte* rows, Workspace& workspace) {
     if (copied_) return;
-    const std::vector<Equaliser> from = PlaceProfile(from_profile_, workspace),
-                                 to = PlaceProfile(to_profile_, workspace);
+    const std::vector<Equaliser> from = PlaceMeans(from_type_, from_profile_, workspace),
+                                 to = PlaceMeans(to_type_, to_profile_, workspace);
     std::vector<CodecJob> decode, encode;
     for (const RecodePiece& piece : pieces)
       for (size_t record = FirstRecord(piece); record < FirstRecord(piece) + Records(piece); record++) {
         CodecJob job;
         job.row_stride = from_half().head_dim;
+        job.position = piece.position;
         job.source = Source(piece, record);
         if (!direct()) {
           job.target = rows + RowBytes() * encode.size();
-          job.mean = from[record].mean;
-          job.gain = from[record].gain;
+          SetProfile(from[record], from_heads_.get(), record, &job);
           decode.push_back(job);
           job.source = job.target;
         }
         job.target = Target(piece, record);
         job.tokens = piece.tokens;
-        job.mean = to[record].mean;
-        job.gain = to[record].gain;
+        SetProfile(to[record], to_heads_.get(), record, &job);
         encode.push_back(job);
       }
     decode_ = workspace.Upload(decode);
@@ -91,6 +103,12 @@ class SideRecode {
     const float *mean = nullptr, *gain = nullptr;
   };
 
+  static void SetProfile(const Equaliser& equaliser, const DeviceProfile* transforms, size_t record,
+                         CodecJob* job) {
+    job->mean = equaliser.mean;
+    job->gain = equaliser.gain;
+    if (transforms != nullptr) job->tide = transforms->heads() + record;
+  }
   bool key() const { return side_ == Side::kKey; }
   bool direct() const { return from_type_ == ExactPair().k; }  // the encoder reads the page
   const HalfLayout& from_half() const { return key() ? from_.k() : from_.v(); }
@@ -109,10 +127,11 @@ class SideRecode {
   const Profile* ProfileOf(CacheType type, const Profile* profile) const {
     return key() && Info(type).storage == Storage::kCodes ? profile : nullptr;
   }
-  // Once for each (layer, KV head), whatever the number of pieces.
-  std::vector<Equaliser> PlaceProfile(const Profile* profile, Workspace& workspace) const {
+  // Not of calibrated keys, which have transforms. Once for each (layer, KV head), whatever the number of
+  // pieces.
+  std::vector<Equaliser> PlaceMeans(CacheType type, const Profile* profile, Workspace& workspace) const {
     std::vector<Equaliser> placed(AllRecords());
-    if (profile == nullptr) return placed;
+    if (profile == nullptr || Info(type).calibrated) return placed;
     for (size_t i = 0; i < placed.size(); i++) {
       if (!profile->k[i].mean.empty()) placed[i].mean = workspace.Upload(profile->k[i].mean);
       if (!profile->k[i].gain.empty()) placed[i].gain = workspace.Upload(profile->k[i].gain);
@@ -124,7 +143,8 @@ class SideRecode {
   const BlockLayout &from_, &to_;
   const CacheType from_type_, to_type_;
   const Profile *const from_profile_, *const to_profile_;
-  bool copied_ = false;  // the bytes stay what they are
+  std::shared_ptr<const DeviceProfile> from_heads_, to_heads_;  // of calibrated keys
+  bool copied_ = false;                                         // the bytes stay what they are
   const CodecJob *decode_ = nullptr, *encode_ = nullptr;
   int count_ = 0;
 };
@@ -136,11 +156,12 @@ bool SameKind(const RecodePiece& a, const RecodePiece& b) {
          a.to_profile == b.to_profile && (a.tokens == kBlockTokens) == (b.tokens == kBlockTokens);
 }
 
-absl::Status RecodeCall(std::span<const RecodePiece> pieces, Workspace& workspace) {
+absl::Status RecodeCall(std::span<const RecodePiece> pieces, ProfileStore& profiles, Workspace& workspace) {
   size_t records = 0;
   for (const RecodePiece& piece : pieces) records += Size(piece.layers) * Size(piece.from->shape().kv_heads);
   if (records == 0) return absl::OkStatus();
   SideRecode k(pieces[0], Side::kKey), v(pieces[0], Side::kValue);
+  KVTIDE_RETURN_IF_ERROR(k.TakeTransforms(profiles));
   KVTIDE_RETURN_IF_ERROR(workspace.Begin(k.StagingBound(records) + v.StagingBound(records) + 256));
   // K's rows are read before V's are written: one stream.
   KVTIDE_RETURN_IF_ERROR(workspace.rows.Reserve(records * std::max(k.RowBytes(), v.RowBytes())));

@@ -6,11 +6,12 @@
 
 #include "absl/status/status.h"
 #include "kernels/backend.h"
+#include "kernels/cuda/device/profile_store.h"
 #include "kernels/cuda/device/workspace.h"
 
 namespace kvtide::cuda {
 
 bool SameKind(const RecodePiece& a, const RecodePiece& b);
-absl::Status RecodeCall(std::span<const RecodePiece> pieces, Workspace& workspace);
+absl::Status RecodeCall(std::span<const RecodePiece> pieces, ProfileStore& profiles, Workspace& workspace);
 
 }  // namespace kvtide::cuda

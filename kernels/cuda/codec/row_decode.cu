@@ -206,9 +206,11 @@ cudaError_t LaunchRowDecode(CacheType type, Side side, const HalfLayout& layout,
 }
 
 bool HasRowCodec(CacheType type) {
+  if (Info(type).calibrated) return false;
   return VisitCodec(type, [](auto codec) { return kHasRowRotation<decltype(codec)>; });
 }
 bool HasFloatRows(CacheType type) {
+  if (Info(type).calibrated) return false;
   return VisitCodec(type, [](auto codec) { return kHasFloatRows<decltype(codec)>; });
 }
 

@@ -10,6 +10,7 @@
 namespace kvtide::cuda {
 
 absl::StatusOr<Rotation> Rotations::Get(CacheType type, int stored_dim, bool inverse) {
+  if (Info(type).calibrated) return Rotation{};  // their keys are rebuilt as they were
   const RotationKind kind = VisitCodec(type, [](auto codec) {
     using C = decltype(codec);
     if constexpr (C::kStorage == Storage::kCodes) {

@@ -4,6 +4,7 @@
 // where it is tested.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #ifdef __CUDACC__
@@ -76,6 +77,7 @@ struct DeviceWarp {
   static KVTIDE_DEVICE float ToFloat(int x) { return __int2float_rn(x); }
   static KVTIDE_DEVICE int Round(float x) { return __float2int_rn(x); }
   static KVTIDE_DEVICE uint32_t Bits(float x) { return __float_as_uint(x); }
+  static KVTIDE_DEVICE float Float(uint32_t x) { return __uint_as_float(x); }
 
   static KVTIDE_DEVICE void HalfPair(uint32_t packed, float& low, float& high) {
     const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&packed));
@@ -88,6 +90,21 @@ struct DeviceWarp {
     return r;
   }
   static KVTIDE_DEVICE uint32_t HalfAbs(uint32_t a) { return a & 0x7fff7fffu; }
+  static KVTIDE_DEVICE uint32_t HalfNegative(uint32_t a) {
+    uint32_t r;
+    asm("neg.f16x2 %0,%1;" : "=r"(r) : "r"(a));
+    return r;
+  }
+  static KVTIDE_DEVICE uint32_t HalfMul(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("mul.rn.f16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+  }
+  static KVTIDE_DEVICE uint32_t HalfFma(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t r;
+    asm("fma.rn.f16x2 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+  }
   // Two floats to 16 bits each, `low` in the low half.
   template <bool kBf16>
   static KVTIDE_DEVICE uint32_t Pack(float low, float high) {
@@ -109,6 +126,41 @@ struct DeviceWarp {
     }
   }
 
+  // The next multiple of `bytes`, a power of two; an address at such a multiple and an offset below it.
+  static KVTIDE_DEVICE Shared Align(Shared address, uint32_t bytes) {
+    return (address + bytes - 1) & ~(bytes - 1);
+  }
+  static KVTIDE_DEVICE Shared Join(Shared base, uint32_t offset) { return base | offset; }
+  // What lanes have written to shared memory is seen by the others.
+  static KVTIDE_DEVICE void Sync() { __syncwarp(); }
+
+  // From tables in global memory that nobody writes.
+  static KVTIDE_DEVICE void LoadTable(const std::byte* from, uint32_t (&w)[4]) {
+    const uint4 x = __ldg(reinterpret_cast<const uint4*>(from));
+    w[0] = x.x;
+    w[1] = x.y;
+    w[2] = x.z;
+    w[3] = x.w;
+  }
+  static KVTIDE_DEVICE uint32_t LoadTableWord(const std::byte* from) {
+    return __ldg(reinterpret_cast<const uint32_t*>(from));
+  }
+
+  static KVTIDE_DEVICE uint32_t Load8(Shared address) {
+    uint32_t r;
+    asm volatile("ld.shared.u8 %0,[%1];" : "=r"(r) : "r"(address));
+    return r;
+  }
+  static KVTIDE_DEVICE uint32_t Load16(Shared address) {
+    uint16_t r;
+    asm volatile("ld.shared.u16 %0,[%1];" : "=h"(r) : "r"(address));
+    return r;
+  }
+  static KVTIDE_DEVICE uint32_t Load32(Shared address) {
+    uint32_t r;
+    asm volatile("ld.shared.u32 %0,[%1];" : "=r"(r) : "r"(address));
+    return r;
+  }
   static KVTIDE_DEVICE void Load128(Shared address, uint32_t* w) {
     asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3},[%4];"
                  : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
@@ -116,6 +168,9 @@ struct DeviceWarp {
   }
   static KVTIDE_DEVICE void Load64(Shared address, uint32_t* w) {
     asm volatile("ld.shared.v2.b32 {%0,%1},[%2];" : "=r"(w[0]), "=r"(w[1]) : "r"(address));
+  }
+  static KVTIDE_DEVICE void Store32(Shared address, uint32_t x) {
+    asm volatile("st.shared.u32 [%0],%1;" ::"r"(address), "r"(x) : "memory");
   }
   static KVTIDE_DEVICE void Store64(Shared address, uint32_t x, uint32_t y) {
     asm volatile("st.shared.v2.b32 [%0],{%1,%2};" ::"r"(address), "r"(x), "r"(y) : "memory");
@@ -148,6 +203,15 @@ struct DeviceWarp {
           : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]),
             "r"(c[3]));
     }
+  }
+  // d = a * b + c with m16n8k16 halves (f16).
+  static KVTIDE_DEVICE void MmaHalfFrom(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                        const float (&c)[4]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+          "f"(c[3]));
   }
   // d += a * b with m16n8k16 halves.
   template <bool kBf16>

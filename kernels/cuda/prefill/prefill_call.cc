@@ -24,15 +24,17 @@ int WidestDim(const GroupShape& shape) { return std::max(shape.head_dim_k, shape
 
 class Prefill {
  public:
-  Prefill(PrefillRounds& plan, const GroupShape& shape, const AttendLayerArgs& args, LayerTensors& tensors,
-          const AttendEnvironment& environment, Workspace& workspace)
+  Prefill(PrefillRounds& plan, PrefillTransforms& transforms, const GroupShape& shape,
+          const AttendLayerArgs& args, LayerTensors& tensors, const AttendEnvironment& environment,
+          Workspace& workspace)
       : shape_(shape),
         args_(args),
         tensors_(tensors),
         environment_(environment),
         workspace_(workspace),
         kernel_(plan.kernel()),
-        plan_(plan) {}
+        plan_(plan),
+        transforms_(transforms) {}
 
   absl::Status Run() {
     KVTIDE_RETURN_IF_ERROR(Place());
@@ -55,6 +57,24 @@ class Prefill {
       const int64_t mean = add(head.mean), gain = add(head.gain);
       profiles_.push_back({mean, gain});
     }
+  }
+
+  // What the keys of a job are coded with: means and gains among `floats`, or the head's transform.
+  absl::Status SetProfile(const PrefillRound::Conversion& conversion, int64_t profile, const float* floats,
+                          CodecJob* job) {
+    if (Info(conversion.layout->pair().k).calibrated) {
+      const PrefillProfile& of = plan_.profiles()[Size(profile)];
+      std::shared_ptr<const DeviceProfile>& sent = transforms_[of.profile];
+      if (sent == nullptr) {
+        KVTIDE_ASSIGN_OR_RETURN(sent, environment_.profiles->Get(*of.profile, ProfilePart::kTransforms));
+      }
+      job->tide = sent->heads() + args_.layer * shape_.kv_heads + of.head;
+      return absl::OkStatus();
+    }
+    const ProfilePlace& place = profiles_[Size(profile)];
+    job->mean = place.mean < 0 ? nullptr : floats + place.mean;
+    job->gain = place.gain < 0 ? nullptr : floats + place.gain;
+    return absl::OkStatus();
   }
 
   // Takes memory and makes offsets addresses.
@@ -103,11 +123,8 @@ class Prefill {
           CodecJob job;
           job.source = c.jobs[i].source + c.layout->RecordOffset(args_.layer, 0);
           job.target = scratch + c.jobs[i].target;
-          if (c.jobs[i].profile >= 0) {
-            const ProfilePlace& place = profiles_[Size(c.jobs[i].profile)];
-            job.mean = place.mean < 0 ? nullptr : floats + place.mean;
-            job.gain = place.gain < 0 ? nullptr : floats + place.gain;
-          }
+          job.position = c.jobs[i].position;
+          if (c.jobs[i].profile >= 0) KVTIDE_RETURN_IF_ERROR(SetProfile(c, c.jobs[i].profile, floats, &job));
           jobs.host[i] = job;
         }
         c.device = jobs.device;
@@ -191,6 +208,7 @@ class Prefill {
   Workspace& workspace_;
   const PrefillKernel& kernel_;
   PrefillRounds& plan_;
+  PrefillTransforms& transforms_;
   std::vector<float> floats_;
   struct ProfilePlace {
     int64_t mean, gain;  // in floats_, -1 = none
@@ -202,7 +220,9 @@ class Prefill {
 
 // Whether decoding a block to tiles is fast.
 bool DecodesFast(CachePair pair) {
-  const auto fast = [](CacheType type) { return Info(type).storage == Storage::kHalf || HasRowCodec(type); };
+  const auto fast = [](CacheType type) {
+    return Info(type).storage == Storage::kHalf || Info(type).calibrated || HasRowCodec(type);
+  };
   return fast(pair.k) && fast(pair.v);
 }
 
@@ -239,7 +259,7 @@ PrefillPlan::PrefillPlan(std::vector<PlanItem> items, const AttendPlanArgs& batc
       rounds_(batch_, shape, environment, *FindPrefillKernel(WidestDim(shape), environment.warpgroups)) {}
 
 absl::Status PrefillPlan::Attend(const AttendLayerArgs& args, LayerTensors& tensors, Workspace& workspace) {
-  return Prefill(rounds_, shape_, args, tensors, environment_, workspace).Run();
+  return Prefill(rounds_, transforms_, shape_, args, tensors, environment_, workspace).Run();
 }
 
 }  // namespace kvtide::cuda

@@ -5,6 +5,8 @@
 // of rows over one page needs more.
 #pragma once
 
+#include <map>
+#include <memory>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -12,6 +14,7 @@
 #include "kernels/cuda/attend/environment.h"
 #include "kernels/cuda/attend/layer_tensors.h"
 #include "kernels/cuda/device/device_image.h"
+#include "kernels/cuda/device/profile_store.h"
 #include "kernels/cuda/device/workspace.h"
 #include "kernels/cuda/prefill/prefill_rounds.h"
 
@@ -23,6 +26,10 @@ bool IsPrefill(const PlanItem& item, const GroupShape& shape, int heads,
                const AttendEnvironment& environment);
 
 absl::Status PreparePrefillKernels(const DeviceImage& image);
+
+// Transforms of calibrated keys on the device, by profile; held by a plan.
+using PrefillTransforms = std::map<const Profile*, std::shared_ptr<const DeviceProfile>>;
+
 // A batch, which is checked, planned for all layers of its group.
 class PrefillPlan {
  public:
@@ -42,6 +49,7 @@ class PrefillPlan {
   const GroupShape& shape_;
   const AttendEnvironment& environment_;
   PrefillRounds rounds_;
+  PrefillTransforms transforms_;
 };
 
 }  // namespace kvtide::cuda

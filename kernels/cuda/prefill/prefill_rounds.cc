@@ -16,7 +16,8 @@ constexpr double kMostOperations = 1e13;
 
 int32_t Limit(int64_t n) { return static_cast<int32_t>(std::clamp<int64_t>(n, -(1 << 30), 1 << 30)); }
 bool IsF16(CacheType type) {
-  return VisitCodec(type, [](auto codec) { return std::is_same_v<decltype(codec), F16>; });
+  return !Info(type).calibrated &&
+         VisitCodec(type, [](auto codec) { return std::is_same_v<decltype(codec), F16>; });
 }
 
 }  // namespace
@@ -147,7 +148,8 @@ void PrefillRounds::AddJobs(const PrefillSegment::Page& page, int head, size_t s
     if (conversion == nullptr)
       conversion = &round->conversions.emplace_back(PrefillRound::Conversion{&layout, side, {}, nullptr});
     PrefillJob job{Record(page, head) + (key ? 0 : layout.v_codes()),
-                   scratch_page * page_bytes_ + (key ? 0 : page_bytes_ / 2), -1};
+                   scratch_page * page_bytes_ + (key ? 0 : page_bytes_ / 2), -1,
+                   page.run->first_position + static_cast<int64_t>(page.block) * kBlockTokens};
     if (key && page.run->profile != nullptr && Info(layout.pair().k).storage == Storage::kCodes)
       job.profile = IndexOf({page.run->profile, head});
     conversion->jobs.push_back(job);

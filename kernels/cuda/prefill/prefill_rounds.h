@@ -35,8 +35,9 @@ struct PrefillJob {
   const std::byte* source;  // of layer 0
   size_t target;            // in the scratch memory
   int64_t profile;          // which of PrefillRounds::profiles() its keys have, -1 = none
+  int64_t position;         // of the block's first token
 };
-// Means and gains of one head's keys, in all layers.
+// What one head's keys have in a profile, in all layers.
 struct PrefillProfile {
   const Profile* profile;
   int head;

@@ -1,0 +1,67 @@
+// Entries of the kernel list for calibrated keys.
+#pragma once
+
+#include "kernels/cuda/attend/instantiate.cuh"
+#include "kernels/cuda/attend/tide_tile.h"
+
+namespace kvtide::cuda {
+
+// Quarters of a page that are rebuilt at once, and warps whose registers hold them: every quarter reads the
+// inverse once. Measured; kernels/cuda/README.md has the others.
+template <int D, int MT>
+inline constexpr int kTideQuarters = D == 128 && MT == 1 ? 4 : 2;
+template <int D, int MT>
+inline constexpr int kTideWarps = D == 128  ? 8
+                                  : MT == 1 ? 16
+                                            : 12;
+
+// Queries for keys that are rebuilt.
+template <int D, int kRowsT>
+struct TideQueryKind {
+  static constexpr int kDim = D, kRows = kRowsT;
+  static constexpr int kFragmentBytes = kRows / 8 * TideTables<D>::kSteps * 512;
+  static constexpr int kUnitAt = kFragmentBytes + kRows * 8;
+  using OwnUnit = TideUnit;
+  static constexpr int kOwnUnitAt = kUnitAt + static_cast<int>(sizeof(UnitRange));
+  static constexpr int kBytes = kOwnUnitAt + static_cast<int>(sizeof(OwnUnit));
+  static_assert(kUnitAt % 16 == 0);
+
+  static KVTIDE_DEVICE OwnUnit UnitOf(const AttendParams& params, const AttendUnit& unit) {
+    return {unit.tables + params.table_offset, unit.position};
+  }
+  static KVTIDE_DEVICE float WriteRow(const AttendParams& params, const AttendUnit& unit, WarpRow<D>& row,
+                                      int r, uint32_t area) {
+    return WriteTideQuery<DeviceWarp, D>(row, params.key_scale, r, unit.tables + params.table_offset, area);
+  }
+};
+
+template <class W, int kKeyBits, class VCodec, int DK, int DV, int MT, int kQuarters>
+struct TileInfo<TideTile<W, kKeyBits, VCodec, DK, DV, MT, kQuarters>> {
+  using Tile = TideTile<W, kKeyBits, VCodec, DK, DV, MT, kQuarters>;
+  static constexpr int kDk = DK, kDv = DV, kTiles = MT;
+  static constexpr bool kCoded = true, kRebuilt = true;
+  static constexpr int kScratchBytes = Tile::kScratchBytes;
+  static constexpr int kWarps = kTideWarps<DK, MT>;
+  using Query = TideQueryKind<DK, Tile::kRows>;
+};
+
+template <Form kForm, int kKeyBits, class V, int D, int MT>
+void AddTideTile(std::vector<AttendKernel>* list) {
+  using VS = typename V::Stored;
+  using Tile = TideTile<DeviceWarp, kKeyBits, VS, D, D, MT, kTideQuarters<D, MT>>;
+  ForEachSharedLimit([list](auto limit) {
+    list->push_back(MakeEntry<Tile, decltype(limit)::value>(kForm, FormOfCodec<VS>()));
+  });
+}
+// Calibrated keys with turbo values of the same bits.
+template <int D>
+void AddTidePairs(std::vector<AttendKernel>* list) {
+  AddTideTile<Form::kTide4, 4, Turbo4, D, 1>(list);
+  AddTideTile<Form::kTide4, 4, Turbo4, D, 2>(list);
+  AddTideTile<Form::kTide3, 3, Turbo3, D, 1>(list);
+  AddTideTile<Form::kTide3, 3, Turbo3, D, 2>(list);
+  AddTideTile<Form::kTide2, 2, Turbo2, D, 1>(list);
+  AddTideTile<Form::kTide2, 2, Turbo2, D, 2>(list);
+}
+
+}  // namespace kvtide::cuda
