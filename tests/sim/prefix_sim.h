@@ -34,6 +34,7 @@ class PrefixSim : public CacheTest {
     std::set<Tokens> computed;  // full blocks from the first token on that some sequence has had
   };
   struct Client {
+    size_t said = 0, durable_said = 0;  // first tokens whose ids the cache knows, at least; of `durable`
     SequenceId id = 0;
     size_t tenant = 0;
     Tokens tokens;
