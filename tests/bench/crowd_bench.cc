@@ -29,7 +29,9 @@
 #include "clients/cli/run_facts.h"
 #include "clients/cpp/pool.h"
 #include "kvtide/v1/kv_cache_service.pb.h"
+#include "tests/bench/must.h"
 #include "tests/bench/result_file.h"
+#include "tests/bench/samples.h"
 #include "tests/wire/http2_client.h"
 
 namespace kvtide::bench {
@@ -37,24 +39,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr int kDim = 64, kHeads = 4;
-
-template <class T>
-T Must(absl::StatusOr<T> value) {
-  if (!value.ok()) {
-    std::fprintf(stderr, "crowd_bench: %s\n", value.status().ToString().c_str());
-    std::exit(1);
-  }
-  return *std::move(value);
-}
-void Must(const absl::Status& status) { Must(status.ok() ? absl::StatusOr<int>(0) : status); }
-
-double Since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-double At(std::vector<double> values, double share) {
-  std::sort(values.begin(), values.end());
-  return values.empty() ? 0
-                        : values[std::min(values.size() - 1,
-                                          static_cast<size_t>(share * static_cast<double>(values.size())))];
-}
 
 // A connection that says how an HTTP/2 client begins, and no more.
 class Idler {
@@ -112,10 +96,10 @@ class Bystander {
   std::vector<double> Call(double seconds) {
     std::vector<double> times;
     const auto start = Clock::now();
-    while (Since(start) < seconds) {
+    while (SecondsSince(start) < seconds) {
       const auto call = Clock::now();
       Must(pool_->Attend(0, {&item_, 1}));
-      times.push_back(Since(call));
+      times.push_back(SecondsSince(call));
     }
     return times;
   }

@@ -19,6 +19,7 @@
 #include "absl/strings/str_cat.h"
 #include "clients/cli/daemon_process.h"
 #include "clients/cpp/direct_attention.h"
+#include "tests/bench/must.h"
 #include "tests/bench/result_file.h"
 #ifdef KVTIDE_BENCH_HAS_CUDA
 #include "tests/bench/gpu_step.h"
@@ -28,16 +29,6 @@ namespace kvtide::bench {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-
-template <class T>
-T Must(absl::StatusOr<T> value) {
-  if (!value.ok()) {
-    std::fprintf(stderr, "direct_bench: %s\n", value.status().ToString().c_str());
-    std::exit(1);
-  }
-  return *std::move(value);
-}
-void Must(const absl::Status& status) { Must(status.ok() ? absl::StatusOr<int>(0) : status); }
 
 double Since(Clock::time_point start) {
   return std::chrono::duration<double, std::micro>(Clock::now() - start).count();

@@ -18,22 +18,14 @@
 #include "clients/cli/daemon_process.h"
 #include "clients/cpp/pool.h"
 #include "nlohmann/json.hpp"
+#include "tests/bench/must.h"
 
 namespace {
 
 using kvtide::Pool;
+using kvtide::bench::Must;
 using kvtide::client::TensorRef;
 using Clock = std::chrono::steady_clock;
-
-template <class T>
-T Must(absl::StatusOr<T> value) {
-  if (!value.ok()) {
-    std::fprintf(stderr, "pool_bench: %s\n", value.status().ToString().c_str());
-    std::exit(1);
-  }
-  return *std::move(value);
-}
-void Must(const absl::Status& status) { Must(status.ok() ? absl::StatusOr<int>(0) : status); }
 
 double Microseconds(Clock::duration time) { return std::chrono::duration<double, std::micro>(time).count(); }
 

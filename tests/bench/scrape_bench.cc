@@ -24,31 +24,15 @@
 #include "clients/cli/daemon_process.h"
 #include "clients/cli/run_facts.h"
 #include "clients/cpp/pool.h"
+#include "tests/bench/must.h"
 #include "tests/bench/result_file.h"
+#include "tests/bench/samples.h"
 
 namespace kvtide::bench {
 namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr int kDim = 64, kHeads = 4, kBlockTokens = 64;
-
-template <class T>
-T Must(absl::StatusOr<T> value) {
-  if (!value.ok()) {
-    std::fprintf(stderr, "scrape_bench: %s\n", value.status().ToString().c_str());
-    std::exit(1);
-  }
-  return *std::move(value);
-}
-void Must(const absl::Status& status) { Must(status.ok() ? absl::StatusOr<int>(0) : status); }
-
-double Since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-double At(std::vector<double> values, double share) {
-  std::sort(values.begin(), values.end());
-  return values.empty() ? 0
-                        : values[std::min(values.size() - 1,
-                                          static_cast<size_t>(share * static_cast<double>(values.size())))];
-}
 
 int FreePort() {
   const int fd = ::socket(AF_INET, SOCK_STREAM, 0);
@@ -148,7 +132,7 @@ int Main(int argc, char** argv) {
   for (int i = 0; i < kScrapes; i++) {
     const auto start = Clock::now();
     bytes = Scrape(port, "gzip");
-    times.push_back(Since(start));
+    times.push_back(SecondsSince(start));
   }
   const double processor = (ProcessorTime(daemon->pid()) - before) / kScrapes;
   const size_t plain = Scrape(port, "identity");
@@ -165,7 +149,7 @@ int Main(int argc, char** argv) {
       if (!scraping) continue;
       const auto start = Clock::now();
       Scrape(port, "gzip");
-      beside_times.push_back(Since(start));
+      beside_times.push_back(SecondsSince(start));
     }
   });
   std::vector<double> ratios, rate[2], p99[2];
@@ -175,12 +159,12 @@ int Main(int argc, char** argv) {
     scraping = with;
     std::vector<double> calls;
     const auto start = Clock::now();
-    while (Since(start) < 1) {
+    while (SecondsSince(start) < 1) {
       const auto call = Clock::now();
       Must(pool->Attend(0, {&item, 1}));
-      calls.push_back(Since(call));
+      calls.push_back(SecondsSince(call));
     }
-    rate[with].push_back(static_cast<double>(calls.size()) / Since(start));
+    rate[with].push_back(static_cast<double>(calls.size()) / SecondsSince(start));
     p99[with].push_back(At(calls, 0.99));
     if (rate[0].size() == rate[1].size()) ratios.push_back(rate[1].back() / rate[0].back());
   }
