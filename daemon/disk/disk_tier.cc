@@ -601,9 +601,14 @@ absl::Status DiskTier::Put(uint64_t key, const std::string& value) {
     return absl::IsResourceExhausted(status) ? absl::UnavailableError(status.message()) : status;
   }
   // Until the next sync makes this durable a crash may bring the former one back, with its lower version.
-  WipeManifests(key).IgnoreError();
+  // One that could not be wiped keeps its place, and is wiped before the new one goes: it must not be the
+  // newest then.
+  if (WipeManifests(key).ok()) {
+    FreeManifests(key);
+  } else if (const auto former = manifests_.find(key); former != manifests_.end()) {
+    in_doubt_[key].push_back(former->second);
+  }
   wipes_unsynced_ = true;
-  FreeManifests(key);
   manifests_[key] = manifest;
   return absl::OkStatus();
 }

@@ -308,6 +308,33 @@ TEST_F(DiskTierTest, ErasedKeysStayErasedWhenTheIndexIsLost) {
   EXPECT_TRUE(tier_->Load(&lost).empty());
 }
 
+// Whichever write of a Put fails, what is erased afterwards is gone for good: an older value whose place
+// could not be wiped must not be the newest one then.
+TEST_F(DiskTierTest, AFormerValueThatCouldNotBeWipedGoesWithTheKey) {
+  const uint64_t key = 1;
+  int put = 0;
+  for (int calls = 0; calls < 6; calls++) {
+    SCOPED_TRACE(calls);
+    Open();
+    ASSERT_TRUE(tier_->Put(key, "former").ok());
+    files_.Fail(FaultFileSystem::kWrite, calls);
+    if (tier_->Put(key, "value").ok()) put++;
+    files_.ClearFaults();
+    ASSERT_TRUE(tier_->Erase({&key, 1}).ok());
+    tier_.reset();
+    files_.Crash();
+    for (const std::string& path : files_.Paths())
+      if (path.find("index") != std::string::npos) {
+        ASSERT_TRUE(files_.Remove(path).ok());
+      }
+    Open();
+    std::vector<std::string> lost;
+    EXPECT_EQ(tier_->Load(&lost).count(key), 0u);
+    tier_.reset();
+  }
+  EXPECT_GT(put, 0);
+}
+
 // A naive model beside the tier: random blocks and values that name them; the process dies at any step; the
 // index is damaged now and then.
 class Life {
