@@ -9,6 +9,14 @@
 namespace kvtide::metrics {
 namespace {
 
+// Families of one number.
+void WriteGauge(FamilyWriter& writer, const char* name, const char* help, double value) {
+  writer.Gauge(name, help).Sample(value);
+}
+void WriteCounter(FamilyWriter& writer, const char* name, const char* help, uint64_t value) {
+  writer.Counter(name, help).Sample(static_cast<double>(value));
+}
+
 using Value = uint64_t TierStats::*;
 
 void PerTier(FamilyWriter& writer, const CacheStats& stats, Value value) {
@@ -57,64 +65,64 @@ void WritePools(FamilyWriter& writer, const CacheStats& stats) {
 }
 
 void WriteContents(FamilyWriter& writer, const CacheStats& stats) {
-  const auto gauge = [&](const char* name, const char* help, double value) {
-    writer.Gauge(name, help).Sample(value);
-  };
-  gauge("kvtide_models", "Registered models.", static_cast<double>(stats.models));
-  gauge("kvtide_sequences", "Open sequences.", static_cast<double>(stats.sequences));
-  gauge("kvtide_pinned_sequences", "Sequences whose blocks stay where they are, by PinSequences.",
-        static_cast<double>(stats.pinned_sequences));
-  gauge("kvtide_tokens", "Sum of the lengths of all sequences; shared tokens count for each.",
-        static_cast<double>(stats.tokens));
-  gauge("kvtide_shared_blocks", "Blocks that more than one sequence holds.",
-        static_cast<double>(stats.shared_blocks));
-  gauge("kvtide_stored_bytes", "Bytes of all blocks, each counted once.",
-        static_cast<double>(stats.stored_bytes));
-  gauge("kvtide_f16_equivalent_bytes",
-        "What the tokens of all sequences would take in f16, unpadded and unshared.",
-        static_cast<double>(stats.f16_equivalent_bytes));
-  gauge("kvtide_saved_bytes",
-        "What f16 would take besides: f16 equivalent less stored bytes; 0 when it is less.",
-        stats.f16_equivalent_bytes > stats.stored_bytes
-            ? static_cast<double>(stats.f16_equivalent_bytes - stats.stored_bytes)
-            : 0);
-  gauge(
-      "kvtide_bytes_per_value",
+  WriteGauge(writer, "kvtide_models", "Registered models.", static_cast<double>(stats.models));
+  WriteGauge(writer, "kvtide_sequences", "Open sequences.", static_cast<double>(stats.sequences));
+  WriteGauge(writer, "kvtide_pinned_sequences",
+             "Sequences whose blocks stay where they are, by PinSequences.",
+             static_cast<double>(stats.pinned_sequences));
+  WriteGauge(writer, "kvtide_tokens", "Sum of the lengths of all sequences; shared tokens count for each.",
+             static_cast<double>(stats.tokens));
+  WriteGauge(writer, "kvtide_shared_blocks", "Blocks that more than one sequence holds.",
+             static_cast<double>(stats.shared_blocks));
+  WriteGauge(writer, "kvtide_stored_bytes", "Bytes of all blocks, each counted once.",
+             static_cast<double>(stats.stored_bytes));
+  WriteGauge(writer, "kvtide_f16_equivalent_bytes",
+             "What the tokens of all sequences would take in f16, unpadded and unshared.",
+             static_cast<double>(stats.f16_equivalent_bytes));
+  WriteGauge(writer, "kvtide_saved_bytes",
+             "What f16 would take besides: f16 equivalent less stored bytes; 0 when it is less.",
+             stats.f16_equivalent_bytes > stats.stored_bytes
+                 ? static_cast<double>(stats.f16_equivalent_bytes - stats.stored_bytes)
+                 : 0);
+  WriteGauge(
+      writer, "kvtide_bytes_per_value",
       "Stored bytes per K or V value of the stored tokens, with scales, padding and tails; times 8 these are "
       "the true bits per value. 0 when nothing is stored.",
       stats.bits_per_value / 8);
-  gauge("kvtide_plan_bytes", "Plans of attention that wait for the next layer or step, in devices' memory.",
-        static_cast<double>(stats.plan_bytes));
-  gauge("kvtide_sequences_limit", "Most sequences that may be open.",
-        static_cast<double>(stats.max_sequences));
-  gauge("kvtide_models_limit", "Most models that may be registered.", static_cast<double>(stats.max_models));
-  gauge("kvtide_sequence_tokens_limit", "Most tokens of one sequence.",
-        static_cast<double>(stats.max_tokens_per_sequence));
+  WriteGauge(writer, "kvtide_plan_bytes",
+             "Plans of attention that wait for the next layer or step, in devices' memory.",
+             static_cast<double>(stats.plan_bytes));
+  WriteGauge(writer, "kvtide_sequences_limit", "Most sequences that may be open.",
+             static_cast<double>(stats.max_sequences));
+  WriteGauge(writer, "kvtide_models_limit", "Most models that may be registered.",
+             static_cast<double>(stats.max_models));
+  WriteGauge(writer, "kvtide_sequence_tokens_limit", "Most tokens of one sequence.",
+             static_cast<double>(stats.max_tokens_per_sequence));
 }
 
 void WriteCounters(FamilyWriter& writer, const CacheStats& stats) {
-  const auto counter = [&](const char* name, const char* help, uint64_t value) {
-    writer.Counter(name, help).Sample(static_cast<double>(value));
-  };
-  counter("kvtide_sequences_created_total", "Sequences created, forks included.", stats.sequences_created);
-  counter("kvtide_sequences_closed_total", "Sequences closed.", stats.sequences_closed);
-  counter("kvtide_appended_tokens_total", "Tokens appended; counted when the last layer has them.",
-          stats.appended_tokens);
-  counter("kvtide_sealed_blocks_total", "Blocks compressed from f16 into their pair.", stats.sealed_blocks);
-  counter("kvtide_copied_on_write_blocks_total", "Shared blocks copied because a sequence wrote into them.",
-          stats.copied_on_write_blocks);
-  counter("kvtide_window_freed_blocks_total", "Blocks freed because they fell out of a sliding window.",
-          stats.window_freed_blocks);
-  counter("kvtide_evict_calls_total", "Evictions that clients asked for.", stats.evict_calls);
-  counter("kvtide_prefetch_calls_total", "Prefetches that clients asked for.", stats.prefetch_calls);
-  counter("kvtide_moves_total", "Block moves between tiers.", stats.moves);
-  counter("kvtide_failed_moves_total", "Block moves that failed; the block stayed where it was.",
-          stats.failed_moves);
-  counter("kvtide_moved_bytes_total", "Bytes of block moves between tiers.", stats.moved_bytes);
-  counter("kvtide_compacted_blocks_total", "Blocks moved inside of their tier, so that a larger one fits.",
-          stats.compacted_blocks);
-  counter("kvtide_compacted_bytes_total", "Bytes of blocks moved inside of their tier.",
-          stats.compacted_bytes);
+  WriteCounter(writer, "kvtide_sequences_created_total", "Sequences created, forks included.",
+               stats.sequences_created);
+  WriteCounter(writer, "kvtide_sequences_closed_total", "Sequences closed.", stats.sequences_closed);
+  WriteCounter(writer, "kvtide_appended_tokens_total",
+               "Tokens appended; counted when the last layer has them.", stats.appended_tokens);
+  WriteCounter(writer, "kvtide_sealed_blocks_total", "Blocks compressed from f16 into their pair.",
+               stats.sealed_blocks);
+  WriteCounter(writer, "kvtide_copied_on_write_blocks_total",
+               "Shared blocks copied because a sequence wrote into them.", stats.copied_on_write_blocks);
+  WriteCounter(writer, "kvtide_window_freed_blocks_total",
+               "Blocks freed because they fell out of a sliding window.", stats.window_freed_blocks);
+  WriteCounter(writer, "kvtide_evict_calls_total", "Evictions that clients asked for.", stats.evict_calls);
+  WriteCounter(writer, "kvtide_prefetch_calls_total", "Prefetches that clients asked for.",
+               stats.prefetch_calls);
+  WriteCounter(writer, "kvtide_moves_total", "Block moves between tiers.", stats.moves);
+  WriteCounter(writer, "kvtide_failed_moves_total", "Block moves that failed; the block stayed where it was.",
+               stats.failed_moves);
+  WriteCounter(writer, "kvtide_moved_bytes_total", "Bytes of block moves between tiers.", stats.moved_bytes);
+  WriteCounter(writer, "kvtide_compacted_blocks_total",
+               "Blocks moved inside of their tier, so that a larger one fits.", stats.compacted_blocks);
+  WriteCounter(writer, "kvtide_compacted_bytes_total", "Bytes of blocks moved inside of their tier.",
+               stats.compacted_bytes);
   const auto tiers = [&](const char* name, const char* help, Value value) {
     PerTier(writer.Counter(name, help), stats, value);
   };
@@ -135,10 +143,10 @@ void WriteCounters(FamilyWriter& writer, const CacheStats& stats) {
                "Blocks read by attention, once for each layer, by where they lay.")
       .Sample(static_cast<double>(first), {{"location", "first_tier"}})
       .Sample(static_cast<double>(below), {{"location", "below_first_tier"}});
-  counter("kvtide_checksum_failures_total", "Blocks whose bytes were not those that were stored.",
-          stats.checksum_failures);
-  counter("kvtide_exhausted_calls_total", "Calls that found no room in any tier, or hit a limit.",
-          stats.exhausted);
+  WriteCounter(writer, "kvtide_checksum_failures_total",
+               "Blocks whose bytes were not those that were stored.", stats.checksum_failures);
+  WriteCounter(writer, "kvtide_exhausted_calls_total",
+               "Calls that found no room in any tier, or hit a limit.", stats.exhausted);
 }
 
 // Tiers that are reached by I/O, where there are any.
@@ -173,15 +181,12 @@ void WriteIo(FamilyWriter& writer, const CacheStats& stats) {
   }
   writer.Gauge("kvtide_durable_sequences", "Sequences that would be there after a restart.")
       .Sample(static_cast<double>(stats.durable_sequences));
-  const auto counter = [&](const char* name, const char* help, uint64_t value) {
-    writer.Counter(name, help).Sample(static_cast<double>(value));
-  };
-  counter("kvtide_persisted_total", "Times that a sequence became durable, by call or by policy.",
-          stats.persisted);
-  counter("kvtide_failed_persists_total", "Times that a sequence could not become durable.",
-          stats.failed_persists);
-  counter("kvtide_persisted_bytes_total", "Bytes of blocks written to make sequences durable.",
-          stats.persisted_bytes);
+  WriteCounter(writer, "kvtide_persisted_total",
+               "Times that a sequence became durable, by call or by policy.", stats.persisted);
+  WriteCounter(writer, "kvtide_failed_persists_total", "Times that a sequence could not become durable.",
+               stats.failed_persists);
+  WriteCounter(writer, "kvtide_persisted_bytes_total", "Bytes of blocks written to make sequences durable.",
+               stats.persisted_bytes);
 }
 
 // The tenants that have most, each by its name, and the others together: as many series however many there
@@ -228,42 +233,31 @@ void WriteTenants(FamilyWriter& writer, const CacheStats& stats) {
 
 // Blocks that are found by token ids.
 void WritePrefixes(FamilyWriter& writer, const CacheStats& stats) {
-  const auto gauge = [&](const char* name, const char* help, uint64_t value) {
-    writer.Gauge(name, help).Sample(static_cast<double>(value));
-  };
-  const auto counter = [&](const char* name, const char* help, uint64_t value) {
-    writer.Counter(name, help).Sample(static_cast<double>(value));
-  };
-  gauge("kvtide_prefix_blocks", "Sealed blocks that are found by token ids.", stats.prefix_blocks);
-  gauge("kvtide_prefix_cached_bytes", "Bytes of such blocks that no open sequence has.",
-        stats.prefix_alone_bytes);
-  gauge("kvtide_durable_prefix_blocks", "Blocks of closed sequences that would be found after a restart.",
-        stats.durable_prefix_blocks);
-  counter("kvtide_prefix_lookups_total", "Lookups of prefixes.", stats.prefix_lookups);
+  WriteGauge(writer, "kvtide_prefix_blocks", "Sealed blocks that are found by token ids.",
+             stats.prefix_blocks);
+  WriteGauge(writer, "kvtide_prefix_cached_bytes", "Bytes of such blocks that no open sequence has.",
+             stats.prefix_alone_bytes);
+  WriteGauge(writer, "kvtide_durable_prefix_blocks",
+             "Blocks of closed sequences that would be found after a restart.", stats.durable_prefix_blocks);
+  WriteCounter(writer, "kvtide_prefix_lookups_total", "Lookups of prefixes.", stats.prefix_lookups);
   PerTier(
       writer.Counter("kvtide_prefix_hit_tokens_total",
                      "Tokens that lookups of prefixes found, by the lowest tier that they have blocks in."),
       stats, &TierStats::prefix_hit_tokens);
-  counter("kvtide_prefix_miss_tokens_total", "Tokens that lookups of prefixes did not find.",
-          stats.prefix_miss_tokens);
-  counter("kvtide_prefix_reused_tokens_total", "Tokens that sequences began with instead of computing them.",
-          stats.prefix_reused_tokens);
+  WriteCounter(writer, "kvtide_prefix_miss_tokens_total", "Tokens that lookups of prefixes did not find.",
+               stats.prefix_miss_tokens);
+  WriteCounter(writer, "kvtide_prefix_reused_tokens_total",
+               "Tokens that sequences began with instead of computing them.", stats.prefix_reused_tokens);
 }
 
 // The block store.
 void WriteKeyed(FamilyWriter& writer, const CacheStats& stats) {
-  const auto gauge = [&](const char* name, const char* help, uint64_t value) {
-    writer.Gauge(name, help).Sample(static_cast<double>(value));
-  };
-  const auto counter = [&](const char* name, const char* help, uint64_t value) {
-    writer.Counter(name, help).Sample(static_cast<double>(value));
-  };
-  gauge("kvtide_namespaces", "Open namespaces of the block store.", stats.namespaces);
-  gauge("kvtide_keyed_blocks", "Blocks that are found by key.", stats.keyed_blocks);
-  gauge("kvtide_keyed_bytes", "Bytes of blocks that are found by key.", stats.keyed_bytes);
-  gauge("kvtide_durable_keyed_blocks", "Blocks that would be found by key after a restart.",
-        stats.durable_keyed_blocks);
-  gauge("kvtide_leases", "Leases that are held.", stats.leases);
+  WriteGauge(writer, "kvtide_namespaces", "Open namespaces of the block store.", stats.namespaces);
+  WriteGauge(writer, "kvtide_keyed_blocks", "Blocks that are found by key.", stats.keyed_blocks);
+  WriteGauge(writer, "kvtide_keyed_bytes", "Bytes of blocks that are found by key.", stats.keyed_bytes);
+  WriteGauge(writer, "kvtide_durable_keyed_blocks", "Blocks that would be found by key after a restart.",
+             stats.durable_keyed_blocks);
+  WriteGauge(writer, "kvtide_leases", "Leases that are held.", stats.leases);
   writer
       .Counter("kvtide_keyed_lookups_total",
                "Keys that lookups found, or did not: the first miss of a call and all after it.")
@@ -275,12 +269,12 @@ void WriteKeyed(FamilyWriter& writer, const CacheStats& stats) {
       .Sample(static_cast<double>(stats.keyed_stored), {{"result", "stored"}})
       .Sample(static_cast<double>(stats.keyed_present), {{"result", "present"}})
       .Sample(static_cast<double>(stats.keyed_left_out), {{"result", "left_out"}});
-  counter("kvtide_keyed_loaded_blocks_total", "Blocks that clients loaded.", stats.keyed_loaded);
-  counter("kvtide_keyed_loaded_bytes_total", "Bytes of blocks that clients loaded, as they rest.",
-          stats.keyed_loaded_bytes);
-  counter("kvtide_leases_granted_total", "Leases that lookups gave.", stats.leases_granted);
-  counter("kvtide_leases_expired_total", "Leases whose time was over before they were given back.",
-          stats.leases_expired);
+  WriteCounter(writer, "kvtide_keyed_loaded_blocks_total", "Blocks that clients loaded.", stats.keyed_loaded);
+  WriteCounter(writer, "kvtide_keyed_loaded_bytes_total",
+               "Bytes of blocks that clients loaded, as they rest.", stats.keyed_loaded_bytes);
+  WriteCounter(writer, "kvtide_leases_granted_total", "Leases that lookups gave.", stats.leases_granted);
+  WriteCounter(writer, "kvtide_leases_expired_total",
+               "Leases whose time was over before they were given back.", stats.leases_expired);
 }
 
 }  // namespace

@@ -55,6 +55,15 @@ class RestartTest : public ::testing::TestWithParam<const char*> {
     client_ = daemon_->Connect();
     ASSERT_TRUE(client_->RegisterModel(SmallModel()).ok());
   }
+  void Restart(bool kill) {
+    client_.reset();
+    if (kill) {
+      daemon_->Kill();
+    } else {
+      EXPECT_EQ(daemon_->Stop(), 0);
+    }
+    Start();
+  }
 
   const std::string folder_;
   std::unique_ptr<TestDaemon> daemon_;
@@ -73,13 +82,7 @@ TEST_P(RestartTest, PrefixesOfClosedSequencesAreFoundAfterAStopAndAfterAKill) {
   ASSERT_TRUE(client_->PersistSequences(std::span(&*id, 1)).ok());
   ASSERT_TRUE(client_->CloseSequence(*id).ok());
   for (const bool kill : {false, true}) {
-    client_.reset();
-    if (kill) {
-      daemon_->Kill();
-    } else {
-      EXPECT_EQ(daemon_->Stop(), 0);
-    }
-    Start();
+    Restart(kill);
     EXPECT_TRUE(client_->ListSequences()->empty());
     const auto found = client_->LookupPrefix("small", options, ids);
     ASSERT_TRUE(found.ok()) << found.status();
@@ -111,13 +114,7 @@ TEST_P(RestartTest, DurableSequencesAreThereAfterAStopAndAfterAKill) {
     EXPECT_EQ(result->tokens, state.first);
   }
   for (const bool kill : {true, false, true}) {
-    client_.reset();
-    if (kill) {
-      daemon_->Kill();
-    } else {
-      EXPECT_EQ(daemon_->Stop(), 0);
-    }
-    Start();
+    Restart(kill);
     const auto list = client_->ListSequences().value();
     EXPECT_EQ(list.size(), expected.size());
     for (const client::SequenceInfo& info : list) {
@@ -136,9 +133,7 @@ TEST_P(RestartTest, DurableSequencesAreThereAfterAStopAndAfterAKill) {
     EXPECT_EQ(client_->ListSequences().value().at(0).durable, true);
     ASSERT_TRUE(client_->CloseSequence(id).ok());
   }
-  client_.reset();
-  daemon_->Kill();
-  Start();
+  Restart(true);
   EXPECT_TRUE(client_->ListSequences()->empty());
 }
 
@@ -160,9 +155,7 @@ TEST_P(RestartTest, TheTailOfARestoredSequenceIsAttendedAsBefore) {
   };
   const std::vector<float> before = attend();
   ASSERT_TRUE(client_->PersistSequences(std::span(&id, 1)).ok());
-  client_.reset();
-  daemon_->Kill();
-  Start();
+  Restart(true);
   EXPECT_LT(LargestDifference(attend(), before), 1e-5);
 }
 

@@ -2,6 +2,9 @@
 // KVTIDE_SIM_STEPS choose others than a test's own.
 #pragma once
 
+#include <gtest/gtest-spi.h>
+#include <gtest/gtest.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <string>
@@ -21,5 +24,22 @@ struct SimRuns {
     if (const char* text = std::getenv("KVTIDE_SIM_STEPS"); text != nullptr) steps = std::atoll(text);
   }
 };
+
+// Whether a run finds something wrong, which it says by false and by failures of the test; those are kept
+// from the test.
+template <class Run>
+bool FindsAFault(Run&& run) {
+  ::testing::TestPartResultArray failures;
+  bool good = true;
+  {
+    ::testing::ScopedFakeTestPartResultReporter intercept(
+        ::testing::ScopedFakeTestPartResultReporter::INTERCEPT_ONLY_CURRENT_THREAD, &failures);
+    good = run();
+  }
+  if (!good) {
+    EXPECT_GT(failures.size(), 0);
+  }
+  return !good;
+}
 
 }  // namespace kvtide::testing

@@ -281,14 +281,8 @@ def _neighbours(layer: int, module: Any, cosines: Any, sines: Any, frequencies: 
     generator = torch.Generator().manual_seed(1)
     for dim in dict.fromkeys((head_dim, 2 * n)):  # some models hand over only the channels that turn
         x = torch.randn((1, 1, at + 1, dim), generator=generator)
-        try:
-            turned = turn(x, x, cosines, sines)[1]
-        except TypeError:
-            try:
-                turned = turn(x, cosines, sines)
-            except Exception:  # noqa: BLE001 - whatever a model's code raises for a shape
-                continue
-        except Exception:  # noqa: BLE001
+        turned = _turned(turn, x, cosines, sines)
+        if turned is None:
             continue
         own, wanted = x[0, 0, at].double().numpy(), turned[0, 0, at].double().numpy() / scale
         if wanted.shape != own.shape:
@@ -302,6 +296,16 @@ def _neighbours(layer: int, module: Any, cosines: Any, sines: Any, frequencies: 
             if np.abs(ours - wanted)[: 2 * n].max() < 0.1:
                 return neighbours
     raise ValueError(f"layer {layer} ({type(module).__name__}) turns keys in a way that is not known here; means_only works without")
+
+
+def _turned(turn: Any, x: Any, cosines: Any, sines: Any) -> Any:
+    """By a model's function, which takes queries and keys or one of them; None where it wants something else."""
+    for call in (lambda: turn(x, x, cosines, sines)[1], lambda: turn(x, cosines, sines)):
+        try:
+            return call()
+        except Exception:  # noqa: BLE001, S112 - whatever a model's code raises for arguments or shapes
+            continue
+    return None
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

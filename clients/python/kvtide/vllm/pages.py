@@ -43,7 +43,7 @@ class Shape:
 
 # By the cache configuration, which a draft model shares with its target: pages of both are of one kind. The configuration is kept,
 # so that its id stays its own.
-_settings: Dict[int, Tuple[Any, Settings]] = {}
+_settings: Dict[int, Tuple[Any, Settings, Optional[profiles.KeyProfile]]] = {}
 _last: List[Settings] = []
 
 
@@ -68,9 +68,15 @@ def settings_of(config: Any) -> Settings:
     logger.info("kvtide: KV cache in %s (%s); the first %d and the last %d blocks of 64 tokens of running sequences in f16%s",
                 settings.pair, why, settings.first_blocks, settings.last_blocks,
                 f"; keys around their means over {profile.tokens} tokens of {profile.text}" if profile else "")
-    _settings[id(config.cache_config)] = (config.cache_config, settings)
+    _settings[id(config.cache_config)] = (config.cache_config, settings, profile)
     _last[:] = [settings]
     return settings
+
+
+def profile_of(config: Any) -> Optional[profiles.KeyProfile]:
+    """The profile that keys are coded by, read once."""
+    settings_of(config)
+    return _settings[id(config.cache_config)][2]
 
 
 def read_profile(settings: Settings, config: Any) -> Optional[profiles.KeyProfile]:
@@ -292,7 +298,7 @@ class Part:
     def mean_of(self, layer: Any) -> Optional[np.ndarray]:
         """Of this rank's keys in a layer, [kv_heads, head_dim]; None without a profile, and for a draft model's layers."""
         model, parallel, impl = self.config.model_config, self.config.parallel_config, layer.impl
-        profile = read_profile(self.settings, self.config)
+        profile = profile_of(self.config)
         if profile is None:
             return None
         number = extract_layer_index(layer.layer_name)
