@@ -1,4 +1,4 @@
-"""Files that a command writes at its end: what would fail then is said before the work."""
+"""Files and folders that a command is given: what is wrong with them is said before the work."""
 
 from __future__ import annotations
 
@@ -17,3 +17,9 @@ def check_writable(flag: str, path: Optional[str]) -> None:
         raise ValueError(f"{flag}: there is no folder {folder} for {os.path.basename(path)}")
     if not os.access(path if os.path.exists(path) else folder, os.W_OK):
         raise ValueError(f"{flag}: this user cannot write {path}")
+
+
+def check_model(flag: str, model: str) -> None:
+    """ValueError if a model that is named by a path is not there; other names are the hub's."""
+    if (os.path.isabs(model) or model.startswith((".", "~"))) and not os.path.exists(os.path.expanduser(model)):
+        raise ValueError(f"{flag}: there is no folder {model}")

@@ -23,7 +23,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 
 from . import _core
-from ._files import check_writable
+from ._files import check_model, check_writable
 
 NAME = "kvtide_calibrate"  # of the attention, in transformers
 FIRST = 64  # tokens of each window that do not count: the first block stays exact, and attention sinks lie in it
@@ -335,6 +335,7 @@ bits, on tokens that were held back, is refused.""")
     try:
         if flags.tokens < 1 or flags.context < 0 or flags.threads < 0:
             raise ValueError("--tokens, --context and --threads are positive numbers")
+        check_model("--model", flags.model)
         check_writable("--out", flags.out)
         written = pathlib.Path(flags.text).read_text()
 

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from . import profiles
-from ._files import check_writable
+from ._files import check_model, check_writable
 
 YARDSTICK = "f16/f16"
 _BINS_PER_DECADE = 100
@@ -450,6 +450,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     import kvtide
 
     try:
+        check_model("--model", flags.model)
         for flag, path in (("--out", flags.out), ("--plot", flags.plot), ("--resume", flags.resume)):
             check_writable(flag, path)
         tokenizer = AutoTokenizer.from_pretrained(flags.model)

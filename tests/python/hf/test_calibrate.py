@@ -146,6 +146,7 @@ def test_the_command(capsys, tmp_path):
     assert printed.startswith(f"{out}: means and transforms of keys over 1984 tokens, 6 layers of 2 KV heads of 128\n")
     assert "tide2 0.0" in printed
     for arguments, words in ((["--out", str(tmp_path / "none" / "profile")], "--out: there is no folder"), (["--out", str(tmp_path)], "is a folder"), (["--out", str(out), "--tokens", "0"], "positive"),
+                             (["--out", str(out), "--model", str(tmp_path / "none")], "--model: there is no folder"),
                              (["--out", str(out), "--text", str(tmp_path / "none.txt")], "none.txt")):
         assert calibration.main(["--model", MODEL, "--text", str(TEXT), *arguments]) == 2
         assert words in capsys.readouterr().err

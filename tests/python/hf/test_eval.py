@@ -134,6 +134,8 @@ def test_command(tmp_path, capsys):
     assert plot.read_text().startswith("<svg")
     assert evaluation.main(["--model", MODEL, "--text", TEXT, "--context", "99999"]) == 2
     assert "more than the model's" in capsys.readouterr().err
+    assert evaluation.main(["--model", str(tmp_path / "none"), "--text", TEXT]) == 2
+    assert "--model: there is no folder" in capsys.readouterr().err
     for flag in ("--out", "--plot", "--resume"):
         assert evaluation.main(["--model", MODEL, "--text", TEXT, flag, str(tmp_path / "none" / "file")]) == 2
         assert f"{flag}: there is no folder" in capsys.readouterr().err
