@@ -56,7 +56,14 @@ absl::Status CheckProfileFor(CacheType key_type, const GroupShape& shape, const 
                              head.transform.size() == dim * dim && head.inverse.size() == dim * dim &&
                              head.widths.size() == widths;
                     });
-  if (fits) return absl::OkStatus();
+  const bool alike = fits && std::all_of(profile->k.begin(), profile->k.end(), [&](const HeadProfile& head) {
+                       return head.turned_back() == profile->keys_turned_back();
+                     });
+  if (alike) return absl::OkStatus();
+  if (fits)
+    return absl::InvalidArgumentError(absl::StrCat(
+        info.name,
+        " keys: this profile codes some heads before RoPE and others after it; make one for each"));
   return absl::InvalidArgumentError(
       absl::StrCat(info.name,
                    profile == nullptr ? " keys need a profile of the model"
@@ -76,9 +83,9 @@ absl::Status CompleteTransform(int head_dim, HeadProfile& head) {
     return absl::InvalidArgumentError(absl::StrCat("profile of keys: ", what...));
   };
   if (!head.mean.empty() && head.mean.size() != n) return bad(head.mean.size(), " means for head dim ", n);
-  if (head.centre.size() != n) return bad(head.centre.size(), " means before RoPE for head dim ", n);
+  if (head.centre.size() != n) return bad(head.centre.size(), " means of coded keys for head dim ", n);
   for (const float x : head.centre)
-    if (!(std::abs(x) <= kMostEntry)) return bad("a mean before RoPE of ", x);
+    if (!(std::abs(x) <= kMostEntry)) return bad("a mean of coded keys of ", x);
   if (2 * head.rope.frequencies.size() > n ||
       (head.rope.pairs == RopePairs::kNone && !head.rope.frequencies.empty()))
     return bad(head.rope.frequencies.size(), " frequencies of RoPE for head dim ", n);

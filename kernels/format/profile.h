@@ -6,11 +6,14 @@
 // exactly; the second term is constant over tokens, so softmax does not change and backends add it to the
 // logits of the run (before soft-cap), which also keeps the log-sum-exp right. V is coded as it is.
 //
-// Calibrated types (tide.h) take RoPE back first. With y the key turned back by its position, X = y - centre
-// and coefficients z,
+// Calibrated types (tide.h) code y, the key turned back by its position ("before RoPE"), or, of a head
+// without frequencies, the key as it is ("after RoPE"). With X = y - centre and coefficients z,
 //     z_j = sum_i X_i transform[i][j]      X_i = sum_j inverse[i][j] z_j
-// and the widths of the groups of 8 coefficients, for each of the calibrated types. Attention rebuilds such
-// keys as they were, so mean and queries do not matter to it. Other types ignore all of this.
+// and the widths of the groups of 8 coefficients, for each of the calibrated types. Attention rebuilds keys
+// that were turned back as they were, so mean and queries do not matter to it. To others it turns its
+// queries,
+//     q . k = sum_j (sum_i q_i inverse[i][j]) z_j + q . centre
+// once for all tokens. Other types ignore all of this.
 #pragma once
 
 #include <cstdint>
@@ -26,11 +29,14 @@ namespace kvtide {
 struct HeadProfile {
   std::vector<float> mean;       // [head_dim], empty = 0
   std::vector<float> gain;       // [head_dim], empty = 1; finite and positive
-  Rope rope;                     // that keys of calibrated types take back
-  std::vector<float> centre;     // [head_dim], mean of the keys that are turned back
+  Rope rope;                     // that keys of calibrated types take back; without frequencies they do not
+  std::vector<float> centre;     // [head_dim], mean of the keys that calibrated types code
   std::vector<float> transform;  // [head_dim][head_dim], channel by coefficient; empty = none
   std::vector<float> inverse;    // the same shape
   std::vector<uint8_t> widths;   // [kTideTypes][stored_dim / 8], 0..6; what lies above head_dim has 0
+
+  // Whether calibrated types take RoPE back before they code a key of this head.
+  bool turned_back() const { return !rope.frequencies.empty(); }
   bool operator==(const HeadProfile&) const = default;
 };
 
@@ -43,12 +49,14 @@ struct Profile {
   const HeadProfile& key(int layer, int kv_head) const {
     return k[static_cast<size_t>(layer) * static_cast<size_t>(shape.kv_heads) + static_cast<size_t>(kv_head)];
   }
+  // Of all heads alike (CheckProfileFor).
+  bool keys_turned_back() const { return !k.empty() && k.front().turned_back(); }
 };
 
 // What calibrated types need of some layers' keys, as it is registered, kept and sent.
 struct KeyTransforms {
   RopePairs pairs = RopePairs::kHalves;
-  std::vector<float> frequencies;  // [layers][pairs], radians a position; empty = keys without RoPE
+  std::vector<float> frequencies;  // [layers][pairs], radians a position; empty = no RoPE is taken back
   std::vector<float> centres;      // [layers][kv_heads][head_dim_k]
   std::vector<float> matrices;     // [layers][kv_heads][head_dim_k][head_dim_k], channel by coefficient
   std::vector<uint8_t> widths;     // [layers][kv_heads][kTideTypes][stored_dim / 8]
@@ -57,7 +65,8 @@ struct KeyTransforms {
 };
 
 // OK if keys of the type can be coded and attended with the profile, which may be null: a calibrated type
-// needs a transform of the right size for every head. InvalidArgument says what to do.
+// needs a transform of the right size for every head, and heads that are all turned back or none.
+// InvalidArgument says what to do.
 absl::Status CheckProfileFor(CacheType key_type, const GroupShape& shape, const Profile* profile);
 
 // The widths of a calibrated type, [stored_dim / 8]; the head has them.

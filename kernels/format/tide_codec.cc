@@ -57,29 +57,54 @@ void DecodeTideHalf(CacheType type, const HalfLayout& layout, const HeadProfile&
                     const std::byte* half, float* rows) {
   const size_t dim = static_cast<size_t>(layout.head_dim), stored = static_cast<size_t>(layout.stored_dim);
   const std::span<const uint8_t> widths = WidthsOf(type, head);
+  std::vector<float> levels(kBlockTokens * stored);
+  DecodeTideLevels(type, layout, head, half, levels.data());
+  std::vector<float> columns(dim * dim);
+  for (size_t i = 0; i < dim; i++)
+    for (size_t j = 0; j < dim; j++) columns[j * dim + i] = head.inverse[i * dim + j];
+  for (size_t t = 0; t < kBlockTokens; t++) {
+    float* row = rows + t * dim;
+    std::fill_n(row, dim, 0.0f);
+    for (size_t j = 0; j < dim; j++) {
+      const float z = levels[t * stored + j] / TideSigma(widths[j / kTideGroup]);
+      for (size_t i = 0; i < dim; i++) row[i] = MulAdd(z, columns[j * dim + i], row[i]);
+    }
+    for (size_t i = 0; i < dim; i++) row[i] += head.centre[i];
+    TurnKey(head.rope, position, static_cast<int>(t), false, row);
+  }
+}
+
+void DecodeTideLevels(CacheType type, const HalfLayout& layout, const HeadProfile& head,
+                      const std::byte* half, float* rows) {
+  const size_t stored = static_cast<size_t>(layout.stored_dim);
+  const std::span<const uint8_t> widths = WidthsOf(type, head);
   std::vector<uint8_t> codes(kBlockTokens * stored);
   const auto* plane = reinterpret_cast<const uint8_t*>(half);
   VisitPlane(layout.stored_dim, widths.data(), [&](size_t byte, size_t code, int bit) {
     for (size_t e = 0; e < kTideGroup; e++)
       codes[code + e] = static_cast<uint8_t>(codes[code + e] | (plane[byte] >> e & 1) << bit);
   });
-  std::vector<float> columns(dim * dim);
-  for (size_t i = 0; i < dim; i++)
-    for (size_t j = 0; j < dim; j++) columns[j * dim + i] = head.inverse[i * dim + j];
   const auto* gains = reinterpret_cast<const uint8_t*>(half + layout.code_bytes);
-  for (size_t t = 0; t < kBlockTokens; t++) {
-    float* row = rows + t * dim;
-    std::fill_n(row, dim, 0.0f);
-    const float gain = TideGain(gains[t]);
-    for (size_t j = 0; j < dim; j++) {
-      const int width = widths[j / kTideGroup];
-      const float z =
-          Mul(gain, static_cast<float>(TideLevel(width, codes[t * stored + j]))) / TideSigma(width);
-      for (size_t i = 0; i < dim; i++) row[i] = MulAdd(z, columns[j * dim + i], row[i]);
-    }
-    for (size_t i = 0; i < dim; i++) row[i] += head.centre[i];
-    TurnKey(head.rope, position, static_cast<int>(t), false, row);
+  for (size_t t = 0; t < kBlockTokens; t++)
+    for (size_t j = 0; j < stored; j++)
+      rows[t * stored + j] = Mul(
+          TideGain(gains[t]), static_cast<float>(TideLevel(widths[j / kTideGroup], codes[t * stored + j])));
+}
+
+float TurnTideQuery(CacheType type, const HeadProfile& head, int stored_dim, float* query) {
+  const size_t dim = head.centre.size();
+  const std::span<const uint8_t> widths = WidthsOf(type, head);
+  float bias = 0, turned[kMaxTideDim] = {};
+  for (size_t i = 0; i < dim; i++) {
+    bias += query[i] * head.centre[i];
+    const float* inverse = head.inverse.data() + i * dim;
+    for (size_t j = 0; j < dim; j++) turned[j] += query[i] * inverse[j];
   }
+  for (size_t j = 0; j < static_cast<size_t>(stored_dim); j++) {
+    const int width = widths[j / kTideGroup];
+    query[j] = width == 0 ? 0.0f : turned[j] / TideSigma(width);
+  }
+  return bias;
 }
 
 }  // namespace kvtide

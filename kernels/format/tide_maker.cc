@@ -301,7 +301,7 @@ absl::StatusOr<Profile> MakeCalibratedProfile(const GroupShape& shape, std::span
       transforms.matrices.size() != heads * d * d || transforms.widths.size() != heads * each ||
       transforms.frequencies.size() != layers * pairs)
     return absl::InvalidArgumentError(absl::StrCat(
-        "profile of keys: ", means.size(), " means, ", transforms.centres.size(), " means before RoPE, ",
+        "profile of keys: ", means.size(), " means, ", transforms.centres.size(), " means of coded keys, ",
         transforms.matrices.size(), " values of transforms, ", transforms.widths.size(), " widths and ",
         transforms.frequencies.size(), " frequencies for ", layers, " layers of ", kv_heads, " heads of ", d,
         ", must be ", heads * d, ", ", heads * d, ", ", heads * d * d, ", ", heads * each,

@@ -92,18 +92,25 @@ void CompareOrWrite(const std::string& name, const std::string& now) {
 TEST(GoldenDigests, OfEveryTypeSideAndDim) { CompareOrWrite("digests.txt", Digests()); }
 
 // Calibrated types, which need a profile and code keys only: digests, and the half page of head dim 64.
-TEST(GoldenTideDigests, OfEveryDim) {
+std::string TideDigests(bool after_rope) {
   std::ostringstream out;
   for (const CacheType type : CalibratedTypes())
     for (const int dim : test::HeadDims()) {
-      const HeadProfile head = test::TideHead(dim, 77);
+      HeadProfile head = test::TideHead(dim, 77);
+      if (after_rope) head = test::AfterRope(head);
       char line[160];
       std::snprintf(line, sizeof(line), "%s v%d d%d k %016llx\n", Name(type), Info(type).version, dim,
-                    static_cast<unsigned long long>(Digest(
-                        test::HalfPage(type, Side::kKey, dim).Encode(GoldenRows(dim), 61, &head).bytes)));
+                    static_cast<unsigned long long>(
+                        Digest(test::HalfPage(type, Side::kKey, dim)
+                                   .Encode(GoldenRows(dim), 61, &head, after_rope ? 6400 : 0)
+                                   .bytes)));
       out << line;
     }
-  CompareOrWrite("tide_digests.txt", out.str());
+  return out.str();
+}
+TEST(GoldenTideDigests, OfEveryDim) { CompareOrWrite("tide_digests.txt", TideDigests(false)); }
+TEST(GoldenTideDigests, OfEveryDimAfterRope) {
+  CompareOrWrite("tide_after_rope_digests.txt", TideDigests(true));
 }
 
 class GoldenTide : public testing::TestWithParam<int> {};

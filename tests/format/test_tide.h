@@ -1,6 +1,7 @@
 // Profiles of calibrated keys for tests: made without libm, so that golden files hold on every machine.
 #pragma once
 
+#include <utility>
 #include <vector>
 
 #include "kernels/base/check.h"
@@ -49,6 +50,12 @@ inline HeadProfile TideHead(int dim, uint64_t seed) {
   return head;
 }
 
+// The same for keys that are coded as they are stored, after RoPE.
+inline HeadProfile AfterRope(HeadProfile head) {
+  head.rope.frequencies.clear();
+  return head;
+}
+
 inline Profile TideProfile(const GroupShape& shape, uint64_t seed) {
   Profile profile;
   profile.shape = shape;
@@ -56,6 +63,11 @@ inline Profile TideProfile(const GroupShape& shape, uint64_t seed) {
     profile.k.push_back(TideHead(shape.head_dim_k, seed + static_cast<uint64_t>(h)));
     profile.k.back().rope = TideRope(shape.head_dim_k, seed, h < shape.kv_heads ? 1.0f : 0.5f);
   }
+  profile.hash = HashProfile(profile);
+  return profile;
+}
+inline Profile AfterRope(Profile profile) {
+  for (HeadProfile& head : profile.k) head = AfterRope(std::move(head));
   profile.hash = HashProfile(profile);
   return profile;
 }

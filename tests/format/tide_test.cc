@@ -154,6 +154,52 @@ TEST(Tide, CodesDoNotDependOnThePlace) {
   }
 }
 
+// Without frequencies the place does not matter at all: keys are coded as they are stored.
+TEST(Tide, KeysAfterRopeAreCodedAlikeAtEveryPosition) {
+  for (const int dim : Dims()) {
+    const HeadProfile head = test::AfterRope(test::TideHead(dim, 7));
+    const std::vector<float> rows = test::BellRows(3, kBlockTokens, dim);
+    for (const CacheType type : CalibratedTypes()) {
+      const test::HalfPage first = test::HalfPage(type, Side::kKey, dim).Encode(rows, 50, &head, 0),
+                           later = test::HalfPage(type, Side::kKey, dim).Encode(rows, 50, &head, 64 * 977);
+      EXPECT_EQ(first.bytes, later.bytes) << Name(type) << " d " << dim;
+      EXPECT_EQ(first.Decode(&head, 0), later.Decode(&head, 64 * 977));
+    }
+  }
+}
+
+// The product of a query with a decoded key is that of the turned query with the levels, and the constant.
+TEST(Tide, TurnedQueriesMeetLevelsOfKeysAfterRope) {
+  for (const int dim : Dims()) {
+    const HeadProfile head = test::AfterRope(test::TideHead(dim, 8));
+    const int stored = StoredDim(dim);
+    std::vector<float> rows = test::BellRows(3, kBlockTokens, dim);
+    for (int i = 0; i < dim; i++) rows[static_cast<size_t>(2 * dim + i)] *= 300;
+    const std::vector<float> queries = test::BellRows(4, 5, dim);
+    for (const CacheType type : CalibratedTypes()) {
+      const test::HalfPage page = test::HalfPage(type, Side::kKey, dim).Encode(rows, 61, &head);
+      const std::vector<float> decoded = page.Decode(&head);
+      std::vector<float> levels(static_cast<size_t>(kBlockTokens * stored));
+      DecodeTideLevels(type, page.layout, head, page.bytes.data(), levels.data());
+      for (int q = 0; q < 5; q++) {
+        std::vector<float> turned(queries.begin() + q * dim, queries.begin() + (q + 1) * dim);
+        turned.resize(static_cast<size_t>(stored));
+        const float bias = TurnTideQuery(type, head, stored, turned.data());
+        for (int t = 0; t < kBlockTokens; t++) {
+          const double product = test::Dot(turned.data(), levels.data() + t * stored, stored) +
+                                 static_cast<double>(bias),
+                       wanted = test::Dot(queries.data() + q * dim, decoded.data() + t * dim, dim);
+          double size = 1;
+          for (int i = 0; i < dim; i++)
+            size += std::abs(static_cast<double>(queries[static_cast<size_t>(q * dim + i)] *
+                                                 decoded[static_cast<size_t>(t * dim + i)]));
+          EXPECT_NEAR(product, wanted, 1e-5 * size) << Name(type) << " d " << dim << " token " << t;
+        }
+      }
+    }
+  }
+}
+
 TEST(Tide, OutliersRaiseTheGainInsteadOfClipping) {
   const int dim = 64;
   HeadProfile head = test::TideHead(dim, 9);
@@ -190,9 +236,9 @@ TEST(Tide, ProfilesThatDoNotFitAreRefused) {
   EXPECT_THAT(message([](HeadProfile& h) { std::fill_n(h.transform.begin() + 64, 64, 0.0f); }),
               HasSubstr("without an inverse"));
   EXPECT_THAT(message([](HeadProfile& h) { h.mean.resize(3); }), HasSubstr("3 means"));
-  EXPECT_THAT(message([](HeadProfile& h) { h.centre.pop_back(); }), HasSubstr("63 means before RoPE"));
+  EXPECT_THAT(message([](HeadProfile& h) { h.centre.pop_back(); }), HasSubstr("63 means of coded keys"));
   EXPECT_THAT(message([](HeadProfile& h) { h.centre[3] = INFINITY; }),
-              HasSubstr("a mean before RoPE of inf"));
+              HasSubstr("a mean of coded keys of inf"));
   EXPECT_THAT(message([](HeadProfile& h) { h.rope.frequencies.resize(33); }), HasSubstr("33 frequencies"));
   EXPECT_THAT(message([](HeadProfile& h) { h.rope.frequencies[0] = -1; }),
               HasSubstr("a frequency of RoPE of -1"));
@@ -207,6 +253,13 @@ TEST(Tide, ProfilesThatDoNotFitAreRefused) {
   EXPECT_TRUE(CheckProfileFor(turbo, shape, nullptr).ok());
   EXPECT_THAT(std::string(CheckProfileFor(type, shape, nullptr).message()), HasSubstr("kvtide calibrate"));
   EXPECT_FALSE(CheckProfileFor(type, {2, 2, 128, 64}, &profile).ok());
+  profile.k[3].rope.frequencies.clear();
+  EXPECT_THAT(std::string(CheckProfileFor(type, shape, &profile).message()),
+              HasSubstr("some heads before RoPE and others after it"));
+  const Profile after = test::AfterRope(profile);
+  EXPECT_TRUE(CheckProfileFor(type, shape, &after).ok());
+  EXPECT_FALSE(after.keys_turned_back());
+  EXPECT_NE(after.hash, profile.hash);
   profile.k[3].transform.clear();
   EXPECT_THAT(std::string(CheckProfileFor(type, shape, &profile).message()), HasSubstr("every head"));
 }
