@@ -25,6 +25,7 @@
 #include "daemon/metrics/metrics.h"
 #include "daemon/running_config.h"
 #include "daemon/service/address.h"
+#include "daemon/service/descriptors.h"
 #include "daemon/service/server.h"
 #include "daemon/service_manager.h"
 #include "daemon/settings.h"
@@ -204,12 +205,7 @@ class Daemon {
       }
     };
     KVTIDE_ASSIGN_OR_RETURN(server_, service::Server::Start(cache_, options_.service));
-    const int64_t connections = options_.service.gauges->connections_limit;
-    if (connections < static_cast<int64_t>(options_.service.max_connections)) {
-      spdlog::warn(
-          "max_connections={} the limit of open files has room for no more; raise LimitNOFILE (ulimit -n)",
-          connections);
-    }
+    if (!server_->shortage().empty()) spdlog::warn("{}", server_->shortage());
     return absl::OkStatus();
   }
 
@@ -245,6 +241,7 @@ int Fail(const absl::Status& status, int code) {
 
 int Main(int argc, char** argv) {
   EndProcessWhenOutOfMemory();
+  service::RaiseDescriptorLimit();
   // Abseil as distributions build it looks for deadlocks: every mutex of gRPC is entered into one graph,
   // under one lock.
   absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);

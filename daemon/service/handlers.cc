@@ -93,7 +93,7 @@ absl::Status Handlers::GetServerInfo(const v1::GetServerInfoRequest&, v1::GetSer
   response->mutable_limits()->set_max_tokens(limits.max_tokens_per_sequence);
   response->mutable_limits()->set_max_items(Signed(limits.max_batch_items));
   response->mutable_limits()->set_max_append_tokens(limits.max_tokens_per_append);
-  response->mutable_limits()->set_max_connections(Signed(options_.max_connections));
+  response->mutable_limits()->set_max_connections(options_.gauges->connections_limit);
   response->mutable_limits()->set_max_calls_per_connection(options_.max_calls_per_connection);
   response->mutable_limits()->set_call_memory_bytes(options_.call_memory_bytes);
   response->mutable_limits()->set_memory_overhead_bytes(MemoryOverheadBytes(options_));

@@ -5,15 +5,12 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/eventfd.h>
-#include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <chrono>
 #include <cstring>
-#include <filesystem>
-#include <iterator>
 #include <string>
 #include <utility>
 
@@ -27,8 +24,6 @@ constexpr std::chrono::milliseconds kBreath{50};
 // How long and how many refused connections stay open.
 constexpr std::chrono::milliseconds kLinger{1000};
 constexpr size_t kMostLingering = 8;
-// Descriptors that the daemon may need besides: of gRPC's threads, the metrics endpoint, files under /proc.
-constexpr size_t kOtherDescriptors = 24;
 
 int OpenSpare() { return ::open("/dev/null", O_RDONLY | O_CLOEXEC); }
 
@@ -46,16 +41,6 @@ std::string Goodbye(const std::string& text) {
 }
 
 }  // namespace
-
-size_t ConnectionsThatFit() {
-  rlimit limit{};
-  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return 1;
-  std::error_code error;
-  std::filesystem::directory_iterator entries("/proc/self/fd", error);
-  const size_t open = error ? 64 : static_cast<size_t>(std::distance(begin(entries), end(entries)));
-  const size_t taken = open + kOtherDescriptors;
-  return limit.rlim_cur > taken ? static_cast<size_t>(limit.rlim_cur) - taken : 1;
-}
 
 Listener::Listener(Connections* connections, Options options)
     : connections_(connections),

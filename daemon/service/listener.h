@@ -56,7 +56,4 @@ class Listener {
   std::thread thread_;
 };
 
-// How many connections the descriptor table has room for beside what is open already.
-size_t ConnectionsThatFit();
-
 }  // namespace kvtide::service

@@ -110,8 +110,6 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
     server->claims_.push_back(std::move(ring_claim));
   }
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
-  options.max_connections = std::min(options.max_connections, ConnectionsThatFit());
-  options.gauges->connections_limit = static_cast<int64_t>(options.max_connections);
   server->service_ = std::make_unique<KvCacheService>(cache, &server->connections_, options);
   server->health_ = std::make_unique<Health>();
   server->description_ = std::make_unique<Description>();
@@ -132,9 +130,16 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
   server->loop_->Start(ThreadsForSockets(), [connections = &server->connections_] {
     return connections->size() >= kConnectionsForOneThread;
   });
+  // What lives as long as the daemon is open by now.
+  const DescriptorUse use = LookAtDescriptors();
+  const ClientCounts wanted{options.max_connections,
+                            ring_sockets.empty() ? 0 : options.shared_memory.max_clients};
+  KVTIDE_ASSIGN_OR_RETURN(const ClientCounts room, ShareDescriptors(use, wanted));
+  server->shortage_ = DescriptorShortage(use, wanted, room);
+  options.gauges->connections_limit = static_cast<int64_t>(room.connections);
   Listener::Options listener;
   listener.sockets = std::move(sockets);
-  listener.max_connections = options.max_connections;
+  listener.max_connections = room.connections;
   listener.serve = [to = server->server_.get(), secure = server->secure_.get()](int fd, bool tcp) {
     if (!tcp || secure == nullptr) {
       grpc::AddInsecureChannelFromFd(to, fd);
@@ -160,6 +165,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
     std::random_device random;
     rings.generation = uint64_t{random()} << 32 | random() | 1;
     rings.limits = options.shared_memory;
+    rings.limits.max_clients = room.ring_clients;
     rings.access = options.access;
     rings.cache = cache;
     rings.gauges = options.gauges;

@@ -11,6 +11,7 @@
 #include "absl/status/statusor.h"
 #include "daemon/service/address.h"
 #include "daemon/service/connections.h"
+#include "daemon/service/descriptors.h"
 #include "daemon/service/health.h"
 #include "daemon/service/kv_cache_service.h"
 #include "daemon/service/listener.h"
@@ -30,6 +31,9 @@ class Server {
 
   // The addresses as they are, with the port that a port 0 became.
   const std::vector<std::string>& addresses() const { return addresses_; }
+
+  // What the limit of open files has no room for, and which limit would do; empty = nothing.
+  const std::string& shortage() const { return shortage_; }
 
   // Health says NOT_SERVING, calls that have not begun are answered UNAVAILABLE, calls under way have `grace`
   // to end; then they are cancelled, and have `patience` to notice. True: no call uses the cache any more.
@@ -51,6 +55,7 @@ class Server {
   std::unique_ptr<Listener> listener_;
   std::unique_ptr<RingServer> rings_;
   std::vector<std::string> addresses_;
+  std::string shortage_;
 };
 
 }  // namespace kvtide::service

@@ -2,13 +2,13 @@
 // over real sockets. Everything beyond the limits is refused with words, the daemon stays within the memory
 // that it states, and other clients are served.
 #include <signal.h>
-#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
 
 #include <chrono>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <sstream>
 #include <thread>
@@ -26,6 +26,7 @@ namespace {
 using ::testing::AllOf;
 using ::testing::ContainsRegex;
 using ::testing::HasSubstr;
+using ::testing::Not;
 using wire::Answer;
 using wire::Http2Client;
 
@@ -327,15 +328,16 @@ TEST_F(Attack, IdleConnectionsAreLetGoAndClientsComeBack) {
   EXPECT_EQ(client_->ListSequences()->size(), 1u);
 }
 
-// 64 descriptors, 100 connections: when they have left, others get in.
-TEST_F(Attack, AnEmptyDescriptorTableIsSurvived) {
-  rlimit before{}, few{};
-  ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &before), 0);
-  few = before;
-  few.rlim_cur = 64;
-  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &few), 0);
+// Descriptors that a daemon has open before anybody connects: some ten, with a GPU some fifty.
+size_t OpenDescriptors() {
   const auto daemon = TestDaemon::Start();
-  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &before), 0);
+  const std::filesystem::directory_iterator entries("/proc/" + std::to_string(daemon->pid()) + "/fd");
+  return static_cast<size_t>(std::distance(begin(entries), end(entries)));
+}
+
+// A table with room for a dozen clients, 100 connections: when they have left, others get in.
+TEST_F(Attack, AnEmptyDescriptorTableIsSurvived) {
+  const auto daemon = TestDaemon::Start({}, 2, "-n " + std::to_string(OpenDescriptors() + 40));
   const auto first = daemon->Connect();
   EXPECT_THAT(daemon->Log(), HasSubstr("LimitNOFILE"));
   {
@@ -351,6 +353,24 @@ TEST_F(Attack, AnEmptyDescriptorTableIsSurvived) {
   const auto later = daemon->Connect();
   ASSERT_NE(later, nullptr);
   EXPECT_TRUE(later->GetStats().ok());
+}
+
+// A daemon that could serve nobody, or one client alone, does not start; a soft limit is raised.
+TEST_F(Attack, ATableWithoutRoomForClientsIsSaidAtTheStart) {
+  const size_t open = OpenDescriptors();
+  const std::string folder = MakeFolder();
+  const std::vector<std::string> arguments = {"--listen",          "unix:" + folder + "/kvtided.sock",
+                                              "--device",          TestDevice(),
+                                              "--device-memory",   "4MiB",
+                                              "--metrics-address", "off"};
+  const auto result = TestDaemon::RunToEnd(arguments, "-n " + std::to_string(open + 12));
+  EXPECT_FALSE(result.started);
+  EXPECT_EQ(result.exit_code, 1);
+  EXPECT_THAT(result.output, HasSubstr("LimitNOFILE"));
+  std::filesystem::remove_all(folder);
+  const auto daemon = TestDaemon::Start({}, 2, "-Sn " + std::to_string(open + 12));
+  EXPECT_THAT(daemon->Log(), Not(HasSubstr("LimitNOFILE")));
+  EXPECT_NE(daemon->Connect(), nullptr);
 }
 
 TEST_F(Attack, AClientBeyondTheConnectionsHearsWhy) {

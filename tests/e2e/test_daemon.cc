@@ -26,6 +26,12 @@ namespace {
 // Long, for builds with sanitizers on busy machines; a healthy daemon is ready in a fraction of a second.
 constexpr int kPatienceSeconds = 60;
 
+// The daemon's program, under a limit if one is given.
+std::vector<std::string> Command(const std::string& ulimit) {
+  if (ulimit.empty()) return {Program("kvtided")};
+  return {"/bin/sh", "-c", "ulimit " + ulimit + " && exec \"$0\" \"$@\"", Program("kvtided")};
+}
+
 void Nap() { std::this_thread::sleep_for(std::chrono::milliseconds(5)); }
 
 }  // namespace
@@ -87,12 +93,14 @@ std::string ReadWhole(const std::string& path) {
   return text.str();
 }
 
-std::unique_ptr<TestDaemon> TestDaemon::Start(const std::vector<std::string>& arguments,
-                                              int compute_threads) {
+std::unique_ptr<TestDaemon> TestDaemon::Start(const std::vector<std::string>& arguments, int compute_threads,
+                                              const std::string& ulimit) {
   std::unique_ptr<TestDaemon> daemon(new TestDaemon);
   daemon->folder_ = MakeFolder();
-  std::vector<std::string> command = {Program("kvtided"), "--listen", daemon->address(), "--compute-threads",
-                                      std::to_string(compute_threads)};
+  std::vector<std::string> command = Command(ulimit);
+  for (const std::string& argument : {std::string("--listen"), daemon->address(),
+                                      std::string("--compute-threads"), std::to_string(compute_threads)})
+    command.push_back(argument);
   const std::vector<std::pair<std::string, std::string>> kDefaults = {{"--device", TestDevice()},
                                                                       {"--device-memory", "4MiB"},
                                                                       {"--host-memory", "8MiB"},
@@ -116,9 +124,10 @@ std::unique_ptr<TestDaemon> TestDaemon::Start(const std::vector<std::string>& ar
   return daemon;
 }
 
-TestDaemon::Result TestDaemon::RunToEnd(const std::vector<std::string>& arguments) {
+TestDaemon::Result TestDaemon::RunToEnd(const std::vector<std::string>& arguments,
+                                        const std::string& ulimit) {
   const std::string folder = MakeFolder();
-  std::vector<std::string> command = {Program("kvtided")};
+  std::vector<std::string> command = Command(ulimit);
   command.insert(command.end(), arguments.begin(), arguments.end());
   const pid_t pid = StartProgram(command, folder + "/log");
   Result result;

@@ -23,11 +23,11 @@ class TestDaemon {
   };
 
   // `arguments` come after --listen (the private socket), --device TestDevice() and small tiers, and win over
-  // them.
+  // them. ulimit: options of the shell's ulimit that the daemon starts under, as "-n 64"; empty = none.
   static std::unique_ptr<TestDaemon> Start(const std::vector<std::string>& arguments = {},
-                                           int compute_threads = 2);
+                                           int compute_threads = 2, const std::string& ulimit = "");
   // For daemons that are expected to fail: only the given arguments.
-  static Result RunToEnd(const std::vector<std::string>& arguments);
+  static Result RunToEnd(const std::vector<std::string>& arguments, const std::string& ulimit = "");
   ~TestDaemon();
 
   const std::string& folder() const { return folder_; }
