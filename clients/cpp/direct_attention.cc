@@ -171,8 +171,9 @@ absl::Status DirectAttention::Impl::MakeGroup(const v1::LayerGroup& told, const 
   paged.pair = pair_;
   paged.pool = true;
   paged.heads = like.query_heads;
-  paged.scale = like.scale != 0 ? like.scale : 1 / std::sqrt(static_cast<float>(told.head_dim_k()));
-  paged.softcap = like.softcap;
+  paged.scale = options_.scale.value_or(
+      like.scale != 0 ? like.scale : 1 / std::sqrt(static_cast<float>(told.head_dim_k())));
+  paged.softcap = options_.softcap.value_or(like.softcap);
   paged.window = told.window();
   paged.type = options_.type;
   paged.output_type = options_.output_type;

@@ -24,6 +24,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -39,6 +40,8 @@ struct DirectOptions {
   std::string pair;                        // of the sequences, "turbo4/turbo4"
   DataType type = DataType::kBf16;         // of q, k and v
   DataType output_type = DataType::kBf16;  // of out
+  // Instead of what the model's layers say: factor of q.k, soft-cap of the logits (0 = none).
+  std::optional<float> scale, softcap;
   // Bounds of every step.
   int max_sequences = 64;
   int max_new_tokens = 0;              // of all sequences of a step; 0 = max_sequences

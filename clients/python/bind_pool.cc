@@ -208,31 +208,6 @@ client::SequenceOptions MakeSequenceOptions(const nb::dict& settings) {
   return options;
 }
 
-client::Model MakeModel(const std::string& name, const std::vector<nb::dict>& layers) {
-  client::Model model;
-  model.name = name;
-  for (const nb::dict& from : layers) {
-    client::ModelLayer layer;
-    layer.kv_heads = nb::cast<int>(from["kv_heads"]);
-    layer.head_dim_k = nb::cast<int>(from["head_dim_k"]);
-    layer.head_dim_v = nb::cast<int>(from["head_dim_v"]);
-    layer.window = nb::cast<int64_t>(from["window"]);
-    layer.query_heads = nb::cast<int>(from["query_heads"]);
-    layer.scale = nb::cast<float>(from["scale"]);
-    layer.softcap = nb::cast<float>(from["softcap"]);
-    if (from.contains("key_mean")) layer.key_mean = nb::cast<std::vector<float>>(from["key_mean"]);
-    if (from.contains("key_transform")) {
-      layer.key_transform = nb::cast<std::vector<float>>(from["key_transform"]);
-      layer.key_widths = nb::cast<std::vector<uint8_t>>(from["key_widths"]);
-      layer.key_centre = nb::cast<std::vector<float>>(from["key_centre"]);
-      layer.key_frequencies = nb::cast<std::vector<float>>(from["key_frequencies"]);
-      layer.key_rope_neighbours = nb::cast<bool>(from["key_rope_neighbours"]);
-    }
-    model.layers.push_back(layer);
-  }
-  return model;
-}
-
 client::PlanQuestion MakeQuestion(const nb::dict& from) {
   client::PlanQuestion question;
   question.model = nb::cast<std::string>(from["model"]);
@@ -304,6 +279,31 @@ void AppendAttend(const Handle& handle, int layer, const Ids& ids, const std::ve
 }
 
 }  // namespace
+
+client::Model MakeModel(const std::string& name, const std::vector<nb::dict>& layers) {
+  client::Model model;
+  model.name = name;
+  for (const nb::dict& from : layers) {
+    client::ModelLayer layer;
+    layer.kv_heads = nb::cast<int>(from["kv_heads"]);
+    layer.head_dim_k = nb::cast<int>(from["head_dim_k"]);
+    layer.head_dim_v = nb::cast<int>(from["head_dim_v"]);
+    layer.window = nb::cast<int64_t>(from["window"]);
+    layer.query_heads = nb::cast<int>(from["query_heads"]);
+    layer.scale = nb::cast<float>(from["scale"]);
+    layer.softcap = nb::cast<float>(from["softcap"]);
+    if (from.contains("key_mean")) layer.key_mean = nb::cast<std::vector<float>>(from["key_mean"]);
+    if (from.contains("key_transform")) {
+      layer.key_transform = nb::cast<std::vector<float>>(from["key_transform"]);
+      layer.key_widths = nb::cast<std::vector<uint8_t>>(from["key_widths"]);
+      layer.key_centre = nb::cast<std::vector<float>>(from["key_centre"]);
+      layer.key_frequencies = nb::cast<std::vector<float>>(from["key_frequencies"]);
+      layer.key_rope_neighbours = nb::cast<bool>(from["key_rope_neighbours"]);
+    }
+    model.layers.push_back(layer);
+  }
+  return model;
+}
 
 void BindPool(nb::module_& m) {
   nb::class_<client::AttentionOptions>(m, "AttentionOptions")
@@ -446,6 +446,9 @@ void BindPool(nb::module_& m) {
            })
       .def("open_block_store",
            [](const Handle& handle, const nb::dict& spec) { return OpenBlockStore(handle.pool(), spec); })
+      .def("open_device_steps",
+           [](const Handle& handle, const std::string& name, const std::vector<nb::dict>& layers,
+              const nb::dict& spec) { return OpenDeviceSteps(handle.pool(), MakeModel(name, layers), spec); })
       .def("sequences",
            [](const Handle& handle, const std::string& model) {
              const auto pool = handle.pool();
@@ -462,7 +465,8 @@ void BindPool(nb::module_& m) {
       "connect",
       [](const std::string& address, double timeout, double connect_timeout, int64_t max_message_bytes,
          bool session, const std::string& embedded_config, int64_t arena_bytes,
-         const std::tuple<std::string, std::string, std::string, std::string>& credentials) {
+         const std::tuple<std::string, std::string, std::string, std::string>& credentials,
+         const std::string& direct_device) {
         client::PoolOptions options;
         options.client.timeout = absl::Seconds(timeout);
         options.client.connect_timeout = absl::Seconds(connect_timeout);
@@ -472,11 +476,12 @@ void BindPool(nb::module_& m) {
                  options.client.credentials.tls_key, options.client.credentials.token_file) = credentials;
         options.embedded_config = embedded_config;
         options.arena_bytes = arena_bytes;
+        options.direct_device = direct_device;
         return std::make_unique<Handle>(
             Raise(Blocking([&] { return client::Pool::Connect(address, options); })));
       },
       "address"_a, "timeout"_a, "connect_timeout"_a, "max_message_bytes"_a, "session"_a, "embedded_config"_a,
-      "arena_bytes"_a, "credentials"_a);
+      "arena_bytes"_a, "credentials"_a, "direct_device"_a = "");
   m.def("default_address", &client::DefaultAddress);
 }
 

@@ -4,6 +4,8 @@
 #include <nanobind/nanobind.h>
 
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "clients/cpp/pool.h"
 
@@ -16,6 +18,7 @@ void BindFormats(nanobind::module_& m);
 void BindPlan(nanobind::module_& m);
 void BindPaged(nanobind::module_& m);
 void BindPages(nanobind::module_& m);
+void BindSteps(nanobind::module_& m);
 
 // Runs a blocking call without the GIL.
 template <class F>
@@ -26,5 +29,12 @@ auto Blocking(F&& call) {
 
 // An open namespace (bind_blocks.cc); `spec` has the fields of kvtide.block_store.Namespace.
 nanobind::object OpenBlockStore(std::shared_ptr<client::Pool> pool, const nanobind::dict& spec);
+
+// A model as Pool.register_model takes it; layers have the fields of kvtide.Layer.
+client::Model MakeModel(const std::string& name, const std::vector<nanobind::dict>& layers);
+
+// Steps on the device of the pool (bind_steps.cc); `spec` has the fields of DirectOptions.
+nanobind::object OpenDeviceSteps(std::shared_ptr<client::Pool> pool, const client::Model& model,
+                                 const nanobind::dict& spec);
 
 }  // namespace kvtide::python

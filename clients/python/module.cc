@@ -24,4 +24,5 @@ NB_MODULE(_core, m) {
   kvtide::python::BindPlan(m);
   kvtide::python::BindPaged(m);
   kvtide::python::BindPages(m);
+  kvtide::python::BindSteps(m);
 }

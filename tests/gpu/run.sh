@@ -6,13 +6,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-all=(kernels cache direct e2e devices sanitizers bench counters demo eval)
+all=(kernels cache direct e2e devices python sanitizers bench counters demo eval)
 declare -A what=(
   [kernels]="conformance of the CUDA backend, CUDA IPC, two GPUs if there are two"
   [cache]="the cache's tests and its simulation with a GPU as the device"
   [direct]="an engine over the pool of a kvtided, mapped by CUDA IPC: bits, deaths, compute-sanitizer"
   [e2e]="kvtided in processes of its own on the GPU, the kvtide command with it"
   [devices]="kvtided and the cache on two GPUs (skipped with one)"
+  [python]="the Python package: steps over torch tensors, the cache of transformers (a pack with --python)"
   [sanitizers]="compute-sanitizer's four tools on small shapes"
   [bench]="gpu_attend, gpu_step, gpu_cache_step, gpu_moves, gpu_pages, gpu_prefill, gpu_seal, paged_attention and direct benchmarks, f16 attention of PyTorch"
   [counters]="hardware counters of the main kernels (ncu)"
@@ -138,6 +139,16 @@ stage_devices() {
     limited "$bin/kvtide_test_cache" --gtest_brief=1 --gtest_filter='DevicesTest.*:MovesTest.*' &&
     KVTIDE_SIM_SEEDS=100:16 limited "$bin/kvtide_test_sim" --gtest_brief=1 &&
     limited "$bin/kvtide_test_e2e" --gtest_brief=1 --gtest_filter='Devices.*'
+}
+stage_python() {
+  if [ ! -d "$programs/python" ]; then
+    echo "SKIPPED: no package beside the programs (tests/gpu/pack.sh --python PYTHON)"
+    return 0
+  fi
+  python3 -c 'import torch, transformers' 2> /dev/null || { echo "SKIPPED: python3 has no torch and transformers"; return 0; }
+  PYTHONPATH="$programs/python" LD_LIBRARY_PATH= limited python3 tests/gpu/transformers_cache.py --json "$work/gpu_transformers.json" || return 1
+  stamp "$work/gpu_transformers.json"
+  cp "$work/gpu_transformers.json" "$results/"
 }
 stage_sanitizers() {
   command -v compute-sanitizer > /dev/null || { echo "SKIPPED: compute-sanitizer is not installed"; return 0; }

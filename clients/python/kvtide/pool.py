@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .profiles import KeyProfile
     from .aio import AsyncPool
     from .block_store import BlockStore, Namespace
+    from .device_steps import DeviceSteps
 
 _CENTRING = {"default": 0, "none": 1, "first_block": 2, "calibrated": 3}
 _PERSISTENCE = {"default": 0, "none": 1, "on-park": 2, "all": 3}
@@ -53,6 +54,7 @@ def connect(
     threads: int = 0,
     max_sequences: int = 0,
     arena_bytes: int = 64 << 20,
+    direct_device: Optional[str] = None,
     tls_ca: str = "",
     tls_cert: str = "",
     tls_key: str = "",
@@ -61,8 +63,8 @@ def connect(
     """Opens a pool.
 
     Args:
-        address: ``"embedded"`` for a pool in this process; ``"shm:unix:/path/to/socket"`` for a kvtided of this host through
-            shared memory; ``"unix:/path/to/socket"`` or ``"host:port"`` for a kvtided over gRPC; ``"auto"`` for the kvtided of
+        address: ``"embedded"`` for a pool in this process; ``"direct:unix:/path/to/socket"`` for a kvtided of this host whose
+            first tier is mapped (``direct_device``); ``"shm:unix:/path/to/socket"`` for one through shared memory; ``"unix:/path/to/socket"`` or ``"host:port"`` for a kvtided over gRPC; ``"auto"`` for the kvtided of
             ``$KVTIDE_ADDRESS``, else the one at the default socket, by the best way that works (``"auto:unix:/path"`` names
             it), else an embedded pool. ``Pool.way`` and ``Pool.why`` say what it became.
         timeout: seconds of every call (daemon).
@@ -77,6 +79,8 @@ def connect(
         threads: threads that attend on the CPU (embedded; 0 = one per core).
         max_sequences: most sequences of an embedded pool (0 = 16,384).
         arena_bytes: size of the arena for tensors (shared memory); pages that are never used cost nothing.
+        direct_device: where the caller's own tensors lie and :meth:`Pool.device_steps` computes: ``"cuda:0"``, ``"cuda:GPU-..."``
+            or ``"cpu"``. None = the GPU of an embedded pool that names one, else nowhere.
         tls_ca: PEM file with the CA of the daemon's certificate, or ``"system"``: TLS to a daemon at a host and port
             (default: ``$KVTIDE_TLS_CA``).
         tls_cert, tls_key: PEM files with the caller's own certificate and key, where the daemon wants one
@@ -95,15 +99,17 @@ def connect(
             config[name] = str(size)
     if default_pair is not None:
         config["default_pair"] = default_pair
+    if direct_device is None:
+        direct_device = device if address == "embedded" and device.startswith("cuda:") and "," not in device else ""
     core = _core.connect(address, timeout, connect_timeout, max_message_bytes, session, json.dumps(config), arena_bytes,
-                         (tls_ca, tls_cert, tls_key, token_file))
-    return Pool(core, arena_bytes)
+                         (tls_ca, tls_cert, tls_key, token_file), direct_device)
+    return Pool(core, arena_bytes, direct_device)
 
 
 def _check_address(address: str) -> None:
     """What can be no address is told at once, and not after a wait for a daemon that nobody meant."""
     place = address
-    for way in ("shm:", "auto:"):
+    for way in ("shm:", "auto:", "direct:"):
         if place.startswith(way):
             place = place[len(way) :]
             break
@@ -111,7 +117,7 @@ def _check_address(address: str) -> None:
     if address in ("auto", "embedded") or place.startswith("unix:") and len(place) > 5 or (host and colon and port.isdigit() and "//" not in host):
         return
     raise InvalidArgument(f"{address!r} is no address of a pool; write 'auto', 'embedded', 'unix:/path/to/socket', "
-                          "'shm:unix:/path/to/socket' or 'host:port'")
+                          "'shm:unix:/path/to/socket', 'direct:unix:/path/to/socket' or 'host:port'")
 
 
 def _token_ids(ids: Any) -> List[int]:
@@ -356,14 +362,17 @@ def _close_quietly(core: Any, id: int) -> None:
 class Pool:
     """Keys and values of many sequences. Made by :func:`connect`; a context manager."""
 
-    def __init__(self, core: Any, arena_bytes: int) -> None:
+    def __init__(self, core: Any, arena_bytes: int, direct_device: str = "") -> None:
         self._core = core
         self._arena_bytes = arena_bytes
         self.address: str = core.address
-        #: How the pool is reached: ``"embedded"``, ``"shared memory"`` or ``"gRPC"``, and why.
+        #: How the pool is reached: ``"embedded"``, ``"direct"``, ``"shared memory"`` or ``"gRPC"``, and why.
         self.way: str = core.way
         self.why: str = core.why
+        #: Where :meth:`device_steps` computes; empty = nowhere, the pool is not mapped into this process.
+        self.direct_device: str = direct_device if self.way in ("embedded", "direct") else ""
         self._models: Dict[str, List[Layer]] = {}
+        self._wires: Dict[str, List[dict]] = {}  # the same as _core takes them
         self._info: Optional[PoolInfo] = None
         self._lock = threading.Lock()
 
@@ -396,6 +405,15 @@ class Pool:
         from .aio import AsyncPool
 
         return AsyncPool(self)
+
+    def device_steps(self, model: str, pair: str, **options: Any) -> "DeviceSteps":
+        """Attention over the pool by kernels on the caller's own tensors and stream: nothing crosses the bus, nothing waits for
+        the host within a step. For embedded pools on one device and the direct way (``direct_device``).
+
+        See :class:`kvtide.device_steps.DeviceSteps` for the options."""
+        from .device_steps import DeviceSteps
+
+        return DeviceSteps(self, model, pair, **options)
 
     def block_store(self, namespace: "Namespace", *, persist_all: bool = False) -> "BlockStore":
         """Opens a namespace of the block store, for engines that keep pages of their own (:mod:`kvtide.block_store`).
@@ -508,7 +526,7 @@ class Pool:
                 layer.update({name: part[index].reshape(-1).tolist() for name, part in parts.items()})
                 layer["key_rope_neighbours"] = profile.neighbours
         self._core.register_model(model, wire)
-        self._models[model] = layers
+        self._models[model], self._wires[model] = layers, wire
         return model
 
     def unregister(self, model: str) -> None:
@@ -520,6 +538,7 @@ class Pool:
         """
         self._core.unregister_model(model)
         self._models.pop(model, None)
+        self._wires.pop(model, None)
 
     def create(
         self,
@@ -674,7 +693,7 @@ class Pool:
         most = 1 << 62
         if self.way == "gRPC" and limits.max_message_bytes:
             most = min(most, int(limits.max_message_bytes * _MESSAGE_SHARE) // max(1, bytes_per_token))
-        elif self.way == "shared memory":
+        elif self.way in ("shared memory", "direct"):
             most = min(most, int(self._arena_bytes * _ARENA_SHARE) // max(1, bytes_per_token))
         return max(1, most)
 

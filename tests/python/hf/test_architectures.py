@@ -1,11 +1,10 @@
 """Architectures with random weights: KvtideCache in f16 gives what DynamicCache gives."""
 import pytest
 import torch
+import transformers
 
 import models
 from kvtide.transformers import KvtideCache
-
-MODES = ["materialise", "attend"]
 
 
 def generate(model, inputs, cache, **options):
@@ -35,34 +34,32 @@ def model(request):
     return made
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rows,tokens,padding", [(1, 9, 0), (1, 70, 0), (3, 60, 5)])
 def test_agrees_with_dynamic_cache(model, pool, mode, rows, tokens, padding):
     inputs = models.prompts(rows, tokens, padding)
     model.set_attn_implementation("eager")
     want = generate(model, inputs, None)
-    model.set_attn_implementation("kvtide" if mode == "attend" else "eager")
-    cache = KvtideCache(model, "f16/f16", pool=pool)
-    assert cache.mode == mode
+    model.set_attn_implementation(mode.attention("eager"))
+    cache = KvtideCache(model, "f16/f16", pool=pool, **mode.options)
+    assert cache.mode == mode.options["mode"]
     got = generate(model, inputs, cache)
+    mode.check(cache, why=["attention sinks", "share the keys"])  # gpt-oss, Gemma 4
     assert same(got, want, 0.02) > 10
     assert cache.get_seq_length() == tokens + 39
     assert len({int(token) for token in want.sequences[0]}) > 9  # the model says more than one thing
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_shapes_learned_from_the_first_forward(pool, mode):
     model = models.make("qwen3")
     inputs = models.prompts(2, 30, 4)
     model.set_attn_implementation("sdpa")
     want = generate(model, inputs, None)
-    model.set_attn_implementation("kvtide" if mode == "attend" else "sdpa")
-    got = generate(model, inputs, KvtideCache(pair="f16/f16", pool=pool, mode=mode))
+    model.set_attn_implementation(mode.attention("sdpa"))
+    got = generate(model, inputs, KvtideCache(pair="f16/f16", pool=pool, **mode.options))
     assert same(got, want, 0.02) > 10
 
 
 def test_latent_attention_is_refused(pool):
-    import transformers
 
     config = transformers.DeepseekV3Config(num_hidden_layers=2)
     with pytest.raises(ValueError, match="latent"):
@@ -71,7 +68,6 @@ def test_latent_attention_is_refused(pool):
 
 def test_linear_attention_stays_with_transformers(pool):
     """Hybrid models: layers of linear attention keep their own state, the others live in the pool."""
-    import transformers
 
     if not hasattr(transformers, "Qwen3NextConfig"):
         pytest.skip("this transformers has no hybrid model of the kind")
@@ -90,3 +86,22 @@ def test_linear_attention_stays_with_transformers(pool):
     want = generate(model, inputs, None)
     got = generate(model, inputs, KvtideCache(model, "f16/f16", pool=pool))
     assert same(got, want, 0.02) > 10
+
+
+def test_what_steps_do_not_do_goes_through_host_memory(pool):
+    """A sliding window with an exact first block, from where coded blocks stand behind it: a warning, and the same tokens."""
+    model = transformers.AutoModelForCausalLM.from_config(transformers.MistralConfig(**models.COMMON, sliding_window=500)).eval()
+    model.generation_config.eos_token_id = None
+    inputs = models.prompts(1, 300)
+    model.set_attn_implementation("kvtide")
+    want = generate(model, inputs, KvtideCache(model, "q8_0/q8_0", pool=pool, on_device=False))
+    cache = KvtideCache(model, "q8_0/q8_0", pool=pool)
+    with pytest.warns(RuntimeWarning, match="through host memory.*exact_window.first_blocks 0"):
+        got = generate(model, inputs, cache)
+    assert same(got, want, 0.05) > 10
+    cache.close()
+    with pytest.raises(ValueError, match="was to attend on cpu"):
+        generate(model, inputs, KvtideCache(model, "q8_0/q8_0", pool=pool, on_device=True))
+    with KvtideCache(model, "q8_0/q8_0", pool=pool, on_device=True, exact_window=(0, 2)) as cache:
+        generate(model, inputs, cache)
+        assert cache._store.forward.steps is not None

@@ -46,7 +46,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("mode,config", [("attend", True), ("attend", False), ("materialise", True), ("materialise", False)])
+@pytest.mark.parametrize("config", [True, False])
 def test_same_tokens(model, tokenizer, pool, case, mode, config):
     rows, options = CASES[case]
     inputs = inputs_of(tokenizer, *["The river rose in the night and the", "In 1912 the city"][:rows])
@@ -62,14 +62,14 @@ def test_same_tokens(model, tokenizer, pool, case, mode, config):
     except ValueError as error:  # 5.0 cannot prefill in chunks without a cache of the caller
         want = run(past_key_values=__import__("transformers").DynamicCache(config=model.config))
         assert "without a cache" in str(error)
-    model.set_attn_implementation("kvtide" if mode == "attend" else "sdpa")
-    cache = KvtideCache(model if config else None, "f16/f16", pool=pool, mode=mode)
+    model.set_attn_implementation(mode.attention("sdpa"))
+    cache = KvtideCache(model if config else None, "f16/f16", pool=pool, **mode.options)
     assert torch.equal(run(past_key_values=cache), want)
+    mode.check(cache)
     assert len(cache.sequences) == cache.batch_size == want.shape[0] // options.get("num_return_sequences", 1) * max(
         options.get("num_beams", 1), 1 if "num_beams" in options else options.get("num_return_sequences", 1))
 
 
-@pytest.mark.parametrize("mode", ["attend", "materialise"])
 def test_a_conversation_goes_on(model, tokenizer, pool, mode):
     """A second turn with the same cache: only new tokens are computed."""
     model.set_attn_implementation("sdpa")
@@ -79,13 +79,12 @@ def test_a_conversation_goes_on(model, tokenizer, pool, mode):
     more = tokenizer(" In the morning", return_tensors="pt", add_special_tokens=False)["input_ids"]
     second = torch.cat([middle, more], dim=1)
     want = model.generate(second, **options)
-    model.set_attn_implementation("kvtide" if mode == "attend" else "sdpa")
-    with KvtideCache(model, "f16/f16", pool=pool) as cache:
+    model.set_attn_implementation(mode.attention("sdpa"))
+    with KvtideCache(model, "f16/f16", pool=pool, **mode.options) as cache:
         assert torch.equal(model.generate(**first, past_key_values=cache, **options), middle)
         assert torch.equal(model.generate(second, past_key_values=cache, **options), want)
 
 
-@pytest.mark.parametrize("mode", ["attend", "materialise"])
 @pytest.mark.parametrize("pair,most", [("q8_0/q8_0", 0.01), ("q8_0/turbo4", 0.02), ("turbo3/turbo3", 0.2)])
 def test_coded_pairs_stay_near_and_are_small(model, tokenizer, pool, mode, pair, most):
     text = (ROOT / "tests" / "data" / "wikitext2_slice.txt").read_text()[:6000]
@@ -105,10 +104,10 @@ def test_coded_pairs_stay_near_and_are_small(model, tokenizer, pool, mode, pair,
     from transformers import DynamicCache
 
     want = loss(DynamicCache(config=model.config))
-    model.set_attn_implementation("kvtide" if mode == "attend" else "sdpa")
+    model.set_attn_implementation(mode.attention("sdpa"))
     sizes = {}
     for one in (pair, "f16/f16"):
-        with KvtideCache(model, one, pool=pool, exact_window=(1, 2)) as cache:
+        with KvtideCache(model, one, pool=pool, exact_window=(1, 2), **mode.options) as cache:
             assert abs(loss(cache) - want) < (most if one == pair else 5e-3)
             sizes[one] = cache.stored_bytes
     assert sizes[pair] < 0.75 * sizes["f16/f16"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any, List, Optional, Tuple, Union
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ..errors import InvalidArgument
+from ..errors import InvalidArgument, Unavailable
 from ..pool import Pool, connect
 from ..profiles import KeyProfile, load as load_profile
 from .attention import NAME, Handle
@@ -71,6 +72,7 @@ class _PoolLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def offload(self) -> None:
+        self.store.settle()
         for row in self.store.rows:
             row.evict()
 
@@ -100,7 +102,11 @@ class KvtideCache(Cache):
         key_centring, key_equalising, tenant, allow_drop: as :meth:`kvtide.Pool.create`.
         profile: a profile of ``kvtide calibrate`` for this model (:func:`kvtide.profiles.load`, or its path), by which keys are
             coded: around its means, in ``tide`` pairs by its transforms. With ``pair="auto"`` where that was measured.
-        device_memory, host_memory, address, device, threads: as :func:`kvtide.connect`, for a pool of this cache alone.
+        on_device: attend mode on the pool's own device, with the model's tensors where they are, in steps
+            (:meth:`kvtide.Pool.device_steps`). None = where the pool can and the model lies there, with a warning if the model wants
+            what steps do not do; True = that, or an error; False = through host memory.
+        device_memory, host_memory, address, device, threads: as :func:`kvtide.connect`, for a pool of this cache alone, which lies
+            on the model's device unless ``device`` says otherwise.
 
     The first forward attends over its own tokens exactly; so does every later one over those that it adds. Sequences are freed
     when the cache is dropped, by :meth:`close` or at the end of a ``with`` block; those in a daemon also when the process dies.
@@ -125,6 +131,7 @@ class KvtideCache(Cache):
         tenant: str = "",
         allow_drop: bool = False,
         profile: Any = None,
+        on_device: Optional[bool] = None,
         **connection: Any,
     ) -> None:
         if mode not in _MODES:
@@ -141,7 +148,7 @@ class KvtideCache(Cache):
             raise ValueError(f'{self._config.model_type} has layers of chunked attention; use mode="materialise"')
         self._owns_pool = bool(connection)
         if pool is None:
-            pool = connect(connection.pop("address", "embedded"), **connection) if connection else default_pool()
+            pool = self._open(model_or_config, connection)
         settings: dict = {"exact_window": exact_window, "seal_at_once": seal_at_once, "key_centring": key_centring,
                           "key_equalising": key_equalising, "tenant": tenant, "allow_drop": allow_drop}
         if pair != "auto":
@@ -152,7 +159,10 @@ class KvtideCache(Cache):
         if pair.startswith("tide") and (profile is None or not profile.transforms):
             raise InvalidArgument(f"pair {pair!r} codes keys by the transforms of the model: give profile=, a file of `kvtide calibrate`"
                                   + ("" if profile is None else "; this one has means alone (--means-only)"))
-        self._store = Store(pool, kinds, attend, settings, profile)
+        if on_device and not pool.direct_device:
+            raise InvalidArgument(f"on_device: the pool ({pool.way}) is not mapped into this process; connect embedded or directly, with "
+                                  "direct_device")
+        self._store = Store(pool, kinds, attend, settings, profile, on_device)
         self._lazy = self._config is None
         super().__init__(layers=[self._layer(i) for i in range(len(kinds))])
         shapes = None if self._config is None else layer_shapes(self._config, kinds)
@@ -160,6 +170,21 @@ class KvtideCache(Cache):
         self._shapes = {} if shapes is None else {i: shapes[i] for i, kind in enumerate(kinds) if kind.stock is None}
         self._expected = dict(self._shapes)
         self._auto = (context, batch) if pair == "auto" and context else None
+
+    @staticmethod
+    def _open(model: Any, connection: dict) -> Pool:
+        """A pool of its own, or the one of the process, where the model computes."""
+        device = getattr(model, "device", None)
+        gpu = f"cuda:{device.index or 0}" if getattr(device, "type", "") == "cuda" else ""
+        if not connection:
+            return default_pool(gpu)
+        address = connection.pop("address", "embedded")
+        if gpu and address == "embedded" and "device" not in connection:
+            try:
+                return connect(address, device=gpu, **connection)
+            except (InvalidArgument, Unavailable) as error:  # a build without CUDA
+                warnings.warn(f"the pool of KvtideCache lies in host memory, the model on {gpu}: {error}", RuntimeWarning, stacklevel=3)
+        return connect(address, **connection)
 
     def _layer(self, index: int) -> Any:
         kind = self._store.kinds[index]

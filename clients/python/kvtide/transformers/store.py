@@ -15,29 +15,35 @@ import numpy as np
 import torch
 
 from .._types import Layer
-from ..errors import InvalidArgument
+from ..errors import InvalidArgument, Unavailable
 from ..pool import Pool, Sequence, connect
 from ..profiles import KeyProfile
+from .device import DeviceForward
 from .geometry import LayerKind, LayerShape
 
-_default: Optional[Pool] = None
+_default: Dict[str, Pool] = {}  # by GPU; "" = none
 _default_lock = threading.Lock()
 
 
-def default_pool() -> Pool:
-    """The pool of caches that name none: ``kvtide.connect()``, opened once for the process."""
-    global _default
+def default_pool(gpu: str = "") -> Pool:
+    """The pool of caches that name none: ``kvtide.connect()``, opened once for the process, and once for each GPU ("cuda:0") with
+    a model whose kernels the build has."""
     with _default_lock:
-        if _default is None:
-            _default = connect()
-        return _default
+        if gpu and gpu not in _default:
+            try:
+                _default[gpu] = connect(device=gpu, direct_device=gpu)
+            except (InvalidArgument, Unavailable):
+                gpu = ""  # a build without CUDA: through host memory
+        if gpu not in _default:
+            _default[gpu] = connect()
+        return _default[gpu]
 
 
 class Store:
     """Rows, lengths and what is still waiting for its geometry."""
 
     def __init__(self, pool: Pool, kinds: List[LayerKind], attend: bool, settings: Dict[str, Any],
-                 profile: Optional[KeyProfile] = None) -> None:
+                 profile: Optional[KeyProfile] = None, on_device: Optional[bool] = None) -> None:
         self.pool = pool
         self.kinds = kinds
         self.attend = attend
@@ -55,6 +61,9 @@ class Store:
         self.waiting: Dict[int, Tuple[torch.Tensor, torch.Tensor]] = {}
         self.query_heads: Dict[int, int] = {}
         self.places: Dict[int, int] = {}  # layer of the model -> layer of the pool's model
+        self.forward: Optional[DeviceForward] = None
+        if attend and on_device is not False and pool.direct_device:
+            self.forward = DeviceForward(pool, required=bool(on_device))
 
     # Geometry.
 
@@ -81,7 +90,9 @@ class Store:
         self.shapes = [shapes[layer] for layer in sorted(shapes)]
 
     def settle(self) -> None:
-        """Registers what the first forward has shown, and stores its tensors."""
+        """Registers what the first forward has shown, and stores its tensors; ends a forward on the pool's device."""
+        if self.forward is not None:
+            self.forward.finish()
         if not self.waiting:
             return
         if self.model is None:
@@ -91,7 +102,7 @@ class Store:
             })
         waiting, self.waiting = self.waiting, {}
         for layer, (k, v) in waiting.items():
-            self.append(layer, k, v, 0)
+            self._append(layer, k, v, 0)
 
     # Rows.
 
@@ -105,6 +116,8 @@ class Store:
             self.rows = [self.pool.create(self.model, **self.settings) for _ in range(batch)]
 
     def close(self) -> None:
+        if self.forward is not None:
+            self.forward.close()
         for row in self.rows:
             row.close()
         self.rows, self.batch, self.kept = [], 0, []
@@ -115,6 +128,7 @@ class Store:
         """Another store with the same tokens; blocks are shared."""
         self.settle()
         other = copy.copy(self)
+        other.forward = None if self.forward is None else self.forward.again()
         other.rows = [row.fork() for row in self.rows]
         other.lengths, other.kept, other.waiting = list(self.lengths), [kept.copy() for kept in self.kept], {}
         return other
@@ -170,6 +184,13 @@ class Store:
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor, start: int) -> None:
         """Stores the columns k, v of a layer, which begin at logical position `start`."""
         self.open(k.shape[0])
+        if self.forward is not None and self.forward.takes(self, layer, start, k):
+            self.forward.append(self, layer, start, k, v)
+        else:
+            self._append(layer, k, v, start)
+
+    def _append(self, layer: int, k: torch.Tensor, v: torch.Tensor, start: int) -> None:
+        self.open(k.shape[0])
         k, v = k.detach().transpose(1, 2), v.detach().transpose(1, 2)
         place = self.places[layer]
         for i, row in enumerate(self.rows):
@@ -218,6 +239,10 @@ class Store:
         """q [batch, query_heads, n, head_dim] at logical position `start`; appends k and v where they are given.
 
         Returns [batch, n, query_heads, head_dim_v]; padding gets zeros."""
+        if self.forward is not None:
+            result = self.forward.append_attend(self, layer, start, q, k, v, options)
+            if result is not None:
+                return result
         place = self.places[layer]
         shape = self.shapes[place]
         q = q.detach().transpose(1, 2)
