@@ -60,7 +60,6 @@ def test_shapes_learned_from_the_first_forward(pool, mode):
 
 
 def test_latent_attention_is_refused(pool):
-
     config = transformers.DeepseekV3Config(num_hidden_layers=2)
     with pytest.raises(ValueError, match="latent"):
         KvtideCache(config, pool=pool)
@@ -68,7 +67,6 @@ def test_latent_attention_is_refused(pool):
 
 def test_linear_attention_stays_with_transformers(pool):
     """Hybrid models: layers of linear attention keep their own state, the others live in the pool."""
-
     if not hasattr(transformers, "Qwen3NextConfig"):
         pytest.skip("this transformers has no hybrid model of the kind")
     from transformers import cache_utils
