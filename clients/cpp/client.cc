@@ -360,9 +360,14 @@ absl::StatusOr<Step> Client::BeginStep(std::span<const StepItem> items, const St
   return step;
 }
 
-absl::Status Client::EndStep(uint64_t step) {
+absl::Status Client::EndStep(uint64_t step, std::span<const StepTokens> tokens) {
   v1::SessionRequest message;
   message.mutable_end_step()->set_step_id(step);
+  for (const StepTokens& item : tokens) {
+    v1::StepTokens* const out = message.mutable_end_step()->add_tokens();
+    out->set_item(static_cast<int32_t>(item.item));
+    out->mutable_token_ids()->Add(item.token_ids.begin(), item.token_ids.end());
+  }
   v1::SessionResponse answer;
   return impl_->carrier->Call(&message, &answer);
 }

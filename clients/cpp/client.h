@@ -177,6 +177,12 @@ struct AppendAttendItem {
 struct StepItem {
   SequenceId sequence = 0;
   int64_t new_tokens = 0;
+  std::span<const TokenId> token_ids;  // as in Append; empty: not said, or said when it ends
+};
+// What the new tokens of items[item] of a step are, one for each.
+struct StepTokens {
+  size_t item = 0;
+  std::span<const TokenId> token_ids;
 };
 struct StepOptions {
   uint64_t after = 0;   // an open step that this one follows; 0 = none
@@ -418,7 +424,8 @@ class Client {
   // On a session only. The rows of each layer go to AppendAttend with the step's id; they count when it ends.
   // A step that is open when the Client goes has never been.
   absl::StatusOr<Step> BeginStep(std::span<const StepItem> items, const StepOptions& options = {});
-  absl::Status EndStep(uint64_t step);
+  // `tokens`: of items whose token ids were not known before.
+  absl::Status EndStep(uint64_t step, std::span<const StepTokens> tokens = {});
   // Nothing of the step counts, nor of those that follow it.
   absl::Status RollBackStep(uint64_t step);
 

@@ -481,13 +481,13 @@ absl::Status DirectAttention::Mark(DirectStep& step, void* stream) {
   return absl::OkStatus();
 }
 
-absl::Status DirectAttention::End(DirectStep step) {
+absl::Status DirectAttention::End(DirectStep step, std::span<const StepTokens> tokens) {
   if (!step.marked)
     return absl::FailedPreconditionError(
         "the step has no mark: its work may be under way (Mark after the last call)");
   KVTIDE_RETURN_IF_ERROR(step.mark->Wait());
   impl_->Retire(std::move(step.mark));
-  return impl_->pool().EndStep(step.id);
+  return impl_->pool().EndStep(step.id, tokens);
 }
 
 absl::Status DirectAttention::RollBack(DirectStep step) {

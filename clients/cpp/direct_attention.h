@@ -87,8 +87,8 @@ class DirectAttention {
   absl::Status Attend(int layer, PagedRows q, MutablePagedRows out, float* lse, void* stream);
   absl::Status Seal(void* stream);
   absl::Status Mark(DirectStep& step, void* stream);
-  // FailedPrecondition for a step without a mark.
-  absl::Status End(DirectStep step);
+  // `tokens`: of items whose token ids were not known before. FailedPrecondition for a step without a mark.
+  absl::Status End(DirectStep step, std::span<const StepTokens> tokens = {});
   // Waits for the mark, if there is one.
   absl::Status RollBack(DirectStep step);
 

@@ -15,6 +15,7 @@ v1::BeginStepRequest& RequestStep(std::span<const StepItem> items, uint64_t afte
     v1::StepItem* const out = request.add_items();
     out->set_sequence_id(item.sequence);
     out->set_new_tokens(item.new_tokens);
+    out->mutable_token_ids()->Add(item.token_ids.begin(), item.token_ids.end());
   }
   request.set_after_step_id(after);
   return request;

@@ -23,6 +23,12 @@ const BlockLayout* SealedLayout(const Sequence& sequence, const GroupTable& tabl
 
 bool IsAlone(const Block& block) { return block.chunks.empty(); }
 
+bool IsCoded(const Block& block) { return !(block.layout->pair() == ExactPair()); }
+
+uint64_t HashOf(const std::shared_ptr<const Profile>& profile) {
+  return profile != nullptr ? profile->hash : 0;
+}
+
 }  // namespace
 
 PrefixIndex::PrefixIndex(BlockStore* store) : store_(store) {
@@ -141,6 +147,15 @@ bool PrefixIndex::DropColdest() {
   return false;
 }
 
+// Whether the block before this one, if it is coded, is found and was coded with the table's profile.
+bool PrefixIndex::Continues(const Sequence& sequence, size_t group, int64_t index) const {
+  const GroupTable& table = sequence.groups[group];
+  if (index <= table.first_block() || !IsCoded(*table.at(index - 1))) return true;
+  const Block* const before = Get(*sequence.prefixes, sequence.chain->keys()[static_cast<size_t>(index - 1)],
+                                  static_cast<int>(group));
+  return before != nullptr && HashOf(before->profile) == HashOf(table.profile);
+}
+
 uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most) {
   if (!sequence.chain.has_value()) return 0;
   PrefixSpace& space = *sequence.prefixes;
@@ -171,7 +186,10 @@ uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most) {
         store_->DeleteIfUnused(there);
         there = nullptr;
       }
+      const bool coded = IsCoded(*mine);
+      if (coded && !Continues(sequence, g, index)) continue;
       if (there != nullptr) {
+        if (coded && HashOf(there->profile) != HashOf(table.profile)) continue;
         // What a tier of I/O has is as good as its bytes, which nobody has looked at.
         if (!there->checked || there->layout != mine->layout ||
             (there->place->data == nullptr && mine->place->data != nullptr))
@@ -195,13 +213,19 @@ int64_t PrefixIndex::FirstBlock(const PrefixSpace& space, int group, int64_t blo
 
 int64_t PrefixIndex::Longest(const PrefixSpace& space, std::span<const BlockKey> keys) const {
   int64_t longest = 0;
-  absl::InlinedVector<int64_t, 2> there(space.windows.size(), 0);  // up to here, without a gap
+  absl::InlinedVector<int64_t, 2> there(space.windows.size(), 0);             // up to here, without a gap
+  absl::InlinedVector<const Block*, 2> coded(space.windows.size(), nullptr);  // the last one
   for (int64_t i = 0; i < static_cast<int64_t>(keys.size()); i++) {
     const auto node = space.nodes.find(keys[static_cast<size_t>(i)]);
     if (node == space.nodes.end()) break;
     bool whole = true;
     for (size_t g = 0; g < there.size(); g++) {
-      there[g] = node->second[g] != nullptr ? there[g] + 1 : 0;
+      const Block* const block = node->second[g];
+      there[g] = block != nullptr ? there[g] + 1 : 0;
+      if (block != nullptr && IsCoded(*block)) {
+        if (coded[g] != nullptr && HashOf(coded[g]->profile) != HashOf(block->profile)) there[g] = 1;
+        coded[g] = block;
+      }
       whole = whole && there[g] >= i + 1 - FirstBlock(space, static_cast<int>(g), i + 1);
     }
     if (whole) longest = i + 1;

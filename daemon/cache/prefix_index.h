@@ -5,7 +5,9 @@
 //
 // What hashes are unique in is a space: tenant, model, salt, and everything that decides what bytes a token
 // becomes (pairs, exact window, profile, codec versions, layouts). Spaces are told apart by all of it, not by
-// a hash, and share nothing.
+// a hash, and share nothing. The coded blocks of a prefix have one profile, as those of any sequence do, so
+// that an engine that attends by itself reads them with one: where equal tokens gave other keys, and these
+// another mean, what came first is found, and the rest of the other ones is not.
 #pragma once
 
 #include <cstdint>
@@ -102,6 +104,7 @@ class PrefixIndex {
  private:
   using Name = std::pair<std::string, int>;  // identity, home
 
+  bool Continues(const Sequence& sequence, size_t group, int64_t index) const;
   // A block that is about to be dropped, or is not wanted any more, is not found from now on.
   void Leave(Block* block);
   // Drops the coldest block that no sequence has.

@@ -20,11 +20,16 @@ void Sealer::Settle(CacheLock& lock, std::span<const SequencePtr> sequences, con
   }
   while (SealRound(lock, work))
     if (context != nullptr && !context->Check(core_.options().clock(), "sealing").ok()) break;
-  for (const SequencePtr& sequence : sequences) {
-    if (sequence->closed || !sequence->chain.has_value()) continue;
-    lock->counters.dropped_blocks += lock->prefixes.Register(*sequence, core_.options().max_prefix_blocks);
-    for (GroupTable& table : sequence->groups) FreeFallenBlocks(*lock, *sequence, table);
-  }
+  Register(*lock, sequences);
+  for (const SequencePtr& sequence : sequences)
+    if (!sequence->closed && sequence->chain.has_value())
+      for (GroupTable& table : sequence->groups) FreeFallenBlocks(*lock, *sequence, table);
+}
+
+void Sealer::Register(CacheState& state, std::span<const SequencePtr> sequences) {
+  for (const SequencePtr& sequence : sequences)
+    if (!sequence->closed)
+      state.counters.dropped_blocks += state.prefixes.Register(*sequence, core_.options().max_prefix_blocks);
 }
 
 std::vector<Sealer::Seal> Sealer::Start(CacheLock& lock, std::span<const SequencePtr> sequences,

@@ -36,6 +36,9 @@ class Sealer {
   // call that is not wanted any more, if `context` is not null, leaves further rounds to the next append.
   void Settle(CacheLock& lock, std::span<const SequencePtr> sequences, const CallContext* context);
 
+  // Enters what is sealed by now into the index of prefixes.
+  void Register(CacheState& state, std::span<const SequencePtr> sequences);
+
   // Where somebody else codes: room for at most so many blocks of the sequences that wait to be coded. Each
   // ends with Publish, when its bytes are written, or TakeBack.
   std::vector<Seal> Start(CacheLock& lock, std::span<const SequencePtr> sequences, size_t most);

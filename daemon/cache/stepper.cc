@@ -45,6 +45,25 @@ std::vector<StepSeal> Step::Seals() const {
   return seals;
 }
 
+absl::Status Step::SayTokens(size_t item, std::span<const TokenId> token_ids) {
+  Item& of = items_[item];
+  const auto where = [&] { return absl::StrCat("items[", item, "]"); };
+  if (static_cast<int64_t>(token_ids.size()) != of.end - of.start)
+    return absl::InvalidArgumentError(absl::StrCat(where(), ": ", token_ids.size(), " token ids for ",
+                                                   of.end - of.start, " tokens; say all of them, or none"));
+  if (!of.token_ids.empty()) {
+    const auto [said, now] = std::mismatch(of.token_ids.begin(), of.token_ids.end(), token_ids.begin());
+    if (said == of.token_ids.end()) return absl::OkStatus();
+    return absl::InvalidArgumentError(absl::StrCat(where(), ": token ",
+                                                   of.start + (said - of.token_ids.begin()), " has the id ",
+                                                   *now, ", but came with the id ", *said, " before"));
+  }
+  of.token_ids.assign(token_ids.begin(), token_ids.end());
+  // One group says it for all.
+  batch_.writes[item * model().groups.size()].token_ids = of.token_ids;
+  return absl::OkStatus();
+}
+
 int Step::FirstLayerLeft() const {
   const auto left = std::find(written_.begin(), written_.end(), false);
   return left == written_.end() ? -1 : static_cast<int>(left - written_.begin());
@@ -85,7 +104,8 @@ absl::Status Stepper::AddItem(CacheState& state, const StepItem& item, const Cal
   batch.AddSequence(sequence, follows);
   for (size_t group = 0; group < sequence->groups.size(); group++)
     batch.AddGroup(static_cast<int>(group), added.start, item.new_tokens).hash = kUnknownRows;
-  return absl::OkStatus();
+  if (item.token_ids.empty()) return absl::OkStatus();
+  return step.SayTokens(step.items_.size() - 1, item.token_ids);
 }
 
 absl::Status Stepper::BringIn(CacheLock& lock, const Step& step) {
@@ -140,6 +160,15 @@ absl::Status Stepper::CheckHome(const Step& step) const {
               TierText(core_.options(), static_cast<size_t>(run.tier)),
               ", and there is no room for them in the memory that the engine reads; fewer or shorter "
               "sequences at a time, or more of that memory"));
+    for (size_t group = 0; group < step.items_[i].tables.size(); group++) {
+      const Profile* const profile = step.ProfileOf(i, static_cast<int>(group));
+      for (const SnapshotRun& run : step.items_[i].tables[group]->runs())
+        if (run.profile != nullptr && (profile == nullptr || run.profile->hash != profile->hash))
+          return absl::FailedPreconditionError(absl::StrCat(
+              "items[", i, "]: blocks from token ", run.first_block * kBlockTokens,
+              " on were coded with another profile than those that follow; an engine that attends by itself "
+              "reads a sequence with one: use AppendAttend"));
+    }
   }
   for (const Sealer::Seal& seal : step.seals_)
     if (seal.source->tier != seal.sequence->home)
@@ -236,6 +265,8 @@ absl::Status Stepper::AttendLayer(Step& step, const AttendCall& call) {
                      " from ", step.start(i), " on"));
   }
   KVTIDE_RETURN_IF_ERROR(reader_.CheckCall(call, step.model(), true));
+  for (size_t i = 0; i < step.size(); i++)
+    if (!call.items[i].token_ids.empty()) KVTIDE_RETURN_IF_ERROR(step.SayTokens(i, call.items[i].token_ids));
   WriteBatch layer;
   CacheLock lock(core_);
   if (!step.batch_.open()) return Lost();

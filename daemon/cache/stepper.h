@@ -28,7 +28,8 @@ namespace kvtide {
 
 struct StepItem {
   SequenceId sequence = 0;
-  int64_t new_tokens = 0;  // at least 1
+  int64_t new_tokens = 0;              // at least 1
+  std::span<const TokenId> token_ids;  // as in AppendCall; empty: not said, or said later (Step::SayTokens)
 };
 
 class Step;
@@ -88,6 +89,9 @@ class Step {
   const Profile* ProfileOf(size_t item, int group) const {
     return items_[item].profiles[static_cast<size_t>(group)].get();
   }
+  // What the new tokens of an item are, one for each, as in AppendCall. InvalidArgument for too few or many,
+  // and where it was said already that they are others.
+  absl::Status SayTokens(size_t item, std::span<const TokenId> token_ids);
   // The first layer that AttendStepLayer has not written; -1: it has written all of them.
   int FirstLayerLeft() const;
 
@@ -97,6 +101,7 @@ class Step {
     int64_t start = 0, end = 0;
     std::vector<const TableSnapshot*> tables;              // by layer group
     std::vector<std::shared_ptr<const Profile>> profiles;  // likewise
+    std::vector<TokenId> token_ids;                        // of the new tokens, once said
   };
   explicit Step(Stepper* stepper) : stepper_(stepper) {}
 

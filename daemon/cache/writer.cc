@@ -510,7 +510,11 @@ absl::Status Writer::Finish(CacheLock& lock, WriteBatch& batch) {
   for (size_t i = 0; i < batch.sequences.size(); i++)
     lock->counters.appended_tokens +=
         static_cast<uint64_t>(batch.sequences[i]->MinTokens() - batch.old_tokens_[i]);
-  if (batch.settles) sealer_.Settle(lock, batch.sequences, batch.context);
+  if (batch.settles) {
+    sealer_.Settle(lock, batch.sequences, batch.context);
+  } else {
+    sealer_.Register(*lock, batch.sequences);
+  }
   // The tokens were published: who is closed after that takes nothing from the others.
   bool left = false;
   for (const SequencePtr& sequence : batch.sequences) {

@@ -80,6 +80,11 @@ void OpenSteps::Forget(SequenceId sequence) {
   told_.erase(told_.lower_bound({sequence, 0}), told_.upper_bound({sequence, INT32_MAX}));
 }
 
+void OpenSteps::ForgetAll() {
+  const MutexLock lock(mutex_);
+  told_.clear();
+}
+
 void OpenSteps::RollBackAll() {
   const MutexLock lock(mutex_);
   while (!open_.empty()) open_.erase(std::prev(open_.end()));  // what follows others goes first

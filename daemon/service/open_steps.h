@@ -82,6 +82,8 @@ class OpenSteps {
   }
   // The sequence is closed.
   void Forget(SequenceId sequence);
+  // The client knows nothing any more.
+  void ForgetAll();
   // The session ends; no call is under way.
   void RollBackAll();
 

@@ -12,6 +12,10 @@
 namespace kvtide::service {
 namespace {
 
+std::span<const TokenId> Ids(const google::protobuf::RepeatedField<uint32_t>& ids) {
+  return {ids.data(), static_cast<size_t>(ids.size())};
+}
+
 // The blocks of a table from `first` on.
 void ToProto(const KvCache& cache, const ToldTable& table, int64_t first, v1::StepTable* proto) {
   proto->set_first_block(table.first_block);
@@ -43,7 +47,8 @@ absl::Status Handlers::BeginStep(const v1::BeginStepRequest& request, v1::BeginS
   KVTIDE_RETURN_IF_ERROR(call.steps->CheckRoom());
   std::vector<StepItem> items;
   items.reserve(static_cast<size_t>(request.items_size()));
-  for (const v1::StepItem& item : request.items()) items.push_back({item.sequence_id(), item.new_tokens()});
+  for (const v1::StepItem& item : request.items())
+    items.push_back({item.sequence_id(), item.new_tokens(), Ids(item.token_ids())});
   if (request.mapped() && !call.maps_pool)
     return absl::FailedPreconditionError(
         "a mapped step is for clients that have mapped the pool (the direct way)");
@@ -61,13 +66,13 @@ absl::Status Handlers::BeginStep(const v1::BeginStepRequest& request, v1::BeginS
   }
   KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<Step> step, cache_->BeginStep(begin));
   const Step& begun = *step;
+  if (request.tables() == v1::STEP_TABLES_ALL) call.steps->ForgetAll();
   for (size_t i = 0; i < begun.size(); i++) {
     v1::StepSequence* const out = response->add_items();
     out->set_start_position(begun.start(i));
     if (request.tables() == v1::STEP_TABLES_UNSPECIFIED) continue;
     for (size_t group = 0; group < begun.model().groups.size(); group++) {
       call.steps->Tell(begun.sequence(i), static_cast<int>(group), [&](ToldTable& told) {
-        if (request.tables() == v1::STEP_TABLES_ALL) told = {};
         const int64_t first = told.Update(begun, i, static_cast<int>(group));
         v1::StepTable* const table = out->add_tables();
         ToProto(*cache_, told, std::max(first, told.first_block), table);
@@ -106,6 +111,12 @@ absl::Status Handlers::EndStep(const v1::EndStepRequest& request, v1::EndStepRes
   if (const uint64_t previous = call.steps->Previous(request.step_id()); previous != 0)
     return absl::FailedPreconditionError(
         absl::StrCat("step ", previous, " is open, which this one follows; end that one first"));
+  for (const v1::StepTokens& tokens : request.tokens()) {
+    if (tokens.item() < 0 || static_cast<size_t>(tokens.item()) >= (*taken).size())
+      return absl::InvalidArgumentError(
+          absl::StrCat("tokens of item ", tokens.item(), ": the step has ", (*taken).size(), " items"));
+    KVTIDE_RETURN_IF_ERROR((*taken).SayTokens(static_cast<size_t>(tokens.item()), Ids(tokens.token_ids())));
+  }
   if (const int layer = (*taken).FirstLayerLeft(); layer >= 0 && !(*taken).mapped())
     return absl::FailedPreconditionError(absl::StrCat(
         "the rows of layer ", layer, " have not come (AppendAttend with step_id), or roll the step back"));

@@ -151,6 +151,145 @@ TEST(Direct, WhatLiesBelowIsBroughtUp) {
   }
 }
 
+// An engine that computes by itself, over sequences whose rows are those of seed 1.
+class SameRows {
+ public:
+  SameRows(Pool& pool, const std::string& pair, client::KeyCentring centring = client::KeyCentring::kDefault)
+      : pool_(pool), options_{.pair = pair} {
+    options_.key_centring = centring;
+    options_.exact_window = ExactWindow{1, 1};
+    auto made = client::DirectAttention::Make(
+        &pool, e2e::SmallModel(),
+        {.pair = pair, .type = DataType::kF32, .output_type = DataType::kF32, .max_new_tokens = 512});
+    EXPECT_TRUE(made.ok()) << made.status();
+    attention_ = *std::move(made);
+  }
+
+  const client::SequenceOptions& options() const { return options_; }
+  client::SequenceId Make(client::LeaseId lease = 0) {
+    return pool_.CreateSequence("small", options_, lease).value();
+  }
+  // The outputs of all layers. The items' ids are said when the step begins, `late` when it ends.
+  std::vector<float> Step(const std::vector<client::StepItem>& items,
+                          std::span<const client::StepTokens> late = {}) {
+    std::vector<float> all;
+    auto step = attention_->Begin(items, nullptr);
+    EXPECT_TRUE(step.ok()) << step.status();
+    if (!step.ok()) return all;
+    for (int layer = 0; layer < e2e::kLayers; layer++) {
+      std::vector<float> k, v, q;
+      for (size_t i = 0; i < items.size(); i++) {
+        const e2e::Tokens rows(1, step->starts[i], items[i].new_tokens);
+        const std::vector<float> queries = e2e::Rows(3, step->starts[i], items[i].new_tokens, e2e::kHeads);
+        k.insert(k.end(), rows.k[static_cast<size_t>(layer)].begin(),
+                 rows.k[static_cast<size_t>(layer)].end());
+        v.insert(v.end(), rows.v[static_cast<size_t>(layer)].begin(),
+                 rows.v[static_cast<size_t>(layer)].end());
+        q.insert(q.end(), queries.begin(), queries.end());
+      }
+      const size_t width = e2e::kHeads * e2e::kDim, kv_width = e2e::kKvHeads * e2e::kDim;
+      std::vector<float> out(q.size()), lse(q.size() / e2e::kDim);
+      EXPECT_TRUE(attention_->Write(layer, {k.data(), kv_width}, {v.data(), kv_width}, nullptr).ok());
+      EXPECT_TRUE(
+          attention_->Attend(layer, {q.data(), width}, {out.data(), width}, lse.data(), nullptr).ok());
+      all.insert(all.end(), out.begin(), out.end());
+    }
+    EXPECT_TRUE(attention_->Seal(nullptr).ok());
+    EXPECT_TRUE(attention_->Mark(*step, nullptr).ok());
+    const absl::Status status = attention_->End(*std::move(step), late);
+    EXPECT_TRUE(status.ok()) << status;
+    return all;
+  }
+  client::SequenceInfo Info(client::SequenceId id) {
+    const auto all = pool_.ListSequences("small");
+    EXPECT_TRUE(all.ok()) << all.status();
+    for (const client::SequenceInfo& info : all.value_or(std::vector<client::SequenceInfo>()))
+      if (info.id == id) return info;
+    return {};
+  }
+
+ private:
+  Pool& pool_;
+  client::SequenceOptions options_;
+  std::unique_ptr<client::DirectAttention> attention_;
+};
+
+TEST(Direct, StepsThatSayTheirTokensEndWithOneCopyAndAreFound) {
+  const auto daemon = SharingDaemon();
+  for (const std::string& address : {"direct:" + daemon->address(), std::string("embedded")}) {
+    const auto pool = Connect(address);
+    for (const std::string pair : {"turbo4/turbo4", "f16/f16"}) {
+      SameRows engine(*pool, pair);
+      std::vector<client::TokenId> ids(64 * 6);
+      for (size_t i = 0; i < ids.size(); i++) ids[i] = static_cast<client::TokenId>(i * i % 991);
+      const client::SequenceId a = engine.Make(), b = engine.Make(), alone = engine.Make();
+      for (size_t at = 0; at < ids.size(); at += 48) {
+        const auto said = std::span<const client::TokenId>(ids).subspan(at, 48);
+        const client::StepTokens late{1, said};
+        engine.Step({{a, 48, said}, {b, 48}, {alone, 48}}, {&late, 1});
+      }
+      ASSERT_FALSE(HasFailure()) << address << " " << pair;
+      // Every block that is sealed by now; the last one waits for the next step.
+      const int64_t sealed = engine.Info(a).shared_blocks;
+      EXPECT_GE(sealed, 4) << pair;
+      EXPECT_EQ(engine.Info(b).shared_blocks, sealed);
+      EXPECT_EQ(engine.Info(alone).shared_blocks, 0);
+      const auto found = pool->LookupPrefix("small", engine.options(), ids);
+      ASSERT_TRUE(found.ok()) << found.status();
+      EXPECT_EQ(found->tokens, sealed * 64);
+      const client::SequenceId c = engine.Make(found->lease);
+      EXPECT_EQ(engine.Info(c).reused_tokens, sealed * 64);
+      const auto left = static_cast<int64_t>(ids.size()) - sealed * 64;
+      if (left > 0)
+        engine.Step({{c, left, std::span<const client::TokenId>(ids).last(static_cast<size_t>(left))}});
+      // All have the same tokens, and read the same of them.
+      const std::vector<float> of_a = engine.Step({{a, 1}}), of_c = engine.Step({{c, 1}});
+      EXPECT_EQ(of_a, engine.Step({{b, 1}})) << pair;
+      EXPECT_EQ(of_a, of_c) << address << " " << pair;
+      for (const client::SequenceId id : {a, b, c, alone}) EXPECT_TRUE(pool->CloseSequence(id).ok());
+      EXPECT_TRUE(pool->UnregisterModel("small").ok());
+    }
+  }
+}
+
+// Equal tokens whose keys differ, as by the rounding of another batch, have other means: an engine that reads
+// a sequence with one never meets both.
+TEST(Direct, ASequenceThatBeginsWithAPrefixHasOneMean) {
+  const auto daemon = SharingDaemon();
+  const auto pool = Connect("direct:" + daemon->address());
+  SameRows engine(*pool, "turbo4/turbo4", client::KeyCentring::kFirstBlock);
+  std::vector<client::TokenId> ids(64 * 8, 3);
+  const auto append = [&](int seed, int64_t tokens) {
+    const client::SequenceId id = engine.Make();
+    const auto status = pool->Append(id, 0, e2e::Tokens(seed, 0, tokens).layers,
+                                     std::span(ids).first(static_cast<size_t>(tokens)));
+    EXPECT_TRUE(status.ok()) << status.status();
+    return id;
+  };
+  const client::SequenceId a = append(1, 64 * 5), b = append(2, 64 * 8);
+  // The exact first block is one, the coded ones are not.
+  EXPECT_EQ(engine.Info(b).shared_blocks, 1);
+  const auto found = pool->LookupPrefix("small", engine.options(), ids);
+  ASSERT_TRUE(found.ok()) << found.status();
+  EXPECT_EQ(found->tokens, 64 * 4);
+  const client::SequenceId c = engine.Make(found->lease);
+  engine.Step({{a, 1}, {b, 1}, {c, 1}});
+  for (const client::SequenceId id : {a, b, c}) EXPECT_TRUE(pool->CloseSequence(id).ok());
+}
+
+// Whoever did not get an answer does not know any table, those of other sequences either.
+TEST(Direct, AStepThatDoesNotBeginLosesNoTable) {
+  const auto daemon = SharingDaemon();
+  const auto pool = Connect("direct:" + daemon->address());
+  SameRows engine(*pool, "turbo4/turbo4");
+  const client::SequenceId a = engine.Make(), b = engine.Make();
+  engine.Step({{a, 200}, {b, 200}});
+  const std::vector<client::StepItem> none = {{b, 0}};
+  EXPECT_EQ(pool->BeginStep(none, {.tables = true}).status().code(), StatusCode::kInvalidArgument);
+  const std::vector<float> of_a = engine.Step({{a, 1}});
+  EXPECT_EQ(of_a, engine.Step({{b, 1}}));
+}
+
 [[noreturn]] void WorkUntilKilled(const std::string& address, uint32_t seed) {
   auto pool = Pool::Connect("direct:" + address, OnCpu());
   if (!pool.ok()) ::_exit(1);

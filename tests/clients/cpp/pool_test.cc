@@ -248,6 +248,119 @@ TEST_P(PoolTest, MistakesAreNamedAndChangeNothing) {
   ExpectError(pool_->CloseSequence(id), StatusCode::kNotFound, "");
 }
 
+// One layer of a step over SmallModel, for sequences that all have the rows of seed 1.
+absl::Status RunStepLayer(Pool& pool, int layer, const client::Step& step,
+                          std::span<const client::StepItem> of, std::span<const client::TokenId> said = {}) {
+  std::vector<e2e::Tokens> rows;
+  std::vector<std::vector<float>> q, out;
+  for (size_t i = 0; i < of.size(); i++) {
+    rows.emplace_back(1, step.starts[i], of[i].new_tokens);
+    q.push_back(e2e::Rows(3, step.starts[i], of[i].new_tokens, e2e::kHeads));
+    out.emplace_back(q[i].size());
+  }
+  std::vector<client::AppendAttendItem> items(of.size());
+  for (size_t i = 0; i < of.size(); i++) {
+    items[i].sequence = of[i].sequence;
+    items[i].start_position = step.starts[i];
+    items[i].q = TensorRef::F32(q[i], {of[i].new_tokens, e2e::kHeads, e2e::kDim});
+    items[i].k = rows[i].layers[static_cast<size_t>(layer)].k;
+    items[i].v = rows[i].layers[static_cast<size_t>(layer)].v;
+    items[i].output = out[i];
+  }
+  items.back().token_ids = said;
+  return pool.AppendAttend(layer, items, {}, step.id);
+}
+
+// When it begins, with a layer, or when it ends: the blocks are found, and there is one copy of them.
+TEST_P(PoolTest, StepsSayWhatTheirTokensAre) {
+  if (GetParam() == "grpc") GTEST_SKIP() << "steps belong to a session";
+  constexpr int64_t kChunk = 96, kChunks = 5;
+  std::vector<client::TokenId> ids(kChunk * kChunks);
+  for (size_t i = 0; i < ids.size(); i++) ids[i] = static_cast<client::TokenId>(i * i % 991);
+  const client::SequenceOptions options{.pair = "q8_0/turbo4", .exact_window = ExactWindow{1, 1}};
+  ASSERT_TRUE(pool_->RegisterModel(e2e::SmallModel()).ok());
+  std::vector<client::SequenceId> all;
+  for (int i = 0; i < 4; i++) all.push_back(pool_->CreateSequence("small", options).value());
+  for (int64_t at = 0; at < kChunk * kChunks; at += kChunk) {
+    const std::span<const client::TokenId> said(ids.data() + at, kChunk);
+    const std::vector<client::StepItem> items = {
+        {all[0], kChunk, said}, {all[1], kChunk}, {all[2], kChunk}, {all[3], kChunk}};
+    const auto step = pool_->BeginStep(items);
+    ASSERT_TRUE(step.ok()) << step.status();
+    for (int layer = 0; layer < e2e::kLayers; layer++) {
+      const absl::Status status =
+          RunStepLayer(*pool_, layer, *step, items, layer == 0 ? said : std::span<const client::TokenId>());
+      ASSERT_TRUE(status.ok()) << status;
+    }
+    if (at == 0) {
+      using absl::StatusCode;
+      const auto end = [&](size_t item, std::span<const client::TokenId> what) {
+        const client::StepTokens tokens{item, what};
+        return pool_->EndStep(step->id, {&tokens, 1});
+      };
+      ExpectError(end(4, said), StatusCode::kInvalidArgument, "tokens of item 4: the step has 4 items");
+      ExpectError(end(1, said.first(3)), StatusCode::kInvalidArgument, "items[1]: 3 token ids for 96 tokens");
+      std::vector<client::TokenId> others(said.begin(), said.end());
+      others[7] = 5;
+      ExpectError(end(0, others), StatusCode::kInvalidArgument,
+                  "items[0]: token 7 has the id 5, but came with the id 49 before");
+      ExpectError(end(3, others), StatusCode::kInvalidArgument, "items[3]: token 7");
+    }
+    const std::vector<client::StepTokens> late = {{1, said}, {0, said}};
+    const absl::Status status = pool_->EndStep(step->id, late);
+    ASSERT_TRUE(status.ok()) << status;
+  }
+  // The first block and those that are coded: all that does not change any more.
+  const int64_t sealed = kChunk * kChunks / 64 - 1;
+  const auto list = pool_->ListSequences("small");
+  ASSERT_TRUE(list.ok()) << list.status();
+  for (const client::SequenceInfo& info : *list) {
+    const bool said = info.id != all[2];
+    EXPECT_EQ(info.known_tokens, said ? kChunk * kChunks : 0);
+    EXPECT_EQ(info.shared_blocks, said ? sealed : 0);
+  }
+  auto found = pool_->LookupPrefix("small", options, ids);
+  ASSERT_TRUE(found.ok()) << found.status();
+  EXPECT_EQ(found->tokens, sealed * 64);
+  int64_t tokens = 0;
+  const auto next = pool_->CreateSequence("small", options, found->lease, &tokens);
+  ASSERT_TRUE(next.ok()) << next.status();
+  EXPECT_EQ(tokens, sealed * 64);
+  // It goes on by steps, the next of which begins before it is known what the tokens of the one before are.
+  const int64_t rest = kChunk * kChunks - tokens;
+  const std::vector<client::StepItem> first = {{*next, rest}}, second = {{*next, 64}};
+  const auto one = pool_->BeginStep(first);
+  ASSERT_TRUE(one.ok()) << one.status();
+  const auto two = pool_->BeginStep(second, {.after = one->id});
+  ASSERT_TRUE(two.ok()) << two.status();
+  for (int layer = 0; layer < e2e::kLayers; layer++)
+    ASSERT_TRUE(RunStepLayer(*pool_, layer, *one, first).ok());
+  for (int layer = 0; layer < e2e::kLayers; layer++)
+    ASSERT_TRUE(RunStepLayer(*pool_, layer, *two, second).ok());
+  const std::vector<client::TokenId> more(64, 7);
+  const client::StepTokens of_one{0, std::span(ids).last(static_cast<size_t>(rest))}, of_two{0, more};
+  EXPECT_TRUE(pool_->EndStep(one->id, {&of_one, 1}).ok());
+  EXPECT_TRUE(pool_->EndStep(two->id, {&of_two, 1}).ok());
+  ids.insert(ids.end(), more.begin(), more.end());
+  found = pool_->LookupPrefix("small", options, ids, -1, true);
+  ASSERT_TRUE(found.ok()) << found.status();
+  EXPECT_EQ(found->tokens, sealed * 64 + 64);
+  // A step that is taken back has said nothing.
+  const std::vector<client::StepItem> lost = {{*next, 64, more}};
+  const auto taken_back = pool_->BeginStep(lost);
+  ASSERT_TRUE(taken_back.ok()) << taken_back.status();
+  EXPECT_TRUE(pool_->RollBackStep(taken_back->id).ok());
+  const auto after = pool_->ListSequences("small");
+  ASSERT_TRUE(after.ok()) << after.status();
+  for (const client::SequenceInfo& info : *after)
+    EXPECT_EQ(info.known_tokens,
+              info.id == *next ? kChunk * kChunks + 64 : (info.id == all[2] ? 0 : kChunk * kChunks));
+  all.push_back(*next);
+  for (const client::SequenceId id : all) EXPECT_TRUE(pool_->CloseSequence(id).ok());
+  ASSERT_TRUE(pool_->UnregisterModel("small").ok());
+  EXPECT_EQ(pool_->GetStats()->stored_bytes, 0);
+}
+
 TEST_P(PoolTest, MistakesAboutStepsAreNamedAndChangeNothing) {
   using absl::StatusCode;
   const client::SequenceId id = Make(), other = Make();
@@ -267,6 +380,9 @@ TEST_P(PoolTest, MistakesAboutStepsAreNamedAndChangeNothing) {
   ExpectError(begin({{id, 1}, {id, 1}}).status(), StatusCode::kInvalidArgument, "items[1]: sequence");
   ExpectError(begin({{id + 1, 1}}).status(), StatusCode::kNotFound, "items[0]");
   ExpectError(begin({{id, 1}}, 77).status(), StatusCode::kNotFound, "step 77 is not open on this session");
+  const std::vector<client::TokenId> three(3);
+  ExpectError(begin({{other, 1}, {id, 2, three}}).status(), StatusCode::kInvalidArgument,
+              "items[1]: 3 token ids for 2 tokens");
   ExpectError(begin({{id, 1'000'000'000'000}}).status(), StatusCode::kInvalidArgument,
               "max_tokens_per_append");
   ExpectError(pool_->EndStep(77), StatusCode::kNotFound, "step 77");

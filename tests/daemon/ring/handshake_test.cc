@@ -33,7 +33,7 @@ TEST(Handshake, AHelloIsCheckedFieldByField) {
   ExpectError(CheckHello(hello, 7), StatusCode::kInvalidArgument, "shared-memory protocol only");
   hello = Hello();
   hello.version++;
-  ExpectError(CheckHello(hello, 7), StatusCode::kFailedPrecondition, "version 3");
+  ExpectError(CheckHello(hello, 7), StatusCode::kFailedPrecondition, "version 4");
   hello = Hello();
   hello.generation = 8;
   ExpectError(CheckHello(hello, 7), StatusCode::kFailedPrecondition, "has ended");
@@ -53,7 +53,7 @@ TEST(Handshake, ARefusalComesBackAsItIs) {
   EXPECT_EQ(CheckWelcome(welcome).message().size(), sizeof(welcome.text));
   welcome = Welcome();
   welcome.version++;
-  ExpectError(CheckWelcome(welcome), StatusCode::kFailedPrecondition, "version 3");
+  ExpectError(CheckWelcome(welcome), StatusCode::kFailedPrecondition, "version 4");
   welcome.magic[2] = 'x';
   ExpectError(CheckWelcome(welcome), StatusCode::kFailedPrecondition, "no kvtided");
 }
