@@ -78,6 +78,7 @@ void FailureLog::Add(const service::CallReport& call, absl::Time now) {
                                   " code=", absl::StatusCodeToString(code));
   if (call.sequence != 0) absl::StrAppend(&line, " sequence=", call.sequence);
   absl::StrAppend(&line, " request=", Escaped(call.request_id), " caller=", Escaped(call.caller));
+  absl::StrAppend(&line, " way=", service::NameOf(call.way));
   if (!call.tenant.empty()) absl::StrAppend(&line, " tenant=", Escaped(call.tenant));
   if (!call.trace.empty()) absl::StrAppend(&line, " trace=", Escaped(call.trace));
   absl::StrAppend(&line, " us=", absl::ToInt64Microseconds(call.duration));

@@ -178,6 +178,11 @@ class Daemon {
     stats.shared_memory_refused = gauges.shared_memory_refused;
     stats.shared_memory_bytes = gauges.shared_memory_bytes;
     stats.shared_memory_limit = gauges.shared_memory_limit_bytes;
+    const auto ways = options.clients->Ways();
+    for (size_t i = 0; i < ways.size(); i++)
+      stats.ways.push_back({service::kWayNames[i], ways[i].connected, ways[i].traffic.calls,
+                            ways[i].traffic.steps, ways[i].traffic.received_bytes,
+                            ways[i].traffic.sent_bytes});
     return stats;
   }
 

@@ -286,8 +286,27 @@ struct MethodStats {
   std::vector<std::pair<std::string, int64_t>> failed;  // by code
   double p50_seconds = 0, p99_seconds = 0;
 };
+// A way to reach the daemon: "grpc", "shared_memory" or "direct". kvtide.v1.WayStats explains the counters.
+struct WayStats {
+  std::string way;
+  int64_t clients = 0, calls = 0, steps = 0, received_bytes = 0, sent_bytes = 0;
+};
+// A client that is connected.
+struct ClientStats {
+  std::string name, way, tenant;
+  int64_t calls = 0, steps = 0, received_bytes = 0, sent_bytes = 0;
+  double connected_seconds = 0, idle_seconds = 0;
+};
+// Memory of "sequences", "host" or "gpus": what the planner's arithmetic and the limits say, and what it is.
+struct MemoryUse {
+  std::string part;
+  int64_t predicted_bytes = 0, actual_bytes = 0;
+};
 struct ServerStats {
   std::vector<MethodStats> methods;
+  std::vector<WayStats> ways;
+  std::vector<ClientStats> clients;  // with most calls first
+  std::vector<MemoryUse> memory;
   std::vector<TierStats> tiers;
   int64_t models = 0, sequences = 0, tokens = 0, shared_blocks = 0;
   int64_t stored_bytes = 0, f16_equivalent_bytes = 0;

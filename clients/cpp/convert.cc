@@ -250,6 +250,15 @@ ServerStats FromProto(const v1::GetStatsResponse& proto) {
     to.p50_seconds = method.p50_seconds();
     to.p99_seconds = method.p99_seconds();
   }
+  for (const v1::WayStats& way : proto.ways())
+    stats.ways.push_back(
+        {way.way(), way.clients(), way.calls(), way.steps(), way.received_bytes(), way.sent_bytes()});
+  for (const v1::ClientStats& client : proto.clients())
+    stats.clients.push_back({client.name(), client.way(), client.tenant(), client.calls(), client.steps(),
+                             client.received_bytes(), client.sent_bytes(), client.connected_seconds(),
+                             client.idle_seconds()});
+  for (const v1::MemoryUse& use : proto.memory())
+    stats.memory.push_back({use.part(), use.predicted_bytes(), use.actual_bytes()});
   return stats;
 }
 

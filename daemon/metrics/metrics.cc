@@ -33,6 +33,24 @@ std::string Compiler() {
 #endif
 }
 
+void WriteWays(const std::vector<WayStats>& ways, FamilyWriter* writer) {
+  writer->Gauge("kvtide_clients", "Clients that are connected, by the way by which they reach the daemon.");
+  for (const WayStats& way : ways) writer->Sample(static_cast<double>(way.clients), {{"way", way.way}});
+  const auto counter = [&](const char* name, const char* help, int64_t WayStats::*value) {
+    writer->Counter(name, help);
+    for (const WayStats& way : ways) writer->Sample(static_cast<double>(way.*value), {{"way", way.way}});
+  };
+  counter("kvtide_way_calls_total", "Calls that have ended, by way; sessions count by their calls.",
+          &WayStats::calls);
+  counter("kvtide_way_steps_total", "Steps that have ended, by way.", &WayStats::steps);
+  counter("kvtide_way_received_bytes_total",
+          "Bytes of requests, by way; tensors in shared memory are not carried and do not count.",
+          &WayStats::received_bytes);
+  counter("kvtide_way_sent_bytes_total",
+          "Bytes of answers, by way; tensors in shared memory are not carried and do not count.",
+          &WayStats::sent_bytes);
+}
+
 void WriteService(const ServiceStats& stats, FamilyWriter* writer) {
   const auto gauge = [&](const char* name, const char* help, int64_t value) {
     writer->Gauge(name, help).Sample(static_cast<double>(value));
@@ -64,6 +82,7 @@ void WriteService(const ServiceStats& stats, FamilyWriter* writer) {
         stats.shared_memory_bytes);
   gauge("kvtide_shared_memory_limit_bytes", "Most bytes of all arenas; beyond it clients are refused.",
         stats.shared_memory_limit);
+  WriteWays(stats.ways, writer);
 }
 
 std::vector<prometheus::Histogram*> WorkHistograms(const std::vector<std::string>& works,

@@ -18,8 +18,16 @@
 
 namespace kvtide::metrics {
 
+// A way to reach the daemon; counters are since the start.
+struct WayStats {
+  std::string way;
+  int64_t clients = 0;  // connected
+  int64_t calls = 0, steps = 0, received_bytes = 0, sent_bytes = 0;
+};
+
 // What the service shows of itself.
 struct ServiceStats {
+  std::vector<WayStats> ways;
   int64_t calls_under_way = 0;                      // arrived and not answered
   int64_t queued_calls = 0, queued_bulk_calls = 0;  // of these, waiting for a thread
   int64_t connections = 0, connections_limit = 0;
@@ -58,7 +66,7 @@ constexpr const char* kMethods[] = {
     "Session",          "ReadTokens",        "PersistSequences", "OpenNamespace",   "StoreBlocks",
     "LookupBlocks",     "LoadBlocks",        "ReleaseLease",     "DeleteNamespace", "PersistNamespace",
     "ListNamespaces",   "BeginStep",         "EndStep",          "GetStepProfile",  "PinSequences",
-    "GetConfig",        "ReloadConfig",     "LookupPrefix",
+    "GetConfig",        "ReloadConfig",      "LookupPrefix",
 };
 
 class Metrics {

@@ -114,8 +114,9 @@ void RequestMetrics::RecordLookup(std::string_view tenant, std::string_view unit
     counter = &prometheus::BuildCounter()
                    .Name("kvtide_tenant_lookups_total")
                    .Help(
-                       "Blocks by key that lookups of the tenant found, by tier, and that they did not "
-                       "(found_in none).")
+                       "What lookups of the tenant found, by tier, and what they did not (found_in none): "
+                       "blocks by "
+                       "key, and tokens of prefixes.")
                    .Register(*registry_)
                    .Add({{"tenant", LabelOf(tenant)},
                          {"unit", std::string(unit)},

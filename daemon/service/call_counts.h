@@ -20,7 +20,7 @@ class CallCounts {
   void ToProto(google::protobuf::RepeatedPtrField<v1::MethodStats>* methods) const;
 
  private:
-  static constexpr size_t kMethods = 32, kCodes = 17, kBuckets = 40;
+  static constexpr size_t kMethods = 64, kCodes = 17, kBuckets = 40;
   struct Method {
     std::atomic<const char*> name{nullptr};
     std::array<std::atomic<int64_t>, kCodes> codes{};

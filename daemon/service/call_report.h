@@ -1,6 +1,7 @@
 // What is told of a call when it has ended.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string_view>
 
@@ -8,10 +9,18 @@
 
 namespace kvtide::service {
 
+// How a client reaches the daemon: messages over gRPC; messages in memory that both share; the same, and the
+// client maps the pool and writes and reads blocks itself.
+enum class Way { kGrpc, kSharedMemory, kDirect };
+constexpr size_t kWays = 3;
+constexpr const char* kWayNames[kWays] = {"grpc", "shared_memory", "direct"};
+constexpr const char* NameOf(Way way) { return kWayNames[static_cast<size_t>(way)]; }
+
 // Told after every call, from any thread; must be quick. `method` is a string literal, `code` a gRPC status
 // code; texts are the callee's for the call only.
 struct CallReport {
   const char* method = "";
+  Way way = Way::kGrpc;
   int code = 0;
   absl::Duration duration;  // from the call's arrival to its answer; of it,
   absl::Duration received;  // until its request was there,

@@ -58,6 +58,10 @@ std::shared_ptr<Connection> Connections::Add(int fd) {
   connection->name = NameOfPeer(fd);
   connection->identity = access_.OfSocket(fd);
   connection->tcp = IsTcp(fd);
+  if (clients_ != nullptr)
+    connection->client =
+        clients_->Add(Way::kGrpc, connection->name,
+                      connection->identity.ok() ? (*connection->identity)->tenant : std::string());
   const ino_t socket = SocketOf(fd);
   const MutexLock lock(mutex_);
   connection->number = ++last_;

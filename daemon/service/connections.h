@@ -15,6 +15,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
 #include "daemon/service/access.h"
+#include "daemon/service/clients.h"
 #include "daemon/service/memory_budget.h"
 #include "daemon/service/read_turns.h"
 #include "kernels/base/mutex.h"
@@ -27,6 +28,7 @@ struct Connection {
   uint64_t number = 0;  // 1, 2, ... in order of arrival; the caller's place in fair queues
   bool tcp = false;
   std::string name = "a closed connection";  // "unix:uid=1000,pid=4711" or "127.0.0.1:53412"
+  std::shared_ptr<Client> client;            // its counts; null = it has gone
   MemoryBudget::Account memory;
   ReadTurns turns;
 };
@@ -36,7 +38,9 @@ std::string NameOfPeer(int fd);
 
 class Connections {
  public:
-  explicit Connections(Access access = {}) : access_(std::move(access)) {}
+  // `clients` is told of them; null = nobody is.
+  explicit Connections(Access access = {}, std::shared_ptr<Clients> clients = nullptr)
+      : access_(std::move(access)), clients_(std::move(clients)) {}
   // The connection that was accepted as descriptor `fd`; it takes the place of an earlier one that is gone.
   std::shared_ptr<Connection> Add(int fd);
   // By the peer name of a call. A call whose connection has gone gets one that stands for all such.
@@ -57,6 +61,7 @@ class Connections {
     ino_t socket = 0;
   };
   const Access access_;
+  const std::shared_ptr<Clients> clients_;
   void Erase(int fd) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   mutable Mutex mutex_;
   absl::flat_hash_map<int, Entry> open_ ABSL_GUARDED_BY(mutex_);

@@ -167,6 +167,11 @@ absl::Status Handlers::LookupPrefix(const v1::LookupPrefixRequest& request,
   lookup.context = &call.context;
   KVTIDE_ASSIGN_OR_RETURN(const PrefixReport report, cache_->LookupPrefix(lookup));
   response->set_tokens(report.tokens);
+  if (!request.peek()) {
+    std::vector<std::pair<int, int64_t>> hits;
+    for (const PrefixReport::Run& run : report.tiers) hits.emplace_back(run.tier, run.tokens);
+    TellLookup(call, "tokens", hits, lookup.token_ids.size());
+  }
   for (const PrefixReport::Run& run : report.tiers) {
     v1::PrefixTokens* const out = response->add_tiers();
     out->set_tier(cache_->options().tiers[static_cast<size_t>(run.tier)].name);
@@ -302,9 +307,12 @@ absl::Status Handlers::ListSequences(const v1::ListSequencesRequest& request,
   return absl::OkStatus();
 }
 
-absl::Status Handlers::GetStats(const v1::GetStatsRequest&, v1::GetStatsResponse* response, const Call&) {
+absl::Status Handlers::GetStats(const v1::GetStatsRequest&, v1::GetStatsResponse* response,
+                                const Call& call) {
   ToProto(cache_->Stats(), response);
   options_.counts->ToProto(response->mutable_methods());
+  options_.clients->ToProto(
+      call.context.identity == nullptr ? Identity::OfThisProcess() : *call.context.identity, response);
   response->set_uptime_seconds(absl::ToDoubleSeconds(cache_->options().clock() - started_));
   return absl::OkStatus();
 }

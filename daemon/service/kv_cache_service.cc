@@ -135,8 +135,9 @@ bool KvCacheService::Submit(const Verb* verb, Caller caller, WorkerPool::Work* w
   return (verb != nullptr && verb->lane == Lane::kBulk ? bulk_ : prompt_).Submit(caller, work);
 }
 
-void KvCacheService::Report(const CallReport& report) const {
+void KvCacheService::Report(const CallReport& report, Client* client) const {
   options_.counts->Add(report);
+  options_.clients->Count(report, client);
   if (options_.report) options_.report(report);
 }
 
@@ -244,7 +245,7 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
     report.trace = trace_;
     report.sequence = sequence;
     if (counted_for_ != nullptr) service_->EndCall(std::exchange(counted_for_, nullptr)->tenant);
-    service_->Report(report);
+    service_->Report(report, connection_->client.get());
     service_->options_.gauges->calls_under_way--;
   }
 
@@ -465,7 +466,7 @@ class KvCacheService::SessionCall final : public AnyCall {
     report.caller = connection_->name;
     report.tenant = call_.context.tenant();
     report.trace = trace_;
-    service_->Report(report);
+    service_->Report(report, connection_->client.get());
     rpc_->Finish(ToGrpc(status));
   }
 

@@ -35,6 +35,7 @@ class KvCacheService {
   void Tick();
   // Idle sessions do not count.
   int64_t calls_under_way() const { return options_.gauges->calls_under_way; }
+  Clients* clients() const { return options_.clients.get(); }
 
   // Takes a call that has arrived.
   void Begin(Rpc* rpc);
@@ -44,8 +45,8 @@ class KvCacheService {
                                        const Connection& connection) const;
   // Unavailable while draining.
   absl::Status CheckNotDraining() const;
-  // Tells who counts calls and logs failures.
-  void Report(const CallReport& report) const;
+  // Tells who counts calls and logs failures. `client` may be null.
+  void Report(const CallReport& report, Client* client) const;
 
  private:
   class AnyCall;

@@ -304,10 +304,11 @@ bool RingServer::Hear(Guest* guest) {
     CallReport report;
     const std::string caller = NameOfPeer(guest->socket);
     report.method = "Session";
+    report.way = Way::kSharedMemory;
     report.code = status.raw_code();
     report.message = std::string_view(status.message().data(), status.message().size());
     report.caller = caller;
-    service_->Report(report);
+    service_->Report(report, nullptr);
   }
   return false;
 }
@@ -366,6 +367,8 @@ absl::Status RingServer::LetIn(Guest* guest) {
   connection->number = (uint64_t{1} << 63) + (++last_client_ << 32);
   connection->name = NameOfPeer(guest->socket);
   connection->identity = identity;
+  connection->client = service_->clients()->Add(maps_pool ? Way::kDirect : Way::kSharedMemory,
+                                                connection->name, identity->tenant);
   bytes_ += layout.total();
   clients_.push_back(std::make_unique<Client>(this, std::exchange(guest->socket, -1), std::move(arena),
                                               connection, maps_pool, std::exchange(process, -1)));

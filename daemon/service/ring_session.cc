@@ -64,11 +64,12 @@ RingSession::~RingSession() {
   owned_.Release(&service_->handlers_);
   CallReport report;
   report.method = "Session";
+  report.way = way();
   report.code = end_.raw_code();
   report.duration = absl::Now() - opened_;
   report.message = std::string_view(end_.message().data(), end_.message().size());
   report.caller = connection_->name;
-  service_->Report(report);
+  service_->Report(report, connection_->client.get());
 }
 
 absl::Status RingSession::Run(const v1::SessionRequest& request, absl::Duration timeout,
@@ -150,6 +151,7 @@ void RingSession::Serve(const std::string& bytes, absl::Duration timeout, v1::Se
   }
   CallReport report;
   report.method = method;
+  report.way = way();
   report.code = status.raw_code();
   report.duration = absl::Now() - start;
   report.request_bytes = static_cast<int64_t>(bytes.size());
@@ -161,7 +163,7 @@ void RingSession::Serve(const std::string& bytes, absl::Duration timeout, v1::Se
   report.caller = connection_->name;
   report.tenant = (*connection_->identity)->tenant;
   report.sequence = sequence;
-  service_->Report(report);
+  service_->Report(report, connection_->client.get());
   gauges.calls_under_way--;
 }
 

@@ -42,6 +42,7 @@ class RingSession {
 
  private:
   class Turn;
+  Way way() const { return maps_pool_ ? Way::kDirect : Way::kSharedMemory; }
   absl::Status Run(const v1::SessionRequest& request, absl::Duration timeout, v1::SessionResponse* answer,
                    const char** method, SequenceId* sequence);
 

@@ -90,7 +90,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
   if (asked.listen.empty()) return absl::InvalidArgumentError("there is no address to listen on");
   ServiceOptions options = asked;
   options.call_memory_bytes = std::max(options.call_memory_bytes, LeastCallMemory(options.max_message_bytes));
-  std::unique_ptr<Server> server(new Server(options.access));
+  std::unique_ptr<Server> server(new Server(options.access, options.clients));
   KVTIDE_RETURN_IF_ERROR(CheckTls(options.tls));
   std::vector<int> sockets, ring_sockets;
   for (const std::string& text : options.listen) {

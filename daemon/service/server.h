@@ -41,7 +41,8 @@ class Server {
   bool Shutdown(absl::Duration grace, absl::Duration patience);
 
  private:
-  explicit Server(Access access) : connections_(std::move(access)) {}
+  Server(Access access, std::shared_ptr<Clients> clients)
+      : connections_(std::move(access), std::move(clients)) {}
   void Tick(const ServiceOptions& options, uint64_t refused);
 
   std::vector<std::unique_ptr<AddressClaim>> claims_;

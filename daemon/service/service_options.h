@@ -15,6 +15,7 @@
 #include "daemon/service/access.h"
 #include "daemon/service/call_counts.h"
 #include "daemon/service/call_report.h"
+#include "daemon/service/clients.h"
 #include "daemon/service/convert.h"
 #include "daemon/service/live_quotas.h"
 #include "daemon/service/tls.h"
@@ -85,6 +86,7 @@ struct ServiceOptions {
   std::function<v1::GetConfigResponse()> config;
   std::function<absl::StatusOr<v1::ReloadConfigResponse>()> reload;
   std::shared_ptr<CallCounts> counts = std::make_shared<CallCounts>();
+  std::shared_ptr<Clients> clients = std::make_shared<Clients>();
   std::shared_ptr<ServiceGauges> gauges = std::make_shared<ServiceGauges>();
 };
 

@@ -116,6 +116,69 @@ std::string Calls(const ServerStats& stats, const Terminal& terminal) {
   return absl::StrCat("\n", table.Render(terminal));
 }
 
+// By which way clients come, and the clients that call most.
+std::string Ways(const ServerStats& stats, const Terminal& terminal) {
+  constexpr size_t kShown = 10;
+  if (stats.ways.empty()) return "";
+  Table ways({{"way", Align::kLeft}, {"clients"}, {"calls"}, {"steps"}, {"received"}, {"sent"}});
+  int64_t connected = 0;
+  for (const client::WayStats& way : stats.ways) {
+    connected += way.clients;
+    ways.AddRow({WayText(way.way), absl::StrCat(way.clients), absl::StrCat(way.calls),
+                 absl::StrCat(way.steps), FormatBytes(way.received_bytes), FormatBytes(way.sent_bytes)});
+  }
+  std::string text = absl::StrCat("\n", ways.Render(terminal));
+  const size_t shown = std::min(kShown, stats.clients.size());
+  if (shown == 0) return text;
+  Table clients({{"client", Align::kLeft},
+                 {"way", Align::kLeft},
+                 {"tenant", Align::kLeft},
+                 {"calls"},
+                 {"steps"},
+                 {"received"},
+                 {"sent"},
+                 {"idle"},
+                 {"connected"}});
+  for (size_t i = 0; i < shown; i++) {
+    const client::ClientStats& one = stats.clients[i];
+    clients.AddRow({one.name, WayText(one.way), one.tenant, absl::StrCat(one.calls), absl::StrCat(one.steps),
+                    FormatBytes(one.received_bytes), FormatBytes(one.sent_bytes),
+                    DurationText(one.idle_seconds), DurationText(one.connected_seconds)});
+  }
+  absl::StrAppend(&text, "\n", clients.Render(terminal));
+  if (connected > static_cast<int64_t>(shown))
+    absl::StrAppend(&text, "and ", connected - static_cast<int64_t>(shown),
+                    " more, with fewer calls or of other tenants\n");
+  return text;
+}
+
+Json WaysJson(const ServerStats& stats) {
+  Json ways = Json::array();
+  for (const client::WayStats& way : stats.ways)
+    ways.push_back({{"way", way.way},
+                    {"clients", way.clients},
+                    {"calls", way.calls},
+                    {"steps", way.steps},
+                    {"received_bytes", way.received_bytes},
+                    {"sent_bytes", way.sent_bytes}});
+  return ways;
+}
+
+Json ClientsJson(const ServerStats& stats) {
+  Json clients = Json::array();
+  for (const client::ClientStats& one : stats.clients)
+    clients.push_back({{"name", one.name},
+                       {"way", one.way},
+                       {"tenant", one.tenant},
+                       {"calls", one.calls},
+                       {"steps", one.steps},
+                       {"received_bytes", one.received_bytes},
+                       {"sent_bytes", one.sent_bytes},
+                       {"connected_seconds", one.connected_seconds},
+                       {"idle_seconds", one.idle_seconds}});
+  return clients;
+}
+
 Json TierJson(const TierStats& tier) {
   Json pairs = Json::array();
   for (const client::PairStats& pair : tier.pairs) {
@@ -306,6 +369,11 @@ std::string FailedText(const client::MethodStats& method) {
   return absl::StrJoin(parts, ", ");
 }
 
+std::string WayText(const std::string& way) {
+  if (way == "grpc") return "gRPC";
+  return way == "shared_memory" ? "shared memory" : way;
+}
+
 std::string PercentText(double part, double whole) {
   return whole > 0 ? absl::StrFormat("%.0f %%", 100 * part / whole) : "-";
 }
@@ -323,7 +391,8 @@ std::string RenderStatus(const DaemonSnapshot& snapshot, size_t max_sequences, c
                       snapshot.serving ? terminal.Painted("serving", Paint::kGreen)
                                        : terminal.Painted("not serving (starting or stopping)", Paint::kRed),
                       "\n\n", Tiers(snapshot.stats, terminal), "\n", Contents(snapshot),
-                      Calls(snapshot.stats, terminal), Tenants(snapshot.sequences, terminal),
+                      Calls(snapshot.stats, terminal), Ways(snapshot.stats, terminal),
+                      Tenants(snapshot.sequences, terminal),
                       RenderSequences(snapshot.sequences, max_sequences, terminal, order));
 }
 
@@ -385,6 +454,8 @@ std::string RenderStatusJson(const DaemonSnapshot& snapshot) {
                       {"prefix_lookups", stats.prefix_lookups},
                       {"prefix_miss_tokens", stats.prefix_miss_tokens},
                       {"prefix_reused_tokens", stats.prefix_reused_tokens}};
+  json["ways"] = WaysJson(stats);
+  json["clients"] = ClientsJson(stats);
   json["tenants"] = Json::array();
   for (const TenantTotal& total : TotalsOfTenants(snapshot.sequences))
     json["tenants"].push_back({{"tenant", total.tenant},

@@ -47,6 +47,8 @@ std::string TierName(const client::SequenceInfo& sequence, const client::TierSha
 std::string LatencyText(double seconds);                    // "85 us", "2.4 ms", "1.5 s"
 std::string FailedText(const client::MethodStats& method);  // "NOT_FOUND 3, ABORTED 1"
 std::string PercentText(double part, double whole);
+// "shared memory" for "shared_memory", as people say it.
+std::string WayText(const std::string& way);
 // Green below `warn`, yellow below `alarm`, red from there; shares from 0 to 1.
 Paint ShareColour(double share, double warn, double alarm);
 

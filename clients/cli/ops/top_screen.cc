@@ -40,6 +40,9 @@ class Rates {
     const client::MethodStats* const before = Before(method);
     return PerSecond(before != nullptr ? Errors(*before) : 0, Errors(method));
   }
+  double OfWay(size_t way, int64_t client::WayStats::*counter) const {
+    return PerSecond(way < before_.ways.size() ? before_.ways[way].*counter : 0, now_.ways[way].*counter);
+  }
   double OfTier(size_t tier, int64_t TierStats::*counter) const {
     return PerSecond(tier < before_.tiers.size() ? before_.tiers[tier].*counter : 0,
                      now_.tiers[tier].*counter);
@@ -114,6 +117,20 @@ void AppendRates(const ServerStats& stats, const Rates& rates, std::string* text
       CountText(rates.Of(&ServerStats::moves)), " moves/s (", CountText(rates.Of(&ServerStats::failed_moves)),
       " failed/s)   no room ", CountText(rates.Of(&ServerStats::exhausted)), " calls/s   checksum failures ",
       stats.checksum_failures, "   dropped ", stats.dropped_blocks, "   lost ", stats.lost_blocks, "\n");
+}
+
+// Clients by the way by which they come, and what they ask for.
+void AppendWays(const ServerStats& stats, const Rates& rates, std::string* text) {
+  if (stats.ways.empty()) return;
+  std::vector<std::string> ways;
+  for (size_t i = 0; i < stats.ways.size(); i++)
+    ways.push_back(absl::StrCat(WayText(stats.ways[i].way), " ", stats.ways[i].clients, " (",
+                                RateText(rates.OfWay(i, &client::WayStats::calls)), " calls, ",
+                                RateText(rates.OfWay(i, &client::WayStats::steps)), " steps, ",
+                                ByteRateText(rates.OfWay(i, &client::WayStats::received_bytes) +
+                                             rates.OfWay(i, &client::WayStats::sent_bytes)),
+                                ")"));
+  absl::StrAppend(text, "clients: ", absl::StrJoin(ways, "   "), "\n");
 }
 
 // The busiest methods: calls and errors a second, latency since the start, errors by code.
@@ -199,6 +216,7 @@ std::string RenderTop(const DaemonSnapshot& before, const DaemonSnapshot& now, d
   if (stats.stored_bytes > 0) absl::StrAppendFormat(&text, " at %.2f bits per value", stats.bits_per_value);
   absl::StrAppend(&text, "\n");
   AppendRates(stats, rates, &text);
+  AppendWays(stats, rates, &text);
   AppendCalls(stats, rates, terminal, &text);
   const auto used = static_cast<int>(std::count(text.begin(), text.end(), '\n'));
   AppendSequences(now.sequences, height - used - 1, terminal, &text);

@@ -56,6 +56,27 @@ DaemonSnapshot Sample() {
   return snapshot;
 }
 
+TEST(StatusReport, TellsByWhichWayClientsCome) {
+  DaemonSnapshot snapshot = Sample();
+  EXPECT_THAT(RenderStatus(snapshot, 10, kPlain), Not(HasSubstr("shared memory")));  // of an older daemon
+  snapshot.stats.ways = {{"grpc", 2, 300, 0, 1 << 20, 2 << 20},
+                         {"shared_memory", 14, 5000, 2400, 1 << 20, 0}};
+  for (int i = 0; i < 12; i++)
+    snapshot.stats.clients.push_back({"unix:uid=1000,pid=" + std::to_string(100 + i), "shared_memory",
+                                      "ac\x1bme", 400, 200, 1 << 10, 0, 65, 2});
+  const std::string text = RenderStatus(snapshot, 10, kPlain);
+  EXPECT_THAT(text, testing::ContainsRegex("gRPC +2 +300 +0 +" + MiB(1) + " +" + MiB(2)));
+  EXPECT_THAT(text, testing::ContainsRegex("shared memory +14 +5000 +2400"));
+  EXPECT_THAT(text, HasSubstr("unix:uid=1000,pid=109"));
+  EXPECT_THAT(text, Not(HasSubstr("pid=110")));
+  EXPECT_THAT(text, HasSubstr("and 6 more"));
+  EXPECT_THAT(text, Not(HasSubstr("\x1b"))) << "names are escaped";
+  const auto json = nlohmann::json::parse(RenderStatusJson(snapshot));
+  EXPECT_EQ(json["ways"][1]["steps"], 2400);
+  EXPECT_EQ(json["clients"].size(), 12u);
+  EXPECT_EQ(json["clients"][0]["idle_seconds"], 2);
+}
+
 TEST(StatusReport, TellsWhatThereIs) {
   const std::string text = RenderStatus(Sample(), 10, kPlain);
   EXPECT_THAT(text,

@@ -50,6 +50,15 @@ TEST(TopScreen, RatesBetweenSnapshots) {
   EXPECT_THAT(text, HasSubstr("50 %"));
 }
 
+TEST(TopScreen, TellsByWhichWayCallsCome) {
+  DaemonSnapshot before = At(10, 100), now = At(12, 300);
+  before.stats.ways = {{"grpc", 1, 100, 0, 0, 0}, {"direct", 2, 1000, 500, 0, 0}};
+  now.stats.ways = {{"grpc", 1, 300, 0, 0, 0}, {"direct", 3, 1040, 520, 0, 0}};
+  const std::string text = RenderTop(before, now, 2, 60, kPlain);
+  EXPECT_THAT(text, HasSubstr("clients: gRPC 1 (100/s calls, 0/s steps"));
+  EXPECT_THAT(text, HasSubstr("direct 3 (20/s calls, 10/s steps"));
+}
+
 TEST(TopScreen, ARestartGivesTheRatesOfTheNewDaemon) {
   EXPECT_THAT(RenderTop(At(1000, 5000), At(1, 20), 2, 60, kPlain), HasSubstr("appended 10 tokens/s"));
 }

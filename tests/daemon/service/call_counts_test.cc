@@ -1,9 +1,11 @@
 #include "daemon/service/call_counts.h"
 
+#include <string>
 #include <thread>
 #include <vector>
 
 #include "gtest/gtest.h"
+#include "kvtide/v1/kv_cache_service.pb.h"
 
 namespace kvtide::service {
 namespace {
@@ -48,6 +50,19 @@ TEST(CallCounts, SessionsCountButHaveNoLatency) {
   ASSERT_EQ(methods.size(), 1);
   EXPECT_EQ(methods[0].calls(), 1);
   EXPECT_EQ(methods[0].p99_seconds(), 0);
+}
+
+// All that the service has, and what may come.
+TEST(CallCounts, NoMethodIsLeftOut) {
+  CallCounts counts;
+  std::vector<std::string> names;
+  const google::protobuf::ServiceDescriptor* const service =
+      v1::SessionRequest::descriptor()->file()->service(0);
+  for (int i = 0; i < service->method_count(); i++) names.push_back(service->method(i)->name());
+  for (const std::string& name : names) counts.Add(Call(name.c_str(), 0, absl::Microseconds(1)));
+  google::protobuf::RepeatedPtrField<v1::MethodStats> methods;
+  counts.ToProto(&methods);
+  EXPECT_EQ(methods.size(), static_cast<int>(names.size()));
 }
 
 TEST(CallCounts, AnyNumberOfThreadsAddTheSameMethods) {
