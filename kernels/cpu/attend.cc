@@ -81,6 +81,10 @@ class LayerRun {
     const int dim = group_.head_dim_k;
     kernels_.widen(args_.items[Size(frame.item)].q, first, Size(dim), target);
     std::fill(target + dim, target + frame.dim, 0.0f);
+    if (Info(frame.type).calibrated) {
+      *bias = kernels_.turn_query(frame.type, frame.profile->key(args_.layer, kv_head), frame.dim, target);
+      return;
+    }
     if (frame.profile != nullptr) {
       const HeadProfile& profile = frame.profile->key(args_.layer, kv_head);
       float sum = 0;

@@ -95,8 +95,10 @@ int64_t AttendCut::BlocksPerPiece(int rows) const {
 }
 
 size_t AttendCut::FrameOf(int item, const BlockRun& run, bool light) {
-  // Keys of calibrated types are rebuilt as they were, and so they meet queries as they are.
-  const CacheType stored = run.layout->pair().k, type = Info(stored).calibrated ? ExactPair().k : stored;
+  // Keys that were coded before RoPE are rebuilt as they were, and so they meet queries as they are.
+  const CacheType stored = run.layout->pair().k;
+  const bool rebuilt = Info(stored).calibrated && run.profile->keys_turned_back();
+  const CacheType type = rebuilt ? ExactPair().k : stored;
   const Profile* profile = Info(type).storage == Storage::kCodes ? run.profile : nullptr;
   for (size_t f = items_[Size(item)].first_frame; f < frames_.size(); f++)
     if (frames_[f].type == type && frames_[f].profile == profile) return f;

@@ -40,7 +40,7 @@ std::vector<CodeTable> MakeTables() {
   calibrated.bits = 8;
   calibrated.group = kMaxTideDim;
   calibrated.unit = 1;
-  calibrated.rebuilt = true;
+  calibrated.calibrated = true;
   tables.resize(kCacheTypes, calibrated);
   return tables;
 }

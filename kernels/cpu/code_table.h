@@ -19,8 +19,8 @@ struct CodeTable {
   alignas(16) int8_t low[16] = {};
   alignas(16) int8_t high[16] = {};
   bool bf16 = false;
-  // Keys of calibrated types (tide.h), which are rebuilt as they were before anything else.
-  bool rebuilt = false;
+  // Keys of calibrated types (tide.h): bit planes, which become levels of 8 bits, and one gain a token.
+  bool calibrated = false;
 
   bool coded() const { return bits != 0; }
 };

@@ -58,7 +58,7 @@ PageSegment MakePageSegment(const BlockLayout& layout, int layer, int kv_head, c
   segment.v = {&CodeTableOf(layout.pair().v), layout.v().stored_dim, layout.v().groups, layout.v_codes(),
                layout.v_scales()};
   segment.profile = profile;
-  if (segment.k.table->rebuilt) {
+  if (segment.k.table->calibrated) {
     KVTIDE_CHECK(profile != nullptr, Name(layout.pair().k), " without a profile");
     segment.k.rebuild = MakeKeyRebuild(layout.pair().k, *profile);
   }

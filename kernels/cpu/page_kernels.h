@@ -28,6 +28,8 @@ struct PageKernels {
   void (*attend_many)(const PageSegment& segment, const QueryRows& rows, float* out, float* lse) = nullptr;
   // Turns a vector of stored_dim values into the rotated frame of a type, or back.
   void (*rotate)(CacheType type, bool inverse, float* x, int stored_dim) = nullptr;
+  // As TurnTideQuery of tide_codec.h.
+  float (*turn_query)(CacheType type, const HeadProfile& head, int stored_dim, float* query) = nullptr;
   // `count` values of a tensor from element `first` on as f32, and f32 values rounded to the tensor's type
   // there (f16 holds at most +-65504; NaN stays NaN).
   void (*widen)(TensorView from, size_t first, size_t count, float* to) = nullptr;

@@ -15,7 +15,8 @@ namespace kvtide {
 class BlockLayout;
 struct HeadProfile;
 
-// What keys of a calibrated type are rebuilt with (tide.h, rope.h), in place of a profile.
+// What keys of a calibrated type are rebuilt with (tide.h, rope.h), in place of a profile. Attention rebuilds
+// those that were coded before RoPE; to others queries come in their own frame, as to every coded type.
 struct KeyRebuild {
   int dim = 0;                         // of the head
   const uint8_t* widths = nullptr;     // [dim / 8]
@@ -24,6 +25,7 @@ struct KeyRebuild {
   const float* frequencies = nullptr;  // [turned]
   int turned = 0;                      // pairs of channels
   RopePairs pairs = RopePairs::kHalves;
+  bool before_rope() const { return turned > 0; }
 };
 
 // One half (K or V) of the records of a segment.
@@ -32,7 +34,7 @@ struct HalfShape {
   int dim = 0;                   // stored dim
   int groups = 0;                // scales per token, 0 for f16 and bf16
   size_t codes = 0, scales = 0;  // offsets inside a record
-  KeyRebuild rebuild;            // of tables that are rebuilt
+  KeyRebuild rebuild;            // of calibrated tables
 };
 
 struct PageSegment {

@@ -6,6 +6,7 @@
 
 #include "kernels/base/check.h"
 #include "kernels/format/page_codec.h"
+#include "kernels/format/tide_codec.h"
 
 namespace kvtide {
 namespace {
@@ -42,7 +43,7 @@ void AttendTokens(const QueryRows& rows, int row, const float* k, int dim_k, con
   }
 }
 
-// Keys of a calibrated type as they were, [64][stored_dim].
+// Keys that a calibrated type coded before RoPE as they were, [64][stored_dim].
 void RebuildKeys(const BlockLayout& layout, const HeadProfile& head, int64_t position, const std::byte* half,
                  float* k) {
   const auto dim = static_cast<size_t>(layout.k().head_dim),
@@ -70,8 +71,10 @@ void Attend(const PageSegment& segment, const QueryRows& rows, float* out, float
       if (first >= last) continue;
       if (!decoded) {
         const std::byte* record = segment.blocks[b] + segment.record_offset;
-        if (segment.k.table->rebuilt) {
+        if (segment.k.table->calibrated && segment.profile->turned_back()) {
           RebuildKeys(layout, *segment.profile, position, record, k.data());
+        } else if (segment.k.table->calibrated) {
+          DecodeTideLevels(layout.pair().k, layout.k(), *segment.profile, record, k.data());
         } else {
           DecodeHalfRotated(layout.pair().k, Side::kKey, layout.k(), record, k.data());
         }
@@ -130,6 +133,7 @@ const PageKernels& PlainKernels() {
                                     .attend = Attend,
                                     .attend_many = Attend,
                                     .rotate = Rotate,
+                                    .turn_query = TurnTideQuery,
                                     .widen = Widen,
                                     .narrow = Narrow,
                                     .store_rows = StoreRows,

@@ -93,11 +93,10 @@ HWY_INLINE void KeyVectors(const LevelDots<kBits>& level_dots, const HalfView& k
   }
 }
 
+// `scales` [groups][64] at token positions.
 template <int kBits, int kRows>
-HWY_NOINLINE void KeyDots(const HalfView& k, const int32_t* q, const int32_t* starts,
+HWY_NOINLINE void KeyDots(const HalfView& k, const int32_t* q, const int32_t* starts, const float* scales,
                           float* HWY_RESTRICT dots) {
-  alignas(64) float scales[kMaxGroups * kBlockTokens];
-  for (int g = 0; g < k.groups; g++) LoadScales(k.scales + g * kBlockTokens * 2, scales + g * kBlockTokens);
   const LevelDots<kBits> level_dots(*k.table);
   constexpr int kVectors = VectorsFor(kRows);
   for (int first = 0; first < kPageVectors; first += kVectors)

@@ -415,7 +415,7 @@ void DecodeCoded(CacheType type, Side side, const HalfLayout& layout, const Head
 void Decode(CacheType type, Side side, const HalfLayout& layout, const HeadProfile* profile, int64_t position,
             const std::byte* half, float* rows) {
   const CodeTable& table = CodeTableOf(type);
-  if (table.rebuilt) {
+  if (table.calibrated) {
     KVTIDE_CHECK(side == Side::kKey && profile != nullptr, Name(type), " without a profile");
     return DecodeTide(type, layout, *profile, position, half, rows);
   }
@@ -429,6 +429,7 @@ void Decode(CacheType type, Side side, const HalfLayout& layout, const HeadProfi
 
 void UseEncoders(PageKernels& kernels) {
   kernels.rotate = Rotate;
+  kernels.turn_query = TurnQuery;
   kernels.store_rows = StoreRows;
   kernels.encode = Encode;
   kernels.decode = Decode;

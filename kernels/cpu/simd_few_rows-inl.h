@@ -24,7 +24,7 @@ namespace HWY_NAMESPACE {
 // Up to kRows rows, prepared for K's type; missing rows are zero queries.
 template <int kRows>
 struct PreparedRows {
-  // f16, bf16, rebuilt: [kRows][dim]; for the first two then the same with chunks exchanged.
+  // f16, bf16, rebuilt keys: [kRows][dim]; for the first two then the same with chunks exchanged.
   hwy::AlignedFreeUniquePtr<float[]> floats;
   hwy::AlignedFreeUniquePtr<int32_t[]> pairs;  // coded: [dim / 32][column][pair][row]
   int32_t starts[kMaxGroups * kRows] = {};     // coded: [group][row], what sums begin with
@@ -33,8 +33,9 @@ struct PreparedRows {
 };
 
 template <int kRows>
-void PrepareRows(const QueryRows& rows, int first, const CodeTable& table, int dim,
-                 PreparedRows<kRows>& out) {
+void PrepareRows(const QueryRows& rows, int first, const HalfView& k, PreparedRows<kRows>& out) {
+  const CodeTable& table = *k.table;
+  const int dim = k.dim;
   const size_t size = static_cast<size_t>(kRows * dim);
   std::vector<float> q(size, 0.0f);
   const int count = std::min(kRows, rows.rows - first);
@@ -48,7 +49,7 @@ void PrepareRows(const QueryRows& rows, int first, const CodeTable& table, int d
     out.scale[r].bias = rows.bias == nullptr || r >= count ? 0.0f : rows.bias[source] * rows.scale;
     out.scale[r].softcap = rows.softcap;
   }
-  if (!table.coded() || table.rebuilt) {
+  if (!table.coded() || k.rebuilt()) {
     out.floats = hwy::AllocateAligned<float>(2 * size);
     for (size_t i = 0; i < size; i++) {
       out.floats[i] = q[i];
@@ -90,9 +91,22 @@ void PrepareRows(const QueryRows& rows, int first, const CodeTable& table, int d
   }
 }
 
+// Coefficients of keys that were coded after RoPE, as levels of 8 bits with one scale.
+template <int kRows>
+HWY_INLINE void CoefficientDots(const HalfView& k, const PreparedRows<kRows>& rows, float* dots) {
+  HWY_ALIGN WidePlane plane;
+  alignas(64) float gains[kBlockTokens];
+  HalfView levels = k;
+  levels.dim = CodedQuads(*k.rebuild) * 32;
+  ExpandTide(k.rebuild->widths, k.codes, levels.dim, plane);
+  levels.codes = plane;
+  LoadGains(k.scales, gains);
+  KeyDots<8, kRows>(levels, rows.pairs.get(), rows.starts, gains, dots);
+}
+
 template <int kRows>
 HWY_INLINE void PageDots(const HalfView& k, const PreparedRows<kRows>& rows, float* tiles, float* dots) {
-  if (k.table->rebuilt) {
+  if (k.rebuilt()) {
     float* const tile = tiles + k.dim * kBlockTokens;
     RebuildKeys(k, tiles, tile);
     return Product(rows.floats.get(), k.dim, kRows, tile, k.dim, kBlockTokens, nullptr, dots, kBlockTokens);
@@ -102,10 +116,23 @@ HWY_INLINE void PageDots(const HalfView& k, const PreparedRows<kRows>& rows, flo
     return k.table->bf16 ? KeyDotsHalf<kRows, true>(k, rows.floats.get(), swapped, dots)
                          : KeyDotsHalf<kRows, false>(k, rows.floats.get(), swapped, dots);
   }
+  if (k.table->calibrated) return CoefficientDots<kRows>(k, rows, dots);
   HWY_ALIGN WidePlane plane;
   const HalfView wide = Widened(k, plane);
-  return KernelBits(k.table->bits) == 4 ? KeyDots<4, kRows>(wide, rows.pairs.get(), rows.starts, dots)
-                                        : KeyDots<8, kRows>(wide, rows.pairs.get(), rows.starts, dots);
+  alignas(64) float scales[kMaxGroups * kBlockTokens];
+  for (int g = 0; g < k.groups; g++) LoadScales(k.scales + g * kBlockTokens * 2, scales + g * kBlockTokens);
+  return KernelBits(k.table->bits) == 4
+             ? KeyDots<4, kRows>(wide, rows.pairs.get(), rows.starts, scales, dots)
+             : KeyDots<8, kRows>(wide, rows.pairs.get(), rows.starts, scales, dots);
+}
+
+// Steps of the prefetcher in PageDots.
+template <int kRows>
+int KeySteps(const HalfView& k) {
+  if (k.rebuilt()) return 0;
+  if (!k.table->coded()) return 16;
+  const int quads = k.table->calibrated ? CodedQuads(*k.rebuild) : k.dim / 32;
+  return 4 * quads * std::max(1, kPageVectors / VectorsFor(kRows));
 }
 
 template <int kRows>
@@ -125,18 +152,18 @@ template <int kRows>
 void AttendRows(const PageSegment& segment, const QueryRows& rows, int first_row, float* out, float* lse) {
   const CodeTable &k_table = *segment.k.table, &v_table = *segment.v.table;
   const int dim_k = segment.k.dim, dim_v = segment.v.dim;
+  HalfView k{&k_table, dim_k, segment.k.groups, nullptr, nullptr, nullptr, &segment.k.rebuild};
   PreparedRows<kRows> prepared;
-  PrepareRows<kRows>(rows, first_row, k_table, dim_k, prepared);
+  PrepareRows<kRows>(rows, first_row, k, prepared);
   auto sums = hwy::AllocateAligned<float>(static_cast<size_t>(kRows * dim_v));
   std::fill_n(sums.get(), kRows * dim_v, 0.0f);
   RowStates states;
   Prefetcher prefetch;
   const size_t record_bytes = segment.record_bytes;
   // Steps of work on a page, from below.
-  const int key_steps = k_table.coded() ? dim_k / 8 * std::max(1, kPageVectors / VectorsFor(kRows)) : 16;
   const int value_steps = (v_table.coded() ? 8 : kWide ? 32 : 16) * std::max(1, dim_v / kLanes / 4);
-  prefetch.lines = static_cast<int>(record_bytes / 64) / (key_steps + value_steps) + 1;
-  HalfView k{&k_table, dim_k, segment.k.groups, nullptr, nullptr, &prefetch, &segment.k.rebuild};
+  prefetch.lines = static_cast<int>(record_bytes / 64) / (KeySteps<kRows>(k) + value_steps) + 1;
+  k.prefetch = &prefetch;
   const auto tiles = AllocateScratch(k);
   HalfView v{&v_table, dim_v, segment.v.groups, nullptr, nullptr, &prefetch};
   alignas(64) float dots[kRows * kBlockTokens];

@@ -64,7 +64,11 @@ HWY_NOINLINE inline void DecodeValuesHalf(const HalfView& v, int valid, float* H
 }
 
 inline void DecodeKeyTile(const HalfView& k, int valid, float* scratch, float* tile) {
-  if (k.table->rebuilt) return RebuildKeys(k, scratch, tile);
+  if (k.rebuilt()) return RebuildKeys(k, scratch, tile);
+  if (k.table->calibrated) {
+    LoadCoefficients(k, tile);
+    return;
+  }
   return k.table->coded() ? DecodeCodedKeys(k, tile) : DecodeKeysHalf(k, valid, tile);
 }
 inline void DecodeValueTile(const HalfView& v, int valid, float* tile) {

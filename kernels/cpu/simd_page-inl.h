@@ -45,9 +45,9 @@ struct HalfView {
   const uint8_t* codes = nullptr;
   const uint8_t* scales = nullptr;
   Prefetcher* prefetch = nullptr;
-  const KeyRebuild* rebuild =
-      nullptr;  // of tables that are rebuilt, and the position of the page's first token
+  const KeyRebuild* rebuild = nullptr;  // of calibrated tables, and the position of the page's first token
   int64_t position = 0;
+  bool rebuilt() const { return table->calibrated && rebuild->before_rope(); }
 };
 
 HWY_INLINE VecF32 LoadHalf(const uint16_t* p, bool bf16) {

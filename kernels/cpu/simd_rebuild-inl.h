@@ -1,5 +1,6 @@
-// Keys of calibrated types as they were: levels, inverse transform, mean, RoPE of their position, as f32
-// tiles [dim][64] with tokens at positions. Included once for each instruction set.
+// Keys of calibrated types as f32 tiles [dim][64] with tokens at positions: their coefficients, or the keys
+// as they were, by inverse transform, mean and RoPE of their position. Included once for each instruction
+// set.
 #if defined(KVTIDE_KERNELS_CPU_SIMD_REBUILD_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef KVTIDE_KERNELS_CPU_SIMD_REBUILD_INL_H_
 #undef KVTIDE_KERNELS_CPU_SIMD_REBUILD_INL_H_
@@ -19,28 +20,25 @@ namespace kvtide {
 namespace HWY_NAMESPACE {
 #if KVTIDE_VECTOR_TARGET
 
-// Memory for a tile that keys are rebuilt in and for the tile; none where nothing is rebuilt.
+// Memory for a tile that attention rebuilds keys in and for the tile; none where it rebuilds none.
 inline hwy::AlignedFreeUniquePtr<float[]> AllocateScratch(const HalfView& k) {
-  if (!k.table->rebuilt) return {};
+  if (!k.rebuilt()) return {};
   return hwy::AllocateAligned<float>(static_cast<size_t>(2 * k.dim * kBlockTokens));
 }
 
-// Gain times level of all coefficients, [dim][64]; returns how many of them have bits, from the first on.
+// Gain times level of all coefficients, [dim][64]; returns behind which none has bits.
 HWY_NOINLINE inline int LoadCoefficients(const HalfView& k, float* HWY_RESTRICT tile) {
   HWY_ALIGN WidePlane plane;
   const KeyRebuild& keys = *k.rebuild;
   ExpandTide(keys.widths, k.codes, k.dim, plane);
   alignas(64) float gains[kBlockTokens];
-  for (int p = 0; p < kBlockTokens; p++) gains[p] = TideGain(k.scales[TokenAtPosition(p)]);
+  LoadGains(k.scales, gains);
   const Unpacker<8> unpack(*k.table);
   const int quads = k.dim / 32;
   for (int quad = 0; quad < quads; quad++)
     for (int half = 0; half < 2; half++)
       AnyQuadLevels(unpack, plane, half * quads + quad, TakeKeys{gains, tile, half, 32 * quad});
-  int coded = 0;
-  for (int g = 0; g < keys.dim / kTideGroup; g++)
-    if (keys.widths[g] > 0) coded = kTideGroup * (g + 1);
-  return coded;
+  return CodedCoefficients(keys);
 }
 
 // `scratch` and `tile` have room for [dim][64].

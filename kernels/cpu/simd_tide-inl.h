@@ -1,5 +1,5 @@
 // Keys of calibrated types (tide.h): from bit planes to levels of 8 bits, in the order of an 8-bit key plane,
-// so that the kernels of 8 bits do the rest. Included once for each instruction set.
+// so that the kernels of 8 bits do the rest, and from bytes to gains. Included once for each instruction set.
 #if defined(KVTIDE_KERNELS_CPU_SIMD_TIDE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef KVTIDE_KERNELS_CPU_SIMD_TIDE_INL_H_
 #undef KVTIDE_KERNELS_CPU_SIMD_TIDE_INL_H_
@@ -117,6 +117,38 @@ HWY_NOINLINE inline void ExpandTide(const uint8_t* widths, const uint8_t* codes,
     codes += widths[g] * kTideUnitBytes;
   }
 }
+
+// All gains, which a table of 256 holds.
+inline const float* TideGains() {
+  static const std::array<float, 256> kGains = [] {
+    std::array<float, 256> gains{};
+    for (int byte = 0; byte < 256; byte++) gains[static_cast<size_t>(byte)] = TideGain(byte);
+    return gains;
+  }();
+  return kGains.data();
+}
+
+// The 64 gains of a page, at token positions.
+HWY_INLINE void LoadGains(const uint8_t* bytes, float* HWY_RESTRICT out) {
+  const TagF32 f32;
+  const hn::Rebind<uint8_t, TagI32> u8;
+  alignas(64) int32_t index[kLanes];
+  for (int i = 0; i < kLanes; i++) index[i] = TokenAtPosition(i);
+  const auto order = hn::SetTableIndices(f32, index);
+  const float* gains = TideGains();
+  for (int t = 0; t < kBlockTokens; t += kLanes)
+    hn::Store(hn::TableLookupLanes(
+                  hn::GatherIndex(f32, gains, hn::PromoteTo(TagI32(), hn::LoadU(u8, bytes + t))), order),
+              f32, out + t);
+}
+
+// Coefficients from here on have no bits; those with bits come first but for gaps.
+HWY_INLINE int CodedCoefficients(const KeyRebuild& keys) {
+  int groups = keys.dim / kTideGroup;
+  while (groups > 0 && keys.widths[groups - 1] == 0) groups--;
+  return groups * kTideGroup;
+}
+HWY_INLINE int CodedQuads(const KeyRebuild& keys) { return (CodedCoefficients(keys) + 31) / 32; }
 
 #endif  // KVTIDE_VECTOR_TARGET
 }  // namespace HWY_NAMESPACE

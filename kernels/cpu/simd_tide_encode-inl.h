@@ -127,7 +127,7 @@ HWY_NOINLINE inline void DecodeTide(CacheType type, const HalfLayout& layout, co
   const auto* bytes = reinterpret_cast<const uint8_t*>(half);
   const HalfView view{&CodeTableOf(type),        layout.stored_dim, layout.groups, bytes,
                       bytes + layout.code_bytes, nullptr,           &keys,         position};
-  const auto tiles = AllocateScratch(view);
+  const auto tiles = hwy::AllocateAligned<float>(static_cast<size_t>(2 * layout.stored_dim * kBlockTokens));
   float *const tile = tiles.get(), *const out = tile + layout.stored_dim * kBlockTokens;
   LoadCoefficients(view, tile);
   for (int j = 0; j < dim; j++) {
@@ -156,6 +156,19 @@ HWY_NOINLINE inline void DecodeTide(CacheType type, const HalfLayout& layout, co
   TurnKeyTile(keys, position, out);
   for (int t = 0; t < kBlockTokens; t++)
     for (int i = 0; i < dim; i++) rows[t * dim + i] = out[i * kBlockTokens + TokenPosition(t)];
+}
+
+// As TurnTideQuery, within rounding.
+HWY_NOINLINE inline float TurnQuery(CacheType type, const HeadProfile& head, int stored_dim, float* query) {
+  const KeyRebuild keys = MakeKeyRebuild(type, head);
+  alignas(64) float turned[kMaxTideDim];
+  MultiplyRows<1>(query, keys.inverse, keys.dim, turned);
+  float bias = 0;
+  for (int i = 0; i < keys.dim; i++) bias += query[i] * keys.centre[i];
+  std::fill_n(query, stored_dim, 0.0f);
+  for (int j = 0; j < CodedCoefficients(keys); j++)
+    if (const int width = keys.widths[j / kTideGroup]; width > 0) query[j] = turned[j] / TideSigma(width);
+  return bias;
 }
 
 #endif  // KVTIDE_VECTOR_TARGET

@@ -54,47 +54,58 @@ std::vector<std::byte> Block(const BlockLayout& layout, const HeadProfile* head,
   return bytes;
 }
 
+// Profiles of keys before and after RoPE.
+std::vector<Profile> BothProfiles(const GroupShape& shape, uint64_t seed) {
+  const Profile before = test::TideProfile(shape, seed);
+  return {before, test::AfterRope(before)};
+}
+std::string Coding(const Profile& profile) {
+  return profile.keys_turned_back() ? " before RoPE" : " after RoPE";
+}
+
+void SealAndRecode(Backend& backend, int dim, const Profile& profile) {
+  const GroupShape shape{1, 1, dim, 64};
+  const HeadProfile& head = profile.k[0];
+  const std::vector<float> v = KeyRows(64, 2);
+  for (const char* to_name : {"tide4/turbo4", "tide3/turbo3", "tide2/turbo2", "turbo2/turbo2", "f16/turbo2"})
+    for (const char* from_name : {"f16", "q8_0/turbo4", "turbo4", "tide4/turbo4"})
+      for (const int tokens : {kBlockTokens, 41}) {
+        SCOPED_TRACE(std::string(from_name) + " to " + to_name + " d " + std::to_string(dim) +
+                     Coding(profile));
+        const BlockLayout from(shape, *ParseCachePair(from_name)), to(shape, *ParseCachePair(to_name));
+        std::vector<float> k = KeyRows(dim, 1);
+        const std::vector<std::byte> source = Block(from, &head, k, v, kBlockTokens);
+        std::vector<float> values(v.size());
+        DecodeHalf(from.pair().k, Side::kKey, from.k(), &head, kPosition, source.data(), k.data());
+        DecodeHalf(from.pair().v, Side::kValue, from.v(), nullptr, source.data() + from.v_codes(),
+                   values.data());
+        std::vector<std::byte> wanted = Block(to, &head, k, values, tokens);
+        if (from.pair().k == to.pair().k && tokens == kBlockTokens)
+          std::copy_n(source.data(), to.k().bytes, wanted.data());
+        if (from.pair().v == to.pair().v && tokens == kBlockTokens)
+          std::copy_n(source.data() + from.v_codes(), to.v().bytes, wanted.data() + to.v_codes());
+        BackendBlocks a(backend, from, 1), b(backend, to, 1);
+        a.Write(0, source);
+        b.Write(0, std::vector<std::byte>(to.block_bytes(), std::byte{0x5a}));
+        RecodePiece piece;
+        piece.from = &from;
+        piece.source = a.block(0);
+        piece.to = &to;
+        piece.target = b.block(0);
+        piece.from_profile = piece.to_profile = &profile;
+        piece.position = kPosition;
+        piece.layers = 1;
+        piece.tokens = tokens;
+        const absl::Status status = backend.Recode({&piece, 1});
+        ASSERT_TRUE(status.ok()) << status;
+        EXPECT_EQ(b.Read(0), wanted);
+      }
+}
+
 TEST_P(BackendConformance, TideSealsAndRecodesToTheBytesOfTheDefinition) {
   if (const absl::Status status = CheckTide(backend()); !status.ok()) GTEST_SKIP() << status;
-  for (const int dim : kHeadDims) {
-    const GroupShape shape{1, 1, dim, 64};
-    const Profile profile = test::TideProfile(shape, 11);
-    const HeadProfile& head = profile.k[0];
-    const std::vector<float> v = KeyRows(64, 2);
-    for (const char* to_name :
-         {"tide4/turbo4", "tide3/turbo3", "tide2/turbo2", "turbo2/turbo2", "f16/turbo2"})
-      for (const char* from_name : {"f16", "q8_0/turbo4", "turbo4", "tide4/turbo4"})
-        for (const int tokens : {kBlockTokens, 41}) {
-          SCOPED_TRACE(std::string(from_name) + " to " + to_name + " d " + std::to_string(dim));
-          const BlockLayout from(shape, *ParseCachePair(from_name)), to(shape, *ParseCachePair(to_name));
-          std::vector<float> k = KeyRows(dim, 1);
-          const std::vector<std::byte> source = Block(from, &head, k, v, kBlockTokens);
-          std::vector<float> values(v.size());
-          DecodeHalf(from.pair().k, Side::kKey, from.k(), &head, kPosition, source.data(), k.data());
-          DecodeHalf(from.pair().v, Side::kValue, from.v(), nullptr, source.data() + from.v_codes(),
-                     values.data());
-          std::vector<std::byte> wanted = Block(to, &head, k, values, tokens);
-          if (from.pair().k == to.pair().k && tokens == kBlockTokens)
-            std::copy_n(source.data(), to.k().bytes, wanted.data());
-          if (from.pair().v == to.pair().v && tokens == kBlockTokens)
-            std::copy_n(source.data() + from.v_codes(), to.v().bytes, wanted.data() + to.v_codes());
-          BackendBlocks a(backend(), from, 1), b(backend(), to, 1);
-          a.Write(0, source);
-          b.Write(0, std::vector<std::byte>(to.block_bytes(), std::byte{0x5a}));
-          RecodePiece piece;
-          piece.from = &from;
-          piece.source = a.block(0);
-          piece.to = &to;
-          piece.target = b.block(0);
-          piece.from_profile = piece.to_profile = &profile;
-          piece.position = kPosition;
-          piece.layers = 1;
-          piece.tokens = tokens;
-          const absl::Status status = backend().Recode({&piece, 1});
-          ASSERT_TRUE(status.ok()) << status;
-          EXPECT_EQ(b.Read(0), wanted);
-        }
-  }
+  for (const int dim : kHeadDims)
+    for (const Profile& profile : BothProfiles({1, 1, dim, 64}, 11)) SealAndRecode(backend(), dim, profile);
 }
 
 TEST_P(BackendConformance, TideDecodesToTheRowsOfTheDefinition) {
@@ -124,23 +135,23 @@ TEST_P(BackendConformance, TideDecodesToTheRowsOfTheDefinition) {
 TEST_P(BackendConformance, TideAttendsEveryTypeAtEveryHeadDim) {
   if (const absl::Status status = CheckTide(backend()); !status.ok()) GTEST_SKIP() << status;
   for (const CacheType type : CalibratedTypes())
-    for (const int dim : kHeadDims) {
-      SCOPED_TRACE(std::string(Name(type)) + " d " + std::to_string(dim));
-      const GroupShape shape{1, 2, dim, 64};
-      const Profile profile = test::TideProfile(shape, 5);
-      TestSequence sequence(backend(), shape);
-      sequence.AddRun(std::string(Name(type)) + "/turbo3", 130, GaussianRows(3), &profile);
-      for (const int group : {1, 4, 6}) {
+    for (const int dim : kHeadDims)
+      for (const Profile& profile : BothProfiles({1, 2, dim, 64}, 5)) {
+        SCOPED_TRACE(std::string(Name(type)) + " d " + std::to_string(dim) + Coding(profile));
+        const GroupShape shape{1, 2, dim, 64};
+        TestSequence sequence(backend(), shape);
+        sequence.AddRun(std::string(Name(type)) + "/turbo3", 130, GaussianRows(3), &profile);
+        for (const int group : {1, 4, 6}) {
+          AttendCase c;
+          c.group = group;
+          c.queries = 2;
+          CheckAttend(backend(), sequence, c);
+        }
         AttendCase c;
-        c.group = group;
-        c.queries = 2;
+        c.group = 3;
+        c.queries = 40;
         CheckAttend(backend(), sequence, c);
       }
-      AttendCase c;
-      c.group = 3;
-      c.queries = 40;
-      CheckAttend(backend(), sequence, c);
-    }
 }
 
 // The pairs and head dims that GPUs attend where they lie, with heads behind the first, 8 and 16 rows, masks,
@@ -148,59 +159,60 @@ TEST_P(BackendConformance, TideAttendsEveryTypeAtEveryHeadDim) {
 TEST_P(BackendConformance, TideAttendsWithValuesOfTheSameBits) {
   if (const absl::Status status = CheckTide(backend()); !status.ok()) GTEST_SKIP() << status;
   for (const int dim : {48, 64, 112, 128})
-    for (const char* pair : {"tide4/turbo4", "tide3/turbo3", "tide2/turbo2"}) {
-      SCOPED_TRACE(std::string(pair) + " d " + std::to_string(dim));
-      const GroupShape shape{2, 3, dim, dim};
-      const Profile profile = test::TideProfile(shape, static_cast<uint64_t>(dim));
-      TestSequence sequence(backend(), shape);
-      sequence.AddRun("f16", 64, GaussianRows(1));
-      sequence.AddRun(pair, 64 * 9 + 17, GaussianRows(2), &profile);
-      for (const int group : {1, 8, 16, 5}) {
-        AttendCase c;
-        c.layer = 1;
-        c.group = group;
-        c.queries = group == 5 ? 3 : 1;
-        CheckAttend(backend(), sequence, c);
-        c.window = 150;
-        CheckAttend(backend(), sequence, c);
+    for (const char* pair : {"tide4/turbo4", "tide3/turbo3", "tide2/turbo2"})
+      for (const Profile& profile : BothProfiles({2, 3, dim, dim}, static_cast<uint64_t>(dim))) {
+        SCOPED_TRACE(std::string(pair) + " d " + std::to_string(dim) + Coding(profile));
+        const GroupShape shape{2, 3, dim, dim};
+        TestSequence sequence(backend(), shape);
+        sequence.AddRun("f16", 64, GaussianRows(1));
+        sequence.AddRun(pair, 64 * 9 + 17, GaussianRows(2), &profile);
+        for (const int group : {1, 8, 16, 5}) {
+          AttendCase c;
+          c.layer = 1;
+          c.group = group;
+          c.queries = group == 5 ? 3 : 1;
+          CheckAttend(backend(), sequence, c);
+          c.window = 150;
+          CheckAttend(backend(), sequence, c);
+        }
+        AttendCase early;
+        early.first_query_position = 200;
+        early.queries = 2;
+        early.softcap = 15;
+        CheckAttend(backend(), sequence, early);
       }
-      AttendCase early;
-      early.first_query_position = 200;
-      early.queries = 2;
-      early.softcap = 15;
-      CheckAttend(backend(), sequence, early);
-    }
 }
 
 // Little of everything, for tools that make it slow: a seal and attention of 8 and 16 rows.
 TEST_P(BackendConformance, TideSealsAPageAndAttendsTwo) {
   if (const absl::Status status = CheckTide(backend()); !status.ok()) GTEST_SKIP() << status;
-  for (const int dim : {64, 128}) {
-    const GroupShape shape{1, 1, dim, dim};
-    const Profile profile = test::TideProfile(shape, 21);
-    const BlockLayout from(shape, ExactPair()), to(shape, *ParseCachePair("tide3/turbo3"));
-    const std::vector<float> rows = KeyRows(dim, 1);
-    BackendBlocks a(backend(), from, 1), b(backend(), to, 1);
-    a.Write(0, Block(from, nullptr, rows, rows, kBlockTokens));
-    RecodePiece piece;
-    piece.from = &from;
-    piece.source = a.block(0);
-    piece.to = &to;
-    piece.target = b.block(0);
-    piece.to_profile = &profile;
-    piece.position = kPosition;
-    piece.layers = 1;
-    const absl::Status status = backend().Recode({&piece, 1});
-    ASSERT_TRUE(status.ok()) << status;
-    EXPECT_EQ(b.Read(0), Block(to, &profile.k[0], rows, rows, kBlockTokens));
-    TestSequence sequence(backend(), shape);
-    sequence.AddRun("tide3/turbo3", 100, GaussianRows(2), &profile);
-    for (const int group : {8, 16}) {
-      AttendCase c;
-      c.group = group;
-      CheckAttend(backend(), sequence, c);
+  for (const int dim : {64, 128})
+    for (const Profile& profile : BothProfiles({1, 1, dim, dim}, 21)) {
+      SCOPED_TRACE("d " + std::to_string(dim) + Coding(profile));
+      const GroupShape shape{1, 1, dim, dim};
+      const BlockLayout from(shape, ExactPair()), to(shape, *ParseCachePair("tide3/turbo3"));
+      const std::vector<float> rows = KeyRows(dim, 1);
+      BackendBlocks a(backend(), from, 1), b(backend(), to, 1);
+      a.Write(0, Block(from, nullptr, rows, rows, kBlockTokens));
+      RecodePiece piece;
+      piece.from = &from;
+      piece.source = a.block(0);
+      piece.to = &to;
+      piece.target = b.block(0);
+      piece.to_profile = &profile;
+      piece.position = kPosition;
+      piece.layers = 1;
+      const absl::Status status = backend().Recode({&piece, 1});
+      ASSERT_TRUE(status.ok()) << status;
+      EXPECT_EQ(b.Read(0), Block(to, &profile.k[0], rows, rows, kBlockTokens));
+      TestSequence sequence(backend(), shape);
+      sequence.AddRun("tide3/turbo3", 100, GaussianRows(2), &profile);
+      for (const int group : {8, 16}) {
+        AttendCase c;
+        c.group = group;
+        CheckAttend(backend(), sequence, c);
+      }
     }
-  }
 }
 
 // Exact blocks, blocks of several types and of several profiles, in one sequence.
@@ -208,13 +220,15 @@ TEST_P(BackendConformance, TideAttendsRunsOfSeveralTypesAndProfiles) {
   if (const absl::Status status = CheckTide(backend()); !status.ok()) GTEST_SKIP() << status;
   const GroupShape shape{2, 2, 128, 128};
   const Profile one = test::TideProfile(shape, 6), two = test::TideProfile(shape, 60),
-                means = RandomProfile(shape, 7);
+                after = test::AfterRope(two), means = RandomProfile(shape, 7);
   for (const int queries : {1, 3, 33}) {
     TestSequence sequence(backend(), shape);
     sequence.AddRun("f16", 64, GaussianRows(1));
     sequence.AddRun("tide3/turbo3", 192, GaussianRows(2), &one);
     sequence.AddRun("tide2/turbo2", 128, GaussianRows(3), &two);
+    sequence.AddRun("tide2/turbo2", 128, GaussianRows(7), &after);
     sequence.AddRun("turbo3", 64, GaussianRows(4), &means);
+    sequence.AddRun("tide4/turbo4", 64, GaussianRows(8), &after);
     sequence.AddRun("tide4/q8_0", 64, GaussianRows(5), &one);
     sequence.AddRun("f16", 70, GaussianRows(6));
     AttendCase c;
