@@ -5,7 +5,7 @@
 #   tests/run.sh sdist     the Python package from its source archive alone (part of `python`)
 #   tests/run.sh transformers | llama [pytest arguments ...]     with those libraries, which are installed under build/
 #   tests/run.sh engines [pytest arguments ...]     vLLM on the CPU, which it installs; tests/engines/run.sh says more
-#   tests/run.sh prometheus     a real Prometheus over a real daemon, and promtool, which it gets
+#   tests/run.sh prometheus [--pictures FOLDER]     a real Prometheus over a real daemon, and promtool, which it gets
 # Packages that are missing are installed first. Uses ccache when it is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,7 +17,7 @@ export CCACHE_BASEDIR="$PWD" CCACHE_NOHASHDIR=1
 case "$preset" in
   python | sdist | transformers | llama) exec tests/python/run.sh "$preset" "$@" ;;
   engines) exec tests/engines/run.sh "$@" ;;
-  prometheus) exec tests/deploy/prometheus.sh ;;
+  prometheus) exec tests/deploy/prometheus.sh "$@" ;;
 esac
 cmake --preset "$preset"
 cmake --build --preset "$preset"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A real Prometheus beside a real kvtided under load: every panel and rule is evaluated (prometheus_test.py), and promtool checks the
 # exposition, the rules and the alerts over made-up series (tests/daemon/metrics/deploy_test.py).
-#   tests/run.sh prometheus
+#   tests/run.sh prometheus [--pictures deploy/grafana/pictures]     ... which draws the dashboard from the answers
 # Prometheus is taken from where it is installed; else its package is unpacked under build/, which starts no service and changes nothing else.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -19,4 +19,4 @@ cmake --build --preset dev --target kvtided kvtide kvtide_e2e_appender kvtide_wr
 build=build/dev
 "$build/tests/daemon/metrics/kvtide_write_exposition" "$build/exposition.txt"
 python3 tests/daemon/metrics/deploy_test.py . "$build/exposition.txt" --promtool "$promtool"
-python3 tests/deploy/prometheus_test.py . "$build/daemon/kvtided" "$build/clients/cli/kvtide" "$build/tests/e2e/kvtide_e2e_appender" "$prometheus"
+python3 tests/deploy/prometheus_test.py . "$build/daemon/kvtided" "$build/clients/cli/kvtide" "$build/tests/e2e/kvtide_e2e_appender" "$prometheus" "$@"

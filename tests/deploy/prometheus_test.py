@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """A real Prometheus scrapes a real kvtided under load; every panel and every alert has to have an answer.
 
-usage: prometheus_test.py REPOSITORY KVTIDED KVTIDE APPENDER PROMETHEUS
+usage: prometheus_test.py REPOSITORY KVTIDED KVTIDE APPENDER PROMETHEUS [--pictures FOLDER]
+
+With --pictures each dashboard is drawn from the answers to its queries, FOLDER/NAME.svg: those of deploy/grafana/pictures are such.
 
 Each expression of the dashboard is asked for over the time of the load, and has to give finite numbers; a planted expression has to
 fail. Each alert's expression has to be one that Prometheus evaluates, none of them may fire on a healthy daemon, and the one that
@@ -19,10 +21,12 @@ import time
 import urllib.parse
 import urllib.request
 
+import draw_dashboard
+
 PATIENCE = 120
 VARIABLES = {"$__rate_interval": "8s", "$__range": "1m", "$job": ".+", "$instance": ".+"}
 # Nothing happens there on a healthy daemon: no number is the right answer (0 / 0).
-MAY_BE_EMPTY = set()
+MAY_BE_EMPTY = {"Waits for the lock"}
 
 
 def free_port():
@@ -64,7 +68,13 @@ def finite_numbers(answer):
 
 def main():
     # Programs start in a folder of their own.
-    repository, kvtided, kvtide, appender, prometheus = (pathlib.Path(word).resolve() for word in sys.argv[1:])
+    words = sys.argv[1:]
+    pictures = None
+    if "--pictures" in words:
+        at = words.index("--pictures")
+        pictures = pathlib.Path(words[at + 1]).resolve()
+        del words[at : at + 2]
+    repository, kvtided, kvtide, appender, prometheus = (pathlib.Path(word).resolve() for word in words)
     rules = repository / "deploy/prometheus/rules.yml"
     complaints = []
     with tempfile.TemporaryDirectory(prefix="kvtide-prometheus-") as name:
@@ -116,7 +126,8 @@ def main():
             dashboards = sorted((repository / "deploy/grafana/dashboards").glob("*.json"))
             asked = 0
             for path in dashboards:
-                for panel in json.loads(path.read_text())["panels"]:
+                dashboard, answers = json.loads(path.read_text()), {}
+                for panel in dashboard["panels"]:
                     for target in panel.get("targets", []):
                         expression = target["expr"]
                         for variable, value in VARIABLES.items():
@@ -124,10 +135,14 @@ def main():
                         answer = ask(web, "query_range", query=expression, start=begun, end=end, step=1)
                         numbers = finite_numbers(answer)
                         asked += 1
+                        answers.setdefault(panel["id"], []).append(answer if numbers is not None else {"data": {"result": []}})
                         if numbers is None:
                             complaints.append(f"{panel['title']}: {answer.get('error')}: {expression}")
                         elif not numbers and panel["title"] not in MAY_BE_EMPTY:
                             complaints.append(f"{panel['title']}: no number: {expression}")
+                if pictures is not None:
+                    pictures.mkdir(parents=True, exist_ok=True)
+                    (pictures / f"{path.stem}.svg").write_text(draw_dashboard.draw(dashboard, answers, begun, end))
             # The check finds what is planted.
             assert finite_numbers(ask(web, "query_range", query="sum(", start=begun, end=end, step=1)) is None
             assert finite_numbers(ask(web, "query_range", query="kvtide_no_such_thing", start=begun, end=end, step=1)) == []
