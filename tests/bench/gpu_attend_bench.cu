@@ -16,7 +16,9 @@
 
 #include "kernels/cuda/attend/attend_kernel.cuh"
 #include "kernels/cuda/attend/kernel_list.h"
+#include "kernels/cuda/attend/level_kernels.h"
 #include "kernels/cuda/device/launch.h"
+#include "kernels/cuda/device/level_tables.h"
 #include "kernels/cuda/device/tide_tables.h"
 #include "kernels/format/block_layout.h"
 #include "kernels/format/page_codec.h"
@@ -28,27 +30,59 @@ namespace {
 struct Shape {
   const char* pair;
   int sequences, kv_heads, tokens, dim, group;
+  bool levels = false;  // calibrated keys are coded after RoPE
+  std::string name() const { return std::string(pair) + (levels ? " after RoPE" : ""); }
 };
 
 constexpr Shape kShapes[] = {
-    {"turbo4", 33, 4, 32768, 128, 1},       {"turbo4", 33, 4, 32768, 128, 4},
-    {"turbo4", 33, 4, 32768, 128, 8},       {"turbo4", 33, 4, 32768, 128, 16},
-    {"turbo3", 33, 4, 32768, 128, 1},       {"turbo3", 33, 4, 32768, 128, 8},
-    {"turbo3", 33, 4, 32768, 128, 16},      {"turbo2", 33, 4, 32768, 128, 8},
-    {"tide4/turbo4", 33, 4, 32768, 128, 8}, {"tide3/turbo3", 33, 4, 32768, 128, 1},
-    {"tide3/turbo3", 33, 4, 32768, 128, 8}, {"tide3/turbo3", 33, 4, 32768, 128, 16},
-    {"tide2/turbo2", 33, 4, 32768, 128, 8}, {"tide2/turbo2", 33, 4, 32768, 128, 16},
-    {"tide3/turbo3", 33, 4, 32768, 64, 8},  {"tide2/turbo2", 33, 4, 32768, 64, 8},
-    {"tide3/turbo3", 1, 8, 131072, 128, 4}, {"tide2/turbo2", 66, 8, 4096, 128, 4},
-    {"q8_0/turbo4", 33, 4, 32768, 128, 8},  {"q8_0", 33, 4, 32768, 128, 8},
-    {"f16", 33, 4, 32768, 128, 1},          {"f16", 33, 4, 32768, 128, 8},
-    {"turbo4", 33, 4, 32768, 64, 8},        {"turbo3", 33, 4, 32768, 64, 8},
-    {"f16", 33, 4, 32768, 64, 8},           {"turbo4", 16, 4, 32768, 256, 8},
-    {"f16", 16, 4, 32768, 256, 8},          {"turbo4", 1, 8, 131072, 128, 4},
-    {"turbo3", 1, 8, 131072, 128, 4},       {"f16", 1, 8, 131072, 128, 4},
-    {"turbo4", 66, 8, 4096, 128, 4},        {"f16", 66, 8, 4096, 128, 4},
-    {"turbo4", 1, 8, 32768, 128, 4},        {"turbo4", 512, 8, 512, 128, 4},
-    {"turbo4", 33, 4, 32768, 96, 8},        {"turbo4", 16, 2, 32768, 512, 8},
+    {"turbo4", 33, 4, 32768, 128, 1},
+    {"turbo4", 33, 4, 32768, 128, 4},
+    {"turbo4", 33, 4, 32768, 128, 8},
+    {"turbo4", 33, 4, 32768, 128, 16},
+    {"turbo3", 33, 4, 32768, 128, 1},
+    {"turbo3", 33, 4, 32768, 128, 8},
+    {"turbo3", 33, 4, 32768, 128, 16},
+    {"turbo2", 33, 4, 32768, 128, 8},
+    {"tide4/turbo4", 33, 4, 32768, 128, 8},
+    {"tide3/turbo3", 33, 4, 32768, 128, 1},
+    {"tide3/turbo3", 33, 4, 32768, 128, 8},
+    {"tide3/turbo3", 33, 4, 32768, 128, 16},
+    {"tide2/turbo2", 33, 4, 32768, 128, 8},
+    {"tide2/turbo2", 33, 4, 32768, 128, 16},
+    {"tide3/turbo3", 33, 4, 32768, 64, 8},
+    {"tide2/turbo2", 33, 4, 32768, 64, 8},
+    {"tide3/turbo3", 1, 8, 131072, 128, 4},
+    {"tide2/turbo2", 66, 8, 4096, 128, 4},
+    {"tide4/turbo4", 33, 4, 32768, 128, 8, true},
+    {"tide3/turbo3", 33, 4, 32768, 128, 1, true},
+    {"tide3/turbo3", 33, 4, 32768, 128, 8, true},
+    {"tide3/turbo3", 33, 4, 32768, 128, 16, true},
+    {"tide2/turbo2", 33, 4, 32768, 128, 8, true},
+    {"tide2/turbo2", 33, 4, 32768, 128, 16, true},
+    {"tide4/turbo4", 33, 4, 32768, 64, 8, true},
+    {"tide3/turbo3", 33, 4, 32768, 64, 8, true},
+    {"tide2/turbo2", 33, 4, 32768, 64, 8, true},
+    {"tide3/turbo3", 1, 8, 131072, 128, 4, true},
+    {"tide2/turbo2", 66, 8, 4096, 128, 4, true},
+    {"tide3/turbo3", 512, 8, 512, 128, 4, true},
+    {"q8_0/turbo4", 33, 4, 32768, 128, 8},
+    {"q8_0", 33, 4, 32768, 128, 8},
+    {"f16", 33, 4, 32768, 128, 1},
+    {"f16", 33, 4, 32768, 128, 8},
+    {"turbo4", 33, 4, 32768, 64, 8},
+    {"turbo3", 33, 4, 32768, 64, 8},
+    {"f16", 33, 4, 32768, 64, 8},
+    {"turbo4", 16, 4, 32768, 256, 8},
+    {"f16", 16, 4, 32768, 256, 8},
+    {"turbo4", 1, 8, 131072, 128, 4},
+    {"turbo3", 1, 8, 131072, 128, 4},
+    {"f16", 1, 8, 131072, 128, 4},
+    {"turbo4", 66, 8, 4096, 128, 4},
+    {"f16", 66, 8, 4096, 128, 4},
+    {"turbo4", 1, 8, 32768, 128, 4},
+    {"turbo4", 512, 8, 512, 128, 4},
+    {"turbo4", 33, 4, 32768, 96, 8},
+    {"turbo4", 16, 2, 32768, 512, 8},
 };
 
 // Reads pages as the attention kernel does and computes next to nothing.
@@ -126,9 +160,10 @@ void Launch(const void* function, unsigned grid, unsigned block, size_t shared, 
   std::exit(1);
 }
 
-// A profile for calibrated keys: RoPE of Llama, a transform near the unit matrix, and widths of groups: at
-// head dim 128 those that `kvtide calibrate` gave the second KV head of the last layer of tidelm-7m.
-Profile MakeProfile(int kv_heads, int dim) {
+// A profile for calibrated keys: RoPE of Llama unless they are coded after it, a transform near the unit
+// matrix, and widths of groups: at head dim 128 those that `kvtide calibrate` gave the second KV head of the
+// last layer of tidelm-7m.
+Profile MakeProfile(int kv_heads, int dim, bool levels) {
   const std::vector<std::vector<uint8_t>> widths =
       dim == 128 ? std::vector<std::vector<uint8_t>>{{6, 6, 5, 5, 5, 5, 4, 4, 4, 4, 4, 3, 3, 3, 2, 2},
                                                      {6, 5, 4, 4, 4, 4, 3, 3, 3, 3, 2, 2, 2, 2, 1, 1},
@@ -141,7 +176,7 @@ Profile MakeProfile(int kv_heads, int dim) {
   profile.shape = {1, kv_heads, dim, dim};
   for (int h = 0; h < kv_heads; h++) {
     HeadProfile& head = profile.k.emplace_back();
-    for (int i = 0; i < dim / 2; i++)
+    for (int i = 0; i < dim / 2 && !levels; i++)
       head.rope.frequencies.push_back(
           std::pow(500000.0f, -2.0f * static_cast<float>(i) / static_cast<float>(dim)));
     for (int i = 0; i < dim; i++) head.centre.push_back(normal(rng));
@@ -247,13 +282,13 @@ std::string RunShape(const Shape& s, int sms) {
   Profile profile;
   const std::byte* tables = nullptr;
   if (calibrated) {
-    profile = MakeProfile(s.kv_heads, s.dim);
-    tables = Upload(MakeTideTables(profile, pair.k), &owned);
+    profile = MakeProfile(s.kv_heads, s.dim, s.levels);
+    tables = Upload(s.levels ? MakeLevelTables(profile, pair.k) : MakeTideTables(profile, pair.k), &owned);
   }
-  const AttendKernel* kernel =
-      FindAttendKernel(FormOf(pair.k), FormOf(pair.v), StoredDim(s.dim), StoredDim(s.dim), s.group);
+  const AttendKernel* kernel = (s.levels ? FindLevelKernel : FindAttendKernel)(
+      FormOf(pair.k), FormOf(pair.v), StoredDim(s.dim), StoredDim(s.dim), s.group, 0);
   if (kernel == nullptr) {
-    std::printf("%s d %d: no kernel\n", s.pair, s.dim);
+    std::printf("%s d %d: no kernel\n", s.name().c_str(), s.dim);
     return "";
   }
   KVTIDE_BENCH_CUDA(cudaFuncSetAttribute(kernel->function, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -282,7 +317,9 @@ std::string RunShape(const Shape& s, int sms) {
         unit.rows = unit.rows_per_query = s.group;
         unit.causal_end = 1 << 30;
         unit.window_begin = -(1 << 30);
-        if (calibrated) unit.tables = tables + static_cast<size_t>(h) * TideTableBytes(s.dim);
+        if (calibrated)
+          unit.tables =
+              tables + static_cast<size_t>(h) * (s.levels ? LevelTableBytes(s.dim) : TideTableBytes(s.dim));
         units.push_back(unit);
       }
     NumberPages(&units);
@@ -395,9 +432,9 @@ std::string RunShape(const Shape& s, int sms) {
                                  out_host, &lse_error, lse_host);
 
   std::printf(
-      "%-12s %4d x %d x %6d d %3d G %2d | %7.1f MB | attend %7.1f us, with merge %7.1f [%.1f, %.1f], in a "
+      "%-23s %4d x %d x %6d d %3d G %2d | %7.1f MB | attend %7.1f us, with merge %7.1f [%.1f, %.1f], in a "
       "graph %7.1f | %5.0f GB/s | read %6.1f us (%2.0f %%) | err %.1e lse %.1e | warps %d smem %d\n",
-      s.pair, s.sequences, s.kv_heads, s.tokens, s.dim, s.group, static_cast<double>(bytes) * 1e-6,
+      s.name().c_str(), s.sequences, s.kv_heads, s.tokens, s.dim, s.group, static_cast<double>(bytes) * 1e-6,
       attend_only.median, whole.median, whole.least, whole.most, in_graph.median / 10,
       static_cast<double>(bytes) / whole.median * 1e-3, read.median, 100 * read.median / whole.median, error,
       lse_error, kernel->threads / 32, kernel->shared_bytes);
@@ -413,8 +450,9 @@ std::string RunShape(const Shape& s, int sms) {
                 "\"attend_us\": %.2f, \"with_merge_us\": %.2f, \"least_us\": %.2f, \"most_us\": %.2f, "
                 "\"in_graph_us\": %.2f, "
                 "\"read_only_us\": %.2f, \"relative_error\": %.3e, \"lse_error\": %.3e}",
-                s.pair, s.sequences, s.kv_heads, s.tokens, s.dim, s.group, bytes, attend_only.median,
-                whole.median, whole.least, whole.most, in_graph.median / 10, read.median, error, lse_error);
+                s.name().c_str(), s.sequences, s.kv_heads, s.tokens, s.dim, s.group, bytes,
+                attend_only.median, whole.median, whole.least, whole.most, in_graph.median / 10, read.median,
+                error, lse_error);
   return line;
 }
 
@@ -443,9 +481,9 @@ int Main(int argc, char** argv) {
   std::printf("%s, %d SMs\n", device.name, device.multiProcessorCount);
   std::string rows;
   for (const Shape& s : kShapes) {
-    const std::string name = std::string(s.pair) + " " + std::to_string(s.sequences) + "x" +
-                             std::to_string(s.kv_heads) + "x" + std::to_string(s.tokens) + " d" +
-                             std::to_string(s.dim) + " G" + std::to_string(s.group);
+    const std::string name = s.name() + " " + std::to_string(s.sequences) + "x" + std::to_string(s.kv_heads) +
+                             "x" + std::to_string(s.tokens) + " d" + std::to_string(s.dim) + " G" +
+                             std::to_string(s.group);
     if (!Matches(filter, name)) continue;
     const std::string row = RunShape(s, device.multiProcessorCount);
     if (!row.empty()) rows += (rows.empty() ? "\n    " : ",\n    ") + row;

@@ -4,12 +4,14 @@
 
 #include <gtest/gtest.h>
 
+#include <cstring>
 #include <memory>
 #include <random>
 #include <vector>
 
 #include "kernels/cuda/attend/coded_tile.h"
 #include "kernels/cuda/attend/half_tile.h"
+#include "kernels/cuda/attend/level_tile.h"
 #include "kernels/cuda/attend/query_row.h"
 #include "kernels/cuda/attend/tide_tile.h"
 #include "kernels/format/page_codec.h"
@@ -111,6 +113,7 @@ void Check(const Problem& p, const Shape& shape, float limit, Write write, const
     const auto* kb = reinterpret_cast<const uint8_t*>(p.k_halves[i].data());
     const auto* vb = reinterpret_cast<const uint8_t*>(p.v_halves[i].data());
     k[i].assign(kb, kb + p.k_halves[i].size());
+    k[i].resize(k[i].size() + 512, 0xa5);  // tiles may read what follows the keys, whatever it is
     v[i].assign(vb, vb + p.v_halves[i].size());
   }
   std::vector<std::unique_ptr<Tile>> tiles(32);
@@ -280,6 +283,110 @@ TEST(TideTile, SixteenRowsAndPaddedHeads) {
   CheckTide<2, Turbo2, 64, 2, 2>(test::TideHead(64, 6), 128, {11, 70, 1.0f}, 6);
   CheckTide<3, Turbo3, 128, 1, 4>(test::TideHead(112, 7), 640, {8, 64, 1.0f}, 7);
   CheckTide<3, Turbo3, 64, 1, 4>(test::TideHead(48, 8), 640, {8, 64, 1.0f}, 8);
+}
+
+// What LevelTile needs beside its tables.
+template <int D>
+struct LevelKeys {
+  const cuda::LevelUnit<D>& unit;
+  mutable std::vector<uint8_t> scratch = std::vector<uint8_t>(1024);
+  template <class Tile>
+  void Begin(Tile& tile, uint8_t* area, int lane) const {
+    Tile::WriteLookup(area, lane, 32);
+    EmulatedWarp::Sync();
+    tile.InitKeys(area, scratch.data());
+    tile.BeginUnit(unit);
+  }
+  template <class Tile>
+  void BeginPage(Tile& tile, int page) const {
+    tile.BeginPage(page);
+  }
+};
+
+// Keys coded after RoPE, as distances from their mean; queries times the mean are checked beside.
+template <int kBits, class VCodec, int DK, int MT>
+void CheckLevels(HeadProfile head, const Shape& shape, unsigned seed, float limit = 5e-4f) {
+  using Tile = cuda::LevelTile<EmulatedWarp, kBits, VCodec, DK, DK, MT>;
+  using Tables = cuda::LevelTables<DK>;
+  const int dim = static_cast<int>(head.centre.size());
+  head.rope = {};
+  const CacheType type = TypeOf(kTideNames[4 - kBits]);
+  const HalfLayout layout = MakeHalfLayout(type, dim);
+  Problem p = MakeProblem(TypeOf("turbo3"), TypeOf(VCodec::kName), DK, DK, shape, seed);
+  std::mt19937 rng(seed);
+  std::normal_distribution<float> normal;
+  p.k.assign(p.k.size(), 0.0f);
+  for (int page = 0; page < p.pages; page++) {
+    std::vector<float> rows(static_cast<size_t>(64 * dim));
+    for (float& x : rows) x = normal(rng);
+    for (int i = 0; i < dim; i++) rows[static_cast<size_t>(7 * dim + i)] *= 3;  // with a gain
+    std::vector<std::byte> half(layout.bytes);
+    EncodeHalf(type, Side::kKey, layout, &head, 64 * page, rows.data(), 64, half.data());
+    DecodeHalf(type, Side::kKey, layout, &head, 64 * page, half.data(), rows.data());
+    for (int t = 0; t < 64; t++)
+      for (int i = 0; i < dim; i++)
+        p.k[static_cast<size_t>((page * 64 + t) * DK + i)] =
+            rows[static_cast<size_t>(t * dim + i)] - head.centre[static_cast<size_t>(i)];
+    p.k_halves[static_cast<size_t>(page)] = half;
+  }
+  for (int r = 0; r < shape.rows; r++)
+    for (int d = dim; d < DK; d++) p.q[static_cast<size_t>(r * DK + d)] = 0;
+  Profile profile;
+  profile.shape = {1, 1, dim, dim};
+  profile.k.push_back(head);
+  const std::vector<std::byte> tables = cuda::MakeLevelTables(profile, type);
+  cuda::LevelUnit<DK> unit;
+  std::memcpy(&unit, tables.data() + Tables::kUnit, sizeof unit);
+  Check<Tile, DK, DK>(
+      p, shape, limit,
+      [&](WarpRow<DK>& row, float key_scale, int r, uint8_t* area) {
+        float bias = 0;
+        const float value =
+            cuda::WriteLevelQuery<EmulatedWarp, DK>(row, key_scale, r, tables.data(), area, bias);
+        double expected = 0;
+        for (int i = 0; r < shape.rows && i < dim; i++)
+          expected += static_cast<double>(p.q[static_cast<size_t>(r * DK + i)]) *
+                      static_cast<double>(head.centre[static_cast<size_t>(i)]);
+        EXPECT_NEAR(static_cast<double>(bias), expected, 1e-4) << "row " << r;
+        return value;
+      },
+      LevelKeys<DK>{unit});
+}
+
+TEST(LevelTile, EveryTypeAgainstFloat64) {
+  CheckLevels<4, Turbo4, 128, 1>(test::TideHead(128, 1), {8, 130, 1.0f}, 1);
+  CheckLevels<3, Turbo3, 128, 1>(test::TideHead(128, 2), {5, 64, 1.0f}, 2);
+  CheckLevels<2, Turbo2, 128, 1>(test::TideHead(128, 3), {8, 200, 1.0f}, 3);
+  CheckLevels<3, Turbo3, 64, 1>(test::TideHead(64, 4), {8, 100, 1.0f}, 4);
+}
+
+TEST(LevelTile, SixteenRowsAndPaddedHeads) {
+  CheckLevels<3, Turbo3, 128, 2>(test::TideHead(128, 5), {16, 130, 1.0f}, 5);
+  CheckLevels<2, Turbo2, 64, 2>(test::TideHead(64, 6), {11, 70, 1.0f}, 6);
+  CheckLevels<3, Turbo3, 128, 1>(test::TideHead(112, 7), {8, 64, 1.0f}, 7);
+  CheckLevels<3, Turbo3, 64, 1>(test::TideHead(48, 8), {8, 64, 1.0f}, 8);
+}
+
+// Every width beside every other one in a step: uniform steps, mixed ones, no wide group at all and only wide
+// ones.
+TEST(LevelTile, EveryMixOfWidths) {
+  const auto with = [](const std::vector<uint8_t>& widths) {
+    HeadProfile head = test::TideHead(64, 9);
+    std::copy(widths.begin(), widths.end(), head.widths.begin());
+    return head;
+  };
+  unsigned seed = 20;
+  for (const std::vector<uint8_t>& widths : std::vector<std::vector<uint8_t>>{
+           {4, 4, 4, 4, 3, 3, 3, 3},
+           {2, 2, 2, 2, 1, 1, 1, 1},
+           {4, 3, 2, 1, 0, 4, 0, 1},
+           {3, 2, 1, 0, 2, 0, 1, 1},
+           {1, 0, 0, 0, 0, 0, 0, 0},
+           {5, 6, 5, 6, 5, 5, 0, 0},
+           {0, 1, 5, 2, 6, 3, 4, 6},
+           {0, 0, 0, 0, 0, 0, 0, 5},
+       })
+    CheckLevels<4, Turbo4, 64, 1>(with(widths), {8, 64, 1.0f}, seed++);
 }
 
 TEST(WarpEmulator, PermuteReplicatesSigns) {

@@ -27,6 +27,7 @@ struct LaunchPlan {
   size_t page_bytes = 0;  // of a record
   size_t layer_bytes =
       0;  // from a layer's records in a block to the next layer's; 0: pages of one layer only
+  size_t table_bytes = 0;  // of a calibrated KV head
   std::vector<AttendUnit> units;
   std::vector<Conversion> conversions;  // what the units wait for
   size_t scratch_used = 0;              // by their pages

@@ -8,9 +8,11 @@
 #include "kernels/base/status.h"
 #include "kernels/cuda/attend/attend_plan.h"
 #include "kernels/cuda/attend/kernel_list.h"
+#include "kernels/cuda/attend/level_kernels.h"
 #include "kernels/cuda/attend/visible_pages.h"
 #include "kernels/cuda/codec/codec_kernels.h"
 #include "kernels/cuda/device/launch.h"
+#include "kernels/cuda/device/level_tables.h"
 #include "kernels/cuda/device/rotations.h"
 #include "kernels/cuda/device/tide_tables.h"
 
@@ -33,9 +35,15 @@ int PageDim(const GroupShape& shape) {
   return 0;
 }
 
-const AttendKernel* KernelOf(const BlockLayout& layout, int rows, int shared_limit) {
-  return FindAttendKernel(FormOf(layout.pair().k), FormOf(layout.pair().v), layout.k().stored_dim,
-                          layout.v().stored_dim, rows, shared_limit);
+const AttendKernel* KernelOf(const BlockLayout& layout, bool levels, int rows, int shared_limit) {
+  return (levels ? FindLevelKernel : FindAttendKernel)(FormOf(layout.pair().k), FormOf(layout.pair().v),
+                                                       layout.k().stored_dim, layout.v().stored_dim, rows,
+                                                       shared_limit);
+}
+
+// Whether keys are calibrated and coded after RoPE.
+bool HasLevels(const BlockRun& run) {
+  return Info(run.layout->pair().k).calibrated && run.profile != nullptr && !run.profile->keys_turned_back();
 }
 
 // Bytes of a launch's partial states, outputs first.
@@ -51,7 +59,9 @@ size_t SumBytes(const LaunchPlan& plan) {
 }  // namespace
 
 absl::Status PrepareAttendKernels(const DeviceImage& image) {
-  for (const AttendKernel& kernel : AllAttendKernels()) {
+  std::vector<AttendKernel> all = AllAttendKernels();
+  all.insert(all.end(), AllLevelKernels().begin(), AllLevelKernels().end());
+  for (const AttendKernel& kernel : all) {
     if (kernel.shared_limit != image.shared_limit) continue;
     KVTIDE_CUDA_RETURN_IF_ERROR(cudaFuncSetAttribute(
         kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes));
@@ -63,7 +73,7 @@ absl::Status PrepareAttendKernels(const DeviceImage& image) {
 }
 
 bool HasAttendKernel(const BlockLayout& layout, int shared_limit) {
-  return KernelOf(layout, 1, shared_limit) != nullptr;
+  return KernelOf(layout, false, 1, shared_limit) != nullptr;
 }
 
 int UnitRows(const GroupShape& shape, int64_t queries, int group, int shared_limit) {
@@ -73,8 +83,9 @@ int UnitRows(const GroupShape& shape, int64_t queries, int group, int shared_lim
 }
 
 const DecodeTables::RunKind& DecodeTables::KindOf(const BlockRun& run) const {
-  const CachePair pair = run.layout->pair();
-  return *std::find_if(kinds_.begin(), kinds_.end(), [&](const RunKind& kind) { return kind.pair == pair; });
+  return *std::find_if(kinds_.begin(), kinds_.end(), [&](const RunKind& kind) {
+    return kind.pair == run.layout->pair() && kind.levels == HasLevels(run);
+  });
 }
 
 absl::Status DecodeTables::Make(const AttendPlanArgs& batch, const GroupShape& shape,
@@ -114,8 +125,6 @@ absl::Status DecodeTables::Make(const AttendPlanArgs& batch, const GroupShape& s
 
 absl::Status DecodeTables::ChooseKernels(const AttendPlanArgs& batch) {
   page_dim_ = PageDim(shape_);
-  const int stored = StoredDim(shape_.head_dim_k);
-  table_bytes_ = HasTideTables(stored) ? TideTableBytes(stored) : 0;
   converted_ = FindAttendKernel(Form::kF16, Form::kF16, page_dim_, page_dim_, most_queries_ * group_,
                                 environment_->shared_limit);
   if (converted_ == nullptr)
@@ -123,7 +132,7 @@ absl::Status DecodeTables::ChooseKernels(const AttendPlanArgs& batch) {
         absl::StrCat("head dims K ", shape_.head_dim_k, " and V ", shape_.head_dim_v, " have no kernel"));
   tile_rows_ = converted_->rows;
   for (const PlanItem& item : batch.items)
-    for (const BlockRun& run : item.runs) KVTIDE_RETURN_IF_ERROR(AddKind(*run.layout));
+    for (const BlockRun& run : item.runs) KVTIDE_RETURN_IF_ERROR(AddKind(run));
   record_bytes_ = kBlockTokens * Size(page_dim_) * 4;
   pages_per_chunk_ = std::max<int64_t>(
       1, static_cast<int64_t>(environment_->scratch_bytes / (record_bytes_ * Size(shape_.kv_heads))));
@@ -131,13 +140,17 @@ absl::Status DecodeTables::ChooseKernels(const AttendPlanArgs& batch) {
 }
 
 // The kernel of a pair, and the launch that reads its pages where they lie.
-absl::Status DecodeTables::AddKind(const BlockLayout& layout) {
-  for (const RunKind& kind : kinds_)
-    if (kind.pair == layout.pair()) return absl::OkStatus();
+absl::Status DecodeTables::AddKind(const BlockRun& run) {
+  const BlockLayout& layout = *run.layout;
   RunKind kind;
   kind.pair = layout.pair();
-  kind.kernel = KernelOf(layout, most_queries_ * group_, environment_->shared_limit);
+  kind.levels = HasLevels(run);
+  for (const RunKind& other : kinds_)
+    if (other.pair == kind.pair && other.levels == kind.levels) return absl::OkStatus();
+  kind.kernel = KernelOf(layout, kind.levels, most_queries_ * group_, environment_->shared_limit);
   if (kind.kernel != nullptr) {
+    if (const int stored = layout.k().stored_dim; Info(kind.pair.k).calibrated)
+      kind.table_bytes = kind.levels ? LevelTableBytes(stored) : TideTableBytes(stored);
     tile_rows_ = std::min(tile_rows_, kind.kernel->rows);
     KVTIDE_ASSIGN_OR_RETURN(const Rotation k_rotation,
                             environment_->rotations->Get(kind.pair.k, layout.k().stored_dim, false));
@@ -154,6 +167,7 @@ absl::Status DecodeTables::AddKind(const BlockLayout& layout) {
       plan.k_rotation = k_rotation;
       plan.page_bytes = layout.record_bytes();
       plan.layer_bytes = layout.record_bytes() * Size(shape_.kv_heads);
+      plan.table_bytes = kind.table_bytes;
     }
   }
   kinds_.push_back(kind);
@@ -218,7 +232,7 @@ absl::Status DecodeTables::PlanRun(const AttendPlanArgs& batch, const PlanItem& 
     KVTIDE_ASSIGN_OR_RETURN(
         std::shared_ptr<const DeviceProfile> sent,
         environment_->profiles->Get(*run.profile, calibrated ? TablesOf(type) : ProfilePart::kMeans));
-    profile = {sent->mean(), sent->gain(), calibrated ? sent->tables() : nullptr};
+    profile = {sent->mean(), sent->gain(), calibrated ? sent->tables() : nullptr, kind.table_bytes};
     profiles_.push_back(std::move(sent));
   }
   const size_t blocks = Size(BlocksOf(run));
@@ -318,7 +332,7 @@ void DecodeTables::AddUnits(const AttendPlanArgs& batch, const PlanItem& item, c
       unit.gain = profile.gain == nullptr ? nullptr : profile.gain + head_values;
       unit.mean = profile.mean == nullptr ? nullptr : profile.mean + head_values;
       unit.query_stride = int64_t{heads_} * shape_.head_dim_k;
-      if (profile.tables != nullptr) unit.tables = profile.tables + Size(head) * table_bytes_;
+      if (profile.tables != nullptr) unit.tables = profile.tables + Size(head) * profile.table_bytes;
       unit.position = run.first_position + pages.begin * kBlockTokens;
       unit.pages = static_cast<uint32_t>(pages.end - pages.begin);
       unit.tokens =
@@ -438,7 +452,7 @@ absl::Status DecodeTables::Launch(const AttendLayerArgs& args, const LayerTensor
     params.softcap = args.softcap * kLog2E;
     params.layer_lines = static_cast<uint32_t>(Size(args.layer) * plan.layer_bytes / kLineBytes);
     params.profile_offset = int64_t{args.layer} * shape_.kv_heads * shape_.head_dim_k;
-    params.table_offset = Size(args.layer) * Size(shape_.kv_heads) * table_bytes_;
+    params.table_offset = Size(args.layer) * Size(shape_.kv_heads) * plan.table_bytes;
   }
   if (environment.begin != nullptr) KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment.begin, stream));
   for (const LaunchPlan& plan : launches_) {

@@ -67,14 +67,17 @@ class DecodeTables {
   // What runs of a pair have in common.
   struct RunKind {
     CachePair pair;
+    bool levels = false;                   // calibrated keys that are coded after RoPE
     const AttendKernel* kernel = nullptr;  // null: pages are converted
     Rotation v_rotation;
     size_t launch = 0;
+    size_t table_bytes = 0;  // of a calibrated KV head
   };
   // Means and gains of a run's keys, or the tables of calibrated ones, of layer 0 and KV head 0.
   struct RunProfile {
     const float *mean = nullptr, *gain = nullptr;
     const std::byte* tables = nullptr;
+    size_t table_bytes = 0;  // of a KV head
   };
   struct ScratchTable {
     std::byte** table;
@@ -88,7 +91,7 @@ class DecodeTables {
   absl::Status PlanItemUnits(const AttendPlanArgs& batch, const PlanItem& item, size_t first_query);
   absl::Status PlanRun(const AttendPlanArgs& batch, const PlanItem& item, const BlockRun& run,
                        size_t first_query, size_t first_group);
-  absl::Status AddKind(const BlockLayout& layout);
+  absl::Status AddKind(const BlockRun& run);
   absl::Status ConvertRun(const AttendPlanArgs& batch, const PlanItem& item, const BlockRun& run,
                           PageRange all, size_t first_query, size_t first_group);
   template <class Offset>
@@ -107,7 +110,6 @@ class DecodeTables {
   int page_dim_ = 0;         // head dim of converted pages
   int tile_rows_ = 0;        // query rows of a unit
   size_t record_bytes_ = 0;  // of a converted page
-  size_t table_bytes_ = 0;   // of a calibrated KV head
   int64_t pages_per_chunk_ = 1;
   const AttendKernel* converted_ = nullptr;
   std::vector<RunKind> kinds_;  // few

@@ -3,6 +3,7 @@
 
 #include "kernels/cuda/attend/combine_kernel.cuh"
 #include "kernels/cuda/attend/kernel_list.h"
+#include "kernels/cuda/attend/level_kernels.h"
 #include "kernels/format/tide.h"
 
 namespace kvtide::cuda {
@@ -42,12 +43,24 @@ const std::vector<AttendKernel>& AllAttendKernels() {
   return *list;
 }
 
-const AttendKernel* FindAttendKernel(Form k, Form v, int dk, int dv, int rows, int shared_limit) {
+const std::vector<AttendKernel>& AllLevelKernels() {
+  static const std::vector<AttendKernel>* const list = [] {
+    auto* all = new std::vector<AttendKernel>;
+    AddLevelKernels64(all);
+    AddLevelKernels128(all);
+    return all;
+  }();
+  return *list;
+}
+
+namespace {
+
+const AttendKernel* FindIn(const std::vector<AttendKernel>& list, Form k, Form v, int dk, int dv, int rows,
+                           int shared_limit) {
   const AttendKernel* best = nullptr;
   if (shared_limit == 0)
-    for (const AttendKernel& kernel : AllAttendKernels())
-      shared_limit = std::max(shared_limit, kernel.shared_limit);
-  for (const AttendKernel& kernel : AllAttendKernels()) {
+    for (const AttendKernel& kernel : list) shared_limit = std::max(shared_limit, kernel.shared_limit);
+  for (const AttendKernel& kernel : list) {
     if (kernel.shared_limit != shared_limit) continue;
     if (kernel.k != k || kernel.v != v || kernel.dk != dk || kernel.dv != dv) continue;
     if (best == nullptr || (best->rows < rows && kernel.rows > best->rows) ||
@@ -55,6 +68,16 @@ const AttendKernel* FindAttendKernel(Form k, Form v, int dk, int dv, int rows, i
       best = &kernel;
   }
   return best;
+}
+
+}  // namespace
+
+const AttendKernel* FindAttendKernel(Form k, Form v, int dk, int dv, int rows, int shared_limit) {
+  return FindIn(AllAttendKernels(), k, v, dk, dv, rows, shared_limit);
+}
+
+const AttendKernel* FindLevelKernel(Form k, Form v, int dk, int dv, int rows, int shared_limit) {
+  return FindIn(AllLevelKernels(), k, v, dk, dv, rows, shared_limit);
 }
 
 namespace {

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/base/status.h"
+#include "kernels/cuda/device/level_tables.h"
 #include "kernels/cuda/device/tide_tables.h"
 
 namespace kvtide::cuda {
@@ -19,7 +20,8 @@ absl::Status DeviceProfile::Send(const Profile& profile, ProfilePart part) {
 absl::Status DeviceProfile::SendTables(const Profile& profile, ProfilePart part) {
   for (const CacheType type : CalibratedTypes()) {
     if (TablesOf(type) != part) continue;
-    const std::vector<std::byte> tables = MakeTideTables(profile, type);
+    const std::vector<std::byte> tables =
+        profile.keys_turned_back() ? MakeTideTables(profile, type) : MakeLevelTables(profile, type);
     KVTIDE_RETURN_IF_ERROR(memory_.Reserve(tables.size()));
     KVTIDE_CUDA_RETURN_IF_ERROR(
         cudaMemcpy(memory_.data(), tables.data(), tables.size(), cudaMemcpyHostToDevice));

@@ -17,7 +17,8 @@
 namespace kvtide::cuda {
 
 // What is sent of a profile: means and gains, for keys of most types; what encoders and decoders of
-// calibrated keys read; or what attention reads of keys of one calibrated type (tide_tables.h).
+// calibrated keys read; or what attention reads of keys of one calibrated type (tide_tables.h; of keys that
+// are coded after RoPE, level_tables.h).
 enum class ProfilePart : int { kMeans, kTransforms, kTables4, kTables3, kTables2 };
 inline ProfilePart TablesOf(CacheType calibrated) {
   return static_cast<ProfilePart>(static_cast<int>(ProfilePart::kTables4) + CalibratedIndex(calibrated));
@@ -33,7 +34,7 @@ class DeviceProfile {
   const float* gain() const { return gain_; }
   // Of kTransforms, [layers][kv_heads].
   const TideHead* heads() const { return heads_; }
-  // Of tables, [layers][kv_heads] of TideTableBytes.
+  // Of tables, [layers][kv_heads] of TideTableBytes or LevelTableBytes.
   const std::byte* tables() const { return memory_.data(); }
   size_t bytes() const { return memory_.bytes(); }
 
