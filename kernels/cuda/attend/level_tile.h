@@ -122,8 +122,9 @@ struct LevelTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
 
   // Lookup, for every width: levels of codes of 6 bits, at multiples of 256 bytes; then 8 entries for codes
   // of 4 bits below 8, of those above, and for codes of 3 bits. Bits above the width are ignored.
+  // Then the masks.
   static constexpr int kSingleBytes = 256, kRowsAt = (kMostTideWidth + 1) * kSingleBytes, kRowBytes = 32,
-                       kLookupBytes = kRowsAt + (kMostTideWidth + 1) * kRowBytes;
+                       kMasksAt = kRowsAt + (kMostTideWidth + 1) * kRowBytes, kLookupBytes = kMasksAt + 16;
   static constexpr int kTableBytes = Values::kTableBytes + kSingleBytes + kLookupBytes;
   static KVTIDE_DEVICE Shared Lookup(Shared area) {
     return W::Align(area + Values::kTableBytes, kSingleBytes);
@@ -132,6 +133,9 @@ struct LevelTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
   Shared scratch, lookup;
   int wide;
   uint32_t lane_place;  // of the lane's tokens in a half of a unit
+  // 0x55555555, 0x33333333 and 0x0f0f0f0f, from shared memory: a choice by a constant takes the compiler two
+  // instructions instead of one.
+  uint32_t even_bits, even_pairs, even_nibbles;
 
   static KVTIDE_DEVICE int LevelOf(int width, int code) {
     return TideLevel(width, code & ((1 << width) - 1));
@@ -148,7 +152,11 @@ struct LevelTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
   // Thread `thread` of `threads` writes its part.
   static KVTIDE_DEVICE void WriteLookup(Shared area, int thread, int threads) {
     const Shared at = Lookup(area);
-    for (int i = thread; i < kLookupBytes / 4; i += threads) {
+    if (thread == 0) {
+      W::Store64(at + kMasksAt, 0x55555555u, 0x33333333u);
+      W::Store64(at + kMasksAt + 8, 0x0f0f0f0fu, 0);
+    }
+    for (int i = thread; i < kMasksAt / 4; i += threads) {
       uint32_t word = 0;
       for (int e = 0; e < 4; e++) {
         const int byte = 4 * i + e, in_rows = byte - kRowsAt;
@@ -164,6 +172,11 @@ struct LevelTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
     scratch = own;
     const int n = W::Lane() >> 2;
     lane_place = static_cast<uint32_t>(16 * (n & 1) + 4 * (n >> 1));
+    uint32_t masks[4];
+    W::Load128(lookup + kMasksAt, masks);
+    even_bits = masks[0];
+    even_pairs = masks[1];
+    even_nibbles = masks[2];
   }
   KVTIDE_DEVICE void BeginUnit(const LevelUnit<DK>& unit) {
     wide = unit.wide;
@@ -175,31 +188,38 @@ struct LevelTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
   }
   KVTIDE_DEVICE void BeginPage(int /*number*/) {}
 
+  // Bits of a where the mask has ones, else of b.
+  static KVTIDE_DEVICE uint32_t Choose(uint32_t mask, uint32_t a, uint32_t b) {
+    return (a & mask) | (b & ~mask);
+  }
   // Of kWidth planes with bits (other bits, e1, e0): codes of (other bits, b1, b0) in nibbles, by 2 * e1 +
   // e0.
   template <int kWidth>
-  static KVTIDE_DEVICE void Transpose(const uint32_t* planes, uint32_t (&codes)[4]) {
+  KVTIDE_DEVICE void Transpose(const uint32_t* planes, uint32_t (&codes)[4]) const {
     if constexpr (kWidth == 1) {
 #pragma unroll
       for (int i = 0; i < 4; i++) codes[i] = planes[0] >> i & 0x11111111u;
     } else {
-      const uint32_t x = (planes[0] & 0x55555555u) | (planes[1] << 1 & 0xaaaaaaaau),
-                     y = (planes[0] >> 1 & 0x55555555u) | (planes[1] & 0xaaaaaaaau);
+      const uint32_t x = Choose(even_bits, planes[0], planes[1] << 1),
+                     y = Choose(even_bits, planes[0] >> 1, planes[1]);
       if constexpr (kWidth == 2) {
         codes[0] = x & 0x33333333u;
         codes[1] = y & 0x33333333u;
         codes[2] = x >> 2 & 0x33333333u;
         codes[3] = y >> 2 & 0x33333333u;
       } else {
-        uint32_t above = planes[2] & 0x55555555u, beside = planes[2] >> 1 & 0x55555555u;
+        uint32_t above, beside;
         if constexpr (kWidth == 4) {
-          above |= planes[3] << 1 & 0xaaaaaaaau;
-          beside |= planes[3] & 0xaaaaaaaau;
+          above = Choose(even_bits, planes[2], planes[3] << 1);
+          beside = Choose(even_bits, planes[2] >> 1, planes[3]);
+        } else {
+          above = planes[2] & 0x55555555u;
+          beside = planes[2] >> 1 & 0x55555555u;
         }
-        codes[0] = (x & 0x33333333u) | (above << 2 & 0xccccccccu);
-        codes[1] = (y & 0x33333333u) | (beside << 2 & 0xccccccccu);
-        codes[2] = (x >> 2 & 0x33333333u) | (above & 0xccccccccu);
-        codes[3] = (y >> 2 & 0x33333333u) | (beside & 0xccccccccu);
+        codes[0] = Choose(even_pairs, x, above << 2);
+        codes[1] = Choose(even_pairs, y, beside << 2);
+        codes[2] = Choose(even_pairs, x >> 2, above);
+        codes[3] = Choose(even_pairs, y >> 2, beside);
       }
     }
   }
@@ -267,8 +287,9 @@ struct LevelTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
     uint32_t query_part[MT][4];
 #pragma unroll
     for (int m = 0; m < MT; m++) {
+      // The second half meets zeros, whatever it is; constants would be put in place again for every product.
       W::Load64(part + m * Tables::kQueryBytes, query_part[m]);
-      query_part[m][2] = query_part[m][3] = 0;
+      W::Load64(part + m * Tables::kQueryBytes + 256, query_part[m] + 2);
     }
     const Shared planes = PlanesOf(k_half, slot), singles = lookup + static_cast<int>(slot >> 16) * 8;
     const int from = (W::Lane() & 1) * 4;
@@ -277,18 +298,21 @@ struct LevelTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
     for (int b = 0; b < kMostTideWidth; b++) {
       const uint32_t first = W::Load32(planes + b * kTideUnitBytes),
                      second = W::Load32(planes + b * kTideUnitBytes + 32);
-      plane[b] = (first >> from & 0x0f0f0f0fu) | (second << (4 - from) & 0xf0f0f0f0u);
+      plane[b] = Choose(even_nibbles, first >> from, second << (4 - from));
     }
-    uint32_t low[4], high[4];
+    uint32_t low[4];
     Transpose<4>(plane, low);
-    Transpose<2>(plane + 4, high);
+    // Bits 4 and 5 in the lower half of nibbles; the lookup ignores what the upper one has.
+    const uint32_t x = Choose(even_bits, plane[4], plane[5] << 1),
+                   y = Choose(even_bits, plane[4] >> 1, plane[5]);
+    const uint32_t high[4] = {x, y, x >> 2, y >> 2};
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       uint32_t codes[4];  // bytes of tokens
 #pragma unroll
       for (int e = 0; e < 4; e++)
-        codes[e] = half == 0 ? (low[e] & 0x0f0f0f0fu) | (high[e] << 4 & 0xf0f0f0f0u)
-                             : (low[e] >> 4 & 0x0f0f0f0fu) | (high[e] & 0xf0f0f0f0u);
+        codes[e] = half == 0 ? Choose(even_nibbles, low[e], high[e] << 4)
+                             : Choose(even_nibbles, low[e] >> 4, high[e]);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         uint32_t level[4];

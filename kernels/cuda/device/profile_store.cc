@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/base/status.h"
+#include "kernels/cuda/device/copy_to_device.h"
 #include "kernels/cuda/device/level_tables.h"
 #include "kernels/cuda/device/tide_tables.h"
 
@@ -23,8 +24,7 @@ absl::Status DeviceProfile::SendTables(const Profile& profile, ProfilePart part)
     const std::vector<std::byte> tables =
         profile.keys_turned_back() ? MakeTideTables(profile, type) : MakeLevelTables(profile, type);
     KVTIDE_RETURN_IF_ERROR(memory_.Reserve(tables.size()));
-    KVTIDE_CUDA_RETURN_IF_ERROR(
-        cudaMemcpy(memory_.data(), tables.data(), tables.size(), cudaMemcpyHostToDevice));
+    KVTIDE_RETURN_IF_ERROR(CopyToDevice(memory_.data(), tables.data(), tables.size()));
   }
   return absl::OkStatus();
 }
@@ -49,8 +49,7 @@ absl::Status DeviceProfile::SendMeans(const Profile& profile) {
   if (gains) add(&HeadProfile::gain, 1.0f);
   if (all.empty()) return absl::OkStatus();
   KVTIDE_RETURN_IF_ERROR(memory_.Reserve(all.size() * sizeof(float)));
-  KVTIDE_CUDA_RETURN_IF_ERROR(
-      cudaMemcpy(memory_.data(), all.data(), all.size() * sizeof(float), cudaMemcpyHostToDevice));
+  KVTIDE_RETURN_IF_ERROR(CopyToDevice(memory_.data(), all.data(), all.size() * sizeof(float)));
   const auto* const first = reinterpret_cast<const float*>(memory_.data());
   if (means) mean_ = first;
   if (gains) gain_ = first + (means ? values : 0);
@@ -92,7 +91,7 @@ absl::Status DeviceProfile::SendTransforms(const Profile& profile) {
     to.pairs = head.rope.pairs;
   }
   std::memcpy(all.data(), heads.data(), heads.size() * sizeof(TideHead));
-  KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpy(memory_.data(), all.data(), all.size(), cudaMemcpyHostToDevice));
+  KVTIDE_RETURN_IF_ERROR(CopyToDevice(memory_.data(), all.data(), all.size()));
   heads_ = reinterpret_cast<const TideHead*>(memory_.data());
   return absl::OkStatus();
 }

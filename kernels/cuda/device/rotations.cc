@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "kernels/base/status.h"
+#include "kernels/cuda/device/copy_to_device.h"
 #include "kernels/format/page_codec.h"
 #include "kernels/format/turbo.h"
 
@@ -39,8 +40,7 @@ absl::StatusOr<Rotation> Rotations::Get(CacheType type, int stored_dim, bool inv
     }
     DeviceBuffer buffer;  // kept when it holds the matrix
     KVTIDE_RETURN_IF_ERROR(buffer.Reserve(matrix.size() * sizeof(float)));
-    KVTIDE_CUDA_RETURN_IF_ERROR(
-        cudaMemcpy(buffer.data(), matrix.data(), matrix.size() * sizeof(float), cudaMemcpyHostToDevice));
+    KVTIDE_RETURN_IF_ERROR(CopyToDevice(buffer.data(), matrix.data(), matrix.size() * sizeof(float)));
     kept = std::move(buffer);
   }
   return Rotation{kind, 0, reinterpret_cast<const float*>(kept.data())};

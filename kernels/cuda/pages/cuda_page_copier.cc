@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status.h"
 #include "kernels/cuda/codec/codec_kernels.h"
+#include "kernels/cuda/device/copy_to_device.h"
 #include "kernels/cuda/device/device.h"
 #include "kernels/cuda/device/device_image.h"
 #include "kernels/cuda/device/settled.h"
@@ -32,8 +33,7 @@ class PagesOnGpu final : public PageCopier {
     KVTIDE_RETURN_IF_ERROR(stream_.Create());
     KVTIDE_RETURN_IF_ERROR(bus_.Create());
     KVTIDE_ASSIGN_OR_RETURN(std::byte* const copied, Allocate(layers.size_bytes()));
-    KVTIDE_CUDA_RETURN_IF_ERROR(
-        cudaMemcpy(copied, layers.data(), layers.size_bytes(), cudaMemcpyHostToDevice));
+    KVTIDE_RETURN_IF_ERROR(CopyToDevice(copied, layers.data(), layers.size_bytes()));
     pages_.layers = reinterpret_cast<std::byte* const*>(copied);
     pages_.stride = options.page_stride;
     pages_.layer_count = static_cast<int>(layers.size());
@@ -178,7 +178,7 @@ class PagesOnGpu final : public PageCopier {
     }
     const size_t bytes = jobs.size() * sizeof(CodecJob);
     KVTIDE_ASSIGN_OR_RETURN(std::byte* const copied, Allocate(bytes));
-    KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemcpy(copied, jobs.data(), bytes, cudaMemcpyHostToDevice));
+    KVTIDE_RETURN_IF_ERROR(CopyToDevice(copied, jobs.data(), bytes));
     const auto* const all = reinterpret_cast<const CodecJob*>(copied);
     slot.encode_k = all;
     slot.encode_v = all + records;

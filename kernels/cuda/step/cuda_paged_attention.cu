@@ -6,6 +6,7 @@
 #include "kernels/base/status.h"
 #include "kernels/cuda/attend/kernel_list.h"
 #include "kernels/cuda/device/capability.h"
+#include "kernels/cuda/device/copy_to_device.h"
 #include "kernels/cuda/device/device.h"
 #include "kernels/cuda/device/device_image.h"
 #include "kernels/cuda/device/launch.h"
@@ -224,8 +225,7 @@ class PagedOnDevice final : public PagedAttention {
       const std::vector<float> filled(values, fill);
       for (size_t i = 0; i < layers_.size(); i++) {
         const float* const from = layers_[i].*field == nullptr ? filled.data() : layers_[i].*field;
-        KVTIDE_CUDA_RETURN_IF_ERROR(
-            cudaMemcpy(copied + i * values, from, values * sizeof(float), cudaMemcpyDefault));
+        KVTIDE_RETURN_IF_ERROR(CopyToDevice(copied + i * values, from, values * sizeof(float)));
       }
       profile_stride_ = static_cast<int64_t>(values * layers_.size());
       *to = copied;
@@ -314,8 +314,7 @@ class PagedOnDevice final : public PagedAttention {
                         mean_ == nullptr ? nullptr : mean_ + i * values,
                         gain_ == nullptr ? nullptr : gain_ + i * values});
     KVTIDE_ASSIGN_OR_RETURN(SealParams::Layer* const copied, Allocate<SealParams::Layer>(layers.size()));
-    KVTIDE_CUDA_RETURN_IF_ERROR(
-        cudaMemcpy(copied, layers.data(), layers.size() * sizeof(SealParams::Layer), cudaMemcpyHostToDevice));
+    KVTIDE_RETURN_IF_ERROR(CopyToDevice(copied, layers.data(), layers.size() * sizeof(SealParams::Layer)));
     seal_.layers = copied;
     seal_.kv_heads = options_.shape.kv_heads;
     seal_.head_dim_k = options_.shape.head_dim_k;

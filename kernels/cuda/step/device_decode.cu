@@ -5,6 +5,7 @@
 #include "kernels/base/status.h"
 #include "kernels/cuda/attend/kernel_list.h"
 #include "kernels/cuda/device/capability.h"
+#include "kernels/cuda/device/copy_to_device.h"
 #include "kernels/cuda/device/device.h"
 #include "kernels/cuda/device/device_image.h"
 #include "kernels/cuda/device/launch.h"
@@ -103,8 +104,7 @@ class DecodeOnDevice final : public DeviceDecode {
     for (const DecodeLayer& layer : layers) plan.push_back({layer.layer, layer.k_mean, layer.k_gain});
     DecodeLayerPlan* plan_layers = nullptr;
     KVTIDE_ASSIGN_OR_RETURN(plan_layers, Allocate<DecodeLayerPlan>(plan.size()));
-    KVTIDE_CUDA_RETURN_IF_ERROR(
-        cudaMemcpy(plan_layers, plan.data(), plan.size() * sizeof(DecodeLayerPlan), cudaMemcpyHostToDevice));
+    KVTIDE_RETURN_IF_ERROR(CopyToDevice(plan_layers, plan.data(), plan.size() * sizeof(DecodeLayerPlan)));
     KVTIDE_ASSIGN_OR_RETURN(plan_.groups, Allocate<CombineGroup>(layers_ * units_));
     KVTIDE_ASSIGN_OR_RETURN(plan_.sources, Allocate<CombineSource>(2 * layers_ * units_));
     plan_.group_stride = static_cast<uint32_t>(units_);
