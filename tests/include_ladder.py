@@ -8,7 +8,7 @@
     daemon main (its settings) <- clients/cli
 
 It also keeps third-party words where they belong: CUDA in kernels/cuda, gRPC and protobuf out of the cache, Prometheus in
-daemon/metrics, no clock but the injected one in the cache. Inside a layer its rooms (folders) have a ladder of their own; files
+daemon/metrics, no clock but the injected one in the cache, copies that nobody waits for out of everything. Inside a layer its rooms (folders) have a ladder of their own; files
 beside the rooms may include all of them, and rooms none of those.
 
 usage: include_ladder.py REPOSITORY
@@ -74,6 +74,7 @@ EXTERNAL = [
 ]
 # The format layer includes the standard library (no slash, no .h of others), base and one hash.
 FORMAT_EXTERNAL = re.compile(r"^(absl/.*|xxhash\.h|[a-z_0-9]+)$")
+COPY_TO_DEVICE = "kernels/cuda/device/copy_to_device.h"
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.M)
 
 
@@ -125,6 +126,8 @@ def check(path, text):
             yield from check_rooms(path, layer, name)
     if layer == "daemon/cache" and re.search(r"(system_clock|steady_clock)::now|absl::Now\(", text):
         yield f"{path}: the cache has no clock but the injected one"
+    if path != COPY_TO_DEVICE and re.search(r"\bcudaMemcpy\(", text):
+        yield f"{path}: cudaMemcpy returns before the copy has arrived; use CopyToDevice ({COPY_TO_DEVICE}) or a stream's copy"
 
 
 def self_test():
@@ -136,6 +139,7 @@ def self_test():
         "daemon/service/x.cc": "#include <cuda_runtime.h>\n",
         "kernels/cuda/device/x.h": '#include "kernels/cuda/attend/attend_plan.h"\n',
         "kernels/cuda/copy/x.h": '#include "kernels/cuda/cuda_backend.h"\n',
+        "kernels/cuda/device/x.cc": "cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice);\n",
     }
     missed = [path for path, text in bad.items() if not list(check(path, text))]
     assert not missed, f"not found: {missed}"
