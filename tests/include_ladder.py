@@ -8,8 +8,8 @@
     daemon main (its settings) <- clients/cli
 
 It also keeps third-party words where they belong: CUDA in kernels/cuda, gRPC and protobuf out of the cache, Prometheus in
-daemon/metrics, no clock but the injected one in the cache, copies that nobody waits for out of everything. Inside a layer its rooms (folders) have a ladder of their own; files
-beside the rooms may include all of them, and rooms none of those.
+daemon/metrics, no clock but the injected one in the cache, copies that nobody waits for out of everything. Inside a layer its
+rooms (folders) have a ladder of their own; files beside the rooms may include all of them, and rooms none of those.
 
 usage: include_ladder.py REPOSITORY
        include_ladder.py --self-test     proves that a forbidden include is found
