@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Installs what is missing of packages.txt (Debian 12, Ubuntu 24.04). Does nothing when all is there.
+# Installs what is missing of packages.txt, or of the list that is named (Debian 12, Ubuntu 24.04). Does nothing when all is there.
+#   deploy/install_packages.sh [LIST]
 set -euo pipefail
-list="$(dirname "$0")/packages.txt"
+list="${1:-$(dirname "$0")/packages.txt}"
 mapfile -t wanted < <(grep -vE '^\s*(#|$)' "$list")
 missing=()
 for package in "${wanted[@]}"; do

@@ -5,7 +5,7 @@ target_link_libraries(kvtide PRIVATE kvtide_cli_bench kvtide_cli_connect kvtide_
 # Commands that start a daemon of their own look for it beside themselves and in the build tree.
 add_dependencies(kvtide kvtided)
 # Completions and manual pages are what the program itself says of its options and of those of kvtided.
-if(NOT CMAKE_CROSSCOMPILING)
+if(NOT CMAKE_CROSSCOMPILING OR CMAKE_CROSSCOMPILING_EMULATOR)
   set(generated ${CMAKE_CURRENT_BINARY_DIR}/generated)
   file(MAKE_DIRECTORY ${generated})
   foreach(program kvtide kvtided)

@@ -28,6 +28,7 @@ AttendPages SimdAttendMany(SimdLevel level) {
   if (level == SimdLevel::kAvx512 && (supported & HWY_AVX3_DL) && __builtin_cpu_supports("avx512vnni"))
     return N_AVX3_DL::AttendManyRows;
 #endif
+  (void)level;
   (void)supported;
   return nullptr;
 }

@@ -62,12 +62,20 @@ TEST(Float16, LimitsOfTheRange) {
   EXPECT_EQ(F32ToF16(-0.0f), 0x8000u);
 }
 
-#if defined(__FLT16_MAX__) && !defined(__clang__)
+// GCC before 13 knows _Float16 in C++ on x86 alone, and __fp16 on Arm alone.
+#if defined(__ARM_FP16_FORMAT_IEEE) && !defined(__clang__)
+using CompilersHalf = __fp16;
+#define KVTIDE_COMPILER_HAS_HALF
+#elif defined(__FLT16_MAX__) && !defined(__clang__)
+using CompilersHalf = _Float16;
+#define KVTIDE_COMPILER_HAS_HALF
+#endif
+#ifdef KVTIDE_COMPILER_HAS_HALF
 TEST(Float16, AgreesWithTheCompilerOnAStrideOfAllFloats) {
   for (uint64_t bits = 0; bits <= 0xffffffffu; bits += 4093) {
     const float x = FloatFromBits(static_cast<uint32_t>(bits));
     if (std::isnan(x)) continue;
-    const _Float16 h = static_cast<_Float16>(x);
+    const CompilersHalf h = static_cast<CompilersHalf>(x);
     uint16_t expected;
     std::memcpy(&expected, &h, 2);
     ASSERT_EQ(F32ToF16(x), expected) << bits;
