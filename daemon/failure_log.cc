@@ -86,6 +86,7 @@ void FailureLog::Add(const service::CallReport& call, absl::Time now) {
     absl::StrAppend(&line, " received_us=", absl::ToInt64Microseconds(call.received),
                     " waited_us=", absl::ToInt64Microseconds(call.waited),
                     " served_us=", absl::ToInt64Microseconds(call.duration - call.received - call.waited),
+                    " locked_us=", absl::ToInt64Microseconds(call.locked),
                     " request_bytes=", call.request_bytes, " response_bytes=", call.response_bytes);
   if (call.code != 0) absl::StrAppend(&line, " message=\"", Escaped(call.message), "\"");
   if (suppressed > 0) absl::StrAppend(&line, " suppressed=", suppressed);

@@ -22,6 +22,8 @@
 #include "daemon/config.h"
 #include "daemon/failure_log.h"
 #include "daemon/log.h"
+#include "daemon/memory_use.h"
+#include "daemon/metrics/gpu_collector.h"
 #include "daemon/metrics/metrics.h"
 #include "daemon/running_config.h"
 #include "daemon/service/address.h"
@@ -144,6 +146,10 @@ class Daemon {
     metrics.cuda = KnownBackends() != "cpu";
     metrics.stats = [cache = cache_] { return cache->Stats(); };
     metrics.works.assign(std::begin(kWorkNames), std::end(kWorkNames));
+    options_.service.memory = [this] {
+      return MeasureMemory(*cache_, service::MemoryOverheadBytes(options_.service),
+                           gpus_.BytesOfThisProcess());
+    };
     metrics.service = [this] { return ServiceStats(options_.service); };
     metrics_ = std::make_unique<metrics::Metrics>(std::move(metrics));
     listening_metrics_ = metrics_.get();
@@ -178,6 +184,8 @@ class Daemon {
     stats.shared_memory_refused = gauges.shared_memory_refused;
     stats.shared_memory_bytes = gauges.shared_memory_bytes;
     stats.shared_memory_limit = gauges.shared_memory_limit_bytes;
+    for (const service::MemoryUse& use : options.memory())
+      stats.memory.push_back({use.part, use.predicted_bytes, use.actual_bytes});
     const auto ways = options.clients->Ways();
     for (size_t i = 0; i < ways.size(); i++)
       stats.ways.push_back({service::kWayNames[i], ways[i].connected, ways[i].traffic.calls,
@@ -217,6 +225,7 @@ class Daemon {
   DaemonOptions options_;
   RunningConfig config_;
   FailureLog calls_;
+  const metrics::GpuCollector gpus_;  // of which this process holds some
   std::atomic<metrics::Metrics*> listening_metrics_{nullptr};
   std::unique_ptr<TieredCache> tiers_;
   KvCache* cache_ = nullptr;  // of tiers_

@@ -17,6 +17,7 @@
 #include "daemon/cache/keyed_index.h"
 #include "daemon/cache/prefix_index.h"
 #include "daemon/cache/sequences.h"
+#include "kernels/base/lock_waits.h"
 #include "kernels/base/mutex.h"
 
 namespace kvtide {
@@ -67,6 +68,8 @@ class CacheCore {
   IoTier& io(int tier) const { return *media_[static_cast<size_t>(tier)].io; }
   size_t tiers() const { return media_.size(); }
   int homes() const { return homes_; }
+  // How long calls have waited for the mutex.
+  LockWaitStats lock_waits() const { return waits_.Stats(); }
 
  private:
   friend class CacheLock;
@@ -80,13 +83,16 @@ class CacheCore {
   std::vector<Medium> media_;  // by tier; fixed after Start
   int homes_ = 0;
   Mutex mu_;
+  LockWaits waits_;
   CacheState state_;
 };
 
 // Holds the mutex from construction to destruction, but for the Unlocked in between.
 class CacheLock {
  public:
-  explicit CacheLock(CacheCore& core) ABSL_NO_THREAD_SAFETY_ANALYSIS : core_(core) { core_.mu_.Lock(); }
+  explicit CacheLock(CacheCore& core) ABSL_NO_THREAD_SAFETY_ANALYSIS : core_(core) {
+    core_.waits_.Lock(core_.mu_);
+  }
   ~CacheLock() ABSL_NO_THREAD_SAFETY_ANALYSIS { core_.mu_.Unlock(); }
   CacheLock(const CacheLock&) = delete;
   CacheLock& operator=(const CacheLock&) = delete;
@@ -113,13 +119,15 @@ class CacheLock {
 // The mutex is free from construction to destruction, however the scope is left.
 class Unlocked {
  public:
-  explicit Unlocked(CacheLock& lock) ABSL_NO_THREAD_SAFETY_ANALYSIS : mu_(lock.core_.mu_) { mu_.Unlock(); }
-  ~Unlocked() ABSL_NO_THREAD_SAFETY_ANALYSIS { mu_.Lock(); }
+  explicit Unlocked(CacheLock& lock) ABSL_NO_THREAD_SAFETY_ANALYSIS : core_(lock.core_) {
+    core_.mu_.Unlock();
+  }
+  ~Unlocked() ABSL_NO_THREAD_SAFETY_ANALYSIS { core_.waits_.Lock(core_.mu_); }
   Unlocked(const Unlocked&) = delete;
   Unlocked& operator=(const Unlocked&) = delete;
 
  private:
-  Mutex& mu_;
+  CacheCore& core_;
 };
 
 // Which memory the calls of a backend work on, for messages: "tier 'device' on cuda:1".

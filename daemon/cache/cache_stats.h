@@ -11,6 +11,7 @@
 #include "absl/time/time.h"
 #include "daemon/cache/io_tier.h"
 #include "daemon/cache/sequence_options.h"
+#include "kernels/base/lock_waits.h"
 
 namespace kvtide {
 
@@ -104,6 +105,7 @@ struct CacheStats {
   uint64_t keyed_left_out = 0;  // stores without room
   uint64_t keyed_loaded = 0, keyed_loaded_bytes = 0;
   uint64_t leases_granted = 0, leases_expired = 0;
+  LockWaitStats lock_waits;  // of calls, for the cache's mutex
   // Limits, for display beside the gauges.
   uint64_t max_sequences = 0;
   uint64_t max_models = 0;
@@ -136,6 +138,11 @@ struct PredictedBytes {
   uint64_t exact_blocks = 0;
   uint64_t coded_blocks = 0;
   uint64_t bytes = 0;
+};
+
+// What the blocks of all open sequences should take at rest, and what they take; shared ones count for each.
+struct SequenceMemory {
+  uint64_t predicted_bytes = 0, held_bytes = 0;
 };
 
 }  // namespace kvtide

@@ -129,6 +129,7 @@ void AddCounters(const Counters& counters, CacheStats& stats) {
 CacheStats Inspector::Stats() const {
   CacheLock lock(core_);
   CacheStats stats;
+  stats.lock_waits = core_.lock_waits();
   for (size_t t = 0; t < lock->store.tiers(); t++)
     stats.tiers.push_back(StatsOf(lock->store.tier(static_cast<int>(t)), core_.options().tiers[t].Medium()));
   AddSequences(*lock, stats);
@@ -150,6 +151,33 @@ CacheStats Inspector::Stats() const {
   for (const TenantAccount* account : lock->tenants.All())
     stats.tenants.push_back({account->tenant, account->sequences, account->models, account->tier_bytes});
   return stats;
+}
+
+SequenceMemory Inspector::MemoryOfSequences() const {
+  constexpr size_t kAtOnce = 256;
+  SequenceMemory memory;
+  SequenceId after = 0;
+  for (bool more = true; more;) {
+    CacheLock lock(core_);
+    const auto& all = lock->sequences.all();
+    auto it = all.upper_bound(after);
+    for (size_t i = 0; i < kAtOnce && it != all.end(); i++, ++it) {
+      const Sequence& sequence = *it->second;
+      after = it->first;
+      for (const GroupTable& table : sequence.groups) {
+        const BlockCounts counts =
+            sequence.options.LiveBlocks(table.MinTokens(), table.window, table.coding());
+        memory.predicted_bytes += static_cast<uint64_t>(counts.exact) * table.exact->block_bytes() +
+                                  static_cast<uint64_t>(counts.coded) * table.coded->block_bytes();
+        for (const Chunk* chunk : table.blocks->chunks())
+          for (const auto& tier : chunk->tiers) memory.held_bytes += tier.bytes;
+        for (const auto& [index, block] : table.staging)
+          if (block->place != nullptr) memory.held_bytes += block->place->bytes;
+      }
+    }
+    more = it != all.end();
+  }
+  return memory;
 }
 
 SequenceInfo Inspector::Describe(const CacheState& state, const Sequence& sequence) {

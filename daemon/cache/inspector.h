@@ -16,6 +16,7 @@ class Inspector {
   explicit Inspector(CacheCore& core) : core_(core) {}
 
   CacheStats Stats() const;
+  SequenceMemory MemoryOfSequences() const;
   absl::StatusOr<SequenceInfo> GetSequence(SequenceId id, const CallContext& context) const;
   std::vector<SequenceInfo> ListSequences(const SequenceList& list, const CallContext& context) const;
   void CheckInvariants() const;

@@ -247,10 +247,7 @@ absl::StatusOr<PredictedBytes> KvCache::Predict(const ModelSpec& model, const Se
   for (size_t g = 0; g < model.groups.size(); g++) {
     const CachePair pair = options.PairOfGroup(static_cast<int>(g));
     const bool coding = !(pair == ExactPair());
-    BlockCounts counts = CountLiveBlocks(tokens, options.EffectiveWindow(), model.groups[g].window);
-    if (!coding) counts = {counts.exact + counts.coded, 0};
-    // seal_at_once keeps the tail twice: f16, to append to, and coded, to attend over.
-    if (coding && options.seal_at_once && tokens % kBlockTokens != 0) counts.coded++;
+    const BlockCounts counts = options.LiveBlocks(tokens, model.groups[g].window, coding);
     predicted.exact_blocks += static_cast<uint64_t>(counts.exact);
     predicted.coded_blocks += static_cast<uint64_t>(counts.coded);
     for (const auto& [blocks, of_pair] :
@@ -388,6 +385,7 @@ absl::StatusOr<SequenceInfo> KvCache::GetSequence(SequenceId sequence, const Cal
 std::vector<SequenceInfo> KvCache::ListSequences(const SequenceList& list, const CallContext& context) const {
   return impl_->inspector.ListSequences(list, context);
 }
+SequenceMemory KvCache::MemoryOfSequences() const { return impl_->inspector.MemoryOfSequences(); }
 CacheStats KvCache::Stats() const {
   CacheStats stats = impl_->inspector.Stats();
   stats.plan_bytes = impl_->reader.plan_bytes();

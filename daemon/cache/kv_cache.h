@@ -255,6 +255,8 @@ class KvCache {
   absl::Status SetLimits(LiveLimits limits);
 
   // The bytes that a sequence of `tokens` tokens, at most 2^48, holds at rest.
+  // The sum of Predict over all open sequences, beside what they hold. The mutex is free now and then.
+  SequenceMemory MemoryOfSequences() const;
   static absl::StatusOr<PredictedBytes> Predict(const ModelSpec& model, const SequenceOptions& options,
                                                 int64_t tokens);
 

@@ -45,6 +45,14 @@ struct SequenceOptions {
     return group_pairs.empty() ? pair : group_pairs[static_cast<size_t>(group)];
   }
   ExactWindow EffectiveWindow() const { return seal_at_once ? ExactWindow{0, 0} : exact_window; }
+  // Of a layer group with so many tokens, at rest; `coding`: its pair is not the exact one.
+  BlockCounts LiveBlocks(int64_t tokens, int64_t window, bool coding) const {
+    BlockCounts counts = CountLiveBlocks(tokens, EffectiveWindow(), window);
+    if (!coding) return {counts.exact + counts.coded, 0};
+    // seal_at_once keeps the tail twice: f16, to append to, and coded, to attend over.
+    if (seal_at_once && tokens % kBlockTokens != 0) counts.coded++;
+    return counts;
+  }
 };
 
 // What is made from the first block for a group whose keys are coded as `key_type`.

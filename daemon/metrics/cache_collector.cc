@@ -290,6 +290,10 @@ std::vector<prometheus::MetricFamily> CacheCollector::Collect() const {
   WriteTenants(writer, stats);
   WritePrefixes(writer, stats);
   WriteKeyed(writer, stats);
+  writer.Histogram(
+      "kvtide_lock_wait_seconds",
+      "How long threads waited for the mutex of the cache; those that found it free are left out.",
+      LockWaitStats::kBounds, stats.lock_waits.counts, stats.lock_waits.seconds);
   return families;
 }
 

@@ -1,6 +1,8 @@
 // Builds metric families for collectors: gauges and counters whose value is read at scrape time.
 #pragma once
 
+#include <cstdint>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -23,6 +25,10 @@ class FamilyWriter {
   FamilyWriter& Counter(const char* name, const char* help) {
     return Begin(name, help, prometheus::MetricType::Counter);
   }
+  // `counts` are those of the buckets that end at `bounds`, and of a last one beyond them; `sum` of all
+  // values.
+  FamilyWriter& Histogram(const char* name, const char* help, std::span<const double> bounds,
+                          std::span<const uint64_t> counts, double sum);
   FamilyWriter& Sample(double value, const Labels& labels = {});
 
  private:

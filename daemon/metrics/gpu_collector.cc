@@ -1,6 +1,7 @@
 #include "daemon/metrics/gpu_collector.h"
 
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <utility>
 
@@ -18,6 +19,11 @@ struct nvmlMemory_t {
 struct nvmlUtilization_t {
   unsigned int gpu, memory;  // percent
 };
+struct nvmlProcessInfo_t {
+  unsigned int pid;
+  unsigned long long usedGpuMemory;  // all ones where it is not told
+  unsigned int gpuInstanceId, computeInstanceId;
+};
 constexpr int kSuccess = 0;
 
 }  // namespace
@@ -30,6 +36,7 @@ struct GpuCollector::Nvml {
   int (*handle)(unsigned int, nvmlDevice_t*) = nullptr;
   int (*memory)(nvmlDevice_t, nvmlMemory_t*) = nullptr;
   int (*utilization)(nvmlDevice_t, nvmlUtilization_t*) = nullptr;
+  int (*processes)(nvmlDevice_t, unsigned int*, nvmlProcessInfo_t*) = nullptr;  // null: an old driver
 
   ~Nvml() {
     if (shutdown != nullptr) shutdown();
@@ -53,10 +60,30 @@ GpuCollector::GpuCollector(const std::string& library) {
                      nvml->Find("nvmlDeviceGetUtilizationRates", &nvml->utilization);
   if (!found || nvml->init() != kSuccess) return;
   nvml->Find("nvmlShutdown", &nvml->shutdown);
+  nvml->Find("nvmlDeviceGetComputeRunningProcesses_v3", &nvml->processes);
   nvml_ = std::move(nvml);
 }
 
 GpuCollector::~GpuCollector() = default;
+
+std::optional<int64_t> GpuCollector::BytesOfThisProcess() const {
+  unsigned int count = 0;
+  if (nvml_ == nullptr || nvml_->processes == nullptr || nvml_->count(&count) != kSuccess)
+    return std::nullopt;
+  std::optional<int64_t> bytes;
+  for (unsigned int i = 0; i < count; i++) {
+    nvmlDevice_t device = nullptr;
+    std::vector<nvmlProcessInfo_t> processes(256);
+    auto size = static_cast<unsigned int>(processes.size());
+    if (nvml_->handle(i, &device) != kSuccess ||
+        nvml_->processes(device, &size, processes.data()) != kSuccess)
+      continue;
+    for (unsigned int p = 0; p < size; p++)
+      if (processes[p].pid == static_cast<unsigned int>(::getpid()) && processes[p].usedGpuMemory != ~0ULL)
+        bytes = bytes.value_or(0) + static_cast<int64_t>(processes[p].usedGpuMemory);
+  }
+  return bytes;
+}
 
 std::vector<prometheus::MetricFamily> GpuCollector::Collect() const {
   std::vector<prometheus::MetricFamily> families;

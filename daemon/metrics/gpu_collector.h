@@ -3,7 +3,9 @@
 // it, or without a GPU, there are no families.
 #pragma once
 
+#include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -17,6 +19,9 @@ class GpuCollector final : public prometheus::Collectable {
   explicit GpuCollector(const std::string& library = "libnvidia-ml.so.1");
   ~GpuCollector() override;
   std::vector<prometheus::MetricFamily> Collect() const override;
+  // Memory of all GPUs that this process holds; nullopt where the driver does not tell, as in a PID namespace
+  // of its own.
+  std::optional<int64_t> BytesOfThisProcess() const;
 
  private:
   struct Nvml;

@@ -51,6 +51,18 @@ void WriteWays(const std::vector<WayStats>& ways, FamilyWriter* writer) {
           &WayStats::sent_bytes);
 }
 
+void WriteMemory(const std::vector<MemoryUse>& memory, FamilyWriter* writer) {
+  writer->Gauge(
+      "kvtide_memory_predicted_bytes",
+      "What the planner's arithmetic and the limits say that memory is: blocks of open sequences where "
+      "they rest, the process (the most), its share of all GPUs.");
+  for (const MemoryUse& use : memory)
+    writer->Sample(static_cast<double>(use.predicted_bytes), {{"part", use.part}});
+  writer->Gauge("kvtide_memory_actual_bytes", "What memory is, by the same parts.");
+  for (const MemoryUse& use : memory)
+    writer->Sample(static_cast<double>(use.actual_bytes), {{"part", use.part}});
+}
+
 void WriteService(const ServiceStats& stats, FamilyWriter* writer) {
   const auto gauge = [&](const char* name, const char* help, int64_t value) {
     writer->Gauge(name, help).Sample(static_cast<double>(value));
@@ -83,6 +95,7 @@ void WriteService(const ServiceStats& stats, FamilyWriter* writer) {
   gauge("kvtide_shared_memory_limit_bytes", "Most bytes of all arenas; beyond it clients are refused.",
         stats.shared_memory_limit);
   WriteWays(stats.ways, writer);
+  WriteMemory(stats.memory, writer);
 }
 
 std::vector<prometheus::Histogram*> WorkHistograms(const std::vector<std::string>& works,

@@ -25,9 +25,16 @@ struct WayStats {
   int64_t calls = 0, steps = 0, received_bytes = 0, sent_bytes = 0;
 };
 
+// A part of the daemon's memory: what it should take, and what it takes.
+struct MemoryUse {
+  std::string part;
+  int64_t predicted_bytes = 0, actual_bytes = 0;
+};
+
 // What the service shows of itself.
 struct ServiceStats {
   std::vector<WayStats> ways;
+  std::vector<MemoryUse> memory;
   int64_t calls_under_way = 0;                      // arrived and not answered
   int64_t queued_calls = 0, queued_bulk_calls = 0;  // of these, waiting for a thread
   int64_t connections = 0, connections_limit = 0;

@@ -24,7 +24,8 @@ struct CallReport {
   int code = 0;
   absl::Duration duration;  // from the call's arrival to its answer; of it,
   absl::Duration received;  // until its request was there,
-  absl::Duration waited;    // and from there until a thread took it
+  absl::Duration waited;    // and from there until a thread took it;
+  absl::Duration locked;    // of the rest, the time that its thread waited for the cache's mutex
   int64_t request_bytes = 0, response_bytes = 0;
   std::string_view message;  // empty when the call went well
   std::string_view request_id, caller, tenant;

@@ -314,6 +314,13 @@ absl::Status Handlers::GetStats(const v1::GetStatsRequest&, v1::GetStatsResponse
   options_.clients->ToProto(
       call.context.identity == nullptr ? Identity::OfThisProcess() : *call.context.identity, response);
   response->set_uptime_seconds(absl::ToDoubleSeconds(cache_->options().clock() - started_));
+  if (!options_.memory) return absl::OkStatus();
+  for (const MemoryUse& use : options_.memory()) {
+    v1::MemoryUse* const out = response->add_memory();
+    out->set_part(use.part);
+    out->set_predicted_bytes(use.predicted_bytes);
+    out->set_actual_bytes(use.actual_bytes);
+  }
   return absl::OkStatus();
 }
 

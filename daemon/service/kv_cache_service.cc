@@ -238,6 +238,7 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
     report.response_bytes = status.ok() ? static_cast<int64_t>(answer_.Length()) : 0;
     report.received = received_ - start_;
     report.waited = taken_ - received_;
+    report.locked = locked_;
     report.message = std::string_view(status.message().data(), status.message().size());
     report.request_id = std::string_view(request_id.data(), request_id.size());
     report.caller = connection_->name;
@@ -287,6 +288,7 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
   std::string request_id_, trace_;
   grpc::ByteBuffer request_, answer_;
   int64_t request_bytes_ = 0;
+  absl::Duration locked_;
   absl::Time start_ = absl::Now(), received_ = start_, taken_ = start_;
 
  private:
@@ -351,6 +353,7 @@ class KvCacheService::UnaryCall final : public AnyCall, public ReadTurns::Reader
 
  private:
   absl::Status Serve(grpc::ByteBuffer* request) {
+    const LockedTime locked(&locked_);
     return verb_->serve(&service_->handlers_, request, call_, &answer_, &sequence_);
   }
 
@@ -407,10 +410,8 @@ class KvCacheService::SessionCall final : public AnyCall {
     if (taken.ok()) taken = TakeRequest();
     if (!taken.ok()) {
       Fail(taken);
-    } else if (SequenceId sequence = 0; ServeHere(verb_, [&](grpc::ByteBuffer* request) {
-                 served_ =
-                     ServeSessionRequest(&service_->handlers_, request, call_, &answer_, &sequence, &owned_);
-               })) {
+    } else if (SequenceId sequence = 0;
+               ServeHere(verb_, [&](grpc::ByteBuffer* request) { served_ = Serve(request, &sequence); })) {
       Write(served_, sequence);
     } else if (!service_->Submit(verb_, CallerOf(), this)) {
       Fail(absl::ResourceExhaustedError("all threads are busy and the queue is full; try again later"));
@@ -423,8 +424,7 @@ class KvCacheService::SessionCall final : public AnyCall {
       return;
     }
     SequenceId sequence = 0;
-    const absl::Status status =
-        ServeSessionRequest(&service_->handlers_, &request_, call_, &answer_, &sequence, &owned_);
+    const absl::Status status = Serve(&request_, &sequence);
     Write(status, sequence);
   }
   void Refuse() override { Fail(ShuttingDown()); }
@@ -441,7 +441,13 @@ class KvCacheService::SessionCall final : public AnyCall {
   }
 
  private:
+  absl::Status Serve(grpc::ByteBuffer* request, SequenceId* sequence) {
+    const LockedTime locked(&locked_);
+    return ServeSessionRequest(&service_->handlers_, request, call_, &answer_, sequence, &owned_);
+  }
+
   void Fail(const absl::Status& status) {
+    locked_ = absl::ZeroDuration();
     AnswerSessionError(request_, status, &answer_);
     Write(status, 0);
   }

@@ -97,16 +97,20 @@ absl::Status RingSession::Run(const v1::SessionRequest& request, absl::Duration 
   const absl::Cleanup count = [&, counted] {
     if (counted) service_->EndCall(call.context.tenant());
   };
+  const auto serve = [&] {
+    const LockedTime locked(&locked_);
+    return ServeMessage(&service_->handlers_, request, call, answer, sequence);
+  };
   WorkerPool& lane = verb->lane == Lane::kBulk ? service_->bulk_ : service_->prompt_;
   absl::Status status;
   if (lane.Enter()) {
-    status = ServeMessage(&service_->handlers_, request, call, answer, sequence);
+    status = serve();
     lane.Leave();
   } else {
     const absl::Time queued = absl::Now();
     Turn turn([&, queued] {
       waited_ = absl::Now() - queued;
-      return ServeMessage(&service_->handlers_, request, call, answer, sequence);
+      return serve();
     });
     if (lane.Submit({std::hash<std::string>()(call.context.tenant()), connection_->number}, &turn)) {
       status = turn.Wait();
@@ -124,7 +128,7 @@ void RingSession::Serve(const std::string& bytes, absl::Duration timeout, v1::Se
   ServiceGauges& gauges = *service_->options_.gauges;
   gauges.calls_under_way++;
   number_++;
-  waited_ = absl::ZeroDuration();
+  waited_ = locked_ = absl::ZeroDuration();
   const absl::Time start = absl::Now();
   alignas(16) char block[4096];
   google::protobuf::ArenaOptions options;
@@ -157,6 +161,7 @@ void RingSession::Serve(const std::string& bytes, absl::Duration timeout, v1::Se
   report.request_bytes = static_cast<int64_t>(bytes.size());
   report.response_bytes = status.ok() ? static_cast<int64_t>(answer->ByteSizeLong()) : 0;
   report.waited = waited_;
+  report.locked = locked_;
   const std::string request_id = absl::StrCat("ring/", connection_->number & 0xffffffff, "/", number_);
   report.message = std::string_view(status.message().data(), status.message().size());
   report.request_id = request_id;

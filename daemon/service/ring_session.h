@@ -56,7 +56,8 @@ class RingSession {
   std::atomic<bool> bulk_{false};
   SessionOwned owned_;
   uint64_t number_ = 0;    // of messages
-  absl::Duration waited_;  // of the call under way, for its turn
+  absl::Duration waited_;  // of the call under way, for its turn,
+  absl::Duration locked_;  // and for the cache's mutex
   absl::Status end_;
 };
 

@@ -4,6 +4,8 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <thread>
@@ -61,6 +63,7 @@ class Rpc {
   grpc::GenericServerAsyncReaderWriter stream_{&context_};
   Tag begun_{this, Event::kBegun}, read_{this, Event::kRead}, written_{this, Event::kWritten},
       other_{this, Event::kOther}, finished_{this, Event::kOther}, done_{this, Event::kDone};
+  uint64_t connection_ = 0;  // a hash of its name, once the call has begun
   std::atomic<Reactions*> reactions_{nullptr};
   std::atomic<bool> cancelled_{false};
   // Events that are to come: the begin, the finish and the end of the call, and operations under way.
@@ -77,10 +80,12 @@ class RpcLoop {
   RpcLoop(const RpcLoop&) = delete;
   RpcLoop& operator=(const RpcLoop&) = delete;
 
-  // After the server has started. One thread looks after the sockets always, the others while `busy` says
-  // that there is more to do: threads that take turns cost a single client half of its time. It is asked by
-  // all of them, with every call.
-  void Start(int threads, std::function<bool()> busy);
+  // After the server has started. One thread looks after the sockets always, the others while there are many
+  // `connections`, which is asked by all of them, with every call: threads that take turns cost a single
+  // client half of its time. While that thread is alone, connections with calls under way take turns: gRPC
+  // looks at the sockets again when all that came before is handled, so that a flood of one would stand
+  // before the next call of another.
+  void Start(int threads, std::function<size_t()> connections);
   // After the server has ended: until every call is done. Those that were cancelled may still be on their way
   // out of their handlers, and end through the queue.
   void WaitForCalls() const;
@@ -88,13 +93,17 @@ class RpcLoop {
  private:
   void Run();
   void Help();
+  // There is work for several threads.
+  bool Busy() const;
+  // Events wait for the turn of their connection.
+  bool TakesTurns() const;
   void Handle(void* tag, bool ok);
   void AwaitCall();
 
   const Begin begin_;
   grpc::AsyncGenericService service_;
   const std::unique_ptr<grpc::ServerCompletionQueue> queue_;
-  std::function<bool()> busy_;
+  std::function<size_t()> connections_;
   Mutex mutex_;
   CondVar wake_;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;

@@ -21,9 +21,8 @@ namespace {
 
 constexpr absl::Duration kTimeToSend = absl::Milliseconds(300);
 
-// One does 20,000 small calls a second and more than a gigabyte of large ones. Several hand the sockets to
-// each other, which takes a single client twice as long: they do where there are many.
-constexpr size_t kConnectionsForOneThread = 4;
+// Several hand the sockets to each other, which takes a single client twice as long: they do where there are
+// many (RpcLoop).
 int ThreadsForSockets() {
   return std::clamp(static_cast<int>(std::thread::hardware_concurrency()) / 8, 3, 4);
 }
@@ -127,9 +126,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
       });
   server->server_ = builder.BuildAndStart();
   if (server->server_ == nullptr) return absl::UnavailableError("the gRPC server did not start");
-  server->loop_->Start(ThreadsForSockets(), [connections = &server->connections_] {
-    return connections->size() >= kConnectionsForOneThread;
-  });
+  server->loop_->Start(ThreadsForSockets(),
+                       [connections = &server->connections_] { return connections->size(); });
   // What lives as long as the daemon is open by now.
   const DescriptorUse use = LookAtDescriptors();
   const ClientCounts wanted{options.max_connections,

@@ -45,6 +45,12 @@ struct SharedMemoryOptions {
   absl::Duration poll = absl::Microseconds(50);
 };
 
+// v1::MemoryUse.
+struct MemoryUse {
+  std::string part;
+  int64_t predicted_bytes = 0, actual_bytes = 0;
+};
+
 struct ServiceOptions {
   std::string version;
   SequenceDefaults defaults;
@@ -82,6 +88,8 @@ struct ServiceOptions {
   // Told when the file of a Unix socket was gone and has been made again, or why it could not be; may be
   // empty.
   std::function<void(const std::string& address, const absl::Status& status)> mended;
+  // What the memory of the daemon should be, and what it is; may be empty.
+  std::function<std::vector<MemoryUse>()> memory;
   // What the daemon runs with, and reading that again (ReloadConfig); may be empty.
   std::function<v1::GetConfigResponse()> config;
   std::function<absl::StatusOr<v1::ReloadConfigResponse>()> reload;

@@ -11,8 +11,6 @@
 namespace kvtide::planner {
 namespace {
 
-// CUDA context and cuBLAS of one process: 330 MiB measured by users of llama.cpp on consumer cards (2026).
-constexpr int64_t kCudaContextBytes = 320 * kMiB;
 constexpr int64_t kSglangReserve = 100 * kMiB;  // its multimodal reservation, which every start keeps
 constexpr int64_t kDefaultEmbd = 4096;          // when the width of the model is unknown
 constexpr int64_t kDefaultVocab = 131072;       // when the vocabulary is unknown

@@ -9,6 +9,9 @@
 
 namespace kvtide::planner {
 
+// CUDA context and cuBLAS of one process: 330 MiB measured by users of llama.cpp on consumer cards (2026).
+constexpr int64_t kCudaContextBytes = int64_t{320} << 20;
+
 // Items per device for one pair and load; not weights, cache, projector, draft or margin.
 ItemList OverheadItems(const PlanRequest& request, const KvLoad& load, const KvSizer& sizer);
 

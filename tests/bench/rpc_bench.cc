@@ -336,7 +336,7 @@ int ServeNothing(const std::string& socket) {
     call->Start();
   });
   const auto server = builder.BuildAndStart();
-  loop.Start(2, [] { return true; });
+  loop.Start(2, [] { return size_t{64}; });
   Connections connections;
   Listener::Options options;
   options.sockets.assign((*claim)->sockets().begin(), (*claim)->sockets().end());

@@ -15,6 +15,7 @@
 #include <set>
 #include <sstream>
 #include <string>
+#include <vector>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -125,7 +126,13 @@ TEST(MetricsTable, IsWhatARealDaemonTells) {
   ASSERT_TRUE(store.ok()) << store.status();
   const std::string_view key = "not there";
   ASSERT_TRUE((*store)->Lookup(std::span(&key, 1)).ok());
-  std::map<std::string, std::string> now = Rows(Families(Scrape(daemon->metrics_address())));
+  const std::vector<client::TokenId> prompt(100, 7);
+  ASSERT_TRUE(client->LookupPrefix("small", {.pair = "f16/f16"}, prompt, -1).ok());
+  ASSERT_TRUE(client->LookupPrefix("small", {.pair = "f16/f16"}, prompt, -1, true).ok());  // counts not
+  const std::string text = Scrape(daemon->metrics_address());
+  EXPECT_THAT(text, testing::HasSubstr("kvtide_tenant_lookups_total{tenant=\"default\",unit=\"tokens\","
+                                       "found_in=\"none\"} 100"));
+  std::map<std::string, std::string> now = Rows(Families(text));
   ASSERT_GT(now.size(), 50u);
   const std::string path = std::string(KVTIDE_SOURCE_DIR) + "/daemon/metrics/families.md";
   if (const char* to = std::getenv("KVTIDE_WRITE_METRICS_TABLE"); to != nullptr) {

@@ -1,6 +1,7 @@
 #include "clients/cli/ops/doctor_checks.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <map>
 
 #include "absl/strings/str_cat.h"
@@ -184,8 +185,43 @@ Finding CheckDisk(const std::string& folder, int64_t free_bytes) {
   return Ok("disk", text);
 }
 
+namespace {
+
+// Beyond this share of what was predicted memory is not as planned; nor does it count below so many bytes,
+// which blocks take that wait for their turn to be sealed.
+constexpr double kPlannedShare = 0.10;
+constexpr int64_t kWaiting = 64 * kMiB;
+
+Finding CheckMemoryUse(const client::MemoryUse& use) {
+  const std::string subject = absl::StrCat("memory of ", use.part);
+  const std::string text =
+      absl::StrCat(FormatBytes(use.actual_bytes), ", predicted ", FormatBytes(use.predicted_bytes));
+  const int64_t over = use.actual_bytes - use.predicted_bytes;
+  const bool beyond =
+      static_cast<double>(std::abs(over)) > kPlannedShare * static_cast<double>(use.predicted_bytes) &&
+      std::abs(over) > kWaiting;
+  if (!beyond || (use.part == "host" && over < 0)) return Ok(subject, text);
+  if (use.part == "sequences")
+    return Warn(subject, text,
+                over > 0 ? "blocks wait to be sealed, or steps stay open: metrics kvtide_work_seconds and "
+                           "kvtide_sealed_blocks_total; plan with what is measured until then"
+                         : "blocks were dropped: attention over them is DATA_LOSS");
+  if (use.part == "host")
+    return Warn(
+        subject, text,
+        "more than tiers and limits allow, which a container with that limit would not survive: report "
+        "it with the daemon's log");
+  return Warn(subject, text,
+              over > 0
+                  ? "give the planner a larger margin (kvtide plan --margin), or a smaller --device-memory"
+                  : "the driver takes less than the planner allows for: --device-memory may be larger");
+}
+
+}  // namespace
+
 std::vector<Finding> CheckContents(const client::ServerStats& stats) {
   std::vector<Finding> findings;
+  for (const client::MemoryUse& use : stats.memory) findings.push_back(CheckMemoryUse(use));
   for (const client::TierStats& tier : stats.tiers) {
     const double share = tier.capacity_bytes > 0
                              ? static_cast<double>(tier.used_bytes) / static_cast<double>(tier.capacity_bytes)

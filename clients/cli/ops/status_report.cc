@@ -100,6 +100,12 @@ std::string Contents(const DaemonSnapshot& snapshot) {
         PercentText(static_cast<double>(hits), static_cast<double>(hits + stats.prefix_miss_tokens)),
         " of their tokens, ", stats.prefix_reused_tokens, " tokens were not computed again\n");
   }
+  std::vector<std::string> memory;
+  for (const client::MemoryUse& use : stats.memory)
+    memory.push_back(absl::StrCat(use.part, " ", FormatBytes(use.actual_bytes),
+                                  use.part == "host" ? " of at most " : ", predicted ",
+                                  FormatBytes(use.predicted_bytes)));
+  if (!memory.empty()) absl::StrAppend(&text, "memory     ", absl::StrJoin(memory, "; "), "\n");
   absl::StrAppend(&text, "no room    ", stats.exhausted, " calls; checksum failures ",
                   stats.checksum_failures, "\n");
   return text;
@@ -454,6 +460,10 @@ std::string RenderStatusJson(const DaemonSnapshot& snapshot) {
                       {"prefix_lookups", stats.prefix_lookups},
                       {"prefix_miss_tokens", stats.prefix_miss_tokens},
                       {"prefix_reused_tokens", stats.prefix_reused_tokens}};
+  json["memory"] = Json::array();
+  for (const client::MemoryUse& use : stats.memory)
+    json["memory"].push_back(
+        {{"part", use.part}, {"predicted_bytes", use.predicted_bytes}, {"actual_bytes", use.actual_bytes}});
   json["ways"] = WaysJson(stats);
   json["clients"] = ClientsJson(stats);
   json["tenants"] = Json::array();

@@ -129,6 +129,25 @@ TEST(DoctorChecks, DiskAndContents) {
   EXPECT_EQ(findings[1].verdict, Verdict::kFail);
 }
 
+TEST(DoctorChecks, MemoryIsAsPlannedOrNot) {
+  const auto verdict = [](const char* part, int64_t predicted, int64_t actual) {
+    client::ServerStats stats;
+    stats.memory = {{part, predicted, actual}};
+    return CheckContents(stats)[0].verdict;
+  };
+  EXPECT_EQ(verdict("sequences", kGib, kGib), Verdict::kOk);
+  EXPECT_EQ(verdict("sequences", kGib, kGib + kGib / 11), Verdict::kOk);
+  EXPECT_EQ(verdict("sequences", kGib, kGib + kGib / 9), Verdict::kWarn);
+  EXPECT_EQ(verdict("sequences", kGib, kGib - kGib / 9), Verdict::kWarn);
+  EXPECT_EQ(verdict("sequences", kGib >> 10, kGib >> 9), Verdict::kOk) << "a few blocks wait to be sealed";
+  EXPECT_EQ(verdict("host", 4 * kGib, kGib), Verdict::kOk) << "pages are taken as they are used";
+  EXPECT_EQ(verdict("host", 4 * kGib, 5 * kGib), Verdict::kWarn);
+  EXPECT_EQ(verdict("gpus", 4 * kGib, 5 * kGib), Verdict::kWarn);
+  client::ServerStats stats;
+  stats.memory = {{"gpus", 4 * kGib, 5 * kGib}};
+  EXPECT_THAT(CheckContents(stats)[0].advice, HasSubstr("--margin"));
+}
+
 // What the alerts of deploy/prometheus wake somebody for, doctor finds as well.
 TEST(DoctorChecks, FindsLostDataFaultsAndDroppedBlocks) {
   const auto subjects = [](const client::ServerStats& stats, Verdict verdict) {

@@ -71,7 +71,12 @@ TEST(StatusReport, TellsByWhichWayClientsCome) {
   EXPECT_THAT(text, Not(HasSubstr("pid=110")));
   EXPECT_THAT(text, HasSubstr("and 6 more"));
   EXPECT_THAT(text, Not(HasSubstr("\x1b"))) << "names are escaped";
+  snapshot.stats.memory = {{"sequences", 3 << 20, 4 << 20}, {"host", 9 << 20, 1 << 20}};
+  EXPECT_THAT(RenderStatus(snapshot, 10, kPlain),
+              HasSubstr("memory     sequences " + MiB(4) + ", predicted " + MiB(3) + "; host " + MiB(1) +
+                        " of at most " + MiB(9)));
   const auto json = nlohmann::json::parse(RenderStatusJson(snapshot));
+  EXPECT_EQ(json["memory"][0]["predicted_bytes"], 3 << 20);
   EXPECT_EQ(json["ways"][1]["steps"], 2400);
   EXPECT_EQ(json["clients"].size(), 12u);
   EXPECT_EQ(json["clients"][0]["idle_seconds"], 2);

@@ -125,6 +125,8 @@ TEST_F(OptionsTest, PredictedBytesAreTheBytesAllocated) {
             ASSERT_EQ(TotalBytes(info), predicted.bytes) << model.name << " " << pair << " " << length;
             ASSERT_EQ(info.blocks_by_tier[0], predicted.exact_blocks + predicted.coded_blocks);
             ASSERT_EQ(UsedBytes(cache_->Stats()), predicted.bytes);
+            ASSERT_EQ(cache_->MemoryOfSequences().predicted_bytes, predicted.bytes);
+            ASSERT_EQ(cache_->MemoryOfSequences().held_bytes, predicted.bytes);
           }
           ASSERT_TRUE(cache_->CloseSequence(id).ok());
         }

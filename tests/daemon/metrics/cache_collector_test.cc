@@ -14,6 +14,24 @@ Exposition Scrape(const CacheStats& stats) {
   return ParseExposition(prometheus::TextSerializer().Serialize(collector.Collect()));
 }
 
+TEST(CacheCollector, LockWaitsAreAHistogram) {
+  CacheStats stats;
+  stats.lock_waits.counts[0] = 5;
+  stats.lock_waits.counts[2] = 3;
+  stats.lock_waits.counts.back() = 1;
+  stats.lock_waits.seconds = 2.5;
+  const Exposition exposition = Scrape(stats);
+  const auto bucket = [&](const char* le) {
+    return exposition.samples.at("kvtide_lock_wait_seconds_bucket{le=\"" + std::string(le) + "\"}");
+  };
+  EXPECT_EQ(bucket("1e-06"), 5);
+  EXPECT_EQ(bucket("2.5e-05"), 8) << "buckets hold all that is not longer";
+  EXPECT_EQ(bucket("1"), 8);
+  EXPECT_EQ(bucket("+Inf"), 9);
+  EXPECT_EQ(exposition.samples.at("kvtide_lock_wait_seconds_sum"), 2.5);
+  EXPECT_EQ(exposition.samples.at("kvtide_lock_wait_seconds_count"), 9);
+}
+
 TEST(CacheCollector, FamiliesAndTypes) {
   const std::map<std::string, std::string> expected = {
       {"kvtide_tier_info", "gauge"},
@@ -35,6 +53,7 @@ TEST(CacheCollector, FamiliesAndTypes) {
       {"kvtide_f16_equivalent_bytes", "gauge"},
       {"kvtide_bytes_per_value", "gauge"},
       {"kvtide_plan_bytes", "gauge"},
+      {"kvtide_lock_wait_seconds", "histogram"},
       {"kvtide_sequences_limit", "gauge"},
       {"kvtide_models_limit", "gauge"},
       {"kvtide_sequence_tokens_limit", "gauge"},

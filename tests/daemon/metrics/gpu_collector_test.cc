@@ -17,6 +17,11 @@ TEST(GpuCollector, TellsWhatTheLibraryTells) {
   EXPECT_EQ(exposition.types.at("kvtide_gpu_memory_bytes"), "gauge");
 }
 
+TEST(GpuCollector, WhatThisProcessHoldsOfAllGpus) {
+  EXPECT_EQ(GpuCollector(KVTIDE_NVML_STANDIN).BytesOfThisProcess(), 300);
+  EXPECT_EQ(GpuCollector("libkvtide-none.so.1").BytesOfThisProcess(), std::nullopt);
+}
+
 TEST(GpuCollector, NothingWithoutTheLibraryOrItsFunctions) {
   EXPECT_TRUE(GpuCollector("libkvtide-none.so.1").Collect().empty());
   EXPECT_TRUE(GpuCollector("libc.so.6").Collect().empty());

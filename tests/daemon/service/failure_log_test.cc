@@ -39,7 +39,7 @@ TEST(FailureLog, ALineSaysWhatFailedForWhom) {
   EXPECT_THAT(
       out.lines,
       ElementsAre("warning: call failed method=Append code=RESOURCE_EXHAUSTED sequence=42 request=r-1 "
-                  "caller=unix:uid=0,pid=7 us=120 message=\"no room\""));
+                  "caller=unix:uid=0,pid=7 way=grpc us=120 message=\"no room\""));
 }
 
 TEST(FailureLog, TheDaemonsOwnFaultsAreErrorsAndMistakesOfClientsAreNot) {
@@ -74,6 +74,8 @@ TEST(FailureLog, ASlowCallSaysWhereItsTimeWent) {
   call.duration = absl::Milliseconds(9);
   call.received = absl::Milliseconds(1);
   call.waited = absl::Milliseconds(6);
+  call.locked = absl::Microseconds(1500);
+  call.way = service::Way::kSharedMemory;
   call.tenant = "acme";
   call.trace = "0af7651916cd43dd8448eb211c80319c";
   log.Add(call, absl::UnixEpoch());
@@ -82,10 +84,11 @@ TEST(FailureLog, ASlowCallSaysWhereItsTimeWent) {
   call.method = "Session";
   call.duration = absl::Hours(3);
   log.Add(call, absl::UnixEpoch());
-  EXPECT_THAT(
-      lines, ElementsAre("warning: slow call method=Append code=OK sequence=42 request=r-1 "
-                         "caller=unix:uid=0,pid=7 tenant=acme trace=0af7651916cd43dd8448eb211c80319c us=9000 "
-                         "received_us=1000 waited_us=6000 served_us=2000 request_bytes=0 response_bytes=0"));
+  EXPECT_THAT(lines,
+              ElementsAre("warning: slow call method=Append code=OK sequence=42 request=r-1 "
+                          "caller=unix:uid=0,pid=7 way=shared_memory tenant=acme "
+                          "trace=0af7651916cd43dd8448eb211c80319c us=9000 received_us=1000 waited_us=6000 "
+                          "served_us=2000 locked_us=1500 request_bytes=0 response_bytes=0"));
 }
 
 TEST(FailureLog, ATextStaysWithinItsLine) {
