@@ -57,7 +57,7 @@ def lines_of(panel, lines, box, begun, end):
     low = min(0, min(v for _, points in lines for _, v in points))
     top = top if top > low else low + 1
     rows = (len(lines) + 1) // 2
-    left, bottom = x + 46, y + h - 12 * rows - 6
+    left, bottom = x + 58, y + h - 12 * rows - 6
     plot_w, plot_h = x + w - 6 - left, bottom - y - 4
     out = []
     for share in (0, 0.5, 1):
@@ -83,7 +83,7 @@ def stat_of(panel, lines, box):
     x, y, w, h = box
     unit = panel["fieldConfig"]["defaults"].get("unit", "short")
     shown = " / ".join(number(points[-1][1], unit) for _, points in lines[:2])
-    if panel["fieldConfig"]["defaults"].get("unit") is None and len(lines) == 1 and lines[0][0] != panel["title"]:
+    if panel.get("options", {}).get("textMode") == "name":
         shown = lines[0][0]
     return [text(x + w / 2, y + h / 2 + 4, shown, min(22, int(1.7 * w / max(4, len(shown)))), "#299c46", "middle", "bold")]
 
