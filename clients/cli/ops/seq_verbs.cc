@@ -87,20 +87,23 @@ absl::StatusOr<client::SequenceInfo> FindSequence(client::Client& client, client
       absl::StrCat("the daemon holds no sequence ", id, "; `kvtide seq list` lists what it has"));
 }
 
-void AddSeqVerbs(CLI::App* seq, int* exit_code) {
-  const auto add_output = [](CLI::App* verb, Flags* flags) {
-    verb->add_option("--output", flags->output, "table or json")
-        ->check(CLI::IsMember({"table", "json"}))
-        ->capture_default_str();
-  };
-  const auto add_ids = [](CLI::App* verb, Flags* flags, bool several) {
-    auto* option = verb->add_option(several ? "ids" : "id", flags->ids,
-                                    several ? "Ids, as kvtide seq list shows them" : "The sequence's id")
-                       ->required();
-    if (!several) option->expected(1);
-  };
+namespace {
 
-  auto flags = std::make_shared<Flags>();
+void AddOutput(CLI::App* verb, Flags* flags) {
+  verb->add_option("--output", flags->output, "table or json")
+      ->check(CLI::IsMember({"table", "json"}))
+      ->capture_default_str();
+}
+
+void AddIds(CLI::App* verb, Flags* flags, bool several) {
+  auto* option = verb->add_option(several ? "ids" : "id", flags->ids,
+                                  several ? "Ids, as kvtide seq list shows them" : "The sequence's id")
+                     ->required();
+  if (!several) option->expected(1);
+}
+
+void AddList(CLI::App* seq, int* exit_code) {
+  const auto flags = std::make_shared<Flags>();
   CLI::App* list =
       AddVerb(seq, "list", "The sequences of the daemon, longest idle first", flags, exit_code, List);
   list->footer(
@@ -110,15 +113,19 @@ void AddSeqVerbs(CLI::App* seq, int* exit_code) {
   list->add_option("--model", flags->model, "Of this model only");
   list->add_option("--tenant", flags->tenant, "Of this tenant only");
   list->add_option("--limit", flags->limit, "How many rows of the table")->capture_default_str();
-  add_output(list, flags.get());
+  AddOutput(list, flags.get());
+}
 
-  flags = std::make_shared<Flags>();
+void AddShow(CLI::App* seq, int* exit_code) {
+  const auto flags = std::make_shared<Flags>();
   CLI::App* show = AddVerb(seq, "show", "All that is known of one", flags, exit_code, Show);
   show->footer("Example:\n  kvtide seq show 8812934");
-  add_ids(show, flags.get(), false);
-  add_output(show, flags.get());
+  AddIds(show, flags.get(), false);
+  AddOutput(show, flags.get());
+}
 
-  flags = std::make_shared<Flags>();
+void AddFork(CLI::App* seq, int* exit_code) {
+  const auto flags = std::make_shared<Flags>();
   CLI::App* fork =
       AddVerb(seq, "fork", "A copy that shares all blocks; prints its id", flags, exit_code,
               [](client::Client& client, const Flags& f) -> absl::StatusOr<std::string> {
@@ -126,9 +133,11 @@ void AddSeqVerbs(CLI::App* seq, int* exit_code) {
                 return absl::StrCat(child, "\n");
               });
   fork->footer("Example:\n  kvtide seq fork 8812934");
-  add_ids(fork, flags.get(), false);
+  AddIds(fork, flags.get(), false);
+}
 
-  flags = std::make_shared<Flags>();
+void AddEvict(CLI::App* seq, int* exit_code) {
+  const auto flags = std::make_shared<Flags>();
   CLI::App* evict = AddVerb(seq, "evict", "Move their blocks down a tier, or drop them", flags, exit_code,
                             [](client::Client& client, const Flags& f) -> absl::StatusOr<std::string> {
                               client::EvictOptions options;
@@ -139,12 +148,14 @@ void AddSeqVerbs(CLI::App* seq, int* exit_code) {
                               return MovedText("moved", moved);
                             });
   evict->footer("Examples:\n  kvtide seq evict 8812934 8812935\n  kvtide seq evict 8812934 --tier disk");
-  add_ids(evict, flags.get(), true);
+  AddIds(evict, flags.get(), true);
   evict->add_option("--tier", flags->tier, "Down to this tier (default: the next one)");
   evict->add_flag("--drop", flags->drop,
                   "Drop the blocks of sequences that were created so that they may be");
+}
 
-  flags = std::make_shared<Flags>();
+void AddPrefetch(CLI::App* seq, int* exit_code) {
+  const auto flags = std::make_shared<Flags>();
   CLI::App* prefetch =
       AddVerb(seq, "prefetch", "Move their blocks up to the first tier", flags, exit_code,
               [](client::Client& client, const Flags& f) -> absl::StatusOr<std::string> {
@@ -152,9 +163,11 @@ void AddSeqVerbs(CLI::App* seq, int* exit_code) {
                 return MovedText("moved", moved);
               });
   prefetch->footer("Example:\n  kvtide seq prefetch 8812934");
-  add_ids(prefetch, flags.get(), true);
+  AddIds(prefetch, flags.get(), true);
+}
 
-  flags = std::make_shared<Flags>();
+void AddPin(CLI::App* seq, int* exit_code) {
+  const auto flags = std::make_shared<Flags>();
   CLI::App* pin =
       AddVerb(seq, "pin", "Keep their blocks where they are for a while", flags, exit_code,
               [](client::Client& client, const Flags& f) -> absl::StatusOr<std::string> {
@@ -171,11 +184,13 @@ void AddSeqVerbs(CLI::App* seq, int* exit_code) {
       "Examples:\n"
       "  kvtide seq prefetch 8812934 && kvtide seq pin 8812934 --ttl 30m\n"
       "  kvtide seq pin 8812934 --ttl 0            ends it");
-  add_ids(pin, flags.get(), true);
+  AddIds(pin, flags.get(), true);
   pin->add_option("--ttl", flags->ttl, "How long: 90s, 10m, 1h30m, a day at most; 0 ends the pin")
       ->capture_default_str();
+}
 
-  flags = std::make_shared<Flags>();
+void AddClose(CLI::App* seq, int* exit_code) {
+  const auto flags = std::make_shared<Flags>();
   CLI::App* close =
       AddVerb(seq, "close", "Close them: their blocks are freed, also on disk", flags, exit_code,
               [](client::Client& client, const Flags& f) -> absl::StatusOr<std::string> {
@@ -184,7 +199,19 @@ void AddSeqVerbs(CLI::App* seq, int* exit_code) {
                 return absl::StrCat("closed ", f.ids.size(), "\n");
               });
   close->footer("Example:\n  kvtide seq close 8812934 8812935");
-  add_ids(close, flags.get(), true);
+  AddIds(close, flags.get(), true);
+}
+
+}  // namespace
+
+void AddSeqVerbs(CLI::App* seq, int* exit_code) {
+  AddList(seq, exit_code);
+  AddShow(seq, exit_code);
+  AddFork(seq, exit_code);
+  AddEvict(seq, exit_code);
+  AddPrefetch(seq, exit_code);
+  AddPin(seq, exit_code);
+  AddClose(seq, exit_code);
 }
 
 }  // namespace kvtide::cli

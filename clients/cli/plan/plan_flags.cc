@@ -430,8 +430,10 @@ absl::StatusOr<std::vector<int64_t>> ParseContexts(const std::string& text) {
   return contexts;
 }
 
-void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
-  flags->given = [&command](const char* name) { return command.get_option(name)->count() > 0; };
+namespace {
+
+// What is planned: a model on a device, in an engine.
+void AddEngineFlags(CLI::App& command, PlanFlags* flags) {
   command.add_option("--model", flags->model,
                      "Catalogue name, GGUF file, config.json, or folder of safetensors");
   command
@@ -452,12 +454,20 @@ void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
       .add_option("--split-mode", flags->split_mode,
                   "llama.cpp, several GPUs: layer (one after another) or tensor (-sm)")
       ->capture_default_str();
+}
+
+// llama-server's own words.
+void AddLlamaServerFlags(CLI::App& command, PlanFlags* flags) {
   command.add_option("-c,--ctx-size", flags->ctx_size, "llama-server: tokens of all slots together");
   command.add_option("--parallel", flags->parallel,
                      "llama-server: slots (-np); without it four share one cache of -c tokens");
   command.add_flag("--kv-unified", flags->kv_unified, "llama-server: slots share one cache (-kvu)");
   command.add_option("--cache-type-k", flags->cache_type_k, "llama-server: type of K (-ctk)");
   command.add_option("--cache-type-v", flags->cache_type_v, "llama-server: type of V (-ctv)");
+}
+
+// What it has to hold.
+void AddDemandFlags(CLI::App& command, PlanFlags* flags) {
   command.add_option("--weights", flags->weights,
                      "GGUF file, folder of safetensors, size (14.4GB), or quantisation (q4_0, bf16)");
   command
@@ -468,6 +478,10 @@ void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
                   "Sequences at once")
       ->capture_default_str();
   command.add_option("--shared-prefix", flags->shared_prefix, "First tokens that all sequences share");
+}
+
+// How much harm may be done.
+void AddQualityFlags(CLI::App& command, PlanFlags* flags) {
   command.add_option("--max-ppl-increase", flags->max_ppl_increase,
                      "Most measured harm to accept, in percent of perplexity");
   command.add_option("--quality", flags->quality_files, "Further measurements (CSV of `kvtide eval`)");
@@ -480,6 +494,10 @@ void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
       ->capture_default_str();
   command.add_option("--profile", flags->profile,
                      "Keys may be coded by this profile of `kvtide calibrate` (kvtide)");
+}
+
+// Devices, and what else lies in their memory.
+void AddMemoryFlags(CLI::App& command, PlanFlags* flags) {
   command
       .add_option("--gpus,--tensor-parallel-size,--tp-size,--tp", flags->gpus,
                   "Equal devices: tensor parallel, or layers split (llama.cpp)")
@@ -497,6 +515,10 @@ void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
   command.add_option("--mtp", flags->mtp, "Next-token prediction layers in use: their cache counts");
   command.add_option("--recurrent-copies", flags->recurrent_copies,
                      "Recurrent states kept per sequence beside the running one, for speculative decoding");
+}
+
+// How llama.cpp runs.
+void AddLlamaFlags(CLI::App& command, PlanFlags* flags) {
   command.add_option("--ubatch", flags->ubatch, "llama.cpp: physical batch")->capture_default_str();
   command.add_flag("--separate-caches", flags->separate_caches,
                    "llama.cpp: one cache per sequence (no -kvu)");
@@ -507,6 +529,10 @@ void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
       ->capture_default_str();
   command.add_flag_callback(
       "--no-flash-attention", [flags] { flags->flash_attention = "off"; }, "llama.cpp: -fa off");
+}
+
+// How vLLM runs, and SGLang where it has the same.
+void AddVllmFlags(CLI::App& command, PlanFlags* flags) {
   command.add_option("--block-size", flags->block_size, "vLLM: tokens per block")->capture_default_str();
   command.add_option("--max-batched-tokens", flags->max_batched_tokens,
                      "vLLM: tokens per step (default 2048; 8192 on GPUs of 70 GiB and more)");
@@ -516,6 +542,10 @@ void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
                    "vLLM, SGLang: every GPU attends for sequences of its own, experts are divided");
   command.add_flag("--enforce-eager,--disable-cuda-graph", flags->enforce_eager,
                    "vLLM, SGLang: no CUDA graphs");
+}
+
+// How SGLang runs.
+void AddSglangFlags(CLI::App& command, PlanFlags* flags) {
   command.add_option(
       "--mem-fraction-static", flags->mem_fraction_static,
       "SGLang: share of the device for weights and pools (default: by memory, as SGLang does)");
@@ -527,6 +557,20 @@ void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
       .add_option("--swa-full-tokens-ratio", flags->swa_full_tokens_ratio,
                   "SGLang: tokens of sliding layers per token of full ones")
       ->capture_default_str();
+}
+
+}  // namespace
+
+void AddPlanFlags(CLI::App& command, PlanFlags* flags) {
+  flags->given = [&command](const char* name) { return command.get_option(name)->count() > 0; };
+  AddEngineFlags(command, flags);
+  AddLlamaServerFlags(command, flags);
+  AddDemandFlags(command, flags);
+  AddQualityFlags(command, flags);
+  AddMemoryFlags(command, flags);
+  AddLlamaFlags(command, flags);
+  AddVllmFlags(command, flags);
+  AddSglangFlags(command, flags);
   command.add_flag("--ignore-unknown-fields", flags->ignore_unknown_fields,
                    "Go on when the model has fields that kvtide does not know");
 }
