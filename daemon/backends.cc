@@ -34,12 +34,17 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeGpu(const std::string& device) {
 }
 absl::StatusOr<int> CountGpus() { return CountCudaDevices(); }
 std::unique_ptr<Backend> MakeHost(int threads) { return MakePinnedBackend(MakeCpu("cpu", threads)); }
+absl::StatusOr<std::shared_ptr<void>> PinForGpus(std::byte* data, size_t bytes) {
+  KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<PinnedRange> range, PinnedRange::Make(data, bytes));
+  return std::shared_ptr<void>(std::move(range));
+}
 #else
 absl::StatusOr<std::unique_ptr<Backend>> MakeGpu(const std::string&) {
   return absl::UnavailableError("this kvtided was built without CUDA");
 }
 absl::StatusOr<int> CountGpus() { return absl::UnavailableError("this kvtided was built without CUDA"); }
 std::unique_ptr<Backend> MakeHost(int threads) { return MakeCpu("cpu", threads); }
+absl::StatusOr<std::shared_ptr<void>> PinForGpus(std::byte*, size_t) { return std::shared_ptr<void>(); }
 #endif
 
 constexpr char kCuda[] = "cuda:";
@@ -102,6 +107,11 @@ absl::StatusOr<Backends> MakeBackends(const std::vector<std::string>& devices, i
   if (backends.cpu_devices < static_cast<int>(backends.devices.size()))
     backends.host = MakeHost(compute_threads);
   return backends;
+}
+
+absl::StatusOr<std::shared_ptr<void>> Backends::Pin(std::byte* data, size_t bytes) const {
+  if (cpu_devices == static_cast<int>(devices.size())) return std::shared_ptr<void>();
+  return PinForGpus(data, bytes);
 }
 
 absl::StatusOr<std::unique_ptr<DirectDevice>> MakeDirectDevice(const std::string& device, int threads) {

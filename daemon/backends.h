@@ -18,6 +18,9 @@ struct Backends {
   std::unique_ptr<Backend> host;                  // null: devices[0] serves the host tier too
   std::string note;                               // why "auto" chose as it did; empty otherwise
   Backend* Host() const { return host ? host.get() : devices.front().get(); }
+  // Registers memory of the host with the GPUs, for as long as the object lives: attention over tensors that
+  // lie there copies nothing. Null without GPUs. ResourceExhausted where locked memory is limited.
+  absl::StatusOr<std::shared_ptr<void>> Pin(std::byte* data, size_t bytes) const;
 };
 
 // `devices` as ParseDevices (config.h) gives them. An error for a GPU that this build or machine does not

@@ -206,6 +206,13 @@ class Daemon {
           "connections refused={} open={} max_connections={} close idle clients, or raise --max-connections",
           refused, gauges->connections.load(), gauges->connections_limit.load());
     };
+    options_.service.pin = [this](std::byte* tensors, size_t bytes) {
+      auto pinned = tiers_->backends.Pin(tensors, bytes);
+      if (pinned.ok()) return *std::move(pinned);
+      spdlog::warn("a client's shared memory is not pinned, its attention is slower: {}",
+                   std::string(pinned.status().message()));
+      return std::shared_ptr<void>();
+    };
     // The service manager restarts who does not say so in time (WatchdogSec).
     if (WatchdogWanted()) options_.service.alive = [] { NotifyServiceManager("WATCHDOG=1"); };
     options_.service.config = [this] { return config_.Describe(); };

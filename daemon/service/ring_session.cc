@@ -72,6 +72,14 @@ RingSession::~RingSession() {
   service_->Report(report, connection_->client.get());
 }
 
+// With the first attention: clients that never attend need no memory of the host for it, and wait for
+// nothing.
+void RingSession::PinTensors(const v1::SessionRequest& request) {
+  if (asked_to_pin_ || (!request.has_attend() && !request.has_append_attend())) return;
+  asked_to_pin_ = true;
+  if (service_->options_.pin) pinned_ = service_->options_.pin(tensors_.base(), tensors_.bytes());
+}
+
 absl::Status RingSession::Run(const v1::SessionRequest& request, absl::Duration timeout,
                               v1::SessionResponse* answer, const char** method, SequenceId* sequence) {
   if (cancellation_.cancelled()) return absl::CancelledError("the client has gone");
@@ -80,6 +88,7 @@ absl::Status RingSession::Run(const v1::SessionRequest& request, absl::Duration 
     return absl::InvalidArgumentError("the session request carries no call that this version knows");
   *method = verb->method;
   if (absl::Status status = service_->CheckNotDraining(); !status.ok()) return status;
+  PinTensors(request);
   bulk_.store(verb->lane == Lane::kBulk, std::memory_order_relaxed);
   MemoryBudget::Hold hold(&service_->memory_, &connection_->memory);
   Call call;

@@ -43,6 +43,7 @@ class RingSession {
  private:
   class Turn;
   Way way() const { return maps_pool_ ? Way::kDirect : Way::kSharedMemory; }
+  void PinTensors(const v1::SessionRequest& request);
   absl::Status Run(const v1::SessionRequest& request, absl::Duration timeout, v1::SessionResponse* answer,
                    const char** method, SequenceId* sequence);
 
@@ -59,6 +60,8 @@ class RingSession {
   absl::Duration waited_;  // of the call under way, for its turn,
   absl::Duration locked_;  // and for the cache's mutex
   absl::Status end_;
+  bool asked_to_pin_ = false;
+  std::shared_ptr<void> pinned_;  // the tensors, for devices
 };
 
 }  // namespace kvtide::service

@@ -75,6 +75,10 @@ struct ServiceOptions {
   int64_t staging_bytes = 0;                      // of the cache's tiers of I/O
   SharedMemoryOptions shared_memory;              // beside every Unix socket of `listen`
   std::function<void(const CallReport&)> report;  // may be empty
+  // Makes an arena's tensors reachable for devices for as long as what it returns lives, so that attention
+  // over them copies nothing; null: they stay as they are. Called with a client's first attention. May be
+  // empty.
+  std::function<std::shared_ptr<void>(std::byte* tensors, size_t bytes)> pin;
   // Told of what a lookup has found in a tier, or, with an empty tier, has not found: blocks by key, or
   // tokens of a prefix. From any thread; quick. May be empty.
   std::function<void(std::string_view tenant, const char* unit, std::string_view tier, uint64_t count)>

@@ -21,6 +21,9 @@ class TensorMemory {
   // All memory of this process: places are addresses.
   static TensorMemory OfProcess() { return {nullptr, ~uint64_t{0}, 1}; }
 
+  std::byte* base() const { return base_; }
+  uint64_t bytes() const { return bytes_; }
+
   // Where `bytes` bytes lie, or InvalidArgument that begins with `name`; `memory` may be null.
   static absl::StatusOr<std::byte*> Find(const TensorMemory* memory, const v1::Place& place, uint64_t bytes,
                                          const std::string& name);

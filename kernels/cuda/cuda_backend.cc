@@ -22,6 +22,7 @@
 #include "kernels/cuda/copy/copy_engine.h"
 #include "kernels/cuda/device/capability.h"
 #include "kernels/cuda/device/device_image.h"
+#include "kernels/cuda/device/pinned_ranges.h"
 #include "kernels/cuda/device/profile_store.h"
 #include "kernels/cuda/device/rotations.h"
 #include "kernels/cuda/device/workspace.h"
@@ -328,15 +329,25 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const CudaBackendOption
 }
 
 absl::StatusOr<std::unique_ptr<PinnedRange>> PinnedRange::Make(std::byte* data, size_t bytes) {
-  const cudaError_t error = cudaHostRegister(data, bytes, cudaHostRegisterPortable);
+  const cudaError_t error = cudaHostRegister(data, bytes, cudaHostRegisterPortable | cudaHostRegisterMapped);
   if (error != cudaSuccess) {
     (void)cudaGetLastError();  // otherwise the next call would report it
     return absl::ResourceExhaustedError(absl::StrCat("pinning ", bytes, " bytes of host memory: ",
                                                      cudaGetErrorString(error), "; raise the memlock limit"));
   }
+  // Kernels use the host's address, which all 64-bit systems but a few allow.
+  void* device = nullptr;
+  if (cudaHostGetDevicePointer(&device, data, 0) == cudaSuccess && device == data) {
+    cuda::PinnedRanges::Add(data, bytes);
+  } else {
+    (void)cudaGetLastError();
+  }
   return std::unique_ptr<PinnedRange>(new PinnedRange(data));
 }
 
-PinnedRange::~PinnedRange() { (void)cudaHostUnregister(data_); }
+PinnedRange::~PinnedRange() {
+  cuda::PinnedRanges::Remove(data_);
+  (void)cudaHostUnregister(data_);
+}
 
 }  // namespace kvtide

@@ -43,7 +43,9 @@ absl::StatusOr<std::string> CudaDeviceUuid(int index);
 absl::StatusOr<int> CountCudaDevices();
 
 // Registers host memory with the driver for as long as the object lives: copies then run at full speed,
-// without a detour over a pinned buffer. A host tier's slab should be registered once.
+// without a detour over a pinned buffer, and attention of few rows over tensors that lie there reads and
+// writes them without a copy by the host. A host tier's slab should be registered once, and so should memory
+// in which tensors come again and again. No call may use the memory when the object goes.
 class PinnedRange {
  public:
   static absl::StatusOr<std::unique_ptr<PinnedRange>> Make(std::byte* data, size_t bytes);

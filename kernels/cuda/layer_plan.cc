@@ -243,14 +243,25 @@ absl::Status LayerPlan::AttendBatch(Batch& batch, const AttendLayerArgs& args,
     AppendArgs append;
     if (&batch == &batches_.front()) append.pieces = args.append;
     KVTIDE_ASSIGN_OR_RETURN(AppendRows rows, AppendRows::Make(append));
-    KVTIDE_RETURN_IF_ERROR(workspace.Begin(
-        Workspace::Bound(2 + AppendRows::kArrays, tensors.staging_bytes() + rows.staging_bytes()),
-        tensors.query_bytes() + rows.row_bytes() <= environment.in_place_bytes));
+    const bool in_place = tensors.query_bytes() + rows.row_bytes() <= environment.in_place_bytes,
+               results_in_place = tensors.result_bytes() <= environment.in_place_bytes;
+    if (in_place && results_in_place) {
+      const std::shared_ptr<const PinnedRanges> pinned = PinnedRanges::Now();
+      tensors.UsePinned(*pinned);
+      rows.UsePinned(*pinned);
+    }
     KVTIDE_RETURN_IF_ERROR(
-        tensors.ReserveResults(workspace, tensors.result_bytes() <= environment.in_place_bytes, true));
-    tensors.PlaceQueries(workspace);
+        workspace.Begin(Workspace::Bound(LayerTensors::kArrays + AppendRows::kArrays + 1,
+                                         tensors.staging_bytes() + rows.staging_bytes() +
+                                             CopiesIn::staging_bytes(tensors.copies_in() + rows.copies_in())),
+                        in_place));
+    KVTIDE_RETURN_IF_ERROR(tensors.ReserveResults(workspace, results_in_place, true));
+    CopiesIn copies;
+    KVTIDE_RETURN_IF_ERROR(tensors.PlaceQueries(workspace, &copies));
     KVTIDE_RETURN_IF_ERROR(tensors.SendQueries(workspace));
-    rows.Place(workspace, environment.hand);  // while the queries are on their way
+    KVTIDE_RETURN_IF_ERROR(
+        rows.Place(workspace, environment.hand, &copies));  // while the queries are on their way
+    KVTIDE_RETURN_IF_ERROR(copies.Launch(workspace));
     KVTIDE_RETURN_IF_ERROR(workspace.Send());
     KVTIDE_RETURN_IF_ERROR(rows.Launch(workspace.stream()));
     KVTIDE_RETURN_IF_ERROR(tables_.Launch(args, tensors, {careful, !rows.empty()}, environment, workspace));

@@ -4,7 +4,9 @@
 //   kvtide_bench_direct [--device cpu|cuda:0] [--sequences 64] [--tokens 4096] [--json FILE] [--quick]
 // 32 layers, on a GPU of 8 KV heads and 32 query heads of 128, turbo4; on the CPU of one head of 64, whose
 // rows are not written: only the talk is measured there. The sequences are of unequal lengths, so that one of
-// them seals a block in a step.
+// them seals a block in a step; they have `tokens` tokens in the middle of the steps that are captured in a
+// graph. Beside whole steps: their seals by themselves, and rows of prompt chunks from device memory into the
+// pool, beside a copy of as many bytes.
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
@@ -12,6 +14,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -80,6 +83,53 @@ class Tensors {
 #endif
 };
 
+#ifdef KVTIDE_BENCH_HAS_CUDA
+// The time on a stream between two places.
+class StreamClock {
+ public:
+  StreamClock() {
+    KVTIDE_BENCH_CUDA(cudaEventCreate(&from_));
+    KVTIDE_BENCH_CUDA(cudaEventCreate(&to_));
+  }
+  ~StreamClock() {
+    cudaEventDestroy(from_);
+    cudaEventDestroy(to_);
+  }
+  StreamClock(const StreamClock&) = delete;
+  StreamClock& operator=(const StreamClock&) = delete;
+  void Start(cudaStream_t stream) { KVTIDE_BENCH_CUDA(cudaEventRecord(from_, stream)); }
+  void Stop(cudaStream_t stream) { KVTIDE_BENCH_CUDA(cudaEventRecord(to_, stream)); }
+  // Waits for the second place.
+  double Microseconds() const {
+    float ms = 0;
+    KVTIDE_BENCH_CUDA(cudaEventSynchronize(to_));
+    KVTIDE_BENCH_CUDA(cudaEventElapsedTime(&ms, from_, to_));
+    return 1e3 * static_cast<double>(ms);
+  }
+
+ private:
+  cudaEvent_t from_ = nullptr, to_ = nullptr;
+};
+
+// GB/s, read and written, of a copy inside the device.
+double CopyGigabytes(size_t bytes, cudaStream_t stream) {
+  void *from = nullptr, *to = nullptr;
+  KVTIDE_BENCH_CUDA(cudaMalloc(&from, bytes));
+  KVTIDE_BENCH_CUDA(cudaMalloc(&to, bytes));
+  std::vector<double> us;
+  StreamClock clock;
+  for (int i = 0; i < 20; i++) {
+    clock.Start(stream);
+    KVTIDE_BENCH_CUDA(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream));
+    clock.Stop(stream);
+    us.push_back(clock.Microseconds());
+  }
+  KVTIDE_BENCH_CUDA(cudaFree(from));
+  KVTIDE_BENCH_CUDA(cudaFree(to));
+  return 2e-3 * static_cast<double>(bytes) / At(us, 0.5);
+}
+#endif
+
 struct Setting {
   bool cuda = false;
   int sequences = 64, layers = 32, kv_heads = 1, heads = 2, dim = 64, seals = 8;
@@ -130,8 +180,25 @@ class Engine {
       Must(attention_->Attend(l, {qkv_.data(), qkv_.width()}, {out_.data(), out_.width()}, nullptr,
                               qkv_.stream()));
     }
-    Must(attention_->Seal(qkv_.stream()));
+    Seal();
   }
+  // Written, not attended.
+  void Rows() {
+    for (int l = 0; l < setting_.layers && setting_.cuda; l++) Write(l);
+  }
+  void Seal() { Must(attention_->Seal(qkv_.stream())); }
+#ifdef KVTIDE_BENCH_HAS_CUDA
+  // Of the rows of all layers of a whole chunk, read and written.
+  double chunk_gigabytes() {
+    const double bytes =
+        4.0 * 2 * static_cast<double>(setting_.chunk) * setting_.layers * setting_.kv_heads * setting_.dim;
+    return 1e-3 * bytes / At(chunk_us_, 0.5);
+  }
+  size_t chunk_bytes() const {
+    return static_cast<size_t>(setting_.chunk) * static_cast<size_t>(setting_.layers * setting_.kv_heads) *
+           static_cast<size_t>(setting_.dim) * 4;
+  }
+#endif
   const Tensors& tensors() const { return qkv_; }
   DirectAttention& attention() { return *attention_; }
 
@@ -141,18 +208,28 @@ class Engine {
                   v = k + int64_t{setting_.kv_heads} * setting_.dim;
     Must(attention_->Write(layer, {qkv_.data(k), qkv_.width()}, {qkv_.data(v), qkv_.width()}, qkv_.stream()));
   }
+  void WriteAll(bool whole_chunk) {
+    if (!setting_.cuda) return;
+#ifdef KVTIDE_BENCH_HAS_CUDA
+    clock_.Start(qkv_.stream());
+    Rows();
+    clock_.Stop(qkv_.stream());
+    if (whole_chunk) chunk_us_.push_back(clock_.Microseconds());
+#endif
+    (void)whole_chunk;
+  }
   // Prompts in chunks, rows written and not attended; then what waits to be coded.
   void Fill() {
     for (int i = 0; i < setting_.sequences; i++) {
       client::SequenceOptions options;
       options.pair = "turbo4/turbo4";
       const client::SequenceId id = Must(pool_->CreateSequence("bench", options));
-      const int64_t length = setting_.tokens + i % 64;
+      const int64_t length = std::max<int64_t>(64, setting_.tokens - kFilledBefore) + i % 64;
       for (int64_t done = 0; done < length;) {
         const client::StepItem item{id, std::min(setting_.chunk, length - done)};
         client::DirectStep step = Must(attention_->Begin({&item, 1}, qkv_.stream()));
-        for (int l = 0; l < setting_.layers && setting_.cuda; l++) Write(l);
-        if (setting_.cuda) Must(attention_->Seal(qkv_.stream()));
+        WriteAll(item.new_tokens == setting_.chunk);
+        if (setting_.cuda) Seal();
         Mark(step);
         End(std::move(step));
         done += item.new_tokens;
@@ -170,18 +247,130 @@ class Engine {
     }
   }
 
+  // So many tokens come until the middle of the captured steps: 32 of unequal lengths, some steps that seal
+  // what the prompts have left, and half of the captured ones.
+  static constexpr int64_t kFilledBefore = 32 + 16 + 80;
+
   Pool* const pool_;
   const Setting setting_;
+#ifdef KVTIDE_BENCH_HAS_CUDA
+  StreamClock clock_;
+  std::vector<double> chunk_us_;
+#endif
   client::Model model_;
   Tensors qkv_, out_;
   std::unique_ptr<DirectAttention> attention_;
   std::vector<client::StepItem> items_;
 };
 
-Result Measure(Pool* pool, const Setting& setting) {
-  Result result;
-  result["way"] = client::WayName(pool->way());
-  Engine engine(pool, setting);
+#ifdef KVTIDE_BENCH_HAS_CUDA
+double MeanTokens(const client::DirectStep& step) {
+  double sum = 0;
+  for (const int64_t start : step.starts) sum += static_cast<double>(start);
+  return Tenth(sum / static_cast<double>(step.starts.size()));
+}
+
+// A step that is ended before the next one begins: the layers on the device, and all of it.
+void MeasureAlone(Engine& engine, const std::function<void()>& layers, const std::string& how, double bare_us,
+                  Result* result) {
+  const cudaStream_t stream = engine.tensors().stream();
+  std::vector<double> gpu, alone;
+  StreamClock clock;
+  for (int i = 0; i < 60; i++) {
+    const auto start = Clock::now();
+    client::DirectStep step = engine.Begin();
+    if (i == 30) (*result)["mean_tokens_in_" + how] = MeanTokens(step);
+    clock.Start(stream);
+    layers();
+    clock.Stop(stream);
+    engine.Mark(step);
+    engine.End(std::move(step));
+    const double us = Since(start), on_device = clock.Microseconds();
+    if (i < 10) continue;
+    alone.push_back(us);
+    gpu.push_back(on_device);
+  }
+  (*result)["layers_in_" + how + "_us"] = At(gpu, 0.5);
+  (*result)["above_bare_in_" + how + "_us_a_layer"] = Tenth((At(gpu, 0.5) - bare_us) / kLayers);
+  (*result)["step_alone_in_" + how + "_us"] = At(alone, 0.5);
+}
+
+// Steps that begin while the device works on the one before.
+void MeasureOverlapped(Engine& engine, const std::function<void()>& layers, const std::string& how,
+                       Result* result) {
+  std::vector<double> overlapped;
+  client::DirectStep last = engine.Begin();
+  layers();
+  engine.Mark(last);
+  for (int i = 0; i < 100; i++) {
+    const auto start = Clock::now();
+    client::DirectStep next = engine.Begin(last.id);
+    layers();
+    engine.Mark(next);
+    engine.End(std::move(last));
+    last = std::move(next);
+    if (i >= 10) overlapped.push_back(Since(start));
+  }
+  engine.End(std::move(last));
+  (*result)["step_overlapped_in_" + how + "_us"] = At(overlapped, 0.5);
+  (*result)["step_overlapped_in_" + how + "_p99_us"] = At(overlapped, 0.99);
+}
+
+// What the seals of a step take by themselves; a sequence fills a block every 64 steps.
+void MeasureSeals(Engine& engine, double step_us, Result* result) {
+  const cudaStream_t stream = engine.tensors().stream();
+  std::vector<double> seals;
+  StreamClock clock;
+  for (int i = 0; i < 40; i++) {
+    client::DirectStep step = engine.Begin();
+    engine.Rows();
+    engine.tensors().Wait();
+    clock.Start(stream);
+    engine.Seal();
+    clock.Stop(stream);
+    engine.Mark(step);
+    engine.End(std::move(step));
+    seals.push_back(clock.Microseconds());
+  }
+  (*result)["seals_us"] = At(seals, 0.5);
+  (*result)["seals_share_percent"] = Tenth(100 * At(seals, 0.5) / step_us);
+}
+
+void MeasureSteps(Engine& engine, double bare_us, Result* result) {
+  const cudaStream_t stream = engine.tensors().stream();
+  const double copy = CopyGigabytes(engine.chunk_bytes(), stream);
+  (*result)["chunk_gb_s"] = Tenth(engine.chunk_gigabytes());
+  (*result)["copy_gb_s"] = Tenth(copy);
+  (*result)["chunk_share_of_copy_percent"] = Tenth(100 * engine.chunk_gigabytes() / copy);
+  client::DirectStep step = engine.Begin();
+  engine.Layers();
+  engine.Mark(step);
+  engine.End(std::move(step));
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  step = engine.Begin();
+  KVTIDE_BENCH_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  engine.Layers();
+  KVTIDE_BENCH_CUDA(cudaStreamEndCapture(stream, &graph));
+  KVTIDE_BENCH_CUDA(cudaGraphInstantiate(&exec, graph, 0));
+  const auto replay = [&] { KVTIDE_BENCH_CUDA(cudaGraphLaunch(exec, stream)); };
+  const auto call = [&] { engine.Layers(); };
+  replay();
+  engine.Mark(step);
+  engine.End(std::move(step));
+  MeasureAlone(engine, replay, "graph", bare_us, result);
+  MeasureOverlapped(engine, replay, "graph", result);
+  MeasureAlone(engine, call, "calls", bare_us, result);
+  MeasureOverlapped(engine, call, "calls", result);
+  MeasureSeals(engine, (*result)["layers_in_graph_us"], result);
+  KVTIDE_BENCH_CUDA(cudaGraphExecDestroy(exec));
+  KVTIDE_BENCH_CUDA(cudaGraphDestroy(graph));
+  (*result)["device_megabytes"] = Tenth(static_cast<double>(engine.attention().device_bytes()) / 1e6);
+}
+#endif
+
+// Begin and End by themselves, with what the engine does for them: tables, uploads, the plan's launch.
+void MeasureTalk(Engine& engine, const Setting& setting, Result* result) {
   std::vector<double> begins, ends, both;
   for (int i = 0; i < setting.rounds; i++) {
     auto start = Clock::now();
@@ -198,81 +387,22 @@ Result Measure(Pool* pool, const Setting& setting) {
     ends.push_back(end);
     both.push_back(begin + end);
   }
-  // With what the engine does for it: tables, uploads, the plan's launch.
-  result["begin_p50_us"] = At(begins, 0.5);
-  result["begin_p99_us"] = At(begins, 0.99);
-  result["end_p50_us"] = At(ends, 0.5);
-  result["end_p99_us"] = At(ends, 0.99);
-  result["begin_and_end_p50_us"] = At(both, 0.5);
-  result["begin_and_end_p99_us"] = At(both, 0.99);
+  (*result)["begin_p50_us"] = At(begins, 0.5);
+  (*result)["begin_p99_us"] = At(begins, 0.99);
+  (*result)["end_p50_us"] = At(ends, 0.5);
+  (*result)["end_p99_us"] = At(ends, 0.99);
+  (*result)["begin_and_end_p50_us"] = At(both, 0.5);
+  (*result)["begin_and_end_p99_us"] = At(both, 0.99);
+}
+
+Result Measure(Pool* pool, const Setting& setting, [[maybe_unused]] double bare_us) {
+  Result result;
+  result["way"] = client::WayName(pool->way());
+  Engine engine(pool, setting);
 #ifdef KVTIDE_BENCH_HAS_CUDA
-  if (setting.cuda) {
-    const cudaStream_t stream = engine.tensors().stream();
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    client::DirectStep step = engine.Begin();
-    result["first_sequence_tokens_in_graph"] = step.starts[0];
-    engine.Layers();
-    engine.Mark(step);
-    engine.End(std::move(step));
-    step = engine.Begin();
-    KVTIDE_BENCH_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    engine.Layers();
-    KVTIDE_BENCH_CUDA(cudaStreamEndCapture(stream, &graph));
-    KVTIDE_BENCH_CUDA(cudaGraphInstantiate(&exec, graph, 0));
-    cudaEvent_t from, to;
-    KVTIDE_BENCH_CUDA(cudaEventCreate(&from));
-    KVTIDE_BENCH_CUDA(cudaEventCreate(&to));
-    const auto layers = [&](bool in_graph) {
-      if (in_graph) {
-        KVTIDE_BENCH_CUDA(cudaGraphLaunch(exec, stream));
-      } else {
-        engine.Layers();
-      }
-    };
-    layers(true);
-    engine.Mark(step);
-    engine.End(std::move(step));
-    for (const bool in_graph : {true, false}) {
-      std::vector<double> gpu, alone, overlapped;
-      for (int i = 0; i < 60; i++) {
-        const auto start = Clock::now();
-        step = engine.Begin();
-        KVTIDE_BENCH_CUDA(cudaEventRecord(from, stream));
-        layers(in_graph);
-        KVTIDE_BENCH_CUDA(cudaEventRecord(to, stream));
-        engine.Mark(step);
-        engine.End(std::move(step));
-        float ms = 0;
-        KVTIDE_BENCH_CUDA(cudaEventElapsedTime(&ms, from, to));
-        if (i < 10) continue;
-        alone.push_back(Since(start));
-        gpu.push_back(1e3 * static_cast<double>(ms));
-      }
-      client::DirectStep last = engine.Begin();
-      layers(in_graph);
-      engine.Mark(last);
-      for (int i = 0; i < 100; i++) {
-        const auto start = Clock::now();
-        client::DirectStep next = engine.Begin(last.id);
-        layers(in_graph);
-        engine.Mark(next);
-        engine.End(std::move(last));
-        last = std::move(next);
-        if (i >= 10) overlapped.push_back(Since(start));
-      }
-      engine.End(std::move(last));
-      const std::string how = in_graph ? "graph" : "calls";
-      result["layers_in_" + how + "_us"] = At(gpu, 0.5);
-      result["step_alone_in_" + how + "_us"] = At(alone, 0.5);
-      result["step_overlapped_in_" + how + "_us"] = At(overlapped, 0.5);
-      result["step_overlapped_in_" + how + "_p99_us"] = At(overlapped, 0.99);
-    }
-    KVTIDE_BENCH_CUDA(cudaGraphExecDestroy(exec));
-    KVTIDE_BENCH_CUDA(cudaGraphDestroy(graph));
-    result["device_megabytes"] = Tenth(static_cast<double>(engine.attention().device_bytes()) / 1e6);
-  }
+  if (setting.cuda) MeasureSteps(engine, bare_us, &result);
 #endif
+  MeasureTalk(engine, setting, &result);
   return result;
 }
 
@@ -319,12 +449,14 @@ int Run(int argc, char** argv) {
   result["sequences"] = setting.sequences;
   result["tokens"] = setting.tokens;
   result["layers"] = setting.layers;
+  double bare_us = 0;
 #ifdef KVTIDE_BENCH_HAS_CUDA
   if (setting.cuda) {
     double megabytes = 0;
     size_t plan_bytes = 0;
-    result["bare_kernels_in_graph_us"] = Tenth(StepMicroseconds(
-        "turbo4/turbo4", {setting.sequences, static_cast<int>(setting.tokens)}, &megabytes, &plan_bytes));
+    bare_us = Tenth(StepMicroseconds("turbo4/turbo4", {setting.sequences, static_cast<int>(setting.tokens)},
+                                     &megabytes, &plan_bytes));
+    result["bare_kernels_in_graph_us"] = bare_us;
   }
 #endif
   for (const bool embedded : {false, true}) {
@@ -342,7 +474,7 @@ int Run(int argc, char** argv) {
       address = absl::StrCat("direct:", daemon->address());
     }
     const auto pool = Must(Pool::Connect(address, options));
-    result["ways"].push_back(Measure(pool.get(), setting));
+    result["ways"].push_back(Measure(pool.get(), setting, bare_us));
     std::printf("%s\n", result["ways"].back().dump(1).c_str());
   }
   return WriteResult(result, json);

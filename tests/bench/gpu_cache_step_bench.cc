@@ -1,8 +1,9 @@
 // One decode step through the daemon's cache, in process: KvCache on the CUDA backend, tensors in host
 // memory, AppendAttend layer by layer with one new token of every sequence, as a server without the GPU's
-// help of its own would call it. Beside it, in the same run: the kernels alone (DeviceDecode in a CUDA graph,
-// gpu_step.h), and the backend alone (AttendLayer over a plan, Append of the new rows), so that what is
-// between them has a name.
+// help of its own would call it; then with the tensors in memory that is registered with the driver, as the
+// arenas of clients that share memory are. Beside it, in the same run: the kernels alone (DeviceDecode in a
+// CUDA graph, gpu_step.h), and the backend alone (AttendLayer over a plan, Append of the new rows), so that
+// what is between them has a name.
 //   gpu_cache_step_bench [--json FILE] [--device cuda:0|cpu] [--quick] [--in-place BYTES] [--second-hand 0|1]
 // Per layer: median and mean over all layers of `steps` steps after two that warm up; the mean holds what a
 // step pays once, as its plan. --quick, which is what the CPU takes seconds for, has short sequences and few
@@ -47,7 +48,8 @@ struct Settings {
   int steps() const { return quick ? 3 : 10; }
 };
 struct Measured {
-  double cache_p50 = 0, cache_mean = 0, attend_p50 = 0, append_p50 = 0, bare = 0, plan_us = 0;
+  double cache_p50 = 0, cache_mean = 0, pinned_p50 = 0, pinned_mean = 0, attend_p50 = 0, append_p50 = 0,
+         bare = 0, plan_us = 0;
 };
 
 double Now() {
@@ -87,6 +89,32 @@ std::vector<uint16_t> RandomHalves(size_t count, uint32_t seed) {
   for (uint16_t& x : values) x = static_cast<uint16_t>(0x3800u | (rng() & 0x87ffu));
   return values;
 }
+
+// What a step brings and takes, f16, in one piece of memory that can be registered with the driver, as an
+// engine's arena is.
+class StepTensors {
+ public:
+  explicit StepTensors(size_t sequences)
+      : lse(sequences * kNumHeads),
+        q_values_(sequences * kQRow),
+        kv_values_(sequences * kKvRow),
+        values_(RandomHalves(bytes() / 2 + kPage / 2, 2)),
+        begin_((kPage - reinterpret_cast<uintptr_t>(values_.data()) % kPage) % kPage / 2) {}
+  uint16_t* q() { return values_.data() + begin_; }
+  uint16_t* out() { return q() + q_values_; }
+  uint16_t* k() { return out() + q_values_; }
+  uint16_t* v() { return k() + kv_values_; }
+  std::byte* data() { return reinterpret_cast<std::byte*>(q()); }
+  size_t bytes() const { return (2 * q_values_ + 2 * kv_values_) * 2; }
+
+  std::vector<float> lse;
+
+ private:
+  static constexpr size_t kPage = 4096;
+  const size_t q_values_, kv_values_;
+  std::vector<uint16_t> values_;
+  const size_t begin_;
+};
 
 void MeasureCache(const Settings& settings, const Shape& shape, Measured* measured) {
   const std::unique_ptr<Backend> backend = MakeBackend(settings);
@@ -140,38 +168,48 @@ void MeasureCache(const Settings& settings, const Shape& shape, Measured* measur
     });
   for (std::thread& thread : threads) thread.join();
 
-  const std::vector<uint16_t> q = RandomHalves(sequences * kQRow, 2), k = RandomHalves(sequences * kKvRow, 3),
-                              v = RandomHalves(sequences * kKvRow, 4);
-  std::vector<uint16_t> out(sequences * kQRow);
-  std::vector<float> lse(sequences * kNumHeads);
-  std::vector<AttendRequest> requests(sequences);
-  std::vector<double> us;
-  const int64_t start = static_cast<int64_t>(tokens);
-  for (int step = 0; step < settings.steps() + 2; step++)
-    for (int layer = 0; layer < settings.layers(); layer++) {
-      const double begin = Now();
-      for (size_t i = 0; i < sequences; i++) {
-        AttendRequest& request = requests[i];
-        request.sequence = ids[i];
-        request.q = {q.data() + i * kQRow, DataType::kF16};
-        request.queries = 1;
-        request.first_query_position = request.start_position = start + step;
-        request.out = {out.data() + i * kQRow, DataType::kF16};
-        request.lse = lse.data() + i * kNumHeads;
-        request.new_tokens = 1;
-        request.k = {k.data() + i * kKvRow, DataType::kF16};
-        request.v = {v.data() + i * kKvRow, DataType::kF16};
+  StepTensors tensors(sequences);
+  int64_t position = static_cast<int64_t>(tokens);
+  // Microseconds of the layers of `steps` steps after two that warm up.
+  const auto measure = [&] {
+    std::vector<double> us;
+    std::vector<AttendRequest> requests(sequences);
+    for (int step = 0; step < settings.steps() + 2; step++, position++)
+      for (int layer = 0; layer < settings.layers(); layer++) {
+        const double begin = Now();
+        for (size_t i = 0; i < sequences; i++) {
+          AttendRequest& request = requests[i];
+          request.sequence = ids[i];
+          request.q = {tensors.q() + i * kQRow, DataType::kF16};
+          request.queries = 1;
+          request.first_query_position = request.start_position = position;
+          request.out = {tensors.out() + i * kQRow, DataType::kF16};
+          request.lse = tensors.lse.data() + i * kNumHeads;
+          request.new_tokens = 1;
+          request.k = {tensors.k() + i * kKvRow, DataType::kF16};
+          request.v = {tensors.v() + i * kKvRow, DataType::kF16};
+        }
+        AttendCall call;
+        call.layer = layer;
+        call.items = requests;
+        const absl::Status status = cache->AppendAttend(call);
+        KVTIDE_CHECK(status.ok(), std::string(status.message()));
+        if (step >= 2) us.push_back(Now() - begin);
       }
-      AttendCall call;
-      call.layer = layer;
-      call.items = requests;
-      const absl::Status status = cache->AppendAttend(call);
-      KVTIDE_CHECK(status.ok(), std::string(status.message()));
-      if (step >= 2) us.push_back(Now() - begin);
-    }
-  for (const float x : lse) KVTIDE_CHECK(std::isfinite(x), "a result is not finite");
+    for (const float x : tensors.lse) KVTIDE_CHECK(std::isfinite(x), "a result is not finite");
+    return us;
+  };
+  const std::vector<double> us = measure();
   measured->cache_p50 = Median(us);
   measured->cache_mean = Mean(us);
+#ifdef KVTIDE_BENCH_HAS_CUDA
+  if (settings.device == "cpu") return;
+  const auto range = PinnedRange::Make(tensors.data(), tensors.bytes());
+  KVTIDE_CHECK(range.ok(), std::string(range.status().message()));
+  const std::vector<double> pinned = measure();
+  measured->pinned_p50 = Median(pinned);
+  measured->pinned_mean = Mean(pinned);
+#endif
 }
 
 // The backend's own calls over blocks of one layer.
@@ -269,18 +307,20 @@ int Run(const Settings& settings, const std::string& json) {
     MeasureBackend(settings, shape, &m);
     MeasureCache(settings, shape, &m);
     std::printf(
-        "%-8s %3d x %6d  AppendAttend %8.1f (mean %8.1f)  kernels %8.1f  above them %7.1f   backend: attend "
-        "%8.1f, "
-        "append %7.1f, plan %7.1f a step\n",
-        shape.pair, shape.sequences, shape.tokens, m.cache_p50, m.cache_mean, m.bare, m.cache_p50 - m.bare,
-        m.attend_p50, m.append_p50, m.plan_us);
+        "%-8s %3d x %6d  AppendAttend %8.1f (mean %8.1f), in registered memory %8.1f (mean %8.1f)  kernels "
+        "%8.1f  above them %7.1f, %7.1f   backend: attend %8.1f, append %7.1f, plan %7.1f a step\n",
+        shape.pair, shape.sequences, shape.tokens, m.cache_p50, m.cache_mean, m.pinned_p50, m.pinned_mean,
+        m.bare, m.cache_p50 - m.bare, m.pinned_p50 - m.bare, m.attend_p50, m.append_p50, m.plan_us);
     result["steps"].push_back({{"pair", shape.pair},
                                {"sequences", shape.sequences},
                                {"tokens", shape.tokens},
                                {"append_attend_p50_us", Tenth(m.cache_p50)},
                                {"append_attend_mean_us", Tenth(m.cache_mean)},
+                               {"registered_p50_us", Tenth(m.pinned_p50)},
+                               {"registered_mean_us", Tenth(m.pinned_mean)},
                                {"kernels_us", Tenth(m.bare)},
                                {"above_kernels_us", Tenth(m.cache_p50 - m.bare)},
+                               {"registered_above_kernels_us", Tenth(m.pinned_p50 - m.bare)},
                                {"backend_attend_p50_us", Tenth(m.attend_p50)},
                                {"backend_append_p50_us", Tenth(m.append_p50)},
                                {"backend_plan_us", Tenth(m.plan_us)}});

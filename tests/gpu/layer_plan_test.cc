@@ -157,8 +157,9 @@ TEST_F(LayerPlanTest, TypesAndPlacesOfTensorsChangeOnlyTheRounding) {
   }
 }
 
-// Queries, rows and results of many items: copied by one thread or by two, read in place or sent.
-TEST_F(LayerPlanTest, ManyItemsAreCopiedByTwoThreads) {
+// Queries, rows and results of many items: copied by one thread or by two, read in place or sent, or left
+// where they are. All ways give the same bits.
+TEST_F(LayerPlanTest, ManyItemsComeByEveryWay) {
   constexpr int kItems = 30, kQueries = 2, kTail = 20;
   constexpr size_t kQueryValues = size_t{kQueries} * kHeads * kDim, kRowValues = size_t{2} * kDim;
   TestSequence sequence(*backend_, shape_);
@@ -178,9 +179,13 @@ TEST_F(LayerPlanTest, ManyItemsAreCopiedByTwoThreads) {
   ASSERT_TRUE(plan.ok()) << plan.status();
   std::mt19937 random(5);
   std::normal_distribution<float> normal;
-  std::vector<float> q(kItems * kQueryValues), rows(kItems * kTail * kRowValues);
-  for (std::vector<float>* values : {&q, &rows})
-    for (float& x : *values) x = normal(random);
+  // One piece of memory, so that it can be registered.
+  std::vector<float> memory(2 * kItems * kQueryValues + kItems * kTail * kRowValues + 4);
+  const size_t begin = (16 - reinterpret_cast<uintptr_t>(memory.data()) % 16) % 16 / sizeof(float);
+  const std::span<float> q(memory.data() + begin, kItems * kQueryValues),
+      rows(q.data() + q.size(), kItems * kTail * kRowValues), out(rows.data() + rows.size(), q.size());
+  for (const std::span<float> values : {q, rows})
+    for (float& x : values) x = normal(random);
   std::vector<AppendPiece> pieces;
   for (size_t i = 0; i < kItems; i++) {
     AppendPiece& piece = pieces.emplace_back();
@@ -191,7 +196,8 @@ TEST_F(LayerPlanTest, ManyItemsAreCopiedByTwoThreads) {
     piece.k = piece.v = {rows.data() + i * kTail * kRowValues, DataType::kF32};
   }
   const auto attend = [&] {
-    std::vector<float> out(q.size(), NAN), lse(kItems * kQueries * kHeads, NAN);
+    std::fill(out.begin(), out.end(), NAN);
+    std::vector<float> lse(kItems * kQueries * kHeads, NAN);
     std::vector<LayerItem> tensors;
     for (size_t i = 0; i < kItems; i++)
       tensors.push_back({{q.data() + i * kQueryValues, DataType::kF32},
@@ -206,8 +212,9 @@ TEST_F(LayerPlanTest, ManyItemsAreCopiedByTwoThreads) {
     const absl::Status status = (*plan)->Attend(args, environment_, workspace_);
     workspace_.Abandon();
     EXPECT_TRUE(status.ok()) << status;
-    out.insert(out.end(), lse.begin(), lse.end());
-    return out;
+    std::vector<float> results(out.begin(), out.end());
+    results.insert(results.end(), lse.begin(), lse.end());
+    return results;
   };
   environment_.in_place_bytes = 0;
   const std::vector<float> wanted = attend();
@@ -218,6 +225,16 @@ TEST_F(LayerPlanTest, ManyItemsAreCopiedByTwoThreads) {
       environment_.hand = helper;
       environment_.in_place_bytes = in_place;
       for (int round = 0; round < 20; round++) ASSERT_EQ(attend(), wanted);
+    }
+  // In registered memory the kernels read and write them where they are: all, or only some of the three.
+  const auto registered = [&](std::span<float> part) {
+    return PinnedRange::Make(reinterpret_cast<std::byte*>(part.data()), part.size_bytes()).value();
+  };
+  for (const bool append : {true, false})
+    for (const std::span<float> part : {std::span(memory), q, rows, out}) {
+      const auto range = registered(part);
+      if (!append) pieces.clear();
+      for (int round = 0; round < 5; round++) ASSERT_EQ(attend(), wanted);
     }
 }
 

@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/cuda/attend/attend_plan.h"
+#include "kernels/cuda/attend/scatter_combine.h"
 #include "kernels/cuda/attend/warp_row.cuh"
 #include "kernels/cuda/device/pipeline.cuh"
 
@@ -104,11 +105,9 @@ KVTIDE_DEVICE void StoreMark(RowMark* to, RowMark mark) {
   *reinterpret_cast<volatile uint8_t*>(to) = static_cast<uint8_t>(mark);
 }
 
-template <int DV, bool kFew>
-__global__ void __launch_bounds__(32 * kCombineWarps, kFew&& DV <= 128 ? 8
-                                                      : DV <= 128      ? 5
-                                                                       : 4)
-    CombineKernel(const __grid_constant__ CombineParams params) {
+// place(group, query, head): where the output of that row begins.
+template <int DV, bool kFew, class Place>
+KVTIDE_DEVICE void CombineBody(const CombineParams& params, Place place) {
   constexpr int kBlocks = WarpRow<DV>::kBlocks;
   __shared__ float4 rows[kFew ? 1 : kCombineWarps][kBlocks][32];
   __shared__ float2 heads[kCombineWarps];
@@ -211,15 +210,14 @@ __global__ void __launch_bounds__(32 * kCombineWarps, kFew&& DV <= 128 ? 8
   } else if (sum > 0) {
     normal = 1.0f / sum;
   }
-  const int64_t out =
-      group.first_output + query * group.output_stride + static_cast<int64_t>(head) * params.head_dim;
+  void* const out = place(group, query, head);
 #pragma unroll
   for (int b = 0; b < kBlocks; b++) {
     const int dim = 128 * b + 4 * lane;
     if (dim >= params.head_dim) continue;
     const float(&x)[4] = total.x[b];
     if (params.output_type == QueryType::kF32) {
-      *reinterpret_cast<float4*>(static_cast<float*>(params.output) + out + dim) =
+      *reinterpret_cast<float4*>(static_cast<float*>(out) + dim) =
           make_float4(x[0] * normal, x[1] * normal, x[2] * normal, x[3] * normal);
     } else {
       uint2 packed;
@@ -230,12 +228,44 @@ __global__ void __launch_bounds__(32 * kCombineWarps, kFew&& DV <= 128 ? 8
         packed.x = DeviceWarp::Pack<true>(x[0] * normal, x[1] * normal);
         packed.y = DeviceWarp::Pack<true>(x[2] * normal, x[3] * normal);
       }
-      *reinterpret_cast<uint2*>(static_cast<uint16_t*>(params.output) + out + dim) = packed;
+      *reinterpret_cast<uint2*>(static_cast<uint16_t*>(out) + dim) = packed;
     }
   }
   const int64_t at = group.first_lse + query * group.lse_stride + head;
   if (lane == 0) params.lse[at] = sum > 0 ? (reference + log2f(sum)) * 0.69314718056f : -INFINITY;
   if (params.marks != nullptr) StoreMark(params.marks + at, mark);
+}
+
+// Few rows a team: how many CTAs share an SM.
+template <int DV, bool kFew>
+inline constexpr int kCombineCtas = kFew&& DV <= 128 ? 8
+                                    : DV <= 128      ? 5
+                                                     : 4;
+
+KVTIDE_DEVICE int64_t OutputBytes(const CombineParams& params) {
+  return params.output_type == QueryType::kF32 ? 4 : 2;
+}
+
+template <int DV, bool kFew>
+__global__ void __launch_bounds__(32 * kCombineWarps, kCombineCtas<DV, kFew>)
+    CombineKernel(const __grid_constant__ CombineParams params) {
+  CombineBody<DV, kFew>(params, [&](const CombineGroup& group, int query, int head) {
+    const int64_t at =
+        group.first_output + query * group.output_stride + static_cast<int64_t>(head) * params.head_dim;
+    return static_cast<void*>(static_cast<std::byte*>(params.output) + at * OutputBytes(params));
+  });
+}
+
+template <int DV, bool kFew>
+__global__ void __launch_bounds__(32 * kCombineWarps, kCombineCtas<DV, kFew>)
+    ScatterCombineKernel(const __grid_constant__ ScatterParams params) {
+  CombineBody<DV, kFew>(params.combine, [&](const CombineGroup& group, int query, int head) {
+    const auto heads = static_cast<int>(group.lse_stride);
+    const int token = (static_cast<int>(group.first_lse) - group.first_head) / heads + query;
+    const int64_t at = static_cast<int64_t>(group.first_head + head) * params.combine.head_dim;
+    return static_cast<void*>(static_cast<std::byte*>(params.output_rows[token]) +
+                              at * OutputBytes(params.combine));
+  });
 }
 
 }  // namespace kvtide::cuda

@@ -9,6 +9,7 @@
 #include "kernels/cuda/attend/attend_plan.h"
 #include "kernels/cuda/attend/kernel_list.h"
 #include "kernels/cuda/attend/level_kernels.h"
+#include "kernels/cuda/attend/scatter_combine.h"
 #include "kernels/cuda/attend/visible_pages.h"
 #include "kernels/cuda/codec/codec_kernels.h"
 #include "kernels/cuda/device/launch.h"
@@ -466,10 +467,14 @@ absl::Status DecodeTables::Launch(const AttendLayerArgs& args, const LayerTensor
   merge.lse = tensors.lse();
   merge.marks = tensors.marks();
   merge.sinks = tensors.sinks();
+  ScatterParams scatter{merge, tensors.output_rows()};
+  const bool scattered = scatter.output_rows != nullptr;
+  const void* const function =
+      scattered ? FindScatterCombineKernel(page_dim_, merge.team) : FindCombineKernel(page_dim_, merge.team);
   const size_t warps = groups_.size() * Size(tile_rows_) * Size(merge.team);
-  KVTIDE_RETURN_IF_ERROR(LaunchKernel(FindCombineKernel(page_dim_, merge.team),
-                                      (warps + kCombineWarps - 1) / kCombineWarps, 32 * kCombineWarps, 0,
-                                      environment.dependent_launches && follows, &merge, stream));
+  KVTIDE_RETURN_IF_ERROR(LaunchKernel(function, (warps + kCombineWarps - 1) / kCombineWarps,
+                                      32 * kCombineWarps, 0, environment.dependent_launches && follows,
+                                      scattered ? static_cast<void*>(&scatter) : &merge, stream));
   if (environment.end != nullptr) KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment.end, stream));
   return absl::OkStatus();
 }

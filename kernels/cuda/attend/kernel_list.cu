@@ -83,30 +83,36 @@ const AttendKernel* FindLevelKernel(Form k, Form v, int dk, int dv, int rows, in
 namespace {
 
 template <int DV>
-const void* CombineOf(int team) {
+const void* MergeOf(int team, bool scattered) {
+  if (scattered)
+    return team == 1 ? reinterpret_cast<const void*>(&ScatterCombineKernel<DV, true>)
+                     : reinterpret_cast<const void*>(&ScatterCombineKernel<DV, false>);
   return team == 1 ? reinterpret_cast<const void*>(&CombineKernel<DV, true>)
                    : reinterpret_cast<const void*>(&CombineKernel<DV, false>);
 }
 
-}  // namespace
-
-const void* FindCombineKernel(int dv, int team) {
+const void* FindMerge(int dv, int team, bool scattered) {
   switch (dv) {
     case 64:
-      return CombineOf<64>(team);
+      return MergeOf<64>(team, scattered);
     case 96:
-      return CombineOf<96>(team);
+      return MergeOf<96>(team, scattered);
     case 128:
-      return CombineOf<128>(team);
+      return MergeOf<128>(team, scattered);
     case 192:
-      return CombineOf<192>(team);
+      return MergeOf<192>(team, scattered);
     case 256:
-      return CombineOf<256>(team);
+      return MergeOf<256>(team, scattered);
     case 512:
-      return CombineOf<512>(team);
+      return MergeOf<512>(team, scattered);
     default:
       return nullptr;
   }
 }
+
+}  // namespace
+
+const void* FindCombineKernel(int dv, int team) { return FindMerge(dv, team, false); }
+const void* FindScatterCombineKernel(int dv, int team) { return FindMerge(dv, team, true); }
 
 }  // namespace kvtide::cuda

@@ -12,7 +12,14 @@
 namespace kvtide::cuda {
 namespace {
 
+// Queries of up to so many bytes are read in place: every run of an item reads its queries. Fewer bytes of
+// results are copied sooner than told where to go.
+constexpr size_t kFew = 64 << 10;
+
 size_t Size(int64_t n) { return static_cast<size_t>(n); }
+
+// Of a table with a pointer for each query token; whole vectors.
+size_t PlaceBytes(size_t queries) { return (queries + 1) / 2 * 2 * sizeof(std::byte*); }
 
 // That of all views, or f32.
 template <class View>
@@ -56,15 +63,78 @@ void LayerTensors::ForEachSlice(size_t bytes, absl::FunctionRef<void(size_t inde
   for (size_t i = 0; i < slices_.size(); i++) body(i);
 }
 
+const std::byte* LayerTensors::QueriesOf(const ItemSlice& slice) const {
+  const TensorView q = args_.items[slice.item].q;
+  return static_cast<const std::byte*>(q.data) +
+         Size(slice.first_query) * query_width_ * DataTypeBytes(q.type);
+}
+std::byte* LayerTensors::OutputOf(const ItemSlice& slice) const {
+  const MutableTensorView out = args_.items[slice.item].out;
+  return static_cast<std::byte*>(out.data) +
+         Size(slice.first_query) * output_width_ * DataTypeBytes(out.type);
+}
+
+void LayerTensors::UsePinned(const PinnedRanges& ranges) {
+  if (ranges.empty()) return;
+  const auto all = [&](auto reaches) { return std::all_of(slices_.begin(), slices_.end(), reaches); };
+  // Every row begins at a multiple of 16 bytes if the first one does and they have such a width.
+  pinned_queries_ = query_bytes() > kFew && all([&](const ItemSlice& slice) {
+                      return args_.items[slice.item].q.type == query_type_ &&
+                             ranges.Reaches(QueriesOf(slice),
+                                            Size(slice.queries) * query_width_ * DataTypeBytes(query_type_));
+                    });
+  const size_t row_bytes = output_width_ * DataTypeBytes(output_type_);
+  pinned_results_ = queries_ * row_bytes > kFew && row_bytes % 16 == 0 && all([&](const ItemSlice& slice) {
+                      return args_.items[slice.item].out.type == output_type_ &&
+                             ranges.Reaches(OutputOf(slice), Size(slice.queries) * row_bytes);
+                    });
+}
+
 size_t LayerTensors::LseAt() const {
+  if (pinned_results_) return 0;
   return (output_values() * DataTypeBytes(output_type_) + 255) / 256 * 256;
 }
 size_t LayerTensors::result_bytes() const {
   return LseAt() + queries_ * Size(heads_) * (sizeof(float) + sizeof(RowMark));
 }
-size_t LayerTensors::staging_bytes() const { return query_bytes() + Size(heads_) * sizeof(float); }
+size_t LayerTensors::staging_bytes() const {
+  return (pinned_queries_ ? 0 : query_bytes()) + SentQueriesAt() + Size(heads_) * sizeof(float);
+}
+// Behind the table of places of results.
+size_t LayerTensors::SentQueriesAt() const { return pinned_results_ ? PlaceBytes(queries_) : 0; }
 
-void LayerTensors::PlaceQueries(Workspace& workspace) {
+absl::Status LayerTensors::PlaceQueries(Workspace& workspace, CopiesIn* copies) {
+  const size_t queries = workspace.in_place() && query_bytes() > kFew ? query_bytes() : 0;
+  KVTIDE_RETURN_IF_ERROR(workspace.sent_queries.Reserve(SentQueriesAt() + queries));
+  std::byte* device = workspace.sent_queries.data();
+  if (pinned_results_) {
+    const auto places = workspace.Place<std::byte*>(PlaceBytes(queries_) / sizeof(std::byte*));
+    for (size_t i = 0; i < slices_.size(); i++)
+      for (size_t query = 0; query < Size(slices_[i].queries); query++)
+        places.host[first_queries_[i] + query] =
+            OutputOf(slices_[i]) + query * output_width_ * DataTypeBytes(output_type_);
+    copies->Add(places.device, device, SentQueriesAt());
+    output_rows_ = reinterpret_cast<void* const*>(device);
+    device += SentQueriesAt();
+  }
+  if (pinned_queries_) {
+    query_ = device;
+    for (const ItemSlice& slice : slices_) {
+      const size_t bytes = Size(slice.queries) * query_width_ * DataTypeBytes(query_type_);
+      copies->Add(QueriesOf(slice), device, bytes);
+      device += bytes;
+    }
+  } else {
+    CopyQueries(workspace);
+  }
+  if (args_.sinks == nullptr) return absl::OkStatus();
+  const auto sinks = workspace.Place<float>(Size(heads_));
+  std::copy_n(args_.sinks, heads_, sinks.host);
+  sinks_ = sinks.device;
+  return absl::OkStatus();
+}
+
+void LayerTensors::CopyQueries(Workspace& workspace) {
   const auto placed = workspace.Place<std::byte>(query_bytes());
   query_ = placed.device;
   ForEachSlice(query_bytes(), [&](size_t index) {
@@ -73,26 +143,20 @@ void LayerTensors::PlaceQueries(Workspace& workspace) {
     const size_t first = Size(slice.first_query) * query_width_, count = Size(slice.queries) * query_width_;
     std::byte* const to = placed.host + first_queries_[index] * query_width_ * DataTypeBytes(query_type_);
     if (q.type == query_type_) {
-      const size_t bytes = DataTypeBytes(q.type);
-      std::memcpy(to, static_cast<const std::byte*>(q.data) + first * bytes, count * bytes);
+      std::memcpy(to, QueriesOf(slice), count * DataTypeBytes(q.type));
     } else {
       for (size_t i = 0; i < count; i++) reinterpret_cast<float*>(to)[i] = q.At(first + i);
     }
   });
-  if (args_.sinks == nullptr) return;
-  const auto sinks = workspace.Place<float>(Size(heads_));
-  std::copy_n(args_.sinks, heads_, sinks.host);
-  sinks_ = sinks.device;
 }
 
 absl::Status LayerTensors::SendQueries(Workspace& workspace) {
-  constexpr size_t kFew = 64 << 10;  // are read in place: every run of an item reads its queries
+  if (pinned_queries_) return absl::OkStatus();
   if (!workspace.in_place()) return workspace.Send();
   if (query_bytes() <= kFew) return absl::OkStatus();
-  KVTIDE_RETURN_IF_ERROR(workspace.sent_queries.Reserve(query_bytes()));
-  KVTIDE_CUDA_RETURN_IF_ERROR(
-      LaunchCopyIn(query_, workspace.sent_queries.data(), query_bytes(), workspace.stream()));
-  query_ = workspace.sent_queries.data();
+  std::byte* const to = workspace.sent_queries.data() + SentQueriesAt();
+  KVTIDE_CUDA_RETURN_IF_ERROR(LaunchCopyIn(query_, to, query_bytes(), workspace.stream()));
+  query_ = to;
   return absl::OkStatus();
 }
 
@@ -188,6 +252,7 @@ void LayerTensors::Deliver(size_t index, const Workspace& workspace) const {
   const ItemSlice& slice = slices_[index];
   const LayerItem& item = args_.items[slice.item];
   const size_t value_bytes = DataTypeBytes(output_type_), first_query = first_queries_[index];
+  if (pinned_results_) return DeliverLse(index, workspace);
   const std::byte* const from = workspace.results_host.data() + first_query * output_width_ * value_bytes;
   const size_t first = Size(slice.first_query) * output_width_, count = Size(slice.queries) * output_width_;
   if (item.out.type == output_type_) {
@@ -195,7 +260,14 @@ void LayerTensors::Deliver(size_t index, const Workspace& workspace) const {
   } else {
     for (size_t i = 0; i < count; i++) item.out.Set(first + i, reinterpret_cast<const float*>(from)[i]);
   }
+  DeliverLse(index, workspace);
+}
+
+void LayerTensors::DeliverLse(size_t index, const Workspace& workspace) const {
+  const ItemSlice& slice = slices_[index];
+  const LayerItem& item = args_.items[slice.item];
   if (item.lse == nullptr) return;
+  const size_t first_query = first_queries_[index];
   const auto* const lse = reinterpret_cast<const float*>(workspace.results_host.data() + LseAt());
   std::memcpy(item.lse + Size(slice.first_query) * Size(heads_), lse + first_query * Size(heads_),
               Size(slice.queries) * Size(heads_) * sizeof(float));

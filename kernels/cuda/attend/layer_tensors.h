@@ -1,7 +1,8 @@
 // Queries and results of one layer and batch of items on their way between the caller's memory and the
 // device, in the caller's element types: one copy each way at most, converted by kernels only. Results that
 // kernels write into memory of the host are taken item by item, as they come. Of large calls a second thread
-// copies some items.
+// copies some items. Tensors that lie in memory which is registered with the driver are not copied by the
+// host at all: a kernel fetches queries from there, and results are written there.
 #pragma once
 
 #include <optional>
@@ -14,6 +15,8 @@
 #include "kernels/backend.h"
 #include "kernels/base/second_hand.h"
 #include "kernels/cuda/attend/attend_plan.h"
+#include "kernels/cuda/device/copy_in.h"
+#include "kernels/cuda/device/pinned_ranges.h"
 #include "kernels/cuda/device/workspace.h"
 
 namespace kvtide::cuda {
@@ -43,9 +46,16 @@ class LayerTensors {
   size_t query_bytes() const { return query_values() * DataTypeBytes(query_type_); }
   size_t result_bytes() const;
 
-  // What PlaceQueries places, for Workspace::Begin, in two arrays.
+  // For calls in place whose results have marks, before anything is placed: leaves queries, results or both
+  // where the caller has them, if the ranges reach all of them and they are worth it.
+  void UsePinned(const PinnedRanges& ranges);
+
+  // What PlaceQueries places, for Workspace::Begin, in kArrays arrays; and pieces that it adds.
+  static constexpr size_t kArrays = 3;
   size_t staging_bytes() const;
-  void PlaceQueries(Workspace& workspace);
+  size_t copies_in() const { return slices_.size() + 1; }
+  // Queries that stay where they are get device memory, and a piece for each item.
+  absl::Status PlaceQueries(Workspace& workspace, CopiesIn* copies);
   // Queues what brings them to the device, if kernels are not to read them where they were placed.
   absl::Status SendQueries(Workspace& workspace);
   const void* query() const { return query_; }
@@ -55,6 +65,8 @@ class LayerTensors {
   // marks() too.
   absl::Status ReserveResults(Workspace& workspace, bool in_place, bool marked);
   void* output() const { return output_; }
+  // Where the output of each query token goes, in device memory; null = one behind the other in output().
+  void* const* output_rows() const { return output_rows_; }
   float* lse() const { return lse_; }
   RowMark* marks() const { return reinterpret_cast<RowMark*>(lse_ + queries_ * static_cast<size_t>(heads_)); }
   // Queues the copy back.
@@ -70,11 +82,16 @@ class LayerTensors {
                                           absl::FunctionRef<bool(size_t item, int query)> sees) const;
 
  private:
+  const std::byte* QueriesOf(const ItemSlice& slice) const;
+  std::byte* OutputOf(const ItemSlice& slice) const;
+  size_t SentQueriesAt() const;
   size_t LseAt() const;
   RowMark* HostMarks(const Workspace& workspace) const;
   absl::Status WaitFor(RowMark* mark, const Workspace& workspace) const;
   absl::StatusOr<std::optional<Row>> TakeSlice(size_t index, const Workspace& workspace,
                                                absl::FunctionRef<bool(size_t item, int query)> sees) const;
+  void CopyQueries(Workspace& workspace);
+  void DeliverLse(size_t index, const Workspace& workspace) const;
   void Deliver(size_t index, const Workspace& workspace) const;
   void ForEachSlice(size_t bytes, absl::FunctionRef<void(size_t index)> body) const;
 
@@ -89,8 +106,10 @@ class LayerTensors {
   const void* query_ = nullptr;
   const float* sinks_ = nullptr;
   void* output_ = nullptr;
+  void* const* output_rows_ = nullptr;
   float* lse_ = nullptr;
   bool in_place_ = false, marked_ = false;
+  bool pinned_queries_ = false, pinned_results_ = false;
 };
 
 }  // namespace kvtide::cuda

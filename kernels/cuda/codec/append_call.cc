@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "kernels/base/status.h"
@@ -9,7 +10,19 @@
 namespace kvtide::cuda {
 namespace {
 
+constexpr size_t kShared = 64 << 10;  // worth a second thread, or none
+
 size_t Size(int64_t n) { return static_cast<size_t>(n); }
+
+// Those of a piece, in its tensor of `width` values a row.
+struct RowBytes {
+  const std::byte* data;
+  size_t bytes;
+};
+RowBytes RowsOf(TensorView tensor, const AppendPiece& piece, int width) {
+  const size_t row = Size(width) * DataTypeBytes(tensor.type);
+  return {static_cast<const std::byte*>(tensor.data) + piece.source_row * row, Size(piece.tokens) * row};
+}
 
 // Rows [first, first + count) of `width` values, to a tensor of `type`.
 void CopyRows(TensorView from, size_t first, size_t count, size_t width, DataType type, std::byte* to) {
@@ -72,13 +85,23 @@ absl::StatusOr<AppendRows> AppendRows::Make(const AppendArgs& args) {
   return made;
 }
 
-void AppendRows::Place(Workspace& workspace, SecondHand* hand) {
-  if (empty()) return;
+void AppendRows::UsePinned(const PinnedRanges& ranges) {
+  if (ranges.empty() || row_bytes() < kShared) return;
+  const GroupShape& shape = args_.pieces[0].layout->shape();
+  pinned_ = std::all_of(args_.pieces.begin(), args_.pieces.end(), [&](const AppendPiece& piece) {
+    const RowBytes k = RowsOf(KeysOf(args_, piece), piece, shape.kv_heads * shape.head_dim_k),
+                   v = RowsOf(ValuesOf(args_, piece), piece, shape.kv_heads * shape.head_dim_v);
+    return piece.tokens == 0 || (KeysOf(args_, piece).type == type_ && ValuesOf(args_, piece).type == type_ &&
+                                 ranges.Reaches(k.data, k.bytes) && ranges.Reaches(v.data, v.bytes));
+  });
+}
+
+absl::Status AppendRows::Place(Workspace& workspace, SecondHand* hand, CopiesIn* copies) {
+  if (empty()) return absl::OkStatus();
   const BlockLayout& layout = *args_.pieces[0].layout;
   const GroupShape& shape = layout.shape();
   const size_t k_width = Size(shape.kv_heads) * Size(shape.head_dim_k),
                v_width = Size(shape.kv_heads) * Size(shape.head_dim_v), value_bytes = DataTypeBytes(type_);
-  const auto k = workspace.Place<std::byte>(k_bytes_), v = workspace.Place<std::byte>(v_bytes_);
   const auto placed = workspace.Place<AppendJob>(jobs_);
   std::vector<const AppendPiece*> pieces;  // of the jobs
   pieces.reserve(jobs_);
@@ -90,26 +113,43 @@ void AppendRows::Place(Workspace& workspace, SecondHand* hand) {
     pieces.push_back(&piece);
     row += piece.tokens;
   }
-  const auto copy = [&](size_t index) {
-    const AppendPiece& piece = *pieces[index];
-    const size_t at = Size(placed.host[index].first_row), tokens = Size(piece.tokens);
-    CopyRows(KeysOf(args_, piece), piece.source_row, tokens, k_width, type_,
-             k.host + at * k_width * value_bytes);
-    CopyRows(ValuesOf(args_, piece), piece.source_row, tokens, v_width, type_,
-             v.host + at * v_width * value_bytes);
-  };
-  constexpr size_t kShared = 64 << 10;  // worth a second thread
-  if (hand != nullptr && row_bytes() >= kShared) {
-    hand->Share(jobs_, copy);
+  const std::byte *k_rows = nullptr, *v_rows = nullptr;
+  if (pinned_) {
+    KVTIDE_RETURN_IF_ERROR(workspace.sent_rows.Reserve(row_bytes()));
+    k_rows = workspace.sent_rows.data();
+    v_rows = k_rows + k_bytes_;
+    std::byte *k_to = workspace.sent_rows.data(), *v_to = k_to + k_bytes_;
+    for (const AppendPiece* const piece : pieces) {
+      const RowBytes k = RowsOf(KeysOf(args_, *piece), *piece, shape.kv_heads * shape.head_dim_k),
+                     v = RowsOf(ValuesOf(args_, *piece), *piece, shape.kv_heads * shape.head_dim_v);
+      copies->Add(k.data, std::exchange(k_to, k_to + k.bytes), k.bytes);
+      copies->Add(v.data, std::exchange(v_to, v_to + v.bytes), v.bytes);
+    }
   } else {
-    for (size_t i = 0; i < jobs_; i++) copy(i);
+    const auto k = workspace.Place<std::byte>(k_bytes_), v = workspace.Place<std::byte>(v_bytes_);
+    k_rows = k.device;
+    v_rows = v.device;
+    const auto copy = [&](size_t index) {
+      const AppendPiece& piece = *pieces[index];
+      const size_t at = Size(placed.host[index].first_row), tokens = Size(piece.tokens);
+      CopyRows(KeysOf(args_, piece), piece.source_row, tokens, k_width, type_,
+               k.host + at * k_width * value_bytes);
+      CopyRows(ValuesOf(args_, piece), piece.source_row, tokens, v_width, type_,
+               v.host + at * v_width * value_bytes);
+    };
+    if (hand != nullptr && row_bytes() >= kShared) {
+      hand->Share(jobs_, copy);
+    } else {
+      for (size_t i = 0; i < jobs_; i++) copy(i);
+    }
   }
-  params_.k = SideOf(layout.k(), layout.pair().k, 0, k.device);
-  params_.v = SideOf(layout.v(), layout.pair().v, layout.v_codes(), v.device);
+  params_.k = SideOf(layout.k(), layout.pair().k, 0, k_rows);
+  params_.v = SideOf(layout.v(), layout.pair().v, layout.v_codes(), v_rows);
   params_.jobs = placed.device;
   params_.type = type_;
   params_.heads = shape.kv_heads;
   params_.record_bytes = layout.record_bytes();
+  return absl::OkStatus();
 }
 
 absl::Status AppendRows::Launch(cudaStream_t stream) const {
@@ -123,7 +163,7 @@ absl::Status AppendCall(const AppendArgs& args, size_t in_place_bytes, Workspace
   if (rows.empty()) return absl::OkStatus();
   KVTIDE_RETURN_IF_ERROR(workspace.Begin(Workspace::Bound(AppendRows::kArrays, rows.staging_bytes()),
                                          rows.row_bytes() <= in_place_bytes));
-  rows.Place(workspace, nullptr);
+  KVTIDE_RETURN_IF_ERROR(rows.Place(workspace, nullptr, nullptr));
   KVTIDE_RETURN_IF_ERROR(workspace.Send());
   KVTIDE_RETURN_IF_ERROR(rows.Launch(workspace.stream()));
   return workspace.Finish();

@@ -97,7 +97,7 @@ class Workspace {
     return absl::OkStatus();
   }
 
-  DeviceBuffer partials, sent_queries, queries, results, scratch, rows;
+  DeviceBuffer partials, sent_queries, sent_rows, queries, results, scratch, rows;
   PinnedBuffer results_host;
 
  private:

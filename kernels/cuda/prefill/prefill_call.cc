@@ -105,7 +105,7 @@ class Prefill {
       KVTIDE_RETURN_IF_ERROR(MakePageMap(scratch, kernel_.dim, &maps.scratch));
       KVTIDE_RETURN_IF_ERROR(MakePageMap(blocks == nullptr ? scratch : blocks, kernel_.dim, &maps.blocks));
     }
-    tensors_.PlaceQueries(workspace_);
+    KVTIDE_RETURN_IF_ERROR(tensors_.PlaceQueries(workspace_, nullptr));
     queries_ = WidensQueries() ? reinterpret_cast<float*>(workspace_.rows.data())
                                : static_cast<const float*>(tensors_.query());
     std::byte* const output =

@@ -110,119 +110,176 @@ __device__ inline PlanUnit PlanUnitOf(const PlanIndex& index, uint32_t kv_heads,
   return {low * kv_heads + head, begin, begin + own};
 }
 
+// What a CTA plans: one launch, whose tables are parts of those in the parameters.
+template <class Items>
+struct PlanLaunch {
+  const PlanParams<Items>& params;
+  size_t launch;
+  const PlanIndex* indices;  // one for each kind
+  uint32_t pages_of[2] = {};
+
+  __device__ uint32_t kv_heads() const { return static_cast<uint32_t>(params.kv_heads); }
+  __device__ uint32_t group_count() const { return static_cast<uint32_t>(params.item_count) * kv_heads(); }
+  __device__ CombineGroup* groups() const { return params.groups + launch * params.group_stride; }
+  __device__ CombineSource* sources() const { return params.sources + launch * 2 * params.group_stride; }
+};
+
+// How the pages of a kind are shared.
+struct PlanShare {
+  int kind = 0;
+  uint32_t pages = 0, warps = 0;
+  uint32_t first_cta = 0, ctas = 0;  // in the worker table; those that have pages
+  uint32_t count = 0;                // workers that have a share
+  uint64_t record_base = 0;
+};
+
+template <class Items>
+__device__ inline PlanShare ShareOf(const PlanLaunch<Items>& plan, int k, uint32_t next_cta) {
+  const PlanKind* const kinds = plan.params.kinds;
+  PlanShare share;
+  share.kind = k;
+  share.pages = plan.pages_of[k];
+  share.warps = static_cast<uint32_t>(kinds[k].warps);
+  uint32_t ctas = static_cast<uint32_t>(kinds[k].ctas);
+  if (plan.params.joint) {
+    const uint32_t all = static_cast<uint32_t>(plan.params.joint_ctas);
+    const uint32_t exact =
+        ExactCtas(all, plan.pages_of[0], kinds[0].record_bytes, plan.pages_of[1], kinds[1].record_bytes);
+    ctas = k == 0 ? all - exact : exact;
+    share.first_cta = next_cta;
+  }
+  share.ctas = min(ctas, share.pages);
+  share.count = share.ctas * share.warps;
+  share.record_base = plan.params.items.RecordBase(kinds, k, plan.launch);
+  return share;
+}
+
+template <class Items>
+__device__ inline void PlanGroups(const PlanLaunch<Items>& plan) {
+  for (uint32_t g = threadIdx.x; g < plan.group_count(); g += kPlanThreads) {
+    CombineGroup group;
+    plan.params.items.FillGroup(plan.launch, static_cast<int>(g / plan.kv_heads()),
+                                static_cast<int>(g % plan.kv_heads()), group);
+    group.first_source = 2 * g;
+    plan.groups()[g] = group;
+  }
+}
+
+// The slots of unit `u`, listed, and the unit as a source of its group.
+template <class Items>
+__device__ inline void PlanSource(const PlanLaunch<Items>& plan, const PlanShare& share, uint32_t u,
+                                  const AttendUnit& unit, uint32_t g) {
+  const PlanKind& kind = plan.params.kinds[share.kind];
+  CombineSource source;
+  source.outputs = kind.outputs;
+  source.sums = kind.sums;
+  source.slot_rows = kind.slot_rows;
+  source.v_rotation = kind.v_rotation;
+  // Slots are unit + worker, so those of a unit have this part of the list to themselves.
+  const uint32_t end = unit.first_page + unit.pages;
+  const auto worker_of = [&](uint64_t page) { return WorkerOf(share.pages, share.count, page); };
+  uint32_t* list = kind.slots + plan.launch * kind.slot_stride + u + worker_of(unit.first_page);
+  source.slot_list = list;
+  for (uint32_t page = unit.first_page; page < end;) {
+    const uint32_t worker = worker_of(page), slot = u + worker;
+    if (source.slots < 4) source.first_slots[source.slots] = slot;
+    source.slots++;
+    *list++ = slot;
+    const uint32_t cta_end = WorkerBegin(share.pages, share.count,
+                                         (worker / share.warps + 1) * static_cast<uint64_t>(share.warps));
+    page = cta_end <= end ? cta_end : WorkerBegin(share.pages, share.count, worker + 1);
+  }
+  CombineGroup& group = plan.groups()[g];
+  const uint32_t at = group.sources++;
+  plan.sources()[2 * g + at] = source;
+  group.first[at] = source;
+  group.team = max(group.team, min(plan.params.team, CombineTeam(source.slots)));
+}
+
+// Units of a kind, blank ones behind, and their sources.
+template <class Items>
+__device__ inline void PlanUnits(const PlanLaunch<Items>& plan, const PlanShare& share) {
+  const PlanKind& kind = plan.params.kinds[share.kind];
+  const PlanIndex& index = plan.indices[share.kind];
+  const Items& items = plan.params.items;
+  AttendUnit* const units = kind.units + plan.launch * kind.unit_stride;
+  for (uint32_t u = threadIdx.x; u < plan.group_count(); u += kPlanThreads) {
+    AttendUnit unit;
+    if (u < index.places * plan.kv_heads()) {
+      const uint32_t place = u / plan.kv_heads(), head = u % plan.kv_heads();
+      const int item = index.item[place];
+      const int2 range = items.Pages(plan.params.kinds, share.kind, item);
+      unit.blocks = items.Blocks(plan.params.kinds, share.kind, item) + range.x;
+      unit.record_offset = share.record_base + head * kind.record_bytes;
+      unit.pages = static_cast<uint32_t>(range.y - range.x);
+      unit.first_page = index.first_page[place] * plan.kv_heads() + head * unit.pages;
+      items.FillUnit(plan.params.kinds, share.kind, plan.launch, item, static_cast<int>(head), range, unit);
+      PlanSource(plan, share, u, unit, static_cast<uint32_t>(item) * plan.kv_heads() + head);
+    }
+    units[u] = unit;
+  }
+}
+
+// Worker `warp` of the kind's CTA `cta`, one without pages where the kind has none for it.
+template <class Items>
+__device__ inline AttendWorker PlanWorker(const PlanLaunch<Items>& plan, const PlanShare& share, uint32_t cta,
+                                          uint32_t warp) {
+  AttendWorker worker;
+  if (plan.params.joint) {
+    worker.exact = share.kind == 1 && cta < share.ctas ? 1 : 0;
+    worker.cta = cta;
+  }
+  if (cta >= share.ctas || warp >= share.warps) return worker;
+  const PlanIndex& index = plan.indices[share.kind];
+  const Items& items = plan.params.items;
+  const uint32_t i = cta * share.warps + warp;
+  worker.begin = WorkerBegin(share.pages, share.count, i);
+  worker.end = WorkerBegin(share.pages, share.count, i + 1);
+  const PlanUnit at = PlanUnitOf(index, plan.kv_heads(), worker.begin);
+  const int item = index.item[at.unit / plan.kv_heads()];
+  worker.blocks = items.Blocks(plan.params.kinds, share.kind, item) +
+                  items.Pages(plan.params.kinds, share.kind, item).x + (worker.begin - at.begin);
+  worker.record_offset =
+      share.record_base + at.unit % plan.kv_heads() * plan.params.kinds[share.kind].record_bytes;
+  worker.unit = at.unit;
+  worker.unit_end = at.end;
+  const uint32_t cta_end =
+      WorkerBegin(share.pages, share.count, (i / share.warps + 1) * static_cast<uint64_t>(share.warps));
+  worker.last_unit = PlanUnitOf(index, plan.kv_heads(), cta_end - 1).unit;
+  return worker;
+}
+
+template <class Items>
+__device__ inline void PlanWorkers(const PlanLaunch<Items>& plan, const PlanShare& share) {
+  const PlanParams<Items>& params = plan.params;
+  const PlanKind& kind = params.kinds[share.kind];
+  const auto entries = static_cast<uint32_t>(kind.entries);
+  AttendWorker* const workers =
+      kind.workers + plan.launch * kind.worker_stride + static_cast<size_t>(share.first_cta) * entries;
+  // Of a joint launch, the last kind also writes the entries of the CTAs that have nothing to do.
+  const uint32_t end = !params.joint                         ? static_cast<uint32_t>(kind.ctas)
+                       : share.kind + 1 == params.kind_count ? static_cast<uint32_t>(params.joint_ctas)
+                                                             : share.first_cta + share.ctas;
+  for (uint32_t entry = threadIdx.x; entry < (end - share.first_cta) * entries; entry += kPlanThreads)
+    workers[entry] = PlanWorker(plan, share, entry / entries, entry % entries);
+}
+
 template <class Items>
 __global__ void __launch_bounds__(kPlanThreads) PlanKernel(const __grid_constant__ PlanParams<Items> params) {
   extern __shared__ __align__(16) uint8_t memory[];
-  PlanIndex* const indices = reinterpret_cast<PlanIndex*>(memory);  // one for each kind
-  const size_t launch = blockIdx.x;
-  const Items& items = params.items;
-  const uint32_t kv_heads = static_cast<uint32_t>(params.kv_heads),
-                 group_count = static_cast<uint32_t>(params.item_count) * kv_heads;
-  CombineGroup* const groups = params.groups + launch * params.group_stride;
-  CombineSource* const sources = params.sources + launch * 2 * params.group_stride;
-
-  for (uint32_t g = threadIdx.x; g < group_count; g += kPlanThreads) {
-    CombineGroup group;
-    items.FillGroup(launch, static_cast<int>(g / kv_heads), static_cast<int>(g % kv_heads), group);
-    group.first_source = 2 * g;
-    groups[g] = group;
-  }
-  uint32_t pages_of[2] = {};
+  PlanIndex* const indices = reinterpret_cast<PlanIndex*>(memory);
+  PlanLaunch<Items> plan{params, blockIdx.x, indices};
+  PlanGroups(plan);
   for (int k = 0; k < params.kind_count; k++) {
     PlanNumber(params, k, indices[k]);
-    pages_of[k] = indices[k].first_page[indices[k].places] * kv_heads;
+    plan.pages_of[k] = indices[k].first_page[indices[k].places] * plan.kv_heads();
   }
   uint32_t next_cta = 0;  // of the worker table
   for (int k = 0; k < params.kind_count; k++) {
-    const PlanKind& kind = params.kinds[k];
-    const PlanIndex& index = indices[k];
-    AttendUnit* const units = kind.units + launch * kind.unit_stride;
-    AttendWorker* const workers = kind.workers + launch * kind.worker_stride;
-    uint32_t* const slots = kind.slots + launch * kind.slot_stride;
-    const uint32_t pages = pages_of[k], warps = static_cast<uint32_t>(kind.warps),
-                   entries = static_cast<uint32_t>(kind.entries);
-    uint32_t ctas = static_cast<uint32_t>(kind.ctas), first_cta = 0;  // of this kind
-    if (params.joint) {
-      const uint32_t all = static_cast<uint32_t>(params.joint_ctas);
-      const uint32_t exact = ExactCtas(all, pages_of[0], params.kinds[0].record_bytes, pages_of[1],
-                                       params.kinds[1].record_bytes);
-      ctas = k == 0 ? all - exact : exact;
-      first_cta = next_cta;
-    }
-    ctas = min(ctas, pages);
-    const uint32_t count = ctas * warps;  // workers that have a share
-    next_cta = first_cta + ctas;
-    const uint64_t record_base = items.RecordBase(params.kinds, k, launch);
-
-    for (uint32_t u = threadIdx.x; u < group_count; u += kPlanThreads) {
-      AttendUnit unit;
-      if (u < index.places * kv_heads) {
-        const uint32_t place = u / kv_heads, head = u % kv_heads;
-        const int item = index.item[place];
-        const uint32_t g = static_cast<uint32_t>(item) * kv_heads + head;
-        const int2 range = items.Pages(params.kinds, k, item);
-        unit.blocks = items.Blocks(params.kinds, k, item) + range.x;
-        unit.record_offset = record_base + head * kind.record_bytes;
-        unit.pages = static_cast<uint32_t>(range.y - range.x);
-        unit.first_page = index.first_page[place] * kv_heads + head * unit.pages;
-        items.FillUnit(params.kinds, k, launch, item, static_cast<int>(head), range, unit);
-
-        CombineSource source;
-        source.outputs = kind.outputs;
-        source.sums = kind.sums;
-        source.slot_rows = kind.slot_rows;
-        source.v_rotation = kind.v_rotation;
-        // Slots are unit + worker, so those of a unit have this part of the list to themselves.
-        const uint32_t end = unit.first_page + unit.pages;
-        const auto worker_of = [&](uint64_t page) { return WorkerOf(pages, count, page); };
-        uint32_t* list = slots + u + worker_of(unit.first_page);
-        source.slot_list = list;
-        for (uint32_t page = unit.first_page; page < end;) {
-          const uint32_t worker = worker_of(page), slot = u + worker;
-          if (source.slots < 4) source.first_slots[source.slots] = slot;
-          source.slots++;
-          *list++ = slot;
-          const uint32_t cta_end =
-              WorkerBegin(pages, count, (worker / warps + 1) * static_cast<uint64_t>(warps));
-          page = cta_end <= end ? cta_end : WorkerBegin(pages, count, worker + 1);
-        }
-        CombineGroup& group = groups[g];
-        const uint32_t at = group.sources++;
-        sources[2 * g + at] = source;
-        group.first[at] = source;
-        group.team = max(group.team, min(params.team, CombineTeam(source.slots)));
-      }
-      units[u] = unit;
-    }
-    // Of a joint launch, the last kind also writes the entries of the CTAs that have nothing to do.
-    const uint32_t table_end = !params.joint                ? static_cast<uint32_t>(kind.ctas)
-                               : k + 1 == params.kind_count ? static_cast<uint32_t>(params.joint_ctas)
-                                                            : next_cta;
-    for (uint32_t at_entry = threadIdx.x; at_entry < (table_end - first_cta) * entries;
-         at_entry += kPlanThreads) {
-      AttendWorker worker;
-      const uint32_t cta = at_entry / entries, warp = at_entry % entries, i = cta * warps + warp;
-      if (params.joint) {
-        worker.exact = k == 1 && cta < ctas ? 1 : 0;
-        worker.cta = cta;
-      }
-      if (cta < ctas && warp < warps) {
-        worker.begin = WorkerBegin(pages, count, i);
-        worker.end = WorkerBegin(pages, count, i + 1);
-        const PlanUnit at = PlanUnitOf(index, kv_heads, worker.begin);
-        const int item = index.item[at.unit / kv_heads];
-        worker.blocks = items.Blocks(params.kinds, k, item) + items.Pages(params.kinds, k, item).x +
-                        (worker.begin - at.begin);
-        worker.record_offset = record_base + at.unit % kv_heads * kind.record_bytes;
-        worker.unit = at.unit;
-        worker.unit_end = at.end;
-        worker.last_unit =
-            PlanUnitOf(index, kv_heads,
-                       WorkerBegin(pages, count, (i / warps + 1) * static_cast<uint64_t>(warps)) - 1)
-                .unit;
-      }
-      workers[first_cta * entries + at_entry] = worker;
-    }
+    const PlanShare share = ShareOf(plan, k, next_cta);
+    next_cta = share.first_cta + share.ctas;
+    PlanUnits(plan, share);
+    PlanWorkers(plan, share);
     __syncthreads();  // sources of the first kind come first
   }
 }

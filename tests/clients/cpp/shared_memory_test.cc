@@ -6,8 +6,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
+#include <memory>
 #include <optional>
 #include <random>
 #include <span>
@@ -17,7 +20,9 @@
 #include "absl/time/clock.h"
 #include "daemon/ring/arena.h"
 #include "daemon/ring/handshake.h"
+#include "daemon/service/server.h"
 #include "gtest/gtest.h"
+#include "kernels/cpu/cpu_backend.h"
 #include "tests/base/eventually.h"
 #include "tests/clients/cpp/pool_script.h"
 
@@ -84,6 +89,52 @@ ring::Hello SmallHello() {
   ring::Hello hello;
   hello.tensor_bytes = 1 << 16;
   return hello;
+}
+
+// A daemon with a GPU registers a client's tensors with its driver when the client first attends, and lets
+// go of them with the client.
+TEST(SharedMemory, TensorsArePinnedFromTheFirstAttentionUntilTheClientLeaves) {
+  const std::unique_ptr<Backend> backend = MakeCpuBackend({.threads = 1});
+  CacheOptions options;
+  options.tiers = {{"device", backend.get(), size_t{16} << 20, false, {}}};
+  options.background_moves = false;
+  const auto cache = KvCache::Create(options).value();
+  const std::string folder = e2e::MakeFolder();
+  std::atomic<int> pins{0}, held{0};
+  std::atomic<uint64_t> bytes{0};
+  service::ServiceOptions service;
+  service.listen = {"unix:" + folder + "/kvtided.sock"};
+  service.pin = [&](std::byte*, size_t size) {
+    pins++;
+    held++;
+    bytes = size;
+    return std::shared_ptr<void>(&held, [](void* count) { --*static_cast<std::atomic<int>*>(count); });
+  };
+  const auto server = service::Server::Start(cache.get(), service).value();
+  auto pool = Pool::Connect("shm:" + service.listen[0], {}).value();
+  ASSERT_TRUE(pool->RegisterModel(e2e::SmallModel()).ok());
+  const client::SequenceId sequence = pool->CreateSequence("small").value();
+  const e2e::Tokens tokens(1, 0, 4);
+  ASSERT_TRUE(pool->Append(sequence, 0, tokens.layers).ok());
+  EXPECT_EQ(pins, 0);
+  const std::vector<float> q = e2e::Rows(2, 3, 1, e2e::kHeads);
+  std::vector<float> out(q.size());
+  for (int i = 0; i < 3; i++) {
+    client::AttendItem item;
+    item.sequence = sequence;
+    item.q = TensorRef::F32(q, {1, e2e::kHeads, e2e::kDim});
+    item.first_query_position = 3;
+    item.output = out;
+    ASSERT_TRUE(pool->Attend(0, std::span(&item, 1)).ok());
+    EXPECT_EQ(pins, 1);
+    EXPECT_EQ(held, 1);
+  }
+  EXPECT_GE(bytes, size_t{1} << 16);
+  pool.reset();
+  EXPECT_TRUE(Eventually([&] { return held == 0; }));
+  EXPECT_EQ(pins, 1);
+  server->Shutdown(absl::ZeroDuration(), absl::Seconds(10));
+  std::filesystem::remove_all(folder);
 }
 
 TEST(SharedMemory, WhoIsNotLetInIsToldWhy) {
