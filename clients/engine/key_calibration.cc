@@ -75,13 +75,16 @@ class Harm {
 
 }  // namespace
 
-KeyCalibration::KeyCalibration(const KvGeometry& geometry, ThreadPool& pool)
-    : geometry_(geometry), pool_(pool), held_(static_cast<size_t>(geometry.layers * geometry.kv_heads)) {
+KeyCalibration::KeyCalibration(const KvGeometry& geometry, KeysAt keys, ThreadPool& pool)
+    : geometry_(geometry),
+      keys_(keys),
+      pool_(pool),
+      held_(static_cast<size_t>(geometry.layers * geometry.kv_heads)) {
   for (int layer = 0; layer < geometry.layers; ++layer)
-    heads_.insert(
-        heads_.end(), static_cast<size_t>(geometry.kv_heads),
-        KeyStatistics(geometry.head_dim,
-                      geometry.ropes.empty() ? Rope() : geometry.ropes[static_cast<size_t>(layer)]));
+    heads_.insert(heads_.end(), static_cast<size_t>(geometry.kv_heads),
+                  KeyStatistics(geometry.head_dim, keys == KeysAt::kAfterRope || geometry.ropes.empty()
+                                                       ? Rope()
+                                                       : geometry.ropes[static_cast<size_t>(layer)]));
   held_heads_ = heads_;
 }
 
@@ -165,8 +168,13 @@ absl::Status KeyCalibration::AddTransforms(KeyProfile* profile, std::vector<KeyT
     layer.shape = made.shape;
     const auto begin = made.k.begin() + static_cast<std::ptrdiff_t>(first);
     layer.k.assign(begin, begin + geometry_.kv_heads);
-    profile->transforms.push_back(TransformsOf(layer));
+    KeyTransforms& transforms = profile->transforms.emplace_back(TransformsOf(layer));
+    if (geometry_.ropes.empty()) continue;
+    const Rope& rope = geometry_.ropes[first / static_cast<size_t>(geometry_.kv_heads)];
+    transforms.pairs = rope.pairs;
+    transforms.frequencies = rope.frequencies;
   }
+  profile->after_rope = keys_ == KeysAt::kAfterRope;
   return absl::OkStatus();
 }
 

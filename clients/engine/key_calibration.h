@@ -27,10 +27,13 @@ struct HeldKeys {
   std::vector<float> rows;  // [tokens][head_dim]
 };
 
+// Whether transforms are of keys with RoPE taken back or of keys as they are stored.
+enum class KeysAt { kBeforeRope, kAfterRope };
+
 class KeyCalibration {
  public:
   // The pool is borrowed.
-  KeyCalibration(const KvGeometry& geometry, ThreadPool& pool);
+  KeyCalibration(const KvGeometry& geometry, KeysAt keys, ThreadPool& pool);
 
   // Of n tokens of one layer from `position` on: q [n][query_heads][head_dim], k [n][kv_heads][head_dim],
   // after RoPE.
@@ -49,6 +52,7 @@ class KeyCalibration {
   std::vector<KeyTypeError> Measure(const Profile& profile) const;
 
   const KvGeometry geometry_;
+  const KeysAt keys_;
   ThreadPool& pool_;
   std::vector<KeyStatistics> heads_, held_heads_;  // layer-major; of what is held back only queries
   std::vector<std::vector<HeldKeys>> held_;        // of each head

@@ -19,7 +19,7 @@ namespace kvtide::engine {
 namespace {
 
 constexpr char kFormat[] = "kvtide-key-profile-1", kTransformFormat[] = "kvtide-key-profile-3",
-               kOldFormat[] = "kvtide-key-profile-2";
+               kAfterRopeFormat[] = "kvtide-key-profile-4", kOldFormat[] = "kvtide-key-profile-2";
 constexpr float kLargest = 65504;  // of f16
 
 std::string MeanName(size_t layer) { return absl::StrCat("layers.", layer, ".key_mean"); }
@@ -69,6 +69,12 @@ absl::Status ReadTransforms(const WeightMap& tensors, RopePairs rope_pairs, KeyP
 
 }  // namespace
 
+KeyTransforms KeyProfile::Coding(size_t layer) const {
+  KeyTransforms coding = transforms[layer];
+  if (after_rope) coding.frequencies.clear();
+  return coding;
+}
+
 absl::StatusOr<Profile> FormatProfile(const KeyProfile& profile) {
   const GroupShape shape{static_cast<int>(profile.means.size()), profile.kv_heads, profile.head_dim,
                          profile.head_dim};
@@ -78,7 +84,8 @@ absl::StatusOr<Profile> FormatProfile(const KeyProfile& profile) {
   for (const std::vector<float>& layer : profile.means) add(layer, means);
   if (profile.transforms.empty()) return MakeMeanProfile(shape, means);
   KeyTransforms all;
-  for (const KeyTransforms& layer : profile.transforms) {
+  for (size_t l = 0; l < profile.transforms.size(); ++l) {
+    const KeyTransforms layer = profile.Coding(l);
     all.pairs = layer.pairs;
     add(layer.frequencies, all.frequencies);
     add(layer.centres, all.centres);
@@ -117,11 +124,13 @@ absl::Status WriteKeyProfile(const std::string& path, const KeyProfile& profile)
                        {profile.kv_heads, kTideTypes, Groups(profile)},
                        std::as_bytes(std::span(widths[l]))});
   }
-  std::map<std::string, std::string> metadata = {
-      {"format", profile.transforms.empty() ? kFormat : kTransformFormat},
-      {"model", profile.model},
-      {"text", profile.text},
-      {"tokens", absl::StrCat(profile.tokens)}};
+  std::map<std::string, std::string> metadata = {{"format", profile.transforms.empty() ? kFormat
+                                                            : profile.after_rope       ? kAfterRopeFormat
+                                                                                       : kTransformFormat},
+                                                 {"model", profile.model},
+                                                 {"text", profile.text},
+                                                 {"tokens", absl::StrCat(profile.tokens)},
+                                                 {"context", absl::StrCat(profile.context)}};
   if (!profile.transforms.empty())
     metadata["rope_pairs"] = profile.transforms[0].pairs == RopePairs::kNeighbours ? "neighbours" : "halves";
   return WriteSafetensors(path, tensors, metadata);
@@ -134,17 +143,23 @@ absl::StatusOr<KeyProfile> ReadKeyProfile(const std::string& path) {
   const auto bad = [&path](const std::string& what) {
     return absl::InvalidArgumentError(absl::StrCat(path, ": ", what));
   };
-  const bool transformed = metadata["format"] == kTransformFormat;
+  const bool after_rope = metadata["format"] == kAfterRopeFormat,
+             transformed = after_rope || metadata["format"] == kTransformFormat;
   if (metadata["format"] == kOldFormat)
     return bad(absl::StrCat("its format is \"", kOldFormat,
-                            "\", with transforms of keys after RoPE, which is no longer read; make it anew "
+                            "\", of an earlier layout, which is no longer read; make it anew "
                             "with `kvtide calibrate`"));
   if (metadata["format"] != kFormat && !transformed)
-    return bad(absl::StrCat("its format is \"", metadata["format"], "\", not \"", kFormat, "\" or \"",
-                            kTransformFormat, "\"; `kvtide calibrate` writes it"));
+    return bad(absl::StrCat("its format is \"", metadata["format"], "\", not \"", kFormat, "\", \"",
+                            kTransformFormat, "\" or \"", kAfterRopeFormat,
+                            "\"; `kvtide calibrate` writes it"));
   KeyProfile profile;
   profile.model = metadata["model"];
   profile.text = metadata["text"];
+  profile.after_rope = after_rope;
+  if (!metadata["context"].empty() &&
+      (!absl::SimpleAtoi(metadata["context"], &profile.context) || profile.context < 0))
+    return bad(absl::StrCat("its context is \"", metadata["context"], "\", not a number of tokens"));
   if (!absl::SimpleAtoi(metadata["tokens"], &profile.tokens))
     return bad("it does not say of how many tokens");
   for (size_t l = 0; l < tensors.size() / (transformed ? 5 : 1); ++l) {
@@ -192,7 +207,9 @@ absl::Status CheckKeyProfile(const KeyProfile& profile, const KvGeometry& geomet
 
 void UseKeyProfile(const KeyProfile& profile, KvGeometry* geometry) {
   geometry->key_means = profile.means;
-  geometry->key_transforms = profile.transforms;
+  geometry->key_transforms.clear();
+  for (size_t l = 0; l < profile.transforms.size(); ++l)
+    geometry->key_transforms.push_back(profile.Coding(l));
 }
 
 }  // namespace kvtide::engine

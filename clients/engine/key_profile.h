@@ -8,7 +8,9 @@
 // "halves" or "neighbours" (rope.h), and of keys with RoPE taken back: "layers.N.key_centre", f32
 // [kv_heads][head_dim], their mean, "layers.N.key_transform", f32 [kv_heads][head_dim][head_dim], channel by
 // coefficient, and "layers.N.key_widths", f32 holding integers, [kv_heads][types tide4, tide3, tide2][groups
-// of 8 coefficients]. A reader refuses other formats by name; 2 had transforms of keys after RoPE.
+// of 8 coefficients]. Format "kvtide-key-profile-4" is the same of keys as they are stored, after RoPE, whose
+// statistics hold for the positions that the text had: metadata "context", tokens of a window (0 = not said).
+// A reader refuses other formats by name; 2 had transforms of keys after RoPE and another layout.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +28,13 @@ struct KeyProfile {
   int64_t tokens = 0;       // that the means are over
   int kv_heads = 0, head_dim = 0;
   std::vector<std::vector<float>> means;  // by layer, [kv_heads][head_dim]
-  std::vector<KeyTransforms> transforms;  // by layer; empty = none
+  // By layer; empty = none. Their RoPE is that of the model, whether or not it was taken back.
+  std::vector<KeyTransforms> transforms;
+  bool after_rope = false;  // transforms are of keys as they are stored
+  int64_t context = 0;      // tokens of the text's windows, 0 = not known
+
+  // The transforms of a layer as sequences take them: without RoPE where it is not taken back.
+  KeyTransforms Coding(size_t layer) const;
 };
 
 absl::Status WriteKeyProfile(const std::string& path, const KeyProfile& profile);

@@ -29,10 +29,12 @@ using ConstRows3 = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::devic
 class Calibration {
  public:
   Calibration(int layers, int kv_heads, int query_heads, int head_dim,
-              const std::vector<std::vector<float>>& frequencies, bool neighbours, int threads)
+              const std::vector<std::vector<float>>& frequencies, bool neighbours, bool after_rope,
+              int threads)
       : geometry_(Checked(layers, kv_heads, query_heads, head_dim, frequencies, neighbours)),
         pool_(threads),
-        calibration_(geometry_, pool_) {}
+        calibration_(geometry_, after_rope ? engine::KeysAt::kAfterRope : engine::KeysAt::kBeforeRope,
+                     pool_) {}
 
   void Add(int layer, int64_t position, const ConstRows3& q, const ConstRows3& k, bool held_back) {
     Check(layer, position, q, k);
@@ -52,13 +54,20 @@ class Calibration {
   std::vector<std::tuple<std::string, double, std::string, double>> Write(const std::string& path,
                                                                           const std::string& model,
                                                                           const std::string& text,
+                                                                          int64_t context,
                                                                           bool transforms) const {
     std::vector<engine::KeyTypeError> errors;
     Raise(Blocking([&]() -> absl::Status {
       if (calibration_.tokens() == 0) return absl::InvalidArgumentError("no tokens were added");
-      engine::KeyProfile profile{
-          model, text, calibration_.tokens(), geometry_.kv_heads, geometry_.head_dim, calibration_.means(),
-          {}};
+      engine::KeyProfile profile{model,
+                                 text,
+                                 calibration_.tokens(),
+                                 geometry_.kv_heads,
+                                 geometry_.head_dim,
+                                 calibration_.means(),
+                                 {},
+                                 false,
+                                 context};
       if (transforms) KVTIDE_RETURN_IF_ERROR(calibration_.AddTransforms(&profile, &errors));
       return engine::WriteKeyProfile(path, profile);
     }));
@@ -128,7 +137,7 @@ class Calibration {
 
 void BindCalibration(nb::module_& m) {
   nb::class_<Calibration>(m, "KeyCalibration")
-      .def(nb::init<int, int, int, int, const std::vector<std::vector<float>>&, bool, int>())
+      .def(nb::init<int, int, int, int, const std::vector<std::vector<float>>&, bool, bool, int>())
       .def("add", &Calibration::Add)
       .def("write", &Calibration::Write)
       .def_prop_ro("tokens", &Calibration::tokens);

@@ -70,7 +70,8 @@ void BindPlan(nb::module_& m) {
     return std::make_tuple(architecture == nullptr ? std::string() : *architecture, layers);
   });
   // A profile of keys: (model, text, tokens, KV heads, head dim, means, transforms, widths, means before
-  // RoPE, frequencies, whether RoPE turns neighbours); parts are lists of bytes by layer,
+  // RoPE, frequencies, whether RoPE turns neighbours, whether
+  // transforms are of keys after RoPE, tokens of the text's windows); parts are lists of bytes by layer,
   // clients/engine/key_profile.h says their shapes.
   m.def("read_key_profile", [](const std::string& path) {
     const engine::KeyProfile profile = Raise(engine::ReadKeyProfile(path));
@@ -88,7 +89,8 @@ void BindPlan(nb::module_& m) {
         profile.model, profile.text, profile.tokens, profile.kv_heads, profile.head_dim,
         by_layer(profile.means), parts(&KeyTransforms::matrices), parts(&KeyTransforms::widths),
         parts(&KeyTransforms::centres), parts(&KeyTransforms::frequencies),
-        !profile.transforms.empty() && profile.transforms[0].pairs == RopePairs::kNeighbours);
+        !profile.transforms.empty() && profile.transforms[0].pairs == RopePairs::kNeighbours,
+        profile.after_rope, profile.context);
   });
   m.def("catalogue_models", [] {
     std::vector<std::string> names;

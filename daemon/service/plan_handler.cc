@@ -31,7 +31,7 @@ planner::ModelGeometry ToGeometry(const ModelSpec& spec) {
 
 // The profile that the layers of a model have.
 absl::StatusOr<planner::CalibratedKeys> CalibratedKeysOf(const ModelSpec& spec) {
-  planner::CalibratedKeys keys{absl::StrCat("the profile of model '", spec.name, "'"), "", 0, true};
+  planner::CalibratedKeys keys{absl::StrCat("the profile of model '", spec.name, "'"), "", 0, true, false, 0};
   for (const LayerGroupSpec& group : spec.groups) {
     if (group.key_means.empty()) {
       return absl::InvalidArgumentError(
@@ -40,6 +40,7 @@ absl::StatusOr<planner::CalibratedKeys> CalibratedKeysOf(const ModelSpec& spec) 
                        "calibrate makes them)"));
     }
     keys.transforms = keys.transforms && !group.key_transforms.empty();
+    keys.after_rope = !group.key_transforms.empty() && group.key_transforms.frequencies.empty();
   }
   return keys;
 }

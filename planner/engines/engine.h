@@ -27,6 +27,8 @@ struct CalibratedKeys {
   std::string text;  // that it was made from, and how much of it; empty and 0 where nobody knows
   int64_t tokens = 0;
   bool transforms = false;  // it has those that tide4, tide3 and tide2 need
+  bool after_rope = false;  // they are of keys as they are stored, not of keys with RoPE taken back
+  int64_t context = 0;      // positions that such transforms were made from; 0 = not known
 };
 
 struct EngineOptions {

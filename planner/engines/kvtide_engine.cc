@@ -93,9 +93,11 @@ class KvtideSizer : public KvSizer {
     return largest == 0 ? 0 : std::min(kKvtideScratchBytes, Sum(largest, kKvtideScratchBytes / 4));
   }
 
-  // Calibrated keys are rebuilt for every step: attention takes about one and a half times as long as over
-  // f16 pages (an H200, tests/bench/results/gpu_attend_tide.json), as if two thirds of such pages were
-  // written and read beside the coded ones.
+  // The price of calibrated keys, as pages of f16 that were written and read beside the coded ones. Before
+  // RoPE they are rebuilt for every step: attention takes about one and a half times as long as over f16
+  // pages (an H200, tests/bench/results/gpu_attend_tide.json), on CPUs seven times
+  // (cpu_attend_tide_1_thread.json). After RoPE queries are turned and bit planes read: 231, 172 and 145 us
+  // for 4, 3 and 2 bits where turbo takes 140, 107 and 98 and f16 485, and no more on CPUs.
   int64_t StepScratchBytes(int64_t context) const override {
     const absl::StatusOr<CacheType> k = ParseCacheType(effective_.k);
     if (!k.ok() || !Info(*k).calibrated) return 0;
@@ -105,11 +107,13 @@ class KvtideSizer : public KvSizer {
       bytes = Sum(bytes,
                   Product(CountLiveBlocks(context, exact_, groups_[i].group.window).coded, exact_bytes_[i]));
     }
-    return bytes / 3 * 2;
+    if (options_.calibrated_keys.has_value() && options_.calibrated_keys->after_rope)
+      return bytes / 128 * 3 * Info(*k).bits;
+    return options_.backend == LlamaBackend::kCpu ? Product(bytes, 3) : bytes / 3 * 2;
   }
 
-  // Means, and transforms in both directions with the bits of their coefficients, means before RoPE and its
-  // frequencies.
+  // Means, and transforms in both directions with the bits of their coefficients, means of coded keys and
+  // RoPE's frequencies.
   int64_t KeyProfileBytes() const override {
     if (!options_.calibrated_keys.has_value()) return 0;
     int64_t bytes = 0;

@@ -128,10 +128,12 @@ Support Kvtide(const EngineOptions& options, const TypePair& pair, int dk, int d
                          " needs a profile with transforms of the model's keys (--profile); `kvtide "
                          "calibrate` makes one")};
   }
-  return {SupportLevel::kDequantise, "kvtide",
-          absl::StrCat(pair.k,
-                       " keys are rebuilt in f16 in every step: GPUs attend over them more slowly than "
-                       "over f16 pages")};
+  if (options.calibrated_keys->after_rope) return {SupportLevel::kNative, "kvtide", ""};
+  return {
+      SupportLevel::kDequantise, "kvtide",
+      absl::StrCat(pair.k,
+                   " keys before RoPE are rebuilt in f16 in every step: GPUs attend over them more slowly "
+                   "than over f16 pages; `kvtide calibrate --keys after-rope` makes a profile for speed")};
 }
 
 }  // namespace

@@ -95,7 +95,7 @@ class Planner {
         margin_(MarginBytes(request)),
         weights_(WeightsPerDevice(request)),
         harms_(request.quality, request.model, WindowPolicy(request.engine), request.accept_proxy_quality,
-               request.engine.calibrated_keys.has_value()) {}
+               request.engine.calibrated_keys.has_value() ? &*request.engine.calibrated_keys : nullptr) {}
 
   absl::StatusOr<Plan> Run() {
     KVTIDE_RETURN_IF_ERROR(PreparePairs());
@@ -345,7 +345,8 @@ class Planner {
       const int64_t active = ActiveWeightBytes(request_.model, all, static_cast<int>(sequences));
       traffic.weight_bytes = Sum(shared, std::max<int64_t>(0, active - shared) / count);
     }
-    if (pair.support.level == SupportLevel::kDequantise) {
+    // Of kvtide's pairs those with calibrated keys have a price, kernels of their own or not.
+    if (pair.support.level == SupportLevel::kDequantise || request_.engine.engine == Engine::kKvtide) {
       traffic.scratch_bytes = Product(sizer.StepScratchBytes(PerSequence(context)), sequences);
     }
     if (pair.support.level == SupportLevel::kCpuFallback) {
@@ -667,7 +668,16 @@ class Planner {
     plan->assumptions.push_back(
         absl::StrCat("keys: of pairs marked calibrated, coded by ", keys.name,
                      keys.text.empty() ? "" : absl::StrCat(" (", keys.tokens, " tokens of ", keys.text, ")"),
-                     keys.transforms ? "" : "; it has no transforms, which tide types need"));
+                     !keys.transforms   ? "; it has no transforms, which tide types need"
+                     : !keys.after_rope ? "; tide types code them before RoPE"
+                                        : "; tide types code them after RoPE"));
+    for (const ContextPlan& context : plan->contexts)
+      if (keys.after_rope && keys.context > 0 && context.context > keys.context) {
+        plan->assumptions.push_back(absl::StrCat(
+            "keys: the profile has seen positions up to ", keys.context,
+            "; keys after RoPE spread otherwise at later ones, and what that costs was not measured"));
+        break;
+      }
     std::set<std::string> rows;
     for (const ContextPlan& context : plan->contexts) {
       if (context.chosen < 0) continue;
@@ -677,7 +687,8 @@ class Planner {
                                chosen.harm.tokens, " tokens of ", chosen.harm.text, ", ",
                                chosen.harm.key_profile.empty()
                                    ? "without a profile"
-                                   : absl::StrCat("with a profile of ", chosen.harm.key_profile)));
+                                   : absl::StrCat("with a profile of ", chosen.harm.key_profile,
+                                                  chosen.harm.after_rope ? ", keys after RoPE" : "")));
     }
     plan->assumptions.insert(plan->assumptions.end(), rows.begin(), rows.end());
   }

@@ -6,23 +6,29 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/strip.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
 #include "kernels/format/catalogue.h"
 #include "planner/csv.h"
 #include "planner/embedded.h"
+#include "planner/engines/engine.h"
 #include "planner/model/catalogue.h"
 #include "planner/near_names.h"
 
 namespace kvtide::planner {
 namespace {
 
+constexpr char kAfterRope[] = "@after-rope";
+
 absl::StatusOr<QualityRow> ReadRow(const CsvRow& csv) {
   QualityRow row;
   row.model = csv.Text("model");
   row.text = csv.Text("text");
   row.pair = {csv.Text("pair_k"), csv.Text("pair_v")};
-  row.key_profile = csv.Text("key_profile");
+  const std::string profile = csv.Text("key_profile");
+  row.key_profile = std::string(absl::StripSuffix(profile, kAfterRope));
+  row.after_rope = row.key_profile != profile;
   row.window_policy = csv.Text("window_policy");
   if (row.window_policy == "1+2") row.window_policy = "default";
   if (row.window_policy == "0+0") row.window_policy = "none";
@@ -71,6 +77,11 @@ void ResolveModel(QualityRow* row) {
 
 std::string StoredName(const TypePair& pair) { return absl::StrCat(StoredAs(pair.k), "/", StoredAs(pair.v)); }
 
+bool HasCalibratedKeys(const TypePair& pair) {
+  const absl::StatusOr<CacheType> k = ParseCacheType(pair.k);
+  return k.ok() && Info(*k).calibrated;
+}
+
 // A change below zero is noise of the text, not a gain.
 double Loss(double ppl_change_percent) { return std::max(0.0, ppl_change_percent); }
 
@@ -97,11 +108,12 @@ const std::vector<QualityRow>& BuiltInQuality() {
 }
 
 HarmTable::HarmTable(const std::vector<QualityRow>& rows, const ModelGeometry& model,
-                     const std::string& window_policy, bool accept_proxy, bool calibrated) {
+                     const std::string& window_policy, bool accept_proxy, const CalibratedKeys* keys) {
   const KeyShape shape = KeyShapeOf(model);
   std::vector<std::string> apart;  // differences from each model that is not like it
   for (const QualityRow& row : rows) {
-    if (row.window_policy != window_policy || (!calibrated && !row.key_profile.empty())) continue;
+    if (row.window_policy != window_policy || (keys == nullptr && !row.key_profile.empty())) continue;
+    if (keys != nullptr && HasCalibratedKeys(row.pair) && row.after_rope != keys->after_rope) continue;
     auto known =
         std::find_if(models_.begin(), models_.end(), [&](const Model& m) { return m.name == row.model; });
     if (known == models_.end()) {
@@ -117,7 +129,7 @@ HarmTable::HarmTable(const std::vector<QualityRow>& rows, const ModelGeometry& m
       known = models_.insert(models_.end(), std::move(added));
     }
     known->rows.push_back({StoredName(row.pair), row.context, Loss(row.ppl_change_percent), row.text,
-                           row.tokens, row.key_profile});
+                           row.tokens, row.key_profile, row.after_rope});
   }
   PreferCalibrated();
   const auto keep = [&](auto counts) {
@@ -200,6 +212,7 @@ Harm HarmTable::Find(const TypePair& pair, int64_t context) const {
     harm.text = row->text;
     harm.tokens = row->tokens;
     harm.key_profile = row->key_profile;
+    harm.after_rope = row->after_rope;
     harm.resembles = model.resembles;
   }
   if (!harm.measured || mine != nullptr) return harm;

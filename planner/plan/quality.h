@@ -13,6 +13,8 @@
 
 namespace kvtide::planner {
 
+struct CalibratedKeys;  // engines/engine.h
+
 struct QualityRow {
   std::string model;  // as catalogues call it, or as the file does
   std::string text;
@@ -20,8 +22,10 @@ struct QualityRow {
   int64_t context = 0;
   TypePair pair;
   // The text of the profile around whose means keys were coded (`kvtide eval --profile`), and with whose
-  // transforms in tide4, tide3 and tide2; empty = no profile.
+  // transforms in tide4, tide3 and tide2; empty = no profile. In files "TEXT@after-rope" is one whose
+  // transforms are of keys after RoPE.
   std::string key_profile;
+  bool after_rope = false;
   std::string window_policy;  // "default", "none", or "F+L" (exact blocks at either end)
   double ppl_change_percent = 0;
   double kld_mean = 0;
@@ -43,6 +47,7 @@ struct Harm {
   std::string text;  // of the row, and how much of it
   int64_t tokens = 0;
   std::string key_profile;  // the text of its profile; empty = measured without one
+  bool after_rope = false;  // keys were coded after RoPE by transforms of it
   bool calibrated = false;  // a model that counts measured the pair with a profile: keys are coded by one
   // More than ppl_change_percent where a model that counts measured other pairs, but not this one, and takes
   // those worse. Pairs are compared, shown and drawn by compared_percent().
@@ -63,12 +68,13 @@ const std::vector<QualityRow>& BuiltInQuality();
 
 // What is known of harm for one model: its own rows; without them, if proxies are accepted, those of the
 // measured models that resemble it (key_traits.h), and if none does, of all. Of several models and texts the
-// worst counts. With `calibrated` keys a model's rows with a profile count for the pairs that have such, and
-// for the others those without; else only the latter. Made once per plan; Find is a pure function then.
+// worst counts. With a profile of the keys a model's rows with a profile count for the pairs that have such,
+// and for the others those without; else only the latter. Of calibrated types the rows count whose keys were
+// coded as the profile does it. Made once per plan; Find is a pure function then.
 class HarmTable {
  public:
   HarmTable(const std::vector<QualityRow>& rows, const ModelGeometry& model, const std::string& window_policy,
-            bool accept_proxy, bool calibrated = false);
+            bool accept_proxy, const CalibratedKeys* keys = nullptr);
 
   // At a context: of each model the rows nearest to it. Pairs of the same bytes count as one.
   Harm Find(const TypePair& pair, int64_t context) const;
@@ -84,6 +90,7 @@ class HarmTable {
     std::string text;
     int64_t tokens;
     std::string key_profile;
+    bool after_rope;
   };
   struct Model {
     std::string name;

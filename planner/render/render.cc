@@ -525,7 +525,9 @@ std::string RenderJson(const PlanRequest& request, const Plan& plan) {
     json["key_profile"] = {{"name", keys->name},
                            {"text", keys->text},
                            {"tokens", keys->tokens},
-                           {"transforms", keys->transforms}};
+                           {"transforms", keys->transforms},
+                           {"after_rope", keys->after_rope},
+                           {"context", keys->context}};
   }
   json["device"] = {{"name", request.device.name},
                     {"count", request.device.count},

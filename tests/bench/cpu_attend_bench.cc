@@ -4,6 +4,9 @@
 //   [--repeats 7]
 //                    [--clock wall|cpu] [--simd best|avx2|plain] [--json FILE]
 //
+// Types are pairs, or one type for both. K types tide4, tide3 and tide2 get a profile made from rows whose
+// channels weaken as those of models do; "tide3/turbo3@after-rope" codes keys after RoPE.
+//
 // Decode: one query over one long sequence of 8 KV heads, larger than the last-level cache, time of a whole
 // Attend call (queries turned, states merged). The types take turns, so that what else the machine does meets
 // all of them: rates are medians of the rounds, ratios to the first type medians of each round's ratio.
@@ -25,11 +28,14 @@
 #include <thread>
 #include <vector>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
 #include "kernels/base/check.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/format/page_codec.h"
+#include "kernels/format/tide_maker.h"
 
 namespace kvtide {
 namespace {
@@ -123,6 +129,7 @@ std::vector<std::vector<double>> RoundSeconds(int rounds, const std::vector<std:
 // origin.
 struct Pages {
   BlockLayout layout;
+  std::shared_ptr<const Profile> profile;  // of calibrated types
   std::unique_ptr<Slab> slab;
   std::vector<std::byte*> blocks;
   int64_t tokens() const { return static_cast<int64_t>(blocks.size()) * kBlockTokens; }
@@ -136,9 +143,51 @@ std::vector<float> RandomRows(size_t count, uint32_t seed) {
   return rows;
 }
 
+constexpr char kAfterRope[] = "@after-rope";
+
+CachePair PairOf(const std::string& name) {
+  const auto pair = ParseCachePair(std::string(absl::StripSuffix(name, kAfterRope)));
+  KVTIDE_CHECK(pair.ok(), pair.status().ToString());
+  return *pair;
+}
+
+// Channels and queries that weaken by a factor of 50 from the first to the last; RoPE of base 10,000.
+std::shared_ptr<const Profile> MakeProfileOf(const GroupShape& shape, bool after_rope) {
+  constexpr int kTokens = 2048;
+  const int dim = shape.head_dim_k;
+  Rope rope;
+  for (int i = 0; i < dim / 2; i++)
+    rope.frequencies.push_back(std::pow(1e-4f, 2.0f * static_cast<float>(i) / static_cast<float>(dim)));
+  std::vector<KeyStatistics> heads;
+  for (int head = 0; head < shape.layers * shape.kv_heads; head++) {
+    KeyStatistics& statistics = heads.emplace_back(dim, after_rope ? Rope() : rope);
+    std::vector<float> k = RandomRows(static_cast<size_t>(kTokens * dim), 200 + static_cast<uint32_t>(head)),
+                       q = RandomRows(static_cast<size_t>(kTokens * dim), 300 + static_cast<uint32_t>(head));
+    for (int t = 0; t < kTokens; t++)
+      for (auto* rows : {&k, &q}) {
+        float* row = rows->data() + t * dim;
+        for (int i = 0; i < dim; i++)
+          row[i] *= std::exp(-3.9f * static_cast<float>((i * 37 + head) % dim) / static_cast<float>(dim));
+        TurnKey(rope, t, 0, false, row);
+      }
+    statistics.AddKeys(k.data(), kTokens, static_cast<size_t>(dim), 0);
+    statistics.AddQueries(q.data(), kTokens, static_cast<size_t>(dim), 0);
+  }
+  absl::StatusOr<Profile> profile = MakeTideProfile(shape, heads);
+  KVTIDE_CHECK(profile.ok(), profile.status().ToString());
+  return std::make_shared<const Profile>(*std::move(profile));
+}
+
 Pages MakePages(Backend& backend, const GroupShape& shape, const std::string& pair, size_t bytes) {
   Pages pages;
-  pages.layout = BlockLayout(shape, *ParseCachePair(pair));
+  pages.layout = BlockLayout(shape, PairOf(pair));
+  if (Info(pages.layout.pair().k).calibrated) {
+    static std::shared_ptr<const Profile> profiles[2];  // of the one shape of a run
+    const bool after_rope = absl::EndsWith(pair, kAfterRope);
+    std::shared_ptr<const Profile>& profile = profiles[after_rope];
+    if (profile == nullptr) profile = MakeProfileOf(shape, after_rope);
+    pages.profile = profile;
+  }
   const size_t count = std::max<size_t>(1, bytes / pages.layout.block_bytes());
   pages.slab = *backend.AllocateSlab(count * pages.layout.block_bytes());
   std::vector<std::byte> sample(pages.layout.block_bytes());
@@ -148,7 +197,9 @@ Pages MakePages(Backend& backend, const GroupShape& shape, const std::string& pa
     const std::vector<float> v =
         RandomRows(static_cast<size_t>(kBlockTokens * shape.head_dim_v), static_cast<uint32_t>(head) + 100);
     std::byte* record = sample.data() + pages.layout.RecordOffset(0, head);
-    EncodeHalf(pages.layout.pair().k, Side::kKey, pages.layout.k(), nullptr, k.data(), kBlockTokens, record);
+    const HeadProfile* profile = pages.profile == nullptr ? nullptr : &pages.profile->key(0, head);
+    EncodeHalf(pages.layout.pair().k, Side::kKey, pages.layout.k(), profile, 0, k.data(), kBlockTokens,
+               record);
     EncodeHalf(pages.layout.pair().v, Side::kValue, pages.layout.v(), nullptr, v.data(), kBlockTokens,
                record + pages.layout.v_codes());
   }
@@ -199,6 +250,7 @@ std::function<void()> AttendCall(Backend& backend, const Pages& pages, int group
   call->out.resize(rows * static_cast<size_t>(shape.head_dim_v));
   call->lse.resize(rows);
   call->run.layout = &pages.layout;
+  call->run.profile = pages.profile.get();
   call->run.blocks = pages.blocks;
   call->run.tokens = pages.tokens();
   call->item.runs = {&call->run, 1};
@@ -218,18 +270,19 @@ std::function<void()> AttendCall(Backend& backend, const Pages& pages, int group
 
 double RecodeSeconds(Backend& backend, const GroupShape& shape, const std::string& source,
                      const std::string& pair, int blocks, int repeats) {
-  const Pages from =
-      MakePages(backend, shape, source,
-                static_cast<size_t>(blocks) * BlockLayout(shape, *ParseCachePair(source)).block_bytes());
-  const Pages to =
-      MakePages(backend, shape, pair,
-                static_cast<size_t>(blocks) * BlockLayout(shape, *ParseCachePair(pair)).block_bytes());
+  const Pages from = MakePages(
+      backend, shape, source, static_cast<size_t>(blocks) * BlockLayout(shape, PairOf(source)).block_bytes());
+  const Pages to = MakePages(backend, shape, pair,
+                             static_cast<size_t>(blocks) * BlockLayout(shape, PairOf(pair)).block_bytes());
   std::vector<RecodePiece> pieces;
   for (size_t i = 0; i < from.blocks.size(); i++) {
     RecodePiece piece;
     piece.from = &from.layout;
     piece.source = from.blocks[i];
     piece.to = &to.layout;
+    piece.from_profile = from.profile.get();
+    piece.to_profile = to.profile.get();
+    piece.position = static_cast<int64_t>(i) * kBlockTokens;
     piece.target = to.blocks[i];
     piece.layers = 1;
     pieces.push_back(piece);
@@ -294,7 +347,9 @@ int Main(int argc, char** argv) {
   std::printf("%s, %d threads, %s, reads %.1f GB/s\n", ProcessorName().c_str(), options.threads,
               LevelName(options), read_rate);
   std::string rows;
-  std::printf("\ndecode     group  bits/value   stored GB/s  f16-eq. GB/s  share of reads  against first\n");
+  std::printf(
+      "\ndecode                   group  bits/value   stored GB/s  f16-eq. GB/s  share of reads  against "
+      "first\n");
   std::vector<Pages> pages;
   for (const std::string& type : options.types) pages.push_back(MakePages(*backend, shape, type, bytes));
   for (const int group : options.groups) {
@@ -313,7 +368,7 @@ int Main(int argc, char** argv) {
                          (stored(0) / pages[0].layout.BitsPerValue()));
       const double ratio = Median(ratios);
       const char* type = options.types[i].c_str();
-      std::printf("%-10s %5d %11.3f %13.1f %13.1f %15.2f %12.2f\n", type, group, bits, rate, equivalent,
+      std::printf("%-24s %5d %11.3f %13.1f %13.1f %15.2f %12.2f\n", type, group, bits, rate, equivalent,
                   rate / read_rate, ratio);
       absl::StrAppendFormat(
           &rows,
@@ -327,20 +382,20 @@ int Main(int argc, char** argv) {
   // Prefill: 512 queries, 4 query heads per KV head, at the end of 4,096 tokens.
   constexpr int kQueries = 512, kTokens = 4096, kGroup = 4;
   std::printf(
-      "\nprefill of %d queries over %d tokens, seal of f16 blocks\ntype       prefill GFLOP/s   seal M "
+      "\nprefill of %d queries over %d tokens, seal of f16 blocks\ntype                     prefill GFLOP/s  "
+      " seal M "
       "values/s   to turbo2 M values/s\n",
       kQueries, kTokens);
   std::string more;
   for (const std::string& type : options.types) {
-    const Pages short_pages =
-        MakePages(*backend, shape, type,
-                  BlockLayout(shape, *ParseCachePair(type)).block_bytes() * (kTokens / kBlockTokens));
+    const Pages short_pages = MakePages(
+        *backend, shape, type, BlockLayout(shape, PairOf(type)).block_bytes() * (kTokens / kBlockTokens));
     const double seconds = MedianSeconds(3, AttendCall(*backend, short_pages, kGroup, kQueries));
     const double flop = 4.0 * shape.kv_heads * kGroup * kQueries * (kTokens - kQueries / 2.0) * options.dim;
     const double values = 2.0 * shape.kv_heads * options.dim * kTokens;
     const double seal = values / RecodeSeconds(*backend, shape, "f16", type, kTokens / kBlockTokens, 3);
     const double recode = values / RecodeSeconds(*backend, shape, type, "turbo2", kTokens / kBlockTokens, 3);
-    std::printf("%-10s %15.1f %17.1f %23.1f\n", type.c_str(), flop / seconds / 1e9, seal / 1e6, recode / 1e6);
+    std::printf("%-24s %15.1f %17.1f %23.1f\n", type.c_str(), flop / seconds / 1e9, seal / 1e6, recode / 1e6);
     absl::StrAppendFormat(
         &more,
         "%s    {\"type\": \"%s\", \"prefill_gflop_per_s\": %.1f, \"seal_values_per_s\": %.3g, "

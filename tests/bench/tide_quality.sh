@@ -7,7 +7,8 @@
 #   NAME    of the files, such as eval_smollm2_135m_tide
 #   MODEL   GGUF file or folder; "" = the bundled tidelm-7m
 #   FOLDER  default tests/bench/results
-# environment: KVTIDE_BUILD (default build/dev), PAIRS, WINDOWS (2), CONTEXT (2048), TOKENS (12288, of the calibration text)
+# environment: KVTIDE_BUILD (default build/dev), PAIRS, WINDOWS (2), CONTEXT (2048, of windows and of calibration), TOKENS (12288, of the
+# calibration text), KEYS (before-rope, or after-rope)
 #
 # An interrupted run goes on where it was: the state is beside the results.
 set -euo pipefail
@@ -22,7 +23,8 @@ with_model=()
 work=${TMPDIR:-/tmp}/kvtide-$name
 mkdir -p "$work" "$folder"
 
-[ -f "$work/profile" ] || "$kvtide" calibrate "${with_model[@]}" --text "$calibration" --tokens "${TOKENS:-12288}" --out "$work/profile" \
+[ -f "$work/profile" ] || "$kvtide" calibrate "${with_model[@]}" --text "$calibration" --tokens "${TOKENS:-12288}" --context "${CONTEXT:-2048}" \
+  --keys "${KEYS:-before-rope}" --out "$work/profile" \
   --no-progress | sed "s|$work/profile: ||" > "$folder/$name.calibration.txt"
 "$kvtide" eval "${with_model[@]}" --kvtided "$build/daemon/kvtided" --text "$text" --profile "$work/profile" --pairs "$pairs" --windows "${WINDOWS:-2}" \
   --context "${CONTEXT:-2048}" --no-layer-errors --no-progress --resume "$work/state" --output json --out "$folder/$name.json"

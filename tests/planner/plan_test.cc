@@ -258,6 +258,31 @@ TEST(Plan, CalibratedTypesAreChosenOnGpusWithAPrice) {
   EXPECT_EQ(Find(context, "tide3/turbo3").support.level, SupportLevel::kDequantise);
 }
 
+// Keys after RoPE cost little more time than turbo's, and are known up to the positions of their text.
+TEST(Plan, CalibratedTypesAfterRopeHaveASmallerPrice) {
+  PlanRequest request = Request("llama-3.1-8b", "RTX 3060", Engine::kKvtide);
+  request.weights.bytes = 4800 * kMiB;
+  request.quality.push_back(Calibrated("turbo3/turbo3", 0.5));
+  request.quality.push_back(Calibrated("tide3/turbo3", 0.15));
+  request.quality.push_back(Calibrated("tide3/turbo3", 0.25));
+  request.quality.back().after_rope = true;
+  request.engine.calibrated_keys = CalibratedKeys{"m.profile", "b.txt", 16384, true};
+  const Plan before = Make(request);
+  request.engine.calibrated_keys->after_rope = true;
+  request.engine.calibrated_keys->context = 2048;
+  const Plan after = Make(request);
+  const auto tide = [](const Plan& plan) { return Find(plan.contexts[0], "tide3/turbo3"); };
+  EXPECT_EQ(tide(before).harm.ppl_change_percent, 0.15);
+  EXPECT_EQ(tide(after).harm.ppl_change_percent, 0.25);
+  EXPECT_GT(tide(after).speed.tokens_per_s, tide(before).speed.tokens_per_s);
+  const double turbo = Find(after.contexts[0], "turbo3/turbo3").speed.tokens_per_s;
+  EXPECT_LT(tide(after).speed.tokens_per_s, turbo);
+  EXPECT_GT(tide(after).speed.tokens_per_s, (tide(before).speed.tokens_per_s + turbo) / 2);
+  EXPECT_THAT(after.assumptions, Contains(HasSubstr("tide types code them after RoPE")));
+  EXPECT_THAT(after.assumptions, Contains(HasSubstr("has seen positions up to 2048")));
+  EXPECT_THAT(before.assumptions, Contains(HasSubstr("tide types code them before RoPE")));
+}
+
 TEST(Plan, ProxiesCanBeRefused) {
   PlanRequest request = Request("llama-3.1-8b", "vram=8GiB", Engine::kKvtide);
   request.weights.bytes = 4800 * kMiB;

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "planner/engines/engine.h"
 #include "planner/model/catalogue.h"
 
 namespace kvtide::planner {
@@ -136,6 +137,7 @@ TEST(Quality, RowsWithAProfileCountForCalibratedKeysOnly) {
       "smollm2-135m,a,1,4096,turbo4,turbo4,none,3,v,manuals\n"
       "smollm2-135m,b,7,4096,turbo4,turbo4,none,4,v,wiki\n"
       "smollm2-135m,a,1,4096,tide3,turbo3,none,8,v,manuals\n"
+      "smollm2-135m,a,1,4096,tide3,turbo3,none,9,v,manuals@after-rope\n"
       "smollm2-135m,a,1,4096,q8_0,q8_0,none,0.1,v,\n"
       "tidelm-7m,a,1,4096,turbo4,turbo4,none,1,v,\n",
       "q.csv");
@@ -145,7 +147,8 @@ TEST(Quality, RowsWithAProfileCountForCalibratedKeysOnly) {
   EXPECT_EQ(plain.Find(turbo4, 4096).ppl_change_percent, 6);
   EXPECT_FALSE(plain.Find(turbo4, 4096).calibrated);
   EXPECT_FALSE(plain.Find(tide3, 4096).measured);
-  const HarmTable calibrated(*rows, *FindModel("llama-3.1-8b"), "none", true, true);
+  CalibratedKeys keys{"m.profile", "t", 1, true};
+  const HarmTable calibrated(*rows, *FindModel("llama-3.1-8b"), "none", true, &keys);
   const Harm harm = calibrated.Find(turbo4, 4096);
   EXPECT_EQ(harm.ppl_change_percent, 4);  // the worse text
   EXPECT_TRUE(harm.calibrated);
@@ -155,6 +158,14 @@ TEST(Quality, RowsWithAProfileCountForCalibratedKeysOnly) {
   EXPECT_EQ(calibrated.Find(tide3, 4096).ppl_change_percent, 8);
   EXPECT_EQ(calibrated.Find(q8, 4096).ppl_change_percent, 0.1);  // nobody measured it with one
   EXPECT_FALSE(calibrated.Find(q8, 4096).calibrated);
+  EXPECT_FALSE(calibrated.Find(tide3, 4096).after_rope);
+  // A profile of keys after RoPE: calibrated types count as they were measured so, others as ever.
+  keys.after_rope = true;
+  const HarmTable after(*rows, *FindModel("llama-3.1-8b"), "none", true, &keys);
+  EXPECT_EQ(after.Find(tide3, 4096).ppl_change_percent, 9);
+  EXPECT_EQ(after.Find(tide3, 4096).key_profile, "manuals");
+  EXPECT_TRUE(after.Find(tide3, 4096).after_rope);
+  EXPECT_EQ(after.Find(turbo4, 4096).ppl_change_percent, 4);
 }
 
 TEST(Quality, CsvRoundTripAndErrors) {

@@ -136,7 +136,7 @@ TEST(Support, KvtideRunsEveryPairAtEveryHeadDim) {
   }
 }
 
-TEST(Support, GpusRebuildCalibratedKeys) {
+TEST(Support, GpusRebuildKeysCalibratedBeforeRope) {
   EngineOptions options;
   options.engine = Engine::kKvtide;
   const TypePair pair{"tide3", "turbo3"};
@@ -145,6 +145,9 @@ TEST(Support, GpusRebuildCalibratedKeys) {
   for (const int dim : {64, 80, 128, 256})
     EXPECT_EQ(FindSupport(options, pair, dim, dim).level, SupportLevel::kDequantise) << dim;
   EXPECT_THAT(FindSupport(options, pair, 64, 64).reason, HasSubstr("more slowly than over f16 pages"));
+  options.calibrated_keys->after_rope = true;
+  for (const int dim : {64, 80, 128, 256})
+    EXPECT_EQ(FindSupport(options, pair, dim, dim).level, SupportLevel::kNative) << dim;
 }
 
 TEST(Support, MatrixShowsScratch) {

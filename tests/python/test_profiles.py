@@ -28,13 +28,13 @@ def write(path, means, transforms=(), widths=(), centres=(), frequencies=(), for
     return path
 
 
-def write_transforms(path):
+def write_transforms(path, form=None):
     """A profile with rotations as transforms, and the bits of tide4, tide3 and tide2 spread evenly."""
     random = np.random.default_rng(5)
     rotations = [np.stack([np.linalg.qr(random.standard_normal((32, 32)))[0] for _ in range(2)]).astype(np.float32) for _ in range(2)]
     bits = [np.broadcast_to(np.float32([4, 3, 2])[None, :, None], (2, 3, 4)).copy() for _ in range(2)]
     frequencies = [np.full(16, 1e-6, np.float32)] * 2
-    return write(path, MEANS, rotations, bits, MEANS, frequencies), rotations
+    return write(path, MEANS, rotations, bits, MEANS, frequencies, form), rotations
 
 
 def test_a_profile_is_read(tmp_path):
@@ -70,7 +70,7 @@ def test_what_is_none_is_refused(tmp_path, data):
 def test_other_formats_are_refused_by_name(tmp_path):
     with pytest.raises(InvalidArgument, match="kvtide-key-profile-9"):
         profiles.load(write(tmp_path / "p", MEANS, form="kvtide-key-profile-9"))
-    with pytest.raises(InvalidArgument, match="after RoPE, which is no longer read"):
+    with pytest.raises(InvalidArgument, match="of an earlier layout, which is no longer read"):
         profiles.load(write(tmp_path / "p", MEANS, form="kvtide-key-profile-2"))
     with pytest.raises(InvalidArgument, match="not f32"):
         profiles.load(write(tmp_path / "p", [mean.astype(np.float16) for mean in MEANS], dtype="F16"))
@@ -104,8 +104,10 @@ def test_mistakes(pool):
         pool.create("without", pair="tide3/turbo3")
 
 
-def test_tide_pairs_need_the_transforms_of_a_profile(pool, tmp_path):
-    profile = profiles.load(write_transforms(tmp_path / "p")[0])
+@pytest.mark.parametrize("after_rope", [False, True])
+def test_tide_pairs_need_the_transforms_of_a_profile(pool, tmp_path, after_rope):
+    profile = profiles.load(write_transforms(tmp_path / "p", f"kvtide-key-profile-{4 if after_rope else 3}")[0])
+    assert profile.after_rope is after_rope and profile.context == 0 and len(profile.frequencies[0]) == 16
     pool.register("tide", LAYERS, profile=profile)
     random = np.random.default_rng(0)
     k = random.standard_normal((400, 2, 32)).astype(np.float32)

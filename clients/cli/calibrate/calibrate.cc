@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdio>
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -95,7 +96,7 @@ absl::StatusOr<engine::KeyProfile> Calibrate(const CalibrateOptions& options, co
   }
   const engine::KvGeometry geometry = model->kv_geometry();
   engine::LocalKvStore exact(geometry, DataType::kF16, pool);
-  engine::KeyCalibration calibration(geometry, pool);
+  engine::KeyCalibration calibration(geometry, options.keys, pool);
   const auto all = static_cast<int64_t>(tokens.size());
   const int64_t held_back = options.means_only ? all : all - std::min(all / 8, kMostHeldBack);
   std::optional<Progress> progress;
@@ -113,7 +114,9 @@ absl::StatusOr<engine::KeyProfile> Calibrate(const CalibrateOptions& options, co
                              geometry.kv_heads,
                              geometry.head_dim,
                              calibration.means(),
-                             {}};
+                             {},
+                             false,
+                             context};
   if (!options.means_only) KVTIDE_RETURN_IF_ERROR(calibration.AddTransforms(&profile, errors));
   return profile;
 }
@@ -136,9 +139,15 @@ void AddCalibrateCommand(CLI::App& app, int* exit_code) {
       "tide3/turbo3,tide2/turbo2\n"
       "Take a text of the kind that the model will see; a few thousand tokens are enough for means, "
       "transforms\n"
-      "(tide4, tide3, tide2) want 8 thousand and more. The last tokens, an eighth and at most 1024, are held "
-      "back:\n"
-      "a profile with which one of these types changes logits more than turbo of the same bits is refused.");
+      "(tide4, tide3, tide2) want 8 thousand and more. With --keys before-rope they take RoPE back: least "
+      "harm, "
+      "at\n"
+      "any position. With after-rope they code keys as they are stored: fast attention, but how such keys "
+      "spread\n"
+      "depends on positions, so let windows be as long as sequences will be (--context).\n"
+      "The last tokens, an eighth and at most 1024, are held back: a profile with which one of these types "
+      "changes\n"
+      "logits more than turbo of the same bits is refused.");
   calibrate->add_option("--model", o.model,
                         "Hugging Face folder or GGUF file; default: the bundled tidelm-7m");
   calibrate->add_option("--text", o.text_file, "UTF-8 text")->required();
@@ -146,8 +155,18 @@ void AddCalibrateCommand(CLI::App& app, int* exit_code) {
       ->check(Positive())
       ->capture_default_str();
   calibrate
-      ->add_option("--context", o.context, "Tokens of a window; default: 2048, or what the model can handle")
+      ->add_option(
+          "--context", o.context,
+          "Tokens of a window, and with after-rope the positions that the profile is for; default: 2048, or "
+          "what the model can handle")
       ->check(Positive());
+  calibrate
+      ->add_option("--keys", o.keys,
+                   "Transforms of keys with RoPE taken back (before-rope: least harm) or as they are stored "
+                   "(after-rope: fast attention)")
+      ->transform(CLI::CheckedTransformer(std::map<std::string, engine::KeysAt>{
+          {"before-rope", engine::KeysAt::kBeforeRope}, {"after-rope", engine::KeysAt::kAfterRope}}))
+      ->default_str("before-rope");
   calibrate->add_option("--out", flags->out_file, "The profile to write (safetensors)")
       ->required()
       ->check(WritableFile());
@@ -164,7 +183,10 @@ void AddCalibrateCommand(CLI::App& app, int* exit_code) {
     *exit_code = ExitCode(status);
     if (status.ok()) {
       std::printf("%s: means%s of keys over %lld tokens, %zu layers of %d KV heads of %d\n",
-                  flags->out_file.c_str(), profile->transforms.empty() ? "" : " and transforms",
+                  flags->out_file.c_str(),
+                  profile->transforms.empty() ? ""
+                  : profile->after_rope       ? " and transforms after RoPE"
+                                              : " and transforms before RoPE",
                   static_cast<long long>(profile->tokens), profile->means.size(), profile->kv_heads,
                   profile->head_dim);
       if (!errors.empty()) std::printf("error of logits on tokens held back, of their variance:\n");

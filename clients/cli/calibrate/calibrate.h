@@ -17,7 +17,10 @@ struct CalibrateOptions {
   std::string model;  // folder or GGUF file; empty = the bundled one
   std::string text_file;
   int tokens = 16384;  // of the text, at most
-  int context = 0;     // tokens of a window; 0 = 2048, or what the model can handle
+  // Tokens of a window; 0 = 2048, or what the model can handle. Transforms after RoPE hold for positions up
+  // to there.
+  int context = 0;
+  engine::KeysAt keys = engine::KeysAt::kBeforeRope;
   int threads = 0;
   bool means_only = false;  // no transforms
   bool show_progress = true;

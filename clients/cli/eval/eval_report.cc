@@ -19,10 +19,12 @@ using nlohmann::ordered_json;
 
 bool IsYardstick(const EvalRow& row) { return row.pair == "f16/f16"; }
 
-// Keys in f16 and the fp8 of servers know no profile.
-bool CodesKeys(const EvalRow& row) {
+// Of a row, as quality.h has it. Keys in f16 and the fp8 of servers know no profile.
+std::string KeyProfileOf(const EvalReport& report, const EvalRow& row) {
   const absl::StatusOr<CachePair> pair = ParseCachePair(row.pair);
-  return pair.ok() && Info(pair->k).storage != Storage::kHalf;
+  if (!pair.ok() || Info(pair->k).storage == Storage::kHalf) return "";
+  return report.after_rope && Info(pair->k).calibrated ? report.key_profile + "@after-rope"
+                                                       : report.key_profile;
 }
 
 ordered_json RowJson(const EvalRow& row) {
@@ -96,6 +98,10 @@ std::string RenderJson(const EvalReport& report) {
                        {"windows", report.windows}, {"context", report.context},
                        {"chunk", report.chunk}};
   AddConditions(report, &json);
+  if (!report.key_profile.empty()) {
+    json["key_profile"] = report.key_profile;
+    json["keys_after_rope"] = report.after_rope;
+  }
   for (const EvalRow& row : report.rows) json["results"].push_back(RowJson(row));
   return json.dump(1) + "\n";
 }
@@ -113,7 +119,7 @@ std::string RenderCsv(const EvalReport& report) {
                     report.window_policy, ",");
     absl::StrAppendFormat(&csv, "%.4f,%.4g,%.3g,%.5f,%.4f,%s,%s,%s\n", row.change_percent, row.kld_mean,
                           row.kld_p99, row.top1_agreement, row.bits_per_value, report.version, report.date,
-                          CodesKeys(row) ? CsvCell(report.key_profile) : "");
+                          CsvCell(KeyProfileOf(report, row)));
   }
   return csv;
 }

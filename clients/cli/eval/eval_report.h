@@ -36,6 +36,7 @@ struct EvalReport {
   std::string window_policy;  // "default", "none" or "F+L"
   std::string key_centring, key_equalising;
   std::string key_profile;  // the text of the profile by which keys are coded; empty = none
+  bool after_rope = false;  // calibrated types code keys after RoPE
   std::string version, date, machine;
   std::string way;  // to the daemon: "shared memory"
   double seconds = 0;

@@ -106,6 +106,7 @@ class EvalRun {
       engine::UseKeyProfile(profile, &geometry_);
       key_centring_ = client::KeyCentring::kCalibrated;
       key_profile_ = profile.text;
+      after_rope_ = profile.after_rope;
     }
     const engine::ModelConfig& config = model_->config();
     context_ = options_.context > 0 ? options_.context : std::min(4096, config.max_positions);
@@ -378,6 +379,7 @@ class EvalRun {
     report.key_centring = ChoiceName(key_centring_);
     report.key_equalising = ChoiceName(options_.key_equalising);
     report.key_profile = key_profile_;
+    report.after_rope = after_rope_;
     report.version = info_.version;
     report.date = Today();
     report.machine = Machine();
@@ -412,6 +414,7 @@ class EvalRun {
   engine::KvGeometry geometry_;  // with the profile
   Profile profile_;              // hash 0 = none
   std::string key_profile_;      // its text
+  bool after_rope_ = false;      // it codes keys after RoPE
   client::KeyCentring key_centring_ = client::KeyCentring::kDefault;
   std::vector<int32_t> tokens_;
   std::vector<LayerVectors> vectors_;  // of the first tokens, once somebody needs them

@@ -258,8 +258,12 @@ absl::Status SetProfile(const PlanFlags& flags, PlanRequest* request) {
   }
   KVTIDE_RETURN_IF_ERROR(Flag("--profile", engine::CheckKeyProfile(profile, layers)));
   request->engine.calibrated_keys =
-      planner::CalibratedKeys{std::filesystem::path(flags.profile).filename().string(), profile.text,
-                              profile.tokens, !profile.transforms.empty()};
+      planner::CalibratedKeys{std::filesystem::path(flags.profile).filename().string(),
+                              profile.text,
+                              profile.tokens,
+                              !profile.transforms.empty(),
+                              profile.after_rope,
+                              profile.context};
   return absl::OkStatus();
 }
 

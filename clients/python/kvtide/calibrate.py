@@ -8,7 +8,9 @@ are then coded as their difference from a mean, and ``tide4``, ``tide3`` and ``t
 >>> print(made.save("model.profile"))
 >>> cache = kvtide.transformers.KvtideCache(model, "tide3/turbo3", profile="model.profile")
 
-Keys and queries are taken where attention meets them, after rotary embedding, and turned back by their positions.
+Keys and queries are taken where attention meets them, after rotary embedding. Transforms are of keys that are turned back by
+their positions, or, with ``after_rope``, of keys as they are: attention over those is faster, and their statistics depend on
+positions, so that windows should be as long as sequences will be.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ class Calibration:
     head_dim: int
     means_only: bool
     core: Any = field(repr=False)
+    context: int = 0  # tokens of a window
 
     @property
     def tokens(self) -> int:
@@ -65,7 +68,7 @@ class Calibration:
             InvalidArgument: if the text is too short for transforms, or if a type is not better than turbo of the same bits on
                 the tokens that were held back.
         """
-        errors = self.core.write(os.fspath(path), self.model, self.text, not self.means_only)
+        errors = self.core.write(os.fspath(path), self.model, self.text, self.context, not self.means_only)
         return [KeyTypeError(*one) for one in errors]
 
 
@@ -84,6 +87,7 @@ def calibrate(
     name: str,
     text: str,
     context: int = 0,
+    after_rope: bool = False,
     means_only: bool = False,
     threads: int = 0,
     progress: Optional[Callable[[int], None]] = None,
@@ -96,6 +100,8 @@ def calibrate(
             most 1,024, is held back to measure the transforms.
         name, text: what the profile says it is of, for people.
         context: tokens of a window; 0 = 2048, or what the model can handle.
+        after_rope: transforms of keys as they are stored, good for positions up to ``context``; else with rotary embedding taken
+            back, good for any.
         means_only: means of keys and no transforms.
         threads: of the sums; 0 = one for each processor.
         progress: called with the tokens that are done, after each window.
@@ -137,7 +143,7 @@ def calibrate(
             kv_heads, query_heads, head_dim = shape
             core = _core.KeyCalibration(len(kinds), kv_heads, query_heads, head_dim,
                                         [list(one.frequencies) for one in rotary] if rotary else [[]] * len(kinds),
-                                        bool(rotary and rotary[0].neighbours), threads)
+                                        bool(rotary and rotary[0].neighbours), after_rope, threads)
             for at in range(0, len(tokens), context):
                 window = tokens[at : at + context]
                 with _Recorder(core, held_back - at):
@@ -146,7 +152,7 @@ def calibrate(
                     progress(at + len(window))
     finally:
         model.set_attn_implementation(before)
-    return Calibration(name, text, len(kinds), kv_heads, head_dim, means_only, core)
+    return Calibration(name, text, len(kinds), kv_heads, head_dim, means_only, core, context)
 
 
 # What the attention function tells of each layer, while a model is watched.
@@ -323,6 +329,9 @@ bits, on tokens that were held back, is refused.""")
     parser.add_argument("--out", required=True, help="the profile to write (safetensors)")
     parser.add_argument("--tokens", type=int, default=16384, help="tokens from the start of the text, at most (default 16384)")
     parser.add_argument("--context", type=int, default=0, help="tokens of a window; default 2048, or what the model can handle")
+    parser.add_argument("--keys", default="before-rope", choices=["before-rope", "after-rope"],
+                        help="transforms of keys with rotary embedding taken back (least harm) or as they are stored (fast attention, for "
+                             "positions up to --context)")
     parser.add_argument("--means-only", action="store_true", help="means of keys and no transforms: for short texts")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the model")
     parser.add_argument("--device", default="cpu", help="of the model: cpu, cuda")
@@ -349,7 +358,7 @@ bits, on tokens that were held back, is refused.""")
         if sys.stderr.isatty() and not flags.no_progress:
             progress = lambda done: print(f"\r{done} of {len(tokens)} tokens", end="", file=sys.stderr)  # noqa: E731
         made = calibrate(model, tokens, name=os.path.basename(os.path.normpath(flags.model)), text=os.path.basename(flags.text),
-                         context=flags.context, means_only=flags.means_only, threads=flags.threads, progress=progress)
+                         context=flags.context, after_rope=flags.keys == "after-rope", means_only=flags.means_only, threads=flags.threads, progress=progress)
         if progress is not None:
             print(file=sys.stderr)
         errors = made.save(flags.out)

@@ -149,6 +149,7 @@ class Report:
     seconds: float
     rows: List[Row]
     key_profile: str = ""  # the text of the profile around whose means keys are coded
+    after_rope: bool = False  # tide types code keys after rotary embedding
 
     def csv(self) -> str:
         """Rows for planner/plan/quality.csv; without f16/f16, which is the yardstick."""
@@ -162,7 +163,8 @@ class Report:
             writer.writerow([self.model, self.text, self.tokens, self.context, k, v, self.window_policy,
                              f"{row.change_percent:.4f}", f"{row.kld_mean:.4g}", f"{row.kld_p99:.3g}",
                              f"{row.top1_agreement:.5f}", f"{row.bits_per_value:.4f}", self.version, self.date,
-                             "" if k in ("f16", "bf16") else self.key_profile])
+                             "" if k in ("f16", "bf16") else
+                             self.key_profile + "@after-rope" * (self.after_rope and k.startswith("tide"))])
         return out.getvalue()
 
     def json(self) -> str:
@@ -314,7 +316,7 @@ def evaluate(
             for one, score in scores.items()]
     _mark(rows)
     return Report(name, text, windows * context, windows, context, chunk, exact_window, __version__,
-                  datetime.date.today().isoformat(), time.monotonic() - began, rows, profile.text if profile else "")
+                  datetime.date.today().isoformat(), time.monotonic() - began, rows, profile.text if profile else "", bool(profile and profile.after_rope))
 
 
 def _score_chunk(model: Any, ids: Any, begin: int, end: int, caches: Dict[str, Any], scores: Dict[str, Score]) -> None:

@@ -521,7 +521,7 @@ class Pool:
                 layer["key_mean"] = mean.reshape(-1).tolist()
         if profile is not None and profile.transforms:
             parts = {"key_transform": profile.transforms, "key_widths": profile.widths, "key_centre": profile.centres,
-                     "key_frequencies": profile.frequencies}
+                     "key_frequencies": [np.empty(0, np.float32)] * len(layers) if profile.after_rope else profile.frequencies}
             for index, layer in enumerate(wire):
                 layer.update({name: part[index].reshape(-1).tolist() for name, part in parts.items()})
                 layer["key_rope_neighbours"] = profile.neighbours

@@ -27,7 +27,9 @@ class KeyProfile:
     ``transforms[layer]`` ``[kv_heads, head_dim, head_dim]`` in float32, channel by coefficient, of keys before rotary
     embedding minus ``centres[layer]`` ``[kv_heads, head_dim]``; ``widths[layer]`` ``[kv_heads, 3, groups of 8]`` in uint8, the
     bits of each group in tide4, tide3 and tide2; ``frequencies[layer]`` ``[pairs]``, the rotary embedding in radians a
-    position, of channels 2i and 2i + 1 with ``neighbours``, else i and i + pairs. Without transforms these lists are empty."""
+    position, of channels 2i and 2i + 1 with ``neighbours``, else i and i + pairs. Without transforms these lists are empty.
+    With ``after_rope`` the transforms are of keys as they are stored, after rotary embedding, and hold for positions up to
+    ``context``, the tokens of the text's windows (0 = not known)."""
 
     model: str
     text: str
@@ -38,12 +40,14 @@ class KeyProfile:
     centres: List[np.ndarray] = field(default_factory=list)
     frequencies: List[np.ndarray] = field(default_factory=list)
     neighbours: bool = False
+    after_rope: bool = False
+    context: int = 0
 
     @property
     def digest(self) -> str:
         """Tells profiles apart."""
         parts = [*self.means, *self.transforms, *self.widths, *self.centres, *self.frequencies]
-        return hashlib.sha256(b"".join(part.tobytes() for part in parts) + b"\1" * self.neighbours).hexdigest()[:16]
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts) + b"\1" * self.neighbours + b"\2" * self.after_rope).hexdigest()[:16]
 
     def of_layers(self, layers: Iterable[int]) -> "KeyProfile":
         """The same for these layers of the model alone, in this order."""
@@ -56,8 +60,9 @@ def load(path: Union[str, "os.PathLike[str]"]) -> KeyProfile:
     """Reads a profile (safetensors); ``InvalidArgument`` for files that are none."""
     path = os.fspath(path)
     os.stat(path)  # FileNotFoundError as of any other file
-    model, text, tokens, heads, dim, means, transforms, widths, centres, frequencies, neighbours = _core.read_key_profile(path)
+    model, text, tokens, heads, dim, means, transforms, widths, centres, frequencies, neighbours, after_rope, context = \
+        _core.read_key_profile(path)
     arrays = lambda parts, dtype, *shape: [np.frombuffer(part, dtype).reshape(heads, *shape) for part in parts]  # noqa: E731
     return KeyProfile(model, text, tokens, arrays(means, "<f4", dim), arrays(transforms, "<f4", dim, dim),
                       arrays(widths, "u1", 3, -1), arrays(centres, "<f4", dim),
-                      [np.frombuffer(part, "<f4") for part in frequencies], neighbours)
+                      [np.frombuffer(part, "<f4") for part in frequencies], neighbours, after_rope, context)

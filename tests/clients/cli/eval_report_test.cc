@@ -76,6 +76,14 @@ TEST(EvalReportTest, CsvNamesTheProfileOfCodedKeys) {
   ASSERT_TRUE(rows.ok()) << rows.status();
   EXPECT_EQ((*rows)[0].key_profile, "");  // nothing of it is coded
   EXPECT_EQ((*rows)[1].key_profile, "manuals.txt");
+  // Of a profile after RoPE the rows of calibrated types say so.
+  report.after_rope = true;
+  report.rows.push_back({"tide3/turbo3", 16, 0.5, 0.02, 0.2, 0.98, 4, false, {}, {}});
+  const auto after = planner::ParseQualityCsv(RenderCsv(report), "eval.csv");
+  ASSERT_TRUE(after.ok()) << after.status();
+  EXPECT_FALSE((*after)[1].after_rope);
+  EXPECT_TRUE((*after)[2].after_rope);
+  EXPECT_EQ((*after)[2].key_profile, "manuals.txt");
 }
 
 TEST(EvalReportTest, TableAndPlotNameEveryPair) {

@@ -40,7 +40,7 @@ class KeyProfileTest : public testing::Test {
 
 TEST_F(KeyProfileTest, MeansAreThoseOfTheKeys) {
   ThreadPool pool(2);
-  KeyCalibration calibration(Geometry(), pool);
+  KeyCalibration calibration(Geometry(), KeysAt::kBeforeRope, pool);
   std::vector<float> keys(3 * 32), queries(3 * 64, 1.0f);
   for (size_t i = 0; i < keys.size(); ++i) keys[i] = static_cast<float>(i);
   calibration.Add(0, 64, 3, queries.data(), keys.data());
@@ -60,9 +60,10 @@ std::vector<float> Rows(uint32_t seed, int tokens, int width) {
   return rows;
 }
 
-KeyProfile Transformed(std::vector<KeyTypeError>* errors) {
+KeyProfile Transformed(std::vector<KeyTypeError>* errors, const KvGeometry& geometry = Geometry(),
+                       KeysAt keys = KeysAt::kBeforeRope) {
   ThreadPool pool(2);
-  KeyCalibration calibration(Geometry(), pool);
+  KeyCalibration calibration(geometry, keys, pool);
   for (int layer = 0; layer < 2; ++layer) {
     const auto seed = static_cast<uint32_t>(10 * layer);
     calibration.Add(layer, 64, 300, Rows(seed, 300, 64).data(), Rows(seed + 1, 300, 32).data());
@@ -95,12 +96,48 @@ TEST_F(KeyProfileTest, TransformsBeatTurboOnHeldBackTokensAndComeBackFromTheirFi
   EXPECT_THAT(std::string(CheckKeyProfile(*read, turned).message()), HasSubstr("another RoPE in layer 0"));
 }
 
+// Transforms after RoPE: of keys as they are, for a model with a RoPE that the file still names.
+TEST_F(KeyProfileTest, TransformsAfterRopeComeBackAndCodeKeysAsTheyAre) {
+  KvGeometry turned = Geometry();
+  turned.ropes.assign(2, {RopePairs::kNeighbours, {1.0f, 0.5f}});
+  std::vector<KeyTypeError> errors;
+  KeyProfile profile = Transformed(&errors, turned, KeysAt::kAfterRope);
+  profile.context = 400;
+  for (const KeyTypeError& error : errors) EXPECT_LT(error.error, error.beside_error / 2) << error.type;
+  EXPECT_TRUE(profile.after_rope);
+  ASSERT_TRUE(WriteKeyProfile(path_, profile).ok());
+  const auto read = ReadKeyProfile(path_);
+  ASSERT_TRUE(read.ok()) << read.status();
+  EXPECT_TRUE(read->after_rope);
+  EXPECT_EQ(read->context, 400);
+  EXPECT_EQ(read->transforms, profile.transforms);
+  EXPECT_TRUE(CheckKeyProfile(*read, turned).ok());
+  KvGeometry other = turned;
+  other.ropes[1].frequencies[0] = 0.25f;
+  EXPECT_THAT(std::string(CheckKeyProfile(*read, other).message()), HasSubstr("another RoPE in layer 1"));
+  const auto coding = FormatProfile(*read);
+  ASSERT_TRUE(coding.ok());
+  EXPECT_FALSE(coding->keys_turned_back());
+  // Nothing was turned back: the statistics are those of the same rows for a model without RoPE.
+  const auto plain = FormatProfile(Transformed(&errors));
+  ASSERT_TRUE(plain.ok());
+  EXPECT_EQ(coding->k[3].centre, plain->k[3].centre);
+  EXPECT_EQ(coding->k[3].transform, plain->k[3].transform);
+  KvGeometry geometry = turned;
+  UseKeyProfile(*read, &geometry);
+  EXPECT_TRUE(geometry.key_transforms[1].frequencies.empty());
+  const auto before = FormatProfile(Transformed(&errors, turned));
+  ASSERT_TRUE(before.ok());
+  EXPECT_TRUE(before->keys_turned_back());
+  EXPECT_NE(before->k[3].transform, coding->k[3].transform);
+}
+
 // Held-back tokens that look nothing like the others: their keys lie where the profile has no bits.
 TEST_F(KeyProfileTest, AProfileThatDoesNotHoldElsewhereIsRefused) {
   ThreadPool pool(1);
   KvGeometry geometry = Geometry();
   geometry.head_dim = 64;  // without padding, whose bits the head could use
-  KeyCalibration calibration(geometry, pool);
+  KeyCalibration calibration(geometry, KeysAt::kBeforeRope, pool);
   for (int layer = 0; layer < 2; ++layer) {
     calibration.Add(layer, 64, 300, Rows(1, 300, 256).data(), Rows(2, 300, 128).data());
     std::vector<float> q = Rows(3, 100, 256), k = Rows(4, 100, 128);
@@ -187,7 +224,7 @@ TEST_F(KeyProfileTest, RefusesWhatIsNone) {
   write("kvtide-key-profile-9", {first});
   EXPECT_THAT(Message(), HasSubstr("its format is \"kvtide-key-profile-9\", not \"kvtide-key-profile-1\""));
   write("kvtide-key-profile-2", {first});
-  EXPECT_THAT(Message(), HasSubstr("transforms of keys after RoPE, which is no longer read"));
+  EXPECT_THAT(Message(), HasSubstr("of an earlier layout, which is no longer read"));
   write(good, {});
   EXPECT_THAT(Message(), HasSubstr("no layers"));
   write(good, {first, {"layers.2.key_mean", DataType::kF32, {2, 16}, std::as_bytes(std::span(mean))}});

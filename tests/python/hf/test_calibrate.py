@@ -85,14 +85,16 @@ def loaded():
     return model, [model.config.bos_token_id] + tokens
 
 
-def test_the_profile_of_kvtide_calibrate(loaded, tmp_path):
+@pytest.mark.parametrize("after_rope", [False, True])
+def test_the_profile_of_kvtide_calibrate(loaded, tmp_path, after_rope):
     model, tokens = loaded
     before = model.config._attn_implementation
     seen = []
-    made = calibration.calibrate(model, tokens[:3000], name="tidelm-7m", text="manuals.txt", progress=seen.append)
+    made = calibration.calibrate(model, tokens[:3000], name="tidelm-7m", text="manuals.txt", after_rope=after_rope, progress=seen.append)
     assert model.config._attn_implementation == before and seen == [2048, 3000]
     ours = made.save(tmp_path / "ours")
-    output = subprocess.run([KVTIDE, "calibrate", "--text", TEXT, "--tokens", "3000", "--out", tmp_path / "theirs", "--no-progress"],
+    output = subprocess.run([KVTIDE, "calibrate", "--text", TEXT, "--tokens", "3000", "--out", tmp_path / "theirs", "--no-progress",
+                             "--keys", "after-rope" if after_rope else "before-rope"],
                             check=True, capture_output=True, text=True).stdout
     for one, line in zip(ours, output.splitlines()[2:]):
         kind, error, beside, beside_error = line.replace("around the mean", "").split()
@@ -100,6 +102,7 @@ def test_the_profile_of_kvtide_calibrate(loaded, tmp_path):
         assert one.error == pytest.approx(float(error), rel=0.03) and one.beside_error == pytest.approx(float(beside_error), rel=0.03)
     a, b = profiles.load(tmp_path / "ours"), profiles.load(tmp_path / "theirs")
     assert (a.model, a.text, a.tokens, a.neighbours) == (b.model, b.text, b.tokens, b.neighbours) == ("tidelm-7m", "manuals.txt", 2497, False)
+    assert (a.after_rope, a.context) == (b.after_rope, b.context) == (after_rope, 2048)
     np.testing.assert_allclose(a.means, b.means, atol=2e-2)
     np.testing.assert_allclose(a.centres, b.centres, atol=2e-2)
     np.testing.assert_allclose(a.frequencies, b.frequencies, rtol=1e-6)
