@@ -246,6 +246,36 @@ absl::Status ResolveDisk(const v1::KvtidedConfig& config, DaemonOptions* options
   return absl::OkStatus();
 }
 
+// The remote tier; its fields are looked at without one, too.
+absl::Status ResolveRemote(const v1::KvtidedConfig& config, DaemonOptions* options) {
+  RemoteOptions remote;
+  const bool wanted = !config.remote().empty() && config.remote() != "off";
+  if (wanted) {
+    KVTIDE_ASSIGN_OR_RETURN(remote.address, ParseRemoteAddress(config.remote()));
+  }
+  if (!config.remote_prefix().empty()) remote.prefix = config.remote_prefix();
+  remote.auth_file = config.remote_auth_file();
+  remote.ca_file = config.remote_ca();
+  const std::string write = config.remote_write().empty() ? "all" : config.remote_write();
+  if (write != "all" && write != "none")
+    return absl::InvalidArgumentError(
+        absl::StrCat("remote_write \"", write, "\" is unknown; use all or none"));
+  remote.writes = write == "all";
+  KVTIDE_RETURN_IF_ERROR(CheckRange("remote_ttl_seconds", config.remote_ttl_seconds(), -1, 1 << 30));
+  if (config.remote_ttl_seconds() != 0)
+    remote.ttl = config.remote_ttl_seconds() < 0 ? absl::InfiniteDuration()
+                                                 : absl::Seconds(config.remote_ttl_seconds());
+  KVTIDE_RETURN_IF_ERROR(CheckRange("remote_timeout_ms", config.remote_timeout_ms(), 0, 60000));
+  if (config.remote_timeout_ms() > 0) remote.timeout = absl::Milliseconds(config.remote_timeout_ms());
+  KVTIDE_RETURN_IF_ERROR(CheckRange("remote_read_ms", config.remote_read_ms(), 0, 600000));
+  if (config.remote_read_ms() > 0) remote.read_time = absl::Milliseconds(config.remote_read_ms());
+  if (!wanted) return absl::OkStatus();
+  KVTIDE_RETURN_IF_ERROR(CheckRemoteOptions(remote));
+  options->remote = remote;
+  options->service.waits_for_lookups = true;
+  return absl::OkStatus();
+}
+
 absl::Status ResolveSharedMemory(const v1::KvtidedConfig& config, service::SharedMemoryOptions* shared) {
   KVTIDE_ASSIGN_OR_RETURN(shared->total_bytes,
                           ResolveBytes("shared_memory", config.shared_memory(), 0, shared->total_bytes));
@@ -413,6 +443,7 @@ absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config) {
   KVTIDE_RETURN_IF_ERROR(ResolveSharedMemory(config, &options.service.shared_memory));
   KVTIDE_RETURN_IF_ERROR(ResolveLimits(config, &options.cache));
   KVTIDE_RETURN_IF_ERROR(ResolveDisk(config, &options));
+  KVTIDE_RETURN_IF_ERROR(ResolveRemote(config, &options));
   std::vector<std::string> tiers = {"device"};
   if (options.host_bytes > 0) tiers.push_back("host");
   if (options.disk_bytes > 0) tiers.push_back("disk");
@@ -436,6 +467,16 @@ v1::KvtidedConfig WithDefaults(const v1::KvtidedConfig& config, const DaemonOpti
                     ? "off"
                     : absl::StrCat(options.disk_folder, ":", ExactBytes(options.disk_bytes)));
   full.set_disk_io(options.disk_io);
+  const RemoteOptions remote = options.remote.value_or(RemoteOptions());
+  full.set_remote(options.remote.has_value() ? remote.address.Text() : "off");
+  if (config.remote_prefix().empty()) full.set_remote_prefix(remote.prefix);
+  if (config.remote_write().empty()) full.set_remote_write("all");
+  if (config.remote_ttl_seconds() == 0)
+    full.set_remote_ttl_seconds(static_cast<int32_t>(absl::ToInt64Seconds(RemoteOptions().ttl)));
+  if (config.remote_timeout_ms() == 0)
+    full.set_remote_timeout_ms(static_cast<int32_t>(absl::ToInt64Milliseconds(RemoteOptions().timeout)));
+  if (config.remote_read_ms() == 0)
+    full.set_remote_read_ms(static_cast<int32_t>(absl::ToInt64Milliseconds(RemoteOptions().read_time)));
   if (config.persist().empty()) full.set_persist("none");
   full.set_default_pair(PairName(service.defaults.pair));
   full.mutable_exact_window()->set_first_blocks(service.defaults.exact_window.first_blocks);

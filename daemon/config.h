@@ -3,12 +3,14 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "daemon/cache/cache_options.h"
+#include "daemon/remote/remote_options.h"
 #include "daemon/service/service_options.h"
 #include "kvtide/v1/kvtided_config.pb.h"
 
@@ -20,8 +22,9 @@ struct DaemonOptions {
   int64_t host_bytes = 0;            // 0 = no host tier
   std::string disk_folder;           // empty = no disk tier
   int64_t disk_bytes = 0;
-  std::string disk_io;          // "auto", "io_uring", "threads"
-  std::string metrics_address;  // empty = none
+  std::string disk_io;                  // "auto", "io_uring", "threads"
+  std::optional<RemoteOptions> remote;  // none = no remote tier
+  std::string metrics_address;          // empty = none
   std::string log_level, log_format;
   absl::Duration slow_call;  // infinite = none are logged
   int compute_threads = 0;

@@ -5,6 +5,9 @@
 #include "absl/strings/str_cat.h"
 #include "daemon/host_memory.h"
 #include "kernels/base/status.h"
+#ifdef KVTIDE_HAVE_REDIS
+#include "daemon/remote/redis_tier.h"
+#endif
 
 namespace kvtide {
 namespace {
@@ -37,6 +40,26 @@ absl::Status OpenDisk(const DaemonOptions& options, TieredCache* made) {
   return absl::OkStatus();
 }
 
+absl::Status OpenRemote(const RemoteOptions& options, TieredCache* made) {
+#ifdef KVTIDE_HAVE_REDIS
+  RedisTierOptions redis;
+  redis.remote = options;
+  KVTIDE_ASSIGN_OR_RETURN(made->remote, RedisTier::Open(redis));
+  const RemoteStats stats = made->remote->Stats();
+  made->notes.push_back({Note::kInfo, absl::StrCat("remote server=", stats.server, " prefix=", options.prefix,
+                                                   " writes=", options.writes ? "all" : "none")});
+  if (!stats.problem.empty())
+    made->notes.push_back({Note::kWarning, absl::StrCat("remote server=", stats.server,
+                                                        " is away, and is tried again: ", stats.problem)});
+  return absl::OkStatus();
+#else
+  (void)made;
+  return absl::UnimplementedError(absl::StrCat(
+      "remote ", options.address.Text(),
+      ": this kvtided was built without Redis; build it with -DKVTIDE_REDIS=ON (libhiredis-dev)"));
+#endif
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<TieredCache>> MakeTieredCache(const DaemonOptions& options,
@@ -65,6 +88,12 @@ absl::StatusOr<std::unique_ptr<TieredCache>> MakeTieredCache(const DaemonOptions
     KVTIDE_RETURN_IF_ERROR(OpenDisk(options, made.get()));
     DiskTier* const disk = made->disk.get();
     cache.tiers.push_back({"disk", nullptr, disk->capacity_bytes(), true, "disk", disk, disk});
+  }
+  if (options.remote.has_value()) {
+    KVTIDE_RETURN_IF_ERROR(OpenRemote(*options.remote, made.get()));
+    cache.remote = made->remote.get();
+    cache.remote_read = options.remote->read_time;
+    cache.remote_writes = options.remote->writes;
   }
   KVTIDE_ASSIGN_OR_RETURN(made->cache, KvCache::Create(cache));
   const RestoreReport& restored = made->cache->restored();

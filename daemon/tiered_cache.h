@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "daemon/backends.h"
 #include "daemon/cache/kv_cache.h"
+#include "daemon/cache/remote_tier.h"
 #include "daemon/config.h"
 #include "daemon/disk/disk_tier.h"
 #include "daemon/timed_backend.h"
@@ -18,7 +19,8 @@ namespace kvtide {
 
 struct TieredCache {
   Backends backends;
-  std::unique_ptr<DiskTier> disk;  // null: there is none
+  std::unique_ptr<DiskTier> disk;      // null: there is none
+  std::unique_ptr<RemoteTier> remote;  // null: there is none
   std::unique_ptr<KvCache> cache;
   // What whoever runs it wants to know of its start, as lines for a log.
   struct Note {
@@ -27,8 +29,13 @@ struct TieredCache {
   };
   std::vector<Note> notes;
 
-  // Memory beside the tiers for pieces on their way to or from the disk.
-  int64_t staging_bytes() const { return disk != nullptr ? static_cast<int64_t>(disk->staging_bytes()) : 0; }
+  // Memory beside the tiers for pieces on their way to or from the disk and the remote tier.
+  int64_t staging_bytes() const {
+    constexpr int64_t kRemote = int64_t{64}
+                                << 20;  // a batch of blocks that are written, and values as they come
+    return (disk != nullptr ? static_cast<int64_t>(disk->staging_bytes()) : 0) +
+           (remote != nullptr ? kRemote : 0);
+  }
 };
 
 // Takes the memory and the disk that the options name. Errors are those of backends, of memory that is not

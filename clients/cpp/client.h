@@ -280,6 +280,16 @@ struct TierStats {
   int64_t read_errors = 0, write_errors = 0, checksum_errors = 0, sync_errors = 0;
   int64_t prefix_hit_tokens = 0;
 };
+struct RemoteStats {
+  std::string server;                  // "redis://10.0.0.5:6379"
+  std::string problem, write_problem;  // why it is not asked, not written to
+  int64_t hit_blocks = 0, miss_blocks = 0;
+  int64_t read_blocks = 0, read_bytes = 0, written_blocks = 0, written_bytes = 0;
+  int64_t present_blocks = 0, left_out_blocks = 0, damaged_blocks = 0;
+  int64_t timeouts = 0, errors = 0, connects = 0, queued_blocks = 0;
+  int64_t memory_limit_bytes = 0, memory_used_bytes = 0;
+  std::string memory_policy;
+};
 struct MethodStats {
   std::string method;
   int64_t calls = 0;
@@ -320,6 +330,7 @@ struct ServerStats {
   int64_t compacted_blocks = 0, compacted_bytes = 0;
   int64_t prefix_blocks = 0, prefix_alone_bytes = 0, durable_prefix_blocks = 0;
   int64_t prefix_lookups = 0, prefix_miss_tokens = 0, prefix_reused_tokens = 0;
+  std::optional<RemoteStats> remote;  // none: there is no remote tier
 };
 
 struct MoveResult {

@@ -204,6 +204,29 @@ ServerStats FromProto(const v1::GetStatsResponse& proto) {
     out.prefix_hit_tokens = tier.prefix_hit_tokens();
     stats.tiers.push_back(std::move(out));
   }
+  if (proto.has_remote()) {
+    const v1::RemoteStats& remote = proto.remote();
+    RemoteStats& out = stats.remote.emplace();
+    out.server = remote.server();
+    out.problem = remote.problem();
+    out.write_problem = remote.write_problem();
+    out.hit_blocks = remote.hit_blocks();
+    out.miss_blocks = remote.miss_blocks();
+    out.read_blocks = remote.read_blocks();
+    out.read_bytes = remote.read_bytes();
+    out.written_blocks = remote.written_blocks();
+    out.written_bytes = remote.written_bytes();
+    out.present_blocks = remote.present_blocks();
+    out.left_out_blocks = remote.left_out_blocks();
+    out.damaged_blocks = remote.damaged_blocks();
+    out.timeouts = remote.timeouts();
+    out.errors = remote.errors();
+    out.connects = remote.connects();
+    out.queued_blocks = remote.queued_blocks();
+    out.memory_limit_bytes = remote.memory_limit_bytes();
+    out.memory_used_bytes = remote.memory_used_bytes();
+    out.memory_policy = remote.memory_policy();
+  }
   stats.models = proto.models();
   stats.sequences = proto.sequences();
   stats.tokens = proto.tokens();

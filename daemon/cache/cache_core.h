@@ -17,6 +17,7 @@
 #include "daemon/cache/keyed_index.h"
 #include "daemon/cache/prefix_index.h"
 #include "daemon/cache/sequences.h"
+#include "daemon/cache/unsent_blocks.h"
 #include "kernels/base/lock_waits.h"
 #include "kernels/base/mutex.h"
 
@@ -33,6 +34,7 @@ struct Counters {
   uint64_t keyed_hits = 0, keyed_misses = 0, keyed_stored = 0, keyed_present = 0, keyed_left_out = 0;
   uint64_t prefix_lookups = 0, prefix_miss_tokens = 0, prefix_reused_tokens = 0;
   uint64_t keyed_loaded = 0, keyed_loaded_bytes = 0, leases_granted = 0;
+  uint64_t remote_hits = 0, remote_misses = 0, remote_present = 0;
   uint64_t lost_blocks = 0, persist_calls = 0, persisted = 0, failed_persists = 0, persisted_bytes = 0;
 };
 
@@ -48,6 +50,7 @@ struct CacheState {
   Sequences sequences;
   KeyedIndex keyed{&store};
   PrefixIndex prefixes{&store};
+  UnsentBlocks unsent;
   Counters counters;
   uint64_t durable_sequences = 0;
   int attends_running = 0;

@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "absl/time/time.h"
 #include "daemon/cache/io_tier.h"
+#include "daemon/cache/remote_tier.h"
 #include "daemon/cache/tenants.h"
 #include "daemon/cache/tier_policy.h"
 #include "kernels/backend.h"
@@ -39,7 +40,13 @@ struct TierOptions {
 
 struct CacheOptions {
   std::vector<TierOptions> tiers;  // fastest first: device (once for each device), host
-  TenantQuotas quotas;             // of tenants; none by default
+  // What other daemons share with this one, below all tiers; borrowed, null: nothing. No block lies there:
+  // lookups fetch from it for so long, and what others can find is written there (unless it is only read).
+  RemoteTier* remote = nullptr;
+  absl::Duration remote_read = absl::Seconds(1);
+  bool remote_writes = true;
+  size_t max_unsent_blocks = 4096;  // that wait to be written; beyond it the oldest are left out
+  TenantQuotas quotas;              // of tenants; none by default
   TierLimits limits;
   size_t max_models = 64;
   size_t max_sequences = 16384;

@@ -5,11 +5,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/time/time.h"
 #include "daemon/cache/io_tier.h"
+#include "daemon/cache/remote_tier.h"
 #include "daemon/cache/sequence_options.h"
 #include "kernels/base/lock_waits.h"
 
@@ -105,7 +107,8 @@ struct CacheStats {
   uint64_t keyed_left_out = 0;  // stores without room
   uint64_t keyed_loaded = 0, keyed_loaded_bytes = 0;
   uint64_t leases_granted = 0, leases_expired = 0;
-  LockWaitStats lock_waits;  // of calls, for the cache's mutex
+  LockWaitStats lock_waits;           // of calls, for the cache's mutex
+  std::optional<RemoteStats> remote;  // none: there is no remote tier
   // Limits, for display beside the gauges.
   uint64_t max_sequences = 0;
   uint64_t max_models = 0;

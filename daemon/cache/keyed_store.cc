@@ -17,7 +17,6 @@
 namespace kvtide {
 namespace {
 
-constexpr uint64_t kAnySerial = ~uint64_t{0};
 constexpr uint64_t kSharedRecord =
     1024;  // blocks that go by one record, where calls follow each other quickly
 constexpr absl::Duration kTogether = absl::Seconds(1);
@@ -184,35 +183,8 @@ struct KeyedStore::Write {
 
 WritingBlock KeyedStore::Allocate(CacheLock& lock, const KeyedNamespace& space, uint64_t want_bytes,
                                   bool* over_quota) {
-  BlockStore& store = lock->store;
-  const BlockForm& form = space.form;
-  TenantAccount& account = *space.account;
-  int home = 0;
-  for (int h = 1; h < store.homes(); h++)
-    if (store.tier(h).allocator.free_bytes() > store.tier(home).allocator.free_bytes()) home = h;
-  std::vector<int> tiers;
-  for (int t = store.homes(); t < static_cast<int>(store.tiers()); t++)
-    if (core_.attends(t)) tiers.push_back(t);
-  tiers.push_back(home);
-  constexpr int kRounds = 64;  // others may take the room that was made
-  for (const int tier : tiers) {
-    for (int round = 0; round < kRounds; round++) {
-      // What the tenant has cached makes way for it, and nobody else's.
-      if (form.bytes > store.QuotaLeft(account, tier) &&
-          !room_.DropCached(*lock, account, tier, form.bytes)) {
-        *over_quota = true;
-        break;
-      }
-      Block* const block = store.Allocate(tier, home, form);
-      if (block != nullptr) {
-        block->account = &account;
-        Charge(block->place, &account);
-        return WritingBlock(store, block);
-      }
-      if (!room_.MakeRoom(lock, tier, form.bytes, want_bytes, kAnySerial)) break;
-    }
-  }
-  return {};
+  return room_.AllocateCached(lock, *space.account, RoomiestHome(lock->store), space.form, want_bytes,
+                              over_quota);
 }
 
 bool KeyedStore::DropColdest(CacheState& state) const {
@@ -341,6 +313,7 @@ absl::Status KeyedStore::Enter(CacheLock& lock, Storing& storing, const StoringL
     block->checksum = write.checksum;
     lock->keyed.Insert(space, key, block);
     store.Join(block, storing.record, BlockStore::End::kColdest);
+    lock->unsent.Add(block->id);
     lease.Add(block);
     storing.report.stored++;
   }
@@ -423,9 +396,10 @@ absl::StatusOr<LookupReport> KeyedStore::Lookup(const LookupCall& call) {
   const CacheOptions& options = core_.options();
   KVTIDE_ASSIGN_OR_RETURN(const std::vector<BlockKey> keys, Keys(call.name_space, call.keys));
   CacheLock lock(core_);
-  const absl::Time now = options.clock();
-  lock->keyed.ExpireLeases(now);
+  lock->keyed.ExpireLeases(options.clock());
   KVTIDE_ASSIGN_OR_RETURN(const NamespacePtr space, lock->keyed.Find(call.name_space, *context.identity));
+  RemoteExchange::Fetched fetched;
+  if (!call.peek) fetched = remote_.FetchKeyed(lock, space, keys, context);
   std::vector<Block*> found;
   found.reserve(keys.size());
   while (true) {
@@ -474,7 +448,7 @@ absl::StatusOr<LookupReport> KeyedStore::Lookup(const LookupCall& call) {
   held.reserve(found.size());
   for (Block* const block : found) held.emplace_back(lock->store, block);
   report.lease = NewLeaseId(*lock);
-  lock->keyed.Grant(report.lease, space, now + call.lease, std::move(held));
+  lock->keyed.Grant(report.lease, space, options.clock() + call.lease, std::move(held));
   lock->counters.leases_granted++;
   return report;
 }

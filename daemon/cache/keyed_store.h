@@ -13,6 +13,7 @@
 #include "daemon/cache/cache_core.h"
 #include "daemon/cache/keyed_calls.h"
 #include "daemon/cache/mover.h"
+#include "daemon/cache/remote_exchange.h"
 #include "daemon/cache/room_maker.h"
 #include "daemon/cache/side_by_side.h"
 
@@ -20,7 +21,8 @@ namespace kvtide {
 
 class KeyedStore {
  public:
-  KeyedStore(CacheCore& core, Mover& mover) : core_(core), mover_(mover), room_(core) {}
+  KeyedStore(CacheCore& core, Mover& mover, RemoteExchange& remote)
+      : core_(core), mover_(mover), remote_(remote), room_(core) {}
 
   absl::StatusOr<NamespaceInfo> Open(const NamespaceSpec& spec, Persistence persistence);
   absl::StatusOr<StoreReport> Store(const StoreCall& call);
@@ -65,6 +67,7 @@ class KeyedStore {
 
   CacheCore& core_;
   Mover& mover_;
+  RemoteExchange& remote_;
   RoomMaker room_;
   SideBySide copiers_;
 };

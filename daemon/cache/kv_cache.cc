@@ -10,6 +10,7 @@
 #include "daemon/cache/persister.h"
 #include "daemon/cache/prefix_reuse.h"
 #include "daemon/cache/reader.h"
+#include "daemon/cache/remote_exchange.h"
 #include "daemon/cache/sealer.h"
 #include "daemon/cache/stepper.h"
 #include "daemon/cache/truncator.h"
@@ -37,8 +38,9 @@ class KvCache::Impl {
   Reader reader{core, mover};
   Stepper stepper{core, mover, sealer, writer, reader};
   Inspector inspector{core};
-  KeyedStore keyed{core, mover};
-  PrefixReuse prefixes{core};
+  RemoteExchange remote{core};
+  KeyedStore keyed{core, mover, remote};
+  PrefixReuse prefixes{core, remote};
   Persister persister{core};
   RestoreReport restored;
 };
@@ -53,6 +55,7 @@ const CallContext& ContextOf(const AttendCall& call) {
 }  // namespace
 
 KvCache::Impl::~Impl() {
+  remote.Stop();
   persister.Stop();
   mover.Stop();
   CacheLock lock(core);
@@ -269,6 +272,7 @@ absl::StatusOr<std::unique_ptr<KvCache>> KvCache::Create(CacheOptions options) {
     impl->mover.Start();
     impl->persister.Start();
   }
+  impl->remote.Start();
   return std::unique_ptr<KvCache>(new KvCache(std::move(impl)));
 }
 KvCache::KvCache(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -364,7 +368,9 @@ bool KvCache::ReleaseLease(LeaseId lease, const CallContext& context) {
 absl::StatusOr<uint64_t> KvCache::DeleteNamespace(NamespaceId name_space, const CallContext& context) {
   uint64_t blocks = 0;
   KVTIDE_ASSIGN_OR_RETURN(const NamespacePtr space, impl_->keyed.Delete(name_space, context, &blocks));
+  const absl::Status kept_away = impl_->remote.Erase(*space, context);
   KVTIDE_RETURN_IF_ERROR(impl_->persister.ForgetNamespace(*space));
+  KVTIDE_RETURN_IF_ERROR(kept_away);
   return blocks;
 }
 absl::StatusOr<NamespacePersistReport> KvCache::PersistNamespace(NamespaceId name_space,
@@ -389,6 +395,10 @@ SequenceMemory KvCache::MemoryOfSequences() const { return impl_->inspector.Memo
 CacheStats KvCache::Stats() const {
   CacheStats stats = impl_->inspector.Stats();
   stats.plan_bytes = impl_->reader.plan_bytes();
+  if (options().remote != nullptr) {
+    const CacheLock lock(impl_->core);
+    stats.remote = impl_->remote.Stats(*lock);
+  }
   return stats;
 }
 const CacheOptions& KvCache::options() const { return impl_->core.options(); }
@@ -410,7 +420,10 @@ absl::Status KvCache::SetLimits(LiveLimits limits) {
 }
 MoveReport KvCache::RunMovesOnce() {
   const MoveReport report = impl_->mover.RunOnce();
-  if (!options().background_moves) impl_->persister.PersistChanged();
+  if (!options().background_moves) {
+    impl_->persister.PersistChanged();
+    while (impl_->remote.WriteOnce()) continue;
+  }
   return report;
 }
 void KvCache::CheckInvariants() const { impl_->inspector.CheckInvariants(); }

@@ -211,6 +211,16 @@ ManifestGroup GetGroup(ManifestReader& in, const LayerGroupSpec& spec) {
   return group;
 }
 
+// A side without a profile (values beside calibrated means of keys) has no heads.
+bool IsWhole(const Profile& profile, const GroupShape& shape) {
+  const size_t heads = static_cast<size_t>(shape.layers) * static_cast<size_t>(shape.kv_heads);
+  const auto is_side = [&](const std::vector<HeadProfile>& side) {
+    return side.empty() || side.size() == heads;
+  };
+  return profile.shape == shape && is_side(profile.k) && is_side(profile.v) &&
+         profile.hash == HashProfile(profile);
+}
+
 // What later code relies on.
 absl::Status Check(const Manifest& manifest) {
   const auto damaged = [](const char* what) {
@@ -235,16 +245,9 @@ absl::Status Check(const Manifest& manifest) {
     if (!is_profile(group.profile)) return damaged("profiles");
     for (const ManifestBlock& block : group.blocks)
       if (!is_profile(block.profile)) return damaged("profiles");
-    const size_t heads = static_cast<size_t>(shape.layers) * static_cast<size_t>(shape.kv_heads);
-    // A side without a profile (values beside calibrated means of keys) has no heads.
-    const auto is_side = [&](const std::vector<HeadProfile>& side) {
-      return side.empty() || side.size() == heads;
-    };
     if (manifest.closed && static_cast<int64_t>(manifest.chain_keys.size()) < end) return damaged("tokens");
     for (const auto& profile : group.profiles)
-      if (profile->shape != shape || !is_side(profile->k) || !is_side(profile->v) ||
-          profile->hash != HashProfile(*profile))
-        return damaged("profiles");
+      if (!IsWhole(*profile, shape)) return damaged("profiles");
   }
   return absl::OkStatus();
 }
@@ -316,6 +319,21 @@ absl::StatusOr<Manifest> DecodeManifest(const std::string& bytes) {
   if (in.failed() || !in.at_end()) return absl::DataLossError("the manifest is cut off or too long");
   KVTIDE_RETURN_IF_ERROR(Check(manifest));
   return manifest;
+}
+
+std::string EncodeProfile(const Profile& profile) {
+  ManifestWriter out;
+  PutProfile(out, profile);
+  return out.Take();
+}
+
+absl::StatusOr<std::shared_ptr<const Profile>> DecodeProfile(const std::string& bytes,
+                                                             const LayerGroupSpec& group) {
+  ManifestReader in(bytes);
+  std::shared_ptr<const Profile> profile = GetProfile(in, group);
+  if (in.failed() || !in.at_end() || !IsWhole(*profile, group.shape))
+    return absl::DataLossError("the profile is cut off, too long or of another shape");
+  return profile;
 }
 
 }  // namespace kvtide

@@ -57,4 +57,10 @@ std::string EncodeManifest(const Manifest& manifest);
 // and for a type that this build does not know.
 absl::StatusOr<Manifest> DecodeManifest(const std::string& bytes);
 
+// A profile by itself. One that has transforms is the model's: only its hash is kept.
+std::string EncodeProfile(const Profile& profile);
+// DataLoss for anything else than a whole profile of the group's shape.
+absl::StatusOr<std::shared_ptr<const Profile>> DecodeProfile(const std::string& bytes,
+                                                             const LayerGroupSpec& group);
+
 }  // namespace kvtide

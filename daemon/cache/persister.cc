@@ -646,7 +646,7 @@ absl::Status Persister::RestoreOne(CacheLock& lock, const std::string& bytes, Re
   report->tokens += sequence->MinTokens();
   report->blocks += sequence->durable.places.size();
   for (const Place* place : sequence->durable.places) report->bytes += place->bytes;
-  lock->prefixes.Register(*sequence, core_.options().max_prefix_blocks);
+  lock->prefixes.Register(*sequence, core_.options().max_prefix_blocks, nullptr);
   return absl::OkStatus();
 }
 

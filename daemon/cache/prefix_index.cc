@@ -156,7 +156,7 @@ bool PrefixIndex::Continues(const Sequence& sequence, size_t group, int64_t inde
   return before != nullptr && HashOf(before->profile) == HashOf(table.profile);
 }
 
-uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most) {
+uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most, UnsentBlocks* unsent) {
   if (!sequence.chain.has_value()) return 0;
   PrefixSpace& space = *sequence.prefixes;
   int64_t end = sequence.chain->blocks();
@@ -200,7 +200,9 @@ uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most) {
       }
       if (mine->prefix != nullptr) continue;
       while (blocks_ >= most && DropColdest()) dropped++;
-      if (blocks_ < most) Insert(space, key, static_cast<int>(g), mine);
+      if (blocks_ >= most) continue;
+      Insert(space, key, static_cast<int>(g), mine);
+      if (unsent != nullptr) unsent->Add(mine->id);
     }
   }
   sequence.found_blocks = std::max(sequence.found_blocks, end);
@@ -212,25 +214,17 @@ int64_t PrefixIndex::FirstBlock(const PrefixSpace& space, int group, int64_t blo
 }
 
 int64_t PrefixIndex::Longest(const PrefixSpace& space, std::span<const BlockKey> keys) const {
-  int64_t longest = 0;
-  absl::InlinedVector<int64_t, 2> there(space.windows.size(), 0);             // up to here, without a gap
-  absl::InlinedVector<const Block*, 2> coded(space.windows.size(), nullptr);  // the last one
-  for (int64_t i = 0; i < static_cast<int64_t>(keys.size()); i++) {
-    const auto node = space.nodes.find(keys[static_cast<size_t>(i)]);
-    if (node == space.nodes.end()) break;
-    bool whole = true;
-    for (size_t g = 0; g < there.size(); g++) {
-      const Block* const block = node->second[g];
-      there[g] = block != nullptr ? there[g] + 1 : 0;
-      if (block != nullptr && IsCoded(*block)) {
-        if (coded[g] != nullptr && HashOf(coded[g]->profile) != HashOf(block->profile)) there[g] = 1;
-        coded[g] = block;
-      }
-      whole = whole && there[g] >= i + 1 - FirstBlock(space, static_cast<int>(g), i + 1);
+  const PrefixNode* node = nullptr;
+  size_t of = keys.size();
+  return Longest(space, keys.size(), [&](size_t i, size_t g) {
+    if (of != i) {
+      const auto found = space.nodes.find(keys[i]);
+      node = found != space.nodes.end() ? &found->second : nullptr;
+      of = i;
     }
-    if (whole) longest = i + 1;
-  }
-  return longest;
+    const Block* const block = node != nullptr ? (*node)[g] : nullptr;
+    return block != nullptr ? Presence{true, IsCoded(*block), HashOf(block->profile)} : Presence();
+  });
 }
 
 void PrefixIndex::Order(std::span<Block* const> blocks, const RecencyPtr& record) {

@@ -23,6 +23,7 @@
 #include "absl/container/inlined_vector.h"
 #include "daemon/cache/block_store.h"
 #include "daemon/cache/sequence.h"
+#include "daemon/cache/unsent_blocks.h"
 
 namespace kvtide {
 
@@ -67,11 +68,40 @@ class PrefixIndex {
   void Insert(PrefixSpace& space, const BlockKey& key, int group, Block* block);
   // The sealed blocks of the sequence that are new: found from now on; where others have the same tokens the
   // sequence gets theirs, and its own go. At most `most` blocks are found in all. The caller is its writer.
-  // Returns how many were dropped to make place.
-  uint64_t Register(Sequence& sequence, uint64_t most);
+  // `unsent`, if it is not null, hears of what was not found before. Returns how many were dropped to make
+  // place.
+  uint64_t Register(Sequence& sequence, uint64_t most, UnsentBlocks* unsent);
   // The most full blocks from the first one on that a sequence can begin with: of every group those that the
   // next token would see.
   int64_t Longest(const PrefixSpace& space, std::span<const BlockKey> keys) const;
+  // A block of a prefix: there or not, with which profile if it is coded. A prefix has one profile.
+  struct Presence {
+    bool there = false, coded = false;
+    uint64_t profile = 0;
+  };
+  // The same for blocks 0 to count - 1 of which presence(index, group) tells.
+  template <class Ask>
+  static int64_t Longest(const PrefixSpace& space, size_t count, const Ask& presence) {
+    int64_t longest = 0;
+    absl::InlinedVector<int64_t, 2> there(space.windows.size(), 0);  // up to here, without a gap
+    absl::InlinedVector<Presence, 2> coded(space.windows.size());    // the last one
+    for (int64_t i = 0; i < static_cast<int64_t>(count); i++) {
+      bool whole = true, any = false;
+      for (size_t g = 0; g < there.size(); g++) {
+        const Presence block = presence(static_cast<size_t>(i), g);
+        any = any || block.there;
+        there[g] = block.there ? there[g] + 1 : 0;
+        if (block.there && block.coded) {
+          if (coded[g].there && coded[g].profile != block.profile) there[g] = 1;
+          coded[g] = block;
+        }
+        whole = whole && there[g] >= i + 1 - FirstBlock(space, static_cast<int>(g), i + 1);
+      }
+      if (!any) break;
+      if (whole) longest = i + 1;
+    }
+    return longest;
+  }
   // First block that a prefix of so many blocks has in the group.
   static int64_t FirstBlock(const PrefixSpace& space, int group, int64_t blocks);
   // What nobody else has goes by this order from now on: the end of a prefix before its beginning.

@@ -65,6 +65,29 @@ absl::Status PrefixReuse::CheckAnswering(CacheLock& lock, const PrefixSpace& spa
   }
 }
 
+absl::StatusOr<PrefixSpacePtr> PrefixReuse::Best(CacheLock& lock, const Sequence& like,
+                                                 std::span<const BlockKey> keys, const CallContext& context,
+                                                 Found* found) {
+  PrefixSpacePtr best;
+  *found = {};
+  for (int home = 0; home < core_.homes(); home++) {
+    if (!like.options.device.empty() && home != like.home) continue;
+    const PrefixSpacePtr space = lock->prefixes.Find(like, home);
+    if (space == nullptr) continue;
+    Found there;
+    KVTIDE_RETURN_IF_ERROR(CheckAnswering(lock, *space, keys, context, &there));
+    if (there.blocks <= found->blocks) continue;
+    *found = std::move(there);
+    best = space;
+  }
+  // One device may have lost some while the mutex was free for the next one.
+  if (best != nullptr && core_.homes() > 1) {
+    found->blocks = std::min(found->blocks, lock->prefixes.Longest(*best, keys));
+    found->all = Blocks(*best, keys, found->blocks);
+  }
+  return best;
+}
+
 absl::StatusOr<PrefixReport> PrefixReuse::Lookup(const PrefixCall& call) {
   const CallContext& context = ContextOf(call);
   const CacheOptions& options = core_.options();
@@ -92,22 +115,13 @@ absl::StatusOr<PrefixReport> PrefixReuse::Lookup(const PrefixCall& call) {
   if (!asked.seal_at_once) keys = TokenChain::Keys(seed, call.token_ids);
   CacheLock lock(core_);
   lock->keyed.ExpireLeases(options.clock());
-  PrefixSpacePtr best;
   Found found;
-  for (int home = 0; home < core_.homes(); home++) {
-    if (!asked.device.empty() && home != like->home) continue;
-    const PrefixSpacePtr space = lock->prefixes.Find(*like, home);
-    if (space == nullptr) continue;
-    Found there;
-    KVTIDE_RETURN_IF_ERROR(CheckAnswering(lock, *space, keys, context, &there));
-    if (there.blocks <= found.blocks) continue;
-    found = std::move(there);
-    best = space;
-  }
-  // One device may have lost some while the mutex was free for the next one.
-  if (best != nullptr && core_.homes() > 1) {
-    found.blocks = std::min(found.blocks, lock->prefixes.Longest(*best, keys));
-    found.all = Blocks(*best, keys, found.blocks);
+  KVTIDE_ASSIGN_OR_RETURN(PrefixSpacePtr best, Best(lock, *like, keys, context, &found));
+  RemoteExchange::Fetched fetched;
+  if (!call.peek && options.remote != nullptr && found.blocks < static_cast<int64_t>(keys.size())) {
+    if (best != nullptr) like->home = best->home;
+    fetched = remote_.FetchPrefix(lock, *like, call.model, keys, context);
+    KVTIDE_ASSIGN_OR_RETURN(best, Best(lock, *like, keys, context, &found));
   }
   const int64_t blocks = found.blocks;
   report.tokens = blocks * kBlockTokens;

@@ -12,12 +12,13 @@
 #include "absl/time/time.h"
 #include "daemon/cache/cache_core.h"
 #include "daemon/cache/prefix_calls.h"
+#include "daemon/cache/remote_exchange.h"
 
 namespace kvtide {
 
 class PrefixReuse {
  public:
-  explicit PrefixReuse(CacheCore& core) : core_(core) {}
+  PrefixReuse(CacheCore& core, RemoteExchange& remote) : core_(core), remote_(remote) {}
 
   absl::StatusOr<PrefixReport> Lookup(const PrefixCall& call);
   // A new sequence with the tokens of the lease, which is over then.
@@ -32,12 +33,16 @@ class PrefixReuse {
     std::vector<Block*> all;  // that a sequence which begins with so many would have
   };
 
+  // The device whose prefix of the tokens is the longest, and what is there; null: there is nothing.
+  absl::StatusOr<PrefixSpacePtr> Best(CacheLock& lock, const Sequence& like, std::span<const BlockKey> keys,
+                                      const CallContext& context, Found* found);
   absl::Status CheckAnswering(CacheLock& lock, const PrefixSpace& space, std::span<const BlockKey> keys,
                               const CallContext& context, Found* found);
   static void TakeOver(CacheState& state, const PrefixSpacePtr& space, std::span<const BlockKey> keys,
                        int64_t blocks, Sequence& sequence);
 
   CacheCore& core_;
+  RemoteExchange& remote_;
 };
 
 }  // namespace kvtide

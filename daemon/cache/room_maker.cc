@@ -70,6 +70,40 @@ WritingBlock RoomMaker::AllocateIn(CacheLock& lock, int tier, int home, const Bl
   return {};
 }
 
+int RoomiestHome(const BlockStore& store) {
+  int home = 0;
+  for (int h = 1; h < store.homes(); h++)
+    if (store.tier(h).allocator.free_bytes() > store.tier(home).allocator.free_bytes()) home = h;
+  return home;
+}
+
+WritingBlock RoomMaker::AllocateCached(CacheLock& lock, TenantAccount& account, int home,
+                                       const BlockForm& form, size_t want_bytes, bool* over_quota) {
+  BlockStore& store = lock->store;
+  std::vector<int> tiers;
+  for (int t = store.homes(); t < static_cast<int>(store.tiers()); t++)
+    if (core_.attends(t)) tiers.push_back(t);
+  tiers.push_back(home);
+  constexpr int kRounds = 64;  // others may take the room that was made
+  for (const int tier : tiers) {
+    for (int round = 0; round < kRounds; round++) {
+      // What the tenant has cached makes way for it, and nobody else's.
+      if (form.bytes > store.QuotaLeft(account, tier) && !DropCached(*lock, account, tier, form.bytes)) {
+        *over_quota = true;
+        break;
+      }
+      Block* const block = store.Allocate(tier, home, form);
+      if (block != nullptr) {
+        block->account = &account;
+        Charge(block->place, &account);
+        return WritingBlock(store, block);
+      }
+      if (!MakeRoom(lock, tier, form.bytes, want_bytes, kAnySerial)) break;
+    }
+  }
+  return {};
+}
+
 absl::StatusOr<std::vector<WritingBlock>> RoomMaker::Allocate(CacheLock& lock, int home,
                                                               std::span<const BlockLayout* const> layouts,
                                                               size_t want_bytes,

@@ -29,6 +29,12 @@ class RoomMaker {
   // A new block in this tier, or an empty guard.
   WritingBlock AllocateIn(CacheLock& lock, int tier, int home, const BlockLayout* layout, size_t want_bytes);
 
+  // A new block of what is only cached, in the first tier below the devices that attends and has room, else
+  // on `home`; what is colder makes way, and of the tenant's own cached blocks what its quota needs. Empty
+  // where there is no room.
+  WritingBlock AllocateCached(CacheLock& lock, TenantAccount& account, int home, const BlockForm& form,
+                              size_t want_bytes, bool* over_quota);
+
   // One free extent of `bytes` in the tier, made of blocks that were touched before `serial`: true if it got
   // nearer to that. Call it again until the bytes fit. `want_bytes` as above.
   bool MakeRoom(CacheLock& lock, int tier, size_t bytes, size_t want_bytes, uint64_t before_serial);
@@ -67,6 +73,9 @@ class RoomMaker {
   CacheCore& core_;
   std::vector<size_t> next_stretch_;  // by tier: where the search for a hole goes on; under the mutex
 };
+
+// The device with most room.
+int RoomiestHome(const BlockStore& store);
 
 // Gives the mutex up long enough for another thread to get it: long work does so between its slices.
 void LetOthers(CacheLock& lock);

@@ -29,7 +29,8 @@ void Sealer::Settle(CacheLock& lock, std::span<const SequencePtr> sequences, con
 void Sealer::Register(CacheState& state, std::span<const SequencePtr> sequences) {
   for (const SequencePtr& sequence : sequences)
     if (!sequence->closed)
-      state.counters.dropped_blocks += state.prefixes.Register(*sequence, core_.options().max_prefix_blocks);
+      state.counters.dropped_blocks +=
+          state.prefixes.Register(*sequence, core_.options().max_prefix_blocks, &state.unsent);
 }
 
 std::vector<Sealer::Seal> Sealer::Start(CacheLock& lock, std::span<const SequencePtr> sequences,

@@ -277,6 +277,54 @@ void WriteKeyed(FamilyWriter& writer, const CacheStats& stats) {
                "Leases whose time was over before they were given back.", stats.leases_expired);
 }
 
+// The tier that daemons share, where there is one.
+void WriteRemote(FamilyWriter& writer, const CacheStats& stats) {
+  if (!stats.remote.has_value()) return;
+  const RemoteStats& remote = *stats.remote;
+  WriteGauge(writer, "kvtide_remote_up",
+             "1: the remote tier is asked; 0: it did not answer and is tried again later.",
+             remote.problem.empty() ? 1 : 0);
+  WriteGauge(
+      writer, "kvtide_remote_writable",
+      "1: the remote tier takes blocks; 0: it is away, or its last write failed, as when its memory is full.",
+      remote.problem.empty() && remote.write_problem.empty() ? 1 : 0);
+  writer
+      .Counter("kvtide_remote_lookup_blocks_total",
+               "Blocks that lookups did not find here, by whether the remote tier has them.")
+      .Sample(static_cast<double>(remote.hit_blocks), {{"result", "hit"}})
+      .Sample(static_cast<double>(remote.miss_blocks), {{"result", "miss"}});
+  WriteCounter(writer, "kvtide_remote_read_blocks_total",
+               "Blocks and profiles that came from the remote tier.", remote.read_blocks);
+  WriteCounter(writer, "kvtide_remote_read_bytes_total", "Bytes of values that came from the remote tier.",
+               remote.read_bytes);
+  writer
+      .Counter("kvtide_remote_write_blocks_total",
+               "Blocks that were to be written to the remote tier (with profiles): that were, that lay "
+               "there, that were left out.")
+      .Sample(static_cast<double>(remote.written_blocks), {{"result", "written"}})
+      .Sample(static_cast<double>(remote.present_blocks), {{"result", "present"}})
+      .Sample(static_cast<double>(remote.left_out_blocks), {{"result", "left_out"}});
+  WriteCounter(writer, "kvtide_remote_written_bytes_total", "Bytes of values that went to the remote tier.",
+               remote.written_bytes);
+  writer
+      .Counter("kvtide_remote_errors_total",
+               "What went wrong with the remote tier: silence, connections and answers that were errors, "
+               "values that were not what was stored.")
+      .Sample(static_cast<double>(remote.timeouts), {{"kind", "timeout"}})
+      .Sample(static_cast<double>(remote.errors), {{"kind", "error"}})
+      .Sample(static_cast<double>(remote.damaged_blocks), {{"kind", "damaged"}});
+  WriteCounter(writer, "kvtide_remote_connects_total", "Connections made to the remote tier.",
+               remote.connects);
+  WriteGauge(writer, "kvtide_remote_queued_blocks", "Blocks that wait to be written to the remote tier.",
+             static_cast<double>(remote.queued_blocks));
+  writer.Histogram("kvtide_remote_seconds",
+                   "Time of one batch of the remote tier: asking what is there, reading, writing.");
+  for (const auto& [operation, times] : {std::pair<const char*, const RemoteTimes*>{"find", &remote.find},
+                                         {"read", &remote.read},
+                                         {"write", &remote.write}})
+    writer.Buckets(RemoteTimes::kSeconds, times->counts, times->seconds, {{"operation", operation}});
+}
+
 }  // namespace
 
 std::vector<prometheus::MetricFamily> CacheCollector::Collect() const {
@@ -294,6 +342,7 @@ std::vector<prometheus::MetricFamily> CacheCollector::Collect() const {
       "kvtide_lock_wait_seconds",
       "How long threads waited for the mutex of the cache; those that found it free are left out.",
       LockWaitStats::kBounds, stats.lock_waits.counts, stats.lock_waits.seconds);
+  WriteRemote(writer, stats);
   return families;
 }
 

@@ -1,6 +1,7 @@
 #include "daemon/metrics/family.h"
 
 #include <limits>
+#include <utility>
 
 namespace kvtide::metrics {
 
@@ -28,16 +29,22 @@ FamilyWriter& FamilyWriter::Sample(double value, const Labels& labels) {
 
 FamilyWriter& FamilyWriter::Histogram(const char* name, const char* help, std::span<const double> bounds,
                                       std::span<const uint64_t> counts, double sum) {
-  Begin(name, help, prometheus::MetricType::Histogram);
-  prometheus::ClientMetric& metric = families_->back().metric.emplace_back();
-  uint64_t all = 0;
+  return Histogram(name, help).Buckets(bounds, counts, sum);
+}
+
+FamilyWriter& FamilyWriter::Buckets(std::span<const double> bounds, std::span<const uint64_t> counts,
+                                    double sum, const Labels& labels) {
+  prometheus::ClientMetric metric;
+  for (const auto& [name, text] : labels) metric.label.push_back({name, text});
+  uint64_t count = 0;
   for (size_t i = 0; i < counts.size(); i++) {
-    all += counts[i];
+    count += counts[i];
     const double bound = i < bounds.size() ? bounds[i] : std::numeric_limits<double>::infinity();
-    metric.histogram.bucket.push_back({all, bound});
+    metric.histogram.bucket.push_back({count, bound});
   }
-  metric.histogram.sample_count = all;
+  metric.histogram.sample_count = count;
   metric.histogram.sample_sum = sum;
+  families_->back().metric.push_back(std::move(metric));
   return *this;
 }
 

@@ -29,6 +29,13 @@ class FamilyWriter {
   // values.
   FamilyWriter& Histogram(const char* name, const char* help, std::span<const double> bounds,
                           std::span<const uint64_t> counts, double sum);
+  // Its samples are Buckets.
+  FamilyWriter& Histogram(const char* name, const char* help) {
+    return Begin(name, help, prometheus::MetricType::Histogram);
+  }
+  // How many took at most each bound, not counted for those before, and last those beyond; their sum.
+  FamilyWriter& Buckets(std::span<const double> bounds, std::span<const uint64_t> counts, double sum,
+                        const Labels& labels = {});
   FamilyWriter& Sample(double value, const Labels& labels = {});
 
  private:

@@ -97,6 +97,28 @@ int64_t ToSigned(uint64_t value) {
   return static_cast<int64_t>(std::min<uint64_t>(value, std::numeric_limits<int64_t>::max()));
 }
 
+void SetRemote(const RemoteStats& stats, v1::RemoteStats* proto) {
+  proto->set_server(stats.server);
+  proto->set_problem(stats.problem);
+  proto->set_write_problem(stats.write_problem);
+  proto->set_hit_blocks(ToSigned(stats.hit_blocks));
+  proto->set_miss_blocks(ToSigned(stats.miss_blocks));
+  proto->set_read_blocks(ToSigned(stats.read_blocks));
+  proto->set_read_bytes(ToSigned(stats.read_bytes));
+  proto->set_written_blocks(ToSigned(stats.written_blocks));
+  proto->set_written_bytes(ToSigned(stats.written_bytes));
+  proto->set_present_blocks(ToSigned(stats.present_blocks));
+  proto->set_left_out_blocks(ToSigned(stats.left_out_blocks));
+  proto->set_damaged_blocks(ToSigned(stats.damaged_blocks));
+  proto->set_timeouts(ToSigned(stats.timeouts));
+  proto->set_errors(ToSigned(stats.errors));
+  proto->set_connects(ToSigned(stats.connects));
+  proto->set_queued_blocks(ToSigned(stats.queued_blocks));
+  proto->set_memory_limit_bytes(ToSigned(stats.memory_limit_bytes));
+  proto->set_memory_used_bytes(ToSigned(stats.memory_used_bytes));
+  proto->set_memory_policy(stats.memory_policy);
+}
+
 }  // namespace
 
 grpc::Status ToGrpc(const absl::Status& status) {
@@ -388,6 +410,7 @@ void ToProto(const CacheStats& stats, v1::GetStatsResponse* proto) {
   proto->set_prefix_reused_tokens(ToSigned(stats.prefix_reused_tokens));
   proto->set_compacted_blocks(ToSigned(stats.compacted_blocks));
   proto->set_compacted_bytes(ToSigned(stats.compacted_bytes));
+  if (stats.remote.has_value()) SetRemote(*stats.remote, proto->mutable_remote());
 }
 
 }  // namespace kvtide::service

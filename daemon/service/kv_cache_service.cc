@@ -131,8 +131,13 @@ void KvCacheService::EndCall(const std::string& tenant) {
   if (--found->second == 0) calls_of_.erase(found);
 }
 
+bool KvCacheService::IsBulk(const Verb* verb) const {
+  return verb != nullptr &&
+         (verb->lane == Lane::kBulk || (verb->lane == Lane::kLookup && options_.waits_for_lookups));
+}
+
 bool KvCacheService::Submit(const Verb* verb, Caller caller, WorkerPool::Work* work) {
-  return (verb != nullptr && verb->lane == Lane::kBulk ? bulk_ : prompt_).Submit(caller, work);
+  return (IsBulk(verb) ? bulk_ : prompt_).Submit(caller, work);
 }
 
 void KvCacheService::Report(const CallReport& report, Client* client) const {
@@ -220,9 +225,7 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
     if (cancellation_.cancelled()) return Gone();
     return service_->CheckNotDraining();
   }
-  void Place(const Verb* verb) {
-    bulk_.store(verb != nullptr && verb->lane == Lane::kBulk, std::memory_order_relaxed);
-  }
+  void Place(const Verb* verb) { bulk_.store(service_->IsBulk(verb), std::memory_order_relaxed); }
 
   void Begin() {
     start_ = received_ = taken_ = absl::Now();

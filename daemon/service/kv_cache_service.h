@@ -55,6 +55,7 @@ class KvCacheService {
   class RefusedCall;
   friend class RingSession;
 
+  bool IsBulk(const Verb* verb) const;
   // Hands a call to the threads of its verb. False: their queue is full.
   bool Submit(const Verb* verb, Caller caller, WorkerPool::Work* work);
   // Counts a call of a tenant that begins, until EndCall; ResourceExhausted where it has as many as its quota

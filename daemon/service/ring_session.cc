@@ -89,7 +89,7 @@ absl::Status RingSession::Run(const v1::SessionRequest& request, absl::Duration 
   *method = verb->method;
   if (absl::Status status = service_->CheckNotDraining(); !status.ok()) return status;
   PinTensors(request);
-  bulk_.store(verb->lane == Lane::kBulk, std::memory_order_relaxed);
+  bulk_.store(service_->IsBulk(verb), std::memory_order_relaxed);
   MemoryBudget::Hold hold(&service_->memory_, &connection_->memory);
   Call call;
   call.context.caller = connection_->name;
@@ -110,7 +110,7 @@ absl::Status RingSession::Run(const v1::SessionRequest& request, absl::Duration 
     const LockedTime locked(&locked_);
     return ServeMessage(&service_->handlers_, request, call, answer, sequence);
   };
-  WorkerPool& lane = verb->lane == Lane::kBulk ? service_->bulk_ : service_->prompt_;
+  WorkerPool& lane = service_->IsBulk(verb) ? service_->bulk_ : service_->prompt_;
   absl::Status status;
   if (lane.Enter()) {
     status = serve();

@@ -65,6 +65,7 @@ struct ServiceOptions {
   int64_t max_message_bytes = int64_t{64} << 20;
   int threads = 2;                 // for calls that engines wait for
   int bulk_threads = 2;            // for those that may take long: moves, plans, reads
+  bool waits_for_lookups = false;  // lookups are such calls: there is a remote tier
   size_t max_queued_calls = 1024;  // for each of the two
   size_t max_connections = 1024;
   absl::Duration idle = absl::Minutes(30);  // a connection without calls is closed after so long

@@ -17,7 +17,8 @@ namespace kvtide::service {
 
 // Which threads serve a verb: those for calls that engines wait for, or the few for calls that may take long,
 // so that no number of these keeps the others waiting.
-enum class Lane { kPrompt, kBulk };
+// Lookups are of the second kind where they may ask a remote tier.
+enum class Lane { kPrompt, kBulk, kLookup };
 
 struct Verb {
   const char* method;  // "Append"

@@ -110,9 +110,10 @@ std::map<std::string, std::string> ReadTable(const std::string& path) {
 
 TEST(MetricsTable, IsWhatARealDaemonTells) {
   const std::string folder = MakeFolder();
-  // A device and a pair of every kind of family: sequences, blocks in all tiers, a disk.
-  const auto daemon =
-      TestDaemon::Start({"--metrics-address", "127.0.0.1:0", "--disk", folder + "/disk:16MiB"});
+  // A device and a pair of every kind of family: sequences, blocks in all tiers, a disk, a remote tier that
+  // is away.
+  const auto daemon = TestDaemon::Start({"--metrics-address", "127.0.0.1:0", "--disk", folder + "/disk:16MiB",
+                                         "--remote", "unix:" + folder + "/nobody.sock"});
   const auto client = daemon->Connect();
   ASSERT_TRUE(client->RegisterModel(SmallModel()).ok());
   const auto sequence = client->CreateSequence("small", {.pair = "f16/f16"});
@@ -141,7 +142,8 @@ TEST(MetricsTable, IsWhatARealDaemonTells) {
            "(tests/e2e/metrics_table_test.cc says how); "
            "the same test compares them. Histograms have\n`_bucket` (label `le`), `_sum` and `_count`. "
            "Families of the disk are there with "
-           "a disk tier, `kvtide_allocator_*` where jemalloc is linked; `kvtide_gpu_*` (README.md) is left "
+           "a disk tier, `kvtide_remote_*` with a remote one, `kvtide_allocator_*` where jemalloc is linked; "
+           "`kvtide_gpu_*` (README.md) is left "
            "out: few machines have it.\n\n| metric | type | labels | unit | "
            "meaning |\n|---|---|---|---|---|\n";
     for (const auto& [name, row] : now) out << row << "\n";

@@ -362,7 +362,7 @@ void PrefixSim::Step(bool nested) {
   }
 }
 
-bool PrefixSim::Run(uint32_t seed, int64_t steps, bool lie) {
+bool PrefixSim::Run(uint32_t seed, int64_t steps, bool lie, bool remote) {
   seed_ = seed;
   failed_ = false;
   lie_ = lie;
@@ -381,6 +381,16 @@ bool PrefixSim::Run(uint32_t seed, int64_t steps, bool lie) {
   lives_ = 0;
   model_ = Random(2) == 0 ? SmallModel() : MixedModel();
   sequence_ = WithPair("f16");
+  store_ = remote ? std::make_unique<RemoteStore>() : nullptr;
+  remote_ = remote ? std::make_unique<FaultRemote>(store_.get()) : nullptr;
+  options_.remote = remote_.get();
+  if (remote) {
+    options_.max_unsent_blocks = static_cast<size_t>(1 + Random(40));
+    remote_->SetHook([this](const char*) {
+      if (Random(8) == 0) clock_.Advance(absl::Milliseconds(Random(1500)));
+      Inside();
+    });
+  }
   StartWithDisk((10 + static_cast<size_t>(Random(20))) * 65536,
                 (10 + static_cast<size_t>(Random(20))) * 65536, (3 + static_cast<size_t>(Random(6))) * kMiB);
   tenants_.assign(2, {});
@@ -411,6 +421,12 @@ bool PrefixSim::Run(uint32_t seed, int64_t steps, bool lie) {
     } else if (Random(20) == 0) {
       fault_ = true;
       host_->Fail(Random(2) == 0 ? FaultyBackend::kStartCopy : FaultyBackend::kPoll, 1 + Random(2));
+    }
+    if (remote) {
+      constexpr FaultRemote::Fault kFaults[] = {FaultRemote::Fault::kAway, FaultRemote::Fault::kFull,
+                                                FaultRemote::Fault::kLosesAfterFind,
+                                                FaultRemote::Fault::kDamages};
+      remote_->Plant(Random(4) == 0 ? kFaults[Random(4)] : FaultRemote::Fault::kNone);
     }
     Step(false);
     if (files_->dead()) {
@@ -445,6 +461,8 @@ bool PrefixSim::Run(uint32_t seed, int64_t steps, bool lie) {
     backend->DelayCopies(nullptr);
   }
   cache_.reset();
+  if (remote) fetched_ += remote_->Stats().read_blocks;
+  options_.remote = nullptr;
   return !failed_;
 }
 

@@ -16,6 +16,7 @@
 #include <thread>
 #include <vector>
 
+#include "tests/daemon/cache/fault_remote.h"
 #include "tests/daemon/cache/token_client.h"
 
 namespace kvtide::testing {
@@ -24,7 +25,9 @@ class PrefixSim : public CacheTest {
  protected:
   // One seed. False at the first thing that is wrong; then a test failure says what, where and how to repeat.
   // `lie`: rows are compared with those of other tokens, to prove that a difference is seen.
-  bool Run(uint32_t seed, int64_t steps, bool lie = false);
+  // `remote`: with a remote tier, which outlives restarts, and is at times away, slow, full, forgetful and
+  // wrong.
+  bool Run(uint32_t seed, int64_t steps, bool lie = false, bool remote = false);
 
  private:
   struct Tenant {
@@ -76,6 +79,8 @@ class PrefixSim : public CacheTest {
   int64_t step_ = 0;
   bool failed_ = false, lie_ = false, fault_ = false, lost_ = false, crashed_ = false;
   int depth_ = 0, budget_ = 0;
+  std::unique_ptr<RemoteStore> store_;
+  std::unique_ptr<FaultRemote> remote_;  // null: none
   std::mt19937 dice_;
   std::thread::id thread_;
   ModelSpec model_;
@@ -86,7 +91,7 @@ class PrefixSim : public CacheTest {
   std::set<SequenceId> gone_;  // closed ones
 
  protected:
-  uint64_t nested_ = 0, reused_ = 0, restarts_ = 0, deaths_ = 0;
+  uint64_t nested_ = 0, reused_ = 0, restarts_ = 0, deaths_ = 0, fetched_ = 0;
 };
 
 }  // namespace kvtide::testing

@@ -23,6 +23,17 @@ TEST_F(PrefixSimTest, OverADiskWithRestarts) {
       static_cast<unsigned long long>(deaths_));
 }
 
+TEST_F(PrefixSimTest, WithARemoteTierThatIsAwaySlowAndForgetful) {
+  const SimRuns runs(8, 300);
+  for (int64_t i = 0; i < runs.count; i++)
+    if (!Run(static_cast<uint32_t>(runs.first + i), runs.steps, false, true)) return;
+  EXPECT_GT(fetched_, 0u);
+  std::printf("seeds %lld to %lld, %lld steps each, %llu blocks fetched, %llu restarts\n",
+              static_cast<long long>(runs.first), static_cast<long long>(runs.first + runs.count - 1),
+              static_cast<long long>(runs.steps), static_cast<unsigned long long>(fetched_),
+              static_cast<unsigned long long>(restarts_));
+}
+
 TEST_F(PrefixSimTest, NoticesRowsOfOtherTokens) {
   EXPECT_TRUE(FindsAFault([&] { return Run(1, 300, true); }));
 }

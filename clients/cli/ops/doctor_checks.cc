@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <map>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
@@ -219,6 +220,37 @@ Finding CheckMemoryUse(const client::MemoryUse& use) {
 
 }  // namespace
 
+Finding CheckRemote(const client::RemoteStats& remote) {
+  const std::string subject = "remote tier";
+  const bool refused =
+      absl::StrContains(remote.problem, "AUTH") || absl::StrContains(remote.problem, "WRONGPASS") ||
+      absl::StrContains(remote.problem, "NOPERM") || absl::StrContains(remote.problem, "remote_auth_file");
+  if (!remote.problem.empty())
+    return Fail(
+        subject, absl::StrCat(remote.server, ": ", remote.problem),
+        refused ? "give kvtided the password or ACL user of the server (--remote-auth-file)"
+                : "start the server, or name the right one (--remote); until then lookups find what is here");
+  if (!remote.write_problem.empty()) {
+    const bool full = absl::StartsWith(remote.write_problem, "OOM");
+    return Warn(
+        subject, absl::StrCat(remote.server, " takes no blocks: ", remote.write_problem),
+        full ? "give the server more memory, or let it drop what is cold (maxmemory-policy allkeys-lru)"
+             : "let kvtided's user write there, or let it read only (--remote-write none)");
+  }
+  if (remote.damaged_blocks > 0)
+    return Warn(
+        subject, absl::StrCat(remote.damaged_blocks, " values were not what was stored"),
+        "somebody else writes under this prefix (--remote-prefix), or the server's memory is failing");
+  if (remote.memory_limit_bytes == 0 && !remote.memory_policy.empty())
+    return Warn(subject, absl::StrCat(remote.server, " has no memory limit (maxmemory)"),
+                "set maxmemory and maxmemory-policy allkeys-lru, so that it drops what is cold before the "
+                "host is full");
+  if (remote.memory_policy == "noeviction")
+    return Warn(subject, absl::StrCat(remote.server, " drops nothing when it is full (noeviction)"),
+                "set maxmemory-policy allkeys-lru");
+  return Ok(subject, absl::StrCat(remote.server, " answers"));
+}
+
 std::vector<Finding> CheckContents(const client::ServerStats& stats) {
   std::vector<Finding> findings;
   for (const client::MemoryUse& use : stats.memory) findings.push_back(CheckMemoryUse(use));
@@ -246,6 +278,7 @@ std::vector<Finding> CheckContents(const client::ServerStats& stats) {
                             " found other bytes than were stored; ", tier.lost_blocks, " blocks are lost"),
                "the disk is failing: read its logs (dmesg, smartctl), give the tier another one"));
   }
+  if (stats.remote.has_value()) findings.push_back(CheckRemote(*stats.remote));
   if (stats.failed_persists > 0)
     findings.push_back(
         Warn("durable", absl::StrCat(stats.failed_persists, " times a sequence could not be made durable"),

@@ -52,6 +52,8 @@ Finding CheckMemory(int64_t total_bytes, int64_t available_bytes, std::optional<
                     const std::vector<client::TierInfo>& tiers);
 // The socket's folder, where a log or a core may fill it.
 Finding CheckDisk(const std::string& folder, int64_t free_bytes);
+// Does the server that daemons share answer, does it take blocks, and what does it do when it is full?
+Finding CheckRemote(const client::RemoteStats& remote);
 // Full tiers, failed moves, bad checksums of a running daemon.
 std::vector<Finding> CheckContents(const client::ServerStats& stats);
 

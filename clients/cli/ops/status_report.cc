@@ -69,6 +69,53 @@ std::string Tiers(const ServerStats& stats, const Terminal& terminal) {
   return text;
 }
 
+// The tier that daemons share; empty without one.
+std::string Remote(const ServerStats& stats, const Terminal& terminal) {
+  if (!stats.remote.has_value()) return "";
+  const client::RemoteStats& remote = *stats.remote;
+  const double asked = static_cast<double>(remote.hit_blocks + remote.miss_blocks);
+  std::string text =
+      absl::StrCat("remote: ", Printable(remote.server), ", found ",
+                   PercentText(static_cast<double>(remote.hit_blocks), asked), " of ",
+                   remote.hit_blocks + remote.miss_blocks, " blocks that were not here; read ",
+                   FormatBytes(remote.read_bytes), ", written ", FormatBytes(remote.written_bytes), " (",
+                   remote.present_blocks, " blocks were there, ", remote.left_out_blocks, " left out, ",
+                   remote.queued_blocks, " wait); damaged ", remote.damaged_blocks, ", time-outs ",
+                   remote.timeouts, ", errors ", remote.errors, "\n");
+  const auto say = [&](const char* what, const std::string& problem) {
+    if (problem.empty()) return;
+    absl::StrAppend(
+        &text, terminal.Painted(absl::StrCat("remote ", what, ": ", Printable(problem)), Paint::kRed), "\n");
+  };
+  say("is away", remote.problem);
+  say("takes no blocks now", remote.write_problem);
+  return text;
+}
+
+Json RemoteJson(const ServerStats& stats) {
+  if (!stats.remote.has_value()) return {};
+  const client::RemoteStats& remote = *stats.remote;
+  return {{"server", remote.server},
+          {"problem", remote.problem},
+          {"write_problem", remote.write_problem},
+          {"hit_blocks", remote.hit_blocks},
+          {"miss_blocks", remote.miss_blocks},
+          {"read_blocks", remote.read_blocks},
+          {"read_bytes", remote.read_bytes},
+          {"written_blocks", remote.written_blocks},
+          {"written_bytes", remote.written_bytes},
+          {"present_blocks", remote.present_blocks},
+          {"left_out_blocks", remote.left_out_blocks},
+          {"damaged_blocks", remote.damaged_blocks},
+          {"timeouts", remote.timeouts},
+          {"errors", remote.errors},
+          {"connects", remote.connects},
+          {"queued_blocks", remote.queued_blocks},
+          {"memory_limit_bytes", remote.memory_limit_bytes},
+          {"memory_used_bytes", remote.memory_used_bytes},
+          {"memory_policy", remote.memory_policy}};
+}
+
 std::string Contents(const DaemonSnapshot& snapshot) {
   const ServerStats& stats = snapshot.stats;
   std::string text = absl::StrCat(
@@ -396,8 +443,8 @@ std::string RenderStatus(const DaemonSnapshot& snapshot, size_t max_sequences, c
   return absl::StrCat(terminal.Painted(head, Paint::kBold), ", ",
                       snapshot.serving ? terminal.Painted("serving", Paint::kGreen)
                                        : terminal.Painted("not serving (starting or stopping)", Paint::kRed),
-                      "\n\n", Tiers(snapshot.stats, terminal), "\n", Contents(snapshot),
-                      Calls(snapshot.stats, terminal), Ways(snapshot.stats, terminal),
+                      "\n\n", Tiers(snapshot.stats, terminal), Remote(snapshot.stats, terminal), "\n",
+                      Contents(snapshot), Calls(snapshot.stats, terminal), Ways(snapshot.stats, terminal),
                       Tenants(snapshot.sequences, terminal),
                       RenderSequences(snapshot.sequences, max_sequences, terminal, order));
 }
@@ -465,6 +512,7 @@ std::string RenderStatusJson(const DaemonSnapshot& snapshot) {
     json["memory"].push_back(
         {{"part", use.part}, {"predicted_bytes", use.predicted_bytes}, {"actual_bytes", use.actual_bytes}});
   json["ways"] = WaysJson(stats);
+  json["remote"] = RemoteJson(stats);
   json["clients"] = ClientsJson(stats);
   json["tenants"] = Json::array();
   for (const TenantTotal& total : TotalsOfTenants(snapshot.sequences))

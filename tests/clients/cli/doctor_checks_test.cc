@@ -201,5 +201,37 @@ TEST(DoctorChecks, EveryComplaintHasAdvice) {
   }
 }
 
+TEST(DoctorChecks, TheRemoteTierSaysWhatToDo) {
+  client::RemoteStats remote;
+  remote.server = "redis://cache:6379";
+  remote.memory_limit_bytes = 1 << 30;
+  remote.memory_policy = "allkeys-lru";
+  EXPECT_EQ(CheckRemote(remote).verdict, Verdict::kOk);
+  const auto expect = [](const client::RemoteStats& stats, Verdict verdict, const char* advice) {
+    const Finding finding = CheckRemote(stats);
+    EXPECT_EQ(finding.verdict, verdict) << finding.text;
+    EXPECT_NE(finding.advice.find(advice), std::string::npos) << finding.advice;
+  };
+  client::RemoteStats changed = remote;
+  changed.problem = "Connection refused";
+  expect(changed, Verdict::kFail, "start the server");
+  changed.problem = "WRONGPASS invalid username-password pair or user is disabled. (see remote_auth_file)";
+  expect(changed, Verdict::kFail, "--remote-auth-file");
+  changed = remote;
+  changed.write_problem = "OOM command not allowed when used memory > 'maxmemory'.";
+  expect(changed, Verdict::kWarn, "allkeys-lru");
+  changed.write_problem = "NOPERM this user has no permissions";
+  expect(changed, Verdict::kWarn, "--remote-write none");
+  changed = remote;
+  changed.damaged_blocks = 3;
+  expect(changed, Verdict::kWarn, "--remote-prefix");
+  changed = remote;
+  changed.memory_limit_bytes = 0;
+  expect(changed, Verdict::kWarn, "maxmemory");
+  changed = remote;
+  changed.memory_policy = "noeviction";
+  expect(changed, Verdict::kWarn, "allkeys-lru");
+}
+
 }  // namespace
 }  // namespace kvtide::cli

@@ -247,5 +247,39 @@ TEST(CacheCollector, OneSnapshotForAScrape) {
   EXPECT_EQ(calls, 1);
 }
 
+TEST(CacheCollector, TheRemoteTierIsToldWhereThereIsOne) {
+  CacheStats stats;
+  const auto collect = [&] { return CacheCollector([&] { return stats; }).Collect(); };
+  const auto find = [](const std::vector<prometheus::MetricFamily>& families, const std::string& name) {
+    const auto at = std::find_if(families.begin(), families.end(),
+                                 [&](const prometheus::MetricFamily& family) { return family.name == name; });
+    return at != families.end() ? std::optional<prometheus::MetricFamily>(*at) : std::nullopt;
+  };
+  EXPECT_FALSE(find(collect(), "kvtide_remote_up").has_value());
+  RemoteStats& remote = stats.remote.emplace();
+  remote.hit_blocks = 11;
+  remote.miss_blocks = 12;
+  remote.timeouts = 13;
+  remote.read.Add(absl::Milliseconds(3));
+  remote.read.Add(absl::Seconds(100));
+  std::vector<prometheus::MetricFamily> families = collect();
+  EXPECT_EQ(find(families, "kvtide_remote_up")->metric[0].gauge.value, 1);
+  EXPECT_EQ(find(families, "kvtide_remote_lookup_blocks_total")->metric[0].counter.value, 11);
+  EXPECT_EQ(find(families, "kvtide_remote_errors_total")->metric[0].counter.value, 13);
+  const prometheus::ClientMetric::Histogram times =
+      find(families, "kvtide_remote_seconds")->metric[1].histogram;
+  EXPECT_EQ(times.sample_count, 2u);
+  EXPECT_DOUBLE_EQ(times.sample_sum, 100.003);
+  ASSERT_EQ(times.bucket.size(), RemoteTimes::kSeconds.size() + 1);
+  EXPECT_EQ(times.bucket[2].cumulative_count, 0u) << "1 ms";
+  EXPECT_EQ(times.bucket[3].cumulative_count, 1u) << "5 ms";
+  EXPECT_EQ(times.bucket.back().cumulative_count, 2u);
+  remote.write_problem = "OOM";
+  EXPECT_EQ(find(collect(), "kvtide_remote_writable")->metric[0].gauge.value, 0);
+  EXPECT_EQ(find(collect(), "kvtide_remote_up")->metric[0].gauge.value, 1);
+  remote.problem = "away";
+  EXPECT_EQ(find(collect(), "kvtide_remote_up")->metric[0].gauge.value, 0);
+}
+
 }  // namespace
 }  // namespace kvtide::metrics

@@ -46,6 +46,36 @@ TEST(Config, TakesSizesAsTextOrBytes) {
   EXPECT_FALSE(Resolve("{\"device_tier_bytes\": -1}").ok());
 }
 
+TEST(Config, TheRemoteTierIsNamedAndBounded) {
+  EXPECT_FALSE(Resolve("{}")->remote.has_value());
+  EXPECT_FALSE(Resolve("{\"remote\": \"off\"}")->remote.has_value());
+  EXPECT_FALSE(Resolve("{}")->service.waits_for_lookups);
+  const auto options = Resolve(
+      "{\"remote\": \"rediss://cache:7000/2\", \"remote_prefix\": \"prod\", \"remote_auth_file\": \"/a\", "
+      "\"remote_ca\": \"/ca\", \"remote_write\": \"none\", \"remote_ttl_seconds\": -1, "
+      "\"remote_timeout_ms\": 70, \"remote_read_ms\": 80}");
+  ASSERT_TRUE(options.ok()) << options.status();
+  EXPECT_EQ(options->remote->address.Text(), "rediss://cache:7000/2");
+  EXPECT_EQ(options->remote->prefix, "prod");
+  EXPECT_EQ(options->remote->auth_file, "/a");
+  EXPECT_EQ(options->remote->ca_file, "/ca");
+  EXPECT_FALSE(options->remote->writes);
+  EXPECT_EQ(options->remote->ttl, absl::InfiniteDuration());
+  EXPECT_EQ(options->remote->timeout, absl::Milliseconds(70));
+  EXPECT_EQ(options->remote->read_time, absl::Milliseconds(80));
+  EXPECT_TRUE(options->service.waits_for_lookups) << "they may take long";
+  EXPECT_EQ(Resolve("{\"remote\": \"cache\"}")->remote->ttl, absl::Hours(24));
+  const auto wrong = [](const std::string& json, const char* part) {
+    EXPECT_THAT(std::string(Resolve(json).status().message()), HasSubstr(part)) << json;
+  };
+  wrong("{\"remote\": \"cache:x\"}", "is no port");
+  wrong("{\"remote\": \"cache\", \"remote_write\": \"some\"}", "use all or none");
+  wrong("{\"remote\": \"cache\", \"remote_prefix\": \"a:b\"}", "remote_prefix");
+  wrong("{\"remote\": \"cache\", \"remote_ca\": \"/ca\"}", "rediss://");
+  wrong("{\"remote_ttl_seconds\": -2}", "remote_ttl_seconds");
+  wrong("{\"remote_timeout_ms\": 1000000}", "remote_timeout_ms");
+}
+
 TEST(Config, AFileThatCannotBeReadSaysWhy) {
   const std::filesystem::path folder = std::filesystem::path(::testing::TempDir()) / "kvtide_config_test";
   std::filesystem::create_directories(folder);
@@ -80,10 +110,12 @@ TEST(Config, AKeyHasOneSpellingAndOnePlace) {
   EXPECT_THAT(message("{\"deviceMemory\": \"1GiB\"}"),
               AllOf(HasSubstr("no field \"deviceMemory\""), HasSubstr("did you mean \"device_memory\"?")));
   EXPECT_THAT(message("{\"device\": \"cpu\", \"device\": \"cpu\"}"), HasSubstr("\"device\" is there twice"));
-  EXPECT_THAT(message("{\"exact_window\": {\"firstBlocks\": 1}}"), HasSubstr("did you mean \"first_blocks\"?"));
+  EXPECT_THAT(message("{\"exact_window\": {\"firstBlocks\": 1}}"),
+              HasSubstr("did you mean \"first_blocks\"?"));
   EXPECT_THAT(message("{\"exact_window\": {\"first_blocks\": 1, \"first_blocks\": 2}}"),
               HasSubstr("\"first_blocks\" is there twice"));
-  EXPECT_TRUE(Resolve("{\"device\": \"cpu\", \"exact_window\": {\"first_blocks\": 1, \"last_blocks\": 2}}").ok());
+  EXPECT_TRUE(
+      Resolve("{\"device\": \"cpu\", \"exact_window\": {\"first_blocks\": 1, \"last_blocks\": 2}}").ok());
 }
 
 TEST(Config, MalformedTextIsToldInOneLine) {

@@ -127,6 +127,8 @@ TEST(Settings, TheEffectiveConfigurationIsAConfiguration) {
   asked.set_host_memory("0");
   asked.set_disk("/tmp/kvtide-nowhere:3MiB");
   asked.set_persist("all");
+  asked.set_remote("cache");
+  asked.set_remote_ttl_seconds(-1);
   asked.add_quota("acme:sequences=3,device=1MiB");
   asked.set_slow_call_ms(-1);
   for (const v1::KvtidedConfig& config : {v1::KvtidedConfig(), asked}) {
@@ -142,8 +144,9 @@ TEST(Settings, TheEffectiveConfigurationIsAConfiguration) {
     EXPECT_EQ(options->disk_bytes, again->disk_bytes);
     EXPECT_EQ(options->slow_call, again->slow_call);
     // Nothing is left to a default that only the code knows, but what has none.
-    const std::set<std::string> kNone = {"allow",     "quota",  "server_cert",        "server_key",
-                                         "client_ca", "tokens", "allow_insecure_tcp", "share_pool"};
+    const std::set<std::string> kNone = {
+        "allow",     "quota",     "server_cert", "server_key",         "remote_auth_file",
+        "remote_ca", "client_ca", "tokens",      "allow_insecure_tcp", "share_pool"};
     for (const Setting& setting : AllSettings())
       EXPECT_TRUE(IsSet(setting, full) || kNone.contains(setting.field)) << setting.field;
   }
