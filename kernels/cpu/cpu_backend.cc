@@ -79,22 +79,20 @@ class CpuBackend : public Backend {
       const AppendPiece& piece = args.pieces[i];
       const BlockLayout& layout = *piece.layout;
       const GroupShape& shape = layout.shape();
-      for (int head = 0; head < shape.kv_heads; head++) {
-        std::byte* record = piece.block + layout.RecordOffset(piece.layer, head);
-        const auto store = [&](CacheType type, const HalfLayout& half, TensorView rows, int dim,
-                               std::byte* target) {
-          const size_t stride = static_cast<size_t>(shape.kv_heads) * static_cast<size_t>(dim);
-          const size_t first =
-              piece.source_row * stride + static_cast<size_t>(head) * static_cast<size_t>(dim);
-          if (SameBits(type, rows.type))
-            return MoveRowsIn(half, static_cast<const uint16_t*>(rows.data) + first, stride,
-                              piece.first_token, piece.tokens, target);
-          kernels_->store_rows(type, half, rows, first, stride, piece.first_token, piece.tokens, target);
-        };
-        store(layout.pair().k, layout.k(), KeysOf(args, piece), shape.head_dim_k, record);
-        store(layout.pair().v, layout.v(), ValuesOf(args, piece), shape.head_dim_v,
-              record + layout.v_codes());
-      }
+      const auto store = [&](CacheType type, const HalfLayout& half, TensorView rows, size_t offset) {
+        const auto dim = static_cast<size_t>(half.head_dim);
+        const size_t stride = static_cast<size_t>(shape.kv_heads) * dim;
+        const size_t first = piece.source_row * stride;
+        std::byte* const target = piece.block + layout.RecordOffset(piece.layer, 0) + offset;
+        if (SameBits(type, rows.type))
+          return MoveRowsIn(half, static_cast<const uint16_t*>(rows.data) + first, stride, piece.first_token,
+                            piece.tokens, {target, layout.record_bytes(), shape.kv_heads});
+        for (size_t head = 0; head < static_cast<size_t>(shape.kv_heads); head++)
+          kernels_->store_rows(type, half, rows, first + head * dim, stride, piece.first_token, piece.tokens,
+                               target + head * layout.record_bytes());
+      };
+      store(layout.pair().k, layout.k(), KeysOf(args, piece), layout.k_codes());
+      store(layout.pair().v, layout.v(), ValuesOf(args, piece), layout.v_codes());
     });
     return absl::OkStatus();
   }
@@ -214,32 +212,32 @@ class CpuBackend : public Backend {
     const std::byte* block = run.blocks[static_cast<size_t>(begin / kBlockTokens)];
     const auto heads = static_cast<size_t>(layout.shape().kv_heads);
     std::vector<float> rows;
-    const auto decode = [&](CacheType type, Side side, const HalfLayout& half, const HeadProfile* profile,
-                            const std::byte* source, size_t head, MutableTensorView target, size_t stride) {
+    const std::byte* const records = block + layout.RecordOffset(piece.layer, 0);
+    const auto decode = [&](CacheType type, Side side, const HalfLayout& half, size_t offset,
+                            MutableTensorView target, size_t stride) {
       if (target.data == nullptr) return;
       const auto dim = static_cast<size_t>(half.head_dim);
       if (stride == 0) stride = heads * dim;
-      if (SameBits(type, target.type)) {
-        const size_t first = static_cast<size_t>(begin - piece.first_token) * stride + head * dim;
-        return MoveRowsOut(half, source, static_cast<int>(begin % kBlockTokens),
-                           static_cast<int>(end - begin), static_cast<uint16_t*>(target.data) + first,
-                           stride);
-      }
+      if (SameBits(type, target.type))
+        return MoveRowsOut(
+            half, {records + offset, layout.record_bytes(), static_cast<int>(heads)},
+            static_cast<int>(begin % kBlockTokens), static_cast<int>(end - begin),
+            static_cast<uint16_t*>(target.data) + static_cast<size_t>(begin - piece.first_token) * stride,
+            stride);
       rows.resize(kBlockTokens * dim);
-      kernels_->decode(type, side, half, profile, run.first_position + begin / kBlockTokens * kBlockTokens,
-                       source, rows.data());
-      for (int64_t t = begin; t < end; t++)
-        kernels_->narrow(rows.data() + static_cast<size_t>(t % kBlockTokens) * dim, dim, target,
-                         static_cast<size_t>(t - piece.first_token) * stride + head * dim);
+      for (size_t head = 0; head < heads; head++) {
+        const HeadProfile* profile = side == Side::kValue || run.profile == nullptr
+                                         ? nullptr
+                                         : &run.profile->key(piece.layer, static_cast<int>(head));
+        kernels_->decode(type, side, half, profile, run.first_position + begin / kBlockTokens * kBlockTokens,
+                         records + head * layout.record_bytes() + offset, rows.data());
+        for (int64_t t = begin; t < end; t++)
+          kernels_->narrow(rows.data() + static_cast<size_t>(t % kBlockTokens) * dim, dim, target,
+                           static_cast<size_t>(t - piece.first_token) * stride + head * dim);
+      }
     };
-    for (size_t head = 0; head < heads; head++) {
-      const std::byte* record = block + layout.RecordOffset(piece.layer, static_cast<int>(head));
-      const HeadProfile* profile =
-          run.profile == nullptr ? nullptr : &run.profile->key(piece.layer, static_cast<int>(head));
-      decode(layout.pair().k, Side::kKey, layout.k(), profile, record, head, piece.k, piece.k_stride);
-      decode(layout.pair().v, Side::kValue, layout.v(), nullptr, record + layout.v_codes(), head, piece.v,
-             piece.v_stride);
-    }
+    decode(layout.pair().k, Side::kKey, layout.k(), layout.k_codes(), piece.k, piece.k_stride);
+    decode(layout.pair().v, Side::kValue, layout.v(), layout.v_codes(), piece.v, piece.v_stride);
   }
 
   void RecodeRecord(const RecodePiece& piece, int record) const {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstring>
 #include <ctime>
 #include <fstream>
 #include <map>
@@ -103,12 +104,13 @@ class SmallCall {
 };
 
 // The talk of a step of 64 sequences, a token each, of one layer; its rows are written between begin and end,
-// and not counted.
+// and not counted. Sequences that are equally long begin a new block all in the same step; `apart`: each is a
+// token longer than the one before, as those of a batch are that came when they came.
 class StepCall {
  public:
   static constexpr int kSequences = 64, kKvHeads = 1, kHeads = 2, kDim = 64;
 
-  explicit StepCall(Pool* pool) : pool_(pool) {
+  StepCall(Pool* pool, bool apart) : pool_(pool), apart_(apart) {
     kvtide::client::ModelLayer layer;
     layer.kv_heads = kKvHeads;
     layer.head_dim_k = layer.head_dim_v = kDim;
@@ -124,6 +126,11 @@ class StepCall {
       row.q = TensorRef::F32(std::span(values_).first(kHeads * kDim), {1, kHeads, kDim});
       row.k = row.v = TensorRef::F32(std::span(values_).first(kKvHeads * kDim), {1, kKvHeads, kDim});
       row.output = std::span(output_).subspan(static_cast<size_t>(i) * kHeads * kDim, kHeads * kDim);
+      if (!apart || i == 0) continue;
+      const auto kv = TensorRef::F32(std::span(values_).first(static_cast<size_t>(i) * kKvHeads * kDim),
+                                     {i, kKvHeads, kDim});
+      const kvtide::client::LayerTokens tokens{0, kv, kv};
+      Must(pool->Append(id, 0, {&tokens, 1}).status());
     }
   }
   ~StepCall() {
@@ -131,7 +138,8 @@ class StepCall {
   }
 
   void Rewind() {
-    for (const auto& item : items_) Must(pool_->TruncateSequence(item.sequence, 0));
+    for (size_t i = 0; i < items_.size(); i++)
+      Must(pool_->TruncateSequence(items_[i].sequence, apart_ ? static_cast<int64_t>(i) : 0));
   }
   // Microseconds of begin and end.
   double operator()() {
@@ -147,6 +155,7 @@ class StepCall {
 
  private:
   Pool* pool_;
+  const bool apart_;
   std::vector<float> values_, output_;
   std::vector<kvtide::client::StepItem> items_;
   std::vector<kvtide::client::AppendAttendItem> rows_;
@@ -189,12 +198,18 @@ class LargeCall {
   void Rewind() { Must(pool_->TruncateSequence(sequence_, 0)); }
   void Append() { Must(pool_->Append(sequence_, 0, layers_).status()); }
   void Read() { Must(pool_->ReadTokens(sequence_, 0, reads_)); }
+  // What the machine gives: the same bytes from the same memory to other memory of this process.
+  void Copy() {
+    copy_.resize(kBytes);
+    std::memcpy(copy_.data(), layers_.front().k.data, kBytes);
+  }
 
  private:
   Pool* pool_;
   kvtide::client::SequenceId sequence_ = 0;
   std::vector<uint16_t> own_;
   kvtide::client::TensorBuffer buffer_;
+  std::vector<std::byte> copy_;
   std::vector<kvtide::client::LayerTokens> layers_;
   std::vector<kvtide::client::ReadItem> reads_;
 };
@@ -241,7 +256,7 @@ int main(int argc, char** argv) {
     std::unique_ptr<Pool> pool;
     std::unique_ptr<SmallCall> small;
     std::unique_ptr<LargeCall> large;
-    std::unique_ptr<StepCall> step;  // null: no session
+    std::unique_ptr<StepCall> step, apart;  // null: no session
   };
   std::vector<Way> ways;
   ways.push_back({"embedded", "embedded", false, false});
@@ -261,12 +276,15 @@ int main(int argc, char** argv) {
     way.pool = Must(Pool::Connect(way.address, options));
     way.small = std::make_unique<SmallCall>(way.pool.get(), way.in_place);
     way.large = std::make_unique<LargeCall>(way.pool.get(), way.in_place);
-    if (way.session || way.pool->way() != kvtide::client::Way::kGrpc)
-      way.step = std::make_unique<StepCall>(way.pool.get());
+    if (!way.session && way.pool->way() == kvtide::client::Way::kGrpc) continue;
+    way.step = std::make_unique<StepCall>(way.pool.get(), false);
+    way.apart = std::make_unique<StepCall>(way.pool.get(), true);
   }
   const double load_before = LoadAverage();
   constexpr const char* kSmall = "append + attend 1 token, tiny model";
-  constexpr const char* kStep = "begin + end of a step, 64 sequences";
+  constexpr const char* kStep = "begin + end of a step, 64 equally long sequences";
+  constexpr const char* kApart = "64 sequences of different lengths";
+  constexpr const char* kCopy = "a plain copy of as much";
   constexpr const char* kAppend = "append 512 tokens, 8 layers of 8 x 128, f16";
   constexpr const char* kRead = "read them back";
   std::map<std::string, std::map<std::string, Numbers>> all;  // by call, by way
@@ -275,16 +293,18 @@ int main(int argc, char** argv) {
       way.small->Rewind();
       for (int i = 0; i < 5; i++) (*way.small)();
       Measure(calls, &all[kSmall][way.name], *way.small);
-      if (way.step != nullptr) {
-        way.step->Rewind();
+      for (const auto& [call, step] :
+           {std::pair(kStep, way.step.get()), std::pair(kApart, way.apart.get())}) {
+        if (step == nullptr) continue;
+        step->Rewind();
         std::vector<double> talks;
         for (int i = 0; i < calls + 5; i++) {
-          const double talk = (*way.step)();
+          const double talk = (*step)();
           if (i >= 5) talks.push_back(talk);
         }
         std::sort(talks.begin(), talks.end());
-        all[kStep][way.name].p50.push_back(talks[talks.size() / 2]);
-        all[kStep][way.name].p99.push_back(talks[talks.size() * 99 / 100]);
+        all[call][way.name].p50.push_back(talks[talks.size() / 2]);
+        all[call][way.name].p99.push_back(talks[talks.size() * 99 / 100]);
       }
       way.large->Rewind();
       way.large->Append();
@@ -299,14 +319,16 @@ int main(int argc, char** argv) {
       append->p50.push_back(Median(times));
       append->p99.push_back(*std::max_element(times.begin(), times.end()));
       Measure(large_calls, &all[kRead][way.name], [&way] { way.large->Read(); });
+      Measure(large_calls, &all[kCopy][way.name], [&way] { way.large->Copy(); });
     }
   }
 
   std::printf("%-46s %-24s %10s %10s %10s %8s\n", "call", "way", "p50 us", "p99 us", "median p50", "GB/s");
   nlohmann::json rows = nlohmann::json::array();
-  for (const char* call : {kSmall, kStep, kAppend, kRead}) {
+  for (const char* call : {kSmall, kStep, kApart, kAppend, kRead, kCopy}) {
     for (const Way& way : ways) {
-      if (call == kStep && way.step == nullptr) continue;
+      const bool talk = call == kStep || call == kApart;
+      if (talk && way.step == nullptr) continue;
       const Numbers& numbers = all[call][way.name];
       const double p50 = Least(numbers.p50), p99 = Least(numbers.p99), median = Median(numbers.p50);
       nlohmann::json row = {{"call", call},
@@ -314,7 +336,7 @@ int main(int argc, char** argv) {
                             {"best_p50_us", p50},
                             {"best_p99_us", p99},
                             {"median_p50_us", median}};
-      if (call == kSmall || call == kStep) {
+      if (call == kSmall || talk) {
         std::printf("%-46s %-24s %10.1f %10.1f %10.1f\n", call, way.name, p50, p99, median);
       } else {
         const double rate = static_cast<double>(LargeCall::kBytes) / p50 / 1e3;

@@ -33,19 +33,29 @@ TEST(HalfRowsTest, PagesAndRowsAreThoseOfThePlainKernels) {
         SCOPED_TRACE(testing::Message()
                      << Name(type) << " dim " << dim << " tokens " << first << " + " << tokens);
         const HalfLayout half = MakeHalfLayout(type, dim);
-        const auto stride = static_cast<size_t>(2 * dim + 8);
+        constexpr size_t kHeads = 2;
+        const auto width = static_cast<size_t>(dim), stride = kHeads * width + 8;
+        std::vector<std::byte> pages_of_heads;
+        size_t page_stride = 0;
         std::vector<uint16_t> rows(stride * static_cast<size_t>(tokens));
         for (size_t i = 0; i < rows.size(); i++) MutableTensorView(rows.data(), data).Set(i, normal(random));
-        std::vector<std::byte> page(half.bytes, std::byte{0x5a}), expected = page;
-        MoveRowsIn(half, rows.data(), stride, first, tokens, page.data());
-        PlainKernels().store_rows(type, half, {rows.data(), data}, 0, stride, first, tokens, expected.data());
-        EXPECT_TRUE(page == expected);
+        // At a multiple of 16 bytes, and not at one.
+        for (const size_t apart : {half.bytes + 48, half.bytes + 2}) {
+          std::vector<std::byte> pages(kHeads * apart, std::byte{0x5a}), expected = pages;
+          MoveRowsIn(half, rows.data(), stride, first, tokens, {pages.data(), apart, kHeads});
+          for (size_t head = 0; head < kHeads; head++)
+            PlainKernels().store_rows(type, half, {rows.data(), data}, head * width, stride, first, tokens,
+                                      expected.data() + head * apart);
+          EXPECT_TRUE(pages == expected);
+          pages_of_heads = std::move(pages);
+          page_stride = apart;
+        }
 
         std::vector<uint16_t> back(rows.size(), uint16_t{0x1234}), wanted = back;
         for (size_t t = 0; t < static_cast<size_t>(tokens); t++)
-          std::copy_n(rows.begin() + static_cast<int64_t>(t * stride), dim,
+          std::copy_n(rows.begin() + static_cast<int64_t>(t * stride), kHeads * width,
                       wanted.begin() + static_cast<int64_t>(t * stride));
-        MoveRowsOut(half, page.data(), first, tokens, back.data(), stride);
+        MoveRowsOut(half, {pages_of_heads.data(), page_stride, kHeads}, first, tokens, back.data(), stride);
         EXPECT_EQ(back, wanted);
       }
 }
