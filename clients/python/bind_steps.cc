@@ -41,11 +41,13 @@ class DeviceSteps {
     pool_.reset();
   }
 
+  // `token_ids`: of each item, or empty.
   std::vector<int64_t> Begin(const std::vector<std::pair<client::SequenceId, int64_t>>& items,
-                             uintptr_t stream) {
+                             const std::vector<std::vector<client::TokenId>>& token_ids, uintptr_t stream) {
     if (step_) throw StatusException(absl::FailedPreconditionError("a step is open: end it first"));
     std::vector<client::StepItem> asked;
-    for (const auto& [sequence, tokens] : items) asked.push_back({sequence, tokens});
+    for (size_t i = 0; i < items.size(); i++)
+      asked.push_back({items[i].first, items[i].second, token_ids.at(i)});
     stream_ = At<void>(stream);
     step_ = Raise(Blocking([&] { return attention_->Begin(asked, stream_); }));
     return step_->starts;
@@ -63,14 +65,17 @@ class DeviceSteps {
                                 stream_);
     }));
   }
-  void End() {
+  void End(const std::vector<std::vector<client::TokenId>>& token_ids) {
     client::DirectStep& step = Open();
+    std::vector<client::StepTokens> said;
+    for (size_t i = 0; i < token_ids.size(); i++)
+      if (!token_ids[i].empty()) said.push_back({i, token_ids[i]});
     Raise(Blocking([&]() -> absl::Status {
       absl::Status status = attention_->Seal(stream_);
       if (status.ok()) status = attention_->Mark(step, stream_);
       client::DirectStep last = *std::move(step_);
       step_.reset();
-      if (status.ok()) return attention_->End(std::move(last));
+      if (status.ok()) return attention_->End(std::move(last), said);
       attention_->RollBack(std::move(last)).IgnoreError();
       return status;
     }));
@@ -122,10 +127,10 @@ nb::object OpenDeviceSteps(std::shared_ptr<client::Pool> pool, const client::Mod
 
 void BindSteps(nb::module_& m) {
   nb::class_<DeviceSteps>(m, "DeviceSteps")
-      .def("begin", &DeviceSteps::Begin, "items"_a, "stream"_a)
+      .def("begin", &DeviceSteps::Begin, "items"_a, "token_ids"_a, "stream"_a)
       .def("write", &DeviceSteps::Write, "layer"_a, "k"_a, "k_stride"_a, "v"_a, "v_stride"_a)
       .def("attend", &DeviceSteps::Attend, "layer"_a, "q"_a, "q_stride"_a, "out"_a, "out_stride"_a, "lse"_a)
-      .def("end", &DeviceSteps::End)
+      .def("end", &DeviceSteps::End, "token_ids"_a)
       .def("roll_back", &DeviceSteps::RollBack)
       .def_prop_ro("bytes", &DeviceSteps::bytes);
 }

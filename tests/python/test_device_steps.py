@@ -147,3 +147,23 @@ def test_errors(pool):
         other.register("steps", [kvtide.Layer(KV_HEADS, DIM, HEADS)])
         with pytest.raises(FailedPrecondition, match="direct_device"):
             other.device_steps("steps", "f16/f16")
+
+
+def test_tokens_that_are_said_are_found(pool):
+    """When a step begins or when it ends; the next sequence begins with what the first one has."""
+    ids = np.arange(200) % 97
+    steps = pool.device_steps("steps", "f16/f16", dtype="float32", max_sequences=2, max_new_tokens=400)
+    made = [pool.create("steps", pair="f16/f16") for _ in range(2)]
+    zeros = lambda heads: np.zeros((200, heads, DIM), np.float32)
+    for begin in (0, 100):
+        with steps.step([(one, 100) for one in made], token_ids=[ids[begin : begin + 100], None]) as step:
+            for layer in range(LAYERS):
+                step.append(layer, zeros(KV_HEADS), zeros(KV_HEADS))
+            step.end(token_ids=[None, ids[begin : begin + 100]])
+    assert [info.known_tokens for info in pool.sequences()] == [200, 200]
+    assert pool.stats().shared_blocks == 3
+    assert len(pool.create("steps", pair="f16/f16", begin_with=ids)) == 192
+    with pytest.raises(InvalidArgument, match="items.1.: 3 token ids for 2 tokens"):
+        steps.step([(made[0], 1), (made[1], 2)], token_ids=[None, [1, 2, 3]])
+    with pytest.raises(InvalidArgument, match="token ids of 1 items, the step has 2"):
+        steps.step([(made[0], 1), (made[1], 2)], token_ids=[[1]])

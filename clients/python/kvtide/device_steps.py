@@ -126,31 +126,43 @@ class DeviceSteps:
         """Memory on the device beside the pool."""
         return int(self._core.bytes)
 
-    def step(self, items: Iterable[Tuple["Sequence", int]], *, stream: Optional[int] = None) -> "Step":
+    def step(self, items: Iterable[Tuple["Sequence", int]], *, token_ids: Optional[Iterable[Optional[Any]]] = None,
+             stream: Optional[int] = None) -> "Step":
         """Begins a step: ``(sequence, new tokens)`` of each. Its blocks are reserved, and neither moved nor given away until it
         ends. Rows of q, k and v are the new tokens of the items, one item after the other.
 
         Args:
+            token_ids: what the new tokens of each item are, as in :meth:`Sequence.append`; None = not said, or said by :meth:`Step.end`.
             stream: a ``cudaStream_t`` as an integer; None = torch's current one, the default stream without torch.
 
         Raises:
             Aborted: another writer is at one of the sequences.
             Unimplemented: what this way does not read, such as a sliding window behind exact first blocks.
         """
-        return Step(self, list(items), stream)
+        return Step(self, list(items), token_ids, stream)
 
 
 class Step:
     """An open step: a context manager that ends it, or takes it back after an exception."""
 
-    def __init__(self, steps: DeviceSteps, items: List[Tuple["Sequence", int]], stream: Optional[int]) -> None:
+    def __init__(self, steps: DeviceSteps, items: List[Tuple["Sequence", int]], token_ids: Optional[Iterable[Optional[Any]]],
+                 stream: Optional[int]) -> None:
         if stream is None:
             torch = sys.modules.get("torch")
             stream = torch.cuda.current_stream(steps.pool.direct_device).cuda_stream if steps._on_gpu and torch is not None else 0
         self._steps, self._items, self._open = steps, items, True
         self.tokens = sum(count for _, count in items)
         #: Position of the first new token of each item.
-        self.starts: List[int] = steps._core.begin([(sequence.id, count) for sequence, count in items], stream)
+        self.starts: List[int] = steps._core.begin([(sequence.id, count) for sequence, count in items],
+                                                   self._named(token_ids), stream)
+
+    def _named(self, token_ids: Optional[Iterable[Optional[Any]]]) -> List[List[int]]:
+        from .pool import _named
+
+        said = [None] * len(self._items) if token_ids is None else list(token_ids)
+        if len(said) != len(self._items):
+            raise InvalidArgument(f"token ids of {len(said)} items, the step has {len(self._items)}")
+        return [_named(ids, count, f"items[{i}]") for i, (ids, (_, count)) in enumerate(zip(said, self._items))]
 
     def __enter__(self) -> "Step":
         return self
@@ -197,10 +209,15 @@ class Step:
         self.append(layer, k, v)
         return self.attend(layer, q, out=out)
 
-    def end(self) -> None:
-        """Codes full blocks, waits for the device and makes the new tokens count, in all layers. All layers have to be written."""
+    def end(self, token_ids: Optional[Iterable[Optional[Any]]] = None) -> None:
+        """Codes full blocks, waits for the device and makes the new tokens count, in all layers. All layers have to be written.
+
+        Args:
+            token_ids: of items whose ids were not known when the step began; None = not said.
+        """
+        named = self._named(token_ids)
         self._close()
-        self._steps._core.end()
+        self._steps._core.end(named)
         for (sequence, count), start in zip(self._items, self.starts):
             sequence._lengths = [start + count] * len(sequence._lengths)
 

@@ -143,3 +143,85 @@ def test_a_thousand_calls_leave_nothing(model, tokenizer, pool):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     calls(900)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40_000  # KiB
+
+
+def long_prompt(tokenizer, tokens, text="wikitext2_slice.txt"):
+    return tokenizer((ROOT / "tests" / "data" / text).read_text()[: 8 * tokens], return_tensors="pt")["input_ids"][:, :tokens]
+
+
+def test_a_prompt_that_begins_as_an_earlier_one_did(model, tokenizer, pool, mode):
+    """What an earlier cache has left of it is not computed again, and the tokens are the same; the earlier answer is found too."""
+    from transformers import DynamicCache
+
+    prompt = long_prompt(tokenizer, 300)
+    options = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    model.set_attn_implementation("sdpa")
+    first = model.generate(prompt, **options)
+    turn = torch.cat([first, prompt[:, 7:40]], dim=1)  # the answer, and a second question
+    other = torch.cat([prompt[:, :150], prompt[:, 3:60]], dim=1)
+    want = {name: model.generate(ids, past_key_values=DynamicCache(config=model.config), **options)
+            for name, ids in (("turn", turn), ("other", other))}
+    model.set_attn_implementation(mode.attention("sdpa"))
+    forwards = []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: forwards.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    try:
+        for name, ids, reused in (("first", prompt, 0), ("first", prompt, 256), ("turn", turn, 320), ("other", other, 128)):
+            with KvtideCache(model, "f16/f16", pool=pool, prompt_ids=ids, **mode.options) as cache:
+                assert cache.reused_tokens == cache.get_seq_length() == reused, name
+                forwards.clear()
+                assert torch.equal(model.generate(ids, past_key_values=cache, **options), first if name == "first" else want[name])
+                assert forwards[0] == ids.shape[1] - reused
+                mode.check(cache)
+                # All tokens but the last one that was generated have been through the model.
+                assert [info.known_tokens for info in pool.sequences()] == [ids.shape[1] + 29]
+    finally:
+        hook.remove()
+    assert pool.stats().prefix_reused_tokens >= 256 + 320 + 128
+    assert not model._forward_pre_hooks
+
+
+def test_rows_begin_with_what_all_of_them_have(model, tokenizer, pool, mode):
+    long, short = long_prompt(tokenizer, 260), long_prompt(tokenizer, 260).clone()
+    short[:, 140:] = long[:, 20:140]
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    model.set_attn_implementation("sdpa")
+    both = torch.cat([long, short])
+    want = model.generate(both, attention_mask=torch.ones_like(both), **options)
+    model.set_attn_implementation(mode.attention("sdpa"))
+    cache = KvtideCache(model, "f16/f16", pool=pool, prompt_ids=long, **mode.options)
+    model.generate(long, past_key_values=cache, **options)
+    cache.reset()
+    assert cache.reused_tokens == 0 and cache.begin_with(both) == 128
+    assert torch.equal(model.generate(both, attention_mask=torch.ones_like(both), past_key_values=cache, **options), want)
+    cache.close()
+
+
+def test_other_weights_pairs_and_adapters_share_nothing(model, tokenizer, pool):
+    prompt = long_prompt(tokenizer, 200)
+    model.set_attn_implementation("kvtide")
+
+    def reused(of, pair="q8_0/turbo4"):
+        with KvtideCache(of, pair, pool=pool, exact_window=(1, 0), prompt_ids=prompt) as cache:
+            of.generate(prompt, past_key_values=cache, max_new_tokens=2, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+            return cache.reused_tokens
+
+    assert [reused(model), reused(model)] == [0, 192]
+    other = load()
+    other.set_attn_implementation("kvtide")
+    assert reused(other) == 192, "the same weights"
+    assert reused(model, "f16/f16") == 0
+    with torch.no_grad():
+        other.get_parameter("model.layers.0.self_attn.k_proj.weight").mul_(1.01)
+    assert reused(other) == 0
+
+
+def test_what_begins_with_no_prefix_says_why(model, pool):
+    prompt = torch.ones((1, 100), dtype=torch.long)
+    with pytest.raises(ValueError, match="make the cache with the model"):
+        KvtideCache(None, pool=pool, prompt_ids=prompt)
+    for wrong in (torch.ones((1, 2, 3), dtype=torch.long), torch.ones((1, 4)), []):
+        with pytest.raises(ValueError, match="token ids of generate"):
+            KvtideCache(model, pool=pool, prompt_ids=wrong)
+    with KvtideCache(model, pool=pool, prompt_ids=prompt) as cache:
+        with pytest.raises(ValueError, match="the cache holds tokens"):
+            cache.begin_with(prompt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from typing import Any, List, Optional, Tuple, Union
 
 import torch
@@ -14,6 +15,7 @@ from ..pool import Pool, connect
 from ..profiles import KeyProfile, load as load_profile
 from .attention import NAME, Handle
 from .geometry import LayerKind, LayerShape, layer_kinds, layer_shapes, text_config
+from .prefix import ForwardIds, prompt_of, salt_of
 from .store import Store, default_pool
 
 _MODES = ("auto", "attend", "materialise")
@@ -105,6 +107,9 @@ class KvtideCache(Cache):
         on_device: attend mode on the pool's own device, with the model's tensors where they are, in steps
             (:meth:`kvtide.Pool.device_steps`). None = where the pool can and the model lies there, with a warning if the model wants
             what steps do not do; True = that, or an error; False = through host memory.
+        prompt_ids: the ``input_ids`` that ``generate()`` will be given, [rows, tokens] without padding: the cache begins with what is
+            cached of them (:meth:`begin_with`), and remembers its own tokens for later ones, in this pool and, in a daemon, for other
+            processes with the same weights.
         device_memory, host_memory, address, device, threads: as :func:`kvtide.connect`, for a pool of this cache alone, which lies
             on the model's device unless ``device`` says otherwise.
 
@@ -132,6 +137,7 @@ class KvtideCache(Cache):
         allow_drop: bool = False,
         profile: Any = None,
         on_device: Optional[bool] = None,
+        prompt_ids: Any = None,
         **connection: Any,
     ) -> None:
         if mode not in _MODES:
@@ -170,6 +176,10 @@ class KvtideCache(Cache):
         self._shapes = {} if shapes is None else {i: shapes[i] for i, kind in enumerate(kinds) if kind.stock is None}
         self._expected = dict(self._shapes)
         self._auto = (context, batch) if pair == "auto" and context else None
+        self._model = weakref.ref(model_or_config) if isinstance(model_or_config, torch.nn.Module) else lambda: None
+        self._ids: Optional[ForwardIds] = None
+        if prompt_ids is not None:
+            self.begin_with(prompt_ids)
 
     @staticmethod
     def _open(model: Any, connection: dict) -> Pool:
@@ -268,6 +278,49 @@ class KvtideCache(Cache):
             return next((one.get_seq_length() for one in self.layers if isinstance(one, _PoolLayer)), 0)
         return self.layers[layer_idx].get_seq_length()
 
+    def begin_with(self, prompt_ids: Any) -> int:
+        """Begins an empty cache with what is cached of a prompt, in full blocks of 64 tokens; give ``generate()`` the same prompt. From
+        now on the pool knows the tokens of this cache, prompt and answer, and later ones may begin with them. What is cached belongs to
+        the model's weights and configuration, the pair, the exact window and the tenant.
+
+        Args:
+            prompt_ids: token ids [rows, tokens] or [tokens], without padding; with beams or several return sequences each row as often
+                as ``generate()`` repeats it.
+
+        Returns:
+            How many tokens of each row are there: those that every row has. The last token is computed always.
+
+        Raises:
+            InvalidArgument: for a cache without its model, or that holds tokens; for layers that keep something else than keys and
+                values, as linear attention does.
+        """
+        prompt = prompt_of(prompt_ids)
+        model = self._model()
+        if model is None:
+            raise InvalidArgument("prefixes are found by token ids and weights: make the cache with the model, KvtideCache(model, ...)")
+        if self._store.batch:
+            raise InvalidArgument("the cache holds tokens; reset it before it begins with others")
+        if any(not isinstance(layer, _PoolLayer) for layer in self.layers):
+            raise InvalidArgument("layers that keep something else than keys and values do not begin with a prefix")
+        if self._ids is None:
+            self._store.settings["prefix_salt"] = salt_of(model)
+            self._ids = ForwardIds(model, self)
+        if self._store.model is None and self._expected:
+            expected, self._expected = self._expected, {}
+            self._store.register(expected)
+            self._choose_pair()
+        if self._store.model is None:  # its first forward shows what it keeps
+            return 0
+        found = self._store.begin_with(prompt)
+        for layer in self.layers:
+            layer.is_initialized = found > 0
+        return found
+
+    @property
+    def reused_tokens(self) -> int:
+        """Tokens of each row that the cache began with (:meth:`begin_with`)."""
+        return self._store.reused
+
     def fork(self) -> "KvtideCache":
         """Another cache with the same tokens, whose blocks are shared until one of the two grows.
 
@@ -277,6 +330,8 @@ class KvtideCache(Cache):
         other = copy.copy(self)
         other._store = self._store.fork()
         other._owns_pool = False
+        model = self._model()
+        other._ids = None if self._ids is None or model is None else ForwardIds(model, other)
         other.layers = [other._layer(i) for i in range(len(self.layers))]
         for mine, theirs in zip(self.layers, other.layers):
             theirs.is_initialized = mine.is_initialized
@@ -363,6 +418,9 @@ class KvtideCache(Cache):
     def close(self) -> None:
         """Frees the sequences, and the pool if it was opened for this cache."""
         self._store.close()
+        if self._ids is not None:
+            self._ids.close()
+            self._ids = None
         if self._owns_pool:
             self.pool.close()
 

@@ -148,15 +148,16 @@ class DeviceForward:
         items: List[Tuple[Sequence, int]] = [(row, int(seen.sum())) for row, seen in zip(store.rows, columns) if seen.any()]
         if not items:
             return False
+        named = [store.named(0, row, start, tokens) for row, seen in enumerate(columns) if seen.any()]
         new = sum(count for _, count in items)
         longest = max(len(row) + count for row, count in items)
         try:
             steps = self._steps(store, q, len(store.rows), new, longest)
             try:
-                step = steps.step(items)
+                step = steps.step(items, token_ids=named)
             except FailedPrecondition:  # evicted meanwhile
                 self.pool.prefetch([row for row, _ in items])
-                step = steps.step(items)
+                step = steps.step(items, token_ids=named)
         except (InvalidArgument, FailedPrecondition, Unavailable, Unimplemented) as error:
             return self._refuse(str(error))
         self.step, self.start, self.tokens, self.written = step, start, tokens, set()

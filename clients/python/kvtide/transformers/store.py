@@ -20,6 +20,7 @@ from ..pool import Pool, Sequence, connect
 from ..profiles import KeyProfile
 from .device import DeviceForward
 from .geometry import LayerKind, LayerShape
+from .prefix import ids_of
 
 _default: Dict[str, Pool] = {}  # by GPU; "" = none
 _default_lock = threading.Lock()
@@ -61,6 +62,9 @@ class Store:
         self.waiting: Dict[int, Tuple[torch.Tensor, torch.Tensor]] = {}
         self.query_heads: Dict[int, int] = {}
         self.places: Dict[int, int] = {}  # layer of the model -> layer of the pool's model
+        # What the columns of the forward under way are: the first of them, and token ids [batch, columns]; None = not known.
+        self.said: Optional[Tuple[int, np.ndarray]] = None
+        self.reused = 0  # columns that the rows began with
         self.forward: Optional[DeviceForward] = None
         if attend and on_device is not False and pool.direct_device:
             self.forward = DeviceForward(pool, required=bool(on_device))
@@ -115,7 +119,33 @@ class Store:
         if self.model is not None and not self.rows:
             self.rows = [self.pool.create(self.model, **self.settings) for _ in range(batch)]
 
+    def begin_with(self, prompt: np.ndarray) -> int:
+        """Rows that begin with what is cached of the prompt [rows, tokens], the same number of tokens in all of them."""
+        assert self.model is not None and self.batch == 0
+        asked = {name: value for name, value in self.settings.items() if name not in ("seal_at_once", "allow_drop")}
+        common = 0
+        if not self.settings["seal_at_once"]:
+            common = min(self.pool.cached(self.model, ids[:-1], **asked).tokens for ids in prompt)
+        self.open(len(prompt))
+        if common == 0:
+            return 0
+        for row in self.rows:
+            row.close()
+        self.rows = [self.pool.create(self.model, **self.settings, begin_with=ids[:common]) for ids in prompt]
+        self.reused = min(len(row) for row in self.rows)  # some may have been lost meanwhile
+        for row in self.rows:
+            row.truncate(self.reused)
+        self.kept = [np.ones(self.reused, dtype=bool) for _ in self.rows]
+        self.lengths = [self.reused] * len(self.kinds)
+        return self.reused
+
+    def say(self, ids: Optional[np.ndarray]) -> None:
+        """The forward that begins has these ids [batch, columns]; None: nobody knows them."""
+        first = next((self.lengths[layer] for layer, kind in enumerate(self.kinds) if kind.stock is None), 0)
+        self.said = None if ids is None or ids.ndim != 2 else (first, ids)
+
     def close(self) -> None:
+        self.said, self.reused = None, 0
         if self.forward is not None:
             self.forward.close()
         for row in self.rows:
@@ -198,9 +228,14 @@ class Store:
                 seen = torch.from_numpy(self.kept[i][start : start + k.shape[1]])
                 if not seen.any():
                     continue
-                row.append(place, k[i][seen.to(k.device)], v[i][seen.to(v.device)])
+                row.append(place, k[i][seen.to(k.device)], v[i][seen.to(v.device)], token_ids=self.named(place, i, start, k.shape[1]))
             else:
-                row.append(place, k[i], v[i], start=start)
+                row.append(place, k[i], v[i], start=start, token_ids=self.named(place, i, start, k.shape[1]))
+
+    def named(self, place: int, row: int, start: int, tokens: int) -> Optional[np.ndarray]:
+        """The ids of the columns that a row stores; the first layer says them for all."""
+        ids = ids_of(self.said, row, start, tokens) if place == 0 else None
+        return ids[self.kept[row][start : start + tokens]] if ids is not None and self.attend else ids
 
     def read(self, layer: int, start: int, end: int, like_k: torch.Tensor, like_v: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Columns `start` to `end` - 1: k, v [batch, kv_heads, n, head_dim], in materialise mode."""
@@ -249,6 +284,7 @@ class Store:
         tokens = q.shape[1]
         items: List[Any] = []
         places: List[Any] = []
+        named: List[Optional[np.ndarray]] = []
         positions: List[int] = []
         if k is not None and v is not None:
             k, v = k.detach().transpose(1, 2), v.detach().transpose(1, 2)
@@ -258,13 +294,14 @@ class Store:
                 continue
             index: Any = slice(None) if seen.all() else torch.from_numpy(seen).to(q.device)
             places.append((i, index))
+            named.append(self.named(place, i, start, tokens) if k is not None else None)
             positions.append(int(self.kept[i][:start].sum()))
             items.append((row, q[i][index]) if k is None else (row, q[i][index], k[i][index], v[i][index]))
         output = torch.zeros((self.batch, tokens, shape.query_heads, shape.head_dim_v), dtype=q.dtype, device=q.device)
         if k is None:
             results = self.pool.attend(place, items, positions=positions, **options)
         else:
-            results = self.pool.append_attend(place, items, starts=positions, **options)
+            results = self.pool.append_attend(place, items, starts=positions, token_ids=named, **options)
         for (i, index), result in zip(places, results):
             output[i, index] = result
         return output
