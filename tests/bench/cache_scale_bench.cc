@@ -4,6 +4,7 @@
 // one after another), as a part of its rate without them, in turns of the same run.
 //     kvtide_bench_cache_scale --benchmark_out=tests/bench/results/cache_scale.json
 #include <benchmark/benchmark.h>
+#include <time.h>
 
 #include <atomic>
 #include <chrono>
@@ -19,6 +20,7 @@
 #include "daemon/metrics/cache_collector.h"
 #include "kernels/base/check.h"
 #include "tests/bench/idle_backend.h"
+#include "tests/bench/samples.h"
 
 namespace kvtide::bench {
 namespace {
@@ -51,14 +53,15 @@ struct World {
     KVTIDE_CHECK(cache->Append(call).ok());
     return id;
   }
-  void Attend() const {
+  void Attend() const { Attend(sequences.front(), int64_t{kBlocks} * kBlockTokens); }
+  void Attend(SequenceId sequence, int64_t tokens) const {
     static const std::vector<float> q(kDim, 0.1f);
     float out[kDim], lse;
     AttendRequest item;
-    item.sequence = sequences.front();
+    item.sequence = sequence;
     item.q = {q.data(), DataType::kF32};
     item.queries = 1;
-    item.first_query_position = int64_t{kBlocks} * kBlockTokens - 1;
+    item.first_query_position = tokens - 1;
     item.out = out;
     item.lse = &lse;
     AttendCall call;
@@ -161,6 +164,89 @@ BENCHMARK(EvictAndPrefetch)
     ->Iterations(1)
     ->Unit(benchmark::kMillisecond)
     ->UseRealTime();
+
+// 64 clients with 156 sequences each, 50 rounds a second: in each a token is appended to one of them and
+// attended, in every eighth it is forked and the fork is closed. Times of calls, by the clock and of the
+// processor, which does not count how long a call waited for one of few cores.
+class Client {
+ public:
+  Client(const World& world, size_t index) : world_(world), first_(index), next_(index) {}
+
+  void Round() {
+    const SequenceId id = world_.sequences[next_];
+    static const std::vector<uint16_t> row(kDim, 0x3800);
+    const LayerKv layer{0, {row.data(), DataType::kF16}, {row.data(), DataType::kF16}, 0, 0};
+    AppendCall call;
+    call.sequence = id;
+    call.start_position = length_;
+    call.tokens = 1;
+    call.layers = {&layer, 1};
+    Timed([&] { KVTIDE_CHECK(world_.cache->Append(call).ok()); });
+    Timed([&] { world_.Attend(id, length_ + 1); });
+    if (rounds_++ % 8 == 0) {
+      SequenceId fork = 0;
+      Timed([&] { fork = world_.cache->ForkSequence(id).value(); });
+      Timed([&] { KVTIDE_CHECK(world_.cache->CloseSequence(fork).ok()); });
+    }
+    next_ += kClients;
+    if (next_ < kSequences) return;
+    next_ = first_;
+    length_++;
+  }
+
+  static constexpr size_t kClients = 64;
+  std::vector<double> micros, processor_micros;
+
+ private:
+  template <class F>
+  void Timed(F call) {
+    const auto begin = Clock::now();
+    const double processor = ThreadMicros();
+    call();
+    processor_micros.push_back(ThreadMicros() - processor);
+    micros.push_back(SecondsSince(begin) * 1e6);
+  }
+  static double ThreadMicros() {
+    timespec time{};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return static_cast<double>(time.tv_sec) * 1e6 + static_cast<double>(time.tv_nsec) / 1e3;
+  }
+
+  const World& world_;
+  const size_t first_;
+  size_t next_;
+  int64_t length_ = int64_t{kBlocks} * kBlockTokens;  // of the next sequence
+  int rounds_ = 0;
+};
+
+void Clients(benchmark::State& state) {
+  const World& world = TheWorld();
+  std::vector<Client> clients;
+  for (size_t i = 0; i < Client::kClients; i++) clients.emplace_back(world, i);
+  for (auto _ : state) {
+    const auto begin = Clock::now();
+    std::vector<std::thread> threads;
+    for (Client& client : clients)
+      threads.emplace_back([&client, begin] {
+        for (int round = 0; round < 250; round++) {
+          client.Round();
+          std::this_thread::sleep_until(begin + std::chrono::milliseconds(20) * (round + 1));
+        }
+      });
+    for (std::thread& thread : threads) thread.join();
+  }
+  std::vector<double> micros, processor;
+  for (const Client& client : clients) {
+    micros.insert(micros.end(), client.micros.begin(), client.micros.end());
+    processor.insert(processor.end(), client.processor_micros.begin(), client.processor_micros.end());
+  }
+  state.counters["calls"] = static_cast<double>(micros.size());
+  state.counters["p50_us"] = At(micros, 0.5);
+  state.counters["p99_us"] = At(micros, 0.99);
+  state.counters["processor_p50_us"] = At(processor, 0.5);
+  state.counters["processor_p99_us"] = At(processor, 0.99);
+}
+BENCHMARK(Clients)->Iterations(1)->Unit(benchmark::kSecond)->UseRealTime();
 
 // A block that needs a hole where every second of a million free extents is in use.
 void AllocateAmongAMillionExtents(benchmark::State& state) {
