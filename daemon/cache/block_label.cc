@@ -66,22 +66,24 @@ uint64_t HashLayout(const BlockLayout& layout) {
 BlockLabel LabelOf(const Block& block, const Place& place) {
   BlockLabel label;
   label.kind = BlockLabel::Kind::kBlock;
-  label.write_id = place.write_id;
-  label.bytes = block.bytes;
+  label.write_id = place.Written().write_id;
+  label.bytes = block.bytes();
   label.checksum = block.has_checksum ? block.checksum : 0;
-  label.model_hash = block.stamp.model_hash;
-  label.sequence = block.stamp.sequence;
-  label.name_space_hash = block.stamp.name_space_hash;
-  label.group = block.stamp.group;
-  label.index = block.stamp.index;
-  label.chain = {block.stamp.key.low, block.stamp.key.high};
-  const bool opaque = block.layout == nullptr;
-  label.k_type = opaque ? "opaque" : Name(block.layout->pair().k);
-  label.v_type = opaque ? "opaque" : Name(block.layout->pair().v);
-  label.codec_version_k = block.codec_version_k;
-  label.codec_version_v = block.codec_version_v;
-  label.profile_hash = place.profile_hash;
-  if (!opaque) label.layout_hash = HashLayout(*block.layout);
+  label.model_hash = block.kind->model_hash;
+  label.sequence = block.sequence;
+  label.name_space_hash = block.kind->name_space_hash;
+  label.group = block.group();
+  label.index = block.index;
+  if (block.kind->stamped_with_key) label.chain = {block.key.low, block.key.high};
+  label.profile_hash = place.Written().profile_hash;
+  label.k_type = label.v_type = "opaque";
+  if (block.layout() == nullptr) return label;
+  const CachePair pair = block.layout()->pair();
+  label.k_type = Name(pair.k);
+  label.v_type = Name(pair.v);
+  label.codec_version_k = Info(pair.k).version;
+  label.codec_version_v = Info(pair.v).version;
+  label.layout_hash = HashLayout(*block.layout());
   return label;
 }
 

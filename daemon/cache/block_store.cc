@@ -10,10 +10,9 @@
 namespace kvtide {
 
 BlockStore::~BlockStore() {
-  for (const auto& block : blocks_)
-    if (block != nullptr) delete block->place;
-  for (Place* place : retired_) delete place;
-  blocks_.clear();  // before the slots of their records
+  // Records that blocks kept, while there are slots that they give back.
+  for (size_t slot = 0; slot < records_.size(); slot++)
+    if (records_[slot] != nullptr) const RecencyPtr record = std::move(records_[slot]->self);
 }
 
 absl::Status BlockStore::Init(const CacheOptions& options) {
@@ -57,38 +56,41 @@ Place* BlockStore::NewPlace(int tier_index, size_t bytes, size_t pair_index) {
 // The bytes are allocated.
 Place* BlockStore::PlaceAt(int tier_index, size_t offset, size_t bytes, size_t pair_index) {
   Tier& tier = this->tier(tier_index);
-  auto place = std::make_unique<Place>();
-  place->tier = tier_index;
+  const uint32_t slot = places_.Take();
+  Place* const place = &places_[slot];
+  *place = {};
+  place->slot = slot;
+  place->tier = static_cast<int8_t>(tier_index);
   place->offset = offset;
-  place->bytes = bytes;
-  place->extent = ExtentAllocator::RoundUp(tier.ExtentBytes(bytes));
-  if (tier.slab != nullptr) place->data = tier.slab->data() + offset;
-  place->pair_index = pair_index;
-  tier.places[offset] = place.get();
+  place->extent_units =
+      static_cast<uint32_t>(ExtentAllocator::RoundUp(tier.ExtentBytes(bytes)) / ExtentAllocator::kAlignment);
+  place->pair_index = static_cast<uint16_t>(pair_index);
+  tier.places[offset] = place;
   tier.blocks++;
   PairStats& stats = tier.pairs[pair_index];
   stats.blocks++;
-  stats.bytes += place->extent;
-  return place.release();
+  stats.bytes += place->extent();
+  return place;
 }
 
 void BlockStore::FreeIfUnused(Place* place) {
-  if (!place->retired || place->pins > 0 || place->pictures > 0 || place->keeps > 0) return;
-  if (place->backup_of != nullptr) place->backup_of->backup = nullptr;
+  if (!place->retired || place->pins > 0 || place->pictures > 0 || place->keeps() > 0) return;
+  if (place->block != kNoSlot) ForgetBackup(At(place->block));
   retired_.erase(place);
   Tier& tier = this->tier(place->tier);
-  tier.allocator.Free(place->offset, place->extent);
+  tier.allocator.Free(place->offset, place->extent());
   tier.places.erase(place->offset);
   tier.blocks--;
   PairStats& stats = tier.pairs[place->pair_index];
-  KVTIDE_CHECK(stats.blocks > 0 && stats.bytes >= place->extent);
+  KVTIDE_CHECK(stats.blocks > 0 && stats.bytes >= place->extent());
   stats.blocks--;
-  stats.bytes -= place->extent;
+  stats.bytes -= place->extent();
   if (place->account != nullptr) {
-    place->account->tier_bytes[static_cast<size_t>(place->tier)] -= place->extent;
+    place->account->tier_bytes[static_cast<size_t>(place->tier)] -= place->extent();
     place->account->places--;
   }
-  delete place;
+  place->writing.reset();
+  places_.Give(place->slot);
 }
 
 Block* BlockStore::Allocate(int tier, int home, const BlockForm& form) {
@@ -107,29 +109,45 @@ Block* BlockStore::AllocateAt(int tier, size_t offset, int home, const BlockForm
 }
 
 Block* BlockStore::NewBlock(Place* place, int home, const BlockForm& form) {
-  uint32_t slot;
-  if (free_slots_.empty()) {
-    slot = static_cast<uint32_t>(blocks_.size());
-    blocks_.emplace_back();
-    uses_.push_back(0);
-  } else {
-    slot = free_slots_.back();
-    free_slots_.pop_back();
-  }
-  blocks_[slot] = std::make_unique<Block>();
-  Block* block = blocks_[slot].get();
-  block->id = BlockId{uses_[slot]++} << 32 | slot;
-  block->layout = form.layout;
-  block->bytes = form.bytes;
+  const uint32_t slot = blocks_.Take();
+  Block* const block = &blocks_[slot];
+  block->id = block->id >> 32 << 32 | slot;
   block->place = place;
-  place->block = block;
-  block->home = home;
-  if (form.layout != nullptr) {
-    block->codec_version_k = Info(form.layout->pair().k).version;
-    block->codec_version_v = Info(form.layout->pair().v).version;
-  }
-  stored_bytes_ += place->bytes;
+  place->block = slot;
+  BlockKind kind;
+  kind.layout = form.layout;
+  kind.bytes = form.bytes;
+  kind.home = home;
+  SetKind(block, kind);
+  stored_bytes_ += form.bytes;
   return block;
+}
+
+void BlockStore::SetKind(Block* block, const BlockKind& kind) {
+  const auto [entry, added] = kinds_.insert(kind);
+  if (added) entry->blocks = 0;
+  entry->blocks++;
+  LeaveKind(block);
+  block->kind = &*entry;
+}
+
+void BlockStore::LeaveKind(Block* block) {
+  const BlockKind* const kind = std::exchange(block->kind, nullptr);
+  if (kind != nullptr && --kind->blocks == 0) kinds_.erase(kinds_.find(*kind));
+}
+
+void BlockStore::SetProfile(Block* block, std::shared_ptr<const Profile> profile) {
+  if (block->profile() == profile) return;
+  BlockKind kind = *block->kind;
+  kind.profile = std::move(profile);
+  SetKind(block, kind);
+}
+
+void BlockStore::SetAccount(Block* block, std::shared_ptr<TenantAccount> account) {
+  Charge(block->place, account.get());
+  BlockKind kind = *block->kind;
+  kind.account = std::move(account);
+  SetKind(block, kind);
 }
 
 uint64_t BlockStore::QuotaLeft(const TenantAccount& account, int tier_index) const {
@@ -143,22 +161,22 @@ uint64_t BlockStore::QuotaLeft(const TenantAccount& account, int tier_index) con
 }
 
 bool BlockStore::MayLie(const Block& block, int tier_index) const {
-  return block.account == nullptr ||
-         tier(tier_index).ExtentBytes(block.bytes) <= QuotaLeft(*block.account, tier_index);
+  return block.account() == nullptr ||
+         tier(tier_index).ExtentBytes(block.bytes()) <= QuotaLeft(*block.account(), tier_index);
 }
 
 Place* BlockStore::Reserve(int tier, const Block& block) {
   if (!MayLie(block, tier)) return nullptr;
-  Place* const place = NewPlace(tier, block.bytes, PairIndexOf(block.form()));
-  if (place != nullptr) Charge(place, block.account);
+  Place* const place = NewPlace(tier, block.bytes(), PairIndexOf(block.form()));
+  if (place != nullptr) Charge(place, block.account());
   return place;
 }
 
 Place* BlockStore::ReserveAt(int tier, size_t offset, const Block& block) {
-  const size_t bytes = block.bytes;
+  const size_t bytes = block.bytes();
   if (!this->tier(tier).allocator.AllocateAt(offset, this->tier(tier).ExtentBytes(bytes))) return nullptr;
   Place* const place = PlaceAt(tier, offset, bytes, PairIndexOf(block.form()));
-  Charge(place, block.account);
+  Charge(place, block.account());
   return place;
 }
 
@@ -212,7 +230,7 @@ void BlockStore::CountInChunks(const Block& block, int sign) {
     }
     BlockCount& count = chunk->tiers[static_cast<size_t>(block.place->tier)];
     count.blocks += static_cast<uint64_t>(static_cast<int64_t>(sign));
-    count.bytes += static_cast<uint64_t>(sign * static_cast<int64_t>(block.place->bytes));
+    count.bytes += static_cast<uint64_t>(sign * static_cast<int64_t>(block.bytes()));
   }
 }
 
@@ -224,7 +242,7 @@ void BlockStore::Enter(Block* block, Chunk* chunk, int slot) {
   CountAlone(*block, -1);
   chunk->blocks[static_cast<size_t>(slot)] = block;
   chunk->count++;
-  block->chunks.push_back(chunk);
+  block->chunks.Add(chunk);
   if (block->chunks.size() == 1 && block->direct_entries == 0) chunk->sole++;
   CountInChunks(*block, 1);
   CountShared(*block, before);
@@ -237,7 +255,7 @@ void BlockStore::Leave(Chunk* chunk, int slot) {
   CountInChunks(*block, -1);
   if (block->chunks.size() == 1 && block->direct_entries == 0) chunk->sole--;
   chunk->count--;
-  block->chunks.erase(std::find(block->chunks.begin(), block->chunks.end(), chunk));
+  block->chunks.Remove(chunk);
   if (block->chunks.size() == 1 && block->direct_entries == 0) block->chunks.front()->sole++;
   CountInChunks(*block, 1);
   CountShared(*block, before);
@@ -246,8 +264,8 @@ void BlockStore::Leave(Chunk* chunk, int slot) {
 }
 
 void BlockStore::CountAlone(const Block& block, int sign) {
-  if (block.prefix == nullptr || !block.chunks.empty() || block.place == nullptr) return;
-  alone_bytes_ += static_cast<uint64_t>(sign * static_cast<int64_t>(block.place->bytes));
+  if (block.prefix() == nullptr || !block.chunks.empty() || block.place == nullptr) return;
+  alone_bytes_ += static_cast<uint64_t>(sign * static_cast<int64_t>(block.bytes()));
 }
 
 void BlockStore::AddDirect(Block* block, bool keeper) {
@@ -276,22 +294,24 @@ void BlockStore::Unhold(Block* block) {
 
 // A held block without references keeps its bytes: its holder may be writing or copying them.
 void BlockStore::DeleteIfUnused(Block* block) {
-  if (!block->chunks.empty() || block->direct_entries > 0 || block->prefix != nullptr || block->holds > 0)
+  if (!block->chunks.empty() || block->direct_entries > 0 || block->prefix() != nullptr || block->holds > 0)
     return;
   KVTIDE_CHECK(!block->moving);
   Unlink(block);
   ForgetBackup(block);
   if (block->place != nullptr) {
     Place* place = block->place;
-    stored_bytes_ -= place->bytes;
+    stored_bytes_ -= block->bytes();
     block->place = nullptr;
     Retire(place);
   } else {
     dropped_--;
   }
-  const uint32_t slot = SlotOf(block->id);
-  blocks_[slot].reset();
-  free_slots_.push_back(slot);
+  LeaveKind(block);
+  const BlockId next = block->id + (BlockId{1} << 32);
+  *block = {};
+  block->id = next;
+  blocks_.Give(SlotOf(next));
 }
 
 void BlockStore::Pin(Place* place) {
@@ -312,30 +332,34 @@ void BlockStore::LeavePicture(Place* place) {
 }
 
 void BlockStore::Unkeep(Place* place) {
-  KVTIDE_CHECK(place->keeps > 0);
-  place->keeps--;
+  KVTIDE_CHECK(place->keeps() > 0);
+  place->writing->keeps--;
   FreeIfUnused(place);
 }
 
 void BlockStore::SetBackup(Block* block, Place* place) {
-  KVTIDE_CHECK(place->retired && place->backup_of == nullptr);
+  KVTIDE_CHECK(place->retired && place->block == kNoSlot);
   ForgetBackup(block);
-  block->backup = place;
-  place->backup_of = block;
+  const uint32_t slot = SlotOf(block->id);
+  backups_[slot] = place;
+  block->has_backup = true;
+  place->block = slot;
 }
 
 void BlockStore::ForgetBackup(Block* block) {
-  if (block->backup == nullptr) return;
-  block->backup->backup_of = nullptr;
-  block->backup = nullptr;
+  if (!block->has_backup) return;
+  const auto backup = backups_.find(SlotOf(block->id));
+  backup->second->block = kNoSlot;
+  backups_.erase(backup);
+  block->has_backup = false;
 }
 
 void BlockStore::MoveToBackup(Block* block) {
-  Place* backup = block->backup;
+  Place* backup = Backup(*block);
   KVTIDE_CHECK(backup != nullptr && block->place != nullptr);
   ForgetBackup(block);
   block->has_checksum = true;
-  block->checksum = backup->checksum;
+  block->checksum = backup->Written().checksum;
   retired_.erase(backup);
   backup->retired = false;
   SwapPlace(block, backup);
@@ -343,7 +367,7 @@ void BlockStore::MoveToBackup(Block* block) {
 
 void BlockStore::Retire(Place* place) {
   KVTIDE_CHECK(!place->retired);
-  place->block = nullptr;
+  place->block = kNoSlot;
   place->retired = true;
   retired_.insert(place);
   FreeIfUnused(place);
@@ -358,20 +382,20 @@ void BlockStore::MakeStale(const Block& block) {
 
 void BlockStore::SwapPlace(Block* block, Place* place) {
   Place* old = block->place;
-  KVTIDE_CHECK(old != nullptr && (place->tier == block->home || place->tier >= homes_));
+  KVTIDE_CHECK(old != nullptr && (place->tier == block->home() || place->tier >= homes_));
   MakeStale(*block);
   if (old->tier != place->tier) {
     CountInChunks(*block, -1);
-    const RecencyPtr record = block->record;
+    const RecencyPtr record = RecordOf(*block);
     Unlink(block);
     block->place = place;
     if (record != nullptr) Join(block, record);
     CountInChunks(*block, 1);
   }
   block->place = place;
-  place->block = block;
+  place->block = SlotOf(block->id);
   // What a manifest keeps has the block's bytes still.
-  const bool kept = old->keeps > 0;
+  const bool kept = old->keeps() > 0;
   Retire(old);
   if (kept) SetBackup(block, old);
 }
@@ -380,7 +404,7 @@ void BlockStore::Drop(Block* block) {
   KVTIDE_CHECK(block->place != nullptr && !block->writing && !block->moving);
   const bool was_keyed = block->keyed;
   if (was_keyed) forget_(block);
-  if (block->prefix != nullptr) forget_prefix_(block);
+  if (block->prefix() != nullptr) forget_prefix_(block);
   MakeStale(*block);
   CountInChunks(*block, -1);
   Unlink(block);
@@ -388,7 +412,7 @@ void BlockStore::Drop(Block* block) {
   CountInChunks(*block, 1);
   dropped_++;
   tier(place->tier).dropped++;
-  stored_bytes_ -= place->bytes;
+  stored_bytes_ -= block->bytes();
   block->has_checksum = false;
   ForgetBackup(block);
   Retire(place);
@@ -419,8 +443,10 @@ RecencyPtr BlockStore::NewRecency(absl::Time now) {
 }
 
 void BlockStore::Join(Block* block, const RecencyPtr& record, End end) {
-  if (block->record != nullptr || block->place == nullptr) return;
-  block->record = record->merged_into != nullptr ? record->merged_into : record;
+  if (block->record != kNoSlot || block->place == nullptr) return;
+  const RecencyPtr& root = record->merged_into != nullptr ? record->merged_into : record;
+  block->record = root->slot;
+  if (root->members++ == 0) root->self = root;
   Link(block, end);
 }
 
@@ -437,35 +463,37 @@ uint64_t BlockStore::BlocksOf(const RecencyPtr& record) const {
 }
 
 void BlockStore::Link(Block* block, End end) {
-  Recency* record = Root(block->record);
+  Recency* record = RootOf(*block);
   Tier& tier = this->tier(block->place->tier);
   Recency::List& list = record->tiers[static_cast<size_t>(block->place->tier)];
+  const uint32_t slot = SlotOf(block->id);
   if (end == End::kHottest) {
     block->previous = list.last;
-    block->next = nullptr;
-    (list.last != nullptr ? list.last->next : list.first) = block;
-    list.last = block;
+    block->next = kNoSlot;
+    (list.last != kNoSlot ? blocks_[list.last].next : list.first) = slot;
+    list.last = slot;
   } else {
     block->next = list.first;
-    block->previous = nullptr;
-    (list.first != nullptr ? list.first->previous : list.last) = block;
-    list.first = block;
+    block->previous = kNoSlot;
+    (list.first != kNoSlot ? blocks_[list.first].previous : list.last) = slot;
+    list.first = slot;
   }
   if (list.blocks++ == 0) tier.policy->Insert(record->slot);
   if (record->readers > 0) tier.read++;
 }
 
 void BlockStore::Unlink(Block* block) {
-  if (block->record == nullptr) return;
-  Recency* record = Root(block->record);
+  if (block->record == kNoSlot) return;
+  Recency* record = RootOf(*block);
   Tier& tier = this->tier(block->place->tier);
   Recency::List& list = record->tiers[static_cast<size_t>(block->place->tier)];
-  (block->previous != nullptr ? block->previous->next : list.first) = block->next;
-  (block->next != nullptr ? block->next->previous : list.last) = block->previous;
-  block->previous = block->next = nullptr;
+  (block->previous != kNoSlot ? blocks_[block->previous].next : list.first) = block->next;
+  (block->next != kNoSlot ? blocks_[block->next].previous : list.last) = block->previous;
+  block->previous = block->next = kNoSlot;
   if (--list.blocks == 0) tier.policy->Remove(record->slot);
   if (record->readers > 0) tier.read--;
-  block->record.reset();
+  Recency* const named = records_[std::exchange(block->record, kNoSlot)];
+  if (--named->members == 0) const RecencyPtr last = std::move(named->self);
 }
 
 void BlockStore::Merge(const RecencyPtr& from, const RecencyPtr& into) {
@@ -482,8 +510,8 @@ void BlockStore::Merge(const RecencyPtr& from, const RecencyPtr& into) {
       tiers_[t].policy->Insert(into->slot);
       target = source;
     } else {
-      target.last->next = source.first;
-      source.first->previous = target.last;
+      blocks_[target.last].next = source.first;
+      blocks_[source.first].previous = target.last;
       target.last = source.last;
       target.blocks += source.blocks;
     }
@@ -521,7 +549,7 @@ void BlockStore::Touch(const SequenceRecency& sequence, absl::Time now) {
 }
 
 void BlockStore::Touch(const Block& block, absl::Time now) {
-  if (block.record != nullptr) TouchRecord(Root(block.record), now);
+  if (block.record != kNoSlot) TouchRecord(RootOf(block), now);
 }
 
 void BlockStore::TouchRecord(Recency* root, absl::Time now) {
@@ -546,8 +574,8 @@ void BlockStore::EndRead(const RecencyPtr& record) {
 
 void BlockStore::Peek(int tier, absl::FunctionRef<bool(const Block&)> visit) const {
   this->tier(tier).policy->Peek([&](RecordSlot slot) {
-    const Block* block = records_[slot]->tiers[static_cast<size_t>(tier)].first;
-    for (; block != nullptr; block = block->next)
+    const Block* block = At(records_[slot]->tiers[static_cast<size_t>(tier)].first);
+    for (; block != nullptr; block = At(block->next))
       if (!visit(*block)) return false;
     return true;
   });
@@ -558,8 +586,8 @@ void BlockStore::PeekIdle(int tier, uint64_t before_serial,
   this->tier(tier).policy->Peek([&](RecordSlot slot) {
     const Recency& record = *records_[slot];
     if (record.readers > 0 || record.pinned || record.touch_serial >= before_serial) return true;
-    const Block* block = record.tiers[static_cast<size_t>(tier)].first;
-    for (; block != nullptr; block = block->next)
+    const Block* block = At(record.tiers[static_cast<size_t>(tier)].first);
+    for (; block != nullptr; block = At(block->next))
       if (IsIdle(*block) && !visit(*block)) return false;
     return true;
   });
@@ -589,8 +617,8 @@ std::vector<Block*> BlockStore::TakeWanted(size_t limit) {
     if (record == nullptr || !record->wanted) continue;
     record->wanted = false;
     for (size_t t = static_cast<size_t>(homes_); t < tiers_.size(); t++)
-      for (Block* block = record->tiers[t].first; block != nullptr && blocks.size() < limit;
-           block = block->next)
+      for (Block* block = At(record->tiers[t].first); block != nullptr && blocks.size() < limit;
+           block = At(block->next))
         blocks.push_back(block);
   }
   wanted_.clear();
@@ -602,36 +630,45 @@ void BlockStore::CheckInvariants() const {
       read(tiers_.size());
   uint64_t shared = 0, stored = 0, dropped = 0;
   absl::flat_hash_set<const Chunk*> chunks;
+  absl::flat_hash_map<const BlockKind*, uint64_t> kinds;
+  uint64_t backups = 0;
   ForEach([&](const Block& block) {
+    kinds[block.kind]++;
+    if (const Place* const backup = Backup(block); backup != nullptr) {
+      KVTIDE_CHECK(backup->retired && At(backup->block) == &block);
+      backups++;
+    }
     KVTIDE_CHECK(block.used() || block.holds > 0, "block ", block.id, " belongs to nobody");
     KVTIDE_CHECK(block.keepers() <= block.references());
     if (block.references() > 1) shared++;
     chunks.insert(block.chunks.begin(), block.chunks.end());
-    KVTIDE_CHECK(block.record == nullptr || block.place != nullptr, "block ", block.id,
+    KVTIDE_CHECK(block.record == kNoSlot || block.place != nullptr, "block ", block.id,
                  " without bytes is in a list");
     if (block.place == nullptr) {
       dropped++;
       return;
     }
     const Place& place = *block.place;
-    KVTIDE_CHECK(!place.retired && place.bytes == block.bytes &&
+    KVTIDE_CHECK(!place.retired &&
+                 place.extent() == ExtentAllocator::RoundUp(tier(place.tier).ExtentBytes(block.bytes())) &&
                  place.pair_index == PairIndexOf(block.form()));
-    KVTIDE_CHECK(place.tier == block.home || place.tier >= homes_, "block ", block.id, " of device ",
-                 block.home, " lies in tier ", place.tier);
+    KVTIDE_CHECK(place.tier == block.home() || place.tier >= homes_, "block ", block.id, " of device ",
+                 block.home(), " lies in tier ", place.tier);
     const auto t = static_cast<size_t>(place.tier);
-    KVTIDE_CHECK(place.data == (tiers_[t].attends() ? tiers_[t].slab->data() + place.offset : nullptr) &&
-                 place.block == &block && (tiers_[t].attends() || block.has_checksum));
-    used[t] += place.extent;
-    stored += place.bytes;
-    if (block.record != nullptr) linked[t]++;
+    KVTIDE_CHECK(BlockAt(place) == &block && (tiers_[t].attends() || block.has_checksum));
+    used[t] += place.extent();
+    stored += block.bytes();
+    if (block.record != kNoSlot) linked[t]++;
   });
+  KVTIDE_CHECK(backups == backups_.size() && kinds.size() == kinds_.size());
+  for (const BlockKind& kind : kinds_) KVTIDE_CHECK(kinds[&kind] == kind.blocks);
   KVTIDE_CHECK(shared == shared_ && stored == stored_bytes_ && dropped == dropped_, "shared ", shared, "/",
                shared_, " stored ", stored, "/", stored_bytes_, " dropped ", dropped, "/", dropped_);
   for (const Chunk* chunk : chunks) CheckChunk(*chunk);
   for (const Place* place : retired_) {
-    KVTIDE_CHECK(place->pins + place->pictures + place->keeps > 0 && place->retired);
-    KVTIDE_CHECK(place->backup_of == nullptr || place->backup_of->backup == place);
-    used[static_cast<size_t>(place->tier)] += place->extent;
+    KVTIDE_CHECK(place->pins + place->pictures + place->keeps() > 0 && place->retired);
+    KVTIDE_CHECK(place->block == kNoSlot || Backup(*At(place->block)) == place);
+    used[static_cast<size_t>(place->tier)] += place->extent();
   }
   for (size_t t = 0; t < tiers_.size(); t++) {
     const Tier& tier = tiers_[t];
@@ -651,9 +688,9 @@ void BlockStore::CheckInvariants() const {
       KVTIDE_CHECK(record.slot == slot && record.merged_into == nullptr);
       const Recency::List& list = record.tiers[t];
       uint64_t blocks = 0;
-      for (const Block* block = list.first; block != nullptr; block = block->next, blocks++)
+      for (const Block* block = At(list.first); block != nullptr; block = At(block->next), blocks++)
         KVTIDE_CHECK(block->place != nullptr && block->place->tier == static_cast<int>(t) &&
-                     Root(block->record.get()) == &record && (block->next != nullptr || list.last == block));
+                     &Root(*block) == &record && (block->next != kNoSlot || At(list.last) == block));
       KVTIDE_CHECK(blocks == list.blocks && blocks > 0);
       in_policy[t] += blocks;
       if (record.readers > 0) read[t] += blocks;
@@ -662,8 +699,8 @@ void BlockStore::CheckInvariants() const {
     size_t end = 0, placed = 0;
     for (const auto& [offset, place] : tier.places) {
       KVTIDE_CHECK(place->offset == offset && offset >= end, "places overlap at ", offset);
-      end = offset + ExtentAllocator::RoundUp(place->extent);
-      placed += ExtentAllocator::RoundUp(place->extent);
+      end = offset + place->extent();
+      placed += place->extent();
     }
     KVTIDE_CHECK(placed == tier.allocator.used_bytes() && tier.places.size() == tier.blocks);
     KVTIDE_CHECK(in_policy[t] == linked[t] && read[t] == tier.read, "tier ", tier.name, ": ", in_policy[t],
@@ -684,7 +721,7 @@ void BlockStore::CheckChunk(const Chunk& chunk) const {
       continue;
     }
     tiers[static_cast<size_t>(block->place->tier)].blocks++;
-    tiers[static_cast<size_t>(block->place->tier)].bytes += block->place->bytes;
+    tiers[static_cast<size_t>(block->place->tier)].bytes += block->bytes();
   }
   KVTIDE_CHECK(chunk.owners > 0 && chunk.keepers <= chunk.owners && count == chunk.count &&
                    sole == chunk.sole && dropped == chunk.dropped,

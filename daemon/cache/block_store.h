@@ -15,12 +15,15 @@
 #include <vector>
 
 #include "absl/container/btree_map.h"
+#include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
+#include "absl/container/node_hash_set.h"
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "daemon/cache/block.h"
 #include "daemon/cache/cache_options.h"
 #include "daemon/cache/extent_allocator.h"
+#include "daemon/cache/slots.h"
 
 namespace kvtide {
 
@@ -81,6 +84,21 @@ class BlockStore {
   Place* ReserveAt(int tier, size_t offset, const Block& block);
   // Free bytes that nobody else may take until the place is retired, or null.
   Place* Claim(int tier, size_t offset, size_t bytes);
+  // Where the place's bytes are, perhaps a device pointer; null in a tier of I/O. Without the mutex too.
+  std::byte* Data(const Place& place) const {
+    const Slab* const slab = tier(place.tier).slab.get();
+    return slab != nullptr ? slab->data() + place.offset : nullptr;
+  }
+  // That lies there; null: reserved by a move, or retired.
+  Block* BlockAt(const Place& place) { return place.retired ? nullptr : At(place.block); }
+  const Block* BlockAt(const Place& place) const { return place.retired ? nullptr : At(place.block); }
+
+  // What the block has in common with others.
+  void SetKind(Block* block, const BlockKind& kind);
+  void SetProfile(Block* block, std::shared_ptr<const Profile> profile);
+  // Its place is counted for the tenant, if none was so far.
+  void SetAccount(Block* block, std::shared_ptr<TenantAccount> account);
+  size_t kinds() const { return kinds_.size(); }
 
   // Chunks (block_table.h). A new one has one owner.
   Chunk* NewChunk(TableFamily* family, bool keeper);
@@ -99,11 +117,14 @@ class BlockStore {
   void Unpin(Place* place);
   void LeavePicture(Place* place);
   // For manifests.
-  void Keep(Place* place) { place->keeps++; }
+  void Keep(Place* place) { place->Written().keeps++; }
   void Unkeep(Place* place);
 
   // The place, which no block has, holds what the block holds; it lives while it is pinned or kept.
   void SetBackup(Block* block, Place* place);
+  Place* Backup(const Block& block) const {  // null: it has none
+    return block.has_backup ? backups_.at(SlotOf(block.id)) : nullptr;
+  }
   // The block is about to change.
   void ForgetBackup(Block* block);
   // The block lies in its backup from now on.
@@ -132,7 +153,11 @@ class BlockStore {
   // Blocks that go by the record.
   uint64_t BlocksOf(const RecencyPtr& record) const;
   bool GoesBy(const Block& block, const RecencyPtr& record) const {
-    return block.record != nullptr && &Root(block) == Root(record.get());
+    return block.record != kNoSlot && &Root(block) == Root(record.get());
+  }
+  // Null: none.
+  RecencyPtr RecordOf(const Block& block) const {
+    return block.record != kNoSlot ? records_[block.record]->self : nullptr;
   }
   // What is there so far goes by the family's record from now on; parent and child have records of their own
   // for what comes.
@@ -162,13 +187,15 @@ class BlockStore {
 
   // Null if the block is no more.
   Block* Get(BlockId id) const {
-    Block* block = blocks_[SlotOf(id)].get();
-    return block != nullptr && block->id == id ? block : nullptr;
+    Block& block = blocks_[SlotOf(id)];
+    return block.kind != nullptr && block.id == id ? &block : nullptr;
   }
+  // By the lower half of its id; null: kNoSlot.
+  Block* At(uint32_t slot) const { return slot != kNoSlot ? &blocks_[slot] : nullptr; }
   // Nobody writes, moves or reads it.
-  static bool IsIdle(const Block& block) {
+  bool IsIdle(const Block& block) const {
     return block.place != nullptr && !block.writing && !block.moving && block.place->pins == 0 &&
-           (block.record == nullptr || Root(block).readers == 0);
+           (block.record == kNoSlot || Root(block).readers == 0);
   }
   uint64_t shared_blocks() const { return shared_; }
   uint64_t dropped_blocks() const { return dropped_; }
@@ -180,13 +207,14 @@ class BlockStore {
   uint64_t NextSnapshotSerial() { return ++snapshot_serial_; }
   template <class F>
   void ForEach(F f) const {
-    for (const auto& block : blocks_)
-      if (block != nullptr) f(*block);
+    for (uint32_t slot = 0; slot < blocks_.size(); slot++)
+      if (blocks_[slot].kind != nullptr) f(static_cast<const Block&>(blocks_[slot]));
   }
   void CheckInvariants() const;
 
  private:
-  static const Recency& Root(const Block& block) { return *Root(block.record.get()); }
+  const Recency& Root(const Block& block) const { return *Root(records_[block.record]); }
+  Recency* RootOf(const Block& block) const { return const_cast<Recency*>(&Root(block)); }
   static const Recency* Root(const Recency* record) {
     return record->merged_into != nullptr ? record->merged_into.get() : record;
   }
@@ -198,6 +226,7 @@ class BlockStore {
   Place* PlaceAt(int tier, size_t offset, size_t bytes, size_t pair_index);
   Block* NewBlock(Place* place, int home, const BlockForm& form);
   void FreeIfUnused(Place* place);
+  void LeaveKind(Block* block);
   // What snapshots show of the block is stale.
   void MakeStale(const Block& block);
   // In and out of the list of its record and tier.
@@ -212,11 +241,12 @@ class BlockStore {
 
   std::deque<Tier> tiers_;
   int homes_ = 0;
-  std::vector<std::unique_ptr<Block>> blocks_;  // by slot; null = free
-  std::vector<uint32_t> free_slots_;
-  std::vector<uint32_t> uses_;  // of each slot
+  Slots<Block> blocks_;  // without a kind: free; its id is that of the next one there
+  Slots<Place> places_;
+  absl::node_hash_set<BlockKind> kinds_;
   absl::flat_hash_set<Place*> retired_;
-  std::vector<Recency*> records_;  // by slot; null = free
+  absl::flat_hash_map<uint32_t, Place*> backups_;  // by slot of the block
+  std::vector<Recency*> records_;                  // by slot; null = free
   std::vector<RecordSlot> free_records_;
   std::vector<std::weak_ptr<Recency>> wanted_;  // Recency::wanted is set
   uint64_t serial_ = 0;

@@ -18,7 +18,7 @@ absl::Status Mover::BringIn(CacheLock& lock, std::span<const HeldBlock> blocks, 
   BlockStore& store = lock->store;
   const CacheOptions& options = core_.options();
   for (const HeldBlock& held : blocks)
-    if (held->record != nullptr && store.TouchSerial(*held.get()) < before_serial)
+    if (held->record != kNoSlot && store.TouchSerial(*held.get()) < before_serial)
       store.Touch(*held.get(), options.clock());
   const uint64_t failed_before = lock->counters.failed_moves;
   absl::Time deadline = options.clock() + options.room_wait;
@@ -33,12 +33,12 @@ absl::Status Mover::BringIn(CacheLock& lock, std::span<const HeldBlock> blocks, 
       Block* const block = held.get();
       if (!IsFar(*block) || !block->used()) continue;
       far++;
-      bytes += block->place->bytes;
+      bytes += block->bytes();
       if (block->moving) {
         moving = block;
       } else if (batch.size() < options.max_moves_in_flight &&
                  (batch.empty() ||
-                  (batch.front()->home == block->home && batch.front()->keyed == block->keyed))) {
+                  (batch.front()->home() == block->home() && batch.front()->keyed == block->keyed))) {
         batch.emplace_back(store, block);
       }
     }
@@ -69,7 +69,7 @@ absl::Status Mover::BringIn(CacheLock& lock, std::span<const HeldBlock> blocks, 
             RoomMaker::RoomText(*lock, bytes)));
       lock.WaitForChange(deadline - now);
     }
-    if (!batch.empty()) BringBatch(lock, batch, batch.front()->home, before_serial, context.cancellation);
+    if (!batch.empty()) BringBatch(lock, batch, batch.front()->home(), before_serial, context.cancellation);
   }
 }
 
@@ -81,7 +81,7 @@ void Mover::BringBatch(CacheLock& lock, std::span<const HeldBlock> blocks, int h
     size_t bytes = 0;
     for (const HeldBlock& held : blocks) {
       if (!IsFar(*held.get()) || held->moving || held->writing) continue;
-      bytes += held->place->bytes;
+      bytes += held->bytes();
       if (bytes > most_bytes) break;
       far.emplace_back(store, held.get());
     }

@@ -69,6 +69,8 @@ class CacheCore {
   bool attends(int tier) const { return media_[static_cast<size_t>(tier)].backend != nullptr; }
   Backend& backend(int tier) const { return *media_[static_cast<size_t>(tier)].backend; }
   IoTier& io(int tier) const { return *media_[static_cast<size_t>(tier)].io; }
+  // Where the place's bytes are; null in a tier of I/O. The place is pinned, or the mutex is held.
+  std::byte* Data(const Place& place) const { return state_.store.Data(place); }
   size_t tiers() const { return media_.size(); }
   int homes() const { return homes_; }
   // How long calls have waited for the mutex.

@@ -172,7 +172,7 @@ SequenceMemory Inspector::MemoryOfSequences() const {
         for (const Chunk* chunk : table.blocks->chunks())
           for (const auto& tier : chunk->tiers) memory.held_bytes += tier.bytes;
         for (const auto& [index, block] : table.staging)
-          if (block->place != nullptr) memory.held_bytes += block->place->bytes;
+          if (block->place != nullptr) memory.held_bytes += block->bytes();
       }
     }
     more = it != all.end();
@@ -216,7 +216,7 @@ SequenceInfo Inspector::Describe(const CacheState& state, const Sequence& sequen
         continue;
       }
       info.blocks_by_tier[static_cast<size_t>(block->place->tier)]++;
-      info.bytes_by_tier[static_cast<size_t>(block->place->tier)] += block->place->bytes;
+      info.bytes_by_tier[static_cast<size_t>(block->place->tier)] += block->bytes();
     }
   }
   return info;
@@ -251,7 +251,7 @@ void Inspector::CheckInvariants() const {
     const SequencePtr& sequence = entry.second;
     writers = writers || sequence->writer;
     const auto count = [&](const Block* block) {
-      KVTIDE_CHECK(block->home == sequence->home, "block ", block->id, " of device ", block->home,
+      KVTIDE_CHECK(block->home() == sequence->home, "block ", block->id, " of device ", block->home(),
                    " in a sequence of device ", sequence->home);
       counted[block].first++;
       if (sequence->keeper()) counted[block].second++;
@@ -268,20 +268,20 @@ void Inspector::CheckInvariants() const {
       int64_t index = table.first_block();
       table.blocks->ForEach([&](const Block* block) {
         count(block);
-        KVTIDE_CHECK(block->layout == table.exact || block->layout == table.coded);
-        KVTIDE_CHECK(block->stamp.index == index && block->stamp.model_hash == sequence->model->hash,
-                     "block ", block->id, " stamped ", block->stamp.index, " at ", index);
+        KVTIDE_CHECK(block->layout() == table.exact || block->layout() == table.coded);
+        KVTIDE_CHECK(block->index == index && block->kind->model_hash == sequence->model->hash, "block ",
+                     block->id, " stamped ", block->index, " at ", index);
         KVTIDE_CHECK(block->references() > 1 ||
-                     block->stamp.group == static_cast<int>(&table - sequence->groups.data()));
-        if (!sequence->writer && block->layout == table.exact && !sequence->options.seal_at_once &&
+                     block->group() == static_cast<int>(&table - sequence->groups.data()));
+        if (!sequence->writer && block->layout() == table.exact && !sequence->options.seal_at_once &&
             table.coding())
-          KVTIDE_CHECK(block->profile == nullptr);
+          KVTIDE_CHECK(block->profile() == nullptr);
         index++;
       });
       for (const auto& [staged, block] : table.staging) {
         count(block);
-        KVTIDE_CHECK(sequence->options.seal_at_once && block->layout == table.exact &&
-                     block->stamp.index == staged);
+        KVTIDE_CHECK(sequence->options.seal_at_once && block->layout() == table.exact &&
+                     block->index == staged);
       }
     }
   }

@@ -14,10 +14,10 @@ BlockKey HashKey(NamespaceId space, std::string_view key) {
   return {hash.low64, hash.high64};
 }
 
-Place* KeptPlace(const Block& block) {
+Place* KeptPlace(const BlockStore& store, const Block& block) {
   KVTIDE_CHECK(block.durable);
-  if (block.backup != nullptr) return block.backup;
-  KVTIDE_CHECK(block.place != nullptr && block.place->keeps > 0);
+  if (block.has_backup) return store.Backup(block);
+  KVTIDE_CHECK(block.place != nullptr && block.place->keeps() > 0);
   return block.place;
 }
 
@@ -43,24 +43,30 @@ void KeyedIndex::SetPersistence(KeyedNamespace& space, Persistence persistence) 
   space.persistence = persistence;
   space.fresh.clear();
   if (persistence != Persistence::kAll) return;
-  for (const auto& [key, block] : space.blocks)
+  space.blocks.ForEach([&](const Block* block) {
     if (!block->durable) space.fresh.push_back(block->id);
+  });
 }
 
 void KeyedIndex::Insert(KeyedNamespace& space, const BlockKey& key, Block* block) {
-  const bool added = space.blocks.emplace(key, block).second;
-  KVTIDE_CHECK(added && !space.deleted && !block->keyed && block->bytes == space.form.bytes);
+  KVTIDE_CHECK(space.blocks.Find(key) == nullptr && !space.deleted && !block->keyed &&
+               block->bytes() == space.form.bytes);
   block->keyed = true;
-  block->stamp = {space.id, 0, space.id, 0, 0, key};
+  block->key = key;
+  BlockKind kind = *block->kind;
+  kind.model_hash = kind.name_space_hash = space.id;
+  kind.stamped_with_key = true;
+  store_->SetKind(block, kind);
+  space.blocks.Insert(*block);
   store_->AddDirect(block, false);
   if (space.persistence == Persistence::kAll) space.fresh.push_back(block->id);
   blocks_++;
-  bytes_ += block->bytes;
+  bytes_ += block->bytes();
 }
 
 void KeyedIndex::ForgetDurable(KeyedNamespace& space, Block* block) {
   if (!block->durable) return;
-  Place* const place = KeptPlace(*block);
+  Place* const place = KeptPlace(*store_, *block);
   block->durable = false;
   if (const auto shard = space.durable.find(block->id); shard != space.durable.end()) {
     shard->second->lost = true;
@@ -72,15 +78,15 @@ void KeyedIndex::ForgetDurable(KeyedNamespace& space, Block* block) {
 void KeyedIndex::Forget(Block* block) {
   KVTIDE_CHECK(block->keyed);
   block->keyed = false;
-  const auto found = namespaces_.find(block->stamp.name_space_hash);
+  const auto found = namespaces_.find(block->kind->name_space_hash);
   KVTIDE_CHECK(found != namespaces_.end());
   KeyedNamespace& space = *found->second;
   ForgetDurable(space, block);
-  const size_t erased = space.blocks.erase(block->stamp.key);
-  KVTIDE_CHECK(erased == 1);
+  const bool erased = space.blocks.Erase(*block);
+  KVTIDE_CHECK(erased);
   space.dropped++;
   blocks_--;
-  bytes_ -= block->bytes;
+  bytes_ -= block->bytes();
 }
 
 uint64_t KeyedIndex::Delete(const NamespacePtr& space) {
@@ -93,14 +99,14 @@ uint64_t KeyedIndex::Delete(const NamespacePtr& space) {
   const uint64_t count = space->blocks.size();
   std::vector<Block*> blocks;
   blocks.reserve(count);
-  for (const auto& [key, block] : space->blocks) blocks.push_back(block);
+  space->blocks.ForEach([&](Block* block) { blocks.push_back(block); });
   // The map has no order that a second run would have.
   std::sort(blocks.begin(), blocks.end(), [](const Block* a, const Block* b) { return a->id < b->id; });
   for (Block* const block : blocks) {
     ForgetDurable(*space, block);
     block->keyed = false;
     blocks_--;
-    bytes_ -= block->bytes;
+    bytes_ -= block->bytes();
     store_->RemoveDirect(block, false);
   }
   space->blocks.clear();
@@ -161,7 +167,9 @@ uint64_t KeyedIndex::ExpireLeases(absl::Time now) {
 void KeyedIndex::Clear() {
   while (!leases_.empty()) End(leases_.begin());
   for (auto& [id, space] : namespaces_) {
-    for (const auto& [key, block] : space->blocks) {
+    std::vector<Block*> blocks;
+    space->blocks.ForEach([&](Block* block) { blocks.push_back(block); });
+    for (Block* const block : blocks) {
       ForgetDurable(*space, block);
       block->keyed = false;
       store_->RemoveDirect(block, false);
@@ -179,16 +187,17 @@ void KeyedIndex::CheckInvariants() const {
   for (const auto& [id, space] : namespaces_) {
     KVTIDE_CHECK(id == space->id && !space->deleted);
     uint64_t durable = 0;
-    for (const auto& [key, block] : space->blocks) {
-      KVTIDE_CHECK(block->keyed && block->place != nullptr && block->stamp.key == key &&
-                   block->stamp.name_space_hash == id && block->bytes == space->form.bytes);
+    space->blocks.ForEach([&, &id = id, &space = space](const Block* block) {
+      KVTIDE_CHECK(block->keyed && block->place != nullptr && space->blocks.Find(block->key) == block &&
+                   block->kind->name_space_hash == id && block->kind->stamped_with_key &&
+                   block->bytes() == space->form.bytes);
       if (block->durable) {
-        KVTIDE_CHECK(space->durable.count(block->id) == 1 && KeptPlace(*block)->keeps > 0);
+        KVTIDE_CHECK(space->durable.count(block->id) == 1 && KeptPlace(*store_, *block)->keeps() > 0);
         durable++;
       }
       blocks++;
-      bytes += block->bytes;
-    }
+      bytes += block->bytes();
+    });
     KVTIDE_CHECK(durable == space->durable.size(), "namespace ", id, ": ", durable, " durable blocks, ",
                  space->durable.size(), " counted");
   }

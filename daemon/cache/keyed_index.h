@@ -17,6 +17,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "daemon/cache/block_guards.h"
+#include "daemon/cache/blocks_by_key.h"
 #include "daemon/cache/identity.h"
 #include "daemon/cache/name_space.h"
 #include "daemon/cache/sequence_options.h"
@@ -34,6 +35,8 @@ struct KeyedShard {
 };
 
 struct KeyedNamespace {
+  explicit KeyedNamespace(const BlockStore* store) : blocks(store) {}
+
   NamespaceId id = 0;
   NamespaceSpec spec;
   std::shared_ptr<TenantAccount> account;  // of the spec's tenant, where its blocks count
@@ -41,7 +44,7 @@ struct KeyedNamespace {
   const BlockLayout* exact = nullptr;  // the same rows in f16; null: opaque
   Persistence persistence = Persistence::kNone;
   bool deleted = false;
-  absl::flat_hash_map<BlockKey, Block*> blocks;
+  BlocksByKey blocks;
   RecencyPtr newest;  // of what was stored last
   uint64_t leases = 0;
   // For the durable tier.
@@ -105,7 +108,7 @@ class KeyedIndex {
   template <class F>
   void ForEach(F f) const {
     for (const auto& [id, space] : namespaces_)
-      for (const auto& [key, block] : space->blocks) f(*space, key, block);
+      space->blocks.ForEach([&](Block* block) { f(*space, block->key, block); });
   }
   void CheckInvariants() const;
   // Gives everything back. No call may be running.
@@ -127,7 +130,7 @@ class KeyedIndex {
 };
 
 // The place of a durable block that is kept for it, in this tier.
-Place* KeptPlace(const Block& block);
+Place* KeptPlace(const BlockStore& store, const Block& block);
 
 BlockKey HashKey(NamespaceId space, std::string_view key);
 

@@ -49,8 +49,9 @@ absl::StatusOr<NamespacePersistReport> Persister::PersistNamespace(NamespaceId i
   lock->counters.persist_calls++;
   const PersistingMark mark(lock, *space);
   std::vector<BlockId> ids;
-  for (const auto& [key, block] : space->blocks)
+  space->blocks.ForEach([&](const Block* block) {
     if (!block->durable) ids.push_back(block->id);
+  });
   std::sort(ids.begin(), ids.end());  // the map has no order that a second run would have
   NamespacePersistReport report;
   const absl::Status written = PersistBlocks(lock, space, std::move(ids), context, &report);
@@ -88,9 +89,9 @@ absl::Status Persister::PersistBlocks(CacheLock& lock, const NamespacePtr& space
         break;
       }
       batch.emplace_back(store, block);
-      if (DurablePlace(*block) != nullptr) continue;
+      if (DurablePlace(store, *block) != nullptr) continue;
       to_write.emplace_back(store, block);
-      bytes += store.tier(tier_).ExtentBytes(block->bytes);
+      bytes += store.tier(tier_).ExtentBytes(block->bytes());
     }
     if (batch.empty()) {
       if (moving == nullptr) break;
@@ -109,13 +110,14 @@ absl::Status Persister::PersistBlocks(CacheLock& lock, const NamespacePtr& space
         if (!room_.MakeRoom(lock, tier_, space->form.bytes, bytes, before_serial)) break;
       // The mutex was free: some may be gone, on their way, or there by now.
       std::erase_if(to_write, [&](const HeldBlock& block) {
-        return !block->keyed || block->moving || block->writing || DurablePlace(*block.get()) != nullptr;
+        return !block->keyed || block->moving || block->writing ||
+               DurablePlace(store, *block.get()) != nullptr;
       });
       status = WriteBatch(lock, to_write, context, &pins, &written);
     }
     for (const HeldBlock& held : batch) {
       Block* const block = held.get();
-      Place* const place = DurablePlace(*block);
+      Place* const place = DurablePlace(store, *block);
       if (!block->keyed || block->durable) continue;
       if (place == nullptr || block->moving) {  // it went up meanwhile: once more
         if (status.ok()) ids.push_back(block->id);
@@ -156,8 +158,9 @@ absl::Status Persister::WriteShards(CacheLock& lock, const NamespacePtr& space, 
       const auto owner = space->durable.find(id);
       if (owner == space->durable.end() || owner->second != &shard) continue;
       const Block* const block = lock->store.Get(id);
-      const Place* const place = KeptPlace(*block);
-      manifest.blocks.push_back({block->stamp.key, place->offset, place->write_id, place->checksum});
+      const Place* const place = KeptPlace(lock->store, *block);
+      manifest.blocks.push_back(
+          {block->key, place->offset, place->Written().write_id, place->Written().checksum});
       blocks.push_back(id);
     }
     shard.blocks = std::move(blocks);
@@ -262,11 +265,10 @@ absl::Status Persister::RestoreShard(CacheLock& lock, uint64_t id, const std::st
     const WritingBlock guard(store, block);
     block->has_checksum = true;
     block->checksum = from.checksum;
-    block->place->write_id = from.write_id;
-    block->place->checksum = from.checksum;
+    block->place->Written().write_id = from.write_id;
+    block->place->Written().checksum = from.checksum;
     block->checked = false;
-    block->account = space->account.get();
-    Charge(block->place, block->account);
+    store.SetAccount(block, space->account);
     lock->keyed.Insert(*space, from.key, block);
     store.Join(block, record);
     store.Keep(block->place);

@@ -58,7 +58,7 @@ absl::StatusOr<NamespacePtr> KeyedStore::Make(CacheLock& lock, const NamespaceSp
     return absl::ResourceExhaustedError(absl::StrCat(
         all.size(),
         " namespaces are open, which is the limit (max_namespaces); delete one (DeleteNamespace)"));
-  auto space = std::make_shared<KeyedNamespace>();
+  auto space = std::make_shared<KeyedNamespace>(&lock->store);
   space->id = id;
   space->spec = spec;
   space->account = lock->tenants.Get(spec.tenant);
@@ -183,7 +183,7 @@ struct KeyedStore::Write {
 
 WritingBlock KeyedStore::Allocate(CacheLock& lock, const KeyedNamespace& space, uint64_t want_bytes,
                                   bool* over_quota) {
-  return room_.AllocateCached(lock, *space.account, RoomiestHome(lock->store), space.form, want_bytes,
+  return room_.AllocateCached(lock, space.account, RoomiestHome(lock->store), space.form, want_bytes,
                               over_quota);
 }
 
@@ -286,8 +286,9 @@ void KeyedStore::CopyIn(CacheLock& lock, Storing& storing, std::span<Write> writ
     Write& write = writes[i];
     const int tier = write.place->tier;
     const bool checksum = core_.options().tiers[static_cast<size_t>(tier)].checksum;
-    write.status = storing.payload.Write(core_.backend(tier), tier, write.index, write.place->data,
-                                         checksum ? &write.checksum : nullptr, storing.context.cancellation);
+    write.status =
+        storing.payload.Write(core_.backend(tier), tier, write.index, core_.Data(*write.place.get()),
+                              checksum ? &write.checksum : nullptr, storing.context.cancellation);
     return true;  // each block stands for itself
   });
 }
@@ -381,7 +382,7 @@ void KeyedStore::UseTogether(CacheState& state, std::span<Block* const> blocks) 
   BlockStore& store = state.store;
   const absl::Time now = core_.options().clock();
   if (blocks.empty()) return;
-  RecencyPtr record = blocks.front()->record;
+  RecencyPtr record = store.RecordOf(*blocks.front());
   const bool together = record != nullptr && store.BlocksOf(record) == blocks.size() &&
                         std::all_of(blocks.begin(), blocks.end(),
                                     [&](const Block* block) { return store.GoesBy(*block, record); });
@@ -407,10 +408,10 @@ absl::StatusOr<LookupReport> KeyedStore::Lookup(const LookupCall& call) {
     found.clear();
     std::vector<HeldBlock> unchecked;
     for (const BlockKey& key : keys) {
-      const auto block = space->blocks.find(key);
-      if (block == space->blocks.end()) break;
-      found.push_back(block->second);
-      if (!block->second->checked) unchecked.emplace_back(lock->store, block->second);
+      Block* const block = space->blocks.Find(key);
+      if (block == nullptr) break;
+      found.push_back(block);
+      if (!block->checked) unchecked.emplace_back(lock->store, block);
     }
     if (unchecked.empty()) break;
     KVTIDE_RETURN_IF_ERROR(context.Check(options.clock(), "the lookup"));
@@ -540,7 +541,7 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
       const Unlocked unlocked(lock);
       Copies(reads.size(), space->form.bytes, payload.side_by_side(), [&](size_t i) {
         Read& read = reads[i];
-        read.status = payload.Read(core_.backend(read.place->tier), read.index, read.place->data,
+        read.status = payload.Read(core_.backend(read.place->tier), read.index, core_.Data(*read.place.get()),
                                    read.verify ? &read.checksum : nullptr, context.cancellation);
         return read.status.ok() || absl::IsDataLoss(read.status);
       });

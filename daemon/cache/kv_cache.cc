@@ -102,7 +102,7 @@ absl::Status KvCache::Impl::AppendAttend(const AttendCall& call) {
       const Unlocked unlocked(lock);
       status = writer.WriteBytes(batch);
     }
-    writer.PublishProfiles(batch);
+    writer.PublishProfiles(lock->store, batch);
   }
   if (status.ok()) status = reader.Attend(lock, call, sequences, &batch);
   if (!status.ok()) {

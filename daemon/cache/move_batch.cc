@@ -25,22 +25,23 @@ std::vector<CopyPiece> CutIntoPieces(const CopyJob& job, size_t piece_bytes) {
 
 }  // namespace
 
-CopyJob::CopyJob(const Block& block, const Place& source_place, const Place& target_place)
+CopyJob::CopyJob(const BlockStore& store, const Block& block, const Place& source_place,
+                 const Place& target_place)
     : from(source_place.tier),
       to(target_place.tier),
-      source(source_place.data),
-      target(target_place.data),
+      source(store.Data(source_place)),
+      target(store.Data(target_place)),
       source_offset(source_place.offset),
       target_offset(target_place.offset),
-      bytes(source_place.bytes) {
+      bytes(block.bytes()) {
   if (source == nullptr) source_label = LabelOf(block, source_place);
   if (target == nullptr) target_label = LabelOf(block, target_place);
 }
 
 void NameWrite(const CacheCore& core, const Block& block, Place* target) {
   if (core.attends(target->tier)) return;
-  target->write_id = core.io(target->tier).NextWriteId();
-  target->profile_hash = block.profile != nullptr ? block.profile->hash : 0;
+  target->Written().write_id = core.io(target->tier).NextWriteId();
+  target->Written().profile_hash = block.profile() != nullptr ? block.profile()->hash : 0;
 }
 
 namespace {
@@ -167,7 +168,8 @@ void MoveBatch::Start(Block* block, Place* target) {
 void MoveBatch::Finish() {
   if (running_.empty()) return;
   std::vector<CopyJob> jobs;
-  for (const Running& move : running_) jobs.emplace_back(*move.block.get(), *move.block->place, *move.target);
+  for (const Running& move : running_)
+    jobs.emplace_back(lock_->store, *move.block.get(), *move.block->place, *move.target);
   lock_->moves_running++;
   {
     const Unlocked unlocked(lock_);
@@ -212,14 +214,14 @@ void MoveBatch::Settle(Running& move, const CopyJob& job) {
     if (move.corrupt) counters.checksum_failures++;
     counters.lost_blocks++;
     store.tier(job.from).lost++;
-    if (block->backup != nullptr) {
+    if (block->has_backup) {
       store.MoveToBackup(block);
     } else {
       store.Drop(block);
     }
     return;
   }
-  move.target->checksum = move.checksum;
+  if (job.target == nullptr) move.target->Written().checksum = move.checksum;
   store.SwapPlace(block, move.target);
   block->has_checksum = move.compute;
   block->checksum = move.checksum;

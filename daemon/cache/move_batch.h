@@ -15,7 +15,7 @@ namespace kvtide {
 
 // A block's bytes from one place to another, which do not overlap; the caller keeps both.
 struct CopyJob {
-  CopyJob(const Block& block, const Place& source, const Place& target);
+  CopyJob(const BlockStore& store, const Block& block, const Place& source, const Place& target);
   int from = 0, to = 0;               // tiers
   const std::byte* source = nullptr;  // null: in a tier of I/O, at source_offset
   std::byte* target = nullptr;

@@ -77,7 +77,7 @@ absl::Status Mover::WaitUntilStill(CacheLock& lock, const Block& block) const {
 }
 
 absl::Status Mover::Copy(CacheLock& lock, const Block& block, const Place& from, const Place& to) {
-  CopyJob job(block, from, to);
+  CopyJob job(lock->store, block, from, to);
   const Unlocked unlocked(lock);
   CopyAll(core_, {&job, 1});
   return job.status;
@@ -108,8 +108,8 @@ MoveReport Mover::MoveTo(CacheLock& lock, std::span<const HeldBlock> blocks, int
   for (const HeldBlock& held : blocks) {
     const Block& block = *held.get();
     if (!block.used() || block.place == nullptr || block.place->tier == tier) continue;
-    bytes += block.place->bytes;
-    largest = std::max(largest, block.place->bytes);
+    bytes += block.bytes();
+    largest = std::max(largest, block.bytes());
     moves.push_back({block.id, block.place->tier, tier});
   }
   // Room for all of them if it can be made; without it, what fits.
@@ -251,7 +251,7 @@ absl::StatusOr<MoveReport> Mover::Prefetch(std::span<const SequenceId> ids, cons
     const bool more = walk.Next(kSlice, [&](Block* block) {
       if (block->place == nullptr || block->place->tier < store.homes()) return;
       if (block->references() > 1 && !seen.insert(block->id).second) return;
-      blocks[static_cast<size_t>(block->home)].emplace_back(store, block);
+      blocks[static_cast<size_t>(block->home())].emplace_back(store, block);
     });
     for (int home = 0; home < store.homes(); home++) {
       const std::span<const HeldBlock> held = blocks[static_cast<size_t>(home)];

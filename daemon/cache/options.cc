@@ -164,6 +164,9 @@ absl::Status CheckCacheOptions(const CacheOptions& options) {
       options.max_moves_in_flight < 1 || options.max_attend_work < 1 || options.max_cached_plans < 1 ||
       options.max_namespaces < 1 || options.max_keyed_blocks < 1 || options.max_leases < 1)
     return absl::InvalidArgumentError("every limit must be at least 1");
+  // Block numbers have 31 bits.
+  if (options.max_tokens_per_sequence > int64_t{1} << 36)
+    return absl::InvalidArgumentError("max_tokens_per_sequence must be at most 68,719,476,736");
   if (options.move_piece_bytes < 4096)
     return absl::InvalidArgumentError("move_piece_bytes must be at least 4096");
   if (options.room_wait < absl::ZeroDuration())

@@ -28,9 +28,10 @@ Persister::Persister(CacheCore& core) : core_(core), room_(core) {
   }
 }
 
-Place* Persister::DurablePlace(const Block& block) const {
+Place* Persister::DurablePlace(const BlockStore& store, const Block& block) const {
   if (block.place != nullptr && block.place->tier == tier_) return block.place;
-  return block.backup != nullptr && block.backup->tier == tier_ ? block.backup : nullptr;
+  Place* const backup = store.Backup(block);
+  return backup != nullptr && backup->tier == tier_ ? backup : nullptr;
 }
 
 void Persister::Start() {
@@ -141,7 +142,7 @@ absl::Status Persister::PersistOne(CacheLock& lock, const SequencePtr& sequence,
     next.exists = true;
     bytes = EncodeManifest(Describe(*lock, *sequence, &next.places));
     for (const Block* block : Fallen(*lock, *sequence))
-      if (Place* const place = DurablePlace(*block); place != nullptr && !block->moving)
+      if (Place* const place = DurablePlace(lock->store, *block); place != nullptr && !block->moving)
         next.places.push_back(place);
     for (Place* place : next.places) lock->store.Keep(place);
   }
@@ -219,7 +220,7 @@ absl::Status Persister::WriteBackups(CacheLock& lock, const Sequence& sequence, 
                            " were dropped or lost; truncate to ", index * kBlockTokens));
         if (block->writing) continue;
         // What lies there is pinned too, so that it stays until the manifest keeps it.
-        if (Place* place = DurablePlace(*block); place != nullptr && !block->moving) continue;
+        if (Place* place = DurablePlace(lock->store, *block); place != nullptr && !block->moving) continue;
         if (block->moving) {
           moving = true;
         } else {
@@ -229,7 +230,7 @@ absl::Status Persister::WriteBackups(CacheLock& lock, const Sequence& sequence, 
     }
     for (Block* const block : Fallen(*lock, sequence))
       if (batch.size() < options.max_moves_in_flight && !block->writing && !block->moving &&
-          DurablePlace(*block) == nullptr)
+          DurablePlace(lock->store, *block) == nullptr)
         batch.emplace_back(lock->store, block);
     if (batch.empty()) {
       if (!moving || !all) return absl::OkStatus();
@@ -242,7 +243,7 @@ absl::Status Persister::WriteBackups(CacheLock& lock, const Sequence& sequence, 
     // The mutex was free.
     std::erase_if(batch, [&](const HeldBlock& block) {
       return block->moving || block->writing || block->place == nullptr ||
-             DurablePlace(*block.get()) != nullptr;
+             DurablePlace(lock->store, *block.get()) != nullptr;
     });
     if (!batch.empty()) KVTIDE_RETURN_IF_ERROR(WriteBatch(lock, batch, context, pins, report));
   }
@@ -253,8 +254,8 @@ void Persister::MakeDiskRoom(CacheLock& lock, const Sequence& sequence, std::spa
   const Tier& tier = lock->store.tier(tier_);
   size_t bytes = 0, largest = 0;
   for (const HeldBlock& block : blocks) {
-    bytes += tier.ExtentBytes(block->bytes);
-    largest = std::max(largest, block->bytes);
+    bytes += tier.ExtentBytes(block->bytes());
+    largest = std::max(largest, block->bytes());
   }
   // None of its own blocks for another one.
   const uint64_t before =
@@ -279,16 +280,16 @@ absl::Status Persister::WriteBatch(CacheLock& lock, std::span<const HeldBlock> b
     Block* const block = held.get();
     Place* const target = store.Reserve(tier_, *block);
     if (target == nullptr) {
-      const size_t bytes = block->bytes;
+      const size_t bytes = block->bytes();
       status = absl::ResourceExhaustedError(store.MayLie(*block, tier_)
                                                 ? RoomMaker::RoomText(*lock, bytes)
-                                                : RoomMaker::QuotaText(*lock, *block->account, bytes));
+                                                : RoomMaker::QuotaText(*lock, *block->account(), bytes));
       break;
     }
     NameWrite(core_, *block, target);
     block->moving = true;
     sources.emplace_back(store, block->place);
-    jobs.emplace_back(*block, *block->place, *target);
+    jobs.emplace_back(store, *block, *block->place, *target);
     targets.push_back(target);
     copied.push_back(block);
   }
@@ -306,7 +307,7 @@ absl::Status Persister::WriteBatch(CacheLock& lock, std::span<const HeldBlock> b
     if (of_job.ok() && block->has_checksum && block->checksum != checksum)
       of_job = absl::DataLossError("a block's bytes are not those that were stored");
     if (of_job.ok()) {
-      targets[i]->checksum = checksum;
+      targets[i]->Written().checksum = checksum;
       pins->emplace_back(store, targets[i]);
       store.Retire(targets[i]);
       store.SetBackup(block, targets[i]);
@@ -355,16 +356,16 @@ int32_t Persister::AddProfile(const std::shared_ptr<const Profile>& profile, Man
   return index;
 }
 
-void Persister::AddBlock(const GroupTable& table, const Block& block, ManifestGroup* group) const {
-  const Place* const place = DurablePlace(block);
+void Persister::AddBlock(const GroupTable& table, const Block& block, const Place* place,
+                         ManifestGroup* group) const {
   KVTIDE_CHECK(place != nullptr, "block ", block.id, " is not durable");
   ManifestBlock& out = group->blocks.emplace_back();
   out.offset = place->offset;
-  out.write_id = place->write_id;
-  out.checksum = place->checksum;
-  out.writer = block.stamp.sequence;
-  out.profile = AddProfile(block.profile, group);
-  out.exact = block.layout == table.exact;
+  out.write_id = place->Written().write_id;
+  out.checksum = place->Written().checksum;
+  out.writer = block.sequence;
+  out.profile = AddProfile(block.profile(), group);
+  out.exact = block.layout() == table.exact;
 }
 
 Manifest Persister::Describe(const CacheState& state, const Sequence& sequence,
@@ -378,8 +379,8 @@ Manifest Persister::Describe(const CacheState& state, const Sequence& sequence,
     for (size_t l = 0; l < table.layers(); l++) group.layers.push_back(table.layer(static_cast<int>(l)));
     group.profile = AddProfile(table.profile, &group);
     table.blocks->ForEach([&](const Block* block) {
-      AddBlock(table, *block, &group);
-      places->push_back(DurablePlace(*block));
+      places->push_back(DurablePlace(state.store, *block));
+      AddBlock(table, *block, places->back(), &group);
     });
   }
   if (sequence.chain.has_value()) {
@@ -398,7 +399,7 @@ std::unique_ptr<KeptPrefix> Persister::KeepPrefix(CacheState& state, const Seque
   constexpr int64_t kTries = 64;
   const auto durable = [&](int g, int64_t index) {
     const Block* const block = state.prefixes.Get(space, keys[static_cast<size_t>(index)], g);
-    return block != nullptr && !block->moving && DurablePlace(*block) != nullptr;
+    return block != nullptr && !block->moving && DurablePlace(state.store, *block) != nullptr;
   };
   int64_t blocks = 0;
   while (blocks < sequence.found_blocks) {
@@ -436,9 +437,9 @@ std::unique_ptr<KeptPrefix> Persister::KeepPrefix(CacheState& state, const Seque
     group.profile = AddProfile(table.profile, &group);
     for (int64_t i = group.first_block; i < blocks; i++) {
       const Block* const block = state.prefixes.Get(space, keys[static_cast<size_t>(i)], g);
-      AddBlock(table, *block, &group);
+      run->blocks.emplace_back(block->id, DurablePlace(state.store, *block));
+      AddBlock(table, *block, run->blocks.back().second, &group);
       is_new = is_new || !state.prefixes.IsDurable(*block);
-      run->blocks.emplace_back(block->id, DurablePlace(*block));
     }
   }
   if (!is_new) return nullptr;  // other runs have all of it
@@ -645,7 +646,7 @@ absl::Status Persister::RestoreOne(CacheLock& lock, const std::string& bytes, Re
   report->sequences++;
   report->tokens += sequence->MinTokens();
   report->blocks += sequence->durable.places.size();
-  for (const Place* place : sequence->durable.places) report->bytes += place->bytes;
+  for (const Place* place : sequence->durable.places) report->bytes += lock->store.BlockAt(*place)->bytes();
   lock->prefixes.Register(*sequence, core_.options().max_prefix_blocks, nullptr);
   return absl::OkStatus();
 }
@@ -674,12 +675,13 @@ absl::Status Persister::RestoreRun(CacheLock& lock, const std::string& bytes, Re
       if (block == nullptr) {
         WritingBlock guard;
         block = RestoreBlock(lock, manifest, g, b, *sequence, &guard);
-        if (block == nullptr || block->prefix != nullptr) continue;
+        if (block == nullptr || block->prefix() != nullptr) continue;
         lock->prefixes.Insert(space, key, static_cast<int>(g), block);
         store.Join(block, sequence->recency.own, BlockStore::End::kColdest);
       }
-      Place* const place = DurablePlace(*block);
-      if (place == nullptr || place->offset != from.offset || place->write_id != from.write_id) continue;
+      Place* const place = DurablePlace(lock->store, *block);
+      if (place == nullptr || place->offset != from.offset || place->Written().write_id != from.write_id)
+        continue;
       run->blocks.emplace_back(block->id, place);
     }
   }
@@ -715,9 +717,9 @@ Block* Persister::RestoreBlock(CacheLock& lock, const Manifest& manifest, size_t
   const BlockLayout* const layout = from.exact ? table.exact : table.coded;
   const auto& places = store.tier(tier_).places;
   if (const auto there = places.find(from.offset); there != places.end()) {
-    Block* const block = there->second->block;
-    const bool same = block != nullptr && there->second->write_id == from.write_id &&
-                      block->layout == layout && block->home == sequence.home &&
+    Block* const block = store.BlockAt(*there->second);
+    const bool same = block != nullptr && there->second->Written().write_id == from.write_id &&
+                      block->layout() == layout && block->home() == sequence.home &&
                       block->checksum == from.checksum;
     return same ? block : nullptr;
   }
@@ -727,17 +729,15 @@ Block* Persister::RestoreBlock(CacheLock& lock, const Manifest& manifest, size_t
   Block* const block = store.AllocateAt(tier_, from.offset, sequence.home, layout);
   if (block == nullptr) return nullptr;
   *guard = WritingBlock(store, block);
-  block->profile = profile;
   block->checked = false;
   block->has_checksum = true;
   block->checksum = from.checksum;
-  block->account = sequence.account.get();
-  Charge(block->place, block->account);
-  block->stamp = {sequence.model->hash, from.writer, sequence.name_space_hash, static_cast<int>(group_index),
-                  group.first_block + static_cast<int64_t>(at)};
-  block->place->write_id = from.write_id;
-  block->place->checksum = from.checksum;
-  block->place->profile_hash = profile != nullptr ? profile->hash : 0;
+  Stamp(store, block, sequence, static_cast<int>(group_index), group.first_block + static_cast<int64_t>(at),
+        profile);
+  block->sequence = from.writer;
+  block->place->Written().write_id = from.write_id;
+  block->place->Written().checksum = from.checksum;
+  block->place->Written().profile_hash = profile != nullptr ? profile->hash : 0;
   return block;
 }
 

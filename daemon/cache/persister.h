@@ -77,12 +77,12 @@ class Persister {
                           std::vector<PinnedPlace>* pins, PersistReport* report);
   static std::vector<Block*> Fallen(const CacheState& state, const Sequence& sequence);
   // The place in the durable tier that holds what the block holds; null: none.
-  Place* DurablePlace(const Block& block) const;
+  Place* DurablePlace(const BlockStore& store, const Block& block) const;
   Manifest Describe(const CacheState& state, const Sequence& sequence, std::vector<Place*>* places) const;
   // The same without blocks.
   static Manifest DescribeEmpty(const CacheState& state, const Sequence& sequence);
   // A block to the end of its group.
-  void AddBlock(const GroupTable& table, const Block& block, ManifestGroup* group) const;
+  void AddBlock(const GroupTable& table, const Block& block, const Place* place, ManifestGroup* group) const;
   static int32_t AddProfile(const std::shared_ptr<const Profile>& profile, ManifestGroup* group);
   absl::Status RestoreOne(CacheLock& lock, const std::string& bytes, RestoreReport* report);
   absl::StatusOr<Manifest> Decode(const std::string& bytes);

@@ -23,7 +23,7 @@ const BlockLayout* SealedLayout(const Sequence& sequence, const GroupTable& tabl
 
 bool IsAlone(const Block& block) { return block.chunks.empty(); }
 
-bool IsCoded(const Block& block) { return !(block.layout->pair() == ExactPair()); }
+bool IsCoded(const Block& block) { return !(block.layout()->pair() == ExactPair()); }
 
 uint64_t HashOf(const std::shared_ptr<const Profile>& profile) {
   return profile != nullptr ? profile->hash : 0;
@@ -72,11 +72,11 @@ PrefixSpacePtr PrefixIndex::Open(const Sequence& sequence) {
     return found->second;
   if (spaces_.size() >= sweep_at_) {
     std::erase_if(spaces_, [](const auto& entry) {
-      return entry.second->nodes.empty() && entry.second.use_count() == 1;
+      return entry.second->blocks.empty() && entry.second.use_count() == 1;
     });
     sweep_at_ = std::max<size_t>(64, 2 * spaces_.size());
   }
-  auto space = std::make_shared<PrefixSpace>();
+  auto space = std::make_shared<PrefixSpace>(store_);
   space->home = sequence.home;
   space->seed = XXH3_64bits(identity.data(), identity.size());
   space->model = sequence.model;
@@ -87,27 +87,24 @@ PrefixSpacePtr PrefixIndex::Open(const Sequence& sequence) {
   return space;
 }
 
-Block* PrefixIndex::Get(const PrefixSpace& space, const BlockKey& key, int group) const {
-  const auto node = space.nodes.find(key);
-  return node != space.nodes.end() ? node->second[static_cast<size_t>(group)] : nullptr;
-}
-
 void PrefixIndex::Insert(PrefixSpace& space, const BlockKey& key, int group, Block* block) {
-  KVTIDE_CHECK(block->prefix == nullptr && block->place != nullptr && block->home == space.home &&
-               block->stamp.group == group);
-  PrefixNode& node = space.nodes[key];
-  node.resize(space.windows.size(), nullptr);
-  KVTIDE_CHECK(node[static_cast<size_t>(group)] == nullptr);
-  node[static_cast<size_t>(group)] = block;
-  block->prefix = &space;
-  block->prefix_key = key;
+  KVTIDE_CHECK(block->prefix() == nullptr && block->place != nullptr && block->home() == space.home &&
+               block->group() == group && !block->keyed && Get(space, key, group) == nullptr);
+  SetSpace(block, &space);
+  block->key = key;
+  space.blocks.Insert(*block);
   store_->CountAlone(*block, 1);
   blocks_++;
 }
 
+void PrefixIndex::SetSpace(Block* block, PrefixSpace* space) {
+  BlockKind kind = *block->kind;
+  kind.prefix = space;
+  store_->SetKind(block, kind);
+}
+
 void PrefixIndex::Leave(Block* block) {
-  KVTIDE_CHECK(block->prefix != nullptr);
-  PrefixSpace& space = *block->prefix;
+  KVTIDE_CHECK(block->prefix() != nullptr);
   if (const auto found = runs_of_.find(block->id); found != runs_of_.end()) {
     const auto kept = std::move(found->second);
     runs_of_.erase(found);
@@ -120,12 +117,9 @@ void PrefixIndex::Leave(Block* block) {
     }
   }
   store_->CountAlone(*block, -1);
-  const auto node = space.nodes.find(block->prefix_key);
-  KVTIDE_CHECK(node != space.nodes.end());
-  node->second[static_cast<size_t>(block->stamp.group)] = nullptr;
-  if (std::all_of(node->second.begin(), node->second.end(), [](const Block* b) { return b == nullptr; }))
-    space.nodes.erase(node);
-  block->prefix = nullptr;
+  const bool erased = block->prefix()->blocks.Erase(*block);
+  KVTIDE_CHECK(erased);
+  SetSpace(block, nullptr);
   blocks_--;
 }
 
@@ -136,7 +130,7 @@ bool PrefixIndex::DropColdest() {
     bool found = false;
     int peeks = 0;
     store_->PeekIdle(t, ~uint64_t{0}, [&](const Block& block) {
-      found = block.prefix != nullptr && IsAlone(block) && block.droppable();
+      found = block.prefix() != nullptr && IsAlone(block) && block.droppable();
       coldest = block.id;
       return !found && ++peeks < kPeeks;
     });
@@ -153,7 +147,7 @@ bool PrefixIndex::Continues(const Sequence& sequence, size_t group, int64_t inde
   if (index <= table.first_block() || !IsCoded(*table.at(index - 1))) return true;
   const Block* const before = Get(*sequence.prefixes, sequence.chain->keys()[static_cast<size_t>(index - 1)],
                                   static_cast<int>(group));
-  return before != nullptr && HashOf(before->profile) == HashOf(table.profile);
+  return before != nullptr && HashOf(before->profile()) == HashOf(table.profile);
 }
 
 uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most, UnsentBlocks* unsent) {
@@ -165,7 +159,7 @@ uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most, UnsentBlocks* 
   for (int64_t index = sequence.found_blocks; index < end; index++)
     for (const GroupTable& table : sequence.groups)
       if (index >= table.first_block() && index < table.end_block() && table.at(index)->place != nullptr &&
-          table.at(index)->layout != SealedLayout(sequence, table, index))
+          table.at(index)->layout() != SealedLayout(sequence, table, index))
         end = index;
   uint64_t dropped = 0;
   for (int64_t index = sequence.found_blocks; index < end; index++) {
@@ -175,13 +169,13 @@ uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most, UnsentBlocks* 
       if (index < table.first_block() || index >= table.end_block()) continue;
       Block* const mine = table.at(index);
       // What could not be coded, or is lost, nobody else is to have.
-      if (mine->place == nullptr || mine->layout != SealedLayout(sequence, table, index)) continue;
+      if (mine->place == nullptr || mine->layout() != SealedLayout(sequence, table, index)) continue;
       Block* there = Get(space, key, static_cast<int>(g));
       if (there == mine) continue;
       // One that came from before a restart may not be there any more, one that lies deeper would have to be
       // brought in.
       if (there != nullptr && IsAlone(*there) && there->leases == 0 && there->holds == 0 &&
-          mine->prefix == nullptr && (!there->checked || there->place->tier > mine->place->tier)) {
+          mine->prefix() == nullptr && (!there->checked || there->place->tier > mine->place->tier)) {
         Leave(there);
         store_->DeleteIfUnused(there);
         there = nullptr;
@@ -189,16 +183,16 @@ uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most, UnsentBlocks* 
       const bool coded = IsCoded(*mine);
       if (coded && !Continues(sequence, g, index)) continue;
       if (there != nullptr) {
-        if (coded && HashOf(there->profile) != HashOf(table.profile)) continue;
+        if (coded && HashOf(there->profile()) != HashOf(table.profile)) continue;
         // What a tier of I/O has is as good as its bytes, which nobody has looked at.
-        if (!there->checked || there->layout != mine->layout ||
-            (there->place->data == nullptr && mine->place->data != nullptr))
+        if (!there->checked || there->layout() != mine->layout() ||
+            (!store_->tier(there->place->tier).attends() && store_->tier(mine->place->tier).attends()))
           continue;
         table.blocks->Replace(index, there, sequence.recency.own);
-        sequence.recency.AddPrefix(there->record);
+        sequence.recency.AddPrefix(store_->RecordOf(*there));
         continue;
       }
-      if (mine->prefix != nullptr) continue;
+      if (mine->prefix() != nullptr) continue;
       while (blocks_ >= most && DropColdest()) dropped++;
       if (blocks_ >= most) continue;
       Insert(space, key, static_cast<int>(g), mine);
@@ -213,32 +207,36 @@ int64_t PrefixIndex::FirstBlock(const PrefixSpace& space, int group, int64_t blo
   return FirstLiveBlock(blocks * kBlockTokens, space.windows[static_cast<size_t>(group)]);
 }
 
-int64_t PrefixIndex::Longest(const PrefixSpace& space, std::span<const BlockKey> keys) const {
-  const PrefixNode* node = nullptr;
-  size_t of = keys.size();
-  return Longest(space, keys.size(), [&](size_t i, size_t g) {
-    if (of != i) {
-      const auto found = space.nodes.find(keys[i]);
-      node = found != space.nodes.end() ? &found->second : nullptr;
-      of = i;
-    }
-    const Block* const block = node != nullptr ? (*node)[g] : nullptr;
-    return block != nullptr ? Presence{true, IsCoded(*block), HashOf(block->profile)} : Presence();
+PrefixIndex::Prefix PrefixIndex::Longest(const PrefixSpace& space, std::span<const BlockKey> keys) {
+  // Entries and blocks are fetched while those before them are looked at.
+  constexpr size_t kEntriesAhead = 16, kBlocksAhead = 8;
+  Prefix prefix;
+  prefix.blocks = Longest(space, keys.size(), [&](size_t i, size_t g) {
+    const int group = static_cast<int>(g);
+    if (i + kEntriesAhead < keys.size()) space.blocks.FetchEntry(keys[i + kEntriesAhead], group);
+    if (i + kBlocksAhead < keys.size()) space.blocks.FetchBlock(keys[i + kBlocksAhead], group);
+    Block* const block = Get(space, keys[i], group);
+    prefix.there.push_back(block);
+    return PresenceOf(block);
   });
+  return prefix;
+}
+
+PrefixIndex::Presence PrefixIndex::PresenceOf(const Block* block) {
+  return block != nullptr ? Presence{true, IsCoded(*block), HashOf(block->profile())} : Presence();
 }
 
 void PrefixIndex::Order(std::span<Block* const> blocks, const RecencyPtr& record) {
   for (Block* const block : blocks)
-    if (block->prefix != nullptr && IsAlone(*block)) store_->Rejoin(block, record, BlockStore::End::kColdest);
+    if (block->prefix() != nullptr && IsAlone(*block))
+      store_->Rejoin(block, record, BlockStore::End::kColdest);
 }
 
 void PrefixIndex::Forget(const ModelState& model) {
   std::vector<Block*> blocks;
   for (const auto& [name, space] : spaces_) {
     if (space->model.get() != &model) continue;
-    for (const auto& [key, node] : space->nodes)
-      for (Block* const block : node)
-        if (block != nullptr) blocks.push_back(block);
+    space->blocks.ForEach([&](Block* block) { blocks.push_back(block); });
   }
   // The map has no order that a second run would have.
   std::sort(blocks.begin(), blocks.end(), [](const Block* a, const Block* b) { return a->id < b->id; });
@@ -284,9 +282,7 @@ void PrefixIndex::LeaveRun(uint64_t id) {
 void PrefixIndex::Clear() {
   for (auto& [name, space] : spaces_) {
     std::vector<Block*> blocks;
-    for (const auto& [key, node] : space->nodes)
-      for (Block* const block : node)
-        if (block != nullptr) blocks.push_back(block);
+    space->blocks.ForEach([&](Block* block) { blocks.push_back(block); });
     for (Block* const block : blocks) {
       Leave(block);
       store_->DeleteIfUnused(block);
@@ -298,34 +294,25 @@ void PrefixIndex::Clear() {
 void PrefixIndex::CheckInvariants() const {
   uint64_t blocks = 0, alone = 0, durable = 0;
   for (const auto& [name, space] : spaces_) {
-    for (const auto& [key, node] : space->nodes) {
-      KVTIDE_CHECK(node.size() == space->windows.size());
-      uint64_t in_node = 0;
-      for (size_t g = 0; g < node.size(); g++) {
-        const Block* const block = node[g];
-        if (block == nullptr) continue;
-        KVTIDE_CHECK(block->prefix == space.get() && block->prefix_key == key && block->place != nullptr &&
-                     block->stamp.group == static_cast<int>(g) && block->home == space->home &&
-                     !block->keyed);
-        if (IsAlone(*block)) alone += block->place->bytes;
-        if (const auto of = runs_of_.find(block->id); of != runs_of_.end()) {
-          for (const Kept& kept : of->second)
-            KVTIDE_CHECK(kept.place->keeps > 0 && runs_.contains(kept.run->id));
-          durable++;
-        }
-        in_node++;
+    space->blocks.ForEach([&, &space = space](const Block* block) {
+      KVTIDE_CHECK(block->prefix() == space.get() && Get(*space, block->key, block->group()) == block &&
+                   block->place != nullptr && block->home() == space->home && !block->keyed);
+      if (IsAlone(*block)) alone += block->bytes();
+      if (const auto of = runs_of_.find(block->id); of != runs_of_.end()) {
+        for (const Kept& kept : of->second)
+          KVTIDE_CHECK(kept.place->keeps() > 0 && runs_.contains(kept.run->id));
+        durable++;
       }
-      KVTIDE_CHECK(in_node > 0);
-      blocks += in_node;
-    }
+      blocks++;
+    });
   }
   KVTIDE_CHECK(ages_.size() == runs_.size());
   KVTIDE_CHECK(blocks == blocks_ && alone == store_->alone_bytes() && durable == runs_of_.size(), blocks,
                " blocks of prefixes, ", blocks_, " counted; ", alone, " bytes that no sequence has, ",
                store_->alone_bytes(), " counted; ", durable, " durable, ", runs_of_.size(), " counted");
   store_->ForEach([&](const Block& block) {
-    if (block.prefix == nullptr) return;
-    KVTIDE_CHECK(Get(*block.prefix, block.prefix_key, block.stamp.group) == &block, "block ", block.id,
+    if (block.prefix() == nullptr) return;
+    KVTIDE_CHECK(Get(*block.prefix(), block.key, block.group()) == &block, "block ", block.id,
                  " is not where its prefix says");
   });
 }

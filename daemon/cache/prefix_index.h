@@ -21,23 +21,22 @@
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/container/inlined_vector.h"
-#include "daemon/cache/block_store.h"
+#include "daemon/cache/blocks_by_key.h"
 #include "daemon/cache/sequence.h"
 #include "daemon/cache/unsent_blocks.h"
 
 namespace kvtide {
 
-// The blocks of one block number, by layer group; null: not there.
-using PrefixNode = absl::InlinedVector<Block*, 1>;
-
 struct PrefixSpace {
+  explicit PrefixSpace(const BlockStore* store) : blocks(store) {}
+
   std::string identity;
   int home = 0;       // device of the first tier where its blocks live
   uint64_t seed = 0;  // of the hashes; the same on every device
   std::shared_ptr<const ModelState> model;
   std::string tenant;
   std::vector<int64_t> windows;  // by layer group
-  absl::flat_hash_map<BlockKey, PrefixNode> nodes;
+  BlocksByKey blocks;
 };
 
 // Part of a manifest of a sequence that was closed: blocks of a prefix that are there after a restart.
@@ -63,7 +62,9 @@ class PrefixIndex {
   static std::string Identity(const Sequence& sequence);
 
   // Null if it is not there.
-  Block* Get(const PrefixSpace& space, const BlockKey& key, int group) const;
+  static Block* Get(const PrefixSpace& space, const BlockKey& key, int group) {
+    return space.blocks.Find(key, group);
+  }
   // A block of a sequence, which is in no space yet: found from now on.
   void Insert(PrefixSpace& space, const BlockKey& key, int group, Block* block);
   // The sealed blocks of the sequence that are new: found from now on; where others have the same tokens the
@@ -73,12 +74,17 @@ class PrefixIndex {
   uint64_t Register(Sequence& sequence, uint64_t most, UnsentBlocks* unsent);
   // The most full blocks from the first one on that a sequence can begin with: of every group those that the
   // next token would see.
-  int64_t Longest(const PrefixSpace& space, std::span<const BlockKey> keys) const;
+  struct Prefix {
+    int64_t blocks = 0;         // full ones, from the first one on
+    std::vector<Block*> there;  // of the keys that were looked up: group by group for each; null: not there
+  };
+  static Prefix Longest(const PrefixSpace& space, std::span<const BlockKey> keys);
   // A block of a prefix: there or not, with which profile if it is coded. A prefix has one profile.
   struct Presence {
     bool there = false, coded = false;
     uint64_t profile = 0;
   };
+  static Presence PresenceOf(const Block* block);  // null: it is not there
   // The same for blocks 0 to count - 1 of which presence(index, group) tells.
   template <class Ask>
   static int64_t Longest(const PrefixSpace& space, size_t count, const Ask& presence) {
@@ -137,6 +143,7 @@ class PrefixIndex {
   bool Continues(const Sequence& sequence, size_t group, int64_t index) const;
   // A block that is about to be dropped, or is not wanted any more, is not found from now on.
   void Leave(Block* block);
+  void SetSpace(Block* block, PrefixSpace* space);
   // Drops the coldest block that no sequence has.
   bool DropColdest();
 

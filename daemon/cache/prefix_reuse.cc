@@ -18,17 +18,17 @@ const CallContext& ContextOf(const PrefixCall& call) {
   return call.context != nullptr ? *call.context : kNobody;
 }
 
-// Every block that a sequence beginning with so many would have.
-std::vector<Block*> Blocks(const PrefixSpace& space, std::span<const BlockKey> keys, int64_t blocks) {
+// Every block that a sequence beginning with the prefix would have.
+std::vector<Block*> Blocks(const PrefixSpace& space, const PrefixIndex::Prefix& prefix) {
   std::vector<Block*> all;
-  const int groups = static_cast<int>(space.windows.size());
-  std::vector<int64_t> first;
-  for (int g = 0; g < groups; g++) first.push_back(PrefixIndex::FirstBlock(space, g, blocks));
-  for (int64_t index = 0; index < blocks; index++) {
-    const PrefixNode& node = space.nodes.at(keys[static_cast<size_t>(index)]);
-    for (int g = 0; g < groups; g++)
-      if (index >= first[static_cast<size_t>(g)]) all.push_back(node[static_cast<size_t>(g)]);
-  }
+  const size_t groups = space.windows.size();
+  all.reserve(static_cast<size_t>(prefix.blocks) * groups);
+  absl::InlinedVector<int64_t, 2> first;
+  for (size_t g = 0; g < groups; g++)
+    first.push_back(PrefixIndex::FirstBlock(space, static_cast<int>(g), prefix.blocks));
+  for (int64_t index = 0; index < prefix.blocks; index++)
+    for (size_t g = 0; g < groups; g++)
+      if (index >= first[g]) all.push_back(prefix.there[static_cast<size_t>(index) * groups + g]);
   return all;
 }
 
@@ -38,7 +38,7 @@ std::vector<Block*> PrefixReuse::BlocksOf(const Sequence& sequence) {
   std::vector<Block*> blocks;
   for (int64_t index = 0; index < sequence.found_blocks; index++)
     for (const GroupTable& table : sequence.groups)
-      if (index >= table.first_block() && index < table.end_block() && table.at(index)->prefix != nullptr)
+      if (index >= table.first_block() && index < table.end_block() && table.at(index)->prefix() != nullptr)
         blocks.push_back(table.at(index));
   return blocks;
 }
@@ -48,8 +48,9 @@ absl::Status PrefixReuse::CheckAnswering(CacheLock& lock, const PrefixSpace& spa
                                          std::span<const BlockKey> keys, const CallContext& context,
                                          Found* found) {
   while (true) {
-    found->blocks = lock->prefixes.Longest(space, keys);
-    found->all = Blocks(space, keys, found->blocks);
+    const PrefixIndex::Prefix prefix = PrefixIndex::Longest(space, keys);
+    found->blocks = prefix.blocks;
+    found->all = Blocks(space, prefix);
     std::vector<HeldBlock> unchecked;
     for (Block* const block : found->all)
       if (!block->checked) unchecked.emplace_back(lock->store, block);
@@ -58,8 +59,8 @@ absl::Status PrefixReuse::CheckAnswering(CacheLock& lock, const PrefixSpace& spa
     CheckLabels(lock, unchecked);
     // What could not be asked, as when the disk does not answer, does not count.
     for (const HeldBlock& block : unchecked) {
-      if (block->prefix == nullptr || block->checked) continue;
-      const auto key = std::find(keys.begin(), keys.end(), block->prefix_key);
+      if (block->prefix() == nullptr || block->checked) continue;
+      const auto key = std::find(keys.begin(), keys.end(), block->key);
       keys = keys.first(static_cast<size_t>(key - keys.begin()));
     }
   }
@@ -82,8 +83,10 @@ absl::StatusOr<PrefixSpacePtr> PrefixReuse::Best(CacheLock& lock, const Sequence
   }
   // One device may have lost some while the mutex was free for the next one.
   if (best != nullptr && core_.homes() > 1) {
-    found->blocks = std::min(found->blocks, lock->prefixes.Longest(*best, keys));
-    found->all = Blocks(*best, keys, found->blocks);
+    const PrefixIndex::Prefix prefix =
+        PrefixIndex::Longest(*best, keys.first(static_cast<size_t>(found->blocks)));
+    found->blocks = prefix.blocks;
+    found->all = Blocks(*best, prefix);
   }
   return best;
 }
@@ -135,8 +138,8 @@ absl::StatusOr<PrefixReport> PrefixReuse::Lookup(const PrefixCall& call) {
   if (blocks > 0) {
     std::vector<int> tiers(static_cast<size_t>(blocks), 0);
     for (const Block* block : found.all) {
-      int& tier = tiers[static_cast<size_t>(block->stamp.index)];
-      tier = std::max(tier, block->place->tier);
+      int& tier = tiers[static_cast<size_t>(block->index)];
+      tier = std::max<int>(tier, block->place->tier);
     }
     for (const int tier : tiers) {
       if (report.tiers.empty() || report.tiers.back().tier != tier) report.tiers.push_back({tier, 0});
@@ -153,10 +156,10 @@ absl::StatusOr<PrefixReport> PrefixReuse::Lookup(const PrefixCall& call) {
   const absl::Time now = options.clock();
   const RecencyPtr record = lock->store.NewRecency(now);
   lock->prefixes.Order(found.all, record);
-  const Recency* touched = record.get();
+  RecordSlot touched = record->slot;
   for (const Block* block : found.all) {
-    if (block->record == nullptr || block->record.get() == touched) continue;
-    touched = block->record.get();
+    if (block->record == kNoSlot || block->record == touched) continue;
+    touched = block->record;
     lock->store.Touch(*block, now);
   }
   if (!wants_lease) return report;
@@ -198,7 +201,7 @@ absl::StatusOr<SequencePtr> PrefixReuse::Begin(CacheLock& lock, ModelId model, c
   KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, lock->sequences.Create(model, options));
   sequence->options.device = asked.device;
   // Leases keep blocks, but bytes that turned out to be damaged are lost all the same.
-  const int64_t blocks = lock->prefixes.Longest(*hold->space, hold->keys);
+  const int64_t blocks = PrefixIndex::Longest(*hold->space, hold->keys).blocks;
   TakeOver(*lock, hold->space, hold->keys, blocks, *sequence);
   lock->keyed.Release(id);
   lock->changed.NotifyAll();
@@ -215,11 +218,11 @@ void PrefixReuse::TakeOver(CacheState& state, const PrefixSpacePtr& space, std::
     table.blocks->StartAt(first);
     for (int64_t index = first; index < blocks; index++) {
       Block* const block = state.prefixes.Get(*space, keys[static_cast<size_t>(index)], static_cast<int>(g));
-      KVTIDE_CHECK(block != nullptr && block->stamp.index == index);
+      KVTIDE_CHECK(block != nullptr && block->index == index);
       table.blocks->PushBack(block, sequence.recency.own);
-      sequence.recency.AddPrefix(block->record);
+      sequence.recency.AddPrefix(state.store.RecordOf(*block));
       // Further blocks are coded as these are.
-      if (table.coding() && block->layout == table.coded) table.profile = block->profile;
+      if (table.coding() && block->layout() == table.coded) table.profile = block->profile();
     }
     table.sealed = blocks;
     for (size_t l = 0; l < table.layers(); l++) table.SetLayer(static_cast<int>(l), {tokens, -1, 0});

@@ -11,16 +11,14 @@
 
 #include "absl/time/time.h"
 #include "daemon/cache/eviction_policy.h"
+#include "daemon/cache/slots.h"
 
 namespace kvtide {
-
-struct Block;
 
 struct Recency {
   // Its blocks in one tier, in the order in which they came there.
   struct List {
-    Block* first = nullptr;
-    Block* last = nullptr;
+    uint32_t first = kNoSlot, last = kNoSlot;
     uint64_t blocks = 0;
   };
 
@@ -31,6 +29,9 @@ struct Recency {
   int readers = 0;      // running reads of sequences that have it
   bool pinned = false;  // a sequence that is pinned has it
   bool wanted = false;  // attention found blocks of it below the first tier
+  // So many blocks name it, and keep it by `self` (which is null where there is none).
+  uint64_t members = 0;
+  std::shared_ptr<Recency> self;
   // After a fork the record of the parent goes on in the family's; its blocks have moved there.
   std::shared_ptr<Recency> merged_into;
 };

@@ -145,32 +145,31 @@ bool RemoteExchange::WriteOnce() {
     size_t bytes = 0;
     while (!ids.empty() && batch.size() < core_.options().max_moves_in_flight) {
       Block* const block = store.Get(ids.front());
-      if (block != nullptr && !batch.empty() && bytes + block->bytes > kBatchBytes) break;
+      if (block != nullptr && !batch.empty() && bytes + block->bytes() > kBatchBytes) break;
       ids.pop_front();
       if (block == nullptr || block->place == nullptr || block->writing) continue;
       Outgoing out;
-      if (block->prefix != nullptr) {
-        const PrefixSpace& space = *block->prefix;
-        const OwnerStamp& stamp = block->stamp;
+      if (block->prefix() != nullptr) {
+        const PrefixSpace& space = *block->prefix();
         out.space = SpaceOf(space);
-        out.job.name = {RemoteName::Kind::kBlock, block->prefix_key, stamp.group};
-        out.job.label = PrefixLabel(*space.model, stamp.name_space_hash, stamp.group, stamp.index,
-                                    block->prefix_key, *block->layout);
-        out.job.label.sequence = stamp.sequence;
-        out.profile = block->profile;
+        out.job.name = {RemoteName::Kind::kBlock, block->key, block->group()};
+        out.job.label = PrefixLabel(*space.model, block->kind->name_space_hash, block->group(), block->index,
+                                    block->key, *block->layout());
+        out.job.label.sequence = block->sequence;
+        out.profile = block->profile();
         out.job.label.profile_hash = out.profile != nullptr ? out.profile->hash : 0;
       } else if (block->keyed) {
         const auto& spaces = lock->keyed.namespaces();
-        const auto space = spaces.find(block->stamp.name_space_hash);
+        const auto space = spaces.find(block->kind->name_space_hash);
         if (space == spaces.end()) continue;
         out.space = SpaceOf(space->second->spec);
         out.name_space = space->second;
-        out.job.name = {RemoteName::Kind::kBlock, block->stamp.key, 0};
-        out.job.label = KeyedLabel(*space->second, block->stamp.key);
+        out.job.name = {RemoteName::Kind::kBlock, block->key, 0};
+        out.job.label = KeyedLabel(*space->second, block->key);
       } else {
         continue;
       }
-      bytes += block->bytes;
+      bytes += block->bytes();
       out.block = HeldBlock(store, block);
       batch.push_back(std::move(out));
     }
@@ -199,7 +198,7 @@ bool RemoteExchange::WriteOnce() {
                       there[i]->bytes == out.job.label.bytes && there[i]->chain == out.job.label.chain;
         present += out.present;
         if (out.present || block->place == nullptr || block->writing) continue;
-        if (block->prefix == nullptr && !block->keyed) continue;
+        if (block->prefix() == nullptr && !block->keyed) continue;
         out.place = PinnedPlace(lock->store, block->place);
         out.verify = block->has_checksum;
         out.checksum = block->checksum;
@@ -216,8 +215,9 @@ bool RemoteExchange::WriteOnce() {
       const Place& place = *out.place.get();
       absl::Status status;
       if (core_.attends(place.tier)) {
-        status = core_.backend(place.tier)
-                     .CopyNow({out.bytes.data(), place.data, out.bytes.size()}, CopyDirection::kToHost);
+        status =
+            core_.backend(place.tier)
+                .CopyNow({out.bytes.data(), core_.Data(place), out.bytes.size()}, CopyDirection::kToHost);
         if (status.ok() && out.verify && XXH3_64bits(out.bytes.data(), out.bytes.size()) != out.checksum)
           status = absl::DataLossError("the block is not what it was");
       } else {
@@ -294,7 +294,7 @@ struct RemoteExchange::Want {
   RemoteName name;
   BlockLabel label;  // that is expected
   BlockForm form = BlockForm::Opaque(0);
-  TenantAccount* account = nullptr;
+  std::shared_ptr<TenantAccount> account;
   int home = 0;
   int64_t index = 0;          // of the block in its prefix: what lies behind a missing one is of no use
   uint64_t profile_hash = 0;  // as it was found
@@ -311,12 +311,11 @@ WritingBlock RemoteExchange::Allocate(CacheLock& lock, const Want& want, size_t 
   if (want.group != nullptr && top.used_bytes() + want.form.bytes <= limit &&
       want.form.bytes <= store.QuotaLeft(*want.account, want.home))
     if (Block* const block = store.Allocate(want.home, want.home, want.form); block != nullptr) {
-      block->account = want.account;
-      Charge(block->place, want.account);
+      store.SetAccount(block, want.account);
       return WritingBlock(store, block);
     }
   bool over_quota = false;
-  return room_.AllocateCached(lock, *want.account, want.home, want.form, want_bytes, &over_quota);
+  return room_.AllocateCached(lock, want.account, want.home, want.form, want_bytes, &over_quota);
 }
 
 absl::Duration RemoteExchange::TimeLeft(const CallContext& context, absl::Time end) const {
@@ -393,7 +392,7 @@ void RemoteExchange::Fetch(CacheLock& lock, const std::string& space, std::span<
         jobs[i].label = batch[i].want->label;
         jobs[i].copy = [this, &place](size_t at, std::span<std::byte> piece) {
           return core_.backend(place.tier)
-              .CopyNow({place.data + at, piece.data(), piece.size()}, CopyDirection::kFromHost);
+              .CopyNow({core_.Data(place) + at, piece.data(), piece.size()}, CopyDirection::kFromHost);
         };
       }
       const absl::Duration rest = TimeLeft(context, end);
@@ -417,7 +416,7 @@ void RemoteExchange::Fetch(CacheLock& lock, const std::string& space, std::span<
         missing = true;
         continue;
       }
-      block->profile = profile;
+      store.SetProfile(block, profile);
       block->has_checksum = store.tier(block->place->tier).checksum;
       block->checksum = jobs[i].label.checksum;
       if (enter(want, jobs[i].label, block)) fetched->Add(store, block);
@@ -447,8 +446,7 @@ RemoteExchange::Fetched RemoteExchange::FetchPrefix(CacheLock& lock, Sequence& l
     for (size_t g = 0; g < groups; g++) {
       const Block* const block = lock->prefixes.Get(*space, keys[i], static_cast<int>(g));
       if (block != nullptr) {
-        there[i * groups + g] = {true, !(block->layout->pair() == ExactPair()),
-                                 block->profile != nullptr ? block->profile->hash : 0};
+        there[i * groups + g] = PrefixIndex::PresenceOf(block);
         continue;
       }
       names.push_back({RemoteName::Kind::kBlock, keys[i], static_cast<int>(g)});
@@ -492,7 +490,7 @@ RemoteExchange::Fetched RemoteExchange::FetchPrefix(CacheLock& lock, Sequence& l
       want.name = {RemoteName::Kind::kBlock, key, static_cast<int>(g)};
       want.label = PrefixLabel(*like.model, like.name_space_hash, static_cast<int>(g), index, key, *layout);
       want.form = layout;
-      want.account = like.account.get();
+      want.account = like.account;
       want.home = like.home;
       want.index = index;
       want.profile_hash = remote[at]->profile_hash;
@@ -502,19 +500,24 @@ RemoteExchange::Fetched RemoteExchange::FetchPrefix(CacheLock& lock, Sequence& l
       wants.push_back(std::move(want));
     }
   const RecencyPtr record = lock->store.NewRecency(options.clock());
-  Fetch(
-      lock, name, wants, context, end, &fetched,
-      [&](const Want& want, const BlockLabel& found, Block* block) {
-        const absl::StatusOr<std::shared_ptr<const ModelState>> still = lock->sequences.GetModel(model);
-        if (!still.ok() || still->get() != like.model.get()) return false;
-        if (lock->prefixes.blocks() >= options.max_prefix_blocks) return false;
-        if (lock->prefixes.Get(*space, want.name.key, want.name.group) != nullptr)
-          return false;  // another call was faster
-        block->stamp = {like.model->hash, found.sequence, like.name_space_hash, want.name.group, want.index};
-        lock->prefixes.Insert(*space, want.name.key, want.name.group, block);
-        lock->store.Join(block, record, BlockStore::End::kColdest);
-        return true;
-      });
+  Fetch(lock, name, wants, context, end, &fetched,
+        [&](const Want& want, const BlockLabel& found, Block* block) {
+          const absl::StatusOr<std::shared_ptr<const ModelState>> still = lock->sequences.GetModel(model);
+          if (!still.ok() || still->get() != like.model.get()) return false;
+          if (lock->prefixes.blocks() >= options.max_prefix_blocks) return false;
+          if (lock->prefixes.Get(*space, want.name.key, want.name.group) != nullptr)
+            return false;  // another call was faster
+          BlockKind kind = *block->kind;
+          kind.model_hash = like.model->hash;
+          kind.name_space_hash = like.name_space_hash;
+          kind.group = want.name.group;
+          lock->store.SetKind(block, kind);
+          block->sequence = found.sequence;
+          block->index = static_cast<int32_t>(want.index);
+          lock->prefixes.Insert(*space, want.name.key, want.name.group, block);
+          lock->store.Join(block, record, BlockStore::End::kColdest);
+          return true;
+        });
   return fetched;
 }
 
@@ -553,7 +556,7 @@ RemoteExchange::Fetched RemoteExchange::FetchKeyed(CacheLock& lock, const Namesp
     want.name = names[i];
     want.label = KeyedLabel(*space, names[i].key);
     want.form = space->form;
-    want.account = space->account.get();
+    want.account = space->account;
     want.home = RoomiestHome(lock->store);
     want.profile_hash = labels[i]->profile_hash;
   }

@@ -77,8 +77,8 @@ int RoomiestHome(const BlockStore& store) {
   return home;
 }
 
-WritingBlock RoomMaker::AllocateCached(CacheLock& lock, TenantAccount& account, int home,
-                                       const BlockForm& form, size_t want_bytes, bool* over_quota) {
+WritingBlock RoomMaker::AllocateCached(CacheLock& lock, const std::shared_ptr<TenantAccount>& account,
+                                       int home, const BlockForm& form, size_t want_bytes, bool* over_quota) {
   BlockStore& store = lock->store;
   std::vector<int> tiers;
   for (int t = store.homes(); t < static_cast<int>(store.tiers()); t++)
@@ -88,14 +88,13 @@ WritingBlock RoomMaker::AllocateCached(CacheLock& lock, TenantAccount& account, 
   for (const int tier : tiers) {
     for (int round = 0; round < kRounds; round++) {
       // What the tenant has cached makes way for it, and nobody else's.
-      if (form.bytes > store.QuotaLeft(account, tier) && !DropCached(*lock, account, tier, form.bytes)) {
+      if (form.bytes > store.QuotaLeft(*account, tier) && !DropCached(*lock, *account, tier, form.bytes)) {
         *over_quota = true;
         break;
       }
       Block* const block = store.Allocate(tier, home, form);
       if (block != nullptr) {
-        block->account = &account;
-        Charge(block->place, &account);
+        store.SetAccount(block, account);
         return WritingBlock(store, block);
       }
       if (!MakeRoom(lock, tier, form.bytes, want_bytes, kAnySerial)) break;
@@ -147,10 +146,10 @@ bool RoomMaker::DropCached(CacheState& state, const TenantAccount& account, int 
   int peeks = 0;
   state.store.PeekIdle(tier, kAnySerial, [&](const Block& block) {
     if (++peeks > kMostCachedPeeks) return false;
-    const bool cached_only = (block.keyed || block.prefix != nullptr) && block.chunks.empty();
-    if (block.account != &account || !cached_only || !block.droppable()) return true;
+    const bool cached_only = (block.keyed || block.prefix() != nullptr) && block.chunks.empty();
+    if (block.account() != &account || !cached_only || !block.droppable()) return true;
     cached.push_back(block.id);
-    found += block.place->extent;
+    found += block.place->extent();
     return left + found < bytes;
   });
   if (left + found < bytes) return false;
@@ -169,7 +168,7 @@ void RoomMaker::ViewRoom(const Tier& tier, bool gathered, TierView* view) {
 }
 
 BlockView RoomMaker::View(const BlockStore& store, const Block& block, absl::Time now) {
-  return {block.id, block.place->bytes, block.droppable(), now - store.LastTouched(block), block.home};
+  return {block.id, block.bytes(), block.droppable(), now - store.LastTouched(block), block.home()};
 }
 
 Snapshot RoomMaker::View(const CacheState& state, int first_tier, size_t bytes, uint64_t before_serial,
@@ -229,7 +228,7 @@ bool RoomMaker::Demote(CacheLock& lock, int tier, size_t bytes, size_t want_byte
 
 bool RoomMaker::Drop(CacheState& state, const Move& move, MoveReport* report) const {
   Block* block = state.store.Get(move.block);
-  if (block == nullptr || !BlockStore::IsIdle(*block) || block->place->tier != move.from ||
+  if (block == nullptr || !state.store.IsIdle(*block) || block->place->tier != move.from ||
       !block->droppable())
     return false;
   state.store.Drop(block);
@@ -257,13 +256,13 @@ MoveReport RoomMaker::Execute(CacheLock& lock, std::span<const Move> moves, bool
       continue;
     }
     Block* block = find(move);
-    if (block != nullptr && block->backup == nullptr && !store.MayLie(*block, move.to)) {
+    if (block != nullptr && !block->has_backup && !store.MayLie(*block, move.to)) {
       // A cached block that its tenant has no room for below makes way altogether.
       if (!read_too && Drop(*lock, {move.block, move.from, kDropTier}, &report)) continue;
       report.left_blocks++;
       continue;
     }
-    if (block != nullptr && block->backup != nullptr && block->backup->tier == move.to) {
+    if (block != nullptr && block->has_backup && store.Backup(*block)->tier == move.to) {
       // Its bytes are there already.
       report.moved_blocks++;
       store.tier(move.from).demoted++;
@@ -274,7 +273,7 @@ MoveReport RoomMaker::Execute(CacheLock& lock, std::span<const Move> moves, bool
     Place* target = block != nullptr ? store.Reserve(move.to, *block) : nullptr;
     if (block != nullptr && target == nullptr) {
       // Earlier moves of the list make the room, or it is there in pieces. The mutex was free: look again.
-      const size_t bytes = block->bytes;
+      const size_t bytes = block->bytes();
       batch.Finish();
       MakeHole(lock, move.to, bytes, Search::kNear, before_serial);
       block = find(move);
@@ -301,8 +300,7 @@ StretchView RoomMaker::ViewStretch(const CacheState& state, int tier_index, size
   StretchView stretch;
   auto place = tier.places.lower_bound(from);
   size_t end = 0;
-  if (place != tier.places.begin())
-    end = std::prev(place)->first + ExtentAllocator::RoundUp(std::prev(place)->second->bytes);
+  if (place != tier.places.begin()) end = std::prev(place)->first + std::prev(place)->second->extent();
   stretch.offset = end;
   if (store.HasBelow(tier_index)) {
     TierView below;
@@ -317,12 +315,12 @@ StretchView RoomMaker::ViewStretch(const CacheState& state, int tier_index, size
     const size_t extents = stretch.extents.size();
     if (extents >= kLongStretch || (extents >= kStretch && end - stretch.offset >= 4 * bytes)) break;
     add_free(place->first);
-    const Block* block = place->second->block;
+    const Block* block = store.BlockAt(*place->second);
     ExtentView& view = stretch.extents.emplace_back();
     view.kind = ExtentView::Kind::kFixed;
-    view.bytes = ExtentAllocator::RoundUp(place->second->bytes);
+    view.bytes = place->second->extent();
     end = place->first + view.bytes;
-    if (block == nullptr || !BlockStore::IsIdle(*block) || !block->used()) continue;
+    if (block == nullptr || !store.IsIdle(*block) || !block->used()) continue;
     view.kind = ExtentView::Kind::kMovable;
     view.block = block->id;
     const bool idle = now - store.LastTouched(*block) >= core_.options().limits.idle;
@@ -388,7 +386,7 @@ void RoomMaker::Dig(CacheLock& lock, int tier, const HolePlan& plan) {
   };
   for (const HoleMove& move : plan.moves) {
     Block* block = store.Get(move.block);
-    if (block == nullptr || !BlockStore::IsIdle(*block) || !block->used() || block->place->tier != tier ||
+    if (block == nullptr || !store.IsIdle(*block) || !block->used() || block->place->tier != tier ||
         block->place->offset < plan.offset || block->place->offset >= end)
       continue;
     Place* target = move.to.has_value() ? store.ReserveAt(tier, *move.to, *block)

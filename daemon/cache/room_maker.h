@@ -32,8 +32,8 @@ class RoomMaker {
   // A new block of what is only cached, in the first tier below the devices that attends and has room, else
   // on `home`; what is colder makes way, and of the tenant's own cached blocks what its quota needs. Empty
   // where there is no room.
-  WritingBlock AllocateCached(CacheLock& lock, TenantAccount& account, int home, const BlockForm& form,
-                              size_t want_bytes, bool* over_quota);
+  WritingBlock AllocateCached(CacheLock& lock, const std::shared_ptr<TenantAccount>& account, int home,
+                              const BlockForm& form, size_t want_bytes, bool* over_quota);
 
   // One free extent of `bytes` in the tier, made of blocks that were touched before `serial`: true if it got
   // nearer to that. Call it again until the bytes fit. `want_bytes` as above.

@@ -96,7 +96,7 @@ bool Sealer::MakeFirstBlockProfile(CacheLock& lock, GroupTable& table) {
   if (!table.profile_options.mean && table.profile_options.equalise == Equalise::kNone) return true;
   const int64_t full = table.MinTokens() / kBlockTokens;
   int64_t index = table.first_block();
-  while (index < full && (table.at(index)->place == nullptr || table.at(index)->layout != table.exact))
+  while (index < full && (table.at(index)->place == nullptr || table.at(index)->layout() != table.exact))
     index++;
   if (index >= full) return true;
   if (!BringIn(lock, table, index)) return false;
@@ -114,7 +114,7 @@ bool Sealer::MakeFirstBlockProfile(CacheLock& lock, GroupTable& table) {
     for (int layer = 0; layer < shape.layers && status.ok(); layer++) {
       DecodeArgs args;
       args.layout = table.exact;
-      args.block = place->data;
+      args.block = core_.Data(*place.get());
       args.layer = layer;
       args.k = keys[static_cast<size_t>(layer)].data();
       status = core_.backend(place->tier).Decode(args);
@@ -164,8 +164,8 @@ void Sealer::StartSeals(CacheLock& lock, Work& work, int64_t most, std::vector<S
   const int64_t end = std::min(work.end, table.sealed + std::min(kStep, most));
   for (; table.sealed < end; table.sealed++) {
     Block* source = table.at(table.sealed);
-    if (source->layout == table.coded || source->place == nullptr) continue;
-    KVTIDE_CHECK(source->layout == table.exact);
+    if (source->layout() == table.coded || source->place == nullptr) continue;
+    KVTIDE_CHECK(source->layout() == table.exact);
     if (!BringIn(lock, table, table.sealed)) {
       work.stuck = true;
       return;
@@ -198,9 +198,9 @@ void Sealer::Recode(std::vector<Seal>& seals) {
       const GroupTable& table = seal.table();
       RecodePiece& piece = pieces.emplace_back();
       piece.from = table.exact;
-      piece.source = seal.source->data;
+      piece.source = core_.Data(*seal.source.get());
       piece.to = table.coded;
-      piece.target = seal.target->place->data;
+      piece.target = core_.Data(*seal.target->place);
       piece.to_profile = seal.profile.get();
       piece.position = seal.index * kBlockTokens;
       piece.first_layer = 0;
@@ -225,8 +225,7 @@ void Sealer::Publish(CacheState& state, Seal& seal) {
     return;
   }
   if (seal.index < table.first_block()) return;  // it fell out of the window
-  seal.target->profile = seal.profile;
-  Stamp(*seal.target.get(), sequence, seal.group, seal.index);
+  Stamp(state.store, seal.target.get(), sequence, seal.group, seal.index, seal.profile);
   table.blocks->Replace(seal.index, seal.target.get(), sequence.recency.own);
   state.counters.sealed_blocks++;
 }

@@ -153,11 +153,19 @@ struct Sequence {
   }
 };
 
-// Says whose bytes the block holds.
-inline void Stamp(Block& block, const Sequence& sequence, int group, int64_t index) {
-  block.stamp = {sequence.model->hash, sequence.id, sequence.name_space_hash, group, index};
-  block.account = sequence.account.get();
-  Charge(block.place, block.account);
+// Says whose bytes the block holds, and which profile they are coded with.
+inline void Stamp(BlockStore& store, Block* block, const Sequence& sequence, int group, int64_t index,
+                  std::shared_ptr<const Profile> profile = nullptr) {
+  BlockKind kind = *block->kind;
+  kind.model_hash = sequence.model->hash;
+  kind.name_space_hash = sequence.name_space_hash;
+  kind.account = sequence.account;
+  kind.group = group;
+  kind.profile = std::move(profile);
+  store.SetKind(block, kind);
+  block->sequence = sequence.id;
+  block->index = static_cast<int32_t>(index);
+  Charge(block->place, block->account());
 }
 
 }  // namespace kvtide

@@ -40,7 +40,8 @@ std::vector<StepSeal> Step::Seals() const {
         std::find_if(batch_.sequences.begin(), batch_.sequences.end(),
                      [&](const SequencePtr& sequence) { return sequence.get() == seal.sequence; });
     seals.push_back({static_cast<size_t>(item - batch_.sequences.begin()), seal.group, seal.index,
-                     seal.source->data, seal.target->place->data, seal.target->layout});
+                     stepper_->core_.Data(*seal.source.get()), stepper_->core_.Data(*seal.target->place),
+                     seal.table().coded});
   }
   return seals;
 }

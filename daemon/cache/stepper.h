@@ -136,6 +136,7 @@ class Stepper {
   void Rollback(Step& step);
 
  private:
+  friend class Step;
   absl::Status AddItem(CacheState& state, const StepItem& item, const CallContext& context, const Step* after,
                        Step& step) const;
   absl::Status AddItems(CacheState& state, const StepCall& call, Step& step) const;

@@ -13,9 +13,9 @@ ChunkPicture::ChunkPicture(BlockStore* store, const Chunk& chunk) : store_(store
     if (block == nullptr) continue;
     const int tier = block->place != nullptr ? block->place->tier : kDropped;
     if (runs_.empty() || runs_.back().first + runs_.back().count != slot ||
-        runs_.back().layout != block->layout || runs_.back().profile != block->profile ||
+        runs_.back().layout != block->layout() || runs_.back().profile != block->profile() ||
         runs_.back().tier != tier)
-      runs_.push_back({slot, 0, block->layout, block->profile, tier});
+      runs_.push_back({slot, 0, block->layout(), block->profile(), tier});
     runs_.back().count++;
     places_[static_cast<size_t>(slot)] = block->place;
     if (block->place != nullptr) block->place->pictures++;
@@ -64,7 +64,7 @@ std::span<const SnapshotRun> TableSnapshot::runs() const {
         if (!same) runs_.push_back({run.layout, run.profile, run.tier, at, {}});
         for (int slot = run.first; slot < run.first + run.count; slot++) {
           const Place* place = picture->place(slot);
-          blocks_.push_back(place != nullptr ? place->data : nullptr);
+          blocks_.push_back(place != nullptr ? store_->Data(*place) : nullptr);
         }
       }
     KVTIDE_CHECK(first_block_ + static_cast<int64_t>(blocks_.size()) == end_block_);

@@ -71,7 +71,7 @@ absl::Status Truncator::ReopenTails(CacheLock& lock, Sequence& sequence, Cut& cu
   const int64_t tail = cut.tail_index();
   for (size_t g = 0; g < sequence.groups.size() && cut.has_tail(); g++) {
     const GroupTable& table = sequence.groups[g];
-    if (tail >= table.end_block() || table.at(tail)->layout == table.exact) continue;
+    if (tail >= table.end_block() || table.at(tail)->layout() == table.exact) continue;
     if (table.staging.count(tail) != 0) continue;
     KVTIDE_ASSIGN_OR_RETURN(cut.reopened[g], ReopenCodedBlock(lock, sequence, static_cast<int>(g), tail,
                                                               cut.tokens % kBlockTokens));
@@ -93,7 +93,7 @@ absl::StatusOr<WritingBlock> Truncator::ReopenCodedBlock(CacheLock& lock, Sequen
     return absl::DataLossError(absl::StrCat("tokens ", index * kBlockTokens, " to ",
                                             (index + 1) * kBlockTokens - 1, " were dropped"));
   const PinnedPlace place(lock->store, source->place);
-  const std::shared_ptr<const Profile> profile = source->profile;
+  const std::shared_ptr<const Profile> profile = source->profile();
   WritingBlock target;
   if (sequence.options.seal_at_once) {
     target = mover_.AllocateIn(lock, place->tier, sequence.home, table.exact, 0);
@@ -104,7 +104,7 @@ absl::StatusOr<WritingBlock> Truncator::ReopenCodedBlock(CacheLock& lock, Sequen
                             mover_.Allocate(lock, sequence.home, layouts, 0, sequence.account.get()));
     target = std::move(blocks.front());
   }
-  Stamp(*target.get(), sequence, group, index);
+  Stamp(lock->store, target.get(), sequence, group, index);
   absl::Status status;
   {
     const Unlocked unlocked(lock);
@@ -125,7 +125,7 @@ absl::Status Truncator::DecodeInto(const Place& source, const GroupTable& table,
     DecodeArgs decode;
     decode.layout = table.coded;
     decode.profile = profile;
-    decode.block = source.data;
+    decode.block = core_.Data(source);
     decode.position = position;
     decode.layer = layer;
     decode.k = k.data();
@@ -135,7 +135,7 @@ absl::Status Truncator::DecodeInto(const Place& source, const GroupTable& table,
       for (float& x : *values) x = std::clamp(x, -kMaxF16, kMaxF16);
     AppendPiece piece;
     piece.layout = table.exact;
-    piece.block = target.data;
+    piece.block = core_.Data(target);
     piece.layer = layer;
     piece.tokens = static_cast<int>(tokens);
     AppendArgs append;
@@ -181,7 +181,7 @@ void Truncator::CutTable(CacheState& state, Sequence& sequence, int group, Cut& 
   // one.
   bool coded = false;
   for (int64_t index = table.first_block(); index < table.end_block() && !coded; index++)
-    coded = table.coding() && table.at(index)->layout == table.coded;
+    coded = table.coding() && table.at(index)->layout() == table.coded;
   if (!coded) {
     table.profile = table.calibrated;
     std::fill(table.profiled.begin(), table.profiled.end(), false);

@@ -194,16 +194,16 @@ void Writer::TakeLayer(CacheState&, const WriteBatch& batch, int model_layer,
 }
 
 // What is to be written into one block.
-void Writer::AddPiece(WriteBatch& batch, LayerWrite& write, int64_t index) {
+void Writer::AddPiece(WriteBatch& batch, LayerWrite& write, int64_t index) const {
   const GroupTable& table = write.sequence->groups[static_cast<size_t>(write.group)];
   const auto staged = table.staging.find(index);
   Block* const exact = staged != table.staging.end() ? staged->second : table.at(index);
-  KVTIDE_CHECK(exact->layout == table.exact && exact->writing && exact->place != nullptr);
+  KVTIDE_CHECK(exact->layout() == table.exact && exact->writing && exact->place != nullptr);
   const int tier = exact->place->tier;
   if (staged != table.staging.end()) {
     const Place* const coded = table.at(index)->place;
     KVTIDE_CHECK(coded->tier == tier);
-    write.twins.push_back({index, tier, exact->place->data, coded->data});
+    write.twins.push_back({index, tier, core_.Data(*exact->place), core_.Data(*coded)});
   }
   const int64_t block_start = index * kBlockTokens;
   const int64_t begin = std::max(write.start, block_start);
@@ -212,7 +212,7 @@ void Writer::AddPiece(WriteBatch& batch, LayerWrite& write, int64_t index) {
   if (pieces.empty()) pieces.reserve(batch.writes.size());
   AppendPiece& piece = pieces.emplace_back();
   piece.layout = table.exact;
-  piece.block = exact->place->data;
+  piece.block = core_.Data(*exact->place);
   piece.layer = write.layer;
   piece.first_token = static_cast<int>(begin - block_start);
   piece.tokens = static_cast<int>(end - begin);
@@ -238,12 +238,12 @@ absl::Status Writer::AddBlocks(CacheLock& lock, WriteBatch& batch, Sequence& seq
         std::vector<WritingBlock> blocks,
         mover_.Allocate(lock, sequence.home, {layouts, count},
                         bytes_each * static_cast<size_t>(last_index - index + 1), sequence.account.get()));
-    for (const WritingBlock& block : blocks) Stamp(*block.get(), sequence, group, index);
+    for (size_t i = 0; i < blocks.size(); i++)
+      Stamp(store, blocks[i].get(), sequence, group, index, twins && i == 1 ? table.profile : nullptr);
     if (twins) {
       store.AddDirect(blocks[0].get(), sequence.keeper());
       store.Join(blocks[0].get(), sequence.recency.own);
       table.staging[index] = blocks[0].get();
-      blocks[1]->profile = table.profile;
     }
     table.blocks->PushBack(blocks.back().get(), sequence.recency.own);
     for (WritingBlock& block : blocks) batch.blocks_.push_back(std::move(block));
@@ -299,7 +299,7 @@ absl::Status Writer::CopyBeforeWrite(CacheLock& lock, WriteBatch& batch, Sequenc
   BlockStore& store = lock->store;
   GroupTable& table = sequence.groups[static_cast<size_t>(group)];
   const BlockLayout* layouts[2] = {};
-  for (size_t i = 0; i < entries.size(); i++) layouts[i] = entries[i]->layout;
+  for (size_t i = 0; i < entries.size(); i++) layouts[i] = entries[i]->layout();
   KVTIDE_ASSIGN_OR_RETURN(
       std::vector<WritingBlock> copies,
       mover_.Allocate(lock, sequence.home, {layouts, entries.size()}, 0, sequence.account.get()));
@@ -310,8 +310,7 @@ absl::Status Writer::CopyBeforeWrite(CacheLock& lock, WriteBatch& batch, Sequenc
     KVTIDE_RETURN_IF_ERROR(mover_.Copy(lock, *entries[i], *source.get(), *copies[i]->place));
   }
   for (size_t i = 0; i < entries.size(); i++) {
-    copies[i]->profile = entries[i]->profile;
-    Stamp(*copies[i].get(), sequence, group, index);
+    Stamp(store, copies[i].get(), sequence, group, index, entries[i]->profile());
     if (i == 0) {
       table.blocks->Replace(index, copies[i].get(), sequence.recency.own);
     } else {
@@ -391,15 +390,15 @@ absl::Status Writer::CodeAtOnce(WriteBatch& batch, LayerWrite& write) {
   return absl::OkStatus();
 }
 
-void Writer::PublishProfiles(WriteBatch& batch) {
+void Writer::PublishProfiles(BlockStore& store, WriteBatch& batch) {
   for (auto& [table, profile] : batch.profiles_) {
     if (profile == table->profile) continue;
     table->profile = profile;
     // Blocks that are this sequence's own; shared ones hold no layer that the former profile lacks.
     for (int64_t index = table->first_block(); index < table->end_block(); index++) {
       Block* block = table->at(index);
-      if (block->references() > 1 || block->layout != table->coded) continue;
-      block->profile = profile;
+      if (block->references() > 1 || block->layout() != table->coded) continue;
+      store.SetProfile(block, profile);
       table->blocks->MakeStale(index);
     }
   }
@@ -429,7 +428,7 @@ absl::Status Writer::Commit(CacheState& state, WriteBatch& batch) {
     if (write.start == 0) table.profiled[static_cast<size_t>(write.layer)] = true;
     LearnTokens(state, write);
   }
-  PublishProfiles(batch);
+  PublishProfiles(state.store, batch);
   for (const SequencePtr& sequence : batch.sequences) {
     sequence->changes++;
     state.store.Touch(sequence->recency, now);

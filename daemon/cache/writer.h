@@ -32,7 +32,7 @@ class Writer {
   // Writes the rows, without the mutex; with seal_at_once codes them, too.
   absl::Status WriteBytes(WriteBatch& batch);
   // Shows the profiles that coding has made.
-  void PublishProfiles(WriteBatch& batch);
+  void PublishProfiles(BlockStore& store, WriteBatch& batch);
   // Publishes profiles and the new lengths; the writes have their hashes. A failure has rolled the batch
   // back.
   absl::Status Commit(CacheState& state, WriteBatch& batch);
@@ -45,7 +45,7 @@ class Writer {
   absl::Status CheckWanted(const CallContext* context) const;
   absl::Status CheckAppend(const AppendCall& call, const ModelSpec& model) const;
   absl::Status BeginLayer(CacheLock& lock, WriteBatch& batch, LayerWrite& write);
-  static void AddPiece(WriteBatch& batch, LayerWrite& write, int64_t index);
+  void AddPiece(WriteBatch& batch, LayerWrite& write, int64_t index) const;
   absl::Status AddBlocks(CacheLock& lock, WriteBatch& batch, Sequence& sequence, int group,
                          int64_t last_index);
   absl::Status MakeWritable(CacheLock& lock, WriteBatch& batch, Sequence& sequence, int group, int64_t index);

@@ -37,6 +37,28 @@ class BlockStoreTest : public ::testing::Test {
   BlockStore store_;
 };
 
+TEST_F(BlockStoreTest, BlocksThatAreAlikeHaveOneKind) {
+  const auto account = std::make_shared<TenantAccount>();
+  account->tier_bytes.resize(2);
+  std::vector<Block*> blocks;
+  for (int i = 0; i < 20; i++) blocks.push_back(Allocate());
+  EXPECT_EQ(store_.kinds(), 1u);
+  for (Block* const block : blocks) store_.SetAccount(block, account);
+  EXPECT_EQ(store_.kinds(), 1u);
+  EXPECT_EQ(account->places, 20u);
+  const auto profile = std::make_shared<const Profile>();
+  store_.SetProfile(blocks.front(), profile);
+  EXPECT_EQ(store_.kinds(), 2u);
+  EXPECT_EQ(blocks.front()->account(), account.get());
+  EXPECT_EQ(blocks.front()->profile(), profile);
+  EXPECT_EQ(blocks.back()->profile(), nullptr);
+  store_.CheckInvariants();
+  for (Block* const block : blocks) store_.RemoveDirect(block, true);
+  EXPECT_EQ(store_.kinds(), 0u);
+  EXPECT_EQ(profile.use_count(), 1);
+  EXPECT_EQ(account->places, 0u);
+}
+
 TEST_F(BlockStoreTest, WhatIsWantedIsBoundedAndForgetsTheDead) {
   SequenceRecency one = NewSequence();
   const SequenceRecency other = NewSequence();
@@ -82,12 +104,12 @@ TEST_F(BlockStoreTest, BlocksGoByTheRecencyOfTheirSequenceAndForksShareWhatWasTh
   store_.BeginRead(parent.own);
   const RecencyPtr being_read = parent.own;
   store_.ForkRecency(&parent, &grandchild);  // what the parent had alone is the family's, too, now
-  EXPECT_FALSE(BlockStore::IsIdle(*of_parent));
-  EXPECT_FALSE(BlockStore::IsIdle(*first));
-  EXPECT_TRUE(BlockStore::IsIdle(*of_child));
+  EXPECT_FALSE(store_.IsIdle(*of_parent));
+  EXPECT_FALSE(store_.IsIdle(*first));
+  EXPECT_TRUE(store_.IsIdle(*of_child));
   store_.CheckInvariants();
   store_.EndRead(being_read);
-  EXPECT_TRUE(BlockStore::IsIdle(*of_parent));
+  EXPECT_TRUE(store_.IsIdle(*of_parent));
   store_.Touch(grandchild, absl::UnixEpoch());
   EXPECT_EQ(Coldest(0), (std::vector<Block*>{strange, of_child, first, second, of_parent}));
   std::vector<Block*> idle;

@@ -99,8 +99,8 @@ class BlockTableTest : public ::testing::Test {
   Shown Look(Model& model) {
     Shown shown{model.table->Snapshot(), model.first, {}, {}};
     for (const Block* block : model.blocks) {
-      shown.data.push_back(block->place != nullptr ? block->place->data : nullptr);
-      shown.layouts.push_back(block->layout);
+      shown.data.push_back(block->place != nullptr ? store_.Data(*block->place) : nullptr);
+      shown.layouts.push_back(block->layout());
     }
     return shown;
   }
