@@ -1,7 +1,7 @@
 // How long an attention holds the cache's mutex: the calls of one layer over many long sequences, with a
-// backend that does nothing. The process's pthread_mutex_lock and unlock are measured, whoever calls them, so
-// that the number is the same whatever the cache's parts are called. On a machine with other work the least of
-// many interleaved rounds counts:
+// backend that does nothing. The process's pthread_mutex_lock, trylock and unlock are measured, whoever calls
+// them, so that the number is the same whatever the cache's parts are called. On a machine with other work
+// the least of many interleaved rounds counts:
 //     kvtide_bench_attend_metadata --benchmark_min_time=0.05 --benchmark_repetitions=20
 //       --benchmark_enable_random_interleaving=true --benchmark_report_aggregates_only=true
 //       --benchmark_out=tests/bench/results/attend_metadata.json
@@ -43,6 +43,13 @@ extern "C" int pthread_mutex_lock(pthread_mutex_t* mutex) noexcept {
   static const MutexCall real = Real("pthread_mutex_lock");
   const int result = real(mutex);
   if (held.depth++ == 0) held.since = Nanoseconds();
+  return result;
+}
+
+extern "C" int pthread_mutex_trylock(pthread_mutex_t* mutex) noexcept {
+  static const MutexCall real = Real("pthread_mutex_trylock");
+  const int result = real(mutex);
+  if (result == 0 && held.depth++ == 0) held.since = Nanoseconds();
   return result;
 }
 
