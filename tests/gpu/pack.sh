@@ -40,7 +40,7 @@ if [ -n "$python" ]; then
   # The flags of the cuda preset, so that the compiler cache has most objects already.
   wheels="$(mktemp -d)"
   KVTIDE_CUDA=ON "$python" -m pip wheel --quiet --no-deps --wheel-dir "$wheels" . \
-    -C cmake.define.CMAKE_CUDA_ARCHITECTURES=90a-real -C cmake.define.KVTIDE_WERROR=ON
+    -C cmake.define.CMAKE_CXX_FLAGS=-g1 -C cmake.define.CMAKE_CUDA_ARCHITECTURES=90a-real -C cmake.define.KVTIDE_WERROR=ON
   "$python" -m zipfile -e "$wheels"/kvtide-*.whl "$folder/python"
   rm -rf "$wheels"
   parts+=(python)
