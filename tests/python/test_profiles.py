@@ -108,12 +108,12 @@ def test_mistakes(pool):
 def test_tide_pairs_need_the_transforms_of_a_profile(pool, tmp_path, after_rope):
     profile = profiles.load(write_transforms(tmp_path / "p", f"kvtide-key-profile-{4 if after_rope else 3}")[0])
     assert profile.after_rope is after_rope and profile.context == 0 and len(profile.frequencies[0]) == 16
-    pool.register("tide", LAYERS, profile=profile)
+    name = pool.register(f"tide, after RoPE: {after_rope}", LAYERS, profile=profile)
     random = np.random.default_rng(0)
     k = random.standard_normal((400, 2, 32)).astype(np.float32)
     errors = {}
     for pair in ("tide4/turbo4", "tide2/turbo2"):
-        with pool.create("tide", pair=pair) as sequence:
+        with pool.create(name, pair=pair) as sequence:
             for layer in range(2):
                 sequence.append(layer, k + MEANS[layer], k)
             errors[pair] = np.abs(sequence.read(0)[0] - k - MEANS[0]).mean()

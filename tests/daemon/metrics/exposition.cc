@@ -121,6 +121,8 @@ std::unique_ptr<Metrics> BusyMetrics() {
     stats.connections_limit = 1024;
     stats.connections_accepted = 20;
     stats.connections_refused = 3;
+    stats.ways = {{"grpc", 2, 301, 41, 5001, 6001}, {"shared_memory", 1, 302, 42, 5002, 6002}};
+    stats.memory = {{"sequences", 1 << 20, 1 << 20}, {"host", 1 << 24, 1 << 23}};
     stats.call_memory_bytes = 4096;
     stats.call_memory_limit = 1 << 20;
     stats.memory_overhead_limit = 1 << 21;
