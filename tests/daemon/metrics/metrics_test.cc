@@ -82,10 +82,10 @@ TEST(Metrics, TextHasAllParts) {
 
 // Dashboards and storage live from few labels; an id of a sequence would make a series for each.
 TEST(Metrics, LabelsAreFew) {
-  const std::set<std::string> allowed = {"tier", "device",    "pair",    "backend", "position", "location",
-                                         "lane", "method",    "code",    "le",      "version",  "compiler",
-                                         "cuda", "operation", "tenant",  "result",  "phase",    "outcome",
-                                         "work", "unit",      "found_in"};
+  const std::set<std::string> allowed = {"tier", "device",    "pair",     "backend", "position", "location",
+                                         "lane", "method",    "code",     "le",      "version",  "compiler",
+                                         "cuda", "operation", "tenant",   "result",  "phase",    "outcome",
+                                         "work", "unit",      "found_in", "way",     "part"};
   const std::regex label("([a-z_]+)=\"");
   size_t series = 0;
   for (const auto& [name, value] : ParseExposition(BusyMetrics()->Text()).samples) {
