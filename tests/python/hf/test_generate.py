@@ -173,7 +173,7 @@ def test_a_prompt_that_begins_as_an_earlier_one_did(model, tokenizer, pool, mode
                 assert forwards[0] == ids.shape[1] - reused
                 mode.check(cache)
                 # All tokens but the last one that was generated have been through the model.
-                assert [info.known_tokens for info in pool.sequences()] == [ids.shape[1] + 29]
+                assert [one.info().known_tokens for one in cache.sequences] == [ids.shape[1] + 29]
     finally:
         hook.remove()
     assert pool.stats().prefix_reused_tokens >= 256 + 320 + 128

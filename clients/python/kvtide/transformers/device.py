@@ -93,8 +93,11 @@ class DeviceForward:
         step.end()
 
     def close(self) -> None:
+        """Ends a step that is whole, so that its blocks are found by what the tokens are; takes another one back."""
         step, self.step = self.step, None
-        if step is not None:
+        if step is not None and self.steps is not None and len(self.written) == len(self.steps._layers):
+            step.end()
+        elif step is not None:
             step.roll_back()
         self.steps, self.made_for = None, ()
 
