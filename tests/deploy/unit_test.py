@@ -59,17 +59,25 @@ def main():
         print("left out: no mount namespaces here")
         return SKIPPED
     unit = repository / "deploy/systemd/kvtided.service.in"
-    kvtide, kvtided = build / "clients/cli/kvtide", build / "daemon/kvtided"
     complaints = []
     with tempfile.TemporaryDirectory(prefix="kvtide-unit-") as name:
         os.chmod(name, 0o755)
+        # What runs is not read from the tree: that may lie in a home or below /tmp, which the unit hides.
+        programs = pathlib.Path(name) / "programs"
+        programs.mkdir()
+        for file in (build / "clients/cli/kvtide", build / "daemon/kvtided", repository / "deploy/systemd/kvtided.json"):
+            shutil.copy(file, programs)
+        kvtide, kvtided, config = (programs / file for file in ("kvtide", "kvtided", "kvtided.json"))
+        for source, target in (("clients/engine/models", "models"), ("tests/data", "texts")):
+            shutil.copytree(repository / source, programs / "data" / target)
 
         def under(*command):
             # Not the first python in PATH: that may lie in a home, which is not to be seen.
             return subprocess.run(["/usr/bin/python3", repository / "tests/deploy/under_unit.py", unit, name, *command],
-                                  capture_output=True, text=True, env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}, timeout=600)
+                                  capture_output=True, text=True, timeout=600,
+                                  env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "KVTIDE_DATA_DIR": str(programs / "data")})
 
-        served = under("sh", "-c", SERVE, "sh", kvtided, kvtide, repository / "deploy/systemd/kvtided.json")
+        served = under("sh", "-c", SERVE, "sh", kvtided, kvtide, config)
         print(served.stderr, end="")
         if served.returncode != 0:
             log = pathlib.Path(name) / "run/log"
