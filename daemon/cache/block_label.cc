@@ -63,6 +63,14 @@ uint64_t HashLayout(const BlockLayout& layout) {
       .Hash();
 }
 
+void SetLayout(const BlockLayout& layout, BlockLabel* label) {
+  label->k_type = Name(layout.pair().k);
+  label->v_type = Name(layout.pair().v);
+  label->codec_version_k = Info(layout.pair().k).version;
+  label->codec_version_v = Info(layout.pair().v).version;
+  label->layout_hash = HashLayout(layout);
+}
+
 BlockLabel LabelOf(const Block& block, const Place& place) {
   BlockLabel label;
   label.kind = BlockLabel::Kind::kBlock;
@@ -77,13 +85,7 @@ BlockLabel LabelOf(const Block& block, const Place& place) {
   if (block.kind->stamped_with_key) label.chain = {block.key.low, block.key.high};
   label.profile_hash = place.Written().profile_hash;
   label.k_type = label.v_type = "opaque";
-  if (block.layout() == nullptr) return label;
-  const CachePair pair = block.layout()->pair();
-  label.k_type = Name(pair.k);
-  label.v_type = Name(pair.v);
-  label.codec_version_k = Info(pair.k).version;
-  label.codec_version_v = Info(pair.v).version;
-  label.layout_hash = HashLayout(*block.layout());
+  if (block.layout() != nullptr) SetLayout(*block.layout(), &label);
   return label;
 }
 

@@ -17,6 +17,9 @@ uint64_t HashNameSpace(const std::string& name_space);
 // Over what decides where in a block a value lies.
 uint64_t HashLayout(const BlockLayout& layout);
 
+// How to read blocks of this layout: types, codec versions, order of bytes.
+void SetLayout(const BlockLayout& layout, BlockLabel* label);
+
 // Of the block's bytes as they lie, or are about to be written, in `place`. The checksum is the block's, 0 if
 // it has none.
 BlockLabel LabelOf(const Block& block, const Place& place);

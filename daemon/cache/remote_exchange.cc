@@ -46,11 +46,7 @@ BlockLabel PrefixLabel(const ModelState& model, uint64_t name_space_hash, int gr
   label.group = group;
   label.index = index;
   label.chain = {key.low, key.high};
-  label.k_type = Name(layout.pair().k);
-  label.v_type = Name(layout.pair().v);
-  label.codec_version_k = Info(layout.pair().k).version;
-  label.codec_version_v = Info(layout.pair().v).version;
-  label.layout_hash = HashLayout(layout);
+  SetLayout(layout, &label);
   return label;
 }
 BlockLabel KeyedLabel(const KeyedNamespace& space, const BlockKey& key) {
@@ -59,13 +55,7 @@ BlockLabel KeyedLabel(const KeyedNamespace& space, const BlockKey& key) {
   label.name_space_hash = space.id;
   label.chain = {key.low, key.high};
   label.k_type = label.v_type = "opaque";
-  if (space.form.layout == nullptr) return label;
-  const BlockLayout& layout = *space.form.layout;
-  label.k_type = Name(layout.pair().k);
-  label.v_type = Name(layout.pair().v);
-  label.codec_version_k = Info(layout.pair().k).version;
-  label.codec_version_v = Info(layout.pair().v).version;
-  label.layout_hash = HashLayout(layout);
+  if (space.form.layout != nullptr) SetLayout(*space.form.layout, &label);
   return label;
 }
 BlockLabel ProfileLabel(uint64_t hash) {

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/label_fields.h"
 #include "kernels/base/check.h"
 
 namespace kvtide {
@@ -36,12 +37,6 @@ static_assert(sizeof(Header) == 168 && std::is_trivially_copyable_v<Header>);
 
 uint64_t ChecksumOf(const Header& header) { return XXH3_64bits(&header, offsetof(Header, header_checksum)); }
 
-void SetName(const std::string& name, char (&field)[16]) {
-  KVTIDE_CHECK(name.size() < sizeof field, "the name of the type is too long: ", name);
-  std::copy(name.begin(), name.end(), field);
-}
-std::string GetName(const char (&field)[16]) { return {field, strnlen(field, sizeof field)}; }
-
 }  // namespace
 
 void WriteExtentHeader(const BlockLabel& label, std::span<std::byte> page) {
@@ -49,24 +44,7 @@ void WriteExtentHeader(const BlockLabel& label, std::span<std::byte> page) {
   Header header{};
   header.magic = kMagic;
   header.version = kExtentVersion;
-  header.kind = static_cast<uint32_t>(label.kind);
-  header.write_id = label.write_id;
-  header.bytes = label.bytes;
-  header.checksum = label.checksum;
-  header.model_hash = label.model_hash;
-  header.sequence = label.sequence;
-  header.name_space_hash = label.name_space_hash;
-  header.tenant = label.tenant;
-  header.chain[0] = label.chain[0];
-  header.chain[1] = label.chain[1];
-  header.index = label.index;
-  header.group = label.group;
-  header.codec_version_k = label.codec_version_k;
-  header.codec_version_v = label.codec_version_v;
-  header.profile_hash = label.profile_hash;
-  header.layout_hash = label.layout_hash;
-  SetName(label.k_type, header.k_type);
-  SetName(label.v_type, header.v_type);
+  StoreLabel(label, &header);
   header.header_checksum = ChecksumOf(header);
   std::memset(page.data(), 0, page.size());
   std::memcpy(page.data(), &header, sizeof header);
@@ -82,25 +60,7 @@ absl::StatusOr<BlockLabel> ReadExtentHeader(std::span<const std::byte> page) {
         absl::StrCat("the block has format ", header.version, ", this program reads ", kExtentVersion));
   if (header.header_checksum != ChecksumOf(header))
     return absl::DataLossError("the label of the block is damaged");
-  BlockLabel label;
-  label.kind = static_cast<BlockLabel::Kind>(header.kind);
-  label.write_id = header.write_id;
-  label.bytes = header.bytes;
-  label.checksum = header.checksum;
-  label.model_hash = header.model_hash;
-  label.sequence = header.sequence;
-  label.name_space_hash = header.name_space_hash;
-  label.tenant = header.tenant;
-  label.chain = {header.chain[0], header.chain[1]};
-  label.index = header.index;
-  label.group = header.group;
-  label.codec_version_k = header.codec_version_k;
-  label.codec_version_v = header.codec_version_v;
-  label.profile_hash = header.profile_hash;
-  label.layout_hash = header.layout_hash;
-  label.k_type = GetName(header.k_type);
-  label.v_type = GetName(header.v_type);
-  return label;
+  return LoadLabel(header);
 }
 
 absl::Status CheckLabel(const BlockLabel& found, const BlockLabel& wanted) {

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/label_fields.h"
 #include "kernels/base/check.h"
 
 namespace kvtide {
@@ -36,12 +37,6 @@ static_assert(sizeof(Header) == kValueHeaderBytes && std::is_trivially_copyable_
 
 uint64_t ChecksumOf(const Header& header) { return XXH3_64bits(&header, offsetof(Header, header_checksum)); }
 
-void SetName(const std::string& name, char (&field)[16]) {
-  KVTIDE_CHECK(name.size() < sizeof field, "the name of the type is too long: ", name);
-  std::copy(name.begin(), name.end(), field);
-}
-std::string GetName(const char (&field)[16]) { return {field, strnlen(field, sizeof field)}; }
-
 }  // namespace
 
 size_t ValueHeader::pieces() const {
@@ -50,28 +45,11 @@ size_t ValueHeader::pieces() const {
 }
 
 std::string EncodeValueHeader(const ValueHeader& value) {
-  const BlockLabel& label = value.label;
   Header header{};
   header.magic = kMagic;
   header.version = kValueVersion;
-  header.kind = static_cast<uint32_t>(label.kind);
-  header.write_id = label.write_id;
-  header.bytes = label.bytes;
-  header.checksum = label.checksum;
+  StoreLabel(value.label, &header);
   header.piece_bytes = value.piece_bytes;
-  header.model_hash = label.model_hash;
-  header.sequence = label.sequence;
-  header.name_space_hash = label.name_space_hash;
-  header.tenant = label.tenant;
-  std::copy(label.chain.begin(), label.chain.end(), header.chain);
-  header.index = label.index;
-  header.group = label.group;
-  header.codec_version_k = label.codec_version_k;
-  header.codec_version_v = label.codec_version_v;
-  header.profile_hash = label.profile_hash;
-  header.layout_hash = label.layout_hash;
-  SetName(label.k_type, header.k_type);
-  SetName(label.v_type, header.v_type);
   header.header_checksum = ChecksumOf(header);
   return {reinterpret_cast<const char*>(&header), sizeof header};
 }
@@ -93,24 +71,7 @@ absl::StatusOr<ValueHeader> DecodeValueHeader(std::span<const std::byte> bytes) 
   if (header.bytes > kMostBytes || header.bytes / kMostPieces > header.piece_bytes)
     return absl::DataLossError(absl::StrCat("the value says that it has ", header.bytes,
                                             " bytes in pieces of ", header.piece_bytes));
-  BlockLabel& label = value.label;
-  label.kind = static_cast<BlockLabel::Kind>(header.kind);
-  label.write_id = header.write_id;
-  label.bytes = header.bytes;
-  label.checksum = header.checksum;
-  label.model_hash = header.model_hash;
-  label.sequence = header.sequence;
-  label.name_space_hash = header.name_space_hash;
-  label.tenant = header.tenant;
-  label.chain = {header.chain[0], header.chain[1]};
-  label.index = header.index;
-  label.group = header.group;
-  label.codec_version_k = header.codec_version_k;
-  label.codec_version_v = header.codec_version_v;
-  label.profile_hash = header.profile_hash;
-  label.layout_hash = header.layout_hash;
-  label.k_type = GetName(header.k_type);
-  label.v_type = GetName(header.v_type);
+  value.label = LoadLabel(header);
   return value;
 }
 

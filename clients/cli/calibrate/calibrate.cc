@@ -4,7 +4,6 @@
 #include <atomic>
 #include <cstdio>
 #include <filesystem>
-#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -161,11 +160,14 @@ void AddCalibrateCommand(CLI::App& app, int* exit_code) {
           "what the model can handle")
       ->check(Positive());
   calibrate
-      ->add_option("--keys", o.keys,
-                   "Transforms of keys with RoPE taken back (before-rope: least harm) or as they are stored "
-                   "(after-rope: fast attention)")
-      ->transform(CLI::CheckedTransformer(std::map<std::string, engine::KeysAt>{
-          {"before-rope", engine::KeysAt::kBeforeRope}, {"after-rope", engine::KeysAt::kAfterRope}}))
+      ->add_option_function<std::string>(
+          "--keys",
+          [&o](const std::string& at) {
+            o.keys = at == "after-rope" ? engine::KeysAt::kAfterRope : engine::KeysAt::kBeforeRope;
+          },
+          "Transforms of keys with RoPE taken back (before-rope: least harm) or as they are stored "
+          "(after-rope: fast attention)")
+      ->check(CLI::IsMember({"before-rope", "after-rope"}))
       ->default_str("before-rope");
   calibrate->add_option("--out", flags->out_file, "The profile to write (safetensors)")
       ->required()

@@ -7,6 +7,7 @@
 #include "daemon/ring/handshake.h"
 #include "daemon/ring/ring.h"
 #include "kernels/base/check.h"
+#include "tests/daemon/choices.h"
 
 namespace kvtide::ring {
 namespace {
@@ -14,28 +15,10 @@ namespace {
 constexpr size_t kArea = 512, kFence = 256;
 constexpr std::byte kFenceByte{0x5a};
 
-// Bytes that the fuzzer chose; zeros behind the end.
-class Choices {
- public:
-  explicit Choices(std::span<const uint8_t> bytes) : bytes_(bytes) {}
-  bool empty() const { return bytes_.empty(); }
-  template <class T>
-  T Next() {
-    T value{};
-    const size_t count = std::min(sizeof(value), bytes_.size());
-    std::memcpy(&value, bytes_.data(), count);
-    bytes_ = bytes_.subspan(count);
-    return value;
-  }
-
- private:
-  std::span<const uint8_t> bytes_;
-};
-
 }  // namespace
 
 void PlayHostileRing(std::span<const uint8_t> bytes) {
-  Choices choices(bytes);
+  testing::Choices choices(bytes);
   // On the heap, so that AddressSanitizer sees a step aside; the fences are for builds without.
   struct Memory {
     RingHead head;

@@ -15,6 +15,7 @@
 #include "daemon/service/verbs.h"
 #include "kernels/base/check.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "tests/daemon/choices.h"
 
 namespace kvtide::service {
 namespace {
@@ -23,26 +24,11 @@ constexpr int kLayers = 2, kHeads = 2, kDim = 64;
 constexpr size_t kArena = 1 << 16, kGuard = 1 << 20;
 constexpr std::byte kUntouched{0x3c};  // small numbers, as f32 and as f16
 
-// Bytes that the fuzzer chose; zeros behind the end.
-class Choices {
+class Choices : public testing::Choices {
  public:
-  explicit Choices(std::span<const uint8_t> bytes) : bytes_(bytes) {}
-  bool empty() const { return bytes_.empty(); }
-  template <class T>
-  T Next() {
-    T value{};
-    const size_t count = std::min(sizeof(value), bytes_.size());
-    std::memcpy(&value, bytes_.data(), count);
-    bytes_ = bytes_.subspan(count);
-    return value;
-  }
+  using testing::Choices::Choices;
   int Pick(int below) { return Next<uint8_t>() % below; }
   bool Rarely() { return Next<uint8_t>() >= 0xf0; }
-  std::span<const uint8_t> Rest(size_t most) {
-    const std::span<const uint8_t> some = bytes_.first(std::min(most, bytes_.size()));
-    bytes_ = bytes_.subspan(some.size());
-    return some;
-  }
   // Near what numbers are compared with, or any.
   uint64_t Odd() {
     const uint64_t kNear[] = {0,
@@ -62,9 +48,6 @@ class Choices {
   }
   uint64_t Number(uint64_t good) { return Rarely() ? Odd() : good; }
   int64_t Signed(int64_t good) { return static_cast<int64_t>(Number(static_cast<uint64_t>(good))); }
-
- private:
-  std::span<const uint8_t> bytes_;
 };
 
 class GuardedArena {

@@ -68,8 +68,9 @@ class DeviceForward:
             self.finish()
             return None
         assert self.step is not None
-        if self._differs(store, layer, options):
-            raise InvalidArgument(f"layer {layer}: {self._differs(store, layer, options)}, unlike the layers before; "
+        different = self._differs(store, layer, options)
+        if different:
+            raise InvalidArgument(f"layer {layer}: {different}, unlike the layers before; "
                                   "use KvtideCache(..., on_device=False)")
         batch, heads, queries, _ = q.shape
         if queries < self.tokens:  # those of earlier tokens are not asked for
