@@ -133,6 +133,15 @@ bool DaemonProcess::running() const {
   return !reaped_;
 }
 
+bool DaemonProcess::EndsWithin(std::chrono::milliseconds patience) const {
+  const auto until = std::chrono::steady_clock::now() + patience;
+  while (running()) {
+    if (std::chrono::steady_clock::now() >= until) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  return true;
+}
+
 std::string DaemonProcess::LogTail() const {
   std::ifstream in(folder_ + "/kvtided.log");
   const std::string text(std::istreambuf_iterator<char>(in), {});
@@ -143,8 +152,7 @@ std::string DaemonProcess::LogTail() const {
 DaemonProcess::~DaemonProcess() {
   if (running()) {
     kill(pid_, SIGTERM);
-    for (int i = 0; i < 1000 && running(); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(10));
-    if (running()) {
+    if (!EndsWithin(std::chrono::seconds(10))) {
       kill(pid_, SIGKILL);
       waitpid(pid_, nullptr, 0);
     }

@@ -4,6 +4,7 @@
 
 #include <sys/types.h>
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -39,6 +40,9 @@ class DaemonProcess {
   const std::string& address() const { return address_; }  // "unix:/tmp/.../kvtided.sock"
   pid_t pid() const { return pid_; }
   bool running() const;
+  // True once it has ended; waits for that at most `patience`. A peer sees its sockets close before this
+  // process can see its end.
+  bool EndsWithin(std::chrono::milliseconds patience) const;
   // The end of what it wrote to its log.
   std::string LogTail() const;
 

@@ -50,8 +50,10 @@ class EvalRun {
 
   absl::StatusOr<EvalReport> Run() {
     absl::StatusOr<EvalReport> report = Measure();
-    // Calls to a daemon that has gone fail in many ways; say what happened.
-    if (!report.ok() && daemon_ != nullptr && !daemon_->running()) {
+    // Calls to a daemon that has gone fail in many ways; say what happened. A lost connection is the first
+    // that is heard of a death.
+    const auto patience = std::chrono::seconds(absl::IsUnavailable(report.status()) ? 2 : 0);
+    if (!report.ok() && daemon_ != nullptr && daemon_->EndsWithin(patience)) {
       return absl::UnavailableError(absl::StrCat(
           "the kvtided that was started for this run has died (", report.status().message(),
           "); its last words: ", daemon_->LogTail(),

@@ -91,14 +91,6 @@ TEST(DemoTest, SaysWhatIsWrong) {
   EXPECT_THAT(std::string(RunDemo(options).status().message()), testing::HasSubstr("--context"));
 }
 
-TEST(DaemonProcessTest, GivesTheDaemonsLastWordsWhenItCannotStart) {
-  DaemonOptions options;
-  options.program = "/bin/false";
-  const auto daemon = DaemonProcess::Start(options);
-  EXPECT_FALSE(daemon.ok());
-  EXPECT_THAT(std::string(daemon.status().message()), testing::HasSubstr("stopped while starting"));
-}
-
 // Greedy tokens with keys and values in the daemon in f16 equal those with them in this process, while blocks
 // move.
 TEST(DaemonKvStoreTest, GreedyTokensEqualThoseOfTheEnginesOwnMemory) {
