@@ -31,6 +31,7 @@ constexpr int64_t kDefaultDeviceBytes = int64_t{1} << 30, kDefaultHostBytes = in
 constexpr int64_t kLeastTierBytes = int64_t{1} << 20;
 constexpr int64_t kLeastArenaBytes = int64_t{8} << 20;
 constexpr char kDefaultPair[] = "q8_0/turbo4";
+constexpr int64_t kTraceBytes = int64_t{256} << 20, kLeastTraceFile = int64_t{64} << 10;
 // gRPC counts messages in int.
 constexpr int64_t kLeastMessageBytes = 4096, kMostMessageBytes = (int64_t{1} << 31) - 1;
 
@@ -276,6 +277,25 @@ absl::Status ResolveRemote(const v1::KvtidedConfig& config, DaemonOptions* optio
   return absl::OkStatus();
 }
 
+// "FILE" or "FILE:SIZE".
+absl::Status ResolveTrace(const v1::KvtidedConfig& config, DaemonOptions* options) {
+  const std::string& text = config.record_trace();
+  if (text.empty() || text == "off") return absl::OkStatus();
+  options->trace_file = text;
+  options->trace_bytes = kTraceBytes;
+  if (const size_t colon = text.rfind(':'); colon != std::string::npos) {
+    options->trace_file = text.substr(0, colon);
+    KVTIDE_ASSIGN_OR_RETURN(options->trace_bytes, ResolveBytes("record_trace", text.substr(colon + 1), 0, 0));
+  }
+  if (options->trace_file.empty() || options->trace_file.back() == '/')
+    return absl::InvalidArgumentError(absl::StrCat(
+        "record_trace \"", text, "\": give a file, and its size if you like: /var/tmp/kvtide.trace:1GiB"));
+  if (options->trace_bytes < kLeastTraceFile)
+    return absl::InvalidArgumentError(
+        absl::StrCat("record_trace may have ", options->trace_bytes, " bytes, at least 64KiB"));
+  return absl::OkStatus();
+}
+
 absl::Status ResolveSharedMemory(const v1::KvtidedConfig& config, service::SharedMemoryOptions* shared) {
   KVTIDE_ASSIGN_OR_RETURN(shared->total_bytes,
                           ResolveBytes("shared_memory", config.shared_memory(), 0, shared->total_bytes));
@@ -444,6 +464,7 @@ absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config) {
   KVTIDE_RETURN_IF_ERROR(ResolveLimits(config, &options.cache));
   KVTIDE_RETURN_IF_ERROR(ResolveDisk(config, &options));
   KVTIDE_RETURN_IF_ERROR(ResolveRemote(config, &options));
+  KVTIDE_RETURN_IF_ERROR(ResolveTrace(config, &options));
   std::vector<std::string> tiers = {"device"};
   if (options.host_bytes > 0) tiers.push_back("host");
   if (options.disk_bytes > 0) tiers.push_back("disk");
@@ -477,6 +498,9 @@ v1::KvtidedConfig WithDefaults(const v1::KvtidedConfig& config, const DaemonOpti
     full.set_remote_timeout_ms(static_cast<int32_t>(absl::ToInt64Milliseconds(RemoteOptions().timeout)));
   if (config.remote_read_ms() == 0)
     full.set_remote_read_ms(static_cast<int32_t>(absl::ToInt64Milliseconds(RemoteOptions().read_time)));
+  full.set_record_trace(options.trace_file.empty()
+                            ? "off"
+                            : absl::StrCat(options.trace_file, ":", ExactBytes(options.trace_bytes)));
   if (config.persist().empty()) full.set_persist("none");
   full.set_default_pair(PairName(service.defaults.pair));
   full.mutable_exact_window()->set_first_blocks(service.defaults.exact_window.first_blocks);

@@ -24,6 +24,8 @@ struct DaemonOptions {
   int64_t disk_bytes = 0;
   std::string disk_io;                  // "auto", "io_uring", "threads"
   std::optional<RemoteOptions> remote;  // none = no remote tier
+  std::string trace_file;               // empty = nothing is recorded
+  int64_t trace_bytes = 0;              // that it may have
   std::string metrics_address;          // empty = none
   std::string log_level, log_format;
   absl::Duration slow_call;  // infinite = none are logged

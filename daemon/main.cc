@@ -112,6 +112,13 @@ class Daemon {
     spdlog::info("stopped sequences={} appended_tokens={} moves={}", stats.sequences, stats.appended_tokens,
                  stats.moves);
     metrics_->Stop();
+    if (tiers_->trace != nullptr) {
+      tiers_->trace->Flush();
+      const TraceRecorderStats trace = tiers_->trace->Stats();
+      spdlog::info("recorded events={} left_out={} bytes={} full={}{}", trace.events, trace.left_out,
+                   trace.bytes, trace.full,
+                   trace.problem.empty() ? "" : absl::StrCat(" problem=\"", trace.problem, "\""));
+    }
     tiers_.reset();
     return true;
   }

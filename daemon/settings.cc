@@ -41,6 +41,10 @@ constexpr Setting kSettings[] = {
      "how long values lie there after their last use; 0 = the default (86400), -1 = no limit"},
     {"remote_timeout_ms", "how long it may be silent before it counts as away; 0 = the default (250)"},
     {"remote_read_ms", "how long one lookup may fetch blocks from there; 0 = the default (1000)"},
+    {"record_trace",
+     "records what is asked of cached blocks: FILE or FILE:SIZE, where it ends (default size 256MiB; "
+     "default: "
+     "none)"},
     {"persist", "when sequences become durable by themselves: none (default), on-park or all"},
     {"default_pair", "K and V type of sequences that name none (default q8_0/turbo4)"},
     {"exact_window",

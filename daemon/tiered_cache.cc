@@ -95,6 +95,14 @@ absl::StatusOr<std::unique_ptr<TieredCache>> MakeTieredCache(const DaemonOptions
     cache.remote_read = options.remote->read_time;
     cache.remote_writes = options.remote->writes;
   }
+  if (!options.trace_file.empty()) {
+    KVTIDE_ASSIGN_OR_RETURN(
+        made->trace,
+        TraceRecorder::Open(options.trace_file, static_cast<uint64_t>(options.trace_bytes), absl::Now()));
+    cache.trace = made->trace.get();
+    made->notes.push_back(
+        {Note::kInfo, absl::StrCat("recording file=", options.trace_file, " bytes=", options.trace_bytes)});
+  }
   KVTIDE_ASSIGN_OR_RETURN(made->cache, KvCache::Create(cache));
   const RestoreReport& restored = made->cache->restored();
   if (restored.sequences > 0)

@@ -14,13 +14,15 @@
 #include "daemon/config.h"
 #include "daemon/disk/disk_tier.h"
 #include "daemon/timed_backend.h"
+#include "daemon/trace/trace_recorder.h"
 
 namespace kvtide {
 
 struct TieredCache {
   Backends backends;
-  std::unique_ptr<DiskTier> disk;      // null: there is none
-  std::unique_ptr<RemoteTier> remote;  // null: there is none
+  std::unique_ptr<DiskTier> disk;        // null: there is none
+  std::unique_ptr<RemoteTier> remote;    // null: there is none
+  std::unique_ptr<TraceRecorder> trace;  // null: nothing is recorded
   std::unique_ptr<KvCache> cache;
   // What whoever runs it wants to know of its start, as lines for a log.
   struct Note {

@@ -2,7 +2,7 @@
 """The layers of kvtide as a test: reads every include and fails on one that is not in the ladder.
 
     base <- format <- kernels <- cpu | cuda          format <- planner
-    kernels <- daemon/cache <- daemon/service | daemon/metrics | daemon/disk | daemon/remote <- daemon main
+    kernels <- daemon/cache <- daemon/service | daemon/metrics | daemon/disk | daemon/remote | daemon/trace <- daemon main
     format <- daemon/ring <- daemon/service, clients/cpp
     planner <- daemon/service, daemon main, clients/engine, clients/cli       proto <- daemon/service, clients
     daemon main (its settings) <- clients/cli
@@ -30,12 +30,13 @@ LADDER = {
     "daemon/cache": {"kernels/base", "kernels/format", "kernels"},
     "daemon/disk": {"kernels/base", "daemon/cache"},
     "daemon/remote": {"kernels/base", "daemon/cache"},
+    "daemon/trace": {"kernels/base", "daemon/cache"},
     "daemon/metrics": {"kernels/base", "kernels/format", "kernels", "daemon/cache"},
     # What both ends of the shared-memory way need.
     "daemon/ring": {"kernels/base", "kernels/format"},
     "daemon/service": {"kernels/base", "kernels/format", "kernels", "daemon/cache", "daemon/ring", "planner", "proto"},
     "daemon": {"kernels/base", "kernels/format", "kernels", "kernels/cpu", "kernels/cuda", "daemon/cache", "daemon/disk", "daemon/remote",
-               "daemon/metrics", "daemon/ring", "daemon/service", "planner", "proto"},
+               "daemon/trace", "daemon/metrics", "daemon/ring", "daemon/service", "planner", "proto"},
     # The daemon: for the embedded way alone.
     "clients/cpp": {"kernels/base", "kernels/format", "kernels", "daemon", "daemon/cache", "daemon/ring", "daemon/service", "planner",
                     "proto"},

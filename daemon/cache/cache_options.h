@@ -14,6 +14,7 @@
 #include "daemon/cache/remote_tier.h"
 #include "daemon/cache/tenants.h"
 #include "daemon/cache/tier_policy.h"
+#include "daemon/cache/trace_sink.h"
 #include "kernels/backend.h"
 
 namespace kvtide {
@@ -46,6 +47,7 @@ struct CacheOptions {
   absl::Duration remote_read = absl::Seconds(1);
   bool remote_writes = true;
   size_t max_unsent_blocks = 4096;  // that wait to be written; beyond it the oldest are left out
+  TraceSink* trace = nullptr;       // hears what is asked of cached blocks; borrowed, null: nobody
   TenantQuotas quotas;              // of tenants; none by default
   TierLimits limits;
   size_t max_models = 64;

@@ -30,6 +30,14 @@ absl::Status DeletedError(const KeyedNamespace& space) {
   return absl::NotFoundError(absl::StrCat("namespace ", space.id, " was deleted meanwhile"));
 }
 
+// Tells whoever records it what the namespace was asked.
+void Trace(const CacheOptions& options, TraceVerb verb, const KeyedNamespace& space,
+           std::span<const BlockKey> keys, uint64_t there = 0) {
+  if (options.trace == nullptr) return;
+  options.trace->Record({options.clock(), verb, space.id, static_cast<uint32_t>(space.spec.block_tokens),
+                         space.form.bytes, there, keys});
+}
+
 absl::Status LostError(std::span<const uint64_t> lost) {
   return absl::DataLossError(
       absl::StrCat(lost.size(), lost.size() == 1 ? " block" : " blocks",
@@ -349,6 +357,7 @@ absl::StatusOr<StoreReport> KeyedStore::Store(const StoreCall& call) {
 
   CacheLock lock(core_);
   if (space->deleted) return DeletedError(*space);
+  Trace(options, TraceVerb::kStore, *space, keys);
   Storing storing{context, keys, space, std::move(payload), NewestRecord(*lock, *space)};
   const StoringLease lease(lock, space);
   absl::Status failed;
@@ -439,6 +448,7 @@ absl::StatusOr<LookupReport> KeyedStore::Lookup(const LookupCall& call) {
     report.tiers.back().blocks++;
   }
   if (call.peek) return report;
+  Trace(options, TraceVerb::kLookup, *space, keys, report.hits);
   UseTogether(*lock, found);
   space->hits += report.hits;
   space->misses += keys.size() - report.hits;
@@ -503,6 +513,11 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
   blocks.reserve(static_cast<size_t>(call.blocks));
   for (uint64_t i = 0; i < call.blocks; i++)
     blocks.emplace_back(store, lease->blocks[static_cast<size_t>(call.first + i)].get());
+  if (options.trace != nullptr) {
+    std::vector<BlockKey> keys;
+    for (const HeldBlock& held : blocks) keys.push_back(held->key);
+    Trace(options, TraceVerb::kLoad, *space, keys);
+  }
   const size_t step = options.max_moves_in_flight;
   for (size_t begin = 0; begin < blocks.size(); begin += step) {
     const std::span<const HeldBlock> batch =

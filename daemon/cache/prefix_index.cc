@@ -56,6 +56,12 @@ std::string PrefixIndex::Identity(const Sequence& sequence) {
   return text;
 }
 
+uint64_t PrefixIndex::BlockBytes(const Sequence& sequence) {
+  uint64_t bytes = 0;
+  for (const GroupTable& table : sequence.groups) bytes += table.coded->block_bytes();
+  return bytes;
+}
+
 uint64_t PrefixIndex::Seed(const Sequence& sequence) {
   const std::string identity = Identity(sequence);
   return XXH3_64bits(identity.data(), identity.size());

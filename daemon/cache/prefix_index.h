@@ -60,6 +60,8 @@ class PrefixIndex {
   // Seed of the hashes in the sequence's space.
   static uint64_t Seed(const Sequence& sequence);
   static std::string Identity(const Sequence& sequence);
+  // What a coded block of its tokens takes in all layer groups.
+  static uint64_t BlockBytes(const Sequence& sequence);
 
   // Null if it is not there.
   static Block* Get(const PrefixSpace& space, const BlockKey& key, int group) {

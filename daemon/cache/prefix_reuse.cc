@@ -32,6 +32,14 @@ std::vector<Block*> Blocks(const PrefixSpace& space, const PrefixIndex::Prefix& 
   return all;
 }
 
+// Tells whoever records it what was asked of the prefix that the sequence has or would have.
+void Trace(const CacheOptions& options, TraceVerb verb, const Sequence& like, uint64_t seed,
+           std::span<const BlockKey> keys, int64_t there = 0) {
+  if (options.trace == nullptr) return;
+  options.trace->Record({options.clock(), verb, seed, kBlockTokens, PrefixIndex::BlockBytes(like),
+                         static_cast<uint64_t>(there), keys});
+}
+
 }  // namespace
 
 std::vector<Block*> PrefixReuse::BlocksOf(const Sequence& sequence) {
@@ -147,6 +155,7 @@ absl::StatusOr<PrefixReport> PrefixReuse::Lookup(const PrefixCall& call) {
     }
   }
   if (call.peek) return report;
+  Trace(options, TraceVerb::kLookup, *like, seed, keys, blocks);
   lock->counters.prefix_lookups++;
   lock->counters.prefix_miss_tokens += call.token_ids.size() - static_cast<uint64_t>(report.tokens);
   for (const PrefixReport::Run& run : report.tiers)
@@ -202,6 +211,8 @@ absl::StatusOr<SequencePtr> PrefixReuse::Begin(CacheLock& lock, ModelId model, c
   sequence->options.device = asked.device;
   // Leases keep blocks, but bytes that turned out to be damaged are lost all the same.
   const int64_t blocks = PrefixIndex::Longest(*hold->space, hold->keys).blocks;
+  Trace(core_.options(), TraceVerb::kBegin, *sequence, hold->space->seed,
+        std::span(hold->keys).first(static_cast<size_t>(blocks)));
   TakeOver(*lock, hold->space, hold->keys, blocks, *sequence);
   lock->keyed.Release(id);
   lock->changed.NotifyAll();

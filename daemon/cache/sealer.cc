@@ -27,10 +27,19 @@ void Sealer::Settle(CacheLock& lock, std::span<const SequencePtr> sequences, con
 }
 
 void Sealer::Register(CacheState& state, std::span<const SequencePtr> sequences) {
-  for (const SequencePtr& sequence : sequences)
-    if (!sequence->closed)
-      state.counters.dropped_blocks +=
-          state.prefixes.Register(*sequence, core_.options().max_prefix_blocks, &state.unsent);
+  const CacheOptions& options = core_.options();
+  for (const SequencePtr& sequence : sequences) {
+    if (sequence->closed) continue;
+    const int64_t before = sequence->found_blocks;
+    state.counters.dropped_blocks +=
+        state.prefixes.Register(*sequence, options.max_prefix_blocks, &state.unsent);
+    const int64_t found = sequence->found_blocks - before;
+    if (options.trace == nullptr || found <= 0) continue;
+    options.trace->Record({options.clock(), TraceVerb::kSeal, sequence->prefixes->seed, kBlockTokens,
+                           PrefixIndex::BlockBytes(*sequence), 0,
+                           std::span(sequence->chain->keys())
+                               .subspan(static_cast<size_t>(before), static_cast<size_t>(found))});
+  }
 }
 
 std::vector<Sealer::Seal> Sealer::Start(CacheLock& lock, std::span<const SequencePtr> sequences,

@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <fstream>
 
+#include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "planner/engines/kvtide_engine.h"
@@ -74,6 +75,19 @@ TEST(Config, TheRemoteTierIsNamedAndBounded) {
   wrong("{\"remote\": \"cache\", \"remote_ca\": \"/ca\"}", "rediss://");
   wrong("{\"remote_ttl_seconds\": -2}", "remote_ttl_seconds");
   wrong("{\"remote_timeout_ms\": 1000000}", "remote_timeout_ms");
+}
+
+TEST(Config, ARecordingHasAFileAndASize) {
+  EXPECT_EQ(Resolve("{}")->trace_file, "");
+  EXPECT_EQ(Resolve("{\"record_trace\": \"off\"}")->trace_file, "");
+  EXPECT_EQ(Resolve("{\"record_trace\": \"/a/b\"}")->trace_file, "/a/b");
+  EXPECT_EQ(Resolve("{\"record_trace\": \"/a/b\"}")->trace_bytes, 256 << 20);
+  EXPECT_EQ(Resolve("{\"record_trace\": \"/a:b:2MiB\"}")->trace_file, "/a:b");
+  EXPECT_EQ(Resolve("{\"record_trace\": \"/a:b:2MiB\"}")->trace_bytes, 2 << 20);
+  for (const char* bad : {":1GiB", "/a:", "/a:b", "/a/", "/a:1KiB", "/a:-1"})
+    EXPECT_THAT(std::string(Resolve(absl::StrCat("{\"record_trace\": \"", bad, "\"}")).status().message()),
+                HasSubstr("record_trace"))
+        << bad;
 }
 
 TEST(Config, AFileThatCannotBeReadSaysWhy) {

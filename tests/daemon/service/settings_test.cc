@@ -129,6 +129,7 @@ TEST(Settings, TheEffectiveConfigurationIsAConfiguration) {
   asked.set_persist("all");
   asked.set_remote("cache");
   asked.set_remote_ttl_seconds(-1);
+  asked.set_record_trace("/tmp/kvtide-nowhere.trace:2MiB");
   asked.add_quota("acme:sequences=3,device=1MiB");
   asked.set_slow_call_ms(-1);
   for (const v1::KvtidedConfig& config : {v1::KvtidedConfig(), asked}) {
