@@ -23,7 +23,10 @@ def environment(pair="", **more):
         env.update(VLLM_TARGET_DEVICE="cpu", OMP_NUM_THREADS="1")  # spinning threads are slow on a busy machine
     if pair:
         env["KVTIDE_PAIR"] = pair
+    path = env.get("PYTHONPATH")
     env.update({key: str(value) for key, value in more.items()})
+    if path and "PYTHONPATH" in more:  # more modules, not another kvtide
+        env["PYTHONPATH"] += os.pathsep + path
     return env
 
 

@@ -18,6 +18,7 @@ from block_store_double import Daemon  # noqa: E402
 from kvtide import sglang as kvtide_sglang  # noqa: E402
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, HiCacheStorageConfig  # noqa: E402
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory  # noqa: E402
+from sglang.srt.observability.metrics_collector import StorageMetrics  # noqa: E402
 
 LAYERS, HEADS, DIM, PAGE, TOKENS = 6, 2, 128, 64, 512
 ADDRESS = os.environ.get("KVTIDE_TEST_ADDRESS", "")
@@ -58,7 +59,7 @@ def backend(pool, monkeypatch):
     extra = {"backend_name": "kvtide", "module_path": "kvtide.sglang", "class_name": "KvtideHiCache", "interface_v1": 1,
              "allocator": "shm", "pair": "f16/f16", "address": ADDRESS, "connect_wait": 20.0, "salt": os.urandom(8).hex()}
     config = HiCacheStorageConfig(tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, attn_cp_rank=0, attn_cp_size=1, is_mla_model=False,
-                                  enable_storage_metrics=False, is_page_first_layout=True, model_name="tide", extra_config=extra)
+                                  enable_storage_metrics=True, is_page_first_layout=True, model_name="tide", extra_config=extra)
     made = StorageBackendFactory.create_backend("dynamic", config, pool)
     made.register_mem_pool_host(pool)
     return made
@@ -83,6 +84,8 @@ def test_pages_of_sglangs_host_pool_come_back(layout, allocator, monkeypatch):
     assert cache.batch_exists(keys) == 3
     assert cache.batch_get_v1(keys[:4], places) == [True, True, True, False]
     assert bits(pool, places[:3 * PAGE]) == want
+    stats = cache.get_stats()
+    assert isinstance(stats, StorageMetrics) and (stats.backup_pgs, stats.prefetch_pgs) == ([3], [3])
     cache.close()
 
 

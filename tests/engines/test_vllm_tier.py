@@ -19,7 +19,7 @@ from kvtide import store_link  # noqa: E402
 from kvtide.errors import InvalidArgument  # noqa: E402
 
 pytest.importorskip("vllm")
-from vllm.v1.kv_offload.base import LookupResult  # noqa: E402
+from vllm.v1.kv_offload.base import LookupResult, Medium  # noqa: E402
 
 from kvtide.vllm.tier import KvtideTier, TierSettings, fingerprint  # noqa: E402
 
@@ -47,11 +47,12 @@ def config(**changes):
 
 
 class World:
-    def __init__(self, monkeypatch, double=None, **settings):
+    def __init__(self, monkeypatch, double=None, events=False, **settings):
         self.double = double or Double()
         monkeypatch.setattr(store_link, "connect", lambda *_, **__: self.double.open_pool())
         self.memory = np.random.default_rng(0).integers(-128, 128, (CHUNKS, BYTES), dtype=np.int8)
-        self.tier = KvtideTier(SimpleNamespace(config=config()), memoryview(self.memory), "KvtideTier", connect_wait=20, **settings)
+        spec = SimpleNamespace(config=config(), kv_events_config=SimpleNamespace(enable_kv_cache_events=events))
+        self.tier = KvtideTier(spec, memoryview(self.memory), "KvtideTier", connect_wait=20, **settings)
         self.next = 0
 
     def job(self, verb, keys, chunks):
@@ -113,6 +114,47 @@ def test_no_room_and_no_daemon_are_misses(world, caplog):
     while not world.found(KEYS[:1])[0]:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_what_rests_in_the_daemon_and_what_went_is_told(monkeypatch):
+    world = World(monkeypatch, events=True, event_seconds=0.0)
+
+    def told():
+        return [(one.keys, one.medium, one.removed, one.ownership, one.removal_expected) for one in world.tier.take_events()]
+
+    def later(*want):
+        deadline, events = time.monotonic() + 30, []
+        while not events:
+            events = told()
+            assert time.monotonic() < deadline
+        assert events == list(want)
+
+    try:
+        world.job("store", KEYS[:4], range(4))
+        later((KEYS[:4], Medium.CPU, False, "kvtide", True))
+        (blocks,) = world.double.blocks.values()
+        del blocks[KEYS[3]]
+        later(([KEYS[3]], Medium.CPU, True, "kvtide", True))  # by the next round
+        world.tier.watch._next = float("inf")
+        del blocks[KEYS[2]]
+        assert world.found(KEYS[2:3]) == [False]
+        later(([KEYS[2]], Medium.CPU, True, "kvtide", True))  # by a lookup
+        world.double.away = True
+        assert world.found(KEYS[:1]) == [False]
+        later((KEYS[:2], Medium.CPU, True, "kvtide", True))  # by the link
+        world.double.away = False
+        later((KEYS[:2], Medium.CPU, False, "kvtide", True))  # and it had kept them
+    finally:
+        world.tier.shutdown()
+
+
+def test_loads_are_counted_by_the_daemons_tier(world):
+    world.job("store", KEYS[:3], range(3))
+    world.job("load", KEYS[:3], [4, 5, 6])
+    stats = world.tier.get_stats()
+    (name,), ((labels, chunks),) = KvtideTier.build_metric_definitions({}), stats.data["data"]["vllm:kvtide_tier_loaded_chunks"].items()
+    assert (name, labels, chunks) == ("vllm:kvtide_tier_loaded_chunks", ("host",), 3)
+    assert world.tier.get_stats() is None and world.tier.take_events() == []
 
 
 def test_other_layouts_share_nothing():

@@ -31,6 +31,10 @@ def main():
     job = json.load(sys.stdin)
     from vllm import LLM, SamplingParams
 
+    if "kv_events_config" in job["llm"]:
+        from vllm.config import KVEventsConfig
+
+        job["llm"]["kv_events_config"] = KVEventsConfig(**job["llm"]["kv_events_config"])
     llm = LLM(**job["llm"])
     result = {"batches": []}
     for batch in job["batches"]:

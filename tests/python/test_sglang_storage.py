@@ -26,9 +26,11 @@ except ImportError:
         empty = classmethod(lambda cls: cls())
 
     storage.HiCacheStorage, storage.PoolTransferResult = HiCacheStorage, PoolTransferResult
-    for name in ("sglang", "sglang.srt", "sglang.srt.mem_cache"):
+    metrics = types.ModuleType("sglang.srt.observability.metrics_collector")
+    metrics.StorageMetrics = SimpleNamespace
+    for name in ("sglang", "sglang.srt", "sglang.srt.mem_cache", "sglang.srt.observability"):
         sys.modules[name] = types.ModuleType(name)
-    sys.modules[storage.__name__] = storage
+    sys.modules[storage.__name__], sys.modules[metrics.__name__] = storage, metrics
 
 from block_store_double import Daemon  # noqa: E402
 from kvtide.block_store import OpaqueBlocks, TensorBlocks  # noqa: E402
@@ -229,6 +231,24 @@ def test_one_rank_writes_for_mla():
     assert world.cache.batch_set_v1(KEYS[:2], indices(0, 1)) == [True, True]
     assert not world.daemon.blocks
     world.cache.close()
+
+
+def test_what_moved_is_in_sglangs_storage_metrics():
+    world = World(enable_storage_metrics=True)
+    assert all(world.cache.batch_set_v1(KEYS[:4], indices(*range(4))))
+    assert all(world.cache.batch_set_v1(KEYS[:6], indices(*range(6))))
+    assert world.cache.batch_get_v1([*KEYS[:6], "other"], indices(*range(7))) == [True] * 6 + [False]
+    assert world.cache.batch_get_v1(["other"], indices(0)) == [False]
+    stats = world.cache.get_stats()
+    assert (stats.backup_pgs, stats.prefetch_pgs) == ([4, 2], [6]), "pages that moved, call by call"
+    assert len(stats.backup_bandwidth) == 2 and len(stats.prefetch_bandwidth) == 1
+    assert all(rate > 0 for rate in stats.backup_bandwidth + stats.prefetch_bandwidth)
+    assert world.cache.get_stats().backup_pgs == [], "each is told once"
+    world.cache.close()
+    quiet = World()
+    assert all(quiet.cache.batch_set_v1(KEYS[:1], indices(0))) and quiet.cache.get_stats() is None
+    assert quiet.cache.moved == {"backup": [], "prefetch": []}
+    quiet.cache.close()
 
 
 def test_settings():

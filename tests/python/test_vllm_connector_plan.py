@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from block_store_double import Daemon
 from kvtide.block_store import Namespace, OpaqueBlocks
+from kvtide.block_watch import BlockWatch, Change
 from kvtide.store_link import StoreLink
-from kvtide.vllm.connector_plan import ConnectorPlan
+from kvtide.vllm.connector_plan import ConnectorPlan, Saved
 
 BLOCK, CHUNK = 16, 64
 RANKS = ((0, 0), (0, 1))
@@ -42,10 +43,11 @@ def output(new=(), cached=(), scheduled=None, preempted=(), resumed=()):
 
 
 class World:
-    def __init__(self):
+    def __init__(self, events=False):
         self.now, self.daemon = 0.0, Daemon()
         self.link = StoreLink(self.daemon.open_pool, "here", pauses=(0.001, 0.001))
-        self.plan = ConnectorPlan(self.link, BLOCK, CHUNK, clock=lambda: self.now)
+        watch = BlockWatch(self.link, clock=lambda: self.now) if events else None
+        self.plan = ConnectorPlan(self.link, BLOCK, CHUNK, watch=watch, describe=lambda *what: what[1:], clock=lambda: self.now)
         self.plan.ranks = RANKS
         self.link.start(SPACES, wait=20)
 
@@ -292,7 +294,14 @@ def test_the_tiers_of_a_load_are_known(world):
     world.store(request.keys(4))
     world.plan.matched(request, 0)
     world.plan.allocated(request, list(range(16)), 256)
-    assert world.plan.sources("a") == (("host", 4),)
+    assert world.plan.tokens_by_tier("a", 256) == [("host", 256)]
+    assert world.plan.tokens_by_tier("a", 250) == [("host", 250)]
+    assert world.plan.take_counts() == {"lookups": 1, "asked_blocks": 4, "found_blocks": 4, "hit_tokens.host": 256}
+    assert world.plan.take_counts() == {}
+    world.plan.loaded_from["b"] = (("host", 2), ("disk", 1))
+    assert world.plan.tokens_by_tier("b", 192) == [("host", 128), ("disk", 64)]
+    assert world.plan.tokens_by_tier("b", 130) == [("host", 128), ("disk", 2)]
+    assert world.plan.tokens_by_tier("b", 64) == [("host", 64)]
 
 
 def test_requests_that_want_no_cached_prefix_get_none(world):
@@ -319,3 +328,68 @@ def test_a_build_begins_a_new_step(world):
     assert world.plan.build(output(new=[("a", list(range(10)), 0)], scheduled={"a": 150})).saves
     step = world.plan.build(output())
     assert not (step.saves or step.loads or step.held or step.fenced)
+
+
+@pytest.fixture
+def events():
+    one = World(events=True)
+    yield one
+    one.link.close()
+
+
+def test_a_chunk_is_told_as_stored_when_all_ranks_have_it(events):
+    """A rank that stored fewer decides, and so does the one where it lies furthest."""
+    request, plan = Request("a", 200), events.plan
+    plan.allocated(request, list(range(13)), 0)
+    save, = plan.build(output(new=[("a", list(range(13)), 0)], scheduled={"a": 200})).saves
+    assert save.number and plan.announced
+    plan.saved({save.number: Saved(1, ("host", "host", "host")), 99: Saved(1, ("host",))})
+    assert plan.watch.take() == [] and plan.announced, "one of two ranks"
+    plan.saved({save.number: Saved(1, ("disk", "host"))})
+    keys = request.keys(3)
+    assert plan.watch.take() == [Change(keys[0], "disk", False, (0, 64)), Change(keys[1], "host", False, (64, 128))]
+    assert not plan.announced
+    assert Saved(1, ("host",) * 3).and_of(Saved(2, ("disk", "host"))) == Saved(3, ("disk", "host"))
+
+
+def test_a_save_that_no_rank_could_make_is_over_and_not_told(events):
+    request, plan = Request("a", 200), events.plan
+    plan.allocated(request, list(range(13)), 0)
+    save, = plan.build(output(new=[("a", list(range(13)), 0)], scheduled={"a": 200})).saves
+    plan.saved({save.number: Saved(2, ())})
+    assert plan.watch.take() == [] and not plan.announced
+
+
+def test_lookups_tell_what_is_there_and_what_is_not_any_more(events):
+    request, plan = Request("a", 300), events.plan
+    keys = request.keys(4)
+    events.store(keys)
+    plan.matched(request, 0)
+    assert plan.watch.take() == [Change(key, "host", False, (64 * i, 64 * i + 64)) for i, key in enumerate(keys)]
+    plan.matched(Request("b", 300), 0)
+    assert plan.watch.take() == [], "known"
+    del events.daemon.blocks[SPACES[1]][keys[2]]
+    assert plan.matched(Request("c", 300), 0) == (128, True)
+    assert plan.watch.take() == [Change(keys[2], "host", True, (128, 192))], "what lies behind it was not asked for"
+    events.daemon.away = True
+    events.now += 1
+    assert plan.matched(Request("d", 300), 0) == (0, False)
+    assert plan.watch.take() == [], "nobody said that a block is gone"
+
+
+def test_without_events_nobody_asks_what_became_of_saves(world):
+    request = Request("a", 200)
+    world.plan.allocated(request, list(range(13)), 0)
+    save, = world.plan.build(output(new=[("a", list(range(13)), 0)], scheduled={"a": 200})).saves
+    assert save.number == 0 and not world.plan.announced
+
+
+def test_a_reset_tells_that_all_is_gone(events):
+    request, plan = Request("a", 300), events.plan
+    events.store(request.keys(4))
+    plan.matched(request, 0)
+    plan.allocated(request, list(range(19)), 0)
+    plan.build(output(new=[("a", list(range(19)), 0)], scheduled={"a": 300}))
+    plan.watch.take()
+    assert plan.reset() and not plan.announced
+    assert [(one.key, one.removed) for one in plan.watch.take()] == [(key, True) for key in request.keys(4)]

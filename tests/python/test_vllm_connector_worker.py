@@ -16,7 +16,7 @@ from block_store_double import Daemon  # noqa: E402
 from kvtide.block_store import Namespace, OpaqueBlocks, TensorBlocks  # noqa: E402
 from kvtide.store_link import StoreLink  # noqa: E402
 from kvtide.vllm.connector_pages import OwnPages, Pages, learn  # noqa: E402
-from kvtide.vllm.connector_plan import Load, Save, Step  # noqa: E402
+from kvtide.vllm.connector_plan import Load, Save, Saved, Step  # noqa: E402
 from kvtide.vllm.connector_worker import ConnectorWorker, Staging, codec_versions  # noqa: E402
 from kvtide.vllm.devices import paged_device  # noqa: E402
 
@@ -296,8 +296,12 @@ class World:
             link.start([self.space], wait=20)
         self.worker = ConnectorWorker(self.pages, *self.links[:2], (0, 0), **options)
 
-    def save(self, request, keys, blocks, held=()):
-        self.worker.start_saves(Step(saves=[Save(request, tuple(keys), tuple(blocks))], held=set(held)))
+    def save(self, request, keys, blocks, held=(), number=0):
+        self.worker.start_saves(Step(saves=[Save(request, tuple(keys), tuple(blocks), number)], held=set(held)))
+
+    def saved(self, number):
+        until(lambda: number in self.worker.results)
+        return self.worker.take_saved().pop(number)
 
     def load(self, request, keys, blocks, skip=0):
         found = self.links[2].stores()[0].lookup(keys)
@@ -509,6 +513,37 @@ def test_no_room_leaves_the_rest_out(world):
     assert len(world.daemon.blocks[world.space]) == 2
 
 
+def test_saves_with_a_number_say_what_became_of_them(world):
+    world.save("a", KEYS[:2], range(1, 9), number=1)
+    assert world.saved(1) == Saved(1, ("host",) * 2)
+    world.save("a", KEYS[:3], range(1, 13), number=2)
+    assert world.saved(2) == Saved(1, ("host",) * 3), "what was there is there too"
+    world.save("b", KEYS[:1], range(1, 5))
+    world.daemon.away = True
+    world.save("c", KEYS[3:], range(1, 5), number=3)
+    assert world.saved(3) == Saved(1, ()) and world.worker.asked_for == 0
+
+
+def test_saves_that_find_no_room_say_how_far_they_came(world):
+    world.daemon.room = 2
+    world.worker.piece_bytes = world.pages.bytes
+    world.save("a", KEYS[:4], range(1, 17), number=7)
+    assert world.saved(7) == Saved(1, ("host",) * 2)
+
+
+def test_saves_that_are_given_up_are_answered_too():
+    world = World(most_blocks=4)
+    gate = Gate(world.daemon, "peek")
+    world.save("a", KEYS[:1], range(1, 5), number=1)
+    assert gate.reached.wait(30)
+    world.save("b", KEYS[1:2], range(5, 9), number=2)
+    assert world.saved(2) == Saved(1, ()), "more than may wait"
+    world.worker.fence({"a"})
+    gate.open.set()
+    assert world.saved(1) == Saved(1, ()), "preempted"
+    world.close()
+
+
 def test_what_cannot_be_kept_up_with_is_not_saved():
     world = World(most_blocks=8)
     gate = Gate(world.daemon, "peek")
@@ -516,7 +551,7 @@ def test_what_cannot_be_kept_up_with_is_not_saved():
     assert gate.reached.wait(30)
     world.save("b", KEYS[2:3], range(9, 13), held=["b"])
     world.done(saved=["b"])
-    assert world.worker.take_counts().dropped_blocks == 4
+    assert world.worker.take_counts().dropped_blocks == 1, "chunks, as what is saved and loaded is counted"
     gate.open.set()
     world.close()
 

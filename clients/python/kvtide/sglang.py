@@ -82,6 +82,7 @@ class KvtideHiCache(HiCacheStorage):
         self.lock = threading.Lock()
         self.links: Dict[str, StoreLink] = {}
         self.page_bytes = 0
+        self.moved: Dict[str, List[Tuple[int, float]]] = {"backup": [], "prefetch": []}
 
     # --- the pool ---
 
@@ -122,7 +123,8 @@ class KvtideHiCache(HiCacheStorage):
         stores = link.stores()
         if not stores:
             return results
-        names, pages = [key_of(key) for key in keys], self._pages(len(keys), host_indices)
+        names, pages, began = [key_of(key) for key in keys], self._pages(len(keys), host_indices), time.monotonic()
+        present = 0
         try:
             present = stores[0].lookup(names, lease_seconds=-1, peek=True).hits
             results[:present] = [True] * present
@@ -143,6 +145,7 @@ class KvtideHiCache(HiCacheStorage):
         except Exception as error:
             link.failed(error)
             self._say("batch_set_v1", error)
+        self._count("backup", sum(results) - present, began)
         return results
 
     @never_raises(lambda self, keys, *_: [False] * len(keys))
@@ -153,7 +156,7 @@ class KvtideHiCache(HiCacheStorage):
         stores = link.stores()
         if not stores:
             return results
-        names, pages = [key_of(key) for key in keys], self._pages(len(keys), host_indices)
+        names, pages, began = [key_of(key) for key in keys], self._pages(len(keys), host_indices), time.monotonic()
         lease = 0
         try:
             lease, hits = self._leased(stores[0], names)
@@ -174,6 +177,7 @@ class KvtideHiCache(HiCacheStorage):
             self._say("batch_get_v1", error)
         if lease:
             link.later(functools.partial(stores[0].release, lease))
+        self._count("prefetch", sum(results), began)
         return results
 
     @never_raises(lambda self, keys, *_: 0)
@@ -258,6 +262,23 @@ class KvtideHiCache(HiCacheStorage):
         return {one.name: [False] * len(one.keys or ()) for one in transfers}
 
     batch_set_v2 = batch_get_v2
+
+    def _count(self, what: str, pages: int, began: float) -> None:
+        if pages and getattr(self.config, "enable_storage_metrics", False):
+            with self.lock:
+                self.moved[what].append((pages, pages * self.page_bytes / 1e9 / max(1e-9, time.monotonic() - began)))
+
+    @never_raises(lambda self, *_: None)
+    def get_stats(self) -> Any:
+        """Pages of each call and GB/s of pages as SGLang has them, since it was last asked (``--enable-metrics``)."""
+        if not getattr(self.config, "enable_storage_metrics", False):
+            return None
+        from sglang.srt.observability.metrics_collector import StorageMetrics
+
+        with self.lock:
+            moved, self.moved = self.moved, {what: [] for what in self.moved}
+        return StorageMetrics(**{f"{what}_{name}": [one[at] for one in calls] for what, calls in moved.items()
+                                 for at, name in enumerate(("pgs", "bandwidth"))})
 
     @never_raises(lambda self, *_: None)
     def clear(self) -> None:

@@ -54,6 +54,13 @@ def connect(address: str, *, way: str = "auto", timeout: float = 5.0, arena_byte
     raise AssertionError
 
 
+def is_here(address: str) -> bool:
+    """Whether a daemon at this address is on this host."""
+    from . import _core
+
+    return (address or _core.default_address()).startswith("unix:")
+
+
 def close_at_exit(owner: Any) -> None:
     """Calls ``owner.close()`` before the interpreter ends, if the object is still there. A thread that comes out of compiled code
     after that is ended in the middle of it, and the process dies (\"terminate called without an active exception\")."""

@@ -16,18 +16,19 @@ from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (KVConnectorBase_V1, KVConnectorHandshakeMetadata, KVConnectorMetadata,
-                                                               KVConnectorRole)
+                                                               KVConnectorRole, KVConnectorWorkerMetadata)
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 from vllm.logger import init_logger
 
 from .. import store_link
 from ..block_store import Namespace, OpaqueBlocks, TensorBlocks
+from ..block_watch import BlockWatch
 from ..errors import KvtideError
-from . import connector_config
+from . import connector_config, connector_events
 from .backend import KvtideImpl
 from .connector_config import ConnectorSettings
 from .connector_pages import OwnPages, Pages, learn
-from .connector_plan import ConnectorPlan, Rank, Step
+from .connector_plan import ConnectorPlan, Rank, Saved, Step
 from .connector_worker import ConnectorWorker
 from .devices import paged_device
 from .pages import settings_of
@@ -45,6 +46,18 @@ class KvtideHandshake(KVConnectorHandshakeMetadata):
     """What a worker's blocks are: the scheduler looks them up for all."""
 
     namespace: Namespace
+
+
+@dataclass
+class KvtideSaved(KVConnectorWorkerMetadata):
+    """What became of saves, of one worker or of several."""
+
+    results: Dict[int, Saved]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "KvtideSaved":
+        assert isinstance(other, KvtideSaved)
+        both = {number: one.and_of(other.results[number]) for number, one in self.results.items() if number in other.results}
+        return KvtideSaved({**self.results, **other.results, **both})
 
 
 class KvtideConnector(KVConnectorBase_V1):
@@ -71,11 +84,19 @@ class KvtideConnector(KVConnectorBase_V1):
         self.plan: Optional[ConnectorPlan] = None
         self.worker: Optional[ConnectorWorker] = None
         self.namespace: Optional[Namespace] = None
-        self.counted: Dict[str, float] = {}
+        self.events: Optional[connector_events.EventMaker] = None
         if role == KVConnectorRole.SCHEDULER and not self.reasons:
-            self.plan = ConnectorPlan(self._link(self.settings.lookup_timeout), self.block_tokens, self.chunk_tokens,
-                                      hash_tokens=hash_tokens(vllm_config, kv_cache_config), load=transfer.is_kv_consumer,
-                                      save=transfer.is_kv_producer)
+            self.plan = self._new_plan()
+
+    def _new_plan(self) -> ConnectorPlan:
+        config, cache, transfer = self._vllm_config, self._kv_cache_config, self._vllm_config.kv_transfer_config
+        link, per_hash, more = self._link(self.settings.lookup_timeout), hash_tokens(config, cache), {}
+        if connector_events.wanted(config):
+            self.events = connector_events.EventMaker(self.block_tokens, per_hash, cache.kv_cache_groups[0].kv_cache_spec,
+                                                      store_link.is_here(self.settings.address))
+            more = {"watch": BlockWatch(link, seconds=self.settings.event_seconds), "describe": self.events.describe}
+        return ConnectorPlan(link, self.block_tokens, self.chunk_tokens, hash_tokens=per_hash, load=transfer.is_kv_consumer,
+                             save=transfer.is_kv_producer, **more)
 
     def _link(self, timeout: float) -> store_link.StoreLink:
         settings = self.settings
@@ -182,10 +203,16 @@ class KvtideConnector(KVConnectorBase_V1):
         return self.worker.take_bad_blocks() if self.worker is not None else set()
 
     def get_kv_connector_stats(self) -> Optional[KVConnectorStats]:
-        if self.worker is None:
-            return None
-        counts = {name: value for name, value in asdict(self.worker.take_counts()).items() if value}
+        counts: Dict[str, Any] = {}
+        if self.worker is not None:
+            counts = {name: value for name, value in asdict(self.worker.take_counts()).items() if value}
+        if self.plan is not None:
+            counts.update(self.plan.take_counts())
         return KvtideStats(data=counts) if counts else None
+
+    def build_connector_worker_meta(self) -> Optional[KVConnectorWorkerMetadata]:
+        results = self.worker.take_saved() if self.worker is not None else {}
+        return KvtideSaved(results) if results else None
 
     def shutdown(self) -> None:
         if self.worker is not None:
@@ -218,15 +245,9 @@ class KvtideConnector(KVConnectorBase_V1):
         if num_external_tokens == 0 or self.plan is None:
             return {}
         out: Dict[Any, int] = {}
-        left = num_external_tokens
-        for tier, chunks in self.plan.sources(request.request_id):
-            source = CacheHitSource.DISK if "disk" in tier else CacheHitSource.HOST
-            tokens = min(left, chunks * self.chunk_tokens)
-            if tokens:
-                out[source] = out.get(source, 0) + tokens
-            left -= tokens
-        if left:
-            out[CacheHitSource.HOST] = out.get(CacheHitSource.HOST, 0) + left
+        for tier, tokens in self.plan.tokens_by_tier(request.request_id, num_external_tokens):
+            source = CacheHitSource.HOST if connector_events.in_memory(tier) else CacheHitSource.DISK
+            out[source] = out.get(source, 0) + tokens
         return out
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
@@ -241,6 +262,18 @@ class KvtideConnector(KVConnectorBase_V1):
             if bad and one is not None and not bad.isdisjoint(one.blocks):
                 self.plan.load_failed(request_id)
         self.plan.received(connector_output.finished_recving or ())
+        if isinstance(connector_output.kv_connector_worker_meta, KvtideSaved):
+            self.plan.saved(connector_output.kv_connector_worker_meta.results)
+
+    def take_events(self) -> Iterable[Any]:
+        if self.plan is None or self.plan.watch is None or self.events is None:
+            return ()
+        self.plan.watch.poll()
+        return self.events.events(self.plan.watch.take())
+
+    def has_pending_push_work(self) -> bool:
+        """Steps go on until workers have said what became of the last saves: they are to be published."""
+        return self.plan is not None and bool(self.plan.announced)
 
     def request_finished(self, request: Any, block_ids: List[int]) -> Tuple[bool, Optional[Dict[str, Any]]]:
         return (self.plan.finished(request.request_id) if self.plan is not None else False), None
@@ -272,7 +305,7 @@ class KvtideStats(KVConnectorStats):
         return self
 
     def reduce(self) -> Dict[str, float]:
-        return {f"kvtide {name.replace('_', ' ')}": round(value, 3) for name, value in self.data.items()}
+        return {f"kvtide {name.replace('_', ' ').replace('.', ' ')}": round(value, 3) for name, value in self.data.items()}
 
     def is_empty(self) -> bool:
         return not self.data
@@ -288,7 +321,11 @@ COUNTERS = {
     "failed_loads": "Loads that failed: their requests compute",
     "save_seconds": "Time that stores took",
     "load_seconds": "Time that loads took",
+    "lookups": "Questions of the scheduler",
+    "asked_blocks": "Blocks that it asked for",
+    "found_blocks": "Blocks that it found, from the first on",
 }
+TOKENS_BY_TIER = "hit_tokens"
 
 
 class KvtidePromMetrics(KVConnectorPromMetrics):
@@ -301,11 +338,16 @@ class KvtidePromMetrics(KVConnectorPromMetrics):
         for name, words in COUNTERS.items():
             counter = self._counter_cls(name=f"vllm:kvtide_{name}", documentation=words + ".", labelnames=labelnames)
             self.counters[name] = {engine: counter.labels(*values) for engine, values in per_engine_labelvalues.items()}
+        self.engines = per_engine_labelvalues
+        self.hits = self._counter_cls(name=f"vllm:kvtide_{TOKENS_BY_TIER}", documentation="Tokens of loads from kvtided, by its tier.",
+                                      labelnames=[*labelnames, "tier"])
 
     def observe(self, transfer_stats_data: Dict[str, Any], engine_idx: int = 0) -> None:
         for name, value in transfer_stats_data.items():
             if name in self.counters:
                 self.counters[name][engine_idx].inc(value)
+            elif name.startswith(f"{TOKENS_BY_TIER}."):
+                self.hits.labels(*self.engines[engine_idx], name.split(".", 1)[1]).inc(value)
 
 
 def alike(caches: Sequence[torch.Tensor]) -> bool:

@@ -19,11 +19,13 @@ class ConnectorSettings(StoreSettings):
     Attributes:
         lookup_timeout: seconds that the scheduler waits for an answer.
         piece_mib: also of the memory that is pinned and taken on the GPU: four pieces of each.
+        event_seconds: where KV events are published, from one round of asking which blocks are still there to the next.
     """
 
     timeout: float = 30.0
     piece_mib: int = 32
     lookup_timeout: float = 1.0
+    event_seconds: float = 5.0
 
     @classmethod
     def read(cls, extra: Mapping[str, Any]) -> "ConnectorSettings":

@@ -14,6 +14,7 @@ Rules of the interface that are kept here (each has a test of its name in ``test
 * a request's blocks are kept until what was announced to be saved has been read: until every save of it, not the first
 * a preempted request's saves are over before its blocks are written anew
 * leases go back when the load is done, when the request ends without one, and by themselves
+* where events are wanted, a chunk counts as stored when all ranks have said so
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import functools
 import time
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple
+
+from ..block_watch import FIRST_TIER, BlockWatch, further
 
 Rank = Tuple[int, int]
 """(pipeline parallel rank, tensor parallel rank)."""
@@ -47,11 +50,37 @@ class Load:
 
 @dataclass(frozen=True)
 class Save:
-    """Full chunks of a request, with vLLM's block ids of each one after the other."""
+    """Full chunks of a request, with vLLM's block ids of each one after the other.
+
+    Attributes:
+        number: under which workers say what became of it; 0 = nobody asks.
+    """
 
     request: str
     keys: Tuple[bytes, ...]
     blocks: Tuple[int, ...]
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What became of a save: the tiers of its first chunks, as many as are there in each of ``ranks`` ranks."""
+
+    ranks: int
+    tiers: Tuple[str, ...]
+
+    def and_of(self, other: "Saved") -> "Saved":
+        """The same of more ranks: a chunk is there if all have it, and as near as in the rank where it is furthest."""
+        return Saved(self.ranks + other.ranks, tuple(further(a, b) for a, b in zip(self.tiers, other.tiers)))
+
+
+@dataclass
+class Announced:
+    """A save that workers have not all answered yet."""
+
+    keys: Tuple[bytes, ...]
+    what: List[Any]
+    so_far: Saved
 
 
 @dataclass
@@ -82,6 +111,8 @@ class Answer:
     until: float
     computed: int = 0
     """Tokens that the engine had when it was told."""
+    known: bool = False
+    """The daemon said so; else it is away."""
 
 
 @dataclass
@@ -102,10 +133,12 @@ class ConnectorPlan:
         block_tokens: of vLLM's blocks.
         hash_tokens: tokens that one of vLLM's hashes stands for.
         load, save: what may be done.
+        watch: is told which chunks are there, with what ``describe`` (request, first token, end) says of them.
     """
 
     def __init__(self, link: Any, block_tokens: int, chunk_tokens: int, *, hash_tokens: int = 0, lease_seconds: float = 60.0,
-                 miss_seconds: float = 0.2, load: bool = True, save: bool = True,
+                 miss_seconds: float = 0.2, load: bool = True, save: bool = True, watch: Optional[BlockWatch] = None,
+                 describe: Callable[[Any, int, int], Any] = lambda request, first, end: None,
                  clock: Callable[[], float] = time.monotonic) -> None:
         self.link = link
         self.ranks: Tuple[Rank, ...] = ()
@@ -120,7 +153,10 @@ class ConnectorPlan:
         self.tracked: Dict[str, Tracked] = {}
         self.failed: Set[str] = set()
         self.step = Step()
-        self.counts = {"lookups": 0, "hit_chunks": 0, "asked_chunks": 0, "failed_loads": 0}
+        self.watch, self.describe = watch, describe
+        self.announced: Dict[int, Announced] = {}
+        self.next_save = 1
+        self.counts: Dict[str, int] = {}
 
     # --- what is there ---
 
@@ -149,9 +185,26 @@ class ConnectorPlan:
         if old is not None and now < old.until and old.first == first:
             return old
         self._drop_answer(request.request_id)
-        answer = self._look_up([self.key(request, chunk) for chunk in range(first, last)], first)
+        keys = [self.key(request, chunk) for chunk in range(first, last)]
+        answer = self._look_up(keys, first)
         self.answers[request.request_id] = answer
+        if self.watch is not None and answer.known:
+            tiers = (tier for tier, chunks in answer.tiers for _ in range(chunks))
+            for chunk, (key, tier) in enumerate(zip(keys[:answer.chunks], tiers), first):
+                self.watch.there(key, tier, None if self.watch.knows(key) else self._describe(request, chunk))
+            self.watch.gone(keys[answer.chunks:answer.chunks + 1])
         return answer
+
+    def _describe(self, request: Any, chunk: int) -> Any:
+        return self.describe(request, chunk * self.chunk_tokens, (chunk + 1) * self.chunk_tokens)
+
+    def _count(self, name: str, more: int) -> None:
+        self.counts[name] = self.counts.get(name, 0) + more
+
+    def take_counts(self) -> Dict[str, int]:
+        """What was counted since it was last asked; ``hit_tokens.TIER``: tokens of loads that were begun, by tier."""
+        counts, self.counts = self.counts, {}
+        return counts
 
     def _look_up(self, keys: Sequence[bytes], first: int) -> Answer:
         now = self.clock()
@@ -159,8 +212,8 @@ class ConnectorPlan:
         stores = self.link.stores()
         if not stores or len(stores) != len(self.ranks):
             return answer
-        self.counts["lookups"] += 1
-        self.counts["asked_chunks"] += len(keys)
+        self._count("lookups", 1)
+        self._count("asked_blocks", len(keys))
         chunks, tiers = len(keys), ()
         try:
             for rank, store in zip(self.ranks, stores):
@@ -172,6 +225,7 @@ class ConnectorPlan:
                     tiers = found.tiers
                 if chunks == 0:
                     break
+            answer.known = True
         except Exception as error:  # a lookup that fails is a miss
             self.link.failed(error)
             chunks = 0
@@ -180,7 +234,7 @@ class ConnectorPlan:
             self._release(answer)
         else:
             answer.until = now + self.lease_seconds / 2
-            self.counts["hit_chunks"] += chunks
+            self._count("found_blocks", chunks)
         return answer
 
     def _drop_answer(self, request_id: str) -> None:
@@ -213,10 +267,18 @@ class ConnectorPlan:
         self.step.loads.append(Load(request.request_id, dict(answer.leases), chunks, tuple(blocks[begin:last]),
                                     begin - answer.first * self.per_chunk))
         one.saved = max(one.saved, answer.first + answer.chunks)
+        for tier, tokens in self.tokens_by_tier(request.request_id, external):
+            self._count(f"hit_tokens.{tier}", tokens)
 
-    def sources(self, request_id: str) -> Tuple[Tuple[str, int], ...]:
-        """Tiers that the request's load comes from, with chunks of each."""
-        return self.loaded_from.get(request_id, ())
+    def tokens_by_tier(self, request_id: str, tokens: int) -> List[Tuple[str, int]]:
+        """Where so many tokens of the request's load come from."""
+        out, tier = [], ""
+        for tier, chunks in self.loaded_from.get(request_id, ()):
+            here = min(tokens, chunks * self.chunk_tokens)
+            tokens -= here
+            if here:
+                out.append((tier, here))
+        return out + ([(tier or FIRST_TIER, tokens)] if tokens else [])
 
     def build(self, output: Any) -> Step:
         """The step's work, and a new one begins."""
@@ -260,9 +322,27 @@ class ConnectorPlan:
         last = min(known // self.chunk_tokens, len(one.blocks) // self.per_chunk)
         if last <= one.saved:
             return
-        self.step.saves.append(Save(request_id, tuple(self.key(request, chunk) for chunk in range(one.saved, last)),
-                                    tuple(one.blocks[one.saved * self.per_chunk:last * self.per_chunk])))
+        keys, number = tuple(self.key(request, chunk) for chunk in range(one.saved, last)), 0
+        if self.watch is not None:
+            number, self.next_save = self.next_save, self.next_save + 1
+            self.announced[number] = Announced(keys, [self._describe(request, chunk) for chunk in range(one.saved, last)],
+                                               Saved(0, (FIRST_TIER,) * len(keys)))
+        self.step.saves.append(Save(request_id, keys, tuple(one.blocks[one.saved * self.per_chunk:last * self.per_chunk]), number))
         one.saved, one.saving = last, True
+
+    def saved(self, results: Mapping[int, Saved]) -> None:
+        """What workers say of saves. A chunk is there when all ranks have it."""
+        for number, result in results.items():
+            one = self.announced.get(number)
+            if one is None or self.watch is None:
+                continue
+            # The first answer says where they are; what follows can only be as far or further.
+            one.so_far = one.so_far.and_of(result) if one.so_far.ranks else result
+            if one.so_far.ranks < len(self.ranks):
+                continue
+            del self.announced[number]
+            for key, what, tier in zip(one.keys, one.what, one.so_far.tiers):
+                self.watch.there(key, tier, what)
 
     # --- ends ---
 
@@ -286,7 +366,8 @@ class ConnectorPlan:
                 self._release(answer)
 
     def load_failed(self, request_id: str) -> None:
-        self.counts["failed_loads"] += 1
+        if self.watch is not None:
+            self.watch.hurry()
         one = self.tracked.get(request_id)
         if one is not None:
             self.failed.add(request_id)
@@ -306,4 +387,7 @@ class ConnectorPlan:
             self.link.failed(error)
             return False
         self.link.reopen()
+        if self.watch is not None:
+            self.announced.clear()
+            self.watch.clear()
         return True

@@ -24,13 +24,14 @@ import numpy as np
 import torch
 
 from .. import formats
+from ..block_watch import FIRST_TIER
 from ..errors import FailedPrecondition, KvtideError, ResourceExhausted
 from ..store_link import close_at_exit, in_pieces
 from .connector_pages import Pages
-from .connector_plan import Load, Rank, Save, Step
+from .connector_plan import Load, Rank, Save, Saved, Step
 
 IDLE_SECONDS = 0.002
-"""That a step which computes nothing waits for a load."""
+"""That a step which computes nothing waits for a load, or for a save that is asked for."""
 _WAITING, _COPYING, _DONE = range(3)
 _TYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.uint16, torch.uint8: np.uint8}
 
@@ -43,6 +44,8 @@ class Job:
     event: Any = None
     state: int = _WAITING
     cancelled: bool = False
+    tiers: List[str] = field(default_factory=list)
+    """Of its first chunks, as far as they are there."""
 
 
 @dataclass
@@ -162,6 +165,8 @@ class ConnectorWorker:
         self.held: Set[str] = set()
         self.received: Set[str] = set()
         self.bad_blocks: Set[int] = set()
+        self.results: Dict[int, Saved] = {}
+        self.asked_for = 0
         self.counts = Counts()
         self.saves: "queue.SimpleQueue[Optional[Job]]" = queue.SimpleQueue()
         self.loads: "queue.SimpleQueue[Optional[Tuple[Load, Any]]]" = queue.SimpleQueue()
@@ -196,8 +201,10 @@ class ConnectorWorker:
             self.held |= step.held
         for save in step.saves:
             with self.lock:
+                self.asked_for += bool(save.number)
                 if self.waiting_blocks + len(save.blocks) > self.most_blocks:
-                    self.counts.dropped_blocks += len(save.blocks)
+                    self.counts.dropped_blocks += len(save.keys)
+                    self._answer(Job(save))
                     continue
                 self.waiting_blocks += len(save.blocks)
             self.pages.will_be_read(save.blocks)
@@ -209,9 +216,9 @@ class ConnectorWorker:
     def take_done(self) -> Tuple[Set[str], Set[str]]:
         """Ended requests whose blocks nothing reads any more, and requests whose loads are over."""
         with self.lock:
-            if self.idle and self.loading > 0:
+            if self.idle and (self.loading > 0 or self.asked_for > 0):
                 # The engine asks again and again, and holds the interpreter that the load needs.
-                self.lock.wait_for(lambda: self.received, timeout=IDLE_SECONDS)
+                self.lock.wait_for(lambda: self.received or self.results, timeout=IDLE_SECONDS)
             saved = {request for request in self.held if not self.jobs.get(request)}
             self.held -= saved
             received, self.received = self.received, set()
@@ -222,6 +229,12 @@ class ConnectorWorker:
         with self.lock:
             bad, self.bad_blocks = self.bad_blocks, set()
             return bad
+
+    def take_saved(self) -> Dict[int, Saved]:
+        """What became of saves that have a number."""
+        with self.lock:
+            results, self.results = self.results, {}
+            return results
 
     def take_counts(self) -> Counts:
         with self.lock:
@@ -258,6 +271,14 @@ class ConnectorWorker:
                     self.save_link.failed(error)
                 finally:
                     self._copied(job)
+                    with self.lock:
+                        self._answer(job)
+                        self.lock.notify_all()
+
+    def _answer(self, job: Job) -> None:
+        if job.save.number:
+            self.results[job.save.number] = Saved(1, tuple(job.tiers))
+            self.asked_for -= 1
 
     def _save(self, job: Job) -> None:
         save, began = job.save, time.monotonic()
@@ -265,7 +286,9 @@ class ConnectorWorker:
         if not stores:
             return self._drop(save, len(save.keys))
         store = self._checked(stores[0])
-        present = store.lookup(save.keys, lease_seconds=-1, peek=True).hits
+        found = store.lookup(save.keys, lease_seconds=-1, peek=True)
+        present = found.hits
+        job.tiers = [tier for tier, chunks in found.tiers for _ in range(chunks)]
         with self.lock:
             self.counts.present_blocks += present
         if job.event is not None:  # the step that writes the blocks is no part of the time that saving takes
@@ -287,6 +310,8 @@ class ConnectorWorker:
             if end == len(save.keys):
                 self._copied(job)  # the blocks may go; what follows is the daemon's
             result = store.store(save.keys[first:end], payload, coded=self.coded)
+            if not result.left_out:  # else nobody knows which ones
+                job.tiers += [FIRST_TIER] * (end - first)
             with self.lock:
                 self.counts.saved_blocks += result.stored
                 self.counts.present_blocks += result.present

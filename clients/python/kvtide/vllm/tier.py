@@ -23,18 +23,24 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Callable, ClassVar, Collection, Dict, Iterable, List, Mapping, Optional, Tuple
 
 import numpy as np
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.logger import init_logger
-from vllm.v1.kv_offload.base import Locality, LookupResult, Medium, RequestOffloadingContext
+from vllm.v1.kv_offload.base import (Locality, LookupResult, Medium, OffloadingCounterMetadata, OffloadingEvent,
+                                     RequestOffloadingContext)
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 
 from .. import store_link
 from ..block_store import Namespace, OpaqueBlocks
+from ..block_watch import FIRST_TIER, BlockWatch, runs
 from ..errors import InvalidArgument
 from ..fingerprint import name_of, weights_of
 from ..store_link import StoreLink, in_pieces
 from ..store_settings import StoreSettings
 
 logger = init_logger("vllm.kvtide")
+
+OWNER = "kvtide"
+LOADED = "vllm:kvtide_tier_loaded_chunks"
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,13 @@ class TierSettings(StoreSettings):
 
     Attributes:
         lookup_timeout: seconds that the scheduler waits for an answer.
+        event_seconds: where KV events are published, from one round of asking which chunks are still there to the next.
     """
 
     pair: str = "exact"
     timeout: float = 30.0
     lookup_timeout: float = 1.0
+    event_seconds: float = 5.0
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "TierSettings":
@@ -87,10 +95,14 @@ class KvtideTier(SecondaryTierManager):
         self.lock = threading.Condition()
         self.under_way = 0
         self.done: List[JobResult] = []
+        self.loaded: Dict[str, int] = {}
         self.said: set = set()
         self.links = {name: self._link(timeout) for name, timeout in (("lookup", self.settings.lookup_timeout),
                                                                       ("store", self.settings.timeout), ("load", self.settings.timeout))}
         there = [link.start([namespace], wait=self.settings.connect_wait) for link in self.links.values()]
+        self.watch: Optional[BlockWatch] = None
+        if offloading_spec.kv_events_config.enable_kv_cache_events:
+            self.watch = BlockWatch(self.links["lookup"], seconds=self.settings.event_seconds)
         self.queues: Dict[str, "queue.SimpleQueue[Any]"] = {"store": queue.SimpleQueue(), "load": queue.SimpleQueue()}
         self.threads = [threading.Thread(target=self._work, args=(name, move), name=f"kvtide-{name}", daemon=True)
                         for name, move in (("store", self._store), ("load", self._load))]
@@ -121,6 +133,9 @@ class KvtideTier(SecondaryTierManager):
         except Exception as error:  # a lookup that fails is a miss
             self.links["lookup"].failed(error)
             hit = False
+            stores = None
+        if stores and not hit and self.watch is not None:
+            self.watch.gone([bytes(key)])
         return LookupResult.HIT if hit else LookupResult.MISS
 
     def submit_store(self, job_metadata: Any) -> None:
@@ -142,6 +157,26 @@ class KvtideTier(SecondaryTierManager):
     def has_pending_work(self) -> bool:
         with self.lock:
             return self.under_way > 0 or bool(self.done)
+
+    def take_events(self) -> Iterable[OffloadingEvent]:
+        if self.watch is None:
+            return []
+        self.watch.poll()
+        return [OffloadingEvent([one.key for one in run], Medium.STORAGE if run[0].tier in ("disk", "remote") else Medium.CPU,
+                                run[0].removed, self.locality, OWNER, removal_expected=True)
+                for run in runs(self.watch.take(), lambda before, after: True)]
+
+    @classmethod
+    def build_metric_definitions(cls, extra_config: Dict[str, Any]) -> Dict[str, Any]:
+        return {LOADED: OffloadingCounterMetadata("Chunks that came back from kvtided, by its tier.", ("tier",))}
+
+    def get_stats(self) -> Optional[OffloadingConnectorStats]:
+        with self.lock:
+            loaded, self.loaded = self.loaded, {}
+        stats = OffloadingConnectorStats()
+        for tier, chunks in loaded.items():
+            stats.increase_counter(LOADED, chunks, (tier,))
+        return stats if loaded else None
 
     def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
         return RequestOffloadingContext()
@@ -197,6 +232,9 @@ class KvtideTier(SecondaryTierManager):
             result = stores[0].store(keys[first:end], payload)
             there = result.stored + result.present
             good[first:first + there] = [True] * there
+            if self.watch is not None and not result.left_out:  # else nobody knows which ones
+                for key in keys[first:end]:
+                    self.watch.there(key, FIRST_TIER)
             if result.left_out:
                 self._say("store", result.problem)
                 break
@@ -206,6 +244,7 @@ class KvtideTier(SecondaryTierManager):
         good, stores, at = [False] * len(keys), link.stores(), 0
         while stores and at < len(keys):
             found = stores[0].lookup(keys[at:])
+            tiers = [tier for tier, count in found.tiers for _ in range(count)]
             try:
                 for first, end in self._pieces(found.hits):
                     payload = link.empty((end - first, self.block_size_bytes), np.uint8)
@@ -214,6 +253,8 @@ class KvtideTier(SecondaryTierManager):
                         if i not in lost:
                             self.rows[chunks[at + i]] = payload[i - first]
                             good[at + i] = True
+                            with self.lock:
+                                self.loaded[tiers[i]] = self.loaded.get(tiers[i], 0) + 1
             finally:
                 if found.lease_id:
                     link.later(lambda lease=found.lease_id: stores[0].release(lease))
