@@ -323,8 +323,10 @@ absl::Status RunAttention(Carrier* carrier, int layer, std::span<const Item> ite
 
 }  // namespace
 
-absl::Status Client::Attend(int layer, std::span<const AttendItem> items, const AttentionOptions& options) {
+absl::Status Client::Attend(int layer, std::span<const AttendItem> items, const AttentionOptions& options,
+                            uint64_t step) {
   v1::SessionRequest message;
+  message.mutable_attend()->set_step_id(step);
   return RunAttention(impl_->carrier.get(), layer, items, options, &message, message.mutable_attend(),
                       &v1::SessionResponse::attend);
 }
@@ -337,14 +339,16 @@ absl::Status Client::AppendAttend(int layer, std::span<const AppendAttendItem> i
                       &v1::SessionResponse::append_attend);
 }
 
-absl::StatusOr<Step> Client::BeginStep(std::span<const StepItem> items, const StepOptions& options) {
-  v1::SessionRequest message;
-  RequestStep(items, options.after, &message);
-  if (options.tables) {
-    KVTIDE_ASSIGN_OR_RETURN(const StepView view,
-                            impl_->step_tables.Begin(impl_->carrier.get(), items, &message));
-    Step step{view.id, view.starts, {}, impl_->step_tables.kinds()};
-    const size_t groups = view.tables.size() / items.size();
+namespace {
+
+// Sends what begins a step, with tables if they are wanted.
+template <class Response>
+absl::StatusOr<Step> RunBegin(Client::Impl& client, v1::SessionRequest* message, bool tables,
+                              const Response& (v1::SessionResponse::*response)() const) {
+  if (tables) {
+    KVTIDE_ASSIGN_OR_RETURN(const StepView view, client.step_tables.Begin(client.carrier.get(), message));
+    Step step{view.id, view.starts, {}, client.step_tables.kinds()};
+    const size_t groups = view.tables.size() / view.starts.size();
     for (size_t i = 0; i < view.tables.size(); i++) {
       if (i % groups == 0) step.tables.emplace_back();
       step.tables.back().push_back(*view.tables[i]);
@@ -352,12 +356,26 @@ absl::StatusOr<Step> Client::BeginStep(std::span<const StepItem> items, const St
     return step;
   }
   v1::SessionResponse answer;
-  KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
+  KVTIDE_RETURN_IF_ERROR(client.carrier->Call(message, &answer));
   Step step;
-  step.id = answer.begin_step().step_id();
-  for (const v1::StepSequence& item : answer.begin_step().items())
+  step.id = (answer.*response)().step_id();
+  for (const v1::StepSequence& item : (answer.*response)().items())
     step.starts.push_back(item.start_position());
   return step;
+}
+
+}  // namespace
+
+absl::StatusOr<Step> Client::BeginStep(std::span<const StepItem> items, const StepOptions& options) {
+  v1::SessionRequest message;
+  RequestStep(items, options.after, &message);
+  return RunBegin(*impl_, &message, options.tables, &v1::SessionResponse::begin_step);
+}
+
+absl::StatusOr<Step> Client::PinStep(std::span<const SequenceId> sequences, bool tables) {
+  v1::SessionRequest message;
+  RequestPin(sequences, &message);
+  return RunBegin(*impl_, &message, tables, &v1::SessionResponse::pin_step);
 }
 
 absl::Status Client::EndStep(uint64_t step, std::span<const StepTokens> tokens) {

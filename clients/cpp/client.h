@@ -204,11 +204,13 @@ struct StepTable {
   int64_t first_changed = 0;  // blocks before this one are as in the last step with tables
   uint64_t profile = 0;       // of its coded keys, in mapped steps (steps.proto); 0 = none
   uint64_t version = 0;       // another one with every change
+  std::string pair;           // what its full blocks are coded as
   std::vector<StepBlock> blocks;
 };
 struct Step {
   uint64_t id = 0;
-  std::vector<int64_t> starts;  // of the items: the first new token
+  std::vector<int64_t>
+      starts;  // of the items: the first new token; of pinned ones: how many tokens there are
   // Of the items, by layer group; empty if they were not asked for.
   std::vector<std::vector<StepTable>> tables;
   std::vector<BlockKind> kinds;  // an index means the same in all steps of a Client
@@ -446,7 +448,9 @@ class Client {
                                                     DataType type = DataType::kF16);
   // The same into the caller's memory: as many tokens as the items have rows, of one type in all of them.
   absl::Status ReadTokens(SequenceId sequence, int64_t first, std::span<const ReadItem> items);
-  absl::Status Attend(int layer, std::span<const AttendItem> items, const AttentionOptions& options = {});
+  // `step`: a pinned one, whose sequences these are, as they were when it began; 0 = none.
+  absl::Status Attend(int layer, std::span<const AttendItem> items, const AttentionOptions& options = {},
+                      uint64_t step = 0);
   // `step`: an open step, whose items these are; 0 = none.
   absl::Status AppendAttend(int layer, std::span<const AppendAttendItem> items,
                             const AttentionOptions& options = {}, uint64_t step = 0);
@@ -454,6 +458,9 @@ class Client {
   // On a session only. The rows of each layer go to AppendAttend with the step's id; they count when it ends.
   // A step that is open when the Client goes has never been.
   absl::StatusOr<Step> BeginStep(std::span<const StepItem> items, const StepOptions& options = {});
+  // For whoever only reads: sequences as they are now, whoever writes to them or closes them later
+  // (kvtide/v1/steps.proto). Ends with EndStep. `tables`: tell where blocks lie.
+  absl::StatusOr<Step> PinStep(std::span<const SequenceId> sequences, bool tables = false);
   // `tokens`: of items whose token ids were not known before.
   absl::Status EndStep(uint64_t step, std::span<const StepTokens> tokens = {});
   // Nothing of the step counts, nor of those that follow it.

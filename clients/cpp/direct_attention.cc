@@ -400,8 +400,7 @@ absl::StatusOr<DirectStep> DirectAttention::Impl::Begin(std::span<const StepItem
   v1::BeginStepRequest& request = RequestStep(items, after, &message);
   request.set_mapped(true);
   request.set_most_seals(options_.max_seals);
-  KVTIDE_ASSIGN_OR_RETURN(const StepView view,
-                          client_->step_tables.Begin(client_->carrier.get(), items, &message));
+  KVTIDE_ASSIGN_OR_RETURN(const StepView view, client_->step_tables.Begin(client_->carrier.get(), &message));
   steps_++;
   absl::Status status = Fill(items, view, stream);
   for (size_t g = 0; g < groups_.size() && status.ok(); g++) {

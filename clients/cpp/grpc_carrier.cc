@@ -58,6 +58,7 @@ class UnaryCalls : public Carrier {
       KVTIDE_VERB(BeginStep, begin_step)
       KVTIDE_VERB(EndStep, end_step)
       KVTIDE_VERB(GetStepProfile, get_step_profile)
+      KVTIDE_VERB(PinStep, pin_step)
       case Case::CALL_NOT_SET:
         break;
     }

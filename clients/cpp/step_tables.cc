@@ -21,27 +21,48 @@ v1::BeginStepRequest& RequestStep(std::span<const StepItem> items, uint64_t afte
   return request;
 }
 
-absl::StatusOr<StepView> StepTables::Begin(Carrier* carrier, std::span<const StepItem> items,
-                                           v1::SessionRequest* message) {
+v1::PinStepRequest& RequestPin(std::span<const SequenceId> sequences, v1::SessionRequest* message) {
+  v1::PinStepRequest& request = *message->mutable_pin_step();
+  request.mutable_sequence_ids()->Add(sequences.begin(), sequences.end());
+  return request;
+}
+
+absl::StatusOr<StepView> StepTables::Begin(Carrier* carrier, v1::SessionRequest* message) {
   // What is told in one answer is applied before the next one is asked for.
   const MutexLock lock(mutex_);
+  if (message->has_pin_step()) {
+    v1::PinStepRequest* const pin = message->mutable_pin_step();
+    return Ask(carrier, message, pin, {pin->sequence_ids().begin(), pin->sequence_ids().end()},
+               &v1::SessionResponse::pin_step);
+  }
+  v1::BeginStepRequest* const begin = message->mutable_begin_step();
+  std::vector<SequenceId> sequences;
+  sequences.reserve(static_cast<size_t>(begin->items_size()));
+  for (const v1::StepItem& item : begin->items()) sequences.push_back(item.sequence_id());
+  return Ask(carrier, message, begin, sequences, &v1::SessionResponse::begin_step);
+}
+
+template <class Request, class Response>
+absl::StatusOr<StepView> StepTables::Ask(Carrier* carrier, v1::SessionRequest* message, Request* request,
+                                         const std::vector<SequenceId>& sequences,
+                                         const Response& (v1::SessionResponse::*response)() const) {
   if (!known_) tables_.clear();
-  message->mutable_begin_step()->set_tables(known_ ? v1::STEP_TABLES_CHANGES : v1::STEP_TABLES_ALL);
+  request->set_tables(known_ ? v1::STEP_TABLES_CHANGES : v1::STEP_TABLES_ALL);
   known_ = false;
   v1::SessionResponse answer;
   KVTIDE_RETURN_IF_ERROR(carrier->Call(message, &answer));
-  const v1::BeginStepResponse& response = answer.begin_step();
+  const Response& told = (answer.*response)();
   StepView step;
-  step.id = response.step_id();
-  if (response.items_size() != static_cast<int>(items.size()))
+  step.id = told.step_id();
+  if (told.items_size() != static_cast<int>(sequences.size()))
     return absl::InternalError(
-        absl::StrCat("a step of ", items.size(), " items, the answer has ", response.items_size()));
-  for (size_t i = 0; i < items.size(); i++) {
-    const v1::StepSequence& told = response.items(static_cast<int>(i));
-    step.starts.push_back(told.start_position());
-    KVTIDE_RETURN_IF_ERROR(Update(items[i].sequence, told, &step));
+        absl::StrCat("a step of ", sequences.size(), " items, the answer has ", told.items_size()));
+  for (size_t i = 0; i < sequences.size(); i++) {
+    const v1::StepSequence& item = told.items(static_cast<int>(i));
+    step.starts.push_back(item.start_position());
+    KVTIDE_RETURN_IF_ERROR(Update(sequences[i], item, &step));
   }
-  step.seals.assign(response.seals().begin(), response.seals().end());
+  if constexpr (requires { told.seals(); }) step.seals.assign(told.seals().begin(), told.seals().end());
   known_ = true;
   return step;
 }
@@ -65,6 +86,7 @@ absl::Status StepTables::Update(SequenceId sequence, const v1::StepSequence& tol
     table.first_block = first;
     table.first_changed = changed;
     table.profile = change.profile();
+    if (changed == first) table.pair = change.pair();
     for (const v1::StepBlocks& blocks : change.blocks()) {
       const int kind = KindOf(blocks);
       for (const uint64_t offset : blocks.offsets()) table.blocks.push_back({offset, kind});

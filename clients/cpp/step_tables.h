@@ -27,18 +27,26 @@ struct StepView {
 v1::BeginStepRequest& RequestStep(std::span<const StepItem> items, uint64_t after,
                                   v1::SessionRequest* message);
 
+// A PinStepRequest for the sequences.
+v1::PinStepRequest& RequestPin(std::span<const SequenceId> sequences, v1::SessionRequest* message);
+
 class StepTables {
  public:
-  // Sends a BeginStepRequest for the items, and brings the tables up to date. After a failed call everything
-  // is asked for again.
-  absl::StatusOr<StepView> Begin(Carrier* carrier, std::span<const StepItem> items,
-                                 v1::SessionRequest* message);
+  // Sends a BeginStepRequest or a PinStepRequest for these sequences, and brings the tables up to date. After
+  // a failed call everything is asked for again.
+  absl::StatusOr<StepView> Begin(Carrier* carrier, v1::SessionRequest* message);
   // What StepBlock::kind means.
   std::vector<BlockKind> kinds();
   // The sequence is closed.
   void Forget(SequenceId sequence);
 
  private:
+  // Sends the request and takes the answer, both of one verb of steps.
+  template <class Request, class Response>
+  absl::StatusOr<StepView> Ask(Carrier* carrier, v1::SessionRequest* message, Request* request,
+                               const std::vector<SequenceId>& sequences,
+                               const Response& (v1::SessionResponse::*response)() const)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::Status Update(SequenceId sequence, const v1::StepSequence& told, StepView* step)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   int KindOf(const v1::StepBlocks& blocks) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);

@@ -324,6 +324,14 @@ absl::Status KvCache::AttendStepLayer(Step& step, const AttendCall& call) {
   return impl_->stepper.AttendLayer(step, call);
 }
 
+absl::StatusOr<std::unique_ptr<Step>> KvCache::PinStep(const PinCall& call) {
+  return impl_->stepper.Pin(call);
+}
+
+absl::Status KvCache::AttendPinned(const Step& step, const AttendCall& call) {
+  return impl_->stepper.AttendPinned(step, call);
+}
+
 absl::Status KvCache::EndStep(std::unique_ptr<Step> step) { return impl_->stepper.Commit(*step); }
 
 const Slab* KvCache::SlabOf(int tier) const {

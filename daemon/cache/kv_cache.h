@@ -124,6 +124,7 @@ struct SequenceList {
 class Slab;       // kernels/backend.h
 class Step;       // stepper.h
 struct StepCall;  // stepper.h
+struct PinCall;   // stepper.h
 
 class KvCache {
  public:
@@ -181,6 +182,10 @@ class KvCache {
   // destroyed instead has never been.
   absl::StatusOr<std::unique_ptr<Step>> BeginStep(const StepCall& call);
   absl::Status AttendStepLayer(Step& step, const AttendCall& call);
+  // The same for those who only read: sequences as they are now, whatever becomes of them until the step
+  // ends.
+  absl::StatusOr<std::unique_ptr<Step>> PinStep(const PinCall& call);
+  absl::Status AttendPinned(const Step& step, const AttendCall& call);
   absl::Status EndStep(std::unique_ptr<Step> step);
   // The memory of a tier that SnapshotRun::tier names; null for one of I/O.
   const Slab* SlabOf(int tier) const;

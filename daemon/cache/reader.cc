@@ -33,7 +33,8 @@ struct Reader::Batch {
   const LayerSpec& layer;
   const LayerGroupSpec& group;
   WriteBatch* append = nullptr;
-  int64_t window = 0;  // of the call; 0 = all
+  std::span<const Held> held;  // by item, or empty
+  int64_t window = 0;          // of the call; 0 = all
   std::vector<Item> items;
 
   size_t heads() const { return static_cast<size_t>(group.heads); }
@@ -171,13 +172,15 @@ absl::StatusOr<std::vector<SequencePtr>> Reader::FindSequences(const AttendCall&
 }
 
 absl::Status Reader::Attend(CacheLock& lock, const AttendCall& call,
-                            const std::vector<SequencePtr>& sequences, WriteBatch* append) {
+                            const std::vector<SequencePtr>& sequences, WriteBatch* append,
+                            std::span<const Held> held) {
   static const CallContext kNobody;
   const ModelSpec& model = sequences.front()->model->spec;
   const LayerSpec& layer = model.layers[static_cast<size_t>(call.layer)];
   const LayerGroupSpec& group = model.groups[static_cast<size_t>(layer.group)];
-  Batch batch{call, sequences, call.context != nullptr ? *call.context : kNobody, model, layer, group, append,
-              0,    {}};
+  Batch batch{
+      call, sequences, call.context != nullptr ? *call.context : kNobody, model, layer, group, append, held,
+      0,    {}};
   batch.window = std::min(kMostPosition, call.window.value_or(0) > 0 ? *call.window : group.window);
   uint64_t before_serial = 0;
   for (int round = 0;; round++) {
@@ -251,11 +254,16 @@ absl::Status Reader::TakeSnapshots(CacheState& state, Batch& batch, Reading& rea
     Item& item = batch.items[i];
     item.request = &batch.call.items[i];
     item.sequence = sequence.get();
-    absl::StatusOr<const TableSnapshot*> snapshot = reading.Add(sequence, batch.layer.group, batch.append);
-    if (!snapshot.ok()) return Annotate(snapshot.status(), ItemText(batch.call, i));
-    item.snapshot = *snapshot;
-    item.length =
-        sequence->groups[static_cast<size_t>(batch.layer.group)].layer(batch.layer.layer_in_group).tokens;
+    if (batch.held.empty()) {
+      absl::StatusOr<const TableSnapshot*> snapshot = reading.Add(sequence, batch.layer.group, batch.append);
+      if (!snapshot.ok()) return Annotate(snapshot.status(), ItemText(batch.call, i));
+      item.snapshot = *snapshot;
+      item.length =
+          sequence->groups[static_cast<size_t>(batch.layer.group)].layer(batch.layer.layer_in_group).tokens;
+    } else {
+      item.snapshot = batch.held[i].table;
+      item.length = batch.held[i].tokens;
+    }
     if (batch.append != nullptr && item.request->new_tokens > 0) {
       item.length = batch.append->writes[written++].end();
     } else if (batch.append != nullptr && sequence->writer == batch.append) {

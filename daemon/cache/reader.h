@@ -29,10 +29,16 @@ class Reader {
   // The values of a call that has passed CheckCall; sets the hashes of what `append`, which may be null,
   // writes of its items.
   absl::Status CheckValues(const AttendCall& call, const ModelSpec& model, WriteBatch* append) const;
+  // What an item sees instead of its sequence as it is now.
+  struct Held {
+    const TableSnapshot* table = nullptr;
+    int64_t tokens = 0;
+  };
   // Checks values while the backends compute. `append`, which may be null, is what the call has begun to
-  // append: its items see the new tokens, which are written here if they are not yet.
+  // append: its items see the new tokens, which are written here if they are not yet. `held`: by item, or
+  // empty.
   absl::Status Attend(CacheLock& lock, const AttendCall& call, const std::vector<SequencePtr>& sequences,
-                      WriteBatch* append);
+                      WriteBatch* append, std::span<const Held> held = {});
 
   absl::Status ReadTokens(const ReadCall& call);
 

@@ -14,13 +14,21 @@ namespace {
 // Rows of a step are never seen here, so no append can repeat one: the hash of no rows.
 constexpr uint64_t kUnknownRows = 0x5f3759df9e3779b9;
 
-const CallContext& ContextOf(const StepCall& call) {
+template <class Call>
+const CallContext& ContextOf(const Call& call) {
   static const CallContext kNobody;
   return call.context != nullptr ? *call.context : kNobody;
 }
 
 absl::Status Lost() {
   return absl::AbortedError("the step before this one was rolled back, and this one with it");
+}
+
+absl::Status CheckModel(const WriteBatch& batch, const Sequence& sequence) {
+  if (batch.sequences.front()->model == sequence.model) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("the sequence is of model ", sequence.model->spec.name,
+                                                 ", those before it are of ",
+                                                 batch.sequences.front()->model->spec.name));
 }
 
 }  // namespace
@@ -31,6 +39,12 @@ Step::~Step() {
 
 std::span<const SnapshotRun> Step::Runs(size_t item, int group) const {
   return items_[item].tables[static_cast<size_t>(group)]->runs();
+}
+
+size_t Step::Find(SequenceId sequence) const {
+  size_t item = 0;
+  while (item < size() && this->sequence(item) != sequence) item++;
+  return item;
 }
 
 std::vector<StepSeal> Step::Seals() const {
@@ -52,6 +66,7 @@ absl::Status Step::SayTokens(size_t item, std::span<const TokenId> token_ids) {
   if (static_cast<int64_t>(token_ids.size()) != of.end - of.start)
     return absl::InvalidArgumentError(absl::StrCat(where(), ": ", token_ids.size(), " token ids for ",
                                                    of.end - of.start, " tokens; say all of them, or none"));
+  if (token_ids.empty()) return absl::OkStatus();  // of a pinned step
   if (!of.token_ids.empty()) {
     const auto [said, now] = std::mismatch(of.token_ids.begin(), of.token_ids.end(), token_ids.begin());
     if (said == of.token_ids.end()) return absl::OkStatus();
@@ -85,11 +100,7 @@ absl::Status Stepper::AddItem(CacheState& state, const StepItem& item, const Cal
   if (sequence->options.seal_at_once)
     return absl::InvalidArgumentError("the sequence codes at once (evaluation mode); use AppendAttend");
   WriteBatch& batch = step.batch_;
-  if (!batch.sequences.empty() && batch.sequences.front()->model != sequence->model) {
-    return absl::InvalidArgumentError(absl::StrCat("the sequence is of model ", sequence->model->spec.name,
-                                                   ", those before it are of ",
-                                                   batch.sequences.front()->model->spec.name));
-  }
+  if (!batch.sequences.empty()) KVTIDE_RETURN_IF_ERROR(CheckModel(batch, *sequence));
   // The last open step that has the sequence.
   const WriteBatch* previous = after != nullptr ? &after->batch_ : nullptr;
   while (previous != nullptr && !previous->Writes(*sequence)) previous = previous->previous();
@@ -145,6 +156,7 @@ absl::Status Stepper::TakeTables(CacheState& state, Step& step) const {
       }
       step.items_[i].tables.push_back(*table);
       step.items_[i].profiles.push_back(batch.sequences[i]->groups[group].profile);
+      step.items_[i].coded.push_back(batch.sequences[i]->groups[group].coded);
     }
   }
   return absl::OkStatus();
@@ -201,17 +213,93 @@ absl::Status Stepper::AddItems(CacheState& state, const StepCall& call, Step& st
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::unique_ptr<Step>> Stepper::Begin(const StepCall& call) {
-  absl::StatusOr<std::unique_ptr<Step>> step = TryBegin(call);
-  if (!call.mapped || step.status().code() != absl::StatusCode::kUnavailable) return step;
-  // Some of it lies below: once more, when it has come up.
-  std::vector<SequenceId> sequences;
-  for (const StepItem& item : call.items) sequences.push_back(item.sequence);
-  KVTIDE_RETURN_IF_ERROR(mover_.Prefetch(sequences, ContextOf(call)).status());
-  step = TryBegin(call);
+template <class Attempt>
+absl::StatusOr<std::unique_ptr<Step>> Stepper::WithAllBroughtUp(bool mapped,
+                                                                std::span<const SequenceId> sequences,
+                                                                const CallContext& context, Attempt attempt) {
+  absl::StatusOr<std::unique_ptr<Step>> step = attempt();
+  if (!mapped || step.status().code() != absl::StatusCode::kUnavailable) return step;
+  KVTIDE_RETURN_IF_ERROR(mover_.Prefetch(sequences, context).status());
+  step = attempt();
   if (step.status().code() == absl::StatusCode::kUnavailable)
     return absl::ResourceExhaustedError(step.status().message());
   return step;
+}
+
+absl::StatusOr<std::unique_ptr<Step>> Stepper::Begin(const StepCall& call) {
+  std::vector<SequenceId> sequences;
+  for (const StepItem& item : call.items) sequences.push_back(item.sequence);
+  return WithAllBroughtUp(call.mapped, sequences, ContextOf(call), [&] { return TryBegin(call); });
+}
+
+absl::StatusOr<std::unique_ptr<Step>> Stepper::Pin(const PinCall& call) {
+  return WithAllBroughtUp(call.mapped, call.sequences, ContextOf(call), [&] { return TryPin(call); });
+}
+
+absl::StatusOr<std::unique_ptr<Step>> Stepper::TryPin(const PinCall& call) {
+  if (call.sequences.empty()) return absl::InvalidArgumentError("a step without sequences");
+  if (call.sequences.size() > core_.options().max_batch_items)
+    return absl::InvalidArgumentError(absl::StrCat("a step of ", call.sequences.size(),
+                                                   " sequences, at most ", core_.options().max_batch_items,
+                                                   " are allowed"));
+  KVTIDE_RETURN_IF_ERROR(ContextOf(call).Check(core_.options().clock(), "the step (nothing is pinned)"));
+  std::unique_ptr<Step> step(new Step(this));
+  step->pinned_ = true;
+  step->mapped_ = call.mapped;
+  WriteBatch& batch = step->batch_;  // of which only the sequences are used
+  const auto where = [](size_t i) { return absl::StrCat("items[", i, "]"); };
+  absl::flat_hash_set<SequenceId> seen;
+  CacheLock lock(core_);
+  for (size_t i = 0; i < call.sequences.size(); i++) {
+    if (!seen.insert(call.sequences[i]).second)
+      return absl::InvalidArgumentError(
+          absl::StrCat(where(i), ": sequence ", call.sequences[i], " is there twice"));
+    absl::StatusOr<SequencePtr> sequence = lock->sequences.Find(call.sequences[i], ContextOf(call));
+    if (!sequence.ok()) return Annotate(sequence.status(), where(i));
+    if (i > 0) KVTIDE_RETURN_IF_ERROR(Annotate(CheckModel(batch, **sequence), where(i)));
+    batch.AddSequence(*std::move(sequence));
+  }
+  KVTIDE_RETURN_IF_ERROR(BringIn(lock, *step));
+  // The mutex was free meanwhile: what is pinned is looked at now.
+  for (size_t i = 0; i < batch.sequences.size(); i++) {
+    const int64_t tokens = batch.sequences[i]->MinTokens();
+    if (tokens == 0)
+      return absl::InvalidArgumentError(
+          absl::StrCat(where(i), ": sequence ", call.sequences[i], " has no tokens in some of its layers"));
+    Step::Item& item = step->items_.emplace_back();
+    item.start = item.end = tokens;
+  }
+  absl::Status status = TakeTables(*lock, *step);
+  if (call.mapped && status.ok()) status = CheckHome(*step);
+  if (!status.ok()) {
+    Abandon(*lock, *step);
+    return status;
+  }
+  step->open_ = true;
+  return step;
+}
+
+absl::Status Stepper::AttendPinned(const Step& step, const AttendCall& call) {
+  if (!step.pinned_)
+    return absl::FailedPreconditionError(
+        "the step takes new tokens: give it their rows (AppendAttend), or pin one (PinStep) to only read");
+  if (call.items.empty()) return absl::InvalidArgumentError("attention without items");
+  KVTIDE_RETURN_IF_ERROR(reader_.CheckCall(call, step.model(), false));
+  KVTIDE_RETURN_IF_ERROR(ContextOf(call).Check(core_.options().clock(), "the attention"));
+  const auto group = static_cast<size_t>(step.model().layers[static_cast<size_t>(call.layer)].group);
+  std::vector<SequencePtr> sequences;
+  std::vector<Reader::Held> held;
+  for (size_t i = 0; i < call.items.size(); i++) {
+    const SequenceId id = call.items[i].sequence;
+    const size_t item = i < step.size() && step.sequence(i) == id ? i : step.Find(id);
+    if (item == step.size())
+      return absl::InvalidArgumentError(
+          absl::StrCat("items[", i, "]: sequence ", id, " is not one of those that the step has pinned"));
+    sequences.push_back(step.batch_.sequences[item]);
+    held.push_back({step.items_[item].tables[group], step.end(item)});
+  }
+  CacheLock lock(core_);
+  return reader_.Attend(lock, call, sequences, nullptr, held);
 }
 
 absl::StatusOr<std::unique_ptr<Step>> Stepper::TryBegin(const StepCall& call) {
@@ -224,6 +312,8 @@ absl::StatusOr<std::unique_ptr<Step>> Stepper::TryBegin(const StepCall& call) {
   std::unique_ptr<Step> step(new Step(this));
   CacheLock lock(core_);
   if (call.after != nullptr) {
+    if (call.after->pinned_)
+      return absl::InvalidArgumentError("the step that this one is to follow is pinned: nothing follows it");
     if (!call.after->batch_.open())
       return absl::AbortedError("the step that this one is to follow was rolled back with the one before it");
     if (call.after->batch_.followed())
@@ -250,6 +340,8 @@ absl::StatusOr<std::unique_ptr<Step>> Stepper::TryBegin(const StepCall& call) {
 
 absl::Status Stepper::AttendLayer(Step& step, const AttendCall& call) {
   KVTIDE_CHECK(step.open_, "a step ends once");
+  if (step.pinned_)
+    return absl::InvalidArgumentError("the step is pinned: it takes no rows, use Attend with its id");
   if (call.items.size() != step.size()) {
     return absl::InvalidArgumentError(absl::StrCat(call.items.size(), " items, the step has ", step.size(),
                                                    "; a layer has rows for all of them"));
@@ -281,6 +373,10 @@ absl::Status Stepper::Commit(Step& step) {
   KVTIDE_CHECK(step.open_, "a step ends once");
   step.open_ = false;
   CacheLock lock(core_);
+  if (step.pinned_) {
+    Abandon(*lock, step);
+    return absl::OkStatus();
+  }
   const bool lost = !step.batch_.open();
   if (lost || step.batch_.waits()) {
     Abandon(*lock, step);

@@ -47,6 +47,13 @@ struct StepCall {
   size_t most_seals = 0;  // of a mapped step
 };
 
+// Sequences that are only read, of one model, each once.
+struct PinCall {
+  std::span<const SequenceId> sequences;
+  const CallContext* context = nullptr;  // as in StepCall
+  bool mapped = false;                   // likewise: all blocks have to lie in the first tier
+};
+
 class Stepper;
 
 // A block that the engine codes in a step: as Backend::Recode from f16/f16 does. The step's tables show the
@@ -60,7 +67,9 @@ struct StepSeal {
   const BlockLayout* layout = nullptr;  // of the target
 };
 
-// A step on its way. Used by one thread at a time. One that is destroyed before its end is rolled back.
+// A step on its way. Used by one thread at a time. One that is destroyed before its end is rolled back. A
+// *pinned* one has no new tokens: it shows sequences as they were when it began, and lets go of them when it
+// ends.
 class Step {
  public:
   ~Step();
@@ -81,10 +90,17 @@ class Step {
   // copy of the table.
   uint64_t Serial(size_t item, int group) const;
   bool mapped() const { return mapped_; }
+  bool pinned() const { return pinned_; }
+  // Index of the item with this sequence; size(): none.
+  size_t Find(SequenceId sequence) const;
   // The tier of the sequence's device.
   int home(size_t item) const { return batch_.sequences[item]->home; }
   // Of a mapped step; they count when it ends.
   std::vector<StepSeal> Seals() const;
+  // What full blocks of an item in a group are coded as.
+  CachePair PairOf(size_t item, int group) const {
+    return items_[item].coded[static_cast<size_t>(group)]->pair();
+  }
   // What the coded blocks of an item in a group are coded with, and those of its seals; null = nothing.
   const Profile* ProfileOf(size_t item, int group) const {
     return items_[item].profiles[static_cast<size_t>(group)].get();
@@ -92,7 +108,8 @@ class Step {
   // What the new tokens of an item are, one for each, as in AppendCall. InvalidArgument for too few or many,
   // and where it was said already that they are others.
   absl::Status SayTokens(size_t item, std::span<const TokenId> token_ids);
-  // The first layer that AttendStepLayer has not written; -1: it has written all of them.
+  // The first layer that AttendStepLayer has not written; -1: it has written all of them, or there is nothing
+  // to write.
   int FirstLayerLeft() const;
 
  private:
@@ -101,6 +118,7 @@ class Step {
     int64_t start = 0, end = 0;
     std::vector<const TableSnapshot*> tables;              // by layer group
     std::vector<std::shared_ptr<const Profile>> profiles;  // likewise
+    std::vector<const BlockLayout*> coded;                 // likewise: what full blocks become
     std::vector<TokenId> token_ids;                        // of the new tokens, once said
   };
   explicit Step(Stepper* stepper) : stepper_(stepper) {}
@@ -113,6 +131,7 @@ class Step {
   std::vector<Sealer::Seal> seals_;
   bool open_ = false;
   bool mapped_ = false;
+  bool pinned_ = false;
 };
 
 class Stepper {
@@ -124,13 +143,21 @@ class Stepper {
   // model, and for a step that another one follows already; FailedPrecondition where layers have different
   // lengths; else as for an append. Nothing has changed if it fails.
   absl::StatusOr<std::unique_ptr<Step>> Begin(const StepCall& call);
+  // A pinned step: what its sequences hold in all layers now, whoever writes to them, moves or closes them
+  // later. InvalidArgument for no sequences, one that is there twice, has no tokens, or is of another model;
+  // Aborted for one that codes at once and is written; DataLoss, ResourceExhausted as for Begin.
+  absl::StatusOr<std::unique_ptr<Step>> Pin(const PinCall& call);
+  // Attention over some of the sequences of a pinned step, as the cache's Attend does it. InvalidArgument for
+  // others, FailedPrecondition for a step that is not pinned.
+  absl::Status AttendPinned(const Step& step, const AttendCall& call);
   // For engines that cannot reach the blocks: writes the rows of one layer and attends, as AppendAttend does.
   // The items are those of the step, in its order, with all new tokens of each. May be repeated. An error
   // leaves the step open.
   absl::Status AttendLayer(Step& step, const AttendCall& call);
-  // The engine has written all rows of all layers: the new tokens count, and what follows an append
-  // (profiles, windows, seals) is done. Aborted if a sequence was closed before that, or the step that it
-  // follows was rolled back; FailedPrecondition if that one is still open: then nothing of the step counts.
+  // A pinned step: lets go of what it shows. Else the engine has written all rows of all layers: the new
+  // tokens count, and what follows an append (profiles, windows, seals) is done. Aborted if a sequence was
+  // closed before that, or the step that it follows was rolled back; FailedPrecondition if that one is still
+  // open: then nothing of the step counts.
   absl::Status Commit(Step& step);
   // Nothing of the step counts.
   void Rollback(Step& step);
@@ -146,7 +173,12 @@ class Stepper {
   // Whether all that the tables show lies in the sequences' first tier.
   absl::Status CheckHome(const Step& step) const;
   absl::StatusOr<std::unique_ptr<Step>> TryBegin(const StepCall& call);
-  // Takes everything back.
+  absl::StatusOr<std::unique_ptr<Step>> TryPin(const PinCall& call);
+  // `attempt`; once more if some of what an engine with mapped memory reads lies below, when it has come up.
+  template <class Attempt>
+  absl::StatusOr<std::unique_ptr<Step>> WithAllBroughtUp(bool mapped, std::span<const SequenceId> sequences,
+                                                         const CallContext& context, Attempt attempt);
+  // Takes everything back, or lets go of what is pinned.
   void Abandon(CacheState& state, Step& step);
 
   CacheCore& core_;

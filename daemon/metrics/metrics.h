@@ -73,7 +73,7 @@ constexpr const char* kMethods[] = {
     "Session",          "ReadTokens",        "PersistSequences", "OpenNamespace",   "StoreBlocks",
     "LookupBlocks",     "LoadBlocks",        "ReleaseLease",     "DeleteNamespace", "PersistNamespace",
     "ListNamespaces",   "BeginStep",         "EndStep",          "GetStepProfile",  "PinSequences",
-    "GetConfig",        "ReloadConfig",      "LookupPrefix",
+    "GetConfig",        "ReloadConfig",      "LookupPrefix",     "PinStep",
 };
 
 class Metrics {

@@ -17,7 +17,7 @@
 namespace kvtide::ring {
 
 // Raised with every change of Hello, Welcome, RingHead, ArenaLayout or what messages mean.
-constexpr uint32_t kProtocolVersion = 3;
+constexpr uint32_t kProtocolVersion = 4;
 constexpr char kMagic[8] = {'K', 'V', 'T', 'R', 'I', 'N', 'G', '\0'};
 constexpr char kSocketSuffix[] = ".ring";
 

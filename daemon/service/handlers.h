@@ -52,6 +52,7 @@ class Handlers {
   absl::Status BeginStep(const v1::BeginStepRequest&, v1::BeginStepResponse*, const Call&);
   absl::Status EndStep(const v1::EndStepRequest&, v1::EndStepResponse*, const Call&);
   absl::Status GetStepProfile(const v1::GetStepProfileRequest&, v1::GetStepProfileResponse*, const Call&);
+  absl::Status PinStep(const v1::PinStepRequest&, v1::PinStepResponse*, const Call&);
   // The block store.
   absl::Status OpenNamespace(const v1::OpenNamespaceRequest&, v1::OpenNamespaceResponse*, const Call&);
   absl::Status StoreBlocks(const v1::StoreBlocksRequest&, v1::StoreBlocksResponse*, const Call&);

@@ -17,9 +17,11 @@ std::span<const TokenId> Ids(const google::protobuf::RepeatedField<uint32_t>& id
 }
 
 // The blocks of a table from `first` on.
-void ToProto(const KvCache& cache, const ToldTable& table, int64_t first, v1::StepTable* proto) {
+void ToProto(const KvCache& cache, const ToldTable& table, int64_t first, CachePair pair,
+             v1::StepTable* proto) {
   proto->set_first_block(table.first_block);
   proto->set_first_changed(first);
+  if (first == table.first_block) proto->set_pair(PairName(pair));
   const std::vector<TierOptions>& tiers = cache.options().tiers;
   v1::StepBlocks* blocks = nullptr;
   const ToldTable::Entry* last = nullptr;
@@ -39,6 +41,42 @@ void ToProto(const KvCache& cache, const ToldTable& table, int64_t first, v1::St
   }
 }
 
+// Where the step's items begin and where their blocks lie, as the request wants it.
+void TellItems(const KvCache& cache, const Step& step, v1::StepTables tables, OpenSteps* steps,
+               google::protobuf::RepeatedPtrField<v1::StepSequence>* items) {
+  if (tables == v1::STEP_TABLES_ALL) steps->ForgetAll();
+  for (size_t i = 0; i < step.size(); i++) {
+    v1::StepSequence* const out = items->Add();
+    out->set_start_position(step.start(i));
+    if (tables == v1::STEP_TABLES_UNSPECIFIED) continue;
+    for (size_t group = 0; group < step.model().groups.size(); group++) {
+      const int g = static_cast<int>(group);
+      steps->Tell(step.sequence(i), g, [&](ToldTable& told) {
+        const int64_t first = told.Update(step, i, g);
+        v1::StepTable* const table = out->add_tables();
+        ToProto(cache, told, std::max(first, told.first_block), step.PairOf(i, g), table);
+        const Profile* const profile = step.ProfileOf(i, g);
+        if (step.mapped() && profile != nullptr) table->set_profile(profile->hash);
+      });
+    }
+  }
+}
+
+// An answer that does not fit would leave a step that nobody knows.
+absl::Status CheckAnswerFits(size_t bytes, const Call& call, const ServiceOptions& options) {
+  const int64_t most = call.max_answer_bytes > 0 ? call.max_answer_bytes : options.max_message_bytes;
+  if (static_cast<int64_t>(bytes) + 4096 <= most) return absl::OkStatus();
+  return absl::ResourceExhaustedError(absl::StrCat("the tables of the step have ", bytes,
+                                                   " bytes, an answer has at most ", most,
+                                                   "; begin steps of fewer sequences"));
+}
+
+absl::Status CheckMapped(bool mapped, const Call& call) {
+  if (!mapped || call.maps_pool) return absl::OkStatus();
+  return absl::FailedPreconditionError(
+      "a mapped step is for clients that have mapped the pool (the direct way)");
+}
+
 }  // namespace
 
 absl::Status Handlers::BeginStep(const v1::BeginStepRequest& request, v1::BeginStepResponse* response,
@@ -49,9 +87,7 @@ absl::Status Handlers::BeginStep(const v1::BeginStepRequest& request, v1::BeginS
   items.reserve(static_cast<size_t>(request.items_size()));
   for (const v1::StepItem& item : request.items())
     items.push_back({item.sequence_id(), item.new_tokens(), Ids(item.token_ids())});
-  if (request.mapped() && !call.maps_pool)
-    return absl::FailedPreconditionError(
-        "a mapped step is for clients that have mapped the pool (the direct way)");
+  KVTIDE_RETURN_IF_ERROR(CheckMapped(request.mapped(), call));
   StepCall begin;
   begin.items = items;
   begin.mapped = request.mapped();
@@ -66,21 +102,7 @@ absl::Status Handlers::BeginStep(const v1::BeginStepRequest& request, v1::BeginS
   }
   KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<Step> step, cache_->BeginStep(begin));
   const Step& begun = *step;
-  if (request.tables() == v1::STEP_TABLES_ALL) call.steps->ForgetAll();
-  for (size_t i = 0; i < begun.size(); i++) {
-    v1::StepSequence* const out = response->add_items();
-    out->set_start_position(begun.start(i));
-    if (request.tables() == v1::STEP_TABLES_UNSPECIFIED) continue;
-    for (size_t group = 0; group < begun.model().groups.size(); group++) {
-      call.steps->Tell(begun.sequence(i), static_cast<int>(group), [&](ToldTable& told) {
-        const int64_t first = told.Update(begun, i, static_cast<int>(group));
-        v1::StepTable* const table = out->add_tables();
-        ToProto(*cache_, told, std::max(first, told.first_block), table);
-        const Profile* const profile = begun.ProfileOf(i, static_cast<int>(group));
-        if (request.mapped() && profile != nullptr) table->set_profile(profile->hash);
-      });
-    }
-  }
+  TellItems(*cache_, begun, request.tables(), call.steps, response->mutable_items());
   for (const StepSeal& seal : begun.Seals()) {
     v1::StepSeal* const out = response->add_seals();
     const std::byte* const base = cache_->SlabOf(begun.home(seal.item))->data();
@@ -91,13 +113,26 @@ absl::Status Handlers::BeginStep(const v1::BeginStepRequest& request, v1::BeginS
     out->set_target_offset(static_cast<uint64_t>(seal.target - base));
     out->set_pair(PairName(seal.layout->pair()));
   }
-  // An answer that does not fit would leave a step that nobody knows.
-  const int64_t most = call.max_answer_bytes > 0 ? call.max_answer_bytes : options_.max_message_bytes;
-  if (static_cast<int64_t>(response->ByteSizeLong()) + 4096 > most)
-    return absl::ResourceExhaustedError(absl::StrCat("the tables of the step have ", response->ByteSizeLong(),
-                                                     " bytes, an answer has at most ", most,
-                                                     "; begin steps of fewer sequences"));
+  KVTIDE_RETURN_IF_ERROR(CheckAnswerFits(response->ByteSizeLong(), call, options_));
   KVTIDE_ASSIGN_OR_RETURN(const uint64_t id, call.steps->Add(std::move(step), request.after_step_id()));
+  response->set_step_id(id);
+  return absl::OkStatus();
+}
+
+absl::Status Handlers::PinStep(const v1::PinStepRequest& request, v1::PinStepResponse* response,
+                               const Call& call) {
+  if (call.steps == nullptr) return OpenSteps::TakeFrom(nullptr, 0).status();
+  KVTIDE_RETURN_IF_ERROR(call.steps->CheckRoom());
+  KVTIDE_RETURN_IF_ERROR(CheckMapped(request.mapped(), call));
+  PinCall pin;
+  const std::vector<SequenceId> sequences(request.sequence_ids().begin(), request.sequence_ids().end());
+  pin.sequences = sequences;
+  pin.mapped = request.mapped();
+  pin.context = &call.context;
+  KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<Step> step, cache_->PinStep(pin));
+  TellItems(*cache_, *step, request.tables(), call.steps, response->mutable_items());
+  KVTIDE_RETURN_IF_ERROR(CheckAnswerFits(response->ByteSizeLong(), call, options_));
+  KVTIDE_ASSIGN_OR_RETURN(const uint64_t id, call.steps->Add(std::move(step), 0));
   response->set_step_id(id);
   return absl::OkStatus();
 }

@@ -1,6 +1,7 @@
 // The verbs that carry tensors: Append, Attend, AppendAttend.
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -152,6 +153,10 @@ class Handlers::Batch {
     call_.items = requests;
     return handlers_->cache_->AttendStepLayer(*taken, call_);
   }
+  absl::Status RunPinned(const std::vector<AttendRequest>& requests, const Step& step) {
+    call_.items = requests;
+    return handlers_->cache_->AttendPinned(step, call_);
+  }
   absl::Status Run(const std::vector<AttendRequest>& requests,
                    absl::Status (KvCache::*run)(const AttendCall&)) {
     call_.items = requests;
@@ -242,6 +247,15 @@ absl::Status Handlers::Attend(const v1::AttendRequest& request, v1::AttendRespon
                               const Call& call) {
   KVTIDE_RETURN_IF_ERROR(CheckItemCount(request.items_size(), cache_->options().max_batch_items));
   Batch batch(this, request.layer(), request.options(), call);
+  std::optional<OpenSteps::Taken> step;
+  if (request.step_id() != 0) {
+    if (call.declined != nullptr) {
+      *call.declined = true;
+      return absl::AbortedError("declined");
+    }
+    KVTIDE_ASSIGN_OR_RETURN(OpenSteps::Taken taken, OpenSteps::TakeFrom(call.steps, request.step_id()));
+    step.emplace(std::move(taken));
+  }
   std::vector<AttendRequest> requests(static_cast<size_t>(request.items_size()));
   for (int i = 0; i < request.items_size(); i++) {
     const v1::AttendItem& item = request.items(i);
@@ -251,6 +265,8 @@ absl::Status Handlers::Attend(const v1::AttendRequest& request, v1::AttendRespon
     KVTIDE_RETURN_IF_ERROR(Annotate(batch.AddQueries(item, out), name));
     if (item.has_first_query_position()) {
       out->first_query_position = item.first_query_position();
+    } else if (step.has_value() && (**step).Find(item.sequence_id()) < (**step).size()) {
+      out->first_query_position = (**step).end((**step).Find(item.sequence_id())) - out->queries;
     } else {
       auto length = cache_->LayerLength(item.sequence_id(), request.layer(), call.context);
       if (!length.ok()) return Annotate(length.status(), name);
@@ -266,6 +282,7 @@ absl::Status Handlers::Attend(const v1::AttendRequest& request, v1::AttendRespon
   for (int i = 0; i < request.items_size(); i++) {
     batch.AddAnswer(response->add_results(), &requests[static_cast<size_t>(i)]);
   }
+  if (step.has_value()) return batch.RunPinned(requests, **step);
   return batch.Run(requests, &KvCache::Attend);
 }
 

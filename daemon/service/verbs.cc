@@ -128,6 +128,7 @@ constexpr Verb kVerbs[] = {
     KVTIDE_VERB(BeginStep, kPrompt, false),
     KVTIDE_VERB(EndStep, kPrompt, false),
     KVTIDE_VERB(GetStepProfile, kPrompt, false),
+    KVTIDE_VERB(PinStep, kPrompt, false),
 };
 #undef KVTIDE_VERB
 
@@ -204,6 +205,7 @@ absl::Status ServeMessage(Handlers* handlers, const v1::SessionRequest& request,
     KVTIDE_SESSION_VERB(BeginStep, begin_step)
     KVTIDE_SESSION_VERB(EndStep, end_step)
     KVTIDE_SESSION_VERB(GetStepProfile, get_step_profile)
+    KVTIDE_SESSION_VERB(PinStep, pin_step)
     case Case::CALL_NOT_SET:
       break;
   }

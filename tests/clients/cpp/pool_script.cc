@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <optional>
 #include <random>
 #include <set>
 #include <utility>
@@ -52,6 +53,7 @@ class Script {
     Expect(pool.RegisterModel(model_));
   }
   ~Script() {
+    if (pinned_) Expect(pool_.EndStep(pinned_->step.id));
     for (const Item& item : items_) Expect(pool_.CloseSequence(item.id));
   }
 
@@ -80,8 +82,9 @@ class Script {
         return Truncate(item);
       case 10:
       case 11:
-        if (options_.steps) return Steps(1 + Pick(3));
-        return Engine(item, 1);
+        if (!options_.steps) return Engine(item, 1);
+        if (pinned_ || Pick(4) == 0) return PinOrAttendPinned();
+        return Steps(1 + Pick(3));
       case 12: {
         const auto moved = pool_.EvictSequences({{item.id}});
         Expect(moved.status());
@@ -158,6 +161,11 @@ class Script {
     }
   }
 
+  // A pinned step, and what its sequences were.
+  struct Pinned {
+    client::Step step;
+    std::vector<Item> items;
+  };
   // A step under way: its tokens are in shadows of its own.
   struct OpenStep {
     client::Step step;
@@ -227,13 +235,70 @@ class Script {
           const client::StepBlock& block = table.blocks[static_cast<size_t>(b - table.first_block)];
           EXPECT_EQ(open.step.kinds[static_cast<size_t>(block.kind)].pair, "f16/f16");
         }
-        client::StepTable& last = told_[{open.items[i].sequence, g}];
-        for (int64_t b = table.first_block; b < table.first_changed; b++)
-          ASSERT_TRUE(table.blocks.at(static_cast<size_t>(b - table.first_block)) ==
-                      last.blocks.at(static_cast<size_t>(b - last.first_block)));
-        last = table;
+        CheckChanges(open.items[i].sequence, g, table);
       }
     }
+  }
+  void CheckChanges(client::SequenceId sequence, size_t group, const client::StepTable& table) {
+    client::StepTable& last = told_[{sequence, group}];
+    for (int64_t b = table.first_block; b < table.first_changed; b++)
+      ASSERT_TRUE(table.blocks.at(static_cast<size_t>(b - table.first_block)) ==
+                  last.blocks.at(static_cast<size_t>(b - last.first_block)));
+    last = table;
+  }
+
+  // Pins all sequences, or attends over what was pinned some verbs ago, as it was then.
+  void PinOrAttendPinned() {
+    if (!pinned_) {
+      std::vector<client::SequenceId> ids;
+      Pinned pinned;
+      for (const Item& item : items_) {
+        if (item.shadow.Length() == 0) continue;
+        ids.push_back(item.id);
+        pinned.items.push_back(item);
+      }
+      if (ids.empty()) return;
+      const bool tables = Pick(2) == 0;
+      auto step = pool_.PinStep(ids, tables);
+      ASSERT_TRUE(step.ok()) << step.status();
+      ASSERT_EQ(step->tables.size(), tables ? ids.size() : 0);
+      for (size_t i = 0; i < ids.size(); i++) {
+        ASSERT_EQ(step->starts[i], pinned.items[i].shadow.Length());
+        for (size_t g = 0; tables && g < spec_.groups.size(); g++)
+          CheckChanges(ids[i], g, step->tables[i][g]);
+      }
+      pinned.step = *std::move(step);
+      pinned_ = std::move(pinned);
+      return;
+    }
+    for (const Item& item : pinned_->items) {
+      if (std::none_of(items_.begin(), items_.end(), [&](const Item& open) { return open.id == item.id; }))
+        continue;  // closed
+      for (int l = 0; l < static_cast<int>(model_.layers.size()); l++) AttendPinned(item, l);
+    }
+    Expect(pool_.EndStep(pinned_->step.id));
+    pinned_.reset();
+  }
+  void AttendPinned(const Item& item, int l) {
+    const client::ModelLayer& shape = layer(static_cast<size_t>(l));
+    const int64_t tokens = item.shadow.Length(),
+                  queries = shape.window > 0 ? 1 : std::min<int64_t>(tokens, 2),
+                  first = shape.window > 0 ? tokens : tokens - queries;
+    const std::vector<float> q = Rows(queries, shape.query_heads, shape.head_dim_k);
+    std::vector<float> out(static_cast<size_t>(queries * shape.query_heads * shape.head_dim_v)),
+        lse(static_cast<size_t>(queries * shape.query_heads));
+    client::AttendItem call;
+    call.sequence = item.id;
+    if (shape.window > 0) call.first_query_position = first;
+    call.q = TensorRef::F32(q, {queries, shape.query_heads, shape.head_dim_k});
+    call.output = out;
+    call.lse = lse;
+    const absl::Status status = pool_.Attend(l, {&call, 1}, {}, pinned_->step.id);
+    ASSERT_TRUE(status.ok()) << status;
+    ExpectClose(item.shadow.Attend(l, q, queries, first), out, lse,
+                "pinned at " + std::to_string(tokens) + ", layer " + std::to_string(l));
+    Keep(out);
+    Keep(lse);
   }
 
   void AttendInStep(OpenStep& open, size_t l, std::vector<ShadowSequence>& shadows) {
@@ -386,6 +451,7 @@ class Script {
   std::vector<Item> items_;
   std::vector<float> answers_;
   std::map<std::pair<client::SequenceId, size_t>, client::StepTable> told_;
+  std::optional<Pinned> pinned_;
 };
 
 }  // namespace

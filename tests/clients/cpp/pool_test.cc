@@ -459,6 +459,55 @@ TEST_P(PoolTest, MistakesAboutStepsAreNamedAndChangeNothing) {
   EXPECT_TRUE(pool_->CloseSequence(id).ok());
 }
 
+TEST_P(PoolTest, MistakesAboutPinnedStepsAreNamed) {
+  using absl::StatusCode;
+  const client::SequenceId id = Make(), other = Make();
+  ASSERT_TRUE(Append(id, 0, 10).ok());
+  const std::vector<client::SequenceId> both = {id, other}, one = {id};
+  if (GetParam() == "grpc") {
+    ExpectError(pool_->PinStep(one).status(), StatusCode::kFailedPrecondition, "steps belong to a session");
+    return;
+  }
+  ExpectError(pool_->PinStep({}).status(), StatusCode::kInvalidArgument, "without sequences");
+  ExpectError(pool_->PinStep(both).status(), StatusCode::kInvalidArgument, "items[1]: sequence");
+  const auto step = pool_->PinStep(one, true);
+  ASSERT_TRUE(step.ok()) << step.status();
+  EXPECT_EQ(step->starts, std::vector<int64_t>{10});
+  ASSERT_EQ(step->tables.size(), 1u);
+  EXPECT_EQ(step->tables[0][0].blocks.size(), 1u);
+  const std::vector<float> q = e2e::Rows(1, 0, 2, e2e::kHeads);
+  std::vector<float> then(q.size()), now(q.size());
+  client::AttendItem item;
+  item.sequence = id;
+  item.q = TensorRef::F32(q, {2, e2e::kHeads, e2e::kDim});
+  item.output = then;
+  ASSERT_TRUE(pool_->Attend(0, {&item, 1}, {}, step->id).ok());
+  ASSERT_TRUE(Append(id, 10, 5).ok());
+  item.output = now;
+  ASSERT_TRUE(pool_->Attend(0, {&item, 1}, {}, step->id).ok());
+  EXPECT_EQ(now, then) << "the queries belong to the last of the tokens that are pinned";
+  ASSERT_TRUE(pool_->Attend(0, {&item, 1}).ok());
+  EXPECT_NE(now, then);
+  item.sequence = other;
+  ExpectError(pool_->Attend(0, {&item, 1}, {.causal = false}, step->id), StatusCode::kInvalidArgument, "");
+  item.first_query_position = 0;
+  ExpectError(pool_->Attend(0, {&item, 1}, {}, step->id), StatusCode::kInvalidArgument,
+              "is not one of those that the step has pinned");
+  ExpectError(pool_->Attend(0, {&item, 1}, {}, 77), StatusCode::kNotFound, "step 77");
+  const std::vector<client::StepItem> next = {{id, 1}};
+  ExpectError(pool_->BeginStep(next, {.after = step->id}).status(), StatusCode::kInvalidArgument,
+              "nothing follows it");
+  const auto writing = pool_->BeginStep(next);
+  ASSERT_TRUE(writing.ok()) << writing.status();
+  item.sequence = id;
+  ExpectError(pool_->Attend(0, {&item, 1}, {}, writing->id), StatusCode::kFailedPrecondition,
+              "the step takes new tokens");
+  EXPECT_TRUE(pool_->RollBackStep(writing->id).ok());
+  EXPECT_TRUE(pool_->EndStep(step->id).ok());
+  ExpectError(pool_->EndStep(step->id), StatusCode::kNotFound, "");
+  for (const client::SequenceId each : both) EXPECT_TRUE(pool_->CloseSequence(each).ok());
+}
+
 TEST_P(PoolTest, ThreadsShareAPool) {
   Make();
   std::vector<std::thread> threads;

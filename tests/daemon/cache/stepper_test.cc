@@ -312,6 +312,116 @@ TEST_F(StepTest, WhatFollowsAStepThatIsRolledBackHasNeverBeen) {
   cache_->CheckInvariants();
 }
 
+// Appends, cuts, moves and closes of others change nothing of what is pinned, for those who ask the cache and
+// for those who read the blocks themselves.
+TEST_F(StepTest, APinnedStepShowsWhatWasThere) {
+  Start();
+  Client a(*cache_, MixedModel(), WithPair("q8_0/turbo4", {1, 1}), random_);
+  Client b(*cache_, MixedModel(), WithPair("f16/f16"), random_);
+  ASSERT_TRUE(a.Append(300).ok());
+  ASSERT_TRUE(b.Append(70).ok());
+  const std::vector<SequenceId> ids = {a.id(), b.id()};
+  PinCall pin;
+  pin.sequences = ids;
+  auto step = cache_->PinStep(pin);
+  ASSERT_TRUE(step.ok()) << step.status();
+  EXPECT_TRUE((*step)->pinned());
+  EXPECT_EQ((*step)->start(0), 300);
+  EXPECT_EQ((*step)->end(1), 70);
+  EXPECT_EQ((*step)->FirstLayerLeft(), -1);
+  const ShadowSequence then[] = {a.shadow(), b.shadow()};
+  const auto check = [&] {
+    for (size_t layer = 0; layer < a.model().layers.size(); layer++) {
+      const LayerGroupSpec& group = GroupOf(a.model(), static_cast<int>(layer));
+      // The later one first.
+      std::vector<AttendRequest> requests(2);
+      std::vector<std::vector<float>> q(2), out(2), lse(2);
+      for (size_t i = 0; i < 2; i++) {
+        const size_t item = 1 - i;
+        q[i] = RandomRows(random_, static_cast<size_t>(group.heads * group.shape.head_dim_k));
+        out[i].resize(static_cast<size_t>(group.heads * group.shape.head_dim_v));
+        lse[i].resize(static_cast<size_t>(group.heads));
+        requests[i].sequence = ids[item];
+        requests[i].queries = 1;
+        requests[i].first_query_position = (*step)->end(item);
+        requests[i].q = {q[i].data(), DataType::kF32};
+        requests[i].out = out[i].data();
+        requests[i].lse = lse[i].data();
+      }
+      AttendCall call;
+      call.layer = static_cast<int>(layer);
+      call.items = requests;
+      const absl::Status status = cache_->AttendPinned(**step, call);
+      ASSERT_TRUE(status.ok()) << status;
+      for (size_t i = 0; i < 2; i++)
+        ExpectClose(then[1 - i].Attend(static_cast<int>(layer), q[i], 1, (*step)->end(1 - i)), out[i], lse[i],
+                    "layer " + std::to_string(layer));
+    }
+  };
+  check();
+  ASSERT_TRUE(a.Append(200).ok()) << "nobody is kept from writing";
+  ASSERT_TRUE(b.Truncate(65).ok());
+  check();
+  ASSERT_TRUE(cache_->Evict({{a.id()}}, 1).ok());
+  auto writing = Begin({{a.id(), 3}});
+  ASSERT_TRUE(writing.ok()) << writing.status();
+  check();
+  const uint64_t bytes = UsedBytes(cache_->Stats());
+  ASSERT_TRUE(b.Close().ok());
+  writing->reset();
+  ASSERT_TRUE(a.Close().ok());
+  check();
+  EXPECT_GT(UsedBytes(cache_->Stats()), 0u);
+  EXPECT_LT(UsedBytes(cache_->Stats()), bytes);
+  EXPECT_TRUE(cache_->EndStep(*std::move(step)).ok());
+  EXPECT_EQ(UsedBytes(cache_->Stats()), 0u);
+}
+
+TEST_F(StepTest, MistakesAboutPinnedStepsAreNamed) {
+  Start();
+  Client client(*cache_, SmallModel(), WithPair("f16/f16"), random_);
+  Client empty(*cache_, SmallModel(), WithPair("f16/f16"), random_);
+  Client other(*cache_, MixedModel(), WithPair("f16/f16"), random_);
+  ASSERT_TRUE(client.Append(10).ok());
+  ASSERT_TRUE(other.Append(10).ok());
+  const auto pin = [&](std::vector<SequenceId> ids) {
+    PinCall call;
+    call.sequences = ids;
+    return cache_->PinStep(call);
+  };
+  IsError(pin({}).status(), StatusCode::kInvalidArgument, "without sequences");
+  IsError(pin({client.id(), client.id()}).status(), StatusCode::kInvalidArgument, "items[1]: sequence");
+  IsError(pin({client.id(), other.id()}).status(), StatusCode::kInvalidArgument,
+          "items[1]: the sequence is of model mixed");
+  IsError(pin({client.id(), empty.id()}).status(), StatusCode::kInvalidArgument, "has no tokens");
+  IsError(pin({client.id() + 1}).status(), StatusCode::kNotFound, "items[0]");
+  auto step = pin({client.id()});
+  ASSERT_TRUE(step.ok()) << step.status();
+  StepCall follow;
+  const StepItem item{client.id(), 1};
+  follow.items = {&item, 1};
+  follow.after = step->get();
+  IsError(cache_->BeginStep(follow).status(), StatusCode::kInvalidArgument, "nothing follows it");
+  AttendRequest request;
+  request.sequence = client.id();
+  request.queries = 1;
+  AttendCall call;
+  call.items = {&request, 1};
+  IsError(cache_->AttendStepLayer(**step, call), StatusCode::kInvalidArgument, "it takes no rows");
+  IsError(cache_->AttendPinned(**step, call), StatusCode::kInvalidArgument, "q or the output is missing");
+  const std::vector<float> q(1024);
+  std::vector<float> out(1024);
+  request.q = {q.data(), DataType::kF32};
+  request.out = out.data();
+  request.sequence = empty.id();
+  IsError(cache_->AttendPinned(**step, call), StatusCode::kInvalidArgument, "the step has pinned");
+  auto writing = Begin({{client.id(), 1}});
+  ASSERT_TRUE(writing.ok()) << writing.status();
+  IsError(cache_->AttendPinned(**writing, call), StatusCode::kFailedPrecondition, "PinStep");
+  IsError((*step)->SayTokens(0, std::vector<TokenId>{1}), StatusCode::kInvalidArgument, "1 token ids for 0");
+  EXPECT_TRUE((*step)->SayTokens(0, {}).ok());
+}
+
 // For engines that cannot reach the blocks.
 TEST_F(StepTest, TheCacheWritesAndAttendsALayerForTheEngine) {
   Start();

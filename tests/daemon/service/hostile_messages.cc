@@ -132,6 +132,7 @@ class HostileClient {
     owned_.Note(request_, answer_);
     if (answer_.has_create_sequence()) sequences_.push_back(answer_.create_sequence().sequence_id());
     if (answer_.has_begin_step()) steps_.push_back(answer_.begin_step().step_id());
+    if (answer_.has_pin_step()) steps_.push_back(answer_.pin_step().step_id());
     if (answer_.has_open_namespace()) space_ = answer_.open_namespace().namespace_id();
     if (answer_.has_lookup_blocks()) lease_ = answer_.lookup_blocks().lease_id();
     if (answer_.has_lookup_prefix()) prefix_ = answer_.lookup_prefix().lease_id();
@@ -240,6 +241,7 @@ class HostileClient {
       case 6: {
         v1::AttendRequest& attend = *request_.mutable_attend();
         attend.set_layer(Layer());
+        if (choices_.Pick(2) == 0) attend.set_step_id(StepId());
         v1::AttendItem& item = *attend.add_items();
         item.set_sequence_id(Sequence());
         if (choices_.Pick(2) == 0) item.set_first_query_position(choices_.Signed(0));
@@ -262,6 +264,13 @@ class HostileClient {
         return false;
       }
       case 8: {
+        if (choices_.Pick(4) == 0) {
+          v1::PinStepRequest& pin = *request_.mutable_pin_step();
+          for (int i = 0; i < 1 + choices_.Pick(2); i++) pin.add_sequence_ids(Sequence());
+          pin.set_tables(static_cast<v1::StepTables>(choices_.Pick(4)));
+          pin.set_mapped(choices_.Pick(3) == 0);
+          return false;
+        }
         v1::BeginStepRequest& begin = *request_.mutable_begin_step();
         for (int i = 0; i < 1 + choices_.Pick(3); i++) {
           v1::StepItem& item = *begin.add_items();

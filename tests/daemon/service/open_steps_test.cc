@@ -99,6 +99,50 @@ TEST_F(OpenStepsTest, AStepIsTakenByOneCallAtATimeAndEndsWithItsSession) {
   cache_->CheckInvariants();
 }
 
+TEST_F(OpenStepsTest, WhatIsPinnedIsKeptUntilItsSessionEnds) {
+  const SequenceId id = Create();
+  v1::SessionRequest append;
+  append.mutable_append()->set_sequence_id(id);
+  const std::vector<float> rows(100 * kDim, 0.5f);
+  for (int l = 0; l < kLayers; l++) {
+    v1::LayerTokens* const layer = append.mutable_append()->add_layers();
+    layer->set_layer(l);
+    for (v1::Tensor* const tensor : {layer->mutable_k(), layer->mutable_v()}) {
+      tensor->set_dtype(v1::DATA_TYPE_F32);
+      for (const int64_t dimension : {int64_t{100}, int64_t{1}, int64_t{kDim}}) tensor->add_shape(dimension);
+      tensor->set_data(rows.data(), rows.size() * sizeof(float));
+    }
+  }
+  ASSERT_TRUE(Serve(append).ok());
+  v1::SessionRequest pin;
+  pin.mutable_pin_step()->add_sequence_ids(id);
+  pin.mutable_pin_step()->set_tables(v1::STEP_TABLES_CHANGES);
+  ASSERT_TRUE(Serve(pin).ok());
+  const uint64_t step = answer_.pin_step().step_id();
+  ASSERT_EQ(answer_.pin_step().items_size(), 1);
+  EXPECT_EQ(answer_.pin_step().items(0).start_position(), 100);
+  const v1::StepTable table = answer_.pin_step().items(0).tables(0);
+  EXPECT_EQ(table.first_changed(), 0);
+  EXPECT_EQ(table.pair(), "q8_0/turbo4");
+  // Once more: nothing has changed.
+  ASSERT_TRUE(Serve(pin).ok());
+  EXPECT_EQ(answer_.pin_step().items(0).tables(0).first_changed(), 2);
+  EXPECT_EQ(answer_.pin_step().items(0).tables(0).pair(), "");
+  v1::SessionRequest end;
+  end.mutable_end_step()->set_step_id(answer_.pin_step().step_id());
+  EXPECT_TRUE(Serve(end).ok());
+  pin.mutable_pin_step()->set_mapped(true);
+  EXPECT_EQ(Serve(pin).code(), StatusCode::kFailedPrecondition);
+  v1::SessionRequest close;
+  close.mutable_close_sequence()->set_sequence_id(id);
+  ASSERT_TRUE(Serve(close).ok());
+  EXPECT_GT(UsedBytes(), 0u);
+  EXPECT_TRUE(OpenSteps::TakeFrom(owned_.steps(), step).ok());
+  owned_.Release(handlers_.get());
+  EXPECT_EQ(UsedBytes(), 0u);
+  cache_->CheckInvariants();
+}
+
 TEST_F(OpenStepsTest, OnlyWhoHasMappedThePoolWritesBlocksHimself) {
   const SequenceId id = Create();
   v1::SessionRequest begin;
@@ -142,7 +186,7 @@ TEST_F(OpenStepsTest, AHostileClientIsRefusedAndLeavesNothing) {
     };
     for (int round = 0; round < 600; round++) {
       v1::SessionRequest request;
-      switch (pick(9)) {
+      switch (pick(11)) {
         case 0:
           if (ids.size() < 4) ids.push_back(Create());
           continue;
@@ -196,6 +240,25 @@ TEST_F(OpenStepsTest, AHostileClientIsRefusedAndLeavesNothing) {
           ids.pop_back();
           break;
         }
+        case 8: {
+          v1::PinStepRequest& pin = *request.mutable_pin_step();
+          for (size_t i = 0; i < pick(4); i++) pin.add_sequence_ids(sequence());
+          pin.set_tables(static_cast<v1::StepTables>(pick(5)));
+          pin.set_mapped(pick(3) == 0);
+          break;
+        }
+        case 9: {
+          v1::AttendRequest& attend = *request.mutable_attend();
+          attend.set_layer(static_cast<int32_t>(pick(6) == 0 ? odd() : static_cast<int64_t>(pick(kLayers))));
+          attend.set_step_id(step());
+          for (size_t i = 0; i < 1 + pick(2); i++) {
+            v1::AttendItem* const item = attend.add_items();
+            item->set_sequence_id(sequence());
+            if (pick(4) == 0) item->set_first_query_position(odd());
+            rows(item->mutable_q(), static_cast<int64_t>(1 + pick(3)), kHeads);
+          }
+          break;
+        }
         default: {
           std::string bytes(pick(60), '\0');
           for (char& byte : bytes) byte = static_cast<char>(random());
@@ -206,6 +269,7 @@ TEST_F(OpenStepsTest, AHostileClientIsRefusedAndLeavesNothing) {
       const absl::Status status = Serve(request);
       EXPECT_NE(status.code(), StatusCode::kInternal) << status;
       if (status.ok() && answer_.has_begin_step()) steps.push_back(answer_.begin_step().step_id());
+      if (status.ok() && answer_.has_pin_step()) steps.push_back(answer_.pin_step().step_id());
       if (round % 20 == 0) cache_->CheckInvariants();
     }
     owned_.Release(handlers_.get());
