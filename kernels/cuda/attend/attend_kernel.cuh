@@ -154,28 +154,147 @@ KVTIDE_DEVICE void SumWarps(const AttendParams& params, const Tile& tile, const 
   }
 }
 
+// A warp's query area: what the query kernel wrote for the unit at hand, fetched as the warp comes to it.
+template <class Config>
+class QueryArea {
+ public:
+  using Query = typename Config::Info::Query;
+  KVTIDE_DEVICE QueryArea(uint8_t* shared, int warp)
+      : here_(shared + Config::kQueryAt + warp * Config::kQueryBytes),
+        address_(SharedAddress(here_)),
+        barrier_(SharedAddress(shared) + Config::kBarriersAt +
+                 8 * static_cast<uint32_t>(Config::kWarps * Config::kSlots + warp)) {}
+  // By one lane, before all others use the area.
+  KVTIDE_DEVICE void Start() { Barrier::Init(barrier_, kCopyArrivals); }
+  KVTIDE_DEVICE void Fetch(const AttendParams& params, uint32_t unit) {
+    if (IsCopyingLane())
+      CopyBytes(address_, params.queries + static_cast<size_t>(unit) * Config::kQueryBytes,
+                Config::kQueryBytes, barrier_);
+  }
+  KVTIDE_DEVICE void Wait() {
+    Barrier::Wait(barrier_, parity_);
+    parity_ ^= 1;
+  }
+  KVTIDE_DEVICE uint32_t address() const { return address_; }
+  KVTIDE_DEVICE const UnitRange& unit() const {
+    return *reinterpret_cast<const UnitRange*>(here_ + Query::kUnitAt);
+  }
+  // Of each row: what its products are multiplied by, and a bias.
+  KVTIDE_DEVICE const float* row_values() const {
+    return reinterpret_cast<const float*>(here_ + Query::kFragmentBytes);
+  }
+  template <class OwnUnit>
+  KVTIDE_DEVICE const OwnUnit& own_unit() const {
+    return *reinterpret_cast<const OwnUnit*>(here_ + Query::kOwnUnitAt);
+  }
+
+ private:
+  uint8_t* const here_;
+  const uint32_t address_, barrier_;
+  uint32_t parity_ = 0;
+};
+
+// Tokens of a unit's run that one of its rows sees; from shared memory, since few pages ask.
+KVTIDE_DEVICE void VisibleTokens(const UnitRange& unit, int row, int& begin, int& end) {
+  const int query = (unit.first_row + min(row, unit.rows - 1)) / unit.rows_per_query;
+  begin = max(unit.window_begin + query, 0);
+  end = min(unit.causal_end + query, unit.tokens);
+}
+
+// Pages of which every row sees every token; none with soft-cap.
+struct PlainPages {
+  uint32_t first, count = 0;
+  KVTIDE_DEVICE PlainPages(const UnitRange& unit, bool softcap) {
+    int begin, end, unused;
+    VisibleTokens(unit, 0, unused, end);
+    VisibleTokens(unit, unit.rows - 1, begin, unused);
+    const int page = (begin + kBlockTokens - 1) / kBlockTokens;
+    first = unit.first_page + static_cast<uint32_t>(page);
+    if (!softcap && end / kBlockTokens > page) count = static_cast<uint32_t>(end / kBlockTokens - page);
+  }
+  KVTIDE_DEVICE bool Has(uint32_t page) const { return page - first < count; }
+};
+
+// Soft-cap and masks of a tile's logits.
+template <class Tile, int MT>
+KVTIDE_DEVICE void AdjustLogits(const AttendParams& params, const UnitRange& unit, const float* row_values,
+                                bool softcap, int first_token, float (&logits)[MT][Tile::kLogits],
+                                float (&factor)[MT]) {
+  const int lane = DeviceWarp::Lane(), n = lane >> 2, c = lane & 3;
+  if (softcap) {
+    const float inverse = 1.0f / params.softcap;
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+      const float bias = row_values[2 * (n + 8 * m) + 1];
+#pragma unroll
+      for (int l = 0; l < Tile::kLogits; l++)
+        logits[m][l] = params.softcap * tanhf(fmaf(logits[m][l], factor[m], bias) * inverse);
+      factor[m] = 1;
+    }
+  }
+#pragma unroll
+  for (int m = 0; m < MT; m++) {
+    int row_begin, row_end;
+    VisibleTokens(unit, n + 8 * m, row_begin, row_end);
+#pragma unroll
+    for (int l = 0; l < Tile::kLogits; l++) {
+      const int token = first_token + Tile::TokenOf(l, c);
+      if (token < row_begin || token >= row_end) logits[m][l] = kMasked;
+    }
+  }
+}
+
+// Rows of f16 values that were never written may hold anything, infinities too: weight 0 does not silence
+// those. valid: how many of the tile's tokens were written.
+template <class Tile, int DV>
+KVTIDE_DEVICE void SilenceUnwritten(uint32_t values, int valid) {
+  if (valid >= Tile::kTokens) return;
+  const int from = max(valid, 0) * DV * 2;
+  for (int at = from + 16 * DeviceWarp::Lane(); at < Tile::kVBytes; at += 512) {
+    DeviceWarp::Store64(values + at, 0, 0);
+    DeviceWarp::Store64(values + at + 8, 0, 0);
+  }
+  LetCopiesOverwrite();
+}
+
+// One page of a unit: its keys and values as they come in the ring.
+template <class Config, class Tile, class Ring, int MT>
+KVTIDE_DEVICE void AttendPage(const AttendParams& params, const UnitRange& unit, const float* row_values,
+                              bool softcap, int page_of_unit, bool special, float (&multiplier)[MT],
+                              Ring& ring, Tile& tile) {
+#pragma unroll 1
+  for (int t = 0; t < Tile::kTilesPerPage; t++) {
+    float y[MT][Tile::kLogits];
+    const uint32_t keys = ring.Wait();
+    if constexpr (Config::Info::kRebuilt) tile.BeginPage(page_of_unit);
+    tile.KeyStage(keys, t, y);
+    if constexpr (!Ring::kWholePages) ring.template Release<false>();
+    const int first_token = page_of_unit * kBlockTokens + t * Tile::kTokens;
+    const auto adjust = [&](float(&logits)[MT][Tile::kLogits], float(&factor)[MT]) {
+      AdjustLogits<Tile, MT>(params, unit, row_values, softcap, first_token, logits, factor);
+    };
+    const uint32_t values = Ring::kWholePages ? keys + Tile::kKBytes : ring.Wait();
+    if constexpr (!Config::Info::kCoded)
+      SilenceUnwritten<Tile, Config::Info::kDv>(values, unit.tokens - first_token);
+    tile.ValueStage(values, t, y, multiplier, special, adjust);
+    ring.template Release<true>();
+  }
+}
+
 // What one warp of CTA `cta` of the launch does with its share.
 template <class Config, class Tile>
 KVTIDE_DEVICE void AttendBody(const AttendParams& params, const AttendWorker& worker, uint32_t cta) {
   using Info = typename Config::Info;
-  constexpr int kWarps = Config::kWarps, MT = Info::kTiles, DV = Info::kDv;
+  constexpr int kWarps = Config::kWarps, MT = Info::kTiles;
   extern __shared__ __align__(128) uint8_t shared[];
-  const int warp = static_cast<int>(threadIdx.x) >> 5, lane = DeviceWarp::Lane(), n = lane >> 2, c = lane & 3;
+  const int warp = static_cast<int>(threadIdx.x) >> 5, lane = DeviceWarp::Lane(), n = lane >> 2;
   const uint32_t base = SharedAddress(shared);
   const uint32_t share_end = worker.end, last_unit = worker.last_unit;
+  const size_t first_slot = cta * static_cast<size_t>(kWarps);  // of a unit, that of the CTA's first warp
   uint32_t page = worker.begin, unit_index = worker.unit;
-  const int area_at = Config::kQueryAt + warp * Config::kQueryBytes;
-  const uint32_t query_barrier =
-      base + Config::kBarriersAt + 8 * static_cast<uint32_t>(kWarps * Config::kSlots + warp);
-  uint32_t query_parity = 0;
-  const auto fetch_query = [&] {
-    if (IsCopyingLane())
-      CopyBytes(base + static_cast<uint32_t>(area_at),
-                params.queries + static_cast<size_t>(unit_index) * Config::kQueryBytes, Config::kQueryBytes,
-                query_barrier);
-  };
 
-  if (lane == 0) Barrier::Init(query_barrier, kCopyArrivals);
+  QueryArea<Config> area(shared, warp);
+  if (lane == 0) area.Start();
   typename Config::Ring ring;
   ring.Start(reinterpret_cast<PageList*>(shared + Config::kPagesAt) + warp,
              base + static_cast<uint32_t>(warp) * Config::kWarpBytes,
@@ -185,7 +304,7 @@ KVTIDE_DEVICE void AttendBody(const AttendParams& params, const AttendWorker& wo
   if constexpr (Info::kRebuilt)
     Tile::WriteLookup(base + Config::kTablesAt, static_cast<int>(threadIdx.x), Config::kThreads);
   WaitForEarlierKernels();
-  if (page < share_end) fetch_query();
+  if (page < share_end) area.Fetch(params, unit_index);
   ring.Fill();
   SyncWarps<Config>();
 
@@ -198,104 +317,31 @@ KVTIDE_DEVICE void AttendBody(const AttendParams& params, const AttendWorker& wo
   const bool softcap = params.softcap > 0;
   const float* row_values = nullptr;
   int unit_rows = 0;
-  if (page < share_end) {
-    for (;;) {
-      Barrier::Wait(query_barrier, query_parity);
-      query_parity ^= 1;
-      const UnitRange& unit = *reinterpret_cast<const UnitRange*>(shared + area_at + Info::Query::kUnitAt);
-      row_values = reinterpret_cast<const float*>(shared + area_at + Info::Query::kFragmentBytes);
-      unit_rows = unit.rows;
-      float multiplier[MT];
-      // Tokens that a row sees; from shared memory, since few pages ask.
-      const auto limits = [&unit](int row, int& begin, int& end) {
-        const int query = (unit.first_row + min(row, unit.rows - 1)) / unit.rows_per_query;
-        begin = max(unit.window_begin + query, 0);
-        end = min(unit.causal_end + query, unit.tokens);
-      };
+  while (page < share_end) {
+    area.Wait();
+    const UnitRange& unit = area.unit();
+    row_values = area.row_values();
+    unit_rows = unit.rows;
+    float multiplier[MT];
 #pragma unroll
-      for (int m = 0; m < MT; m++) multiplier[m] = row_values[2 * (n + 8 * m)];
-      // Pages of which every row sees every token; none with soft-cap.
-      uint32_t plain_page, plain_pages = 0;
-      {
-        int begin, end, unused;
-        limits(0, unused, end);
-        limits(unit.rows - 1, begin, unused);
-        const int first = (begin + kBlockTokens - 1) / kBlockTokens;
-        plain_page = unit.first_page + static_cast<uint32_t>(first);
-        if (!softcap && end / kBlockTokens > first)
-          plain_pages = static_cast<uint32_t>(end / kBlockTokens - first);
-      }
-      tile.LoadQuery(base + static_cast<uint32_t>(area_at));
-      if constexpr (Info::kRebuilt)
-        tile.BeginUnit(*reinterpret_cast<const typename Info::Query::OwnUnit*>(shared + area_at +
-                                                                               Info::Query::kOwnUnitAt));
-
-      const uint32_t unit_end = min(unit.first_page + unit.pages, share_end);
-      for (; page < unit_end; page++) {
-        const bool special = page - plain_page >= plain_pages;
-#pragma unroll 1
-        for (int t = 0; t < Tile::kTilesPerPage; t++) {
-          float y[MT][Tile::kLogits];
-          const uint32_t keys = ring.Wait();
-          if constexpr (Info::kRebuilt) tile.BeginPage(static_cast<int>(page - unit.first_page));
-          tile.KeyStage(keys, t, y);
-          if constexpr (!Config::Ring::kWholePages) ring.template Release<false>();
-          const int first_token = static_cast<int>(page - unit.first_page) * kBlockTokens + t * Tile::kTokens;
-          // Soft-cap and masks.
-          const auto adjust = [&](float(&logits)[MT][Tile::kLogits], float(&factor)[MT]) {
-            if (softcap) {
-              const float inverse = 1.0f / params.softcap;
-#pragma unroll
-              for (int m = 0; m < MT; m++) {
-                const float bias = row_values[2 * (n + 8 * m) + 1];
-#pragma unroll
-                for (int l = 0; l < Tile::kLogits; l++)
-                  logits[m][l] = params.softcap * tanhf(fmaf(logits[m][l], factor[m], bias) * inverse);
-                factor[m] = 1;
-              }
-            }
-#pragma unroll
-            for (int m = 0; m < MT; m++) {
-              int row_begin, row_end;
-              limits(n + 8 * m, row_begin, row_end);
-#pragma unroll
-              for (int l = 0; l < Tile::kLogits; l++) {
-                const int token = first_token + Tile::TokenOf(l, c);
-                if (token < row_begin || token >= row_end) logits[m][l] = kMasked;
-              }
-            }
-          };
-          const uint32_t values = Config::Ring::kWholePages ? keys + Tile::kKBytes : ring.Wait();
-          if constexpr (!Info::kCoded) {
-            // Rows that were never written may hold anything, infinities too: weight 0 does not silence
-            // those.
-            const int valid = unit.tokens - first_token;
-            if (valid < Tile::kTokens) {
-              const int from = max(valid, 0) * DV * 2;
-              for (int at = from + 16 * lane; at < Tile::kVBytes; at += 512) {
-                DeviceWarp::Store64(values + at, 0, 0);
-                DeviceWarp::Store64(values + at + 8, 0, 0);
-              }
-              LetCopiesOverwrite();
-            }
-          }
-          tile.ValueStage(values, t, y, multiplier, special, adjust);
-          ring.template Release<true>();
-        }
-      }
-      if (page < share_end || unit_index != last_unit)
-        WriteState<Config>(params, tile, row_values, softcap, unit_rows,
-                           unit_index + cta * static_cast<size_t>(kWarps) + warp);
-      if (page >= share_end) break;
-      unit_index++;
-      __syncwarp();  // all lanes are done with the query area
-      fetch_query();
-      tile.rows.Reset();
-    }
+    for (int m = 0; m < MT; m++) multiplier[m] = row_values[2 * (n + 8 * m)];
+    const PlainPages plain(unit, softcap);
+    tile.LoadQuery(area.address());
+    if constexpr (Info::kRebuilt) tile.BeginUnit(area.template own_unit<typename Info::Query::OwnUnit>());
+    const uint32_t unit_end = min(unit.first_page + unit.pages, share_end);
+    for (; page < unit_end; page++)
+      AttendPage<Config>(params, unit, row_values, softcap, static_cast<int>(page - unit.first_page),
+                         !plain.Has(page), multiplier, ring, tile);
+    if (page < share_end || unit_index != last_unit)
+      WriteState<Config>(params, tile, row_values, softcap, unit_rows, unit_index + first_slot + warp);
+    if (page >= share_end) break;
+    unit_index++;
+    __syncwarp();  // all lanes are done with the query area
+    area.Fetch(params, unit_index);
+    tile.rows.Reset();
   }
   SumWarps<Config>(params, tile, row_values, softcap, shared,
-                   row_values != nullptr && unit_index == last_unit, unit_rows,
-                   last_unit + cta * static_cast<size_t>(kWarps));
+                   row_values != nullptr && unit_index == last_unit, unit_rows, last_unit + first_slot);
 }
 
 template <class Config, class Tile>

@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "kernels/base/check.h"
+#include "kernels/cuda/device/head_tables.h"
 
 namespace kvtide::cuda {
 namespace {
@@ -69,17 +70,9 @@ void MakeHead(const HeadProfile& head, CacheType type, std::byte* to) {
 }  // namespace
 
 std::vector<std::byte> MakeLevelTables(const Profile& profile, CacheType type) {
-  const int stored = StoredDim(profile.shape.head_dim_k);
-  KVTIDE_CHECK(stored == 64 || stored == 128, "no tables for keys of ", stored, " values");
-  const size_t bytes = LevelTableBytes(stored);
-  std::vector<std::byte> tables(profile.k.size() * bytes);
-  for (size_t i = 0; i < profile.k.size(); i++) {
-    if (stored == 64)
-      MakeHead<64>(profile.k[i], type, tables.data() + i * bytes);
-    else
-      MakeHead<128>(profile.k[i], type, tables.data() + i * bytes);
-  }
-  return tables;
+  return MakeHeadTables(
+      profile, LevelTableBytes(StoredDim(profile.shape.head_dim_k)),
+      [type](auto dim, const HeadProfile& head, std::byte* to) { MakeHead<dim>(head, type, to); });
 }
 
 }  // namespace kvtide::cuda

@@ -5,8 +5,8 @@
 #include <cstring>
 #include <utility>
 
-#include "kernels/base/check.h"
 #include "kernels/base/float16.h"
+#include "kernels/cuda/device/head_tables.h"
 #include "kernels/format/tide.h"
 
 namespace kvtide::cuda {
@@ -118,17 +118,9 @@ void MakeHead(const HeadProfile& head, CacheType type, std::byte* to) {
 }  // namespace
 
 std::vector<std::byte> MakeTideTables(const Profile& profile, CacheType type) {
-  const int stored = StoredDim(profile.shape.head_dim_k);
-  KVTIDE_CHECK(HasTideTables(stored), "no tables for keys of ", stored, " values");
-  const size_t bytes = TideTableBytes(stored);
-  std::vector<std::byte> tables(profile.k.size() * bytes);
-  for (size_t i = 0; i < profile.k.size(); i++) {
-    if (stored == 64)
-      MakeHead<64>(profile.k[i], type, tables.data() + i * bytes);
-    else
-      MakeHead<128>(profile.k[i], type, tables.data() + i * bytes);
-  }
-  return tables;
+  return MakeHeadTables(
+      profile, TideTableBytes(StoredDim(profile.shape.head_dim_k)),
+      [type](auto dim, const HeadProfile& head, std::byte* to) { MakeHead<dim>(head, type, to); });
 }
 
 }  // namespace kvtide::cuda

@@ -58,8 +58,6 @@ struct TideTables {
   }
 };
 
-// Whether there is such a table for keys of a stored dim.
-constexpr bool HasTideTables(int stored_dim) { return stored_dim == 64 || stored_dim == 128; }
 constexpr size_t TideTableBytes(int stored_dim) {
   return static_cast<size_t>(stored_dim == 64 ? TideTables<64>::kBytes : TideTables<128>::kBytes);
 }
