@@ -109,7 +109,8 @@ struct PagedStep {
   int seals = 0;
 
   // New tokens of sequence s are rows [query_start[s], query_start[s + 1]) of q, k, v and out; ascending, the
-  // first is 0. Rows of no sequence are padding: neither read nor written.
+  // first is 0. Rows of no sequence, and those of sequences of length 0, are padding: neither read nor written.
+  // So objects for other pairs can share a step: each one has the lengths of its own sequences.
   const int32_t* query_start = nullptr;  // [sequences + 1]
   const int32_t* lengths = nullptr;      // [sequences] tokens, the new ones included; 0 = padding
   // Of the coded blocks. With a sliding window, coded_first must be 0 where coded_count is not.

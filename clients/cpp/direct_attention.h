@@ -18,8 +18,9 @@
 // items and new tokens; Begin is called before each replay. Streams are cudaStream_t on CUDA, and ignored on
 // the CPU. kernels/paged_attention.h says what is computed.
 //
-// A step names all blocks that it reads; until it ends they are neither moved nor reused. Coded blocks have
-// one pair in all sequences. Not thread-safe.
+// A step names all blocks that it reads; until it ends they are neither moved nor reused. Sequences of a step
+// may differ in their pairs: each pair has kernels, tables and launches of its own, which leave the rows of
+// the others alone, so a sequence gets the bits that a step of its pair alone gives it. Not thread-safe.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +38,10 @@
 namespace kvtide::client {
 
 struct DirectOptions {
-  std::string pair;                        // of the sequences, "turbo4/turbo4"
+  // Of the sequences, "turbo4/turbo4"; those of a step may have any of them. Empty: as they come, which takes
+  // memory in the step that brings a new one. Steps that replay a graph need them named, as it launches what
+  // was known when it was captured.
+  std::vector<std::string> pairs;
   DataType type = DataType::kBf16;         // of q, k and v
   DataType output_type = DataType::kBf16;  // of out
   // Instead of what the model's layers say: factor of q.k, soft-cap of the logits (0 = none).
@@ -49,18 +53,26 @@ struct DirectOptions {
   // Blocks that a step seals, in each layer group, at most; what waits comes in the next one. 0 =
   // max_sequences.
   int max_seals = 0;
-  // Every step launches the encoders of max_seals blocks, whether they are needed or not: steps that replay a
-  // graph.
+  // Every step launches what each pair needs, and the encoders of max_seals blocks of it, whether they are
+  // needed or not: steps that replay a graph.
   bool graphs = false;
   // Memory for decoded pages of prefill chunks (PagedOptions); steps of at least 2 new tokens of a sequence
   // use it.
   size_t prefill_bytes = 0;
 };
 
+// Queries at the end of the first `tokens` of a sequence, each of which sees those up to its own; 0 = of all
+// that the sequence has.
+struct PinnedItem {
+  SequenceId sequence = 0;
+  int64_t queries = 1;
+  int64_t tokens = 0;
+};
+
 // A step on its way. One that is destroyed before its end stays open until the pool is closed.
 struct DirectStep {
   uint64_t id = 0;
-  std::vector<int64_t> starts;  // of the items: the first new token
+  std::vector<int64_t> starts;  // of the items: the first new token, or query
   int64_t tokens = 0;           // new ones of all items
   int seals = 0;                // blocks that Seal codes, of all groups
   std::unique_ptr<StreamMark> mark;
@@ -79,10 +91,17 @@ class DirectAttention {
   DirectAttention(const DirectAttention&) = delete;
   DirectAttention& operator=(const DirectAttention&) = delete;
 
-  // Errors of Client::BeginStep; InvalidArgument for what is beyond the options or of another pair;
+  // Errors of Client::BeginStep; InvalidArgument for what is beyond the options, of a pair that they do not
+  // name or that has no kernels;
   // Unimplemented for sequences with a sliding window that keep coded blocks behind exact first ones
   // (exact_window.first_blocks must be 0). The daemon's step is rolled back after an error of ours.
   absl::StatusOr<DirectStep> Begin(std::span<const StepItem> items, void* stream, uint64_t after = 0);
+  // Sequences as they are now, for attention alone (Client::PinStep): rows of q and out are the items'
+  // queries, Attend, Mark and End follow. Graphs that are replayed over it hold no Write. Errors of
+  // Client::PinStep, and those of Begin; Unimplemented for queries before the end of the coded blocks that
+  // they see.
+  absl::StatusOr<DirectStep> Pin(std::span<const PinnedItem> items, void* stream);
+  // FailedPrecondition in a pinned step.
   absl::Status Write(int layer, PagedRows k, PagedRows v, void* stream);
   absl::Status Attend(int layer, PagedRows q, MutablePagedRows out, float* lse, void* stream);
   absl::Status Seal(void* stream);
@@ -92,7 +111,7 @@ class DirectAttention {
   // Waits for the mark, if there is one.
   absl::Status RollBack(DirectStep step);
 
-  // Memory on the device beside the pool.
+  // Memory on the device beside the pool, of all pairs so far.
   size_t device_bytes() const;
 
  private:

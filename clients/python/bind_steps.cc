@@ -3,12 +3,14 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -50,6 +52,16 @@ class DeviceSteps {
       asked.push_back({items[i].first, items[i].second, token_ids.at(i)});
     stream_ = At<void>(stream);
     step_ = Raise(Blocking([&] { return attention_->Begin(asked, stream_); }));
+    return step_->starts;
+  }
+  // Items: sequence, queries, and at the end of how many tokens they stand, 0 = all.
+  std::vector<int64_t> Pin(const std::vector<std::tuple<client::SequenceId, int64_t, int64_t>>& items,
+                           uintptr_t stream) {
+    if (step_) throw StatusException(absl::FailedPreconditionError("a step is open: end it first"));
+    std::vector<client::PinnedItem> asked;
+    for (const auto& [sequence, queries, tokens] : items) asked.push_back({sequence, queries, tokens});
+    stream_ = At<void>(stream);
+    step_ = Raise(Blocking([&] { return attention_->Pin(asked, stream_); }));
     return step_->starts;
   }
   void Write(int layer, uintptr_t k, int64_t k_stride, uintptr_t v, int64_t v_stride) {
@@ -106,7 +118,7 @@ class DeviceSteps {
 
 client::DirectOptions MakeOptions(const nb::dict& spec) {
   client::DirectOptions options;
-  options.pair = nb::cast<std::string>(spec["pair"]);
+  options.pairs = nb::cast<std::vector<std::string>>(spec["pairs"]);
   options.type = options.output_type = ParseType(nb::cast<std::string>(spec["dtype"]));
   options.max_sequences = nb::cast<int>(spec["max_sequences"]);
   options.max_new_tokens = nb::cast<int>(spec["max_new_tokens"]);
@@ -128,6 +140,7 @@ nb::object OpenDeviceSteps(std::shared_ptr<client::Pool> pool, const client::Mod
 void BindSteps(nb::module_& m) {
   nb::class_<DeviceSteps>(m, "DeviceSteps")
       .def("begin", &DeviceSteps::Begin, "items"_a, "token_ids"_a, "stream"_a)
+      .def("pin", &DeviceSteps::Pin, "items"_a, "stream"_a)
       .def("write", &DeviceSteps::Write, "layer"_a, "k"_a, "k_stride"_a, "v"_a, "v_stride"_a)
       .def("attend", &DeviceSteps::Attend, "layer"_a, "q"_a, "q_stride"_a, "out"_a, "out_stride"_a, "lse"_a)
       .def("end", &DeviceSteps::End, "token_ids"_a)

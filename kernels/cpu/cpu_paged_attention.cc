@@ -129,8 +129,10 @@ class CpuPagedAttention : public PagedAttention {
     const absl::Status status = backend_.AttendLayer(*plan_, args);
     // Internal: logits that leave f32, which this contract leaves as they come.
     if (!status.ok() && status.code() != absl::StatusCode::kInternal) return status;
-    if (!direct)
-      for (size_t t = 0; t < Size(rows); t++)
+    if (direct) return absl::OkStatus();
+    // Rows of others are not touched.
+    for (const int s : sequences_)
+      for (size_t t = Size(step_.query_start[s]); t < Size(step_.query_start[s + 1]); t++)
         std::memcpy(
             static_cast<std::byte*>(out.data) + t * Size(out.stride) * DataTypeBytes(options_.output_type),
             out_.data() + t * out_row, out_row);

@@ -150,7 +150,7 @@ class Engine {
     layer.query_heads = setting.heads;
     model_ = {"bench", std::vector<client::ModelLayer>(static_cast<size_t>(setting.layers), layer)};
     client::DirectOptions options;
-    options.pair = "turbo4/turbo4";
+    options.pairs = {"turbo4/turbo4"};
     options.type = options.output_type = DataType::kF16;
     options.max_sequences = setting.sequences;
     options.max_new_tokens = static_cast<int>(std::max<int64_t>(setting.chunk, setting.sequences));

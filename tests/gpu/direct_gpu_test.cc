@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
+#include <utility>
 
 #include "absl/strings/match.h"
 #include "absl/time/clock.h"
@@ -31,10 +32,8 @@ class DeviceMemory : public EngineMemory {
     (void)cudaStreamDestroy(stream_);
   }
   void* stream() const override { return stream_; }
-  float* Put(std::span<const float> values) override {
-    float* const data = Room(values.size());
+  void Set(float* data, std::span<const float> values) override {
     Cuda(cudaMemcpyAsync(data, values.data(), values.size_bytes(), cudaMemcpyHostToDevice, stream_));
-    return data;
   }
   float* Room(size_t count) override {
     void* data = nullptr;
@@ -48,14 +47,27 @@ class DeviceMemory : public EngineMemory {
     Cuda(cudaStreamSynchronize(stream_));
     return values;
   }
+  void Replay(const std::function<void()>& work) override {
+    if (graph_ == nullptr) {
+      cudaGraph_t recorded = nullptr;
+      Cuda(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
+      work();
+      Cuda(cudaStreamEndCapture(stream_, &recorded));
+      Cuda(cudaGraphInstantiate(&graph_, recorded, 0));
+      Cuda(cudaGraphDestroy(recorded));
+    }
+    Cuda(cudaGraphLaunch(graph_, stream_));
+  }
   void Clear() override {
     Cuda(cudaStreamSynchronize(stream_));
+    if (graph_ != nullptr) Cuda(cudaGraphExecDestroy(std::exchange(graph_, nullptr)));
     for (void* const piece : pieces_) (void)cudaFree(piece);
     pieces_.clear();
   }
 
  private:
   cudaStream_t stream_ = nullptr;
+  cudaGraphExec_t graph_ = nullptr;
   std::vector<void*> pieces_;
 };
 
@@ -83,7 +95,7 @@ TEST(DirectGpu, StepsOverTheMappedPoolEqualThoseOfAnEmbeddedOneToTheBit) {
     const auto direct = Connect("direct:" + daemon->address());
     ASSERT_NE(direct, nullptr);
     ASSERT_EQ(direct->way(), client::Way::kDirect);
-    const DirectScriptOptions script{.pair = pair, .seed = 1, .rounds = 30, .tolerance = 5e-3};
+    const DirectScriptOptions script{.pairs = {pair}, .seed = 1, .rounds = 30, .tolerance = 5e-3};
     const std::vector<float> answers = RunDirectScript(*direct, script, std::make_unique<DeviceMemory>());
     ASSERT_FALSE(HasFailure()) << pair;
     const auto embedded = Connect("embedded");
@@ -102,8 +114,48 @@ TEST(DirectGpu, EmbeddedSmallStepsEqualTheModel) {
   ASSERT_NE(pool, nullptr);
   const char* const asked = std::getenv("KVTIDE_TEST_ROUNDS");
   RunDirectScript(*pool,
-                  {.pair = "turbo4/turbo3",
+                  {.pairs = {"turbo4/turbo3"},
                    .seed = 11,
+                   .rounds = asked != nullptr ? std::atoi(asked) : 10,
+                   .tolerance = 5e-3},
+                  std::make_unique<DeviceMemory>());
+}
+
+// Several pairs in one step: by calls, and as graphs that are captured over a mixed batch.
+TEST(DirectGpu, MixedPairsEqualStepsOfEachPairAlone) {
+  const auto daemon = GpuDaemon();
+  for (const std::string& address : {"direct:" + daemon->address(), std::string("embedded")}) {
+    for (const bool graphs : {false, true}) {
+      const auto pool = Connect(address);
+      ASSERT_NE(pool, nullptr);
+      CheckMixedSteps(*pool,
+                      {.pairs = {"turbo4/turbo3", "q8_0/turbo4", "f16/f16", "turbo2/turbo2"},
+                       .graphs = graphs,
+                       .steps = graphs ? 150 : 24},
+                      std::make_unique<DeviceMemory>());
+      ASSERT_FALSE(HasFailure()) << address << (graphs ? ", as graphs" : "");
+    }
+  }
+}
+
+TEST(DirectGpu, MixedPairsEqualTheModelAndTheDaemonsOwnBytes) {
+  const auto daemon = GpuDaemon();
+  const auto direct = Connect("direct:" + daemon->address());
+  ASSERT_NE(direct, nullptr);
+  RunDirectScript(
+      *direct,
+      {.pairs = {"turbo4/turbo3", "q8_0/turbo4", "f16/f16"}, .seed = 5, .rounds = 30, .tolerance = 5e-3},
+      std::make_unique<DeviceMemory>());
+}
+
+// Small enough for compute-sanitizer.
+TEST(DirectGpu, EmbeddedSmallMixedStepsEqualTheModel) {
+  const auto pool = Connect("embedded");
+  ASSERT_NE(pool, nullptr);
+  const char* const asked = std::getenv("KVTIDE_TEST_ROUNDS");
+  RunDirectScript(*pool,
+                  {.pairs = {"turbo4/turbo3", "q8_0/turbo4"},
+                   .seed = 12,
                    .rounds = asked != nullptr ? std::atoi(asked) : 10,
                    .tolerance = 5e-3},
                   std::make_unique<DeviceMemory>());
@@ -112,9 +164,9 @@ TEST(DirectGpu, EmbeddedSmallStepsEqualTheModel) {
 TEST(DirectGpu, TwoEnginesShareAPool) {
   const auto daemon = GpuDaemon();
   const auto a = Connect("direct:" + daemon->address()), b = Connect("direct:" + daemon->address());
-  DirectScript first(*a, {.pair = "turbo4/turbo3", .seed = 5, .tolerance = 5e-3},
+  DirectScript first(*a, {.pairs = {"turbo4/turbo3"}, .seed = 5, .tolerance = 5e-3},
                      std::make_unique<DeviceMemory>());
-  DirectScript second(*b, {.pair = "turbo4/turbo3", .seed = 6, .tolerance = 5e-3},
+  DirectScript second(*b, {.pairs = {"turbo4/turbo3"}, .seed = 6, .tolerance = 5e-3},
                       std::make_unique<DeviceMemory>());
   first.Create();
   second.Create();
@@ -145,7 +197,7 @@ TEST(DirectGpu, AKilledEngineLeavesNothingAndAKilledDaemonIsAnError) {
   const char* const asked = std::getenv("KVTIDE_TEST_DEATHS");
   const int rounds = asked != nullptr ? std::atoi(asked) : 3;
   const auto bystander = Connect("direct:" + daemon->address());
-  DirectScript script(*bystander, {.pair = "turbo4/turbo3", .seed = 3, .tolerance = 5e-3},
+  DirectScript script(*bystander, {.pairs = {"turbo4/turbo3"}, .seed = 3, .tolerance = 5e-3},
                       std::make_unique<DeviceMemory>());
   script.Create();
   for (int round = 0; round < rounds; round++) {
@@ -180,7 +232,7 @@ int WorkUntilKilled(const std::string& address) {
   auto pool = Pool::Connect("direct:" + address, OnGpu());
   if (!pool.ok()) return 1;
   for (uint32_t seed = 1; !::testing::Test::HasFailure(); seed++)
-    RunDirectScript(**pool, {.pair = "turbo4/turbo3", .seed = seed, .tolerance = 5e-3},
+    RunDirectScript(**pool, {.pairs = {"turbo4/turbo3"}, .seed = seed, .tolerance = 5e-3},
                     std::make_unique<DeviceMemory>());
   return 1;
 }

@@ -790,6 +790,106 @@ TEST_P(PagedConformance, CountsWhatItChanges) {
   EXPECT_EQ(rows[10 * 64 + 6], 65504);
 }
 
+// Rows of a sequence of length 0 belong to another object, which attends them over the same tensors.
+TEST_P(PagedConformance, RowsOfSequencesWithoutLengthAreLeftAlone) {
+  const std::unique_ptr<PagedWorld> world = GetParam().make();
+  if (world->replays()) GTEST_SKIP() << "one step";
+  PagedOptions options;
+  options.shape = {1, 1, 64, 64};
+  options.pair = *ParseCachePair("turbo4/turbo4");
+  options.heads = 2;
+  options.scale = 0.125f;
+  options.type = options.output_type = DataType::kF32;
+  options.max_sequences = options.max_exact_blocks = options.exact_pages = 3;
+  options.max_tokens = 4;
+  options.max_coded_blocks = 2;
+  const BlockLayout exact = ExactPage(options), coded = CodedPage(options);
+  PagedLayer layer;
+  layer.exact = world->Allocate(3 * exact.block_bytes());
+  layer.coded = world->Allocate(coded.block_bytes());
+  const std::vector<std::byte> poison(3 * exact.block_bytes() + coded.block_bytes(), std::byte{0xff});
+  world->Upload(poison.data(), layer.exact, 3 * exact.block_bytes());
+  world->Upload(poison.data(), layer.coded, coded.block_bytes());
+  auto attention = world->Make(options, {&layer, 1});
+  ASSERT_TRUE(attention.ok()) << attention.status();
+  // Rows: two of a sequence without length, one of a sequence of one token, one of another without length.
+  std::vector<float> k(4 * 64, std::numeric_limits<float>::quiet_NaN()), v = k, q(4 * 128, NAN);
+  for (size_t i = 0; i < 64; i++) {
+    k[2 * 64 + i] = 0.5f;
+    v[2 * 64 + i] = static_cast<float>(i);
+    q[2 * 128 + i] = q[2 * 128 + 64 + i] = 1;
+  }
+  constexpr size_t kStride = 256;  // of out: rows have gaps between them
+  const std::vector<float> untouched(4 * kStride + 8, 7);
+  std::byte* const memory = world->Allocate(16384);
+  world->Upload(k.data(), memory, 1024);
+  world->Upload(v.data(), memory + 1024, 1024);
+  world->Upload(q.data(), memory + 2048, 2048);
+  std::byte *const out = memory + 4096, *const lse = out + 4 * kStride * sizeof(float);
+  world->Upload(untouched.data(), out, untouched.size() * sizeof(float));
+  const int32_t numbers[] = {0,
+                             2,
+                             3,
+                             4,
+                             /*lengths*/ 0,
+                             1,
+                             0,
+                             /*coded first*/ 0,
+                             0,
+                             0,
+                             /*coded count*/ 0,
+                             0,
+                             0,
+                             /*exact pages*/ 0,
+                             1,
+                             2,
+                             /*coded*/ 0,
+                             0,
+                             0};
+  std::byte* const arrays = memory + 12288;
+  world->Upload(numbers, arrays, sizeof numbers);
+  const auto* const at = reinterpret_cast<const int32_t*>(arrays);
+  PagedStep step;
+  step.sequences = 3;
+  step.tokens = 4;
+  step.most_queries = 2;
+  step.query_start = at;
+  step.lengths = at + 4;
+  step.coded_first = at + 7;
+  step.coded_count = at + 10;
+  step.exact_table = at + 13;
+  step.coded_table = at + 16;
+  step.exact_row = step.coded_row = 1;
+  const absl::Status status = world->Run(
+      [&](void* stream) { return (*attention)->Plan(step, stream); },
+      [&](void* stream) -> absl::Status {
+        const absl::Status written = (*attention)->Write(0, {memory, 64}, {memory + 1024, 64}, stream);
+        if (!written.ok()) return written;
+        return (*attention)
+            ->Attend(0, {memory + 2048, 128}, {out, kStride}, reinterpret_cast<float*>(lse), stream);
+      });
+  ASSERT_TRUE(status.ok()) << status;
+  const auto changed = (*attention)->ChangedValues(nullptr);
+  ASSERT_TRUE(changed.ok()) << changed.status();
+  EXPECT_EQ(*changed, 0u) << "rows of others were looked at";
+  std::vector<float> outputs(untouched.size());
+  world->Download(out, outputs.data(), outputs.size() * sizeof(float));
+  for (size_t i = 0; i < 4 * kStride; i++) {
+    const bool own = i / kStride == 2 && i % kStride < 128;
+    ASSERT_NEAR(outputs[i], own ? static_cast<float>(i % 64) : 7.0f, own ? 1e-3 : 0) << i;
+  }
+  for (size_t row = 0; row < 4; row++)
+    for (size_t h = 0; h < 2; h++)
+      EXPECT_NEAR(outputs[4 * kStride + 2 * row + h], row == 2 ? 4.0f : 7.0f, 1e-5) << "row " << row;
+  std::vector<std::byte> pages(3 * exact.block_bytes());
+  world->Download(layer.exact, pages.data(), pages.size());
+  for (const size_t page : {size_t{0}, size_t{2}})
+    EXPECT_TRUE(std::all_of(pages.begin() + static_cast<std::ptrdiff_t>(page * exact.block_bytes()),
+                            pages.begin() + static_cast<std::ptrdiff_t>((page + 1) * exact.block_bytes()),
+                            [](std::byte byte) { return byte == std::byte{0xff}; }))
+        << "page " << page;
+}
+
 TEST_P(PagedConformance, RefusesWhatDoesNotFit) {
   const std::unique_ptr<PagedWorld> world = GetParam().make();
   PagedOptions options;

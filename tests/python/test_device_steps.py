@@ -57,6 +57,30 @@ def test_as_by_the_book(pool):
     assert steps.device_bytes > 0
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_pairs_in_one_step(pool, named):
+    """Sequences of several pairs get in one step what steps of each pair alone give them, to the bit."""
+    pairs = ["q8_0/turbo4", "f16/f16", "turbo4/turbo3"]
+    together, alone = ([pool.create("steps", pair=pair) for pair in pairs] for _ in range(2))
+    mixed = pool.device_steps("steps", pairs if named else None, dtype="float32", max_sequences=3, max_new_tokens=600)
+    single = [pool.device_steps("steps", pair, dtype="float32", max_sequences=1, max_new_tokens=200) for pair in pairs]
+    rows = [Rows(seed) for seed in range(3)]
+    for counts in [(200, 64, 150), (1, 1, 1), (3, 100, 1), (1, 1, 1)]:
+        taken = [[one.take(layer, count) for one, count in zip(rows, counts)] for layer in range(LAYERS)]
+        with mixed.step(list(zip(together, counts))) as step:
+            outputs = [step.append_attend(layer, *(np.concatenate(part) for part in zip(*taken[layer]))) for layer in range(LAYERS)]
+        first = 0
+        for i, count in enumerate(counts):
+            with single[i].step([(alone[i], count)]) as step:
+                for layer in range(LAYERS):
+                    want = step.append_attend(layer, *taken[layer][i])
+                    np.testing.assert_array_equal(outputs[layer][first : first + count], want)
+            first += count
+    if named:
+        with pytest.raises(InvalidArgument, match="coded as turbo2/turbo2, this object was made for"):
+            mixed.step([(pool.create("steps", pair="turbo2/turbo2"), 1)])
+
+
 def test_as_by_calls(pool):
     """Blocks are coded, with the bytes that the pool itself would make."""
     pair = "q8_0/turbo4"
@@ -167,3 +191,29 @@ def test_tokens_that_are_said_are_found(pool):
         steps.step([(made[0], 1), (made[1], 2)], token_ids=[None, [1, 2, 3]])
     with pytest.raises(InvalidArgument, match="token ids of 1 items, the step has 2"):
         steps.step([(made[0], 1), (made[1], 2)], token_ids=[[1]])
+
+
+def test_a_pinned_step_shows_what_was_there(pool):
+    """Whatever becomes of the sequences, and prefixes of them."""
+    pairs, lengths = ["q8_0/turbo4", "f16/f16"], [300, 80]
+    made = [pool.create("steps", pair=pair, exact_window=(1, 1)) for pair in pairs]
+    steps = pool.device_steps("steps", dtype="float32", max_sequences=2, max_new_tokens=400)
+    rows = [Rows(seed) for seed in range(2)]
+    for _ in run(steps, made, rows, lengths):
+        pass
+    q = rows[0].random.standard_normal((5, HEADS, DIM), dtype=np.float32)
+    with steps.pin(list(zip(made, [3, 2]))) as step:
+        assert step.starts == [297, 78]
+        before = [step.attend(layer, q) for layer in range(LAYERS)]
+        with pytest.raises(FailedPrecondition, match="takes no rows"):
+            step.append_attend(0, q, q[:, :KV_HEADS], q[:, :KV_HEADS])
+        made[1].truncate(10)
+        for layer in range(LAYERS):
+            made[0].append(layer, *(np.ones((20, KV_HEADS, DIM), np.float32),) * 2)
+        for layer in range(LAYERS):
+            np.testing.assert_array_equal(step.attend(layer, q), before[layer])
+    with steps.pin([(made[0], 5)], prefix=64) as step:
+        for layer in range(LAYERS):
+            want = reference.attend(q, rows[0].k[layer][:64], rows[0].v[layer][:64])[0]
+            np.testing.assert_allclose(step.attend(layer, q), want, atol=2e-3)
+    assert [len(one) for one in made] == [320, 10]

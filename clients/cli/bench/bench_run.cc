@@ -228,7 +228,7 @@ class DirectTalk {
     KVTIDE_ASSIGN_OR_RETURN(talk->model_, ModelOf::Register(pool, "direct", 1, Layer(1, 2, 64)));
     KVTIDE_ASSIGN_OR_RETURN(talk->sequence_, talk->model_->Create("turbo4/turbo4"));
     client::DirectOptions options;
-    options.pair = "turbo4/turbo4";
+    options.pairs = {"turbo4/turbo4"};
     options.type = options.output_type = DataType::kF16;
     options.max_sequences = 1;
     options.max_sequence_tokens = 256;

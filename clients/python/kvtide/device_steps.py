@@ -20,7 +20,7 @@ freed in the order of that stream, as torch does.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, Iterable, List, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Iterable, List, Optional, Tuple, Union
 
 import numpy as np
 
@@ -76,7 +76,8 @@ class DeviceSteps:
     Args:
         pool: embedded on one device, or reached directly; with a ``direct_device``.
         model: registered with this pool.
-        pair: K and V type of the sequences, one for all; not ``tide``.
+        pair: K and V types of the sequences, ``"q8_0/turbo4"`` or several such names; a step may have sequences of all of them.
+            None: as they come, which takes memory in the step that brings a new one. Not ``tide``.
         dtype: of q, k, v and results: ``"bfloat16"``, ``"float16"``, ``"float32"``.
         max_sequences: of a step.
         max_new_tokens: of all sequences of a step; 0 = ``max_sequences``.
@@ -95,7 +96,7 @@ class DeviceSteps:
         self,
         pool: "Pool",
         model: str,
-        pair: str,
+        pair: Union[str, Iterable[str], None] = None,
         *,
         dtype: str = "bfloat16",
         max_sequences: int = 64,
@@ -110,7 +111,8 @@ class DeviceSteps:
             raise InvalidArgument(f"dtype is {dtype!r}; use one of {', '.join(map(repr, _DTYPES))}")
         pool._layer_count(model)
         tokens = max(max_new_tokens, max_sequences)
-        spec = {"pair": pair, "dtype": _DTYPES[dtype], "max_sequences": max_sequences, "max_new_tokens": tokens,
+        pairs = [pair] if isinstance(pair, str) else list(pair or ())
+        spec = {"pairs": pairs, "dtype": _DTYPES[dtype], "max_sequences": max_sequences, "max_new_tokens": tokens,
                 "max_sequence_tokens": max_sequence_tokens, "max_seals": max_seals or tokens // 64 + max_sequences,
                 "prefill_bytes": prefill_bytes if tokens > max_sequences else 0, "scale": scale, "softcap": softcap}
         self.pool = pool
@@ -120,6 +122,12 @@ class DeviceSteps:
         self._layers = pool._models[model]
         self._on_gpu = pool.direct_device.startswith("cuda")
         self._core = pool._core.open_device_steps(model, pool._wires[model], spec)
+
+    def _stream(self, stream: Optional[int]) -> int:
+        torch = sys.modules.get("torch")
+        if stream is not None or torch is None or not self._on_gpu:
+            return stream or 0
+        return int(torch.cuda.current_stream(self.pool.direct_device).cuda_stream)
 
     @property
     def device_bytes(self) -> int:
@@ -141,20 +149,26 @@ class DeviceSteps:
         """
         return Step(self, list(items), token_ids, stream)
 
+    def pin(self, items: Iterable[Tuple["Sequence", int]], *, prefix: int = 0, stream: Optional[int] = None) -> "PinnedStep":
+        """For whoever only reads: attention of ``(sequence, queries)`` at the end of each sequence as it is now, or of its first
+        ``prefix`` tokens, whoever writes to it, cuts or closes it meanwhile. Nobody is kept from writing.
+
+        Raises:
+            Unimplemented: queries before the end of the coded blocks that they see.
+        """
+        return PinnedStep(self, list(items), prefix, stream)
+
 
 class Step:
     """An open step: a context manager that ends it, or takes it back after an exception."""
 
     def __init__(self, steps: DeviceSteps, items: List[Tuple["Sequence", int]], token_ids: Optional[Iterable[Optional[Any]]],
                  stream: Optional[int]) -> None:
-        if stream is None:
-            torch = sys.modules.get("torch")
-            stream = torch.cuda.current_stream(steps.pool.direct_device).cuda_stream if steps._on_gpu and torch is not None else 0
         self._steps, self._items, self._open = steps, items, True
         self.tokens = sum(count for _, count in items)
         #: Position of the first new token of each item.
         self.starts: List[int] = steps._core.begin([(sequence.id, count) for sequence, count in items],
-                                                   self._named(token_ids), stream)
+                                                   self._named(token_ids), steps._stream(stream))
 
     def _named(self, token_ids: Optional[Iterable[Optional[Any]]]) -> List[List[int]]:
         from .pool import _named
@@ -230,6 +244,27 @@ class Step:
         if not self._open:
             raise FailedPrecondition("the step has ended")
         self._open = False
+
+
+class PinnedStep(Step):
+    """An open step that only reads: :meth:`attend`, and the end of the block lets go of it."""
+
+    def __init__(self, steps: DeviceSteps, items: List[Tuple["Sequence", int]], prefix: int, stream: Optional[int]) -> None:
+        self._steps, self._items, self._open = steps, items, True
+        self.tokens = sum(count for _, count in items)
+        #: Position of the first query of each item.
+        self.starts = steps._core.pin([(sequence.id, count, prefix) for sequence, count in items], steps._stream(stream))
+
+    def append(self, layer: int, k: Any, v: Any) -> None:
+        """Not here: FailedPrecondition."""
+        raise FailedPrecondition("the step is pinned: it takes no rows")
+
+    def end(self, token_ids: Optional[Iterable[Optional[Any]]] = None) -> None:
+        """Waits for the device and lets go of the sequences."""
+        if token_ids is not None:
+            raise InvalidArgument("a pinned step has no new tokens")
+        self._close()
+        self._steps._core.end([])
 
 
 def _empty_like(array: Any, shape: Tuple[int, ...]) -> Any:

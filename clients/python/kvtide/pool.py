@@ -406,7 +406,7 @@ class Pool:
 
         return AsyncPool(self)
 
-    def device_steps(self, model: str, pair: str, **options: Any) -> "DeviceSteps":
+    def device_steps(self, model: str, pair: Union[str, Iterable[str], None] = None, **options: Any) -> "DeviceSteps":
         """Attention over the pool by kernels on the caller's own tensors and stream: nothing crosses the bus, nothing waits for
         the host within a step. For embedded pools on one device and the direct way (``direct_device``).
 

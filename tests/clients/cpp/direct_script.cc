@@ -16,10 +16,8 @@ using client::TensorRef;
 
 class HostMemory : public EngineMemory {
  public:
-  float* Put(std::span<const float> values) override {
-    float* const data = Room(values.size());
+  void Set(float* data, std::span<const float> values) override {
     std::copy(values.begin(), values.end(), data);
-    return data;
   }
   float* Room(size_t count) override {
     // Rows begin at multiples of 16 bytes.
@@ -117,7 +115,7 @@ DirectScript::DirectScript(Pool& pool, const DirectScriptOptions& options,
       random_(options.seed),
       model_(DirectModel()) {
   client::DirectOptions direct;
-  direct.pair = options.pair;
+  direct.pairs = options.pairs;
   direct.type = direct.output_type = DataType::kF32;
   direct.max_sequences = 4;
   direct.max_new_tokens = 400;
@@ -144,7 +142,7 @@ std::vector<float> DirectScript::Random(int64_t tokens, int heads, int dim, bool
 
 void DirectScript::Create() {
   client::SequenceOptions options;
-  options.pair = options_.pair;
+  options.pair = options_.pairs[static_cast<size_t>(Pick(static_cast<int>(options_.pairs.size())))];
   options.exact_window = ExactWindow{Pick(2), 1 + Pick(2)};
   const auto id = pool_.CreateSequence(model_.name, options);
   ASSERT_TRUE(id.ok()) << id.status();
@@ -385,6 +383,191 @@ std::vector<float> RunDirectScript(Pool& pool, const DirectScriptOptions& option
   for (int i = 0; i < options.rounds && !::testing::Test::HasFailure(); i++) script.Round();
   if (!::testing::Test::HasFailure()) script.CheckBytes();
   return script.TakeAnswers();
+}
+
+namespace {
+
+// An engine over some sequences, whose rows are given.
+class MixedEngine {
+ public:
+  MixedEngine(Pool& pool, EngineMemory& memory, const client::Model& model, std::vector<std::string> pairs,
+              std::vector<client::SequenceId> ids, const MixedStepsOptions& options)
+      : memory_(memory), model_(model), ids_(std::move(ids)), graphs_(options.graphs) {
+    client::DirectOptions direct;
+    direct.pairs = std::move(pairs);
+    direct.type = direct.output_type = DataType::kF32;
+    direct.max_sequences = static_cast<int>(ids_.size());
+    direct.max_new_tokens = kMostTokens * direct.max_sequences;
+    direct.max_seals = 4 * direct.max_sequences;  // nothing waits, so that all code the same blocks
+    direct.graphs = graphs_;
+    auto made = client::DirectAttention::Make(&pool, model, direct);
+    EXPECT_TRUE(made.ok()) << made.status();
+    if (made.ok()) attention_ = *std::move(made);
+    for (const client::ModelLayer& layer : model_.layers) {
+      const auto tokens = static_cast<size_t>(direct.max_new_tokens);
+      layers_.push_back({memory.Room(tokens * QueryWidth(layer)), memory.Room(tokens * KeyWidth(layer)),
+                         memory.Room(tokens * ValueWidth(layer)),
+                         memory.Room(tokens * (OutputWidth(layer) + kGap)),
+                         memory.Room(tokens * static_cast<size_t>(layer.query_heads))});
+    }
+  }
+  static constexpr int kMostTokens = 70;
+  static constexpr size_t kGap = 16;
+  bool ok() const { return attention_ != nullptr; }
+
+  // Rows [items][layers][q, k, v] of `tokens` tokens each. Outputs and log-sum-exps of the items.
+  std::vector<std::vector<float>> Step(int64_t tokens,
+                                       std::span<const std::vector<std::vector<float>>* const> rows) {
+    std::vector<std::vector<float>> answers(ids_.size());
+    std::vector<client::StepItem> items;
+    for (const client::SequenceId id : ids_) items.push_back({id, tokens});
+    auto step = attention_->Begin(items, memory_.stream());
+    EXPECT_TRUE(step.ok()) << step.status();
+    if (!step.ok()) return answers;
+    for (size_t l = 0; l < model_.layers.size(); l++) {
+      std::vector<float> all[3];
+      for (const auto* const of : rows)
+        for (size_t side = 0; side < 3; side++)
+          all[side].insert(all[side].end(), (*of)[3 * l + side].begin(), (*of)[3 * l + side].end());
+      memory_.Set(layers_[l].q, all[0]);
+      memory_.Set(layers_[l].k, all[1]);
+      memory_.Set(layers_[l].v, all[2]);
+    }
+    const auto work = [&] {
+      for (size_t l = 0; l < model_.layers.size(); l++) {
+        const client::ModelLayer& layer = model_.layers[l];
+        const Layer& at = layers_[l];
+        const auto stride = [](size_t width) { return static_cast<int64_t>(width); };
+        Expect(attention_->Write(static_cast<int>(l), {at.k, stride(KeyWidth(layer))},
+                                 {at.v, stride(ValueWidth(layer))}, memory_.stream()));
+        Expect(attention_->Attend(static_cast<int>(l), {at.q, stride(QueryWidth(layer))},
+                                  {at.out, stride(OutputWidth(layer) + kGap)}, at.lse, memory_.stream()));
+      }
+      Expect(attention_->Seal(memory_.stream()));
+    };
+    if (graphs_) {
+      memory_.Replay(work);
+    } else {
+      work();
+    }
+    Expect(attention_->Mark(*step, memory_.stream()));
+    Expect(attention_->End(*std::move(step)));
+    for (size_t l = 0; l < model_.layers.size(); l++) {
+      const client::ModelLayer& layer = model_.layers[l];
+      const size_t width = OutputWidth(layer), row = width + kGap;
+      const auto heads = static_cast<size_t>(layer.query_heads),
+                 count = static_cast<size_t>(tokens) * ids_.size();
+      const std::vector<float> out = memory_.Get(layers_[l].out, count * row),
+                               lse = memory_.Get(layers_[l].lse, count * heads);
+      for (size_t r = 0; r < count; r++) {
+        std::vector<float>& to = answers[r / static_cast<size_t>(tokens)];
+        const auto add = [&](const std::vector<float>& from, size_t first, size_t values) {
+          const auto begin = from.begin() + static_cast<std::ptrdiff_t>(first);
+          to.insert(to.end(), begin, begin + static_cast<std::ptrdiff_t>(values));
+        };
+        add(out, r * row, width);
+        add(lse, r * heads, heads);
+      }
+    }
+    return answers;
+  }
+
+ private:
+  struct Layer {
+    float *q, *k, *v, *out, *lse;
+  };
+  EngineMemory& memory_;
+  const client::Model& model_;
+  const std::vector<client::SequenceId> ids_;
+  const bool graphs_;
+  std::unique_ptr<client::DirectAttention> attention_;
+  std::vector<Layer> layers_;
+};
+
+}  // namespace
+
+void CheckMixedSteps(Pool& pool, const MixedStepsOptions& options, std::unique_ptr<EngineMemory> memory) {
+  if (memory == nullptr) memory = MakeHostMemory();
+  const client::Model model = DirectModel();
+  Expect(pool.RegisterModel(model));
+  std::mt19937 random(options.seed);
+  std::normal_distribution<float> normal;
+  // Two sequences of each pair, one of which has no mean; and twins of them, which the engines of one pair
+  // have. Pairs take turns, so that the rows of each lie between those of others.
+  const size_t pairs = options.pairs.size(), count = 2 * pairs;
+  std::vector<client::SequenceId> all, twins;
+  for (size_t i = 0; i < count; i++) {
+    client::SequenceOptions how;
+    how.pair = options.pairs[i % pairs];
+    how.exact_window = ExactWindow{static_cast<int>(i % 2), 1};
+    how.key_centring = i < pairs ? client::KeyCentring::kNone : client::KeyCentring::kFirstBlock;
+    for (std::vector<client::SequenceId>* const to : {&all, &twins}) {
+      const auto id = pool.CreateSequence(model.name, how);
+      ASSERT_TRUE(id.ok()) << id.status();
+      to->push_back(*id);
+    }
+  }
+  {
+    MixedEngine mixed(pool, *memory, model, options.graphs ? options.pairs : std::vector<std::string>(), all,
+                      options);
+    std::vector<std::unique_ptr<MixedEngine>> alone;
+    MixedStepsOptions plain = options;
+    plain.graphs = false;
+    for (size_t p = 0; p < pairs; p++)
+      alone.push_back(
+          std::make_unique<MixedEngine>(pool, *memory, model, std::vector<std::string>{options.pairs[p]},
+                                        std::vector<client::SequenceId>{twins[p], twins[p + pairs]}, plain));
+    for (int s = 0; s < options.steps && !::testing::Test::HasFailure(); s++) {
+      const bool few = options.graphs || s % 3 != 0;
+      const int64_t tokens = options.graphs ? 1 : few ? 1 + s % 2 : MixedEngine::kMostTokens;
+      std::vector<std::vector<std::vector<float>>> rows(count);
+      for (std::vector<std::vector<float>>& of : rows) {
+        for (const client::ModelLayer& layer : model.layers)
+          for (const size_t width : {QueryWidth(layer), KeyWidth(layer), ValueWidth(layer)}) {
+            std::vector<float>& values = of.emplace_back(static_cast<size_t>(tokens) * width);
+            for (size_t i = 0; i < values.size(); i++)
+              values[i] = normal(random) + (of.size() % 3 == 2 && i % 8 == 0 ? 2.0f : 0.0f);
+          }
+      }
+      std::vector<const std::vector<std::vector<float>>*> given;
+      for (const auto& of : rows) given.push_back(&of);
+      const std::vector<std::vector<float>> together = mixed.Step(tokens, given);
+      for (size_t p = 0; p < pairs && !::testing::Test::HasFailure(); p++) {
+        const std::vector<std::vector<float>> expected =
+            alone[p]->Step(tokens, std::vector{given[p], given[p + pairs]});
+        for (size_t twin = 0; twin < 2; twin++) {
+          const std::vector<float>&a = together[p + twin * pairs], &b = expected[twin];
+          ASSERT_EQ(a.size(), b.size());
+          double error = 0, norm = 0;
+          for (size_t i = 0; i < a.size(); i++) {
+            error += std::pow(a[i] - b[i], 2);
+            norm += std::pow(b[i], 2);
+          }
+          ASSERT_LE(std::sqrt(error / norm), few ? 0 : 1e-5)
+              << options.pairs[p] << (twin == 0 ? "" : ", centred") << ", step " << s;
+        }
+      }
+    }
+  }
+  memory->Clear();
+  // What was coded by the engines has the same bytes.
+  for (size_t i = 0; i < count; i++) {
+    std::vector<std::vector<float>> held;
+    for (const client::SequenceId id : {all[i], twins[i]}) {
+      const auto read = pool.ReadTokens(id, {}, 0, 1 + (options.steps - 1) / 2, DataType::kF32);
+      ASSERT_TRUE(read.ok()) << read.status();
+      std::vector<float>& to = held.emplace_back();
+      for (const client::LayerRows& layer : *read)
+        for (const std::vector<std::byte>* const bytes : {&layer.k, &layer.v}) {
+          const size_t before = to.size();
+          to.resize(before + bytes->size() / sizeof(float));
+          std::memcpy(to.data() + before, bytes->data(), bytes->size());
+        }
+    }
+    EXPECT_TRUE(held[0] == held[1]) << "sequence " << i;
+  }
+  for (const std::vector<client::SequenceId>* const ids : {&all, &twins})
+    for (const client::SequenceId id : *ids) Expect(pool.CloseSequence(id));
 }
 
 }  // namespace kvtide::testing

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <random>
 #include <span>
@@ -21,15 +22,23 @@ class EngineMemory {
   virtual ~EngineMemory() = default;
   virtual void* stream() const { return nullptr; }
   // Values, or room for them; valid until Clear.
-  virtual float* Put(std::span<const float> values) = 0;
+  float* Put(std::span<const float> values) {
+    float* const data = Room(values.size());
+    Set(data, values);
+    return data;
+  }
   virtual float* Room(size_t count) = 0;
+  virtual void Set(float* data, std::span<const float> values) = 0;
   virtual std::vector<float> Get(const float* data, size_t count) = 0;
   virtual void Clear() = 0;
+  // Runs the work of the layers of a step; a memory that records it runs the record of the first one from
+  // then on.
+  virtual void Replay(const std::function<void()>& work) { work(); }
 };
 std::unique_ptr<EngineMemory> MakeHostMemory();
 
 struct DirectScriptOptions {
-  std::string pair;
+  std::vector<std::string> pairs;  // each sequence has one of them
   uint32_t seed = 1;
   int rounds = 40;
   double tolerance = 3e-3;  // of outputs, relative, and of log-sum-exps
@@ -84,5 +93,19 @@ class DirectScript {
 // Failures are test failures. All outputs and log-sum-exps.
 std::vector<float> RunDirectScript(Pool& pool, const DirectScriptOptions& options,
                                    std::unique_ptr<EngineMemory> memory = nullptr);
+
+struct MixedStepsOptions {
+  std::vector<std::string> pairs;
+  uint32_t seed = 1;
+  // Steps as a graph wants them: one token of each sequence, all pairs named before.
+  bool graphs = false;
+  int steps = 24;
+};
+
+// Sequences of several pairs, with and without centred keys, in one step get what a step of each pair alone
+// gives them: equal to the bit where sequences have few new tokens, as then the work is cut alike. Rows of
+// outputs have gaps between them. `memory`: null = the host's.
+void CheckMixedSteps(Pool& pool, const MixedStepsOptions& options,
+                     std::unique_ptr<EngineMemory> memory = nullptr);
 
 }  // namespace kvtide::testing

@@ -52,9 +52,9 @@ TEST(Direct, StepsEqualTheModelOfTheCacheAndTheDaemonsOwnBytes) {
     for (const uint32_t seed : {1u, 2u}) {
       const auto direct = Connect("direct:" + daemon->address()), embedded = Connect("embedded");
       ASSERT_EQ(direct->way(), client::Way::kDirect);
-      const std::vector<float> answers = RunDirectScript(*direct, {.pair = pair, .seed = seed});
+      const std::vector<float> answers = RunDirectScript(*direct, {.pairs = {pair}, .seed = seed});
       ASSERT_FALSE(HasFailure()) << pair << " seed " << seed;
-      EXPECT_EQ(answers, RunDirectScript(*embedded, {.pair = pair, .seed = seed}))
+      EXPECT_EQ(answers, RunDirectScript(*embedded, {.pairs = {pair}, .seed = seed}))
           << pair << " seed " << seed;
       const auto stats = direct->GetStats();
       ASSERT_TRUE(stats.ok()) << stats.status();
@@ -62,6 +62,30 @@ TEST(Direct, StepsEqualTheModelOfTheCacheAndTheDaemonsOwnBytes) {
       if (pair != "f16/f16") {
         EXPECT_GT(stats->sealed_blocks, 0);
       }
+    }
+  }
+}
+
+// Sequences of several pairs, in one step.
+TEST(Direct, StepsOfSeveralPairsEqualTheModelOfTheCacheAndTheDaemonsOwnBytes) {
+  const auto daemon = SharingDaemon();
+  const DirectScriptOptions script{.pairs = {"turbo4/turbo3", "q8_0/turbo4", "f16/f16"}, .seed = 5};
+  const auto direct = Connect("direct:" + daemon->address()), embedded = Connect("embedded");
+  const std::vector<float> answers = RunDirectScript(*direct, script);
+  ASSERT_FALSE(HasFailure());
+  EXPECT_EQ(answers, RunDirectScript(*embedded, script));
+}
+
+TEST(Direct, StepsOfSeveralPairsEqualThoseOfEachPairAlone) {
+  const auto daemon = SharingDaemon();
+  for (const std::string& address : {"direct:" + daemon->address(), std::string("embedded")}) {
+    for (const bool graphs : {false, true}) {
+      const auto pool = Connect(address);
+      CheckMixedSteps(*pool, {.pairs = {"turbo4/turbo3", "q8_0/turbo4", "f16/f16", "turbo2/turbo2"},
+                              .graphs = graphs,
+                              .steps = graphs ? 150 : 24});
+      ASSERT_FALSE(HasFailure()) << address << (graphs ? ", as graphs" : "");
+      EXPECT_EQ(pool->GetStats()->stored_bytes, 0);
     }
   }
 }
@@ -76,14 +100,14 @@ TEST(Direct, WhatIsNotMappedSaysWhy) {
   const auto best = Connect("auto:" + plain->address());
   EXPECT_EQ(best->way(), client::Way::kSharedMemory);
   EXPECT_TRUE(absl::StrContains(best->why(), "not direct: ")) << best->why();
-  ExpectError(client::DirectAttention::Make(best.get(), e2e::SmallModel(), {.pair = "f16/f16"}).status(),
+  ExpectError(client::DirectAttention::Make(best.get(), e2e::SmallModel(), {.pairs = {"f16/f16"}}).status(),
               StatusCode::kFailedPrecondition, "this pool is not mapped (way: shared memory)");
   const auto sharing = SharingDaemon();
   EXPECT_EQ(Connect("auto:" + sharing->address())->way(), client::Way::kDirect);
   // Blocks of those who have mapped nothing are not written by themselves.
   const auto shared = Connect("shm:" + sharing->address());
   ASSERT_TRUE(shared->RegisterModel(e2e::SmallModel()).ok());
-  ExpectError(client::DirectAttention::Make(shared.get(), e2e::SmallModel(), {.pair = "f16/f16"}).status(),
+  ExpectError(client::DirectAttention::Make(shared.get(), e2e::SmallModel(), {.pairs = {"f16/f16"}}).status(),
               StatusCode::kFailedPrecondition, "this pool is not mapped");
 }
 
@@ -110,10 +134,10 @@ TEST(Direct, MistakesAreNamedAndTheStepIsTakenBack) {
   const auto make = [&](client::DirectOptions options) {
     return client::DirectAttention::Make(pool.get(), model, options);
   };
-  ExpectError(make({.pair = "nothing"}).status(), StatusCode::kInvalidArgument, "DirectOptions::pair");
-  ExpectError(make({.pair = "f16/f16", .max_sequences = 0}).status(), StatusCode::kInvalidArgument, "");
-  auto attention =
-      make({.pair = "q8_0/turbo4", .type = DataType::kF32, .max_sequences = 2, .max_sequence_tokens = 128});
+  ExpectError(make({.pairs = {"nothing"}}).status(), StatusCode::kInvalidArgument, "DirectOptions::pairs");
+  ExpectError(make({.pairs = {"f16/f16"}, .max_sequences = 0}).status(), StatusCode::kInvalidArgument, "");
+  auto attention = make(
+      {.pairs = {"q8_0/turbo4"}, .type = DataType::kF32, .max_sequences = 2, .max_sequence_tokens = 128});
   ASSERT_TRUE(attention.ok()) << attention.status();
   const auto id = pool->CreateSequence("small", {.pair = "q8_0/turbo4"});
   const auto other =
@@ -124,7 +148,8 @@ TEST(Direct, MistakesAreNamedAndTheStepIsTakenBack) {
   ExpectError(begin({{*id, 3}}).status(), StatusCode::kInvalidArgument, "made for 2 and 2");
   ExpectError(begin({{*id, 0}}).status(), StatusCode::kInvalidArgument, "a step of 0 tokens");
   ExpectError(begin({{*other, 1}}).status(), StatusCode::kInvalidArgument,
-              "blocks are coded as turbo4/turbo4");
+              "the sequence is coded as turbo4/turbo4, this object was made for q8_0/turbo4; name it");
+  ExpectError(make({.graphs = true}).status(), StatusCode::kInvalidArgument, "name them in");
   ExpectError((*attention)->Write(9, {}, {}, nullptr), StatusCode::kInvalidArgument, "layer 9 of 2");
   ASSERT_TRUE(pool->Append(*id, 0, e2e::Tokens(1, 0, 128).layers).ok());
   ExpectError(begin({{*id, 1}}).status(), StatusCode::kInvalidArgument, "max_sequence_tokens is 128");
@@ -138,7 +163,7 @@ TEST(Direct, MistakesAreNamedAndTheStepIsTakenBack) {
 TEST(Direct, WhatLiesBelowIsBroughtUp) {
   const auto daemon = SharingDaemon();
   const auto pool = Connect("direct:" + daemon->address());
-  DirectScript script(*pool, {.pair = "turbo4/turbo3", .seed = 7});
+  DirectScript script(*pool, {.pairs = {"turbo4/turbo3"}, .seed = 7});
   script.Create();
   for (int i = 0; i < 20; i++) {
     script.Steps(1);
@@ -160,7 +185,7 @@ class SameRows {
     options_.exact_window = ExactWindow{1, 1};
     auto made = client::DirectAttention::Make(
         &pool, e2e::SmallModel(),
-        {.pair = pair, .type = DataType::kF32, .output_type = DataType::kF32, .max_new_tokens = 512});
+        {.pairs = {pair}, .type = DataType::kF32, .output_type = DataType::kF32, .max_new_tokens = 512});
     EXPECT_TRUE(made.ok()) << made.status();
     attention_ = *std::move(made);
   }
@@ -277,6 +302,103 @@ TEST(Direct, ASequenceThatBeginsWithAPrefixHasOneMean) {
   for (const client::SequenceId id : {a, b, c}) EXPECT_TRUE(pool->CloseSequence(id).ok());
 }
 
+// Appends, cuts and closes of others change nothing of what a reader has pinned.
+TEST(Direct, WhatIsPinnedIsAttendedWhereItLies) {
+  const auto daemon = SharingDaemon();
+  for (const std::string& address : {"direct:" + daemon->address(), std::string("embedded")}) {
+    const auto pool = Connect(address);
+    auto attention = client::DirectAttention::Make(
+        pool.get(), e2e::SmallModel(),
+        {.type = DataType::kF32, .output_type = DataType::kF32, .max_new_tokens = 64});
+    ASSERT_TRUE(attention.ok()) << attention.status();
+    const std::vector<std::pair<std::string, int64_t>> kinds = {
+        {"q8_0/turbo4", 300}, {"f16/f16", 100}, {"turbo4/turbo4", 200}};
+    std::vector<client::SequenceId> ids;
+    for (const auto& [pair, tokens] : kinds) {
+      ids.push_back(pool->CreateSequence("small", {.pair = pair, .exact_window = ExactWindow{1, 1}}).value());
+      ASSERT_TRUE(pool->Append(ids.back(), 0, e2e::Tokens(1, 0, tokens).layers).ok());
+    }
+    const auto queries = [](const client::PinnedItem& item) {
+      return e2e::Rows(3, 0, item.queries, e2e::kHeads);
+    };
+    // What the pool says of the same queries, of all layers.
+    const auto expect = [&](const std::vector<client::PinnedItem>& items) {
+      std::vector<float> all;
+      for (int layer = 0; layer < e2e::kLayers; layer++) {
+        for (const client::PinnedItem& item : items) {
+          const std::vector<float> q = queries(item);
+          std::vector<float> out(q.size());
+          client::AttendItem call;
+          call.sequence = item.sequence;
+          if (item.tokens > 0) call.first_query_position = item.tokens - item.queries;
+          call.q = client::TensorRef::F32(q, {item.queries, e2e::kHeads, e2e::kDim});
+          call.output = out;
+          const absl::Status status = pool->Attend(layer, {&call, 1});
+          EXPECT_TRUE(status.ok()) << status;
+          all.insert(all.end(), out.begin(), out.end());
+        }
+      }
+      return all;
+    };
+    const auto attend = [&](const std::vector<client::PinnedItem>& items, const client::DirectStep& step) {
+      std::vector<float> all;
+      for (int layer = 0; layer < e2e::kLayers; layer++) {
+        std::vector<float> q;
+        for (const client::PinnedItem& item : items) {
+          const std::vector<float> rows = queries(item);
+          q.insert(q.end(), rows.begin(), rows.end());
+        }
+        const size_t width = e2e::kHeads * e2e::kDim;
+        std::vector<float> out(q.size()), lse(q.size() / e2e::kDim);
+        EXPECT_EQ(q.size(), static_cast<size_t>(step.tokens) * width);
+        const absl::Status status =
+            (*attention)->Attend(layer, {q.data(), width}, {out.data(), width}, lse.data(), nullptr);
+        EXPECT_TRUE(status.ok()) << status;
+        all.insert(all.end(), out.begin(), out.end());
+      }
+      return all;
+    };
+    const auto end = [&](client::DirectStep step) {
+      EXPECT_TRUE((*attention)->Mark(step, nullptr).ok());
+      const absl::Status status = (*attention)->End(std::move(step));
+      EXPECT_TRUE(status.ok()) << status;
+    };
+    const auto expect_near = [](const std::vector<float>& a, const std::vector<float>& b) {
+      ASSERT_EQ(a.size(), b.size());
+      for (size_t i = 0; i < a.size(); i++) ASSERT_NEAR(a[i], b[i], 1e-5) << i;
+    };
+    const std::vector<client::PinnedItem> last = {{ids[0], 3}, {ids[1], 2}, {ids[2], 1}};
+    const std::vector<client::PinnedItem> prefix = {{ids[1], 4, 70}, {ids[0], 1, 128}, {ids[2], 20, 50}};
+    const std::vector<float> of_last = expect(last), of_prefix = expect(prefix);
+    auto step = (*attention)->Pin(last, nullptr);
+    ASSERT_TRUE(step.ok()) << step.status();
+    EXPECT_EQ(step->starts, (std::vector<int64_t>{297, 98, 199}));
+    expect_near(attend(last, *step), of_last);
+    ExpectError((*attention)->Write(0, {}, {}, nullptr), StatusCode::kFailedPrecondition, "takes no rows");
+    ASSERT_TRUE(pool->Append(ids[0], 300, e2e::Tokens(1, 300, 200).layers).ok());
+    ASSERT_TRUE(pool->TruncateSequence(ids[1], 80).ok());
+    expect_near(attend(last, *step), of_last);
+    auto another = (*attention)->Pin(prefix, nullptr);
+    ASSERT_TRUE(another.ok()) << another.status();
+    EXPECT_EQ(another->starts, (std::vector<int64_t>{66, 127, 30}));
+    expect_near(attend(prefix, *another), of_prefix);
+    ASSERT_TRUE(pool->CloseSequence(ids[2]).ok());
+    expect_near(attend(prefix, *another), of_prefix);
+    end(*std::move(step));
+    end(*std::move(another));
+    const auto pin = [&](client::PinnedItem item) { return (*attention)->Pin({&item, 1}, nullptr).status(); };
+    ExpectError(pin({ids[0], 1, 100}), StatusCode::kUnimplemented, "items[0]: a query among the coded");
+    ExpectError(pin({ids[0], 2, 128}), StatusCode::kUnimplemented, "tokens 64 to");
+    ExpectError(pin({ids[1], 81}), StatusCode::kInvalidArgument, "made for 64 and 64");
+    ExpectError(pin({ids[1], 3, 81}), StatusCode::kInvalidArgument, "the sequence has 80");
+    ExpectError(pin({ids[1], 0}), StatusCode::kInvalidArgument, "0 queries");
+    ExpectError(pin({ids[2], 1}), StatusCode::kNotFound, "items[0]");
+    for (const client::SequenceId id : {ids[0], ids[1]}) EXPECT_TRUE(pool->CloseSequence(id).ok());
+    EXPECT_EQ(pool->GetStats()->stored_bytes, 0) << "nothing is pinned any more";
+    EXPECT_TRUE(pool->UnregisterModel("small").ok());
+  }
+}
+
 // Whoever did not get an answer does not know any table, those of other sequences either.
 TEST(Direct, AStepThatDoesNotBeginLosesNoTable) {
   const auto daemon = SharingDaemon();
@@ -294,7 +416,7 @@ TEST(Direct, AStepThatDoesNotBeginLosesNoTable) {
   auto pool = Pool::Connect("direct:" + address, OnCpu());
   if (!pool.ok()) ::_exit(1);
   for (; !::testing::Test::HasFailure(); seed += 1000)
-    RunDirectScript(**pool, {.pair = "turbo4/turbo3", .seed = seed});
+    RunDirectScript(**pool, {.pairs = {"turbo4/turbo3"}, .seed = seed});
   ::_exit(1);
 }
 
@@ -319,7 +441,7 @@ TEST(Direct, AKilledEngineLeavesNothingAndAKilledDaemonIsAnError) {
         << round;
   }
   const auto pool = Connect("direct:" + daemon->address());
-  DirectScript script(*pool, {.pair = "turbo4/turbo3", .seed = 3});
+  DirectScript script(*pool, {.pairs = {"turbo4/turbo3"}, .seed = 3});
   script.Create();
   script.Steps(1);
   daemon->Kill();
