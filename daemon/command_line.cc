@@ -40,6 +40,9 @@ void AddCommandLine(CLI::App* app, CommandLine* flags) {
   app->add_option("--config", flags->config_file,
                   "JSON file; kvtide/v1/kvtided_config.proto lists its fields [KVTIDE_CONFIG]");
   AddSettingFlags(app, &flags->config);
+  app->add_option(
+      "--rekey-disk", flags->rekey_disk,
+      "file with a new key for the disk tier instead of that in disk_key_file: change it and stop");
   app->add_flag("--print-config", flags->print_config, "print the configuration as JSON and stop");
   app->add_flag("--version", flags->version, "print the version and stop");
   app->footer(

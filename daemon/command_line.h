@@ -12,6 +12,7 @@ namespace kvtide {
 struct CommandLine {
   std::string config_file;
   v1::KvtidedConfig config;  // what the flags say, and nothing else
+  std::string rekey_disk;    // empty: serve
   bool print_config = false;
   bool version = false;
 };

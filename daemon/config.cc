@@ -232,6 +232,9 @@ absl::Status ResolveDisk(const v1::KvtidedConfig& config, DaemonOptions* options
       return absl::InvalidArgumentError(
           absl::StrCat("disk is ", options->disk_bytes, " bytes, at least 1MiB"));
   }
+  options->disk_key_file = config.disk_key_file();
+  if (!options->disk_key_file.empty() && options->disk_folder.empty())
+    return absl::InvalidArgumentError("disk_key_file needs a disk tier: --disk /var/lib/kvtide:100GiB");
   const std::string persist = config.persist().empty() ? "none" : config.persist();
   if (persist == "on-park") {
     options->service.defaults.persistence = Persistence::kOnPark;

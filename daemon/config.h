@@ -23,6 +23,7 @@ struct DaemonOptions {
   std::string disk_folder;           // empty = no disk tier
   int64_t disk_bytes = 0;
   std::string disk_io;                  // "auto", "io_uring", "threads"
+  std::string disk_key_file;            // empty = the disk tier is not encrypted
   std::optional<RemoteOptions> remote;  // none = no remote tier
   std::string trace_file;               // empty = nothing is recorded
   int64_t trace_bytes = 0;              // that it may have

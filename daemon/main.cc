@@ -20,6 +20,7 @@
 #include "daemon/cache/kv_cache.h"
 #include "daemon/command_line.h"
 #include "daemon/config.h"
+#include "daemon/disk/folder_key.h"
 #include "daemon/failure_log.h"
 #include "daemon/log.h"
 #include "daemon/memory_use.h"
@@ -267,6 +268,18 @@ int Fail(const absl::Status& status, int code) {
   return code;
 }
 
+// kvtided --rekey-disk FILE: the folder opens with that key from now on.
+absl::Status RekeyDisk(const DaemonOptions& options, const std::string& new_key_file) {
+  if (options.disk_key_file.empty())
+    return absl::InvalidArgumentError(
+        "--rekey-disk needs the folder (--disk) and the key that it has now (--disk-key-file)");
+  absl::StatusOr<SecretKey> from = ReadKeyFile(options.disk_key_file);
+  if (!from.ok()) return Annotate(from.status(), "disk_key_file");
+  absl::StatusOr<SecretKey> to = ReadKeyFile(new_key_file);
+  if (!to.ok()) return Annotate(to.status(), "--rekey-disk");
+  return ChangeOperatorsKey(SystemFiles(), options.disk_folder, *from, *to);
+}
+
 int Main(int argc, char** argv) {
   EndProcessWhenOutOfMemory();
   service::RaiseDescriptorLimit();
@@ -304,6 +317,13 @@ int Main(int argc, char** argv) {
     std::string json;
     if (!google::protobuf::util::MessageToJsonString(config, &json, print).ok()) return kExitBadInput;
     std::printf("%s", json.c_str());
+    return 0;
+  }
+  if (!flags.rekey_disk.empty()) {
+    const absl::Status changed = RekeyDisk(*options, flags.rekey_disk);
+    if (!changed.ok())
+      return Fail(changed, absl::IsInvalidArgument(changed) ? kExitBadInput : kExitCannotStart);
+    std::printf("the key of %s is that in %s now\n", options->disk_folder.c_str(), flags.rekey_disk.c_str());
     return 0;
   }
   SetUpLogging(options->log_level, options->log_format == "json");

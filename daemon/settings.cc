@@ -30,6 +30,9 @@ constexpr Setting kSettings[] = {
     {"host_memory", "size of the host tier, 0 for none (default 2GiB)"},
     {"disk", "disk tier: a folder of its own and its size, such as /var/lib/kvtide:100GiB (default: none)"},
     {"disk_io", "io_uring, threads, or auto (default: io_uring where it is allowed)"},
+    {"disk_key_file",
+     "encrypts the disk tier: file with 32 bytes, raw, hexadecimal or base64, that nobody else may read "
+     "(default: not encrypted)"},
     {"remote",
      "Redis or Valkey server through which daemons share blocks: HOST:PORT, rediss://HOST:PORT (TLS), "
      "unix:/path/to/socket (default: none)"},

@@ -30,13 +30,19 @@ absl::Status OpenDisk(const DaemonOptions& options, TieredCache* made) {
   disk.folder = options.disk_folder;
   disk.capacity_bytes = static_cast<size_t>(options.disk_bytes);
   KVTIDE_ASSIGN_OR_RETURN(disk.io, ChooseIo(options.disk_io, &made->notes));
+  if (!options.disk_key_file.empty()) {
+    absl::StatusOr<SecretKey> key = ReadKeyFile(options.disk_key_file);
+    if (!key.ok()) return Annotate(key.status(), "disk_key_file");
+    disk.key = std::make_shared<SecretKey>(*std::move(key));
+  }
   KVTIDE_ASSIGN_OR_RETURN(made->disk, DiskTier::Open(disk));
   if (!made->disk->rebuild_reason().empty())
     made->notes.push_back(
         {Note::kError, absl::StrCat("index of the disk tier built anew: ", made->disk->rebuild_reason())});
   made->notes.push_back(
       {Note::kInfo, absl::StrCat("disk folder=", disk.folder, " bytes=", disk.capacity_bytes,
-                                 " io=", disk.io == IoKind::kUring ? "io_uring" : "threads")});
+                                 " io=", disk.io == IoKind::kUring ? "io_uring" : "threads",
+                                 " encrypted=", disk.key != nullptr ? "yes" : "no")});
   return absl::OkStatus();
 }
 

@@ -281,6 +281,7 @@ struct TierStats {
   int64_t read_bytes = 0, written_bytes = 0;
   int64_t read_errors = 0, write_errors = 0, checksum_errors = 0, sync_errors = 0;
   int64_t prefix_hit_tokens = 0;
+  bool encrypted = false;  // what lies there
 };
 struct RemoteStats {
   std::string server;                  // "redis://10.0.0.5:6379"

@@ -202,6 +202,7 @@ ServerStats FromProto(const v1::GetStatsResponse& proto) {
     out.checksum_errors = tier.checksum_errors();
     out.sync_errors = tier.sync_errors();
     out.prefix_hit_tokens = tier.prefix_hit_tokens();
+    out.encrypted = tier.encrypted();
     stats.tiers.push_back(std::move(out));
   }
   if (proto.has_remote()) {

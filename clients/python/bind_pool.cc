@@ -93,7 +93,7 @@ nb::dict ToPython(const client::TierStats& from) {
   KVTIDE_PUT(promoted_blocks), KVTIDE_PUT(dropped_blocks), KVTIDE_PUT(device), KVTIDE_PUT(lost_blocks);
   KVTIDE_PUT(io), KVTIDE_PUT(problem), KVTIDE_PUT(read_bytes), KVTIDE_PUT(written_bytes);
   KVTIDE_PUT(read_errors), KVTIDE_PUT(write_errors), KVTIDE_PUT(checksum_errors), KVTIDE_PUT(sync_errors);
-  KVTIDE_PUT(prefix_hit_tokens);
+  KVTIDE_PUT(prefix_hit_tokens), KVTIDE_PUT(encrypted);
   out["pairs"] = List(from.pairs, [](const client::PairStats& pair) { return ToPython(pair); });
   return out;
 }

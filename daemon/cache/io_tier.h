@@ -65,6 +65,7 @@ struct IoTierStats {
   uint64_t reads = 0, writes = 0;  // extents
   uint64_t read_errors = 0, write_errors = 0, sync_errors = 0;
   uint64_t checksum_errors = 0;  // labels or bytes that were not those expected
+  bool encrypted = false;        // what lies there cannot be read without a key
   bool writable = true;
   std::string problem;  // the last error while it is not writable; empty: none
 };

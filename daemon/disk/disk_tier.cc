@@ -13,6 +13,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "daemon/disk/extent_header.h"
+#include "daemon/disk/folder_key.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
 
@@ -44,6 +45,8 @@ using AlignedBytes = std::unique_ptr<std::byte, FreeDeleter>;
 AlignedBytes AllocateAligned(size_t bytes) {
   return AlignedBytes(static_cast<std::byte*>(std::aligned_alloc(kDiskPage, bytes)));
 }
+
+ExtentPlace PlaceOf(const IoJob& job) { return {ExtentPlace::File::kSegments, job.offset}; }
 
 // What may be taken of the capacity for manifests: 40 bytes for each block, which has 8 KiB at least.
 size_t ManifestBytes(size_t capacity) { return RoundUp(capacity / 128, kDiskPage) + 8 * kDiskPage; }
@@ -79,8 +82,9 @@ class DiskTier::Pipeline {
     std::byte* memory = nullptr;
     size_t at = 0, bytes = 0;  // of the extent
     std::vector<IoQueue::Op> ops;
-    std::shared_ptr<Hash> hash;       // of a read
-    std::shared_ptr<uint64_t> found;  // the checksum that the label promises
+    std::shared_ptr<Hash> hash;                                 // of a read
+    std::shared_ptr<uint64_t> found;                            // the checksum that the label promises
+    std::shared_ptr<std::optional<ExtentDecryptor>> decryptor;  // of a read; empty: its bytes are in clear
   };
 
   std::byte* TakePiece() {
@@ -93,11 +97,16 @@ class DiskTier::Pipeline {
   void FinishFirst();
   void FinishRead(const Piece& piece);
   // The bytes of the block in a piece of its extent: what is beyond the label and before the padding.
-  std::span<std::byte> BlockBytes(const Piece& piece, size_t* at) const {
+  static std::span<std::byte> BlockBytes(const Piece& piece, size_t* at) {
     const size_t begin = std::max(piece.at, kDiskPage);
     const size_t end = std::min(piece.at + piece.bytes, kDiskPage + piece.job->label.bytes);
     *at = begin - kDiskPage;
     return {piece.memory + (begin - piece.at), end - begin};
+  }
+  // The same with the padding.
+  static std::span<std::byte> EncryptedBytes(const Piece& piece) {
+    const size_t label = piece.at == 0 ? kDiskPage : 0;
+    return {piece.memory + label, piece.bytes - label};
   }
   bool Wanted(IoJob& job) const {
     if (IsCancelled(job.cancellation) && job.status.ok()) job.status = absl::CancelledError("the move");
@@ -112,6 +121,8 @@ class DiskTier::Pipeline {
 void DiskTier::Pipeline::Write(IoJob& job) {
   const size_t extent = tier_.ExtentBytes(job.label.bytes), piece_bytes = tier_.options_.piece_bytes;
   Hash hash;
+  std::optional<ExtentEncryptor> encryptor;
+  if (tier_.key_ != nullptr) encryptor.emplace(*tier_.key_, PlaceOf(job));
   Piece first;
   // The first piece has the label, and with it the checksum of all: it is issued last.
   for (size_t begin = 0; begin < extent && Wanted(job); begin += piece_bytes) {
@@ -126,6 +137,7 @@ void DiskTier::Pipeline::Write(IoJob& job) {
     hash.Add(block);
     std::byte* const end = block.data() + block.size();
     std::memset(end, 0, static_cast<size_t>(piece.memory + piece.bytes - end));
+    if (encryptor.has_value()) encryptor->Add(EncryptedBytes(piece));
     if (begin == 0) {
       first = std::move(piece);
     } else if (job.status.ok()) {
@@ -140,7 +152,12 @@ void DiskTier::Pipeline::Write(IoJob& job) {
     return;
   }
   job.label.checksum = hash.Value();
-  WriteExtentHeader(job.label, {first.memory, kDiskPage});
+  const std::span<std::byte> page{first.memory, kDiskPage};
+  if (encryptor.has_value()) {
+    encryptor->WriteLabel(job.label, page);
+  } else {
+    WriteExtentHeader(job.label, page);
+  }
   Issue(std::move(first));
 }
 
@@ -149,6 +166,7 @@ void DiskTier::Pipeline::Read(IoJob& job) {
   const size_t piece_bytes = tier_.options_.piece_bytes;
   const auto hash = std::make_shared<Hash>();
   const auto found = std::make_shared<uint64_t>(0);
+  const auto decryptor = std::make_shared<std::optional<ExtentDecryptor>>();
   for (size_t begin = 0; begin < extent && Wanted(job); begin += piece_bytes) {
     Piece piece;
     piece.job = &job;
@@ -157,6 +175,7 @@ void DiskTier::Pipeline::Read(IoJob& job) {
     piece.bytes = std::min(piece_bytes, extent - begin);
     piece.hash = hash;
     piece.found = found;
+    piece.decryptor = decryptor;
     Issue(std::move(piece));
   }
 }
@@ -205,15 +224,18 @@ void DiskTier::Pipeline::FinishFirst() {
 void DiskTier::Pipeline::FinishRead(const Piece& piece) {
   IoJob& job = *piece.job;
   if (piece.at == 0) {
-    const absl::StatusOr<BlockLabel> label = ReadExtentHeader({piece.memory, kDiskPage});
+    const absl::StatusOr<BlockLabel> label =
+        tier_.ReadLabel(PlaceOf(job), {piece.memory, kDiskPage}, piece.decryptor.get());
     job.status = label.ok() ? CheckLabel(*label, job.label) : absl::DataLossError(label.status().message());
     if (label.ok()) *piece.found = label->checksum;
     if (job.label_only && job.status.ok()) return;
   }
+  if (piece.decryptor->has_value()) (*piece.decryptor)->Add(EncryptedBytes(piece));
   size_t at = 0;
   const std::span<std::byte> block = BlockBytes(piece, &at);
   piece.hash->Add(block);
   const bool last = piece.at + piece.bytes == tier_.ExtentBytes(job.label.bytes);
+  if (job.status.ok() && last && piece.decryptor->has_value()) job.status = (*piece.decryptor)->Check();
   if (job.status.ok() && last && piece.hash->Value() != *piece.found)
     job.status = absl::DataLossError(
         absl::StrCat("the checksum of the block is ", piece.hash->Value(), ", not ", *piece.found));
@@ -246,10 +268,16 @@ absl::StatusOr<std::unique_ptr<DiskTier>> DiskTier::Open(DiskTierOptions options
       options.runs < 1 || options.segment_bytes < kDiskPage || options.segment_bytes % kDiskPage != 0)
     return absl::InvalidArgumentError(
         "disk tier: pieces and segments are multiples of 4096, depth at least 2");
+  // The operator's key opens the folder's, and is not kept.
+  const std::shared_ptr<const SecretKey> operators = std::move(options.key);
   auto tier = std::unique_ptr<DiskTier>(new DiskTier(std::move(options)));
   const DiskTierOptions& mine = tier->options_;
   KVTIDE_RETURN_IF_ERROR(mine.files->MakeFolder(mine.folder));
   KVTIDE_ASSIGN_OR_RETURN(tier->lock_, mine.files->Lock(mine.folder));
+  absl::StatusOr<std::shared_ptr<const SecretKey>> key =
+      OpenFolderKey(*mine.files, mine.folder, operators.get());
+  if (!key.ok()) return Annotate(key.status(), "disk tier");
+  tier->key_ = *std::move(key);
   tier->manifest_bytes_ = ManifestBytes(mine.capacity_bytes);
   tier->extent_bytes_ = mine.capacity_bytes - tier->manifest_bytes_;
   bool fresh = false;
@@ -313,6 +341,15 @@ absl::Status DiskTier::OpenFiles(bool* fresh) {
   return files.SyncFolder(options_.folder);
 }
 
+absl::StatusOr<BlockLabel> DiskTier::ReadLabel(const ExtentPlace& place, std::span<const std::byte> page,
+                                               std::optional<ExtentDecryptor>* decryptor) const {
+  if (key_ == nullptr) return ReadExtentHeader(page);
+  KVTIDE_ASSIGN_OR_RETURN(ExtentDecryptor opened, ExtentDecryptor::Open(*key_, place, page));
+  const BlockLabel label = opened.label();
+  if (decryptor != nullptr) decryptor->emplace(std::move(opened));
+  return label;
+}
+
 std::string DiskTier::EncodeEntry(const Manifest& manifest) {
   std::string text(sizeof(uint64_t) + kDiskPage, '\0');
   const uint64_t offset = manifest.offset;
@@ -334,7 +371,8 @@ absl::Status DiskTier::OpenIndex(bool fresh) {
   }
   Journal::Entries entries;
   for (const auto& [key, manifest] : manifests_) entries[key] = EncodeEntry(manifest);
-  absl::StatusOr<std::unique_ptr<Journal>> journal = Journal::Open(*options_.files, options_.folder);
+  absl::StatusOr<std::unique_ptr<Journal>> journal =
+      Journal::Open(*options_.files, options_.folder, key_.get());
   if (journal.ok()) {
     for (const auto& [key, text] : (*journal)->entries())
       if (manifests_.count(key) == 0) lost_.push_back(absl::StrCat("the manifest of ", key, " is damaged"));
@@ -344,7 +382,7 @@ absl::Status DiskTier::OpenIndex(bool fresh) {
     if (!fresh) rebuild_reason_ = std::string(journal.status().message());
   }
   if (!journal.ok() || (*journal)->entries() != entries)
-    journal = Journal::Create(*options_.files, options_.folder, std::move(entries));
+    journal = Journal::Create(*options_.files, options_.folder, std::move(entries), key_.get());
   KVTIDE_RETURN_IF_ERROR(journal.status());
   journal_ = *std::move(journal);
   // What does not count must not be found when what does is gone.
@@ -376,7 +414,8 @@ absl::StatusOr<std::vector<DiskTier::Manifest>> DiskTier::ScanManifests() {
     for (size_t at = 0; at < bytes; at += kDiskPage) {
       const std::span<std::byte> page{memory.get() + at, kDiskPage};
       if (!whole && !ReadAll(*manifest_file_, begin + at, page).ok()) continue;
-      const absl::StatusOr<BlockLabel> label = ReadExtentHeader(page);
+      const absl::StatusOr<BlockLabel> label =
+          ReadLabel({ExtentPlace::File::kManifests, begin + at}, page, nullptr);
       if (label.ok() && label->kind == BlockLabel::Kind::kManifest) found.push_back({begin + at, *label});
     }
   }
@@ -390,9 +429,15 @@ absl::StatusOr<std::string> DiskTier::ReadManifest(const Manifest& manifest) {
     return absl::DataLossError("it is not inside the file of manifests");
   const AlignedBytes memory = AllocateAligned(bytes);
   KVTIDE_RETURN_IF_ERROR(ReadAll(*manifest_file_, manifest.offset, {memory.get(), bytes}));
-  KVTIDE_ASSIGN_OR_RETURN(const BlockLabel label, ReadExtentHeader({memory.get(), kDiskPage}));
+  std::optional<ExtentDecryptor> decryptor;
+  KVTIDE_ASSIGN_OR_RETURN(const BlockLabel label, ReadLabel({ExtentPlace::File::kManifests, manifest.offset},
+                                                            {memory.get(), kDiskPage}, &decryptor));
   KVTIDE_RETURN_IF_ERROR(CheckLabel(label, manifest.label));
-  const std::byte* value = memory.get() + kDiskPage;
+  std::byte* const value = memory.get() + kDiskPage;
+  if (decryptor.has_value()) {
+    decryptor->Add({value, bytes - kDiskPage});
+    KVTIDE_RETURN_IF_ERROR(decryptor->Check());
+  }
   if (XXH3_64bits(value, label.bytes) != label.checksum)
     return absl::DataLossError("its checksum is not the one of its label");
   return std::string(reinterpret_cast<const char*>(value), label.bytes);
@@ -405,7 +450,14 @@ absl::Status DiskTier::WriteManifest(Manifest& manifest, const std::string& valu
   std::memcpy(memory.get() + kDiskPage, value.data(), value.size());
   manifest.label.bytes = value.size();
   manifest.label.checksum = XXH3_64bits(value.data(), value.size());
-  WriteExtentHeader(manifest.label, {memory.get(), kDiskPage});
+  const std::span<std::byte> page{memory.get(), kDiskPage};
+  if (key_ != nullptr) {
+    ExtentEncryptor encryptor(*key_, {ExtentPlace::File::kManifests, manifest.offset});
+    encryptor.Add({memory.get() + kDiskPage, bytes - kDiskPage});
+    encryptor.WriteLabel(manifest.label, page);
+  } else {
+    WriteExtentHeader(manifest.label, page);
+  }
   absl::Status status = WriteAll(*manifest_file_, manifest.offset, {memory.get(), bytes});
   CountWrite(status, bytes);
   if (status.ok()) status = SyncFile(*manifest_file_);
@@ -506,6 +558,7 @@ IoTierStats DiskTier::Stats() const {
   MutexLock lock(mu_);
   IoTierStats stats = stats_;
   stats.writable = stats.problem.empty();
+  stats.encrypted = key_ != nullptr;
   return stats;
 }
 

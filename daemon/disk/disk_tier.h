@@ -1,11 +1,13 @@
 // The disk tier: a folder of preallocated segment files that hold extents, a preallocated file of manifests,
-// and an index that says which of those count. See README.md for what is where, and for what is durable when.
+// and an index that says which of those count. With a key all of that is encrypted (encrypted_extent.h). See
+// README.md for what is where, what is durable when, and what encryption protects.
 #pragma once
 
 #include <cstdint>
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -14,6 +16,7 @@
 #include "absl/time/time.h"
 #include "daemon/cache/extent_allocator.h"
 #include "daemon/cache/io_tier.h"
+#include "daemon/disk/encrypted_extent.h"
 #include "daemon/disk/file.h"
 #include "daemon/disk/io_queue.h"
 #include "daemon/disk/journal.h"
@@ -26,6 +29,7 @@ struct DiskTierOptions {
   size_t capacity_bytes = 0;
   IoKind io = IoKind::kThreads;
   FileSystem* files = &SystemFiles();
+  std::shared_ptr<const SecretKey> key;    // the operator's (folder_key.h); null: not encrypted
   size_t segment_bytes = size_t{1} << 30;  // fixed for a folder
   size_t piece_bytes = size_t{1} << 20;    // of one read or write
   unsigned depth = 8;                      // pieces under way of one Run
@@ -39,7 +43,8 @@ struct DiskTierOptions {
 class DiskTier : public IoTier, public DurableIndex {
  public:
   // Takes the folder and its space. AlreadyExists while another daemon has it, ResourceExhausted when the
-  // disk has no room for the segments.
+  // disk has no room for the segments; FailedPrecondition when the key is not the folder's, before anything
+  // is changed.
   static absl::StatusOr<std::unique_ptr<DiskTier>> Open(DiskTierOptions options);
   ~DiskTier() override;
 
@@ -73,6 +78,10 @@ class DiskTier : public IoTier, public DurableIndex {
   static std::string EncodeEntry(const Manifest& manifest);
 
   explicit DiskTier(DiskTierOptions options);
+  // The label that begins an extent, whose page may be encrypted. `decryptor`, which may be null, is for the
+  // bytes behind it, and stays empty where they are in clear. Errors are those of ReadExtentHeader.
+  absl::StatusOr<BlockLabel> ReadLabel(const ExtentPlace& place, std::span<const std::byte> page,
+                                       std::optional<ExtentDecryptor>* decryptor) const;
   absl::Status OpenFiles(bool* fresh);
   absl::StatusOr<std::unique_ptr<File>> OpenSized(const std::string& name, size_t bytes);
   absl::Status OpenIndex(bool fresh);
@@ -102,6 +111,7 @@ class DiskTier : public IoTier, public DurableIndex {
   const DiskTierOptions options_;
   size_t extent_bytes_ = 0, manifest_bytes_ = 0;
   std::unique_ptr<FolderLock> lock_;
+  std::shared_ptr<const SecretKey> key_;  // the folder's; null: not encrypted
   std::vector<std::unique_ptr<File>> segments_;
   std::unique_ptr<File> manifest_file_;
   std::string rebuild_reason_;

@@ -31,6 +31,19 @@ struct ChangeHeader {
 };
 constexpr uint64_t kErase = ~uint64_t{0};
 
+// Before the changes of a record that are encrypted; its header counts it with them.
+struct EncryptedHeader {
+  Salt salt{};
+  Tag tag{};
+};
+// What encrypted changes are bound to.
+struct Bound {
+  uint64_t magic = kMagic;
+  uint64_t file = 0;  // its number
+  uint64_t serial = 0;
+};
+constexpr char kPurpose[] = "kvtide disk index";
+
 template <class T>
 void Put(std::string& text, const T& value) {
   text.append(reinterpret_cast<const char*>(&value), sizeof value);
@@ -41,12 +54,43 @@ uint64_t ChecksumOf(RecordHeader header, const char* changes) {
   return XXH3_64bits_withSeed(changes, header.bytes, XXH3_64bits(&header, sizeof header));
 }
 
-std::string EncodeRecord(uint64_t serial, const std::vector<Journal::Change>& changes) {
+std::span<std::byte> MutableBytes(std::string& text) {
+  return std::as_writable_bytes(std::span(text.data(), text.size()));
+}
+
+std::string EncryptChanges(const SecretKey& key, uint64_t file, uint64_t serial, std::string changes) {
+  const Bound bound{kMagic, file, serial};
+  EncryptedHeader header;
+  header.salt = NewSalt();
+  header.tag =
+      Encrypt(key, kPurpose, header.salt, std::as_bytes(std::span(&bound, 1)), MutableBytes(changes));
+  std::string text;
+  Put(text, header);
+  return text + changes;
+}
+
+absl::StatusOr<std::string> DecryptChanges(const SecretKey& key, uint64_t file, uint64_t serial,
+                                           std::string_view text) {
+  const Bound bound{kMagic, file, serial};
+  EncryptedHeader header;
+  if (text.size() < sizeof header) return absl::DataLossError("a record is not encrypted");
+  std::memcpy(&header, text.data(), sizeof header);
+  std::string changes(text.substr(sizeof header));
+  if (!Decrypt(key, kPurpose, header.salt, std::as_bytes(std::span(&bound, 1)), header.tag,
+               MutableBytes(changes)))
+    return absl::DataLossError("an encrypted record is not the one that was written there");
+  return changes;
+}
+
+// `file` is the number of the one that it is for.
+std::string EncodeRecord(const SecretKey* key, uint64_t file, uint64_t serial,
+                         const std::vector<Journal::Change>& changes) {
   std::string body;
   for (const Journal::Change& change : changes) {
     Put(body, ChangeHeader{change.key, change.value.has_value() ? change.value->size() : kErase});
     if (change.value.has_value()) body += *change.value;
   }
+  if (key != nullptr) body = EncryptChanges(*key, file, serial, std::move(body));
   RecordHeader header;
   header.serial = serial;
   header.bytes = body.size();
@@ -107,24 +151,29 @@ std::vector<uint64_t> Numbers(const std::vector<std::string>& names) {
 
 std::string Journal::Path(uint64_t number) const { return absl::StrCat(folder_, "/index-", number); }
 
-absl::StatusOr<std::unique_ptr<Journal>> Journal::Open(FileSystem& files, std::string folder) {
+absl::StatusOr<std::unique_ptr<Journal>> Journal::Open(FileSystem& files, std::string folder,
+                                                       const SecretKey* key) {
   KVTIDE_ASSIGN_OR_RETURN(const std::vector<std::string> names, files.List(folder));
   const std::vector<uint64_t> numbers = Numbers(names);
   if (numbers.empty()) return absl::NotFoundError(absl::StrCat("no index in ", folder));
-  auto journal = std::unique_ptr<Journal>(new Journal(files, std::move(folder)));
+  auto journal = std::unique_ptr<Journal>(new Journal(files, std::move(folder), key));
   journal->number_ = numbers.front();
   const std::string path = journal->Path(journal->number_);
   KVTIDE_ASSIGN_OR_RETURN(journal->file_, files.Open(path, false, false));
   KVTIDE_ASSIGN_OR_RETURN(const uint64_t size, journal->file_->Size());
   std::string text(size, '\0');
-  KVTIDE_RETURN_IF_ERROR(Annotate(
-      ReadAll(*journal->file_, 0, std::as_writable_bytes(std::span(text.data(), text.size()))), path));
+  KVTIDE_RETURN_IF_ERROR(Annotate(ReadAll(*journal->file_, 0, MutableBytes(text)), path));
   size_t at = 0;
   while (const std::optional<RecordHeader> header = FindRecord(text, at)) {
     if (at > 0 && header->serial != journal->serial_ + 1)
       return absl::DataLossError(absl::StrCat(path, ": a record is missing at ", at));
-    KVTIDE_ASSIGN_OR_RETURN(const std::vector<Change> changes,
-                            DecodeChanges(text.data() + at + sizeof(RecordHeader), header->bytes));
+    std::string body = text.substr(at + sizeof(RecordHeader), header->bytes);
+    if (key != nullptr) {
+      absl::StatusOr<std::string> opened = DecryptChanges(*key, journal->number_, header->serial, body);
+      if (!opened.ok()) return Annotate(opened.status(), path);
+      body = *std::move(opened);
+    }
+    KVTIDE_ASSIGN_OR_RETURN(const std::vector<Change> changes, DecodeChanges(body.data(), body.size()));
     journal->Apply(changes);
     journal->serial_ = header->serial;
     at += sizeof(RecordHeader) + header->bytes;
@@ -149,12 +198,12 @@ absl::StatusOr<std::unique_ptr<Journal>> Journal::Open(FileSystem& files, std::s
 }
 
 absl::StatusOr<std::unique_ptr<Journal>> Journal::Create(FileSystem& files, std::string folder,
-                                                         Entries entries) {
+                                                         Entries entries, const SecretKey* key) {
   KVTIDE_ASSIGN_OR_RETURN(const std::vector<std::string> names, files.List(folder));
   const std::vector<uint64_t> numbers = Numbers(names);
-  auto journal = std::unique_ptr<Journal>(new Journal(files, std::move(folder)));
+  auto journal = std::unique_ptr<Journal>(new Journal(files, std::move(folder), key));
   journal->number_ = numbers.empty() ? 0 : numbers.front();
-  for (auto& [key, value] : entries) journal->Apply({{key, std::move(value)}});
+  for (auto& [name, value] : entries) journal->Apply({{name, std::move(value)}});
   KVTIDE_RETURN_IF_ERROR(journal->Checkpoint());
   for (const uint64_t number : numbers) KVTIDE_RETURN_IF_ERROR(files.Remove(journal->Path(number)));
   return journal;
@@ -175,7 +224,7 @@ void Journal::Apply(const std::vector<Change>& changes) {
 absl::Status Journal::Checkpoint() {
   std::vector<Change> all;
   for (const auto& [key, value] : entries_) all.push_back({key, value});
-  const std::string record = EncodeRecord(serial_ + 1, all);
+  const std::string record = EncodeRecord(key_, number_ + 1, serial_ + 1, all);
   if (record.size() - sizeof(RecordHeader) > kLargestRecord)
     return absl::ResourceExhaustedError(absl::StrCat(
         "the index has ", record.size(), " bytes of entries, at most ", kLargestRecord, " are possible"));
@@ -198,15 +247,15 @@ absl::Status Journal::Checkpoint() {
 }
 
 absl::Status Journal::Append(const std::vector<Change>& changes) {
-  const std::string record = EncodeRecord(serial_ + 1, changes);
+  const std::string record = EncodeRecord(key_, number_, serial_ + 1, changes);
   if (record.size() - sizeof(RecordHeader) > kLargestRecord)
     return absl::InvalidArgumentError("the change is too large for the index");
   if (broken_ || end_ + record.size() > 2 * live_bytes_ + kSlack) {
     broken_ = true;  // until it has succeeded: the next file may be there already, and count
     KVTIDE_RETURN_IF_ERROR(Checkpoint());
   }
-  // The serial may be another one now.
-  const std::string bytes = EncodeRecord(serial_ + 1, changes);
+  // The file and the serial may be other ones now.
+  const std::string bytes = EncodeRecord(key_, number_, serial_ + 1, changes);
   absl::Status status = WriteAll(*file_, end_, Bytes(bytes));
   if (status.ok()) status = file_->Sync();
   if (!status.ok()) {

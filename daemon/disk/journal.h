@@ -8,6 +8,9 @@
 // A record that is cut off at the end of the file is one that was never acknowledged. A damaged one with good
 // ones behind it means that the file is damaged: Open says DataLoss, and the caller builds it anew from what
 // it finds elsewhere. Not thread-safe.
+//
+// With a key the changes of each record are encrypted (encryption.h), bound to the record's header and to the
+// file; keys and values are not on the disk then.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +22,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "daemon/disk/encryption.h"
 #include "daemon/disk/file.h"
 
 namespace kvtide {
@@ -32,11 +36,13 @@ class Journal {
     std::optional<std::string> value;
   };
 
-  // The newest journal of the folder; NotFound if there is none, DataLoss if it is damaged.
-  static absl::StatusOr<std::unique_ptr<Journal>> Open(FileSystem& files, std::string folder);
+  // The newest journal of the folder; NotFound if there is none, DataLoss if it is damaged. `key`: null, or
+  // what its records are encrypted with, which lives longer than the journal.
+  static absl::StatusOr<std::unique_ptr<Journal>> Open(FileSystem& files, std::string folder,
+                                                       const SecretKey* key = nullptr);
   // A new one with these entries, whatever is there.
   static absl::StatusOr<std::unique_ptr<Journal>> Create(FileSystem& files, std::string folder,
-                                                         Entries entries);
+                                                         Entries entries, const SecretKey* key = nullptr);
 
   const Entries& entries() const { return entries_; }
   // All of the changes are durable when this returns OK, in one step: a crash leaves all or none. After an
@@ -45,7 +51,8 @@ class Journal {
   uint64_t file_bytes() const { return end_; }
 
  private:
-  Journal(FileSystem& files, std::string folder) : files_(files), folder_(std::move(folder)) {}
+  Journal(FileSystem& files, std::string folder, const SecretKey* key)
+      : files_(files), folder_(std::move(folder)), key_(key) {}
   // Writes all entries to the next file and goes on there.
   absl::Status Checkpoint();
   void Apply(const std::vector<Change>& changes);
@@ -53,6 +60,7 @@ class Journal {
 
   FileSystem& files_;
   const std::string folder_;
+  const SecretKey* const key_;
   Entries entries_;
   uint64_t number_ = 0;  // of the file
   std::unique_ptr<File> file_;

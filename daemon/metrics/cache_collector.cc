@@ -161,6 +161,9 @@ void WriteIo(FamilyWriter& writer, const CacheStats& stats) {
   each(writer.Gauge("kvtide_tier_writable",
                     "1: the tier takes blocks; 0: its last write failed, as on a full disk."),
        [](const IoTierStats& io) { return io.writable ? 1 : 0; });
+  each(writer.Gauge("kvtide_tier_encrypted",
+                    "1: what lies in the tier is encrypted (disk_key_file); 0: it is not."),
+       [](const IoTierStats& io) { return io.encrypted ? 1 : 0; });
   each(writer.Counter("kvtide_tier_read_bytes_total", "Bytes read from the tier."),
        [](const IoTierStats& io) { return io.read_bytes; });
   each(writer.Counter("kvtide_tier_written_bytes_total", "Bytes written to the tier."),

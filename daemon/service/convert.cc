@@ -372,6 +372,7 @@ void ToProto(const CacheStats& stats, v1::GetStatsResponse* proto) {
     out->set_write_errors(ToSigned(tier.io.write_errors));
     out->set_checksum_errors(ToSigned(tier.io.checksum_errors));
     out->set_sync_errors(ToSigned(tier.io.sync_errors));
+    out->set_encrypted(tier.io.encrypted);
   }
   proto->set_models(ToSigned(stats.models));
   proto->set_sequences(ToSigned(stats.sequences));

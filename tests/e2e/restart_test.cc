@@ -3,12 +3,14 @@
 // More often than the few times of every run:
 //     KVTIDE_KILL_ROUNDS=200 kvtide_test_e2e --gtest_filter='*KillsAtAnyMoment*'
 #include <signal.h>
+#include <sys/stat.h>
 #include <xxhash.h>
 
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
 #include <map>
 #include <mutex>
 #include <random>
@@ -41,14 +43,27 @@ absl::StatusOr<uint64_t> HashOf(client::Client& client, client::SequenceId id, i
   return hash;
 }
 
+// 32 bytes as hexadecimal digits, in a file that only its owner may read.
+std::string WriteKey(const std::string& folder, char digit = 'c') {
+  const std::string path = folder + "/key-" + digit;
+  std::ofstream(path) << "0123456789abcdef" << std::string(48, digit) << "\n";
+  EXPECT_EQ(chmod(path.c_str(), 0400), 0);
+  return path;
+}
+
+// The parameter: how the disk is read and written, or "encrypted".
 class RestartTest : public ::testing::TestWithParam<const char*> {
  protected:
-  RestartTest() : folder_(MakeFolder()) {}
+  RestartTest() : folder_(MakeFolder()) {
+    if (std::string(GetParam()) == "encrypted") key_file_ = WriteKey(folder_);
+  }
   ~RestartTest() override { std::filesystem::remove_all(folder_); }
   void Start(std::vector<std::string> more = {}) {
-    std::vector<std::string> arguments = {
-        "--device-memory",       "2MiB",      "--host-memory", "2MiB", "--disk",
-        folder_ + "/tier:64MiB", "--disk-io", GetParam()};
+    std::vector<std::string> arguments = {"--device-memory", "2MiB",
+                                          "--host-memory",   "2MiB",
+                                          "--disk",          folder_ + "/tier:64MiB",
+                                          "--disk-io",       key_file_.empty() ? GetParam() : "auto"};
+    if (!key_file_.empty()) arguments.insert(arguments.end(), {"--disk-key-file", key_file_});
     arguments.insert(arguments.end(), more.begin(), more.end());
     daemon_ = TestDaemon::Start(arguments);
     ASSERT_NE(daemon_, nullptr);
@@ -66,6 +81,7 @@ class RestartTest : public ::testing::TestWithParam<const char*> {
   }
 
   const std::string folder_;
+  std::string key_file_;  // empty: not encrypted
   std::unique_ptr<TestDaemon> daemon_;
   std::unique_ptr<client::Client> client_;
 };
@@ -299,6 +315,8 @@ TEST(Disk, BadSettingsAreNamed) {
            {{"--disk", "/tmp/x:1KiB"}, "at least 1MiB"},
            {{"--disk-io", "aio"}, "use auto, io_uring or threads"},
            {{"--persist", "always"}, "use none, on-park or all"},
+           {{"--disk-key-file", "/tmp/x"}, "needs a disk tier"},
+           {{"--rekey-disk", "/tmp/x"}, "--disk-key-file"},
            {{"--persist", "all"}, "needs a disk tier"}}) {
     const TestDaemon::Result result = TestDaemon::RunToEnd(arguments);
     EXPECT_EQ(result.exit_code, 2) << text;
@@ -306,7 +324,106 @@ TEST(Disk, BadSettingsAreNamed) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Io, RestartTest, ::testing::Values("auto", "threads"),
+// All bytes of the files in a folder.
+std::string AllBytes(const std::string& folder) {
+  std::string all;
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) all += ReadWhole(entry.path());
+  return all;
+}
+
+// What a client gives is looked for in the files of a daemon's disk tier: in clear all of it is there, so
+// that the search is known to find; encrypted none of it. The key is nowhere else either.
+TEST(EncryptedDisk, NothingOfASequenceIsInItsFiles) {
+  for (const bool encrypted : {false, true}) {
+    SCOPED_TRACE(encrypted ? "encrypted" : "in clear");
+    const std::string folder = MakeFolder();
+    std::vector<std::string> arguments = {"--device-memory", "2MiB", "--disk", folder + "/tier:8MiB"};
+    if (encrypted) arguments.insert(arguments.end(), {"--disk-key-file", WriteKey(folder)});
+    const auto daemon = TestDaemon::Start(arguments);
+    ASSERT_NE(daemon, nullptr);
+    const auto client = daemon->Connect();
+    ASSERT_TRUE(client->RegisterModel(SmallModel("a-secret-model")).ok());
+    client::SequenceOptions options = WithPair("f16/f16");
+    options.tenant = "a-secret-tenant";
+    const auto id = client->CreateSequence("a-secret-model", options);
+    ASSERT_TRUE(id.ok()) << id.status();
+    constexpr int64_t kTokens = 200;
+    std::vector<client::TokenId> ids(kTokens);
+    for (size_t i = 0; i < ids.size(); i++) ids[i] = static_cast<client::TokenId>(70'001 + 977 * i);
+    // 12.5 in f16 is 40 4a; one element in 16 differs, so that rows are no single byte pattern.
+    std::vector<float> rows(kTokens * kKvHeads * kDim, 12.5f);
+    for (size_t i = 0; i < rows.size(); i += 16) rows[i] = static_cast<float>(i % 997);
+    std::vector<client::LayerTokens> layers;
+    for (int layer = 0; layer < kLayers; layer++)
+      layers.push_back({layer, client::TensorRef::F32(rows, {kTokens, kKvHeads, kDim}),
+                        client::TensorRef::F32(rows, {kTokens, kKvHeads, kDim})});
+    ASSERT_TRUE(client->Append(*id, 0, layers, ids).ok());
+    ASSERT_TRUE(client->PersistSequences(std::span(&*id, 1)).ok());
+    const auto stats = client->GetStats().value();
+    EXPECT_EQ(stats.tiers.back().encrypted, encrypted);
+    EXPECT_THAT(daemon->Log(), HasSubstr(encrypted ? "encrypted=yes" : "encrypted=no"));
+    EXPECT_THAT(daemon->Log(), Not(HasSubstr("cccccccc")));
+    const std::string all = AllBytes(folder + "/tier");
+    std::string values;
+    for (int i = 0; i < 10; i++) values += "\x40\x4a";
+    const uint64_t number = *id;
+    for (const std::string& wanted :
+         {std::string("a-secret-model"), std::string("a-secret-tenant"), values,
+          std::string(reinterpret_cast<const char*>(&number), sizeof number),
+          std::string(reinterpret_cast<const char*>(&ids[130]), 8 * sizeof ids[0])})
+      EXPECT_EQ(all.find(wanted) == std::string::npos, encrypted) << wanted;
+    std::filesystem::remove_all(folder);
+  }
+}
+
+// Every mismatch of key and folder ends the start with words, and the right key finds all afterwards.
+TEST(EncryptedDisk, AnotherKeyIsRefusedAndAChangedOneOpens) {
+  const std::string folder = MakeFolder(), disk = folder + "/tier:8MiB";
+  const std::string key = WriteKey(folder), other = WriteKey(folder, 'd'), open = WriteKey(folder, 'e');
+  ASSERT_EQ(chmod(open.c_str(), 0644), 0);
+  client::SequenceId id = 0;
+  uint64_t hash = 0;
+  const auto durable = [&](const std::string& with) {
+    const auto daemon =
+        TestDaemon::Start({"--device-memory", "2MiB", "--disk", disk, "--disk-key-file", with});
+    ASSERT_NE(daemon, nullptr);
+    const auto client = daemon->Connect();
+    if (id == 0) {
+      ASSERT_TRUE(client->RegisterModel(SmallModel()).ok());
+      id = client->CreateSequence("small", WithPair("q8_0/turbo4")).value();
+      ASSERT_TRUE(client->Append(id, 0, Tokens(3, 0, 300).layers).ok());
+      ASSERT_TRUE(client->PersistSequences(std::span(&id, 1)).ok());
+      hash = HashOf(*client, id, 300).value();
+    }
+    EXPECT_EQ(HashOf(*client, id, 300).value(), hash);
+  };
+  const auto run = [&](std::vector<std::string> more) {
+    std::vector<std::string> arguments = {
+        "--listen", "unix:" + folder + "/a.sock", "--device", "cpu",    "--device-memory",
+        "2MiB",     "--metrics-address",          "off",      "--disk", disk};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return TestDaemon::RunToEnd(arguments);
+  };
+  durable(key);
+  for (const auto& [more, words] : std::vector<std::pair<std::vector<std::string>, std::string>>{
+           {{}, "is encrypted: give the file with its key"},
+           {{"--disk-key-file", other}, "another key"},
+           {{"--disk-key-file", open}, "lets others in; chmod 0400"},
+           {{"--disk-key-file", folder + "/none"}, "No such file"},
+           {{"--disk-key-file", other, "--rekey-disk", key}, "another key"}}) {
+    const TestDaemon::Result result = run(more);
+    EXPECT_EQ(result.exit_code, 1) << words;
+    EXPECT_THAT(result.output, HasSubstr(words));
+  }
+  durable(key);
+  const TestDaemon::Result changed = run({"--disk-key-file", key, "--rekey-disk", other});
+  EXPECT_EQ(changed.exit_code, 0) << changed.output;
+  EXPECT_EQ(run({"--disk-key-file", key}).exit_code, 1);
+  durable(other);
+  std::filesystem::remove_all(folder);
+}
+
+INSTANTIATE_TEST_SUITE_P(Io, RestartTest, ::testing::Values("auto", "threads", "encrypted"),
                          [](const auto& test) { return std::string(test.param); });
 
 }  // namespace

@@ -54,11 +54,11 @@ std::string Tiers(const ServerStats& stats, const Terminal& terminal) {
   std::string text = table.Render(terminal);
   for (const TierStats& tier : stats.tiers) {
     if (!tier.io) continue;
-    absl::StrAppend(&text, tier.name, ": ", tier.backend, ", read ", FormatBytes(tier.read_bytes),
-                    ", written ", FormatBytes(tier.written_bytes), "; failed reads ", tier.read_errors,
-                    ", writes ", tier.write_errors, ", syncs ", tier.sync_errors,
-                    ", other bytes than stored ", tier.checksum_errors, "; lost ", tier.lost_blocks,
-                    " blocks\n");
+    absl::StrAppend(&text, tier.name, ": ", tier.backend, tier.encrypted ? ", encrypted" : ", not encrypted",
+                    ", read ", FormatBytes(tier.read_bytes), ", written ", FormatBytes(tier.written_bytes),
+                    "; failed reads ", tier.read_errors, ", writes ", tier.write_errors, ", syncs ",
+                    tier.sync_errors, ", other bytes than stored ", tier.checksum_errors, "; lost ",
+                    tier.lost_blocks, " blocks\n");
     if (!tier.problem.empty())
       absl::StrAppend(
           &text,
@@ -257,6 +257,7 @@ Json TierJson(const TierStats& tier) {
           {"write_errors", tier.write_errors},
           {"checksum_errors", tier.checksum_errors},
           {"sync_errors", tier.sync_errors},
+          {"encrypted", tier.encrypted},
           {"pairs", pairs}};
 }
 

@@ -180,6 +180,7 @@ class TierStats:
     checksum_errors: int
     sync_errors: int
     prefix_hit_tokens: int
+    encrypted: bool
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 #include "tests/daemon/cache/cache_fixture.h"
 
 #include <chrono>
+#include <cstdlib>
 #include <numeric>
 #include <thread>
 
@@ -70,6 +71,11 @@ void CacheTest::StartWithDisk(size_t device_bytes, size_t host_bytes, size_t dis
   options.files = files_.get();
   options.clock = clock_.function();
   options.id_seed = ++lives_;
+  if (std::getenv("KVTIDE_TEST_DISK_ENCRYPTED") != nullptr) {
+    auto key = std::make_shared<SecretKey>();
+    key->bytes()[0] = std::byte{1};
+    options.key = std::move(key);
+  }
   absl::StatusOr<std::unique_ptr<DiskTier>> disk = DiskTier::Open(options);
   ASSERT_TRUE(disk.ok()) << disk.status();
   disk_ = *std::move(disk);

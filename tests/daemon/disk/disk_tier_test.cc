@@ -1,6 +1,6 @@
 // The disk tier over files that fail: what was acknowledged as durable reads back bit for bit after a crash
 // at any step, also when the index was lost; nothing reads another block's bytes; errors stay with their
-// block.
+// block. All of it in clear and encrypted.
 #include "daemon/disk/disk_tier.h"
 
 #include <unistd.h>
@@ -9,10 +9,13 @@
 #include <filesystem>
 #include <random>
 #include <thread>
+#include <tuple>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/extent_allocator.h"
 #include "daemon/disk/extent_header.h"
+#include "daemon/disk/folder_key.h"
 #include "gtest/gtest.h"
 #include "tests/daemon/disk/fault_file_system.h"
 
@@ -24,13 +27,20 @@ constexpr char kFolder[] = "/disk";
 
 using Bytes = std::vector<std::byte>;
 
+std::shared_ptr<const SecretKey> TestKey(int number = 0) {
+  auto key = std::make_shared<SecretKey>();
+  for (size_t i = 0; i < kKeyBytes; i++)
+    key->bytes()[i] = static_cast<std::byte>(i + 1 + 50 * static_cast<size_t>(number));
+  return key;
+}
+
 Bytes RandomBytes(std::mt19937& random, size_t count) {
   Bytes bytes(count);
   for (std::byte& b : bytes) b = static_cast<std::byte>(random());
   return bytes;
 }
 
-DiskTierOptions SmallOptions(FaultFileSystem& files, uint64_t id_seed) {
+DiskTierOptions SmallOptions(FaultFileSystem& files, uint64_t id_seed, bool encrypted) {
   DiskTierOptions options;
   options.folder = kFolder;
   options.capacity_bytes = 64 * kDiskPage;
@@ -41,6 +51,7 @@ DiskTierOptions SmallOptions(FaultFileSystem& files, uint64_t id_seed) {
   options.io = IoKind::kInline;
   options.files = &files;
   options.id_seed = id_seed;
+  if (encrypted) options.key = TestKey();
   return options;
 }
 
@@ -89,9 +100,10 @@ BlockLabel LabelOf(uint64_t sequence, int64_t index) {
   return label;
 }
 
-class DiskTierTest : public ::testing::Test {
+class DiskTierTest : public ::testing::TestWithParam<bool> {
  protected:
-  void Open() { tier_ = DiskTier::Open(SmallOptions(files_, ++lives_)).value(); }
+  DiskTierOptions Options() { return SmallOptions(files_, ++lives_, GetParam()); }
+  void Open() { tier_ = DiskTier::Open(Options()).value(); }
   void Restart() {
     tier_.reset();
     files_.Crash();
@@ -103,7 +115,7 @@ class DiskTierTest : public ::testing::Test {
   std::mt19937 random_{7};
 };
 
-TEST_F(DiskTierTest, BlocksOfEverySizeComeBack) {
+TEST_P(DiskTierTest, BlocksOfEverySizeComeBack) {
   Open();
   files_.set_short_results(true);
   for (size_t bytes = 1; bytes < 12 * kDiskPage; bytes += 1 + bytes / 3) {
@@ -117,7 +129,7 @@ TEST_F(DiskTierTest, BlocksOfEverySizeComeBack) {
   }
 }
 
-TEST_F(DiskTierTest, NeverGivesAnotherBlocksBytes) {
+TEST_P(DiskTierTest, NeverGivesAnotherBlocksBytes) {
   Open();
   BlockLabel first = LabelOf(1, 0), second = LabelOf(1, 0);
   const Bytes content = RandomBytes(random_, 3 * kDiskPage);
@@ -132,7 +144,7 @@ TEST_F(DiskTierTest, NeverGivesAnotherBlocksBytes) {
   EXPECT_EQ(tier_->Stats().checksum_errors, 3u);
 }
 
-TEST_F(DiskTierTest, EveryDamagedPageIsNoticed) {
+TEST_P(DiskTierTest, EveryDamagedPageIsNoticed) {
   Open();
   BlockLabel label = LabelOf(1, 0);
   const Bytes content = RandomBytes(random_, 4 * kDiskPage);
@@ -147,7 +159,7 @@ TEST_F(DiskTierTest, EveryDamagedPageIsNoticed) {
 }
 
 // A transfer that failed is never a success, whichever of its pieces it was.
-TEST_F(DiskTierTest, AnErrorOfAnyPieceIsTheBlocksAndNoOthers) {
+TEST_P(DiskTierTest, AnErrorOfAnyPieceIsTheBlocksAndNoOthers) {
   Open();
   for (int piece = 0; piece < 5; piece++) {
     const Bytes content = RandomBytes(random_, 9 * kDiskPage);
@@ -165,7 +177,7 @@ TEST_F(DiskTierTest, AnErrorOfAnyPieceIsTheBlocksAndNoOthers) {
   }
 }
 
-TEST_F(DiskTierTest, JobsOfOneRunFailAlone) {
+TEST_P(DiskTierTest, JobsOfOneRunFailAlone) {
   Open();
   std::vector<Bytes> content;
   std::vector<IoJob> jobs(5);
@@ -194,9 +206,9 @@ TEST_F(DiskTierTest, JobsOfOneRunFailAlone) {
   }
 }
 
-TEST_F(DiskTierTest, AFullDiskStopsWritesForAWhileAndSaysSo) {
+TEST_P(DiskTierTest, AFullDiskStopsWritesForAWhileAndSaysSo) {
   absl::Time now = absl::FromUnixSeconds(1'000'000);
-  DiskTierOptions options = SmallOptions(files_, 1);
+  DiskTierOptions options = Options();
   options.clock = [&] { return now; };
   tier_ = DiskTier::Open(options).value();
   const Bytes content = RandomBytes(random_, kDiskPage);
@@ -217,19 +229,19 @@ TEST_F(DiskTierTest, AFullDiskStopsWritesForAWhileAndSaysSo) {
   EXPECT_EQ(tier_->Stats().problem, "");
 }
 
-TEST_F(DiskTierTest, NoRoomForTheSegmentsIsSaidAtTheStart) {
+TEST_P(DiskTierTest, NoRoomForTheSegmentsIsSaidAtTheStart) {
   files_.set_capacity(20 * kDiskPage);
-  const absl::Status status = DiskTier::Open(SmallOptions(files_, 1)).status();
+  const absl::Status status = DiskTier::Open(Options()).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
 }
 
-TEST_F(DiskTierTest, ASecondDaemonOnTheFolderIsRefused) {
+TEST_P(DiskTierTest, ASecondDaemonOnTheFolderIsRefused) {
   Open();
-  EXPECT_EQ(DiskTier::Open(SmallOptions(files_, 9)).status().code(), absl::StatusCode::kAlreadyExists);
+  EXPECT_EQ(DiskTier::Open(Options()).status().code(), absl::StatusCode::kAlreadyExists);
   Restart();  // the lock of a dead process does not stay
 }
 
-TEST_F(DiskTierTest, AFailedSyncMakesNothingDurableAnyMore) {
+TEST_P(DiskTierTest, AFailedSyncMakesNothingDurableAnyMore) {
   Open();
   files_.Fail(FaultFileSystem::kSync);
   EXPECT_FALSE(tier_->Put(1, "value").ok());
@@ -239,7 +251,7 @@ TEST_F(DiskTierTest, AFailedSyncMakesNothingDurableAnyMore) {
   EXPECT_TRUE(tier_->Put(1, "value").ok());
 }
 
-TEST_F(DiskTierTest, ChangesOfTheSizeKeepWhatStillFits) {
+TEST_P(DiskTierTest, ChangesOfTheSizeKeepWhatStillFits) {
   Open();
   BlockLabel label = LabelOf(1, 1);
   const Bytes content = RandomBytes(random_, 9000);
@@ -247,7 +259,7 @@ TEST_F(DiskTierTest, ChangesOfTheSizeKeepWhatStillFits) {
   ASSERT_TRUE(tier_->Put(1, "value").ok());
   for (const size_t pages : {24u, 80u, 26u}) {
     tier_.reset();
-    DiskTierOptions options = SmallOptions(files_, ++lives_);
+    DiskTierOptions options = Options();
     options.capacity_bytes = pages * kDiskPage;
     tier_ = DiskTier::Open(options).value();
     EXPECT_EQ(Read(*tier_, {8 * kDiskPage, label}).value(), content) << pages;
@@ -256,7 +268,7 @@ TEST_F(DiskTierTest, ChangesOfTheSizeKeepWhatStillFits) {
   }
 }
 
-TEST_F(DiskTierTest, AFullFileOfManifestsIsSaidAndFreedByErase) {
+TEST_P(DiskTierTest, AFullFileOfManifestsIsSaidAndFreedByErase) {
   Open();
   std::vector<uint64_t> keys;
   absl::Status status;
@@ -270,7 +282,7 @@ TEST_F(DiskTierTest, AFullFileOfManifestsIsSaidAndFreedByErase) {
   for (const uint64_t key : keys) EXPECT_TRUE(tier_->Put(100 + key, std::string(3000, 'y')).ok());
 }
 
-TEST_F(DiskTierTest, ADamagedManifestIsLostAlone) {
+TEST_P(DiskTierTest, ADamagedManifestIsLostAlone) {
   Open();
   ASSERT_TRUE(tier_->Put(1, std::string(5000, 'a')).ok());
   ASSERT_TRUE(tier_->Put(2, std::string(5000, 'b')).ok());
@@ -286,7 +298,7 @@ TEST_F(DiskTierTest, ADamagedManifestIsLostAlone) {
 
 // An offload that was still under way when its sequence was closed does not bring it back (Mooncake #2799,
 // #3160).
-TEST_F(DiskTierTest, ErasedKeysStayErasedWhenTheIndexIsLost) {
+TEST_P(DiskTierTest, ErasedKeysStayErasedWhenTheIndexIsLost) {
   Open();
   for (int version = 1; version <= 3; version++)
     ASSERT_TRUE(tier_->Put(1, absl::StrCat("version ", version)).ok());
@@ -310,7 +322,7 @@ TEST_F(DiskTierTest, ErasedKeysStayErasedWhenTheIndexIsLost) {
 
 // Whichever write of a Put fails, what is erased afterwards is gone for good: an older value whose place
 // could not be wiped must not be the newest one then.
-TEST_F(DiskTierTest, AFormerValueThatCouldNotBeWipedGoesWithTheKey) {
+TEST_P(DiskTierTest, AFormerValueThatCouldNotBeWipedGoesWithTheKey) {
   const uint64_t key = 1;
   int put = 0;
   for (int calls = 0; calls < 6; calls++) {
@@ -339,8 +351,8 @@ TEST_F(DiskTierTest, AFormerValueThatCouldNotBeWipedGoesWithTheKey) {
 // index is damaged now and then.
 class Life {
  public:
-  Life(uint32_t seed, bool damage_index)
-      : random_(seed), files_(seed), seed_(seed), damage_index_(damage_index) {}
+  Life(uint32_t seed, bool damage_index, bool encrypted)
+      : random_(seed), files_(seed), seed_(seed), damage_index_(damage_index), encrypted_(encrypted) {}
 
   void Run() {
     for (life_ = 0; life_ < 5 && !::testing::Test::HasFailure(); life_++) {
@@ -362,8 +374,8 @@ class Life {
   };
 
   absl::StatusOr<std::unique_ptr<DiskTier>> Open(uint64_t more) {
-    return DiskTier::Open(
-        SmallOptions(files_, uint64_t{seed_} * 100 + static_cast<uint64_t>(life_) * 2 + more + 1));
+    return DiskTier::Open(SmallOptions(
+        files_, uint64_t{seed_} * 100 + static_cast<uint64_t>(life_) * 2 + more + 1, encrypted_));
   }
 
   // As the cache gives it: nothing that counts is used again.
@@ -441,26 +453,294 @@ class Life {
   std::mt19937 random_;
   FaultFileSystem files_;
   const uint32_t seed_;
-  const bool damage_index_;
+  const bool damage_index_, encrypted_;
   int life_ = 0;
   std::map<uint64_t, Kept> durable_;
   std::optional<std::pair<uint64_t, Kept>> putting_;
   std::optional<uint64_t> erasing_;
 };
 
-TEST(DiskTierLives, WhatWasAcknowledgedAsDurableIsThereAfterACrashAtAnyStep) {
-  for (uint32_t seed = 1; seed <= 100 && !::testing::Test::HasFailure(); seed++) Life(seed, false).Run();
+class DiskTierLives : public ::testing::TestWithParam<bool> {};
+
+TEST_P(DiskTierLives, WhatWasAcknowledgedAsDurableIsThereAfterACrashAtAnyStep) {
+  for (uint32_t seed = 1; seed <= 100 && !::testing::Test::HasFailure(); seed++)
+    Life(seed, false, GetParam()).Run();
 }
 
-TEST(DiskTierLives, ADamagedIndexIsBuiltAnew) {
-  for (uint32_t seed = 1001; seed <= 1200 && !::testing::Test::HasFailure(); seed++) Life(seed, true).Run();
+TEST_P(DiskTierLives, ADamagedIndexIsBuiltAnew) {
+  for (uint32_t seed = 1001; seed <= 1200 && !::testing::Test::HasFailure(); seed++)
+    Life(seed, true, GetParam()).Run();
+}
+
+std::string FormOf(bool encrypted) { return encrypted ? "Encrypted" : "Clear"; }
+INSTANTIATE_TEST_SUITE_P(Forms, DiskTierTest, ::testing::Bool(),
+                         [](const auto& test) { return FormOf(test.param); });
+INSTANTIATE_TEST_SUITE_P(Forms, DiskTierLives, ::testing::Bool(),
+                         [](const auto& test) { return FormOf(test.param); });
+
+// What only the encrypted form has.
+class EncryptedDisk : public ::testing::Test {
+ protected:
+  DiskTierOptions Options() { return SmallOptions(files_, ++lives_, true); }
+  void Open() { tier_ = DiskTier::Open(Options()).value(); }
+  // The bytes of a file on the medium.
+  Bytes Raw(const std::string& name) {
+    const std::unique_ptr<File> file = files_.Open(absl::StrCat(kFolder, "/", name), false, false).value();
+    Bytes bytes(file->Size().value());
+    EXPECT_TRUE(ReadAll(*file, 0, bytes).ok());
+    return bytes;
+  }
+  void Overwrite(const std::string& name, uint64_t offset, std::span<const std::byte> bytes) {
+    const std::unique_ptr<File> file = files_.Open(absl::StrCat(kFolder, "/", name), false, false).value();
+    ASSERT_TRUE(WriteAll(*file, offset, bytes).ok());
+  }
+  std::map<std::string, Bytes> AllRaw() {
+    std::map<std::string, Bytes> all;
+    const std::vector<std::string> names = files_.List(kFolder).value();
+    for (const std::string& name : names)
+      if (name != "lock") all[name] = Raw(name);
+    return all;
+  }
+  FaultFileSystem files_;
+  std::unique_ptr<DiskTier> tier_;
+  uint64_t lives_ = 0;
+  std::mt19937 random_{7};
+};
+
+// Everything that the tier is told is looked for in all files: in clear all of it is found, so that the
+// search is known to find; encrypted none of it.
+TEST_F(EncryptedDisk, NothingThatTellsContentsIsOnTheDisk) {
+  for (const bool encrypted : {false, true}) {
+    FaultFileSystem files;
+    const auto tier = DiskTier::Open(SmallOptions(files, 1, encrypted)).value();
+    BlockLabel label = LabelOf(0x1122334455667788, 3);
+    label.tenant = 0x7766554433221100;
+    label.model_hash = 0x1a2b3c4d5e6f7081;
+    label.chain = {0x0f1e2d3c4b5a6978, 0x8899aabbccddeeff};
+    const Bytes content = RandomBytes(random_, 3 * kDiskPage + 77);
+    ASSERT_TRUE(Write(*tier, 8 * kDiskPage, label, content).ok());
+    ASSERT_TRUE(tier->Put(0x4142434445464748, "sequence 'secret-chat' of tenant acme: tokens 17 39 5").ok());
+    std::vector<std::string> wanted = {"secret-chat", "acme", "turbo4", "q8_0"};
+    const auto number = [&](uint64_t n) { wanted.emplace_back(reinterpret_cast<const char*>(&n), sizeof n); };
+    number(label.sequence), number(label.tenant), number(label.model_hash), number(label.chain[0]);
+    number(label.chain[1]), number(label.write_id), number(label.checksum), number(0x4142434445464748);
+    for (const size_t at : {size_t{0}, size_t{5000}, content.size() - 24})
+      wanted.emplace_back(reinterpret_cast<const char*>(content.data()) + at, 24);
+    std::string all;
+    for (const std::string& path : files.Paths()) {
+      const std::unique_ptr<File> file = files.Open(path, false, false).value();
+      Bytes bytes(file->Size().value());
+      ASSERT_TRUE(ReadAll(*file, 0, bytes).ok());
+      all.append(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+    }
+    for (const std::string& text : wanted)
+      EXPECT_EQ(all.find(text) == std::string::npos, encrypted)
+          << (encrypted ? "in clear: " : "not found: ") << text;
+  }
+}
+
+// Each bit of the page of the label and some of every other page.
+TEST_F(EncryptedDisk, EveryChangedBitIsNoticed) {
+  Open();
+  BlockLabel label = LabelOf(1, 0), other = LabelOf(2, 0);
+  const Bytes content = RandomBytes(random_, 3 * kDiskPage - 100);  // with padding, which is encrypted too
+  ASSERT_TRUE(Write(*tier_, 0, label, content).ok());
+  ASSERT_TRUE(Write(*tier_, 4 * kDiskPage, other, content).ok());
+  const Bytes raw = Raw("segment-0");
+  for (size_t at = 0; at < 4 * kDiskPage; at += at < 300 ? 1 : at < kDiskPage ? 61 : 487) {
+    const std::byte changed = raw[at] ^ static_cast<std::byte>(1u << (at % 8));
+    Overwrite("segment-0", at, {&changed, 1});
+    EXPECT_EQ(Read(*tier_, {0, label}).status().code(), absl::StatusCode::kDataLoss) << at;
+    Overwrite("segment-0", at, {&raw[at], 1});
+  }
+  EXPECT_EQ(Read(*tier_, {0, label}).value(), content);
+  EXPECT_EQ(Read(*tier_, {4 * kDiskPage, other}).value(), content);
+}
+
+TEST_F(EncryptedDisk, ExtentsDoNotOpenInAnotherPlaceNorAfterThatTheyWereReplaced) {
+  Open();
+  BlockLabel a = LabelOf(1, 0), b = LabelOf(1, 0);
+  const Bytes first = RandomBytes(random_, 2 * kDiskPage), second = RandomBytes(random_, 2 * kDiskPage);
+  constexpr size_t kExtent = 3 * kDiskPage;
+  ASSERT_TRUE(Write(*tier_, 0, a, first).ok());
+  ASSERT_TRUE(Write(*tier_, kExtent, b, second).ok());
+  const Bytes raw = Raw("segment-0");
+  // Exchanged, and read as what they were at their former place.
+  Overwrite("segment-0", 0, std::span(raw).subspan(kExtent, kExtent));
+  Overwrite("segment-0", kExtent, std::span(raw).first(kExtent));
+  for (const ExtentRef& extent : {ExtentRef{0, a}, {0, b}, {kExtent, a}, {kExtent, b}})
+    EXPECT_EQ(Read(*tier_, extent).status().code(), absl::StatusCode::kDataLoss) << extent.offset;
+  // Bytes of one behind the label of the other.
+  Overwrite("segment-0", 0, std::span(raw).first(2 * kExtent));
+  Overwrite("segment-0", kDiskPage, std::span(raw).subspan(kExtent + kDiskPage, 2 * kDiskPage));
+  EXPECT_EQ(Read(*tier_, {0, a}).status().code(), absl::StatusCode::kDataLoss);
+  EXPECT_EQ(Read(*tier_, {kExtent, b}).value(), second);
+  // What lay there before is put back.
+  BlockLabel again = LabelOf(1, 0);
+  ASSERT_TRUE(Write(*tier_, 0, again, first).ok());
+  Overwrite("segment-0", 0, std::span(raw).first(kExtent));
+  EXPECT_EQ(Read(*tier_, {0, again}).status().code(), absl::StatusCode::kDataLoss);
+  // The same bytes of the same block never look the same.
+  ASSERT_TRUE(Write(*tier_, 0, again, first).ok());
+  EXPECT_NE(Raw("segment-0"), raw);
+}
+
+TEST_F(EncryptedDisk, WritesThatWereTornAreNoticed) {
+  Open();
+  BlockLabel before = LabelOf(1, 0), label = LabelOf(1, 0);
+  const Bytes content = RandomBytes(random_, 7 * kDiskPage);
+  ASSERT_TRUE(Write(*tier_, 0, before, RandomBytes(random_, 7 * kDiskPage)).ok());
+  const Bytes old = Raw("segment-0");
+  ASSERT_TRUE(Write(*tier_, 0, label, content).ok());
+  const Bytes whole = Raw("segment-0");
+  for (size_t sector = 0; sector < 8 * kDiskPage / 512; sector++) {
+    if (sector % 8 > 1) continue;  // two of each page
+    Overwrite("segment-0", sector * 512, std::span(old).subspan(sector * 512, 512));
+    EXPECT_EQ(Read(*tier_, {0, label}).status().code(), absl::StatusCode::kDataLoss) << sector;
+    Overwrite("segment-0", 0, std::span(whole).first(8 * kDiskPage));
+  }
+  EXPECT_EQ(Read(*tier_, {0, label}).value(), content);
+}
+
+// A manifest that was moved or put back in the place of a newer one's bytes is no manifest.
+TEST_F(EncryptedDisk, ManifestsDoNotOpenInAnotherPlace) {
+  Open();
+  ASSERT_TRUE(tier_->Put(1, "first").ok());
+  const Bytes raw = Raw("manifests");
+  ASSERT_TRUE(tier_->Erase(std::vector<uint64_t>{1}).ok());
+  tier_.reset();
+  Overwrite("manifests", 4 * kDiskPage, std::span(raw).first(2 * kDiskPage));
+  Open();
+  std::vector<std::string> lost;
+  EXPECT_TRUE(tier_->Load(&lost).empty());
+}
+
+TEST_F(EncryptedDisk, WithoutTheRightKeyNothingIsReadAndNothingIsChanged) {
+  Open();
+  BlockLabel label = LabelOf(1, 0);
+  const Bytes content = RandomBytes(random_, 5000);
+  ASSERT_TRUE(Write(*tier_, 0, label, content).ok());
+  ASSERT_TRUE(tier_->Put(1, "value").ok());
+  tier_.reset();
+  const std::map<std::string, Bytes> before = AllRaw();
+  const auto refused = [&](std::shared_ptr<const SecretKey> key, const std::string& words) {
+    DiskTierOptions options = Options();
+    options.key = std::move(key);
+    options.capacity_bytes = 32 * kDiskPage;  // files would be cut if they were opened
+    const absl::Status status = DiskTier::Open(options).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition) << status;
+    EXPECT_NE(status.message().find(words), std::string::npos) << status;
+    EXPECT_EQ(AllRaw(), before);
+  };
+  refused(nullptr, "disk_key_file");
+  refused(TestKey(1), "another key");
+  Open();
+  std::vector<std::string> lost;
+  EXPECT_EQ(tier_->Load(&lost), (std::map<uint64_t, std::string>{{1, "value"}}));
+  EXPECT_EQ(Read(*tier_, {0, label}).value(), content);
+}
+
+TEST_F(EncryptedDisk, AKeyForAFolderInClearIsRefusedAndNothingIsChanged) {
+  tier_ = DiskTier::Open(SmallOptions(files_, 1, false)).value();
+  ASSERT_TRUE(tier_->Put(1, "value").ok());
+  EXPECT_FALSE(tier_->Stats().encrypted);
+  tier_.reset();
+  const std::map<std::string, Bytes> before = AllRaw();
+  const absl::Status status = DiskTier::Open(Options()).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition) << status;
+  EXPECT_NE(status.message().find("not encrypted"), std::string::npos) << status;
+  EXPECT_EQ(AllRaw(), before);
+  tier_ = DiskTier::Open(SmallOptions(files_, 2, false)).value();
+  std::vector<std::string> lost;
+  EXPECT_EQ(tier_->Load(&lost).at(1), "value");
+}
+
+TEST_F(EncryptedDisk, ADamagedOrLostKeyOfTheFolderIsSaidAndNothingIsChanged) {
+  Open();
+  EXPECT_TRUE(tier_->Stats().encrypted);
+  ASSERT_TRUE(tier_->Put(1, "value").ok());
+  tier_.reset();
+  const Bytes key = Raw("encryption");
+  for (size_t at = 0; at < key.size(); at++) {
+    const std::byte changed = key[at] ^ std::byte{4};
+    Overwrite("encryption", at, {&changed, 1});
+    const std::map<std::string, Bytes> before = AllRaw();
+    const absl::Status status = DiskTier::Open(Options()).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss) << at << ": " << status;
+    EXPECT_EQ(AllRaw(), before);
+    Overwrite("encryption", at, {&key[at], 1});
+  }
+  ASSERT_TRUE(files_.Remove(absl::StrCat(kFolder, "/encryption")).ok());
+  const absl::Status lost_key = DiskTier::Open(Options()).status();
+  EXPECT_EQ(lost_key.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_NE(lost_key.message().find("is lost"), std::string::npos) << lost_key;
+  ASSERT_TRUE(files_.Open(absl::StrCat(kFolder, "/encryption"), true, false).ok());
+  Overwrite("encryption", 0, key);  // a copy is put back
+  Open();
+  std::vector<std::string> lost;
+  EXPECT_EQ(tier_->Load(&lost).at(1), "value");
+}
+
+// An index whose records were exchanged or written by somebody else is built anew from the manifests.
+TEST_F(EncryptedDisk, AForgedIndexIsBuiltAnew) {
+  Open();
+  ASSERT_TRUE(tier_->Put(1, "one").ok());
+  tier_.reset();
+  std::string index;
+  const std::vector<std::string> names = files_.List(kFolder).value();
+  for (const std::string& name : names)
+    if (absl::StartsWith(name, "index-")) index = name;
+  FaultFileSystem forger;
+  ASSERT_TRUE(forger.MakeFolder(kFolder).ok());
+  const auto forged = Journal::Create(forger, kFolder, {{7, "forged"}}).value();
+  const std::unique_ptr<File> file = forger.Open(forger.Paths().front(), false, false).value();
+  Bytes bytes(file->Size().value());
+  ASSERT_TRUE(ReadAll(*file, 0, bytes).ok());
+  Overwrite(index, 0, bytes);
+  Open();
+  EXPECT_NE(tier_->rebuild_reason(), "");
+  std::vector<std::string> lost;
+  EXPECT_EQ(tier_->Load(&lost), (std::map<uint64_t, std::string>{{1, "one"}}));
+  EXPECT_TRUE(lost.empty());
+}
+
+// The operator's key is changed, and the process dies at any step of that: one of the two opens the folder.
+TEST_F(EncryptedDisk, TheOperatorsKeyIsChangedWholeOrNotAtAll) {
+  int changed = 0, kept = 0;
+  for (int calls = 0; calls < 10; calls++) {
+    SCOPED_TRACE(calls);
+    FaultFileSystem files(static_cast<uint32_t>(calls) + 1);
+    auto tier = DiskTier::Open(SmallOptions(files, 1, true)).value();
+    ASSERT_TRUE(tier->Put(1, "value").ok());
+    EXPECT_EQ(ChangeOperatorsKey(files, kFolder, *TestKey(), *TestKey(1)).code(),
+              absl::StatusCode::kAlreadyExists);
+    tier.reset();
+    EXPECT_EQ(ChangeOperatorsKey(files, kFolder, *TestKey(2), *TestKey(1)).code(),
+              absl::StatusCode::kFailedPrecondition);
+    files.DieAfter(calls);
+    const bool said = ChangeOperatorsKey(files, kFolder, *TestKey(), *TestKey(1)).ok();
+    files.Crash();
+    DiskTierOptions options = SmallOptions(files, 2, true);
+    options.key = TestKey(1);
+    absl::StatusOr<std::unique_ptr<DiskTier>> with_new = DiskTier::Open(options);
+    ASSERT_TRUE(with_new.ok() || !said) << with_new.status();
+    (with_new.ok() ? changed : kept)++;
+    if (!with_new.ok()) with_new = DiskTier::Open(SmallOptions(files, 3, true));
+    ASSERT_TRUE(with_new.ok()) << with_new.status();
+    std::vector<std::string> lost;
+    EXPECT_EQ((*with_new)->Load(&lost).at(1), "value");
+    with_new->reset();
+  }
+  EXPECT_GT(changed, 0);
+  EXPECT_GT(kept, 0);
 }
 
 // Real files, with both ways of I/O, several Runs at the same time.
-class RealDisk : public ::testing::TestWithParam<IoKind> {};
+class RealDisk : public ::testing::TestWithParam<std::tuple<IoKind, bool>> {};
 
 TEST_P(RealDisk, ManyThreadsWriteAndReadBack) {
-  if (GetParam() == IoKind::kUring && !CheckUring().ok()) GTEST_SKIP() << CheckUring().message();
+  const auto [io, encrypted] = GetParam();
+  if (io == IoKind::kUring && !CheckUring().ok()) GTEST_SKIP() << CheckUring().message();
   std::string folder = ::testing::TempDir() + "/kvtide_disk_XXXXXX";
   ASSERT_NE(mkdtemp(folder.data()), nullptr);
   DiskTierOptions options;
@@ -468,7 +748,8 @@ TEST_P(RealDisk, ManyThreadsWriteAndReadBack) {
   options.capacity_bytes = 24 << 20;
   options.segment_bytes = 5 << 20;
   options.piece_bytes = 64 << 10;
-  options.io = GetParam();
+  options.io = io;
+  if (encrypted) options.key = TestKey();
   options.runs = 2;
   const std::unique_ptr<DiskTier> tier = DiskTier::Open(options).value();
   std::vector<std::thread> threads;
@@ -491,9 +772,13 @@ TEST_P(RealDisk, ManyThreadsWriteAndReadBack) {
   std::filesystem::remove_all(folder);
 }
 
-INSTANTIATE_TEST_SUITE_P(Kinds, RealDisk, ::testing::Values(IoKind::kUring, IoKind::kThreads),
+INSTANTIATE_TEST_SUITE_P(Kinds, RealDisk,
+                         ::testing::Combine(::testing::Values(IoKind::kUring, IoKind::kThreads),
+                                            ::testing::Bool()),
                          [](const auto& test) {
-                           return test.param == IoKind::kUring ? "IoUring" : "Threads";
+                           return absl::StrCat(
+                               std::get<0>(test.param) == IoKind::kUring ? "IoUring" : "Threads",
+                               FormOf(std::get<1>(test.param)));
                          });
 
 }  // namespace

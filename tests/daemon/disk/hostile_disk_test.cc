@@ -34,8 +34,13 @@ void WriteSeeds(const std::string& folder) {
   const auto write = [&](const char* name, char kind, const std::string& text) {
     std::ofstream(folder + "/" + name, std::ios::binary) << kind << text;
   };
-  std::ifstream golden(KVTIDE_GOLDEN "/cache/manifest_v5.bin", std::ios::binary);
-  write("manifest.bin", 0, std::string(std::istreambuf_iterator<char>(golden), {}));
+  const auto golden = [](const char* name) {
+    std::ifstream file(std::string(KVTIDE_GOLDEN) + name, std::ios::binary);
+    return std::string(std::istreambuf_iterator<char>(file), {});
+  };
+  write("manifest.bin", 0, golden("/cache/manifest_v5.bin"));
+  write("folder_key.bin", 3, golden("/disk/encryption_v1.bin"));
+  write("encrypted_extent.bin", 4, golden("/disk/encrypted_extent_v1.bin"));
   KeyedManifest keyed;
   keyed.written_at = 99;
   keyed.spec.tenant = "acme";
@@ -60,7 +65,7 @@ TEST(HostileDisk, TheCorpusIsAccepted) {
     SCOPED_TRACE(name);
     accepted += PlayHostileDisk(bytes) ? 1 : 0;
   }
-  EXPECT_GE(accepted, 3) << "of every kind at least one";
+  EXPECT_GE(accepted, 5) << "of every kind at least one";
 }
 
 TEST(HostileDisk, ChangedBytesAreReadOrRefused) {

@@ -14,9 +14,9 @@ namespace {
 using testing::FaultFileSystem;
 constexpr char kFolder[] = "/disk";
 
-std::unique_ptr<Journal> OpenOrCreate(FaultFileSystem& files) {
-  absl::StatusOr<std::unique_ptr<Journal>> journal = Journal::Open(files, kFolder);
-  if (absl::IsNotFound(journal.status())) journal = Journal::Create(files, kFolder, {});
+std::unique_ptr<Journal> OpenOrCreate(FaultFileSystem& files, const SecretKey* key = nullptr) {
+  absl::StatusOr<std::unique_ptr<Journal>> journal = Journal::Open(files, kFolder, key);
+  if (absl::IsNotFound(journal.status())) journal = Journal::Create(files, kFolder, {}, key);
   return journal.ok() ? *std::move(journal) : nullptr;
 }
 
@@ -78,16 +78,62 @@ TEST(Journal, AFailedChangeDoesNotHarmLaterOnes) {
   }
 }
 
+// Encrypted records: nothing of them is on the disk, damage is told, and one that was put into another file
+// or in another one's place counts as damage.
+TEST(Journal, EncryptedRecordsTellNothingAndKeepTheirPlace) {
+  const SecretKey key = SecretKey::Random(), other = SecretKey::Random();
+  FaultFileSystem files;
+  const auto text_of = [&](const std::string& path) {
+    const std::unique_ptr<File> file = files.Open(path, false, false).value();
+    std::string text(file->Size().value(), '\0');
+    EXPECT_TRUE(ReadAll(*file, 0, std::as_writable_bytes(std::span(text))).ok());
+    return text;
+  };
+  const auto write = [&](const std::string& path, const std::string& text) {
+    ASSERT_TRUE(files.Remove(path).ok());
+    const std::unique_ptr<File> file = files.Open(path, true, false).value();
+    ASSERT_TRUE(WriteAll(*file, 0, std::as_bytes(std::span(text))).ok());
+  };
+  auto journal = Journal::Create(files, kFolder, {{1, "the first"}}, &key).value();
+  const std::string path = files.Paths().front(), begin = text_of(path);
+  ASSERT_TRUE(journal->Append({{2, "a secret value"}}).ok());
+  const std::string middle = text_of(path);
+  ASSERT_TRUE(journal->Append({{2, "another value!"}}).ok());
+  const std::string end = text_of(path);
+  for (const char* value : {"the first", "secret", "another"})
+    EXPECT_EQ(end.find(value), std::string::npos) << value;
+  journal.reset();
+  const auto code = [&](const SecretKey* with) {
+    return Journal::Open(files, kFolder, with).status().code();
+  };
+  EXPECT_EQ(code(&other), absl::StatusCode::kDataLoss);
+  EXPECT_EQ(Journal::Open(files, kFolder, &key).value()->entries(),
+            (Journal::Entries{{1, "the first"}, {2, "another value!"}}));
+  // The two records exchanged; the first one twice; all of it as a file of another number.
+  const std::string second = middle.substr(begin.size()), third = end.substr(middle.size());
+  write(path, begin + third + second);
+  EXPECT_EQ(code(&key), absl::StatusCode::kDataLoss);
+  write(path, begin + second + second);
+  EXPECT_EQ(code(&key), absl::StatusCode::kDataLoss);
+  write(std::string(kFolder) + "/index-99", end);
+  EXPECT_EQ(code(&key), absl::StatusCode::kDataLoss);
+  ASSERT_TRUE(files.Remove(std::string(kFolder) + "/index-99").ok());
+  write(path, end);
+  EXPECT_TRUE(Journal::Open(files, kFolder, &key).ok());
+}
+
 // Random changes; the process dies in any of its steps, again and again.
 TEST(Journal, WhatWasAcknowledgedIsThereAfterACrashAtAnyStep) {
+  const SecretKey encrypting = SecretKey::Random();
   for (uint32_t seed = 1; seed <= 100; seed++) {
+    const SecretKey* const key = seed % 2 == 0 ? &encrypting : nullptr;
     std::mt19937 random(seed);
     FaultFileSystem files(seed);
     Journal::Entries acknowledged;
     std::vector<Journal::Change> in_doubt;
     for (int life = 0; life < 6; life++) {
       files.DieAfter(static_cast<int>(random() % 40));
-      auto journal = OpenOrCreate(files);
+      auto journal = OpenOrCreate(files, key);
       for (int step = 0; journal != nullptr && step < 30; step++) {
         in_doubt.clear();
         for (uint32_t i = 0; i <= random() % 3; i++) {
@@ -105,7 +151,7 @@ TEST(Journal, WhatWasAcknowledgedIsThereAfterACrashAtAnyStep) {
       }
       journal.reset();
       files.Crash();
-      journal = OpenOrCreate(files);
+      journal = OpenOrCreate(files, key);
       ASSERT_NE(journal, nullptr) << "seed " << seed << " life " << life;
       Journal::Entries with_doubt = acknowledged;
       for (const Journal::Change& change : in_doubt) {

@@ -75,6 +75,7 @@ TEST(CacheCollector, FamiliesAndTypes) {
       {"kvtide_dropped_blocks_total", "counter"},
       {"kvtide_lost_blocks_total", "counter"},
       {"kvtide_tier_writable", "gauge"},
+      {"kvtide_tier_encrypted", "gauge"},
       {"kvtide_tier_read_bytes_total", "counter"},
       {"kvtide_tier_written_bytes_total", "counter"},
       {"kvtide_tier_syncs_total", "counter"},

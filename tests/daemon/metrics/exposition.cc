@@ -41,6 +41,7 @@ TierStats DiskTier(uint64_t base) {
   tier.io.sync_errors = base + 29;
   tier.io.checksum_errors = base + 31;
   tier.io.writable = false;
+  tier.io.encrypted = true;
   return tier;
 }
 
