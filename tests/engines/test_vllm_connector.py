@@ -14,6 +14,7 @@ import engine
 import kvtide
 import pytest
 from test_vllm import check_same, greedy
+from test_vllm import kvtide as kvtide_program
 from test_vllm_server import Server
 
 sys.path.insert(0, str(engine.ROOT / "tests" / "python"))
@@ -119,6 +120,25 @@ def test_coded_pages_and_stock_ones_share_blocks(daemon, stock, writer, reader):
     same = sum(a["tokens"][0] == b["tokens"][0] for a, b in zip(second["batches"][0], stock))
     print(f"turbo4/turbo4, {writer or 'stock'} pages to {reader or 'stock'} ones: {same} of 24 prompts give equal tokens")
     assert same >= 8
+
+
+def test_pages_around_the_means_of_a_profile_are_found_with_that_profile_alone(daemon, tmp_path):
+    """Their bytes mean something else with other means, or with none."""
+    pair, files = "turbo4/turbo4", {}
+    for name, text in (("one", "manuals.txt"), ("other", "wikitext2_slice.txt")):
+        files[name] = {"KVTIDE_PROFILE": str(tmp_path / f"{name}.profile")}
+        kvtide_program("calibrate", "--model", engine.MODEL, "--text", str(engine.ROOT / "tests" / "data" / text), "--tokens", "2048",
+                       "--means-only", "--out", files[name]["KVTIDE_PROFILE"], "--no-progress")
+    own, log = run(daemon, [greedy(24), greedy(24)], own=pair, env=files["one"])
+    assert "around the means of profile" in log
+    for name, hit in (("other", False), ("one", True), ("", False)):
+        got, _ = run(daemon, [greedy(24)], own=pair, env=files.get(name))
+        print(f"{hits(got['batches'][0])} of {FULL} tokens found with {name or 'no'} profile")
+        assert (hits(got["batches"][0]) >= 0.95 * FULL) if hit else hits(got["batches"][0]) == 0
+        if hit:  # the engine's own prefix hits attend more blocks exactly; pages of other means give other texts altogether
+            same = sum(a["tokens"][0] == b["tokens"][0] for a, b in zip(got["batches"][0], own["batches"][1]))
+            print(f"around means, from another process: {same} of 24 prompts give equal tokens")
+            assert same >= 12
 
 
 def test_own_pages_with_preemption_drafts_and_a_small_cache(daemon, stock):

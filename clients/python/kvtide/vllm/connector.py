@@ -11,6 +11,7 @@ vLLM makes one object in its scheduler and one in each worker. This file is vLLM
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any, Dict, Iterable, List, Optional, Sequence, Set, Tuple
 
@@ -29,9 +30,9 @@ from .backend import KvtideImpl
 from .connector_config import ConnectorSettings
 from .connector_pages import OwnPages, Pages, learn
 from .connector_plan import ConnectorPlan, Rank, Saved, Step
-from .connector_worker import ConnectorWorker
+from .connector_worker import ConnectorWorker, codec_versions
 from .devices import paged_device
-from .pages import settings_of
+from .pages import profile_of, settings_of
 
 logger = init_logger("vllm.kvtide")
 
@@ -157,12 +158,15 @@ class KvtideConnector(KVConnectorBase_V1):
 
     def _own_pages(self, layers: List[Any], caches: List[torch.Tensor]) -> Tuple[Pages, Any, str]:
         """Of kvtide's attention backend. The daemon codes blocks as the backend does, so a stock vLLM with the same pair and block
-        size finds them too."""
+        size finds them too, unless keys are coded around the means of a profile: then only who has the same profile does."""
         pages = OwnPages(caches, self._kv_cache_config.num_blocks, lambda: {id(one.impl.part): one.impl.part for one in layers}.values())
-        pair, shapes = settings_of(self._vllm_config).pair, {layer.impl.shape for layer in layers}
-        what = f"as kvtide's pages of {pair}"
-        if len(shapes) > 1:
-            return pages, OpaqueBlocks(pages.bytes, f"kvtide {pair} {[asdict(layer.impl.shape) for layer in layers]}"[:256]), what
+        pair, profile = settings_of(self._vllm_config).pair, profile_of(self._vllm_config)
+        shapes = {layer.impl.shape for layer in layers}
+        what = f"as kvtide's pages of {pair}" + (f" around the means of profile {profile.digest}" if profile is not None else "")
+        if len(shapes) > 1 or profile is not None:
+            # Bytes that a backend like this one alone understands: with the same shapes, versions of codecs, and means.
+            inside = [asdict(layer.impl.shape) for layer in layers], codec_versions(pair), profile.digest if profile is not None else ""
+            return pages, OpaqueBlocks(pages.bytes, f"kvtide {pair} {hashlib.sha256(repr(inside).encode()).hexdigest()}"), what
         (shape,) = shapes
         return pages, TensorBlocks(len(caches), shape.kv_heads, shape.head_dim_k, shape.head_dim_v, pair), what
 

@@ -83,9 +83,6 @@ def read_profile(settings: Settings, config: Any) -> Optional[profiles.KeyProfil
     """The profile that the user named, of this model."""
     if not settings.profile:
         return None
-    if config.kv_transfer_config is not None:
-        raise InvalidArgument("KVTIDE_PROFILE goes with no KV connector: pages that rest in kvtided would be read by engines that do not have "
-                              "the profile; leave one of them out")
     try:
         profile = profiles.load(settings.profile)
     except OSError as error:
