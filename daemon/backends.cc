@@ -27,9 +27,12 @@ std::unique_ptr<Backend> MakeCpu(const std::string& name, int threads, bool shar
 }
 
 #ifdef KVTIDE_HAVE_CUDA
-absl::StatusOr<std::unique_ptr<Backend>> MakeGpu(const std::string& device) {
+absl::StatusOr<std::unique_ptr<Backend>> MakeGpu(const std::string& device, const PoolSharing& sharing) {
   CudaBackendOptions options;
   options.device = device;
+  options.sharing = sharing.gpu == "descriptors" ? SlabSharing::kDescriptors
+                    : sharing.gpu == "auto"      ? SlabSharing::kAuto
+                                                 : SlabSharing::kIpc;
   return MakeCudaBackend(options);
 }
 absl::StatusOr<int> CountGpus() { return CountCudaDevices(); }
@@ -39,7 +42,7 @@ absl::StatusOr<std::shared_ptr<void>> PinForGpus(std::byte* data, size_t bytes) 
   return std::shared_ptr<void>(std::move(range));
 }
 #else
-absl::StatusOr<std::unique_ptr<Backend>> MakeGpu(const std::string&) {
+absl::StatusOr<std::unique_ptr<Backend>> MakeGpu(const std::string&, const PoolSharing&) {
   return absl::UnavailableError("this kvtided was built without CUDA");
 }
 absl::StatusOr<int> CountGpus() { return absl::UnavailableError("this kvtided was built without CUDA"); }
@@ -63,8 +66,8 @@ absl::StatusOr<std::vector<std::string>> ExpandAll(const std::vector<std::string
   return expanded;
 }
 
-absl::Status AddGpu(const std::string& device, Backends* backends) {
-  KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<Backend> gpu, MakeGpu(device));
+absl::Status AddGpu(const std::string& device, const PoolSharing& sharing, Backends* backends) {
+  KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<Backend> gpu, MakeGpu(device, sharing));
   for (const auto& other : backends->devices)
     if (other->name() == gpu->name())
       return absl::InvalidArgumentError(absl::StrCat(gpu->name(), " is named twice"));
@@ -75,14 +78,14 @@ absl::Status AddGpu(const std::string& device, Backends* backends) {
 }  // namespace
 
 absl::StatusOr<Backends> MakeBackends(const std::vector<std::string>& devices, int compute_threads,
-                                      bool share) {
+                                      const PoolSharing& sharing) {
   Backends backends;
   if (devices.size() == 1 && devices[0] == "auto") {
-    const absl::Status status = AddGpu("0", &backends);
+    const absl::Status status = AddGpu("0", sharing, &backends);
     if (status.ok()) {
       backends.host = MakeHost(compute_threads);
     } else {
-      backends.devices.push_back(MakeCpu("cpu", compute_threads, share));
+      backends.devices.push_back(MakeCpu("cpu", compute_threads, sharing.cpu));
       backends.cpu_devices = 1;
       backends.note = absl::StrCat("no GPU is used: ", std::string(status.message()));
     }
@@ -97,10 +100,10 @@ absl::StatusOr<Backends> MakeBackends(const std::vector<std::string>& devices, i
     if (name == "cpu") {
       const std::string numbered = cpus > 1 ? absl::StrCat("cpu:", backends.cpu_devices) : "cpu";
       backends.devices.push_back(
-          MakeCpu(numbered, cpus > 1 ? std::max(1, threads / cpus) : compute_threads, share));
+          MakeCpu(numbered, cpus > 1 ? std::max(1, threads / cpus) : compute_threads, sharing.cpu));
       backends.cpu_devices++;
     } else {
-      KVTIDE_RETURN_IF_ERROR(Annotate(AddGpu(name.substr(sizeof(kCuda) - 1), &backends),
+      KVTIDE_RETURN_IF_ERROR(Annotate(AddGpu(name.substr(sizeof(kCuda) - 1), sharing, &backends),
                                       absl::StrCat("device ", name, " (device cpu works everywhere)")));
     }
   }

@@ -11,6 +11,12 @@
 
 namespace kvtide {
 
+// How other processes map the memory of devices.
+struct PoolSharing {
+  bool cpu = false;         // that of CPU devices can be mapped; that of GPUs always
+  std::string gpu = "ipc";  // "ipc", "descriptors", "auto" (kernels/cuda/cuda_backend.h)
+};
+
 // The backends of the tiers. Without a GPU the host tier is served by the first device's backend: one CPU.
 struct Backends {
   std::vector<std::unique_ptr<Backend>> devices;  // of the first tier, in the order asked for
@@ -25,9 +31,9 @@ struct Backends {
 
 // `devices` as ParseDevices (config.h) gives them. An error for a GPU that this build or machine does not
 // have, or that is named twice; "auto" falls back to the CPU and says why in `note`. CPU devices share the
-// threads. `share`: other processes can map the memory of CPU devices; that of GPUs always.
+// threads.
 absl::StatusOr<Backends> MakeBackends(const std::vector<std::string>& devices, int compute_threads,
-                                      bool share = false);
+                                      const PoolSharing& sharing = {});
 
 // Where an engine of this process computes over a mapped pool: "cpu" (with so many threads, 0 = one for each
 // processor), "cuda:0" or "cuda:GPU-...". InvalidArgument for other names, Unavailable for CUDA in a build

@@ -461,6 +461,10 @@ absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config) {
   KVTIDE_RETURN_IF_ERROR(CheckRange("shutdown_seconds", config.shutdown_seconds(), 0, 3600));
   options.insecure_tcp = config.allow_insecure_tcp();
   options.share_pool = config.share_pool();
+  options.gpu_sharing = config.gpu_sharing().empty() ? "ipc" : config.gpu_sharing();
+  if (options.gpu_sharing != "ipc" && options.gpu_sharing != "descriptors" && options.gpu_sharing != "auto")
+    return absl::InvalidArgumentError(
+        absl::StrCat("gpu_sharing \"", options.gpu_sharing, "\" is unknown; use ipc, descriptors or auto"));
   options.shutdown_grace = absl::Seconds(config.shutdown_seconds() > 0 ? config.shutdown_seconds() : 10);
   KVTIDE_RETURN_IF_ERROR(ResolveService(config, &options.service));
   KVTIDE_RETURN_IF_ERROR(ResolveSharedMemory(config, &options.service.shared_memory));
@@ -524,6 +528,7 @@ v1::KvtidedConfig WithDefaults(const v1::KvtidedConfig& config, const DaemonOpti
   full.set_shared_memory_client(ExactBytes(service.shared_memory.client_bytes));
   full.set_max_shared_memory_clients(static_cast<int32_t>(service.shared_memory.max_clients));
   full.set_share_pool(options.share_pool);
+  full.set_gpu_sharing(options.gpu_sharing);
   full.set_max_sequences(static_cast<int64_t>(options.cache.max_sequences));
   full.set_max_models(static_cast<int64_t>(options.cache.max_models));
   full.set_max_tokens(options.cache.max_tokens_per_sequence);

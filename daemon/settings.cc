@@ -86,6 +86,9 @@ constexpr Setting kSettings[] = {
     {"max_shared_memory_clients", "clients that share memory, a thread each; 0 = the default (64)"},
     {"share_pool",
      "engines of an admin may map the device tier on CPUs (the direct way), as they may on GPUs"},
+    {"gpu_sharing",
+     "how they map that of GPUs: ipc (CUDA IPC, the default), descriptors (of files: needs no common IPC "
+     "namespace), or auto"},
     {"max_sequences", "sequences at a time; 0 = the default (16384)", true},
     {"max_models", "models at a time; 0 = the default (64)", true},
     {"max_tokens", "tokens of one sequence; 0 = the default (4194304)"},

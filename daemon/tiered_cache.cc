@@ -71,8 +71,8 @@ absl::Status OpenRemote(const RemoteOptions& options, TieredCache* made) {
 absl::StatusOr<std::unique_ptr<TieredCache>> MakeTieredCache(const DaemonOptions& options,
                                                              const WorkTimer& timer) {
   auto made = std::make_unique<TieredCache>();
-  KVTIDE_ASSIGN_OR_RETURN(made->backends,
-                          MakeBackends(options.devices, options.compute_threads, options.share_pool));
+  KVTIDE_ASSIGN_OR_RETURN(made->backends, MakeBackends(options.devices, options.compute_threads,
+                                                       {options.share_pool, options.gpu_sharing}));
   if (!made->backends.note.empty())
     made->notes.push_back({Note::kWarning, absl::StrCat("device=cpu ", made->backends.note)});
   if (timer != nullptr) {

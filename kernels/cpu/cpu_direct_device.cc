@@ -1,5 +1,8 @@
 #include "kernels/cpu/cpu_direct_device.h"
 
+#include <unistd.h>
+
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -38,9 +41,11 @@ class CpuDirectDevice : public DirectDevice {
   }
   std::string id() const override { return "cpu"; }
   absl::StatusOr<std::unique_ptr<Slab>> Map(const SlabHandle& handle) override {
-    if (handle.kind == SlabHandle::Kind::kFile) return MapFileSlab(handle);
-    return absl::FailedPreconditionError(absl::StrCat(
-        "the pool lies on ", handle.device.data(), ", this engine computes on the CPU"));
+    const bool here = std::string_view(handle.device.data()) == "cpu";
+    if (here && handle.kind == SlabHandle::Kind::kFile) return MapFileSlab(handle);
+    if (handle.fd >= 0) ::close(handle.fd);
+    return absl::FailedPreconditionError(
+        absl::StrCat("the pool lies on ", handle.device.data(), ", this engine computes on the CPU"));
   }
   absl::StatusOr<std::unique_ptr<PagedAttention>> MakeAttention(const PagedOptions& options,
                                                                 std::span<const PagedLayer> layers) override {

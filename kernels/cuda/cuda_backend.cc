@@ -25,6 +25,7 @@
 #include "kernels/cuda/device/pinned_ranges.h"
 #include "kernels/cuda/device/profile_store.h"
 #include "kernels/cuda/device/rotations.h"
+#include "kernels/cuda/device/virtual_memory.h"
 #include "kernels/cuda/device/workspace.h"
 #include "kernels/cuda/layer_plan.h"
 #include "kernels/cuda/prefill/prefill_call.h"
@@ -39,37 +40,58 @@ class DeviceSlab : public Slab {
   ~DeviceSlab() override {
     const DeviceGuard guard(device_);
     memory_ = DeviceBuffer();
+    virtual_.reset();
   }
-  // A plain allocation, so that other processes can map it (CUDA IPC).
-  absl::Status Allocate(size_t bytes) {
-    KVTIDE_RETURN_IF_ERROR(memory_.Reserve(bytes, bytes));
+  // Memory that other processes can map: a plain allocation (CUDA IPC), or one with a descriptor.
+  absl::Status Allocate(size_t bytes, SlabSharing sharing) {
+    if (sharing == SlabSharing::kDescriptors || (sharing == SlabSharing::kAuto && !MakesIpcHandles())) {
+      KVTIDE_ASSIGN_OR_RETURN(virtual_, VirtualMemory::Make(bytes));
+    } else {
+      KVTIDE_RETURN_IF_ERROR(memory_.Reserve(bytes, bytes));
+    }
     bytes_ = bytes;
-    KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemset(memory_.data(), 0, bytes));
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaMemset(data(), 0, bytes));
     KVTIDE_CUDA_RETURN_IF_ERROR(cudaDeviceSynchronize());
     return absl::OkStatus();
   }
-  std::byte* data() const override { return memory_.data(); }
+  std::byte* data() const override { return virtual_ != nullptr ? virtual_->data() : memory_.data(); }
   size_t bytes() const override { return bytes_; }
   absl::StatusOr<SlabHandle> Share() const override {
     const DeviceGuard guard(device_);
+    SlabHandle handle;
+    handle.bytes = bytes_;
+    KVTIDE_ASSIGN_OR_RETURN(const std::string id, CudaDeviceUuid(device_));
+    id.copy(handle.device.data(), handle.device.size() - 1);
+    if (virtual_ != nullptr) {
+      handle.kind = SlabHandle::Kind::kFile;  // of the driver
+      handle.fd = virtual_->fd();
+      return handle;
+    }
     cudaIpcMemHandle_t ipc;
     if (const cudaError_t error = cudaIpcGetMemHandle(&ipc, memory_.data()); error != cudaSuccess) {
       (void)cudaGetLastError();
       return absl::FailedPreconditionError(
-          absl::StrCat("CUDA IPC does not share the pool's memory here: ", cudaGetErrorString(error)));
+          absl::StrCat("CUDA IPC does not share the pool's memory here: ", cudaGetErrorString(error),
+                       "; try --gpu-sharing descriptors"));
     }
-    SlabHandle handle;
     handle.kind = SlabHandle::Kind::kCudaIpc;
-    handle.bytes = bytes_;
-    KVTIDE_ASSIGN_OR_RETURN(const std::string id, CudaDeviceUuid(device_));
-    id.copy(handle.device.data(), handle.device.size() - 1);
     std::memcpy(handle.ipc.data(), &ipc, sizeof(ipc));
     return handle;
   }
 
  private:
+  // Whether this process may share memory of the current device by CUDA IPC.
+  static bool MakesIpcHandles() {
+    DeviceBuffer probe;
+    cudaIpcMemHandle_t ipc;
+    const bool can = probe.Reserve(1).ok() && cudaIpcGetMemHandle(&ipc, probe.data()) == cudaSuccess;
+    (void)cudaGetLastError();
+    return can;
+  }
+
   const int device_;
-  DeviceBuffer memory_;
+  DeviceBuffer memory_;                     // or
+  std::unique_ptr<VirtualMemory> virtual_;  // this
   size_t bytes_ = 0;
 };
 
@@ -109,7 +131,7 @@ class CudaBackend : public Backend {
     KVTIDE_RETURN_IF_ERROR(CheckDevice(device_));
     const DeviceGuard guard(device_);
     auto slab = std::make_unique<DeviceSlab>(device_);
-    const absl::Status status = slab->Allocate(bytes);
+    const absl::Status status = slab->Allocate(bytes, options_.sharing);
     if (!status.ok())
       return Annotate(status, absl::StrCat(name(), ": no ", bytes, " bytes of device memory"));
     return std::unique_ptr<Slab>(std::move(slab));

@@ -8,6 +8,7 @@
 // Unavailable and says so.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 
@@ -15,6 +16,13 @@
 #include "kernels/backend.h"
 
 namespace kvtide {
+
+// How other processes map slabs.
+enum class SlabSharing : uint8_t {
+  kIpc,          // CUDA IPC: the processes share an IPC namespace
+  kDescriptors,  // file descriptors of the driver, which go over a Unix socket
+  kAuto,         // CUDA IPC where this process may make handles of it, else descriptors
+};
 
 struct CudaBackendOptions {
   std::string device = "0";           // index, or UUID as nvidia-smi prints it ("GPU-...")
@@ -30,6 +38,7 @@ struct CudaBackendOptions {
   bool warpgroups = true;              // false: the prefill kernels for any GPU where 9.0 has its own (tests)
   size_t copy_piece_bytes = 2u << 20;  // of the pinned buffers that copies of other host memory go through
   int max_copies = 4096;               // copies that may be under way at once
+  SlabSharing sharing = SlabSharing::kIpc;
 };
 
 // NotFound if there is no such device, FailedPrecondition if the driver or the device does not fit.

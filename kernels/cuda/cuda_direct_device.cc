@@ -1,5 +1,7 @@
 #include "kernels/cuda/cuda_direct_device.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -8,6 +10,7 @@
 #include "kernels/base/status.h"
 #include "kernels/cuda/cuda_backend.h"
 #include "kernels/cuda/device/device.h"
+#include "kernels/cuda/device/virtual_memory.h"
 #include "kernels/cuda/step/cuda_paged_attention.h"
 
 namespace kvtide::cuda {
@@ -29,6 +32,23 @@ class MappedSlab : public Slab {
  private:
   const int device_;
   std::byte* const data_;
+  const size_t bytes_;
+};
+
+class ImportedSlab : public Slab {
+ public:
+  ImportedSlab(int device, std::unique_ptr<VirtualMemory> memory, size_t bytes)
+      : device_(device), memory_(std::move(memory)), bytes_(bytes) {}
+  ~ImportedSlab() override {
+    const DeviceGuard guard(device_);
+    memory_.reset();
+  }
+  std::byte* data() const override { return memory_->data(); }
+  size_t bytes() const override { return bytes_; }
+
+ private:
+  const int device_;
+  std::unique_ptr<VirtualMemory> memory_;
   const size_t bytes_;
 };
 
@@ -99,10 +119,18 @@ class CudaDirectDevice : public DirectDevice {
   std::string id() const override { return id_; }
   absl::StatusOr<std::unique_ptr<Slab>> Map(const SlabHandle& handle) override {
     const std::string theirs(handle.device.data());
-    if (handle.kind != SlabHandle::Kind::kCudaIpc || theirs != id_)
+    const bool by_file = handle.kind == SlabHandle::Kind::kFile;
+    if ((!by_file && handle.kind != SlabHandle::Kind::kCudaIpc) || theirs != id_) {
+      if (handle.fd >= 0) ::close(handle.fd);
       return absl::FailedPreconditionError(
           absl::StrCat("the pool lies on ", theirs, ", this engine computes on ", id_));
+    }
     const DeviceGuard guard(device_);
+    if (by_file) {
+      const auto bytes = static_cast<size_t>(handle.bytes);
+      KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<VirtualMemory> memory, VirtualMemory::Import(handle.fd, bytes));
+      return std::make_unique<ImportedSlab>(device_, std::move(memory), bytes);
+    }
     cudaIpcMemHandle_t ipc;
     std::memcpy(&ipc, handle.ipc.data(), sizeof(ipc));
     void* data = nullptr;
@@ -111,7 +139,8 @@ class CudaDirectDevice : public DirectDevice {
       (void)cudaGetLastError();
       return absl::UnavailableError(absl::StrCat(
           "CUDA IPC does not map the pool's memory: ", cudaGetErrorString(error),
-          "; both processes need the same GPU, and containers --ipc=host (one IPC and PID namespace)"));
+          "; both processes need the same GPU, and containers --ipc=host (one IPC and PID namespace), or "
+          "kvtided --gpu-sharing descriptors"));
     }
     return std::make_unique<MappedSlab>(device_, data, static_cast<size_t>(handle.bytes));
   }

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """The table of ways in clients/cpp/README.md, from a recorded run of kvtide_bench_pool.
 
-usage: pool_report.py [--check] RESULTS.json README.md     writes the table, or says whether it is current
+Writes the table into the README, or with --check says whether it is current.
 """
+import argparse
 import json
 import pathlib
 import sys
@@ -32,12 +33,16 @@ def table(run):
 
 
 def main():
-    arguments = [argument for argument in sys.argv[1:] if argument != "--check"]
-    results, readme = map(pathlib.Path, arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("results", type=pathlib.Path)
+    parser.add_argument("readme", type=pathlib.Path)
+    arguments = parser.parse_args()
+    results, readme = arguments.results, arguments.readme
     text = readme.read_text()
     begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
     new = text[:begin] + table(json.loads(results.read_text())) + text[end:]
-    if "--check" in sys.argv:
+    if arguments.check:
         if new != text:
             print(f"{readme}: the table of ways is not that of {results}; run tests/bench/pool_report.py")
             return 1

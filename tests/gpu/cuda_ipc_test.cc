@@ -2,6 +2,7 @@
 // the result is the same to the last bit. This is how an engine on the same GPU reads the daemon's pool
 // without an RPC per layer.
 #include <cuda_runtime.h>
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/cuda_direct_device.h"
 #include "tests/gpu/cuda_ipc_case.h"
 
 namespace kvtide::testing {
@@ -70,6 +72,39 @@ TEST(CudaIpc, ASecondProcessAttendsOverTheSameSlab) {
   EXPECT_EQ(status, 0);
   ASSERT_EQ(got, there.size() * sizeof(float));
   EXPECT_EQ(there, here);
+}
+
+// Memory with a descriptor is ordinary memory for the backend, and is mapped a second time by it.
+TEST(CudaDescriptors, ASecondMappingIsTheSameMemory) {
+  CudaBackendOptions options;
+  options.sharing = SlabSharing::kDescriptors;
+  auto backend = MakeCudaBackend(options);
+  ASSERT_TRUE(backend.ok()) << backend.status();
+  const BlockLayout layout = IpcLayout();
+  auto slab = (*backend)->AllocateSlab(layout.block_bytes() * kIpcBlocks);
+  ASSERT_TRUE(slab.ok()) << slab.status();
+  ASSERT_TRUE(FillIpcBlocks(**backend, (*slab)->data()).ok());
+  const std::vector<float> here = AttendIpcBlocks(**backend, (*slab)->data());
+  ASSERT_FALSE(here.empty());
+  auto handle = (*slab)->Share();
+  ASSERT_TRUE(handle.ok()) << handle.status();
+  ASSERT_EQ(handle->kind, SlabHandle::Kind::kFile);
+  auto device = MakeCudaDirectDevice("0");
+  ASSERT_TRUE(device.ok()) << device.status();
+  SlabHandle other = *handle;
+  other.fd = ::dup(handle->fd);
+  auto mapped = (*device)->Map(other);
+  ASSERT_TRUE(mapped.ok()) << mapped.status();
+  EXPECT_NE((*mapped)->data(), (*slab)->data());
+  EXPECT_EQ(AttendIpcBlocks(**backend, (*mapped)->data()), here);
+  // It lives as long as one of the mappings.
+  slab->reset();
+  EXPECT_EQ(AttendIpcBlocks(**backend, (*mapped)->data()), here);
+  // What is no memory is an error, and its descriptor is closed.
+  other.fd = ::open("/dev/null", O_RDWR);
+  const int fd = other.fd;
+  EXPECT_EQ((*device)->Map(other).status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(::fcntl(fd, F_GETFD), -1);
 }
 
 }  // namespace

@@ -78,15 +78,26 @@ client::PoolOptions OnGpu() {
   return options;
 }
 
-std::unique_ptr<e2e::TestDaemon> GpuDaemon() {
-  return e2e::TestDaemon::Start(
-      {"--device", "cuda:0", "--device-memory", "256MiB", "--host-memory", "64MiB"});
+std::unique_ptr<e2e::TestDaemon> GpuDaemon(const std::string& sharing = "ipc") {
+  return e2e::TestDaemon::Start({"--device", "cuda:0", "--device-memory", "256MiB", "--host-memory", "64MiB",
+                                 "--gpu-sharing", sharing});
 }
 
 std::unique_ptr<Pool> Connect(const std::string& address) {
   auto pool = Pool::Connect(address, OnGpu());
   EXPECT_TRUE(pool.ok()) << pool.status();
   return pool.ok() ? *std::move(pool) : nullptr;
+}
+
+// An engine in a process of its own, which works until it is killed.
+pid_t StartWorker(std::string address) {
+  const pid_t child = ::fork();
+  if (child != 0) return child;
+  // A fresh program: CUDA does not survive a fork.
+  char self[] = "/proc/self/exe", flag[] = "--work";
+  char* arguments[] = {self, flag, address.data(), nullptr};
+  ::execv(self, arguments);
+  ::_exit(127);
 }
 
 TEST(DirectGpu, StepsOverTheMappedPoolEqualThoseOfAnEmbeddedOneToTheBit) {
@@ -161,6 +172,53 @@ TEST(DirectGpu, EmbeddedSmallMixedStepsEqualTheModel) {
                   std::make_unique<DeviceMemory>());
 }
 
+// The pool is mapped by file descriptors instead of CUDA IPC: the same answers, two engines at a time, a
+// killed one leaves nothing, and memory comes back with the daemon.
+TEST(DirectGpu, DescriptorsMapThePoolAsIpcDoes) {
+  const DirectScriptOptions script{
+      .pairs = {"turbo4/turbo3", "q8_0/turbo4"}, .seed = 21, .rounds = 20, .tolerance = 5e-3};
+  std::vector<float> answers[2];
+  size_t free[2] = {}, all = 0;
+  for (int round = 0; round < 2; round++) {
+    const auto daemon = GpuDaemon(round == 0 ? "ipc" : "descriptors");
+    const auto pool = Connect("direct:" + daemon->address());
+    ASSERT_NE(pool, nullptr);
+    ASSERT_EQ(pool->way(), client::Way::kDirect);
+    answers[round] = RunDirectScript(*pool, script, std::make_unique<DeviceMemory>());
+    ASSERT_FALSE(HasFailure()) << round;
+    Cuda(cudaMemGetInfo(&free[round], &all));
+    const auto second = Connect("direct:" + daemon->address());
+    ASSERT_NE(second, nullptr);
+    RunDirectScript(*second, script, std::make_unique<DeviceMemory>());
+    const auto stats = pool->GetStats();
+    ASSERT_TRUE(stats.ok()) << stats.status();
+    EXPECT_EQ(stats->stored_bytes, 0);
+  }
+  ASSERT_EQ(answers[0].size(), answers[1].size());
+  EXPECT_EQ(std::memcmp(answers[0].data(), answers[1].data(), answers[0].size() * sizeof(float)), 0);
+  EXPECT_NEAR(static_cast<double>(free[0]), static_cast<double>(free[1]), 64 << 20) << "a slab was left";
+}
+
+TEST(DirectGpu, DescriptorsSurviveAKilledEngine) {
+  const auto daemon = GpuDaemon("descriptors");
+  const auto watcher = daemon->Connect();
+  const auto bystander = Connect("direct:" + daemon->address());
+  ASSERT_NE(bystander, nullptr);
+  DirectScript script(*bystander, {.pairs = {"turbo4/turbo3"}, .seed = 3, .tolerance = 5e-3},
+                      std::make_unique<DeviceMemory>());
+  script.Create();
+  for (int round = 0; round < 2; round++) {
+    const pid_t child = StartWorker(daemon->address());
+    ASSERT_TRUE(Eventually([&] { return watcher->GetStats()->sequences > 2; }));
+    ::kill(child, SIGKILL);
+    EXPECT_EQ(e2e::WaitForExit(child, 30), 128 + SIGKILL);
+    ASSERT_TRUE(Eventually([&] { return watcher->GetStats()->sequences == 1; })) << "round " << round;
+    script.Steps(2);
+    ASSERT_FALSE(HasFailure()) << "round " << round;
+  }
+  script.CheckBytes();
+}
+
 TEST(DirectGpu, TwoEnginesShareAPool) {
   const auto daemon = GpuDaemon();
   const auto a = Connect("direct:" + daemon->address()), b = Connect("direct:" + daemon->address());
@@ -201,14 +259,7 @@ TEST(DirectGpu, AKilledEngineLeavesNothingAndAKilledDaemonIsAnError) {
                       std::make_unique<DeviceMemory>());
   script.Create();
   for (int round = 0; round < rounds; round++) {
-    const pid_t child = ::fork();
-    if (child == 0) {  // a fresh program: CUDA does not survive a fork
-      char self[] = "/proc/self/exe", flag[] = "--work";
-      std::string address = daemon->address();
-      char* arguments[] = {self, flag, address.data(), nullptr};
-      ::execv(self, arguments);
-      ::_exit(127);
-    }
+    const pid_t child = StartWorker(daemon->address());
     ASSERT_TRUE(Eventually([&] { return watcher->GetStats()->sequences > 2; }));
     absl::SleepFor(absl::Microseconds(random() % 50000));
     ::kill(child, SIGKILL);

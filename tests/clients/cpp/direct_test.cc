@@ -1,5 +1,6 @@
 // The direct way on the CPU: a real kvtided whose first tier is mapped into this process, which writes,
 // attends and seals over it; the same over an embedded pool. tests/gpu does so on GPUs.
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -12,6 +13,7 @@
 #include "absl/time/clock.h"
 #include "clients/cpp/direct_attention.h"
 #include "gtest/gtest.h"
+#include "kernels/cpu/cpu_direct_device.h"
 #include "tests/base/eventually.h"
 #include "tests/clients/cpp/direct_script.h"
 #include "tests/clients/cpp/pool_script.h"
@@ -109,6 +111,19 @@ TEST(Direct, WhatIsNotMappedSaysWhy) {
   ASSERT_TRUE(shared->RegisterModel(e2e::SmallModel()).ok());
   ExpectError(client::DirectAttention::Make(shared.get(), e2e::SmallModel(), {.pairs = {"f16/f16"}}).status(),
               StatusCode::kFailedPrecondition, "this pool is not mapped");
+}
+
+TEST(Direct, ADescriptorOfAnotherDeviceIsRefusedAndClosed) {
+  SlabHandle handle;
+  handle.kind = SlabHandle::Kind::kFile;
+  handle.bytes = 1 << 20;
+  std::strcpy(handle.device.data(), "GPU-1");
+  handle.fd = ::open("/dev/null", O_RDWR);
+  const int fd = handle.fd;
+  ASSERT_GE(fd, 0);
+  ExpectError(MakeCpuDirectDevice(1)->Map(handle).status(), StatusCode::kFailedPrecondition,
+              "the pool lies on GPU-1, this engine computes on the CPU");
+  EXPECT_EQ(::fcntl(fd, F_GETFD), -1);
 }
 
 TEST(Direct, OnlyAnAdminMapsThePool) {

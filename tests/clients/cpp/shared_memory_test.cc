@@ -266,6 +266,8 @@ enum class Point : uint8_t {
   kFollowed,
   kFirstEnded,
   kRolledBack,
+  kPinned,
+  kClosedWhilePinned,
   kBetween,
   kPoints
 };
@@ -316,6 +318,14 @@ enum class Point : uint8_t {
     if (last && point == Point::kFirstEnded) reached();
     good((*pool)->RollBackStep(second->id));
     if (last && point == Point::kRolledBack) reached();
+    const auto pinned = (*pool)->PinStep({&*id, 1}, true);
+    good(pinned.status());
+    if (last && point == Point::kPinned) reached();
+    if (last && point == Point::kClosedWhilePinned) {
+      good((*pool)->CloseSequence(*id));
+      reached();
+    }
+    good((*pool)->EndStep(pinned->id));
     if (last) reached();
   }
 }

@@ -152,6 +152,15 @@ TEST(Config, LimitsOfWork) {
   EXPECT_THAT(std::string(ResolveConfig(config).status().message()), HasSubstr("max_attend_work"));
 }
 
+TEST(Config, HowMemoryOfGpusIsShared) {
+  v1::KvtidedConfig config;
+  EXPECT_EQ(ResolveConfig(config)->gpu_sharing, "ipc");
+  config.set_gpu_sharing("descriptors");
+  EXPECT_EQ(ResolveConfig(config)->gpu_sharing, "descriptors");
+  config.set_gpu_sharing("files");
+  EXPECT_THAT(std::string(ResolveConfig(config).status().message()), HasSubstr("use ipc, descriptors or auto"));
+}
+
 TEST(Config, FlagsWinOverTheFile) {
   auto config = ParseConfig("{\"device\": \"cpu\", \"listen\": [\"a:1\", \"b:2\"]}", "test.json").value();
   v1::KvtidedConfig flags;
