@@ -47,6 +47,13 @@ TEST(Config, TakesSizesAsTextOrBytes) {
   EXPECT_FALSE(Resolve("{\"device_tier_bytes\": -1}").ok());
 }
 
+TEST(Config, AKeyForTheDiskNeedsADisk) {
+  EXPECT_EQ(Resolve("{\"disk\": \"/tier:2MiB\", \"disk_key_file\": \"/key\"}")->disk_key_file, "/key");
+  EXPECT_EQ(Resolve("{\"disk\": \"/tier:2MiB\"}")->disk_key_file, "");
+  EXPECT_THAT(std::string(Resolve("{\"disk_key_file\": \"/key\"}").status().message()),
+              HasSubstr("needs a disk tier"));
+}
+
 TEST(Config, TheRemoteTierIsNamedAndBounded) {
   EXPECT_FALSE(Resolve("{}")->remote.has_value());
   EXPECT_FALSE(Resolve("{\"remote\": \"off\"}")->remote.has_value());
