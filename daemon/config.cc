@@ -260,11 +260,9 @@ absl::Status ResolveRemote(const v1::KvtidedConfig& config, DaemonOptions* optio
   if (!config.remote_prefix().empty()) remote.prefix = config.remote_prefix();
   remote.auth_file = config.remote_auth_file();
   remote.ca_file = config.remote_ca();
-  const std::string write = config.remote_write().empty() ? "all" : config.remote_write();
-  if (write != "all" && write != "none")
-    return absl::InvalidArgumentError(
-        absl::StrCat("remote_write \"", write, "\" is unknown; use all or none"));
-  remote.writes = write == "all";
+  if (!config.remote_write().empty()) {
+    KVTIDE_ASSIGN_OR_RETURN(remote.writes, ParseRemoteWrites(config.remote_write()));
+  }
   KVTIDE_RETURN_IF_ERROR(CheckRange("remote_ttl_seconds", config.remote_ttl_seconds(), -1, 1 << 30));
   if (config.remote_ttl_seconds() != 0)
     remote.ttl = config.remote_ttl_seconds() < 0 ? absl::InfiniteDuration()
@@ -472,6 +470,9 @@ absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config) {
   KVTIDE_RETURN_IF_ERROR(ResolveDisk(config, &options));
   KVTIDE_RETURN_IF_ERROR(ResolveRemote(config, &options));
   KVTIDE_RETURN_IF_ERROR(ResolveTrace(config, &options));
+  if (!config.eviction().empty()) {
+    KVTIDE_ASSIGN_OR_RETURN(options.cache.eviction, ParseEvictionKind(config.eviction()));
+  }
   std::vector<std::string> tiers = {"device"};
   if (options.host_bytes > 0) tiers.push_back("host");
   if (options.disk_bytes > 0) tiers.push_back("disk");
@@ -508,6 +509,7 @@ v1::KvtidedConfig WithDefaults(const v1::KvtidedConfig& config, const DaemonOpti
   full.set_record_trace(options.trace_file.empty()
                             ? "off"
                             : absl::StrCat(options.trace_file, ":", ExactBytes(options.trace_bytes)));
+  full.set_eviction(NameOf(options.cache.eviction));
   if (config.persist().empty()) full.set_persist("none");
   full.set_default_pair(PairName(service.defaults.pair));
   full.mutable_exact_window()->set_first_blocks(service.defaults.exact_window.first_blocks);

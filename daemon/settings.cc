@@ -39,15 +39,18 @@ constexpr Setting kSettings[] = {
     {"remote_prefix", "what names of values there begin with; others share nothing (default kvtide)"},
     {"remote_auth_file", "file with PASSWORD, or with USER PASSWORD of an ACL user (default: none is sent)"},
     {"remote_ca", "PEM file with the CA of its certificate (default: those of the system)"},
-    {"remote_write", "what is written there: all (default) blocks that others can find, or none"},
+    {"remote_write",
+     "what is written there: all (default) blocks that others can find, on-demote, those that would be "
+     "dropped here next, or none"},
     {"remote_ttl_seconds",
      "how long values lie there after their last use; 0 = the default (86400), -1 = no limit"},
     {"remote_timeout_ms", "how long it may be silent before it counts as away; 0 = the default (250)"},
     {"remote_read_ms", "how long one lookup may fetch blocks from there; 0 = the default (1000)"},
     {"record_trace",
-     "records what is asked of cached blocks: FILE or FILE:SIZE, where it ends (default size 256MiB; "
-     "default: "
-     "none)"},
+     "records what is asked of cached blocks, for kvtide fleet replay: FILE or FILE:SIZE, where it ends "
+     "(default size 256MiB; default: none)"},
+    {"eviction",
+     "which cached blocks go first: lru (default), used least recently, or s3-fifo, never asked for again"},
     {"persist", "when sequences become durable by themselves: none (default), on-park or all"},
     {"default_pair", "K and V type of sequences that name none (default q8_0/turbo4)"},
     {"exact_window",

@@ -53,7 +53,7 @@ absl::Status OpenRemote(const RemoteOptions& options, TieredCache* made) {
   KVTIDE_ASSIGN_OR_RETURN(made->remote, RedisTier::Open(redis));
   const RemoteStats stats = made->remote->Stats();
   made->notes.push_back({Note::kInfo, absl::StrCat("remote server=", stats.server, " prefix=", options.prefix,
-                                                   " writes=", options.writes ? "all" : "none")});
+                                                   " writes=", NameOf(options.writes))});
   if (!stats.problem.empty())
     made->notes.push_back({Note::kWarning, absl::StrCat("remote server=", stats.server,
                                                         " is away, and is tried again: ", stats.problem)});

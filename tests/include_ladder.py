@@ -30,7 +30,7 @@ LADDER = {
     "daemon/cache": {"kernels/base", "kernels/format", "kernels"},
     "daemon/disk": {"kernels/base", "daemon/cache"},
     "daemon/remote": {"kernels/base", "daemon/cache"},
-    "daemon/trace": {"kernels/base", "daemon/cache"},
+    "daemon/trace": {"kernels/base", "kernels/format", "kernels", "daemon/cache"},
     "daemon/metrics": {"kernels/base", "kernels/format", "kernels", "daemon/cache"},
     # What both ends of the shared-memory way need.
     "daemon/ring": {"kernels/base", "kernels/format"},
@@ -43,8 +43,8 @@ LADDER = {
     "clients/engine": {"kernels/base", "kernels/format", "planner", "clients/cpp"},
     "clients/python": {"kernels/base", "kernels/format", "kernels", "kernels/cpu", "daemon", "daemon/cache", "daemon/service", "planner", "proto",
                        "clients/cpp", "clients/engine", "clients/cli"},
-    # The daemon: its settings, for `kvtide config`, manual pages and completions.
-    "clients/cli": {"kernels/base", "kernels/format", "planner", "proto", "daemon", "clients/cpp", "clients/engine"},
+    # The daemon: its settings, for `kvtide config`, manual pages and completions; replays of recordings.
+    "clients/cli": {"kernels/base", "kernels/format", "planner", "proto", "daemon", "daemon/trace", "clients/cpp", "clients/engine"},
 }
 # layer -> its rooms, and the other rooms that each may include.
 ROOMS = {

@@ -24,6 +24,7 @@
 #include "clients/cli/plan/fleet_command.h"
 #include "clients/cli/plan/plan_command.h"
 #include "clients/cli/plan/plan_flags.h"
+#include "clients/cli/plan/replay_command.h"
 #include "planner/near_names.h"
 
 namespace {
@@ -60,6 +61,7 @@ int main(int argc, char** argv) {
   kvtide::cli::AddDemoCommand(app, &exit_code);
   kvtide::cli::AddPlanCommand(app, &exit_code);
   kvtide::cli::AddFleetCommand(app, &exit_code);
+  kvtide::cli::AddReplayCommand(*app.get_subcommand("fleet"), &exit_code);
   kvtide::cli::AddConnectCommand(app, &exit_code);
   kvtide::cli::AddEvalCommand(app, &exit_code);
   kvtide::cli::AddCaptureCommand(app, &exit_code);

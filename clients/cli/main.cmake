@@ -1,7 +1,7 @@
 # The command itself.
 kvtide_add_executable(kvtide completion/completion.cc completion/manual.cc main.cc)
 target_compile_definitions(kvtide PRIVATE KVTIDE_VERSION="${PROJECT_VERSION}")
-target_link_libraries(kvtide PRIVATE kvtide_cli_bench kvtide_cli_connect kvtide_cli_engine kvtide_cli_ops kvtide_cli_plan kvtide_daemon CLI11::CLI11)
+target_link_libraries(kvtide PRIVATE kvtide_cli_bench kvtide_cli_connect kvtide_cli_engine kvtide_cli_ops kvtide_cli_plan kvtide_cli_replay kvtide_daemon CLI11::CLI11)
 # Commands that start a daemon of their own look for it beside themselves and in the build tree.
 add_dependencies(kvtide kvtided)
 # Completions and manual pages are what the program itself says of its options and of those of kvtided.

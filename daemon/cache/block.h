@@ -127,7 +127,8 @@ struct Block {
   int holds = 0;                   // running calls that have the pointer
   bool keyed = false;              // it has a direct entry of the index of keys (keyed_index.h)
   bool durable = false;            // keyed: a place of it is kept for a restart
-  bool checked = true;             // keyed or cached prefix: false after a restart, until its label was seen
+  bool checked : 1 = true;         // keyed or cached prefix: false after a restart, until its label was seen
+  bool offered : 1 = false;        // to the remote tier, because it is about to be dropped here
   bool writing = false;            // an append or seal fills it; not moved, not dropped
   bool moving = false;             // being copied to another tier; not written
   bool copy_before_write = false;  // a reader may still see rows that were truncated away: whoever writes

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "daemon/cache/block_table.h"
+#include "daemon/cache/s3_fifo_policy.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
 
@@ -16,6 +17,7 @@ BlockStore::~BlockStore() {
 }
 
 absl::Status BlockStore::Init(const CacheOptions& options) {
+  if (options.eviction == EvictionKind::kS3Fifo) ghosts_ = GhostKeys(true);
   homes_ = CountHomes(options.tiers);
   for (const TierOptions& from : options.tiers) {
     Tier& tier = tiers_.emplace_back();
@@ -25,7 +27,7 @@ absl::Status BlockStore::Init(const CacheOptions& options) {
     tier.io = from.io;
     tier.checksum = from.checksum;
     tier.allocator = ExtentAllocator(from.capacity_bytes);
-    tier.policy = MakeLruPolicy();
+    tier.policy = options.eviction == EvictionKind::kS3Fifo ? MakeS3FifoPolicy() : MakeLruPolicy();
     tier.pairs.resize(kOpaquePairIndex + 1);
     if (!tier.attends()) continue;
     absl::StatusOr<std::unique_ptr<Slab>> slab = from.backend->AllocateSlab(tier.allocator.capacity_bytes());
@@ -385,6 +387,7 @@ void BlockStore::SwapPlace(Block* block, Place* place) {
   KVTIDE_CHECK(old != nullptr && (place->tier == block->home() || place->tier >= homes_));
   MakeStale(*block);
   if (old->tier != place->tier) {
+    if (old->tier < place->tier && block->record != kNoSlot) tier(old->tier).policy->Evict(Root(*block).slot);
     CountInChunks(*block, -1);
     const RecencyPtr record = RecordOf(*block);
     Unlink(block);
@@ -403,6 +406,11 @@ void BlockStore::SwapPlace(Block* block, Place* place) {
 void BlockStore::Drop(Block* block) {
   KVTIDE_CHECK(block->place != nullptr && !block->writing && !block->moving);
   const bool was_keyed = block->keyed;
+  if (block->record != kNoSlot) {
+    const Recency& record = Root(*block);
+    tier(block->place->tier).policy->Evict(record.slot);
+    if (record.standing == Standing::kNew) ghosts_.Add(GhostOf(block->key, block->group()), blocks_.size());
+  }
   if (was_keyed) forget_(block);
   if (block->prefix() != nullptr) forget_prefix_(block);
   MakeStale(*block);
@@ -420,7 +428,7 @@ void BlockStore::Drop(Block* block) {
   DeleteIfUnused(block);
 }
 
-RecencyPtr BlockStore::NewRecency(absl::Time now) {
+RecencyPtr BlockStore::NewRecency(absl::Time now, Standing standing) {
   RecordSlot slot;
   if (free_records_.empty()) {
     slot = static_cast<RecordSlot>(records_.size());
@@ -431,6 +439,7 @@ RecencyPtr BlockStore::NewRecency(absl::Time now) {
   }
   auto* record = new Recency;
   record->slot = slot;
+  record->standing = standing;
   record->tiers.resize(tiers_.size());
   record->touch_serial = ++serial_;
   record->last_touched = now;
@@ -440,6 +449,13 @@ RecencyPtr BlockStore::NewRecency(absl::Time now) {
     free_records_.push_back(unused->slot);
     delete unused;
   });
+}
+
+void BlockStore::MakeNew(const RecencyPtr& record) {
+  Recency* const root = Root(record);
+  root->standing = Standing::kNew;
+  for (size_t t = 0; t < tiers_.size(); t++)
+    if (root->tiers[t].blocks > 0) tiers_[t].policy->Stand(root->slot, root->standing);
 }
 
 void BlockStore::Join(Block* block, const RecencyPtr& record, End end) {
@@ -478,7 +494,8 @@ void BlockStore::Link(Block* block, End end) {
     (list.first != kNoSlot ? blocks_[list.first].previous : list.last) = slot;
     list.first = slot;
   }
-  if (list.blocks++ == 0) tier.policy->Insert(record->slot);
+  if (list.blocks++ == 0) tier.policy->Insert(record->slot, record->standing);
+  tier.policy->Count(record->slot, 1);
   if (record->readers > 0) tier.read++;
 }
 
@@ -490,6 +507,7 @@ void BlockStore::Unlink(Block* block) {
   (block->previous != kNoSlot ? blocks_[block->previous].next : list.first) = block->next;
   (block->next != kNoSlot ? blocks_[block->next].previous : list.last) = block->previous;
   block->previous = block->next = kNoSlot;
+  tier.policy->Count(record->slot, -1);
   if (--list.blocks == 0) tier.policy->Remove(record->slot);
   if (record->readers > 0) tier.read--;
   Recency* const named = records_[std::exchange(block->record, kNoSlot)];
@@ -505,9 +523,11 @@ void BlockStore::Merge(const RecencyPtr& from, const RecencyPtr& into) {
     if (read && from->readers == 0) tiers_[t].read += source.blocks;
     if (read && into->readers == 0) tiers_[t].read += target.blocks;
     if (source.blocks == 0) continue;
+    const auto moved = static_cast<int64_t>(source.blocks);
+    tiers_[t].policy->Count(from->slot, -moved);
     tiers_[t].policy->Remove(from->slot);
     if (target.blocks == 0) {
-      tiers_[t].policy->Insert(into->slot);
+      tiers_[t].policy->Insert(into->slot, into->standing);
       target = source;
     } else {
       blocks_[target.last].next = source.first;
@@ -515,6 +535,7 @@ void BlockStore::Merge(const RecencyPtr& from, const RecencyPtr& into) {
       target.last = source.last;
       target.blocks += source.blocks;
     }
+    tiers_[t].policy->Count(into->slot, moved);
     source = {};
   }
   into->readers += std::exchange(from->readers, 0);

@@ -23,6 +23,7 @@
 #include "daemon/cache/block.h"
 #include "daemon/cache/cache_options.h"
 #include "daemon/cache/extent_allocator.h"
+#include "daemon/cache/ghost_keys.h"
 #include "daemon/cache/slots.h"
 
 namespace kvtide {
@@ -143,7 +144,12 @@ class BlockStore {
   void Retire(Place* place);
 
   // Recency (recency.h).
-  RecencyPtr NewRecency(absl::Time now);
+  RecencyPtr NewRecency(absl::Time now, Standing standing = Standing::kUsed);
+  // Nobody has its blocks open any more: they are cached, and new as that.
+  void MakeNew(const RecencyPtr& record);
+  // Whether the block that is cached under this key now is one that was dropped not long ago, before anybody
+  // had asked for it; that is forgotten then. Never with LRU.
+  bool TakeGhost(const BlockKey& key, int group = 0) { return ghosts_.Take(GhostOf(key, group)); }
   // Puts a block that has no record yet into this one: as its hottest block in the tier, or as its coldest.
   enum class End : uint8_t { kHottest, kColdest };
   void Join(Block* block, const RecencyPtr& record, End end = End::kHottest);
@@ -192,6 +198,10 @@ class BlockStore {
   }
   // By the lower half of its id; null: kNoSlot.
   Block* At(uint32_t slot) const { return slot != kNoSlot ? &blocks_[slot] : nullptr; }
+  // Found by key or as a prefix, and in no table.
+  static bool IsCachedOnly(const Block& block) {
+    return (block.keyed || block.prefix() != nullptr) && block.chunks.empty();
+  }
   // Nobody writes, moves or reads it.
   bool IsIdle(const Block& block) const {
     return block.place != nullptr && !block.writing && !block.moving && block.place->pins == 0 &&
@@ -222,6 +232,10 @@ class BlockStore {
     return record->merged_into != nullptr ? record->merged_into.get() : record.get();
   }
 
+  // A key of each layer group.
+  static BlockKey GhostOf(const BlockKey& key, int group) {
+    return {key.low + static_cast<uint64_t>(group) * 0x9e3779b97f4a7c15, key.high};
+  }
   Place* NewPlace(int tier, size_t bytes, size_t pair_index);
   Place* PlaceAt(int tier, size_t offset, size_t bytes, size_t pair_index);
   Block* NewBlock(Place* place, int home, const BlockForm& form);
@@ -249,6 +263,7 @@ class BlockStore {
   std::vector<Recency*> records_;                  // by slot; null = free
   std::vector<RecordSlot> free_records_;
   std::vector<std::weak_ptr<Recency>> wanted_;  // Recency::wanted is set
+  GhostKeys ghosts_;                            // without any: LRU
   uint64_t serial_ = 0;
   uint64_t snapshot_serial_ = 0;
   uint64_t shared_ = 0;        // blocks with several references

@@ -10,6 +10,7 @@
 
 #include "absl/status/status.h"
 #include "absl/time/time.h"
+#include "daemon/cache/eviction_policy.h"
 #include "daemon/cache/io_tier.h"
 #include "daemon/cache/remote_tier.h"
 #include "daemon/cache/tenants.h"
@@ -42,13 +43,14 @@ struct TierOptions {
 struct CacheOptions {
   std::vector<TierOptions> tiers;  // fastest first: device (once for each device), host
   // What other daemons share with this one, below all tiers; borrowed, null: nothing. No block lies there:
-  // lookups fetch from it for so long, and what others can find is written there (unless it is only read).
+  // lookups fetch from it for so long, and what others can find is written there.
   RemoteTier* remote = nullptr;
   absl::Duration remote_read = absl::Seconds(1);
-  bool remote_writes = true;
-  size_t max_unsent_blocks = 4096;  // that wait to be written; beyond it the oldest are left out
-  TraceSink* trace = nullptr;       // hears what is asked of cached blocks; borrowed, null: nobody
-  TenantQuotas quotas;              // of tenants; none by default
+  RemoteWrites remote_writes = RemoteWrites::kAll;
+  size_t max_unsent_blocks = 4096;             // that wait to be written; beyond it the oldest are left out
+  TraceSink* trace = nullptr;                  // hears what is asked of cached blocks; borrowed, null: nobody
+  EvictionKind eviction = EvictionKind::kLru;  // of cached blocks that no open sequence has
+  TenantQuotas quotas;                         // of tenants; none by default
   TierLimits limits;
   size_t max_models = 64;
   size_t max_sequences = 16384;

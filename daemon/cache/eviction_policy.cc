@@ -1,5 +1,8 @@
 #include "daemon/cache/eviction_policy.h"
 
+#include <vector>
+
+#include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
 
 namespace kvtide {
@@ -11,7 +14,7 @@ class LruPolicy : public EvictionPolicy {
  public:
   LruPolicy() : nodes_{{0, 0}} {}
 
-  void Insert(RecordSlot record) override {
+  void Insert(RecordSlot record, Standing) override {
     if (record + size_t{2} > nodes_.size()) nodes_.resize(record + size_t{2}, {kOut, kOut});
     KVTIDE_CHECK(nodes_[record + 1].next == kOut, "inserted twice: record ", record);
     Link(record + 1);
@@ -51,6 +54,22 @@ class LruPolicy : public EvictionPolicy {
 };
 
 }  // namespace
+
+std::string NameOf(EvictionKind kind) { return kind == EvictionKind::kLru ? "lru" : "s3-fifo"; }
+
+absl::StatusOr<EvictionKind> ParseEvictionKind(const std::string& name) {
+  std::string known;
+  for (const EvictionKind kind : AllEvictionKinds()) {
+    if (NameOf(kind) == name) return kind;
+    absl::StrAppend(&known, known.empty() ? "" : " or ", NameOf(kind));
+  }
+  return absl::InvalidArgumentError(absl::StrCat("eviction \"", name, "\" is unknown; use ", known));
+}
+
+std::span<const EvictionKind> AllEvictionKinds() {
+  static constexpr EvictionKind kKinds[] = {EvictionKind::kLru, EvictionKind::kS3Fifo};
+  return kKinds;
+}
 
 std::unique_ptr<EvictionPolicy> MakeLruPolicy() { return std::make_unique<LruPolicy>(); }
 

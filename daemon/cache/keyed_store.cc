@@ -221,8 +221,9 @@ struct KeyedStore::Storing {
   NamespacePtr space;
   KeyedPayload payload;
   RecencyPtr record;
-  size_t next = 0;    // of the keys
-  bool full = false;  // the rest finds no room
+  RecencyPtr returned;  // of blocks that were dropped not long ago; null: none so far
+  size_t next = 0;      // of the keys
+  bool full = false;    // the rest finds no room
   StoreReport report;
 };
 
@@ -321,8 +322,11 @@ absl::Status KeyedStore::Enter(CacheLock& lock, Storing& storing, const StoringL
     block->has_checksum = store.tier(block->place->tier).checksum;
     block->checksum = write.checksum;
     lock->keyed.Insert(space, key, block);
-    store.Join(block, storing.record, BlockStore::End::kColdest);
-    lock->unsent.Add(block->id);
+    // What was dropped too early is not on trial once more.
+    RecencyPtr& record = store.TakeGhost(key) ? storing.returned : storing.record;
+    if (record == nullptr) record = store.NewRecency(core_.options().clock());
+    store.Join(block, record, BlockStore::End::kColdest);
+    lock->unsent.Found(block->id);
     lease.Add(block);
     storing.report.stored++;
   }
@@ -335,8 +339,9 @@ RecencyPtr KeyedStore::NewestRecord(CacheState& state, KeyedNamespace& space) co
   const absl::Time now = core_.options().clock();
   if (space.newest == nullptr || store.BlocksOf(space.newest) >= kSharedRecord ||
       now - store.LastTouched(space.newest) > kTogether)
-    space.newest = store.NewRecency(now);
-  store.Touch(space.newest, now);
+    space.newest = store.NewRecency(now, Standing::kNew);
+  // To be stored beside others is no use of these; with LRU it counts as one, as it is all that there is.
+  if (core_.options().eviction == EvictionKind::kLru) store.Touch(space.newest, now);
   return space.newest;
 }
 
@@ -358,7 +363,7 @@ absl::StatusOr<StoreReport> KeyedStore::Store(const StoreCall& call) {
   CacheLock lock(core_);
   if (space->deleted) return DeletedError(*space);
   Trace(options, TraceVerb::kStore, *space, keys);
-  Storing storing{context, keys, space, std::move(payload), NewestRecord(*lock, *space)};
+  Storing storing{context, keys, space, std::move(payload), NewestRecord(*lock, *space), nullptr};
   const StoringLease lease(lock, space);
   absl::Status failed;
   while (storing.next < keys.size() && failed.ok()) {

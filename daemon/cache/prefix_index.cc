@@ -168,6 +168,7 @@ uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most, UnsentBlocks* 
           table.at(index)->layout() != SealedLayout(sequence, table, index))
         end = index;
   uint64_t dropped = 0;
+  RecencyPtr returned;  // of blocks that were dropped not long ago
   for (int64_t index = sequence.found_blocks; index < end; index++) {
     const BlockKey& key = sequence.chain->keys()[static_cast<size_t>(index)];
     for (size_t g = 0; g < sequence.groups.size(); g++) {
@@ -202,7 +203,13 @@ uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most, UnsentBlocks* 
       while (blocks_ >= most && DropColdest()) dropped++;
       if (blocks_ >= most) continue;
       Insert(space, key, static_cast<int>(g), mine);
-      if (unsent != nullptr) unsent->Add(mine->id);
+      if (store_->TakeGhost(key, static_cast<int>(g))) {
+        // When the sequence is closed it is not on trial once more.
+        if (returned == nullptr) returned = store_->NewRecency(store_->LastTouched(sequence.recency.own));
+        store_->Rejoin(mine, returned, BlockStore::End::kColdest);
+        sequence.recency.AddPrefix(returned);
+      }
+      if (unsent != nullptr) unsent->Found(mine->id);
     }
   }
   sequence.found_blocks = std::max(sequence.found_blocks, end);

@@ -22,7 +22,8 @@ struct Recency {
     uint64_t blocks = 0;
   };
 
-  RecordSlot slot = 0;      // in the eviction policies
+  RecordSlot slot = 0;  // in the eviction policies
+  Standing standing = Standing::kUsed;
   std::vector<List> tiers;  // by tier
   uint64_t touch_serial = 0;
   absl::Time last_touched;

@@ -82,9 +82,10 @@ void RemoteExchange::Start() {
   if (tier() == nullptr) return;
   {
     CacheLock lock(core_);
-    lock->unsent.most = core_.options().remote_writes ? core_.options().max_unsent_blocks : 0;
+    lock->unsent.most = writes() != RemoteWrites::kNone ? core_.options().max_unsent_blocks : 0;
+    lock->unsent.when_found = writes() == RemoteWrites::kAll;
   }
-  if (core_.options().remote_writes && core_.options().background_moves)
+  if (writes() != RemoteWrites::kNone && core_.options().background_moves)
     thread_ = std::thread([this] { Run(); });
 }
 
@@ -98,16 +99,37 @@ void RemoteExchange::Stop() {
 }
 
 void RemoteExchange::Run() {
+  bool wrote = false;
   while (true) {
     {
       CacheLock lock(core_);
       if (stopping_.cancelled()) return;
-      const bool idle = lock->unsent.ids.empty() || !tier()->Writable();
+      const bool idle = (lock->unsent.ids.empty() && !wrote) || !tier()->Writable();
       if (idle) lock.Wait(lock->unsent.come, absl::Milliseconds(200));
       if (stopping_.cancelled()) return;
     }
-    WriteOnce();
+    wrote = WriteOnce();
   }
+}
+
+// Of the blocks that would be dropped next, some that were not offered so far are queued. A full tier drops
+// under the mutex, and waits for no network: so they are offered before it is full.
+void RemoteExchange::Offer(CacheState& state) const {
+  constexpr size_t kPeeks = 4096;
+  BlockStore& store = state.store;
+  const int last = static_cast<int>(store.tiers()) - 1;
+  const ExtentAllocator& space = store.tier(last).allocator;
+  const double limit = static_cast<double>(space.capacity_bytes()) * state.limits.low_watermark;
+  if (static_cast<double>(space.used_bytes()) <= limit) return;
+  const size_t most = std::min(state.unsent.most, core_.options().max_moves_in_flight);
+  size_t peeks = 0;
+  store.PeekIdle(last, ~uint64_t{0}, [&](const Block& block) {
+    if (state.unsent.ids.size() >= most || ++peeks > kPeeks) return false;
+    if (block.offered || !store.IsCachedOnly(block) || !block.droppable()) return true;
+    store.Get(block.id)->offered = true;
+    state.unsent.Add(block.id);
+    return true;
+  });
 }
 
 struct RemoteExchange::Outgoing {
@@ -115,6 +137,7 @@ struct RemoteExchange::Outgoing {
   NamespacePtr name_space;  // null: of a prefix
   RemoteJob job;
   std::shared_ptr<const Profile> profile;
+  BlockId id = 0;
   HeldBlock block;
   PinnedPlace place;
   IoJob read;  // where it lies in a tier of I/O
@@ -131,13 +154,17 @@ bool RemoteExchange::WriteOnce() {
   {
     CacheLock lock(core_);
     BlockStore& store = lock->store;
+    if (writes() == RemoteWrites::kOnDemote) Offer(*lock);
     std::deque<BlockId>& ids = lock->unsent.ids;
     size_t bytes = 0;
     while (!ids.empty() && batch.size() < core_.options().max_moves_in_flight) {
       Block* const block = store.Get(ids.front());
       if (block != nullptr && !batch.empty() && bytes + block->bytes() > kBatchBytes) break;
       ids.pop_front();
-      if (block == nullptr || block->place == nullptr || block->writing) continue;
+      if (block == nullptr || block->place == nullptr || block->writing) {
+        lock->unsent.left_out += writes() == RemoteWrites::kOnDemote;  // dropped meanwhile
+        continue;
+      }
       Outgoing out;
       if (block->prefix() != nullptr) {
         const PrefixSpace& space = *block->prefix();
@@ -160,6 +187,7 @@ bool RemoteExchange::WriteOnce() {
         continue;
       }
       bytes += block->bytes();
+      out.id = block->id;
       out.block = HeldBlock(store, block);
       batch.push_back(std::move(out));
     }
@@ -267,7 +295,11 @@ bool RemoteExchange::WriteOnce() {
     {
       CacheLock lock(core_);
       lock->unsent.left_out += part.size() - present - written;
+      // A server that is away for now is offered them again.
+      const bool again = written + present < part.size() && !tier()->Writable();
       for (Outgoing& out : part) {
+        if (Block* const block = again ? lock->store.Get(out.id) : nullptr; block != nullptr)
+          block->offered = false;
         deleted = deleted || (out.name_space != nullptr && out.name_space->deleted);
         out.name_space.reset();  // what it has belongs to the mutex
       }
@@ -563,7 +595,7 @@ RemoteExchange::Fetched RemoteExchange::FetchKeyed(CacheLock& lock, const Namesp
 }
 
 absl::Status RemoteExchange::Erase(const KeyedNamespace& space, const CallContext& context) {
-  if (tier() == nullptr || !core_.options().remote_writes) return absl::OkStatus();
+  if (tier() == nullptr || writes() == RemoteWrites::kNone) return absl::OkStatus();
   const absl::Duration left = TimeLeft(context, core_.options().clock() + kWriteTime);
   const absl::Status status = tier()->Erase(SpaceOf(space.spec), {left, context.cancellation});
   if (status.ok()) return status;

@@ -1,6 +1,7 @@
 // What the cache does with a remote tier (remote_tier.h): blocks that others can find are written there as
-// soon as they are found here, by a thread of its own; lookups that miss fetch what is there into the tiers,
-// before they answer. Neither holds the mutex, or a place, while the network is asked.
+// soon as they are found here, or when they are about to be dropped (RemoteWrites), by a thread of its own;
+// lookups that miss fetch what is there into the tiers, before they answer. Neither holds the mutex, or a
+// place, while the network is asked.
 #pragma once
 
 #include <cstdint>
@@ -54,6 +55,8 @@ class RemoteExchange {
   struct Outgoing;
 
   RemoteTier* tier() const { return core_.options().remote; }
+  RemoteWrites writes() const { return core_.options().remote_writes; }
+  void Offer(CacheState& state) const;
   void Run();
   WritingBlock Allocate(CacheLock& lock, const Want& want, size_t want_bytes);
   absl::Duration TimeLeft(const CallContext& context, absl::Time end) const;

@@ -75,6 +75,13 @@ struct RemoteStats {
   uint64_t hit_blocks = 0, miss_blocks = 0, present_blocks = 0, left_out_blocks = 0, queued_blocks = 0;
 };
 
+// What is written there of the blocks that others could find.
+enum class RemoteWrites : uint8_t {
+  kNone,
+  kOnDemote,  // cached ones that no open sequence has, before the last tier here has no room for them
+  kAll,       // as soon as they are found here
+};
+
 class RemoteTier {
  public:
   virtual ~RemoteTier() = default;

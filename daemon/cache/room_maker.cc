@@ -146,8 +146,7 @@ bool RoomMaker::DropCached(CacheState& state, const TenantAccount& account, int 
   int peeks = 0;
   state.store.PeekIdle(tier, kAnySerial, [&](const Block& block) {
     if (++peeks > kMostCachedPeeks) return false;
-    const bool cached_only = (block.keyed || block.prefix() != nullptr) && block.chunks.empty();
-    if (block.account() != &account || !cached_only || !block.droppable()) return true;
+    if (block.account() != &account || !BlockStore::IsCachedOnly(block) || !block.droppable()) return true;
     cached.push_back(block.id);
     found += block.place->extent();
     return left + found < bytes;
@@ -231,6 +230,9 @@ bool RoomMaker::Drop(CacheState& state, const Move& move, MoveReport* report) co
   if (block == nullptr || !state.store.IsIdle(*block) || block->place->tier != move.from ||
       !block->droppable())
     return false;
+  if (core_.options().remote != nullptr && core_.options().remote_writes == RemoteWrites::kOnDemote &&
+      BlockStore::IsCachedOnly(*block) && !block->offered)
+    state.unsent.left_out++;
   state.store.Drop(block);
   state.counters.dropped_blocks++;
   report->dropped_blocks++;

@@ -400,6 +400,8 @@ void Sequences::ReleaseTables(Sequence& sequence) {
     table.sealed = 0;
     table.SetLayers(table.layers());
   }
+  // What it leaves is cached, and new as that.
+  if (sequence.recency.own != nullptr) store_->MakeNew(sequence.recency.own);
   CountHeld(sequence);
 }
 

@@ -291,7 +291,7 @@ void RedisTier::Renew(const std::vector<std::string>& names, const Limits& limit
 
 // Values that are of no use: they would keep good ones from being written.
 void RedisTier::Remove(const std::vector<std::string>& names, const Limits& limits) {
-  if (names.empty() || !options_.remote.writes) return;
+  if (names.empty() || options_.remote.writes == RemoteWrites::kNone) return;
   RespCommand command{{"UNLINK"}, 0, {}};
   command.words.insert(command.words.end(), names.begin(), names.end());
   (void)Run({std::move(command)}, limits, [](size_t, const redisReply&) {});
@@ -579,7 +579,7 @@ absl::Status RedisTier::Erase(const std::string& space, const RemoteLimit& limit
 bool RedisTier::Writable() const {
   const MutexLock lock(mu_);
   const absl::Time now = options_.clock();
-  return options_.remote.writes && now >= retry_at_ && now >= write_retry_at_;
+  return options_.remote.writes != RemoteWrites::kNone && now >= retry_at_ && now >= write_retry_at_;
 }
 
 RemoteStats RedisTier::Stats() const {

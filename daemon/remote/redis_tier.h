@@ -63,8 +63,8 @@ class RedisTier : public RemoteTier {
   // An error that concerns the server, not a value: it is not asked for a while.
   void Away(const absl::Status& status);
   void Full(const std::string& problem);
-  // A reply that is an error: ResourceExhausted (it takes no writes), PermissionDenied, DataLoss (of the value),
-  // else Unavailable.
+  // A reply that is an error: ResourceExhausted (it takes no writes), PermissionDenied, DataLoss (of the
+  // value), else Unavailable.
   static absl::Status ErrorOf(const redisReply& reply);
   std::string SpaceName(const std::string& space) const;
   std::string PieceName(const std::string& value, uint64_t write_id, size_t piece) const;

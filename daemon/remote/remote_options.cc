@@ -67,6 +67,18 @@ absl::StatusOr<RemoteAddress> ParseRemoteAddress(const std::string& text) {
   return address;
 }
 
+const char* NameOf(RemoteWrites writes) {
+  constexpr const char* kNames[] = {"none", "on-demote", "all"};
+  return kNames[static_cast<size_t>(writes)];
+}
+
+absl::StatusOr<RemoteWrites> ParseRemoteWrites(const std::string& name) {
+  for (const RemoteWrites writes : {RemoteWrites::kNone, RemoteWrites::kOnDemote, RemoteWrites::kAll})
+    if (name == NameOf(writes)) return writes;
+  return absl::InvalidArgumentError(
+      absl::StrCat("remote_write \"", name, "\" is unknown; use all, on-demote or none"));
+}
+
 absl::Status CheckRemoteOptions(const RemoteOptions& options) {
   const auto plain = [](char c) { return absl::ascii_isalnum(c) || c == '-' || c == '_' || c == '.'; };
   if (options.prefix.empty() || options.prefix.size() > 64 ||

@@ -6,6 +6,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "daemon/cache/remote_tier.h"
 
 namespace kvtide {
 
@@ -32,8 +33,12 @@ struct RemoteOptions {
   // Of a connection, and of bytes that stand still.
   absl::Duration timeout = absl::Milliseconds(250);
   absl::Duration read_time = absl::Seconds(1);  // of the fetches of one lookup
-  bool writes = true;
+  RemoteWrites writes = RemoteWrites::kAll;
 };
+// "none", "on-demote", "all".
+const char* NameOf(RemoteWrites writes);
+// InvalidArgument with the known names.
+absl::StatusOr<RemoteWrites> ParseRemoteWrites(const std::string& name);
 absl::Status CheckRemoteOptions(const RemoteOptions& options);
 
 }  // namespace kvtide

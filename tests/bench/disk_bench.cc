@@ -1,7 +1,7 @@
 // Moves to and from the disk tier, in clear and encrypted: eight blocks of one Run. Processor time is that of
 // the process, threads that read and write included; with a folder in memory what is left is copy, checksum,
 // encryption and system calls:
-//     KVTIDE_BENCH_FOLDER=/dev/shm kvtide_bench_disk --benchmark_min_time=0.02 --benchmark_repetitions=9
+//     KVTIDE_BENCH_FOLDER=/dev/shm kvtide_bench_disk --benchmark_min_time=0.5 --benchmark_repetitions=5
 //       --benchmark_enable_random_interleaving=true --benchmark_out=tests/bench/results/disk.json
 #include <benchmark/benchmark.h>
 #include <stdlib.h>

@@ -3,12 +3,14 @@
 // the clock and of the processor (which counts where others share the machine); Metadata the bytes of the
 // heap in use for each block.
 //     kvtide_bench_prefix --benchmark_out=tests/bench/results/prefix.json
+//     EVICTION=s3-fifo kvtide_bench_prefix --benchmark_out=tests/bench/results/prefix_s3_fifo.json
 #include <benchmark/benchmark.h>
 #include <malloc.h>
 #include <time.h>
 
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <memory>
 #include <random>
 #include <string>
@@ -56,6 +58,8 @@ struct World {
     options.tiers.push_back({"device", &device, size_t{1} << 40, false});
     options.tiers.push_back({"host", &host, size_t{1} << 40, false});
     options.background_moves = false;
+    if (const char* const eviction = std::getenv("EVICTION"); eviction != nullptr)
+      options.eviction = ParseEvictionKind(eviction).value();
     options.max_sequences = kPrompts + 1;
     cache = KvCache::Create(options).value();
     model = cache->RegisterModel(UniformModel("m", {1, 1, kDim, kDim}, 1)).value();

@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <fstream>
 
+#include "clients/cpp/block_store.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/e2e/test_daemon.h"
@@ -149,6 +150,34 @@ TEST(Command, CompletesCommandsAndOptions) {
 }
 
 // The pages have every command and option, and the formatter finds no fault where there is one.
+TEST(Command, ReplaysWhatADaemonHasRecorded) {
+  const std::string folder = MakeFolder(), trace = folder + "/trace";
+  {
+    const auto daemon = TestDaemon::Start({"--record-trace", trace + ":1MiB"});
+    const auto client = daemon->Connect();
+    client::NamespaceSpec spec;
+    spec.model = "a very secret model";
+    spec.block_tokens = 16;
+    spec.content = client::OpaqueBlocks{10'000, "pages"};
+    const auto store = client::BlockStore::Open(*client, spec).value();
+    const std::vector<std::string_view> keys = {"key 1", "key 2", "key 3"};
+    EXPECT_EQ(store->Lookup(keys)->hits, 0);
+    EXPECT_EQ(store->Store(keys, std::vector<std::byte>(30'000))->stored, 3);
+    EXPECT_EQ(store->Lookup(keys)->hits, 3);
+    EXPECT_EQ(daemon->Stop(), 0);
+    EXPECT_THAT(daemon->Log(), HasSubstr("recorded events=3 left_out=0"));
+  }
+  EXPECT_THAT(ReadWhole(trace), AllOf(Not(HasSubstr("secret")), Not(HasSubstr("key 1"))));
+  const Outcome replay =
+      Kvtide({"fleet", "replay", "--trace", trace, "--host-memory", "1MiB", "--output", "json"});
+  EXPECT_EQ(replay.exit_code, 0) << replay.output;
+  EXPECT_THAT(replay.output, AllOf(HasSubstr("\"requests\": 2"), HasSubstr("\"asked_blocks\": 6"),
+                                   HasSubstr("\"hit_blocks\": 3"), HasSubstr("\"hit_tokens\": 48")));
+  EXPECT_EQ(Kvtide({"fleet", "replay", "--trace", Program("kvtide")}).exit_code, 2) << "no recording";
+  EXPECT_THAT(Kvtide({"fleet", "replay", "--help"}).output, HasSubstr("Example"));
+  std::filesystem::remove_all(folder);
+}
+
 TEST(Command, HasManualPages) {
   const std::string folder = MakeFolder();
   for (const char* program : {"kvtide", "kvtided"}) {

@@ -153,6 +153,47 @@ TEST(Remote, BlocksOfEnginesAreSharedToo) {
   EXPECT_EQ(client::BlockStore::Open(*c.client, spec).value()->Lookup(keys)->hits, 0);
 }
 
+TEST(Remote, OnDemoteSharesWhatADaemonHasNoRoomFor) {
+  RedisServer server;
+  Node a(server.address(),
+         {"--remote-write", "on-demote", "--host-memory", "4MiB", "--device-memory", "1MiB"});
+  Node b(server.address());
+  client::NamespaceSpec spec;
+  spec.model = "engine";
+  spec.block_tokens = 16;
+  spec.content = client::OpaqueBlocks{100'000, "pages"};
+  const auto at_a = client::BlockStore::Open(*a.client, spec).value(),
+             at_b = client::BlockStore::Open(*b.client, spec).value();
+  std::vector<std::byte> payload(100'000), back(100'000);
+  const auto store = [&](int number) {
+    const std::string key = absl::StrCat("key ", number);
+    const std::string_view view = key;
+    std::fill(payload.begin(), payload.end(), static_cast<std::byte>(number));
+    EXPECT_EQ(at_a->Store({&view, 1}, payload)->stored, 1);
+  };
+  for (int i = 0; i < 20; i++) store(i);  // half of the host tier
+  absl::SleepFor(absl::Milliseconds(500));
+  EXPECT_EQ(a.Stats().written_blocks, 0);
+  // The oldest are written as the tier fills: with time between them, every one before it is dropped.
+  for (int i = 20; i < 100; i++) {
+    store(i);
+    if (i < 33) continue;
+    const int64_t written = a.Stats().written_blocks;
+    for (int wait = 0; wait < 1000 && a.Stats().written_blocks <= written && written < i - 25; wait++)
+      absl::SleepFor(absl::Milliseconds(5));
+  }
+  EXPECT_GT(a.Stats().written_blocks, 50);
+  for (int i = 0; i < 40; i++) {
+    const std::string key = absl::StrCat("key ", i);
+    const std::string_view view = key;
+    const auto found = at_b->Lookup({&view, 1});
+    ASSERT_TRUE(found.ok()) << found.status();
+    ASSERT_EQ(found->hits, 1) << key;
+    ASSERT_TRUE(at_b->Load(found->lease, 0, 1, back).ok());
+    EXPECT_EQ(back[50'000], static_cast<std::byte>(i));
+  }
+}
+
 TEST(Remote, AServerThatDiesAndComesBackIsNoticedByNobodyElse) {
   RedisServer server;
   Node a(server.address()), b(server.address());

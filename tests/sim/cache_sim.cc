@@ -669,6 +669,7 @@ bool CacheSim::Run(World world, uint32_t seed, int64_t steps, FaultyBackend::Def
   dice_.seed(seed * 4 + static_cast<uint32_t>(world));
   clients_.clear();
   options_.id_seed = seed + 1;
+  options_.eviction = seed % 2 == 0 ? EvictionKind::kLru : EvictionKind::kS3Fifo;
   options_.limits.high_watermark = world == World::kRoomy ? 0.05 : 0.8;
   options_.limits.low_watermark = world == World::kRoomy ? 0.02 : 0.5;
   options_.limits.promote_below = world == World::kRoomy ? 0.1 : 0.8;

@@ -272,6 +272,7 @@ bool KeyedSim::Run(uint32_t seed, int64_t steps, bool lie) {
   disk_.reset();
   files_ = std::make_unique<FaultFileSystem>(seed);
   options_.id_seed = seed + 1;
+  options_.eviction = seed % 2 == 0 ? EvictionKind::kLru : EvictionKind::kS3Fifo;
   options_.room_wait = absl::ZeroDuration();  // whoever would have to be waited for is a caller of ours
   options_.max_moves_in_flight = static_cast<size_t>(1 + Random(8));
   options_.max_keyed_blocks = Random(3) == 0 ? 40 : kPlenty;

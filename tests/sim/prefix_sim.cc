@@ -373,6 +373,7 @@ bool PrefixSim::Run(uint32_t seed, int64_t steps, bool lie, bool remote) {
   disk_.reset();
   files_ = std::make_unique<FaultFileSystem>(seed);
   options_.id_seed = seed + 1;
+  options_.eviction = seed % 2 == 0 ? EvictionKind::kLru : EvictionKind::kS3Fifo;
   options_.room_wait = absl::ZeroDuration();  // whoever would have to be waited for is a caller of ours
   options_.max_moves_in_flight = static_cast<size_t>(1 + Random(8));
   options_.max_prefix_blocks = Random(4) == 0 ? 20 : 100'000;
@@ -384,6 +385,7 @@ bool PrefixSim::Run(uint32_t seed, int64_t steps, bool lie, bool remote) {
   store_ = remote ? std::make_unique<RemoteStore>() : nullptr;
   remote_ = remote ? std::make_unique<FaultRemote>(store_.get()) : nullptr;
   options_.remote = remote_.get();
+  options_.remote_writes = seed % 4 < 2 ? RemoteWrites::kAll : RemoteWrites::kOnDemote;
   if (remote) {
     options_.max_unsent_blocks = static_cast<size_t>(1 + Random(40));
     remote_->SetHook([this](const char*) {

@@ -75,7 +75,7 @@ void AddFleetCommand(CLI::App& app, int* exit_code) {
       app.add_subcommand("fleet", "Simulate a workload mix: how many GPUs, and what a host tier is worth");
   fleet->footer(kExamples);
   AddPlanFlags(*fleet, &command->flags);
-  fleet->add_option("--mix", command->mix, "CSV of session classes; - = standard input")->required();
+  fleet->add_option("--mix", command->mix, "CSV of session classes; - = standard input (needed)");
   fleet->add_option("--pair", command->pair, "Cache types of the fleet")->capture_default_str();
   fleet->add_option("--host-sizes", command->host_sizes,
                     "Host tiers per GPU to compare (default 0 to 4 times the device tier)");
@@ -99,7 +99,10 @@ void AddFleetCommand(CLI::App& app, int* exit_code) {
       ->capture_default_str();
   fleet->add_option("--seed", command->request.seed, "Seed of the arrivals")->capture_default_str();
   fleet->add_option("--output", command->output, "table or json")->capture_default_str();
-  fleet->callback([command, exit_code] {
+  fleet->require_subcommand(0, 1);
+  fleet->callback([command, fleet, exit_code] {
+    if (!fleet->get_subcommands().empty()) return;  // it has done its work
+    if (command->mix.empty()) throw CLI::RequiredError("--mix");
     const absl::StatusOr<int> code = RunFleet(*command);
     if (code.ok()) {
       *exit_code = *code;

@@ -20,7 +20,7 @@ std::vector<RecordSlot> Order(const EvictionPolicy& policy) {
 
 TEST(LruPolicyTest, ShowsTheColdestFirstAndStopsWhenTold) {
   const std::unique_ptr<EvictionPolicy> policy = MakeLruPolicy();
-  for (const RecordSlot id : {4u, 0u, 9u}) policy->Insert(id);
+  for (const RecordSlot id : {4u, 0u, 9u}) policy->Insert(id, Standing::kUsed);
   policy->Touch(4);
   EXPECT_EQ(Order(*policy), (std::vector<RecordSlot>{0, 9, 4}));
   int seen = 0;
@@ -28,7 +28,7 @@ TEST(LruPolicyTest, ShowsTheColdestFirstAndStopsWhenTold) {
   EXPECT_EQ(seen, 2);
   policy->Remove(9);
   EXPECT_EQ(Order(*policy), (std::vector<RecordSlot>{0, 4}));
-  policy->Insert(9);
+  policy->Insert(9, Standing::kUsed);
   EXPECT_EQ(Order(*policy), (std::vector<RecordSlot>{0, 4, 9}));
 }
 
@@ -40,7 +40,7 @@ TEST(LruPolicyTest, RandomCallsAgreeWithAList) {
     const RecordSlot id = random() % 40;
     const auto it = std::find(list.begin(), list.end(), id);
     if (it == list.end()) {
-      policy->Insert(id);
+      policy->Insert(id, Standing::kUsed);
       list.push_back(id);
     } else {
       list.erase(it);
@@ -57,9 +57,9 @@ TEST(LruPolicyTest, RandomCallsAgreeWithAList) {
 
 TEST(LruPolicyDeathTest, UnknownBlocksStopTheProcess) {
   const std::unique_ptr<EvictionPolicy> policy = MakeLruPolicy();
-  policy->Insert(1);
+  policy->Insert(1, Standing::kUsed);
   EXPECT_DEATH(policy->Touch(0), "not in the policy");
-  EXPECT_DEATH(policy->Insert(1), "inserted twice");
+  EXPECT_DEATH(policy->Insert(1, Standing::kUsed), "inserted twice");
 }
 
 }  // namespace

@@ -225,7 +225,7 @@ TEST_F(RemoteExchangeTest, WhatHasNotComeInTimeDoesNotCount) {
 
 TEST_F(RemoteExchangeTest, APeekDoesNotAskAndAReaderDoesNotWrite) {
   CacheNode a(&remote_a_),
-      b(&remote_b_, 64 * kBlock, 64 * kBlock, [](CacheOptions&o) { o.remote_writes = false; });
+      b(&remote_b_, 64 * kBlock, 64 * kBlock, [](CacheOptions&o) { o.remote_writes = RemoteWrites::kNone; });
   const SequenceOptions options = WithPair("turbo4");
   const Tokens tokens = SomeTokens(1, 64 * 6);
   Leave(a, SmallModel(), options, tokens);
@@ -243,6 +243,43 @@ TEST_F(RemoteExchangeTest, APeekDoesNotAskAndAReaderDoesNotWrite) {
   EXPECT_EQ(b.remote_stats().written_blocks, 0u);
   EXPECT_EQ(b.remote_stats().queued_blocks, 0u);
   ASSERT_TRUE(client.Close().ok());
+}
+
+TEST_F(RemoteExchangeTest, OnDemoteSharesWhatIsAboutToBeDroppedAndNothingElse) {
+  const SequenceOptions options = WithPair("f16", {0, 0});
+  CacheNode a(&remote_a_, 4 * kBlock, 20 * kBlock,
+              [](CacheOptions& o) { o.remote_writes = RemoteWrites::kOnDemote; });
+  CacheNode b(&remote_b_);
+  const auto prompt = [](uint32_t number) { return SomeTokens(number, 64 * 4); };
+  // As long as there is plenty of room nothing is written, sealed or closed.
+  for (uint32_t i = 1; i <= 3; i++) Leave(a, SmallModel(), options, prompt(i));
+  EXPECT_EQ(a.remote_stats().written_blocks, 0u);
+  EXPECT_EQ(a.remote_stats().queued_blocks, 0u);
+  // A sequence that is open is no cached block, however full the tiers are.
+  TokenClient open(*a.cache, SmallModel(), options);
+  ASSERT_TRUE(open.Append(SomeTokens(100, 64 * 3)).ok());
+  // Many prompts come, most of which find no room in the end: what is not here any more lies there.
+  for (uint32_t i = 4; i <= 30; i++) Leave(a, SmallModel(), options, prompt(i));
+  EXPECT_GT(a.cache->Stats().dropped_blocks, 80u);
+  EXPECT_GT(a.remote_stats().written_blocks, 80u);
+  EXPECT_EQ(a.remote_stats().left_out_blocks, 0u) << "nothing was dropped that had not been offered";
+  EXPECT_LT(a.remote_stats().written_blocks, 30u * 4) << "the newest are not about to go";
+  for (uint32_t i = 1; i <= 25; i++) EXPECT_EQ(Found(b, SmallModel(), options, prompt(i)), 64 * 4) << i;
+  EXPECT_EQ(Found(b, SmallModel(), options, SomeTokens(100, 64 * 3)), 0);
+  ASSERT_TRUE(open.Close().ok());
+}
+
+TEST_F(RemoteExchangeTest, OnDemoteOffersAgainWhatAServerThatWasAwayHasNotGot) {
+  const SequenceOptions options = WithPair("f16", {0, 0});
+  CacheNode a(&remote_a_, 4 * kBlock, 20 * kBlock,
+              [](CacheOptions& o) { o.remote_writes = RemoteWrites::kOnDemote; });
+  remote_a_.Plant(Fault::kAway);
+  for (uint32_t i = 1; i <= 5; i++) Leave(a, SmallModel(), options, SomeTokens(i, 64 * 4));
+  EXPECT_EQ(a.remote_stats().written_blocks, 0u);
+  remote_a_.Plant(Fault::kNone);
+  a.clock.Advance(absl::Minutes(2));
+  a.WriteAll();
+  EXPECT_GT(a.remote_stats().written_blocks, 0u);
 }
 
 TEST_F(RemoteExchangeTest, AFullCacheFetchesWhatFits) {

@@ -3,6 +3,9 @@
 #include <cstring>
 #include <random>
 #include <set>
+#include <string>
+
+#include "tests/daemon/cache/cache_node.h"
 
 namespace kvtide::testing {
 namespace {
@@ -215,6 +218,61 @@ TEST_P(RemoteConformance, WhatIsErasedIsGoneAndNothingElse) {
   for (const auto& found : tier->Find("goes", names, kLimit)) EXPECT_FALSE(found.has_value());
   EXPECT_TRUE(Read(*tier, "stays", Named(1), Label(20'000), back).ok());
   EXPECT_TRUE(tier->Erase("goes", kLimit).ok()) << "nothing is there";
+}
+
+// A cache that writes on demotion: what it had no room for another one loads, to the bit.
+TEST_P(RemoteConformance, KeepsWhatACacheIsAboutToDrop) {
+  constexpr size_t kBlock = 65536;
+  constexpr int kBlocks = 60;
+  std::shared_ptr<void> store;
+  const auto make = GetParam().make(&store);
+  const auto tier_a = make(), tier_b = make();
+  CacheNode a(tier_a.get(), 4 * kBlock, 20 * kBlock,
+              [](CacheOptions& o) { o.remote_writes = RemoteWrites::kOnDemote; });
+  CacheNode b(tier_b.get(), 4 * kBlock, 80 * kBlock);
+  NamespaceSpec spec;
+  spec.model = "engine";
+  spec.block_tokens = 16;
+  spec.opaque = OpaqueContent{kBlock, "pages"};
+  const NamespaceId at_a = a.cache->OpenNamespace(spec, Persistence::kNone)->id,
+                    at_b = b.cache->OpenNamespace(spec, Persistence::kNone)->id;
+  for (int i = 0; i < kBlocks; i++) {
+    const std::string key = std::to_string(i);
+    const std::string_view view = key;
+    const Bytes payload(kBlock, static_cast<unsigned>(i));
+    StoreCall call;
+    call.name_space = at_a;
+    call.keys = {&view, 1};
+    call.form = BlockPayload::kBytes;
+    call.payload = payload.bytes;
+    ASSERT_EQ(a.cache->StoreBlocks(call)->stored, 1u);
+    a.WriteAll();
+    if (i == 10) {
+      EXPECT_EQ(a.remote_stats().written_blocks, 0u) << "there is room";
+    }
+  }
+  EXPECT_EQ(a.remote_stats().left_out_blocks, 0u);
+  EXPECT_LT(a.remote_stats().written_blocks, uint64_t{kBlocks});
+  for (int i = 0; i < kBlocks - 20; i++) {
+    const std::string key = std::to_string(i);
+    const std::string_view view = key;
+    LookupCall lookup;
+    lookup.name_space = at_b;
+    lookup.keys = {&view, 1};
+    lookup.lease = absl::Seconds(5);
+    const absl::StatusOr<LookupReport> found = b.cache->LookupBlocks(lookup);
+    ASSERT_TRUE(found.ok()) << found.status();
+    ASSERT_EQ(found->hits, 1u) << i;
+    std::vector<std::byte> back(kBlock);
+    LoadCall load;
+    load.lease = found->lease;
+    load.blocks = 1;
+    load.form = BlockPayload::kBytes;
+    load.payload = back;
+    ASSERT_TRUE(b.cache->LoadBlocks(load).ok());
+    EXPECT_EQ(back, Bytes(kBlock, static_cast<unsigned>(i)).bytes);
+    EXPECT_TRUE(b.cache->ReleaseLease(found->lease));
+  }
 }
 
 }  // namespace

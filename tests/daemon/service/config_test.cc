@@ -47,13 +47,6 @@ TEST(Config, TakesSizesAsTextOrBytes) {
   EXPECT_FALSE(Resolve("{\"device_tier_bytes\": -1}").ok());
 }
 
-TEST(Config, AKeyForTheDiskNeedsADisk) {
-  EXPECT_EQ(Resolve("{\"disk\": \"/tier:2MiB\", \"disk_key_file\": \"/key\"}")->disk_key_file, "/key");
-  EXPECT_EQ(Resolve("{\"disk\": \"/tier:2MiB\"}")->disk_key_file, "");
-  EXPECT_THAT(std::string(Resolve("{\"disk_key_file\": \"/key\"}").status().message()),
-              HasSubstr("needs a disk tier"));
-}
-
 TEST(Config, TheRemoteTierIsNamedAndBounded) {
   EXPECT_FALSE(Resolve("{}")->remote.has_value());
   EXPECT_FALSE(Resolve("{\"remote\": \"off\"}")->remote.has_value());
@@ -67,7 +60,9 @@ TEST(Config, TheRemoteTierIsNamedAndBounded) {
   EXPECT_EQ(options->remote->prefix, "prod");
   EXPECT_EQ(options->remote->auth_file, "/a");
   EXPECT_EQ(options->remote->ca_file, "/ca");
-  EXPECT_FALSE(options->remote->writes);
+  EXPECT_EQ(options->remote->writes, RemoteWrites::kNone);
+  EXPECT_EQ(Resolve("{\"remote\": \"cache\", \"remote_write\": \"on-demote\"}")->remote->writes,
+            RemoteWrites::kOnDemote);
   EXPECT_EQ(options->remote->ttl, absl::InfiniteDuration());
   EXPECT_EQ(options->remote->timeout, absl::Milliseconds(70));
   EXPECT_EQ(options->remote->read_time, absl::Milliseconds(80));
@@ -77,11 +72,19 @@ TEST(Config, TheRemoteTierIsNamedAndBounded) {
     EXPECT_THAT(std::string(Resolve(json).status().message()), HasSubstr(part)) << json;
   };
   wrong("{\"remote\": \"cache:x\"}", "is no port");
-  wrong("{\"remote\": \"cache\", \"remote_write\": \"some\"}", "use all or none");
+  wrong("{\"remote\": \"cache\", \"remote_write\": \"some\"}", "use all, on-demote or none");
   wrong("{\"remote\": \"cache\", \"remote_prefix\": \"a:b\"}", "remote_prefix");
   wrong("{\"remote\": \"cache\", \"remote_ca\": \"/ca\"}", "rediss://");
   wrong("{\"remote_ttl_seconds\": -2}", "remote_ttl_seconds");
   wrong("{\"remote_timeout_ms\": 1000000}", "remote_timeout_ms");
+}
+
+TEST(Config, EvictionHasANameThatIsKnown) {
+  EXPECT_EQ(Resolve("{}")->cache.eviction, CacheOptions().eviction);
+  EXPECT_EQ(Resolve("{\"eviction\": \"lru\"}")->cache.eviction, EvictionKind::kLru);
+  EXPECT_EQ(Resolve("{\"eviction\": \"s3-fifo\"}")->cache.eviction, EvictionKind::kS3Fifo);
+  EXPECT_THAT(std::string(Resolve("{\"eviction\": \"arc\"}").status().message()),
+              HasSubstr("eviction \"arc\" is unknown; use lru or s3-fifo"));
 }
 
 TEST(Config, ARecordingHasAFileAndASize) {
