@@ -144,6 +144,9 @@ def test_what_rests_in_the_daemon_and_what_went_is_told(monkeypatch):
         later((KEYS[:2], Medium.CPU, True, "kvtide", True))  # by the link
         world.double.away = False
         later((KEYS[:2], Medium.CPU, False, "kvtide", True))  # and it had kept them
+        world.double.room = 3
+        assert not world.job("store", KEYS[4:6], [0, 1]).success
+        later(([KEYS[4]], Medium.CPU, False, "kvtide", True))
     finally:
         world.tier.shutdown()
 

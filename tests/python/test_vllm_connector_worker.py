@@ -529,6 +529,10 @@ def test_saves_that_find_no_room_say_how_far_they_came(world):
     world.worker.piece_bytes = world.pages.bytes
     world.save("a", KEYS[:4], range(1, 17), number=7)
     assert world.saved(7) == Saved(1, ("host",) * 2)
+    world.daemon.room = 3
+    world.worker.piece_bytes = 4 * world.pages.bytes
+    world.save("a", KEYS[:4], range(1, 17), number=8)
+    assert world.saved(8) == Saved(1, ("host",) * 3), "a call that stored a part of what it was given"
 
 
 def test_saves_that_are_given_up_are_answered_too():

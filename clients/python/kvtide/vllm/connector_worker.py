@@ -310,8 +310,11 @@ class ConnectorWorker:
             if end == len(save.keys):
                 self._copied(job)  # the blocks may go; what follows is the daemon's
             result = store.store(save.keys[first:end], payload, coded=self.coded)
-            if not result.left_out:  # else nobody knows which ones
+            if not result.left_out:
                 job.tiers += [FIRST_TIER] * (end - first)
+            elif save.number:  # which ones are there nobody said
+                found = store.lookup(save.keys[first:end], lease_seconds=-1, peek=True)
+                job.tiers += [tier for tier, chunks in found.tiers for _ in range(chunks)]
             with self.lock:
                 self.counts.saved_blocks += result.stored
                 self.counts.present_blocks += result.present

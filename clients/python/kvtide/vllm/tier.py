@@ -31,7 +31,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 
 from .. import store_link
 from ..block_store import Namespace, OpaqueBlocks
-from ..block_watch import FIRST_TIER, BlockWatch, runs
+from ..block_watch import FIRST_TIER, BlockWatch, runs, tiers_of
 from ..errors import InvalidArgument
 from ..fingerprint import name_of, weights_of
 from ..store_link import StoreLink, in_pieces
@@ -232,9 +232,11 @@ class KvtideTier(SecondaryTierManager):
             result = stores[0].store(keys[first:end], payload)
             there = result.stored + result.present
             good[first:first + there] = [True] * there
-            if self.watch is not None and not result.left_out:  # else nobody knows which ones
-                for key in keys[first:end]:
-                    self.watch.there(key, FIRST_TIER)
+            if self.watch is not None:
+                piece = keys[first:end]  # where some were left out nobody said which
+                tiers = tiers_of(stores[:1], piece) if result.left_out else dict.fromkeys(piece, FIRST_TIER)
+                for key, tier in tiers.items():
+                    self.watch.there(key, tier)
             if result.left_out:
                 self._say("store", result.problem)
                 break
