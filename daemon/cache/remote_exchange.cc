@@ -112,20 +112,23 @@ void RemoteExchange::Run() {
   }
 }
 
-// Of the blocks that would be dropped next, some that were not offered so far are queued. A full tier drops
-// under the mutex, and waits for no network: so they are offered before it is full.
+// The blocks that would be dropped next, as many as lie above the low watermark of the last tier, are queued
+// if they were not offered so far. A full tier drops under the mutex, and waits for no network: so they are
+// offered before it is full.
 void RemoteExchange::Offer(CacheState& state) const {
   constexpr size_t kPeeks = 4096;
   BlockStore& store = state.store;
   const int last = static_cast<int>(store.tiers()) - 1;
   const ExtentAllocator& space = store.tier(last).allocator;
-  const double limit = static_cast<double>(space.capacity_bytes()) * state.limits.low_watermark;
-  if (static_cast<double>(space.used_bytes()) <= limit) return;
+  double above = static_cast<double>(space.used_bytes()) -
+                 static_cast<double>(space.capacity_bytes()) * state.limits.low_watermark;
   const size_t most = std::min(state.unsent.most, core_.options().max_moves_in_flight);
   size_t peeks = 0;
   store.PeekIdle(last, ~uint64_t{0}, [&](const Block& block) {
-    if (state.unsent.ids.size() >= most || ++peeks > kPeeks) return false;
-    if (block.offered || !store.IsCachedOnly(block) || !block.droppable()) return true;
+    if (above <= 0 || state.unsent.ids.size() >= most || ++peeks > kPeeks) return false;
+    if (!store.IsCachedOnly(block) || !block.droppable()) return true;
+    above -= static_cast<double>(block.place->extent());
+    if (block.offered) return true;
     store.Get(block.id)->offered = true;
     state.unsent.Add(block.id);
     return true;

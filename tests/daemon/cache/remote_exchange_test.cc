@@ -247,8 +247,10 @@ TEST_F(RemoteExchangeTest, APeekDoesNotAskAndAReaderDoesNotWrite) {
 
 TEST_F(RemoteExchangeTest, OnDemoteSharesWhatIsAboutToBeDroppedAndNothingElse) {
   const SequenceOptions options = WithPair("f16", {0, 0});
-  CacheNode a(&remote_a_, 4 * kBlock, 20 * kBlock,
-              [](CacheOptions& o) { o.remote_writes = RemoteWrites::kOnDemote; });
+  CacheNode a(&remote_a_, 4 * kBlock, 20 * kBlock, [](CacheOptions& o) {
+    o.remote_writes = RemoteWrites::kOnDemote;
+    o.limits.low_watermark = 0.6;
+  });
   CacheNode b(&remote_b_);
   const auto prompt = [](uint32_t number) { return SomeTokens(number, 64 * 4); };
   // As long as there is plenty of room nothing is written, sealed or closed.
@@ -271,8 +273,10 @@ TEST_F(RemoteExchangeTest, OnDemoteSharesWhatIsAboutToBeDroppedAndNothingElse) {
 
 TEST_F(RemoteExchangeTest, OnDemoteOffersAgainWhatAServerThatWasAwayHasNotGot) {
   const SequenceOptions options = WithPair("f16", {0, 0});
-  CacheNode a(&remote_a_, 4 * kBlock, 20 * kBlock,
-              [](CacheOptions& o) { o.remote_writes = RemoteWrites::kOnDemote; });
+  CacheNode a(&remote_a_, 4 * kBlock, 20 * kBlock, [](CacheOptions& o) {
+    o.remote_writes = RemoteWrites::kOnDemote;
+    o.limits.low_watermark = 0.6;
+  });
   remote_a_.Plant(Fault::kAway);
   for (uint32_t i = 1; i <= 5; i++) Leave(a, SmallModel(), options, SomeTokens(i, 64 * 4));
   EXPECT_EQ(a.remote_stats().written_blocks, 0u);
