@@ -107,8 +107,10 @@ class KeyedIndex {
   // Blocks and references of all namespaces.
   template <class F>
   void ForEach(F f) const {
-    for (const auto& [id, space] : namespaces_)
-      space->blocks.ForEach([&](Block* block) { f(*space, block->key, block); });
+    for (const auto& entry : namespaces_) {
+      const auto& space = *entry.second;
+      space.blocks.ForEach([&](Block* block) { f(space, block->key, block); });
+    }
   }
   void CheckInvariants() const;
   // Gives everything back. No call may be running.

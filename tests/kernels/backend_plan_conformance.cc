@@ -213,8 +213,9 @@ TEST_P(BackendConformance, WritesRowsOfALayerBeforeItIsAttended) {
   constexpr int kItems = 3;
   std::mt19937 random(9);
   std::normal_distribution<float> normal;
-  for (const auto& [k_type, v_type] :
+  for (const auto& types :
        {std::pair(DataType::kF16, DataType::kF16), std::pair(DataType::kF32, DataType::kBf16)}) {
+    const DataType k_type = types.first, v_type = types.second;
     SCOPED_TRACE(DataTypeName(v_type));
     std::vector<BatchItem> at_once, apart;
     for (std::vector<BatchItem>* batch : {&at_once, &apart})
