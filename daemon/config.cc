@@ -331,6 +331,22 @@ absl::Status ResolveWatermarks(const v1::KvtidedConfig& config, TierLimits* limi
       "; both are fractions of a tier above 0 and at most 1, the low one no higher than the other"));
 }
 
+absl::Status ResolveCalibrate(const v1::KvtidedConfig& config, CalibratorOptions* calibrate) {
+  using Models = CalibratorOptions::Models;
+  const std::string& models = config.calibrate();
+  if (models == "all") {
+    calibrate->models = Models::kAll;
+  } else if (models == "never" || models == "off") {
+    calibrate->models = Models::kNever;
+  } else if (!models.empty() && models != "asked") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("calibrate is \"", models, "\"; allowed are \"asked\", \"all\" and \"never\""));
+  }
+  KVTIDE_ASSIGN_OR_RETURN(calibrate->memory_bytes, ResolveBytes("calibrate_memory", config.calibrate_memory(),
+                                                                0, calibrate->memory_bytes));
+  return absl::OkStatus();
+}
+
 absl::Status ResolveLimits(const v1::KvtidedConfig& config, CacheOptions* cache) {
   KVTIDE_RETURN_IF_ERROR(ResolveWatermarks(config, &cache->limits));
   KVTIDE_RETURN_IF_ERROR(CheckRange<int64_t>("max_sequences", config.max_sequences(), 0, int64_t{1} << 32));
@@ -467,6 +483,7 @@ absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config) {
   KVTIDE_RETURN_IF_ERROR(ResolveService(config, &options.service));
   KVTIDE_RETURN_IF_ERROR(ResolveSharedMemory(config, &options.service.shared_memory));
   KVTIDE_RETURN_IF_ERROR(ResolveLimits(config, &options.cache));
+  KVTIDE_RETURN_IF_ERROR(ResolveCalibrate(config, &options.calibrate));
   KVTIDE_RETURN_IF_ERROR(ResolveDisk(config, &options));
   KVTIDE_RETURN_IF_ERROR(ResolveRemote(config, &options));
   KVTIDE_RETURN_IF_ERROR(ResolveTrace(config, &options));
@@ -539,6 +556,11 @@ v1::KvtidedConfig WithDefaults(const v1::KvtidedConfig& config, const DaemonOpti
   full.set_low_watermark(options.cache.limits.low_watermark);
   full.set_max_prefix_blocks(
       options.cache.max_prefix_blocks > 0 ? static_cast<int64_t>(options.cache.max_prefix_blocks) : -1);
+  using Models = CalibratorOptions::Models;
+  full.set_calibrate(options.calibrate.models == Models::kAll     ? "all"
+                     : options.calibrate.models == Models::kNever ? "never"
+                                                                  : "asked");
+  full.set_calibrate_memory(ExactBytes(options.calibrate.memory_bytes));
   full.set_service_threads(service.threads);
   full.set_bulk_threads(service.bulk_threads);
   full.set_compute_threads(options.compute_threads > 0 ? options.compute_threads : Processors());

@@ -35,6 +35,7 @@ struct DaemonOptions {
   bool insecure_tcp = false;
   bool share_pool = false;  // engines of an admin may map the device tier on CPUs, too,
   std::string gpu_sharing;  // and on GPUs by "ipc", "descriptors" or "auto"
+  CalibratorOptions calibrate;
   service::ServiceOptions service;
   CacheOptions cache;  // limits; the tiers are filled in with the backends
 };

@@ -140,6 +140,7 @@ class Daemon {
                             }));
     cache_ = tiers_->cache.get();
     options_.service.staging_bytes = tiers_->staging_bytes();
+    options_.service.calibrator = tiers_->calibrator.get();
     for (const TieredCache::Note& note : tiers_->notes)
       spdlog::log(note.level == TieredCache::Note::kError     ? spdlog::level::err
                   : note.level == TieredCache::Note::kWarning ? spdlog::level::warn
@@ -194,6 +195,15 @@ class Daemon {
     stats.shared_memory_limit = gauges.shared_memory_limit_bytes;
     for (const service::MemoryUse& use : options.memory())
       stats.memory.push_back({use.part, use.predicted_bytes, use.actual_bytes});
+    const CalibratorStats calibrations = options.calibrator->Stats();
+    stats.calibrations = {calibrations.gathering,
+                          calibrations.making,
+                          calibrations.ready,
+                          calibrations.refused,
+                          calibrations.memory_bytes,
+                          absl::ToDoubleSeconds(calibrations.observed),
+                          absl::ToDoubleSeconds(calibrations.spent),
+                          absl::ToDoubleSeconds(calibrations.making_time)};
     const auto ways = options.clients->Ways();
     for (size_t i = 0; i < ways.size(); i++)
       stats.ways.push_back({service::kWayNames[i], ways[i].connected, ways[i].traffic.calls,

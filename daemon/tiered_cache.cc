@@ -109,6 +109,8 @@ absl::StatusOr<std::unique_ptr<TieredCache>> MakeTieredCache(const DaemonOptions
     made->notes.push_back(
         {Note::kInfo, absl::StrCat("recording file=", options.trace_file, " bytes=", options.trace_bytes)});
   }
+  made->calibrator = std::make_unique<Calibrator>(options.calibrate);
+  cache.traffic = made->calibrator.get();
   KVTIDE_ASSIGN_OR_RETURN(made->cache, KvCache::Create(cache));
   const RestoreReport& restored = made->cache->restored();
   if (restored.sequences > 0)

@@ -11,6 +11,7 @@
 #include "daemon/backends.h"
 #include "daemon/cache/kv_cache.h"
 #include "daemon/cache/remote_tier.h"
+#include "daemon/calibrate/calibrator.h"
 #include "daemon/config.h"
 #include "daemon/disk/disk_tier.h"
 #include "daemon/timed_backend.h"
@@ -23,6 +24,7 @@ struct TieredCache {
   std::unique_ptr<DiskTier> disk;        // null: there is none
   std::unique_ptr<RemoteTier> remote;    // null: there is none
   std::unique_ptr<TraceRecorder> trace;  // null: nothing is recorded
+  std::unique_ptr<Calibrator> calibrator;
   std::unique_ptr<KvCache> cache;
   // What whoever runs it wants to know of its start, as lines for a log.
   struct Note {

@@ -2,7 +2,8 @@
 """The layers of kvtide as a test: reads every include and fails on one that is not in the ladder.
 
     base <- format <- kernels <- cpu | cuda          format <- planner
-    kernels <- daemon/cache <- daemon/service | daemon/metrics | daemon/disk | daemon/remote | daemon/trace <- daemon main
+    kernels <- daemon/cache <- daemon/calibrate | daemon/metrics | daemon/disk | daemon/remote | daemon/trace <- daemon main
+    daemon/calibrate <- daemon/service <- daemon main
     format <- daemon/ring <- daemon/service, clients/cpp
     planner <- daemon/service, daemon main, clients/engine, clients/cli       proto <- daemon/service, clients
     daemon main (its settings) <- clients/cli
@@ -28,14 +29,15 @@ LADDER = {
     "planner": {"kernels/base", "kernels/format"},
     "proto": {"kernels/base"},
     "daemon/cache": {"kernels/base", "kernels/format", "kernels"},
+    "daemon/calibrate": {"kernels/base", "kernels/format", "daemon/cache"},
     "daemon/disk": {"kernels/base", "daemon/cache"},
     "daemon/remote": {"kernels/base", "daemon/cache"},
     "daemon/trace": {"kernels/base", "kernels/format", "kernels", "daemon/cache"},
     "daemon/metrics": {"kernels/base", "kernels/format", "kernels", "daemon/cache"},
     # What both ends of the shared-memory way need.
     "daemon/ring": {"kernels/base", "kernels/format"},
-    "daemon/service": {"kernels/base", "kernels/format", "kernels", "daemon/cache", "daemon/ring", "planner", "proto"},
-    "daemon": {"kernels/base", "kernels/format", "kernels", "kernels/cpu", "kernels/cuda", "daemon/cache", "daemon/disk", "daemon/remote",
+    "daemon/service": {"kernels/base", "kernels/format", "kernels", "daemon/cache", "daemon/calibrate", "daemon/ring", "planner", "proto"},
+    "daemon": {"kernels/base", "kernels/format", "kernels", "kernels/cpu", "kernels/cuda", "daemon/cache", "daemon/calibrate", "daemon/disk", "daemon/remote",
                "daemon/trace", "daemon/metrics", "daemon/ring", "daemon/service", "planner", "proto"},
     # The daemon: for the embedded way alone.
     "clients/cpp": {"kernels/base", "kernels/format", "kernels", "daemon", "daemon/cache", "daemon/ring", "daemon/service", "planner",

@@ -3,7 +3,6 @@ find_package(CLI11 CONFIG REQUIRED)
 find_package(nlohmann_json CONFIG REQUIRED)
 kvtide_add_library(kvtide_cli_ops
   ops/config_command.cc
-  ops/daemon_flags.cc
   ops/doctor_checks.cc
   ops/doctor_command.cc
   ops/doctor_engine.cc

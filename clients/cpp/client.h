@@ -73,6 +73,11 @@ struct MutableTensorRef {
   }
 };
 
+struct ModelRope {
+  std::vector<float> frequencies;  // [pairs], radians a position
+  bool neighbours = false;         // pairs are channels 2i and 2i + 1 instead of i and i + pairs
+};
+
 // The shape of a model; kvtide.v1.Model explains the fields.
 struct ModelLayer {
   int kv_heads = 0;
@@ -84,11 +89,14 @@ struct ModelLayer {
   float softcap = 0;            // 0 = none
   std::vector<float> key_mean;  // [kv_heads][head_dim_k], for KeyCentring::kCalibrated; empty = none
   // For K types tide4, tide3, tide2, as model.proto has them; empty = none.
-  std::vector<float> key_transform;    // [kv_heads][head_dim_k][head_dim_k]
-  std::vector<uint8_t> key_widths;     // [kv_heads][3][head_dim_k rounded up to 32, / 8]
-  std::vector<float> key_centre;       // [kv_heads][head_dim_k]
-  std::vector<float> key_frequencies;  // of RoPE, [pairs], radians a position
-  bool key_rope_neighbours = false;    // pairs are channels 2i and 2i + 1 instead of i and i + pairs
+  std::vector<float> key_transform;  // [kv_heads][head_dim_k][head_dim_k]
+  std::vector<uint8_t> key_widths;   // [kv_heads][3][head_dim_k rounded up to 32, / 8]
+  std::vector<float> key_centre;     // [kv_heads][head_dim_k]
+  // Of RoPE that is taken back before keys are transformed (before RoPE), [pairs], radians a position; empty:
+  // they are transformed as they are stored (after RoPE, or without).
+  std::vector<float> key_frequencies;
+  bool key_rope_neighbours = false;  // pairs are channels 2i and 2i + 1 instead of i and i + pairs
+  std::optional<ModelRope> rope;     // whatever keys are coded with; not set = not known
 };
 struct Model {
   std::string name;
@@ -402,7 +410,8 @@ struct PlanAnswer {
   std::vector<std::string> assumptions, notes;
 };
 
-class BlockStore;  // block_store.h
+class BlockStore;    // block_store.h
+class Calibrations;  // calibration.h
 
 class Client {
  public:
@@ -491,6 +500,7 @@ class Client {
 
  protected:
   friend class BlockStore;
+  friend class Calibrations;
   explicit Client(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };

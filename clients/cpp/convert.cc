@@ -55,6 +55,11 @@ void ToProto(const TensorRef& tensor, v1::Tensor* proto) {
   proto->set_data(tensor.data, bytes);
 }
 
+void ToProto(const ModelRope& rope, v1::Rope* proto) {
+  proto->set_frequencies(rope.frequencies.data(), rope.frequencies.size() * sizeof(float));
+  proto->set_neighbours(rope.neighbours);
+}
+
 void ToProto(const Model& model, v1::Model* proto) {
   proto->set_name(model.name);
   for (const ModelLayer& layer : model.layers) {
@@ -72,7 +77,37 @@ void ToProto(const Model& model, v1::Model* proto) {
     out->set_key_centre(layer.key_centre.data(), layer.key_centre.size() * sizeof(float));
     out->set_key_frequencies(layer.key_frequencies.data(), layer.key_frequencies.size() * sizeof(float));
     out->set_key_rope_neighbours(layer.key_rope_neighbours);
+    if (layer.rope.has_value()) ToProto(*layer.rope, out->mutable_rope());
   }
+}
+
+Model FromProto(const v1::Model& proto) {
+  const auto values = [](const std::string& bytes, auto* out) {
+    using Value = typename std::decay_t<decltype(*out)>::value_type;
+    out->resize(bytes.size() / sizeof(Value));
+    if (!bytes.empty()) std::memcpy(out->data(), bytes.data(), out->size() * sizeof(Value));
+  };
+  Model model{proto.name(), {}};
+  for (const v1::Layer& from : proto.layers()) {
+    ModelLayer& layer = model.layers.emplace_back();
+    layer.kv_heads = from.kv_heads();
+    layer.head_dim_k = from.head_dim_k();
+    layer.head_dim_v = from.head_dim_v();
+    layer.window = from.window();
+    layer.query_heads = from.query_heads();
+    layer.scale = from.scale();
+    layer.softcap = from.softcap();
+    values(from.key_mean(), &layer.key_mean);
+    values(from.key_transform(), &layer.key_transform);
+    values(from.key_widths(), &layer.key_widths);
+    values(from.key_centre(), &layer.key_centre);
+    values(from.key_frequencies(), &layer.key_frequencies);
+    layer.key_rope_neighbours = from.key_rope_neighbours();
+    if (!from.has_rope()) continue;
+    values(from.rope().frequencies(), &layer.rope.emplace().frequencies);
+    layer.rope->neighbours = from.rope().neighbours();
+  }
+  return model;
 }
 
 void ToProto(const SequenceOptions& options, v1::CreateSequenceRequest* proto) {

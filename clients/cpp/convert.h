@@ -15,11 +15,13 @@ namespace kvtide::client {
 absl::Status FromGrpc(const grpc::Status& status);
 
 void ToProto(const TensorRef& tensor, v1::Tensor* proto);
+void ToProto(const ModelRope& rope, v1::Rope* proto);
 void ToProto(const Model& model, v1::Model* proto);
 void ToProto(const SequenceOptions& options, v1::CreateSequenceRequest* proto);
 void ToProto(const AttentionOptions& options, v1::AttentionOptions* proto);
 void ToProto(const PlanQuestion& question, v1::PlanRequest* proto);
 
+Model FromProto(const v1::Model& proto);
 ServerInfo FromProto(const v1::GetServerInfoResponse& proto);
 SequenceInfo FromProto(const v1::Sequence& proto);
 ServerStats FromProto(const v1::GetStatsResponse& proto);

@@ -24,7 +24,9 @@ class EmbeddedCarrier : public Carrier {
       const TierOptions& tier = tiers[static_cast<size_t>(t)];
       made->pool_.push_back({tier.name, tier.Device(), slab->data(), slab->bytes()});
     }
-    made->handlers_ = std::make_unique<service::Handlers>(made->tiers_->cache.get(), options.service);
+    service::ServiceOptions service = options.service;
+    service.calibrator = made->tiers_->calibrator.get();
+    made->handlers_ = std::make_unique<service::Handlers>(made->tiers_->cache.get(), service);
     return std::unique_ptr<Carrier>(std::move(made));
   }
   ~EmbeddedCarrier() override {

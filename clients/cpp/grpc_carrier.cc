@@ -59,6 +59,11 @@ class UnaryCalls : public Carrier {
       KVTIDE_VERB(EndStep, end_step)
       KVTIDE_VERB(GetStepProfile, get_step_profile)
       KVTIDE_VERB(PinStep, pin_step)
+      KVTIDE_VERB(StartCalibration, start_calibration)
+      KVTIDE_VERB(StopCalibration, stop_calibration)
+      KVTIDE_VERB(ListCalibrations, list_calibrations)
+      KVTIDE_VERB(ExportProfile, export_profile)
+      KVTIDE_VERB(InstallProfile, install_profile)
       case Case::CALL_NOT_SET:
         break;
     }

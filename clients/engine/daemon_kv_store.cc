@@ -18,6 +18,9 @@ client::Model ClientModel(const std::string& name, const KvGeometry& geometry) {
   client::Model model{name, std::vector<client::ModelLayer>(geometry.layers, layer)};
   for (int l = 0; l < geometry.layers; ++l) {
     model.layers[l].window = geometry.window(l);
+    if (!geometry.ropes.empty())
+      model.layers[l].rope = {geometry.ropes[l].frequencies,
+                              geometry.ropes[l].pairs == RopePairs::kNeighbours};
     if (!geometry.key_means.empty()) model.layers[l].key_mean = geometry.key_means[l];
     if (geometry.key_transforms.empty()) continue;
     const KeyTransforms& keys = geometry.key_transforms[l];

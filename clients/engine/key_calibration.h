@@ -10,22 +10,11 @@
 #include "absl/status/statusor.h"
 #include "clients/engine/key_profile.h"
 #include "kernels/base/thread_pool.h"
-#include "kernels/format/tide_maker.h"
+#include "kernels/format/key_sums.h"
 
 namespace kvtide::engine {
 
-// Error of logits on the tokens that were held back, the same bits for both: mean square of (q . error of a
-// key) over queries, tokens and heads, relative to that of (q . (key minus mean)).
-struct KeyTypeError {
-  std::string type, beside;  // tide3, turbo3 around the calibrated mean
-  double error = 0, beside_error = 0;
-};
-
-// Keys that are held back: tokens that follow each other.
-struct HeldKeys {
-  int64_t position = 0;
-  std::vector<float> rows;  // [tokens][head_dim]
-};
+using kvtide::KeyTypeError;
 
 // Whether transforms are of keys with RoPE taken back or of keys as they are stored.
 enum class KeysAt { kBeforeRope, kAfterRope };
@@ -41,7 +30,7 @@ class KeyCalibration {
   void HoldBack(int layer, int64_t position, int n, const float* q, const float* k);
 
   // Tokens that the first layer was given.
-  int64_t tokens() const { return heads_.front().keys(); }
+  int64_t tokens() const { return sums_.keys(0); }
   // Every layer was given a token.
   std::vector<std::vector<float>> means() const;
   // Adds transforms and widths to a profile with these means. INVALID_ARGUMENT if the text is too short, or
@@ -49,13 +38,9 @@ class KeyCalibration {
   absl::Status AddTransforms(KeyProfile* profile, std::vector<KeyTypeError>* errors) const;
 
  private:
-  std::vector<KeyTypeError> Measure(const Profile& profile) const;
-
   const KvGeometry geometry_;
   const KeysAt keys_;
-  ThreadPool& pool_;
-  std::vector<KeyStatistics> heads_, held_heads_;  // layer-major; of what is held back only queries
-  std::vector<std::vector<HeldKeys>> held_;        // of each head
+  KeySums sums_;
 };
 
 }  // namespace kvtide::engine

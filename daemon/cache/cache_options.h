@@ -16,6 +16,7 @@
 #include "daemon/cache/tenants.h"
 #include "daemon/cache/tier_policy.h"
 #include "daemon/cache/trace_sink.h"
+#include "daemon/cache/traffic.h"
 #include "kernels/backend.h"
 
 namespace kvtide {
@@ -79,6 +80,7 @@ struct CacheOptions {
   // How long a call waits for blocks that other calls bring in from a tier of I/O.
   absl::Duration io_wait = absl::Seconds(30);
   absl::Duration persist_interval = absl::Seconds(1);  // of sequences that are always to be durable
+  TrafficWatcher* traffic = nullptr;  // shown what sequences append and attend; borrowed, null: nobody
   std::function<absl::Time()> clock = absl::Now;
   uint64_t id_seed = 0;  // of the sequence ids; 0 = random
 };

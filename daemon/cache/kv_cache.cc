@@ -29,6 +29,12 @@ class KvCache::Impl {
   ~Impl();
 
   absl::Status AppendAttend(const AttendCall& call);
+  // Its part under the mutex.
+  absl::Status WriteAndAttend(const AttendCall& call, const std::vector<SequencePtr>& sequences,
+                              bool codes_at_once, WriteBatch& batch);
+  absl::Status CheckWanted(const CallContext& context) const {
+    return context.Check(core.options().clock(), "the attention (nothing was written)");
+  }
 
   CacheCore core;
   Mover mover{core};
@@ -52,6 +58,47 @@ const CallContext& ContextOf(const AttendCall& call) {
   return call.context != nullptr ? *call.context : kNobody;
 }
 
+// A call on its way, for whoever watches the traffic.
+class WatchedCall {
+ public:
+  explicit WatchedCall(const CacheOptions& options)
+      : options_(options),
+        watcher_(options.traffic != nullptr && options.traffic->active() ? options.traffic : nullptr),
+        begin_(watcher_ != nullptr ? options.clock() : absl::Time()) {}
+  bool watched() const { return watcher_ != nullptr; }
+
+  // The call went well, on one layer of these sequences.
+  void Show(const AttendCall& call, const std::vector<SequencePtr>& sequences, bool append) const {
+    if (!watched()) return;
+    const ModelState& model = *sequences.front()->model;
+    const int64_t tokens = watcher_->Wants(model.family, call.layer, options_.clock() - begin_);
+    if (tokens == 0) return;
+    std::vector<TrafficRows> rows;
+    rows.reserve(call.items.size());
+    for (size_t i = 0; i < call.items.size(); i++) {
+      const AttendRequest& item = call.items[i];
+      if (sequences[i]->options.name_space != model.tenant) continue;
+      rows.push_back({item.start_position, append ? item.new_tokens : 0, item.k, item.first_query_position,
+                      item.queries, item.q});
+    }
+    watcher_->See(model.family, call.layer, rows, tokens);
+  }
+  void Show(const AppendCall& call, const Sequence& sequence) const {
+    if (sequence.options.name_space != sequence.model->tenant || call.layers.empty()) return;
+    const absl::Duration each = (options_.clock() - begin_) / static_cast<int64_t>(call.layers.size());
+    for (const LayerKv& layer : call.layers) {
+      const int64_t tokens = watcher_->Wants(sequence.model->family, layer.layer, each);
+      const TrafficRows rows{call.start_position, call.tokens, layer.k, 0, 0, {}};
+      if (tokens > 0) watcher_->See(sequence.model->family, layer.layer, {&rows, 1}, tokens);
+    }
+  }
+
+ private:
+  const CacheOptions& options_;
+  TrafficWatcher* const watcher_;
+  const absl::Time begin_;
+};
+
 }  // namespace
 
 KvCache::Impl::~Impl() {
@@ -70,13 +117,11 @@ KvCache::Impl::~Impl() {
 // is well nobody else sees the new tokens.
 absl::Status KvCache::Impl::AppendAttend(const AttendCall& call) {
   const CallContext& context = ContextOf(call);
-  const auto check = [&] {
-    return context.Check(core.options().clock(), "the attention (nothing was written)");
-  };
+  const WatchedCall watched(core.options());
   KVTIDE_ASSIGN_OR_RETURN(const std::vector<SequencePtr> sequences, reader.FindSequences(call));
   const ModelSpec& model = sequences.front()->model->spec;
   KVTIDE_RETURN_IF_ERROR(reader.CheckCall(call, model, true));
-  KVTIDE_RETURN_IF_ERROR(check());
+  KVTIDE_RETURN_IF_ERROR(CheckWanted(context));
   WriteBatch batch;
   batch.context = &context;
   batch.sequences.reserve(call.items.size());
@@ -93,10 +138,18 @@ absl::Status KvCache::Impl::AppendAttend(const AttendCall& call) {
     codes_at_once = codes_at_once || sequences[i]->options.seal_at_once;
   }
   if (codes_at_once) KVTIDE_RETURN_IF_ERROR(reader.CheckValues(call, model, &batch));
+  KVTIDE_RETURN_IF_ERROR(WriteAndAttend(call, sequences, codes_at_once, batch));
+  watched.Show(call, sequences, true);
+  return absl::OkStatus();
+}
+
+absl::Status KvCache::Impl::WriteAndAttend(const AttendCall& call, const std::vector<SequencePtr>& sequences,
+                                           bool codes_at_once, WriteBatch& batch) {
+  const CallContext& context = ContextOf(call);
   CacheLock lock(core);
   if (batch.empty()) return reader.Attend(lock, call, sequences, nullptr);
   KVTIDE_RETURN_IF_ERROR(writer.Begin(lock, batch));
-  absl::Status status = check();
+  absl::Status status = CheckWanted(context);
   if (status.ok() && codes_at_once) {  // attention sees the tokens coded
     {
       const Unlocked unlocked(lock);
@@ -125,12 +178,31 @@ absl::StatusOr<ModelId> KvCache::RegisterModel(const ModelSpec& spec, const Call
 absl::StatusOr<ModelId> KvCache::UnregisterModel(const std::string& name, const CallContext& context) {
   CacheLock lock(impl_->core);
   KVTIDE_ASSIGN_OR_RETURN(const ModelId id, lock->sequences.FindModel(name, context.tenant()));
-  KVTIDE_ASSIGN_OR_RETURN(const auto model, lock->sequences.GetModel(id));
-  KVTIDE_RETURN_IF_ERROR(lock->sequences.UnregisterModel(name, context.tenant()).status());
-  lock->prefixes.Forget(*model);
+  KVTIDE_ASSIGN_OR_RETURN(const auto forgotten, lock->sequences.UnregisterModel(name, context.tenant()));
+  for (const auto& model : forgotten) lock->prefixes.Forget(*model);
   lock->changed.NotifyAll();
   KVTIDE_RETURN_IF_ERROR(impl_->persister.EraseDeadRuns(lock));
   return id;
+}
+
+absl::StatusOr<uint64_t> KvCache::InstallProfile(ModelId model, const ModelSpec& spec) {
+  KVTIDE_RETURN_IF_ERROR(CheckModelSpec(spec));
+  CacheLock lock(impl_->core);
+  const auto forget_unused = [&] {
+    for (const auto& unused : lock->sequences.TakeUnusedRevisions()) lock->prefixes.Forget(*unused);
+  };
+  forget_unused();  // there may be room for one more
+  KVTIDE_ASSIGN_OR_RETURN(const auto installed, lock->sequences.InstallRevision(model, spec));
+  forget_unused();
+  lock->changed.NotifyAll();
+  impl_->persister.EraseDeadRuns(lock).IgnoreError();  // as long as it fails, tried again with the next ones
+  return installed->revision;
+}
+
+absl::StatusOr<ModelId> KvCache::FamilyOf(ModelId model) const {
+  CacheLock lock(impl_->core);
+  KVTIDE_ASSIGN_OR_RETURN(const auto state, lock->sequences.GetModel(model));
+  return state->family;
 }
 
 absl::StatusOr<ModelSpec> KvCache::GetModel(ModelId model) const {
@@ -280,13 +352,29 @@ KvCache::~KvCache() = default;
 absl::Status KvCache::TruncateSequence(SequenceId sequence, int64_t tokens, const CallContext& context) {
   return impl_->truncator.Truncate(sequence, tokens, context);
 }
-absl::Status KvCache::Append(const AppendCall& call) { return impl_->writer.Append(call); }
+absl::Status KvCache::Append(const AppendCall& call) {
+  const WatchedCall watched(options());
+  KVTIDE_RETURN_IF_ERROR(impl_->writer.Append(call));
+  if (!watched.watched()) return absl::OkStatus();
+  absl::StatusOr<SequencePtr> sequence;
+  {
+    const CacheLock lock(impl_->core);
+    sequence = lock->sequences.Find(call.sequence, {});
+  }
+  if (sequence.ok()) watched.Show(call, **sequence);
+  return absl::OkStatus();
+}
 absl::Status KvCache::Attend(const AttendCall& call) {
+  const WatchedCall watched(options());
   KVTIDE_ASSIGN_OR_RETURN(const std::vector<SequencePtr> sequences, impl_->reader.FindSequences(call));
   KVTIDE_RETURN_IF_ERROR(impl_->reader.CheckCall(call, sequences.front()->model->spec, false));
   KVTIDE_RETURN_IF_ERROR(ContextOf(call).Check(options().clock(), "the attention"));
-  CacheLock lock(impl_->core);
-  return impl_->reader.Attend(lock, call, sequences, nullptr);
+  {
+    CacheLock lock(impl_->core);
+    KVTIDE_RETURN_IF_ERROR(impl_->reader.Attend(lock, call, sequences, nullptr));
+  }
+  watched.Show(call, sequences, false);
+  return absl::OkStatus();
 }
 double KvCache::EstimateWork(const AttendCall& call) const {
   constexpr double kAnything = std::numeric_limits<double>::infinity();
@@ -321,7 +409,10 @@ absl::StatusOr<std::unique_ptr<Step>> KvCache::BeginStep(const StepCall& call) {
 }
 
 absl::Status KvCache::AttendStepLayer(Step& step, const AttendCall& call) {
-  return impl_->stepper.AttendLayer(step, call);
+  const WatchedCall watched(options());
+  KVTIDE_RETURN_IF_ERROR(impl_->stepper.AttendLayer(step, call));
+  watched.Show(call, step.sequences(), true);
+  return absl::OkStatus();
 }
 
 absl::StatusOr<std::unique_ptr<Step>> KvCache::PinStep(const PinCall& call) {
@@ -329,7 +420,14 @@ absl::StatusOr<std::unique_ptr<Step>> KvCache::PinStep(const PinCall& call) {
 }
 
 absl::Status KvCache::AttendPinned(const Step& step, const AttendCall& call) {
-  return impl_->stepper.AttendPinned(step, call);
+  const WatchedCall watched(options());
+  KVTIDE_RETURN_IF_ERROR(impl_->stepper.AttendPinned(step, call));
+  if (!watched.watched()) return absl::OkStatus();
+  std::vector<SequencePtr> sequences;
+  for (const AttendRequest& item : call.items)
+    sequences.push_back(step.sequences()[step.Find(item.sequence)]);
+  watched.Show(call, sequences, false);
+  return absl::OkStatus();
 }
 
 absl::Status KvCache::EndStep(std::unique_ptr<Step> step) { return impl_->stepper.Commit(*step); }

@@ -141,7 +141,15 @@ class KvCache {
   // Forgets a model of the caller's tenant; its id is never used again. FailedPrecondition while it has open
   // sequences.
   absl::StatusOr<ModelId> UnregisterModel(const std::string& name, const CallContext& context = {});
+  // As its sequences have it: one with another profile (InstallProfile) is another model with another id.
   absl::StatusOr<ModelSpec> GetModel(ModelId model) const;
+  // What all those of a name and tenant have in common: the id of the first of them.
+  absl::StatusOr<ModelId> FamilyOf(ModelId model) const;
+  // New sequences whose K type needs a profile have that of `spec` from now on; those that exist keep theirs.
+  // Counts what was installed for the model. It survives a restart with durable sequences that have it.
+  // InvalidArgument if the spec differs from the model in anything else, or has no transforms;
+  // ResourceExhausted where open sequences use too many profiles.
+  absl::StatusOr<uint64_t> InstallProfile(ModelId model, const ModelSpec& spec);
   absl::StatusOr<ModelId> FindModel(const std::string& name, const CallContext& context = {}) const;
   // In order of registration; an admin sees those of all tenants.
   std::vector<std::string> ModelNames(const CallContext& context = {}) const;
@@ -165,6 +173,7 @@ class KvCache {
   // there after a restart; Unavailable if that could not be written down (it is closed all the same).
   absl::Status CloseSequence(SequenceId sequence, const CallContext& context = {});
 
+  // CacheOptions::traffic is shown rows of these, and of AttendStepLayer.
   absl::Status Append(const AppendCall& call);
   absl::Status Attend(const AttendCall& call);
   absl::Status AppendAttend(const AttendCall& call);

@@ -10,7 +10,7 @@
 namespace kvtide {
 namespace {
 
-constexpr uint32_t kVersion = 6, kOldest = 5;  // 5: without tokens
+constexpr uint32_t kVersion = 7, kOldest = 5;  // 5: without tokens; 6: without revisions of models
 
 void PutShape(ManifestWriter& out, const GroupShape& shape) {
   for (const int value : {shape.layers, shape.kv_heads, shape.head_dim_k, shape.head_dim_v})
@@ -275,6 +275,7 @@ std::string EncodeManifest(const Manifest& manifest) {
     out.Put(key.high);
   }
   out.PutList(manifest.chain_rest);
+  out.Put(manifest.model_revision);
   return out.Take();
 }
 
@@ -316,6 +317,7 @@ absl::StatusOr<Manifest> DecodeManifest(const std::string& bytes) {
     }
     manifest.chain_rest = in.GetList<TokenId>();
   }
+  if (version >= 7) in.Get(&manifest.model_revision);
   if (in.failed() || !in.at_end()) return absl::DataLossError("the manifest is cut off or too long");
   KVTIDE_RETURN_IF_ERROR(Check(manifest));
   return manifest;

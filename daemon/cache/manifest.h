@@ -37,7 +37,8 @@ struct Manifest {
   int64_t created_unix_nanos = 0;
   std::string device;  // where it lived
   ModelSpec model;
-  std::string model_tenant;  // who has registered it
+  std::string model_tenant;     // who has registered it
+  uint64_t model_revision = 0;  // ModelState::revision
   SequenceOptions options;
   std::vector<ManifestGroup> groups;
   // The sequence was closed; its sealed blocks are a cached prefix (PrefixRun of prefix_index.h), and some

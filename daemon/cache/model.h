@@ -39,6 +39,9 @@ struct ModelSpec {
   bool operator==(const ModelSpec&) const = default;
 };
 
+// The model without profiles of keys.
+ModelSpec WithoutProfiles(ModelSpec spec);
+
 // InvalidArgument that names the field and the limit.
 absl::Status CheckModelSpec(const ModelSpec& spec);
 

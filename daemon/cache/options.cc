@@ -66,6 +66,14 @@ absl::Status CheckModelSpec(const ModelSpec& spec) {
   return absl::OkStatus();
 }
 
+ModelSpec WithoutProfiles(ModelSpec spec) {
+  for (LayerGroupSpec& group : spec.groups) {
+    group.key_means.clear();
+    group.key_transforms = {};
+  }
+  return spec;
+}
+
 ModelSpec UniformModel(std::string name, const GroupShape& shape, int heads) {
   ModelSpec spec;
   spec.name = std::move(name);

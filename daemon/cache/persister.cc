@@ -331,6 +331,7 @@ Manifest Persister::DescribeEmpty(const CacheState& state, const Sequence& seque
   manifest.device = state.store.tier(sequence.home).device;
   manifest.model = sequence.model->spec;
   manifest.model_tenant = sequence.model->tenant;
+  manifest.model_revision = sequence.model->revision;
   manifest.options = sequence.options;
   for (const GroupTable& table : sequence.groups) {
     ManifestGroup& group = manifest.groups.emplace_back();
@@ -591,15 +592,18 @@ RestoreReport Persister::Restore() {
 
 absl::StatusOr<SequencePtr> Persister::Rebuild(CacheLock& lock, const Manifest& manifest) {
   KVTIDE_RETURN_IF_ERROR(CheckModelSpec(manifest.model));
-  KVTIDE_ASSIGN_OR_RETURN(const ModelId model,
-                          lock->sequences.RegisterModel(manifest.model, manifest.model_tenant, true));
+  KVTIDE_ASSIGN_OR_RETURN(
+      const ModelId model,
+      manifest.model_revision == 0
+          ? lock->sequences.RegisterModel(manifest.model, manifest.model_tenant, true)
+          : lock->sequences.RestoreRevision(manifest.model, manifest.model_tenant, manifest.model_revision));
   SequenceOptions options = manifest.options;
   // Where it lived; anywhere if that device is no more.
   options.device = manifest.device;
-  absl::StatusOr<SequencePtr> built = lock->sequences.Build(model, options);
+  absl::StatusOr<SequencePtr> built = lock->sequences.Build(model, options, true);
   if (!built.ok()) {
     options.device.clear();
-    built = lock->sequences.Build(model, options);
+    built = lock->sequences.Build(model, options, true);
   }
   KVTIDE_RETURN_IF_ERROR(built.status());
   const SequencePtr sequence = *built;

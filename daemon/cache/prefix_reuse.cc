@@ -131,7 +131,7 @@ absl::StatusOr<PrefixReport> PrefixReuse::Lookup(const PrefixCall& call) {
   RemoteExchange::Fetched fetched;
   if (!call.peek && options.remote != nullptr && found.blocks < static_cast<int64_t>(keys.size())) {
     if (best != nullptr) like->home = best->home;
-    fetched = remote_.FetchPrefix(lock, *like, call.model, keys, context);
+    fetched = remote_.FetchPrefix(lock, *like, keys, context);
     KVTIDE_ASSIGN_OR_RETURN(best, Best(lock, *like, keys, context, &found));
   }
   const int64_t blocks = found.blocks;

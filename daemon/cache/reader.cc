@@ -162,7 +162,7 @@ absl::StatusOr<std::vector<SequencePtr>> Reader::FindSequences(const AttendCall&
   for (size_t i = 0; i < call.items.size(); i++) {
     absl::StatusOr<SequencePtr> sequence = lock->sequences.Find(call.items[i].sequence, context);
     if (!sequence.ok()) return Annotate(sequence.status(), absl::StrCat("item ", i));
-    if (!sequences.empty() && (*sequence)->model != sequences.front()->model)
+    if (!sequences.empty() && (*sequence)->model->family != sequences.front()->model->family)
       return absl::InvalidArgumentError(absl::StrCat(
           "item ", i, ": sequence ", (*sequence)->id, " is of model '", (*sequence)->model->spec.name,
           "', item 0 of '", sequences.front()->model->spec.name, "'; a call serves one model"));

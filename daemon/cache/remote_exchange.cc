@@ -449,7 +449,7 @@ void RemoteExchange::Fetch(CacheLock& lock, const std::string& space, std::span<
   }
 }
 
-RemoteExchange::Fetched RemoteExchange::FetchPrefix(CacheLock& lock, Sequence& like, ModelId model,
+RemoteExchange::Fetched RemoteExchange::FetchPrefix(CacheLock& lock, Sequence& like,
                                                     std::span<const BlockKey> keys,
                                                     const CallContext& context) {
   Fetched fetched;
@@ -527,7 +527,8 @@ RemoteExchange::Fetched RemoteExchange::FetchPrefix(CacheLock& lock, Sequence& l
   const RecencyPtr record = lock->store.NewRecency(options.clock());
   Fetch(lock, name, wants, context, end, &fetched,
         [&](const Want& want, const BlockLabel& found, Block* block) {
-          const absl::StatusOr<std::shared_ptr<const ModelState>> still = lock->sequences.GetModel(model);
+          const absl::StatusOr<std::shared_ptr<const ModelState>> still =
+              lock->sequences.GetModel(like.model->id);
           if (!still.ok() || still->get() != like.model.get()) return false;
           if (lock->prefixes.blocks() >= options.max_prefix_blocks) return false;
           if (lock->prefixes.Get(*space, want.name.key, want.name.group) != nullptr)

@@ -40,7 +40,7 @@ class RemoteExchange {
   };
   // Blocks of the prefix that are not on this device are brought in, as far as they make it longer. `like` is
   // of no sequence.
-  Fetched FetchPrefix(CacheLock& lock, Sequence& like, ModelId model, std::span<const BlockKey> keys,
+  Fetched FetchPrefix(CacheLock& lock, Sequence& like, std::span<const BlockKey> keys,
                       const CallContext& context);
   // The same for a namespace: blocks from the first key on.
   Fetched FetchKeyed(CacheLock& lock, const NamespacePtr& space, std::span<const BlockKey> keys,

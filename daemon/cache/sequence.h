@@ -103,8 +103,12 @@ struct Durable {
   bool exists = false;
 };
 
+// A model as sequences have it: as it was registered, or with a profile that was installed later. All those
+// of a name and a tenant are one family, alike but for their profiles, and serve calls together.
 struct ModelState {
   ModelId id = 0;
+  ModelId family = 0;     // id of the first of them
+  uint64_t revision = 0;  // 0 = as registered; else counts the profiles that were installed
   ModelSpec spec;
   std::string tenant;                                      // who has registered it
   uint64_t hash = 0;                                       // HashModel(spec)

@@ -45,23 +45,31 @@ absl::StatusOr<std::shared_ptr<const Profile>> ProfileOf(const LayerGroupSpec& g
   return std::make_shared<const Profile>(MakeMeanProfile(group.shape, group.key_means));
 }
 
+absl::Status OtherGeometry(const std::string& name) {
+  return absl::FailedPreconditionError(
+      absl::StrCat("model '", name, "' is registered with another geometry; use another name for this one"));
+}
+
 }  // namespace
 
-absl::StatusOr<ModelId> Sequences::RegisterModel(const ModelSpec& spec, const std::string& tenant,
-                                                 bool restored) {
-  for (const auto& [id, model] : models_) {
-    if (model->spec.name != spec.name || model->tenant != tenant) continue;
-    if (model->spec == spec) return model->id;
-    return absl::FailedPreconditionError(absl::StrCat(
-        "model '", spec.name, "' is registered with another geometry; use another name for this one"));
-  }
-  const std::shared_ptr<TenantAccount> account = tenants_->Get(tenant);
-  if (!restored)
-    KVTIDE_RETURN_IF_ERROR(account->CheckOneMore(&TenantAccount::models, account->limits.models, "models",
-                                                 "unregister one that is not used any more"));
-  if (models_.size() >= limits_->max_models)
+std::vector<Sequences::ModelPtr> Sequences::FamilyOf(const std::string& name,
+                                                     const std::string& tenant) const {
+  std::vector<ModelPtr> family;
+  for (const auto& [id, model] : models_)
+    if (model->spec.name == name && model->tenant == tenant) family.push_back(model);
+  return family;
+}
+
+size_t Sequences::models() const {
+  return static_cast<size_t>(std::count_if(
+      models_.begin(), models_.end(), [](const auto& entry) { return entry.second->family == entry.first; }));
+}
+
+absl::StatusOr<Sequences::ModelPtr> Sequences::AddModel(const ModelSpec& spec, const std::string& tenant,
+                                                        uint64_t revision, ModelId family) {
+  if (family == 0 && models() >= limits_->max_models)
     return absl::ResourceExhaustedError(
-        absl::StrCat(models_.size(), " models are registered, which is the limit (max_models)"));
+        absl::StrCat(models(), " models are registered, which is the limit (max_models)"));
   for (size_t g = 0; g < spec.groups.size(); g++)
     for (const TierOptions& tier : options_.tiers)
       if (tier.attends())
@@ -74,26 +82,111 @@ absl::StatusOr<ModelId> Sequences::RegisterModel(const ModelSpec& spec, const st
   }
   auto model = std::make_shared<ModelState>();
   model->id = ++last_model_;
+  model->family = family != 0 ? family : model->id;
+  model->revision = revision;
   model->spec = spec;
   model->tenant = tenant;
   model->hash = HashModel(spec);
   model->calibrated = std::move(calibrated);
   models_[model->id] = model;
-  account->models++;
+  if (family == 0) tenants_->Get(tenant)->models++;
+  return ModelPtr(model);
+}
+
+absl::StatusOr<ModelId> Sequences::RegisterModel(const ModelSpec& spec, const std::string& tenant,
+                                                 bool restored) {
+  ModelId family = 0;
+  for (const ModelPtr& model : FamilyOf(spec.name, tenant)) {
+    if (model->revision == 0) {
+      if (model->spec == spec) return model->id;
+      return OtherGeometry(spec.name);
+    }
+    // Profiles of its own are what it may differ in.
+    if (WithoutProfiles(model->spec) != WithoutProfiles(spec)) return OtherGeometry(spec.name);
+    family = model->family;
+  }
+  const std::shared_ptr<TenantAccount> account = tenants_->Get(tenant);
+  if (!restored && family == 0)
+    KVTIDE_RETURN_IF_ERROR(account->CheckOneMore(&TenantAccount::models, account->limits.models, "models",
+                                                 "unregister one that is not used any more"));
+  KVTIDE_ASSIGN_OR_RETURN(const ModelPtr model, AddModel(spec, tenant, 0, family));
   return model->id;
 }
 
-absl::StatusOr<ModelId> Sequences::UnregisterModel(const std::string& name, const std::string& tenant) {
-  KVTIDE_ASSIGN_OR_RETURN(const ModelId id, FindModel(name, tenant));
-  const auto found = models_.find(id);
-  const auto users = std::count_if(sequences_.begin(), sequences_.end(),
-                                   [&](const auto& entry) { return entry.second->model == found->second; });
+absl::StatusOr<ModelId> Sequences::RestoreRevision(const ModelSpec& spec, const std::string& tenant,
+                                                   uint64_t revision) {
+  ModelId family = 0;
+  for (const ModelPtr& model : FamilyOf(spec.name, tenant)) {
+    if (model->revision == revision && model->spec == spec) return model->id;
+    if (WithoutProfiles(model->spec) != WithoutProfiles(spec)) return OtherGeometry(spec.name);
+    family = model->family;
+  }
+  KVTIDE_ASSIGN_OR_RETURN(const ModelPtr model, AddModel(spec, tenant, revision, family));
+  return model->id;
+}
+
+absl::StatusOr<Sequences::ModelPtr> Sequences::InstallRevision(ModelId id, const ModelSpec& spec) {
+  constexpr size_t kMostRevisions = 16;
+  KVTIDE_ASSIGN_OR_RETURN(const ModelPtr model, GetModel(id));
+  if (WithoutProfiles(model->spec) != WithoutProfiles(spec))
+    return absl::InvalidArgumentError(
+        absl::StrCat("the profile is of a model with other layers than '", model->spec.name, "'"));
+  for (size_t g = 0; g < spec.groups.size(); g++)
+    if (spec.groups[g].key_transforms.empty())
+      return absl::InvalidArgumentError(
+          absl::StrCat("the profile has no transforms of keys in layer group ", g,
+                       ", means alone are not "
+                       "installed: register the model with them (Layer.key_mean)"));
+  const std::vector<ModelPtr> family = FamilyOf(model->spec.name, model->tenant);
+  uint64_t last = 0;
+  for (const ModelPtr& one : family) last = std::max(last, one->revision);
+  for (const ModelPtr& one : family)
+    if (one->revision == last && last > 0 && one->spec == spec) return one;  // it is there
+  if (family.size() > kMostRevisions)
+    return absl::ResourceExhaustedError(
+        absl::StrCat("open sequences of model '", model->spec.name, "' use ", family.size() - 1,
+                     " profiles that were installed, the most that a model may have; close older ones"));
+  return AddModel(spec, model->tenant, last + 1, model->family);
+}
+
+std::vector<Sequences::ModelPtr> Sequences::TakeUnusedRevisions() {
+  std::set<ModelId> used;
+  std::map<ModelId, uint64_t> newest;  // by family
+  for (const auto& [id, sequence] : sequences_) used.insert(sequence->model->id);
+  for (const auto& [id, model] : models_)
+    newest[model->family] = std::max(newest[model->family], model->revision);
+  std::vector<ModelPtr> taken;
+  for (const auto& [id, model] : models_)
+    if (model->revision != 0 && model->revision != newest[model->family] && model->family != id &&
+        !used.contains(id))
+      taken.push_back(model);
+  for (const ModelPtr& model : taken) models_.erase(model->id);
+  return taken;
+}
+
+Sequences::ModelPtr Sequences::RevisionFor(ModelPtr model, const SequenceOptions& options) const {
+  bool wants_profile = false;
+  for (size_t g = 0; g < model->spec.groups.size(); g++)
+    wants_profile = wants_profile || Info(options.PairOfGroup(static_cast<int>(g)).k).calibrated;
+  if (!wants_profile) return model;
+  for (const auto& [id, other] : models_)
+    if (other->family == model->family && other->revision > model->revision) model = other;
+  return model;
+}
+
+absl::StatusOr<std::vector<Sequences::ModelPtr>> Sequences::UnregisterModel(const std::string& name,
+                                                                            const std::string& tenant) {
+  KVTIDE_RETURN_IF_ERROR(FindModel(name, tenant).status());
+  const std::vector<ModelPtr> family = FamilyOf(name, tenant);
+  const auto users = std::count_if(sequences_.begin(), sequences_.end(), [&](const auto& entry) {
+    return entry.second->model->family == family.front()->family;
+  });
   if (users > 0)
     return absl::FailedPreconditionError(
         absl::StrCat("model '", name, "' has ", users, " open sequences; close them first"));
-  models_.erase(found);
+  for (const ModelPtr& model : family) models_.erase(model->id);
   tenants_->Get(tenant)->models--;
-  return id;
+  return family;
 }
 
 absl::StatusOr<std::shared_ptr<const ModelState>> Sequences::GetModel(ModelId model) const {
@@ -112,9 +205,13 @@ std::vector<std::string> Sequences::ModelNames(const Identity& caller) const {
 }
 
 absl::StatusOr<ModelId> Sequences::FindModel(const std::string& name, const std::string& tenant) const {
-  for (const auto& [id, model] : models_)
-    if (model->spec.name == name && model->tenant == tenant) return model->id;
-  return absl::NotFoundError(absl::StrCat("model '", name, "' is not registered"));
+  ModelPtr found;
+  for (const ModelPtr& model : FamilyOf(name, tenant))
+    if (found == nullptr || model->revision == 0 ||
+        (found->revision != 0 && model->revision > found->revision))
+      found = model;
+  if (found == nullptr) return absl::NotFoundError(absl::StrCat("model '", name, "' is not registered"));
+  return found->id;
 }
 
 const BlockLayout* Sequences::Layout(const GroupShape& shape, CachePair pair) const {
@@ -243,8 +340,10 @@ absl::Status Sequences::Restore(const SequencePtr& sequence) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<SequencePtr> Sequences::Build(ModelId model_id, const SequenceOptions& options) const {
-  KVTIDE_ASSIGN_OR_RETURN(const std::shared_ptr<const ModelState> model, GetModel(model_id));
+absl::StatusOr<SequencePtr> Sequences::Build(ModelId model_id, const SequenceOptions& options,
+                                             bool restored) const {
+  KVTIDE_ASSIGN_OR_RETURN(std::shared_ptr<const ModelState> model, GetModel(model_id));
+  if (!restored) model = RevisionFor(std::move(model), options);
   KVTIDE_RETURN_IF_ERROR(CheckSequenceOptions(options, model->spec));
   auto sequence = std::make_shared<Sequence>();
   sequence->account = tenants_->Get(options.name_space);

@@ -33,16 +33,29 @@ class Sequences {
   // `restored`: it was there before, so no quota counts.
   absl::StatusOr<ModelId> RegisterModel(const ModelSpec& spec, const std::string& tenant,
                                         bool restored = false);
-  absl::StatusOr<ModelId> UnregisterModel(const std::string& name, const std::string& tenant);
+  // A revision that was there before.
+  absl::StatusOr<ModelId> RestoreRevision(const ModelSpec& spec, const std::string& tenant,
+                                          uint64_t revision);
+  // The model with another profile, for new sequences with calibrated K types. InvalidArgument if it differs
+  // in anything else, or has no profile; ResourceExhausted where open sequences use too many revisions.
+  absl::StatusOr<std::shared_ptr<const ModelState>> InstallRevision(ModelId model, const ModelSpec& spec);
+  // Revisions that no sequence uses and no new one would, which are forgotten.
+  std::vector<std::shared_ptr<const ModelState>> TakeUnusedRevisions();
+  // Returns all that were registered and installed under the name.
+  absl::StatusOr<std::vector<std::shared_ptr<const ModelState>>> UnregisterModel(const std::string& name,
+                                                                                 const std::string& tenant);
   absl::StatusOr<std::shared_ptr<const ModelState>> GetModel(ModelId model) const;
+  // As registered; the newest revision where a restart has brought back nothing else.
   absl::StatusOr<ModelId> FindModel(const std::string& name, const std::string& tenant) const;
   // Those that the caller may see; an admin, all.
   std::vector<std::string> ModelNames(const Identity& caller) const;
-  size_t models() const { return models_.size(); }
+  size_t models() const;
 
   absl::StatusOr<SequencePtr> Create(ModelId model, const SequenceOptions& options);
   // Create in two steps, for one that was there before a restart: its tables are filled in between.
-  absl::StatusOr<SequencePtr> Build(ModelId model, const SequenceOptions& options) const;
+  // `restored`: of this revision of the model, not of the newest.
+  absl::StatusOr<SequencePtr> Build(ModelId model, const SequenceOptions& options,
+                                    bool restored = false) const;
   absl::Status Restore(const SequencePtr& sequence);
   absl::StatusOr<SequencePtr> Fork(SequenceId id, const CallContext& context);
   // The tables go at once, or with the writer that runs.
@@ -92,6 +105,13 @@ class Sequences {
     size_t sequences = 0, empty = 0;
   };
 
+  using ModelPtr = std::shared_ptr<const ModelState>;
+  std::vector<ModelPtr> FamilyOf(const std::string& name, const std::string& tenant) const;
+  // The revision that new sequences of these options have.
+  ModelPtr RevisionFor(ModelPtr model, const SequenceOptions& options) const;
+  // Enters it; `family` = 0: it is the first of one.
+  absl::StatusOr<ModelPtr> AddModel(const ModelSpec& spec, const std::string& tenant, uint64_t revision,
+                                    ModelId family);
   static absl::Status CheckQuota(const TenantAccount& account);
   absl::Status CheckRoomForOne() const;
   // The device of the first tier for a new sequence: the one with this name, or the one with the most room.

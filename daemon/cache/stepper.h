@@ -78,6 +78,7 @@ class Step {
 
   size_t size() const { return items_.size(); }
   SequenceId sequence(size_t item) const { return batch_.sequences[item]->id; }
+  const std::vector<SequencePtr>& sequences() const { return batch_.sequences; }
   const ModelSpec& model() const { return batch_.sequences.front()->model->spec; }
   // The first new token of an item; all layers of its sequence have as many before it.
   int64_t start(size_t item) const { return items_[item].start; }

@@ -63,6 +63,28 @@ void WriteMemory(const std::vector<MemoryUse>& memory, FamilyWriter* writer) {
     writer->Sample(static_cast<double>(use.actual_bytes), {{"part", use.part}});
 }
 
+void WriteCalibrations(const CalibrationStats& stats, FamilyWriter* writer) {
+  writer->Gauge("kvtide_calibrations", "Models whose keys are calibrated from traffic, by how far that is.")
+      .Sample(static_cast<double>(stats.gathering), {{"state", "gathering"}})
+      .Sample(static_cast<double>(stats.making), {{"state", "making"}})
+      .Sample(static_cast<double>(stats.ready), {{"state", "ready"}})
+      .Sample(static_cast<double>(stats.refused), {{"state", "refused"}});
+  writer->Gauge("kvtide_calibration_memory_bytes", "Memory that is reserved for calibrations from traffic.")
+      .Sample(static_cast<double>(stats.memory_bytes));
+  writer
+      ->Counter("kvtide_calibration_observed_seconds_total",
+                "Time of the calls that calibrations from traffic looked at.")
+      .Sample(stats.observed_seconds);
+  writer
+      ->Counter("kvtide_calibration_spent_seconds_total",
+                "Time that they spent on it: copies of rows in the calls, sums in a thread of their own.")
+      .Sample(stats.spent_seconds);
+  writer
+      ->Counter("kvtide_calibration_making_seconds_total",
+                "Time that making and measuring their profiles took, once for each.")
+      .Sample(stats.making_seconds);
+}
+
 void WriteService(const ServiceStats& stats, FamilyWriter* writer) {
   const auto gauge = [&](const char* name, const char* help, int64_t value) {
     writer->Gauge(name, help).Sample(static_cast<double>(value));
@@ -96,6 +118,7 @@ void WriteService(const ServiceStats& stats, FamilyWriter* writer) {
         stats.shared_memory_limit);
   WriteWays(stats.ways, writer);
   WriteMemory(stats.memory, writer);
+  WriteCalibrations(stats.calibrations, writer);
 }
 
 std::vector<prometheus::Histogram*> WorkHistograms(const std::vector<std::string>& works,

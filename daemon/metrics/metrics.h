@@ -32,8 +32,16 @@ struct MemoryUse {
 };
 
 // What the service shows of itself.
+// Calibrations from traffic: how many are in each state, and seconds since the start.
+struct CalibrationStats {
+  int64_t gathering = 0, making = 0, ready = 0, refused = 0;
+  int64_t memory_bytes = 0;
+  double observed_seconds = 0, spent_seconds = 0, making_seconds = 0;
+};
+
 struct ServiceStats {
   std::vector<WayStats> ways;
+  CalibrationStats calibrations;
   std::vector<MemoryUse> memory;
   int64_t calls_under_way = 0;                      // arrived and not answered
   int64_t queued_calls = 0, queued_bulk_calls = 0;  // of these, waiting for a thread
@@ -67,13 +75,14 @@ struct CallSample {
 // Method names that calls are counted under; calls with other names count as "other". A test holds this
 // against the service.
 constexpr const char* kMethods[] = {
-    "GetServerInfo",    "RegisterModel",     "UnregisterModel",  "CreateSequence",  "ForkSequence",
-    "TruncateSequence", "CloseSequence",     "Append",           "Attend",          "AppendAttend",
-    "EvictSequences",   "PrefetchSequences", "ListSequences",    "GetStats",        "Plan",
-    "Session",          "ReadTokens",        "PersistSequences", "OpenNamespace",   "StoreBlocks",
-    "LookupBlocks",     "LoadBlocks",        "ReleaseLease",     "DeleteNamespace", "PersistNamespace",
-    "ListNamespaces",   "BeginStep",         "EndStep",          "GetStepProfile",  "PinSequences",
-    "GetConfig",        "ReloadConfig",      "LookupPrefix",     "PinStep",
+    "GetServerInfo",    "RegisterModel",     "UnregisterModel",  "CreateSequence",   "ForkSequence",
+    "TruncateSequence", "CloseSequence",     "Append",           "Attend",           "AppendAttend",
+    "EvictSequences",   "PrefetchSequences", "ListSequences",    "GetStats",         "Plan",
+    "Session",          "ReadTokens",        "PersistSequences", "OpenNamespace",    "StoreBlocks",
+    "LookupBlocks",     "LoadBlocks",        "ReleaseLease",     "DeleteNamespace",  "PersistNamespace",
+    "ListNamespaces",   "BeginStep",         "EndStep",          "GetStepProfile",   "PinSequences",
+    "GetConfig",        "ReloadConfig",      "LookupPrefix",     "StartCalibration", "StopCalibration",
+    "ListCalibrations", "ExportProfile",     "InstallProfile",   "PinStep",
 };
 
 class Metrics {

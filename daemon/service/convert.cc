@@ -179,6 +179,105 @@ absl::StatusOr<ModelSpec> FromProto(const v1::Model& proto) {
   return spec;
 }
 
+namespace {
+
+absl::StatusOr<Rope> FromProto(const v1::Rope& proto, int head_dim) {
+  Rope rope{proto.neighbours() ? RopePairs::kNeighbours : RopePairs::kHalves, {}};
+  if (proto.frequencies().size() % sizeof(float) != 0 ||
+      2 * (proto.frequencies().size() / sizeof(float)) > static_cast<size_t>(head_dim))
+    return absl::InvalidArgumentError(absl::StrCat("rope.frequencies has ", proto.frequencies().size(),
+                                                   " bytes, expected f32 of at most ", head_dim / 2,
+                                                   " pairs"));
+  Append(proto.frequencies(), rope.frequencies);
+  for (const float frequency : rope.frequencies)
+    if (!(frequency >= 0 && frequency <= kMostFrequency))
+      return absl::InvalidArgumentError(absl::StrCat("rope.frequencies has ", frequency,
+                                                     " radians a position, must be 0 to ", kMostFrequency));
+  return rope;
+}
+
+}  // namespace
+
+absl::StatusOr<std::vector<Rope>> RopesFrom(const v1::Model& proto) {
+  std::vector<Rope> ropes;
+  for (int i = 0; i < proto.layers_size(); i++) {
+    const v1::Layer& layer = proto.layers(i);
+    if (layer.has_rope() != proto.layers(0).has_rope())
+      return absl::InvalidArgumentError(
+          absl::StrCat("layers[", i, "].rope: all layers of a model have it, or none"));
+    if (!layer.has_rope()) continue;
+    absl::StatusOr<Rope> rope = FromProto(layer.rope(), layer.head_dim_k());
+    if (!rope.ok()) return Annotate(rope.status(), absl::StrCat("layers[", i, "]"));
+    ropes.push_back(*std::move(rope));
+  }
+  return ropes;
+}
+
+absl::StatusOr<std::vector<Rope>> RopesFrom(const google::protobuf::RepeatedPtrField<v1::Rope>& proto,
+                                            const ModelSpec& model) {
+  std::vector<Rope> ropes;
+  if (proto.empty()) return ropes;
+  const size_t layers = model.layers.size();
+  if (proto.size() != 1 && static_cast<size_t>(proto.size()) != layers)
+    return absl::InvalidArgumentError(
+        absl::StrCat("ropes has ", proto.size(), " entries, expected 1, or ", layers, " for the layers"));
+  for (size_t l = 0; l < layers; l++) {
+    const int entry = proto.size() == 1 ? 0 : static_cast<int>(l);
+    const LayerGroupSpec& group = model.groups[static_cast<size_t>(model.layers[l].group)];
+    absl::StatusOr<Rope> rope = FromProto(proto.Get(entry), group.shape.head_dim_k);
+    if (!rope.ok()) return Annotate(rope.status(), absl::StrCat("ropes[", entry, "]"));
+    ropes.push_back(*std::move(rope));
+  }
+  return ropes;
+}
+
+std::vector<Rope> RopesOf(const ModelSpec& model) {
+  std::vector<Rope> ropes;
+  for (const LayerSpec& layer : model.layers) {
+    const LayerGroupSpec& group = model.groups[static_cast<size_t>(layer.group)];
+    const std::vector<float>& all = group.key_transforms.frequencies;
+    if (all.empty()) return {};
+    const auto pairs = static_cast<std::ptrdiff_t>(all.size()) / group.shape.layers;
+    const auto first = all.begin() + pairs * layer.layer_in_group;
+    ropes.push_back({group.key_transforms.pairs, {first, first + pairs}});
+  }
+  return ropes;
+}
+
+void ToProto(const ModelSpec& spec, std::span<const Rope> ropes, v1::Model* proto) {
+  proto->set_name(spec.name);
+  for (size_t l = 0; l < spec.layers.size(); l++) {
+    const LayerGroupSpec& group = spec.groups[static_cast<size_t>(spec.layers[l].group)];
+    v1::Layer* const out = proto->add_layers();
+    out->set_kv_heads(group.shape.kv_heads);
+    out->set_head_dim_k(group.shape.head_dim_k);
+    out->set_head_dim_v(group.shape.head_dim_v);
+    out->set_window(group.window);
+    out->set_query_heads(group.heads);
+    out->set_scale(group.scale);
+    out->set_softcap(group.softcap);
+    // A layer's part of what the group has for all of its layers.
+    const auto part = [&](const auto& values, std::string* bytes) {
+      const size_t each = values.size() / static_cast<size_t>(group.shape.layers);
+      using Value = typename std::decay_t<decltype(values)>::value_type;
+      bytes->assign(reinterpret_cast<const char*>(values.data() +
+                                                  each * static_cast<size_t>(spec.layers[l].layer_in_group)),
+                    each * sizeof(Value));
+    };
+    const KeyTransforms& keys = group.key_transforms;
+    part(group.key_means, out->mutable_key_mean());
+    part(keys.matrices, out->mutable_key_transform());
+    part(keys.widths, out->mutable_key_widths());
+    part(keys.centres, out->mutable_key_centre());
+    part(keys.frequencies, out->mutable_key_frequencies());
+    out->set_key_rope_neighbours(keys.pairs == RopePairs::kNeighbours);
+    if (ropes.empty()) continue;
+    const std::vector<float>& frequencies = ropes[l].frequencies;
+    out->mutable_rope()->set_frequencies(frequencies.data(), frequencies.size() * sizeof(float));
+    out->mutable_rope()->set_neighbours(ropes[l].pairs == RopePairs::kNeighbours);
+  }
+}
+
 void ToProto(const ModelSpec& spec, v1::RegisterModelResponse* proto) {
   for (size_t g = 0; g < spec.groups.size(); g++) {
     const LayerGroupSpec& group = spec.groups[g];

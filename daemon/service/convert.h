@@ -21,6 +21,15 @@ grpc::Status ToGrpc(const absl::Status& status);
 // layer.
 absl::StatusOr<ModelSpec> FromProto(const v1::Model& proto);
 void ToProto(const ModelSpec& spec, v1::RegisterModelResponse* proto);
+// RoPE by layer as the layers say it, or that which their profiles take back; empty = not known.
+absl::StatusOr<std::vector<Rope>> RopesFrom(const v1::Model& proto);
+// One entry for all layers of the model, or one for each.
+absl::StatusOr<std::vector<Rope>> RopesFrom(const google::protobuf::RepeatedPtrField<v1::Rope>& proto,
+                                            const ModelSpec& model);
+// RoPE that the profiles of a model take back; empty = none does.
+std::vector<Rope> RopesOf(const ModelSpec& model);
+// What FromProto and RopesFrom read.
+void ToProto(const ModelSpec& spec, std::span<const Rope> ropes, v1::Model* proto);
 
 // What a sequence gets when its request does not say.
 struct SequenceDefaults {

@@ -125,16 +125,22 @@ absl::Status Handlers::RegisterModel(const v1::RegisterModelRequest& request,
                                      v1::RegisterModelResponse* response, const Call& call) {
   auto spec = FromProto(request.model());
   if (!spec.ok()) return Annotate(spec.status(), "model");
-  KVTIDE_RETURN_IF_ERROR(cache_->RegisterModel(*spec, call.context).status());
+  KVTIDE_RETURN_IF_ERROR(RopesFrom(request.model()).status());
+  KVTIDE_ASSIGN_OR_RETURN(const ModelId model, cache_->RegisterModel(*spec, call.context));
+  KVTIDE_RETURN_IF_ERROR(NoteModel(request.model(), model, call));
   ToProto(*spec, response);
   return absl::OkStatus();
 }
 
 absl::Status Handlers::UnregisterModel(const v1::UnregisterModelRequest& request,
                                        v1::UnregisterModelResponse*, const Call& call) {
-  KVTIDE_ASSIGN_OR_RETURN(const ModelId model, cache_->UnregisterModel(request.model(), call.context));
+  KVTIDE_ASSIGN_OR_RETURN(const ModelId model, cache_->FindModel(request.model(), call.context));
+  KVTIDE_ASSIGN_OR_RETURN(const ModelId family, cache_->FamilyOf(model));
+  KVTIDE_RETURN_IF_ERROR(cache_->UnregisterModel(request.model(), call.context).status());
+  if (options_.calibrator != nullptr) options_.calibrator->Forget(family);
   const MutexLock lock(mutex_);
-  specs_.erase(model);
+  // Those with installed profiles, too; what is another tenant's is asked for again.
+  absl::erase_if(specs_, [&](const auto& entry) { return entry.second->name == request.model(); });
   return absl::OkStatus();
 }
 

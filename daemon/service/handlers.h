@@ -12,11 +12,13 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "daemon/cache/kv_cache.h"
+#include "daemon/calibrate/calibrator.h"
 #include "daemon/service/call.h"
 #include "daemon/service/service_options.h"
 #include "daemon/service/tensor.h"
 #include "kernels/base/mutex.h"
 #include "kvtide/v1/blocks.pb.h"
+#include "kvtide/v1/calibration.pb.h"
 #include "kvtide/v1/plan.pb.h"
 #include "kvtide/v1/sequence.pb.h"
 #include "kvtide/v1/server.pb.h"
@@ -63,6 +65,14 @@ class Handlers {
   absl::Status PersistNamespace(const v1::PersistNamespaceRequest&, v1::PersistNamespaceResponse*,
                                 const Call&);
   absl::Status ListNamespaces(const v1::ListNamespacesRequest&, v1::ListNamespacesResponse*, const Call&);
+  // Calibration from traffic; Unimplemented where there is no calibrator.
+  absl::Status StartCalibration(const v1::StartCalibrationRequest&, v1::StartCalibrationResponse*,
+                                const Call&);
+  absl::Status StopCalibration(const v1::StopCalibrationRequest&, v1::StopCalibrationResponse*, const Call&);
+  absl::Status ListCalibrations(const v1::ListCalibrationsRequest&, v1::ListCalibrationsResponse*,
+                                const Call&);
+  absl::Status ExportProfile(const v1::ExportProfileRequest&, v1::ExportProfileResponse*, const Call&);
+  absl::Status InstallProfile(const v1::InstallProfileRequest&, v1::InstallProfileResponse*, const Call&);
   absl::Status GetStats(const v1::GetStatsRequest&, v1::GetStatsResponse*, const Call&);
   // For admins; Unimplemented where there is no configuration to read (a pool in a process of its own).
   absl::Status GetConfig(const v1::GetConfigRequest&, v1::GetConfigResponse*, const Call&);
@@ -81,6 +91,12 @@ class Handlers {
   // The spec of the model of a sequence. Models never change, so they are kept once asked for.
   absl::StatusOr<SpecPointer> SpecOfSequence(SequenceId sequence, const CallContext& context);
   absl::StatusOr<SpecPointer> SpecOfModel(ModelId model);
+  struct CalibratedModel;
+  absl::StatusOr<CalibratedModel> FindCalibrated(const std::string& model, const std::string& tenant,
+                                                 const Call& call) const;
+  absl::Status BeginCalibration(const CalibratedModel& model, CalibrationPlan plan) const;
+  // A model was registered: its RoPE may be known now, and where all models are calibrated it begins.
+  absl::Status NoteModel(const v1::Model& proto, ModelId model, const Call& call) const;
   // The group of model layer `layer`, or InvalidArgument with the number of layers.
   static absl::StatusOr<const LayerGroupSpec*> GroupOfLayer(const ModelSpec& spec, int layer);
 

@@ -72,7 +72,8 @@ int64_t ReceiveMemoryBytes(const ServiceOptions& options) {
 
 int64_t MemoryOverheadBytes(const ServiceOptions& options) {
   return kBaseBytes + ReceiveMemoryBytes(options) + options.call_memory_bytes + options.staging_bytes +
-         options.shared_memory.total_bytes;
+         options.shared_memory.total_bytes +
+         (options.calibrator != nullptr ? options.calibrator->memory_limit() : 0);
 }
 
 KvCacheService::KvCacheService(KvCache* cache, const Connections* connections, const ServiceOptions& options)

@@ -12,6 +12,7 @@
 
 #include "absl/time/time.h"
 #include "daemon/cache/tenants.h"
+#include "daemon/calibrate/calibrator.h"
 #include "daemon/service/access.h"
 #include "daemon/service/call_counts.h"
 #include "daemon/service/call_report.h"
@@ -95,6 +96,7 @@ struct ServiceOptions {
   std::function<void(const std::string& address, const absl::Status& status)> mended;
   // What the memory of the daemon should be, and what it is; may be empty.
   std::function<std::vector<MemoryUse>()> memory;
+  Calibrator* calibrator = nullptr;  // borrowed; null: nothing is calibrated from traffic
   // What the daemon runs with, and reading that again (ReloadConfig); may be empty.
   std::function<v1::GetConfigResponse()> config;
   std::function<absl::StatusOr<v1::ReloadConfigResponse>()> reload;

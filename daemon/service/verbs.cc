@@ -129,6 +129,11 @@ constexpr Verb kVerbs[] = {
     KVTIDE_VERB(EndStep, kPrompt, false),
     KVTIDE_VERB(GetStepProfile, kPrompt, false),
     KVTIDE_VERB(PinStep, kPrompt, false),
+    KVTIDE_VERB(StartCalibration, kPrompt, false),
+    KVTIDE_VERB(StopCalibration, kPrompt, false),
+    KVTIDE_VERB(ListCalibrations, kPrompt, false),
+    KVTIDE_VERB(ExportProfile, kBulk, false),
+    KVTIDE_VERB(InstallProfile, kBulk, false),
 };
 #undef KVTIDE_VERB
 
@@ -206,6 +211,11 @@ absl::Status ServeMessage(Handlers* handlers, const v1::SessionRequest& request,
     KVTIDE_SESSION_VERB(EndStep, end_step)
     KVTIDE_SESSION_VERB(GetStepProfile, get_step_profile)
     KVTIDE_SESSION_VERB(PinStep, pin_step)
+    KVTIDE_SESSION_VERB(StartCalibration, start_calibration)
+    KVTIDE_SESSION_VERB(StopCalibration, stop_calibration)
+    KVTIDE_SESSION_VERB(ListCalibrations, list_calibrations)
+    KVTIDE_SESSION_VERB(ExportProfile, export_profile)
+    KVTIDE_SESSION_VERB(InstallProfile, install_profile)
     case Case::CALL_NOT_SET:
       break;
   }

@@ -184,19 +184,16 @@ absl::StatusOr<HeadProfile> MakeHead(const KeyStatistics& statistics) {
 }  // namespace
 
 KeyStatistics::KeyStatistics(int head_dim, const Rope& rope)
-    : dim_(static_cast<size_t>(head_dim)),
-      rope_(rope),
-      sum_(dim_),
-      turned_sum_(dim_),
-      key_products_(dim_ * dim_),
-      query_products_(dim_ * dim_) {}
+    : dim_(static_cast<size_t>(head_dim)), rope_(rope), sum_(dim_), turned_sum_(dim_) {}
 
-void KeyStatistics::AddTurnedBack(const float* rows, int n, size_t stride, int64_t position, double* sum,
-                                  std::vector<double>& products) const {
+void KeyStatistics::AddTurnedBack(const float* rows, int n, size_t stride, int heads, int64_t position,
+                                  double* sum, std::vector<double>& products) const {
   std::vector<float> row(dim_);
   std::vector<double> x(dim_);
-  for (int t = 0; t < n; t++) {
-    std::copy_n(rows + static_cast<size_t>(t) * stride, dim_, row.begin());
+  for (int r = 0; r < n * heads; r++) {
+    const int t = r / heads;
+    std::copy_n(rows + static_cast<size_t>(t) * stride + static_cast<size_t>(r % heads) * dim_, dim_,
+                row.begin());
     TurnKey(rope_, position + t, 0, true, row.data());
     std::copy(row.begin(), row.end(), x.begin());
     for (size_t i = 0; i < dim_; i++) {
@@ -211,14 +208,16 @@ void KeyStatistics::AddKeys(const float* rows, int n, size_t stride, int64_t pos
   for (int t = 0; t < n; t++)
     for (size_t i = 0; i < dim_; i++)
       sum_[i] += static_cast<double>(rows[static_cast<size_t>(t) * stride + i]);
-  AddTurnedBack(rows, n, stride, position, turned_sum_.data(), key_products_);
+  key_products_.resize(dim_ * dim_);
+  AddTurnedBack(rows, n, stride, 1, position, turned_sum_.data(), key_products_);
   keys_ += n;
 }
 
-void KeyStatistics::AddQueries(const float* rows, int n, size_t stride, int64_t position) {
+void KeyStatistics::AddQueries(const float* rows, int n, size_t stride, int64_t position, int heads) {
   std::vector<double> unused(dim_);
-  AddTurnedBack(rows, n, stride, position, unused.data(), query_products_);
-  queries_ += n;
+  query_products_.resize(dim_ * dim_);
+  AddTurnedBack(rows, n, stride, heads, position, unused.data(), query_products_);
+  queries_ += int64_t{1} * n * heads;
   span_ = std::max(span_, position + n);
 }
 
@@ -237,11 +236,11 @@ std::vector<double> KeyStatistics::Centre() const {
 std::vector<double> KeyStatistics::KeyCovariance() const {
   const std::vector<double> centre = Centre();
   std::vector<double> covariance(dim_ * dim_);
+  if (keys_ == 0) return covariance;
   for (size_t i = 0; i < dim_; i++)
     for (size_t j = 0; j <= i; j++)
       covariance[i * dim_ + j] = covariance[j * dim_ + i] =
-          key_products_[i * dim_ + j] / static_cast<double>(std::max<int64_t>(1, keys_)) -
-          centre[i] * centre[j];
+          key_products_[i * dim_ + j] / static_cast<double>(keys_) - centre[i] * centre[j];
   return covariance;
 }
 
@@ -249,7 +248,8 @@ std::vector<double> KeyStatistics::KeyCovariance() const {
 // exp(-i angle n), so that the mean over n multiplies a and b by a mean turn each.
 std::vector<double> KeyStatistics::QueryMetric() const {
   Matrix metric(dim_ * dim_);
-  const double count = static_cast<double>(std::max<int64_t>(1, queries_));
+  if (queries_ == 0) return metric;
+  const auto count = static_cast<double>(queries_);
   const auto moment = [&](size_t i, size_t j) {
     return query_products_[std::max(i, j) * dim_ + std::min(i, j)] / count;
   };

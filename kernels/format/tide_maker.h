@@ -28,7 +28,8 @@ class KeyStatistics {
   KeyStatistics(int head_dim, const Rope& rope);
   // `n` rows of head_dim values, `stride` values apart, of the tokens at `position` and after it.
   void AddKeys(const float* rows, int n, size_t stride, int64_t position);
-  void AddQueries(const float* rows, int n, size_t stride, int64_t position);
+  // Of `heads` query heads, whose rows lie behind each other. Sums do not depend on how tokens are cut.
+  void AddQueries(const float* rows, int n, size_t stride, int64_t position, int heads = 1);
 
   int head_dim() const { return static_cast<int>(dim_); }
   const Rope& rope() const { return rope_; }
@@ -40,13 +41,13 @@ class KeyStatistics {
   std::vector<double> QueryMetric() const;  // [head_dim][head_dim], E[R(n) q q' R(-n)]
 
  private:
-  void AddTurnedBack(const float* rows, int n, size_t stride, int64_t position, double* sum,
+  void AddTurnedBack(const float* rows, int n, size_t stride, int heads, int64_t position, double* sum,
                      std::vector<double>& products) const;
 
   size_t dim_;
   Rope rope_;
   int64_t keys_ = 0, queries_ = 0, span_ = 0;  // span: one more than the last position
-  std::vector<double> sum_, turned_sum_, key_products_, query_products_;
+  std::vector<double> sum_, turned_sum_, key_products_, query_products_;  // products: empty = all 0
 };
 
 // Of all heads of a layer group, layer-major. InvalidArgument with fewer than 4 keys for each channel, or

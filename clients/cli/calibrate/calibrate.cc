@@ -11,6 +11,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "clients/cli/bundled.h"
+#include "clients/cli/calibrate/from_daemon.h"
 #include "clients/cli/terminal/command_status.h"
 #include "clients/cli/terminal/file_checks.h"
 #include "clients/cli/terminal/interrupt.h"
@@ -123,11 +124,13 @@ absl::StatusOr<engine::KeyProfile> Calibrate(const CalibrateOptions& options, co
 void AddCalibrateCommand(CLI::App& app, int* exit_code) {
   struct Flags {
     CalibrateOptions options;
-    std::string out_file;
+    bool from_daemon = false;
+    TrafficOptions traffic;
     bool no_progress = false;
   };
   auto flags = std::make_shared<Flags>();
   CalibrateOptions& o = flags->options;
+  TrafficOptions& t = flags->traffic;
   CLI::App* calibrate =
       app.add_subcommand("calibrate", "Make a profile of a model's keys, with which they are coded better");
   calibrate->footer(
@@ -136,6 +139,11 @@ void AddCalibrateCommand(CLI::App& app, int* exit_code) {
       "  kvtide eval --model model.gguf --text book.txt --profile model.profile --pairs turbo4/turbo4\n"
       "  kvtide eval --model model.gguf --text book.txt --profile model.profile --pairs "
       "tide3/turbo3,tide2/turbo2\n"
+      "  kvtide calibrate --from-daemon unix:/run/kvtide/kvtided.sock\n"
+      "  kvtide calibrate --from-daemon unix:/run/kvtide/kvtided.sock --model llama --start --wait "
+      "--install\n"
+      "  kvtide calibrate --from-daemon 127.0.0.1:7600 --model llama --out llama.profile\n"
+      "  kvtide calibrate --from-daemon 127.0.0.1:7600 --model llama --install --profile llama.profile\n"
       "Take a text of the kind that the model will see; a few thousand tokens are enough for means, "
       "transforms\n"
       "(tide4, tide3, tide2) want 8 thousand and more. With --keys before-rope they take RoPE back: least "
@@ -146,11 +154,23 @@ void AddCalibrateCommand(CLI::App& app, int* exit_code) {
       "depends on positions, so let windows be as long as sequences will be (--context).\n"
       "The last tokens, an eighth and at most 1024, are held back: a profile with which one of these types "
       "changes\n"
-      "logits more than turbo of the same bits is refused.");
-  calibrate->add_option("--model", o.model,
-                        "Hugging Face folder or GGUF file; default: the bundled tidelm-7m");
-  calibrate->add_option("--text", o.text_file, "UTF-8 text")->required();
-  calibrate->add_option("--tokens", o.tokens, "Tokens from the start of the text, at most")
+      "logits more than turbo of the same bits is refused.\n"
+      "With --from-daemon a running kvtided gathers the same sums from a sample of what its clients append "
+      "and "
+      "attend,\n"
+      "with a hundredth of their time; what is asked for is done in this order: start, wait, out, install, "
+      "stop. "
+      "Without\n"
+      "any of these the calibrations are shown. Exit codes: 0 done, 1 failed, 2 bad input, or no profile "
+      "(yet, or "
+      "refused),\n"
+      "130 stopped.");
+  calibrate->add_option(
+      "--model", o.model,
+      "Hugging Face folder or GGUF file; default: the bundled tidelm-7m. With --from-daemon: "
+      "the name of a registered model");
+  auto* const text = calibrate->add_option("--text", o.text_file, "UTF-8 text");
+  calibrate->add_option("--tokens", o.tokens, "Tokens from the start of the text, at most, or of the traffic")
       ->check(Positive())
       ->capture_default_str();
   calibrate
@@ -169,23 +189,39 @@ void AddCalibrateCommand(CLI::App& app, int* exit_code) {
           "(after-rope: fast attention)")
       ->check(CLI::IsMember({"before-rope", "after-rope"}))
       ->default_str("before-rope");
-  calibrate->add_option("--out", flags->out_file, "The profile to write (safetensors)")
-      ->required()
-      ->check(WritableFile());
+  calibrate->add_option("--out", t.out_file, "The profile to write (safetensors)")->check(WritableFile());
   calibrate->add_option("--threads", o.threads, "Threads of the engine; default: one per core")
       ->check(Positive());
-  calibrate->add_flag("--means-only", o.means_only, "Means of keys and no transforms: for short texts");
+  auto* const means_only =
+      calibrate->add_flag("--means-only", o.means_only, "Means of keys and no transforms: for short texts");
   calibrate->add_flag("--no-progress", flags->no_progress, "No progress bar");
+  AddTrafficOptions(calibrate, &t, &flags->from_daemon)->excludes(text)->excludes(means_only);
   calibrate->callback([flags, exit_code] {
-    flags->options.show_progress = !flags->no_progress;
+    flags->options.show_progress = flags->traffic.show_progress = !flags->no_progress;
+    if (flags->from_daemon) {
+      TrafficOptions& traffic = flags->traffic;
+      traffic.model = flags->options.model;
+      traffic.calibration.tokens = flags->options.tokens;
+      traffic.calibration.after_rope = flags->options.keys == engine::KeysAt::kAfterRope;
+      const absl::StatusOr<std::string> done = CalibrateFromDaemon(traffic, StopAtInterrupt());
+      if (done.ok()) {
+        std::fputs(done->c_str(), stdout);
+      } else {
+        std::fprintf(stderr, "kvtide calibrate: %s\n", std::string(done.status().message()).c_str());
+      }
+      *exit_code = ExitCode(done.status());
+      return;
+    }
+    const std::string& out_file = flags->traffic.out_file;
+    if (flags->options.text_file.empty() || out_file.empty())
+      throw CLI::RequiredError("--text and --out, or --from-daemon");
     std::vector<engine::KeyTypeError> errors;
     const absl::StatusOr<engine::KeyProfile> profile = Calibrate(flags->options, StopAtInterrupt(), &errors);
     absl::Status status = profile.status();
-    if (status.ok()) status = engine::WriteKeyProfile(flags->out_file, *profile);
+    if (status.ok()) status = engine::WriteKeyProfile(out_file, *profile);
     *exit_code = ExitCode(status);
     if (status.ok()) {
-      std::printf("%s: means%s of keys over %lld tokens, %zu layers of %d KV heads of %d\n",
-                  flags->out_file.c_str(),
+      std::printf("%s: means%s of keys over %lld tokens, %zu layers of %d KV heads of %d\n", out_file.c_str(),
                   profile->transforms.empty() ? ""
                   : profile->after_rope       ? " and transforms after RoPE"
                                               : " and transforms before RoPE",

@@ -7,6 +7,10 @@ void DaemonFlags::AddTo(CLI::App* command) {
       "--address", address,
       "Where kvtided listens: unix:/path/to/socket or host:port (default: $KVTIDE_ADDRESS, else the "
       "default socket)");
+  AddCredentialsTo(command);
+}
+
+void DaemonFlags::AddCredentialsTo(CLI::App* command) {
   command->add_option(
       "--tls-ca", credentials.tls_ca,
       "TLS: PEM file with the CA of kvtided's certificate, or system (default: $KVTIDE_TLS_CA)");

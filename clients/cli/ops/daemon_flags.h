@@ -16,6 +16,8 @@ struct DaemonFlags {
   client::Credentials credentials;
 
   void AddTo(CLI::App* command);
+  // All but --address.
+  void AddCredentialsTo(CLI::App* command);
   std::string Address() const { return address.empty() ? client::DefaultAddress() : address; }
   absl::StatusOr<std::unique_ptr<client::Client>> Connect() const;
 };

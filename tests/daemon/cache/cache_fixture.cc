@@ -124,13 +124,15 @@ void CacheTest::TearDown() {
 }
 
 Client::Client(KvCache& cache, const ModelSpec& model, const SequenceOptions& options, std::mt19937& random)
+    : Client(cache, cache.RegisterModel(model).value(), model, options, random) {}
+
+Client::Client(KvCache& cache, ModelId model_id, const ModelSpec& model, const SequenceOptions& options,
+               std::mt19937& random)
     : cache_(&cache),
       model_(std::make_shared<const ModelSpec>(model)),
       shadow_(model, options),
       random_(&random) {
-  const absl::StatusOr<ModelId> model_id = cache.RegisterModel(model);
-  EXPECT_TRUE(model_id.ok()) << model_id.status();
-  const absl::StatusOr<SequenceId> id = cache.CreateSequence(*model_id, options);
+  const absl::StatusOr<SequenceId> id = cache.CreateSequence(model_id, options);
   EXPECT_TRUE(id.ok()) << id.status();
   id_ = *id;
 }

@@ -80,6 +80,9 @@ class CacheTest : public ::testing::Test {
 class Client {
  public:
   Client(KvCache& cache, const ModelSpec& model, const SequenceOptions& options, std::mt19937& random);
+  // Of a model that is registered; `model` is what its sequence has.
+  Client(KvCache& cache, ModelId id, const ModelSpec& model, const SequenceOptions& options,
+         std::mt19937& random);
   SequenceId id() const { return id_; }
   int64_t length() const { return shadow_.Length(); }
   ShadowSequence& shadow() { return shadow_; }

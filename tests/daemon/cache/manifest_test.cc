@@ -26,9 +26,9 @@ std::string BytesOf(T value) {
 // in it.
 std::string AsVersion5(Manifest manifest) {
   EXPECT_TRUE(manifest.chain_keys.empty() && manifest.chain_rest.empty() && !manifest.closed);
-  EXPECT_TRUE(manifest.options.salt.empty());
+  EXPECT_TRUE(manifest.options.salt.empty() && manifest.model_revision == 0);
   std::string bytes = EncodeManifest(manifest);
-  bytes.resize(bytes.size() - 3 * sizeof(uint64_t));   // seed, no keys, no ids
+  bytes.resize(bytes.size() - 4 * sizeof(uint64_t));   // seed, no keys, no ids, no revision
   bytes.erase(sizeof(uint32_t), 1 + sizeof(int64_t));  // not closed
   bytes.replace(0, sizeof(uint32_t), BytesOf(uint32_t{5}));
   const std::string tenant =
@@ -95,11 +95,27 @@ TEST(ManifestTest, WhatVersion5HoldsIsRead) {
 
 TEST(ManifestTest, OtherVersionsAreRefusedByName) {
   const std::string golden = Golden();
-  for (const uint32_t version : {0u, 1u, 4u, 7u, 1000u}) {
+  for (const uint32_t version : {0u, 1u, 4u, 8u, 1000u}) {
     const std::string bytes = BytesOf(version) + golden.substr(sizeof version);
     EXPECT_TRUE(IsError(DecodeManifest(bytes).status(), absl::StatusCode::kFailedPrecondition,
-                        absl::StrCat("has version ", version, ", this build reads 5 to 6")));
+                        absl::StrCat("has version ", version, ", this build reads 5 to 7")));
   }
+}
+
+// Version 6 has all but revisions of models.
+TEST(ManifestTest, WhatVersion6HoldsIsRead) {
+  Manifest manifest = DecodeManifest(Golden()).value();
+  manifest.options.salt = "adapter 7";
+  manifest.model_revision = 3;
+  const std::string bytes = EncodeManifest(manifest);
+  EXPECT_EQ(DecodeManifest(bytes).value().model_revision, 3u);
+  const std::string older =
+      BytesOf(uint32_t{6}) +
+      bytes.substr(sizeof(uint32_t), bytes.size() - sizeof(uint32_t) - sizeof(uint64_t));
+  const absl::StatusOr<Manifest> read = DecodeManifest(older);
+  ASSERT_TRUE(read.ok()) << read.status();
+  EXPECT_EQ(read->model_revision, 0u);
+  EXPECT_EQ(read->options.salt, "adapter 7");
 }
 
 TEST(ManifestTest, TokensAndWhatClosedSequencesLeaveAreKept) {

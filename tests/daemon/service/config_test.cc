@@ -100,6 +100,21 @@ TEST(Config, ARecordingHasAFileAndASize) {
         << bad;
 }
 
+TEST(Config, ModelsAreCalibratedFromTrafficWhereAskedUnlessItSaysOtherwise) {
+  using Models = CalibratorOptions::Models;
+  EXPECT_EQ(Resolve("{}")->calibrate.models, Models::kAsked);
+  EXPECT_EQ(Resolve("{}")->calibrate.memory_bytes, 64 << 20);
+  EXPECT_EQ(Resolve("{\"calibrate\": \"asked\"}")->calibrate.models, Models::kAsked);
+  EXPECT_EQ(Resolve("{\"calibrate\": \"all\"}")->calibrate.models, Models::kAll);
+  for (const char* none : {"never", "off"})
+    EXPECT_EQ(Resolve(absl::StrCat("{\"calibrate\": \"", none, "\"}"))->calibrate.models, Models::kNever);
+  EXPECT_EQ(Resolve("{\"calibrate_memory\": \"1MiB\"}")->calibrate.memory_bytes, 1 << 20);
+  EXPECT_THAT(std::string(Resolve("{\"calibrate\": \"sometimes\"}").status().message()),
+              HasSubstr("\"asked\", \"all\" and \"never\""));
+  EXPECT_THAT(std::string(Resolve("{\"calibrate_memory\": \"much\"}").status().message()),
+              HasSubstr("calibrate_memory"));
+}
+
 TEST(Config, AFileThatCannotBeReadSaysWhy) {
   const std::filesystem::path folder = std::filesystem::path(::testing::TempDir()) / "kvtide_config_test";
   std::filesystem::create_directories(folder);

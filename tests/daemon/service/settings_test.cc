@@ -129,6 +129,8 @@ TEST(Settings, TheEffectiveConfigurationIsAConfiguration) {
   asked.set_persist("all");
   asked.set_remote("cache");
   asked.set_remote_ttl_seconds(-1);
+  asked.set_calibrate("all");
+  asked.set_calibrate_memory("256MiB");
   asked.set_record_trace("/tmp/kvtide-nowhere.trace:2MiB");
   asked.add_quota("acme:sequences=3,device=1MiB");
   asked.set_slow_call_ms(-1);

@@ -1,0 +1,2 @@
+kvtide_add_executable(calibrate_bench ${CMAKE_CURRENT_LIST_DIR}/calibrate_bench.cc)
+target_link_libraries(calibrate_bench PRIVATE kvtide_calibrate kvtide_cpu)
