@@ -10,7 +10,7 @@ namespace kvtide {
 struct SlabHandle {
   enum class Kind : uint32_t {
     kNone = 0,
-    kFile = 1,     // memory of the host: a file without a name, whose size is sealed
+    kFile = 1,     // a descriptor: a sealed file without a name (host), or a GPU's memory by the driver
     kCudaIpc = 2,  // memory of a GPU: cudaIpcMemHandle_t
   };
   Kind kind = Kind::kNone;
