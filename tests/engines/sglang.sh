@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # sglang.sh [VERSION ...]: the storage in each of these releases of SGLang, on a machine without a GPU (default: the newest that is
 # known to work). SGLang's Python files and what they import are unpacked under build/engines; kvtide's package and torch are those of
-# KVTIDE_PYTHON (default: the environment of tests/run.sh transformers).
+# KVTIDE_PYTHON (default: the environment of tests/run.sh transformers). With that of tests/run.sh engines (build/engines/venv/bin/python), which
+# has the web framework too, a real engine runs over kvtided.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python="${KVTIDE_PYTHON:-build/python/venv-transformers/bin/python}"
@@ -21,7 +22,8 @@ for version in "$@"; do
     "$python" -m zipfile -e "$out"/wheels/sglang-"$version"-*.whl "$out/$version"
   fi
   echo "SGLang $version"
-  PYTHONPATH="$out/$version:$deps" "$python" -m pytest -v -p no:cacheprovider tests/engines/test_sglang.py tests/python/test_sglang_storage.py ||
+  PYTHONPATH="$out/$version:$deps" "$python" -m pytest -v -p no:cacheprovider tests/engines/test_sglang.py \
+    tests/engines/test_sglang_engine.py tests/python/test_sglang_storage.py ||
     status=$?
 done
 exit "$status"
