@@ -165,6 +165,8 @@ std::vector<Sequences::ModelPtr> Sequences::TakeUnusedRevisions() {
 }
 
 Sequences::ModelPtr Sequences::RevisionFor(ModelPtr model, const SequenceOptions& options) const {
+  // Options that have not been checked yet: with the profile of the revision they may be right.
+  if (!options.group_pairs.empty() && options.group_pairs.size() != model->spec.groups.size()) return model;
   bool wants_profile = false;
   for (size_t g = 0; g < model->spec.groups.size(); g++)
     wants_profile = wants_profile || Info(options.PairOfGroup(static_cast<int>(g)).k).calibrated;

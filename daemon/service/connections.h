@@ -29,6 +29,7 @@ struct Connection {
   bool tcp = false;
   std::string name = "a closed connection";  // "unix:uid=1000,pid=4711" or "127.0.0.1:53412"
   std::shared_ptr<Client> client;            // its counts; null = it has gone
+  std::atomic<int> calls_under_way{0};  // as ServiceGauges counts them
   MemoryBudget::Account memory;
   ReadTurns turns;
 };

@@ -231,6 +231,7 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
   void Begin() {
     start_ = received_ = taken_ = absl::Now();
     service_->options_.gauges->calls_under_way++;
+    connection_->calls_under_way++;
   }
   void End(const char* method, const absl::Status& status, SequenceId sequence,
            absl::string_view request_id) {
@@ -251,17 +252,20 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
     report.sequence = sequence;
     if (counted_for_ != nullptr) service_->EndCall(std::exchange(counted_for_, nullptr)->tenant);
     service_->Report(report, connection_->client.get());
+    connection_->calls_under_way--;
     service_->options_.gauges->calls_under_way--;
   }
 
   // Serves the call at once, on the thread that has read it, if that takes no longer than handing it over: a
-  // small attention while no other call is under way, so that nobody's turn is passed over and no socket
-  // waits for it that has something to say. False: nothing has happened.
+  // small attention that is its connection's only call. Who has several under way takes turns with them, and
+  // so do all while many calls are under way, since sockets wait for this thread that have something to say.
+  // False: nothing has happened.
   template <class Serve>
   bool ServeHere(const Verb* verb, Serve serve) {
-    constexpr int64_t kSmallRequest = 64 << 10;
+    constexpr int64_t kSmallRequest = 64 << 10, kManyCalls = 128;
     if (verb == nullptr || !verb->may_be_brief || request_bytes_ > kSmallRequest ||
-        service_->options_.gauges->calls_under_way > 1 || !MayBegin().ok())
+        connection_->calls_under_way > 1 || service_->options_.gauges->calls_under_way > kManyCalls ||
+        !MayBegin().ok())
       return false;
     const int64_t held = hold_.bytes();
     bool declined = false;

@@ -95,7 +95,7 @@ class KvtideSizer : public KvSizer {
 
   // The price of calibrated keys, as pages of f16 that were written and read beside the coded ones. Before
   // RoPE they are rebuilt for every step: attention takes about one and a half times as long as over f16
-  // pages (an H200, tests/bench/results/gpu_attend_tide.json), on CPUs seven times
+  // pages (an H200, tests/bench/results/gpu_attend.json), on CPUs seven times
   // (cpu_attend_tide_1_thread.json). After RoPE queries are turned and bit planes read: 231, 172 and 145 us
   // for 4, 3 and 2 bits where turbo takes 140, 107 and 98 and f16 485, and no more on CPUs.
   int64_t StepScratchBytes(int64_t context) const override {

@@ -27,6 +27,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/e2e/test_daemon.h"
+#include "tests/source_path.h"
 
 namespace kvtide::e2e {
 namespace {
@@ -135,7 +136,7 @@ TEST(MetricsTable, IsWhatARealDaemonTells) {
                                        "unit=\"tokens\"} 100"));
   std::map<std::string, std::string> now = Rows(Families(text));
   ASSERT_GT(now.size(), 50u);
-  const std::string path = std::string(KVTIDE_SOURCE_DIR) + "/daemon/metrics/families.md";
+  const std::string path = testing::SourcePath("daemon/metrics/families.md");
   if (const char* to = std::getenv("KVTIDE_WRITE_METRICS_TABLE"); to != nullptr) {
     std::ofstream out(to);
     out << "# All metrics of kvtided\n\nWritten by a test from a scrape of a real daemon "

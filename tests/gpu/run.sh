@@ -62,6 +62,7 @@ mkdir -p "$results" "$work/data"
 ln -s "$PWD/clients/engine/models" "$work/data/models"
 ln -s "$PWD/tests/data" "$work/data/texts"
 export KVTIDE_DATA_DIR="$work/data"  # unless it lies beside the programs
+export KVTIDE_SOURCE_DIR="$PWD"  # the programs may have been built in another folder
 
 gpu="$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1)"
 gpus="$(nvidia-smi -L | wc -l)"

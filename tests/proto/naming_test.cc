@@ -73,7 +73,7 @@ void CheckMessage(const Descriptor* type) {
 }
 
 TEST(Naming, FilesMessagesAndEnums) {
-  EXPECT_EQ(Files().size(), 9u);
+  EXPECT_EQ(Files().size(), 10u);
   for (const FileDescriptor* file : Files()) {
     EXPECT_EQ(file->package(), "kvtide.v1");
     EXPECT_EQ(file->name().rfind("kvtide/v1/", 0), 0u) << file->name();

@@ -6,12 +6,13 @@
 #include <sstream>
 
 #include "tests/daemon/cache/cache_fixture.h"
+#include "tests/source_path.h"
 
 namespace kvtide::testing {
 namespace {
 
 std::string Golden() {
-  const std::ifstream file(KVTIDE_SOURCE_DIR "/tests/golden/cache/manifest_v5.bin", std::ios::binary);
+  const std::ifstream file(SourcePath("tests/golden/cache/manifest_v5.bin"), std::ios::binary);
   std::ostringstream text;
   text << file.rdbuf();
   return text.str();

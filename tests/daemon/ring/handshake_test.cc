@@ -9,6 +9,7 @@
 #include <span>
 
 #include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "gtest/gtest.h"
 
@@ -33,7 +34,8 @@ TEST(Handshake, AHelloIsCheckedFieldByField) {
   ExpectError(CheckHello(hello, 7), StatusCode::kInvalidArgument, "shared-memory protocol only");
   hello = Hello();
   hello.version++;
-  ExpectError(CheckHello(hello, 7), StatusCode::kFailedPrecondition, "version 4");
+  ExpectError(CheckHello(hello, 7), StatusCode::kFailedPrecondition,
+              absl::StrCat("version ", kProtocolVersion + 1));
   hello = Hello();
   hello.generation = 8;
   ExpectError(CheckHello(hello, 7), StatusCode::kFailedPrecondition, "has ended");
@@ -53,7 +55,8 @@ TEST(Handshake, ARefusalComesBackAsItIs) {
   EXPECT_EQ(CheckWelcome(welcome).message().size(), sizeof(welcome.text));
   welcome = Welcome();
   welcome.version++;
-  ExpectError(CheckWelcome(welcome), StatusCode::kFailedPrecondition, "version 4");
+  ExpectError(CheckWelcome(welcome), StatusCode::kFailedPrecondition,
+              absl::StrCat("version ", kProtocolVersion + 1));
   welcome.magic[2] = 'x';
   ExpectError(CheckWelcome(welcome), StatusCode::kFailedPrecondition, "no kvtided");
 }

@@ -50,7 +50,7 @@ int main() {
 
   auto attention = kvtide::DirectAttention::Make(
       pool->get(), model,
-      {.pair = "q8_0/turbo4", .type = kvtide::DataType::kF32, .output_type = kvtide::DataType::kF32});
+      {.pairs = {"q8_0/turbo4"}, .type = kvtide::DataType::kF32, .output_type = kvtide::DataType::kF32});
   if (!attention.ok()) return Fail(attention.status());
   std::printf("%s: %s\n", kvtide::client::WayName((*pool)->way()), (*pool)->why().c_str());
   return 0;
