@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -18,6 +17,7 @@
 #include "kernels/base/status.h"
 #include "tests/bench/idle_backend.h"
 #include "tests/bench/result_file.h"
+#include "tests/bench/rounds.h"
 
 namespace kvtide::bench {
 namespace {
@@ -152,17 +152,5 @@ int Run(int rounds, const std::string& json) {
 }  // namespace kvtide::bench
 
 int main(int argc, char** argv) {
-  std::string json;
-  int rounds = 20;
-  for (int i = 1; i < argc; i++) {
-    if (std::strcmp(argv[i], "--json") == 0 && i + 1 < argc) {
-      json = argv[++i];
-    } else if (std::strcmp(argv[i], "--rounds") == 0 && i + 1 < argc && std::atoi(argv[i + 1]) > 0) {
-      rounds = std::atoi(argv[++i]);
-    } else {
-      std::printf("usage: append_attend_bench [--json FILE] [--rounds N]\n");
-      return 2;
-    }
-  }
-  return kvtide::bench::Run(rounds, json);
+  return kvtide::bench::RunRounds(argc, argv, "append_attend_bench", 20, kvtide::bench::Run);
 }

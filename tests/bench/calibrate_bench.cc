@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -22,6 +21,7 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "tests/bench/must.h"
 #include "tests/bench/result_file.h"
+#include "tests/bench/rounds.h"
 
 namespace kvtide::bench {
 namespace {
@@ -195,17 +195,5 @@ int Run(int rounds, const std::string& json) {
 }  // namespace kvtide::bench
 
 int main(int argc, char** argv) {
-  std::string json;
-  int rounds = 15;
-  for (int i = 1; i < argc; i++) {
-    if (std::strcmp(argv[i], "--json") == 0 && i + 1 < argc) {
-      json = argv[++i];
-    } else if (std::strcmp(argv[i], "--rounds") == 0 && i + 1 < argc && std::atoi(argv[i + 1]) > 0) {
-      rounds = std::atoi(argv[++i]);
-    } else {
-      std::printf("usage: calibrate_bench [--json FILE] [--rounds N]\n");
-      return 2;
-    }
-  }
-  return kvtide::bench::Run(rounds, json);
+  return kvtide::bench::RunRounds(argc, argv, "calibrate_bench", 15, kvtide::bench::Run);
 }

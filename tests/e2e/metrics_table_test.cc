@@ -132,8 +132,8 @@ TEST(MetricsTable, IsWhatARealDaemonTells) {
   ASSERT_TRUE(client->LookupPrefix("small", {.pair = "f16/f16"}, prompt, -1).ok());
   ASSERT_TRUE(client->LookupPrefix("small", {.pair = "f16/f16"}, prompt, -1, true).ok());  // counts not
   const std::string text = Scrape(daemon->metrics_address());
-  EXPECT_THAT(text, testing::HasSubstr("kvtide_tenant_lookups_total{found_in=\"none\",tenant=\"default\","
-                                       "unit=\"tokens\"} 100"));
+  EXPECT_THAT(text, ::testing::HasSubstr("kvtide_tenant_lookups_total{found_in=\"none\",tenant=\"default\","
+                                         "unit=\"tokens\"} 100"));
   std::map<std::string, std::string> now = Rows(Families(text));
   ASSERT_GT(now.size(), 50u);
   const std::string path = testing::SourcePath("daemon/metrics/families.md");

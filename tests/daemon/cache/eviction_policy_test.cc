@@ -5,18 +5,12 @@
 #include <vector>
 
 #include "gtest/gtest.h"
+#include "tests/daemon/cache/policy_order.h"
 
 namespace kvtide {
 namespace {
 
-std::vector<RecordSlot> Order(const EvictionPolicy& policy) {
-  std::vector<RecordSlot> order;
-  policy.Peek([&](RecordSlot id) {
-    order.push_back(id);
-    return true;
-  });
-  return order;
-}
+using testing::Order;
 
 TEST(LruPolicyTest, ShowsTheColdestFirstAndStopsWhenTold) {
   const std::unique_ptr<EvictionPolicy> policy = MakeLruPolicy();

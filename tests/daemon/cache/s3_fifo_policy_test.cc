@@ -11,18 +11,13 @@
 #include <vector>
 
 #include "gtest/gtest.h"
+#include "tests/daemon/cache/policy_order.h"
 
 namespace kvtide {
 namespace {
 
-std::vector<RecordSlot> Order(const EvictionPolicy& policy) {
-  std::vector<RecordSlot> order;
-  policy.Peek([&](RecordSlot id) {
-    order.push_back(id);
-    return true;
-  });
-  return order;
-}
+using testing::Order;
+
 void Add(EvictionPolicy& policy, RecordSlot record, Standing standing, int64_t blocks = 1) {
   policy.Insert(record, standing);
   policy.Count(record, blocks);
