@@ -144,7 +144,7 @@ class DirectAttention::Impl {
   absl::Status Fill(std::span<const Asked> items, const StepView& view, void* stream);
   absl::Status FillRow(size_t g, size_t item, const Asked& of, const StepView& view, std::byte* host,
                        std::vector<StepArrays::Range>* ranges);
-  absl::Status FillSeals(size_t g, const StepView& view, std::byte* host);
+  absl::Status FillSeals(size_t g, std::span<const Asked> items, const StepView& view, std::byte* host);
   absl::Status Plan(std::span<const Asked> items, void* stream);
   absl::Status Classify(const StepTable& table, Group& group, Known* known);
   absl::StatusOr<bool> IsCoded(int kind, CachePair pair);
@@ -463,15 +463,15 @@ absl::StatusOr<int32_t> DirectAttention::Impl::ProfileSlot(Group& group, PairKer
   return static_cast<int32_t>(oldest);
 }
 
-absl::Status DirectAttention::Impl::FillSeals(size_t g, const StepView& view, std::byte* host) {
+absl::Status DirectAttention::Impl::FillSeals(size_t g, std::span<const Asked> items, const StepView& view,
+                                              std::byte* host) {
   Group& group = groups_[g];
   for (const v1::StepSeal& seal : view.seals) {
     if (Size(seal.group()) != g) continue;
     const auto item = Size(seal.item());
-    const auto of = std::find_if(group.pairs.begin(), group.pairs.end(), [&](const PairKernels& kernels) {
-      return item < kernels.host_lengths.size() && kernels.host_lengths[item] > 0;
-    });
-    if (of == group.pairs.end() || seal.pair() != PairName(of->pair) || of->seals >= options_.max_seals)
+    PairKernels* const of =
+        item < items.size() ? &group.pairs[group.known.at(items[item].sequence).pair] : nullptr;
+    if (of == nullptr || seal.pair() != PairName(of->pair) || of->seals >= options_.max_seals)
       return absl::InternalError("kvtided asks for a seal that it was not told of");
     of->seal_pages.In(host)[2 * of->seals] = static_cast<int32_t>(seal.source_offset() / kPoolUnit);
     of->seal_pages.In(host)[2 * of->seals + 1] = static_cast<int32_t>(seal.target_offset() / kPoolUnit);
@@ -507,7 +507,7 @@ absl::Status DirectAttention::Impl::Fill(std::span<const Asked> items, const Ste
         return Annotate(status, absl::StrCat("items[", i, "]"));
       KVTIDE_ASSIGN_OR_RETURN(of.profiles.In(host)[i], ProfileSlot(group, of, view, i, g, stream));
     }
-    KVTIDE_RETURN_IF_ERROR(FillSeals(g, view, host));
+    KVTIDE_RETURN_IF_ERROR(FillSeals(g, items, view, host));
     for (PairKernels& of : group.pairs) {
       if (!of.used) continue;
       std::copy(of.host_lengths.begin(), of.host_lengths.end(), of.lengths.In(host));

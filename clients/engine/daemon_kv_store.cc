@@ -8,6 +8,14 @@
 
 namespace kvtide::engine {
 
+void SetKeyTransforms(const KeyTransforms& keys, client::ModelLayer* layer) {
+  layer->key_transform = keys.matrices;
+  layer->key_widths = keys.widths;
+  layer->key_centre = keys.centres;
+  layer->key_frequencies = keys.frequencies;
+  layer->key_rope_neighbours = keys.pairs == RopePairs::kNeighbours;
+}
+
 client::Model ClientModel(const std::string& name, const KvGeometry& geometry) {
   client::ModelLayer layer;
   layer.kv_heads = geometry.kv_heads;
@@ -23,12 +31,7 @@ client::Model ClientModel(const std::string& name, const KvGeometry& geometry) {
                               geometry.ropes[l].pairs == RopePairs::kNeighbours};
     if (!geometry.key_means.empty()) model.layers[l].key_mean = geometry.key_means[l];
     if (geometry.key_transforms.empty()) continue;
-    const KeyTransforms& keys = geometry.key_transforms[l];
-    model.layers[l].key_transform = keys.matrices;
-    model.layers[l].key_widths = keys.widths;
-    model.layers[l].key_centre = keys.centres;
-    model.layers[l].key_frequencies = keys.frequencies;
-    model.layers[l].key_rope_neighbours = keys.pairs == RopePairs::kNeighbours;
+    SetKeyTransforms(geometry.key_transforms[l], &model.layers[l]);
   }
   return model;
 }

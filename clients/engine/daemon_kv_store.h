@@ -15,6 +15,9 @@
 
 namespace kvtide::engine {
 
+// The transforms of a layer as its model is registered, or a profile installed, with them.
+void SetKeyTransforms(const KeyTransforms& keys, client::ModelLayer* layer);
+
 class DaemonKvStore : public KvStore {
  public:
   // Registers the model under `model_name` (fine when it is registered already with the same shape).

@@ -424,8 +424,8 @@ absl::Status KvCache::AttendPinned(const Step& step, const AttendCall& call) {
   KVTIDE_RETURN_IF_ERROR(impl_->stepper.AttendPinned(step, call));
   if (!watched.watched()) return absl::OkStatus();
   std::vector<SequencePtr> sequences;
-  for (const AttendRequest& item : call.items)
-    sequences.push_back(step.sequences()[step.Find(item.sequence)]);
+  for (size_t i = 0; i < call.items.size(); i++)
+    sequences.push_back(step.sequences()[step.Find(call.items[i].sequence, i)]);
   watched.Show(call, sequences, false);
   return absl::OkStatus();
 }

@@ -1,7 +1,5 @@
 #include "daemon/cache/sequences.h"
 
-#include <sys/random.h>
-
 #include <algorithm>
 #include <set>
 #include <utility>
@@ -10,6 +8,7 @@
 #include "daemon/cache/block_label.h"
 #include "daemon/cache/tier_policy.h"
 #include "kernels/base/check.h"
+#include "kernels/base/random_bytes.h"
 #include "kernels/base/status.h"
 #include "kernels/format/tide_maker.h"
 
@@ -226,7 +225,7 @@ const BlockLayout* Sequences::Layout(const GroupShape& shape, CachePair pair) co
 uint64_t Sequences::RandomId() {
   if (options_.id_seed != 0) return ids_();
   SequenceId id = 0;
-  KVTIDE_CHECK(getrandom(&id, sizeof id, 0) == sizeof id, "the system has no random numbers");
+  FillRandom(std::as_writable_bytes(std::span(&id, 1)));
   return id;
 }
 

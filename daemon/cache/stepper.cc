@@ -41,7 +41,8 @@ std::span<const SnapshotRun> Step::Runs(size_t item, int group) const {
   return items_[item].tables[static_cast<size_t>(group)]->runs();
 }
 
-size_t Step::Find(SequenceId sequence) const {
+size_t Step::Find(SequenceId sequence, size_t likely) const {
+  if (likely < size() && this->sequence(likely) == sequence) return likely;
   size_t item = 0;
   while (item < size() && this->sequence(item) != sequence) item++;
   return item;
@@ -291,7 +292,7 @@ absl::Status Stepper::AttendPinned(const Step& step, const AttendCall& call) {
   std::vector<Reader::Held> held;
   for (size_t i = 0; i < call.items.size(); i++) {
     const SequenceId id = call.items[i].sequence;
-    const size_t item = i < step.size() && step.sequence(i) == id ? i : step.Find(id);
+    const size_t item = step.Find(id, i);
     if (item == step.size())
       return absl::InvalidArgumentError(
           absl::StrCat("items[", i, "]: sequence ", id, " is not one of those that the step has pinned"));

@@ -92,8 +92,8 @@ class Step {
   uint64_t Serial(size_t item, int group) const;
   bool mapped() const { return mapped_; }
   bool pinned() const { return pinned_; }
-  // Index of the item with this sequence; size(): none.
-  size_t Find(SequenceId sequence) const;
+  // Index of the item with this sequence, which is looked for at `likely` first; size(): none.
+  size_t Find(SequenceId sequence, size_t likely) const;
   // The tier of the sequence's device.
   int home(size_t item) const { return batch_.sequences[item]->home; }
   // Of a mapped step; they count when it ends.

@@ -1,6 +1,5 @@
 #include "daemon/disk/disk_tier.h"
 
-#include <sys/random.h>
 #include <xxhash.h>
 
 #include <algorithm>
@@ -15,6 +14,7 @@
 #include "daemon/disk/extent_header.h"
 #include "daemon/disk/folder_key.h"
 #include "kernels/base/check.h"
+#include "kernels/base/random_bytes.h"
 #include "kernels/base/status.h"
 
 namespace kvtide {
@@ -284,8 +284,7 @@ absl::StatusOr<std::unique_ptr<DiskTier>> DiskTier::Open(DiskTierOptions options
   KVTIDE_RETURN_IF_ERROR(Annotate(tier->OpenFiles(&fresh), "disk tier"));
   KVTIDE_RETURN_IF_ERROR(Annotate(tier->OpenIndex(fresh), "disk tier"));
   tier->id_base_ = mine.id_seed;
-  if (tier->id_base_ == 0)
-    KVTIDE_CHECK(getrandom(&tier->id_base_, sizeof tier->id_base_, 0) == sizeof tier->id_base_);
+  if (tier->id_base_ == 0) FillRandom(std::as_writable_bytes(std::span(&tier->id_base_, 1)));
   tier->queues_ = std::make_unique<IoQueues>(mine.io, static_cast<int>(std::min(mine.depth, 4u)));
   for (int run = 0; run < mine.runs; run++) {
     KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<IoQueue> queue, tier->queues_->Make(2 * mine.depth));

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "kernels/base/check.h"
+#include "kernels/base/random_bytes.h"
 
 namespace kvtide {
 namespace {

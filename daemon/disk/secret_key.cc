@@ -4,7 +4,6 @@
 #include <openssl/crypto.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -18,6 +17,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "kernels/base/check.h"
+#include "kernels/base/random_bytes.h"
 #include "kernels/base/status.h"
 
 namespace kvtide {
@@ -73,16 +73,6 @@ SecretKey SecretKey::Random() {
   SecretKey key;
   FillRandom(key.bytes());
   return key;
-}
-
-void FillRandom(std::span<std::byte> bytes) {
-  // Up to 256 bytes come in one piece once the kernel has any.
-  while (!bytes.empty()) {
-    const ssize_t got = getrandom(bytes.data(), bytes.size(), 0);
-    if (got < 0 && errno == EINTR) continue;
-    KVTIDE_CHECK(got > 0, "getrandom: ", std::strerror(errno));
-    bytes = bytes.subspan(static_cast<size_t>(got));
-  }
 }
 
 absl::StatusOr<SecretKey> ParseKey(std::string_view text) {

@@ -39,7 +39,4 @@ absl::StatusOr<SecretKey> ReadKeyFile(const std::string& path);
 // What such a file holds, as ReadKeyFile reads it. `text` stays the caller's to wipe.
 absl::StatusOr<SecretKey> ParseKey(std::string_view text);
 
-// Random bytes of the kernel, for keys and salts.
-void FillRandom(std::span<std::byte> bytes);
-
 }  // namespace kvtide

@@ -31,7 +31,6 @@ struct MemoryUse {
   int64_t predicted_bytes = 0, actual_bytes = 0;
 };
 
-// What the service shows of itself.
 // Calibrations from traffic: how many are in each state, and seconds since the start.
 struct CalibrationStats {
   int64_t gathering = 0, making = 0, ready = 0, refused = 0;
@@ -39,6 +38,7 @@ struct CalibrationStats {
   double observed_seconds = 0, spent_seconds = 0, making_seconds = 0;
 };
 
+// What the service shows of itself.
 struct ServiceStats {
   std::vector<WayStats> ways;
   CalibrationStats calibrations;

@@ -203,8 +203,7 @@ absl::Status Handlers::LoadBlocks(const v1::LoadBlocksRequest& request, v1::Load
                                                                     request.place().bytes(), "place"));
     load.payload = {at, request.place().bytes()};
   } else {
-    const int64_t most =
-        (call.max_answer_bytes > 0 ? call.max_answer_bytes : options_.max_message_bytes) - kFramingBytes;
+    const int64_t most = MostAnswerBytes(call, options_) - kFramingBytes;
     if (bytes > static_cast<uint64_t>(std::max<int64_t>(0, most)))
       return absl::ResourceExhaustedError(absl::StrCat(blocks, " blocks have ", bytes,
                                                        " bytes, an answer holds ", most,

@@ -152,7 +152,7 @@ absl::Status Handlers::ExportProfile(const v1::ExportProfileRequest& request,
   KVTIDE_ASSIGN_OR_RETURN(const std::vector<Rope> ropes, options_.calibrator->PlannedRopes(model.family));
   ToProto(spec, ropes, response->mutable_model());
   ToProto(status, response->mutable_calibration());
-  const int64_t most = call.max_answer_bytes > 0 ? call.max_answer_bytes : options_.max_message_bytes;
+  const int64_t most = MostAnswerBytes(call, options_);
   if (static_cast<int64_t>(response->ByteSizeLong()) + 4096 > most)
     return absl::ResourceExhaustedError(absl::StrCat("the profile has ", response->ByteSizeLong(),
                                                      " bytes, an answer has at most ", most,

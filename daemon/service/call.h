@@ -1,6 +1,9 @@
 // What a handler knows of the call that it serves: who wants it until when, and the memory that it may take.
 #pragma once
 
+#include <cstdint>
+
+#include "absl/status/status.h"
 #include "daemon/cache/call_context.h"
 #include "daemon/service/memory_budget.h"
 #include "daemon/service/tensor.h"
@@ -19,6 +22,11 @@ struct Call {
   // Set where the call is served by a thread that looks after sockets: a handler that could take longer than
   // kBriefWork sets it and returns any error, having changed nothing; then other threads serve the call.
   bool* declined = nullptr;
+
+  absl::Status Decline() const {
+    *declined = true;
+    return absl::AbortedError("declined");
+  }
 };
 
 // Products of queries, tokens and query heads (KvCache::EstimateWork) that take some tens of microseconds.

@@ -26,6 +26,11 @@
 
 namespace kvtide::service {
 
+// What an answer by this way has at most.
+inline int64_t MostAnswerBytes(const Call& call, const ServiceOptions& options) {
+  return call.max_answer_bytes > 0 ? call.max_answer_bytes : options.max_message_bytes;
+}
+
 class Handlers {
  public:
   // Borrows the cache.

@@ -64,7 +64,7 @@ void TellItems(const KvCache& cache, const Step& step, v1::StepTables tables, Op
 
 // An answer that does not fit would leave a step that nobody knows.
 absl::Status CheckAnswerFits(size_t bytes, const Call& call, const ServiceOptions& options) {
-  const int64_t most = call.max_answer_bytes > 0 ? call.max_answer_bytes : options.max_message_bytes;
+  const int64_t most = MostAnswerBytes(call, options);
   if (static_cast<int64_t>(bytes) + 4096 <= most) return absl::OkStatus();
   return absl::ResourceExhaustedError(absl::StrCat("the tables of the step have ", bytes,
                                                    " bytes, an answer has at most ", most,

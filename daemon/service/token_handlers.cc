@@ -31,10 +31,6 @@ absl::StatusOr<LayerKv> CheckLayerTokens(const v1::LayerTokens& tokens, const La
   return LayerKv{tokens.layer(), k.view, v.view, k.elements, v.elements};
 }
 
-int64_t MostAnswerBytes(const Call& call, const ServiceOptions& options) {
-  return call.max_answer_bytes > 0 ? call.max_answer_bytes : options.max_message_bytes;
-}
-
 // What all items of a batch share. Pointers are into the request.
 absl::Status CheckOptions(const v1::AttentionOptions& options, const LayerGroupSpec& group, AttendCall* call,
                           DataType* output_type) {
@@ -145,10 +141,7 @@ class Handlers::Batch {
 
   // `run` is KvCache::Attend or AppendAttend.
   absl::Status RunInStep(const std::vector<AttendRequest>& requests, uint64_t step) {
-    if (caller_.declined != nullptr) {
-      *caller_.declined = true;
-      return absl::AbortedError("declined");
-    }
+    if (caller_.declined != nullptr) return caller_.Decline();
     KVTIDE_ASSIGN_OR_RETURN(const OpenSteps::Taken taken, OpenSteps::TakeFrom(caller_.steps, step));
     call_.items = requests;
     return handlers_->cache_->AttendStepLayer(*taken, call_);
@@ -160,10 +153,8 @@ class Handlers::Batch {
   absl::Status Run(const std::vector<AttendRequest>& requests,
                    absl::Status (KvCache::*run)(const AttendCall&)) {
     call_.items = requests;
-    if (caller_.declined != nullptr && handlers_->cache_->EstimateWork(call_) > kBriefWork) {
-      *caller_.declined = true;
-      return absl::AbortedError("declined");
-    }
+    if (caller_.declined != nullptr && handlers_->cache_->EstimateWork(call_) > kBriefWork)
+      return caller_.Decline();
     return (handlers_->cache_->*run)(call_);
   }
 
@@ -249,10 +240,7 @@ absl::Status Handlers::Attend(const v1::AttendRequest& request, v1::AttendRespon
   Batch batch(this, request.layer(), request.options(), call);
   std::optional<OpenSteps::Taken> step;
   if (request.step_id() != 0) {
-    if (call.declined != nullptr) {
-      *call.declined = true;
-      return absl::AbortedError("declined");
-    }
+    if (call.declined != nullptr) return call.Decline();
     KVTIDE_ASSIGN_OR_RETURN(OpenSteps::Taken taken, OpenSteps::TakeFrom(call.steps, request.step_id()));
     step.emplace(std::move(taken));
   }
@@ -263,10 +251,11 @@ absl::Status Handlers::Attend(const v1::AttendRequest& request, v1::AttendRespon
     const std::string name = absl::StrCat("items[", i, "]");
     KVTIDE_RETURN_IF_ERROR(Annotate(batch.AddSequence(item.sequence_id(), out), name));
     KVTIDE_RETURN_IF_ERROR(Annotate(batch.AddQueries(item, out), name));
+    const size_t pinned = step.has_value() ? (**step).Find(item.sequence_id(), static_cast<size_t>(i)) : 0;
     if (item.has_first_query_position()) {
       out->first_query_position = item.first_query_position();
-    } else if (step.has_value() && (**step).Find(item.sequence_id()) < (**step).size()) {
-      out->first_query_position = (**step).end((**step).Find(item.sequence_id())) - out->queries;
+    } else if (step.has_value() && pinned < (**step).size()) {
+      out->first_query_position = (**step).end(pinned) - out->queries;
     } else {
       auto length = cache_->LayerLength(item.sequence_id(), request.layer(), call.context);
       if (!length.ok()) return Annotate(length.status(), name);

@@ -1,8 +1,8 @@
 #include "daemon/trace/trace_recorder.h"
 
 #include <fcntl.h>
+#include <openssl/crypto.h>
 #include <openssl/evp.h>
-#include <openssl/rand.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -15,6 +15,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
+#include "kernels/base/random_bytes.h"
 #include "kernels/base/status.h"
 
 namespace kvtide {
@@ -47,10 +48,11 @@ class TraceRecorder::Hasher {
   static absl::StatusOr<std::unique_ptr<Hasher>> Make() {
     std::unique_ptr<Hasher> hasher(new Hasher());
     unsigned char key[16];
-    const bool ready = hasher->cipher_ != nullptr && RAND_bytes(key, sizeof key) == 1 &&
+    FillRandom(std::as_writable_bytes(std::span(key)));
+    const bool ready = hasher->cipher_ != nullptr &&
                        EVP_EncryptInit_ex(hasher->cipher_, EVP_aes_128_ecb(), nullptr, key, nullptr) == 1 &&
                        EVP_CIPHER_CTX_set_padding(hasher->cipher_, 0) == 1;
-    std::memset(key, 0, sizeof key);
+    OPENSSL_cleanse(key, sizeof key);
     if (!ready) return absl::UnavailableError("record_trace: the system's OpenSSL gives no AES-128");
     return hasher;
   }

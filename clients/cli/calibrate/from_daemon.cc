@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "clients/cli/terminal/progress.h"
+#include "clients/engine/daemon_kv_store.h"
 #include "clients/engine/llama_model.h"
 #include "kernels/base/status.h"
 #include "kernels/base/thread_pool.h"
@@ -74,13 +75,8 @@ absl::StatusOr<std::vector<client::ModelLayer>> ReadLayers(const std::string& fi
         " has means and no transforms, which sequences with tide keys need: make one without --means-only"));
   std::vector<client::ModelLayer> layers(profile.means.size());
   for (size_t l = 0; l < layers.size(); ++l) {
-    const KeyTransforms keys = profile.Coding(l);
     layers[l].key_mean = profile.means[l];
-    layers[l].key_transform = keys.matrices;
-    layers[l].key_widths = keys.widths;
-    layers[l].key_centre = keys.centres;
-    layers[l].key_frequencies = keys.frequencies;
-    layers[l].key_rope_neighbours = keys.pairs == RopePairs::kNeighbours;
+    engine::SetKeyTransforms(profile.Coding(l), &layers[l]);
   }
   return layers;
 }
