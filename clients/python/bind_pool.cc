@@ -300,6 +300,9 @@ client::Model MakeModel(const std::string& name, const std::vector<nb::dict>& la
       layer.key_frequencies = nb::cast<std::vector<float>>(from["key_frequencies"]);
       layer.key_rope_neighbours = nb::cast<bool>(from["key_rope_neighbours"]);
     }
+    if (from.contains("rope_frequencies"))
+      layer.rope = client::ModelRope{nb::cast<std::vector<float>>(from["rope_frequencies"]),
+                                     nb::cast<bool>(from["rope_neighbours"])};
     model.layers.push_back(layer);
   }
   return model;

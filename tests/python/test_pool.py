@@ -67,6 +67,19 @@ def test_batches_options_and_positions(pool, model):
     close(sequences[0].attend(0, q[:5], position=0, causal=False), attend(q[:5], k, v, causal=False)[0])
 
 
+def test_rope_is_no_part_of_the_model(pool):
+    """It may be said later, or anew, of all layers; what cannot be is refused by name."""
+    said = lambda *ropes: [kvtide.Layer(2, 64, 4, rope=rope) for rope in ropes]  # noqa: E731
+    pool.register("turned", said(None, None))
+    turned, still = kvtide.Rope(tuple(1e4 ** (-i / 32) for i in range(32))), kvtide.Rope((0.0,) * 32)
+    for ropes in ((turned, turned), (turned, still), (None, None)):
+        assert pool.register("turned", said(*ropes)) == "turned"
+    for ropes, words in (((turned, None), r"layers\[1\].rope"), ((kvtide.Rope((4.0,)), turned), "radians a position"),
+                         ((kvtide.Rope((0.1,) * 33), turned), "rope")):
+        with pytest.raises(kvtide.errors.InvalidArgument, match=words):
+            pool.register("turned", said(*ropes))
+
+
 def test_layers_together_fork_truncate(pool, model):
     data = [tensors(20 + layer, 130, layer) for layer in range(3)]
     sequence = pool.create(model, pair="f16/f16")

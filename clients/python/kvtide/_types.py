@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotary position embedding of a layer's keys.
+
+    Args:
+        frequencies: radians a position of each pair of channels, at most ``head_dim / 2``; channels behind the pairs are not
+            turned. Empty: keys are not turned at all.
+        neighbours: pair i is channels 2i and 2i + 1, else i and i + pairs.
+    """
+
+    frequencies: Tuple[float, ...]
+    neighbours: bool = False
 
 
 @dataclass(frozen=True)
@@ -17,6 +31,8 @@ class Layer:
         window: a query at position p sees positions > p - window; 0 = all.
         scale: factor of q.k; 0 = 1/sqrt(head_dim).
         softcap: logit soft-cap; 0 = none.
+        rope: how the keys that come are turned, with which a daemon calibrates keys before rotary embedding from this model's
+            traffic (``kvtide calibrate --from-daemon``); None = not known. Of all layers or of none.
     """
 
     kv_heads: int
@@ -26,6 +42,7 @@ class Layer:
     window: int = 0
     scale: float = 0.0
     softcap: float = 0.0
+    rope: Optional[Rope] = None
 
     def _wire(self) -> Dict[str, Any]:
         return {
@@ -36,6 +53,7 @@ class Layer:
             "window": self.window,
             "scale": self.scale,
             "softcap": self.softcap,
+            **({} if self.rope is None else {"rope_frequencies": list(self.rope.frequencies), "rope_neighbours": self.rope.neighbours}),
         }
 
 

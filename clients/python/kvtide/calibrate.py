@@ -26,6 +26,7 @@ import numpy as np
 
 from . import _core
 from ._files import check_model, check_writable
+from ._types import Rope
 
 NAME = "kvtide_calibrate"  # of the attention, in transformers
 FIRST = 64  # tokens of each window that do not count: the first block stays exact, and attention sinks lie in it
@@ -70,14 +71,6 @@ class Calibration:
         """
         errors = self.core.write(os.fspath(path), self.model, self.text, self.context, not self.means_only)
         return [KeyTypeError(*one) for one in errors]
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """The rotary embedding of a layer: radians a position of each pair of channels, and whether pairs are neighbours."""
-
-    frequencies: Tuple[float, ...]
-    neighbours: bool
 
 
 def calibrate(
@@ -136,14 +129,13 @@ def calibrate(
     try:
         model.set_attn_implementation(NAME)
         with torch.no_grad():
-            with _Watch(model) as watch:
+            with _Watch() as watch:
                 run(tokens[:FIRST])
             shape = watch.shape(len(kinds))
-            rotary = None if means_only else watch.rotary(len(kinds))
+            rotary = [Rope(())] * len(kinds) if means_only else _ropes(model, len(kinds))
             kv_heads, query_heads, head_dim = shape
-            core = _core.KeyCalibration(len(kinds), kv_heads, query_heads, head_dim,
-                                        [list(one.frequencies) for one in rotary] if rotary else [[]] * len(kinds),
-                                        bool(rotary and rotary[0].neighbours), after_rope, threads)
+            core = _core.KeyCalibration(len(kinds), kv_heads, query_heads, head_dim, [list(one.frequencies) for one in rotary],
+                                        rotary[0].neighbours, after_rope, threads)
             for at in range(0, len(tokens), context):
                 window = tokens[at : at + context]
                 with _Recorder(core, held_back - at):
@@ -153,6 +145,15 @@ def calibrate(
     finally:
         model.set_attn_implementation(before)
     return Calibration(name, text, len(kinds), kv_heads, head_dim, means_only, core, context)
+
+
+def _ropes(model: Any, layers: int) -> List[Rope]:
+    from .transformers.rotary import ropes
+
+    try:
+        return ropes(model, range(layers))
+    except ValueError as error:
+        raise ValueError(f"{error}; means_only works without") from error
 
 
 # What the attention function tells of each layer, while a model is watched.
@@ -197,35 +198,20 @@ class _Recorder:
 
 
 class _Watch:
-    """Sees the shapes of a model's layers and how they turn keys, during one forward."""
+    """Sees the shapes of a model's layers during one forward."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self) -> None:
         self.shapes: Dict[int, Tuple[int, int, int]] = {}
-        self.turns: Dict[int, Tuple[Any, Any, Any]] = {}  # of a layer: its module, cosines and sines
-        self.hooks: List[Any] = []
 
     def __enter__(self) -> "_Watch":
         _listeners.append(self.listen)
-        for module in self.model.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                self.hooks.append(module.register_forward_pre_hook(self.look, with_kwargs=True))
         return self
 
     def __exit__(self, *_: Any) -> None:
         _listeners.remove(self.listen)
-        for hook in self.hooks:
-            hook.remove()
 
     def listen(self, layer: int, q: Any, k: Any) -> None:
         self.shapes[layer] = (k.shape[1], q.shape[1], k.shape[3])
-
-    def look(self, module: Any, positional: Tuple[Any, ...], named: Dict[str, Any]) -> None:
-        turns = named.get("position_embeddings")
-        if turns is None:
-            turns = next((one for one in positional if isinstance(one, tuple) and len(one) == 2), None)
-        if turns is not None and type(module).__name__.endswith("Attention"):
-            self.turns[module.layer_idx] = (module, *turns)
 
     def shape(self, layers: int) -> Tuple[int, int, int]:
         if sorted(self.shapes) != list(range(layers)):
@@ -234,84 +220,6 @@ class _Watch:
         if len(set(self.shapes.values())) != 1:
             raise ValueError("the layers of this model have keys of different shapes; profiles are for models whose layers agree")
         return self.shapes[0]
-
-    def rotary(self, layers: int) -> List[Rotary]:
-        found = []
-        for layer in range(layers):
-            if layer not in self.turns:
-                raise ValueError(f"layer {layer} does not say how it turns keys by position (position_embeddings); "
-                                 "means_only works without")
-            found.append(_rotary(layer, *self.turns[layer], self.shapes[layer][2], _frequency_buffers(self.model)))
-        if len({one.neighbours for one in found}) != 1 or len({len(one.frequencies) for one in found}) != 1:
-            raise ValueError("layers of this model turn keys in different ways; means_only works without")
-        return found
-
-
-def _frequency_buffers(model: Any) -> List[np.ndarray]:
-    """Of the rotary embeddings, before rounding to the model's type."""
-    unique = {}
-    for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq") and buffer.ndim == 1:
-            values = buffer.detach().double().cpu().numpy()
-            unique[values.tobytes()] = values
-    return list(unique.values())
-
-
-def _rotary(layer: int, module: Any, cosines: Any, sines: Any, head_dim: int, buffers: List[np.ndarray]) -> Rotary:
-    """Which frequencies give these cosines and sines, and which channels they turn, told by the model's own function."""
-    cos, sin = (one.detach().double().cpu().numpy() for one in (cosines, sines))
-    if cos.ndim != 3 or cos.shape != sin.shape:
-        raise ValueError(f"layer {layer} has a rotary embedding of shape {list(cos.shape)}; means_only works without")
-    cos, sin = cos[0], sin[0]
-    cos, sin = cos / np.hypot(cos, sin), sin / np.hypot(cos, sin)  # some models scale both
-    positions = np.arange(cos.shape[0])[:, None]
-    near = 0.02  # bf16 keeps cosines within .004
-    for frequencies in buffers:
-        n = len(frequencies)
-        angles = positions * frequencies
-        for arranged in ((cos[:, :n], sin[:, :n]), (cos[:, ::2], sin[:, ::2])):
-            if arranged[0].shape == angles.shape and np.abs(arranged[0] - np.cos(angles)).max() < near and \
-                    np.abs(arranged[1] - np.sin(angles)).max() < near:
-                return Rotary(tuple(frequencies.tolist()), _neighbours(layer, module, cosines, sines, frequencies, head_dim))
-    raise ValueError(f"layer {layer} turns keys by frequencies that no inv_freq of the model has; means_only works without")
-
-
-def _neighbours(layer: int, module: Any, cosines: Any, sines: Any, frequencies: np.ndarray, head_dim: int) -> bool:
-    """Turns a vector by the model's own function, and by ours in both ways."""
-    import torch
-
-    turn = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-    cosines, sines = cosines[:1].float().cpu(), sines[:1].float().cpu()
-    scale = float(torch.hypot(cosines, sines).mean())
-    n, at = len(frequencies), cosines.shape[1] - 1
-    generator = torch.Generator().manual_seed(1)
-    for dim in dict.fromkeys((head_dim, 2 * n)):  # some models hand over only the channels that turn
-        x = torch.randn((1, 1, at + 1, dim), generator=generator)
-        turned = _turned(turn, x, cosines, sines)
-        if turned is None:
-            continue
-        own, wanted = x[0, 0, at].double().numpy(), turned[0, 0, at].double().numpy() / scale
-        if wanted.shape != own.shape:
-            continue
-        for neighbours in (False, True):
-            first = slice(0, 2 * n, 2) if neighbours else slice(0, n)
-            second = slice(1, 2 * n, 2) if neighbours else slice(n, 2 * n)
-            c, s = np.cos(at * frequencies), np.sin(at * frequencies)
-            ours = own.copy()
-            ours[first], ours[second] = c * own[first] - s * own[second], s * own[first] + c * own[second]
-            if np.abs(ours - wanted)[: 2 * n].max() < 0.1:
-                return neighbours
-    raise ValueError(f"layer {layer} ({type(module).__name__}) turns keys in a way that is not known here; means_only works without")
-
-
-def _turned(turn: Any, x: Any, cosines: Any, sines: Any) -> Any:
-    """By a model's function, which takes queries and keys or one of them; None where it wants something else."""
-    for call in (lambda: turn(x, x, cosines, sines)[1], lambda: turn(x, cosines, sines)):
-        try:
-            return call()
-        except Exception:  # noqa: BLE001, S112 - whatever a model's code raises for arguments or shapes
-            continue
-    return None
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

@@ -1,15 +1,19 @@
 """`python -m kvtide.calibrate`: profiles of keys through transformers."""
+import json
 import os
 import subprocess
+import time
 
 import numpy as np
 import pytest
 import torch
 import transformers as hf
 
-from kvtide import calibrate as calibration, errors, eval as evaluation, profiles
+from kvtide import calibrate as calibration, connect, errors, eval as evaluation, profiles
+from kvtide.transformers import KvtideCache
+from kvtide.transformers.rotary import ropes
 from models import COMMON, CONFIGS, make
-from ways import ROOT
+from ways import Daemon, ROOT
 
 MODEL = str(ROOT / "clients" / "engine" / "models" / "tidelm-7m")
 TEXT = ROOT / "tests" / "data" / "manuals.txt"
@@ -44,13 +48,13 @@ def test_keys_are_turned_back(name, dtype):
     def listen(layer, q, k):
         keys[layer] = k[0].float().numpy()
 
-    with torch.no_grad(), calibration._Watch(model) as watch:
-        calibration._listeners.append(listen)
-        try:
+    calibration._listeners.append(listen)
+    try:
+        with torch.no_grad():
             model(torch.full((1, 50), 7), use_cache=False)
-        finally:
-            calibration._listeners.remove(listen)
-    rotary = watch.rotary(model.config.num_hidden_layers)
+    finally:
+        calibration._listeners.remove(listen)
+    rotary = ropes(model, range(model.config.num_hidden_layers))
     assert rotary[0].neighbours == ("neighbours" in name)
     frequencies = np.array(rotary[0].frequencies)
     n = len(frequencies)
@@ -70,11 +74,35 @@ def test_layers_that_turn_keys_differently_have_frequencies_of_their_own():
     model = make("gemma3")
     made = calibration.calibrate(model, [int(t) for t in torch.arange(300) % 97 + 2], name="m", text="t")
     assert made.tokens == 300 - 300 // 8 - calibration.FIRST
-    with torch.no_grad(), calibration._Watch(model) as watch:
-        model.set_attn_implementation(calibration.NAME)
-        model(torch.full((1, 9), 7), use_cache=False)
-    local, full = watch.rotary(4)[0], watch.rotary(4)[3]
+    [local, full] = ropes(model, [0, 3])
     assert local.frequencies != full.frequencies and local.frequencies[0] == full.frequencies[0] == 1
+
+
+NONE = {
+    "smollm3": lambda: hf.SmolLM3Config(**PARTIAL, no_rope_layers=[1, 0, 1, 0]),
+    "cohere2": lambda: hf.Cohere2Config(**COMMON, sliding_window=24, layer_types=["sliding_attention", "full_attention"] * 2),
+}
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_layers_that_do_not_turn_keys_have_no_frequencies(name):
+    model = hf.AutoModelForCausalLM.from_config(NONE[name]()).eval()
+    found = ropes(model, range(4))
+    assert [set(one.frequencies) == {0.0} for one in found] == [False, True, False, True]
+    assert len({(len(one.frequencies), one.neighbours) for one in found}) == 1
+
+
+def test_layers_that_cannot_be_asked(loaded):
+    model, _ = loaded
+    with pytest.raises(ValueError, match="layer 6 has no attention"):
+        ropes(model, [0, 6])
+    latent = hf.AutoModelForCausalLM.from_config(hf.DeepseekV2Config(**{**COMMON, "num_key_value_heads": 4}, kv_lora_rank=32, q_lora_rank=32,
+                                                                     qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=32,
+                                                                     n_routed_experts=4, first_k_dense_replace=4))
+    with pytest.raises(ValueError, match="does not say how it turns keys"):
+        ropes(latent, [0])
+    # Nothing of the model is changed, and it is asked once.
+    assert model.config._attn_implementation == "sdpa" and ropes(model, [1])[0] is ropes(model, [1])[0]
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +144,46 @@ def test_it_makes_keys_better(loaded, tmp_path):
                                  profile=str(tmp_path / "profile"))
     divergence = {row.pair: row.kld_mean for row in report.rows}
     assert divergence["tide2/turbo4"] < 0.6 * divergence["turbo2/turbo4"]
+
+
+def test_a_daemon_calibrates_from_the_traffic_of_a_model(loaded, tmp_path):
+    """It knows how the model turns its keys, as the cache has said so, and gathers what `kvtide.calibrate` gathers."""
+    model, tokens = loaded
+    windows = [tokens[at : at + 512] for at in range(0, 2048, 512)]
+    running = Daemon(tmp_path)
+    command = [KVTIDE, "calibrate", "--from-daemon", running.address, "--no-progress"]
+    try:
+        with connect(running.address) as pool:
+            model.set_attn_implementation("kvtide")
+
+            def prompt(ids):
+                with torch.no_grad(), KvtideCache(model, "q8_0/turbo4", pool=pool) as cache:
+                    model(torch.tensor([ids]), past_key_values=cache)
+
+            prompt(tokens[:70])
+            [name] = pool.info().models
+            summed = sum(len(window) - calibration.FIRST for window in windows)
+            subprocess.run([*command, "--model", name, "--start", "--share", "1", "--held-back", "256", "--tokens", str(summed)], check=True)
+            for window in windows:
+                prompt(window)
+                while json.loads(subprocess.run([*command, "--output", "json"], check=True, capture_output=True).stdout)["calibrations"][0][
+                        "waiting_tokens"]:
+                    time.sleep(0.02)
+            out = tmp_path / "traffic.profile"
+            done = subprocess.run([*command, "--model", name, "--wait", "--out", out, "--install"], check=True, capture_output=True, text=True)
+            assert "before RoPE" in done.stdout and "ready, installed" in done.stdout
+    finally:
+        model.set_attn_implementation("sdpa")
+        running.stop()
+    traffic = profiles.load(out)
+    assert traffic.tokens == summed - 256 and not traffic.after_rope
+    np.testing.assert_allclose(traffic.frequencies, [one.frequencies for one in ropes(model, range(6))], rtol=1e-6)
+    text = calibration.calibrate(model, tokens[:2048], name="m", text="t", context=512)
+    text.save(tmp_path / "text.profile")
+    expected = profiles.load(tmp_path / "text.profile")
+    np.testing.assert_allclose(traffic.means, expected.means, atol=5e-2)
+    np.testing.assert_allclose(traffic.centres, expected.centres, atol=5e-2)
+    assert np.mean(np.array(traffic.widths) == np.array(expected.widths)) > 0.9
 
 
 def test_means_alone(loaded, tmp_path):

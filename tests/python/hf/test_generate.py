@@ -128,16 +128,21 @@ def test_over_a_daemon(model, tokenizer, daemon):
 
 
 def test_a_thousand_calls_leave_nothing(model, tokenizer, pool):
+    """Neither sequences nor bytes in any tier of the pool, nor memory of the process."""
     import resource
 
     model.set_attn_implementation("kvtide")
     inputs = inputs_of(tokenizer, "The river")
+    used = lambda: [tier.used_bytes for tier in pool.stats().tiers]  # noqa: E731
+    nothing = used()
 
     def calls(count):
         for _ in range(count):
-            model.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=tokenizer.pad_token_id,
-                           past_key_values=KvtideCache(model, pool=pool))
-            assert pool.stats().sequences == 0
+            cache = KvtideCache(model, pool=pool)
+            model.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=tokenizer.pad_token_id, past_key_values=cache)
+            assert used() != nothing
+            del cache
+            assert pool.stats().sequences == 0 and used() == nothing
 
     calls(100)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 import weakref
-from typing import Any, List, Optional, Tuple, Union
+from typing import Any, List, Optional, Tuple
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -16,6 +17,7 @@ from ..profiles import KeyProfile, load as load_profile
 from .attention import NAME, Handle
 from .geometry import LayerKind, LayerShape, layer_kinds, layer_shapes, text_config
 from .prefix import ForwardIds, prompt_of, salt_of
+from .rotary import ropes as ropes_of
 from .store import Store, default_pool
 
 _MODES = ("auto", "attend", "materialise")
@@ -168,7 +170,12 @@ class KvtideCache(Cache):
         if on_device and not pool.direct_device:
             raise InvalidArgument(f"on_device: the pool ({pool.way}) is not mapped into this process; connect embedded or directly, with "
                                   "direct_device")
-        self._store = Store(pool, kinds, attend, settings, profile, on_device)
+        ropes = {}
+        if isinstance(model_or_config, torch.nn.Module) and attend and pool.way != "embedded":  # daemons calibrate keys from traffic
+            layers = [index for index, kind in enumerate(kinds) if kind.stock is None]
+            with contextlib.suppress(ValueError):
+                ropes = dict(zip(layers, ropes_of(model_or_config, layers)))
+        self._store = Store(pool, kinds, attend, settings, profile, on_device, ropes)
         self._lazy = self._config is None
         super().__init__(layers=[self._layer(i) for i in range(len(kinds))])
         shapes = None if self._config is None else layer_shapes(self._config, kinds)

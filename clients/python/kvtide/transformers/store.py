@@ -14,7 +14,7 @@ from typing import Any, Dict, List, Optional, Sequence as SequenceOf, Tuple
 import numpy as np
 import torch
 
-from .._types import Layer
+from .._types import Layer, Rope
 from ..errors import InvalidArgument, Unavailable
 from ..pool import Pool, Sequence, connect
 from ..profiles import KeyProfile
@@ -44,13 +44,15 @@ class Store:
     """Rows, lengths and what is still waiting for its geometry."""
 
     def __init__(self, pool: Pool, kinds: List[LayerKind], attend: bool, settings: Dict[str, Any],
-                 profile: Optional[KeyProfile] = None, on_device: Optional[bool] = None) -> None:
+                 profile: Optional[KeyProfile] = None, on_device: Optional[bool] = None,
+                 ropes: Optional[Dict[int, Rope]] = None) -> None:
         self.pool = pool
         self.kinds = kinds
         self.attend = attend
         self.windowed = any(kind.kind == "sliding" for kind in kinds)
         self.settings = settings
         self.profile = profile
+        self.ropes = ropes or {}  # by layer; empty = not known
         self.model: Optional[str] = None
         self.shapes: List[LayerShape] = []
         self.rows: List[Sequence] = []
@@ -81,7 +83,8 @@ class Store:
             # tokens that are coded at once.
             keep = self.keep_all or (kind.lent and self.attend) or self.settings["seal_at_once"]
             window = kind.window if kind.kind == "sliding" and not keep else 0
-            layers.append(Layer(shape.kv_heads, shape.head_dim_k, shape.query_heads, shape.head_dim_v, window))
+            layers.append(Layer(shape.kv_heads, shape.head_dim_k, shape.query_heads, shape.head_dim_v, window,
+                                rope=self.ropes.get(layer)))
         name = "transformers-" + hashlib.sha256(repr(layers).encode()).hexdigest()[:16]
         profile = None
         if self.profile is not None:
