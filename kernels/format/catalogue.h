@@ -18,6 +18,7 @@
 #include "kernels/format/rotor.h"
 #include "kernels/format/turbo.h"
 #include "kernels/format/uniform.h"
+#include "kernels/format/wht4.h"
 
 namespace kvtide {
 
@@ -26,7 +27,7 @@ struct CodecList {
   static constexpr int kSize = sizeof...(Codecs);
 };
 
-using CacheTypes = CodecList<F16, Bf16, Q8_0, Q5_0, Q4_0, Turbo4, Turbo3, Turbo2, Iso4, Iso3, Planar4,
+using CacheTypes = CodecList<F16, Bf16, Q8_0, Q5_0, Q4_0, Turbo4, Turbo3, Turbo2, Wht4, Iso4, Iso3, Planar4,
                              Planar3, Rotor4, Rotor3, Pq4, Pq3>;
 
 // Calibrated types come after them. They code keys only, with a profile of the model, and are no templates:

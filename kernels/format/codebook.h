@@ -16,12 +16,17 @@
 
 namespace kvtide {
 
-// kSigma: the level that stands for one standard deviation.
+// kSigma: the level that stands for one standard deviation. kLevelUnit keeps scales inside f16: a vector of
+// 128 values of 65504, turned into one spike, does not saturate; one of rms 4e-4 has a normal scale, and
+// smaller ones lose precision gradually down to 4e-7.
 template <int kBits>
 struct Codebook;
 
+struct SevenBitLevels {
+  static constexpr float kLevelUnit = 0.25f;
+};
 template <>
-struct Codebook<2> {
+struct Codebook<2> : SevenBitLevels {
   static constexpr float kSigma = 39.73f;
   static KVTIDE_HD int Positive(int i) {
     const int levels[2] = {18, 60};
@@ -29,7 +34,7 @@ struct Codebook<2> {
   }
 };
 template <>
-struct Codebook<3> {
+struct Codebook<3> : SevenBitLevels {
   static constexpr float kSigma = 28.9f;
   static KVTIDE_HD int Positive(int i) {
     const int levels[4] = {7, 22, 39, 62};
@@ -37,7 +42,7 @@ struct Codebook<3> {
   }
 };
 template <>
-struct Codebook<4> {
+struct Codebook<4> : SevenBitLevels {
   static constexpr float kSigma = 22.3183f;
   static KVTIDE_HD int Positive(int i) {
     const int levels[8] = {3, 9, 15, 21, 28, 36, 46, 61};
@@ -45,16 +50,15 @@ struct Codebook<4> {
   }
 };
 
-template <int kBitsT, class RotationT>
+// BookT: other levels than those above (wht4.h).
+template <int kBitsT, class RotationT, class BookT = Codebook<kBitsT>>
 struct CodebookCodec {
   static constexpr Storage kStorage = Storage::kCodes;
   static constexpr int kBits = kBitsT, kGroup = kMaxGroup, kVersion = 1;
-  // Keeps scales inside f16: a vector of 128 values of 65504, turned into one spike, does not saturate; one
-  // of rms 4e-4 has a normal scale, and smaller ones lose precision gradually down to 4e-7.
-  static constexpr float kLevelUnit = 0.25f;
+  static constexpr float kLevelUnit = BookT::kLevelUnit;
   using Rotation = RotationT;
-  using Stored = CodebookCodec<kBitsT, NoRotation>;
-  using Book = Codebook<kBits>;
+  using Stored = CodebookCodec<kBitsT, NoRotation, BookT>;
+  using Book = BookT;
   static constexpr int kHalf = 1 << (kBits - 1);
 
   static KVTIDE_HD int Level(int code) {

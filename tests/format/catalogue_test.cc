@@ -18,9 +18,9 @@ TEST(Catalogue, KnowsTheseTypes) {
     EXPECT_EQ(ParseCacheType(Name(type)).value(), type);
   }
   EXPECT_EQ(static_cast<int>(names.size()), kCodecTypes) << "names must differ";
-  EXPECT_EQ(names,
-            (std::set<std::string>{"f16", "bf16", "q8_0", "q5_0", "q4_0", "turbo4", "turbo3", "turbo2",
-                                   "iso4", "iso3", "planar4", "planar3", "rotor4", "rotor3", "pq4", "pq3"}));
+  EXPECT_EQ(names, (std::set<std::string>{"f16", "bf16", "q8_0", "q5_0", "q4_0", "turbo4", "turbo3", "turbo2",
+                                          "wht4", "iso4", "iso3", "planar4", "planar3", "rotor4", "rotor3",
+                                          "pq4", "pq3"}));
 }
 
 TEST(Catalogue, UnknownNamesAreRefusedWithTheListOfKnownOnes) {
@@ -80,6 +80,7 @@ TEST(Catalogue, StoredFormsAreSharedByTypesThatDifferInTheRotationOnly) {
   EXPECT_EQ(form("turbo3"), form("rotor3"));
   EXPECT_NE(form("turbo4"), form("turbo3"));
   EXPECT_NE(form("turbo4"), form("q4_0"));
+  EXPECT_NE(form("turbo4"), form("wht4"));
   EXPECT_NE(form("f16"), form("bf16"));
 }
 

@@ -6,6 +6,8 @@
 #include <numbers>
 #include <vector>
 
+#include "kernels/format/wht4.h"
+
 namespace kvtide {
 namespace {
 
@@ -91,6 +93,7 @@ TEST(Codebook, VectorsOfExactLevelsComeBackExactly) {
   check(CodebookCodec<2, NoRotation>());
   check(CodebookCodec<3, NoRotation>());
   check(CodebookCodec<4, NoRotation>());
+  check(Wht4::Stored());
 }
 
 TEST(Codebook, TiesTakeTheLowerCodeAndZeroIsTheLowerOfTheMiddleOnes) {

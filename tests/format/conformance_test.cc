@@ -43,6 +43,7 @@ double ExpectedError(const CacheTypeInfo& info) {
   if (info.bits == 8) return 2.9e-5;
   if (info.bits == 5) return 1.83e-3;
   if (!info.rotated) return 7.4e-3;
+  if (info.name == std::string("wht4")) return .01168;  // uniform levels: wht4_test.cc
   const double lloyd_max[5] = {0, 0, .117482, .034548 * 1.0004, .009501 * 1.0022};
   const double d = lloyd_max[info.bits];
   return info.bits == 2 ? d / (1 - d) : d;
@@ -92,7 +93,8 @@ TEST_P(Conformance, ErrorOnGaussianRowsIsThatOfTheory) {
 
 TEST_P(Conformance, CosineFloors) {
   // Of all tokens on average, sqrt(1 - D) and a little below, and of the worst of 64.
-  const double means[9] = {0, 0, .938, .982, .9949, .999, 0, 0, .99998},
+  const bool uniform = info().name == std::string("wht4");
+  const double means[9] = {0, 0, .938, .982, uniform ? .994 : .9949, .999, 0, 0, .99998},
                worst[9] = {0, 0, .88, .945, .975, .997, 0, 0, .9999};
   for (const Side side : kSides) {
     const std::vector<float> rows = BellRows(21, 64, dim()),

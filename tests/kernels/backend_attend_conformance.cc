@@ -32,7 +32,7 @@ AttendItem ItemOf(const std::vector<BlockRun>& runs, const std::vector<float>& q
 
 // One of each storage, width and group size.
 std::vector<std::string> SomePairs() {
-  return {"f16", "bf16", "q8_0", "q5_0", "q4_0", "turbo4", "turbo3", "turbo2"};
+  return {"f16", "bf16", "q8_0", "q5_0", "q4_0", "turbo4", "turbo3", "turbo2", "wht4"};
 }
 
 TEST_P(BackendConformance, AttendsEveryTypeAtEveryHeadDim) {
@@ -64,8 +64,8 @@ TEST_P(BackendConformance, AttendsManyQueriesOfEveryType) {
 }
 
 TEST_P(BackendConformance, AttendsPairsOfUnequalTypesAndWidths) {
-  for (const char* pair :
-       {"q8_0/turbo4", "turbo3/f16", "f16/turbo3", "turbo4/q4_0", "q5_0/turbo2", "bf16/q8_0"}) {
+  for (const char* pair : {"q8_0/turbo4", "turbo3/f16", "f16/turbo3", "turbo4/q4_0", "q5_0/turbo2",
+                           "bf16/q8_0", "wht4/turbo4"}) {
     SCOPED_TRACE(pair);
     TestSequence sequence(backend(), {2, 2, 192, 128});
     sequence.AddRun(pair, 200, GaussianRows(7));
@@ -324,7 +324,7 @@ TEST_P(BackendConformance, DoesNotDependOnTheRestOfTheBatch) {
 TEST_P(BackendConformance, AttendsCodedRunsBetweenExactOnes) {
   for (int dim : {64, 128, 256})
     for (const char* pair : {"q8_0", "q8_0/turbo4", "q8_0/turbo3", "turbo4", "turbo4/turbo3", "turbo3",
-                             "turbo2", "planar4/iso3", "q5_0/turbo2"}) {
+                             "turbo2", "planar4/iso3", "q5_0/turbo2", "wht4", "turbo4/wht4", "q8_0/wht4"}) {
       SCOPED_TRACE(std::string(pair) + " d " + std::to_string(dim));
       const GroupShape shape{1, 2, dim, dim};
       const Profile profile = RandomProfile(shape, 81);

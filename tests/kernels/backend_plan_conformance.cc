@@ -358,7 +358,7 @@ TEST_P(BackendConformance, StopsWhenCancelled) {
 // Logits that leave f32, one row of them among good ones. K is all ones, so the sign of the logits is that of
 // q.
 TEST_P(BackendConformance, SaysSoWhereLogitsLeaveF32) {
-  for (const char* pair : {"f16", "bf16", "q8_0", "q5_0", "turbo4", "turbo3", "turbo2"})
+  for (const char* pair : {"f16", "bf16", "q8_0", "q5_0", "turbo4", "turbo3", "turbo2", "wht4"})
     for (const int queries : {2, 40, 150})
       for (const float sign : {1.0f, -1.0f}) {
         SCOPED_TRACE(std::string(pair) + " queries " + std::to_string(queries) + " sign " +

@@ -8,6 +8,7 @@
 #include <random>
 
 #include "kernels/format/turbo.h"
+#include "kernels/format/wht4.h"
 
 namespace kvtide::cuda {
 namespace {
@@ -41,7 +42,7 @@ class LevelStepsTest : public ::testing::Test {
     EXPECT_EQ(CodeOfStep<C>(StepOf<C>(v)), DefinedCode<C>(v)) << C::kName << " value " << v;
   }
 };
-using Types = ::testing::Types<Turbo2, Turbo3, Turbo4>;
+using Types = ::testing::Types<Turbo2, Turbo3, Turbo4, Wht4>;
 TYPED_TEST_SUITE(LevelStepsTest, Types);
 
 TYPED_TEST(LevelStepsTest, GiveTheDefinedCodesAroundBorders) {
@@ -66,7 +67,7 @@ TYPED_TEST(LevelStepsTest, GiveTheDefinedCodesAnywhere) {
   std::mt19937 random(20);
   std::normal_distribution<float> normal(0, C::Book::kSigma);
   for (int i = 0; i < 200000; i++) this->Check(normal(random));
-  for (int i = -400; i <= 400; i++) this->Check(0.25f * static_cast<float>(i));
+  for (int i = -800; i <= 800; i++) this->Check(0.25f * static_cast<float>(i));
 }
 
 TYPED_TEST(LevelStepsTest, StayWithinTheTable) {

@@ -2,6 +2,7 @@
 // rounded up to whole numbers, is kMagic plus its *step*, and a step belongs to one code. The borders between
 // codes are whole steps; kPerUnit lies below steps by so little that a value on a border, of either sign,
 // falls to the code nearer to zero, as CodebookCodec::EncodeGroup wants it, and its neighbour does not.
+// Uniform levels have a step for each code.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +13,10 @@ namespace kvtide::cuda {
 
 template <class C>
 struct LevelSteps {
-  // Borders are multiples of one half, with two bits the only one is 39: few steps, for tables in few banks.
-  static constexpr float kPerUnit = C::kBits == 2 ? 0x1.a41a4p-3f : 0x1.fffffep0f;
+  static constexpr bool kUniform = requires { requires C::Book::kStep == 16; };
+  // Borders are multiples of one half or of 16, with two bits the only one is 39: few steps, for tables in
+  // few banks.
+  static constexpr float kPerUnit = kUniform ? 0x1.fffffep-5f : C::kBits == 2 ? 0x1.a41a4p-3f : 0x1.fffffep0f;
   static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
   static constexpr uint32_t kMagicBits = 0x4b400000u;
   // Steps lie below: of a group of 128 equal to one value, sqrt(128) sigmas.
@@ -30,7 +33,7 @@ struct LevelSteps {
  private:
   // Between levels m and m + 1 above zero.
   static KVTIDE_HD int Border(int m) {
-    return C::kBits == 2 ? 8 : C::Book::Positive(m) + C::Book::Positive(m + 1);
+    return kUniform ? m + 1 : C::kBits == 2 ? 8 : C::Book::Positive(m) + C::Book::Positive(m + 1);
   }
 };
 
