@@ -92,17 +92,25 @@ absl::Status Calibrations::Stop(const std::string& model, const std::string& ten
   return client_.impl_->carrier->Call(&message, &answer);
 }
 
-absl::StatusOr<std::vector<Calibration>> Calibrations::List(const std::string& model,
-                                                            const std::string& tenant) {
+absl::StatusOr<CalibrationReport> Calibrations::Report(const std::string& model, const std::string& tenant) {
   v1::SessionRequest message;
   message.mutable_list_calibrations()->set_model(model);
   message.mutable_list_calibrations()->set_tenant(tenant);
   v1::SessionResponse answer;
   KVTIDE_RETURN_IF_ERROR(client_.impl_->carrier->Call(&message, &answer));
-  std::vector<Calibration> list;
+  CalibrationReport report;
   for (const v1::Calibration& calibration : answer.list_calibrations().calibrations())
-    list.push_back(FromProto(calibration));
-  return list;
+    report.calibrations.push_back(FromProto(calibration));
+  for (const v1::InstalledProfile& profile : answer.list_calibrations().installed())
+    report.installed.push_back(
+        {profile.model(), profile.tenant(), profile.revision(), profile.after_rope(), profile.sequences()});
+  return report;
+}
+
+absl::StatusOr<std::vector<Calibration>> Calibrations::List(const std::string& model,
+                                                            const std::string& tenant) {
+  KVTIDE_ASSIGN_OR_RETURN(CalibrationReport report, Report(model, tenant));
+  return std::move(report.calibrations);
 }
 
 absl::StatusOr<ExportedProfile> Calibrations::Export(const std::string& model, const std::string& tenant) {

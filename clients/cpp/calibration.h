@@ -54,6 +54,20 @@ struct CalibrationOptions {
   std::vector<ModelRope> ropes;  // of all layers, one entry, or of each; empty = as registered
 };
 
+// kvtide.v1.InstalledProfile.
+struct InstalledProfile {
+  std::string model, tenant;
+  int64_t revision = 0;
+  bool after_rope = false;
+  int64_t sequences = 0;
+};
+
+// kvtide.v1.ListCalibrationsResponse.
+struct CalibrationReport {
+  std::vector<Calibration> calibrations;
+  std::vector<InstalledProfile> installed;
+};
+
 struct ExportedProfile {
   Model model;  // with the profile in its layers
   Calibration calibration;
@@ -67,6 +81,7 @@ class Calibrations {
   absl::StatusOr<Calibration> Start(const std::string& model, const CalibrationOptions& options = {});
   absl::Status Stop(const std::string& model, const std::string& tenant = "");
   // Empty = all that the caller may see.
+  absl::StatusOr<CalibrationReport> Report(const std::string& model = "", const std::string& tenant = "");
   absl::StatusOr<std::vector<Calibration>> List(const std::string& model = "",
                                                 const std::string& tenant = "");
   absl::StatusOr<ExportedProfile> Export(const std::string& model, const std::string& tenant = "");

@@ -199,6 +199,17 @@ absl::StatusOr<uint64_t> KvCache::InstallProfile(ModelId model, const ModelSpec&
   return installed->revision;
 }
 
+std::vector<InstalledProfile> KvCache::InstalledProfiles(const CallContext& context) const {
+  CacheLock lock(impl_->core);
+  return lock->sequences.InstalledProfiles(*context.identity);
+}
+
+absl::StatusOr<ModelSpec> KvCache::NewestModel(ModelId model) const {
+  CacheLock lock(impl_->core);
+  KVTIDE_ASSIGN_OR_RETURN(const auto state, lock->sequences.GetModel(model));
+  return lock->sequences.Newest(state)->spec;
+}
+
 absl::StatusOr<ModelId> KvCache::FamilyOf(ModelId model) const {
   CacheLock lock(impl_->core);
   KVTIDE_ASSIGN_OR_RETURN(const auto state, lock->sequences.GetModel(model));

@@ -143,6 +143,8 @@ class KvCache {
   absl::StatusOr<ModelId> UnregisterModel(const std::string& name, const CallContext& context = {});
   // As its sequences have it: one with another profile (InstallProfile) is another model with another id.
   absl::StatusOr<ModelSpec> GetModel(ModelId model) const;
+  // As new sequences of a K type that needs a profile have it: with the profile that was installed last.
+  absl::StatusOr<ModelSpec> NewestModel(ModelId model) const;
   // What all those of a name and tenant have in common: the id of the first of them.
   absl::StatusOr<ModelId> FamilyOf(ModelId model) const;
   // New sequences whose K type needs a profile have that of `spec` from now on; those that exist keep theirs.
@@ -150,6 +152,8 @@ class KvCache {
   // InvalidArgument if the spec differs from the model in anything else, or has no transforms;
   // ResourceExhausted where open sequences use too many profiles.
   absl::StatusOr<uint64_t> InstallProfile(ModelId model, const ModelSpec& spec);
+  // The last one of each model of the caller's tenant; an admin sees those of all.
+  std::vector<InstalledProfile> InstalledProfiles(const CallContext& context = {}) const;
   absl::StatusOr<ModelId> FindModel(const std::string& name, const CallContext& context = {}) const;
   // In order of registration; an admin sees those of all tenants.
   std::vector<std::string> ModelNames(const CallContext& context = {}) const;

@@ -39,6 +39,14 @@ struct ModelSpec {
   bool operator==(const ModelSpec&) const = default;
 };
 
+// A profile of keys that was installed for a registered model.
+struct InstalledProfile {
+  std::string model, tenant;
+  uint64_t revision = 0;  // counts those of the model, from 1
+  bool after_rope = false;
+  int64_t sequences = 0;  // open ones that have it
+};
+
 // The model without profiles of keys.
 ModelSpec WithoutProfiles(ModelSpec spec);
 

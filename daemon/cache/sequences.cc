@@ -1,6 +1,7 @@
 #include "daemon/cache/sequences.h"
 
 #include <algorithm>
+#include <map>
 #include <set>
 #include <utility>
 
@@ -169,10 +170,27 @@ Sequences::ModelPtr Sequences::RevisionFor(ModelPtr model, const SequenceOptions
   bool wants_profile = false;
   for (size_t g = 0; g < model->spec.groups.size(); g++)
     wants_profile = wants_profile || Info(options.PairOfGroup(static_cast<int>(g)).k).calibrated;
-  if (!wants_profile) return model;
+  return wants_profile ? Newest(std::move(model)) : model;
+}
+
+Sequences::ModelPtr Sequences::Newest(ModelPtr model) const {
   for (const auto& [id, other] : models_)
     if (other->family == model->family && other->revision > model->revision) model = other;
   return model;
+}
+
+std::vector<InstalledProfile> Sequences::InstalledProfiles(const Identity& caller) const {
+  std::map<ModelId, ModelPtr> newest;  // by family
+  for (const auto& [id, model] : models_)
+    if (caller.MaySee(model->tenant) && model->revision > 0) newest[model->family] = Newest(model);
+  std::vector<InstalledProfile> profiles;
+  for (const auto& [family, model] : newest) {
+    const auto users = std::count_if(sequences_.begin(), sequences_.end(),
+                                     [&](const auto& entry) { return entry.second->model == model; });
+    profiles.push_back({model->spec.name, model->tenant, model->revision,
+                        model->spec.groups[0].key_transforms.frequencies.empty(), users});
+  }
+  return profiles;
 }
 
 absl::StatusOr<std::vector<Sequences::ModelPtr>> Sequences::UnregisterModel(const std::string& name,

@@ -26,6 +26,8 @@ using SequencePtr = std::shared_ptr<Sequence>;
 
 class Sequences {
  public:
+  using ModelPtr = std::shared_ptr<const ModelState>;
+
   // Borrows all of them.
   Sequences(const CacheOptions& options, const LiveLimits* limits, BlockStore* store, TenantTable* tenants);
 
@@ -38,13 +40,16 @@ class Sequences {
                                           uint64_t revision);
   // The model with another profile, for new sequences with calibrated K types. InvalidArgument if it differs
   // in anything else, or has no profile; ResourceExhausted where open sequences use too many revisions.
-  absl::StatusOr<std::shared_ptr<const ModelState>> InstallRevision(ModelId model, const ModelSpec& spec);
+  absl::StatusOr<ModelPtr> InstallRevision(ModelId model, const ModelSpec& spec);
+  // The revision of its family that was installed last; the model itself where none was.
+  ModelPtr Newest(ModelPtr model) const;
+  // Of all families that have one and that the caller may see, in order of registration.
+  std::vector<InstalledProfile> InstalledProfiles(const Identity& caller) const;
   // Revisions that no sequence uses and no new one would, which are forgotten.
-  std::vector<std::shared_ptr<const ModelState>> TakeUnusedRevisions();
+  std::vector<ModelPtr> TakeUnusedRevisions();
   // Returns all that were registered and installed under the name.
-  absl::StatusOr<std::vector<std::shared_ptr<const ModelState>>> UnregisterModel(const std::string& name,
-                                                                                 const std::string& tenant);
-  absl::StatusOr<std::shared_ptr<const ModelState>> GetModel(ModelId model) const;
+  absl::StatusOr<std::vector<ModelPtr>> UnregisterModel(const std::string& name, const std::string& tenant);
+  absl::StatusOr<ModelPtr> GetModel(ModelId model) const;
   // As registered; the newest revision where a restart has brought back nothing else.
   absl::StatusOr<ModelId> FindModel(const std::string& name, const std::string& tenant) const;
   // Those that the caller may see; an admin, all.
@@ -105,7 +110,6 @@ class Sequences {
     size_t sequences = 0, empty = 0;
   };
 
-  using ModelPtr = std::shared_ptr<const ModelState>;
   std::vector<ModelPtr> FamilyOf(const std::string& name, const std::string& tenant) const;
   // The revision that new sequences of these options have.
   ModelPtr RevisionFor(ModelPtr model, const SequenceOptions& options) const;

@@ -55,6 +55,14 @@ void ToProto(const CalibrationStatus& status, v1::Calibration* proto) {
   }
 }
 
+void ToProto(const InstalledProfile& profile, v1::InstalledProfile* proto) {
+  proto->set_model(profile.model);
+  proto->set_tenant(profile.tenant);
+  proto->set_revision(static_cast<int64_t>(profile.revision));
+  proto->set_after_rope(profile.after_rope);
+  proto->set_sequences(profile.sequences);
+}
+
 }  // namespace
 
 // The model that a request names, and who owns it.
@@ -134,11 +142,15 @@ absl::Status Handlers::StopCalibration(const v1::StopCalibrationRequest& request
 
 absl::Status Handlers::ListCalibrations(const v1::ListCalibrationsRequest& request,
                                         v1::ListCalibrationsResponse* response, const Call& call) {
+  const auto asked = [&](const std::string& model, const std::string& tenant) {
+    return (request.model().empty() || request.model() == model) &&
+           (request.tenant().empty() || request.tenant() == tenant);
+  };
+  for (const InstalledProfile& profile : cache_->InstalledProfiles(call.context))
+    if (asked(profile.model, profile.tenant)) ToProto(profile, response->add_installed());
   if (options_.calibrator == nullptr) return absl::OkStatus();
   for (const CalibrationStatus& status : options_.calibrator->List())
-    if (call.context.identity->MaySee(status.tenant) &&
-        (request.model().empty() || request.model() == status.model) &&
-        (request.tenant().empty() || request.tenant() == status.tenant))
+    if (call.context.identity->MaySee(status.tenant) && asked(status.model, status.tenant))
       ToProto(status, response->add_calibrations());
   return absl::OkStatus();
 }

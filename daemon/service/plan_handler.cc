@@ -29,20 +29,22 @@ planner::ModelGeometry ToGeometry(const ModelSpec& spec) {
   return geometry;
 }
 
-// The profile that the layers of a model have.
-absl::StatusOr<planner::CalibratedKeys> CalibratedKeysOf(const ModelSpec& spec) {
-  planner::CalibratedKeys keys{absl::StrCat("the profile of model '", spec.name, "'"), "", 0, true, false, 0};
-  for (const LayerGroupSpec& group : spec.groups) {
-    if (group.key_means.empty()) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("key_centring: model '", spec.name,
-                       "' has no calibrated means of keys; register it with Layer.key_mean (kvtide "
-                       "calibrate makes them)"));
-    }
+// The profile of a model: its means are as registered, its transforms those of `newest`, as sequences have
+// them that need a profile (KvCache::NewestModel).
+absl::StatusOr<planner::CalibratedKeys> CalibratedKeysOf(const ModelSpec& spec, const ModelSpec& newest) {
+  planner::CalibratedKeys keys;
+  keys.name = absl::StrCat("the profile of model '", spec.name, "'");
+  keys.transforms = true;
+  for (const LayerGroupSpec& group : spec.groups) keys.means = keys.means && !group.key_means.empty();
+  for (const LayerGroupSpec& group : newest.groups) {
     keys.transforms = keys.transforms && !group.key_transforms.empty();
     keys.after_rope = !group.key_transforms.empty() && group.key_transforms.frequencies.empty();
   }
-  return keys;
+  if (keys.means || keys.transforms) return keys;
+  return absl::InvalidArgumentError(
+      absl::StrCat("key_centring: model '", spec.name,
+                   "' has no calibrated means of keys; register it with Layer.key_mean, or install a profile "
+                   "(kvtide calibrate makes both)"));
 }
 
 v1::PlanVerdict ToProto(planner::Verdict verdict) {
@@ -120,21 +122,26 @@ absl::Status Handlers::Plan(const v1::PlanRequest& request, v1::PlanResponse* re
         "device_bytes, host_bytes, weights_bytes and concurrency are not negative");
   }
   planner::PlanRequest question;
-  const auto ask_about = [&](const ModelSpec& spec) -> absl::Status {
+  const bool calibrated = request.key_centring() == v1::KEY_CENTRING_CALIBRATED;
+  const auto ask_about = [&](const ModelSpec& spec, const ModelSpec& newest) -> absl::Status {
     question.model = ToGeometry(spec);
-    if (request.key_centring() == v1::KEY_CENTRING_CALIBRATED) {
-      KVTIDE_ASSIGN_OR_RETURN(question.engine.calibrated_keys, CalibratedKeysOf(spec));
+    if (calibrated) {
+      KVTIDE_ASSIGN_OR_RETURN(question.engine.calibrated_keys, CalibratedKeysOf(spec, newest));
     }
     return absl::OkStatus();
   };
   if (request.model_source_case() == v1::PlanRequest::kModelName) {
     KVTIDE_ASSIGN_OR_RETURN(const ModelId model, cache_->FindModel(request.model_name(), call.context));
     KVTIDE_ASSIGN_OR_RETURN(const SpecPointer spec, SpecOfModel(model));
-    KVTIDE_RETURN_IF_ERROR(ask_about(*spec));
+    ModelSpec newest;
+    if (calibrated) {
+      KVTIDE_ASSIGN_OR_RETURN(newest, cache_->NewestModel(model));
+    }
+    KVTIDE_RETURN_IF_ERROR(ask_about(*spec, newest));
   } else {
     auto spec = FromProto(request.model());
     if (!spec.ok()) return Annotate(spec.status(), "model");
-    KVTIDE_RETURN_IF_ERROR(ask_about(*spec));
+    KVTIDE_RETURN_IF_ERROR(ask_about(*spec, *spec));
   }
   KVTIDE_RETURN_IF_ERROR(CheckPlanWork(request, question.model));
   const std::vector<TierOptions>& tiers = cache_->options().tiers;

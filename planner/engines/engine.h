@@ -29,6 +29,7 @@ struct CalibratedKeys {
   bool transforms = false;  // it has those that tide4, tide3 and tide2 need
   bool after_rope = false;  // they are of keys as they are stored, not of keys with RoPE taken back
   int64_t context = 0;      // positions that such transforms were made from; 0 = not known
+  bool means = true;        // types that need no transforms may be coded around its means
 };
 
 struct EngineOptions {

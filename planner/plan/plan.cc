@@ -670,7 +670,8 @@ class Planner {
                      keys.text.empty() ? "" : absl::StrCat(" (", keys.tokens, " tokens of ", keys.text, ")"),
                      !keys.transforms   ? "; it has no transforms, which tide types need"
                      : !keys.after_rope ? "; tide types code them before RoPE"
-                                        : "; tide types code them after RoPE"));
+                                        : "; tide types code them after RoPE",
+                     keys.means ? "" : "; it serves them alone"));
     for (const ContextPlan& context : plan->contexts)
       if (keys.after_rope && keys.context > 0 && context.context > keys.context) {
         plan->assumptions.push_back(absl::StrCat(

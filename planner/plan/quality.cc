@@ -114,6 +114,7 @@ HarmTable::HarmTable(const std::vector<QualityRow>& rows, const ModelGeometry& m
   for (const QualityRow& row : rows) {
     if (row.window_policy != window_policy || (keys == nullptr && !row.key_profile.empty())) continue;
     if (keys != nullptr && HasCalibratedKeys(row.pair) && row.after_rope != keys->after_rope) continue;
+    if (keys != nullptr && !HasCalibratedKeys(row.pair) && !row.key_profile.empty() && !keys->means) continue;
     auto known =
         std::find_if(models_.begin(), models_.end(), [&](const Model& m) { return m.name == row.model; });
     if (known == models_.end()) {

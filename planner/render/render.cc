@@ -525,6 +525,7 @@ std::string RenderJson(const PlanRequest& request, const Plan& plan) {
     json["key_profile"] = {{"name", keys->name},
                            {"text", keys->text},
                            {"tokens", keys->tokens},
+                           {"means", keys->means},
                            {"transforms", keys->transforms},
                            {"after_rope", keys->after_rope},
                            {"context", keys->context}};

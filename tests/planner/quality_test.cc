@@ -166,6 +166,12 @@ TEST(Quality, RowsWithAProfileCountForCalibratedKeysOnly) {
   EXPECT_EQ(after.Find(tide3, 4096).key_profile, "manuals");
   EXPECT_TRUE(after.Find(tide3, 4096).after_rope);
   EXPECT_EQ(after.Find(turbo4, 4096).ppl_change_percent, 4);
+  // One that serves calibrated types alone: others are coded as without a profile.
+  keys.after_rope = keys.means = false;
+  const HarmTable alone(*rows, *FindModel("llama-3.1-8b"), "none", true, &keys);
+  EXPECT_EQ(alone.Find(tide3, 4096).ppl_change_percent, 8);
+  EXPECT_EQ(alone.Find(turbo4, 4096).ppl_change_percent, 6);
+  EXPECT_FALSE(alone.Find(turbo4, 4096).calibrated);
 }
 
 TEST(Quality, CsvRoundTripAndErrors) {

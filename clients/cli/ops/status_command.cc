@@ -41,6 +41,11 @@ absl::StatusOr<DaemonSnapshot> TakeSnapshot(client::Client& client) {
   KVTIDE_ASSIGN_OR_RETURN(snapshot.info, client.GetServerInfo());
   KVTIDE_ASSIGN_OR_RETURN(snapshot.stats, client.GetStats());
   KVTIDE_ASSIGN_OR_RETURN(snapshot.sequences, client.ListSequences());
+  auto profiles = client::Calibrations(client).Report();
+  // Daemons of before have no such verb.
+  if (!profiles.ok() && profiles.status().code() != absl::StatusCode::kUnimplemented)
+    return profiles.status();
+  if (profiles.ok()) snapshot.profiles = *std::move(profiles);
   return snapshot;
 }
 

@@ -116,6 +116,31 @@ Json RemoteJson(const ServerStats& stats) {
           {"memory_policy", remote.memory_policy}};
 }
 
+// Calibrations that are under way, and profiles that new sequences of calibrated K types have.
+std::string Profiles(const client::CalibrationReport& report) {
+  std::string text;
+  const auto begin = [&](const std::string& model, const std::string& tenant) {
+    absl::StrAppend(&text, "keys       ", Printable(model), tenant == "default" ? "" : " of tenant ",
+                    tenant == "default" ? "" : Printable(tenant), ": ");
+  };
+  for (const client::Calibration& one : report.calibrations) {
+    begin(one.model, one.tenant);
+    absl::StrAppend(&text, client::NameOf(one.state));
+    if (one.state == client::CalibrationState::kGathering)
+      absl::StrAppend(&text, ", ", one.tokens, " of ", one.wanted_tokens, " tokens");
+    if (one.state == client::CalibrationState::kReady && !one.installed)
+      absl::StrAppend(&text, ", not installed");
+    absl::StrAppend(&text, one.problem.empty() ? "" : ", ", Printable(one.problem), "\n");
+  }
+  for (const client::InstalledProfile& one : report.installed) {
+    begin(one.model, one.tenant);
+    absl::StrAppend(&text, "profile ", one.revision, " is installed, ",
+                    one.after_rope ? "after RoPE" : "before RoPE", "; ", one.sequences,
+                    " open sequences have it\n");
+  }
+  return text;
+}
+
 std::string Contents(const DaemonSnapshot& snapshot) {
   const ServerStats& stats = snapshot.stats;
   std::string text = absl::StrCat(
@@ -147,6 +172,7 @@ std::string Contents(const DaemonSnapshot& snapshot) {
         PercentText(static_cast<double>(hits), static_cast<double>(hits + stats.prefix_miss_tokens)),
         " of their tokens, ", stats.prefix_reused_tokens, " tokens were not computed again\n");
   }
+  absl::StrAppend(&text, Profiles(snapshot.profiles));
   std::vector<std::string> memory;
   for (const client::MemoryUse& use : stats.memory)
     memory.push_back(absl::StrCat(use.part, " ", FormatBytes(use.actual_bytes),
@@ -156,6 +182,31 @@ std::string Contents(const DaemonSnapshot& snapshot) {
   absl::StrAppend(&text, "no room    ", stats.exhausted, " calls; checksum failures ",
                   stats.checksum_failures, "\n");
   return text;
+}
+
+Json CalibrationsJson(const client::CalibrationReport& report) {
+  Json list = Json::array();
+  for (const client::Calibration& one : report.calibrations)
+    list.push_back({{"model", one.model},
+                    {"tenant", one.tenant},
+                    {"state", client::NameOf(one.state)},
+                    {"tokens", one.tokens},
+                    {"wanted_tokens", one.wanted_tokens},
+                    {"after_rope", one.after_rope},
+                    {"installed", one.installed},
+                    {"problem", one.problem}});
+  return list;
+}
+
+Json InstalledJson(const client::CalibrationReport& report) {
+  Json list = Json::array();
+  for (const client::InstalledProfile& one : report.installed)
+    list.push_back({{"model", one.model},
+                    {"tenant", one.tenant},
+                    {"revision", one.revision},
+                    {"after_rope", one.after_rope},
+                    {"sequences", one.sequences}});
+  return list;
 }
 
 // Methods that were called, with their errors.
@@ -515,6 +566,8 @@ std::string RenderStatusJson(const DaemonSnapshot& snapshot) {
   json["ways"] = WaysJson(stats);
   json["remote"] = RemoteJson(stats);
   json["clients"] = ClientsJson(stats);
+  json["calibrations"] = CalibrationsJson(snapshot.profiles);
+  json["installed_profiles"] = InstalledJson(snapshot.profiles);
   json["tenants"] = Json::array();
   for (const TenantTotal& total : TotalsOfTenants(snapshot.sequences))
     json["tenants"].push_back({{"tenant", total.tenant},

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "clients/cli/terminal/terminal.h"
+#include "clients/cpp/calibration.h"
 #include "clients/cpp/client.h"
 
 namespace kvtide::cli {
@@ -15,6 +16,7 @@ struct DaemonSnapshot {
   client::ServerInfo info;
   client::ServerStats stats;
   std::vector<client::SequenceInfo> sequences;
+  client::CalibrationReport profiles;  // of keys: on their way, and installed
 };
 
 // Which sequences come first: the longest idle, the last used, or those that hold most bytes.

@@ -219,6 +219,14 @@ TEST_F(CalibrateTrafficTest, TheProfileIsThatOfTheSameTokensAndIsUsedAfterAResta
   StartDaemon();
   client = Connect();
   EXPECT_EQ(client->ListSequences(kName)->size(), 1u);
+  // It says so though nothing is calibrated here.
+  const auto report = client::Calibrations(*client).Report(kName);
+  ASSERT_TRUE(report.ok()) << report.status();
+  EXPECT_TRUE(report->calibrations.empty());
+  ASSERT_EQ(report->installed.size(), 1u);
+  EXPECT_EQ(report->installed[0].model, kName);
+  EXPECT_EQ(report->installed[0].revision, 1);
+  EXPECT_EQ(report->installed[0].sequences, 1);
   forward(model_->kv_geometry(), kName, nullptr, &again);
   EXPECT_EQ(hidden, again);
   EXPECT_TRUE(client->CloseSequence(kept).ok());

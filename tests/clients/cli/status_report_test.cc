@@ -180,6 +180,36 @@ TEST(StatusReport, AnEmptyDaemon) {
   EXPECT_THAT(text, HasSubstr("attended   0 blocks, - of them"));
 }
 
+TEST(StatusReport, CalibrationsAndInstalledProfiles) {
+  DaemonSnapshot snapshot = Sample();
+  EXPECT_THAT(RenderStatus(snapshot, 10, kPlain), Not(HasSubstr("keys ")));
+  client::Calibration gathering;
+  gathering.model = "tidelm-7m";
+  gathering.tenant = "default";
+  gathering.state = client::CalibrationState::kGathering;
+  gathering.tokens = 1200;
+  gathering.wanted_tokens = 16384;
+  client::Calibration ready = gathering, refused = gathering;
+  ready.tenant = "acme";
+  ready.state = client::CalibrationState::kReady;
+  refused.state = client::CalibrationState::kRefused;
+  refused.problem = "tide3 is worse than turbo3";
+  snapshot.profiles.calibrations = {gathering, ready, refused};
+  snapshot.profiles.installed = {{"tidelm-7m", "default", 2, false, 3}, {"other", "acme", 1, true, 0}};
+  const std::string text = RenderStatus(snapshot, 10, kPlain);
+  EXPECT_THAT(
+      text, HasSubstr("\nkeys       tidelm-7m: gathering, 1200 of 16384 tokens\n"
+                      "keys       tidelm-7m of tenant acme: ready, not installed\n"
+                      "keys       tidelm-7m: refused, tide3 is worse than turbo3\n"
+                      "keys       tidelm-7m: profile 2 is installed, before RoPE; 3 open sequences have it\n"
+                      "keys       other of tenant acme: profile 1 is installed, after RoPE; 0 open"));
+  const nlohmann::json json = nlohmann::json::parse(RenderStatusJson(snapshot));
+  EXPECT_EQ(json["calibrations"][0]["state"], "gathering");
+  EXPECT_EQ(json["calibrations"][1]["tenant"], "acme");
+  EXPECT_EQ(json["installed_profiles"][0]["revision"], 2);
+  EXPECT_EQ(json["installed_profiles"][1]["after_rope"], true);
+}
+
 TEST(StatusReport, Json) {
   const nlohmann::json json = nlohmann::json::parse(RenderStatusJson(Sample()));
   EXPECT_EQ(json["version"], "0.1.0");

@@ -167,11 +167,74 @@ TEST_F(CalibrateHandlersTest, AProfileIsInstalledFromLayers) {
   v1::CreateSequenceResponse created;
   const absl::Status status = handlers_->CreateSequence(create, &created, As(acme_));
   EXPECT_TRUE(status.ok()) << status;
+  v1::ListCalibrationsResponse listed;
+  ASSERT_TRUE(handlers_->ListCalibrations({}, &listed, As(acme_)).ok());
+  ASSERT_EQ(listed.installed_size(), 1);
+  EXPECT_EQ(listed.installed(0).model(), "traffic");
+  EXPECT_EQ(listed.installed(0).tenant(), "acme");
+  EXPECT_EQ(listed.installed(0).revision(), 1);
+  EXPECT_EQ(listed.installed(0).sequences(), 1);
+  EXPECT_FALSE(listed.installed(0).after_rope());
+  listed.Clear();
+  ASSERT_TRUE(handlers_->ListCalibrations({}, &listed, As(shop_)).ok());
+  EXPECT_EQ(listed.installed_size(), 0);
+  v1::ListCalibrationsRequest of_other;
+  of_other.set_model("other");
+  ASSERT_TRUE(handlers_->ListCalibrations(of_other, &listed, As(admin_)).ok());
+  EXPECT_EQ(listed.installed_size(), 0);
   request.mutable_layers()->RemoveLast();
   EXPECT_THAT(std::string(handlers_->InstallProfile(request, &response, As(acme_)).message()),
               HasSubstr("layers has 1 entries"));
   request.mutable_layers()->Clear();
   EXPECT_EQ(handlers_->InstallProfile(request, &response, As(acme_)).code(), absl::StatusCode::kNotFound);
+}
+
+// The planner knows the profile that sequences would have: the installed one, for the types that need one.
+TEST_F(CalibrateHandlersTest, PlansUseTheInstalledProfile) {
+  Start();
+  ASSERT_TRUE(Register(Model(true), As(acme_)).ok());
+  v1::PlanRequest plan;
+  plan.set_model_name("traffic");
+  plan.add_contexts(1024);
+  plan.add_pairs("tide3/turbo3");
+  plan.add_pairs("turbo3/turbo3");
+  plan.set_key_centring(v1::KEY_CENTRING_CALIBRATED);
+  v1::PlanResponse answer;
+  const absl::Status without = handlers_->Plan(plan, &answer, As(acme_));
+  EXPECT_EQ(without.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(without.message()), HasSubstr("install a profile"));
+
+  const auto calibrated = [&](const std::string& pair) {
+    answer.Clear();
+    const absl::Status status = handlers_->Plan(plan, &answer, As(acme_));
+    EXPECT_TRUE(status.ok()) << status;
+    for (const v1::PlanCandidate& one : answer.contexts(0).candidates())
+      if (one.pair() == pair) return one.calibrated();
+    ADD_FAILURE() << pair << " is no candidate";
+    return false;
+  };
+  const auto install = [&](bool after_rope) {
+    ModelSpec with = testing::TrafficModel();
+    with.groups[0].key_means.assign(2 * 2 * 32, 1.0f);
+    with.groups[0].key_transforms = TransformsOf(test::TideProfile(with.groups[0].shape, 31));
+    if (after_rope) with.groups[0].key_transforms.frequencies.clear();
+    v1::Model proto;
+    ToProto(with, {}, &proto);
+    v1::InstallProfileRequest request;
+    request.set_model("traffic");
+    *request.mutable_layers() = proto.layers();
+    v1::InstallProfileResponse response;
+    const absl::Status status = handlers_->InstallProfile(request, &response, As(acme_));
+    EXPECT_TRUE(status.ok()) << status;
+  };
+  install(false);
+  EXPECT_TRUE(calibrated("tide3/turbo3"));
+  // Sequences of types that need no profile have none, as the model is registered without means.
+  EXPECT_FALSE(calibrated("turbo3/turbo3"));
+  EXPECT_THAT(answer.assumptions(), ::testing::Contains(HasSubstr("before RoPE; it serves them alone")));
+  install(true);
+  EXPECT_TRUE(calibrated("tide3/turbo3"));
+  EXPECT_THAT(answer.assumptions(), ::testing::Contains(HasSubstr("code them after RoPE")));
 }
 
 TEST(CalibrateConvertTest, ModelsWithProfilesAndRopeComeBack) {
