@@ -9,7 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
-#include "daemon/cache/cache_options.h"
+#include "daemon/cache/call/cache_options.h"
 #include "daemon/remote/remote_options.h"
 #include "daemon/service/service_options.h"
 #include "kvtide/v1/kvtided_config.pb.h"

@@ -10,7 +10,7 @@
 #include "absl/status/statusor.h"
 #include "daemon/backends.h"
 #include "daemon/cache/kv_cache.h"
-#include "daemon/cache/remote_tier.h"
+#include "daemon/cache/tier/remote_tier.h"
 #include "daemon/calibrate/calibrator.h"
 #include "daemon/config.h"
 #include "daemon/disk/disk_tier.h"

@@ -59,6 +59,18 @@ ROOMS = {
         "prefill": {"device", "codec", "attend"},
         "step": {"device", "codec", "attend", "prefill"},
     },
+    "kernels/cpu": {"page": set()},
+    "daemon/cache": {
+        "tier": set(),
+        "call": {"tier"},
+        "block": {"tier", "call"},
+        "sequence": {"tier", "call", "block"},
+        "move": {"tier", "call", "block", "sequence"},
+        "write": {"tier", "call", "block", "sequence", "move"},
+        "read": {"tier", "call", "block", "sequence", "move", "write"},
+        "persist": {"tier", "call", "block", "sequence", "move"},
+        "reuse": {"tier", "call", "block", "sequence", "move", "persist"},
+    },
     # What lies beside the rooms of the planner (numbers, names, CSV, items) is the lowest: it includes no room.
     "planner": {
         "model": {""},
@@ -139,6 +151,7 @@ def self_test():
     bad = {
         "kernels/format/x.h": '#include "kernels/cpu/cpu_backend.h"\n',
         "daemon/cache/x.cc": "#include <grpcpp/server.h>\n",
+        "daemon/cache/block/x.h": '#include "daemon/cache/move/mover.h"\n',
         "daemon/cache/y.cc": "auto t = std::chrono::steady_clock::now();\n",
         "planner/x.cc": '#include "daemon/cache/kv_cache.h"\n',
         "daemon/service/x.cc": "#include <cuda_runtime.h>\n",

@@ -11,7 +11,7 @@
 #include "clients/python/arrays.h"
 #include "clients/python/bindings.h"
 #include "clients/python/raise.h"
-#include "daemon/cache/tensor_check.h"
+#include "daemon/cache/call/tensor_check.h"
 #include "kernels/format/block_layout.h"
 #include "kernels/format/page_codec.h"
 

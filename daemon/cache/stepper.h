@@ -16,13 +16,13 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "daemon/cache/cache_core.h"
-#include "daemon/cache/call_context.h"
-#include "daemon/cache/mover.h"
-#include "daemon/cache/reader.h"
-#include "daemon/cache/reading.h"
-#include "daemon/cache/sealer.h"
-#include "daemon/cache/writer.h"
+#include "daemon/cache/call/call_context.h"
+#include "daemon/cache/move/mover.h"
+#include "daemon/cache/read/reader.h"
+#include "daemon/cache/read/reading.h"
+#include "daemon/cache/sequence/cache_core.h"
+#include "daemon/cache/write/sealer.h"
+#include "daemon/cache/write/writer.h"
 
 namespace kvtide {
 

@@ -14,7 +14,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "daemon/cache/traffic.h"
+#include "daemon/cache/call/traffic.h"
 #include "daemon/calibrate/gathering.h"
 #include "kernels/base/mutex.h"
 

@@ -13,7 +13,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "daemon/cache/io_tier.h"
+#include "daemon/cache/tier/io_tier.h"
 #include "daemon/disk/encryption.h"
 #include "daemon/disk/file.h"
 

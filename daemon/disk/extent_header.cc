@@ -8,7 +8,7 @@
 #include <type_traits>
 
 #include "absl/strings/str_cat.h"
-#include "daemon/cache/label_fields.h"
+#include "daemon/cache/tier/label_fields.h"
 #include "kernels/base/check.h"
 
 namespace kvtide {

@@ -7,7 +7,7 @@
 #include <span>
 
 #include "absl/status/statusor.h"
-#include "daemon/cache/io_tier.h"
+#include "daemon/cache/tier/io_tier.h"
 #include "daemon/disk/file.h"
 
 namespace kvtide {

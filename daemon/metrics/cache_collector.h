@@ -5,7 +5,7 @@
 #include <utility>
 #include <vector>
 
-#include "daemon/cache/cache_stats.h"
+#include "daemon/cache/call/cache_stats.h"
 #include "prometheus/collectable.h"
 #include "prometheus/metric_family.h"
 

@@ -14,7 +14,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
-#include "daemon/cache/cache_stats.h"
+#include "daemon/cache/call/cache_stats.h"
 
 namespace kvtide::metrics {
 

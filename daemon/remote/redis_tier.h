@@ -13,7 +13,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
-#include "daemon/cache/remote_tier.h"
+#include "daemon/cache/tier/remote_tier.h"
 #include "daemon/remote/remote_options.h"
 #include "daemon/remote/resp_connection.h"
 #include "kernels/base/mutex.h"

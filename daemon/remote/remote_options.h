@@ -6,7 +6,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
-#include "daemon/cache/remote_tier.h"
+#include "daemon/cache/tier/remote_tier.h"
 
 namespace kvtide {
 

@@ -9,7 +9,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
-#include "daemon/cache/io_tier.h"
+#include "daemon/cache/tier/io_tier.h"
 
 namespace kvtide {
 

@@ -20,7 +20,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "daemon/cache/identity.h"
+#include "daemon/cache/call/identity.h"
 
 namespace kvtide::service {
 

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "daemon/cache/keyed_payload.h"
+#include "daemon/cache/reuse/keyed_payload.h"
 #include "daemon/service/convert.h"
 #include "daemon/service/handlers.h"
 #include "kernels/base/sizes.h"

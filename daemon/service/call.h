@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "absl/status/status.h"
-#include "daemon/cache/call_context.h"
+#include "daemon/cache/call/call_context.h"
 #include "daemon/service/memory_budget.h"
 #include "daemon/service/tensor.h"
 

@@ -12,7 +12,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/time/time.h"
-#include "daemon/cache/identity.h"
+#include "daemon/cache/call/identity.h"
 #include "daemon/service/call_report.h"
 #include "kernels/base/mutex.h"
 #include "kvtide/v1/server.pb.h"

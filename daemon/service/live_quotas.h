@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "absl/base/thread_annotations.h"
-#include "daemon/cache/tenants.h"
+#include "daemon/cache/call/tenants.h"
 #include "kernels/base/mutex.h"
 
 namespace kvtide::service {

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "absl/time/time.h"
-#include "daemon/cache/tenants.h"
+#include "daemon/cache/call/tenants.h"
 #include "daemon/calibrate/calibrator.h"
 #include "daemon/service/access.h"
 #include "daemon/service/call_counts.h"

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "daemon/cache/eviction_policy.h"
+#include "daemon/cache/tier/eviction_policy.h"
 #include "daemon/trace/trace_file.h"
 
 namespace kvtide {

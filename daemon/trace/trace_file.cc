@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "daemon/cache/manifest_bytes.h"
+#include "daemon/cache/persist/manifest_bytes.h"
 
 namespace kvtide {
 namespace {

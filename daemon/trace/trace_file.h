@@ -1,6 +1,6 @@
-// A recording of what was asked of cached blocks (daemon/cache/trace_sink.h) as a file: a header and records,
-// all numbers little-endian. What a record holds is named by hashes whose key is nowhere: equal keys have
-// equal hashes within one file, and nothing leads back to tokens, keys or tenants.
+// A recording of what was asked of cached blocks (daemon/cache/call/trace_sink.h) as a file: a header and
+// records, all numbers little-endian. What a record holds is named by hashes whose key is nowhere: equal keys
+// have equal hashes within one file, and nothing leads back to tokens, keys or tenants.
 //
 //   header, 32 bytes: "KVTRACE\n", u32 version (1), u32 size of the header (32), i64 start (Unix
 //   nanoseconds),
@@ -24,7 +24,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
-#include "daemon/cache/trace_sink.h"
+#include "daemon/cache/call/trace_sink.h"
 
 namespace kvtide {
 

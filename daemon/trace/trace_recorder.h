@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "daemon/cache/trace_sink.h"
+#include "daemon/cache/call/trace_sink.h"
 #include "daemon/trace/trace_file.h"
 #include "kernels/base/mutex.h"
 

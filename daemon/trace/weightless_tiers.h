@@ -8,7 +8,7 @@
 #include <memory>
 #include <string>
 
-#include "daemon/cache/io_tier.h"
+#include "daemon/cache/tier/io_tier.h"
 #include "kernels/backend.h"
 
 namespace kvtide {

@@ -9,7 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/backend.h"
-#include "kernels/cpu/page_kernels.h"
+#include "kernels/cpu/page/page_kernels.h"
 
 namespace kvtide {
 

@@ -12,7 +12,7 @@
 #endif
 
 #include "kernels/base/data_type.h"
-#include "kernels/cpu/code_table.h"
+#include "kernels/cpu/page/code_table.h"
 #include "kernels/format/block_layout.h"
 #include "kernels/format/catalogue.h"
 #include "kernels/format/page_order.h"

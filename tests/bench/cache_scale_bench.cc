@@ -15,8 +15,8 @@
 #include <thread>
 #include <vector>
 
-#include "daemon/cache/extent_allocator.h"
 #include "daemon/cache/kv_cache.h"
+#include "daemon/cache/tier/extent_allocator.h"
 #include "daemon/metrics/cache_collector.h"
 #include "kernels/base/check.h"
 #include "tests/bench/idle_backend.h"

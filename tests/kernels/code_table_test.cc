@@ -1,4 +1,4 @@
-#include "kernels/cpu/code_table.h"
+#include "kernels/cpu/page/code_table.h"
 
 #include <gtest/gtest.h>
 

@@ -5,8 +5,8 @@
 #include <random>
 #include <vector>
 
-#include "kernels/cpu/page_kernels.h"
-#include "kernels/cpu/plain_kernels.h"
+#include "kernels/cpu/page/page_kernels.h"
+#include "kernels/cpu/page/plain_kernels.h"
 
 namespace kvtide {
 namespace {

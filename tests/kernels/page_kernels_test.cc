@@ -1,4 +1,4 @@
-#include "kernels/cpu/page_kernels.h"
+#include "kernels/cpu/page/page_kernels.h"
 
 #include <gtest/gtest.h>
 

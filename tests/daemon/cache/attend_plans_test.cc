@@ -1,4 +1,4 @@
-#include "daemon/cache/attend_plans.h"
+#include "daemon/cache/read/attend_plans.h"
 
 #include "gtest/gtest.h"
 

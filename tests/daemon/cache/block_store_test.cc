@@ -1,5 +1,5 @@
 // The store of blocks by itself: ids, wishes, places.
-#include "daemon/cache/block_store.h"
+#include "daemon/cache/block/block_store.h"
 
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"

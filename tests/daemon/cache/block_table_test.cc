@@ -1,6 +1,6 @@
 // Tables of forks against plain lists of blocks: whatever is changed, each shows its own blocks, chunks count
 // what they hold, and a snapshot shows what the table was when it was taken.
-#include "daemon/cache/block_table.h"
+#include "daemon/cache/block/block_table.h"
 
 #include <algorithm>
 #include <deque>

@@ -1,5 +1,5 @@
 // Blocks found by key beside a map; keys of which only the tags are equal too.
-#include "daemon/cache/blocks_by_key.h"
+#include "daemon/cache/block/blocks_by_key.h"
 
 #include <map>
 #include <random>

@@ -1,5 +1,5 @@
 // Lists of chunks beside a plain vector.
-#include "daemon/cache/chunk_list.h"
+#include "daemon/cache/block/chunk_list.h"
 
 #include <algorithm>
 #include <random>

@@ -1,4 +1,4 @@
-#include "daemon/cache/eviction_policy.h"
+#include "daemon/cache/tier/eviction_policy.h"
 
 #include <algorithm>
 #include <random>

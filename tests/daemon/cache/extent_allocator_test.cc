@@ -1,5 +1,5 @@
 // The allocator against a byte map: random sizes and ends, every extent inside the slab and free of others.
-#include "daemon/cache/extent_allocator.h"
+#include "daemon/cache/tier/extent_allocator.h"
 
 #include <random>
 #include <utility>

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "daemon/cache/remote_tier.h"
+#include "daemon/cache/tier/remote_tier.h"
 
 namespace kvtide::testing {
 

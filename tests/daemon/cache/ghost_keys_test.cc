@@ -1,5 +1,5 @@
 // Dropped keys are remembered once, for as many drops as the cache has blocks, in bounded memory.
-#include "daemon/cache/ghost_keys.h"
+#include "daemon/cache/tier/ghost_keys.h"
 
 #include <random>
 

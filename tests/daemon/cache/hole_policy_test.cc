@@ -1,6 +1,6 @@
 // The planner of holes is a pure function: cases by hand, and random stretches whose plans are carried out on
 // a map of bytes.
-#include "daemon/cache/hole_policy.h"
+#include "daemon/cache/tier/hole_policy.h"
 
 #include <algorithm>
 #include <map>

@@ -1,7 +1,7 @@
 // The block store: blocks come back as they were stored, whatever their form, layout and tier; lookups count
 // what can be read; leases keep blocks and end; keys of different namespaces never meet; what is deleted or
 // damaged is never served.
-#include "daemon/cache/keyed_store.h"
+#include "daemon/cache/reuse/keyed_store.h"
 
 #include <algorithm>
 #include <atomic>

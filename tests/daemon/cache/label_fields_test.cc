@@ -1,4 +1,4 @@
-#include "daemon/cache/label_fields.h"
+#include "daemon/cache/tier/label_fields.h"
 
 #include <gtest/gtest.h>
 

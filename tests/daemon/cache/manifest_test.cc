@@ -1,6 +1,6 @@
 // What manifests of other builds hold is read or refused by name: golden bytes of version 5, a daemon that
 // finds what such a build has made durable, and versions that nobody reads any more.
-#include "daemon/cache/manifest.h"
+#include "daemon/cache/persist/manifest.h"
 
 #include <fstream>
 #include <sstream>

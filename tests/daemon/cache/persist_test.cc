@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "daemon/cache/manifest.h"
+#include "daemon/cache/persist/manifest.h"
 #include "tests/daemon/cache/cache_fixture.h"
 
 namespace kvtide::testing {

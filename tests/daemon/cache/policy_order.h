@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "daemon/cache/eviction_policy.h"
+#include "daemon/cache/tier/eviction_policy.h"
 
 namespace kvtide::testing {
 

@@ -2,13 +2,13 @@
 // leave is found by its token ids, taken over by new ones, and makes way for others; tenants, models, pairs
 // and salts never meet; leases keep and end; what was durable is found after a restart, and what is not there
 // is never said to be.
-#include "daemon/cache/prefix_reuse.h"
+#include "daemon/cache/reuse/prefix_reuse.h"
 
 #include <algorithm>
 #include <map>
 #include <set>
 
-#include "daemon/cache/manifest.h"
+#include "daemon/cache/persist/manifest.h"
 #include "tests/daemon/cache/token_client.h"
 
 namespace kvtide::testing {

@@ -1,7 +1,7 @@
 // Caches that share a remote tier: what one has sealed or stored another one begins with or loads, to the
 // bit; what cannot be had is a miss and nothing else; who may not see it never does; no attention and no
 // append ever asks.
-#include "daemon/cache/remote_exchange.h"
+#include "daemon/cache/reuse/remote_exchange.h"
 
 #include <algorithm>
 #include <cstring>

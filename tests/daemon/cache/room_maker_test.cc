@@ -1,6 +1,6 @@
 // Room in tiers whose free bytes lie in pieces: blocks move inside of their tier, or down, until a larger one
 // fits. Whatever moves, attention stays equal to the shadow's.
-#include "daemon/cache/room_maker.h"
+#include "daemon/cache/move/room_maker.h"
 
 #include <deque>
 #include <utility>

@@ -1,6 +1,6 @@
 // The order of S3-FIFO: what is new and unused leaves first beyond its share, then the main queue's oldest
 // that was not used; with records of one block it is the paper's algorithm, victim by victim.
-#include "daemon/cache/s3_fifo_policy.h"
+#include "daemon/cache/tier/s3_fifo_policy.h"
 
 #include <algorithm>
 #include <cmath>

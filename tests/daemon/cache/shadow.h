@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "daemon/cache/model.h"
-#include "daemon/cache/sequence_options.h"
+#include "daemon/cache/call/model.h"
+#include "daemon/cache/call/sequence_options.h"
 #include "kernels/format/profile.h"
 
 namespace kvtide::testing {

@@ -1,4 +1,4 @@
-#include "daemon/cache/side_by_side.h"
+#include "daemon/cache/sequence/side_by_side.h"
 
 #include <gtest/gtest.h>
 

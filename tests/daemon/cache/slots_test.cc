@@ -1,5 +1,5 @@
 // Slots: objects stay where they are, and numbers are used again.
-#include "daemon/cache/slots.h"
+#include "daemon/cache/block/slots.h"
 
 #include <set>
 #include <vector>

@@ -1,5 +1,5 @@
 // The walk over tables in slices shows every block once, also when the tables change between slices.
-#include "daemon/cache/table_walk.h"
+#include "daemon/cache/sequence/table_walk.h"
 
 #include <algorithm>
 #include <vector>

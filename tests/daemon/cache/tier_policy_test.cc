@@ -1,5 +1,5 @@
 // The policy is a pure function: every case is a snapshot and the moves that follow.
-#include "daemon/cache/tier_policy.h"
+#include "daemon/cache/tier/tier_policy.h"
 
 #include <random>
 

@@ -1,6 +1,6 @@
 // Hashes of token ids: one for each full block, over everything before it; the same however the ids came;
 // cuts go on where the ids are still known, and end the chain where they are not.
-#include "daemon/cache/token_chain.h"
+#include "daemon/cache/call/token_chain.h"
 
 #include <random>
 

@@ -1,6 +1,6 @@
 // What a watcher of the traffic is shown: rows of every call that went well, at their positions, of the
 // model's own tenant, and nothing else.
-#include "daemon/cache/traffic.h"
+#include "daemon/cache/call/traffic.h"
 
 #include <map>
 

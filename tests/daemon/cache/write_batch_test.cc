@@ -1,8 +1,8 @@
-#include "daemon/cache/write_batch.h"
+#include "daemon/cache/write/write_batch.h"
 
-#include "daemon/cache/mover.h"
-#include "daemon/cache/sealer.h"
-#include "daemon/cache/writer.h"
+#include "daemon/cache/move/mover.h"
+#include "daemon/cache/write/sealer.h"
+#include "daemon/cache/write/writer.h"
 #include "tests/daemon/cache/cache_fixture.h"
 
 namespace kvtide::testing {

@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "daemon/cache/model.h"
-#include "daemon/cache/traffic.h"
+#include "daemon/cache/call/model.h"
+#include "daemon/cache/call/traffic.h"
 #include "kernels/format/rope.h"
 
 namespace kvtide::testing {

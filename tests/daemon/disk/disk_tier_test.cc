@@ -13,7 +13,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "daemon/cache/extent_allocator.h"
+#include "daemon/cache/tier/extent_allocator.h"
 #include "daemon/disk/extent_header.h"
 #include "daemon/disk/folder_key.h"
 #include "gtest/gtest.h"

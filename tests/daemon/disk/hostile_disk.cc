@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "daemon/cache/keyed_manifest.h"
-#include "daemon/cache/manifest.h"
+#include "daemon/cache/persist/keyed_manifest.h"
+#include "daemon/cache/persist/manifest.h"
 #include "daemon/disk/encrypted_extent.h"
 #include "daemon/disk/extent_header.h"
 #include "daemon/disk/folder_key.h"

@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "daemon/cache/keyed_manifest.h"
+#include "daemon/cache/persist/keyed_manifest.h"
 #include "daemon/disk/extent_header.h"
 #include "gtest/gtest.h"
 

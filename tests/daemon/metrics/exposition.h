@@ -5,7 +5,7 @@
 #include <memory>
 #include <string>
 
-#include "daemon/cache/cache_stats.h"
+#include "daemon/cache/call/cache_stats.h"
 #include "daemon/metrics/metrics.h"
 
 namespace kvtide::metrics {

@@ -5,7 +5,7 @@
 #include <memory>
 #include <string>
 
-#include "daemon/cache/remote_tier.h"
+#include "daemon/cache/tier/remote_tier.h"
 #include "gtest/gtest.h"
 
 namespace kvtide::testing {

@@ -1,0 +1,102 @@
+// Mover::BringIn: blocks out of tiers that do not attend, for a call that is about to compute on them.
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "daemon/cache/move/mover.h"
+#include "kernels/base/status.h"
+
+namespace kvtide {
+
+absl::Status Mover::BringIn(CacheLock& lock, Block* block) {
+  std::vector<HeldBlock> held;
+  held.emplace_back(lock->store, block);
+  return BringIn(lock, held, lock->store.serial() + 1, {});
+}
+
+absl::Status Mover::BringIn(CacheLock& lock, std::span<const HeldBlock> blocks, uint64_t before_serial,
+                            const CallContext& context) {
+  BlockStore& store = lock->store;
+  const CacheOptions& options = core_.options();
+  for (const HeldBlock& held : blocks)
+    if (held->record != kNoSlot && store.TouchSerial(*held.get()) < before_serial)
+      store.Touch(*held.get(), options.clock());
+  const uint64_t failed_before = lock->counters.failed_moves;
+  absl::Time deadline = options.clock() + options.room_wait;
+  const absl::Time last = options.clock() + options.io_wait;
+  size_t far_before = blocks.size() + 1;
+  while (true) {
+    KVTIDE_RETURN_IF_ERROR(context.Check(options.clock(), "the call, while blocks were brought in"));
+    std::vector<HeldBlock> batch;
+    size_t far = 0, bytes = 0;
+    const Block* moving = nullptr;
+    for (const HeldBlock& held : blocks) {
+      Block* const block = held.get();
+      if (!IsFar(*block) || !block->used()) continue;
+      far++;
+      bytes += block->bytes();
+      if (block->moving) {
+        moving = block;
+      } else if (batch.size() < options.max_moves_in_flight &&
+                 (batch.empty() ||
+                  (batch.front()->home() == block->home() && batch.front()->keyed == block->keyed))) {
+        batch.emplace_back(store, block);
+      }
+    }
+    if (far == 0) return absl::OkStatus();
+    if (far < far_before)
+      deadline = options.clock() + options.room_wait;  // others need not be as fast as that
+    const bool stuck = far >= far_before;
+    far_before = far;
+    const absl::Time now = options.clock();
+    if (moving != nullptr && (batch.empty() || stuck)) {
+      if (now >= last || options.room_wait <= absl::ZeroDuration())
+        return absl::AbortedError(absl::StrCat("a block is being moved between tiers for longer than ",
+                                               absl::FormatDuration(options.io_wait),
+                                               " (io_wait); try again"));
+      lock.WaitForChange(std::min(options.room_wait, last - now));
+      continue;
+    }
+    if (stuck) {
+      if (lock->counters.failed_moves != failed_before)
+        return absl::UnavailableError(absl::StrCat(
+            far, " blocks that the call needs could not be copied to where they can be used; try again"));
+      // Others may be about to free what is needed.
+      const bool others = lock->moves_running > 0 || lock->attends_running > 0;
+      if (!others || now >= deadline)
+        return absl::ResourceExhaustedError(absl::StrCat(
+            far,
+            " blocks of the call lie where nobody can compute on them and do not fit into the tiers above: ",
+            RoomMaker::RoomText(*lock, bytes)));
+      lock.WaitForChange(deadline - now);
+    }
+    if (!batch.empty()) BringBatch(lock, batch, batch.front()->home(), before_serial, context.cancellation);
+  }
+}
+
+void Mover::BringBatch(CacheLock& lock, std::span<const HeldBlock> blocks, int home, uint64_t before_serial,
+                       const Cancellation* cancellation) {
+  BlockStore& store = lock->store;
+  const auto still_far = [&](size_t most_bytes) {
+    std::vector<HeldBlock> far;
+    size_t bytes = 0;
+    for (const HeldBlock& held : blocks) {
+      if (!IsFar(*held.get()) || held->moving || held->writing) continue;
+      bytes += held->bytes();
+      if (bytes > most_bytes) break;
+      far.emplace_back(store, held.get());
+    }
+    return far;
+  };
+  constexpr size_t kAll = ~size_t{0};
+  const ExtentAllocator& top = store.tier(home).allocator;
+  const auto limit =
+      static_cast<size_t>(static_cast<double>(top.capacity_bytes()) * core_.options().limits.promote_below);
+  // Nobody attends over what is found by key: it is wanted in memory, not on the device.
+  if (top.used_bytes() < limit && !blocks.front()->keyed)
+    MoveTo(lock, still_far(limit - top.used_bytes()), home, before_serial, cancellation);
+  for (int t = store.Below(home); t < static_cast<int>(core_.tiers()); t = store.Below(t))
+    if (core_.attends(t)) MoveTo(lock, still_far(kAll), t, before_serial, cancellation);
+  MoveTo(lock, still_far(kAll), home, before_serial, cancellation);
+}
+
+}  // namespace kvtide

@@ -1,0 +1,16 @@
+// Blocks that came from before a restart: what a list of them said lies somewhere may have been dropped and
+// overwritten after the list was written. Before such a block counts, its label is read.
+#pragma once
+
+#include <span>
+
+#include "daemon/cache/block/block_guards.h"
+#include "daemon/cache/sequence/cache_core.h"
+
+namespace kvtide {
+
+// Those that are not `checked` yet: they are afterwards, or were dropped because something else lies there,
+// or stay as they are because the tier does not answer.
+void CheckLabels(CacheLock& lock, std::span<const HeldBlock> blocks);
+
+}  // namespace kvtide

@@ -1,0 +1,244 @@
+#include "daemon/cache/move/move_batch.h"
+
+#ifdef KVTIDE_XXH_DISPATCH
+#include <xxh_x86dispatch.h>  // the vector instructions of this processor; the same hash
+#else
+#include <xxhash.h>
+#endif
+
+#include <algorithm>
+#include <map>
+
+#include "kernels/base/backoff.h"
+#include "kernels/base/check.h"
+#include "kernels/base/status.h"
+
+namespace kvtide {
+namespace {
+
+std::vector<CopyPiece> CutIntoPieces(const CopyJob& job, size_t piece_bytes) {
+  std::vector<CopyPiece> pieces;
+  for (size_t begin = 0; begin < job.bytes; begin += piece_bytes)
+    pieces.push_back({job.target + begin, job.source + begin, std::min(piece_bytes, job.bytes - begin)});
+  return pieces;
+}
+
+}  // namespace
+
+CopyJob::CopyJob(const BlockStore& store, const Block& block, const Place& source_place,
+                 const Place& target_place)
+    : from(source_place.tier),
+      to(target_place.tier),
+      source(store.Data(source_place)),
+      target(store.Data(target_place)),
+      source_offset(source_place.offset),
+      target_offset(target_place.offset),
+      bytes(block.bytes()) {
+  if (source == nullptr) source_label = LabelOf(block, source_place);
+  if (target == nullptr) target_label = LabelOf(block, target_place);
+}
+
+void NameWrite(const CacheCore& core, const Block& block, Place* target) {
+  if (core.attends(target->tier)) return;
+  target->Written().write_id = core.io(target->tier).NextWriteId();
+  target->Written().profile_hash = block.profile() != nullptr ? block.profile()->hash : 0;
+}
+
+namespace {
+
+// Copies between memories.
+void CopyInMemory(const CacheCore& core, std::span<CopyJob* const> jobs) {
+  struct Copying {
+    CopyJob* job;
+    Backend* backend;
+    CopyTicket ticket;
+  };
+  std::vector<Copying> running;
+  running.reserve(jobs.size());  // nothing fails between a started copy and its ticket
+  for (CopyJob* job : jobs) {
+    // The faster tier's backend copies: it is the one that may not be host memory.
+    Backend* backend = &core.backend(std::min(job->from, job->to));
+    const CopyDirection direction = job->from == job->to  ? CopyDirection::kInside
+                                    : job->from < job->to ? CopyDirection::kToHost
+                                                          : CopyDirection::kFromHost;
+    const absl::StatusOr<CopyTicket> ticket =
+        backend->StartCopy(CutIntoPieces(*job, core.options().move_piece_bytes), direction);
+    if (ticket.ok()) {
+      running.push_back({job, backend, *ticket});
+    } else {
+      job->status = ticket.status();
+    }
+  }
+  // A copy that failed does not end the others: their bytes are in use until their own ticket says otherwise.
+  Backoff backoff;
+  while (!running.empty()) {
+    std::erase_if(running, [](const Copying& copy) {
+      const absl::StatusOr<bool> polled = copy.backend->Poll(copy.ticket);
+      if (!polled.ok()) copy.job->status = polled.status();
+      return !polled.ok() || *polled;
+    });
+    if (!running.empty()) backoff.Wait();
+  }
+}
+
+}  // namespace
+
+namespace {
+
+// To or from a tier of I/O. `buffer`: the other side is one, too, and its bytes are here.
+IoJob MakeIoJob(const CacheCore& core, CopyJob& job, bool write, std::vector<std::byte>* buffer,
+                const Cancellation* cancellation) {
+  IoJob io;
+  io.write = write;
+  io.offset = write ? job.target_offset : job.source_offset;
+  io.label = write ? job.target_label : job.source_label;
+  io.cancellation = cancellation;
+  if (buffer != nullptr) {
+    buffer->resize(job.bytes);
+    io.copy = [buffer, write](size_t at, std::span<std::byte> piece) {
+      std::byte* const bytes = buffer->data() + at;
+      std::copy_n(write ? bytes : piece.data(), piece.size(), write ? piece.data() : bytes);
+      return absl::OkStatus();
+    };
+    return io;
+  }
+  Backend* const backend = &core.backend(write ? job.from : job.to);
+  io.copy = [backend, write, &job](size_t at, std::span<std::byte> piece) {
+    return write ? backend->CopyNow({piece.data(), job.source + at, piece.size()}, CopyDirection::kToHost)
+                 : backend->CopyNow({job.target + at, piece.data(), piece.size()}, CopyDirection::kFromHost);
+  };
+  return io;
+}
+
+void RunIo(const CacheCore& core, std::span<CopyJob* const> jobs, bool write,
+           std::span<std::vector<std::byte>> buffers, const Cancellation* cancellation) {
+  std::map<int, std::vector<CopyJob*>> by_tier;
+  for (CopyJob* job : jobs) by_tier[write ? job->to : job->from].push_back(job);
+  size_t buffer = 0;
+  for (const auto& [tier, of_tier] : by_tier) {
+    std::vector<IoJob> ios;
+    for (CopyJob* job : of_tier)
+      ios.push_back(
+          MakeIoJob(core, *job, write, buffers.empty() ? nullptr : &buffers[buffer++], cancellation));
+    core.io(tier).Run(ios);
+    for (size_t i = 0; i < ios.size(); i++) {
+      of_tier[i]->status = ios[i].status;
+      if (write) of_tier[i]->target_label.checksum = ios[i].label.checksum;
+    }
+  }
+}
+
+}  // namespace
+
+void CopyAll(const CacheCore& core, std::span<CopyJob> jobs, const Cancellation* cancellation) {
+  std::vector<CopyJob*> memory, writes, reads, both;
+  for (CopyJob& job : jobs) {
+    const bool from = core.attends(job.from), to = core.attends(job.to);
+    (from && to ? memory : from ? writes : to ? reads : both).push_back(&job);
+  }
+  CopyInMemory(core, memory);
+  RunIo(core, writes, true, {}, cancellation);
+  RunIo(core, reads, false, {}, cancellation);
+  for (CopyJob* job : both) {
+    std::vector<std::byte> bytes;
+    RunIo(core, {&job, 1}, false, {&bytes, 1}, cancellation);
+    if (job->status.ok()) RunIo(core, {&job, 1}, true, {&bytes, 1}, cancellation);
+  }
+}
+
+MoveBatch::~MoveBatch() {
+  for (Running& move : running_) {
+    move.block->moving = false;
+    lock_->store.Retire(move.target);
+  }
+}
+
+void MoveBatch::Start(Block* block, Place* target) {
+  KVTIDE_CHECK(!block->writing && !block->moving && block->place != nullptr);
+  Running& move = running_.emplace_back();
+  move.block = HeldBlock(lock_->store, block);
+  move.target = target;
+  move.verify = block->has_checksum;
+  move.checksum = block->checksum;
+  move.compute = lock_->store.tier(target->tier).checksum;
+  NameWrite(lock_.core(), *block, target);
+  block->moving = true;
+}
+
+void MoveBatch::Finish() {
+  if (running_.empty()) return;
+  std::vector<CopyJob> jobs;
+  for (const Running& move : running_)
+    jobs.emplace_back(lock_->store, *move.block.get(), *move.block->place, *move.target);
+  lock_->moves_running++;
+  {
+    const Unlocked unlocked(lock_);
+    // I/O checks and makes checksums itself.
+    for (size_t i = 0; i < jobs.size(); i++)
+      running_[i].corrupt = running_[i].verify && jobs[i].source != nullptr && jobs[i].target != nullptr &&
+                            XXH3_64bits(jobs[i].source, jobs[i].bytes) != running_[i].checksum;
+    CopyAll(lock_.core(), jobs, cancellation_);
+    for (size_t i = 0; i < jobs.size(); i++) {
+      Running& move = running_[i];
+      const CopyJob& job = jobs[i];
+      if (!job.status.ok()) continue;
+      if (job.target == nullptr) {
+        if (job.source != nullptr && move.verify) move.corrupt = job.target_label.checksum != move.checksum;
+        move.checksum = job.target_label.checksum;
+        move.compute = true;
+      } else if (move.compute && job.source != nullptr) {
+        move.checksum = XXH3_64bits(job.target, job.bytes);
+      }
+    }
+  }
+  lock_->moves_running--;
+  for (size_t i = 0; i < jobs.size(); i++) Settle(running_[i], jobs[i]);
+  running_.clear();
+  lock_->changed.NotifyAll();
+}
+
+void MoveBatch::Settle(Running& move, const CopyJob& job) {
+  BlockStore& store = lock_->store;
+  Counters& counters = lock_->counters;
+  Block* block = move.block.get();
+  block->moving = false;
+  // A read of I/O that finds other bytes, or none: they are nowhere else.
+  const bool lost = move.corrupt || (job.source == nullptr && absl::IsDataLoss(job.status));
+  if (lost || !job.status.ok()) {
+    store.Retire(move.target);
+    report_->left_blocks++;
+    if (!lost) {
+      if (!absl::IsCancelled(job.status)) counters.failed_moves++;
+      return;
+    }
+    if (move.corrupt) counters.checksum_failures++;
+    counters.lost_blocks++;
+    store.tier(job.from).lost++;
+    if (block->has_backup) {
+      store.MoveToBackup(block);
+    } else {
+      store.Drop(block);
+    }
+    return;
+  }
+  if (job.target == nullptr) move.target->Written().checksum = move.checksum;
+  store.SwapPlace(block, move.target);
+  block->has_checksum = move.compute;
+  block->checksum = move.checksum;
+  report_->moved_blocks++;
+  report_->moved_bytes += job.bytes;
+  if (job.to == job.from) {
+    counters.compacted_blocks++;
+    counters.compacted_bytes += job.bytes;
+    return;
+  }
+  if (job.to > job.from) {
+    store.tier(job.from).demoted++;
+  } else {
+    store.tier(job.to).promoted++;
+  }
+  counters.moves++;
+  counters.moved_bytes += job.bytes;
+}
+
+}  // namespace kvtide

@@ -1,0 +1,72 @@
+// Blocks on their way to other places: started one by one under the mutex, copied together without it. A
+// block on its way is marked as moving: nobody writes or drops it, readers go on reading the old place.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "daemon/cache/block/block_guards.h"
+#include "daemon/cache/block/block_label.h"
+#include "daemon/cache/call/move_report.h"
+#include "daemon/cache/sequence/cache_core.h"
+
+namespace kvtide {
+
+// A block's bytes from one place to another, which do not overlap; the caller keeps both.
+struct CopyJob {
+  CopyJob(const BlockStore& store, const Block& block, const Place& source, const Place& target);
+  int from = 0, to = 0;               // tiers
+  const std::byte* source = nullptr;  // null: in a tier of I/O, at source_offset
+  std::byte* target = nullptr;
+  size_t source_offset = 0, target_offset = 0;
+  size_t bytes = 0;
+  BlockLabel source_label, target_label;  // where there is I/O
+  absl::Status status;                    // of the copy, when it has ended
+};
+// What the target of a new block's bytes is known by, when it is written by I/O.
+void NameWrite(const CacheCore& core, const Block& block, Place* target);
+
+// Copies all of them side by side, in pieces of CacheOptions::move_piece_bytes, and returns when none runs
+// any more, however some have ended. Without the mutex.
+void CopyAll(const CacheCore& core, std::span<CopyJob> jobs, const Cancellation* cancellation = nullptr);
+
+// Made, used and destroyed under the mutex; only Finish gives it up.
+class MoveBatch {
+ public:
+  // `report` gets what has moved and what was left; borrowed.
+  // `cancellation` stops transfers of I/O between their pieces.
+  MoveBatch(CacheLock& lock, MoveReport* report, const Cancellation* cancellation = nullptr)
+      : lock_(lock), report_(report), cancellation_(cancellation) {}
+  // What was started and not finished stays where it is.
+  ~MoveBatch();
+  MoveBatch(const MoveBatch&) = delete;
+  MoveBatch& operator=(const MoveBatch&) = delete;
+
+  // `target` is reserved for the block and now the batch's; the block is neither written nor moved.
+  void Start(Block* block, Place* target);
+  bool empty() const { return running_.empty(); }
+  // As many as may be on their way at a time (max_moves_in_flight).
+  bool full() const { return running_.size() >= lock_.core().options().max_moves_in_flight; }
+  // Copies, verifies and computes checksums, then gives every block its new place or leaves it in the old
+  // one.
+  void Finish();
+
+ private:
+  struct Running {
+    HeldBlock block;
+    Place* target = nullptr;
+    bool verify = false, compute = false;  // checksums: of the source, of the target
+    uint64_t checksum = 0;
+    bool corrupt = false;  // the source is not what it was
+  };
+
+  void Settle(Running& move, const CopyJob& job);
+
+  CacheLock& lock_;
+  MoveReport* const report_;
+  const Cancellation* const cancellation_;
+  std::vector<Running> running_;
+};
+
+}  // namespace kvtide

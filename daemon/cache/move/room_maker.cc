@@ -1,0 +1,403 @@
+#include "daemon/cache/move/room_maker.h"
+
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
+#include "absl/strings/str_cat.h"
+#include "daemon/cache/move/move_batch.h"
+#include "kernels/base/check.h"
+
+namespace kvtide {
+namespace {
+
+constexpr uint64_t kAnySerial = ~uint64_t{0};
+constexpr size_t kPeeks = 4096;          // blocks of a tier that are looked at to make room once
+constexpr size_t kStretch = 2048;        // extents that are looked at to make a hole, at least
+constexpr size_t kLongStretch = 65'536;  // at most, for blocks that are many times as large as others
+// A byte over the bus costs as much as so many inside the tier; one that is in use will come back.
+constexpr double kIdleDemotion = 4, kHotDemotion = 16;
+
+}  // namespace
+
+void LetOthers(CacheLock& lock) {
+  const Unlocked unlocked(lock);
+  // Without a pause the mutex would be taken again before a waiting thread wakes up.
+  std::this_thread::sleep_for(std::chrono::microseconds(20));
+}
+
+std::string RoomMaker::RoomText(const CacheState& state, size_t bytes) {
+  std::string text = absl::StrCat("no room for ", bytes, " bytes:");
+  for (size_t t = 0; t < state.store.tiers(); t++) {
+    const Tier& tier = state.store.tier(static_cast<int>(t));
+    absl::StrAppend(&text, t == 0 ? " " : "; ", "tier '", tier.name, "'",
+                    state.store.homes() > 1 ? absl::StrCat(" on ", tier.device) : "", " has ",
+                    tier.allocator.free_bytes(), " of ", tier.allocator.capacity_bytes(),
+                    " bytes free, the largest extent is ", tier.allocator.LargestFreeExtent());
+    if (tier.io != nullptr && !tier.io->Writable())
+      absl::StrAppend(&text, " (it takes nothing now: ", tier.io->Stats().problem, ")");
+  }
+  absl::StrAppend(&text, ". Close or truncate sequences, or give a tier more memory");
+  return text;
+}
+
+std::string RoomMaker::QuotaText(const CacheState& state, const TenantAccount& account, size_t bytes) {
+  std::string text =
+      absl::StrCat("no room for ", bytes, " bytes within the quota of tenant '", account.tenant, "': ");
+  bool first = true;
+  for (size_t t = 0; t < state.store.tiers(); t++) {
+    const std::string& name = state.store.tier(static_cast<int>(t)).name;
+    const uint64_t limit = account.limits.OfTier(name);
+    if (limit == TenantLimits::kNone || (t > 0 && state.store.tier(static_cast<int>(t) - 1).name == name))
+      continue;
+    absl::StrAppend(&text, first ? "" : "; ", limit - state.store.QuotaLeft(account, static_cast<int>(t)),
+                    " of ", limit, " bytes taken in tier '", name, "'");
+    first = false;
+  }
+  absl::StrAppend(
+      &text, ". Close or truncate sequences of the tenant, evict some to a lower tier, or raise its quota");
+  return text;
+}
+
+WritingBlock RoomMaker::AllocateIn(CacheLock& lock, int tier, int home, const BlockLayout* layout,
+                                   size_t want_bytes) {
+  constexpr int kRounds = 64;  // others may take the room that was made
+  for (int round = 0; round < kRounds; round++) {
+    Block* block = lock->store.Allocate(tier, home, layout);
+    if (block != nullptr) return WritingBlock(lock->store, block);
+    if (!MakeRoom(lock, tier, layout->block_bytes(), want_bytes, kAnySerial)) break;
+  }
+  return {};
+}
+
+int RoomiestHome(const BlockStore& store) {
+  int home = 0;
+  for (int h = 1; h < store.homes(); h++)
+    if (store.tier(h).allocator.free_bytes() > store.tier(home).allocator.free_bytes()) home = h;
+  return home;
+}
+
+WritingBlock RoomMaker::AllocateCached(CacheLock& lock, const std::shared_ptr<TenantAccount>& account,
+                                       int home, const BlockForm& form, size_t want_bytes, bool* over_quota) {
+  BlockStore& store = lock->store;
+  std::vector<int> tiers;
+  for (int t = store.homes(); t < static_cast<int>(store.tiers()); t++)
+    if (core_.attends(t)) tiers.push_back(t);
+  tiers.push_back(home);
+  constexpr int kRounds = 64;  // others may take the room that was made
+  for (const int tier : tiers) {
+    for (int round = 0; round < kRounds; round++) {
+      // What the tenant has cached makes way for it, and nobody else's.
+      if (form.bytes > store.QuotaLeft(*account, tier) && !DropCached(*lock, *account, tier, form.bytes)) {
+        *over_quota = true;
+        break;
+      }
+      Block* const block = store.Allocate(tier, home, form);
+      if (block != nullptr) {
+        store.SetAccount(block, account);
+        return WritingBlock(store, block);
+      }
+      if (!MakeRoom(lock, tier, form.bytes, want_bytes, kAnySerial)) break;
+    }
+  }
+  return {};
+}
+
+absl::StatusOr<std::vector<WritingBlock>> RoomMaker::Allocate(CacheLock& lock, int home,
+                                                              std::span<const BlockLayout* const> layouts,
+                                                              size_t want_bytes,
+                                                              const TenantAccount* account) {
+  size_t bytes = 0;
+  for (const BlockLayout* layout : layouts) bytes += layout->block_bytes();
+  const absl::Time deadline = core_.options().clock() + core_.options().room_wait;
+  const int tiers = static_cast<int>(core_.tiers());
+  while (true) {
+    bool over_quota = false;
+    for (int t = home; t < tiers; t = lock->store.Below(t)) {
+      if (!core_.attends(t)) continue;  // new blocks are written where a backend can
+      if (account != nullptr && bytes > lock->store.QuotaLeft(*account, t) &&
+          !DropCached(*lock, *account, t, bytes)) {
+        over_quota = true;
+        continue;
+      }
+      std::vector<WritingBlock> blocks;
+      while (blocks.size() < layouts.size()) {
+        WritingBlock block = AllocateIn(lock, t, home, layouts[blocks.size()], want_bytes);
+        if (!block) break;
+        blocks.push_back(std::move(block));
+      }
+      if (blocks.size() == layouts.size()) return blocks;
+    }
+    // Nobody else's moves and calls make room in a quota.
+    if (over_quota) return absl::ResourceExhaustedError(QuotaText(*lock, *account, bytes));
+    const absl::Duration left = deadline - core_.options().clock();
+    if ((lock->moves_running == 0 && lock->attends_running == 0) || left <= absl::ZeroDuration())
+      return absl::ResourceExhaustedError(RoomText(*lock, bytes));
+    lock.WaitForChange(left);
+  }
+}
+
+// What the tenant has cached makes way for what it needs.
+bool RoomMaker::DropCached(CacheState& state, const TenantAccount& account, int tier, size_t bytes) const {
+  constexpr int kMostCachedPeeks = 1 << 16;  // a millisecond or two, in which nobody else has the mutex
+  std::vector<BlockId> cached;
+  const uint64_t left = state.store.QuotaLeft(account, tier);
+  size_t found = 0;
+  int peeks = 0;
+  state.store.PeekIdle(tier, kAnySerial, [&](const Block& block) {
+    if (++peeks > kMostCachedPeeks) return false;
+    if (block.account() != &account || !BlockStore::IsCachedOnly(block) || !block.droppable()) return true;
+    cached.push_back(block.id);
+    found += block.place->extent();
+    return left + found < bytes;
+  });
+  if (left + found < bytes) return false;
+  MoveReport ignored;
+  for (const BlockId id : cached) Drop(state, {id, tier, kDropTier}, &ignored);
+  return bytes <= state.store.QuotaLeft(account, tier);
+}
+
+void RoomMaker::ViewRoom(const Tier& tier, bool gathered, TierView* view) {
+  view->capacity_bytes = tier.allocator.capacity_bytes();
+  view->used_bytes = tier.allocator.used_bytes();
+  view->room_bytes = gathered && tier.attends() ? tier.allocator.free_bytes() : tier.LargestRoom();
+  if (tier.io == nullptr || tier.io->Writable()) return;
+  view->used_bytes = view->capacity_bytes;
+  view->room_bytes = 0;
+}
+
+BlockView RoomMaker::View(const BlockStore& store, const Block& block, absl::Time now) {
+  return {block.id, block.bytes(), block.droppable(), now - store.LastTouched(block), block.home()};
+}
+
+Snapshot RoomMaker::View(const CacheState& state, int first_tier, size_t bytes, uint64_t before_serial,
+                         Free free) const {
+  const BlockStore& store = state.store;
+  Snapshot snapshot;
+  snapshot.homes = static_cast<size_t>(store.homes());
+  const absl::Time now = core_.options().clock();
+  const bool dropping =
+      state.sequences.dropping_sequences() > 0 || state.keyed.blocks() > 0 || state.store.alone_bytes() > 0;
+  for (size_t t = 0; t < store.tiers(); t++) {
+    const Tier& tier = store.tier(static_cast<int>(t));
+    TierView& view = snapshot.tiers.emplace_back();
+    ViewRoom(tier, free == Free::kGathered, &view);
+    if (tier.io != nullptr && !tier.io->Writable())
+      continue;  // nothing has to leave it for what it will not take
+    if (static_cast<int>(t) != first_tier && static_cast<int>(t) < store.Below(first_tier)) continue;
+    // Enough of any kind and enough that may be dropped; the last tier only drops.
+    const bool last = !store.HasBelow(static_cast<int>(t));
+    if (last && !dropping) continue;
+    size_t any = 0, droppable = 0, peeks = 0;
+    store.PeekIdle(static_cast<int>(t), before_serial, [&](const Block& block) {
+      if (++peeks > kPeeks) return false;
+      const BlockView candidate = View(store, block, now);
+      if (last && !candidate.droppable) return true;
+      if (any >= bytes && !candidate.droppable) return true;
+      view.coldest.push_back(candidate);
+      any += candidate.bytes;
+      if (candidate.droppable) droppable += candidate.bytes;
+      return any < bytes || (dropping && droppable < bytes);
+    });
+  }
+  return snapshot;
+}
+
+bool RoomMaker::MakeRoom(CacheLock& lock, int tier, size_t bytes, size_t want_bytes, uint64_t before_serial) {
+  // Pieces that are free count as one at first: as a rule they can be gathered, and less has to go.
+  return MakeHole(lock, tier, bytes, Search::kNear, before_serial) ||
+         Demote(lock, tier, bytes, want_bytes, before_serial, Free::kGathered) ||
+         Demote(lock, tier, bytes, want_bytes, before_serial, Free::kInOnePiece) ||
+         MakeHole(lock, tier, bytes, Search::kWholeTier, before_serial);
+}
+
+bool RoomMaker::MakeFree(CacheLock& lock, int tier, size_t bytes, size_t want_bytes, uint64_t before_serial) {
+  return Demote(lock, tier, bytes, want_bytes, before_serial, Free::kGathered);
+}
+
+bool RoomMaker::Demote(CacheLock& lock, int tier, size_t bytes, size_t want_bytes, uint64_t before_serial,
+                       Free free) {
+  const size_t want = std::max(bytes, std::min(want_bytes, bytes * core_.options().max_moves_in_flight));
+  const Snapshot snapshot = View(*lock, tier, 2 * want, before_serial, free);
+  std::vector<Move> moves = PickRoom(snapshot, tier, want);
+  if (moves.empty() && want > bytes) moves = PickRoom(snapshot, tier, bytes);
+  const MoveReport report = Execute(lock, moves, false, before_serial);
+  return report.moved_blocks + report.dropped_blocks > 0;
+}
+
+bool RoomMaker::Drop(CacheState& state, const Move& move, MoveReport* report) const {
+  Block* block = state.store.Get(move.block);
+  if (block == nullptr || !state.store.IsIdle(*block) || block->place->tier != move.from ||
+      !block->droppable())
+    return false;
+  if (core_.options().remote != nullptr && core_.options().remote_writes == RemoteWrites::kOnDemote &&
+      BlockStore::IsCachedOnly(*block) && !block->offered)
+    state.unsent.left_out++;
+  state.store.Drop(block);
+  state.counters.dropped_blocks++;
+  report->dropped_blocks++;
+  state.changed.NotifyAll();
+  return true;
+}
+
+MoveReport RoomMaker::Execute(CacheLock& lock, std::span<const Move> moves, bool read_too,
+                              uint64_t before_serial, const Cancellation* cancellation) {
+  BlockStore& store = lock->store;
+  MoveReport report;
+  MoveBatch batch(lock, &report, cancellation);
+  // The block, if it still lies where the move begins and may leave.
+  const auto find = [&](const Move& move) -> Block* {
+    Block* block = store.Get(move.block);
+    const bool there = block != nullptr && block->place != nullptr && block->place->tier == move.from &&
+                       block->used() && !block->writing && !block->moving;
+    return there && (read_too || store.IsIdle(*block)) ? block : nullptr;
+  };
+  for (const Move& move : moves) {
+    if (move.to == kDropTier) {
+      if (!Drop(*lock, move, &report)) report.left_blocks++;
+      continue;
+    }
+    Block* block = find(move);
+    if (block != nullptr && !block->has_backup && !store.MayLie(*block, move.to)) {
+      // A cached block that its tenant has no room for below makes way altogether.
+      if (!read_too && Drop(*lock, {move.block, move.from, kDropTier}, &report)) continue;
+      report.left_blocks++;
+      continue;
+    }
+    if (block != nullptr && block->has_backup && store.Backup(*block)->tier == move.to) {
+      // Its bytes are there already.
+      report.moved_blocks++;
+      store.tier(move.from).demoted++;
+      store.MoveToBackup(block);
+      lock->changed.NotifyAll();
+      continue;
+    }
+    Place* target = block != nullptr ? store.Reserve(move.to, *block) : nullptr;
+    if (block != nullptr && target == nullptr) {
+      // Earlier moves of the list make the room, or it is there in pieces. The mutex was free: look again.
+      const size_t bytes = block->bytes();
+      batch.Finish();
+      MakeHole(lock, move.to, bytes, Search::kNear, before_serial);
+      block = find(move);
+      target = block != nullptr ? store.Reserve(move.to, *block) : nullptr;
+    }
+    if (target == nullptr) {
+      report.left_blocks++;
+      continue;
+    }
+    batch.Start(block, target);
+    if (batch.full()) batch.Finish();
+  }
+  batch.Finish();
+  return report;
+}
+
+// The extents from about `from` on, and where the next stretch begins (0: the tier has been seen to its end).
+// Stretches overlap by `bytes`, so that every hole lies in one of them.
+StretchView RoomMaker::ViewStretch(const CacheState& state, int tier_index, size_t from, size_t bytes,
+                                   uint64_t before_serial, size_t* next) const {
+  const BlockStore& store = state.store;
+  const Tier& tier = store.tier(tier_index);
+  const absl::Time now = core_.options().clock();
+  StretchView stretch;
+  auto place = tier.places.lower_bound(from);
+  size_t end = 0;
+  if (place != tier.places.begin()) end = std::prev(place)->first + std::prev(place)->second->extent();
+  stretch.offset = end;
+  if (store.HasBelow(tier_index)) {
+    TierView below;
+    ViewRoom(store.tier(store.Below(tier_index)), true, &below);
+    stretch.room_below = below.room_bytes;
+    stretch.largest_below = std::min(below.room_bytes, store.tier(store.Below(tier_index)).LargestRoom());
+  }
+  const auto add_free = [&](size_t until) {
+    if (until > end) stretch.extents.push_back({ExtentView::Kind::kFree, until - end});
+  };
+  for (; place != tier.places.end(); ++place) {
+    const size_t extents = stretch.extents.size();
+    if (extents >= kLongStretch || (extents >= kStretch && end - stretch.offset >= 4 * bytes)) break;
+    add_free(place->first);
+    const Block* block = store.BlockAt(*place->second);
+    ExtentView& view = stretch.extents.emplace_back();
+    view.kind = ExtentView::Kind::kFixed;
+    view.bytes = place->second->extent();
+    end = place->first + view.bytes;
+    if (block == nullptr || !store.IsIdle(*block) || !block->used()) continue;
+    view.kind = ExtentView::Kind::kMovable;
+    view.block = block->id;
+    const bool idle = now - store.LastTouched(*block) >= core_.options().limits.idle;
+    view.demotion_cost = store.TouchSerial(*block) >= before_serial
+                             ? -1
+                             : static_cast<double>(view.bytes) * (idle ? kIdleDemotion : kHotDemotion);
+  }
+  *next = 0;
+  if (place == tier.places.end()) {
+    add_free(tier.allocator.capacity_bytes());
+  } else {
+    *next = std::max(stretch.offset + 1, end - std::min(end, bytes));
+  }
+  return stretch;
+}
+
+bool RoomMaker::MakeHole(CacheLock& lock, int tier, size_t bytes, Search search, uint64_t before_serial) {
+  constexpr int kNearStretches = 4;
+  const ExtentAllocator& allocator = lock->store.tier(tier).allocator;
+  const size_t need = ExtentAllocator::RoundUp(lock->store.tier(tier).ExtentBytes(bytes));
+  // To gather pieces by I/O would cost more than it gives.
+  if (!core_.attends(tier)) return allocator.LargestFreeExtent() >= need;
+  next_stretch_.resize(core_.tiers());
+  size_t from = search == Search::kNear ? next_stretch_[static_cast<size_t>(tier)] : 0;
+  for (int seen = 0; search == Search::kWholeTier || seen < kNearStretches; seen++) {
+    if (allocator.LargestFreeExtent() >= need) return true;
+    if (allocator.free_bytes() < need) return false;
+    if (seen > 0) LetOthers(lock);
+    const StretchView stretch = ViewStretch(*lock, tier, from, need, before_serial, &from);
+    next_stretch_[static_cast<size_t>(tier)] = from;
+    const std::optional<HolePlan> plan = PlanHole(stretch, need);
+    if (plan.has_value()) Dig(lock, tier, *plan);
+    if (from == 0) break;
+  }
+  return allocator.LargestFreeExtent() >= need;
+}
+
+// Clears the hole. Its bytes are claimed as they become free, so that nobody takes them meanwhile.
+void RoomMaker::Dig(CacheLock& lock, int tier, const HolePlan& plan) {
+  BlockStore& store = lock->store;
+  struct Claims {
+    BlockStore& store;
+    std::vector<Place*> places;
+    ~Claims() {
+      for (Place* place : places) store.Retire(place);
+    }
+  } claims{store, {}};
+  const size_t end = plan.offset + plan.bytes;
+  const auto claim_free = [&] {
+    std::vector<std::pair<size_t, size_t>> extents;
+    store.tier(tier).allocator.Peek(plan.offset, [&](size_t offset, size_t bytes) {
+      if (offset < end) extents.emplace_back(offset, std::min(bytes, end - offset));
+      return offset < end;
+    });
+    for (const auto& [offset, bytes] : extents) claims.places.push_back(store.Claim(tier, offset, bytes));
+  };
+  claim_free();
+  MoveReport ignored;
+  MoveBatch batch(lock, &ignored);
+  const auto finish = [&] {
+    batch.Finish();
+    claim_free();
+  };
+  for (const HoleMove& move : plan.moves) {
+    Block* block = store.Get(move.block);
+    if (block == nullptr || !store.IsIdle(*block) || !block->used() || block->place->tier != tier ||
+        block->place->offset < plan.offset || block->place->offset >= end)
+      continue;
+    Place* target = move.to.has_value() ? store.ReserveAt(tier, *move.to, *block)
+                                        : store.Reserve(store.Below(tier), *block);
+    if (target == nullptr) continue;
+    batch.Start(block, target);
+    if (batch.full()) finish();
+  }
+  finish();
+}
+
+}  // namespace kvtide
