@@ -381,7 +381,8 @@ std::string RunShape(const Shape& s, int sms) {
   const unsigned merge_grid = static_cast<unsigned>(
       (combine[0].group_count * s.group * combine[0].team + kCombineWarps - 1) / kCombineWarps);
   const auto call = [&](int copy, cudaStream_t stream) {
-    Launch(kernel->query_function, unit_count, static_cast<unsigned>(32 * s.group), 0, false,
+    Launch(kernel->query_function, unit_count,
+           static_cast<unsigned>(calibrated ? kernel->query_threads : 32 * s.group), 0, false,
            &attend[static_cast<size_t>(copy)], stream);
     Launch(kernel->function, grid, static_cast<unsigned>(kernel->threads),
            static_cast<size_t>(kernel->shared_bytes), true, &attend[static_cast<size_t>(copy)], stream);

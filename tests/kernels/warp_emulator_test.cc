@@ -289,7 +289,7 @@ TEST(TideTile, SixteenRowsAndPaddedHeads) {
 template <int D>
 struct LevelKeys {
   const cuda::LevelUnit<D>& unit;
-  mutable std::vector<uint8_t> scratch = std::vector<uint8_t>(1024);
+  mutable std::vector<uint8_t> scratch = std::vector<uint8_t>(4096);
   template <class Tile>
   void Begin(Tile& tile, uint8_t* area, int lane) const {
     Tile::WriteLookup(area, lane, 32);
@@ -337,12 +337,18 @@ void CheckLevels(HeadProfile head, const Shape& shape, unsigned seed, float limi
   const std::vector<std::byte> tables = cuda::MakeLevelTables(profile, type);
   cuda::LevelUnit<DK> unit;
   std::memcpy(&unit, tables.data() + Tables::kUnit, sizeof unit);
+  std::vector<uint8_t> rows(Tile::kRows * DK * 4), turned(rows.size());
   Check<Tile, DK, DK>(
       p, shape, limit,
       [&](WarpRow<DK>& row, float key_scale, int r, uint8_t* area) {
+        cuda::StoreLevelRow<EmulatedWarp, DK>(row, r, rows.data());
+        EmulatedWarp::Sync();
+        for (int warp = 0; warp < Tile::kRows; warp++)
+          cuda::TurnLevelRows<EmulatedWarp, DK, Tile::kRows>(rows.data(), tables.data(), warp, turned.data());
+        EmulatedWarp::Sync();
         float bias = 0;
-        const float value =
-            cuda::WriteLevelQuery<EmulatedWarp, DK>(row, key_scale, r, tables.data(), area, bias);
+        const float value = cuda::WriteLevelQuery<EmulatedWarp, DK>(row, key_scale, r, tables.data(),
+                                                                    turned.data(), area, bias);
         double expected = 0;
         for (int i = 0; r < shape.rows && i < dim; i++)
           expected += static_cast<double>(p.q[static_cast<size_t>(r * DK + i)]) *
@@ -368,7 +374,7 @@ TEST(LevelTile, SixteenRowsAndPaddedHeads) {
 }
 
 // Every width beside every other one in a step: uniform steps, mixed ones, no wide group at all and only wide
-// ones.
+// ones; steps of two groups of every width, in front and behind.
 TEST(LevelTile, EveryMixOfWidths) {
   const auto with = [](const std::vector<uint8_t>& widths) {
     HeadProfile head = test::TideHead(64, 9);
@@ -385,6 +391,12 @@ TEST(LevelTile, EveryMixOfWidths) {
            {5, 6, 5, 6, 5, 5, 0, 0},
            {0, 1, 5, 2, 6, 3, 4, 6},
            {0, 0, 0, 0, 0, 0, 0, 5},
+           {4, 4, 0, 0, 0, 0, 0, 0},
+           {3, 2, 4, 3, 3, 2, 0, 0},
+           {0, 6, 5, 1, 6, 0, 0, 2},
+           {5, 5, 5, 5, 6, 3, 2, 2},
+           {3, 4, 3, 4, 4, 0, 4, 3},
+           {0, 0, 0, 0, 0, 0, 0, 0},
        })
     CheckLevels<4, Turbo4, 64, 1>(with(widths), {8, 64, 1.0f}, seed++);
 }

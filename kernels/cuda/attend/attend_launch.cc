@@ -56,8 +56,11 @@ absl::Status LaunchUnits(const LaunchPlan& plan, int page_dim, bool overlap, boo
   const AttendKernel& kernel = *plan.kernel;
   if (plan.exact == nullptr) {
     AttendParams params = plan.params;
-    KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel.query_function, plan.units.size(), 32 * plan.most_rows, 0,
-                                        dependent, &params, stream));
+    // Rows of calibrated keys' queries are turned together, by all warps that there may be.
+    const bool calibrated = kernel.k == Form::kTide4 || kernel.k == Form::kTide3 || kernel.k == Form::kTide2;
+    KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel.query_function, plan.units.size(),
+                                        calibrated ? kernel.query_threads : 32 * plan.most_rows, 0, dependent,
+                                        &params, stream));
     return LaunchKernel(kernel.function, Ctas(plan), kernel.threads, kernel.shared_bytes, overlap, &params,
                         stream);
   }

@@ -20,19 +20,22 @@ struct LevelQueryKind {
   static_assert(kUnitAt % 16 == 0 && kBytes % 16 == 0);
 };
 
-// QueryKernel for such areas: a CTA for each unit, a warp for each row.
+// QueryKernel for such areas: a CTA for each unit. Any number of warps does that has one for each row; with
+// kRows of them each turns its columns once.
 template <class Kind>
 __global__ void __launch_bounds__(32 * Kind::kRows, 512 / (32 * Kind::kRows))
     LevelQueryKernel(const __grid_constant__ AttendParams params) {
   constexpr int D = Kind::kDim;
+  constexpr int kFloats = Kind::kRows * D * 4;  // of all rows
   __shared__ __align__(128) uint8_t shared[Kind::kBytes];
+  __shared__ __align__(16) uint8_t before[kFloats], after[kFloats];
   LetNextKernelStart();
   const AttendUnit& unit = params.units[blockIdx.x];
   const std::byte* const tables = unit.tables + params.table_offset;
-  const int r = static_cast<int>(threadIdx.x >> 5);
+  const int r = static_cast<int>(threadIdx.x >> 5), warps = static_cast<int>(blockDim.x >> 5);
   const bool active = r < unit.rows;
-  const uint32_t area = SharedAddress(shared);
-  WarpRow<D> row;
+  const uint32_t area = SharedAddress(shared), rows = SharedAddress(before), turned = SharedAddress(after);
+  WarpRow<D> row = {};
   if (active) {
     const int index = unit.first_row + r, query = index / unit.rows_per_query,
               head = index - query * unit.rows_per_query;
@@ -41,6 +44,9 @@ __global__ void __launch_bounds__(32 * Kind::kRows, 512 / (32 * Kind::kRows))
                params.head_dim, row);
   }
   // Rows that the unit does not have are zeros.
+  StoreLevelRow<DeviceWarp, D>(row, r, rows);
+  for (int other = r + warps; other < Kind::kRows; other += warps)
+    StoreLevelRow<DeviceWarp, D>(WarpRow<D>{}, other, rows);
   for (int i = static_cast<int>(threadIdx.x); i < Kind::kUnitAt / 16; i += static_cast<int>(blockDim.x))
     reinterpret_cast<uint4*>(shared)[i] = uint4{};
   if (threadIdx.x == 0) *reinterpret_cast<UnitRange*>(shared + Kind::kUnitAt) = unit;
@@ -48,9 +54,14 @@ __global__ void __launch_bounds__(32 * Kind::kRows, 512 / (32 * Kind::kRows))
     reinterpret_cast<uint4*>(shared + Kind::kOwnUnitAt)[threadIdx.x] =
         reinterpret_cast<const uint4*>(tables + LevelTables<D>::kUnit)[threadIdx.x];
   __syncthreads();
+#pragma unroll 1
+  for (int part = r; part < Kind::kRows; part += warps)
+    TurnLevelRows<DeviceWarp, D, Kind::kRows>(rows, tables, part, turned);
+  __syncthreads();
   if (active) {
     float bias = 0;
-    const float unit_value = WriteLevelQuery<DeviceWarp, D>(row, params.key_scale, r, tables, area, bias);
+    const float unit_value =
+        WriteLevelQuery<DeviceWarp, D>(row, params.key_scale, r, tables, turned, area, bias);
     if (DeviceWarp::Lane() == 0)
       DeviceWarp::Store64(area + Kind::kFragmentBytes + r * 8, __float_as_uint(unit_value),
                           __float_as_uint(bias * params.scale));

@@ -2,18 +2,18 @@
 // values: queries are turned into the frame of the stored levels once (WriteLevelQuery), keys are integer
 // products with levels, times the token's gain; values go the way of CodedTile.
 //
-// A lane has the group of coefficients of its step (LevelTables) for 8 tokens, 4 of each half of the page: a
-// word of each bit plane, which are made nibbles of codes by exchanges of index bits between words. One byte
-// permute takes the four codes of a word of a B fragment together, another looks their levels up in a table
-// of 8 entries that depends on the lane's own width (bits above it are ignored, so that lanes of a step may
-// differ). Codes of 4 bits are looked up in two tables, of which the one that is not meant answers 0 or -1
-// (quad_decoder.h); their sum is taken by two products. Codes of 5 and 6 bits are looked up in shared memory,
-// 4 coefficients of two groups at a time. Planes above a lane's width are read all the same, up to 256 bytes
-// behind the keys.
+// In a step of four groups (LevelTables) a lane has one for 8 tokens, 4 of each half of the page; in a step
+// of two it has one for 4 tokens, lanes of even c those of the first half, and takes part in two products, of
+// which the one that is not meant finds zeros for its queries. Of 4 tokens it has a word of each bit plane,
+// which are made nibbles of codes by exchanges of index bits between words. One byte permute takes the four
+// codes of a word of a B fragment together, another looks their levels up in a table of 8 entries that
+// depends on the lane's own width (bits above it are ignored, so that lanes of a step may differ). Codes of 4
+// bits are looked up in two tables, of which the one that is not meant answers 0 or -1 (quad_decoder.h);
+// their sum is taken by two products. Codes of 5 and 6 bits are looked up in shared memory, two at a time.
+// Planes above a lane's width are read all the same, up to 320 bytes behind the keys.
 #pragma once
 
 #include <cstddef>
-#include <type_traits>
 
 #include "kernels/cuda/attend/coded_tile.h"
 #include "kernels/cuda/attend/query_row.h"
@@ -22,86 +22,124 @@
 
 namespace kvtide::cuda {
 
-// One warp writes query row `r` for levels, as WriteCodedQuery does. `bias`: q . centre, which belongs to the
-// product with every key. Returns what one unit of the integer sum is worth, times |scale|.
+// Query rows of a unit are turned by as many warps: a warp has a few words of 4 columns for all of them, so
+// that the matrix is read once. Rows before and after are floats, [kRows][D], in shared memory; all warps
+// meet before and after TurnLevelRows.
+template <class W, int D>
+KVTIDE_DEVICE void StoreLevelRow(const WarpRow<D>& row, int r, typename W::Shared rows) {
+  const int lane = W::Lane();
+  if (4 * lane >= D) return;
+  const typename W::Shared to = rows + (r * D + 4 * lane) * 4;
+  W::Store64(to, W::Bits(row.x[0][0]), W::Bits(row.x[0][1]));
+  W::Store64(to + 8, W::Bits(row.x[0][2]), W::Bits(row.x[0][3]));
+}
+template <class W, int D, int kRows>
+KVTIDE_DEVICE void TurnLevelRows(typename W::Shared rows, const std::byte* tables, int part,
+                                 typename W::Shared turned) {
+  // A lane sums over some channels; at the end it has one row.
+  constexpr int kWords = 32 / kRows;
+  const int lane = W::Lane(), group = lane / kWords, word = part * kWords + lane % kWords;
+  if (4 * kWords * part >= D) return;
+  float sum[kRows][4] = {};
+#pragma unroll
+  for (int step = 0; step < (D / 4 + kRows - 1) / kRows; step++) {
+    const int channel = 4 * (step * kRows + group);
+    if (D / 4 % kRows != 0 && channel >= D) continue;
+    float w[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      uint32_t bits[4];
+      W::LoadTable(tables + LevelTables<D>::kMatrix + ((channel + i) * D + 4 * word) * 4, bits);
+#pragma unroll
+      for (int e = 0; e < 4; e++) w[i][e] = W::Float(bits[e]);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; r++) {
+      uint32_t q[4];
+      W::Load128(rows + (r * D + channel) * 4, q);
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) sum[r][e] = W::Fma(W::Float(q[i]), w[i][e], sum[r][e]);
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < kRows; step *= 2) {
+    const int half = kRows / 2 / step;
+    const bool upper = (group & half) != 0;
+#pragma unroll
+    for (int r = 0; r < kRows / 2; r++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        if (r >= half) continue;
+        const float kept = upper ? sum[r + half][e] : sum[r][e], given = upper ? sum[r][e] : sum[r + half][e];
+        sum[r][e] = kept + W::ShflXor(given, half * kWords);
+      }
+  }
+  const typename W::Shared to = turned + (group * D + 4 * word) * 4;
+  W::Store64(to, W::Bits(sum[0][0]), W::Bits(sum[0][1]));
+  W::Store64(to + 8, W::Bits(sum[0][2]), W::Bits(sum[0][3]));
+}
+
+// One warp writes query row `r` for levels, as WriteCodedQuery does, with what TurnLevelRows made of it.
+// `bias`: q . centre, which belongs to the product with every key. Returns what one unit of the integer sum
+// is worth, times |scale|.
 template <class W, int D>
 KVTIDE_DEVICE float WriteLevelQuery(const WarpRow<D>& row, float scale, int r, const std::byte* tables,
-                                    typename W::Shared area, float& bias) {
+                                    typename W::Shared turned_rows, typename W::Shared area, float& bias) {
   using Tables = LevelTables<D>;
-  constexpr int kColumns = Tables::kColumns;
+  static_assert(Tables::kColumns == D);
   const int lane = W::Lane();
-  const auto wide = static_cast<int>(W::LoadTableWord(tables + Tables::kUnit + offsetof(LevelUnit<D>, wide)));
-  const auto columns =
-      static_cast<int>(W::LoadTableWord(tables + Tables::kUnit + offsetof(LevelUnit<D>, columns)));
+  const auto of_unit = [tables](size_t at) {
+    return static_cast<int>(W::LoadTableWord(tables + Tables::kUnit + at));
+  };
+  const int lead = of_unit(offsetof(LevelUnit<D>, lead)), words = of_unit(offsetof(LevelUnit<D>, words)),
+            all_words = words + (of_unit(offsetof(LevelUnit<D>, tail)) > 0 ? 4 : 0);
+  WarpRow<D> turned = {};
   bias = 0;
   if (4 * lane < D) {
-    uint32_t centre[4];
+    uint32_t centre[4], columns[4];
     W::LoadTable(tables + Tables::kCentre + 16 * lane, centre);
+    W::Load128(turned_rows + (r * D + 4 * lane) * 4, columns);
 #pragma unroll
-    for (int i = 0; i < 4; i++) bias = W::Fma(row.x[0][i], W::Float(centre[i]), bias);
+    for (int i = 0; i < 4; i++) {
+      bias = W::Fma(row.x[0][i], W::Float(centre[i]), bias);
+      turned.x[0][i] = W::Float(columns[i]);
+    }
   }
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) bias += W::ShflXor(bias, mask);
 
-  // Columns 4 * lane and on, by all channels.
-  WarpRow<kColumns> turned = {};
-  const bool has = 4 * lane < columns;
-  const std::byte* const matrix = tables + Tables::kMatrix;
-  const std::byte* const from = matrix + (has ? 16 * lane : 0);
-#pragma unroll 4
-  for (int l = 0; l < D / 4; l++) {
+  const auto [inverse, unit] = Divide<W, D>(turned, 32639.0f, scale);
+  uint32_t high_word = 0, low_word = 0;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const float q = W::ShflXor(row.x[0][i], lane ^ l);
-      uint32_t w[4];
-      W::LoadTable(from + (4 * l + i) * (kColumns * 4), w);
-#pragma unroll
-      for (int e = 0; e < 4; e++) turned.x[0][e] = W::Fma(q, W::Float(w[e]), turned.x[0][e]);
-    }
+  for (int i = 0; i < 4; i++) {
+    const int q = W::Round(turned.x[0][i] * inverse);
+    const int high = (q + 128) >> 8, low = q - high * 256;
+    high_word |= static_cast<uint32_t>(high & 255) << (8 * i);
+    low_word |= static_cast<uint32_t>(low & 255) << (8 * i);
   }
-#pragma unroll
-  for (int e = 0; e < 4; e++)
-    if (!has) turned.x[0][e] = 0;
-  // The 16 columns that have no lane, by each lane's channels.
-  if constexpr (kColumns > 128) {
-    if (columns > 128) {
-#pragma unroll
-      for (int quad = 0; quad < 4; quad++) {
-        float sum[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          uint32_t w[4];
-          W::LoadTable(matrix + (4 * lane + i) * (kColumns * 4) + 512 + 16 * quad, w);
-#pragma unroll
-          for (int e = 0; e < 4; e++) sum[e] = W::Fma(row.x[0][i], W::Float(w[e]), sum[e]);
-        }
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-#pragma unroll
-          for (int mask = 16; mask > 0; mask /= 2) sum[e] += W::ShflXor(sum[e], mask);
-          if (lane == quad) turned.x[1][e] = sum[e];
-        }
-      }
-    }
-  }
-
-  const auto [inverse, unit] = Divide<W, kColumns>(turned, 32639.0f, scale);
-#pragma unroll
-  for (int b = 0; b < WarpRow<kColumns>::kBlocks; b++) {
-    uint32_t high_word = 0, low_word = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int q = W::Round(turned.x[b][i] * inverse);
-      const int high = (q + 128) >> 8, low = q - high * 256;
-      high_word |= static_cast<uint32_t>(high & 255) << (8 * i);
-      low_word |= static_cast<uint32_t>(low & 255) << (8 * i);
-    }
-    if (128 * b + 4 * lane < columns)
-      W::Store64(area + r / 8 * Tables::kQueryBytes + Tables::PlaceOf(wide, 32 * b + lane, r % 8), high_word,
-                 low_word);
-  }
+  if (lane < all_words)
+    W::Store64(area + r / 8 * Tables::kQueryBytes + Tables::PlaceOf(lead, words, lane, r % 8), high_word,
+               low_word);
   return unit;
 }
+
+// Levels of every width, whatever is above a code's bits.
+struct LevelBytes {
+  int8_t of[kMostTideWidth + 1][1 << kMostTideWidth] = {};
+};
+constexpr LevelBytes MakeLevelBytes() {
+  LevelBytes levels;
+  for (int width = 0; width <= kMostTideWidth; width++)
+    for (int code = 0; code < 1 << kMostTideWidth; code++)
+      levels.of[width][code] = static_cast<int8_t>(TideLevel(width, code & ((1 << width) - 1)));
+  return levels;
+}
+#ifdef __CUDACC__
+__device__
+#endif
+    constexpr LevelBytes kLevelBytes = MakeLevelBytes();
 
 // kKeyBits: of the type, for the bytes of a page.
 template <class W, int kKeyBits, class VCodec, int DK, int DV, int MT>
@@ -115,75 +153,112 @@ struct LevelTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
   static constexpr float kKUnit = 1;
   static constexpr int kLogits = Values::kLogits;
   static constexpr int kQueryFragmentBytes = MT * Tables::kQueryBytes, kQueryBytes = kQueryFragmentBytes;
-  // A warp's own: gains of the page's tokens as f32, then quads and slots of the unit.
-  static constexpr int kQuadsAt = kBlockTokens * 4, kSlotsAt = kQuadsAt + 16,
-                       kSlotWords = DK / kTideGroup / 2 * 4;
-  static constexpr int kScratchBytes = kSlotsAt + kSlotWords * 4;
+  using OwnUnit = LevelUnit<DK>;
+  // A warp's own: gains of the page's tokens as f32, then the unit's steps, then for every step and lane
+  // where its planes begin in the codes of a page, and its row of the lookup.
+  static constexpr int kStepsAt = kBlockTokens * 4, kSlotsAt = kStepsAt + 32, kSlotBytes = 32 * 8;
+  static constexpr int kScratchBytes = kSlotsAt + OwnUnit::kSteps * kSlotBytes;
 
-  // Lookup, for every width: levels of codes of 6 bits, at multiples of 256 bytes; then 8 entries for codes
-  // of 4 bits below 8, of those above, and for codes of 3 bits. Bits above the width are ignored.
-  // Then the masks.
-  static constexpr int kSingleBytes = 256, kRowsAt = (kMostTideWidth + 1) * kSingleBytes, kRowBytes = 32,
-                       kMasksAt = kRowsAt + (kMostTideWidth + 1) * kRowBytes, kLookupBytes = kMasksAt + 16;
-  static constexpr int kTableBytes = Values::kTableBytes + kSingleBytes + kLookupBytes;
-  static KVTIDE_DEVICE Shared Lookup(Shared area) {
-    return W::Align(area + Values::kTableBytes, kSingleBytes);
-  }
+  // Lookup. For every width a row: 8 entries for codes of 4 bits below 8, of those above, and for codes of 3
+  // bits, in which bits above the width are ignored; then for two codes of any width the bits of planes 4 and
+  // 5 that are meant, and where such codes begin, in 256 words. Then the masks, and zeros. Then the
+  // levels of two codes, whose bits take turns: of 6 and of 5 bits, and of every other width as if they
+  // had 4.
+  static constexpr int kRowBytes = 32, kMasksAt = (kMostTideWidth + 1) * kRowBytes, kZerosAt = kMasksAt + 16,
+                       kTwosAt = kZerosAt + 16, kSixes = 4096, kFives = 1024, kOthers = 256,
+                       kTwos = kSixes + kFives + 5 * kOthers, kLookupBytes = kTwosAt + kTwos * 2;
+  static constexpr int kLookupAt = (Values::kTableBytes + 15) / 16 * 16;
+  static constexpr int kTableBytes = kLookupAt + kLookupBytes;
 
   Shared scratch, lookup;
-  int wide;
-  uint32_t lane_place;  // of the lane's tokens in a half of a unit
   // 0x55555555, 0x33333333 and 0x0f0f0f0f, from shared memory: a choice by a constant takes the compiler two
   // instructions instead of one.
   uint32_t even_bits, even_pairs, even_nibbles;
 
-  static KVTIDE_DEVICE int LevelOf(int width, int code) {
-    return TideLevel(width, code & ((1 << width) - 1));
-  }
   // Entry `i` of a row of 8-entry tables. Of narrower codes both tables of codes of 4 bits mean the same
   // level; the one that is not asked adds the sign, -1 or 0.
   static KVTIDE_DEVICE int RowEntry(int width, int i) {
+    if (i >= 24) {
+      if (i < 28) return width == 6 ? 0x0f : width == 5 ? 0x03 : 0;
+      return (width == 6 ? 0 : width == 5 ? kSixes : kSixes + kFives + width * kOthers) / 256;
+    }
     if (width > 4) return 0;
-    if (i >= 16) return width > 3 ? 0 : LevelOf(width, i - 16);
-    if (width == 4) return i < 8 ? LevelOf(4, i) : LevelOf(4, 23 - i) + 1;
-    const int level = LevelOf(width, i < 8 ? i : 15 - i);
+    if (i >= 16) return width > 3 ? 0 : kLevelBytes.of[width][i - 16];
+    if (width == 4) return i < 8 ? kLevelBytes.of[4][i] : kLevelBytes.of[4][23 - i] + 1;
+    const int level = kLevelBytes.of[width][i < 8 ? i : 15 - i];
     return level < 0 ? level + 1 : level;
+  }
+  // Every other bit of 12, from the first on.
+  static KVTIDE_DEVICE int EvenBits(int x) {
+    x &= 0x555;
+    x = (x | x >> 1) & 0x333;
+    x = (x | x >> 2) & 0x30f;
+    return (x | x >> 4) & 0x3f;
   }
   // Thread `thread` of `threads` writes its part.
   static KVTIDE_DEVICE void WriteLookup(Shared area, int thread, int threads) {
-    const Shared at = Lookup(area);
+    const Shared at = area + kLookupAt;
     if (thread == 0) {
       W::Store64(at + kMasksAt, 0x55555555u, 0x33333333u);
       W::Store64(at + kMasksAt + 8, 0x0f0f0f0fu, 0);
+      W::Store64(at + kZerosAt, 0, 0);
+      W::Store64(at + kZerosAt + 8, 0, 0);
     }
     for (int i = thread; i < kMasksAt / 4; i += threads) {
       uint32_t word = 0;
-      for (int e = 0; e < 4; e++) {
-        const int byte = 4 * i + e, in_rows = byte - kRowsAt;
-        const int level = in_rows < 0 ? LevelOf(byte / kSingleBytes, byte % kSingleBytes)
-                                      : RowEntry(in_rows / kRowBytes, in_rows % kRowBytes);
-        word |= static_cast<uint32_t>(level & 255) << (8 * e);
-      }
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        word |= static_cast<uint32_t>(RowEntry(4 * i / kRowBytes, 4 * i % kRowBytes + e) & 255) << (8 * e);
       W::Store32(at + 4 * i, word);
+    }
+    // Four pairs of codes at a time, of which only the lowest bits differ.
+    for (int i = 4 * thread; i < kTwos; i += 4 * threads) {
+      const bool six = i < kSixes, five = !six && i < kSixes + kFives;
+      const int rest = i - kSixes - kFives,
+                width = six    ? 6
+                        : five ? 5
+                               : rest / kOthers,
+                bits = six    ? i
+                       : five ? i - kSixes
+                              : rest % kOthers;
+      const int8_t *const first = kLevelBytes.of[width] + EvenBits(bits), *const second =
+                                                                              kLevelBytes.of[width] +
+                                                                              EvenBits(bits >> 1);
+      const auto two = static_cast<uint32_t>((first[0] & 255) | (first[1] & 255) << 16);
+      W::Store64(at + kTwosAt + 2 * i, two | static_cast<uint32_t>(second[0] & 255) * 0x01000100u,
+                 two | static_cast<uint32_t>(second[1] & 255) * 0x01000100u);
     }
   }
   KVTIDE_DEVICE void InitKeys(Shared area, Shared own) {
-    lookup = Lookup(area);
+    lookup = area + kLookupAt;
     scratch = own;
-    const int n = W::Lane() >> 2;
-    lane_place = static_cast<uint32_t>(16 * (n & 1) + 4 * (n >> 1));
     uint32_t masks[4];
     W::Load128(lookup + kMasksAt, masks);
     even_bits = masks[0];
     even_pairs = masks[1];
     even_nibbles = masks[2];
   }
-  KVTIDE_DEVICE void BeginUnit(const LevelUnit<DK>& unit) {
-    wide = unit.wide;
-    const int lane = W::Lane();
+  KVTIDE_DEVICE void BeginUnit(const OwnUnit& unit) {
+    const int lane = W::Lane(), n = lane >> 2, c = lane & 3;
+    const int tail = unit.lead + (unit.words - 4 * unit.lead) / 8;  // the step behind quads
     W::Sync();
-    if (lane < kSlotWords) W::Store32(scratch + kSlotsAt + 4 * lane, unit.slots[lane / 4][lane % 4]);
-    if (lane < 4) W::Store32(scratch + kQuadsAt + 4 * lane, static_cast<uint32_t>(unit.quads[lane]));
+#pragma unroll
+    for (int s = 0; s < OwnUnit::kSteps; s++) {
+      const bool pair = s < unit.lead || s == tail;
+      const uint32_t slot = unit.slots[s][c];
+      // The lane's tokens in a unit, and the half of a page that it has of a pair.
+      const int place = 16 * (n & 1) + 4 * (n >> 1) + (pair ? 32 * (c & 1) : 0);
+      W::Store64(scratch + kSlotsAt + s * kSlotBytes + 8 * lane,
+                 (slot & 0xffffu) ^ static_cast<uint32_t>(place), slot >> 16);
+    }
+    if (lane == 0) {
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+        W::Store32(scratch + kStepsAt + 4 * i, static_cast<uint32_t>(unit.quads[1 + i]));
+      W::Store64(scratch + kStepsAt + 16, static_cast<uint32_t>(unit.lead),
+                 static_cast<uint32_t>(unit.quads[0]));
+      W::Store64(scratch + kStepsAt + 24, static_cast<uint32_t>(unit.tail), 0);
+    }
     W::Sync();
   }
   KVTIDE_DEVICE void BeginPage(int /*number*/) {}
@@ -223,112 +298,128 @@ struct LevelTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
       }
     }
   }
-
-  KVTIDE_DEVICE Shared PlanesOf(Shared k_half, uint32_t slot) const {
-    return k_half + static_cast<int>((slot & 0xffffu) ^ lane_place);
+  // Of six planes: eight bits of codes 2i and 2i + 1, of planes 0 to 3, in the bytes of low[i], and four of
+  // planes 4 and 5 in those of high[i].
+  KVTIDE_DEVICE void TransposeWide(const uint32_t* planes, uint32_t meant, uint32_t begin, uint32_t (&low)[4],
+                                   uint32_t (&high)[4]) const {
+    uint32_t even[3], odd[3];  // in nibbles
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+      even[i] = Choose(even_pairs, planes[2 * i], planes[2 * i + 1] << 2);
+      odd[i] = Choose(even_pairs, planes[2 * i] >> 2, planes[2 * i + 1]);
+    }
+    low[0] = Choose(even_nibbles, even[0], even[1] << 4);
+    low[1] = Choose(even_nibbles, odd[0], odd[1] << 4);
+    low[2] = Choose(even_nibbles, even[0] >> 4, even[1]);
+    low[3] = Choose(even_nibbles, odd[0] >> 4, odd[1]);
+    high[0] = (even[2] & meant) | begin;
+    high[1] = (odd[2] & meant) | begin;
+    high[2] = (even[2] >> 4 & meant) | begin;
+    high[3] = (odd[2] >> 4 & meant) | begin;
   }
 
-  // A step of four groups of up to kWidth bits.
+  // A lane's part of a step: its tables, and the B fragments of 4 tokens.
   template <int kWidth>
-  KVTIDE_DEVICE void Quad(Shared k_half, Shared slots, Shared part, int (&acc)[MT][8][4]) const {
-    const uint32_t slot = W::Load32(slots);
-    uint32_t query_part[MT][4], table[4];
-#pragma unroll
-    for (int m = 0; m < MT; m++) W::Load128(part + m * Tables::kQueryBytes, query_part[m]);
-    const Shared planes = PlanesOf(k_half, slot), row = lookup + kRowsAt + static_cast<int>(slot >> 16);
+  struct Group {
+    Shared planes;
+    uint32_t table[kWidth == 4 ? 4 : 2];  // of a row: for codes of 4 bits, of 3, or of two codes of any width
+  };
+  template <int kWidth>
+  KVTIDE_DEVICE Group<kWidth> GroupOf(Shared k_half, Shared slots) const {
+    uint32_t slot[2];
+    W::Load64(slots, slot);
+    const Shared row = lookup + static_cast<int>(slot[1]);
+    Group<kWidth> group;
+    group.planes = k_half + static_cast<int>(slot[0]);
     if constexpr (kWidth == 4)
-      W::Load128(row, table);
+      W::Load128(row, group.table);
     else
-      W::Load64(row + 16, table);
+      W::Load64(row + (kWidth > 4 ? 24 : 16), group.table);
+    return group;
+  }
+  // add(j, b0, b1) adds a product of token j's levels.
+  template <int kWidth, class Adds>
+  KVTIDE_DEVICE void Decode(const Group<kWidth>& group, int half, const Adds& add) const {
+    uint32_t plane[kWidth];
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      uint32_t plane[kWidth], codes[4];
+    for (int b = 0; b < kWidth; b++) plane[b] = W::Load32(group.planes + b * kTideUnitBytes + half * 32);
+    if constexpr (kWidth > 4) {
+      uint32_t low[4], high[4];
+      TransposeWide(plane, group.table[0], group.table[1], low, high);
 #pragma unroll
-      for (int b = 0; b < kWidth; b++) plane[b] = W::Load32(planes + b * kTideUnitBytes + half * 32);
+      for (int j = 0; j < 4; j++) {
+        // Byte j of both, and zeros: the sign of the second.
+        const auto bytes = static_cast<uint32_t>(0xcc40 + 0x1111 * j);
+        uint32_t two[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          two[i] = W::Load16(lookup + kTwosAt + 2 * static_cast<int>(W::Prmt(low[i], high[i], bytes)));
+        add(j, W::Prmt(two[0], two[1], 0x5410u), W::Prmt(two[2], two[3], 0x5410u));
+      }
+    } else {
+      uint32_t codes[4];
       Transpose<kWidth>(plane, codes);
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        const uint32_t byte = static_cast<uint32_t>(0x40 + 0x11 * j);
+        const auto byte = static_cast<uint32_t>(0x40 + 0x11 * j);
         const uint32_t first = W::Prmt(codes[0], codes[1], byte), second = W::Prmt(codes[2], codes[3], byte);
-        const uint32_t b0 = W::Prmt(table[0], table[1], first), b1 = W::Prmt(table[0], table[1], second);
-#pragma unroll
-        for (int m = 0; m < MT; m++) Add(acc[m][4 * half + j], query_part[m], b0, b1);
-        if constexpr (kWidth == 4) {
-          const uint32_t c0 = W::Prmt(table[2], table[3], this->k_decoder.Not(first)),
-                         c1 = W::Prmt(table[2], table[3], this->k_decoder.Not(second));
-#pragma unroll
-          for (int m = 0; m < MT; m++) Add(acc[m][4 * half + j], query_part[m], c0, c1);
-        }
+        add(j, W::Prmt(group.table[0], group.table[1], first),
+            W::Prmt(group.table[0], group.table[1], second));
+        if constexpr (kWidth == 4)
+          add(j, W::Prmt(group.table[2], group.table[3], this->k_decoder.Not(first)),
+              W::Prmt(group.table[2], group.table[3], this->k_decoder.Not(second)));
       }
     }
   }
+
   static KVTIDE_DEVICE void Add(int (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     W::template MmaBytes<true>(acc, a, b0, b1, acc);
   }
+  // Steps of four groups of up to kWidth bits.
   template <int kWidth>
   KVTIDE_DEVICE void Quads(Shared k_half, uint32_t count, Shared& slots, Shared& part,
                            int (&acc)[MT][8][4]) const {
 #pragma unroll 1
-    for (; count > 0; count--, slots += 16, part += 512) Quad<kWidth>(k_half, slots, part, acc);
+    for (; count > 0; count--, slots += kSlotBytes, part += 512) {
+      const Group<kWidth> group = GroupOf<kWidth>(k_half, slots);
+      uint32_t query_part[MT][4];
+#pragma unroll
+      for (int m = 0; m < MT; m++) W::Load128(part + m * Tables::kQueryBytes, query_part[m]);
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        Decode<kWidth>(group, half, [&](int j, uint32_t b0, uint32_t b1) {
+#pragma unroll
+          for (int m = 0; m < MT; m++) Add(acc[m][4 * half + j], query_part[m], b0, b1);
+        });
+    }
   }
-  // Where the level of byte `j` of the codes is; the low byte of the table's address is 0.
-  static KVTIDE_DEVICE Shared SingleOf(Shared singles, uint32_t codes, int j) {
-    if constexpr (std::is_same_v<Shared, uint32_t>)
-      return W::Prmt(codes, singles, 0x7650u | static_cast<uint32_t>(j));
-    else
-      return W::Join(singles, codes >> (8 * j) & 255u);
-  }
-
-  // A step of two groups of any width: lanes 2g and 2g + 1 have 4 coefficients of group g each. The first one
-  // of a page begins the sums.
-  template <bool kFirst>
-  KVTIDE_DEVICE void Wide(Shared k_half, Shared slots, Shared part, int (&acc)[MT][8][4]) const {
-    const uint32_t slot = W::Load32(slots);
-    uint32_t query_part[MT][4];
+  // A step of two groups of up to kWidth bits; kFirst: it begins the sums.
+  template <int kWidth, bool kFirst>
+  KVTIDE_DEVICE void Pair(Shared k_half, Shared slots, Shared part, int (&acc)[MT][8][4]) const {
+    const int lane = W::Lane();
+    const bool second = (lane & 1) != 0;
+    const Group<kWidth> group = GroupOf<kWidth>(k_half, slots);
+    uint32_t query_part[2][MT][4];
 #pragma unroll
     for (int m = 0; m < MT; m++) {
-      // The second half meets zeros, whatever it is; constants would be put in place again for every product.
-      W::Load64(part + m * Tables::kQueryBytes, query_part[m]);
-      W::Load64(part + m * Tables::kQueryBytes + 256, query_part[m] + 2);
+      const Shared own = part + m * Tables::kQueryBytes - (lane + 1) / 2 * 16, none = lookup + kZerosAt;
+      W::Load128(second ? none : own, query_part[0][m]);
+      W::Load128(second ? own : none, query_part[1][m]);
     }
-    const Shared planes = PlanesOf(k_half, slot), singles = lookup + static_cast<int>(slot >> 16) * 8;
-    const int from = (W::Lane() & 1) * 4;
-    uint32_t plane[kMostTideWidth];
+    Decode<kWidth>(group, 0, [&](int j, uint32_t b0, uint32_t b1) {
 #pragma unroll
-    for (int b = 0; b < kMostTideWidth; b++) {
-      const uint32_t first = W::Load32(planes + b * kTideUnitBytes),
-                     second = W::Load32(planes + b * kTideUnitBytes + 32);
-      plane[b] = Choose(even_nibbles, first >> from, second << (4 - from));
-    }
-    uint32_t low[4];
-    Transpose<4>(plane, low);
-    // Bits 4 and 5 in the lower half of nibbles; the lookup ignores what the upper one has.
-    const uint32_t x = Choose(even_bits, plane[4], plane[5] << 1),
-                   y = Choose(even_bits, plane[4] >> 1, plane[5]);
-    const uint32_t high[4] = {x, y, x >> 2, y >> 2};
+      for (int m = 0; m < MT; m++)
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      uint32_t codes[4];  // bytes of tokens
-#pragma unroll
-      for (int e = 0; e < 4; e++)
-        codes[e] = half == 0 ? Choose(even_nibbles, low[e], high[e] << 4)
-                             : Choose(even_nibbles, low[e] >> 4, high[e]);
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        uint32_t level[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++) level[e] = W::Load8(SingleOf(singles, codes[e], j));
-        const uint32_t b0 = (level[3] * 256 + level[2]) * 65536 + (level[1] * 256 + level[0]);
-        constexpr int kNone[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int m = 0; m < MT; m++) {
-          if constexpr (kFirst)
-            W::template MmaBytes<true>(acc[m][4 * half + j], query_part[m], b0, 0, kNone);
-          else
-            Add(acc[m][4 * half + j], query_part[m], b0, 0);
+        for (int half = 0; half < 2; half++) {
+          int(&sums)[4] = acc[m][4 * half + j];
+          if constexpr (kFirst) {
+            constexpr int kNone[4] = {0, 0, 0, 0};
+            W::template MmaBytes<true>(sums, query_part[half][m], b0, b1, kNone);
+          } else {
+            Add(sums, query_part[half][m], b0, b1);
+          }
         }
-      }
-    }
+    });
   }
 
   KVTIDE_DEVICE void KeyStage(Shared k_half, int /*tile*/, float (&y)[MT][kLogits]) {
@@ -341,25 +432,41 @@ struct LevelTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
       W::Store64(scratch + 8 * lane, W::Bits(gain(bytes & 255u)), W::Bits(gain(bytes >> 8)));
     }
     int acc[MT][8][4];
-    Shared slots = scratch + kSlotsAt + 4 * c, part = this->query + 8 * lane;
-    if (wide > 0) {
-      Wide<true>(k_half, slots, part, acc);
-#pragma unroll 1
-      for (int s = 1; s < wide; s++) Wide<false>(k_half, slots + 16 * s, part + 256 * s, acc);
-    } else {
+    Shared slots = scratch + kSlotsAt + 8 * lane, part = this->query + 16 * lane;
+    uint32_t steps[8];
+    W::Load128(scratch + kStepsAt, steps);
+    W::Load128(scratch + kStepsAt + 16, steps + 4);
+    if (steps[4] > 0) {
+      Pair<kMostTideWidth, true>(k_half, slots, part, acc);
+      slots += kSlotBytes;
+      part += 256;
+    } else {  // loaded: the compiler would make zeros ahead of the branch, for both sides
 #pragma unroll
       for (int m = 0; m < MT; m++)
 #pragma unroll
-        for (int i = 0; i < 8; i++) acc[m][i][0] = acc[m][i][1] = acc[m][i][2] = acc[m][i][3] = 0;
+        for (int i = 0; i < 8; i++) {
+          uint32_t zeros[4];
+          W::Load128(lookup + kZerosAt, zeros);
+#pragma unroll
+          for (int e = 0; e < 4; e++) acc[m][i][e] = static_cast<int>(zeros[e]);
+        }
     }
-    slots += 16 * wide;
-    part += 8 * lane + 256 * wide;
-    uint32_t quads[4];
-    W::Load128(scratch + kQuadsAt, quads);
-    Quads<4>(k_half, quads[0], slots, part, acc);
-    Quads<3>(k_half, quads[1], slots, part, acc);
-    Quads<2>(k_half, quads[2], slots, part, acc);
-    Quads<1>(k_half, quads[3], slots, part, acc);
+    Quads<kMostTideWidth>(k_half, steps[5], slots, part, acc);
+    Quads<4>(k_half, steps[0], slots, part, acc);
+    Quads<3>(k_half, steps[1], slots, part, acc);
+    Quads<2>(k_half, steps[2], slots, part, acc);
+    Quads<1>(k_half, steps[3], slots, part, acc);
+    if (steps[6] > 2) {
+      if (steps[6] > 3)
+        Pair<4, false>(k_half, slots, part, acc);
+      else
+        Pair<3, false>(k_half, slots, part, acc);
+    } else if (steps[6] > 0) {
+      if (steps[6] > 1)
+        Pair<2, false>(k_half, slots, part, acc);
+      else
+        Pair<1, false>(k_half, slots, part, acc);
+    }
     W::Sync();
     // Tile 4 * half + j of the products has, of lane column 2c + e, token 4e + 2 (j % 2) + j / 2 of the
     // lane's 8.

@@ -32,10 +32,14 @@ void MakeHead(const HeadProfile& head, CacheType type, std::byte* to) {
   };
 
   LevelUnit<D> unit;
-  unit.wide = (groups_above(4) + 1) / 2;
-  const int quads = (std::max(0, groups_above(0) - 2 * unit.wide) + 3) / 4;
-  unit.columns = 16 * unit.wide + 32 * quads;
-  KVTIDE_CHECK(unit.columns <= T::kColumns, "widths of a calibrated head take ", unit.columns, " columns");
+  const int coded = groups_above(0), wide = groups_above(4), left_of_wide = wide % 4;
+  unit.lead = left_of_wide == 1 || left_of_wide == 2 ? 1 : 0;
+  const int rest = std::max(0, coded - 2 * unit.lead), quads = (rest + 1) / 4;
+  const bool tail = rest > 4 * quads;
+  unit.words = 4 * unit.lead + 8 * quads;
+  const int steps = unit.lead + quads + (tail ? 1 : 0);
+  KVTIDE_CHECK(steps <= LevelUnit<D>::kSteps && 4 * unit.words + (tail ? 16 : 0) <= T::kColumns,
+               "groups of a calibrated head take ", steps, " steps");
 
   const auto put = [to](int at, const auto& value) { std::memcpy(to + at, &value, sizeof(value)); };
   const auto put_column = [&](int column, int group, int e) {
@@ -46,22 +50,25 @@ void MakeHead(const HeadProfile& head, CacheType type, std::byte* to) {
   };
   size_t next = 0;  // of the order
   int column = 0;
-  for (int s = 0; s < unit.wide + quads; s++) {
-    const bool wide = s < unit.wide;
-    if (!wide) unit.quads[4 - width_of(order[next])]++;
-    for (int c = 0; c < 4; c++) {
-      const size_t at = next + static_cast<size_t>(wide ? c / 2 : c);
-      if (at < order.size()) {
-        const int g = order[at];
-        const auto width = static_cast<uint32_t>(width_of(g));
-        const uint32_t place = first_unit[g] * kTideUnitBytes + static_cast<uint32_t>(g % 4 * 4);
-        if (width > 0) unit.slots[s][c] = place | (32 * width) << 16;
-        for (int i = 0; i < (wide ? 4 : 8); i++)
-          put_column(column + i, g, wide ? 4 * (c % 2) + i : T::CoefficientOf(i / 4, i % 4));
-      }
-      column += wide ? 4 : 8;
+  for (int s = 0; s < steps; s++) {
+    const int widest = width_of(order[next]);
+    const bool lead = s < unit.lead, behind = s == unit.lead + quads, pair = lead || behind;
+    const size_t groups = pair ? 2 : 4;
+    if (behind)
+      unit.tail = widest;
+    else if (!lead)
+      unit.quads[widest > 4 ? 0 : 5 - widest]++;
+    for (size_t c = 0; c < 4; c++) {
+      const size_t at = next + (pair ? c / 2 : c);
+      if (at >= order.size() || width_of(order[at]) == 0) continue;
+      const int g = order[at];
+      const uint32_t place = first_unit[g] * kTideUnitBytes + static_cast<uint32_t>(g % 4 * 4);
+      unit.slots[s][c] = place | (32 * static_cast<uint32_t>(width_of(g))) << 16;
     }
-    next += wide ? 2 : 4;
+    for (size_t i = 0; i < groups; i++, column += kTideGroup)
+      for (int e = 0; e < kTideGroup && next + i < order.size(); e++)
+        put_column(column + e, order[next + i], T::CoefficientOf(widest > 4, e / 4, e % 4));
+    next += groups;
   }
   put(T::kUnit, unit);
   for (int i = 0; i < dim; i++) put(T::kCentre + i * 4, head.centre[static_cast<size_t>(i)]);
