@@ -41,7 +41,7 @@ namespace kvtide {
 namespace {
 
 struct Options {
-  std::vector<std::string> types = {"f16", "q8_0", "q5_0", "q4_0", "turbo4", "turbo3", "turbo2"};
+  std::vector<std::string> types = {"f16", "q8_0", "q5_0", "q4_0", "turbo4", "wht4", "turbo3", "turbo2"};
   std::vector<int> groups = {1, 4, 8};
   int threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   size_t megabytes = 512;

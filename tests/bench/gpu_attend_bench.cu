@@ -2,9 +2,11 @@
 // beside the time in which the same pages can only be read, and writes the result as JSON.
 //   gpu_attend_bench [--json FILE] [--filter TEXT[,TEXT...]]
 // Random codes and scales, blocks in shuffled order, buffers used in turn so that nothing is left in L2;
-// median of 30 calls, each between two events, the three kernels together; and the same calls in a CUDA
-// graph. Every shape is also checked against float64 on one (sequence, KV head).
+// median of 30 calls, each between two events, the three kernels together; the same calls in a CUDA graph;
+// and, of some shapes, the graph on end for a second, the last half of which counts: the chip runs at its
+// power cap then. Every shape is also checked against float64 on one (sequence, KV head).
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -31,14 +33,20 @@ struct Shape {
   const char* pair;
   int sequences, kv_heads, tokens, dim, group;
   bool levels = false;  // calibrated keys are coded after RoPE
+  bool alone = false;   // also for a second on end
   std::string name() const { return std::string(pair) + (levels ? " after RoPE" : ""); }
 };
 
 constexpr Shape kShapes[] = {
     {"turbo4", 33, 4, 32768, 128, 1},
     {"turbo4", 33, 4, 32768, 128, 4},
-    {"turbo4", 33, 4, 32768, 128, 8},
-    {"turbo4", 33, 4, 32768, 128, 16},
+    {"turbo4", 33, 4, 32768, 128, 8, false, true},
+    {"turbo4", 33, 4, 32768, 128, 16, false, true},
+    {"wht4", 33, 4, 32768, 128, 1},
+    {"wht4", 33, 4, 32768, 128, 8, false, true},
+    {"wht4", 33, 4, 32768, 128, 16, false, true},
+    {"turbo4/wht4", 33, 4, 32768, 128, 8, false, true},
+    {"turbo4/wht4", 33, 4, 32768, 128, 16, false, true},
     {"turbo3", 33, 4, 32768, 128, 1},
     {"turbo3", 33, 4, 32768, 128, 8},
     {"turbo3", 33, 4, 32768, 128, 16},
@@ -66,15 +74,21 @@ constexpr Shape kShapes[] = {
     {"tide2/turbo2", 66, 8, 4096, 128, 4, true},
     {"tide3/turbo3", 512, 8, 512, 128, 4, true},
     {"q8_0/turbo4", 33, 4, 32768, 128, 8},
+    {"q8_0/turbo4", 33, 4, 32768, 128, 16},
+    {"q8_0/wht4", 33, 4, 32768, 128, 8},
+    {"q8_0/wht4", 33, 4, 32768, 128, 16},
     {"q8_0", 33, 4, 32768, 128, 8},
     {"f16", 33, 4, 32768, 128, 1},
     {"f16", 33, 4, 32768, 128, 8},
     {"turbo4", 33, 4, 32768, 64, 8},
+    {"wht4", 33, 4, 32768, 64, 8},
     {"turbo3", 33, 4, 32768, 64, 8},
     {"f16", 33, 4, 32768, 64, 8},
     {"turbo4", 16, 4, 32768, 256, 8},
+    {"wht4", 16, 4, 32768, 256, 8},
     {"f16", 16, 4, 32768, 256, 8},
     {"turbo4", 1, 8, 131072, 128, 4},
+    {"wht4", 1, 8, 131072, 128, 4},
     {"turbo3", 1, 8, 131072, 128, 4},
     {"f16", 1, 8, 131072, 128, 4},
     {"turbo4", 66, 8, 4096, 128, 4},
@@ -407,6 +421,27 @@ std::string RunShape(const Shape& s, int sms) {
   KVTIDE_BENCH_CUDA(cudaGraphInstantiate(&exec, graph, 0));
   const Timing in_graph = TimeCalls([&](int) { KVTIDE_BENCH_CUDA(cudaGraphLaunch(exec, nullptr)); });
 
+  // The graph on end, a hundred calls in flight at most.
+  double alone_us = 0;
+  if (s.alone) {
+    const auto begin = std::chrono::steady_clock::now();
+    const auto seconds = [&] {
+      return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    };
+    double half = 0, last = 0;
+    for (int calls = 0; last < 1; last = seconds()) {
+      for (int i = 0; i < 10; i++) KVTIDE_BENCH_CUDA(cudaGraphLaunch(exec, stream));
+      KVTIDE_BENCH_CUDA(cudaStreamSynchronize(stream));
+      const double now = seconds();
+      if (now < 0.5) {
+        half = now;
+        continue;
+      }
+      calls += 100;
+      alone_us = 1e6 * (now - half) / calls;
+    }
+  }
+
   // Read ceiling: the same ring without arithmetic, where the pair is one of the three timed widths.
   Timing read;
   int threads = 0, shared = 0;
@@ -434,9 +469,10 @@ std::string RunShape(const Shape& s, int sms) {
 
   std::printf(
       "%-23s %4d x %d x %6d d %3d G %2d | %7.1f MB | attend %7.1f us, with merge %7.1f [%.1f, %.1f], in a "
-      "graph %7.1f | %5.0f GB/s | read %6.1f us (%2.0f %%) | err %.1e lse %.1e | warps %d smem %d\n",
+      "graph %7.1f, for a second %7.1f | %5.0f GB/s | read %6.1f us (%2.0f %%) | err %.1e lse %.1e | warps "
+      "%d smem %d\n",
       s.name().c_str(), s.sequences, s.kv_heads, s.tokens, s.dim, s.group, static_cast<double>(bytes) * 1e-6,
-      attend_only.median, whole.median, whole.least, whole.most, in_graph.median / 10,
+      attend_only.median, whole.median, whole.least, whole.most, in_graph.median / 10, alone_us,
       static_cast<double>(bytes) / whole.median * 1e-3, read.median, 100 * read.median / whole.median, error,
       lse_error, kernel->threads / 32, kernel->shared_bytes);
   std::fflush(stdout);
@@ -449,11 +485,11 @@ std::string RunShape(const Shape& s, int sms) {
                 "{\"pair\": \"%s\", \"sequences\": %d, \"kv_heads\": %d, \"tokens\": %d, \"head_dim\": %d, "
                 "\"group\": %d, \"bytes\": %zu, "
                 "\"attend_us\": %.2f, \"with_merge_us\": %.2f, \"least_us\": %.2f, \"most_us\": %.2f, "
-                "\"in_graph_us\": %.2f, "
+                "\"in_graph_us\": %.2f, \"alone_us\": %.2f, "
                 "\"read_only_us\": %.2f, \"relative_error\": %.3e, \"lse_error\": %.3e}",
                 s.name().c_str(), s.sequences, s.kv_heads, s.tokens, s.dim, s.group, bytes,
-                attend_only.median, whole.median, whole.least, whole.most, in_graph.median / 10, read.median,
-                error, lse_error);
+                attend_only.median, whole.median, whole.least, whole.most, in_graph.median / 10, alone_us,
+                read.median, error, lse_error);
   return line;
 }
 

@@ -32,6 +32,8 @@ with open(path, "a+") as file:
 done <<'SHAPES'
 turbo4 33x4x32768 d128 G8
 turbo4 33x4x32768 d128 G16
+wht4 33x4x32768 d128 G8
+wht4 33x4x32768 d128 G16
 turbo3 33x4x32768 d128 G8
 q8_0 33x4x32768 d128 G8
 turbo4 33x4x32768 d64 G8

@@ -16,7 +16,7 @@ import pathlib
 import sys
 
 COLOURS = {"f16 (PyTorch)": "#8a8f98", "f16": "#5b6470", "q8_0": "#b9a25a", "q8_0/turbo4": "#7fa85c", "turbo4": "#2f7dbd",
-           "turbo3": "#1f5f99", "turbo2": "#12406b"}
+           "wht4": "#3f9ccf", "turbo3": "#1f5f99", "turbo2": "#12406b"}
 
 
 def load(folder):

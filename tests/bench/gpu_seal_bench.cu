@@ -75,7 +75,7 @@ int Main(int argc, char** argv) {
     if (std::strcmp(argv[i], "--only") == 0) only = argv[i + 1];
   for (const int dim : {128, 64, 256})
     for (const char* name :
-         {"turbo4", "turbo3", "turbo2", "q8_0", "q5_0", "q4_0", "planar4", "iso4", "rotor4", "f16"}) {
+         {"turbo4", "wht4", "turbo3", "turbo2", "q8_0", "q5_0", "q4_0", "planar4", "iso4", "rotor4", "f16"}) {
       if (dim != 128 && std::strcmp(name, "turbo4") != 0) continue;
       if (only != nullptr && std::strcmp(name, only) != 0) continue;
       const GroupShape shape{8, 8, dim, dim};

@@ -26,7 +26,7 @@ int Run(const std::string& json) {
   bool first = true;
   for (const Step& step : {Step{1, 8192}, Step{1, 131072}, Step{16, 8192}, Step{64, 4096}, Step{128, 1024}}) {
     double f16 = 0;
-    for (const char* pair : {"f16", "q8_0", "q8_0/turbo4", "turbo4", "turbo3"}) {
+    for (const char* pair : {"f16", "q8_0", "q8_0/turbo4", "turbo4", "wht4", "turbo3"}) {
       double megabytes = 0;
       size_t plan_bytes = 0;
       const double us = StepMicroseconds(pair, step, &megabytes, &plan_bytes);

@@ -300,7 +300,8 @@ INSTANTIATE_TEST_SUITE_P(Cuda, DeviceDecodeCases,
                                            Case{"turbo4", 256, 20, DataType::kF32, false, 30.0f},
                                            Case{"f16", 128, 6, DataType::kF32, false, 0},
                                            Case{"q5_0", 128, 4, DataType::kF32, true, 0},
-                                           Case{"turbo4", 192, 8, DataType::kF32, false, 0}),
+                                           Case{"turbo4", 192, 8, DataType::kF32, false, 0},
+                                           Case{"wht4", 128, 16, DataType::kBf16, true, 0}),
                          [](const auto& test) { return "Case" + std::to_string(test.index); });
 
 TEST_F(DeviceDecodeTest, SaysWhatIsMissing) {

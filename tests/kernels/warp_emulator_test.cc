@@ -199,8 +199,9 @@ void CheckCoded(const Shape& shape, unsigned seed, float limit = 5e-4f) {
   using Tile = CodedTile<EmulatedWarp, KCodec, VCodec, DK, DV, MT>;
   const Problem p = MakeProblem(TypeOf(KCodec::kName), TypeOf(VCodec::kName), DK, DV, shape, seed);
   Check<Tile, DK, DV>(p, shape, limit, [](WarpRow<DK>& row, float key_scale, int r, uint8_t* area) {
-    return cuda::WriteCodedQuery<EmulatedWarp, DK, KCodec::kGroup, Tile::KDecoder::kOffset>(
-        row, key_scale, r, area, Tile::kQueryFragmentBytes);
+    return cuda::WriteCodedQuery<EmulatedWarp, DK, KCodec::kGroup, Tile::KDecoder::kOffset,
+                                 Tile::KDecoder::kInterleaved>(row, key_scale, r, area,
+                                                               Tile::kQueryFragmentBytes);
   });
 }
 
@@ -408,6 +409,7 @@ TEST(WarpEmulator, PermuteReplicatesSigns) {
 
 TEST(CodedTile, EveryWidthAgainstFloat64) {
   CheckCoded<Turbo4, Turbo4, 128, 128, 1>({8, 200, 1.0f}, 1);
+  CheckCoded<Wht4, Wht4, 128, 128, 1>({8, 200, 1.0f}, 2);
   CheckCoded<Turbo3, Turbo3, 128, 128, 1>({5, 130, 1.0f}, 3);
   CheckCoded<Turbo2, Turbo2, 128, 128, 1>({3, 64, 1.0f}, 4);
   CheckCoded<Q8_0, Q8_0, 128, 128, 1>({8, 130, 1.0f}, 5);
@@ -420,6 +422,9 @@ TEST(CodedTile, MixedPairs) {
   CheckCoded<Turbo4, Turbo3, 128, 128, 1>({8, 63, 1.0f}, 12);
   CheckCoded<Turbo3, Q4_0, 128, 128, 1>({8, 1, 1.0f}, 13);
   CheckCoded<Turbo2, Turbo4, 64, 64, 1>({8, 100, 1.0f}, 14);
+  CheckCoded<Turbo4, Wht4, 128, 128, 1>({8, 130, 1.0f}, 15);
+  CheckCoded<Wht4, Turbo4, 64, 64, 1>({8, 100, 1.0f}, 16);
+  CheckCoded<Q8_0, Wht4, 128, 128, 2>({16, 130, 0.05f}, 17);
 }
 
 TEST(CodedTile, HeadDimsAndSixteenRows) {
@@ -430,6 +435,9 @@ TEST(CodedTile, HeadDimsAndSixteenRows) {
   CheckCoded<Turbo4, Turbo4, 256, 256, 1>({8, 70, 1.0f}, 25);
   CheckCoded<Turbo3, Turbo3, 512, 512, 1>({8, 70, 1.0f}, 26);
   CheckCoded<Turbo4, Turbo4, 128, 128, 2>({13, 150, 1.0f}, 27);
+  CheckCoded<Wht4, Wht4, 128, 128, 2>({13, 150, 1.0f}, 28);
+  CheckCoded<Wht4, Wht4, 96, 96, 1>({8, 100, 1.0f}, 29);
+  CheckCoded<Wht4, Wht4, 256, 256, 1>({8, 70, 1.0f}, 30);
 }
 
 // Weights must not wrap: the reference exponent is rounded, which a fixed ceiling of 65535 would not survive.
@@ -438,6 +446,7 @@ TEST(CodedTile, LargeLogitsWithEqualScales) {
     CheckCoded<Turbo4, Turbo4, 128, 128, 1>({8, 300, 100.0f, true}, 30 + seed, 3e-2f);
     CheckCoded<Turbo3, Turbo3, 128, 128, 1>({8, 300, 1000.0f, true}, 40 + seed, 0.3f);
     CheckCoded<Q4_0, Q4_0, 128, 128, 1>({8, 300, 100.0f, true}, 50 + seed, 3e-2f);
+    CheckCoded<Wht4, Wht4, 128, 128, 1>({8, 300, 100.0f, true}, 60 + seed, 3e-2f);
   }
 }
 
@@ -446,6 +455,7 @@ TEST(CodedTile, PagesThatAreMasked) {
   CheckCoded<Turbo4, Turbo4, 128, 128, 1>({8, 200, 1.0f, false, 70}, 71);
   CheckCoded<Turbo3, Turbo3, 64, 64, 2>({13, 300, 1.0f, false, 130}, 72);
   CheckCoded<Q8_0, Q4_0, 128, 128, 1>({8, 200, 0.05f, false, 64}, 73);
+  CheckCoded<Wht4, Wht4, 64, 64, 1>({8, 200, 1.0f, false, 70}, 75);
   CheckHalf<false, 128, 128, 1, 32>({8, 200, 1.0f, false, 70}, 74);
 }
 

@@ -22,14 +22,15 @@ struct TileInfo<CodedTile<W, KCodec, VCodec, DK, DV, MT>> {
   // kRebuilt: the tile makes its keys, page by page, with tables of the unit and memory of the warp's own.
   static constexpr bool kCoded = true, kRebuilt = false;
   static constexpr int kScratchBytes = 0;  // of a warp
-  using Query = QueryKind<DK, Tile::kRows, KCodec::kGroup, Tile::KDecoder::kOffset>;
+  using Query =
+      QueryKind<DK, Tile::kRows, KCodec::kGroup, Tile::KDecoder::kOffset, Tile::KDecoder::kInterleaved>;
 };
 template <class W, bool kBf16, int DK, int DV, int MT, int kTokens>
 struct TileInfo<HalfTile<W, kBf16, DK, DV, MT, kTokens>> {
   static constexpr int kDk = DK, kDv = DV, kTiles = MT;
   static constexpr bool kCoded = false, kRebuilt = false;
   static constexpr int kScratchBytes = 0;
-  using Query = QueryKind<DK, 8 * MT, kBf16 ? kBf16Query : kF16Query, 0>;
+  using Query = QueryKind<DK, 8 * MT, kBf16 ? kBf16Query : kF16Query>;
 };
 
 // kWhole: pages come in one piece instead of two; fewer instructions, where shared memory allows. kCtaWarps:

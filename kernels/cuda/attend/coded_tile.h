@@ -197,13 +197,16 @@ struct CodedTile {
   }
 
   // A fragments of 16 weights (two groups of 8 tokens): high bytes in rows 0-7, low bytes in rows 8-15.
+  // Tokens are in the order of the decoder's codes.
   static KVTIDE_DEVICE void PackWeights(const uint32_t (&bits)[16], uint32_t (&a)[2][4]) {
 #pragma unroll
     for (int group32 = 0; group32 < 2; group32++)
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const uint32_t* w = &bits[group32 * 8 + h * 4];
-        const uint32_t low = W::Prmt(w[0], w[1], 0x5410u), high = W::Prmt(w[2], w[3], 0x5410u);
+        constexpr int kStride = VDecoder::kInterleaved ? 2 : 1;
+        const uint32_t* w = &bits[group32 * 8 + h * (VDecoder::kInterleaved ? 1 : 4)];
+        const uint32_t low = W::Prmt(w[0], w[kStride], 0x5410u),
+                       high = W::Prmt(w[2 * kStride], w[3 * kStride], 0x5410u);
         a[group32][2 * h] = W::Prmt(low, high, 0x7531u);
         a[group32][2 * h + 1] = W::Prmt(low, high, 0x6420u);
         if constexpr (kSignedWeights) a[group32][2 * h + 1] ^= 0x80808080u;

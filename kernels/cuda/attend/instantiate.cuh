@@ -40,6 +40,7 @@ constexpr Form FormOfCodec() {
   if (std::is_same_v<C, typename Turbo4::Stored>) return Form::kCode4;
   if (std::is_same_v<C, typename Turbo3::Stored>) return Form::kCode3;
   if (std::is_same_v<C, typename Turbo2::Stored>) return Form::kCode2;
+  if (std::is_same_v<C, typename Wht4::Stored>) return Form::kUniform4;
   return Form::kOther;
 }
 
@@ -161,6 +162,7 @@ void AddCommonPairs(std::vector<AttendKernel>* list) {
   AddCoded<Turbo4, Turbo3, D>(list);
   AddCoded<Turbo3, Turbo3, D>(list);
   AddCoded<Turbo2, Turbo2, D>(list);
+  AddCoded<Wht4, Wht4, D>(list);
 }
 
 }  // namespace kvtide::cuda

@@ -23,6 +23,7 @@ Form FormOf(CacheType type) {
     if (std::is_same_v<C, Turbo4::Stored>) return Form::kCode4;
     if (std::is_same_v<C, Turbo3::Stored>) return Form::kCode3;
     if (std::is_same_v<C, Turbo2::Stored>) return Form::kCode2;
+    if (std::is_same_v<C, Wht4::Stored>) return Form::kUniform4;
     return Form::kOther;
   });
 }

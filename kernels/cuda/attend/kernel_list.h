@@ -13,7 +13,21 @@
 namespace kvtide::cuda {
 
 // Ways of storing, whatever the rotation: one attention kernel serves all types of one form.
-enum class Form : int { kF16, kBf16, kQ8, kQ5, kQ4, kCode4, kCode3, kCode2, kTide4, kTide3, kTide2, kOther };
+enum class Form : int {
+  kF16,
+  kBf16,
+  kQ8,
+  kQ5,
+  kQ4,
+  kCode4,
+  kCode3,
+  kCode2,
+  kUniform4,
+  kTide4,
+  kTide3,
+  kTide2,
+  kOther
+};
 Form FormOf(CacheType type);
 
 // The kernel of a coded pair that reads f16 pages in the same launch (joint_kernel.cuh), with its threads and

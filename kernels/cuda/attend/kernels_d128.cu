@@ -12,6 +12,8 @@ void AddKernels128(std::vector<AttendKernel>* list) {
   AddCoded<Turbo4, Turbo2, 128>(list);
   AddCoded<Turbo3, Turbo4, 128>(list);
   AddCoded<Turbo3, Turbo2, 128>(list);
+  AddCoded<Q8_0, Wht4, 128>(list);
+  AddCoded<Turbo4, Wht4, 128>(list);
 }
 
 }  // namespace kvtide::cuda

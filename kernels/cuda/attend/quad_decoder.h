@@ -5,6 +5,9 @@
 // instead, which is how 16 levels take two tables: the lower one is asked with the codes, the upper one,
 // stored backwards, with their complements. Both hold level + 64, so that the idle one answers 0 and a sum
 // joins them; the offset is taken back by the start value of the products (kOffset).
+// Uniform levels (format/wht4.h) need no table: a mask turns 8 nibbles into 4 level bytes, those of the codes
+// in odd places, and after a shift those in even places. Even codes are then the first half of the products'
+// depth and odd ones the second, and what they meet has to be in that order too (kInterleaved).
 // Permutes, shifts and logic share the ALU pipe, which is the bottleneck. Complements and sums are therefore
 // written as arithmetic (W::Complement, W::Plus), which the compiler spreads over the ALU and the
 // multiplication pipe.
@@ -20,20 +23,23 @@ namespace kvtide::cuda {
 template <class W, class Codec>
 struct QuadDecoder {
   static constexpr int kBits = Codec::kBits;
-  static constexpr int kOffset = kBits == 4 ? 64 : 0;
+  static constexpr bool kUniform = requires { requires Codec::Book::kStep == 16; };
+  static constexpr bool kInterleaved = kUniform;
+  static constexpr int kOffset = kBits == 4 && !kUniform ? 64 : 0;
 
   uint32_t table[4];
 
   static constexpr int kTableBytes = 64;
 
-  uint32_t ones;  // 0xffffffff, but not a constant to the compiler
+  // 0xffffffff, or the top bits of nibbles and bytes, but not a constant to the compiler
+  uint32_t pattern;
 
   // One lane of the CTA writes the tables to shared memory, all lanes read them after a barrier. Constants,
   // and values that are the same in all lanes, would be moved to a register again before every permute; so
   // there is a copy for the even and one for the odd lanes, which the compiler cannot know to be equal.
   static KVTIDE_DEVICE void WriteTables(typename W::Shared area) {
     uint32_t words[4] = {0, 0, 0, 0};
-    constexpr int kEntries = kBits == 4 ? 16 : kBits == 3 ? 8 : kBits == 2 ? 4 : 0;
+    constexpr int kEntries = kUniform ? 0 : kBits == 4 ? 16 : kBits == 3 ? 8 : kBits == 2 ? 4 : 0;
 #pragma unroll
     for (int i = 0; i < kEntries; i++) {
       const int code = i < 8 ? i : 23 - i;
@@ -49,20 +55,20 @@ struct QuadDecoder {
     for (int copy = 0; copy < 2; copy++) {
       W::Store64(area + 32 * copy, words[0], words[1]);
       W::Store64(area + 32 * copy + 8, words[2], words[3]);
-      W::Store64(area + 32 * copy + 16, 0xffffffffu, 0u);
+      W::Store64(area + 32 * copy + 16, kUniform ? 0x88888888u : 0xffffffffu, 0u);
     }
   }
   KVTIDE_DEVICE void Init(typename W::Shared area) {
     const typename W::Shared from = area + 32 * (W::Lane() & 1);
     if constexpr (kBits <= 5) {
       uint32_t rest[2];
-      W::Load128(from, table);
+      if constexpr (!kUniform) W::Load128(from, table);
       W::Load64(from + 16, rest);
-      ones = rest[0];
+      pattern = rest[0];
     }
   }
 
-  KVTIDE_DEVICE uint32_t Not(uint32_t w) const { return W::Complement(w, ones); }
+  KVTIDE_DEVICE uint32_t Not(uint32_t w) const { return W::Complement(w, pattern); }
   KVTIDE_DEVICE uint32_t Sum(uint32_t x, uint32_t y) const { return W::Plus(x, y); }
 
   // 8 codes in nibbles with bit 3 clear.
@@ -77,6 +83,13 @@ struct QuadDecoder {
       for (int i = 0; i < 4; i++) {
         b[i][0] = w[2 * i];
         b[i][1] = w[2 * i + 1];
+      }
+    } else if constexpr (kUniform) {
+      static_assert(kBits == 4);
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        b[i][0] = (w[i] << 4 & 0xf0f0f0f0u) ^ pattern;
+        b[i][1] = (w[i] & 0xf0f0f0f0u) ^ pattern;
       }
     } else if constexpr (kBits == 4 || kBits == 5) {
 #pragma unroll

@@ -13,9 +13,10 @@ namespace kvtide::cuda {
 // Instead of the size of a K scale's group.
 inline constexpr int kF16Query = 0, kBf16Query = -1;
 
-template <int D, int kRowsT, int kGroupT, int kOffsetT>
+template <int D, int kRowsT, int kGroupT, int kOffsetT = 0, bool kInterleavedT = false>
 struct QueryKind {
   static constexpr int kDim = D, kRows = kRowsT, kGroup = kGroupT, kOffset = kOffsetT;
+  static constexpr bool kInterleaved = kInterleavedT;
   static constexpr bool kCoded = kGroup > 0;
   static constexpr int kRowFragmentBytes = kRows / 8 * (D / (kCoded ? 32 : 16)) * 512;
   // Coded: followed by the start values of the products of each row and group.
@@ -82,8 +83,8 @@ KVTIDE_DEVICE void QueryBody(const AttendParams& params, uint32_t index_of_unit,
             if (128 * b + 4 * lane + i < params.head_dim) row.x[b][i] /= other.x[b][i];
       }
       Rotate<D, false>(params.k_rotation, row);
-      unit_value = WriteCodedQuery<DeviceWarp, D, Kind::kGroup, Kind::kOffset>(row, params.key_scale, r, area,
-                                                                               Kind::kRowFragmentBytes);
+      unit_value = WriteCodedQuery<DeviceWarp, D, Kind::kGroup, Kind::kOffset, Kind::kInterleaved>(
+          row, params.key_scale, r, area, Kind::kRowFragmentBytes);
     } else {
       unit_value = WriteHalfQuery<DeviceWarp, D, Kind::kGroup == kBf16Query>(row, params.key_scale, r, area);
     }

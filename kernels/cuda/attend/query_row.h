@@ -128,8 +128,8 @@ KVTIDE_DEVICE RowDivision Divide(WarpRow<D>& row, float most, float scale) {
 
 // Coded pages: q16 = round(q * 32639 / max) in balanced bytes. Returns what one unit of the integer sum is
 // worth, times |scale|; the sign of the scale is the row's. kGroup: values per K scale; kOffset: table offset
-// to take back (0 = none).
-template <class W, int D, int kGroup, int kOffset>
+// to take back (0 = none); kInterleaved: of 8 dims those with even numbers come first (QuadDecoder).
+template <class W, int D, int kGroup, int kOffset, bool kInterleaved>
 KVTIDE_DEVICE float WriteCodedQuery(WarpRow<D>& row, float scale, int r, typename W::Shared area,
                                     int fragment_bytes) {
   constexpr int kGroups = (D + kGroup - 1) / kGroup;
@@ -148,6 +148,12 @@ KVTIDE_DEVICE float WriteCodedQuery(WarpRow<D>& row, float scale, int r, typenam
       low_word |= static_cast<uint32_t>(low & 255) << (8 * i);
       high_sum += high;
       low_sum += low;
+    }
+    if constexpr (kInterleaved) {  // two lanes have the 8 dims
+      const uint32_t other_high = W::ShflXor(high_word, 1), other_low = W::ShflXor(low_word, 1);
+      const bool odd = lane % 2 == 1;
+      high_word = odd ? W::Prmt(other_high, high_word, 0x7531u) : W::Prmt(high_word, other_high, 0x6420u);
+      low_word = odd ? W::Prmt(other_low, low_word, 0x7531u) : W::Prmt(low_word, other_low, 0x6420u);
     }
     if (128 * b + 4 * lane < D) W::Store64(area + FragmentOffset<D, 32>(lane, b, r), high_word, low_word);
     if constexpr (kOffset != 0) {
