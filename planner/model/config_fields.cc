@@ -11,6 +11,7 @@ namespace {
 const std::set<std::string>& KnownFields() {
   static const std::set<std::string> fields = {"_attn_implementation",
                                                "_attn_implementation_autoset",
+                                               "_sliding_window_pattern",
                                                "activation_situ_linear_beta",
                                                "add_cross_attention",
                                                "add_full_attention_sink_bias",

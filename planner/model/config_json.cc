@@ -358,6 +358,9 @@ class ConfigReader {
     }
     if (window_ == 0) return full;
     KVTIDE_ASSIGN_OR_RETURN(int64_t period, fields_.Whole("sliding_window_pattern", 0));
+    if (period == 0) {  // as transformers writes it of Gemma 3
+      KVTIDE_ASSIGN_OR_RETURN(period, fields_.Whole("_sliding_window_pattern", 0));
+    }
     // Command R7B says it twice; both count layers up to a full one (transformers 5.24.0,
     // models/cohere2/configuration_cohere2.py: sliding where (i + 1) % pattern is not 0, 4 by default).
     if (period == 0) {

@@ -112,6 +112,12 @@ TEST(ConfigJson, PatternsAndWholeModelsThatSlide) {
   EXPECT_EQ(Count(*Read(config), LayerKind::kSliding), 4);
   config["sliding_window_pattern"] = 4;
   EXPECT_EQ(Count(*Read(config), LayerKind::kSliding), 3);
+  // So transformers writes it of Gemma 3, beside layer_types, which say more.
+  config.erase("sliding_window_pattern");
+  config["_sliding_window_pattern"] = 2;
+  const auto read = Read(config);
+  ASSERT_TRUE(read.ok()) << read.status();
+  EXPECT_EQ(Count(*read, LayerKind::kSliding), 2);
 }
 
 TEST(ConfigJson, LatentLayers) {
