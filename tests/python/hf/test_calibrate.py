@@ -1,6 +1,7 @@
 """`python -m kvtide.calibrate`: profiles of keys through transformers."""
 import json
 import os
+import pathlib
 import subprocess
 import time
 
@@ -17,7 +18,8 @@ from ways import Daemon, ROOT
 
 MODEL = str(ROOT / "clients" / "engine" / "models" / "tidelm-7m")
 TEXT = ROOT / "tests" / "data" / "manuals.txt"
-KVTIDE = ROOT / "build" / "dev" / "clients" / "cli" / "kvtide"
+PROGRAMS = pathlib.Path(os.environ.get("KVTIDE_TEST_PROGRAMS", ROOT / "build" / "dev" / "daemon"))
+KVTIDE = PROGRAMS.parent / "clients" / "cli" / "kvtide"
 
 PARTIAL = {k: v for k, v in COMMON.items() if k != "head_dim"}
 MORE = {
@@ -172,6 +174,8 @@ def test_a_daemon_calibrates_from_the_traffic_of_a_model(loaded, tmp_path):
             out = tmp_path / "traffic.profile"
             done = subprocess.run([*command, "--model", name, "--wait", "--out", out, "--install"], check=True, capture_output=True, text=True)
             assert "before RoPE" in done.stdout and "ready, installed" in done.stdout
+            status = subprocess.run([KVTIDE, "status", "--address", running.address], check=True, capture_output=True, text=True).stdout
+            assert f"{name}: profile 1 is installed, before RoPE; 0 open sequences have it" in status
     finally:
         model.set_attn_implementation("sdpa")
         running.stop()
