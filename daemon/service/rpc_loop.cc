@@ -1,5 +1,6 @@
 #include "daemon/service/rpc_loop.h"
 
+#include <algorithm>
 #include <chrono>
 #include <deque>
 #include <functional>
@@ -21,10 +22,16 @@ constexpr size_t kConnectionsForOneThread = 4;
 constexpr int kCallsThatTakeTurns = 3;
 // Events that wait for their turn; with more the sockets are left alone.
 constexpr size_t kMostEvents = 256;
+// Where there are many connections: so many requests that have come are served in a row before their answers
+// are sent, one for so many connections. What serves them and what moves their bytes take the processor's
+// caches from each other, and a client that wakes finds several answers.
+constexpr size_t kMostTogether = 8, kConnectionsForEach = 8;
 // A helper that finds nothing to do for so long sleeps until it is called.
 constexpr std::chrono::milliseconds kBreath{5};
 
 }  // namespace
+
+thread_local std::vector<Rpc::Answer>* Rpc::outbox_ = nullptr;
 
 Rpc::Rpc(std::atomic<int>* living) : living_(living) { context_.AsyncNotifyWhenDone(&done_); }
 
@@ -45,11 +52,19 @@ void Rpc::SendInitialMetadata() {
 
 void Rpc::Write(const grpc::ByteBuffer& message) {
   refs_.fetch_add(1, std::memory_order_relaxed);
-  stream_.Write(message, &written_);
+  Send(message, false);
 }
 
-void Rpc::WriteAndFinish(const grpc::ByteBuffer& message) {
-  stream_.WriteAndFinish(message, grpc::WriteOptions(), grpc::Status::OK, &finished_);
+void Rpc::WriteAndFinish(const grpc::ByteBuffer& message) { Send(message, true); }
+
+void Rpc::Send(const grpc::ByteBuffer& message, bool last) {
+  if (outbox_ != nullptr) {
+    outbox_->push_back({this, message, last});
+  } else if (last) {
+    stream_.WriteAndFinish(message, grpc::WriteOptions(), grpc::Status::OK, &finished_);
+  } else {
+    stream_.Write(message, &written_);
+  }
 }
 
 void Rpc::Finish(const grpc::Status& status) { stream_.Finish(status, &finished_); }
@@ -126,11 +141,31 @@ void RpcLoop::WaitForCalls() const {
   while (living_ > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
 
+void RpcLoop::HandleTogether(Event event) {
+  const size_t most = std::min(connections_() / kConnectionsForEach, kMostTogether);
+  if (most < 2) {
+    Handle(event.tag, event.ok);
+    return;
+  }
+  std::vector<Event> requests;
+  for (bool more = true; more;) {
+    if (static_cast<Rpc::Tag*>(event.tag)->event == Rpc::Event::kRead) {
+      requests.push_back(event);
+    } else {
+      Handle(event.tag, event.ok);
+    }
+    more = requests.size() < most &&
+           queue_->AsyncNext(&event.tag, &event.ok, std::chrono::system_clock::time_point()) ==
+               grpc::CompletionQueue::GOT_EVENT;
+  }
+  std::vector<Rpc::Answer> answers;
+  Rpc::outbox_ = &answers;
+  for (const Event& request : requests) Handle(request.tag, request.ok);
+  Rpc::outbox_ = nullptr;
+  for (const Rpc::Answer& answer : answers) answer.rpc->Send(answer.message, answer.last);
+}
+
 void RpcLoop::Run() {
-  struct Event {
-    void* tag;
-    bool ok;
-  };
   Turns<uint64_t, std::deque<Event>> turns;  // by connection
   size_t waiting = 0;
   const auto put = [&](void* tag, bool ok) {
@@ -145,6 +180,10 @@ void RpcLoop::Run() {
     bool ok = false;
     if (waiting == 0) {
       if (!queue_->Next(&tag, &ok)) return;
+      if (Busy()) {
+        HandleTogether({tag, ok});
+        continue;
+      }
       if (!TakesTurns()) {
         Handle(tag, ok);
         continue;
@@ -182,7 +221,7 @@ void RpcLoop::Help() {
       const auto next = queue_->AsyncNext(&tag, &ok, std::chrono::system_clock::now() + kBreath);
       if (next == grpc::CompletionQueue::SHUTDOWN) return;
       idle = next == grpc::CompletionQueue::TIMEOUT;
-      if (!idle) Handle(tag, ok);
+      if (!idle) HandleTogether({tag, ok});
     }
   }
 }

@@ -54,10 +54,18 @@ class Rpc {
     Rpc* rpc;
     Event event;
   };
+  struct Answer {
+    Rpc* rpc;
+    grpc::ByteBuffer message;  // shares its bytes
+    bool last;                 // the call ends with it
+  };
+  // Or puts it into the thread's outbox, if it has one.
+  void Send(const grpc::ByteBuffer& message, bool last);
   explicit Rpc(std::atomic<int>* living);
   void React(Event event, bool ok);
   void Unref();
 
+  static thread_local std::vector<Answer>* outbox_;
   std::atomic<int>* const living_;  // calls that have begun and are not done
   grpc::GenericServerContext context_;
   grpc::GenericServerAsyncReaderWriter stream_{&context_};
@@ -97,6 +105,12 @@ class RpcLoop {
   bool Busy() const;
   // Events wait for the turn of their connection.
   bool TakesTurns() const;
+  struct Event {
+    void* tag;
+    bool ok;
+  };
+  // The event and those that have come after it, requests last.
+  void HandleTogether(Event event);
   void Handle(void* tag, bool ok);
   void AwaitCall();
 

@@ -48,6 +48,7 @@ struct Result {
   int64_t bytes = 0;            // of tensors, both ways
   double calls_per_second = 0;  // of all clients together; 0 = one call after the other
   double daemon_us = 0;         // processor time of the daemon for a call; 0 = not measured
+  double client_us = 0;         // the same of the clients
 };
 
 void Check(const absl::Status& status) {
@@ -285,7 +286,7 @@ Result MeasureMany(kvtide::Client* client, const std::string& name, const std::s
   std::vector<std::unique_ptr<Load>> loads;
   for (int i = 0; i < clients; i++) loads.push_back(std::make_unique<Load>(client, socket, 1));
   RunLoads(loads, 0, seconds / 10);
-  const double before = ProcessorTime(daemon);
+  const double before = ProcessorTime(daemon), own_before = ProcessorTime(::getpid());
   const auto start = std::chrono::steady_clock::now();
   const std::vector<double> times = RunLoads(loads, loads.size(), seconds);
   const std::chrono::duration<double> wall = std::chrono::steady_clock::now() - start;
@@ -296,7 +297,8 @@ Result MeasureMany(kvtide::Client* client, const std::string& name, const std::s
           times[times.size() * 99 / 100],
           kTinyBytes,
           calls / wall.count(),
-          (ProcessorTime(daemon) - before) / calls};
+          (ProcessorTime(daemon) - before) / calls,
+          (ProcessorTime(::getpid()) - own_before) / calls};
 }
 
 // A server as the daemon's is, whose handler answers so many bytes as a tiny call's answer has and does
@@ -432,12 +434,13 @@ int main(int argc, char** argv) {
     MeasureNothing(socket.substr(0, socket.rfind('/')), clients, seconds, &results);
   }
   if (only.empty() || only == "fair") MeasureFairness(client->get(), socket, seconds, &results);
-  std::printf("%-66s %-8s %9s %9s %12s %9s %9s\n", "call", "by", "p50 us", "p99 us", "tensor bytes",
-              "calls/s", "daemon us");
+  std::printf("%-66s %-8s %9s %9s %12s %9s %9s %9s\n", "call", "by", "p50 us", "p99 us", "tensor bytes",
+              "calls/s", "daemon us", "client us");
   nlohmann::json rows = nlohmann::json::array();
   for (const Result& r : results) {
-    std::printf("%-66s %-8s %9.1f %9.1f %12lld %9.0f %9.1f\n", r.call.c_str(), r.transport.c_str(), r.p50_us,
-                r.p99_us, static_cast<long long>(r.bytes), r.calls_per_second, r.daemon_us);
+    std::printf("%-66s %-8s %9.1f %9.1f %12lld %9.0f %9.1f %9.1f\n", r.call.c_str(), r.transport.c_str(),
+                r.p50_us, r.p99_us, static_cast<long long>(r.bytes), r.calls_per_second, r.daemon_us,
+                r.client_us);
     rows.push_back({{"call", r.call},
                     {"by", r.transport},
                     {"p50_us", r.p50_us},
@@ -446,6 +449,7 @@ int main(int argc, char** argv) {
     if (r.calls_per_second > 0) {
       rows.back()["calls_per_second"] = r.calls_per_second;
       rows.back()["daemon_us_per_call"] = r.daemon_us;
+      rows.back()["client_us_per_call"] = r.client_us;
     }
   }
   if (json_file.empty()) return 0;
