@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A real Prometheus scrapes a real kvtided under load; every panel and every alert has to have an answer.
+"""A real Prometheus scrapes a real kvtided with a disk and a redis-server under load; every panel and every alert has to have an answer.
 
 usage: prometheus_test.py REPOSITORY KVTIDED KVTIDE APPENDER PROMETHEUS [--pictures FOLDER]
 
@@ -81,7 +81,7 @@ def main():
         folder = pathlib.Path(name)
         (folder / "run").mkdir()
         address = f"unix:{folder}/run/kvtided.sock"
-        metrics, web = free_port(), free_port()
+        metrics, web, redis = free_port(), free_port(), free_port()
         config = (repository / "deploy/prometheus/prometheus.yml").read_text()
         assert "kvtided:9464" in config, "prometheus.yml scrapes another target"
         config = config.replace("kvtided:9464", f"127.0.0.1:{metrics}").replace("/etc/prometheus/rules.yml", str(rules))
@@ -100,8 +100,9 @@ def main():
             return subprocess.run([kvtide, *words, "--address", address, *patience], stdout=log, stderr=log, cwd=folder).returncode
 
         try:
+            start("redis-server", "--port", redis, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no")
             start(kvtided, "--listen", address, "--device", "cpu", "--device-memory", "24MiB", "--host-memory", "64MiB",
-                  "--disk", f"{folder}/tier:16MiB", "--metrics-address", f"127.0.0.1:{metrics}")
+                  "--disk", f"{folder}/tier:16MiB", "--remote", f"127.0.0.1:{redis}", "--metrics-address", f"127.0.0.1:{metrics}")
             start(prometheus, f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/tsdb",
                   f"--web.listen-address=127.0.0.1:{web}", "--log.level=warn")
             wait_for("daemon", lambda: run("health") == 0)

@@ -112,7 +112,14 @@ CacheStats BusyStats() {
 std::unique_ptr<Metrics> BusyMetrics() {
   MetricsOptions options;
   options.version = "1.2.3";
-  options.stats = BusyStats;
+  options.stats = [] {
+    CacheStats stats = BusyStats();
+    RemoteStats& remote = stats.remote.emplace();
+    remote.hit_blocks = 11;
+    remote.written_blocks = 12;
+    for (RemoteTimes* times : {&remote.find, &remote.read, &remote.write}) times->Add(absl::Milliseconds(3));
+    return stats;
+  };
   options.service = [] {
     ServiceStats stats;
     stats.calls_under_way = 4;
