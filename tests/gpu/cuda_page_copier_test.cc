@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/base/check.h"
+#include "kernels/cuda/device/copy_to_device.h"
 #include "tests/kernels/page_copier_conformance.h"
 
 namespace kvtide::testing {
@@ -29,7 +30,7 @@ class CudaWorld : public PageCopierWorld {
     return static_cast<std::byte*>(memory);
   }
   void Upload(const void* from, std::byte* to, size_t bytes) override {
-    Check(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
+    KVTIDE_CHECK(cuda::CopyToDevice(to, from, bytes).ok());
   }
   void Download(const std::byte* from, void* to, size_t bytes) override {
     Check(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost));

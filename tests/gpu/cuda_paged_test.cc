@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/base/check.h"
+#include "kernels/cuda/device/copy_to_device.h"
 #include "kernels/cuda/step/cuda_paged_attention.h"
 #include "tests/kernels/paged_conformance.h"
 
@@ -37,7 +38,7 @@ class CudaWorld : public PagedWorld {
     return static_cast<std::byte*>(memory);
   }
   void Upload(const void* from, std::byte* to, size_t bytes) override {
-    Check(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice));
+    KVTIDE_CHECK(cuda::CopyToDevice(to, from, bytes).ok());
   }
   void Download(const std::byte* from, void* to, size_t bytes) override {
     Check(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost));

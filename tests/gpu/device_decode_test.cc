@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "kernels/cuda/cuda_backend.h"
+#include "kernels/cuda/device/copy_to_device.h"
 
 namespace kvtide::testing {
 namespace {
@@ -32,7 +33,7 @@ class DeviceArray {
   T* data() const { return static_cast<T*>(data_); }
   void Set(const std::vector<T>& v) const {
     ASSERT_LE(v.size(), count_);
-    ASSERT_EQ(cudaMemcpy(data_, v.data(), v.size() * sizeof(T), cudaMemcpyHostToDevice), cudaSuccess);
+    ASSERT_TRUE(cuda::CopyToDevice(data_, v.data(), v.size() * sizeof(T)).ok());
   }
   std::vector<T> Get() const {
     std::vector<T> v(count_);
