@@ -22,9 +22,11 @@
 //   auto attention = Make...PagedAttention(options, layers);
 //   attention->Plan(step, stream);                    // once a step
 //   for (each layer) {
-//     attention->Write(layer, k, v, stream);          // this step's rows into their exact pages
-//     attention->Attend(layer, q, out, lse, stream);  // each token sees the sequence up to itself
-//     attention->Seal(layer, stream);                 // full blocks: exact page -> coded page
+//     // This step's rows into their exact pages; then each token sees the sequence up to itself. Or Write
+//     and
+//     // Attend, one after the other.
+//     attention->WriteAttend(layer, k, v, q, out, lse, stream);
+//     attention->Seal(layer, stream);  // full blocks: exact page -> coded page
 //   }
 // Where no seal of the step reads a scratch page, SealLayers after the last layer (or before the next Plan)
 // does the same for all layers at once; a block is attended in f16 or coded whatever the order.
@@ -103,14 +105,18 @@ struct PagedStep {
   int sequences = 0;     // rows of the arrays; padding is allowed (no new tokens)
   int tokens = 0;        // rows of the tensors; padding stands at the end
   int most_queries = 0;  // new tokens of one sequence, at most
+  // Sequences are only read, and their queries (rows of q and out, as of new tokens) may stand before the end
+  // of their coded blocks: `lengths` may end in one of those. What such a step captures in a graph serves
+  // others, too.
+  bool among_coded = false;
   // Entries of `seal_pages` that are looked at; 0: there is nothing to seal. On CUDA each costs its encoding,
   // whether it counts or not: what a graph leaves room for should be little (a block may be sealed later,
   // while its exact page stays).
   int seals = 0;
 
   // New tokens of sequence s are rows [query_start[s], query_start[s + 1]) of q, k, v and out; ascending, the
-  // first is 0. Rows of no sequence, and those of sequences of length 0, are padding: neither read nor written.
-  // So objects for other pairs can share a step: each one has the lengths of its own sequences.
+  // first is 0. Rows of no sequence, and those of sequences of length 0, are padding: neither read nor
+  // written. So objects for other pairs can share a step: each one has the lengths of its own sequences.
   const int32_t* query_start = nullptr;  // [sequences + 1]
   const int32_t* lengths = nullptr;      // [sequences] tokens, the new ones included; 0 = padding
   // Of the coded blocks. With a sliding window, coded_first must be 0 where coded_count is not.
@@ -165,6 +171,11 @@ class PagedAttention {
   virtual absl::Status Write(int layer, PagedRows k, PagedRows v, void* stream) = 0;
   // lse: [tokens][heads], natural log; null = not wanted.
   virtual absl::Status Attend(int layer, PagedRows q, MutablePagedRows out, float* lse, void* stream) = 0;
+  // Write, then Attend: to the bit the same, sooner (on CUDA rows are written beside the preparation of
+  // queries, and the first kernel begins while the stream's last one ends). Errors of both, before anything
+  // is done.
+  virtual absl::Status WriteAttend(int layer, PagedRows k, PagedRows v, PagedRows q, MutablePagedRows out,
+                                   float* lse, void* stream) = 0;
   // The bytes of Backend::Recode from f16/f16 to the pair.
   virtual absl::Status Seal(int layer, void* stream) = 0;
   virtual absl::Status SealLayers(void* stream) = 0;

@@ -175,7 +175,8 @@ class DirectAttention::Impl {
   std::vector<int32_t> host_query_start_ = {0};
   std::vector<std::unique_ptr<StreamMark>> spare_marks_;
   uint64_t steps_ = 0;
-  bool pinned_ = false;  // the step at hand
+  bool pinned_ = false;       // the step at hand
+  bool among_coded_ = false;  // likewise: some query stands before the end of its sequence's coded blocks
 };
 
 absl::Status DirectAttention::Impl::Create(const Model& model) {
@@ -392,19 +393,20 @@ absl::Status DirectAttention::Impl::FillRow(size_t g, size_t item, const Asked& 
   if (tokens > held || of.rows > tokens)
     return absl::InvalidArgumentError(
         absl::StrCat(of.rows, " queries at the end of ", tokens, " tokens, the sequence has ", held));
-  // Of the coded blocks, those that the queries see. Kernels have them seen whole.
+  if (pinned_ && group.window > 0) {
+    const int64_t seen = std::max<int64_t>(0, tokens - of.rows - group.window + 1);
+    if (seen / kBlockTokens < table.first_block)
+      return absl::OutOfRangeError(absl::StrCat("the query at ", tokens - of.rows, " sees tokens from ", seen,
+                                                " on, but those before ", table.first_block * kBlockTokens,
+                                                " have left the sliding window; ask later positions"));
+  }
+  // Of the coded blocks, those that the queries see.
   int32_t count = known.coded_count;
-  if (const int64_t coded_end = known.coded_first + count; count > 0 && pinned_) {
-    const int64_t seen_end = std::min(coded_end, tokens / kBlockTokens);
-    const bool cut = seen_end < coded_end && seen_end >= known.coded_first && tokens % kBlockTokens != 0;
-    if (cut || (seen_end > known.coded_first && tokens - of.rows + 1 < seen_end * kBlockTokens))
-      return absl::UnimplementedError(absl::StrCat("a query among the coded blocks, tokens ",
-                                                   known.coded_first * kBlockTokens, " to ",
-                                                   coded_end * kBlockTokens - 1, ", at ", tokens - of.rows,
-                                                   ": kernels of the direct way attend those behind them, "
-                                                   "and the last of a block; use Client::Attend with "
-                                                   "Client::PinStep"));
-    count = static_cast<int32_t>(std::max<int64_t>(0, seen_end - known.coded_first));
+  if (count > 0 && pinned_) {
+    const int64_t coded_end =
+        std::min(known.coded_first + int64_t{count}, DivideUp(tokens, int64_t{kBlockTokens}));
+    count = static_cast<int32_t>(std::max<int64_t>(0, coded_end - known.coded_first));
+    among_coded_ |= count > 0 && tokens - of.rows < coded_end * kBlockTokens;
   }
   kernels.host_lengths[item] = static_cast<int32_t>(tokens);
   kernels.host_first[item] = count == 0 ? 0 : known.coded_first;
@@ -483,6 +485,7 @@ absl::Status DirectAttention::Impl::FillSeals(size_t g, std::span<const Asked> i
 // The arrays of the step, on the device.
 absl::Status DirectAttention::Impl::Fill(std::span<const Asked> items, const StepView& view, void* stream) {
   KVTIDE_RETURN_IF_ERROR(Look(items, view));
+  among_coded_ = pinned_ && options_.graphs;
   KVTIDE_ASSIGN_OR_RETURN(std::byte* const host, arrays_.back()->Host());
   std::vector<StepArrays::Range> ranges;
   int32_t* const query_start = query_start_.In(host);
@@ -533,6 +536,7 @@ absl::Status DirectAttention::Impl::Plan(std::span<const Asked> items, void* str
       step.sequences = static_cast<int>(items.size());
       step.tokens = host_query_start_.back();
       step.most_queries = static_cast<int>(most);
+      step.among_coded = among_coded_;
       step.seals = of.options.max_seals == 0 ? 0 : options_.graphs ? options_.max_seals : of.seals;
       step.query_start = query_start_.In(device);
       step.lengths = of.lengths.In(device);
@@ -653,6 +657,14 @@ absl::Status DirectAttention::Write(int layer, PagedRows k, PagedRows v, void* s
 absl::Status DirectAttention::Attend(int layer, PagedRows q, MutablePagedRows out, float* lse, void* stream) {
   return impl_->ForLayer(
       layer, [&](PagedAttention& attention, int at) { return attention.Attend(at, q, out, lse, stream); });
+}
+
+absl::Status DirectAttention::WriteAttend(int layer, PagedRows k, PagedRows v, PagedRows q,
+                                          MutablePagedRows out, float* lse, void* stream) {
+  KVTIDE_RETURN_IF_ERROR(impl_->CheckWrites());
+  return impl_->ForLayer(layer, [&](PagedAttention& attention, int at) {
+    return attention.WriteAttend(at, k, v, q, out, lse, stream);
+  });
 }
 
 absl::Status DirectAttention::Seal(void* stream) { return impl_->Seal(stream); }

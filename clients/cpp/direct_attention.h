@@ -5,8 +5,8 @@
 //   auto attention = kvtide::client::DirectAttention::Make(pool, model, options);
 //   auto step = attention->Begin(items, stream);             // BeginStep; tables to the device; the plan
 //   for (each layer) {
-//     attention->Write(layer, k, v, stream);                 // new rows into the blocks
-//     attention->Attend(layer, q, out, lse, stream);         // each token sees its sequence up to itself
+//     // New rows into the blocks; each token sees its sequence up to itself. Or Write, then Attend.
+//     attention->WriteAttend(layer, k, v, q, out, lse, stream);
 //   }
 //   attention->Seal(stream);                                 // codes the blocks that BeginStep named
 //   attention->Mark(*step, stream);                          // after the last work of the step
@@ -14,7 +14,7 @@
 //
 // New tokens of item i are rows [sum of new_tokens before, + new_tokens) of q, k, v and out. A step may begin
 // with `after`, an open one, before that one has ended: the host works on the next step while the GPU works
-// on this one. Write, Attend and Seal of all layers can be captured in a CUDA graph, once for each number of
+// on this one. What the layers call and Seal can be captured in a CUDA graph, once for each number of
 // items and new tokens; Begin is called before each replay. Streams are cudaStream_t on CUDA, and ignored on
 // the CPU. kernels/paged_attention.h says what is computed.
 //
@@ -98,12 +98,15 @@ class DirectAttention {
   absl::StatusOr<DirectStep> Begin(std::span<const StepItem> items, void* stream, uint64_t after = 0);
   // Sequences as they are now, for attention alone (Client::PinStep): rows of q and out are the items'
   // queries, Attend, Mark and End follow. Graphs that are replayed over it hold no Write. Errors of
-  // Client::PinStep, and those of Begin; Unimplemented for queries before the end of the coded blocks that
-  // they see.
+  // Client::PinStep, and those of Begin; OutOfRange for queries that see tokens which have left a sliding
+  // window.
   absl::StatusOr<DirectStep> Pin(std::span<const PinnedItem> items, void* stream);
   // FailedPrecondition in a pinned step.
   absl::Status Write(int layer, PagedRows k, PagedRows v, void* stream);
   absl::Status Attend(int layer, PagedRows q, MutablePagedRows out, float* lse, void* stream);
+  // Both: to the bit the same, and sooner.
+  absl::Status WriteAttend(int layer, PagedRows k, PagedRows v, PagedRows q, MutablePagedRows out, float* lse,
+                           void* stream);
   absl::Status Seal(void* stream);
   absl::Status Mark(DirectStep& step, void* stream);
   // `tokens`: of items whose token ids were not known before. FailedPrecondition for a step without a mark.

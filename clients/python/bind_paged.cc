@@ -186,6 +186,18 @@ void BindPaged(nb::module_& m) {
           },
           "layer"_a, "q"_a, "q_stride"_a, "out"_a, "out_stride"_a, "lse"_a = 0, "stream"_a = 0)
       .def(
+          "write_attend",
+          [](Paged& p, int layer, uintptr_t k, int64_t k_stride, uintptr_t v, int64_t v_stride, uintptr_t q,
+             int64_t q_stride, uintptr_t out, int64_t out_stride, uintptr_t lse, uintptr_t stream) {
+            PagedAttention& attention = p.attention();
+            const nb::gil_scoped_release release;
+            Raise(attention.WriteAttend(layer, {At<void>(k), k_stride}, {At<void>(v), v_stride},
+                                        {At<void>(q), q_stride}, {At<void>(out), out_stride}, At<float>(lse),
+                                        At<void>(stream)));
+          },
+          "layer"_a, "k"_a, "k_stride"_a, "v"_a, "v_stride"_a, "q"_a, "q_stride"_a, "out"_a, "out_stride"_a,
+          "lse"_a = 0, "stream"_a = 0)
+      .def(
           "seal",
           [](Paged& p, int layer, uintptr_t stream) {
             PagedAttention& attention = p.attention();

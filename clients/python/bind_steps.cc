@@ -77,6 +77,14 @@ class DeviceSteps {
                                 stream_);
     }));
   }
+  void WriteAttend(int layer, uintptr_t k, int64_t k_stride, uintptr_t v, int64_t v_stride, uintptr_t q,
+                   int64_t q_stride, uintptr_t out, int64_t out_stride) {
+    Open();
+    Raise(Blocking([&] {
+      return attention_->WriteAttend(layer, {At<void>(k), k_stride}, {At<void>(v), v_stride},
+                                     {At<void>(q), q_stride}, {At<void>(out), out_stride}, nullptr, stream_);
+    }));
+  }
   void End(const std::vector<std::vector<client::TokenId>>& token_ids) {
     client::DirectStep& step = Open();
     std::vector<client::StepTokens> said;
@@ -143,6 +151,8 @@ void BindSteps(nb::module_& m) {
       .def("pin", &DeviceSteps::Pin, "items"_a, "stream"_a)
       .def("write", &DeviceSteps::Write, "layer"_a, "k"_a, "k_stride"_a, "v"_a, "v_stride"_a)
       .def("attend", &DeviceSteps::Attend, "layer"_a, "q"_a, "q_stride"_a, "out"_a, "out_stride"_a, "lse"_a)
+      .def("write_attend", &DeviceSteps::WriteAttend, "layer"_a, "k"_a, "k_stride"_a, "v"_a, "v_stride"_a,
+           "q"_a, "q_stride"_a, "out"_a, "out_stride"_a)
       .def("end", &DeviceSteps::End, "token_ids"_a)
       .def("roll_back", &DeviceSteps::RollBack)
       .def_prop_ro("bytes", &DeviceSteps::bytes);

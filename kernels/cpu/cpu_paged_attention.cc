@@ -89,14 +89,20 @@ class CpuPagedAttention : public PagedAttention {
     return backend_.Append(append);
   }
 
+  absl::Status WriteAttend(int layer, PagedRows k, PagedRows v, PagedRows q, MutablePagedRows out, float* lse,
+                           void* stream) override {
+    KVTIDE_RETURN_IF_ERROR(CheckCall(layer));
+    KVTIDE_RETURN_IF_ERROR(CheckAttended(q, out));
+    KVTIDE_RETURN_IF_ERROR(Write(layer, k, v, stream));
+    return Attend(layer, q, out, lse, stream);
+  }
+
   absl::Status Attend(int layer, PagedRows q, MutablePagedRows out, float* lse, void*) override {
     KVTIDE_RETURN_IF_ERROR(CheckCall(layer));
+    KVTIDE_RETURN_IF_ERROR(CheckAttended(q, out));
     const GroupShape& shape = options_.shape;
     const int64_t q_width = int64_t{options_.heads} * shape.head_dim_k,
                   out_width = int64_t{options_.heads} * shape.head_dim_v;
-    KVTIDE_RETURN_IF_ERROR(CheckPagedRows(q, options_.type, options_.heads, shape.head_dim_k, "q"));
-    KVTIDE_RETURN_IF_ERROR(CheckPagedRows({out.data, out.stride}, options_.output_type, options_.heads,
-                                          shape.head_dim_v, "out"));
     const int rows = step_.sequences == 0 ? 0 : step_.query_start[step_.sequences];
     if (rows > step_.tokens)
       return absl::InvalidArgumentError(
@@ -221,6 +227,12 @@ class CpuPagedAttention : public PagedAttention {
       return absl::InvalidArgumentError(absl::StrCat("layer ", layer, " of ", layers_.size()));
     if (!planned_) return absl::FailedPreconditionError("no step is planned; call Plan first");
     return absl::OkStatus();
+  }
+
+  absl::Status CheckAttended(PagedRows q, MutablePagedRows out) const {
+    KVTIDE_RETURN_IF_ERROR(CheckPagedRows(q, options_.type, options_.heads, options_.shape.head_dim_k, "q"));
+    return CheckPagedRows({out.data, out.stride}, options_.output_type, options_.heads,
+                          options_.shape.head_dim_v, "out");
   }
 
   std::byte* ExactPageOf(int layer, int32_t page) const {

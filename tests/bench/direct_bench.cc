@@ -4,9 +4,11 @@
 //   kvtide_bench_direct [--device cpu|cuda:0] [--sequences 64] [--tokens 4096] [--json FILE] [--quick]
 // 32 layers, on a GPU of 8 KV heads and 32 query heads of 128, turbo4; on the CPU of one head of 64, whose
 // rows are not written: only the talk is measured there. The sequences are of unequal lengths, so that one of
-// them seals a block in a step; they have `tokens` tokens in the middle of the steps that are captured in a
-// graph. Beside whole steps: their seals by themselves, and rows of prompt chunks from device memory into the
-// pool, beside a copy of as many bytes.
+// them seals a block in a step; in the middle of the steps that are measured they have as many tokens as
+// those of the bare kernels, `tokens` and a tail of 20. Layers in a graph and by calls, alone and overlapped,
+// take turns. What stands above the bare kernels is rows and attention; the seals of a step have a line of
+// their own, and are part of whole steps. Beside that: rows of prompt chunks from device memory into the
+// pool, beside a copy of as many bytes, and what a second pair costs a step.
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
@@ -135,6 +137,7 @@ struct Setting {
   int sequences = 64, layers = 32, kv_heads = 1, heads = 2, dim = 64, seals = 8;
   int64_t tokens = 4096, chunk = 2048;
   int rounds = 400;
+  std::vector<std::string> pairs = {"turbo4/turbo4"};  // sequences take turns
 };
 
 class Engine {
@@ -150,7 +153,7 @@ class Engine {
     layer.query_heads = setting.heads;
     model_ = {"bench", std::vector<client::ModelLayer>(static_cast<size_t>(setting.layers), layer)};
     client::DirectOptions options;
-    options.pairs = {"turbo4/turbo4"};
+    options.pairs = setting.pairs;
     options.type = options.output_type = DataType::kF16;
     options.max_sequences = setting.sequences;
     options.max_new_tokens = static_cast<int>(std::max<int64_t>(setting.chunk, setting.sequences));
@@ -174,19 +177,17 @@ class Engine {
   void End(client::DirectStep step) { Must(attention_->End(std::move(step))); }
   void Mark(client::DirectStep& step) { Must(attention_->Mark(step, qkv_.stream())); }
   void Layers() {
-    if (!setting_.cuda) return;
-    for (int l = 0; l < setting_.layers; l++) {
-      Write(l);
-      Must(attention_->Attend(l, {qkv_.data(), qkv_.width()}, {out_.data(), out_.width()}, nullptr,
-                              qkv_.stream()));
-    }
-    Seal();
+    for (int l = 0; l < setting_.layers && setting_.cuda; l++)
+      Must(attention_->WriteAttend(l, Keys(), Values(), {qkv_.data(), qkv_.width()},
+                                   {out_.data(), out_.width()}, nullptr, qkv_.stream()));
   }
   // Written, not attended.
   void Rows() {
     for (int l = 0; l < setting_.layers && setting_.cuda; l++) Write(l);
   }
-  void Seal() { Must(attention_->Seal(qkv_.stream())); }
+  void Seal() {
+    if (setting_.cuda) Must(attention_->Seal(qkv_.stream()));
+  }
 #ifdef KVTIDE_BENCH_HAS_CUDA
   // Of the rows of all layers of a whole chunk, read and written.
   double chunk_gigabytes() {
@@ -203,11 +204,11 @@ class Engine {
   DirectAttention& attention() { return *attention_; }
 
  private:
-  void Write(int layer) {
-    const int64_t k = int64_t{setting_.heads} * setting_.dim,
-                  v = k + int64_t{setting_.kv_heads} * setting_.dim;
-    Must(attention_->Write(layer, {qkv_.data(k), qkv_.width()}, {qkv_.data(v), qkv_.width()}, qkv_.stream()));
+  PagedRows Keys() const { return {qkv_.data(int64_t{setting_.heads} * setting_.dim), qkv_.width()}; }
+  PagedRows Values() const {
+    return {qkv_.data(int64_t{setting_.heads + setting_.kv_heads} * setting_.dim), qkv_.width()};
   }
+  void Write(int layer) { Must(attention_->Write(layer, Keys(), Values(), qkv_.stream())); }
   void WriteAll(bool whole_chunk) {
     if (!setting_.cuda) return;
 #ifdef KVTIDE_BENCH_HAS_CUDA
@@ -222,14 +223,14 @@ class Engine {
   void Fill() {
     for (int i = 0; i < setting_.sequences; i++) {
       client::SequenceOptions options;
-      options.pair = "turbo4/turbo4";
+      options.pair = setting_.pairs[static_cast<size_t>(i) % setting_.pairs.size()];
       const client::SequenceId id = Must(pool_->CreateSequence("bench", options));
       const int64_t length = std::max<int64_t>(64, setting_.tokens - kFilledBefore) + i % 64;
       for (int64_t done = 0; done < length;) {
         const client::StepItem item{id, std::min(setting_.chunk, length - done)};
         client::DirectStep step = Must(attention_->Begin({&item, 1}, qkv_.stream()));
         WriteAll(item.new_tokens == setting_.chunk);
-        if (setting_.cuda) Seal();
+        Seal();
         Mark(step);
         End(std::move(step));
         done += item.new_tokens;
@@ -242,14 +243,15 @@ class Engine {
       client::DirectStep step = Begin();
       more = step.seals;
       Layers();
+      Seal();
       Mark(step);
       End(std::move(step));
     }
   }
 
-  // So many tokens come until the middle of the captured steps: 32 of unequal lengths, some steps that seal
-  // what the prompts have left, and half of the captured ones.
-  static constexpr int64_t kFilledBefore = 32 + 16 + 80;
+  // So many tokens, less the tail of the bare kernels, come until the middle of the measured steps: 32 of
+  // unequal lengths, some steps that seal what the prompts have left, and half of the measured ones.
+  static constexpr int64_t kFilledBefore = 32 + 6 + 80 - 20;
 
   Pool* const pool_;
   const Setting setting_;
@@ -270,51 +272,70 @@ double MeanTokens(const client::DirectStep& step) {
   return Tenth(sum / static_cast<double>(step.starts.size()));
 }
 
-// A step that is ended before the next one begins: the layers on the device, and all of it.
-void MeasureAlone(Engine& engine, const std::function<void()>& layers, const std::string& how, double bare_us,
-                  Result* result) {
+// Steps whose layers and seals are called or replayed, as `layers` and `seal` do.
+struct Steps {
+  std::string how;
+  std::function<void()> layers, seal;
+  std::vector<double> on_device, alone, overlapped, tokens;
+};
+
+// One that is ended before the next one begins: the layers on the device, and all of it.
+void Alone(Engine& engine, Steps& steps) {
   const cudaStream_t stream = engine.tensors().stream();
-  std::vector<double> gpu, alone;
   StreamClock clock;
-  for (int i = 0; i < 60; i++) {
-    const auto start = Clock::now();
-    client::DirectStep step = engine.Begin();
-    if (i == 30) (*result)["mean_tokens_in_" + how] = MeanTokens(step);
-    clock.Start(stream);
-    layers();
-    clock.Stop(stream);
-    engine.Mark(step);
-    engine.End(std::move(step));
-    const double us = Since(start), on_device = clock.Microseconds();
-    if (i < 10) continue;
-    alone.push_back(us);
-    gpu.push_back(on_device);
-  }
-  (*result)["layers_in_" + how + "_us"] = At(gpu, 0.5);
-  (*result)["above_bare_in_" + how + "_us_a_layer"] = Tenth((At(gpu, 0.5) - bare_us) / kLayers);
-  (*result)["step_alone_in_" + how + "_us"] = At(alone, 0.5);
+  const auto start = Clock::now();
+  client::DirectStep step = engine.Begin();
+  steps.tokens.push_back(MeanTokens(step));
+  clock.Start(stream);
+  steps.layers();
+  clock.Stop(stream);
+  steps.seal();
+  engine.Mark(step);
+  engine.End(std::move(step));
+  steps.alone.push_back(Since(start));
+  steps.on_device.push_back(clock.Microseconds());
 }
 
-// Steps that begin while the device works on the one before.
-void MeasureOverlapped(Engine& engine, const std::function<void()>& layers, const std::string& how,
-                       Result* result) {
-  std::vector<double> overlapped;
+// Some that begin while the device works on the one before; the first two are not counted.
+void Overlapped(Engine& engine, Steps& steps) {
   client::DirectStep last = engine.Begin();
-  layers();
-  engine.Mark(last);
-  for (int i = 0; i < 100; i++) {
+  const auto work = [&](client::DirectStep& step) {
+    steps.layers();
+    steps.seal();
+    engine.Mark(step);
+  };
+  work(last);
+  for (int i = 0; i < 5; i++) {
     const auto start = Clock::now();
     client::DirectStep next = engine.Begin(last.id);
-    layers();
-    engine.Mark(next);
+    work(next);
     engine.End(std::move(last));
     last = std::move(next);
-    if (i >= 10) overlapped.push_back(Since(start));
+    if (i > 0) steps.overlapped.push_back(Since(start));
   }
   engine.End(std::move(last));
-  (*result)["step_overlapped_in_" + how + "_us"] = At(overlapped, 0.5);
-  (*result)["step_overlapped_in_" + how + "_p99_us"] = At(overlapped, 0.99);
 }
+
+// Work of a step that was captured.
+class Graph {
+ public:
+  Graph(cudaStream_t stream, const std::function<void()>& work) : stream_(stream) {
+    cudaGraph_t graph;
+    KVTIDE_BENCH_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    work();
+    KVTIDE_BENCH_CUDA(cudaStreamEndCapture(stream, &graph));
+    KVTIDE_BENCH_CUDA(cudaGraphInstantiate(&exec_, graph, 0));
+    KVTIDE_BENCH_CUDA(cudaGraphDestroy(graph));
+  }
+  ~Graph() { cudaGraphExecDestroy(exec_); }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  void Replay() const { KVTIDE_BENCH_CUDA(cudaGraphLaunch(exec_, stream_)); }
+
+ private:
+  const cudaStream_t stream_;
+  cudaGraphExec_t exec_ = nullptr;
+};
 
 // What the seals of a step take by themselves; a sequence fills a block every 64 steps.
 void MeasureSeals(Engine& engine, double step_us, Result* result) {
@@ -342,30 +363,65 @@ void MeasureSteps(Engine& engine, double bare_us, Result* result) {
   (*result)["chunk_gb_s"] = Tenth(engine.chunk_gigabytes());
   (*result)["copy_gb_s"] = Tenth(copy);
   (*result)["chunk_share_of_copy_percent"] = Tenth(100 * engine.chunk_gigabytes() / copy);
+  const auto called_layers = [&] { engine.Layers(); };
+  const auto called_seal = [&] { engine.Seal(); };
+  Steps called{"calls", called_layers, called_seal, {}, {}, {}, {}};
+  Alone(engine, called);  // where rows begin is part of what is planned
   client::DirectStep step = engine.Begin();
-  engine.Layers();
+  const Graph layers(stream, called_layers), seal(stream, called_seal);
+  Steps replayed{"graph", [&] { layers.Replay(); }, [&] { seal.Replay(); }, {}, {}, {}, {}};
+  replayed.layers();
+  replayed.seal();
   engine.Mark(step);
   engine.End(std::move(step));
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  step = engine.Begin();
-  KVTIDE_BENCH_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  engine.Layers();
-  KVTIDE_BENCH_CUDA(cudaStreamEndCapture(stream, &graph));
-  KVTIDE_BENCH_CUDA(cudaGraphInstantiate(&exec, graph, 0));
-  const auto replay = [&] { KVTIDE_BENCH_CUDA(cudaGraphLaunch(exec, stream)); };
-  const auto call = [&] { engine.Layers(); };
-  replay();
-  engine.Mark(step);
-  engine.End(std::move(step));
-  MeasureAlone(engine, replay, "graph", bare_us, result);
-  MeasureOverlapped(engine, replay, "graph", result);
-  MeasureAlone(engine, call, "calls", bare_us, result);
-  MeasureOverlapped(engine, call, "calls", result);
+  called = {called.how, called_layers, called_seal, {}, {}, {}, {}};
+  for (int round = 0; round < 10; round++) {
+    for (Steps* const steps : {&replayed, &called, &replayed, &called}) Alone(engine, *steps);
+    for (Steps* const steps : {&replayed, &called}) Overlapped(engine, *steps);
+  }
+  for (Steps* const steps : {&replayed, &called}) {
+    const std::string in = "_in_" + steps->how;
+    (*result)["mean_tokens" + in] = At(steps->tokens, 0.5);
+    (*result)["layers" + in + "_us"] = At(steps->on_device, 0.5);
+    (*result)["above_bare" + in + "_us_a_layer"] = Tenth((At(steps->on_device, 0.5) - bare_us) / kLayers);
+    (*result)["step_alone" + in + "_us"] = At(steps->alone, 0.5);
+    (*result)["step_overlapped" + in + "_us"] = At(steps->overlapped, 0.5);
+    (*result)["step_overlapped" + in + "_p99_us"] = At(steps->overlapped, 0.99);
+  }
   MeasureSeals(engine, (*result)["layers_in_graph_us"], result);
-  KVTIDE_BENCH_CUDA(cudaGraphExecDestroy(exec));
-  KVTIDE_BENCH_CUDA(cudaGraphDestroy(graph));
   (*result)["device_megabytes"] = Tenth(static_cast<double>(engine.attention().device_bytes()) / 1e6);
+}
+
+// What it costs that the sequences of a step have two pairs: beside the mean of steps of each pair alone, as
+// many sequences each.
+void MeasurePairs(Pool* pool, Setting setting, Result* result) {
+  const auto layers_of = [&](const std::vector<std::string>& pairs) {
+    setting.pairs = pairs;
+    Engine engine(pool, setting);
+    const auto called = [&] { engine.Layers(); };
+    Steps steps{"", called, [&] { engine.Seal(); }, {}, {}, {}, {}};
+    Alone(engine, steps);
+    client::DirectStep step = engine.Begin();
+    const Graph layers(engine.tensors().stream(), called);
+    engine.Layers();
+    engine.Seal();
+    engine.Mark(step);
+    engine.End(std::move(step));
+    steps = {"", [&] { layers.Replay(); }, [&] { engine.Seal(); }, {}, {}, {}, {}};
+    for (int i = 0; i < 24; i++) Alone(engine, steps);
+    return At(steps.on_device, 0.5);
+  };
+  const std::string first = "turbo4/turbo4", second = "turbo3/turbo3";
+  Result pairs;
+  pairs["pairs"] = {first, second};
+  const double of_first = layers_of({first}), of_second = layers_of({second}),
+               of_both = layers_of({first, second});
+  pairs["layers_of_first_us"] = of_first;
+  pairs["layers_of_second_us"] = of_second;
+  pairs["layers_of_both_us"] = of_both;
+  pairs["price_us_a_layer"] = Tenth((of_both - (of_first + of_second) / 2) / kLayers);
+  pairs["price_percent"] = Tenth(200 * of_both / (of_first + of_second) - 100);
+  (*result)["two_pairs"] = pairs;
 }
 #endif
 
@@ -377,6 +433,7 @@ void MeasureTalk(Engine& engine, const Setting& setting, Result* result) {
     client::DirectStep step = engine.Begin();
     const double begin = Since(start);
     engine.Layers();
+    engine.Seal();
     engine.Mark(step);
     engine.tensors().Wait();
     start = Clock::now();
@@ -476,6 +533,12 @@ int Run(int argc, char** argv) {
     const auto pool = Must(Pool::Connect(address, options));
     result["ways"].push_back(Measure(pool.get(), setting, bare_us));
     std::printf("%s\n", result["ways"].back().dump(1).c_str());
+#ifdef KVTIDE_BENCH_HAS_CUDA
+    if (setting.cuda && embedded) {
+      MeasurePairs(pool.get(), setting, &result);
+      std::printf("%s\n", result["two_pairs"].dump(1).c_str());
+    }
+#endif
   }
   return WriteResult(result, json);
 }

@@ -412,6 +412,9 @@ class PagedVerb : public Verb, Setup {
     absl::Status status = attention.Plan(step, stream_);
     if (status.ok()) status = attention.Write(0, {rows + 16 * 128, kRow}, {rows + 18 * 128, kRow}, stream_);
     if (status.ok()) status = attention.Attend(0, {rows, kRow}, {at(kOutAt), 16 * 128}, nullptr, stream_);
+    if (status.ok())
+      status = attention.WriteAttend(0, {rows + 16 * 128, kRow}, {rows + 18 * 128, kRow}, {rows, kRow},
+                                     {at(kOutAt), 16 * 128}, nullptr, stream_);
     if (status.ok()) status = attention.Seal(0, stream_);
     return status;
   }

@@ -238,6 +238,57 @@ TEST_F(LayerPlanTest, ManyItemsComeByEveryWay) {
     }
 }
 
+// Kernels of one call follow each other before they are over: pages are not read before their rows are there,
+// however many others are written beside them.
+TEST_F(LayerPlanTest, AttendsTheRowsThatTheSameCallAppends) {
+  constexpr int kBlocks = 160;  // the last one is attended
+  constexpr size_t kRowValues = 2 * kDim, kBlockValues = kBlockTokens * kRowValues;
+  const BlockLayout exact(shape_, ExactPair());
+  const auto slab = backend_->AllocateSlab(kBlocks * exact.block_bytes()).value();
+  const auto block = [&](int i) { return slab->data() + static_cast<size_t>(i) * exact.block_bytes(); };
+  std::byte* const attended[] = {block(kBlocks - 1)};
+  const BlockRun run{&exact, nullptr, attended, 0, kBlockTokens};
+  auto plan = Plan({&run, 1}, 1, kBlockTokens - 1, nullptr);
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  std::vector<float> q(kHeads * kDim), rows(2 * kBlockValues);  // two fillings of the block, in turns
+  for (std::vector<float>* const values : {&q, &rows})
+    for (float& x : *values) x = normal(random);
+  const auto attend = [&](size_t filling, std::span<const AppendPiece> append) {
+    std::vector<float> out(q.size(), NAN);
+    const LayerItem item{{q.data(), DataType::kF32}, {out.data(), DataType::kF32}, nullptr};
+    AttendLayerArgs args;
+    args.scale = 0.09f;
+    args.items = {&item, 1};
+    args.append = append;
+    const absl::Status status = plan->Attend(args, environment_, workspace_);
+    workspace_.Abandon();
+    EXPECT_TRUE(status.ok()) << status << " filling " << filling;
+    return out;
+  };
+  std::vector<AppendPiece> pieces[2];
+  std::vector<float> wanted[2];
+  for (const size_t filling : {size_t{0}, size_t{1}}) {
+    for (int i = 0; i < kBlocks; i++) {
+      AppendPiece& piece = pieces[filling].emplace_back();
+      piece.layout = &exact;
+      piece.block = block(i);
+      piece.tokens = kBlockTokens;
+      piece.k = piece.v = {rows.data() + filling * kBlockValues, DataType::kF32};
+    }
+    AppendArgs append;
+    append.pieces = pieces[filling];
+    ASSERT_TRUE(backend_->Append(append).ok());
+    wanted[filling] = attend(filling, {});
+  }
+  ASSERT_NE(wanted[0], wanted[1]);
+  for (const size_t in_place : {size_t{0}, size_t{1} << 28}) {
+    environment_.in_place_bytes = in_place;
+    for (size_t round = 0; round < 60; round++)
+      ASSERT_EQ(attend(round % 2, pieces[round % 2]), wanted[round % 2]) << "round " << round;
+  }
+}
+
 // 16,384 queries over 131,072 tokens take most of a second.
 TEST_F(LayerPlanTest, StopsWhenItIsCancelled) {
   const GroupShape shape{1, 8, kDim, kDim};

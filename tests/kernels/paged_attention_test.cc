@@ -112,6 +112,9 @@ class NothingPaged final : public PagedAttention {
   absl::Status Plan(const PagedStep&, void*) override { return absl::OkStatus(); }
   absl::Status Write(int, PagedRows, PagedRows, void*) override { return absl::OkStatus(); }
   absl::Status Attend(int, PagedRows, MutablePagedRows, float*, void*) override { return absl::OkStatus(); }
+  absl::Status WriteAttend(int, PagedRows, PagedRows, PagedRows, MutablePagedRows, float*, void*) override {
+    return absl::OkStatus();
+  }
   absl::Status Seal(int, void*) override { return absl::OkStatus(); }
   absl::Status SealLayers(void*) override { return absl::OkStatus(); }
   absl::Status SetProfile(int, const float*, const float*, void*) override { return absl::OkStatus(); }

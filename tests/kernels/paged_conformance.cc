@@ -32,6 +32,7 @@ struct Engine {
   bool host_arrays = false;
   double tolerance = 1e-3;
   bool seal_together = false;  // all layers at the end, where no scratch page is sealed
+  bool reads = false;          // after each step, queries anywhere in the sequences
 };
 
 struct Sequence {
@@ -102,6 +103,7 @@ class MiniEngine {
     CheckOutputs();
     CheckSeals();
     End();
+    if (engine_.reads && !::testing::Test::HasFailure()) Read(order);
   }
   uint64_t changed() {
     const auto count = attention_->ChangedValues(nullptr);
@@ -239,6 +241,14 @@ class MiniEngine {
     return engine_.window > 0 || sequence.prefix > 0 ? 0 : engine_.first_blocks;
   }
 
+  // Which blocks of those before block `full` are read coded.
+  void SetCoded(const Sequence& sequence, int64_t full, Part* part) const {
+    part->coded_first = FirstBlocks(sequence);
+    part->coded_count =
+        std::max<int64_t>(0, std::max(sequence.prefix, full - engine_.last_blocks) - part->coded_first);
+    if (part->coded_count == 0) part->coded_first = 0;
+  }
+
   // Tables of the step, with pages for the new tokens.
   void Begin(const std::vector<int>& order) {
     parts_.clear();
@@ -261,10 +271,7 @@ class MiniEngine {
       Part part{index, sequence.length, tokens, 0, 0, {}, {}};
       const int64_t full = sequence.length / kBlockTokens, end = sequence.length + tokens,
                     new_full = end / kBlockTokens, blocks = (end + kBlockTokens - 1) / kBlockTokens;
-      part.coded_first = FirstBlocks(sequence);
-      part.coded_count =
-          std::max<int64_t>(0, std::max(sequence.prefix, full - engine_.last_blocks) - part.coded_first);
-      if (part.coded_count == 0) part.coded_first = 0;
+      SetCoded(sequence, full, &part);
       for (int64_t b = 0; b < blocks; b++) {
         if (b >= part.coded_first && b < part.coded_first + part.coded_count) continue;
         if (sequence.exact.count(b) == 0) {
@@ -299,7 +306,7 @@ class MiniEngine {
   }
   int64_t row_of(int heads) const { return int64_t{heads} * engine_.head_dim; }
 
-  void SetArrays() {
+  void SetArrays(bool writes = true) {
     for (Array* array : {&query_start_, &lengths_, &coded_first_, &coded_count_})
       std::fill(array->host.begin(), array->host.end(), 0);
     for (Array* array : {&coded_table_, &exact_table_})  // what is not said is not read
@@ -317,6 +324,7 @@ class MiniEngine {
         coded_table_.host[s * kCodedRow + Size(b)] = sequence.coded[Size(b)];
       for (size_t i = 0; i < part.exact.size(); i++) exact_table_.host[s * kExactRow + i] = part.exact[i];
       for (int64_t t = 0; t < part.tokens; t++, token++) {
+        if (!writes) continue;
         const int64_t position = part.first_position + t;
         slots_.host[Size(token)] = static_cast<int32_t>(
             sequence.exact.at(position / kBlockTokens) * kBlockTokens + position % kBlockTokens);
@@ -344,6 +352,7 @@ class MiniEngine {
       step_.most_queries = std::max(step_.most_queries, static_cast<int>(part.tokens));
     if (fixed) step_.most_queries = engine_.queries;
     step_.seals = fixed || Chance(0.5) ? options_.max_seals : seal_count_.host[0];
+    step_.among_coded = !writes;
     step_.query_start = query_start_.data();
     step_.lengths = lengths_.data();
     step_.coded_first = coded_first_.data();
@@ -399,10 +408,15 @@ class MiniEngine {
     const auto layers = [&](void* stream) {
       absl::Status status;
       for (int l = 0; l < engine_.layers && status.ok(); l++) {
-        status.Update(attention_->Write(l, {Data(k_, l), k_.stride}, {Data(v_, l), v_.stride}, stream));
-        status.Update(attention_->Attend(
-            l, {Data(q_, l), q_.stride}, {out_ + Size(l) * out_bytes_, row_},
-            reinterpret_cast<float*>(lse_) + Size(l) * Size(tokens_) * Size(engine_.heads), stream));
+        const PagedRows k{Data(k_, l), k_.stride}, v{Data(v_, l), v_.stride}, q{Data(q_, l), q_.stride};
+        const MutablePagedRows out{out_ + Size(l) * out_bytes_, row_};
+        float* const lse = reinterpret_cast<float*>(lse_) + Size(l) * Size(tokens_) * Size(engine_.heads);
+        if ((l + steps_) % 2 == 0) {
+          status.Update(attention_->WriteAttend(l, k, v, q, out, lse, stream));
+        } else {
+          status.Update(attention_->Write(l, k, v, stream));
+          status.Update(attention_->Attend(l, q, out, lse, stream));
+        }
         if (!together) status.Update(attention_->Seal(l, stream));
       }
       if (together) status.Update(attention_->SealLayers(stream));
@@ -410,6 +424,59 @@ class MiniEngine {
     };
     const absl::Status status = world_.Run(plan, layers);
     ASSERT_TRUE(status.ok()) << status;
+    steps_++;
+  }
+
+  // A step that writes nothing: queries at the end of some of the tokens of each sequence.
+  void Read(const std::vector<int>& order) {
+    parts_.clear();
+    seal_list_.clear();
+    for (const int index : order) {
+      const Sequence& sequence = sequences_[Size(index)];
+      if (sequence.length == 0) continue;
+      const int64_t end = 1 + Random(static_cast<int>(sequence.length)),
+                    queries = std::min<int64_t>(end, 1 + Random(Chance(0.5) ? 4 : engine_.most_new));
+      Part part{index, end - queries, queries, 0, 0, {}, {}};
+      SetCoded(sequence, sequence.length / kBlockTokens, &part);
+      const int64_t blocks = (end + kBlockTokens - 1) / kBlockTokens;
+      const int64_t before = part.coded_first;
+      part.coded_count = std::max<int64_t>(0, std::min(part.coded_count, blocks - before));
+      if (part.coded_count == 0) part.coded_first = 0;
+      // With a sliding window, what no query sees may be gone.
+      const int64_t seen = std::max<int64_t>(0, part.first_position - engine_.window + 1);
+      bool kept = true;
+      for (int64_t b = 0; b < blocks; b++) {
+        if (b >= part.coded_first && b < part.coded_first + part.coded_count) continue;
+        const auto page = sequence.exact.find(b);
+        kept = kept && (page != sequence.exact.end() || (engine_.window > 0 && b < seen / kBlockTokens));
+        part.exact.push_back(page == sequence.exact.end() ? -1000000 : page->second);
+        part.exact_blocks.push_back(b);
+      }
+      if (kept) parts_.push_back(std::move(part));
+    }
+    SetArrays(/*writes=*/false);
+    std::normal_distribution<float> normal;
+    for (int l = 0; l < engine_.layers; l++) {
+      int64_t token = 0;
+      for (const Part& part : parts_)
+        for (int64_t t = 0; t < part.tokens; t++, token++)
+          for (int64_t i = 0; i < q_.width; i++) View(q_, l, token).Set(Size(i), normal(rng_));
+    }
+    world_.Upload(q_.host.data(), q_.memory, q_.host.size());
+    Poison(out_, out_bytes_ * Size(engine_.layers));
+    Poison(lse_, Size(tokens_) * Size(engine_.heads) * sizeof(float) * Size(engine_.layers));
+    const absl::Status status = world_.Run(
+        [&](void* stream) { return attention_->Plan(step_, stream); },
+        [&](void* stream) {
+          absl::Status all;
+          for (int l = 0; l < engine_.layers && all.ok(); l++)
+            all.Update(attention_->Attend(
+                l, {Data(q_, l), q_.stride}, {out_ + Size(l) * out_bytes_, row_},
+                reinterpret_cast<float*>(lse_) + Size(l) * Size(tokens_) * Size(engine_.heads), stream));
+          return all;
+        });
+    ASSERT_TRUE(status.ok()) << status;
+    CheckOutputs();
   }
 
   // Copies of all pages in host memory.
@@ -508,14 +575,15 @@ class MiniEngine {
     }
     for (int64_t b = part.coded_first; b < part.coded_first + part.coded_count; b++)
       middle.push_back(host_coded_[layer].data() + coded_.block_bytes() * Size(sequence.coded[Size(b)]));
-    const int64_t last_begin = (part.coded_first + part.coded_count) * kBlockTokens;
+    const int64_t last_begin = (part.coded_first + part.coded_count) * kBlockTokens,
+                  length = part.first_position + part.tokens;
     const Profile* profile = profiles_[layer].k.empty() ? nullptr : &profiles_[layer];
     std::vector<BlockRun> runs;
     if (!first.empty()) runs.push_back({&exact_, nullptr, first, 0, part.coded_first * kBlockTokens});
     if (!middle.empty())
-      runs.push_back(
-          {&coded_, profile, middle, part.coded_first * kBlockTokens, part.coded_count * kBlockTokens});
-    runs.push_back({&exact_, nullptr, last, last_begin, sequence.length - last_begin});
+      runs.push_back({&coded_, profile, middle, part.coded_first * kBlockTokens,
+                      std::min(part.coded_count * kBlockTokens, length - part.coded_first * kBlockTokens)});
+    if (length > last_begin) runs.push_back({&exact_, nullptr, last, last_begin, length - last_begin});
     std::vector<float> q(Size(part.tokens * row_)), wanted(q.size());
     std::vector<float> wanted_lse(Size(part.tokens) * Size(engine_.heads));
     for (int64_t t = 0; t < part.tokens; t++) {
@@ -627,6 +695,7 @@ class MiniEngine {
       seal_count_;
   std::unique_ptr<PagedAttention> attention_;
   PagedStep step_;
+  int steps_ = 0;
   std::vector<Part> parts_;
   std::vector<SealOf> seal_list_;
   std::vector<std::vector<std::byte>> host_coded_, host_exact_;
@@ -714,6 +783,26 @@ TEST_P(PagedConformance, ChunksWithLengthsOnTheHost) {
   engine.sinks = engine.profile = true;
   engine.output_type = DataType::kBf16;
   RunSteps(GetParam(), engine, 12, 12);
+}
+// Steps of queries alone, before, among and behind the coded blocks.
+TEST_P(PagedConformance, QueriesAmongCodedBlocks) {
+  if (GetParam().make()->replays()) GTEST_SKIP() << "steps of unequal bounds are not recorded";
+  Engine engine;
+  engine.reads = true;
+  engine.most_new = 150;
+  for (const int heads : {4, 14, 80}) {
+    engine.heads = heads;
+    RunSteps(GetParam(), engine, 12, static_cast<uint32_t>(100 + heads));
+  }
+  engine.heads = 8;
+  engine.first_blocks = 2;
+  engine.profile = engine.sinks = true;
+  engine.pair = "q8_0/turbo4";
+  engine.host_arrays = true;
+  engine.tolerance = 3e-3;  // steps that write have prefills
+  RunSteps(GetParam(), engine, 12, 101);
+  engine.window = 130;
+  RunSteps(GetParam(), engine, 12, 102);
 }
 // Steps with equal bounds: worlds that replay record the first one.
 TEST_P(PagedConformance, EqualStepsOfOneToken) {
@@ -915,6 +1004,11 @@ TEST_P(PagedConformance, RefusesWhatDoesNotFit) {
   EXPECT_EQ(attention.Write(1, rows, rows, nullptr).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(attention.Attend(0, {layer.exact, 8}, {layer.exact, 64}, nullptr, nullptr).code(),
             absl::StatusCode::kInvalidArgument);
+  const MutablePagedRows out{layer.exact, 64};
+  EXPECT_TRUE(attention.WriteAttend(0, rows, rows, rows, out, nullptr, nullptr).ok());
+  for (const auto& [k, q] : {std::pair{PagedRows{layer.exact, 8}, rows}, std::pair{rows, PagedRows{}}})
+    EXPECT_EQ(attention.WriteAttend(0, k, rows, q, out, nullptr, nullptr).code(),
+              absl::StatusCode::kInvalidArgument);
   EXPECT_TRUE(attention.Seal(0, nullptr).ok());
   EXPECT_TRUE(attention.SealLayers(nullptr).ok());
 }

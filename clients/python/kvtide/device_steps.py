@@ -154,7 +154,7 @@ class DeviceSteps:
         ``prefix`` tokens, whoever writes to it, cuts or closes it meanwhile. Nobody is kept from writing.
 
         Raises:
-            Unimplemented: queries before the end of the coded blocks that they see.
+            OutOfRange: queries that see tokens which have left a sliding window.
         """
         return PinnedStep(self, list(items), prefix, stream)
 
@@ -201,27 +201,36 @@ class Step:
     def append(self, layer: int, k: Any, v: Any) -> None:
         """Writes the new rows ``k [tokens, kv_heads, head_dim]`` and ``v [tokens, kv_heads, head_dim_v]`` of a layer. Values beyond
         float16 become its largest, what is no number becomes 0."""
-        shape = self._layer(layer)
-        keys = self._rows(k, "k", shape.kv_heads, shape.head_dim)
-        values = self._rows(v, "v", shape.kv_heads, shape.head_dim_v or shape.head_dim)
-        self._steps._core.write(layer, keys.address, keys.stride, values.address, values.stride)
+        self._steps._core.write(layer, *self._pairs(layer, k, v))
 
     def attend(self, layer: int, q: Any, *, out: Any = None) -> Any:
         """Each of ``q [tokens, query_heads, head_dim]`` sees its sequence up to itself. Returns ``[tokens, query_heads, head_dim_v]``
         in memory of its own or in ``out``."""
+        out, asked = self._attended(layer, q, out)
+        self._steps._core.attend(layer, *asked, 0)
+        return out
+
+    def append_attend(self, layer: int, q: Any, k: Any, v: Any, *, out: Any = None) -> Any:
+        """:meth:`append`, then :meth:`attend`, sooner than both."""
+        written = self._pairs(layer, k, v)
+        out, asked = self._attended(layer, q, out)
+        self._steps._core.write_attend(layer, *written, *asked)
+        return out
+
+    def _pairs(self, layer: int, k: Any, v: Any) -> Tuple[int, int, int, int]:
+        shape = self._layer(layer)
+        keys = self._rows(k, "k", shape.kv_heads, shape.head_dim)
+        values = self._rows(v, "v", shape.kv_heads, shape.head_dim_v or shape.head_dim)
+        return keys.address, keys.stride, values.address, values.stride
+
+    def _attended(self, layer: int, q: Any, out: Any) -> Tuple[Any, Tuple[int, int, int, int]]:
         shape = self._layer(layer)
         heads = shape.query_heads or shape.kv_heads
         queries = self._rows(q, "q", heads, shape.head_dim)
         if out is None:
             out = _empty_like(q, (self.tokens, heads, shape.head_dim_v or shape.head_dim))
         result = self._rows(out, "out", heads, shape.head_dim_v or shape.head_dim)
-        self._steps._core.attend(layer, queries.address, queries.stride, result.address, result.stride, 0)
-        return out
-
-    def append_attend(self, layer: int, q: Any, k: Any, v: Any, *, out: Any = None) -> Any:
-        """:meth:`append`, then :meth:`attend`."""
-        self.append(layer, k, v)
-        return self.attend(layer, q, out=out)
+        return out, (queries.address, queries.stride, result.address, result.stride)
 
     def end(self, token_ids: Optional[Iterable[Optional[Any]]] = None) -> None:
         """Codes full blocks, waits for the device and makes the new tokens count, in all layers. All layers have to be written.
@@ -256,6 +265,10 @@ class PinnedStep(Step):
         self.starts = steps._core.pin([(sequence.id, count, prefix) for sequence, count in items], steps._stream(stream))
 
     def append(self, layer: int, k: Any, v: Any) -> None:
+        """Not here: FailedPrecondition."""
+        raise FailedPrecondition("the step is pinned: it takes no rows")
+
+    def append_attend(self, layer: int, q: Any, k: Any, v: Any, *, out: Any = None) -> Any:
         """Not here: FailedPrecondition."""
         raise FailedPrecondition("the step is pinned: it takes no rows")
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "kernels/base/status.h"
+#include "kernels/cuda/attend/late_query.h"
 #include "kernels/cuda/device/launch.h"
 
 namespace kvtide::cuda {
@@ -41,7 +42,7 @@ void CutLaunches(std::vector<LaunchPlan>* launches, int processors) {
   for (LaunchPlan& plan : *launches) plan.workers = CutShares(plan.units, plan.ctas, plan.warps);
 }
 
-absl::Status LaunchUnits(const LaunchPlan& plan, int page_dim, bool overlap, bool first,
+absl::Status LaunchUnits(const LaunchPlan& plan, int page_dim, bool overlap, UnitsAfter after,
                          cudaStream_t stream) {
   if (plan.units.empty() || plan.joined) return absl::OkStatus();
   for (const Conversion& c : plan.conversions) {
@@ -52,13 +53,20 @@ absl::Status LaunchUnits(const LaunchPlan& plan, int page_dim, bool overlap, boo
     KVTIDE_CUDA_RETURN_IF_ERROR(LaunchDecode(pair.v, Side::kValue, c.layout->v(), RowTarget::kF16Page,
                                              page_dim, c.v_device, jobs, stream));
   }
-  const bool dependent = overlap && !first && plan.conversions.empty();
+  const bool dependent = overlap && after != UnitsAfter::kAnything && plan.conversions.empty();
   const AttendKernel& kernel = *plan.kernel;
-  if (plan.exact == nullptr) {
+  const bool joint = plan.exact != nullptr;
+  const void* query = joint ? kernel.joint.query_function : kernel.query_function;
+  if (dependent && after == UnitsAfter::kRows) {
+    const void* const late = joint ? LateJointQueryKernel(kernel) : LateQueryKernel(kernel);
+    if (late == nullptr) overlap = false;
+    if (late != nullptr) query = late;
+  }
+  if (!joint) {
     AttendParams params = plan.params;
     // Rows of calibrated keys' queries are turned together, by all warps that there may be.
     const bool calibrated = kernel.k == Form::kTide4 || kernel.k == Form::kTide3 || kernel.k == Form::kTide2;
-    KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel.query_function, plan.units.size(),
+    KVTIDE_RETURN_IF_ERROR(LaunchKernel(query, plan.units.size(),
                                         calibrated ? kernel.query_threads : 32 * plan.most_rows, 0, dependent,
                                         &params, stream));
     return LaunchKernel(kernel.function, Ctas(plan), kernel.threads, kernel.shared_bytes, overlap, &params,
@@ -66,7 +74,7 @@ absl::Status LaunchUnits(const LaunchPlan& plan, int page_dim, bool overlap, boo
   }
   const LaunchPlan& exact = *plan.exact;
   JointParams params{plan.params, exact.params, plan.joint_workers, static_cast<uint32_t>(plan.units.size())};
-  KVTIDE_RETURN_IF_ERROR(LaunchKernel(kernel.joint.query_function, plan.units.size() + exact.units.size(),
+  KVTIDE_RETURN_IF_ERROR(LaunchKernel(query, plan.units.size() + exact.units.size(),
                                       32 * std::max(plan.most_rows, exact.most_rows), 0, dependent, &params,
                                       stream));
   return LaunchKernel(kernel.joint.function, Ctas(plan) + Ctas(exact), kernel.threads,

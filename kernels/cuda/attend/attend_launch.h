@@ -53,7 +53,10 @@ void CutLaunches(std::vector<LaunchPlan>* launches, int processors);
 
 // Conversions (to pages of `page_dim` values a row), queries and attention; nothing for a plan that joined
 // another. overlap: kernels of the call may overlap, each waits for the ones before it only where it needs
-// their results; first: what the stream has got last is none of them.
-absl::Status LaunchUnits(const LaunchPlan& plan, int page_dim, bool overlap, bool first, cudaStream_t stream);
+// their results; after: what the stream has got last, units of the call, rows of its pages (late_query.h), or
+// anything else.
+enum class UnitsAfter { kAnything, kUnits, kRows };
+absl::Status LaunchUnits(const LaunchPlan& plan, int page_dim, bool overlap, UnitsAfter after,
+                         cudaStream_t stream);
 
 }  // namespace kvtide::cuda

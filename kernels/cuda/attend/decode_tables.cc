@@ -432,7 +432,7 @@ absl::Status DecodeTables::Launch(const AttendLayerArgs& args, const LayerTensor
                                   const AttendEnvironment& environment, Workspace& workspace) {
   const cudaStream_t stream = workspace.stream();
   // Whether the kernel at hand follows another one.
-  bool follows = way.after_kernel && sent_ && !way.careful && environment.begin == nullptr;
+  bool follows = way.after_rows && sent_ && !way.careful && environment.begin == nullptr;
   if (!sent_) KVTIDE_RETURN_IF_ERROR(memory_.Send(stream));
   sent_ = true;
   KVTIDE_RETURN_IF_ERROR(workspace.partials.Reserve(partial_bytes_));
@@ -456,8 +456,11 @@ absl::Status DecodeTables::Launch(const AttendLayerArgs& args, const LayerTensor
     params.table_offset = Size(args.layer) * Size(shape_.kv_heads) * plan.table_bytes;
   }
   if (environment.begin != nullptr) KVTIDE_CUDA_RETURN_IF_ERROR(cudaEventRecord(environment.begin, stream));
+  bool rows = way.after_rows;
   for (const LaunchPlan& plan : launches_) {
-    KVTIDE_RETURN_IF_ERROR(LaunchUnits(plan, page_dim_, environment.dependent_launches, !follows, stream));
+    const UnitsAfter after = !follows ? UnitsAfter::kAnything : rows ? UnitsAfter::kRows : UnitsAfter::kUnits;
+    KVTIDE_RETURN_IF_ERROR(LaunchUnits(plan, page_dim_, environment.dependent_launches, after, stream));
+    rows = rows && (plan.units.empty() || plan.joined);
     follows = follows || (!plan.units.empty() && !plan.joined);
   }
   CombineParams merge = merge_;

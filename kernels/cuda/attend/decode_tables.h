@@ -43,8 +43,9 @@ class DecodeTables {
   absl::Status Make(const AttendPlanArgs& batch, const GroupShape& shape,
                     const AttendEnvironment& environment, std::optional<Convert> convert);
   struct Way {
-    bool careful = false;       // logits may leave f32; a row of which no state is a number is then found too
-    bool after_kernel = false;  // what the stream has got last is a kernel that lets the next one start
+    bool careful = false;  // logits may leave f32; a row of which no state is a number is then found too
+    // What the stream has got last is a kernel that lets the next one start and writes rows into pages.
+    bool after_rows = false;
   };
   // Queues the kernels of a layer, and before them what the device does not have yet. The tensors are placed.
   absl::Status Launch(const AttendLayerArgs& args, const LayerTensors& tensors, Way way,

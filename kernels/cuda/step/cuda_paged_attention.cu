@@ -5,6 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status.h"
 #include "kernels/cuda/attend/kernel_list.h"
+#include "kernels/cuda/attend/late_query.h"
 #include "kernels/cuda/device/capability.h"
 #include "kernels/cuda/device/copy_to_device.h"
 #include "kernels/cuda/device/device.h"
@@ -36,6 +37,9 @@ struct TileKernels {
   int rows = 0, kinds = 0;
   const AttendKernel* of[2] = {};
   const AttendKernel* joint = nullptr;  // of the coded kind, if one launch reads both
+  // Query kernels of the first kind, and of both, for launches that follow the kernel that writes rows, if
+  // there are any.
+  const void *late = nullptr, *late_joint = nullptr;
 };
 
 // Where a launch leaves what the next kernel reads; launches of a step use the same memory.
@@ -63,6 +67,7 @@ class PagedOnDevice final : public PagedAttention {
     int device = 0;
     KVTIDE_CUDA_RETURN_IF_ERROR(cudaGetDevice(&device));
     KVTIDE_ASSIGN_OR_RETURN(image_, FindDeviceImage(device));
+    overlap_ = HasBulkCopies(image_.image_capability);
     KVTIDE_CUDA_RETURN_IF_ERROR(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, device));
     KVTIDE_RETURN_IF_ERROR(FindBases());
     for (TileKernels* kernels : {&narrow_, &wide_})
@@ -93,30 +98,26 @@ class PagedOnDevice final : public PagedAttention {
 
   absl::Status Write(int layer, PagedRows k, PagedRows v, void* stream) override {
     KVTIDE_RETURN_IF_ERROR(CheckCall(layer));
-    KVTIDE_RETURN_IF_ERROR(
-        CheckPagedRows(k, options_.type, options_.shape.kv_heads, options_.shape.head_dim_k, "k"));
-    KVTIDE_RETURN_IF_ERROR(
-        CheckPagedRows(v, options_.type, options_.shape.kv_heads, options_.shape.head_dim_v, "v"));
+    KVTIDE_RETURN_IF_ERROR(CheckWritten(k, v));
     const auto of = static_cast<cudaStream_t>(stream);
     return Settled(LaunchWrite(layers_[Size(layer)], k, v, of), of);
   }
 
   absl::Status Attend(int layer, PagedRows q, MutablePagedRows out, float* lse, void* stream) override {
     KVTIDE_RETURN_IF_ERROR(CheckCall(layer));
-    KVTIDE_RETURN_IF_ERROR(CheckPagedRows(q, options_.type, options_.heads, options_.shape.head_dim_k, "q"));
-    KVTIDE_RETURN_IF_ERROR(CheckPagedRows({out.data, out.stride}, options_.output_type, options_.heads,
-                                          options_.shape.head_dim_v, "out"));
+    KVTIDE_RETURN_IF_ERROR(CheckAttended(q, out));
     const auto of = static_cast<cudaStream_t>(stream);
-    absl::Status status;
-    // Where rows of q and out begin is part of the plan; the first layers of an object may say something new.
-    if (q.stride != query_stride_ || out.stride != output_stride_) {
-      query_stride_ = q.stride;
-      output_stride_ = out.stride;
-      status = LaunchPlan(of);
-    }
-    for (size_t first = 0; first < tiles_ && status.ok(); first += batch_)
-      status = LaunchTiles(Size(layer), first / batch_, std::min(batch_, tiles_ - first), q, out, lse, of);
-    if (status.ok()) status = prefill_.Attend(PrefillLayer(Size(layer)), q, out, lse, of);
+    return Settled(LaunchAttend(Size(layer), q, out, lse, false, of), of);
+  }
+
+  absl::Status WriteAttend(int layer, PagedRows k, PagedRows v, PagedRows q, MutablePagedRows out, float* lse,
+                           void* stream) override {
+    KVTIDE_RETURN_IF_ERROR(CheckCall(layer));
+    KVTIDE_RETURN_IF_ERROR(CheckWritten(k, v));
+    KVTIDE_RETURN_IF_ERROR(CheckAttended(q, out));
+    const auto of = static_cast<cudaStream_t>(stream);
+    absl::Status status = LaunchWrite(layers_[Size(layer)], k, v, of);
+    if (status.ok()) status = LaunchAttend(Size(layer), q, out, lse, true, of);
     return Settled(status, of);
   }
 
@@ -163,6 +164,16 @@ class PagedOnDevice final : public PagedAttention {
     if (!planned_) return absl::FailedPreconditionError("no step is planned: call Plan first");
     return absl::OkStatus();
   }
+  absl::Status CheckWritten(PagedRows k, PagedRows v) const {
+    KVTIDE_RETURN_IF_ERROR(
+        CheckPagedRows(k, options_.type, options_.shape.kv_heads, options_.shape.head_dim_k, "k"));
+    return CheckPagedRows(v, options_.type, options_.shape.kv_heads, options_.shape.head_dim_v, "v");
+  }
+  absl::Status CheckAttended(PagedRows q, MutablePagedRows out) const {
+    KVTIDE_RETURN_IF_ERROR(CheckPagedRows(q, options_.type, options_.heads, options_.shape.head_dim_k, "q"));
+    return CheckPagedRows({out.data, out.stride}, options_.output_type, options_.heads,
+                          options_.shape.head_dim_v, "out");
+  }
 
   // The lowest page of any layer: where the pages of a layer begin is a parameter of its kernels.
   absl::Status FindBases() {
@@ -206,6 +217,8 @@ class PagedOnDevice final : public PagedAttention {
     if (FindCombineKernel(exact_.v().stored_dim, 1) == nullptr)
       return absl::InvalidArgumentError(
           absl::StrCat("head dim ", options_.shape.head_dim_v, " of V has no merge kernel"));
+    kernels->late = LateQueryKernel(*kernels->of[0]);
+    kernels->late_joint = LateJointQueryKernel(*kernels->of[0]);
     if (kernels->kinds < 2 || processors_ < 2 || !CanJoin(*kernels->of[0], *kernels->of[1]))
       return absl::OkStatus();
     kernels->joint = kernels->of[0];
@@ -250,11 +263,13 @@ class PagedOnDevice final : public PagedAttention {
     return absl::OkStatus();
   }
 
-  // Tiles that a step can have.
-  size_t MostTiles(const TileKernels& kernels, int sequences, int tokens, int most_queries) const {
+  // Tiles that a step can have; a sequence whose queries are cut in two (PagedTables::QueriesBefore), one
+  // more.
+  size_t MostTiles(const TileKernels& kernels, int sequences, int tokens, int most_queries, bool cut) const {
     const size_t rows = Size(kernels.rows);
     return std::min(CeilDiv(Size(most_queries) * Size(group_), rows) * Size(sequences),
-                    (Size(tokens) * Size(group_) + Size(sequences) * (rows - 1)) / rows);
+                    (Size(tokens) * Size(group_) + Size(sequences) * (rows - 1)) / rows) +
+           (cut && most_queries > 1 ? std::min(Size(sequences), Size(tokens) / 2) : 0);
   }
   const TileKernels& KernelsFor(int most_queries) const {
     return int64_t{most_queries} * group_ <= narrow_.rows ? narrow_ : wide_;
@@ -271,9 +286,9 @@ class PagedOnDevice final : public PagedAttention {
       tile_bytes += kv_heads_ * (wider(k, &AttendKernel::query_bytes) +
                                  wider(k, &AttendKernel::rows) * Size(wide_.of[k]->dv) * sizeof(float));
     const int sequences = options_.max_sequences;
-    const size_t single = MostTiles(narrow_, sequences, sequences, 1),
-                 all =
-                     std::max(single, MostTiles(wide_, sequences, options_.max_tokens, options_.max_tokens));
+    const size_t single = MostTiles(narrow_, sequences, sequences, 1, false),
+                 all = std::max(single, MostTiles(wide_, sequences, options_.max_tokens, options_.max_tokens,
+                                                  options_.max_coded_blocks > 0));
     batch_ = std::min<size_t>({kPlanItems, all, std::max(single, kLaunchBytes / tile_bytes)});
     const size_t launches = CeilDiv(all, batch_), units = batch_ * kv_heads_;
     KVTIDE_ASSIGN_OR_RETURN(tile_, Allocate<PagedTile>(launches * batch_));
@@ -348,7 +363,7 @@ class PagedOnDevice final : public PagedAttention {
     }
     kernels_ = &KernelsFor(most_queries);
     tile_queries_ = most_queries;
-    tiles_ = MostTiles(*kernels_, step.sequences, step.tokens, most_queries);
+    tiles_ = MostTiles(*kernels_, step.sequences, step.tokens, most_queries, step.among_coded);
     if (most_rows == INT32_MAX) return;
     tiles_ = 0;
     for (int s = 0; s < step.sequences; s++) {
@@ -361,7 +376,7 @@ class PagedOnDevice final : public PagedAttention {
     step_ = step;
     // Steps without prefills are planned by their bounds, as graphs are.
     const bool prefills = step.host_query_start != nullptr && options_.max_profiles == 0 &&
-                          int64_t{step.most_queries} * group_ > prefill_.most_rows();
+                          !step.among_coded && int64_t{step.most_queries} * group_ > prefill_.most_rows();
     const int most_rows = prefills ? prefill_.most_rows() : INT32_MAX;
     CountTiles(step, most_rows);
     if (step.sequences == 0) return absl::OkStatus();
@@ -388,9 +403,12 @@ class PagedOnDevice final : public PagedAttention {
     tiles.window = options_.window;
     KVTIDE_RETURN_IF_ERROR(LaunchKernel(reinterpret_cast<const void*>(&PagedTilesKernel),
                                         1 + Size(step.sequences), kTileThreads, 0, false, &tiles, stream));
-    // Prefills know the profiles of layers, not those of sequences.
-    if (options_.max_profiles == 0)
-      KVTIDE_RETURN_IF_ERROR(prefill_.Plan(step, tables_.coded, tables_.exact, stream));
+    // Prefills know the profiles of layers, not those of sequences, and stand behind the coded blocks.
+    if (options_.max_profiles == 0) {
+      PagedStep of_prefills = step;
+      if (step.among_coded) of_prefills.host_query_start = nullptr;
+      KVTIDE_RETURN_IF_ERROR(prefill_.Plan(of_prefills, tables_.coded, tables_.exact, stream));
+    }
 
     // Few rows are cut into many states each, and leave warps free to share them (device_decode.cu).
     const size_t rows = tiles_ * kv_heads_ * Size(std::min(kernels.rows, tile_queries_ * group_)),
@@ -485,16 +503,32 @@ class PagedOnDevice final : public PagedAttention {
         : options_.type == DataType::kF16 ? reinterpret_cast<const void*>(&WriteKernel<__half>)
                                           : reinterpret_cast<const void*>(&WriteKernel<__nv_bfloat16>);
     const size_t chunks = kv_heads_ * Size(exact_.k().stored_dim + exact_.v().stored_dim) / 8;
-    return LaunchKernel(kernel, CeilDiv(Size(step_.tokens), 2), kWriteThreads, 0, false, &params, stream,
+    // It waits before it reads: whatever was launched last may be under way.
+    return LaunchKernel(kernel, CeilDiv(Size(step_.tokens), 2), kWriteThreads, 0, overlap_, &params, stream,
                         CeilDiv(chunks, kWriteThreads));
   }
 
+  // after_rows: the stream has got the kernel last that writes the step's rows of this layer.
+  absl::Status LaunchAttend(size_t layer, PagedRows q, MutablePagedRows out, float* lse, bool after_rows,
+                            cudaStream_t stream) {
+    // Where rows of q and out begin is part of the plan; the first layers of an object may say something new.
+    if (q.stride != query_stride_ || out.stride != output_stride_) {
+      query_stride_ = q.stride;
+      output_stride_ = out.stride;
+      after_rows = false;
+      KVTIDE_RETURN_IF_ERROR(LaunchPlan(stream));
+    }
+    for (size_t first = 0; first < tiles_; first += batch_)
+      KVTIDE_RETURN_IF_ERROR(LaunchTiles(layer, first / batch_, std::min(batch_, tiles_ - first), q, out, lse,
+                                         after_rows && first == 0, stream));
+    return prefill_.Attend(PrefillLayer(layer), q, out, lse, stream);
+  }
+
   absl::Status LaunchTiles(size_t layer, size_t launch, size_t tiles, PagedRows q, MutablePagedRows out,
-                           float* lse, cudaStream_t stream) {
+                           float* lse, bool after_rows, cudaStream_t stream) {
     const TileKernels& kernels = *kernels_;
     const size_t units = tiles * kv_heads_, unit_stride = batch_ * kv_heads_;
     const int rows = std::min(kernels.rows, tile_queries_ * group_);
-    const bool overlap = HasBulkCopies(image_.image_capability);
     const auto params_of = [&](int k) -> absl::StatusOr<AttendParams> {
       const AttendKernel& kernel = *kernels.of[k];
       const bool coded = kernels.kinds == 2 && k == 0;
@@ -518,12 +552,17 @@ class PagedOnDevice final : public PagedAttention {
       params.query = q.data;
       return params;
     };
-    bool dependent = false;  // the first kernel waits for everything before it
-    const auto attend = [&](const void* query, size_t count, const void* function, size_t ctas, int threads,
-                            int shared, void* params) -> absl::Status {
+    // The first kernel waits for everything before it, unless that is the one that writes rows, which has:
+    // many queries are prepared meanwhile. Few leave room for CTAs of the attention kernel that begin beside
+    // them, once the rows are there.
+    const void* const late = kernels.joint != nullptr ? kernels.late_joint : kernels.late;
+    bool dependent =
+        after_rows && overlap_ && late != nullptr && Size(kernels.kinds) * units >= Size(processors_);
+    const auto attend = [&](const void* query, size_t count, const void* function, int threads, int shared,
+                            void* params) -> absl::Status {
       KVTIDE_RETURN_IF_ERROR(LaunchKernel(query, count, 32 * rows, 0, dependent, params, stream));
-      dependent = overlap;
-      return LaunchKernel(function, ctas, threads, shared, dependent, params, stream);
+      dependent = overlap_;
+      return LaunchKernel(function, Size(processors_), threads, shared, overlap_, params, stream);
     };
     if (kernels.joint != nullptr) {
       JointParams params;
@@ -531,14 +570,16 @@ class PagedOnDevice final : public PagedAttention {
       KVTIDE_ASSIGN_OR_RETURN(params.exact, params_of(1));
       params.workers = params.coded.workers;
       params.coded_units = static_cast<uint32_t>(units);
-      KVTIDE_RETURN_IF_ERROR(attend(kernels.joint->joint.query_function, 2 * units,
-                                    kernels.joint->joint.function, Size(processors_), kernels.joint->threads,
-                                    kernels.joint->joint.shared_bytes, &params));
+      const JointKernel& joint = kernels.joint->joint;
+      KVTIDE_RETURN_IF_ERROR(attend(dependent ? late : joint.query_function, 2 * units, joint.function,
+                                    kernels.joint->threads, joint.shared_bytes, &params));
     } else {
       for (int k = 0; k < kernels.kinds; k++) {
         const AttendKernel& kernel = *kernels.of[k];
         KVTIDE_ASSIGN_OR_RETURN(AttendParams params, params_of(k));
-        KVTIDE_RETURN_IF_ERROR(attend(kernel.query_function, units, kernel.function, Size(processors_),
+        // Once one has waited, all are behind the rows.
+        const bool after = k == 0 && dependent;
+        KVTIDE_RETURN_IF_ERROR(attend(after ? late : kernel.query_function, units, kernel.function,
                                       kernel.threads, kernel.shared_bytes, &params));
       }
     }
@@ -555,7 +596,7 @@ class PagedOnDevice final : public PagedAttention {
     merge.sinks = layers_[layer].sinks;
     const size_t warps = units * Size(rows) * Size(team_);
     return LaunchKernel(FindCombineKernel(exact_.v().stored_dim, team_), CeilDiv(warps, kCombineWarps),
-                        32 * kCombineWarps, 0, dependent, &merge, stream);
+                        32 * kCombineWarps, 0, overlap_, &merge, stream);
   }
 
   absl::Status LaunchSeals(int first_layer, int layers, cudaStream_t stream) {
@@ -592,6 +633,7 @@ class PagedOnDevice final : public PagedAttention {
   BlockLayout coded_, exact_;
   DeviceImage image_;
   int processors_ = 0, group_ = 0;
+  bool overlap_ = false;  // kernels may start while those before them end
   size_t kv_heads_ = 0, bytes_ = 0;
   uint64_t coded_base_ = 0, exact_base_ = 0;
   TileKernels narrow_, wide_;

@@ -55,11 +55,26 @@ struct PagedTables {
   __device__ int CodedCount(int sequence) const {
     return coded == nullptr ? 0 : min(max(coded_count[sequence], 0), max_coded);
   }
+  // Of the coded blocks, those tokens that the sequence has: all, unless it is read up to one of them only.
+  __device__ int CodedTokens(int sequence) const {
+    const int count = CodedCount(sequence);
+    return count == 0
+               ? 0
+               : min(count * kBlockTokens, max(lengths[sequence] - coded_first[sequence] * kBlockTokens, 0));
+  }
   __device__ int ExactTokens(int sequence) const {
-    return min(max(lengths[sequence] - CodedCount(sequence) * kBlockTokens, 0), max_exact * kBlockTokens);
+    return min(max(lengths[sequence] - CodedTokens(sequence), 0), max_exact * kBlockTokens);
   }
   __device__ int Queries(int sequence) const {
     return max(query_start[sequence + 1] - query_start[sequence], 0);
+  }
+  // Queries that stand before the end of the coded blocks and have exact blocks before those: what they see
+  // of the exact ones ends there, while others see on. No tile has both.
+  __device__ int QueriesBefore(int sequence) const {
+    const int count = CodedCount(sequence), queries = Queries(sequence);
+    if (count == 0 || coded_first[sequence] <= 0) return 0;
+    return min(max((coded_first[sequence] + count) * kBlockTokens - (lengths[sequence] - queries), 0),
+               queries);
   }
 };
 
@@ -71,6 +86,8 @@ struct PagedTilesParams {
   int32_t group = 0;       // query heads of a KV head
   int32_t most_rows = 0;   // sequences with more rows have no tiles: others attend them
   int64_t window = 0;
+
+  __device__ int TilesOf(int rows) const { return (rows + tile_rows - 1) / tile_rows; }
 };
 inline constexpr int kTileThreads = 1024;
 
@@ -141,7 +158,9 @@ __global__ void __launch_bounds__(kTileThreads)
     int own = 0, before = 0, all = 0;
     if (sequence < tables.sequences && tables.lengths[sequence] > 0) {
       const int64_t rows = int64_t{tables.Queries(sequence)} * params.group;
-      if (rows <= params.most_rows) own = static_cast<int>((rows + params.tile_rows - 1) / params.tile_rows);
+      const int first_part = tables.QueriesBefore(sequence) * params.group;
+      if (rows <= params.most_rows)
+        own = params.TilesOf(first_part) + params.TilesOf(static_cast<int>(rows) - first_part);
     }
     Scan(storage).ExclusiveSum(own, before, all);
     if (sequence < tables.sequences) first_tile[sequence] = before_all + before;
@@ -161,20 +180,26 @@ __global__ void __launch_bounds__(kTileThreads)
         else
           high = middle;
       }
-      const int queries = tables.Queries(low), rows = queries * params.group;
+      const int queries = tables.Queries(low), first_part = tables.QueriesBefore(low) * params.group,
+                first_tiles = params.TilesOf(first_part);
+      const int number = i - first_tile[low];
+      const bool before = number < first_tiles;  // the end of the coded blocks
       tile.sequence = low;
       tile.first_token = tables.query_start[low];
-      tile.first_row = (i - first_tile[low]) * params.tile_rows;
-      tile.rows = min(params.tile_rows, rows - tile.first_row);
+      tile.first_row =
+          before ? number * params.tile_rows : first_part + (number - first_tiles) * params.tile_rows;
+      tile.rows = min(params.tile_rows, (before ? first_part : queries * params.group) - tile.first_row);
       const int first = tile.first_row / params.group, last = (tile.first_row + tile.rows - 1) / params.group;
       const int64_t position = tables.lengths[low] - queries;  // of query 0
-      const int64_t coded = int64_t{tables.CodedCount(low)} * kBlockTokens;
+      const int64_t coded = tables.CodedTokens(low),
+                    coded_begin = int64_t{tables.coded_first[low]} * kBlockTokens;
       const int64_t begin = params.window > 0 ? position - params.window + 1 : -int64_t{kNoLimit};
       if (coded > 0)
-        tile.pages[0] =
-            PagedPages(coded, begin - int64_t{tables.coded_first[low]} * kBlockTokens, kNoLimit, first, last);
+        tile.pages[0] = PagedPages(coded, begin - coded_begin, position + 1 - coded_begin, first, last);
       // Of the exact blocks the coded ones are left out; without a window the first blocks are all seen.
-      tile.pages[1] = PagedPages(tables.ExactTokens(low), begin - coded, position + 1 - coded, first, last);
+      tile.pages[1] =
+          before ? PagedPages(coded_begin, begin, position + 1, first, last)
+                 : PagedPages(tables.ExactTokens(low), begin - coded, position + 1 - coded, first, last);
     }
     params.tiles[i] = tile;
   }
@@ -184,6 +209,9 @@ __global__ void __launch_bounds__(kTileThreads)
 __device__ inline int64_t ProfileIndex(const int32_t* indices, int at, int32_t most) {
   return indices == nullptr ? 0 : min(max(indices[at], 0), max(0, most - 1));
 }
+
+// Of those that sequences may have, the first one is 0 and 1: not looked at.
+__device__ inline bool HasProfile(int64_t index, int32_t most) { return most == 0 || index > 0; }
 
 // The items of the plan (device_plan.cuh): tiles, launches are batches of `batch` tiles.
 struct TileItems {
@@ -215,10 +243,11 @@ struct TileItems {
     const PagedTile::Pages& pages = tile.pages[kinds[k]];
     unit.first_query = tile.first_token * query_stride + static_cast<int64_t>(head) * group * head_dim_k;
     unit.query_stride = query_stride;
-    const int64_t profile = static_cast<int64_t>(head) * head_dim_k +
-                            ProfileIndex(profiles, tile.sequence, most_profiles) * profile_stride;
-    if (plan[k].coded && mean != nullptr) unit.mean = mean + profile;
-    if (plan[k].coded && gain != nullptr) unit.gain = gain + profile;
+    const int64_t index = ProfileIndex(profiles, tile.sequence, most_profiles),
+                  profile = static_cast<int64_t>(head) * head_dim_k + index * profile_stride;
+    const bool has_profile = plan[k].coded && HasProfile(index, most_profiles);
+    if (has_profile && mean != nullptr) unit.mean = mean + profile;
+    if (has_profile && gain != nullptr) unit.gain = gain + profile;
     unit.tokens = pages.tokens;
     unit.first_row = tile.first_row;
     unit.rows = tile.rows;
@@ -320,6 +349,8 @@ __device__ inline uint4 ToHalves(const uint32_t (&words)[4 * sizeof(T) / 2], uin
 // type of the rows. A thread's 8 values are neighbours in a row and in a page.
 template <class T>
 __global__ void __launch_bounds__(kWriteThreads) WriteKernel(const __grid_constant__ WriteParams params) {
+  WaitForEarlierKernels();  // the engine's among them, which made the rows
+  LetNextKernelStart();
   constexpr int kTokens = 2, kWords = 4 * sizeof(T) / 2;
   const int k_chunks = params.k.stored_dim / 8, chunks = k_chunks + params.v.stored_dim / 8,
             i = static_cast<int>(blockIdx.y * kWriteThreads + threadIdx.x);
@@ -397,7 +428,7 @@ __global__ void __launch_bounds__(kSealThreads) SealJobsKernel(const __grid_cons
   using Scan = cub::BlockScan<int, kSealThreads>;
   __shared__ typename Scan::TempStorage storage;
   __shared__ int2 chosen[kSealThreads];
-  __shared__ int64_t chosen_profile[kSealThreads];
+  __shared__ int64_t chosen_profile[kSealThreads];  // index
   const int seals = params.count == nullptr ? params.seals : min(max(*params.count, 0), params.seals);
   int before = 0;  // of the seals
   for (int base = 0; base < seals; base += kSealThreads) {
@@ -409,7 +440,7 @@ __global__ void __launch_bounds__(kSealThreads) SealJobsKernel(const __grid_cons
     Scan(storage).ExclusiveSum(own, at, all);
     if (own == 1) {
       chosen[at] = pages;
-      chosen_profile[at] = ProfileIndex(params.profiles, i, params.most_profiles) * params.profile_stride;
+      chosen_profile[at] = ProfileIndex(params.profiles, i, params.most_profiles);
     }
     __syncthreads();
     const int per_seal = params.layer_count * params.kv_heads;
@@ -428,9 +459,11 @@ __global__ void __launch_bounds__(kSealThreads) SealJobsKernel(const __grid_cons
       params.v[static_cast<int64_t>(before) * per_seal + j] = job;
       job.source = source;
       job.target = target;
-      const auto values = static_cast<int64_t>(head) * params.head_dim_k + chosen_profile[j / per_seal];
-      job.mean = layer.mean == nullptr ? nullptr : layer.mean + values;
-      job.gain = layer.gain == nullptr ? nullptr : layer.gain + values;
+      const int64_t index = chosen_profile[j / per_seal],
+                    values = static_cast<int64_t>(head) * params.head_dim_k + index * params.profile_stride;
+      const bool has_profile = HasProfile(index, params.most_profiles);
+      job.mean = !has_profile || layer.mean == nullptr ? nullptr : layer.mean + values;
+      job.gain = !has_profile || layer.gain == nullptr ? nullptr : layer.gain + values;
       params.k[static_cast<int64_t>(before) * per_seal + j] = job;
     }
     before += all;

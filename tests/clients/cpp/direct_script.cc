@@ -195,11 +195,17 @@ void DirectScript::Layers(Open& open) {
     float* const out_at = memory_->Room(tokens * OutputWidth(shape));
     float* const lse_at = memory_->Room(tokens * heads);
     const auto stride = [](size_t width) { return static_cast<int64_t>(width); };
-    absl::Status status = attention_->Write(layer, {memory_->Put(k), stride(KeyWidth(shape))},
-                                            {memory_->Put(v), stride(ValueWidth(shape))}, memory_->stream());
-    ASSERT_TRUE(status.ok()) << status;
-    status = attention_->Attend(layer, {memory_->Put(q), stride(QueryWidth(shape))},
-                                {out_at, stride(OutputWidth(shape))}, lse_at, memory_->stream());
+    const PagedRows keys{memory_->Put(k), stride(KeyWidth(shape))},
+        values{memory_->Put(v), stride(ValueWidth(shape))},
+        queries{memory_->Put(q), stride(QueryWidth(shape))};
+    const MutablePagedRows outputs{out_at, stride(OutputWidth(shape))};
+    absl::Status status;
+    if (l % 2 == 0) {
+      status = attention_->WriteAttend(layer, keys, values, queries, outputs, lse_at, memory_->stream());
+    } else {
+      status = attention_->Write(layer, keys, values, memory_->stream());
+      if (status.ok()) status = attention_->Attend(layer, queries, outputs, lse_at, memory_->stream());
+    }
     ASSERT_TRUE(status.ok()) << status;
     const std::vector<float> out = memory_->Get(out_at, tokens * OutputWidth(shape)),
                              lse = memory_->Get(lse_at, tokens * heads);
@@ -392,7 +398,11 @@ class MixedEngine {
  public:
   MixedEngine(Pool& pool, EngineMemory& memory, const client::Model& model, std::vector<std::string> pairs,
               std::vector<client::SequenceId> ids, const MixedStepsOptions& options)
-      : memory_(memory), model_(model), ids_(std::move(ids)), graphs_(options.graphs) {
+      : memory_(memory),
+        model_(model),
+        ids_(std::move(ids)),
+        graphs_(options.graphs),
+        together_(pairs.size() != 1) {
     client::DirectOptions direct;
     direct.pairs = std::move(pairs);
     direct.type = direct.output_type = DataType::kF32;
@@ -438,10 +448,15 @@ class MixedEngine {
         const client::ModelLayer& layer = model_.layers[l];
         const Layer& at = layers_[l];
         const auto stride = [](size_t width) { return static_cast<int64_t>(width); };
-        Expect(attention_->Write(static_cast<int>(l), {at.k, stride(KeyWidth(layer))},
-                                 {at.v, stride(ValueWidth(layer))}, memory_.stream()));
-        Expect(attention_->Attend(static_cast<int>(l), {at.q, stride(QueryWidth(layer))},
-                                  {at.out, stride(OutputWidth(layer) + kGap)}, at.lse, memory_.stream()));
+        const PagedRows k{at.k, stride(KeyWidth(layer))}, v{at.v, stride(ValueWidth(layer))},
+            q{at.q, stride(QueryWidth(layer))};
+        const MutablePagedRows out{at.out, stride(OutputWidth(layer) + kGap)};
+        if (together_) {
+          Expect(attention_->WriteAttend(static_cast<int>(l), k, v, q, out, at.lse, memory_.stream()));
+        } else {
+          Expect(attention_->Write(static_cast<int>(l), k, v, memory_.stream()));
+          Expect(attention_->Attend(static_cast<int>(l), q, out, at.lse, memory_.stream()));
+        }
       }
       Expect(attention_->Seal(memory_.stream()));
     };
@@ -480,6 +495,7 @@ class MixedEngine {
   const client::Model& model_;
   const std::vector<client::SequenceId> ids_;
   const bool graphs_;
+  const bool together_;  // rows are written and attended by one call: that of the engine of all pairs
   std::unique_ptr<client::DirectAttention> attention_;
   std::vector<Layer> layers_;
 };

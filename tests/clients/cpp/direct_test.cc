@@ -402,8 +402,16 @@ TEST(Direct, WhatIsPinnedIsAttendedWhereItLies) {
     end(*std::move(step));
     end(*std::move(another));
     const auto pin = [&](client::PinnedItem item) { return (*attention)->Pin({&item, 1}, nullptr).status(); };
-    ExpectError(pin({ids[0], 1, 100}), StatusCode::kUnimplemented, "items[0]: a query among the coded");
-    ExpectError(pin({ids[0], 2, 128}), StatusCode::kUnimplemented, "tokens 64 to");
+    // Before, among and behind the coded blocks.
+    for (const int64_t tokens : {1, 63, 64, 65, 100, 128, 129, 200, 320, 383, 384, 385, 447, 448, 449, 500})
+      for (const int64_t asked : {1, 2, 63})
+        if (asked <= tokens) {
+          const std::vector<client::PinnedItem> among = {{ids[0], asked, tokens}, {ids[1], 1, 70}};
+          auto cut = (*attention)->Pin(among, nullptr);
+          ASSERT_TRUE(cut.ok()) << cut.status();
+          expect_near(attend(among, *cut), expect(among));
+          end(*std::move(cut));
+        }
     ExpectError(pin({ids[1], 81}), StatusCode::kInvalidArgument, "made for 64 and 64");
     ExpectError(pin({ids[1], 3, 81}), StatusCode::kInvalidArgument, "the sequence has 80");
     ExpectError(pin({ids[1], 0}), StatusCode::kInvalidArgument, "0 queries");
@@ -412,6 +420,28 @@ TEST(Direct, WhatIsPinnedIsAttendedWhereItLies) {
     EXPECT_EQ(pool->GetStats()->stored_bytes, 0) << "nothing is pinned any more";
     EXPECT_TRUE(pool->UnregisterModel("small").ok());
   }
+}
+
+TEST(Direct, PinnedQueriesBeforeWhatASlidingWindowKeepsAreRefused) {
+  const auto pool = Connect("embedded");
+  client::Model model = e2e::SmallModel();
+  model.name = "windows";
+  for (client::ModelLayer& layer : model.layers) layer.window = 100;
+  ASSERT_TRUE(pool->RegisterModel(model).ok());
+  auto attention = client::DirectAttention::Make(
+      pool.get(), model, {.type = DataType::kF32, .output_type = DataType::kF32, .max_new_tokens = 64});
+  ASSERT_TRUE(attention.ok()) << attention.status();
+  const auto id =
+      pool->CreateSequence("windows", {.pair = "q8_0/turbo4", .exact_window = ExactWindow{0, 1}}).value();
+  ASSERT_TRUE(pool->Append(id, 0, e2e::Tokens(1, 0, 500).layers).ok());
+  const auto pin = [&](int64_t tokens) -> absl::Status {
+    const client::PinnedItem item{id, 2, tokens};
+    auto step = (*attention)->Pin({&item, 1}, nullptr);
+    return step.ok() ? (*attention)->RollBack(*std::move(step)) : step.status();
+  };
+  ExpectError(pin(100), StatusCode::kOutOfRange, "the query at 98 sees tokens from 0 on");
+  EXPECT_TRUE(pin(499).ok());
+  EXPECT_TRUE(pool->CloseSequence(id).ok());
 }
 
 // Whoever did not get an answer does not know any table, those of other sequences either.

@@ -187,7 +187,6 @@ class KvtideImpl(AttentionImpl):
             return output.zero_()
         if self.owner is not self:
             return part.attend(index, query, output)
-        part.write(index, key, value)
-        part.attend(index, query, output)
+        part.attend(index, query, output, key, value)
         part.seal(index)
         return output

@@ -412,20 +412,22 @@ class Part:
 
     # --- once a layer ---
 
-    def write(self, index: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        if self.tokens:
-            key, value = rows_of(key), rows_of(value)
-            self.paged.write(index, key.data_ptr(), key.stride(0), value.data_ptr(), value.stride(0), self.stream())
-
     def seal(self, index: int) -> None:
         if self.tokens and self.seals:
             self.paged.seal(index, self.stream())
 
-    def attend(self, index: int, query: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def attend(self, index: int, query: torch.Tensor, output: torch.Tensor, key: Optional[torch.Tensor] = None,
+               value: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """``key`` and ``value``: rows to be written before, together sooner than one after the other."""
         if self.tokens == 0:
             return output.zero_()
         query, out = rows_of(query), rows_of(output)
-        self.paged.attend(index, query.data_ptr(), query.stride(0), out.data_ptr(), out.stride(0), 0, self.stream())
+        asked = (query.data_ptr(), query.stride(0), out.data_ptr(), out.stride(0), 0, self.stream())
+        if key is None or value is None:
+            self.paged.attend(index, *asked)
+        else:
+            key, value = rows_of(key), rows_of(value)
+            self.paged.write_attend(index, key.data_ptr(), key.stride(0), value.data_ptr(), value.stride(0), *asked)
         if out is not output:
             output.view(out.shape).copy_(out)
         return output
