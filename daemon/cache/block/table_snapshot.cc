@@ -54,7 +54,7 @@ TableSnapshot::~TableSnapshot() {
 }
 
 std::span<const SnapshotRun> TableSnapshot::runs() const {
-  std::call_once(once_, [this] {
+  absl::call_once(once_, [this] {
     blocks_.reserve(static_cast<size_t>(end_block_ - first_block_));
     for (const auto& picture : pictures_)
       for (const ChunkPicture::Run& run : picture->runs()) {

@@ -6,10 +6,10 @@
 #include <array>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <span>
 #include <vector>
 
+#include "absl/base/call_once.h"
 #include "daemon/cache/block/block.h"
 #include "kernels/format/block_layout.h"
 #include "kernels/format/profile.h"
@@ -76,7 +76,7 @@ class TableSnapshot {
   const uint64_t serial_;
   const int64_t first_block_, end_block_;
   const std::vector<std::shared_ptr<const ChunkPicture>> pictures_;
-  mutable std::once_flag once_;
+  mutable absl::once_flag once_;  // the standard's wakes waiters by a system call, though there are none
   mutable std::vector<std::byte*> blocks_;
   mutable std::vector<SnapshotRun> runs_;
 };
