@@ -38,7 +38,7 @@ Step::~Step() {
 }
 
 std::span<const SnapshotRun> Step::Runs(size_t item, int group) const {
-  return items_[item].tables[static_cast<size_t>(group)]->runs();
+  return items_[item].groups[static_cast<size_t>(group)].table->runs();
 }
 
 size_t Step::Find(SequenceId sequence, size_t likely) const {
@@ -87,7 +87,7 @@ int Step::FirstLayerLeft() const {
 }
 
 uint64_t Step::Serial(size_t item, int group) const {
-  return items_[item].tables[static_cast<size_t>(group)]->serial();
+  return items_[item].groups[static_cast<size_t>(group)].table->serial();
 }
 
 absl::Status Stepper::AddItem(CacheState& state, const StepItem& item, const CallContext& context,
@@ -155,9 +155,8 @@ absl::Status Stepper::TakeTables(CacheState& state, Step& step) const {
         return absl::DataLossError(absl::StrCat("items[", i, "]: tokens ", run.first_block * kBlockTokens,
                                                 " to ", run.end_block() * kBlockTokens - 1, " were dropped"));
       }
-      step.items_[i].tables.push_back(*table);
-      step.items_[i].profiles.push_back(batch.sequences[i]->groups[group].profile);
-      step.items_[i].coded.push_back(batch.sequences[i]->groups[group].coded);
+      const GroupTable& of = batch.sequences[i]->groups[group];
+      step.items_[i].groups.push_back({*table, of.profile, of.coded});
     }
   }
   return absl::OkStatus();
@@ -166,18 +165,17 @@ absl::Status Stepper::TakeTables(CacheState& state, Step& step) const {
 absl::Status Stepper::CheckHome(const Step& step) const {
   for (size_t i = 0; i < step.size(); i++) {
     const int home = step.batch_.sequences[i]->home;
-    for (const TableSnapshot* const table : step.items_[i].tables)
-      for (const SnapshotRun& run : table->runs())
+    for (const Step::Seen& seen : step.items_[i].groups)
+      for (const SnapshotRun& run : seen.table->runs())
         if (run.tier != home)
           return absl::UnavailableError(absl::StrCat(
               "items[", i, "]: tokens from ", run.first_block * kBlockTokens, " on lie in ",
               TierText(core_.options(), static_cast<size_t>(run.tier)),
               ", and there is no room for them in the memory that the engine reads; fewer or shorter "
               "sequences at a time, or more of that memory"));
-    for (size_t group = 0; group < step.items_[i].tables.size(); group++) {
-      const Profile* const profile = step.ProfileOf(i, static_cast<int>(group));
-      for (const SnapshotRun& run : step.items_[i].tables[group]->runs())
-        if (run.profile != nullptr && (profile == nullptr || run.profile->hash != profile->hash))
+    for (const Step::Seen& seen : step.items_[i].groups) {
+      for (const SnapshotRun& run : seen.table->runs())
+        if (run.profile != nullptr && (seen.profile == nullptr || run.profile->hash != seen.profile->hash))
           return absl::FailedPreconditionError(absl::StrCat(
               "items[", i, "]: blocks from token ", run.first_block * kBlockTokens,
               " on were coded with another profile than those that follow; an engine that attends by itself "
@@ -297,7 +295,7 @@ absl::Status Stepper::AttendPinned(const Step& step, const AttendCall& call) {
       return absl::InvalidArgumentError(
           absl::StrCat("items[", i, "]: sequence ", id, " is not one of those that the step has pinned"));
     sequences.push_back(step.batch_.sequences[item]);
-    held.push_back({step.items_[item].tables[group], step.end(item)});
+    held.push_back({step.items_[item].groups[group].table, step.end(item)});
   }
   CacheLock lock(core_);
   return reader_.Attend(lock, call, sequences, nullptr, held);

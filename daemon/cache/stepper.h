@@ -14,6 +14,7 @@
 #include <span>
 #include <vector>
 
+#include "absl/container/inlined_vector.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "daemon/cache/call/call_context.h"
@@ -100,11 +101,11 @@ class Step {
   std::vector<StepSeal> Seals() const;
   // What full blocks of an item in a group are coded as.
   CachePair PairOf(size_t item, int group) const {
-    return items_[item].coded[static_cast<size_t>(group)]->pair();
+    return items_[item].groups[static_cast<size_t>(group)].coded->pair();
   }
   // What the coded blocks of an item in a group are coded with, and those of its seals; null = nothing.
   const Profile* ProfileOf(size_t item, int group) const {
-    return items_[item].profiles[static_cast<size_t>(group)].get();
+    return items_[item].groups[static_cast<size_t>(group)].profile.get();
   }
   // What the new tokens of an item are, one for each, as in AppendCall. InvalidArgument for too few or many,
   // and where it was said already that they are others.
@@ -115,12 +116,16 @@ class Step {
 
  private:
   friend class Stepper;
+  // Of a sequence in a layer group.
+  struct Seen {
+    const TableSnapshot* table = nullptr;
+    std::shared_ptr<const Profile> profile;
+    const BlockLayout* coded = nullptr;  // what full blocks become
+  };
   struct Item {
     int64_t start = 0, end = 0;
-    std::vector<const TableSnapshot*> tables;              // by layer group
-    std::vector<std::shared_ptr<const Profile>> profiles;  // likewise
-    std::vector<const BlockLayout*> coded;                 // likewise: what full blocks become
-    std::vector<TokenId> token_ids;                        // of the new tokens, once said
+    absl::InlinedVector<Seen, 2> groups;
+    std::vector<TokenId> token_ids;  // of the new tokens, once said
   };
   explicit Step(Stepper* stepper) : stepper_(stepper) {}
 
