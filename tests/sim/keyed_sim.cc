@@ -115,7 +115,7 @@ void KeyedSim::Load(size_t index) {
   const auto from = static_cast<uint64_t>(Random(static_cast<int>(lease.blocks)));
   const uint64_t count = std::min<uint64_t>(lease.blocks - from, static_cast<uint64_t>(1 + Random(6)));
   std::vector<std::byte> expected = Payload(lease.space, lease.first + static_cast<int>(from), count);
-  if (lie_) expected.back() ^= std::byte{1};
+  if (world_.lie) expected.back() ^= std::byte{1};
   std::vector<std::byte> payload(expected.size());
   LoadCall call;
   call.lease = lease.id;
@@ -155,9 +155,12 @@ void KeyedSim::Delete(size_t at) {
   const NamespaceId id = space.id;
   space.deletes++;
   space.open = false;
-  space.stored.clear();
+  const std::set<int> before = std::exchange(space.stored, {});
   const absl::Status status = cache_->DeleteNamespace(id).status();
-  Expect(status.ok() || (absl::IsNotFound(status) && !open) || fault_, status.ToString());
+  // It is gone here; what the remote tier has may be found when the namespace is opened again.
+  const bool away = remote_ != nullptr && absl::IsUnavailable(status);
+  if (away) space.stored.insert(before.begin(), before.end());
+  Expect(status.ok() || away || (absl::IsNotFound(status) && !open) || fault_, status.ToString());
 }
 
 void KeyedSim::Persist(size_t at) {
@@ -261,10 +264,10 @@ void KeyedSim::Step(bool nested) {
   }
 }
 
-bool KeyedSim::Run(uint32_t seed, int64_t steps, bool lie) {
+bool KeyedSim::Run(uint32_t seed, int64_t steps, World world) {
   seed_ = seed;
   failed_ = false;
-  lie_ = lie;
+  world_ = world;
   fault_ = lost_ = false;
   depth_ = 0;
   thread_ = std::this_thread::get_id();
@@ -279,6 +282,17 @@ bool KeyedSim::Run(uint32_t seed, int64_t steps, bool lie) {
   options_.limits.high_watermark = 0.8;
   options_.limits.low_watermark = 0.5;
   lives_ = 0;
+  store_ = world.remote ? std::make_unique<RemoteStore>() : nullptr;
+  remote_ = world.remote ? std::make_unique<FaultRemote>(store_.get()) : nullptr;
+  options_.remote = remote_.get();
+  options_.remote_writes = seed % 4 < 2 ? RemoteWrites::kAll : RemoteWrites::kOnDemote;
+  if (world.remote) {
+    options_.max_unsent_blocks = static_cast<size_t>(1 + Random(40));
+    remote_->SetHook([this](const char*) {
+      if (Random(8) == 0) clock_.Advance(absl::Milliseconds(Random(1500)));
+      Inside();
+    });
+  }
   StartWithDisk((2 + static_cast<size_t>(Random(6))) * 65536, (2 + static_cast<size_t>(Random(8))) * 65536,
                 (1 + static_cast<size_t>(Random(6))) * kMiB);
   spaces_.assign(3, {});
@@ -311,6 +325,12 @@ bool KeyedSim::Run(uint32_t seed, int64_t steps, bool lie) {
       fault_ = true;
       host_->Fail(Random(2) == 0 ? FaultyBackend::kStartCopy : FaultyBackend::kPoll, 1 + Random(2));
     }
+    if (world.remote) {
+      using Fault = FaultRemote::Fault;
+      constexpr Fault kFaults[] = {Fault::kAway, Fault::kFull, Fault::kLosesAfterFind, Fault::kDamages};
+      const Fault fault = Random(4) == 0 ? kFaults[Random(4)] : Fault::kNone;
+      remote_->Plant(world.unseen_damage ? Fault::kDamagesUnseen : fault);
+    }
     Step(false);
     files_->ClearFaults();
     for (FaultyBackend* backend : {device_.get(), host_.get()})
@@ -321,6 +341,7 @@ bool KeyedSim::Run(uint32_t seed, int64_t steps, bool lie) {
   budget_ = 0;
   for (const auto& sequence : sequences_) (void)sequence->Close();
   sequences_.clear();
+  if (world.remote) remote_->Plant(FaultRemote::Fault::kNone);
   for (Space& space : spaces_) (void)cache_->DeleteNamespace(space.id).status();
   cache_->CheckInvariants();
   const uint64_t left = UsedBytes(cache_->Stats());
@@ -331,6 +352,8 @@ bool KeyedSim::Run(uint32_t seed, int64_t steps, bool lie) {
     backend->DelayCopies(nullptr);
   }
   cache_.reset();
+  if (world.remote) fetched_ += remote_->Stats().read_blocks;
+  options_.remote = nullptr;
   return !failed_;
 }
 

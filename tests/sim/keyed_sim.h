@@ -5,7 +5,8 @@
 //
 // The naive model knows what was stored under each key. What a lookup counts must have been stored since the
 // namespace was last deleted, and must load as these very bytes; what a lease holds must stay; what was made
-// durable must be there after a restart, if it was there before it.
+// durable must be there after a restart, if it was there before it. What was in a remote tier that could not
+// be asked when its namespace was deleted may be found again, and nothing else.
 #pragma once
 
 #include <map>
@@ -15,21 +16,28 @@
 #include <vector>
 
 #include "tests/daemon/cache/cache_fixture.h"
+#include "tests/daemon/cache/fault_remote.h"
 
 namespace kvtide::testing {
 
 class KeyedSim : public CacheTest {
  protected:
   // One seed. False at the first thing that is wrong; then a test failure says what, where and how to repeat.
-  // `lie`: loads are compared with other bytes, to prove that a difference is seen.
-  bool Run(uint32_t seed, int64_t steps, bool lie = false);
+  struct World {
+    bool remote = false;  // with a remote tier, which outlives restarts and is at times away, full, slow,
+                          // forgetful and damaged
+    // To prove that they are seen:
+    bool lie = false;            // loads are compared with other bytes
+    bool unseen_damage = false;  // the remote tier hands damaged bytes out as whole ones
+  };
+  bool Run(uint32_t seed, int64_t steps, World world);
 
  private:
   struct Space {
     NamespaceSpec spec;
     NamespaceId id = 0;
     bool open = false;
-    std::set<int> stored;  // keys since it was last deleted
+    std::set<int> stored;  // keys since it was last deleted everywhere
     int running = 0;       // stores
     uint64_t deletes = 0;
   };
@@ -61,16 +69,19 @@ class KeyedSim : public CacheTest {
 
   uint32_t seed_ = 0;
   int64_t step_ = 0;
-  bool failed_ = false, lie_ = false, fault_ = false, lost_ = false;
+  bool failed_ = false, fault_ = false, lost_ = false;
+  World world_;
   int depth_ = 0, budget_ = 0;
   std::mt19937 dice_;
   std::thread::id thread_;
   std::vector<Space> spaces_;
   std::vector<Lease> leases_;
   std::vector<std::unique_ptr<Client>> sequences_;
+  std::unique_ptr<RemoteStore> store_;
+  std::unique_ptr<FaultRemote> remote_;  // null: none
 
  protected:
-  uint64_t nested_ = 0, loaded_ = 0, restarts_ = 0;
+  uint64_t nested_ = 0, loaded_ = 0, restarts_ = 0, fetched_ = 0;
 };
 
 }  // namespace kvtide::testing

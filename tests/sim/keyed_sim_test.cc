@@ -12,7 +12,7 @@ class KeyedSimTest : public KeyedSim {};
 TEST_F(KeyedSimTest, OverADiskWithRestarts) {
   const SimRuns runs(8, 300);
   for (int64_t i = 0; i < runs.count; i++)
-    if (!Run(static_cast<uint32_t>(runs.first + i), runs.steps)) return;
+    if (!Run(static_cast<uint32_t>(runs.first + i), runs.steps, {})) return;
   std::printf(
       "seeds %lld to %lld, %lld steps each, %llu verbs inside others, %llu blocks loaded, %llu restarts\n",
       static_cast<long long>(runs.first), static_cast<long long>(runs.first + runs.count - 1),
@@ -20,8 +20,27 @@ TEST_F(KeyedSimTest, OverADiskWithRestarts) {
       static_cast<unsigned long long>(loaded_), static_cast<unsigned long long>(restarts_));
 }
 
+TEST_F(KeyedSimTest, WithARemoteTierThatIsAwaySlowAndForgetful) {
+  const SimRuns runs(8, 300);
+  for (int64_t i = 0; i < runs.count; i++)
+    if (!Run(static_cast<uint32_t>(runs.first + i), runs.steps, {.remote = true})) return;
+  EXPECT_GT(fetched_, 0u);
+  std::printf("seeds %lld to %lld, %lld steps each, %llu blocks fetched, %llu restarts\n",
+              static_cast<long long>(runs.first), static_cast<long long>(runs.first + runs.count - 1),
+              static_cast<long long>(runs.steps), static_cast<unsigned long long>(fetched_),
+              static_cast<unsigned long long>(restarts_));
+}
+
 TEST_F(KeyedSimTest, NoticesAWrongByte) {
-  EXPECT_TRUE(FindsAFault([&] { return Run(1, 300, true); }));
+  EXPECT_TRUE(FindsAFault([&] { return Run(1, 300, {.lie = true}); }));
+}
+
+TEST_F(KeyedSimTest, NoticesDamageThatTheRemoteTierDoesNot) {
+  EXPECT_TRUE(FindsAFault([&] {
+    for (uint32_t seed = 1; seed <= 16; seed++)
+      if (!Run(seed, 300, {.remote = true, .unseen_damage = true})) return false;
+    return true;
+  }));
 }
 
 }  // namespace

@@ -64,11 +64,13 @@ void FaultRemote::Read(const std::string& space, std::span<RemoteJob> jobs, cons
       job.status = absl::DataLossError("another value lies there");
       continue;
     }
-    if (fault_ == Fault::kDamages && victim && !value.bytes.empty())
+    if (((fault_ == Fault::kDamages && victim) || fault_ == Fault::kDamagesUnseen) && !value.bytes.empty())
       value.bytes[value.bytes.size() / 2] ^= std::byte{1};
     // Bytes go out before the checksum of all of them is known.
     job.status = job.copy(0, value.bytes);
-    if (job.status.ok() && XXH3_64bits(value.bytes.data(), value.bytes.size()) != value.label.checksum) {
+    const uint64_t checksum = XXH3_64bits(value.bytes.data(), value.bytes.size());
+    if (fault_ == Fault::kDamagesUnseen) value.label.checksum = checksum;
+    if (job.status.ok() && checksum != value.label.checksum) {
       stats_.damaged_blocks++;
       job.status = absl::DataLossError("the checksum of the value is not that of its bytes");
     }

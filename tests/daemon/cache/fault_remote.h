@@ -27,8 +27,9 @@ class FaultRemote : public RemoteTier {
  public:
   explicit FaultRemote(RemoteStore* store) : store_(store) {}
 
-  // Lost and damaged are the third block of a Read, the seventh, and so on.
-  enum class Fault { kNone, kAway, kFull, kLosesAfterFind, kDamages };
+  // Lost and damaged are the third block of a Read, the seventh, and so on. A broken tier, which damages
+  // blocks and does not notice, is for proofs that others do.
+  enum class Fault { kNone, kAway, kFull, kLosesAfterFind, kDamages, kDamagesUnseen };
   void Plant(Fault fault) { fault_ = fault; }
   // Runs at the entry of every call but Stats, on the calling thread, where the cache has given up its mutex.
   void SetHook(std::function<void(const char* call)> hook) { hook_ = std::move(hook); }
