@@ -21,6 +21,8 @@ namespace kvtide {
 namespace {
 
 constexpr absl::Duration kFirstBackOff = absl::Seconds(1), kLongestBackOff = absl::Minutes(1);
+// More than so many pages of manifests that cannot be read are a device in trouble, not a lost page.
+constexpr size_t kMostUnreadPages = 64;
 
 size_t RoundUp(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
@@ -361,7 +363,13 @@ std::string DiskTier::EncodeEntry(const Manifest& manifest) {
 // Of each key the newest manifest that is whole counts. The index says which keys there should be.
 absl::Status DiskTier::OpenIndex(bool fresh) {
   MutexLock lock(index_mu_);
-  KVTIDE_ASSIGN_OR_RETURN(const std::vector<Manifest> found, ScanManifests());
+  std::vector<size_t> unread;
+  KVTIDE_ASSIGN_OR_RETURN(const std::vector<Manifest> found, ScanManifests(&unread));
+  if (unread.size() > kMostUnreadPages)
+    return absl::UnavailableError(absl::StrCat(
+        name(), ": ", unread.size(),
+        " pages of its manifests cannot be read, so all that is durable is in doubt; "
+        "nothing was changed: look after the device and start again, or give the tier another folder"));
   for (const Manifest& manifest : found) {
     last_version_ = std::max(last_version_, manifest.label.index);
     const auto best = manifests_.find(manifest.label.sequence);
@@ -392,6 +400,16 @@ absl::Status DiskTier::OpenIndex(bool fresh) {
     KVTIDE_RETURN_IF_ERROR(WipeManifest(manifest.offset));
     wiped = true;
   }
+  // Nor what could not be read now: it may be readable at the next start, when its key was erased.
+  for (const size_t page : unread) {
+    const bool counts = std::any_of(manifests_.begin(), manifests_.end(), [&](const auto& entry) {
+      const Manifest& manifest = entry.second;
+      return page >= manifest.offset && page < manifest.offset + ExtentBytes(manifest.label.bytes);
+    });
+    if (counts) continue;
+    KVTIDE_RETURN_IF_ERROR(WipeManifest(page));
+    wiped = true;
+  }
   if (wiped) KVTIDE_RETURN_IF_ERROR(manifest_file_->Sync());
   manifest_space_ = ExtentAllocator(manifest_bytes_);
   for (const auto& [key, manifest] : manifests_)
@@ -402,7 +420,7 @@ absl::Status DiskTier::OpenIndex(bool fresh) {
 }
 
 // Every page may begin a manifest.
-absl::StatusOr<std::vector<DiskTier::Manifest>> DiskTier::ScanManifests() {
+absl::StatusOr<std::vector<DiskTier::Manifest>> DiskTier::ScanManifests(std::vector<size_t>* unread) {
   constexpr size_t kRead = size_t{1} << 20;
   const AlignedBytes memory = AllocateAligned(kRead);
   std::vector<Manifest> found;
@@ -412,7 +430,10 @@ absl::StatusOr<std::vector<DiskTier::Manifest>> DiskTier::ScanManifests() {
     const bool whole = ReadAll(*manifest_file_, begin, {memory.get(), bytes}).ok();
     for (size_t at = 0; at < bytes; at += kDiskPage) {
       const std::span<std::byte> page{memory.get() + at, kDiskPage};
-      if (!whole && !ReadAll(*manifest_file_, begin + at, page).ok()) continue;
+      if (!whole && !ReadAll(*manifest_file_, begin + at, page).ok()) {
+        unread->push_back(begin + at);
+        continue;
+      }
       const absl::StatusOr<BlockLabel> label =
           ReadLabel({ExtentPlace::File::kManifests, begin + at}, page, nullptr);
       if (label.ok() && label->kind == BlockLabel::Kind::kManifest) found.push_back({begin + at, *label});
@@ -565,14 +586,19 @@ std::map<uint64_t, std::string> DiskTier::Load(std::vector<std::string>* lost) {
   MutexLock lock(index_mu_);
   *lost = lost_;
   std::map<uint64_t, std::string> values;
+  std::vector<uint64_t> unread;
   for (const auto& [key, manifest] : manifests_) {
     absl::StatusOr<std::string> value = ReadManifest(manifest);
     if (value.ok()) {
       values[key] = *std::move(value);
     } else {
       lost->push_back(absl::StrCat("the manifest of ", key, ": ", value.status().message()));
+      unread.push_back(key);
     }
   }
+  // As in OpenIndex: nobody knows the key from now on, and it must not come back.
+  if (const absl::Status status = EraseKeys(unread); !status.ok())
+    lost->push_back(absl::StrCat("they may be there again at the next start: ", status.message()));
   return values;
 }
 
@@ -667,6 +693,10 @@ absl::Status DiskTier::Put(uint64_t key, const std::string& value) {
 
 absl::Status DiskTier::Erase(std::span<const uint64_t> keys) {
   MutexLock lock(index_mu_);
+  return EraseKeys(keys);
+}
+
+absl::Status DiskTier::EraseKeys(std::span<const uint64_t> keys) {
   // The newest manifest must not go while an older one may come back.
   if (wipes_unsynced_) KVTIDE_RETURN_IF_ERROR(SyncFile(*manifest_file_));
   std::vector<Journal::Change> changes;

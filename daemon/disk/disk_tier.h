@@ -85,7 +85,8 @@ class DiskTier : public IoTier, public DurableIndex {
   absl::Status OpenFiles(bool* fresh);
   absl::StatusOr<std::unique_ptr<File>> OpenSized(const std::string& name, size_t bytes);
   absl::Status OpenIndex(bool fresh);
-  absl::StatusOr<std::vector<Manifest>> ScanManifests();
+  // And the pages that could not be read.
+  absl::StatusOr<std::vector<Manifest>> ScanManifests(std::vector<size_t>* unread);
   absl::StatusOr<std::string> ReadManifest(const Manifest& manifest);
   absl::Status WriteManifest(Manifest& manifest, const std::string& value)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(index_mu_);
@@ -101,6 +102,7 @@ class DiskTier : public IoTier, public DurableIndex {
   absl::Status SyncFile(File& file) ABSL_EXCLUSIVE_LOCKS_REQUIRED(index_mu_);
   // Segments that were written to since they were last synced.
   absl::Status SyncSegments() ABSL_EXCLUSIVE_LOCKS_REQUIRED(index_mu_);
+  absl::Status EraseKeys(std::span<const uint64_t> keys) ABSL_EXCLUSIVE_LOCKS_REQUIRED(index_mu_);
   absl::Status WipeManifests(uint64_t key) ABSL_EXCLUSIVE_LOCKS_REQUIRED(index_mu_);
   void FreeManifests(uint64_t key) ABSL_EXCLUSIVE_LOCKS_REQUIRED(index_mu_);
   std::unique_ptr<Lane> TakeLane();

@@ -157,9 +157,11 @@ void KeyedSim::Delete(size_t at) {
   space.open = false;
   const std::set<int> before = std::exchange(space.stored, {});
   const absl::Status status = cache_->DeleteNamespace(id).status();
-  // It is gone here; what the remote tier has may be found when the namespace is opened again.
+  // It is gone here, or was not known; what the remote tier has may be found when the namespace is opened
+  // again.
   const bool away = remote_ != nullptr && absl::IsUnavailable(status);
-  if (away) space.stored.insert(before.begin(), before.end());
+  if (away || (remote_ != nullptr && absl::IsNotFound(status)))
+    space.stored.insert(before.begin(), before.end());
   Expect(status.ok() || away || (absl::IsNotFound(status) && !open) || fault_, status.ToString());
 }
 
@@ -188,7 +190,29 @@ void KeyedSim::Persist(size_t at) {
     Expect(Hits(at, key, 1) == 1, absl::StrCat("key ", key, " was durable and is not there after a restart"));
 }
 
-void KeyedSim::RestartNow() {
+// A disk that does not give all of itself: what cannot be read is lost or keeps the process from starting,
+// and then loses nothing.
+void KeyedSim::StartOverABadDisk(bool crash) {
+  const std::vector<TierOptions> tiers = options_.tiers;
+  cache_.reset();
+  disk_.reset();
+  if (crash) files_->Crash();
+  files_->Fail(FaultFileSystem::kRead, Random(12), 1 + Random(4),
+               absl::UnavailableError("Input/output error"));
+  const absl::Status opened = OpenDisk(disk_options_bytes_);
+  if (!opened.ok()) {
+    refused_starts_++;
+    Expect(absl::StrContains(opened.message(), "Input/output error"), opened.ToString());
+    files_->ClearFaults();
+    const absl::Status again = OpenDisk(disk_options_bytes_);
+    if (!again.ok()) return Expect(false, again.ToString());
+  }
+  StartOn(1, tiers[0].capacity_bytes, tiers[1].capacity_bytes);
+  lost_ = lost_ || opened.ok();
+  files_->ClearFaults();
+}
+
+void KeyedSim::RestartNow(bool read_faults) {
   restarts_++;
   files_->ClearFaults();  // a start on a disk that takes nothing is refused
   sequences_.clear();
@@ -196,7 +220,11 @@ void KeyedSim::RestartNow() {
   for (FaultyBackend* backend : {device_.get(), host_.get()}) backend->SetHook(nullptr);
   const bool crash = Random(2) == 0;
   lost_ = lost_ || crash;  // other bytes may lie under an old label then
-  Restart(crash);
+  if (read_faults && Random(2) == 0) {
+    StartOverABadDisk(crash);
+  } else {
+    Restart(crash);
+  }
   for (const auto& backend : {device_.get(), host_.get()}) {
     backend->DelayCopies([this] { return Random(2) == 0 ? 0 : Random(3); });
     backend->SetHook([this](FaultyBackend::Call) { Inside(); });
@@ -260,7 +288,7 @@ void KeyedSim::Step(bool nested) {
     if (!nested) Crowd();
   } else if (!nested && Random(4) == 0) {
     cache_->PersistChanged();
-    RestartNow();
+    RestartNow(world_.read_faults);
   }
 }
 

@@ -1,12 +1,12 @@
 // A randomised simulation of the block store: its verbs in random order beside sequences that want the same
-// room, over a disk, with copies and writes that fail, stops and crashes, a clock that jumps, and verbs that
-// run inside of others wherever the cache has given up its mutex. In one thread, so that a seed repeats all
-// of it.
+// room, over a disk, with copies and writes that fail, stops and crashes, reads that fail while it starts, a
+// clock that jumps, and verbs that run inside of others wherever the cache has given up its mutex. In one
+// thread, so that a seed repeats all of it.
 //
 // The naive model knows what was stored under each key. What a lookup counts must have been stored since the
 // namespace was last deleted, and must load as these very bytes; what a lease holds must stay; what was made
-// durable must be there after a restart, if it was there before it. What was in a remote tier that could not
-// be asked when its namespace was deleted may be found again, and nothing else.
+// durable must be there after a restart, if it was there before it and all could be read. What was in a
+// remote tier when a namespace was deleted that could not be asked may be found again, and nothing else.
 #pragma once
 
 #include <map>
@@ -26,6 +26,7 @@ class KeyedSim : public CacheTest {
   struct World {
     bool remote = false;  // with a remote tier, which outlives restarts and is at times away, full, slow,
                           // forgetful and damaged
+    bool read_faults = false;  // while it starts
     // To prove that they are seen:
     bool lie = false;            // loads are compared with other bytes
     bool unseen_damage = false;  // the remote tier hands damaged bytes out as whole ones
@@ -63,7 +64,8 @@ class KeyedSim : public CacheTest {
   void Release(size_t lease);
   void Delete(size_t space);
   void Persist(size_t space);
-  void RestartNow();
+  void RestartNow(bool read_faults = false);
+  void StartOverABadDisk(bool crash);
   void Crowd();
   uint64_t Hits(size_t space, int first, int count);
 
@@ -81,7 +83,7 @@ class KeyedSim : public CacheTest {
   std::unique_ptr<FaultRemote> remote_;  // null: none
 
  protected:
-  uint64_t nested_ = 0, loaded_ = 0, restarts_ = 0, fetched_ = 0;
+  uint64_t nested_ = 0, loaded_ = 0, restarts_ = 0, fetched_ = 0, refused_starts_ = 0;
 };
 
 }  // namespace kvtide::testing

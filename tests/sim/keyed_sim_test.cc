@@ -23,12 +23,24 @@ TEST_F(KeyedSimTest, OverADiskWithRestarts) {
 TEST_F(KeyedSimTest, WithARemoteTierThatIsAwaySlowAndForgetful) {
   const SimRuns runs(8, 300);
   for (int64_t i = 0; i < runs.count; i++)
-    if (!Run(static_cast<uint32_t>(runs.first + i), runs.steps, {.remote = true})) return;
+    if (!Run(static_cast<uint32_t>(runs.first + i), runs.steps, {.remote = true, .read_faults = i % 2 == 1}))
+      return;
   EXPECT_GT(fetched_, 0u);
   std::printf("seeds %lld to %lld, %lld steps each, %llu blocks fetched, %llu restarts\n",
               static_cast<long long>(runs.first), static_cast<long long>(runs.first + runs.count - 1),
               static_cast<long long>(runs.steps), static_cast<unsigned long long>(fetched_),
               static_cast<unsigned long long>(restarts_));
+}
+
+TEST_F(KeyedSimTest, OverADiskThatCannotBeReadAtAStart) {
+  const SimRuns runs(8, 300);
+  for (int64_t i = 0; i < runs.count; i++)
+    if (!Run(static_cast<uint32_t>(runs.first + i), runs.steps, {.read_faults = true})) return;
+  EXPECT_GT(restarts_, refused_starts_);
+  std::printf("seeds %lld to %lld, %lld steps each, %llu restarts, %llu starts refused\n",
+              static_cast<long long>(runs.first), static_cast<long long>(runs.first + runs.count - 1),
+              static_cast<long long>(runs.steps), static_cast<unsigned long long>(restarts_),
+              static_cast<unsigned long long>(refused_starts_));
 }
 
 TEST_F(KeyedSimTest, NoticesAWrongByte) {

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <thread>
 
+#include "kernels/base/status.h"
 #include "kernels/format/tide_maker.h"
 #include "tests/daemon/cache/device_under_test.h"
 #include "tests/format/test_tide.h"
@@ -61,6 +62,12 @@ CacheTest::CacheTest() {
 void CacheTest::Start(size_t device_bytes, size_t host_bytes) { StartOn(1, device_bytes, host_bytes); }
 
 void CacheTest::StartWithDisk(size_t device_bytes, size_t host_bytes, size_t disk_bytes, int devices) {
+  const absl::Status opened = OpenDisk(disk_bytes);
+  ASSERT_TRUE(opened.ok()) << opened;
+  StartOn(devices, device_bytes, host_bytes);
+}
+
+absl::Status CacheTest::OpenDisk(size_t disk_bytes) {
   DiskTierOptions options;
   options.folder = "/disk";
   options.capacity_bytes = disk_options_bytes_ = disk_bytes;
@@ -76,10 +83,8 @@ void CacheTest::StartWithDisk(size_t device_bytes, size_t host_bytes, size_t dis
     key->bytes()[0] = std::byte{1};
     options.key = std::move(key);
   }
-  absl::StatusOr<std::unique_ptr<DiskTier>> disk = DiskTier::Open(options);
-  ASSERT_TRUE(disk.ok()) << disk.status();
-  disk_ = *std::move(disk);
-  StartOn(devices, device_bytes, host_bytes);
+  KVTIDE_ASSIGN_OR_RETURN(disk_, DiskTier::Open(options));
+  return absl::OkStatus();
 }
 
 void CacheTest::Restart(bool crash) {

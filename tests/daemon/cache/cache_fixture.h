@@ -60,6 +60,8 @@ class CacheTest : public ::testing::Test {
   // With a third tier, on a disk in memory (files_) that a test makes fail, whose calls all run at once.
   // Encrypted if the environment has KVTIDE_TEST_DISK_ENCRYPTED.
   void StartWithDisk(size_t device_bytes, size_t host_bytes, size_t disk_bytes, int devices = 1);
+  // Its disk; an error leaves no disk.
+  absl::Status OpenDisk(size_t disk_bytes);
   // The process ends, with or without a crash, and another one comes: what was not synced may be gone.
   void Restart(bool crash);
   void TearDown() override;

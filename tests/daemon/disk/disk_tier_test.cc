@@ -347,6 +347,42 @@ TEST_P(DiskTierTest, AFormerValueThatCouldNotBeWipedGoesWithTheKey) {
   EXPECT_GT(put, 0);
 }
 
+// A manifest whose page could not be read at a start is lost for good: at a later start, when it can be read
+// again, it would be the value of a key that was erased meanwhile.
+TEST_P(DiskTierTest, AManifestThatCouldNotBeReadAtAStartDoesNotComeBack) {
+  const uint64_t key = 1;
+  int lost_keys = 0;
+  for (int calls = 0; calls < 16; calls++) {
+    SCOPED_TRACE(calls);
+    Open();
+    ASSERT_TRUE(tier_->Put(key, "value").ok());
+    tier_.reset();
+    // The stretch of the page, and then the page.
+    files_.Fail(FaultFileSystem::kRead, calls, 2);
+    absl::StatusOr<std::unique_ptr<DiskTier>> tier = DiskTier::Open(Options());
+    files_.ClearFaults();
+    std::vector<std::string> lost;
+    if (!tier.ok()) {  // nothing was changed
+      Open();
+      EXPECT_EQ(tier_->Load(&lost).count(key), 1u);
+    } else {
+      tier_ = *std::move(tier);
+      if (tier_->Load(&lost).count(key) == 0) {
+        lost_keys++;
+        EXPECT_EQ(lost.size(), 1u);
+      }
+    }
+    ASSERT_TRUE(tier_->Erase({&key, 1}).ok());
+    tier_.reset();
+    Open();
+    lost.clear();
+    EXPECT_EQ(tier_->Load(&lost).count(key), 0u);
+    EXPECT_TRUE(lost.empty());
+    tier_.reset();
+  }
+  EXPECT_GT(lost_keys, 0);
+}
+
 // A naive model beside the tier: random blocks and values that name them; the process dies at any step; the
 // index is damaged now and then.
 class Life {
