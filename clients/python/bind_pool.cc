@@ -98,6 +98,17 @@ nb::dict ToPython(const client::TierStats& from) {
   return out;
 }
 
+nb::dict ToPython(const client::RemoteStats& from) {
+  nb::dict out;
+  KVTIDE_PUT(server), KVTIDE_PUT(problem), KVTIDE_PUT(write_problem);
+  KVTIDE_PUT(hit_blocks), KVTIDE_PUT(miss_blocks), KVTIDE_PUT(read_blocks), KVTIDE_PUT(read_bytes);
+  KVTIDE_PUT(written_blocks), KVTIDE_PUT(written_bytes), KVTIDE_PUT(present_blocks);
+  KVTIDE_PUT(left_out_blocks), KVTIDE_PUT(damaged_blocks), KVTIDE_PUT(timeouts), KVTIDE_PUT(errors);
+  KVTIDE_PUT(connects), KVTIDE_PUT(queued_blocks), KVTIDE_PUT(memory_limit_bytes);
+  KVTIDE_PUT(memory_used_bytes), KVTIDE_PUT(memory_policy);
+  return out;
+}
+
 nb::dict ToPython(const client::ServerStats& from) {
   nb::dict out;
   KVTIDE_PUT(models), KVTIDE_PUT(sequences), KVTIDE_PUT(tokens), KVTIDE_PUT(shared_blocks);
@@ -113,6 +124,7 @@ nb::dict ToPython(const client::ServerStats& from) {
   KVTIDE_PUT(prefix_blocks), KVTIDE_PUT(prefix_alone_bytes), KVTIDE_PUT(durable_prefix_blocks);
   KVTIDE_PUT(prefix_lookups), KVTIDE_PUT(prefix_miss_tokens), KVTIDE_PUT(prefix_reused_tokens);
   out["tiers"] = List(from.tiers, [](const client::TierStats& tier) { return ToPython(tier); });
+  if (from.remote.has_value()) out["remote"] = ToPython(*from.remote);
   return out;
 }
 

@@ -1,6 +1,7 @@
 """What happens to sequences when Python goes, and to memory over many of them."""
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +75,31 @@ def test_a_daemon_that_goes(tmp_path):
         sequence.append(0, np.ones((1, 2, 64), np.float32), np.ones((1, 2, 64), np.float32))
     del sequence  # quietly
     pool.close()
+
+
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="there is no redis-server")
+def test_a_remote_tier_is_in_the_stats(tmp_path, embedded):
+    from ways import Daemon
+
+    assert embedded.stats().remote is None
+    socket = tmp_path / "redis.sock"
+    server = subprocess.Popen(["redis-server", "--port", "0", "--unixsocket", str(socket), "--save", "", "--dir", str(tmp_path)],
+                              stdout=subprocess.DEVNULL)
+    daemon = None
+    try:
+        wait_until(socket.exists)
+        daemon = Daemon(tmp_path, "--remote", f"unix:{socket}")
+        with kvtide.connect(daemon.address) as pool:
+            pool.register("life", [kvtide.Layer(2, 64, 4)])
+            pool.create("life", begin_with=list(range(256)))
+            remote = pool.stats().remote
+            assert remote.server == f"unix:{socket}" and not remote.problem and remote.connects >= 1
+            assert remote.miss_blocks > 0 and remote.hit_blocks == 0
+    finally:
+        if daemon is not None:
+            daemon.stop()
+        server.kill()
+        server.wait()
 
 
 def test_no_leak(pool):

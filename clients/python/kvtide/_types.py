@@ -202,6 +202,32 @@ class TierStats:
 
 
 @dataclass(frozen=True)
+class RemoteStats:
+    """The remote tier, a server through which daemons share blocks, since the start of the daemon. ``problem`` says why it
+    is not asked now, ``write_problem`` why nothing is written there; empty: it is."""
+
+    server: str
+    problem: str
+    write_problem: str
+    hit_blocks: int  # that lookups wanted and found there, or not
+    miss_blocks: int
+    read_blocks: int
+    read_bytes: int
+    written_blocks: int
+    written_bytes: int
+    present_blocks: int  # that were there when they were to be written
+    left_out_blocks: int  # for want of room or time
+    damaged_blocks: int
+    timeouts: int
+    errors: int
+    connects: int
+    queued_blocks: int
+    memory_limit_bytes: int  # as the server says; 0: none, or it does not say
+    memory_used_bytes: int
+    memory_policy: str
+
+
+@dataclass(frozen=True)
 class PoolStats:
     """What the pool holds and has done. ``bits_per_value`` counts scales, padding and tails."""
 
@@ -244,10 +270,13 @@ class PoolStats:
     prefix_lookups: int
     prefix_miss_tokens: int
     prefix_reused_tokens: int
+    remote: Optional[RemoteStats] = None  # None: there is no remote tier
 
     @classmethod
     def _of(cls, raw: Mapping[str, Any]) -> "PoolStats":
         raw = dict(raw)
+        if "remote" in raw:
+            raw["remote"] = RemoteStats(**raw["remote"])
         raw["tiers"] = [
             TierStats(**{**tier, "pairs": [PairStats(**pair) for pair in tier["pairs"]]}) for tier in raw["tiers"]
         ]

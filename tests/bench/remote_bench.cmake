@@ -1,0 +1,7 @@
+if(TARGET kvtide_redis_testing)
+  find_package(benchmark CONFIG REQUIRED)
+  find_package(PkgConfig REQUIRED)
+  pkg_check_modules(HIREDIS REQUIRED IMPORTED_TARGET hiredis)
+  kvtide_add_executable(kvtide_bench_remote ${CMAKE_CURRENT_LIST_DIR}/remote_bench.cc)
+  target_link_libraries(kvtide_bench_remote PRIVATE kvtide_remote kvtide_redis_testing benchmark::benchmark benchmark::benchmark_main PkgConfig::HIREDIS)
+endif()
