@@ -1,9 +1,11 @@
 """`python -m kvtide.calibrate`: profiles of keys through transformers."""
+import gc
 import json
 import os
 import pathlib
 import subprocess
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -103,6 +105,11 @@ def test_layers_that_cannot_be_asked(loaded):
                                                                      n_routed_experts=4, first_k_dense_replace=4))
     with pytest.raises(ValueError, match="does not say how it turns keys"):
         ropes(latent, [0])
+    # Nothing of a model is kept by what it could not say.
+    gone = weakref.ref(latent)
+    del latent
+    gc.collect()
+    assert gone() is None
     # Nothing of the model is changed, and it is asked once.
     assert model.config._attn_implementation == "sdpa" and ropes(model, [1])[0] is ropes(model, [1])[0]
 

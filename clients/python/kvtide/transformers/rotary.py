@@ -4,6 +4,7 @@ positions, up to the cache, which gets the keys."""
 from __future__ import annotations
 
 import inspect
+import itertools
 import weakref
 from typing import Any, Dict, Iterable, List, Tuple, Union
 
@@ -14,7 +15,8 @@ from .._types import Rope
 from .geometry import text_config
 
 _POSITIONS = [0, 1, 2, 5, 11, 23]
-_known: "weakref.WeakKeyDictionary[Any, Dict[int, Union[Rope, ValueError]]]" = weakref.WeakKeyDictionary()
+# By layer; or why it is not known: text, as an error that is kept keeps the frames that it was raised through.
+_known: "weakref.WeakKeyDictionary[Any, Dict[int, Union[Rope, str]]]" = weakref.WeakKeyDictionary()
 
 
 def ropes(model: Any, layers: Iterable[int]) -> List[Rope]:
@@ -28,9 +30,9 @@ def ropes(model: Any, layers: Iterable[int]) -> List[Rope]:
         _known[model] = _ask(model)
     found = []
     for layer in layers:
-        answer = _known[model].get(layer, ValueError(f"layer {layer} has no attention that could be asked"))
-        if isinstance(answer, ValueError):
-            raise answer
+        answer = _known[model].get(layer, f"layer {layer} has no attention that could be asked")
+        if isinstance(answer, str):
+            raise ValueError(answer)
         found.append(answer)
     kinds = {(len(one.frequencies), one.neighbours) for one in found if one.frequencies}
     if len(kinds) > 1:
@@ -52,9 +54,9 @@ class _Listener(DynamicCache):
         raise _Keys(key_states)
 
 
-def _ask(model: Any) -> Dict[int, Union[Rope, ValueError]]:
+def _ask(model: Any) -> Dict[int, Union[Rope, str]]:
     config = text_config(model)
-    answers: Dict[int, Union[Rope, ValueError]] = {}
+    answers: Dict[int, Union[Rope, str]] = {}
     for module in model.modules():
         layer = getattr(module, "layer_idx", None)
         if not isinstance(layer, int) or not type(module).__name__.endswith("Attention"):
@@ -63,8 +65,9 @@ def _ask(model: Any) -> Dict[int, Union[Rope, ValueError]]:
             with torch.no_grad():
                 turning, cos, sin = _turns(model, config, layer)
                 answers[layer] = _match(_keys(model, module, config.hidden_size, cos, sin), cos, sin, turning)
-        except ValueError as error:
-            answers[layer] = ValueError(f"layer {layer} ({type(module).__name__}) does not say how it turns keys by position: {error}")
+        except Exception as error:  # noqa: BLE001 - whatever a model's code raises; that keys are turned is no condition to serve it
+            said = str(error) or type(error).__name__
+            answers[layer] = f"layer {layer} ({type(module).__name__}) does not say how it turns keys by position: {said}"
     return answers
 
 
@@ -75,6 +78,8 @@ def _turns(model: Any, config: Any, layer: int) -> Tuple[Any, torch.Tensor, torc
         modules = [one for one in modules if getattr(one, "config", None) is config]
     if len(modules) != 1:
         raise ValueError(f"{len(modules)} modules have an inv_freq")
+    if (kind := getattr(modules[0], "rope_type", "")) in ("dynamic", "longrope"):
+        raise ValueError(f"its frequencies depend on the length ({kind})")
     device = next(modules[0].buffers()).device
     arguments: List[Any] = [torch.zeros(1, device=device), torch.tensor([_POSITIONS], device=device)]
     if "layer_type" in inspect.signature(modules[0].forward).parameters and getattr(config, "layer_types", None):
@@ -92,7 +97,7 @@ def _turns(model: Any, config: Any, layer: int) -> Tuple[Any, torch.Tensor, torc
 def _keys(model: Any, module: Any, width: int, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Keys [kv_heads, n, head_dim] of one row at _POSITIONS, in float64."""
     row = torch.randn((1, 1, width), generator=torch.Generator().manual_seed(1)).expand(1, len(_POSITIONS), width)
-    device = next(module.parameters()).device
+    device = next(itertools.chain(module.parameters(), module.buffers())).device  # quantised layers have buffers alone
     hidden, cos, sin = (one.to(device, model.dtype) for one in (row, cos[None], sin[None]))
     takes = inspect.signature(module.forward).parameters
     more = {"cache" if "cache" in takes else "past_key_values": _Listener()}

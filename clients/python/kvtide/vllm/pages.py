@@ -423,7 +423,7 @@ class Part:
             return output.zero_()
         query, out = rows_of(query), rows_of(output)
         asked = (query.data_ptr(), query.stride(0), out.data_ptr(), out.stride(0), 0, self.stream())
-        if key is None or value is None:
+        if key is None:
             self.paged.attend(index, *asked)
         else:
             key, value = rows_of(key), rows_of(value)
