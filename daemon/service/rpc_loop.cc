@@ -148,13 +148,15 @@ void RpcLoop::HandleTogether(Event event) {
     return;
   }
   std::vector<Event> requests;
+  // Events that are no requests are bounded too: those that wait have been taken already.
+  size_t seen = 0;
   for (bool more = true; more;) {
     if (static_cast<Rpc::Tag*>(event.tag)->event == Rpc::Event::kRead) {
       requests.push_back(event);
     } else {
       Handle(event.tag, event.ok);
     }
-    more = requests.size() < most &&
+    more = requests.size() < most && ++seen < 2 * kMostTogether &&
            queue_->AsyncNext(&event.tag, &event.ok, std::chrono::system_clock::time_point()) ==
                grpc::CompletionQueue::GOT_EVENT;
   }

@@ -182,14 +182,17 @@ Sequences::ModelPtr Sequences::Newest(ModelPtr model) const {
 std::vector<InstalledProfile> Sequences::InstalledProfiles(const Identity& caller) const {
   std::map<ModelId, ModelPtr> newest;  // by family
   for (const auto& [id, model] : models_)
-    if (caller.MaySee(model->tenant) && model->revision > 0) newest[model->family] = Newest(model);
+    if (caller.MaySee(model->tenant) && model->revision > 0) {
+      ModelPtr& found = newest[model->family];
+      if (found == nullptr || found->revision < model->revision) found = model;
+    }
+  if (newest.empty()) return {};
+  absl::flat_hash_map<const ModelState*, int64_t> users;
+  for (const auto& [id, sequence] : sequences_) users[sequence->model.get()]++;
   std::vector<InstalledProfile> profiles;
-  for (const auto& [family, model] : newest) {
-    const auto users = std::count_if(sequences_.begin(), sequences_.end(),
-                                     [&](const auto& entry) { return entry.second->model == model; });
+  for (const auto& [family, model] : newest)
     profiles.push_back({model->spec.name, model->tenant, model->revision,
-                        model->spec.groups[0].key_transforms.frequencies.empty(), users});
-  }
+                        model->spec.groups[0].key_transforms.frequencies.empty(), users[model.get()]});
   return profiles;
 }
 
