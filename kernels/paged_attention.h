@@ -22,9 +22,8 @@
 //   auto attention = Make...PagedAttention(options, layers);
 //   attention->Plan(step, stream);                    // once a step
 //   for (each layer) {
-//     // This step's rows into their exact pages; then each token sees the sequence up to itself. Or Write
-//     and
-//     // Attend, one after the other.
+//     // This step's rows into their exact pages; then each token sees the sequence up to itself.
+//     // The same as Write and then Attend.
 //     attention->WriteAttend(layer, k, v, q, out, lse, stream);
 //     attention->Seal(layer, stream);  // full blocks: exact page -> coded page
 //   }
@@ -106,8 +105,8 @@ struct PagedStep {
   int tokens = 0;        // rows of the tensors; padding stands at the end
   int most_queries = 0;  // new tokens of one sequence, at most
   // Sequences are only read, and their queries (rows of q and out, as of new tokens) may stand before the end
-  // of their coded blocks: `lengths` may end in one of those. What such a step captures in a graph serves
-  // others, too.
+  // of their coded blocks: `lengths` may end in one of those. Write is FailedPrecondition then. What such a
+  // step captures in a graph serves other steps, too; what others capture does not serve such a step.
   bool among_coded = false;
   // Entries of `seal_pages` that are looked at; 0: there is nothing to seal. On CUDA each costs its encoding,
   // whether it counts or not: what a graph leaves room for should be little (a block may be sealed later,

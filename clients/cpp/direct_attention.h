@@ -97,9 +97,9 @@ class DirectAttention {
   // (exact_window.first_blocks must be 0). The daemon's step is rolled back after an error of ours.
   absl::StatusOr<DirectStep> Begin(std::span<const StepItem> items, void* stream, uint64_t after = 0);
   // Sequences as they are now, for attention alone (Client::PinStep): rows of q and out are the items'
-  // queries, Attend, Mark and End follow. Graphs that are replayed over it hold no Write. Errors of
-  // Client::PinStep, and those of Begin; OutOfRange for queries that see tokens which have left a sliding
-  // window.
+  // queries, Attend, Mark and End follow. Graphs that are replayed over it were captured over a pinned step.
+  // Errors of Client::PinStep, and those of Begin; OutOfRange for queries that see tokens which have left a
+  // sliding window.
   absl::StatusOr<DirectStep> Pin(std::span<const PinnedItem> items, void* stream);
   // FailedPrecondition in a pinned step.
   absl::Status Write(int layer, PagedRows k, PagedRows v, void* stream);

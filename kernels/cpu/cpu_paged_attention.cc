@@ -64,6 +64,7 @@ class CpuPagedAttention : public PagedAttention {
 
   absl::Status Write(int layer, PagedRows k, PagedRows v, void*) override {
     KVTIDE_RETURN_IF_ERROR(CheckCall(layer));
+    if (step_.among_coded) return absl::FailedPreconditionError("the step is only read (among_coded)");
     const GroupShape& shape = options_.shape;
     KVTIDE_RETURN_IF_ERROR(CheckPagedRows(k, options_.type, shape.kv_heads, shape.head_dim_k, "k"));
     KVTIDE_RETURN_IF_ERROR(CheckPagedRows(v, options_.type, shape.kv_heads, shape.head_dim_v, "v"));
@@ -103,10 +104,7 @@ class CpuPagedAttention : public PagedAttention {
     const GroupShape& shape = options_.shape;
     const int64_t q_width = int64_t{options_.heads} * shape.head_dim_k,
                   out_width = int64_t{options_.heads} * shape.head_dim_v;
-    const int rows = step_.sequences == 0 ? 0 : step_.query_start[step_.sequences];
-    if (rows > step_.tokens)
-      return absl::InvalidArgumentError(
-          absl::StrCat("query_start ends at ", rows, ", the step has ", step_.tokens, " tokens"));
+    const int rows = AttendedRows();
     const TensorView dense_q = DenseRows(q, options_.type, rows, q_width, q_);
     const bool direct = out.stride == out_width || rows <= 1;
     const size_t q_row = Size(q_width) * DataTypeBytes(options_.type),
@@ -229,7 +227,13 @@ class CpuPagedAttention : public PagedAttention {
     return absl::OkStatus();
   }
 
+  // Of q and out that belong to sequences.
+  int AttendedRows() const { return step_.sequences == 0 ? 0 : step_.query_start[step_.sequences]; }
+
   absl::Status CheckAttended(PagedRows q, MutablePagedRows out) const {
+    if (AttendedRows() > step_.tokens)
+      return absl::InvalidArgumentError(
+          absl::StrCat("query_start ends at ", AttendedRows(), ", the step has ", step_.tokens, " tokens"));
     KVTIDE_RETURN_IF_ERROR(CheckPagedRows(q, options_.type, options_.heads, options_.shape.head_dim_k, "q"));
     return CheckPagedRows({out.data, out.stride}, options_.output_type, options_.heads,
                           options_.shape.head_dim_v, "out");

@@ -809,6 +809,14 @@ TEST_P(PagedConformance, EqualStepsOfOneToken) {
   Engine engine;
   engine.queries = 1;
   RunSteps(GetParam(), engine, 100, 13);
+  // As many units as a large GPU has multiprocessors: rows are written beside queries.
+  engine.sequences = 12;
+  engine.kv_heads = 8;
+  engine.heads = 16;
+  RunSteps(GetParam(), engine, 40, 15);
+  engine.sequences = 20;
+  engine.pair = "f16/f16";
+  RunSteps(GetParam(), engine, 20, 16);
 }
 TEST_P(PagedConformance, EqualStepsOfSeveralTokens) {
   Engine engine;

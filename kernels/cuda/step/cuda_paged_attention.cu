@@ -165,6 +165,7 @@ class PagedOnDevice final : public PagedAttention {
     return absl::OkStatus();
   }
   absl::Status CheckWritten(PagedRows k, PagedRows v) const {
+    if (step_.among_coded) return absl::FailedPreconditionError("the step is only read (among_coded)");
     KVTIDE_RETURN_IF_ERROR(
         CheckPagedRows(k, options_.type, options_.shape.kv_heads, options_.shape.head_dim_k, "k"));
     return CheckPagedRows(v, options_.type, options_.shape.kv_heads, options_.shape.head_dim_v, "v");

@@ -42,7 +42,7 @@ struct PagedTables {
   int64_t coded_row = 0, exact_row = 0;
   int32_t sequences = 0;
   // Offsets of pages as the attention kernels add them to a layer's base, [sequences][max_...] from block
-  // coded_first on, and of all exact blocks. Scratch pages are filled in layer by layer (WriteRows).
+  // coded_first on, and of all exact blocks. Scratch pages are filled in layer by layer (WriteKernel).
   uint64_t* coded = nullptr;
   uint64_t* exact = nullptr;
   int32_t max_coded = 0, max_exact = 0;
