@@ -90,7 +90,7 @@ void Plain(benchmark::State& state) {
   const auto run = [&](bool now_write) {
     for (size_t i = 0; i < kBlocks; i++) {
       const std::string name = "plain:" + std::to_string(bytes) + ":" + std::to_string(i);
-      const std::array<const char*, 3> words = {now_write ? "SET" : "GET", name.c_str(),
+      std::array<const char*, 3> words = {now_write ? "SET" : "GET", name.c_str(),
                                                 reinterpret_cast<const char*>(blocks.content[i].data())};
       const std::array<size_t, 3> sizes = {3, name.size(), bytes};
       KVTIDE_CHECK(redisAppendCommandArgv(context.get(), now_write ? 3 : 2, words.data(), sizes.data()) ==

@@ -42,6 +42,9 @@ if [ -n "$python" ]; then
   KVTIDE_CUDA=ON "$python" -m pip wheel --quiet --no-deps --wheel-dir "$wheels" . \
     -C cmake.define.CMAKE_CXX_FLAGS=-g1 -C cmake.define.CMAKE_CUDA_ARCHITECTURES=90a-real -C cmake.define.KVTIDE_WERROR=ON
   "$python" -m zipfile -e "$wheels"/kvtide-*.whl "$folder/python"
+  library="$folder/python/kvtide/lib/libkvtide_cuda_paged.so"
+  [ -f "$library" ] || { echo "pack.sh: the package for GPUs has no $(basename "$library"): backends of engines would not find it" >&2; exit 1; }
+  strip "$library"
   rm -rf "$wheels"
   parts+=(python)
 fi

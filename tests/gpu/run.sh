@@ -155,6 +155,11 @@ stage_python() {
     return 0
   fi
   python3 -c 'import torch, transformers' 2> /dev/null || { echo "SKIPPED: python3 has no torch and transformers"; return 0; }
+  PYTHONPATH="$programs/python" LD_LIBRARY_PATH= limited python3 -c '
+import sys
+from kvtide import _core
+from kvtide.vllm.settings import cuda_library
+sys.exit(_core.paged_library_error(cuda_library()) or 0)' || return 1
   PYTHONPATH="$programs/python" LD_LIBRARY_PATH= limited python3 tests/gpu/transformers_cache.py --json "$work/gpu_transformers.json" || return 1
   stamp "$work/gpu_transformers.json"
   cp "$work/gpu_transformers.json" "$results/"
