@@ -48,7 +48,7 @@ def test_a_profile_of_keys(tmp_path):
     options = dict(device="CPU EPYC 9654,ram=8GiB", context="4K", pairs=["turbo3/turbo3", "q8_0/q5_0"])
     plain = kvtide.plan(folder, **options)
     plan = kvtide.plan(folder, profile=path, **options)
-    assert plan.json["key_profile"] == {"name": "tidelm.profile", "text": "t", "tokens": 77, "transforms": False, "after_rope": False,
+    assert plan.json["key_profile"] == {"name": "tidelm.profile", "text": "t", "tokens": 77, "means": True, "transforms": False, "after_rope": False,
                                         "context": 0}
     assert plan[4096]["turbo3/turbo3"].calibrated and not plan[4096]["q8_0/q5_0"].calibrated
     assert not plain[4096]["turbo3/turbo3"].calibrated and plain.json["key_profile"] is None
