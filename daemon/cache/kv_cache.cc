@@ -205,13 +205,13 @@ std::vector<InstalledProfile> KvCache::InstalledProfiles(const CallContext& cont
 }
 
 absl::StatusOr<ModelSpec> KvCache::NewestModel(ModelId model) const {
-  const auto newest = [&]() -> absl::StatusOr<Sequences::ModelPtr> {
+  Sequences::ModelPtr newest;
+  {
     CacheLock lock(impl_->core);
-    KVTIDE_ASSIGN_OR_RETURN(const auto state, lock->sequences.GetModel(model));
-    return lock->sequences.Newest(state);
-  }();
-  KVTIDE_RETURN_IF_ERROR(newest.status());
-  return (*newest)->spec;  // megabytes of transforms, copied without the mutex
+    KVTIDE_ASSIGN_OR_RETURN(newest, lock->sequences.GetModel(model));
+    newest = lock->sequences.Newest(newest);
+  }
+  return newest->spec;  // megabytes of transforms, copied without the mutex
 }
 
 absl::StatusOr<ModelId> KvCache::FamilyOf(ModelId model) const {

@@ -596,7 +596,8 @@ std::map<uint64_t, std::string> DiskTier::Load(std::vector<std::string>* lost) {
       unread.push_back(key);
     }
   }
-  // As in OpenIndex: nobody knows the key from now on, and it must not come back.
+  if (unread.empty()) return values;
+  // As in OpenIndex: nobody knows the keys from now on, and they must not come back.
   if (const absl::Status status = EraseKeys(unread); !status.ok())
     lost->push_back(absl::StrCat("they may be there again at the next start: ", status.message()));
   return values;

@@ -22,8 +22,6 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-import numpy as np
-
 from . import _core
 from ._files import check_model, check_writable
 from ._types import Rope

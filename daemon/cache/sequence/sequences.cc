@@ -151,14 +151,12 @@ absl::StatusOr<Sequences::ModelPtr> Sequences::InstallRevision(ModelId id, const
 
 std::vector<Sequences::ModelPtr> Sequences::TakeUnusedRevisions() {
   std::set<ModelId> used;
-  std::map<ModelId, uint64_t> newest;  // by family
   for (const auto& [id, sequence] : sequences_) used.insert(sequence->model->id);
-  for (const auto& [id, model] : models_)
-    newest[model->family] = std::max(newest[model->family], model->revision);
+  const std::map<ModelId, ModelPtr> newest = NewestByFamily();
   std::vector<ModelPtr> taken;
   for (const auto& [id, model] : models_)
-    if (model->revision != 0 && model->revision != newest[model->family] && model->family != id &&
-        !used.contains(id))
+    if (model->revision != 0 && model->revision != newest.at(model->family)->revision &&
+        model->family != id && !used.contains(id))
       taken.push_back(model);
   for (const ModelPtr& model : taken) models_.erase(model->id);
   return taken;
@@ -179,13 +177,20 @@ Sequences::ModelPtr Sequences::Newest(ModelPtr model) const {
   return model;
 }
 
+std::map<ModelId, Sequences::ModelPtr> Sequences::NewestByFamily() const {
+  std::map<ModelId, ModelPtr> newest;
+  for (const auto& [id, model] : models_) {
+    ModelPtr& found = newest[model->family];
+    if (found == nullptr || found->revision < model->revision) found = model;
+  }
+  return newest;
+}
+
 std::vector<InstalledProfile> Sequences::InstalledProfiles(const Identity& caller) const {
-  std::map<ModelId, ModelPtr> newest;  // by family
-  for (const auto& [id, model] : models_)
-    if (caller.MaySee(model->tenant) && model->revision > 0) {
-      ModelPtr& found = newest[model->family];
-      if (found == nullptr || found->revision < model->revision) found = model;
-    }
+  std::map<ModelId, ModelPtr> newest = NewestByFamily();
+  std::erase_if(newest, [&](const auto& entry) {
+    return entry.second->revision == 0 || !caller.MaySee(entry.second->tenant);
+  });
   if (newest.empty()) return {};
   absl::flat_hash_map<const ModelState*, int64_t> users;
   for (const auto& [id, sequence] : sequences_) users[sequence->model.get()]++;

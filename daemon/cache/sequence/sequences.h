@@ -111,6 +111,8 @@ class Sequences {
   };
 
   std::vector<ModelPtr> FamilyOf(const std::string& name, const std::string& tenant) const;
+  // Of every family what was installed last, or the model itself.
+  std::map<ModelId, ModelPtr> NewestByFamily() const;
   // The revision that new sequences of these options have.
   ModelPtr RevisionFor(ModelPtr model, const SequenceOptions& options) const;
   // Enters it; `family` = 0: it is the first of one.

@@ -15,7 +15,7 @@ from ..errors import InvalidArgument, Unavailable
 from ..pool import Pool, connect
 from ..profiles import KeyProfile, load as load_profile
 from .attention import NAME, Handle
-from .geometry import LayerKind, LayerShape, layer_kinds, layer_shapes, text_config
+from .geometry import LayerKind, layer_kinds, layer_shapes, text_config
 from .prefix import ForwardIds, prompt_of, salt_of
 from .rotary import ropes as ropes_of
 from .store import Store, default_pool
