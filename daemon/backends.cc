@@ -18,9 +18,11 @@
 namespace kvtide {
 namespace {
 
-std::unique_ptr<Backend> MakeCpu(const std::string& name, int threads, bool share = false) {
+using Sharing = CpuBackendOptions::Sharing;
+
+std::unique_ptr<Backend> MakeCpu(const std::string& name, int threads, Sharing sharing = Sharing::kNone) {
   CpuBackendOptions options;
-  options.shared_memory = share;
+  options.sharing = sharing;
   options.name = name;
   options.threads = threads;
   return MakeCpuBackend(options);
@@ -36,7 +38,9 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeGpu(const std::string& device, cons
   return MakeCudaBackend(options);
 }
 absl::StatusOr<int> CountGpus() { return CountCudaDevices(); }
-std::unique_ptr<Backend> MakeHost(int threads) { return MakePinnedBackend(MakeCpu("cpu", threads)); }
+std::unique_ptr<Backend> MakeHost(int threads, Sharing sharing) {
+  return MakePinnedBackend(MakeCpu("cpu", threads, sharing));
+}
 absl::StatusOr<std::shared_ptr<void>> PinForGpus(std::byte* data, size_t bytes) {
   KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<PinnedRange> range, PinnedRange::Make(data, bytes));
   return std::shared_ptr<void>(std::move(range));
@@ -46,7 +50,7 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeGpu(const std::string&, const PoolS
   return absl::UnavailableError("this kvtided was built without CUDA");
 }
 absl::StatusOr<int> CountGpus() { return absl::UnavailableError("this kvtided was built without CUDA"); }
-std::unique_ptr<Backend> MakeHost(int threads) { return MakeCpu("cpu", threads); }
+std::unique_ptr<Backend> MakeHost(int threads, Sharing sharing) { return MakeCpu("cpu", threads, sharing); }
 absl::StatusOr<std::shared_ptr<void>> PinForGpus(std::byte*, size_t) { return std::shared_ptr<void>(); }
 #endif
 
@@ -80,13 +84,16 @@ absl::Status AddGpu(const std::string& device, const PoolSharing& sharing, Backe
 absl::StatusOr<Backends> MakeBackends(const std::vector<std::string>& devices, int compute_threads,
                                       const PoolSharing& sharing) {
   Backends backends;
+  const Sharing of_devices = sharing.cpu ? Sharing::kWrite : Sharing::kNone;
+  const Sharing of_host = sharing.host ? Sharing::kRead : Sharing::kNone;
   if (devices.size() == 1 && devices[0] == "auto") {
     const absl::Status status = AddGpu("0", sharing, &backends);
     if (status.ok()) {
-      backends.host = MakeHost(compute_threads);
+      backends.host = MakeHost(compute_threads, of_host);
     } else {
-      backends.devices.push_back(MakeCpu("cpu", compute_threads, sharing.cpu));
+      backends.devices.push_back(MakeCpu("cpu", compute_threads, of_devices));
       backends.cpu_devices = 1;
+      if (sharing.host) backends.host = MakeCpu("cpu", compute_threads, of_host);
       backends.note = absl::StrCat("no GPU is used: ", std::string(status.message()));
     }
     return backends;
@@ -100,15 +107,18 @@ absl::StatusOr<Backends> MakeBackends(const std::vector<std::string>& devices, i
     if (name == "cpu") {
       const std::string numbered = cpus > 1 ? absl::StrCat("cpu:", backends.cpu_devices) : "cpu";
       backends.devices.push_back(
-          MakeCpu(numbered, cpus > 1 ? std::max(1, threads / cpus) : compute_threads, sharing.cpu));
+          MakeCpu(numbered, cpus > 1 ? std::max(1, threads / cpus) : compute_threads, of_devices));
       backends.cpu_devices++;
     } else {
       KVTIDE_RETURN_IF_ERROR(Annotate(AddGpu(name.substr(sizeof(kCuda) - 1), sharing, &backends),
                                       absl::StrCat("device ", name, " (device cpu works everywhere)")));
     }
   }
-  if (backends.cpu_devices < static_cast<int>(backends.devices.size()))
-    backends.host = MakeHost(compute_threads);
+  if (backends.cpu_devices < static_cast<int>(backends.devices.size())) {
+    backends.host = MakeHost(compute_threads, of_host);
+  } else if (sharing.host) {
+    backends.host = MakeCpu("cpu", compute_threads, of_host);
+  }
   return backends;
 }
 

@@ -15,6 +15,7 @@ namespace kvtide {
 struct PoolSharing {
   bool cpu = false;         // that of CPU devices can be mapped; that of GPUs always
   std::string gpu = "ipc";  // "ipc", "descriptors", "auto" (kernels/cuda/cuda_backend.h)
+  bool host = false;        // the host tier can be mapped for reading: it has a backend of its own
 };
 
 // The backends of the tiers. Without a GPU the host tier is served by the first device's backend: one CPU.

@@ -17,6 +17,7 @@ class PinnedSlab : public Slab {
       : inner_(std::move(inner)), range_(std::move(range)) {}
   std::byte* data() const override { return inner_->data(); }
   size_t bytes() const override { return inner_->bytes(); }
+  absl::StatusOr<SlabHandle> Share() const override { return inner_->Share(); }
 
  private:
   const std::unique_ptr<Slab> inner_;

@@ -92,6 +92,9 @@ constexpr Setting kSettings[] = {
     {"gpu_sharing",
      "how they map that of GPUs: ipc (CUDA IPC, the default), descriptors (of files: needs no common IPC "
      "namespace), or auto"},
+    {"host_sharing",
+     "engines of an admin may map the host tier read-only and load blocks from where they lie; they can read "
+     "what all tenants have cached there"},
     {"max_sequences", "sequences at a time; 0 = the default (16384)", true},
     {"max_models", "models at a time; 0 = the default (64)", true},
     {"max_tokens", "tokens of one sequence; 0 = the default (4194304)"},

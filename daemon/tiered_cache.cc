@@ -3,6 +3,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "daemon/host_memory.h"
 #include "kernels/base/status.h"
 #ifdef KVTIDE_HAVE_REDIS
@@ -13,6 +15,8 @@ namespace kvtide {
 namespace {
 
 using Note = TieredCache::Note;
+
+constexpr absl::Duration kLetGo = absl::Seconds(5);
 
 absl::StatusOr<IoKind> ChooseIo(const std::string& wanted, std::vector<Note>* notes) {
   if (wanted == "threads") return IoKind::kThreads;
@@ -72,7 +76,8 @@ absl::StatusOr<std::unique_ptr<TieredCache>> MakeTieredCache(const DaemonOptions
                                                              const WorkTimer& timer) {
   auto made = std::make_unique<TieredCache>();
   KVTIDE_ASSIGN_OR_RETURN(made->backends, MakeBackends(options.devices, options.compute_threads,
-                                                       {options.share_pool, options.gpu_sharing}));
+                                                       {options.share_pool, options.gpu_sharing,
+                                                        options.service.shared_memory.host_sharing}));
   if (!made->backends.note.empty())
     made->notes.push_back({Note::kWarning, absl::StrCat("device=cpu ", made->backends.note)});
   if (timer != nullptr) {
@@ -81,8 +86,15 @@ absl::StatusOr<std::unique_ptr<TieredCache>> MakeTieredCache(const DaemonOptions
       made->backends.host = MakeTimedBackend(std::move(made->backends.host), timer);
   }
   // Pages of the tiers are taken as they are first used; by then it is too late to say no.
-  KVTIDE_RETURN_IF_ERROR(CheckHostMemory(
-      options.host_bytes + made->backends.cpu_devices * options.device_bytes, ReadHostMemory()));
+  const int64_t wanted = options.host_bytes + made->backends.cpu_devices * options.device_bytes;
+  absl::Status room = CheckHostMemory(wanted, ReadHostMemory());
+  // Engines that had mapped the host tier of a kvtided before let go of it when they see that it has ended.
+  const bool shared = options.service.shared_memory.host_sharing;
+  for (const absl::Time end = absl::Now() + kLetGo; shared && !room.ok() && absl::Now() < end;) {
+    absl::SleepFor(absl::Milliseconds(100));
+    room = CheckHostMemory(wanted, ReadHostMemory());
+  }
+  KVTIDE_RETURN_IF_ERROR(room);
   CacheOptions cache = options.cache;
   for (const auto& device : made->backends.devices)
     cache.tiers.push_back(

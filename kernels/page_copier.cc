@@ -74,14 +74,27 @@ absl::Status CheckPageCopy(const PageCopyOptions& options, std::span<std::byte* 
   return absl::OkStatus();
 }
 
+size_t ChunksOf(const PageCopyOptions& options, int skip, size_t pages) {
+  return (Size(skip) + pages + Size(options.chunk_pages) - 1) / Size(options.chunk_pages);
+}
+
+absl::Status CheckChunks(const PageCopyOptions& options, std::span<const std::byte* const> chunks, int skip,
+                         std::span<const int32_t> pages) {
+  const size_t wanted = skip < 0 ? 0 : ChunksOf(options, skip, pages.size());
+  if (chunks.size() != wanted)
+    return absl::InvalidArgumentError(absl::StrCat(chunks.size(), " chunks, the pages lie in ", wanted));
+  if (std::any_of(chunks.begin(), chunks.end(), [](const std::byte* at) { return at == nullptr; }))
+    return absl::InvalidArgumentError("a chunk is nowhere");
+  return absl::OkStatus();
+}
+
 absl::Status CheckPagePiece(const PageCopyOptions& options, size_t chunk_bytes, int slot, int skip,
                             std::span<const int32_t> pages) {
   if (slot < 0 || slot >= PageCopier::kSlots)
     return absl::InvalidArgumentError(absl::StrCat("slot ", slot, " of ", PageCopier::kSlots));
   if (skip < 0 || skip >= options.chunk_pages)
     return absl::InvalidArgumentError(absl::StrCat("skip is ", skip, " of ", options.chunk_pages, " pages"));
-  const size_t chunks =
-      (Size(skip) + pages.size() + Size(options.chunk_pages) - 1) / Size(options.chunk_pages);
+  const size_t chunks = ChunksOf(options, skip, pages.size());
   if (chunks * chunk_bytes > options.piece_bytes)
     return absl::InvalidArgumentError(absl::StrCat(chunks, " chunks of ", chunk_bytes,
                                                    " bytes are more than a piece of ", options.piece_bytes));

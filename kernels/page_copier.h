@@ -67,13 +67,20 @@ class PageCopier {
   // And back: those of the payload from its page `skip` on, as many as there are ids.
   virtual absl::Status Write(int slot, const std::byte* payload, int skip,
                              std::span<const int32_t> pages) = 0;
+  // The same for chunks that do not lie side by side: each begins at one of `chunks`, whose memory stays
+  // until Wait. One copy for each run of neighbours.
+  virtual absl::Status WriteChunks(int slot, std::span<const std::byte* const> chunks, int skip,
+                                   std::span<const int32_t> pages) = 0;
   // Returns when the slot's work is done and its payload may be used. InvalidArgument if what Read has read
   // has a value that f16 does not hold (rows: beyond +-65504, infinite, no number): its chunk means nothing.
   virtual absl::Status Wait(int slot) = 0;
 
   // Makes copies from and to this host memory fast; it is not freed before Unpin. Copies work without.
   virtual absl::Status Pin(std::byte* memory, size_t bytes) = 0;
-  virtual void Unpin(std::byte* memory) = 0;
+  // The same for memory that this process may only read, from the beginning of a page on. Unimplemented where
+  // the driver cannot.
+  virtual absl::Status PinReadOnly(const std::byte* memory, size_t bytes) = 0;
+  virtual void Unpin(const std::byte* memory) = 0;
   // Memory that the object holds beside the pages.
   virtual size_t bytes() const = 0;
 };
@@ -82,6 +89,10 @@ class PageCopier {
 absl::Status CheckPageCopy(const PageCopyOptions& options, std::span<std::byte* const> layers);
 absl::Status CheckPagePiece(const PageCopyOptions& options, size_t chunk_bytes, int slot, int skip,
                             std::span<const int32_t> pages);
+// Chunks that so many pages behind `skip` lie in.
+size_t ChunksOf(const PageCopyOptions& options, int skip, size_t pages);
+absl::Status CheckChunks(const PageCopyOptions& options, std::span<const std::byte* const> chunks, int skip,
+                         std::span<const int32_t> pages);
 // Of a chunk of rows: [layers * chunk tokens / 64] pages of 64.
 BlockLayout ChunkLayout(const PageCopyOptions& options, size_t layers, CachePair pair);
 size_t ChunkBytes(const PageCopyOptions& options, size_t layers);

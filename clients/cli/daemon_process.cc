@@ -52,6 +52,9 @@ absl::Status WriteConfig(const std::string& folder, const DaemonOptions& options
   if (!options.device.empty()) config["device"] = options.device;
   if (!options.disk.empty()) config["disk"] = options.disk;
   if (options.share_pool) config["share_pool"] = true;
+  if (options.host_sharing) config["host_sharing"] = true;
+  if (!options.shared_memory.empty())
+    config["shared_memory"] = config["shared_memory_client"] = options.shared_memory;
   if (options.compute_threads > 0) config["compute_threads"] = options.compute_threads;
   std::ofstream out(folder + "/kvtided.json");
   out << config.dump(1) << "\n";

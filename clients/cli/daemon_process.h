@@ -18,10 +18,12 @@ struct DaemonOptions {
   std::string program;  // path of kvtided; empty = FindDaemonProgram
   int64_t device_bytes = 0;
   int64_t host_bytes = 0;
-  int compute_threads = 0;  // 0 = one per core
-  std::string device;       // empty = as kvtided chooses
-  std::string disk;         // "FOLDER:SIZE"; empty = no disk tier
-  bool share_pool = false;  // the memory of CPU devices can be mapped
+  int compute_threads = 0;    // 0 = one per core
+  std::string device;         // empty = as kvtided chooses
+  std::string disk;           // "FOLDER:SIZE"; empty = no disk tier
+  bool share_pool = false;    // the memory of CPU devices can be mapped
+  bool host_sharing = false;  // the tier of host memory can be, for reading
+  std::string shared_memory;  // of arenas, all together and of one; empty = kvtided's default
   std::string metrics_address = "off";
 };
 

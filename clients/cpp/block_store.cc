@@ -140,6 +140,50 @@ absl::Status BlockStore::Load(LeaseId lease, int64_t first, int64_t count, std::
   return absl::OkStatus();
 }
 
+HostTier BlockStore::host_tier() const { return client_.impl_->carrier->host_tier(); }
+
+absl::StatusOr<BlocksInPlace> BlockStore::LoadInPlace(LeaseId lease, int64_t first, int64_t count,
+                                                      std::span<const uint64_t> done) {
+  if (count < 1) return absl::InvalidArgumentError(absl::StrCat("a load of ", count, " blocks"));
+  BlocksInPlace loaded;
+  loaded.tier = host_tier();
+  const std::span<const std::byte> tier = loaded.tier.bytes;
+  if (tier.empty())
+    return absl::FailedPreconditionError("this client does not map the tier of host memory (--host-sharing)");
+  v1::SessionRequest message;
+  v1::LoadBlocksRequest& request = *message.mutable_load_blocks();
+  request.set_lease_id(lease);
+  request.set_first_block(first);
+  request.set_blocks(count);
+  request.set_form(v1::BLOCK_FORM_BYTES);
+  request.set_allow_lost(true);
+  request.set_in_place(true);
+  request.mutable_done_places()->Add(done.begin(), done.end());
+  v1::SessionResponse answer;
+  KVTIDE_RETURN_IF_ERROR(client_.impl_->carrier->Call(&message, &answer));
+  const v1::LoadBlocksResponse& response = answer.load_blocks();
+  loaded.places = response.places_id();
+  loaded.lost.assign(response.lost_blocks().begin(), response.lost_blocks().end());
+  for (const int64_t offset : response.offsets()) {
+    const bool inside = offset >= 0 && static_cast<uint64_t>(offset) <= tier.size() &&
+                        static_cast<uint64_t>(block_bytes_) <= tier.size() - static_cast<uint64_t>(offset);
+    if (offset >= 0 && !inside) return absl::InternalError("kvtided names a place outside of its tier");
+    loaded.blocks.push_back(inside ? tier.data() + offset : nullptr);
+  }
+  if (loaded.blocks.size() != static_cast<size_t>(count))
+    return absl::InternalError(
+        absl::StrCat("kvtided names ", loaded.blocks.size(), " places of ", count, " blocks"));
+  return loaded;
+}
+
+absl::Status BlockStore::GiveBack(std::span<const uint64_t> places) {
+  if (places.empty()) return absl::OkStatus();
+  v1::SessionRequest message;
+  message.mutable_release_lease()->mutable_places()->Add(places.begin(), places.end());
+  v1::SessionResponse answer;
+  return client_.impl_->carrier->Call(&message, &answer);
+}
+
 absl::StatusOr<bool> BlockStore::Release(LeaseId lease) {
   v1::SessionRequest message;
   message.mutable_release_lease()->set_lease_id(lease);

@@ -17,6 +17,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "clients/cpp/client.h"
+#include "clients/cpp/host_tier.h"
 
 namespace kvtide::client {
 
@@ -59,6 +60,14 @@ struct PersistNamespaceResult {
   int64_t blocks = 0, bytes = 0, durable_blocks = 0;
 };
 
+// Blocks that are read where they lie.
+struct BlocksInPlace {
+  HostTier tier;                         // where they lie
+  std::vector<const std::byte*> blocks;  // block_bytes each; null: lost, or in another tier (Load has it)
+  std::vector<int64_t> lost;             // counted in the lease
+  uint64_t places = 0;                   // to be given back; 0 = none
+};
+
 // An open namespace. It borrows its client.
 class BlockStore {
  public:
@@ -84,6 +93,14 @@ class BlockStore {
   absl::Status Load(LeaseId lease, int64_t first, int64_t count, std::span<std::byte> payload,
                     BlockForm form = BlockForm::kDefault, const PageLayout& layout = {},
                     std::vector<int64_t>* lost = nullptr);
+  // That of the pool. Empty: LoadInPlace is FailedPrecondition.
+  HostTier host_tier() const;
+  // The same blocks without a copy. Their bytes stay until the places are given back (here, with a later
+  // load's `done`) or the connection ends, whatever becomes of the lease; whoever still copies from them
+  // waits for that first.
+  absl::StatusOr<BlocksInPlace> LoadInPlace(LeaseId lease, int64_t first, int64_t count,
+                                            std::span<const uint64_t> done = {});
+  absl::Status GiveBack(std::span<const uint64_t> places);
   absl::StatusOr<bool> Release(LeaseId lease);
   absl::StatusOr<PersistNamespaceResult> Persist();
   // The namespace is gone; returns how many blocks it had.

@@ -12,6 +12,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "clients/cpp/host_tier.h"
 #include "kvtide/v1/kv_cache_service.pb.h"
 
 namespace kvtide::client {
@@ -46,6 +47,12 @@ class Carrier {
   virtual SharedMemory* memory() { return nullptr; }
   // Empty: the pool is not mapped.
   virtual std::span<const PoolSlab> pool() const { return {}; }
+  // Empty: this process reads none.
+  virtual HostTier host_tier() const { return {}; }
+  // From now on it is empty.
+  virtual void DropHostTier() {}
+  // False: the other end has gone, and every later call is Unavailable. Not known of all ways.
+  virtual bool connected() const { return true; }
 };
 
 }  // namespace kvtide::client

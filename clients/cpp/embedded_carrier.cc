@@ -5,6 +5,7 @@
 #include "daemon/config.h"
 #include "daemon/service/handlers.h"
 #include "daemon/service/open_steps.h"
+#include "daemon/service/places_in_use.h"
 #include "daemon/service/verbs.h"
 #include "daemon/tiered_cache.h"
 #include "kernels/base/status.h"
@@ -19,7 +20,13 @@ class EmbeddedCarrier : public Carrier {
     KVTIDE_ASSIGN_OR_RETURN(made->tiers_, MakeTieredCache(options));
     const KvCache& cache = *made->tiers_->cache;
     const std::vector<TierOptions>& tiers = cache.options().tiers;
-    for (int t = 0; t < CountHomes(tiers); t++) {
+    const int homes = CountHomes(tiers);
+    if (static_cast<size_t>(homes) < tiers.size() && tiers[static_cast<size_t>(homes)].attends()) {
+      const Slab* const host = cache.SlabOf(homes);
+      made->host_tier_.bytes = {host->data(), host->bytes()};
+      made->in_use_ = std::make_unique<service::PlacesInUse>(homes);
+    }
+    for (int t = 0; t < homes; t++) {
       const Slab* const slab = cache.SlabOf(t);
       const TierOptions& tier = tiers[static_cast<size_t>(t)];
       made->pool_.push_back({tier.name, tier.Device(), slab->data(), slab->bytes()});
@@ -39,12 +46,14 @@ class EmbeddedCarrier : public Carrier {
     service::Call call;
     call.tensors = &places_;
     call.steps = &steps_;
+    call.places = in_use_.get();
     call.maps_pool = true;
     SequenceId sequence = 0;
     return service::ServeMessage(handlers_.get(), *request, call, response, &sequence);
   }
   SharedMemory* memory() override { return memory_.get(); }
   std::span<const PoolSlab> pool() const override { return pool_; }
+  HostTier host_tier() const override { return host_tier_; }
 
  private:
   EmbeddedCarrier() = default;
@@ -55,6 +64,8 @@ class EmbeddedCarrier : public Carrier {
   std::unique_ptr<service::Handlers> handlers_;
   service::OpenSteps steps_;
   std::vector<PoolSlab> pool_;
+  HostTier host_tier_;
+  std::unique_ptr<service::PlacesInUse> in_use_;  // null: there is no host tier
 };
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "clients/cpp/page_load.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -23,31 +24,73 @@ absl::Status LoadPages(BlockStore& store, PageCopier& copier, const PageLoad& lo
   if (step < 1)
     return absl::InvalidArgumentError(
         absl::StrCat("a buffer has ", load.buffers[0].size(), " bytes, a chunk ", chunk_bytes));
+  const HostTier tier = load.in_place ? store.host_tier() : HostTier();  // mapped until all is copied
   int64_t written[PageCopier::kSlots] = {};  // chunks up to the end of the slot's piece
+  uint64_t held[PageCopier::kSlots] = {};    // what the slot copies from; 0 = a buffer
+  std::vector<uint64_t> done;                // places that nothing copies from any more
   bool failed = false;                       // a piece did not get there: what is behind it does not count
   const auto settle = [&](int slot) -> absl::Status {
     const absl::Status status = copier.Wait(slot);
     failed = failed || !status.ok();
     if (!failed) report->chunks = std::max(report->chunks, written[slot]);
+    if (held[slot] != 0) done.push_back(std::exchange(held[slot], 0));
     return status;
+  };
+  // Pages of the load before and behind the chunks [first, good); the first chunk may begin in the middle.
+  const auto pages_of = [&](int64_t first, int64_t good) {
+    const int64_t begin = std::max<int64_t>(0, first * load.chunk_pages - load.skip);
+    const int64_t end =
+        std::min(static_cast<int64_t>(load.pages.size()), good * load.chunk_pages - load.skip);
+    return end > begin ? load.pages.subspan(Size(begin), Size(end - begin)) : std::span<const int32_t>();
+  };
+  const auto end_of = [&](int64_t first, int64_t count, std::span<const int64_t> lost) {
+    int64_t good = first + count;
+    for (const int64_t chunk : lost) good = std::min(good, chunk);
+    if (good < first + count) report->lost = good;
+    return good;
+  };
+  const auto skip_of = [&](int64_t first) { return first == 0 ? load.skip : 0; };
+  // False: some of the chunks lie elsewhere, and nothing was put on its way.
+  const auto from_places = [&](int64_t first, int64_t count, int slot) -> absl::StatusOr<bool> {
+    KVTIDE_ASSIGN_OR_RETURN(const BlocksInPlace there, store.LoadInPlace(load.lease, first, count, done));
+    done.clear();
+    const int64_t good = end_of(first, count, there.lost);
+    const std::span<const std::byte* const> chunks = std::span(there.blocks).first(Size(good - first));
+    const bool all = std::none_of(chunks.begin(), chunks.end(), [](const auto* at) { return at == nullptr; });
+    const std::span<const int32_t> pages = pages_of(first, good);
+    const size_t wanted =
+        all && !pages.empty()
+            ? (Size(skip_of(first)) + pages.size() + Size(load.chunk_pages) - 1) / Size(load.chunk_pages)
+            : 0;
+    const absl::Status status = wanted == 0
+                                    ? absl::OkStatus()
+                                    : copier.WriteChunks(slot, chunks.first(wanted), skip_of(first), pages);
+    if (status.ok() && wanted > 0) {
+      held[slot] = there.places;
+      report->in_place += static_cast<int64_t>(wanted);
+    } else if (there.places != 0) {
+      done.push_back(there.places);
+    }
+    KVTIDE_RETURN_IF_ERROR(status);
+    if (all) written[slot] = good;
+    if (!all) report->lost = -1;
+    return all;
   };
   const auto piece = [&](int64_t first, int slot) -> absl::Status {
     KVTIDE_RETURN_IF_ERROR(settle(slot));  // the buffer is free
     const int64_t count = std::min(step, load.chunks - first);
+    if (!tier.empty()) {
+      KVTIDE_ASSIGN_OR_RETURN(const bool all, from_places(first, count, slot));
+      if (all) return absl::OkStatus();
+    }
     std::vector<int64_t> lost;
     KVTIDE_RETURN_IF_ERROR(store.Load(load.lease, first, count,
                                       load.buffers[slot].first(Size(count) * chunk_bytes), BlockForm::kBytes,
                                       {}, &lost));
-    int64_t good = first + count;
-    for (const int64_t chunk : lost) good = std::min(good, chunk);
-    if (good < first + count) report->lost = good;
-    // Pages of the load before and behind this piece; its first chunk may begin in the middle.
-    const int64_t begin = std::max<int64_t>(0, first * load.chunk_pages - load.skip);
-    const int64_t end =
-        std::min(static_cast<int64_t>(load.pages.size()), good * load.chunk_pages - load.skip);
-    if (end > begin)
-      KVTIDE_RETURN_IF_ERROR(copier.Write(slot, load.buffers[slot].data(), first == 0 ? load.skip : 0,
-                                          load.pages.subspan(Size(begin), Size(end - begin))));
+    const int64_t good = end_of(first, count, lost);
+    const std::span<const int32_t> pages = pages_of(first, good);
+    if (!pages.empty())
+      KVTIDE_RETURN_IF_ERROR(copier.Write(slot, load.buffers[slot].data(), skip_of(first), pages));
     written[slot] = good;
     return absl::OkStatus();
   };
@@ -61,6 +104,8 @@ absl::Status LoadPages(BlockStore& store, PageCopier& copier, const PageLoad& lo
     const absl::Status settled = settle(slot);
     if (status.ok()) status = settled;
   }
+  // A daemon that cannot be told has given them back, or will with the connection.
+  store.GiveBack(done).IgnoreError();
   return status;
 }
 

@@ -75,6 +75,10 @@ Pool::Pool(std::unique_ptr<Impl> impl, Way way, std::string why)
       own_memory_(impl_->carrier->memory() == nullptr ? MakeProcessMemory() : nullptr) {}
 Pool::~Pool() = default;
 
+HostTier Pool::host_tier() const { return impl_->carrier->host_tier(); }
+void Pool::DropHostTier() { impl_->carrier->DropHostTier(); }
+bool Pool::connected() const { return impl_->carrier->connected(); }
+
 absl::StatusOr<TensorBuffer> Pool::Allocate(size_t bytes) {
   SharedMemory* const memory = own_memory_ != nullptr ? own_memory_.get() : impl_->carrier->memory();
   KVTIDE_ASSIGN_OR_RETURN(std::byte* const data, memory->Allocate(bytes));
@@ -93,6 +97,7 @@ absl::StatusOr<std::unique_ptr<Carrier>> ConnectRing(const std::string& address,
   ring.arena_bytes = static_cast<uint64_t>(options.arena_bytes);
   ring.poll = options.poll;
   ring.direct = direct;
+  ring.host_tier = options.host_tier;
   return RingCarrier::Connect(path, ring);
 }
 

@@ -26,6 +26,7 @@
 
 #include "absl/status/statusor.h"
 #include "clients/cpp/client.h"
+#include "clients/cpp/host_tier.h"
 
 namespace kvtide::client {
 
@@ -51,6 +52,9 @@ struct PoolOptions {
   // does not, and "auto" leaves the direct way out.
   std::string direct_device;
   int direct_threads = 0;  // of "cpu"; 0 = one for each processor
+  // Of the shared-memory way: maps the daemon's tier of host memory, for reading, where it is allowed
+  // (kvtided --host-sharing), so that blocks may be loaded from where they lie (host_tier.h, page_load.h).
+  bool host_tier = false;
 };
 
 // Memory for tensors, at a multiple of 64. It must not outlive its Pool.
@@ -97,6 +101,13 @@ class Pool : public Client {
   Way way() const { return way_; }
   // Why this way: "asked for", or what "auto" found.
   const std::string& why() const { return why_; }
+
+  // Empty: none is mapped. DropHostTier gives it up for good, once nothing is loaded from it any more.
+  HostTier host_tier() const;
+  void DropHostTier();
+  // False: the daemon has gone, and a new Pool has to be connected. Known by shared memory without a call; by
+  // gRPC a call says so.
+  bool connected() const;
 
   // Memory that tensors are taken from and written to without a copy; what lies elsewhere is copied once on
   // the shared-memory way. ResourceExhausted when the arena is full.

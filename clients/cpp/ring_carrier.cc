@@ -19,6 +19,7 @@
 #include "clients/cpp/arena_allocator.h"
 #include "daemon/ring/arena.h"
 #include "daemon/ring/handshake.h"
+#include "daemon/ring/read_window.h"
 #include "daemon/ring/ring.h"
 #include "kernels/base/mutex.h"
 #include "kernels/base/status.h"
@@ -89,15 +90,17 @@ class ArenaMemory : public SharedMemory {
 
 class Ring final : public RingCarrier {
  public:
-  // A pool that is mapped, and what holds it.
+  // A pool that is mapped, and what holds it; a tier of host memory.
   struct Mapped {
     std::vector<std::unique_ptr<Slab>> slabs;
     std::vector<PoolSlab> pool;
+    HostTier host;
   };
 
   Ring(Socket socket, ring::Arena arena, const RingOptions& options, uint64_t generation, Mapped mapped)
       : options_(options),
         mapped_(std::move(mapped)),
+        maps_host_(!mapped_.host.empty()),
         generation_(generation),
         socket_(std::move(socket)),
         arena_(std::move(arena)),
@@ -106,12 +109,22 @@ class Ring final : public RingCarrier {
         answers_(arena_.answer_head(), arena_.answers(), arena_.layout().answer_bytes) {}
 
   ~Ring() override {
-    // Whoever works on the pool has ended before.
-    if (!mapped_.pool.empty()) (void)::send(socket_.fd(), &ring::kGoodbye, 1, MSG_NOSIGNAL | MSG_DONTWAIT);
+    // Whoever works on the pool, or copies from the tier of host memory, has ended before.
+    if (!mapped_.pool.empty() || maps_host_)
+      (void)::send(socket_.fd(), &ring::kGoodbye, 1, MSG_NOSIGNAL | MSG_DONTWAIT);
   }
 
   uint64_t generation() const override { return generation_; }
   std::span<const PoolSlab> pool() const override { return mapped_.pool; }
+  HostTier host_tier() const override {
+    const MutexLock lock(host_mutex_);
+    return mapped_.host;
+  }
+  void DropHostTier() override {
+    const MutexLock lock(host_mutex_);
+    mapped_.host = {};
+  }
+  bool connected() const override { return !ring::HungUp(socket_.fd()); }
   SharedMemory* memory() override { return &memory_; }
 
   absl::Status Call(v1::SessionRequest* request, v1::SessionResponse* response) override {
@@ -181,7 +194,9 @@ class Ring final : public RingCarrier {
   }
 
   const RingOptions options_;
-  const Mapped mapped_;
+  mutable Mutex host_mutex_;
+  Mapped mapped_;  // `host` under the mutex
+  const bool maps_host_;
   const uint64_t generation_;
   const Socket socket_;
   const ring::Arena arena_;
@@ -231,6 +246,21 @@ absl::StatusOr<Ring::Mapped> MapPool(int socket, absl::Time deadline, DirectDevi
   return mapped;
 }
 
+// The tier of host memory; nothing where the daemon keeps it to itself, or it cannot be mapped.
+absl::StatusOr<HostTier> MapHost(int socket, absl::Time deadline) {
+  ring::HostTier told;
+  int fd = -1;
+  const absl::Status received =
+      ring::Receive(socket, std::as_writable_bytes(std::span(&told, 1)), deadline, &fd);
+  if (!received.ok() && fd >= 0) ::close(fd);
+  KVTIDE_RETURN_IF_ERROR(received);
+  if (fd < 0) return HostTier();
+  absl::StatusOr<ring::ReadWindow> window = ring::ReadWindow::Map(fd, told.bytes);
+  if (!window.ok()) return HostTier();
+  auto mapping = std::make_shared<ring::ReadWindow>(*std::move(window));
+  return HostTier{mapping->bytes(), mapping};
+}
+
 }  // namespace
 
 absl::StatusOr<std::string> SocketPathOf(const std::string& address) {
@@ -252,6 +282,7 @@ absl::StatusOr<std::unique_ptr<RingCarrier>> RingCarrier::Connect(const std::str
     hello.wants_pool = 1;
     hello.layout = ring::LayoutFingerprint();
   }
+  hello.wants_host = options.host_tier ? 1 : 0;
   KVTIDE_RETURN_IF_ERROR(ring::Send(socket.fd(), std::as_bytes(std::span(&hello, 1)), {}));
   ring::Welcome welcome;
   int fd = -1;
@@ -271,6 +302,9 @@ absl::StatusOr<std::unique_ptr<RingCarrier>> RingCarrier::Connect(const std::str
   if (options.direct != nullptr) {
     KVTIDE_ASSIGN_OR_RETURN(mapped,
                             MapPool(socket.fd(), absl::Now() + options.connect_timeout, options.direct));
+  }
+  if (options.host_tier) {
+    KVTIDE_ASSIGN_OR_RETURN(mapped.host, MapHost(socket.fd(), absl::Now() + options.connect_timeout));
   }
   return std::make_unique<Ring>(std::move(socket), std::move(arena), options, welcome.generation,
                                 std::move(mapped));

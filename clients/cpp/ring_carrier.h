@@ -24,6 +24,8 @@ struct RingOptions {
   // Maps the pool where this computes; borrowed. Null: the pool is not mapped. FailedPrecondition if it lies
   // elsewhere, or blocks look otherwise; PermissionDenied if the daemon does not allow it.
   DirectDevice* direct = nullptr;
+  // Maps the tier of host memory, for reading, where the daemon allows it.
+  bool host_tier = false;
 };
 
 // Of "unix:/path" and "unix:///path". InvalidArgument for addresses of other kinds.

@@ -125,6 +125,16 @@ void BindBlocks(nb::module_& m) {
             return lost;
           },
           nb::arg(), nb::arg(), nb::arg(), nb::arg().noconvert(), nb::arg())
+      .def_prop_ro("host_tier_bytes",
+                   [](const OpenStore& handle) { return handle.store().host_tier().bytes.size(); })
+      .def("load_in_place",
+           [](const OpenStore& handle, client::LeaseId lease, int64_t first, int64_t count) {
+             return Raise(Blocking([&] { return handle.store().LoadInPlace(lease, first, count); }));
+           })
+      .def("give_back",
+           [](const OpenStore& handle, const std::vector<uint64_t>& places) {
+             Raise(Blocking([&] { return handle.store().GiveBack(places); }));
+           })
       .def("release",
            [](const OpenStore& handle, client::LeaseId lease) {
              return Raise(Blocking([&] { return handle.store().Release(lease); }));
@@ -137,6 +147,17 @@ void BindBlocks(nb::module_& m) {
            })
       .def("delete",
            [](const OpenStore& handle) { return Raise(Blocking([&] { return handle.store().Delete(); })); });
+  // Keeps the tier mapped.
+  nb::class_<client::BlocksInPlace>(m, "BlocksInPlace")
+      .def_prop_ro("addresses",  // 0: elsewhere
+                   [](const client::BlocksInPlace& loaded) {
+                     std::vector<uintptr_t> addresses;
+                     for (const std::byte* const block : loaded.blocks)
+                       addresses.push_back(reinterpret_cast<uintptr_t>(block));
+                     return addresses;
+                   })
+      .def_prop_ro("lost", [](const client::BlocksInPlace& loaded) { return loaded.lost; })
+      .def_prop_ro("places", [](const client::BlocksInPlace& loaded) { return loaded.places; });
 }
 
 }  // namespace kvtide::python

@@ -6,8 +6,10 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -63,6 +65,36 @@ class Copier {
   std::shared_ptr<PagedDevice> device_;  // outlives the copier
   const int chunk_pages_;
   std::unique_ptr<PageCopier> copier_;
+};
+
+// A pool's tier of host memory, made fast for a copier, until it is closed.
+class TierPin {
+ public:
+  TierPin(std::shared_ptr<Copier> copier, const OpenStore& store)
+      : copier_(std::move(copier)), pool_(store.pool()), tier_(store.store().host_tier()) {
+    const auto begin = std::chrono::steady_clock::now();
+    Raise(Blocking([&] { return copier_->copier().PinReadOnly(tier_.bytes.data(), tier_.bytes.size()); }));
+    seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  }
+  ~TierPin() { Close(); }
+  TierPin(const TierPin&) = delete;
+  TierPin& operator=(const TierPin&) = delete;
+
+  size_t bytes() const { return tier_.bytes.size(); }
+  double seconds() const { return seconds_; }
+  void Close() {
+    if (copier_ == nullptr) return;
+    Blocking([&] { copier_->copier().Unpin(tier_.bytes.data()); });
+    tier_ = {};
+    copier_.reset();
+    pool_.reset();
+  }
+
+ private:
+  std::shared_ptr<Copier> copier_;
+  std::shared_ptr<client::Pool> pool_;
+  client::HostTier tier_;
+  double seconds_ = 0;
 };
 
 PageRows RowsOf(const Steps& steps) {
@@ -146,11 +178,20 @@ void BindPages(nb::module_& m) {
             Blocking([&] { c.copier().Unpin(Memory(memory).data()); });
           },
           "memory"_a.noconvert())
-      // (chunks whose pages are written, the first that is lost or -1, the error or None)
+      // None: the store's pool has no tier of host memory that this process reads.
+      .def(
+          "pin_tier",
+          [](std::shared_ptr<Copier> c, const OpenStore& store) -> std::unique_ptr<TierPin> {
+            if (store.store().host_tier().empty()) return nullptr;
+            return std::make_unique<TierPin>(std::move(c), store);
+          },
+          "store"_a)
+      // (chunks whose pages are written, the first that is lost or -1, the error or None, chunks that were
+      // copied from their places)
       .def(
           "load",
           [](const Copier& c, const OpenStore& store, client::LeaseId lease, int64_t chunks, int skip,
-             const Numbers& pages, const Bytes& first, const Bytes& second) {
+             const Numbers& pages, const Bytes& first, const Bytes& second, bool in_place) {
             client::PageLoad load;
             load.lease = lease;
             load.chunks = chunks;
@@ -159,6 +200,7 @@ void BindPages(nb::module_& m) {
             load.pages = Ids(pages);
             load.buffers[0] = Memory(first);
             load.buffers[1] = Memory(second);
+            load.in_place = in_place;
             client::PageLoadReport report;
             const absl::Status status =
                 Blocking([&] { return client::LoadPages(store.store(), c.copier(), load, &report); });
@@ -167,10 +209,14 @@ void BindPages(nb::module_& m) {
               error = nb::module_::import_("kvtide.errors")
                           .attr("from_status")(absl::StatusCodeToString(status.code()).c_str(),
                                                std::string(status.message()).c_str());
-            return nb::make_tuple(report.chunks, report.lost, error);
+            return nb::make_tuple(report.chunks, report.lost, error, report.in_place);
           },
           "store"_a, "lease"_a, "chunks"_a, "skip"_a, "pages"_a, "first"_a.noconvert(),
-          "second"_a.noconvert());
+          "second"_a.noconvert(), "in_place"_a = false);
+  nb::class_<TierPin>(m, "TierPin")
+      .def_prop_ro("bytes", &TierPin::bytes)
+      .def_prop_ro("seconds", &TierPin::seconds)  // that it took
+      .def("close", &TierPin::Close);
 }
 
 }  // namespace kvtide::python

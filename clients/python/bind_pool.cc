@@ -334,6 +334,10 @@ void BindPool(nb::module_& m) {
       .def_prop_ro("address", [](const Handle& handle) { return handle.pool()->address(); })
       .def_prop_ro("way", [](const Handle& handle) { return client::WayName(handle.pool()->way()); })
       .def_prop_ro("why", [](const Handle& handle) { return handle.pool()->why(); })
+      .def_prop_ro("connected", [](const Handle& handle) { return handle.pool()->connected(); })
+      .def_prop_ro("host_tier_bytes",
+                   [](const Handle& handle) { return handle.pool()->host_tier().bytes.size(); })
+      .def("drop_host_tier", [](const Handle& handle) { handle.pool()->DropHostTier(); })
       .def("close", &Handle::Close)
       // Bytes of Pool::Allocate as an array, which keeps the pool.
       .def("allocate",
@@ -481,7 +485,7 @@ void BindPool(nb::module_& m) {
       [](const std::string& address, double timeout, double connect_timeout, int64_t max_message_bytes,
          bool session, const std::string& embedded_config, int64_t arena_bytes,
          const std::tuple<std::string, std::string, std::string, std::string>& credentials,
-         const std::string& direct_device) {
+         const std::string& direct_device, bool host_tier) {
         client::PoolOptions options;
         options.client.timeout = absl::Seconds(timeout);
         options.client.connect_timeout = absl::Seconds(connect_timeout);
@@ -492,11 +496,12 @@ void BindPool(nb::module_& m) {
         options.embedded_config = embedded_config;
         options.arena_bytes = arena_bytes;
         options.direct_device = direct_device;
+        options.host_tier = host_tier;
         return std::make_unique<Handle>(
             Raise(Blocking([&] { return client::Pool::Connect(address, options); })));
       },
       "address"_a, "timeout"_a, "connect_timeout"_a, "max_message_bytes"_a, "session"_a, "embedded_config"_a,
-      "arena_bytes"_a, "credentials"_a, "direct_device"_a = "");
+      "arena_bytes"_a, "credentials"_a, "direct_device"_a = "", "host_tier"_a = false);
   m.def("default_address", &client::DefaultAddress);
 }
 

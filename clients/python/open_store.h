@@ -15,6 +15,7 @@ class OpenStore {
   OpenStore(std::shared_ptr<client::Pool> pool, std::unique_ptr<client::BlockStore> store)
       : pool_(std::move(pool)), store_(std::move(store)) {}
   client::BlockStore& store() const { return *store_; }
+  const std::shared_ptr<client::Pool>& pool() const { return pool_; }
 
  private:
   std::shared_ptr<client::Pool> pool_;

@@ -483,6 +483,7 @@ absl::StatusOr<LeaseInfo> KvCache::DescribeLease(LeaseId lease, const CallContex
   return impl_->keyed.DescribeLease(lease, context);
 }
 absl::StatusOr<LoadReport> KvCache::LoadBlocks(const LoadCall& call) { return impl_->keyed.Load(call); }
+bool KvCache::ReleasePlaces(PlacesId places) { return impl_->keyed.ReleasePlaces(places); }
 bool KvCache::ReleaseLease(LeaseId lease, const CallContext& context) {
   return impl_->keyed.Release(lease, context);
 }

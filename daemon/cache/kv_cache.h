@@ -163,8 +163,10 @@ class KvCache {
   absl::StatusOr<LookupReport> LookupBlocks(const LookupCall& call);
   absl::StatusOr<LeaseInfo> DescribeLease(LeaseId lease, const CallContext& context = {});
   // NotFound for a lease that is over; DataLoss for blocks that cannot be read any more, which are misses
-  // from then on.
+  // from then on. In place: the caller gives the places back when nothing of it reads them any more.
   absl::StatusOr<LoadReport> LoadBlocks(const LoadCall& call);
+  // False if they are unknown.
+  bool ReleasePlaces(PlacesId places);
   // False if it was over.
   bool ReleaseLease(LeaseId lease, const CallContext& context = {});
   // Returns how many blocks it had. Unavailable if it could not be removed from the durable tier: it is gone,

@@ -275,6 +275,15 @@ void WriteKeyed(FamilyWriter& writer, const CacheStats& stats) {
   WriteCounter(writer, "kvtide_keyed_loaded_blocks_total", "Blocks that clients loaded.", stats.keyed_loaded);
   WriteCounter(writer, "kvtide_keyed_loaded_bytes_total",
                "Bytes of blocks that clients loaded, as they rest.", stats.keyed_loaded_bytes);
+  WriteCounter(writer, "kvtide_keyed_in_place_blocks_total",
+               "Of the blocks that clients loaded, those that they read where they lie (--host-sharing).",
+               stats.keyed_in_place);
+  WriteCounter(writer, "kvtide_keyed_in_place_bytes_total", "Bytes of these blocks.",
+               stats.keyed_in_place_bytes);
+  WriteGauge(writer, "kvtide_keyed_held_blocks",
+             "Blocks that clients read where they lie now: they stay until these are done.",
+             stats.keyed_held);
+  WriteGauge(writer, "kvtide_keyed_held_bytes", "Bytes of these blocks.", stats.keyed_held_bytes);
   WriteCounter(writer, "kvtide_leases_granted_total", "Leases that lookups gave.", stats.leases_granted);
   WriteCounter(writer, "kvtide_leases_expired_total",
                "Leases whose time was over before they were given back.", stats.leases_expired);

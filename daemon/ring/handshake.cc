@@ -67,8 +67,11 @@ absl::Status CheckWelcome(const Welcome& welcome) {
 
 void SetText(const absl::Status& status, Welcome* welcome) {
   welcome->code = status.raw_code();
-  const size_t size = std::min(status.message().size(), sizeof(welcome->text) - 1);
-  std::memcpy(welcome->text, status.message().data(), size);
+  status.message().copy(welcome->text, sizeof(welcome->text) - 1);
+}
+
+void SetText(const absl::Status& status, HostTier* tier) {
+  status.message().copy(tier->text, sizeof(tier->text) - 1);
 }
 
 absl::Status Send(int socket, std::span<const std::byte> bytes, std::span<const int> fds) {

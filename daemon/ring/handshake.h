@@ -17,7 +17,7 @@
 namespace kvtide::ring {
 
 // Raised with every change of Hello, Welcome, RingHead, ArenaLayout or what messages mean.
-constexpr uint32_t kProtocolVersion = 4;
+constexpr uint32_t kProtocolVersion = 5;
 constexpr char kMagic[8] = {'K', 'V', 'T', 'R', 'I', 'N', 'G', '\0'};
 constexpr char kSocketSuffix[] = ".ring";
 
@@ -30,6 +30,8 @@ struct Hello {
   // LayoutFingerprint() of clients that want to read blocks themselves; 0 = does not matter.
   uint64_t layout = 0;
   uint64_t tensor_bytes = 0;  // wanted in the arena
+  uint32_t wants_host = 0;    // 1: a HostTier follows the Welcome, and the PoolSlabs if any
+  uint32_t unused = 0;
 };
 
 struct Welcome {
@@ -58,8 +60,17 @@ struct PoolSlabs {
   uint32_t unused = 0;
   Slab slabs[kMostSlabs];
 };
-// What a client that maps the pool says before it closes the connection, when no work of its own is under way
-// any more. From one that closes without it, the daemon waits until its process has ended.
+// The tier of host memory, for a client that reads the blocks that it loads where they lie; with `bytes`
+// comes a descriptor that can be mapped for reading alone (SCM_RIGHTS). To be refused is no error: the client
+// loads through its arena.
+struct HostTier {
+  char tier[32] = {};  // as TierInfo names it
+  uint64_t bytes = 0;  // 0: it is not shared, and `text` says why
+  char text[256] = {};
+};
+// What a client that maps the pool or the tier of host memory says before it closes the connection, when no
+// work of its own is under way any more. From one that closes without it, the daemon waits until its process
+// has ended.
 constexpr char kGoodbye = 'B';
 
 // Of what blocks look like in this build: names, versions and layouts of all cache types.
@@ -70,6 +81,7 @@ absl::Status CheckHello(const Hello& hello, uint64_t generation);
 // The client's side: why a Welcome is none, or the daemon's refusal.
 absl::Status CheckWelcome(const Welcome& welcome);
 void SetText(const absl::Status& status, Welcome* welcome);
+void SetText(const absl::Status& status, HostTier* tier);
 
 // Sends all bytes, with descriptors beside the first of them; to be used on fresh sockets only.
 absl::Status Send(int socket, std::span<const std::byte> bytes, std::span<const int> fds);

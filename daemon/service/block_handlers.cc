@@ -8,6 +8,7 @@
 #include "daemon/cache/reuse/keyed_payload.h"
 #include "daemon/service/convert.h"
 #include "daemon/service/handlers.h"
+#include "daemon/service/places_in_use.h"
 #include "kernels/base/sizes.h"
 #include "kernels/base/status.h"
 #include "proto/data_type.h"
@@ -102,6 +103,10 @@ absl::StatusOr<BlockPayload> FromProto(v1::BlockForm form, bool opaque) {
   }
 }
 
+std::span<const uint64_t> Ids(const google::protobuf::RepeatedField<uint64_t>& ids) {
+  return {ids.data(), static_cast<size_t>(ids.size())};
+}
+
 template <class Keys>
 std::vector<std::string_view> Views(const Keys& keys) {
   return std::vector<std::string_view>(keys.begin(), keys.end());
@@ -180,8 +185,19 @@ absl::Status Handlers::LookupBlocks(const v1::LookupBlocksRequest& request,
   return absl::OkStatus();
 }
 
+void Handlers::GiveBack(std::span<const uint64_t> places, const Call& call) {
+  if (call.places == nullptr) return;
+  for (const PlacesId id : places)
+    if (call.places->Take(id)) cache_->ReleasePlaces(id);
+}
+
+void Handlers::EndPlaces(PlacesInUse* places) {
+  for (const PlacesId id : places->TakeAll()) cache_->ReleasePlaces(id);
+}
+
 absl::Status Handlers::LoadBlocks(const v1::LoadBlocksRequest& request, v1::LoadBlocksResponse* response,
                                   const Call& call) {
+  GiveBack(Ids(request.done_places()), call);
   KVTIDE_ASSIGN_OR_RETURN(const LeaseInfo lease, cache_->DescribeLease(request.lease_id(), call.context));
   const int64_t held = Signed(lease.blocks), first = request.first_block();
   if (first < 0 || request.blocks() < 0 || first > held || request.blocks() > held - first)
@@ -196,6 +212,21 @@ absl::Status Handlers::LoadBlocks(const v1::LoadBlocksRequest& request, v1::Load
   KVTIDE_ASSIGN_OR_RETURN(load.layout, FromProto(request.layout()));
   load.allow_lost = request.allow_lost();
   load.context = &call.context;
+  if (request.in_place()) {
+    if (request.has_place() || request.has_layout())
+      return absl::InvalidArgumentError("blocks are read in place as they rest: neither place nor layout");
+    if (call.places == nullptr)
+      return absl::FailedPreconditionError(
+          "this client has not mapped the tier of host memory (kvtided --host-sharing, by shared memory)");
+    load.in_place = call.places->tier();
+    KVTIDE_ASSIGN_OR_RETURN(const LoadReport report, cache_->LoadBlocks(load));
+    if (report.places != 0) call.places->Add(report.places);
+    response->set_blocks(blocks);
+    response->mutable_lost_blocks()->Assign(report.lost.begin(), report.lost.end());
+    response->mutable_offsets()->Assign(report.offsets.begin(), report.offsets.end());
+    response->set_places_id(report.places);
+    return absl::OkStatus();
+  }
   KVTIDE_ASSIGN_OR_RETURN(const uint64_t bytes,
                           PayloadBytes(lease.spec, lease.block_bytes, load.form, load.layout, load.blocks));
   if (request.has_place()) {
@@ -221,7 +252,8 @@ absl::Status Handlers::LoadBlocks(const v1::LoadBlocksRequest& request, v1::Load
 
 absl::Status Handlers::ReleaseLease(const v1::ReleaseLeaseRequest& request,
                                     v1::ReleaseLeaseResponse* response, const Call& call) {
-  response->set_released(cache_->ReleaseLease(request.lease_id(), call.context));
+  GiveBack(Ids(request.places()), call);
+  response->set_released(request.lease_id() != 0 && cache_->ReleaseLease(request.lease_id(), call.context));
   return absl::OkStatus();
 }
 

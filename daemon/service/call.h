@@ -11,6 +11,7 @@
 namespace kvtide::service {
 
 class OpenSteps;
+class PlacesInUse;
 
 struct Call {
   CallContext context;
@@ -18,6 +19,7 @@ struct Call {
   int64_t max_answer_bytes = 0;           // of this way; 0 = max_message_bytes
   const TensorMemory* tensors = nullptr;  // where tensors may lie beside the message; null = nowhere
   OpenSteps* steps = nullptr;             // of the session that the call came on; null = it has none
+  PlacesInUse* places = nullptr;          // of the session that the call came on; null = it maps no host tier
   bool maps_pool = false;                 // the client writes and reads blocks of the first tier itself
   // Set where the call is served by a thread that looks after sockets: a handler that could take longer than
   // kBriefWork sets it and returns any error, having changed nothing; then other threads serve the call.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 
@@ -88,10 +89,15 @@ class Handlers {
   void Release(SequenceId sequence);
   // The same for a lease.
   void EndLease(LeaseId lease) { cache_->ReleaseLease(lease); }
+  // And for loads in place.
+  void EndPlaces(PlacesInUse* places);
 
  private:
   using SpecPointer = std::shared_ptr<const ModelSpec>;
   class Batch;
+
+  // Those of the caller's session; others are passed over.
+  void GiveBack(std::span<const uint64_t> places, const Call& call);
 
   // The spec of the model of a sequence. Models never change, so they are kept once asked for.
   absl::StatusOr<SpecPointer> SpecOfSequence(SequenceId sequence, const CallContext& context);

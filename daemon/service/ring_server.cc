@@ -57,19 +57,21 @@ struct RingServer::Guest {
 
 class RingServer::Client {
  public:
-  // `process`: a pidfd of a client that maps the pool, taken; -1 = it does not, or cannot be watched.
+  // `process`: a pidfd of a client that maps the pool or the host tier (`host_tier`, -1 = it does not),
+  // taken; -1 = it cannot be watched, or need not.
   Client(RingServer* server, int socket, ring::Arena arena, std::shared_ptr<Connection> connection,
-         bool maps_pool, int process)
+         bool maps_pool, int host_tier, int process)
       : server_(server),
         socket_(socket),
         process_(process),
+        maps_pool_(maps_pool),
         arena_(std::move(arena)),
         requests_(arena_.request_head(), arena_.requests(), arena_.layout().request_bytes),
         answers_(arena_.answer_head(), arena_.answers(), arena_.layout().answer_bytes),
         session_(std::make_unique<RingSession>(server->service_, std::move(connection),
                                                TensorMemory(arena_.tensors(), arena_.layout().tensor_bytes),
                                                static_cast<int64_t>(arena_.layout().answer_bytes) - 4096,
-                                               maps_pool)) {
+                                               maps_pool, host_tier)) {
     thread_ = std::thread([this] { Run(); });
   }
   ~Client() {
@@ -129,15 +131,16 @@ class RingServer::Client {
       const MutexLock lock(mutex_);
       session = std::move(session_);
     }
-    WaitForWork();
+    if (maps_pool_ || session->reads_in_place()) WaitForWork();
     // In this order: who sees the connection end finds the sequences closed.
     session.reset();
     ::shutdown(socket_, SHUT_RDWR);
     ended_.store(true, std::memory_order_release);
   }
 
-  // A client that maps the pool may have work of its own under way that reads and writes blocks. One that
-  // says goodbye has none; of a process that has ended, the driver has ended all.
+  // A client that maps the pool may have work of its own under way that reads and writes blocks, one that
+  // loads in place such that reads them. One that says goodbye has none; of a process that has ended, the
+  // driver has ended all.
   void WaitForWork() const {
     char last = 0;
     if (process_ < 0 || (::recv(socket_, &last, 1, MSG_DONTWAIT) == 1 && last == ring::kGoodbye)) return;
@@ -183,6 +186,7 @@ class RingServer::Client {
 
   RingServer* const server_;
   const int socket_, process_;
+  const bool maps_pool_;
   ring::Arena arena_;
   ring::RingReader requests_;
   ring::RingWriter answers_;
@@ -351,6 +355,18 @@ absl::Status RingServer::LetIn(Guest* guest) {
           "in a "
           "container), or use shared memory");
   }
+  ring::HostTier host;
+  int host_tier = -1, host_fd = -1;
+  if (guest->hello.wants_host != 0) {
+    const absl::StatusOr<int> shared = ShareHost(*identity, &host, &host_fd);
+    if (shared.ok()) {
+      host_tier = *shared;
+      // One that cannot be seen is not waited for: what copies of a dead process still read goes nowhere.
+      if (process < 0) process = ProcessOf(guest->socket);
+    } else {
+      ring::SetText(shared.status(), &host);
+    }
+  }
   KVTIDE_ASSIGN_OR_RETURN(ring::Arena arena, ring::Arena::Make(layout));
   ring::Welcome welcome;
   welcome.generation = options_.generation;
@@ -362,6 +378,9 @@ absl::Status RingServer::LetIn(Guest* guest) {
   KVTIDE_RETURN_IF_ERROR(ring::Send(guest->socket, std::as_bytes(std::span(&welcome, 1)), {&fd, 1}));
   if (maps_pool)
     KVTIDE_RETURN_IF_ERROR(ring::Send(guest->socket, std::as_bytes(std::span(&slabs, 1)), slab_fds));
+  if (guest->hello.wants_host != 0)
+    KVTIDE_RETURN_IF_ERROR(ring::Send(guest->socket, std::as_bytes(std::span(&host, 1)),
+                                      std::span<const int>(&host_fd, host_tier >= 0 ? 1 : 0)));
   auto connection = std::make_shared<Connection>();
   // Numbers of connections of gRPC are below.
   connection->number = (uint64_t{1} << 63) + (++last_client_ << 32);
@@ -371,8 +390,29 @@ absl::Status RingServer::LetIn(Guest* guest) {
                                                 connection->name, identity->tenant);
   bytes_ += layout.total();
   clients_.push_back(std::make_unique<Client>(this, std::exchange(guest->socket, -1), std::move(arena),
-                                              connection, maps_pool, std::exchange(process, -1)));
+                                              connection, maps_pool, host_tier, std::exchange(process, -1)));
   return absl::OkStatus();
+}
+
+absl::StatusOr<int> RingServer::ShareHost(const Identity& identity, ring::HostTier* tier, int* fd) const {
+  if (!options_.host_sharing)
+    return absl::FailedPreconditionError("kvtided does not share its tier of host memory (--host-sharing)");
+  if (!identity.admin)
+    return absl::PermissionDeniedError(
+        "the tier of host memory holds what all tenants have cached: only an admin of this kvtided may map "
+        "it "
+        "(--allow user:NAME=TENANT:admin)");
+  const std::vector<TierOptions>& tiers = options_.cache->options().tiers;
+  const int host = CountHomes(tiers);
+  if (static_cast<size_t>(host) >= tiers.size() || !tiers[static_cast<size_t>(host)].attends())
+    return absl::FailedPreconditionError("kvtided has no tier of host memory (--host-memory)");
+  KVTIDE_ASSIGN_OR_RETURN(const SlabHandle handle, options_.cache->SlabOf(host)->Share());
+  if (handle.kind != SlabHandle::Kind::kFile)
+    return absl::FailedPreconditionError("the tier of host memory is none that processes can share");
+  tiers[static_cast<size_t>(host)].name.copy(tier->tier, sizeof(tier->tier) - 1);
+  tier->bytes = handle.bytes;
+  *fd = handle.fd;
+  return host;
 }
 
 absl::Status RingServer::SharePool(const Identity& identity, ring::PoolSlabs* slabs,

@@ -29,6 +29,7 @@ class RingServer {
     SharedMemoryOptions limits;
     Access access;
     const KvCache* cache = nullptr;  // whose first tier admins may map
+    bool host_sharing = false;       // and its tier of host memory, for reading
     std::shared_ptr<ServiceGauges> gauges;
   };
   // Borrows the service.
@@ -52,6 +53,8 @@ class RingServer {
   absl::Status LetIn(Guest* guest);
   // The memory that a client may map, and the descriptors that go with it; borrowed.
   absl::Status SharePool(const Identity& identity, ring::PoolSlabs* slabs, std::vector<int>* fds) const;
+  // The same for the tier of host memory; it says which one that is, or why not.
+  absl::StatusOr<int> ShareHost(const Identity& identity, ring::HostTier* tier, int* fd) const;
   // Clients whose threads have ended.
   void Sweep();
 

@@ -45,13 +45,14 @@ class RingSession::Turn final : public WorkerPool::Work {
 };
 
 RingSession::RingSession(KvCacheService* service, std::shared_ptr<Connection> connection,
-                         const TensorMemory& tensors, int64_t max_answer_bytes, bool maps_pool)
+                         const TensorMemory& tensors, int64_t max_answer_bytes, bool maps_pool, int host_tier)
     : service_(service),
       connection_(std::move(connection)),
       tensors_(tensors),
       max_answer_bytes_(max_answer_bytes),
       maps_pool_(maps_pool),
-      opened_(absl::Now()) {
+      opened_(absl::Now()),
+      places_(host_tier) {
   const MutexLock lock(service_->mutex_);
   service_->rings_.insert(this);
 }
@@ -62,6 +63,7 @@ RingSession::~RingSession() {
     service_->rings_.erase(this);
   }
   owned_.Release(&service_->handlers_);
+  service_->handlers_.EndPlaces(&places_);
   CallReport report;
   report.method = "Session";
   report.way = way();
@@ -101,6 +103,7 @@ absl::Status RingSession::Run(const v1::SessionRequest& request, absl::Duration 
   call.tensors = &tensors_;
   call.steps = owned_.steps();
   call.maps_pool = maps_pool_;
+  if (places_.tier() >= 0) call.places = &places_;
   call.max_answer_bytes = max_answer_bytes_;
   KVTIDE_ASSIGN_OR_RETURN(const bool counted, service_->BeginCall(call.context.tenant()));
   const absl::Cleanup count = [&, counted] {

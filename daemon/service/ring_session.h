@@ -10,6 +10,7 @@
 #include "absl/time/time.h"
 #include "daemon/service/connections.h"
 #include "daemon/service/kv_cache_service.h"
+#include "daemon/service/places_in_use.h"
 #include "daemon/service/tensor.h"
 #include "daemon/service/verbs.h"
 #include "kernels/base/cancellation.h"
@@ -20,9 +21,10 @@ namespace kvtide::service {
 class RingSession {
  public:
   // Borrows the service. Tensors of messages may lie in `tensors`; answers have at most `max_answer_bytes`.
-  // `maps_pool`: the client writes and reads blocks itself.
+  // `maps_pool`: the client writes and reads blocks itself. `host_tier`: that it has mapped, to read what it
+  // loads; -1 = none.
   RingSession(KvCacheService* service, std::shared_ptr<Connection> connection, const TensorMemory& tensors,
-              int64_t max_answer_bytes, bool maps_pool);
+              int64_t max_answer_bytes, bool maps_pool, int host_tier);
   ~RingSession();
   RingSession(const RingSession&) = delete;
   RingSession& operator=(const RingSession&) = delete;
@@ -37,6 +39,8 @@ class RingSession {
   void CancelIfBulk() {
     if (bulk_.load(std::memory_order_relaxed)) cancellation_.Cancel();
   }
+  // Loads in place that the client has not given back.
+  bool reads_in_place() const { return !places_.empty(); }
   // Why the client is let go, for the report.
   void set_end(const absl::Status& status) { end_ = status; }
 
@@ -56,6 +60,7 @@ class RingSession {
   Cancellation cancellation_;
   std::atomic<bool> bulk_{false};
   SessionOwned owned_;
+  PlacesInUse places_;
   uint64_t number_ = 0;    // of messages
   absl::Duration waited_;  // of the call under way, for its turn,
   absl::Duration locked_;  // and for the cache's mutex

@@ -169,6 +169,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
     rings.limits.max_clients = room.ring_clients;
     rings.access = options.access;
     rings.cache = cache;
+    rings.host_sharing = options.shared_memory.host_sharing;
     rings.gauges = options.gauges;
     server->rings_ = std::make_unique<RingServer>(server->service_.get(), std::move(rings));
   }

@@ -42,6 +42,7 @@ struct SharedMemoryOptions {
   int64_t total_bytes = int64_t{512} << 20;   // of all arenas; 0 = the way is closed
   int64_t client_bytes = int64_t{256} << 20;  // of one
   size_t max_clients = 64;
+  bool host_sharing = false;  // admins may map the tier of host memory, for reading
   // How long a thread looks at a client's ring before it sleeps. At most half of the processors do at a time.
   absl::Duration poll = absl::Microseconds(50);
 };

@@ -60,7 +60,14 @@ class CpuBackend : public Backend {
 
   absl::StatusOr<std::unique_ptr<Slab>> AllocateSlab(size_t bytes) override {
     if (bytes == 0) return absl::InvalidArgumentError("a slab of 0 bytes");
-    if (options_.shared_memory) return MakeFileSlab(bytes);
+    using Sharing = CpuBackendOptions::Sharing;
+    if (options_.sharing != Sharing::kNone) {
+      KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<Slab> slab, options_.sharing == Sharing::kRead
+                                                              ? MakeReadableSlab(bytes)
+                                                              : MakeFileSlab(bytes));
+      if (options_.huge_pages) (void)madvise(slab->data(), bytes, MADV_HUGEPAGE);
+      return slab;
+    }
     const size_t mapped = bytes + kHugePage;
     void* mapping = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapping == MAP_FAILED)

@@ -17,10 +17,13 @@ struct CpuBackendOptions {
   std::string name = "cpu";
   int threads = 0;  // the caller's thread included; 0 = one per processor
   SimdLevel simd =
-      SimdLevel::kBest;        // for tests; an unsupported level falls back to the best that is supported
-  bool huge_pages = true;      // advise the kernel to back slabs with 2 MiB pages
-  bool shared_memory = false;  // slabs that other processes can map (file_slab.h); without huge pages
-  int max_copies = 4096;       // copies that may be under way at once
+      SimdLevel::kBest;    // for tests; an unsupported level falls back to the best that is supported
+  bool huge_pages = true;  // advise the kernel to back slabs with 2 MiB pages
+  // Slabs that other processes can map (file_slab.h), to read and write them, or to read alone. Huge pages
+  // where the kernel has them for memory files.
+  enum class Sharing : uint8_t { kNone, kWrite, kRead };
+  Sharing sharing = Sharing::kNone;
+  int max_copies = 4096;  // copies that may be under way at once
 };
 
 std::unique_ptr<Backend> MakeCpuBackend(const CpuBackendOptions& options = {});

@@ -52,10 +52,19 @@ class CpuPageCopier final : public PageCopier {
 
   absl::Status Write(int slot, const std::byte* payload, int skip, std::span<const int32_t> pages) override {
     KVTIDE_RETURN_IF_ERROR(CheckPagePiece(options_, chunk_bytes_, slot, skip, pages));
+    std::vector<const std::byte*> chunks(ChunksOf(options_, skip, pages.size()));
+    for (size_t chunk = 0; chunk < chunks.size(); chunk++) chunks[chunk] = payload + chunk * chunk_bytes_;
+    return WriteChunks(slot, chunks, skip, pages);
+  }
+
+  absl::Status WriteChunks(int slot, std::span<const std::byte* const> chunks, int skip,
+                           std::span<const int32_t> pages) override {
+    KVTIDE_RETURN_IF_ERROR(CheckPagePiece(options_, chunk_bytes_, slot, skip, pages));
+    KVTIDE_RETURN_IF_ERROR(CheckChunks(options_, chunks, skip, pages));
     results_[slot] = absl::OkStatus();
     const size_t per_chunk = Size(options_.chunk_pages), end = Size(skip) + pages.size();
-    for (size_t chunk = 0; chunk * per_chunk < end; chunk++) {
-      const std::byte* const from = payload + chunk * chunk_bytes_;
+    for (size_t chunk = 0; chunk < chunks.size(); chunk++) {
+      const std::byte* const from = chunks[chunk];
       if (options_.page_bytes == 0) KVTIDE_RETURN_IF_ERROR(Decode(from));
       for (size_t i = 0; i < per_chunk; i++) {
         const size_t at = chunk * per_chunk + i;
@@ -72,7 +81,8 @@ class CpuPageCopier final : public PageCopier {
   }
 
   absl::Status Pin(std::byte*, size_t) override { return absl::OkStatus(); }
-  void Unpin(std::byte*) override {}
+  absl::Status PinReadOnly(const std::byte*, size_t) override { return absl::OkStatus(); }
+  void Unpin(const std::byte*) override {}
   size_t bytes() const override { return memory_.size() + k_.size() + v_.size(); }
 
  private:

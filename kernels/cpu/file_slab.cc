@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/status.h"
 
 namespace kvtide {
 namespace {
@@ -50,17 +51,34 @@ absl::StatusOr<std::unique_ptr<Slab>> MapAll(int fd, size_t bytes) {
   return std::make_unique<FileSlab>(fd, static_cast<std::byte*>(data), bytes);
 }
 
+// A file of zeros, with these seals.
+absl::StatusOr<int> MakeFile(size_t bytes, int seals) {
+  const int fd = ::memfd_create("kvtide pool", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  if (fd >= 0 && ::ftruncate(fd, static_cast<off_t>(bytes)) == 0 &&
+      (seals == 0 || ::fcntl(fd, F_ADD_SEALS, seals) == 0))
+    return fd;
+  const int error = errno;
+  if (fd >= 0) ::close(fd);
+  return absl::ResourceExhaustedError(
+      absl::StrCat("no ", bytes, " bytes of shared host memory: ", std::strerror(error)));
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Slab>> MakeFileSlab(size_t bytes) {
-  const int fd = ::memfd_create("kvtide pool", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-  if (fd < 0 || ::ftruncate(fd, static_cast<off_t>(bytes)) != 0 || ::fcntl(fd, F_ADD_SEALS, kSeals) != 0) {
-    const int error = errno;
-    if (fd >= 0) ::close(fd);
-    return absl::ResourceExhaustedError(
-        absl::StrCat("no ", bytes, " bytes of shared host memory: ", std::strerror(error)));
-  }
+  KVTIDE_ASSIGN_OR_RETURN(const int fd, MakeFile(bytes, kSeals));
   return MapAll(fd, bytes);
+}
+
+absl::StatusOr<std::unique_ptr<Slab>> MakeReadableSlab(size_t bytes) {
+  KVTIDE_ASSIGN_OR_RETURN(const int fd, MakeFile(bytes, 0));
+  // The one mapping that writes is there before the seal.
+  KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<Slab> slab, MapAll(fd, bytes));
+  if (::fcntl(fd, F_ADD_SEALS, kSeals | F_SEAL_FUTURE_WRITE) != 0)
+    return absl::FailedPreconditionError(
+        absl::StrCat("this kernel cannot keep others from writing to shared memory (Linux 5.1 can): ",
+                     std::strerror(errno)));
+  return slab;
 }
 
 absl::StatusOr<std::unique_ptr<Slab>> MapFileSlab(const SlabHandle& handle) {

@@ -30,5 +30,5 @@ def daemon():
 
 
 class KvtideConnector(connector.KvtideConnector):
-    def _link(self, timeout):
+    def _link(self, timeout, host_tier=False):
         return store_link.StoreLink(daemon().open_pool, "a double", pauses=(0.1, 0.5), log=connector.logger)

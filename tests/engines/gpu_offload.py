@@ -2,7 +2,7 @@
 """Time to the first token of prompts whose keys and values vLLM has let go, on this GPU: computed again, from vLLM's own CPU offload,
 from a kvtided.
 
-usage: gpu_offload.py --kvtided PROGRAM [--caches f16,"f16 + cpu",...] [--tokens N] [--prompts N] [--layers N] [--piece-mib N] [--output FILE]
+usage: gpu_offload.py --kvtided PROGRAM [--caches f16,"f16 + cpu",...] [--tokens N] [--prompts N] [--layers N] [--piece-mib N] [--arena] [--output FILE]
 
 Each cache is an engine of its own process with Llama 3.1 8B's dimensions and random weights. It serves random prompts one after the
 other (one token each), waits until what it saves is saved, forgets its prefix cache, and serves them again. What the second time took
@@ -35,6 +35,7 @@ def parse(arguments=None):
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--host-gib", type=int, default=16)
     parser.add_argument("--piece-mib", type=int, help="of the connector; default: its own")
+    parser.add_argument("--arena", action="store_true", help="kvtided keeps its host memory to itself: blocks come through the arena")
     parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--logs", type=pathlib.Path)
     parser.add_argument("--timeout", type=float, default=300)
@@ -180,8 +181,8 @@ def main():
         if arguments.kvtided:
             log = open((arguments.logs or folder) / "kvtided.log", "w")
             daemon = subprocess.Popen([arguments.kvtided, "--listen", address, "--device", "cpu", "--device-memory", "64MiB",
-                                       "--host-memory", f"{arguments.host_gib}GiB", "--metrics-address", "off"], stdout=log,
-                                      stderr=subprocess.STDOUT)
+                                       "--host-memory", f"{arguments.host_gib}GiB", "--metrics-address", "off",
+                                       *([] if arguments.arena else ["--host-sharing"])], stdout=log, stderr=subprocess.STDOUT)
         result = {"what": "time to the first token of prompts that were let go", "command": command(__file__),
                   "commit": commit(), "date": time.strftime("%Y-%m-%d"), "tokens": arguments.tokens, "layers": arguments.layers,
                   "cpus": os.cpu_count(), "link_gb_s": link_gb_s(), "engines": []}

@@ -55,7 +55,7 @@ def host_pool(layout, allocator):
 def backend(pool, monkeypatch):
     if not ADDRESS:
         daemon = Daemon()
-        monkeypatch.setattr(kvtide_sglang.KvtideHiCache, "_open_pool", lambda self: daemon.open_pool())
+        monkeypatch.setattr(kvtide_sglang.KvtideHiCache, "_open_pool", lambda self, **options: daemon.open_pool(**options))
     extra = {"backend_name": "kvtide", "module_path": "kvtide.sglang", "class_name": "KvtideHiCache", "interface_v1": 1,
              "allocator": "shm", "pair": "f16/f16", "address": ADDRESS, "connect_wait": 20.0, "salt": os.urandom(8).hex()}
     config = HiCacheStorageConfig(tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, attn_cp_rank=0, attn_cp_size=1, is_mla_model=False,

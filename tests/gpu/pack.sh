@@ -20,7 +20,7 @@ export CCACHE_BASEDIR="$PWD" CCACHE_NOHASHDIR=1
 cmake --preset cuda -B "$build" > /dev/null
 programs=(kvtided kvtide kvtide_e2e_appender kvtide_test_gpu kvtide_test_gpu_direct kvtide_test_cache kvtide_test_sim kvtide_test_e2e)
 known="$(cmake --build "$build" --target help)"
-for bench in gpu_attend_bench gpu_step_bench gpu_cache_step_bench gpu_moves_bench gpu_pages_bench gpu_prefill_bench gpu_seal_bench paged_attention_bench kvtide_bench_direct; do
+for bench in gpu_attend_bench gpu_step_bench gpu_cache_step_bench gpu_moves_bench gpu_pages_bench gpu_prefill_bench gpu_seal_bench paged_attention_bench kvtide_bench_direct kvtide_bench_load; do
   if grep -q "^$bench:" <<< "$known"; then programs+=("$bench"); fi
 done
 cmake --build "$build" --target "${programs[@]}"

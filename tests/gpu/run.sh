@@ -2,6 +2,7 @@
 # Everything that needs a GPU, by one command: tests, sanitizers, benchmarks, demo and evaluation. Builds with the cuda
 # preset, or takes programs that tests/gpu/pack.sh packed elsewhere. Result files go to tests/bench/results.
 #   tests/gpu/run.sh [--programs FILE.tar.xz|FOLDER] [--stages a,b,...] [--results FOLDER] [--list]
+# BENCHES="load pages" tests/gpu/run.sh --stages bench    runs these benchmarks alone.
 # Every stage runs, whatever came before; the exit status is 1 if one of them failed.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -15,7 +16,7 @@ declare -A what=(
   [devices]="kvtided and the cache on two GPUs (skipped with one)"
   [python]="the Python package: steps over torch tensors, the cache of transformers (a pack with --python)"
   [sanitizers]="compute-sanitizer's four tools on small shapes"
-  [bench]="gpu_attend, gpu_step, gpu_cache_step, gpu_moves, gpu_pages, gpu_prefill, gpu_seal, paged_attention and direct benchmarks, f16 attention of PyTorch"
+  [bench]="gpu_attend, gpu_step, gpu_cache_step, gpu_moves, gpu_pages, gpu_prefill, gpu_seal, paged_attention, direct and load benchmarks, f16 attention of PyTorch"
   [counters]="hardware counters of the main kernels (ncu)"
   [demo]="kvtide demo on the GPU: the same tokens from every tier"
   [eval]="kvtide eval on the GPU and on the CPU: perplexities within 0.1 %"
@@ -193,10 +194,11 @@ stage_sanitizers() {
 }
 stage_bench() {
   local failed=0 name program
-  for name in attend step cache_step moves pages prefill seal paged_attention direct; do
+  for name in ${BENCHES:-attend step cache_step moves pages prefill seal paged_attention direct load}; do
     program="gpu_${name}_bench"
     local arguments=()
     [ "$name" = direct ] && program=kvtide_bench_direct arguments=(--device cuda:0 --kvtided "$bin/kvtided")
+    [ "$name" = load ] && program=kvtide_bench_load arguments=(--device cuda:0 --kvtided "$bin/kvtided")
     [ "$name" = paged_attention ] && program=paged_attention_bench
     if [ ! -x "$bin/$program" ]; then
       echo "$program: not built"

@@ -1,5 +1,8 @@
 #include "tests/kernels/page_copier_conformance.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -298,6 +301,70 @@ TEST_P(PageCopierConformance, BytesComeBackAsTheyAre) {
       for (size_t p = 0; p < to.size(); p++)
         std::memcpy(pages.Page(l, to[p]), at(l, p + Size(skip)), bytes.page);
     ASSERT_NO_FATAL_FAILURE(pages.ExpectEqual());
+  }
+}
+
+// Chunks in memory that may only be read, some of them neighbours, in another order than they are wanted.
+TEST_P(PageCopierConformance, ChunksComeFromWhereTheyLie) {
+  for (const bool rows : {false, true}) {
+    SCOPED_TRACE(rows ? "rows" : "bytes");
+    const auto world = GetParam().make();
+    Engine engine{.pages = 40};
+    PageCopyOptions options = OptionsOf(engine);
+    if (!rows) options.page_bytes = 1000;
+    constexpr size_t kChunks = 6;
+    options.piece_bytes = kChunks * ChunkBytes(options, Size(engine.layers));
+    Pages pages(*world, options, engine.layers, 1), others(*world, options, engine.layers, 2);
+    const auto reading = world->Make(options, pages.layers()),
+               writing = world->Make(options, others.layers());
+    ASSERT_TRUE(reading.ok() && writing.ok());
+    const size_t chunk = (*reading)->chunk_bytes();
+    const std::vector<int32_t> from =
+        SomePages(static_cast<int>(kChunks) * engine.chunk_pages, options.pages, 3);
+    std::vector<std::byte> payload(kChunks * chunk);
+    ASSERT_TRUE((*reading)->Read(0, from, payload.data()).ok());
+    ASSERT_TRUE((*reading)->Wait(0).ok());
+    // Places in the order of memory: chunk 3, 4, a gap, 0, 1, 2, 5.
+    const size_t places[kChunks] = {3, 4, 5, 0, 1, 6};
+    const size_t bytes = (8 * chunk + 4095) / 4096 * 4096;
+    const int file = ::memfd_create("tier", MFD_CLOEXEC);
+    ASSERT_EQ(::ftruncate(file, static_cast<off_t>(bytes)), 0);
+    for (size_t c = 0; c < kChunks; c++)
+      ASSERT_EQ(::pwrite(file, payload.data() + c * chunk, chunk, static_cast<off_t>(places[c] * chunk)),
+                static_cast<ssize_t>(chunk));
+    void* const mapped = ::mmap(nullptr, bytes, PROT_READ, MAP_SHARED, file, 0);
+    ASSERT_NE(mapped, MAP_FAILED);
+    ::close(file);
+    const auto* const tier = static_cast<const std::byte*>(mapped);
+    const absl::Status pinned = (*writing)->PinReadOnly(tier, bytes);
+    EXPECT_TRUE(pinned.ok() || absl::IsUnimplemented(pinned)) << pinned;
+    std::vector<const std::byte*> chunks;
+    for (const size_t place : places) chunks.push_back(tier + place * chunk);
+    const std::vector<int32_t> to =
+        SomePages(static_cast<int>(kChunks) * engine.chunk_pages - 3, options.pages, 4);
+    ASSERT_TRUE((*writing)->WriteChunks(1, chunks, 2, to).ok());
+    ASSERT_TRUE((*writing)->Wait(1).ok());
+    // As from one payload.
+    const auto again = world->Make(options, pages.layers());
+    ASSERT_TRUE((*again)->Write(0, payload.data(), 2, to).ok());
+    ASSERT_TRUE((*again)->Wait(0).ok());
+    for (const int32_t page : to)
+      for (size_t l = 0; l < pages.layers().size(); l++) {
+        const size_t wanted = rows ? Size(options.page_stride) : options.page_bytes;
+        std::vector<std::byte> one(wanted), other(wanted);
+        world->Download(pages.layers()[l] + page * options.page_stride, one.data(), wanted);
+        world->Download(others.layers()[l] + page * options.page_stride, other.data(), wanted);
+        ASSERT_EQ(one, other) << "layer " << l << " page " << page;
+      }
+    const auto refused = [&](const absl::Status& status, absl::string_view words) {
+      EXPECT_TRUE(absl::IsInvalidArgument(status)) << status;
+      EXPECT_NE(status.message().find(words), absl::string_view::npos) << status;
+    };
+    refused((*writing)->WriteChunks(0, std::span(chunks).first(5), 2, to), "5 chunks, the pages lie in 6");
+    chunks[4] = nullptr;
+    refused((*writing)->WriteChunks(0, chunks, 2, to), "nowhere");
+    (*writing)->Unpin(tier);
+    ::munmap(mapped, bytes);
   }
 }
 

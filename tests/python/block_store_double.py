@@ -1,6 +1,8 @@
 """A pool with block stores in this process's memory, in which tests make faults happen. What it answers is what
 ``proto/kvtide/v1/blocks.proto`` says; pairs are not coded. With a folder it is there again in the next process."""
 
+import contextlib
+import ctypes
 import os
 import pathlib
 import pickle
@@ -31,10 +33,13 @@ class Daemon:
         room: blocks that fit.
         lose: keys that cannot be read, though lookups count them.
         before: called with the verb's name before each call.
+        shares: pools that ask for it read its blocks where they lie.
+        elsewhere: keys of blocks that lie in another tier.
     """
 
     def __init__(self, folder=None, room=10**9):
         self.blocks, self.leases, self.room, self.away, self.lose = {}, {}, room, False, set()
+        self.shares, self.elsewhere = False, set()
         self.calls, self.lock, self.before, self.next_lease = [], threading.Lock(), lambda verb: None, 1
         self.file = folder and pathlib.Path(folder) / "blocks.pickle"
         if self.file and self.file.exists():
@@ -53,14 +58,17 @@ class Daemon:
             if self.away:
                 raise Unavailable("no kvtided here")
 
-    def open_pool(self):
+    def open_pool(self, host_tier=False):
         self.call("open")
-        return Pool(self)
+        return Pool(self, host_tier and self.shares)
 
 
 class Pool:
-    def __init__(self, daemon):
-        self.daemon = daemon
+    def __init__(self, daemon, maps=False):
+        self.daemon, self.host_tier_bytes, self.connected = daemon, 1 << 20 if maps else 0, True
+
+    def drop_host_tier(self):
+        self.host_tier_bytes = 0
 
     def block_store(self, namespace, *, persist_all=False):
         self.daemon.call("block_store")
@@ -125,6 +133,18 @@ class Store:
                     as_bytes_view.view(np.uint8)[...] = np.frombuffer(self._blocks()[key], np.uint8).reshape(
                         as_bytes_view.view(np.uint8).shape)
             return lost
+
+    @contextlib.contextmanager
+    def in_place(self, lease_id, first_block, blocks):
+        self.daemon.call("in_place")
+        keys = self.daemon.leases[lease_id][first_block:first_block + blocks]
+        lost = [first_block + i for i, key in enumerate(keys) if key in self.daemon.lose]
+        held = [None if key in self.daemon.lose | self.daemon.elsewhere else ctypes.create_string_buffer(self._blocks()[key])
+                for key in keys]
+        yield [ctypes.addressof(one) if one else 0 for one in held], lost
+        for one in held:
+            ctypes.memset(one, 0x5A, len(one)) if one else None  # it may be others' now
+        self.daemon.call("give_back")
 
     def release(self, lease_id):
         self.daemon.call("release")

@@ -117,6 +117,32 @@ def test_pages_come_back_into_other_places(layout, dtype):
     world.cache.close()
 
 
+def test_pages_that_rest_as_they_are_come_from_where_they_lie():
+    daemon = Daemon()
+    daemon.shares = True
+    world = World(HostPool("layer_first"), daemon)
+    want = world.pool.pages([1, 4, 2, 3])
+    assert world.cache.batch_set_v1(KEYS[:4], indices(1, 4, 2, 3)) == [True] * 4
+    world.pool.kv_buffer.zero_()
+    assert world.cache.batch_get_v1(KEYS[:4], indices(7, 8, 9, 10)) == [True] * 4
+    assert world.pool.pages([7, 8, 9, 10]) == want
+    assert "in_place" in daemon.calls and "give_back" in daemon.calls and "load" not in daemon.calls
+    # What is lost ends it; what lies elsewhere is loaded.
+    names = [key_of(key) for key in KEYS[:4]]
+    daemon.lose = {names[3]}
+    assert world.cache.batch_get_v1(KEYS[:4], indices(3, 4, 5, 6)) == [True] * 3 + [False]
+    assert world.pool.pages([3, 4, 5]) == want[:3]
+    daemon.elsewhere = {names[1]}
+    assert world.cache.batch_get_v1(KEYS[:4], indices(0, 1, 2, 11)) == [True] * 3 + [False]
+    assert world.pool.pages([0, 1, 2]) == want[:3]
+    assert "load" in daemon.calls
+    world.cache.close()
+    # Rows that the daemon codes come through its arena.
+    world = World(HostPool("page_first"), daemon)
+    assert not world.cache.links["load"].pool.host_tier_bytes
+    world.cache.close()
+
+
 def test_a_layout_says_where_every_value_lies():
     """Strides of the page against the pool's own view of it."""
     for layout, order in (("page_first", (1, 0, 2, 3)), ("page_first_direct", (0, 1, 2, 3))):

@@ -61,6 +61,40 @@ def test_a_call_that_failed_makes_it_connect_anew(daemon, link):
     until(lambda: link.stores() not in (None, first))
 
 
+class Mapped:
+    """A pool that maps its daemon's host memory."""
+
+    host_tier_bytes = 64
+
+    def __init__(self, stores):
+        self.stores, self.connected, self.dropped = stores, True, False
+
+    def block_store(self, namespace, persist_all=False):
+        return self.stores.block_store(namespace, persist_all=persist_all)
+
+    def drop_host_tier(self):
+        self.dropped = True
+
+
+def test_memory_of_a_daemon_that_ended_is_let_go_though_nobody_calls(daemon, monkeypatch):
+    monkeypatch.setattr(store_link, "LOOK_SECONDS", 0.005)
+    pools, order = [], []
+
+    def open_pool():
+        pools.append(Mapped(daemon.open_pool()))
+        return pools[-1]
+
+    link = StoreLink(open_pool, "here", pauses=(0.001, 0.01))
+    link.lost.append(lambda: order.append(pools[-1].dropped))
+    link.start(SPACES, wait=20)
+    time.sleep(0.05)
+    assert len(pools) == 1 and not order
+    pools[0].connected = False
+    until(lambda: len(pools) == 2 and link.stores())
+    assert pools[0].dropped and order == [False]  # first who copies from it, then the mapping
+    link.close()
+
+
 @pytest.mark.parametrize("error,lost", [(Unavailable("x"), True), (TimeoutError(), True), (NotFound("namespace"), True),
                                         (ResourceExhausted("full"), False), (InvalidArgument("NaN"), False), (ValueError(), False)])
 def test_what_means_that_the_daemon_is_gone(daemon, link, error, lost):

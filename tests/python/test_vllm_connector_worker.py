@@ -211,11 +211,21 @@ def test_compiled_code_makes_what_the_daemon_makes_of_the_rows_of_each_layer(vie
             pages = Pages(others, blocks, per, order)
             assert pages.use_copiers(paged_device("cpu"), pieces * coded.bytes, pair)
             buffers = [pool.empty((pieces * coded.bytes,), np.uint8) for _ in range(2)]
-            assert store.load_pages(pages.copiers.loading, lease, 5, pages.ids(to), buffers, skip=skip) == (5, None, None)
+            assert store.load_pages(pages.copiers.loading, lease, 5, pages.ids(to), buffers, skip=skip) == (5, None, None, 0)
             assert all(torch.equal(a, b) for a, b in zip(others, expected))
-        done, lost, error = store.load_pages(pages.copiers.loading, lease, 6, pages.ids(to), buffers)
+            # And from where the blocks lie.
+            others, _ = shaped(views, dtype, tokens, heads, dim, blocks, seed=3)
+            pages = Pages(others, blocks, per, order)
+            assert pages.use_copiers(paged_device("cpu"), pieces * coded.bytes, pair)
+            pin = store.pin_tier(pages.copiers.loading)
+            assert pin.bytes == pool.host_tier_bytes == 16 << 20
+            got = store.load_pages(pages.copiers.loading, lease, 5, pages.ids(to), buffers, skip=skip, in_place=True)
+            assert got == (5, None, None, 5)
+            assert all(torch.equal(a, b) for a, b in zip(others, expected))
+            pin.close()
+        done, lost, error, _ = store.load_pages(pages.copiers.loading, lease, 6, pages.ids(to), buffers)
         assert (done, lost) == (4, None) and isinstance(error, kvtide.errors.OutOfRange)  # the third piece is beyond the lease
-        done, lost, error = store.load_pages(pages.copiers.loading, 12345, 5, pages.ids(to), buffers)
+        done, lost, error, _ = store.load_pages(pages.copiers.loading, 12345, 5, pages.ids(to), buffers)
         assert (done, lost) == (0, None) and isinstance(error, kvtide.errors.NotFound)
 
 

@@ -127,6 +127,11 @@ void ConnectVllm(const ConnectRequest& request, Connection* out) {
                        {"# vLLM's log at the start: kvtide: blocks of 64 tokens ... rest in kvtided at ...",
                         "# and while it serves: External prefix cache hit rate: ...%"});
     out->notes.push_back("every vLLM of one model and one pair that names this address shares what it holds");
+    if (request.gpu)
+      out->notes.push_back(
+          "kvtided --host-sharing: blocks come from where they lie in its host memory, at the rate of the "
+          "bus; its "
+          "engines can then read what all tenants have cached there");
   }
   out->verify.insert(out->verify.begin(),
                      absl::StrCat("kvtide doctor --engine vllm",

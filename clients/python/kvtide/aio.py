@@ -10,7 +10,7 @@ from ._types import CachedPrefix, MoveResult, PersistResult, PoolInfo, PoolPlan,
 from .pool import Pool, Sequence, connect as _connect
 
 if TYPE_CHECKING:
-    from .block_store import BlockStore, Found, Namespace, Persisted, StoreResult
+    from .block_store import BlockStore, Found, LoadedPages, Namespace, Persisted, StoreResult
 
 _T = TypeVar("_T")
 
@@ -150,7 +150,7 @@ class AsyncBlockStore:
 
     async def load_pages(
         self, copier: Any, lease_id: int, chunks: int, pages: Any, buffers: Any, **options: Any
-    ) -> Tuple[int, Optional[int], Optional[Exception]]:
+    ) -> "LoadedPages":
         """See :meth:`BlockStore.load_pages`."""
         return await _run(self.blocking.load_pages, copier, lease_id, chunks, pages, buffers, **options)
 

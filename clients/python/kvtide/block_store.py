@@ -16,8 +16,9 @@ release the GIL while they work. A block that is not there is a miss, never an e
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, List, Optional, Protocol, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Iterator, List, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -82,6 +83,22 @@ class Found:
     tiers: Tuple[Tuple[str, int], ...] = ()
     lease_id: int = 0
     lease_seconds: float = 0.0
+
+
+class LoadedPages(NamedTuple):
+    """What became of a load into pages.
+
+    Attributes:
+        blocks: whose pages are written.
+        lost: the first one that could not be read, if any.
+        error: that ended the load, if one did.
+        in_place: blocks that were copied from where they lie in the daemon's host memory.
+    """
+
+    blocks: int
+    lost: Optional[int]
+    error: Optional[Exception]
+    in_place: int = 0
 
 
 class BlockStore(Protocol):
@@ -238,9 +255,15 @@ class _Open:
             lost += self._core.load(lease_id, first_block + begin, end - begin, piece, strides)
         return lost
 
+    def pin_tier(self, copier: Any) -> Optional[Any]:
+        """Makes the pool's tier of host memory fast for the copier (``_core.PageCopier``), so that ``load_pages`` may copy blocks from
+        where they lie; on a GPU that takes about a second for 16 GiB. ``close()`` of what comes back undoes it. None: the pool has no
+        such tier (``kvtide.connect(host_tier=True)``, ``kvtided --host-sharing``)."""
+        return copier.pin_tier(self._core)
+
     def load_pages(
-        self, copier: Any, lease_id: int, chunks: int, pages: Any, buffers: Sequence[Any], *, skip: int = 0
-    ) -> Tuple[int, Optional[int], Optional[Exception]]:
+        self, copier: Any, lease_id: int, chunks: int, pages: Any, buffers: Sequence[Any], *, skip: int = 0, in_place: bool = False
+    ) -> LoadedPages:
         """Writes the first blocks of the lease into an engine's pages, all in one call (``clients/cpp/page_load.h``).
 
         Args:
@@ -248,12 +271,21 @@ class _Open:
             pages: int32 numbers of pages, in the order of the tokens.
             buffers: two arrays of ``pool.empty`` for the pieces.
             skip: pages of the first block that are left alone.
-
-        Returns:
-            Blocks whose pages are written; the first one that could not be read, if any; the error that ended the load, if one did.
+            in_place: blocks in the tier of ``pin_tier``, which is not closed meanwhile, are copied from where they lie.
         """
-        done, lost, error = copier.load(self._core, lease_id, chunks, skip, pages, *buffers)
-        return done, lost if lost >= 0 else None, error
+        done, lost, error, places = copier.load(self._core, lease_id, chunks, skip, pages, *buffers, in_place)
+        return LoadedPages(done, lost if lost >= 0 else None, error, places)
+
+    @contextlib.contextmanager
+    def in_place(self, lease_id: int, first_block: int, blocks: int) -> Iterator[Tuple[List[int], List[int]]]:
+        """Addresses of ``block_bytes`` bytes for reading, 0 for blocks that lie elsewhere (``load`` has them), and those that are lost,
+        counted in the lease. They are good inside the ``with`` alone. FailedPrecondition without ``pool.host_tier_bytes``."""
+        loaded = self._core.load_in_place(lease_id, first_block, blocks)
+        try:
+            yield loaded.addresses, loaded.lost
+        finally:
+            if loaded.places:
+                self._core.give_back([loaded.places])
 
     def release(self, lease_id: int) -> bool:
         """Gives a lease back; False if it was over."""

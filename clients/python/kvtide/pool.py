@@ -55,6 +55,7 @@ def connect(
     max_sequences: int = 0,
     arena_bytes: int = 64 << 20,
     direct_device: Optional[str] = None,
+    host_tier: bool = False,
     tls_ca: str = "",
     tls_cert: str = "",
     tls_key: str = "",
@@ -81,6 +82,9 @@ def connect(
         arena_bytes: size of the arena for tensors (shared memory); pages that are never used cost nothing.
         direct_device: where the caller's own tensors lie and :meth:`Pool.device_steps` computes: ``"cuda:0"``, ``"cuda:GPU-..."``
             or ``"cpu"``. None = the GPU of an embedded pool that names one, else nowhere.
+        host_tier: maps the daemon's tier of host memory for reading, where it allows that (``kvtided --host-sharing``; shared
+            memory): blocks may be loaded from where they lie. The mapping keeps that memory taken when the daemon has ended, until
+            :meth:`Pool.drop_host_tier` or the pool's end.
         tls_ca: PEM file with the CA of the daemon's certificate, or ``"system"``: TLS to a daemon at a host and port
             (default: ``$KVTIDE_TLS_CA``).
         tls_cert, tls_key: PEM files with the caller's own certificate and key, where the daemon wants one
@@ -102,7 +106,7 @@ def connect(
     if direct_device is None:
         direct_device = device if address == "embedded" and device.startswith("cuda:") and "," not in device else ""
     core = _core.connect(address, timeout, connect_timeout, max_message_bytes, session, json.dumps(config), arena_bytes,
-                         (tls_ca, tls_cert, tls_key, token_file), direct_device)
+                         (tls_ca, tls_cert, tls_key, token_file), direct_device, host_tier)
     return Pool(core, arena_bytes, direct_device)
 
 
@@ -388,6 +392,20 @@ class Pool:
     def close(self) -> None:
         """Ends the pool (embedded) or the connection. Sequences made through it are gone unless ``session=False``."""
         self._core.close()
+
+    @property
+    def host_tier_bytes(self) -> int:
+        """Of the tier of host memory that this process reads itself; 0 = none."""
+        return self._core.host_tier_bytes
+
+    def drop_host_tier(self) -> None:
+        """Gives the mapping up for good."""
+        self._core.drop_host_tier()
+
+    @property
+    def connected(self) -> bool:
+        """False once the daemon is known to have gone (shared memory: at once; gRPC: a call says so)."""
+        return self._core.connected
 
     def empty(self, shape: Union[int, SequenceOf[int]], dtype: Any = np.float32) -> np.ndarray:
         """An array, not initialised, in memory that the pool reads from and writes to without a copy (shared memory: its arena).

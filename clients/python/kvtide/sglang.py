@@ -100,16 +100,18 @@ class KvtideHiCache(HiCacheStorage):
         self.namespace = Namespace(fingerprint(self.config, pool), pool.page_size, content, self.settings.salt)
         where = self.settings.address or "its default socket"
         for name in ("save", "load"):
-            self.links[name] = StoreLink(self._open_pool, where, persist=self.settings.persist, log=logger)
+            # Pages that rest as they are come from where they lie, if kvtided lets this engine map its host memory.
+            open_pool = functools.partial(self._open_pool, host_tier=name == "load" and self.layout is None)
+            self.links[name] = StoreLink(open_pool, where, persist=self.settings.persist, log=logger)
         there = [link.start([self.namespace], wait=self.settings.connect_wait) for link in self.links.values()]
         if all(there):
             logger.info("kvtide: pages of %d tokens rest %s in kvtided at %s: %d bytes instead of %d", pool.page_size,
                         f"in {self.settings.pair}" if self.layout else "as the bytes that they are", where,
                         self.links["save"].stores()[0].block_bytes, self.page_bytes)
 
-    def _open_pool(self) -> Any:
+    def _open_pool(self, host_tier: bool = False) -> Any:
         return store_link.connect(self.settings.address, way=self.settings.way, timeout=self.settings.timeout,
-                                  arena_bytes=4 * (self.settings.piece_mib << 20), log=logger)
+                                  arena_bytes=4 * (self.settings.piece_mib << 20), host_tier=host_tier, log=logger)
 
     # --- the zero-copy interface: one copy, between SGLang's pool and the memory that the daemon sees ---
 
@@ -161,14 +163,12 @@ class KvtideHiCache(HiCacheStorage):
         try:
             lease, hits = self._leased(stores[0], names)
             for first, end in in_pieces(hits, self.page_bytes, self.settings.piece_mib << 20):
-                payload, raw = self._payload(link, end - first)
-                lost = stores[0].load(lease, payload, first_block=first, **self._form(end - first))
-                good = min([end, *lost])
-                for row, parts in zip(raw, pages[first:good]):
-                    at = 0
-                    for address, size in parts:
-                        ctypes.memmove(address, row.ctypes.data + at, size)
-                        at += size
+                good = self._from_places(link, stores[0], lease, pages, first, end)
+                if good is None:
+                    payload, raw = self._payload(link, end - first)
+                    lost = stores[0].load(lease, payload, first_block=first, **self._form(end - first))
+                    good = min([end, *lost])
+                    _scatter([row.ctypes.data for row in raw[:good - first]], pages[first:good])
                 results[first:good] = [True] * (good - first)
                 if good < end:
                     break
@@ -179,6 +179,19 @@ class KvtideHiCache(HiCacheStorage):
             link.later(functools.partial(stores[0].release, lease))
         self._count("prefetch", sum(results), began)
         return results
+
+    def _from_places(self, link: StoreLink, store: Any, lease: int, pages: List[List[Tuple[int, int]]], first: int,
+                     end: int) -> Optional[int]:
+        """Copies pages from where their blocks lie in kvtided's host memory; the first that is lost, or ``end``. None: they do not lie
+        there, or this engine does not read it."""
+        if self.layout is not None or not getattr(link.pool, "host_tier_bytes", 0):
+            return None
+        with store.in_place(lease, first, end - first) as (addresses, lost):
+            good = min([end, *lost])
+            if not all(addresses[:good - first]):
+                return None
+            _scatter(addresses[:good - first], pages[first:good])
+            return good
 
     @never_raises(lambda self, keys, *_: 0)
     def batch_exists(self, keys: List[str], extra_info: Any = None) -> int:
@@ -297,6 +310,15 @@ class KvtideHiCache(HiCacheStorage):
         if key not in self.said:
             self.said.add(key)
             logger.warning("kvtide: %s did not work, SGLang computes instead (said once): %s", what, error)
+
+
+def _scatter(blocks: Sequence[int], pages: Sequence[List[Tuple[int, int]]]) -> None:
+    """Bytes from each block's address on into the parts of its page."""
+    for block, parts in zip(blocks, pages):
+        at = 0
+        for address, size in parts:
+            ctypes.memmove(address, block + at, size)
+            at += size
 
 
 def key_of(key: str) -> bytes:

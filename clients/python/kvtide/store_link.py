@@ -23,9 +23,11 @@ REFUSALS = (Unimplemented, FailedPrecondition, InvalidArgument, PermissionDenied
 """Answers to an opening that the same daemon will give again."""
 GONE = (Unavailable, DeadlineExceeded, Cancelled, ConnectionError, OSError)
 """Errors of calls after which the connection is not used any more."""
+LOOK_SECONDS = 0.5
+"""How often a link that maps memory of its daemon looks whether that is still there: nobody else notices before the next call."""
 
 
-def connect(address: str, *, way: str = "auto", timeout: float = 5.0, arena_bytes: int = 64 << 20,
+def connect(address: str, *, way: str = "auto", timeout: float = 5.0, arena_bytes: int = 64 << 20, host_tier: bool = False,
             log: logging.Logger = logging.getLogger("kvtide")) -> Any:
     """A pool at ``address`` and nowhere else.
 
@@ -33,6 +35,7 @@ def connect(address: str, *, way: str = "auto", timeout: float = 5.0, arena_byte
         address: ``unix:/path/to/socket`` or ``host:port``; empty = ``$KVTIDE_ADDRESS``, else the default socket.
         way: ``shm``, ``grpc``, or ``auto``: through shared memory where that works.
         timeout: seconds of every call.
+        host_tier: maps the daemon's tier of host memory where it may (``kvtided --host-sharing``).
     """
     from . import _core
     from .pool import connect as open_pool
@@ -45,7 +48,7 @@ def connect(address: str, *, way: str = "auto", timeout: float = 5.0, arena_byte
         ways["auto"] = [address]
     for last, one in enumerate(ways[way], 1):
         try:
-            return open_pool(one, timeout=timeout, connect_timeout=min(timeout, 5.0), arena_bytes=arena_bytes)
+            return open_pool(one, timeout=timeout, connect_timeout=min(timeout, 5.0), arena_bytes=arena_bytes, host_tier=host_tier)
         except (KvtideError, OSError) as error:
             if last == len(ways[way]):
                 raise
@@ -98,6 +101,8 @@ class StoreLink:
         self._later: Deque[Callable[[], Any]] = collections.deque()
         self.problem = "not connected yet"
         self.tries = 0
+        #: Called when the daemon, or its namespaces, are gone: nothing is copied from its memory any more when they return.
+        self.lost: List[Callable[[], None]] = []
         close_at_exit(self)
 
     def start(self, namespaces: Sequence[Namespace], wait: float = 0.0) -> bool:
@@ -134,16 +139,27 @@ class StoreLink:
         with self._lock:
             if self._stores is None:
                 return
+            pool = self._pool
             self._stores = self._pool = None
             self.problem = _words(error)
             self._log.warning("kvtide: lost kvtided at %s (%s); the engine goes on without what rests there", self._where, self.problem)
             self._lock.notify_all()
+        self._let_go(pool)
 
     def reopen(self) -> None:
         """Opens the namespaces anew: they were deleted."""
         with self._lock:
+            pool = self._pool
             self._stores = self._pool = None
             self._lock.notify_all()
+        self._let_go(pool)
+
+    def _let_go(self, pool: Any) -> None:
+        """What is mapped of a daemon that has ended is memory that its successor wants."""
+        for call in self.lost:
+            call()
+        if getattr(pool, "host_tier_bytes", 0):
+            pool.drop_host_tier()
 
     def later(self, call: Callable[[], Any]) -> None:
         """Runs a call that nobody waits for, such as giving a lease back, on the link's thread; drops it if the daemon goes."""
@@ -168,9 +184,16 @@ class StoreLink:
         said = ""
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: self._closed or self._stores is None or self._later)
+                watched = self._pool if getattr(self._pool, "host_tier_bytes", 0) else None
+                awake = self._lock.wait_for(lambda: self._closed or self._stores is None or self._later,
+                                            timeout=None if watched is None else LOOK_SECONDS)
                 if self._closed:
                     return
+            if not awake:
+                if _gone(watched):
+                    self.failed(Unavailable("it has ended"))
+                continue
+            with self._lock:
                 call = self._later.popleft() if self._later and self._stores is not None else None
                 if call is None:
                     self._later.clear()
@@ -207,6 +230,13 @@ class StoreLink:
                 self.problem = ""
                 self._lock.notify_all()
             self._log.info("kvtide: kvtided at %s is there%s", self._where, f", by {pool.way}" if hasattr(pool, "way") else "")
+
+
+def _gone(pool: Any) -> bool:
+    try:
+        return not pool.connected
+    except KvtideError:  # it was closed meanwhile
+        return True
 
 
 def _words(error: BaseException) -> str:

@@ -106,6 +106,8 @@ struct CacheStats {
   uint64_t keyed_present = 0;   // stores of keys that were there
   uint64_t keyed_left_out = 0;  // stores without room
   uint64_t keyed_loaded = 0, keyed_loaded_bytes = 0;
+  uint64_t keyed_in_place = 0, keyed_in_place_bytes = 0;  // of these, those that clients read where they lie
+  uint64_t keyed_held = 0, keyed_held_bytes = 0;          // blocks that they read so now: a gauge
   uint64_t leases_granted = 0, leases_expired = 0;
   LockWaitStats lock_waits;           // of calls, for the cache's mutex
   std::optional<RemoteStats> remote;  // none: there is no remote tier

@@ -82,11 +82,19 @@ struct LoadCall {
   PageLayout layout;
   std::span<std::byte> payload;  // what lies between its rows stays as it is
   bool allow_lost = false;       // blocks that cannot be read are named instead of failing the call
+  // Not negative: a tier in memory that the caller reads itself. Nothing is copied, `payload` stays empty,
+  // and the form is kBytes.
+  int in_place = -1;
   const CallContext* context = nullptr;
 };
+using PlacesId = uint64_t;
 struct LoadReport {
   uint64_t blocks = 0;
   std::vector<uint64_t> lost;  // counted in the lease
+  // In place: where each block begins in the tier, -1 where it is lost or lies in another tier. The bytes
+  // stay as they are until the places are given back (0: none is there).
+  std::vector<int64_t> offsets;
+  PlacesId places = 0;
 };
 
 struct NamespacePersistReport {

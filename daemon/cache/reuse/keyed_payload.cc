@@ -33,6 +33,11 @@ absl::StatusOr<uint64_t> PayloadBytes(const NamespaceSpec& spec, uint64_t block_
   return pages.bytes();
 }
 
+absl::Status CheckBlock(std::span<const std::byte> block, uint64_t checksum) {
+  if (XXH3_64bits(block.data(), block.size()) == checksum) return absl::OkStatus();
+  return absl::DataLossError("the block has other bytes than were stored");
+}
+
 absl::StatusOr<KeyedPayload> KeyedPayload::Make(const KeyedNamespace& space, BlockPayload form,
                                                 const PageLayout& layout, size_t blocks, uint64_t bytes,
                                                 bool exactly) {
@@ -181,14 +186,15 @@ absl::Status KeyedPayload::Write(Backend& backend, int tier, size_t index, std::
 absl::Status KeyedPayload::Read(Backend& backend, size_t index, std::byte* source, const uint64_t* checksum,
                                 const Cancellation* cancellation) {
   const size_t bytes = space_->form.bytes;
-  const absl::Status corrupt = absl::DataLossError("the block has other bytes than were stored");
   if (form_ == BlockPayload::kBytes) {
     uint64_t found = 0;
     KVTIDE_RETURN_IF_ERROR(CopyBlock(backend, {out_ + index * bytes, source, bytes}, CopyDirection::kToHost,
                                      checksum == nullptr ? nullptr : &found, cancellation));
-    return checksum == nullptr || found == *checksum ? absl::OkStatus() : corrupt;
+    return checksum == nullptr || found == *checksum
+               ? absl::OkStatus()
+               : absl::DataLossError("the block has other bytes than were stored");
   }
-  if (checksum != nullptr && XXH3_64bits(source, bytes) != *checksum) return corrupt;
+  if (checksum != nullptr) KVTIDE_RETURN_IF_ERROR(CheckBlock({source, bytes}, *checksum));
   return ReadRows(backend, index, source, cancellation);
 }
 

@@ -21,6 +21,9 @@ namespace kvtide {
 absl::StatusOr<uint64_t> PayloadBytes(const NamespaceSpec& spec, uint64_t block_bytes, BlockPayload form,
                                       const PageLayout& layout, uint64_t blocks);
 
+// DataLoss unless the block's bytes, in host memory, have this XXH3.
+absl::Status CheckBlock(std::span<const std::byte> block, uint64_t checksum);
+
 class KeyedPayload {
  public:
   // InvalidArgument if the bytes are not those of so many blocks; an outgoing payload may have more.

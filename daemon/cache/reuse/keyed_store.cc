@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <optional>
 #include <thread>
 #include <utility>
 
@@ -498,6 +499,14 @@ absl::StatusOr<LeaseInfo> KeyedStore::DescribeLease(LeaseId id, const CallContex
   return LeaseInfo{lease->space->spec, lease->space->form.bytes, lease->blocks.size()};
 }
 
+struct KeyedStore::Read {
+  size_t index = 0;  // in the call
+  PinnedPlace place;
+  bool verify = false;
+  uint64_t checksum = 0;
+  absl::Status status;
+};
+
 absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
   const CallContext& context = ContextOf(call.context);
   const CacheOptions& options = core_.options();
@@ -510,9 +519,17 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
                                               SaturatingAdd(call.first, call.blocks), " of a lease of ",
                                               lease->blocks.size()));
   const NamespacePtr space = lease->space;
-  KVTIDE_ASSIGN_OR_RETURN(
-      KeyedPayload payload,
-      KeyedPayload::Outgoing(*space, call.form, call.layout, static_cast<size_t>(call.blocks), call.payload));
+  const bool in_place = call.in_place >= 0;
+  std::optional<KeyedPayload> payload;
+  if (!in_place) {
+    KVTIDE_ASSIGN_OR_RETURN(payload, KeyedPayload::Outgoing(*space, call.form, call.layout,
+                                                            static_cast<size_t>(call.blocks), call.payload));
+  } else if (call.form != BlockPayload::kBytes) {
+    return absl::InvalidArgumentError("blocks are read in place as they rest (BLOCK_FORM_BYTES)");
+  } else if (held_.size() >= options.max_leases) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat(held_.size(), " loads in place are not given back, which is the limit (max_leases)"));
+  }
   // The lease may end while this runs; what it reads stays.
   std::vector<HeldBlock> blocks;
   blocks.reserve(static_cast<size_t>(call.blocks));
@@ -523,6 +540,9 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
     for (const HeldBlock& held : blocks) keys.push_back(held->key);
     Trace(options, TraceVerb::kLoad, *space, keys);
   }
+  Held held;
+  uint64_t elsewhere = 0;  // in place: blocks that another load has to bring
+  if (in_place) report.offsets.assign(blocks.size(), -1);
   const size_t step = options.max_moves_in_flight;
   for (size_t begin = 0; begin < blocks.size(); begin += step) {
     const std::span<const HeldBlock> batch =
@@ -530,23 +550,19 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
     KVTIDE_RETURN_IF_ERROR(context.Check(options.clock(), "the load"));
     // They go by a record of their own: the rest of the lease may make way for them.
     const RecencyPtr record = store.NewRecency(options.clock());
-    for (const HeldBlock& held : batch)
-      if (held->keyed && mover_.IsFar(*held.get()))
-        store.Rejoin(held.get(), record, BlockStore::End::kColdest);
+    for (const HeldBlock& one : batch)
+      if (one->keyed && mover_.IsFar(*one.get())) store.Rejoin(one.get(), record, BlockStore::End::kColdest);
     KVTIDE_RETURN_IF_ERROR(mover_.BringIn(lock, batch, store.serial() + 1, context));
     if (space->deleted) return DeletedError(*space);
-    struct Read {
-      size_t index = 0;
-      PinnedPlace place;
-      bool verify = false;
-      uint64_t checksum = 0;
-      absl::Status status;
-    };
     std::vector<Read> reads;
     for (size_t i = 0; i < batch.size(); i++) {
       Block* const block = batch[i].get();
       if (block->place == nullptr) {
         report.lost.push_back(call.first + begin + i);
+        continue;
+      }
+      if (in_place && block->place->tier != call.in_place) {
+        elsewhere++;
         continue;
       }
       Read read;
@@ -556,19 +572,31 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
       read.checksum = block->checksum;
       reads.push_back(std::move(read));
     }
-    absl::Status status;
-    {
+    const bool touches =
+        !in_place || std::any_of(reads.begin(), reads.end(), [](const Read& read) { return read.verify; });
+    if (touches) {
       const Unlocked unlocked(lock);
-      Copies(reads.size(), space->form.bytes, payload.side_by_side(), [&](size_t i) {
+      Copies(reads.size(), space->form.bytes, in_place || payload->side_by_side(), [&](size_t i) {
         Read& read = reads[i];
-        read.status = payload.Read(core_.backend(read.place->tier), read.index, core_.Data(*read.place.get()),
-                                   read.verify ? &read.checksum : nullptr, context.cancellation);
+        std::byte* const data = core_.Data(*read.place.get());
+        if (!in_place) {
+          read.status = payload->Read(core_.backend(read.place->tier), read.index, data,
+                                      read.verify ? &read.checksum : nullptr, context.cancellation);
+        } else if (read.verify) {
+          read.status = CheckBlock({data, space->form.bytes}, read.checksum);
+        }
         return read.status.ok() || absl::IsDataLoss(read.status);
       });
     }
-    for (const Read& read : reads) {
+    absl::Status status;
+    for (Read& read : reads) {
       if (!read.status.ok() && !absl::IsDataLoss(read.status) && status.ok()) status = read.status;
-      if (!absl::IsDataLoss(read.status)) continue;
+      if (!absl::IsDataLoss(read.status)) {
+        if (!in_place) continue;
+        report.offsets[read.index] = static_cast<int64_t>(read.place->offset);
+        held.places.push_back(std::move(read.place));
+        continue;
+      }
       report.lost.push_back(call.first + read.index);
       lock->counters.checksum_failures++;
       lock->counters.lost_blocks++;
@@ -581,12 +609,33 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
     KVTIDE_RETURN_IF_ERROR(status);
   }
   std::sort(report.lost.begin(), report.lost.end());
-  space->loaded += call.blocks - report.lost.size();
-  lock->counters.keyed_loaded += call.blocks - report.lost.size();
-  lock->counters.keyed_loaded_bytes += (call.blocks - report.lost.size()) * space->form.bytes;
+  const uint64_t loaded = call.blocks - report.lost.size() - elsewhere;
+  Counters& counters = lock->counters;
+  space->loaded += loaded;
+  counters.keyed_loaded += loaded;
+  counters.keyed_loaded_bytes += loaded * space->form.bytes;
   report.blocks = call.blocks;
   if (!report.lost.empty() && !call.allow_lost) return LostError(report.lost);
+  if (held.places.empty()) return report;
+  held.bytes = loaded * space->form.bytes;
+  counters.keyed_in_place += loaded;
+  counters.keyed_in_place_bytes += held.bytes;
+  counters.keyed_held += loaded;
+  counters.keyed_held_bytes += held.bytes;
+  while (report.places == 0 || held_.contains(report.places)) report.places = lock->sequences.RandomId();
+  held_.emplace(report.places, std::move(held));
   return report;
+}
+
+bool KeyedStore::ReleasePlaces(PlacesId places) {
+  CacheLock lock(core_);
+  const auto found = held_.find(places);
+  if (found == held_.end()) return false;
+  lock->counters.keyed_held -= found->second.places.size();
+  lock->counters.keyed_held_bytes -= found->second.bytes;
+  held_.erase(found);
+  lock->changed.NotifyAll();
+  return true;
 }
 
 }  // namespace kvtide

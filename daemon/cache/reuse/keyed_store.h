@@ -8,6 +8,7 @@
 #include <span>
 #include <vector>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "daemon/cache/call/keyed_calls.h"
@@ -29,6 +30,8 @@ class KeyedStore {
   absl::StatusOr<LookupReport> Lookup(const LookupCall& call);
   absl::StatusOr<LeaseInfo> DescribeLease(LeaseId lease, const CallContext& context);
   absl::StatusOr<LoadReport> Load(const LoadCall& call);
+  // Of a load in place. False if they are unknown.
+  bool ReleasePlaces(PlacesId places);
   // False if it was over already.
   bool Release(LeaseId lease, const CallContext& context);
   // Returns the namespace that was deleted, for what is durable of it; it had so many blocks.
@@ -45,7 +48,13 @@ class KeyedStore {
  private:
   struct Write;
   struct Storing;
+  struct Read;
   class StoringLease;
+  // What a client reads where it lies.
+  struct Held {
+    std::vector<PinnedPlace> places;
+    uint64_t bytes = 0;
+  };
 
   absl::StatusOr<KeyedLease*> FindLease(CacheLock& lock, LeaseId id, const CallContext& context);
 
@@ -70,6 +79,7 @@ class KeyedStore {
   RemoteExchange& remote_;
   RoomMaker room_;
   SideBySide copiers_;
+  absl::flat_hash_map<PlacesId, Held> held_;  // guarded by the cache's mutex
 };
 
 }  // namespace kvtide

@@ -34,6 +34,8 @@ struct Counters {
   uint64_t keyed_hits = 0, keyed_misses = 0, keyed_stored = 0, keyed_present = 0, keyed_left_out = 0;
   uint64_t prefix_lookups = 0, prefix_miss_tokens = 0, prefix_reused_tokens = 0;
   uint64_t keyed_loaded = 0, keyed_loaded_bytes = 0, leases_granted = 0;
+  uint64_t keyed_in_place = 0, keyed_in_place_bytes = 0;
+  uint64_t keyed_held = 0, keyed_held_bytes = 0;  // gauges
   uint64_t remote_hits = 0, remote_misses = 0, remote_present = 0;
   uint64_t lost_blocks = 0, persist_calls = 0, persisted = 0, failed_persists = 0, persisted_bytes = 0;
 };

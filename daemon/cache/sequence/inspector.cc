@@ -122,6 +122,10 @@ void AddCounters(const Counters& counters, CacheStats& stats) {
   stats.keyed_left_out = counters.keyed_left_out;
   stats.keyed_loaded = counters.keyed_loaded;
   stats.keyed_loaded_bytes = counters.keyed_loaded_bytes;
+  stats.keyed_in_place = counters.keyed_in_place;
+  stats.keyed_in_place_bytes = counters.keyed_in_place_bytes;
+  stats.keyed_held = counters.keyed_held;
+  stats.keyed_held_bytes = counters.keyed_held_bytes;
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 #include "kernels/cuda/pages/cuda_page_copier.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -82,8 +84,25 @@ class PagesOnGpu final : public PageCopier {
 
   absl::Status Write(int slot, const std::byte* payload, int skip, std::span<const int32_t> pages) override {
     KVTIDE_RETURN_IF_ERROR(CheckPagePiece(options_, chunk_bytes_, slot, skip, pages));
+    const Run run{payload, ChunksOf(options_, skip, pages.size()) * chunk_bytes_};
     const DeviceGuard guard(device_);
-    return Drained(QueueWrite(slots_[slot], payload, skip, pages));
+    return Drained(QueueWrite(slots_[slot], {&run, 1}, skip, pages));
+  }
+
+  absl::Status WriteChunks(int slot, std::span<const std::byte* const> chunks, int skip,
+                           std::span<const int32_t> pages) override {
+    KVTIDE_RETURN_IF_ERROR(CheckPagePiece(options_, chunk_bytes_, slot, skip, pages));
+    KVTIDE_RETURN_IF_ERROR(CheckChunks(options_, chunks, skip, pages));
+    std::vector<Run> runs;
+    for (const std::byte* const chunk : chunks) {
+      if (!runs.empty() && runs.back().from + runs.back().bytes == chunk) {
+        runs.back().bytes += chunk_bytes_;
+      } else {
+        runs.push_back({chunk, chunk_bytes_});
+      }
+    }
+    const DeviceGuard guard(device_);
+    return Drained(QueueWrite(slots_[slot], runs, skip, pages));
   }
 
   absl::Status Wait(int index) override {
@@ -107,14 +126,32 @@ class PagesOnGpu final : public PageCopier {
     KVTIDE_CUDA_RETURN_IF_ERROR(cudaHostRegister(memory, bytes, cudaHostRegisterPortable));
     return absl::OkStatus();
   }
-  void Unpin(std::byte* memory) override {
+  absl::Status PinReadOnly(const std::byte* memory, size_t bytes) override {
+    const DeviceGuard guard(device_);
+    int supported = 0;
+    KVTIDE_CUDA_RETURN_IF_ERROR(
+        cudaDeviceGetAttribute(&supported, cudaDevAttrHostRegisterReadOnlySupported, device_));
+    if (supported == 0)
+      return absl::UnimplementedError("this driver cannot register memory that is mapped read-only");
+    const size_t page = static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+    KVTIDE_CUDA_RETURN_IF_ERROR(cudaHostRegister(const_cast<std::byte*>(memory),
+                                                 (bytes + page - 1) / page * page,
+                                                 cudaHostRegisterPortable | cudaHostRegisterReadOnly));
+    return absl::OkStatus();
+  }
+  void Unpin(const std::byte* memory) override {
     const DeviceGuard guard(device_);
     Drain();
-    (void)cudaHostUnregister(memory);
+    (void)cudaHostUnregister(const_cast<std::byte*>(memory));
     (void)cudaGetLastError();
   }
 
  private:
+  // Host memory that one copy takes to the device.
+  struct Run {
+    const std::byte* from = nullptr;
+    size_t bytes = 0;
+  };
   struct Slot {
     std::byte* payload = nullptr;  // on the device, as what follows
     int32_t *ids = nullptr, *bad = nullptr;
@@ -248,13 +285,17 @@ class PagesOnGpu final : public PageCopier {
     return Finish(slot, bus_);
   }
 
-  absl::Status QueueWrite(Slot& slot, const std::byte* payload, int skip, std::span<const int32_t> ids) {
+  absl::Status QueueWrite(Slot& slot, std::span<const Run> runs, int skip, std::span<const int32_t> ids) {
     if (ids.empty()) return absl::OkStatus();
     KVTIDE_ASSIGN_OR_RETURN(const PagesOnDevice pages, Send(slot, skip, ids));
-    const size_t chunks = (Size(pages.end) + Size(options_.chunk_pages) - 1) / Size(options_.chunk_pages);
+    const size_t chunks = ChunksOf(options_, skip, ids.size());
     const cudaStream_t stream = stream_.get();
-    KVTIDE_CUDA_RETURN_IF_ERROR(
-        cudaMemcpyAsync(slot.payload, payload, chunks * chunk_bytes_, cudaMemcpyHostToDevice, bus_.get()));
+    std::byte* to = slot.payload;
+    for (const Run& run : runs) {
+      KVTIDE_CUDA_RETURN_IF_ERROR(
+          cudaMemcpyAsync(to, run.from, run.bytes, cudaMemcpyHostToDevice, bus_.get()));
+      to += run.bytes;
+    }
     KVTIDE_RETURN_IF_ERROR(Follow(bus_, slot.there, stream_));
     if (options_.page_bytes > 0) {
       KVTIDE_CUDA_RETURN_IF_ERROR(LaunchMoveBytes(pages, slot.payload, options_.page_bytes,

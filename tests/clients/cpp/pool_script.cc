@@ -468,8 +468,8 @@ std::unique_ptr<Pool> Ways::Open(const std::string& way, client::PoolOptions opt
 
 e2e::TestDaemon& Ways::daemon() {
   if (daemon_ == nullptr) {
-    daemon_ =
-        e2e::TestDaemon::Start({"--device", "cpu", "--device-memory", "24MiB", "--host-memory", "48MiB"}, 1);
+    daemon_ = e2e::TestDaemon::Start(
+        {"--device", "cpu", "--device-memory", "24MiB", "--host-memory", "48MiB", "--host-sharing"}, 1);
   }
   return *daemon_;
 }

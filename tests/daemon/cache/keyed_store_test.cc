@@ -90,6 +90,26 @@ class KeyedStoreTest : public CacheTest {
     call.allow_lost = allow_lost;
     return cache_->LoadBlocks(call);
   }
+  absl::StatusOr<LoadReport> LoadInPlace(LeaseId lease, uint64_t first, uint64_t blocks, int tier = 1,
+                                         bool allow_lost = false) {
+    LoadCall call;
+    call.lease = lease;
+    call.first = first;
+    call.blocks = blocks;
+    call.form = BlockPayload::kBytes;
+    call.in_place = tier;
+    call.allow_lost = allow_lost;
+    return cache_->LoadBlocks(call);
+  }
+  // What lies at the places of a load in place, block after block.
+  std::vector<std::byte> AtPlaces(const LoadReport& report, size_t bytes, int tier = 1) {
+    std::vector<std::byte> got;
+    const std::byte* const slab = cache_->SlabOf(tier)->data();
+    for (const int64_t offset : report.offsets) {
+      if (offset >= 0) got.insert(got.end(), slab + offset, slab + offset + bytes);
+    }
+    return got;
+  }
   // Bytes that say which key they belong to.
   static std::vector<std::byte> Stamped(int first, int count, size_t bytes = kOpaqueBytes) {
     std::vector<std::byte> payload(static_cast<size_t>(count) * bytes);
@@ -665,6 +685,93 @@ TEST_F(LargeBlocks, OneFailureOfManyCopiesIsTheFailureOfTheCall) {
   ExpectAllThere();
 }
 
+// What a client reads where it lies keeps its bytes, whatever becomes of lease, block and namespace, and is
+// room again when the client is done.
+TEST_F(KeyedStoreTest, WhatIsReadInPlaceStaysUntilItIsGivenBack) {
+  Start(64 * 1024, 16 * 4096);
+  const NamespaceId space = Open(Opaque(4096));
+  ASSERT_TRUE(Store(space, Keys(0, 6), Stamped(0, 6, 4096)).ok());
+  const LookupReport found = Lookup(space, Keys(0, 6)).value();
+  const LoadReport held = LoadInPlace(found.lease, 1, 5).value();
+  ASSERT_NE(held.places, 0u);
+  EXPECT_EQ(AtPlaces(held, 4096), Stamped(1, 5, 4096));
+  EXPECT_EQ(cache_->Stats().keyed_held, 5u);
+  EXPECT_EQ(cache_->Stats().keyed_held_bytes, 5u * 4096);
+  EXPECT_EQ(cache_->Stats().keyed_in_place, 5u);
+  EXPECT_EQ(cache_->Stats().keyed_loaded, 5u);
+  EXPECT_TRUE(cache_->ReleaseLease(found.lease));
+  // Blocks of others take all the room that there is.
+  for (int i = 100; i < 200; i++) {
+    clock_.Advance(absl::Seconds(2));
+    ASSERT_TRUE(Store(space, Keys(i, 1), Stamped(i, 1, 4096)).ok());
+    cache_->CheckInvariants();
+  }
+  EXPECT_EQ(AtPlaces(held, 4096), Stamped(1, 5, 4096));
+  ASSERT_TRUE(cache_->DeleteNamespace(space).ok());
+  EXPECT_EQ(UsedBytes(cache_->Stats()), 5u * 4096);
+  const NamespaceId other = Open(Opaque(4096, "other"));
+  const StoreReport crowded = Store(other, Keys(0, 32), Stamped(500, 32, 4096)).value();
+  EXPECT_GT(crowded.left_out, 0u);
+  EXPECT_EQ(AtPlaces(held, 4096), Stamped(1, 5, 4096));
+  EXPECT_TRUE(cache_->ReleasePlaces(held.places));
+  EXPECT_FALSE(cache_->ReleasePlaces(held.places));
+  EXPECT_EQ(cache_->Stats().keyed_held, 0u);
+  EXPECT_EQ(cache_->Stats().keyed_held_bytes, 0u);
+  const StoreReport roomy = Store(other, Keys(0, 32), Stamped(500, 32, 4096)).value();
+  EXPECT_EQ(roomy.stored, 5u) << "the room of what was held";
+}
+
+TEST_F(KeyedStoreTest, ALoadInPlaceSaysWhatIsNotThere) {
+  Start(64 * 1024, 64 * 1024);
+  const NamespaceId space = Open(Opaque(4096));
+  ASSERT_TRUE(Store(space, Keys(0, 4), Stamped(0, 4, 4096)).ok());
+  const LookupReport found = Lookup(space, Keys(0, 4)).value();
+  // Of a tier where the blocks do not lie.
+  const LoadReport elsewhere = LoadInPlace(found.lease, 0, 4, 0).value();
+  EXPECT_EQ(elsewhere.offsets, std::vector<int64_t>(4, -1));
+  EXPECT_EQ(elsewhere.places, 0u);
+  EXPECT_EQ(cache_->Stats().keyed_loaded, 0u);
+  // The host tier of these tests has checksums: changed bytes are lost, never shown.
+  const LoadReport first = LoadInPlace(found.lease, 0, 4).value();
+  const_cast<std::byte*>(cache_->SlabOf(1)->data())[first.offsets[2] + 77] ^= std::byte{1};
+  EXPECT_TRUE(cache_->ReleasePlaces(first.places));
+  EXPECT_TRUE(
+      IsError(LoadInPlace(found.lease, 0, 4).status(), absl::StatusCode::kDataLoss, "the first is 2"));
+  EXPECT_EQ(cache_->Stats().keyed_held, 0u);
+  const LoadReport damaged = LoadInPlace(found.lease, 0, 4, 1, true).value();
+  EXPECT_EQ(damaged.lost, std::vector<uint64_t>{2});
+  EXPECT_EQ(damaged.offsets[2], -1);
+  EXPECT_EQ(cache_->Stats().keyed_held, 3u);
+  EXPECT_TRUE(cache_->ReleasePlaces(damaged.places));
+  EXPECT_EQ(Hits(space, Keys(0, 4)), 2u);
+
+  LoadCall rows;
+  rows.lease = found.lease;
+  rows.blocks = 1;
+  rows.in_place = 1;
+  EXPECT_TRUE(
+      IsError(cache_->LoadBlocks(rows).status(), absl::StatusCode::kInvalidArgument, "BLOCK_FORM_BYTES"));
+  EXPECT_TRUE(IsError(LoadInPlace(found.lease, 0, 5).status(), absl::StatusCode::kOutOfRange, "lease of 4"));
+  EXPECT_TRUE(cache_->ReleaseLease(found.lease));
+  EXPECT_TRUE(
+      IsError(LoadInPlace(found.lease, 0, 1).status(), absl::StatusCode::kNotFound, "look the keys up"));
+}
+
+TEST_F(KeyedStoreTest, LoadsInPlaceThatAreNeverGivenBackAreBounded) {
+  options_.max_leases = 3;
+  Start(64 * 1024, 64 * 1024);
+  const NamespaceId space = Open(Opaque(4096));
+  ASSERT_TRUE(Store(space, Keys(0, 1), Stamped(0, 1, 4096)).ok());
+  const LookupReport found = Lookup(space, Keys(0, 1)).value();
+  std::vector<PlacesId> held;
+  for (int i = 0; i < 3; i++) held.push_back(LoadInPlace(found.lease, 0, 1)->places);
+  EXPECT_TRUE(IsError(LoadInPlace(found.lease, 0, 1).status(), absl::StatusCode::kResourceExhausted,
+                      "not given back"));
+  for (const PlacesId id : held) EXPECT_TRUE(cache_->ReleasePlaces(id));
+  EXPECT_TRUE(cache_->ReleasePlaces(LoadInPlace(found.lease, 0, 1)->places));
+  EXPECT_TRUE(cache_->ReleaseLease(found.lease));
+}
+
 class KeyedDiskTest : public KeyedStoreTest {
  protected:
   static constexpr size_t kBytes = 8192;
@@ -691,6 +798,32 @@ TEST_F(KeyedDiskTest, WhatIsCrowdedOutGoesToTheDiskAndComesBack) {
   EXPECT_TRUE(cache_->ReleaseLease(found.lease));
   for (int i = 0; i < 60; i += 4) ExpectStamped(space, i, 4, kBytes);
   EXPECT_EQ(cache_->Stats().tiers[0].blocks, 0u) << "nothing of it belongs on the device";
+}
+
+// A block on the disk is brought into host memory and read there; what is held leaves less room for the next.
+TEST_F(KeyedDiskTest, WhatIsReadInPlaceIsBroughtInFirst) {
+  StartTiers(8, 100);
+  const NamespaceId space = OpenOpaque();
+  for (int i = 0; i < 40; i += 4) {
+    clock_.Advance(absl::Seconds(2));
+    ASSERT_TRUE(Store(space, Keys(i, 4), Stamped(i, 4, kBytes)).ok());
+  }
+  const LookupReport found = Lookup(space, Keys(0, 40)).value();
+  ASSERT_EQ(found.hits, 40u);
+  std::vector<PlacesId> held;
+  for (uint64_t first = 0; first < 40; first += 4) {
+    const absl::StatusOr<LoadReport> report = LoadInPlace(found.lease, first, 4);
+    ASSERT_TRUE(report.ok()) << report.status();
+    EXPECT_EQ(AtPlaces(*report, kBytes), Stamped(static_cast<int>(first), 4, kBytes)) << first;
+    held.push_back(report->places);
+    if (held.size() > 1) {
+      EXPECT_TRUE(cache_->ReleasePlaces(held.front()));
+      held.erase(held.begin());
+    }
+    cache_->CheckInvariants();
+  }
+  EXPECT_TRUE(cache_->ReleasePlaces(held.front()));
+  EXPECT_TRUE(cache_->ReleaseLease(found.lease));
 }
 
 // LMCache #4385: the disk tier gave other requests' bytes back. LMCache #5151: long prefixes came back wrong.

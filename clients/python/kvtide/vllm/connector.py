@@ -99,12 +99,12 @@ class KvtideConnector(KVConnectorBase_V1):
         return ConnectorPlan(link, self.block_tokens, self.chunk_tokens, hash_tokens=per_hash, load=transfer.is_kv_consumer,
                              save=transfer.is_kv_producer, **more)
 
-    def _link(self, timeout: float) -> store_link.StoreLink:
+    def _link(self, timeout: float, host_tier: bool = False) -> store_link.StoreLink:
         settings = self.settings
 
         def open_pool() -> Any:
             return store_link.connect(settings.address, way=settings.way, timeout=timeout,
-                                      arena_bytes=4 * (settings.piece_mib << 20), log=logger)
+                                      arena_bytes=4 * (settings.piece_mib << 20), host_tier=host_tier, log=logger)
 
         return store_link.StoreLink(open_pool, settings.address or "its default socket", persist=settings.persist, log=logger)
 
@@ -125,7 +125,7 @@ class KvtideConnector(KVConnectorBase_V1):
             connector_config.fingerprint(config, names, hash_tokens(config, self._kv_cache_config), rank,
                                          (parallel.pipeline_parallel_size, parallel.tensor_parallel_size)),
             self.chunk_tokens, content, self.settings.salt)
-        links = [self._link(self.settings.timeout) for _ in range(2)]
+        links = [self._link(self.settings.timeout), self._link(self.settings.timeout, host_tier=pages.copiers is not None)]
         there = [link.start([self.namespace], wait=self.settings.connect_wait) for link in links]
         self.worker = ConnectorWorker(pages, links[0], links[1], rank, coded=coded, piece_bytes=self.settings.piece_mib << 20,
                                       most_blocks=max(64, self._kv_cache_config.num_blocks // 4), log=logger)
@@ -322,6 +322,7 @@ COUNTERS = {
     "saved_bytes": "Bytes stored in kvtided, as they travel",
     "loaded_blocks": "Blocks loaded from kvtided",
     "loaded_bytes": "Bytes loaded from kvtided, as they travel",
+    "in_place_blocks": "Of the loaded blocks, those copied from where they lie in kvtided's host memory (--host-sharing)",
     "failed_loads": "Loads that failed: their requests compute",
     "save_seconds": "Time that stores took",
     "load_seconds": "Time that loads took",

@@ -58,6 +58,7 @@ class Counts:
     saved_bytes: int = 0
     loaded_blocks: int = 0
     loaded_bytes: int = 0
+    in_place_blocks: int = 0
     failed_loads: int = 0
     save_seconds: float = 0.0
     load_seconds: float = 0.0
@@ -136,6 +137,52 @@ class Staging:
                 self.copier.unpin(buffer) if self.copier is not None else torch.cuda.cudart().cudaHostUnregister(buffer.ctypes.data)
 
 
+class SharedTier:
+    """The tier of host memory of a link's daemon, where it lets this engine map it (``kvtided --host-sharing``): blocks are copied from
+    where they lie there, and the daemon copies nothing. A GPU's driver registers it first, which takes a while where it is large: when no
+    load waits. Loads hold the lock, so that nothing is copied from it when it goes.
+
+    Args:
+        copier: of loads; None: torch moves the pages, and the tier is not used.
+        say: called with an error, once.
+    """
+
+    def __init__(self, link: Any, copier: Any, say: Callable[[BaseException], None], log: logging.Logger) -> None:
+        self.link, self.copier, self.say, self.log = link, copier, say, log
+        self.lock = threading.Lock()
+        self.store: Any = None
+        """That it was tried for."""
+        self.pin: Any = None
+        if copier is not None and hasattr(link, "lost"):
+            link.lost.append(self.close)
+
+    def prepare(self) -> None:
+        """Registers the tier of the daemon that is there now."""
+        stores = self.link.stores()
+        if self.copier is None or not stores or stores[0] is self.store or not hasattr(stores[0], "pin_tier"):
+            return
+        self.close()
+        with self.lock:
+            self.store = stores[0]
+            try:
+                self.pin = self.store.pin_tier(self.copier)
+            except (KvtideError, MemoryError) as error:
+                self.say(MemoryError(f"the host memory that kvtided shares cannot be registered ({error}): blocks come through the arena"))
+            if self.pin is not None:
+                self.log.info("kvtide: loads copy blocks from where they lie in %d MiB of kvtided's host memory (registered in %.2f s)",
+                              self.pin.bytes >> 20, self.pin.seconds)
+
+    def of(self, store: Any) -> bool:
+        """Whether blocks of this store may be copied from it. Under the lock."""
+        return self.pin is not None and self.store is store
+
+    def close(self) -> None:
+        with self.lock:
+            pin, self.pin, self.store = self.pin, None, None
+            if pin is not None:
+                pin.close()
+
+
 class ConnectorWorker:
     """Args:
         pages: the rank's pages.
@@ -158,6 +205,7 @@ class ConnectorWorker:
         self.save_staging, self.load_staging = (
             Staging(link, staging, self.gpu, copier, functools.partial(self._say, "pinning of memory"))
             for link, copier in zip((save_link, load_link), copiers))
+        self.tier = SharedTier(load_link, copiers[1], functools.partial(self._say, "registration of memory"), self.log)
         self.lock = threading.Condition()
         self.jobs: Dict[str, List[Job]] = {}
         self.waiting_blocks = self.loading = 0
@@ -248,6 +296,8 @@ class ConnectorWorker:
             thread.join(timeout=10)
             if not thread.is_alive():
                 (self.save_staging if thread.name == "kvtide-save" else self.load_staging).close()
+                if thread.name == "kvtide-load":
+                    self.tier.close()
         self.save_link.close()
         self.load_link.close()
 
@@ -363,7 +413,11 @@ class ConnectorWorker:
     def _load_all(self) -> None:
         with self._stream():
             self._prepare(self.load_link, self.load_staging)
-            while (one := self.loads.get()) is not None:
+            while True:
+                if self.loads.empty():
+                    self.tier.prepare()
+                if (one := self.loads.get()) is None:
+                    return
                 load, event = one
                 done = 0  # vLLM's blocks that are written
                 try:
@@ -412,11 +466,14 @@ class ConnectorWorker:
     def _load_at_once(self, store: Any, load: Load, event: Any) -> int:
         """All pieces in one call, which needs the interpreter's lock once."""
         copier, began = self.pages.copiers.loading, time.monotonic()
-        self._after(copier, event)
-        chunks, _, error = store.load_pages(copier, load.leases[self.rank], load.chunks, self.pages.ids(load.blocks),
-                                            self.load_staging.both(), skip=load.skip * self.pages.split)
+        with self.tier.lock:
+            self._after(copier, event)
+            chunks, _, error, in_place = store.load_pages(
+                copier, load.leases[self.rank], load.chunks, self.pages.ids(load.blocks), self.load_staging.both(),
+                skip=load.skip * self.pages.split, in_place=self.tier.of(store))
         with self.lock:
             self.counts.loaded_blocks += chunks
+            self.counts.in_place_blocks += in_place
             self.counts.loaded_bytes += chunks * self.pages.bytes
             self.counts.load_seconds += time.monotonic() - began
         if error is not None:
