@@ -2,13 +2,17 @@
 // 8B's dimensions in blocks of 64 tokens, a daemon in a process of its own. Both ways in one run, in turns:
 // through the arena (the daemon copies, the engine's copier takes it from there) and in place (kvtided
 // --host-sharing: the copier takes blocks from where they lie). Beside them a plain copy of as many bytes of
-// pinned memory, and what the daemon's copy into the arena does alone.
+// pinned memory, what the daemon's copy into the arena does alone, and what threads of the host can copy at
+// all.
 //   kvtide_bench_load [--device cuda:0] [--kvtided PROGRAM] [--json FILE] [--tokens N] [--piece-mib N]
 //   [--quick]
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -16,6 +20,7 @@
 #include <random>
 #include <span>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "CLI/CLI.hpp"
@@ -26,6 +31,7 @@
 #include "clients/cpp/pool.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/cpu_page_copier.h"
+#include "kernels/cpu/stream_copy.h"
 #include "tests/bench/must.h"
 #include "tests/bench/result_file.h"
 #ifdef KVTIDE_BENCH_HAS_CUDA
@@ -374,6 +380,58 @@ class Bench {
   std::vector<std::unique_ptr<Pool>> pools_;  // by the arena, in place
 };
 
+// What threads of the host copy from memory like the tier's into memory like the arena's: blocks of 2 MiB,
+// into 64 MiB that are used again and again, in GB/s (best of 3). Bounds what a daemon's copy can do.
+Result HostCopies(size_t bytes) {
+  constexpr size_t kPart = size_t{2} << 20, kTarget = size_t{64} << 20;
+  const auto map = [](size_t size, bool file) {
+    const int fd = file ? ::memfd_create("bench", MFD_CLOEXEC) : -1;
+    if (file && ::ftruncate(fd, static_cast<off_t>(size)) != 0) Must(absl::ResourceExhaustedError("memfd"));
+    void* const data =
+        ::mmap(nullptr, size, PROT_READ | PROT_WRITE, file ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS, fd, 0);
+    if (data == MAP_FAILED) Must(absl::ResourceExhaustedError("mmap"));
+    if (file) ::close(fd);
+    (void)::madvise(data, size, MADV_HUGEPAGE);
+    std::memset(data, 1, size);
+    return static_cast<std::byte*>(data);
+  };
+  std::byte* const target = map(kTarget, true);
+  Result rows = Result::array();
+  for (const bool file : {false, true}) {
+    std::byte* const source = map(bytes, file);
+    for (const char* how : {"memcpy", "past the caches"})
+      for (const int threads : {1, 2, 4, 8, 16}) {
+        if (threads > ::sysconf(_SC_NPROCESSORS_ONLN)) continue;
+        double best = 1e9;
+        for (int round = 0; round < 3; round++) {
+          std::atomic<size_t> next = 0;
+          const auto begin = std::chrono::steady_clock::now();
+          std::vector<std::thread> workers;
+          for (int t = 0; t < threads; t++)
+            workers.emplace_back([&] {
+              for (size_t i = next++; i * kPart < bytes; i = next++) {
+                std::byte* const to = target + i * kPart % kTarget;
+                if (*how == 'm') {
+                  std::memcpy(to, source + i * kPart, kPart);
+                } else {
+                  StreamCopy(to, source + i * kPart, kPart);
+                }
+              }
+            });
+          for (std::thread& worker : workers) worker.join();
+          best = std::min(best, Seconds(begin));
+        }
+        rows.push_back({{"from", file ? "memory file" : "anonymous memory"},
+                        {"copy", how},
+                        {"threads", threads},
+                        {"gb_s", Tenth(1e-9 * static_cast<double>(bytes) / best)}});
+      }
+    ::munmap(source, bytes);
+  }
+  ::munmap(target, kTarget);
+  return rows;
+}
+
 int Run(int argc, char** argv) {
   CLI::App app{"loads of a prefix into an engine's pages, through the arena and in place"};
   cli::DaemonOptions daemon_options;
@@ -439,6 +497,8 @@ int Run(int argc, char** argv) {
     std::printf("%s\n", result["loads"].back().dump(1).c_str());
     std::fflush(stdout);
   }
+  result["host_copies"] = HostCopies(quick ? size_t{16} << 20 : size_t{512} << 20);
+  std::printf("%s\n", result["host_copies"].dump().c_str());
   return WriteResult(result, json);
 }
 

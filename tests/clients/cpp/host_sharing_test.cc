@@ -14,6 +14,7 @@
 #include "absl/time/time.h"
 #include "clients/cpp/block_store.h"
 #include "clients/cpp/pool.h"
+#include "clients/cpp/ring_carrier.h"
 #include "gtest/gtest.h"
 #include "tests/e2e/test_daemon.h"
 
@@ -129,6 +130,37 @@ TEST(HostSharing, WithoutItBlocksComeThroughTheArena) {
     ASSERT_TRUE(store->Load(lease, 0, 2, payload).ok());
     EXPECT_EQ(payload[kBytes], std::byte{2});
   }
+}
+
+// What a client that says otherwise is told.
+TEST(HostSharing, MessagesThatMakeNoSenseAreRefused) {
+  const auto daemon = Daemon();
+  const auto pool = Connect(*daemon);
+  const auto store = Open(*pool, "mine");
+  ASSERT_EQ(Fill(*store, 1, 2), 2);
+  const auto ask = [&](bool maps, const auto& change) {
+    client::RingOptions options;
+    options.host_tier = maps;
+    const auto carrier = client::RingCarrier::Connect(daemon->socket_path(), options);
+    EXPECT_TRUE(carrier.ok()) << carrier.status();
+    v1::SessionRequest message;
+    v1::SessionResponse answer;
+    v1::LoadBlocksRequest& request = *message.mutable_load_blocks();
+    request.set_lease_id(Lease(*store, 1, 2));
+    request.set_blocks(2);
+    request.set_in_place(true);
+    change(request);
+    return (*carrier)->Call(&message, &answer);
+  };
+  EXPECT_TRUE(ask(true, [](v1::LoadBlocksRequest&) {}).ok());
+  EXPECT_TRUE(absl::IsFailedPrecondition(ask(false, [](v1::LoadBlocksRequest&) {})));
+  EXPECT_TRUE(absl::IsInvalidArgument(
+      ask(true, [](v1::LoadBlocksRequest& request) { request.mutable_place()->set_bytes(kBytes); })));
+  EXPECT_TRUE(absl::IsInvalidArgument(
+      ask(true, [](v1::LoadBlocksRequest& request) { request.mutable_layout()->set_block_stride(1); })));
+  EXPECT_TRUE(absl::IsInvalidArgument(
+      ask(true, [](v1::LoadBlocksRequest& request) { request.set_form(v1::BLOCK_FORM_TENSORS); })));
+  EXPECT_TRUE(absl::IsOutOfRange(ask(true, [](v1::LoadBlocksRequest& request) { request.set_blocks(3); })));
 }
 
 TEST(HostSharing, OnlyAnAdminMapsIt) {
