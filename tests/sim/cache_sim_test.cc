@@ -1,6 +1,6 @@
 // The simulation over many seeds, and the proof that it finds what it is for. KVTIDE_SIM_SEEDS=first:count
-// and KVTIDE_SIM_STEPS choose others:
-//     KVTIDE_SIM_SEEDS=1000:500 kvtide_test_sim
+// and KVTIDE_SIM_STEPS choose others; tests/sim/run_pieces.sh runs many:
+//     KVTIDE_SIM_SEEDS=1000:500 kvtide_test_sim --gtest_filter='*SimWorlds.*'
 #include "tests/sim/cache_sim.h"
 
 #include <cstdlib>
@@ -18,9 +18,10 @@ class CacheSimTest : public CacheSim {
     const SimRuns runs(count, 200);
     for (int64_t i = 0; i < runs.count; i++)
       if (!Run(world, static_cast<uint32_t>(runs.first + i), runs.steps)) return;
-    std::printf("seeds %lld to %lld, %lld steps each, %llu verbs inside others\n",
+    std::printf("seeds %lld to %lld, %lld steps each, %llu verbs inside others, %llu seals deferred\n",
                 static_cast<long long>(runs.first), static_cast<long long>(runs.first + runs.count - 1),
-                static_cast<long long>(runs.steps), static_cast<unsigned long long>(nested_));
+                static_cast<long long>(runs.steps), static_cast<unsigned long long>(nested_),
+                static_cast<unsigned long long>(deferred_));
   }
 
   // A backend that goes wrong in this way is noticed within a few seeds.
@@ -31,10 +32,23 @@ class CacheSimTest : public CacheSim {
   }
 };
 
-TEST_F(CacheSimTest, UnderPressure) { RunSeeds(World::kPressure, 8); }
-TEST_F(CacheSimTest, InTightTiersWithVerbsInsideOthers) { RunSeeds(World::kTight, 8); }
-TEST_F(CacheSimTest, OverADiskThatFails) { RunSeeds(World::kDisk, 8); }
-TEST_F(CacheSimTest, InRoomyTiersWithVerbsInsideOthers) { RunSeeds(World::kRoomy, 8); }
+using CacheSimWorlds = CacheSimTest;  // what tests/sim/run_pieces.sh runs
+
+TEST_F(CacheSimWorlds, UnderPressure) { RunSeeds(World::kPressure, 8); }
+TEST_F(CacheSimWorlds, InTightTiersWithVerbsInsideOthers) { RunSeeds(World::kTight, 8); }
+TEST_F(CacheSimWorlds, OverADiskThatFails) { RunSeeds(World::kDisk, 8); }
+TEST_F(CacheSimWorlds, InRoomyTiersWithVerbsInsideOthers) { RunSeeds(World::kRoomy, 8); }
+
+// A seed says all: what ran before it in the same process changes nothing.
+TEST_F(CacheSimTest, ASeedRunsTheSameWayAfterOthers) {
+  for (const World world : {World::kPressure, World::kTight, World::kDisk}) {
+    ASSERT_TRUE(Run(world, 3, 60));
+    const std::string alone = trail_;
+    for (uint32_t seed = 4; seed < 7; seed++) ASSERT_TRUE(Run(world, seed, 60));
+    ASSERT_TRUE(Run(world, 3, 60));
+    EXPECT_EQ(trail_, alone);
+  }
+}
 
 TEST_F(CacheSimTest, NoticesACopyToAWrongPlace) {
   EXPECT_TRUE(Notices(World::kRoomy, FaultyBackend::Defect::kCopyElsewhere));
@@ -44,6 +58,11 @@ TEST_F(CacheSimTest, NoticesACopyThatEndsAfterItWasSaidToBeDone) {
 }
 TEST_F(CacheSimTest, NoticesRowsThatWereNotWritten) {
   EXPECT_TRUE(Notices(World::kPressure, FaultyBackend::Defect::kLoseRows));
+}
+// Only a seal that found no room may wait.
+TEST_F(CacheSimTest, NoticesABlockThatIsNotSealed) {
+  EXPECT_TRUE(Notices(World::kPressure, FaultyBackend::Defect::kSealNothing));
+  EXPECT_TRUE(Notices(World::kTight, FaultyBackend::Defect::kSealNothing));
 }
 
 }  // namespace

@@ -293,6 +293,7 @@ void KeyedSim::Step(bool nested) {
 }
 
 bool KeyedSim::Run(uint32_t seed, int64_t steps, World world) {
+  Renew();
   seed_ = seed;
   failed_ = false;
   world_ = world;
@@ -300,7 +301,6 @@ bool KeyedSim::Run(uint32_t seed, int64_t steps, World world) {
   depth_ = 0;
   thread_ = std::this_thread::get_id();
   dice_.seed(seed);
-  disk_.reset();
   files_ = std::make_unique<FaultFileSystem>(seed);
   options_.id_seed = seed + 1;
   options_.eviction = seed % 2 == 0 ? EvictionKind::kLru : EvictionKind::kS3Fifo;
@@ -309,7 +309,6 @@ bool KeyedSim::Run(uint32_t seed, int64_t steps, World world) {
   options_.max_keyed_blocks = Random(3) == 0 ? 40 : kPlenty;
   options_.limits.high_watermark = 0.8;
   options_.limits.low_watermark = 0.5;
-  lives_ = 0;
   store_ = world.remote ? std::make_unique<RemoteStore>() : nullptr;
   remote_ = world.remote ? std::make_unique<FaultRemote>(store_.get()) : nullptr;
   options_.remote = remote_.get();

@@ -8,8 +8,9 @@ namespace kvtide::testing {
 namespace {
 
 class KeyedSimTest : public KeyedSim {};
+using KeyedSimWorlds = KeyedSimTest;  // what tests/sim/run_pieces.sh runs
 
-TEST_F(KeyedSimTest, OverADiskWithRestarts) {
+TEST_F(KeyedSimWorlds, OverADiskWithRestarts) {
   const SimRuns runs(8, 300);
   for (int64_t i = 0; i < runs.count; i++)
     if (!Run(static_cast<uint32_t>(runs.first + i), runs.steps, {})) return;
@@ -20,23 +21,22 @@ TEST_F(KeyedSimTest, OverADiskWithRestarts) {
       static_cast<unsigned long long>(loaded_), static_cast<unsigned long long>(restarts_));
 }
 
-TEST_F(KeyedSimTest, WithARemoteTierThatIsAwaySlowAndForgetful) {
+TEST_F(KeyedSimWorlds, WithARemoteTierThatIsAwaySlowAndForgetful) {
   const SimRuns runs(8, 300);
-  for (int64_t i = 0; i < runs.count; i++)
-    if (!Run(static_cast<uint32_t>(runs.first + i), runs.steps, {.remote = true, .read_faults = i % 2 == 1}))
-      return;
-  EXPECT_GT(fetched_, 0u);
+  for (int64_t seed = runs.first; seed < runs.first + runs.count; seed++)
+    if (!Run(static_cast<uint32_t>(seed), runs.steps, {.remote = true, .read_faults = seed % 2 == 0})) return;
+  EXPECT_TRUE(fetched_ > 0 || runs.count < 8);
   std::printf("seeds %lld to %lld, %lld steps each, %llu blocks fetched, %llu restarts\n",
               static_cast<long long>(runs.first), static_cast<long long>(runs.first + runs.count - 1),
               static_cast<long long>(runs.steps), static_cast<unsigned long long>(fetched_),
               static_cast<unsigned long long>(restarts_));
 }
 
-TEST_F(KeyedSimTest, OverADiskThatCannotBeReadAtAStart) {
+TEST_F(KeyedSimWorlds, OverADiskThatCannotBeReadAtAStart) {
   const SimRuns runs(8, 300);
   for (int64_t i = 0; i < runs.count; i++)
     if (!Run(static_cast<uint32_t>(runs.first + i), runs.steps, {.read_faults = true})) return;
-  EXPECT_GT(restarts_, refused_starts_);
+  EXPECT_TRUE(restarts_ > refused_starts_ || runs.count < 8);
   std::printf("seeds %lld to %lld, %lld steps each, %llu restarts, %llu starts refused\n",
               static_cast<long long>(runs.first), static_cast<long long>(runs.first + runs.count - 1),
               static_cast<long long>(runs.steps), static_cast<unsigned long long>(restarts_),

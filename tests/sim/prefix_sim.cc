@@ -363,6 +363,7 @@ void PrefixSim::Step(bool nested) {
 }
 
 bool PrefixSim::Run(uint32_t seed, int64_t steps, bool lie, bool remote) {
+  Renew();
   seed_ = seed;
   failed_ = false;
   lie_ = lie;
@@ -370,7 +371,6 @@ bool PrefixSim::Run(uint32_t seed, int64_t steps, bool lie, bool remote) {
   depth_ = 0;
   thread_ = std::this_thread::get_id();
   dice_.seed(seed);
-  disk_.reset();
   files_ = std::make_unique<FaultFileSystem>(seed);
   options_.id_seed = seed + 1;
   options_.eviction = seed % 2 == 0 ? EvictionKind::kLru : EvictionKind::kS3Fifo;
@@ -379,7 +379,6 @@ bool PrefixSim::Run(uint32_t seed, int64_t steps, bool lie, bool remote) {
   options_.max_prefix_blocks = Random(4) == 0 ? 20 : 100'000;
   options_.limits.high_watermark = 0.8;
   options_.limits.low_watermark = 0.5;
-  lives_ = 0;
   model_ = Random(2) == 0 ? SmallModel() : MixedModel();
   sequence_ = WithPair("f16");
   store_ = remote ? std::make_unique<RemoteStore>() : nullptr;

@@ -71,6 +71,9 @@ struct CacheStats {
   uint64_t appended_tokens = 0;  // counted when the last layer has them
   uint64_t sealed_blocks = 0;
   uint64_t failed_seals = 0;  // backend errors; the blocks stay exact and are tried again
+  // Times that blocks of a sequence and layer group stayed exact until its next append, because there was no
+  // room to code them or to bring them to where that is done.
+  uint64_t deferred_seals = 0;
   uint64_t copied_on_write_blocks = 0;
   uint64_t window_freed_blocks = 0;  // fell out of a sliding window
   uint64_t evict_calls = 0;
@@ -117,6 +120,12 @@ struct CacheStats {
   int64_t max_tokens_per_sequence = 0;
 };
 
+// Blocks [first, end) of a layer group that the last append would have coded, and found no room to.
+struct DeferredBlocks {
+  int group = 0;
+  int64_t first = 0, end = 0;
+};
+
 struct SequenceInfo {
   SequenceId id = 0;
   ModelId model = 0;
@@ -136,6 +145,7 @@ struct SequenceInfo {
   std::vector<uint64_t> bytes_by_tier;  // shared blocks count in every sequence that holds them
   uint64_t shared_blocks = 0;
   uint64_t dropped_blocks = 0;
+  std::vector<DeferredBlocks> deferred;  // exact until the next append
 };
 
 // Blocks and bytes of a sequence at rest, from the same functions as the allocation (kernels/format).

@@ -25,7 +25,7 @@ namespace kvtide {
 
 // Counters of CacheStats that no part below counts itself.
 struct Counters {
-  uint64_t appended_tokens = 0, sealed_blocks = 0, failed_seals = 0;
+  uint64_t appended_tokens = 0, sealed_blocks = 0, failed_seals = 0, deferred_seals = 0;
   uint64_t copied_on_write_blocks = 0, window_freed_blocks = 0, evict_calls = 0, prefetch_calls = 0;
   uint64_t moves = 0, failed_moves = 0, moved_bytes = 0, dropped_blocks = 0;
   uint64_t compacted_blocks = 0, compacted_bytes = 0;

@@ -95,6 +95,7 @@ void AddCounters(const Counters& counters, CacheStats& stats) {
   stats.appended_tokens = counters.appended_tokens;
   stats.sealed_blocks = counters.sealed_blocks;
   stats.failed_seals = counters.failed_seals;
+  stats.deferred_seals = counters.deferred_seals;
   stats.copied_on_write_blocks = counters.copied_on_write_blocks;
   stats.window_freed_blocks = counters.window_freed_blocks;
   stats.evict_calls = counters.evict_calls;
@@ -204,6 +205,8 @@ SequenceInfo Inspector::Describe(const CacheState& state, const Sequence& sequen
   info.blocks_by_tier.resize(state.store.tiers());
   info.bytes_by_tier.resize(state.store.tiers());
   for (const GroupTable& table : sequence.groups) {
+    if (const int64_t first = std::max(table.sealed, table.first_block()); first < table.deferred)
+      info.deferred.push_back({static_cast<int>(&table - sequence.groups.data()), first, table.deferred});
     for (const Chunk* chunk : table.blocks->chunks()) {
       for (size_t t = 0; t < chunk->tiers.size(); t++) {
         info.blocks_by_tier[t] += chunk->tiers[t].blocks;

@@ -36,7 +36,8 @@ struct GroupTable {
   std::unique_ptr<BlockTable> blocks;
   // seal_at_once only: the f16 twin of each coded block that is not full in all layers, by block number.
   std::map<int64_t, Block*> staging;
-  int64_t sealed = 0;  // blocks below are coded or stay exact for good (the first exact ones)
+  int64_t sealed = 0;    // blocks below are coded or stay exact for good (the first exact ones)
+  int64_t deferred = 0;  // blocks from `sealed` to here found no room to be coded after the last append
   ProfileOptions profile_options;
   std::shared_ptr<const Profile> calibrated;  // the model's, where the sequence uses it
   std::shared_ptr<const Profile> profile;     // for blocks coded from now on; null = none (yet)

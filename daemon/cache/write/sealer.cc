@@ -75,13 +75,14 @@ void Sealer::SettleTable(CacheLock& lock, Sequence& sequence, int group, std::ve
     FreeFallenBlocks(*lock, sequence, table);
     return;
   }
+  const ExactWindow exact = sequence.options.EffectiveWindow();
+  const int64_t end = std::max<int64_t>(0, full - exact.last_blocks);
+  table.deferred = 0;
   bool ready = table.coding();
-  if (ready && full > 0 && table.profile == nullptr) ready = MakeFirstBlockProfile(lock, table);
+  if (ready && full > 0 && table.profile == nullptr) ready = MakeFirstBlockProfile(lock, table, end);
   // Blocks of known tokens are coded and found by them before they leave a sliding window.
   if (!sequence.chain.has_value()) FreeFallenBlocks(*lock, sequence, table);
   if (!ready) return;
-  const ExactWindow exact = sequence.options.EffectiveWindow();
-  const int64_t end = std::max<int64_t>(0, full - exact.last_blocks);
   table.sealed = std::max({table.sealed, table.first_block(), std::min<int64_t>(end, exact.first_blocks)});
   if (table.sealed < end) work.push_back({&sequence, group, end});
 }
@@ -101,15 +102,19 @@ void Sealer::FreeFallenBlocks(CacheState& state, Sequence& sequence, GroupTable&
 
 // False if the sequence wants a profile and a backend error was in the way: sealing waits, so that all coded
 // blocks have it.
-bool Sealer::MakeFirstBlockProfile(CacheLock& lock, GroupTable& table) {
+bool Sealer::MakeFirstBlockProfile(CacheLock& lock, GroupTable& table, int64_t end) {
   if (!table.profile_options.mean && table.profile_options.equalise == Equalise::kNone) return true;
   const int64_t full = table.MinTokens() / kBlockTokens;
   int64_t index = table.first_block();
   while (index < full && (table.at(index)->place == nullptr || table.at(index)->layout() != table.exact))
     index++;
   if (index >= full) return true;
-  if (!BringIn(lock, table, index)) return false;
-  if (table.at(index)->place == nullptr) return MakeFirstBlockProfile(lock, table);  // lost: the next one
+  if (!BringIn(lock, table, index)) {
+    Defer(*lock, table, end);
+    return false;
+  }
+  if (table.at(index)->place == nullptr)
+    return MakeFirstBlockProfile(lock, table, end);  // lost: the next one
   const GroupShape& shape = table.exact->shape();
   const size_t rows = static_cast<size_t>(kBlockTokens) * static_cast<size_t>(shape.kv_heads);
   const PinnedPlace place(lock->store, table.at(index)->place);
@@ -167,6 +172,12 @@ bool Sealer::SealRound(CacheLock& lock, std::vector<Work>& work) {
   return more;
 }
 
+void Sealer::Defer(CacheState& state, GroupTable& table, int64_t end) {
+  if (table.first_block() >= end) return;
+  table.deferred = end;
+  state.counters.deferred_seals++;
+}
+
 // Room for the coded blocks of the table's next exact ones. Sets `sealed` as if all of them succeeded.
 void Sealer::StartSeals(CacheLock& lock, Work& work, int64_t most, std::vector<Seal>& seals) {
   GroupTable& table = work.table();
@@ -177,7 +188,7 @@ void Sealer::StartSeals(CacheLock& lock, Work& work, int64_t most, std::vector<S
     KVTIDE_CHECK(source->layout() == table.exact);
     if (!BringIn(lock, table, table.sealed)) {
       work.stuck = true;
-      return;
+      return Defer(*lock, table, work.end);
     }
     if (source->place == nullptr) continue;  // lost on the way
     PinnedPlace place(lock->store, source->place);
@@ -186,7 +197,7 @@ void Sealer::StartSeals(CacheLock& lock, Work& work, int64_t most, std::vector<S
                           table.coded->block_bytes() * static_cast<size_t>(end - table.sealed));
     if (!target) {
       work.stuck = true;
-      return;
+      return Defer(*lock, table, work.end);
     }
     seals.push_back({work.sequence,
                      work.group,

@@ -57,7 +57,9 @@ class Sealer {
 
   void SettleTable(CacheLock& lock, Sequence& sequence, int group, std::vector<Work>& work);
   bool BringIn(CacheLock& lock, const GroupTable& table, int64_t index);
-  bool MakeFirstBlockProfile(CacheLock& lock, GroupTable& table);
+  bool MakeFirstBlockProfile(CacheLock& lock, GroupTable& table, int64_t end);
+  // No room: blocks up to `end` stay exact until the next append.
+  static void Defer(CacheState& state, GroupTable& table, int64_t end);
   void FreeFallenBlocks(CacheState& state, Sequence& sequence, GroupTable& table);
   // False when nothing is left to do.
   bool SealRound(CacheLock& lock, std::vector<Work>& work);

@@ -161,6 +161,7 @@ void Truncator::CutTable(CacheState& state, Sequence& sequence, int group, Cut& 
   }
   if (cut.tokens == 0) table.blocks->Clear();
   table.sealed = std::min(table.sealed, tail);
+  table.deferred = std::min(table.deferred, tail);
   if (WritingBlock& reopened = cut.reopened[static_cast<size_t>(group)]; reopened) {
     if (sequence.options.seal_at_once) {
       store.AddDirect(reopened.get(), keeper);

@@ -338,6 +338,34 @@ TEST_F(AppendTest, AFailedSealKeepsTheBlocksExactAndTheNextAppendTriesAgain) {
   client.CheckAllLayers();
 }
 
+TEST_F(AppendTest, ASealWithoutRoomWaitsForTheNextAppendAndIsCounted) {
+  Start(3 * 65536, 0);
+  std::vector<Client> others;
+  for (int i = 0; i < 2; i++) {
+    others.emplace_back(*cache_, SmallModel(), WithPair("f16"), random_);
+    ASSERT_TRUE(others.back().Append(64).ok());
+  }
+  Client client(*cache_, SmallModel(), WithPair("q8_0", {0, 0}), random_);
+  ASSERT_TRUE(client.Append(64).ok());
+  EXPECT_EQ(cache_->Stats().sealed_blocks, 0u);
+  EXPECT_EQ(cache_->Stats().deferred_seals, 1u);
+  EXPECT_EQ(cache_->Stats().failed_seals, 0u);
+  ASSERT_EQ(client.info().deferred.size(), 1u);
+  EXPECT_EQ(client.info().deferred[0].first, 0);
+  EXPECT_EQ(client.info().deferred[0].end, 1);
+  EXPECT_EQ(TotalBytes(client.info()), 65536u);
+  for (Client& other : others) {
+    EXPECT_TRUE(other.info().deferred.empty());
+    ASSERT_TRUE(other.Close().ok());
+  }
+  ASSERT_TRUE(client.Append(1).ok());
+  EXPECT_EQ(cache_->Stats().sealed_blocks, 1u);
+  EXPECT_EQ(cache_->Stats().deferred_seals, 1u);
+  EXPECT_TRUE(client.info().deferred.empty());
+  EXPECT_EQ(TotalBytes(client.info()), client.shadow().BytesAtRest());
+  client.CheckAllLayers();
+}
+
 // A call that is given up while it writes or codes ends after the round at hand.
 TEST_F(AppendTest, ACancelledAppendStopsBetweenRounds) {
   Start(64 * kMiB);

@@ -46,7 +46,16 @@ ModelSpec WithTransforms(ModelSpec model) {
   return model;
 }
 
-CacheTest::CacheTest() {
+CacheTest::CacheTest() { Renew(); }
+
+void CacheTest::Renew() {
+  cache_.reset();
+  disk_.reset();
+  files_ = std::make_unique<FaultFileSystem>();
+  second_.reset();
+  lives_ = 0;
+  clock_.Reset();
+  options_ = {};
   options_.background_moves = false;
   options_.clock = clock_.function();
   options_.id_seed = 7;

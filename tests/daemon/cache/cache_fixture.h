@@ -54,6 +54,8 @@ inline bool IsError(const absl::Status& status, absl::StatusCode code, const std
 class CacheTest : public ::testing::Test {
  protected:
   CacheTest();
+  // As it was made: no cache, no disk, new backends, the first moment of the clock, the usual options.
+  void Renew();
   void Start(size_t device_bytes = 8 * kMiB, size_t host_bytes = 8 * kMiB);
   // The same on one or two devices, called "first" and "second" then.
   void StartOn(int devices, size_t device_bytes, size_t host_bytes);

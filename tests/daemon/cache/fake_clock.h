@@ -10,13 +10,15 @@ namespace kvtide::testing {
 
 class FakeClock {
  public:
+  void Reset() { nanoseconds_ = kStart; }
   void Advance(absl::Duration by) { nanoseconds_ += absl::ToInt64Nanoseconds(by); }
   std::function<absl::Time()> function() {
     return [this] { return absl::UnixEpoch() + absl::Nanoseconds(nanoseconds_.load()); };
   }
 
  private:
-  std::atomic<int64_t> nanoseconds_{1'000'000'000};
+  static constexpr int64_t kStart = 1'000'000'000;
+  std::atomic<int64_t> nanoseconds_{kStart};
 };
 
 }  // namespace kvtide::testing

@@ -52,7 +52,7 @@ class FaultyBackend : public Backend {
   }
 
   // Errors that a correct test must notice; see tests/sim.
-  enum class Defect { kNone, kCopyElsewhere, kCopyAfterDone, kLoseRows };
+  enum class Defect { kNone, kCopyElsewhere, kCopyAfterDone, kLoseRows, kSealNothing };
   void Plant(Defect defect) {
     defect_ = defect;
     overdue_.clear();
@@ -95,6 +95,7 @@ class FaultyBackend : public Backend {
   }
   absl::Status Recode(std::span<const RecodePiece> pieces) override {
     if (absl::Status status = Enter(kRecode); !status.ok()) return status;
+    if (defect_ == Defect::kSealNothing) return absl::InternalError("a defect");
     return inner_->Recode(pieces);
   }
   absl::Status Attend(const AttendArgs& args) override {

@@ -106,7 +106,7 @@ void ShadowSequence::CodeRows(size_t g, size_t l, int64_t first_token, int64_t t
     }
 }
 
-void ShadowSequence::Settle() {
+void ShadowSequence::Settle(std::span<const DeferredBlocks> deferred) {
   const ExactWindow exact = options_.EffectiveWindow();
   for (size_t g = 0; g < groups_.size(); g++) {
     Group& group = groups_[g];
@@ -132,6 +132,10 @@ void ShadowSequence::Settle() {
     if (pair == ExactPair()) continue;
     for (int64_t block = group.first_block; block < full; block++) {
       if (IsExactBlock(block, full, exact) || group.coded[static_cast<size_t>(block)]) continue;
+      if (std::any_of(deferred.begin(), deferred.end(), [&](const DeferredBlocks& blocks) {
+            return static_cast<size_t>(blocks.group) == g && block >= blocks.first && block < blocks.end;
+          }))
+        continue;
       group.coded[static_cast<size_t>(block)] = true;
       for (size_t l = 0; !options_.seal_at_once && l < group.layers.size(); l++)
         CodeRows(g, l, block * kBlockTokens, kBlockTokens);

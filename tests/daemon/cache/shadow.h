@@ -7,9 +7,11 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
+#include "daemon/cache/call/cache_stats.h"
 #include "daemon/cache/call/model.h"
 #include "daemon/cache/call/sequence_options.h"
 #include "kernels/format/profile.h"
@@ -32,8 +34,9 @@ class ShadowSequence {
 
   // New rows of one model layer, [tokens][kv_heads][dim]; what follows an append is done by Settle.
   void Append(int layer, const std::vector<float>& k, const std::vector<float>& v, int64_t tokens);
-  // After all layers of a call are appended.
-  void Settle();
+  // After all layers of a call are appended. Blocks of `deferred` stay exact until the next time: the cache
+  // had no room to code them.
+  void Settle(std::span<const DeferredBlocks> deferred = {});
   void Truncate(int64_t tokens);
 
   // Rows of tokens [first, first + tokens) of a layer as they are stored.
