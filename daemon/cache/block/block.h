@@ -113,28 +113,31 @@ struct Block {
   const BlockKind* kind = nullptr;
   Place* place = nullptr;   // null: dropped
   SequenceId sequence = 0;  // the one that wrote it; forks share the block
-  BlockKey key;             // by which it is found, or was: in its namespace, or as a block of a prefix
-  uint64_t checksum = 0;    // XXH3 of the bytes, computed on arrival in a tier that wants it; always with I/O
+  // By which it is found, or was, or would be: in its namespace, or as a block of a prefix.
+  BlockKey key;
+  uint64_t checksum = 0;  // XXH3 of the bytes, computed on arrival in a tier that wants it; always with I/O
   // The block lives while it is in a chunk, has a direct entry, is a block of a prefix or is held.
   ChunkList chunks;             // that have it
   int32_t index = 0;            // block number in the sequence that wrote it
   RecordSlot record = kNoSlot;  // none: not in a table yet, or dropped
   // In the list of its record and tier.
   uint32_t previous = kNoSlot, next = kNoSlot;
-  int leases = 0;                  // of clients that are about to load it: not dropped
-  int direct_entries = 0;          // twins of seal_at_once, which are in no chunk
-  int direct_keepers = 0;          // of these, of sequences that do not allow drops
-  int holds = 0;                   // running calls that have the pointer
-  bool keyed = false;              // it has a direct entry of the index of keys (keyed_index.h)
-  bool durable = false;            // keyed: a place of it is kept for a restart
-  bool checked : 1 = true;         // keyed or cached prefix: false after a restart, until its label was seen
-  bool offered : 1 = false;        // to the remote tier, because it is about to be dropped here
-  bool writing = false;            // an append or seal fills it; not moved, not dropped
-  bool moving = false;             // being copied to another tier; not written
-  bool copy_before_write = false;  // a reader may still see rows that were truncated away: whoever writes
-                                   // next copies the block while it is read
-  bool has_checksum = false;
-  bool has_backup = false;  // a place with the same bytes, kept by manifests (BlockStore::Backup)
+  int leases = 0;  // of clients that are about to load it: not dropped
+  int holds = 0;   // running calls that have the pointer
+  // Entries in no chunk, of which there are not more than sequences: twins of seal_at_once, and that of the
+  // index of keys; and those of sequences that do not allow drops.
+  uint64_t direct_entries : 24 = 0;
+  uint64_t direct_keepers : 24 = 0;
+  bool keyed : 1 = false;    // it has a direct entry of the index of keys (keyed_index.h)
+  bool durable : 1 = false;  // keyed: a place of it is kept for a restart
+  bool checked : 1 = true;   // keyed or cached prefix: false after a restart, until its label was seen
+  bool offered : 1 = false;  // to the remote tier, because it is about to be dropped here
+  bool writing : 1 = false;  // an append or seal fills it; not moved, not dropped
+  bool moving : 1 = false;   // being copied to another tier; not written
+  bool copy_before_write : 1 = false;  // a reader may still see rows that were truncated away: whoever writes
+                                       // next copies the block while it is read
+  bool has_checksum : 1 = false;
+  bool has_backup : 1 = false;  // a place with the same bytes, kept by manifests (BlockStore::Backup)
 
   const BlockLayout* layout() const { return kind->layout; }
   const std::shared_ptr<const Profile>& profile() const { return kind->profile; }
@@ -146,12 +149,12 @@ struct Block {
 
   // Entries of all tables, and those of sequences that do not allow drops.
   int references() const {
-    int count = direct_entries;
+    int count = static_cast<int>(direct_entries);
     for (const Chunk* chunk : chunks) count += chunk->owners;
     return count;
   }
   int keepers() const {
-    int count = direct_keepers;
+    int count = static_cast<int>(direct_keepers);
     for (const Chunk* chunk : chunks) count += chunk->keepers;
     return count;
   }
@@ -162,7 +165,7 @@ struct Block {
   bool droppable() const { return used() && keepers() == 0 && leases == 0; }
   BlockForm form() const { return layout() != nullptr ? BlockForm(layout()) : BlockForm::Opaque(bytes()); }
 };
-static_assert(sizeof(Block) == 104);
+static_assert(sizeof(Block) == 96);
 
 // Counts the place for a tenant, once.
 inline void Charge(Place* place, TenantAccount* account) {

@@ -273,6 +273,7 @@ void BlockStore::CountAlone(const Block& block, int sign) {
 void BlockStore::AddDirect(Block* block, bool keeper) {
   const int before = block->references();
   if (block->chunks.size() == 1 && block->direct_entries == 0) block->chunks.front()->sole--;
+  KVTIDE_CHECK(block->direct_entries < (1 << 24) - 1);
   block->direct_entries++;
   if (keeper) block->direct_keepers++;
   CountShared(*block, before);

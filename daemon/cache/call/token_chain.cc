@@ -78,7 +78,7 @@ void TokenChain::Add(int64_t start, std::span<const TokenId> ids) {
   if (kept_.capacity() > 4 * kKeptBlocks * kBlockTokens) kept_.shrink_to_fit();
 }
 
-void TokenChain::Cut(int64_t tokens) {
+void TokenChain::Cut(int64_t tokens, const BlockKey& last) {
   if (tokens >= tokens_) return;
   const int64_t from = kept_from();
   if (tokens >= from) {
@@ -88,7 +88,22 @@ void TokenChain::Cut(int64_t tokens) {
     kept_.clear();
     tokens_ = tokens / kBlockTokens * kBlockTokens;
   }
-  keys_.resize(static_cast<size_t>(tokens_ / kBlockTokens));
+  const int64_t blocks = tokens_ / kBlockTokens;
+  if (blocks > forgotten_ || blocks == 0) {
+    forgotten_ = std::min(forgotten_, blocks);
+    keys_.resize(static_cast<size_t>(blocks - forgotten_));
+  } else {
+    forgotten_ = blocks - 1;
+    keys_.assign(1, last);
+  }
+}
+
+void TokenChain::Forget(int64_t blocks) {
+  const int64_t from = std::min(blocks, this->blocks() - 1);
+  if (from <= forgotten_) return;
+  keys_.erase(keys_.begin(), keys_.begin() + (from - forgotten_));
+  forgotten_ = from;
+  if (keys_.capacity() > 2 * keys_.size() + kKeptBlocks) keys_.shrink_to_fit();
 }
 
 }  // namespace kvtide

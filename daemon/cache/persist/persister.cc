@@ -191,8 +191,8 @@ std::vector<Block*> Persister::Fallen(const CacheState& state, const Sequence& s
     const int64_t first =
         PrefixIndex::FirstBlock(*sequence.prefixes, static_cast<int>(g), sequence.found_blocks);
     for (int64_t i = first; i < std::min(sequence.groups[g].first_block(), sequence.found_blocks); i++)
-      if (Block* const block = state.prefixes.Get(
-              *sequence.prefixes, sequence.chain->keys()[static_cast<size_t>(i)], static_cast<int>(g));
+      if (Block* const block =
+              state.prefixes.Get(*sequence.prefixes, PrefixIndex::KeyOf(sequence, i), static_cast<int>(g));
           block != nullptr)
         fallen.push_back(block);
   }
@@ -345,7 +345,7 @@ Manifest Persister::DescribeEmpty(const CacheState& state, const Sequence& seque
   }
   if (sequence.chain.has_value()) {
     manifest.chain_seed = sequence.prefixes->seed;
-    manifest.chain_keys = sequence.chain->keys();
+    manifest.chain_keys = PrefixIndex::KeysOf(sequence);
   }
   return manifest;
 }
@@ -395,7 +395,7 @@ Manifest Persister::Describe(const CacheState& state, const Sequence& sequence,
 std::unique_ptr<KeptPrefix> Persister::KeepPrefix(CacheState& state, const Sequence& sequence) {
   if (index_ == nullptr || !sequence.durable.exists || sequence.found_blocks == 0) return nullptr;
   const PrefixSpace& space = *sequence.prefixes;
-  const std::vector<BlockKey>& keys = sequence.chain->keys();
+  const std::vector<BlockKey> keys = PrefixIndex::KeysOf(sequence);
   const int groups = static_cast<int>(sequence.groups.size());
   // The longest prefix that is durable with everything that the next token would see.
   constexpr int64_t kTries = 64;
@@ -570,16 +570,22 @@ RestoreReport Persister::Restore() {
     refused.push_back(key);
   }
   std::sort(shards.begin(), shards.end());
+  std::vector<Returned> cached;
   for (const auto& [written, key] : shards) {
     const std::string& bytes = manifests.at(key);
     const bool keyed = IsKeyedManifest(bytes);
-    const absl::Status status =
-        keyed ? RestoreShard(lock, key, bytes, &report) : RestoreRun(lock, bytes, &report);
+    const absl::Status status = keyed ? RestoreShard(lock, key, bytes, &report, &cached.emplace_back())
+                                      : RestoreRun(lock, bytes, &report, &cached.emplace_back());
     if (status.ok()) continue;
     if (keyed || !absl::IsNotFound(status))  // a prefix of which nothing is left was dropped in order
       report.lost.push_back(absl::StrCat(keyed ? "blocks of a namespace (" : "a cached prefix (", key,
                                          "): ", status.message()));
     refused.push_back(key);
+  }
+  // What was written last was used last.
+  for (auto returned = cached.rbegin(); returned != cached.rend(); ++returned) {
+    const RecencyPtr record = lock->store.NewRecency(core_.options().clock());
+    for (Block* const block : returned->blocks) lock->store.Join(block, record, returned->end);
   }
   profiles_.clear();
   // Its blocks' room is given to others from now on.
@@ -653,12 +659,15 @@ absl::Status Persister::RestoreOne(CacheLock& lock, const std::string& bytes, Re
   report->blocks += sequence->durable.places.size();
   for (const Place* place : sequence->durable.places) report->bytes += lock->store.BlockAt(*place)->bytes();
   lock->prefixes.Register(*sequence, core_.options().max_prefix_blocks, nullptr);
+  PrefixIndex::ForgetKeys(*sequence);
   return absl::OkStatus();
 }
 
 // A prefix that was durable when its sequence was closed. What was dropped later may be another's by now: it
 // is left out, or its label tells.
-absl::Status Persister::RestoreRun(CacheLock& lock, const std::string& bytes, RestoreReport* report) {
+absl::Status Persister::RestoreRun(CacheLock& lock, const std::string& bytes, RestoreReport* report,
+                                   Returned* returned) {
+  returned->end = BlockStore::End::kColdest;  // its end goes first
   KVTIDE_ASSIGN_OR_RETURN(const Manifest manifest, Decode(bytes));
   last_written_ = std::max(last_written_, manifest.written_unix_nanos);
   KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, Rebuild(lock, manifest));
@@ -682,7 +691,7 @@ absl::Status Persister::RestoreRun(CacheLock& lock, const std::string& bytes, Re
         block = RestoreBlock(lock, manifest, g, b, *sequence, &guard);
         if (block == nullptr || block->prefix() != nullptr) continue;
         lock->prefixes.Insert(space, key, static_cast<int>(g), block);
-        store.Join(block, sequence->recency.own, BlockStore::End::kColdest);
+        returned->blocks.push_back(block);
       }
       Place* const place = DurablePlace(lock->store, *block);
       if (place == nullptr || place->offset != from.offset || place->Written().write_id != from.write_id)

@@ -88,7 +88,13 @@ class Persister {
   absl::StatusOr<Manifest> Decode(const std::string& bytes);
   // A sequence as it was created, which is in no list yet.
   absl::StatusOr<SequencePtr> Rebuild(CacheLock& lock, const Manifest& manifest);
-  absl::Status RestoreRun(CacheLock& lock, const std::string& bytes, RestoreReport* report);
+  // Blocks of a list or a run that came back, and have no recency yet.
+  struct Returned {
+    std::vector<Block*> blocks;
+    BlockStore::End end = BlockStore::End::kHottest;  // where each joins those before it
+  };
+  absl::Status RestoreRun(CacheLock& lock, const std::string& bytes, RestoreReport* report,
+                          Returned* returned);
   Block* RestoreBlock(CacheLock& lock, const Manifest& manifest, size_t group, size_t at,
                       const Sequence& sequence, WritingBlock* guard);
   static absl::Status CheckCoding(const ManifestGroup& group, const GroupTable& table);
@@ -110,7 +116,8 @@ class Persister {
   void PersistNamespaces(CacheLock& lock);
   // Of a deleted namespace, and those that could not be erased before.
   absl::Status EraseShards(CacheLock& lock, std::span<const std::unique_ptr<KeyedShard>> shards);
-  absl::Status RestoreShard(CacheLock& lock, uint64_t id, const std::string& bytes, RestoreReport* report);
+  absl::Status RestoreShard(CacheLock& lock, uint64_t id, const std::string& bytes, RestoreReport* report,
+                            Returned* returned);
 
   CacheCore& core_;
   RoomMaker room_;

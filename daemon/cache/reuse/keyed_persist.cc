@@ -240,7 +240,7 @@ absl::Status Persister::EraseShards(CacheLock& lock, std::span<const std::unique
 }
 
 absl::Status Persister::RestoreShard(CacheLock& lock, uint64_t id, const std::string& bytes,
-                                     RestoreReport* report) {
+                                     RestoreReport* report, Returned* returned) {
   KVTIDE_ASSIGN_OR_RETURN(const KeyedManifest manifest, DecodeKeyedManifest(bytes));
   BlockStore& store = lock->store;
   last_written_ = std::max(last_written_, manifest.written_at);
@@ -252,7 +252,6 @@ absl::Status Persister::RestoreShard(CacheLock& lock, uint64_t id, const std::st
   }
   auto shard = std::make_unique<KeyedShard>();
   shard->id = id;
-  const RecencyPtr record = store.NewRecency(core_.options().clock());
   for (const KeyedManifestBlock& from : manifest.blocks) {
     Block* const block =
         space->blocks.contains(from.key) || lock->keyed.blocks() >= core_.options().max_keyed_blocks
@@ -270,7 +269,7 @@ absl::Status Persister::RestoreShard(CacheLock& lock, uint64_t id, const std::st
     block->checked = false;
     store.SetAccount(block, space->account);
     lock->keyed.Insert(*space, from.key, block);
-    store.Join(block, record);
+    returned->blocks.push_back(block);
     store.Keep(block->place);
     block->durable = true;
     shard->blocks.push_back(block->id);

@@ -242,6 +242,7 @@ void PrefixReuse::TakeOver(CacheState& state, const PrefixSpacePtr& space, std::
   sequence.prefixes = space;
   sequence.chain.emplace(space->seed, std::vector<BlockKey>(begin.begin(), begin.end()));
   sequence.found_blocks = blocks;
+  PrefixIndex::ForgetKeys(sequence);
   sequence.reused_tokens = tokens;
   sequence.changes++;
   state.sequences.NotEmptyAnyMore(sequence);

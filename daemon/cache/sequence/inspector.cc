@@ -263,6 +263,13 @@ void Inspector::CheckInvariants() const {
       counted[block].first++;
       if (sequence->keeper()) counted[block].second++;
     };
+    if (sequence->chain.has_value() && sequence->chain->forgotten() > 0)
+      KVTIDE_CHECK(std::any_of(sequence->groups.begin(), sequence->groups.end(),
+                               [&](const GroupTable& table) {
+                                 return table.window <= 0 && table.first_block() == 0 &&
+                                        table.end_block() >= sequence->chain->forgotten();
+                               }),
+                   "sequence ", id, " has forgotten hashes that no table has");
     for (const GroupTable& table : sequence->groups) {
       KVTIDE_CHECK(table.first_block() >= 0 && table.sealed >= 0);
       if (!sequence->writer) {

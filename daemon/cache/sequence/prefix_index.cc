@@ -25,6 +25,13 @@ bool IsAlone(const Block& block) { return block.chunks.empty(); }
 
 bool IsCoded(const Block& block) { return !(block.layout()->pair() == ExactPair()); }
 
+// A table that has every block of the sequence; null: all have a sliding window.
+const GroupTable* WholeTable(const Sequence& sequence) {
+  const auto whole = std::find_if(sequence.groups.begin(), sequence.groups.end(),
+                                  [](const GroupTable& table) { return table.window <= 0; });
+  return whole != sequence.groups.end() ? &*whole : nullptr;
+}
+
 uint64_t HashOf(const std::shared_ptr<const Profile>& profile) {
   return profile != nullptr ? profile->hash : 0;
 }
@@ -151,8 +158,7 @@ bool PrefixIndex::DropColdest() {
 bool PrefixIndex::Continues(const Sequence& sequence, size_t group, int64_t index) const {
   const GroupTable& table = sequence.groups[group];
   if (index <= table.first_block() || !IsCoded(*table.at(index - 1))) return true;
-  const Block* const before = Get(*sequence.prefixes, sequence.chain->keys()[static_cast<size_t>(index - 1)],
-                                  static_cast<int>(group));
+  const Block* const before = Get(*sequence.prefixes, KeyOf(sequence, index - 1), static_cast<int>(group));
   return before != nullptr && HashOf(before->profile()) == HashOf(table.profile);
 }
 
@@ -170,7 +176,7 @@ uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most, UnsentBlocks* 
   uint64_t dropped = 0;
   RecencyPtr returned;  // of blocks that were dropped not long ago
   for (int64_t index = sequence.found_blocks; index < end; index++) {
-    const BlockKey& key = sequence.chain->keys()[static_cast<size_t>(index)];
+    const BlockKey key = KeyOf(sequence, index);
     for (size_t g = 0; g < sequence.groups.size(); g++) {
       GroupTable& table = sequence.groups[g];
       if (index < table.first_block() || index >= table.end_block()) continue;
@@ -214,6 +220,36 @@ uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most, UnsentBlocks* 
   }
   sequence.found_blocks = std::max(sequence.found_blocks, end);
   return dropped;
+}
+
+BlockKey PrefixIndex::KeyOf(const Sequence& sequence, int64_t index) {
+  const TokenChain& chain = *sequence.chain;
+  return index < chain.forgotten() ? WholeTable(sequence)->at(index)->key : chain.key(index);
+}
+
+std::vector<BlockKey> PrefixIndex::KeysOf(const Sequence& sequence) {
+  std::vector<BlockKey> keys;
+  keys.reserve(static_cast<size_t>(sequence.chain->blocks()));
+  for (int64_t index = 0; index < sequence.chain->blocks(); index++) keys.push_back(KeyOf(sequence, index));
+  return keys;
+}
+
+void PrefixIndex::ForgetKeys(Sequence& sequence) {
+  const GroupTable* const whole = WholeTable(sequence);
+  if (!sequence.chain.has_value() || whole == nullptr) return;
+  TokenChain& chain = *sequence.chain;
+  const int64_t end = std::min({sequence.found_blocks, chain.blocks(), whole->end_block()});
+  int64_t index = chain.forgotten();
+  for (; index < end; index++) {
+    Block* const block = whole->at(index);
+    const BlockKey& key = chain.key(index);
+    if (block->key == key) continue;
+    // One that is not found, and so needs no key of its own.
+    if (block->keyed || block->prefix() != nullptr || (block->key != BlockKey{} && block->references() > 1))
+      break;
+    block->key = key;
+  }
+  chain.Forget(index);
 }
 
 int64_t PrefixIndex::FirstBlock(const PrefixSpace& space, int group, int64_t blocks) {

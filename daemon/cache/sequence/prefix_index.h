@@ -74,6 +74,12 @@ class PrefixIndex {
   // `unsent`, if it is not null, hears of what was not found before. Returns how many were dropped to make
   // place.
   uint64_t Register(Sequence& sequence, uint64_t most, UnsentBlocks* unsent);
+  // The hash of a full block of the sequence's known tokens, and of all of them. Of old blocks it is kept by
+  // the block, in a group without a sliding window; where all groups have one, by the chain.
+  static BlockKey KeyOf(const Sequence& sequence, int64_t index);
+  static std::vector<BlockKey> KeysOf(const Sequence& sequence);
+  // The chain forgets the hashes of what was registered, as its blocks have them.
+  static void ForgetKeys(Sequence& sequence);
   // The most full blocks from the first one on that a sequence can begin with: of every group those that the
   // next token would see.
   struct Prefix {

@@ -34,11 +34,13 @@ void Sealer::Register(CacheState& state, std::span<const SequencePtr> sequences)
     state.counters.dropped_blocks +=
         state.prefixes.Register(*sequence, options.max_prefix_blocks, &state.unsent);
     const int64_t found = sequence->found_blocks - before;
-    if (options.trace == nullptr || found <= 0) continue;
-    options.trace->Record({options.clock(), TraceVerb::kSeal, sequence->prefixes->seed, kBlockTokens,
-                           PrefixIndex::BlockBytes(*sequence), 0,
-                           std::span(sequence->chain->keys())
-                               .subspan(static_cast<size_t>(before), static_cast<size_t>(found))});
+    if (options.trace != nullptr && found > 0)
+      options.trace->Record({options.clock(), TraceVerb::kSeal, sequence->prefixes->seed, kBlockTokens,
+                             PrefixIndex::BlockBytes(*sequence), 0,
+                             std::span(sequence->chain->keys())
+                                 .subspan(static_cast<size_t>(before - sequence->chain->forgotten()),
+                                          static_cast<size_t>(found))});
+    PrefixIndex::ForgetKeys(*sequence);
   }
 }
 

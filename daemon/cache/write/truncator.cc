@@ -34,7 +34,10 @@ absl::Status Truncator::Truncate(SequenceId id, int64_t tokens, const CallContex
   if (status.code() == absl::StatusCode::kResourceExhausted) lock->counters.exhausted++;
   KVTIDE_RETURN_IF_ERROR(Annotate(status, absl::StrCat("truncating sequence ", id, " to ", tokens)));
   for (size_t g = 0; g < sequence->groups.size(); g++) CutTable(*lock, *sequence, static_cast<int>(g), cut);
-  if (sequence->chain.has_value()) sequence->chain->Cut(tokens);
+  if (sequence->chain.has_value()) {
+    const int64_t blocks = std::min(tokens, sequence->chain->tokens()) / kBlockTokens;
+    sequence->chain->Cut(tokens, blocks > 0 ? PrefixIndex::KeyOf(*sequence, blocks - 1) : BlockKey{});
+  }
   sequence->found_blocks = std::min(sequence->found_blocks, cut.tail_index());
   sequence->changes++;
   lock->sequences.CountHeld(*sequence);

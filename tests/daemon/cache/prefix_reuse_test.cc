@@ -447,6 +447,24 @@ TEST_F(PrefixReuseTest, WhatWasDurableIsFoundAfterARestart) {
   }
 }
 
+// What was left last is the hottest after a restart too.
+TEST_F(PrefixReuseTest, ARestartKeepsTheOrderOfWhatIsCached) {
+  options_.max_prefix_blocks = 6;
+  StartSmall();
+  const SequenceOptions options = WithPair("f16");
+  const Tokens first = SomeTokens(1, 192), second = SomeTokens(2, 192);
+  Leave(options, first, SmallModel(), true);
+  clock_.Advance(absl::Seconds(5));
+  Leave(options, second, SmallModel(), true);
+  Restart(false);
+  ASSERT_EQ(Cached(options, first), 192);
+  ASSERT_EQ(Cached(options, second), 192);
+  Restart(false);  // lookups are uses
+  Leave(options, SomeTokens(3, 64));
+  EXPECT_EQ(Cached(options, first), 128);
+  EXPECT_EQ(Cached(options, second), 192);
+}
+
 // peers: entries of a restored state whose places others had by then.
 TEST_F(PrefixReuseTest, WhatWasDroppedAfterItWasWrittenDownIsNeverServed) {
   std::mt19937 random(4);

@@ -114,6 +114,30 @@ TEST(TokenChain, CutsGoOnWhereTheIdsAreKnown) {
       EXPECT_EQ(chain.blocks(), static_cast<int64_t>(cut) / kBlockTokens);
     }
   }
+  // One that forgets hashes goes on in the same way.
+  for (int round = 0; round < 300; round++) {
+    std::vector<TokenId> ids = Ids(random(), 1 + random() % 1200);
+    TokenChain whole(2), brief(2);
+    whole.Add(0, ids);
+    brief.Add(0, ids);
+    brief.Forget(static_cast<int64_t>(random() % 25));
+    EXPECT_EQ(brief.blocks(), whole.blocks());
+    if (random() % 2 == 0) {
+      const auto cut = static_cast<int64_t>(random() % (ids.size() + 1));
+      const int64_t blocks = cut / kBlockTokens;
+      brief.Cut(cut, blocks > 0 ? whole.key(blocks - 1) : BlockKey{});
+      whole.Cut(cut);
+    }
+    const std::vector<TokenId> more = Ids(random(), 300);
+    whole.Add(whole.tokens(), more);
+    brief.Add(brief.tokens(), more);
+    ASSERT_EQ(brief.tokens(), whole.tokens());
+    ASSERT_EQ(brief.blocks(), whole.blocks());
+    for (int64_t block = brief.forgotten(); block < brief.blocks(); block++)
+      EXPECT_EQ(brief.key(block), whole.key(block)) << block;
+    brief.Forget(brief.blocks());
+    EXPECT_EQ(brief.forgotten(), std::max<int64_t>(0, brief.blocks() - 1));
+  }
   // The last blocks are always known.
   TokenChain chain(2);
   const std::vector<TokenId> ids = Ids(1, 10'000);
