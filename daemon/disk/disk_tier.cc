@@ -360,7 +360,21 @@ std::string DiskTier::EncodeEntry(const Manifest& manifest) {
   return text;
 }
 
-// Of each key the newest manifest that is whole counts. The index says which keys there should be.
+int64_t DiskTier::VersionOf(const std::string& entry) {
+  std::string page = entry.size() > sizeof(uint64_t) ? entry.substr(sizeof(uint64_t)) : "";
+  page.resize(kDiskPage);
+  const absl::StatusOr<BlockLabel> label = ReadExtentHeader(std::as_bytes(std::span(page)));
+  return label.ok() ? label->index : 0;
+}
+
+void DiskTier::Lose(std::string what) {
+  lost_.push_back(std::move(what));
+  MutexLock lock(mu_);
+  stats_.manifest_errors++;
+}
+
+// Of each key the newest manifest that is whole counts. The index says which keys there should be, and which
+// manifest was the newest one.
 absl::Status DiskTier::OpenIndex(bool fresh) {
   MutexLock lock(index_mu_);
   std::vector<size_t> unread;
@@ -381,12 +395,26 @@ absl::Status DiskTier::OpenIndex(bool fresh) {
   absl::StatusOr<std::unique_ptr<Journal>> journal =
       Journal::Open(*options_.files, options_.folder, key_.get());
   if (journal.ok()) {
-    for (const auto& [key, text] : (*journal)->entries())
-      if (manifests_.count(key) == 0) lost_.push_back(absl::StrCat("the manifest of ", key, " is damaged"));
+    for (const auto& [key, text] : (*journal)->entries()) {
+      const int64_t version = VersionOf(text);
+      last_version_ = std::max(last_version_, version);
+      if (const auto counts = manifests_.find(key); counts == manifests_.end()) {
+        Lose(absl::StrCat("the manifest of ", key, " is damaged"));
+      } else if (version > counts->second.label.index) {
+        Lose(absl::StrCat("the newest manifest of ", key,
+                          " is damaged: an older one counts, and what was made durable after that is lost"));
+      }
+    }
   } else {
     const absl::StatusCode code = journal.status().code();
     if (code != absl::StatusCode::kNotFound && code != absl::StatusCode::kDataLoss) return journal.status();
     if (!fresh) rebuild_reason_ = std::string(journal.status().message());
+    for (const Manifest& manifest : found) {
+      const auto counts = manifests_.find(manifest.label.sequence);
+      if (counts == manifests_.end() || counts->second.label.index < manifest.label.index)
+        Lose(absl::StrCat("a manifest of ", manifest.label.sequence,
+                          " is damaged, and so is the index, which would say whether it counted"));
+    }
   }
   if (!journal.ok() || (*journal)->entries() != entries)
     journal = Journal::Create(*options_.files, options_.folder, std::move(entries), key_.get());
@@ -584,7 +612,6 @@ IoTierStats DiskTier::Stats() const {
 
 std::map<uint64_t, std::string> DiskTier::Load(std::vector<std::string>* lost) {
   MutexLock lock(index_mu_);
-  *lost = lost_;
   std::map<uint64_t, std::string> values;
   std::vector<uint64_t> unread;
   for (const auto& [key, manifest] : manifests_) {
@@ -592,10 +619,11 @@ std::map<uint64_t, std::string> DiskTier::Load(std::vector<std::string>* lost) {
     if (value.ok()) {
       values[key] = *std::move(value);
     } else {
-      lost->push_back(absl::StrCat("the manifest of ", key, ": ", value.status().message()));
+      Lose(absl::StrCat("the manifest of ", key, ": ", value.status().message()));
       unread.push_back(key);
     }
   }
+  *lost = lost_;
   if (unread.empty()) return values;
   // As in OpenIndex: nobody knows the keys from now on, and they must not come back.
   if (const absl::Status status = EraseKeys(unread); !status.ok())

@@ -75,7 +75,9 @@ class DiskTier : public IoTier, public DurableIndex {
     BlockLabel label;
     bool operator==(const Manifest&) const = default;
   };
+  // What the index has of a manifest.
   static std::string EncodeEntry(const Manifest& manifest);
+  static int64_t VersionOf(const std::string& entry);  // 0: it cannot be read
 
   explicit DiskTier(DiskTierOptions options);
   // The label that begins an extent, whose page may be encrypted. `decryptor`, which may be null, is for the
@@ -88,6 +90,8 @@ class DiskTier : public IoTier, public DurableIndex {
   // And the pages that could not be read.
   absl::StatusOr<std::vector<Manifest>> ScanManifests(std::vector<size_t>* unread);
   absl::StatusOr<std::string> ReadManifest(const Manifest& manifest);
+  // A manifest that was there and cannot be read.
+  void Lose(std::string what) ABSL_EXCLUSIVE_LOCKS_REQUIRED(index_mu_);
   absl::Status WriteManifest(Manifest& manifest, const std::string& value)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(index_mu_);
   // The parts of the tier's bytes that lie in one segment each.

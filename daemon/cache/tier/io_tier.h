@@ -65,7 +65,10 @@ struct IoTierStats {
   uint64_t reads = 0, writes = 0;  // extents
   uint64_t read_errors = 0, write_errors = 0, sync_errors = 0;
   uint64_t checksum_errors = 0;  // labels or bytes that were not those expected
-  bool encrypted = false;        // what lies there cannot be read without a key
+  // At the start: keys of the index whose newest value could not be read, lost or with an older one that
+  // counts.
+  uint64_t manifest_errors = 0;
+  bool encrypted = false;  // what lies there cannot be read without a key
   bool writable = true;
   std::string problem;  // the last error while it is not writable; empty: none
 };
@@ -90,7 +93,8 @@ class IoTier {
 class DurableIndex {
  public:
   virtual ~DurableIndex() = default;
-  // What is there; `lost` gets one line for each value that was there and cannot be read any more.
+  // What is there; `lost` gets one line for each value that was there and cannot be read any more, whether an
+  // older one of its key counts now or none.
   virtual std::map<uint64_t, std::string> Load(std::vector<std::string>* lost) = 0;
   // Everything that Run has written before is durable, then the value of the key, when this returns OK: its
   // former one names nothing any more then. After an error either of them may be there at the next start, and

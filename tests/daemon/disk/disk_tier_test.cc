@@ -296,6 +296,36 @@ TEST_P(DiskTierTest, ADamagedManifestIsLostAlone) {
   EXPECT_TRUE(tier_->Put(1, "new").ok());
 }
 
+// Two manifests of a key are there when the former one could not be wiped. If the newer one is damaged the
+// former counts, and that is said: what it does not name is lost.
+TEST_P(DiskTierTest, AnOlderManifestThatCountsIsSaid) {
+  for (const size_t damaged : {size_t{100}, kDiskPage + 100}) {  // the label, the value
+    SCOPED_TRACE(damaged);
+    Open();
+    ASSERT_TRUE(tier_->Put(1, std::string(5000, 'a')).ok());
+    files_.Fail(FaultFileSystem::kWrite, 2);  // after the manifest and the index
+    ASSERT_TRUE(tier_->Put(1, std::string(5000, 'b')).ok());
+    files_.ClearFaults();
+    ASSERT_TRUE(files_.Damage(absl::StrCat(kFolder, "/manifests"), 3 * kDiskPage + damaged));
+    Restart();
+    std::vector<std::string> lost;
+    EXPECT_EQ(tier_->Load(&lost).at(1), std::string(5000, 'a'));
+    ASSERT_EQ(lost.size(), 1u);
+    EXPECT_NE(lost[0].find("newest manifest of 1 is damaged: an older one counts"), std::string::npos)
+        << lost[0];
+    EXPECT_EQ(tier_->Stats().manifest_errors, 1u);
+    // It is said once, and the next value is the newest one.
+    ASSERT_TRUE(tier_->Put(1, "new").ok());
+    Restart();
+    EXPECT_EQ(tier_->Load(&lost).at(1), "new");
+    EXPECT_TRUE(lost.empty());
+    EXPECT_EQ(tier_->Stats().manifest_errors, 0u);
+    const uint64_t key = 1;
+    ASSERT_TRUE(tier_->Erase({&key, 1}).ok());
+    tier_.reset();
+  }
+}
+
 // An offload that was still under way when its sequence was closed does not bring it back (Mooncake #2799,
 // #3160).
 TEST_P(DiskTierTest, ErasedKeysStayErasedWhenTheIndexIsLost) {
