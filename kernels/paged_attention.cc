@@ -38,7 +38,8 @@ absl::Status CheckPagedOptions(const PagedOptions& options, std::span<const Page
   if (Info(options.pair.k).calibrated || Info(options.pair.v).calibrated)
     return absl::InvalidArgumentError(absl::StrCat(PairName(options.pair),
                                                    ": calibrated types need transforms of a profile, which "
-                                                   "pages of an engine do not have; choose another K type"));
+                                                   "pages that an engine attends itself do not have; choose "
+                                                   "another K type, or let the pool attend"));
   if (options.shape.layers != 1)
     return absl::InvalidArgumentError(
         absl::StrCat("a page of ", options.shape.layers, " layers: a page is one layer of a block"));

@@ -88,9 +88,9 @@ struct ModelLayer {
   float scale = 0;              // 0 = 1/sqrt(head_dim_k)
   float softcap = 0;            // 0 = none
   std::vector<float> key_mean;  // [kv_heads][head_dim_k], for KeyCentring::kCalibrated; empty = none
-  // For K types tide4, tide3, tide2, as model.proto has them; empty = none.
+  // For K types tide4 to tide1, as model.proto has them; empty = none.
   std::vector<float> key_transform;  // [kv_heads][head_dim_k][head_dim_k]
-  std::vector<uint8_t> key_widths;   // [kv_heads][3][head_dim_k rounded up to 32, / 8]
+  std::vector<uint8_t> key_widths;   // [kv_heads][4][head_dim_k rounded up to 32, / 8]
   std::vector<float> key_centre;     // [kv_heads][head_dim_k]
   // Of RoPE that is taken back before keys are transformed (before RoPE), [pairs], radians a position; empty:
   // they are transformed as they are stored (after RoPE, or without).

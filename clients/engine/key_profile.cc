@@ -56,8 +56,12 @@ absl::Status ReadTransforms(const WeightMap& tensors, RopePairs rope_pairs, KeyP
     KVTIDE_ASSIGN_OR_RETURN(layer.frequencies, Values(tensors, FrequencyName(l), {pairs}));
     KVTIDE_ASSIGN_OR_RETURN(layer.centres, Values(tensors, CentreName(l), {heads, dim}));
     KVTIDE_ASSIGN_OR_RETURN(layer.matrices, Values(tensors, TransformName(l), {heads, dim, dim}));
-    KVTIDE_ASSIGN_OR_RETURN(const std::vector<float> numbers,
-                            Values(tensors, WidthName(l), {heads, kTideTypes, Groups(*profile)}));
+    const auto widths = tensors.find(WidthName(l));
+    const int64_t types = widths != tensors.end() && widths->second.shape.size() == 3 ? widths->second.shape[1]
+                                                                                      : kTideTypes;
+    KVTIDE_ASSIGN_OR_RETURN(
+        const std::vector<float> numbers,
+        Values(tensors, WidthName(l), {heads, types == kLeastTideTypes ? types : kTideTypes, Groups(*profile)}));
     for (const float number : numbers) {
       if (!(number >= 0 && number <= kMostTideWidth))
         return absl::InvalidArgumentError(absl::StrCat(WidthName(l), " has the value ", number));
@@ -121,7 +125,9 @@ absl::Status WriteKeyProfile(const std::string& path, const KeyProfile& profile)
                        std::as_bytes(std::span(layer.matrices))});
     tensors.push_back({WidthName(l),
                        DataType::kF32,
-                       {profile.kv_heads, kTideTypes, Groups(profile)},
+                       {profile.kv_heads,
+                        static_cast<int64_t>(widths[l].size()) / (profile.kv_heads * Groups(profile)),
+                        Groups(profile)},
                        std::as_bytes(std::span(widths[l]))});
   }
   std::map<std::string, std::string> metadata = {{"format", profile.transforms.empty() ? kFormat

@@ -7,7 +7,7 @@
 // there are "layers.N.key_frequencies", f32 [pairs], of RoPE in radians a position, metadata "rope_pairs" =
 // "halves" or "neighbours" (rope.h), and of keys with RoPE taken back: "layers.N.key_centre", f32
 // [kv_heads][head_dim], their mean, "layers.N.key_transform", f32 [kv_heads][head_dim][head_dim], channel by
-// coefficient, and "layers.N.key_widths", f32 holding integers, [kv_heads][types tide4, tide3, tide2][groups
+// coefficient, and "layers.N.key_widths", f32 holding integers, [kv_heads][types tide4 to tide1][groups
 // of 8 coefficients]. Format "kvtide-key-profile-4" is the same of keys as they are stored, after RoPE, whose
 // statistics hold for the positions that the text had: metadata "context", tokens of a window (0 = not said).
 // A reader refuses other formats by name; 2 had transforms of keys after RoPE and another layout.

@@ -50,10 +50,10 @@ absl::Status CheckLayer(const v1::Layer& layer) {
   KVTIDE_RETURN_IF_ERROR(check("key_transform", layer.key_transform(),
                                mean_bytes * static_cast<size_t>(shape.head_dim_k),
                                "f32 [kv_heads][head_dim_k][head_dim_k]"));
-  KVTIDE_RETURN_IF_ERROR(
-      check("key_widths", layer.key_widths(),
-            static_cast<size_t>(shape.kv_heads * kTideTypes * StoredDim(shape.head_dim_k) / kTideGroup),
-            "[kv_heads][3][head_dim_k rounded up to 32, / 8]"));
+  const size_t groups = static_cast<size_t>(shape.kv_heads * StoredDim(shape.head_dim_k) / kTideGroup);
+  const bool old = layer.key_widths().size() == kLeastTideTypes * groups;  // without tide1
+  KVTIDE_RETURN_IF_ERROR(check("key_widths", layer.key_widths(), groups * (old ? kLeastTideTypes : kTideTypes),
+                               "[kv_heads][4 types][head_dim_k rounded up to 32, / 8]"));
   const bool transformed = !layer.key_transform().empty();
   if (transformed == layer.key_widths().empty() || transformed == layer.key_centre().empty())
     return absl::InvalidArgumentError(

@@ -39,6 +39,7 @@ absl::StatusOr<planner::CalibratedKeys> CalibratedKeysOf(const ModelSpec& spec, 
   for (const LayerGroupSpec& group : newest.groups) {
     keys.transforms = keys.transforms && !group.key_transforms.empty();
     keys.after_rope = !group.key_transforms.empty() && group.key_transforms.frequencies.empty();
+    keys.lowest = keys.lowest && HasWidthsOf(CalibratedTypes().back(), group.shape, group.key_transforms);
   }
   if (keys.means || keys.transforms) return keys;
   return absl::InvalidArgumentError(

@@ -1,5 +1,6 @@
 #include "kernels/format/catalogue.h"
 
+#include <algorithm>
 #include <array>
 
 #include "absl/strings/str_cat.h"
@@ -83,7 +84,7 @@ absl::StatusOr<CachePair> ParseCachePair(std::string_view text) {
   if (Info(pair.v).calibrated)
     return absl::InvalidArgumentError(absl::StrCat("pair '", std::string(text), "': ", Name(pair.v),
                                                    " codes keys only; write ", Name(pair.k), "/turbo",
-                                                   Info(pair.v).bits, ", for example"));
+                                                   std::max(2, Info(pair.v).bits), ", for example"));
   return pair;
 }
 

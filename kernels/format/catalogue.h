@@ -32,7 +32,7 @@ using CacheTypes = CodecList<F16, Bf16, Q8_0, Q5_0, Q4_0, Turbo4, Turbo3, Turbo2
 
 // Calibrated types come after them. They code keys only, with a profile of the model, and are no templates:
 // tide.h, tide_codec.h.
-constexpr int kCodecTypes = CacheTypes::kSize, kCacheTypes = kCodecTypes + 3;
+constexpr int kCodecTypes = CacheTypes::kSize, kCacheTypes = kCodecTypes + 4;
 
 enum class CacheType : uint8_t {};
 
@@ -53,7 +53,7 @@ const CacheTypeInfo& Info(CacheType type);
 inline const char* Name(CacheType type) { return Info(type).name; }
 // The types of CacheTypes, which code keys and values of any model.
 std::vector<CacheType> AllCacheTypes();
-// tide4, tide3, tide2: keys only.
+// tide4, tide3, tide2, tide1: keys only.
 std::vector<CacheType> CalibratedTypes();
 inline int CalibratedIndex(CacheType type) { return static_cast<int>(type) - kCodecTypes; }
 

@@ -87,8 +87,9 @@ absl::Status CompareKeyTypes(std::span<const KeyTypeHarm> harms, std::vector<Key
   for (const KeyTypeHarm& harm : harms)
     errors->push_back({Name(harm.type), Name(harm.beside), harm.own / harm.of_leaving_out,
                        harm.of_beside / harm.of_leaving_out});
-  for (const KeyTypeError& error : *errors) {
-    if (error.error < error.beside_error) continue;
+  for (size_t i = 0; i < harms.size(); i++) {
+    const KeyTypeError& error = (*errors)[i];
+    if (error.error < error.beside_error || Info(harms[i].beside).bits > Info(harms[i].type).bits) continue;
     return absl::InvalidArgumentError(absl::StrCat("on the tokens that were held back ", error.type,
                                                    " changes logits by ", error.error, ", ", error.beside,
                                                    " by ", error.beside_error, " of their variance"));
@@ -175,7 +176,7 @@ absl::StatusOr<std::vector<KeyTypeHarm>> KeySums::Measure(const Profile& profile
   for (const CacheType type : CalibratedTypes()) {
     KeyTypeHarm total;
     total.type = type;
-    KVTIDE_ASSIGN_OR_RETURN(total.beside, ParseCacheType(absl::StrCat("turbo", Info(type).bits)));
+    KVTIDE_ASSIGN_OR_RETURN(total.beside, ParseCacheType(absl::StrCat("turbo", std::max(2, Info(type).bits))));
     std::vector<KeyTypeHarm> sums(held_.size());
     pool_->ParallelFor(static_cast<int64_t>(held_.size()), [&](int64_t h) {
       const auto index = static_cast<size_t>(h);

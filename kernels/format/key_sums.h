@@ -16,7 +16,7 @@
 
 namespace kvtide {
 
-// Error of logits on the tokens that were held back, the same bits for both: mean square of (q . error of a
+// Error of logits on the tokens that were held back, the same bits for both (2 beside tide1): mean square of (q . error of a
 // key) over queries, tokens and heads, relative to that of (q . (key minus mean)).
 struct KeyTypeError {
   std::string type, beside;  // tide3, turbo3 around the calibrated mean
@@ -29,7 +29,8 @@ struct KeyTypeHarm {
   double own = 0, of_beside = 0, of_leaving_out = 0;
 };
 
-// The errors; InvalidArgument names the first type that is not better than the one beside it.
+// The errors; InvalidArgument names the first type that is not better than the one of the same bits beside
+// it.
 absl::Status CompareKeyTypes(std::span<const KeyTypeHarm> harms, std::vector<KeyTypeError>* errors);
 
 class KeySums {
@@ -53,7 +54,7 @@ class KeySums {
   std::vector<float> Means(int layer) const;
   // Means and transforms. InvalidArgument as MakeTideProfile has it.
   absl::StatusOr<Profile> MakeProfile() const { return MakeTideProfile(shape_, heads_); }
-  // Harm of each calibrated type, and of turbo of the same bits, on what was held back. InvalidArgument if
+  // Harm of each calibrated type, and of turbo of the same bits or the least, on what was held back. InvalidArgument if
   // that is nothing.
   absl::StatusOr<std::vector<KeyTypeHarm>> Measure(const Profile& profile) const;
 

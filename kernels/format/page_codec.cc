@@ -121,7 +121,7 @@ const HeadProfile& Transform(CacheType type, Side side, const HalfLayout& layout
   const size_t d = static_cast<size_t>(layout.head_dim);
   KVTIDE_CHECK(side == Side::kKey && profile != nullptr && profile->transform.size() == d * d &&
                    profile->inverse.size() == d * d && profile->centre.size() == d &&
-                   profile->widths.size() == static_cast<size_t>(kTideTypes * layout.stored_dim / kTideGroup),
+                   HasWidthsOf(type, profile->widths.size(), 1, layout.stored_dim),
                Name(type), " without a transform of head dim ", d);
   return *profile;
 }

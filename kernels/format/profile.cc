@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/check.h"
 #include "kernels/base/status.h"
 #include "kernels/format/tide.h"
 
@@ -42,6 +43,14 @@ bool Invert(size_t n, std::vector<double>& rows) {
   return true;
 }
 
+// Of the widths of so many heads, the types that they are for; 0 if they are for none.
+size_t CountTypes(size_t widths, size_t heads, int stored_dim) {
+  const size_t each = heads * static_cast<size_t>(stored_dim / kTideGroup);
+  for (size_t types = kLeastTideTypes; types <= kTideTypes; types++)
+    if (widths == types * each) return types;
+  return 0;
+}
+
 }  // namespace
 
 absl::Status CheckProfileFor(CacheType key_type, const GroupShape& shape, const Profile* profile) {
@@ -49,13 +58,19 @@ absl::Status CheckProfileFor(CacheType key_type, const GroupShape& shape, const 
   if (!info.calibrated) return absl::OkStatus();
   const size_t heads = static_cast<size_t>(shape.layers) * static_cast<size_t>(shape.kv_heads);
   const size_t dim = static_cast<size_t>(shape.head_dim_k);
-  const size_t widths = static_cast<size_t>(kTideTypes * StoredDim(shape.head_dim_k) / kTideGroup);
   const bool fits = profile != nullptr && profile->k.size() == heads &&
                     std::all_of(profile->k.begin(), profile->k.end(), [&](const HeadProfile& head) {
                       return (head.mean.empty() || head.mean.size() == dim) && head.centre.size() == dim &&
                              head.transform.size() == dim * dim && head.inverse.size() == dim * dim &&
-                             head.widths.size() == widths;
+                             CountTypes(head.widths.size(), 1, StoredDim(shape.head_dim_k)) > 0;
                     });
+  const bool old = fits && std::any_of(profile->k.begin(), profile->k.end(), [&](const HeadProfile& head) {
+                     return !HasWidthsOf(key_type, head.widths.size(), 1, StoredDim(shape.head_dim_k));
+                   });
+  if (old)
+    return absl::InvalidArgumentError(
+        absl::StrCat(info.name, " keys: this profile is older than the type and has no widths for it; make it "
+                                "anew with `kvtide calibrate`"));
   const bool alike = fits && std::all_of(profile->k.begin(), profile->k.end(), [&](const HeadProfile& head) {
                        return head.turned_back() == profile->keys_turned_back();
                      });
@@ -71,8 +86,20 @@ absl::Status CheckProfileFor(CacheType key_type, const GroupShape& shape, const 
                    ": make one with `kvtide calibrate`, or choose another K type"));
 }
 
+bool HasWidthsOf(CacheType type, size_t widths, size_t heads, int stored_dim) {
+  return CountTypes(widths, heads, stored_dim) > static_cast<size_t>(CalibratedIndex(type));
+}
+
+bool HasWidthsOf(CacheType type, const GroupShape& shape, const KeyTransforms& transforms) {
+  return HasWidthsOf(type, transforms.widths.size(),
+                     static_cast<size_t>(shape.layers) * static_cast<size_t>(shape.kv_heads),
+                     StoredDim(shape.head_dim_k));
+}
+
 std::span<const uint8_t> WidthsOf(CacheType type, const HeadProfile& head) {
-  const size_t groups = head.widths.size() / kTideTypes;
+  const size_t groups = static_cast<size_t>(StoredDim(static_cast<int>(head.centre.size())) / kTideGroup);
+  KVTIDE_CHECK(HasWidthsOf(type, head.widths.size(), 1, static_cast<int>(groups) * kTideGroup), Name(type),
+               " without widths");
   return std::span(head.widths).subspan(groups * static_cast<size_t>(CalibratedIndex(type)), groups);
 }
 
@@ -94,13 +121,14 @@ absl::Status CompleteTransform(int head_dim, HeadProfile& head) {
       return bad("a frequency of RoPE of ", x, ", must be 0 to ", kMostFrequency, " radians a position");
   if (head.transform.size() != n * n)
     return bad("a transform of ", head.transform.size(), " values for head dim ", n, ", must be ", n * n);
-  if (head.widths.size() != kTideTypes * groups)
+  if (CountTypes(head.widths.size(), 1, StoredDim(head_dim)) == 0)
     return bad(head.widths.size(), " widths for head dim ", n, ", must be ", kTideTypes * groups);
   if (!head.gain.empty()) return bad("gains beside a transform");
   for (const float x : head.transform)
     if (!(std::abs(x) <= kMostEntry))
       return bad("a value of ", x, " in a transform, must be within +-", kMostEntry);
   for (const CacheType type : CalibratedTypes()) {
+    if (!HasWidthsOf(type, head.widths.size(), 1, StoredDim(head_dim))) continue;
     const std::span<const uint8_t> widths = WidthsOf(type, head);
     int sum = 0;
     for (size_t g = 0; g < groups; g++) {

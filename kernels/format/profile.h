@@ -9,7 +9,8 @@
 // Calibrated types (tide.h) code y, the key turned back by its position ("before RoPE"), or, of a head
 // without frequencies, the key as it is ("after RoPE"). With X = y - centre and coefficients z,
 //     z_j = sum_i X_i transform[i][j]      X_i = sum_j inverse[i][j] z_j
-// and the widths of the groups of 8 coefficients, for each of the calibrated types. Attention rebuilds keys
+// and the widths of the groups of 8 coefficients, for each of the calibrated types, or for the first
+// kLeastTideTypes of them, as profiles have them that are older than the rest. Attention rebuilds keys
 // that were turned back as they were, so mean and queries do not matter to it. To others it turns its
 // queries,
 //     q . k = sum_j (sum_i q_i inverse[i][j]) z_j + q . centre
@@ -33,7 +34,7 @@ struct HeadProfile {
   std::vector<float> centre;     // [head_dim], mean of the keys that calibrated types code
   std::vector<float> transform;  // [head_dim][head_dim], channel by coefficient; empty = none
   std::vector<float> inverse;    // the same shape
-  std::vector<uint8_t> widths;   // [kTideTypes][stored_dim / 8], 0..6; what lies above head_dim has 0
+  std::vector<uint8_t> widths;   // [types][stored_dim / 8], 0..6; what lies above head_dim has 0
 
   // Whether calibrated types take RoPE back before they code a key of this head.
   bool turned_back() const { return !rope.frequencies.empty(); }
@@ -59,16 +60,20 @@ struct KeyTransforms {
   std::vector<float> frequencies;  // [layers][pairs], radians a position; empty = no RoPE is taken back
   std::vector<float> centres;      // [layers][kv_heads][head_dim_k]
   std::vector<float> matrices;     // [layers][kv_heads][head_dim_k][head_dim_k], channel by coefficient
-  std::vector<uint8_t> widths;     // [layers][kv_heads][kTideTypes][stored_dim / 8]
+  std::vector<uint8_t> widths;     // [layers][kv_heads][types][stored_dim / 8]
   bool empty() const { return matrices.empty(); }
   bool operator==(const KeyTransforms&) const = default;
 };
 
 // OK if keys of the type can be coded and attended with the profile, which may be null: a calibrated type
-// needs a transform of the right size for every head, and heads that are all turned back or none.
+// needs a transform of the right size and widths of its own for every head, and heads that are all turned
+// back or none.
 // InvalidArgument says what to do.
 absl::Status CheckProfileFor(CacheType key_type, const GroupShape& shape, const Profile* profile);
 
+// Whether a profile of `heads` heads with so many widths of a stored dim has those of a calibrated type.
+bool HasWidthsOf(CacheType type, size_t widths, size_t heads, int stored_dim);
+bool HasWidthsOf(CacheType type, const GroupShape& shape, const KeyTransforms& transforms);
 // The widths of a calibrated type, [stored_dim / 8]; the head has them.
 std::span<const uint8_t> WidthsOf(CacheType type, const HeadProfile& head);
 

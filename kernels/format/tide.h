@@ -1,4 +1,4 @@
-// Cache types tide4, tide3 and tide2: keys as transform coefficients with the bits where the queries look.
+// Cache types tide4 to tide1: keys as transform coefficients with the bits where the queries look.
 // They code keys only, and only with a calibrated profile (profile.h). RoPE is taken back (rope.h), so that a
 // key depends on its token and no longer on its place; a head's transform turns it minus its mean into
 // uncorrelated coefficients of variance 1, sorted by how much they move the logits of the model's queries,
@@ -11,8 +11,8 @@
 // otherwise clip.
 //
 // Half a page is a code plane of TideUnits units of 64 bytes, then u8[64] gains (TideGain); together as many
-// bytes as turbo of the same bits at one f16 scale a token. A group of width w takes w units, one bit plane
-// each: bit e of byte TideByte(token, group) of unit b is bit b of the code of coefficient 8 * group + e.
+// bytes as turbo of the same bits at one f16 scale a token, and for tide1, which has no such turbo, one bit a
+// value with the gain. A group of width w takes w units, one bit plane each: bit e of byte TideByte(token, group) of unit b is bit b of the code of coefficient 8 * group + e.
 // Groups follow each other without gaps; what they do not fill is zero. The bytes of a unit stand in the
 // order of an 8-bit key plane (page_order.h): its 16-byte slots hold two tokens, and 8 bytes of a bit plane
 // become 64 bytes of that plane.
@@ -25,9 +25,10 @@
 
 namespace kvtide {
 
-constexpr int kTideTypes = 3;  // in the order of HeadProfile::widths
-constexpr const char* kTideNames[kTideTypes] = {"tide4", "tide3", "tide2"};
-constexpr int kTideBits[kTideTypes] = {4, 3, 2};
+constexpr int kTideTypes = 4;       // in the order of HeadProfile::widths
+constexpr int kLeastTideTypes = 3;  // of profiles that were made before there was tide1
+constexpr const char* kTideNames[kTideTypes] = {"tide4", "tide3", "tide2", "tide1"};
+constexpr int kTideBits[kTideTypes] = {4, 3, 2, 1};
 constexpr int kTideVersion = 2;   // raised with every change of what stored bytes mean
 constexpr int kMaxTideDim = 512;  // one scale for any vector
 constexpr int kTideGroup = 8, kMostTideWidth = 6;
@@ -36,9 +37,10 @@ constexpr int kTideUnitBytes = 64;
 constexpr int kTideGainBytes = 64;
 
 // Units of 64 bytes, and so the most that the widths of a head may add up to: what the gains leave of the
-// scales of turbo is one unit more.
+// scales of turbo is one unit more. The gains of tide1 take the place of one.
 KVTIDE_HD constexpr int TideUnits(int bits, int stored_dim) {
-  return static_cast<int>(CodePlaneBytes(bits, stored_dim)) / kTideUnitBytes + 1;
+  return bits == 1 ? stored_dim / kTideGroup - 1
+                   : static_cast<int>(CodePlaneBytes(bits, stored_dim)) / kTideUnitBytes + 1;
 }
 
 // Place of a token's byte in every unit of a group.

@@ -1,4 +1,4 @@
-// Half pages of calibrated keys: the definition of the bytes of tide4, tide3 and tide2 (tide.h). Plain code
+// Half pages of calibrated keys: the definition of the bytes of tide4 to tide1 (tide.h). Plain code
 // for the CPU; may be called from any thread. EncodeHalf and DecodeHalf of page_codec.h end here for these
 // types.
 #pragma once

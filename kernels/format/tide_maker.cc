@@ -293,10 +293,13 @@ absl::StatusOr<Profile> MakeTideProfile(const GroupShape& shape, std::span<const
 absl::StatusOr<Profile> MakeCalibratedProfile(const GroupShape& shape, std::span<const float> means,
                                               const KeyTransforms& transforms) {
   const size_t d = static_cast<size_t>(shape.head_dim_k),
-               each = kTideTypes * static_cast<size_t>(StoredDim(shape.head_dim_k) / kTideGroup);
+               groups = static_cast<size_t>(StoredDim(shape.head_dim_k) / kTideGroup);
   const size_t layers = static_cast<size_t>(shape.layers), kv_heads = static_cast<size_t>(shape.kv_heads),
                heads = layers * kv_heads;
   const size_t pairs = transforms.frequencies.size() / layers;
+  // Widths of a head; older profiles have fewer.
+  const size_t each =
+      groups * (transforms.widths.size() == heads * kLeastTideTypes * groups ? kLeastTideTypes : kTideTypes);
   if (means.size() != heads * d || transforms.centres.size() != heads * d ||
       transforms.matrices.size() != heads * d * d || transforms.widths.size() != heads * each ||
       transforms.frequencies.size() != layers * pairs)

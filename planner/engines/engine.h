@@ -26,10 +26,11 @@ struct CalibratedKeys {
   std::string name;  // of the profile, for people
   std::string text;  // that it was made from, and how much of it; empty and 0 where nobody knows
   int64_t tokens = 0;
-  bool transforms = false;  // it has those that tide4, tide3 and tide2 need
+  bool transforms = false;  // it has those that tide4 and its lower types need
   bool after_rope = false;  // they are of keys as they are stored, not of keys with RoPE taken back
   int64_t context = 0;      // positions that such transforms were made from; 0 = not known
   bool means = true;        // types that need no transforms may be coded around its means
+  bool lowest = true;       // with transforms: tide1 too, for which older profiles have no widths
 };
 
 struct EngineOptions {

@@ -218,10 +218,11 @@ std::vector<TypePair> KvtidePairs(const EngineOptions& options) {
     if (info.storage == Storage::kCodes && info.bits < 8) pairs.push_back({"q8_0", info.name});
   }
   if (!options.calibrated_keys.has_value() || !options.calibrated_keys->transforms) return pairs;
-  // Values have no calibrated type: turbo of the same bits and of fewer.
+  // Values have no calibrated type: turbo of the same bits and of fewer, or the least.
   for (CacheType k : CalibratedTypes()) {
+    if (Info(k).bits == 1 && !options.calibrated_keys->lowest) continue;
     for (const char* v : {"turbo4", "turbo3", "turbo2"}) {
-      if (Info(*ParseCacheType(v)).bits <= Info(k).bits) pairs.push_back({Name(k), v});
+      if (Info(*ParseCacheType(v)).bits <= std::max(2, Info(k).bits)) pairs.push_back({Name(k), v});
     }
   }
   return pairs;

@@ -128,6 +128,10 @@ Support Kvtide(const EngineOptions& options, const TypePair& pair, int dk, int d
                          " needs a profile with transforms of the model's keys (--profile); `kvtide "
                          "calibrate` makes one")};
   }
+  if (Info(types->k).bits == 1 && !options.calibrated_keys->lowest)
+    return {SupportLevel::kRefused, "kvtide",
+            absl::StrCat("the profile is older than ", pair.k,
+                         " and has no widths for it; `kvtide calibrate` makes it anew")};
   if (options.calibrated_keys->after_rope) return {SupportLevel::kNative, "kvtide", ""};
   return {
       SupportLevel::kDequantise, "kvtide",

@@ -22,7 +22,7 @@ struct QualityRow {
   int64_t context = 0;
   TypePair pair;
   // The text of the profile around whose means keys were coded (`kvtide eval --profile`), and with whose
-  // transforms in tide4, tide3 and tide2; empty = no profile. In files "TEXT@after-rope" is one whose
+  // transforms in tide types; empty = no profile. In files "TEXT@after-rope" is one whose
   // transforms are of keys after RoPE.
   std::string key_profile;
   bool after_rope = false;

@@ -4,7 +4,7 @@
 //   [--repeats 7]
 //                    [--clock wall|cpu] [--simd best|avx2|plain] [--json FILE]
 //
-// Types are pairs, or one type for both. K types tide4, tide3 and tide2 get a profile made from rows whose
+// Types are pairs, or one type for both. K types tide4 to tide1 get a profile made from rows whose
 // channels weaken as those of models do; "tide3/turbo3@after-rope" codes keys after RoPE.
 //
 // Decode: one query over one long sequence of 8 KV heads, larger than the last-level cache, time of a whole

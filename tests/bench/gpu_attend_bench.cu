@@ -57,6 +57,7 @@ constexpr Shape kShapes[] = {
     {"tide3/turbo3", 33, 4, 32768, 128, 16},
     {"tide2/turbo2", 33, 4, 32768, 128, 8},
     {"tide2/turbo2", 33, 4, 32768, 128, 16},
+    {"tide1/turbo2", 33, 4, 32768, 128, 8},
     {"tide3/turbo3", 33, 4, 32768, 64, 8},
     {"tide2/turbo2", 33, 4, 32768, 64, 8},
     {"tide3/turbo3", 1, 8, 131072, 128, 4},
@@ -67,9 +68,12 @@ constexpr Shape kShapes[] = {
     {"tide3/turbo3", 33, 4, 32768, 128, 16, true},
     {"tide2/turbo2", 33, 4, 32768, 128, 8, true},
     {"tide2/turbo2", 33, 4, 32768, 128, 16, true},
+    {"tide1/turbo2", 33, 4, 32768, 128, 8, true},
+    {"tide1/turbo2", 33, 4, 32768, 128, 16, true},
     {"tide4/turbo4", 33, 4, 32768, 64, 8, true},
     {"tide3/turbo3", 33, 4, 32768, 64, 8, true},
     {"tide2/turbo2", 33, 4, 32768, 64, 8, true},
+    {"tide1/turbo2", 33, 4, 32768, 64, 8, true},
     {"tide3/turbo3", 1, 8, 131072, 128, 4, true},
     {"tide2/turbo2", 66, 8, 4096, 128, 4, true},
     {"tide3/turbo3", 512, 8, 512, 128, 4, true},
@@ -181,9 +185,10 @@ Profile MakeProfile(int kv_heads, int dim, bool levels) {
   const std::vector<std::vector<uint8_t>> widths =
       dim == 128 ? std::vector<std::vector<uint8_t>>{{6, 6, 5, 5, 5, 5, 4, 4, 4, 4, 4, 3, 3, 3, 2, 2},
                                                      {6, 5, 4, 4, 4, 4, 3, 3, 3, 3, 2, 2, 2, 2, 1, 1},
-                                                     {6, 4, 3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 0, 0, 0}}
+                                                     {6, 4, 3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 0, 0, 0},
+                                                     {5, 3, 2, 2, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0}}
                  : std::vector<std::vector<uint8_t>>{
-                       {6, 6, 5, 5, 4, 3, 2, 1}, {5, 5, 4, 4, 3, 2, 1, 1}, {4, 4, 3, 2, 2, 1, 1, 0}};
+                       {6, 6, 5, 5, 4, 3, 2, 1}, {5, 5, 4, 4, 3, 2, 1, 1}, {4, 4, 3, 2, 2, 1, 1, 0}, {3, 2, 1, 1, 0, 0, 0, 0}};
   std::mt19937 rng(3);
   std::normal_distribution<float> normal;
   Profile profile;

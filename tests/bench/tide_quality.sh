@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures calibrated keys (tide4, tide3, tide2) beside turbo on one model: makes a profile from one text, evaluates
+# Measures calibrated keys (tide4 to tide1) beside turbo on one model: makes a profile from one text, evaluates
 # pairs on another, and writes two files into a folder: NAME.json, as `kvtide eval --output json` has it, and
 # NAME.calibration.txt, what `kvtide calibrate` says.
 #
@@ -16,7 +16,7 @@ cd "$(dirname "$0")/../.."
 
 name=$1 model=$2 calibration=$3 text=$4 folder=${5:-tests/bench/results}
 build=${KVTIDE_BUILD:-build/dev}
-pairs=${PAIRS:-turbo4/turbo4,tide4/turbo4,turbo3/turbo3,tide3/turbo3,tide2/turbo3,turbo2/turbo2,tide2/turbo2}
+pairs=${PAIRS:-turbo4/turbo4,tide4/turbo4,turbo3/turbo3,tide3/turbo3,tide2/turbo3,turbo2/turbo2,tide2/turbo2,tide1/turbo2}
 kvtide=$build/clients/cli/kvtide
 with_model=()
 [ -z "$model" ] || with_model=(--model "$model")

@@ -73,8 +73,8 @@ TEST(KeySumsTest, TheSameRowsGiveTheSameProfileHoweverTheyArrive) {
   EXPECT_EQ(whole.Means(1), single.Means(1));
   const auto harms = whole.Measure(*a), others = single.Measure(*b);
   ASSERT_TRUE(harms.ok() && others.ok());
-  ASSERT_EQ(harms->size(), 3u);
-  for (size_t i = 0; i < 3; i++) {
+  ASSERT_EQ(harms->size(), 4u);
+  for (size_t i = 0; i < harms->size(); i++) {
     EXPECT_EQ((*harms)[i].own, (*others)[i].own);
     EXPECT_EQ((*harms)[i].of_beside, (*others)[i].of_beside);
   }
@@ -103,7 +103,7 @@ TEST(KeySumsTest, KeysHeldBackFromHereAndThereAreMeasuredAtTheirOwnPositions) {
     }
   }
   const std::vector<KeyTypeHarm> harms = scattered.Measure(profile).value();
-  for (size_t i = 0; i < 3; i++) {
+  for (size_t i = 0; i < harms.size(); i++) {
     EXPECT_NEAR(harms[i].own, expected[i].own, 0.02 * expected[i].own) << Name(harms[i].type);
     EXPECT_NEAR(harms[i].of_beside, expected[i].of_beside, 1e-3 * expected[i].of_beside);
     EXPECT_NEAR(harms[i].of_leaving_out, expected[i].of_leaving_out, 1e-6 * expected[i].of_leaving_out);
@@ -122,12 +122,15 @@ TEST(KeySumsTest, SaysWhatIsMissing) {
   const auto profile = sums.MakeProfile();
   ASSERT_TRUE(profile.ok()) << profile.status();
   EXPECT_THAT(std::string(sums.Measure(*profile).status().message()), testing::HasSubstr("held back"));
-  // A type that is no better, and errors that are no numbers.
+  // A type that is no better than one of the same bits, and errors that are no numbers.
   std::vector<KeyTypeError> errors;
   for (const double own : {2.0, std::numeric_limits<double>::quiet_NaN()}) {
     const KeyTypeHarm harm{*ParseCacheType("tide3"), *ParseCacheType("turbo3"), own, 2.0, 10.0};
     EXPECT_THAT(std::string(CompareKeyTypes({&harm, 1}, &errors).message()), testing::HasSubstr("tide3"));
   }
+  const KeyTypeHarm lowest{*ParseCacheType("tide1"), *ParseCacheType("turbo2"), 2.0, 1.0, 10.0};
+  EXPECT_TRUE(CompareKeyTypes({&lowest, 1}, &errors).ok()) << "beside it are twice the bits";
+  EXPECT_EQ(errors[0].error, 0.2);
 }
 
 TEST(KeySumsTest, BytesOfAnyShapeAreANumber) {

@@ -1,6 +1,7 @@
 // Profiles of calibrated keys for tests: made without libm, so that golden files hold on every machine.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -37,8 +38,9 @@ inline HeadProfile TideHead(int dim, uint64_t seed) {
   head.widths.assign(kTideTypes * groups, 0);
   for (size_t type = 0; type < kTideTypes; type++) {
     uint8_t* widths = head.widths.data() + type * groups;
-    widths[random.Below(dim / kTideGroup)] = kMostTideWidth;
-    for (int left = TideUnits(kTideBits[type], StoredDim(dim)) - kMostTideWidth, tries = 0;
+    const int units = TideUnits(kTideBits[type], StoredDim(dim)), widest = std::min(units, kMostTideWidth);
+    widths[random.Below(dim / kTideGroup)] = static_cast<uint8_t>(widest);
+    for (int left = units - widest, tries = 0;
          left > 0 && tries < 10000; tries++)
       if (uint8_t& width = widths[1 + random.Below(dim / kTideGroup - 1)]; width < kMostTideWidth) {
         width++;

@@ -67,7 +67,7 @@ void SealAndRecode(Backend& backend, int dim, const Profile& profile) {
   const GroupShape shape{1, 1, dim, 64};
   const HeadProfile& head = profile.k[0];
   const std::vector<float> v = KeyRows(64, 2);
-  for (const char* to_name : {"tide4/turbo4", "tide3/turbo3", "tide2/turbo2", "turbo2/turbo2", "f16/turbo2"})
+  for (const char* to_name : {"tide4/turbo4", "tide3/turbo3", "tide2/turbo2", "tide1/turbo2", "turbo2/turbo2", "f16/turbo2"})
     for (const char* from_name : {"f16", "q8_0/turbo4", "turbo4", "tide4/turbo4"})
       for (const int tokens : {kBlockTokens, 41}) {
         SCOPED_TRACE(std::string(from_name) + " to " + to_name + " d " + std::to_string(dim) +
@@ -159,7 +159,7 @@ TEST_P(BackendConformance, TideAttendsEveryTypeAtEveryHeadDim) {
 TEST_P(BackendConformance, TideAttendsWithValuesOfTheSameBits) {
   if (const absl::Status status = CheckTide(backend()); !status.ok()) GTEST_SKIP() << status;
   for (const int dim : {48, 64, 112, 128})
-    for (const char* pair : {"tide4/turbo4", "tide3/turbo3", "tide2/turbo2"})
+    for (const char* pair : {"tide4/turbo4", "tide3/turbo3", "tide2/turbo2", "tide1/turbo2"})
       for (const Profile& profile : BothProfiles({2, 3, dim, dim}, static_cast<uint64_t>(dim))) {
         SCOPED_TRACE(std::string(pair) + " d " + std::to_string(dim) + Coding(profile));
         const GroupShape shape{2, 3, dim, dim};
@@ -229,6 +229,8 @@ TEST_P(BackendConformance, TideAttendsRunsOfSeveralTypesAndProfiles) {
     sequence.AddRun("tide2/turbo2", 128, GaussianRows(7), &after);
     sequence.AddRun("turbo3", 64, GaussianRows(4), &means);
     sequence.AddRun("tide4/turbo4", 64, GaussianRows(8), &after);
+    sequence.AddRun("tide1/turbo2", 128, GaussianRows(9), &two);
+    sequence.AddRun("tide1/turbo2", 64, GaussianRows(10), &after);
     sequence.AddRun("tide4/q8_0", 64, GaussianRows(5), &one);
     sequence.AddRun("f16", 70, GaussianRows(6));
     AttendCase c;

@@ -277,6 +277,8 @@ TEST(TideTile, EveryTypeAgainstFloat64) {
   CheckTide<3, Turbo3, 128, 1, 4>(test::TideHead(128, 2), 64 * 999, {5, 64, 1.0f}, 2);
   CheckTide<2, Turbo2, 128, 1, 4>(test::TideHead(128, 3), 0, {8, 200, 1.0f}, 3);
   CheckTide<3, Turbo3, 64, 1, 4>(test::TideHead(64, 4), 64 * 100000, {8, 100, 1.0f}, 4);
+  CheckTide<1, Turbo2, 128, 1, 4>(test::TideHead(128, 9), 640, {8, 130, 1.0f}, 9);
+  CheckTide<1, Turbo2, 64, 1, 4>(test::TideHead(64, 10), 640, {8, 100, 1.0f}, 10);
 }
 
 TEST(TideTile, SixteenRowsAndPaddedHeads) {
@@ -284,6 +286,7 @@ TEST(TideTile, SixteenRowsAndPaddedHeads) {
   CheckTide<2, Turbo2, 64, 2, 2>(test::TideHead(64, 6), 128, {11, 70, 1.0f}, 6);
   CheckTide<3, Turbo3, 128, 1, 4>(test::TideHead(112, 7), 640, {8, 64, 1.0f}, 7);
   CheckTide<3, Turbo3, 64, 1, 4>(test::TideHead(48, 8), 640, {8, 64, 1.0f}, 8);
+  CheckTide<1, Turbo2, 128, 2, 2>(test::TideHead(112, 11), 640, {13, 64, 1.0f}, 11);
 }
 
 // What LevelTile needs beside its tables.
@@ -365,6 +368,8 @@ TEST(LevelTile, EveryTypeAgainstFloat64) {
   CheckLevels<3, Turbo3, 128, 1>(test::TideHead(128, 2), {5, 64, 1.0f}, 2);
   CheckLevels<2, Turbo2, 128, 1>(test::TideHead(128, 3), {8, 200, 1.0f}, 3);
   CheckLevels<3, Turbo3, 64, 1>(test::TideHead(64, 4), {8, 100, 1.0f}, 4);
+  CheckLevels<1, Turbo2, 128, 1>(test::TideHead(128, 9), {8, 130, 1.0f}, 9);
+  CheckLevels<1, Turbo2, 64, 1>(test::TideHead(64, 10), {8, 100, 1.0f}, 10);
 }
 
 TEST(LevelTile, SixteenRowsAndPaddedHeads) {
@@ -372,6 +377,7 @@ TEST(LevelTile, SixteenRowsAndPaddedHeads) {
   CheckLevels<2, Turbo2, 64, 2>(test::TideHead(64, 6), {11, 70, 1.0f}, 6);
   CheckLevels<3, Turbo3, 128, 1>(test::TideHead(112, 7), {8, 64, 1.0f}, 7);
   CheckLevels<3, Turbo3, 64, 1>(test::TideHead(48, 8), {8, 64, 1.0f}, 8);
+  CheckLevels<1, Turbo2, 128, 2>(test::TideHead(112, 11), {13, 64, 1.0f}, 11);
 }
 
 // Every width beside every other one in a step: uniform steps, mixed ones, no wide group at all and only wide

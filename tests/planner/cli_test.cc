@@ -312,7 +312,9 @@ std::string WriteProfile(const std::string& name, int layers, int kv_heads, int 
     layer.frequencies.assign(dim / 2, 0.01f);
     layer.centres.assign(heads * dim, 0.5f);
     layer.matrices = unit;
-    layer.widths.assign(heads * kTideTypes * dim / kTideGroup, uint8_t{2});
+    for (size_t h = 0; h < heads; ++h)
+      for (const int bits : kTideBits)  // the lowest has a unit less than groups
+        layer.widths.insert(layer.widths.end(), dim / kTideGroup, static_cast<uint8_t>(bits == 1 ? 0 : 2));
   }
   const std::string path = ::testing::TempDir() + "/kvtide_" + std::to_string(getpid()) + "_" + name;
   EXPECT_TRUE(engine::WriteKeyProfile(path, profile).ok());

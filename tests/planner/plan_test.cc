@@ -223,12 +223,12 @@ TEST(Plan, AProfileOfTheKeysOffersWhatWasMeasuredWithOne) {
   EXPECT_EQ(turbo4.harm.ppl_change_percent, 0.2);
   EXPECT_FALSE(Find(context, "q8_0/q8_0").harm.calibrated);
   // The same block bytes as turbo3, and the profile: 32 layers of 8 heads with two means, RoPE, two 128 x 128
-  // matrices and three types' widths of 16 groups.
+  // matrices and four types' widths of 16 groups.
   EXPECT_EQ(tide.kv_bytes, Find(context, "turbo3/turbo3").kv_bytes);
   int64_t profile = 0;
   for (const Item& item : tide.items)
     if (item.kind == ItemKind::kKeyProfile) profile += item.bytes;
-  EXPECT_EQ(profile, 32 * 8 * (128 * 4 + 2 * 128 * 128 * 4 + (128 + 64) * 4 + 3 * 16));
+  EXPECT_EQ(profile, 32 * 8 * (128 * 4 + 2 * 128 * 128 * 4 + (128 + 64) * 4 + 4 * 16));
   EXPECT_THAT(plan.assumptions, Contains(HasSubstr("m.profile (16384 tokens of b.txt)")));
   EXPECT_THAT(plan.assumptions, Contains(HasSubstr("harm: tide3/turbo3 on tidelm-7m, 16384 tokens of a.txt, "
                                                    "with a profile of b.txt")));

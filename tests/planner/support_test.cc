@@ -145,6 +145,10 @@ TEST(Support, GpusRebuildKeysCalibratedBeforeRope) {
   for (const int dim : {64, 80, 128, 256})
     EXPECT_EQ(FindSupport(options, pair, dim, dim).level, SupportLevel::kDequantise) << dim;
   EXPECT_THAT(FindSupport(options, pair, 64, 64).reason, HasSubstr("more slowly than over f16 pages"));
+  EXPECT_EQ(FindSupport(options, {"tide1", "turbo2"}, 64, 64).level, SupportLevel::kDequantise);
+  options.calibrated_keys->lowest = false;
+  EXPECT_EQ(FindSupport(options, {"tide1", "turbo2"}, 64, 64).level, SupportLevel::kRefused);
+  EXPECT_EQ(FindSupport(options, pair, 64, 64).level, SupportLevel::kDequantise);
   options.calibrated_keys->after_rope = true;
   for (const int dim : {64, 80, 128, 256})
     EXPECT_EQ(FindSupport(options, pair, dim, dim).level, SupportLevel::kNative) << dim;

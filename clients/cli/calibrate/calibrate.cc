@@ -146,7 +146,7 @@ void AddCalibrateCommand(CLI::App& app, int* exit_code) {
       "  kvtide calibrate --from-daemon 127.0.0.1:7600 --model llama --install --profile llama.profile\n"
       "Take a text of the kind that the model will see; a few thousand tokens are enough for means, "
       "transforms\n"
-      "(tide4, tide3, tide2) want 8 thousand and more. With --keys before-rope they take RoPE back: least "
+      "(tide4 to tide1) want 8 thousand and more. With --keys before-rope they take RoPE back: least "
       "harm, "
       "at\n"
       "any position. With after-rope they code keys as they are stored: fast attention, but how such keys "

@@ -264,6 +264,10 @@ absl::Status SetProfile(const PlanFlags& flags, PlanRequest* request) {
                               !profile.transforms.empty(),
                               profile.after_rope,
                               profile.context};
+  if (!profile.transforms.empty())
+    request->engine.calibrated_keys->lowest =
+        HasWidthsOf(CalibratedTypes().back(), profile.transforms[0].widths.size(),
+                    static_cast<size_t>(profile.kv_heads), StoredDim(profile.head_dim));
   return absl::OkStatus();
 }
 

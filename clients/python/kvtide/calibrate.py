@@ -1,7 +1,7 @@
 """Makes a profile of a model's keys through transformers: ``python -m kvtide.calibrate``.
 
 What ``kvtide calibrate`` does with the models of its own engine, for every model that transformers runs, on CPU or GPU. Keys
-are then coded as their difference from a mean, and ``tide4``, ``tide3`` and ``tide2`` have the transforms that they need:
+are then coded as their difference from a mean, and ``tide4``, ``tide3``, ``tide2`` and ``tide1`` have the transforms that they need:
 
 >>> from kvtide import calibrate
 >>> made = calibrate.calibrate(model, tokens, name="my-model", text="manual.txt")

@@ -145,7 +145,7 @@ def plan(
         margin: device memory to keep free.
         exact_window: ``default``, ``none`` or blocks kept exact at either end, as ``(1, 2)``.
         profile: of ``kvtide calibrate`` for this model: pairs count with the harm that was measured with profiles, where it was
-            (``Pair.calibrated``), and ``tide4``, ``tide3`` and ``tide2`` keys are offered if it has transforms.
+            (``Pair.calibrated``), and ``tide4`` to ``tide1`` keys are offered if it has transforms.
         max_perplexity_increase: in percent; pairs that harm more are not chosen.
         own_quality_only: count only measurements on this very model.
 

@@ -25,8 +25,8 @@ from . import _core
 class KeyProfile:
     """``means[layer]`` is ``[kv_heads, head_dim]`` in float32, of keys after rotary embedding. With transforms:
     ``transforms[layer]`` ``[kv_heads, head_dim, head_dim]`` in float32, channel by coefficient, of keys before rotary
-    embedding minus ``centres[layer]`` ``[kv_heads, head_dim]``; ``widths[layer]`` ``[kv_heads, 3, groups of 8]`` in uint8, the
-    bits of each group in tide4, tide3 and tide2; ``frequencies[layer]`` ``[pairs]``, the rotary embedding in radians a
+    embedding minus ``centres[layer]`` ``[kv_heads, head_dim]``; ``widths[layer]`` ``[kv_heads, 4, groups of 8]`` in uint8, the
+    bits of each group in tide4, tide3, tide2 and tide1 (profiles that are older than tide1 have the first three); ``frequencies[layer]`` ``[pairs]``, the rotary embedding in radians a
     position, of channels 2i and 2i + 1 with ``neighbours``, else i and i + pairs. Without transforms these lists are empty.
     With ``after_rope`` the transforms are of keys as they are stored, after rotary embedding, and hold for positions up to
     ``context``, the tokens of the text's windows (0 = not known)."""
@@ -64,5 +64,5 @@ def load(path: Union[str, "os.PathLike[str]"]) -> KeyProfile:
         _core.read_key_profile(path)
     arrays = lambda parts, dtype, *shape: [np.frombuffer(part, dtype).reshape(heads, *shape) for part in parts]  # noqa: E731
     return KeyProfile(model, text, tokens, arrays(means, "<f4", dim), arrays(transforms, "<f4", dim, dim),
-                      arrays(widths, "u1", 3, -1), arrays(centres, "<f4", dim),
+                      arrays(widths, "u1", -1, (dim + 31) // 32 * 4), arrays(centres, "<f4", dim),
                       [np.frombuffer(part, "<f4") for part in frequencies], neighbours, after_rope, context)

@@ -118,6 +118,11 @@ absl::Status CheckSequenceOptions(const SequenceOptions& options, const ModelSpe
       return absl::InvalidArgumentError(absl::StrCat(
           "model '", model.name, "' has no transforms of keys in layer group ", g, ", which ", Name(key_type),
           " needs; register it with Layer.key_transform and its companions (kvtide calibrate makes them)"));
+    if (Info(key_type).calibrated &&
+        !HasWidthsOf(key_type, model.groups[g].shape, model.groups[g].key_transforms))
+      return absl::InvalidArgumentError(
+          absl::StrCat("model '", model.name, "': its profile is older than ", Name(key_type),
+                       " and has no widths for it; make it anew with kvtide calibrate"));
   }
   if (options.name_space.size() > 256)
     return absl::InvalidArgumentError("namespace: must have at most 256 bytes");

@@ -65,7 +65,7 @@ absl::Status LaunchUnits(const LaunchPlan& plan, int page_dim, bool overlap, Uni
   if (!joint) {
     AttendParams params = plan.params;
     // Rows of calibrated keys' queries are turned together, by all warps that there may be.
-    const bool calibrated = kernel.k == Form::kTide4 || kernel.k == Form::kTide3 || kernel.k == Form::kTide2;
+    const bool calibrated = IsCalibrated(kernel.k);
     KVTIDE_RETURN_IF_ERROR(LaunchKernel(query, plan.units.size(),
                                         calibrated ? kernel.query_threads : 32 * plan.most_rows, 0, dependent,
                                         &params, stream));

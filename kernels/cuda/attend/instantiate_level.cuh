@@ -110,7 +110,7 @@ void AddLevelTile(std::vector<AttendKernel>* list) {
   });
 }
 
-// Calibrated keys with turbo values of the same bits.
+// Calibrated keys with turbo values of the same bits, tide1 with turbo2.
 template <int D>
 void AddLevelPairs(std::vector<AttendKernel>* list) {
   AddLevelTile<Form::kTide4, 4, Turbo4, D, 1>(list);
@@ -119,6 +119,8 @@ void AddLevelPairs(std::vector<AttendKernel>* list) {
   AddLevelTile<Form::kTide3, 3, Turbo3, D, 2>(list);
   AddLevelTile<Form::kTide2, 2, Turbo2, D, 1>(list);
   AddLevelTile<Form::kTide2, 2, Turbo2, D, 2>(list);
+  AddLevelTile<Form::kTide1, 1, Turbo2, D, 1>(list);
+  AddLevelTile<Form::kTide1, 1, Turbo2, D, 2>(list);
 }
 
 }  // namespace kvtide::cuda

@@ -53,7 +53,7 @@ void AddTideTile(std::vector<AttendKernel>* list) {
     list->push_back(MakeEntry<Tile, decltype(limit)::value>(kForm, FormOfCodec<VS>()));
   });
 }
-// Calibrated keys with turbo values of the same bits.
+// Calibrated keys with turbo values of the same bits, tide1 with turbo2.
 template <int D>
 void AddTidePairs(std::vector<AttendKernel>* list) {
   AddTideTile<Form::kTide4, 4, Turbo4, D, 1>(list);
@@ -62,6 +62,8 @@ void AddTidePairs(std::vector<AttendKernel>* list) {
   AddTideTile<Form::kTide3, 3, Turbo3, D, 2>(list);
   AddTideTile<Form::kTide2, 2, Turbo2, D, 1>(list);
   AddTideTile<Form::kTide2, 2, Turbo2, D, 2>(list);
+  AddTideTile<Form::kTide1, 1, Turbo2, D, 1>(list);
+  AddTideTile<Form::kTide1, 1, Turbo2, D, 2>(list);
 }
 
 }  // namespace kvtide::cuda

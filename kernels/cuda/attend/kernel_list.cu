@@ -10,7 +10,7 @@ namespace kvtide::cuda {
 
 Form FormOf(CacheType type) {
   if (Info(type).calibrated) {
-    constexpr Form kForms[kTideTypes] = {Form::kTide4, Form::kTide3, Form::kTide2};
+    constexpr Form kForms[kTideTypes] = {Form::kTide4, Form::kTide3, Form::kTide2, Form::kTide1};
     return kForms[CalibratedIndex(type)];
   }
   return VisitStored(type, [](auto codec) {

@@ -26,9 +26,11 @@ enum class Form : int {
   kTide4,
   kTide3,
   kTide2,
+  kTide1,
   kOther
 };
 Form FormOf(CacheType type);
+inline bool IsCalibrated(Form form) { return form >= Form::kTide4 && form <= Form::kTide1; }
 
 // The kernel of a coded pair that reads f16 pages in the same launch (joint_kernel.cuh), with its threads and
 // rows.

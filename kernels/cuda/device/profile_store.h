@@ -19,7 +19,7 @@ namespace kvtide::cuda {
 // What is sent of a profile: means and gains, for keys of most types; what encoders and decoders of
 // calibrated keys read; or what attention reads of keys of one calibrated type (tide_tables.h; of keys that
 // are coded after RoPE, level_tables.h).
-enum class ProfilePart : int { kMeans, kTransforms, kTables4, kTables3, kTables2 };
+enum class ProfilePart : int { kMeans, kTransforms, kTables4, kTables3, kTables2, kTables1 };
 inline ProfilePart TablesOf(CacheType calibrated) {
   return static_cast<ProfilePart>(static_cast<int>(ProfilePart::kTables4) + CalibratedIndex(calibrated));
 }

@@ -14,7 +14,7 @@ struct TideHead {
   const float* transform = nullptr;        // [channel][coefficient]
   const float* inverse = nullptr;          // [coefficient][channel]
   const uint64_t* per_position = nullptr;  // [turned], PerPosition of each pair's frequency
-  const uint8_t* widths = nullptr;         // [kTideTypes][stored_dim / 8]
+  const uint8_t* widths = nullptr;         // [types][stored_dim / 8]
   int32_t turned = 0;                      // pairs of channels
   RopePairs pairs = RopePairs::kHalves;
 };

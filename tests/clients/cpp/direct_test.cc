@@ -106,6 +106,12 @@ TEST(Direct, WhatIsNotMappedSaysWhy) {
               StatusCode::kFailedPrecondition, "this pool is not mapped (way: shared memory)");
   const auto sharing = SharingDaemon();
   EXPECT_EQ(Connect("auto:" + sharing->address())->way(), client::Way::kDirect);
+  // Calibrated keys are not among what engines attend by themselves.
+  const auto mapped = Connect("auto:" + sharing->address());
+  ASSERT_TRUE(mapped->RegisterModel(e2e::SmallModel()).ok());
+  ExpectError(
+      client::DirectAttention::Make(mapped.get(), e2e::SmallModel(), {.pairs = {"tide3/turbo3"}}).status(),
+      StatusCode::kInvalidArgument, "calibrated types need transforms of a profile");
   // Blocks of those who have mapped nothing are not written by themselves.
   const auto shared = Connect("shm:" + sharing->address());
   ASSERT_TRUE(shared->RegisterModel(e2e::SmallModel()).ok());

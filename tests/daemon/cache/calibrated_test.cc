@@ -1,4 +1,5 @@
 // Keys centred by the means that the model was registered with.
+#include "kernels/format/tide.h"
 #include "tests/daemon/cache/cache_fixture.h"
 
 namespace kvtide::testing {
@@ -51,7 +52,7 @@ TEST_F(CalibratedTest, ForksMovesAndCutsKeepTheMeans) {
 TEST_F(CalibratedTest, TransformsCodeKeysOfCalibratedTypes) {
   Start();
   for (const bool at_once : {false, true})
-    for (const char* pair : {"tide4/turbo4", "tide3/turbo3", "tide2/q8_0", "tide3/f16", "turbo3"})
+    for (const char* pair : {"tide4/turbo4", "tide3/turbo3", "tide2/q8_0", "tide1/turbo2", "tide3/f16", "turbo3"})
       for (const ModelSpec& model : {SmallModel(), MixedModel()}) {
         SCOPED_TRACE(std::string(pair) + " " + model.name);
         SequenceOptions options = Calibrated(pair, at_once);
@@ -94,7 +95,19 @@ TEST_F(CalibratedTest, SaysWhichTransformsAreMissingOrWrong) {
   refused("a width of 200", [](LayerGroupSpec& g) { g.key_transforms.widths[3] = 200; });
   refused("without an inverse",
           [](LayerGroupSpec& g) { std::fill_n(g.key_transforms.matrices.begin(), 64 * 64, 0.5f); });
-  Register(good);
+  const ModelId registered = Register(good);
+  EXPECT_TRUE(cache_->CreateSequence(registered, WithPair("tide1/turbo2")).ok());
+  // A profile that is older than the type.
+  ModelSpec old = good;
+  old.name = "old";
+  std::vector<uint8_t>& widths = old.groups[0].key_transforms.widths;
+  widths.clear();
+  for (size_t at = 0; at < good.groups[0].key_transforms.widths.size(); at++)
+    if (at % (kTideTypes * 8) < kLeastTideTypes * 8) widths.push_back(good.groups[0].key_transforms.widths[at]);
+  const ModelId without = Register(old);
+  EXPECT_TRUE(cache_->CreateSequence(without, options).ok());
+  EXPECT_TRUE(IsError(cache_->CreateSequence(without, WithPair("tide1/turbo2")).status(),
+                      absl::StatusCode::kInvalidArgument, "its profile is older than tide1"));
   ModelSpec other = good;
   other.groups[0].key_transforms.matrices[5] += 0.01f;
   EXPECT_TRUE(IsError(cache_->RegisterModel(other).status(), absl::StatusCode::kFailedPrecondition,

@@ -90,7 +90,7 @@ TEST(Convert, TransformsOfKeysStandBesideTheirMeans) {
     model.mutable_layers(i)->set_key_centre(bytes(2 * 64));
     model.mutable_layers(i)->set_key_frequencies(bytes(32));
     model.mutable_layers(i)->set_key_transform(bytes(2 * 64 * 64));
-    model.mutable_layers(i)->set_key_widths(std::string(2 * 3 * 8, static_cast<char>(i + 1)));
+    model.mutable_layers(i)->set_key_widths(std::string(2 * 4 * 8, static_cast<char>(i + 1)));
   }
   const auto spec = FromProto(model);
   ASSERT_TRUE(spec.ok()) << spec.status();
@@ -100,7 +100,7 @@ TEST(Convert, TransformsOfKeysStandBesideTheirMeans) {
   EXPECT_EQ(keys.frequencies.size(), 2u * 32);
   EXPECT_EQ(keys.centres.size(), 2u * 2 * 64);
   EXPECT_EQ(keys.matrices.size(), 2u * 2 * 64 * 64);
-  ASSERT_EQ(keys.widths.size(), 2u * 2 * 3 * 8);
+  ASSERT_EQ(keys.widths.size(), 2u * 2 * 4 * 8);
   EXPECT_EQ(keys.widths.back(), 2);
   const auto message = [&](auto change) {
     v1::Model other = model;
@@ -110,7 +110,7 @@ TEST(Convert, TransformsOfKeysStandBesideTheirMeans) {
   EXPECT_THAT(message([&](v1::Layer& l) { l.set_key_transform(bytes(5)); }),
               HasSubstr("key_transform has 20 bytes, expected 32768"));
   EXPECT_THAT(message([&](v1::Layer& l) { l.set_key_widths("123"); }),
-              HasSubstr("key_widths has 3 bytes, expected 48"));
+              HasSubstr("key_widths has 3 bytes, expected 64"));
   EXPECT_THAT(message([&](v1::Layer& l) { l.clear_key_widths(); }), HasSubstr("come together"));
   EXPECT_THAT(message([&](v1::Layer& l) { l.clear_key_centre(); }), HasSubstr("a profile of before"));
   EXPECT_THAT(message([&](v1::Layer& l) { l.set_key_frequencies(bytes(33)); }),
