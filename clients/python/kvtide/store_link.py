@@ -185,18 +185,17 @@ class StoreLink:
         while True:
             with self._lock:
                 watched = self._pool if getattr(self._pool, "host_tier_bytes", 0) else None
-                awake = self._lock.wait_for(lambda: self._closed or self._stores is None or self._later,
+                awake = self._lock.wait_for(lambda: self._closed or self._stores is None or bool(self._later),
                                             timeout=None if watched is None else LOOK_SECONDS)
                 if self._closed:
                     return
+                call = self._later.popleft() if self._later and self._stores is not None else None
+                if awake and call is None:
+                    self._later.clear()
             if not awake:
                 if _gone(watched):
                     self.failed(Unavailable("it has ended"))
                 continue
-            with self._lock:
-                call = self._later.popleft() if self._later and self._stores is not None else None
-                if call is None:
-                    self._later.clear()
             if call is not None:
                 try:
                     call()
