@@ -1,6 +1,7 @@
 #include "tests/sim/keyed_sim.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
@@ -11,6 +12,7 @@ namespace {
 constexpr int kKeys = 60;
 constexpr uint64_t kOpaqueBytes = 5000;
 constexpr size_t kPlenty = 100'000;  // blocks
+constexpr int kHostTier = 1;
 
 std::vector<std::string> Names(int first, uint64_t count) {
   std::vector<std::string> names;
@@ -116,6 +118,8 @@ void KeyedSim::Load(size_t index) {
   const uint64_t count = std::min<uint64_t>(lease.blocks - from, static_cast<uint64_t>(1 + Random(6)));
   std::vector<std::byte> expected = Payload(lease.space, lease.first + static_cast<int>(from), count);
   if (world_.lie) expected.back() ^= std::byte{1};
+  if (spaces_[lease.space].spec.opaque.has_value() && Random(2) == 0)
+    return LoadInPlace(lease, from, count, expected);
   std::vector<std::byte> payload(expected.size());
   LoadCall call;
   call.lease = lease.id;
@@ -124,22 +128,65 @@ void KeyedSim::Load(size_t index) {
   call.form = spaces_[lease.space].spec.opaque.has_value() ? BlockPayload::kBytes : BlockPayload::kTensors;
   call.payload = payload;
   const absl::StatusOr<LoadReport> report = cache_->LoadBlocks(call);
-  if (report.ok()) {
-    loaded_ += count;
-    return Expect(payload == expected, absl::StrCat("a load of key ", lease.first + static_cast<int>(from),
-                                                    " has other bytes than were stored"));
-  }
+  if (LoadFailed(lease, report.status())) return;
+  loaded_ += count;
+  Expect(payload == expected, absl::StrCat("a load of key ", lease.first + static_cast<int>(from),
+                                           " has other bytes than were stored"));
+}
+
+bool KeyedSim::LoadFailed(const Lease& lease, const absl::Status& status) {
+  if (status.ok()) return false;
   const bool over =
       options_.clock() >= lease.end || spaces_[lease.space].deletes != lease.deletes ||
       std::none_of(leases_.begin(), leases_.end(), [&](const Lease& l) { return l.id == lease.id; });
-  const absl::StatusCode code = report.status().code();
+  const absl::StatusCode code = status.code();
   // A lease that ended meanwhile keeps nothing.
   Expect((code == absl::StatusCode::kNotFound && over) || (code == absl::StatusCode::kInternal && fault_) ||
              (code == absl::StatusCode::kUnavailable && fault_) ||
              (code == absl::StatusCode::kAborted && depth_ > 0) ||
              (code == absl::StatusCode::kDataLoss && (lost_ || over)) ||
              code == absl::StatusCode::kResourceExhausted,
-         report.status().ToString());
+         status.ToString());
+  return true;
+}
+
+void KeyedSim::LoadInPlace(const Lease& lease, uint64_t from, uint64_t count,
+                           const std::vector<std::byte>& expected) {
+  LoadCall call;
+  call.lease = lease.id;
+  call.first = from;
+  call.blocks = count;
+  call.form = BlockPayload::kBytes;
+  call.in_place = kHostTier;
+  const absl::StatusOr<LoadReport> report = cache_->LoadBlocks(call);
+  if (LoadFailed(lease, report.status())) return;
+  const size_t bytes = expected.size() / count;
+  Held held;
+  held.id = report->places;
+  for (size_t i = 0; i < report->offsets.size(); i++) {
+    if (report->offsets[i] < 0) continue;  // on the device
+    const auto at = expected.begin() + static_cast<int64_t>(i * bytes);
+    held.blocks.emplace_back(report->offsets[i],
+                             std::vector<std::byte>(at, at + static_cast<int64_t>(bytes)));
+  }
+  in_place_ += held.blocks.size();
+  Expect(report->offsets.size() == count && (held.id != 0) == !held.blocks.empty(),
+         "a load in place has lost count");
+  if (held.id == 0) return;
+  held_.push_back(std::move(held));
+  GiveBack(held_.size() > 3 || Random(3) == 0 ? static_cast<size_t>(Random(static_cast<int>(held_.size())))
+                                              : held_.size());
+}
+
+void KeyedSim::GiveBack(size_t index) {
+  const std::byte* const tier = cache_->SlabOf(kHostTier)->data();
+  for (const Held& held : held_)
+    for (const auto& [offset, bytes] : held.blocks)
+      Expect(std::equal(bytes.begin(), bytes.end(), tier + offset), "what is read in place has changed");
+  if (index >= held_.size()) return;
+  const PlacesId id = held_[index].id;
+  held_.erase(held_.begin() + static_cast<int64_t>(index));
+  Expect(cache_->ReleasePlaces(id), "places were over before they were given back");
 }
 
 void KeyedSim::Release(size_t index) {
@@ -217,6 +264,7 @@ void KeyedSim::RestartNow(bool read_faults) {
   files_->ClearFaults();  // a start on a disk that takes nothing is refused
   sequences_.clear();
   leases_.clear();
+  held_.clear();
   for (FaultyBackend* backend : {device_.get(), host_.get()}) backend->SetHook(nullptr);
   const bool crash = Random(2) == 0;
   lost_ = lost_ || crash;  // other bytes may lie under an old label then
@@ -274,6 +322,7 @@ void KeyedSim::Step(bool nested) {
     if (!leases_.empty()) Load(lease);
   } else if (dice < 78) {
     if (!leases_.empty()) Release(lease);
+    if (!held_.empty()) GiveBack(static_cast<size_t>(Random(static_cast<int>(held_.size()))));
   } else if (dice < 81) {
     Delete(at);
     if (Random(3) != 0) Open(at);
@@ -335,6 +384,7 @@ bool KeyedSim::Run(uint32_t seed, int64_t steps, World world) {
     Open(at);
   }
   leases_.clear();
+  held_.clear();
   sequences_.clear();
   for (const auto& backend : {device_.get(), host_.get()}) {
     backend->DelayCopies([this] { return Random(2) == 0 ? 0 : Random(3); });
@@ -370,6 +420,7 @@ bool KeyedSim::Run(uint32_t seed, int64_t steps, World world) {
   sequences_.clear();
   if (world.remote) remote_->Plant(FaultRemote::Fault::kNone);
   for (Space& space : spaces_) (void)cache_->DeleteNamespace(space.id).status();
+  while (!held_.empty()) GiveBack(0);
   cache_->CheckInvariants();
   const uint64_t left = UsedBytes(cache_->Stats());
   Expect(left == 0 && cache_->Stats().leases == 0,

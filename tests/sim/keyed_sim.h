@@ -4,7 +4,8 @@
 // thread, so that a seed repeats all of it.
 //
 // The naive model knows what was stored under each key. What a lookup counts must have been stored since the
-// namespace was last deleted, and must load as these very bytes; what a lease holds must stay; what was made
+// namespace was last deleted, and must load as these very bytes; what a lease holds must stay, and what is
+// read where it lies must keep its bytes until it is given back, whatever becomes of its block; what was made
 // durable must be there after a restart, if it was there before it and all could be read. What was in a
 // remote tier when a namespace was deleted that could not be asked may be found again, and nothing else.
 #pragma once
@@ -13,6 +14,7 @@
 #include <set>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "tests/daemon/cache/cache_fixture.h"
@@ -50,6 +52,11 @@ class KeyedSim : public CacheTest {
     uint64_t blocks = 0;
     absl::Time end;
   };
+  // Blocks that are read where they lie.
+  struct Held {
+    PlacesId id = 0;
+    std::vector<std::pair<int64_t, std::vector<std::byte>>> blocks;  // offset in the host tier, bytes
+  };
 
   int Random(int below) { return static_cast<int>(dice_() % static_cast<uint32_t>(below)); }
   // What is stored under a key: the same bytes every time.
@@ -61,6 +68,11 @@ class KeyedSim : public CacheTest {
   void Store(size_t space, int first, int count);
   void Lookup(size_t space, int first, int count);
   void Load(size_t lease);
+  // False: the load went well.
+  bool LoadFailed(const Lease& lease, const absl::Status& status);
+  void LoadInPlace(const Lease& lease, uint64_t from, uint64_t count, const std::vector<std::byte>& expected);
+  // The bytes are still those; gives them back.
+  void GiveBack(size_t held);
   void Release(size_t lease);
   void Delete(size_t space);
   void Persist(size_t space);
@@ -78,12 +90,13 @@ class KeyedSim : public CacheTest {
   std::thread::id thread_;
   std::vector<Space> spaces_;
   std::vector<Lease> leases_;
+  std::vector<Held> held_;
   std::vector<std::unique_ptr<Client>> sequences_;
   std::unique_ptr<RemoteStore> store_;
   std::unique_ptr<FaultRemote> remote_;  // null: none
 
  protected:
-  uint64_t nested_ = 0, loaded_ = 0, restarts_ = 0, fetched_ = 0, refused_starts_ = 0;
+  uint64_t nested_ = 0, loaded_ = 0, in_place_ = 0, restarts_ = 0, fetched_ = 0, refused_starts_ = 0;
 };
 
 }  // namespace kvtide::testing

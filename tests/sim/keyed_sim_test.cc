@@ -15,10 +15,13 @@ TEST_F(KeyedSimWorlds, OverADiskWithRestarts) {
   for (int64_t i = 0; i < runs.count; i++)
     if (!Run(static_cast<uint32_t>(runs.first + i), runs.steps, {})) return;
   std::printf(
-      "seeds %lld to %lld, %lld steps each, %llu verbs inside others, %llu blocks loaded, %llu restarts\n",
+      "seeds %lld to %lld, %lld steps each, %llu verbs inside others, %llu blocks loaded, %llu in place, "
+      "%llu "
+      "restarts\n",
       static_cast<long long>(runs.first), static_cast<long long>(runs.first + runs.count - 1),
       static_cast<long long>(runs.steps), static_cast<unsigned long long>(nested_),
-      static_cast<unsigned long long>(loaded_), static_cast<unsigned long long>(restarts_));
+      static_cast<unsigned long long>(loaded_), static_cast<unsigned long long>(in_place_),
+      static_cast<unsigned long long>(restarts_));
 }
 
 TEST_F(KeyedSimWorlds, WithARemoteTierThatIsAwaySlowAndForgetful) {

@@ -100,10 +100,10 @@ CacheStats BusyStats() {
   stats.keyed_left_out = 70011;
   stats.keyed_loaded = 70012;
   stats.keyed_loaded_bytes = 70013;
-  stats.keyed_in_place = 70016;
-  stats.keyed_in_place_bytes = 70017;
-  stats.keyed_held = 70018;
-  stats.keyed_held_bytes = 70019;
+  stats.keyed_in_place = 70116;
+  stats.keyed_in_place_bytes = 70117;
+  stats.keyed_held = 70118;
+  stats.keyed_held_bytes = 70119;
   stats.leases_granted = 70014;
   stats.leases_expired = 70015;
   stats.persisted_bytes = 987654321;
