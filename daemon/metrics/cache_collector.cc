@@ -108,6 +108,14 @@ void WriteCounters(FamilyWriter& writer, const CacheStats& stats) {
                "Tokens appended; counted when the last layer has them.", stats.appended_tokens);
   WriteCounter(writer, "kvtide_sealed_blocks_total", "Blocks compressed from f16 into their pair.",
                stats.sealed_blocks);
+  WriteCounter(
+      writer, "kvtide_deferred_seals_total",
+      "Times that full blocks of a sequence stayed in f16 until its next append, because there was no "
+      "room to compress them.",
+      stats.deferred_seals);
+  WriteCounter(writer, "kvtide_failed_seals_total",
+               "Blocks that stayed in f16 until their sequence's next append, because a backend failed.",
+               stats.failed_seals);
   WriteCounter(writer, "kvtide_copied_on_write_blocks_total",
                "Shared blocks copied because a sequence wrote into them.", stats.copied_on_write_blocks);
   WriteCounter(writer, "kvtide_window_freed_blocks_total",
@@ -170,15 +178,17 @@ void WriteIo(FamilyWriter& writer, const CacheStats& stats) {
        [](const IoTierStats& io) { return io.written_bytes; });
   each(writer.Counter("kvtide_tier_syncs_total", "Times that files of the tier were made durable."),
        [](const IoTierStats& io) { return io.syncs; });
-  writer.Counter(
-      "kvtide_tier_errors_total",
-      "Failed reads, writes and syncs of the tier, and reads that found other bytes than were stored.");
+  writer.Counter("kvtide_tier_errors_total",
+                 "Failed reads, writes and syncs of the tier, reads that found other bytes than were stored, "
+                 "and at the start "
+                 "manifests of which the newest could not be read.");
   for (const TierStats& tier : stats.tiers) {
     if (tier.attends) continue;
     for (const auto& [operation, count] : {std::pair<const char*, uint64_t>{"read", tier.io.read_errors},
                                            {"write", tier.io.write_errors},
                                            {"sync", tier.io.sync_errors},
-                                           {"verify", tier.io.checksum_errors}})
+                                           {"verify", tier.io.checksum_errors},
+                                           {"manifest", tier.io.manifest_errors}})
       writer.Sample(static_cast<double>(count),
                     {{"tier", tier.name}, {"device", tier.device}, {"operation", operation}});
   }

@@ -61,6 +61,8 @@ TEST(CacheCollector, FamiliesAndTypes) {
       {"kvtide_sequences_closed_total", "counter"},
       {"kvtide_appended_tokens_total", "counter"},
       {"kvtide_sealed_blocks_total", "counter"},
+      {"kvtide_deferred_seals_total", "counter"},
+      {"kvtide_failed_seals_total", "counter"},
       {"kvtide_copied_on_write_blocks_total", "counter"},
       {"kvtide_window_freed_blocks_total", "counter"},
       {"kvtide_evict_calls_total", "counter"},
@@ -133,6 +135,8 @@ TEST(CacheCollector, EveryFieldIsThere) {
                                   stats.sequences_closed,
                                   stats.appended_tokens,
                                   stats.sealed_blocks,
+                                  stats.deferred_seals,
+                                  stats.failed_seals,
                                   stats.copied_on_write_blocks,
                                   stats.window_freed_blocks,
                                   stats.evict_calls,
@@ -187,7 +191,7 @@ TEST(CacheCollector, EveryFieldIsThere) {
     if (!tier.attends)
       for (const uint64_t field :
            {tier.io.read_bytes, tier.io.written_bytes, tier.io.syncs, tier.io.read_errors,
-            tier.io.write_errors, tier.io.sync_errors, tier.io.checksum_errors})
+            tier.io.write_errors, tier.io.sync_errors, tier.io.checksum_errors, tier.io.manifest_errors})
         fields.push_back(field);
     for (const auto& [name, pair] : tier.pairs) {
       fields.push_back(pair.blocks);

@@ -39,6 +39,7 @@ TierStats DiskTier(uint64_t base) {
   tier.io.read_errors = base + 25;
   tier.io.write_errors = base + 27;
   tier.io.sync_errors = base + 29;
+  tier.io.manifest_errors = base + 53;
   tier.io.checksum_errors = base + 31;
   tier.io.writable = false;
   tier.io.encrypted = true;
@@ -66,6 +67,8 @@ CacheStats BusyStats() {
   stats.sequences_closed = 96;
   stats.appended_tokens = 90001;
   stats.sealed_blocks = 4001;
+  stats.deferred_seals = 4003;
+  stats.failed_seals = 4007;
   stats.copied_on_write_blocks = 43;
   stats.window_freed_blocks = 47;
   stats.evict_calls = 53;
