@@ -49,6 +49,8 @@ class CacheSim : public CacheTest {
     // At its start:
     bool written = false, read = false, copying = false;
     uint64_t deferred_seals = 0;
+    uint64_t drops = 0;   // of the whole cache
+    bool lost = false;    // the client has dropped blocks
     Cancellation cancellation;
     CallContext context;
   };

@@ -106,7 +106,7 @@ void ShadowSequence::CodeRows(size_t g, size_t l, int64_t first_token, int64_t t
     }
 }
 
-void ShadowSequence::Settle(std::span<const DeferredBlocks> deferred) {
+void ShadowSequence::Settle(std::span<const DeferredBlocks> deferred, bool lost) {
   const ExactWindow exact = options_.EffectiveWindow();
   for (size_t g = 0; g < groups_.size(); g++) {
     Group& group = groups_[g];
@@ -127,6 +127,7 @@ void ShadowSequence::Settle(std::span<const DeferredBlocks> deferred) {
       for (const Layer& layer : group.layers)
         keys.push_back(layer.k.data() + static_cast<size_t>(group.first_block * kBlockTokens) * row);
       group.profile = std::make_shared<const Profile>(MakeProfile(shape, keys, kBlockTokens, profile));
+      group.other_profile = lost;
     }
     group.first_block = std::max(group.first_block, FirstLiveBlock(tokens, model_.groups[g].window));
     if (pair == ExactPair()) continue;
@@ -169,6 +170,7 @@ void ShadowSequence::Truncate(int64_t tokens) {
       any = any || group.coded[b];
     if (any) continue;
     group.profile = group.calibrated;
+    group.other_profile = false;
     std::fill(group.profiled.begin(), group.profiled.end(), false);
   }
 }
@@ -189,6 +191,10 @@ std::vector<float> ShadowSequence::Values(int layer, int64_t first, int64_t toke
   const std::vector<float>& v =
       groups_[static_cast<size_t>(spec.group)].layers[static_cast<size_t>(spec.layer_in_group)].v;
   return {v.begin() + first * row, v.begin() + (first + tokens) * row};
+}
+
+bool ShadowSequence::KnowsKeys(int layer) const {
+  return !groups_[static_cast<size_t>(model_.layers[static_cast<size_t>(layer)].group)].other_profile;
 }
 
 int64_t ShadowSequence::LayerLength(int layer) const {

@@ -35,13 +35,16 @@ class ShadowSequence {
   // New rows of one model layer, [tokens][kv_heads][dim]; what follows an append is done by Settle.
   void Append(int layer, const std::vector<float>& k, const std::vector<float>& v, int64_t tokens);
   // After all layers of a call are appended. Blocks of `deferred` stay exact until the next time: the cache
-  // had no room to code them.
-  void Settle(std::span<const DeferredBlocks> deferred = {});
+  // had no room to code them. `lost`: some block of the sequence was dropped. The cache makes a profile of
+  // keys from the first block that it still has, which is not known here: from then on KnowsKeys is false.
+  void Settle(std::span<const DeferredBlocks> deferred = {}, bool lost = false);
   void Truncate(int64_t tokens);
 
   // Rows of tokens [first, first + tokens) of a layer as they are stored.
   std::vector<float> Keys(int layer, int64_t first, int64_t tokens) const;
   std::vector<float> Values(int layer, int64_t first, int64_t tokens) const;
+  // False: coded keys of the layer have another profile than they may have in the cache. Values are as there.
+  bool KnowsKeys(int layer) const;
   int64_t LayerLength(int layer) const;
   int64_t Length() const;
   // First token that the cache still has to hold in the layer's group.
@@ -63,6 +66,7 @@ class ShadowSequence {
     std::shared_ptr<const Profile> profile, calibrated;
     std::vector<bool> profiled;  // by layer, with seal_at_once
     int64_t first_block = 0;
+    bool other_profile = false;
   };
   // Codes and decodes `tokens` (at most a block) of one layer in place.
   void CodeRows(size_t group, size_t layer, int64_t first_token, int64_t tokens);
