@@ -83,6 +83,11 @@ std::vector<FaultyBackend*> CacheSim::TierBackends() const {
   return backends;
 }
 
+// Blocks of the client were dropped before the call, or somebody's while it ran.
+bool CacheSim::MayHaveLost(const Frame& frame) const {
+  return frame.lost || cache_->Stats().dropped_blocks > frame.drops;
+}
+
 // What may go wrong, and only that.
 bool CacheSim::Excused(const absl::Status& status, const Frame& frame) const {
   if (status.code() == absl::StatusCode::kCancelled) return frame.cancellation.cancelled();
@@ -96,7 +101,9 @@ bool CacheSim::Excused(const absl::Status& status, const Frame& frame) const {
       return (fault_ && absl::StrContains(text, "planted")) ||
              (client.options.seal_at_once && absl::StrContains(text, "a defect"));
     case absl::StatusCode::kDataLoss:
-      return client.options.allow_drop && (client.closed || Info(client).dropped_blocks > 0);
+      // A cut that ran inside of the call may have taken the lost blocks away.
+      return client.options.allow_drop &&
+             (client.closed || MayHaveLost(frame) || Info(client).dropped_blocks > 0);
     case absl::StatusCode::kResourceExhausted:
       if (world_ == World::kDisk && fault_ && absl::StrContains(text, "No space left")) return true;
       // A step wants all blocks of its sequences in memory at a time.
@@ -173,8 +180,7 @@ void CacheSim::Settle(SimClient& client, const Frame& frame) {
       deferred.empty() || (world_ != World::kRoomy && cache_->Stats().deferred_seals > frame.deferred_seals),
       [&] { return absl::StrCat("#", client.serial, " has seals that wait, for no reason"); });
   // The window may have freed since what was lost when the profile was made.
-  client.shadow.Settle(deferred, frame.lost || (client.options.allow_drop &&
-                                                cache_->Stats().dropped_blocks > frame.drops));
+  client.shadow.Settle(deferred, client.options.allow_drop && MayHaveLost(frame));
 }
 
 void CacheSim::Open() {

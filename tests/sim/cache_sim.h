@@ -96,6 +96,7 @@ class CacheSim : public CacheTest {
   int64_t RandomCut(const SimClient& client);
   void PlantFault(std::initializer_list<FaultyBackend::Call> calls);
   void ClearFaults();
+  bool MayHaveLost(const Frame& frame) const;
   bool Excused(const absl::Status& status, const Frame& frame) const;
   void Judge(const absl::Status& status, const Frame& frame);
   void JudgeLength(const SimClient& client);
