@@ -58,6 +58,9 @@ class PinnedBackend : public Backend {
     return inner_->StartCopy(pieces, direction);
   }
   absl::StatusOr<bool> Poll(CopyTicket ticket) override { return inner_->Poll(ticket); }
+  absl::Status CopyNow(const CopyPiece& piece, CopyDirection direction) override {
+    return inner_->CopyNow(piece, direction);
+  }
 
  private:
   const std::unique_ptr<Backend> inner_;

@@ -68,6 +68,9 @@ class TimedBackend : public Backend {
     timer_(Work::kCopy, absl::FromChrono(end - start));
     return done;
   }
+  absl::Status CopyNow(const CopyPiece& piece, CopyDirection direction) override {
+    return Timed(Work::kCopy, [&] { return inner_->CopyNow(piece, direction); });
+  }
 
  private:
   template <class Call>

@@ -191,10 +191,11 @@ class CpuBackend : public Backend {
     return copies_.Submit(pieces);
   }
   absl::StatusOr<bool> Poll(CopyTicket ticket) override { return copies_.Poll(ticket); }
-  absl::Status CopyNow(const CopyPiece& piece, CopyDirection) override {
+  absl::Status CopyNow(const CopyPiece& piece, CopyDirection direction) override {
     KVTIDE_RETURN_IF_ERROR(CheckPiece(piece));
-    constexpr size_t kFarBytes = size_t{64} << 10;  // what is less may be read soon, from a near cache
-    if (piece.bytes >= kFarBytes) {
+    // What is less, or leaves the tier, is read soon, from a cache.
+    constexpr size_t kFarBytes = size_t{64} << 10;
+    if (piece.bytes >= kFarBytes && direction != CopyDirection::kToHost) {
       StreamCopy(piece.target, piece.source, piece.bytes);
     } else if (piece.bytes != 0) {
       std::memcpy(piece.target, piece.source, piece.bytes);

@@ -42,6 +42,7 @@ class Told : public Backend {
     if (ticket == 2) return absl::InternalError("poll");
     return polls_++ > 1;
   }
+  absl::Status CopyNow(const CopyPiece&, CopyDirection) override { return Note("copy now"); }
 
  private:
   absl::Status Note(const char* call) {
@@ -87,6 +88,11 @@ TEST(TimedBackend, PassesAllOnAndTimesTheWork) {
   EXPECT_EQ(timed[Work::kCopy], 1);
   EXPECT_FALSE(backend->Poll(*backend->StartCopy({}, CopyDirection::kFromHost)).ok());
   EXPECT_EQ(timed[Work::kCopy], 2);
+  // One that the caller's thread makes is made there, and not put in the one queue of copies.
+  calls.clear();
+  EXPECT_EQ(backend->CopyNow({}, CopyDirection::kToHost).message(), "copy now");
+  EXPECT_THAT(calls, testing::ElementsAre("copy now"));
+  EXPECT_EQ(timed[Work::kCopy], 3);
 }
 
 }  // namespace

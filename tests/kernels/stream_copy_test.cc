@@ -35,9 +35,11 @@ TEST(StreamCopy, ServesTheBackendsOwnCopies) {
   const std::unique_ptr<Backend> backend = MakeCpuBackend({.threads = 1});
   for (const size_t bytes : {size_t{0}, size_t{1}, size_t{65535}, size_t{65536}, size_t{300001}}) {
     const std::vector<std::byte> from = Noise(bytes, 4);
-    std::vector<std::byte> to(bytes);
-    EXPECT_TRUE(backend->CopyNow({to.data(), from.data(), bytes}, CopyDirection::kToHost).ok());
-    EXPECT_EQ(to, from);
+    for (const CopyDirection direction : {CopyDirection::kFromHost, CopyDirection::kToHost}) {
+      std::vector<std::byte> to(bytes);
+      EXPECT_TRUE(backend->CopyNow({to.data(), from.data(), bytes}, direction).ok());
+      EXPECT_EQ(to, from);
+    }
   }
   std::byte byte{};
   EXPECT_TRUE(absl::IsInvalidArgument(backend->CopyNow({nullptr, &byte, 1}, CopyDirection::kFromHost)));
