@@ -29,7 +29,7 @@ def write(path, means, transforms=(), widths=(), centres=(), frequencies=(), for
 
 
 def write_transforms(path, form=None):
-    """A profile with rotations as transforms, and the bits of tide4, tide3 and tide2 spread evenly."""
+    """A profile with rotations as transforms, and the bits of tide4, tide3 and tide2 spread evenly, as before there was tide1."""
     random = np.random.default_rng(5)
     rotations = [np.stack([np.linalg.qr(random.standard_normal((32, 32)))[0] for _ in range(2)]).astype(np.float32) for _ in range(2)]
     bits = [np.broadcast_to(np.float32([4, 3, 2])[None, :, None], (2, 3, 4)).copy() for _ in range(2)]
@@ -118,6 +118,8 @@ def test_tide_pairs_need_the_transforms_of_a_profile(pool, tmp_path, after_rope)
                 sequence.append(layer, k + MEANS[layer], k)
             errors[pair] = np.abs(sequence.read(0)[0] - k - MEANS[0]).mean()
     assert errors["tide4/turbo4"] < 0.12 and errors["tide4/turbo4"] < errors["tide2/turbo2"] / 2 < 0.3
+    with pytest.raises(InvalidArgument, match="its profile is older than tide1"):
+        pool.create(name, pair="tide1/turbo2")
 
 
 def test_the_pools_planner_knows_profiles(pool, tmp_path):
