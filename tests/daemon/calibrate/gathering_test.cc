@@ -83,7 +83,7 @@ TEST(GatheringTest, TheProfileIsThatOfTheSameRows) {
     EXPECT_EQ(status.context, 364);
     std::vector<KeyTypeError> errors;
     ASSERT_TRUE(CompareKeyTypes(sums.Measure(expected).value(), &errors).ok());
-    ASSERT_EQ(status.errors.size(), 3u);
+    ASSERT_EQ(status.errors.size(), 4u);
     for (size_t i = 0; i < 3; i++) {
       EXPECT_EQ(status.errors[i].type, errors[i].type);
       EXPECT_EQ(status.errors[i].error, errors[i].error);
@@ -121,7 +121,7 @@ TEST(GatheringTest, AProfileThatDoesNotFitWhatCameLastIsRefused) {
   ASSERT_EQ(status.state, CalibrationState::kRefused);
   EXPECT_THAT(status.problem, HasSubstr("tide"));
   EXPECT_THAT(status.problem, HasSubstr("differ"));
-  ASSERT_EQ(status.errors.size(), 3u);
+  ASSERT_EQ(status.errors.size(), 4u);
   EXPECT_TRUE(std::any_of(status.errors.begin(), status.errors.end(),
                           [](const KeyTypeError& e) { return e.error >= e.beside_error; }));
   const absl::Status refused = gathering.Export().status();
