@@ -662,7 +662,7 @@ absl::Status DiskTier::SyncSegments() {
 
 // Where a manifest of the key may lie: the one that counts, and those in doubt.
 void DiskTier::FreeManifests(uint64_t key) {
-  const auto free = [&](const Manifest& manifest) {
+  const auto free = [&](const Manifest& manifest) ABSL_EXCLUSIVE_LOCKS_REQUIRED(index_mu_) {
     manifest_space_.Free(manifest.offset, ExtentBytes(manifest.label.bytes));
   };
   if (const auto former = manifests_.find(key); former != manifests_.end()) {

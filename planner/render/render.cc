@@ -64,7 +64,7 @@ std::string HarmText(const Harm& harm) {
 
 // Small speeds with a digit behind the point.
 std::string Rate(double tokens_per_s) {
-  return absl::StrFormat(tokens_per_s < 20 ? "%.1f" : "%.0f", tokens_per_s);
+  return tokens_per_s < 20 ? absl::StrFormat("%.1f", tokens_per_s) : absl::StrFormat("%.0f", tokens_per_s);
 }
 
 std::string SpeedText(const Speed& speed) {

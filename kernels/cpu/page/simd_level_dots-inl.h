@@ -76,26 +76,15 @@ class LevelDots {
     AddHalf<1>(at, word, sums);
 #else
     Units units[kVectors];
-    // GCC spills when this is a loop.
-    const auto load = [&](auto index) HWY_ATTR {
-      constexpr int kVector = decltype(index)::value;
-      if constexpr (kVector < kVectors) units[kVector] = unpack_.template Load<0, kOdd>(at[kVector], 0);
-    };
-    load(std::integral_constant<int, 0>());
-    load(std::integral_constant<int, 1>());
-    load(std::integral_constant<int, 2>());
-    load(std::integral_constant<int, 3>());
-    const auto pair = [&](auto index) HWY_ATTR {
-      constexpr int kPair = decltype(index)::value;
-      VecI16 levels[kVectors];
-      KVTIDE_UNROLL
-      for (int v = 0; v < kVectors; v++) levels[v] = unpack_.template Pair<kPair>(units[v]);
-      AddPair<kPair>(levels, word, sums);
-    };
-    pair(std::integral_constant<int, 0>());
-    pair(std::integral_constant<int, 1>());
-    pair(std::integral_constant<int, 2>());
-    pair(std::integral_constant<int, 3>());
+    // GCC spills when this is a loop. Functions, since Clang 14 gives templates of lambdas no target.
+    LoadUnit<0, kOdd>(at, units);
+    LoadUnit<1, kOdd>(at, units);
+    LoadUnit<2, kOdd>(at, units);
+    LoadUnit<3, kOdd>(at, units);
+    AddPairOf<0>(units, word, sums);
+    AddPairOf<1>(units, word, sums);
+    AddPairOf<2>(units, word, sums);
+    AddPairOf<3>(units, word, sums);
 #endif
   }
 
@@ -148,6 +137,19 @@ class LevelDots {
 
   hn::Vec<TagU8> levels_;
 #else
+  template <int kVector, bool kOdd, int kVectors>
+  HWY_INLINE void LoadUnit(const uint8_t* (&at)[kVectors], Units (&units)[kVectors]) const {
+    if constexpr (kVector < kVectors) units[kVector] = unpack_.template Load<0, kOdd>(at[kVector], 0);
+  }
+  template <int kPair, int kVectors, int kRows, class WordOf>
+  HWY_INLINE void AddPairOf(const Units (&units)[kVectors], const WordOf& word,
+                            VecI32 (&sums)[kVectors][kRows]) const {
+    VecI16 levels[kVectors];
+    KVTIDE_UNROLL
+    for (int v = 0; v < kVectors; v++) levels[v] = unpack_.template Pair<kPair>(units[v]);
+    AddPair<kPair>(levels, word, sums);
+  }
+
   Unpacker<kBits> unpack_;
 #endif
 };
