@@ -3,6 +3,7 @@
 #include <CLI/CLI.hpp>
 #include <csignal>
 #include <cstdio>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -25,6 +26,8 @@
 #include "clients/cli/plan/plan_command.h"
 #include "clients/cli/plan/plan_flags.h"
 #include "clients/cli/plan/replay_command.h"
+#include "clients/cli/terminal/command_status.h"
+#include "clients/cli/terminal/terminal.h"
 #include "planner/near_names.h"
 
 namespace {
@@ -83,10 +86,15 @@ int main(int argc, char** argv) {
     const bool mistyped = app.get_subcommands().empty() && !app.remaining().empty() &&
                           error.get_exit_code() == static_cast<int>(CLI::ExitCodes::RequiredError);
     if (mistyped || error.get_exit_code() == static_cast<int>(CLI::ExitCodes::ExtrasError)) {
-      std::fprintf(stderr, "kvtide: %s\nRun with --help for more information.\n", Unexpected(app).c_str());
+      std::fprintf(stderr, "kvtide: %s\nRun with --help for more information.\n",
+                   kvtide::cli::Printable(Unexpected(app)).c_str());
       return kBadInput;
     }
-    return app.exit(error) == 0 ? 0 : kBadInput;
+    std::ostringstream out, err;
+    const int code = app.exit(error, out, err);
+    kvtide::cli::Say(out.str());
+    std::fputs(kvtide::cli::PrintableLines(err.str()).c_str(), stderr);
+    return code == 0 ? 0 : kBadInput;
   }
   return exit_code;
 }

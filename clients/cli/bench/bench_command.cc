@@ -23,7 +23,7 @@ absl::Status Bench(BenchFlags& flags) {
   flags.options.show_progress = !flags.no_progress;
   KVTIDE_ASSIGN_OR_RETURN(const BenchReport report, RunBench(flags.options, StopAtInterrupt()));
   const std::string text = flags.output == "json" ? RenderJson(report) : RenderTable(report, Terminal::Of(1));
-  std::fputs(text.c_str(), stdout);
+  Say(text);
   return absl::OkStatus();
 }
 
@@ -76,7 +76,7 @@ void AddBenchCommand(CLI::App& app, int* exit_code) {
   bench->add_flag("--no-progress", flags->no_progress, "No progress bar");
   bench->callback([flags, exit_code] {
     const absl::Status status = Bench(*flags);
-    if (!status.ok()) std::fprintf(stderr, "kvtide bench: %s\n", std::string(status.message()).c_str());
+    SayFailed("kvtide bench", status);
     *exit_code = ExitCode(status);
   });
 }

@@ -4,6 +4,7 @@
 #include "absl/strings/str_format.h"
 #include "clients/cli/eval/eval_text.h"
 #include "clients/cli/ops/status_report.h"
+#include "clients/cli/terminal/json_text.h"
 #include "clients/cli/terminal/table.h"
 #include "nlohmann/json.hpp"
 #include "planner/units.h"
@@ -95,8 +96,7 @@ std::string RenderJson(const BenchReport& report) {
                      {"disk_folder", report.disk_folder},
                      {"seconds", Rounded(report.seconds, 4)},
                      {"results", rows}};
-  // Words of others, such as a folder's name, need not be UTF-8.
-  return json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n";
+  return JsonText(json, 1);
 }
 
 }  // namespace kvtide::cli

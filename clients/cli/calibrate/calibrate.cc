@@ -17,6 +17,7 @@
 #include "clients/cli/terminal/interrupt.h"
 #include "clients/cli/terminal/number_checks.h"
 #include "clients/cli/terminal/progress.h"
+#include "clients/cli/terminal/terminal.h"
 #include "clients/engine/capture_kv_store.h"
 #include "clients/engine/key_calibration.h"
 #include "clients/engine/key_profile.h"
@@ -205,9 +206,9 @@ void AddCalibrateCommand(CLI::App& app, int* exit_code) {
       traffic.calibration.after_rope = flags->options.keys == engine::KeysAt::kAfterRope;
       const absl::StatusOr<std::string> done = CalibrateFromDaemon(traffic, StopAtInterrupt());
       if (done.ok()) {
-        std::fputs(done->c_str(), stdout);
+        Say(*done);
       } else {
-        std::fprintf(stderr, "kvtide calibrate: %s\n", std::string(done.status().message()).c_str());
+        SayFailed("kvtide calibrate", done.status());
       }
       *exit_code = ExitCode(done.status());
       return;
@@ -221,7 +222,8 @@ void AddCalibrateCommand(CLI::App& app, int* exit_code) {
     if (status.ok()) status = engine::WriteKeyProfile(out_file, *profile);
     *exit_code = ExitCode(status);
     if (status.ok()) {
-      std::printf("%s: means%s of keys over %lld tokens, %zu layers of %d KV heads of %d\n", out_file.c_str(),
+      std::printf("%s: means%s of keys over %lld tokens, %zu layers of %d KV heads of %d\n",
+                  Printable(out_file).c_str(),
                   profile->transforms.empty() ? ""
                   : profile->after_rope       ? " and transforms after RoPE"
                                               : " and transforms before RoPE",
@@ -232,7 +234,7 @@ void AddCalibrateCommand(CLI::App& app, int* exit_code) {
         std::printf("  %s %.5f   %s around the mean %.5f\n", error.type.c_str(), error.error,
                     error.beside.c_str(), error.beside_error);
     } else {
-      std::fprintf(stderr, "kvtide calibrate: %s\n", std::string(status.message()).c_str());
+      SayFailed("kvtide calibrate", status);
     }
   });
 }

@@ -8,7 +8,9 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "clients/cli/terminal/json_text.h"
 #include "clients/cli/terminal/progress.h"
+#include "clients/cli/terminal/terminal.h"
 #include "clients/engine/daemon_kv_store.h"
 #include "clients/engine/llama_model.h"
 #include "kernels/base/status.h"
@@ -127,8 +129,8 @@ std::string RenderCalibrations(const std::vector<Calibration>& calibrations) {
   if (calibrations.empty()) return "no model is being calibrated\n";
   std::string text;
   for (const Calibration& c : calibrations) {
-    absl::StrAppend(&text, c.model, " of tenant ", c.tenant, ": ", client::NameOf(c.state),
-                    c.installed ? ", installed" : "", "\n");
+    absl::StrAppend(&text, Printable(c.model), " of tenant ", Printable(c.tenant), ": ",
+                    client::NameOf(c.state), c.installed ? ", installed" : "", "\n");
     absl::StrAppendFormat(
         &text, "  tokens    %d of %d in every layer, %d in the one with most; the last %d are held back\n",
         c.tokens, c.wanted_tokens, c.most_tokens, c.wanted_held_back_tokens);
@@ -146,9 +148,9 @@ std::string RenderCalibrations(const std::vector<Calibration>& calibrations) {
     if (!c.errors.empty())
       absl::StrAppend(&text, "  error of logits on tokens held back, of their variance:\n");
     for (const client::KeyTypeError& error : c.errors)
-      absl::StrAppendFormat(&text, "    %s %.5f   %s around the mean %.5f\n", error.type, error.error,
-                            error.beside, error.beside_error);
-    if (!c.problem.empty()) absl::StrAppend(&text, "  refused   ", c.problem, "\n");
+      absl::StrAppendFormat(&text, "    %s %.5f   %s around the mean %.5f\n", Printable(error.type),
+                            error.error, Printable(error.beside), error.beside_error);
+    if (!c.problem.empty()) absl::StrAppend(&text, "  refused   ", Printable(c.problem), "\n");
   }
   return text;
 }
@@ -174,7 +176,7 @@ std::string RenderCalibrationsJson(const std::vector<Calibration>& calibrations)
                     {"query_rows", c.query_rows},
                     {"left_out_rows", c.left_out_rows},
                     {"waiting_tokens", c.waiting_tokens},
-                    {"keys", c.after_rope ? "after-rope" : "before-rope"},
+                    {"after_rope", c.after_rope},
                     {"context", c.context},
                     {"observed_seconds", c.observed_seconds},
                     {"spent_seconds", c.spent_seconds},
@@ -185,7 +187,7 @@ std::string RenderCalibrationsJson(const std::vector<Calibration>& calibrations)
                     {"problem", c.problem},
                     {"installed", c.installed}});
   }
-  return nlohmann::ordered_json{{"calibrations", list}}.dump(2) + "\n";
+  return JsonText({{"calibrations", list}});
 }
 
 CLI::Option* AddTrafficOptions(CLI::App* calibrate, TrafficOptions* options, bool* from_daemon) {
@@ -258,8 +260,8 @@ absl::StatusOr<std::string> CalibrateFromDaemon(const TrafficOptions& options,
                             calibrations.Export(options.model, tenant));
     KVTIDE_ASSIGN_OR_RETURN(const engine::KeyProfile profile, ProfileOf(exported));
     KVTIDE_RETURN_IF_ERROR(engine::WriteKeyProfile(options.out_file, profile));
-    absl::StrAppend(&done, options.out_file, ": means and transforms ", KeysName(exported.calibration),
-                    " of keys over ", profile.tokens, " tokens of traffic\n");
+    absl::StrAppend(&done, Printable(options.out_file), ": means and transforms ",
+                    KeysName(exported.calibration), " of keys over ", profile.tokens, " tokens of traffic\n");
   }
   if (options.install) {
     std::vector<client::ModelLayer> layers;
@@ -267,7 +269,7 @@ absl::StatusOr<std::string> CalibrateFromDaemon(const TrafficOptions& options,
       KVTIDE_ASSIGN_OR_RETURN(layers, ReadLayers(options.profile_file));
     }
     KVTIDE_ASSIGN_OR_RETURN(const int64_t revision, calibrations.Install(options.model, tenant, layers));
-    absl::StrAppend(&done, "new sequences of ", options.model,
+    absl::StrAppend(&done, "new sequences of ", Printable(options.model),
                     " with tide keys have the profile from now on; it is number ", revision,
                     " of this model\n");
   }
@@ -276,7 +278,7 @@ absl::StatusOr<std::string> CalibrateFromDaemon(const TrafficOptions& options,
     KVTIDE_ASSIGN_OR_RETURN(shown, calibrations.List(options.model, tenant));
   } else {
     KVTIDE_RETURN_IF_ERROR(calibrations.Stop(options.model, tenant));
-    absl::StrAppend(&done, options.model, " is not calibrated any more\n");
+    absl::StrAppend(&done, Printable(options.model), " is not calibrated any more\n");
   }
   if (options.output == "json") return RenderCalibrationsJson(shown);
   return done + (options.stop ? "" : RenderCalibrations(shown));

@@ -19,6 +19,7 @@
 #include "clients/cli/terminal/interrupt.h"
 #include "clients/cli/terminal/number_checks.h"
 #include "clients/cli/terminal/progress.h"
+#include "clients/cli/terminal/terminal.h"
 #include "clients/engine/capture_kv_store.h"
 #include "clients/engine/local_kv_store.h"
 #include "clients/engine/tokenizer.h"
@@ -107,8 +108,9 @@ absl::Status RunCapture(CaptureFlags flags, const std::atomic<bool>& stop) {
   }
   KVTIDE_RETURN_IF_ERROR(writer->Finish());
   if (progress) progress->Finish();
-  std::printf("%s: %d layers, %d tokens, queries of the last %d, %s, %.1f MiB\n", flags.out_file.c_str(),
-              geometry.layers, flags.tokens, static_cast<int>(shape.queries), DataTypeName(shape.type),
+  std::printf("%s: %d layers, %d tokens, queries of the last %d, %s, %.1f MiB\n",
+              Printable(flags.out_file).c_str(), geometry.layers, flags.tokens,
+              static_cast<int>(shape.queries), DataTypeName(shape.type),
               static_cast<double>(writer->bytes()) / (1 << 20));
   return absl::OkStatus();
 }
@@ -144,7 +146,7 @@ void AddCaptureCommand(CLI::App& app, int* exit_code) {
   capture->callback([flags, exit_code] {
     const absl::Status status = RunCapture(*flags, StopAtInterrupt());
     *exit_code = ExitCode(status);
-    if (!status.ok()) std::fprintf(stderr, "kvtide capture: %s\n", std::string(status.message()).c_str());
+    SayFailed("kvtide capture", status);
   });
 }
 

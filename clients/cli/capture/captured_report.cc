@@ -3,6 +3,7 @@
 #include "clients/cli/eval/eval_captured.h"
 #include "clients/cli/eval/eval_plot.h"
 #include "clients/cli/eval/eval_text.h"
+#include "clients/cli/terminal/json_text.h"
 #include "clients/cli/terminal/report_parts.h"
 #include "clients/cli/terminal/table.h"
 #include "nlohmann/json.hpp"
@@ -76,7 +77,7 @@ std::string RenderJson(const CapturedReport& report) {
     if (!row.layers.empty()) result["layers"] = LayersJson(row.layers);
     json["results"].push_back(std::move(result));
   }
-  return json.dump(1, ' ', false, ordered_json::error_handler_t::replace) + "\n";
+  return JsonText(json, 1);
 }
 
 std::string RenderCsv(const CapturedReport& report) {

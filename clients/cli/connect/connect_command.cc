@@ -120,9 +120,7 @@ absl::StatusOr<ConnectRequest> Ask(const ConnectFlags& flags) {
 absl::Status Run(const ConnectFlags& flags) {
   KVTIDE_ASSIGN_OR_RETURN(const ConnectRequest request, Ask(flags));
   KVTIDE_ASSIGN_OR_RETURN(const Connection connection, MakeConnection(request));
-  const std::string text =
-      flags.output == "json" ? RenderConnectionJson(connection) : RenderConnection(connection);
-  std::fwrite(text.data(), 1, text.size(), stdout);
+  Say(flags.output == "json" ? RenderConnectionJson(connection) : RenderConnection(connection));
   return FlushOutput();
 }
 
@@ -172,7 +170,7 @@ void AddConnectCommand(CLI::App& app, int* exit_code) {
   connect->callback([flags, exit_code] {
     const absl::Status status = Run(*flags);
     *exit_code = status.ok() ? 0 : IsWriteError(status) ? 1 : 2;
-    if (!status.ok()) std::fprintf(stderr, "kvtide connect: %s\n", std::string(status.message()).c_str());
+    SayFailed("kvtide connect", status);
   });
 }
 

@@ -7,6 +7,7 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "clients/cli/terminal/json_text.h"
 #include "clients/cli/terminal/shell_words.h"
 #include "kernels/base/status.h"
 #include "planner/units.h"
@@ -374,7 +375,7 @@ std::string RenderConnectionJson(const Connection& connection) {
       {"verify", connection.verify},
       {"notes", connection.notes},
   };
-  return json.dump(2) + "\n";
+  return JsonText(json);
 }
 
 }  // namespace kvtide::cli

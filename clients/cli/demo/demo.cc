@@ -1,7 +1,6 @@
 #include "clients/cli/demo/demo.h"
 
 #include <cstdio>
-#include <iostream>
 #include <memory>
 #include <string>
 
@@ -42,11 +41,10 @@ absl::Status RunCommand(DemoFlags& flags, bool* same) {
   *same = report->AllSame();
   const Terminal terminal = Terminal::Of(1);
   if (json) {
-    std::cout << RenderDemoJson(*report) << std::flush;
+    Say(RenderDemoJson(*report));
   } else {
-    std::cout << "\n"
-              << terminal.Painted("Result", Paint::kBold) << "\n"
-              << RenderDemoTable(*report, terminal) << std::flush;
+    Say(absl::StrCat("\n", terminal.Painted("Result", Paint::kBold), "\n",
+                     RenderDemoTable(*report, terminal)));
   }
   return absl::OkStatus();
 }
@@ -94,7 +92,7 @@ void AddDemoCommand(CLI::App& app, int* exit_code) {
     bool same = true;
     const absl::Status status = RunCommand(*flags, &same);
     *exit_code = status.ok() && !same ? 1 : ExitCode(status);
-    if (!status.ok()) std::fprintf(stderr, "kvtide demo: %s\n", std::string(status.message()).c_str());
+    SayFailed("kvtide demo", status);
   });
 }
 

@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "clients/cli/terminal/json_text.h"
 #include "clients/cli/terminal/table.h"
 #include "nlohmann/json.hpp"
 #include "planner/units.h"
@@ -85,8 +86,8 @@ std::string RenderDemoJson(const DemoReport& r) {
                        {"text", r.text},
                        {"way", r.way},
                        {"context", r.context},
-                       {"device_memory_bytes", r.device_memory_bytes},
-                       {"host_memory_bytes", r.host_memory_bytes},
+                       {"device_tier_bytes", r.device_memory_bytes},
+                       {"host_tier_bytes", r.host_memory_bytes},
                        {"pair", r.pair},
                        {"pair_reason", r.pair_reason},
                        {"pair_measured", r.pair_measured},
@@ -108,7 +109,7 @@ std::string RenderDemoJson(const DemoReport& r) {
                        {"tiers", ordered_json::array()},
                        {"steps", ordered_json::array()},
                        {"prefix_reuse", ReuseJson(r.reuse)},
-                       {"moved_blocks", r.moves},
+                       {"moves", r.moves},
                        {"moved_bytes", r.moved_bytes},
                        {"same_tokens", r.AllSame()}};
   for (const DemoTier& tier : r.tiers) {
@@ -123,8 +124,7 @@ std::string RenderDemoJson(const DemoReport& r) {
     if (step.checked) entry["same_tokens"] = step.same_tokens;
     json["steps"].push_back(std::move(entry));
   }
-  // A cut character of generated text must not make the JSON fail.
-  return json.dump(1, ' ', false, ordered_json::error_handler_t::replace) + "\n";
+  return JsonText(json, 1);
 }
 
 }  // namespace kvtide::cli

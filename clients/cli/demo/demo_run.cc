@@ -73,7 +73,7 @@ class DemoRun {
 
  private:
   void Say(const std::string& text) const {
-    if (options_.narrate) std::cout << text << std::flush;
+    if (options_.narrate) std::cout << PrintableLines(text) << std::flush;
   }
   void Heading(const std::string& text) const {
     Say(absl::StrCat("\n", out_.Painted(text, Paint::kBold), "\n"));

@@ -3,7 +3,6 @@
 #include <atomic>
 #include <cstdio>
 #include <fstream>
-#include <iostream>
 #include <memory>
 #include <string>
 #include <vector>
@@ -16,6 +15,7 @@
 #include "clients/cli/terminal/file_checks.h"
 #include "clients/cli/terminal/interrupt.h"
 #include "clients/cli/terminal/number_checks.h"
+#include "clients/cli/terminal/terminal.h"
 #include "planner/model/device.h"
 
 namespace kvtide::cli {
@@ -54,7 +54,7 @@ absl::Status Print(const EvalFlags& flags, const absl::StatusOr<Report>& report)
   }
   if (!flags.out_file.empty())
     return WriteFile(flags.out_file, Render(*report, flags.output, Terminal(false, false, 100)));
-  std::cout << Render(*report, flags.output, Terminal::Of(1)) << std::flush;
+  Say(Render(*report, flags.output, Terminal::Of(1)));
   return absl::OkStatus();
 }
 
@@ -161,9 +161,9 @@ void AddEvalCommand(CLI::App& app, int* exit_code) {
     *exit_code = ExitCode(status);
     if (status.code() == absl::StatusCode::kCancelled && !flags->options.state_file.empty()) {
       std::fprintf(stderr, "kvtide eval: stopped; the same command goes on from %s\n",
-                   flags->options.state_file.c_str());
+                   Printable(flags->options.state_file).c_str());
     } else if (!status.ok()) {
-      std::fprintf(stderr, "kvtide eval: %s\n", std::string(status.message()).c_str());
+      SayFailed("kvtide eval", status);
     }
   });
 }

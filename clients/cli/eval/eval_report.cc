@@ -7,6 +7,7 @@
 #include "absl/strings/str_format.h"
 #include "clients/cli/eval/eval_plot.h"
 #include "clients/cli/eval/eval_text.h"
+#include "clients/cli/terminal/json_text.h"
 #include "clients/cli/terminal/report_parts.h"
 #include "clients/cli/terminal/table.h"
 #include "kernels/format/catalogue.h"
@@ -103,7 +104,7 @@ std::string RenderJson(const EvalReport& report) {
     json["keys_after_rope"] = report.after_rope;
   }
   for (const EvalRow& row : report.rows) json["results"].push_back(RowJson(row));
-  return json.dump(1) + "\n";
+  return JsonText(json, 1);
 }
 
 std::string RenderCsv(const EvalReport& report) {

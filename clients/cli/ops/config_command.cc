@@ -14,6 +14,7 @@
 #include "absl/strings/str_join.h"
 #include "clients/cli/ops/daemon_flags.h"
 #include "clients/cli/terminal/command_status.h"
+#include "clients/cli/terminal/json_text.h"
 #include "clients/cli/terminal/table.h"
 #include "clients/cli/terminal/terminal.h"
 #include "daemon/command_line.h"
@@ -106,14 +107,14 @@ int Check(const ConfigFlags& flags) {
   if (flags.output == "json") {
     Json json = {{"ok", status.ok()}, {"file", file}, {"error", std::string(status.message())}};
     json["warnings"] = warnings;
-    std::printf("%s\n", json.dump(2, ' ', false, Json::error_handler_t::replace).c_str());
+    Say(JsonText(json));
   } else {
     for (const std::string& warning : warnings)
       std::fprintf(stderr, "warning: %s\n", Printable(warning).c_str());
     if (status.ok()) {
-      std::printf("%s: good; kvtided would start with it\n", Printable(file).c_str());
+      Say(Printable(file) + ": good; kvtided would start with it\n");
     } else {
-      std::fprintf(stderr, "kvtide config: %s\n", std::string(status.message()).c_str());
+      SayFailed("kvtide config", status);
     }
   }
   return ExitCode(status);
@@ -132,7 +133,7 @@ void Print(const client::RunningConfig& config, const std::string& output) {
         json["settings"].back()["environment"] = setting->Environment();
       }
     }
-    std::printf("%s\n", json.dump(2, ' ', false, Json::error_handler_t::replace).c_str());
+    Say(JsonText(json));
     return;
   }
   Table table({{"setting", Align::kLeft}, {"value", Align::kLeft}, {"from", Align::kLeft}});
@@ -146,7 +147,7 @@ void Print(const client::RunningConfig& config, const std::string& output) {
     table.AddRow({value.name, value.value.empty() ? "-" : value.value, from},
                  value.source == NameOf(Source::kDefault) ? Paint::kDim : Paint::kPlain);
   }
-  std::fputs(table.Render(Terminal::Of(STDOUT_FILENO)).c_str(), stdout);
+  Say(table.Render(Terminal::Of(STDOUT_FILENO)));
 }
 
 absl::Status Show(const ConfigFlags& flags) {
@@ -173,19 +174,19 @@ absl::Status Reload(const ConfigFlags& flags) {
   KVTIDE_ASSIGN_OR_RETURN(const client::ConfigChanges changes, client->ReloadConfig());
   if (flags.output == "json") {
     const Json json = {{"changed", changes.changed}, {"needs_restart", changes.needs_restart}};
-    std::printf("%s\n", json.dump(2, ' ', false, Json::error_handler_t::replace).c_str());
+    Say(JsonText(json));
     return absl::OkStatus();
   }
-  std::printf("changed: %s\n",
-              changes.changed.empty() ? "nothing" : absl::StrJoin(changes.changed, ", ").c_str());
+  Say(absl::StrCat("changed: ", changes.changed.empty() ? "nothing" : absl::StrJoin(changes.changed, ", "),
+                   "\n"));
   if (!changes.needs_restart.empty())
-    std::printf("waits for a restart: %s\n", absl::StrJoin(changes.needs_restart, ", ").c_str());
+    Say(absl::StrCat("waits for a restart: ", absl::StrJoin(changes.needs_restart, ", "), "\n"));
   return absl::OkStatus();
 }
 
 // Its exit code.
 int Tell(const absl::Status& status) {
-  if (!status.ok()) std::fprintf(stderr, "kvtide config: %s\n", std::string(status.message()).c_str());
+  SayFailed("kvtide config", status);
   return ExitCode(status);
 }
 

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
+#include "clients/cli/terminal/json_text.h"
 #include "nlohmann/json.hpp"
 #include "planner/units.h"
 
@@ -345,7 +346,7 @@ std::string RenderFindings(const std::vector<Finding>& findings, const Terminal&
     absl::StrAppend(&text, terminal.Painted(verdict, paint), "  ", finding.subject,
                     std::string(width - finding.subject.size(), ' '), "  ", Printable(finding.text), "\n");
     if (!finding.advice.empty())
-      absl::StrAppend(&text, std::string(width + 8, ' '), "-> ", finding.advice, "\n");
+      absl::StrAppend(&text, std::string(width + 8, ' '), "-> ", Printable(finding.advice), "\n");
   }
   absl::StrAppend(&text, "\n", findings.size(), " checks, ", warned, " warnings, ", failed, " failed\n");
   return text;
@@ -359,7 +360,7 @@ std::string RenderFindingsJson(const std::vector<Finding>& findings) {
                                 {"text", finding.text},
                                 {"advice", finding.advice}});
   }
-  return json.dump(2) + "\n";
+  return JsonText(json);
 }
 
 bool AnyFailed(const std::vector<Finding>& findings) {

@@ -18,6 +18,7 @@
 #include "clients/cli/ops/doctor_engine.h"
 #include "clients/cli/ops/status_command.h"
 #include "clients/cli/plan/plan_device.h"
+#include "clients/cli/terminal/command_status.h"
 
 namespace kvtide::cli {
 namespace {
@@ -160,7 +161,7 @@ void AddDoctorCommand(CLI::App& app, int* exit_code) {
     }
     const std::string text = flags->output == "json" ? RenderFindingsJson(findings)
                                                      : RenderFindings(findings, Terminal::Of(STDOUT_FILENO));
-    std::fputs(text.c_str(), stdout);
+    Say(text);
     *exit_code = AnyFailed(findings) ? 1 : 0;
   });
 }

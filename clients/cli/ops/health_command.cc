@@ -28,7 +28,7 @@ void AddHealthCommand(CLI::App& app, int* exit_code) {
     if (status.ok()) {
       std::printf("serving\n");
     } else {
-      std::fprintf(stderr, "kvtide health: %s\n", std::string(status.message()).c_str());
+      SayFailed("kvtide health", status);
     }
     *exit_code = ExitCode(status);
   });

@@ -56,7 +56,7 @@ void AddPersistCommand(CLI::App& app, int* exit_code) {
   persist->add_flag("--all", flags->all, "Every sequence");
   persist->callback([flags, exit_code] {
     const absl::Status done = RunPersist(*flags);
-    if (!done.ok()) std::fprintf(stderr, "kvtide persist: %s\n", std::string(done.message()).c_str());
+    SayFailed("kvtide persist", done);
     *exit_code = ExitCode(done);
   });
 }

@@ -12,6 +12,7 @@
 #include "clients/cli/ops/seq_verbs.h"
 #include "clients/cli/terminal/command_status.h"
 #include "clients/cli/terminal/file_checks.h"
+#include "clients/cli/terminal/terminal.h"
 #include "clients/engine/safetensors_writer.h"
 #include "kernels/base/status.h"
 
@@ -84,7 +85,8 @@ absl::StatusOr<std::string> ReadSequence(client::Client& client, const SeqReadOp
                                                      {"tokens", absl::StrCat(count)}}));
   }
   return absl::StrCat(options.out_file, ": ", layers.size(), layers.size() == 1 ? " layer" : " layers", ", ",
-                      count, " tokens of sequence ", info.id, " (", info.model, ", ", info.pair, ")");
+                      count, " tokens of sequence ", info.id, " (", Printable(info.model), ", ", info.pair,
+                      ")");
 }
 
 void AddSeqCommand(CLI::App& app, int* exit_code) {
@@ -132,9 +134,9 @@ void AddSeqCommand(CLI::App& app, int* exit_code) {
     };
     const absl::StatusOr<std::string> done = run();
     if (done.ok()) {
-      std::printf("%s\n", done->c_str());
+      Say(*done + "\n");
     } else {
-      std::fprintf(stderr, "kvtide seq read: %s\n", std::string(done.status().message()).c_str());
+      SayFailed("kvtide seq read", done.status());
     }
     *exit_code = ExitCode(done.status());
   });

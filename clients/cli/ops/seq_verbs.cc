@@ -40,9 +40,9 @@ CLI::App* AddVerb(CLI::App* seq, const std::string& name, const std::string& hel
     };
     const absl::StatusOr<std::string> done = call();
     if (done.ok()) {
-      std::fputs(done->c_str(), stdout);
+      Say(*done);
     } else {
-      std::fprintf(stderr, "kvtide seq %s: %s\n", name.c_str(), std::string(done.status().message()).c_str());
+      SayFailed("kvtide seq " + name, done.status());
     }
     *exit_code = ExitCode(done.status());
   });

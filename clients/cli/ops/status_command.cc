@@ -28,7 +28,7 @@ absl::Status RunStatus(const StatusFlags& flags) {
   const std::string text =
       flags.output == "json" ? RenderStatusJson(snapshot)
                              : RenderStatus(snapshot, flags.sequences, Terminal::Of(1), OrderOf(flags.order));
-  std::fputs(text.c_str(), stdout);
+  Say(text);
   return absl::OkStatus();
 }
 
@@ -70,7 +70,7 @@ void AddStatusCommand(CLI::App& app, int* exit_code) {
   status->callback([flags, exit_code] {
     const absl::Status done = RunStatus(*flags);
     if (!done.ok()) {
-      std::fprintf(stderr, "kvtide status: %s\n", std::string(done.message()).c_str());
+      SayFailed("kvtide status", done);
       std::fprintf(stderr, "`kvtide doctor` looks for the cause.\n");
     }
     *exit_code = ExitCode(done);

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "clients/cli/terminal/json_text.h"
 #include "clients/cli/terminal/table.h"
 #include "nlohmann/json.hpp"
 #include "planner/units.h"
@@ -54,17 +55,18 @@ std::string Tiers(const ServerStats& stats, const Terminal& terminal) {
   std::string text = table.Render(terminal);
   for (const TierStats& tier : stats.tiers) {
     if (!tier.io) continue;
-    absl::StrAppend(&text, tier.name, ": ", tier.backend, tier.encrypted ? ", encrypted" : ", not encrypted",
-                    ", read ", FormatBytes(tier.read_bytes), ", written ", FormatBytes(tier.written_bytes),
+    absl::StrAppend(&text, Printable(tier.name), ": ", Printable(tier.backend),
+                    tier.encrypted ? ", encrypted" : ", not encrypted", ", read ",
+                    FormatBytes(tier.read_bytes), ", written ", FormatBytes(tier.written_bytes),
                     "; failed reads ", tier.read_errors, ", writes ", tier.write_errors, ", syncs ",
                     tier.sync_errors, ", other bytes than stored ", tier.checksum_errors, "; lost ",
                     tier.lost_blocks, " blocks\n");
     if (!tier.problem.empty())
-      absl::StrAppend(
-          &text,
-          terminal.Painted(absl::StrCat(tier.name, " takes no blocks now: ", Printable(tier.problem)),
-                           Paint::kRed),
-          "\n");
+      absl::StrAppend(&text,
+                      terminal.Painted(absl::StrCat(Printable(tier.name),
+                                                    " takes no blocks now: ", Printable(tier.problem)),
+                                       Paint::kRed),
+                      "\n");
   }
   return text;
 }
@@ -429,12 +431,13 @@ std::string RenderSequences(std::vector<SequenceInfo> sequences, size_t max_sequ
 std::string RenderSequencesJson(const std::vector<SequenceInfo>& sequences) {
   Json list = Json::array();
   for (const SequenceInfo& sequence : sequences) list.push_back(SequenceJson(sequence));
-  return list.dump(2) + "\n";
+  return JsonText(list);
 }
 
 std::string RenderSequence(const SequenceInfo& sequence) {
-  std::string text = absl::StrCat("sequence   ", sequence.id, " of tenant ", Printable(sequence.tenant),
-                                  ", model ", Printable(sequence.model), ", ", sequence.pair, "\n");
+  std::string text =
+      absl::StrCat("sequence   ", sequence.id, " of tenant ", Printable(sequence.tenant), ", model ",
+                   Printable(sequence.model), ", ", Printable(sequence.pair), "\n");
   if (sequence.forked_from != 0) absl::StrAppend(&text, "fork of    ", sequence.forked_from, "\n");
   absl::StrAppend(&text, "tokens     ", sequence.tokens,
                   sequence.max_layer_tokens != sequence.tokens
@@ -457,7 +460,7 @@ std::string RenderSequence(const SequenceInfo& sequence) {
                                      sequence.reused_tokens, " of them were there before")
                       : "its token ids are not known",
                   "\n", "used       ", DurationText(sequence.idle_seconds), " ago, made ",
-                  DurationText(sequence.age_seconds), " ago, on ", sequence.device, "\n");
+                  DurationText(sequence.age_seconds), " ago, on ", Printable(sequence.device), "\n");
   return text;
 }
 
@@ -490,7 +493,7 @@ Paint ShareColour(double share, double warn, double alarm) {
 std::string RenderStatus(const DaemonSnapshot& snapshot, size_t max_sequences, const Terminal& terminal,
                          SequenceOrder order) {
   std::string head =
-      absl::StrCat("kvtided ", snapshot.info.version, " at ", snapshot.address, ", up ",
+      absl::StrCat("kvtided ", Printable(snapshot.info.version), " at ", Printable(snapshot.address), ", up ",
                    DurationText(snapshot.info.uptime_seconds), ", process ", snapshot.info.process_id);
   return absl::StrCat(terminal.Painted(head, Paint::kBold), ", ",
                       snapshot.serving ? terminal.Painted("serving", Paint::kGreen)
@@ -528,8 +531,7 @@ std::string RenderStatusJson(const DaemonSnapshot& snapshot) {
                                {"p99_seconds", method.p99_seconds},
                                {"failed", failed}});
   }
-  json["counters"] = {{"lost_blocks", stats.lost_blocks},
-                      {"sequences_created", stats.sequences_created},
+  json["counters"] = {{"sequences_created", stats.sequences_created},
                       {"sequences_closed", stats.sequences_closed},
                       {"appended_tokens", stats.appended_tokens},
                       {"sealed_blocks", stats.sealed_blocks},
@@ -578,7 +580,7 @@ std::string RenderStatusJson(const DaemonSnapshot& snapshot) {
   json["sequence_list"] = Json::array();
   for (const SequenceInfo& sequence : snapshot.sequences)
     json["sequence_list"].push_back(SequenceJson(sequence));
-  return json.dump(2) + "\n";
+  return JsonText(json);
 }
 
 }  // namespace kvtide::cli

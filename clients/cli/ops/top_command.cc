@@ -61,13 +61,13 @@ class Screen {
     if (enabled_) {
       // Overwrites in place and clears what is left of each line: no flicker.
       std::string out = "\x1b[H";
-      for (const char c : text) {
+      for (const char c : PrintableLines(text)) {
         if (c == '\n') out += "\x1b[K";
         out += c;
       }
       std::fputs((out + "\x1b[J").c_str(), stdout);
     } else {
-      std::fputs(text.c_str(), stdout);
+      Say(text);
     }
     std::fflush(stdout);
   }
@@ -143,7 +143,7 @@ void AddTopCommand(CLI::App& app, int* exit_code) {
       ->check(Positive());
   top->callback([flags, exit_code] {
     const absl::Status done = RunTop(*flags);
-    if (!done.ok()) std::fprintf(stderr, "kvtide top: %s\n", std::string(done.message()).c_str());
+    SayFailed("kvtide top", done);
     *exit_code = ExitCode(done);
   });
 }

@@ -205,10 +205,10 @@ std::string RenderTop(const DaemonSnapshot& before, const DaemonSnapshot& now, d
                       const Terminal& terminal) {
   const ServerStats& stats = now.stats;
   const Rates rates(before.stats, stats, seconds);
-  std::string text =
-      terminal.Painted(absl::StrCat("kvtided ", now.info.version, " at ", now.address, ", up ",
-                                    DurationText(stats.uptime_seconds), now.serving ? "" : ", NOT SERVING"),
-                       Paint::kBold);
+  std::string text = terminal.Painted(
+      absl::StrCat("kvtided ", Printable(now.info.version), " at ", Printable(now.address), ", up ",
+                   DurationText(stats.uptime_seconds), now.serving ? "" : ", NOT SERVING"),
+      Paint::kBold);
   absl::StrAppend(&text, "\n\n");
   AppendTiers(stats, rates, terminal, &text);
   absl::StrAppend(&text, "\n", stats.sequences, " sequences   ", CountText(static_cast<double>(stats.tokens)),

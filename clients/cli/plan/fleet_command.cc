@@ -9,6 +9,8 @@
 #include "clients/cli/plan/plan_command.h"
 #include "clients/cli/plan/plan_flags.h"
 #include "clients/cli/plan/plan_io.h"
+#include "clients/cli/terminal/command_status.h"
+#include "clients/cli/terminal/terminal.h"
 #include "kernels/base/status.h"
 #include "planner/fleet/fleet.h"
 
@@ -57,9 +59,8 @@ absl::StatusOr<int> RunFleet(FleetCommand& command) {
   request.mode =
       command.mode == "inclusive" ? planner::HostTierMode::kInclusive : planner::HostTierMode::kExclusive;
   KVTIDE_ASSIGN_OR_RETURN(const planner::FleetResult result, planner::SimulateFleet(request));
-  const std::string text = command.output == "json" ? planner::RenderFleetJson(request, result)
-                                                    : planner::RenderFleetTable(request, result);
-  std::fwrite(text.data(), 1, text.size(), stdout);
+  Say(command.output == "json" ? PrintableJson(planner::RenderFleetJson(request, result))
+                               : planner::RenderFleetTable(request, result));
   KVTIDE_RETURN_IF_ERROR(FlushOutput());
   for (const planner::FleetPoint& point : result.points) {
     if (point.gpus > 0) return 0;
@@ -108,7 +109,7 @@ void AddFleetCommand(CLI::App& app, int* exit_code) {
       *exit_code = *code;
       return;
     }
-    std::fprintf(stderr, "kvtide fleet: %s\n", std::string(code.status().message()).c_str());
+    SayFailed("kvtide fleet", code.status());
     *exit_code = absl::IsFailedPrecondition(code.status()) ? kExitDoesNotFit
                  : IsWriteError(code.status())             ? kExitNotWritten
                                                            : kExitBadInput;

@@ -13,6 +13,8 @@
 #include "clients/cli/plan/plan_device.h"
 #include "clients/cli/plan/plan_flags.h"
 #include "clients/cli/plan/plan_io.h"
+#include "clients/cli/terminal/command_status.h"
+#include "clients/cli/terminal/terminal.h"
 #include "kernels/base/status.h"
 #include "planner/model/catalogue.h"
 #include "planner/plan/matrix.h"
@@ -52,10 +54,8 @@ struct PlanCommand {
   bool all = false;
 };
 
-void Print(const std::string& text) { std::fwrite(text.data(), 1, text.size(), stdout); }
-
 int Fail(const absl::Status& status) {
-  std::fprintf(stderr, "kvtide plan: %s\n", std::string(status.message()).c_str());
+  SayFailed("kvtide plan", status);
   return IsWriteError(status) ? kExitNotWritten : kExitBadInput;
 }
 
@@ -74,15 +74,15 @@ int ExitCode(const planner::Plan& plan) {
 absl::Status PrintList(const std::string& what) {
   if (what == "models") {
     for (const planner::ModelGeometry& model : planner::CatalogueModels()) {
-      Print(absl::StrFormat("%-24s %3d layers, %7d tokens, confidence %s\n", model.name, model.layers.size(),
-                            model.max_context, model.confidence));
+      Say(absl::StrFormat("%-24s %3d layers, %7d tokens, confidence %s\n", model.name, model.layers.size(),
+                          model.max_context, model.confidence));
     }
     return absl::OkStatus();
   }
   if (what == "devices") {
     for (const planner::DeviceBudget& gpu : planner::CatalogueGpus()) {
-      Print(absl::StrFormat("%-24s %10s %6.0f GB/s\n", gpu.name, planner::FormatBytes(gpu.vram_bytes),
-                            gpu.bandwidth_gb_s));
+      Say(absl::StrFormat("%-24s %10s %6.0f GB/s\n", gpu.name, planner::FormatBytes(gpu.vram_bytes),
+                          gpu.bandwidth_gb_s));
     }
     return absl::OkStatus();
   }
@@ -95,7 +95,7 @@ absl::Status PrintList(const std::string& what) {
       std::string line = absl::StrCat(planner::EngineName(engine), ":");
       for (const planner::TypePair& pair : planner::DefaultPairs(options, false))
         absl::StrAppend(&line, " ", pair.Name());
-      Print(line + "\n");
+      Say(line + "\n");
     }
     return absl::OkStatus();
   }
@@ -111,7 +111,7 @@ void PrintMatrix(const planner::PlanRequest& request) {
     }
   }
   const auto pairs = request.pairs.empty() ? planner::DefaultPairs(request.engine, false) : request.pairs;
-  Print(planner::RenderMatrix(planner::SupportMatrix(planner::EngineOnDevice(request), pairs, head_dims)));
+  Say(planner::RenderMatrix(planner::SupportMatrix(planner::EngineOnDevice(request), pairs, head_dims)));
 }
 
 absl::Status CheckOutput(const std::string& output) {
@@ -127,12 +127,13 @@ absl::StatusOr<std::string> Render(const PlanCommand& command, const planner::Pl
                                    const planner::Plan& plan) {
   if (command.output == "table")
     return planner::RenderTable(request, plan, {UseColor(), command.all, !request.pairs.empty()});
-  if (command.output == "json") return planner::RenderJson(request, plan);
+  if (command.output == "json") return PrintableJson(planner::RenderJson(request, plan));
   if (command.output == "csv") return planner::RenderCsv(request, plan);
   if (command.output == "llama-args") return planner::RenderLlamaArgs(request, plan);
   if (command.output == "vllm-args") return planner::RenderVllmArgs(request, plan);
   if (command.output == "sglang-args") return planner::RenderSglangArgs(request, plan);
-  return planner::RenderKvtidedConfig(request, plan);
+  KVTIDE_ASSIGN_OR_RETURN(const std::string config, planner::RenderKvtidedConfig(request, plan));
+  return PrintableJson(config);
 }
 
 absl::Status Explain(const planner::PlanRequest& request, const planner::Plan& plan) {
@@ -141,7 +142,7 @@ absl::Status Explain(const planner::PlanRequest& request, const planner::Plan& p
     KVTIDE_ASSIGN_OR_RETURN(
         const std::string text,
         planner::ExplainPair(request, context.candidates[static_cast<size_t>(index)].asked, context.context));
-    Print(text + "\n");
+    Say(text + "\n");
   }
   return absl::OkStatus();
 }
@@ -164,11 +165,11 @@ absl::StatusOr<int> RunPlanOnce(const PlanCommand& command) {
   }
   absl::StatusOr<std::string> text = Render(command, request, plan);
   if (!text.ok() && absl::IsFailedPrecondition(text.status())) {
-    std::fprintf(stderr, "kvtide plan: %s\n", std::string(text.status().message()).c_str());
+    SayFailed("kvtide plan", text.status());
     return ExitCode(plan);
   }
   if (!text.ok()) return text.status();
-  Print(*text);
+  Say(*text);
   return ExitCode(plan);
 }
 
@@ -201,15 +202,14 @@ absl::StatusOr<int> RunPlan(const PlanCommand& command) {
   const bool table = command.output == "table" && !command.explain && command.plot.empty();
   int worst = 0;
   for (const Kind& kind : kinds) {
-    const std::string text =
-        absl::StrFormat("GPU %s of %d: %s, %s, %s in use\n", absl::StrJoin(kind.numbers, ", "), found->size(),
-                        kind.device.name, planner::FormatBytes(kind.device.vram_bytes),
-                        planner::FormatBytes(kind.device.in_use_bytes));
+    const std::string text = absl::StrFormat(
+        "GPU %s of %d: %s, %s, %s in use", absl::StrJoin(kind.numbers, ", "), found->size(), kind.device.name,
+        planner::FormatBytes(kind.device.vram_bytes), planner::FormatBytes(kind.device.in_use_bytes));
     if (!table) {
-      std::fprintf(stderr, "%s", text.c_str());
+      std::fprintf(stderr, "%s\n", Printable(text).c_str());
       continue;
     }
-    Print(absl::StrCat(&kind == kinds.data() ? "" : "\n", text));
+    Say(absl::StrCat(&kind == kinds.data() ? "" : "\n", text, "\n"));
     PlanCommand one = command;
     one.flags.device = absl::StrCat("auto:", kind.numbers[0], device.substr(4));
     KVTIDE_ASSIGN_OR_RETURN(const int code, RunPlanOnce(one));
@@ -244,7 +244,7 @@ absl::StatusOr<int> RunVerify(const PlanCommand& command) {
   const planner::ContextPlan& context = plan.contexts.front();
   const std::vector<planner::VerifyLine> lines =
       planner::Compare(context.candidates.front(), context.split, request.workload.concurrency, measured);
-  Print(planner::RenderVerify(lines, measured));
+  Say(planner::RenderVerify(lines, measured));
   if (!tolerance.has_value() || planner::WithinTolerance(lines, *tolerance)) return 0;
   std::fprintf(stderr, "kvtide plan verify: an item is more than %g %% and 4 MiB off\n", *tolerance);
   return kExitBeyondTolerance;

@@ -13,6 +13,7 @@
 #include "clients/cli/plan/plan_io.h"
 #include "clients/cli/terminal/command_status.h"
 #include "clients/cli/terminal/interrupt.h"
+#include "clients/cli/terminal/json_text.h"
 #include "clients/cli/terminal/number_checks.h"
 #include "clients/cli/terminal/progress.h"
 #include "clients/cli/terminal/table.h"
@@ -177,7 +178,7 @@ std::string ReplayTable(const ReplayReport& report, const Terminal& terminal) {
                                   CountText(static_cast<double>(first.asked_blocks)), " blocks, ",
                                   CountText(static_cast<double>(first.asked_tokens)),
                                   " tokens; all that is different: ", Size(report.distinct_bytes), "\n");
-  for (const std::string& note : report.notes) absl::StrAppend(&text, "note: ", note, "\n");
+  for (const std::string& note : report.notes) absl::StrAppend(&text, "note: ", Printable(note), "\n");
   for (const ReplayReport::Row& row : report.rows)
     if (row.result.refused_blocks > 0) {
       absl::StrAppend(&text, "note: some blocks found no room: a prompt is larger than the host tier\n");
@@ -211,7 +212,7 @@ std::string ReplayJson(const ReplayReport& report) {
                                {"disk_to_host_bytes", result.up_bytes},
                                {"seconds", row.seconds}});
   }
-  return json.dump(2) + "\n";
+  return JsonText(json);
 }
 
 void AddReplayCommand(CLI::App& fleet, int* exit_code) {
@@ -247,13 +248,10 @@ void AddReplayCommand(CLI::App& fleet, int* exit_code) {
     const absl::StatusOr<ReplayReport> report = RunReplay(*command);
     absl::Status status = report.status();
     if (report.ok()) {
-      const std::string text =
-          command->output == "json" ? ReplayJson(*report) : ReplayTable(*report, Terminal::Of(1));
-      std::fwrite(text.data(), 1, text.size(), stdout);
+      Say(command->output == "json" ? ReplayJson(*report) : ReplayTable(*report, Terminal::Of(1)));
       status = FlushOutput();
     }
-    if (!status.ok())
-      std::fprintf(stderr, "kvtide fleet replay: %s\n", std::string(status.message()).c_str());
+    SayFailed("kvtide fleet replay", status);
     *exit_code = ExitCode(status);
   });
 }

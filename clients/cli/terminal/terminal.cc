@@ -3,6 +3,7 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -39,6 +40,45 @@ bool IsSet(const char* variable) {
   return value != nullptr && *value != '\0';
 }
 
+// Of a colour that begins at `at`, "\x1b[1;31m": its characters; 0 where none begins.
+size_t ColourLength(const std::string& text, size_t at) {
+  if (text.compare(at, 2, "\x1b[") != 0) return 0;
+  const size_t end = text.find_first_not_of("0123456789;", at + 2);
+  return end != std::string::npos && text[end] == 'm' ? end + 1 - at : 0;
+}
+
+// Of the control character that begins at `at`: its code, and its bytes in UTF-8; 0 bytes where there is
+// none.
+size_t ControlLength(const std::string& text, size_t at, unsigned* code) {
+  const auto byte = static_cast<unsigned char>(text[at]);
+  *code = byte;
+  if (byte < 0x20 || byte == 0x7f) return 1;
+  if (byte != 0xc2 || at + 1 == text.size() || static_cast<unsigned char>(text[at + 1]) >= 0xa0) return 0;
+  *code = static_cast<unsigned char>(text[at + 1]);
+  return 2;
+}
+
+std::string Escaped(const std::string& text, const char* format, bool lines) {
+  std::string out;
+  for (size_t i = 0, bytes = 1; i < text.size(); i += bytes) {
+    unsigned code = 0;
+    const size_t control = ControlLength(text, i, &code);
+    const bool kept = control == 0 || (lines && (code == '\n' || code == '\t'));
+    const size_t whole = kept ? 1 : lines ? ColourLength(text, i) : 0;
+    bytes = std::max(control, whole);
+    if (whole > 0) {
+      out.append(text, i, bytes);
+    } else if (code == '\n') {
+      out += "\\n";
+    } else {
+      char escaped[8];
+      std::snprintf(escaped, sizeof(escaped), format, code);
+      out += escaped;
+    }
+  }
+  return out;
+}
+
 }  // namespace
 
 Terminal Terminal::Of(int file_descriptor) {
@@ -68,24 +108,9 @@ int DisplayWidth(const std::string& text) {
   return width;
 }
 
-std::string Printable(const std::string& text) {
-  std::string out;
-  for (size_t i = 0; i < text.size(); ++i) {
-    const auto byte = static_cast<unsigned char>(text[i]);
-    const bool c1 = byte == 0xc2 && i + 1 < text.size() && static_cast<unsigned char>(text[i + 1]) < 0xa0;
-    if (byte >= 0x20 && byte != 0x7f && !c1) {
-      out += text[i];
-    } else if (text[i] == '\n') {
-      out += "\\n";
-    } else {
-      const unsigned code = c1 ? static_cast<unsigned char>(text[++i]) : byte;
-      char escaped[8];
-      std::snprintf(escaped, sizeof(escaped), "\\x%02x", code);
-      out += escaped;
-    }
-  }
-  return out;
-}
+std::string Printable(const std::string& text) { return Escaped(text, "\\x%02x", false); }
+std::string PrintableLines(const std::string& text) { return Escaped(text, "\\x%02x", true); }
+std::string PrintableJson(const std::string& json) { return Escaped(json, "\\u%04x", true); }
 
 std::string CountText(double count) {
   if (count < 1000) return absl::StrFormat("%.0f", count);

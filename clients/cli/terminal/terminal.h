@@ -34,6 +34,14 @@ int DisplayWidth(const std::string& text);
 // UTF-8) become \n, \x1b.
 std::string Printable(const std::string& text);
 
+// The same of a text of several lines, such as a report or the end of a log: line ends, tabs and colours
+// stay.
+std::string PrintableLines(const std::string& text);
+
+// JSON as it may be shown: control characters that it lets through, DEL and the C1 ones, become \u009b; its
+// values stay the same.
+std::string PrintableJson(const std::string& json);
+
 std::string CountText(double count);       // "950", "12.3k", "4.1M"
 std::string DurationText(double seconds);  // "8 s", "2:05", "1:02:05"
 
