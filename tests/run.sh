@@ -7,6 +7,7 @@
 #   tests/run.sh engines [pytest arguments ...]     vLLM on the CPU, which it installs; tests/engines/run.sh says more
 #   tests/run.sh arm64 [--core]     cross-built for arm64, run by QEMU; tests/arm64/run.sh says more
 #   tests/run.sh fuzz [--seconds N] [NAME ...]     every fuzzer for so long (60 s each), with clang
+#   tests/run.sh image [--record]     the steps of deploy/Dockerfile's CPU image in roots of debootstrap, and the image at work
 #   tests/run.sh prometheus [--pictures FOLDER]     a real Prometheus over a real daemon, and promtool, which it gets
 # Packages that are missing are installed first. Uses ccache when it is there.
 set -euo pipefail
@@ -21,6 +22,7 @@ case "$preset" in
   engines) exec tests/engines/run.sh "$@" ;;
   arm64) exec tests/arm64/run.sh "$@" ;;
   fuzz) exec tests/fuzz/run.sh "$@" ;;
+  image) exec tests/deploy/image.sh "$@" ;;
   prometheus) exec tests/deploy/prometheus.sh "$@" ;;
 esac
 cmake --preset "$preset"
