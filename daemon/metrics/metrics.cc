@@ -1,29 +1,25 @@
 #include "daemon/metrics/metrics.h"
 
-#include <exception>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "daemon/metrics/allocator_collector.h"
 #include "daemon/metrics/cache_collector.h"
+#include "daemon/metrics/endpoint.h"
 #include "daemon/metrics/endpoint_address.h"
 #include "daemon/metrics/family.h"
 #include "daemon/metrics/gpu_collector.h"
 #include "daemon/metrics/process_collector.h"
 #include "daemon/metrics/request_metrics.h"
+#include "daemon/metrics/serializer.h"
 #include "kernels/base/check.h"
-#include "prometheus/exposer.h"
+#include "kernels/base/status.h"
 #include "prometheus/histogram.h"
 #include "prometheus/registry.h"
-#include "prometheus/text_serializer.h"
 
 namespace kvtide::metrics {
 namespace {
-
-// A connection takes one of the endpoint's threads until it has sent its request or this time has passed:
-// whoever connects and says nothing must not keep a scrape waiting for longer than scrapes wait.
-constexpr char kEndpointThreads[] = "16", kRequestTimeoutMs[] = "1000";
 
 std::string Compiler() {
 #if defined(__clang__)
@@ -138,7 +134,7 @@ std::vector<prometheus::Histogram*> WorkHistograms(const std::vector<std::string
 }
 
 // All of a scrape, in one order: build, cache, calls, GPUs, allocator, process.
-class Everything final : public prometheus::Collectable {
+class Everything {
  public:
   explicit Everything(MetricsOptions options)
       : options_(std::move(options)),
@@ -152,7 +148,7 @@ class Everything final : public prometheus::Collectable {
     if (work < works_.size()) works_[work]->Observe(absl::ToDoubleSeconds(time));
   }
 
-  std::vector<prometheus::MetricFamily> Collect() const override {
+  std::vector<prometheus::MetricFamily> Collect() const {
     std::vector<prometheus::MetricFamily> families;
     FamilyWriter writer(&families);
     writer.Gauge("kvtide_build_info", "Version and build of the daemon.")
@@ -181,9 +177,9 @@ class Everything final : public prometheus::Collectable {
 }  // namespace
 
 struct Metrics::Impl {
-  explicit Impl(MetricsOptions options) : everything(std::make_shared<Everything>(std::move(options))) {}
-  std::shared_ptr<Everything> everything;
-  std::unique_ptr<prometheus::Exposer> exposer;
+  explicit Impl(MetricsOptions options) : everything(std::move(options)) {}
+  Everything everything;
+  std::unique_ptr<Endpoint> endpoint;
 };
 
 Metrics::Metrics(MetricsOptions options) {
@@ -193,38 +189,25 @@ Metrics::Metrics(MetricsOptions options) {
 
 Metrics::~Metrics() { Stop(); }
 
-void Metrics::RecordCall(const CallSample& call) { impl_->everything->requests().Record(call); }
+void Metrics::RecordCall(const CallSample& call) { impl_->everything.requests().Record(call); }
 
 void Metrics::RecordLookup(std::string_view tenant, std::string_view unit, std::string_view tier,
                            uint64_t count) {
-  impl_->everything->requests().RecordLookup(tenant, unit, tier, count);
+  impl_->everything.requests().RecordLookup(tenant, unit, tier, count);
 }
 
-void Metrics::RecordWork(size_t work, absl::Duration time) { impl_->everything->RecordWork(work, time); }
+void Metrics::RecordWork(size_t work, absl::Duration time) { impl_->everything.RecordWork(work, time); }
 
 absl::StatusOr<std::string> Metrics::Start(const std::string& address) {
-  KVTIDE_CHECK(impl_->exposer == nullptr, "metrics were started already");
-  absl::StatusOr<EndpointAddress> endpoint = ParseEndpointAddress(address);
-  if (!endpoint.ok()) return endpoint.status();
-  try {
-    impl_->exposer = std::make_unique<prometheus::Exposer>(std::vector<std::string>{
-        "listening_ports", endpoint->Text(), "num_threads", kEndpointThreads, "request_timeout_ms",
-        kRequestTimeoutMs, "keep_alive_timeout_ms", kRequestTimeoutMs});
-  } catch (const std::exception& error) {
-    // The library does not say why; the address does.
-    const absl::Status reason = CheckBindable(*endpoint);
-    if (!reason.ok()) return reason;
-    return absl::UnavailableError(absl::StrCat("metrics address ", endpoint->Text(), ": ", error.what()));
-  }
-  impl_->exposer->RegisterCollectable(impl_->everything);
-  endpoint->port = impl_->exposer->GetListeningPorts().front();
-  return endpoint->Text();
+  KVTIDE_CHECK(impl_->endpoint == nullptr, "metrics were started already");
+  KVTIDE_ASSIGN_OR_RETURN(EndpointAddress bound, ParseEndpointAddress(address));
+  KVTIDE_ASSIGN_OR_RETURN(impl_->endpoint, Endpoint::Start(bound, [this] { return Text(); }));
+  bound.port = impl_->endpoint->port();
+  return bound.Text();
 }
 
-void Metrics::Stop() { impl_->exposer.reset(); }
+void Metrics::Stop() { impl_->endpoint.reset(); }
 
-std::string Metrics::Text() const {
-  return prometheus::TextSerializer().Serialize(impl_->everything->Collect());
-}
+std::string Metrics::Text() const { return Serialize(impl_->everything.Collect()); }
 
 }  // namespace kvtide::metrics
