@@ -8,6 +8,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
@@ -24,6 +25,10 @@ constexpr std::chrono::milliseconds kBreath{50};
 // How long and how many refused connections stay open.
 constexpr std::chrono::milliseconds kLinger{1000};
 constexpr size_t kMostLingering = 8;
+// How many may come at once, and a second, before they wait; for how long, and how many do at a time.
+constexpr double kCalmAtOnce = 64, kCalmPerSecond = 100;
+constexpr std::chrono::milliseconds kWait{2};
+constexpr size_t kMostWaiting = 256;
 
 int OpenSpare() { return ::open("/dev/null", O_RDONLY | O_CLOEXEC); }
 
@@ -56,6 +61,7 @@ Listener::~Listener() {
   KVTIDE_CHECK(::write(stop_, &one, sizeof(one)) == sizeof(one));
   thread_.join();
   CloseRefused(0);
+  for (const auto& [fd, until] : waiting_) ::close(fd);
   ::close(stop_);
   if (spare_ >= 0) ::close(spare_);
 }
@@ -63,11 +69,12 @@ Listener::~Listener() {
 void Listener::Run() {
   std::vector<pollfd> waits = {{stop_, POLLIN, 0}};
   for (const int fd : options_.sockets) waits.push_back({fd, POLLIN, 0});
-  auto next_tick = std::chrono::steady_clock::now();
+  auto next_tick = options_.now();
   for (;;) {
-    ::poll(waits.data(), waits.size(), kTickMilliseconds);
+    ::poll(waits.data(), waits.size(), Patience(options_.now()));
     if (waits[0].revents != 0) return;
-    if (const auto now = std::chrono::steady_clock::now(); now >= next_tick) {
+    AdmitWaiting(options_.now());
+    if (const auto now = options_.now(); now >= next_tick) {
       connections_->Sweep();
       while (!lingering_.empty() && now - lingering_.front().second >= kLinger)
         CloseRefused(lingering_.size() - 1);
@@ -90,10 +97,49 @@ bool Listener::AcceptOne(int listening) {
     if (error != EAGAIN) std::this_thread::sleep_for(kBreath);  // out of memory, say: try again
     return false;
   }
+  const auto now = options_.now();
+  if (Calm(now)) {
+    Admit(fd);
+  } else {
+    waiting_.emplace_back(fd, now + kWait);
+    AdmitWaiting(now);
+  }
+  return true;
+}
+
+bool Listener::Calm(std::chrono::steady_clock::time_point now) {
+  calm_ += kCalmPerSecond * std::chrono::duration<double>(now - calm_at_).count();
+  calm_ = std::min(calm_, kCalmAtOnce);
+  calm_at_ = now;
+  if (calm_ < 1) return false;
+  calm_ -= 1;
+  return true;
+}
+
+int Listener::Patience(std::chrono::steady_clock::time_point now) const {
+  if (waiting_.empty()) return kTickMilliseconds;
+  const auto left = std::chrono::ceil<std::chrono::milliseconds>(waiting_.front().second - now).count();
+  return static_cast<int>(std::clamp<int64_t>(left, 0, kTickMilliseconds));
+}
+
+void Listener::AdmitWaiting(std::chrono::steady_clock::time_point now) {
+  while (!waiting_.empty() && (waiting_.front().second <= now || waiting_.size() > kMostWaiting)) {
+    const int fd = waiting_.front().first;
+    waiting_.pop_front();
+    pollfd end{fd, POLLRDHUP, 0};
+    if (::poll(&end, 1, 0) > 0) {
+      ::close(fd);
+    } else {
+      Admit(fd);
+    }
+  }
+}
+
+void Listener::Admit(int fd) {
   if (connections_->size() >= options_.max_connections && connections_->Sweep() >= options_.max_connections) {
     Refuse(fd, "kvtided has as many connections as it may (max_connections, or the limit of open files)",
            true);
-    return true;
+    return;
   }
   const int on = 1;
   ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));  // not for Unix sockets, which say so
@@ -101,10 +147,9 @@ bool Listener::AcceptOne(int listening) {
   if (const std::string reason = options_.refusal ? options_.refusal(*connection) : ""; !reason.empty()) {
     connections_->Forget(fd);
     Refuse(fd, reason.c_str(), true);
-    return true;
+    return;
   }
   options_.serve(fd, connection->tcp);
-  return true;
 }
 
 bool Listener::RefuseWithSpare(int listening) {
@@ -133,7 +178,7 @@ void Listener::Refuse(int fd, const char* reason, bool linger) {
   }
   ::shutdown(fd, SHUT_WR);
   CloseRefused(kMostLingering - 1);
-  lingering_.emplace_back(fd, std::chrono::steady_clock::now());
+  lingering_.emplace_back(fd, options_.now());
 }
 
 }  // namespace kvtide::service

@@ -1,7 +1,8 @@
 // Accepts the connections of the daemon and hands their descriptors over to gRPC. gRPC's own listener never
 // accepts again once the descriptor table was full, knows no limit of connections, and does not tell the ends
 // of Unix sockets apart; this one does all three. Connections beyond the limit are told so on HTTP/2 (GOAWAY)
-// and closed.
+// and closed. Where many come in a short time, each waits for 2 ms before it is handed over, and one whose
+// other end has closed by then costs gRPC nothing: floods that come and go, scans and probes of ports.
 #pragma once
 
 #include <chrono>
@@ -28,6 +29,7 @@ class Listener {
     // About once a second; with the number of connections that were closed because there were too many, or no
     // descriptor for them.
     std::function<void(uint64_t refused)> tick;
+    std::function<std::chrono::steady_clock::time_point()> now = std::chrono::steady_clock::now;
   };
   // Borrows `connections`.
   Listener(Connections* connections, Options options);
@@ -40,6 +42,14 @@ class Listener {
   void Run();
   // False: nobody waits any more.
   bool AcceptOne(int listening);
+  // Refuses a connection or hands it over.
+  void Admit(int fd);
+  // Those that have waited, and the oldest beyond kMostWaiting; closes those that have gone.
+  void AdmitWaiting(std::chrono::steady_clock::time_point now);
+  // Milliseconds until something is to be done although nobody comes.
+  int Patience(std::chrono::steady_clock::time_point now) const;
+  // Whether connections come so rarely that the next one need not wait.
+  bool Calm(std::chrono::steady_clock::time_point now);
   // Takes a connection with the descriptor that is kept for it, and closes it; false: there was none.
   bool RefuseWithSpare(int listening);
   // Tells why. The descriptor stays open for a while where there is one to spare: a client that is still
@@ -51,6 +61,9 @@ class Listener {
   const Options options_;
   uint64_t refused_ = 0;
   std::deque<std::pair<int, std::chrono::steady_clock::time_point>> lingering_;  // refused, and since when
+  std::deque<std::pair<int, std::chrono::steady_clock::time_point>> waiting_;    // accepted, and until when
+  double calm_ = 0;  // how many may still come at once without a wait, at calm_at_
+  std::chrono::steady_clock::time_point calm_at_{};
   int spare_ = -1;  // a descriptor to be able to refuse when the table is full
   int stop_ = -1;   // an eventfd
   std::thread thread_;

@@ -9,6 +9,8 @@
 #include <cstring>
 #include <filesystem>
 #include <functional>
+#include <thread>
+#include <utility>
 
 #include "daemon/service/address.h"
 #include "gmock/gmock.h"
@@ -31,7 +33,8 @@ class ListenerTest : public ::testing::Test {
     std::filesystem::remove_all(folder_);
   }
   std::string Text() const { return "unix:" + folder_ + "/run/s.sock"; }
-  void Start(size_t most) {
+  void Start(size_t most,
+             std::function<std::chrono::steady_clock::time_point()> now = std::chrono::steady_clock::now) {
     Listener::Options options;
     options.sockets = claim_->sockets();
     options.max_connections = most;
@@ -40,6 +43,7 @@ class ListenerTest : public ::testing::Test {
       served_.push_back(fd);
     };
     options.tick = [this](uint64_t refused) { refused_ = refused; };
+    options.now = std::move(now);
     listener_ = std::make_unique<Listener>(&connections_, std::move(options));
   }
   int Connect() {
@@ -109,6 +113,33 @@ TEST_F(ListenerTest, ThoseBeyondTheLimitAreToldAndThereIsRoomAgainWhenOneLeaves)
   Connect();
   EXPECT_TRUE(Eventually([this] { return served() == 3; }));
   EXPECT_EQ(connections_.size(), 2u);
+}
+
+// A flood that comes and goes: beyond those that may come at once, one that has closed before its wait is
+// over is never handed over, and one that stays is.
+TEST_F(ListenerTest, ThoseThatComeAndGoManyATimeAreNotHandedOver) {
+  std::atomic<int64_t> milliseconds{1};
+  Start(1000, [&] {
+    return std::chrono::steady_clock::time_point() + std::chrono::hours(1) +
+           std::chrono::milliseconds(milliseconds);
+  });
+  constexpr size_t kAtOnce = 64, kGone = 200, kStay = 20;
+  for (size_t i = 0; i < kAtOnce; i++) Connect();
+  ASSERT_TRUE(Eventually([this] { return served() == kAtOnce; }));
+  for (size_t i = 0; i < kGone; i++) {
+    ::close(Connect());
+    clients_.pop_back();
+    if (i % (kGone / kStay) == 0) Connect();
+  }
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  EXPECT_EQ(served(), kAtOnce) << "handed over before its time";
+  milliseconds += 2;
+  EXPECT_TRUE(Eventually([this] { return served() == kAtOnce + kStay; }));
+  // After a second a hundred may have come, of which 64 at once.
+  milliseconds += 1000;
+  for (size_t i = 0; i < kAtOnce; i++) Connect();
+  EXPECT_TRUE(Eventually([this] { return served() == 2 * kAtOnce + kStay; }));
+  EXPECT_EQ(connections_.size(), 2 * kAtOnce + kStay);
 }
 
 TEST_F(ListenerTest, AcceptsAgainAfterTheDescriptorTableWasFull) {
