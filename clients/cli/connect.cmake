@@ -8,4 +8,4 @@ kvtide_add_library(kvtide_cli_connect
 )
 target_link_libraries(kvtide_cli_connect
   PUBLIC kvtide_planner CLI11::CLI11 nlohmann_json::nlohmann_json
-  PRIVATE kvtide_cli_plan kvtide_client)
+  PRIVATE kvtide_cli_plan kvtide_cli_terminal kvtide_client)

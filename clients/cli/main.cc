@@ -3,7 +3,6 @@
 #include <CLI/CLI.hpp>
 #include <csignal>
 #include <cstdio>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -26,7 +25,6 @@
 #include "clients/cli/plan/plan_command.h"
 #include "clients/cli/plan/plan_flags.h"
 #include "clients/cli/plan/replay_command.h"
-#include "clients/cli/terminal/command_status.h"
 #include "clients/cli/terminal/terminal.h"
 #include "planner/near_names.h"
 
@@ -90,11 +88,10 @@ int main(int argc, char** argv) {
                    kvtide::cli::Printable(Unexpected(app)).c_str());
       return kBadInput;
     }
-    std::ostringstream out, err;
-    const int code = app.exit(error, out, err);
-    kvtide::cli::Say(out.str());
-    std::fputs(kvtide::cli::PrintableLines(err.str()).c_str(), stderr);
-    return code == 0 ? 0 : kBadInput;
+    if (error.get_exit_code() == 0) return app.exit(error);  // help, or the version
+    std::fprintf(stderr, "%s\nRun with --help for more information.\n",
+                 kvtide::cli::Printable(error.what()).c_str());
+    return kBadInput;
   }
   return exit_code;
 }

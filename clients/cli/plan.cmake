@@ -7,4 +7,4 @@ kvtide_add_library(kvtide_cli_plan
   plan/plan_flags.cc
   plan/plan_io.cc
 )
-target_link_libraries(kvtide_cli_plan PUBLIC kvtide_key_profile kvtide_planner CLI11::CLI11 PRIVATE absl::cleanup ${CMAKE_DL_LIBS})
+target_link_libraries(kvtide_cli_plan PUBLIC kvtide_cli_terminal kvtide_key_profile kvtide_planner CLI11::CLI11 PRIVATE absl::cleanup ${CMAKE_DL_LIBS})

@@ -90,7 +90,11 @@ class Root:
         return ["unshare", "--mount", "--pid", "--fork", "--kill-child", "/bin/sh", "-ec", script, "sh", self.workdir, *words]
 
     def run(self, text, lent, environment):
-        subprocess.run(self.shell(["/bin/sh", "-c", text], lent), check=True, env={**self.environment, **environment})
+        log = self.folder.with_suffix(".log")
+        with log.open("a") as out:
+            done = subprocess.run(self.shell(["/bin/sh", "-c", text], lent), stdout=out, stderr=subprocess.STDOUT, env={**self.environment, **environment})
+        if done.returncode != 0:
+            raise RuntimeError(f"RUN {text[:100]}: exit code {done.returncode}\n" + "\n".join(log.read_text().splitlines()[-30:]))
 
     def copy(self, origin, sources, target, paths=None):
         """COPY: files to a name or into a folder; of folders, what is in them."""

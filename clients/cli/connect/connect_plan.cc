@@ -134,9 +134,10 @@ void ConnectVllm(const ConnectRequest& request, Connection* out) {
           "bus; its "
           "engines can then read what all tenants have cached there");
   }
-  out->verify.insert(out->verify.begin(),
-                     absl::StrCat("kvtide doctor --engine vllm",
-                                  Caches(request.way) ? absl::StrCat(" --address ", request.address) : ""));
+  out->verify.insert(
+      out->verify.begin(),
+      absl::StrCat("kvtide doctor --engine vllm",
+                   Caches(request.way) ? absl::StrCat(" --address ", ShellQuoted(request.address)) : ""));
 }
 
 void ConnectSglang(const ConnectRequest& request, Connection* out) {
@@ -167,7 +168,7 @@ void ConnectSglang(const ConnectRequest& request, Connection* out) {
                   "dynamic",
                   "--hicache-storage-backend-extra-config",
                   out->settings.dump()};
-  out->verify = {absl::StrCat("kvtide doctor --engine sglang --address ", request.address),
+  out->verify = {absl::StrCat("kvtide doctor --engine sglang --address ", ShellQuoted(request.address)),
                  "# SGLang's log at the start: kvtide: pages of 64 tokens ... rest in kvtided at ..."};
 }
 
@@ -189,7 +190,7 @@ void ConnectTransformers(const ConnectRequest& request, Connection* out) {
                    request.profile.empty() ? "" : absl::StrCat(", profile=", profile.dump()), ")"),
       "inputs = tokenizer(\"...\", return_tensors=\"pt\")",
       "model.generate(**inputs, past_key_values=cache)"};
-  out->verify = {absl::StrCat("kvtide doctor --engine transformers --address ", request.address),
+  out->verify = {absl::StrCat("kvtide doctor --engine transformers --address ", ShellQuoted(request.address)),
                  "# print(cache.stored_bytes) after generate"};
   out->notes.push_back("kvtide.connect(\"embedded\") keeps the pool in this process and needs no daemon");
 }
@@ -210,8 +211,8 @@ void ConnectLlamaCpp(const ConnectRequest& request, Connection* out) {
                absl::StrCat("llama = Llama(", model.dump(), ", n_ctx=", request.context, ")"),
                absl::StrCat("llama.set_cache(KvtideCache(llama, pool=kvtide.connect(", address.dump(),
                             "), pair=", pair.dump(), "))")};
-  out->verify = {absl::StrCat("kvtide doctor --engine llama.cpp --address ", request.address),
-                 absl::StrCat("# a saved slot into kvtided: KVTIDE_ADDRESS=", request.address,
+  out->verify = {absl::StrCat("kvtide doctor --engine llama.cpp --address ", ShellQuoted(request.address)),
+                 absl::StrCat("# a saved slot into kvtided: KVTIDE_ADDRESS=", ShellQuoted(request.address),
                               " python3 -m kvtide.llama_cpp save slots/chat.bin --model MODEL --pair ",
                               out->choice.pair)};
   out->notes.push_back(

@@ -84,9 +84,9 @@ absl::StatusOr<std::string> ReadSequence(client::Client& client, const SeqReadOp
                                                      {"first", absl::StrCat(options.first)},
                                                      {"tokens", absl::StrCat(count)}}));
   }
-  return absl::StrCat(options.out_file, ": ", layers.size(), layers.size() == 1 ? " layer" : " layers", ", ",
-                      count, " tokens of sequence ", info.id, " (", Printable(info.model), ", ", info.pair,
-                      ")");
+  return absl::StrCat(Printable(options.out_file), ": ", layers.size(),
+                      layers.size() == 1 ? " layer" : " layers", ", ", count, " tokens of sequence ", info.id,
+                      " (", Printable(info.model), ", ", info.pair, ")");
 }
 
 void AddSeqCommand(CLI::App& app, int* exit_code) {

@@ -6,7 +6,7 @@
 
 namespace kvtide::cli {
 
-// One word of a POSIX shell's command line, quoted where it has to be.
+// One word of a POSIX shell's command line, quoted where it has to be; control characters are printf's numbers.
 std::string ShellQuoted(const std::string& word);
 
 // Words as one line.

@@ -10,6 +10,7 @@
 
 #include "clients/cli/connect/connect_command.h"
 #include "clients/cli/terminal/shell_words.h"
+#include "clients/cli/terminal/terminal.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/clients/cli/run_words.h"
@@ -198,9 +199,18 @@ TEST(ConnectPlan, JsonHasTheSameWords) {
 }
 
 TEST(ShellWords, AShellReadsEveryWordBack) {
-  const std::vector<std::string> words = {"plain",         "two words", "it's", "\"quoted\"",
-                                          "$HOME `id` \\", "",          "a\nb", "*"};
+  const std::vector<std::string> words = {"plain",
+                                          "two words",
+                                          "it's",
+                                          "\"quoted\"",
+                                          "$HOME `id` \\",
+                                          "",
+                                          "a\nb",
+                                          "*",
+                                          "-e\x1b[2J\x01\x32'\\%s\xc2\x9b\xff\n\n",
+                                          "\n"};
   const std::string line = "printf '%s|' " + ShellLine(words);
+  EXPECT_EQ(Printable(ShellQuoted("a\nb\x1b")), ShellQuoted("a\nb\x1b")) << "a control character is shown";
   FILE* pipe = popen(line.c_str(), "r");
   ASSERT_NE(pipe, nullptr);
   std::array<char, 256> buffer{};

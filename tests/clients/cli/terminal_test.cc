@@ -1,6 +1,9 @@
 #include "clients/cli/terminal/terminal.h"
 
+#include "absl/status/status.h"
+#include "clients/cli/terminal/command_status.h"
 #include "clients/cli/terminal/file_checks.h"
+#include "clients/cli/terminal/json_text.h"
 #include "clients/cli/terminal/progress.h"
 #include "clients/cli/terminal/table.h"
 #include "gmock/gmock.h"
@@ -13,6 +16,26 @@ TEST(TerminalTest, PaintsOnlyWithColours) {
   EXPECT_EQ(Terminal(true, false, 80).Painted("x", Paint::kRed), "x");
   EXPECT_EQ(Terminal(true, true, 80).Painted("x", Paint::kRed), "\x1b[31mx\x1b[0m");
   EXPECT_EQ(DisplayWidth("\x1b[31mh\u00e9\x1b[0m"), 2);
+}
+
+TEST(TerminalTest, ControlCharactersAreEscaped) {
+  const std::string evil = "a\x1b[2J\x07\x7f\xc2\x9b\tb\nc\u00e9";
+  EXPECT_EQ(Printable(evil), "a\\x1b[2J\\x07\\x7f\\x9b\\x09b\\nc\u00e9");
+  EXPECT_EQ(PrintableLines(evil), "a\\x1b[2J\\x07\\x7f\\x9b\tb\nc\u00e9");
+  const std::string painted = Terminal(true, true, 80).Painted("x", Paint::kRed);
+  EXPECT_EQ(PrintableLines(painted), painted) << "colours stay";
+  EXPECT_EQ(PrintableLines("\x1b[31"), "\\x1b[31") << "one that does not end";
+  EXPECT_EQ(JsonText({{"name", evil}}, -1),
+            "{\"name\":\"a\\u001b[2J\\u0007\\u007f\\u009b\\tb\\nc\u00e9\"}\n");
+  EXPECT_EQ(nlohmann::json::parse(JsonText({{"name", evil}}))["name"], evil);
+  EXPECT_EQ(JsonText({{"name", "\xff"}}, -1), "{\"name\":\"\xef\xbf\xbd\"}\n");
+}
+
+TEST(TerminalTest, FailuresAreOneMessageEach) {
+  testing::internal::CaptureStderr();
+  SayFailed("kvtide x", absl::OkStatus());
+  SayFailed("kvtide x", absl::NotFoundError("no 'a\x1b[31m\nkvtide x: forged'\n"));
+  EXPECT_EQ(testing::internal::GetCapturedStderr(), "kvtide x: no 'a\\x1b[31m\n  kvtide x: forged'\n");
 }
 
 TEST(TerminalTest, NumbersReadWell) {
