@@ -183,8 +183,9 @@ TEST(HostSharing, WhoGoesGivesEverythingBack) {
   const auto daemon = Daemon();
   const auto watching = Connect(*daemon, false);
   for (const bool killed : {false, true}) {
-    int ready[2];
+    int ready[2], leave[2];
     ASSERT_EQ(::pipe(ready), 0);
+    ASSERT_EQ(::pipe(leave), 0);
     const pid_t child = ::fork();
     if (child == 0) {
       (void)::prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -195,8 +196,8 @@ TEST(HostSharing, WhoGoesGivesEverythingBack) {
         const auto loaded = store->LoadInPlace(Lease(*store, 1, 20), 0, 20);
         if (!loaded.ok() || loaded->places == 0 || !store->Delete().ok()) ::_exit(2);
         if (::write(ready[1], "r", 1) != 1) ::_exit(3);
-        if (killed) ::pause();
-        absl::SleepFor(absl::Milliseconds(300));
+        char byte = 0;
+        if (::read(leave[0], &byte, 1) != 1) ::_exit(4);  // a child that is to be killed waits for ever
       }
       ::_exit(0);
     }
@@ -207,6 +208,8 @@ TEST(HostSharing, WhoGoesGivesEverythingBack) {
     EXPECT_EQ(Room(*watching), kRoom - 20);
     if (killed) {
       ASSERT_EQ(::kill(child, SIGKILL), 0);
+    } else {
+      ASSERT_EQ(::write(leave[1], "l", 1), 1);
     }
     EXPECT_EQ(e2e::WaitForExit(child, 60), killed ? 128 + SIGKILL : 0);
     int64_t room = 0;
@@ -215,6 +218,8 @@ TEST(HostSharing, WhoGoesGivesEverythingBack) {
       if (room < kRoom) absl::SleepFor(absl::Milliseconds(5));
     }
     EXPECT_EQ(room, kRoom);
+    ::close(leave[0]);
+    ::close(leave[1]);
   }
 }
 
