@@ -145,7 +145,7 @@ TEST(Command, CompletesCommandsAndOptions) {
                                folder + "/log"),
                   60),
       0);
-  EXPECT_EQ(ReadWhole(folder + "/log"), "[--host-memory]\n");
+  EXPECT_EQ(ReadWhole(folder + "/log"), "[--host-memory --host-sharing]\n");
   std::filesystem::remove_all(folder);
 }
 

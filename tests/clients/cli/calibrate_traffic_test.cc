@@ -245,9 +245,9 @@ TEST_F(CalibrateTrafficTest, JsonAndWhatIsWrong) {
   const Ran json = Command(FromDaemon("--start --output json --tokens 4096"));
   EXPECT_EQ(json.exit_code, 0) << json.err;
   EXPECT_THAT(json.out, HasSubstr("\"state\": \"gathering\""));
-  EXPECT_THAT(json.out, HasSubstr("\"keys\": \"after-rope\""));  // its RoPE is not known
+  EXPECT_THAT(json.out, HasSubstr("\"after_rope\": true"));  // its RoPE is not known
   const Ran rope = Command(FromDaemon("--start --output json --rope-of " + *BundledModelFolder()));
-  EXPECT_THAT(rope.out, HasSubstr("\"keys\": \"before-rope\"")) << rope.err;
+  EXPECT_THAT(rope.out, HasSubstr("\"after_rope\": false")) << rope.err;
   EXPECT_THAT(Command(FromDaemon("--start --tokens 100")).err, HasSubstr("want at least 512"));
   EXPECT_THAT(Command(FromDaemon("--start --tenant nobody")).err, HasSubstr("is not registered"));
   EXPECT_THAT(Command(FromDaemon("--stop --wait")).err, HasSubstr("one of the two"));
