@@ -98,7 +98,7 @@ bool Listener::AcceptOne(int listening) {
     return false;
   }
   const auto now = options_.now();
-  if (Calm(now)) {
+  if (Calm(now) || Full()) {
     Admit(fd);
   } else {
     waiting_.emplace_back(fd, now + kWait);
@@ -135,8 +135,16 @@ void Listener::AdmitWaiting(std::chrono::steady_clock::time_point now) {
   }
 }
 
+// Those that wait have a descriptor each, as the others.
+bool Listener::Full() {
+  const auto most = [this](size_t connections) {
+    return connections + waiting_.size() >= options_.max_connections;
+  };
+  return most(connections_->size()) && most(connections_->Sweep());
+}
+
 void Listener::Admit(int fd) {
-  if (connections_->size() >= options_.max_connections && connections_->Sweep() >= options_.max_connections) {
+  if (Full()) {
     Refuse(fd, "kvtided has as many connections as it may (max_connections, or the limit of open files)",
            true);
     return;

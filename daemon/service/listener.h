@@ -42,6 +42,8 @@ class Listener {
   void Run();
   // False: nobody waits any more.
   bool AcceptOne(int listening);
+  // No connection more may come: those that are served and those that wait are as many as may be.
+  bool Full();
   // Refuses a connection or hands it over.
   void Admit(int fd);
   // Those that have waited, and the oldest beyond kMostWaiting; closes those that have gone.
