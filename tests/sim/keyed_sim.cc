@@ -203,13 +203,20 @@ void KeyedSim::Delete(size_t at) {
   space.deletes++;
   space.open = false;
   const std::set<int> before = std::exchange(space.stored, {});
+  const uint64_t nested = nested_;
   const absl::Status status = cache_->DeleteNamespace(id).status();
   // It is gone here, or was not known; what the remote tier has may be found when the namespace is opened
-  // again.
+  // again, and what a disk has that failed, after a restart. The next deletion tries the disk once more.
   const bool away = remote_ != nullptr && absl::IsUnavailable(status);
-  if (away || (remote_ != nullptr && absl::IsNotFound(status)))
+  const bool unknown = absl::IsNotFound(status);
+  if (absl::StrContains(status.message(), "may be there again after a restart")) {
+    space.on_disk = true;
+  } else if (status.ok() && depth_ == 0 && nested_ == nested) {
+    space.on_disk = false;
+  }
+  if (away || space.on_disk || (remote_ != nullptr && unknown))
     space.stored.insert(before.begin(), before.end());
-  Expect(status.ok() || away || (absl::IsNotFound(status) && !open) || fault_, status.ToString());
+  Expect(status.ok() || away || (unknown && !open) || fault_, status.ToString());
 }
 
 void KeyedSim::Persist(size_t at) {
@@ -280,7 +287,8 @@ void KeyedSim::RestartNow(bool read_faults) {
   std::set<NamespaceId> there;
   for (const NamespaceInfo& info : cache_->ListNamespaces()) there.insert(info.id);
   for (Space& space : spaces_) {
-    Expect(space.open || there.count(space.id) == 0, "a namespace is there again that was deleted");
+    Expect(space.open || space.on_disk || there.count(space.id) == 0,
+           "a namespace is there again that was deleted");
     space.open = there.count(space.id) == 1;
   }
   for (size_t at = 0; at < spaces_.size(); at++)

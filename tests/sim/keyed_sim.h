@@ -7,7 +7,8 @@
 // namespace was last deleted, and must load as these very bytes; what a lease holds must stay, and what is
 // read where it lies must keep its bytes until it is given back, whatever becomes of its block; what was made
 // durable must be there after a restart, if it was there before it and all could be read. What was in a
-// remote tier when a namespace was deleted that could not be asked may be found again, and nothing else.
+// remote tier when a namespace was deleted that could not be asked may be found again, and so may, after a
+// restart, what a disk had that did not take the deletion; nothing else.
 #pragma once
 
 #include <map>
@@ -43,6 +44,7 @@ class KeyedSim : public CacheTest {
     std::set<int> stored;  // keys since it was last deleted everywhere
     int running = 0;       // stores
     uint64_t deletes = 0;
+    bool on_disk = false;  // a deletion said that the disk may bring it again
   };
   struct Lease {
     LeaseId id = 0;
