@@ -290,6 +290,7 @@ void KeyedSim::RestartNow(bool read_faults) {
     Expect(space.open || space.on_disk || there.count(space.id) == 0,
            "a namespace is there again that was deleted");
     space.open = there.count(space.id) == 1;
+    space.on_disk = false;
   }
   for (size_t at = 0; at < spaces_.size(); at++)
     if (!spaces_[at].open) Open(at);
@@ -345,6 +346,8 @@ void KeyedSim::Step(bool nested) {
     if (!nested) Crowd();
   } else if (!nested && Random(4) == 0) {
     cache_->PersistChanged();
+    if (!fault_)  // what could not be erased is erased now
+      for (Space& space : spaces_) space.on_disk = false;
     RestartNow(world_.read_faults);
   }
 }

@@ -953,6 +953,26 @@ TEST_F(KeyedDiskTest, Mooncake2676WhatIsDeletedDoesNotComeBack) {
   EXPECT_EQ(Hits(other, Keys(0, 6)), 5u);
 }
 
+TEST_F(KeyedDiskTest, WhatTheDiskDidNotEraseIsErasedLater) {
+  for (const bool later : {false, true}) {
+    SCOPED_TRACE(later);
+    StartTiers(8, 100);
+    const NamespaceId space = OpenOpaque();
+    ASSERT_TRUE(Store(space, Keys(0, 5), Stamped(0, 5, kBytes)).ok());
+    ASSERT_TRUE(cache_->PersistNamespace(space).ok());
+    files_->Fail(FaultFileSystem::kWrite, 0, 1000, absl::ResourceExhaustedError("No space left on device"));
+    EXPECT_TRUE(IsError(cache_->DeleteNamespace(space).status(), absl::StatusCode::kResourceExhausted,
+                        "may be there again after a restart"));
+    files_->ClearFaults();
+    if (later) cache_->PersistChanged();
+    Restart(true);
+    EXPECT_EQ(cache_->restored().namespaces, later ? 0u : 1u);
+    cache_.reset();
+    disk_.reset();
+    files_ = std::make_unique<FaultFileSystem>();
+  }
+}
+
 // Mooncake #2799: an index that was written before its bytes were dropped named the bytes of others.
 TEST_F(KeyedDiskTest, Mooncake2799AListOfOldNeverNamesTheBytesOfOthers) {
   StartTiers(4, 24);
