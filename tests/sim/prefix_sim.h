@@ -43,8 +43,8 @@ class PrefixSim : public CacheTest {
     Tokens tokens;
     std::optional<Tokens> durable;  // with these it is there after a restart; unset: not known, or not at all
     bool closed = false;
-    bool may_lose = false;
-    int running = 0;  // calls on it
+    bool may_lose = false;  // it began with blocks that may lie in the disk from before a restart
+    int running = 0;        // calls on it
   };
   using ClientPtr = std::shared_ptr<Client>;
   struct Lease {
@@ -74,10 +74,12 @@ class PrefixSim : public CacheTest {
   void RestartNow();
   void Begin();
   bool Excused(const absl::Status& status, const Client* client) const;
+  // A block of a prefix may have turned out to be another's since the cache was started.
+  bool MayHaveLost() const { return restarted_ && cache_->Stats().lost_blocks > 0; }
 
   uint32_t seed_ = 0;
   int64_t step_ = 0;
-  bool failed_ = false, lie_ = false, fault_ = false, lost_ = false, crashed_ = false;
+  bool failed_ = false, lie_ = false, fault_ = false, lost_ = false, restarted_ = false;
   int depth_ = 0, budget_ = 0;
   std::unique_ptr<RemoteStore> store_;
   std::unique_ptr<FaultRemote> remote_;  // null: none
