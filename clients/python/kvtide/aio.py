@@ -148,6 +148,10 @@ class AsyncBlockStore:
         """See :meth:`BlockStore.load`."""
         return await _run(self.blocking.load, lease_id, out, **options)
 
+    async def pin_tier(self, copier: Any) -> Optional[Any]:
+        """See :meth:`BlockStore.pin_tier`."""
+        return await _run(self.blocking.pin_tier, copier)
+
     async def load_pages(
         self, copier: Any, lease_id: int, chunks: int, pages: Any, buffers: Any, **options: Any
     ) -> "LoadedPages":
