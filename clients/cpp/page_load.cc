@@ -43,10 +43,9 @@ absl::Status LoadPages(BlockStore& store, PageCopier& copier, const PageLoad& lo
         std::min(static_cast<int64_t>(load.pages.size()), good * load.chunk_pages - load.skip);
     return end > begin ? load.pages.subspan(Size(begin), Size(end - begin)) : std::span<const int32_t>();
   };
-  const auto end_of = [&](int64_t first, int64_t count, std::span<const int64_t> lost) {
+  const auto end_of = [](int64_t first, int64_t count, std::span<const int64_t> lost) {
     int64_t good = first + count;
     for (const int64_t chunk : lost) good = std::min(good, chunk);
-    if (good < first + count) report->lost = good;
     return good;
   };
   const auto skip_of = [&](int64_t first) { return first == 0 ? load.skip : 0; };
@@ -54,27 +53,21 @@ absl::Status LoadPages(BlockStore& store, PageCopier& copier, const PageLoad& lo
   const auto from_places = [&](int64_t first, int64_t count, int slot) -> absl::StatusOr<bool> {
     KVTIDE_ASSIGN_OR_RETURN(const BlocksInPlace there, store.LoadInPlace(load.lease, first, count, done));
     done.clear();
+    if (there.places != 0) done.push_back(there.places);
     const int64_t good = end_of(first, count, there.lost);
     const std::span<const std::byte* const> chunks = std::span(there.blocks).first(Size(good - first));
-    const bool all = std::none_of(chunks.begin(), chunks.end(), [](const auto* at) { return at == nullptr; });
-    const std::span<const int32_t> pages = pages_of(first, good);
-    const size_t wanted =
-        all && !pages.empty()
-            ? (Size(skip_of(first)) + pages.size() + Size(load.chunk_pages) - 1) / Size(load.chunk_pages)
-            : 0;
-    const absl::Status status = wanted == 0
-                                    ? absl::OkStatus()
-                                    : copier.WriteChunks(slot, chunks.first(wanted), skip_of(first), pages);
-    if (status.ok() && wanted > 0) {
+    if (std::any_of(chunks.begin(), chunks.end(), [](const auto* at) { return at == nullptr; })) return false;
+    if (good < first + count) report->lost = good;
+    if (const std::span<const int32_t> pages = pages_of(first, good); !pages.empty()) {
+      const size_t wanted =
+          (Size(skip_of(first)) + pages.size() + Size(load.chunk_pages) - 1) / Size(load.chunk_pages);
+      KVTIDE_RETURN_IF_ERROR(copier.WriteChunks(slot, chunks.first(wanted), skip_of(first), pages));
+      if (there.places != 0) done.pop_back();
       held[slot] = there.places;
       report->in_place += static_cast<int64_t>(wanted);
-    } else if (there.places != 0) {
-      done.push_back(there.places);
     }
-    KVTIDE_RETURN_IF_ERROR(status);
-    if (all) written[slot] = good;
-    if (!all) report->lost = -1;
-    return all;
+    written[slot] = good;
+    return true;
   };
   const auto piece = [&](int64_t first, int slot) -> absl::Status {
     KVTIDE_RETURN_IF_ERROR(settle(slot));  // the buffer is free
@@ -88,6 +81,7 @@ absl::Status LoadPages(BlockStore& store, PageCopier& copier, const PageLoad& lo
                                       load.buffers[slot].first(Size(count) * chunk_bytes), BlockForm::kBytes,
                                       {}, &lost));
     const int64_t good = end_of(first, count, lost);
+    if (good < first + count) report->lost = good;
     const std::span<const int32_t> pages = pages_of(first, good);
     if (!pages.empty())
       KVTIDE_RETURN_IF_ERROR(copier.Write(slot, load.buffers[slot].data(), skip_of(first), pages));

@@ -299,8 +299,8 @@ def main():
     work.mkdir(parents=True, exist_ok=True)
     cache, code, begin = ccache_folder(), 0, time.monotonic()
     # As .ci/run and tests/run.sh have it, so that objects of other folders are found.
-    lent = {"/root/.cache/ccache": cache} if cache else {}
-    environment = {"CCACHE_DIR": "/root/.cache/ccache", "CCACHE_BASEDIR": "/src", "CCACHE_NOHASHDIR": "1"} if cache else {}
+    lent = {"/ccache": cache} if cache else {}
+    environment = {"CCACHE_DIR": "/ccache", "CCACHE_BASEDIR": "/src", "CCACHE_NOHASHDIR": "1"} if cache else {}
     roots = {}
     try:
         before = hits(cache)

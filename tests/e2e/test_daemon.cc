@@ -67,6 +67,15 @@ pid_t StartProgram(const std::vector<std::string>& command, const std::string& l
   return pid;
 }
 
+int AnswerAs(uid_t uid, const TestDaemon& daemon, const std::function<int()>& body) {
+  for (const std::string& folder : {daemon.folder(), daemon.folder() + "/run"})
+    std::filesystem::permissions(folder, std::filesystem::perms(0755));
+  std::filesystem::permissions(daemon.socket_path() + ".ring", std::filesystem::perms(0666));
+  const pid_t child = ::fork();
+  if (child == 0) ::_exit(::setuid(uid) == 0 ? body() : 9);
+  return WaitForExit(child, 60);
+}
+
 int WaitForExit(pid_t pid, int seconds) {
   const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(seconds);
   int status = 0;

@@ -6,6 +6,7 @@
 #include <sys/types.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -67,6 +68,9 @@ std::string Program(const std::string& name);
 pid_t StartProgram(const std::vector<std::string>& command, const std::string& log);
 // The exit code, 128 + signal, or -1 when it runs longer than `seconds` (it is killed then).
 int WaitForExit(pid_t pid, int seconds);
+// What `body` answers, run by a process of user `uid`, who may reach the daemon's shared memory; 9 where this
+// process may not become somebody else.
+int AnswerAs(uid_t uid, const TestDaemon& daemon, const std::function<int()>& body);
 std::string MakeFolder();
 std::string ReadWhole(const std::string& path);
 

@@ -135,17 +135,16 @@ TEST(Direct, ADescriptorOfAnotherDeviceIsRefusedAndClosed) {
 TEST(Direct, OnlyAnAdminMapsThePool) {
   if (::geteuid() != 0) GTEST_SKIP() << "needs to become somebody else";
   const auto daemon = e2e::TestDaemon::Start({"--share-pool", "--allow", "uid:4321"});
-  ASSERT_EQ(std::system(("chmod 755 " + daemon->folder() + " " + daemon->folder() + "/run && chmod 666 " +
-                         daemon->socket_path() + ".ring")
-                            .c_str()),
-            0);
-  const pid_t child = ::fork();
-  if (child == 0) {
-    if (::setuid(4321) != 0) ::_exit(9);
-    const auto status = Pool::Connect("direct:" + daemon->address(), OnCpu()).status();
-    ::_exit(absl::IsPermissionDenied(status) && absl::StrContains(status.message(), "only an admin") ? 3 : 1);
-  }
-  EXPECT_EQ(e2e::WaitForExit(child, 60), 3);
+  EXPECT_EQ(e2e::AnswerAs(4321, *daemon,
+                          [&] {
+                            const auto status =
+                                Pool::Connect("direct:" + daemon->address(), OnCpu()).status();
+                            return absl::IsPermissionDenied(status) &&
+                                           absl::StrContains(status.message(), "only an admin")
+                                       ? 3
+                                       : 1;
+                          }),
+            3);
 }
 
 TEST(Direct, MistakesAreNamedAndTheStepIsTakenBack) {

@@ -166,17 +166,13 @@ TEST(HostSharing, MessagesThatMakeNoSenseAreRefused) {
 TEST(HostSharing, OnlyAnAdminMapsIt) {
   if (::geteuid() != 0) GTEST_SKIP() << "needs to become somebody else";
   const auto daemon = Daemon({"--host-sharing", "--allow", "uid:4321"});
-  ASSERT_EQ(std::system(("chmod 755 " + daemon->folder() + " " + daemon->folder() + "/run && chmod 666 " +
-                         daemon->socket_path() + ".ring")
-                            .c_str()),
-            0);
-  const pid_t child = ::fork();
-  if (child == 0) {
-    if (::setuid(4321) != 0) ::_exit(9);
-    const auto pool = Connect(*daemon);
-    ::_exit(pool != nullptr && pool->host_tier().empty() && pool->Allocate(64).ok() ? 3 : 1);
-  }
-  EXPECT_EQ(e2e::WaitForExit(child, 60), 3);
+  EXPECT_EQ(
+      e2e::AnswerAs(4321, *daemon,
+                    [&] {
+                      const auto pool = Connect(*daemon);
+                      return pool != nullptr && pool->host_tier().empty() && pool->Allocate(64).ok() ? 3 : 1;
+                    }),
+      3);
 }
 
 TEST(HostSharing, WhoGoesGivesEverythingBack) {
