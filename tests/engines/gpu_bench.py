@@ -23,6 +23,8 @@ import sys
 import tempfile
 import time
 
+import graph_modes
+
 CACHES = ["f16", "fp8", "turboquant_k8v4", "turboquant_4bit_nc", "kvtide f16", "kvtide q8_0/turbo4", "kvtide turbo4/turbo4"]
 """What vLLM calls a cache, `f16` for its 16-bit one, or a pair of kvtide's."""
 
@@ -42,6 +44,8 @@ def parse(arguments=None):
     parser.add_argument("--limit-tokens", type=int, default=4096)
     parser.add_argument("--gpus", type=int, default=1, help="tensor parallel")
     parser.add_argument("--compile", action="store_true", help="vLLM's own defaults: torch.compile, full and piecewise CUDA graphs")
+    parser.add_argument("--graphs", help="vLLM's cudagraph_mode; default: FULL_DECODE_ONLY, with --compile vLLM's own "
+                        "(FULL_AND_PIECEWISE). PIECEWISE or FULL_AND_PIECEWISE without --compile: vLLM's graphs with breaks (VLLM_USE_BREAKABLE_CUDAGRAPH)")
     parser.add_argument("--model", help="a folder with a real model, instead of Llama's dimensions")
     parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--logs", type=pathlib.Path, help="where the engines' logs are kept")
@@ -74,7 +78,9 @@ def engine_arguments(job):
                tensor_parallel_size=job["gpus"])
     if not job["compile"]:
         sizes = sorted({n for n in (1, 16, 32, 64, 128, sequences) if n <= sequences})
-        out["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
+        out["compilation_config"] = {"mode": 0, "cudagraph_mode": job["graphs"] or "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sizes}
+    elif job["graphs"]:
+        out["compilation_config"] = {"cudagraph_mode": job["graphs"]}
     if job["dummy"]:
         out["load_format"] = "dummy"
     if job["limit"]:
@@ -88,6 +94,7 @@ def engine_arguments(job):
 
 def child(job):
     note = without_flash_attention_2() if job["cache"].startswith("turboquant") else ""
+    modes = graph_modes.count()
     from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -112,6 +119,7 @@ def child(job):
             engine.add_request(f"{number}-{s}", {"prompt_token_ids": prompt}, params(steps))
         made, started, first, last, counted = {}, time.perf_counter(), None, None, 0
         stamps = []
+        modes.clear()
         while engine.has_unfinished_requests():
             outputs = engine.step()
             now = time.perf_counter()
@@ -141,7 +149,7 @@ def child(job):
         first, seconds = serve(number, sequences, tokens, job["steps"] + extra)
         median = seconds[len(seconds) // 2]
         result["shapes"].append({"sequences": sequences, "tokens": tokens, "fits": True, "prompts_s": first, "steps": len(seconds),
-                                 "step_ms": 1e3 * median, "step_p90_ms": 1e3 * seconds[len(seconds) * 9 // 10],
+                                 "step_ms": 1e3 * median, "step_p90_ms": 1e3 * seconds[len(seconds) * 9 // 10], "graphs": dict(modes),
                                  "tokens_per_s": sequences / median, "prompt_tokens_per_s": sequences * tokens / first})
         print(json.dumps(result["shapes"][-1]), file=sys.stderr, flush=True)
     pathlib.Path(job["out"]).write_text(json.dumps(result))
@@ -152,13 +160,15 @@ def child(job):
 
 class Engine:
     def __init__(self, job, folder, script):
-        self.job, self.out = job, folder / (re.sub(r"\W+", "_", job["cache"]) + ".json")
+        self.job, self.out = job, folder / (re.sub(r"\W+", "_", f"{job['cache']} {job.get('way', '')}".strip()) + ".json")
         self.log = (job["logs"] and pathlib.Path(job["logs"]) or folder) / self.out.with_suffix(".log").name
         env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
                "PYTHONUNBUFFERED": "1"}
         env.pop("KVTIDE_PAIR", None)
         if job["cache"].startswith("kvtide"):
             env["KVTIDE_PAIR"] = job["cache"].split()[1]  # of the pages; a cache below them may be named behind it
+        if "PIECEWISE" in (job.get("graphs") or "") and not job["compile"]:
+            env["VLLM_USE_BREAKABLE_CUDAGRAPH"] = "1"
         with open(self.log, "w") as log:
             self.process = subprocess.Popen([sys.executable, script, "--child", json.dumps({**job, "out": str(self.out)})],
                                             stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=env, text=True)
@@ -172,7 +182,8 @@ class Engine:
         text = self.log.read_text()
         if self.process.returncode or not self.out.exists():
             print(text[-5000:], file=sys.stderr)
-            return {"cache": self.job["cache"], "failed": text.strip().splitlines()[-1][-300:] if text.strip() else "no words"}
+            names = {key: self.job[key] for key in ("cache", "way") if key in self.job}
+            return {**names, "failed": text.strip().splitlines()[-1][-300:] if text.strip() else "no words"}
         return {**json.loads(self.out.read_text()), "log": [line.strip() for line in text.splitlines() if "kvtide:" in line]}
 
 
@@ -201,12 +212,12 @@ def command(script):
     return shlex.join([pathlib.Path(script).name, *(pathlib.Path(word).name if word.startswith("/") else word for word in words)])
 
 
-def run_all(caches, job, folder, script, result, output):
-    """An engine for each cache, into `result` and, after each, into the file `output`."""
-    following = Engine({**job, "cache": caches[0]}, folder, script)
-    for i in range(len(caches)):
+def run_all(jobs, folder, script, result, output):
+    """An engine for each job, into `result` and, after each, into the file `output`."""
+    following = Engine(jobs[0], folder, script)
+    for i in range(len(jobs)):
         engine = following  # the next one imports its modules meanwhile
-        following = Engine({**job, "cache": caches[i + 1]}, folder, script) if i + 1 < len(caches) else None
+        following = Engine(jobs[i + 1], folder, script) if i + 1 < len(jobs) else None
         began = time.perf_counter()
         result["engines"].append({**engine.finish(), "whole_s": time.perf_counter() - began})
         print(json.dumps(result["engines"][-1]), flush=True)
@@ -224,14 +235,14 @@ def main():
             (folder / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": arguments.layers}))
         job = {"model": arguments.model or name, "dummy": not arguments.model, "steps": arguments.steps, "limit": arguments.limit,
                "limit_tokens": arguments.limit_tokens, "limit_sequences": 128,
-               "gpus": arguments.gpus, "compile": arguments.compile, "timeout": arguments.timeout, "logs": str(arguments.logs or ""),
+               "gpus": arguments.gpus, "compile": arguments.compile, "graphs": arguments.graphs, "timeout": arguments.timeout,
+               "logs": str(arguments.logs or ""),
                "shapes": [] if arguments.limit else [[int(n) for n in one.split("x")] for one in arguments.shapes.split(",")]}
-        caches = arguments.caches.split(",")
         result = {"what": "decoding in vLLM", "command": command(__file__),
                   "commit": commit(),
                   "date": time.strftime("%Y-%m-%d"), "layers": arguments.layers, "gpus": arguments.gpus, "compile": arguments.compile,
-                  "limit_gib": arguments.limit, "engines": []}
-        run_all(caches, job, folder, __file__, result, arguments.output)
+                  "graphs": arguments.graphs, "cpus": len(os.sched_getaffinity(0)), "limit_gib": arguments.limit, "engines": []}
+        run_all([{**job, "cache": cache} for cache in arguments.caches.split(",")], folder, __file__, result, arguments.output)
     return 0
 
 

@@ -2,11 +2,14 @@
 """Time to the first token of prompts whose keys and values vLLM has let go, on this GPU: computed again, from vLLM's own CPU offload,
 from a kvtided.
 
-usage: gpu_offload.py --kvtided PROGRAM [--caches f16,"f16 + cpu",...] [--tokens N] [--prompts N] [--layers N] [--piece-mib N] [--arena] [--output FILE]
+usage: gpu_offload.py --kvtided PROGRAM [--caches f16,"f16 + cpu",...] [--ways in-place,arena] [--tokens N] [--prompts N] [--layers N]
+                      [--piece-mib N] [--output FILE]
 
 Each cache is an engine of its own process with Llama 3.1 8B's dimensions and random weights. It serves random prompts one after the
 other (one token each), waits until what it saves is saved, forgets its prefix cache, and serves them again. What the second time took
-beside the first is the measure; the rates are those that the connector counts: from the call of the daemon to the last copy.
+beside the first is the measure; the rates are those that the connector counts: from the call of the daemon to the last copy. What rests
+in kvtided is measured with a daemon for each of --ways: in-place = blocks are copied from where they lie in its host memory
+(--host-sharing; the engine runs as the daemon's user), arena = they come through memory that both see.
 """
 
 import argparse
@@ -35,7 +38,7 @@ def parse(arguments=None):
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--host-gib", type=int, default=16)
     parser.add_argument("--piece-mib", type=int, help="of the connector; default: its own")
-    parser.add_argument("--arena", action="store_true", help="kvtided keeps its host memory to itself: blocks come through the arena")
+    parser.add_argument("--ways", default="in-place,arena", help="of blocks from kvtided to the engine, separated by commas")
     parser.add_argument("--output", type=pathlib.Path)
     parser.add_argument("--logs", type=pathlib.Path)
     parser.add_argument("--timeout", type=float, default=300)
@@ -53,7 +56,7 @@ def engine_arguments(job):
     if below == "cpu":
         out["kv_offloading_size"] = float(job["host_gib"])
     elif below:
-        extra = {"address": job["address"], "pair": "q8_0/turbo4" if below == "kvtided" else below, "salt": job["cache"]}
+        extra = {"address": job["addresses"][job["way"]], "pair": "q8_0/turbo4" if below == "kvtided" else below, "salt": job["cache"]}
         if job["piece_mib"]:
             extra["piece_mib"] = job["piece_mib"]
         out["kv_transfer_config"] = {"kv_connector": "KvtideConnector", "kv_connector_module_path": "kvtide.vllm.connector",
@@ -72,7 +75,7 @@ def child(job):
     vocabulary = engine.vllm_config.model_config.get_vocab_size()
     totals, marks, parts = {}, [], []
     connector = None
-    if "kvtide" in str(job["cache"].partition(" + ")[2]) or "/" in job["cache"].partition(" + ")[2] or job["cache"].endswith("exact"):
+    if job["way"]:
         from dataclasses import asdict
 
         from vllm.distributed.kv_transfer import get_kv_transfer_group
@@ -143,7 +146,7 @@ def child(job):
             first_token("w1", warm)  # the first load of all takes memory
             parts.clear()
     median = lambda values: sorted(values)[len(values) // 2]
-    result = {"cache": job["cache"], "computed_ms": 1e3 * median([one[0] for one in rounds[0]]),
+    result = {"cache": job["cache"], "way": job["way"], "computed_ms": 1e3 * median([one[0] for one in rounds[0]]),
               "again_ms": 1e3 * median([one[0] for one in rounds[1]]), "found_tokens": median([one[1] for one in rounds[1]]),
               "same_tokens": sum(a[2] == b[2] for a, b in zip(*rounds)), "prompts": len(prompts), "saved": saved, "loaded": counts}
     if connector is not None:
@@ -153,6 +156,8 @@ def child(job):
             result["parts_ms"] = [1e3 * median(list(column)) for column in zip(*parts)]
         if counts.get("load_seconds"):
             result["load_gb_s"] = counts["loaded_blocks"] * result["block_bytes"] / counts["load_seconds"] / 1e9
+            if counts["in_place_blocks"] != (counts["loaded_blocks"] if job["way"] == "in-place" else 0):
+                result["way"] += f" asked, {counts['in_place_blocks']} of {counts['loaded_blocks']} blocks came from where they lie"
         if saved.get("save_seconds"):
             result["save_gb_s"] = saved["saved_blocks"] * result["block_bytes"] / saved["save_seconds"] / 1e9
     pathlib.Path(job["out"]).write_text(json.dumps(result))
@@ -174,21 +179,24 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         (folder / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": arguments.layers}))
-        address = f"unix:{name}/kvtided.sock"
-        job = {"model": name, "tokens": arguments.tokens, "prompts": arguments.prompts, "host_gib": arguments.host_gib, "address": address,
-               "piece_mib": arguments.piece_mib, "timeout": arguments.timeout, "logs": str(arguments.logs or "")}
-        daemon = None
-        if arguments.kvtided:
-            log = open((arguments.logs or folder) / "kvtided.log", "w")
-            daemon = subprocess.Popen([arguments.kvtided, "--listen", address, "--device", "cpu", "--device-memory", "64MiB",
-                                       "--host-memory", f"{arguments.host_gib}GiB", "--metrics-address", "off",
-                                       *([] if arguments.arena else ["--host-sharing"])], stdout=log, stderr=subprocess.STDOUT)
+        ways = arguments.ways.split(",")
+        addresses = {way: f"unix:{name}/{way}.sock" for way in ways}
+        job = {"model": name, "tokens": arguments.tokens, "prompts": arguments.prompts, "host_gib": arguments.host_gib,
+               "addresses": addresses, "piece_mib": arguments.piece_mib, "timeout": arguments.timeout, "logs": str(arguments.logs or "")}
+        daemons = []
+        for way, address in addresses.items() if arguments.kvtided else ():
+            with open((arguments.logs or folder) / f"kvtided_{way}.log", "w") as log:
+                daemons.append(subprocess.Popen([arguments.kvtided, "--listen", address, "--device", "cpu", "--device-memory", "64MiB",
+                                                 "--host-memory", f"{arguments.host_gib}GiB", "--metrics-address", "off",
+                                                 *(["--host-sharing"] if way == "in-place" else [])], stdout=log, stderr=subprocess.STDOUT))
         result = {"what": "time to the first token of prompts that were let go", "command": command(__file__),
                   "commit": commit(), "date": time.strftime("%Y-%m-%d"), "tokens": arguments.tokens, "layers": arguments.layers,
-                  "cpus": os.cpu_count(), "link_gb_s": link_gb_s(), "engines": []}
+                  "cpus": len(os.sched_getaffinity(0)), "link_gb_s": link_gb_s(), "engines": []}
         caches = [one.strip() for one in arguments.caches.split(",")]
-        run_all(caches, job, folder, __file__, result, arguments.output)
-        if daemon is not None:
+        jobs = [{**job, "cache": cache, "way": way} for cache in caches
+                for way in (ways if cache.partition(" + ")[2] not in ("", "cpu") else [""])]
+        run_all(jobs, folder, __file__, result, arguments.output)
+        for daemon in daemons:
             daemon.terminate()
             daemon.wait()
     return 0

@@ -53,6 +53,23 @@ def test_chunks_and_no_prefix_cache(stock):
     check_same(ours["batches"][0], stock["batches"][0], "chunks of 64")
 
 
+@pytest.mark.skipif(not engine.GPU, reason="CUDA graphs are a GPU's (KVTIDE_ENGINES_GPU=1)")
+@pytest.mark.parametrize("how,more", [
+    ("compiled", {"compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}}),
+    ("piecewise alone", {"compilation_config": {"cudagraph_mode": "PIECEWISE"}}),
+    ("with breaks", {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_AND_PIECEWISE", "cudagraph_capture_sizes": [1, 8, 24, 64, 96]},
+                     "env": {"VLLM_USE_BREAKABLE_CUDAGRAPH": 1}})])
+def test_piecewise_graphs(stock, how, more):
+    """Chunks of 96 tokens, so that batches of prompts and answers fit the graphs, and are padded there: what torch.compile splits at
+    the attention, and what vLLM captures with breaks at it."""
+    ours, _ = engine.run([greedy(24), greedy(24)], pair="f16", max_num_batched_tokens=96, max_num_seqs=64, dtype="float32", **more)
+    print(f"{how}: steps by graphs {ours['graphs']}")
+    for batch in ours["batches"]:  # the second time from the prefix cache
+        check_same(batch, stock["batches"][0], how)
+    assert ours["graphs"]["PIECEWISE"] > 20, ours["graphs"]
+    assert how == "piecewise alone" or ours["graphs"]["FULL"] > 5, ours["graphs"]
+
+
 def test_preemption_and_speculation(stock):
     """A cache of 21 blocks for prompts of up to 10, and drafts from the prompt, of which some are refused."""
     ours, log = engine.run([greedy(24), greedy(24)], pair="f16", max_num_seqs=8, max_model_len=1024, dtype="float32",

@@ -3,7 +3,7 @@
 job: {"llm": arguments of vllm.LLM, "batches": [{"prompts": [[token, ...]], "sampling": arguments of SamplingParams}]}
 result: {"batches": [[{"tokens": [[...] for each sample], "margins": [nats between the two likeliest tokens, at each token of the first
 sample], "cached": prefix tokens, "prompt_logprob": sum, "predictions": number}]], "kv_tokens": tokens that the cache holds,
-"preemptions": number}
+"preemptions": number, "graphs": {mode of CUDA graphs: steps}}
 """
 
 import json
@@ -29,14 +29,17 @@ def answer(request):
 
 def main():
     job = json.load(sys.stdin)
+    import graph_modes
     from vllm import LLM, SamplingParams
 
+    modes = graph_modes.count()
     if "kv_events_config" in job["llm"]:
         from vllm.config import KVEventsConfig
 
         job["llm"]["kv_events_config"] = KVEventsConfig(**job["llm"]["kv_events_config"])
     llm = LLM(**job["llm"])
-    result = {"batches": []}
+    modes.clear()
+    result = {"batches": [], "graphs": modes}
     for batch in job["batches"]:
         sampling = SamplingParams(detokenize=False, **batch["sampling"])
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in batch["prompts"]], sampling, use_tqdm=False)
