@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/move/mover.h"
+#include "daemon/cache/persist/persist_turn.h"
 #include "daemon/cache/persist/persister.h"
 #include "daemon/cache/read/reader.h"
 #include "daemon/cache/reuse/keyed_store.h"
@@ -255,6 +256,8 @@ absl::StatusOr<SequenceId> KvCache::CreateSequence(ModelId model, const Sequence
 
 absl::StatusOr<SequenceId> KvCache::ForkSequence(SequenceId id, const CallContext& context) {
   CacheLock lock(impl_->core);
+  KVTIDE_ASSIGN_OR_RETURN(const SequencePtr parent, lock->sequences.Find(id, context));
+  KVTIDE_RETURN_IF_ERROR(AwaitPersisted(lock, {&parent, 1}, context, "the fork"));
   const absl::StatusOr<SequencePtr> child = lock->sequences.Fork(id, context);
   if (child.ok()) return (*child)->id;
   if (child.status().code() == absl::StatusCode::kResourceExhausted) lock->counters.exhausted++;

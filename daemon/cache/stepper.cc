@@ -5,6 +5,7 @@
 
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/persist/persist_turn.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
 
@@ -308,19 +309,29 @@ absl::StatusOr<std::unique_ptr<Step>> Stepper::TryBegin(const StepCall& call) {
                                                    core_.options().max_batch_items, " are allowed"));
   }
   KVTIDE_RETURN_IF_ERROR(ContextOf(call).Check(core_.options().clock(), "the step (nothing has begun)"));
-  std::unique_ptr<Step> step(new Step(this));
+  std::unique_ptr<Step> step;
   CacheLock lock(core_);
-  if (call.after != nullptr) {
-    if (call.after->pinned_)
-      return absl::InvalidArgumentError("the step that this one is to follow is pinned: nothing follows it");
-    if (!call.after->batch_.open())
-      return absl::AbortedError("the step that this one is to follow was rolled back with the one before it");
-    if (call.after->batch_.followed())
-      return absl::InvalidArgumentError(
-          "another step follows that one already; steps follow each other in a row");
-    step->batch_.Follow(call.after->batch_);
+  for (bool waited = false;; waited = true) {
+    step.reset(new Step(this));
+    if (call.after != nullptr) {
+      if (call.after->pinned_)
+        return absl::InvalidArgumentError(
+            "the step that this one is to follow is pinned: nothing follows it");
+      if (!call.after->batch_.open())
+        return absl::AbortedError(
+            "the step that this one is to follow was rolled back with the one before it");
+      if (call.after->batch_.followed())
+        return absl::InvalidArgumentError(
+            "another step follows that one already; steps follow each other in a row");
+      step->batch_.Follow(call.after->batch_);
+    }
+    KVTIDE_RETURN_IF_ERROR(AddItems(*lock, call, *step));
+    if (waited || !BeingPersisted(step->batch_.sequences)) break;
+    // Lengths may change meanwhile: all is looked at anew.
+    const std::vector<SequencePtr> sequences = step->batch_.sequences;
+    step.reset();
+    KVTIDE_RETURN_IF_ERROR(AwaitPersisted(lock, sequences, ContextOf(call), "the step (nothing has begun)"));
   }
-  KVTIDE_RETURN_IF_ERROR(AddItems(*lock, call, *step));
   KVTIDE_RETURN_IF_ERROR(writer_.Begin(lock, step->batch_));
   // The mutex was free while room was made: what is read is looked at now.
   step->mapped_ = call.mapped;

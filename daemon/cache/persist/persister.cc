@@ -10,6 +10,7 @@
 #include "daemon/cache/move/move_batch.h"
 #include "daemon/cache/move/room_maker.h"
 #include "daemon/cache/persist/keyed_manifest.h"
+#include "daemon/cache/persist/persist_turn.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
 
@@ -175,7 +176,7 @@ absl::StatusOr<WriterGuard> Persister::BecomeWriter(CacheLock& lock, const Seque
   const CacheOptions& options = core_.options();
   const absl::Time last = options.clock() + options.io_wait;
   while (true) {
-    absl::StatusOr<WriterGuard> guard = WriterGuard::Begin(lock->sequences, sequence, sequence.get());
+    absl::StatusOr<WriterGuard> guard = WriterGuard::Begin(lock->sequences, sequence, PersistingWriter(*sequence));
     if (guard.ok() || sequence->closed) return guard;
     KVTIDE_RETURN_IF_ERROR(context.Check(options.clock(), "the call, while others wrote"));
     if (options.clock() >= last || options.room_wait <= absl::ZeroDuration()) return guard;

@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/call/tensor_check.h"
+#include "daemon/cache/persist/persist_turn.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
 
@@ -23,6 +24,7 @@ absl::Status Truncator::Truncate(SequenceId id, int64_t tokens, const CallContex
   KVTIDE_RETURN_IF_ERROR(context.Check(core_.options().clock(), "the truncation"));
   CacheLock lock(core_);
   KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, lock->sequences.Find(id, context));
+  KVTIDE_RETURN_IF_ERROR(AwaitPersisted(lock, {&sequence, 1}, context, "the truncation"));
   Cut cut;
   cut.tokens = tokens;
   cut.reopened.resize(sequence->groups.size());

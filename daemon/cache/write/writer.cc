@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/call/tensor_check.h"
+#include "daemon/cache/persist/persist_turn.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
 
@@ -112,6 +113,8 @@ absl::Status Writer::Begin(CacheLock& lock, WriteBatch& batch) {
   batch.writers_.reserve(batch.sequences.size());
   batch.blocks_.reserve(batch.writes.size());
   batch.pieces_.resize(core_.tiers());
+  if (batch.context != nullptr)
+    KVTIDE_RETURN_IF_ERROR(AwaitPersisted(lock, batch.sequences, *batch.context, "the append"));
   for (size_t i = 0; i < batch.sequences.size(); i++) {
     const SequencePtr& sequence = batch.sequences[i];
     if (batch.follows_[i]) continue;

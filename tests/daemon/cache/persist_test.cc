@@ -6,8 +6,10 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <thread>
 #include <vector>
 
+#include "absl/synchronization/mutex.h"
 #include "daemon/cache/persist/manifest.h"
 #include "tests/daemon/cache/cache_fixture.h"
 
@@ -239,6 +241,43 @@ TEST_F(PersistTest, ASequenceThatIsClosedDuringPersistDoesNotComeBack) {
     cache_.reset();
     disk_.reset();
   }
+}
+
+// Its only client has done nothing that it could be told to leave.
+TEST_F(PersistTest, ItsClientWaitsWhileASequenceIsMadeDurable) {
+  StartSmall();
+  for (const int what : {0, 1, 2, 3}) {
+    Client client(*cache_, SmallModel(), WithPair("f16"), random_);
+    ASSERT_TRUE(client.Append(30).ok());  // one block, written by the sequence's writer
+    absl::Mutex mutex;
+    bool writing = false, called = false;
+    files_->SetHook([&](FaultFileSystem::Call call) {
+      if (call != FaultFileSystem::kWrite) return;
+      const absl::MutexLock lock(&mutex);
+      if (writing) return;
+      writing = true;
+      mutex.AwaitWithTimeout(absl::Condition(&called), absl::Milliseconds(50));  // as a disk is slow
+    });
+    std::thread persister([&] { EXPECT_TRUE(cache_->Persist({{client.id()}}).ok()); });
+    {
+      const absl::MutexLock lock(&mutex);
+      mutex.Await(absl::Condition(&writing));
+    }
+    absl::Status status;
+    if (what == 0) status = client.Append(10);
+    if (what == 1) status = client.Truncate(20);
+    if (what == 2) status = client.Step(5);
+    if (what == 3) status = cache_->ForkSequence(client.id()).status();
+    EXPECT_TRUE(status.ok()) << what << ": " << status;
+    {
+      const absl::MutexLock lock(&mutex);
+      called = true;
+    }
+    persister.join();
+    files_->SetHook(nullptr);
+    client.CheckAllLayers();
+  }
+  cache_->CheckInvariants();
 }
 
 TEST_F(PersistTest, PoliciesPersistOnParkAndAlways) {
