@@ -4,7 +4,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/move/mover.h"
-#include "daemon/cache/persist/persist_turn.h"
 #include "daemon/cache/persist/persister.h"
 #include "daemon/cache/read/reader.h"
 #include "daemon/cache/reuse/keyed_store.h"
@@ -12,6 +11,7 @@
 #include "daemon/cache/reuse/remote_exchange.h"
 #include "daemon/cache/sequence/cache_core.h"
 #include "daemon/cache/sequence/inspector.h"
+#include "daemon/cache/sequence/persist_turn.h"
 #include "daemon/cache/stepper.h"
 #include "daemon/cache/write/sealer.h"
 #include "daemon/cache/write/truncator.h"

@@ -5,7 +5,7 @@
 
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
-#include "daemon/cache/persist/persist_turn.h"
+#include "daemon/cache/sequence/persist_turn.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
 

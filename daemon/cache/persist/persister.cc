@@ -10,7 +10,7 @@
 #include "daemon/cache/move/move_batch.h"
 #include "daemon/cache/move/room_maker.h"
 #include "daemon/cache/persist/keyed_manifest.h"
-#include "daemon/cache/persist/persist_turn.h"
+#include "daemon/cache/sequence/persist_turn.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
 

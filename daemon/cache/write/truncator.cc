@@ -4,7 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/call/tensor_check.h"
-#include "daemon/cache/persist/persist_turn.h"
+#include "daemon/cache/sequence/persist_turn.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
 

@@ -1,4 +1,4 @@
-#include "daemon/cache/persist/persist_turn.h"
+#include "daemon/cache/sequence/persist_turn.h"
 
 #include <algorithm>
 
