@@ -40,8 +40,9 @@ std::vector<std::vector<float>> KeyCalibration::means() const {
   return means;
 }
 
-absl::Status KeyCalibration::AddTransforms(KeyProfile* profile, std::vector<KeyTypeError>* errors) const {
-  KVTIDE_ASSIGN_OR_RETURN(const Profile made, sums_.MakeProfile());
+absl::Status KeyCalibration::AddTransforms(KeyProfile* profile, std::vector<KeyTypeError>* errors,
+                                           const TideBudget& budget) const {
+  KVTIDE_ASSIGN_OR_RETURN(const Profile made, sums_.MakeProfile(budget));
   KVTIDE_ASSIGN_OR_RETURN(const std::vector<KeyTypeHarm> harms, sums_.Measure(made));
   if (const absl::Status status = CompareKeyTypes(harms, errors); !status.ok())
     return absl::InvalidArgumentError(

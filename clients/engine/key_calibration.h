@@ -35,7 +35,8 @@ class KeyCalibration {
   std::vector<std::vector<float>> means() const;
   // Adds transforms and widths to a profile with these means. INVALID_ARGUMENT if the text is too short, or
   // if a type's error on the held-back tokens is not below that of turbo; `errors` says how they compare.
-  absl::Status AddTransforms(KeyProfile* profile, std::vector<KeyTypeError>* errors) const;
+  absl::Status AddTransforms(KeyProfile* profile, std::vector<KeyTypeError>* errors,
+                             const TideBudget& budget = {}) const;
 
  private:
   const KvGeometry geometry_;

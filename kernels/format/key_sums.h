@@ -53,7 +53,9 @@ class KeySums {
   // Of a layer, [kv_heads][head_dim_k].
   std::vector<float> Means(int layer) const;
   // Means and transforms. InvalidArgument as MakeTideProfile has it.
-  absl::StatusOr<Profile> MakeProfile() const { return MakeTideProfile(shape_, heads_); }
+  absl::StatusOr<Profile> MakeProfile(const TideBudget& budget = {}) const {
+    return MakeTideProfile(shape_, heads_, budget);
+  }
   // Harm of each calibrated type, and of turbo of the same bits or the least, on what was held back. InvalidArgument if
   // that is nothing.
   absl::StatusOr<std::vector<KeyTypeHarm>> Measure(const Profile& profile) const;

@@ -148,7 +148,7 @@ void GiveOut(std::span<const double> harms, int units, std::span<uint8_t> widths
   }
 }
 
-absl::StatusOr<HeadProfile> MakeHead(const KeyStatistics& statistics) {
+absl::StatusOr<HeadProfile> MakeHead(const KeyStatistics& statistics, const TideBudget& budget) {
   const size_t n = static_cast<size_t>(statistics.head_dim());
   Matrix metric = statistics.QueryMetric();
   double trace = 0;
@@ -174,9 +174,13 @@ absl::StatusOr<HeadProfile> MakeHead(const KeyStatistics& statistics) {
   const int stored = StoredDim(statistics.head_dim());
   const size_t groups = static_cast<size_t>(stored / kTideGroup);
   head.widths.resize(kTideTypes * groups);
-  for (size_t type = 0; type < kTideTypes; type++)
-    GiveOut(harms, TideUnits(kTideBits[type], stored),
-            std::span(head.widths).subspan(type * groups, harms.size()));
+  for (size_t type = 0; type < kTideTypes; type++) {
+    const int most = TideUnits(kTideBits[type], stored), units = budget.units[type];
+    if (units < 0 || units > most)
+      return absl::InvalidArgumentError(absl::StrCat(kTideNames[type], " has room for 1 to ", most,
+                                                     " bit planes at ", stored, " channels, not for ", units));
+    GiveOut(harms, units == 0 ? most : units, std::span(head.widths).subspan(type * groups, harms.size()));
+  }
   KVTIDE_RETURN_IF_ERROR(CompleteTransform(statistics.head_dim(), head));
   return head;
 }
@@ -270,7 +274,8 @@ std::vector<double> KeyStatistics::QueryMetric() const {
   return metric;
 }
 
-absl::StatusOr<Profile> MakeTideProfile(const GroupShape& shape, std::span<const KeyStatistics> heads) {
+absl::StatusOr<Profile> MakeTideProfile(const GroupShape& shape, std::span<const KeyStatistics> heads,
+                                        const TideBudget& budget) {
   KVTIDE_CHECK(heads.size() == static_cast<size_t>(shape.layers * shape.kv_heads), heads.size(), " heads of ",
                shape.layers, " x ", shape.kv_heads);
   Profile profile;
@@ -282,7 +287,7 @@ absl::StatusOr<Profile> MakeTideProfile(const GroupShape& shape, std::span<const
       return absl::InvalidArgumentError(
           absl::StrCat(where, ": ", heads[h].keys(), " keys are too few for a transform of ",
                        shape.head_dim_k, " channels: use at least ", 4 * shape.head_dim_k, " tokens"));
-    absl::StatusOr<HeadProfile> head = MakeHead(heads[h]);
+    absl::StatusOr<HeadProfile> head = MakeHead(heads[h], budget);
     if (!head.ok()) return Annotate(head.status(), where);
     profile.k.push_back(*std::move(head));
   }

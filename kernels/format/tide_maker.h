@@ -19,6 +19,7 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/format/profile.h"
+#include "kernels/format/tide.h"
 
 namespace kvtide {
 
@@ -50,9 +51,16 @@ class KeyStatistics {
   std::vector<double> sum_, turned_sum_, key_products_, query_products_;  // products: empty = all 0
 };
 
-// Of all heads of a layer group, layer-major. InvalidArgument with fewer than 4 keys for each channel, or
-// without queries.
-absl::StatusOr<Profile> MakeTideProfile(const GroupShape& shape, std::span<const KeyStatistics> heads);
+// Units of 64 bytes that the widths of a head may add up to, for each calibrated type; 0 = as many as its
+// pages hold. Less is for measuring lower rates: pages keep their size, and what a head leaves is zero.
+struct TideBudget {
+  int units[kTideTypes] = {};
+};
+
+// Of all heads of a layer group, layer-major. InvalidArgument with fewer than 4 keys for each channel,
+// without queries, or with a budget beyond what pages hold.
+absl::StatusOr<Profile> MakeTideProfile(const GroupShape& shape, std::span<const KeyStatistics> heads,
+                                        const TideBudget& budget = {});
 
 // A profile from its parts, as they are registered and stored: means [layers][kv_heads][head_dim_k] and the
 // transforms of all layers. InvalidArgument names the head and what is wrong.

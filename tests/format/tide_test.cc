@@ -398,6 +398,30 @@ TEST(TideMaker, CoefficientsAreUncorrelatedWithVarianceOne) {
     }
 }
 
+TEST(TideMaker, ABudgetTakesTheLeastUsefulBitsAway) {
+  std::vector<float> keys, queries;
+  const std::vector<KeyStatistics> heads = Statistics(64, 2048, &keys, &queries);
+  TideBudget budget;
+  budget.units[2] = 9;
+  const Profile whole = MakeTideProfile({1, 1, 64, 64}, heads).value(),
+                less = MakeTideProfile({1, 1, 64, 64}, heads, budget).value();
+  int sum = 0;
+  for (size_t i = 0; i < 4 * 8; i++) {
+    const uint8_t all = whole.k[0].widths[i], some = less.k[0].widths[i];
+    if (i / 8 != 2) {
+      EXPECT_EQ(some, all) << i;
+    } else {
+      EXPECT_LE(some, all) << i;
+      sum += some;
+    }
+  }
+  EXPECT_EQ(sum, 9);
+  EXPECT_NE(less.hash, whole.hash);
+  budget.units[2] = TideUnits(2, 64) + 1;
+  EXPECT_THAT(std::string(MakeTideProfile({1, 1, 64, 64}, heads, budget).status().message()),
+              HasSubstr("tide2 has room for 1 to 17 bit planes at 64 channels, not for 18"));
+}
+
 TEST(TideMaker, SaysWhatIsMissing) {
   std::vector<float> keys, queries;
   std::vector<KeyStatistics> heads = Statistics(64, 200, &keys, &queries);

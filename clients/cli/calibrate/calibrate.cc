@@ -4,12 +4,16 @@
 #include <atomic>
 #include <cstdio>
 #include <filesystem>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "absl/strings/string_view.h"
 #include "clients/cli/bundled.h"
 #include "clients/cli/calibrate/from_daemon.h"
 #include "clients/cli/terminal/command_status.h"
@@ -68,6 +72,29 @@ absl::Status AddWindow(const engine::LlamaModel& model, engine::KvStore& exact,
   return store.Close(sequence);
 }
 
+// "tide2=1.25" and the like.
+absl::StatusOr<TideBudget> BudgetOf(std::span<const std::string> words, int head_dim) {
+  TideBudget budget;
+  for (const std::string& word : words) {
+    const std::pair<absl::string_view, absl::string_view> parts = absl::StrSplit(word, absl::MaxSplits('=', 1));
+    const auto* const type = std::find(std::begin(kTideNames), std::end(kTideNames), parts.first);
+    double bits = 0;
+    if (type == std::end(kTideNames) || !absl::SimpleAtod(parts.second, &bits) || !(bits > 0 && bits <= 8))
+      return absl::InvalidArgumentError(
+          absl::StrCat("--bits '", word, "': say a calibrated type and its bits per value, such as tide2=1.25"));
+    const size_t index = static_cast<size_t>(type - std::begin(kTideNames));
+    const int stored = StoredDim(head_dim);
+    const int units = static_cast<int>(bits * stored / kTideGroup) - 1;  // one takes the gains
+    const int most = TideUnits(kTideBits[index], stored);
+    if (units < 1 || units > most)
+      return absl::InvalidArgumentError(
+          absl::StrCat("--bits '", word, "': at head dim ", head_dim, " from ", 2.0 * kTideGroup / stored, " to ",
+                       1.0 * kTideGroup * (most + 1) / stored, " bits fit the pages of ", parts.first));
+    budget.units[index] = units;
+  }
+  return budget;
+}
+
 }  // namespace
 
 absl::StatusOr<engine::KeyProfile> Calibrate(const CalibrateOptions& options, const std::atomic<bool>& stop,
@@ -96,6 +123,7 @@ absl::StatusOr<engine::KeyProfile> Calibrate(const CalibrateOptions& options, co
         tokens.size(), " tokens, and a longer window than ", context));
   }
   const engine::KvGeometry geometry = model->kv_geometry();
+  KVTIDE_ASSIGN_OR_RETURN(const TideBudget budget, BudgetOf(options.bits, geometry.head_dim));
   engine::LocalKvStore exact(geometry, DataType::kF16, pool);
   engine::KeyCalibration calibration(geometry, options.keys, pool);
   const auto all = static_cast<int64_t>(tokens.size());
@@ -118,7 +146,7 @@ absl::StatusOr<engine::KeyProfile> Calibrate(const CalibrateOptions& options, co
                              {},
                              false,
                              context};
-  if (!options.means_only) KVTIDE_RETURN_IF_ERROR(calibration.AddTransforms(&profile, errors));
+  if (!options.means_only) KVTIDE_RETURN_IF_ERROR(calibration.AddTransforms(&profile, errors, budget));
   return profile;
 }
 
@@ -193,10 +221,14 @@ void AddCalibrateCommand(CLI::App& app, int* exit_code) {
   calibrate->add_option("--out", t.out_file, "The profile to write (safetensors)")->check(WritableFile());
   calibrate->add_option("--threads", o.threads, "Threads of the engine; default: one per core")
       ->check(Positive());
+  auto* const bits = calibrate->add_option(
+      "--bits", o.bits,
+      "Fewer bits per value for a calibrated type, gains included, such as tide2=1.25: pages keep their size, for "
+      "measuring what lower rates lose");
   auto* const means_only =
       calibrate->add_flag("--means-only", o.means_only, "Means of keys and no transforms: for short texts");
   calibrate->add_flag("--no-progress", flags->no_progress, "No progress bar");
-  AddTrafficOptions(calibrate, &t, &flags->from_daemon)->excludes(text)->excludes(means_only);
+  AddTrafficOptions(calibrate, &t, &flags->from_daemon)->excludes(text)->excludes(means_only)->excludes(bits);
   calibrate->callback([flags, exit_code] {
     flags->options.show_progress = flags->traffic.show_progress = !flags->no_progress;
     if (flags->from_daemon) {

@@ -21,6 +21,9 @@ struct CalibrateOptions {
   // to there.
   int context = 0;
   engine::KeysAt keys = engine::KeysAt::kBeforeRope;
+  // Bits per value of a calibrated type, its gains included, as TYPE=BITS: fewer than its pages hold, to measure
+  // lower rates.
+  std::vector<std::string> bits;
   int threads = 0;
   bool means_only = false;  // no transforms
   bool show_progress = true;
