@@ -1,6 +1,7 @@
 """Runs vLLM engines for the tests, one process each, and keeps what they said."""
 
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -15,12 +16,19 @@ TEXT = ROOT / "tests" / "data" / "wikitext2_slice.txt"
 GPU = bool(os.environ.get("KVTIDE_ENGINES_GPU"))  # a stock vLLM on this machine's GPU, decoding in CUDA graphs
 
 
+def without_flashinfer():
+    """Settings for GPUs: vLLM's sampler imports FlashInfer, which is a package of its own, without looking whether it is installed."""
+    return {} if importlib.util.find_spec("flashinfer") else {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+
+
 def environment(pair="", **more):
     """Of a vLLM on this machine; `pair`: kvtide's backend with it, else vLLM's own."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("VLLM_", "KVTIDE_"))}
     env.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
     if not GPU:
         env.update(VLLM_TARGET_DEVICE="cpu", OMP_NUM_THREADS="1")  # spinning threads are slow on a busy machine
+    else:
+        env.update(without_flashinfer())
     if pair:
         env["KVTIDE_PAIR"] = pair
     path = env.get("PYTHONPATH")

@@ -24,6 +24,7 @@ import tempfile
 import time
 
 import graph_modes
+from engine import without_flashinfer
 
 CACHES = ["f16", "fp8", "turboquant_k8v4", "turboquant_4bit_nc", "kvtide f16", "kvtide q8_0/turbo4", "kvtide turbo4/turbo4"]
 """What vLLM calls a cache, `f16` for its 16-bit one, or a pair of kvtide's."""
@@ -162,8 +163,8 @@ class Engine:
     def __init__(self, job, folder, script):
         self.job, self.out = job, folder / (re.sub(r"\W+", "_", f"{job['cache']} {job.get('way', '')}".strip()) + ".json")
         self.log = (job["logs"] and pathlib.Path(job["logs"]) or folder) / self.out.with_suffix(".log").name
-        env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
-               "PYTHONUNBUFFERED": "1"}
+        env = {**without_flashinfer(), **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1",
+               "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
         env.pop("KVTIDE_PAIR", None)
         if job["cache"].startswith("kvtide"):
             env["KVTIDE_PAIR"] = job["cache"].split()[1]  # of the pages; a cache below them may be named behind it

@@ -3,7 +3,7 @@
 job: {"llm": arguments of vllm.LLM, "batches": [{"prompts": [[token, ...]], "sampling": arguments of SamplingParams}]}
 result: {"batches": [[{"tokens": [[...] for each sample], "margins": [nats between the two likeliest tokens, at each token of the first
 sample], "cached": prefix tokens, "prompt_logprob": sum, "predictions": number}]], "kv_tokens": tokens that the cache holds,
-"preemptions": number, "graphs": {mode of CUDA graphs: steps}}
+"preemptions": number, "graphs": {mode of CUDA graphs: steps}, "kvtide": {counter of KvtideConnector: number}}
 """
 
 import json
@@ -50,6 +50,7 @@ def main():
         metrics = {one.name: getattr(one, "value", None) for one in llm.get_metrics()}
         result["preemptions"] = metrics.get("vllm:num_preemptions")
         result["drafts_accepted"] = metrics.get("vllm:spec_decode_num_accepted_tokens")
+        result["kvtide"] = {name.removeprefix("vllm:kvtide_"): value for name, value in metrics.items() if name.startswith("vllm:kvtide_")}
     except Exception as error:  # statistics are off
         result["metrics"] = repr(error)
     with open(sys.argv[1], "w") as file:
