@@ -133,7 +133,7 @@ def vllm_tables(folder):
                          [f"| {e['cache']} | {' | '.join(cells(e, f16))} |" for e in engines])
 
     def shapes(result, f16):
-        return [f"cache, {result['layers']} layers", "KV tokens", *(f"{s['sequences']} x {s['tokens']}" for s in f16["shapes"])]
+        return [f"cache, {result['layers']} layers{', compiled' if result.get('compile') else ''}", "KV tokens", *(f"{s['sequences']} x {s['tokens']}" for s in f16["shapes"])]
 
     def speeds(e, f16):
         yield f"{e['kv_tokens']:,} ({e['kv_tokens'] / f16['kv_tokens']:.2f}x)"
@@ -148,7 +148,8 @@ def vllm_tables(folder):
             mine, other = e["shapes"][0][key], f16["shapes"][0][key]
             yield f"{mine:,.0f} ({mine / other:.2f}x)"
 
-    return [table("gpu_vllm.json", shapes, speeds), table("gpu_vllm_32_layers.json", shapes, speeds), table("gpu_vllm_limit.json", limit, most)]
+    by_shape = ("gpu_vllm.json", "gpu_vllm_32_layers.json", "gpu_vllm_compiled.json")
+    return [*(table(name, shapes, speeds) for name in by_shape), table("gpu_vllm_limit.json", limit, most)]
 
 
 def with_tables(text, tables):
