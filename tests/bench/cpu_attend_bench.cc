@@ -2,7 +2,7 @@
 //
 //   cpu_attend_bench [--types f16,turbo4,...] [--groups 1,4,8] [--threads N] [--megabytes 512] [--dim 128]
 //   [--repeats 7]
-//                    [--clock wall|cpu] [--simd best|avx2|plain] [--json FILE]
+//                    [--clock wall|cpu] [--simd best|neon|avx512|avx2|plain] [--json FILE]
 //
 // Types are pairs, or one type for both. K types tide4 to tide1 get a profile made from rows whose
 // channels weaken as those of models do; "tide3/turbo3@after-rope" codes keys after RoPE.
@@ -73,9 +73,9 @@ Options ParseOptions(int argc, char** argv) {
     } else if (name == "--clock") {
       options.cpu_clock = value == "cpu";
     } else if (name == "--simd") {
-      options.simd = value == "avx2"    ? SimdLevel::kAvx2
-                     : value == "plain" ? SimdLevel::kPlain
-                                        : SimdLevel::kBest;
+      options.simd = SimdLevel::kBest;
+      for (SimdLevel level : SupportedSimdLevels())
+        if (value == SimdLevelName(level)) options.simd = level;
     } else if (name == "--json") {
       options.json = value;
     } else {

@@ -33,6 +33,18 @@ HeadProfile RandomProfile(int dim, uint32_t seed) {
   return profile;
 }
 
+// So that the suites that go over the supported levels leave none out.
+TEST(PageKernels, ThisBuildHasTheLevelsOfThisProcessor) {
+  EXPECT_EQ(SupportedSimdLevels().front(), SimdLevel::kPlain);
+  for (SimdLevel level : kVectorLevels) {
+    SCOPED_TRACE(SimdLevelName(level));
+    const PageKernels* kernels = FindPageKernels(level);
+    ASSERT_EQ(kernels != nullptr, ProcessorHas(level));
+    if (kernels == nullptr) continue;
+    EXPECT_STREQ(kernels->name, SimdLevelName(level));
+  }
+}
+
 // Recoding must not depend on the vector unit, so decoding has to give the same floats, bit by bit.
 TEST(PageKernels, EveryLevelDecodesToTheFloatsOfTheDefinition) {
   for (SimdLevel level : SupportedSimdLevels()) {

@@ -89,16 +89,24 @@ Finding CheckCpu(const std::string& flags) {
   const auto has = [&](const char* flag) {
     return std::find(words.begin(), words.end(), flag) != words.end();
   };
+  const bool arm = has("asimd");
+  const std::vector<const char*> used =
+      arm ? std::vector<const char*>{"asimd", "asimddp", "aes"}
+          : std::vector<const char*>{"avx2",     "fma",        "f16c",        "avx512f",
+                                     "avx512bw", "avx512vbmi", "avx512_vnni", "avx512_bf16"};
   std::vector<std::string> found;
-  for (const char* flag :
-       {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vbmi", "avx512_vnni", "avx512_bf16"}) {
+  for (const char* flag : used)
     if (has(flag)) found.push_back(flag);
+  const std::string text = absl::StrJoin(found, " ");
+  if (arm) {
+    if (found.size() == used.size()) return Ok("processor", text);
+    return Warn("processor", text,
+                "the NEON kernels need asimddp and aes; attention in host memory is slow without");
   }
   if (found.empty()) {
     return Warn("processor", "no AVX2",
                 "attention in host memory will be slow; take a machine with AVX2, better with AVX-512");
   }
-  const std::string text = absl::StrJoin(found, " ");
   if (!has("avx2") || !has("fma")) {
     return Warn("processor", text, "without AVX2 and FMA attention in host memory is slow");
   }

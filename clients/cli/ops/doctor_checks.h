@@ -37,7 +37,7 @@ Finding CheckServing(bool serving);
 // By which ways engines of this host reach the daemon.
 Finding CheckWays(const client::DaemonWays& ways);
 Finding CheckVersions(const std::string& client, const std::string& daemon);
-// `flags`: the flags line of /proc/cpuinfo.
+// `flags`: the flags of /proc/cpuinfo, on arm64 its Features.
 Finding CheckCpu(const std::string& flags);
 // `setting`: /sys/kernel/mm/transparent_hugepage/enabled, "always [madvise] never".
 Finding CheckHugePages(const std::string& setting);

@@ -124,7 +124,8 @@ std::vector<Finding> Examine(const DaemonFlags& flags) {
   const GpuFacts gpu = AskGpu();
   findings.push_back(CheckGpu(gpu));
   if (std::optional<Finding> use = CheckGpuUse(gpu, tiers)) findings.push_back(*std::move(use));
-  findings.push_back(CheckCpu(LineAfter(ReadFile("/proc/cpuinfo"), "flags\t\t:")));
+  const std::string cpu = ReadFile("/proc/cpuinfo");
+  findings.push_back(CheckCpu(LineAfter(cpu, "flags\t\t:") + LineAfter(cpu, "Features\t:")));
   findings.push_back(CheckMemory(MemoryTotal(), AvailableHostBytes(), MemoryLimit(), tiers));
   findings.push_back(CheckHugePages(ReadFile("/sys/kernel/mm/transparent_hugepage/enabled")));
   findings.push_back(CheckLockedMemory(LockedMemoryLimit(), gpu.found.ok()));

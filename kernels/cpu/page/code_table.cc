@@ -25,8 +25,7 @@ CodeTable MakeTable() {
     } else {
       constexpr int kCodes = 1 << C::kBits;
       for (int i = 0; i < 32; i++) table.words[i] = static_cast<int16_t>(C::Level(i % kCodes));
-      for (int i = 0; i < 16; i++) table.low[i] = static_cast<int8_t>(C::Level(i % kCodes));
-      for (int i = 0; i < 16; i++) table.high[i] = static_cast<int8_t>(C::Level((i + 16) % kCodes));
+      for (int i = 0; i < 32; i++) table.bytes[i] = static_cast<int8_t>(C::Level(i % kCodes));
     }
   }
   return table;

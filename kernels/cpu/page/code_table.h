@@ -15,9 +15,8 @@ struct CodeTable {
   float unit = 0;
   // Levels as words; index bits beyond the width are ignored by repetition.
   alignas(64) int16_t words[32] = {};
-  // Levels as bytes of codes 0..15 (repeated likewise) and of codes 16..31.
-  alignas(16) int8_t low[16] = {};
-  alignas(16) int8_t high[16] = {};
+  // Levels as bytes, repeated likewise.
+  alignas(32) int8_t bytes[32] = {};
   bool bf16 = false;
   // Keys of calibrated types (tide.h): bit planes, which become levels of 8 bits, and one gain a token.
   bool calibrated = false;

@@ -11,14 +11,14 @@
 namespace kvtide {
 namespace {
 
-constexpr std::array<SimdLevel, 2> kVectorLevels = {SimdLevel::kAvx2, SimdLevel::kAvx512};
+// By level; empty where a level is not supported.
+using Tables = std::array<PageKernels, kVectorLevels.size() + 2>;
 
-// Tables of the supported vector levels, by level.
-std::array<PageKernels, 4> MakeTables() {
-  std::array<PageKernels, 4> tables;
+Tables MakeTables() {
+  Tables tables;
   for (SimdLevel level : kVectorLevels) {
     const AttendPages attend = SimdAttendFew(level);
-    if (attend == nullptr) continue;
+    if (attend == nullptr || !ProcessorHas(level)) continue;
     PageKernels& table = tables[static_cast<size_t>(level)];
     table = PlainKernels();
     table.name = SimdLevelName(level);
@@ -32,7 +32,7 @@ std::array<PageKernels, 4> MakeTables() {
 }
 
 const PageKernels* FindVectorKernels(SimdLevel level) {
-  static const std::array<PageKernels, 4> kTables = MakeTables();
+  static const Tables kTables = MakeTables();
   const PageKernels& table = kTables[static_cast<size_t>(level)];
   return table.attend == nullptr ? nullptr : &table;
 }
@@ -80,20 +80,6 @@ std::vector<SimdLevel> SupportedSimdLevels() {
 const PageKernels* FindPageKernels(SimdLevel level) {
   if (level == SimdLevel::kBest) level = SupportedSimdLevels().back();
   return level == SimdLevel::kPlain ? &PlainKernels() : FindVectorKernels(level);
-}
-
-const char* SimdLevelName(SimdLevel level) {
-  switch (level) {
-    case SimdLevel::kBest:
-      return "best";
-    case SimdLevel::kPlain:
-      return "plain";
-    case SimdLevel::kAvx2:
-      return "avx2";
-    case SimdLevel::kAvx512:
-      return "avx512";
-  }
-  return "unknown";
 }
 
 }  // namespace kvtide

@@ -7,7 +7,7 @@
 namespace kvtide {
 
 using AttendPages = void (*)(const PageSegment& segment, const QueryRows& rows, float* out, float* lse);
-// For few and for many rows; null if the build or this processor lacks the level.
+// For few and for many rows; null if the build lacks the level.
 AttendPages SimdAttendFew(SimdLevel level);
 AttendPages SimdAttendMany(SimdLevel level);
 

@@ -39,7 +39,7 @@ HWY_INLINE void PrefetchForColumn(Prefetcher& prefetch) {
 // One quad row (32 dims) of kVectors token vectors from vector `first` on.
 template <int kBits, int kRows, int kVectors, int kColumn>
 HWY_INLINE void KeyColumn(const LevelDots<kBits>& level_dots, const uint8_t* codes, int quads, int quad,
-                          int first, const int32_t* HWY_RESTRICT q, VecI32 (&acc)[kVectors][kRows]) {
+                          int first, const int32_t* HWY_RESTRICT q, LevelSum (&acc)[kVectors][kRows]) {
   const uint8_t* at[kVectors];
   KVTIDE_UNROLL
   for (int v = 0; v < kVectors; v++) {
@@ -47,12 +47,15 @@ HWY_INLINE void KeyColumn(const LevelDots<kBits>& level_dots, const uint8_t* cod
     at[v] = codes + ColumnOffset(kColumn, vector % kQuadVectors) + QuadOffset<kBits>(half * quads + quad);
   }
   level_dots.template Add<kColumn % 2 == 1>(
-      at, [&](int pair, int r, int) HWY_ATTR { return q[(kColumn * 4 + pair) * kRows + r]; }, acc);
+      at,
+      [&](int pair, int r, int)
+          HWY_ATTR -> const int32_t& { return q[kColumn * 4 * kRows + UnitWord<kRows>(pair, r)]; },
+      acc);
 }
 
 template <int kBits, int kRows, int kVectors>
 HWY_INLINE void KeyQuad(const LevelDots<kBits>& level_dots, const HalfView& k, int quads, int quad, int first,
-                        const int32_t* HWY_RESTRICT q, VecI32 (&acc)[kVectors][kRows]) {
+                        const int32_t* HWY_RESTRICT q, LevelSum (&acc)[kVectors][kRows]) {
   PrefetchForColumn<0>(*k.prefetch);
   KeyColumn<kBits, kRows, kVectors, 0>(level_dots, k.codes, quads, quad, first, q, acc);
   PrefetchForColumn<1>(*k.prefetch);
@@ -69,12 +72,11 @@ HWY_INLINE void KeyVectors(const LevelDots<kBits>& level_dots, const HalfView& k
                            const int32_t* starts, const float* scales, int first, float* HWY_RESTRICT dots) {
   const int quads = k.dim / 32, step = k.table->group / 32;
   for (int group = 0; group < k.groups; group++) {
-    VecI32 acc[kVectors][kRows];
+    LevelSum acc[kVectors][kRows];
     KVTIDE_UNROLL
     for (int v = 0; v < kVectors; v++) KVTIDE_UNROLL
     for (int r = 0; r < kRows; r++)
-      acc[v][r] =
-          LevelDots<kBits>::kOffset ? hn::Set(TagI32(), starts[group * kRows + r]) : hn::Zero(TagI32());
+      acc[v][r] = StartSum(LevelDots<kBits>::kOffset != 0 ? starts[group * kRows + r] : 0);
     const int end = std::min(quads, (group + 1) * step);
     for (int quad = group * step; quad < end; quad++) {
       KeyQuad<kBits, kRows, kVectors>(level_dots, k, quads, quad, first, q + quad * 16 * kRows, acc);
@@ -87,7 +89,7 @@ HWY_INLINE void KeyVectors(const LevelDots<kBits>& level_dots, const HalfView& k
       for (int r = 0; r < kRows; r++) {
         float* target = dots + r * kBlockTokens + at;
         const VecF32 before = group > 0 ? hn::Load(TagF32(), target) : hn::Zero(TagF32());
-        hn::Store(hn::MulAdd(hn::ConvertTo(TagF32(), acc[v][r]), scale, before), TagF32(), target);
+        hn::Store(hn::MulAdd(hn::ConvertTo(TagF32(), Total(acc[v][r])), scale, before), TagF32(), target);
       }
     }
   }
@@ -105,41 +107,9 @@ HWY_NOINLINE void KeyDots(const HalfView& k, const int32_t* q, const int32_t* st
 
 // ---- V of coded types
 
-// Weights times V scales as pairs of 16-bit integers, in packed[group][row][32 words], relative to the
-// largest product of the row. factors[row]: what one unit of the integer sums stands for.
-//
-// A block of four positions holds tokens 0,2,4,6 or 1,3,5,7 of an octet; it gives two words, of positions
-// (0,2) and (1,3), or (0,1) and (2,3) for 8-bit codes, whose pairs are cut so. Two vectors of positions are
-// packed into one of words.
+// Weights times V scales as 16-bit integers, in packed[group][row][32 words], relative to the largest product
+// of the row. factors[row]: what one unit of the integer sums stands for.
 constexpr int kPackedWords = kBlockTokens / 2;
-constexpr int PackedWord(int octet, int pair) {
-  const int block = 2 * octet + pair % 2, blocks = kLanes / 4, vector = block / blocks;
-  return vector / 2 * kLanes + block % blocks * 4 + vector % 2 * 2 + pair / 2;
-}
-
-// Two vectors of 32-bit integers as one of 16-bit ones, in the order of packed words.
-template <int kBits>
-HWY_INLINE VecI16 PackPair(VecI32 a, VecI32 b) {
-#if HWY_TARGET == HWY_AVX2
-  const VecI16 packed{_mm256_packs_epi32(a.raw, b.raw)};
-#else
-  const VecI16 packed{_mm512_packs_epi32(a.raw, b.raw)};
-#endif
-  if constexpr (kBits == 8) return packed;
-  // Positions 0,2,1,3 of each half of a 16-byte block.
-  alignas(16) static constexpr uint8_t kOrder[16] = {0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15};
-  return hn::BitCast(TagI16(),
-                     hn::TableLookupBytes(hn::BitCast(TagU8(), packed), hn::LoadDup128(TagU8(), kOrder)));
-}
-
-// Products of fractions of 32768, rounded.
-HWY_INLINE VecI16 MulFractions(VecI16 a, VecI16 b) {
-#if HWY_TARGET == HWY_AVX2
-  return VecI16{_mm256_mulhrs_epi16(a.raw, b.raw)};
-#else
-  return VecI16{_mm512_mulhrs_epi16(a.raw, b.raw)};
-#endif
-}
 
 // A token's weight times its largest scale, and its scales relative to that one, both as 16-bit fractions:
 // then every (row, group) costs one multiplication for two vectors of tokens.
@@ -148,18 +118,19 @@ HWY_INLINE void PackWeights(const HalfView& v, const float* weights, const PageF
                             int32_t* HWY_RESTRICT packed, int32_t* HWY_RESTRICT starts,
                             float* HWY_RESTRICT factors) {
   constexpr int kPairs = kPageVectors / 2;
-  constexpr int16_t kOffset = LevelDots<kBits>::kOffset;
   const TagF32 f32;
-  const VecF32 one = hn::Set(f32, 32767.0f);
+  const VecF32 one = hn::Set(f32, 32767.0f), largest_word = hn::Set(f32, kLargestWord);
   alignas(64) float scales[kMaxGroups * kBlockTokens];
   alignas(64) int16_t shares[kMaxGroups * kBlockTokens];  // [group][word]
   VecF32 largest_scale[kPageVectors];
+  KVTIDE_UNROLL
+  for (int i = 0; i < kPageVectors; i++) largest_scale[i] = hn::Zero(f32);
   for (int g = 0; g < v.groups; g++) {
     LoadScales(v.scales + g * kBlockTokens * 2, scales + g * kBlockTokens);
     KVTIDE_UNROLL
     for (int i = 0; i < kPageVectors; i++) {
       const VecF32 size = hn::Abs(hn::Load(f32, scales + g * kBlockTokens + i * kLanes));
-      largest_scale[i] = g == 0 ? size : hn::Max(largest_scale[i], size);
+      largest_scale[i] = hn::Max(largest_scale[i], size);
     }
   }
   VecF32 to_share[kPageVectors];
@@ -173,10 +144,10 @@ HWY_INLINE void PackWeights(const HalfView& v, const float* weights, const PageF
       const VecI32 a = NearestSmallInt(hn::Mul(hn::Load(f32, group_scales + i * kLanes), to_share[i]));
       const VecI32 b =
           NearestSmallInt(hn::Mul(hn::Load(f32, group_scales + (i + 1) * kLanes), to_share[i + 1]));
-      hn::Store(PackPair<kBits>(a, b), TagI16(), shares + g * kBlockTokens + i * kLanes);
+      hn::Store(PackWords<kBits>(a, b), TagI16(), shares + g * kBlockTokens + i * kLanes);
     }
   }
-  alignas(64) float maximum[kLanes] = {}, to_int[kLanes];
+  alignas(64) float maximum[kRowLanes] = {}, to_int[kRowLanes];
   KVTIDE_UNROLL
   for (int r = 0; r < kRows; r++) {
     VecF32 largest = hn::Zero(f32);
@@ -186,12 +157,16 @@ HWY_INLINE void PackWeights(const HalfView& v, const float* weights, const PageF
           hn::Max(largest, hn::Mul(hn::Load(f32, weights + r * kBlockTokens + i * kLanes), largest_scale[i]));
     maximum[r] = hn::GetLane(hn::MaxOfLanes(f32, largest));
   }
-  const VecF32 maxima = hn::Load(f32, maximum);
-  hn::Store(hn::IfThenElseZero(hn::Gt(maxima, hn::Set(f32, 1e-30f)), hn::Div(one, maxima)), f32, to_int);
+  KVTIDE_UNROLL
+  for (int i = 0; i < kRowVectors; i++) {
+    const VecF32 maxima = hn::Load(f32, maximum + i * kLanes);
+    hn::Store(hn::IfThenElseZero(hn::Gt(maxima, hn::Set(f32, 1e-30f)), hn::Div(largest_word, maxima)), f32,
+              to_int + i * kLanes);
+  }
   KVTIDE_UNROLL
   for (int r = 0; r < kRows; r++) {
-    // 32767 and 32767 of 32768 make one.
-    factors[r] = page[r].page * maximum[r] * (v.table->unit * 32768.0f / (32767.0f * 32767.0f));
+    // The largest word and 32767 of 32768 make one.
+    factors[r] = page[r].page * maximum[r] * (v.table->unit * 32768.0f / (kLargestWord * 32767.0f));
     VecF32 scaled[kPageVectors];
     KVTIDE_UNROLL
     for (int i = 0; i < kPageVectors; i++)
@@ -200,25 +175,25 @@ HWY_INLINE void PackWeights(const HalfView& v, const float* weights, const PageF
     VecI16 w[kPairs];
     KVTIDE_UNROLL
     for (int i = 0; i < kPageVectors; i += 2)
-      w[i / 2] = PackPair<kBits>(NearestSmallInt(scaled[i]), NearestSmallInt(scaled[i + 1]));
+      w[i / 2] = PackWords<kBits>(NearestSmallInt(scaled[i]), NearestSmallInt(scaled[i + 1]));
     for (int g = 0; g < v.groups; g++) {
       VecI32 sum = hn::Zero(TagI32());
       KVTIDE_UNROLL
       for (int i = 0; i < kPairs; i++) {
         const VecI16 share = hn::Load(TagI16(), shares + g * kBlockTokens + 2 * i * kLanes);
         const VecI16 words = MulFractions(w[i], share);
-        hn::Store(hn::BitCast(TagI32(), words), TagI32(),
-                  packed + (g * kRows + r) * kPackedWords + i * kLanes);
-        if constexpr (kOffset != 0) sum = AddDots(sum, words, hn::Set(TagI16(), -kOffset));
+        StorePacked(words, packed + (g * kRows + r) * kPackedWords + i * kLanes);
+        sum = LevelDots<kBits>::AddToStart(sum, words);
       }
-      if constexpr (kOffset != 0) starts[g * kRows + r] = hn::GetLane(hn::SumOfLanes(TagI32(), sum));
+      if constexpr (LevelDots<kBits>::kOffset != 0)
+        starts[g * kRows + r] = hn::GetLane(hn::SumOfLanes(TagI32(), sum));
     }
   }
 }
 
 template <int kBits, int kRows, int kVectors, int kTokens, int kColumn>
 HWY_INLINE void ValueColumn(const LevelDots<kBits>& level_dots, const uint8_t* codes, int first,
-                            const int32_t* const* weights, VecI32 (&acc)[kVectors][kRows]) {
+                            const int32_t* const* weights, LevelSum (&acc)[kVectors][kRows]) {
   const uint8_t* at[kVectors];
   KVTIDE_UNROLL
   for (int i = 0; i < kVectors; i++) {
@@ -228,7 +203,7 @@ HWY_INLINE void ValueColumn(const LevelDots<kBits>& level_dots, const uint8_t* c
   }
   level_dots.template Add<kColumn % 2 == 1>(
       at,
-      [&](int pair, int r, int v) HWY_ATTR {
+      [&](int pair, int r, int v) HWY_ATTR -> const int32_t& {
         return weights[v / kQuadVectors][r * kPackedWords + PackedWord(4 * kTokens + kColumn, pair)];
       },
       acc);
@@ -241,13 +216,12 @@ HWY_INLINE void ValueVectors(const LevelDots<kBits>& level_dots, const HalfView&
                              float* HWY_RESTRICT out) {
   const int quad_dim = first / kQuadVectors;
   const int per_group = v.table->group / 32;
-  VecI32 acc[kVectors][kRows];
+  LevelSum acc[kVectors][kRows];
   KVTIDE_UNROLL
   for (int i = 0; i < kVectors; i++) KVTIDE_UNROLL
   for (int r = 0; r < kRows; r++)
-    acc[i][r] = LevelDots<kBits>::kOffset
-                    ? hn::Set(TagI32(), starts[(quad_dim + i / kQuadVectors) / per_group * kRows + r])
-                    : hn::Zero(TagI32());
+    acc[i][r] = StartSum(
+        LevelDots<kBits>::kOffset != 0 ? starts[(quad_dim + i / kQuadVectors) / per_group * kRows + r] : 0);
   constexpr int kDims = (kVectors + kQuadVectors - 1) / kQuadVectors;
 
   const int32_t* group_weights[kDims];
@@ -278,7 +252,7 @@ HWY_INLINE void ValueVectors(const LevelDots<kBits>& level_dots, const HalfView&
     float* target = out + r * v.dim + (first + i) * kLanes;
     const VecF32 factor = hn::Set(f32, factors[r]);
     const VecF32 kept = hn::Mul(hn::Load(f32, target), hn::Set(f32, page[r].keep));
-    hn::Store(hn::MulAdd(hn::ConvertTo(f32, acc[i][r]), factor, kept), f32, target);
+    hn::Store(hn::MulAdd(hn::ConvertTo(f32, Total(acc[i][r])), factor, kept), f32, target);
   }
 }
 

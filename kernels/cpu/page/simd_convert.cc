@@ -14,7 +14,7 @@
 #include "kernels/cpu/page/simd_values-inl.h"
 // clang-format on
 
-HWY_BEFORE_NAMESPACE();
+KVTIDE_BEFORE_NAMESPACE();
 namespace kvtide {
 namespace HWY_NAMESPACE {
 #if KVTIDE_VECTOR_TARGET
@@ -30,21 +30,21 @@ void UseConversions(PageKernels& kernels) {
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
-#include "hwy/targets.h"
 
 namespace kvtide {
 
 void UseSimdConversions(SimdLevel level, PageKernels& kernels) {
-  const int64_t supported = hwy::SupportedTargets();
 #if HWY_TARGETS & HWY_AVX2
-  if (level == SimdLevel::kAvx2 && (supported & HWY_AVX2)) N_AVX2::UseConversions(kernels);
+  if (level == SimdLevel::kAvx2) N_AVX2::UseConversions(kernels);
 #endif
 #if HWY_TARGETS & HWY_AVX3_DL
-  if (level == SimdLevel::kAvx512 && (supported & HWY_AVX3_DL)) N_AVX3_DL::UseConversions(kernels);
+  if (level == SimdLevel::kAvx512) N_AVX3_DL::UseConversions(kernels);
+#endif
+#if HWY_TARGETS & HWY_NEON
+  if (level == SimdLevel::kNeon) N_NEON::UseConversions(kernels);
 #endif
   (void)level;
   (void)kernels;
-  (void)supported;
 }
 
 }  // namespace kvtide

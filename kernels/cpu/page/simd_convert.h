@@ -6,7 +6,7 @@
 
 namespace kvtide {
 
-// Sets widen and narrow of a table; leaves it alone if the build or this processor lacks the level.
+// Sets widen and narrow of a table; leaves it alone if the build lacks the level.
 void UseSimdConversions(SimdLevel level, PageKernels& kernels);
 
 }  // namespace kvtide

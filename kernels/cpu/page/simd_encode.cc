@@ -28,18 +28,6 @@ constexpr int kMaxDim = 512;
 // ---- Rotations: the butterflies of Hadamard runs of 32, 64 and 128; everything else by its own plain code.
 // Additions and multiplications are those of the plain code, so the results are the same bits.
 
-// x of the lane whose index differs in bit kStride.
-template <int kStride>
-HWY_INLINE VecF32 Partner(VecF32 x) {
-  if constexpr (kStride == 1) return hn::Shuffle2301(x);
-  if constexpr (kStride == 2) return hn::Shuffle1032(x);
-#if HWY_TARGET == HWY_AVX2
-  return hn::ConcatLowerUpper(TagF32(), x, x);
-#else
-  return VecF32{_mm512_shuffle_f32x4(x.raw, x.raw, kStride == 4 ? 0xB1 : 0x4E)};
-#endif
-}
-
 // Sum in the lanes without bit kStride, difference in those with it.
 template <int kStride>
 HWY_INLINE VecF32 ButterflyInside(VecF32 x) {
@@ -63,8 +51,9 @@ HWY_INLINE void HadamardRun(float* x, bool inverse) {
   KVTIDE_UNROLL
   for (int i = 0; i < kVectors; i++) {
     v[i] = hn::Xor(hn::LoadU(f32, x + i * kLanes), hn::BitCast(f32, hn::Load(TagU32(), first + i * kLanes)));
-    v[i] = ButterflyInside<4>(ButterflyInside<2>(ButterflyInside<1>(v[i])));
-    if constexpr (kWide) v[i] = ButterflyInside<8>(v[i]);
+    v[i] = ButterflyInside<2>(ButterflyInside<1>(v[i]));
+    if constexpr (kLanes > 4) v[i] = ButterflyInside<4>(v[i]);
+    if constexpr (kLanes > 8) v[i] = ButterflyInside<8>(v[i]);
   }
   KVTIDE_UNROLL
   for (int h = 1; h < kVectors; h *= 2) KVTIDE_UNROLL
@@ -115,17 +104,16 @@ HWY_INLINE void RotateVector(float* x, int dim) {
 
 // The end of TreeSum: 32 partial sums, added in halves.
 HWY_INLINE float FoldPartials(const VecF32 (&partial)[32 / kLanes]) {
-  const TagF32 f32;
-  VecF32 sum;
-  if constexpr (kWide) {
-    sum = hn::Add(partial[0], partial[1]);
-    sum = hn::Add(sum, hn::ConcatLowerUpper(f32, sum, sum));
-    sum = hn::Add(sum, Partner<4>(sum));
-  } else {
-    constexpr int kLast = 32 / kLanes - 1;
-    sum = hn::Add(hn::Add(partial[0], partial[2 < kLast ? 2 : kLast]), hn::Add(partial[1], partial[kLast]));
-    sum = hn::Add(sum, Partner<4>(sum));
-  }
+  constexpr int kParts = 32 / kLanes;
+  VecF32 sums[kParts];
+  KVTIDE_UNROLL
+  for (int i = 0; i < kParts; i++) sums[i] = partial[i];
+  KVTIDE_UNROLL
+  for (int h = kParts / 2; h > 0; h /= 2) KVTIDE_UNROLL
+  for (int i = 0; i < h; i++) sums[i] = hn::Add(sums[i], sums[i + h]);
+  VecF32 sum = sums[0];
+  if constexpr (kLanes > 8) sum = hn::Add(sum, Partner<8>(sum));
+  if constexpr (kLanes > 4) sum = hn::Add(sum, Partner<4>(sum));
   sum = hn::Add(sum, hn::Shuffle1032(sum));
   sum = hn::Add(sum, hn::Shuffle2301(sum));
   return hn::GetLane(sum);
@@ -340,10 +328,11 @@ void Encode(CacheType type, Side side, const HalfLayout& layout, const HeadProfi
 HWY_INLINE void StoreRow(const float* row, bool bf16, int dim, int token, uint16_t* values) {
   const hn::CappedTag<float, 8> f32;
   const hn::Rebind<hwy::float16_t, decltype(f32)> f16;
-  for (int d = 0; d < dim; d += 8) {
+  constexpr int kStep = static_cast<int>(hn::MaxLanes(f32));
+  for (int d = 0; d < dim; d += kStep) {
     uint16_t* target = values + HalfPrecisionIndex(token, d, dim);
     if (bf16) {
-      Narrow(row + d, 8, {target, DataType::kBf16}, 0);
+      Narrow(row + d, kStep, {target, DataType::kBf16}, 0);
     } else {
       hn::StoreU(hn::DemoteTo(f16, hn::LoadU(f32, row + d)), f16, reinterpret_cast<hwy::float16_t*>(target));
     }
@@ -441,21 +430,21 @@ void UseEncoders(PageKernels& kernels) {
 HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
-#include "hwy/targets.h"
 
 namespace kvtide {
 
 void UseSimdEncoders(SimdLevel level, PageKernels& kernels) {
-  const int64_t supported = hwy::SupportedTargets();
 #if HWY_TARGETS & HWY_AVX2
-  if (level == SimdLevel::kAvx2 && (supported & HWY_AVX2)) N_AVX2::UseEncoders(kernels);
+  if (level == SimdLevel::kAvx2) N_AVX2::UseEncoders(kernels);
 #endif
 #if HWY_TARGETS & HWY_AVX3_DL
-  if (level == SimdLevel::kAvx512 && (supported & HWY_AVX3_DL)) N_AVX3_DL::UseEncoders(kernels);
+  if (level == SimdLevel::kAvx512) N_AVX3_DL::UseEncoders(kernels);
+#endif
+#if HWY_TARGETS & HWY_NEON
+  if (level == SimdLevel::kNeon) N_NEON::UseEncoders(kernels);
 #endif
   (void)level;
   (void)kernels;
-  (void)supported;
 }
 
 }  // namespace kvtide

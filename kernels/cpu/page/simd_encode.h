@@ -6,8 +6,7 @@
 
 namespace kvtide {
 
-// Sets store_rows, encode and decode of a table; leaves it alone if the build or this processor lacks the
-// level.
+// Sets store_rows, encode and decode of a table; leaves it alone if the build lacks the level.
 void UseSimdEncoders(SimdLevel level, PageKernels& kernels);
 
 }  // namespace kvtide

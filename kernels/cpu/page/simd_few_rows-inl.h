@@ -26,7 +26,7 @@ template <int kRows>
 struct PreparedRows {
   // f16, bf16, rebuilt keys: [kRows][dim]; for the first two then the same with chunks exchanged.
   hwy::AlignedFreeUniquePtr<float[]> floats;
-  hwy::AlignedFreeUniquePtr<int32_t[]> pairs;  // coded: [dim / 32][column][pair][row]
+  hwy::AlignedFreeUniquePtr<int32_t[]> words;  // coded: [dim / 8][4 * kRows], as PutWords puts them
   int32_t starts[kMaxGroups * kRows] = {};     // coded: [group][row], what sums begin with
   LogitScale scale[kRows];
   int64_t begin[kRows], end[kRows];
@@ -57,7 +57,7 @@ void PrepareRows(const QueryRows& rows, int first, const HalfView& k, PreparedRo
     }
     return;
   }
-  out.pairs = hwy::AllocateAligned<int32_t>(size / 2);
+  out.words = hwy::AllocateAligned<int32_t>(size / 2);
   const int bits = KernelBits(table.bits);
   const TagF32 f32;
   auto words = hwy::AllocateAligned<int32_t>(static_cast<size_t>(dim));
@@ -71,17 +71,12 @@ void PrepareRows(const QueryRows& rows, int first, const HalfView& k, PreparedRo
       largest *= 0x1p64f;
       out.scale[r].factor *= 0x1p-64f;
     }
-    const VecF32 to_int = hn::Set(f32, largest > 0 ? 32767.0f / largest : 0.0f);
-    out.scale[r].factor *= largest / 32767.0f * table.unit;
+    const VecF32 to_int = hn::Set(f32, largest > 0 ? kLargestWord / largest : 0.0f);
+    out.scale[r].factor *= largest / kLargestWord * table.unit;
     for (int d = 0; d < dim; d += kLanes)
       hn::Store(hn::NearestInt(hn::Mul(hn::LoadU(f32, row + d), to_int)), TagI32(), words.get() + d);
     for (int octet = 0; octet < dim / 8; octet++)
-      for (int pair = 0; pair < 4; pair++) {
-        const auto first_word = static_cast<uint32_t>(words[8 * octet + PairFirst(bits, pair)]),
-                   second_word = static_cast<uint32_t>(words[8 * octet + PairSecond(bits, pair)]);
-        out.pairs[static_cast<size_t>((octet * 4 + pair) * kRows + r)] =
-            static_cast<int32_t>((first_word & 0xffffu) | second_word << 16);
-      }
+      PutWords<kRows>(bits, words.get() + 8 * octet, r, out.words.get() + octet * 4 * kRows);
     const int32_t offset = bits == 4 ? LevelDots<4>::kOffset : LevelDots<8>::kOffset;
     for (int quad = 0; offset != 0 && quad < dim / 32; quad++) {
       int32_t sum = 0;
@@ -101,7 +96,7 @@ HWY_INLINE void CoefficientDots(const HalfView& k, const PreparedRows<kRows>& ro
   ExpandTide(k.rebuild->widths, k.codes, levels.dim, plane);
   levels.codes = plane;
   LoadGains(k.scales, gains);
-  KeyDots<8, kRows>(levels, rows.pairs.get(), rows.starts, gains, dots);
+  KeyDots<8, kRows>(levels, rows.words.get(), rows.starts, gains, dots);
 }
 
 template <int kRows>
@@ -122,8 +117,8 @@ HWY_INLINE void PageDots(const HalfView& k, const PreparedRows<kRows>& rows, flo
   alignas(64) float scales[kMaxGroups * kBlockTokens];
   for (int g = 0; g < k.groups; g++) LoadScales(k.scales + g * kBlockTokens * 2, scales + g * kBlockTokens);
   return KernelBits(k.table->bits) == 4
-             ? KeyDots<4, kRows>(wide, rows.pairs.get(), rows.starts, scales, dots)
-             : KeyDots<8, kRows>(wide, rows.pairs.get(), rows.starts, scales, dots);
+             ? KeyDots<4, kRows>(wide, rows.words.get(), rows.starts, scales, dots)
+             : KeyDots<8, kRows>(wide, rows.words.get(), rows.starts, scales, dots);
 }
 
 // Steps of the prefetcher in PageDots.

@@ -14,22 +14,20 @@
 // clang-format on
 
 #if HWY_ONCE
-#include "hwy/targets.h"
 
 namespace kvtide {
 
 AttendPages SimdAttendFew(SimdLevel level) {
-  const int64_t supported = hwy::SupportedTargets();
 #if HWY_TARGETS & HWY_AVX2
-  if (level == SimdLevel::kAvx2 && (supported & HWY_AVX2)) return N_AVX2::AttendFewRows;
+  if (level == SimdLevel::kAvx2) return N_AVX2::AttendFewRows;
 #endif
 #if HWY_TARGETS & HWY_AVX3_DL
-  // Highway's AVX3_DL does not promise VNNI.
-  if (level == SimdLevel::kAvx512 && (supported & HWY_AVX3_DL) && __builtin_cpu_supports("avx512vnni"))
-    return N_AVX3_DL::AttendFewRows;
+  if (level == SimdLevel::kAvx512) return N_AVX3_DL::AttendFewRows;
+#endif
+#if HWY_TARGETS & HWY_NEON
+  if (level == SimdLevel::kNeon) return N_NEON::AttendFewRows;
 #endif
   (void)level;
-  (void)supported;
   return nullptr;
 }
 

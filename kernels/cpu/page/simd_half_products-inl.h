@@ -28,12 +28,12 @@ HWY_INLINE void StoreSums(VecF32 a, VecF32 b, VecF32 c, VecF32 d, float* HWY_RES
   const VecF32 low = hn::BitCast(f32, hn::InterleaveLower(f64, hn::BitCast(f64, ab), hn::BitCast(f64, cd)));
   const VecF32 high = hn::BitCast(f32, hn::InterleaveUpper(f64, hn::BitCast(f64, ab), hn::BitCast(f64, cd)));
   const VecF32 sum = hn::Add(low, high);
-#if HWY_TARGET == HWY_AVX2
-  _mm_store_ps(out, _mm_add_ps(_mm256_castps256_ps128(sum.raw), _mm256_extractf128_ps(sum.raw, 1)));
-#else
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(sum.raw), _mm512_extractf32x8_ps(sum.raw, 1));
-  _mm_store_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-#endif
+  StoreBlockSum(sum, out);
+}
+
+// The XOR on the index of a vector that makes that on the index of its chunk.
+HWY_INLINE constexpr int VectorXor(int chunk_xor) {
+  return kLanes > 8 ? chunk_xor / (kLanes / 8) : chunk_xor * (8 / kLanes);
 }
 
 // q: [rows][dim]; swapped: the same with neighbouring chunks of 8 exchanged (512-bit vectors span two
@@ -41,7 +41,7 @@ HWY_INLINE void StoreSums(VecF32 a, VecF32 b, VecF32 c, VecF32 d, float* HWY_RES
 template <int kRows, bool kBf16>
 HWY_NOINLINE void KeyDotsHalf(const HalfView& k, const float* q, const float* swapped,
                               float* HWY_RESTRICT dots) {
-  constexpr int kStep = kWide ? (kRows < 4 ? kRows : 4) : (kRows < 2 ? kRows : 2);
+  constexpr int kStep = std::min(kRows, kManyRegisters ? 4 : 2);
   const TagF32 f32;
   const auto* values = reinterpret_cast<const uint16_t*>(k.codes);
   const bool by_64 = k.dim % 64 == 0;
@@ -54,7 +54,7 @@ HWY_NOINLINE void KeyDotsHalf(const HalfView& k, const float* q, const float* sw
       for (int i = 0; i < 4; i++) {
         const int x = ChunkXor(by_64, parity, i);
         row[i] = values + (8 * octet + parity + 2 * i) * k.dim;
-        flip[i] = kWide ? x >> 1 : x;
+        flip[i] = VectorXor(x);
         query[i] = kWide && (x & 1) ? swapped : q;
       }
       k.prefetch->Step();
@@ -93,14 +93,6 @@ HWY_NOINLINE void KeyDotsHalf(const HalfView& k, const float* q, const float* sw
     }
 }
 
-HWY_INLINE VecF32 SwapChunks(VecF32 v) {
-#if HWY_TARGET == HWY_AVX2
-  return v;
-#else
-  return VecF32{_mm512_shuffle_f32x4(v.raw, v.raw, 0x4E)};
-#endif
-}
-
 // Adds weight * V of tokens [first_token, last_token) to kVectors vectors of kStep rows.
 template <int kStep, int kVectors, bool kBf16>
 HWY_INLINE void ValueBlockHalf(const HalfView& v, const float* weights, const PageFactors* page,
@@ -126,7 +118,7 @@ HWY_INLINE void ValueBlockHalf(const HalfView& v, const float* weights, const Pa
       const int i = position % 4, parity = position / 4 % 2;
       const int token = TokenAtPosition(position), x = ChunkXor(by_64, parity, i);
       if ((kWide && (x & 1) != swap) || token < first_token || token >= last_token) continue;
-      const int flip = kWide ? x >> 1 : x;
+      const int flip = VectorXor(x);
       const uint16_t* row = values + token * v.dim;
       VecF32 value[kVectors];
       KVTIDE_UNROLL
@@ -149,7 +141,7 @@ HWY_INLINE void ValueBlockHalf(const HalfView& v, const float* weights, const Pa
 template <int kRows, bool kBf16>
 HWY_NOINLINE void ValueSumsHalf(const HalfView& v, float* HWY_RESTRICT weights, const PageFactors* page,
                                 int first_token, int last_token, float* HWY_RESTRICT out) {
-  constexpr int kStep = kWide ? (kRows < 4 ? kRows : 4) : (kRows < 2 ? kRows : 2);
+  constexpr int kStep = std::min(kRows, kManyRegisters ? 4 : 2);
   constexpr int kVectors = 4;
   const TagF32 f32;
   for (int r = 0; r < kRows; r++)

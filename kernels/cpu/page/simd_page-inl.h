@@ -58,13 +58,14 @@ HWY_INLINE VecF32 LoadHalf(const uint16_t* p, bool bf16) {
 
 // The 64 scales of a group as f32, at token positions.
 HWY_INLINE void LoadScales(const uint8_t* scales, float* HWY_RESTRICT out) {
-  const TagF32 f32;
-  alignas(64) int32_t index[kLanes];
-  for (int i = 0; i < kLanes; i++) index[i] = TokenAtPosition(i);
-  const auto order = hn::SetTableIndices(f32, index);
+  const TokenOrder order;
   const auto* p = reinterpret_cast<const uint16_t*>(scales);
-  for (int i = 0; i < kPageVectors; i++)
-    hn::Store(hn::TableLookupLanes(LoadHalf(p + i * kLanes, false), order), f32, out + i * kLanes);
+  for (int t = 0; t < kBlockTokens; t += TokenOrder::kVectors * kLanes) {
+    VecF32 tokens[TokenOrder::kVectors];
+    KVTIDE_UNROLL
+    for (int i = 0; i < TokenOrder::kVectors; i++) tokens[i] = LoadHalf(p + t + i * kLanes, false);
+    order.Store(tokens, out + t);
+  }
 }
 
 // The scales of one group times the level unit, so that scale times level is the value.
@@ -83,7 +84,7 @@ HWY_INLINE void DecodeRowHalf(const uint8_t* half, bool bf16, int dim, int token
   const hn::Rebind<hwy::float16_t, decltype(f32)> f16;
   const hn::Rebind<uint32_t, decltype(f32)> u32;
   const auto* values = reinterpret_cast<const uint16_t*>(half);
-  for (int d = 0; d < dim; d += 8) {
+  for (int d = 0; d < dim; d += static_cast<int>(hn::Lanes(f32))) {
     const uint16_t* p = values + HalfPrecisionIndex(token, d, dim);
     const auto value = bf16 ? hn::BitCast(f32, hn::ShiftLeft<16>(hn::PromoteTo(u32, hn::LoadU(u16, p))))
                             : hn::PromoteTo(f32, hn::LoadU(f16, reinterpret_cast<const hwy::float16_t*>(p)));

@@ -13,7 +13,7 @@ namespace kvtide {
 namespace HWY_NAMESPACE {
 #if KVTIDE_VECTOR_TARGET
 
-constexpr int kProductRows = 6, kProductVectors = kWide ? 4 : 2;
+constexpr int kProductRows = 6, kProductVectors = kManyRegisters ? 4 : 2;
 
 // c[r][..] = keep[r] * c[r][..] + a[r][0..depth) * b[0..depth)[..] for kRows rows and kVectors vectors of
 // columns; without keep, c is overwritten.
@@ -64,8 +64,9 @@ HWY_NOINLINE inline void Product(const float* a, int a_stride, int rows, const f
   int first = 0;
   for (; first + kProductVectors * kLanes <= columns; first += kProductVectors * kLanes)
     ProductColumns<kProductVectors>(a, a_stride, rows, b + first, columns, depth, keep, c + first, c_stride);
-  for (; first < columns; first += 32)
-    ProductColumns<32 / kLanes>(a, a_stride, rows, b + first, columns, depth, keep, c + first, c_stride);
+  if constexpr (kProductVectors * kLanes > 32)
+    for (; first < columns; first += 32)
+      ProductColumns<32 / kLanes>(a, a_stride, rows, b + first, columns, depth, keep, c + first, c_stride);
 }
 
 #endif  // KVTIDE_VECTOR_TARGET

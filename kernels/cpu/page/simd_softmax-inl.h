@@ -18,21 +18,11 @@ namespace HWY_NAMESPACE {
 
 constexpr float kLog2E = 1.44269504088896f, kLn2 = 0.69314718055995f;
 
-// As NearestInt, which spends three instructions on numbers that fit no int32: here they must fit.
-HWY_INLINE VecI32 NearestSmallInt(VecF32 x) {
-#if HWY_TARGET == HWY_AVX2
-  return VecI32{_mm256_cvtps_epi32(x.raw)};
-#else
-  return VecI32{_mm512_cvtps_epi32(x.raw)};
-#endif
-}
-
-// 2^x for x <= 127; 0 for x <= -127; NaN for NaN (Max and Min of x86 give their second operand then, so x is
-// the second one). Relative error 2.4e-6 of the polynomial.
+// 2^x for x <= 127; 0 for x <= -127; NaN for NaN. Relative error 2.4e-6 of the polynomial.
 HWY_INLINE VecF32 Exp2(VecF32 x) {
   const TagF32 f32;
   const TagI32 i32;
-  x = hn::Max(hn::Set(f32, -127.0f), x);
+  x = AtLeast(hn::Set(f32, -127.0f), x);
   const VecI32 whole = NearestSmallInt(x);
   const VecF32 part = hn::Sub(x, hn::ConvertTo(f32, whole));
   VecF32 p = hn::Set(f32, 1.3333558e-3f);
@@ -53,7 +43,7 @@ HWY_INLINE float Exp2(float x) { return hn::GetLane(Exp2(hn::Set(TagF32(), x)));
 HWY_INLINE VecF32 Tanh(VecF32 x) {
   const TagF32 f32;
   const VecF32 bound = hn::Set(f32, 20.0f);
-  x = hn::Min(bound, hn::Max(hn::Neg(bound), x));
+  x = AtMost(bound, AtLeast(hn::Neg(bound), x));
   const VecF32 e = Exp2(hn::Mul(x, hn::Set(f32, 2 * kLog2E)));
   const VecF32 one = hn::Set(f32, 1.0f);
   const VecF32 large = hn::Div(hn::Sub(e, one), hn::Add(e, one));
@@ -124,11 +114,14 @@ HWY_INLINE VecF32 PageWeights(float* HWY_RESTRICT logits, float maximum) {
   return sums;
 }
 
-// States of up to kLanes rows, one in each lane.
+constexpr int kMostRows = 8;  // that a page meets together
+constexpr int kRowVectors = kLanes < kMostRows ? kMostRows / kLanes : 1, kRowLanes = kRowVectors * kLanes;
+
+// States of up to kMostRows rows, one in each lane.
 struct RowStates {
-  alignas(64) float maximum[kLanes], sum[kLanes];
+  alignas(64) float maximum[kRowLanes], sum[kRowLanes];
   RowStates() {
-    for (int i = 0; i < kLanes; i++) maximum[i] = -INFINITY, sum[i] = 0;
+    for (int i = 0; i < kRowLanes; i++) maximum[i] = -INFINITY, sum[i] = 0;
   }
   RowState Row(int r) const { return {maximum[r], sum[r]}; }
 };
@@ -139,9 +132,9 @@ struct RowStates {
 template <int kRows>
 HWY_INLINE void SoftmaxPage(float* HWY_RESTRICT dots, const LogitScale* scale, const int* first,
                             const int* last, RowStates& states, PageFactors* factors) {
-  static_assert(kRows <= kLanes);
+  static_assert(kRows <= kMostRows);
   const TagF32 f32;
-  alignas(64) float page_maximum[kLanes] = {}, page_sum[kLanes] = {}, keep[kLanes], page[kLanes];
+  alignas(64) float page_maximum[kRowLanes] = {}, page_sum[kRowLanes] = {}, keep[kRowLanes], page[kRowLanes];
   KVTIDE_UNROLL
   for (int r = 0; r < kRows; r++) {
     const VecF32 maxima = PageLogits(dots + r * kBlockTokens, scale[r], first[r], last[r]);
@@ -149,23 +142,30 @@ HWY_INLINE void SoftmaxPage(float* HWY_RESTRICT dots, const LogitScale* scale, c
   }
   // Rows without a token have the maximum -infinity; 0 in its place makes weights of 0 without a NaN.
   const VecF32 none = hn::Set(f32, -INFINITY), zero = hn::Zero(f32);
-  const VecF32 before = hn::Load(f32, states.maximum), here = hn::Load(f32, page_maximum);
-  const VecF32 after = hn::Max(before, here);
-  const VecF32 relative_to = hn::IfThenElse(hn::Eq(after, none), zero, after);
-  const VecF32 keep_factors = Exp2(hn::Sub(before, relative_to));
-  const VecF32 page_factors = Exp2(hn::Sub(here, relative_to));
-  hn::Store(after, f32, states.maximum);
-  hn::Store(keep_factors, f32, keep);
-  hn::Store(page_factors, f32, page);
+  VecF32 keep_factors[kRowVectors], page_factors[kRowVectors];
+  KVTIDE_UNROLL
+  for (int i = 0; i < kRowVectors; i++) {
+    const VecF32 before = hn::Load(f32, states.maximum + i * kLanes),
+                 here = hn::Load(f32, page_maximum + i * kLanes);
+    const VecF32 after = hn::Max(before, here);
+    const VecF32 relative_to = hn::IfThenElse(hn::Eq(after, none), zero, after);
+    keep_factors[i] = Exp2(hn::Sub(before, relative_to));
+    page_factors[i] = Exp2(hn::Sub(here, relative_to));
+    hn::Store(after, f32, states.maximum + i * kLanes);
+    hn::Store(keep_factors[i], f32, keep + i * kLanes);
+    hn::Store(page_factors[i], f32, page + i * kLanes);
+  }
   KVTIDE_UNROLL
   for (int r = 0; r < kRows; r++) {
     const float maximum = page_maximum[r] == -INFINITY ? 0.0f : page_maximum[r];
     page_sum[r] = hn::GetLane(hn::SumOfLanes(f32, PageWeights(dots + r * kBlockTokens, maximum)));
     factors[r] = {keep[r], page[r]};
   }
-  hn::Store(
-      hn::MulAdd(hn::Load(f32, states.sum), keep_factors, hn::Mul(hn::Load(f32, page_sum), page_factors)),
-      f32, states.sum);
+  KVTIDE_UNROLL
+  for (int i = 0; i < kRowVectors; i++)
+    hn::Store(hn::MulAdd(hn::Load(f32, states.sum + i * kLanes), keep_factors[i],
+                         hn::Mul(hn::Load(f32, page_sum + i * kLanes), page_factors[i])),
+              f32, states.sum + i * kLanes);
 }
 
 // The same for one row with a state of its own.

@@ -29,44 +29,16 @@ constexpr std::array<TideTable, kMostTideWidth + 1> MakeTideTables() {
 }
 alignas(64) inline constexpr std::array<TideTable, kMostTideWidth + 1> kTideTables = MakeTideTables();
 
-// Levels of a vector of codes from kWidth bit planes; bit e of the vector's 8-byte (AVX2: 4-byte) piece of a
-// plane is of code e.
+// Levels of a vector of codes from kWidth bit planes; bit e of the vector's piece of a plane, a bit for each
+// byte, is of code e.
 template <int kWidth>
 HWY_INLINE VecI8 TideLevels(const uint8_t* bits) {
-#if HWY_TARGET == HWY_AVX2
-  const TagU8 u8;
-  alignas(32) static constexpr uint8_t kByte[32] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,
-                                                    2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3};
-  const auto place = hn::Load(u8, kByte);
-  const auto bit = hn::BitCast(u8, hn::Set(hn::Repartition<uint64_t, TagU8>(), 0x8040201008040201u));
-  auto codes = hn::Zero(u8);
+  VecU8 codes = hn::Zero(TagU8());
   KVTIDE_UNROLL
-  for (int b = 0; b < kWidth; b++) {
-    uint32_t word;
-    std::memcpy(&word, bits + b * kTideUnitBytes, sizeof word);
-    const auto spread = hn::TableLookupBytes(hn::BitCast(u8, hn::Set(TagU32(), word)), place);
-    const auto set = hn::Eq(hn::And(spread, bit), bit);
-    codes = hn::Or(codes, hn::IfThenElseZero(set, hn::Set(u8, static_cast<uint8_t>(1 << b))));
-  }
-  const TagI8 i8;
-  const auto index = hn::BitCast(i8, codes);
-  const int8_t* table = kTideTables[kWidth].data();
-  VecI8 levels = hn::TableLookupBytes(hn::LoadDup128(i8, table), index);
-  KVTIDE_UNROLL
-  for (int part = 1; part < (1 << kWidth) / 16; part++)
-    levels = hn::IfThenElse(hn::Gt(index, hn::Set(i8, static_cast<int8_t>(16 * part - 1))),
-                            hn::TableLookupBytes(hn::LoadDup128(i8, table + 16 * part), index), levels);
-  return levels;
-#else
-  __m512i codes = _mm512_setzero_si512();
-  KVTIDE_UNROLL
-  for (int b = 0; b < kWidth; b++) {
-    uint64_t word;
-    std::memcpy(&word, bits + b * kTideUnitBytes, sizeof word);
-    codes = _mm512_mask_add_epi8(codes, word, codes, _mm512_set1_epi8(static_cast<char>(1 << b)));
-  }
-  return VecI8{_mm512_permutexvar_epi8(codes, _mm512_load_si512(kTideTables[kWidth].data()))};
-#endif
+  for (int b = 0; b < kWidth; b++)
+    codes = AddWhereSet(codes, bits + b * kTideUnitBytes, static_cast<uint8_t>(1 << b));
+  const ByteTable<kWidth <= 4 ? 16 : 1 << kWidth> levels(kTideTables[kWidth].data());
+  return levels.Of(hn::BitCast(TagI8(), codes));
 }
 
 // One group of 8 coefficients: 4 runs of 128 bytes, `run_bytes` being how far the tokens' halves lie apart.
@@ -132,14 +104,15 @@ inline const float* TideGains() {
 HWY_INLINE void LoadGains(const uint8_t* bytes, float* HWY_RESTRICT out) {
   const TagF32 f32;
   const hn::Rebind<uint8_t, TagI32> u8;
-  alignas(64) int32_t index[kLanes];
-  for (int i = 0; i < kLanes; i++) index[i] = TokenAtPosition(i);
-  const auto order = hn::SetTableIndices(f32, index);
+  const TokenOrder order;
   const float* gains = TideGains();
-  for (int t = 0; t < kBlockTokens; t += kLanes)
-    hn::Store(hn::TableLookupLanes(
-                  hn::GatherIndex(f32, gains, hn::PromoteTo(TagI32(), hn::LoadU(u8, bytes + t))), order),
-              f32, out + t);
+  for (int t = 0; t < kBlockTokens; t += TokenOrder::kVectors * kLanes) {
+    VecF32 tokens[TokenOrder::kVectors];
+    KVTIDE_UNROLL
+    for (int i = 0; i < TokenOrder::kVectors; i++)
+      tokens[i] = hn::GatherIndex(f32, gains, hn::PromoteTo(TagI32(), hn::LoadU(u8, bytes + t + i * kLanes)));
+    order.Store(tokens, out + t);
+  }
 }
 
 // Coefficients from here on have no bits; those with bits come first but for gaps.

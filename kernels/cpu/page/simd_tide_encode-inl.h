@@ -20,7 +20,7 @@ namespace HWY_NAMESPACE {
 #if KVTIDE_VECTOR_TARGET
 
 // z [tokens][dim] = x [tokens][dim] times matrix [dim][dim], every sum from the first channel to the last.
-// Eight coefficients at a time, because head dims are multiples of 16.
+// At most 16 coefficients at a time, because head dims are multiples of 16.
 template <int kTokens>
 HWY_INLINE void MultiplyRows(const float* HWY_RESTRICT x, const float* HWY_RESTRICT matrix, int dim,
                              float* HWY_RESTRICT z) {
@@ -43,28 +43,34 @@ HWY_INLINE void MultiplyRows(const float* HWY_RESTRICT x, const float* HWY_RESTR
 // Byte b of `bits`: bit b of the codes of 8 coefficients.
 template <int kWidth>
 HWY_INLINE void CodeGroup(const float* z, float to_level, uint8_t* HWY_RESTRICT bits) {
-  const hn::CappedTag<float, 8> f32;
+  const hn::CappedTag<float, kTideGroup> f32;
   const hn::Rebind<int32_t, decltype(f32)> i32;
-  constexpr int kHalf = 1 << (kWidth - 1);
-  const auto v = hn::Mul(hn::LoadU(f32, z), hn::Set(f32, to_level));
-  const auto magnitude = hn::Abs(v);
-  auto above = hn::Zero(i32);
+  constexpr int kHalf = 1 << (kWidth - 1), kStep = static_cast<int>(hn::MaxLanes(f32));
+  uint8_t bytes[kWidth] = {};
   KVTIDE_UNROLL
-  for (int m = 0; m + 1 < kHalf; m++) {
-    const float midpoint = 0.5f * static_cast<float>(TidePositive(kWidth, m) + TidePositive(kWidth, m + 1));
-    // A mask is -1 where it is true.
-    above =
-        hn::Sub(above, hn::VecFromMask(i32, hn::RebindMask(i32, hn::Gt(magnitude, hn::Set(f32, midpoint)))));
+  for (int at = 0; at < kTideGroup; at += kStep) {
+    const auto v = hn::Mul(hn::LoadU(f32, z + at), hn::Set(f32, to_level));
+    const auto magnitude = hn::Abs(v);
+    auto above = hn::Zero(i32);
+    KVTIDE_UNROLL
+    for (int m = 0; m + 1 < kHalf; m++) {
+      const float midpoint = 0.5f * static_cast<float>(TidePositive(kWidth, m) + TidePositive(kWidth, m + 1));
+      // A mask is -1 where it is true.
+      above = hn::Sub(above,
+                      hn::VecFromMask(i32, hn::RebindMask(i32, hn::Gt(magnitude, hn::Set(f32, midpoint)))));
+    }
+    const auto positive = hn::RebindMask(i32, hn::Gt(v, hn::Zero(f32)));
+    const auto code = hn::IfThenElse(positive, hn::Add(hn::Set(i32, kHalf), above),
+                                     hn::Sub(hn::Set(i32, kHalf - 1), above));
+    KVTIDE_UNROLL
+    for (int b = 0; b < kWidth; b++) {
+      uint8_t lanes[8] = {};
+      hn::StoreMaskBits(i32, hn::TestBit(code, hn::Set(i32, 1 << b)), lanes);
+      bytes[b] = static_cast<uint8_t>(bytes[b] | lanes[0] << at);
+    }
   }
-  const auto positive = hn::RebindMask(i32, hn::Gt(v, hn::Zero(f32)));
-  const auto code =
-      hn::IfThenElse(positive, hn::Add(hn::Set(i32, kHalf), above), hn::Sub(hn::Set(i32, kHalf - 1), above));
   KVTIDE_UNROLL
-  for (int b = 0; b < kWidth; b++) {
-    uint8_t byte[8] = {};
-    hn::StoreMaskBits(i32, hn::TestBit(code, hn::Set(i32, 1 << b)), byte);
-    bits[b * kTideUnitBytes] = byte[0];
-  }
+  for (int b = 0; b < kWidth; b++) bits[b * kTideUnitBytes] = bytes[b];
 }
 
 HWY_INLINE void CodeGroupOfAnyWidth(int width, const float* z, float gain, uint8_t* bits) {

@@ -8,55 +8,17 @@
 #define KVTIDE_KERNELS_CPU_SIMD_UNPACK_INL_H_
 #endif
 
-#include "hwy/highway.h"
-#include "kernels/cpu/page/code_table.h"
-
-// Highway 1.0.3 does not name avx512vnni in its AVX3_DL target.
-#undef KVTIDE_BEFORE_NAMESPACE
-#if HWY_TARGET == HWY_AVX3_DL
-#define KVTIDE_BEFORE_NAMESPACE() HWY_PUSH_ATTRIBUTES(HWY_TARGET_STR ",avx512vnni") static_assert(true, "")
-#else
-#define KVTIDE_BEFORE_NAMESPACE() HWY_BEFORE_NAMESPACE()
-#endif
+#include "kernels/cpu/page/simd_lanes-inl.h"
 
 KVTIDE_BEFORE_NAMESPACE();
 namespace kvtide {
 namespace HWY_NAMESPACE {
 #if KVTIDE_VECTOR_TARGET
-namespace hn = hwy::HWY_NAMESPACE;
-
-using TagF32 = hn::ScalableTag<float>;
-using TagI32 = hn::ScalableTag<int32_t>;
-using TagU32 = hn::ScalableTag<uint32_t>;
-using TagI16 = hn::ScalableTag<int16_t>;
-using TagI8 = hn::ScalableTag<int8_t>;
-using TagU8 = hn::ScalableTag<uint8_t>;
-using TagF16 = hn::Rebind<hwy::float16_t, TagF32>;
-using TagU16Half = hn::Rebind<uint16_t, TagF32>;
-using VecF32 = hn::Vec<TagF32>;
-using VecI32 = hn::Vec<TagI32>;
-using VecU32 = hn::Vec<TagU32>;
-using VecI16 = hn::Vec<TagI16>;
-using VecI8 = hn::Vec<TagI8>;
-
-constexpr int kLanes = HWY_MAX_BYTES / 4;  // 32-bit lanes
-constexpr int kQuadVectors = 32 / kLanes;  // vectors for one column c of a quad: 8 values of n times 4 units
-constexpr int kPageVectors = 64 / kLanes;  // vectors for one value of each token of a page
-constexpr bool kWide = kLanes == 16;
-
-// acc + the sum of the two products of each lane.
-HWY_INLINE VecI32 AddDots(VecI32 acc, VecI16 a, VecI16 b) {
-#if HWY_TARGET != HWY_AVX2
-  return VecI32{_mm512_dpwssd_epi32(acc.raw, a.raw, b.raw)};
-#else
-  VecI32 unused = hn::Zero(TagI32());
-  return hn::ReorderWidenMulAccumulate(TagI32(), a, b, acc, unused);
-#endif
-}
 
 // Offset of the slots of vector `sub` of column c inside a chunk of 512 bytes.
 HWY_INLINE constexpr int ColumnOffset(int c, int sub) {
-  return kWide ? (8 * c + 4 * (sub ^ (c >> 1))) * 16 : (8 * c + 2 * (sub ^ c)) * 16;
+  constexpr int kSlots = kLanes / 4;  // of 16 bytes, one of them or more in a vector
+  return (8 * c + kSlots * (sub ^ 2 * c / kSlots)) * 16;
 }
 
 // The XOR in the slot order swaps the halves of a 512-bit vector in odd columns.
@@ -69,6 +31,13 @@ HWY_INLINE VecU32 InOrder(VecU32 v) {
   }
 }
 
+// Offset of a quad in a plane of kBits, 4 or 8.
+template <int kBits>
+HWY_INLINE constexpr size_t QuadOffset(int quad) {
+  static_assert(kBits == 4 || kBits == 8);
+  return static_cast<size_t>(quad) * 128 * kBits;
+}
+
 HWY_INLINE VecU32 LoadChunk(const uint8_t* p, int chunk) {
   return hn::Load(TagU32(), reinterpret_cast<const uint32_t*>(p + static_cast<size_t>(chunk) * 512));
 }
@@ -76,26 +45,6 @@ template <int kBytes>
 HWY_INLINE VecU32 Join(VecU32 high, VecU32 low) {
   return hn::BitCast(TagU32(), hn::CombineShiftRightBytes<kBytes>(TagU8(), hn::BitCast(TagU8(), high),
                                                                   hn::BitCast(TagU8(), low)));
-}
-template <int kImmediate>
-HWY_INLINE VecU32 ShuffleBlock(VecU32 v) {
-#if HWY_TARGET == HWY_AVX2
-  return VecU32{_mm256_shuffle_epi32(v.raw, kImmediate)};
-#else
-  return VecU32{_mm512_shuffle_epi32(v.raw, static_cast<_MM_PERM_ENUM>(kImmediate))};
-#endif
-}
-// Words 0 and 2 (kOdd: 1 and 3) of each 16-byte block of a, then of b.
-template <bool kOdd>
-HWY_INLINE VecU32 EveryOther(VecU32 a, VecU32 b) {
-  constexpr int kImmediate = kOdd ? 0xDD : 0x88;
-#if HWY_TARGET == HWY_AVX2
-  return VecU32{_mm256_castps_si256(
-      _mm256_shuffle_ps(_mm256_castsi256_ps(a.raw), _mm256_castsi256_ps(b.raw), kImmediate))};
-#else
-  return VecU32{_mm512_castps_si512(
-      _mm512_shuffle_ps(_mm512_castsi512_ps(a.raw), _mm512_castsi512_ps(b.raw), kImmediate))};
-#endif
 }
 HWY_INLINE VecU32 PerBlock(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   alignas(16) const uint32_t words[4] = {a, b, c, d};
@@ -106,11 +55,18 @@ HWY_INLINE VecU32 PerBlock(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
 HWY_INLINE VecI16 LowBytes(VecI8 v) { return hn::ShiftRight<8>(hn::ShiftLeft<8>(hn::BitCast(TagI16(), v))); }
 HWY_INLINE VecI16 HighBytes(VecI8 v) { return hn::ShiftRight<8>(hn::BitCast(TagI16(), v)); }
 
-// One vector of units, ready to give its level pairs. a: the codes as nibbles (512 bits) or the levels of the
-// even codes as bytes (256 bits, and 8 bits: codes 0-3); b: fifth bits, or levels of the odd codes (8 bits:
-// codes 4-7).
+// Whether levels are looked up as words, 32 of which are a table of 512 bits, or as bytes.
+#undef KVTIDE_WORD_TABLES
+#define KVTIDE_WORD_TABLES (HWY_TARGET == HWY_AVX3_DL)
+
+// One vector of units, ready to give its level pairs. a: the codes as nibbles (word tables) or the levels of
+// the even codes as bytes (byte tables, and 8 bits: codes 0-3); b: fifth bits, or levels of the odd codes (8
+// bits: codes 4-7).
 struct Units {
   VecU32 a, b;
+  // Constructors that the compiler makes belong to no instruction set.
+  HWY_INLINE Units() {}
+  HWY_INLINE Units(VecU32 first, VecU32 second) : a(first), b(second) {}
 };
 
 template <int kBits>
@@ -120,9 +76,9 @@ class Unpacker {
   static constexpr int kPhases = kBits == 4 || kBits == 8 ? 1 : kBits == 2 ? 2 : 4;
 
   HWY_INLINE explicit Unpacker(const CodeTable& table) {
-#if HWY_TARGET == HWY_AVX2
-    low_ = hn::LoadDup128(TagI8(), table.low);
-    high_ = hn::LoadDup128(TagI8(), table.high);
+#if !KVTIDE_WORD_TABLES
+    low_ = hn::LoadDup128(TagI8(), table.bytes);
+    high_ = hn::LoadDup128(TagI8(), table.bytes + 16);
 #else
     words_ = hn::Load(TagI16(), table.words);
 #endif
@@ -143,7 +99,7 @@ class Unpacker {
     } else {
       units.a = InOrder<kOdd>(LoadNibbles<kPhase>(plane, quad));
     }
-#if HWY_TARGET == HWY_AVX2
+#if !KVTIDE_WORD_TABLES
     return LookUp(units);
 #else
     return units;
@@ -195,7 +151,7 @@ class Unpacker {
       const VecI8 v = hn::BitCast(TagI8(), kPair < 2 ? units.a : units.b);
       return kPair % 2 == 0 ? LowBytes(v) : HighBytes(v);
     }
-#if HWY_TARGET == HWY_AVX2
+#if !KVTIDE_WORD_TABLES
     const VecI8 v = hn::BitCast(TagI8(), kPair % 2 == 0 ? units.a : units.b);
     return kPair < 2 ? LowBytes(v) : HighBytes(v);
 #else
@@ -214,16 +170,7 @@ class Unpacker {
   }
 
  private:
-  // Word 3 of each block is a | b, the others are those of `rest`.
-  static HWY_INLINE VecU32 OrIntoFourth(VecU32 rest, VecU32 a, VecU32 b) {
-#if HWY_TARGET == HWY_AVX2
-    return VecU32{_mm256_blend_epi32(rest.raw, _mm256_or_si256(a.raw, b.raw), 0x88)};
-#else
-    return VecU32{_mm512_mask_or_epi32(rest.raw, 0x8888, a.raw, b.raw)};
-#endif
-  }
-
-#if HWY_TARGET == HWY_AVX2
+#if !KVTIDE_WORD_TABLES
   HWY_INLINE Units LookUp(const Units& units) const {
     const VecU32 nibble = hn::Set(TagU32(), 0x0f0f0f0fu);
     const VecI8 even = hn::BitCast(TagI8(), hn::And(units.a, nibble));

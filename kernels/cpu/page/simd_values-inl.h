@@ -8,24 +8,23 @@
 
 #include <cstring>
 
-#include "hwy/highway.h"
 #include "kernels/base/data_type.h"
 #include "kernels/base/finite.h"
+#include "kernels/cpu/page/simd_lanes-inl.h"
 
-HWY_BEFORE_NAMESPACE();
+KVTIDE_BEFORE_NAMESPACE();
 namespace kvtide {
 namespace HWY_NAMESPACE {
 #if KVTIDE_VECTOR_TARGET
-namespace hn = hwy::HWY_NAMESPACE;
-
-constexpr size_t kValueStep = 8;
+using TagValues = hn::CappedTag<float, 8>;
+constexpr size_t kValueStep = hn::MaxLanes(TagValues());
 
 HWY_INLINE void Widen(TensorView from, size_t first, size_t count, float* to) {
   if (from.type == DataType::kF32) {
     std::memcpy(to, static_cast<const float*>(from.data) + first, count * sizeof(float));
     return;
   }
-  const hn::CappedTag<float, kValueStep> f32;
+  const TagValues f32;
   const hn::Rebind<uint16_t, decltype(f32)> u16;
   const hn::Rebind<hwy::float16_t, decltype(f32)> f16;
   const hn::Rebind<uint32_t, decltype(f32)> u32;
@@ -44,7 +43,7 @@ HWY_INLINE void Narrow(const float* from, size_t count, MutableTensorView to, si
     std::memcpy(static_cast<float*>(to.data) + first, from, count * sizeof(float));
     return;
   }
-  const hn::CappedTag<float, kValueStep> f32;
+  const TagValues f32;
   const hn::Rebind<uint32_t, decltype(f32)> u32;
   const hn::Rebind<uint16_t, decltype(f32)> u16;
   const hn::Rebind<hwy::float16_t, decltype(f32)> f16;
@@ -54,8 +53,7 @@ HWY_INLINE void Narrow(const float* from, size_t count, MutableTensorView to, si
   for (; i + kValueStep <= count; i += kValueStep) {
     const auto x = hn::LoadU(f32, from + i);
     if (to.type == DataType::kF16) {
-      // The second operand passes when it is NaN.
-      const auto bounded = hn::Min(largest, hn::Max(smallest, x));
+      const auto bounded = AtMost(largest, AtLeast(smallest, x));
       hn::StoreU(hn::DemoteTo(f16, bounded), f16, reinterpret_cast<hwy::float16_t*>(bits + i));
     } else {
       const auto b = hn::BitCast(u32, x);

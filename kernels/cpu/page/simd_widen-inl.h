@@ -42,47 +42,18 @@ HWY_NOINLINE void ExpandPlane(const uint8_t* codes, int dim, uint8_t* HWY_RESTRI
   }
 }
 
-// Levels of 5-bit codes, one in each byte.
-class FiveBitLevels {
- public:
-  HWY_INLINE explicit FiveBitLevels(const CodeTable& table) {
-#if HWY_TARGET == HWY_AVX2
-    low_ = hn::LoadDup128(TagI8(), table.low);
-    high_ = hn::LoadDup128(TagI8(), table.high);
-#else
-    alignas(64) int8_t levels[64];
-    for (int i = 0; i < 64; i++) levels[i] = i % 32 < 16 ? table.low[i % 16] : table.high[i % 16];
-    levels_ = hn::Load(TagI8(), levels);
-#endif
-  }
-  HWY_INLINE VecI8 Of(VecU32 codes) const {
-#if HWY_TARGET == HWY_AVX2
-    const VecI8 index = hn::BitCast(TagI8(), codes);  // the shuffle ignores bit 4
-    return hn::IfThenElse(hn::Gt(index, hn::Set(TagI8(), 15)), hn::TableLookupBytes(high_, index),
-                          hn::TableLookupBytes(low_, index));
-#else
-    return VecI8{_mm512_permutexvar_epi8(codes.raw, levels_.raw)};
-#endif
-  }
-
- private:
-#if HWY_TARGET == HWY_AVX2
-  VecI8 low_, high_;
-#else
-  VecI8 levels_;
-#endif
-};
-
 template <int kPhase>
-HWY_INLINE void ExpandFives(const FiveBitLevels& levels, const uint8_t* codes, int quad,
+HWY_INLINE void ExpandFives(const ByteTable<32>& levels, const uint8_t* codes, int quad,
                             uint8_t* HWY_RESTRICT out) {
   const TagU32 u32;
   const VecU32 nibble = hn::Set(u32, 0x0f0f0f0fu), fifth = hn::Set(u32, 0x10101010u);
   KVTIDE_UNROLL
   for (int at = 0; at < 512; at += kLanes * 4) {
     const Units units = Unpacker<5>::LoadFives<kPhase>(codes + at, quad);
-    const VecI8 even = levels.Of(hn::Or(hn::And(units.a, nibble), hn::And(hn::ShiftLeft<4>(units.b), fifth)));
-    const VecI8 odd = levels.Of(hn::Or(hn::And(hn::ShiftRight<4>(units.a), nibble), hn::And(units.b, fifth)));
+    const VecI8 even = levels.Of(
+        hn::BitCast(TagI8(), hn::Or(hn::And(units.a, nibble), hn::And(hn::ShiftLeft<4>(units.b), fifth))));
+    const VecI8 odd = levels.Of(
+        hn::BitCast(TagI8(), hn::Or(hn::And(hn::ShiftRight<4>(units.a), nibble), hn::And(units.b, fifth))));
     auto* target = reinterpret_cast<int8_t*>(out + quad * 1024 + at);
     hn::Store(hn::InterleaveLower(TagI8(), even, odd), TagI8(), target);
     hn::Store(hn::InterleaveUpper(TagI8(), even, odd), TagI8(), target + 512);
@@ -91,7 +62,7 @@ HWY_INLINE void ExpandFives(const FiveBitLevels& levels, const uint8_t* codes, i
 
 HWY_NOINLINE void ExpandFivesPlane(const CodeTable& table, const uint8_t* codes, int dim,
                                    uint8_t* HWY_RESTRICT out) {
-  const FiveBitLevels levels(table);
+  const ByteTable<32> levels(table.bytes);
   const int quads = dim / 16;  // always an even number
   for (int quad = 0; quad < quads; quad += 2) {
     if (quad % 4 == 0) {

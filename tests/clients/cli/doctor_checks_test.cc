@@ -48,6 +48,13 @@ TEST(DoctorChecks, Cpu) {
   EXPECT_EQ(CheckCpu("fpu sse4_2").verdict, Verdict::kWarn);
   EXPECT_EQ(CheckCpu("avx2x").verdict, Verdict::kWarn);  // words, not parts of words
   EXPECT_EQ(CheckCpu("f16c").verdict, Verdict::kWarn);
+  EXPECT_EQ(CheckCpu("fpu aes avx2 fma").text, "avx2 fma");
+  const Finding grace = CheckCpu("fp asimd evtstrm aes pmull asimdhp asimddp sve");
+  EXPECT_EQ(grace.verdict, Verdict::kOk);
+  EXPECT_EQ(grace.text, "asimd asimddp aes");
+  const Finding old = CheckCpu("fp asimd evtstrm crc32 cpuid");
+  EXPECT_EQ(old.verdict, Verdict::kWarn);
+  EXPECT_THAT(old.advice, HasSubstr("asimddp"));
 }
 
 TEST(DoctorChecks, HugePages) {
