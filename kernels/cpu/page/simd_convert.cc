@@ -40,7 +40,7 @@ void UseSimdConversions(SimdLevel level, PageKernels& kernels) {
 #if HWY_TARGETS & HWY_AVX3_DL
   if (level == SimdLevel::kAvx512) N_AVX3_DL::UseConversions(kernels);
 #endif
-#if HWY_TARGETS & HWY_NEON
+#if HWY_TARGETS & KVTIDE_NEON
   if (level == SimdLevel::kNeon) N_NEON::UseConversions(kernels);
 #endif
   (void)level;

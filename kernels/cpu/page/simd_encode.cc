@@ -440,7 +440,7 @@ void UseSimdEncoders(SimdLevel level, PageKernels& kernels) {
 #if HWY_TARGETS & HWY_AVX3_DL
   if (level == SimdLevel::kAvx512) N_AVX3_DL::UseEncoders(kernels);
 #endif
-#if HWY_TARGETS & HWY_NEON
+#if HWY_TARGETS & KVTIDE_NEON
   if (level == SimdLevel::kNeon) N_NEON::UseEncoders(kernels);
 #endif
   (void)level;

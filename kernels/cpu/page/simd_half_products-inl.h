@@ -31,9 +31,11 @@ HWY_INLINE void StoreSums(VecF32 a, VecF32 b, VecF32 c, VecF32 d, float* HWY_RES
   StoreBlockSum(sum, out);
 }
 
+constexpr int kChunkVectors = kLanes < 8 ? 8 / kLanes : 1;  // vectors of a chunk of 8 values
+
 // The XOR on the index of a vector that makes that on the index of its chunk.
 HWY_INLINE constexpr int VectorXor(int chunk_xor) {
-  return kLanes > 8 ? chunk_xor / (kLanes / 8) : chunk_xor * (8 / kLanes);
+  return kWide ? chunk_xor >> 1 : chunk_xor * kChunkVectors;
 }
 
 // q: [rows][dim]; swapped: the same with neighbouring chunks of 8 exchanged (512-bit vectors span two
@@ -65,13 +67,14 @@ HWY_NOINLINE void KeyDotsHalf(const HalfView& k, const float* q, const float* sw
         for (int r = 0; r < kStep; r++) acc[i][r] = hn::Zero(f32);
         if (by_64) {
           const float* shared = query[0] + r0 * k.dim;
-          for (int j = 0; j < vectors; j++) {
+          for (int j = 0; j < vectors; j += kChunkVectors) KVTIDE_UNROLL
+          for (int c = 0; c < kChunkVectors; c++) {
             VecF32 x[4];
             KVTIDE_UNROLL
-            for (int i = 0; i < 4; i++) x[i] = LoadHalf(row[i] + (j ^ flip[i]) * kLanes, kBf16);
+            for (int i = 0; i < 4; i++) x[i] = LoadHalf(row[i] + (j ^ flip[i]) * kLanes + c * kLanes, kBf16);
             KVTIDE_UNROLL
             for (int r = 0; r < kStep; r++) {
-              const VecF32 query_r = hn::LoadU(f32, shared + r * k.dim + j * kLanes);
+              const VecF32 query_r = hn::LoadU(f32, shared + r * k.dim + j * kLanes + c * kLanes);
               KVTIDE_UNROLL
               for (int i = 0; i < 4; i++) acc[i][r] = hn::MulAdd(x[i], query_r, acc[i][r]);
             }
@@ -123,7 +126,9 @@ HWY_INLINE void ValueBlockHalf(const HalfView& v, const float* weights, const Pa
       VecF32 value[kVectors];
       KVTIDE_UNROLL
       for (int c = 0; c < kVectors; c++)
-        value[c] = LoadHalf(row + ((first_vector + c) ^ flip) * kLanes, kBf16);
+        value[c] = LoadHalf(row + ((first_vector + c / kChunkVectors * kChunkVectors) ^ flip) * kLanes +
+                                c % kChunkVectors * kLanes,
+                            kBf16);
       KVTIDE_UNROLL
       for (int r = 0; r < kStep; r++) {
         const VecF32 weight = hn::Set(f32, weights[r * kBlockTokens + position]);
@@ -142,7 +147,7 @@ template <int kRows, bool kBf16>
 HWY_NOINLINE void ValueSumsHalf(const HalfView& v, float* HWY_RESTRICT weights, const PageFactors* page,
                                 int first_token, int last_token, float* HWY_RESTRICT out) {
   constexpr int kStep = std::min(kRows, kManyRegisters ? 4 : 2);
-  constexpr int kVectors = 4;
+  constexpr int kVectors = kChunkVectors > 1 && kStep <= 2 ? 8 : 4;
   const TagF32 f32;
   for (int r = 0; r < kRows; r++)
     for (int i = 0; i < kPageVectors; i++) {

@@ -24,7 +24,7 @@ AttendPages SimdAttendMany(SimdLevel level) {
 #if HWY_TARGETS & HWY_AVX3_DL
   if (level == SimdLevel::kAvx512) return N_AVX3_DL::AttendManyRows;
 #endif
-#if HWY_TARGETS & HWY_NEON
+#if HWY_TARGETS & KVTIDE_NEON
   if (level == SimdLevel::kNeon) return N_NEON::AttendManyRows;
 #endif
   (void)level;

@@ -7,8 +7,16 @@
 #define HWY_DISABLED_TARGETS \
   (HWY_SSSE3 | HWY_SSE4 | HWY_AVX3 | HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
 
+// NEON with products of bytes. Clang gives them to no function of a build for processors that may lack them.
+#if defined(__clang__) && !defined(__ARM_FEATURE_DOTPROD)
+#define KVTIDE_NEON 0
+#else
+#define KVTIDE_NEON HWY_NEON
+#endif
+
 // After the target is known: true in the passes that compile kernels.
-#define KVTIDE_VECTOR_TARGET (HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3_DL || HWY_TARGET == HWY_NEON)
+#define KVTIDE_VECTOR_TARGET \
+  (HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3_DL || HWY_TARGET == KVTIDE_NEON)
 
 #if defined(__clang__)
 #define KVTIDE_UNROLL _Pragma("clang loop unroll(full)")
