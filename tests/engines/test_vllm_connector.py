@@ -90,6 +90,24 @@ def test_a_second_process_gets_the_blocks_of_the_first(daemon, stock):
     assert hits(second["batches"][0]) >= 0.95 * FULL
 
 
+@pytest.mark.parametrize("own", ["", "f16/f16"])
+def test_blocks_are_copied_from_where_they_lie(tmp_path, stock, own):
+    """In the host memory of a `kvtided --host-sharing` of the engine's own user: all of them, and the tokens are the same."""
+    daemon = Daemon(tmp_path, "--host-sharing")
+    what = "kvtide's pages" if own else "stock pages"
+    try:
+        run(daemon, [greedy(24)], own=own)
+        second, log = run(daemon, [greedy(24)], own=own)
+    finally:
+        daemon.stop()
+    check_same(second["batches"][0], stock, f"{what}, loads in place")
+    assert "loads copy blocks from where they lie in 256 MiB of kvtided's host memory" in log
+    counts = second["kvtide"]
+    print(f"{what}: {counts['in_place_blocks']:.0f} of {counts['loaded_blocks']:.0f} loaded blocks were copied from where they lie")
+    assert counts["in_place_blocks"] == counts["loaded_blocks"] > 0
+    assert hits(second["batches"][0]) >= 0.95 * FULL
+
+
 def test_coded_blocks(daemon, stock):
     """The same in 4.1 bits. Most tokens are those of f16."""
     run(daemon, [greedy(24)], pair="turbo4/turbo4")
