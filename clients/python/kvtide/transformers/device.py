@@ -63,7 +63,6 @@ class DeviceForward:
                 self.finish()
                 if self.why_not or not self._begin(store, layer, start, q, options):
                     return None
-            self.append(store, layer, start, k, v)
         elif self.step is None or start + q.shape[2] != self.start + self.tokens or start < self.start:
             self.finish()
             return None
@@ -75,7 +74,12 @@ class DeviceForward:
         batch, heads, queries, _ = q.shape
         if queries < self.tokens:  # those of earlier tokens are not asked for
             q = torch.cat([q.new_zeros(batch, heads, self.tokens - queries, q.shape[3]), q], dim=2)
-        found = self.step.attend(store.places[layer], self._flat(q))
+        place = store.places[layer]
+        if k is not None and v is not None:  # one call of the device for both
+            found = self.step.append_attend(place, self._flat(q), self._flat(k), self._flat(v))
+            self.written.add(place)
+        else:
+            found = self.step.attend(place, self._flat(q))
         if self.index is None:
             return found.view(batch, self.tokens, heads, -1)[:, self.tokens - queries :]
         output = q.new_zeros((batch, self.tokens, heads, found.shape[2]))
