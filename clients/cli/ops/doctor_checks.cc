@@ -43,6 +43,25 @@ const char* Name(Verdict verdict) {
 
 bool OnCpu(const client::TierInfo& tier) { return tier.backend.rfind("cuda", 0) != 0; }
 
+// A daemon that answers is there: who starts another one has two.
+const char* ConnectionAdvice(const absl::Status& status) {
+  const auto says = [&](const char* words) { return absl::StrContains(status.message(), words); };
+  if (absl::IsUnauthenticated(status))
+    return "it runs, but does not know you: give the token of your tenant (--token-file, $KVTIDE_TOKEN_FILE), "
+           "or have its operator add one to kvtided's tokens and reload";
+  if (absl::IsPermissionDenied(status))
+    return "it runs, but does not let this user in: become one that it does (sudo -u kvtide kvtide doctor), or "
+           "have its operator name you (kvtided --allow)";
+  if (absl::IsInvalidArgument(status)) return "mend the flag or variable that is named";
+  if (absl::IsDeadlineExceeded(status) || absl::IsResourceExhausted(status) || says("it answers"))
+    return "it runs, but is busy or full: try again with --timeout 60; its log has slow and refused calls";
+  if (says("TLS") && !says("Connection refused"))
+    return "something listens there: check --tls-ca, --tls-cert and --tls-key against kvtided's --server-cert "
+           "and --client-ca; its log has the handshakes that failed";
+  return "start it (systemctl start kvtided, or run kvtided), or name its address with --address or "
+         "$KVTIDE_ADDRESS";
+}
+
 // Tiers in host memory; the rest of the daemon fits beside them in this.
 constexpr int64_t kBesideTiers = 512 * kMiB;
 
@@ -50,9 +69,7 @@ constexpr int64_t kBesideTiers = 512 * kMiB;
 
 Finding CheckConnection(const std::string& address, const absl::Status& status) {
   if (status.ok()) return Ok("daemon", absl::StrCat("answers at ", address));
-  return Fail("daemon", std::string(status.message()),
-              "start it (systemctl start kvtided, or run kvtided), or name its address with --address or "
-              "$KVTIDE_ADDRESS");
+  return Fail("daemon", std::string(status.message()), ConnectionAdvice(status));
 }
 
 Finding CheckServing(bool serving) {
@@ -260,7 +277,7 @@ Finding CheckRemote(const client::RemoteStats& remote) {
   return Ok(subject, absl::StrCat(remote.server, " answers"));
 }
 
-std::vector<Finding> CheckContents(const client::ServerStats& stats) {
+std::vector<Finding> CheckContents(const client::ServerStats& stats, int64_t dropped_of_sequences) {
   std::vector<Finding> findings;
   for (const client::MemoryUse& use : stats.memory) findings.push_back(CheckMemoryUse(use));
   for (const client::TierStats& tier : stats.tiers) {
@@ -291,7 +308,7 @@ std::vector<Finding> CheckContents(const client::ServerStats& stats) {
   if (stats.failed_persists > 0)
     findings.push_back(
         Warn("durable", absl::StrCat(stats.failed_persists, " times a sequence could not be made durable"),
-             "the daemon's log and the tier's problem (kvtide status) have the reason"));
+             "kvtide persist says of each sequence whether it can be made durable now, and why not"));
   if (stats.checksum_failures > 0) {
     findings.push_back(
         Fail("checksums", absl::StrCat(stats.checksum_failures, " blocks came back with other bytes"),
@@ -318,10 +335,13 @@ std::vector<Finding> CheckContents(const client::ServerStats& stats) {
                           " blocks could not be read back, ", stats.dropped_blocks, " were dropped"),
              "the log names the sequences and token ranges (code=DATA_LOSS): compute those again; "
              "dropped blocks mean that the tiers are too small (kvtide plan)"));
-  } else if (stats.dropped_blocks > 0) {
+  } else if (dropped_of_sequences > 0) {
     findings.push_back(
-        Warn("dropped", absl::StrCat(stats.dropped_blocks, " blocks were dropped since the start"),
+        Warn("dropped", absl::StrCat("open sequences have lost ", dropped_of_sequences, " blocks that were dropped"),
              "attention over them will be DATA_LOSS: give a tier more memory, or keep fewer sequences"));
+  } else if (stats.dropped_blocks > 0) {
+    findings.push_back(Ok("dropped", absl::StrCat(stats.dropped_blocks,
+                                                  " blocks since the start; no open sequence misses one")));
   }
   if (faults > 0) {
     findings.push_back(Fail("faults", absl::StrCat(faults, " calls ended with INTERNAL or UNKNOWN"),
@@ -332,8 +352,9 @@ std::vector<Finding> CheckContents(const client::ServerStats& stats) {
   if (!codes.empty())
     findings.push_back(Ok("errors", absl::StrCat("since the start: ", absl::StrJoin(codes, ", "))));
   if (stats.exhausted > 0) {
-    findings.push_back(Warn("room", absl::StrCat(stats.exhausted, " calls found no room since the start"),
-                            "see which tier is full; kvtide plan says what would fit"));
+    findings.push_back(Warn("room", absl::StrCat(stats.exhausted, " calls since the start found no room or were beyond a limit"),
+                            "the log says of each which (code=RESOURCE_EXHAUSTED): a tier that is full (kvtide "
+                            "plan says what would fit), a tenant's quota, or another limit"));
   }
   return findings;
 }

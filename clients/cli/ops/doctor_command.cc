@@ -119,7 +119,9 @@ std::vector<Finding> Examine(const DaemonFlags& flags) {
     findings.push_back(CheckServing(snapshot->serving));
     findings.push_back(CheckVersions(KVTIDE_VERSION, snapshot->info.version));
     findings.push_back(CheckWays(client::ProbeWays(flags.Address())));
-    for (Finding& finding : CheckContents(snapshot->stats)) findings.push_back(std::move(finding));
+    int64_t dropped = 0;
+    for (const client::SequenceInfo& sequence : snapshot->sequences) dropped += sequence.dropped_blocks;
+    for (Finding& finding : CheckContents(snapshot->stats, dropped)) findings.push_back(std::move(finding));
   }
   const GpuFacts gpu = AskGpu();
   findings.push_back(CheckGpu(gpu));

@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "clients/cli/ops/daemon_flags.h"
+#include "clients/cli/ops/persist_command.h"
 #include "clients/cli/ops/seq_verbs.h"
 #include "clients/cli/terminal/command_status.h"
 #include "clients/cli/terminal/file_checks.h"
@@ -97,9 +98,10 @@ void AddSeqCommand(CLI::App& app, int* exit_code) {
   };
   auto flags = std::make_shared<Flags>();
   CLI::App* seq =
-      app.add_subcommand("seq", "List, look into, fork, evict and close sequences of a running kvtided");
+      app.add_subcommand("seq", "List, look into, fork, evict, persist and close sequences of a running kvtided");
   seq->require_subcommand(1);
   AddSeqVerbs(seq, exit_code);
+  AddPersistCommand(*seq, exit_code);
   CLI::App* read = seq->add_subcommand("read", "Write keys and values, decoded, into a file");
   read->footer(
       "Examples:\n"

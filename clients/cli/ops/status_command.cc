@@ -17,11 +17,6 @@ struct StatusFlags {
   std::string order = "coldest";
 };
 
-SequenceOrder OrderOf(const std::string& text) {
-  if (text == "hottest") return SequenceOrder::kHottest;
-  return text == "largest" ? SequenceOrder::kLargest : SequenceOrder::kColdest;
-}
-
 absl::Status RunStatus(const StatusFlags& flags) {
   KVTIDE_ASSIGN_OR_RETURN(const std::unique_ptr<client::Client> client, flags.daemon.Connect());
   KVTIDE_ASSIGN_OR_RETURN(const DaemonSnapshot snapshot, TakeSnapshot(*client));
@@ -33,6 +28,11 @@ absl::Status RunStatus(const StatusFlags& flags) {
 }
 
 }  // namespace
+
+SequenceOrder OrderOf(const std::string& text) {
+  if (text == "hottest") return SequenceOrder::kHottest;
+  return text == "largest" ? SequenceOrder::kLargest : SequenceOrder::kColdest;
+}
 
 absl::StatusOr<DaemonSnapshot> TakeSnapshot(client::Client& client) {
   DaemonSnapshot snapshot;

@@ -11,6 +11,9 @@ namespace kvtide::cli {
 // Exit codes: 0, 1 (the daemon cannot be reached), 2 (bad input).
 void AddStatusCommand(CLI::App& app, int* exit_code);
 
+// "coldest", "hottest" or "largest".
+SequenceOrder OrderOf(const std::string& text);
+
 // Asks for everything that `status` shows.
 absl::StatusOr<DaemonSnapshot> TakeSnapshot(client::Client& client);
 

@@ -24,6 +24,7 @@ namespace {
 struct TopFlags {
   DaemonFlags daemon;
   double interval_seconds = 1;
+  std::string order = "largest";
   int count = 0;  // screens; 0 = until the user ends it, or one where there is no terminal
 };
 
@@ -105,7 +106,8 @@ absl::Status RunTop(const TopFlags& flags) {
   const int count = flags.count > 0 ? flags.count : interactive ? 0 : 1;
   const Screen screen(interactive);
   absl::Time taken = absl::Now();
-  if (interactive) screen.Draw(RenderTop(before, before, 0, screen.height(), Terminal::Of(STDOUT_FILENO)));
+  if (interactive) screen.Draw(RenderTop(before, before, 0, screen.height(), Terminal::Of(STDOUT_FILENO),
+                                        OrderOf(flags.order)));
   for (int shown = 0; count == 0 || shown < count; ++shown) {
     if (!screen.Wait(absl::Seconds(flags.interval_seconds))) break;
     absl::StatusOr<DaemonSnapshot> now = TakeSnapshot(*client);
@@ -117,7 +119,7 @@ absl::Status RunTop(const TopFlags& flags) {
       continue;
     }
     screen.Draw(RenderTop(before, *now, absl::ToDoubleSeconds(at - taken), screen.height(),
-                          Terminal::Of(STDOUT_FILENO)));
+                          Terminal::Of(STDOUT_FILENO), OrderOf(flags.order)));
     before = *std::move(now);
     taken = at;
   }
@@ -141,6 +143,9 @@ void AddTopCommand(CLI::App& app, int* exit_code) {
   top->add_option("--count", flags->count,
                   "Screens to show; default: until q, or one when the output is no terminal")
       ->check(Positive());
+  top->add_option("--order", flags->order, "Which sequences: largest, hottest or coldest (longest idle)")
+      ->check(CLI::IsMember({"coldest", "hottest", "largest"}))
+      ->capture_default_str();
   top->callback([flags, exit_code] {
     const absl::Status done = RunTop(*flags);
     SayFailed("kvtide top", done);

@@ -149,11 +149,27 @@ void AppendCalls(const ServerStats& stats, const Rates& rates, const Terminal& t
   absl::StrAppend(text, "\n", table.Render(terminal));
 }
 
+// The tenants with most bytes, where there are several.
+void AppendTenants(const std::vector<SequenceInfo>& sequences, const Terminal& terminal, std::string* text) {
+  constexpr size_t kShown = 5;
+  const std::vector<TenantTotal> totals = TotalsOfTenants(sequences);
+  if (totals.size() < 2) return;
+  Table table({{"tenant", Align::kLeft}, {"sequences"}, {"tokens"}, {"bytes"}, {"idle"}});
+  for (size_t i = 0; i < std::min(kShown, totals.size()); i++)
+    table.AddRow({totals[i].tenant, absl::StrCat(totals[i].sequences),
+                  CountText(static_cast<double>(totals[i].tokens)), FormatBytes(totals[i].bytes),
+                  DurationText(totals[i].idle_seconds)});
+  absl::StrAppend(text, "\n", table.Render(terminal));
+}
+
 void AppendSequences(std::vector<SequenceInfo> sequences, int lines, const Terminal& terminal,
-                     std::string* text) {
+                     SequenceOrder order, std::string* text) {
   if (lines < 2 || sequences.empty()) return;
-  std::stable_sort(sequences.begin(), sequences.end(),
-                   [](const SequenceInfo& a, const SequenceInfo& b) { return a.tokens > b.tokens; });
+  std::stable_sort(sequences.begin(), sequences.end(), [order](const SequenceInfo& a, const SequenceInfo& b) {
+    if (order == SequenceOrder::kLargest) return a.tokens > b.tokens;
+    return order == SequenceOrder::kHottest ? a.idle_seconds < b.idle_seconds
+                                            : a.idle_seconds > b.idle_seconds;
+  });
   Table table({{"sequence", Align::kLeft},
                {"model", Align::kLeft},
                {"pair", Align::kLeft},
@@ -202,7 +218,7 @@ std::string Cut(const std::string& line, int width) {
 }  // namespace
 
 std::string RenderTop(const DaemonSnapshot& before, const DaemonSnapshot& now, double seconds, int height,
-                      const Terminal& terminal) {
+                      const Terminal& terminal, SequenceOrder order) {
   const ServerStats& stats = now.stats;
   const Rates rates(before.stats, stats, seconds);
   std::string text = terminal.Painted(
@@ -218,8 +234,9 @@ std::string RenderTop(const DaemonSnapshot& before, const DaemonSnapshot& now, d
   AppendRates(stats, rates, &text);
   AppendWays(stats, rates, &text);
   AppendCalls(stats, rates, terminal, &text);
+  AppendTenants(now.sequences, terminal, &text);
   const auto used = static_cast<int>(std::count(text.begin(), text.end(), '\n'));
-  AppendSequences(now.sequences, height - used - 1, terminal, &text);
+  AppendSequences(now.sequences, height - used - 1, terminal, order, &text);
 
   std::vector<std::string> lines = absl::StrSplit(text, '\n');
   if (!lines.empty() && lines.back().empty()) lines.pop_back();

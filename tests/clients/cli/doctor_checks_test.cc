@@ -22,6 +22,24 @@ TEST(DoctorChecks, Connection) {
   EXPECT_EQ(CheckServing(false).verdict, Verdict::kFail);
 }
 
+// It is there: nobody has to start it.
+TEST(DoctorChecks, ADaemonThatRefusesIsNotToBeStarted) {
+  for (const absl::Status& status :
+       {absl::UnauthenticatedError("the token is none"), absl::PermissionDeniedError("user 65534 may not"),
+        absl::DeadlineExceededError("too late"), absl::ResourceExhaustedError("full"),
+        absl::UnavailableError("no kvtided at a: it answers, but not in time"),
+        absl::UnavailableError("no kvtided at a: Socket closed; does it speak TLS (--server-cert)?")}) {
+    const Finding finding = CheckConnection("a:1", status);
+    EXPECT_EQ(finding.verdict, Verdict::kFail);
+    EXPECT_EQ(finding.advice.find("start it"), std::string::npos) << finding.advice;
+    EXPECT_FALSE(finding.advice.empty());
+  }
+  EXPECT_THAT(CheckConnection("a", absl::UnavailableError("Connection refused; does it speak TLS?")).advice,
+              HasSubstr("start it"));
+  EXPECT_THAT(CheckConnection("a:1", absl::UnauthenticatedError("x")).advice, HasSubstr("--token-file"));
+  EXPECT_THAT(CheckConnection("a:1", absl::PermissionDeniedError("x")).advice, HasSubstr("--allow"));
+}
+
 TEST(DoctorChecks, Versions) {
   EXPECT_EQ(CheckVersions("0.1.0", "0.1.0").verdict, Verdict::kOk);
   EXPECT_EQ(CheckVersions("0.1.0", "0.2.0").verdict, Verdict::kWarn);
@@ -157,9 +175,10 @@ TEST(DoctorChecks, MemoryIsAsPlannedOrNot) {
 
 // What the alerts of deploy/prometheus wake somebody for, doctor finds as well.
 TEST(DoctorChecks, FindsLostDataFaultsAndDroppedBlocks) {
-  const auto subjects = [](const client::ServerStats& stats, Verdict verdict) {
+  int64_t dropped_of_sequences = 0;
+  const auto subjects = [&](const client::ServerStats& stats, Verdict verdict) {
     std::string text;
-    for (const Finding& finding : CheckContents(stats))
+    for (const Finding& finding : CheckContents(stats, dropped_of_sequences))
       if (finding.verdict == verdict) text += finding.subject + ";";
     return text;
   };
@@ -168,6 +187,9 @@ TEST(DoctorChecks, FindsLostDataFaultsAndDroppedBlocks) {
   EXPECT_EQ(subjects(stats, Verdict::kOk), "errors;") << "a mistake of a client";
   EXPECT_FALSE(AnyFailed(CheckContents(stats)));
   stats.dropped_blocks = 4;
+  EXPECT_EQ(subjects(stats, Verdict::kWarn), "") << "what was only cached made way";
+  EXPECT_EQ(subjects(stats, Verdict::kOk), "dropped;errors;");
+  dropped_of_sequences = 1;
   EXPECT_EQ(subjects(stats, Verdict::kWarn), "dropped;");
   stats.methods[0].failed.emplace_back("DATA_LOSS", 3);
   EXPECT_EQ(subjects(stats, Verdict::kFail), "data loss;");

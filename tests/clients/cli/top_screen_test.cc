@@ -76,6 +76,20 @@ TEST(TopScreen, LongestSequencesAsManyAsFit) {
     EXPECT_LE(Lines(RenderTop(At(1, 1), At(2, 2), 1, height, kPlain)), height);
 }
 
+TEST(TopScreen, TenantsAndTheOrderThatIsAskedFor) {
+  DaemonSnapshot now = At(11, 1);
+  for (client::SequenceInfo& sequence : now.sequences) {
+    sequence.idle_seconds = static_cast<double>(sequence.id);
+    sequence.tenant = sequence.id % 2 == 0 ? "acme" : "shop";
+  }
+  const std::string hottest = RenderTop(At(10, 1), now, 1, 40, kPlain, SequenceOrder::kHottest);
+  EXPECT_THAT(hottest, HasSubstr("\nacme "));
+  EXPECT_THAT(hottest, HasSubstr("\n1 "));
+  EXPECT_THAT(hottest, Not(HasSubstr("\n100 ")));
+  EXPECT_THAT(RenderTop(At(10, 1), now, 1, 40, kPlain, SequenceOrder::kColdest), HasSubstr("\n100 "));
+  EXPECT_THAT(RenderTop(At(10, 1), At(11, 1), 1, 40, kPlain), Not(HasSubstr("tenant")));
+}
+
 TEST(TopScreen, StaysInsideTheTerminal) {
   const Terminal narrow(true, true, 40);
   std::istringstream lines(RenderTop(At(1, 1), At(2, 200), 1, 30, narrow));
