@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <set>
 #include <utility>
 
 #include "absl/strings/match.h"
@@ -13,6 +14,7 @@
 #include "absl/strings/str_cat.h"
 #include "daemon/disk/extent_header.h"
 #include "daemon/disk/folder_key.h"
+#include "daemon/disk/folder_size.h"
 #include "kernels/base/check.h"
 #include "kernels/base/random_bytes.h"
 #include "kernels/base/status.h"
@@ -47,6 +49,8 @@ using AlignedBytes = std::unique_ptr<std::byte, FreeDeleter>;
 AlignedBytes AllocateAligned(size_t bytes) {
   return AlignedBytes(static_cast<std::byte*>(std::aligned_alloc(kDiskPage, bytes)));
 }
+
+constexpr char kManifests[] = "manifests", kSegment[] = "segment-";
 
 ExtentPlace PlaceOf(const IoJob& job) { return {ExtentPlace::File::kSegments, job.offset}; }
 
@@ -285,6 +289,11 @@ absl::StatusOr<std::unique_ptr<DiskTier>> DiskTier::Open(DiskTierOptions options
   bool fresh = false;
   KVTIDE_RETURN_IF_ERROR(Annotate(tier->OpenFiles(&fresh), "disk tier"));
   KVTIDE_RETURN_IF_ERROR(Annotate(tier->OpenIndex(fresh), "disk tier"));
+  // From here on something may become durable.
+  const absl::StatusOr<size_t> written = ReadFolderSize(*mine.files, mine.folder);
+  if (!written.ok() || *written != mine.capacity_bytes)
+    KVTIDE_RETURN_IF_ERROR(
+        Annotate(WriteFolderSize(*mine.files, mine.folder, mine.capacity_bytes), "disk tier"));
   tier->id_base_ = mine.id_seed;
   if (tier->id_base_ == 0) FillRandom(std::as_writable_bytes(std::span(&tier->id_base_, 1)));
   tier->queues_ = std::make_unique<IoQueues>(mine.io, static_cast<int>(std::min(mine.depth, 4u)));
@@ -301,6 +310,71 @@ absl::StatusOr<std::unique_ptr<DiskTier>> DiskTier::Open(DiskTierOptions options
     tier->lanes_.push_back(std::move(lane));
   }
   return tier;
+}
+
+// Of a folder whose size was not written down, by what its files have.
+absl::StatusOr<size_t> DiskTier::SizeOfFiles(const std::vector<std::string>& names) {
+  size_t bytes = 0;
+  for (const std::string& name : names) {
+    if (name != kManifests && !absl::StartsWith(name, kSegment)) continue;
+    KVTIDE_ASSIGN_OR_RETURN(const std::unique_ptr<File> file,
+                            options_.files->Open(absl::StrCat(options_.folder, "/", name), false, true));
+    KVTIDE_ASSIGN_OR_RETURN(const uint64_t size, file->Size());
+    bytes += size;
+  }
+  return bytes;
+}
+
+absl::Status DiskTier::CheckNothingIsDurable(size_t former_bytes) {
+  absl::StatusOr<std::unique_ptr<File>> file =
+      options_.files->Open(absl::StrCat(options_.folder, "/", kManifests), false, true);
+  if (absl::IsNotFound(file.status())) return absl::OkStatus();
+  KVTIDE_RETURN_IF_ERROR(file.status());
+  KVTIDE_ASSIGN_OR_RETURN(const uint64_t size, (*file)->Size());
+  manifest_file_ = *std::move(file);
+  const size_t mine = std::exchange(manifest_bytes_, size / kDiskPage * kDiskPage);
+  std::vector<size_t> unread;
+  const absl::StatusOr<std::vector<Manifest>> found = ScanManifests(&unread);
+  std::set<uint64_t> keys;
+  if (found.ok())
+    for (const Manifest& manifest : *found)
+      if (ReadManifest(manifest).ok()) keys.insert(manifest.label.sequence);
+  manifest_file_ = nullptr;
+  manifest_bytes_ = mine;
+  KVTIDE_RETURN_IF_ERROR(found.status());
+  if (keys.empty() && unread.empty()) return absl::OkStatus();
+  return absl::FailedPreconditionError(absl::StrCat(
+      options_.folder, " had ", former_bytes, " bytes, and ", keys.size(),
+      " sequences and lists of blocks that are durable there",
+      unread.empty() ? ""
+                     : absl::StrCat(", or more: ", unread.size(), " pages of its manifests cannot be read"),
+      ". A tier of ", options_.capacity_bytes, " bytes would lose what lies behind its end: give it ",
+      former_bytes,
+      " bytes, and close what is durable before it gets smaller; or give another folder. Nothing was "
+      "changed"));
+}
+
+void DiskTier::NoteShortFiles(size_t former_bytes, const std::vector<std::string>& names) {
+  const size_t manifests = ManifestBytes(former_bytes);
+  if (former_bytes <= manifests) return;
+  const size_t extents = former_bytes - manifests;
+  const auto note = [&](const std::string& name, size_t bytes) {
+    uint64_t size = 0;
+    if (std::find(names.begin(), names.end(), name) != names.end()) {
+      const absl::StatusOr<std::unique_ptr<File>> file =
+          options_.files->Open(absl::StrCat(options_.folder, "/", name), false, true);
+      const absl::StatusOr<uint64_t> found = file.ok() ? (*file)->Size() : file.status();
+      if (!found.ok()) return;  // which opening it will say
+      size = *found;
+    }
+    if (size >= bytes) return;
+    MutexLock lock(index_mu_);
+    lost_.push_back(absl::StrCat(options_.folder, "/", name, " has ", size, " of ", bytes,
+                                 " bytes: what lay behind them is lost"));
+  };
+  note(kManifests, manifests);
+  for (size_t s = 0; s * options_.segment_bytes < extents; s++)
+    note(absl::StrCat(kSegment, s), std::min(options_.segment_bytes, extents - s * options_.segment_bytes));
 }
 
 // With so many bytes: what is missing is taken now, what is too much (a smaller tier than last time) given
@@ -324,17 +398,26 @@ absl::StatusOr<std::unique_ptr<File>> DiskTier::OpenSized(const std::string& nam
 absl::Status DiskTier::OpenFiles(bool* fresh) {
   FileSystem& files = *options_.files;
   KVTIDE_ASSIGN_OR_RETURN(const std::vector<std::string> names, files.List(options_.folder));
-  *fresh = std::find(names.begin(), names.end(), "manifests") == names.end();
-  KVTIDE_ASSIGN_OR_RETURN(manifest_file_, OpenSized("manifests", manifest_bytes_));
+  const absl::StatusOr<size_t> written = ReadFolderSize(files, options_.folder);
+  KVTIDE_ASSIGN_OR_RETURN(const size_t former, written.ok() ? written : SizeOfFiles(names));
+  if (former > options_.capacity_bytes) {
+    KVTIDE_RETURN_IF_ERROR(CheckNothingIsDurable(former));
+    KVTIDE_RETURN_IF_ERROR(WriteFolderSize(files, options_.folder, options_.capacity_bytes));
+  } else if (written.ok()) {
+    NoteShortFiles(former, names);
+  }
+  *fresh = std::find(names.begin(), names.end(), kManifests) == names.end();
+  KVTIDE_ASSIGN_OR_RETURN(manifest_file_, OpenSized(kManifests, manifest_bytes_));
   const size_t count = RoundUp(extent_bytes_, options_.segment_bytes) / options_.segment_bytes;
   for (const std::string& name : names) {
     uint64_t number = 0;
-    if (absl::StartsWith(name, "segment-") && absl::SimpleAtoi(name.substr(8), &number) && number >= count)
+    if (absl::StartsWith(name, kSegment) && absl::SimpleAtoi(name.substr(sizeof kSegment - 1), &number) &&
+        number >= count)
       KVTIDE_RETURN_IF_ERROR(files.Remove(absl::StrCat(options_.folder, "/", name)));
   }
   for (size_t s = 0; s < count; s++) {
     const size_t bytes = std::min(options_.segment_bytes, extent_bytes_ - s * options_.segment_bytes);
-    KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<File> file, OpenSized(absl::StrCat("segment-", s), bytes));
+    KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<File> file, OpenSized(absl::StrCat(kSegment, s), bytes));
     segments_.push_back(std::move(file));
   }
   MutexLock lock(mu_);
@@ -685,6 +768,7 @@ absl::Status DiskTier::WipeManifests(uint64_t key) {
 absl::Status DiskTier::Put(uint64_t key, const std::string& value) {
   MutexLock lock(index_mu_);
   KVTIDE_RETURN_IF_ERROR(sync_failed_);
+  KVTIDE_RETURN_IF_ERROR(Annotate(lock_->Check(), name()));
   const std::optional<size_t> offset =
       manifest_space_.Allocate(ExtentBytes(value.size()), ExtentAllocator::End::kBottom);
   if (!offset.has_value())

@@ -43,8 +43,8 @@ struct DiskTierOptions {
 class DiskTier : public IoTier, public DurableIndex {
  public:
   // Takes the folder and its space. AlreadyExists while another daemon has it, ResourceExhausted when the
-  // disk has no room for the segments; FailedPrecondition when the key is not the folder's, before anything
-  // is changed.
+  // disk has no room for the segments; FailedPrecondition when the key is not the folder's, or when the
+  // folder was larger and holds what is durable, before anything is changed.
   static absl::StatusOr<std::unique_ptr<DiskTier>> Open(DiskTierOptions options);
   ~DiskTier() override;
 
@@ -84,6 +84,11 @@ class DiskTier : public IoTier, public DurableIndex {
   // bytes behind it, and stays empty where they are in clear. Errors are those of ReadExtentHeader.
   absl::StatusOr<BlockLabel> ReadLabel(const ExtentPlace& place, std::span<const std::byte> page,
                                        std::optional<ExtentDecryptor>* decryptor) const;
+  absl::StatusOr<size_t> SizeOfFiles(const std::vector<std::string>& names);
+  // A smaller tier than last time gives back what lies behind its end: not where something is durable.
+  absl::Status CheckNothingIsDurable(size_t former_bytes);
+  // Files that are shorter than the tier of so many bytes had them.
+  void NoteShortFiles(size_t former_bytes, const std::vector<std::string>& names);
   absl::Status OpenFiles(bool* fresh);
   absl::StatusOr<std::unique_ptr<File>> OpenSized(const std::string& name, size_t bytes);
   absl::Status OpenIndex(bool fresh);

@@ -75,10 +75,17 @@ class SystemFile : public File {
 
 class SystemLock : public FolderLock {
  public:
-  explicit SystemLock(int fd) : fd_(fd) {}
+  SystemLock(int fd, std::string path) : fd_(fd), path_(std::move(path)) {}
+  absl::Status Check() const override {
+    struct stat now;
+    if (fstat(fd_.get(), &now) == 0 && now.st_nlink > 0) return absl::OkStatus();
+    return absl::FailedPreconditionError(
+        absl::StrCat(path_, " was removed while it was in use; start again with a folder that stays"));
+  }
 
  private:
   const Descriptor fd_;
+  const std::string path_;
 };
 
 class SystemFileSystem : public FileSystem {
@@ -128,7 +135,7 @@ class SystemFileSystem : public FileSystem {
     const std::string path = absl::StrCat(folder, "/lock");
     const int fd = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     if (fd < 0) return IoError(errno, absl::StrCat("opening ", path));
-    auto lock = std::make_unique<SystemLock>(fd);
+    auto lock = std::make_unique<SystemLock>(fd, path);
     if (flock(fd, LOCK_EX | LOCK_NB) == 0) return std::unique_ptr<FolderLock>(std::move(lock));
     if (errno != EWOULDBLOCK) return IoError(errno, absl::StrCat("locking ", path));
     return absl::AlreadyExistsError(
@@ -162,6 +169,28 @@ absl::Status WriteAll(File& file, uint64_t offset, std::span<const std::byte> by
     bytes = bytes.subspan(put);
   }
   return absl::OkStatus();
+}
+
+absl::StatusOr<std::string> ReadFile(FileSystem& files, const std::string& path, size_t most_bytes) {
+  KVTIDE_ASSIGN_OR_RETURN(const std::unique_ptr<File> file, files.Open(path, false, false));
+  KVTIDE_ASSIGN_OR_RETURN(const uint64_t size, file->Size());
+  std::string bytes(std::min<uint64_t>(size, most_bytes), '\0');
+  KVTIDE_RETURN_IF_ERROR(
+      Annotate(ReadAll(*file, 0, std::as_writable_bytes(std::span(bytes.data(), bytes.size()))), path));
+  return bytes;
+}
+
+absl::Status ReplaceFile(FileSystem& files, const std::string& folder, const std::string& name,
+                         const std::string& bytes) {
+  const std::string path = absl::StrCat(folder, "/", name), unfinished = path + ".tmp";
+  KVTIDE_RETURN_IF_ERROR(files.Remove(unfinished));
+  {
+    KVTIDE_ASSIGN_OR_RETURN(const std::unique_ptr<File> file, files.Open(unfinished, true, false));
+    KVTIDE_RETURN_IF_ERROR(WriteAll(*file, 0, std::as_bytes(std::span(bytes.data(), bytes.size()))));
+    KVTIDE_RETURN_IF_ERROR(file->Sync());
+  }
+  KVTIDE_RETURN_IF_ERROR(files.Rename(unfinished, path));
+  return files.SyncFolder(folder);
 }
 
 absl::Status IoError(int error, const std::string& what) {

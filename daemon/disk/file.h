@@ -38,6 +38,9 @@ class File {
 class FolderLock {
  public:
   virtual ~FolderLock() = default;
+  // FailedPrecondition when the folder, or the file that locks it, was removed: what is written goes nowhere,
+  // and another process may have one of that name.
+  virtual absl::Status Check() const { return absl::OkStatus(); }
 };
 
 class FileSystem {
@@ -64,6 +67,11 @@ FileSystem& SystemFiles();
 // All of the bytes, however the system cuts them. OutOfRange when the file ends before.
 absl::Status ReadAll(File& file, uint64_t offset, std::span<std::byte> bytes);
 absl::Status WriteAll(File& file, uint64_t offset, std::span<const std::byte> bytes);
+// The beginning of a small file, at most so many bytes of it.
+absl::StatusOr<std::string> ReadFile(FileSystem& files, const std::string& path, size_t most_bytes);
+// The file has these bytes when this returns OK, over a crash the former ones or these.
+absl::Status ReplaceFile(FileSystem& files, const std::string& folder, const std::string& name,
+                         const std::string& bytes);
 
 // "writing segment-3: No space left on device": ResourceExhausted for a full disk or quota, else Unavailable.
 absl::Status IoError(int error, const std::string& what);

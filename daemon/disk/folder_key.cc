@@ -40,31 +40,9 @@ std::span<const std::byte> BoundOf(const Wrapped& wrapped) {
 
 std::string PathOf(const std::string& folder) { return absl::StrCat(folder, "/", kName); }
 
-absl::StatusOr<std::string> ReadFile(FileSystem& files, const std::string& path) {
-  KVTIDE_ASSIGN_OR_RETURN(const std::unique_ptr<File> file, files.Open(path, false, false));
-  KVTIDE_ASSIGN_OR_RETURN(const uint64_t size, file->Size());
-  std::string bytes(std::min<uint64_t>(size, 2 * sizeof(Wrapped)), '\0');
-  KVTIDE_RETURN_IF_ERROR(
-      Annotate(ReadAll(*file, 0, std::as_writable_bytes(std::span(bytes.data(), bytes.size()))), path));
-  return bytes;
-}
-
-// The file has these bytes when this returns OK, over a crash the former ones or these.
-absl::Status ReplaceFile(FileSystem& files, const std::string& folder, const std::string& bytes) {
-  const std::string path = PathOf(folder), unfinished = path + ".tmp";
-  KVTIDE_RETURN_IF_ERROR(files.Remove(unfinished));
-  {
-    KVTIDE_ASSIGN_OR_RETURN(const std::unique_ptr<File> file, files.Open(unfinished, true, false));
-    KVTIDE_RETURN_IF_ERROR(WriteAll(*file, 0, std::as_bytes(std::span(bytes.data(), bytes.size()))));
-    KVTIDE_RETURN_IF_ERROR(file->Sync());
-  }
-  KVTIDE_RETURN_IF_ERROR(files.Rename(unfinished, path));
-  return files.SyncFolder(folder);
-}
-
 absl::StatusOr<SecretKey> ReadFolderKey(FileSystem& files, const std::string& folder,
                                         const SecretKey& operators) {
-  KVTIDE_ASSIGN_OR_RETURN(const std::string bytes, ReadFile(files, PathOf(folder)));
+  KVTIDE_ASSIGN_OR_RETURN(const std::string bytes, ReadFile(files, PathOf(folder), 2 * sizeof(Wrapped)));
   absl::StatusOr<SecretKey> key = UnwrapFolderKey(bytes, operators);
   if (!key.ok()) return Annotate(key.status(), PathOf(folder));
   return key;
@@ -128,7 +106,7 @@ absl::StatusOr<std::shared_ptr<const SecretKey>> OpenFolderKey(FileSystem& files
                      "not encrypted afterwards. Nothing was changed"));
   if (!encrypted) {
     auto key = std::make_shared<SecretKey>(SecretKey::Random());
-    KVTIDE_RETURN_IF_ERROR(ReplaceFile(files, folder, WrapFolderKey(*key, *operators)));
+    KVTIDE_RETURN_IF_ERROR(ReplaceFile(files, folder, kName, WrapFolderKey(*key, *operators)));
     return key;
   }
   KVTIDE_ASSIGN_OR_RETURN(SecretKey key, ReadFolderKey(files, folder, *operators));
@@ -142,7 +120,7 @@ absl::Status ChangeOperatorsKey(FileSystem& files, const std::string& folder, co
   if (absl::IsNotFound(key.status()))
     return absl::FailedPreconditionError(absl::StrCat(folder, " is not encrypted: it has no key to change"));
   KVTIDE_RETURN_IF_ERROR(key.status());
-  return ReplaceFile(files, folder, WrapFolderKey(*key, to));
+  return ReplaceFile(files, folder, kName, WrapFolderKey(*key, to));
 }
 
 }  // namespace kvtide

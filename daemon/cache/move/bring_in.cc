@@ -3,6 +3,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/move/mover.h"
+#include "daemon/cache/move/room_text.h"
 #include "kernels/base/status.h"
 
 namespace kvtide {
@@ -66,7 +67,7 @@ absl::Status Mover::BringIn(CacheLock& lock, std::span<const HeldBlock> blocks, 
         return absl::ResourceExhaustedError(absl::StrCat(
             far,
             " blocks of the call lie where nobody can compute on them and do not fit into the tiers above: ",
-            RoomMaker::RoomText(*lock, bytes)));
+            NoRoomText(*lock, bytes, blocks.front()->account(), options.clock())));
       lock.WaitForChange(deadline - now);
     }
     if (!batch.empty()) BringBatch(lock, batch, batch.front()->home(), before_serial, context.cancellation);

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <span>
-#include <string>
 #include <thread>
 #include <vector>
 
@@ -33,9 +32,6 @@ class Mover {
   }
   WritingBlock AllocateIn(CacheLock& lock, int tier, int home, const BlockLayout* layout, size_t want_bytes) {
     return room_.AllocateIn(lock, tier, home, layout, want_bytes);
-  }
-  static std::string RoomText(const CacheState& state, size_t bytes) {
-    return RoomMaker::RoomText(state, bytes);
   }
   // The bytes of the block in `from` to a place of the same layout; the bytes of both are the caller's to
   // keep.

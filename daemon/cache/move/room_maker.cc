@@ -4,8 +4,8 @@
 #include <chrono>
 #include <thread>
 
-#include "absl/strings/str_cat.h"
 #include "daemon/cache/move/move_batch.h"
+#include "daemon/cache/move/room_text.h"
 #include "kernels/base/check.h"
 
 namespace kvtide {
@@ -24,39 +24,6 @@ void LetOthers(CacheLock& lock) {
   const Unlocked unlocked(lock);
   // Without a pause the mutex would be taken again before a waiting thread wakes up.
   std::this_thread::sleep_for(std::chrono::microseconds(20));
-}
-
-std::string RoomMaker::RoomText(const CacheState& state, size_t bytes) {
-  std::string text = absl::StrCat("no room for ", bytes, " bytes:");
-  for (size_t t = 0; t < state.store.tiers(); t++) {
-    const Tier& tier = state.store.tier(static_cast<int>(t));
-    absl::StrAppend(&text, t == 0 ? " " : "; ", "tier '", tier.name, "'",
-                    state.store.homes() > 1 ? absl::StrCat(" on ", tier.device) : "", " has ",
-                    tier.allocator.free_bytes(), " of ", tier.allocator.capacity_bytes(),
-                    " bytes free, the largest extent is ", tier.allocator.LargestFreeExtent());
-    if (tier.io != nullptr && !tier.io->Writable())
-      absl::StrAppend(&text, " (it takes nothing now: ", tier.io->Stats().problem, ")");
-  }
-  absl::StrAppend(&text, ". Close or truncate sequences, or give a tier more memory");
-  return text;
-}
-
-std::string RoomMaker::QuotaText(const CacheState& state, const TenantAccount& account, size_t bytes) {
-  std::string text =
-      absl::StrCat("no room for ", bytes, " bytes within the quota of tenant '", account.tenant, "': ");
-  bool first = true;
-  for (size_t t = 0; t < state.store.tiers(); t++) {
-    const std::string& name = state.store.tier(static_cast<int>(t)).name;
-    const uint64_t limit = account.limits.OfTier(name);
-    if (limit == TenantLimits::kNone || (t > 0 && state.store.tier(static_cast<int>(t) - 1).name == name))
-      continue;
-    absl::StrAppend(&text, first ? "" : "; ", limit - state.store.QuotaLeft(account, static_cast<int>(t)),
-                    " of ", limit, " bytes taken in tier '", name, "'");
-    first = false;
-  }
-  absl::StrAppend(
-      &text, ". Close or truncate sequences of the tenant, evict some to a lower tier, or raise its quota");
-  return text;
 }
 
 WritingBlock RoomMaker::AllocateIn(CacheLock& lock, int tier, int home, const BlockLayout* layout,
@@ -129,10 +96,11 @@ absl::StatusOr<std::vector<WritingBlock>> RoomMaker::Allocate(CacheLock& lock, i
       if (blocks.size() == layouts.size()) return blocks;
     }
     // Nobody else's moves and calls make room in a quota.
-    if (over_quota) return absl::ResourceExhaustedError(QuotaText(*lock, *account, bytes));
+    if (over_quota)
+      return absl::ResourceExhaustedError(OverQuotaText(*lock, bytes, *account, core_.options().clock()));
     const absl::Duration left = deadline - core_.options().clock();
     if ((lock->moves_running == 0 && lock->attends_running == 0) || left <= absl::ZeroDuration())
-      return absl::ResourceExhaustedError(RoomText(*lock, bytes));
+      return absl::ResourceExhaustedError(NoRoomText(*lock, bytes, account, core_.options().clock()));
     lock.WaitForChange(left);
   }
 }

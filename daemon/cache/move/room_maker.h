@@ -4,7 +4,6 @@
 #pragma once
 
 #include <span>
-#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -46,10 +45,6 @@ class RoomMaker {
                      const Cancellation* cancellation = nullptr);
 
   static BlockView View(const BlockStore& store, const Block& block, absl::Time now);
-  // "no room for N bytes: tier 'device' has ..."
-  static std::string RoomText(const CacheState& state, size_t bytes);
-  // "tenant 'acme' has N of M bytes in tier 'device'": for all tiers where it has a quota.
-  static std::string QuotaText(const CacheState& state, const TenantAccount& account, size_t bytes);
   // Drops blocks of prefixes and of keys that the tenant has in this tier, and nobody uses, until its quota
   // leaves so many bytes there; none if they are not enough.
   bool DropCached(CacheState& state, const TenantAccount& account, int tier, size_t bytes) const;

@@ -9,6 +9,7 @@
 #include "daemon/cache/call/spec_hash.h"
 #include "daemon/cache/move/move_batch.h"
 #include "daemon/cache/move/room_maker.h"
+#include "daemon/cache/move/room_text.h"
 #include "daemon/cache/persist/keyed_manifest.h"
 #include "daemon/cache/sequence/persist_turn.h"
 #include "kernels/base/check.h"
@@ -18,6 +19,21 @@ namespace kvtide {
 namespace {
 
 constexpr uint64_t kAnySerial = ~uint64_t{0};
+
+// Of a block that RestoreBlock gave nothing for.
+std::string WhyNotRestored(const Tier& tier, const ManifestBlock& from, const GroupTable& table) {
+  const size_t bytes = tier.ExtentBytes((from.exact ? table.exact : table.coded)->block_bytes());
+  const size_t capacity = tier.allocator.capacity_bytes();
+  if (from.offset > capacity || bytes > capacity - from.offset)
+    return absl::StrCat("lies at ", from.offset, ", behind the end of tier '", tier.name, "' of ", capacity,
+                        " bytes");
+  const auto next = tier.places.lower_bound(from.offset);
+  if (next != tier.places.end() && next->first < from.offset + bytes)
+    return "lies where another one was restored";
+  if (next != tier.places.begin() && std::prev(next)->first + std::prev(next)->second->extent() > from.offset)
+    return "lies where another one was restored";
+  return "has lost the profile of its keys";
+}
 
 }  // namespace
 
@@ -283,9 +299,10 @@ absl::Status Persister::WriteBatch(CacheLock& lock, std::span<const HeldBlock> b
     Place* const target = store.Reserve(tier_, *block);
     if (target == nullptr) {
       const size_t bytes = block->bytes();
+      const absl::Time now = core_.options().clock();
       status = absl::ResourceExhaustedError(store.MayLie(*block, tier_)
-                                                ? RoomMaker::RoomText(*lock, bytes)
-                                                : RoomMaker::QuotaText(*lock, *block->account(), bytes));
+                                                ? NoRoomText(*lock, bytes, block->account(), now)
+                                                : OverQuotaText(*lock, bytes, *block->account(), now));
       break;
     }
     NameWrite(core_, *block, target);
@@ -769,10 +786,8 @@ absl::Status Persister::RestoreGroup(CacheLock& lock, const Manifest& manifest, 
     WritingBlock guard;
     Block* const block = RestoreBlock(lock, manifest, index, b, sequence, &guard);
     if (block == nullptr)
-      return absl::DataLossError(
-          absl::StrCat("block ", group.first_block + static_cast<int64_t>(b),
-                       " does not lie inside the tier, lies over another one, is "
-                       "another one in another sequence, or has lost the profile of its keys"));
+      return absl::DataLossError(absl::StrCat("block ", group.first_block + static_cast<int64_t>(b), " ",
+                                              WhyNotRestored(store.tier(tier_), group.blocks[b], table)));
     table.blocks->PushBack(block, sequence.recency.own);
     store.Keep(block->place);
     sequence.durable.places.push_back(block->place);

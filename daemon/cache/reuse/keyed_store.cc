@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/move/label_check.h"
 #include "daemon/cache/move/move_batch.h"
+#include "daemon/cache/move/room_text.h"
 #include "daemon/cache/reuse/keyed_payload.h"
 #include "kernels/base/check.h"
 #include "kernels/base/sizes.h"
@@ -275,8 +276,9 @@ absl::StatusOr<std::vector<KeyedStore::Write>> KeyedStore::Reserve(CacheLock& lo
       if (!write.block && !writes.empty()) break;  // what is being written makes no way: finish that first
       if (!write.block) {
         storing.full = true;
-        report.problem = over_quota ? RoomMaker::QuotaText(*lock, *space.account, space.form.bytes)
-                                    : Mover::RoomText(*lock, space.form.bytes);
+        const absl::Time now = core_.options().clock();
+        report.problem = over_quota ? OverQuotaText(*lock, space.form.bytes, *space.account, now)
+                                    : NoRoomText(*lock, space.form.bytes, space.account.get(), now);
       }
     }
     if (storing.full) {

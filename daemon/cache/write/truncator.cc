@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/call/tensor_check.h"
+#include "daemon/cache/move/room_text.h"
 #include "daemon/cache/sequence/persist_turn.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
@@ -102,7 +103,9 @@ absl::StatusOr<WritingBlock> Truncator::ReopenCodedBlock(CacheLock& lock, Sequen
   WritingBlock target;
   if (sequence.options.seal_at_once) {
     target = mover_.AllocateIn(lock, place->tier, sequence.home, table.exact, 0);
-    if (!target) return absl::ResourceExhaustedError(Mover::RoomText(*lock, table.exact->block_bytes()));
+    if (!target)
+      return absl::ResourceExhaustedError(
+          NoRoomText(*lock, table.exact->block_bytes(), sequence.account.get(), core_.options().clock()));
   } else {
     const BlockLayout* const layouts[1] = {table.exact};
     KVTIDE_ASSIGN_OR_RETURN(std::vector<WritingBlock> blocks,

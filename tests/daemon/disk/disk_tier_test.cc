@@ -251,21 +251,74 @@ TEST_P(DiskTierTest, AFailedSyncMakesNothingDurableAnyMore) {
   EXPECT_TRUE(tier_->Put(1, "value").ok());
 }
 
-TEST_P(DiskTierTest, ChangesOfTheSizeKeepWhatStillFits) {
-  Open();
-  BlockLabel label = LabelOf(1, 1);
-  const Bytes content = RandomBytes(random_, 9000);
-  ASSERT_TRUE(Write(*tier_, 8 * kDiskPage, label, content).ok());
-  ASSERT_TRUE(tier_->Put(1, "value").ok());
-  for (const size_t pages : {24u, 80u, 26u}) {
+// A mistyped size must not cost what was acknowledged as durable.
+TEST_P(DiskTierTest, ASmallerTierIsRefusedWhileSomethingIsDurable) {
+  const auto open = [&](size_t pages) {
     tier_.reset();
     DiskTierOptions options = Options();
     options.capacity_bytes = pages * kDiskPage;
-    tier_ = DiskTier::Open(options).value();
-    EXPECT_EQ(Read(*tier_, {8 * kDiskPage, label}).value(), content) << pages;
+    absl::StatusOr<std::unique_ptr<DiskTier>> opened = DiskTier::Open(options);
+    if (opened.ok()) tier_ = *std::move(opened);
+    return opened.status();
+  };
+  ASSERT_TRUE(open(64).ok());
+  BlockLabel near = LabelOf(1, 1), far = LabelOf(1, 2);
+  const Bytes content = RandomBytes(random_, 9000);
+  ASSERT_TRUE(Write(*tier_, 8 * kDiskPage, near, content).ok());
+  ASSERT_TRUE(Write(*tier_, 50 * kDiskPage, far, content).ok());
+  ASSERT_TRUE(tier_->Put(1, "value").ok());
+  const auto expect_all = [&] {
+    EXPECT_EQ(Read(*tier_, {8 * kDiskPage, near}).value(), content);
+    EXPECT_EQ(Read(*tier_, {50 * kDiskPage, far}).value(), content);
     std::vector<std::string> lost;
     EXPECT_EQ(tier_->Load(&lost).at(1), "value");
+    EXPECT_TRUE(lost.empty());
+  };
+  for (const size_t pages : {24u, 63u}) {
+    const absl::Status refused = open(pages);
+    EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition) << refused;
+    EXPECT_TRUE(absl::StrContains(refused.message(), "give it 262144 bytes")) << refused;
+    ASSERT_TRUE(open(64).ok());
+    expect_all();
   }
+  ASSERT_TRUE(open(80).ok());
+  expect_all();
+  // A larger one that the disk has no room for does not count, whatever it has left behind.
+  files_.set_capacity(90 * kDiskPage);
+  EXPECT_EQ(open(200).code(), absl::StatusCode::kResourceExhausted);
+  ASSERT_TRUE(open(80).ok());
+  expect_all();
+  // A folder of a build that wrote no size.
+  tier_.reset();
+  ASSERT_TRUE(files_.Remove(absl::StrCat(kFolder, "/size")).ok());
+  EXPECT_EQ(open(64).code(), absl::StatusCode::kFailedPrecondition);
+  ASSERT_TRUE(open(80).ok());
+  expect_all();
+  // Where nothing is durable any more, what still fits stays.
+  const uint64_t key = 1;
+  ASSERT_TRUE(tier_->Erase({&key, 1}).ok());
+  ASSERT_TRUE(open(26).ok());
+  EXPECT_EQ(Read(*tier_, {8 * kDiskPage, near}).value(), content);
+}
+
+// Somebody has cut files short, or taken some away.
+TEST_P(DiskTierTest, FilesThatAreShorterThanTheyWereAreSaid) {
+  Open();
+  ASSERT_TRUE(tier_->Put(1, "value").ok());
+  tier_.reset();
+  ASSERT_TRUE(files_.Remove(absl::StrCat(kFolder, "/segment-1")).ok());
+  ASSERT_TRUE(files_.Open(absl::StrCat(kFolder, "/segment-2"), false, false).value()->Truncate(5000).ok());
+  Open();
+  std::vector<std::string> lost;
+  EXPECT_EQ(tier_->Load(&lost).at(1), "value");
+  ASSERT_EQ(lost.size(), 2u);
+  EXPECT_TRUE(absl::StrContains(lost[0], "/disk/segment-1 has 0 of 40960 bytes")) << lost[0];
+  EXPECT_TRUE(absl::StrContains(lost[1], "/disk/segment-2 has 5000 of 40960 bytes")) << lost[1];
+  tier_.reset();
+  Open();
+  lost.clear();
+  (void)tier_->Load(&lost);
+  EXPECT_TRUE(lost.empty());
 }
 
 TEST_P(DiskTierTest, AFullFileOfManifestsIsSaidAndFreedByErase) {
@@ -836,6 +889,24 @@ TEST_P(RealDisk, ManyThreadsWriteAndReadBack) {
   EXPECT_EQ(tier->Stats().writes, 40u);
   EXPECT_EQ(DiskTier::Open(options).status().code(), absl::StatusCode::kAlreadyExists);
   std::filesystem::remove_all(folder);
+}
+
+// What is written into files without a name is durable for nobody.
+TEST(RemovedFolder, NothingIsMadeDurableAnyMore) {
+  for (const bool all : {true, false}) {
+    std::string folder = ::testing::TempDir() + "/kvtide_disk_XXXXXX";
+    ASSERT_NE(mkdtemp(folder.data()), nullptr);
+    DiskTierOptions options;
+    options.folder = folder;
+    options.capacity_bytes = 4 << 20;
+    const std::unique_ptr<DiskTier> tier = DiskTier::Open(options).value();
+    ASSERT_TRUE(tier->Put(1, "value").ok());
+    std::filesystem::remove_all(all ? folder : folder + "/lock");
+    const absl::Status status = tier->Put(2, "value");
+    EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition) << status;
+    EXPECT_TRUE(absl::StrContains(status.message(), "lock was removed while it was in use")) << status;
+    std::filesystem::remove_all(folder);
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Kinds, RealDisk,
