@@ -18,8 +18,8 @@ bool IsKey(std::string_view text) {
 
 int Hex(char c) { return std::isdigit(static_cast<unsigned char>(c)) != 0 ? c - '0' : (c | 32) - 'a' + 10; }
 
-// The value that begins at `at`: up to the next space, or between quotes with what Escaped (failure_log.h) has
-// escaped taken back. `at` is behind it afterwards.
+// The value that begins at `at`: up to the next space, or between quotes with what Escaped (failure_log.h)
+// has escaped taken back. `at` is behind it afterwards.
 std::string TakeValue(std::string_view line, size_t* at) {
   std::string value;
   if (*at >= line.size() || line[*at] != '"') {
@@ -68,8 +68,10 @@ std::string LogLineAsJson(absl::Time time, std::string_view level, std::string_v
     const std::string value = TakeValue(line, &at);
     if (key == "message" || key == "time" || key == "level") key = key == "message" ? "text" : key + "_";
     int64_t number = 0;
-    // As it was written, or ids with leading zeros would change.
-    if (!quoted && absl::SimpleAtoi(value, &number) && std::to_string(number) == value) {
+    // Names of things are texts, whatever they look like: one field has one type, and many readers keep 53
+    // bits of a number. Numbers are as they were written.
+    const bool id = key == "sequence" || key == "request" || key == "trace";
+    if (!quoted && !id && absl::SimpleAtoi(value, &number) && std::to_string(number) == value) {
       pairs[key] = number;
     } else {
       pairs[key] = value;

@@ -22,7 +22,9 @@
 #include "daemon/config.h"
 #include "daemon/disk/folder_key.h"
 #include "daemon/failure_log.h"
+#include "daemon/find_troubles.h"
 #include "daemon/log.h"
+#include "daemon/lost_devices.h"
 #include "daemon/memory_use.h"
 #include "daemon/metrics/gpu_collector.h"
 #include "daemon/metrics/metrics.h"
@@ -84,8 +86,11 @@ class Daemon {
     if (options_.service.tokens != nullptr) {
       if (const absl::Status status = options_.service.tokens->Reload(); !status.ok()) {
         spdlog::error("tokens stay as they were: {}", std::string(status.message()));
+        troubles_->Set(service::Trouble::kTokens,
+                       absl::StrCat("the tokens from before are used: ", std::string(status.message())));
         return status;
       }
+      troubles_->Set(service::Trouble::kTokens, "");
       spdlog::info("reloaded tokens={}", options_.service.tokens->size());
     }
     const auto changes = config_.Reload([this](const DaemonOptions& now) -> absl::Status {
@@ -98,8 +103,13 @@ class Daemon {
     if (!changes.ok()) {
       spdlog::error("the configuration stays as it was: {}",
                     Escaped(std::string(changes.status().message())));
+      // What a file may say is a long list; the first line says what is wrong with it.
+      const std::string wrong(changes.status().message());
+      troubles_->Set(service::Trouble::kConfig,
+                     absl::StrCat("the settings from before are used: ", wrong.substr(0, wrong.find('\n'))));
       return changes.status();
     }
+    troubles_->Set(service::Trouble::kConfig, "");
     spdlog::info("reloaded changed=\"{}\" needs_restart=\"{}\"", absl::StrJoin(changes->changed(), " "),
                  absl::StrJoin(changes->needs_restart(), " "));
     return changes;
@@ -130,7 +140,10 @@ class Daemon {
         config_(std::move(layers), options_),
         calls_([](const char* level,
                   const std::string& line) { spdlog::log(spdlog::level::from_str(level), "{}", line); },
-               options_.slow_call) {}
+               options_.slow_call),
+        troubles_(std::make_shared<service::Troubles>([](const char* level, const std::string& line) {
+          spdlog::log(spdlog::level::from_str(level), "{}", line);
+        })) {}
 
   absl::Status StartCache() {
     KVTIDE_ASSIGN_OR_RETURN(tiers_, MakeTieredCache(options_, [this](Work work, absl::Duration time) {
@@ -176,7 +189,7 @@ class Daemon {
     return absl::OkStatus();
   }
 
-  static metrics::ServiceStats ServiceStats(const service::ServiceOptions& options) {
+  metrics::ServiceStats ServiceStats(const service::ServiceOptions& options) const {
     const service::ServiceGauges& gauges = *options.gauges;
     metrics::ServiceStats stats;
     stats.calls_under_way = gauges.calls_under_way;
@@ -193,6 +206,10 @@ class Daemon {
     stats.shared_memory_refused = gauges.shared_memory_refused;
     stats.shared_memory_bytes = gauges.shared_memory_bytes;
     stats.shared_memory_limit = gauges.shared_memory_limit_bytes;
+    stats.certificate_expires = certificate_ends_;
+    const uint32_t troubles = troubles_->Bits();
+    for (size_t i = 0; i < std::size(service::kTroubleNames); i++)
+      stats.troubles.emplace_back(service::kTroubleNames[i], (troubles >> i & 1) != 0);
     for (const service::MemoryUse& use : options.memory())
       stats.memory.push_back({use.part, use.predicted_bytes, use.actual_bytes});
     const CalibratorStats calibrations = options.calibrator->Stats();
@@ -221,7 +238,9 @@ class Daemon {
     }
     options_.service.refused = [gauges = options_.service.gauges](int64_t refused) {
       spdlog::warn(
-          "connections refused={} open={} max_connections={} close idle clients, or raise --max-connections",
+          "connections refused={} open={} max_connections={} what=\"too many for max_connections, for a "
+          "tenant's "
+          "quota or for the limit of open files\"",
           refused, gauges->connections.load(), gauges->connections_limit.load());
     };
     options_.service.pin = [this](std::byte* tensors, size_t bytes) {
@@ -235,14 +254,16 @@ class Daemon {
     if (WatchdogWanted()) options_.service.alive = [] { NotifyServiceManager("WATCHDOG=1"); };
     options_.service.config = [this] { return config_.Describe(); };
     options_.service.reload = [this] { return Reload(); };
-    options_.service.mended = [](const std::string& address, const absl::Status& status) {
-      if (status.ok()) {
-        spdlog::warn("address={} the socket's file was gone; it is there again", address);
-      } else {
-        spdlog::error("address={} the socket's file is gone: {}", address, std::string(status.message()));
-      }
+    service::ServerWatch watch;
+    watch.troubles = troubles_;
+    watch.look = [this] {
+      finder_.Look(cache_->Stats(), FindLostDevices(tiers_->backends), absl::Now(), troubles_.get());
     };
-    KVTIDE_ASSIGN_OR_RETURN(server_, service::Server::Start(cache_, options_.service));
+    watch.certificate_ends = [this](absl::Time end) { certificate_ends_ = absl::ToUnixSeconds(end); };
+    options_.service.mended = [](const std::string& address, const absl::Status&) {
+      spdlog::warn("address={} the socket's file was gone; it is there again", address);
+    };
+    KVTIDE_ASSIGN_OR_RETURN(server_, service::Server::Start(cache_, options_.service, std::move(watch)));
     if (!server_->shortage().empty()) spdlog::warn("{}", server_->shortage());
     return absl::OkStatus();
   }
@@ -250,7 +271,10 @@ class Daemon {
   DaemonOptions options_;
   RunningConfig config_;
   FailureLog calls_;
-  const metrics::GpuCollector gpus_;  // of which this process holds some
+  const std::shared_ptr<service::Troubles> troubles_;
+  std::atomic<int64_t> certificate_ends_{0};  // Unix time; 0 = there is none
+  TroubleFinder finder_;                      // of the listener's thread
+  const metrics::GpuCollector gpus_;          // of which this process holds some
   std::atomic<metrics::Metrics*> listening_metrics_{nullptr};
   std::unique_ptr<TieredCache> tiers_;
   KvCache* cache_ = nullptr;  // of tiers_

@@ -112,6 +112,13 @@ void WriteService(const ServiceStats& stats, FamilyWriter* writer) {
         stats.shared_memory_bytes);
   gauge("kvtide_shared_memory_limit_bytes", "Most bytes of all arenas; beyond it clients are refused.",
         stats.shared_memory_limit);
+  if (stats.certificate_expires != 0)
+    gauge("kvtide_server_certificate_expires_seconds",
+          "When the server's certificate in use ends, in Unix time.", stats.certificate_expires);
+  FamilyWriter& troubles = writer->Gauge("kvtide_trouble",
+                                         "1: this is wrong and stays so until somebody mends it, the log has "
+                                         "the words (trouble=); 0: it is not.");
+  for (const auto& [what, there] : stats.troubles) troubles.Sample(there ? 1 : 0, {{"what", what}});
   WriteWays(stats.ways, writer);
   WriteMemory(stats.memory, writer);
   WriteCalibrations(stats.calibrations, writer);

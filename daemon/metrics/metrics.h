@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -51,6 +52,8 @@ struct ServiceStats {
   int64_t memory_overhead_limit = 0;
   int64_t shared_memory_clients = 0, shared_memory_refused = 0;  // refused: since the start
   int64_t shared_memory_bytes = 0, shared_memory_limit = 0;
+  int64_t certificate_expires = 0;                     // Unix time; 0 = there is none
+  std::vector<std::pair<std::string, bool>> troubles;  // all that there can be, and whether it is there now
 };
 
 struct MetricsOptions {

@@ -20,6 +20,7 @@ namespace kvtide::service {
 namespace {
 
 constexpr absl::Duration kTimeToSend = absl::Milliseconds(300);
+constexpr uint64_t kTicksBetweenLooks = 5;
 
 // Several hand the sockets to each other, which takes a single client twice as long: they do where there are
 // many (RpcLoop).
@@ -88,11 +89,12 @@ void SetLimits(const ServiceOptions& options, grpc::ServerBuilder* builder) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const ServiceOptions& asked) {
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const ServiceOptions& asked,
+                                                      ServerWatch watch) {
   if (asked.listen.empty()) return absl::InvalidArgumentError("there is no address to listen on");
   ServiceOptions options = asked;
   options.call_memory_bytes = std::max(options.call_memory_bytes, LeastCallMemory(options.max_message_bytes));
-  std::unique_ptr<Server> server(new Server(options.access, options.clients));
+  std::unique_ptr<Server> server(new Server(options.access, options.clients, std::move(watch)));
   KVTIDE_RETURN_IF_ERROR(CheckTls(options.tls));
   std::vector<int> sockets, ring_sockets;
   for (const std::string& text : options.listen) {
@@ -119,9 +121,10 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
   SetLimits(options, &builder);
   builder.RegisterService(server->description_.get());
   if (options.tls.enabled()) {
+    KVTIDE_ASSIGN_OR_RETURN(server->tls_, TlsFiles::Open(options.tls));
     server->secure_ = builder.experimental().AddExternalConnectionAcceptor(
         grpc::ServerBuilder::experimental_type::ExternalConnectionType::FROM_FD,
-        MakeServerCredentials(options.tls));
+        MakeServerCredentials(server->tls_->copies()));
   }
   server->loop_ = std::make_unique<RpcLoop>(
       &builder, [to = server->service_.get(), health = server->health_.get()](Rpc* rpc) {
@@ -184,16 +187,38 @@ Server::~Server() { Shutdown(absl::ZeroDuration(), absl::InfiniteDuration()); }
 
 void Server::Tick(const ServiceOptions& options, uint64_t refused) {
   service_->Tick();
-  if (options.alive) options.alive();
+  Troubles& troubles = *watch_.troubles;
+  std::string gone;
   for (const auto& claim : claims_) {
     const absl::StatusOr<bool> mended = claim->Mend();
-    if ((!mended.ok() || *mended) && options.mended) options.mended(claim->text(), mended.status());
+    if (mended.ok() && *mended && options.mended) options.mended(claim->text(), mended.status());
+    if (!mended.ok())
+      absl::StrAppend(&gone, gone.empty() ? "" : "; ", "the file of ", claim->text(),
+                      " is gone: ", std::string(mended.status().message()));
   }
+  troubles.Set(Trouble::kSocket, gone);
+  if (ticks_++ % kTicksBetweenLooks == 0) {
+    if (tls_ != nullptr) CheckCertificate(options);
+    if (watch_.look) watch_.look();
+  }
+  const bool serves = !troubles.EndService();
+  if (serves != serves_ && service_->CheckNotDraining().ok()) health_->SetServing(serves);
+  serves_ = serves;
+  if (options.alive && serves) options.alive();
   ServiceGauges& gauges = *options.gauges;
   gauges.connections = static_cast<int64_t>(connections_.size());
   gauges.connections_accepted = static_cast<int64_t>(connections_.accepted());
   const auto count = static_cast<int64_t>(refused);
   if (gauges.connections_refused.exchange(count) != count && options.refused) options.refused(count);
+}
+
+void Server::CheckCertificate(const ServiceOptions& options) {
+  const absl::Status status = tls_->Refresh();
+  if (watch_.certificate_ends) watch_.certificate_ends(tls_->expires());
+  watch_.troubles->Set(
+      Trouble::kCertificate,
+      status.ok() ? ExpiryWarning(options.tls.certificate, tls_->expires(), absl::Now())
+                  : absl::StrCat(std::string(status.message()), "; the certificate from before is used"));
 }
 
 bool Server::Shutdown(absl::Duration grace, absl::Duration patience) {

@@ -3,6 +3,7 @@
 // but gRPC's own.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -17,15 +18,28 @@
 #include "daemon/service/listener.h"
 #include "daemon/service/ring_server.h"
 #include "daemon/service/rpc_loop.h"
+#include "daemon/service/tls_files.h"
+#include "daemon/service/troubles.h"
 #include "grpcpp/server.h"
 #include "grpcpp/server_builder.h"
 
 namespace kvtide::service {
 
+// What the service tells and asks whoever watches over the daemon, by the listener's thread.
+struct ServerWatch {
+  // What is wrong and stays so; the service adds what it notices itself. Never null.
+  std::shared_ptr<Troubles> troubles = std::make_shared<Troubles>();
+  // Called every few seconds, to look what else is wrong. May be empty.
+  std::function<void()> look;
+  // Told every few seconds when the server's certificate in use ends, where there is one. May be empty.
+  std::function<void(absl::Time)> certificate_ends;
+};
+
 class Server {
  public:
   // Borrows the cache.
-  static absl::StatusOr<std::unique_ptr<Server>> Start(KvCache* cache, const ServiceOptions& options);
+  static absl::StatusOr<std::unique_ptr<Server>> Start(KvCache* cache, const ServiceOptions& options,
+                                                       ServerWatch watch = {});
   // Shuts down without grace, if that has not happened; no call may be stuck.
   ~Server();
 
@@ -41,11 +55,17 @@ class Server {
   bool Shutdown(absl::Duration grace, absl::Duration patience);
 
  private:
-  Server(Access access, std::shared_ptr<Clients> clients)
-      : connections_(std::move(access), std::move(clients)) {}
+  Server(Access access, std::shared_ptr<Clients> clients, ServerWatch watch)
+      : watch_(std::move(watch)), connections_(std::move(access), std::move(clients)) {}
+  // About once a second, by the listener's thread.
   void Tick(const ServiceOptions& options, uint64_t refused);
+  void CheckCertificate(const ServiceOptions& options);
 
+  const ServerWatch watch_;
   std::vector<std::unique_ptr<AddressClaim>> claims_;
+  std::unique_ptr<TlsFiles> tls_;  // null: no TLS. gRPC reads them as long as it is there
+  uint64_t ticks_ = 0;
+  bool serves_ = true;
   Connections connections_;
   std::unique_ptr<KvCacheService> service_;
   std::unique_ptr<Health> health_;

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 
 #include "absl/strings/match.h"
 #include "absl/time/clock.h"
@@ -206,6 +207,32 @@ TEST_F(Network, CertificatesNameTheTenantAndAreReplacedWithoutARestart) {
   EXPECT_EQ(daemon_->Stop(), 0);
 }
 
+// Who renews a certificate and forgets its key finds a daemon that serves, and says so.
+TEST_F(Network, ACertificateThatDoesNotFitIsNotUsedAndIsTold) {
+  MakeCa("ca");
+  MakeCertificate("ca", "server", "kvtided");
+  MakeCertificate("ca", "other", "kvtided");
+  MakeCertificate("ca", "acme", "acme");
+  Start({"--server-cert", File("server.pem"), "--server-key", File("server.key"), "--client-ca",
+         File("ca.pem")});
+  const client::Credentials acme{File("ca.pem"), File("acme.pem"), File("acme.key"), ""};
+  ASSERT_TRUE(Ask(acme).ok());
+  const auto says = [&](const std::string& words) {
+    for (int i = 0; i < 300 && !absl::StrContains(daemon_->Log(), words); i++)
+      absl::SleepFor(absl::Milliseconds(100));
+    return absl::StrContains(daemon_->Log(), words);
+  };
+  EXPECT_TRUE(says("trouble=certificate problem=\"the server certificate "))
+      << "those of this test end tomorrow";
+  Shell("cp other.pem server.pem");
+  EXPECT_TRUE(says("is not that of the certificate")) << daemon_->Log();
+  absl::SleepFor(absl::Seconds(6));  // gRPC looks every five
+  EXPECT_TRUE(Ask(acme).ok()) << "the one from before is used";
+  Shell("cp other.key server.key");
+  EXPECT_TRUE(Ask(acme).ok());
+  EXPECT_EQ(daemon_->Stop(), 0);
+}
+
 TEST_F(Network, TokensNameTheTenantExpireAndAreReadAgain) {
   const std::string acme = TokenLine("token-of-acme", "acme"),
                     old = TokenLine("token-of-old", "old until=2026-01-01T00:00:00Z");
@@ -357,11 +384,14 @@ TEST(Reload, LimitsAndLogLevelFollowTheFile) {
   EXPECT_THAT(std::string(client->ReloadConfig().status().message()),
               HasSubstr("log_level \"loud\" is unknown"));
   EXPECT_THAT(daemon->Log(), HasSubstr("the configuration stays as it was: log_level"));
+  EXPECT_THAT(daemon->Log(),
+              HasSubstr("trouble=config problem=\"the settings from before are used: log_level"));
   std::ofstream(file) << R"({"log_level": "info", "quota": ["default:sequences=2"]})";
   ASSERT_EQ(::kill(daemon->pid(), SIGHUP), 0);
-  for (int i = 0; i < 200 && !absl::StrContains(daemon->Log(), "quota max_sequences"); i++)
+  for (int i = 0; i < 500 && !absl::StrContains(daemon->Log(), "trouble=config is over"); i++)
     absl::SleepFor(absl::Milliseconds(20));
   EXPECT_THAT(daemon->Log(), HasSubstr("reloaded changed=\"log_level quota max_sequences"));
+  EXPECT_THAT(daemon->Log(), HasSubstr("trouble=config is over"));
   // Not for everybody.
   const size_t at = daemon->ready_line().find("127.0.0.1:");
   ASSERT_NE(at, std::string::npos) << daemon->ready_line();

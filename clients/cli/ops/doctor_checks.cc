@@ -47,16 +47,19 @@ bool OnCpu(const client::TierInfo& tier) { return tier.backend.rfind("cuda", 0) 
 const char* ConnectionAdvice(const absl::Status& status) {
   const auto says = [&](const char* words) { return absl::StrContains(status.message(), words); };
   if (absl::IsUnauthenticated(status))
-    return "it runs, but does not know you: give the token of your tenant (--token-file, $KVTIDE_TOKEN_FILE), "
+    return "it runs, but does not know you: give the token of your tenant (--token-file, "
+           "$KVTIDE_TOKEN_FILE), "
            "or have its operator add one to kvtided's tokens and reload";
   if (absl::IsPermissionDenied(status))
-    return "it runs, but does not let this user in: become one that it does (sudo -u kvtide kvtide doctor), or "
+    return "it runs, but does not let this user in: become one that it does (sudo -u kvtide kvtide doctor), "
+           "or "
            "have its operator name you (kvtided --allow)";
   if (absl::IsInvalidArgument(status)) return "mend the flag or variable that is named";
   if (absl::IsDeadlineExceeded(status) || absl::IsResourceExhausted(status) || says("it answers"))
     return "it runs, but is busy or full: try again with --timeout 60; its log has slow and refused calls";
   if (says("TLS") && !says("Connection refused"))
-    return "something listens there: check --tls-ca, --tls-cert and --tls-key against kvtided's --server-cert "
+    return "something listens there: check --tls-ca, --tls-cert and --tls-key against kvtided's "
+           "--server-cert "
            "and --client-ca; its log has the handshakes that failed";
   return "start it (systemctl start kvtided, or run kvtided), or name its address with --address or "
          "$KVTIDE_ADDRESS";
@@ -337,7 +340,8 @@ std::vector<Finding> CheckContents(const client::ServerStats& stats, int64_t dro
              "dropped blocks mean that the tiers are too small (kvtide plan)"));
   } else if (dropped_of_sequences > 0) {
     findings.push_back(
-        Warn("dropped", absl::StrCat("open sequences have lost ", dropped_of_sequences, " blocks that were dropped"),
+        Warn("dropped",
+             absl::StrCat("open sequences have lost ", dropped_of_sequences, " blocks that were dropped"),
              "attention over them will be DATA_LOSS: give a tier more memory, or keep fewer sequences"));
   } else if (stats.dropped_blocks > 0) {
     findings.push_back(Ok("dropped", absl::StrCat(stats.dropped_blocks,
@@ -352,9 +356,10 @@ std::vector<Finding> CheckContents(const client::ServerStats& stats, int64_t dro
   if (!codes.empty())
     findings.push_back(Ok("errors", absl::StrCat("since the start: ", absl::StrJoin(codes, ", "))));
   if (stats.exhausted > 0) {
-    findings.push_back(Warn("room", absl::StrCat(stats.exhausted, " calls since the start found no room or were beyond a limit"),
-                            "the log says of each which (code=RESOURCE_EXHAUSTED): a tier that is full (kvtide "
-                            "plan says what would fit), a tenant's quota, or another limit"));
+    findings.push_back(Warn(
+        "room", absl::StrCat(stats.exhausted, " calls since the start found no room or were beyond a limit"),
+        "the log says of each which (code=RESOURCE_EXHAUSTED): a tier that is full (kvtide "
+        "plan says what would fit), a tenant's quota, or another limit"));
   }
   return findings;
 }

@@ -97,8 +97,8 @@ void AddSeqCommand(CLI::App& app, int* exit_code) {
     std::string dtype = "f16";
   };
   auto flags = std::make_shared<Flags>();
-  CLI::App* seq =
-      app.add_subcommand("seq", "List, look into, fork, evict, persist and close sequences of a running kvtided");
+  CLI::App* seq = app.add_subcommand(
+      "seq", "List, look into, fork, evict, persist and close sequences of a running kvtided");
   seq->require_subcommand(1);
   AddSeqVerbs(seq, exit_code);
   AddPersistCommand(*seq, exit_code);

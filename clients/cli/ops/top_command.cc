@@ -106,8 +106,9 @@ absl::Status RunTop(const TopFlags& flags) {
   const int count = flags.count > 0 ? flags.count : interactive ? 0 : 1;
   const Screen screen(interactive);
   absl::Time taken = absl::Now();
-  if (interactive) screen.Draw(RenderTop(before, before, 0, screen.height(), Terminal::Of(STDOUT_FILENO),
-                                        OrderOf(flags.order)));
+  if (interactive)
+    screen.Draw(
+        RenderTop(before, before, 0, screen.height(), Terminal::Of(STDOUT_FILENO), OrderOf(flags.order)));
   for (int shown = 0; count == 0 || shown < count; ++shown) {
     if (!screen.Wait(absl::Seconds(flags.interval_seconds))) break;
     absl::StatusOr<DaemonSnapshot> now = TakeSnapshot(*client);

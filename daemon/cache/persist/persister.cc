@@ -192,7 +192,8 @@ absl::StatusOr<WriterGuard> Persister::BecomeWriter(CacheLock& lock, const Seque
   const CacheOptions& options = core_.options();
   const absl::Time last = options.clock() + options.io_wait;
   while (true) {
-    absl::StatusOr<WriterGuard> guard = WriterGuard::Begin(lock->sequences, sequence, PersistingWriter(*sequence));
+    absl::StatusOr<WriterGuard> guard =
+        WriterGuard::Begin(lock->sequences, sequence, PersistingWriter(*sequence));
     if (guard.ok() || sequence->closed) return guard;
     KVTIDE_RETURN_IF_ERROR(context.Check(options.clock(), "the call, while others wrote"));
     if (options.clock() >= last || options.room_wait <= absl::ZeroDuration()) return guard;

@@ -1,5 +1,5 @@
-// Calls that change a sequence wait while it is made durable, as its writer: that is the cache's own doing, and no
-// other call of the client's that it could wait for itself.
+// Calls that change a sequence wait while it is made durable, as its writer: that is the cache's own doing,
+// and no other call of the client's that it could wait for itself.
 #pragma once
 
 #include <span>
@@ -15,8 +15,8 @@ inline const void* PersistingWriter(const Sequence& sequence) { return &sequence
 
 bool BeingPersisted(std::span<const SequencePtr> sequences);
 
-// Returns when none of the sequences has that writer, or after io_wait; the mutex is free meanwhile. Cancelled or
-// DeadlineExceeded when the call, `what`, is not wanted any more: nothing has changed then.
+// Returns when none of the sequences has that writer, or after io_wait; the mutex is free meanwhile.
+// Cancelled or DeadlineExceeded when the call, `what`, is not wanted any more: nothing has changed then.
 absl::Status AwaitPersisted(CacheLock& lock, std::span<const SequencePtr> sequences,
                             const CallContext& context, const char* what);
 

@@ -11,6 +11,7 @@
 
 #include "absl/synchronization/mutex.h"
 #include "daemon/cache/persist/manifest.h"
+#include "daemon/cache/stepper.h"
 #include "tests/daemon/cache/cache_fixture.h"
 
 namespace kvtide::testing {
@@ -246,7 +247,7 @@ TEST_F(PersistTest, ASequenceThatIsClosedDuringPersistDoesNotComeBack) {
 // Its only client has done nothing that it could be told to leave.
 TEST_F(PersistTest, ItsClientWaitsWhileASequenceIsMadeDurable) {
   StartSmall();
-  for (const int what : {0, 1, 2, 3}) {
+  for (const int what : {0, 1, 2, 3, 4}) {
     Client client(*cache_, SmallModel(), WithPair("f16"), random_);
     ASSERT_TRUE(client.Append(30).ok());  // one block, written by the sequence's writer
     absl::Mutex mutex;
@@ -268,6 +269,12 @@ TEST_F(PersistTest, ItsClientWaitsWhileASequenceIsMadeDurable) {
     if (what == 1) status = client.Truncate(20);
     if (what == 2) status = client.Step(5);
     if (what == 3) status = cache_->ForkSequence(client.id()).status();
+    if (what == 4) {
+      const StepItem item{client.id(), 1, {}};
+      StepCall step;
+      step.items = {&item, 1};
+      status = cache_->BeginStep(step).status();
+    }
     EXPECT_TRUE(status.ok()) << what << ": " << status;
     {
       const absl::MutexLock lock(&mutex);

@@ -145,6 +145,10 @@ std::unique_ptr<Metrics> BusyMetrics() {
     stats.shared_memory_refused = 1;
     stats.shared_memory_bytes = 1 << 20;
     stats.shared_memory_limit = 1 << 22;
+    stats.certificate_expires = 1800000000;
+    for (const char* what :
+         {"config", "tokens", "certificate", "socket", "device", "disk", "remote", "persist"})
+      stats.troubles.emplace_back(what, false);
     return stats;
   };
   options.works = {"append", "seal", "attend", "read", "copy"};

@@ -51,7 +51,9 @@ class ServerTest : public ::testing::Test {
     service.listen = {"unix:" + folder_ + "/run/kvtided.sock"};
     service.threads = kThreads;
     service.gauges = gauges_;
-    server_ = Server::Start(cache_.get(), service).value();
+    ServerWatch watch;
+    watch.troubles = troubles_;
+    server_ = Server::Start(cache_.get(), service, watch).value();
     wire_ = Http2Client::Connect(folder_ + "/run/kvtided.sock");
   }
   ~ServerTest() override {
@@ -105,6 +107,7 @@ class ServerTest : public ::testing::Test {
   std::unique_ptr<KvCache> cache_;
   ModelId model_ = 0;
   std::shared_ptr<ServiceGauges> gauges_ = std::make_shared<ServiceGauges>();
+  std::shared_ptr<Troubles> troubles_ = std::make_shared<Troubles>();
   std::unique_ptr<Server> server_;
   std::unique_ptr<Http2Client> wire_;
 };
@@ -309,6 +312,24 @@ TEST_F(ServerTest, HealthIsToldToWhoAsksAndWhoWatches) {
   device_.Open(FaultyBackend::kAttend);
   EXPECT_TRUE(wire_->Until([&] { return wire_->answer(held).ended && wire_->answer(all).ended; }, 60));
   shutdown.join();
+}
+
+// A probe restarts who can serve nobody any more.
+TEST_F(ServerTest, HealthEndsWithATroubleThatOnlyARestartMends) {
+  const std::string check = "/grpc.health.v1.Health/Check";
+  const auto becomes = [&](char status) {
+    for (int i = 0; i < 600; i++) {
+      if (wire_->CallAndWait(check, "").bytes == std::string("\0\0\0\0\2\x08", 6) + status) return true;
+      absl::SleepFor(absl::Milliseconds(50));
+    }
+    return false;
+  };
+  EXPECT_TRUE(becomes(1));
+  troubles_->Set(Trouble::kRemote, "away");
+  troubles_->Set(Trouble::kDevice, "lost", true);
+  EXPECT_TRUE(becomes(2));
+  troubles_->Set(Trouble::kDevice, "");
+  EXPECT_TRUE(becomes(1));
 }
 
 }  // namespace
