@@ -47,6 +47,9 @@ AttendResult AttendByReference(const TestSequence& sequence, const AttendCase& c
 // rounding alone moves some rows by more than 1e-3 (planar3, dim 80).
 AttendResult AttendByReferenceOverF16(const TestSequence& sequence, const AttendCase& c,
                                       const std::vector<float>& q);
+// The same with keys of calibrated types that are coded before RoPE as RebuiltKeys has them.
+AttendResult AttendByReferenceOverRebuilt(const TestSequence& sequence, const AttendCase& c,
+                                          const std::vector<float>& q);
 
 // The largest relative L2 distance of an output row of `got` from `wanted`; infinite if one is not finite.
 double LargestDistance(const AttendResult& got, const AttendResult& wanted, int dim);
@@ -55,10 +58,12 @@ double LargestDistance(const AttendResult& got, const AttendResult& wanted, int 
 void ExpectClose(const AttendResult& got, const AttendResult& wanted, int dim, double tolerance);
 // Adds a failure if results in a type are not those of f32 (of the same rounded queries), rounded.
 void ExpectRounded(const AttendResult& got, const AttendResult& f32, int dim, DataType type);
-// AttendOn and AttendByPlan against AttendByReference, or else AttendByReferenceOverF16. The tolerance is
-// 1e-3, 3e-3 above kFewRows rows of a KV head (backends may compute those with f16 queries, keys and weights),
-// and 5e-3 with calibrated keys, which they may rebuild by f16 transforms. Results in f16 and bf16 are compared
-// with those of f32.
+// AttendOn and AttendByPlan against AttendByReference, or else AttendByReferenceOverF16, or else, with
+// calibrated keys, AttendByReferenceOverRebuilt, which must be within kRebuiltDistance of the first. The
+// tolerance is 1e-3, 3e-3 above kFewRows rows of a KV head (backends may compute those with f16 queries, keys
+// and weights), and 5e-3 with calibrated keys, which they may turn as halves. Results in f16 and bf16 are
+// compared with those of f32.
+constexpr double kRebuiltDistance = 0.2;
 constexpr int kFewRows = 64;
 void CheckAttend(Backend& backend, const TestSequence& sequence, const AttendCase& c);
 

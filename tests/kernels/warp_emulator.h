@@ -77,6 +77,8 @@ struct EmulatedWarp {
   static float Max(float a, float b) { return std::fmax(a, b); }
   static float Ex2(float x) { return std::exp2(x); }
   static float Lg2(float x) { return std::log2(x); }
+  static float Cos(float x) { return std::cos(x); }
+  static float Sin(float x) { return std::sin(x); }
   static float Rcp(float x) { return 1.0f / x; }
   static float FastRcp(float x) { return 1.0f / x; }
   static float Tanh(float x) { return std::tanh(x); }
@@ -145,11 +147,13 @@ struct EmulatedWarp {
   }
   static void Load128(Shared address, uint32_t* w) { std::memcpy(w, address, 16); }
   static void Load64(Shared address, uint32_t* w) { std::memcpy(w, address, 8); }
+  static void Store16(Shared address, uint32_t x) { std::memcpy(address, &x, 2); }
   static void Store32(Shared address, uint32_t x) { std::memcpy(address, &x, 4); }
   static void Store64(Shared address, uint32_t x, uint32_t y) {
     std::memcpy(address, &x, 4);
     std::memcpy(address + 4, &y, 4);
   }
+  static void Store128(Shared address, const uint32_t (&w)[4]) { std::memcpy(address, w, 16); }
   static void LoadMatrix(Shared row, uint32_t (&w)[4]) { LoadFrom(row, w, Collective::kLoadMatrix); }
   static void LoadMatrixTransposed(Shared row, uint32_t (&w)[4]) {
     LoadFrom(row, w, Collective::kLoadMatrixTransposed);

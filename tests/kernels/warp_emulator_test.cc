@@ -16,6 +16,7 @@
 #include "kernels/cuda/attend/tide_tile.h"
 #include "kernels/format/page_codec.h"
 #include "tests/format/test_tide.h"
+#include "tests/kernels/rebuilt_keys.h"
 
 namespace kvtide {
 namespace {
@@ -216,11 +217,29 @@ void CheckHalf(const Shape& shape, unsigned seed) {
                       });
 }
 
+// Widths of the groups of heads of 64.
+const std::vector<std::vector<uint8_t>> kMixedWidths{
+    {4, 4, 4, 4, 3, 3, 3, 3},
+    {2, 2, 2, 2, 1, 1, 1, 1},
+    {4, 3, 2, 1, 0, 4, 0, 1},
+    {3, 2, 1, 0, 2, 0, 1, 1},
+    {1, 0, 0, 0, 0, 0, 0, 0},
+    {5, 6, 5, 6, 5, 5, 0, 0},
+    {0, 1, 5, 2, 6, 3, 4, 6},
+    {0, 0, 0, 0, 0, 0, 0, 5},
+    {4, 4, 0, 0, 0, 0, 0, 0},
+    {3, 2, 4, 3, 3, 2, 0, 0},
+    {0, 6, 5, 1, 6, 0, 0, 2},
+    {5, 5, 5, 5, 6, 3, 2, 2},
+    {3, 4, 3, 4, 4, 0, 4, 3},
+    {0, 0, 0, 0, 0, 0, 0, 0},
+};
+
 // The tables of calibrated keys and where the first page stands.
 struct KeyTables {
   const std::vector<std::byte>& tables;
   int64_t position;
-  mutable std::vector<uint8_t> scratch = std::vector<uint8_t>(1024);
+  mutable std::vector<uint8_t> scratch = std::vector<uint8_t>(8192);
   template <class Tile>
   void Begin(Tile& tile, uint8_t* area, int lane) const {
     Tile::WriteLookup(area, lane, 32);
@@ -234,11 +253,11 @@ struct KeyTables {
   }
 };
 
-// Keys of head dim `dim`, at most DK, with a profile of its own.
-template <int kBits, class VCodec, int DK, int MT, int kQuarters>
+// Keys of head dim `dim`, at most DK, with a profile of its own, against those that the tile means.
+template <int kBits, class VCodec, int DK, int MT, int kHalves>
 void CheckTide(const HeadProfile& head, int64_t position, const Shape& shape, unsigned seed,
-               float limit = 2.5e-3f) {
-  using Tile = cuda::TideTile<EmulatedWarp, kBits, VCodec, DK, DK, MT, kQuarters>;
+               float limit = 4e-3f, float outlier = 3) {
+  using Tile = cuda::TideTile<EmulatedWarp, kBits, VCodec, DK, DK, MT, kHalves>;
   const int dim = static_cast<int>(head.centre.size());
   const CacheType type = TypeOf(kTideNames[4 - kBits]);
   const HalfLayout layout = MakeHalfLayout(type, dim);
@@ -249,13 +268,14 @@ void CheckTide(const HeadProfile& head, int64_t position, const Shape& shape, un
   for (int page = 0; page < p.pages; page++) {
     std::vector<float> rows(static_cast<size_t>(64 * dim));
     for (float& x : rows) x = normal(rng);
-    for (int i = 0; i < dim; i++) rows[static_cast<size_t>(7 * dim + i)] *= 3;  // with a gain
+    for (int i = 0; i < dim; i++) rows[static_cast<size_t>(7 * dim + i)] *= outlier;  // with a gain
     std::vector<std::byte> half(layout.bytes);
-    EncodeHalf(type, Side::kKey, layout, &head, position + 64 * page, rows.data(), 64, half.data());
-    DecodeHalf(type, Side::kKey, layout, &head, position + 64 * page, half.data(), rows.data());
+    const int64_t first = position + 64 * page;
+    EncodeHalf(type, Side::kKey, layout, &head, first, rows.data(), 64, half.data());
+    const std::vector<float> meant = testing::RebuiltKeys(type, layout, head, first, half.data());
     for (int t = 0; t < 64; t++)
-      std::copy_n(rows.data() + static_cast<size_t>(t * dim), dim,
-                  p.k.data() + static_cast<size_t>((page * 64 + t) * DK));
+      for (int i = 0; i < dim; i++)
+        p.k[static_cast<size_t>((page * 64 + t) * DK + i)] = meant[static_cast<size_t>(t * dim + i)];
     p.k_halves[static_cast<size_t>(page)] = half;
   }
   for (int r = 0; r < shape.rows; r++)
@@ -264,29 +284,71 @@ void CheckTide(const HeadProfile& head, int64_t position, const Shape& shape, un
   profile.shape = {1, 1, dim, dim};
   profile.k.push_back(head);
   const std::vector<std::byte> tables = cuda::MakeTideTables(profile, type);
-  Check<Tile, DK, DK>(
-      p, shape, limit,
-      [&](WarpRow<DK>& row, float key_scale, int r, uint8_t* area) {
-        return cuda::WriteTideQuery<EmulatedWarp, DK>(row, key_scale, r, tables.data(), area);
-      },
-      KeyTables{tables, position});
+  const auto write = [&](WarpRow<DK>& row, float key_scale, int r, uint8_t* area) {
+    return cuda::WriteTideQuery<EmulatedWarp, DK>(row, key_scale, r, tables.data(), area);
+  };
+  Check<Tile, DK, DK>(p, shape, limit, write, KeyTables{tables, position});
 }
 
 TEST(TideTile, EveryTypeAgainstFloat64) {
-  CheckTide<4, Turbo4, 128, 1, 4>(test::TideHead(128, 1), 64 * 37, {8, 130, 1.0f}, 1);
-  CheckTide<3, Turbo3, 128, 1, 4>(test::TideHead(128, 2), 64 * 999, {5, 64, 1.0f}, 2);
-  CheckTide<2, Turbo2, 128, 1, 4>(test::TideHead(128, 3), 0, {8, 200, 1.0f}, 3);
-  CheckTide<3, Turbo3, 64, 1, 4>(test::TideHead(64, 4), 64 * 100000, {8, 100, 1.0f}, 4);
-  CheckTide<1, Turbo2, 128, 1, 4>(test::TideHead(128, 9), 640, {8, 130, 1.0f}, 9);
-  CheckTide<1, Turbo2, 64, 1, 4>(test::TideHead(64, 10), 640, {8, 100, 1.0f}, 10);
+  CheckTide<4, Turbo4, 128, 1, 1>(test::TideHead(128, 1), 64 * 37, {8, 130, 1.0f}, 1);
+  CheckTide<3, Turbo3, 128, 1, 1>(test::TideHead(128, 2), 64 * 999, {5, 64, 1.0f}, 2);
+  CheckTide<2, Turbo2, 128, 1, 1>(test::TideHead(128, 3), 0, {8, 200, 1.0f}, 3);
+  CheckTide<3, Turbo3, 64, 1, 1>(test::TideHead(64, 4), 64 * 100000, {8, 100, 1.0f}, 4);
+  CheckTide<1, Turbo2, 128, 1, 1>(test::TideHead(128, 9), 640, {8, 130, 1.0f}, 9);
+  CheckTide<1, Turbo2, 64, 1, 1>(test::TideHead(64, 10), 640, {8, 100, 1.0f}, 10);
 }
 
 TEST(TideTile, SixteenRowsAndPaddedHeads) {
   CheckTide<3, Turbo3, 128, 2, 2>(test::TideHead(128, 5), 64, {16, 130, 1.0f}, 5);
   CheckTide<2, Turbo2, 64, 2, 2>(test::TideHead(64, 6), 128, {11, 70, 1.0f}, 6);
-  CheckTide<3, Turbo3, 128, 1, 4>(test::TideHead(112, 7), 640, {8, 64, 1.0f}, 7);
-  CheckTide<3, Turbo3, 64, 1, 4>(test::TideHead(48, 8), 640, {8, 64, 1.0f}, 8);
+  CheckTide<3, Turbo3, 128, 1, 1>(test::TideHead(112, 7), 640, {8, 64, 1.0f}, 7);
+  CheckTide<3, Turbo3, 64, 1, 1>(test::TideHead(48, 8), 640, {8, 64, 1.0f}, 8);
   CheckTide<1, Turbo2, 128, 2, 2>(test::TideHead(112, 11), 640, {13, 64, 1.0f}, 11);
+}
+
+// Every width beside every other one in a step, steps without bits, and both ways through a page.
+TEST(TideTile, EveryMixOfWidths) {
+  unsigned seed = 20;
+  for (const std::vector<uint8_t>& widths : kMixedWidths) {
+    HeadProfile head = test::TideHead(64, 9);
+    std::copy(widths.begin(), widths.end(), head.widths.begin());
+    CheckTide<4, Turbo4, 64, 1, 1>(head, 640, {8, 64, 1.0f}, seed);
+    CheckTide<4, Turbo4, 64, 2, 2>(head, 640, {8, 64, 1.0f}, seed++);
+  }
+}
+
+// What the rounding of transforms and levels adds to the squared error of keys, of what coding makes.
+TEST(TideTile, RoundingIsSmallBesideCoding) {
+  const double limits[] = {0.2, 0.1, 0.05, 0.02};
+  for (const uint64_t seed : {1, 2, 3})
+    for (int i = 0; i < kTideTypes; i++) {
+      const HeadProfile head = test::TideHead(128, seed);
+      const CacheType type = TypeOf(kTideNames[i]);
+      const HalfLayout layout = MakeHalfLayout(type, 128);
+      std::mt19937 rng(static_cast<unsigned>(seed));
+      std::normal_distribution<float> normal;
+      std::vector<float> rows(64 * 128), decoded(rows.size());
+      for (float& x : rows) x = normal(rng);
+      std::vector<std::byte> half(layout.bytes);
+      EncodeHalf(type, Side::kKey, layout, &head, 640, rows.data(), 64, half.data());
+      DecodeHalf(type, Side::kKey, layout, &head, 640, half.data(), decoded.data());
+      const std::vector<float> rebuilt = testing::RebuiltKeys(type, layout, head, 640, half.data());
+      double coding = 0, rounding = 0;
+      for (size_t j = 0; j < rows.size(); j++) {
+        coding += static_cast<double>((decoded[j] - rows[j]) * (decoded[j] - rows[j]));
+        rounding += static_cast<double>((rebuilt[j] - decoded[j]) * (rebuilt[j] - decoded[j]));
+      }
+      EXPECT_LT(rounding, limits[i] * coding) << kTideNames[i] << " " << rounding / coding;
+    }
+}
+
+// Gains of outliers and channels that never differ stay within halves.
+TEST(TideTile, OutliersAndConstantChannels) {
+  HeadProfile head = test::TideHead(128, 12);
+  for (size_t j = 0; j < 128; j++) head.inverse[5 * 128 + j] = head.inverse[40 * 128 + j] = 0;
+  head.centre[40] = 300;
+  CheckTide<3, Turbo3, 128, 1, 1>(head, 64 * 7, {8, 130, 1e-5f}, 12, 4e-3f, 6e4f);
 }
 
 // What LevelTile needs beside its tables.
@@ -389,22 +451,7 @@ TEST(LevelTile, EveryMixOfWidths) {
     return head;
   };
   unsigned seed = 20;
-  for (const std::vector<uint8_t>& widths : std::vector<std::vector<uint8_t>>{
-           {4, 4, 4, 4, 3, 3, 3, 3},
-           {2, 2, 2, 2, 1, 1, 1, 1},
-           {4, 3, 2, 1, 0, 4, 0, 1},
-           {3, 2, 1, 0, 2, 0, 1, 1},
-           {1, 0, 0, 0, 0, 0, 0, 0},
-           {5, 6, 5, 6, 5, 5, 0, 0},
-           {0, 1, 5, 2, 6, 3, 4, 6},
-           {0, 0, 0, 0, 0, 0, 0, 5},
-           {4, 4, 0, 0, 0, 0, 0, 0},
-           {3, 2, 4, 3, 3, 2, 0, 0},
-           {0, 6, 5, 1, 6, 0, 0, 2},
-           {5, 5, 5, 5, 6, 3, 2, 2},
-           {3, 4, 3, 4, 4, 0, 4, 3},
-           {0, 0, 0, 0, 0, 0, 0, 0},
-       })
+  for (const std::vector<uint8_t>& widths : kMixedWidths)
     CheckLevels<4, Turbo4, 64, 1>(with(widths), {8, 64, 1.0f}, seed++);
 }
 

@@ -6,20 +6,17 @@
 
 namespace kvtide::cuda {
 
-// Quarters of a page that are rebuilt at once, and warps whose registers hold them: every quarter reads the
-// inverse once. Measured; kernels/cuda/README.md has the others.
+// Halves of a page that are rebuilt at once, and warps whose registers hold them.
 template <int D, int MT>
-inline constexpr int kTideQuarters = D == 128 && MT == 1 ? 4 : 2;
+inline constexpr int kTideHalves = 1;
 template <int D, int MT>
-inline constexpr int kTideWarps = D == 128  ? 8
-                                  : MT == 1 ? 16
-                                            : 12;
+inline constexpr int kTideWarps = MT == 1 ? 12 : 8;
 
 // Queries for keys that are rebuilt.
 template <int D, int kRowsT>
 struct TideQueryKind {
   static constexpr int kDim = D, kRows = kRowsT;
-  static constexpr int kFragmentBytes = kRows / 8 * TideTables<D>::kSteps * 512;
+  static constexpr int kFragmentBytes = kRows / 8 * TideTables<D>::kSteps * TideTables<D>::kQueryStepBytes;
   static constexpr int kUnitAt = kFragmentBytes + kRows * 8;
   using OwnUnit = TideUnit;
   static constexpr int kOwnUnitAt = kUnitAt + static_cast<int>(sizeof(UnitRange));
@@ -31,13 +28,13 @@ struct TideQueryKind {
   }
   static KVTIDE_DEVICE float WriteRow(const AttendParams& params, const AttendUnit& unit, WarpRow<D>& row,
                                       int r, uint32_t area) {
-    return WriteTideQuery<DeviceWarp, D>(row, params.key_scale, r, unit.tables + params.table_offset, area);
+    return WriteTideQuery<TideWarp, D>(row, params.key_scale, r, unit.tables + params.table_offset, area);
   }
 };
 
-template <class W, int kKeyBits, class VCodec, int DK, int DV, int MT, int kQuarters>
-struct TileInfo<TideTile<W, kKeyBits, VCodec, DK, DV, MT, kQuarters>> {
-  using Tile = TideTile<W, kKeyBits, VCodec, DK, DV, MT, kQuarters>;
+template <class W, int kKeyBits, class VCodec, int DK, int DV, int MT, int kHalves>
+struct TileInfo<TideTile<W, kKeyBits, VCodec, DK, DV, MT, kHalves>> {
+  using Tile = TideTile<W, kKeyBits, VCodec, DK, DV, MT, kHalves>;
   static constexpr int kDk = DK, kDv = DV, kTiles = MT;
   static constexpr bool kCoded = true, kRebuilt = true;
   static constexpr int kScratchBytes = Tile::kScratchBytes;
@@ -48,7 +45,7 @@ struct TileInfo<TideTile<W, kKeyBits, VCodec, DK, DV, MT, kQuarters>> {
 template <Form kForm, int kKeyBits, class V, int D, int MT>
 void AddTideTile(std::vector<AttendKernel>* list) {
   using VS = typename V::Stored;
-  using Tile = TideTile<DeviceWarp, kKeyBits, VS, D, D, MT, kTideQuarters<D, MT>>;
+  using Tile = TideTile<TideWarp, kKeyBits, VS, D, D, MT, kTideHalves<D, MT>>;
   ForEachSharedLimit([list](auto limit) {
     list->push_back(MakeEntry<Tile, decltype(limit)::value>(kForm, FormOfCodec<VS>()));
   });

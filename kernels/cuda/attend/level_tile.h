@@ -2,20 +2,16 @@
 // values: queries are turned into the frame of the stored levels once (WriteLevelQuery), keys are integer
 // products with levels, times the token's gain; values go the way of CodedTile.
 //
-// In a step of four groups (LevelTables) a lane has one for 8 tokens, 4 of each half of the page; in a step
-// of two it has one for 4 tokens, lanes of even c those of the first half, and takes part in two products, of
-// which the one that is not meant finds zeros for its queries. Of 4 tokens it has a word of each bit plane,
-// which are made nibbles of codes by exchanges of index bits between words. One byte permute takes the four
-// codes of a word of a B fragment together, another looks their levels up in a table of 8 entries that
-// depends on the lane's own width (bits above it are ignored, so that lanes of a step may differ). Codes of 4
-// bits are looked up in two tables, of which the one that is not meant answers 0 or -1 (quad_decoder.h);
-// their sum is taken by two products. Codes of 5 and 6 bits are looked up in shared memory, two at a time.
-// Planes above a lane's width are read all the same, up to 320 bytes behind the keys.
+// Levels come from LevelDecoder. In a step of four groups (LevelTables) a lane has one for 8 tokens, 4 of each
+// half of the page; in a step of two it has one for 4 tokens, lanes of even c those of the first half, and
+// takes part in two products, of which the one that is not meant finds zeros for its queries. Levels of codes
+// of 4 bits come in two parts, whose sum is taken by two products.
 #pragma once
 
 #include <cstddef>
 
 #include "kernels/cuda/attend/coded_tile.h"
+#include "kernels/cuda/attend/level_decoder.h"
 #include "kernels/cuda/attend/query_row.h"
 #include "kernels/cuda/device/level_tables.h"
 #include "kernels/format/tide.h"
@@ -125,21 +121,14 @@ KVTIDE_DEVICE float WriteLevelQuery(const WarpRow<D>& row, float scale, int r, c
   return unit;
 }
 
-// Levels of every width, whatever is above a code's bits.
-struct LevelBytes {
-  int8_t of[kMostTideWidth + 1][1 << kMostTideWidth] = {};
-};
-constexpr LevelBytes MakeLevelBytes() {
-  LevelBytes levels;
-  for (int width = 0; width <= kMostTideWidth; width++)
-    for (int code = 0; code < 1 << kMostTideWidth; code++)
-      levels.of[width][code] = static_cast<int8_t>(TideLevel(width, code & ((1 << width) - 1)));
-  return levels;
-}
 #ifdef __CUDACC__
 __device__
 #endif
-    constexpr LevelBytes kLevelBytes = MakeLevelBytes();
+    constexpr LevelBytes kStoredLevelBytes = MakeLevelBytes(TideLevel);
+struct StoredLevels {
+  static constexpr int kOffset = 0;
+  static KVTIDE_DEVICE const int8_t* Of(int width) { return kStoredLevelBytes.of[width]; }
+};
 
 // kKeyBits: of the type, for the bytes of a page.
 template <class W, int kKeyBits, class VCodec, int DK, int DV, int MT>
@@ -159,84 +148,19 @@ struct LevelTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
   static constexpr int kStepsAt = kBlockTokens * 4, kSlotsAt = kStepsAt + 32, kSlotBytes = 32 * 8;
   static constexpr int kScratchBytes = kSlotsAt + OwnUnit::kSteps * kSlotBytes;
 
-  // Lookup. For every width a row: 8 entries for codes of 4 bits below 8, of those above, and for codes of 3
-  // bits, in which bits above the width are ignored; then for two codes of any width the bits of planes 4 and
-  // 5 that are meant, and where such codes begin, in 256 words. Then the masks, and zeros. Then the
-  // levels of two codes, whose bits take turns: of 6 and of 5 bits, and of every other width as if they
-  // had 4.
-  static constexpr int kRowBytes = 32, kMasksAt = (kMostTideWidth + 1) * kRowBytes, kZerosAt = kMasksAt + 16,
-                       kTwosAt = kZerosAt + 16, kSixes = 4096, kFives = 1024, kOthers = 256,
-                       kTwos = kSixes + kFives + 5 * kOthers, kLookupBytes = kTwosAt + kTwos * 2;
+  using Levels = LevelDecoder<W, StoredLevels>;
   static constexpr int kLookupAt = (Values::kTableBytes + 15) / 16 * 16;
-  static constexpr int kTableBytes = kLookupAt + kLookupBytes;
+  static constexpr int kTableBytes = kLookupAt + Levels::kBytes;
 
-  Shared scratch, lookup;
-  // 0x55555555, 0x33333333 and 0x0f0f0f0f, from shared memory: a choice by a constant takes the compiler two
-  // instructions instead of one.
-  uint32_t even_bits, even_pairs, even_nibbles;
-
-  // Entry `i` of a row of 8-entry tables. Of narrower codes both tables of codes of 4 bits mean the same
-  // level; the one that is not asked adds the sign, -1 or 0.
-  static KVTIDE_DEVICE int RowEntry(int width, int i) {
-    if (i >= 24) {
-      if (i < 28) return width == 6 ? 0x0f : width == 5 ? 0x03 : 0;
-      return (width == 6 ? 0 : width == 5 ? kSixes : kSixes + kFives + width * kOthers) / 256;
-    }
-    if (width > 4) return 0;
-    if (i >= 16) return width > 3 ? 0 : kLevelBytes.of[width][i - 16];
-    if (width == 4) return i < 8 ? kLevelBytes.of[4][i] : kLevelBytes.of[4][23 - i] + 1;
-    const int level = kLevelBytes.of[width][i < 8 ? i : 15 - i];
-    return level < 0 ? level + 1 : level;
-  }
-  // Every other bit of 12, from the first on.
-  static KVTIDE_DEVICE int EvenBits(int x) {
-    x &= 0x555;
-    x = (x | x >> 1) & 0x333;
-    x = (x | x >> 2) & 0x30f;
-    return (x | x >> 4) & 0x3f;
-  }
+  Shared scratch;
+  Levels levels;
   // Thread `thread` of `threads` writes its part.
   static KVTIDE_DEVICE void WriteLookup(Shared area, int thread, int threads) {
-    const Shared at = area + kLookupAt;
-    if (thread == 0) {
-      W::Store64(at + kMasksAt, 0x55555555u, 0x33333333u);
-      W::Store64(at + kMasksAt + 8, 0x0f0f0f0fu, 0);
-      W::Store64(at + kZerosAt, 0, 0);
-      W::Store64(at + kZerosAt + 8, 0, 0);
-    }
-    for (int i = thread; i < kMasksAt / 4; i += threads) {
-      uint32_t word = 0;
-#pragma unroll
-      for (int e = 0; e < 4; e++)
-        word |= static_cast<uint32_t>(RowEntry(4 * i / kRowBytes, 4 * i % kRowBytes + e) & 255) << (8 * e);
-      W::Store32(at + 4 * i, word);
-    }
-    // Four pairs of codes at a time, of which only the lowest bits differ.
-    for (int i = 4 * thread; i < kTwos; i += 4 * threads) {
-      const bool six = i < kSixes, five = !six && i < kSixes + kFives;
-      const int rest = i - kSixes - kFives,
-                width = six    ? 6
-                        : five ? 5
-                               : rest / kOthers,
-                bits = six    ? i
-                       : five ? i - kSixes
-                              : rest % kOthers;
-      const int8_t *const first = kLevelBytes.of[width] + EvenBits(bits), *const second =
-                                                                              kLevelBytes.of[width] +
-                                                                              EvenBits(bits >> 1);
-      const auto two = static_cast<uint32_t>((first[0] & 255) | (first[1] & 255) << 16);
-      W::Store64(at + kTwosAt + 2 * i, two | static_cast<uint32_t>(second[0] & 255) * 0x01000100u,
-                 two | static_cast<uint32_t>(second[1] & 255) * 0x01000100u);
-    }
+    Levels::Write(area + kLookupAt, thread, threads);
   }
   KVTIDE_DEVICE void InitKeys(Shared area, Shared own) {
-    lookup = area + kLookupAt;
+    levels.Init(area + kLookupAt);
     scratch = own;
-    uint32_t masks[4];
-    W::Load128(lookup + kMasksAt, masks);
-    even_bits = masks[0];
-    even_pairs = masks[1];
-    even_nibbles = masks[2];
   }
   KVTIDE_DEVICE void BeginUnit(const OwnUnit& unit) {
     const int lane = W::Lane(), n = lane >> 2, c = lane & 3;
@@ -263,113 +187,17 @@ struct LevelTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
   }
   KVTIDE_DEVICE void BeginPage(int /*number*/) {}
 
-  // Bits of a where the mask has ones, else of b.
-  static KVTIDE_DEVICE uint32_t Choose(uint32_t mask, uint32_t a, uint32_t b) {
-    return (a & mask) | (b & ~mask);
-  }
-  // Of kWidth planes with bits (other bits, e1, e0): codes of (other bits, b1, b0) in nibbles, by 2 * e1 +
-  // e0.
   template <int kWidth>
-  KVTIDE_DEVICE void Transpose(const uint32_t* planes, uint32_t (&codes)[4]) const {
-    if constexpr (kWidth == 1) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) codes[i] = planes[0] >> i & 0x11111111u;
-    } else {
-      const uint32_t x = Choose(even_bits, planes[0], planes[1] << 1),
-                     y = Choose(even_bits, planes[0] >> 1, planes[1]);
-      if constexpr (kWidth == 2) {
-        codes[0] = x & 0x33333333u;
-        codes[1] = y & 0x33333333u;
-        codes[2] = x >> 2 & 0x33333333u;
-        codes[3] = y >> 2 & 0x33333333u;
-      } else {
-        uint32_t above, beside;
-        if constexpr (kWidth == 4) {
-          above = Choose(even_bits, planes[2], planes[3] << 1);
-          beside = Choose(even_bits, planes[2] >> 1, planes[3]);
-        } else {
-          above = planes[2] & 0x55555555u;
-          beside = planes[2] >> 1 & 0x55555555u;
-        }
-        codes[0] = Choose(even_pairs, x, above << 2);
-        codes[1] = Choose(even_pairs, y, beside << 2);
-        codes[2] = Choose(even_pairs, x >> 2, above);
-        codes[3] = Choose(even_pairs, y >> 2, beside);
-      }
-    }
-  }
-  // Of six planes: eight bits of codes 2i and 2i + 1, of planes 0 to 3, in the bytes of low[i], and four of
-  // planes 4 and 5 in those of high[i].
-  KVTIDE_DEVICE void TransposeWide(const uint32_t* planes, uint32_t meant, uint32_t begin, uint32_t (&low)[4],
-                                   uint32_t (&high)[4]) const {
-    uint32_t even[3], odd[3];  // in nibbles
-#pragma unroll
-    for (int i = 0; i < 3; i++) {
-      even[i] = Choose(even_pairs, planes[2 * i], planes[2 * i + 1] << 2);
-      odd[i] = Choose(even_pairs, planes[2 * i] >> 2, planes[2 * i + 1]);
-    }
-    low[0] = Choose(even_nibbles, even[0], even[1] << 4);
-    low[1] = Choose(even_nibbles, odd[0], odd[1] << 4);
-    low[2] = Choose(even_nibbles, even[0] >> 4, even[1]);
-    low[3] = Choose(even_nibbles, odd[0] >> 4, odd[1]);
-    high[0] = (even[2] & meant) | begin;
-    high[1] = (odd[2] & meant) | begin;
-    high[2] = (even[2] >> 4 & meant) | begin;
-    high[3] = (odd[2] >> 4 & meant) | begin;
-  }
-
-  // A lane's part of a step: its tables, and the B fragments of 4 tokens.
-  template <int kWidth>
-  struct Group {
-    Shared planes;
-    uint32_t table[kWidth == 4 ? 4 : 2];  // of a row: for codes of 4 bits, of 3, or of two codes of any width
-  };
-  template <int kWidth>
-  KVTIDE_DEVICE Group<kWidth> GroupOf(Shared k_half, Shared slots) const {
+  KVTIDE_DEVICE auto GroupOf(Shared k_half, Shared slots) const {
     uint32_t slot[2];
     W::Load64(slots, slot);
-    const Shared row = lookup + static_cast<int>(slot[1]);
-    Group<kWidth> group;
-    group.planes = k_half + static_cast<int>(slot[0]);
-    if constexpr (kWidth == 4)
-      W::Load128(row, group.table);
-    else
-      W::Load64(row + (kWidth > 4 ? 24 : 16), group.table);
-    return group;
+    return levels.template GroupOf<kWidth>(k_half + static_cast<int>(slot[0]), slot[1]);
   }
   // add(j, b0, b1) adds a product of token j's levels.
   template <int kWidth, class Adds>
-  KVTIDE_DEVICE void Decode(const Group<kWidth>& group, int half, const Adds& add) const {
-    uint32_t plane[kWidth];
-#pragma unroll
-    for (int b = 0; b < kWidth; b++) plane[b] = W::Load32(group.planes + b * kTideUnitBytes + half * 32);
-    if constexpr (kWidth > 4) {
-      uint32_t low[4], high[4];
-      TransposeWide(plane, group.table[0], group.table[1], low, high);
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        // Byte j of both, and zeros: the sign of the second.
-        const auto bytes = static_cast<uint32_t>(0xcc40 + 0x1111 * j);
-        uint32_t two[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          two[i] = W::Load16(lookup + kTwosAt + 2 * static_cast<int>(W::Prmt(low[i], high[i], bytes)));
-        add(j, W::Prmt(two[0], two[1], 0x5410u), W::Prmt(two[2], two[3], 0x5410u));
-      }
-    } else {
-      uint32_t codes[4];
-      Transpose<kWidth>(plane, codes);
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const auto byte = static_cast<uint32_t>(0x40 + 0x11 * j);
-        const uint32_t first = W::Prmt(codes[0], codes[1], byte), second = W::Prmt(codes[2], codes[3], byte);
-        add(j, W::Prmt(group.table[0], group.table[1], first),
-            W::Prmt(group.table[0], group.table[1], second));
-        if constexpr (kWidth == 4)
-          add(j, W::Prmt(group.table[2], group.table[3], this->k_decoder.Not(first)),
-              W::Prmt(group.table[2], group.table[3], this->k_decoder.Not(second)));
-      }
-    }
+  KVTIDE_DEVICE void Decode(const typename Levels::template Group<kWidth>& group, int half,
+                            const Adds& add) const {
+    levels.template Decode<kWidth>(group, half, [this](uint32_t x) { return this->k_decoder.Not(x); }, add);
   }
 
   static KVTIDE_DEVICE void Add(int (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -381,7 +209,7 @@ struct LevelTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
                            int (&acc)[MT][8][4]) const {
 #pragma unroll 1
     for (; count > 0; count--, slots += kSlotBytes, part += 512) {
-      const Group<kWidth> group = GroupOf<kWidth>(k_half, slots);
+      const auto group = GroupOf<kWidth>(k_half, slots);
       uint32_t query_part[MT][4];
 #pragma unroll
       for (int m = 0; m < MT; m++) W::Load128(part + m * Tables::kQueryBytes, query_part[m]);
@@ -398,11 +226,11 @@ struct LevelTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
   KVTIDE_DEVICE void Pair(Shared k_half, Shared slots, Shared part, int (&acc)[MT][8][4]) const {
     const int lane = W::Lane();
     const bool second = (lane & 1) != 0;
-    const Group<kWidth> group = GroupOf<kWidth>(k_half, slots);
+    const auto group = GroupOf<kWidth>(k_half, slots);
     uint32_t query_part[2][MT][4];
 #pragma unroll
     for (int m = 0; m < MT; m++) {
-      const Shared own = part + m * Tables::kQueryBytes - (lane + 1) / 2 * 16, none = lookup + kZerosAt;
+      const Shared own = part + m * Tables::kQueryBytes - (lane + 1) / 2 * 16, none = levels.lookup + Levels::kZerosAt;
       W::Load128(second ? none : own, query_part[0][m]);
       W::Load128(second ? own : none, query_part[1][m]);
     }
@@ -446,7 +274,7 @@ struct LevelTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
           uint32_t zeros[4];
-          W::Load128(lookup + kZerosAt, zeros);
+          W::Load128(levels.lookup + Levels::kZerosAt, zeros);
 #pragma unroll
           for (int e = 0; e < 4; e++) acc[m][i][e] = static_cast<int>(zeros[e]);
         }

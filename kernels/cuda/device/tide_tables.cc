@@ -3,10 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <utility>
 
 #include "kernels/base/float16.h"
 #include "kernels/cuda/device/head_tables.h"
+#include "kernels/cuda/device/level_tables.h"
 #include "kernels/format/tide.h"
 
 namespace kvtide::cuda {
@@ -30,88 +32,109 @@ std::vector<std::pair<int, int>> PairsOf(const HeadProfile& head) {
   return pairs;
 }
 
-// Coefficient of the lower (or `high`) half of register `reg` of product `product` of a step of 32.
-int CoefficientOf(int step, int c, int product, int reg, int high) {
-  return 32 * step + 8 * c + 2 * product + reg + 4 * high;
-}
-
 uint32_t Halves(float low, float high) { return F32ToF16(low) | static_cast<uint32_t>(F32ToF16(high)) << 16; }
 
 template <int D>
 void MakeHead(const HeadProfile& head, CacheType type, std::byte* to) {
   using T = TideTables<D>;
+  constexpr int kGroups = D / kTideGroup;
   const std::span<const uint8_t> widths = WidthsOf(type, head);
   const int dim = static_cast<int>(head.centre.size()),
             turned = static_cast<int>(head.rope.frequencies.size());
   const std::vector<std::pair<int, int>> pairs = PairsOf<D>(head);
   const auto put = [to](int at, const auto& value) { std::memcpy(to + at, &value, sizeof(value)); };
+  const auto width_of = [&](int g) { return int{widths[static_cast<size_t>(g)]}; };
 
-  float largest = 0;
-  for (const float x : head.inverse) largest = std::max(largest, std::abs(x));
-  int exponent = 0;
-  (void)std::frexp(largest, &exponent);
-  const float inverse_unit = std::ldexp(1.0f, -exponent), unit = kCoefficientUnit * inverse_unit;
-  put(T::kUnit, 1.0f / unit);
-  int used = 1;
-  for (int g = 0; g < D / kTideGroup; g++)
-    if (widths[static_cast<size_t>(g)] > 0) used = g / 4 + 1;
-  put(T::kUsed, int32_t{used});
+  uint32_t first_unit[kGroups], units = 0;
+  for (int g = 0; g < kGroups; g++) {
+    first_unit[g] = units;
+    units += static_cast<uint32_t>(width_of(g));
+  }
+  std::vector<int> order(kGroups);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return width_of(a) > width_of(b); });
+  for (int at = 0; at < kGroups; at++) {
+    const int g = order[static_cast<size_t>(at)];
+    const uint32_t place = first_unit[g] * kTideUnitBytes + static_cast<uint32_t>(g % 4 * 4);
+    put(T::kSlots + (at % 4 * 4 + at / 4) * 4, place | (32 * static_cast<uint32_t>(width_of(g))) << 16);
+    if (at % 4 == 0) put(T::kWidths + at / 4, static_cast<uint8_t>(width_of(g)));
+  }
 
+  // What a coefficient's level is multiplied by, in a channel; and the scale of a pair.
   const auto inverse = [&](int channel, int coefficient) {
-    if (channel < 0 || coefficient >= dim || widths[static_cast<size_t>(coefficient / kTideGroup)] == 0)
-      return 0.0f;
-    return head.inverse[static_cast<size_t>(channel * dim + coefficient)] * inverse_unit;
+    const int width = width_of(coefficient / kTideGroup);
+    if (channel < 0 || coefficient >= dim || width == 0) return 0.0f;
+    return head.inverse[static_cast<size_t>(channel * dim + coefficient)] / RebuiltSigma(width);
   };
   const auto centre = [&](int channel) {
-    return channel < 0 ? 0.0f : head.centre[static_cast<size_t>(channel)] * unit;
+    return channel < 0 ? 0.0f : head.centre[static_cast<size_t>(channel)];
   };
-  for (int s = 0; s < T::kSteps; s++)
+  std::vector<float> scales;
+  for (const auto& [first, second] : pairs) {
+    float largest = 0;
+    for (int j = 0; j < dim; j++)
+      largest = std::max({largest, std::abs(inverse(first, j)), std::abs(inverse(second, j))});
+    // Means of channels that hardly differ must fit in halves.
+    const float mean = std::max(std::abs(centre(first)), std::abs(centre(second)));
+    const float scale = std::max(largest / 127, mean * (kKeyUnit / 16384));
+    scales.push_back(scale > 0 ? scale : 1.0f);
+  }
+  const auto rounded = [&](int pair, int channel, int coefficient) {
+    return static_cast<int>(std::lrint(inverse(channel, coefficient) / scales[static_cast<size_t>(pair)]));
+  };
+
+  for (int s = 0; s < T::kSteps; s++) {
+    const int step = s * T::kStepBytes;
     for (int lane = 0; lane < 32; lane++) {
       const int n = lane >> 2, c = lane & 3;
-      for (int k = 0; k < T::kSteps; k++)
-        for (int word = 0; word < 4; word++) {
-          const auto& [first, second] = pairs[static_cast<size_t>(8 * s + n)];
-          const int channel = word < 2 ? first : second;
-          put(s * T::kStepBytes + T::kInverse + k * 512 + lane * 16 + word * 4,
-              Halves(inverse(channel, CoefficientOf(k / 2, c, k % 2, word % 2, 0)),
-                     inverse(channel, CoefficientOf(k / 2, c, k % 2, word % 2, 1))));
+      for (int k = 0; k < T::kGroupSteps; k++)
+        for (int byte = 0; byte < 16; byte++) {
+          const int pair = 8 * s + n, group = order[static_cast<size_t>(4 * k + c)];
+          const auto& [first, second] = pairs[static_cast<size_t>(pair)];
+          const bool wide = width_of(order[static_cast<size_t>(4 * k)]) > 4;
+          const int coefficient =
+              kTideGroup * group + LevelTables<D>::CoefficientOf(wide, byte / 4 % 2, byte % 4);
+          put(step + T::kInverse + k * 512 + lane * 16 + byte,
+              static_cast<int8_t>(rounded(pair, byte < 8 ? first : second, coefficient)));
         }
-      for (int m = 0; m < 4; m++)
+      for (int i = 0; i < 2; i++)
         for (int high = 0; high < 2; high++) {
           CosSin angles[2] = {{1, 0}, {1, 0}};
           for (int e = 0; e < 2; e++)
             if (const int pair = 8 * s + 2 * c + e; pair < turned)
               angles[e] = CosSinOf(PhaseOf(PerPosition(head.rope.frequencies[static_cast<size_t>(pair)]), 0,
-                                           T::TokenOf(m, n, high == 1)));
-          const int at = s * T::kStepBytes + T::kRope + m * 512 + lane * 16 + high * 8;
+                                           4 * n + 2 * high + i));
+          const int at = step + T::kRope + i * 512 + lane * 16 + high * 8;
           put(at, Halves(angles[0].cos, angles[1].cos));
           put(at + 4, Halves(angles[0].sin, angles[1].sin));
         }
-      for (int i = 0; i < 8; i++) {
-        const auto& pair = pairs[static_cast<size_t>(8 * s + 2 * c + i % 2)];
-        put(s * T::kStepBytes + T::kCentre + i / 4 * 512 + lane * 16 + i % 4 * 4,
-            centre(i < 4 ? pair.first : pair.second));
-      }
     }
+    for (int c = 0; c < 4; c++)
+      for (int i = 0; i < 4; i++) {
+        const int pair = 8 * s + 2 * c + i % 2;
+        const auto& [first, second] = pairs[static_cast<size_t>(pair)];
+        const int channel = i < 2 ? first : second;
+        int offset = 0;
+        for (int at = 0; at < kGroups; at++)
+          if (width_of(order[static_cast<size_t>(at / 4 * 4)]) == 4)
+            for (int e = 0; e < kTideGroup; e++)
+              offset += kJoinedOffset *
+                        rounded(pair, channel, kTideGroup * order[static_cast<size_t>(at)] + e);
+        const int back = T::kBack + (4 * s + c) * T::kBackBytes;
+        put(back + i * 4, -(kKeyStart + static_cast<float>(offset) * kKeyUnit));
+        put(back + 16 + i * 2,
+            F32ToF16(centre(channel) / scales[static_cast<size_t>(pair)] * kKeyUnit));
+      }
+  }
   for (int i = 0; i < turned; i++)
     put(T::kPhases + i * 8, PerPosition(head.rope.frequencies[static_cast<size_t>(i)]));
-  uint32_t at = 0, first_unit[D / kTideGroup];
-  for (int g = 0; g < D / kTideGroup; g++) {
-    first_unit[g] = at;
-    at += widths[static_cast<size_t>(g)];
-  }
-  for (int g = 0; g < D / kTideGroup; g++) {
-    const uint8_t* const four = widths.data() + g / 4 * 4;
-    const uint32_t most = *std::max_element(four, four + 4);
-    put(T::kGroups + (g % 4 * 4 + g / 4) * 4,
-        first_unit[g] | widths[static_cast<size_t>(g)] << 8 | most << 16);
-  }
   int none = D;  // channels that there are not
   for (int i = 0; i < D / 2; i++)
     for (int second = 0; second < 2; second++) {
       const auto& pair = pairs[static_cast<size_t>(i)];
-      const int channel = second == 0 ? pair.first : pair.second;
-      put(T::kPlaces + (channel >= 0 ? channel : --none) * 2, static_cast<uint16_t>(T::PlaceOf(i, second)));
+      const int channel = second == 0 ? pair.first : pair.second, at = channel >= 0 ? channel : --none;
+      put(T::kPlaces + at * 2, static_cast<uint16_t>(T::PlaceOf(i, second)));
+      put(T::kScales + at * 4, scales[static_cast<size_t>(i)]);
     }
 }
 
