@@ -7,6 +7,7 @@
 #include <deque>
 #include <memory>
 #include <random>
+#include <string>
 #include <utility>
 
 #include "kernels/base/check.h"
@@ -110,6 +111,15 @@ AttendResult AttendByReference(const TestSequence& sequence, const AttendCase& c
 
 namespace {
 
+// Keys coded before RoPE, of the pairs and head dims for which backends may have kernels that rebuild them.
+bool MayBeRebuilt(const BlockLayout& layout, const HeadProfile* profile) {
+  const CachePair& pair = layout.pair();
+  const int dim = layout.k().stored_dim;
+  return Info(pair.k).calibrated && !profile->rope.frequencies.empty() && (dim == 64 || dim == 128) &&
+         dim == layout.v().stored_dim &&
+         Name(pair.v) == "turbo" + std::to_string(std::max(2, int{Info(pair.k).bits}));
+}
+
 AttendResult AttendOverF16(const TestSequence& sequence, const AttendCase& c, const std::vector<float>& q,
                            bool rebuilt) {
   const GroupShape& shape = sequence.shape();
@@ -134,7 +144,7 @@ AttendResult AttendOverF16(const TestSequence& sequence, const AttendCase& c, co
                 stored[r].first_position + static_cast<int64_t>(blocks[r].size()) * kBlockTokens;
             const std::byte* const half = block + from.RecordOffset(layer, head) + (key ? 0 : from.v_codes());
             const CacheType type = key ? from.pair().k : from.pair().v;
-            if (rebuilt && Info(type).calibrated && !profile->rope.frequencies.empty())
+            if (rebuilt && key && MayBeRebuilt(from, profile))
               rows = RebuiltKeys(type, source, *profile, position, half);
             else
               DecodeHalf(type, side, source, profile, position, half, rows.data());
