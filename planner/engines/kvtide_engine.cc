@@ -94,10 +94,10 @@ class KvtideSizer : public KvSizer {
   }
 
   // The price of calibrated keys, as pages of f16 that were written and read beside the coded ones. Before
-  // RoPE they are rebuilt for every step: attention takes about one and a half times as long as over f16
-  // pages (an H200, tests/bench/results/gpu_attend.json), on CPUs seven times
-  // (cpu_attend_tide_1_thread.json). After RoPE queries are turned and bit planes read: 231, 172 and 145 us
-  // for 4, 3 and 2 bits where turbo takes 140, 107 and 98 and f16 485, and no more on CPUs.
+  // RoPE they are rebuilt for every step: attention takes 0.7 to 0.9 times as long as over f16 pages with up
+  // to 8 query heads on a KV head (an H200, tests/bench/results/gpu_attend.json), on CPUs seven times
+  // (cpu_attend_tide_1_thread.json). After RoPE queries are turned and bit planes read: 193, 144 and 126 us
+  // for 4, 3 and 2 bits where turbo takes 143, 112 and 97 and f16 490, and no more on CPUs.
   int64_t StepScratchBytes(int64_t context) const override {
     const absl::StatusOr<CacheType> k = ParseCacheType(effective_.k);
     if (!k.ok() || !Info(*k).calibrated) return 0;
@@ -109,7 +109,7 @@ class KvtideSizer : public KvSizer {
     }
     if (options_.calibrated_keys.has_value() && options_.calibrated_keys->after_rope)
       return bytes / 128 * 3 * Info(*k).bits;
-    return options_.backend == LlamaBackend::kCpu ? Product(bytes, 3) : bytes / 3 * 2;
+    return options_.backend == LlamaBackend::kCpu ? Product(bytes, 3) : bytes / 10 * 3;
   }
 
   // Means, and transforms in both directions with the bits of their coefficients, means of coded keys and

@@ -136,8 +136,8 @@ Support Kvtide(const EngineOptions& options, const TypePair& pair, int dk, int d
   return {
       SupportLevel::kDequantise, "kvtide",
       absl::StrCat(pair.k,
-                   " keys before RoPE are rebuilt in f16 in every step: GPUs attend over them more slowly "
-                   "than over f16 pages; `kvtide calibrate --keys after-rope` makes a profile for speed")};
+                   " keys before RoPE are rebuilt in every step: GPUs attend over them about as fast as over "
+                   "f16 pages; `kvtide calibrate --keys after-rope` makes a profile for speed")};
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// What keys of calibrated types are where they are rebuilt with transforms of 8 bits: a definition beside that
-// of the bytes (format/tide.h), in double.
+// What keys of calibrated types are where they are rebuilt with transforms of 8 bits: a definition beside
+// that of the bytes (format/tide.h), in double.
 #pragma once
 
 #include <algorithm>
@@ -16,10 +16,10 @@
 
 namespace kvtide::testing {
 
-// Keys of half a page as a backend may rebuild them (cuda/attend/tide_tile.h): levels of its own, and an inverse of 8 bits with one scale for
-// each pair of channels.
+// Keys of a page as a backend may rebuild them (cuda/attend/tide_tile.h): levels of its own, and an inverse
+// of 8 bits with one scale for each pair of channels.
 inline std::vector<float> RebuiltKeys(CacheType type, const HalfLayout& layout, const HeadProfile& head,
-                               int64_t position, const std::byte* half) {
+                                      int64_t position, const std::byte* half) {
   const int dim = layout.head_dim, stored = layout.stored_dim,
             turned = static_cast<int>(head.rope.frequencies.size());
   const std::span<const uint8_t> widths = WidthsOf(type, head);
@@ -48,8 +48,8 @@ inline std::vector<float> RebuiltKeys(CacheType type, const HalfLayout& layout, 
   for (int i = 0; i < dim; i++) {
     float largest = 0;
     for (int j = 0; j < dim; j++)
-      largest = std::max(
-          {largest, std::fabs(inverse(i, j)), std::fabs(inverse(other[static_cast<size_t>(i)], j))});
+      largest =
+          std::max({largest, std::fabs(inverse(i, j)), std::fabs(inverse(other[static_cast<size_t>(i)], j))});
     const double scale = largest > 0 ? static_cast<double>(largest / 127) : 1;
     std::vector<double>& row = matrix.emplace_back();
     for (int j = 0; j < dim; j++)

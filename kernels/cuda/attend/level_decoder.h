@@ -1,14 +1,14 @@
-// Bit planes of calibrated keys (format/tide.h) to levels of 8 bits, as a warp's integer products want them: a
-// lane of a step of four groups (LevelTables) has one for 8 tokens, 4 of each half of the page, and makes of
-// them both words of a B fragment of m16n8k32 for each token (token n of a tile, four coefficients a word).
-// Two such fragments are an A fragment of 16 tokens.
+// Bit planes of calibrated keys (format/tide.h) to levels of 8 bits, as a warp's integer products want them:
+// a lane of a step of four groups (LevelTables) has one for 8 tokens, 4 of each half of the page, and makes
+// of them both words of a B fragment of m16n8k32 for each token (token n of a tile, four coefficients a
+// word). Two such fragments are an A fragment of 16 tokens.
 //
 // Of 4 tokens a lane has a word of each bit plane, which are made nibbles of codes by exchanges of index bits
 // between words. One byte permute takes the four codes of a word of a fragment together, another looks their
 // levels up in a table of 8 entries that depends on the lane's own width (bits above it are ignored, so that
-// lanes of a step may differ). Codes of 4 bits are looked up in two tables, of which the one that is not meant
-// answers 0 or -1 (quad_decoder.h). Codes of 5 and 6 bits are looked up in shared memory, two at a time.
-// Planes above a lane's width are read all the same, up to 320 bytes behind the keys.
+// lanes of a step may differ). Codes of 4 bits are looked up in two tables, of which the one that is not
+// meant answers 0 or -1 (quad_decoder.h). Codes of 5 and 6 bits are looked up in shared memory, two at a
+// time. Planes above a lane's width are read all the same, up to 320 bytes behind the keys.
 #pragma once
 
 #include "kernels/cuda/device/warp.h"
@@ -95,8 +95,8 @@ struct LevelDecoder {
                 bits = six    ? i
                        : five ? i - kSixes
                               : rest % kOthers;
-      const int8_t *const first = Levels::Of(width) + EvenBits(bits),
-                   *const second = Levels::Of(width) + EvenBits(bits >> 1);
+      const int8_t *const first = Levels::Of(width) + EvenBits(bits), *const second = Levels::Of(width) +
+                                                                                      EvenBits(bits >> 1);
       const auto two = static_cast<uint32_t>((first[0] & 255) | (first[1] & 255) << 16);
       W::Store64(at + kTwosAt + 2 * i, two | static_cast<uint32_t>(second[0] & 255) * 0x01000100u,
                  two | static_cast<uint32_t>(second[1] & 255) * 0x01000100u);
@@ -184,8 +184,8 @@ struct LevelDecoder {
       W::Load64(at + (kWidth > 4 ? 24 : 16), group.table);
     return group;
   }
-  // add(j, b0, b1) takes token j's levels; unless they are joined, those of codes of 4 bits in two parts whose
-  // sum they are. complement(x): ~x.
+  // add(j, b0, b1) takes token j's levels; unless they are joined, those of codes of 4 bits in two parts
+  // whose sum they are. complement(x): ~x.
   template <int kWidth, class Complement, class Adds>
   KVTIDE_DEVICE void Decode(const Group<kWidth>& group, int half, const Complement& complement,
                             const Adds& add) const {

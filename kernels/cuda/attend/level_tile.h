@@ -2,10 +2,10 @@
 // values: queries are turned into the frame of the stored levels once (WriteLevelQuery), keys are integer
 // products with levels, times the token's gain; values go the way of CodedTile.
 //
-// Levels come from LevelDecoder. In a step of four groups (LevelTables) a lane has one for 8 tokens, 4 of each
-// half of the page; in a step of two it has one for 4 tokens, lanes of even c those of the first half, and
-// takes part in two products, of which the one that is not meant finds zeros for its queries. Levels of codes
-// of 4 bits come in two parts, whose sum is taken by two products.
+// Levels come from LevelDecoder. In a step of four groups (LevelTables) a lane has one for 8 tokens, 4 of
+// each half of the page; in a step of two it has one for 4 tokens, lanes of even c those of the first half,
+// and takes part in two products, of which the one that is not meant finds zeros for its queries. Levels of
+// codes of 4 bits come in two parts, whose sum is taken by two products.
 #pragma once
 
 #include <cstddef>
@@ -197,7 +197,8 @@ struct LevelTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
   template <int kWidth, class Adds>
   KVTIDE_DEVICE void Decode(const typename Levels::template Group<kWidth>& group, int half,
                             const Adds& add) const {
-    levels.template Decode<kWidth>(group, half, [this](uint32_t x) { return this->k_decoder.Not(x); }, add);
+    levels.template Decode<kWidth>(
+        group, half, [this](uint32_t x) { return this->k_decoder.Not(x); }, add);
   }
 
   static KVTIDE_DEVICE void Add(int (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -230,7 +231,8 @@ struct LevelTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
     uint32_t query_part[2][MT][4];
 #pragma unroll
     for (int m = 0; m < MT; m++) {
-      const Shared own = part + m * Tables::kQueryBytes - (lane + 1) / 2 * 16, none = levels.lookup + Levels::kZerosAt;
+      const Shared own = part + m * Tables::kQueryBytes - (lane + 1) / 2 * 16,
+                   none = levels.lookup + Levels::kZerosAt;
       W::Load128(second ? none : own, query_part[0][m]);
       W::Load128(second ? own : none, query_part[1][m]);
     }

@@ -44,9 +44,9 @@ struct alignas(16) TideUnit {
   int64_t position = 0;               // of page 0's first token
 };
 
-// One warp writes query row `r` for rebuilt keys: times the scales of its channels, divided by the largest, in
-// halves, where its channels' pairs are. Returns what 1 of a logit is worth, times |scale|; the sign of the
-// scale is the row's.
+// One warp writes query row `r` for rebuilt keys: times the scales of its channels, divided by the largest,
+// in halves, where its channels' pairs are. Returns what 1 of a logit is worth, times |scale|; the sign of
+// the scale is the row's.
 template <class W, int D>
 KVTIDE_DEVICE float WriteTideQuery(WarpRow<D>& row, float scale, int r, const std::byte* tables,
                                    typename W::Shared area) {
@@ -98,13 +98,14 @@ struct TideTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
   // second ones.
   static constexpr int kQueryFragmentBytes = MT * Tables::kSteps * Tables::kQueryStepBytes,
                        kQueryBytes = kQueryFragmentBytes;
-  // A warp's own: for 4s + c what takes back the start of its pairs' keys, then for each half of the page their
-  // means and the cosines and sines of its first token, as halves; then logits [row][token].
+  // A warp's own: for 4s + c what takes back the start of its pairs' keys, then for each half of the page
+  // their means and the cosines and sines of its first token, as halves; then logits [row][token].
   static constexpr int kPairBytes = 48, kHalvesAt = 16, kLogitsAt = DK / 4 * kPairBytes,
                        kRowBytes = (kBlockTokens + 4) * 4;
   static constexpr int kScratchBytes = kLogitsAt + 8 * MT * kRowBytes;
 
-  static constexpr int kLookupAt = (Values::kTableBytes + 15) / 16 * 16, kStartAt = kLookupAt + Levels::kBytes;
+  static constexpr int kLookupAt = (Values::kTableBytes + 15) / 16 * 16,
+                       kStartAt = kLookupAt + Levels::kBytes;
   static constexpr int kTableBytes = kStartAt + 16;
 
   Shared scratch;
@@ -158,8 +159,9 @@ struct TideTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
         float angle[2];
 #pragma unroll
         for (int e = 0; e < 2; e++)
-          angle[e] = W::ToFloat(static_cast<int>(phase[e] + static_cast<uint32_t>(32 * half) * w[2 * e + 1])) *
-                     kRadians;
+          angle[e] =
+              W::ToFloat(static_cast<int>(phase[e] + static_cast<uint32_t>(32 * half) * w[2 * e + 1])) *
+              kRadians;
         W::Store64(scratch + kPairBytes * lane + kHalvesAt + 16 * half + 8,
                    W::template Pack<false>(W::Cos(angle[0]), W::Cos(angle[1])),
                    W::template Pack<false>(W::Sin(angle[0]), W::Sin(angle[1])));
@@ -173,8 +175,8 @@ struct TideTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
   KVTIDE_DEVICE void LoadLevels(Shared k_half, uint32_t slot, int half, uint32_t (*a)[4]) const {
     const int lane = W::Lane(), n = lane >> 2;
     const auto place = static_cast<uint32_t>(16 * (n & 1) + 4 * (n >> 1));
-    const auto group = levels.template GroupOf<kWidth>(
-        k_half + static_cast<int>((slot & 0xffffu) ^ place), slot >> 16);
+    const auto group =
+        levels.template GroupOf<kWidth>(k_half + static_cast<int>((slot & 0xffffu) ^ place), slot >> 16);
     levels.template Decode<kWidth>(
         group, half, [](uint32_t x) { return ~x; },
         [a](int j, uint32_t b0, uint32_t b1) {
@@ -242,8 +244,7 @@ struct TideTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
                 return W::Float(static_cast<uint32_t>(sums[u][second][2 * row + e])) +
                        W::Float(back[2 * second + e]);
               };
-              x[second] =
-                  W::HalfFma(W::template Pack<false>(value(0), value(1)), gains[u][row], own[second]);
+              x[second] = W::HalfFma(W::template Pack<false>(value(0), value(1)), gains[u][row], own[second]);
             }
             const uint32_t cosine = rope[2 * row], sine = rope[2 * row + 1];
             key[row] = W::HalfFma(W::HalfNegative(x[1]), sine, W::HalfMul(x[0], cosine));
@@ -326,9 +327,9 @@ struct TideTile : CodedTile<W, VCodec, VCodec, DK, DV, MT> {
         for (int half = 0; half < kHalves; half++)
 #pragma unroll
           for (int e = 0; e < 2; e++) {
-            const uint32_t four[4] = {
-                W::Bits(logits[m][2 * half][e]), W::Bits(logits[m][2 * half + 1][e]),
-                W::Bits(logits[m][2 * half][2 + e]), W::Bits(logits[m][2 * half + 1][2 + e])};
+            const uint32_t four[4] = {W::Bits(logits[m][2 * half][e]), W::Bits(logits[m][2 * half + 1][e]),
+                                      W::Bits(logits[m][2 * half][2 + e]),
+                                      W::Bits(logits[m][2 * half + 1][2 + e])};
             W::Store128(scratch + kLogitsAt + (8 * m + 2 * c + e) * kRowBytes + (first + half) * 128 + 16 * n,
                         four);
           }

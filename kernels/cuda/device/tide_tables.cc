@@ -118,12 +118,11 @@ void MakeHead(const HeadProfile& head, CacheType type, std::byte* to) {
         for (int at = 0; at < kGroups; at++)
           if (width_of(order[static_cast<size_t>(at / 4 * 4)]) == 4)
             for (int e = 0; e < kTideGroup; e++)
-              offset += kJoinedOffset *
-                        rounded(pair, channel, kTideGroup * order[static_cast<size_t>(at)] + e);
+              offset +=
+                  kJoinedOffset * rounded(pair, channel, kTideGroup * order[static_cast<size_t>(at)] + e);
         const int back = T::kBack + (4 * s + c) * T::kBackBytes;
         put(back + i * 4, -(kKeyStart + static_cast<float>(offset) * kKeyUnit));
-        put(back + 16 + i * 2,
-            F32ToF16(centre(channel) / scales[static_cast<size_t>(pair)] * kKeyUnit));
+        put(back + 16 + i * 2, F32ToF16(centre(channel) / scales[static_cast<size_t>(pair)] * kKeyUnit));
       }
   }
   for (int i = 0; i < turned; i++)

@@ -8,8 +8,8 @@
 //
 // The inverse is rounded to 8 bits with one scale for a pair of channels, which commutes with RoPE, so that
 // queries can take it. What it meets are levels (RebuiltLevel): the smaller those of narrow groups are, the
-// larger is what meets them beside the rest of a channel, and the less its rounding is worth. A key is then an
-// integer below 2^21; as a float it is kKeyUnit times that.
+// larger is what meets them beside the rest of a channel, and the less its rounding is worth. A key is then
+// an integer below 2^21; as a float it is kKeyUnit times that.
 #pragma once
 
 #include <cstddef>
@@ -67,9 +67,9 @@ struct TideTables {
   // uint32_t [c][4]: of group step i, bytes of the first unit of lane c's group, exclusive or
   // 4 * (group % 4) (TideByte), and 16 bits higher 32 * its width.
   static constexpr int kSlots = kPhases + D / 2 * 8;
-  static constexpr int kPlaces = kSlots + 64;        // uint16_t [D]: where a channel's query is, in halves
-  static constexpr int kScales = kPlaces + D * 2;    // float [D]: what a channel's integers are worth
-  static constexpr int kWidths = kScales + D * 4;    // uint8_t [4]: the largest width of each group step
+  static constexpr int kPlaces = kSlots + 64;      // uint16_t [D]: where a channel's query is, in halves
+  static constexpr int kScales = kPlaces + D * 2;  // float [D]: what a channel's integers are worth
+  static constexpr int kWidths = kScales + D * 4;  // uint8_t [4]: the largest width of each group step
   static constexpr int kBytes = (kWidths + 4 + 127) / 128 * 128;
   static_assert(kGroupSteps <= 4);
 
