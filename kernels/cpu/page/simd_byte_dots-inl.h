@@ -86,7 +86,8 @@ class LevelDots {
         sum.low = vdotq_laneq_s32(sum.low, first[v], words, 2);
         sum.high = vdotq_laneq_s32(sum.high, second[v], words, 1);
         sum.low = vdotq_laneq_s32(sum.low, second[v], words, 3);
-        // As written: GCC would look up the codes of all columns before it uses any, and keep sums on the stack.
+        // As written: GCC would look up the codes of all columns before it uses any, and keep sums on the
+        // stack.
         asm volatile("" : "+w"(sum.high), "+w"(sum.low));
       }
     }

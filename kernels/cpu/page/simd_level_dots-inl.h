@@ -6,9 +6,8 @@
 // with levels of 8 bits (NEON, simd_byte_dots-inl.h). Either has
 //   LevelSum            the sums of a vector of units for a row; StartSum(n) and Total(sum)
 //   VectorsFor          vectors of units that are worked on together: as many as leave the sums in registers
-//   LevelDots<bits>     Add; kOffset, how much larger than the level is what it multiplies: sums of a row
-//   begin with
-//                       -kOffset times the sum of its words
+//   LevelDots<bits>     Add; kOffset, how much too large the levels are that it multiplies, so that the sums
+//                       of a row begin with -kOffset times the sum of its words
 //   kLargestWord        what words may be
 //   PutWords, UnitWord  the words of a row for the eight codes of a unit of K, four integers of 32 bits
 //   PackWords, PackedWord, StorePacked, AddToStart  those for the tokens of a page of V
