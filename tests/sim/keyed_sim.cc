@@ -1,10 +1,12 @@
 #include "tests/sim/keyed_sim.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "tests/sim/sim_runs.h"
 
 namespace kvtide::testing {
 namespace {
@@ -36,13 +38,13 @@ std::vector<std::byte> KeyedSim::Payload(size_t space, int first, uint64_t count
                                                  (spec.tensors->head_dim_k + spec.tensors->head_dim_v));
   std::vector<std::byte> payload(bytes * count);
   for (uint64_t i = 0; i < count; i++) {
-    std::mt19937 random(static_cast<uint32_t>(space * 1'000'003) + static_cast<uint32_t>(first) +
-                        static_cast<uint32_t>(i));
-    for (size_t b = 0; b + 1 < bytes; b += 2) {
-      // Finite values of f16, so that they are rows too.
-      const uint16_t value = static_cast<uint16_t>(random() % 0x7800);
-      payload[i * bytes + b] = static_cast<std::byte>(value & 0xff);
-      payload[i * bytes + b + 1] = static_cast<std::byte>(value >> 8);
+    // Finite values of f16, so that they are rows too. Four at a time, from a counter that is mixed.
+    uint64_t counter = (uint64_t{space} << 32 | (static_cast<uint64_t>(first) + i)) * 0xd1342543de82ef95u;
+    for (size_t b = 0; b < bytes; b += 8) {
+      uint64_t bits = counter += 0x9e3779b97f4a7c15u;
+      bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9u;
+      bits = (bits ^ (bits >> 27)) & 0x77ff'77ff'77ff'77ffu;
+      std::memcpy(payload.data() + i * bytes + b, &bits, std::min<size_t>(8, bytes - b));
     }
   }
   return payload;
@@ -366,6 +368,7 @@ bool KeyedSim::Run(uint32_t seed, int64_t steps, World world) {
   options_.eviction = seed % 2 == 0 ? EvictionKind::kLru : EvictionKind::kS3Fifo;
   options_.room_wait = absl::ZeroDuration();  // whoever would have to be waited for is a caller of ours
   options_.max_moves_in_flight = static_cast<size_t>(1 + Random(8));
+  options_.max_copy_threads = 1;  // others would throw the dice when they like
   options_.max_keyed_blocks = Random(3) == 0 ? 40 : kPlenty;
   options_.limits.high_watermark = 0.8;
   options_.limits.low_watermark = 0.5;
@@ -433,9 +436,11 @@ bool KeyedSim::Run(uint32_t seed, int64_t steps, World world) {
   for (Space& space : spaces_) (void)cache_->DeleteNamespace(space.id).status();
   while (!held_.empty()) GiveBack(0);
   cache_->CheckInvariants();
-  const uint64_t left = UsedBytes(cache_->Stats());
-  Expect(left == 0 && cache_->Stats().leases == 0,
-         absl::StrCat(left, " bytes are left after all was deleted"));
+  const CacheStats stats = cache_->Stats();
+  trail_ = absl::StrCat(stats.appended_tokens, " ", stats.moves, " ", stats.lost_blocks, " ", dice_());
+  SayTrail(seed, trail_);
+  const uint64_t left = UsedBytes(stats);
+  Expect(left == 0 && stats.leases == 0, absl::StrCat(left, " bytes are left after all was deleted"));
   for (FaultyBackend* backend : {device_.get(), host_.get()}) {
     backend->SetHook(nullptr);
     backend->DelayCopies(nullptr);

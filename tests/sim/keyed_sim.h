@@ -99,6 +99,8 @@ class KeyedSim : public CacheTest {
 
  protected:
   uint64_t nested_ = 0, loaded_ = 0, in_place_ = 0, restarts_ = 0, fetched_ = 0, refused_starts_ = 0;
+  // What became of the last seed: equal runs have equal ones.
+  std::string trail_;
 };
 
 }  // namespace kvtide::testing

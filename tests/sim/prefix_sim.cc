@@ -1,10 +1,12 @@
 #include "tests/sim/prefix_sim.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/base/float16.h"
+#include "tests/sim/sim_runs.h"
 
 namespace kvtide::testing {
 namespace {
@@ -42,9 +44,14 @@ std::vector<float> PrefixSim::Rows(int layer, bool keys, const Tokens& tokens, s
   for (size_t t = 0; t < tokens.size(); t++) {
     history = history * 6364136223846793005u + tokens[t] + 1;
     if (t < from) continue;
-    // Of f16, so that they are stored as they are.
-    for (size_t i = 0; i < row; i++)
-      rows.push_back(static_cast<float>((history >> (i % 40)) % 2048) / 1024 - 1);
+    // Of f16, so that they are stored as they are. They come again after kPeriod values.
+    constexpr size_t kPeriod = 40;
+    const size_t begin = rows.size();
+    rows.resize(begin + row);
+    for (size_t i = 0; i < std::min(row, kPeriod); i++)
+      rows[begin + i] = static_cast<float>((history >> i) % 2048) / 1024 - 1;
+    for (size_t i = kPeriod; i < row; i += kPeriod)
+      std::memcpy(&rows[begin + i], &rows[begin], std::min(kPeriod, row - i) * sizeof(float));
   }
   return rows;
 }
@@ -455,9 +462,11 @@ bool PrefixSim::Run(uint32_t seed, int64_t steps, bool lie, bool remote) {
     Expect(status.ok(), status.ToString());
   }
   cache_->CheckInvariants();
-  const uint64_t left = UsedBytes(cache_->Stats());
-  Expect(left == 0 && cache_->Stats().leases == 0,
-         absl::StrCat(left, " bytes are left after all was forgotten"));
+  const CacheStats stats = cache_->Stats();
+  trail_ = absl::StrCat(stats.appended_tokens, " ", stats.moves, " ", stats.lost_blocks, " ", dice_());
+  SayTrail(seed, trail_);
+  const uint64_t left = UsedBytes(stats);
+  Expect(left == 0 && stats.leases == 0, absl::StrCat(left, " bytes are left after all was forgotten"));
   for (FaultyBackend* backend : {device_.get(), host_.get()}) {
     backend->SetHook(nullptr);
     backend->DelayCopies(nullptr);

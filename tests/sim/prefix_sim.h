@@ -94,6 +94,8 @@ class PrefixSim : public CacheTest {
 
  protected:
   uint64_t nested_ = 0, reused_ = 0, restarts_ = 0, deaths_ = 0, fetched_ = 0;
+  // What became of the last seed: equal runs have equal ones.
+  std::string trail_;
 };
 
 }  // namespace kvtide::testing

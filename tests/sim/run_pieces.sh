@@ -22,7 +22,7 @@ pack() {
   strip -o "$folder/kvtide_test_sim" "$build/tests/sim/kvtide_test_sim"
   # The C library is the machine's own.
   ldd "$folder/kvtide_test_sim" | awk '$2 == "=>" && $3 ~ /^\// { print $3 }' |
-    grep -Ev '/(libc|libm|libdl|librt|libpthread|libresolv|ld-linux-x86-64)\.so' |
+    grep -Ev '/(libc|libm|libmvec|libdl|librt|libpthread|libresolv|ld-linux-x86-64)\.so' |
     while read -r library; do cp -L "$library" "$folder/lib/"; done
   cp "$0" "$folder/"
 }

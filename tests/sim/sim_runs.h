@@ -1,11 +1,13 @@
 // Which seeds a simulation runs, and how many steps of each: KVTIDE_SIM_SEEDS=first:count (or one seed) and
-// KVTIDE_SIM_STEPS choose others than a test's own.
+// KVTIDE_SIM_STEPS choose others than a test's own. With KVTIDE_SIM_TRAILS every seed prints what became of
+// it: two builds that print the same have run the same histories.
 #pragma once
 
 #include <gtest/gtest-spi.h>
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <string>
 
@@ -24,6 +26,10 @@ struct SimRuns {
     if (const char* text = std::getenv("KVTIDE_SIM_STEPS"); text != nullptr) steps = std::atoll(text);
   }
 };
+
+inline void SayTrail(uint32_t seed, const std::string& trail) {
+  if (std::getenv("KVTIDE_SIM_TRAILS") != nullptr) std::printf("seed %u: %s\n", seed, trail.c_str());
+}
 
 // Whether a run finds something wrong, which it says by false and by failures of the test; those are kept
 // from the test.

@@ -3,9 +3,20 @@
 namespace kvtide::testing {
 
 std::vector<float> RandomRows(std::mt19937& random, size_t count, float spread) {
-  std::normal_distribution<float> normal(0, spread);
+  // The sum of four numbers of 16 bits, from a counter that is mixed (splitmix64): nearly normal, and many
+  // times faster than std::normal_distribution of this generator, where simulations spent their time.
+  constexpr float kMean = 2 * 65535.0f, kDeviation = 37837.23f;  // of the sum: 65536 / sqrt(3)
+  uint64_t counter = random();
+  counter = counter << 32 | random();
   std::vector<float> values(count);
-  for (float& x : values) x = normal(random);
+  for (float& x : values) {
+    uint64_t bits = counter += 0x9e3779b97f4a7c15u;
+    bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9u;
+    bits = (bits ^ (bits >> 27)) * 0x94d049bb133111ebu;
+    bits ^= bits >> 31;
+    const uint64_t sum = (bits & 0xffff) + (bits >> 16 & 0xffff) + (bits >> 32 & 0xffff) + (bits >> 48);
+    x = (static_cast<float>(sum) - kMean) / kDeviation * spread;
+  }
   return values;
 }
 

@@ -2,7 +2,7 @@
 // a double loop over them. Rows are rounded to f16 on append; a block that the cache must have coded by now
 // is encoded and decoded here by the definition of the format. With seal_at_once every row is coded as it
 // comes (a row's code does not depend on its neighbours); such a sequence may be cut at block boundaries
-// only. Knows no memory, tier or block table.
+// only. Knows no memory, tier or block table. A copy is cheap (shared_rows.h).
 #pragma once
 
 #include <cstdint>
@@ -15,13 +15,10 @@
 #include "daemon/cache/call/model.h"
 #include "daemon/cache/call/sequence_options.h"
 #include "kernels/format/profile.h"
+#include "tests/daemon/cache/dense_attention.h"
+#include "tests/daemon/cache/shared_rows.h"
 
 namespace kvtide::testing {
-
-struct AttentionResult {
-  std::vector<float> out;  // [queries][heads][dim_v]
-  std::vector<float> lse;  // [queries][heads]
-};
 
 // How a result differs from what is expected; empty if it does not: the relative L2 distance of all outputs
 // is below 3e-3, every log-sum-exp within 3e-3.
@@ -57,8 +54,8 @@ class ShadowSequence {
 
  private:
   struct Layer {
-    std::vector<float> k, v;
-    int64_t tokens = 0;
+    SharedRows k, v;
+    int64_t tokens() const { return k.tokens(); }
   };
   struct Group {
     std::vector<Layer> layers;
@@ -68,10 +65,11 @@ class ShadowSequence {
     int64_t first_block = 0;
     bool other_profile = false;
   };
-  // Codes and decodes `tokens` (at most a block) of one layer in place.
+  const Layer& RowsOf(int layer) const;
+  // Codes and decodes `tokens` of one block of one layer in place.
   void CodeRows(size_t group, size_t layer, int64_t first_token, int64_t tokens);
 
-  ModelSpec model_;
+  std::shared_ptr<const ModelSpec> model_;
   SequenceOptions options_;
   std::vector<Group> groups_;
 };

@@ -43,7 +43,8 @@ class FaultFileSystem::OpenFile : public File {
   absl::Status Sync() override {
     std::lock_guard<std::mutex> lock(files_.mu_);
     KVTIDE_RETURN_IF_ERROR(Enter(kSync, true, nullptr));
-    node_->durable = node_->now;
+    // Then it is what is there now.
+    for (const FaultFileSystem::Write& write : node_->unsynced) Apply(node_->durable, write);
     node_->unsynced.clear();
     return absl::OkStatus();
   }
@@ -170,6 +171,7 @@ bool FaultFileSystem::Damage(const std::string& path, uint64_t offset) {
   if (found == names_.end() || offset >= found->second->now.size()) return false;
   found->second->now[offset] ^= std::byte{0x10};
   if (offset < found->second->durable.size()) found->second->durable[offset] = found->second->now[offset];
+  found->second->unsynced.push_back({offset, {found->second->now[offset]}});  // what was written before it
   return true;
 }
 
