@@ -138,4 +138,17 @@ absl::Status CheckPagedRows(PagedRows rows, DataType type, int heads, int head_d
   return absl::OkStatus();
 }
 
+absl::Status CheckPagedWritten(PagedRows k, PagedRows v, const PagedStep& step, const PagedOptions& options) {
+  if (step.among_coded) return absl::FailedPreconditionError("the step is only read (among_coded)");
+  const GroupShape& shape = options.shape;
+  KVTIDE_RETURN_IF_ERROR(CheckPagedRows(k, options.type, shape.kv_heads, shape.head_dim_k, "k"));
+  return CheckPagedRows(v, options.type, shape.kv_heads, shape.head_dim_v, "v");
+}
+
+absl::Status CheckPagedAttended(PagedRows q, MutablePagedRows out, const PagedOptions& options) {
+  KVTIDE_RETURN_IF_ERROR(CheckPagedRows(q, options.type, options.heads, options.shape.head_dim_k, "q"));
+  return CheckPagedRows({out.data, out.stride}, options.output_type, options.heads, options.shape.head_dim_v,
+                        "out");
+}
+
 }  // namespace kvtide

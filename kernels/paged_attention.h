@@ -198,6 +198,9 @@ absl::Status CheckPagedOptions(const PagedOptions& options, std::span<const Page
 absl::Status CheckPagedStep(const PagedStep& step, const PagedOptions& options);
 absl::Status CheckPagedProfile(int index, const PagedOptions& options);
 absl::Status CheckPagedRows(PagedRows rows, DataType type, int heads, int head_dim, const char* name);
+// Rows that Write and Attend get; `step` is the planned one. FailedPrecondition where it is only read.
+absl::Status CheckPagedWritten(PagedRows k, PagedRows v, const PagedStep& step, const PagedOptions& options);
+absl::Status CheckPagedAttended(PagedRows q, MutablePagedRows out, const PagedOptions& options);
 inline BlockLayout CodedPage(const PagedOptions& options) { return BlockLayout(options.shape, options.pair); }
 inline BlockLayout ExactPage(const PagedOptions& options) { return BlockLayout(options.shape, ExactPair()); }
 

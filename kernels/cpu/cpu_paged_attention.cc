@@ -64,10 +64,8 @@ class CpuPagedAttention : public PagedAttention {
 
   absl::Status Write(int layer, PagedRows k, PagedRows v, void*) override {
     KVTIDE_RETURN_IF_ERROR(CheckCall(layer));
-    if (step_.among_coded) return absl::FailedPreconditionError("the step is only read (among_coded)");
+    KVTIDE_RETURN_IF_ERROR(CheckPagedWritten(k, v, step_, options_));
     const GroupShape& shape = options_.shape;
-    KVTIDE_RETURN_IF_ERROR(CheckPagedRows(k, options_.type, shape.kv_heads, shape.head_dim_k, "k"));
-    KVTIDE_RETURN_IF_ERROR(CheckPagedRows(v, options_.type, shape.kv_heads, shape.head_dim_v, "v"));
     AppendArgs append;
     append.k = StorableRows(k, int64_t{shape.kv_heads} * shape.head_dim_k, k_);
     append.v = StorableRows(v, int64_t{shape.kv_heads} * shape.head_dim_v, v_);
@@ -234,9 +232,7 @@ class CpuPagedAttention : public PagedAttention {
     if (AttendedRows() > step_.tokens)
       return absl::InvalidArgumentError(
           absl::StrCat("query_start ends at ", AttendedRows(), ", the step has ", step_.tokens, " tokens"));
-    KVTIDE_RETURN_IF_ERROR(CheckPagedRows(q, options_.type, options_.heads, options_.shape.head_dim_k, "q"));
-    return CheckPagedRows({out.data, out.stride}, options_.output_type, options_.heads,
-                          options_.shape.head_dim_v, "out");
+    return CheckPagedAttended(q, out, options_);
   }
 
   std::byte* ExactPageOf(int layer, int32_t page) const {

@@ -107,6 +107,26 @@ TEST(PagedArguments, SayWhatOfRowsIsWrong) {
   EXPECT_THAT(wrong({a.page.bytes, 129}), HasSubstr("16 bytes"));
 }
 
+TEST(PagedArguments, SayWhichRowsOfACallAreWrong) {
+  Arguments a;
+  a.options.type = a.options.output_type = DataType::kF16;
+  const PagedRows good{a.page.bytes, 256}, narrow{a.page.bytes, 64}, of_heads{a.page.bytes, 128};
+  const auto written = [&](PagedRows k, PagedRows v) { return CheckPagedWritten(k, v, a.step, a.options); };
+  EXPECT_TRUE(written(of_heads, of_heads).ok());
+  EXPECT_THAT(std::string(written(narrow, good).message()), HasSubstr("k: a stride"));
+  EXPECT_THAT(std::string(written(good, {}).message()), HasSubstr("no v"));
+  a.step.among_coded = true;
+  EXPECT_EQ(written(good, good).code(), absl::StatusCode::kFailedPrecondition);
+  // Of four query heads.
+  const auto attended = [&](PagedRows q, MutablePagedRows out) {
+    return CheckPagedAttended(q, out, a.options);
+  };
+  EXPECT_TRUE(attended(good, {a.page.bytes, 256}).ok());
+  EXPECT_THAT(std::string(attended(of_heads, {a.page.bytes, 256}).message()), HasSubstr("q: a stride"));
+  EXPECT_THAT(std::string(attended(good, {a.page.bytes, 128}).message()), HasSubstr("out: a stride"));
+  EXPECT_THAT(std::string(attended(good, {}).message()), HasSubstr("no out"));
+}
+
 class NothingPaged final : public PagedAttention {
  public:
   absl::Status Plan(const PagedStep&, void*) override { return absl::OkStatus(); }

@@ -98,14 +98,14 @@ class PagedOnDevice final : public PagedAttention {
 
   absl::Status Write(int layer, PagedRows k, PagedRows v, void* stream) override {
     KVTIDE_RETURN_IF_ERROR(CheckCall(layer));
-    KVTIDE_RETURN_IF_ERROR(CheckWritten(k, v));
+    KVTIDE_RETURN_IF_ERROR(CheckPagedWritten(k, v, step_, options_));
     const auto of = static_cast<cudaStream_t>(stream);
     return Settled(LaunchWrite(layers_[Size(layer)], k, v, of), of);
   }
 
   absl::Status Attend(int layer, PagedRows q, MutablePagedRows out, float* lse, void* stream) override {
     KVTIDE_RETURN_IF_ERROR(CheckCall(layer));
-    KVTIDE_RETURN_IF_ERROR(CheckAttended(q, out));
+    KVTIDE_RETURN_IF_ERROR(CheckPagedAttended(q, out, options_));
     const auto of = static_cast<cudaStream_t>(stream);
     return Settled(LaunchAttend(Size(layer), q, out, lse, false, of), of);
   }
@@ -113,8 +113,8 @@ class PagedOnDevice final : public PagedAttention {
   absl::Status WriteAttend(int layer, PagedRows k, PagedRows v, PagedRows q, MutablePagedRows out, float* lse,
                            void* stream) override {
     KVTIDE_RETURN_IF_ERROR(CheckCall(layer));
-    KVTIDE_RETURN_IF_ERROR(CheckWritten(k, v));
-    KVTIDE_RETURN_IF_ERROR(CheckAttended(q, out));
+    KVTIDE_RETURN_IF_ERROR(CheckPagedWritten(k, v, step_, options_));
+    KVTIDE_RETURN_IF_ERROR(CheckPagedAttended(q, out, options_));
     const auto of = static_cast<cudaStream_t>(stream);
     absl::Status status = LaunchWrite(layers_[Size(layer)], k, v, of);
     if (status.ok()) status = LaunchAttend(Size(layer), q, out, lse, true, of);
@@ -163,17 +163,6 @@ class PagedOnDevice final : public PagedAttention {
       return absl::InvalidArgumentError(absl::StrCat("layer ", layer, " of ", layers_.size()));
     if (!planned_) return absl::FailedPreconditionError("no step is planned: call Plan first");
     return absl::OkStatus();
-  }
-  absl::Status CheckWritten(PagedRows k, PagedRows v) const {
-    if (step_.among_coded) return absl::FailedPreconditionError("the step is only read (among_coded)");
-    KVTIDE_RETURN_IF_ERROR(
-        CheckPagedRows(k, options_.type, options_.shape.kv_heads, options_.shape.head_dim_k, "k"));
-    return CheckPagedRows(v, options_.type, options_.shape.kv_heads, options_.shape.head_dim_v, "v");
-  }
-  absl::Status CheckAttended(PagedRows q, MutablePagedRows out) const {
-    KVTIDE_RETURN_IF_ERROR(CheckPagedRows(q, options_.type, options_.heads, options_.shape.head_dim_k, "q"));
-    return CheckPagedRows({out.data, out.stride}, options_.output_type, options_.heads,
-                          options_.shape.head_dim_v, "out");
   }
 
   // The lowest page of any layer: where the pages of a layer begin is a parameter of its kernels.
