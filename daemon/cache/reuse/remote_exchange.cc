@@ -150,8 +150,23 @@ struct RemoteExchange::Outgoing {
   bool present = false;
 };
 
+void RemoteExchange::EraseLeftovers() {
+  std::vector<std::string> spaces;
+  {
+    CacheLock lock(core_);
+    for (const std::string& space : unerased_)
+      if (!writing_.contains(space)) spaces.push_back(space);
+  }
+  for (const std::string& space : spaces) {
+    const absl::Status status = tier()->Erase(space, {kWriteTime, &stopping_});
+    CacheLock lock(core_);
+    if (status.ok() && !writing_.contains(space)) unerased_.erase(space);
+  }
+}
+
 bool RemoteExchange::WriteOnce() {
   if (tier() == nullptr || !tier()->Writable()) return false;
+  EraseLeftovers();
   const RemoteLimit limit{kWriteTime, &stopping_};
   std::vector<Outgoing> batch;
   {
@@ -183,7 +198,12 @@ bool RemoteExchange::WriteOnce() {
         const auto space = spaces.find(block->kind->name_space_hash);
         if (space == spaces.end()) continue;
         out.space = SpaceOf(space->second->spec);
+        if (unerased_.contains(out.space)) {  // it would be erased with the others
+          lock->unsent.left_out++;
+          continue;
+        }
         out.name_space = space->second;
+        writing_[out.space]++;
         out.job.name = {RemoteName::Kind::kBlock, block->key, 0};
         out.job.label = KeyedLabel(*space->second, block->key);
       } else {
@@ -303,13 +323,17 @@ bool RemoteExchange::WriteOnce() {
       for (Outgoing& out : part) {
         if (Block* const block = again ? lock->store.Get(out.id) : nullptr; block != nullptr)
           block->offered = false;
-        deleted = deleted || (out.name_space != nullptr && out.name_space->deleted);
+        if (out.name_space == nullptr) continue;
+        deleted = deleted || out.name_space->deleted;
         out.name_space.reset();  // what it has belongs to the mutex
+        const auto writing = writing_.find(space);
+        if (--writing->second == 0) writing_.erase(writing);
       }
+      // Deleted while this wrote: the deletion wins.
+      if (deleted) unerased_.insert(space);
     }
-    // Deleted while this wrote: the deletion wins.
-    if (deleted) tier()->Erase(space, limit).IgnoreError();
   }
+  EraseLeftovers();
   return true;
 }
 
@@ -555,6 +579,7 @@ RemoteExchange::Fetched RemoteExchange::FetchKeyed(CacheLock& lock, const Namesp
   const CacheOptions& options = core_.options();
   const absl::Time end = options.clock() + options.remote_read;
   const std::string name = SpaceOf(space->spec);
+  if (unerased_.contains(name)) return fetched;
   std::vector<RemoteName> names;
   std::vector<size_t> of_name;
   for (size_t i = 0; i < keys.size(); i++) {
@@ -601,7 +626,12 @@ RemoteExchange::Fetched RemoteExchange::FetchKeyed(CacheLock& lock, const Namesp
 absl::Status RemoteExchange::Erase(const KeyedNamespace& space, const CallContext& context) {
   if (tier() == nullptr || writes() == RemoteWrites::kNone) return absl::OkStatus();
   const absl::Duration left = TimeLeft(context, core_.options().clock() + kWriteTime);
-  const absl::Status status = tier()->Erase(SpaceOf(space.spec), {left, context.cancellation});
+  const std::string name = SpaceOf(space.spec);
+  {
+    CacheLock lock(core_);
+    if (writing_.contains(name)) unerased_.insert(name);
+  }
+  const absl::Status status = tier()->Erase(name, {left, context.cancellation});
   if (status.ok()) return status;
   return absl::UnavailableError(absl::StrCat("the namespace is gone here, but its blocks may be found in ",
                                              tier()->name(),

@@ -5,7 +5,10 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <set>
 #include <span>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -45,7 +48,8 @@ class RemoteExchange {
   // The same for a namespace: blocks from the first key on.
   Fetched FetchKeyed(CacheLock& lock, const NamespacePtr& space, std::span<const BlockKey> keys,
                      const CallContext& context);
-  // Nothing of the namespace is found there any more.
+  // Nothing of the namespace is found there any more. A write of it that is under way is erased when it has
+  // ended; until then, and while that fails, nobody here asks the tier for blocks of that name.
   absl::Status Erase(const KeyedNamespace& space, const CallContext& context);
 
   RemoteStats Stats(const CacheState& state) const;
@@ -57,6 +61,8 @@ class RemoteExchange {
   RemoteTier* tier() const { return core_.options().remote; }
   RemoteWrites writes() const { return core_.options().remote_writes; }
   void Offer(CacheState& state) const;
+  // Spaces that a write came to after their deletion: again, until the tier has done it.
+  void EraseLeftovers();
   void Run();
   WritingBlock Allocate(CacheLock& lock, const Want& want, size_t want_bytes);
   absl::Duration TimeLeft(const CallContext& context, absl::Time end) const;
@@ -69,6 +75,10 @@ class RemoteExchange {
   CacheCore& core_;
   RoomMaker room_;
   std::thread thread_;
+  // Under the mutex, by name: blocks of namespaces in a write that runs, and spaces that are to be erased
+  // because one came too late.
+  std::map<std::string, int> writing_;
+  std::set<std::string> unerased_;
   Cancellation stopping_;  // ends a write that runs
 };
 

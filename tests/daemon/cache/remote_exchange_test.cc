@@ -499,5 +499,48 @@ TEST_F(RemoteKeyedTest, WhatIsDeletedWhileItIsWrittenIsNotThere) {
   EXPECT_EQ(Lookup(b, info.id, 1)->hits, 0u);
 }
 
+TEST_F(RemoteKeyedTest, WhatIsDeletedWhileItIsWrittenIsNotFoundByWhoOpensItAgain) {
+  for (const bool away : {false, true}) {
+    CacheNode a(&remote_a_);
+    const NamespaceInfo info = a.cache->OpenNamespace(Opaque(), Persistence::kNone).value();
+    const std::vector<std::byte> payload = Payload(2, info.block_bytes);
+    const std::string_view keys[] = {"key 0", "key 1"};
+    StoreCall call;
+    call.name_space = info.id;
+    call.keys = keys;
+    call.form = BlockPayload::kBytes;
+    call.payload = payload;
+    ASSERT_TRUE(a.cache->StoreBlocks(call).ok());
+    // The deletion comes before the write reaches the store, and somebody asks again when it has been there:
+    // at the next call, which erases it, and which a store that is away just now does not take.
+    int erased = 0;
+    remote_a_.SetHook([&](const char* of) {
+      if (std::strcmp(of, "Write") == 0 && erased == 0) {
+        erased = 1;
+        EXPECT_TRUE(a.cache->DeleteNamespace(info.id).ok());
+        EXPECT_TRUE(a.cache->OpenNamespace(Opaque(), Persistence::kNone).ok());
+        EXPECT_EQ(Lookup(a, info.id, 2)->hits, 0u);
+      } else if (std::strcmp(of, "Erase") == 0 && ++erased == 3) {
+        EXPECT_EQ(Lookup(a, info.id, 2)->hits, 0u);
+        if (away) remote_a_.Plant(Fault::kAway);
+      }
+    });
+    a.WriteAll();
+    EXPECT_GE(erased, 3);
+    EXPECT_EQ(Lookup(a, info.id, 2)->hits, 0u);
+    remote_a_.Plant(Fault::kNone);
+    EXPECT_EQ(Lookup(a, info.id, 2)->hits, 0u) << "it is erased when the store is there again";
+    a.WriteAll();
+    EXPECT_EQ(Lookup(a, info.id, 2)->hits, 0u);
+    EXPECT_TRUE(store_.values.empty());
+    // What is stored from now on is shared as ever.
+    ASSERT_TRUE(a.cache->StoreBlocks(call).ok());
+    a.WriteAll();
+    EXPECT_EQ(store_.values.size(), 2u);
+    remote_a_.SetHook({});
+    ASSERT_TRUE(a.cache->DeleteNamespace(info.id).ok());
+  }
+}
+
 }  // namespace
 }  // namespace kvtide::testing
