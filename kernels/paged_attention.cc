@@ -30,16 +30,43 @@ absl::Status CheckCount(const char* name, int64_t count, int64_t least, int64_t 
   return absl::OkStatus();
 }
 
+// Keys of a calibrated type have transforms, of keys after RoPE.
+absl::Status CheckCalibratedKeys(const PagedOptions& options, std::span<const PagedLayer> layers) {
+  const CacheType type = options.pair.k;
+  if (!Info(type).calibrated) return absl::OkStatus();
+  constexpr char kMakeOne[] =
+      "make one of keys after RoPE with `kvtide calibrate --keys after-rope` or `python -m kvtide.calibrate "
+      "--keys after-rope`";
+  if (options.max_profiles > 0)
+    return absl::InvalidArgumentError(
+        absl::StrCat(PairName(options.pair),
+                     ": calibrated keys have the transforms of their layer, and no profiles of sequences "
+                     "(max_profiles); choose another K type, or let the pool attend"));
+  for (size_t i = 0; i < layers.size(); i++) {
+    const PagedLayer& layer = layers[i];
+    const auto wrong = [&](const auto&... what) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("layer ", i, ", ", PairName(options.pair), ": ", what...));
+    };
+    if (layer.keys == nullptr) return wrong("calibrated keys need the transforms of a profile: ", kMakeOne);
+    if (layer.k_mean != nullptr || layer.k_gain != nullptr)
+      return wrong("calibrated keys have means of their own, in their transforms; leave k_mean and k_gain out");
+    for (int h = 0; h < options.shape.kv_heads; h++)
+      if (layer.keys[h].turned_back())
+        return wrong("the profile codes keys before RoPE, which only a pool attends, as it knows positions: ",
+                     kMakeOne);
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::Status CheckPagedOptions(const PagedOptions& options, std::span<const PagedLayer> layers,
                                size_t alignment) {
   KVTIDE_RETURN_IF_ERROR(CheckGroupShape(options.shape));
-  if (Info(options.pair.k).calibrated || Info(options.pair.v).calibrated)
-    return absl::InvalidArgumentError(absl::StrCat(PairName(options.pair),
-                                                   ": calibrated types need transforms of a profile, which "
-                                                   "pages that an engine attends itself do not have; choose "
-                                                   "another K type, or let the pool attend"));
+  if (Info(options.pair.v).calibrated)
+    return absl::InvalidArgumentError(
+        absl::StrCat(PairName(options.pair), ": calibrated types are of keys alone; choose another V type"));
   if (options.shape.layers != 1)
     return absl::InvalidArgumentError(
         absl::StrCat("a page of ", options.shape.layers, " layers: a page is one layer of a block"));
@@ -89,7 +116,25 @@ absl::Status CheckPagedOptions(const PagedOptions& options, std::span<const Page
     if (!IsAligned(layer.coded, alignment) || !IsAligned(layer.exact, alignment))
       return wrong(absl::StrCat("pages must begin at a multiple of ", alignment));
   }
-  return absl::OkStatus();
+  return CheckCalibratedKeys(options, layers);
+}
+
+absl::StatusOr<Profile> MakePagedKeyProfile(const PagedOptions& options, std::span<const PagedLayer> layers) {
+  Profile profile;
+  profile.shape = options.shape;
+  profile.shape.layers = static_cast<int>(layers.size());
+  for (size_t i = 0; i < layers.size(); i++)
+    for (int h = 0; h < options.shape.kv_heads; h++) {
+      HeadProfile& head = profile.k.emplace_back(layers[i].keys[h]);
+      const absl::Status status = CompleteTransform(options.shape.head_dim_k, head);
+      if (!status.ok())
+        return absl::InvalidArgumentError(
+            absl::StrCat("layer ", i, ", head ", h, ": ", status.message(), "; the profile is of another model"));
+    }
+  KVTIDE_RETURN_IF_ERROR(CheckProfileFor(options.pair.k, profile.shape, &profile));
+  profile.v.resize(profile.k.size());
+  profile.hash = HashProfile(profile);
+  return profile;
 }
 
 absl::Status CheckPagedStep(const PagedStep& step, const PagedOptions& options) {

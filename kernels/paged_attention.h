@@ -52,6 +52,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/base/data_type.h"
 #include "kernels/format/block_layout.h"
+#include "kernels/format/profile.h"
 
 namespace kvtide {
 
@@ -60,7 +61,9 @@ inline constexpr size_t kPoolUnit = 128;
 
 struct PagedOptions {
   GroupShape shape;                 // of a page: layers = 1
-  CachePair pair;                   // of coded pages; any pair whose page can be sealed from f16
+  // Of coded pages; any pair whose page can be sealed from f16. Calibrated keys are those that are coded
+  // after RoPE: nothing depends on where a page stands then.
+  CachePair pair;
   int heads = 0;                    // query heads, a multiple of the KV heads
   float scale = 0;                  // of q.k; usually 1/sqrt(head_dim_k)
   float softcap = 0;                // 0 = none; else logit = softcap * tanh(logit / softcap)
@@ -78,7 +81,7 @@ struct PagedOptions {
   // Numbers count kPoolUnit bytes: both strides are that, whatever was given.
   bool pool = false;
   // Profiles that sequences may have each for itself, instead of PagedLayer's; the first one is 0 and 1. 0 =
-  // none.
+  // none, and so it must be where keys are calibrated.
   int max_profiles = 0;
   int exact_pages = 0;           // of each layer; numbers from here on are scratch pages
   std::byte* scratch = nullptr;  // page `exact_pages`; null: there are none
@@ -96,6 +99,10 @@ struct PagedLayer {
   // Profile of coded keys (kernels/format/profile.h), or null = 0 and 1. Copied when the object is made.
   const float* k_mean = nullptr;  // [kv_heads][head_dim_k]
   const float* k_gain = nullptr;  // same
+  // Heads of calibrated keys, [kv_heads], in host memory: centre, transform and widths, and no frequencies of
+  // RoPE. Copied when the object is made. Other types ignore it, and calibrated ones take no k_mean or
+  // k_gain.
+  const HeadProfile* keys = nullptr;
 };
 
 // What differs from step to step. Arrays are the engine's and stay unchanged until the step's work is done.
@@ -195,6 +202,9 @@ class PagedAttention {
 // `alignment`: of the first pages; host memory of engines begins at multiples of 64 only.
 absl::Status CheckPagedOptions(const PagedOptions& options, std::span<const PagedLayer> layers,
                                size_t alignment = 128);
+// What layers, which are checked, say about calibrated keys, as a profile of so many layers. InvalidArgument
+// for transforms that do not fit the shape and type of keys, or that cannot be inverted.
+absl::StatusOr<Profile> MakePagedKeyProfile(const PagedOptions& options, std::span<const PagedLayer> layers);
 absl::Status CheckPagedStep(const PagedStep& step, const PagedOptions& options);
 absl::Status CheckPagedProfile(int index, const PagedOptions& options);
 absl::Status CheckPagedRows(PagedRows rows, DataType type, int heads, int head_dim, const char* name);

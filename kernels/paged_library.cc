@@ -12,7 +12,7 @@ namespace kvtide {
 
 std::string PagedBuild() {
   // The first number is raised when a virtual function or the meaning of a field changes.
-  return absl::StrCat("4;", sizeof(PagedOptions), ";", sizeof(PagedLayer), ";", sizeof(PagedStep), ";",
+  return absl::StrCat("5;", sizeof(PagedOptions), ";", sizeof(PagedLayer), ";", sizeof(PagedStep), ";",
                       sizeof(PageCopyOptions), ";", kCacheTypes, ";", __VERSION__);
 }
 

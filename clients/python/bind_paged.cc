@@ -9,6 +9,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <span>
 #include <string>
@@ -31,6 +32,8 @@ namespace {
 
 using Numbers = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const int32_t, nb::ndim<2>, nb::device::cpu>;
+template <class T, int kDims>
+using Array = nb::ndarray<const T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
 
 // PagedAttention with its step.
 class Paged {
@@ -43,6 +46,26 @@ class Paged {
     const nb::gil_scoped_release release;
     attention_ = device->Make(options, layers);
     device_ = std::move(device);
+    for (PagedLayer& layer : layers) layer.keys = nullptr;  // were copied
+    keys_.clear();
+  }
+  // Of the last layer.
+  void TransformKeys(const Array<float, 2>& centres, const Array<float, 3>& transforms,
+                     const Array<uint8_t, 3>& widths) {
+    const size_t heads = centres.shape(0), dim = centres.shape(1);
+    if (layers.empty()) throw StatusException(absl::FailedPreconditionError("add a layer first"));
+    if (heads != static_cast<size_t>(options.shape.kv_heads) || transforms.shape(0) != heads ||
+        widths.shape(0) != heads || transforms.shape(1) != dim || transforms.shape(2) != dim)
+      throw StatusException(absl::InvalidArgumentError(
+          "centres are [kv_heads][head_dim], transforms have another head_dim, widths are [kv_heads][types][groups]"));
+    const size_t own_widths = widths.shape(1) * widths.shape(2);
+    std::vector<HeadProfile>& keys = keys_.emplace_back(heads);
+    for (size_t h = 0; h < heads; h++) {
+      keys[h].centre.assign(centres.data() + h * dim, centres.data() + (h + 1) * dim);
+      keys[h].transform.assign(transforms.data() + h * dim * dim, transforms.data() + (h + 1) * dim * dim);
+      keys[h].widths.assign(widths.data() + h * own_widths, widths.data() + (h + 1) * own_widths);
+    }
+    layers.back().keys = keys.data();
   }
   PagedAttention& attention() const {
     if (attention_ == nullptr) throw StatusException(absl::FailedPreconditionError("call make() first"));
@@ -50,7 +73,8 @@ class Paged {
   }
 
  private:
-  std::shared_ptr<PagedDevice> device_;  // outlives the attention
+  std::deque<std::vector<HeadProfile>> keys_;  // that layers name, until there is the attention
+  std::shared_ptr<PagedDevice> device_;        // outlives the attention
   std::unique_ptr<PagedAttention> attention_;
 };
 
@@ -119,9 +143,12 @@ void BindPaged(nb::module_& m) {
           "add_layer",
           [](Paged& p, uintptr_t coded, uintptr_t exact, uintptr_t sinks, uintptr_t mean, uintptr_t gain) {
             p.layers.push_back({At<std::byte>(coded), At<std::byte>(exact), At<const float>(sinks),
-                                At<const float>(mean), At<const float>(gain)});
+                                At<const float>(mean), At<const float>(gain), nullptr});
           },
           "coded"_a, "exact"_a, "sinks"_a = 0, "mean"_a = 0, "gain"_a = 0)
+      // Calibrated keys of the layer that was added last, coded after RoPE: [kv_heads][head_dim],
+      // [kv_heads][head_dim][head_dim], channel by coefficient, and [kv_heads][types][groups of 8].
+      .def("transform_keys", &Paged::TransformKeys, "centres"_a, "transforms"_a, "widths"_a)
       .def("make", &Paged::Make, "device"_a)
       // Addresses of the arrays that every step is described by.
       .def(

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -41,6 +42,20 @@ class CpuPagedAttention : public PagedAttention {
     if (options_.pool) options_.coded_stride = options_.exact_stride = kPoolUnit;
     profiles_.resize(layers.size() * Size(std::max(1, options.max_profiles)));
     for (size_t i = 0; i < layers.size(); i++) profiles_[i] = MakeProfile(layers[i].k_mean, layers[i].k_gain);
+  }
+
+  // Once, where keys are calibrated.
+  absl::Status SetTransforms() {
+    KVTIDE_ASSIGN_OR_RETURN(Profile all, MakePagedKeyProfile(options_, layers_));
+    for (size_t i = 0; i < layers_.size(); i++) {
+      const auto first = all.k.begin() + static_cast<std::ptrdiff_t>(i) * options_.shape.kv_heads;
+      Profile& profile = *(profiles_[i] = std::make_unique<Profile>());
+      profile.shape = options_.shape;
+      profile.k.assign(std::make_move_iterator(first), std::make_move_iterator(first + options_.shape.kv_heads));
+      profile.v.resize(profile.k.size());
+      profile.hash = HashProfile(profile);
+    }
+    return absl::OkStatus();
   }
 
   absl::Status SetProfile(int index, const float* k_mean, const float* k_gain, void*) override {
@@ -161,6 +176,9 @@ class CpuPagedAttention : public PagedAttention {
     sum += (k_.changed.capacity() + v_.changed.capacity()) * sizeof(float);
     sum += blocks_.capacity() * sizeof(std::byte*) + pieces_.capacity() * sizeof(AppendPiece) +
            seals_.capacity() * sizeof(RecodePiece) + runs_.capacity() * sizeof(BlockRun);
+    for (const std::unique_ptr<Profile>& profile : profiles_)
+      for (size_t h = 0; profile != nullptr && h < profile->k.size(); h++)
+        sum += (profile->k[h].transform.size() + profile->k[h].inverse.size()) * sizeof(float);
     return sum;
   }
 
@@ -371,7 +389,9 @@ absl::StatusOr<std::unique_ptr<PagedAttention>> MakeCpuPagedAttention(Backend& b
   constexpr size_t kCacheLine = 64;
   KVTIDE_RETURN_IF_ERROR(CheckPagedOptions(options, layers, kCacheLine));
   KVTIDE_RETURN_IF_ERROR(backend.CheckSupport(CodedPage(options)));
-  return std::make_unique<CpuPagedAttention>(backend, options, layers);
+  auto attention = std::make_unique<CpuPagedAttention>(backend, options, layers);
+  if (Info(options.pair.k).calibrated) KVTIDE_RETURN_IF_ERROR(attention->SetTransforms());
+  return attention;
 }
 
 }  // namespace kvtide

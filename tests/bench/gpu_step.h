@@ -37,9 +37,14 @@ inline std::vector<std::byte*> MakeBlocks(const BlockLayout& layout, size_t bloc
                                           std::vector<void*>* owned) {
   std::vector<std::byte> some(layout.block_bytes() * 4);
   for (std::byte& b : some) b = static_cast<std::byte>(rng());
+  const bool calibrated = Info(layout.pair().k).calibrated;  // gains of 1 to 2
+  for (size_t record = 0; calibrated && record < some.size(); record += layout.record_bytes())
+    for (size_t i = 0; i < layout.k().scale_bytes; i++)
+      some[record + layout.k().code_bytes + i] = static_cast<std::byte>(1 + rng() % 17);
   for (size_t record = 0; record < some.size(); record += layout.record_bytes())
     for (const auto& [half, start] :
          {std::pair{layout.k(), size_t{0}}, std::pair{layout.v(), layout.v_codes()}}) {
+      if (calibrated && start == 0) continue;
       const size_t at = record + start + (half.groups == 0 ? 0 : half.code_bytes);
       for (size_t i = 1; i < (half.groups == 0 ? half.code_bytes : half.scale_bytes); i += 2)
         some[at + i] = static_cast<std::byte>(0x28 + rng() % 8);

@@ -2,7 +2,8 @@
 // attending, every sequence with the default exact window beside its coded pages; beside the bare kernels
 // (DeviceDecode over the same amounts of blocks, as gpu_step_bench) in the same run. Then the rows of a
 // prefill chunk, and the seals of a step.
-//   paged_attention_bench [--json FILE] [--quick]
+//   paged_attention_bench [--json FILE] [--quick] [--pairs turbo4,f16]
+// Calibrated keys are those coded after RoPE; there are no bare kernels beside them.
 // Microseconds, medians of 20. "above": a layer of the step in a CUDA graph, with writing, beside a layer of
 // the bare kernels in one. "called": the same verb by verb without a graph.
 #include <cuda_runtime.h>
@@ -13,9 +14,12 @@
 #include <fstream>
 #include <functional>
 #include <string>
+#include <vector>
 
+#include "absl/strings/str_split.h"
 #include "kernels/cuda/step/cuda_paged_attention.h"
 #include "tests/bench/gpu_step.h"
+#include "tests/bench/tide_profile.h"
 
 namespace kvtide::bench {
 namespace {
@@ -73,6 +77,7 @@ class Times {
 struct Engine {
   PagedOptions options;
   std::vector<PagedLayer> layers;
+  Profile profile;  // of calibrated keys, for all layers
   PagedStep step;
   std::vector<void*> owned;
   uint16_t *qkv = nullptr, *out = nullptr;
@@ -96,8 +101,11 @@ struct Engine {
     options.max_exact_blocks = static_cast<int>(exact);
     options.exact_pages = static_cast<int>(sequences * exact);
     options.max_seals = std::max(of.sequences, of.sequences * new_tokens / kBlockTokens);
+    const bool calibrated = Info(options.pair.k).calibrated;
+    if (calibrated) profile = MakeProfile(kKvHeads, kDim, true);
     for (int l = 0; l < kLayers; l++) {
       PagedLayer layer;
+      if (calibrated) layer.keys = profile.k.data();
       if (coded > 0) {
         const BlockLayout page = CodedPage(options);
         const std::vector<std::byte*> made = MakeBlocks(page, Size(sequences * coded), rng, &owned);
@@ -185,7 +193,9 @@ Result Measure(const char* pair, const Step& step, const Times& times) {
   Result result;
   double megabytes = 0;
   size_t plan_bytes = 0;
-  result.bare = StepMicroseconds(pair, step, &megabytes, &plan_bytes);
+  Ok(ParseCachePair(pair).status());
+  const bool calibrated = Info(ParseCachePair(pair)->k).calibrated;
+  result.bare = calibrated ? std::nan("") : StepMicroseconds(pair, step, &megabytes, &plan_bytes);
   const Engine engine(pair, step, 1);
   const cudaStream_t stream = times.stream();
   engine.Plan(stream);  // rows of q and out begin where they do from now on
@@ -213,7 +223,7 @@ Result Measure(const char* pair, const Step& step, const Times& times) {
   return result;
 }
 
-int Run(const std::string& json, bool quick) {
+int Run(const std::string& json, bool quick, const std::vector<std::string>& pairs) {
   cudaDeviceProp device{};
   KVTIDE_BENCH_CUDA(cudaGetDeviceProperties(&device, 0));
   const Times times;
@@ -225,10 +235,16 @@ int Run(const std::string& json, bool quick) {
   const std::vector<Step> steps = quick ? std::vector<Step>{{4, 1024}}
                                         : std::vector<Step>{{64, 4096}, {64, 8192}, {16, 32768}, {1, 8192}};
   for (const Step& step : steps)
-    for (const char* pair : {"turbo4", "f16"}) {
+    for (const std::string& name : pairs) {
+      const char* const pair = name.c_str();
       const Result r = Measure(pair, step, times);
+      const auto number = [](double value, int digits) {
+        char text[32];
+        std::snprintf(text, sizeof text, "%.*f", digits, value);
+        return std::string(std::isnan(value) ? "null" : text);
+      };
       std::printf(
-          "%4d x %6d  %-7s bare %7.0f  step %7.0f  above a layer %5.2f (%.2f without writing, %.2f written "
+          "%4d x %6d  %-12s bare %7.0f  step %7.0f  above a layer %5.2f (%.2f without writing, %.2f written "
           "apart)  called %7.0f  "
           "plan %4.0f  seals %4.0f  host %4.0f  %.0f MB\n",
           step.sequences, step.tokens, pair, r.bare, r.step, (r.step - r.bare) / kLayers,
@@ -236,15 +252,16 @@ int Run(const std::string& json, bool quick) {
           static_cast<double>(r.bytes) / 1e6);
       char line[500];
       std::snprintf(line, sizeof line,
-                    "%s\n    {\"pair\": \"%s\", \"sequences\": %d, \"tokens\": %d, \"bare_us\": %.1f, "
+                    "%s\n    {\"pair\": \"%s\", \"sequences\": %d, \"tokens\": %d, \"bare_us\": %s, "
                     "\"step_us\": %.1f, "
-                    "\"above_a_layer_us\": %.2f, \"above_without_writing_us\": %.2f, "
-                    "\"above_written_apart_us\": %.2f, \"called_us\": %.1f, "
+                    "\"above_a_layer_us\": %s, \"above_without_writing_us\": %s, "
+                    "\"above_written_apart_us\": %s, \"called_us\": %.1f, "
                     "\"plan_us\": %.1f, "
                     "\"seal_of_every_sequence_us\": %.1f, \"host_us\": %.1f, \"bytes\": %zu}",
-                    first ? "" : ",", pair, step.sequences, step.tokens, r.bare, r.step,
-                    (r.step - r.bare) / kLayers, (r.attend - r.bare) / kLayers, (r.apart - r.bare) / kLayers,
-                    r.called, r.plan, r.seal, r.host, r.bytes);
+                    first ? "" : ",", pair, step.sequences, step.tokens, number(r.bare, 1).c_str(), r.step,
+                    number((r.step - r.bare) / kLayers, 2).c_str(),
+                    number((r.attend - r.bare) / kLayers, 2).c_str(),
+                    number((r.apart - r.bare) / kLayers, 2).c_str(), r.called, r.plan, r.seal, r.host, r.bytes);
       text += line;
       first = false;
     }
@@ -289,15 +306,18 @@ int Run(const std::string& json, bool quick) {
 int main(int argc, char** argv) {
   std::string json;
   bool quick = false;
+  std::vector<std::string> pairs = {"turbo4", "f16"};
   for (int i = 1; i < argc; i++) {
     if (std::strcmp(argv[i], "--json") == 0 && i + 1 < argc) {
       json = argv[++i];
+    } else if (std::strcmp(argv[i], "--pairs") == 0 && i + 1 < argc) {
+      pairs = absl::StrSplit(argv[++i], ',');
     } else if (std::strcmp(argv[i], "--quick") == 0) {
       quick = true;
     } else {
-      std::printf("usage: paged_attention_bench [--json FILE] [--quick]\n");
+      std::printf("usage: paged_attention_bench [--json FILE] [--quick] [--pairs turbo4,f16]\n");
       return 2;
     }
   }
-  return kvtide::bench::Run(json, quick);
+  return kvtide::bench::Run(json, quick, pairs);
 }

@@ -123,6 +123,35 @@ def test_keys_around_the_means_of_a_profile(tmp_path):
         engine.run([], pair=pair, env={"KVTIDE_PROFILE": str(tmp_path / "none.profile")})
 
 
+@pytest.mark.parametrize("pair,ratio", [("tide3/turbo3", 5.12), ("tide2/turbo2", 7.53)])
+def test_calibrated_keys_after_rope(tmp_path, pair, ratio):
+    """The perplexity of `kvtide eval` with the same profile, less than turbo of the same bits; profiles that cannot serve are refused."""
+    context, turbo = 1024, pair.replace("tide", "turbo")
+    profile = calibrated(tmp_path, "--keys", "after-rope")
+    prompts = [engine.text_tokens()[:context]]
+    mine, ours, log = perplexity(pair, prompts, env={"KVTIDE_PROFILE": str(profile)})
+    wanted = of_kvtide_eval(pair, context, 1, "--profile", str(profile))
+    beside, _, _ = perplexity(turbo, prompts)
+    print(f"{pair}: perplexity {mine:.4f} in vLLM, {wanted:.4f} by kvtide eval; {turbo} {beside:.4f}")
+    assert mine == pytest.approx(wanted, rel=1e-3) and mine < beside
+    assert ours["kv_tokens"] == pytest.approx((256 << 20) // (6 * 65536) * 64 * ratio, rel=0.01)
+    assert "keys by transforms over" in log
+
+
+def test_profiles_that_calibrated_keys_cannot_use(tmp_path):
+    for words, env in ((r"KVTIDE_PROFILE \(make one with .*--keys after-rope", {}),
+                       ("transforms are of keys before RoPE", {"KVTIDE_PROFILE": str(calibrated(tmp_path))}),
+                       ("means alone", {"KVTIDE_PROFILE": str(calibrated(tmp_path, "--means-only"))})):
+        with pytest.raises(AssertionError, match=words):
+            engine.run([], pair="tide3/turbo3", env=env)
+
+
+def calibrated(folder, *more):
+    out = folder / ("_".join(more).replace("-", "") + ".profile")
+    kvtide("calibrate", "--model", engine.MODEL, "--text", str(ROOT / "tests" / "data" / "manuals.txt"), "--out", str(out), "--no-progress", *more)
+    return out
+
+
 def perplexity(pair, prompts, env=None):
     """Of prompts in chunks of one block, with what the engine and its log say."""
     ours, log = engine.run([{"prompts": prompts, "sampling": {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0}}], pair=pair, env=env,

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
 #include <limits>
 #include <memory>
 #include <numeric>
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "kernels/cpu/cpu_backend.h"
+#include "tests/format/test_tide.h"
 
 namespace kvtide {
 namespace {
@@ -82,8 +84,12 @@ class Step {
       PagedLayer& paged = layers_.emplace_back();
       paged.coded = coded_.back()->data();
       paged.exact = exact_.back()->data();
-      if (c.profile) paged.k_mean = means_.back().data();
       if (c.sinks) paged.sinks = sinks_.back().data();
+      if (c.profile) paged.k_mean = means_.back().data();
+      if (!Info(options_.pair.k).calibrated) continue;
+      transforms_.push_back(
+          test::AfterRope(test::TideProfile(c.shape, seed + 10 * static_cast<uint64_t>(layer))));
+      paged.keys = transforms_.back().k.data();
     }
     attention_ = *MakeCpuPagedAttention(*backend_, options_, layers_);
     MakeTables();
@@ -220,6 +226,7 @@ class Step {
     }
   }
   std::unique_ptr<Profile> MakeProfile(int layer) const {
+    if (!transforms_.empty()) return std::make_unique<Profile>(transforms_[Size(layer)]);
     if (!case_.profile) return nullptr;
     auto profile = std::make_unique<Profile>();
     profile->shape = case_.shape;
@@ -318,6 +325,7 @@ class Step {
   std::vector<std::unique_ptr<Pages>> coded_, exact_;
   std::vector<std::vector<float>> means_, sinks_;
   std::vector<PagedLayer> layers_;
+  std::deque<Profile> transforms_;  // of calibrated keys
   std::unique_ptr<PagedAttention> attention_;
   int64_t tokens_ = 0;
   int32_t seals_ = 0, seal_count_ = 0;
@@ -340,6 +348,11 @@ TEST(CpuPagedAttention, SlidingWindow) {
 }
 TEST(CpuPagedAttention, SoftcapSinksAndProfile) {
   Step({.pair = "turbo4/turbo4", .softcap = 20, .sinks = true, .profile = true}, Batch(), 4).Check();
+}
+TEST(CpuPagedAttention, CalibratedKeysAtAnyHeadDim) {
+  for (const int dim : {64, 80, 128, 256})
+    Step({.shape = {1, 2, dim, dim}, .pair = "tide3/turbo3", .heads = 6, .layers = 3}, Batch(), 8).Check();
+  Step({.shape = {1, 1, 128, 64}, .pair = "tide1/q8_0", .heads = 16, .softcap = 20, .sinks = true}, Batch(), 9).Check();
 }
 TEST(CpuPagedAttention, RowsOfAFusedProjection) {
   for (const DataType type : {DataType::kF32, DataType::kF16, DataType::kBf16})

@@ -5,8 +5,10 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <vector>
 
 #include "kernels/paged_library.h"
+#include "tests/format/test_tide.h"
 
 namespace kvtide {
 namespace {
@@ -62,7 +64,12 @@ TEST(PagedArguments, SayWhichOptionIsWrong) {
   };
   EXPECT_THAT(wrong([](Arguments& a) { a.options.shape.layers = 2; }), HasSubstr("one layer"));
   EXPECT_THAT(wrong([](Arguments& a) { a.options.pair = *ParseCachePair("tide3/turbo3"); }),
-              HasSubstr("tide3/turbo3: calibrated types need transforms"));
+              HasSubstr("layer 0, tide3/turbo3: calibrated keys need the transforms of a profile"));
+  EXPECT_THAT(wrong([](Arguments& a) {
+                a.options.pair = *ParseCachePair("tide3/turbo3");
+                a.options.max_profiles = 2;
+              }),
+              HasSubstr("max_profiles"));
   EXPECT_THAT(wrong([](Arguments& a) { a.options.heads = 3; }), HasSubstr("KV heads"));
   EXPECT_THAT(wrong([](Arguments& a) { a.options.scale = std::numeric_limits<float>::quiet_NaN(); }),
               HasSubstr("scale"));
@@ -78,6 +85,26 @@ TEST(PagedArguments, SayWhichOptionIsWrong) {
   EXPECT_THAT(wrong([](Arguments& a) { a.options.coded_stride = 128; }), HasSubstr("stride"));
   EXPECT_THAT(wrong([](Arguments& a) { a.layer.coded = nullptr; }), HasSubstr("no coded pages"));
   EXPECT_THAT(wrong([](Arguments& a) { a.layer.exact++; }), HasSubstr("multiple of 128"));
+}
+
+TEST(PagedArguments, CalibratedKeysHaveTransformsOfKeysAfterRope) {
+  Arguments a;
+  a.options.pair = *ParseCachePair("tide3/turbo3");
+  const Profile before = test::TideProfile(a.options.shape, 1), after = test::AfterRope(before);
+  a.layer.keys = after.k.data();
+  EXPECT_EQ(a.WrongOptions(), "");
+  const absl::StatusOr<Profile> made = MakePagedKeyProfile(a.options, std::vector{a.layer, a.layer});
+  ASSERT_TRUE(made.ok()) << made.status();
+  EXPECT_EQ(made->shape.layers, 2);
+  ASSERT_EQ(made->k.size(), 4u);
+  EXPECT_TRUE(made->k[3] == after.k[1]);  // inverse included
+  const std::vector<float> means(128, 0.5f);
+  a.layer.k_mean = means.data();
+  EXPECT_THAT(a.WrongOptions(), HasSubstr("means of their own"));
+  a.layer.k_mean = nullptr;
+  a.layer.keys = before.k.data();
+  EXPECT_THAT(a.WrongOptions(), HasSubstr("codes keys before RoPE"));
+  EXPECT_THAT(a.WrongOptions(), HasSubstr("python -m kvtide.calibrate --keys after-rope"));
 }
 
 TEST(PagedArguments, SayWhatOfAStepIsWrong) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <random>
 #include <set>
@@ -10,6 +11,7 @@
 
 #include "kernels/cpu/reference.h"
 #include "kernels/format/page_codec.h"
+#include "tests/format/test_tide.h"
 
 namespace kvtide::testing {
 namespace {
@@ -18,7 +20,7 @@ size_t Size(int64_t n) { return static_cast<size_t>(n); }
 
 // What one engine is about; sizes are small, numbers of pages scarce.
 struct Engine {
-  const char* pair = "turbo4/turbo4";
+  const char* pair = "turbo4/turbo4";  // calibrated keys get random transforms of keys after RoPE
   int head_dim = 64, kv_heads = 2, heads = 4;
   int first_blocks = 1, last_blocks = 1;
   int64_t window = 0;
@@ -82,6 +84,7 @@ class MiniEngine {
     AllocateArrays();
     auto made = world.Make(options_, layers_);
     EXPECT_TRUE(made.ok()) << made.status();
+    keys_.clear();  // was copied
     if (made.ok()) attention_ = std::move(made).value();
   }
 
@@ -164,6 +167,11 @@ class MiniEngine {
             {{mean.begin() + at, mean.begin() + end}, {gain.begin() + at, gain.begin() + end}, {}, {}});
       }
       profile.v.resize(profile.k.size());
+    }
+    if (Info(options_.pair.k).calibrated) {
+      profile = test::AfterRope(test::TideProfile(options_.shape, 31 * layers_.size() + rng_() % 1000));
+      keys_.push_back(profile.k);
+      layer.keys = keys_.back().data();
     }
     profiles_.push_back(std::move(profile));
     layers_.push_back(layer);
@@ -639,7 +647,7 @@ class MiniEngine {
               host_coded_[l].data() + coded_.block_bytes() * Size(seal.coded) + coded_.RecordOffset(0, h);
           const HeadProfile* profile = profiles_[l].k.empty() ? nullptr : &profiles_[l].k[Size(h)];
           std::vector<std::byte> wanted(coded_.record_bytes());
-          EncodeHalf(coded_.pair().k, Side::kKey, coded_.k(), profile,
+          EncodeHalf(coded_.pair().k, Side::kKey, coded_.k(), profile, seal.block * kBlockTokens,
                      ShadowRows(sequence.k, sequence, l, h, seal.block).data(), kBlockTokens, wanted.data());
           EncodeHalf(coded_.pair().v, Side::kValue, coded_.v(), nullptr,
                      ShadowRows(sequence.v, sequence, l, h, seal.block).data(), kBlockTokens,
@@ -651,8 +659,9 @@ class MiniEngine {
                 << " head " << h << (begin == 0 ? " K" : " V");
           for (const auto& [half, begin] :
                {std::pair{coded_.k(), coded_.k_scales()}, std::pair{coded_.v(), coded_.v_scales()}})
-            ASSERT_EQ(
-                std::memcmp(wanted.data() + begin, record + begin, Size(half.groups) * kBlockTokens * 2), 0)
+            ASSERT_EQ(std::memcmp(wanted.data() + begin, record + begin,
+                                  std::min(half.scale_bytes, Size(half.groups) * kBlockTokens * 2)),
+                      0)
                 << "scales of sequence " << seal.sequence << " block " << seal.block << " layer " << l;
         }
     }
@@ -687,6 +696,7 @@ class MiniEngine {
   std::vector<PagedLayer> layers_;
   std::vector<std::vector<float>> sinks_;
   std::vector<Profile> profiles_;
+  std::deque<std::vector<HeadProfile>> keys_;  // that layers name
   int64_t tokens_ = 0;
   Rows k_, v_, q_;
   size_t out_bytes_ = 0;
@@ -824,6 +834,142 @@ TEST_P(PagedConformance, EqualStepsOfSeveralTokens) {
   engine.window = 150;
   engine.seal_together = true;
   RunSteps(GetParam(), engine, 80, 14);
+}
+
+// Keys that are coded after RoPE, with the transforms of their layer's heads.
+constexpr const char* kCalibratedPairs[] = {"tide4/turbo4", "tide3/turbo3", "tide2/turbo2", "tide1/turbo2"};
+
+TEST_P(PagedConformance, CalibratedKeys) {
+  Engine engine;
+  engine.layers = 3;
+  for (const char* pair : kCalibratedPairs)
+    for (const int dim : {64, 128})
+      for (const int heads : {2, 16, 32}) {  // 1, 8 and 16 for each KV head
+        SCOPED_TRACE(::testing::Message() << pair << " d " << dim << " heads " << heads);
+        engine.pair = pair;
+        engine.head_dim = dim;
+        engine.heads = heads;
+        engine.most_new = 90;
+        RunSteps(GetParam(), engine, 5, static_cast<uint32_t>(200 + dim + heads));
+      }
+}
+TEST_P(PagedConformance, CalibratedKeysWithSinksSoftcapsAndWindows) {
+  Engine engine;
+  engine.pair = "tide3/turbo3";
+  engine.heads = 16;
+  engine.sinks = true;
+  engine.seal_together = true;
+  engine.type = engine.output_type = DataType::kF16;
+  RunSteps(GetParam(), engine, 10, 210);
+  engine.head_dim = 128;
+  engine.window = 130;
+  engine.pair = "tide2/turbo2";
+  RunSteps(GetParam(), engine, 10, 211);
+  engine.window = 0;
+  engine.softcap = 5;
+  engine.first_blocks = engine.last_blocks = 0;
+  engine.output_type = DataType::kBf16;
+  RunSteps(GetParam(), engine, 10, 212);
+}
+TEST_P(PagedConformance, CalibratedKeysInChunksWithLengthsOnTheHost) {
+  Engine engine;
+  engine.host_arrays = true;
+  engine.tolerance = 3e-3;
+  engine.most_new = 300;
+  engine.heads = 8;
+  engine.pair = "tide3/turbo3";
+  engine.head_dim = 128;
+  RunSteps(GetParam(), engine, 12, 213);
+  engine.pair = "tide2/turbo2";
+  engine.head_dim = 64;
+  engine.window = 100;
+  engine.sinks = true;
+  RunSteps(GetParam(), engine, 10, 214);
+}
+TEST_P(PagedConformance, CalibratedKeysAreReadAmongCodedBlocks) {
+  if (GetParam().make()->replays()) GTEST_SKIP() << "steps of unequal bounds are not recorded";
+  Engine engine;
+  engine.reads = true;
+  engine.most_new = 150;
+  engine.first_blocks = 2;
+  for (const int heads : {4, 16, 32}) {
+    engine.heads = heads;
+    engine.pair = heads == 16 ? "tide2/turbo2" : "tide3/turbo3";
+    engine.head_dim = heads == 4 ? 64 : 128;
+    RunSteps(GetParam(), engine, 8, static_cast<uint32_t>(220 + heads));
+  }
+}
+TEST_P(PagedConformance, CalibratedKeysInEqualSteps) {
+  Engine engine;
+  for (const char* pair : {"tide3/turbo3", "tide2/turbo2"})
+    for (const int dim : {64, 128}) {
+      engine.pair = pair;
+      engine.head_dim = dim;
+      engine.queries = 1;
+      engine.heads = dim == 64 ? 16 : 32;
+      RunSteps(GetParam(), engine, 70, static_cast<uint32_t>(230 + dim));
+      engine.queries = 5;
+      engine.heads = 8;
+      RunSteps(GetParam(), engine, 20, static_cast<uint32_t>(231 + dim));
+    }
+  // As many units as a large GPU has multiprocessors.
+  engine.queries = 1;
+  engine.sequences = 12;
+  engine.kv_heads = 8;
+  engine.heads = 64;
+  RunSteps(GetParam(), engine, 20, 235);
+}
+// Little of everything, for tools that make it slow.
+TEST_P(PagedConformance, CalibratedKeysInAFewSteps) {
+  Engine engine;
+  engine.sequences = 2;
+  engine.layers = 2;
+  engine.queries = 40;
+  engine.heads = 16;
+  for (const int dim : {64, 128}) {
+    engine.pair = dim == 64 ? "tide2/turbo2" : "tide3/turbo3";
+    engine.head_dim = dim;
+    engine.host_arrays = dim == 128;
+    engine.tolerance = 3e-3;
+    RunSteps(GetParam(), engine, 8, 240);
+  }
+}
+TEST_P(PagedConformance, CalibratedKeysNeedTransformsThatFit) {
+  const std::unique_ptr<PagedWorld> world = GetParam().make();
+  PagedOptions options;
+  options.shape = {1, 2, 64, 64};
+  options.pair = *ParseCachePair("tide3/turbo3");
+  options.heads = 2;
+  options.scale = 0.125f;
+  options.max_sequences = options.max_tokens = 1;
+  options.max_coded_blocks = options.max_exact_blocks = options.exact_pages = 1;
+  PagedLayer layer;
+  layer.exact = world->Allocate(ExactPage(options).block_bytes());
+  layer.coded = world->Allocate(CodedPage(options).block_bytes());
+  const auto refused = [&](const std::vector<HeadProfile>& keys) {
+    layer.keys = keys.empty() ? nullptr : keys.data();
+    const absl::Status status = world->Make(options, {&layer, 1}).status();
+    EXPECT_TRUE(status.ok() || status.code() == absl::StatusCode::kInvalidArgument) << status;
+    return std::string(status.message());
+  };
+  const Profile before = test::TideProfile(options.shape, 3), after = test::AfterRope(before);
+  EXPECT_EQ(refused(after.k), "");
+  EXPECT_NE(refused({}).find("kvtide calibrate --keys after-rope"), std::string::npos);
+  EXPECT_NE(refused(before.k).find("before RoPE"), std::string::npos);
+  EXPECT_NE(refused(test::AfterRope(test::TideProfile({1, 2, 128, 128}, 3)).k).find("another model"),
+            std::string::npos);
+  std::vector<HeadProfile> keys = after.k;
+  keys[1].widths.resize(keys[1].widths.size() - 1);
+  EXPECT_NE(refused(keys).find("layer 0, head 1"), std::string::npos);
+  keys = after.k;
+  keys[1].transform[5] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_NE(refused(keys).find("in a transform"), std::string::npos);
+  keys = after.k;
+  options.pair = *ParseCachePair("tide1/turbo2");
+  keys[0].widths.resize(keys[0].widths.size() / kTideTypes * kLeastTideTypes);
+  EXPECT_NE(refused(keys).find("older than the type"), std::string::npos);
+  options.max_profiles = 2;
+  EXPECT_NE(refused(after.k).find("max_profiles"), std::string::npos);
 }
 
 // What f16 does not hold is changed, and counted.

@@ -11,7 +11,7 @@ import pytest
 from kvtide.errors import InvalidArgument
 from kvtide.profiles import KeyProfile
 from kvtide.vllm.choose import choose, harm_of
-from kvtide.vllm.settings import Settings, heads_of_rank, key_means, refusals
+from kvtide.vllm.settings import Settings, check_transforms, heads_of_rank, key_means, refusals
 from ways import ROOT
 
 MODEL = str(ROOT / "clients" / "engine" / "models" / "tidelm-7m")
@@ -27,7 +27,7 @@ def test_where_settings_come_from():
 
 
 @pytest.mark.parametrize("environment,words", [
-    ({"KVTIDE_PAIR": "turbo9"}, "turbo4"), ({"KVTIDE_PAIR": "tide3/turbo3"}, "KVTIDE_PROFILE"), ({"KVTIDE_PAIR": "f16/f16/f16"}, "the type of keys and of values"),
+    ({"KVTIDE_PAIR": "turbo9"}, "turbo4"), ({"KVTIDE_PAIR": "tide3/turbo3"}, "KVTIDE_PROFILE .*--keys after-rope"), ({"KVTIDE_PAIR": "tide3"}, "tide3 codes keys only"), ({"KVTIDE_PAIR": "f16/f16/f16"}, "the type of keys and of values"),
     ({"KVTIDE_EXACT_WINDOW": "2"}, "such as 1[+]2"), ({"KVTIDE_EXACT_WINDOW": "1+65"}, "at most 64"),
     ({"KVTIDE_SIDE_MEMORY": "much"}, "such as 2GiB")])
 def test_mistakes_say_what_to_write(environment, words):
@@ -80,6 +80,9 @@ def test_the_command_line_is_made_without_vllm_or_its_packages():
     result = subprocess.run([sys.executable, "-m", "kvtide.vllm", "Llama3.1-8B", "--max-model-len", "8192", "--device", "RTX 4090",
                              "--pair", "turbo4"], capture_output=True, text=True)
     assert result.returncode == 0 and "KVTIDE_PAIR=turbo4/turbo4 vllm serve" in result.stdout, result.stderr
+    result = subprocess.run([sys.executable, "-m", "kvtide.vllm", "Llama3.1-8B", "--device", "RTX 4090", "--pair", "tide3/turbo3"],
+                            capture_output=True, text=True)
+    assert result.returncode == 2 and "--keys after-rope" in result.stderr, result.stderr
     result = subprocess.run([sys.executable, "-m", "kvtide.vllm", "no-such-model"], capture_output=True, text=True)
     assert result.returncode != 0 and "no-such-model" in result.stderr and "Traceback" not in result.stderr, result.stderr
 
@@ -91,6 +94,22 @@ def test_a_profile_is_of_the_model():
     for shape in ((5, 2, 128), (6, 4, 128), (6, 2, 64)):
         with pytest.raises(InvalidArgument, match="of tidelm-7m with 6 layers of 2 KV heads of 128"):
             key_means(profile, *shape)
+
+
+def test_calibrated_keys_take_transforms_of_keys_after_rope():
+    assert Settings.read({"KVTIDE_PAIR": "tide3/turbo3", "KVTIDE_PROFILE": "a"}).pair == "tide3/turbo3"
+
+    def profile(types=4, **more):
+        layers = dict(transforms=[np.zeros((2, 128, 128), np.float32)], widths=[np.zeros((2, types, 16), np.uint8)])
+        return KeyProfile("tidelm-7m", "manuals.txt", 1000, [np.zeros((2, 128), np.float32)], **layers, **more)
+
+    check_transforms(profile(after_rope=True), "tide1/turbo2")
+    check_transforms(profile(3, after_rope=True), "tide2/turbo2")
+    for wrong, pair, words in ((KeyProfile("m", "t", 1, [np.zeros((2, 128), np.float32)]), "tide3/turbo3", "means alone"),
+                               (profile(), "tide3/turbo3", "before RoPE.*--keys after-rope"),
+                               (profile(3, after_rope=True), "tide1/turbo2", "older than tide1")):
+        with pytest.raises(InvalidArgument, match=words):
+            check_transforms(wrong, pair)
 
 
 def test_heads_of_ranks():

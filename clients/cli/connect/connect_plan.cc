@@ -63,9 +63,10 @@ PairChoice Describe(const Candidate& candidate, std::string reason, const Connec
 bool Caches(Way way) { return way != Way::kPages; }
 bool OwnsPages(Way way) { return way != Way::kCache; }
 
-// The kernels over an engine's pages have no calibrated K types (tide).
-bool HasKernels(const Candidate& candidate, const ConnectRequest& request) {
-  return !OwnsPages(request.way) || !absl::StartsWith(candidate.asked.k, "tide");
+// Over an engine's pages calibrated K types (tide) need transforms of keys after RoPE: a profile that was made
+// so, which is for who names the pair.
+bool IsCalibratedPages(const Candidate& candidate, const ConnectRequest& request) {
+  return OwnsPages(request.way) && absl::StartsWith(candidate.asked.k, "tide");
 }
 
 bool Measured(const Candidate& candidate) {
@@ -244,10 +245,11 @@ absl::StatusOr<PairChoice> ChoosePair(const ConnectRequest& request) {
   if (request.pair != "auto") {
     for (const Candidate& candidate : plan.candidates) {
       if (candidate.asked.Name() != request.pair) continue;
-      if (!HasKernels(candidate, request))
+      if (IsCalibratedPages(candidate, request) && request.profile.empty())
         return absl::InvalidArgumentError(absl::StrCat(
             "--pair ", request.pair, ": ", candidate.asked.k,
-            " is not among the kernels over vLLM's pages; take turbo4, turbo3 or turbo2 with --profile"));
+            " keys over vLLM's pages need a --profile of keys after RoPE: make one with kvtide calibrate --keys "
+            "after-rope, or take turbo4, turbo3 or turbo2"));
       return Describe(candidate, absl::StrCat("as asked, ", HarmWords(candidate.harm)), request);
     }
     return absl::NotFoundError(absl::StrCat("--pair: the plan has no pair '", request.pair, "'"));
@@ -261,7 +263,7 @@ absl::StatusOr<PairChoice> ChoosePair(const ConnectRequest& request) {
                : a.kv_bytes < b.kv_bytes;
   };
   for (const Candidate& candidate : plan.candidates) {
-    if (!Measured(candidate) || !HasKernels(candidate, request)) continue;
+    if (!Measured(candidate) || IsCalibratedPages(candidate, request)) continue;
     if (smallest == nullptr || candidate.kv_bytes < smallest->kv_bytes ||
         (candidate.kv_bytes == smallest->kv_bytes && less_harm(candidate, *smallest)))
       smallest = &candidate;

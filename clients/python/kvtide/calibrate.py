@@ -271,7 +271,8 @@ bits, on tokens that were held back, is refused.""")
     except (ValueError, OSError, kvtide.KvtideError) as error:
         print(f"python -m kvtide.calibrate: {error}", file=sys.stderr)
         return 2
-    print(f"{flags.out}: means{'' if flags.means_only else ' and transforms'} of keys over {made.tokens} tokens, {made.layers} layers of "
+    what = "" if flags.means_only else " and transforms" + (" after RoPE" if flags.keys == "after-rope" else "")
+    print(f"{flags.out}: means{what} of keys over {made.tokens} tokens, {made.layers} layers of "
           f"{made.kv_heads} KV heads of {made.head_dim}")
     if errors:
         print("error of logits on tokens held back, of their variance:")

@@ -6,11 +6,14 @@
 #include "kernels/base/status.h"
 #include "kernels/cuda/attend/kernel_list.h"
 #include "kernels/cuda/attend/late_query.h"
+#include "kernels/cuda/attend/level_kernels.h"
 #include "kernels/cuda/device/capability.h"
 #include "kernels/cuda/device/copy_to_device.h"
 #include "kernels/cuda/device/device.h"
 #include "kernels/cuda/device/device_image.h"
 #include "kernels/cuda/device/launch.h"
+#include "kernels/cuda/device/level_tables.h"
+#include "kernels/cuda/device/profile_store.h"
 #include "kernels/cuda/device/rotations.h"
 #include "kernels/cuda/device/settled.h"
 #include "kernels/cuda/step/cuda_paged_attention.h"
@@ -73,6 +76,7 @@ class PagedOnDevice final : public PagedAttention {
     for (TileKernels* kernels : {&narrow_, &wide_})
       KVTIDE_RETURN_IF_ERROR(FindKernels(kernels == &narrow_ ? std::min(group_, 16) : 16, kernels));
     KVTIDE_RETURN_IF_ERROR(CopyProfiles());
+    KVTIDE_RETURN_IF_ERROR(SendTransforms());
     KVTIDE_RETURN_IF_ERROR(AllocateTables());
     KVTIDE_RETURN_IF_ERROR(AllocateLaunches());
     KVTIDE_RETURN_IF_ERROR(AllocateSeals());
@@ -187,13 +191,17 @@ class PagedOnDevice final : public PagedAttention {
   absl::Status FindKernels(int rows, TileKernels* kernels) const {
     for (const BlockLayout* layout : {&coded_, &exact_}) {
       if (layout == &coded_ && options_.max_coded_blocks == 0) continue;
-      const AttendKernel* const kernel =
-          FindAttendKernel(FormOf(layout->pair().k), FormOf(layout->pair().v), layout->k().stored_dim,
-                           layout->v().stored_dim, rows, image_.shared_limit);
+      const bool calibrated = Info(layout->pair().k).calibrated;
+      const AttendKernel* const kernel = (calibrated ? FindLevelKernel : FindAttendKernel)(
+          FormOf(layout->pair().k), FormOf(layout->pair().v), layout->k().stored_dim, layout->v().stored_dim,
+          rows, image_.shared_limit);
       if (kernel == nullptr)
         return absl::InvalidArgumentError(absl::StrCat(
             "no kernel reads ", PairName(layout->pair()), " pages of head dims K ", options_.shape.head_dim_k,
-            " and V ", options_.shape.head_dim_v, "; kernels/cuda/attend/instantiate.cuh lists the pairs"));
+            " and V ", options_.shape.head_dim_v,
+            calibrated ? ": calibrated keys go with turbo values of the same bits (tide1 with turbo2), at head "
+                         "dims 64 and 128"
+                       : "; kernels/cuda/attend/instantiate.cuh lists the pairs"));
       kernels->rows = kernels->kinds == 0 ? kernel->rows : std::min(kernels->rows, kernel->rows);
       kernels->of[kernels->kinds++] = kernel;
     }
@@ -207,8 +215,10 @@ class PagedOnDevice final : public PagedAttention {
     if (FindCombineKernel(exact_.v().stored_dim, 1) == nullptr)
       return absl::InvalidArgumentError(
           absl::StrCat("head dim ", options_.shape.head_dim_v, " of V has no merge kernel"));
-    kernels->late = LateQueryKernel(*kernels->of[0]);
-    kernels->late_joint = LateJointQueryKernel(*kernels->of[0]);
+    if (!IsCalibrated(kernels->of[0]->k)) {
+      kernels->late = LateQueryKernel(*kernels->of[0]);
+      kernels->late_joint = LateJointQueryKernel(*kernels->of[0]);
+    }
     if (kernels->kinds < 2 || processors_ < 2 || !CanJoin(*kernels->of[0], *kernels->of[1]))
       return absl::OkStatus();
     kernels->joint = kernels->of[0];
@@ -221,7 +231,8 @@ class PagedOnDevice final : public PagedAttention {
       const bool any = options_.max_profiles > 0 ||
                        std::any_of(layers_.begin(), layers_.end(),
                                    [&](const PagedLayer& layer) { return layer.*field != nullptr; });
-      if (!any || options_.max_coded_blocks == 0 || Info(options_.pair.k).storage != Storage::kCodes)
+      if (!any || options_.max_coded_blocks == 0 || Info(options_.pair.k).storage != Storage::kCodes ||
+          Info(options_.pair.k).calibrated)
         return absl::OkStatus();
       KVTIDE_ASSIGN_OR_RETURN(float* const copied, Allocate<float>(values * layers_.size() *
                                                                    Size(std::max(1, options_.max_profiles))));
@@ -236,6 +247,24 @@ class PagedOnDevice final : public PagedAttention {
     };
     KVTIDE_RETURN_IF_ERROR(copy(&PagedLayer::k_mean, 0, &mean_));
     return copy(&PagedLayer::k_gain, 1, &gain_);
+  }
+
+  // Of calibrated keys: what attention reads, and what encoders and decoders do.
+  absl::Status SendTransforms() {
+    const CacheType type = options_.pair.k;
+    if (!Info(type).calibrated) return absl::OkStatus();
+    KVTIDE_ASSIGN_OR_RETURN(const Profile profile, MakePagedKeyProfile(options_, layers_));
+    KVTIDE_RETURN_IF_ERROR(transforms_.Send(profile, ProfilePart::kTransforms));
+    if (options_.max_coded_blocks > 0) {
+      KVTIDE_RETURN_IF_ERROR(head_tables_.Send(profile, TablesOf(type)));
+      table_bytes_ = LevelTableBytes(coded_.k().stored_dim);
+    }
+    bytes_ += transforms_.bytes() + head_tables_.bytes();
+    return absl::OkStatus();
+  }
+  // [kv_heads] of a layer, or null.
+  const TideHead* HeadsOf(size_t layer) const {
+    return transforms_.heads() == nullptr ? nullptr : transforms_.heads() + layer * kv_heads_;
   }
 
   absl::Status AllocateTables() {
@@ -317,7 +346,7 @@ class PagedOnDevice final : public PagedAttention {
     for (size_t i = 0; i < layers_.size(); i++)
       layers.push_back({ExactOf(layers_[i]), layers_[i].coded,
                         mean_ == nullptr ? nullptr : mean_ + i * values,
-                        gain_ == nullptr ? nullptr : gain_ + i * values});
+                        gain_ == nullptr ? nullptr : gain_ + i * values, HeadsOf(i)});
     KVTIDE_ASSIGN_OR_RETURN(SealParams::Layer* const copied, Allocate<SealParams::Layer>(layers.size()));
     KVTIDE_RETURN_IF_ERROR(CopyToDevice(copied, layers.data(), layers.size() * sizeof(SealParams::Layer)));
     seal_.layers = copied;
@@ -338,7 +367,7 @@ class PagedOnDevice final : public PagedAttention {
   PagedPrefillLayer PrefillLayer(size_t layer) const {
     const size_t values = layer * kv_heads_ * Size(options_.shape.head_dim_k);
     return {layers_[layer].coded, layers_[layer].exact, mean_ == nullptr ? nullptr : mean_ + values,
-            gain_ == nullptr ? nullptr : gain_ + values, layers_[layer].sinks};
+            gain_ == nullptr ? nullptr : gain_ + values, layers_[layer].sinks, HeadsOf(layer)};
   }
 
   // Tiles of the step, and the most new tokens of a sequence that has any: exactly, where the host knows.
@@ -428,6 +457,8 @@ class PagedOnDevice final : public PagedAttention {
     plan.items.profiles = step_.profiles;
     plan.items.most_profiles = options_.max_profiles;
     plan.items.profile_stride = profile_stride_;
+    plan.items.tables = table_bytes_ == 0 ? nullptr : head_tables_.tables();
+    plan.items.table_bytes = table_bytes_;
     plan.groups = plan_groups_;
     plan.sources = plan_sources_;
     plan.group_stride = static_cast<uint32_t>(batch_ * kv_heads_);
@@ -539,6 +570,7 @@ class PagedOnDevice final : public PagedAttention {
       const auto base = reinterpret_cast<uint64_t>(coded ? layers_[layer].coded : layers_[layer].exact);
       params.layer_lines = static_cast<uint32_t>((base - (coded ? coded_base_ : exact_base_)) / kLineBytes);
       params.profile_offset = static_cast<int64_t>(layer * kv_heads_ * Size(options_.shape.head_dim_k));
+      params.table_offset = layer * kv_heads_ * table_bytes_;
       params.query = q.data;
       return params;
     };
@@ -548,9 +580,9 @@ class PagedOnDevice final : public PagedAttention {
     const void* const late = kernels.joint != nullptr ? kernels.late_joint : kernels.late;
     bool dependent =
         after_rows && overlap_ && late != nullptr && Size(kernels.kinds) * units >= Size(processors_);
-    const auto attend = [&](const void* query, size_t count, const void* function, int threads, int shared,
-                            void* params) -> absl::Status {
-      KVTIDE_RETURN_IF_ERROR(LaunchKernel(query, count, 32 * rows, 0, dependent, params, stream));
+    const auto attend = [&](const void* query, int query_threads, size_t count, const void* function,
+                            int threads, int shared, void* params) -> absl::Status {
+      KVTIDE_RETURN_IF_ERROR(LaunchKernel(query, count, query_threads, 0, dependent, params, stream));
       dependent = overlap_;
       return LaunchKernel(function, Size(processors_), threads, shared, overlap_, params, stream);
     };
@@ -561,16 +593,18 @@ class PagedOnDevice final : public PagedAttention {
       params.workers = params.coded.workers;
       params.coded_units = static_cast<uint32_t>(units);
       const JointKernel& joint = kernels.joint->joint;
-      KVTIDE_RETURN_IF_ERROR(attend(dependent ? late : joint.query_function, 2 * units, joint.function,
-                                    kernels.joint->threads, joint.shared_bytes, &params));
+      KVTIDE_RETURN_IF_ERROR(attend(dependent ? late : joint.query_function, 32 * rows, 2 * units,
+                                    joint.function, kernels.joint->threads, joint.shared_bytes, &params));
     } else {
       for (int k = 0; k < kernels.kinds; k++) {
         const AttendKernel& kernel = *kernels.of[k];
         KVTIDE_ASSIGN_OR_RETURN(AttendParams params, params_of(k));
         // Once one has waited, all are behind the rows.
         const bool after = k == 0 && dependent;
-        KVTIDE_RETURN_IF_ERROR(attend(after ? late : kernel.query_function, units, kernel.function,
-                                      kernel.threads, kernel.shared_bytes, &params));
+        // Rows of calibrated keys' queries are turned together, by all warps that there may be.
+        KVTIDE_RETURN_IF_ERROR(attend(after ? late : kernel.query_function,
+                                      IsCalibrated(kernel.k) ? kernel.query_threads : 32 * rows, units,
+                                      kernel.function, kernel.threads, kernel.shared_bytes, &params));
       }
     }
     CombineParams merge;
@@ -631,6 +665,8 @@ class PagedOnDevice final : public PagedAttention {
   std::vector<DeviceBuffer> buffers_;
   float *mean_ = nullptr, *gain_ = nullptr;  // [max_profiles, at least 1][layers][kv_heads][head_dim_k]
   int64_t profile_stride_ = 0;               // from a profile to the next, if there are any
+  DeviceProfile transforms_, head_tables_;   // of calibrated keys, [layers][kv_heads]
+  size_t table_bytes_ = 0;                   // of a head of the latter, if there are any
   int2* places_ = nullptr;                   // of the step's rows
   PagedTables tables_;
   PagedTile* tile_ = nullptr;

@@ -59,9 +59,11 @@ __global__ void ResolveKernel(const __grid_constant__ ResolveParams params) {
   job.target = from.target;
   // Profiles are of coded keys alone.
   if (!exact && inside % params.coded_record < params.coded_values) {
-    const uint64_t values = inside / params.coded_record * static_cast<uint64_t>(params.head_dim_k);
+    const uint64_t head = inside / params.coded_record,
+                   values = head * static_cast<uint64_t>(params.head_dim_k);
     if (params.layer.mean != nullptr) job.mean = params.layer.mean + values;
     if (params.layer.gain != nullptr) job.gain = params.layer.gain + values;
+    if (params.layer.heads != nullptr) job.tide = params.layer.heads + head;
   }
   params.to[i] = job;
 }

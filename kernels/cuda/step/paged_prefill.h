@@ -14,6 +14,7 @@
 #include "kernels/cuda/attend/environment.h"
 #include "kernels/cuda/device/device.h"
 #include "kernels/cuda/device/device_image.h"
+#include "kernels/cuda/device/tide_head.h"
 #include "kernels/cuda/prefill/prefill_rounds.h"
 #include "kernels/paged_attention.h"
 
@@ -24,6 +25,7 @@ struct PagedPrefillLayer {
   const std::byte *coded = nullptr, *exact = nullptr;  // what entries of the tables are added to
   const float *mean = nullptr, *gain = nullptr;        // [kv_heads][head_dim_k] of coded keys, or null
   const float* sinks = nullptr;
+  const TideHead* heads = nullptr;  // [kv_heads] of calibrated keys, or null
 };
 
 class PagedPrefill {

@@ -226,6 +226,8 @@ struct TileItems {
   const int32_t* profiles = nullptr;  // [sequences], or null
   int32_t most_profiles = 0;
   int64_t profile_stride = 0;
+  const std::byte* tables = nullptr;  // of calibrated keys' heads (level_tables.h), of layer 0, or null
+  uint64_t table_bytes = 0;           // of a head
 
   __device__ const PagedTile& Tile(size_t item) const { return tiles[blockIdx.x * batch + item]; }
   __device__ int2 Pages(const PlanKind*, int k, int item) const {
@@ -248,6 +250,7 @@ struct TileItems {
     const bool has_profile = plan[k].coded && HasProfile(index, most_profiles);
     if (has_profile && mean != nullptr) unit.mean = mean + profile;
     if (has_profile && gain != nullptr) unit.gain = gain + profile;
+    if (plan[k].coded && tables != nullptr) unit.tables = tables + static_cast<uint64_t>(head) * table_bytes;
     unit.tokens = pages.tokens;
     unit.first_row = tile.first_row;
     unit.rows = tile.rows;
@@ -408,6 +411,7 @@ struct SealParams {
     ExactPages exact;
     std::byte* coded;
     const float *mean, *gain;  // of keys, or null
+    const TideHead* heads;     // of calibrated keys, [kv_heads], or null
   };
   const Layer* layers = nullptr;
   int32_t first_layer = 0, layer_count = 0;
@@ -464,6 +468,7 @@ __global__ void __launch_bounds__(kSealThreads) SealJobsKernel(const __grid_cons
       const bool has_profile = HasProfile(index, params.most_profiles);
       job.mean = !has_profile || layer.mean == nullptr ? nullptr : layer.mean + values;
       job.gain = !has_profile || layer.gain == nullptr ? nullptr : layer.gain + values;
+      if (layer.heads != nullptr) job.tide = layer.heads + head;
       params.k[static_cast<int64_t>(before) * per_seal + j] = job;
     }
     before += all;
@@ -478,6 +483,7 @@ __global__ void __launch_bounds__(kSealThreads) SealJobsKernel(const __grid_cons
     params.v[j] = job;
     job.source = params.blank;
     job.target = params.waste;
+    job.tide = params.layers[params.first_layer].heads;
     params.k[j] = job;
   }
 }

@@ -139,9 +139,15 @@ TEST(ConnectPlan, KeysByAProfile) {
   EXPECT_THAT(MakeConnection(request)->environment,
               ElementsAre(testing::Pair("KVTIDE_PAIR", "turbo4/turbo4"),
                           testing::Pair("KVTIDE_PROFILE", "/profiles/my model")))
-      << "tide has no kernels over an engine's pages";
+      << "whether the profile is of keys after RoPE is not known here";
   request.pair = "tide3/turbo3";
-  EXPECT_THAT(std::string(MakeConnection(request).status().message()), HasSubstr("not among the kernels"));
+  EXPECT_THAT(MakeConnection(request)->environment,
+              ElementsAre(testing::Pair("KVTIDE_PAIR", "tide3/turbo3"),
+                          testing::Pair("KVTIDE_PROFILE", "/profiles/my model")));
+  request.profile.clear();
+  EXPECT_THAT(std::string(MakeConnection(request).status().message()),
+              HasSubstr("kvtide calibrate --keys after-rope"));
+  request.profile = "/profiles/my model";
   request.pair = "auto";
   request.engine = ServingEngine::kTransformers;
   request.way = Way::kCache;

@@ -13,7 +13,7 @@ from typing import Iterator, List, Optional, Tuple
 from .. import _core, planner
 from ..errors import KvtideError
 from . import choose
-from .settings import cuda_library, host_memory, parse_pair, parse_window
+from .settings import check_profile_named, cuda_library, host_memory, parse_pair, parse_window
 
 TESTED = {"0.29": "CPU", "0.31": "CPU", "0.32": "CPU", "0.33": "GPU"}
 """Releases of vLLM on which the tests of tests/engines have passed, and on what."""
@@ -49,6 +49,7 @@ def command(arguments: argparse.Namespace) -> List[str]:
         pair, why = chosen.pair, chosen.reason
     else:
         pair = parse_pair(arguments.pair)
+        check_profile_named(pair, arguments.profile)
         why = choose.harm_of(pair, arguments.model, arguments.device, context, arguments.profile) or "harm not known"
     plan = planner.plan(arguments.model, arguments.device, context=[context], concurrency=1, pairs=["f16", pair],
                         gpus=arguments.tensor_parallel_size if arguments.tensor_parallel_size > 1 else 0)
@@ -114,7 +115,8 @@ def main(arguments: Optional[List[str]] = None) -> int:
     parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N")
     parser.add_argument("--pair", default="auto", help="types of keys and values, such as turbo4/turbo4 (default: the planner's choice)")
     parser.add_argument("--exact-window", default="1+2", metavar="FIRST+LAST", help="blocks of 64 tokens kept in f16 (default 1+2)")
-    parser.add_argument("--profile", default="", metavar="FILE", help="means of the model's keys (python -m kvtide.calibrate)")
+    parser.add_argument("--profile", default="", metavar="FILE",
+                        help="means of the model's keys, and transforms for tide types (python -m kvtide.calibrate --keys after-rope)")
     parser.add_argument("--device", default="auto", help="a card of the planner, for another machine than this one")
     parser.add_argument("--check", action="store_true", help="say whether this machine can run it; exit code 1 if not")
     chosen = parser.parse_args(arguments)

@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import (AttentionBackend, AttentionCGSupport, Att
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from ..errors import InvalidArgument
-from .pages import BLOCK_TOKENS, Bounds, Part, Shape, SideMemory, chosen_pair, keys_are_shared, reserve
+from .pages import BLOCK_TOKENS, Bounds, Part, Shape, SideMemory, chosen_pair, keys_are_shared, reserve, transform_bytes
 
 HEAD_SIZES = [64, 80, 96, 112, 128, 192, 256, 512]
 
@@ -168,7 +168,7 @@ class KvtideImpl(AttentionImpl):
         if kv_sharing_target_layer_name is None:
             # Now, so that vLLM counts it among what the model takes and not among what is free for pages.
             self.side = SideMemory(self.shape, self.sliding_window, config)
-            reserve(self.likeness(), Bounds.of(config).tokens, self.num_heads, 2 * head_size)
+            reserve(self.likeness(), Bounds.of(config).tokens, self.num_heads, 2 * head_size, transform_bytes(self.shape, config))
         elif not keys_are_shared(config):
             raise InvalidArgument("this model's layers share another layer's keys and its configuration has no num_kv_shared_layers: "
                                   "use vLLM's own backends for it")

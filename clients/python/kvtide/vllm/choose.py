@@ -48,7 +48,7 @@ def choose(model: str, device: str, context: int, sequences: int, hf_config: Any
     what = f"{sequences} x {context} tokens"
     measured = [one for one in plan[context].pairs
                 if one.harm_percent is not None and one.harm_percent <= MOST_HARM and one.ratio_to_f16 > 1.1
-                and not one.pair.startswith("tide")]  # of which the kernels over vLLM's pages know nothing
+                and not one.pair.startswith("tide")]  # which need transforms of keys after RoPE: for who names them
     if not measured:
         raise InvalidArgument("KVTIDE_PAIR=auto: no pair was measured on a model like this one; choose a pair yourself, such as "
                               "KVTIDE_PAIR=turbo4/turbo4")

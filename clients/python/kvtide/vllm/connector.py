@@ -158,11 +158,11 @@ class KvtideConnector(KVConnectorBase_V1):
 
     def _own_pages(self, layers: List[Any], caches: List[torch.Tensor]) -> Tuple[Pages, Any, str]:
         """Of kvtide's attention backend. The daemon codes blocks as the backend does, so a stock vLLM with the same pair and block
-        size finds them too, unless keys are coded around the means of a profile: then only who has the same profile does."""
+        size finds them too, unless keys are coded by a profile: then only who has the same one does."""
         pages = OwnPages(caches, self._kv_cache_config.num_blocks, lambda: {id(one.impl.part): one.impl.part for one in layers}.values())
         pair, profile = settings_of(self._vllm_config).pair, profile_of(self._vllm_config)
         shapes = {layer.impl.shape for layer in layers}
-        what = f"as kvtide's pages of {pair}" + (f" around the means of profile {profile.digest}" if profile is not None else "")
+        what = f"as kvtide's pages of {pair}" + (f" by profile {profile.digest}" if profile is not None else "")
         if len(shapes) > 1 or profile is not None:
             # Bytes that a backend like this one alone understands: with the same shapes, versions of codecs, and means.
             inside = [asdict(layer.impl.shape) for layer in layers], codec_versions(pair), profile.digest if profile is not None else ""

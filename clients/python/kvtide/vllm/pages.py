@@ -21,7 +21,7 @@ from .. import _core, profiles
 from ..errors import InvalidArgument
 from . import block_tables, choose
 from .devices import paged_device
-from .settings import BLOCK_TOKENS, Settings, heads_of_rank, host_memory, key_means, refusals
+from .settings import BLOCK_TOKENS, Settings, calibrated, check_transforms, heads_of_rank, host_memory, key_means, refusals
 
 logger = init_logger("vllm.kvtide")
 
@@ -67,10 +67,19 @@ def settings_of(config: Any) -> Settings:
         why = choose.harm_of(settings.pair, model, device, context, settings.profile) or "harm not known to the planner: kvtide eval measures it"
     logger.info("kvtide: KV cache in %s (%s); the first %d and the last %d blocks of 64 tokens of running sequences in f16%s",
                 settings.pair, why, settings.first_blocks, settings.last_blocks,
-                f"; keys around their means over {profile.tokens} tokens of {profile.text}" if profile else "")
+                said_of(profile, settings.pair, context) if profile else "")
     _settings[id(config.cache_config)] = (config.cache_config, settings, profile)
     _last[:] = [settings]
     return settings
+
+
+def said_of(profile: profiles.KeyProfile, pair: str, context: int) -> str:
+    """What the log says about the profile."""
+    what = f"{profile.tokens} tokens of {profile.text}"
+    if not calibrated(pair):
+        return f"; keys around their means over {what}"
+    beyond = f", of {profile.context} positions: statistics beyond them are not known (--context of the calibration)"
+    return f"; keys by transforms over {what}" + (beyond if 0 < profile.context < context else "")
 
 
 def profile_of(config: Any) -> Optional[profiles.KeyProfile]:
@@ -89,6 +98,8 @@ def read_profile(settings: Settings, config: Any) -> Optional[profiles.KeyProfil
         raise InvalidArgument(f"KVTIDE_PROFILE: {error}") from error
     model = config.model_config
     key_means(profile, model.get_total_num_hidden_layers(), model.get_total_num_kv_heads(), model.get_head_size())
+    if calibrated(settings.pair):
+        check_transforms(profile, settings.pair)
     return profile
 
 
@@ -159,12 +170,21 @@ WORK_BYTES = 160 << 20
 _reserved: Dict[tuple, torch.Tensor] = {}
 
 
-def reserve(likeness: tuple, tokens: int, heads: int, head_dims: int) -> None:
+def transform_bytes(shape: Shape, config: Any) -> int:
+    """Of calibrated keys on the device: for each layer and head a transform, its inverse, what turns queries, and some rows beside."""
+    if not calibrated(settings_of(config).pair):
+        return 0
+    heads = config.model_config.get_num_layers(config.parallel_config) * shape.kv_heads
+    return heads * (3 * shape.head_dim_k + 8) * shape.head_dim_k * 4
+
+
+def reserve(likeness: tuple, tokens: int, heads: int, head_dims: int, transforms: int) -> None:
     """Takes the memory that the kernels will work in, so that vLLM counts it among what the model takes: decoded pages of prompts'
-    chunks, their rows in f32, states of decoding. ``release`` gives it back when the object is made that takes it for good."""
+    chunks, their rows in f32, states of decoding, transforms. ``release`` gives it back when the object is made that takes it for
+    good."""
     if likeness not in _reserved and torch.get_default_device().type == "cuda":
         rows = tokens * heads * (head_dims + 1) * 4
-        _reserved[likeness] = torch.empty(PREFILL_BYTES + rows + WORK_BYTES, dtype=torch.uint8)
+        _reserved[likeness] = torch.empty(PREFILL_BYTES + rows + WORK_BYTES + transforms, dtype=torch.uint8)
 
 
 def release(likeness: tuple) -> None:
@@ -271,12 +291,15 @@ class Part:
         paged.bounds(bounds.sequences, bounds.tokens, width, self.exact.exact_row, self.exact.max_seals)
         paged.pages(cache.stride(0), side.page_bytes, side.slots, side.scratch.data_ptr())
         self.kept = []  # what the object has addresses of
+        transforms = calibrated(self.settings.pair)
         for layer in self.layers:
             sinks = None if layer.impl.sinks is None else layer.impl.sinks.float().contiguous()
-            mean = self.mean_of(layer)
+            mean = None if transforms else self.mean_of(layer)
             self.kept += [layer.kv_cache, layer.impl.side.exact, sinks, mean]
             paged.add_layer(layer.kv_cache.data_ptr(), layer.impl.side.exact.data_ptr(), 0 if sinks is None else sinks.data_ptr(),
                             mean=0 if mean is None else mean.ctypes.data)
+            if transforms:
+                paged.transform_keys(*self.transforms_of(layer))
         release(impl.likeness())
         paged.make(paged_device(self.device.type))
         tables = self.exact.tables()
@@ -292,19 +315,36 @@ class Part:
                     f" (the windows of all sequences would take {self.exact.all_slots} pages: raise KVTIDE_SIDE_MEMORY or lower "
                     "--max-num-seqs, else some blocks of the windows are attended coded)")
 
-    def mean_of(self, layer: Any) -> Optional[np.ndarray]:
-        """Of this rank's keys in a layer, [kv_heads, head_dim]; None without a profile, and for a draft model's layers."""
-        model, parallel, impl = self.config.model_config, self.config.parallel_config, layer.impl
-        profile = profile_of(self.config)
-        if profile is None:
-            return None
+    def place_of(self, layer: Any, profile: profiles.KeyProfile) -> Optional[Tuple[int, slice]]:
+        """Layer and this rank's heads in the profile; None for a draft model's layers."""
+        parallel, impl = self.config.parallel_config, layer.impl
         number = extract_layer_index(layer.layer_name)
         ranks, heads = parallel.tensor_parallel_size, profile.means[0].shape[0]
         own = heads_of_rank(parallel.rank % ranks, ranks, heads)
         if number >= len(profile.means) or layer.layer_name.startswith("draft"):
             return None
-        mean = np.ascontiguousarray(profile.means[number][own], dtype=np.float32)
-        return mean if mean.shape == (impl.num_kv_heads, impl.head_size) else None
+        return (number, own) if profile.means[number][own].shape == (impl.num_kv_heads, impl.head_size) else None
+
+    def mean_of(self, layer: Any) -> Optional[np.ndarray]:
+        """Of this rank's keys in a layer, [kv_heads, head_dim]; None without a profile, and for a draft model's layers."""
+        profile = profile_of(self.config)
+        place = None if profile is None else self.place_of(layer, profile)
+        return None if profile is None or place is None else np.ascontiguousarray(profile.means[place[0]][place[1]], dtype=np.float32)
+
+    def transforms_of(self, layer: Any) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Centres, transforms and widths of this rank's keys in a layer.
+
+        Raises:
+            InvalidArgument: for layers of another model, such as a draft.
+        """
+        profile = profile_of(self.config)
+        place = None if profile is None else self.place_of(layer, profile)
+        if profile is None or place is None:
+            raise InvalidArgument(f"layer {layer.layer_name}: KVTIDE_PROFILE has no transforms of it, as of a draft model's layers, and "
+                                  f"{self.settings.pair} needs them; use turbo4/turbo4, or drafts without a model")
+        number, own = place
+        return (np.ascontiguousarray(profile.centres[number][own], np.float32), np.ascontiguousarray(profile.transforms[number][own], np.float32),
+                np.ascontiguousarray(profile.widths[number][own], np.uint8))
 
     # --- once a step ---
 

@@ -28,7 +28,8 @@ class Settings:
         side_memory: ``KVTIDE_SIDE_MEMORY`` (``2GiB``): most memory for float16 copies; None = a tenth of the device's. Less
             than the window of every sequence needs means that some attend blocks of it coded.
         profile: ``KVTIDE_PROFILE``, a profile of the model's keys (``python -m kvtide.calibrate``, ``kvtide calibrate``): keys are
-            coded as their difference from its means, which attention takes back.
+            coded as their difference from its means, which attention takes back; ``tide`` types with its transforms, which must be
+            of keys after RoPE (``--keys after-rope``).
     """
 
     pair: str = "auto"
@@ -52,7 +53,9 @@ class Settings:
             raise InvalidArgument(f"additional config kvtide: {given!r}; it has the keys {', '.join(chosen)}")
         chosen.update({key: str(value) for key, value in given.items()})
         first, last = parse_window(chosen["exact_window"])
-        return cls(parse_pair(chosen["pair"]), first, last, parse_size(chosen["side_memory"]), chosen["profile"])
+        pair = parse_pair(chosen["pair"])
+        check_profile_named(pair, chosen["profile"])
+        return cls(pair, first, last, parse_size(chosen["side_memory"]), chosen["profile"])
 
     def window_for(self, sliding: int) -> Tuple[int, int]:
         """Exact blocks of a layer; a sliding window does not see its first block for long."""
@@ -60,10 +63,11 @@ class Settings:
 
 
 def parse_pair(text: str) -> str:
-    if text.startswith("tide"):
-        raise InvalidArgument(f'pair "{text}": calibrated types are not among the kernels over vLLM\'s pages; use turbo4, turbo3 or turbo2, '
-                              "and KVTIDE_PROFILE, around whose means they lose less")
-    return text if text == "auto" else formats.parse_pair(text, "auto")
+    pair = text if text == "auto" else formats.parse_pair(text, "auto")
+    values = pair.split("/")[-1]
+    if calibrated(values):
+        raise InvalidArgument(f'pair "{text}": {values} codes keys only; write tide3/turbo3, for example')
+    return pair
 
 
 def parse_window(text: str) -> Tuple[int, int]:
@@ -80,6 +84,32 @@ def parse_size(text: str) -> Optional[int]:
     if match is None or match.group(2) not in _UNITS:
         raise InvalidArgument(f'side memory "{text}": write a size such as 2GiB')
     return int(float(match.group(1)) * _UNITS[match.group(2)])
+
+
+def calibrated(pair: str) -> bool:
+    """Whether keys of the pair need transforms of a profile."""
+    return pair.startswith("tide")
+
+
+MAKE_ONE = "make one with python -m kvtide.calibrate --keys after-rope, or kvtide calibrate --keys after-rope"
+
+
+def check_profile_named(pair: str, profile: str) -> None:
+    if calibrated(pair) and not profile:
+        raise InvalidArgument(f'pair "{pair}": calibrated keys are coded by a profile of the model; name it in KVTIDE_PROFILE ({MAKE_ONE}), '
+                              "or take turbo4, turbo3 or turbo2")
+
+
+def check_transforms(profile: Any, pair: str) -> None:
+    """InvalidArgument for a profile without what a calibrated type needs over vLLM's pages: transforms of keys after RoPE."""
+    key = pair.split("/")[0]
+    if not profile.transforms:
+        raise InvalidArgument(f"KVTIDE_PROFILE: {key} keys need transforms, and this profile has means alone; {MAKE_ONE}")
+    if not profile.after_rope:
+        raise InvalidArgument(f"KVTIDE_PROFILE: its transforms are of keys before RoPE, which kvtide's own pools attend; kernels over vLLM's "
+                              f"pages take {key} keys coded after it: {MAKE_ONE}")
+    if profile.widths[0].shape[1] <= ("tide4", "tide3", "tide2", "tide1").index(key):
+        raise InvalidArgument(f"KVTIDE_PROFILE: this profile is older than {key}; {MAKE_ONE}")
 
 
 def key_means(profile: Any, layers: int, kv_heads: int, head_dim: int) -> List[np.ndarray]:
