@@ -50,7 +50,8 @@ absl::Status CheckCalibratedKeys(const PagedOptions& options, std::span<const Pa
     };
     if (layer.keys == nullptr) return wrong("calibrated keys need the transforms of a profile: ", kMakeOne);
     if (layer.k_mean != nullptr || layer.k_gain != nullptr)
-      return wrong("calibrated keys have means of their own, in their transforms; leave k_mean and k_gain out");
+      return wrong(
+          "calibrated keys have means of their own, in their transforms; leave k_mean and k_gain out");
     for (int h = 0; h < options.shape.kv_heads; h++)
       if (layer.keys[h].turned_back())
         return wrong("the profile codes keys before RoPE, which only a pool attends, as it knows positions: ",
@@ -128,8 +129,8 @@ absl::StatusOr<Profile> MakePagedKeyProfile(const PagedOptions& options, std::sp
       HeadProfile& head = profile.k.emplace_back(layers[i].keys[h]);
       const absl::Status status = CompleteTransform(options.shape.head_dim_k, head);
       if (!status.ok())
-        return absl::InvalidArgumentError(
-            absl::StrCat("layer ", i, ", head ", h, ": ", status.message(), "; the profile is of another model"));
+        return absl::InvalidArgumentError(absl::StrCat("layer ", i, ", head ", h, ": ", status.message(),
+                                                       "; the profile is of another model"));
     }
   KVTIDE_RETURN_IF_ERROR(CheckProfileFor(options.pair.k, profile.shape, &profile));
   profile.v.resize(profile.k.size());

@@ -60,7 +60,7 @@ inline constexpr int kMostPagedSequences = 4096;
 inline constexpr size_t kPoolUnit = 128;
 
 struct PagedOptions {
-  GroupShape shape;                 // of a page: layers = 1
+  GroupShape shape;  // of a page: layers = 1
   // Of coded pages; any pair whose page can be sealed from f16. Calibrated keys are those that are coded
   // after RoPE: nothing depends on where a page stands then.
   CachePair pair;

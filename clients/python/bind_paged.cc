@@ -56,8 +56,9 @@ class Paged {
     if (layers.empty()) throw StatusException(absl::FailedPreconditionError("add a layer first"));
     if (heads != static_cast<size_t>(options.shape.kv_heads) || transforms.shape(0) != heads ||
         widths.shape(0) != heads || transforms.shape(1) != dim || transforms.shape(2) != dim)
-      throw StatusException(absl::InvalidArgumentError(
-          "centres are [kv_heads][head_dim], transforms have another head_dim, widths are [kv_heads][types][groups]"));
+      throw StatusException(
+          absl::InvalidArgumentError("centres are [kv_heads][head_dim], transforms have another head_dim, "
+                                     "widths are [kv_heads][types][groups]"));
     const size_t own_widths = widths.shape(1) * widths.shape(2);
     std::vector<HeadProfile>& keys = keys_.emplace_back(heads);
     for (size_t h = 0; h < heads; h++) {

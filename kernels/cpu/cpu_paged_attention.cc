@@ -51,7 +51,8 @@ class CpuPagedAttention : public PagedAttention {
       const auto first = all.k.begin() + static_cast<std::ptrdiff_t>(i) * options_.shape.kv_heads;
       Profile& profile = *(profiles_[i] = std::make_unique<Profile>());
       profile.shape = options_.shape;
-      profile.k.assign(std::make_move_iterator(first), std::make_move_iterator(first + options_.shape.kv_heads));
+      profile.k.assign(std::make_move_iterator(first),
+                       std::make_move_iterator(first + options_.shape.kv_heads));
       profile.v.resize(profile.k.size());
       profile.hash = HashProfile(profile);
     }

@@ -239,9 +239,9 @@ int Run(const std::string& json, bool quick, const std::vector<std::string>& pai
       const char* const pair = name.c_str();
       const Result r = Measure(pair, step, times);
       const auto number = [](double value, int digits) {
-        char text[32];
-        std::snprintf(text, sizeof text, "%.*f", digits, value);
-        return std::string(std::isnan(value) ? "null" : text);
+        char digits_of[32];
+        std::snprintf(digits_of, sizeof digits_of, "%.*f", digits, value);
+        return std::string(std::isnan(value) ? "null" : digits_of);
       };
       std::printf(
           "%4d x %6d  %-12s bare %7.0f  step %7.0f  above a layer %5.2f (%.2f without writing, %.2f written "
@@ -251,17 +251,17 @@ int Run(const std::string& json, bool quick, const std::vector<std::string>& pai
           (r.attend - r.bare) / kLayers, (r.apart - r.bare) / kLayers, r.called, r.plan, r.seal, r.host,
           static_cast<double>(r.bytes) / 1e6);
       char line[500];
-      std::snprintf(line, sizeof line,
-                    "%s\n    {\"pair\": \"%s\", \"sequences\": %d, \"tokens\": %d, \"bare_us\": %s, "
-                    "\"step_us\": %.1f, "
-                    "\"above_a_layer_us\": %s, \"above_without_writing_us\": %s, "
-                    "\"above_written_apart_us\": %s, \"called_us\": %.1f, "
-                    "\"plan_us\": %.1f, "
-                    "\"seal_of_every_sequence_us\": %.1f, \"host_us\": %.1f, \"bytes\": %zu}",
-                    first ? "" : ",", pair, step.sequences, step.tokens, number(r.bare, 1).c_str(), r.step,
-                    number((r.step - r.bare) / kLayers, 2).c_str(),
-                    number((r.attend - r.bare) / kLayers, 2).c_str(),
-                    number((r.apart - r.bare) / kLayers, 2).c_str(), r.called, r.plan, r.seal, r.host, r.bytes);
+      std::snprintf(
+          line, sizeof line,
+          "%s\n    {\"pair\": \"%s\", \"sequences\": %d, \"tokens\": %d, \"bare_us\": %s, "
+          "\"step_us\": %.1f, "
+          "\"above_a_layer_us\": %s, \"above_without_writing_us\": %s, "
+          "\"above_written_apart_us\": %s, \"called_us\": %.1f, "
+          "\"plan_us\": %.1f, "
+          "\"seal_of_every_sequence_us\": %.1f, \"host_us\": %.1f, \"bytes\": %zu}",
+          first ? "" : ",", pair, step.sequences, step.tokens, number(r.bare, 1).c_str(), r.step,
+          number((r.step - r.bare) / kLayers, 2).c_str(), number((r.attend - r.bare) / kLayers, 2).c_str(),
+          number((r.apart - r.bare) / kLayers, 2).c_str(), r.called, r.plan, r.seal, r.host, r.bytes);
       text += line;
       first = false;
     }

@@ -22,8 +22,10 @@ inline Profile MakeProfile(int kv_heads, int dim, bool levels) {
                                                      {6, 5, 4, 4, 4, 4, 3, 3, 3, 3, 2, 2, 2, 2, 1, 1},
                                                      {6, 4, 3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 0, 0, 0},
                                                      {5, 3, 2, 2, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0}}
-                 : std::vector<std::vector<uint8_t>>{
-                       {6, 6, 5, 5, 4, 3, 2, 1}, {5, 5, 4, 4, 3, 2, 1, 1}, {4, 4, 3, 2, 2, 1, 1, 0}, {3, 2, 1, 1, 0, 0, 0, 0}};
+                 : std::vector<std::vector<uint8_t>>{{6, 6, 5, 5, 4, 3, 2, 1},
+                                                     {5, 5, 4, 4, 3, 2, 1, 1},
+                                                     {4, 4, 3, 2, 2, 1, 1, 0},
+                                                     {3, 2, 1, 1, 0, 0, 0, 0}};
   std::mt19937 rng(3);
   std::normal_distribution<float> normal;
   Profile profile;

@@ -148,7 +148,8 @@ def test_profiles_that_calibrated_keys_cannot_use(tmp_path):
 
 def calibrated(folder, *more):
     out = folder / ("_".join(more).replace("-", "") + ".profile")
-    kvtide("calibrate", "--model", engine.MODEL, "--text", str(ROOT / "tests" / "data" / "manuals.txt"), "--out", str(out), "--no-progress", *more)
+    kvtide("calibrate", "--model", engine.MODEL, "--text", str(ROOT / "tests" / "data" / "manuals.txt"), "--out", str(out), "--no-progress",
+           *more)
     return out
 
 

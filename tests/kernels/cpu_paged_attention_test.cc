@@ -352,7 +352,9 @@ TEST(CpuPagedAttention, SoftcapSinksAndProfile) {
 TEST(CpuPagedAttention, CalibratedKeysAtAnyHeadDim) {
   for (const int dim : {64, 80, 128, 256})
     Step({.shape = {1, 2, dim, dim}, .pair = "tide3/turbo3", .heads = 6, .layers = 3}, Batch(), 8).Check();
-  Step({.shape = {1, 1, 128, 64}, .pair = "tide1/q8_0", .heads = 16, .softcap = 20, .sinks = true}, Batch(), 9).Check();
+  Step({.shape = {1, 1, 128, 64}, .pair = "tide1/q8_0", .heads = 16, .softcap = 20, .sinks = true}, Batch(),
+       9)
+      .Check();
 }
 TEST(CpuPagedAttention, RowsOfAFusedProjection) {
   for (const DataType type : {DataType::kF32, DataType::kF16, DataType::kBf16})

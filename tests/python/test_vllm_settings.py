@@ -27,7 +27,8 @@ def test_where_settings_come_from():
 
 
 @pytest.mark.parametrize("environment,words", [
-    ({"KVTIDE_PAIR": "turbo9"}, "turbo4"), ({"KVTIDE_PAIR": "tide3/turbo3"}, "KVTIDE_PROFILE .*--keys after-rope"), ({"KVTIDE_PAIR": "tide3"}, "tide3 codes keys only"), ({"KVTIDE_PAIR": "f16/f16/f16"}, "the type of keys and of values"),
+    ({"KVTIDE_PAIR": "turbo9"}, "turbo4"), ({"KVTIDE_PAIR": "f16/f16/f16"}, "the type of keys and of values"),
+    ({"KVTIDE_PAIR": "tide3/turbo3"}, "KVTIDE_PROFILE .*--keys after-rope"), ({"KVTIDE_PAIR": "tide3"}, "tide3 codes keys only"),
     ({"KVTIDE_EXACT_WINDOW": "2"}, "such as 1[+]2"), ({"KVTIDE_EXACT_WINDOW": "1+65"}, "at most 64"),
     ({"KVTIDE_SIDE_MEMORY": "much"}, "such as 2GiB")])
 def test_mistakes_say_what_to_write(environment, words):

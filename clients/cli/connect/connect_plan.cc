@@ -63,8 +63,8 @@ PairChoice Describe(const Candidate& candidate, std::string reason, const Connec
 bool Caches(Way way) { return way != Way::kPages; }
 bool OwnsPages(Way way) { return way != Way::kCache; }
 
-// Over an engine's pages calibrated K types (tide) need transforms of keys after RoPE: a profile that was made
-// so, which is for who names the pair.
+// Over an engine's pages calibrated K types (tide) need transforms of keys after RoPE: a profile that was
+// made so, which is for who names the pair.
 bool IsCalibratedPages(const Candidate& candidate, const ConnectRequest& request) {
   return OwnsPages(request.way) && absl::StartsWith(candidate.asked.k, "tide");
 }
@@ -246,10 +246,10 @@ absl::StatusOr<PairChoice> ChoosePair(const ConnectRequest& request) {
     for (const Candidate& candidate : plan.candidates) {
       if (candidate.asked.Name() != request.pair) continue;
       if (IsCalibratedPages(candidate, request) && request.profile.empty())
-        return absl::InvalidArgumentError(absl::StrCat(
-            "--pair ", request.pair, ": ", candidate.asked.k,
-            " keys over vLLM's pages need a --profile of keys after RoPE: make one with kvtide calibrate --keys "
-            "after-rope, or take turbo4, turbo3 or turbo2"));
+        return absl::InvalidArgumentError(absl::StrCat("--pair ", request.pair, ": ", candidate.asked.k,
+                                                       " keys over vLLM's pages need a --profile of keys "
+                                                       "after RoPE: make one with kvtide calibrate --keys "
+                                                       "after-rope, or take turbo4, turbo3 or turbo2"));
       return Describe(candidate, absl::StrCat("as asked, ", HarmWords(candidate.harm)), request);
     }
     return absl::NotFoundError(absl::StrCat("--pair: the plan has no pair '", request.pair, "'"));

@@ -199,9 +199,10 @@ class PagedOnDevice final : public PagedAttention {
         return absl::InvalidArgumentError(absl::StrCat(
             "no kernel reads ", PairName(layout->pair()), " pages of head dims K ", options_.shape.head_dim_k,
             " and V ", options_.shape.head_dim_v,
-            calibrated ? ": calibrated keys go with turbo values of the same bits (tide1 with turbo2), at head "
-                         "dims 64 and 128"
-                       : "; kernels/cuda/attend/instantiate.cuh lists the pairs"));
+            calibrated
+                ? ": calibrated keys go with turbo values of the same bits (tide1 with turbo2), at head "
+                  "dims 64 and 128"
+                : "; kernels/cuda/attend/instantiate.cuh lists the pairs"));
       kernels->rows = kernels->kinds == 0 ? kernel->rows : std::min(kernels->rows, kernel->rows);
       kernels->of[kernels->kinds++] = kernel;
     }
@@ -366,8 +367,12 @@ class PagedOnDevice final : public PagedAttention {
 
   PagedPrefillLayer PrefillLayer(size_t layer) const {
     const size_t values = layer * kv_heads_ * Size(options_.shape.head_dim_k);
-    return {layers_[layer].coded, layers_[layer].exact, mean_ == nullptr ? nullptr : mean_ + values,
-            gain_ == nullptr ? nullptr : gain_ + values, layers_[layer].sinks, HeadsOf(layer)};
+    return {layers_[layer].coded,
+            layers_[layer].exact,
+            mean_ == nullptr ? nullptr : mean_ + values,
+            gain_ == nullptr ? nullptr : gain_ + values,
+            layers_[layer].sinks,
+            HeadsOf(layer)};
   }
 
   // Tiles of the step, and the most new tokens of a sequence that has any: exactly, where the host knows.

@@ -220,8 +220,9 @@ class DecodeOnDevice final : public DeviceDecode {
   absl::StatusOr<const AttendKernel*> KernelOf(CachePair pair) const {
     if (Info(pair.k).calibrated)
       return absl::InvalidArgumentError(
-          absl::StrCat(PairName(pair), ": calibrated keys need transforms, which sequences do not name here; "
-                                       "choose another K type"));
+          absl::StrCat(PairName(pair),
+                       ": calibrated keys need transforms, which sequences do not name here; "
+                       "choose another K type"));
     const BlockLayout layout(options_.shape, pair);
     const AttendKernel* const kernel = FindAttendKernel(FormOf(pair.k), FormOf(pair.v), layout.k().stored_dim,
                                                         layout.v().stored_dim, group_, image_.shared_limit);

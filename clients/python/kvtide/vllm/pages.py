@@ -343,8 +343,8 @@ class Part:
             raise InvalidArgument(f"layer {layer.layer_name}: KVTIDE_PROFILE has no transforms of it, as of a draft model's layers, and "
                                   f"{self.settings.pair} needs them; use turbo4/turbo4, or drafts without a model")
         number, own = place
-        return (np.ascontiguousarray(profile.centres[number][own], np.float32), np.ascontiguousarray(profile.transforms[number][own], np.float32),
-                np.ascontiguousarray(profile.widths[number][own], np.uint8))
+        return (np.ascontiguousarray(profile.centres[number][own], np.float32),
+                np.ascontiguousarray(profile.transforms[number][own], np.float32), np.ascontiguousarray(profile.widths[number][own], np.uint8))
 
     # --- once a step ---
 

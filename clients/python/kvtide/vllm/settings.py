@@ -96,8 +96,8 @@ MAKE_ONE = "make one with python -m kvtide.calibrate --keys after-rope, or kvtid
 
 def check_profile_named(pair: str, profile: str) -> None:
     if calibrated(pair) and not profile:
-        raise InvalidArgument(f'pair "{pair}": calibrated keys are coded by a profile of the model; name it in KVTIDE_PROFILE ({MAKE_ONE}), '
-                              "or take turbo4, turbo3 or turbo2")
+        raise InvalidArgument(f'pair "{pair}": calibrated keys are coded by a profile of the model; name it in KVTIDE_PROFILE '
+                              f"({MAKE_ONE}), or take turbo4, turbo3 or turbo2")
 
 
 def check_transforms(profile: Any, pair: str) -> None:
@@ -106,8 +106,8 @@ def check_transforms(profile: Any, pair: str) -> None:
     if not profile.transforms:
         raise InvalidArgument(f"KVTIDE_PROFILE: {key} keys need transforms, and this profile has means alone; {MAKE_ONE}")
     if not profile.after_rope:
-        raise InvalidArgument(f"KVTIDE_PROFILE: its transforms are of keys before RoPE, which kvtide's own pools attend; kernels over vLLM's "
-                              f"pages take {key} keys coded after it: {MAKE_ONE}")
+        raise InvalidArgument("KVTIDE_PROFILE: its transforms are of keys before RoPE, which kvtide's own pools attend; kernels over "
+                              f"vLLM's pages take {key} keys coded after it: {MAKE_ONE}")
     if profile.widths[0].shape[1] <= ("tide4", "tide3", "tide2", "tide1").index(key):
         raise InvalidArgument(f"KVTIDE_PROFILE: this profile is older than {key}; {MAKE_ONE}")
 
