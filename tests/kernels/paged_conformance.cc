@@ -929,7 +929,7 @@ TEST_P(PagedConformance, CalibratedKeysInAFewSteps) {
   for (const int dim : {64, 128}) {
     engine.pair = dim == 64 ? "tide2/turbo2" : "tide3/turbo3";
     engine.head_dim = dim;
-    engine.host_arrays = dim == 128;
+    engine.host_arrays = dim == 128 && !GetParam().make()->replays();
     engine.tolerance = 3e-3;
     RunSteps(GetParam(), engine, 8, 240);
   }

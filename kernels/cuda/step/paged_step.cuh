@@ -483,7 +483,8 @@ __global__ void __launch_bounds__(kSealThreads) SealJobsKernel(const __grid_cons
     params.v[j] = job;
     job.source = params.blank;
     job.target = params.waste;
-    job.tide = params.layers[params.first_layer].heads;
+    if (params.layers[params.first_layer].heads != nullptr)
+      job.tide = params.layers[params.first_layer].heads;
     params.k[j] = job;
   }
 }
