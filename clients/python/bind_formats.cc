@@ -130,6 +130,8 @@ void BindFormats(nb::module_& m) {
     for (const CacheType type : AllCacheTypes()) out.append(Describe(type));
     return out;
   });
+  // Of any type, calibrated ones too.
+  m.def("codec_version", [](const std::string& type) { return Info(Raise(ParseCacheType(type))).version; });
   m.def("page_bytes",
         [](const std::string& type, int head_dim) { return Half(type, "k", head_dim, {}, {}).layout.bytes; });
   m.def("block_bytes", [](const std::string& pair, int layers, int kv_heads, int head_dim_k, int head_dim_v) {

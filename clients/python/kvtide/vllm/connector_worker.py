@@ -23,7 +23,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set,
 import numpy as np
 import torch
 
-from .. import formats
+from .. import _core
 from ..block_watch import FIRST_TIER
 from ..errors import FailedPrecondition, KvtideError, ResourceExhausted
 from ..store_link import close_at_exit, in_pieces
@@ -66,9 +66,8 @@ class Counts:
 
 def codec_versions(pair: str) -> Tuple[int, int]:
     """Of this package, for keys and values."""
-    version = {one.name: one.version for one in formats.types()}
     key, value = pair.split("/")
-    return version[key], version[value]
+    return _core.codec_version(key), _core.codec_version(value)
 
 
 class Staging:

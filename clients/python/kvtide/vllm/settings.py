@@ -62,12 +62,25 @@ class Settings:
         return (0 if sliding else self.first_blocks, self.last_blocks)
 
 
+CALIBRATED = ("tide4", "tide3", "tide2", "tide1")
+"""Types of keys that need transforms of a profile, in the order of their widths there."""
+
+
+def calibrated(pair: str) -> bool:
+    """Whether keys of the pair are of such a type."""
+    return pair.split("/")[0] in CALIBRATED
+
+
 def parse_pair(text: str) -> str:
-    pair = text if text == "auto" else formats.parse_pair(text, "auto")
-    values = pair.split("/")[-1]
-    if calibrated(values):
-        raise InvalidArgument(f'pair "{text}": {values} codes keys only; write tide3/turbo3, for example')
-    return pair
+    if text == "auto":
+        return text
+    key, *rest = text.split("/")
+    value = rest[0] if rest else key
+    if calibrated(value):
+        raise InvalidArgument(f'pair "{text}": {value} codes keys only; write tide3/turbo3, for example')
+    if key in CALIBRATED and len(rest) == 1:
+        return f"{key}/{formats.parse_pair(value, 'auto').split('/')[1]}"
+    return formats.parse_pair(text, "auto")
 
 
 def parse_window(text: str) -> Tuple[int, int]:
@@ -84,11 +97,6 @@ def parse_size(text: str) -> Optional[int]:
     if match is None or match.group(2) not in _UNITS:
         raise InvalidArgument(f'side memory "{text}": write a size such as 2GiB')
     return int(float(match.group(1)) * _UNITS[match.group(2)])
-
-
-def calibrated(pair: str) -> bool:
-    """Whether keys of the pair need transforms of a profile."""
-    return pair.startswith("tide")
 
 
 MAKE_ONE = "make one with python -m kvtide.calibrate --keys after-rope, or kvtide calibrate --keys after-rope"
@@ -108,7 +116,7 @@ def check_transforms(profile: Any, pair: str) -> None:
     if not profile.after_rope:
         raise InvalidArgument("KVTIDE_PROFILE: its transforms are of keys before RoPE, which kvtide's own pools attend; kernels over "
                               f"vLLM's pages take {key} keys coded after it: {MAKE_ONE}")
-    if profile.widths[0].shape[1] <= ("tide4", "tide3", "tide2", "tide1").index(key):
+    if profile.widths[0].shape[1] <= CALIBRATED.index(key):
         raise InvalidArgument(f"KVTIDE_PROFILE: this profile is older than {key}; {MAKE_ONE}")
 
 
