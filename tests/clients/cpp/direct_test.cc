@@ -111,7 +111,7 @@ TEST(Direct, WhatIsNotMappedSaysWhy) {
   ASSERT_TRUE(mapped->RegisterModel(e2e::SmallModel()).ok());
   ExpectError(
       client::DirectAttention::Make(mapped.get(), e2e::SmallModel(), {.pairs = {"tide3/turbo3"}}).status(),
-      StatusCode::kInvalidArgument, "calibrated types need transforms of a profile");
+      StatusCode::kInvalidArgument, "no profiles of sequences");
   // Blocks of those who have mapped nothing are not written by themselves.
   const auto shared = Connect("shm:" + sharing->address());
   ASSERT_TRUE(shared->RegisterModel(e2e::SmallModel()).ok());
