@@ -321,6 +321,9 @@ TEST_F(DeviceDecodeTest, SaysWhatIsMissing) {
   options.heads = 80;  // 40 rows
   EXPECT_EQ(DeviceDecode::Make(options, {layer}).status().code(), absl::StatusCode::kInvalidArgument);
   options.heads = 8;
+  options.pair = *ParseCachePair("tide3/turbo3");
+  EXPECT_NE(DeviceDecode::Make(options, {layer}).status().message().find("need transforms"), std::string::npos);
+  options.pair = *ParseCachePair("turbo4");
   options.max_sequences = 5000;
   EXPECT_EQ(DeviceDecode::Make(options, {layer}).status().message(),
             "max_sequences is 5000, 1..4096 are possible");
