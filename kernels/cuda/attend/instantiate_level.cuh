@@ -21,7 +21,8 @@ struct LevelQueryKind {
 };
 
 // QueryKernel for such areas: a CTA for each unit. Any number of warps does that has one for each row; with
-// kRows of them each turns its columns once.
+// kRows of them each turns its columns once. Units without pages, which plans made on the device have behind
+// the others (device_plan.cuh), name no tables and get no area: no worker comes to them.
 template <class Kind>
 __global__ void __launch_bounds__(32 * Kind::kRows, 512 / (32 * Kind::kRows))
     LevelQueryKernel(const __grid_constant__ AttendParams params) {
@@ -31,6 +32,10 @@ __global__ void __launch_bounds__(32 * Kind::kRows, 512 / (32 * Kind::kRows))
   __shared__ __align__(16) uint8_t before[kFloats], after[kFloats];
   LetNextKernelStart();
   const AttendUnit& unit = params.units[blockIdx.x];
+  if (unit.pages == 0) {
+    WaitForEarlierKernels();  // the attention kernel is behind all of those
+    return;
+  }
   const std::byte* const tables = unit.tables + params.table_offset;
   const int r = static_cast<int>(threadIdx.x >> 5), warps = static_cast<int>(blockDim.x >> 5);
   const bool active = r < unit.rows;

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/check.h"
 #include "kernels/base/status.h"
 #include "kernels/cuda/attend/kernel_list.h"
 #include "kernels/cuda/attend/late_query.h"
@@ -475,6 +476,7 @@ class PagedOnDevice final : public PagedAttention {
     plan.joint_ctas = processors_;
     for (int k = 0; k < kernels.kinds; k++) {
       const bool coded = kernels.kinds == 2 && k == 0;
+      KVTIDE_CHECK(!IsCalibrated(kernels.of[k]->k) || plan.items.tables != nullptr);
       plan.items.kinds[k] = coded ? 0 : 1;
       plan.items.bases[k] = coded ? coded_base_ : exact_base_;
       KVTIDE_ASSIGN_OR_RETURN(plan.kinds[k], PlanKindOf(kernels, k, coded));
