@@ -266,7 +266,7 @@ std::string RunShape(const Shape& s, int sms) {
   Profile profile;
   const std::byte* tables = nullptr;
   if (calibrated) {
-    profile = MakeProfile(s.kv_heads, s.dim, s.levels);
+    profile = bench::MakeProfile(s.kv_heads, s.dim, s.levels);
     tables = Upload(s.levels ? MakeLevelTables(profile, pair.k) : MakeTideTables(profile, pair.k), &owned);
   }
   const AttendKernel* kernel = (s.levels ? FindLevelKernel : FindAttendKernel)(
