@@ -322,7 +322,8 @@ TEST_F(DeviceDecodeTest, SaysWhatIsMissing) {
   EXPECT_EQ(DeviceDecode::Make(options, {layer}).status().code(), absl::StatusCode::kInvalidArgument);
   options.heads = 8;
   options.pair = *ParseCachePair("tide3/turbo3");
-  EXPECT_NE(DeviceDecode::Make(options, {layer}).status().message().find("need transforms"), std::string::npos);
+  EXPECT_NE(DeviceDecode::Make(options, {layer}).status().message().find("need transforms"),
+            std::string::npos);
   options.pair = *ParseCachePair("turbo4");
   options.max_sequences = 5000;
   EXPECT_EQ(DeviceDecode::Make(options, {layer}).status().message(),

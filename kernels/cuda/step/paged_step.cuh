@@ -427,7 +427,8 @@ struct SealParams {
 inline constexpr int kSealThreads = 256;
 
 // One CTA: jobs of all seals but the negative ones, in order; then jobs that change nothing, as the encoders
-// are launched for all that there could be. Those have no transform, and calibrated keys' encoder does nothing.
+// are launched for all that there could be. Those have no transform, and calibrated keys' encoder does
+// nothing.
 __global__ void __launch_bounds__(kSealThreads) SealJobsKernel(const __grid_constant__ SealParams params) {
   using Scan = cub::BlockScan<int, kSealThreads>;
   __shared__ typename Scan::TempStorage storage;
