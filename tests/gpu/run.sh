@@ -167,7 +167,7 @@ sys.exit(_core.paged_library_error(cuda_library()) or 0)' || return 1
 }
 stage_sanitizers() {
   command -v compute-sanitizer > /dev/null || { echo "SKIPPED: compute-sanitizer is not installed"; return 0; }
-  local small='--gtest_filter=*PairsOfUnequal*:*CapsLogits*:*SealsWithProfiles*:*Recodes*:*CopiesMany*:*PrefillAndDecode*:*DeviceDecode*Case1*:*AppendsPiecesOfSeveral*:LayerPlanTest.SendsOnly*:LayerPlanTest.Types*:*PagedConformance.SinksSoftcaps*:*PagedConformance.CountsWhat*:*PagedConformance.ChunksWith*:*PageCopierConformance.BytesCome*:*PageCopierConformance.SlotsTake*:*PageCopierConformance.ValuesThat*:*TideSealsAPage*-*TideSealsAndRecodes*' failed=0 tool i
+  local small='--gtest_filter=*PairsOfUnequal*:*CapsLogits*:*SealsWithProfiles*:*Recodes*:*CopiesMany*:*PrefillAndDecode*:*DeviceDecode*Case1*:*AppendsPiecesOfSeveral*:LayerPlanTest.SendsOnly*:LayerPlanTest.Types*:*PagedConformance.SinksSoftcaps*:*PagedConformance.CountsWhat*:*PagedConformance.ChunksWith*:*PagedConformance.CalibratedKeysInAFew*:*PageCopierConformance.BytesCome*:*PageCopierConformance.SlotsTake*:*PageCopierConformance.ValuesThat*:*TideSealsAPage*-*TideSealsAndRecodes*' failed=0 tool i
   # Each tool in processes of its own; racecheck takes four times as long as the others.
   local -A shards=([memcheck]=1 [racecheck]=4 [synccheck]=1 [initcheck]=1)
   for tool in "${!shards[@]}"; do
