@@ -476,6 +476,7 @@ absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config) {
   options.insecure_tcp = config.allow_insecure_tcp();
   options.share_pool = config.share_pool();
   options.service.shared_memory.host_sharing = config.host_sharing();
+  options.host_checksum = config.host_checksum();
   options.gpu_sharing = config.gpu_sharing().empty() ? "ipc" : config.gpu_sharing();
   if (options.gpu_sharing != "ipc" && options.gpu_sharing != "descriptors" && options.gpu_sharing != "auto")
     return absl::InvalidArgumentError(
@@ -550,6 +551,7 @@ v1::KvtidedConfig WithDefaults(const v1::KvtidedConfig& config, const DaemonOpti
   full.set_share_pool(options.share_pool);
   full.set_gpu_sharing(options.gpu_sharing);
   full.set_host_sharing(service.shared_memory.host_sharing);
+  full.set_host_checksum(options.host_checksum);
   full.set_max_sequences(static_cast<int64_t>(options.cache.max_sequences));
   full.set_max_models(static_cast<int64_t>(options.cache.max_models));
   full.set_max_tokens(options.cache.max_tokens_per_sequence);

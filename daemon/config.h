@@ -33,8 +33,9 @@ struct DaemonOptions {
   int compute_threads = 0;
   absl::Duration shutdown_grace;
   bool insecure_tcp = false;
-  bool share_pool = false;  // engines of an admin may map the device tier on CPUs, too,
-  std::string gpu_sharing;  // and on GPUs by "ipc", "descriptors" or "auto"
+  bool host_checksum = false;  // of blocks in the host tier, compared when they leave it or are loaded
+  bool share_pool = false;     // engines of an admin may map the device tier on CPUs, too,
+  std::string gpu_sharing;     // and on GPUs by "ipc", "descriptors" or "auto"
   CalibratorOptions calibrate;
   service::ServiceOptions service;
   CacheOptions cache;  // limits; the tiers are filled in with the backends

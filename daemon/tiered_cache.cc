@@ -100,8 +100,8 @@ absl::StatusOr<std::unique_ptr<TieredCache>> MakeTieredCache(const DaemonOptions
     cache.tiers.push_back(
         {"device", device.get(), static_cast<size_t>(options.device_bytes), false, device->name()});
   if (options.host_bytes > 0)
-    cache.tiers.push_back(
-        {"host", made->backends.Host(), static_cast<size_t>(options.host_bytes), false, "cpu"});
+    cache.tiers.push_back({"host", made->backends.Host(), static_cast<size_t>(options.host_bytes),
+                           options.host_checksum, "cpu"});
   if (!options.disk_folder.empty()) {
     KVTIDE_RETURN_IF_ERROR(OpenDisk(options, made.get()));
     DiskTier* const disk = made->disk.get();

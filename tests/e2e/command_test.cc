@@ -145,7 +145,7 @@ TEST(Command, CompletesCommandsAndOptions) {
                                folder + "/log"),
                   60),
       0);
-  EXPECT_EQ(ReadWhole(folder + "/log"), "[--host-memory --host-sharing]\n");
+  EXPECT_EQ(ReadWhole(folder + "/log"), "[--host-memory --host-sharing --host-checksum]\n");
   std::filesystem::remove_all(folder);
 }
 

@@ -1,11 +1,12 @@
 // A daemon that is stopped or killed and comes again: sequences that were acknowledged as durable read back
 // bit for bit and are attended as before, whenever the kill came; what was closed stays away.
 // More often than the few times of every run:
-//     KVTIDE_KILL_ROUNDS=200 kvtide_test_e2e --gtest_filter='*KillsAtAnyMoment*'
+//     KVTIDE_KILL_ROUNDS=200 kvtide_test_e2e --gtest_filter='*AnyMoment*'
 #include <signal.h>
 #include <sys/stat.h>
 #include <xxhash.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
@@ -16,6 +17,7 @@
 #include <random>
 #include <thread>
 
+#include "clients/cpp/block_store.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/e2e/test_daemon.h"
@@ -282,6 +284,174 @@ TEST_P(RestartTest, KillsAtAnyMomentLoseNothingThatWasAcknowledged) {
     worker.in_doubt.clear();
     worker.closing.clear();
   }
+}
+
+// One that leaves what others are to find, until the daemon dies under it: blocks by key, prefixes of closed
+// sequences, and forks, which share blocks with what goes on and is closed.
+class Leaver {
+ public:
+  static constexpr int64_t kTokens = 64 * 5;  // of a prompt; the last two full blocks are not shared
+  struct Prefix {
+    std::vector<client::TokenId> ids;
+    std::map<int64_t, uint64_t> hashes;  // of what is stored of so many tokens
+  };
+  // Acknowledged as durable in this life of the daemon.
+  std::vector<std::string> keys;
+  std::vector<Prefix> prefixes;
+  std::map<client::SequenceId, Worker::State> forks;
+  int number = 0;  // goes on over the lives
+
+  static std::vector<std::byte> BytesOf(const std::string& key) {
+    std::mt19937 random(static_cast<uint32_t>(XXH3_64bits(key.data(), key.size())));
+    std::vector<std::byte> bytes(20'000);
+    for (std::byte& byte : bytes) byte = static_cast<std::byte>(random());
+    return bytes;
+  }
+  static std::unique_ptr<client::BlockStore> Open(client::Client& client) {
+    client::NamespaceSpec spec;
+    spec.model = "pages";
+    spec.block_tokens = 16;
+    spec.content = client::OpaqueBlocks{20'000, "bytes"};
+    auto store = client::BlockStore::Open(client, spec);
+    return store.ok() ? *std::move(store) : nullptr;
+  }
+
+  void Run(client::Client* client) {
+    const std::unique_ptr<client::BlockStore> store = Open(*client);
+    if (store == nullptr) return;
+    while (LeaveKeys(*store) && LeavePrefix(*client)) {
+    }
+  }
+
+ private:
+  bool LeaveKeys(client::BlockStore& store) {
+    std::vector<std::string> texts;
+    std::vector<std::byte> payload;
+    for (int i = 0; i < 3; i++) {
+      texts.push_back("key " + std::to_string(number++));
+      const std::vector<std::byte> bytes = BytesOf(texts.back());
+      payload.insert(payload.end(), bytes.begin(), bytes.end());
+    }
+    const std::vector<std::string_view> views(texts.begin(), texts.end());
+    if (!store.Store(views, payload).ok() || !store.Persist().ok()) return false;
+    keys.insert(keys.end(), texts.begin(), texts.end());
+    return true;
+  }
+  bool LeavePrefix(client::Client& client) {
+    Prefix prefix;
+    const int seed = number++;
+    for (int64_t i = 0; i < kTokens; i++)
+      prefix.ids.push_back(static_cast<client::TokenId>(i == 0 ? 1'000'000 + seed : i * i % 997));
+    const auto id = client.CreateSequence("small", WithPair("q8_0/turbo4"));
+    if (!id.ok() || !client.Append(*id, 0, Tokens(seed % 1000, 0, kTokens).layers, prefix.ids).ok())
+      return false;
+    for (int64_t tokens = 64; tokens <= kTokens; tokens += 64) {
+      const auto hash = HashOf(client, *id, tokens);
+      if (!hash.ok()) return false;
+      prefix.hashes[tokens] = *hash;
+    }
+    const auto fork = client.ForkSequence(*id);
+    if (!fork.ok() || !client.Append(*fork, kTokens, Tokens(7, kTokens, 40).layers).ok()) return false;
+    const auto hash = HashOf(client, *fork, kTokens + 40);
+    if (!hash.ok()) return false;
+    const client::SequenceId both[] = {*id, *fork};
+    if (!client.PersistSequences(both).ok()) return false;
+    forks[*fork] = {kTokens + 40, *hash};
+    if (!client.CloseSequence(*id).ok()) return false;
+    prefixes.push_back(std::move(prefix));
+    if (forks.size() <= 3) return true;
+    // An answer that does not come leaves it open whether it is closed.
+    const client::SequenceId oldest = forks.begin()->first;
+    forks.erase(oldest);
+    return client.CloseSequence(oldest).ok();
+  }
+};
+
+TEST_P(RestartTest, WhatIsFoundAfterKillsAtAnyMomentIsWhatWasLeft) {
+  const char* asked = std::getenv("KVTIDE_KILL_ROUNDS");
+  const int rounds = asked != nullptr ? std::atoi(asked) : 3;
+  std::mt19937 random(18);
+  Leaver leaver;
+  const client::SequenceOptions options = WithPair("q8_0/turbo4");
+  Start();
+  for (int round = 0; round < rounds; round++) {
+    SCOPED_TRACE(round);
+    std::thread thread([&, client = client_.get()] { leaver.Run(client); });
+    std::this_thread::sleep_for(std::chrono::milliseconds(20 + random() % 600));
+    daemon_->Kill();
+    thread.join();
+    client_.reset();
+    Start();
+    const auto store = Leaver::Open(*client_);
+    ASSERT_NE(store, nullptr);
+    // What was stored lately, in earlier lives too: what is found has its bytes, and what this life
+    // acknowledged is found.
+    for (int i = std::max(0, leaver.number - 300); i < leaver.number; i++) {
+      const std::string key = "key " + std::to_string(i);
+      const std::string_view view = key;
+      const auto found = store->Lookup({&view, 1});
+      ASSERT_TRUE(found.ok()) << found.status();
+      const bool acknowledged = std::find(leaver.keys.begin(), leaver.keys.end(), key) != leaver.keys.end();
+      ASSERT_TRUE(found->hits == 1 || !acknowledged) << key;
+      if (found->hits == 0) continue;
+      std::vector<std::byte> bytes(20'000);
+      const absl::Status loaded = store->Load(found->lease, 0, 1, bytes);
+      ASSERT_TRUE(loaded.ok()) << key << ": " << loaded;
+      ASSERT_EQ(bytes, Leaver::BytesOf(key)) << key;
+      ASSERT_TRUE(store->Release(found->lease).ok());
+    }
+    for (const Leaver::Prefix& prefix : leaver.prefixes) {
+      const auto found = client_->LookupPrefix("small", options, prefix.ids);
+      ASSERT_TRUE(found.ok()) << found.status();
+      ASSERT_EQ(found->tokens, Leaver::kTokens - 128);
+      const auto begun = client_->CreateSequence("small", options, found->lease);
+      ASSERT_TRUE(begun.ok()) << begun.status();
+      ASSERT_EQ(HashOf(*client_, *begun, found->tokens).value(), prefix.hashes.at(found->tokens));
+      ASSERT_TRUE(client_->CloseSequence(*begun).ok());
+    }
+    for (const auto& [id, state] : leaver.forks) {
+      const auto hash = HashOf(*client_, id, state.tokens);
+      ASSERT_TRUE(hash.ok()) << "sequence " << id << ": " << hash.status();
+      ASSERT_EQ(*hash, state.hash) << id;
+    }
+    const std::vector<client::SequenceInfo> list = client_->ListSequences().value();
+    for (const client::SequenceInfo& info : list) {
+      const absl::Status closed = client_->CloseSequence(info.id);
+      ASSERT_TRUE(closed.ok()) << "sequence " << info.id << ": " << closed;
+    }
+    leaver.keys.clear();
+    leaver.prefixes.clear();
+    leaver.forks.clear();
+  }
+}
+
+// A size that was mistyped once must not cost what is durable.
+TEST(Disk, ASmallerTierIsRefusedWhileItHoldsDurableSequences) {
+  const std::string folder = MakeFolder();
+  client::SequenceId id = 0;
+  uint64_t hash = 0;
+  {
+    const auto daemon = TestDaemon::Start({"--disk", folder + "/tier:32MiB"});
+    ASSERT_NE(daemon, nullptr);
+    const auto client = daemon->Connect();
+    ASSERT_TRUE(client->RegisterModel(SmallModel()).ok());
+    id = client->CreateSequence("small", WithPair("f16/f16")).value();
+    ASSERT_TRUE(client->Append(id, 0, Tokens(3, 0, 300).layers).ok());
+    ASSERT_TRUE(client->PersistSequences(std::span(&id, 1)).ok());
+    hash = HashOf(*client, id, 300).value();
+    daemon->Kill();
+  }
+  const TestDaemon::Result smaller = TestDaemon::RunToEnd(
+      {"--listen", "unix:" + folder + "/a.sock", "--device", "cpu", "--device-memory", "1MiB",
+       "--host-memory", "0", "--metrics-address", "off", "--disk", folder + "/tier:4MiB"});
+  EXPECT_EQ(smaller.exit_code, 1);
+  EXPECT_THAT(smaller.output, HasSubstr("1 sequences and lists of blocks that are durable there"));
+  EXPECT_THAT(smaller.output, HasSubstr("give it 33554432 bytes"));
+  const auto daemon = TestDaemon::Start({"--disk", folder + "/tier:32MiB"});
+  ASSERT_NE(daemon, nullptr);
+  const auto client = daemon->Connect();
+  EXPECT_EQ(HashOf(*client, id, 300).value(), hash);
+  std::filesystem::remove_all(folder);
 }
 
 TEST(Disk, ASecondDaemonOnTheFolderIsRefused) {

@@ -148,8 +148,9 @@ TEST(Settings, TheEffectiveConfigurationIsAConfiguration) {
     EXPECT_EQ(options->slow_call, again->slow_call);
     // Nothing is left to a default that only the code knows, but what has none.
     const std::set<std::string> kNone = {
-        "allow",     "quota",  "server_cert",        "server_key", "remote_auth_file", "remote_ca",
-        "client_ca", "tokens", "allow_insecure_tcp", "share_pool", "host_sharing",     "disk_key_file"};
+        "allow",        "quota",         "server_cert",  "server_key",         "remote_auth_file",
+        "remote_ca",    "client_ca",     "tokens",       "allow_insecure_tcp", "share_pool",
+        "host_sharing", "disk_key_file", "host_checksum"};
     for (const Setting& setting : AllSettings())
       EXPECT_TRUE(IsSet(setting, full) || kNone.contains(setting.field)) << setting.field;
   }

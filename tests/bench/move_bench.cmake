@@ -1,0 +1,5 @@
+kvtide_add_executable(kvtide_bench_move ${CMAKE_CURRENT_LIST_DIR}/move_bench.cc)
+target_link_libraries(kvtide_bench_move PRIVATE kvtide_disk kvtide_cpu nlohmann_json::nlohmann_json)
+if(KVTIDE_TESTS)
+  add_test(NAME move_bench_runs COMMAND kvtide_bench_move --rounds 1)
+endif()
