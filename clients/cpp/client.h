@@ -333,6 +333,7 @@ struct ServerStats {
   int64_t stored_bytes = 0, f16_equivalent_bytes = 0;
   double bits_per_value = 0, uptime_seconds = 0;
   int64_t sequences_created = 0, sequences_closed = 0, appended_tokens = 0, sealed_blocks = 0;
+  int64_t deferred_seals = 0, failed_seals = 0;
   int64_t copied_on_write_blocks = 0, window_freed_blocks = 0, evict_calls = 0, prefetch_calls = 0;
   int64_t moves = 0, failed_moves = 0, moved_bytes = 0, dropped_blocks = 0;
   int64_t attended_blocks = 0, attended_blocks_below_first_tier = 0, checksum_failures = 0, exhausted = 0;

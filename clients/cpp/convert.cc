@@ -275,6 +275,8 @@ ServerStats FromProto(const v1::GetStatsResponse& proto) {
   stats.sequences_closed = proto.sequences_closed();
   stats.appended_tokens = proto.appended_tokens();
   stats.sealed_blocks = proto.sealed_blocks();
+  stats.deferred_seals = proto.deferred_seals();
+  stats.failed_seals = proto.failed_seals();
   stats.copied_on_write_blocks = proto.copied_on_write_blocks();
   stats.window_freed_blocks = proto.window_freed_blocks();
   stats.evict_calls = proto.evict_calls();

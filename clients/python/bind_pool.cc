@@ -115,6 +115,7 @@ nb::dict ToPython(const client::ServerStats& from) {
   KVTIDE_PUT(stored_bytes), KVTIDE_PUT(f16_equivalent_bytes), KVTIDE_PUT(bits_per_value);
   KVTIDE_PUT(uptime_seconds), KVTIDE_PUT(sequences_created), KVTIDE_PUT(sequences_closed);
   KVTIDE_PUT(appended_tokens), KVTIDE_PUT(sealed_blocks), KVTIDE_PUT(copied_on_write_blocks);
+  KVTIDE_PUT(deferred_seals), KVTIDE_PUT(failed_seals);
   KVTIDE_PUT(window_freed_blocks), KVTIDE_PUT(evict_calls), KVTIDE_PUT(prefetch_calls), KVTIDE_PUT(moves);
   KVTIDE_PUT(failed_moves), KVTIDE_PUT(moved_bytes), KVTIDE_PUT(dropped_blocks), KVTIDE_PUT(attended_blocks);
   KVTIDE_PUT(attended_blocks_below_first_tier), KVTIDE_PUT(checksum_failures), KVTIDE_PUT(exhausted);

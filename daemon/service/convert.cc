@@ -484,6 +484,8 @@ void ToProto(const CacheStats& stats, v1::GetStatsResponse* proto) {
   proto->set_sequences_closed(ToSigned(stats.sequences_closed));
   proto->set_appended_tokens(ToSigned(stats.appended_tokens));
   proto->set_sealed_blocks(ToSigned(stats.sealed_blocks));
+  proto->set_deferred_seals(ToSigned(stats.deferred_seals));
+  proto->set_failed_seals(ToSigned(stats.failed_seals));
   proto->set_copied_on_write_blocks(ToSigned(stats.copied_on_write_blocks));
   proto->set_window_freed_blocks(ToSigned(stats.window_freed_blocks));
   proto->set_evict_calls(ToSigned(stats.evict_calls));

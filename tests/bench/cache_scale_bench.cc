@@ -12,6 +12,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -73,6 +74,8 @@ struct World {
   std::unique_ptr<KvCache> cache;
   ModelId model = 0;
   std::vector<SequenceId> sequences;
+  // Tokens of each; a sequence is of one client.
+  mutable std::vector<int64_t> lengths = std::vector<int64_t>(kSequences, int64_t{kBlocks} * kBlockTokens);
 };
 
 World& TheWorld() {
@@ -170,6 +173,12 @@ BENCHMARK(EvictAndPrefetch)
 // processor, which does not count how long a call waited for one of few cores.
 class Client {
  public:
+  enum Verb { kAppend, kAttend, kFork, kClose, kVerbs };
+  static constexpr const char* kNames[kVerbs] = {"append", "attend", "fork", "close"};
+  struct Times {
+    std::vector<double> micros, processor_micros;
+  };
+
   Client(const World& world, size_t index) : world_(world), first_(index), next_(index) {}
 
   void Round() {
@@ -178,33 +187,32 @@ class Client {
     const LayerKv layer{0, {row.data(), DataType::kF16}, {row.data(), DataType::kF16}, 0, 0};
     AppendCall call;
     call.sequence = id;
-    call.start_position = length_;
+    call.start_position = world_.lengths[next_];
     call.tokens = 1;
     call.layers = {&layer, 1};
-    Timed([&] { KVTIDE_CHECK(world_.cache->Append(call).ok()); });
-    Timed([&] { world_.Attend(id, length_ + 1); });
+    Timed(kAppend, [&] { KVTIDE_CHECK(world_.cache->Append(call).ok()); });
+    const int64_t length = ++world_.lengths[next_];
+    Timed(kAttend, [&] { world_.Attend(id, length); });
     if (rounds_++ % 8 == 0) {
       SequenceId fork = 0;
-      Timed([&] { fork = world_.cache->ForkSequence(id).value(); });
-      Timed([&] { KVTIDE_CHECK(world_.cache->CloseSequence(fork).ok()); });
+      Timed(kFork, [&] { fork = world_.cache->ForkSequence(id).value(); });
+      Timed(kClose, [&] { KVTIDE_CHECK(world_.cache->CloseSequence(fork).ok()); });
     }
     next_ += kClients;
-    if (next_ < kSequences) return;
-    next_ = first_;
-    length_++;
+    if (next_ >= kSequences) next_ = first_;
   }
 
   static constexpr size_t kClients = 64;
-  std::vector<double> micros, processor_micros;
+  Times times[kVerbs];
 
  private:
   template <class F>
-  void Timed(F call) {
+  void Timed(Verb verb, F call) {
     const auto begin = Clock::now();
     const double processor = ThreadMicros();
     call();
-    processor_micros.push_back(ThreadMicros() - processor);
-    micros.push_back(SecondsSince(begin) * 1e6);
+    times[verb].processor_micros.push_back(ThreadMicros() - processor);
+    times[verb].micros.push_back(SecondsSince(begin) * 1e6);
   }
   static double ThreadMicros() {
     timespec time{};
@@ -215,38 +223,53 @@ class Client {
   const World& world_;
   const size_t first_;
   size_t next_;
-  int64_t length_ = int64_t{kBlocks} * kBlockTokens;  // of the next sequence
   int rounds_ = 0;
 };
 
+void Report(benchmark::State& state, const std::string& name, const Client::Times& times) {
+  state.counters[name + "p50_us"] = At(times.micros, 0.5);
+  state.counters[name + "p99_us"] = At(times.micros, 0.99);
+  state.counters[name + "processor_p50_us"] = At(times.processor_micros, 0.5);
+  state.counters[name + "processor_p99_us"] = At(times.processor_micros, 0.99);
+}
+
+// `spread`: each client has its own moment of the 20 ms, as clients that know nothing of each other have;
+// else all wake at the same one, and wait for the few cores.
 void Clients(benchmark::State& state) {
+  constexpr auto kEvery = std::chrono::microseconds(20'000);
   const World& world = TheWorld();
   std::vector<Client> clients;
   for (size_t i = 0; i < Client::kClients; i++) clients.emplace_back(world, i);
   for (auto _ : state) {
-    const auto begin = Clock::now();
+    const auto begin = Clock::now() + kEvery;
     std::vector<std::thread> threads;
-    for (Client& client : clients)
-      threads.emplace_back([&client, begin] {
+    for (size_t i = 0; i < clients.size(); i++)
+      threads.emplace_back([&client = clients[i], kEvery,
+                            first = begin + kEvery * (state.range(0) != 0 ? static_cast<int>(i) : 0) /
+                                                static_cast<int>(clients.size())] {
         for (int round = 0; round < 250; round++) {
+          std::this_thread::sleep_until(first + kEvery * round);
           client.Round();
-          std::this_thread::sleep_until(begin + std::chrono::milliseconds(20) * (round + 1));
         }
       });
     for (std::thread& thread : threads) thread.join();
   }
-  std::vector<double> micros, processor;
-  for (const Client& client : clients) {
-    micros.insert(micros.end(), client.micros.begin(), client.micros.end());
-    processor.insert(processor.end(), client.processor_micros.begin(), client.processor_micros.end());
+  Client::Times all;
+  for (int verb = 0; verb < Client::kVerbs; verb++) {
+    Client::Times of_verb;
+    for (const Client& client : clients)
+      for (Client::Times* to : {&of_verb, &all}) {
+        const Client::Times& from = client.times[verb];
+        to->micros.insert(to->micros.end(), from.micros.begin(), from.micros.end());
+        to->processor_micros.insert(to->processor_micros.end(), from.processor_micros.begin(),
+                                    from.processor_micros.end());
+      }
+    Report(state, std::string(Client::kNames[verb]) + "_", of_verb);
   }
-  state.counters["calls"] = static_cast<double>(micros.size());
-  state.counters["p50_us"] = At(micros, 0.5);
-  state.counters["p99_us"] = At(micros, 0.99);
-  state.counters["processor_p50_us"] = At(processor, 0.5);
-  state.counters["processor_p99_us"] = At(processor, 0.99);
+  state.counters["calls"] = static_cast<double>(all.micros.size());
+  Report(state, "", all);
 }
-BENCHMARK(Clients)->Iterations(1)->Unit(benchmark::kSecond)->UseRealTime();
+BENCHMARK(Clients)->ArgName("spread")->Arg(1)->Arg(0)->Iterations(1)->Unit(benchmark::kSecond)->UseRealTime();
 
 // A block that needs a hole where every second of a million free extents is in use.
 void AllocateAmongAMillionExtents(benchmark::State& state) {

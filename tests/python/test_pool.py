@@ -251,6 +251,7 @@ def test_info_stats_plan(pool, model):
     after = pool.stats()
     assert after.appended_tokens - before.appended_tokens == 64
     assert after.sequences_created - before.sequences_created == 1
+    assert (after.deferred_seals, after.failed_seals) == (0, 0)
     plan = pool.plan(model, [1024, 65536], pairs=["f16", "q8_0/turbo4"])
     assert plan.contexts[0].verdict == "fits" and plan.contexts[0].chosen_pair == "f16/f16"
     assert {c.pair for c in plan.contexts[1].candidates} == {"f16/f16", "q8_0/turbo4"}

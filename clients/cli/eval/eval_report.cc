@@ -101,7 +101,7 @@ std::string RenderJson(const EvalReport& report) {
   AddConditions(report, &json);
   if (!report.key_profile.empty()) {
     json["key_profile"] = report.key_profile;
-    json["keys_after_rope"] = report.after_rope;
+    json["after_rope"] = report.after_rope;
   }
   for (const EvalRow& row : report.rows) json["results"].push_back(RowJson(row));
   return JsonText(json, 1);

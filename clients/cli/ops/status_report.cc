@@ -183,6 +183,9 @@ std::string Contents(const DaemonSnapshot& snapshot) {
   if (!memory.empty()) absl::StrAppend(&text, "memory     ", absl::StrJoin(memory, "; "), "\n");
   absl::StrAppend(&text, "no room    ", stats.exhausted, " calls; checksum failures ",
                   stats.checksum_failures, "\n");
+  if (stats.deferred_seals > 0 || stats.failed_seals > 0)
+    absl::StrAppend(&text, "left f16   until the next append: ", stats.deferred_seals,
+                    " times for want of room, ", stats.failed_seals, " blocks by errors\n");
   return text;
 }
 
@@ -535,6 +538,8 @@ std::string RenderStatusJson(const DaemonSnapshot& snapshot) {
                       {"sequences_closed", stats.sequences_closed},
                       {"appended_tokens", stats.appended_tokens},
                       {"sealed_blocks", stats.sealed_blocks},
+                      {"deferred_seals", stats.deferred_seals},
+                      {"failed_seals", stats.failed_seals},
                       {"copied_on_write_blocks", stats.copied_on_write_blocks},
                       {"window_freed_blocks", stats.window_freed_blocks},
                       {"evict_calls", stats.evict_calls},

@@ -244,6 +244,8 @@ class PoolStats:
     sequences_closed: int
     appended_tokens: int
     sealed_blocks: int
+    deferred_seals: int
+    failed_seals: int
     copied_on_write_blocks: int
     window_freed_blocks: int
     evict_calls: int

@@ -86,6 +86,15 @@ TEST(EvalReportTest, CsvNamesTheProfileOfCodedKeys) {
   EXPECT_EQ((*after)[2].key_profile, "manuals.txt");
 }
 
+// The name that plan and calibrate have for it, too.
+TEST(EvalReportTest, JsonSaysWhetherKeysWereCodedAfterRope) {
+  EvalReport report = Example();
+  EXPECT_FALSE(json::parse(RenderJson(report)).contains("after_rope"));
+  report.key_profile = "manuals.txt";
+  report.after_rope = true;
+  EXPECT_EQ(json::parse(RenderJson(report))["after_rope"], true);
+}
+
 TEST(EvalReportTest, TableAndPlotNameEveryPair) {
   const EvalReport report = Example();
   const std::string table = RenderTable(report, Terminal(false, false, 100)), svg = RenderSvg(report);

@@ -210,6 +210,18 @@ TEST(StatusReport, CalibrationsAndInstalledProfiles) {
   EXPECT_EQ(json["installed_profiles"][1]["after_rope"], true);
 }
 
+TEST(StatusReport, TellsOfBlocksThatWereNotCoded) {
+  DaemonSnapshot snapshot = Sample();
+  EXPECT_THAT(RenderStatus(snapshot, 10, kPlain), Not(HasSubstr("left f16")));
+  snapshot.stats.deferred_seals = 12;
+  snapshot.stats.failed_seals = 3;
+  EXPECT_THAT(RenderStatus(snapshot, 10, kPlain),
+              HasSubstr("left f16   until the next append: 12 times for want of room, 3 blocks by errors"));
+  const nlohmann::json json = nlohmann::json::parse(RenderStatusJson(snapshot));
+  EXPECT_EQ(json["counters"]["deferred_seals"], 12);
+  EXPECT_EQ(json["counters"]["failed_seals"], 3);
+}
+
 TEST(StatusReport, Json) {
   const nlohmann::json json = nlohmann::json::parse(RenderStatusJson(Sample()));
   EXPECT_EQ(json["version"], "0.1.0");

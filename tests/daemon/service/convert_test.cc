@@ -150,6 +150,18 @@ TEST(Convert, SequencesGetDefaultsUnlessTheyAsk) {
   EXPECT_THAT(std::string(FromProto(request, defaults).status().message()), HasSubstr("key_centring 9"));
 }
 
+TEST(Convert, StatisticsSayWhichBlocksWereNotCoded) {
+  CacheStats stats;
+  stats.sealed_blocks = 5;
+  stats.deferred_seals = 6;
+  stats.failed_seals = 7;
+  v1::GetStatsResponse proto;
+  ToProto(stats, &proto);
+  EXPECT_EQ(proto.sealed_blocks(), 5);
+  EXPECT_EQ(proto.deferred_seals(), 6);
+  EXPECT_EQ(proto.failed_seals(), 7);
+}
+
 TEST(Convert, StatusesKeepCodeAndMessage) {
   EXPECT_TRUE(ToGrpc(absl::OkStatus()).ok());
   const grpc::Status status = ToGrpc(absl::DataLossError("tokens 0 to 63 were dropped"));
