@@ -323,7 +323,14 @@ struct MemoryUse {
   std::string part;
   int64_t predicted_bytes = 0, actual_bytes = 0;
 };
+// What is wrong and stays so until somebody mends it; the text is empty for who is no admin.
+struct Trouble {
+  std::string what, text;
+  double seconds = 0;
+  bool ends_service = false;
+};
 struct ServerStats {
+  std::vector<Trouble> troubles;
   std::vector<MethodStats> methods;
   std::vector<WayStats> ways;
   std::vector<ClientStats> clients;  // with most calls first

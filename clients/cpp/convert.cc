@@ -320,6 +320,8 @@ ServerStats FromProto(const v1::GetStatsResponse& proto) {
                              client.idle_seconds()});
   for (const v1::MemoryUse& use : proto.memory())
     stats.memory.push_back({use.part(), use.predicted_bytes(), use.actual_bytes()});
+  for (const v1::Trouble& trouble : proto.troubles())
+    stats.troubles.push_back({trouble.what(), trouble.text(), trouble.seconds(), trouble.ends_service()});
   return stats;
 }
 

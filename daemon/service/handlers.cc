@@ -9,6 +9,7 @@
 
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "daemon/service/troubles.h"
 #include "kernels/base/status.h"
 
 namespace kvtide::service {
@@ -317,8 +318,10 @@ absl::Status Handlers::GetStats(const v1::GetStatsRequest&, v1::GetStatsResponse
                                 const Call& call) {
   ToProto(cache_->Stats(), response);
   options_.counts->ToProto(response->mutable_methods());
-  options_.clients->ToProto(
-      call.context.identity == nullptr ? Identity::OfThisProcess() : *call.context.identity, response);
+  const Identity& caller =
+      call.context.identity == nullptr ? Identity::OfThisProcess() : *call.context.identity;
+  options_.clients->ToProto(caller, response);
+  if (options_.troubles != nullptr) options_.troubles->ToProto(caller, absl::Now(), response);
   response->set_uptime_seconds(absl::ToDoubleSeconds(cache_->options().clock() - started_));
   if (!options_.memory) return absl::OkStatus();
   for (const MemoryUse& use : options_.memory()) {

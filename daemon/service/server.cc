@@ -93,6 +93,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
                                                       ServerWatch watch) {
   if (asked.listen.empty()) return absl::InvalidArgumentError("there is no address to listen on");
   ServiceOptions options = asked;
+  options.troubles = watch.troubles;
   options.call_memory_bytes = std::max(options.call_memory_bytes, LeastCallMemory(options.max_message_bytes));
   std::unique_ptr<Server> server(new Server(options.access, options.clients, std::move(watch)));
   KVTIDE_RETURN_IF_ERROR(CheckTls(options.tls));

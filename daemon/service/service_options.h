@@ -25,6 +25,8 @@
 
 namespace kvtide::service {
 
+class Troubles;
+
 // What the service shows of itself; shared with whoever shows the numbers, and counted in any thread.
 struct ServiceGauges {
   std::atomic<int64_t> calls_under_way{0};  // being handled or waiting, idle sessions aside
@@ -95,6 +97,8 @@ struct ServiceOptions {
   // Told when the file of a Unix socket was gone and has been made again, or why it could not be; may be
   // empty.
   std::function<void(const std::string& address, const absl::Status& status)> mended;
+  // What GetStats tells of; null: nothing. Server::Start puts those of its watch here.
+  std::shared_ptr<const Troubles> troubles;
   // What the memory of the daemon should be, and what it is; may be empty.
   std::function<std::vector<MemoryUse>()> memory;
   Calibrator* calibrator = nullptr;  // borrowed; null: nothing is calibrated from traffic

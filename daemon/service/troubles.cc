@@ -54,4 +54,17 @@ std::string Troubles::TextOf(Trouble what) const {
   return known_[static_cast<size_t>(what)].text;
 }
 
+void Troubles::ToProto(const Identity& caller, absl::Time now, v1::GetStatsResponse* proto) const {
+  const MutexLock lock(mutex_);
+  for (size_t i = 0; i < known_.size(); i++) {
+    const Known& known = known_[i];
+    if (known.text.empty()) continue;
+    v1::Trouble* const out = proto->add_troubles();
+    out->set_what(kTroubleNames[i]);
+    if (caller.admin) out->set_text(known.text);
+    out->set_seconds(absl::ToDoubleSeconds(now - known.since));
+    out->set_ends_service(known.ends_service);
+  }
+}
+
 }  // namespace kvtide::service

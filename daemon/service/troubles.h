@@ -1,6 +1,6 @@
 // What is wrong with the daemon and stays so until somebody mends it. Whoever notices says so here; the log
-// hears when it begins, what becomes of it, every ten seconds at most, and when it ends; the metric
-// kvtide_trouble tells it meanwhile. Thread-safe.
+// hears when it begins, what becomes of it, every ten seconds at most, and when it ends; GetStats (kvtide
+// status, top, doctor) and the metric kvtide_trouble tell it meanwhile. Thread-safe.
 #pragma once
 
 #include <array>
@@ -13,7 +13,9 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "daemon/cache/call/identity.h"
 #include "kernels/base/mutex.h"
+#include "kvtide/v1/server.pb.h"
 
 namespace kvtide::service {
 
@@ -36,6 +38,8 @@ class Troubles {
   // Bit i: kTroubleNames[i] is in trouble.
   uint32_t Bits() const;
   bool EndService() const;
+  // For GetStats. Texts, which have paths and addresses in them, are for admins.
+  void ToProto(const Identity& caller, absl::Time now, v1::GetStatsResponse* proto) const;
   // What is wrong with it now; empty: nothing.
   std::string TextOf(Trouble what) const;
 

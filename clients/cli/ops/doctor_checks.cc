@@ -65,6 +65,20 @@ const char* ConnectionAdvice(const absl::Status& status) {
          "$KVTIDE_ADDRESS";
 }
 
+// What to do about v1::Trouble.what, unless another check says it.
+const char* TroubleAdvice(const std::string& what) {
+  if (what == "config")
+    return "kvtide config check --config FILE says what to mend; then kvtide config reload";
+  if (what == "tokens") return "mend the file of --tokens, then kvtide config reload";
+  if (what == "certificate")
+    return "renew --server-cert and --server-key, both at once; kvtided takes them within seconds, without a "
+           "restart";
+  if (what == "socket") return "make the folder of the socket again, with the owner that kvtided has";
+  if (what == "device")
+    return "restart kvtided; if it happens again read the driver's log (dmesg, Xid) and take the GPU out";
+  return "kvtided's log has the line (trouble=)";
+}
+
 // Tiers in host memory; the rest of the daemon fits beside them in this.
 constexpr int64_t kBesideTiers = 512 * kMiB;
 
@@ -78,7 +92,7 @@ Finding CheckConnection(const std::string& address, const absl::Status& status) 
 Finding CheckServing(bool serving) {
   if (serving) return Ok("health", "serving");
   return Fail("health", "the daemon is there but does not serve",
-              "it is starting or stopping; look at its log if this stays");
+              "it is starting or stopping, or what stands below ends its service; its log says which");
 }
 
 Finding CheckWays(const client::DaemonWays& ways) {
@@ -280,8 +294,21 @@ Finding CheckRemote(const client::RemoteStats& remote) {
   return Ok(subject, absl::StrCat(remote.server, " answers"));
 }
 
-std::vector<Finding> CheckContents(const client::ServerStats& stats, int64_t dropped_of_sequences) {
+std::vector<Finding> CheckTroubles(const std::vector<client::Trouble>& troubles) {
   std::vector<Finding> findings;
+  for (const client::Trouble& trouble : troubles) {
+    if (trouble.what == "disk" || trouble.what == "remote" || trouble.what == "persist") continue;
+    const std::string text =
+        absl::StrCat("for ", DurationText(trouble.seconds), ": ",
+                     trouble.text.empty() ? "not as it should be; an admin sees more" : trouble.text);
+    const bool fails = trouble.ends_service || trouble.what == "device" || trouble.what == "socket";
+    findings.push_back((fails ? Fail : Warn)(Printable(trouble.what), text, TroubleAdvice(trouble.what)));
+  }
+  return findings;
+}
+
+std::vector<Finding> CheckContents(const client::ServerStats& stats, int64_t dropped_of_sequences) {
+  std::vector<Finding> findings = CheckTroubles(stats.troubles);
   for (const client::MemoryUse& use : stats.memory) findings.push_back(CheckMemoryUse(use));
   for (const client::TierStats& tier : stats.tiers) {
     const double share = tier.capacity_bytes > 0

@@ -54,7 +54,9 @@ Finding CheckMemory(int64_t total_bytes, int64_t available_bytes, std::optional<
 Finding CheckDisk(const std::string& folder, int64_t free_bytes);
 // Does the server that daemons share answer, does it take blocks, and what does it do when it is full?
 Finding CheckRemote(const client::RemoteStats& remote);
-// Full tiers, failed moves, bad checksums of a running daemon. `dropped_of_sequences`: blocks that open
+// What the daemon itself knows to be wrong; tiers aside, which have checks of their own.
+std::vector<Finding> CheckTroubles(const std::vector<client::Trouble>& troubles);
+// That, full tiers, failed moves, bad checksums of a running daemon. `dropped_of_sequences`: blocks that open
 // sequences miss; others that are dropped were only cached.
 std::vector<Finding> CheckContents(const client::ServerStats& stats, int64_t dropped_of_sequences = 0);
 

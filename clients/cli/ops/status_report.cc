@@ -467,6 +467,18 @@ std::string RenderSequence(const SequenceInfo& sequence) {
   return text;
 }
 
+std::string RenderTroubles(const ServerStats& stats, const Terminal& terminal) {
+  std::string text;
+  for (const client::Trouble& trouble : stats.troubles)
+    absl::StrAppend(&text,
+                    terminal.Painted(absl::StrCat("trouble: ", Printable(trouble.what), " for ",
+                                                  DurationText(trouble.seconds),
+                                                  trouble.text.empty() ? "" : ": ", Printable(trouble.text)),
+                                     Paint::kRed),
+                    "\n");
+  return text;
+}
+
 std::string LatencyText(double seconds) {
   if (seconds <= 0) return "-";
   return seconds < 1e-3  ? absl::StrFormat("%.0f us", seconds * 1e6)
@@ -493,6 +505,27 @@ Paint ShareColour(double share, double warn, double alarm) {
   return share < warn ? Paint::kGreen : share < alarm ? Paint::kYellow : Paint::kRed;
 }
 
+namespace {
+
+std::string NotServing(const ServerStats& stats) {
+  for (const client::Trouble& trouble : stats.troubles)
+    if (trouble.ends_service)
+      return absl::StrCat("not serving until it is restarted (", Printable(trouble.what), ")");
+  return "not serving (starting or stopping)";
+}
+
+Json TroublesJson(const ServerStats& stats) {
+  Json list = Json::array();
+  for (const client::Trouble& trouble : stats.troubles)
+    list.push_back({{"what", trouble.what},
+                    {"text", trouble.text},
+                    {"seconds", trouble.seconds},
+                    {"ends_service", trouble.ends_service}});
+  return list;
+}
+
+}  // namespace
+
 std::string RenderStatus(const DaemonSnapshot& snapshot, size_t max_sequences, const Terminal& terminal,
                          SequenceOrder order) {
   std::string head =
@@ -500,9 +533,10 @@ std::string RenderStatus(const DaemonSnapshot& snapshot, size_t max_sequences, c
                    DurationText(snapshot.info.uptime_seconds), ", process ", snapshot.info.process_id);
   return absl::StrCat(terminal.Painted(head, Paint::kBold), ", ",
                       snapshot.serving ? terminal.Painted("serving", Paint::kGreen)
-                                       : terminal.Painted("not serving (starting or stopping)", Paint::kRed),
-                      "\n\n", Tiers(snapshot.stats, terminal), Remote(snapshot.stats, terminal), "\n",
-                      Contents(snapshot), Calls(snapshot.stats, terminal), Ways(snapshot.stats, terminal),
+                                       : terminal.Painted(NotServing(snapshot.stats), Paint::kRed),
+                      "\n", RenderTroubles(snapshot.stats, terminal), "\n", Tiers(snapshot.stats, terminal),
+                      Remote(snapshot.stats, terminal), "\n", Contents(snapshot),
+                      Calls(snapshot.stats, terminal), Ways(snapshot.stats, terminal),
                       Tenants(snapshot.sequences, terminal),
                       RenderSequences(snapshot.sequences, max_sequences, terminal, order));
 }
@@ -570,6 +604,7 @@ std::string RenderStatusJson(const DaemonSnapshot& snapshot) {
   for (const client::MemoryUse& use : stats.memory)
     json["memory"].push_back(
         {{"part", use.part}, {"predicted_bytes", use.predicted_bytes}, {"actual_bytes", use.actual_bytes}});
+  json["troubles"] = TroublesJson(stats);
   json["ways"] = WaysJson(stats);
   json["remote"] = RemoteJson(stats);
   json["clients"] = ClientsJson(stats);

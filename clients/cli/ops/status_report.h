@@ -45,6 +45,9 @@ std::string RenderSequence(const client::SequenceInfo& sequence);
 // "host", or "device cuda:1" where the sequence could lie on several devices of a tier.
 std::string TierName(const client::SequenceInfo& sequence, const client::TierShare& share);
 
+// A red line for each thing that is wrong and stays so; empty where there is none.
+std::string RenderTroubles(const client::ServerStats& stats, const Terminal& terminal);
+
 // "29 %"; "-" when there is no whole.
 std::string LatencyText(double seconds);                    // "85 us", "2.4 ms", "1.5 s"
 std::string FailedText(const client::MethodStats& method);  // "NOT_FOUND 3, ABORTED 1"

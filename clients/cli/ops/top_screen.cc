@@ -225,7 +225,7 @@ std::string RenderTop(const DaemonSnapshot& before, const DaemonSnapshot& now, d
       absl::StrCat("kvtided ", Printable(now.info.version), " at ", Printable(now.address), ", up ",
                    DurationText(stats.uptime_seconds), now.serving ? "" : ", NOT SERVING"),
       Paint::kBold);
-  absl::StrAppend(&text, "\n\n");
+  absl::StrAppend(&text, "\n", RenderTroubles(stats, terminal), "\n");
   AppendTiers(stats, rates, terminal, &text);
   absl::StrAppend(&text, "\n", stats.sequences, " sequences   ", CountText(static_cast<double>(stats.tokens)),
                   " tokens   ", FormatBytes(stats.stored_bytes), " stored");

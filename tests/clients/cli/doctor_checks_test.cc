@@ -40,6 +40,22 @@ TEST(DoctorChecks, ADaemonThatRefusesIsNotToBeStarted) {
   EXPECT_THAT(CheckConnection("a:1", absl::PermissionDeniedError("x")).advice, HasSubstr("--allow"));
 }
 
+TEST(DoctorChecks, TellsWhatTheDaemonKnowsToBeWrong) {
+  client::ServerStats stats;
+  stats.troubles = {{"config", "the settings from before are used: no field x", 125, false},
+                    {"device", "CUDA device 0 is lost", 5, true},
+                    {"tokens", "", 5, false},
+                    {"remote", "told by the check of the tier", 5, false}};
+  const std::vector<Finding> findings = CheckContents(stats);
+  ASSERT_EQ(findings.size(), 3u);
+  EXPECT_EQ(findings[0].verdict, Verdict::kWarn);
+  EXPECT_EQ(findings[0].text, "for 2:05: the settings from before are used: no field x");
+  EXPECT_THAT(findings[0].advice, HasSubstr("kvtide config check"));
+  EXPECT_EQ(findings[1].verdict, Verdict::kFail);
+  EXPECT_THAT(findings[1].advice, HasSubstr("restart kvtided"));
+  EXPECT_THAT(findings[2].text, HasSubstr("an admin sees more"));
+}
+
 TEST(DoctorChecks, Versions) {
   EXPECT_EQ(CheckVersions("0.1.0", "0.1.0").verdict, Verdict::kOk);
   EXPECT_EQ(CheckVersions("0.1.0", "0.2.0").verdict, Verdict::kWarn);

@@ -170,6 +170,20 @@ TEST(StatusReport, ErrorsByCodeLatencyAndNamesThatWouldPlayWithTheTerminal) {
   EXPECT_EQ(json["counters"]["lost_blocks"], 0);
 }
 
+TEST(StatusReport, WhatIsWrongStandsAtTheTop) {
+  DaemonSnapshot snapshot = Sample();
+  snapshot.serving = false;
+  snapshot.stats.troubles = {{"device", "CUDA device 0 is lost\x1b[2J", 125, true}, {"tokens", "", 5, false}};
+  const std::string text = RenderStatus(snapshot, 10, kPlain);
+  EXPECT_THAT(text, HasSubstr("not serving until it is restarted (device)"));
+  EXPECT_THAT(
+      text,
+      HasSubstr("\ntrouble: device for 2:05: CUDA device 0 is lost\\x1b[2J\ntrouble: tokens for 5 s\n"));
+  const nlohmann::json json = nlohmann::json::parse(RenderStatusJson(snapshot));
+  EXPECT_EQ(json["troubles"][0]["what"], "device");
+  EXPECT_EQ(json["troubles"][0]["ends_service"], true);
+}
+
 TEST(StatusReport, AnEmptyDaemon) {
   DaemonSnapshot snapshot;
   snapshot.serving = false;

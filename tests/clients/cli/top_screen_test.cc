@@ -76,13 +76,15 @@ TEST(TopScreen, LongestSequencesAsManyAsFit) {
     EXPECT_LE(Lines(RenderTop(At(1, 1), At(2, 2), 1, height, kPlain)), height);
 }
 
-TEST(TopScreen, TenantsAndTheOrderThatIsAskedFor) {
+TEST(TopScreen, WhatIsWrongTenantsAndTheOrderThatIsAskedFor) {
   DaemonSnapshot now = At(11, 1);
+  now.stats.troubles = {{"remote", "redis://a is away: Connection refused", 65, false}};
   for (client::SequenceInfo& sequence : now.sequences) {
     sequence.idle_seconds = static_cast<double>(sequence.id);
     sequence.tenant = sequence.id % 2 == 0 ? "acme" : "shop";
   }
   const std::string hottest = RenderTop(At(10, 1), now, 1, 40, kPlain, SequenceOrder::kHottest);
+  EXPECT_THAT(hottest, HasSubstr("\ntrouble: remote for 1:05: redis://a is away: Connection refused\n"));
   EXPECT_THAT(hottest, HasSubstr("\nacme "));
   EXPECT_THAT(hottest, HasSubstr("\n1 "));
   EXPECT_THAT(hottest, Not(HasSubstr("\n100 ")));

@@ -328,6 +328,13 @@ TEST_F(ServerTest, HealthEndsWithATroubleThatOnlyARestartMends) {
   troubles_->Set(Trouble::kRemote, "away");
   troubles_->Set(Trouble::kDevice, "lost", true);
   EXPECT_TRUE(becomes(2));
+  v1::GetStatsResponse stats;  // is answered meanwhile
+  ASSERT_TRUE(stats.ParseFromString(wire_->CallAndWait(Method("GetStats"), "").bytes.substr(5)));
+  ASSERT_EQ(stats.troubles_size(), 2);
+  EXPECT_EQ(stats.troubles(0).what(), "device");
+  EXPECT_EQ(stats.troubles(0).text(), "lost");
+  EXPECT_TRUE(stats.troubles(0).ends_service());
+  EXPECT_EQ(stats.troubles(1).what(), "remote");
   troubles_->Set(Trouble::kDevice, "");
   EXPECT_TRUE(becomes(1));
 }

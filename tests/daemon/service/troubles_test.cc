@@ -1,5 +1,5 @@
-// What is wrong is told when it begins, changes and ends, to the log once and to the metrics as long as it
-// lasts.
+// What is wrong is told when it begins, changes and ends, to the log once and to metrics and statistics as
+// long as it lasts.
 #include "daemon/service/troubles.h"
 
 #include <string>
@@ -45,6 +45,27 @@ TEST(Troubles, AreToldAsLongAsTheyLast) {
   EXPECT_TRUE(troubles.EndService());
   troubles.Set(Trouble::kDevice, "", false, kStart);
   EXPECT_FALSE(troubles.EndService());
+}
+
+// Its texts have paths and addresses in them, which are no tenant's business.
+TEST(Troubles, StatisticsTellThemWithTextsForAdmins) {
+  Troubles troubles;
+  troubles.Set(Trouble::kTokens, "/etc/tokens: no such file", false, kStart);
+  troubles.Set(Trouble::kDevice, "CUDA device 0 is lost", true, kStart + absl::Seconds(90));
+  v1::GetStatsResponse admin, tenant;
+  troubles.ToProto(Identity::OfThisProcess(), kStart + absl::Seconds(100), &admin);
+  ASSERT_EQ(admin.troubles_size(), 2);
+  EXPECT_EQ(admin.troubles(0).what(), "tokens");
+  EXPECT_EQ(admin.troubles(0).text(), "/etc/tokens: no such file");
+  EXPECT_EQ(admin.troubles(0).seconds(), 100);
+  EXPECT_FALSE(admin.troubles(0).ends_service());
+  EXPECT_EQ(admin.troubles(1).seconds(), 10);
+  EXPECT_TRUE(admin.troubles(1).ends_service());
+  troubles.Set(Trouble::kTokens, "");
+  troubles.ToProto(Identity{}, kStart + absl::Seconds(100), &tenant);
+  ASSERT_EQ(tenant.troubles_size(), 1);
+  EXPECT_EQ(tenant.troubles(0).what(), "device");
+  EXPECT_EQ(tenant.troubles(0).text(), "");
 }
 
 }  // namespace
