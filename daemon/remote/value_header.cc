@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/tier/label_fields.h"
 #include "kernels/base/check.h"
+#include "kernels/base/status.h"
 
 namespace kvtide {
 namespace {
@@ -71,7 +72,7 @@ absl::StatusOr<ValueHeader> DecodeValueHeader(std::span<const std::byte> bytes) 
   if (header.bytes > kMostBytes || header.bytes / kMostPieces > header.piece_bytes)
     return absl::DataLossError(absl::StrCat("the value says that it has ", header.bytes,
                                             " bytes in pieces of ", header.piece_bytes));
-  value.label = LoadLabel(header);
+  KVTIDE_ASSIGN_OR_RETURN(value.label, LoadLabel(header));
   return value;
 }
 

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <string>
 
+#include "absl/status/statusor.h"
 #include "daemon/cache/tier/io_tier.h"
 #include "kernels/base/check.h"
 
@@ -37,11 +38,15 @@ void StoreLabel(const BlockLabel& label, Stored* to) {
   set_name(label.v_type, to->v_type);
 }
 
+// DataLoss for a name without an end: nothing that was stored has one.
 template <class Stored>
-BlockLabel LoadLabel(const Stored& from) {
+absl::StatusOr<BlockLabel> LoadLabel(const Stored& from) {
   const auto name_of = [](const char(&field)[16]) {
     return std::string(field, strnlen(field, sizeof field));
   };
+  for (const auto* const field : {&from.k_type, &from.v_type})
+    if (strnlen(*field, sizeof *field) == sizeof *field)
+      return absl::DataLossError("the label has the name of a type without an end");
   BlockLabel label;
   label.kind = static_cast<BlockLabel::Kind>(from.kind);
   label.write_id = from.write_id;

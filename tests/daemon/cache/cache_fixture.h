@@ -116,7 +116,7 @@ class Client {
 
 // A failure with how they differ (shadow.h).
 void ExpectClose(const AttentionResult& expected, const std::vector<float>& out,
-                 const std::vector<float>& lse, const std::string& what);
+                 const std::vector<float>& lse, const std::string& what, double tolerance = kCloseEnough);
 
 uint64_t TotalBytes(const SequenceInfo& info);
 uint64_t UsedBytes(const CacheStats& stats);

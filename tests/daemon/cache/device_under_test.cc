@@ -35,4 +35,9 @@ std::unique_ptr<Backend> MakeDeviceUnderTest(int index, const CpuBackendOptions&
 #endif
 }
 
+bool DeviceRebuildsKeys() {
+  const char* const text = std::getenv("KVTIDE_TEST_DEVICE");
+  return text != nullptr && absl::StartsWith(text, "cuda:");
+}
+
 }  // namespace kvtide::testing

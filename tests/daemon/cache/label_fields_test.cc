@@ -29,8 +29,17 @@ BlockLabel Example() {
 TEST(LabelFieldsTest, EveryFieldComesBack) {
   Stored stored{};
   StoreLabel(Example(), &stored);
-  EXPECT_EQ(LoadLabel(stored), Example());
-  EXPECT_NE(LoadLabel(stored), BlockLabel());
+  EXPECT_EQ(LoadLabel(stored).value(), Example());
+  EXPECT_NE(LoadLabel(stored).value(), BlockLabel());
+}
+
+TEST(LabelFieldsTest, ANameWithoutAnEndIsDamage) {
+  for (const bool keys : {true, false}) {
+    Stored stored{};
+    StoreLabel(Example(), &stored);
+    std::fill_n(keys ? stored.k_type : stored.v_type, 16, 'x');
+    EXPECT_TRUE(absl::IsDataLoss(LoadLabel(stored).status()));
+  }
 }
 
 TEST(LabelFieldsDeathTest, ANameThatIsTooLongIsAFault) {

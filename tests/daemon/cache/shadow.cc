@@ -254,7 +254,7 @@ AttentionResult ShadowSequence::Attend(int layer, const std::vector<float>& q, i
 }
 
 std::string Difference(const AttentionResult& expected, const std::vector<float>& out,
-                       const std::vector<float>& lse) {
+                       const std::vector<float>& lse, double tolerance) {
   if (expected.out.size() != out.size() || expected.lse.size() != lse.size()) return "sizes differ";
   double error = 0, norm = 0;
   for (size_t i = 0; i < out.size(); i++) {
@@ -262,11 +262,11 @@ std::string Difference(const AttentionResult& expected, const std::vector<float>
     error += difference * difference;
     norm += static_cast<double>(expected.out[i]) * static_cast<double>(expected.out[i]);
   }
-  if (!(std::sqrt(error) <= 3e-3 * std::sqrt(norm) + 1e-6))
+  if (!(std::sqrt(error) <= tolerance * std::sqrt(norm) + 1e-6))
     return absl::StrCat("outputs of size ", std::sqrt(norm), " differ by ", std::sqrt(error));
   for (size_t i = 0; i < lse.size(); i++)
     if (std::isinf(expected.lse[i]) ? lse[i] != expected.lse[i]
-                                    : !(std::fabs(lse[i] - expected.lse[i]) <= 3e-3f))
+                                    : !(std::fabs(lse[i] - expected.lse[i]) <= static_cast<float>(tolerance)))
       return absl::StrCat("the log-sum-exp of row ", i, " is ", lse[i], ", expected ", expected.lse[i]);
   return "";
 }

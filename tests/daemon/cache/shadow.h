@@ -21,13 +21,16 @@
 namespace kvtide::testing {
 
 // How a result differs from what is expected; empty if it does not: the relative L2 distance of all outputs
-// is below 3e-3, every log-sum-exp within 3e-3.
+// is below `tolerance`, every log-sum-exp within it.
+constexpr double kCloseEnough = 3e-3;
 std::string Difference(const AttentionResult& expected, const std::vector<float>& out,
-                       const std::vector<float>& lse);
+                       const std::vector<float>& lse, double tolerance = kCloseEnough);
 
 class ShadowSequence {
  public:
   ShadowSequence(const ModelSpec& model, const SequenceOptions& options);
+
+  bool calibrated() const { return Info(options_.pair.k).calibrated; }
 
   // New rows of one model layer, [tokens][kv_heads][dim]; what follows an append is done by Settle.
   void Append(int layer, const std::vector<float>& k, const std::vector<float>& v, int64_t tokens);

@@ -62,6 +62,22 @@ TEST(ExtentHeader, EveryDamagedByteIsNoticed) {
   EXPECT_EQ(ReadExtentHeader(std::vector<std::byte>(kDiskPage)).status().code(), absl::StatusCode::kNotFound);
 }
 
+TEST(ExtentHeader, ANameWithoutAnEndIsDamage) {
+  std::vector<std::byte> page(kDiskPage);
+  WriteExtentHeader(Example(), page);
+  for (const size_t field : {128, 144}) {  // of keys, of values
+    std::vector<std::byte> other = page;
+    std::fill_n(other.begin() + static_cast<std::ptrdiff_t>(field), 16, std::byte{'x'});
+    const uint64_t checksum = XXH3_64bits(other.data(), 160);
+    std::memcpy(other.data() + 160, &checksum, sizeof checksum);
+    EXPECT_TRUE(absl::IsDataLoss(ReadExtentHeader(other).status())) << field;
+    std::fill_n(other.begin() + static_cast<std::ptrdiff_t>(field) + 15, 1, std::byte{0});
+    const uint64_t again = XXH3_64bits(other.data(), 160);
+    std::memcpy(other.data() + 160, &again, sizeof again);
+    EXPECT_TRUE(ReadExtentHeader(other).ok()) << field;
+  }
+}
+
 // Two blocks that differ in one of these never pass for each other.
 TEST(ExtentHeader, ADifferenceInAnyFieldIsAnotherBlock) {
   const std::vector<std::function<void(BlockLabel&)>> changes = {

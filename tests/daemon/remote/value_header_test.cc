@@ -1,6 +1,8 @@
 // The beginning of a value: frozen bytes, and every damage is noticed.
 #include "daemon/remote/value_header.h"
 
+#include <xxhash.h>
+
 #include "absl/strings/escaping.h"
 #include "absl/strings/match.h"
 #include "gtest/gtest.h"
@@ -57,6 +59,17 @@ TEST(ValueHeaderTest, EveryChangedBitIsNoticed) {
     }
   for (size_t bytes = 0; bytes < text.size(); bytes++)
     EXPECT_TRUE(absl::IsDataLoss(Decode(text.substr(0, bytes)).status()));
+}
+
+TEST(ValueHeaderTest, ANameWithoutAnEndIsDamage) {
+  for (const char* const name : {"q8_0", "turbo4"}) {
+    std::string text = EncodeValueHeader(Example());
+    text.replace(text.find(name), 16, 16, 'x');
+    const uint64_t checksum = XXH3_64bits(text.data(), text.size() - sizeof checksum);
+    text.replace(text.size() - sizeof checksum, sizeof checksum, reinterpret_cast<const char*>(&checksum),
+                 sizeof checksum);
+    EXPECT_TRUE(absl::StrContains(Decode(text).status().message(), "without an end")) << Decode(text).status();
+  }
 }
 
 TEST(ValueHeaderTest, WhatIsNotWantedHasAName) {
