@@ -148,7 +148,7 @@ def test_pages_around_the_means_of_a_profile_are_found_with_that_profile_alone(d
         kvtide_program("calibrate", "--model", engine.MODEL, "--text", str(engine.ROOT / "tests" / "data" / text), "--tokens", "2048",
                        "--means-only", "--out", files[name]["KVTIDE_PROFILE"], "--no-progress")
     own, log = run(daemon, [greedy(24), greedy(24)], own=pair, env=files["one"])
-    assert "around the means of profile" in log
+    assert f"pages of {pair} by profile" in log
     for name, hit in (("other", False), ("one", True), ("", False)):
         got, _ = run(daemon, [greedy(24)], own=pair, env=files.get(name))
         print(f"{hits(got['batches'][0])} of {FULL} tokens found with {name or 'no'} profile")
