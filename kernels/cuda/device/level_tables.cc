@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <numeric>
 
 #include "kernels/base/check.h"
 #include "kernels/cuda/device/head_tables.h"
@@ -13,26 +12,11 @@ namespace {
 template <int D>
 void MakeHead(const HeadProfile& head, CacheType type, std::byte* to) {
   using T = LevelTables<D>;
-  constexpr int kGroups = D / kTideGroup;
-  const std::span<const uint8_t> widths = WidthsOf(type, head);
+  const GroupsByWidth order(type, head, D / kTideGroup);
   const int dim = static_cast<int>(head.centre.size());
-  const auto width_of = [&](int g) { return int{widths[static_cast<size_t>(g)]}; };
-
-  uint32_t first_unit[kGroups], units = 0;
-  for (int g = 0; g < kGroups; g++) {
-    first_unit[g] = units;
-    units += static_cast<uint32_t>(width_of(g));
-  }
-  std::vector<int> order(kGroups);
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return width_of(a) > width_of(b); });
-  const auto groups_above = [&](int width) {
-    return static_cast<int>(
-        std::count_if(order.begin(), order.end(), [&](int g) { return width_of(g) > width; }));
-  };
 
   LevelUnit<D> unit;
-  const int coded = groups_above(0), wide = groups_above(4), left_of_wide = wide % 4;
+  const int coded = order.Above(0), wide = order.Above(4), left_of_wide = wide % 4;
   unit.lead = left_of_wide == 1 || left_of_wide == 2 ? 1 : 0;
   const int rest = std::max(0, coded - 2 * unit.lead), quads = (rest + 1) / 4;
   const bool tail = rest > 4 * quads;
@@ -43,7 +27,7 @@ void MakeHead(const HeadProfile& head, CacheType type, std::byte* to) {
 
   const auto put = [to](int at, const auto& value) { std::memcpy(to + at, &value, sizeof(value)); };
   const auto put_column = [&](int column, int group, int e) {
-    const int j = kTideGroup * group + e, width = width_of(group);
+    const int j = kTideGroup * group + e, width = order.width_of(group);
     for (int i = 0; i < dim && j < dim && width > 0; i++)
       put(T::kMatrix + (i * T::kColumns + column) * 4,
           head.inverse[static_cast<size_t>(i * dim + j)] / TideSigma(width));
@@ -51,7 +35,7 @@ void MakeHead(const HeadProfile& head, CacheType type, std::byte* to) {
   size_t next = 0;  // of the order
   int column = 0;
   for (int s = 0; s < steps; s++) {
-    const int widest = width_of(order[next]);
+    const int widest = order.width_of(order[next]);
     const bool lead = s < unit.lead, behind = s == unit.lead + quads, pair = lead || behind;
     const size_t groups = pair ? 2 : 4;
     if (behind)
@@ -60,10 +44,7 @@ void MakeHead(const HeadProfile& head, CacheType type, std::byte* to) {
       unit.quads[widest > 4 ? 0 : 5 - widest]++;
     for (size_t c = 0; c < 4; c++) {
       const size_t at = next + (pair ? c / 2 : c);
-      if (at >= order.size() || width_of(order[at]) == 0) continue;
-      const int g = order[at];
-      const uint32_t place = first_unit[g] * kTideUnitBytes + static_cast<uint32_t>(g % 4 * 4);
-      unit.slots[s][c] = place | (32 * static_cast<uint32_t>(width_of(g))) << 16;
+      if (at < order.size() && order.width_of(order[at]) > 0) unit.slots[s][c] = order.SlotOf(order[at]);
     }
     for (size_t i = 0; i < groups; i++, column += kTideGroup)
       for (int e = 0; e < kTideGroup && next + i < order.size(); e++)

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <numeric>
 #include <utility>
 
 #include "kernels/base/float16.h"
@@ -37,32 +36,20 @@ uint32_t Halves(float low, float high) { return F32ToF16(low) | static_cast<uint
 template <int D>
 void MakeHead(const HeadProfile& head, CacheType type, std::byte* to) {
   using T = TideTables<D>;
-  constexpr int kGroups = D / kTideGroup;
-  const std::span<const uint8_t> widths = WidthsOf(type, head);
+  const GroupsByWidth order(type, head, D / kTideGroup);
   const int dim = static_cast<int>(head.centre.size()),
             turned = static_cast<int>(head.rope.frequencies.size());
   const std::vector<std::pair<int, int>> pairs = PairsOf<D>(head);
   const auto put = [to](int at, const auto& value) { std::memcpy(to + at, &value, sizeof(value)); };
-  const auto width_of = [&](int g) { return int{widths[static_cast<size_t>(g)]}; };
-
-  uint32_t first_unit[kGroups], units = 0;
-  for (int g = 0; g < kGroups; g++) {
-    first_unit[g] = units;
-    units += static_cast<uint32_t>(width_of(g));
-  }
-  std::vector<int> order(kGroups);
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return width_of(a) > width_of(b); });
-  for (int at = 0; at < kGroups; at++) {
+  for (int at = 0; at < static_cast<int>(order.size()); at++) {
     const int g = order[static_cast<size_t>(at)];
-    const uint32_t place = first_unit[g] * kTideUnitBytes + static_cast<uint32_t>(g % 4 * 4);
-    put(T::kSlots + (at % 4 * 4 + at / 4) * 4, place | (32 * static_cast<uint32_t>(width_of(g))) << 16);
-    if (at % 4 == 0) put(T::kWidths + at / 4, static_cast<uint8_t>(width_of(g)));
+    put(T::kSlots + (at % 4 * 4 + at / 4) * 4, order.SlotOf(g));
+    if (at % 4 == 0) put(T::kWidths + at / 4, static_cast<uint8_t>(order.width_of(g)));
   }
 
   // What a coefficient's level is multiplied by, in a channel; and the scale of a pair.
   const auto inverse = [&](int channel, int coefficient) {
-    const int width = width_of(coefficient / kTideGroup);
+    const int width = order.width_of(coefficient / kTideGroup);
     if (channel < 0 || coefficient >= dim || width == 0) return 0.0f;
     return head.inverse[static_cast<size_t>(channel * dim + coefficient)] / RebuiltSigma(width);
   };
@@ -91,7 +78,7 @@ void MakeHead(const HeadProfile& head, CacheType type, std::byte* to) {
         for (int byte = 0; byte < 16; byte++) {
           const int pair = 8 * s + n, group = order[static_cast<size_t>(4 * k + c)];
           const auto& [first, second] = pairs[static_cast<size_t>(pair)];
-          const bool wide = width_of(order[static_cast<size_t>(4 * k)]) > 4;
+          const bool wide = order.width_of(order[static_cast<size_t>(4 * k)]) > 4;
           const int coefficient =
               kTideGroup * group + LevelTables<D>::CoefficientOf(wide, byte / 4 % 2, byte % 4);
           put(step + T::kInverse + k * 512 + lane * 16 + byte,
@@ -115,11 +102,10 @@ void MakeHead(const HeadProfile& head, CacheType type, std::byte* to) {
         const auto& [first, second] = pairs[static_cast<size_t>(pair)];
         const int channel = i < 2 ? first : second;
         int offset = 0;
-        for (int at = 0; at < kGroups; at++)
-          if (width_of(order[static_cast<size_t>(at / 4 * 4)]) == 4)
+        for (size_t at = 0; at < order.size(); at++)
+          if (order.width_of(order[at / 4 * 4]) == 4)
             for (int e = 0; e < kTideGroup; e++)
-              offset +=
-                  kJoinedOffset * rounded(pair, channel, kTideGroup * order[static_cast<size_t>(at)] + e);
+              offset += kJoinedOffset * rounded(pair, channel, kTideGroup * order[at] + e);
         const int back = T::kBack + (4 * s + c) * T::kBackBytes;
         put(back + i * 4, -(kKeyStart + static_cast<float>(offset) * kKeyUnit));
         put(back + 16 + i * 2, F32ToF16(centre(channel) / scales[static_cast<size_t>(pair)] * kKeyUnit));
