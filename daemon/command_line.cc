@@ -19,8 +19,11 @@ void AddSettingFlags(CLI::App* app, v1::KvtidedConfig* config) {
   for (const Setting& setting : AllSettings()) {
     const std::string help = absl::StrCat(setting.help, " [", setting.Environment(), "]");
     if (setting.is_switch()) {
-      app->add_flag_function(
-          setting.Flag(), [&setting, config](int64_t) { Set(setting, "true", config); }, help);
+      // "true" without a value. What is wrong with one gets the name of the flag from the library.
+      app->add_flag(setting.Flag(), help)->each([&setting, config](const std::string& text) {
+        if (const absl::Status status = SetFromText(setting, text, config); !status.ok())
+          throw CLI::ValidationError(std::string(status.message()));
+      });
     } else if (setting.repeated()) {
       app->add_option_function<std::vector<std::string>>(
              setting.Flag(),

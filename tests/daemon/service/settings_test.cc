@@ -60,6 +60,23 @@ TEST(Settings, EveryOneIsAFlag) {
   }
 }
 
+TEST(Settings, ASwitchMayBeGivenAValue) {
+  for (const Setting& setting : AllSettings()) {
+    if (!setting.is_switch()) continue;
+    const auto parse = [&](const std::string& word) {
+      CLI::App app;
+      CommandLine flags;
+      AddCommandLine(&app, &flags);
+      app.parse(word);
+      return TextOf(setting, flags.config);
+    };
+    EXPECT_EQ(parse(setting.Flag()), "true");
+    EXPECT_EQ(parse(setting.Flag() + "=true"), "true");
+    EXPECT_EQ(parse(setting.Flag() + "=false"), "false");
+    EXPECT_THROW(parse(setting.Flag() + "=maybe"), CLI::ParseError) << setting.field;
+  }
+}
+
 TEST(Settings, WhatTextSaysComesBack) {
   const std::map<std::string, std::string> kTexts = {{"device", "cpu"},
                                                      {"idle_seconds", "7"},
