@@ -431,11 +431,17 @@ absl::StatusOr<v1::KvtidedConfig> ReadConfigFile(const std::string& path) {
 }
 
 void MergeConfig(const v1::KvtidedConfig& over, v1::KvtidedConfig* config) {
+  // Two ways to say one thing.
+  if (over.has_device_memory()) config->clear_device_tier_bytes();
+  if (over.has_host_memory()) config->clear_host_tier_bytes();
   if (over.listen_size() > 0) config->clear_listen();
   if (over.allow_size() > 0) config->clear_allow();
   if (over.quota_size() > 0) config->clear_quota();
   if (over.has_exact_window()) config->clear_exact_window();
   config->MergeFrom(over);
+  // An empty text takes away what is below, and is none itself.
+  for (auto* const list : {config->mutable_listen(), config->mutable_allow(), config->mutable_quota()})
+    list->erase(std::remove(list->begin(), list->end(), ""), list->end());
 }
 
 absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config) {

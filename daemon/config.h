@@ -45,7 +45,8 @@ struct DaemonOptions {
 absl::StatusOr<v1::KvtidedConfig> ParseConfig(const std::string& json, const std::string& file_name);
 absl::StatusOr<v1::KvtidedConfig> ReadConfigFile(const std::string& path);
 
-// Fields that are set in `over` replace those of `config`.
+// Fields that are set in `over` replace those of `config`, also where they are false, 0 or empty; a list with
+// an empty text in it is set, and has one fewer.
 void MergeConfig(const v1::KvtidedConfig& over, v1::KvtidedConfig* config);
 
 // "cpu", "cuda:0", "cuda:GPU-..." (a UUID, "cuda:" may be missing), "cuda:all", "auto", or a list of the

@@ -361,6 +361,8 @@ int Main(int argc, char** argv) {
     return 0;
   }
   SetUpLogging(options->log_level, options->log_format == "json");
+  // Not refused, as in a file: an environment has more readers than this one.
+  for (const std::string& unknown : UnknownVariables(::environ)) spdlog::warn("{}", Escaped(unknown));
   const sigset_t stop_signals = BlockStopSignals();
   auto daemon = Daemon::Start(*layers, std::move(options).value());
   if (!daemon.ok()) return Fail(daemon.status(), kExitCannotStart);

@@ -144,11 +144,22 @@ bool HasBytes(const Setting& setting, const v1::KvtidedConfig& config) {
 
 // Variables that other programs of kvtide read.
 constexpr const char* kOthers[] = {
-    "KVTIDE_ADDRESS",      "KVTIDE_CONFIG",      "KVTIDE_CUDA",          "KVTIDE_CUDA_PAGED",
-    "KVTIDE_DATA_DIR",     "KVTIDE_PAIR",        "KVTIDE_TLS_CA",        "KVTIDE_TLS_CERT",
-    "KVTIDE_TLS_KEY",      "KVTIDE_TOKEN_FILE",  "KVTIDE_PREFILL",       "KVTIDE_SIDE_MEMORY",
-    "KVTIDE_EXACT_WINDOW", "KVTIDE_TEST_DEVICE", "KVTIDE_TEST_PROGRAMS",
+    "KVTIDE_ADDRESS",     "KVTIDE_CONFIG",       "KVTIDE_CUDA",        "KVTIDE_CUDA_PAGED",
+    "KVTIDE_DATA_DIR",    "KVTIDE_PAIR",         "KVTIDE_PROFILE",     "KVTIDE_TLS_CA",
+    "KVTIDE_TLS_CERT",    "KVTIDE_TLS_KEY",      "KVTIDE_TOKEN_FILE",  "KVTIDE_PREFILL",
+    "KVTIDE_SIDE_MEMORY", "KVTIDE_EXACT_WINDOW", "KVTIDE_TEST_DEVICE", "KVTIDE_TEST_PROGRAMS",
 };
+
+// What Kubernetes puts into every container for a Service that is called kvtide or kvtide-SOMETHING:
+// KVTIDE_SERVICE_HOST=..., KVTIDE_PORT_7600_TCP_ADDR=..., KVTIDE_PORT=tcp://...
+bool IsOfKubernetes(absl::string_view entry) {
+  const absl::string_view name = entry.substr(0, entry.find('='));
+  const size_t port = name.find("_PORT");
+  return absl::EndsWith(name, "_SERVICE_HOST") || absl::StrContains(name, "_SERVICE_PORT") ||
+         (port != absl::string_view::npos &&
+          (absl::StrContains(entry, "://") ||
+           (port + 6 < name.size() && absl::ascii_isdigit(static_cast<unsigned char>(name[port + 6])))));
+}
 
 }  // namespace
 
@@ -304,6 +315,7 @@ std::vector<std::string> UnknownVariables(const char* const* environ) {
     if (!absl::StartsWith(name, "KVTIDE_")) continue;
     if (std::find(known.begin(), known.end(), name) != known.end()) continue;
     if (std::find(std::begin(kOthers), std::end(kOthers), name) != std::end(kOthers)) continue;
+    if (IsOfKubernetes(entry) || absl::StartsWith(name, "KVTIDE_TEST_")) continue;
     const std::vector<std::string> near = planner::NearNames(name, known, 1);
     lines.push_back(absl::StrCat("no setting reads ", name,
                                  near.empty() ? "" : absl::StrCat("; did you mean ", near.front(), "?")));

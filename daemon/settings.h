@@ -71,7 +71,8 @@ absl::StatusOr<std::vector<EffectiveValue>> EffectiveValues(const ConfigLayers& 
 std::vector<EffectiveValue> EffectiveValues(const ConfigLayers& layers, const DaemonOptions& options);
 
 // Variables KVTIDE_* of the environment (as `environ`, NAME=VALUE) that look like a setting and are none: a
-// line each, with the nearest one. Those of other programs of kvtide are known.
+// line each, with the nearest one. Those of other programs of kvtide are known, and those that Kubernetes
+// makes of a Service.
 std::vector<std::string> UnknownVariables(const char* const* environ);
 
 }  // namespace kvtide

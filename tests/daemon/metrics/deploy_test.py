@@ -160,7 +160,7 @@ def check_paths(root):
     source = (deploy / "grafana/provisioning/datasources/prometheus.yaml").read_text()
     if "url: http://prometheus:9090" not in source or "\n  prometheus:" not in compose:
         complain("Grafana's data source is not compose.yaml's Prometheus")
-    fields = set(re.findall(r"^ +(?:repeated )?[\w.]+ (\w+) = \d+;", (root / "proto/kvtide/v1/kvtided_config.proto").read_text(),
+    fields = set(re.findall(r"^ +(?:repeated |optional )?[\w.]+ (\w+) = \d+;", (root / "proto/kvtide/v1/kvtided_config.proto").read_text(),
                             re.M))
     config = json.loads((deploy / "kustomize/base/kvtided.json").read_text())
     for key in set(config) - fields:

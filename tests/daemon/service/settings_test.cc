@@ -1,7 +1,9 @@
 #include "daemon/settings.h"
 
+#include <filesystem>
 #include <fstream>
 #include <map>
+#include <regex>
 #include <set>
 
 #include "daemon/command_line.h"
@@ -9,6 +11,7 @@
 #include "gmock/gmock.h"
 #include "google/protobuf/util/message_differencer.h"
 #include "gtest/gtest.h"
+#include "tests/source_path.h"
 
 namespace kvtide {
 namespace {
@@ -216,6 +219,67 @@ TEST(RunningConfig, ChangesWhatIsLiveAndTellsWhatWaits) {
   EXPECT_EQ(value("log_level"), "debug file");
 }
 
+// A text that sets a field of its kind to something, and one that sets it to what a field has that is not
+// set.
+std::pair<std::string, std::string> SomethingAndNothing(const Setting& setting) {
+  using google::protobuf::FieldDescriptor;
+  switch (v1::KvtidedConfig::descriptor()->FindFieldByName(setting.field)->cpp_type()) {
+    case FieldDescriptor::CPPTYPE_STRING:
+      return {"something", ""};
+    case FieldDescriptor::CPPTYPE_BOOL:
+      return {"true", "false"};
+    case FieldDescriptor::CPPTYPE_MESSAGE:
+      return {"3,4", "0,0"};
+    default:
+      return {"7", "0"};
+  }
+}
+
+// Of every kind of field: what is said above wins, whatever it says.
+TEST(Settings, FalseZeroAndEmptyWinOverTheFileToo) {
+  for (const Setting& setting : AllSettings()) {
+    const auto [something, nothing] = SomethingAndNothing(setting);
+    ConfigLayers layers;
+    ASSERT_TRUE(SetFromText(setting, something, &layers.file).ok()) << setting.field;
+    EXPECT_EQ(TextOf(setting, layers.Merged()), something) << setting.field;
+    ConfigLayers by_flag = layers, by_variable = layers;
+    ASSERT_TRUE(SetFromText(setting, nothing, &by_flag.flags).ok()) << setting.field;
+    ASSERT_TRUE(SetFromText(setting, nothing, &by_variable.environment).ok()) << setting.field;
+    EXPECT_EQ(TextOf(setting, by_flag.Merged()), nothing) << setting.field;
+    EXPECT_EQ(by_flag.SourceOf(setting), Source::kFlag) << setting.field;
+    EXPECT_EQ(TextOf(setting, by_variable.Merged()), nothing) << setting.field;
+    EXPECT_EQ(by_variable.SourceOf(setting), Source::kEnvironment) << setting.field;
+    // And the flag over the variable.
+    ASSERT_TRUE(SetFromText(setting, something, &by_flag.environment).ok());
+    EXPECT_EQ(TextOf(setting, by_flag.Merged()), nothing) << setting.field;
+  }
+}
+
+TEST(Settings, WhatIsAboveWinsAsItIsRead) {
+  const std::string file = ::testing::TempDir() + "precedence.json";
+  std::ofstream(file) << R"({"host_sharing": true, "share_pool": true, "max_sequences": 5, "disk": "/d:1GiB",
+                             "quota": ["acme:sequences=1"], "host_tier_bytes": 4194304})";
+  CLI::App app;
+  CommandLine flags;
+  AddCommandLine(&app, &flags);
+  const char* const words[] = {
+      "kvtided", "--share-pool=false", "--quota", "", "--disk", "", "--max-sequences",
+      "0",       "--host-memory",      ""};
+  app.parse(static_cast<int>(std::size(words)), words);
+  const auto layers =
+      GatherConfig(file, flags.config, Of({{"KVTIDE_HOST_SHARING", "false"}, {"KVTIDE_DEVICE", ""}}));
+  ASSERT_TRUE(layers.ok()) << layers.status();
+  std::map<std::string, EffectiveValue> values = ByName(*layers);
+  EXPECT_EQ(values.at("host_sharing").value, "false");
+  EXPECT_EQ(values.at("host_sharing").source, Source::kEnvironment);
+  EXPECT_EQ(values.at("share_pool").value, "false");
+  EXPECT_EQ(values.at("quota").value, "");
+  EXPECT_EQ(values.at("disk").value, "off");
+  EXPECT_EQ(values.at("max_sequences").value, "16384");
+  EXPECT_EQ(values.at("host_memory").value, "2GiB") << "not the bytes of the file";
+  EXPECT_EQ(values.at("device").source, Source::kDefault) << "a variable that is empty is none";
+}
+
 TEST(Settings, ErrorsOfTheEnvironmentNameTheVariable) {
   const auto status = GatherConfig("", {}, Of({{"KVTIDE_IDLE_SECONDS", "soon"}})).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
@@ -229,6 +293,37 @@ TEST(Settings, VariablesThatNobodyReadsAreTold) {
                                    nullptr};
   EXPECT_THAT(UnknownVariables(variables),
               ElementsAre("no setting reads KVTIDE_DEVISE; did you mean KVTIDE_DEVICE?"));
+  // What Kubernetes says of Services that are called kvtide and kvtide-metrics.
+  const char* const services[] = {"KVTIDE_SERVICE_HOST=10.0.0.7",
+                                  "KVTIDE_SERVICE_PORT=7600",
+                                  "KVTIDE_SERVICE_PORT_GRPC=7600",
+                                  "KVTIDE_PORT=tcp://10.0.0.7:7600",
+                                  "KVTIDE_PORT_7600_TCP=tcp://10.0.0.7:7600",
+                                  "KVTIDE_PORT_7600_TCP_PROTO=tcp",
+                                  "KVTIDE_PORT_7600_TCP_PORT=7600",
+                                  "KVTIDE_PORT_7600_TCP_ADDR=10.0.0.7",
+                                  "KVTIDE_METRICS_SERVICE_HOST=10.0.0.8",
+                                  nullptr};
+  EXPECT_THAT(UnknownVariables(services), ElementsAre());
+}
+
+// What clients of this tree read is known.
+TEST(Settings, VariablesOfClientsAreKnown) {
+  std::set<std::string> names;
+  const std::regex quoted("[\"'](KVTIDE_[A-Z_]*[A-Z])[\"']");
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(testing::SourcePath("clients"))) {
+    const std::string end = entry.path().extension();
+    if (end != ".cc" && end != ".h" && end != ".py") continue;
+    std::ifstream file(entry.path());
+    for (std::string line; std::getline(file, line);)
+      for (std::sregex_iterator at(line.begin(), line.end(), quoted), last; at != last; ++at)
+        names.insert((*at)[1].str() + "=1");
+  }
+  EXPECT_GT(names.size(), 8u);
+  std::vector<const char*> variables;
+  for (const std::string& name : names) variables.push_back(name.c_str());
+  variables.push_back(nullptr);
+  EXPECT_THAT(UnknownVariables(variables.data()), ElementsAre());
 }
 
 }  // namespace
