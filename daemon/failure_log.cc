@@ -88,6 +88,7 @@ void FailureLog::Add(const service::CallReport& call, absl::Time now) {
                     " served_us=", absl::ToInt64Microseconds(call.duration - call.received - call.waited),
                     " locked_us=", absl::ToInt64Microseconds(call.locked),
                     " request_bytes=", call.request_bytes, " response_bytes=", call.response_bytes);
+  if (call.refusal.has_value()) absl::StrAppend(&line, " reason=", NameOf(*call.refusal));
   if (call.code != 0) absl::StrAppend(&line, " message=\"", Escaped(call.message), "\"");
   if (suppressed > 0) absl::StrAppend(&line, " suppressed=", suppressed);
   write_(call.code == 0 ? "warning" : LevelOf(code), line);

@@ -177,7 +177,7 @@ class Daemon {
     listening_metrics_ = metrics_.get();
     options_.service.report = [this](const service::CallReport& call) {
       metrics_->RecordCall({call.method, call.code, call.duration, call.received, call.waited,
-                            call.request_bytes, call.response_bytes, call.tenant});
+                            call.request_bytes, call.response_bytes, call.tenant, call.refusal});
       calls_.Add(call, absl::Now());
     };
     options_.service.looked_up = [this](std::string_view tenant, const char* unit, std::string_view tier,
@@ -198,7 +198,9 @@ class Daemon {
     stats.connections = gauges.connections;
     stats.connections_limit = gauges.connections_limit;
     stats.connections_accepted = gauges.connections_accepted;
-    stats.connections_refused = gauges.connections_refused;
+    for (size_t i = 0; i < service::kConnectionRefusals; i++)
+      stats.connections_refused.emplace_back(service::kConnectionRefusalNames[i],
+                                             gauges.connections_refused[i].load());
     stats.call_memory_bytes = gauges.call_memory_bytes;
     stats.call_memory_limit = options.call_memory_bytes;
     stats.memory_overhead_limit = service::MemoryOverheadBytes(options);
@@ -236,12 +238,18 @@ class Daemon {
         spdlog::warn("address={} is open to the network, by --allow-insecure-tcp", address.text);
       }
     }
-    options_.service.refused = [gauges = options_.service.gauges](int64_t refused) {
-      spdlog::warn(
-          "connections refused={} open={} max_connections={} what=\"too many for max_connections, for a "
-          "tenant's "
-          "quota or for the limit of open files\"",
-          refused, gauges->connections.load(), gauges->connections_limit.load());
+    options_.service.refused = [gauges =
+                                    options_.service.gauges](const service::RefusedConnections& refused) {
+      uint64_t all = 0;
+      std::string reasons;
+      for (size_t i = 0; i < refused.size(); i++) {
+        all += refused[i];
+        if (refused[i] > 0)
+          absl::StrAppend(&reasons, reasons.empty() ? "" : " ", service::kConnectionRefusalNames[i], "=",
+                          refused[i]);
+      }
+      spdlog::warn("connections refused={} open={} max_connections={} reasons=\"{}\"", all,
+                   gauges->connections.load(), gauges->connections_limit.load(), reasons);
     };
     options_.service.pin = [this](std::byte* tensors, size_t bytes) {
       auto pinned = tiers_->backends.Pin(tensors, bytes);

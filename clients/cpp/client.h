@@ -332,6 +332,7 @@ struct Trouble {
 struct ServerStats {
   std::vector<Trouble> troubles;
   std::vector<MethodStats> methods;
+  std::vector<std::pair<std::string, int64_t>> refused;  // calls by reason, most frequent first
   std::vector<WayStats> ways;
   std::vector<ClientStats> clients;  // with most calls first
   std::vector<MemoryUse> memory;

@@ -5,6 +5,7 @@
 
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/call/refusal.h"
 #include "daemon/cache/sequence/persist_turn.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status.h"
@@ -206,7 +207,7 @@ absl::Status Stepper::AddItems(CacheState& state, const StepCall& call, Step& st
       return absl::InvalidArgumentError(
           absl::StrCat(where(), ": sequence ", call.items[i].sequence, " is there twice"));
     if (absl::Status added = AddItem(state, call.items[i], ContextOf(call), call.after, step); !added.ok())
-      return Annotate(added, where());
+      return AnnotateRefused(added, where());
     if (i == 0) step.batch_.writes.reserve(call.items.size() * step.model().groups.size());
   }
   step.written_.assign(step.model().layers.size(), false);
@@ -255,7 +256,7 @@ absl::StatusOr<std::unique_ptr<Step>> Stepper::TryPin(const PinCall& call) {
       return absl::InvalidArgumentError(
           absl::StrCat(where(i), ": sequence ", call.sequences[i], " is there twice"));
     absl::StatusOr<SequencePtr> sequence = lock->sequences.Find(call.sequences[i], ContextOf(call));
-    if (!sequence.ok()) return Annotate(sequence.status(), where(i));
+    if (!sequence.ok()) return AnnotateRefused(sequence.status(), where(i));
     if (i > 0) KVTIDE_RETURN_IF_ERROR(Annotate(CheckModel(batch, **sequence), where(i)));
     batch.AddSequence(*std::move(sequence));
   }

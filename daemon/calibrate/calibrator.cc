@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/call/refusal.h"
 #include "kernels/base/status.h"
 
 namespace kvtide {
@@ -72,10 +73,11 @@ absl::Status Calibrator::Start(CalibrationPlan plan) {
   for (const auto& [other, gathering] : gatherings_)
     if (other != family) taken += static_cast<double>(gathering->memory_bytes());
   if (taken + bytes > static_cast<double>(options_.memory_bytes))
-    return absl::ResourceExhaustedError(absl::StrCat(
-        "the sums of model '", plan.model.name, "' take ", bytes, " bytes, ", taken, " of the ",
-        options_.memory_bytes,
-        " of calibrate_memory are taken: raise that, stop another calibration, or hold fewer tokens back"));
+    return Refused(Refusal::kLimit, absl::ResourceExhaustedError(
+                                        absl::StrCat("the sums of model '", plan.model.name, "' take ", bytes,
+                                                     " bytes, ", taken, " of the ", options_.memory_bytes,
+                                                     " of calibrate_memory are taken: raise that, stop "
+                                                     "another calibration, or hold fewer tokens back")));
   Remove(family);
   gatherings_.emplace(family, std::make_shared<Gathering>(std::move(plan)));
   active_ = true;

@@ -93,10 +93,12 @@ void WriteService(const ServiceStats& stats, FamilyWriter* writer) {
   gauge("kvtide_connections_limit", "Most connections that may be open.", stats.connections_limit);
   writer->Counter("kvtide_connections_accepted_total", "Connections that were taken.")
       .Sample(static_cast<double>(stats.connections_accepted));
-  writer
-      ->Counter("kvtide_connections_refused_total",
-                "Connections that were closed at once: too many, or no file descriptor for them.")
-      .Sample(static_cast<double>(stats.connections_refused));
+  FamilyWriter& refused = writer->Counter("kvtide_connections_refused_total",
+                                          "Connections that were not served: too many of all or of a tenant "
+                                          "(quota), no file descriptor for them, "
+                                          "plain HTTP/2 where TLS is asked for, or nothing said for 10 s.");
+  for (const auto& [reason, count] : stats.connections_refused)
+    refused.Sample(static_cast<double>(count), {{"reason", reason}});
   gauge("kvtide_call_memory_bytes", "Bytes of requests and answers of calls under way.",
         stats.call_memory_bytes);
   gauge("kvtide_call_memory_limit_bytes", "Most bytes of requests and answers; beyond it calls are refused.",

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -16,6 +17,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "daemon/cache/call/cache_stats.h"
+#include "daemon/cache/call/refusal.h"
 
 namespace kvtide::metrics {
 
@@ -47,7 +49,8 @@ struct ServiceStats {
   int64_t calls_under_way = 0;                      // arrived and not answered
   int64_t queued_calls = 0, queued_bulk_calls = 0;  // of these, waiting for a thread
   int64_t connections = 0, connections_limit = 0;
-  int64_t connections_accepted = 0, connections_refused = 0;  // since the start
+  int64_t connections_accepted = 0;                                  // since the start
+  std::vector<std::pair<std::string, int64_t>> connections_refused;  // all reasons that there can be
   int64_t call_memory_bytes = 0, call_memory_limit = 0;
   int64_t memory_overhead_limit = 0;
   int64_t shared_memory_clients = 0, shared_memory_refused = 0;  // refused: since the start
@@ -73,6 +76,7 @@ struct CallSample {
   absl::Duration waited;    // and from there until a thread took it
   int64_t request_bytes = 0, response_bytes = 0;
   std::string_view tenant;
+  std::optional<Refusal> refusal = std::nullopt;
 };
 
 // Method names that calls are counted under; calls with other names count as "other". A test holds this

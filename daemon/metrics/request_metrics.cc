@@ -57,6 +57,14 @@ RequestMetrics::RequestMetrics(prometheus::Registry* registry) : registry_(regis
   };
   for (const char* name : kMethods) methods_.emplace(name, make(name));
   other_ = make("other");
+  auto& refused =
+      prometheus::BuildCounter()
+          .Name("kvtide_refused_calls_total")
+          .Help(
+              "Calls that were refused and changed nothing, by reason; what failed in the daemon and what "
+              "clients gave up is not among them.")
+          .Register(*registry);
+  for (size_t i = 0; i < kRefusals; i++) refused_[i] = &refused.Add({{"reason", kRefusalNames[i]}});
   auto& phases = prometheus::BuildHistogram()
                      .Name("kvtide_rpc_phase_seconds")
                      .Help(
@@ -133,6 +141,7 @@ void RequestMetrics::Record(const CallSample& call) {
   const auto request_bytes = static_cast<double>(std::max<int64_t>(0, call.request_bytes));
   const auto response_bytes = static_cast<double>(std::max<int64_t>(0, call.response_bytes));
   entry.requests[call.code >= 0 && call.code < kCodes ? call.code : kUnknown]->Increment();
+  if (call.refusal.has_value()) refused_[static_cast<size_t>(*call.refusal)]->Increment();
   entry.request_bytes->Increment(request_bytes);
   entry.response_bytes->Increment(response_bytes);
   if (entry.seconds == nullptr) return;  // a stream: its calls are told by themselves

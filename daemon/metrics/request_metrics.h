@@ -51,6 +51,7 @@ class RequestMetrics {
   prometheus::Registry* const registry_;
   absl::flat_hash_map<std::string, Method> methods_;  // never changes after the constructor
   Method other_;
+  std::array<prometheus::Counter*, kRefusals> refused_{};
   std::array<prometheus::Histogram*, 3> phases_{};  // receive, queue, serve
   Mutex mutex_;
   absl::flat_hash_map<std::string, Tenant> tenants_ ABSL_GUARDED_BY(mutex_);

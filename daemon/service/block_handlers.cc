@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/call/refusal.h"
 #include "daemon/cache/reuse/keyed_payload.h"
 #include "daemon/service/convert.h"
 #include "daemon/service/handlers.h"
@@ -236,9 +237,9 @@ absl::Status Handlers::LoadBlocks(const v1::LoadBlocksRequest& request, v1::Load
   } else {
     const int64_t most = MostAnswerBytes(call, options_) - kFramingBytes;
     if (bytes > static_cast<uint64_t>(std::max<int64_t>(0, most)))
-      return absl::ResourceExhaustedError(absl::StrCat(blocks, " blocks have ", bytes,
-                                                       " bytes, an answer holds ", most,
-                                                       "; load fewer at once, or into shared memory"));
+      return Refused(Refusal::kTooLarge, absl::ResourceExhaustedError(absl::StrCat(
+                                             blocks, " blocks have ", bytes, " bytes, an answer holds ", most,
+                                             "; load fewer at once, or into shared memory")));
     if (call.memory != nullptr) KVTIDE_RETURN_IF_ERROR(call.memory->Add(2 * Signed(bytes)));
     std::string* const data = response->mutable_data();
     data->resize(bytes);

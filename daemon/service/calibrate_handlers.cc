@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/call/refusal.h"
 #include "daemon/calibrate/calibrator.h"
 #include "daemon/service/handlers.h"
 #include "kernels/base/status.h"
@@ -166,9 +167,10 @@ absl::Status Handlers::ExportProfile(const v1::ExportProfileRequest& request,
   ToProto(status, response->mutable_calibration());
   const int64_t most = MostAnswerBytes(call, options_);
   if (static_cast<int64_t>(response->ByteSizeLong()) + 4096 > most)
-    return absl::ResourceExhaustedError(absl::StrCat("the profile has ", response->ByteSizeLong(),
-                                                     " bytes, an answer has at most ", most,
-                                                     "; raise max_message_bytes"));
+    return Refused(Refusal::kTooLarge,
+                   absl::ResourceExhaustedError(absl::StrCat("the profile has ", response->ByteSizeLong(),
+                                                             " bytes, an answer has at most ", most,
+                                                             "; raise max_message_bytes")));
   return absl::OkStatus();
 }
 

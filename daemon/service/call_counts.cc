@@ -25,6 +25,8 @@ CallCounts::Method* CallCounts::Find(const char* name) {
 }
 
 void CallCounts::Add(const CallReport& call) {
+  if (call.refusal.has_value())
+    refused_[static_cast<size_t>(*call.refusal)].fetch_add(1, std::memory_order_relaxed);
   Method* const method = Find(call.method);
   if (method == nullptr) return;
   const size_t code =
@@ -52,7 +54,7 @@ double CallCounts::Quantile(const Method& method, double share) {
   return 0;
 }
 
-void CallCounts::ToProto(google::protobuf::RepeatedPtrField<v1::MethodStats>* methods) const {
+void CallCounts::ToProto(v1::GetStatsResponse* to) const {
   std::vector<v1::MethodStats> all;
   for (const Method& method : methods_) {
     const char* const name = method.name.load(std::memory_order_acquire);
@@ -74,7 +76,18 @@ void CallCounts::ToProto(google::protobuf::RepeatedPtrField<v1::MethodStats>* me
   }
   std::stable_sort(all.begin(), all.end(),
                    [](const v1::MethodStats& a, const v1::MethodStats& b) { return a.calls() > b.calls(); });
-  for (v1::MethodStats& stats : all) methods->Add(std::move(stats));
+  for (v1::MethodStats& stats : all) *to->add_methods() = std::move(stats);
+  std::vector<v1::RefusedCalls> refused;
+  for (size_t i = 0; i < kRefusals; i++) {
+    const int64_t calls = refused_[i].load(std::memory_order_relaxed);
+    if (calls == 0) continue;
+    refused.emplace_back().set_reason(kRefusalNames[i]);
+    refused.back().set_calls(calls);
+  }
+  std::stable_sort(refused.begin(), refused.end(), [](const v1::RefusedCalls& a, const v1::RefusedCalls& b) {
+    return a.calls() > b.calls();
+  });
+  for (v1::RefusedCalls& one : refused) *to->add_refused() = std::move(one);
 }
 
 }  // namespace kvtide::service

@@ -1,5 +1,6 @@
-// Calls since the start, by method: how many ended with which code, and how long they took. What GetStats
-// shows; the metrics have the same and more. Thread-safe, and cheap: each call adds to three counters.
+// Calls since the start, by method: how many ended with which code, and how long they took; and those that
+// were refused, by reason. What GetStats shows; the metrics have the same and more. Thread-safe, and cheap:
+// each call adds to three counters.
 #pragma once
 
 #include <array>
@@ -8,6 +9,7 @@
 #include <cstdint>
 
 #include "absl/strings/string_view.h"
+#include "daemon/cache/call/refusal.h"
 #include "daemon/service/call_report.h"
 #include "kvtide/v1/server.pb.h"
 
@@ -16,8 +18,8 @@ namespace kvtide::service {
 class CallCounts {
  public:
   void Add(const CallReport& call);
-  // Methods that were called, most often called ones first.
-  void ToProto(google::protobuf::RepeatedPtrField<v1::MethodStats>* methods) const;
+  // Methods that were called, most often called ones first, and refusals that there were, in that order too.
+  void ToProto(v1::GetStatsResponse* stats) const;
 
  private:
   static constexpr size_t kMethods = 64, kCodes = 17, kBuckets = 40;
@@ -31,6 +33,7 @@ class CallCounts {
   static double Quantile(const Method& method, double share);
 
   std::array<Method, kMethods> methods_;
+  std::array<std::atomic<int64_t>, kRefusals> refused_{};
 };
 
 }  // namespace kvtide::service

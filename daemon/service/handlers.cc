@@ -317,7 +317,7 @@ absl::Status Handlers::ListSequences(const v1::ListSequencesRequest& request,
 absl::Status Handlers::GetStats(const v1::GetStatsRequest&, v1::GetStatsResponse* response,
                                 const Call& call) {
   ToProto(cache_->Stats(), response);
-  options_.counts->ToProto(response->mutable_methods());
+  options_.counts->ToProto(response);
   const Identity& caller =
       call.context.identity == nullptr ? Identity::OfThisProcess() : *call.context.identity;
   options_.clients->ToProto(caller, response);

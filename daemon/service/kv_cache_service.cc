@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/strip.h"
 #include "absl/time/clock.h"
+#include "daemon/cache/call/refusal.h"
 #include "daemon/service/ring_session.h"
 #include "kernels/base/status.h"
 
@@ -57,7 +58,8 @@ absl::Status Gone() {
 }
 
 absl::Status ShuttingDown() {
-  return absl::UnavailableError("kvtided is shutting down; try another one, or again later");
+  return Refused(Refusal::kShuttingDown,
+                 absl::UnavailableError("kvtided is shutting down; try another one, or again later"));
 }
 
 }  // namespace
@@ -119,9 +121,10 @@ absl::StatusOr<bool> KvCacheService::BeginCall(const std::string& tenant) {
   const MutexLock lock(tenants_mutex_);
   uint64_t& calls = calls_of_[tenant];
   if (calls >= limit)
-    return absl::ResourceExhaustedError(absl::StrCat("tenant '", tenant, "' has ", calls,
-                                                     " calls under way, and its quota is ", limit,
-                                                     "; wait for answers before sending more"));
+    return Refused(Refusal::kQuota,
+                   absl::ResourceExhaustedError(absl::StrCat("tenant '", tenant, "' has ", calls,
+                                                             " calls under way, and its quota is ", limit,
+                                                             "; wait for answers before sending more")));
   calls++;
   return true;
 }
@@ -192,8 +195,10 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
 
   // From any thread while the call is in `calls_`.
   void GiveUpIfStale(absl::Time now) {
-    if (now - absl::FromUnixNanos(waiting_since_.load(std::memory_order_relaxed)) > kPatience)
+    if (now - absl::FromUnixNanos(waiting_since_.load(std::memory_order_relaxed)) > kPatience) {
+      stale_.store(true, std::memory_order_relaxed);
       rpc_->context()->TryCancel();
+    }
   }
   void CancelIfBulk() {
     if (bulk_.load(std::memory_order_relaxed)) cancellation_.Cancel();
@@ -237,14 +242,21 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
            absl::string_view request_id) {
     CallReport report;
     report.method = method;
-    report.code = status.raw_code();
+    report.SetStatus(status);
+    // gRPC cancels a call at its deadline: nobody has given it up.
+    if (report.code == static_cast<int>(absl::StatusCode::kCancelled)) {
+      if (stale_.load(std::memory_order_relaxed)) {
+        report.refusal = Refusal::kSlowClient;
+      } else if (absl::Now() >= call_.context.deadline) {
+        report.refusal = Refusal::kDeadline;
+      }
+    }
     report.duration = absl::Now() - start_;
     report.request_bytes = request_bytes_;
     report.response_bytes = status.ok() ? static_cast<int64_t>(answer_.Length()) : 0;
     report.received = received_ - start_;
     report.waited = taken_ - received_;
     report.locked = locked_;
-    report.message = std::string_view(status.message().data(), status.message().size());
     report.request_id = std::string_view(request_id.data(), request_id.size());
     report.caller = connection_->name;
     report.tenant = call_.context.tenant();
@@ -301,7 +313,7 @@ class KvCacheService::AnyCall : public Rpc::Reactions, public WorkerPool::Work {
 
  private:
   std::atomic<int64_t> waiting_since_{absl::ToUnixNanos(absl::InfiniteFuture())};
-  std::atomic<bool> bulk_{false};
+  std::atomic<bool> bulk_{false}, stale_{false};
 };
 
 class KvCacheService::UnaryCall final : public AnyCall, public ReadTurns::Reader {
@@ -329,8 +341,11 @@ class KvCacheService::UnaryCall final : public AnyCall, public ReadTurns::Reader
     const absl::Status taken = ok ? TakeRequest() : absl::OkStatus();  // before the next one comes
     connection_->turns.Leave();
     if (!ok) {
-      Conclude(cancellation_.cancelled() ? Gone()
-                                         : absl::InvalidArgumentError("the call came without a request"));
+      // Which of the two it was depends on whether gRPC has told of the end already.
+      Conclude(Refused(Refusal::kNotReceived,
+                       cancellation_.cancelled()
+                           ? Gone()
+                           : absl::InvalidArgumentError("the call came without a request")));
       return;
     }
     if (!taken.ok()) {
@@ -345,9 +360,10 @@ class KvCacheService::UnaryCall final : public AnyCall, public ReadTurns::Reader
       return;
     }
     if (!service_->Submit(verb_, CallerOf(), this)) {
-      Conclude(absl::ResourceExhaustedError(absl::StrCat("all threads are busy and ",
-                                                         service_->options_.max_queued_calls,
-                                                         " calls wait already; try again later")));
+      Conclude(Refused(Refusal::kQueueFull,
+                       absl::ResourceExhaustedError(absl::StrCat("all threads are busy and ",
+                                                                 service_->options_.max_queued_calls,
+                                                                 " calls wait already; try again later"))));
     }
   }
 
@@ -422,7 +438,8 @@ class KvCacheService::SessionCall final : public AnyCall {
                ServeHere(verb_, [&](grpc::ByteBuffer* request) { served_ = Serve(request, &sequence); })) {
       Write(served_, sequence);
     } else if (!service_->Submit(verb_, CallerOf(), this)) {
-      Fail(absl::ResourceExhaustedError("all threads are busy and the queue is full; try again later"));
+      Fail(Refused(Refusal::kQueueFull, absl::ResourceExhaustedError(
+                                            "all threads are busy and the queue is full; try again later")));
     }
   }
 
@@ -473,9 +490,8 @@ class KvCacheService::SessionCall final : public AnyCall {
     owned_.Release(&service_->handlers_);
     CallReport report;
     report.method = "Session";
-    report.code = status.raw_code();
+    report.SetStatus(status);
     report.duration = absl::Now() - opened_;
-    report.message = std::string_view(status.message().data(), status.message().size());
     report.request_id = request_id_;
     report.caller = connection_->name;
     report.tenant = call_.context.tenant();
@@ -494,6 +510,18 @@ class KvCacheService::SessionCall final : public AnyCall {
 // A method that this version does not have.
 class KvCacheService::RefusedCall final : public Rpc::Reactions {
  public:
+  RefusedCall(KvCacheService* service, Rpc* rpc) {
+    const std::shared_ptr<Connection> connection = service->connections_->Find(rpc->context()->peer());
+    const absl::Status status =
+        absl::UnimplementedError(absl::StrCat("this kvtided has no method ", rpc->context()->method()));
+    CallReport report;
+    report.method = "other";
+    report.SetStatus(status);
+    report.caller = connection->name;
+    service->Report(report, connection->client.get());
+    rpc->Bind(this);
+    rpc->Finish(ToGrpc(status));
+  }
   void OnReadDone(bool) override {}
   void OnWriteDone(bool) override {}
   void OnCancel() override {}
@@ -511,9 +539,7 @@ void KvCacheService::Begin(Rpc* rpc) {
     rpc->Bind(call);
     call->Start();
   } else {
-    rpc->Bind(new RefusedCall);
-    rpc->Finish(
-        grpc::Status(grpc::StatusCode::UNIMPLEMENTED, absl::StrCat("this kvtided has no method ", method)));
+    new RefusedCall(this, rpc);
   }
 }
 

@@ -25,6 +25,9 @@ constexpr std::chrono::milliseconds kBreath{50};
 // How long and how many refused connections stay open.
 constexpr std::chrono::milliseconds kLinger{1000};
 constexpr size_t kMostLingering = 8;
+// How long a connection of TLS may take to begin its handshake; gRPC gives it as long to end that.
+constexpr std::chrono::seconds kSilence{10};
+constexpr char kHandshake = 0x16;  // the first byte of TLS
 // How many may come at once, and a second, before they wait; for how long, and how many do at a time.
 constexpr double kCalmAtOnce = 64, kCalmPerSecond = 100;
 constexpr std::chrono::milliseconds kWait{2};
@@ -62,6 +65,7 @@ Listener::~Listener() {
   thread_.join();
   CloseRefused(0);
   for (const auto& [fd, until] : waiting_) ::close(fd);
+  for (const auto& [fd, until] : silent_) ::close(fd);
   ::close(stop_);
   if (spare_ >= 0) ::close(spare_);
 }
@@ -69,10 +73,14 @@ Listener::~Listener() {
 void Listener::Run() {
   std::vector<pollfd> waits = {{stop_, POLLIN, 0}};
   for (const int fd : options_.sockets) waits.push_back({fd, POLLIN, 0});
+  const size_t first_silent = waits.size();
   auto next_tick = options_.now();
   for (;;) {
+    waits.resize(first_silent);
+    for (const auto& [fd, until] : silent_) waits.push_back({fd, POLLIN | POLLRDHUP, 0});
     ::poll(waits.data(), waits.size(), Patience(options_.now()));
     if (waits[0].revents != 0) return;
+    HearSilent(waits, first_silent, options_.now());
     AdmitWaiting(options_.now());
     if (const auto now = options_.now(); now >= next_tick) {
       connections_->Sweep();
@@ -81,7 +89,7 @@ void Listener::Run() {
       options_.tick(refused_);
       next_tick = now + std::chrono::milliseconds(kTickMilliseconds);
     }
-    for (size_t i = 1; i < waits.size(); i++) {
+    for (size_t i = 1; i < first_silent; i++) {
       while (waits[i].revents != 0 && AcceptOne(waits[i].fd)) {
       }
     }
@@ -135,6 +143,30 @@ void Listener::AdmitWaiting(std::chrono::steady_clock::time_point now) {
   }
 }
 
+void Listener::HearSilent(const std::vector<pollfd>& waits, size_t first,
+                          std::chrono::steady_clock::time_point now) {
+  std::deque<std::pair<int, std::chrono::steady_clock::time_point>> left;
+  for (size_t i = 0; i < silent_.size(); i++) {
+    const auto& [fd, until] = silent_[i];
+    char byte = 0;
+    const ssize_t size = first + i < waits.size() && waits[first + i].revents != 0
+                             ? ::recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT)
+                             : -1;
+    if (size > 0) {
+      if (byte != kHandshake) Count(ConnectionRefusal::kPlaintext);
+      options_.serve(fd, true);
+    } else if (size < 0 && (errno == EAGAIN || errno == EINTR || waits[first + i].revents == 0) &&
+               now < until) {
+      left.push_back(silent_[i]);
+    } else {
+      if (now >= until) Count(ConnectionRefusal::kSilent);
+      connections_->Forget(fd);
+      ::close(fd);
+    }
+  }
+  silent_ = std::move(left);
+}
+
 // Those that wait have a descriptor each, as the others.
 bool Listener::Full() {
   const auto most = [this](size_t connections) {
@@ -145,8 +177,8 @@ bool Listener::Full() {
 
 void Listener::Admit(int fd) {
   if (Full()) {
-    Refuse(fd, "kvtided has as many connections as it may (max_connections, or the limit of open files)",
-           true);
+    Refuse(fd, ConnectionRefusal::kLimit,
+           "kvtided has as many connections as it may (max_connections, or the limit of open files)", true);
     return;
   }
   const int on = 1;
@@ -154,7 +186,11 @@ void Listener::Admit(int fd) {
   const std::shared_ptr<Connection> connection = connections_->Add(fd);
   if (const std::string reason = options_.refusal ? options_.refusal(*connection) : ""; !reason.empty()) {
     connections_->Forget(fd);
-    Refuse(fd, reason.c_str(), true);
+    Refuse(fd, ConnectionRefusal::kQuota, reason.c_str(), true);
+    return;
+  }
+  if (connection->tcp && options_.tls) {
+    silent_.emplace_back(fd, options_.now() + kSilence);
     return;
   }
   options_.serve(fd, connection->tcp);
@@ -163,7 +199,7 @@ void Listener::Admit(int fd) {
 bool Listener::RefuseWithSpare(int listening) {
   if (spare_ >= 0) ::close(spare_);
   const int fd = ::accept4(listening, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
-  if (fd >= 0) Refuse(fd, "kvtided has no file descriptor left", false);
+  if (fd >= 0) Refuse(fd, ConnectionRefusal::kDescriptors, "kvtided has no file descriptor left", false);
   spare_ = OpenSpare();
   // Others were faster: until they give one back there is nothing to do but to wait.
   if (spare_ < 0) std::this_thread::sleep_for(kBreath);
@@ -174,8 +210,8 @@ void Listener::CloseRefused(size_t left) {
   for (; lingering_.size() > left; lingering_.pop_front()) ::close(lingering_.front().first);
 }
 
-void Listener::Refuse(int fd, const char* reason, bool linger) {
-  refused_++;
+void Listener::Refuse(int fd, ConnectionRefusal why, const char* reason, bool linger) {
+  Count(why);
   const std::string text = Goodbye(std::string(reason) + "; close some, or connect later");
   if (::send(fd, text.data(), text.size(), MSG_NOSIGNAL | MSG_DONTWAIT) < 0) {
     // It has gone already.

@@ -4,6 +4,7 @@
 #include <iterator>
 
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/call/refusal.h"
 #include "kernels/base/status.h"
 
 namespace kvtide::service {
@@ -46,8 +47,9 @@ absl::StatusOr<OpenSteps::Taken> OpenSteps::TakeFrom(OpenSteps* steps, uint64_t 
 absl::Status OpenSteps::CheckRoom() {
   const MutexLock lock(mutex_);
   if (open_.size() < kMost) return absl::OkStatus();
-  return absl::ResourceExhaustedError(
-      absl::StrCat(open_.size(), " steps are open on this session, as many as may be; end some"));
+  return Refused(Refusal::kLimit,
+                 absl::ResourceExhaustedError(absl::StrCat(
+                     open_.size(), " steps are open on this session, as many as may be; end some")));
 }
 
 absl::StatusOr<uint64_t> OpenSteps::Add(std::unique_ptr<Step> step, uint64_t after) {

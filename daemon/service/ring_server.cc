@@ -15,6 +15,7 @@
 #include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "daemon/cache/call/refusal.h"
 #include "daemon/ring/arena.h"
 #include "daemon/ring/ring.h"
 #include "google/protobuf/arena.h"
@@ -309,8 +310,7 @@ bool RingServer::Hear(Guest* guest) {
     const std::string caller = NameOfPeer(guest->socket);
     report.method = "Session";
     report.way = Way::kSharedMemory;
-    report.code = status.raw_code();
-    report.message = std::string_view(status.message().data(), status.message().size());
+    report.SetStatus(status);
     report.caller = caller;
     service_->Report(report, nullptr);
   }
@@ -323,8 +323,9 @@ absl::Status RingServer::LetIn(Guest* guest) {
   KVTIDE_RETURN_IF_ERROR(ring::CheckHello(guest->hello, options_.generation));
   KVTIDE_RETURN_IF_ERROR(service_->CheckNotDraining());
   if (clients_.size() >= limits.max_clients) {
-    return absl::ResourceExhaustedError(absl::StrCat(
-        "kvtided has ", clients_.size(), " clients with shared memory, as many as it may; use gRPC"));
+    return Refused(Refusal::kLimit, absl::ResourceExhaustedError(absl::StrCat(
+                                        "kvtided has ", clients_.size(),
+                                        " clients with shared memory, as many as it may; use gRPC")));
   }
   ring::ArenaLayout layout;
   if (guest->hello.tensor_bytes > ring::kMostTensorBytes)
@@ -332,10 +333,11 @@ absl::Status RingServer::LetIn(Guest* guest) {
   layout.tensor_bytes = std::max(kPage, (guest->hello.tensor_bytes + kPage - 1) / kPage * kPage);
   if (layout.total() > static_cast<uint64_t>(limits.client_bytes) ||
       layout.total() + bytes_ > static_cast<uint64_t>(limits.total_bytes)) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("an arena of ", layout.total(), " bytes does not fit: one client may have ",
-                     limits.client_bytes, " (--shared-memory-client), all of them ", limits.total_bytes,
-                     " (--shared-memory), ", bytes_, " are taken; ask for a smaller one, or raise them"));
+    return Refused(Refusal::kLimit,
+                   absl::ResourceExhaustedError(absl::StrCat(
+                       "an arena of ", layout.total(), " bytes does not fit: one client may have ",
+                       limits.client_bytes, " (--shared-memory-client), all of them ", limits.total_bytes,
+                       " (--shared-memory), ", bytes_, " are taken; ask for a smaller one, or raise them")));
   }
   ring::PoolSlabs slabs;
   std::vector<int> slab_fds;

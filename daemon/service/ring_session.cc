@@ -6,6 +6,7 @@
 #include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "daemon/cache/call/refusal.h"
 #include "google/protobuf/arena.h"
 #include "kernels/base/mutex.h"
 #include "kernels/base/status.h"
@@ -19,7 +20,8 @@ class RingSession::Turn final : public WorkerPool::Work {
 
   void Run() override { End(serve_()); }
   void Refuse() override {
-    End(absl::UnavailableError("kvtided is shutting down; try another one, or again later"));
+    End(Refused(Refusal::kShuttingDown,
+                absl::UnavailableError("kvtided is shutting down; try another one, or again later")));
   }
 
   absl::Status Wait() {
@@ -67,9 +69,8 @@ RingSession::~RingSession() {
   CallReport report;
   report.method = "Session";
   report.way = way();
-  report.code = end_.raw_code();
+  report.SetStatus(end_);
   report.duration = absl::Now() - opened_;
-  report.message = std::string_view(end_.message().data(), end_.message().size());
   report.caller = connection_->name;
   service_->Report(report, connection_->client.get());
 }
@@ -127,7 +128,9 @@ absl::Status RingSession::Run(const v1::SessionRequest& request, absl::Duration 
     if (lane.Submit({std::hash<std::string>()(call.context.tenant()), connection_->number}, &turn)) {
       status = turn.Wait();
     } else {
-      status = absl::ResourceExhaustedError("all threads are busy and the queue is full; try again later");
+      status = Refused(
+          Refusal::kQueueFull,
+          absl::ResourceExhaustedError("all threads are busy and the queue is full; try again later"));
     }
   }
   bulk_.store(false, std::memory_order_relaxed);
@@ -168,14 +171,13 @@ void RingSession::Serve(const std::string& bytes, absl::Duration timeout, v1::Se
   CallReport report;
   report.method = method;
   report.way = way();
-  report.code = status.raw_code();
+  report.SetStatus(status);
   report.duration = absl::Now() - start;
   report.request_bytes = static_cast<int64_t>(bytes.size());
   report.response_bytes = status.ok() ? static_cast<int64_t>(answer->ByteSizeLong()) : 0;
   report.waited = waited_;
   report.locked = locked_;
   const std::string request_id = absl::StrCat("ring/", connection_->number & 0xffffffff, "/", number_);
-  report.message = std::string_view(status.message().data(), status.message().size());
   report.request_id = request_id;
   report.caller = connection_->name;
   report.tenant = (*connection_->identity)->tenant;

@@ -145,6 +145,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
   Listener::Options listener;
   listener.sockets = std::move(sockets);
   listener.max_connections = room.connections;
+  listener.tls = server->secure_ != nullptr;
   listener.serve = [to = server->server_.get(), secure = server->secure_.get()](int fd, bool tcp) {
     if (!tcp || secure == nullptr) {
       grpc::AddInsecureChannelFromFd(to, fd);
@@ -162,7 +163,9 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
                ? std::string()
                : absl::StrCat("tenant '", tenant, "' has as many connections as its quota allows, ", limit);
   };
-  listener.tick = [self = server.get(), options](uint64_t refused) { self->Tick(options, refused); };
+  listener.tick = [self = server.get(), options](const RefusedConnections& refused) {
+    self->Tick(options, refused);
+  };
   server->listener_ = std::make_unique<Listener>(&server->connections_, std::move(listener));
   if (!ring_sockets.empty()) {
     RingServer::Options rings;
@@ -186,7 +189,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(KvCache* cache, const Serv
 
 Server::~Server() { Shutdown(absl::ZeroDuration(), absl::InfiniteDuration()); }
 
-void Server::Tick(const ServiceOptions& options, uint64_t refused) {
+void Server::Tick(const ServiceOptions& options, const RefusedConnections& refused) {
   service_->Tick();
   Troubles& troubles = *watch_.troubles;
   std::string gone;
@@ -209,8 +212,12 @@ void Server::Tick(const ServiceOptions& options, uint64_t refused) {
   ServiceGauges& gauges = *options.gauges;
   gauges.connections = static_cast<int64_t>(connections_.size());
   gauges.connections_accepted = static_cast<int64_t>(connections_.accepted());
-  const auto count = static_cast<int64_t>(refused);
-  if (gauges.connections_refused.exchange(count) != count && options.refused) options.refused(count);
+  bool more = false;
+  for (size_t i = 0; i < refused.size(); i++) {
+    const auto count = static_cast<int64_t>(refused[i]);
+    more |= gauges.connections_refused[i].exchange(count) != count;
+  }
+  if (more && options.refused) options.refused(refused);
 }
 
 void Server::CheckCertificate(const ServiceOptions& options) {

@@ -58,7 +58,7 @@ class Server {
   Server(Access access, std::shared_ptr<Clients> clients, ServerWatch watch)
       : watch_(std::move(watch)), connections_(std::move(access), std::move(clients)) {}
   // About once a second, by the listener's thread.
-  void Tick(const ServiceOptions& options, uint64_t refused);
+  void Tick(const ServiceOptions& options, const RefusedConnections& refused);
   void CheckCertificate(const ServiceOptions& options);
 
   const ServerWatch watch_;

@@ -1,6 +1,7 @@
 // What the service needs to know beside the cache. Checked by the daemon's configuration.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -18,6 +19,7 @@
 #include "daemon/service/call_report.h"
 #include "daemon/service/clients.h"
 #include "daemon/service/convert.h"
+#include "daemon/service/listener.h"
 #include "daemon/service/live_quotas.h"
 #include "daemon/service/tls.h"
 #include "daemon/service/tokens.h"
@@ -32,8 +34,9 @@ struct ServiceGauges {
   std::atomic<int64_t> calls_under_way{0};  // being handled or waiting, idle sessions aside
   std::atomic<int64_t> queued_calls{0}, queued_bulk_calls{0};
   std::atomic<int64_t> connections{0}, connections_limit{0};
-  std::atomic<int64_t> connections_accepted{0}, connections_refused{0};  // since the start
-  std::atomic<int64_t> call_memory_bytes{0};                             // as of about a second ago
+  std::atomic<int64_t> connections_accepted{0};                                 // since the start
+  std::array<std::atomic<int64_t>, kConnectionRefusals> connections_refused{};  // the same, by reason
+  std::atomic<int64_t> call_memory_bytes{0};                                    // as of about a second ago
   // Clients of the shared-memory way, their arenas, and those that were refused since the start.
   std::atomic<int64_t> shared_memory_clients{0}, shared_memory_refused{0};
   std::atomic<int64_t> shared_memory_bytes{0}, shared_memory_limit_bytes{0};
@@ -88,9 +91,9 @@ struct ServiceOptions {
   // tokens of a prefix. From any thread; quick. May be empty.
   std::function<void(std::string_view tenant, const char* unit, std::string_view tier, uint64_t count)>
       looked_up;
-  // Told at most once a second when connections were refused, with their number since the start; may be
-  // empty.
-  std::function<void(int64_t refused)> refused;
+  // Told at most once a second when connections were refused, with their numbers since the start (the gauges
+  // have them too); may be empty.
+  std::function<void(const RefusedConnections& refused)> refused;
   // Called about once a second by the thread that looks after connections, when it has asked the threads of
   // calls for their queues: the daemon is not stuck. May be empty.
   std::function<void()> alive;

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/call/refusal.h"
 #include "daemon/service/handlers.h"
 #include "daemon/service/open_steps.h"
 #include "kernels/base/status.h"
@@ -66,9 +67,10 @@ void TellItems(const KvCache& cache, const Step& step, v1::StepTables tables, Op
 absl::Status CheckAnswerFits(size_t bytes, const Call& call, const ServiceOptions& options) {
   const int64_t most = MostAnswerBytes(call, options);
   if (static_cast<int64_t>(bytes) + 4096 <= most) return absl::OkStatus();
-  return absl::ResourceExhaustedError(absl::StrCat("the tables of the step have ", bytes,
-                                                   " bytes, an answer has at most ", most,
-                                                   "; begin steps of fewer sequences"));
+  return Refused(Refusal::kTooLarge,
+                 absl::ResourceExhaustedError(absl::StrCat("the tables of the step have ", bytes,
+                                                           " bytes, an answer has at most ", most,
+                                                           "; begin steps of fewer sequences")));
 }
 
 absl::Status CheckMapped(bool mapped, const Call& call) {

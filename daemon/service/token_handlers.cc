@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/call/refusal.h"
 #include "daemon/service/handlers.h"
 #include "daemon/service/open_steps.h"
 #include "kernels/base/status.h"
@@ -114,9 +115,10 @@ class Handlers::Batch {
                      (group_->shape.head_dim_v * static_cast<int64_t>(DataTypeBytes(output_type_)) + 4);
     const int64_t most = MostAnswerBytes(caller_, handlers_->options_);
     if (answer_bytes_ > most - 4096) {
-      return absl::ResourceExhaustedError(absl::StrCat("the answer would have ", answer_bytes_,
-                                                       " bytes, beyond max_message_bytes = ", most,
-                                                       "; send fewer queries at once"));
+      return Refused(Refusal::kTooLarge,
+                     absl::ResourceExhaustedError(absl::StrCat("the answer would have ", answer_bytes_,
+                                                               " bytes, beyond max_message_bytes = ", most,
+                                                               "; send fewer queries at once")));
     }
     return absl::OkStatus();
   }
@@ -249,8 +251,8 @@ absl::Status Handlers::Attend(const v1::AttendRequest& request, v1::AttendRespon
     const v1::AttendItem& item = request.items(i);
     AttendRequest* out = &requests[static_cast<size_t>(i)];
     const std::string name = absl::StrCat("items[", i, "]");
-    KVTIDE_RETURN_IF_ERROR(Annotate(batch.AddSequence(item.sequence_id(), out), name));
-    KVTIDE_RETURN_IF_ERROR(Annotate(batch.AddQueries(item, out), name));
+    KVTIDE_RETURN_IF_ERROR(AnnotateRefused(batch.AddSequence(item.sequence_id(), out), name));
+    KVTIDE_RETURN_IF_ERROR(AnnotateRefused(batch.AddQueries(item, out), name));
     const size_t pinned = step.has_value() ? (**step).Find(item.sequence_id(), static_cast<size_t>(i)) : 0;
     if (item.has_first_query_position()) {
       out->first_query_position = item.first_query_position();
@@ -258,7 +260,7 @@ absl::Status Handlers::Attend(const v1::AttendRequest& request, v1::AttendRespon
       out->first_query_position = (**step).end(pinned) - out->queries;
     } else {
       auto length = cache_->LayerLength(item.sequence_id(), request.layer(), call.context);
-      if (!length.ok()) return Annotate(length.status(), name);
+      if (!length.ok()) return AnnotateRefused(length.status(), name);
       out->first_query_position = *length - out->queries;
     }
     if (out->first_query_position < 0) {
@@ -284,8 +286,8 @@ absl::Status Handlers::AppendAttend(const v1::AppendAttendRequest& request,
     const v1::AppendAttendItem& item = request.items(i);
     AttendRequest* out = &requests[static_cast<size_t>(i)];
     const std::string name = absl::StrCat("items[", i, "]");
-    KVTIDE_RETURN_IF_ERROR(Annotate(batch.AddSequence(item.sequence_id(), out), name));
-    KVTIDE_RETURN_IF_ERROR(Annotate(batch.AddQueries(item, out), name));
+    KVTIDE_RETURN_IF_ERROR(AnnotateRefused(batch.AddSequence(item.sequence_id(), out), name));
+    KVTIDE_RETURN_IF_ERROR(AnnotateRefused(batch.AddQueries(item, out), name));
     const GroupShape& shape = batch.group().shape;
     auto k = CheckTensor(item.k(), "k", shape.kv_heads, shape.head_dim_k, call.tensors);
     if (!k.ok()) return Annotate(k.status(), name);

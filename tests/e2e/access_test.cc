@@ -18,8 +18,12 @@ namespace kvtide::e2e {
 namespace {
 
 using ::testing::AllOf;
+using ::testing::Contains;
+using ::testing::ContainsRegex;
+using ::testing::Ge;
 using ::testing::HasSubstr;
 using ::testing::Not;
+using ::testing::Pair;
 
 class OtherUsers : public ::testing::Test {
  protected:
@@ -204,6 +208,7 @@ TEST_F(Network, CertificatesNameTheTenantAndAreReplacedWithoutARestart) {
   }
   EXPECT_TRUE(late.ok()) << late;
   EXPECT_EQ(acme->ListSequences()->size(), 1u) << "a connection that stands goes on";
+  EXPECT_THAT(daemon_->Log(), ContainsRegex("connections refused=[0-9]+ .*reasons=\"plaintext=[0-9]"));
   EXPECT_EQ(daemon_->Stop(), 0);
 }
 
@@ -310,6 +315,18 @@ TEST_F(Network, AQuotaIsOneTenantsOwn) {
   // A name of another tenant is refused before anything happens.
   EXPECT_EQ(acme->CreateSequence("small", {.tenant = "other"}).status().code(),
             absl::StatusCode::kPermissionDenied);
+  // Every refusal counts once, by what it was for; that a sequence is another tenant's only the daemon knows.
+  const absl::Status foreign = other->Append(*first, 0, Tokens(1, 0, 1).layers).status();
+  const absl::Status unknown = other->Append(4711, 0, Tokens(1, 0, 1).layers).status();
+  EXPECT_EQ(foreign.code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(unknown.code(), absl::StatusCode::kNotFound);
+  Write("token-of-nobody", "token-of-nobody\n");
+  EXPECT_EQ(Ask({"", "", "", File("token-of-nobody")}).code(), absl::StatusCode::kUnauthenticated);
+  const auto refused = other->GetStats()->refused;
+  EXPECT_THAT(refused, AllOf(Contains(Pair("quota", 3)), Contains(Pair("permission", 1)),
+                             Contains(Pair("other_tenant", 1)), Contains(Pair("not_found", 1)),
+                             Contains(Pair("unauthenticated", Ge(1)))));
+  EXPECT_THAT(daemon_->Log(), HasSubstr("reason=quota message="));
 }
 
 TEST_F(Network, ConnectionsOfOneTenantHaveALimit) {

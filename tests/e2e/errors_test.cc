@@ -210,6 +210,9 @@ TEST_F(Errors, MessagesBeyondTheLimit) {
   item.q = TensorRef::F32(q, {8190, kHeads, kDim});
   item.output = output;
   EXPECT_EQ(generous->Attend(0, std::span(&item, 1)).code(), absl::StatusCode::kResourceExhausted);
+  // gRPC has refused the first, which the daemon has never seen whole, the handler the second.
+  EXPECT_THAT(client_->GetStats()->refused,
+              testing::UnorderedElementsAre(testing::Pair("not_received", 1), testing::Pair("too_large", 1)));
 }
 
 TEST_F(Errors, DroppingNeedsPermissionAndIsNeverSilent) {

@@ -307,6 +307,57 @@ std::vector<Finding> CheckTroubles(const std::vector<client::Trouble>& troubles)
   return findings;
 }
 
+// What is short, or what a caller has to do, by reason of a refusal; null: a mistake of a client, or a race.
+const char* RefusalAdvice(const std::string& reason) {
+  constexpr std::pair<const char*, const char*> kAdvice[] = {
+      {"no_room", "a tier is full: kvtide plan says what would fit, kvtide seq evict makes room now"},
+      {"quota",
+       "a tenant has what it may (--quota): raise it, or have the tenant close what it does not use"},
+      {"limit",
+       "max_sequences, max_models or another limit: close what is idle (kvtide status), or raise it"},
+      {"queue_full", "more calls come than threads serve: --service-threads, or fewer clients a daemon"},
+      {"call_memory", "clients send more at once than --call-memory has room for, or do not read answers"},
+      {"too_large", "send less in one call, or raise --max-message-bytes or --max-attend-work"},
+      {"not_received", "requests larger than --max-message-bytes, compressed ones, or clients that give up"},
+      {"slow_client", "a client sends its request, or reads its answer, slower than 30 s"},
+      {"unavailable", "a device or tier that calls need is away"},
+      {"unauthenticated", "a token that is unknown or over (--tokens), or nobody who should call"},
+      {"permission", "a user or tenant that may not: --allow, or an admin's verb"},
+      {"other_tenant", "a client names what another tenant has: it is misled, or it tries"},
+  };
+  for (const auto& [known, advice] : kAdvice)
+    if (reason == known) return advice;
+  return nullptr;
+}
+
+void CheckRefused(const client::ServerStats& stats, std::vector<Finding>* findings) {
+  int64_t calls = 0;
+  for (const client::MethodStats& method : stats.methods) calls += method.calls;
+  std::vector<std::string> others;
+  for (const auto& [reason, refused] : stats.refused) {
+    const char* const advice = RefusalAdvice(reason);
+    if (advice == nullptr) {
+      others.push_back(absl::StrCat(reason, " ", refused));
+      continue;
+    }
+    findings->push_back(
+        Warn("refused",
+             absl::StrCat(refused, " calls since the start, ",
+                          PercentText(static_cast<double>(refused) / std::max<double>(1, calls), 1),
+                          " of all: ", reason),
+             absl::StrCat(advice, "; the log has the callers (reason=", reason, ")")));
+  }
+  if (!others.empty())
+    findings->push_back(
+        Ok("refused", absl::StrCat("mistakes of clients and races: ", absl::StrJoin(others, ", "))));
+  // A daemon of an earlier version.
+  if (stats.refused.empty() && stats.exhausted > 0)
+    findings->push_back(Warn(
+        "room", absl::StrCat(stats.exhausted, " calls since the start found no room or were beyond a limit"),
+        "the log says of each which (code=RESOURCE_EXHAUSTED): a tier that is full (kvtide "
+        "plan says what would fit), a tenant's quota, or another limit"));
+}
+
 std::vector<Finding> CheckContents(const client::ServerStats& stats, int64_t dropped_of_sequences) {
   std::vector<Finding> findings = CheckTroubles(stats.troubles);
   for (const client::MemoryUse& use : stats.memory) findings.push_back(CheckMemoryUse(use));
@@ -382,12 +433,7 @@ std::vector<Finding> CheckContents(const client::ServerStats& stats, int64_t dro
   for (const auto& [code, calls] : failed) codes.push_back(absl::StrCat(code, " ", calls));
   if (!codes.empty())
     findings.push_back(Ok("errors", absl::StrCat("since the start: ", absl::StrJoin(codes, ", "))));
-  if (stats.exhausted > 0) {
-    findings.push_back(Warn(
-        "room", absl::StrCat(stats.exhausted, " calls since the start found no room or were beyond a limit"),
-        "the log says of each which (code=RESOURCE_EXHAUSTED): a tier that is full (kvtide "
-        "plan says what would fit), a tenant's quota, or another limit"));
-  }
+  CheckRefused(stats, &findings);
   return findings;
 }
 

@@ -214,6 +214,11 @@ Json InstalledJson(const client::CalibrationReport& report) {
   return list;
 }
 
+// What was refused since the start; empty where nothing was.
+std::string RefusedLine(const ServerStats& stats) {
+  return stats.refused.empty() ? "" : absl::StrCat("refused: ", RefusedText(stats), "\n");
+}
+
 // Methods that were called, with their errors.
 std::string Calls(const ServerStats& stats, const Terminal& terminal) {
   if (stats.methods.empty()) return "";
@@ -222,7 +227,7 @@ std::string Calls(const ServerStats& stats, const Terminal& terminal) {
     table.AddRow({method.method, absl::StrCat(method.calls), LatencyText(method.p50_seconds),
                   LatencyText(method.p99_seconds), FailedText(method)},
                  method.failed.empty() ? Paint::kPlain : Paint::kYellow);
-  return absl::StrCat("\n", table.Render(terminal));
+  return absl::StrCat("\n", table.Render(terminal), RefusedLine(stats));
 }
 
 // By which way clients come, and the clients that call most.
@@ -492,6 +497,13 @@ std::string FailedText(const client::MethodStats& method) {
   return absl::StrJoin(parts, ", ");
 }
 
+std::string RefusedText(const ServerStats& stats) {
+  std::vector<std::string> parts;
+  for (const auto& [reason, calls] : stats.refused)
+    parts.push_back(absl::StrCat(Printable(reason), " ", calls));
+  return absl::StrJoin(parts, ", ");
+}
+
 std::string WayText(const std::string& way) {
   if (way == "grpc") return "gRPC";
   return way == "shared_memory" ? "shared memory" : way;
@@ -568,6 +580,8 @@ std::string RenderStatusJson(const DaemonSnapshot& snapshot) {
                                {"p99_seconds", method.p99_seconds},
                                {"failed", failed}});
   }
+  json["refused"] = Json::object();
+  for (const auto& [reason, calls] : stats.refused) json["refused"][reason] = calls;
   json["counters"] = {{"sequences_created", stats.sequences_created},
                       {"sequences_closed", stats.sequences_closed},
                       {"appended_tokens", stats.appended_tokens},

@@ -40,6 +40,7 @@ class Rates {
     const client::MethodStats* const before = Before(method);
     return PerSecond(before != nullptr ? Errors(*before) : 0, Errors(method));
   }
+  double OfRefused() const { return PerSecond(Refused(before_), Refused(now_)); }
   double OfWay(size_t way, int64_t client::WayStats::*counter) const {
     return PerSecond(way < before_.ways.size() ? before_.ways[way].*counter : 0, now_.ways[way].*counter);
   }
@@ -49,6 +50,11 @@ class Rates {
   }
 
  private:
+  static int64_t Refused(const ServerStats& stats) {
+    int64_t all = 0;
+    for (const auto& [reason, calls] : stats.refused) all += calls;
+    return all;
+  }
   static int64_t Errors(const client::MethodStats& method) {
     int64_t errors = 0;
     for (const auto& [code, calls] : method.failed) errors += calls;
@@ -147,6 +153,8 @@ void AppendCalls(const ServerStats& stats, const Rates& rates, const Terminal& t
                  errors > 0 ? Paint::kYellow : Paint::kPlain);
   }
   absl::StrAppend(text, "\n", table.Render(terminal));
+  if (!stats.refused.empty())
+    absl::StrAppend(text, "refused: ", RateText(rates.OfRefused()), " (so far ", RefusedText(stats), ")\n");
 }
 
 // The tenants with most bytes, where there are several.

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/call/refusal.h"
 #include "kernels/base/check.h"
 
 namespace kvtide {
@@ -27,10 +28,10 @@ KeyedIndex::KeyedIndex(BlockStore* store) : store_(store) {
 
 absl::StatusOr<NamespacePtr> KeyedIndex::Find(NamespaceId id, const Identity& caller) const {
   const auto found = namespaces_.find(id);
-  if (found == namespaces_.end() || !caller.MaySee(found->second->spec.tenant))
-    return absl::NotFoundError(
-        absl::StrCat("namespace ", id, " is unknown or was deleted; open it (OpenNamespace)"));
-  return found->second;
+  if (found != namespaces_.end() && caller.MaySee(found->second->spec.tenant)) return found->second;
+  const absl::Status unknown = absl::NotFoundError(
+      absl::StrCat("namespace ", id, " is unknown or was deleted; open it (OpenNamespace)"));
+  return found == namespaces_.end() ? unknown : Refused(Refusal::kOtherTenant, unknown);
 }
 
 void KeyedIndex::Enter(const NamespacePtr& space) {

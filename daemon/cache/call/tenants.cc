@@ -7,6 +7,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/strip.h"
+#include "daemon/cache/call/refusal.h"
 #include "kernels/base/status.h"
 
 namespace kvtide {
@@ -79,8 +80,9 @@ const TenantLimits& TenantQuotas::Of(const std::string& tenant) const {
 absl::Status TenantAccount::CheckOneMore(uint64_t TenantAccount::*count, uint64_t limit, const char* what,
                                          const char* advice) const {
   if (this->*count < limit) return absl::OkStatus();
-  return absl::ResourceExhaustedError(absl::StrCat("tenant '", tenant, "' has ", this->*count, " ", what,
-                                                   ", and its quota is ", limit, "; ", advice));
+  return Refused(Refusal::kQuota, absl::ResourceExhaustedError(
+                                      absl::StrCat("tenant '", tenant, "' has ", this->*count, " ", what,
+                                                   ", and its quota is ", limit, "; ", advice)));
 }
 
 std::shared_ptr<TenantAccount> TenantTable::Get(const std::string& tenant) {

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <thread>
 
+#include "daemon/cache/call/refusal.h"
 #include "daemon/cache/move/move_batch.h"
 #include "daemon/cache/move/room_text.h"
 #include "kernels/base/check.h"
@@ -97,7 +98,8 @@ absl::StatusOr<std::vector<WritingBlock>> RoomMaker::Allocate(CacheLock& lock, i
     }
     // Nobody else's moves and calls make room in a quota.
     if (over_quota)
-      return absl::ResourceExhaustedError(OverQuotaText(*lock, bytes, *account, core_.options().clock()));
+      return Refused(Refusal::kQuota, absl::ResourceExhaustedError(
+                                          OverQuotaText(*lock, bytes, *account, core_.options().clock())));
     const absl::Duration left = deadline - core_.options().clock();
     if ((lock->moves_running == 0 && lock->attends_running == 0) || left <= absl::ZeroDuration())
       return absl::ResourceExhaustedError(NoRoomText(*lock, bytes, account, core_.options().clock()));

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/call/refusal.h"
 #include "daemon/cache/call/tensor_check.h"
 #include "kernels/attend_args.h"
 #include "kernels/attention_state.h"
@@ -161,7 +162,7 @@ absl::StatusOr<std::vector<SequencePtr>> Reader::FindSequences(const AttendCall&
   CacheLock lock(core_);
   for (size_t i = 0; i < call.items.size(); i++) {
     absl::StatusOr<SequencePtr> sequence = lock->sequences.Find(call.items[i].sequence, context);
-    if (!sequence.ok()) return Annotate(sequence.status(), absl::StrCat("item ", i));
+    if (!sequence.ok()) return AnnotateRefused(sequence.status(), absl::StrCat("item ", i));
     if (!sequences.empty() && (*sequence)->model->family != sequences.front()->model->family)
       return absl::InvalidArgumentError(absl::StrCat(
           "item ", i, ": sequence ", (*sequence)->id, " is of model '", (*sequence)->model->spec.name,
@@ -198,7 +199,7 @@ absl::StatusOr<std::vector<Reader::Wanted>> Reader::TryAttend(CacheLock& lock, B
   const Unlocked unlocked(lock);
   for (size_t i = 0; i < batch.items.size(); i++)
     if (const absl::Status status = FindVisible(batch, batch.items[i]); !status.ok())
-      return Annotate(status, ItemText(batch.call, i));
+      return AnnotateRefused(status, ItemText(batch.call, i));
   KVTIDE_RETURN_IF_ERROR(CheckWork(batch));
   std::vector<Wanted> far;
   for (size_t i = 0; i < batch.items.size(); i++) {
@@ -303,9 +304,10 @@ absl::Status Reader::CheckWork(const Batch& batch) const {
       work += static_cast<double>(item.request->queries) * static_cast<double>(item.end - item.begin);
   work *= batch.group.heads;
   if (work <= static_cast<double>(most)) return absl::OkStatus();
-  return absl::ResourceExhaustedError(
-      absl::StrCat("the attention needs ", work, " products of queries, tokens and heads, the limit is ",
-                   most, " (max_attend_work); send fewer queries or items in one call"));
+  return Refused(Refusal::kTooLarge,
+                 absl::ResourceExhaustedError(absl::StrCat(
+                     "the attention needs ", work, " products of queries, tokens and heads, the limit is ",
+                     most, " (max_attend_work); send fewer queries or items in one call")));
 }
 
 absl::StatusOr<std::unique_ptr<CachedAttendPlan>> Reader::FindPlan(const Batch& batch) {
@@ -516,7 +518,7 @@ absl::Status Reader::MergeParts(const Batch& batch, std::vector<PartState>& stat
     }
     PartState& state = *first[i];
     if (const absl::Status status = CheckLogits(batch, i, state.lse); !status.ok())
-      return Annotate(status, ItemText(batch.call, i));
+      return AnnotateRefused(status, ItemText(batch.call, i));
     // A sink is one more state: its logit with value 0. Merged here, it counts once however many tiers took
     // part.
     if (batch.call.sinks != nullptr)

@@ -8,6 +8,7 @@
 
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/call/refusal.h"
 #include "daemon/cache/move/label_check.h"
 #include "daemon/cache/move/move_batch.h"
 #include "daemon/cache/move/room_text.h"
@@ -65,9 +66,11 @@ absl::StatusOr<NamespacePtr> KeyedStore::Make(CacheLock& lock, const NamespaceSp
   }
   const CacheOptions& options = lock.core().options();
   if (all.size() >= options.max_namespaces)
-    return absl::ResourceExhaustedError(absl::StrCat(
-        all.size(),
-        " namespaces are open, which is the limit (max_namespaces); delete one (DeleteNamespace)"));
+    return Refused(
+        Refusal::kLimit,
+        absl::ResourceExhaustedError(absl::StrCat(
+            all.size(),
+            " namespaces are open, which is the limit (max_namespaces); delete one (DeleteNamespace)")));
   auto space = std::make_shared<KeyedNamespace>(&lock->store);
   space->id = id;
   space->spec = spec;
@@ -225,7 +228,8 @@ struct KeyedStore::Storing {
   RecencyPtr record;
   RecencyPtr returned;  // of blocks that were dropped not long ago; null: none so far
   size_t next = 0;      // of the keys
-  bool full = false;    // the rest finds no room
+  bool full = false;    // the rest finds no room,
+  Refusal why = Refusal::kNoRoom;
   StoreReport report;
 };
 
@@ -264,6 +268,7 @@ absl::StatusOr<std::vector<KeyedStore::Write>> KeyedStore::Reserve(CacheLock& lo
     if (!storing.full && lock->keyed.blocks() + writes.size() >= options.max_keyed_blocks &&
         !DropColdest(*lock)) {
       storing.full = true;
+      storing.why = Refusal::kLimit;
       report.problem = absl::StrCat("there are ", lock->keyed.blocks(),
                                     " blocks that are found by key, which is the limit (max_keyed_blocks)");
     }
@@ -276,6 +281,7 @@ absl::StatusOr<std::vector<KeyedStore::Write>> KeyedStore::Reserve(CacheLock& lo
       if (!write.block && !writes.empty()) break;  // what is being written makes no way: finish that first
       if (!write.block) {
         storing.full = true;
+        storing.why = over_quota ? Refusal::kQuota : Refusal::kNoRoom;
         const absl::Time now = core_.options().clock();
         report.problem = over_quota ? OverQuotaText(*lock, space.form.bytes, *space.account, now)
                                     : NoRoomText(*lock, space.form.bytes, space.account.get(), now);
@@ -386,7 +392,7 @@ absl::StatusOr<StoreReport> KeyedStore::Store(const StoreCall& call) {
   KVTIDE_RETURN_IF_ERROR(failed);
   if (report.left_out > 0 && report.stored + report.present == 0) {
     lock->counters.exhausted++;
-    return absl::ResourceExhaustedError(report.problem);
+    return Refused(storing.why, absl::ResourceExhaustedError(report.problem));
   }
   return report;
 }
@@ -444,9 +450,10 @@ absl::StatusOr<LookupReport> KeyedStore::Lookup(const LookupCall& call) {
   }
   if (call.lease > absl::ZeroDuration() && !found.empty() && lock->keyed.leases() >= options.max_leases) {
     lock->counters.exhausted++;
-    return absl::ResourceExhaustedError(
-        absl::StrCat(lock->keyed.leases(),
-                     " leases are held, which is the limit (max_leases); release some (ReleaseLease)"));
+    return Refused(Refusal::kLimit,
+                   absl::ResourceExhaustedError(absl::StrCat(
+                       lock->keyed.leases(),
+                       " leases are held, which is the limit (max_leases); release some (ReleaseLease)")));
   }
   LookupReport report;
   report.hits = found.size();
@@ -486,9 +493,11 @@ bool KeyedStore::Release(LeaseId id, const CallContext& context) {
 absl::StatusOr<KeyedLease*> KeyedStore::FindLease(CacheLock& lock, LeaseId id, const CallContext& context) {
   lock->keyed.ExpireLeases(core_.options().clock());
   KeyedLease* const lease = lock->keyed.FindLease(id);
-  if (lease == nullptr || !context.identity->MaySee(lease->tenant()))
-    return absl::NotFoundError(
+  if (lease == nullptr || !context.identity->MaySee(lease->tenant())) {
+    const absl::Status unknown = absl::NotFoundError(
         absl::StrCat("lease ", id, " is unknown or over; look the keys up again (LookupBlocks)"));
+    return lease == nullptr ? unknown : Refused(Refusal::kOtherTenant, unknown);
+  }
   if (lease->space == nullptr)
     return absl::FailedPreconditionError(
         absl::StrCat("lease ", id, " is of a prefix: a sequence begins with it (CreateSequence)"));
@@ -529,8 +538,9 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
   } else if (call.form != BlockPayload::kBytes) {
     return absl::InvalidArgumentError("blocks are read in place as they rest (BLOCK_FORM_BYTES)");
   } else if (held_.size() >= options.max_leases) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat(held_.size(), " loads in place are not given back, which is the limit (max_leases)"));
+    return Refused(Refusal::kLimit,
+                   absl::ResourceExhaustedError(absl::StrCat(
+                       held_.size(), " loads in place are not given back, which is the limit (max_leases)")));
   }
   // The lease may end while this runs; what it reads stays.
   std::vector<HeldBlock> blocks;

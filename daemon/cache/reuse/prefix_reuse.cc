@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/call/refusal.h"
 #include "daemon/cache/move/label_check.h"
 #include "daemon/cache/reuse/keyed_store.h"
 #include "kernels/base/check.h"
@@ -139,9 +140,10 @@ absl::StatusOr<PrefixReport> PrefixReuse::Lookup(const PrefixCall& call) {
   const bool wants_lease = call.lease > absl::ZeroDuration() && !call.peek && blocks > 0;
   if (wants_lease && lock->keyed.leases() >= options.max_leases) {
     lock->counters.exhausted++;
-    return absl::ResourceExhaustedError(
-        absl::StrCat(lock->keyed.leases(),
-                     " leases are held, which is the limit (max_leases); release some (ReleaseLease)"));
+    return Refused(Refusal::kLimit,
+                   absl::ResourceExhaustedError(absl::StrCat(
+                       lock->keyed.leases(),
+                       " leases are held, which is the limit (max_leases); release some (ReleaseLease)")));
   }
   if (blocks > 0) {
     std::vector<int> tiers(static_cast<size_t>(blocks), 0);

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/call/refusal.h"
 #include "daemon/cache/call/spec_hash.h"
 #include "daemon/cache/tier/tier_policy.h"
 #include "kernels/base/check.h"
@@ -68,8 +69,9 @@ size_t Sequences::models() const {
 absl::StatusOr<Sequences::ModelPtr> Sequences::AddModel(const ModelSpec& spec, const std::string& tenant,
                                                         uint64_t revision, ModelId family) {
   if (family == 0 && models() >= limits_->max_models)
-    return absl::ResourceExhaustedError(
-        absl::StrCat(models(), " models are registered, which is the limit (max_models)"));
+    return Refused(Refusal::kLimit,
+                   absl::ResourceExhaustedError(
+                       absl::StrCat(models(), " models are registered, which is the limit (max_models)")));
   for (size_t g = 0; g < spec.groups.size(); g++)
     for (const TierOptions& tier : options_.tiers)
       if (tier.attends())
@@ -143,9 +145,10 @@ absl::StatusOr<Sequences::ModelPtr> Sequences::InstallRevision(ModelId id, const
   for (const ModelPtr& one : family)
     if (one->revision == last && last > 0 && one->spec == spec) return one;  // it is there
   if (family.size() > kMostRevisions)
-    return absl::ResourceExhaustedError(
-        absl::StrCat("open sequences of model '", model->spec.name, "' use ", family.size() - 1,
-                     " profiles that were installed, the most that a model may have; close older ones"));
+    return Refused(Refusal::kLimit,
+                   absl::ResourceExhaustedError(absl::StrCat(
+                       "open sequences of model '", model->spec.name, "' use ", family.size() - 1,
+                       " profiles that were installed, the most that a model may have; close older ones")));
   return AddModel(spec, model->tenant, last + 1, model->family);
 }
 
@@ -319,7 +322,11 @@ void Sequences::NotEmptyAnyMore(Sequence& sequence) {
 
 absl::StatusOr<SequencePtr> Sequences::Find(SequenceId id, const CallContext& context) const {
   const auto it = by_id_.find(id);
-  if (it != by_id_.end() && context.identity->MaySee(it->second->options.name_space)) return it->second;
+  if (it != by_id_.end()) {
+    if (context.identity->MaySee(it->second->options.name_space)) return it->second;
+    return Refused(Refusal::kOtherTenant,
+                   absl::NotFoundError(absl::StrCat("sequence ", id, " does not exist")));
+  }
   if (std::find(closed_.begin(), closed_.end(), id) != closed_.end())
     return absl::NotFoundError(absl::StrCat("sequence ", id, " was closed"));
   return absl::NotFoundError(absl::StrCat("sequence ", id, " does not exist"));
@@ -344,8 +351,10 @@ absl::Status Sequences::CheckQuota(const TenantAccount& account) {
 
 absl::Status Sequences::CheckRoomForOne() const {
   if (sequences_.size() < limits_->max_sequences) return absl::OkStatus();
-  return absl::ResourceExhaustedError(
-      absl::StrCat(sequences_.size(), " sequences are open, which is the limit (max_sequences); close some"));
+  return Refused(
+      Refusal::kLimit,
+      absl::ResourceExhaustedError(absl::StrCat(
+          sequences_.size(), " sequences are open, which is the limit (max_sequences); close some")));
 }
 
 absl::StatusOr<SequencePtr> Sequences::Create(ModelId model_id, const SequenceOptions& options) {
@@ -464,9 +473,10 @@ absl::Status Sequences::Pin(std::span<const SequencePtr> sequences, absl::Time u
       if (!pins_.contains(sequence->id)) more[sequence->account.get()]++;
   for (const auto& [account, count] : more)
     if (const uint64_t limit = account->limits.pins; count > limit || account->pins > limit - count)
-      return absl::ResourceExhaustedError(absl::StrCat("tenant '", account->tenant, "' has ", account->pins,
-                                                       " pinned sequences, and its quota is ", limit,
-                                                       "; end some pins or let them end"));
+      return Refused(Refusal::kQuota,
+                     absl::ResourceExhaustedError(absl::StrCat(
+                         "tenant '", account->tenant, "' has ", account->pins,
+                         " pinned sequences, and its quota is ", limit, "; end some pins or let them end")));
   for (const SequencePtr& sequence : sequences) {
     sequence->pinned_until = until;
     if (until > now && pins_.emplace(sequence->id, sequence).second) sequence->account->pins++;

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/call/refusal.h"
 #include "daemon/cache/call/tensor_check.h"
 #include "daemon/cache/move/room_text.h"
 #include "daemon/cache/sequence/persist_turn.h"
@@ -35,7 +36,7 @@ absl::Status Truncator::Truncate(SequenceId id, int64_t tokens, const CallContex
   if (status.ok() && sequence->closed)
     status = absl::AbortedError(absl::StrCat("sequence ", id, " was closed"));
   if (status.code() == absl::StatusCode::kResourceExhausted) lock->counters.exhausted++;
-  KVTIDE_RETURN_IF_ERROR(Annotate(status, absl::StrCat("truncating sequence ", id, " to ", tokens)));
+  KVTIDE_RETURN_IF_ERROR(AnnotateRefused(status, absl::StrCat("truncating sequence ", id, " to ", tokens)));
   for (size_t g = 0; g < sequence->groups.size(); g++) CutTable(*lock, *sequence, static_cast<int>(g), cut);
   if (sequence->chain.has_value()) {
     const int64_t blocks = std::min(tokens, sequence->chain->tokens()) / kBlockTokens;

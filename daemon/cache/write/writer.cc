@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/call/refusal.h"
 #include "daemon/cache/call/tensor_check.h"
 #include "daemon/cache/sequence/persist_turn.h"
 #include "kernels/base/check.h"
@@ -166,16 +167,17 @@ absl::Status Writer::BeginLayer(CacheLock& lock, WriteBatch& batch, LayerWrite& 
                                               "; append there, or truncate first"));
   const int64_t end = write.start + write.tokens;
   if (end > core_.options().max_tokens_per_sequence)
-    return absl::ResourceExhaustedError(
-        absl::StrCat(where(), ": ", end, " tokens are more than the limit of ",
-                     core_.options().max_tokens_per_sequence, " (max_tokens_per_sequence)"));
+    return Refused(Refusal::kLimit,
+                   absl::ResourceExhaustedError(
+                       absl::StrCat(where(), ": ", end, " tokens are more than the limit of ",
+                                    core_.options().max_tokens_per_sequence, " (max_tokens_per_sequence)")));
   const int64_t first = write.start / kBlockTokens, last = (end - 1) / kBlockTokens;
   const int64_t old_end = table.end_block();
   if (const absl::Status status = AddBlocks(lock, batch, sequence, write.group, last); !status.ok())
-    return Annotate(status, where());
+    return AnnotateRefused(status, where());
   for (int64_t index = first; index <= std::min(last, old_end - 1); index++)
     if (const absl::Status status = MakeWritable(lock, batch, sequence, write.group, index); !status.ok())
-      return Annotate(status, where());
+      return AnnotateRefused(status, where());
   for (int64_t index = first; index <= last && !write.whole_group; index++) AddPiece(batch, write, index);
   return absl::OkStatus();
 }

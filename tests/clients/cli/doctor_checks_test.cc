@@ -170,6 +170,25 @@ TEST(DoctorChecks, DiskAndContents) {
   EXPECT_EQ(findings[1].verdict, Verdict::kFail);
 }
 
+// What is short warns, with what to do; a client's mistakes are no business of the daemon's.
+TEST(DoctorChecks, RefusedCallsSayWhatIsShort) {
+  client::ServerStats stats;
+  client::MethodStats method;
+  method.method = "Append";
+  method.calls = 200;
+  stats.methods = {method};
+  stats.refused = {{"queue_full", 20}, {"not_found", 7}, {"conflict", 1}};
+  stats.exhausted = 3;
+  const std::vector<Finding> findings = CheckContents(stats);
+  ASSERT_EQ(findings.size(), 2u);
+  EXPECT_EQ(findings[0].verdict, Verdict::kWarn);
+  EXPECT_EQ(findings[0].text, "20 calls since the start, 10 % of all: queue_full");
+  EXPECT_THAT(findings[0].advice, HasSubstr("--service-threads"));
+  EXPECT_THAT(findings[0].advice, HasSubstr("reason=queue_full"));
+  EXPECT_EQ(findings[1].verdict, Verdict::kOk);
+  EXPECT_THAT(findings[1].text, HasSubstr("not_found 7, conflict 1"));
+}
+
 TEST(DoctorChecks, MemoryIsAsPlannedOrNot) {
   const auto verdict = [](const char* part, int64_t predicted, int64_t actual) {
     client::ServerStats stats;

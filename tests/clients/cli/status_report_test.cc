@@ -41,6 +41,7 @@ DaemonSnapshot Sample() {
   snapshot.stats.attended_blocks = 400;
   snapshot.stats.attended_blocks_below_first_tier = 100;
   snapshot.stats.exhausted = 9;
+  snapshot.stats.refused = {{"quota", 12}, {"queue_full", 3}};
   for (const auto& [id, idle] :
        {std::pair<uint64_t, double>{11, 5}, {18446744073709551615u, 500}, {33, 50}}) {
     client::SequenceInfo sequence;
@@ -242,6 +243,7 @@ TEST(StatusReport, Json) {
   EXPECT_EQ(json["bits_per_value"], 5.33);
   EXPECT_EQ(json["tiers"][0]["pairs"][1]["bytes"], int64_t{250} << 20);
   EXPECT_EQ(json["counters"]["exhausted"], 9);
+  EXPECT_EQ(json["refused"]["quota"], 12);
   ASSERT_EQ(json["sequence_list"].size(), 3u);
   // As text: a double would round it.
   EXPECT_EQ(json["sequence_list"][1]["id"], "18446744073709551615");

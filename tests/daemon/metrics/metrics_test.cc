@@ -85,7 +85,7 @@ TEST(Metrics, LabelsAreFew) {
   const std::set<std::string> allowed = {
       "tier", "device",  "pair",     "backend", "position",  "location", "lane",   "method", "code",
       "le",   "version", "compiler", "cuda",    "operation", "tenant",   "result", "phase",  "outcome",
-      "work", "unit",    "found_in", "way",     "part",      "state",    "kind",   "what"};
+      "work", "unit",    "found_in", "way",     "part",      "state",    "kind",   "what",   "reason"};
   const std::regex label("([a-z_]+)=\"");
   size_t series = 0;
   for (const auto& [name, value] : ParseExposition(BusyMetrics()->Text()).samples) {

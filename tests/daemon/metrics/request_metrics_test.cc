@@ -45,6 +45,22 @@ TEST_F(RequestMetricsTest, EveryCodeStartsAtZero) {
   EXPECT_EQ(Sample("kvtide_rpc_duration_seconds_count{method=\"Append\"}"), 0);
 }
 
+TEST_F(RequestMetricsTest, RefusalsByReason) {
+  size_t reasons = 0;
+  for (const auto& [name, value] : Scrape().samples)
+    if (name.rfind("kvtide_refused_calls_total{", 0) == 0) {
+      reasons++;
+      EXPECT_EQ(value, 0) << name;
+    }
+  EXPECT_EQ(reasons, kRefusals);
+  metrics_.Record({.method = "Append", .code = 8, .refusal = Refusal::kQuota});
+  metrics_.Record({.method = "Session", .code = 16, .refusal = Refusal::kUnauthenticated});
+  metrics_.Record({.method = "Append", .code = 15});
+  EXPECT_EQ(Sample("kvtide_refused_calls_total{reason=\"quota\"}"), 1);
+  EXPECT_EQ(Sample("kvtide_refused_calls_total{reason=\"unauthenticated\"}"), 1);
+  EXPECT_EQ(Sample("kvtide_refused_calls_total{reason=\"no_room\"}"), 0);
+}
+
 TEST_F(RequestMetricsTest, CountsTimesAndBytes) {
   metrics_.Record({.method = "Append",
                    .code = 0,

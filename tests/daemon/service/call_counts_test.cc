@@ -24,8 +24,9 @@ TEST(CallCounts, TellsErrorsByCodeAndHowLongCallsTake) {
   counts.Add(Call("Append", 8, absl::Microseconds(100)));
   counts.Add(Call("Append", 15, absl::Milliseconds(500)));
   for (int i = 0; i < 300; i++) counts.Add(Call("Attend", 0, absl::Hours(1)));
-  google::protobuf::RepeatedPtrField<v1::MethodStats> methods;
-  counts.ToProto(&methods);
+  v1::GetStatsResponse stats;
+  counts.ToProto(&stats);
+  const auto& methods = stats.methods();
   ASSERT_EQ(methods.size(), 2);
   EXPECT_EQ(methods[0].method(), "Attend");
   EXPECT_GT(methods[0].p50_seconds(), 5);
@@ -45,11 +46,35 @@ TEST(CallCounts, TellsErrorsByCodeAndHowLongCallsTake) {
 TEST(CallCounts, SessionsCountButHaveNoLatency) {
   CallCounts counts;
   counts.Add(Call("Session", 1, absl::Hours(1)));
-  google::protobuf::RepeatedPtrField<v1::MethodStats> methods;
-  counts.ToProto(&methods);
+  v1::GetStatsResponse stats;
+  counts.ToProto(&stats);
+  const auto& methods = stats.methods();
   ASSERT_EQ(methods.size(), 1);
   EXPECT_EQ(methods[0].calls(), 1);
   EXPECT_EQ(methods[0].p99_seconds(), 0);
+}
+
+// By reason, the most frequent first; what went well, failed or was given up is none.
+TEST(CallCounts, RefusalsByReason) {
+  CallCounts counts;
+  const auto add = [&](const absl::Status& status) {
+    CallReport call = Call("Append", 0, absl::Microseconds(1));
+    call.SetStatus(status);
+    EXPECT_EQ(call.code, status.raw_code());
+    counts.Add(call);
+  };
+  add(absl::OkStatus());
+  add(absl::CancelledError("given up"));
+  add(absl::DataLossError("lost"));
+  add(absl::InternalError("a fault"));
+  add(absl::ResourceExhaustedError("full"));
+  for (int i = 0; i < 2; i++) add(Refused(Refusal::kQueueFull, absl::ResourceExhaustedError("wait")));
+  v1::GetStatsResponse stats;
+  counts.ToProto(&stats);
+  ASSERT_EQ(stats.refused_size(), 2);
+  EXPECT_EQ(stats.refused(0).reason(), "queue_full");
+  EXPECT_EQ(stats.refused(0).calls(), 2);
+  EXPECT_EQ(stats.refused(1).reason(), "no_room");
 }
 
 // All that the service has, and what may come.
@@ -60,8 +85,9 @@ TEST(CallCounts, NoMethodIsLeftOut) {
       v1::SessionRequest::descriptor()->file()->service(0);
   for (int i = 0; i < service->method_count(); i++) names.push_back(service->method(i)->name());
   for (const std::string& name : names) counts.Add(Call(name.c_str(), 0, absl::Microseconds(1)));
-  google::protobuf::RepeatedPtrField<v1::MethodStats> methods;
-  counts.ToProto(&methods);
+  v1::GetStatsResponse stats;
+  counts.ToProto(&stats);
+  const auto& methods = stats.methods();
   EXPECT_EQ(methods.size(), static_cast<int>(names.size()));
 }
 
@@ -74,8 +100,9 @@ TEST(CallCounts, AnyNumberOfThreadsAddTheSameMethods) {
       for (int i = 0; i < 4000; i++) counts.Add(Call(kNames[(t + i) % 4], 0, absl::Microseconds(i)));
     });
   for (std::thread& thread : threads) thread.join();
-  google::protobuf::RepeatedPtrField<v1::MethodStats> methods;
-  counts.ToProto(&methods);
+  v1::GetStatsResponse stats;
+  counts.ToProto(&stats);
+  const auto& methods = stats.methods();
   ASSERT_EQ(methods.size(), 4);
   for (const v1::MethodStats& method : methods) EXPECT_EQ(method.calls(), 4000);
 }

@@ -36,10 +36,15 @@ TEST(FailureLog, ALineSaysWhatFailedForWhom) {
   Lines out;
   out.log.Add(Failure(8), absl::UnixEpoch());
   out.log.Add(Failure(0), absl::UnixEpoch());
+  service::CallReport refused = Failure(8);
+  refused.refusal = Refusal::kQuota;
+  out.log.Add(refused, absl::UnixEpoch());
   EXPECT_THAT(
       out.lines,
       ElementsAre("warning: call failed method=Append code=RESOURCE_EXHAUSTED sequence=42 request=r-1 "
-                  "caller=unix:uid=0,pid=7 way=grpc us=120 message=\"no room\""));
+                  "caller=unix:uid=0,pid=7 way=grpc us=120 message=\"no room\"",
+                  "warning: call failed method=Append code=RESOURCE_EXHAUSTED sequence=42 request=r-1 "
+                  "caller=unix:uid=0,pid=7 way=grpc us=120 reason=quota message=\"no room\""));
 }
 
 TEST(FailureLog, TheDaemonsOwnFaultsAreErrorsAndMistakesOfClientsAreNot) {

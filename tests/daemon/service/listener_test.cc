@@ -1,5 +1,6 @@
 #include "daemon/service/listener.h"
 
+#include <netinet/in.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -9,6 +10,7 @@
 #include <cstring>
 #include <filesystem>
 #include <functional>
+#include <numeric>
 #include <thread>
 #include <utility>
 
@@ -42,7 +44,9 @@ class ListenerTest : public ::testing::Test {
       const MutexLock lock(mutex_);
       served_.push_back(fd);
     };
-    options.tick = [this](uint64_t refused) { refused_ = refused; };
+    options.tick = [this](const RefusedConnections& refused) {
+      refused_ = std::accumulate(refused.begin(), refused.end(), uint64_t{0});
+    };
     options.now = std::move(now);
     listener_ = std::make_unique<Listener>(&connections_, std::move(options));
   }
@@ -140,6 +144,70 @@ TEST_F(ListenerTest, ThoseThatComeAndGoManyATimeAreNotHandedOver) {
   for (size_t i = 0; i < kAtOnce; i++) Connect();
   EXPECT_TRUE(Eventually([this] { return served() == 2 * kAtOnce + kStay; }));
   EXPECT_EQ(connections_.size(), 2 * kAtOnce + kStay);
+}
+
+// TCP with TLS: who speaks is handed over, and counted where that is no handshake; who does not is let go.
+TEST(TlsListener, WaitsForTheFirstByte) {
+  const auto claim = AddressClaim::Take(ParseAddress("127.0.0.1:0").value()).value();
+  Connections connections;
+  std::atomic<int64_t> seconds{1};
+  Mutex mutex;
+  std::vector<int> served;
+  RefusedConnections refused{};
+  Listener::Options options;
+  options.sockets = claim->sockets();
+  options.max_connections = 10;
+  options.tls = true;
+  options.serve = [&](int fd, bool tcp) {
+    EXPECT_TRUE(tcp);
+    const MutexLock lock(mutex);
+    served.push_back(fd);
+  };
+  options.tick = [&](const RefusedConnections& now) {
+    const MutexLock lock(mutex);
+    refused = now;
+  };
+  options.now = [&] {
+    return std::chrono::steady_clock::time_point() + std::chrono::hours(1) + std::chrono::seconds(seconds);
+  };
+  Listener listener(&connections, std::move(options));
+  sockaddr_in name{};
+  socklen_t size = sizeof(name);
+  ASSERT_EQ(::getsockname(claim->sockets()[0], reinterpret_cast<sockaddr*>(&name), &size), 0);
+  const auto connect = [&] {
+    const int fd = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    EXPECT_EQ(::connect(fd, reinterpret_cast<sockaddr*>(&name), size), 0);
+    return fd;
+  };
+  const auto count = [&] {
+    const MutexLock lock(mutex);
+    return served.size();
+  };
+  const auto refused_as = [&](ConnectionRefusal why) {
+    const MutexLock lock(mutex);
+    return refused[static_cast<size_t>(why)];
+  };
+  const int shakes = connect(), plain = connect(), silent = connect(), gone = connect();
+  ASSERT_TRUE(Eventually([&] { return connections.size() == 4; }));
+  EXPECT_EQ(count(), 0u);
+  ASSERT_EQ(::send(shakes, "\x16\x03\x01", 3, 0), 3);
+  ASSERT_TRUE(Eventually([&] { return count() == 1; }));
+  ASSERT_EQ(::send(plain, "PRI * HTTP/2.0", 14, 0), 14);
+  ASSERT_TRUE(Eventually([&] { return count() == 2; })) << "gRPC ends it with an alert";
+  ::close(gone);
+  ASSERT_TRUE(Eventually([&] { return connections.size() == 3; }));
+  seconds += 9;
+  ASSERT_TRUE(Eventually([&] { return refused_as(ConnectionRefusal::kPlaintext) == 1; }));
+  EXPECT_EQ(refused_as(ConnectionRefusal::kSilent), 0u);
+  seconds += 2;
+  char byte = 0;
+  EXPECT_EQ(::recv(silent, &byte, 1, 0), 0) << "it was let go";
+  seconds += 2;
+  ASSERT_TRUE(Eventually([&] { return refused_as(ConnectionRefusal::kSilent) == 1; }));
+  EXPECT_EQ(connections.size(), 2u);
+  EXPECT_EQ(count(), 2u);
+  for (const int fd : {shakes, plain, silent}) ::close(fd);
+  for (const int fd : served) ::close(fd);
 }
 
 TEST_F(ListenerTest, AcceptsAgainAfterTheDescriptorTableWasFull) {
