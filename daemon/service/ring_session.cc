@@ -116,10 +116,23 @@ absl::Status RingSession::Run(const v1::SessionRequest& request, absl::Duration 
   };
   WorkerPool& lane = service_->IsBulk(verb) ? service_->bulk_ : service_->prompt_;
   absl::Status status;
+  // A small attention takes no longer than handing it over: who waits in the queue waits no longer for it.
+  const auto serve_briefly = [&] {
+    if (!verb->may_be_brief || !lane.EnterBriefly()) return false;
+    bool declined = false;
+    call.declined = &declined;
+    status = serve();
+    call.declined = nullptr;
+    lane.Leave();
+    if (!declined) return true;
+    answer->Clear();
+    hold.Drop(hold.bytes());  // what was kept for answers
+    return false;
+  };
   if (lane.Enter()) {
     status = serve();
     lane.Leave();
-  } else {
+  } else if (!serve_briefly()) {
     const absl::Time queued = absl::Now();
     Turn turn([&, queued] {
       waited_ = absl::Now() - queued;

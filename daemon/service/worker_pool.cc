@@ -40,6 +40,13 @@ bool WorkerPool::Enter() {
   return true;
 }
 
+bool WorkerPool::EnterBriefly() {
+  const MutexLock lock(mutex_);
+  if (closed_ || guests_ >= static_cast<int>(threads_.size())) return false;
+  guests_++;
+  return true;
+}
+
 void WorkerPool::Leave() {
   const MutexLock lock(mutex_);
   guests_--;

@@ -35,8 +35,10 @@ class WorkerPool {
   // False: the queue is full.
   bool Submit(Caller caller, Work* work);
   // For threads that could serve a call of their own: true if nothing waits and one of the pool's threads
-  // would be free. Then Leave has to be called.
+  // would be free. A brief call, which takes no longer than handing it over would, passes those that wait, as
+  // long as there are no more guests than threads. Then Leave has to be called.
   bool Enter();
+  bool EnterBriefly();
   void Leave();
   // Refuses what is queued; work that is submitted later is refused at once.
   void Close();

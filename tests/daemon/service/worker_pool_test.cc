@@ -69,6 +69,20 @@ TEST(WorkerPool, CallersTakeTurns) {
   EXPECT_EQ(order, "ab" + std::string(63, 'a'));
 }
 
+// Brief calls of other threads pass what waits, as many at a time as the pool has threads.
+TEST(WorkerPool, BriefGuestsDoNotWaitForTheQueue) {
+  Piece waiting([] {});
+  BusyPool busy(2);
+  EXPECT_TRUE(busy.pool.Submit({0, 1}, &waiting));
+  EXPECT_FALSE(busy.pool.Enter());
+  EXPECT_TRUE(busy.pool.EnterBriefly());
+  EXPECT_FALSE(busy.pool.EnterBriefly());
+  busy.pool.Leave();
+  EXPECT_TRUE(busy.pool.EnterBriefly());
+  busy.pool.Leave();
+  busy.LetGo();
+}
+
 TEST(WorkerPool, RunsOnAllItsThreads) {
   std::promise<void> first, second;  // outlive the pool, whose end waits for the work
   // Each waits for the other: one thread alone would never end.
