@@ -29,12 +29,12 @@ void TroubleFinder::Look(const CacheStats& stats, const LostDevices& lost, absl:
   troubles->Set(Trouble::kRemote, remote, false, now);
   if (stats.failed_persists > failed_persists_) failed_at_ = now;
   failed_persists_ = stats.failed_persists;
-  troubles->Set(
-      Trouble::kPersist,
-      now - failed_at_ < kFailsNow
-          ? "sequences could not be made durable; kvtide persist says of each whether it can, and why not"
-          : "",
-      false, now);
+  std::string persist;
+  if (now - failed_at_ < kFailsNow) {
+    persist = "sequences could not be made durable; kvtide persist says of each whether it can, and why not";
+    if (!stats.persist_problem.empty()) absl::StrAppend(&persist, "; the last: ", stats.persist_problem);
+  }
+  troubles->Set(Trouble::kPersist, persist, false, now);
   troubles->Set(Trouble::kDevice, lost.text, lost.all, now);
 }
 

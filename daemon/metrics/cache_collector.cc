@@ -196,8 +196,10 @@ void WriteIo(FamilyWriter& writer, const CacheStats& stats) {
       .Sample(static_cast<double>(stats.durable_sequences));
   WriteCounter(writer, "kvtide_persisted_total",
                "Times that a sequence became durable, by call or by policy.", stats.persisted);
-  WriteCounter(writer, "kvtide_failed_persists_total", "Times that a sequence could not become durable.",
-               stats.failed_persists);
+  WriteCounter(
+      writer, "kvtide_failed_persists_total",
+      "Times that a sequence, a prefix or a namespace could not become durable, or could not be forgotten.",
+      stats.failed_persists);
   WriteCounter(writer, "kvtide_persisted_bytes_total", "Bytes of blocks written to make sequences durable.",
                stats.persisted_bytes);
 }

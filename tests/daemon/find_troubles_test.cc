@@ -47,6 +47,10 @@ TEST(TroubleFinder, WhatDoesNotBecomeDurableCountsForAWhile) {
   stats.failed_persists = 3;
   finder.Look(stats, {}, kStart, &troubles);
   EXPECT_THAT(troubles.TextOf(service::Trouble::kPersist), HasSubstr("kvtide persist says"));
+  stats.persist_problem = "sequence 7: tier 'disk': Input/output error";
+  finder.Look(stats, {}, kStart, &troubles);
+  EXPECT_THAT(troubles.TextOf(service::Trouble::kPersist),
+              HasSubstr("sequence 7: tier 'disk': Input/output"));
   finder.Look(stats, {}, kStart + absl::Seconds(100), &troubles);
   EXPECT_NE(troubles.TextOf(service::Trouble::kPersist), "");
   finder.Look(stats, {}, kStart + absl::Seconds(125), &troubles);

@@ -91,7 +91,8 @@ struct CacheStats {
   uint64_t lost_blocks = 0;      // that a tier could not give back, or whose bytes had changed
   uint64_t persist_calls = 0;    // that clients asked for
   uint64_t persisted = 0;        // manifests that became durable,
-  uint64_t failed_persists = 0;  // and that did not
+  uint64_t failed_persists = 0;  // and that did not, or could not be erased,
+  std::string persist_problem;   // why the last of these; empty = none
   uint64_t persisted_bytes = 0;  // of blocks that were written for it
   uint64_t pinned_sequences = 0;
   uint64_t durable_sequences = 0;

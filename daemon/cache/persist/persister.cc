@@ -6,6 +6,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/block/block_label.h"
+#include "daemon/cache/call/refusal.h"
 #include "daemon/cache/call/spec_hash.h"
 #include "daemon/cache/move/move_batch.h"
 #include "daemon/cache/move/room_maker.h"
@@ -86,8 +87,8 @@ absl::StatusOr<PersistReport> Persister::Persist(std::span<const SequenceId> ids
   lock->counters.persist_calls++;
   PersistReport report;
   for (const SequencePtr& sequence : sequences)
-    KVTIDE_RETURN_IF_ERROR(
-        Annotate(PersistOne(lock, sequence, context, &report), absl::StrCat("sequence ", sequence->id)));
+    KVTIDE_RETURN_IF_ERROR(AnnotateRefused(PersistOne(lock, sequence, context, &report),
+                                           absl::StrCat("sequence ", sequence->id)));
   return report;
 }
 
@@ -110,9 +111,11 @@ void Persister::PersistChanged() {
   std::vector<SequencePtr> changed;
   for (const auto& [id, sequence] : lock->sequences.all())
     if (sequence->options.persistence == Persistence::kAll && !sequence->persisting &&
+        !sequence->options.seal_at_once &&
         (!sequence->durable.exists || sequence->durable.changes != sequence->changes))
       changed.push_back(sequence);
   PersistReport report;
+  // What fails is counted with its words where it does, and tried again the next time.
   for (const SequencePtr& sequence : changed) PersistOne(lock, sequence, {}, &report).IgnoreError();
   PersistNamespaces(lock);
   EraseDeadRuns(lock).IgnoreError();
@@ -141,7 +144,7 @@ absl::Status Persister::PersistOne(CacheLock& lock, const SequencePtr& sequence,
   } const mark(lock, *sequence);
   std::vector<PinnedPlace> pins;  // what was written for this
   const auto fail = [&](absl::Status status) {
-    lock->counters.failed_persists++;
+    lock->counters.FailPersist(absl::StrCat("sequence ", sequence->id), status);
     return status;
   };
   if (absl::Status status = WriteBackups(lock, *sequence, false, context, &pins, report); !status.ok())
@@ -151,10 +154,10 @@ absl::Status Persister::PersistOne(CacheLock& lock, const SequencePtr& sequence,
   Durable next;
   {
     const absl::StatusOr<WriterGuard> guard = BecomeWriter(lock, sequence, context);
-    if (!guard.ok()) return fail(guard.status());
+    if (!guard.ok()) return sequence->closed ? guard.status() : fail(guard.status());
     if (absl::Status status = WriteBackups(lock, *sequence, true, context, &pins, report); !status.ok())
       return fail(std::move(status));
-    if (sequence->closed) return fail(absl::AbortedError("it was closed"));
+    if (sequence->closed) return absl::AbortedError("it was closed");  // nobody misses it
     next.tokens = sequence->MinTokens();
     next.changes = sequence->changes;
     next.exists = true;
@@ -517,7 +520,10 @@ absl::Status Persister::EraseDeadRuns(CacheLock& lock) {
     const Unlocked unlocked(lock);
     status = index_->Erase(dead);
   }
-  if (!status.ok()) lock->prefixes.GiveDeadRuns(dead);
+  if (!status.ok()) {
+    lock->prefixes.GiveDeadRuns(dead);
+    lock->counters.FailPersist("prefixes that were forgotten", status);
+  }
   return Annotate(status, "prefixes are forgotten, but may be there again after a restart");
 }
 
@@ -536,7 +542,9 @@ absl::Status Persister::Forget(CacheLock& lock, Sequence& sequence, std::unique_
       lock->changed.NotifyAll();
       return absl::OkStatus();
     }
-    if (!status.ok()) lock->counters.failed_persists++;
+    if (!status.ok())
+      lock->counters.FailPersist(absl::StrCat("the prefix of sequence ", sequence.id, ", which was closed"),
+                                 status);
   }
   // A Persist that ran while it was closed may have written over what was kept.
   lock->prefixes.LeaveRun(sequence.id);
@@ -556,9 +564,11 @@ absl::Status Persister::Forget(CacheLock& lock, Sequence& sequence, std::unique_
     const Unlocked unlocked(lock);
     status = index_->Erase(keys);
   }
-  if (!status.ok())
+  if (!status.ok()) {
+    lock->counters.FailPersist(absl::StrCat("sequence ", sequence.id, ", which was closed"), status);
     return Annotate(
         status, absl::StrCat("sequence ", sequence.id, " is closed, but may be there again after a restart"));
+  }
   for (const SequenceId id : keys) Settle(*lock, id);
   lock->changed.NotifyAll();
   return absl::OkStatus();

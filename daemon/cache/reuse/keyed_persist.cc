@@ -177,7 +177,7 @@ absl::Status Persister::WriteShards(CacheLock& lock, const NamespacePtr& space, 
     if (status.ok()) {
       lock->counters.persisted++;
     } else {
-      lock->counters.failed_persists++;
+      lock->counters.FailPersist(absl::StrCat("a list of blocks of namespace ", space->id), status);
       shard.gained = true;
       if (first.ok()) first = std::move(status);
     }
@@ -192,7 +192,7 @@ absl::Status Persister::WriteShards(CacheLock& lock, const NamespacePtr& space, 
 void Persister::PersistNamespaces(CacheLock& lock) {
   constexpr size_t kLostAtOnce =
       8;  // shards: each costs a few syncs, and what they name too much does no harm
-  EraseShards(lock, {}).IgnoreError();
+  EraseShards(lock, {}).IgnoreError();  // as below: counted where it fails, and tried again
   std::vector<NamespacePtr> spaces;
   for (const auto& [id, space] : lock->keyed.namespaces()) spaces.push_back(space);
   for (const NamespacePtr& space : spaces) {
@@ -202,7 +202,7 @@ void Persister::PersistNamespaces(CacheLock& lock) {
     const std::vector<BlockId> again = fresh;
     NamespacePersistReport report;
     absl::Status status = PersistBlocks(lock, space, std::move(fresh), {}, &report);
-    if (!status.ok()) lock->counters.failed_persists++;
+    if (!status.ok()) lock->counters.FailPersist(absl::StrCat("blocks of namespace ", space->id), status);
     WriteShards(lock, space, kLostAtOnce).IgnoreError();
     if (space->deleted) {
       EraseShards(lock, space->shards).IgnoreError();
@@ -235,7 +235,10 @@ absl::Status Persister::EraseShards(CacheLock& lock, std::span<const std::unique
     const Unlocked unlocked(lock);
     status = index_->Erase(keys);
   }
-  if (!status.ok()) unerased_shards_.insert(unerased_shards_.end(), keys.begin(), keys.end());
+  if (!status.ok()) {
+    unerased_shards_.insert(unerased_shards_.end(), keys.begin(), keys.end());
+    lock->counters.FailPersist("a namespace that was deleted", status);
+  }
   return Annotate(status, "the namespace is deleted, but may be there again after a restart");
 }
 

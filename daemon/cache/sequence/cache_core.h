@@ -12,6 +12,8 @@
 
 #include <vector>
 
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
 #include "daemon/cache/block/block_store.h"
 #include "daemon/cache/block/keyed_index.h"
 #include "daemon/cache/block/unsent_blocks.h"
@@ -38,6 +40,14 @@ struct Counters {
   uint64_t keyed_held = 0, keyed_held_bytes = 0;  // gauges
   uint64_t remote_hits = 0, remote_misses = 0, remote_present = 0;
   uint64_t lost_blocks = 0, persist_calls = 0, persisted = 0, failed_persists = 0, persisted_bytes = 0;
+  std::string persist_problem;  // of the last that failed
+
+  // Something did not become durable, or would come back although it was given up. By whatever caller: those
+  // in the background have nobody to tell.
+  void FailPersist(const std::string& what, const absl::Status& status) {
+    failed_persists++;
+    persist_problem = absl::StrCat(what, ": ", status.message());
+  }
 };
 
 struct CacheState {

@@ -114,6 +114,7 @@ void AddCounters(const Counters& counters, CacheStats& stats) {
   stats.persist_calls = counters.persist_calls;
   stats.persisted = counters.persisted;
   stats.failed_persists = counters.failed_persists;
+  stats.persist_problem = counters.persist_problem;
   stats.persisted_bytes = counters.persisted_bytes;
   stats.leases_granted = counters.leases_granted;
   stats.keyed_hits = counters.keyed_hits;

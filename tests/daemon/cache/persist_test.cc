@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "daemon/cache/persist/manifest.h"
 #include "daemon/cache/stepper.h"
@@ -312,6 +313,36 @@ TEST_F(PersistTest, PoliciesPersistOnParkAndAlways) {
   EXPECT_EQ(cache_->GetSequence(b.id())->options.persistence, Persistence::kAll);
   EXPECT_EQ(cache_->Length(b.id()).value(), 207);
   EXPECT_FALSE(cache_->GetSequence(c.id()).ok());
+}
+
+// What the background could not make durable is counted and has its words, as that of a call; what is not for
+// keeping is neither.
+TEST_F(PersistTest, WhatFailsInTheBackgroundIsTold) {
+  StartSmall();
+  SequenceOptions always = WithPair("q8_0", {1, 1}), evaluation = WithPair("q8_0");
+  always.persistence = evaluation.persistence = Persistence::kAll;
+  evaluation.seal_at_once = true;
+  Client kept(*cache_, SmallModel(), always, random_), coded(*cache_, SmallModel(), evaluation, random_);
+  ASSERT_TRUE(kept.Append(200).ok());
+  ASSERT_TRUE(coded.Append(64).ok());
+  cache_->RunMovesOnce();
+  EXPECT_EQ(cache_->Stats().persisted, 1u);
+  EXPECT_EQ(cache_->Stats().failed_persists, 0u);
+  EXPECT_EQ(cache_->Stats().persist_problem, "");
+  files_->Fail(FaultFileSystem::kSync);
+  ASSERT_TRUE(kept.Append(5).ok());
+  cache_->PersistChanged();
+  EXPECT_EQ(cache_->Stats().failed_persists, 1u);
+  const std::string problem = cache_->Stats().persist_problem;
+  EXPECT_EQ(problem.rfind(absl::StrCat("sequence ", kept.id(), ": "), 0), 0u) << problem;
+  EXPECT_NE(problem.find("restart the daemon"), std::string::npos) << problem;
+  // What cannot be forgotten is told too: it may come back.
+  ASSERT_FALSE(cache_->CloseSequence(kept.id()).ok());
+  EXPECT_EQ(cache_->Stats().failed_persists, 2u);
+  EXPECT_NE(cache_->Stats().persist_problem.find("which was closed"), std::string::npos)
+      << cache_->Stats().persist_problem;
+  files_->ClearFaults();
+  Restart(true);
 }
 
 TEST_F(PersistTest, ErrorsSayWhyAndHarmNothing) {
