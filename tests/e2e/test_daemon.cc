@@ -119,7 +119,14 @@ std::unique_ptr<TestDaemon> TestDaemon::Start(const std::vector<std::string>& ar
     command.push_back(flag);
     command.push_back(value);
   }
-  command.insert(command.end(), arguments.begin(), arguments.end());
+  // A flag with an empty value is left out, and the default above with it.
+  for (size_t i = 0; i < arguments.size(); i++) {
+    if (i + 1 < arguments.size() && arguments[i + 1].empty()) {
+      i++;
+    } else {
+      command.push_back(arguments[i]);
+    }
+  }
   daemon->pid_ = StartProgram(command, daemon->folder_ + "/log");
   for (int i = 0; i < kPatienceSeconds * 200 && daemon->Alive(); i++) {
     std::istringstream lines(daemon->Log());
