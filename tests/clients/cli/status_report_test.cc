@@ -160,6 +160,7 @@ TEST(StatusReport, ErrorsByCodeLatencyAndNamesThatWouldPlayWithTheTerminal) {
   snapshot.sequences[0].tenant = "acme";
   const std::string text = RenderStatus(snapshot, 10, kPlain);
   EXPECT_THAT(text, HasSubstr("RESOURCE_EXHAUSTED 7, DATA_LOSS 2"));
+  EXPECT_THAT(text, HasSubstr("refused: quota 12, queue_full 3"));
   EXPECT_THAT(text, HasSubstr("85 us"));
   EXPECT_THAT(text, HasSubstr("2.4 ms"));
   EXPECT_THAT(text, HasSubstr("models: evil\\x1b[2J"));

@@ -104,7 +104,10 @@ TEST(TopScreen, ErrorsAndLatencyOfTheBusiestMethods) {
   now.stats.methods = {{"Attend", 50, {}, 90e-6, 1e-3},
                        {"Append", 300, {{"ABORTED", 1}, {"DATA_LOSS", 4}}, 1e-3, 1.5}};
   now.stats.lost_blocks = 6;
+  before.stats.refused = {{"quota", 2}};
+  now.stats.refused = {{"quota", 9}, {"queue_full", 1}};
   const std::string text = RenderTop(before, now, 2, 60, kPlain);
+  EXPECT_THAT(text, HasSubstr("refused: 4/s (so far quota 9, queue_full 1)"));
   EXPECT_THAT(text, HasSubstr("100/s"));
   EXPECT_THAT(text, HasSubstr("2/s"));
   EXPECT_THAT(text, HasSubstr("ABORTED 1, DATA_LOSS 4"));
