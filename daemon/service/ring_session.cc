@@ -123,7 +123,7 @@ absl::Status RingSession::Run(const v1::SessionRequest& request, absl::Duration 
     call.declined = &declined;
     status = serve();
     call.declined = nullptr;
-    lane.Leave();
+    lane.LeaveBriefly();
     if (!declined) return true;
     answer->Clear();
     hold.Drop(hold.bytes());  // what was kept for answers

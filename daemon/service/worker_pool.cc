@@ -42,9 +42,14 @@ bool WorkerPool::Enter() {
 
 bool WorkerPool::EnterBriefly() {
   const MutexLock lock(mutex_);
-  if (closed_ || guests_ >= static_cast<int>(threads_.size())) return false;
-  guests_++;
+  if (closed_ || brief_guests_ >= static_cast<int>(threads_.size())) return false;
+  brief_guests_++;
   return true;
+}
+
+void WorkerPool::LeaveBriefly() {
+  const MutexLock lock(mutex_);
+  brief_guests_--;
 }
 
 void WorkerPool::Leave() {

@@ -35,11 +35,13 @@ class WorkerPool {
   // False: the queue is full.
   bool Submit(Caller caller, Work* work);
   // For threads that could serve a call of their own: true if nothing waits and one of the pool's threads
-  // would be free. A brief call, which takes no longer than handing it over would, passes those that wait, as
-  // long as there are no more guests than threads. Then Leave has to be called.
+  // would be free. Then Leave has to be called.
   bool Enter();
-  bool EnterBriefly();
   void Leave();
+  // The same for a call that takes no longer than handing it over would: it passes those that wait, as long as
+  // there are no more such guests than threads. Then LeaveBriefly has to be called.
+  bool EnterBriefly();
+  void LeaveBriefly();
   // Refuses what is queued; work that is submitted later is refused at once.
   void Close();
   size_t queued() const;
@@ -53,6 +55,7 @@ class WorkerPool {
   FairQueue<Work> queue_ ABSL_GUARDED_BY(mutex_);
   int idle_ ABSL_GUARDED_BY(mutex_) = 0;
   int guests_ ABSL_GUARDED_BY(mutex_) = 0;  // between Enter and Leave
+  int brief_guests_ ABSL_GUARDED_BY(mutex_) = 0;
   bool closed_ ABSL_GUARDED_BY(mutex_) = false;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   std::vector<std::thread> threads_;

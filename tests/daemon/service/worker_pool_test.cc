@@ -77,9 +77,9 @@ TEST(WorkerPool, BriefGuestsDoNotWaitForTheQueue) {
   EXPECT_FALSE(busy.pool.Enter());
   EXPECT_TRUE(busy.pool.EnterBriefly());
   EXPECT_FALSE(busy.pool.EnterBriefly());
-  busy.pool.Leave();
+  busy.pool.LeaveBriefly();
   EXPECT_TRUE(busy.pool.EnterBriefly());
-  busy.pool.Leave();
+  busy.pool.LeaveBriefly();
   busy.LetGo();
 }
 
