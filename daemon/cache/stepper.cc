@@ -166,6 +166,11 @@ absl::Status Stepper::TakeTables(CacheState& state, Step& step) const {
 
 absl::Status Stepper::CheckHome(const Step& step) const {
   for (size_t i = 0; i < step.size(); i++) {
+    if (!step.batch_.sequences[i]->options.degrade.empty())
+      return absl::FailedPreconditionError(absl::StrCat(
+          "items[", i, "]: blocks of sequence ", step.batch_.sequences[i]->id,
+          " may be recoded to fewer bits (degrade), and an engine that attends by itself reads one "
+          "pair: use AppendAttend, or a sequence without degrade"));
     const int home = step.batch_.sequences[i]->home;
     for (const Step::Seen& seen : step.items_[i].groups)
       for (const SnapshotRun& run : seen.table->runs())

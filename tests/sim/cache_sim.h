@@ -6,7 +6,9 @@
 // Every attention is compared with a naive model that knows no memory; every error must be one that the
 // situation explains (Excused); the invariants are checked after every step and inside of calls. A block may
 // be exact that the model has coded if the cache says that its last append found no room to code it, where
-// room can be short, and then until the next append (Settle).
+// room can be short, and then until the next append (Settle). Blocks that the cache has recoded for room are
+// recoded in the model between calls; what a call sees that recodes on its way is compared coarsely
+// (Tolerance).
 #pragma once
 
 #include <functional>
@@ -49,8 +51,9 @@ class CacheSim : public CacheTest {
     // At its start:
     bool written = false, read = false, copying = false;
     uint64_t deferred_seals = 0;
-    uint64_t drops = 0;   // of the whole cache
-    bool lost = false;    // the client has dropped blocks
+    uint64_t drops = 0;     // of the whole cache
+    bool lost = false;      // the client has dropped blocks
+    uint64_t degraded = 0;  // blocks of the whole cache that were recoded
     Cancellation cancellation;
     CallContext context;
   };
@@ -79,7 +82,8 @@ class CacheSim : public CacheTest {
   void DecodeStep(ClientPtr client, int64_t tokens);
   void StepOf(ClientPtr client, int64_t tokens);
   void EngineStep(const std::vector<ClientPtr>& clients, int64_t tokens);
-  bool RunLayer(const kvtide::Step& step, size_t item, SimClient& client, const NewRows& rows);
+  bool RunLayer(const kvtide::Step& step, size_t item, SimClient& client, const NewRows& rows,
+                double tolerance);
   void Attend(ClientPtr client);
   void AttendLayer(ClientPtr client, int layer, int64_t queries, bool sinks);
   void Read(ClientPtr client);
@@ -97,6 +101,9 @@ class CacheSim : public CacheTest {
   void PlantFault(std::initializer_list<FaultyBackend::Call> calls);
   void ClearFaults();
   bool MayHaveLost(const Frame& frame) const;
+  uint64_t Degraded() const;
+  void Degrade(SimClient& client) const;
+  double Tolerance(const SimClient& client, const Frame& frame) const;
   bool Excused(const absl::Status& status, const Frame& frame) const;
   void Judge(const absl::Status& status, const Frame& frame);
   void JudgeLength(const SimClient& client);
@@ -124,6 +131,7 @@ class CacheSim : public CacheTest {
  protected:
   uint64_t nested_ = 0;    // verbs that ran inside others
   uint64_t deferred_ = 0;  // seals
+  uint64_t degraded_ = 0;  // blocks
   // What became of the last seed: equal runs have equal ones.
   std::string trail_;
 };

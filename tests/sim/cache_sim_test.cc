@@ -18,10 +18,12 @@ class CacheSimTest : public CacheSim {
     const SimRuns runs(count, 200);
     for (int64_t i = 0; i < runs.count; i++)
       if (!Run(world, static_cast<uint32_t>(runs.first + i), runs.steps)) return;
-    std::printf("seeds %lld to %lld, %lld steps each, %llu verbs inside others, %llu seals deferred\n",
-                static_cast<long long>(runs.first), static_cast<long long>(runs.first + runs.count - 1),
-                static_cast<long long>(runs.steps), static_cast<unsigned long long>(nested_),
-                static_cast<unsigned long long>(deferred_));
+    std::printf(
+        "seeds %lld to %lld, %lld steps each, %llu verbs inside others, %llu seals deferred, %llu blocks "
+        "recoded\n",
+        static_cast<long long>(runs.first), static_cast<long long>(runs.first + runs.count - 1),
+        static_cast<long long>(runs.steps), static_cast<unsigned long long>(nested_),
+        static_cast<unsigned long long>(deferred_), static_cast<unsigned long long>(degraded_));
   }
 
   // A backend that goes wrong in this way is noticed within a few seeds.

@@ -67,6 +67,7 @@ class PrefixSim : public CacheTest {
   void Create(size_t tenant, size_t lease);
   void Append(ClientPtr client, const Tokens& next, bool say);
   void Read(ClientPtr client);
+  bool AreRows(const std::vector<float>& rows, const std::vector<float>& read, size_t row) const;
   void Truncate(ClientPtr client, int64_t tokens);
   void Fork(ClientPtr client);
   void Close(ClientPtr client);
@@ -93,7 +94,7 @@ class PrefixSim : public CacheTest {
   std::set<SequenceId> gone_;  // closed ones
 
  protected:
-  uint64_t nested_ = 0, reused_ = 0, restarts_ = 0, deaths_ = 0, fetched_ = 0;
+  uint64_t nested_ = 0, reused_ = 0, restarts_ = 0, deaths_ = 0, fetched_ = 0, degraded_ = 0;
   // What became of the last seed: equal runs have equal ones.
   std::string trail_;
 };

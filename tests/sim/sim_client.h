@@ -44,6 +44,8 @@ struct SimClient {
   SequenceOptions options;
   ShadowSequence shadow;
   bool fork = false;
+  // Blocks were recoded in the middle of a call that changed the sequence: which bits it kept is not known.
+  bool blurred = false;
   bool closed = false;
   int writing = 0, reading = 0;           // calls that run on it
   std::vector<NewRows> pending;           // of the append that runs

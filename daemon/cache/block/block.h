@@ -10,6 +10,7 @@
 
 #include "absl/time/time.h"
 #include "daemon/cache/block/chunk_list.h"
+#include "daemon/cache/block/ladder.h"
 #include "daemon/cache/block/recency.h"
 #include "daemon/cache/call/cache_stats.h"
 #include "daemon/cache/call/tenants.h"
@@ -85,6 +86,7 @@ inline size_t PairIndexOf(const BlockForm& form) {
 // kind once and counts its blocks; a block's kind changes as a whole (BlockStore::SetKind).
 struct BlockKind {
   const BlockLayout* layout = nullptr;     // null: opaque
+  const Ladder* ladder = nullptr;          // of coded blocks that may be recoded for room; null: not these
   std::shared_ptr<const Profile> profile;  // of coded blocks
   size_t bytes = 0;
   int home = 0;                            // device of the first tier that its sequences live on
@@ -98,10 +100,14 @@ struct BlockKind {
   mutable uint64_t blocks = 0;    // that are of it, counted by the store
 
   auto What() const {
-    return std::make_tuple(layout, profile.get(), bytes, home, account.get(), prefix, model_hash,
+    return std::make_tuple(layout, ladder, profile.get(), bytes, home, account.get(), prefix, model_hash,
                            name_space_hash, group, stamped_with_key);
   }
   bool operator==(const BlockKind& other) const { return What() == other.What(); }
+  // What its blocks are recoded as next; null: nothing.
+  const BlockLayout* NextRung() const { return ladder != nullptr ? ladder->Below(layout) : nullptr; }
+  // They were recoded to fewer bits than their owners asked for.
+  bool IsDegraded() const { return ladder != nullptr && layout != ladder->rungs.front(); }
   template <class H>
   friend H AbslHashValue(H h, const BlockKind& kind) {
     return H::combine(std::move(h), kind.What());

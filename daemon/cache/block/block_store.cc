@@ -131,10 +131,12 @@ void BlockStore::SetKind(Block* block, const BlockKind& kind) {
   entry->blocks++;
   LeaveKind(block);
   block->kind = &*entry;
+  recodable_ += entry->NextRung() != nullptr;
 }
 
 void BlockStore::LeaveKind(Block* block) {
   const BlockKind* const kind = std::exchange(block->kind, nullptr);
+  recodable_ -= kind != nullptr && kind->NextRung() != nullptr;
   if (kind != nullptr && --kind->blocks == 0) kinds_.erase(kinds_.find(*kind));
 }
 
@@ -170,6 +172,16 @@ bool BlockStore::MayLie(const Block& block, int tier_index) const {
 Place* BlockStore::Reserve(int tier, const Block& block) {
   if (!MayLie(block, tier)) return nullptr;
   Place* const place = NewPlace(tier, block.bytes(), PairIndexOf(block.form()));
+  if (place != nullptr) Charge(place, block.account());
+  return place;
+}
+
+Place* BlockStore::ReserveAs(const BlockForm& form, const Block& block) {
+  const int tier = block.place->tier;
+  if (block.account() != nullptr &&
+      this->tier(tier).ExtentBytes(form.bytes) > QuotaLeft(*block.account(), tier))
+    return nullptr;
+  Place* const place = NewPlace(tier, form.bytes, PairIndexOf(form));
   if (place != nullptr) Charge(place, block.account());
   return place;
 }
@@ -233,6 +245,7 @@ void BlockStore::CountInChunks(const Block& block, int sign) {
     BlockCount& count = chunk->tiers[static_cast<size_t>(block.place->tier)];
     count.blocks += static_cast<uint64_t>(static_cast<int64_t>(sign));
     count.bytes += static_cast<uint64_t>(sign * static_cast<int64_t>(block.bytes()));
+    if (block.kind->IsDegraded()) chunk->degraded += sign;
   }
 }
 
@@ -402,6 +415,25 @@ void BlockStore::SwapPlace(Block* block, Place* place) {
   const bool kept = old->keeps() > 0;
   Retire(old);
   if (kept) SetBackup(block, old);
+}
+
+void BlockStore::SwapForm(Block* block, Place* place, const BlockLayout* layout) {
+  Place* const old = block->place;
+  KVTIDE_CHECK(old != nullptr && old->tier == place->tier && old->keeps() == 0 && !block->has_backup);
+  MakeStale(*block);
+  CountInChunks(*block, -1);
+  CountAlone(*block, -1);
+  stored_bytes_ -= block->bytes();
+  BlockKind kind = *block->kind;
+  kind.layout = layout;
+  kind.bytes = layout->block_bytes();
+  SetKind(block, kind);
+  block->place = place;
+  place->block = SlotOf(block->id);
+  stored_bytes_ += block->bytes();
+  CountAlone(*block, 1);
+  CountInChunks(*block, 1);
+  Retire(old);
 }
 
 void BlockStore::Drop(Block* block) {
@@ -683,7 +715,12 @@ void BlockStore::CheckInvariants() const {
     if (block.record != kNoSlot) linked[t]++;
   });
   KVTIDE_CHECK(backups == backups_.size() && kinds.size() == kinds_.size());
-  for (const BlockKind& kind : kinds_) KVTIDE_CHECK(kinds[&kind] == kind.blocks);
+  uint64_t recodable = 0;
+  for (const BlockKind& kind : kinds_) {
+    KVTIDE_CHECK(kinds[&kind] == kind.blocks);
+    if (kind.NextRung() != nullptr) recodable += kind.blocks;
+  }
+  KVTIDE_CHECK(recodable == recodable_);
   KVTIDE_CHECK(shared == shared_ && stored == stored_bytes_ && dropped == dropped_, "shared ", shared, "/",
                shared_, " stored ", stored, "/", stored_bytes_, " dropped ", dropped, "/", dropped_);
   for (const Chunk* chunk : chunks) CheckChunk(*chunk);
@@ -731,7 +768,7 @@ void BlockStore::CheckInvariants() const {
 }
 
 void BlockStore::CheckChunk(const Chunk& chunk) const {
-  int count = 0, sole = 0, dropped = 0;
+  int count = 0, sole = 0, dropped = 0, degraded = 0;
   std::vector<BlockCount> tiers(tiers_.size());
   for (const Block* block : chunk.blocks) {
     if (block == nullptr) continue;
@@ -742,11 +779,12 @@ void BlockStore::CheckChunk(const Chunk& chunk) const {
       dropped++;
       continue;
     }
+    if (block->kind->IsDegraded()) degraded++;
     tiers[static_cast<size_t>(block->place->tier)].blocks++;
     tiers[static_cast<size_t>(block->place->tier)].bytes += block->bytes();
   }
   KVTIDE_CHECK(chunk.owners > 0 && chunk.keepers <= chunk.owners && count == chunk.count &&
-                   sole == chunk.sole && dropped == chunk.dropped,
+                   sole == chunk.sole && dropped == chunk.dropped && degraded == chunk.degraded,
                "a chunk counts ", chunk.count, " entries, ", chunk.sole, " of its own, ", chunk.dropped,
                " dropped; there are ", count, ", ", sole, ", ", dropped);
   for (size_t t = 0; t < tiers.size(); t++)

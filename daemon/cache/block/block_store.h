@@ -49,6 +49,7 @@ struct Tier {
   uint64_t read = 0;                       // blocks of records that are being read
   std::vector<PairStats> pairs;            // by pair index
   uint64_t demoted = 0, promoted = 0, dropped = 0, lost = 0;
+  uint64_t degraded = 0, degraded_bytes = 0;  // recoded here, and what that has freed
   uint64_t prefix_hit_tokens = 0;
 };
 
@@ -83,6 +84,8 @@ class BlockStore {
   // offset.
   Place* Reserve(int tier, const Block& block);
   Place* ReserveAt(int tier, size_t offset, const Block& block);
+  // The same in the block's own tier, for its bytes in another form.
+  Place* ReserveAs(const BlockForm& form, const Block& block);
   // Free bytes that nobody else may take until the place is retired, or null.
   Place* Claim(int tier, size_t offset, size_t bytes);
   // Where the place's bytes are, perhaps a device pointer; null in a tier of I/O. Without the mutex too.
@@ -133,6 +136,8 @@ class BlockStore {
 
   // The block lies in `place` from now on; its former place is retired.
   void SwapPlace(Block* block, Place* place);
+  // The same with its bytes recoded on the way, within its tier.
+  void SwapForm(Block* block, Place* place, const BlockLayout* layout);
   // The bytes go, the block stays in its tables; one that is found by key is not found any more.
   void Drop(Block* block);
   // Called with every block that is found by key before it is dropped: it leaves the index.
@@ -210,6 +215,8 @@ class BlockStore {
   uint64_t shared_blocks() const { return shared_; }
   uint64_t dropped_blocks() const { return dropped_; }
   uint64_t stored_bytes() const { return stored_bytes_; }
+  // Blocks that may be recoded to fewer bits, those without bytes included.
+  uint64_t recodable_blocks() const { return recodable_; }
   uint64_t alone_bytes() const { return alone_bytes_; }  // of blocks of prefixes that no table has
   // Chunks, pictures and snapshots.
   uint64_t table_bytes() const { return static_cast<uint64_t>(table_bytes_); }
@@ -270,6 +277,7 @@ class BlockStore {
   uint64_t dropped_ = 0;       // blocks in tables without bytes
   uint64_t stored_bytes_ = 0;  // of blocks' places
   uint64_t alone_bytes_ = 0;
+  uint64_t recodable_ = 0;
   int64_t table_bytes_ = 0;
   std::function<void(Block*)> forget_, forget_prefix_;
 };

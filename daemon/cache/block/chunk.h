@@ -26,6 +26,7 @@ struct Chunk {
   int count = 0;                                // entries
   int sole = 0;                                 // of these, blocks whose only entry in any chunk this is
   int dropped = 0;                              // of these, blocks without bytes
+  int degraded = 0;                             // of these, blocks with bytes of fewer bits than asked for
   absl::InlinedVector<BlockCount, 2> tiers;     // of the entries, where they lie
   int owners = 0;                               // tables that have it
   int keepers = 0;                              // of these, of sequences that do not allow drops

@@ -39,6 +39,8 @@ struct TierStats {
   uint64_t demoted_blocks = 0;             // counters: moves out of this tier downwards,
   uint64_t promoted_blocks = 0;            // moves into this tier from below,
   uint64_t dropped_blocks = 0;             // drops from this tier,
+  uint64_t degraded_blocks = 0;            // recoded here to fewer bits for room,
+  uint64_t degraded_bytes = 0;             // and what that has freed,
   uint64_t lost_blocks = 0;                // blocks that it could not give back
   uint64_t attended_bytes = 0;             // of blocks that attention read here, a layer each
   uint64_t prefix_hit_tokens = 0;          // tokens that lookups of prefixes found here
@@ -127,6 +129,13 @@ struct DeferredBlocks {
   int64_t first = 0, end = 0;
 };
 
+// Blocks [first, end) of a layer group that were recoded to fewer bits than their sequence asked for.
+struct DegradedBlocks {
+  int group = 0;
+  int64_t first = 0, end = 0;
+  CachePair pair;  // what they are stored as
+};
+
 struct SequenceInfo {
   SequenceId id = 0;
   ModelId model = 0;
@@ -146,6 +155,8 @@ struct SequenceInfo {
   std::vector<uint64_t> bytes_by_tier;  // shared blocks count in every sequence that holds them
   uint64_t shared_blocks = 0;
   uint64_t dropped_blocks = 0;
+  uint64_t degraded_blocks = 0;          // with bytes, of fewer bits than the pair says,
+  std::vector<DegradedBlocks> degraded;  // and which; not in lists of sequences
   std::vector<DeferredBlocks> deferred;  // exact until the next append
 };
 

@@ -97,6 +97,58 @@ ProfileOptions ProfileOptionsFor(const SequenceOptions& options, CacheType key_t
   return profile;
 }
 
+absl::Status CheckLadder(const GroupShape& shape, CachePair pair, std::span<const CachePair> degrade) {
+  const size_t bytes = BlockLayout(shape, pair).block_bytes();
+  bool any = false;
+  for (size_t i = 0; i < degrade.size(); i++) {
+    const CachePair rung = degrade[i];
+    if (Info(rung.k).calibrated != Info(pair.k).calibrated)
+      return absl::InvalidArgumentError(absl::StrCat(
+          "degrade[", i, "]: keys that are stored as ", Name(pair.k), " cannot become ", Name(rung.k),
+          Info(pair.k).calibrated ? "; name tide types of fewer bits"
+                                  : ", which codes other values of them"));
+    if (rung == ExactPair())
+      return absl::InvalidArgumentError(absl::StrCat("degrade[", i, "]: f16 is not of fewer bits"));
+    const size_t of_rung = BlockLayout(shape, rung).block_bytes();
+    if (i > 0 && of_rung >= BlockLayout(shape, degrade[i - 1]).block_bytes())
+      return absl::InvalidArgumentError(absl::StrCat(
+          "degrade[", i, "]: ", PairName(rung), " takes ", of_rung, " bytes a block, not fewer than ",
+          PairName(degrade[i - 1]), " before it; name the pairs from the most bits to the fewest"));
+    any = any || of_rung < bytes;
+  }
+  if (!any && !degrade.empty())
+    return absl::InvalidArgumentError(absl::StrCat("degrade: ", PairName(degrade.back()),
+                                                   " takes no fewer bytes than ", PairName(pair),
+                                                   ", which the blocks have; name pairs of fewer bits"));
+  return absl::OkStatus();
+}
+
+namespace {
+
+absl::Status CheckDegrade(const SequenceOptions& options, const ModelSpec& model) {
+  if (options.degrade.empty()) return absl::OkStatus();
+  if (options.seal_at_once)
+    return absl::InvalidArgumentError("degrade: a sequence that codes at once (evaluation) keeps its bits");
+  for (size_t g = 0; g < model.groups.size(); g++) {
+    const CachePair pair = options.PairOfGroup(static_cast<int>(g));
+    if (pair == ExactPair())
+      return absl::InvalidArgumentError(
+          absl::StrCat("degrade: blocks of layer group ", g,
+                       " are never coded (f16); give the sequence a pair that codes"));
+    for (const CachePair& rung : options.degrade)
+      if (Info(rung.k).calibrated && Info(pair.k).calibrated &&
+          !HasWidthsOf(rung.k, model.groups[g].shape, model.groups[g].key_transforms))
+        return absl::InvalidArgumentError(
+            absl::StrCat("degrade: the profile of model '", model.name, "' has no widths for ", Name(rung.k),
+                         " in layer group ", g, "; make it anew with kvtide calibrate"));
+    KVTIDE_RETURN_IF_ERROR(
+        Annotate(CheckLadder(model.groups[g].shape, pair, options.degrade), absl::StrCat("layer group ", g)));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
 absl::Status CheckSequenceOptions(const SequenceOptions& options, const ModelSpec& model) {
   if (!options.group_pairs.empty() && options.group_pairs.size() != model.groups.size())
     return absl::InvalidArgumentError(absl::StrCat(options.group_pairs.size(), " pairs for the ",
@@ -124,6 +176,7 @@ absl::Status CheckSequenceOptions(const SequenceOptions& options, const ModelSpe
           absl::StrCat("model '", model.name, "': its profile is older than ", Name(key_type),
                        " and has no widths for it; make it anew with kvtide calibrate"));
   }
+  KVTIDE_RETURN_IF_ERROR(CheckDegrade(options, model));
   if (options.name_space.size() > 256)
     return absl::InvalidArgumentError("namespace: must have at most 256 bytes");
   if (options.salt.size() > 256) return absl::InvalidArgumentError("salt: must have at most 256 bytes");

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,10 @@ enum class Persistence : uint8_t { kNone, kOnPark, kAll };  // kOnPark: with an 
 struct SequenceOptions {
   CachePair pair = ExactPair();
   std::vector<CachePair> group_pairs;  // by layer group; empty = `pair` for all
+  // When its tier needs room, a coded block that was not used for a while is recoded as the first of these
+  // that takes fewer bytes, then as the next one, before it is demoted; one that was, before it would be
+  // dropped. Each takes fewer bits than the one before. Bits that went so do not come back. Empty: never.
+  std::vector<CachePair> degrade;
   ExactWindow exact_window;
   // Evaluation mode: every token is coded before anything attends over it, the tail too; the exact window
   // counts as 0/0. Such a sequence serves one call at a time (else Aborted).
@@ -58,6 +63,9 @@ struct SequenceOptions {
 // What is made from the first block for a group whose keys are coded as `key_type`.
 ProfileOptions ProfileOptionsFor(const SequenceOptions& options, CacheType key_type);
 
+// Whether blocks that are coded as `pair` may be recoded as those of `degrade`, one after another.
+// InvalidArgument with what is wrong.
+absl::Status CheckLadder(const GroupShape& shape, CachePair pair, std::span<const CachePair> degrade);
 absl::Status CheckSequenceOptions(const SequenceOptions& options, const ModelSpec& model);
 
 }  // namespace kvtide

@@ -165,8 +165,21 @@ void MoveBatch::Start(Block* block, Place* target) {
   block->moving = true;
 }
 
+void MoveBatch::StartRecode(Block* block, Place* target, const BlockLayout* rung) {
+  KVTIDE_CHECK(!block->has_backup && block->place->tier == target->tier && rung == block->kind->NextRung());
+  Start(block, target);
+  Running& move = running_.back();
+  move.rung = rung;
+  move.from = block->layout();
+  move.profile = block->profile();
+  move.position = int64_t{block->index} * kBlockTokens;
+}
+
 void MoveBatch::Finish() {
   if (running_.empty()) return;
+  const auto copied = std::stable_partition(running_.begin(), running_.end(),
+                                            [](const Running& move) { return move.rung != nullptr; });
+  const auto recodes = static_cast<size_t>(copied - running_.begin());
   std::vector<CopyJob> jobs;
   for (const Running& move : running_)
     jobs.emplace_back(lock_->store, *move.block.get(), *move.block->place, *move.target);
@@ -177,7 +190,8 @@ void MoveBatch::Finish() {
     for (size_t i = 0; i < jobs.size(); i++)
       running_[i].corrupt = running_[i].verify && jobs[i].source != nullptr && jobs[i].target != nullptr &&
                             XXH3_64bits(jobs[i].source, jobs[i].bytes) != running_[i].checksum;
-    CopyAll(lock_.core(), jobs, cancellation_);
+    RecodeAll(std::span(jobs).first(recodes));
+    CopyAll(lock_.core(), std::span(jobs).subspan(recodes), cancellation_);
     for (size_t i = 0; i < jobs.size(); i++) {
       Running& move = running_[i];
       const CopyJob& job = jobs[i];
@@ -187,7 +201,7 @@ void MoveBatch::Finish() {
         move.checksum = job.target_label.checksum;
         move.compute = true;
       } else if (move.compute && job.source != nullptr) {
-        move.checksum = XXH3_64bits(job.target, job.bytes);
+        move.checksum = XXH3_64bits(job.target, move.rung != nullptr ? move.rung->block_bytes() : job.bytes);
       }
     }
   }
@@ -195,6 +209,29 @@ void MoveBatch::Finish() {
   for (size_t i = 0; i < jobs.size(); i++) Settle(running_[i], jobs[i]);
   running_.clear();
   lock_->changed.NotifyAll();
+}
+
+// Without the mutex. Those whose source is not what it was are left as they are.
+void MoveBatch::RecodeAll(std::span<CopyJob> jobs) {
+  std::map<int, std::vector<size_t>> by_tier;
+  for (size_t i = 0; i < jobs.size(); i++)
+    if (!running_[i].corrupt) by_tier[jobs[i].from].push_back(i);
+  for (const auto& [tier, indices] : by_tier) {
+    std::vector<RecodePiece> pieces;
+    for (const size_t i : indices) {
+      const Running& move = running_[i];
+      RecodePiece& piece = pieces.emplace_back();
+      piece.from = move.from;
+      piece.source = jobs[i].source;
+      piece.to = move.rung;
+      piece.target = jobs[i].target;
+      piece.from_profile = piece.to_profile = move.profile.get();
+      piece.position = move.position;
+      piece.layers = move.rung->shape().layers;
+    }
+    const absl::Status status = lock_.core().backend(tier).Recode(pieces);
+    for (const size_t i : indices) jobs[i].status = status;
+  }
 }
 
 void MoveBatch::Settle(Running& move, const CopyJob& job) {
@@ -222,6 +259,16 @@ void MoveBatch::Settle(Running& move, const CopyJob& job) {
     return;
   }
   if (job.target == nullptr) move.target->Written().checksum = move.checksum;
+  if (move.rung != nullptr) {
+    Tier& tier = store.tier(job.from);
+    tier.degraded++;
+    tier.degraded_bytes += block->bytes() - move.rung->block_bytes();
+    report_->degraded_blocks++;
+    store.SwapForm(block, move.target, move.rung);
+    block->has_checksum = move.compute;
+    block->checksum = move.checksum;
+    return;
+  }
   store.SwapPlace(block, move.target);
   block->has_checksum = move.compute;
   block->checksum = move.checksum;

@@ -45,6 +45,9 @@ class MoveBatch {
 
   // `target` is reserved for the block and now the batch's; the block is neither written nor moved.
   void Start(Block* block, Place* target);
+  // The same within the block's tier, which attends, with its bytes recoded to a rung of its ladder. The
+  // block has no backup.
+  void StartRecode(Block* block, Place* target, const BlockLayout* rung);
   bool empty() const { return running_.empty(); }
   // As many as may be on their way at a time (max_moves_in_flight).
   bool full() const { return running_.size() >= lock_.core().options().max_moves_in_flight; }
@@ -58,10 +61,15 @@ class MoveBatch {
     Place* target = nullptr;
     bool verify = false, compute = false;  // checksums: of the source, of the target
     uint64_t checksum = 0;
-    bool corrupt = false;  // the source is not what it was
+    bool corrupt = false;               // the source is not what it was
+    const BlockLayout* rung = nullptr;  // that it is recoded to; null: it is copied
+    const BlockLayout* from = nullptr;  // of a block that is recoded, and with what
+    std::shared_ptr<const Profile> profile;
+    int64_t position = 0;
   };
 
   void Settle(Running& move, const CopyJob& job);
+  void RecodeAll(std::span<CopyJob> jobs);
 
   CacheLock& lock_;
   MoveReport* const report_;

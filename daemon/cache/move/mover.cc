@@ -275,7 +275,12 @@ TierView Mover::ViewIdle(const CacheState& state, int tier_index, absl::Time now
   RoomMaker::ViewRoom(tier, false, &view);
   const bool full = static_cast<double>(tier.allocator.used_bytes()) >
                     state.limits.high_watermark * static_cast<double>(view.capacity_bytes);
-  if (!full || !store.HasBelow(tier_index)) return view;
+  if (!full) return view;
+  const auto low = static_cast<size_t>(state.limits.low_watermark * static_cast<double>(view.capacity_bytes));
+  view.recodable = RoomMaker::ViewRecodable(
+      store, tier_index, tier.allocator.used_bytes() - std::min(tier.allocator.used_bytes(), low), kAnySerial,
+      now);
+  if (!store.HasBelow(tier_index)) return view;
   size_t peeks = 0;
   store.PeekIdle(tier_index, kAnySerial, [&](const Block& block) {
     view.coldest.push_back(RoomMaker::View(store, block, now));

@@ -73,7 +73,7 @@ class Mover {
   void Run();
   void RunIo();
   bool IsIo(const Move& move) const {
-    return !core_.attends(move.from) || (move.to != kDropTier && !core_.attends(move.to));
+    return !core_.attends(move.from) || (move.to >= 0 && !core_.attends(move.to));
   }
 
   CacheCore& core_;

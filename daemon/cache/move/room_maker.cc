@@ -30,6 +30,7 @@ void LetOthers(CacheLock& lock) {
 WritingBlock RoomMaker::AllocateIn(CacheLock& lock, int tier, int home, const BlockLayout* layout,
                                    size_t want_bytes) {
   constexpr int kRounds = 64;  // others may take the room that was made
+  KeepSpare(lock, tier, layout->block_bytes());
   for (int round = 0; round < kRounds; round++) {
     Block* block = lock->store.Allocate(tier, home, layout);
     if (block != nullptr) return WritingBlock(lock->store, block);
@@ -137,7 +138,44 @@ void RoomMaker::ViewRoom(const Tier& tier, bool gathered, TierView* view) {
 }
 
 BlockView RoomMaker::View(const BlockStore& store, const Block& block, absl::Time now) {
-  return {block.id, block.bytes(), block.droppable(), now - store.LastTouched(block), block.home()};
+  BlockView view{block.id, block.bytes(), block.droppable(), now - store.LastTouched(block), block.home()};
+  // What is durable as it is goes down for nothing, and comes back whole.
+  const BlockLayout* const rung = block.has_backup ? nullptr : block.kind->NextRung();
+  if (rung != nullptr) view.recoded_bytes = rung->block_bytes();
+  return view;
+}
+
+std::vector<BlockView> RoomMaker::ViewRecodable(const BlockStore& store, int tier, size_t bytes,
+                                                uint64_t before_serial, absl::Time now) {
+  if (store.recodable_blocks() == 0 || !store.tier(tier).attends()) return {};
+  constexpr size_t kColdest = 1024;
+  struct Candidate {
+    BlockView view;
+    size_t offset;
+  };
+  std::vector<Candidate> candidates;
+  size_t peeks = 0;
+  store.PeekIdle(tier, before_serial, [&](const Block& block) {
+    const BlockView view = View(store, block, now);
+    if (view.recoded_bytes > 0) candidates.push_back({view, block.place->offset});
+    return ++peeks < kColdest;
+  });
+  // Nothing goes down a second rung while others that are cold stand on the first.
+  std::stable_sort(candidates.begin(), candidates.end(),
+                   [](const Candidate& a, const Candidate& b) { return a.view.bytes > b.view.bytes; });
+  size_t gain = 0, count = 0;
+  while (count < candidates.size() && gain < bytes) {
+    gain += candidates[count].view.bytes - candidates[count].view.recoded_bytes;
+    count++;
+  }
+  candidates.resize(count);
+  // Side by side, what each leaves free is one piece with what the one before has left.
+  std::sort(candidates.begin(), candidates.end(),
+            [](const Candidate& a, const Candidate& b) { return a.offset < b.offset; });
+  std::vector<BlockView> views;
+  views.reserve(count);
+  for (const Candidate& candidate : candidates) views.push_back(candidate.view);
+  return views;
 }
 
 Snapshot RoomMaker::View(const CacheState& state, int first_tier, size_t bytes, uint64_t before_serial,
@@ -145,6 +183,7 @@ Snapshot RoomMaker::View(const CacheState& state, int first_tier, size_t bytes, 
   const BlockStore& store = state.store;
   Snapshot snapshot;
   snapshot.homes = static_cast<size_t>(store.homes());
+  snapshot.cold = core_.options().limits.idle;
   const absl::Time now = core_.options().clock();
   const bool dropping =
       state.sequences.dropping_sequences() > 0 || state.keyed.blocks() > 0 || state.store.alone_bytes() > 0;
@@ -157,6 +196,7 @@ Snapshot RoomMaker::View(const CacheState& state, int first_tier, size_t bytes, 
     if (static_cast<int>(t) != first_tier && static_cast<int>(t) < store.Below(first_tier)) continue;
     // Enough of any kind and enough that may be dropped; the last tier only drops.
     const bool last = !store.HasBelow(static_cast<int>(t));
+    view.recodable = ViewRecodable(store, static_cast<int>(t), bytes, before_serial, now);
     if (last && !dropping) continue;
     size_t any = 0, droppable = 0, peeks = 0;
     store.PeekIdle(static_cast<int>(t), before_serial, [&](const Block& block) {
@@ -171,6 +211,17 @@ Snapshot RoomMaker::View(const CacheState& state, int first_tier, size_t bytes, 
     });
   }
   return snapshot;
+}
+
+// A block is recoded into free bytes beside it: in a tier that is full to the last of them nothing could be.
+void RoomMaker::KeepSpare(CacheLock& lock, int tier, size_t bytes) {
+  const size_t want = bytes + lock->sequences.spare_bytes();
+  if (lock->store.recodable_blocks() == 0 || !core_.attends(tier) ||
+      lock->store.tier(tier).allocator.LargestFreeExtent() >= want)
+    return;
+  const std::vector<Move> moves =
+      PickRecodes(View(*lock, tier, want, kAnySerial, Free::kInOnePiece), tier, want);
+  Execute(lock, moves, false, kAnySerial);
 }
 
 bool RoomMaker::MakeRoom(CacheLock& lock, int tier, size_t bytes, size_t want_bytes, uint64_t before_serial) {
@@ -188,11 +239,18 @@ bool RoomMaker::MakeFree(CacheLock& lock, int tier, size_t bytes, size_t want_by
 bool RoomMaker::Demote(CacheLock& lock, int tier, size_t bytes, size_t want_bytes, uint64_t before_serial,
                        Free free) {
   const size_t want = std::max(bytes, std::min(want_bytes, bytes * core_.options().max_moves_in_flight));
-  const Snapshot snapshot = View(*lock, tier, 2 * want, before_serial, free);
-  std::vector<Move> moves = PickRoom(snapshot, tier, want);
-  if (moves.empty() && want > bytes) moves = PickRoom(snapshot, tier, bytes);
-  const MoveReport report = Execute(lock, moves, false, before_serial);
-  return report.moved_blocks + report.dropped_blocks > 0;
+  Snapshot snapshot = View(*lock, tier, 2 * want, before_serial, free);
+  while (true) {
+    std::vector<Move> moves = PickRoom(snapshot, tier, want);
+    if (moves.empty() && want > bytes) moves = PickRoom(snapshot, tier, bytes);
+    const bool recodes =
+        std::any_of(moves.begin(), moves.end(), [](const Move& move) { return move.to == kRecode; });
+    const MoveReport report = Execute(lock, moves, false, before_serial);
+    if (report.moved_blocks + report.dropped_blocks + report.degraded_blocks > 0) return true;
+    if (!recodes) return false;
+    // A block is recoded into free bytes beside it, and there were none.
+    for (TierView& view : snapshot.tiers) view.recodable.clear();
+  }
 }
 
 bool RoomMaker::Drop(CacheState& state, const Move& move, MoveReport* report) const {
@@ -225,6 +283,10 @@ MoveReport RoomMaker::Execute(CacheLock& lock, std::span<const Move> moves, bool
   for (const Move& move : moves) {
     if (move.to == kDropTier) {
       if (!Drop(*lock, move, &report)) report.left_blocks++;
+      continue;
+    }
+    if (move.to == kRecode) {
+      Recode(lock, move, before_serial, batch, &report);
       continue;
     }
     Block* block = find(move);
@@ -260,6 +322,33 @@ MoveReport RoomMaker::Execute(CacheLock& lock, std::span<const Move> moves, bool
   }
   batch.Finish();
   return report;
+}
+
+void RoomMaker::Recode(CacheLock& lock, const Move& move, uint64_t before_serial, MoveBatch& batch,
+                       MoveReport* report) {
+  BlockStore& store = lock->store;
+  Place* target = nullptr;
+  const auto reserve = [&]() -> Block* {
+    Block* const block = store.Get(move.block);
+    const bool there = block != nullptr && block->place != nullptr && block->place->tier == move.from &&
+                       block->used() && store.IsIdle(*block) && !block->has_backup;
+    const BlockLayout* const rung = there ? block->kind->NextRung() : nullptr;
+    target = rung != nullptr ? store.ReserveAs(rung, *block) : nullptr;
+    return rung != nullptr ? block : nullptr;
+  };
+  Block* block = reserve();
+  if (block != nullptr && target == nullptr) {
+    const size_t bytes = block->kind->NextRung()->block_bytes();
+    batch.Finish();  // gives the room of those before
+    MakeHole(lock, move.from, bytes, Search::kNear, before_serial);
+    block = reserve();
+  }
+  if (target == nullptr) {
+    report->left_blocks++;
+    return;
+  }
+  batch.StartRecode(block, target, block->kind->NextRung());
+  if (batch.full()) batch.Finish();
 }
 
 // The extents from about `from` on, and where the next stretch begins (0: the tier has been seen to its end).

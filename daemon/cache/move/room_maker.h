@@ -9,6 +9,7 @@
 #include "absl/status/statusor.h"
 #include "daemon/cache/block/block_guards.h"
 #include "daemon/cache/call/move_report.h"
+#include "daemon/cache/move/move_batch.h"
 #include "daemon/cache/sequence/cache_core.h"
 #include "daemon/cache/tier/hole_policy.h"
 
@@ -45,6 +46,10 @@ class RoomMaker {
                      const Cancellation* cancellation = nullptr);
 
   static BlockView View(const BlockStore& store, const Block& block, absl::Time now);
+  // Blocks of the tier that may be recoded, the coldest of the most bits, as many as would free `bytes`, by
+  // where they lie.
+  static std::vector<BlockView> ViewRecodable(const BlockStore& store, int tier, size_t bytes,
+                                              uint64_t before_serial, absl::Time now);
   // Drops blocks of prefixes and of keys that the tenant has in this tier, and nobody uses, until its quota
   // leaves so many bytes there; none if they are not enough.
   bool DropCached(CacheState& state, const TenantAccount& account, int tier, size_t bytes) const;
@@ -57,7 +62,11 @@ class RoomMaker {
 
   Snapshot View(const CacheState& state, int tier, size_t bytes, uint64_t before_serial, Free free) const;
   bool Demote(CacheLock& lock, int tier, size_t bytes, size_t want_bytes, uint64_t before_serial, Free free);
+  // Recodes what may be, if a new block of `bytes` would leave no room to recode another one.
+  void KeepSpare(CacheLock& lock, int tier, size_t bytes);
   bool Drop(CacheState& state, const Move& move, MoveReport* report) const;
+  void Recode(CacheLock& lock, const Move& move, uint64_t before_serial, MoveBatch& batch,
+              MoveReport* report);
   // One free extent of `bytes` out of what is free already: blocks in the way move inside the tier, some of
   // those that were touched before `serial` may go down. True if the tier has it.
   bool MakeHole(CacheLock& lock, int tier, size_t bytes, Search search, uint64_t before_serial);

@@ -10,7 +10,8 @@
 namespace kvtide {
 namespace {
 
-constexpr uint32_t kVersion = 7, kOldest = 5;  // 5: without tokens; 6: without revisions of models
+// 5: without tokens; 6: without revisions of models; 7: without what blocks may be recoded as.
+constexpr uint32_t kVersion = 8, kOldest = 5;
 
 void PutShape(ManifestWriter& out, const GroupShape& shape) {
   for (const int value : {shape.layers, shape.kv_heads, shape.head_dim_k, shape.head_dim_v})
@@ -178,7 +179,7 @@ void PutGroup(ManifestWriter& out, const ManifestGroup& group) {
     out.Put(block.checksum);
     out.Put(block.writer);
     out.Put(block.profile);
-    out.Put(static_cast<uint32_t>(block.exact));
+    out.Put(block.form);
   }
 }
 ManifestGroup GetGroup(ManifestReader& in, const LayerGroupSpec& spec) {
@@ -206,9 +207,41 @@ ManifestGroup GetGroup(ManifestReader& in, const LayerGroupSpec& spec) {
     in.Get(&block.checksum);
     in.Get(&block.writer);
     in.Get(&block.profile);
-    block.exact = in.Get<uint32_t>() != 0;
+    block.form = in.Get<uint32_t>();
   }
   return group;
+}
+
+// What blocks may be recoded as.
+void PutLadders(ManifestWriter& out, const Manifest& manifest) {
+  out.Put(uint64_t{manifest.options.degrade.size()});
+  for (const CachePair& pair : manifest.options.degrade) out.PutText(PairName(pair));
+  for (const ManifestGroup& group : manifest.groups) {
+    out.Put(uint64_t{group.rungs.size()});
+    for (const ManifestRung& rung : group.rungs) {
+      out.PutText(rung.pair);
+      out.Put(rung.codec_version_k);
+      out.Put(rung.codec_version_v);
+      out.Put(rung.layout);
+    }
+  }
+}
+absl::Status GetLadders(ManifestReader& in, Manifest* manifest) {
+  const size_t pairs = in.GetCount(8);
+  for (size_t i = 0; i < pairs; i++) {
+    KVTIDE_ASSIGN_OR_RETURN(const CachePair pair, GetPair(in));
+    manifest->options.degrade.push_back(pair);
+  }
+  for (ManifestGroup& group : manifest->groups) {
+    group.rungs.resize(in.GetCount(24));
+    for (ManifestRung& rung : group.rungs) {
+      rung.pair = in.GetText();
+      in.Get(&rung.codec_version_k);
+      in.Get(&rung.codec_version_v);
+      in.Get(&rung.layout);
+    }
+  }
+  return absl::OkStatus();
 }
 
 // A side without a profile (values beside calibrated means of keys) has no heads.
@@ -245,6 +278,8 @@ absl::Status Check(const Manifest& manifest) {
     if (!is_profile(group.profile)) return damaged("profiles");
     for (const ManifestBlock& block : group.blocks)
       if (!is_profile(block.profile)) return damaged("profiles");
+    for (const ManifestBlock& block : group.blocks)
+      if (block.form >= ManifestBlock::kRungs + group.rungs.size()) return damaged("forms of blocks");
     if (manifest.closed && static_cast<int64_t>(manifest.chain_keys.size()) < end) return damaged("tokens");
     for (const auto& profile : group.profiles)
       if (!IsWhole(*profile, shape)) return damaged("profiles");
@@ -276,6 +311,7 @@ std::string EncodeManifest(const Manifest& manifest) {
   }
   out.PutList(manifest.chain_rest);
   out.Put(manifest.model_revision);
+  PutLadders(out, manifest);
   return out.Take();
 }
 
@@ -318,6 +354,7 @@ absl::StatusOr<Manifest> DecodeManifest(const std::string& bytes) {
     manifest.chain_rest = in.GetList<TokenId>();
   }
   if (version >= 7) in.Get(&manifest.model_revision);
+  if (version >= 8) KVTIDE_RETURN_IF_ERROR(GetLadders(in, &manifest));
   if (in.failed() || !in.at_end()) return absl::DataLossError("the manifest is cut off or too long");
   KVTIDE_RETURN_IF_ERROR(Check(manifest));
   return manifest;

@@ -18,7 +18,17 @@ struct ManifestBlock {
   uint64_t offset = 0, write_id = 0, checksum = 0;
   uint64_t writer = 0;   // the sequence that wrote it
   int32_t profile = -1;  // index into ManifestGroup::profiles
-  bool exact = false;    // f16, not the pair
+  // What it is stored as: f16, the pair, or one of ManifestGroup::rungs.
+  static constexpr uint32_t kCoded = 0, kExact = 1, kRungs = 2;
+  uint32_t form = kCoded;  // kRungs + i: rungs[i]
+};
+
+// What blocks may have been recoded as.
+struct ManifestRung {
+  std::string pair;
+  int32_t codec_version_k = 0, codec_version_v = 0;
+  uint64_t layout = 0;  // HashLayout
+  bool operator==(const ManifestRung&) const = default;
 };
 
 struct ManifestGroup {
@@ -29,6 +39,7 @@ struct ManifestGroup {
   std::vector<LayerProgress> layers;
   int32_t profile = -1;  // of blocks that are coded from now on
   std::vector<std::shared_ptr<const Profile>> profiles;
+  std::vector<ManifestRung> rungs;
   std::vector<ManifestBlock> blocks;
 };
 

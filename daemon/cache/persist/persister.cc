@@ -21,9 +21,25 @@ namespace {
 
 constexpr uint64_t kAnySerial = ~uint64_t{0};
 
+// What a block of a manifest is stored as; CheckCoding has compared the ladders.
+const BlockLayout* LayoutOf(const ManifestBlock& block, const GroupTable& table) {
+  if (block.form == ManifestBlock::kCoded) return table.coded;
+  if (block.form == ManifestBlock::kExact) return table.exact;
+  return RungsBelow(table)[block.form - ManifestBlock::kRungs];
+}
+
+std::vector<ManifestRung> Rungs(const GroupTable& table) {
+  std::vector<ManifestRung> rungs;
+  for (const BlockLayout* const layout : RungsBelow(table)) {
+    const CachePair pair = layout->pair();
+    rungs.push_back({PairName(pair), Info(pair.k).version, Info(pair.v).version, HashLayout(*layout)});
+  }
+  return rungs;
+}
+
 // Of a block that RestoreBlock gave nothing for.
 std::string WhyNotRestored(const Tier& tier, const ManifestBlock& from, const GroupTable& table) {
-  const size_t bytes = tier.ExtentBytes((from.exact ? table.exact : table.coded)->block_bytes());
+  const size_t bytes = tier.ExtentBytes(LayoutOf(from, table)->block_bytes());
   const size_t capacity = tier.allocator.capacity_bytes();
   if (from.offset > capacity || bytes > capacity - from.offset)
     return absl::StrCat("lies at ", from.offset, ", behind the end of tier '", tier.name, "' of ", capacity,
@@ -364,6 +380,7 @@ Manifest Persister::DescribeEmpty(const CacheState& state, const Sequence& seque
     group.codec_version_v = Info(pair.v).version;
     group.exact_layout = HashLayout(*table.exact);
     group.coded_layout = HashLayout(*table.coded);
+    group.rungs = Rungs(table);
   }
   if (sequence.chain.has_value()) {
     manifest.chain_seed = sequence.prefixes->seed;
@@ -389,7 +406,14 @@ void Persister::AddBlock(const GroupTable& table, const Block& block, const Plac
   out.checksum = place->Written().checksum;
   out.writer = block.sequence;
   out.profile = AddProfile(block.profile(), group);
-  out.exact = block.layout() == table.exact;
+  if (block.layout() == table.exact) {
+    out.form = ManifestBlock::kExact;
+  } else if (block.layout() != table.coded) {
+    const auto rungs = RungsBelow(table);
+    const auto rung = std::find(rungs.begin(), rungs.end(), block.layout());
+    KVTIDE_CHECK(rung != rungs.end());
+    out.form = ManifestBlock::kRungs + static_cast<uint32_t>(rung - rungs.begin());
+  }
 }
 
 Manifest Persister::Describe(const CacheState& state, const Sequence& sequence,
@@ -745,6 +769,11 @@ absl::Status Persister::CheckCoding(const ManifestGroup& group, const GroupTable
         absl::StrCat("it was stored as ", group.pair, " by codec versions ", group.codec_version_k, " and ",
                      group.codec_version_v, "; this build has ", PairName(pair), ", ", Info(pair.k).version,
                      " and ", Info(pair.v).version, ", or another order of bytes"));
+  if (group.rungs != Rungs(table))
+    return absl::FailedPreconditionError(
+        "it may have been recoded for room (degrade) by other codec versions than this build's, or to "
+        "another "
+        "order of bytes");
   return absl::OkStatus();
 }
 
@@ -757,7 +786,7 @@ Block* Persister::RestoreBlock(CacheLock& lock, const Manifest& manifest, size_t
   const ManifestGroup& group = manifest.groups[group_index];
   const ManifestBlock& from = group.blocks[at];
   const GroupTable& table = sequence.groups[group_index];
-  const BlockLayout* const layout = from.exact ? table.exact : table.coded;
+  const BlockLayout* const layout = LayoutOf(from, table);
   const auto& places = store.tier(tier_).places;
   if (const auto there = places.find(from.offset); there != places.end()) {
     Block* const block = store.BlockAt(*there->second);

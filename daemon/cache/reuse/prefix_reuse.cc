@@ -235,7 +235,7 @@ void PrefixReuse::TakeOver(CacheState& state, const PrefixSpacePtr& space, std::
       table.blocks->PushBack(block, sequence.recency.own);
       sequence.recency.AddPrefix(state.store.RecordOf(*block));
       // Further blocks are coded as these are.
-      if (table.coding() && block->layout() == table.coded) table.profile = block->profile();
+      if (table.coding() && table.IsCoded(*block)) table.profile = block->profile();
     }
     table.sealed = blocks;
     for (size_t l = 0; l < table.layers(); l++) table.SetLayer(static_cast<int>(l), {tokens, -1, 0});

@@ -179,7 +179,8 @@ bool RemoteExchange::WriteOnce() {
       Block* const block = store.Get(ids.front());
       if (block != nullptr && !batch.empty() && bytes + block->bytes() > kBatchBytes) break;
       ids.pop_front();
-      if (block == nullptr || block->place == nullptr || block->writing) {
+      // Others are to find what was asked for, not what little room has left of it.
+      if (block == nullptr || block->place == nullptr || block->writing || block->kind->IsDegraded()) {
         lock->unsent.left_out += writes() == RemoteWrites::kOnDemote;  // dropped meanwhile
         continue;
       }
@@ -238,7 +239,7 @@ bool RemoteExchange::WriteOnce() {
         out.present = there[i].has_value() && there[i]->layout_hash == out.job.label.layout_hash &&
                       there[i]->bytes == out.job.label.bytes && there[i]->chain == out.job.label.chain;
         present += out.present;
-        if (out.present || block->place == nullptr || block->writing) continue;
+        if (out.present || block->place == nullptr || block->writing || block->kind->IsDegraded()) continue;
         if (block->prefix() == nullptr && !block->keyed) continue;
         out.place = PinnedPlace(lock->store, block->place);
         out.verify = block->has_checksum;
@@ -561,6 +562,8 @@ RemoteExchange::Fetched RemoteExchange::FetchPrefix(CacheLock& lock, Sequence& l
           kind.model_hash = like.model->hash;
           kind.name_space_hash = like.name_space_hash;
           kind.group = want.name.group;
+          const GroupTable& table = like.groups[static_cast<size_t>(want.name.group)];
+          if (kind.layout == table.coded) kind.ladder = table.ladder;
           lock->store.SetKind(block, kind);
           block->sequence = found.sequence;
           block->index = static_cast<int32_t>(want.index);

@@ -41,6 +41,8 @@ TierStats StatsOf(const Tier& tier, const std::string& medium) {
   stats.demoted_blocks = tier.demoted;
   stats.promoted_blocks = tier.promoted;
   stats.dropped_blocks = tier.dropped;
+  stats.degraded_blocks = tier.degraded;
+  stats.degraded_bytes = tier.degraded_bytes;
   stats.lost_blocks = tier.lost;
   stats.prefix_hit_tokens = tier.prefix_hit_tokens;
   if (tier.io != nullptr) stats.io = tier.io->Stats();
@@ -214,6 +216,7 @@ SequenceInfo Inspector::Describe(const CacheState& state, const Sequence& sequen
         info.bytes_by_tier[t] += chunk->tiers[t].bytes;
       }
       info.dropped_blocks += static_cast<uint64_t>(chunk->dropped);
+      info.degraded_blocks += static_cast<uint64_t>(chunk->degraded);
       info.shared_blocks +=
           static_cast<uint64_t>(chunk->owners > 1 ? chunk->count : chunk->count - chunk->sole);
     }
@@ -233,7 +236,30 @@ SequenceInfo Inspector::Describe(const CacheState& state, const Sequence& sequen
 absl::StatusOr<SequenceInfo> Inspector::GetSequence(SequenceId id, const CallContext& context) const {
   CacheLock lock(core_);
   KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, lock->sequences.Find(id, context));
-  return Describe(*lock, *sequence);
+  SequenceInfo info = Describe(*lock, *sequence);
+  for (size_t g = 0; g < sequence->groups.size(); g++)
+    AddDegraded(static_cast<int>(g), sequence->groups[g], info);
+  return info;
+}
+
+void Inspector::AddDegraded(int group, const GroupTable& table, SequenceInfo& info) {
+  const std::vector<Chunk*>& chunks = table.blocks->chunks();
+  for (size_t c = 0; c < chunks.size(); c++) {
+    for (int slot = 0; slot < kChunkBlocks && chunks[c]->degraded > 0; slot++) {
+      const Block* const block = chunks[c]->blocks[static_cast<size_t>(slot)];
+      const int64_t index = table.blocks->ChunkBegin(c) + slot;
+      if (block == nullptr || block->place == nullptr || !block->kind->IsDegraded() ||
+          index < table.first_block() || index >= table.end_block())
+        continue;
+      const CachePair pair = block->layout()->pair();
+      if (!info.degraded.empty() && info.degraded.back().group == group &&
+          info.degraded.back().end == index && info.degraded.back().pair == pair) {
+        info.degraded.back().end++;
+      } else {
+        info.degraded.push_back({group, index, index + 1, pair});
+      }
+    }
+  }
 }
 
 std::vector<SequenceInfo> Inspector::ListSequences(const SequenceList& list,
@@ -283,7 +309,8 @@ void Inspector::CheckInvariants() const {
       int64_t index = table.first_block();
       table.blocks->ForEach([&](const Block* block) {
         count(block);
-        KVTIDE_CHECK(block->layout() == table.exact || block->layout() == table.coded);
+        KVTIDE_CHECK(block->layout() == table.exact || table.IsCoded(*block));
+        KVTIDE_CHECK(block->kind->ladder == nullptr || block->kind->ladder == table.ladder);
         KVTIDE_CHECK(block->index == index && block->kind->model_hash == sequence->model->hash, "block ",
                      block->id, " stamped ", block->index, " at ", index);
         KVTIDE_CHECK(block->references() > 1 ||

@@ -23,6 +23,7 @@ class Inspector {
 
  private:
   static SequenceInfo Describe(const CacheState& state, const Sequence& sequence);
+  static void AddDegraded(int group, const GroupTable& table, SequenceInfo& info);
 
   CacheCore& core_;
 };

@@ -16,9 +16,11 @@ int64_t SealedBlocks(const GroupTable& table) {
   return table.coding() ? table.sealed : table.MinTokens() / kBlockTokens;
 }
 
-// What a sealed block of this number is stored as.
-const BlockLayout* SealedLayout(const Sequence& sequence, const GroupTable& table, int64_t index) {
-  return index < sequence.options.EffectiveWindow().first_blocks ? table.exact : table.coded;
+// Whether the table's block of this number is stored as sealed ones are.
+bool IsSealed(const Sequence& sequence, const GroupTable& table, int64_t index) {
+  const Block& block = *table.at(index);
+  return index < sequence.options.EffectiveWindow().first_blocks ? block.layout() == table.exact
+                                                                 : table.IsCoded(block);
 }
 
 bool IsAlone(const Block& block) { return block.chunks.empty(); }
@@ -55,6 +57,10 @@ std::string PrefixIndex::Identity(const Sequence& sequence) {
     const CachePair pair = table.coded->pair();
     absl::StrAppend(&text, PairName(pair), ",", Info(pair.k).version, ",", Info(pair.v).version, ",",
                     HashLayout(*table.exact), ",", HashLayout(*table.coded), ",", table.window, ",");
+    // Who does not allow it gets no block of fewer bits.
+    for (const BlockLayout* const rung : RungsBelow(table))
+      absl::StrAppend(&text, "degrade ", PairName(rung->pair()), ",", Info(rung->pair().k).version, ",",
+                      Info(rung->pair().v).version, ",", HashLayout(*rung), ",");
     absl::StrAppend(&text, table.profile_options.mean ? 1 : 0, ",",
                     static_cast<int>(table.profile_options.equalise), ",",
                     static_cast<int>(table.profile_options.pairs), ",",
@@ -171,7 +177,7 @@ uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most, UnsentBlocks* 
   for (int64_t index = sequence.found_blocks; index < end; index++)
     for (const GroupTable& table : sequence.groups)
       if (index >= table.first_block() && index < table.end_block() && table.at(index)->place != nullptr &&
-          table.at(index)->layout() != SealedLayout(sequence, table, index))
+          !IsSealed(sequence, table, index))
         end = index;
   uint64_t dropped = 0;
   RecencyPtr returned;  // of blocks that were dropped not long ago
@@ -182,13 +188,16 @@ uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most, UnsentBlocks* 
       if (index < table.first_block() || index >= table.end_block()) continue;
       Block* const mine = table.at(index);
       // What could not be coded, or is lost, nobody else is to have.
-      if (mine->place == nullptr || mine->layout() != SealedLayout(sequence, table, index)) continue;
+      if (mine->place == nullptr || !IsSealed(sequence, table, index)) continue;
       Block* there = Get(space, key, static_cast<int>(g));
       if (there == mine) continue;
       // One that came from before a restart may not be there any more, one that lies deeper would have to be
       // brought in.
-      if (there != nullptr && IsAlone(*there) && there->leases == 0 && there->holds == 0 &&
-          mine->prefix() == nullptr && (!there->checked || there->place->tier > mine->place->tier)) {
+      // One that was recoded to fewer bits is worse, whoever has it still.
+      const bool worse = there != nullptr &&
+                         (there->bytes() < mine->bytes() ||
+                          (IsAlone(*there) && (!there->checked || there->place->tier > mine->place->tier)));
+      if (worse && there->leases == 0 && there->holds == 0 && mine->prefix() == nullptr) {
         Leave(there);
         store_->DeleteIfUnused(there);
         there = nullptr;
@@ -198,7 +207,7 @@ uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most, UnsentBlocks* 
       if (there != nullptr) {
         if (coded && HashOf(there->profile()) != HashOf(table.profile)) continue;
         // What a tier of I/O has is as good as its bytes, which nobody has looked at.
-        if (!there->checked || there->layout() != mine->layout() ||
+        if (!there->checked || there->bytes() < mine->bytes() ||
             (!store_->tier(there->place->tier).attends() && store_->tier(mine->place->tier).attends()))
           continue;
         table.blocks->Replace(index, there, sequence.recency.own);

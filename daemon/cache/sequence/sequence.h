@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -32,6 +33,7 @@ struct LayerProgress {
 struct GroupTable {
   const BlockLayout* exact = nullptr;
   const BlockLayout* coded = nullptr;  // of the sequence's pair; == exact when that is f16/f16
+  const Ladder* ladder = nullptr;      // what coded blocks may be recoded as; null: nothing
   int64_t window = 0;
   std::unique_ptr<BlockTable> blocks;
   // seal_at_once only: the f16 twin of each coded block that is not full in all layers, by block number.
@@ -44,6 +46,10 @@ struct GroupTable {
   std::vector<bool> profiled;                 // seal_at_once only: layers that the profile has
 
   bool coding() const { return coded != exact; }
+  // Full blocks are stored so: as the pair says, or on a rung below it.
+  bool IsCoded(const Block& block) const {
+    return block.layout() == coded || (ladder != nullptr && ladder->Has(block.layout()));
+  }
   int64_t first_block() const { return blocks->first(); }
   int64_t end_block() const { return blocks->end(); }
   Block* at(int64_t index) const { return blocks->at(index); }
@@ -95,6 +101,12 @@ struct GroupTable {
   int64_t min_tokens_ = 0;
   size_t at_min_ = 0;
 };
+
+// What its coded blocks may be recoded as, beside what the pair says.
+inline std::span<const BlockLayout* const> RungsBelow(const GroupTable& table) {
+  if (table.ladder == nullptr) return {};
+  return std::span(table.ladder->rungs).subspan(1);
+}
 
 // What would be there after a restart.
 struct Durable {
@@ -166,6 +178,8 @@ inline void Stamp(BlockStore& store, Block* block, const Sequence& sequence, int
   kind.name_space_hash = sequence.name_space_hash;
   kind.account = sequence.account;
   kind.group = group;
+  const GroupTable& table = sequence.groups[static_cast<size_t>(group)];
+  kind.ladder = table.ladder != nullptr && table.ladder->Has(kind.layout) ? table.ladder : nullptr;
   kind.profile = std::move(profile);
   store.SetKind(block, kind);
   block->sequence = sequence.id;

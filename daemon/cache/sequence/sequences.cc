@@ -251,6 +251,22 @@ const BlockLayout* Sequences::Layout(const GroupShape& shape, CachePair pair) co
   return layouts_.back().get();
 }
 
+const Ladder* Sequences::LadderOf(const GroupShape& shape, CachePair pair,
+                                  std::span<const CachePair> degrade) const {
+  Ladder ladder;
+  ladder.rungs.push_back(Layout(shape, pair));
+  for (const CachePair& rung : degrade) {
+    const BlockLayout* const layout = Layout(shape, rung);
+    if (layout->block_bytes() < ladder.rungs.back()->block_bytes()) ladder.rungs.push_back(layout);
+  }
+  if (ladder.rungs.size() == 1) return nullptr;
+  for (const auto& known : ladders_)
+    if (known->rungs == ladder.rungs) return known.get();
+  spare_bytes_ = std::max(spare_bytes_, ladder.rungs.front()->block_bytes());
+  ladders_.push_back(std::make_unique<const Ladder>(std::move(ladder)));
+  return ladders_.back().get();
+}
+
 uint64_t Sequences::RandomId() {
   if (options_.id_seed != 0) return ids_();
   SequenceId id = 0;
@@ -401,10 +417,14 @@ absl::StatusOr<SequencePtr> Sequences::Build(ModelId model_id, const SequenceOpt
     if ((options.centre == Centre::kCalibrated && Info(pair.k).storage != Storage::kHalf) ||
         Info(pair.k).calibrated)
       table.profile = table.calibrated = model->calibrated[g];
+    if (table.coding()) table.ladder = LadderOf(spec.shape, pair, options.degrade);
+    std::vector<const BlockLayout*> layouts = {table.coded};
+    if (table.ladder != nullptr) layouts = table.ladder->rungs;
     for (const TierOptions& tier : options_.tiers)
-      if (tier.attends())
-        KVTIDE_RETURN_IF_ERROR(
-            Annotate(tier.backend->CheckSupport(*table.coded), absl::StrCat("pair ", PairName(pair))));
+      for (const BlockLayout* const layout : layouts)
+        if (tier.attends())
+          KVTIDE_RETURN_IF_ERROR(
+              Annotate(tier.backend->CheckSupport(*layout), absl::StrCat("pair ", PairName(layout->pair()))));
   }
   sequence->created = sequence->last_used = options_.clock();
   sequence->recency.own = store_->NewRecency(sequence->created);
@@ -417,6 +437,7 @@ GroupTable ForkTable(const GroupTable& from) {
   GroupTable to;
   to.exact = from.exact;
   to.coded = from.coded;
+  to.ladder = from.ladder;
   to.window = from.window;
   to.blocks = from.blocks->Fork();
   to.staging = from.staging;

@@ -82,6 +82,10 @@ class Sequences {
   const std::map<SequenceId, SequencePtr>& all() const { return sequences_; }
   // A layout of this shape, the same one each time.
   const BlockLayout* Layout(const GroupShape& shape, CachePair pair) const;
+  // Blocks of the shape that are coded as `pair` and may be recoded as those of `degrade` that take fewer
+  // bytes. Null: none does.
+  size_t spare_bytes() const { return spare_bytes_; }  // the largest block that a ladder begins with
+  const Ladder* LadderOf(const GroupShape& shape, CachePair pair, std::span<const CachePair> degrade) const;
   // Any number; the caller sees to it that nobody has it.
   uint64_t RandomId();
   // One that no sequence has or had lately, and that is no name in the durable index.
@@ -141,7 +145,9 @@ class Sequences {
   std::map<SequenceId, SequencePtr> pins_;
   std::vector<std::weak_ptr<Recency>> marked_;                       // as pinned
   std::deque<SequenceId> closed_;                                    // the latest ones, for better messages
-  mutable std::vector<std::unique_ptr<const BlockLayout>> layouts_;  // made as they are asked for
+  mutable std::vector<std::unique_ptr<const BlockLayout>> layouts_;  // made as they are asked for,
+  mutable std::vector<std::unique_ptr<const Ladder>> ladders_;       // and so are these
+  mutable size_t spare_bytes_ = 0;
   absl::flat_hash_set<SequenceId> reserved_;
   std::mt19937_64 ids_;  // with CacheOptions::id_seed only
 };

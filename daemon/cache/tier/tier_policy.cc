@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "absl/container/flat_hash_set.h"
+
 namespace kvtide {
 namespace {
 
@@ -18,9 +20,14 @@ class RoomPicker {
 
   bool MakeRoom(size_t tier, size_t bytes) {
     if (bytes > tiers_[tier].capacity_bytes) return false;
+    Recode(tier, bytes, snapshot_.cold);
     while (room_[tier] < bytes) {
-      if (next_[tier] == tiers_[tier].coldest.size()) return false;
+      if (next_[tier] == tiers_[tier].coldest.size()) {
+        Recode(tier, bytes, absl::ZeroDuration());
+        return room_[tier] >= bytes;
+      }
       const BlockView& block = tiers_[tier].coldest[next_[tier]++];
+      if (recoded_.contains(block.id)) continue;
       // A tier below that is full of what may not move is passed over.
       size_t below = snapshot_.Below(tier);
       while (below < tiers_.size() && !MakeRoom(below, block.bytes)) below = snapshot_.Below(below);
@@ -28,6 +35,9 @@ class RoomPicker {
         moves_.push_back({block.id, static_cast<int>(tier), static_cast<int>(below)});
         room_[below] -= block.bytes;
       } else if (block.droppable) {
+        Recode(tier, bytes, absl::ZeroDuration());
+        if (room_[tier] >= bytes) break;
+        if (recoded_.contains(block.id)) continue;
         moves_.push_back({block.id, static_cast<int>(tier), kDropTier});
       } else {
         continue;
@@ -36,13 +46,27 @@ class RoomPicker {
     }
     return true;
   }
+  // What was untouched for so long, until the bytes fit.
+  void Recode(size_t tier, size_t bytes, absl::Duration untouched) {
+    for (const BlockView& block : tiers_[tier].recodable) {
+      if (room_[tier] >= bytes) return;
+      if (block.idle < untouched || !recoded_.insert(block.id).second) continue;
+      moves_.push_back({block.id, static_cast<int>(tier), kRecode});
+      room_[tier] += block.bytes - block.recoded_bytes;
+    }
+  }
   std::vector<Move> Take() { return std::move(moves_); }
+  std::vector<Move> TakeRecodes() {
+    std::erase_if(moves_, [](const Move& move) { return move.to != kRecode; });
+    return Take();
+  }
 
  private:
   const Snapshot& snapshot_;
   const std::vector<TierView>& tiers_;
   std::vector<size_t> room_;
   std::vector<size_t> next_;  // into coldest
+  absl::flat_hash_set<BlockId> recoded_;
   std::vector<Move> moves_;
 };
 
@@ -55,10 +79,19 @@ std::vector<Move> PickMoves(const Snapshot& snapshot, const TierLimits& limits, 
 
   for (size_t t = 0; t < used.size(); t++) {
     const size_t target = snapshot.Below(t);
-    if (target >= used.size()) continue;
     const TierView& tier = snapshot.tiers[t];
-    const TierView& below = snapshot.tiers[target];
     if (used[t] <= Fraction(tier.capacity_bytes, limits.high_watermark)) continue;
+    bool recodes = false;
+    for (const BlockView& block : tier.recodable) {
+      if (used[t] <= Fraction(tier.capacity_bytes, limits.low_watermark) || moves.size() == max_moves) break;
+      if (block.idle < limits.idle) continue;
+      moves.push_back({block.id, static_cast<int>(t), kRecode});
+      used[t] -= block.bytes - block.recoded_bytes;
+      recodes = true;
+    }
+    // There may be more to recode than was looked at.
+    if (recodes || target >= used.size()) continue;
+    const TierView& below = snapshot.tiers[target];
     for (const BlockView& block : tier.coldest) {
       if (used[t] <= Fraction(tier.capacity_bytes, limits.low_watermark) || moves.size() == max_moves) break;
       if (block.idle < limits.idle || used[target] + block.bytes > below.capacity_bytes) continue;
@@ -104,7 +137,13 @@ int PickHome(const std::vector<HomeView>& homes) {
 
 std::vector<Move> PickRoom(const Snapshot& snapshot, int tier, size_t bytes) {
   RoomPicker picker(snapshot);
-  if (!picker.MakeRoom(static_cast<size_t>(tier), bytes)) return {};
+  return picker.MakeRoom(static_cast<size_t>(tier), bytes) ? picker.Take() : picker.TakeRecodes();
+}
+
+std::vector<Move> PickRecodes(const Snapshot& snapshot, int tier, size_t bytes) {
+  RoomPicker picker(snapshot);
+  const auto t = static_cast<size_t>(tier);
+  picker.Recode(t, bytes, snapshot.Below(t) < snapshot.tiers.size() ? snapshot.cold : absl::ZeroDuration());
   return picker.Take();
 }
 

@@ -25,9 +25,10 @@ struct TierLimits {
 struct BlockView {
   BlockId id = 0;
   size_t bytes = 0;
-  bool droppable = false;  // all its sequences allow it
-  absl::Duration idle;     // since it was last touched
-  int home = 0;            // device of the first tier that it is promoted to
+  bool droppable = false;    // all its sequences allow it
+  absl::Duration idle;       // since it was last touched
+  int home = 0;              // device of the first tier that it is promoted to
+  size_t recoded_bytes = 0;  // what it would take recoded to fewer bits; 0: it is not to be
 };
 
 struct TierView {
@@ -36,11 +37,14 @@ struct TierView {
   size_t room_bytes = 0;           // the largest block that fits now, or would if free pieces were gathered
   std::vector<BlockView> coldest;  // coldest first; may be cut off where more would not be needed
   std::vector<BlockView> wanted;   // attention read them here; in the order in which it wanted them
+  std::vector<BlockView>
+      recodable;  // that may be recoded to fewer bits, in the order in which it is best done
 };
 
 struct Snapshot {
   std::vector<TierView> tiers;  // fastest first
   size_t homes = 1;             // so many of them are devices of the first tier, side by side
+  absl::Duration cold;  // what was untouched for so long is recoded before anything is demoted (PickRoom)
   size_t Below(size_t tier) const { return tier < homes ? homes : tier + 1; }
   size_t Above(size_t tier, const BlockView& block) const {
     return tier == homes ? static_cast<size_t>(block.home) : tier - 1;
@@ -48,23 +52,30 @@ struct Snapshot {
 };
 
 constexpr int kDropTier = -1;
+constexpr int kRecode = -2;  // as a Move's target: stays in its tier, with fewer bits
 
 struct Move {
   BlockId block = 0;
   int from = 0;
-  int to = 0;  // kDropTier: drop
+  int to = 0;  // or kDropTier, kRecode
   bool operator==(const Move&) const = default;
 };
 
-// What the tiers do on their own: demotes idle blocks above the high watermark down to the low one, then
-// promotes wanted blocks by one tier at a time while the tier above stays below promote_below. Never drops.
-// At most max_moves.
+// What the tiers do on their own: above the high watermark idle blocks are recoded to fewer bits where they
+// may be, and when none is left to recode demoted, down to the low one. Then promotes wanted blocks by one
+// tier at a time while the tier above stays below promote_below. Never drops. At most max_moves.
 std::vector<Move> PickMoves(const Snapshot& snapshot, const TierLimits& limits, size_t max_moves);
 
-// Moves after which `bytes` should fit into `tier`: demotes the coldest to the next tier below that has room
-// or can make it in the same way, and drops a block only where no lower tier can take it and it allows that.
-// Lower tiers come first in the list. Empty if there is no way.
+// Moves after which `bytes` should fit into `tier`: recodes cold blocks that may be, then demotes the coldest
+// to the next tier below that has room or can make it in the same way. Where no lower tier can take a block,
+// what is not cold is recoded as well, and a block is dropped only after that, and if it allows it. Lower
+// tiers come first in the list. If there is no way, what can be recoded (once more, the next time), or
+// nothing.
 std::vector<Move> PickRoom(const Snapshot& snapshot, int tier, size_t bytes);
+
+// The part of it that recodes, until `bytes` should fit or nothing is left to recode: cold blocks, and others
+// where there is no tier below.
+std::vector<Move> PickRecodes(const Snapshot& snapshot, int tier, size_t bytes);
 
 // A device of the first tier, as a place for a new sequence.
 struct HomeView {

@@ -186,7 +186,7 @@ void Sealer::StartSeals(CacheLock& lock, Work& work, int64_t most, std::vector<S
   const int64_t end = std::min(work.end, table.sealed + std::min(kStep, most));
   for (; table.sealed < end; table.sealed++) {
     Block* source = table.at(table.sealed);
-    if (source->layout() == table.coded || source->place == nullptr) continue;
+    if (table.IsCoded(*source) || source->place == nullptr) continue;
     KVTIDE_CHECK(source->layout() == table.exact);
     if (!BringIn(lock, table, table.sealed)) {
       work.stuck = true;

@@ -101,6 +101,7 @@ absl::StatusOr<WritingBlock> Truncator::ReopenCodedBlock(CacheLock& lock, Sequen
                                             (index + 1) * kBlockTokens - 1, " were dropped"));
   const PinnedPlace place(lock->store, source->place);
   const std::shared_ptr<const Profile> profile = source->profile();
+  const BlockLayout* const layout = source->layout();
   WritingBlock target;
   if (sequence.options.seal_at_once) {
     target = mover_.AllocateIn(lock, place->tier, sequence.home, table.exact, 0);
@@ -117,22 +118,24 @@ absl::StatusOr<WritingBlock> Truncator::ReopenCodedBlock(CacheLock& lock, Sequen
   absl::Status status;
   {
     const Unlocked unlocked(lock);
-    status = DecodeInto(*place.get(), table, profile.get(), index * kBlockTokens, *target->place, tokens);
+    status =
+        DecodeInto(*place.get(), *layout, table, profile.get(), index * kBlockTokens, *target->place, tokens);
   }
   lock->changed.NotifyAll();
   if (!status.ok()) return status;
   return target;
 }
 
-absl::Status Truncator::DecodeInto(const Place& source, const GroupTable& table, const Profile* profile,
-                                   int64_t position, const Place& target, int64_t tokens) const {
+absl::Status Truncator::DecodeInto(const Place& source, const BlockLayout& layout, const GroupTable& table,
+                                   const Profile* profile, int64_t position, const Place& target,
+                                   int64_t tokens) const {
   const GroupShape& shape = table.exact->shape();
   const size_t rows = static_cast<size_t>(kBlockTokens) * static_cast<size_t>(shape.kv_heads);
   std::vector<float> k(rows * static_cast<size_t>(shape.head_dim_k)),
       v(rows * static_cast<size_t>(shape.head_dim_v));
   for (int layer = 0; layer < shape.layers; layer++) {
     DecodeArgs decode;
-    decode.layout = table.coded;
+    decode.layout = &layout;
     decode.profile = profile;
     decode.block = core_.Data(source);
     decode.position = position;
@@ -191,7 +194,7 @@ void Truncator::CutTable(CacheState& state, Sequence& sequence, int group, Cut& 
   // one.
   bool coded = false;
   for (int64_t index = table.first_block(); index < table.end_block() && !coded; index++)
-    coded = table.coding() && table.at(index)->layout() == table.coded;
+    coded = table.coding() && table.IsCoded(*table.at(index));
   if (!coded) {
     table.profile = table.calibrated;
     std::fill(table.profiled.begin(), table.profiled.end(), false);

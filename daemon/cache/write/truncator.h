@@ -23,8 +23,9 @@ class Truncator {
   absl::Status ReopenTails(CacheLock& lock, Sequence& sequence, Cut& cut);
   absl::StatusOr<WritingBlock> ReopenCodedBlock(CacheLock& lock, Sequence& sequence, int group, int64_t index,
                                                 int64_t tokens);
-  absl::Status DecodeInto(const Place& source, const GroupTable& table, const Profile* profile,
-                          int64_t position, const Place& target, int64_t tokens) const;
+  absl::Status DecodeInto(const Place& source, const BlockLayout& layout, const GroupTable& table,
+                          const Profile* profile, int64_t position, const Place& target,
+                          int64_t tokens) const;
   void CutTable(CacheState& state, Sequence& sequence, int group, Cut& cut);
 
   CacheCore& core_;

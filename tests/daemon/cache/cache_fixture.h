@@ -105,6 +105,8 @@ class Client {
   // The same sequence in a cache that comes after a restart.
   void Move(KvCache& cache) { cache_ = &cache; }
   SequenceInfo info() const { return cache_->GetSequence(id_).value(); }
+  // The shadow's blocks become what the cache has recoded by now.
+  void Degrade() { shadow_.Degrade(info().degraded); }
 
  private:
   KvCache* cache_;

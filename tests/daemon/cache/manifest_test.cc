@@ -25,10 +25,19 @@ std::string BytesOf(T value) {
 
 // What a build of version 5 would have written of a manifest without tokens whose tenant's name occurs once
 // in it.
+// The form of version 7, which ended before what blocks may be recoded as.
+std::string AsVersion7(const Manifest& manifest) {
+  EXPECT_TRUE(manifest.options.degrade.empty());
+  std::string bytes = EncodeManifest(manifest);
+  bytes.resize(bytes.size() - (1 + manifest.groups.size()) * sizeof(uint64_t));
+  bytes.replace(0, sizeof(uint32_t), BytesOf(uint32_t{7}));
+  return bytes;
+}
+
 std::string AsVersion5(Manifest manifest) {
   EXPECT_TRUE(manifest.chain_keys.empty() && manifest.chain_rest.empty() && !manifest.closed);
   EXPECT_TRUE(manifest.options.salt.empty() && manifest.model_revision == 0);
-  std::string bytes = EncodeManifest(manifest);
+  std::string bytes = AsVersion7(manifest);
   bytes.resize(bytes.size() - 4 * sizeof(uint64_t));   // seed, no keys, no ids, no revision
   bytes.erase(sizeof(uint32_t), 1 + sizeof(int64_t));  // not closed
   bytes.replace(0, sizeof(uint32_t), BytesOf(uint32_t{5}));
@@ -79,8 +88,8 @@ TEST(ManifestTest, WhatVersion5HoldsIsRead) {
   ASSERT_EQ(read->groups[1].blocks.size(), 3u);
   EXPECT_EQ(read->groups[1].blocks[0].offset, 12u * 4096);
   EXPECT_EQ(read->groups[1].blocks[0].profile, 0);
-  EXPECT_FALSE(read->groups[1].blocks[0].exact);
-  EXPECT_TRUE(read->groups[1].blocks[1].exact);
+  EXPECT_EQ(read->groups[1].blocks[0].form, ManifestBlock::kCoded);
+  EXPECT_EQ(read->groups[1].blocks[1].form, ManifestBlock::kExact);
   EXPECT_EQ(read->groups[0].blocks[1].writer, 42u);
   EXPECT_EQ(read->groups[0].layers[1].tokens, 301);
   EXPECT_EQ(read->groups[0].layers[1].last_hash, 78u);
@@ -96,10 +105,10 @@ TEST(ManifestTest, WhatVersion5HoldsIsRead) {
 
 TEST(ManifestTest, OtherVersionsAreRefusedByName) {
   const std::string golden = Golden();
-  for (const uint32_t version : {0u, 1u, 4u, 8u, 1000u}) {
+  for (const uint32_t version : {0u, 1u, 4u, 9u, 1000u}) {
     const std::string bytes = BytesOf(version) + golden.substr(sizeof version);
     EXPECT_TRUE(IsError(DecodeManifest(bytes).status(), absl::StatusCode::kFailedPrecondition,
-                        absl::StrCat("has version ", version, ", this build reads 5 to 7")));
+                        absl::StrCat("has version ", version, ", this build reads 5 to 8")));
   }
 }
 
@@ -108,7 +117,7 @@ TEST(ManifestTest, WhatVersion6HoldsIsRead) {
   Manifest manifest = DecodeManifest(Golden()).value();
   manifest.options.salt = "adapter 7";
   manifest.model_revision = 3;
-  const std::string bytes = EncodeManifest(manifest);
+  const std::string bytes = AsVersion7(manifest);
   EXPECT_EQ(DecodeManifest(bytes).value().model_revision, 3u);
   const std::string older =
       BytesOf(uint32_t{6}) +
@@ -117,6 +126,27 @@ TEST(ManifestTest, WhatVersion6HoldsIsRead) {
   ASSERT_TRUE(read.ok()) << read.status();
   EXPECT_EQ(read->model_revision, 0u);
   EXPECT_EQ(read->options.salt, "adapter 7");
+}
+
+TEST(ManifestTest, WhatBlocksWereRecodedAsIsKept) {
+  Manifest manifest = DecodeManifest(Golden()).value();
+  EXPECT_TRUE(DecodeManifest(AsVersion7(manifest)).value().groups[0].rungs.empty());
+  manifest.options.degrade = {Pair("turbo3"), Pair("turbo2")};
+  manifest.groups[0].rungs = {{"turbo3/turbo3", 1, 2, 3}, {"turbo2/turbo2", 4, 5, 6}};
+  manifest.groups[0].blocks[1].form = ManifestBlock::kRungs + 1;
+  const std::string bytes = EncodeManifest(manifest);
+  const absl::StatusOr<Manifest> read = DecodeManifest(bytes);
+  ASSERT_TRUE(read.ok()) << read.status();
+  EXPECT_EQ(read->options.degrade, manifest.options.degrade);
+  EXPECT_EQ(read->groups[0].rungs, manifest.groups[0].rungs);
+  EXPECT_EQ(read->groups[0].blocks[1].form, ManifestBlock::kRungs + 1);
+  EXPECT_EQ(EncodeManifest(*read), bytes);
+  for (size_t cut = 0; cut < bytes.size(); cut++)
+    EXPECT_FALSE(DecodeManifest(bytes.substr(0, cut)).ok()) << cut;
+  // A rung that is not there.
+  manifest.groups[0].blocks[1].form++;
+  EXPECT_TRUE(
+      IsError(DecodeManifest(EncodeManifest(manifest)).status(), absl::StatusCode::kDataLoss, "forms"));
 }
 
 TEST(ManifestTest, TokensAndWhatClosedSequencesLeaveAreKept) {

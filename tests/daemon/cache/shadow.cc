@@ -76,19 +76,21 @@ void ShadowSequence::Append(int layer, const std::vector<float>& k, const std::v
   }
   for (int64_t begin = start, end; begin < to.tokens(); begin = end) {
     end = SharedRows::BlockEnd(begin, to.tokens());
-    CodeRows(static_cast<size_t>(spec.group), static_cast<size_t>(spec.layer_in_group), begin, end - begin);
+    CodeRows(static_cast<size_t>(spec.group), static_cast<size_t>(spec.layer_in_group), pair, begin,
+             end - begin);
   }
 }
 
-void ShadowSequence::CodeRows(size_t g, size_t l, int64_t first_token, int64_t tokens) {
+void ShadowSequence::CodeRows(size_t g, size_t l, CachePair pair, int64_t first_token, int64_t tokens,
+                              const CachePair* from) {
   Group& group = groups_[g];
   const GroupShape& shape = model_->groups[g].shape;
-  const CachePair pair = options_.PairOfGroup(static_cast<int>(g));
   const auto heads = static_cast<size_t>(shape.kv_heads);
   for (size_t h = 0; h < heads; h++)
     for (const Side side : {Side::kKey, Side::kValue}) {
       const bool key = side == Side::kKey;
       const CacheType type = key ? pair.k : pair.v;
+      if (from != nullptr && type == (key ? from->k : from->v)) continue;
       const auto dim = static_cast<size_t>(key ? shape.head_dim_k : shape.head_dim_v);
       SharedRows& values = key ? group.layers[l].k : group.layers[l].v;
       const HeadProfile* profile = key && group.profile != nullptr
@@ -139,7 +141,35 @@ void ShadowSequence::Settle(std::span<const DeferredBlocks> deferred, bool lost)
         continue;
       group.coded[static_cast<size_t>(block)] = true;
       for (size_t l = 0; !options_.seal_at_once && l < group.layers.size(); l++)
-        CodeRows(g, l, block * kBlockTokens, kBlockTokens);
+        CodeRows(g, l, pair, block * kBlockTokens, kBlockTokens);
+    }
+  }
+}
+
+void ShadowSequence::Degrade(std::span<const DegradedBlocks> degraded) {
+  for (const DegradedBlocks& blocks : degraded) {
+    const auto g = static_cast<size_t>(blocks.group);
+    const GroupShape& shape = model_->groups[g].shape;
+    Group& group = groups_[g];
+    std::vector<CachePair> ladder;  // that the blocks have gone down
+    size_t bytes = BlockLayout(shape, options_.PairOfGroup(blocks.group)).block_bytes();
+    for (const CachePair& rung : options_.degrade) {
+      const size_t of_rung = BlockLayout(shape, rung).block_bytes();
+      if (of_rung >= bytes) continue;
+      bytes = of_rung;
+      ladder.push_back(rung);
+      if (rung == blocks.pair) break;
+    }
+    KVTIDE_CHECK(!ladder.empty() && ladder.back() == blocks.pair);
+    for (int64_t block = blocks.first; block < blocks.end; block++) {
+      KVTIDE_CHECK(group.coded[static_cast<size_t>(block)], "block ", block, " is exact and was recoded");
+      std::vector<CachePair>& became = group.degraded[block];
+      for (size_t rung = became.size(); rung < ladder.size(); rung++) {
+        const CachePair from = rung == 0 ? options_.PairOfGroup(blocks.group) : ladder[rung - 1];
+        for (size_t l = 0; l < group.layers.size(); l++)
+          CodeRows(g, l, ladder[rung], block * kBlockTokens, kBlockTokens, &from);
+        became.push_back(ladder[rung]);
+      }
     }
   }
 }
@@ -153,6 +183,7 @@ void ShadowSequence::Truncate(int64_t tokens) {
     }
     const int64_t tail = tokens / kBlockTokens;
     group.coded.resize(static_cast<size_t>((tokens + kBlockTokens - 1) / kBlockTokens), false);
+    group.degraded.erase(group.degraded.lower_bound(tail), group.degraded.end());
     if (tokens % kBlockTokens != 0 && group.coded[static_cast<size_t>(tail)]) {
       group.coded[static_cast<size_t>(tail)] = false;  // decoded values become f16 rows
       const GroupShape& shape = model_->groups[g].shape;
@@ -218,8 +249,12 @@ uint64_t ShadowSequence::BytesAtRest() const {
     const bool twins =
         options_.seal_at_once && pair != ExactPair();  // a coded block that is not full keeps its f16 twin
     for (size_t b = static_cast<size_t>(groups_[g].first_block); b < groups_[g].coded.size(); b++)
-      bytes +=
-          groups_[g].coded[b] ? coded.block_bytes() : exact.block_bytes() + (twins ? coded.block_bytes() : 0);
+      if (const auto found = groups_[g].degraded.find(static_cast<int64_t>(b));
+          found != groups_[g].degraded.end())
+        bytes += BlockLayout(model_->groups[g].shape, found->second.back()).block_bytes();
+      else
+        bytes += groups_[g].coded[b] ? coded.block_bytes()
+                                     : exact.block_bytes() + (twins ? coded.block_bytes() : 0);
   }
   return bytes;
 }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -38,6 +39,8 @@ class ShadowSequence {
   // had no room to code them. `lost`: some block of the sequence was dropped. The cache makes a profile of
   // keys from the first block that it still has, which is not known here: from then on KnowsKeys is false.
   void Settle(std::span<const DeferredBlocks> deferred = {}, bool lost = false);
+  // Blocks that the cache has recoded to fewer bits by now.
+  void Degrade(std::span<const DegradedBlocks> degraded);
   void Truncate(int64_t tokens);
 
   // Rows of tokens [first, first + tokens) of a layer as they are stored.
@@ -62,15 +65,18 @@ class ShadowSequence {
   };
   struct Group {
     std::vector<Layer> layers;
-    std::vector<bool> coded;  // by block
+    std::vector<bool> coded;                             // by block
+    std::map<int64_t, std::vector<CachePair>> degraded;  // what a coded block has become, one after another
     std::shared_ptr<const Profile> profile, calibrated;
     std::vector<bool> profiled;  // by layer, with seal_at_once
     int64_t first_block = 0;
     bool other_profile = false;
   };
   const Layer& RowsOf(int layer) const;
-  // Codes and decodes `tokens` of one block of one layer in place.
-  void CodeRows(size_t group, size_t layer, int64_t first_token, int64_t tokens);
+  // Codes and decodes `tokens` of one block of one layer in place. `from`: what they were, null: exact; a
+  // side that has that type already keeps its codes.
+  void CodeRows(size_t group, size_t layer, CachePair pair, int64_t first_token, int64_t tokens,
+                const CachePair* from = nullptr);
 
   std::shared_ptr<const ModelSpec> model_;
   SequenceOptions options_;

@@ -57,6 +57,59 @@ TEST(PickRoomTest, DevicesOfTheFirstTierStandSideBySide) {
   EXPECT_THAT(PickRoom(snapshot, 0, 10), IsEmpty()) << "never onto the neighbour";
 }
 
+// A block of 10 bytes that may be recoded to 7.
+BlockView Recodable(BlockId id, int idle_seconds = 100, bool droppable = false) {
+  BlockView block = Block(id, 10, droppable, idle_seconds);
+  block.recoded_bytes = 7;
+  return block;
+}
+TierView FullOf(size_t capacity, std::vector<BlockView> recodable) {
+  TierView tier = Full(capacity, recodable);
+  tier.recodable = std::move(recodable);
+  return tier;
+}
+
+TEST(PickRoomTest, ColdBlocksAreRecodedBeforeAnythingIsDemoted) {
+  Snapshot snapshot{{FullOf(100, {Recodable(1), Recodable(2), Recodable(3, 1)}), {100, 0, 100, {}, {}}}};
+  snapshot.cold = absl::Seconds(5);
+  EXPECT_THAT(PickRoom(snapshot, 0, 6), ElementsAre(Move{1, 0, kRecode}, Move{2, 0, kRecode}));
+  // Two are cold: what is missing beside them goes down, and none of them does.
+  EXPECT_THAT(PickRoom(snapshot, 0, 16),
+              ElementsAre(Move{1, 0, kRecode}, Move{2, 0, kRecode}, Move{3, 0, 1}));
+}
+
+TEST(PickRoomTest, WhatIsNotColdIsDemotedButRecodedBeforeItWouldBeDropped) {
+  Snapshot snapshot{{FullOf(100, {Recodable(1, 1, true), Recodable(2, 1, true)}), {100, 0, 100, {}, {}}}};
+  snapshot.cold = absl::Seconds(5);
+  EXPECT_THAT(PickRoom(snapshot, 0, 6), ElementsAre(Move{1, 0, 1}));
+  snapshot.tiers.pop_back();
+  EXPECT_THAT(PickRoom(snapshot, 0, 6), ElementsAre(Move{1, 0, kRecode}, Move{2, 0, kRecode}));
+}
+
+TEST(PickRoomTest, WithoutARungLeftBlocksAreDropped) {
+  BlockView last = Block(1, 7, true);
+  const Snapshot snapshot{{Full(100, {last})}};
+  EXPECT_THAT(PickRoom(snapshot, 0, 6), ElementsAre(Move{1, 0, kDropTier}));
+}
+
+// The next time there may be another rung.
+TEST(PickRoomTest, WhereThereIsNoWayWhatCanBeRecodedIs) {
+  const Snapshot snapshot{{FullOf(100, {Recodable(1), Recodable(2)})}};
+  EXPECT_THAT(PickRoom(snapshot, 0, 50), ElementsAre(Move{1, 0, kRecode}, Move{2, 0, kRecode}));
+}
+
+TEST(PickMovesTest, AboveTheWatermarkIdleBlocksAreRecodedAndDemotedWhenNoneIsLeft) {
+  TierLimits limits;
+  Snapshot snapshot{{FullOf(100, {Recodable(1), Recodable(2), Recodable(3, 1)}), {100, 0, 100, {}, {}}}};
+  EXPECT_THAT(PickMoves(snapshot, limits, 10), ElementsAre(Move{1, 0, kRecode}, Move{2, 0, kRecode}));
+  EXPECT_THAT(PickMoves(snapshot, limits, 1), ElementsAre(Move{1, 0, kRecode}));
+  snapshot.tiers[0].recodable.clear();
+  EXPECT_THAT(PickMoves(snapshot, limits, 10), ElementsAre(Move{1, 0, 1}, Move{2, 0, 1}));
+  // The last tier too.
+  snapshot = {{FullOf(100, {Recodable(1)})}};
+  EXPECT_THAT(PickMoves(snapshot, limits, 10), ElementsAre(Move{1, 0, kRecode}));
+}
+
 TEST(PickMovesTest, BlocksGoDownPastOtherDevicesAndComeHome) {
   Snapshot snapshot{
       {{100, 95, 0, {Block(1, 20)}, {}}, {100, 10, 90, {}, {}}, {100, 30, 70, {}, {Block(2, 10)}}}};
