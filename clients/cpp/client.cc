@@ -401,8 +401,8 @@ absl::Status Client::RollBackStep(uint64_t step) {
 namespace {
 
 MoveResult ToMoveResult(const v1::EvictSequencesResponse& response) {
-  return {response.blocks(), response.bytes(), response.dropped_blocks(), response.blocks_left(),
-          response.shared_blocks()};
+  return {response.blocks(),      response.bytes(),         response.dropped_blocks(),
+          response.blocks_left(), response.shared_blocks(), response.degraded_blocks()};
 }
 
 }  // namespace

@@ -122,6 +122,9 @@ struct SequenceOptions {
   Persistence persistence = Persistence::kDefault;  // when it becomes durable by itself
   // What else K and V depend on beside model and token ids; keeps prefixes apart (LookupPrefix).
   std::string prefix_salt;
+  // Pairs of fewer and fewer bits that cold blocks may be recoded as when their tier needs room, before
+  // anything is demoted or dropped; empty = never. Such a sequence has no mapped steps.
+  std::vector<std::string> degrade;
 };
 
 // The longest cached prefix of some tokens.
@@ -262,6 +265,8 @@ struct SequenceInfo {
   int64_t tokens = 0, max_layer_tokens = 0;
   std::vector<TierShare> tiers;
   int64_t dropped_blocks = 0, shared_blocks = 0;
+  int64_t degraded_blocks = 0;       // of fewer bits than `pair` says, because their tier needed room
+  std::vector<std::string> degrade;  // what they may be recoded as
   ExactWindow exact_window;
   bool seal_at_once = false;
   double idle_seconds = 0, age_seconds = 0;
@@ -289,7 +294,8 @@ struct TierStats {
   int64_t read_bytes = 0, written_bytes = 0;
   int64_t read_errors = 0, write_errors = 0, checksum_errors = 0, sync_errors = 0;
   int64_t prefix_hit_tokens = 0;
-  bool encrypted = false;  // what lies there
+  bool encrypted = false;                           // what lies there
+  int64_t degraded_blocks = 0, degraded_bytes = 0;  // recoded here to fewer bits, and what that has freed
 };
 struct RemoteStats {
   std::string server;                  // "redis://10.0.0.5:6379"
@@ -356,8 +362,9 @@ struct ServerStats {
 struct MoveResult {
   int64_t blocks = 0, bytes = 0;
   int64_t dropped_blocks = 0;
-  int64_t blocks_left = 0;    // stayed where they are: busy, or no room
-  int64_t shared_blocks = 0;  // stayed for forks outside the call: name all branches to move them too
+  int64_t blocks_left = 0;      // stayed where they are: busy, or no room
+  int64_t shared_blocks = 0;    // stayed for forks outside the call: name all branches to move them too
+  int64_t degraded_blocks = 0;  // recoded to fewer bits to make room below
 };
 struct PersistResult {
   int64_t sequences = 0, tokens = 0;  // that are durable now

@@ -123,6 +123,7 @@ void ToProto(const SequenceOptions& options, v1::CreateSequenceRequest* proto) {
   proto->set_prefix_salt(options.prefix_salt);
   proto->set_allow_drop(options.allow_drop);
   for (const std::string& pair : options.group_pairs) proto->add_group_pairs(pair);
+  for (const std::string& pair : options.degrade) proto->add_degrade(pair);
 }
 static_assert(static_cast<int>(KeyCentring::kFirstBlock) == v1::KEY_CENTRING_FIRST_BLOCK);
 static_assert(static_cast<int>(KeyCentring::kCalibrated) == v1::KEY_CENTRING_CALIBRATED);
@@ -196,6 +197,8 @@ SequenceInfo FromProto(const v1::Sequence& proto) {
     info.tiers.push_back({share.tier(), share.blocks(), share.bytes(), share.device()});
   info.dropped_blocks = proto.dropped_blocks();
   info.shared_blocks = proto.shared_blocks();
+  info.degraded_blocks = proto.degraded_blocks();
+  info.degrade.assign(proto.degrade().begin(), proto.degrade().end());
   info.exact_window = FromProto(proto.exact_window());
   info.seal_at_once = proto.seal_at_once();
   info.idle_seconds = proto.idle_seconds();
@@ -238,6 +241,8 @@ ServerStats FromProto(const v1::GetStatsResponse& proto) {
     out.sync_errors = tier.sync_errors();
     out.prefix_hit_tokens = tier.prefix_hit_tokens();
     out.encrypted = tier.encrypted();
+    out.degraded_blocks = tier.degraded_blocks();
+    out.degraded_bytes = tier.degraded_bytes();
     stats.tiers.push_back(std::move(out));
   }
   if (proto.has_remote()) {

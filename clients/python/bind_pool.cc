@@ -75,6 +75,7 @@ nb::dict ToPython(const client::SequenceInfo& from) {
   KVTIDE_PUT(tokens), KVTIDE_PUT(max_layer_tokens), KVTIDE_PUT(dropped_blocks), KVTIDE_PUT(shared_blocks);
   KVTIDE_PUT(seal_at_once), KVTIDE_PUT(idle_seconds), KVTIDE_PUT(age_seconds), KVTIDE_PUT(device);
   KVTIDE_PUT(durable), KVTIDE_PUT(durable_tokens), KVTIDE_PUT(known_tokens), KVTIDE_PUT(reused_tokens);
+  KVTIDE_PUT(degraded_blocks), KVTIDE_PUT(degrade);
   out["tiers"] = List(from.tiers, [](const client::TierShare& share) { return ToPython(share); });
   out["exact_window"] = ToPython(from.exact_window);
   return out;
@@ -94,6 +95,7 @@ nb::dict ToPython(const client::TierStats& from) {
   KVTIDE_PUT(io), KVTIDE_PUT(problem), KVTIDE_PUT(read_bytes), KVTIDE_PUT(written_bytes);
   KVTIDE_PUT(read_errors), KVTIDE_PUT(write_errors), KVTIDE_PUT(checksum_errors), KVTIDE_PUT(sync_errors);
   KVTIDE_PUT(prefix_hit_tokens), KVTIDE_PUT(encrypted);
+  KVTIDE_PUT(degraded_blocks), KVTIDE_PUT(degraded_bytes);
   out["pairs"] = List(from.pairs, [](const client::PairStats& pair) { return ToPython(pair); });
   return out;
 }
@@ -138,7 +140,7 @@ nb::dict ToPython(const client::PersistResult& from) {
 nb::dict ToPython(const client::MoveResult& from) {
   nb::dict out;
   KVTIDE_PUT(blocks), KVTIDE_PUT(bytes), KVTIDE_PUT(dropped_blocks), KVTIDE_PUT(blocks_left);
-  KVTIDE_PUT(shared_blocks);
+  KVTIDE_PUT(shared_blocks), KVTIDE_PUT(degraded_blocks);
   return out;
 }
 
@@ -193,6 +195,8 @@ client::SequenceOptions MakeSequenceOptions(const nb::dict& settings) {
       options.pair = nb::cast<std::string>(value);
     } else if (name == "group_pairs") {
       options.group_pairs = nb::cast<std::vector<std::string>>(value);
+    } else if (name == "degrade") {
+      options.degrade = nb::cast<std::vector<std::string>>(value);
     } else if (name == "exact_window") {
       const auto window = nb::cast<std::pair<int, int>>(value);
       options.exact_window = ExactWindow{window.first, window.second};

@@ -137,6 +137,11 @@ void WriteCounters(FamilyWriter& writer, const CacheStats& stats) {
   tiers("kvtide_demoted_blocks_total", "Blocks moved from this tier to a lower one.",
         &TierStats::demoted_blocks);
   tiers("kvtide_promoted_blocks_total", "Blocks moved up into this tier.", &TierStats::promoted_blocks);
+  tiers("kvtide_degraded_blocks_total",
+        "Blocks recoded in this tier to fewer bits for room, once for each time.",
+        &TierStats::degraded_blocks);
+  tiers("kvtide_degraded_bytes_total", "Bytes that recoding blocks to fewer bits has freed in this tier.",
+        &TierStats::degraded_bytes);
   tiers("kvtide_dropped_blocks_total", "Blocks dropped from this tier for good.", &TierStats::dropped_blocks);
   tiers("kvtide_lost_blocks_total", "Blocks that this tier could not give back: I/O errors, changed bytes.",
         &TierStats::lost_blocks);

@@ -52,7 +52,8 @@ absl::Status CheckLayer(const v1::Layer& layer) {
                                "f32 [kv_heads][head_dim_k][head_dim_k]"));
   const size_t groups = static_cast<size_t>(shape.kv_heads * StoredDim(shape.head_dim_k) / kTideGroup);
   const bool old = layer.key_widths().size() == kLeastTideTypes * groups;  // without tide1
-  KVTIDE_RETURN_IF_ERROR(check("key_widths", layer.key_widths(), groups * (old ? kLeastTideTypes : kTideTypes),
+  KVTIDE_RETURN_IF_ERROR(check("key_widths", layer.key_widths(),
+                               groups * (old ? kLeastTideTypes : kTideTypes),
                                "[kv_heads][4 types][head_dim_k rounded up to 32, / 8]"));
   const bool transformed = !layer.key_transform().empty();
   if (transformed == layer.key_widths().empty() || transformed == layer.key_centre().empty())
@@ -315,6 +316,11 @@ absl::StatusOr<SequenceOptions> FromProto(const v1::CreateSequenceRequest& proto
     if (!pair.ok()) return Annotate(pair.status(), absl::StrCat("group_pairs[", i, "]"));
     options.group_pairs.push_back(*pair);
   }
+  for (int i = 0; i < proto.degrade_size(); i++) {
+    auto pair = ParseCachePair(proto.degrade(i));
+    if (!pair.ok()) return Annotate(pair.status(), absl::StrCat("degrade[", i, "]"));
+    options.degrade.push_back(*pair);
+  }
   if (proto.has_exact_window()) {
     KVTIDE_ASSIGN_OR_RETURN(options.exact_window, FromProto(proto.exact_window()));
   }
@@ -424,6 +430,8 @@ void ToProto(const SequenceInfo& info, const std::vector<TierOptions>& tiers, ab
   }
   proto->set_dropped_blocks(ToSigned(info.dropped_blocks));
   proto->set_shared_blocks(ToSigned(info.shared_blocks));
+  proto->set_degraded_blocks(ToSigned(info.degraded_blocks));
+  for (const CachePair& pair : info.options.degrade) proto->add_degrade(PairName(pair));
   proto->set_idle_seconds(absl::ToDoubleSeconds(now - info.last_used));
   proto->set_age_seconds(absl::ToDoubleSeconds(now - info.created));
   proto->set_forked_from(info.forked_from);
@@ -461,6 +469,8 @@ void ToProto(const CacheStats& stats, v1::GetStatsResponse* proto) {
     out->set_demoted_blocks(ToSigned(tier.demoted_blocks));
     out->set_promoted_blocks(ToSigned(tier.promoted_blocks));
     out->set_dropped_blocks(ToSigned(tier.dropped_blocks));
+    out->set_degraded_blocks(ToSigned(tier.degraded_blocks));
+    out->set_degraded_bytes(ToSigned(tier.degraded_bytes));
     out->set_lost_blocks(ToSigned(tier.lost_blocks));
     out->set_prefix_hit_tokens(ToSigned(tier.prefix_hit_tokens));
     out->set_io(!tier.attends);

@@ -258,6 +258,7 @@ absl::Status Handlers::EvictSequences(const v1::EvictSequencesRequest& request,
   response->set_dropped_blocks(Signed(report.dropped_blocks));
   response->set_blocks_left(Signed(report.left_blocks));
   response->set_shared_blocks(Signed(report.shared_blocks));
+  response->set_degraded_blocks(Signed(report.degraded_blocks));
   return absl::OkStatus();
 }
 

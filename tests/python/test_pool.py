@@ -257,6 +257,15 @@ def test_info_stats_plan(pool, model):
     assert {c.pair for c in plan.contexts[1].candidates} == {"f16/f16", "q8_0/turbo4"}
 
 
+def test_what_cold_blocks_may_become(pool, model):
+    sequence = pool.create(model, pair="turbo4", degrade=["turbo3", "turbo2"])
+    (info,) = [one for one in pool.sequences() if one.id == sequence.id]
+    assert info.degrade == ["turbo3/turbo3", "turbo2/turbo2"] and info.degraded_blocks == 0
+    assert all((tier.degraded_blocks, tier.degraded_bytes) == (0, 0) for tier in pool.stats().tiers)
+    with pytest.raises(kvtide.InvalidArgument, match=r"degrade\[0\]"):
+        pool.create(model, pair="turbo4", degrade=["turbo9"])
+
+
 def test_pieces_beyond_the_message_limit(daemon):
     """A prompt larger than a message goes in pieces, with the same result."""
     with kvtide.connect(daemon.address) as pool:

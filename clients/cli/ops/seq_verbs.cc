@@ -69,6 +69,8 @@ std::string MovedText(const char* verb, const client::MoveResult& moved) {
   std::string text =
       absl::StrCat(verb, " ", moved.blocks, " blocks (", planner::FormatBytes(moved.bytes), ")");
   if (moved.dropped_blocks > 0) absl::StrAppend(&text, ", dropped ", moved.dropped_blocks);
+  if (moved.degraded_blocks > 0)
+    absl::StrAppend(&text, ", recoded ", moved.degraded_blocks, " to fewer bits to make room");
   if (moved.blocks_left > 0)
     absl::StrAppend(&text, "; ", moved.blocks_left, " stayed: busy, or no room (kvtide status)");
   if (moved.shared_blocks > 0)

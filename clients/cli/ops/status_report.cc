@@ -157,6 +157,15 @@ std::string Contents(const DaemonSnapshot& snapshot) {
   absl::StrAppend(&text, "\nmoved      ", FormatBytes(stats.moved_bytes), " in ", stats.moves,
                   " block moves (", stats.failed_moves, " failed); ", stats.dropped_blocks,
                   " blocks dropped; ", stats.compacted_blocks, " compacted\n");
+  int64_t degraded = 0, freed = 0;
+  for (const client::TierStats& tier : stats.tiers) {
+    degraded += tier.degraded_blocks;
+    freed += tier.degraded_bytes;
+  }
+  if (degraded > 0)
+    absl::StrAppend(&text, "degraded   ", degraded,
+                    " times a block was recoded to fewer bits for room, which has freed ", FormatBytes(freed),
+                    "\n");
   absl::StrAppend(&text, "attended   ", stats.attended_blocks, " blocks, ",
                   PercentText(static_cast<double>(stats.attended_blocks_below_first_tier),
                               static_cast<double>(stats.attended_blocks)),
@@ -309,6 +318,8 @@ Json TierJson(const TierStats& tier) {
           {"demoted_blocks", tier.demoted_blocks},
           {"promoted_blocks", tier.promoted_blocks},
           {"dropped_blocks", tier.dropped_blocks},
+          {"degraded_blocks", tier.degraded_blocks},
+          {"degraded_bytes", tier.degraded_bytes},
           {"lost_blocks", tier.lost_blocks},
           {"io", tier.io},
           {"problem", tier.problem},
@@ -357,6 +368,8 @@ Json SequenceJson(const SequenceInfo& sequence) {
           {"tokens", sequence.tokens},
           {"shared_blocks", sequence.shared_blocks},
           {"dropped_blocks", sequence.dropped_blocks},
+          {"degraded_blocks", sequence.degraded_blocks},
+          {"degrade", sequence.degrade},
           {"durable", sequence.durable},
           {"durable_tokens", sequence.durable_tokens},
           {"pinned_seconds", sequence.pinned_seconds},
@@ -460,7 +473,11 @@ std::string RenderSequence(const SequenceInfo& sequence) {
         std::string(std::max<size_t>(1, 8 - std::min<size_t>(7, TierName(sequence, tier).size())), ' '),
         tier.blocks, " blocks, ", FormatBytes(tier.bytes), "\n");
   absl::StrAppend(&text, "blocks     ", sequence.shared_blocks, " shared with other sequences, ",
-                  sequence.dropped_blocks, " dropped\n", "durable    ",
+                  sequence.dropped_blocks, " dropped\n");
+  if (!sequence.degrade.empty())
+    absl::StrAppend(&text, "degraded   ", sequence.degraded_blocks, " blocks; cold ones may become ",
+                    Printable(absl::StrJoin(sequence.degrade, ", then ")), " when room is needed\n");
+  absl::StrAppend(&text, "durable    ",
                   sequence.durable ? absl::StrCat("its first ", sequence.durable_tokens, " tokens") : "no",
                   "\n", "prefix     ",
                   sequence.known_tokens > 0

@@ -141,6 +141,9 @@ class SequenceInfo:
     durable_tokens: int
     known_tokens: int
     reused_tokens: int
+    #: Blocks of fewer bits than ``pair`` says, because their tier needed room, and what they may be recoded as.
+    degraded_blocks: int
+    degrade: List[str]
 
     @property
     def bytes(self) -> int:
@@ -199,6 +202,9 @@ class TierStats:
     sync_errors: int
     prefix_hit_tokens: int
     encrypted: bool
+    #: Blocks that were recoded here to fewer bits for room, and the bytes that this has freed.
+    degraded_blocks: int
+    degraded_bytes: int
 
 
 @dataclass(frozen=True)
@@ -288,13 +294,15 @@ class PoolStats:
 @dataclass(frozen=True)
 class MoveResult:
     """What an eviction or a prefetch did. ``blocks_left`` stayed for want of room or because they are being written,
-    ``shared_blocks`` because forks that were not named hold them."""
+    ``shared_blocks`` because forks that were not named hold them; ``degraded_blocks`` were recoded to fewer bits to make room
+    below."""
 
     blocks: int
     bytes: int
     dropped_blocks: int
     blocks_left: int
     shared_blocks: int
+    degraded_blocks: int
 
 
 @dataclass(frozen=True)

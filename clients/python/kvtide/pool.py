@@ -574,6 +574,7 @@ class Pool:
         device: str = "",
         persistence: str = "default",
         prefix_salt: str = "",
+        degrade: SequenceOf[str] = (),
         begin_with: Optional[Any] = None,
     ) -> Sequence:
         """A new sequence: an empty one, or one that begins with what is cached of some tokens.
@@ -594,13 +595,16 @@ class Pool:
                 that names it), ``all`` (whenever it has changed), or ``default`` (as the daemon is configured).
             prefix_salt: what else keys and values depend on beside model and token ids (adapters, images): sequences of
                 different salts have no prefix in common.
+            degrade: pairs of fewer and fewer bits, such as ``["turbo3", "turbo2"]``, that blocks which were not used for a while
+                may be recoded as when their tier needs room, before anything is demoted or dropped. Bits that went so do
+                not come back. Sequences that allow other pairs have no prefix in common. Empty = never.
             begin_with: token ids. The sequence begins with the longest prefix of them that is cached, in full blocks of 64, and
                 ``len(sequence)`` says how many tokens that is; the caller computes the rest. Leave the last token out: one has
                 to be computed.
         """
         settings = self._settings(
             pair, group_pairs, exact_window, seal_at_once, key_centring, key_equalising, rope_pairs, tenant, allow_drop, device,
-            persistence, prefix_salt,
+            persistence, prefix_salt, degrade,
         )
         lease = 0
         if begin_with is not None:
@@ -627,12 +631,13 @@ class Pool:
         tenant: str = "",
         device: str = "",
         prefix_salt: str = "",
+        degrade: SequenceOf[str] = (),
     ) -> CachedPrefix:
         """What is cached of some tokens for sequences that are created with the same arguments, and where it lies. Does not
         count as a use."""
         settings = self._settings(
             pair, group_pairs, exact_window, False, key_centring, key_equalising, rope_pairs, tenant, False, device, "default",
-            prefix_salt,
+            prefix_salt, degrade,
         )
         found = self._core.lookup_prefix(model, settings, _token_ids(token_ids), -1.0, True)
         return CachedPrefix(found["tokens"], [tuple(run) for run in found["tiers"]])
@@ -651,6 +656,7 @@ class Pool:
         device: str,
         persistence: str,
         prefix_salt: str,
+        degrade: SequenceOf[str],
     ) -> dict:
         settings: dict = {
             "key_centring": _choice(_CENTRING, "key_centring", key_centring),
@@ -663,6 +669,7 @@ class Pool:
             "prefix_salt": prefix_salt,
             "persistence": _choice(_PERSISTENCE, "persistence", persistence),
             "group_pairs": list(group_pairs),
+            "degrade": list(degrade),
         }
         if pair is not None:
             settings["pair"] = pair

@@ -238,6 +238,25 @@ TEST(StatusReport, TellsOfBlocksThatWereNotCoded) {
   EXPECT_EQ(json["counters"]["failed_seals"], 3);
 }
 
+TEST(StatusReport, TellsOfBlocksThatWereRecodedToFewerBits) {
+  DaemonSnapshot snapshot = Sample();
+  EXPECT_THAT(RenderStatus(snapshot, 10, kPlain), Not(HasSubstr("degraded")));
+  snapshot.stats.tiers[0].degraded_blocks = 12;
+  snapshot.stats.tiers[0].degraded_bytes = 3 << 20;
+  EXPECT_THAT(RenderStatus(snapshot, 10, kPlain), HasSubstr("degraded   12 times"));
+  client::SequenceInfo& sequence = snapshot.sequences[0];
+  EXPECT_THAT(RenderSequence(sequence), Not(HasSubstr("degraded")));
+  sequence.degrade = {"turbo3/turbo3", "turbo2/turbo2"};
+  sequence.degraded_blocks = 7;
+  EXPECT_THAT(RenderSequence(sequence),
+              HasSubstr("degraded   7 blocks; cold ones may become turbo3/turbo3, then turbo2/turbo2 when"));
+  const nlohmann::json json = nlohmann::json::parse(RenderStatusJson(snapshot));
+  EXPECT_EQ(json["tiers"][0]["degraded_blocks"], 12);
+  EXPECT_EQ(json["tiers"][0]["degraded_bytes"], 3 << 20);
+  EXPECT_EQ(json["sequences"][0]["degraded_blocks"], 7);
+  EXPECT_EQ(json["sequences"][0]["degrade"][1], "turbo2/turbo2");
+}
+
 TEST(StatusReport, Json) {
   const nlohmann::json json = nlohmann::json::parse(RenderStatusJson(Sample()));
   EXPECT_EQ(json["version"], "0.1.0");

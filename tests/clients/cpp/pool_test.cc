@@ -248,6 +248,30 @@ TEST_P(PoolTest, MistakesAreNamedAndChangeNothing) {
   ExpectError(pool_->CloseSequence(id), StatusCode::kNotFound, "");
 }
 
+TEST_P(PoolTest, SequencesSayWhatTheirColdBlocksMayBecome) {
+  ASSERT_TRUE(pool_->RegisterModel(e2e::SmallModel()).ok());
+  client::SequenceOptions options{.pair = "q8_0/turbo4"};
+  options.degrade = {"turbo4/turbo3", "turbo2"};
+  const auto id = pool_->CreateSequence("small", options);
+  ASSERT_TRUE(id.ok()) << id.status();
+  ASSERT_TRUE(Append(*id, 0, 300).ok());
+  ASSERT_TRUE(pool_->ForkSequence(*id).ok());
+  const auto all = pool_->ListSequences();
+  ASSERT_TRUE(all.ok());
+  ASSERT_EQ(all->size(), 2u);
+  for (const client::SequenceInfo& info : *all) {
+    EXPECT_EQ(info.degrade, (std::vector<std::string>{"turbo4/turbo3", "turbo2/turbo2"}));
+    EXPECT_EQ(info.degraded_blocks, 0) << "there is room";
+  }
+  const auto refused = [&](std::vector<std::string> degrade, const std::string& part) {
+    client::SequenceOptions other = options;
+    other.degrade = std::move(degrade);
+    ExpectError(pool_->CreateSequence("small", other).status(), absl::StatusCode::kInvalidArgument, part);
+  };
+  refused({"turbo9"}, "degrade[0]");
+  refused({"turbo2", "turbo3"}, "degrade[1]");
+}
+
 // One layer of a step over SmallModel, for sequences that all have the rows of seed 1.
 absl::Status RunStepLayer(Pool& pool, int layer, const client::Step& step,
                           std::span<const client::StepItem> of, std::span<const client::TokenId> said = {}) {
@@ -616,6 +640,49 @@ TEST(PoolConnect, AConfigurationThatIsNoneIsRefused) {
   client::PoolOptions options;
   options.embedded_config = R"({"device_memory": "1MiB", "colour": "red"})";
   ExpectError(Pool::Connect("embedded", options).status(), absl::StatusCode::kInvalidArgument, "colour");
+}
+
+// More tokens than would fit, without a permission to drop any.
+TEST(EmbeddedPool, BlocksAreRecodedToFewerBitsBeforeTheTiersAreFull) {
+  client::PoolOptions pool_options;
+  pool_options.embedded_config =
+      R"({"device": "cpu", "device_memory": "2MiB", "host_memory": "2MiB", "compute_threads": 1})";
+  const auto pool = Pool::Connect("embedded", pool_options);
+  ASSERT_TRUE(pool.ok()) << pool.status();
+  ASSERT_TRUE((*pool)->RegisterModel(e2e::SmallModel()).ok());
+  const auto fill = [&](const std::vector<std::string>& degrade) {
+    client::SequenceOptions options{.pair = "q8_0/q8_0"};
+    options.degrade = degrade;
+    const client::SequenceId id = (*pool)->CreateSequence("small", options).value();
+    int64_t tokens = 0;
+    while (tokens < 64 * 1000 && (*pool)->Append(id, tokens, e2e::Tokens(1, tokens, 64).layers).ok())
+      tokens += 64;
+    return std::pair(id, tokens);
+  };
+  const auto [plain, before] = fill({});
+  ASSERT_GT(before, 0);
+  ASSERT_TRUE((*pool)->CloseSequence(plain).ok());
+  const auto [id, tokens] = fill({"turbo4", "turbo2"});
+  EXPECT_GT(tokens, before * 3 / 2);
+  const auto all = (*pool)->ListSequences();
+  ASSERT_TRUE(all.ok()) << all.status();
+  ASSERT_EQ(all->size(), 1u);
+  EXPECT_GT((*all)[0].degraded_blocks, 0);
+  EXPECT_EQ((*all)[0].dropped_blocks, 0);
+  const auto stats = (*pool)->GetStats();
+  ASSERT_TRUE(stats.ok()) << stats.status();
+  int64_t blocks = 0, bytes = 0, of_fewer_bits = 0;
+  for (const client::TierStats& tier : stats->tiers) {
+    blocks += tier.degraded_blocks;
+    bytes += tier.degraded_bytes;
+    for (const client::PairStats& pair : tier.pairs)
+      if (pair.pair == "turbo4/turbo4" || pair.pair == "turbo2/turbo2") of_fewer_bits += pair.blocks;
+  }
+  EXPECT_GE(blocks, (*all)[0].degraded_blocks);
+  EXPECT_GT(bytes, 0);
+  EXPECT_EQ(of_fewer_bits, (*all)[0].degraded_blocks);
+  const int layers[] = {0, 1};
+  EXPECT_TRUE((*pool)->ReadTokens(id, layers, 0, tokens).ok());
 }
 
 // The embedded way has the daemon's tiers, that on disk too.

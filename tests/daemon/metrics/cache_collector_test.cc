@@ -74,6 +74,8 @@ TEST(CacheCollector, FamiliesAndTypes) {
       {"kvtide_compacted_bytes_total", "counter"},
       {"kvtide_demoted_blocks_total", "counter"},
       {"kvtide_promoted_blocks_total", "counter"},
+      {"kvtide_degraded_blocks_total", "counter"},
+      {"kvtide_degraded_bytes_total", "counter"},
       {"kvtide_dropped_blocks_total", "counter"},
       {"kvtide_lost_blocks_total", "counter"},
       {"kvtide_tier_writable", "gauge"},
@@ -185,7 +187,8 @@ TEST(CacheCollector, EveryFieldIsThere) {
     for (const uint64_t field :
          {tier.capacity_bytes, tier.used_bytes, tier.free_bytes, tier.largest_free_extent_bytes, tier.blocks,
           tier.pinned_blocks, tier.demoted_blocks, tier.promoted_blocks, tier.dropped_blocks,
-          tier.lost_blocks, tier.attended_bytes, tier.prefix_hit_tokens}) {
+          tier.lost_blocks, tier.attended_bytes, tier.prefix_hit_tokens, tier.degraded_blocks,
+          tier.degraded_bytes}) {
       fields.push_back(field);
     }
     if (!tier.attends)

@@ -27,6 +27,8 @@ TierStats Tier(const std::string& name, const std::string& backend, uint64_t bas
   tier.lost_blocks = base + 13;
   tier.attended_bytes = base + 41;
   tier.prefix_hit_tokens = base + 43;
+  tier.degraded_blocks = base + 59;
+  tier.degraded_bytes = base + 67;
   return tier;
 }
 

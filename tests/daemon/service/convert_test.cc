@@ -150,6 +150,43 @@ TEST(Convert, SequencesGetDefaultsUnlessTheyAsk) {
   EXPECT_THAT(std::string(FromProto(request, defaults).status().message()), HasSubstr("key_centring 9"));
 }
 
+TEST(Convert, SequencesSayWhatTheirBlocksMayBecome) {
+  v1::CreateSequenceRequest request;
+  request.set_pair("q8_0/turbo4");
+  EXPECT_TRUE(FromProto(request, {}).value().degrade.empty());
+  request.add_degrade("turbo4/turbo3");
+  request.add_degrade("turbo2");
+  const SequenceOptions options = FromProto(request, {}).value();
+  ASSERT_EQ(options.degrade.size(), 2u);
+  EXPECT_EQ(PairName(options.degrade[0]), "turbo4/turbo3");
+  EXPECT_EQ(PairName(options.degrade[1]), "turbo2/turbo2");
+
+  SequenceInfo info;
+  info.options = options;
+  info.degraded_blocks = 7;
+  v1::Sequence sequence;
+  ToProto(info, {}, absl::UnixEpoch(), &sequence);
+  EXPECT_EQ(sequence.degraded_blocks(), 7);
+  ASSERT_EQ(sequence.degrade_size(), 2);
+  EXPECT_EQ(sequence.degrade(0), "turbo4/turbo3");
+  EXPECT_EQ(sequence.degrade(1), "turbo2/turbo2");
+
+  CacheStats stats;
+  stats.tiers.resize(2);
+  stats.tiers[1].degraded_blocks = 5;
+  stats.tiers[1].degraded_bytes = 4096;
+  v1::GetStatsResponse proto;
+  ToProto(stats, &proto);
+  EXPECT_EQ(proto.tiers(0).degraded_blocks(), 0);
+  EXPECT_EQ(proto.tiers(1).degraded_blocks(), 5);
+  EXPECT_EQ(proto.tiers(1).degraded_bytes(), 4096);
+
+  request.add_degrade("turbo9");
+  const absl::Status status = FromProto(request, {}).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("degrade[2]"));
+}
+
 TEST(Convert, StatisticsSayWhichBlocksWereNotCoded) {
   CacheStats stats;
   stats.sealed_blocks = 5;
