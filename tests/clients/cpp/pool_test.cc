@@ -1,8 +1,10 @@
 // One suite over every way to a pool: what a caller may rely on whichever way it goes.
 #include "clients/cpp/pool.h"
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <iostream>
 #include <limits>
 #include <thread>
 
@@ -642,6 +644,27 @@ TEST(PoolConnect, AConfigurationThatIsNoneIsRefused) {
   ExpectError(Pool::Connect("embedded", options).status(), absl::StatusCode::kInvalidArgument, "colour");
 }
 
+// Root of the mean square of what attention of the last tokens is off by, to that of what it should be.
+double AttentionError(Pool& pool, client::SequenceId id, int64_t tokens) {
+  constexpr int kQueries = 8;
+  const std::vector<float> q = e2e::Rows(9, tokens - kQueries, kQueries, e2e::kHeads);
+  std::vector<float> output(q.size());
+  client::AttendItem item;
+  item.sequence = id;
+  item.q = TensorRef::F32(q, {kQueries, e2e::kHeads, e2e::kDim});
+  item.output = output;
+  const absl::Status status = pool.Attend(0, {&item, 1});
+  EXPECT_TRUE(status.ok()) << status;
+  const e2e::Tokens all(1, 0, tokens);
+  const std::vector<float> expected = e2e::ReferenceAttention(q, all.k[0], all.v[0], tokens, kQueries);
+  double off = 0, whole = 0;
+  for (size_t i = 0; i < expected.size(); i++) {
+    off += (output[i] - expected[i]) * (output[i] - expected[i]);
+    whole += expected[i] * expected[i];
+  }
+  return std::sqrt(off / whole);
+}
+
 // More tokens than would fit, without a permission to drop any.
 TEST(EmbeddedPool, BlocksAreRecodedToFewerBitsBeforeTheTiersAreFull) {
   client::PoolOptions pool_options;
@@ -661,9 +684,16 @@ TEST(EmbeddedPool, BlocksAreRecodedToFewerBitsBeforeTheTiersAreFull) {
   };
   const auto [plain, before] = fill({});
   ASSERT_GT(before, 0);
+  const double error_before = AttentionError(**pool, plain, before);
   ASSERT_TRUE((*pool)->CloseSequence(plain).ok());
-  const auto [id, tokens] = fill({"turbo4", "turbo2"});
+  const auto [id, tokens] = fill({"turbo4", "turbo3"});
   EXPECT_GT(tokens, before * 3 / 2);
+  const double error = AttentionError(**pool, id, tokens);
+  std::cout << "q8_0: " << before << " tokens, attention off by " << 100 * error_before
+            << " %; recoded: " << tokens << " tokens, " << 100 * error << " %\n";
+  EXPECT_LT(error_before, 0.02);
+  EXPECT_GT(error, error_before);
+  EXPECT_LT(error, 0.3);
   const auto all = (*pool)->ListSequences();
   ASSERT_TRUE(all.ok()) << all.status();
   ASSERT_EQ(all->size(), 1u);
@@ -676,7 +706,7 @@ TEST(EmbeddedPool, BlocksAreRecodedToFewerBitsBeforeTheTiersAreFull) {
     blocks += tier.degraded_blocks;
     bytes += tier.degraded_bytes;
     for (const client::PairStats& pair : tier.pairs)
-      if (pair.pair == "turbo4/turbo4" || pair.pair == "turbo2/turbo2") of_fewer_bits += pair.blocks;
+      if (pair.pair == "turbo4/turbo4" || pair.pair == "turbo3/turbo3") of_fewer_bits += pair.blocks;
   }
   EXPECT_GE(blocks, (*all)[0].degraded_blocks);
   EXPECT_GT(bytes, 0);
