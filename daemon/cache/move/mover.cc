@@ -272,7 +272,7 @@ TierView Mover::ViewIdle(const CacheState& state, int tier_index, absl::Time now
   const BlockStore& store = state.store;
   const Tier& tier = store.tier(tier_index);
   TierView view;
-  RoomMaker::ViewRoom(tier, false, &view);
+  RoomMaker::ViewRoomBelow(state, tier_index, false, &view);
   const bool full = static_cast<double>(tier.allocator.used_bytes()) >
                     state.limits.high_watermark * static_cast<double>(view.capacity_bytes);
   if (!full) return view;

@@ -137,6 +137,15 @@ void RoomMaker::ViewRoom(const Tier& tier, bool gathered, TierView* view) {
   view->room_bytes = 0;
 }
 
+void RoomMaker::ViewRoomBelow(const CacheState& state, int tier, bool gathered, TierView* view) {
+  ViewRoom(state.store.tier(tier), gathered, view);
+  if (state.store.recodable_blocks() == 0 || !state.store.tier(tier).attends() || state.store.HasBelow(tier))
+    return;
+  const size_t spare = std::min(state.sequences.spare_bytes(), view->room_bytes);
+  view->room_bytes -= spare;
+  view->used_bytes += spare;
+}
+
 BlockView RoomMaker::View(const BlockStore& store, const Block& block, absl::Time now) {
   BlockView view{block.id, block.bytes(), block.droppable(), now - store.LastTouched(block), block.home()};
   // What is durable as it is goes down for nothing, and comes back whole.
@@ -190,7 +199,11 @@ Snapshot RoomMaker::View(const CacheState& state, int first_tier, size_t bytes, 
   for (size_t t = 0; t < store.tiers(); t++) {
     const Tier& tier = store.tier(static_cast<int>(t));
     TierView& view = snapshot.tiers.emplace_back();
-    ViewRoom(tier, free == Free::kGathered, &view);
+    if (static_cast<int>(t) == first_tier) {
+      ViewRoom(tier, free == Free::kGathered, &view);
+    } else {
+      ViewRoomBelow(state, static_cast<int>(t), free == Free::kGathered, &view);
+    }
     if (tier.io != nullptr && !tier.io->Writable())
       continue;  // nothing has to leave it for what it will not take
     if (static_cast<int>(t) != first_tier && static_cast<int>(t) < store.Below(first_tier)) continue;
@@ -365,7 +378,7 @@ StretchView RoomMaker::ViewStretch(const CacheState& state, int tier_index, size
   stretch.offset = end;
   if (store.HasBelow(tier_index)) {
     TierView below;
-    ViewRoom(store.tier(store.Below(tier_index)), true, &below);
+    ViewRoomBelow(state, store.Below(tier_index), true, &below);
     stretch.room_below = below.room_bytes;
     stretch.largest_below = std::min(below.room_bytes, store.tier(store.Below(tier_index)).LargestRoom());
   }

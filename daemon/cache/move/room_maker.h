@@ -55,6 +55,9 @@ class RoomMaker {
   bool DropCached(CacheState& state, const TenantAccount& account, int tier, size_t bytes) const;
   // What a tier may take, as the policy sees it.
   static void ViewRoom(const Tier& tier, bool gathered, TierView* view);
+  // The same for what comes down into the tier: it leaves room to recode a block in, where there is nothing
+  // below.
+  static void ViewRoomBelow(const CacheState& state, int tier, bool gathered, TierView* view);
 
  private:
   enum class Free : uint8_t { kInOnePiece, kGathered };

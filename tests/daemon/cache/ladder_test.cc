@@ -127,6 +127,21 @@ TEST_F(LadderTest, ATierThatIsAloneTakesMoreTokensInFewerBits) {
   EXPECT_GE(after, before * static_cast<int64_t>(four) / static_cast<int64_t>(two) * 8 / 10) << before;
 }
 
+// What comes down leaves room to recode in.
+TEST_F(LadderTest, TwoTiersThatAreFullTakeMoreTokensInFewerBits) {
+  Start(2 * kMiB, 2 * kMiB);
+  const auto fill = [&](const SequenceOptions& options) {
+    Client client(*cache_, SmallModel(), options, random_);
+    while (client.length() < 64 * 1000 && client.Append(64).ok()) {
+    }
+    const int64_t blocks = client.length() / 64;
+    EXPECT_TRUE(client.Close().ok());
+    return blocks;
+  };
+  const int64_t before = fill(WithPair("q8_0", {1, 2}));
+  EXPECT_GE(fill(Degrading("q8_0", {"turbo4", "turbo3"}, {1, 2})), before * 4 / 3) << before;
+}
+
 TEST_F(LadderTest, BlocksThatMayBeDroppedAreRecodedFirst) {
   const size_t exact = BlockBytes("f16"), four = BlockBytes("turbo4");
   Start(2 * exact + 60 * four, 0);
