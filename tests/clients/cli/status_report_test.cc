@@ -253,8 +253,9 @@ TEST(StatusReport, TellsOfBlocksThatWereRecodedToFewerBits) {
   const nlohmann::json json = nlohmann::json::parse(RenderStatusJson(snapshot));
   EXPECT_EQ(json["tiers"][0]["degraded_blocks"], 12);
   EXPECT_EQ(json["tiers"][0]["degraded_bytes"], 3 << 20);
-  EXPECT_EQ(json["sequences"][0]["degraded_blocks"], 7);
-  EXPECT_EQ(json["sequences"][0]["degrade"][1], "turbo2/turbo2");
+  const nlohmann::json sequences = nlohmann::json::parse(RenderSequencesJson(snapshot.sequences));
+  EXPECT_EQ(sequences[0]["degraded_blocks"], 7);
+  EXPECT_EQ(sequences[0]["degrade"][1], "turbo2/turbo2");
 }
 
 TEST(StatusReport, Json) {
