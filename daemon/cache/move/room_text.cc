@@ -122,7 +122,13 @@ std::string NoRoomText(const CacheState& state, size_t bytes, const TenantAccoun
     if (tier.io != nullptr && !tier.io->Writable())
       absl::StrAppend(&text, " (it takes nothing now: ", tier.io->Stats().problem, ")");
   }
-  return absl::StrCat(text, Advice(state, account, pinned, "more memory for a tier", now));
+  return absl::StrCat(text,
+                      Advice(state, account, pinned,
+                             state.store.recodable_blocks() == 0
+                                 ? "sequences whose cold blocks may be recoded to fewer bits (degrade); "
+                                   "more memory for a tier"
+                                 : "more memory for a tier",
+                             now));
 }
 
 std::string OverQuotaText(const CacheState& state, size_t bytes, const TenantAccount& account,

@@ -122,6 +122,11 @@ TEST_F(LadderTest, ATierThatIsAloneTakesMoreTokensInFewerBits) {
   };
   Start(room, 0);
   const int64_t before = fill(WithPair("turbo4", {0, 0}));
+  {
+    Client full(*cache_, SmallModel(), WithPair("turbo4", {0, 0}), random_);
+    EXPECT_TRUE(IsError(full.Append(64 * 200), absl::StatusCode::kResourceExhausted, "fewer bits (degrade)"));
+    EXPECT_TRUE(full.Close().ok());
+  }
   const int64_t after = fill(Degrading("turbo4", {"turbo3", "turbo2"}));
   // Not all of it: free pieces that are smaller than any block stay.
   EXPECT_GE(after, before * static_cast<int64_t>(four) / static_cast<int64_t>(two) * 8 / 10) << before;
