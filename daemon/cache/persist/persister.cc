@@ -445,6 +445,10 @@ std::unique_ptr<KeptPrefix> Persister::KeepPrefix(CacheState& state, const Seque
   const int groups = static_cast<int>(sequence.groups.size());
   // The longest prefix that is durable with everything that the next token would see.
   constexpr int64_t kTries = 64;
+  // Blocks of its own, beside those that were found in their place, are what is durable of it.
+  state.prefixes.Prefer(sequence, [&](const Block& block) {
+    return !block.moving && DurablePlace(state.store, block) != nullptr;
+  });
   const auto durable = [&](int g, int64_t index) {
     const Block* const block = state.prefixes.Get(space, keys[static_cast<size_t>(index)], g);
     return block != nullptr && !block->moving && DurablePlace(state.store, *block) != nullptr;

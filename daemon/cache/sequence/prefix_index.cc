@@ -231,6 +231,26 @@ uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most, UnsentBlocks* 
   return dropped;
 }
 
+void PrefixIndex::Prefer(const Sequence& sequence, absl::FunctionRef<bool(const Block&)> better) {
+  PrefixSpace& space = *sequence.prefixes;
+  for (int64_t index = 0; index < sequence.found_blocks; index++) {
+    for (size_t g = 0; g < sequence.groups.size(); g++) {
+      const GroupTable& table = sequence.groups[g];
+      if (index < table.first_block() || index >= table.end_block()) continue;
+      Block* const mine = table.at(index);
+      Block* const there = Get(space, KeyOf(sequence, index), static_cast<int>(g));
+      if (there == nullptr || there == mine || there->leases > 0 || there->holds > 0 ||
+          mine->prefix() != nullptr || mine->place == nullptr || mine->keyed || mine->home() != space.home ||
+          mine->group() != static_cast<int>(g) || mine->layout() != there->layout() ||
+          HashOf(mine->profile()) != HashOf(there->profile()) || !better(*mine) || better(*there))
+        continue;
+      Leave(there);
+      store_->DeleteIfUnused(there);
+      Insert(space, KeyOf(sequence, index), static_cast<int>(g), mine);
+    }
+  }
+}
+
 BlockKey PrefixIndex::KeyOf(const Sequence& sequence, int64_t index) {
   const TokenChain& chain = *sequence.chain;
   return index < chain.forgotten() ? WholeTable(sequence)->at(index)->key : chain.key(index);

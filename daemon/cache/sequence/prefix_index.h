@@ -21,6 +21,7 @@
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/container/inlined_vector.h"
+#include "absl/functional/function_ref.h"
 #include "daemon/cache/block/blocks_by_key.h"
 #include "daemon/cache/block/unsent_blocks.h"
 #include "daemon/cache/sequence/sequence.h"
@@ -74,6 +75,9 @@ class PrefixIndex {
   // `unsent`, if it is not null, hears of what was not found before. Returns how many were dropped to make
   // place.
   uint64_t Register(Sequence& sequence, uint64_t most, UnsentBlocks* unsent);
+  // Where equal tokens have two copies, the sequence's own is found from now on if it is better and the other
+  // is not.
+  void Prefer(const Sequence& sequence, absl::FunctionRef<bool(const Block&)> better);
   // The hash of a full block of the sequence's known tokens, and of all of them. Of old blocks it is kept by
   // the block, in a group without a sliding window; where all groups have one, by the chain.
   static BlockKey KeyOf(const Sequence& sequence, int64_t index);
