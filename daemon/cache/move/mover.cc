@@ -51,15 +51,31 @@ void Mover::Run() {
 
 void Mover::RunIo() {
   CacheLock lock(core_);
+  const size_t step = core_.options().max_moves_in_flight;
+  // A list counts as done when its last batch has ended, so that no block is handed over twice.
+  const auto run = [&](IoMoves* list) {
+    if (list->moves.empty() || stopping_) return;
+    const size_t begin = list->next, end = std::min(list->moves.size(), begin + step);
+    const std::vector<Move> batch(list->moves.begin() + static_cast<ptrdiff_t>(begin),
+                                  list->moves.begin() + static_cast<ptrdiff_t>(end));
+    list->next = end;
+    room_.Execute(lock, batch, true, lock->store.serial() + 1);
+    if (list->next == list->moves.size()) *list = {};
+  };
   while (!stopping_) {
-    if (io_moves_.empty()) lock.Wait(wake_, core_.options().move_interval);
-    const std::vector<Move> moves = io_moves_;
-    const size_t step = core_.options().max_moves_in_flight;
-    for (size_t begin = 0; begin < moves.size() && !stopping_; begin += step)
-      room_.Execute(lock, std::span(moves).subspan(begin, std::min(step, moves.size() - begin)), true,
-                    lock->store.serial() + 1);
-    io_moves_.clear();
+    if (io_wanted_.moves.empty() && io_idle_.moves.empty()) lock.Wait(wake_, core_.options().move_interval);
+    run(&io_wanted_);
+    run(&io_idle_);
   }
+}
+
+void Mover::HandOver(std::span<const Move> io) {
+  const auto goes_up = [](const Move& move) { return move.to >= 0 && move.to < move.from; };
+  const auto last_up = std::find_if(io.rbegin(), io.rend(), goes_up).base();
+  // Up to the last one that goes up: what goes down before it makes its room.
+  if (io_wanted_.moves.empty()) io_wanted_.moves.assign(io.begin(), last_up);
+  if (io_idle_.moves.empty()) io_idle_.moves.assign(last_up, io.end());
+  if (!io.empty()) wake_.NotifyAll();
 }
 
 absl::Status Mover::WaitUntilStill(CacheLock& lock, const Block& block) const {
@@ -266,25 +282,31 @@ absl::StatusOr<MoveReport> Mover::Prefetch(std::span<const SequenceId> ids, cons
   }
 }
 
-// A tier and, if it is above the high watermark, as many of its coldest idle blocks as may move in a round.
-TierView Mover::ViewIdle(const CacheState& state, int tier_index, absl::Time now) const {
+// A tier and as many of its coldest idle blocks as may move in a round, if it is above the high watermark,
+// and as many for what is to come up here and finds no room.
+TierView Mover::ViewIdle(const CacheState& state, int tier_index, size_t wanted_bytes, absl::Time now) const {
   constexpr size_t kPeeks = 1024;
   const BlockStore& store = state.store;
   const Tier& tier = store.tier(tier_index);
   TierView view;
   RoomMaker::ViewRoomBelow(state, tier_index, false, &view);
-  const bool full = static_cast<double>(tier.allocator.used_bytes()) >
-                    state.limits.high_watermark * static_cast<double>(view.capacity_bytes);
-  if (!full) return view;
-  const auto low = static_cast<size_t>(state.limits.low_watermark * static_cast<double>(view.capacity_bytes));
-  view.recodable = RoomMaker::ViewRecodable(
-      store, tier_index, tier.allocator.used_bytes() - std::min(tier.allocator.used_bytes(), low), kAnySerial,
-      now);
+  const auto capacity = static_cast<double>(view.capacity_bytes);
+  const size_t used = tier.allocator.used_bytes();
+  const bool full = static_cast<double>(used) > state.limits.high_watermark * capacity;
+  if (full) {
+    const auto low = static_cast<size_t>(state.limits.low_watermark * capacity);
+    view.recodable = RoomMaker::ViewRecodable(store, tier_index, used - std::min(used, low), kAnySerial, now);
+  }
   if (!store.HasBelow(tier_index)) return view;
+  size_t most = full ? core_.options().max_moves_in_flight : 0;
+  if (wanted_bytes > 0 &&
+      static_cast<double>(used + wanted_bytes) > core_.options().limits.promote_below * capacity)
+    most += core_.options().max_moves_in_flight;
+  if (most == 0) return view;
   size_t peeks = 0;
   store.PeekIdle(tier_index, kAnySerial, [&](const Block& block) {
     view.coldest.push_back(RoomMaker::View(store, block, now));
-    return view.coldest.size() < core_.options().max_moves_in_flight && ++peeks < kPeeks;
+    return view.coldest.size() < most && ++peeks < kPeeks;
   });
   return view;
 }
@@ -298,11 +320,18 @@ MoveReport Mover::RunOnce() {
   const uint64_t before_serial = store.serial() + 1;  // what is used from now on stays
   Snapshot snapshot;
   snapshot.homes = static_cast<size_t>(store.homes());
-  for (int t = 0; t < static_cast<int>(store.tiers()); t++) snapshot.tiers.push_back(ViewIdle(*lock, t, now));
-  for (const Block* block : store.TakeWanted(kMostWanted))
-    if (!IsBusy(*block))
-      snapshot.tiers[static_cast<size_t>(block->place->tier)].wanted.push_back(
-          RoomMaker::View(store, *block, now));
+  std::vector<std::vector<BlockView>> wanted(store.tiers());
+  std::vector<size_t> wanted_bytes(store.tiers());  // by the tier that they are to come to
+  for (const Block* block : store.TakeWanted(kMostWanted)) {
+    if (IsBusy(*block)) continue;
+    const auto from = static_cast<size_t>(block->place->tier);
+    wanted[from].push_back(RoomMaker::View(store, *block, now));
+    wanted_bytes[snapshot.Above(from, wanted[from].back())] += block->bytes();
+  }
+  for (size_t t = 0; t < store.tiers(); t++) {
+    snapshot.tiers.push_back(ViewIdle(*lock, static_cast<int>(t), wanted_bytes[t], now));
+    snapshot.tiers.back().wanted = std::move(wanted[t]);
+  }
   TierLimits limits = core_.options().limits;
   limits.high_watermark = lock->limits.high_watermark;
   limits.low_watermark = lock->limits.low_watermark;
@@ -310,11 +339,7 @@ MoveReport Mover::RunOnce() {
   if (!io_thread_.joinable()) return room_.Execute(lock, moves, true, before_serial);
   const auto io =
       std::stable_partition(moves.begin(), moves.end(), [&](const Move& move) { return !IsIo(move); });
-  // While the other thread is busy its moves wait for a later round, which sees what is wanted then.
-  if (io_moves_.empty() && io != moves.end()) {
-    io_moves_.assign(io, moves.end());
-    wake_.NotifyAll();
-  }
+  HandOver(std::span(io, moves.end()));
   moves.erase(io, moves.end());
   return room_.Execute(lock, moves, true, before_serial);
 }

@@ -45,6 +45,11 @@ class Mover {
                        const CallContext& context);
   // The same for one block that a call writes or decodes.
   absl::Status BringIn(CacheLock& lock, Block* block);
+  // Moves those blocks home that fit there while it stays below promote_below and nobody makes way. What does
+  // not stays where it is, which is no error.
+  void BringHome(CacheLock& lock, std::span<const HeldBlock> blocks, const CallContext& context);
+  // Bytes that may come home so.
+  static size_t RoomAtHome(const CacheState& state, int home, const TierLimits& limits);
   bool IsFar(const Block& block) const { return block.place != nullptr && !core_.attends(block.place->tier); }
   // Returns when the block is not being moved; Aborted after room_wait.
   absl::Status WaitUntilStill(CacheLock& lock, const Block& block) const;
@@ -69,7 +74,10 @@ class Mover {
                   const Cancellation* cancellation);
   // Not OK when the call is no longer wanted.
   absl::Status Check(const CallContext& context, const char* what, const MoveReport& report) const;
-  TierView ViewIdle(const CacheState& state, int tier, absl::Time now) const;
+  // `wanted_bytes`: of blocks that are to come up here.
+  TierView ViewIdle(const CacheState& state, int tier, size_t wanted_bytes, absl::Time now) const;
+  // Hands over what the thread for I/O has to do, where it has done what it was given before.
+  void HandOver(std::span<const Move> io);
   void Run();
   void RunIo();
   bool IsIo(const Move& move) const {
@@ -78,9 +86,15 @@ class Mover {
 
   CacheCore& core_;
   RoomMaker room_;
-  CondVar wake_;                    // the mover stops, or has moves for the other thread
-  std::vector<Move> io_moves_;      // that the thread for I/O has to do; under the cache's mutex
-  bool stopping_ = false;           // under the cache's mutex
+  CondVar wake_;  // the mover stops, or has moves for the other thread
+  // That the thread for I/O has to do, a batch of each in turn: what was wanted waits for no idle block.
+  // Under the cache's mutex, as `stopping_`.
+  struct IoMoves {
+    std::vector<Move> moves;
+    size_t next = 0;  // that has not begun
+  };
+  IoMoves io_wanted_, io_idle_;
+  bool stopping_ = false;
   std::thread thread_, io_thread_;  // a slow disk does not keep moves between memories waiting
 };
 

@@ -70,51 +70,126 @@ class RoomPicker {
   std::vector<Move> moves_;
 };
 
+class MovePicker {
+ public:
+  MovePicker(const Snapshot& snapshot, const TierLimits& limits)
+      : snapshot_(snapshot), tiers_(snapshot.tiers), limits_(limits), used_(tiers_.size()) {
+    for (size_t t = 0; t < tiers_.size(); t++) {
+      used_[t] = tiers_[t].used_bytes;
+      for (const BlockView& block : tiers_[t].wanted) stay_.insert(block.id);
+    }
+    // What goes down in exchange leaves as much for the watermark.
+    for (const TierView& tier : tiers_) {
+      const bool full = tier.used_bytes > Fraction(tier.capacity_bytes, limits.high_watermark);
+      exchanges_.push_back(full ? (tier.coldest.size() + 1) / 2 : tier.coldest.size());
+    }
+  }
+
+  // Up to so many moves in all.
+  void Promote(size_t most) {
+    for (size_t t = snapshot_.homes; t < tiers_.size(); t++)
+      for (const BlockView& block : tiers_[t].wanted) {
+        if (moves_.size() >= most) return;
+        if (promoted_.contains(block.id)) continue;
+        const size_t target = snapshot_.Above(t, block);
+        if (used_[target] + block.bytes <= Fraction(tiers_[target].capacity_bytes, limits_.promote_below)) {
+          Add(block, t, target);
+        } else if (!Exchange(block, t, target, most)) {
+          continue;
+        }
+        promoted_.insert(block.id);
+      }
+  }
+
+  void Demote(size_t most) {
+    for (size_t t = 0; t < tiers_.size(); t++) {
+      const size_t target = snapshot_.Below(t);
+      if (tiers_[t].used_bytes <= Fraction(tiers_[t].capacity_bytes, limits_.high_watermark)) continue;
+      // There may be more to recode than was looked at.
+      if (Recode(t, most) || target >= tiers_.size()) continue;
+      for (const BlockView& block : tiers_[t].coldest) {
+        if (used_[t] <= Fraction(tiers_[t].capacity_bytes, limits_.low_watermark) || moves_.size() >= most)
+          break;
+        if (MayGoDown(block) && used_[target] + block.bytes <= tiers_[target].capacity_bytes)
+          Demote(block, t, target);
+      }
+    }
+  }
+
+  std::vector<Move> Take() { return std::move(moves_); }
+
+ private:
+  bool MayGoDown(const BlockView& block) const {
+    return block.idle >= limits_.idle && !stay_.contains(block.id);
+  }
+  void Add(const BlockView& block, size_t from, size_t to) {
+    moves_.push_back({block.id, static_cast<int>(from), static_cast<int>(to)});
+    used_[from] -= block.bytes;
+    used_[to] += block.bytes;
+  }
+  // Idle blocks of the tier, where they may be, until it is at the low watermark. Whether there were any.
+  bool Recode(size_t tier, size_t most) {
+    const size_t before = moves_.size();
+    for (const BlockView& block : tiers_[tier].recodable) {
+      if (used_[tier] <= Fraction(tiers_[tier].capacity_bytes, limits_.low_watermark) ||
+          moves_.size() >= most)
+        break;
+      if (!MayGoDown(block)) continue;
+      moves_.push_back({block.id, static_cast<int>(tier), kRecode});
+      used_[tier] -= block.bytes - block.recoded_bytes;
+      stay_.insert(block.id);
+    }
+    return moves_.size() > before;
+  }
+  void Demote(const BlockView& block, size_t from, size_t to) {
+    Add(block, from, to);
+    stay_.insert(block.id);
+  }
+
+  // The block goes up and at least as many bytes down that were used earlier: the tier above gets no fuller.
+  bool Exchange(const BlockView& block, size_t from, size_t target, size_t most) {
+    const TierView& above = tiers_[target];
+    const size_t below = snapshot_.Below(target);
+    if (below >= tiers_.size()) return false;
+    std::vector<const BlockView*> down;
+    size_t bytes = 0;
+    for (const BlockView& candidate : above.coldest) {
+      if (bytes >= block.bytes || down.size() == exchanges_[target]) break;
+      if (!MayGoDown(candidate) || candidate.idle <= block.idle) continue;
+      down.push_back(&candidate);
+      bytes += candidate.bytes;
+    }
+    if (bytes < block.bytes || moves_.size() + down.size() + 1 > most) return false;
+    // Up first where there is room for the moment: then there is room below, too.
+    const bool up_first =
+        used_[target] + block.bytes <= Fraction(above.capacity_bytes, limits_.high_watermark);
+    const size_t room = tiers_[below].capacity_bytes + (up_first && below == from ? block.bytes : 0);
+    if (used_[below] + bytes > room) return false;
+    if (up_first) Add(block, from, target);
+    for (const BlockView* const candidate : down) Demote(*candidate, target, below);
+    if (!up_first) Add(block, from, target);
+    exchanges_[target] -= down.size();
+    return true;
+  }
+
+  const Snapshot& snapshot_;
+  const std::vector<TierView>& tiers_;
+  const TierLimits& limits_;
+  std::vector<size_t> used_;
+  std::vector<size_t> exchanges_;      // by tier: blocks that may still go down for wanted ones
+  absl::flat_hash_set<BlockId> stay_;  // wanted, on their way down, or recoded
+  absl::flat_hash_set<BlockId> promoted_;
+  std::vector<Move> moves_;
+};
+
 }  // namespace
 
 std::vector<Move> PickMoves(const Snapshot& snapshot, const TierLimits& limits, size_t max_moves) {
-  std::vector<Move> moves;
-  std::vector<size_t> used(snapshot.tiers.size());
-  for (size_t t = 0; t < used.size(); t++) used[t] = snapshot.tiers[t].used_bytes;
-
-  for (size_t t = 0; t < used.size(); t++) {
-    const size_t target = snapshot.Below(t);
-    const TierView& tier = snapshot.tiers[t];
-    if (used[t] <= Fraction(tier.capacity_bytes, limits.high_watermark)) continue;
-    bool recodes = false;
-    for (const BlockView& block : tier.recodable) {
-      if (used[t] <= Fraction(tier.capacity_bytes, limits.low_watermark) || moves.size() == max_moves) break;
-      if (block.idle < limits.idle) continue;
-      moves.push_back({block.id, static_cast<int>(t), kRecode});
-      used[t] -= block.bytes - block.recoded_bytes;
-      recodes = true;
-    }
-    // There may be more to recode than was looked at.
-    if (recodes || target >= used.size()) continue;
-    const TierView& below = snapshot.tiers[target];
-    for (const BlockView& block : tier.coldest) {
-      if (used[t] <= Fraction(tier.capacity_bytes, limits.low_watermark) || moves.size() == max_moves) break;
-      if (block.idle < limits.idle || used[target] + block.bytes > below.capacity_bytes) continue;
-      moves.push_back({block.id, static_cast<int>(t), static_cast<int>(target)});
-      used[t] -= block.bytes;
-      used[target] += block.bytes;
-    }
-  }
-  if (!limits.promote_on_attend) return moves;
-  for (size_t t = snapshot.homes; t < used.size(); t++) {
-    for (const BlockView& block : snapshot.tiers[t].wanted) {
-      if (moves.size() == max_moves) break;
-      const size_t target = snapshot.Above(t, block);
-      const size_t limit = Fraction(snapshot.tiers[target].capacity_bytes, limits.promote_below);
-      if (used[target] + block.bytes > limit) continue;
-      const auto demoted = [&](const Move& move) { return move.block == block.id; };
-      if (std::any_of(moves.begin(), moves.end(), demoted)) continue;
-      moves.push_back({block.id, static_cast<int>(t), static_cast<int>(target)});
-      used[target] += block.bytes;
-      used[t] -= block.bytes;
-    }
-  }
-  return moves;
+  MovePicker picker(snapshot, limits);
+  if (limits.promote_on_attend) picker.Promote(max_moves - max_moves / 2);
+  picker.Demote(max_moves);
+  if (limits.promote_on_attend) picker.Promote(max_moves);
+  return picker.Take();
 }
 
 int PickHome(const std::vector<HomeView>& homes) {

@@ -61,9 +61,12 @@ struct Move {
   bool operator==(const Move&) const = default;
 };
 
-// What the tiers do on their own: above the high watermark idle blocks are recoded to fewer bits where they
-// may be, and when none is left to recode demoted, down to the low one. Then promotes wanted blocks by one
-// tier at a time while the tier above stays below promote_below. Never drops. At most max_moves.
+// What the tiers do on their own. Wanted blocks first: up by one tier each, where the tier above stays below
+// promote_below, or where idle blocks there that were used earlier go down in exchange. Then, above the high
+// watermark, idle blocks are recoded to fewer bits where they may be, and when none is left to recode go
+// down, to the low one, and whatever finds room by that goes up. What is wanted is neither recoded nor goes
+// down. Where both have work, each has at least half of max_moves, which is never exceeded, and half of the
+// idle blocks of a tier above its watermark. Never drops.
 std::vector<Move> PickMoves(const Snapshot& snapshot, const TierLimits& limits, size_t max_moves);
 
 // Moves after which `bytes` should fit into `tier`: recodes cold blocks that may be, then demotes the coldest

@@ -211,6 +211,7 @@ TEST_F(LadderTest, ACutIntoARecodedBlockKeepsTheValuesThatWereLeft) {
 TEST_F(LadderTest, ChecksumsFollowAndAFailedRecodingLeavesTheBlock) {
   options_.limits.high_watermark = 0.1;
   options_.limits.low_watermark = 0;
+  options_.limits.promote_on_attend = false;  // what was attended would come up instead
   Start(8 * kMiB, BlockBytes("f16") + 40 * BlockBytes("turbo4"));
   Client client(*cache_, SmallModel(), Degrading("turbo4", {"turbo3", "turbo2"}), random_);
   for (int i = 0; i < 12; i++) ASSERT_TRUE(client.Append(64).ok());
