@@ -498,6 +498,10 @@ absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config) {
   if (!config.eviction().empty()) {
     KVTIDE_ASSIGN_OR_RETURN(options.cache.eviction, ParseEvictionKind(config.eviction()));
   }
+  if (!config.attend_lower_tiers().empty()) {
+    KVTIDE_ASSIGN_OR_RETURN(options.cache.attend_lower_tiers,
+                            ParseAttendLowerTiers(config.attend_lower_tiers()));
+  }
   std::vector<std::string> tiers = {"device"};
   if (options.host_bytes > 0) tiers.push_back("host");
   if (options.disk_bytes > 0) tiers.push_back("disk");
@@ -535,6 +539,7 @@ v1::KvtidedConfig WithDefaults(const v1::KvtidedConfig& config, const DaemonOpti
                             ? "off"
                             : absl::StrCat(options.trace_file, ":", ExactBytes(options.trace_bytes)));
   full.set_eviction(NameOf(options.cache.eviction));
+  full.set_attend_lower_tiers(NameOf(options.cache.attend_lower_tiers));
   if (config.persist().empty()) full.set_persist("none");
   full.set_default_pair(PairName(service.defaults.pair));
   full.mutable_exact_window()->set_first_blocks(service.defaults.exact_window.first_blocks);

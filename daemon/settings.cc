@@ -51,6 +51,10 @@ constexpr Setting kSettings[] = {
      "(default size 256MiB; default: none)"},
     {"eviction",
      "which cached blocks go first: lru (default), used least recently, or s3-fifo, never asked for again"},
+    {"attend_lower_tiers",
+     "attention over blocks in the host tier: cost (default), there or after they were brought to the "
+     "device, "
+     "whichever is predicted to be faster; in-place; or promote-first, wherever the device has room"},
     {"persist", "when sequences become durable by themselves: none (default), on-park or all"},
     {"default_pair", "K and V type of sequences that name none (default q8_0/turbo4)"},
     {"exact_window",

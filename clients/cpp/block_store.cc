@@ -58,6 +58,7 @@ absl::StatusOr<std::unique_ptr<BlockStore>> BlockStore::Open(Client& client, con
     out.mutable_opaque()->set_encoding(opaque.encoding);
   }
   if (spec.persist_all) request.set_persistence(v1::PERSISTENCE_ALL);
+  request.set_priority(static_cast<v1::Priority>(spec.priority));
   v1::SessionResponse answer;
   KVTIDE_RETURN_IF_ERROR(client.impl_->carrier->Call(&message, &answer));
   const v1::OpenNamespaceResponse& response = answer.open_namespace();
@@ -73,12 +74,13 @@ absl::StatusOr<std::unique_ptr<BlockStore>> BlockStore::Open(Client& client, con
 
 absl::StatusOr<StoreBlocksResult> BlockStore::Store(std::span<const std::string_view> keys,
                                                     std::span<const std::byte> payload, BlockForm form,
-                                                    const PageLayout& layout) {
+                                                    const PageLayout& layout, Priority priority) {
   v1::SessionRequest message;
   v1::StoreBlocksRequest& request = *message.mutable_store_blocks();
   request.set_namespace_id(id_);
   for (const std::string_view key : keys) request.add_keys(key.data(), key.size());
   request.set_form(ToProto(form));
+  request.set_priority(static_cast<v1::Priority>(priority));
   ToProto(layout, request.mutable_layout());
   TensorMover mover(client_.impl_->carrier->memory());
   mover.Count(payload.data(), payload.size());

@@ -34,7 +34,8 @@ struct NamespaceSpec {
   int block_tokens = 0;
   std::variant<TensorBlocks, OpaqueBlocks> content;
   std::string salt;
-  bool persist_all = false;  // blocks become durable soon after they were stored
+  bool persist_all = false;                // blocks become durable soon after they were stored
+  Priority priority = Priority::kDefault;  // of blocks that are stored without one; default = normal
 };
 
 enum class BlockForm : uint8_t { kDefault, kTensors, kBytes };
@@ -82,8 +83,8 @@ class BlockStore {
 
   absl::StatusOr<StoreBlocksResult> Store(std::span<const std::string_view> keys,
                                           std::span<const std::byte> payload,
-                                          BlockForm form = BlockForm::kDefault,
-                                          const PageLayout& layout = {});
+                                          BlockForm form = BlockForm::kDefault, const PageLayout& layout = {},
+                                          Priority priority = Priority::kDefault);
   // `lease_seconds`: 0 = 30; negative: no lease. `peek`: does not count as a use, and gives no lease.
   absl::StatusOr<LookupBlocksResult> Lookup(std::span<const std::string_view> keys, double lease_seconds = 0,
                                             bool peek = false);

@@ -473,6 +473,15 @@ absl::Status Client::PinSequences(std::span<const SequenceId> sequences, absl::D
   return impl_->carrier->Call(&message, &answer);
 }
 
+absl::Status Client::SetPriority(std::span<const SequenceId> sequences, Priority priority) {
+  v1::SessionRequest message;
+  v1::SetPriorityRequest& request = *message.mutable_set_priority();
+  request.mutable_sequence_ids()->Add(sequences.begin(), sequences.end());
+  request.set_priority(static_cast<v1::Priority>(priority));
+  v1::SessionResponse answer;
+  return impl_->carrier->Call(&message, &answer);
+}
+
 absl::StatusOr<PersistResult> Client::PersistSequences(std::span<const SequenceId> sequences) {
   v1::SessionRequest message;
   v1::PersistSequencesRequest& request = *message.mutable_persist_sequences();

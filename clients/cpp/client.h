@@ -106,6 +106,7 @@ struct Model {
 enum class KeyCentring { kDefault, kNone, kFirstBlock, kCalibrated };  // kvtide.v1.KeyCentring
 enum class KeyEqualising { kDefault, kNone, kRoot, kFull };            // kvtide.v1.KeyEqualising
 enum class Persistence { kDefault, kNone, kOnPark, kAll };             // kvtide.v1.Persistence
+enum class Priority { kDefault, kLow, kNormal, kHigh };                // kvtide.v1.Priority
 enum class RopePairs { kDefault, kNone, kHalves, kNeighbours };        // kvtide.v1.RopePairs
 
 struct SequenceOptions {
@@ -120,6 +121,8 @@ struct SequenceOptions {
   std::vector<std::string> group_pairs;  // by layer group; empty = `pair` for all
   std::string device;  // where it is to live, as TierInfo::device has it; empty = where most room is
   Persistence persistence = Persistence::kDefault;  // when it becomes durable by itself
+  Priority priority =
+      Priority::kDefault;  // which of the tenant's own blocks make way first; default = normal
   // What else K and V depend on beside model and token ids; keeps prefixes apart (LookupPrefix).
   std::string prefix_salt;
   // Pairs of fewer and fewer bits that cold blocks may be recoded as when their tier needs room, before
@@ -276,6 +279,7 @@ struct SequenceInfo {
   int64_t durable_tokens = 0;
   Persistence persistence = Persistence::kNone;
   int64_t known_tokens = 0, reused_tokens = 0;  // whose ids are known; that it began with
+  Priority priority = Priority::kNormal;
 };
 
 // kvtide.v1.GetStatsResponse explains the fields.
@@ -296,6 +300,9 @@ struct TierStats {
   int64_t prefix_hit_tokens = 0;
   bool encrypted = false;                           // what lies there
   int64_t degraded_blocks = 0, degraded_bytes = 0;  // recoded here to fewer bits, and what that has freed
+  int64_t attended_in_place = 0, promoted_first = 0;
+  double attend_bytes_per_second = 0, promote_bytes_per_second = 0;
+  int64_t low_priority_blocks = 0, high_priority_blocks = 0;
 };
 struct RemoteStats {
   std::string server;                  // "redis://10.0.0.5:6379"
@@ -501,6 +508,8 @@ class Client {
   absl::StatusOr<ConfigChanges> ReloadConfig();
   // For so long (a day at most, 0 ends it) their blocks stay in their tiers, unless a call names them.
   absl::Status PinSequences(std::span<const SequenceId> sequences, absl::Duration time);
+  // Which of the tenant's own blocks make way first, from now on. kDefault is InvalidArgument.
+  absl::Status SetPriority(std::span<const SequenceId> sequences, Priority priority);
   // They are there again after a stop, a crash or a kill of the daemon, as they are now.
   absl::StatusOr<PersistResult> PersistSequences(std::span<const SequenceId> sequences);
 

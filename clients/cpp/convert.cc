@@ -118,6 +118,7 @@ void ToProto(const SequenceOptions& options, v1::CreateSequenceRequest* proto) {
   proto->set_key_equalising(static_cast<v1::KeyEqualising>(options.key_equalising));
   proto->set_rope_pairs(static_cast<v1::RopePairs>(options.rope_pairs));
   proto->set_persistence(static_cast<v1::Persistence>(options.persistence));
+  proto->set_priority(static_cast<v1::Priority>(options.priority));
   proto->set_tenant(options.tenant);
   proto->set_device(options.device);
   proto->set_prefix_salt(options.prefix_salt);
@@ -210,6 +211,7 @@ SequenceInfo FromProto(const v1::Sequence& proto) {
   info.known_tokens = proto.known_tokens();
   info.reused_tokens = proto.reused_tokens();
   info.persistence = static_cast<Persistence>(proto.persistence());
+  info.priority = static_cast<Priority>(proto.priority());
   return info;
 }
 
@@ -240,6 +242,12 @@ ServerStats FromProto(const v1::GetStatsResponse& proto) {
     out.checksum_errors = tier.checksum_errors();
     out.sync_errors = tier.sync_errors();
     out.prefix_hit_tokens = tier.prefix_hit_tokens();
+    out.attended_in_place = tier.attended_in_place();
+    out.promoted_first = tier.promoted_first();
+    out.attend_bytes_per_second = tier.attend_bytes_per_second();
+    out.promote_bytes_per_second = tier.promote_bytes_per_second();
+    out.low_priority_blocks = tier.low_priority_blocks();
+    out.high_priority_blocks = tier.high_priority_blocks();
     out.encrypted = tier.encrypted();
     out.degraded_blocks = tier.degraded_blocks();
     out.degraded_bytes = tier.degraded_bytes();

@@ -44,6 +44,7 @@ class UnaryCalls : public Carrier {
       KVTIDE_VERB(ListSequences, list_sequences)
       KVTIDE_VERB(GetStats, get_stats)
       KVTIDE_VERB(PinSequences, pin_sequences)
+      KVTIDE_VERB(SetPriority, set_priority)
       KVTIDE_VERB(GetConfig, get_config)
       KVTIDE_VERB(ReloadConfig, reload_config)
       KVTIDE_VERB(Plan, plan)

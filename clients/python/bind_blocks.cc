@@ -69,6 +69,8 @@ nb::object OpenBlockStore(std::shared_ptr<client::Pool> pool, const nb::dict& fr
   spec.block_tokens = nb::cast<int>(from["block_tokens"]);
   spec.salt = nb::cast<std::string>(from["salt"]);
   spec.persist_all = nb::cast<bool>(from["persist_all"]);
+  if (from.contains("priority"))
+    spec.priority = static_cast<client::Priority>(nb::cast<int>(from["priority"]));
   if (from.contains("block_bytes")) {
     spec.content =
         client::OpaqueBlocks{nb::cast<int64_t>(from["block_bytes"]), nb::cast<std::string>(from["encoding"])};
@@ -94,13 +96,15 @@ void BindBlocks(nb::module_& m) {
                    })
       .def("store",
            [](const OpenStore& handle, const std::vector<nb::bytes>& keys, const AnyArray& array,
-              const nb::dict& layout) {
+              const nb::dict& layout, int priority) {
              const std::vector<std::string_view> views = Views(keys);
              const Payload payload = FormOf(array, layout);
              const std::span<const std::byte> bytes(static_cast<const std::byte*>(array.data()),
                                                     array.nbytes());
-             const client::StoreBlocksResult result = Raise(
-                 Blocking([&] { return handle.store().Store(views, bytes, payload.form, payload.layout); }));
+             const client::StoreBlocksResult result = Raise(Blocking([&] {
+               return handle.store().Store(views, bytes, payload.form, payload.layout,
+                                           static_cast<client::Priority>(priority));
+             }));
              return nb::make_tuple(result.stored, result.present, result.left_out, result.problem);
            })
       .def("lookup",

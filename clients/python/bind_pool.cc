@@ -76,6 +76,7 @@ nb::dict ToPython(const client::SequenceInfo& from) {
   KVTIDE_PUT(seal_at_once), KVTIDE_PUT(idle_seconds), KVTIDE_PUT(age_seconds), KVTIDE_PUT(device);
   KVTIDE_PUT(durable), KVTIDE_PUT(durable_tokens), KVTIDE_PUT(known_tokens), KVTIDE_PUT(reused_tokens);
   KVTIDE_PUT(degraded_blocks), KVTIDE_PUT(degrade);
+  out["priority"] = static_cast<int>(from.priority);
   out["tiers"] = List(from.tiers, [](const client::TierShare& share) { return ToPython(share); });
   out["exact_window"] = ToPython(from.exact_window);
   return out;
@@ -94,8 +95,10 @@ nb::dict ToPython(const client::TierStats& from) {
   KVTIDE_PUT(promoted_blocks), KVTIDE_PUT(dropped_blocks), KVTIDE_PUT(device), KVTIDE_PUT(lost_blocks);
   KVTIDE_PUT(io), KVTIDE_PUT(problem), KVTIDE_PUT(read_bytes), KVTIDE_PUT(written_bytes);
   KVTIDE_PUT(read_errors), KVTIDE_PUT(write_errors), KVTIDE_PUT(checksum_errors), KVTIDE_PUT(sync_errors);
-  KVTIDE_PUT(prefix_hit_tokens), KVTIDE_PUT(encrypted);
   KVTIDE_PUT(degraded_blocks), KVTIDE_PUT(degraded_bytes);
+  KVTIDE_PUT(prefix_hit_tokens), KVTIDE_PUT(encrypted), KVTIDE_PUT(attended_in_place);
+  KVTIDE_PUT(promoted_first), KVTIDE_PUT(attend_bytes_per_second), KVTIDE_PUT(promote_bytes_per_second);
+  KVTIDE_PUT(low_priority_blocks), KVTIDE_PUT(high_priority_blocks);
   out["pairs"] = List(from.pairs, [](const client::PairStats& pair) { return ToPython(pair); });
   return out;
 }
@@ -214,6 +217,8 @@ client::SequenceOptions MakeSequenceOptions(const nb::dict& settings) {
       options.allow_drop = nb::cast<bool>(value);
     } else if (name == "persistence") {
       options.persistence = static_cast<client::Persistence>(nb::cast<int>(value));
+    } else if (name == "priority") {
+      options.priority = static_cast<client::Priority>(nb::cast<int>(value));
     } else if (name == "device") {
       options.device = nb::cast<std::string>(value);
     } else if (name == "prefix_salt") {
@@ -467,6 +472,12 @@ void BindPool(nb::module_& m) {
            [](const Handle& handle, const Ids& sequences) {
              const auto pool = handle.pool();
              return ToPython(Raise(Blocking([&] { return pool->PersistSequences(sequences); })));
+           })
+      .def("set_priority",
+           [](const Handle& handle, const Ids& sequences, int priority) {
+             const auto pool = handle.pool();
+             Raise(Blocking(
+                 [&] { return pool->SetPriority(sequences, static_cast<client::Priority>(priority)); }));
            })
       .def("open_block_store",
            [](const Handle& handle, const nb::dict& spec) { return OpenBlockStore(handle.pool(), spec); })

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/block/priority_records.h"
 #include "daemon/cache/move/mover.h"
 #include "daemon/cache/persist/persister.h"
 #include "daemon/cache/read/reader.h"
@@ -270,7 +271,9 @@ absl::Status KvCache::CloseSequence(SequenceId sequence, const CallContext& cont
   const std::vector<Block*> cached = PrefixReuse::BlocksOf(*closing);
   std::unique_ptr<KeptPrefix> kept = impl_->persister.KeepPrefix(*lock, *closing);
   KVTIDE_RETURN_IF_ERROR(lock->sequences.Close(closing));
-  lock->prefixes.Order(cached, closing->recency.own);
+  const RecencyPtr& own = closing->recency.own;
+  PriorityRecords records(lock->store, lock->store.LastTouched(own), own);
+  lock->prefixes.Order(cached, &records);
   lock->changed.NotifyAll();
   return impl_->persister.Forget(lock, *closing, std::move(kept));
 }
@@ -289,6 +292,14 @@ absl::Status KvCache::Pin(std::span<const SequenceId> sequences, absl::Duration 
   CacheLock lock(impl_->core);
   KVTIDE_ASSIGN_OR_RETURN(const std::vector<SequencePtr> found, lock->sequences.FindAll(sequences, context));
   return lock->sequences.Pin(found, options().clock() + time);
+}
+
+absl::Status KvCache::SetPriority(std::span<const SequenceId> sequences, Priority priority,
+                                  const CallContext& context) {
+  CacheLock lock(impl_->core);
+  KVTIDE_ASSIGN_OR_RETURN(const std::vector<SequencePtr> found, lock->sequences.FindAll(sequences, context));
+  lock->sequences.SetPriority(found, priority);
+  return absl::OkStatus();
 }
 
 absl::StatusOr<PersistReport> KvCache::Persist(std::span<const SequenceId> sequences,
@@ -413,7 +424,11 @@ double KvCache::EstimateWork(const AttendCall& call) const {
     constexpr int64_t kFewTokens = 1 << 16;  // a thousand blocks to look at
     if (tokens > kFewTokens) return kAnything;
     bool far = false;
-    table.ForEachBlock([&](const Block* block) { far = far || impl_->mover.IsFar(*block); });
+    const bool stays = options().attend_lower_tiers == AttendLowerTiers::kInPlace;
+    table.ForEachBlock([&](const Block* block) {
+      far = far || impl_->mover.IsFar(*block) ||
+            (!stays && block->place != nullptr && block->place->tier >= impl_->core.homes());
+    });
     if (far) return kAnything;
     work += static_cast<double>(tokens) * static_cast<double>(item.queries) *
             model.groups[static_cast<size_t>(layer.group)].heads;
@@ -475,8 +490,9 @@ absl::StatusOr<MoveReport> KvCache::Prefetch(std::span<const SequenceId> sequenc
                                              const CallContext& context) {
   return impl_->mover.Prefetch(sequences, context);
 }
-absl::StatusOr<NamespaceInfo> KvCache::OpenNamespace(const NamespaceSpec& spec, Persistence persistence) {
-  return impl_->keyed.Open(spec, persistence);
+absl::StatusOr<NamespaceInfo> KvCache::OpenNamespace(const NamespaceSpec& spec, Persistence persistence,
+                                                     Priority priority) {
+  return impl_->keyed.Open(spec, persistence, priority);
 }
 absl::StatusOr<StoreReport> KvCache::StoreBlocks(const StoreCall& call) { return impl_->keyed.Store(call); }
 absl::StatusOr<LookupReport> KvCache::LookupBlocks(const LookupCall& call) {

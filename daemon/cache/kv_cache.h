@@ -139,6 +139,11 @@ class KvCache {
   // ResourceExhausted by the tenant's quota.
   absl::Status Pin(std::span<const SequenceId> sequences, absl::Duration time,
                    const CallContext& context = {});
+  // Which of the tenant's own blocks make way first, in every tier: those of lower priority before those of
+  // higher, and they come up after them. Between tenants priorities say nothing. Blocks that several
+  // sequences have go by the highest of theirs, prefixes of closed ones by what they had.
+  absl::Status SetPriority(std::span<const SequenceId> sequences, Priority priority,
+                           const CallContext& context = {});
   // Makes the sequences durable as they are: after a restart they are there again, with their ids, and read
   // back bit for bit. Needs a tier with TierOptions::index. Appends to a sequence wait while its last blocks
   // are written. FailedPrecondition in evaluation mode; DataLoss where tokens were dropped; ResourceExhausted
@@ -153,8 +158,10 @@ class KvCache {
   const RestoreReport& restored() const;
 
   // The block store, for engines that keep pages of their own: blocks without a sequence, found by key
-  // (keyed_store.h). Idempotent: an equal spec is the same namespace, after a restart too.
-  absl::StatusOr<NamespaceInfo> OpenNamespace(const NamespaceSpec& spec, Persistence persistence);
+  // (keyed_store.h). Idempotent: an equal spec is the same namespace, after a restart too. The last call's
+  // persistence and priority count; blocks that had its former priority get the new one.
+  absl::StatusOr<NamespaceInfo> OpenNamespace(const NamespaceSpec& spec, Persistence persistence,
+                                              Priority priority = Priority::kNormal);
   // NotFound for a namespace that is unknown or is deleted while this runs: nothing of it is there then.
   // InvalidArgument for keys, payloads or values that do not fit: nothing was stored. ResourceExhausted if
   // not one block found room.

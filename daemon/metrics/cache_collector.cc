@@ -48,6 +48,23 @@ void WritePools(FamilyWriter& writer, const CacheStats& stats) {
                       {"backend", tier.backend},
                       {"position", std::to_string(position)}});
   }
+  writer.Gauge("kvtide_tier_priority_blocks", "Blocks by the priority of their sequence or namespace.");
+  for (const TierStats& tier : stats.tiers) {
+    const uint64_t others = tier.low_priority_blocks + tier.high_priority_blocks;
+    const uint64_t normal = tier.blocks > others ? tier.blocks - others : 0;
+    for (const auto& [priority, blocks] :
+         {std::pair{"low", tier.low_priority_blocks}, std::pair{"normal", normal},
+          std::pair{"high", tier.high_priority_blocks}})
+      writer.Sample(static_cast<double>(blocks),
+                    {{"tier", tier.name}, {"device", tier.device}, {"priority", priority}});
+  }
+  writer.Gauge("kvtide_tier_rate_bytes_per_second",
+               "Running averages by which attention chooses whether blocks of a lower tier are brought home "
+               "first: what attention reads in the tier, and what comes up from it.");
+  for (const TierStats& tier : stats.tiers)
+    for (const auto& [work, rate] :
+         {std::pair{"attend", tier.attend_rate}, std::pair{"promote", tier.promote_rate}})
+      if (rate > 0) writer.Sample(rate, {{"tier", tier.name}, {"device", tier.device}, {"work", work}});
   tiers("kvtide_pool_capacity_bytes", "Memory that the tier took at start.", &TierStats::capacity_bytes);
   tiers("kvtide_pool_used_bytes", "Bytes of blocks, those reserved by running calls and moves included.",
         &TierStats::used_bytes);
@@ -148,6 +165,15 @@ void WriteCounters(FamilyWriter& writer, const CacheStats& stats) {
   tiers("kvtide_tier_attended_bytes_total",
         "Bytes of blocks that attention read where they lie in this tier, scales and padding included.",
         &TierStats::attended_bytes);
+  writer.Counter("kvtide_lower_tier_attentions_total",
+                 "Attentions of a sequence, a layer each, over blocks of this lower tier: where they lie, or "
+                 "after they were to be brought home first.");
+  for (const TierStats& tier : stats.tiers) {
+    if (tier.promote_rate <= 0) continue;
+    for (const auto& [way, count] :
+         {std::pair{"in_place", tier.attended_in_place}, std::pair{"promote_first", tier.promoted_first}})
+      writer.Sample(static_cast<double>(count), {{"tier", tier.name}, {"device", tier.device}, {"way", way}});
+  }
   // "below" is part of attended_blocks; as labels the two parts add up.
   const uint64_t below = stats.attended_blocks_below_tier0;
   const uint64_t first = stats.attended_blocks > below ? stats.attended_blocks - below : 0;

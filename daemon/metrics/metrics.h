@@ -89,7 +89,7 @@ constexpr const char* kMethods[] = {
     "LookupBlocks",     "LoadBlocks",        "ReleaseLease",     "DeleteNamespace",  "PersistNamespace",
     "ListNamespaces",   "BeginStep",         "EndStep",          "GetStepProfile",   "PinSequences",
     "GetConfig",        "ReloadConfig",      "LookupPrefix",     "StartCalibration", "StopCalibration",
-    "ListCalibrations", "ExportProfile",     "InstallProfile",   "PinStep",
+    "ListCalibrations", "ExportProfile",     "InstallProfile",   "PinStep",          "SetPriority",
 };
 
 class Metrics {

@@ -123,7 +123,8 @@ absl::Status Handlers::OpenNamespace(const v1::OpenNamespaceRequest& request,
           ? Persistence::kAll
           : (request.persistence() == v1::PERSISTENCE_UNSPECIFIED ? options_.defaults.persistence
                                                                   : Persistence::kNone);
-  KVTIDE_ASSIGN_OR_RETURN(const NamespaceInfo info, cache_->OpenNamespace(spec, persistence));
+  KVTIDE_ASSIGN_OR_RETURN(const Priority priority, FromProto(request.priority(), Priority::kNormal));
+  KVTIDE_ASSIGN_OR_RETURN(const NamespaceInfo info, cache_->OpenNamespace(spec, persistence, priority));
   response->set_namespace_id(info.id);
   response->set_block_bytes(Signed(info.block_bytes));
   if (spec.tensors.has_value()) response->set_pair(PairName(spec.tensors->pair));
@@ -154,6 +155,9 @@ absl::Status Handlers::StoreBlocks(const v1::StoreBlocksRequest& request, v1::St
   if (store.form == BlockPayload::kTensors && info.spec.tensors.has_value() && call.memory != nullptr)
     KVTIDE_RETURN_IF_ERROR(
         call.memory->Add(Signed(BlockLayout(info.spec.stored_shape(), ExactPair()).block_bytes())));
+  if (request.priority() != v1::PRIORITY_UNSPECIFIED) {
+    KVTIDE_ASSIGN_OR_RETURN(store.priority, FromProto(request.priority(), Priority::kNormal));
+  }
   store.context = &call.context;
   KVTIDE_ASSIGN_OR_RETURN(const StoreReport report, cache_->StoreBlocks(store));
   response->set_stored(Signed(report.stored));
@@ -293,6 +297,7 @@ absl::Status Handlers::ListNamespaces(const v1::ListNamespacesRequest&, v1::List
     out->set_loaded_blocks(info.loaded_blocks);
     out->set_dropped_blocks(info.dropped_blocks);
     out->set_persistence(info.persistence == Persistence::kAll ? v1::PERSISTENCE_ALL : v1::PERSISTENCE_NONE);
+    out->set_priority(ToProto(info.priority));
   }
   return absl::OkStatus();
 }

@@ -301,6 +301,33 @@ absl::StatusOr<double> LeaseSeconds(double asked) {
   return asked == 0 ? kDefault : asked;
 }
 
+absl::StatusOr<Priority> FromProto(v1::Priority proto, Priority unset) {
+  switch (proto) {
+    case v1::PRIORITY_UNSPECIFIED:
+      return unset;
+    case v1::PRIORITY_LOW:
+      return Priority::kLow;
+    case v1::PRIORITY_NORMAL:
+      return Priority::kNormal;
+    case v1::PRIORITY_HIGH:
+      return Priority::kHigh;
+    default:
+      return UnknownValue("priority", proto);
+  }
+}
+
+v1::Priority ToProto(Priority priority) {
+  switch (priority) {
+    case Priority::kLow:
+      return v1::PRIORITY_LOW;
+    case Priority::kHigh:
+      return v1::PRIORITY_HIGH;
+    case Priority::kNormal:
+      break;
+  }
+  return v1::PRIORITY_NORMAL;
+}
+
 absl::StatusOr<SequenceOptions> FromProto(const v1::CreateSequenceRequest& proto,
                                           const SequenceDefaults& defaults) {
   SequenceOptions options;
@@ -342,6 +369,7 @@ absl::StatusOr<SequenceOptions> FromProto(const v1::CreateSequenceRequest& proto
     default:
       return UnknownValue("persistence", proto.persistence());
   }
+  KVTIDE_ASSIGN_OR_RETURN(options.priority, FromProto(proto.priority(), Priority::kNormal));
   switch (proto.key_centring()) {
     case v1::KEY_CENTRING_UNSPECIFIED:
       options.centre = Centre::kTypeDefault;
@@ -444,6 +472,7 @@ void ToProto(const SequenceInfo& info, const std::vector<TierOptions>& tiers, ab
   proto->set_pinned_seconds(std::max(0.0, absl::ToDoubleSeconds(info.pinned_until - now)));
   proto->set_known_tokens(info.known_tokens);
   proto->set_reused_tokens(info.reused_tokens);
+  proto->set_priority(ToProto(info.options.priority));
   proto->set_persistence(info.options.persistence == Persistence::kAll      ? v1::PERSISTENCE_ALL
                          : info.options.persistence == Persistence::kOnPark ? v1::PERSISTENCE_ON_PARK
                                                                             : v1::PERSISTENCE_NONE);
@@ -473,6 +502,12 @@ void ToProto(const CacheStats& stats, v1::GetStatsResponse* proto) {
     out->set_degraded_bytes(ToSigned(tier.degraded_bytes));
     out->set_lost_blocks(ToSigned(tier.lost_blocks));
     out->set_prefix_hit_tokens(ToSigned(tier.prefix_hit_tokens));
+    out->set_attended_in_place(ToSigned(tier.attended_in_place));
+    out->set_promoted_first(ToSigned(tier.promoted_first));
+    out->set_attend_bytes_per_second(tier.attend_rate);
+    out->set_promote_bytes_per_second(tier.promote_rate);
+    out->set_low_priority_blocks(ToSigned(tier.low_priority_blocks));
+    out->set_high_priority_blocks(ToSigned(tier.high_priority_blocks));
     out->set_io(!tier.attends);
     out->set_problem(tier.io.problem);
     out->set_read_bytes(ToSigned(tier.io.read_bytes));

@@ -37,6 +37,9 @@ struct SequenceDefaults {
   ExactWindow exact_window;
   Persistence persistence = Persistence::kNone;
 };
+// InvalidArgument that names the field; unset is `unset`.
+absl::StatusOr<Priority> FromProto(v1::Priority proto, Priority unset);
+v1::Priority ToProto(Priority priority);
 // What a request asks for: 0 is the default; InvalidArgument beyond the most that a lease may last.
 absl::StatusOr<double> LeaseSeconds(double asked);
 absl::StatusOr<SequenceOptions> FromProto(const v1::CreateSequenceRequest& proto,

@@ -291,6 +291,15 @@ absl::Status Handlers::PinSequences(const v1::PinSequencesRequest& request, v1::
   return cache_->Pin(ToVector(request.sequence_ids()), absl::Seconds(request.seconds()), call.context);
 }
 
+absl::Status Handlers::SetPriority(const v1::SetPriorityRequest& request, v1::SetPriorityResponse*,
+                                   const Call& call) {
+  if (request.sequence_ids_size() == 0) return absl::InvalidArgumentError("sequence_ids is empty");
+  if (request.priority() == v1::PRIORITY_UNSPECIFIED)
+    return absl::InvalidArgumentError("priority is not set; say low, normal or high");
+  KVTIDE_ASSIGN_OR_RETURN(const Priority priority, FromProto(request.priority(), Priority::kNormal));
+  return cache_->SetPriority(ToVector(request.sequence_ids()), priority, call.context);
+}
+
 absl::Status Handlers::ListSequences(const v1::ListSequencesRequest& request,
                                      v1::ListSequencesResponse* response, const Call& call) {
   constexpr int kDefaultPage = 100, kLargestPage = 1000;

@@ -56,6 +56,7 @@ class Handlers {
   absl::Status PersistSequences(const v1::PersistSequencesRequest&, v1::PersistSequencesResponse*,
                                 const Call&);
   absl::Status PinSequences(const v1::PinSequencesRequest&, v1::PinSequencesResponse*, const Call&);
+  absl::Status SetPriority(const v1::SetPriorityRequest&, v1::SetPriorityResponse*, const Call&);
   absl::Status ListSequences(const v1::ListSequencesRequest&, v1::ListSequencesResponse*, const Call&);
   absl::Status BeginStep(const v1::BeginStepRequest&, v1::BeginStepResponse*, const Call&);
   absl::Status EndStep(const v1::EndStepRequest&, v1::EndStepResponse*, const Call&);

@@ -40,26 +40,25 @@ struct Marked<Base, Mark, Rest...> {
   using Type = Mark<typename Marked<Base, Rest...>::Type>;
 };
 using Api = v1::KvCacheService;
-using Description =
-    Marked<Api::Service, Api::WithGenericMethod_GetServerInfo, Api::WithGenericMethod_RegisterModel,
-           Api::WithGenericMethod_UnregisterModel, Api::WithGenericMethod_CreateSequence,
-           Api::WithGenericMethod_LookupPrefix, Api::WithGenericMethod_ForkSequence,
-           Api::WithGenericMethod_TruncateSequence, Api::WithGenericMethod_CloseSequence,
-           Api::WithGenericMethod_Append, Api::WithGenericMethod_Attend, Api::WithGenericMethod_AppendAttend,
-           Api::WithGenericMethod_ReadTokens, Api::WithGenericMethod_EvictSequences,
-           Api::WithGenericMethod_PrefetchSequences, Api::WithGenericMethod_ListSequences,
-           Api::WithGenericMethod_PersistSequences, Api::WithGenericMethod_GetStats,
-           Api::WithGenericMethod_Plan, Api::WithGenericMethod_OpenNamespace,
-           Api::WithGenericMethod_StoreBlocks, Api::WithGenericMethod_LookupBlocks,
-           Api::WithGenericMethod_LoadBlocks, Api::WithGenericMethod_ReleaseLease,
-           Api::WithGenericMethod_DeleteNamespace, Api::WithGenericMethod_PersistNamespace,
-           Api::WithGenericMethod_ListNamespaces, Api::WithGenericMethod_BeginStep,
-           Api::WithGenericMethod_EndStep, Api::WithGenericMethod_GetStepProfile,
-           Api::WithGenericMethod_PinStep, Api::WithGenericMethod_PinSequences,
-           Api::WithGenericMethod_GetConfig, Api::WithGenericMethod_ReloadConfig,
-           Api::WithGenericMethod_StartCalibration, Api::WithGenericMethod_StopCalibration,
-           Api::WithGenericMethod_ListCalibrations, Api::WithGenericMethod_ExportProfile,
-           Api::WithGenericMethod_InstallProfile, Api::WithGenericMethod_Session>::Type;
+using Description = Marked<
+    Api::Service, Api::WithGenericMethod_GetServerInfo, Api::WithGenericMethod_RegisterModel,
+    Api::WithGenericMethod_UnregisterModel, Api::WithGenericMethod_CreateSequence,
+    Api::WithGenericMethod_LookupPrefix, Api::WithGenericMethod_ForkSequence,
+    Api::WithGenericMethod_TruncateSequence, Api::WithGenericMethod_CloseSequence,
+    Api::WithGenericMethod_Append, Api::WithGenericMethod_Attend, Api::WithGenericMethod_AppendAttend,
+    Api::WithGenericMethod_ReadTokens, Api::WithGenericMethod_EvictSequences,
+    Api::WithGenericMethod_PrefetchSequences, Api::WithGenericMethod_ListSequences,
+    Api::WithGenericMethod_PersistSequences, Api::WithGenericMethod_GetStats, Api::WithGenericMethod_Plan,
+    Api::WithGenericMethod_OpenNamespace, Api::WithGenericMethod_StoreBlocks,
+    Api::WithGenericMethod_LookupBlocks, Api::WithGenericMethod_LoadBlocks,
+    Api::WithGenericMethod_ReleaseLease, Api::WithGenericMethod_DeleteNamespace,
+    Api::WithGenericMethod_PersistNamespace, Api::WithGenericMethod_ListNamespaces,
+    Api::WithGenericMethod_BeginStep, Api::WithGenericMethod_EndStep, Api::WithGenericMethod_GetStepProfile,
+    Api::WithGenericMethod_PinStep, Api::WithGenericMethod_PinSequences, Api::WithGenericMethod_SetPriority,
+    Api::WithGenericMethod_GetConfig, Api::WithGenericMethod_ReloadConfig,
+    Api::WithGenericMethod_StartCalibration, Api::WithGenericMethod_StopCalibration,
+    Api::WithGenericMethod_ListCalibrations, Api::WithGenericMethod_ExportProfile,
+    Api::WithGenericMethod_InstallProfile, Api::WithGenericMethod_Session>::Type;
 
 void SetLimits(const ServiceOptions& options, grpc::ServerBuilder* builder) {
   builder->SetMaxReceiveMessageSize(static_cast<int>(options.max_message_bytes));

@@ -110,6 +110,7 @@ constexpr Verb kVerbs[] = {
     KVTIDE_VERB(ListSequences, kPrompt, false),
     KVTIDE_VERB(GetStats, kPrompt, false),
     KVTIDE_VERB(PinSequences, kPrompt, false),
+    KVTIDE_VERB(SetPriority, kPrompt, false),
     KVTIDE_VERB(GetConfig, kPrompt, false),
     KVTIDE_VERB(ReloadConfig, kBulk, false),
     KVTIDE_VERB(ReadTokens, kBulk, false),
@@ -196,6 +197,7 @@ absl::Status ServeMessage(Handlers* handlers, const v1::SessionRequest& request,
     KVTIDE_SESSION_VERB(GetStats, get_stats)
     KVTIDE_SESSION_VERB(GetServerInfo, get_server_info)
     KVTIDE_SESSION_VERB(PinSequences, pin_sequences)
+    KVTIDE_SESSION_VERB(SetPriority, set_priority)
     KVTIDE_SESSION_VERB(GetConfig, get_config)
     KVTIDE_SESSION_VERB(ReloadConfig, reload_config)
     KVTIDE_SESSION_VERB(Plan, plan)

@@ -88,6 +88,7 @@ std::string UnitOf(const std::string& name) {
   const absl::string_view base = absl::StripSuffix(name, "_total");
   if (absl::EndsWith(base, "_seconds")) return "s";
   if (absl::EndsWith(base, "_bytes")) return "bytes";
+  if (absl::EndsWith(base, "_bytes_per_second")) return "bytes/s";
   if (absl::EndsWith(base, "_info")) return "always 1";
   return name == "kvtide_bytes_per_value" ? "bytes per value" : "count";
 }

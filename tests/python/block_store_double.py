@@ -70,7 +70,7 @@ class Pool:
     def drop_host_tier(self):
         self.host_tier_bytes = 0
 
-    def block_store(self, namespace, *, persist_all=False):
+    def block_store(self, namespace, *, persist_all=False, priority="normal"):
         self.daemon.call("block_store")
         return Store(self.daemon, namespace)
 
@@ -89,7 +89,7 @@ class Store:
     def _blocks(self):
         return self.daemon.blocks.setdefault(self.namespace, {})
 
-    def store(self, keys, payload, *, coded=False, layout=None):
+    def store(self, keys, payload, *, coded=False, layout=None, priority=None):
         self.daemon.call("store")
         if len(payload) != len(keys):
             raise InvalidArgument(f"{len(keys)} keys, {len(payload)} blocks")

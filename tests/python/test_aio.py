@@ -28,6 +28,8 @@ def test_coroutines(pool):
         assert output.shape == (1, 4, 64)
         assert (await aio.evict([fork])).blocks_left == 0
         await aio.prefetch([fork])
+        await aio.set_priority([fork], "low")
+        assert fork.info().priority == "low"
         assert (await aio.plan("aio", [1024])).verdict == "fits"
         assert "aio" in (await aio.info()).models and (await aio.stats()).sequences >= 5
         await aio.close_sequence(fork)

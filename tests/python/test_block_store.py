@@ -80,6 +80,15 @@ def test_opaque_blocks(pool):
     assert store.delete() == 4
 
 
+def test_priorities(pool):
+    store = pool.block_store(tensors(salt="priorities"), priority="low")
+    assert store.store(keys(2), rows(2), priority="high").stored == 2
+    assert store.store(keys(1, first=5), rows(1)).stored == 1
+    with pytest.raises(kvtide.errors.InvalidArgument, match="priority 'urgent' is unknown"):
+        store.store(keys(1), rows(1), priority="urgent")
+    store.delete()
+
+
 def test_strided_buffers(store):
     payload = rows(4)
     store.store(keys(4), payload)

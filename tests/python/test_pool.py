@@ -144,6 +144,17 @@ def test_moves_between_tiers(pool, model):
     assert pool.evict([sequence], "host").blocks > 0
 
 
+def test_priorities(pool, model):
+    sequence = pool.create(model, pair="f16/f16", priority="low")
+    assert sequence.info().priority == "low"
+    sequence.set_priority("high")
+    assert sequence.info().priority == "high"
+    with pytest.raises(errors.InvalidArgument, match="priority"):
+        sequence.set_priority("urgent")
+    pool.set_priority([], "low")
+    sequence.close()
+
+
 def test_read(pool, model):
     data = [tensors(90 + layer, 300, layer) for layer in range(3)]
     sequence = pool.create(model, pair="q8_0/turbo4")

@@ -213,6 +213,7 @@ void CacheSim::Open() {
   // A first block that cannot be brought in defers the profile too, which the naive model does not know.
   if (world_ == World::kDisk && !options.seal_at_once) options.pair = ExactPair();
   options.allow_drop = Random(5) == 0;
+  options.priority = Any(Priority::kLow, Priority::kNormal, Priority::kNormal, Priority::kHigh);
   if (Random(4) == 0) options.centre = Random(2) == 0 ? Centre::kNone : Centre::kCalibrated;
   if (options.pair != ExactPair() && !options.seal_at_once && Random(3) == 0) {
     const std::string pair = PairName(options.pair);
@@ -551,6 +552,15 @@ void CacheSim::RunMoves() {
   cache_->RunMovesOnce();
 }
 
+void CacheSim::SetPriority(ClientPtr client) {
+  Scope scope(this, "priority", client, 0, 0);
+  client->options.priority = Any(Priority::kLow, Priority::kNormal, Priority::kHigh);
+  const SequenceId id = client->id;
+  const absl::Status status = cache_->SetPriority({&id, 1}, client->options.priority, scope.frame().context);
+  Expect(status.ok() && Info(*client).options.priority == client->options.priority,
+         [&] { return status.ToString(); });
+}
+
 void CacheSim::Persist(ClientPtr client) {
   Scope scope(this, "persist", client, 0, 0);
   const SequenceId id = client->id;
@@ -650,6 +660,8 @@ void CacheSim::Nested() {
   } else if (dice < 93) {
     if (Random(2) == 0) clock_.Advance(absl::Seconds(Random(10)));
     RunMoves();
+  } else if (dice < 94) {
+    SetPriority(client);
   } else if (dice < 97) {
     Cancel();
   } else {
@@ -718,6 +730,8 @@ void CacheSim::Step() {
         clock_.Advance(absl::Seconds(Random(10)));
         RunMoves();
     }
+  } else if (dice < 92) {
+    SetPriority(client);
   } else if (dice < 95 && clients_.size() < 8) {
     Fork(client);
   } else if (clients_.size() > 1) {
@@ -742,6 +756,12 @@ bool CacheSim::Run(World world, uint32_t seed, int64_t steps, FaultyBackend::Def
   clients_.clear();
   options_.id_seed = seed + 1;
   options_.eviction = seed % 2 == 0 ? EvictionKind::kLru : EvictionKind::kS3Fifo;
+  // The clock stands while backends work, so the rates stay as they are given: some under which blocks of the
+  // host tier are brought home first, some under which they are not, and those of one memory.
+  options_.attend_lower_tiers =
+      Any(AttendLowerTiers::kCost, AttendLowerTiers::kInPlace, AttendLowerTiers::kPromoteFirst);
+  host_attend_rate_ = Any(0.0, 1e8, 5e9);
+  host_promote_rate_ = Any(0.0, 1e10);
   options_.limits.high_watermark = world == World::kRoomy ? 0.05 : 0.8;
   options_.limits.low_watermark = world == World::kRoomy ? 0.02 : 0.5;
   options_.limits.promote_below = world == World::kRoomy ? 0.1 : 0.8;
@@ -779,6 +799,10 @@ bool CacheSim::Run(World world, uint32_t seed, int64_t steps, FaultyBackend::Def
   const CacheStats stats = cache_->Stats();
   deferred_ += stats.deferred_seals;
   degraded_ += Degraded();
+  for (const TierStats& tier : stats.tiers) {
+    in_place_ += tier.attended_in_place;
+    promoted_ += tier.promoted_first;
+  }
   trail_ = absl::StrCat(opened_, " ", stats.appended_tokens, " ", stats.sealed_blocks, " ",
                         stats.deferred_seals, " ", stats.moves, " ", stats.attended_blocks, " ", dice_());
   SayTrail(seed, trail_);

@@ -60,10 +60,10 @@ class CacheSim : public CacheTest {
   class Scope;
 
   int Random(int below) { return static_cast<int>(dice_() % static_cast<uint32_t>(below)); }
-  template <class... Names>
-  const char* Any(Names... names) {
-    const char* list[] = {names...};
-    return list[static_cast<size_t>(Random(sizeof...(names)))];
+  template <class First, class... Others>
+  First Any(First first, Others... others) {
+    const First list[] = {first, others...};
+    return list[static_cast<size_t>(Random(1 + sizeof...(others)))];
   }
   const ClientPtr& AnyClient() {
     return clients_[static_cast<size_t>(Random(static_cast<int>(clients_.size())))];
@@ -94,6 +94,7 @@ class CacheSim : public CacheTest {
   void EvictAll(int tier);
   void Prefetch(ClientPtr client);
   void RunMoves();
+  void SetPriority(ClientPtr client);
   void Persist(ClientPtr client);
   void Cancel();
 
@@ -129,9 +130,10 @@ class CacheSim : public CacheTest {
   std::shared_ptr<const ModelSpec> mixed_ = std::make_shared<const ModelSpec>(WithMeans(MixedModel()));
 
  protected:
-  uint64_t nested_ = 0;    // verbs that ran inside others
-  uint64_t deferred_ = 0;  // seals
-  uint64_t degraded_ = 0;  // blocks
+  uint64_t nested_ = 0;                   // verbs that ran inside others
+  uint64_t deferred_ = 0;                 // seals
+  uint64_t degraded_ = 0;                 // blocks
+  uint64_t in_place_ = 0, promoted_ = 0;  // attentions over blocks of lower tiers
   // What became of the last seed: equal runs have equal ones.
   std::string trail_;
 };

@@ -20,10 +20,11 @@ class CacheSimTest : public CacheSim {
       if (!Run(world, static_cast<uint32_t>(runs.first + i), runs.steps)) return;
     std::printf(
         "seeds %lld to %lld, %lld steps each, %llu verbs inside others, %llu seals deferred, %llu blocks "
-        "recoded\n",
+        "recoded, attended below %llu times in place, %llu after a promotion\n",
         static_cast<long long>(runs.first), static_cast<long long>(runs.first + runs.count - 1),
         static_cast<long long>(runs.steps), static_cast<unsigned long long>(nested_),
-        static_cast<unsigned long long>(deferred_), static_cast<unsigned long long>(degraded_));
+        static_cast<unsigned long long>(deferred_), static_cast<unsigned long long>(degraded_),
+        static_cast<unsigned long long>(in_place_), static_cast<unsigned long long>(promoted_));
   }
 
   // A backend that goes wrong in this way is noticed within a few seeds.

@@ -53,7 +53,8 @@ std::vector<std::byte> KeyedSim::Payload(size_t space, int first, uint64_t count
 void KeyedSim::Open(size_t at) {
   Space& space = spaces_[at];
   const absl::StatusOr<NamespaceInfo> info =
-      cache_->OpenNamespace(space.spec, Random(2) == 0 ? Persistence::kAll : Persistence::kNone);
+      cache_->OpenNamespace(space.spec, Random(2) == 0 ? Persistence::kAll : Persistence::kNone,
+                            kAllPriorities[static_cast<size_t>(Random(3))]);
   if (!info.ok()) return Expect(false, info.status().ToString());
   Expect(space.id == 0 || space.id == info->id, "the id of a namespace has changed");
   space.id = info->id;
@@ -70,6 +71,7 @@ void KeyedSim::Store(size_t at, int first, int count) {
   call.keys = keys;
   call.form = spaces_[at].spec.opaque.has_value() ? BlockPayload::kBytes : BlockPayload::kTensors;
   call.payload = payload;
+  if (Random(3) == 0) call.priority = kAllPriorities[static_cast<size_t>(Random(3))];
   for (int i = 0; i < count; i++) spaces_[at].stored.insert(first + i);
   const absl::StatusOr<StoreReport> report = cache_->StoreBlocks(call);
   if (report.ok()) {

@@ -111,8 +111,10 @@ void PrefixSim::Create(size_t at, size_t index) {
     at = lease.tenant;
     leases_.erase(leases_.begin() + static_cast<int64_t>(index));
   }
+  SequenceOptions options = sequence_;
+  options.priority = kAllPriorities[static_cast<size_t>(Random(3))];
   const absl::StatusOr<SequenceId> id =
-      cache_->CreateSequence(tenants_[at].model, sequence_, tenants_[at].context, lease.id);
+      cache_->CreateSequence(tenants_[at].model, options, tenants_[at].context, lease.id);
   if (!id.ok())
     return Expect(absl::IsNotFound(id.status()) && lease.id != 0 && options_.clock() >= lease.end,
                   id.status().ToString());

@@ -23,7 +23,7 @@ struct Flags {
   std::string model, tenant, output = "table", tier;
   size_t limit = 50;
   bool drop = false;
-  std::string ttl = "10m";
+  std::string ttl = "10m", priority;
 };
 
 // What a verb prints.
@@ -191,6 +191,28 @@ void AddPin(CLI::App* seq, int* exit_code) {
       ->capture_default_str();
 }
 
+void AddPriority(CLI::App* seq, int* exit_code) {
+  const auto flags = std::make_shared<Flags>();
+  CLI::App* priority =
+      AddVerb(seq, "priority", "Say whose blocks make way first among those of one tenant", flags, exit_code,
+              [](client::Client& client, const Flags& f) -> absl::StatusOr<std::string> {
+                const client::Priority level = f.priority == "low"    ? client::Priority::kLow
+                                               : f.priority == "high" ? client::Priority::kHigh
+                                                                      : client::Priority::kNormal;
+                KVTIDE_RETURN_IF_ERROR(client.SetPriority(f.ids, level));
+                return absl::StrCat(f.ids.size(), f.ids.size() == 1 ? " has" : " have", " ", f.priority,
+                                    " priority now\n");
+              });
+  priority->footer(
+      "Examples:\n"
+      "  kvtide seq priority 8812934 --set high\n"
+      "  kvtide seq priority 8812935 8812936 --set low");
+  AddIds(priority, flags.get(), true);
+  priority->add_option("--set", flags->priority, "low, normal or high")
+      ->required()
+      ->check(CLI::IsMember({"low", "normal", "high"}));
+}
+
 void AddClose(CLI::App* seq, int* exit_code) {
   const auto flags = std::make_shared<Flags>();
   CLI::App* close =
@@ -213,6 +235,7 @@ void AddSeqVerbs(CLI::App* seq, int* exit_code) {
   AddEvict(seq, exit_code);
   AddPrefetch(seq, exit_code);
   AddPin(seq, exit_code);
+  AddPriority(seq, exit_code);
   AddClose(seq, exit_code);
 }
 

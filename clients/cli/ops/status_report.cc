@@ -170,6 +170,19 @@ std::string Contents(const DaemonSnapshot& snapshot) {
                   PercentText(static_cast<double>(stats.attended_blocks_below_first_tier),
                               static_cast<double>(stats.attended_blocks)),
                   " of them below the first tier\n");
+  for (const client::TierStats& tier : stats.tiers)
+    if (tier.attended_in_place + tier.promoted_first > 0)
+      absl::StrAppend(&text, "           over blocks in ", Printable(tier.name), " ", tier.attended_in_place,
+                      " times where they lie, ", tier.promoted_first, " times after they were brought up (",
+                      FormatBytes(static_cast<int64_t>(tier.attend_bytes_per_second)), "/s attended there, ",
+                      FormatBytes(static_cast<int64_t>(tier.promote_bytes_per_second)), "/s brought up)\n");
+  int64_t low = 0, high = 0;
+  for (const client::TierStats& tier : stats.tiers) {
+    low += tier.low_priority_blocks;
+    high += tier.high_priority_blocks;
+  }
+  if (low + high > 0)
+    absl::StrAppend(&text, "priority   ", high, " blocks high, ", low, " low, the others normal\n");
   if (stats.durable_sequences > 0 || stats.persisted > 0 || stats.failed_persists > 0)
     absl::StrAppend(&text, "durable    ", stats.durable_sequences, " sequences; made durable ",
                     stats.persisted, " times (", stats.failed_persists, " failed), ",
@@ -321,6 +334,12 @@ Json TierJson(const TierStats& tier) {
           {"degraded_blocks", tier.degraded_blocks},
           {"degraded_bytes", tier.degraded_bytes},
           {"lost_blocks", tier.lost_blocks},
+          {"attended_in_place", tier.attended_in_place},
+          {"promoted_first", tier.promoted_first},
+          {"attend_bytes_per_second", tier.attend_bytes_per_second},
+          {"promote_bytes_per_second", tier.promote_bytes_per_second},
+          {"low_priority_blocks", tier.low_priority_blocks},
+          {"high_priority_blocks", tier.high_priority_blocks},
           {"io", tier.io},
           {"problem", tier.problem},
           {"read_bytes", tier.read_bytes},
@@ -353,6 +372,10 @@ std::string Tenants(const std::vector<SequenceInfo>& sequences, const Terminal& 
   return text;
 }
 
+const char* PriorityText(client::Priority priority) {
+  return priority == client::Priority::kLow ? "low" : priority == client::Priority::kHigh ? "high" : "normal";
+}
+
 Json SequenceJson(const SequenceInfo& sequence) {
   Json tiers = Json::array();
   for (const client::TierShare& tier : sequence.tiers) {
@@ -373,6 +396,7 @@ Json SequenceJson(const SequenceInfo& sequence) {
           {"durable", sequence.durable},
           {"durable_tokens", sequence.durable_tokens},
           {"pinned_seconds", sequence.pinned_seconds},
+          {"priority", PriorityText(sequence.priority)},
           {"known_tokens", sequence.known_tokens},
           {"reused_tokens", sequence.reused_tokens},
           {"idle_seconds", sequence.idle_seconds},
@@ -479,7 +503,7 @@ std::string RenderSequence(const SequenceInfo& sequence) {
                     Printable(absl::StrJoin(sequence.degrade, ", then ")), " when room is needed\n");
   absl::StrAppend(&text, "durable    ",
                   sequence.durable ? absl::StrCat("its first ", sequence.durable_tokens, " tokens") : "no",
-                  "\n", "prefix     ",
+                  "\npriority   ", PriorityText(sequence.priority), "\n", "prefix     ",
                   sequence.known_tokens > 0
                       ? absl::StrCat("the ids of ", sequence.known_tokens, " tokens are known, ",
                                      sequence.reused_tokens, " of them were there before")

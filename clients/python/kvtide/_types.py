@@ -118,6 +118,10 @@ class TierShare:
     device: str
 
 
+#: kvtide.v1.Priority.
+PRIORITIES = {"low": 1, "normal": 2, "high": 3}
+
+
 @dataclass(frozen=True)
 class SequenceInfo:
     """One sequence as the pool sees it. ``tokens`` is its length, the minimum over its layers."""
@@ -144,6 +148,7 @@ class SequenceInfo:
     #: Blocks of fewer bits than ``pair`` says, because their tier needed room, and what they may be recoded as.
     degraded_blocks: int
     degrade: List[str]
+    priority: str  # "low", "normal" or "high"
 
     @property
     def bytes(self) -> int:
@@ -154,6 +159,7 @@ class SequenceInfo:
     def _of(cls, raw: Mapping[str, Any]) -> "SequenceInfo":
         raw = dict(raw)
         raw["tiers"] = [TierShare(**share) for share in raw["tiers"]]
+        raw["priority"] = next(name for name, value in PRIORITIES.items() if value == raw["priority"])
         return cls(**raw)
 
 
@@ -205,6 +211,13 @@ class TierStats:
     #: Blocks that were recoded here to fewer bits for room, and the bytes that this has freed.
     degraded_blocks: int
     degraded_bytes: int
+    #: Of a lower tier that attends: attentions over its blocks where they lie, and after they were to be brought home first.
+    attended_in_place: int
+    promoted_first: int
+    attend_bytes_per_second: float
+    promote_bytes_per_second: float
+    low_priority_blocks: int
+    high_priority_blocks: int
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,10 @@ class AsyncPool:
         """See :meth:`Pool.persist`."""
         return await _run(self.pool.persist, list(sequences))
 
+    async def set_priority(self, sequences: Iterable[Sequence], priority: str) -> None:
+        """See :meth:`Pool.set_priority`."""
+        await _run(self.pool.set_priority, list(sequences), priority)
+
     async def prefetch(self, sequences: Iterable[Sequence]) -> MoveResult:
         """See :meth:`Pool.prefetch`."""
         return await _run(self.pool.prefetch, list(sequences))

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Iterator, List, NamedTuple, Optional, Pro
 import numpy as np
 
 from . import _arrays
+from ._types import PRIORITIES
 from .errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -206,10 +207,20 @@ class _Open:
         return self._pool._items_per_call(size)
 
     def store(
-        self, keys: Sequence[bytes], payload: Any, *, coded: bool = False, layout: Optional[PageLayout] = None
+        self,
+        keys: Sequence[bytes],
+        payload: Any,
+        *,
+        coded: bool = False,
+        layout: Optional[PageLayout] = None,
+        priority: Optional[str] = None,
     ) -> StoreResult:
-        """Stores blocks; keys that are there stay as they are. ``layout``: the payload is one buffer with these strides."""
+        """Stores blocks; keys that are there stay as they are. ``layout``: the payload is one buffer with these strides.
+        ``priority``: ``low``, ``normal`` or ``high``; None = the namespace's. Blocks that are there get it if it is higher."""
         keys = list(keys)
+        if priority is not None and priority not in PRIORITIES:
+            raise InvalidArgument(f"priority {priority!r} is unknown; use low, normal or high")
+        level = 0 if priority is None else PRIORITIES[priority]
         if not keys:
             return StoreResult(0)
         payload = _payload(payload, "payload", False)
@@ -220,7 +231,7 @@ class _Open:
         problem = ""
         for begin in range(0, len(keys), step):
             piece = payload if step >= len(keys) else payload[begin : begin + step]
-            *counts, why = self._core.store(keys[begin : begin + step], piece, strides)
+            *counts, why = self._core.store(keys[begin : begin + step], piece, strides, level)
             total = [a + b for a, b in zip(total, counts)]
             problem = problem or why
         return StoreResult(*total, problem)
@@ -300,7 +311,10 @@ class _Open:
         return self._core.delete()
 
 
-def _open(pool: "Pool", namespace: Namespace, persist_all: bool) -> BlockStore:
-    spec = {"model": namespace.model, "block_tokens": namespace.block_tokens, "salt": namespace.salt, "persist_all": persist_all}
+def _open(pool: "Pool", namespace: Namespace, persist_all: bool, priority: int) -> BlockStore:
+    spec = {
+        "model": namespace.model, "block_tokens": namespace.block_tokens, "salt": namespace.salt, "persist_all": persist_all,
+        "priority": priority,
+    }
     spec.update(asdict(namespace.content))
     return _Open(pool, namespace, pool._core.open_block_store(spec))

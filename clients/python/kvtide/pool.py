@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List,
 import numpy as np
 
 from . import _arrays, _core
-from ._types import CachedPrefix, Layer, MoveResult, PersistResult, PoolInfo, PoolPlan, PoolStats, SequenceInfo
+from ._types import PRIORITIES, CachedPrefix, Layer, MoveResult, PersistResult, PoolInfo, PoolPlan, PoolStats, SequenceInfo
 from .errors import FailedPrecondition, InvalidArgument, KvtideError
 
 if TYPE_CHECKING:
@@ -305,6 +305,10 @@ class Sequence:
         """Moves the blocks up to the first tier as far as there is room."""
         return self.pool.prefetch([self])
 
+    def set_priority(self, priority: str) -> None:
+        """``low``, ``normal`` or ``high``, from now on. See :meth:`Pool.set_priority`."""
+        self.pool.set_priority([self], priority)
+
     def persist(self) -> PersistResult:
         """Makes it durable as it is now. See :meth:`Pool.persist`."""
         return self.pool.persist([self])
@@ -433,7 +437,7 @@ class Pool:
 
         return DeviceSteps(self, model, pair, **options)
 
-    def block_store(self, namespace: "Namespace", *, persist_all: bool = False) -> "BlockStore":
+    def block_store(self, namespace: "Namespace", *, persist_all: bool = False, priority: str = "normal") -> "BlockStore":
         """Opens a namespace of the block store, for engines that keep pages of their own (:mod:`kvtide.block_store`).
 
         Idempotent: an equal namespace is the same one, after a restart too.
@@ -441,10 +445,12 @@ class Pool:
         Args:
             namespace: what its blocks are, and what keys are unique in.
             persist_all: blocks become durable soon after they were stored (a pool with a disk tier).
+            priority: which of the tenant's own blocks make way first, as :meth:`set_priority` has it: of blocks that are
+                stored without one. The last call decides; blocks that had the former one get it, too.
         """
         from .block_store import _open
 
-        return _open(self, namespace, persist_all)
+        return _open(self, namespace, persist_all, _choice(PRIORITIES, "priority", priority))
 
     # What is there.
 
@@ -573,6 +579,7 @@ class Pool:
         allow_drop: bool = False,
         device: str = "",
         persistence: str = "default",
+        priority: str = "normal",
         prefix_salt: str = "",
         degrade: SequenceOf[str] = (),
         begin_with: Optional[Any] = None,
@@ -593,6 +600,8 @@ class Pool:
             device: device of the first tier where it is to live; empty = where most room is.
             persistence: when it becomes durable by itself, beside :meth:`persist`: ``none``, ``on-park`` (with an eviction
                 that names it), ``all`` (whenever it has changed), or ``default`` (as the daemon is configured).
+            priority: which of the tenant's own blocks make way first: those of ``low`` before ``normal`` before ``high``.
+                See :meth:`set_priority`.
             prefix_salt: what else keys and values depend on beside model and token ids (adapters, images): sequences of
                 different salts have no prefix in common.
             degrade: pairs of fewer and fewer bits, such as ``["turbo3", "turbo2"]``, that blocks which were not used for a while
@@ -604,7 +613,7 @@ class Pool:
         """
         settings = self._settings(
             pair, group_pairs, exact_window, seal_at_once, key_centring, key_equalising, rope_pairs, tenant, allow_drop, device,
-            persistence, prefix_salt, degrade,
+            persistence, prefix_salt, degrade, priority,
         )
         lease = 0
         if begin_with is not None:
@@ -657,6 +666,7 @@ class Pool:
         persistence: str,
         prefix_salt: str,
         degrade: SequenceOf[str],
+        priority: str = "normal",
     ) -> dict:
         settings: dict = {
             "key_centring": _choice(_CENTRING, "key_centring", key_centring),
@@ -668,6 +678,7 @@ class Pool:
             "device": device,
             "prefix_salt": prefix_salt,
             "persistence": _choice(_PERSISTENCE, "persistence", persistence),
+            "priority": _choice(PRIORITIES, "priority", priority),
             "group_pairs": list(group_pairs),
             "degrade": list(degrade),
         }
@@ -894,6 +905,15 @@ class Pool:
         """Moves blocks back to the first tier as far as there is room."""
         ids = [sequence.id for sequence in sequences]
         return MoveResult(**self._core.prefetch(ids)) if ids else MoveResult(0, 0, 0, 0, 0)
+
+    def set_priority(self, sequences: Iterable[Sequence], priority: str) -> None:
+        """Which of the tenant's own blocks make way first, in every tier: those of ``low`` before ``normal`` before ``high``, and
+        what attention wants comes up in the other order. Between tenants priorities say nothing. Blocks that several sequences
+        have go by the highest of theirs; what a closed one leaves in the cache keeps what it had."""
+        ids = [sequence.id for sequence in sequences]
+        value = _choice(PRIORITIES, "priority", priority)
+        if ids:
+            self._core.set_priority(ids, value)
 
     def persist(self, sequences: Iterable[Sequence]) -> PersistResult:
         """Makes sequences durable as they are now: after a stop, a crash or a kill of the daemon they are there again, under

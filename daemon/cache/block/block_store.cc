@@ -27,7 +27,11 @@ absl::Status BlockStore::Init(const CacheOptions& options) {
     tier.io = from.io;
     tier.checksum = from.checksum;
     tier.allocator = ExtentAllocator(from.capacity_bytes);
-    tier.policy = options.eviction == EvictionKind::kS3Fifo ? MakeS3FifoPolicy() : MakeLruPolicy();
+    tier.policy = std::make_unique<PriorityOrder>(
+        [kind = options.eviction] {
+          return kind == EvictionKind::kS3Fifo ? MakeS3FifoPolicy() : MakeLruPolicy();
+        },
+        [this](RecordSlot slot) { return records_[slot]->readers == 0 && !records_[slot]->pinned; });
     tier.pairs.resize(kOpaquePairIndex + 1);
     if (!tier.attends()) continue;
     absl::StatusOr<std::unique_ptr<Slab>> slab = from.backend->AllocateSlab(tier.allocator.capacity_bytes());
@@ -461,7 +465,7 @@ void BlockStore::Drop(Block* block) {
   DeleteIfUnused(block);
 }
 
-RecencyPtr BlockStore::NewRecency(absl::Time now, Standing standing) {
+RecencyPtr BlockStore::NewRecency(absl::Time now, Standing standing, Priority priority) {
   RecordSlot slot;
   if (free_records_.empty()) {
     slot = static_cast<RecordSlot>(records_.size());
@@ -473,6 +477,7 @@ RecencyPtr BlockStore::NewRecency(absl::Time now, Standing standing) {
   auto* record = new Recency;
   record->slot = slot;
   record->standing = standing;
+  record->priority = priority;
   record->tiers.resize(tiers_.size());
   record->touch_serial = ++serial_;
   record->last_touched = now;
@@ -489,6 +494,13 @@ void BlockStore::MakeNew(const RecencyPtr& record) {
   root->standing = Standing::kNew;
   for (size_t t = 0; t < tiers_.size(); t++)
     if (root->tiers[t].blocks > 0) tiers_[t].policy->Stand(root->slot, root->standing);
+}
+
+void BlockStore::SetPriority(const RecencyPtr& record, Priority priority) {
+  Recency* const root = Root(record);
+  root->priority = priority;
+  for (size_t t = 0; t < tiers_.size(); t++)
+    if (root->tiers[t].blocks > 0) tiers_[t].policy->SetPriority(root->slot, priority);
 }
 
 void BlockStore::Join(Block* block, const RecencyPtr& record, End end) {
@@ -527,7 +539,8 @@ void BlockStore::Link(Block* block, End end) {
     (list.first != kNoSlot ? blocks_[list.first].previous : list.last) = slot;
     list.first = slot;
   }
-  if (list.blocks++ == 0) tier.policy->Insert(record->slot, record->standing);
+  if (list.blocks++ == 0)
+    tier.policy->Insert(record->slot, record->standing, block->account(), record->priority);
   tier.policy->Count(record->slot, 1);
   if (record->readers > 0) tier.read++;
 }
@@ -550,6 +563,7 @@ void BlockStore::Unlink(Block* block) {
 void BlockStore::Merge(const RecencyPtr& from, const RecencyPtr& into) {
   KVTIDE_CHECK(from->merged_into == nullptr && into->merged_into == nullptr && from != into);
   const bool read = from->readers + into->readers > 0;
+  RaisePriority(into, from->priority);
   for (size_t t = 0; t < tiers_.size(); t++) {
     Recency::List& source = from->tiers[t];
     Recency::List& target = into->tiers[t];
@@ -557,10 +571,11 @@ void BlockStore::Merge(const RecencyPtr& from, const RecencyPtr& into) {
     if (read && into->readers == 0) tiers_[t].read += target.blocks;
     if (source.blocks == 0) continue;
     const auto moved = static_cast<int64_t>(source.blocks);
+    const PriorityOrder::Tenant tenant = tiers_[t].policy->TenantOf(from->slot);
     tiers_[t].policy->Count(from->slot, -moved);
     tiers_[t].policy->Remove(from->slot);
     if (target.blocks == 0) {
-      tiers_[t].policy->Insert(into->slot, into->standing);
+      tiers_[t].policy->Insert(into->slot, into->standing, tenant, into->priority);
       target = source;
     } else {
       blocks_[target.last].next = source.first;
@@ -584,18 +599,19 @@ void BlockStore::Merge(const RecencyPtr& from, const RecencyPtr& into) {
 
 void BlockStore::ForkRecency(SequenceRecency* parent, SequenceRecency* child) {
   const absl::Time now = parent->own->last_touched;
+  const Priority priority = parent->own->priority;
   const bool has_blocks = std::any_of(parent->own->tiers.begin(), parent->own->tiers.end(),
                                       [](const Recency::List& list) { return list.blocks > 0; });
   if (parent->family == nullptr) {
     parent->family = std::move(parent->own);
-    parent->own = NewRecency(now);
+    parent->own = NewRecency(now, Standing::kUsed, priority);
   } else if (has_blocks) {
     Merge(parent->own, parent->family);
-    parent->own = NewRecency(now);
+    parent->own = NewRecency(now, Standing::kUsed, priority);
   }
   child->family = parent->family;
   child->prefixes = parent->prefixes;
-  child->own = NewRecency(now);
+  child->own = NewRecency(now, Standing::kUsed, priority);
 }
 
 void BlockStore::Touch(const SequenceRecency& sequence, absl::Time now) {
@@ -637,14 +653,17 @@ void BlockStore::Peek(int tier, absl::FunctionRef<bool(const Block&)> visit) con
 
 void BlockStore::PeekIdle(int tier, uint64_t before_serial,
                           absl::FunctionRef<bool(const Block&)> visit) const {
-  this->tier(tier).policy->Peek([&](RecordSlot slot) {
-    const Recency& record = *records_[slot];
-    if (record.readers > 0 || record.pinned || record.touch_serial >= before_serial) return true;
-    const Block* block = At(record.tiers[static_cast<size_t>(tier)].first);
-    for (; block != nullptr; block = At(block->next))
-      if (IsIdle(*block) && !visit(*block)) return false;
-    return true;
-  });
+  this->tier(tier).policy->Peek(
+      [&](RecordSlot slot) {
+        const Recency& record = *records_[slot];
+        return record.readers == 0 && !record.pinned && record.touch_serial < before_serial;
+      },
+      [&](RecordSlot slot) {
+        const Block* block = At(records_[slot]->tiers[static_cast<size_t>(tier)].first);
+        for (; block != nullptr; block = At(block->next))
+          if (IsIdle(*block) && !visit(*block)) return false;
+        return true;
+      });
 }
 
 void BlockStore::Want(const SequenceRecency& sequence) {
@@ -665,17 +684,30 @@ void BlockStore::Unwant(const SequenceRecency& sequence) {
 }
 
 std::vector<Block*> BlockStore::TakeWanted(size_t limit) {
-  std::vector<Block*> blocks;
+  struct Wanted {
+    RecencyPtr record;
+    PriorityOrder::Tenant tenant = nullptr;
+  };
+  std::vector<Wanted> wanted;
   for (const std::weak_ptr<Recency>& weak : wanted_) {
-    const RecencyPtr record = weak.lock();
-    if (record == nullptr || !record->wanted) continue;
-    record->wanted = false;
-    for (size_t t = static_cast<size_t>(homes_); t < tiers_.size(); t++)
-      for (Block* block = At(record->tiers[t].first); block != nullptr && blocks.size() < limit;
-           block = At(block->next))
-        blocks.push_back(block);
+    RecencyPtr record = weak.lock();
+    if (record == nullptr || !std::exchange(record->wanted, false)) continue;
+    for (size_t t = static_cast<size_t>(homes_); t < tiers_.size(); t++) {
+      if (record->tiers[t].blocks == 0) continue;
+      wanted.push_back({record, tiers_[t].policy->TenantOf(record->slot)});
+      break;
+    }
   }
   wanted_.clear();
+  HigherFirst(
+      std::span(wanted), [](const Wanted& one) { return one.tenant; },
+      [](const Wanted& one) { return one.record->priority; });
+  std::vector<Block*> blocks;
+  for (const Wanted& one : wanted)
+    for (size_t t = static_cast<size_t>(homes_); t < tiers_.size(); t++)
+      for (Block* block = At(one.record->tiers[t].first); block != nullptr && blocks.size() < limit;
+           block = At(block->next))
+        blocks.push_back(block);
   return blocks;
 }
 
@@ -744,12 +776,14 @@ void BlockStore::CheckInvariants() const {
                  tier.pinned <= tier.blocks);
     tier.policy->Peek([&](RecordSlot slot) {
       const Recency& record = *records_[slot];
-      KVTIDE_CHECK(record.slot == slot && record.merged_into == nullptr);
+      KVTIDE_CHECK(record.slot == slot && record.merged_into == nullptr &&
+                   tier.policy->PriorityOf(slot) == record.priority);
       const Recency::List& list = record.tiers[t];
       uint64_t blocks = 0;
       for (const Block* block = At(list.first); block != nullptr; block = At(block->next), blocks++)
         KVTIDE_CHECK(block->place != nullptr && block->place->tier == static_cast<int>(t) &&
-                     &Root(*block) == &record && (block->next != kNoSlot || At(list.last) == block));
+                     block->account() == tier.policy->TenantOf(slot) && &Root(*block) == &record &&
+                     (block->next != kNoSlot || At(list.last) == block));
       KVTIDE_CHECK(blocks == list.blocks && blocks > 0);
       in_policy[t] += blocks;
       if (record.readers > 0) read[t] += blocks;

@@ -25,6 +25,7 @@
 #include "daemon/cache/call/cache_options.h"
 #include "daemon/cache/tier/extent_allocator.h"
 #include "daemon/cache/tier/ghost_keys.h"
+#include "daemon/cache/tier/priority_order.h"
 
 namespace kvtide {
 
@@ -42,7 +43,7 @@ struct Tier {
   // The largest block that fits into the largest free extent.
   size_t LargestRoom() const;
   ExtentAllocator allocator{0};
-  std::unique_ptr<EvictionPolicy> policy;  // holds exactly the records that have blocks here
+  std::unique_ptr<PriorityOrder> policy;   // holds exactly the records that have blocks here
   absl::btree_map<size_t, Place*> places;  // by offset: every byte that is taken
   uint64_t blocks = 0;                     // places, retired ones included
   uint64_t pinned = 0;                     // of these, those that copies work on
@@ -149,7 +150,8 @@ class BlockStore {
   void Retire(Place* place);
 
   // Recency (recency.h).
-  RecencyPtr NewRecency(absl::Time now, Standing standing = Standing::kUsed);
+  RecencyPtr NewRecency(absl::Time now, Standing standing = Standing::kUsed,
+                        Priority priority = Priority::kNormal);
   // Nobody has its blocks open any more: they are cached, and new as that.
   void MakeNew(const RecencyPtr& record);
   // Whether the block that is cached under this key now is one that was dropped not long ago, before anybody
@@ -161,6 +163,17 @@ class BlockStore {
   // The same for one that may have another record.
   void Rejoin(Block* block, const RecencyPtr& record, End end);
   void Touch(const RecencyPtr& record, absl::Time now) { TouchRecord(Root(record), now); }
+  // Of the blocks that go by the record from now on, and of those that do already.
+  void SetPriority(const RecencyPtr& record, Priority priority);
+  // Whoever shares the record has this priority: it has no lower one.
+  void RaisePriority(const RecencyPtr& record, Priority priority) {
+    if (record != nullptr && Root(record)->priority < priority) SetPriority(record, priority);
+  }
+  // kNormal for a block without a record.
+  Priority PriorityOf(const Block& block) const {
+    return block.record != kNoSlot ? Root(block).priority : Priority::kNormal;
+  }
+  Priority PriorityOf(const RecencyPtr& record) const { return Root(record)->priority; }
   // Blocks that go by the record.
   uint64_t BlocksOf(const RecencyPtr& record) const;
   bool GoesBy(const Block& block, const RecencyPtr& record) const {
@@ -192,8 +205,8 @@ class BlockStore {
   // Attention has found blocks of the sequence below the first tier: the mover may promote them.
   void Want(const SequenceRecency& sequence);
   void Unwant(const SequenceRecency& sequence);
-  // At most `limit` blocks below the first tier of what is wanted, in the order in which it was; nothing is
-  // wanted then.
+  // At most `limit` blocks below the first tier of what is wanted, in the order in which it was, but a
+  // tenant's higher priorities first in its turns; nothing is wanted then.
   std::vector<Block*> TakeWanted(size_t limit);
 
   // Null if the block is no more.

@@ -49,6 +49,20 @@ void KeyedIndex::SetPersistence(KeyedNamespace& space, Persistence persistence) 
   });
 }
 
+void KeyedIndex::SetPriority(KeyedNamespace& space, Priority priority) {
+  const Priority former = std::exchange(space.priority, priority);
+  if (former == priority) return;
+  // Records of blocks that were stored or found together are of one namespace. The one that was used last is
+  // the hottest of the new priority; the index has no order that a second run would have.
+  std::set<RecordSlot> seen;
+  std::map<uint64_t, RecencyPtr> records;  // by their last use
+  space.blocks.ForEach([&](const Block* block) {
+    if (block->record == kNoSlot || !seen.insert(block->record).second) return;
+    if (store_->PriorityOf(*block) == former) records[store_->TouchSerial(*block)] = store_->RecordOf(*block);
+  });
+  for (const auto& [serial, record] : records) store_->SetPriority(record, priority);
+}
+
 void KeyedIndex::Insert(KeyedNamespace& space, const BlockKey& key, Block* block) {
   KVTIDE_CHECK(space.blocks.Find(key) == nullptr && !space.deleted && !block->keyed &&
                block->bytes() == space.form.bytes);
@@ -111,7 +125,7 @@ uint64_t KeyedIndex::Delete(const NamespacePtr& space) {
     store_->RemoveDirect(block, false);
   }
   space->blocks.clear();
-  space->newest.reset();
+  space->newest = {};
   namespaces_.erase(space->id);
   return count;
 }
@@ -176,7 +190,7 @@ void KeyedIndex::Clear() {
       store_->RemoveDirect(block, false);
     }
     space->blocks.clear();
-    space->newest.reset();
+    space->newest = {};
   }
   namespaces_.clear();
   blocks_ = bytes_ = 0;

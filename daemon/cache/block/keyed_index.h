@@ -3,6 +3,7 @@
 // drops, and lets it go when it is dropped. Guarded by the cache's mutex (it is part of CacheState).
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -41,9 +42,10 @@ struct KeyedNamespace {
   BlockForm form = BlockForm::Opaque(0);
   const BlockLayout* exact = nullptr;  // the same rows in f16; null: opaque
   Persistence persistence = Persistence::kNone;
+  Priority priority = Priority::kNormal;  // of what is stored without one
   bool deleted = false;
   BlocksByKey blocks;
-  RecencyPtr newest;  // of what was stored last
+  std::array<RecencyPtr, kPriorities> newest;  // of what was stored last, by priority
   uint64_t leases = 0;
   // For the durable tier.
   std::vector<std::unique_ptr<KeyedShard>> shards;
@@ -83,6 +85,8 @@ class KeyedIndex {
   void Enter(const NamespacePtr& space);
   // kAll: what is not durable yet is to become so.
   void SetPersistence(KeyedNamespace& space, Persistence persistence);
+  // Blocks that have the former one get it, too.
+  void SetPriority(KeyedNamespace& space, Priority priority);
   // Its blocks and leases go; those who hold it see `deleted`. Returns how many blocks it had.
   uint64_t Delete(const NamespacePtr& space);
 

@@ -12,6 +12,7 @@
 #include "absl/time/time.h"
 #include "daemon/cache/block/slots.h"
 #include "daemon/cache/tier/eviction_policy.h"
+#include "daemon/cache/tier/priority.h"
 
 namespace kvtide {
 
@@ -24,7 +25,8 @@ struct Recency {
 
   RecordSlot slot = 0;  // in the eviction policies
   Standing standing = Standing::kUsed;
-  std::vector<List> tiers;  // by tier
+  Priority priority = Priority::kNormal;  // of its blocks among the tenant's; changed by the store
+  std::vector<List> tiers;                // by tier
   uint64_t touch_serial = 0;
   absl::Time last_touched;
   int readers = 0;      // running reads of sequences that have it

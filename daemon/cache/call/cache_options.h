@@ -13,6 +13,7 @@
 #include "daemon/cache/call/tenants.h"
 #include "daemon/cache/call/trace_sink.h"
 #include "daemon/cache/call/traffic.h"
+#include "daemon/cache/tier/attend_cost.h"
 #include "daemon/cache/tier/eviction_policy.h"
 #include "daemon/cache/tier/io_tier.h"
 #include "daemon/cache/tier/remote_tier.h"
@@ -36,6 +37,9 @@ struct TierOptions {
   std::string device;     // tells the pools of one tier apart: "cuda:1"; empty = the name of what it lies on
   IoTier* io = nullptr;
   DurableIndex* index = nullptr;  // of a tier that survives a restart
+  // Bytes a second that attention reads here, and that come up from here, until they are measured; 0 = as
+  // backends of this kind begin (tier/measured_rates.h).
+  double attend_rate = 0, promote_rate = 0;
   bool attends() const { return backend != nullptr; }
   std::string Medium() const { return backend != nullptr ? backend->name() : io->name(); }
   std::string Device() const { return device.empty() ? Medium() : device; }
@@ -53,6 +57,9 @@ struct CacheOptions {
   EvictionKind eviction = EvictionKind::kLru;  // of cached blocks that no open sequence has
   TenantQuotas quotas;                         // of tenants; none by default
   TierLimits limits;
+  // How attention over blocks in lower tiers that attend goes on: there, or at home after they were brought
+  // there. With limits.promote_on_attend off, kCost is kInPlace.
+  AttendLowerTiers attend_lower_tiers = AttendLowerTiers::kCost;
   size_t max_models = 64;
   size_t max_sequences = 16384;
   int64_t max_tokens_per_sequence = int64_t{1} << 22;

@@ -43,8 +43,13 @@ struct TierStats {
   uint64_t degraded_bytes = 0;             // and what that has freed,
   uint64_t lost_blocks = 0;                // blocks that it could not give back
   uint64_t attended_bytes = 0;             // of blocks that attention read here, a layer each
-  uint64_t prefix_hit_tokens = 0;          // tokens that lookups of prefixes found here
-  bool attends = true;                     // in place; false: reached by I/O, of which `io` tells
+  // Attentions of a sequence, a layer each, over blocks of this lower tier: where they lie, and after they
+  // were to be brought home first.
+  uint64_t attended_in_place = 0, promoted_first = 0;
+  double attend_rate = 0, promote_rate = 0;  // bytes a second, as that is decided by (tier/measured_rates.h)
+  uint64_t low_priority_blocks = 0, high_priority_blocks = 0;  // of `blocks`
+  uint64_t prefix_hit_tokens = 0;                              // tokens that lookups of prefixes found here
+  bool attends = true;  // in place; false: reached by I/O, of which `io` tells
   IoTierStats io;
 };
 

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -31,6 +32,7 @@ struct NamespaceInfo {
   int codec_version_k = 0, codec_version_v = 0;
   bool existed = false;
   Persistence persistence = Persistence::kNone;
+  Priority priority = Priority::kNormal;
   uint64_t blocks = 0, durable_blocks = 0, leases = 0;
   // Counters.
   uint64_t hits = 0, misses = 0, stored_blocks = 0, present_blocks = 0, loaded_blocks = 0, dropped_blocks = 0;
@@ -40,8 +42,9 @@ struct StoreCall {
   NamespaceId name_space = 0;
   std::span<const std::string_view> keys;  // in the order of the tokens: what comes first is dropped last
   BlockPayload form = BlockPayload::kTensors;
-  PageLayout layout;                     // of tensors
-  std::span<const std::byte> payload;    // the caller's until the call returns
+  PageLayout layout;                   // of tensors
+  std::span<const std::byte> payload;  // the caller's until the call returns
+  std::optional<Priority> priority;    // none: the namespace's. Blocks that are there get it if it is higher
   const CallContext* context = nullptr;  // null = this process, for as long as it takes
 };
 struct StoreReport {

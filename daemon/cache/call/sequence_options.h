@@ -8,6 +8,7 @@
 
 #include "absl/status/status.h"
 #include "daemon/cache/call/model.h"
+#include "daemon/cache/tier/priority.h"
 #include "kernels/format/catalogue.h"
 #include "kernels/format/exact_window.h"
 #include "kernels/format/profile_maker.h"
@@ -43,6 +44,9 @@ struct SequenceOptions {
   std::string salt;
   std::string device;  // where the sequence is to live; empty = the device with the most room
   Persistence persistence = Persistence::kNone;
+  // Among the tenant's own blocks. What the sequence leaves in the cache when it is closed keeps it; what
+  // several have in common has the highest of theirs. Another one later: KvCache::SetPriority.
+  Priority priority = Priority::kNormal;
   bool allow_drop =
       false;  // blocks may be dropped when the last tier is full; attending over them is DataLoss
 

@@ -74,6 +74,34 @@ absl::Status Mover::BringIn(CacheLock& lock, std::span<const HeldBlock> blocks, 
   }
 }
 
+size_t Mover::RoomAtHome(const CacheState& state, int home, const TierLimits& limits) {
+  const ExtentAllocator& top = state.store.tier(home).allocator;
+  const auto limit = static_cast<size_t>(static_cast<double>(top.capacity_bytes()) * limits.promote_below);
+  return std::min(limit - std::min(limit, top.used_bytes()), top.free_bytes());
+}
+
+void Mover::BringHome(CacheLock& lock, std::span<const HeldBlock> blocks, const CallContext& context) {
+  const size_t step = core_.options().max_moves_in_flight;
+  for (size_t begin = 0; begin < blocks.size(); begin += step) {
+    if (!context.Check(core_.options().clock(), "the call").ok()) return;  // it will say so itself
+    std::vector<Move> moves;
+    std::vector<size_t> room(static_cast<size_t>(core_.homes()));
+    for (int home = 0; home < core_.homes(); home++)
+      room[static_cast<size_t>(home)] = RoomAtHome(*lock, home, core_.options().limits);
+    for (const HeldBlock& held : blocks.subspan(begin, std::min(step, blocks.size() - begin))) {
+      const Block& block = *held.get();
+      if (!block.used() || block.place == nullptr || block.place->tier < core_.homes() ||
+          !core_.attends(block.place->tier))
+        continue;
+      size_t& left = room[static_cast<size_t>(block.home())];
+      if (block.bytes() > left) continue;
+      left -= block.bytes();
+      moves.push_back({block.id, block.place->tier, block.home()});
+    }
+    room_.Execute(lock, moves, true, 0, context.cancellation);
+  }
+}
+
 void Mover::BringBatch(CacheLock& lock, std::span<const HeldBlock> blocks, int home, uint64_t before_serial,
                        const Cancellation* cancellation) {
   BlockStore& store = lock->store;
@@ -89,12 +117,9 @@ void Mover::BringBatch(CacheLock& lock, std::span<const HeldBlock> blocks, int h
     return far;
   };
   constexpr size_t kAll = ~size_t{0};
-  const ExtentAllocator& top = store.tier(home).allocator;
-  const auto limit =
-      static_cast<size_t>(static_cast<double>(top.capacity_bytes()) * core_.options().limits.promote_below);
   // Nobody attends over what is found by key: it is wanted in memory, not on the device.
-  if (top.used_bytes() < limit && !blocks.front()->keyed)
-    MoveTo(lock, still_far(limit - top.used_bytes()), home, before_serial, cancellation);
+  const size_t room = RoomAtHome(*lock, home, core_.options().limits);
+  if (room > 0 && !blocks.front()->keyed) MoveTo(lock, still_far(room), home, before_serial, cancellation);
   for (int t = store.Below(home); t < static_cast<int>(core_.tiers()); t = store.Below(t))
     if (core_.attends(t)) MoveTo(lock, still_far(kAll), t, before_serial, cancellation);
   MoveTo(lock, still_far(kAll), home, before_serial, cancellation);

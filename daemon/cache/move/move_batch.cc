@@ -184,8 +184,16 @@ void MoveBatch::Finish() {
   for (const Running& move : running_)
     jobs.emplace_back(lock_->store, *move.block.get(), *move.block->place, *move.target);
   lock_->moves_running++;
+  const CacheCore& core = lock_.core();
+  size_t bytes = 0;
+  for (const CopyJob& job : jobs) bytes += job.bytes;
+  const bool up = std::all_of(jobs.begin(), jobs.end(), [&](const CopyJob& job) {
+    return job.from == jobs.front().from && job.to < core.homes() && job.from >= core.homes() &&
+           core.attends(job.from);
+  });
   {
     const Unlocked unlocked(lock_);
+    const absl::Time start = core.options().clock();
     // I/O checks and makes checksums itself.
     for (size_t i = 0; i < jobs.size(); i++)
       running_[i].corrupt = running_[i].verify && jobs[i].source != nullptr && jobs[i].target != nullptr &&
@@ -204,6 +212,8 @@ void MoveBatch::Finish() {
         move.checksum = XXH3_64bits(job.target, move.rung != nullptr ? move.rung->block_bytes() : job.bytes);
       }
     }
+    if (up)
+      core.rates().AddCopyUp(jobs.front().from, static_cast<double>(bytes), core.options().clock() - start);
   }
   lock_->moves_running--;
   for (size_t i = 0; i < jobs.size(); i++) Settle(running_[i], jobs[i]);

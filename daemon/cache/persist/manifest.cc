@@ -84,7 +84,9 @@ void PutOptions(ManifestWriter& out, const SequenceOptions& options) {
   out.PutText(options.name_space);
   out.PutText(options.salt);
   out.PutText(options.device);
-  out.Put(static_cast<uint8_t>(options.persistence));
+  // 0 is normal priority: what manifests had here before there were priorities.
+  const auto priority = (static_cast<unsigned>(options.priority) + kPriorities - 1) % kPriorities;
+  out.Put(static_cast<uint8_t>(static_cast<unsigned>(options.persistence) | priority << 4));
   out.Put(static_cast<uint8_t>(options.allow_drop));
 }
 absl::StatusOr<CachePair> GetPair(ManifestReader& in) {
@@ -113,7 +115,10 @@ absl::StatusOr<SequenceOptions> GetOptions(ManifestReader& in, uint32_t version)
   options.name_space = in.GetText();
   if (version >= 6) options.salt = in.GetText();
   options.device = in.GetText();
-  options.persistence = static_cast<Persistence>(in.Get<uint8_t>());
+  const auto both = in.Get<uint8_t>();
+  options.persistence = static_cast<Persistence>(both & 15u);
+  if (both >> 4 >= kPriorities) return absl::DataLossError("the manifest's priority makes no sense");
+  options.priority = static_cast<Priority>(((both >> 4) + 1u) % kPriorities);
   options.allow_drop = in.Get<uint8_t>() != 0;
   return options;
 }

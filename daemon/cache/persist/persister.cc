@@ -641,7 +641,8 @@ RestoreReport Persister::Restore() {
   }
   // What was written last was used last.
   for (auto returned = cached.rbegin(); returned != cached.rend(); ++returned) {
-    const RecencyPtr record = lock->store.NewRecency(core_.options().clock());
+    const RecencyPtr record =
+        lock->store.NewRecency(core_.options().clock(), Standing::kUsed, returned->priority);
     for (Block* const block : returned->blocks) lock->store.Join(block, record, returned->end);
   }
   profiles_.clear();
@@ -726,6 +727,7 @@ absl::Status Persister::RestoreRun(CacheLock& lock, const std::string& bytes, Re
                                    Returned* returned) {
   returned->end = BlockStore::End::kColdest;  // its end goes first
   KVTIDE_ASSIGN_OR_RETURN(const Manifest manifest, Decode(bytes));
+  returned->priority = manifest.options.priority;
   last_written_ = std::max(last_written_, manifest.written_unix_nanos);
   KVTIDE_ASSIGN_OR_RETURN(const SequencePtr sequence, Rebuild(lock, manifest));
   if (!sequence->chain.has_value())

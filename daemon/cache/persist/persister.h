@@ -92,6 +92,7 @@ class Persister {
   struct Returned {
     std::vector<Block*> blocks;
     BlockStore::End end = BlockStore::End::kHottest;  // where each joins those before it
+    Priority priority = Priority::kNormal;
   };
   absl::Status RestoreRun(CacheLock& lock, const std::string& bytes, RestoreReport* report,
                           Returned* returned);

@@ -24,6 +24,7 @@ struct CachedAttendPlan {
   struct TierPart {
     int tier = 0;
     std::vector<size_t> items;  // of the call, which have blocks in this tier
+    double pass_bytes = 0;      // of these blocks, one layer, in all passes over them
     std::unique_ptr<AttendPlan> plan;
   };
   AttendPlanKey key;

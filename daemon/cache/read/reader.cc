@@ -4,6 +4,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <optional>
 
 #include "absl/strings/str_cat.h"
 #include "daemon/cache/call/refusal.h"
@@ -23,6 +24,8 @@ struct Reader::Item {
   const TableSnapshot* snapshot = nullptr;
   int64_t length = 0;          // of the layer, when the snapshot was taken; with what the call appends
   int64_t begin = 0, end = 0;  // positions that any query sees; none if begin >= end
+  int64_t recent_steps = 0;    // Sequence has them
+  uint64_t changes = 0;
   bool empty() const { return begin >= end; }
 };
 
@@ -37,6 +40,7 @@ struct Reader::Batch {
   std::span<const Held> held;  // by item, or empty
   int64_t window = 0;          // of the call; 0 = all
   std::vector<Item> items;
+  std::vector<size_t> room;  // by home: that blocks of lower tiers may be brought to
 
   size_t heads() const { return static_cast<size_t>(group.heads); }
   size_t dim_v() const { return static_cast<size_t>(group.shape.head_dim_v); }
@@ -179,9 +183,10 @@ absl::Status Reader::Attend(CacheLock& lock, const AttendCall& call,
   const ModelSpec& model = sequences.front()->model->spec;
   const LayerSpec& layer = model.layers[static_cast<size_t>(call.layer)];
   const LayerGroupSpec& group = model.groups[static_cast<size_t>(layer.group)];
-  Batch batch{
-      call, sequences, call.context != nullptr ? *call.context : kNobody, model, layer, group, append, held,
-      0,    {}};
+  Batch batch{call,   sequences, call.context != nullptr ? *call.context : kNobody,
+              model,  layer,     group,
+              append, held,      0,
+              {},     {}};
   batch.window = std::min(kMostPosition, call.window.value_or(0) > 0 ? *call.window : group.window);
   uint64_t before_serial = 0;
   for (int round = 0;; round++) {
@@ -192,23 +197,103 @@ absl::Status Reader::Attend(CacheLock& lock, const AttendCall& call,
   }
 }
 
+std::vector<Reader::Wanted> Reader::PickPromoted(Batch& batch, Reading& reading) const {
+  std::vector<Wanted> promoted;
+  const CacheOptions& options = core_.options();
+  AttendLowerTiers rule = options.attend_lower_tiers;
+  // What is attended as it was when it was pinned stays where it was then.
+  if (!batch.held.empty() || (rule == AttendLowerTiers::kCost && !options.limits.promote_on_attend))
+    rule = AttendLowerTiers::kInPlace;
+  std::vector<uint64_t> bytes;  // by tier
+  for (size_t i = 0; i < batch.items.size(); i++) {
+    const Item& item = batch.items[i];
+    if (item.empty()) continue;
+    const int64_t begin = item.begin / kBlockTokens, end = DivideUp(item.end, kBlockTokens);
+    bytes.clear();
+    for (const SnapshotRun& run : item.snapshot->RunsOf(begin, end)) {
+      if (run.tier < core_.homes()) continue;
+      bytes.resize(core_.tiers());
+      bytes[static_cast<size_t>(run.tier)] +=
+          static_cast<uint64_t>(std::min(run.end_block(), end) - std::max(run.first_block, begin)) *
+          run.layout->block_bytes();
+    }
+    bool first = false;
+    for (size_t t = 0; t < bytes.size(); t++) {
+      if (bytes[t] == 0) continue;
+      reading.attended_in_place.resize(core_.tiers());
+      reading.promoted_first.resize(core_.tiers());
+      const int home = item.sequence->home;
+      size_t& room = batch.room[static_cast<size_t>(home)];
+      const LowerTierView view{bytes[t], room, ReadsOf(item.recent_steps), PassesOf(item.request->queries)};
+      const bool up = rule != AttendLowerTiers::kInPlace &&
+                      PromoteFirst(view, core_.rates().Of(static_cast<int>(t), home), rule);
+      (up ? reading.promoted_first : reading.attended_in_place)[t]++;
+      if (!up) continue;
+      room -= bytes[t];
+      if (!std::exchange(first, true))
+        promoted.push_back({batch.sequences[i], batch.layer.group, begin, end, {}});
+      promoted.back().tiers.push_back(static_cast<int>(t));
+    }
+  }
+  return promoted;
+}
+
+void Reader::BringHome(CacheLock& lock, Batch& batch, std::span<const Wanted> wanted, Reading& reading) {
+  std::vector<HeldBlock> blocks;
+  for (const Wanted& want : wanted) {
+    const GroupTable& table = want.sequence->groups[static_cast<size_t>(want.group)];
+    const int64_t end = std::min(want.end, table.end_block());
+    for (int64_t index = std::max(want.begin, table.first_block()); index < end; index++) {
+      Block* const block = table.at(index);
+      if (block->place != nullptr && std::count(want.tiers.begin(), want.tiers.end(), block->place->tier) > 0)
+        blocks.emplace_back(lock->store, block);
+    }
+  }
+  mover_.BringHome(lock, blocks, batch.context);
+  // Others may have changed the sequences meanwhile; then the items see what they saw, where it was.
+  for (size_t i = 0; i < batch.items.size(); i++) {
+    Item& item = batch.items[i];
+    const SequencePtr& sequence = batch.sequences[i];
+    if (item.empty() || sequence->changes != item.changes) continue;
+    const absl::StatusOr<const TableSnapshot*> now = reading.Add(sequence, batch.layer.group, batch.append);
+    if (!now.ok()) continue;
+    const auto runs = (*now)->RunsOf(item.begin / kBlockTokens, DivideUp(item.end, kBlockTokens));
+    if (std::all_of(runs.begin(), runs.end(), [&](const SnapshotRun& run) {
+          return run.tier != ChunkPicture::kDropped && core_.attends(run.tier);
+        }))
+      item.snapshot = *now;
+  }
+}
+
 // Returns what has to be brought in first; nothing: the call is done.
 absl::StatusOr<std::vector<Reader::Wanted>> Reader::TryAttend(CacheLock& lock, Batch& batch) {
   Reading reading(*lock, batch.items.size());
+  std::optional<Reading> later;
   KVTIDE_RETURN_IF_ERROR(TakeSnapshots(*lock, batch, reading));
-  const Unlocked unlocked(lock);
-  for (size_t i = 0; i < batch.items.size(); i++)
-    if (const absl::Status status = FindVisible(batch, batch.items[i]); !status.ok())
-      return AnnotateRefused(status, ItemText(batch.call, i));
-  KVTIDE_RETURN_IF_ERROR(CheckWork(batch));
-  std::vector<Wanted> far;
-  for (size_t i = 0; i < batch.items.size(); i++) {
-    const Item& item = batch.items[i];
-    const int64_t begin = item.begin / kBlockTokens, end = DivideUp(item.end, kBlockTokens);
-    if (!item.empty() && HasFar(*item.snapshot, begin, end))
-      far.push_back({batch.sequences[i], batch.layer.group, begin, end});
+  std::vector<Wanted> lower;
+  {
+    const Unlocked unlocked(lock);
+    for (size_t i = 0; i < batch.items.size(); i++)
+      if (const absl::Status status = FindVisible(batch, batch.items[i]); !status.ok())
+        return AnnotateRefused(status, ItemText(batch.call, i));
+    KVTIDE_RETURN_IF_ERROR(CheckWork(batch));
+    std::vector<Wanted> far;
+    for (size_t i = 0; i < batch.items.size(); i++) {
+      const Item& item = batch.items[i];
+      const int64_t begin = item.begin / kBlockTokens, end = DivideUp(item.end, kBlockTokens);
+      if (!item.empty() && HasFar(*item.snapshot, begin, end))
+        far.push_back({batch.sequences[i], batch.layer.group, begin, end, {}});
+    }
+    if (!far.empty()) return far;
+    lower = PickPromoted(batch, reading);
+    if (lower.empty()) return AttendNow(batch, reading);
   }
-  if (!far.empty()) return far;
+  BringHome(lock, batch, lower, later.emplace(*lock, batch.items.size()));
+  const Unlocked unlocked(lock);
+  return AttendNow(batch, reading);
+}
+
+absl::StatusOr<std::vector<Reader::Wanted>> Reader::AttendNow(const Batch& batch, Reading& reading) {
   KVTIDE_ASSIGN_OR_RETURN(std::unique_ptr<CachedAttendPlan> plan, FindPlan(batch));
   std::vector<PartState> states;
   KVTIDE_RETURN_IF_ERROR(AttendParts(batch, *plan, states));
@@ -217,7 +302,7 @@ absl::StatusOr<std::vector<Reader::Wanted>> Reader::TryAttend(CacheLock& lock, B
   reading.attended_blocks_below_tier0 = plan->blocks_below_tier0;
   reading.attended_bytes = plan->tier_bytes;
   plans_.Put(std::move(plan));
-  return far;
+  return std::vector<Wanted>();
 }
 
 bool Reader::HasFar(const TableSnapshot& snapshot, int64_t begin, int64_t end) const {
@@ -247,6 +332,9 @@ absl::Status Reader::BringIn(CacheLock& lock, std::span<const Wanted> wanted, in
 }
 
 absl::Status Reader::TakeSnapshots(CacheState& state, Batch& batch, Reading& reading) const {
+  batch.room.clear();
+  for (int home = 0; home < core_.homes(); home++)
+    batch.room.push_back(Mover::RoomAtHome(state, home, core_.options().limits));
   const bool touch = batch.layer.layer_in_group == 0;  // once a step is enough
   const absl::Time now = touch ? core_.options().clock() : absl::Time();
   size_t written = 0;
@@ -270,6 +358,13 @@ absl::Status Reader::TakeSnapshots(CacheState& state, Batch& batch, Reading& rea
     } else if (batch.append != nullptr && sequence->writer == batch.append) {
       item.length = batch.append->EndOf(*sequence);
     }
+    if (touch) {
+      if (now - sequence->last_attended >= core_.options().limits.idle) sequence->recent_steps = 0;
+      sequence->last_attended = now;
+      sequence->recent_steps++;
+    }
+    item.recent_steps = sequence->recent_steps;
+    item.changes = sequence->changes;
     if (!touch) continue;
     sequence->last_used = now;
     state.store.Touch(sequence->recency, now);
@@ -354,8 +449,10 @@ absl::StatusOr<std::unique_ptr<CachedAttendPlan>> Reader::MakePlan(const Batch& 
       if (run.profile != nullptr && (plan->profiles.empty() || plan->profiles.back() != run.profile))
         plan->profiles.push_back(run.profile);
       plan->blocks += static_cast<uint64_t>(to - from);
-      plan->tier_bytes[t] += static_cast<uint64_t>(to - from) * run.layout->block_bytes() /
+      const uint64_t bytes = static_cast<uint64_t>(to - from) * run.layout->block_bytes() /
                              static_cast<uint64_t>(run.layout->shape().layers);
+      plan->tier_bytes[t] += bytes;
+      parts[t].pass_bytes += static_cast<double>(bytes) * PassesOf(item.request->queries);
       if (run.tier >= core_.homes()) plan->blocks_below_tier0 += static_cast<uint64_t>(to - from);
     }
   }
@@ -448,7 +545,10 @@ absl::Status Reader::AttendParts(const Batch& batch, CachedAttendPlan& plan, std
     mine.items = items;
     if (batch.append != nullptr) mine.append = batch.append->PiecesIn(part.tier);
     if (!checked) mine.meanwhile = &check;
+    const absl::Time start = core_.options().clock();
     status[p] = core_.backend(part.tier).AttendLayer(*part.plan, mine);
+    if (status[p].ok())
+      core_.rates().AddAttention(part.tier, part.pass_bytes, core_.options().clock() - start);
   };
   std::vector<std::function<void()>> work;
   for (const std::vector<size_t>& parts : machines)
@@ -612,8 +712,11 @@ absl::StatusOr<std::vector<Reader::Wanted>> Reader::TryRead(const ReadCall& call
   const int64_t first_block = call.first_token / kBlockTokens, end_block = DivideUp(end, kBlockTokens);
   for (const LayerRows& layer : layers)
     if (HasFar(*layer.snapshot, first_block, end_block))
-      far.push_back(
-          {sequence, model.layers[static_cast<size_t>(layer.request->layer)].group, first_block, end_block});
+      far.push_back({sequence,
+                     model.layers[static_cast<size_t>(layer.request->layer)].group,
+                     first_block,
+                     end_block,
+                     {}});
   if (!far.empty()) return far;
   for (const LayerRows& layer : layers) {
     const std::string where = absl::StrCat("sequence ", call.sequence, ", layer ", layer.request->layer);

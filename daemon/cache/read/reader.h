@@ -54,6 +54,7 @@ class Reader {
                          bool append) const;
   struct Wanted;
   absl::StatusOr<std::vector<Wanted>> TryAttend(CacheLock& lock, Batch& batch);
+  absl::StatusOr<std::vector<Wanted>> AttendNow(const Batch& batch, Reading& reading);
   absl::StatusOr<std::vector<Wanted>> TryRead(const ReadCall& call, const CallContext& context);
   absl::Status TakeSnapshots(CacheState& state, Batch& batch, Reading& reading) const;
   absl::Status FindVisible(const Batch& batch, Item& item) const;
@@ -62,8 +63,13 @@ class Reader {
     SequencePtr sequence;
     int group = 0;
     int64_t begin = 0, end = 0;
+    std::vector<int> tiers;  // that they are to leave; none: those of I/O
   };
   bool HasFar(const TableSnapshot& snapshot, int64_t begin, int64_t end) const;
+  // Which blocks in lower tiers that attend are to be brought home first.
+  std::vector<Wanted> PickPromoted(Batch& batch, Reading& reading) const;
+  // Then the items see the same where it lies now, by snapshots of `reading`.
+  void BringHome(CacheLock& lock, Batch& batch, std::span<const Wanted> wanted, Reading& reading);
   // `round`: how often the call has done this already. `before_serial` is the same for all rounds.
   absl::Status BringIn(CacheLock& lock, std::span<const Wanted> wanted, int round, uint64_t* before_serial,
                        const CallContext& context);

@@ -17,9 +17,13 @@ Reading::~Reading() {
   entries_.clear();
   state_.counters.attended_blocks += attended_blocks;
   state_.counters.attended_blocks_below_tier0 += attended_blocks_below_tier0;
-  std::vector<uint64_t>& bytes = state_.counters.attended_bytes;
-  bytes.resize(std::max(bytes.size(), attended_bytes.size()));
-  for (size_t t = 0; t < attended_bytes.size(); t++) bytes[t] += attended_bytes[t];
+  const auto add = [](const std::vector<uint64_t>& from, std::vector<uint64_t>* to) {
+    to->resize(std::max(to->size(), from.size()));
+    for (size_t t = 0; t < from.size(); t++) (*to)[t] += from[t];
+  };
+  add(attended_bytes, &state_.counters.attended_bytes);
+  add(attended_in_place, &state_.counters.attended_in_place);
+  add(promoted_first, &state_.counters.promoted_first);
   state_.attends_running--;
   state_.changed.NotifyAll();
 }

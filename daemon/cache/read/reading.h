@@ -25,6 +25,7 @@ class Reading {
   // Adds to the counters of attended blocks when the reading ends.
   uint64_t attended_blocks = 0, attended_blocks_below_tier0 = 0;
   std::vector<uint64_t> attended_bytes;  // by tier; empty = none
+  std::vector<uint64_t> attended_in_place, promoted_first;
 
  private:
   struct Entry {

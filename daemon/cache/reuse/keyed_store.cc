@@ -8,6 +8,7 @@
 
 #include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/block/priority_records.h"
 #include "daemon/cache/call/refusal.h"
 #include "daemon/cache/move/label_check.h"
 #include "daemon/cache/move/move_batch.h"
@@ -101,6 +102,7 @@ NamespaceInfo KeyedStore::Describe(const KeyedNamespace& space) {
     info.codec_version_v = Info(space.form.layout->pair().v).version;
   }
   info.persistence = space.persistence;
+  info.priority = space.priority;
   info.blocks = space.blocks.size();
   info.durable_blocks = space.durable.size();
   info.leases = space.leases;
@@ -113,7 +115,8 @@ NamespaceInfo KeyedStore::Describe(const KeyedNamespace& space) {
   return info;
 }
 
-absl::StatusOr<NamespaceInfo> KeyedStore::Open(const NamespaceSpec& spec, Persistence persistence) {
+absl::StatusOr<NamespaceInfo> KeyedStore::Open(const NamespaceSpec& spec, Persistence persistence,
+                                               Priority priority) {
   KVTIDE_RETURN_IF_ERROR(CheckNamespaceSpec(spec));
   CacheLock lock(core_);
   const uint64_t before = lock->keyed.namespaces().size();
@@ -122,6 +125,7 @@ absl::StatusOr<NamespaceInfo> KeyedStore::Open(const NamespaceSpec& spec, Persis
   KVTIDE_RETURN_IF_ERROR(space.status());
   lock->keyed.SetPersistence(**space,
                              persistence == Persistence::kAll ? Persistence::kAll : Persistence::kNone);
+  lock->keyed.SetPriority(**space, priority);
   NamespaceInfo info = Describe(**space);
   info.existed = lock->keyed.namespaces().size() == before;
   return info;
@@ -225,6 +229,7 @@ struct KeyedStore::Storing {
   std::span<const BlockKey> keys;
   NamespacePtr space;
   KeyedPayload payload;
+  Priority priority;
   RecencyPtr record;
   RecencyPtr returned;  // of blocks that were dropped not long ago; null: none so far
   size_t next = 0;      // of the keys
@@ -261,8 +266,11 @@ absl::StatusOr<std::vector<KeyedStore::Write>> KeyedStore::Reserve(CacheLock& lo
   for (; storing.next < storing.keys.size() && writes.size() < options.max_moves_in_flight; storing.next++) {
     if (space.deleted) return DeletedError(space);
     const BlockKey& key = storing.keys[storing.next];
-    if (space.blocks.contains(key) || in_batch.contains(key)) {
+    if (Block* const there = space.blocks.Find(key); there != nullptr || in_batch.contains(key)) {
       report.present++;
+      // Blocks of its record may be less important to whoever stored them.
+      if (there != nullptr && there->chunks.empty() && lock->store.PriorityOf(*there) < storing.priority)
+        lock->store.Rejoin(there, storing.record, BlockStore::End::kColdest);
       continue;
     }
     if (!storing.full && lock->keyed.blocks() + writes.size() >= options.max_keyed_blocks &&
@@ -333,7 +341,8 @@ absl::Status KeyedStore::Enter(CacheLock& lock, Storing& storing, const StoringL
     lock->keyed.Insert(space, key, block);
     // What was dropped too early is not on trial once more.
     RecencyPtr& record = store.TakeGhost(key) ? storing.returned : storing.record;
-    if (record == nullptr) record = store.NewRecency(core_.options().clock());
+    if (record == nullptr)
+      record = store.NewRecency(core_.options().clock(), Standing::kUsed, storing.priority);
     store.Join(block, record, BlockStore::End::kColdest);
     lock->unsent.Found(block->id);
     lease.Add(block);
@@ -343,15 +352,16 @@ absl::Status KeyedStore::Enter(CacheLock& lock, Storing& storing, const StoringL
   return failed;
 }
 
-RecencyPtr KeyedStore::NewestRecord(CacheState& state, KeyedNamespace& space) const {
+RecencyPtr KeyedStore::NewestRecord(CacheState& state, KeyedNamespace& space, Priority priority) const {
   BlockStore& store = state.store;
   const absl::Time now = core_.options().clock();
-  if (space.newest == nullptr || store.BlocksOf(space.newest) >= kSharedRecord ||
-      now - store.LastTouched(space.newest) > kTogether)
-    space.newest = store.NewRecency(now, Standing::kNew);
+  RecencyPtr& newest = space.newest[static_cast<size_t>(priority)];
+  if (newest == nullptr || store.BlocksOf(newest) >= kSharedRecord ||
+      now - store.LastTouched(newest) > kTogether || store.PriorityOf(newest) != priority)
+    newest = store.NewRecency(now, Standing::kNew, priority);
   // To be stored beside others is no use of these; with LRU it counts as one, as it is all that there is.
-  if (core_.options().eviction == EvictionKind::kLru) store.Touch(space.newest, now);
-  return space.newest;
+  if (core_.options().eviction == EvictionKind::kLru) store.Touch(newest, now);
+  return newest;
 }
 
 absl::StatusOr<StoreReport> KeyedStore::Store(const StoreCall& call) {
@@ -372,7 +382,9 @@ absl::StatusOr<StoreReport> KeyedStore::Store(const StoreCall& call) {
   CacheLock lock(core_);
   if (space->deleted) return DeletedError(*space);
   Trace(options, TraceVerb::kStore, *space, keys);
-  Storing storing{context, keys, space, std::move(payload), NewestRecord(*lock, *space), nullptr};
+  const Priority priority = call.priority.value_or(space->priority);
+  Storing storing{context, keys, space, std::move(payload), priority, NewestRecord(*lock, *space, priority),
+                  nullptr};
   const StoringLease lease(lock, space);
   absl::Status failed;
   while (storing.next < keys.size() && failed.ok()) {
@@ -405,14 +417,15 @@ void KeyedStore::UseTogether(CacheState& state, std::span<Block* const> blocks) 
   BlockStore& store = state.store;
   const absl::Time now = core_.options().clock();
   if (blocks.empty()) return;
-  RecencyPtr record = store.RecordOf(*blocks.front());
+  const RecencyPtr record = store.RecordOf(*blocks.front());
   const bool together = record != nullptr && store.BlocksOf(record) == blocks.size() &&
                         std::all_of(blocks.begin(), blocks.end(),
                                     [&](const Block* block) { return store.GoesBy(*block, record); });
-  if (!together) record = store.NewRecency(now);
+  if (together) return store.Touch(record, now);
+  PriorityRecords records(store, now);
   for (Block* const block : blocks)
-    if (!together && block->chunks.empty()) store.Rejoin(block, record, BlockStore::End::kColdest);
-  store.Touch(record, now);
+    if (block->chunks.empty()) store.Rejoin(block, records.Of(*block), BlockStore::End::kColdest);
+  records.Touch(now);
 }
 
 absl::StatusOr<LookupReport> KeyedStore::Lookup(const LookupCall& call) {
@@ -561,9 +574,10 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
         std::span<const HeldBlock>(blocks).subspan(begin, std::min(step, blocks.size() - begin));
     KVTIDE_RETURN_IF_ERROR(context.Check(options.clock(), "the load"));
     // They go by a record of their own: the rest of the lease may make way for them.
-    const RecencyPtr record = store.NewRecency(options.clock());
+    PriorityRecords records(store, options.clock());
     for (const HeldBlock& one : batch)
-      if (one->keyed && mover_.IsFar(*one.get())) store.Rejoin(one.get(), record, BlockStore::End::kColdest);
+      if (one->keyed && mover_.IsFar(*one.get()))
+        store.Rejoin(one.get(), records.Of(*one.get()), BlockStore::End::kColdest);
     KVTIDE_RETURN_IF_ERROR(mover_.BringIn(lock, batch, store.serial() + 1, context));
     if (space->deleted) return DeletedError(*space);
     std::vector<Read> reads;

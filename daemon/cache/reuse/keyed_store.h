@@ -25,7 +25,7 @@ class KeyedStore {
   KeyedStore(CacheCore& core, Mover& mover, RemoteExchange& remote)
       : core_(core), mover_(mover), remote_(remote), room_(core) {}
 
-  absl::StatusOr<NamespaceInfo> Open(const NamespaceSpec& spec, Persistence persistence);
+  absl::StatusOr<NamespaceInfo> Open(const NamespaceSpec& spec, Persistence persistence, Priority priority);
   absl::StatusOr<StoreReport> Store(const StoreCall& call);
   absl::StatusOr<LookupReport> Lookup(const LookupCall& call);
   absl::StatusOr<LeaseInfo> DescribeLease(LeaseId lease, const CallContext& context);
@@ -60,7 +60,7 @@ class KeyedStore {
 
   absl::StatusOr<std::vector<BlockKey>> Keys(NamespaceId space, std::span<const std::string_view> keys) const;
   // By which blocks of calls that follow each other go together: a record costs as much as a block.
-  RecencyPtr NewestRecord(CacheState& state, KeyedNamespace& space) const;
+  RecencyPtr NewestRecord(CacheState& state, KeyedNamespace& space, Priority priority) const;
   // The steps of a store: places for the next blocks that are not there, their bytes, their keys.
   absl::StatusOr<std::vector<Write>> Reserve(CacheLock& lock, Storing& storing);
   void CopyIn(CacheLock& lock, Storing& storing, std::span<Write> writes);

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/block/priority_records.h"
 #include "daemon/cache/call/refusal.h"
 #include "daemon/cache/move/label_check.h"
 #include "daemon/cache/reuse/keyed_store.h"
@@ -165,11 +166,11 @@ absl::StatusOr<PrefixReport> PrefixReuse::Lookup(const PrefixCall& call) {
   if (blocks == 0) return report;
   // What no sequence has goes by one record from now on.
   const absl::Time now = options.clock();
-  const RecencyPtr record = lock->store.NewRecency(now);
-  lock->prefixes.Order(found.all, record);
-  RecordSlot touched = record->slot;
+  PriorityRecords records(lock->store, now);
+  lock->prefixes.Order(found.all, &records);
+  RecordSlot touched = kNoSlot;
   for (const Block* block : found.all) {
-    if (block->record == kNoSlot || block->record == touched) continue;
+    if (block->record == kNoSlot || block->record == touched || records.Has(*block)) continue;
     touched = block->record;
     lock->store.Touch(*block, now);
   }
@@ -234,6 +235,7 @@ void PrefixReuse::TakeOver(CacheState& state, const PrefixSpacePtr& space, std::
       KVTIDE_CHECK(block != nullptr && block->index == index);
       table.blocks->PushBack(block, sequence.recency.own);
       sequence.recency.AddPrefix(state.store.RecordOf(*block));
+      state.store.RaisePriority(state.store.RecordOf(*block), sequence.options.priority);
       // Further blocks are coded as these are.
       if (table.coding() && table.IsCoded(*block)) table.profile = block->profile();
     }

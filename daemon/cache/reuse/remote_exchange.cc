@@ -549,7 +549,7 @@ RemoteExchange::Fetched RemoteExchange::FetchPrefix(CacheLock& lock, Sequence& l
       want.group = &like.model->spec.groups[g];
       wants.push_back(std::move(want));
     }
-  const RecencyPtr record = lock->store.NewRecency(options.clock());
+  const RecencyPtr record = lock->store.NewRecency(options.clock(), Standing::kUsed, like.options.priority);
   Fetch(lock, name, wants, context, end, &fetched,
         [&](const Want& want, const BlockLabel& found, Block* block) {
           const absl::StatusOr<std::shared_ptr<const ModelState>> still =
@@ -614,7 +614,7 @@ RemoteExchange::Fetched RemoteExchange::FetchKeyed(CacheLock& lock, const Namesp
     want.home = RoomiestHome(lock->store);
     want.profile_hash = labels[i]->profile_hash;
   }
-  const RecencyPtr record = lock->store.NewRecency(options.clock());
+  const RecencyPtr record = lock->store.NewRecency(options.clock(), Standing::kUsed, space->priority);
   Fetch(lock, name, wants, context, end, &fetched, [&](const Want& want, const BlockLabel&, Block* block) {
     if (space->deleted || lock->keyed.blocks() >= options.max_keyed_blocks ||
         space->blocks.contains(want.name.key))

@@ -11,7 +11,12 @@ absl::Status CacheCore::Start() {
   CacheLock lock(*this);
   KVTIDE_RETURN_IF_ERROR(lock->store.Init(options_));
   homes_ = lock->store.homes();
-  for (const TierOptions& tier : options_.tiers) media_.push_back({tier.backend, tier.io});
+  std::vector<MeasuredRates::Medium> media;
+  for (const TierOptions& tier : options_.tiers) {
+    media_.push_back({tier.backend, tier.io});
+    media.push_back({tier.attends() ? tier.backend->name() : "", tier.attend_rate, tier.promote_rate});
+  }
+  rates_ = std::make_unique<MeasuredRates>(media);
   return absl::OkStatus();
 }
 

@@ -10,6 +10,7 @@
 // (sequences.h; nobody else changes the tables). All of them are made and destroyed under the mutex.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -20,6 +21,7 @@
 #include "daemon/cache/call/cache_options.h"
 #include "daemon/cache/sequence/prefix_index.h"
 #include "daemon/cache/sequence/sequences.h"
+#include "daemon/cache/tier/measured_rates.h"
 #include "kernels/base/lock_waits.h"
 #include "kernels/base/mutex.h"
 
@@ -31,7 +33,8 @@ struct Counters {
   uint64_t copied_on_write_blocks = 0, window_freed_blocks = 0, evict_calls = 0, prefetch_calls = 0;
   uint64_t moves = 0, failed_moves = 0, moved_bytes = 0, dropped_blocks = 0;
   uint64_t compacted_blocks = 0, compacted_bytes = 0;
-  std::vector<uint64_t> attended_bytes;  // by tier
+  std::vector<uint64_t> attended_bytes;                     // by tier
+  std::vector<uint64_t> attended_in_place, promoted_first;  // by tier
   uint64_t attended_blocks = 0, attended_blocks_below_tier0 = 0, checksum_failures = 0, exhausted = 0;
   uint64_t keyed_hits = 0, keyed_misses = 0, keyed_stored = 0, keyed_present = 0, keyed_left_out = 0;
   uint64_t prefix_lookups = 0, prefix_miss_tokens = 0, prefix_reused_tokens = 0;
@@ -85,6 +88,7 @@ class CacheCore {
   std::byte* Data(const Place& place) const { return state_.store.Data(place); }
   size_t tiers() const { return media_.size(); }
   int homes() const { return homes_; }
+  MeasuredRates& rates() const { return *rates_; }
   // How long calls have waited for the mutex.
   LockWaitStats lock_waits() const { return waits_.Stats(); }
 
@@ -99,6 +103,7 @@ class CacheCore {
   };
   std::vector<Medium> media_;  // by tier; fixed after Start
   int homes_ = 0;
+  std::unique_ptr<MeasuredRates> rates_;
   Mutex mu_;
   LockWaits waits_;
   CacheState state_;

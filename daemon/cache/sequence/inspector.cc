@@ -145,6 +145,20 @@ CacheStats Inspector::Stats() const {
   AddCounters(lock->counters, stats);
   for (size_t t = 0; t < lock->counters.attended_bytes.size() && t < stats.tiers.size(); t++)
     stats.tiers[t].attended_bytes = lock->counters.attended_bytes[t];
+  const auto of = [](const std::vector<uint64_t>& counts, size_t t) {
+    return t < counts.size() ? counts[t] : 0;
+  };
+  for (size_t t = 0; t < stats.tiers.size(); t++) {
+    TierStats& tier = stats.tiers[t];
+    tier.attended_in_place = of(lock->counters.attended_in_place, t);
+    tier.promoted_first = of(lock->counters.promoted_first, t);
+    if (tier.attends) tier.attend_rate = core_.rates().attend(static_cast<int>(t));
+    if (tier.attends && static_cast<int>(t) >= core_.homes())
+      tier.promote_rate = core_.rates().copy_up(static_cast<int>(t));
+    const PriorityOrder& order = *lock->store.tier(static_cast<int>(t)).policy;
+    tier.low_priority_blocks = order.blocks(Priority::kLow);
+    tier.high_priority_blocks = order.blocks(Priority::kHigh);
+  }
   stats.table_bytes = lock->store.table_bytes();
   stats.shared_blocks = lock->store.shared_blocks();
   stats.stored_bytes = lock->store.stored_bytes();

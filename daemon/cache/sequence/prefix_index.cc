@@ -212,6 +212,7 @@ uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most, UnsentBlocks* 
           continue;
         table.blocks->Replace(index, there, sequence.recency.own);
         sequence.recency.AddPrefix(store_->RecordOf(*there));
+        store_->RaisePriority(store_->RecordOf(*there), sequence.options.priority);
         continue;
       }
       if (mine->prefix() != nullptr) continue;
@@ -220,7 +221,9 @@ uint64_t PrefixIndex::Register(Sequence& sequence, uint64_t most, UnsentBlocks* 
       Insert(space, key, static_cast<int>(g), mine);
       if (store_->TakeGhost(key, static_cast<int>(g))) {
         // When the sequence is closed it is not on trial once more.
-        if (returned == nullptr) returned = store_->NewRecency(store_->LastTouched(sequence.recency.own));
+        if (returned == nullptr)
+          returned = store_->NewRecency(store_->LastTouched(sequence.recency.own), Standing::kUsed,
+                                        sequence.options.priority);
         store_->Rejoin(mine, returned, BlockStore::End::kColdest);
         sequence.recency.AddPrefix(returned);
       }
@@ -304,10 +307,10 @@ PrefixIndex::Presence PrefixIndex::PresenceOf(const Block* block) {
   return block != nullptr ? Presence{true, IsCoded(*block), HashOf(block->profile())} : Presence();
 }
 
-void PrefixIndex::Order(std::span<Block* const> blocks, const RecencyPtr& record) {
+void PrefixIndex::Order(std::span<Block* const> blocks, PriorityRecords* records) {
   for (Block* const block : blocks)
     if (block->prefix() != nullptr && IsAlone(*block))
-      store_->Rejoin(block, record, BlockStore::End::kColdest);
+      store_->Rejoin(block, records->Of(*block), BlockStore::End::kColdest);
 }
 
 void PrefixIndex::Forget(const ModelState& model) {

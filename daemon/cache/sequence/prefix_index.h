@@ -23,6 +23,7 @@
 #include "absl/container/inlined_vector.h"
 #include "absl/functional/function_ref.h"
 #include "daemon/cache/block/blocks_by_key.h"
+#include "daemon/cache/block/priority_records.h"
 #include "daemon/cache/block/unsent_blocks.h"
 #include "daemon/cache/sequence/sequence.h"
 
@@ -122,8 +123,9 @@ class PrefixIndex {
   }
   // First block that a prefix of so many blocks has in the group.
   static int64_t FirstBlock(const PrefixSpace& space, int group, int64_t blocks);
-  // What nobody else has goes by this order from now on: the end of a prefix before its beginning.
-  void Order(std::span<Block* const> blocks, const RecencyPtr& record);
+  // What nobody else has goes by this order from now on: the end of a prefix before its beginning. Each block
+  // keeps its priority.
+  void Order(std::span<Block* const> blocks, PriorityRecords* records);
 
   // Forgets what belongs to the model, and says which runs are over.
   void Forget(const ModelState& model);

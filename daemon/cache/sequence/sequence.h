@@ -144,7 +144,7 @@ struct Sequence {
   const void* writer = nullptr;  // the append or truncation that runs; null = none
   int readers = 0;               // reads that run
   bool closed = false;
-  uint64_t changes = 0;     // appends and cuts
+  uint64_t changes = 0;     // appends, cuts, and other priorities
   bool persisting = false;  // a call makes it durable
   Durable durable;
   SequenceRecency recency;
@@ -155,6 +155,8 @@ struct Sequence {
   int64_t reused_tokens = 0;                           // that it began with
   uint64_t counted_tokens = 0, counted_f16_bytes = 0;  // what Sequences has added to its totals
   absl::Time created, last_used;
+  absl::Time last_attended = absl::InfinitePast();
+  int64_t recent_steps = 0;  // with an attention, up to the last one, without a pause
   absl::Time pinned_until = absl::InfinitePast();
 
   bool keeper() const { return !options.allow_drop; }

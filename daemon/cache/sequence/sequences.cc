@@ -427,7 +427,7 @@ absl::StatusOr<SequencePtr> Sequences::Build(ModelId model_id, const SequenceOpt
               Annotate(tier.backend->CheckSupport(*layout), absl::StrCat("pair ", PairName(layout->pair()))));
   }
   sequence->created = sequence->last_used = options_.clock();
-  sequence->recency.own = store_->NewRecency(sequence->created);
+  sequence->recency.own = store_->NewRecency(sequence->created, Standing::kUsed, options.priority);
   return sequence;
 }
 
@@ -504,6 +504,34 @@ absl::Status Sequences::Pin(std::span<const SequencePtr> sequences, absl::Time u
   }
   ApplyPins(now);
   return absl::OkStatus();
+}
+
+void Sequences::SetPriority(std::span<const SequencePtr> sequences, Priority priority) {
+  absl::flat_hash_map<const Recency*, std::pair<RecencyPtr, Priority>> shared;
+  const auto root = [](const RecencyPtr& record) {
+    return record->merged_into != nullptr ? record->merged_into : record;
+  };
+  for (const SequencePtr& sequence : sequences) {
+    if (std::exchange(sequence->options.priority, priority) != priority) sequence->changes++;
+    store_->SetPriority(sequence->recency.own, priority);
+    sequence->recency.ForEach([&](const RecencyPtr& record) {
+      if (record != sequence->recency.own) shared.try_emplace(root(record).get(), root(record), priority);
+    });
+  }
+  if (shared.empty()) return;
+  // What others have, too, goes by the highest of theirs.
+  for (const auto& [id, sequence] : sequences_)
+    sequence->recency.ForEach([&](const RecencyPtr& record) {
+      const auto found = shared.find(root(record).get());
+      if (found != shared.end())
+        found->second.second = std::max(found->second.second, sequence->options.priority);
+    });
+  // The one that was used last is the hottest of its priority.
+  std::vector<std::pair<RecencyPtr, Priority>> records;
+  for (const auto& [record, both] : shared) records.push_back(both);
+  std::sort(records.begin(), records.end(),
+            [](const auto& a, const auto& b) { return a.first->touch_serial < b.first->touch_serial; });
+  for (const auto& [record, highest] : records) store_->SetPriority(record, highest);
 }
 
 void Sequences::ApplyPins(absl::Time now) {

@@ -72,6 +72,7 @@ class Sequences {
   // pin. Forks are not pinned, but the blocks that they share are. ResourceExhausted where the tenant's quota
   // of pins allows fewer; then nothing has changed.
   absl::Status Pin(std::span<const SequencePtr> sequences, absl::Time until);
+  void SetPriority(std::span<const SequencePtr> sequences, Priority priority);
   // Forgets pins whose time is over, and marks the blocks of the others, whose records forks may have
   // changed.
   void ApplyPins(absl::Time now);

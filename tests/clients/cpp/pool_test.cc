@@ -274,6 +274,24 @@ TEST_P(PoolTest, SequencesSayWhatTheirColdBlocksMayBecome) {
   refused({"turbo2", "turbo3"}, "degrade[1]");
 }
 
+TEST_P(PoolTest, PrioritiesAreSaidAndSet) {
+  const client::SequenceId id = Make();
+  const auto priority = [&] { return pool_->ListSequences("small").value().at(0).priority; };
+  EXPECT_EQ(priority(), client::Priority::kNormal);
+  ASSERT_TRUE(Append(id, 0, 70).ok());
+  ASSERT_TRUE(pool_->SetPriority({{id}}, client::Priority::kHigh).ok());
+  EXPECT_EQ(priority(), client::Priority::kHigh);
+  EXPECT_EQ(pool_->GetStats()->tiers[0].high_priority_blocks, 2);
+  ASSERT_TRUE(pool_->SetPriority({{id}}, client::Priority::kLow).ok());
+  EXPECT_EQ(pool_->GetStats()->tiers[0].low_priority_blocks, 2);
+  ExpectError(pool_->SetPriority({{id}}, client::Priority::kDefault), absl::StatusCode::kInvalidArgument,
+              "priority is not set");
+  ExpectError(pool_->SetPriority({{id + 1}}, client::Priority::kLow), absl::StatusCode::kNotFound, "");
+  ExpectError(pool_->SetPriority({}, client::Priority::kLow), absl::StatusCode::kInvalidArgument,
+              "sequence_ids is empty");
+  EXPECT_TRUE(pool_->CloseSequence(id).ok());
+}
+
 // One layer of a step over SmallModel, for sequences that all have the rows of seed 1.
 absl::Status RunStepLayer(Pool& pool, int layer, const client::Step& step,
                           std::span<const client::StepItem> of, std::span<const client::TokenId> said = {}) {

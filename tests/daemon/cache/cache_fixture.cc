@@ -119,6 +119,10 @@ void CacheTest::StartOn(int devices, size_t device_bytes, size_t host_bytes) {
     options_.tiers[0].device = "first";
   }
   if (host_bytes > 0) options_.tiers.push_back({"host", host_.get(), host_bytes, true});
+  if (host_bytes > 0) {
+    options_.tiers.back().attend_rate = host_attend_rate_;
+    options_.tiers.back().promote_rate = host_promote_rate_;
+  }
   if (disk_ != nullptr)
     options_.tiers.push_back({"disk", nullptr, disk_->capacity_bytes(), true, "", disk_.get(), disk_.get()});
   absl::StatusOr<std::unique_ptr<KvCache>> cache = KvCache::Create(options_);
@@ -196,10 +200,10 @@ absl::Status Client::Step(int64_t tokens) {
     const absl::Status status = cache_->AppendAttend(attend.call());
     if (!status.ok()) return status;
     shadow_.Append(layer, rows.k, rows.v, tokens);
-    ExpectClose(shadow_.Attend(layer, attend.q, tokens, start), attend.out, attend.lse,
-                "step of " + std::to_string(tokens) + " at " + std::to_string(start) + ", layer " +
-                    std::to_string(l),
-                Tolerance(shadow_));
+    ExpectClose(
+        shadow_.Attend(layer, attend.q, tokens, start), attend.out, attend.lse,
+        "step of " + std::to_string(tokens) + " at " + std::to_string(start) + ", layer " + std::to_string(l),
+        Tolerance(shadow_));
     shadow_.Settle();
   }
   return absl::OkStatus();

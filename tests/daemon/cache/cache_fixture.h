@@ -75,6 +75,8 @@ class CacheTest : public ::testing::Test {
   std::unique_ptr<FaultFileSystem> files_ = std::make_unique<FaultFileSystem>();
   std::unique_ptr<DiskTier> disk_;
   size_t disk_options_bytes_ = 0;
+  // Of the host tier, for the next start; 0: one memory with the device, as its backend is.
+  double host_attend_rate_ = 0, host_promote_rate_ = 0;
   uint64_t lives_ = 0;
   std::unique_ptr<KvCache> cache_;
   std::mt19937 random_{20260101};

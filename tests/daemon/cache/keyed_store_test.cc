@@ -417,6 +417,51 @@ TEST_F(KeyedStoreTest, TheEndOfAPrefixIsDroppedBeforeItsBeginning) {
   EXPECT_EQ(Hits(space, Keys(0, 2)), 2u);
 }
 
+TEST_F(KeyedStoreTest, LowerPrioritiesAreDroppedFirst) {
+  options_.max_keyed_blocks = 8;
+  Start();
+  const auto open = [&](const char* salt, Priority priority) {
+    NamespaceSpec spec = Opaque();
+    spec.salt = salt;
+    return cache_->OpenNamespace(spec, Persistence::kNone, priority)->id;
+  };
+  const auto store = [&](NamespaceId space, int first, int count, std::optional<Priority> priority) {
+    const std::vector<std::string> keys = Keys(first, count);
+    const std::vector<std::string_view> views = Views(keys);
+    const std::vector<std::byte> payload = Stamped(first, count);
+    StoreCall call;
+    call.name_space = space;
+    call.keys = views;
+    call.form = BlockPayload::kBytes;
+    call.payload = payload;
+    call.priority = priority;
+    clock_.Advance(absl::Seconds(5));
+    return cache_->StoreBlocks(call);
+  };
+  const auto found = [&](NamespaceId space, int first) { return Hits(space, Keys(first, 1)); };
+  const NamespaceId high = open("high", Priority::kHigh), low = open("low", Priority::kLow);
+  EXPECT_EQ(Info(high).priority, Priority::kHigh);
+  ASSERT_TRUE(store(high, 0, 2, {}).ok());
+  ASSERT_TRUE(store(low, 0, 2, {}).ok());
+  ASSERT_TRUE(store(low, 10, 2, Priority::kHigh).ok());
+  ASSERT_TRUE(store(high, 20, 2, Priority::kNormal).ok());
+  ASSERT_TRUE(store(high, 30, 2, {}).ok());
+  EXPECT_EQ(found(low, 0) + found(low, 1), 0u) << "low, and not the oldest";
+  ASSERT_TRUE(store(high, 40, 1, {}).ok());
+  EXPECT_EQ(found(high, 20) + found(high, 21), 1u) << "normal ones next";
+  EXPECT_EQ(found(high, 0) + found(low, 10), 2u);
+  // A store of what is there raises it; a lookup changes nothing about priorities.
+  ASSERT_TRUE(store(high, 20, 1, Priority::kHigh).ok());
+  // The namespace has another one: so have its blocks that had its former one.
+  EXPECT_EQ(open("high", Priority::kLow), high);
+  EXPECT_EQ(Info(high).priority, Priority::kLow);
+  EXPECT_EQ(cache_->Stats().tiers[1].high_priority_blocks, 2u)
+      << "those that were stored as high into the other";
+  ASSERT_TRUE(store(low, 50, 3, Priority::kNormal).ok());
+  EXPECT_EQ(found(low, 10) + found(low, 11) + found(low, 50), 3u);
+  cache_->CheckInvariants();
+}
+
 // PegaFlow #434: leased blocks fell out of the index under pressure.
 TEST_F(KeyedStoreTest, PegaFlow434LeasedBlocksStayUnderPressure) {
   Start(64 * 1024, 64 * 1024);

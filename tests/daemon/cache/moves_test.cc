@@ -223,6 +223,125 @@ TEST_F(MovesTest, AttentionPromotesWhatItReadsBelowWhenThereIsRoom) {
   client.CheckAllLayers();
 }
 
+// Between promote_below and the high watermark nothing else would move: attention would stay below forever.
+TEST_F(MovesTest, IdleBlocksMakeWayForWhatAttentionWants) {
+  Start(10 * kBlock, 10 * kBlock);
+  Client idle(*cache_, SmallModel(), WithPair("f16"), random_),
+      wanted(*cache_, SmallModel(), WithPair("f16"), random_);
+  ASSERT_TRUE(wanted.Append(3 * 64).ok());
+  ASSERT_TRUE(cache_->Evict({{wanted.id()}}, 1).ok());
+  ASSERT_TRUE(idle.Append(8 * 64).ok());
+  ASSERT_TRUE(wanted.CheckAttention(0).ok());
+  EXPECT_EQ(cache_->RunMovesOnce().moved_blocks, 0u) << "nobody is idle";
+  clock_.Advance(absl::Seconds(10));
+  ASSERT_TRUE(wanted.CheckAttention(0).ok());
+  EXPECT_EQ(cache_->RunMovesOnce().moved_blocks, 6u);
+  EXPECT_EQ(wanted.info().blocks_by_tier[0], 3u);
+  EXPECT_EQ(idle.info().blocks_by_tier[0], 5u);
+  ASSERT_TRUE(wanted.CheckAttention(0).ok());
+  EXPECT_EQ(cache_->RunMovesOnce().moved_blocks, 0u);
+  idle.CheckAllLayers();
+  wanted.CheckAllLayers();
+}
+
+// Blocks in the host tier are attended there or brought home first, by what either is predicted to take.
+class LowerTierTest : public CacheTest {
+ protected:
+  // A sequence of 40 blocks that lies in the host tier.
+  void Park() {
+    Start();
+    client_ = std::make_unique<Client>(*cache_, SmallModel(), WithPair("f16"), random_);
+    ASSERT_TRUE(client_->Append(40 * 64).ok());
+    ASSERT_TRUE(cache_->Evict({{client_->id()}}, 1).ok());
+  }
+  uint64_t AtHome() { return client_->info().blocks_by_tier[0]; }
+  TierStats Host() { return cache_->Stats().tiers[1]; }
+  std::unique_ptr<Client> client_;
+};
+
+TEST_F(LowerTierTest, OneMemoryIsAttendedInPlace) {
+  Park();
+  ASSERT_TRUE(client_->CheckAttention(0).ok());
+  EXPECT_EQ(AtHome(), 0u);
+  EXPECT_EQ(Host().attended_in_place, 1u);
+  EXPECT_EQ(Host().promoted_first, 0u);
+  EXPECT_EQ(Host().attend_rate, cache_->Stats().tiers[0].attend_rate);
+}
+
+TEST_F(LowerTierTest, SlowMemoryBehindAFastBusIsLeftFirst) {
+  host_attend_rate_ = 1e8;
+  host_promote_rate_ = 1e10;
+  Park();
+  ASSERT_TRUE(client_->CheckAttention(0).ok());
+  EXPECT_EQ(AtHome(), 40u);
+  EXPECT_EQ(Host().promoted_first, 1u);
+  EXPECT_EQ(Host().attended_in_place, 0u);
+  client_->CheckAllLayers();
+  EXPECT_EQ(Host().promoted_first, 1u) << "they are at home";
+}
+
+TEST_F(LowerTierTest, WhatIsReadAgainIsWorthACopy) {
+  host_attend_rate_ = 4e9;  // the device: 1e10
+  host_promote_rate_ = 3e9;
+  Park();
+  for (int reads = 1; reads <= 2; reads++) {
+    ASSERT_TRUE(client_->CheckAttention(0).ok());
+    EXPECT_EQ(AtHome(), 0u) << reads;
+  }
+  clock_.Advance(absl::Minutes(1));  // after a pause nobody knows
+  ASSERT_TRUE(client_->CheckAttention(0).ok());
+  EXPECT_EQ(AtHome(), 0u);
+  for (int reads = 2; reads <= 3; reads++) ASSERT_TRUE(client_->CheckAttention(0).ok());
+  EXPECT_EQ(AtHome(), 40u);
+  EXPECT_EQ(Host().attended_in_place, 4u);
+}
+
+TEST_F(LowerTierTest, ARuleMayBeForced) {
+  options_.attend_lower_tiers = AttendLowerTiers::kPromoteFirst;
+  Park();
+  ASSERT_TRUE(client_->CheckAttention(0).ok());
+  EXPECT_EQ(AtHome(), 40u);
+  Renew();
+  options_.attend_lower_tiers = AttendLowerTiers::kInPlace;
+  host_attend_rate_ = 1;
+  Park();
+  ASSERT_TRUE(client_->CheckAttention(0).ok());
+  EXPECT_EQ(AtHome(), 0u);
+}
+
+// What in-place attention could serve does not fail because of it.
+TEST_F(LowerTierTest, WithoutRoomOrWhenTheCopyFailsItIsInPlace) {
+  options_.attend_lower_tiers = AttendLowerTiers::kPromoteFirst;
+  options_.limits.promote_below = 0.2;  // 25 blocks of 40
+  Park();
+  ASSERT_TRUE(client_->CheckAttention(0).ok());
+  EXPECT_EQ(AtHome(), 0u) << "all of them or none";
+  EXPECT_EQ(Host().attended_in_place, 1u);
+  Renew();
+  options_.attend_lower_tiers = AttendLowerTiers::kPromoteFirst;
+  Park();
+  device_->Fail(FaultyBackend::kStartCopy, 1000);
+  ASSERT_TRUE(client_->CheckAttention(0).ok());
+  EXPECT_EQ(AtHome(), 0u);
+  EXPECT_EQ(cache_->Stats().failed_moves, 40u);
+  device_->Fail(FaultyBackend::kStartCopy, 0);
+  client_->CheckAllLayers();
+}
+
+TEST_F(LowerTierTest, RatesAreMeasured) {
+  host_attend_rate_ = 1e12;
+  Park();
+  host_->SetHook([&](FaultyBackend::Call call) {
+    if (call == FaultyBackend::kAttend) clock_.Advance(absl::Milliseconds(100));
+  });
+  int attentions = 0;
+  for (; AtHome() == 0 && attentions < 100; attentions++) ASSERT_TRUE(client_->CheckAttention(0).ok());
+  EXPECT_EQ(AtHome(), 40u);
+  EXPECT_GT(attentions, 3);
+  EXPECT_LT(Host().attend_rate, 2e10) << "it was said to be a hundred times as fast";
+  EXPECT_EQ(Host().attended_in_place, static_cast<uint64_t>(attentions - 1));
+}
+
 TEST_F(MovesTest, AFailedCopyLosesNothing) {
   Start();
   Client client(*cache_, SmallModel(), WithPair("f16"), random_);

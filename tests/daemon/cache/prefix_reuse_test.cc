@@ -346,6 +346,34 @@ TEST_F(PrefixReuseTest, WhatIsCachedMakesWayFromItsEnd) {
   ASSERT_TRUE(client.Close().ok());
 }
 
+TEST_F(PrefixReuseTest, WhatIsCachedKeepsThePriorityOfItsSequence) {
+  StartSmall(8, 4, 20);
+  SequenceOptions high = WithPair("f16");
+  high.priority = Priority::kHigh;
+  const SequenceOptions normal = WithPair("f16");
+  const Tokens old = SomeTokens(1, 64 * 4), used = SomeTokens(2, 64 * 4);
+  Leave(high, old, SmallModel(), true);
+  clock_.Advance(absl::Seconds(1));
+  Leave(normal, used, SmallModel(), true);
+  const auto tiers = [&](const Tokens& tokens) {
+    TokenClient client = Make(normal);
+    const PrefixReport report = client.Lookup(tokens, absl::ZeroDuration()).value();
+    EXPECT_TRUE(client.Close().ok());
+    std::vector<int64_t> by_tier(3);
+    for (const PrefixReport::Run& run : report.tiers) by_tier[static_cast<size_t>(run.tier)] += run.tokens;
+    return by_tier;
+  };
+  TokenClient client = Make(normal);
+  ASSERT_TRUE(client.Append(SomeTokens(10, 64 * 3), false).ok());
+  EXPECT_EQ(tiers(old), (std::vector<int64_t>{64 * 4, 0, 0})) << "the older one";
+  EXPECT_EQ(tiers(used), (std::vector<int64_t>{64, 64 * 3, 0}));
+  ASSERT_TRUE(client.Close().ok());
+  Restart(true);
+  EXPECT_EQ(tiers(old), (std::vector<int64_t>{0, 0, 64 * 4}));
+  EXPECT_EQ(cache_->Stats().tiers[2].high_priority_blocks, 4u);
+  EXPECT_EQ(cache_->Stats().tiers[2].low_priority_blocks, 0u);
+}
+
 TEST_F(PrefixReuseTest, WhatATenantHasCachedMakesWayInItsQuota) {
   const std::string quota = absl::StrCat("acme:device=", 6 * kBlock, ",host=0");
   options_.quotas = TenantQuotas::Parse({{quota}}, {{std::string("device"), std::string("host")}}).value();

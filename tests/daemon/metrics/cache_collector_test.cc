@@ -112,6 +112,9 @@ TEST(CacheCollector, FamiliesAndTypes) {
       {"kvtide_leases_expired_total", "counter"},
       {"kvtide_attended_blocks_total", "counter"},
       {"kvtide_tier_attended_bytes_total", "counter"},
+      {"kvtide_lower_tier_attentions_total", "counter"},
+      {"kvtide_tier_priority_blocks", "gauge"},
+      {"kvtide_tier_rate_bytes_per_second", "gauge"},
       {"kvtide_saved_bytes", "gauge"},
       {"kvtide_pinned_sequences", "gauge"},
       {"kvtide_checksum_failures_total", "counter"},
@@ -188,9 +191,11 @@ TEST(CacheCollector, EveryFieldIsThere) {
          {tier.capacity_bytes, tier.used_bytes, tier.free_bytes, tier.largest_free_extent_bytes, tier.blocks,
           tier.pinned_blocks, tier.demoted_blocks, tier.promoted_blocks, tier.dropped_blocks,
           tier.lost_blocks, tier.attended_bytes, tier.prefix_hit_tokens, tier.degraded_blocks,
-          tier.degraded_bytes}) {
+          tier.degraded_bytes, tier.low_priority_blocks, tier.high_priority_blocks}) {
       fields.push_back(field);
     }
+    if (tier.attends)
+      for (const uint64_t field : {tier.attended_in_place, tier.promoted_first}) fields.push_back(field);
     if (!tier.attends)
       for (const uint64_t field :
            {tier.io.read_bytes, tier.io.written_bytes, tier.io.syncs, tier.io.read_errors,

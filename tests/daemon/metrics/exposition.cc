@@ -26,6 +26,12 @@ TierStats Tier(const std::string& name, const std::string& backend, uint64_t bas
   tier.dropped_blocks = base + 9;
   tier.lost_blocks = base + 13;
   tier.attended_bytes = base + 41;
+  tier.attended_in_place = base + 44;
+  tier.promoted_first = base + 46;
+  tier.attend_rate = static_cast<double>(base) * 1e6;
+  tier.promote_rate = static_cast<double>(base) * 1e5;
+  tier.low_priority_blocks = base + 48;
+  tier.high_priority_blocks = base + 50;
   tier.prefix_hit_tokens = base + 43;
   tier.degraded_blocks = base + 59;
   tier.degraded_bytes = base + 67;
@@ -35,6 +41,8 @@ TierStats Tier(const std::string& name, const std::string& backend, uint64_t bas
 TierStats DiskTier(uint64_t base) {
   TierStats tier = Tier("disk", "disk", base);
   tier.attends = false;
+  tier.attended_in_place = tier.promoted_first = 0;
+  tier.attend_rate = tier.promote_rate = 0;
   tier.io.read_bytes = base + 17;
   tier.io.written_bytes = base + 19;
   tier.io.syncs = base + 21;

@@ -87,6 +87,16 @@ TEST(Config, EvictionHasANameThatIsKnown) {
               HasSubstr("eviction \"arc\" is unknown; use lru or s3-fifo"));
 }
 
+TEST(Config, LowerTiersAreAttendedByCostUnlessItIsForced) {
+  EXPECT_EQ(Resolve("{}")->cache.attend_lower_tiers, AttendLowerTiers::kCost);
+  EXPECT_EQ(Resolve("{\"attend_lower_tiers\": \"in-place\"}")->cache.attend_lower_tiers,
+            AttendLowerTiers::kInPlace);
+  EXPECT_EQ(Resolve("{\"attend_lower_tiers\": \"promote-first\"}")->cache.attend_lower_tiers,
+            AttendLowerTiers::kPromoteFirst);
+  EXPECT_THAT(std::string(Resolve("{\"attend_lower_tiers\": \"never\"}").status().message()),
+              HasSubstr("attend_lower_tiers \"never\" is unknown; use cost, in-place or promote-first"));
+}
+
 TEST(Config, ARecordingHasAFileAndASize) {
   EXPECT_EQ(Resolve("{}")->trace_file, "");
   EXPECT_EQ(Resolve("{\"record_trace\": \"off\"}")->trace_file, "");
@@ -183,7 +193,8 @@ TEST(Config, HowMemoryOfGpusIsShared) {
   config.set_gpu_sharing("descriptors");
   EXPECT_EQ(ResolveConfig(config)->gpu_sharing, "descriptors");
   config.set_gpu_sharing("files");
-  EXPECT_THAT(std::string(ResolveConfig(config).status().message()), HasSubstr("use ipc, descriptors or auto"));
+  EXPECT_THAT(std::string(ResolveConfig(config).status().message()),
+              HasSubstr("use ipc, descriptors or auto"));
 }
 
 TEST(Config, FlagsWinOverTheFile) {

@@ -146,6 +146,19 @@ TEST(Convert, SequencesGetDefaultsUnlessTheyAsk) {
   EXPECT_EQ(options->exact_window, (ExactWindow{0, 0}));
   EXPECT_EQ(options->equalise, Equalise::kFull);
   EXPECT_EQ(options->centre, Centre::kNone);
+  EXPECT_EQ(options->priority, Priority::kNormal);
+  for (const Priority priority : kAllPriorities) {
+    request.set_priority(ToProto(priority));
+    EXPECT_EQ(FromProto(request, defaults)->priority, priority);
+    v1::Sequence proto;
+    SequenceInfo info;
+    info.options.priority = priority;
+    ToProto(info, {}, absl::Now(), &proto);
+    EXPECT_EQ(proto.priority(), ToProto(priority));
+  }
+  request.set_priority(static_cast<v1::Priority>(9));
+  EXPECT_THAT(std::string(FromProto(request, defaults).status().message()), HasSubstr("priority 9"));
+  request.clear_priority();
   request.set_key_centring(static_cast<v1::KeyCentring>(9));
   EXPECT_THAT(std::string(FromProto(request, defaults).status().message()), HasSubstr("key_centring 9"));
 }
@@ -197,6 +210,25 @@ TEST(Convert, StatisticsSayWhichBlocksWereNotCoded) {
   EXPECT_EQ(proto.sealed_blocks(), 5);
   EXPECT_EQ(proto.deferred_seals(), 6);
   EXPECT_EQ(proto.failed_seals(), 7);
+}
+
+TEST(Convert, StatisticsSayHowLowerTiersAreAttended) {
+  CacheStats stats;
+  TierStats& tier = stats.tiers.emplace_back();
+  tier.attended_in_place = 3;
+  tier.promoted_first = 4;
+  tier.attend_rate = 5e9;
+  tier.promote_rate = 2e10;
+  tier.low_priority_blocks = 6;
+  tier.high_priority_blocks = 7;
+  v1::GetStatsResponse proto;
+  ToProto(stats, &proto);
+  EXPECT_EQ(proto.tiers(0).attended_in_place(), 3);
+  EXPECT_EQ(proto.tiers(0).promoted_first(), 4);
+  EXPECT_EQ(proto.tiers(0).attend_bytes_per_second(), 5e9);
+  EXPECT_EQ(proto.tiers(0).promote_bytes_per_second(), 2e10);
+  EXPECT_EQ(proto.tiers(0).low_priority_blocks(), 6);
+  EXPECT_EQ(proto.tiers(0).high_priority_blocks(), 7);
 }
 
 TEST(Convert, StatusesKeepCodeAndMessage) {
