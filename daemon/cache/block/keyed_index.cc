@@ -47,6 +47,8 @@ void KeyedIndex::SetPersistence(KeyedNamespace& space, Persistence persistence) 
   space.blocks.ForEach([&](const Block* block) {
     if (!block->durable) space.fresh.push_back(block->id);
   });
+  // The map has no order that a second run would have.
+  std::sort(space.fresh.begin(), space.fresh.end());
 }
 
 void KeyedIndex::SetPriority(KeyedNamespace& space, Priority priority) {
