@@ -1,6 +1,12 @@
 #include "daemon/disk/disk_tier.h"
 
+#include <sys/mman.h>
+
+#ifdef KVTIDE_XXH_DISPATCH
+#include <xxh_x86dispatch.h>  // the vector instructions of this processor; the same hash
+#else
 #include <xxhash.h>
+#endif
 
 #include <algorithm>
 #include <cstdlib>
@@ -44,10 +50,15 @@ class Hash {
 struct FreeDeleter {
   void operator()(std::byte* memory) const { std::free(memory); }
 };
-// Memory for direct I/O.
+// Memory for direct I/O, in huge pages where it has some: a request of 1 MiB is one piece of memory for the
+// device then, not 256.
 using AlignedBytes = std::unique_ptr<std::byte, FreeDeleter>;
 AlignedBytes AllocateAligned(size_t bytes) {
-  return AlignedBytes(static_cast<std::byte*>(std::aligned_alloc(kDiskPage, bytes)));
+  constexpr size_t kHugePage = size_t{2} << 20;
+  const bool huge = bytes % kHugePage == 0;
+  AlignedBytes memory(static_cast<std::byte*>(std::aligned_alloc(huge ? kHugePage : kDiskPage, bytes)));
+  if (huge && memory != nullptr) (void)madvise(memory.get(), bytes, MADV_HUGEPAGE);
+  return memory;
 }
 
 constexpr char kManifests[] = "manifests", kSegment[] = "segment-";
@@ -304,6 +315,7 @@ absl::StatusOr<std::unique_ptr<DiskTier>> DiskTier::Open(DiskTierOptions options
     AlignedBytes own = memory == nullptr ? AllocateAligned(bytes) : nullptr;
     if (memory == nullptr) memory = own.get();
     if (memory == nullptr) return absl::ResourceExhaustedError("no memory for the pieces of the disk tier");
+    queue->Register({memory, bytes});
     auto lane = std::make_unique<Lane>(std::move(queue), memory, mine.piece_bytes, mine.depth);
     lane->own_memory = std::move(own);
     MutexLock lock(tier->mu_);

@@ -200,6 +200,12 @@ class UringQueue : public IoQueue {
     while (running_ > 0) Reap();
     if (ready_) io_uring_queue_exit(&ring_);
   }
+  // The system may refuse (RLIMIT_MEMLOCK, memory of a device): requests name their memory themselves then.
+  void Register(std::span<std::byte> memory) override {
+    if (!registered_.empty() || memory.empty()) return;
+    const iovec buffer{memory.data(), memory.size()};
+    if (io_uring_register_buffers(&ring_, &buffer, 1) == 0) registered_ = memory;
+  }
 
  private:
   // Where the kernel's ring has no place left, results are taken until it has.
@@ -212,15 +218,25 @@ class UringQueue : public IoQueue {
       Enter();
       entry = io_uring_get_sqe(&ring_);
     }
+    const int file = request.file->descriptor();
     const auto size = static_cast<unsigned>(std::min<size_t>(request.size, size_t{1} << 30));
-    if (request.write) {
-      io_uring_prep_write(entry, request.file->descriptor(), request.bytes, size, request.offset);
+    const bool registered = IsRegistered(request);
+    if (request.write && registered) {
+      io_uring_prep_write_fixed(entry, file, request.bytes, size, request.offset, 0);
+    } else if (request.write) {
+      io_uring_prep_write(entry, file, request.bytes, size, request.offset);
+    } else if (registered) {
+      io_uring_prep_read_fixed(entry, file, request.bytes, size, request.offset, 0);
     } else {
-      io_uring_prep_read(entry, request.file->descriptor(), request.bytes, size, request.offset);
+      io_uring_prep_read(entry, file, request.bytes, size, request.offset);
     }
     entry->user_data = op;
     running_++;
     Enter();
+  }
+  bool IsRegistered(const Request& request) const {
+    const std::byte* const begin = registered_.data();
+    return request.bytes >= begin && request.bytes + request.size <= begin + registered_.size();
   }
   void Enter() {
     while (true) {
@@ -248,6 +264,7 @@ class UringQueue : public IoQueue {
 
   io_uring ring_{};
   bool ready_ = false;
+  std::span<std::byte> registered_;
   int running_ = 0;
 };
 

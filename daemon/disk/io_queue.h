@@ -21,6 +21,9 @@ class IoQueue {
   using Op = uint64_t;  // never 0, never used again
 
   virtual ~IoQueue() = default;
+  // Memory that many requests will use, and that outlives the queue. Where the system can, it looks at its
+  // pages once, here, and not again for every request.
+  virtual void Register(std::span<std::byte> /*memory*/) {}
   // The file and the bytes are the caller's until Wait has returned.
   Op Read(File& file, uint64_t offset, std::span<std::byte> bytes);
   Op Write(File& file, uint64_t offset, std::span<const std::byte> bytes);

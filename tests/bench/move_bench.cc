@@ -1,12 +1,15 @@
 // Moves of blocks between tiers in memory and on a disk, beside what this machine does with as many bytes in
 // the same run: a plain copy by one thread, and one file written and read past the page cache in pieces of 1
-// MiB, eight under way (what fio does with iodepth=8, bs=1M). And attention over a sequence that stays where
+// MiB, eight under way (what fio does with iodepth=8, bs=1M). Both from memory in huge pages, as the tiers
+// have, and the file is the tier's own, where the moved blocks lie: disks of virtual machines differ by half
+// from one place to another. And attention over a sequence that stays where
 // it is, alone and while another thread moves or copies.
 //     KVTIDE_BENCH_FOLDER=/nvme kvtide_bench_move [--json FILE] [--rounds N]
 // A sequence of 64 MiB in f16 blocks of 2 MiB (8 layers of 8 KV heads of 128) goes down and comes back;
 // attention is of one layer over 2,048 tokens, on one thread. Medians of rounds that take turns.
 #include <fcntl.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include <atomic>
 #include <chrono>
@@ -129,17 +132,24 @@ class Pool {
   std::vector<float> out_ = std::vector<float>(kHeads * kDim);
 };
 
-// As many bytes of the same kinds of memory and file, without blocks, labels and checksums.
+// As many bytes of the same kinds of memory and file, without blocks, labels and checksums. Its writes spoil
+// what lies on the disk: nothing may.
 class Plain {
  public:
-  explicit Plain(const std::string& folder) : path_(folder + "/plain"), queues_(Kind(), 4) {
+  explicit Plain(const std::string& tier_folder) : queues_(Kind(), 4) {
+    constexpr size_t kHugePage = size_t{2} << 20;
     for (AlignedMemory* memory : {&from_, &to_}) {
-      memory->reset(static_cast<std::byte*>(std::aligned_alloc(kDiskPage, kBytes)));
+      memory->reset(static_cast<std::byte*>(std::aligned_alloc(kHugePage, kBytes)));
+      (void)madvise(memory->get(), kBytes, MADV_HUGEPAGE);
       std::memset(memory->get(), 1, kBytes);
     }
-    file_ = Must(SystemFiles().Open(path_, true, true));
-    Must(file_->Reserve(kBytes));
+    file_ = Must(SystemFiles().Open(tier_folder + "/segment-0", false, true));
+    // Exact blocks lie at the end of a tier.
+    const uint64_t size = Must(file_->Size());
+    KVTIDE_CHECK(size >= kBytes, "a segment of ", size, " bytes");
+    begin_ = (size - kBytes) / kDiskPage * kDiskPage;
     queue_ = Must(queues_.Make(8));
+    queue_->Register({from_.get(), kBytes});
   }
   double Copy() {
     const auto start = Clock::now();
@@ -152,8 +162,8 @@ class Plain {
     for (size_t i = 0; i < kPieces; i++) {
       if (i >= 8) Must(queue_->Wait(ops[i - 8]));
       const std::span<std::byte> piece(from_.get() + i * kPiece, kPiece);
-      ops.push_back(write ? queue_->Write(*file_, i * kPiece, piece)
-                          : queue_->Read(*file_, i * kPiece, piece));
+      ops.push_back(write ? queue_->Write(*file_, begin_ + i * kPiece, piece)
+                          : queue_->Read(*file_, begin_ + i * kPiece, piece));
     }
     for (size_t i = kPieces - 8; i < kPieces; i++) Must(queue_->Wait(ops[i]));
     return SecondsSince(start);
@@ -164,9 +174,9 @@ class Plain {
     void operator()(std::byte* memory) const { std::free(memory); }
   };
   using AlignedMemory = std::unique_ptr<std::byte, Freed>;
-  const std::string path_;
   AlignedMemory from_, to_;
   std::unique_ptr<kvtide::File> file_;
+  uint64_t begin_ = 0;
   IoQueues queues_;
   std::unique_ptr<IoQueue> queue_;
 };
@@ -200,7 +210,7 @@ int Run(int rounds, const std::string& json) {
   const std::string folder = MakeFolder();
   {
     Pool pool(false, folder + "/tier"), checked(true, "");
-    Plain plain(folder);
+    Plain plain(folder + "/tier");
     const auto gigabytes = [](double seconds) { return 1e-9 * static_cast<double>(kBytes) / seconds; };
     std::vector<Row> rows = {{"copy", "", {}},
                              {"device to host", "copy", {}},

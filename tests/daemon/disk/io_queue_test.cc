@@ -4,6 +4,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <deque>
 #include <numeric>
@@ -113,6 +114,34 @@ TEST_P(IoQueueKinds, WritesAndReadsManyPiecesOfARealFile) {
   std::vector<std::byte> beyond(100);
   EXPECT_EQ((*queue)->Wait((*queue)->Read(**file, kPieces * kBytes - 10, beyond)).code(),
             absl::StatusCode::kOutOfRange);
+  unlink(path.c_str());
+}
+
+// What is registered, what is beside it and what lies across its ends are written and read alike; no memory,
+// and a second registration, change nothing.
+TEST_P(IoQueueKinds, RegisteredMemoryIsMemoryLikeAnyOther) {
+  if (GetParam() == IoKind::kUring && !CheckUring().ok()) GTEST_SKIP() << CheckUring().message();
+  std::string path = ::testing::TempDir() + "/kvtide_io_queue_XXXXXX";
+  close(mkstemp(path.data()));
+  std::unique_ptr<File> file = SystemFiles().Open(path, false, false).value();
+  IoQueues queues(GetParam(), 2);
+  constexpr size_t kBytes = 64 << 10, kPiece = 10'000;
+  std::vector<std::byte> memory(2 * kBytes);  // that is written, that is read into
+  const std::span<std::byte> out = std::span(memory).first(kBytes), in = std::span(memory).last(kBytes);
+  for (size_t i = 0; i < kBytes; i++) out[i] = static_cast<std::byte>(i * 7 + i / 251);
+  std::unique_ptr<IoQueue> queue = queues.Make(4).value();
+  queue->Register({});
+  queue->Register(std::span(memory).subspan(5000, 2 * kBytes - 10'000));
+  queue->Register(memory);
+  for (const bool write : {true, false}) {
+    std::vector<IoQueue::Op> ops;
+    for (size_t at = 0; at < kBytes; at += kPiece) {
+      const std::span<std::byte> piece = (write ? out : in).subspan(at, std::min(kPiece, kBytes - at));
+      ops.push_back(write ? queue->Write(*file, at, piece) : queue->Read(*file, at, piece));
+    }
+    for (const IoQueue::Op op : ops) EXPECT_TRUE(queue->Wait(op).ok());
+  }
+  EXPECT_TRUE(std::equal(in.begin(), in.end(), out.begin()));
   unlink(path.c_str());
 }
 
