@@ -272,9 +272,11 @@ void PrefixSim::Persist(ClientPtr client) {
   const absl::StatusOr<PrefixReport> before = cache_->LookupPrefix(call);
   // Sequences whose tokens were not said leave nothing, and with a sliding window less may be durable than is
   // there.
-  // And beside a block that another one's copy on the disk was found in place of, when it was coded, there
-  // are two.
-  const bool whole = before.ok() && sequence_.degrade.empty() &&
+  // Where another one's copy on the disk was found in the place of a block there are two; while a lease holds
+  // that one, or when they are of different bits, it stays the one that is found.
+  const bool leased =
+      std::any_of(leases_.begin(), leases_.end(), [&](const Lease& lease) { return lease.tenant == tenant; });
+  const bool whole = before.ok() && sequence_.degrade.empty() && !leased &&
                      before->tokens == FullBlocks(tokens) * kBlockTokens &&
                      options_.max_prefix_blocks > 1000 && cache_->Stats().failed_persists == failed;
   RestartNow();
