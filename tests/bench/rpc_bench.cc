@@ -344,7 +344,7 @@ int ServeNothing(const std::string& socket) {
   options.sockets.assign((*claim)->sockets().begin(), (*claim)->sockets().end());
   options.max_connections = 1000;
   options.serve = [&](int fd, bool) { grpc::AddInsecureChannelFromFd(server.get(), fd); };
-  options.tick = [](uint64_t) {};
+  options.tick = [](const auto&) {};
   const Listener listener(&connections, std::move(options));
   for (;;) ::pause();
 }
