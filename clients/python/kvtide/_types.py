@@ -315,7 +315,7 @@ class MoveResult:
     dropped_blocks: int
     blocks_left: int
     shared_blocks: int
-    degraded_blocks: int
+    degraded_blocks: int = 0
 
 
 @dataclass(frozen=True)
