@@ -85,8 +85,8 @@ class Sequences {
   const BlockLayout* Layout(const GroupShape& shape, CachePair pair) const;
   // Blocks of the shape that are coded as `pair` and may be recoded as those of `degrade` that take fewer
   // bytes. Null: none does.
-  size_t spare_bytes() const { return spare_bytes_; }  // the largest block that a ladder begins with
   const Ladder* LadderOf(const GroupShape& shape, CachePair pair, std::span<const CachePair> degrade) const;
+  size_t spare_bytes() const { return spare_bytes_; }  // the largest block that a ladder begins with
   // Any number; the caller sees to it that nobody has it.
   uint64_t RandomId();
   // One that no sequence has or had lately, and that is no name in the durable index.

@@ -23,8 +23,6 @@ std::string BytesOf(T value) {
   return {reinterpret_cast<const char*>(&value), sizeof value};
 }
 
-// What a build of version 5 would have written of a manifest without tokens whose tenant's name occurs once
-// in it.
 // The form of version 7, which ended before what blocks may be recoded as.
 std::string AsVersion7(const Manifest& manifest) {
   EXPECT_TRUE(manifest.options.degrade.empty());
@@ -34,6 +32,8 @@ std::string AsVersion7(const Manifest& manifest) {
   return bytes;
 }
 
+// What a build of version 5 would have written of a manifest without tokens whose tenant's name occurs once
+// in it.
 std::string AsVersion5(Manifest manifest) {
   EXPECT_TRUE(manifest.chain_keys.empty() && manifest.chain_rest.empty() && !manifest.closed);
   EXPECT_TRUE(manifest.options.salt.empty() && manifest.model_revision == 0);
