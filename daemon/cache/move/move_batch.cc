@@ -259,13 +259,13 @@ void MoveBatch::Settle(Running& move, const CopyJob& job) {
       return;
     }
     if (move.corrupt) counters.checksum_failures++;
+    if (block->has_backup) {  // the same bytes, on the disk
+      store.MoveToBackup(block);
+      return;
+    }
     counters.lost_blocks++;
     store.tier(job.from).lost++;
-    if (block->has_backup) {
-      store.MoveToBackup(block);
-    } else {
-      store.Drop(block);
-    }
+    store.Drop(block);
     return;
   }
   if (job.target == nullptr) move.target->Written().checksum = move.checksum;

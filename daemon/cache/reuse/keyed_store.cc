@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <deque>
+#include <numeric>
 #include <optional>
 #include <thread>
 #include <utility>
@@ -439,11 +441,11 @@ absl::StatusOr<LookupReport> KeyedStore::Lookup(const LookupCall& call) {
   if (!call.peek) fetched = remote_.FetchKeyed(lock, space, keys, context);
   std::vector<Block*> found;
   found.reserve(keys.size());
-  while (true) {
+  for (std::span<const BlockKey> answering = keys; true;) {
     if (space->deleted) return DeletedError(*space);
     found.clear();
     std::vector<HeldBlock> unchecked;
-    for (const BlockKey& key : keys) {
+    for (const BlockKey& key : answering) {
       Block* const block = space->blocks.Find(key);
       if (block == nullptr) break;
       found.push_back(block);
@@ -452,14 +454,13 @@ absl::StatusOr<LookupReport> KeyedStore::Lookup(const LookupCall& call) {
     if (unchecked.empty()) break;
     KVTIDE_RETURN_IF_ERROR(context.Check(options.clock(), "the lookup"));
     CheckLabels(lock, unchecked);
-    // What could not be asked, as when the disk does not answer, does not count.
-    const auto still = std::find_if(unchecked.begin(), unchecked.end(),
-                                    [](const HeldBlock& block) { return block->keyed && !block->checked; });
-    if (still == unchecked.end()) continue;
-    const auto end = std::find(found.begin(), found.end(), still->get());
-    if (end == found.end()) continue;
-    found.erase(std::find(found.begin(), found.end(), still->get()), found.end());
-    break;
+    // What could not be asked, as when the disk does not answer, does not count. What comes before it is
+    // found once more: the mutex was free.
+    for (const HeldBlock& block : unchecked) {
+      if (!block->keyed || block->checked) continue;
+      const auto key = std::find(answering.begin(), answering.end(), block->key);
+      answering = answering.first(static_cast<size_t>(key - answering.begin()));
+    }
   }
   if (call.lease > absl::ZeroDuration() && !found.empty() && lock->keyed.leases() >= options.max_leases) {
     lock->counters.exhausted++;
@@ -568,10 +569,15 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
   Held held;
   uint64_t elsewhere = 0;  // in place: blocks that another load has to bring
   if (in_place) report.offsets.assign(blocks.size(), -1);
-  const size_t step = options.max_moves_in_flight;
-  for (size_t begin = 0; begin < blocks.size(); begin += step) {
-    const std::span<const HeldBlock> batch =
-        std::span<const HeldBlock>(blocks).subspan(begin, std::min(step, blocks.size() - begin));
+  std::deque<size_t> left(blocks.size());
+  std::iota(left.begin(), left.end(), size_t{0});
+  while (!left.empty()) {
+    std::vector<size_t> indices;
+    std::vector<HeldBlock> batch;
+    for (; !left.empty() && batch.size() < options.max_moves_in_flight; left.pop_front()) {
+      indices.push_back(left.front());
+      batch.emplace_back(store, blocks[left.front()].get());
+    }
     KVTIDE_RETURN_IF_ERROR(context.Check(options.clock(), "the load"));
     // They go by a record of their own: the rest of the lease may make way for them.
     PriorityRecords records(store, options.clock());
@@ -581,10 +587,10 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
     KVTIDE_RETURN_IF_ERROR(mover_.BringIn(lock, batch, store.serial() + 1, context));
     if (space->deleted) return DeletedError(*space);
     std::vector<Read> reads;
-    for (size_t i = 0; i < batch.size(); i++) {
-      Block* const block = batch[i].get();
+    for (const size_t index : indices) {
+      Block* const block = blocks[index].get();
       if (block->place == nullptr) {
-        report.lost.push_back(call.first + begin + i);
+        report.lost.push_back(call.first + index);
         continue;
       }
       if (in_place && block->place->tier != call.in_place) {
@@ -592,7 +598,7 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
         continue;
       }
       Read read;
-      read.index = begin + i;
+      read.index = index;
       read.place = PinnedPlace(store, block->place);
       read.verify = block->has_checksum && store.tier(block->place->tier).checksum;
       read.checksum = block->checksum;
@@ -623,11 +629,17 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
         held.places.push_back(std::move(read.place));
         continue;
       }
-      report.lost.push_back(call.first + read.index);
       lock->counters.checksum_failures++;
-      lock->counters.lost_blocks++;
       Block* const block = blocks[read.index].get();
-      if (block->place == read.place.get() && !block->moving && !block->writing) {
+      const bool there = block->place == read.place.get() && !block->moving && !block->writing;
+      if (there && block->has_backup) store.MoveToBackup(block);          // the same bytes, on the disk
+      if (block->place != nullptr && block->place != read.place.get()) {  // maybe by another call
+        left.push_back(read.index);
+        continue;
+      }
+      report.lost.push_back(call.first + read.index);
+      lock->counters.lost_blocks++;
+      if (there) {
         store.tier(block->place->tier).lost++;
         store.Drop(block);
       }

@@ -872,6 +872,35 @@ TEST_F(KeyedDiskTest, WhatIsReadInPlaceIsBroughtInFirst) {
 }
 
 // LMCache #4385: the disk tier gave other requests' bytes back. LMCache #5151: long prefixes came back wrong.
+// Bytes that changed in host memory are not lost while the disk keeps the block: loads and moves take it
+// from there.
+TEST_F(KeyedDiskTest, WhatIsDamagedInMemoryIsReadFromItsDurableCopy) {
+  for (const bool move : {false, true}) {
+    StartTiers(4, 100);
+    const NamespaceId space = OpenOpaque();
+    ASSERT_TRUE(Store(space, Keys(0, 4), Stamped(0, 4, kBytes)).ok());
+    ASSERT_TRUE(cache_->PersistNamespace(space).ok());
+    const LookupReport found = Lookup(space, Keys(0, 4)).value();
+    ExpectStamped(space, 0, 4, kBytes);
+    const LoadReport here = LoadInPlace(found.lease, 0, 4).value();
+    ASSERT_GE(here.offsets[2], 0);
+    const_cast<std::byte*>(cache_->SlabOf(1)->data())[here.offsets[2] + 77] ^= std::byte{1};
+    EXPECT_TRUE(cache_->ReleasePlaces(here.places));
+    // To make room for others, they go to the disk, where they are already; or are copied and looked at.
+    if (move) {
+      ASSERT_TRUE(Store(space, Keys(10, 4), Stamped(10, 4, kBytes)).ok());
+    }
+    ExpectStamped(space, 0, 4, kBytes);
+    EXPECT_EQ(cache_->Stats().checksum_failures, move ? 0u : 1u);
+    EXPECT_EQ(cache_->Stats().lost_blocks, 0u);
+    EXPECT_TRUE(cache_->ReleaseLease(found.lease));
+    cache_->CheckInvariants();
+    cache_.reset();
+    disk_.reset();
+    files_ = std::make_unique<FaultFileSystem>();
+  }
+}
+
 TEST_F(KeyedDiskTest, Lmcache4385And5151EveryLengthComesBackFromTheDisk) {
   StartTiers(16, 600);
   const NamespaceId space = OpenOpaque(), other = Open(Opaque(kBytes, "other"));
