@@ -51,31 +51,14 @@ void Mover::Run() {
 
 void Mover::RunIo() {
   CacheLock lock(core_);
-  const size_t step = core_.options().max_moves_in_flight;
-  // A list counts as done when its last batch has ended, so that no block is handed over twice.
-  const auto run = [&](IoMoves* list) {
-    if (list->moves.empty() || stopping_) return;
-    const size_t begin = list->next, end = std::min(list->moves.size(), begin + step);
-    const std::vector<Move> batch(list->moves.begin() + static_cast<ptrdiff_t>(begin),
-                                  list->moves.begin() + static_cast<ptrdiff_t>(end));
-    list->next = end;
-    room_.Execute(lock, batch, true, lock->store.serial() + 1);
-    if (list->next == list->moves.size()) *list = {};
-  };
   while (!stopping_) {
-    if (io_wanted_.moves.empty() && io_idle_.moves.empty()) lock.Wait(wake_, core_.options().move_interval);
-    run(&io_wanted_);
-    run(&io_idle_);
+    if (io_.empty()) lock.Wait(wake_, core_.options().move_interval);
+    const std::vector<Move> batch =
+        stopping_ ? std::vector<Move>{} : io_.Next(core_.options().max_moves_in_flight);
+    if (batch.empty()) continue;
+    room_.Execute(lock, batch, true, lock->store.serial() + 1);
+    io_.Done();
   }
-}
-
-void Mover::HandOver(std::span<const Move> io) {
-  const auto goes_up = [](const Move& move) { return move.to >= 0 && move.to < move.from; };
-  const auto last_up = std::find_if(io.rbegin(), io.rend(), goes_up).base();
-  // Up to the last one that goes up: what goes down before it makes its room.
-  if (io_wanted_.moves.empty()) io_wanted_.moves.assign(io.begin(), last_up);
-  if (io_idle_.moves.empty()) io_idle_.moves.assign(last_up, io.end());
-  if (!io.empty()) wake_.NotifyAll();
 }
 
 absl::Status Mover::WaitUntilStill(CacheLock& lock, const Block& block) const {
@@ -339,7 +322,8 @@ MoveReport Mover::RunOnce() {
   if (!io_thread_.joinable()) return room_.Execute(lock, moves, true, before_serial);
   const auto io =
       std::stable_partition(moves.begin(), moves.end(), [&](const Move& move) { return !IsIo(move); });
-  HandOver(std::span(io, moves.end()));
+  io_.Take(std::span(io, moves.end()));
+  if (io != moves.end()) wake_.NotifyAll();
   moves.erase(io, moves.end());
   return room_.Execute(lock, moves, true, before_serial);
 }

@@ -11,6 +11,7 @@
 #include "daemon/cache/block/block_guards.h"
 #include "daemon/cache/call/call_context.h"
 #include "daemon/cache/call/move_report.h"
+#include "daemon/cache/move/io_backlog.h"
 #include "daemon/cache/move/room_maker.h"
 #include "daemon/cache/sequence/cache_core.h"
 
@@ -76,8 +77,6 @@ class Mover {
   absl::Status Check(const CallContext& context, const char* what, const MoveReport& report) const;
   // `wanted_bytes`: of blocks that are to come up here.
   TierView ViewIdle(const CacheState& state, int tier, size_t wanted_bytes, absl::Time now) const;
-  // Hands over what the thread for I/O has to do, where it has done what it was given before.
-  void HandOver(std::span<const Move> io);
   void Run();
   void RunIo();
   bool IsIo(const Move& move) const {
@@ -87,13 +86,7 @@ class Mover {
   CacheCore& core_;
   RoomMaker room_;
   CondVar wake_;  // the mover stops, or has moves for the other thread
-  // That the thread for I/O has to do, a batch of each in turn: what was wanted waits for no idle block.
-  // Under the cache's mutex, as `stopping_`.
-  struct IoMoves {
-    std::vector<Move> moves;
-    size_t next = 0;  // that has not begun
-  };
-  IoMoves io_wanted_, io_idle_;
+  IoBacklog io_;  // of the thread for I/O; under the cache's mutex, as `stopping_`
   bool stopping_ = false;
   std::thread thread_, io_thread_;  // a slow disk does not keep moves between memories waiting
 };
