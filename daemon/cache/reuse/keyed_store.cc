@@ -153,6 +153,7 @@ absl::StatusOr<NamespacePtr> KeyedStore::Delete(NamespaceId id, const CallContex
   CacheLock lock(core_);
   KVTIDE_ASSIGN_OR_RETURN(const NamespacePtr space, lock->keyed.Find(id, *context.identity));
   *blocks = lock->keyed.Delete(space);
+  remote_.BeginErase(lock, *space);
   lock->changed.NotifyAll();
   return space;
 }

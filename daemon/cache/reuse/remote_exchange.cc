@@ -151,16 +151,18 @@ struct RemoteExchange::Outgoing {
 };
 
 void RemoteExchange::EraseLeftovers() {
-  std::vector<std::string> spaces;
+  std::vector<std::pair<std::string, uint64_t>> notes;
   {
     CacheLock lock(core_);
-    for (const std::string& space : unerased_)
-      if (!writing_.contains(space)) spaces.push_back(space);
+    for (const auto& note : unerased_)
+      if (!writing_.contains(note.first)) notes.push_back(note);
   }
-  for (const std::string& space : spaces) {
+  for (const auto& [space, number] : notes) {
     const absl::Status status = tier()->Erase(space, {kWriteTime, &stopping_});
     CacheLock lock(core_);
-    if (status.ok() && !writing_.contains(space)) unerased_.erase(space);
+    // A note that was made meanwhile is of a write that ended meanwhile.
+    const auto note = unerased_.find(space);
+    if (status.ok() && note != unerased_.end() && note->second == number) unerased_.erase(note);
   }
 }
 
@@ -199,7 +201,7 @@ bool RemoteExchange::WriteOnce() {
         const auto space = spaces.find(block->kind->name_space_hash);
         if (space == spaces.end()) continue;
         out.space = SpaceOf(space->second->spec);
-        if (unerased_.contains(out.space)) {  // it would be erased with the others
+        if (IsBeingErased(out.space)) {  // it would be erased with the others
           lock->unsent.left_out++;
           continue;
         }
@@ -331,7 +333,7 @@ bool RemoteExchange::WriteOnce() {
         if (--writing->second == 0) writing_.erase(writing);
       }
       // Deleted while this wrote: the deletion wins.
-      if (deleted) unerased_.insert(space);
+      if (deleted) unerased_[space] = ++notes_;
     }
   }
   EraseLeftovers();
@@ -582,7 +584,7 @@ RemoteExchange::Fetched RemoteExchange::FetchKeyed(CacheLock& lock, const Namesp
   const CacheOptions& options = core_.options();
   const absl::Time end = options.clock() + options.remote_read;
   const std::string name = SpaceOf(space->spec);
-  if (unerased_.contains(name)) return fetched;
+  if (IsBeingErased(name)) return fetched;
   std::vector<RemoteName> names;
   std::vector<size_t> of_name;
   for (size_t i = 0; i < keys.size(); i++) {
@@ -626,15 +628,23 @@ RemoteExchange::Fetched RemoteExchange::FetchKeyed(CacheLock& lock, const Namesp
   return fetched;
 }
 
+void RemoteExchange::BeginErase(CacheLock&, const KeyedNamespace& space) {
+  if (tier() == nullptr || writes() == RemoteWrites::kNone) return;
+  const std::string name = SpaceOf(space.spec);
+  erasing_[name]++;
+  if (writing_.contains(name)) unerased_[name] = ++notes_;
+}
+
 absl::Status RemoteExchange::Erase(const KeyedNamespace& space, const CallContext& context) {
   if (tier() == nullptr || writes() == RemoteWrites::kNone) return absl::OkStatus();
   const absl::Duration left = TimeLeft(context, core_.options().clock() + kWriteTime);
   const std::string name = SpaceOf(space.spec);
+  const absl::Status status = tier()->Erase(name, {left, context.cancellation});
   {
     CacheLock lock(core_);
-    if (writing_.contains(name)) unerased_.insert(name);
+    const auto erasing = erasing_.find(name);
+    if (--erasing->second == 0) erasing_.erase(erasing);
   }
-  const absl::Status status = tier()->Erase(name, {left, context.cancellation});
   if (status.ok()) return status;
   return absl::UnavailableError(absl::StrCat("the namespace is gone here, but its blocks may be found in ",
                                              tier()->name(),

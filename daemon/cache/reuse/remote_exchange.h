@@ -6,7 +6,6 @@
 
 #include <cstdint>
 #include <map>
-#include <set>
 #include <span>
 #include <string>
 #include <thread>
@@ -48,6 +47,9 @@ class RemoteExchange {
   // The same for a namespace: blocks from the first key on.
   Fetched FetchKeyed(CacheLock& lock, const NamespacePtr& space, std::span<const BlockKey> keys,
                      const CallContext& context);
+  // The namespace is deleted under the mutex: nobody here asks the tier for blocks of that name, or writes
+  // some, before Erase, which the caller owes, has ended: one of the same name may be open again by then.
+  void BeginErase(CacheLock& lock, const KeyedNamespace& space);
   // Nothing of the namespace is found there any more. A write of it that is under way is erased when it has
   // ended; until then, and while that fails, nobody here asks the tier for blocks of that name.
   absl::Status Erase(const KeyedNamespace& space, const CallContext& context);
@@ -63,6 +65,9 @@ class RemoteExchange {
   void Offer(CacheState& state) const;
   // Spaces that a write came to after their deletion: again, until the tier has done it.
   void EraseLeftovers();
+  bool IsBeingErased(const std::string& space) const {
+    return erasing_.contains(space) || unerased_.contains(space);
+  }
   void Run();
   WritingBlock Allocate(CacheLock& lock, const Want& want, size_t want_bytes);
   absl::Duration TimeLeft(const CallContext& context, absl::Time end) const;
@@ -75,10 +80,11 @@ class RemoteExchange {
   CacheCore& core_;
   RoomMaker room_;
   std::thread thread_;
-  // Under the mutex, by name: blocks of namespaces in a write that runs, and spaces that are to be erased
-  // because one came too late.
-  std::map<std::string, int> writing_;
-  std::set<std::string> unerased_;
+  // Under the mutex, by name: blocks of namespaces in a write that runs, deletions that run, and spaces that
+  // are to be erased because a write came too late, with the number of the note that says so.
+  std::map<std::string, int> writing_, erasing_;
+  std::map<std::string, uint64_t> unerased_;
+  uint64_t notes_ = 0;
   Cancellation stopping_;  // ends a write that runs
 };
 

@@ -542,5 +542,37 @@ TEST_F(RemoteKeyedTest, WhatIsDeletedWhileItIsWrittenIsNotFoundByWhoOpensItAgain
   }
 }
 
+// Who opens the name again before the store has done the deletion takes nothing of the deleted one along.
+TEST_F(RemoteKeyedTest, WhatIsBeingDeletedIsNotFoundByWhoOpensItMeanwhile) {
+  CacheNode a(&remote_a_), b(&remote_b_);
+  const NamespaceInfo info = a.cache->OpenNamespace(Opaque(), Persistence::kNone).value();
+  const std::vector<std::byte> payload = Payload(2, info.block_bytes);
+  const std::string_view keys[] = {"key 0", "key 1"};
+  StoreCall call;
+  call.name_space = info.id;
+  call.keys = keys;
+  call.form = BlockPayload::kBytes;
+  call.payload = payload;
+  ASSERT_TRUE(a.cache->StoreBlocks(call).ok());
+  a.WriteAll();
+  ASSERT_EQ(store_.values.size(), 2u);
+  int asked = 0;
+  remote_a_.SetHook([&](const char* of) {
+    if (std::strcmp(of, "Erase") != 0) return;
+    EXPECT_EQ(a.cache->OpenNamespace(Opaque(), Persistence::kNone)->id, info.id);
+    EXPECT_EQ(Lookup(a, info.id, 2)->hits, 0u);
+    asked++;
+  });
+  EXPECT_TRUE(a.cache->DeleteNamespace(info.id).ok());
+  EXPECT_EQ(asked, 1);
+  EXPECT_EQ(Lookup(a, info.id, 2)->hits, 0u);
+  // What others store is found as ever.
+  remote_a_.SetHook({});
+  ASSERT_TRUE(b.cache->OpenNamespace(Opaque(), Persistence::kNone).ok());
+  ASSERT_TRUE(b.cache->StoreBlocks(call).ok());
+  b.WriteAll();
+  EXPECT_EQ(Lookup(a, info.id, 2)->hits, 2u);
+}
+
 }  // namespace
 }  // namespace kvtide::testing
