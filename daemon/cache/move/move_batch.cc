@@ -7,6 +7,7 @@
 #endif
 
 #include <algorithm>
+#include <deque>
 #include <map>
 
 #include "kernels/base/backoff.h"
@@ -47,7 +48,7 @@ void NameWrite(const CacheCore& core, const Block& block, Place* target) {
 namespace {
 
 // Copies between memories.
-void CopyInMemory(const CacheCore& core, std::span<CopyJob* const> jobs) {
+void CopyInMemory(const CacheCore& core, std::span<CopyJob* const> jobs, const CopyWatch& watch) {
   struct Copying {
     CopyJob* job;
     Backend* backend;
@@ -70,14 +71,27 @@ void CopyInMemory(const CacheCore& core, std::span<CopyJob* const> jobs) {
     }
   }
   // A copy that failed does not end the others: their bytes are in use until their own ticket says otherwise.
+  // One thing at a time between two looks: what others copy meanwhile costs this thread nothing.
+  std::deque<const CopyJob*> begun, ended;
+  if (watch.begun)
+    for (const Copying& copy : running) begun.push_back(copy.job);
   Backoff backoff;
-  while (!running.empty()) {
-    std::erase_if(running, [](const Copying& copy) {
+  while (!running.empty() || !begun.empty() || !ended.empty()) {
+    std::erase_if(running, [&](const Copying& copy) {
       const absl::StatusOr<bool> polled = copy.backend->Poll(copy.ticket);
       if (!polled.ok()) copy.job->status = polled.status();
+      if (polled.ok() && *polled && watch.ended) ended.push_back(copy.job);
       return !polled.ok() || *polled;
     });
-    if (!running.empty()) backoff.Wait();
+    if (!begun.empty()) {
+      watch.begun(*begun.front());
+      begun.pop_front();
+    } else if (!ended.empty()) {
+      watch.ended(*ended.front());
+      ended.pop_front();
+    } else if (!running.empty()) {
+      backoff.Wait();
+    }
   }
 }
 
@@ -130,13 +144,14 @@ void RunIo(const CacheCore& core, std::span<CopyJob* const> jobs, bool write,
 
 }  // namespace
 
-void CopyAll(const CacheCore& core, std::span<CopyJob> jobs, const Cancellation* cancellation) {
+void CopyAll(const CacheCore& core, std::span<CopyJob> jobs, const Cancellation* cancellation,
+             const CopyWatch* watch) {
   std::vector<CopyJob*> memory, writes, reads, both;
   for (CopyJob& job : jobs) {
     const bool from = core.attends(job.from), to = core.attends(job.to);
     (from && to ? memory : from ? writes : to ? reads : both).push_back(&job);
   }
-  CopyInMemory(core, memory);
+  CopyInMemory(core, memory, watch != nullptr ? *watch : CopyWatch{});
   RunIo(core, writes, true, {}, cancellation);
   RunIo(core, reads, false, {}, cancellation);
   for (CopyJob* job : both) {
@@ -194,22 +209,38 @@ void MoveBatch::Finish() {
   {
     const Unlocked unlocked(lock_);
     const absl::Time start = core.options().clock();
-    // I/O checks and makes checksums itself.
-    for (size_t i = 0; i < jobs.size(); i++)
-      running_[i].corrupt = running_[i].verify && jobs[i].source != nullptr && jobs[i].target != nullptr &&
-                            XXH3_64bits(jobs[i].source, jobs[i].bytes) != running_[i].checksum;
+    // I/O checks and makes checksums itself. A block that is recoded is checked before, as what comes of it
+    // has other bytes; one that is copied beside its copy, which is thrown away if it was not what it should
+    // be.
+    const auto check = [&](size_t i) {
+      Running& move = running_[i];
+      move.corrupt = move.verify && XXH3_64bits(jobs[i].source, jobs[i].bytes) != move.checksum;
+    };
+    const auto compute = [&](size_t i) {
+      Running& move = running_[i];
+      if (move.compute)
+        move.checksum =
+            XXH3_64bits(jobs[i].target, move.rung != nullptr ? move.rung->block_bytes() : jobs[i].bytes);
+    };
+    for (size_t i = 0; i < recodes; i++) check(i);
     RecodeAll(std::span(jobs).first(recodes));
-    CopyAll(lock_.core(), std::span(jobs).subspan(recodes), cancellation_);
+    const auto index = [&](const CopyJob& job) { return static_cast<size_t>(&job - jobs.data()); };
+    const CopyWatch watch{[&](const CopyJob& job) { check(index(job)); },
+                          [&](const CopyJob& job) {
+                            // Checked by now: all have begun before one has ended.
+                            if (!running_[index(job)].corrupt) compute(index(job));
+                          }};
+    CopyAll(core, std::span(jobs).subspan(recodes), cancellation_, &watch);
     for (size_t i = 0; i < jobs.size(); i++) {
       Running& move = running_[i];
       const CopyJob& job = jobs[i];
       if (!job.status.ok()) continue;
-      if (job.target == nullptr) {
+      if (i < recodes) {
+        compute(i);
+      } else if (job.target == nullptr) {
         if (job.source != nullptr && move.verify) move.corrupt = job.target_label.checksum != move.checksum;
         move.checksum = job.target_label.checksum;
         move.compute = true;
-      } else if (move.compute && job.source != nullptr) {
-        move.checksum = XXH3_64bits(job.target, move.rung != nullptr ? move.rung->block_bytes() : job.bytes);
       }
     }
     if (up)

@@ -2,6 +2,7 @@
 // block on its way is marked as moving: nobody writes or drops it, readers go on reading the old place.
 #pragma once
 
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -27,9 +28,17 @@ struct CopyJob {
 // What the target of a new block's bytes is known by, when it is written by I/O.
 void NameWrite(const CacheCore& core, const Block& block, Place* target);
 
+// What is done with bytes on their way between memories, by the thread that waits for the copies. `begun`:
+// the source may be read beside the copy. `ended`: the target has the bytes, while others are under way.
+struct CopyWatch {
+  std::function<void(const CopyJob&)> begun, ended;
+};
+
 // Copies all of them side by side, in pieces of CacheOptions::move_piece_bytes, and returns when none runs
-// any more, however some have ended. Without the mutex.
-void CopyAll(const CacheCore& core, std::span<CopyJob> jobs, const Cancellation* cancellation = nullptr);
+// any more, however some have ended. Without the mutex. The watch is told of each job between memories once,
+// of its end if it went well.
+void CopyAll(const CacheCore& core, std::span<CopyJob> jobs, const Cancellation* cancellation = nullptr,
+             const CopyWatch* watch = nullptr);
 
 // Made, used and destroyed under the mutex; only Finish gives it up.
 class MoveBatch {
@@ -51,8 +60,8 @@ class MoveBatch {
   bool empty() const { return running_.empty(); }
   // As many as may be on their way at a time (max_moves_in_flight).
   bool full() const { return running_.size() >= lock_.core().options().max_moves_in_flight; }
-  // Copies, verifies and computes checksums, then gives every block its new place or leaves it in the old
-  // one.
+  // Copies, verifies and computes checksums beside the copies, then gives every block its new place or leaves
+  // it in the old one.
   void Finish();
 
  private:
