@@ -45,6 +45,7 @@ absl::StatusOr<std::unique_ptr<BlockStore>> BlockStore::Open(Client& client, con
   out.set_model(spec.model);
   out.set_block_tokens(spec.block_tokens);
   out.set_salt(spec.salt);
+  for (const std::string& pair : spec.degrade) out.add_degrade(pair);
   if (const auto* tensors = std::get_if<TensorBlocks>(&spec.content); tensors != nullptr) {
     v1::TensorBlocks& to = *out.mutable_tensors();
     to.set_layers(tensors->layers);
@@ -107,13 +108,18 @@ absl::StatusOr<LookupBlocksResult> BlockStore::Lookup(std::span<const std::strin
   v1::SessionResponse answer;
   KVTIDE_RETURN_IF_ERROR(client_.impl_->carrier->Call(&message, &answer));
   const v1::LookupBlocksResponse& response = answer.lookup_blocks();
-  LookupBlocksResult result{response.hits(), {}, response.lease_id(), response.lease_seconds()};
+  LookupBlocksResult result{response.hits(),
+                            {},
+                            response.lease_id(),
+                            response.lease_seconds(),
+                            {response.degraded_blocks().begin(), response.degraded_blocks().end()}};
   for (const v1::BlockHits& hits : response.tiers()) result.tiers.emplace_back(hits.tier(), hits.blocks());
   return result;
 }
 
 absl::Status BlockStore::Load(LeaseId lease, int64_t first, int64_t count, std::span<std::byte> payload,
-                              BlockForm form, const PageLayout& layout, std::vector<int64_t>* lost) {
+                              BlockForm form, const PageLayout& layout, std::vector<int64_t>* lost,
+                              std::vector<int64_t>* degraded) {
   if (count < 1) return absl::InvalidArgumentError(absl::StrCat("a load of ", count, " blocks"));
   v1::SessionRequest message;
   v1::LoadBlocksRequest& request = *message.mutable_load_blocks();
@@ -131,6 +137,8 @@ absl::Status BlockStore::Load(LeaseId lease, int64_t first, int64_t count, std::
   KVTIDE_RETURN_IF_ERROR(client_.impl_->carrier->Call(&message, &answer));
   const v1::LoadBlocksResponse& response = answer.load_blocks();
   if (lost != nullptr) lost->assign(response.lost_blocks().begin(), response.lost_blocks().end());
+  if (degraded != nullptr)
+    degraded->assign(response.degraded_blocks().begin(), response.degraded_blocks().end());
   if (mover.has_memory()) {
     mover.TakeResults();
     return absl::OkStatus();
@@ -166,6 +174,7 @@ absl::StatusOr<BlocksInPlace> BlockStore::LoadInPlace(LeaseId lease, int64_t fir
   const v1::LoadBlocksResponse& response = answer.load_blocks();
   loaded.places = response.places_id();
   loaded.lost.assign(response.lost_blocks().begin(), response.lost_blocks().end());
+  loaded.degraded.assign(response.degraded_blocks().begin(), response.degraded_blocks().end());
   for (const int64_t offset : response.offsets()) {
     const bool inside = offset >= 0 && static_cast<uint64_t>(offset) <= tier.size() &&
                         static_cast<uint64_t>(block_bytes_) <= tier.size() - static_cast<uint64_t>(offset);

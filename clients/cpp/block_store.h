@@ -34,6 +34,9 @@ struct NamespaceSpec {
   int block_tokens = 0;
   std::variant<TensorBlocks, OpaqueBlocks> content;
   std::string salt;
+  // Pairs of fewer and fewer bits that blocks of tensors may be recoded as when their tier needs room, before
+  // they are dropped. Such blocks are named by lookups and loads. Another list is another namespace.
+  std::vector<std::string> degrade;
   bool persist_all = false;                // blocks become durable soon after they were stored
   Priority priority = Priority::kDefault;  // of blocks that are stored without one; default = normal
 };
@@ -56,6 +59,7 @@ struct LookupBlocksResult {
   std::vector<std::pair<std::string, int64_t>> tiers;  // neighbours in one tier
   LeaseId lease = 0;                                   // 0 = none
   double lease_seconds = 0;
+  std::vector<int64_t> degraded;  // of the hits, those of fewer bits than the pair, counted in the keys
 };
 struct PersistNamespaceResult {
   int64_t blocks = 0, bytes = 0, durable_blocks = 0;
@@ -64,8 +68,9 @@ struct PersistNamespaceResult {
 // Blocks that are read where they lie.
 struct BlocksInPlace {
   HostTier tier;                         // where they lie
-  std::vector<const std::byte*> blocks;  // block_bytes each; null: lost, or in another tier (Load has it)
+  std::vector<const std::byte*> blocks;  // block_bytes each; null: lost, degraded, or in another tier (Load)
   std::vector<int64_t> lost;             // counted in the lease
+  std::vector<int64_t> degraded;         // likewise: of fewer bits than the pair, and so not in place
   uint64_t places = 0;                   // to be given back; 0 = none
 };
 
@@ -90,10 +95,11 @@ class BlockStore {
                                             bool peek = false);
   // Blocks [first, first + count) of the lease into `payload`. With `lost` the blocks that cannot be read are
   // put there instead of failing the call. Over gRPC strided payloads need room for what lies between the
-  // rows, too, which is written as 0.
+  // rows, too, which is written as 0. `degraded`: null, or gets those that had fewer bits at rest than the
+  // pair.
   absl::Status Load(LeaseId lease, int64_t first, int64_t count, std::span<std::byte> payload,
                     BlockForm form = BlockForm::kDefault, const PageLayout& layout = {},
-                    std::vector<int64_t>* lost = nullptr);
+                    std::vector<int64_t>* lost = nullptr, std::vector<int64_t>* degraded = nullptr);
   // That of the pool. Empty: LoadInPlace is FailedPrecondition.
   HostTier host_tier() const;
   // The same blocks without a copy. Their bytes stay until the places are given back (here, with a later

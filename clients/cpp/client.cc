@@ -439,7 +439,9 @@ absl::StatusOr<MoveResult> Client::PrefetchSequences(std::span<const SequenceId>
   v1::SessionResponse answer;
   KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
   const v1::PrefetchSequencesResponse& response = answer.prefetch_sequences();
-  return MoveResult{response.blocks(), response.bytes(), 0, response.blocks_left()};
+  return MoveResult{
+      response.blocks(),         response.bytes(), response.dropped_blocks(), response.blocks_left(), 0,
+      response.degraded_blocks()};
 }
 
 absl::StatusOr<RunningConfig> Client::GetConfig() {
@@ -490,6 +492,18 @@ absl::StatusOr<PersistResult> Client::PersistSequences(std::span<const SequenceI
   KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
   const v1::PersistSequencesResponse& response = answer.persist_sequences();
   return PersistResult{response.sequences(), response.tokens(), response.blocks(), response.bytes()};
+}
+
+absl::StatusOr<SequenceInfo> Client::GetSequence(SequenceId sequence) {
+  v1::SessionRequest message;
+  v1::ListSequencesRequest& request = *message.mutable_list_sequences();
+  request.add_sequence_ids(sequence);
+  request.set_page_size(1000);  // a daemon that knows no sequence_ids lists what it has
+  v1::SessionResponse answer;
+  KVTIDE_RETURN_IF_ERROR(impl_->carrier->Call(&message, &answer));
+  for (const v1::Sequence& found : answer.list_sequences().sequences())
+    if (found.sequence_id() == sequence) return FromProto(found);
+  return absl::NotFoundError(absl::StrCat("the daemon holds no sequence ", sequence));
 }
 
 absl::StatusOr<std::vector<SequenceInfo>> Client::ListSequences(const std::string& model) {

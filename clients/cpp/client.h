@@ -262,14 +262,21 @@ struct TierShare {
   int64_t blocks = 0, bytes = 0;
   std::string device;
 };
+// Tokens whose blocks in a layer group were recoded to fewer bits for room.
+struct DegradedTokens {
+  int layer_group = 0;
+  int64_t first_token = 0, tokens = 0;
+  std::string pair;  // what they are coded as now
+};
 struct SequenceInfo {
   SequenceId id = 0, forked_from = 0;
   std::string model, pair, tenant;
   int64_t tokens = 0, max_layer_tokens = 0;
   std::vector<TierShare> tiers;
   int64_t dropped_blocks = 0, shared_blocks = 0;
-  int64_t degraded_blocks = 0;       // of fewer bits than `pair` says, because their tier needed room
-  std::vector<std::string> degrade;  // what they may be recoded as
+  int64_t degraded_blocks = 0;           // of fewer bits than `pair` says, because their tier needed room
+  std::vector<std::string> degrade;      // what they may be recoded as
+  std::vector<DegradedTokens> degraded;  // which they are; of GetSequence
   ExactWindow exact_window;
   bool seal_at_once = false;
   double idle_seconds = 0, age_seconds = 0;
@@ -371,7 +378,7 @@ struct MoveResult {
   int64_t dropped_blocks = 0;
   int64_t blocks_left = 0;      // stayed where they are: busy, or no room
   int64_t shared_blocks = 0;    // stayed for forks outside the call: name all branches to move them too
-  int64_t degraded_blocks = 0;  // recoded to fewer bits to make room below
+  int64_t degraded_blocks = 0;  // recoded to fewer bits to make room
 };
 struct PersistResult {
   int64_t sequences = 0, tokens = 0;  // that are durable now
@@ -515,6 +522,8 @@ class Client {
 
   // All sequences, or those of a model.
   absl::StatusOr<std::vector<SequenceInfo>> ListSequences(const std::string& model = "");
+  // All that is known of one, NotFound where there is none.
+  absl::StatusOr<SequenceInfo> GetSequence(SequenceId sequence);
   absl::StatusOr<ServerStats> GetStats();
   absl::StatusOr<PlanAnswer> Plan(const PlanQuestion& question);
 

@@ -200,6 +200,8 @@ SequenceInfo FromProto(const v1::Sequence& proto) {
   info.shared_blocks = proto.shared_blocks();
   info.degraded_blocks = proto.degraded_blocks();
   info.degrade.assign(proto.degrade().begin(), proto.degrade().end());
+  for (const v1::DegradedTokens& tokens : proto.degraded())
+    info.degraded.push_back({tokens.layer_group(), tokens.first_token(), tokens.tokens(), tokens.pair()});
   info.exact_window = FromProto(proto.exact_window());
   info.seal_at_once = proto.seal_at_once();
   info.idle_seconds = proto.idle_seconds();

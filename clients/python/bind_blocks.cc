@@ -71,6 +71,7 @@ nb::object OpenBlockStore(std::shared_ptr<client::Pool> pool, const nb::dict& fr
   spec.persist_all = nb::cast<bool>(from["persist_all"]);
   if (from.contains("priority"))
     spec.priority = static_cast<client::Priority>(nb::cast<int>(from["priority"]));
+  if (from.contains("degrade")) spec.degrade = nb::cast<std::vector<std::string>>(from["degrade"]);
   if (from.contains("block_bytes")) {
     spec.content =
         client::OpaqueBlocks{nb::cast<int64_t>(from["block_bytes"]), nb::cast<std::string>(from["encoding"])};
@@ -114,7 +115,8 @@ void BindBlocks(nb::module_& m) {
                  Raise(Blocking([&] { return handle.store().Lookup(views, lease_seconds, peek); }));
              nb::list tiers;
              for (const auto& [tier, blocks] : result.tiers) tiers.append(nb::make_tuple(tier, blocks));
-             return nb::make_tuple(result.hits, nb::tuple(tiers), result.lease, result.lease_seconds);
+             return nb::make_tuple(result.hits, nb::tuple(tiers), result.lease, result.lease_seconds,
+                                   nb::tuple(nb::cast(result.degraded)));
            })
       .def(
           "load",

@@ -76,6 +76,9 @@ nb::dict ToPython(const client::SequenceInfo& from) {
   KVTIDE_PUT(seal_at_once), KVTIDE_PUT(idle_seconds), KVTIDE_PUT(age_seconds), KVTIDE_PUT(device);
   KVTIDE_PUT(durable), KVTIDE_PUT(durable_tokens), KVTIDE_PUT(known_tokens), KVTIDE_PUT(reused_tokens);
   KVTIDE_PUT(degraded_blocks), KVTIDE_PUT(degrade);
+  out["degraded"] = List(from.degraded, [](const client::DegradedTokens& tokens) {
+    return nb::make_tuple(tokens.layer_group, tokens.first_token, tokens.tokens, tokens.pair);
+  });
   out["priority"] = static_cast<int>(from.priority);
   out["tiers"] = List(from.tiers, [](const client::TierShare& share) { return ToPython(share); });
   out["exact_window"] = ToPython(from.exact_window);
@@ -489,6 +492,11 @@ void BindPool(nb::module_& m) {
              const auto pool = handle.pool();
              const auto all = Raise(Blocking([&] { return pool->ListSequences(model); }));
              return List(all, [](const client::SequenceInfo& info) { return ToPython(info); });
+           })
+      .def("sequence",
+           [](const Handle& handle, client::SequenceId id) {
+             const auto pool = handle.pool();
+             return ToPython(Raise(Blocking([&] { return pool->GetSequence(id); })));
            })
       .def("plan", [](const Handle& handle, const nb::dict& question) {
         const client::PlanQuestion asked = MakeQuestion(question);

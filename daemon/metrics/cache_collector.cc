@@ -303,6 +303,9 @@ void WriteKeyed(FamilyWriter& writer, const CacheStats& stats) {
   WriteGauge(writer, "kvtide_keyed_bytes", "Bytes of blocks that are found by key.", stats.keyed_bytes);
   WriteGauge(writer, "kvtide_durable_keyed_blocks", "Blocks that would be found by key after a restart.",
              stats.durable_keyed_blocks);
+  WriteGauge(writer, "kvtide_degraded_keyed_blocks",
+             "Blocks that are found by key and have fewer bits than their namespace's pair.",
+             stats.degraded_keyed_blocks);
   WriteGauge(writer, "kvtide_leases", "Leases that are held.", stats.leases);
   writer
       .Counter("kvtide_keyed_lookups_total",

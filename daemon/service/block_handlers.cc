@@ -37,6 +37,11 @@ absl::StatusOr<NamespaceSpec> FromProto(const v1::Namespace& proto, const CallCo
       spec.tensors->pair = *pair;
     }
   }
+  for (int i = 0; i < proto.degrade_size(); i++) {
+    auto pair = ParseCachePair(proto.degrade(i));
+    if (!pair.ok()) return Annotate(pair.status(), absl::StrCat("namespace.degrade[", i, "]"));
+    spec.degrade.push_back(*pair);
+  }
   if (proto.has_opaque())
     spec.opaque = OpaqueContent{static_cast<uint64_t>(std::max<int64_t>(0, proto.opaque().block_bytes())),
                                 proto.opaque().encoding()};
@@ -47,6 +52,7 @@ void ToProto(const NamespaceSpec& spec, v1::Namespace* proto) {
   proto->set_model(spec.model);
   proto->set_block_tokens(spec.block_tokens);
   proto->set_salt(spec.salt);
+  for (const CachePair& pair : spec.degrade) proto->add_degrade(PairName(pair));
   if (spec.opaque.has_value()) {
     proto->mutable_opaque()->set_block_bytes(Signed(spec.opaque->block_bytes));
     proto->mutable_opaque()->set_encoding(spec.opaque->encoding);
@@ -185,6 +191,7 @@ absl::Status Handlers::LookupBlocks(const v1::LookupBlocksRequest& request,
     out->set_tier(cache_->options().tiers[static_cast<size_t>(hits.tier)].name);
     out->set_blocks(Signed(hits.blocks));
   }
+  response->mutable_degraded_blocks()->Assign(report.degraded.begin(), report.degraded.end());
   response->set_lease_id(report.lease);
   if (report.lease != 0) response->set_lease_seconds(asked);
   return absl::OkStatus();
@@ -229,11 +236,16 @@ absl::Status Handlers::LoadBlocks(const v1::LoadBlocksRequest& request, v1::Load
     response->set_blocks(blocks);
     response->mutable_lost_blocks()->Assign(report.lost.begin(), report.lost.end());
     response->mutable_offsets()->Assign(report.offsets.begin(), report.offsets.end());
+    response->mutable_degraded_blocks()->Assign(report.degraded.begin(), report.degraded.end());
     response->set_places_id(report.places);
     return absl::OkStatus();
   }
   KVTIDE_ASSIGN_OR_RETURN(const uint64_t bytes,
                           PayloadBytes(lease.spec, lease.block_bytes, load.form, load.layout, load.blocks));
+  // Blocks of fewer bits are coded as the others by way of one block.
+  if (load.form == BlockPayload::kBytes && !lease.spec.degrade.empty() && call.memory != nullptr)
+    KVTIDE_RETURN_IF_ERROR(
+        call.memory->Add(Signed(BlockLayout(lease.spec.stored_shape(), ExactPair()).block_bytes())));
   if (request.has_place()) {
     KVTIDE_ASSIGN_OR_RETURN(std::byte* const at, TensorMemory::Find(call.tensors, request.place(),
                                                                     request.place().bytes(), "place"));
@@ -251,7 +263,8 @@ absl::Status Handlers::LoadBlocks(const v1::LoadBlocksRequest& request, v1::Load
   }
   KVTIDE_ASSIGN_OR_RETURN(const LoadReport report, cache_->LoadBlocks(load));
   response->set_blocks(blocks);
-  for (const uint64_t lost : report.lost) response->add_lost_blocks(Signed(lost));
+  response->mutable_lost_blocks()->Assign(report.lost.begin(), report.lost.end());
+  response->mutable_degraded_blocks()->Assign(report.degraded.begin(), report.degraded.end());
   return absl::OkStatus();
 }
 
@@ -298,6 +311,7 @@ absl::Status Handlers::ListNamespaces(const v1::ListNamespacesRequest&, v1::List
     out->set_dropped_blocks(info.dropped_blocks);
     out->set_persistence(info.persistence == Persistence::kAll ? v1::PERSISTENCE_ALL : v1::PERSISTENCE_NONE);
     out->set_priority(ToProto(info.priority));
+    out->set_degraded_blocks(Signed(info.degraded_blocks));
   }
   return absl::OkStatus();
 }

@@ -460,6 +460,13 @@ void ToProto(const SequenceInfo& info, const std::vector<TierOptions>& tiers, ab
   proto->set_shared_blocks(ToSigned(info.shared_blocks));
   proto->set_degraded_blocks(ToSigned(info.degraded_blocks));
   for (const CachePair& pair : info.options.degrade) proto->add_degrade(PairName(pair));
+  for (const DegradedBlocks& blocks : info.degraded) {
+    v1::DegradedTokens* const tokens = proto->add_degraded();
+    tokens->set_layer_group(blocks.group);
+    tokens->set_first_token(blocks.first * kBlockTokens);
+    tokens->set_tokens((blocks.end - blocks.first) * kBlockTokens);
+    tokens->set_pair(PairName(blocks.pair));
+  }
   proto->set_idle_seconds(absl::ToDoubleSeconds(now - info.last_used));
   proto->set_age_seconds(absl::ToDoubleSeconds(now - info.created));
   proto->set_forked_from(info.forked_from);

@@ -270,6 +270,8 @@ absl::Status Handlers::PrefetchSequences(const v1::PrefetchSequencesRequest& req
   response->set_blocks(Signed(report.moved_blocks));
   response->set_bytes(Signed(report.moved_bytes));
   response->set_blocks_left(Signed(report.left_blocks));
+  response->set_dropped_blocks(Signed(report.dropped_blocks));
+  response->set_degraded_blocks(Signed(report.degraded_blocks));
   return absl::OkStatus();
 }
 
@@ -305,6 +307,17 @@ absl::Status Handlers::ListSequences(const v1::ListSequencesRequest& request,
   constexpr int kDefaultPage = 100, kLargestPage = 1000;
   if (request.page_size() < 0)
     return absl::InvalidArgumentError(absl::StrCat("page_size is ", request.page_size()));
+  if (request.sequence_ids_size() > kLargestPage)
+    return absl::InvalidArgumentError(
+        absl::StrCat(request.sequence_ids_size(), " sequence_ids: at most ", kLargestPage));
+  if (request.sequence_ids_size() > 0) {
+    for (const SequenceId id : request.sequence_ids()) {
+      const absl::StatusOr<SequenceInfo> info = cache_->GetSequence(id, call.context);
+      if (info.ok() && (request.model().empty() || info->model_name == request.model()))
+        ToProto(*info, cache_->options().tiers, cache_->options().clock(), response->add_sequences());
+    }
+    return absl::OkStatus();
+  }
   const size_t page = static_cast<size_t>(
       request.page_size() == 0 ? kDefaultPage : std::min(request.page_size(), kLargestPage));
   SequenceId after = 0;

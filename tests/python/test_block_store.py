@@ -1,5 +1,6 @@
 """The block store by every way: blocks come back as they were stored, lookups count from the start, leases end."""
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,6 +88,46 @@ def test_priorities(pool):
     with pytest.raises(kvtide.errors.InvalidArgument, match="priority 'urgent' is unknown"):
         store.store(keys(1), rows(1), priority="urgent")
     store.delete()
+
+
+def test_what_cold_blocks_may_become(pool):
+    space = tensors("q8_0/q8_0", salt="degrade")
+    store = pool.block_store(replace(space, degrade=("turbo4", "turbo3")))
+    assert store.namespace_id != pool.block_store(space).namespace_id
+    payload = rows(2)
+    store.store(keys(2), payload)
+    found = store.lookup(keys(2))
+    assert found.hits == 2 and found.degraded == (), "there is room"
+    assert store.load(found.lease_id, np.empty_like(payload)) == []
+    assert store.delete() == 2
+    with pytest.raises(kvtide.errors.InvalidArgument, match=r"degrade\[1\]: turbo4"):
+        pool.block_store(replace(space, degrade=("turbo3", "turbo4")))
+    with pytest.raises(kvtide.errors.InvalidArgument, match="opaque bytes cannot be recoded"):
+        pool.block_store(replace(space, content=OpaqueBlocks(1000), degrade=("turbo3",)))
+
+
+def test_a_pool_that_is_full_holds_more_pages_in_fewer_bits():
+    there = {}
+    for ladder in ((), ("turbo4", "turbo3")):
+        with kvtide.connect("embedded", device="cpu", device_memory="1MiB", host_memory="1MiB", threads=1) as pool:
+            store = pool.block_store(replace(tensors("q8_0/q8_0"), degrade=ladder))
+            for key in range(300):
+                store.store(keys(1, first=key), rows(1, seed=key))
+            degraded = there[ladder] = 0
+            for key in range(300):
+                found = store.lookup(keys(1, first=key))
+                if not found.hits:
+                    continue
+                out = np.empty_like(rows(1))
+                store.load(found.lease_id, out)
+                want = rows(1, seed=key).astype(np.float32)
+                assert np.linalg.norm(out - want) < (0.35 if found.degraded else 0.01) * np.linalg.norm(want)
+                assert found.degraded in ((), (0,))
+                degraded += len(found.degraded)
+                there[ladder] += 1
+                store.release(found.lease_id)
+            assert degraded > there[ladder] / 2 if ladder else degraded == 0
+    assert there[("turbo4", "turbo3")] > 1.5 * there[()]
 
 
 def test_strided_buffers(store):

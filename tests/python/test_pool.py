@@ -272,6 +272,7 @@ def test_what_cold_blocks_may_become(pool, model):
     sequence = pool.create(model, pair="turbo4", degrade=["turbo3", "turbo2"])
     (info,) = [one for one in pool.sequences() if one.id == sequence.id]
     assert info.degrade == ["turbo3/turbo3", "turbo2/turbo2"] and info.degraded_blocks == 0
+    assert sequence.info().id == sequence.id and sequence.info().degraded == []
     assert all((tier.degraded_blocks, tier.degraded_bytes) == (0, 0) for tier in pool.stats().tiers)
     with pytest.raises(kvtide.errors.InvalidArgument, match=r"degrade\[0\]"):
         pool.create(model, pair="turbo4", degrade=["turbo9"])

@@ -246,7 +246,8 @@ def test_ranks_share_nothing_but_replicas_and_mla_do():
         return one.cache.namespace
 
     names = [model(), model(tp_size=2), model(tp_size=2, tp_rank=1), model(pp_size=2), model(pp_size=2, pp_rank=1),
-             model(attn_cp_size=2), model(model_name="other"), model(extra={"salt": "x"}), model(extra={"pair": "exact"})]
+             model(attn_cp_size=2), model(model_name="other"), model(extra={"salt": "x"}), model(extra={"pair": "exact"}),
+             model(extra={"degrade": "q8_0"}), model(extra={"degrade": "q8_0,turbo4"})]
     assert len(set(names)) == len(names)
     assert model(dp_rank=1) == model()
     assert model(is_mla_model=True, tp_size=2, tp_rank=1) == model(is_mla_model=True, tp_size=2)
@@ -281,7 +282,11 @@ def test_settings():
     assert SglangSettings.read(None) == SglangSettings()
     assert SglangSettings.read({"backend_name": "kvtide", "address": "unix:/x", "timeout": 3}).timeout == 3
     assert SglangSettings.read({"pair": "turbo4"}).pair == "turbo4/turbo4" and SglangSettings.read({"pair": "exact"}).pair == "exact"
-    for wrong, words in [({"pair": 4}, "pair is 4"), ({"pair": "turbo9"}, 'extra-config: pair "turbo9": write exact, or'),
+    assert SglangSettings.read({"degrade": "turbo4, turbo3/turbo2"}).rungs == ("turbo4/turbo4", "turbo3/turbo2")
+    assert SglangSettings.read({}).rungs == ()
+    for wrong, words in [({"degrade": "turbo4,turbo9"}, 'pair "turbo9"'), ({"degrade": 3}, "degrade is 3"),
+                         ({"pair": "exact", "degrade": "turbo4"}, "degrade: bytes as they are cannot be recoded"),
+                         ({"pair": 4}, "pair is 4"), ({"pair": "turbo9"}, 'extra-config: pair "turbo9": write exact, or'),
                          ({"pair": "auto"}, "name a pair"), ({"way": "carrier"}, "way is 'carrier'; use auto, shm or grpc")]:
         with pytest.raises(InvalidArgument, match=words):
             SglangSettings.read(wrong)

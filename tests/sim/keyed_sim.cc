@@ -6,6 +6,7 @@
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "tests/daemon/cache/keyed_rungs.h"
 #include "tests/sim/sim_runs.h"
 
 namespace kvtide::testing {
@@ -73,7 +74,13 @@ void KeyedSim::Store(size_t at, int first, int count) {
   call.payload = payload;
   if (Random(3) == 0) call.priority = kAllPriorities[static_cast<size_t>(Random(3))];
   for (int i = 0; i < count; i++) spaces_[at].stored.insert(first + i);
+  // Those that were not there, which nobody says, have all of their bits again.
+  const std::map<int, size_t> rungs = spaces_[at].rungs;
+  const uint64_t nested = nested_;
+  ForgetRungs(at, first, count);
   const absl::StatusOr<StoreReport> report = cache_->StoreBlocks(call);
+  ForgetRungs(at, first, count);
+  if (report.ok() && report->stored == 0 && nested_ == nested) spaces_[at].rungs = rungs;
   if (report.ok()) {
     Expect(report->stored + report->present + report->left_out == static_cast<uint64_t>(count),
            "a store has lost count");
@@ -83,6 +90,11 @@ void KeyedSim::Store(size_t at, int first, int count) {
   Expect((code == absl::StatusCode::kNotFound && (spaces_[at].deletes != deletes || !spaces_[at].open)) ||
              (code == absl::StatusCode::kInternal && fault_) || code == absl::StatusCode::kResourceExhausted,
          report.status().ToString());
+}
+
+void KeyedSim::ForgetRungs(size_t at, int first, int count) {
+  std::map<int, size_t>& rungs = spaces_[at].rungs;
+  rungs.erase(rungs.lower_bound(first), rungs.lower_bound(first + count));
 }
 
 uint64_t KeyedSim::Hits(size_t at, int first, int count) {
@@ -104,7 +116,9 @@ void KeyedSim::Lookup(size_t at, int first, int count) {
   call.name_space = spaces_[at].id;
   call.keys = keys;
   call.lease = absl::Seconds(1 + Random(20));
+  if (remote_ != nullptr) ForgetRungs(at, first, count);  // it has what was stored
   const absl::StatusOr<LookupReport> report = cache_->LookupBlocks(call);
+  if (remote_ != nullptr) ForgetRungs(at, first, count);
   const Space& space = spaces_[at];
   if (!report.ok())
     return Expect(absl::IsNotFound(report.status()) && (!space.open || space.deletes != deletes),
@@ -112,8 +126,12 @@ void KeyedSim::Lookup(size_t at, int first, int count) {
   for (uint64_t i = 0; i < report->hits; i++)
     Expect(space.deletes != deletes || space.stored.count(first + static_cast<int>(i)) == 1,
            absl::StrCat("key ", first + static_cast<int>(i), " is found and was never stored"));
+  const std::set<uint64_t> degraded(report->degraded.begin(), report->degraded.end());
+  Expect(degraded.empty() || (!space.spec.degrade.empty() && *degraded.rbegin() < report->hits),
+         "a lookup calls blocks degraded that cannot be");
   if (report->lease != 0)
-    leases_.push_back({report->lease, at, deletes, first, report->hits, options_.clock() + call.lease});
+    leases_.push_back(
+        {report->lease, at, deletes, first, report->hits, options_.clock() + call.lease, degraded});
 }
 
 void KeyedSim::Load(size_t index) {
@@ -131,11 +149,60 @@ void KeyedSim::Load(size_t index) {
   call.blocks = count;
   call.form = spaces_[lease.space].spec.opaque.has_value() ? BlockPayload::kBytes : BlockPayload::kTensors;
   call.payload = payload;
+  const uint64_t nested = nested_;
   const absl::StatusOr<LoadReport> report = cache_->LoadBlocks(call);
   if (LoadFailed(lease, report.status())) return;
   loaded_ += count;
+  if (nested_ != nested)  // others have seen them meanwhile, and perhaps stored them once more
+    ForgetRungs(lease.space, lease.first + static_cast<int>(from), static_cast<int>(count));
+  if (!spaces_[lease.space].spec.degrade.empty())
+    return CheckRows(lease, from, *report, payload, nested_ == nested);
+  Expect(report->degraded.empty(), "a load calls blocks degraded that cannot be");
   Expect(payload == expected, absl::StrCat("a load of key ", lease.first + static_cast<int>(from),
                                            " has other bytes than were stored"));
+}
+
+bool KeyedSim::Holds(const Lease& lease) const {
+  return options_.clock() < lease.end && spaces_[lease.space].deletes == lease.deletes &&
+         std::any_of(leases_.begin(), leases_.end(), [&](const Lease& l) { return l.id == lease.id; });
+}
+
+const std::vector<std::byte>& KeyedSim::AfterRung(size_t at, int key, size_t rung) {
+  std::vector<std::byte>& after = after_[{key, rung}];
+  if (!after.empty()) return after;
+  const NamespaceSpec& spec = spaces_[at].spec;
+  const std::span<const CachePair> rungs = std::span(spec.degrade).first(rung);
+  after = AfterRungs(spec, Payload(at, key, 1), world_.skips_rungs && rung > 0 ? rungs.last(1) : rungs);
+  return after;
+}
+
+void KeyedSim::CheckRows(const Lease& lease, uint64_t from, const LoadReport& report,
+                         const std::vector<std::byte>& payload, bool remember) {
+  Space& space = spaces_[lease.space];
+  const std::set<uint64_t> degraded(report.degraded.begin(), report.degraded.end());
+  const auto bytes = static_cast<int64_t>(payload.size() / report.blocks);
+  for (uint64_t i = 0; i < report.blocks && !failed_; i++) {
+    const int key = lease.first + static_cast<int>(from + i);
+    const auto begin = payload.begin() + static_cast<int64_t>(i) * bytes;
+    const auto before = space.rungs.find(key);
+    const size_t seen = before != space.rungs.end() ? before->second : 0;
+    size_t rung = 0;
+    const auto is = [&](size_t r) {
+      const std::vector<std::byte>& after = AfterRung(lease.space, key, r);
+      return !world_.lie && std::equal(begin, begin + bytes, after.begin());
+    };
+    while (rung <= space.spec.degrade.size() && !is(rung)) rung++;
+    const auto where = [&] { return absl::StrCat("a load of key ", key, ", seen after ", seen, " rungs, "); };
+    if (rung > space.spec.degrade.size())
+      return Expect(false, where() + "has bytes that no rung of the ladder gives");
+    Expect(rung >= seen, absl::StrCat(where(), "has more bits again: those of ", rung));
+    Expect((rung > 0) == degraded.contains(from + i),
+           absl::StrCat(where(), "is after ", rung, ", and the load does not say so"));
+    Expect(!Holds(lease) || (rung > 0) == lease.degraded.contains(from + i),
+           absl::StrCat(where(), "is after ", rung, ", which the lookup did not say"));
+    if (remember) space.rungs[key] = rung;
+    degraded_ += rung > 0;
+  }
 }
 
 bool KeyedSim::LoadFailed(const Lease& lease, const absl::Status& status) {
@@ -207,6 +274,7 @@ void KeyedSim::Delete(size_t at) {
   space.deletes++;
   space.open = false;
   const std::set<int> before = std::exchange(space.stored, {});
+  space.rungs.clear();
   const uint64_t nested = nested_;
   const absl::Status status = cache_->DeleteNamespace(id).status();
   // It is gone here, or was not known; what the remote tier has may be found when the namespace is opened
@@ -291,6 +359,7 @@ void KeyedSim::RestartNow(bool read_faults) {
   std::set<NamespaceId> there;
   for (const NamespaceInfo& info : cache_->ListNamespaces()) there.insert(info.id);
   for (Space& space : spaces_) {
+    space.rungs.clear();  // what was durable before may be there again
     Expect(space.open || space.on_disk || there.count(space.id) == 0,
            "a namespace is there again that was deleted");
     space.open = there.count(space.id) == 1;
@@ -324,7 +393,8 @@ void KeyedSim::Inside() {
 }
 
 void KeyedSim::Step(bool nested) {
-  const auto at = static_cast<size_t>(Random(static_cast<int>(spaces_.size())));
+  auto at = static_cast<size_t>(Random(static_cast<int>(spaces_.size())));
+  if (world_.ladders && Random(2) == 0) at = 0;
   const int dice = Random(100), first = Random(kKeys), count = 1 + Random(12);
   const size_t lease = leases_.empty() ? 0 : static_cast<size_t>(Random(static_cast<int>(leases_.size())));
   if (dice < 30) {
@@ -374,6 +444,7 @@ bool KeyedSim::Run(uint32_t seed, int64_t steps, World world) {
   options_.max_keyed_blocks = Random(3) == 0 ? 40 : kPlenty;
   options_.limits.high_watermark = 0.8;
   options_.limits.low_watermark = 0.5;
+  options_.limits.idle = world.ladders ? absl::Milliseconds(Random(2000)) : TierLimits{}.idle;
   store_ = world.remote ? std::make_unique<RemoteStore>() : nullptr;
   remote_ = world.remote ? std::make_unique<FaultRemote>(store_.get()) : nullptr;
   options_.remote = remote_.get();
@@ -394,6 +465,9 @@ bool KeyedSim::Run(uint32_t seed, int64_t steps, World world) {
     spec.block_tokens = 16;
     if (at == 0) {
       spec.tensors = TensorContent{3, 1, 64, 64, ExactPair()};
+      if (world.ladders && seed % 2 == 0) spec.tensors->pair = *ParseCachePair("q8_0");
+      for (const char* rung : {"q8_0/turbo4", "turbo4", "turbo3/turbo2"})
+        if (world.ladders) spec.degrade.push_back(*ParseCachePair(rung));
     } else {
       spec.opaque = OpaqueContent{at == 1 ? kOpaqueBytes : 2 * kOpaqueBytes, ""};
     }
@@ -401,6 +475,7 @@ bool KeyedSim::Run(uint32_t seed, int64_t steps, World world) {
   }
   leases_.clear();
   held_.clear();
+  after_.clear();
   sequences_.clear();
   for (const auto& backend : {device_.get(), host_.get()}) {
     backend->DelayCopies([this] { return Random(2) == 0 ? 0 : Random(3); });

@@ -49,9 +49,21 @@ TEST_F(KeyedSimWorlds, OverADiskThatCannotBeReadAtAStart) {
               static_cast<unsigned long long>(refused_starts_));
 }
 
+TEST_F(KeyedSimWorlds, WithLaddersOverADiskAndARemoteTier) {
+  const SimRuns runs(8, 300);
+  for (int64_t seed = runs.first; seed < runs.first + runs.count; seed++)
+    if (!Run(static_cast<uint32_t>(seed), runs.steps, {.remote = seed % 4 == 3, .ladders = true})) return;
+  EXPECT_TRUE(degraded_ > 0 || runs.count < 8);
+  std::printf("seeds %lld to %lld, %lld steps each, %llu blocks loaded, %llu of fewer bits, %llu restarts\n",
+              static_cast<long long>(runs.first), static_cast<long long>(runs.first + runs.count - 1),
+              static_cast<long long>(runs.steps), static_cast<unsigned long long>(loaded_),
+              static_cast<unsigned long long>(degraded_), static_cast<unsigned long long>(restarts_));
+}
+
 // A seed says all: neither what ran before it nor a race of threads changes anything.
 TEST_F(KeyedSimTest, ASeedRunsTheSameWayAfterOthers) {
-  for (const World world : {World{}, World{.remote = true}, World{.read_faults = true}}) {
+  for (const World world :
+       {World{}, World{.remote = true}, World{.read_faults = true}, World{.ladders = true}}) {
     std::map<uint32_t, std::string> trails;
     for (uint32_t seed = 3; seed < 7; seed++) {
       ASSERT_TRUE(Run(seed, 200, world));
@@ -66,6 +78,14 @@ TEST_F(KeyedSimTest, ASeedRunsTheSameWayAfterOthers) {
 
 TEST_F(KeyedSimTest, NoticesAWrongByte) {
   EXPECT_TRUE(FindsAFault([&] { return Run(1, 300, {.lie = true}); }));
+}
+
+TEST_F(KeyedSimTest, NoticesRowsThatHaveOtherBitsThanTheirRungs) {
+  EXPECT_TRUE(FindsAFault([&] {
+    for (uint32_t seed = 1; seed <= 8; seed++)
+      if (!Run(seed, 300, {.ladders = true, .skips_rungs = true})) return false;
+    return true;
+  }));
 }
 
 TEST_F(KeyedSimTest, NoticesDamageThatTheRemoteTierDoesNot) {

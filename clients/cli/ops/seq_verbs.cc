@@ -82,11 +82,9 @@ std::string MovedText(const char* verb, const client::MoveResult& moved) {
 }  // namespace
 
 absl::StatusOr<client::SequenceInfo> FindSequence(client::Client& client, client::SequenceId id) {
-  KVTIDE_ASSIGN_OR_RETURN(const std::vector<client::SequenceInfo> all, client.ListSequences());
-  for (const client::SequenceInfo& info : all)
-    if (info.id == id) return info;
-  return absl::NotFoundError(
-      absl::StrCat("the daemon holds no sequence ", id, "; `kvtide seq list` lists what it has"));
+  absl::StatusOr<client::SequenceInfo> info = client.GetSequence(id);
+  if (!absl::IsNotFound(info.status())) return info;
+  return absl::NotFoundError(absl::StrCat(info.status().message(), "; `kvtide seq list` lists what it has"));
 }
 
 namespace {

@@ -377,7 +377,12 @@ const char* PriorityText(client::Priority priority) {
 }
 
 Json SequenceJson(const SequenceInfo& sequence) {
-  Json tiers = Json::array();
+  Json tiers = Json::array(), degraded = Json::array();
+  for (const client::DegradedTokens& tokens : sequence.degraded)
+    degraded.push_back({{"layer_group", tokens.layer_group},
+                        {"first_token", tokens.first_token},
+                        {"tokens", tokens.tokens},
+                        {"pair", tokens.pair}});
   for (const client::TierShare& tier : sequence.tiers) {
     tiers.push_back(
         {{"tier", tier.tier}, {"device", tier.device}, {"blocks", tier.blocks}, {"bytes", tier.bytes}});
@@ -393,6 +398,7 @@ Json SequenceJson(const SequenceInfo& sequence) {
           {"dropped_blocks", sequence.dropped_blocks},
           {"degraded_blocks", sequence.degraded_blocks},
           {"degrade", sequence.degrade},
+          {"degraded", degraded},
           {"durable", sequence.durable},
           {"durable_tokens", sequence.durable_tokens},
           {"pinned_seconds", sequence.pinned_seconds},
@@ -501,6 +507,10 @@ std::string RenderSequence(const SequenceInfo& sequence) {
   if (!sequence.degrade.empty())
     absl::StrAppend(&text, "degraded   ", sequence.degraded_blocks, " blocks; cold ones may become ",
                     Printable(absl::StrJoin(sequence.degrade, ", then ")), " when room is needed\n");
+  for (const client::DegradedTokens& tokens : sequence.degraded)
+    absl::StrAppend(&text, "           tokens ", tokens.first_token, " to ",
+                    tokens.first_token + tokens.tokens - 1, " of layer group ", tokens.layer_group, " are ",
+                    Printable(tokens.pair), "\n");
   absl::StrAppend(&text, "durable    ",
                   sequence.durable ? absl::StrCat("its first ", sequence.durable_tokens, " tokens") : "no",
                   "\npriority   ", PriorityText(sequence.priority), "\n", "prefix     ",

@@ -148,6 +148,8 @@ class SequenceInfo:
     #: Blocks of fewer bits than ``pair`` says, because their tier needed room, and what they may be recoded as.
     degraded_blocks: int
     degrade: List[str]
+    #: Which these are, of ``Sequence.info()``: (layer group, first token, tokens, pair), ascending. In lists empty.
+    degraded: List[Tuple[int, int, int, str]]
     priority: str  # "low", "normal" or "high"
 
     @property
@@ -307,8 +309,8 @@ class PoolStats:
 @dataclass(frozen=True)
 class MoveResult:
     """What an eviction or a prefetch did. ``blocks_left`` stayed for want of room or because they are being written,
-    ``shared_blocks`` because forks that were not named hold them; ``degraded_blocks`` were recoded to fewer bits to make room
-    below."""
+    ``shared_blocks`` because forks that were not named hold them; ``degraded_blocks`` were recoded to fewer bits to make
+    room."""
 
     blocks: int
     bytes: int

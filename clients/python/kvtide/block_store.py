@@ -58,12 +58,16 @@ class Namespace:
             parallelism, the engine's KV dtype.
         block_tokens: tokens of a block.
         salt: keeps namespaces apart that are equal otherwise.
+        degrade: pairs of fewer and fewer bits, such as ``("turbo4", "turbo3")``, that blocks which were not used for a while may be
+            recoded as when their tier needs room, and others before they would be dropped. ``Found.degraded`` names those that
+            were; they load as what is left of their rows. Not of opaque blocks.
     """
 
     model: str
     block_tokens: int
     content: Union[TensorBlocks, OpaqueBlocks]
     salt: str = ""
+    degrade: Tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,15 @@ class StoreResult:
 
 @dataclass(frozen=True)
 class Found:
-    """Hits from the first key on; ``tiers`` = neighbouring hits of one tier ``(name, blocks)``; lease 0 = none."""
+    """Hits from the first key on; ``tiers`` = neighbouring hits of one tier ``(name, blocks)``; lease 0 = none; ``degraded`` = those
+    of the hits that have fewer bits than the namespace's pair (``Namespace.degrade``), which stays so while the lease lasts: whoever
+    wants none of these loads what comes before the first."""
 
     hits: int
     tiers: Tuple[Tuple[str, int], ...] = ()
     lease_id: int = 0
     lease_seconds: float = 0.0
+    degraded: Tuple[int, ...] = ()
 
 
 class LoadedPages(NamedTuple):
@@ -314,7 +321,7 @@ class _Open:
 def _open(pool: "Pool", namespace: Namespace, persist_all: bool, priority: int) -> BlockStore:
     spec = {
         "model": namespace.model, "block_tokens": namespace.block_tokens, "salt": namespace.salt, "persist_all": persist_all,
-        "priority": priority,
+        "priority": priority, "degrade": list(namespace.degrade),
     }
     spec.update(asdict(namespace.content))
     return _Open(pool, namespace, pool._core.open_block_store(spec))

@@ -16,7 +16,7 @@ import numpy as np
 
 from . import _arrays, _core
 from ._types import PRIORITIES, CachedPrefix, Layer, MoveResult, PersistResult, PoolInfo, PoolPlan, PoolStats, SequenceInfo
-from .errors import FailedPrecondition, InvalidArgument, KvtideError
+from .errors import FailedPrecondition, InvalidArgument, KvtideError, NotFound
 
 if TYPE_CHECKING:
     from .profiles import KeyProfile
@@ -315,10 +315,7 @@ class Sequence:
 
     def info(self) -> SequenceInfo:
         """What the pool knows about the sequence."""
-        for info in self.pool.sequences(self.model):
-            if info.id == self.id:
-                return info
-        raise FailedPrecondition(f"the pool holds no sequence {self.id}")
+        return self.pool._info_of(self.id)
 
 
 def _options(scale: Optional[float], causal: Optional[bool], window: Optional[int], softcap: Optional[float], sinks: Any) -> Any:
@@ -690,13 +687,17 @@ class Pool:
 
     def attach(self, id: int) -> Sequence:
         """A sequence that is there already, by its id. It stays when this object goes."""
-        for info in self.sequences():
-            if info.id == id:
-                if info.max_layer_tokens != info.tokens:
-                    raise FailedPrecondition(f"sequence {id} is being written: its layers have {info.tokens} to "
-                                             f"{info.max_layer_tokens} tokens")
-                return Sequence(self, id, info.model, [info.tokens] * self._layer_count(info.model), owned=False)
-        raise FailedPrecondition(f"the pool holds no sequence {id}")
+        info = self._info_of(id)
+        if info.max_layer_tokens != info.tokens:
+            raise FailedPrecondition(f"sequence {id} is being written: its layers have {info.tokens} to "
+                                     f"{info.max_layer_tokens} tokens")
+        return Sequence(self, id, info.model, [info.tokens] * self._layer_count(info.model), owned=False)
+
+    def _info_of(self, id: int) -> SequenceInfo:
+        try:
+            return SequenceInfo._of(self._core.sequence(id))
+        except NotFound:
+            raise FailedPrecondition(f"the pool holds no sequence {id}") from None
 
     def close_sequence(self, id: int) -> None:
         """Frees a sequence by its id, whoever made it."""

@@ -97,7 +97,8 @@ class KvtideHiCache(HiCacheStorage):
         if self.settings.pair != "exact" and (rows := rows_of(pool, sizes)) is not None:
             self.layout, (layers, heads, dim) = rows[0], rows[1]
             content, self.dtype = TensorBlocks(layers, heads, dim, dim, self.settings.pair), _TYPES[pool.dtype]
-        self.namespace = Namespace(fingerprint(self.config, pool), pool.page_size, content, self.settings.salt)
+        rungs = self.settings.rungs if self.layout is not None else ()
+        self.namespace = Namespace(fingerprint(self.config, pool), pool.page_size, content, self.settings.salt, rungs)
         where = self.settings.address or "its default socket"
         for name in ("save", "load"):
             # Pages that rest as they are come from where they lie, if kvtided lets this engine map its host memory.
@@ -106,7 +107,8 @@ class KvtideHiCache(HiCacheStorage):
         there = [link.start([self.namespace], wait=self.settings.connect_wait) for link in self.links.values()]
         if all(there):
             logger.info("kvtide: pages of %d tokens rest %s in kvtided at %s: %d bytes instead of %d", pool.page_size,
-                        f"in {self.settings.pair}" if self.layout else "as the bytes that they are", where,
+                        f"in {self.settings.pair}" + f", later {', '.join(rungs)}" * bool(rungs) if self.layout
+                        else "as the bytes that they are", where,
                         self.links["save"].stores()[0].block_bytes, self.page_bytes)
 
     def _open_pool(self, host_tier: bool = False) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Mapping
+from typing import TYPE_CHECKING, Any, Mapping, Tuple
 
 from . import formats
 from .errors import InvalidArgument
@@ -19,6 +19,8 @@ class StoreSettings:
     """Attributes:
         address: of kvtided; empty = ``$KVTIDE_ADDRESS``, else the default socket.
         pair: types of keys and values at rest, such as ``turbo4/turbo4``; ``exact`` = the pages' bytes as they are.
+        degrade: pairs of fewer and fewer bits that blocks may be recoded as when the daemon needs room, before they are dropped,
+            such as ``turbo4,turbo3``; empty = never. Engines share blocks if theirs is the same.
         way: ``auto``, ``shm`` (shared memory) or ``grpc``.
         timeout: seconds of a load or a store.
         connect_wait: seconds that the start of the engine waits for the daemon.
@@ -35,6 +37,12 @@ class StoreSettings:
     piece_mib: int = 16
     salt: str = ""
     persist: bool = False
+    degrade: str = ""
+
+    @property
+    def rungs(self) -> Tuple[str, ...]:
+        """The pairs of ``degrade``."""
+        return tuple(self.degrade.split(",")) if self.degrade else ()
 
     @classmethod
     def make(cls, values: Mapping[str, Any], where: str) -> "Self":
@@ -53,8 +61,11 @@ class StoreSettings:
         if out.pair == "auto":
             raise InvalidArgument(f"{where}: name a pair; kvtide connect chooses one")
         if out.pair == "exact":
+            if out.degrade:
+                raise InvalidArgument(f"{where}: degrade: bytes as they are cannot be recoded to fewer bits; name a pair, or leave it out")
             return out
         try:
-            return replace(out, pair=formats.parse_pair(out.pair, "exact"))
+            rungs = ",".join(formats.parse_pair(rung.strip(), "exact") for rung in out.rungs)
+            return replace(out, pair=formats.parse_pair(out.pair, "exact"), degrade=rungs)
         except InvalidArgument as error:
             raise InvalidArgument(f"{where}: {error}") from None

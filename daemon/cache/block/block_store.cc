@@ -428,13 +428,15 @@ void BlockStore::SwapForm(Block* block, Place* place, const BlockLayout* layout)
   CountInChunks(*block, -1);
   CountAlone(*block, -1);
   stored_bytes_ -= block->bytes();
-  BlockKind kind = *block->kind;
+  const BlockKind before = *block->kind;
+  BlockKind kind = before;
   kind.layout = layout;
   kind.bytes = layout->block_bytes();
   SetKind(block, kind);
   block->place = place;
   place->block = SlotOf(block->id);
   stored_bytes_ += block->bytes();
+  if (block->keyed) recoded_(*block, before);
   CountAlone(*block, 1);
   CountInChunks(*block, 1);
   Retire(old);

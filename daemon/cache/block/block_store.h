@@ -143,7 +143,11 @@ class BlockStore {
   void Drop(Block* block);
   // Called with every block that is found by key before it is dropped: it leaves the index.
   void SetForget(std::function<void(Block*)> forget) { forget_ = std::move(forget); }
-  // The same for blocks of prefixes.
+  // Called with every block that is found by key after it was recoded, and what it was before.
+  void SetRecoded(std::function<void(const Block&, const BlockKind&)> recoded) {
+    recoded_ = std::move(recoded);
+  }
+  // As SetForget for blocks of prefixes.
   void SetForgetPrefix(std::function<void(Block*)> forget) { forget_prefix_ = std::move(forget); }
   // A block of a prefix that no table has came to the index, or leaves it.
   void CountAlone(const Block& block, int sign);
@@ -293,6 +297,7 @@ class BlockStore {
   uint64_t recodable_ = 0;
   int64_t table_bytes_ = 0;
   std::function<void(Block*)> forget_, forget_prefix_;
+  std::function<void(const Block&, const BlockKind&)> recoded_;
 };
 
 }  // namespace kvtide

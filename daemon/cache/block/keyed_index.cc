@@ -24,6 +24,7 @@ Place* KeptPlace(const BlockStore& store, const Block& block) {
 
 KeyedIndex::KeyedIndex(BlockStore* store) : store_(store) {
   store->SetForget([this](Block* block) { Forget(block); });
+  store->SetRecoded([this](const Block& block, const BlockKind& before) { Recoded(block, before); });
 }
 
 absl::StatusOr<NamespacePtr> KeyedIndex::Find(NamespaceId id, const Identity& caller) const {
@@ -66,14 +67,15 @@ void KeyedIndex::SetPriority(KeyedNamespace& space, Priority priority) {
 }
 
 void KeyedIndex::Insert(KeyedNamespace& space, const BlockKey& key, Block* block) {
-  KVTIDE_CHECK(space.blocks.Find(key) == nullptr && !space.deleted && !block->keyed &&
-               block->bytes() == space.form.bytes);
+  KVTIDE_CHECK(space.blocks.Find(key) == nullptr && !space.deleted && !block->keyed && space.Has(*block));
   block->keyed = true;
   block->key = key;
   BlockKind kind = *block->kind;
   kind.model_hash = kind.name_space_hash = space.id;
   kind.stamped_with_key = true;
+  kind.ladder = space.ladder;
   store_->SetKind(block, kind);
+  space.degraded += block->kind->IsDegraded();
   space.blocks.Insert(*block);
   store_->AddDirect(block, false);
   if (space.persistence == Persistence::kAll) space.fresh.push_back(block->id);
@@ -92,6 +94,12 @@ void KeyedIndex::ForgetDurable(KeyedNamespace& space, Block* block) {
   store_->Unkeep(place);
 }
 
+void KeyedIndex::Recoded(const Block& block, const BlockKind& before) {
+  bytes_ -= before.bytes - block.bytes();
+  KeyedNamespace& space = *namespaces_.find(before.name_space_hash)->second;
+  space.degraded += block.kind->IsDegraded() && !before.IsDegraded();
+}
+
 void KeyedIndex::Forget(Block* block) {
   KVTIDE_CHECK(block->keyed);
   block->keyed = false;
@@ -102,6 +110,7 @@ void KeyedIndex::Forget(Block* block) {
   const bool erased = space.blocks.Erase(*block);
   KVTIDE_CHECK(erased);
   space.dropped++;
+  space.degraded -= block->kind->IsDegraded();
   blocks_--;
   bytes_ -= block->bytes();
 }
@@ -127,6 +136,7 @@ uint64_t KeyedIndex::Delete(const NamespacePtr& space) {
     store_->RemoveDirect(block, false);
   }
   space->blocks.clear();
+  space->degraded = 0;
   space->newest = {};
   namespaces_.erase(space->id);
   return count;
@@ -203,11 +213,12 @@ void KeyedIndex::CheckInvariants() const {
   std::map<const Block*, int> leased;
   for (const auto& [id, space] : namespaces_) {
     KVTIDE_CHECK(id == space->id && !space->deleted);
-    uint64_t durable = 0;
+    uint64_t durable = 0, degraded = 0;
     space->blocks.ForEach([&, &id = id, &space = space](const Block* block) {
       KVTIDE_CHECK(block->keyed && block->place != nullptr && space->blocks.Find(block->key) == block &&
                    block->kind->name_space_hash == id && block->kind->stamped_with_key &&
-                   block->bytes() == space->form.bytes);
+                   space->Has(*block) && block->kind->ladder == space->ladder);
+      degraded += block->kind->IsDegraded();
       if (block->durable) {
         KVTIDE_CHECK(space->durable.count(block->id) == 1 && KeptPlace(*store_, *block)->keeps() > 0);
         durable++;
@@ -215,6 +226,8 @@ void KeyedIndex::CheckInvariants() const {
       blocks++;
       bytes += block->bytes();
     });
+    KVTIDE_CHECK(degraded == space->degraded, "namespace ", id, ": ", degraded, " degraded blocks, ",
+                 space->degraded, " counted");
     KVTIDE_CHECK(durable == space->durable.size(), "namespace ", id, ": ", durable, " durable blocks, ",
                  space->durable.size(), " counted");
   }

@@ -41,10 +41,12 @@ struct KeyedNamespace {
   std::shared_ptr<TenantAccount> account;  // of the spec's tenant, where its blocks count
   BlockForm form = BlockForm::Opaque(0);
   const BlockLayout* exact = nullptr;  // the same rows in f16; null: opaque
+  const Ladder* ladder = nullptr;      // what its blocks may be recoded as; null: nothing
   Persistence persistence = Persistence::kNone;
   Priority priority = Priority::kNormal;  // of what is stored without one
   bool deleted = false;
   BlocksByKey blocks;
+  uint64_t degraded = 0;                       // of these
   std::array<RecencyPtr, kPriorities> newest;  // of what was stored last, by priority
   uint64_t leases = 0;
   // For the durable tier.
@@ -54,6 +56,12 @@ struct KeyedNamespace {
   bool persisting = false;
   // Counters.
   uint64_t hits = 0, misses = 0, stored = 0, present = 0, loaded = 0, dropped = 0;
+
+  // Of the namespace's form, or of a rung below it.
+  bool Has(const Block& block) const {
+    return block.layout() == form.layout ? block.bytes() == form.bytes
+                                         : ladder != nullptr && ladder->Has(block.layout());
+  }
 };
 using NamespacePtr = std::shared_ptr<KeyedNamespace>;
 
@@ -90,7 +98,8 @@ class KeyedIndex {
   // Its blocks and leases go; those who hold it see `deleted`. Returns how many blocks it had.
   uint64_t Delete(const NamespacePtr& space);
 
-  // A new block, which nobody else has: found from now on.
+  // A new block, which nobody else has: found from now on. It is of the namespace's form, or of a rung of its
+  // ladder.
   void Insert(KeyedNamespace& space, const BlockKey& key, Block* block);
   uint64_t blocks() const { return blocks_; }
   uint64_t bytes() const { return bytes_; }  // that they take
@@ -121,6 +130,8 @@ class KeyedIndex {
  private:
   // A block that is about to be dropped is not found any more.
   void Forget(Block* block);
+  // It was of another form before, of so many bytes.
+  void Recoded(const Block& block, const BlockKind& before);
   // It need not be there after a restart.
   void ForgetDurable(KeyedNamespace& space, Block* block);
   void Enter(LeaseId id, KeyedLease lease);

@@ -110,6 +110,7 @@ struct CacheStats {
   uint64_t prefix_lookups = 0, prefix_miss_tokens = 0, prefix_reused_tokens = 0;
   // The block store: blocks that are found by key.
   uint64_t namespaces = 0, keyed_blocks = 0, keyed_bytes = 0, durable_keyed_blocks = 0, leases = 0;
+  uint64_t degraded_keyed_blocks = 0;  // of fewer bits than their namespaces' pairs
   // Counters.
   uint64_t keyed_hits = 0;    // keys that lookups found,
   uint64_t keyed_misses = 0;  // and that they did not: the first miss of a call and all after it

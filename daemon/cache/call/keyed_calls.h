@@ -34,6 +34,7 @@ struct NamespaceInfo {
   Persistence persistence = Persistence::kNone;
   Priority priority = Priority::kNormal;
   uint64_t blocks = 0, durable_blocks = 0, leases = 0;
+  uint64_t degraded_blocks = 0;  // of `blocks`, of fewer bits than the spec's pair
   // Counters.
   uint64_t hits = 0, misses = 0, stored_blocks = 0, present_blocks = 0, loaded_blocks = 0, dropped_blocks = 0;
 };
@@ -68,7 +69,10 @@ struct LookupReport {
   };
   uint64_t hits = 0;        // from the first key on
   std::vector<Hits> tiers;  // neighbours in one tier
-  LeaseId lease = 0;        // 0: none
+  // Of the hits, those of fewer bits than the namespace's pair, counted in the keys. It stays so while the
+  // lease lasts.
+  std::vector<uint64_t> degraded;
+  LeaseId lease = 0;  // 0: none
 };
 
 // What a caller needs to know before it makes room for a load.
@@ -94,8 +98,11 @@ using PlacesId = uint64_t;
 struct LoadReport {
   uint64_t blocks = 0;
   std::vector<uint64_t> lost;  // counted in the lease
-  // In place: where each block begins in the tier, -1 where it is lost or lies in another tier. The bytes
-  // stay as they are until the places are given back (0: none is there).
+  // Those that had fewer bits at rest than the namespace's pair, counted in the lease. As bytes they were
+  // coded in the pair once more.
+  std::vector<uint64_t> degraded;
+  // In place: where each block begins in the tier, -1 where it is lost, has another pair than the namespace,
+  // or lies in another tier. The bytes stay as they are until the places are given back (0: none is there).
   std::vector<int64_t> offsets;
   PlacesId places = 0;
 };

@@ -3,7 +3,9 @@
 #include <xxhash.h>
 
 #include "absl/strings/str_cat.h"
+#include "daemon/cache/call/sequence_options.h"
 #include "daemon/cache/call/spec_hash.h"
+#include "kernels/base/status.h"
 
 namespace kvtide {
 namespace {
@@ -33,7 +35,10 @@ absl::Status CheckNamespaceSpec(const NamespaceSpec& spec) {
     if (spec.opaque->encoding.size() > kMostText)
       return absl::InvalidArgumentError(absl::StrCat("namespace: encoding has ", spec.opaque->encoding.size(),
                                                      " bytes, must have at most ", kMostText));
-    return absl::OkStatus();
+    if (spec.degrade.empty()) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        "namespace: degrade: opaque bytes cannot be recoded to fewer bits; leave it out, or store K and V as "
+        "tensors in a pair");
   }
   const TensorContent& tensors = *spec.tensors;
   const absl::Status shape =
@@ -43,7 +48,7 @@ absl::Status CheckNamespaceSpec(const NamespaceSpec& spec) {
     return absl::InvalidArgumentError(
         absl::StrCat("namespace: ", tensors.layers, " layers of ", spec.block_tokens,
                      " tokens: layers x block_tokens must be at most ", kMostRows));
-  return absl::OkStatus();
+  return Annotate(CheckLadder(spec.stored_shape(), tensors.pair, spec.degrade), "namespace");
 }
 
 NamespaceId HashNamespaceSpec(const NamespaceSpec& spec) {
@@ -70,6 +75,12 @@ NamespaceId HashNamespaceSpec(const NamespaceSpec& spec) {
     number(static_cast<uint64_t>(Info(tensors.pair.k).version));
     number(static_cast<uint64_t>(Info(tensors.pair.v).version));
     number(HashLayout(BlockLayout(spec.stored_shape(), tensors.pair)));
+    for (const CachePair& rung : spec.degrade) {
+      add(absl::StrCat("degrade ", PairName(rung)));
+      number(static_cast<uint64_t>(Info(rung.k).version));
+      number(static_cast<uint64_t>(Info(rung.v).version));
+      number(HashLayout(BlockLayout(spec.stored_shape(), rung)));
+    }
   }
   const NamespaceId id = XXH3_64bits(text.data(), text.size());
   return id != 0 ? id : 1;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "daemon/cache/call/page_layout.h"
@@ -40,6 +41,9 @@ struct NamespaceSpec {
   std::optional<OpaqueContent> opaque;
   std::string salt;    // up to 256 bytes
   std::string tenant;  // of the caller
+  // What blocks of tensors may be recoded as when their tier needs room, as SequenceOptions::degrade says;
+  // f16 ones, too. Part of the identity: whoever opens the namespace knows what loads may give. Empty: never.
+  std::vector<CachePair> degrade;
   bool operator==(const NamespaceSpec&) const = default;
 
   PageShape pages() const {

@@ -300,6 +300,12 @@ void MoveBatch::Settle(Running& move, const CopyJob& job) {
     return;
   }
   if (job.target == nullptr) move.target->Written().checksum = move.checksum;
+  if (move.rung != nullptr && block->leases > 0) {
+    // Somebody was told meanwhile what it is.
+    store.Retire(move.target);
+    report_->left_blocks++;
+    return;
+  }
   if (move.rung != nullptr) {
     Tier& tier = store.tier(job.from);
     tier.degraded++;

@@ -55,7 +55,7 @@ class MoveBatch {
   // `target` is reserved for the block and now the batch's; the block is neither written nor moved.
   void Start(Block* block, Place* target);
   // The same within the block's tier, which attends, with its bytes recoded to a rung of its ladder. The
-  // block has no backup.
+  // block has no backup and no lease; one that is given a lease before it is done keeps its form.
   void StartRecode(Block* block, Place* target, const BlockLayout* rung);
   bool empty() const { return running_.empty(); }
   // As many as may be on their way at a time (max_moves_in_flight).

@@ -119,6 +119,40 @@ MoveReport Mover::MoveTo(CacheLock& lock, std::span<const HeldBlock> blocks, int
   return room_.Execute(lock, moves, true, before_serial, cancellation);
 }
 
+namespace {
+
+// What is dropped and recoded while it lives, to make room for what is moved, whosesoever it is: the report
+// gets it.
+class MadeRoom {
+ public:
+  MadeRoom(const CacheState& state, MoveReport* report)
+      : state_(state),
+        report_(report),
+        dropped_(state.counters.dropped_blocks),
+        degraded_(Degraded()),
+        before_(*report) {}
+  ~MadeRoom() {
+    report_->dropped_blocks = before_.dropped_blocks + state_.counters.dropped_blocks - dropped_;
+    report_->degraded_blocks = before_.degraded_blocks + Degraded() - degraded_;
+  }
+  MadeRoom(const MadeRoom&) = delete;
+  MadeRoom& operator=(const MadeRoom&) = delete;
+
+ private:
+  uint64_t Degraded() const {
+    uint64_t sum = 0;
+    for (size_t t = 0; t < state_.store.tiers(); t++) sum += state_.store.tier(static_cast<int>(t)).degraded;
+    return sum;
+  }
+
+  const CacheState& state_;
+  MoveReport* const report_;
+  const uint64_t dropped_, degraded_;
+  const MoveReport before_;
+};
+
+}  // namespace
+
 // One call of Evict: what may leave, slice by slice.
 class Mover::Eviction {
  public:
@@ -178,10 +212,9 @@ class Mover::Eviction {
     const size_t step = mover_.core_.options().max_moves_in_flight;
     for (size_t begin = 0; begin < blocks.size(); begin += step) {
       KVTIDE_RETURN_IF_ERROR(mover_.Check(context, "the eviction", report_));
-      const uint64_t dropped_before = lock_->counters.dropped_blocks;
+      const MadeRoom made(*lock_, &report_);
       report_ += mover_.MoveTo(lock_, std::span(blocks).subspan(begin, std::min(step, blocks.size() - begin)),
                                tier_, kAnySerial);
-      report_.dropped_blocks += lock_->counters.dropped_blocks - dropped_before;
     }
     return mover_.Check(context, "the eviction", report_);
   }
@@ -256,6 +289,7 @@ absl::StatusOr<MoveReport> Mover::Prefetch(std::span<const SequenceId> ids, cons
       const std::span<const HeldBlock> held = blocks[static_cast<size_t>(home)];
       for (size_t begin = 0; begin < held.size(); begin += step) {
         KVTIDE_RETURN_IF_ERROR(Check(context, "the prefetch", report));
+        const MadeRoom made(*lock, &report);
         report += MoveTo(lock, held.subspan(begin, std::min(step, held.size() - begin)), home, before_serial);
       }
     }

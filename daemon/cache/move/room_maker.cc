@@ -55,6 +55,7 @@ WritingBlock RoomMaker::AllocateCached(CacheLock& lock, const std::shared_ptr<Te
   tiers.push_back(home);
   constexpr int kRounds = 64;  // others may take the room that was made
   for (const int tier : tiers) {
+    KeepSpare(lock, tier, form.bytes);
     for (int round = 0; round < kRounds; round++) {
       // What the tenant has cached makes way for it, and nobody else's.
       if (form.bytes > store.QuotaLeft(*account, tier) && !DropCached(*lock, *account, tier, form.bytes)) {
@@ -146,11 +147,20 @@ void RoomMaker::ViewRoomBelow(const CacheState& state, int tier, bool gathered, 
   view->used_bytes += spare;
 }
 
+namespace {
+
+// What it may be recoded as; null: nothing now. What is durable as it is goes down for nothing, and comes
+// back whole; who has a lease was told what its blocks are.
+const BlockLayout* NextRung(const Block& block) {
+  return block.has_backup || block.leases > 0 ? nullptr : block.kind->NextRung();
+}
+
+}  // namespace
+
 BlockView RoomMaker::View(const BlockStore& store, const Block& block, absl::Time now) {
   BlockView view{block.id, block.bytes(), block.droppable(), now - store.LastTouched(block), block.home()};
-  // What is durable as it is goes down for nothing, and comes back whole.
-  const BlockLayout* const rung = block.has_backup ? nullptr : block.kind->NextRung();
-  if (rung != nullptr) view.recoded_bytes = rung->block_bytes();
+  if (const BlockLayout* const rung = NextRung(block); rung != nullptr)
+    view.recoded_bytes = rung->block_bytes();
   return view;
 }
 
@@ -344,8 +354,8 @@ void RoomMaker::Recode(CacheLock& lock, const Move& move, uint64_t before_serial
   const auto reserve = [&]() -> Block* {
     Block* const block = store.Get(move.block);
     const bool there = block != nullptr && block->place != nullptr && block->place->tier == move.from &&
-                       block->used() && store.IsIdle(*block) && !block->has_backup;
-    const BlockLayout* const rung = there ? block->kind->NextRung() : nullptr;
+                       block->used() && store.IsIdle(*block);
+    const BlockLayout* const rung = there ? NextRung(*block) : nullptr;
     target = rung != nullptr ? store.ReserveAs(rung, *block) : nullptr;
     return rung != nullptr ? block : nullptr;
   };

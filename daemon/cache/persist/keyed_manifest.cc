@@ -8,7 +8,8 @@ namespace kvtide {
 namespace {
 
 constexpr uint32_t kMagic = 0x534b5654;  // no version of a sequence's manifest
-constexpr uint32_t kVersion = 1;
+// 1: without what blocks may be recoded as and were.
+constexpr uint32_t kVersion = 2, kOldestVersion = 1;
 
 }  // namespace
 
@@ -33,11 +34,15 @@ std::string EncodeKeyedManifest(const KeyedManifest& manifest) {
       out.Put(int32_t{value});
     out.PutText(PairName(spec.tensors->pair));
   }
+  out.Put(uint64_t{spec.degrade.size()});
+  for (const CachePair& rung : spec.degrade) out.PutText(PairName(rung));
   out.Put(static_cast<uint8_t>(manifest.persistence));
   out.Put(uint64_t{manifest.blocks.size()});
-  for (const KeyedManifestBlock& block : manifest.blocks)
+  for (const KeyedManifestBlock& block : manifest.blocks) {
     for (const uint64_t value : {block.key.low, block.key.high, block.offset, block.write_id, block.checksum})
       out.Put(value);
+    out.Put(block.rung);
+  }
   return out.Take();
 }
 
@@ -52,12 +57,26 @@ int64_t WrittenAt(const std::string& bytes) {
   return in.Get<int64_t>();
 }
 
+namespace {
+
+absl::Status GetPair(ManifestReader& in, CachePair* pair) {
+  const std::string name = in.GetText();
+  if (in.failed()) return absl::DataLossError("it is cut off");
+  const absl::StatusOr<CachePair> parsed = ParseCachePair(name);
+  if (!parsed.ok()) return absl::FailedPreconditionError(parsed.status().message());
+  *pair = *parsed;
+  return absl::OkStatus();
+}
+
+}  // namespace
+
 absl::StatusOr<KeyedManifest> DecodeKeyedManifest(const std::string& bytes) {
   ManifestReader in(bytes);
   if (in.Get<uint32_t>() != kMagic) return absl::DataLossError("it is no list of blocks");
-  if (const auto version = in.Get<uint32_t>(); version != kVersion)
-    return absl::FailedPreconditionError(
-        absl::StrCat("it was written in version ", version, ", this build reads ", kVersion));
+  const auto version = in.Get<uint32_t>();
+  if (version < kOldestVersion || version > kVersion)
+    return absl::FailedPreconditionError(absl::StrCat(
+        "it was written in version ", version, ", this build reads ", kOldestVersion, " to ", kVersion));
   KeyedManifest manifest;
   in.Get(&manifest.written_at);
   in.Get(&manifest.id);
@@ -74,21 +93,23 @@ absl::StatusOr<KeyedManifest> DecodeKeyedManifest(const std::string& bytes) {
     TensorContent& tensors = spec.tensors.emplace();
     for (int* value : {&tensors.layers, &tensors.kv_heads, &tensors.head_dim_k, &tensors.head_dim_v})
       *value = in.Get<int32_t>();
-    const std::string pair = in.GetText();
-    if (in.failed()) return absl::DataLossError("it is cut off");
-    const absl::StatusOr<CachePair> parsed = ParseCachePair(pair);
-    if (!parsed.ok()) return absl::FailedPreconditionError(parsed.status().message());
-    tensors.pair = *parsed;
+    KVTIDE_RETURN_IF_ERROR(GetPair(in, &tensors.pair));
+  }
+  if (version >= 2) {
+    spec.degrade.resize(in.GetCount(sizeof(uint64_t)));
+    for (CachePair& rung : spec.degrade) KVTIDE_RETURN_IF_ERROR(GetPair(in, &rung));
   }
   const auto persistence = in.Get<uint8_t>();
   if (persistence > static_cast<uint8_t>(Persistence::kAll))
     return absl::DataLossError("it has no such persistence");
   manifest.persistence = static_cast<Persistence>(persistence);
-  const size_t count = in.GetCount(sizeof(KeyedManifestBlock));
+  const size_t count = in.GetCount(5 * sizeof(uint64_t) + (version >= 2 ? 1 : 0));
   for (size_t i = 0; i < count; i++) {
     KeyedManifestBlock& block = manifest.blocks.emplace_back();
     for (uint64_t* value : {&block.key.low, &block.key.high, &block.offset, &block.write_id, &block.checksum})
       in.Get(value);
+    if (version >= 2) in.Get(&block.rung);
+    if (block.rung > spec.degrade.size()) return absl::DataLossError("a block is coded as none of its pairs");
   }
   if (in.failed() || !in.at_end()) return absl::DataLossError("it is cut off, or longer than it says");
   if (const absl::Status status = CheckNamespaceSpec(spec); !status.ok())

@@ -18,10 +18,12 @@ namespace kvtide {
 
 constexpr size_t kMostShardBlocks = 1024;
 
-// 40 bytes for each block.
+// 41 bytes for each block, 40 in version 1.
 struct KeyedManifestBlock {
   BlockKey key;
   uint64_t offset = 0, write_id = 0, checksum = 0;
+  // What it is coded as: 0 = the namespace's pair, else the degrade[rung - 1] of its spec.
+  uint8_t rung = 0;
 };
 
 struct KeyedManifest {

@@ -183,9 +183,17 @@ absl::Status KeyedPayload::Write(Backend& backend, int tier, size_t index, std::
   return absl::OkStatus();
 }
 
-absl::Status KeyedPayload::Read(Backend& backend, size_t index, std::byte* source, const uint64_t* checksum,
+absl::Status KeyedPayload::Read(Backend& backend, int tier, size_t index, std::byte* source,
+                                const BlockForm& form, const uint64_t* checksum,
                                 const Cancellation* cancellation) {
   const size_t bytes = space_->form.bytes;
+  if (form_ == BlockPayload::kBytes && form.layout != space_->form.layout) {
+    if (IsCancelled(cancellation)) return absl::CancelledError("cancelled between blocks");
+    if (checksum != nullptr) KVTIDE_RETURN_IF_ERROR(CheckBlock({source, form.bytes}, *checksum));
+    KVTIDE_ASSIGN_OR_RETURN(std::byte* const whole, Staging(backend, tier));
+    KVTIDE_RETURN_IF_ERROR(Recode(backend, form.layout, source, space_->form.layout, whole));
+    return backend.CopyNow({out_ + index * bytes, whole, bytes}, CopyDirection::kToHost);
+  }
   if (form_ == BlockPayload::kBytes) {
     uint64_t found = 0;
     KVTIDE_RETURN_IF_ERROR(CopyBlock(backend, {out_ + index * bytes, source, bytes}, CopyDirection::kToHost,
@@ -194,8 +202,27 @@ absl::Status KeyedPayload::Read(Backend& backend, size_t index, std::byte* sourc
                ? absl::OkStatus()
                : absl::DataLossError("the block has other bytes than were stored");
   }
-  if (checksum != nullptr) KVTIDE_RETURN_IF_ERROR(CheckBlock({source, bytes}, *checksum));
-  return ReadRows(backend, index, source, cancellation);
+  if (checksum != nullptr) KVTIDE_RETURN_IF_ERROR(CheckBlock({source, form.bytes}, *checksum));
+  return ReadRows(backend, index, source, form.layout, cancellation);
+}
+
+absl::Status KeyedPayload::Recode(Backend& backend, const BlockLayout* from, const std::byte* source,
+                                  const BlockLayout* to, std::byte* target) const {
+  std::vector<RecodePiece> pieces;
+  const int full = space_->spec.rows() / kBlockTokens, rest = space_->spec.rows() % kBlockTokens;
+  const auto add = [&](int first, int layers, int tokens) {
+    RecodePiece& piece = pieces.emplace_back();
+    piece.from = from;
+    piece.source = source;
+    piece.to = to;
+    piece.target = target;
+    piece.first_layer = first;
+    piece.layers = layers;
+    piece.tokens = tokens;
+  };
+  if (full > 0) add(0, full, kBlockTokens);
+  if (rest > 0) add(full, 1, rest);
+  return backend.Recode(pieces);
 }
 
 absl::Status KeyedPayload::WriteRows(Backend& backend, int tier, size_t index, std::byte* target) {
@@ -262,28 +289,14 @@ absl::Status KeyedPayload::WriteRows(Backend& backend, int tier, size_t index, s
   args.v = pieces.front().v;
   KVTIDE_RETURN_IF_ERROR(backend.Append(args));
   if (!coded) return absl::OkStatus();
-  std::vector<RecodePiece> recodes;
-  const int full = space_->spec.rows() / kBlockTokens;
-  const auto recode = [&](int first, int layers, int tokens) {
-    RecodePiece& piece = recodes.emplace_back();
-    piece.from = space_->exact;
-    piece.source = exact;
-    piece.to = &layout;
-    piece.target = target;
-    piece.first_layer = first;
-    piece.layers = layers;
-    piece.tokens = tokens;
-  };
-  if (full > 0) recode(0, full, kBlockTokens);
-  if (rest > 0) recode(full, 1, rest);
-  return backend.Recode(recodes);
+  return Recode(backend, space_->exact, exact, &layout, target);
 }
 
 absl::Status KeyedPayload::ReadRows(Backend& backend, size_t index, std::byte* source,
-                                    const Cancellation* cancellation) {
+                                    const BlockLayout* layout, const Cancellation* cancellation) {
   std::byte* const blocks[] = {source};
   BlockRun run;
-  run.layout = space_->form.layout;
+  run.layout = layout;
   run.blocks = blocks;
   run.tokens = kBlockTokens;
   const size_t element = DataTypeBytes(pages_.type());

@@ -43,10 +43,11 @@ class KeyedPayload {
   // null, or gets the XXH3 of the block, made while its bytes are near. Looks at the cancellation.
   absl::Status Write(Backend& backend, int tier, size_t index, std::byte* target, uint64_t* checksum,
                      const Cancellation* cancellation);
-  // And out of `source`. `checksum`: null, or what the block must have, else DataLoss; what is in the payload
-  // then means nothing.
-  absl::Status Read(Backend& backend, size_t index, std::byte* source, const uint64_t* checksum,
-                    const Cancellation* cancellation);
+  // And out of `source`, where it has this form: the namespace's, or that of a rung of its ladder. As bytes
+  // the latter is coded in the namespace's pair once more, one block at a time. `checksum`: null, or what the
+  // block must have, else DataLoss; what is in the payload then means nothing.
+  absl::Status Read(Backend& backend, int tier, size_t index, std::byte* source, const BlockForm& form,
+                    const uint64_t* checksum, const Cancellation* cancellation);
 
  private:
   static absl::StatusOr<KeyedPayload> Make(const KeyedNamespace& space, BlockPayload form,
@@ -63,7 +64,11 @@ class KeyedPayload {
   std::vector<Segment> Segments() const;
   absl::StatusOr<std::byte*> Staging(Backend& backend, int tier);
   absl::Status WriteRows(Backend& backend, int tier, size_t index, std::byte* target);
-  absl::Status ReadRows(Backend& backend, size_t index, std::byte* source, const Cancellation* cancellation);
+  absl::Status ReadRows(Backend& backend, size_t index, std::byte* source, const BlockLayout* layout,
+                        const Cancellation* cancellation);
+  // The rows of a block from one layout to another.
+  absl::Status Recode(Backend& backend, const BlockLayout* from, const std::byte* source,
+                      const BlockLayout* to, std::byte* target) const;
 
   const KeyedNamespace* space_ = nullptr;
   BlockPayload form_ = BlockPayload::kBytes;
@@ -72,7 +77,7 @@ class KeyedPayload {
   size_t blocks_ = 0;
   const std::byte* in_ = nullptr;
   std::byte* out_ = nullptr;
-  std::map<int, std::unique_ptr<Slab>> staging_;  // f16 rows of one block, by tier
+  std::map<int, std::unique_ptr<Slab>> staging_;  // of one block in its largest form, by tier
   std::vector<std::byte> dense_k_, dense_v_;      // rows of a segment where they do not lie side by side
 };
 

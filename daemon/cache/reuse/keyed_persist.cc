@@ -28,6 +28,14 @@ class PersistingMark {
   KeyedNamespace& space_;
 };
 
+// KeyedManifestBlock::rung.
+uint8_t RungOf(const KeyedNamespace& space, const Block& block) {
+  if (!block.kind->IsDegraded()) return 0;
+  const std::vector<CachePair>& degrade = space.spec.degrade;
+  const auto rung = std::find(degrade.begin(), degrade.end(), block.layout()->pair());
+  return static_cast<uint8_t>(rung - degrade.begin() + 1);
+}
+
 }  // namespace
 
 absl::StatusOr<NamespacePersistReport> Persister::PersistNamespace(NamespaceId id,
@@ -159,8 +167,8 @@ absl::Status Persister::WriteShards(CacheLock& lock, const NamespacePtr& space, 
       if (owner == space->durable.end() || owner->second != &shard) continue;
       const Block* const block = lock->store.Get(id);
       const Place* const place = KeptPlace(lock->store, *block);
-      manifest.blocks.push_back(
-          {block->key, place->offset, place->Written().write_id, place->Written().checksum});
+      manifest.blocks.push_back({block->key, place->offset, place->Written().write_id,
+                                 place->Written().checksum, RungOf(*space, *block)});
       blocks.push_back(id);
     }
     shard.blocks = std::move(blocks);
@@ -256,10 +264,14 @@ absl::Status Persister::RestoreShard(CacheLock& lock, uint64_t id, const std::st
   auto shard = std::make_unique<KeyedShard>();
   shard->id = id;
   for (const KeyedManifestBlock& from : manifest.blocks) {
+    const BlockForm form = from.rung == 0 ? space->form
+                                          : lock->sequences.Layout(space->spec.stored_shape(),
+                                                                   space->spec.degrade[from.rung - 1]);
+    const bool known = from.rung == 0 || (space->ladder != nullptr && space->ladder->Has(form.layout));
     Block* const block =
-        space->blocks.contains(from.key) || lock->keyed.blocks() >= core_.options().max_keyed_blocks
+        !known || space->blocks.contains(from.key) || lock->keyed.blocks() >= core_.options().max_keyed_blocks
             ? nullptr
-            : store.AllocateAt(tier_, from.offset, 0, space->form);
+            : store.AllocateAt(tier_, from.offset, 0, form);
     if (block == nullptr) {  // stored anew since, or its place is another's
       shard->lost = true;
       continue;

@@ -88,7 +88,12 @@ absl::StatusOr<NamespacePtr> KeyedStore::Make(CacheLock& lock, const NamespaceSp
       if (!tier.attends()) continue;
       KVTIDE_RETURN_IF_ERROR(Annotate(tier.backend->CheckSupport(*coded), "namespace"));
       KVTIDE_RETURN_IF_ERROR(Annotate(tier.backend->CheckSupport(*space->exact), "namespace"));
+      for (const CachePair& rung : spec.degrade)
+        KVTIDE_RETURN_IF_ERROR(
+            Annotate(tier.backend->CheckSupport(*lock->sequences.Layout(spec.stored_shape(), rung)),
+                     "namespace: degrade"));
     }
+    space->ladder = lock->sequences.LadderOf(spec.stored_shape(), spec.tensors->pair, spec.degrade);
   }
   lock->keyed.Enter(space);
   return space;
@@ -106,6 +111,7 @@ NamespaceInfo KeyedStore::Describe(const KeyedNamespace& space) {
   info.persistence = space.persistence;
   info.priority = space.priority;
   info.blocks = space.blocks.size();
+  info.degraded_blocks = space.degraded;
   info.durable_blocks = space.durable.size();
   info.leases = space.leases;
   info.hits = space.hits;
@@ -472,10 +478,12 @@ absl::StatusOr<LookupReport> KeyedStore::Lookup(const LookupCall& call) {
   }
   LookupReport report;
   report.hits = found.size();
-  for (const Block* block : found) {
+  for (size_t i = 0; i < found.size(); i++) {
+    const Block* const block = found[i];
     if (report.tiers.empty() || report.tiers.back().tier != block->place->tier)
       report.tiers.push_back({block->place->tier, 0});
     report.tiers.back().blocks++;
+    if (block->kind->IsDegraded()) report.degraded.push_back(i);
   }
   if (call.peek) return report;
   Trace(options, TraceVerb::kLookup, *space, keys, report.hits);
@@ -528,6 +536,8 @@ absl::StatusOr<LeaseInfo> KeyedStore::DescribeLease(LeaseId id, const CallContex
 struct KeyedStore::Read {
   size_t index = 0;  // in the call
   PinnedPlace place;
+  // What the bytes there are: the block may have others by the time that they are read.
+  BlockForm form = BlockForm::Opaque(0);
   bool verify = false;
   uint64_t checksum = 0;
   absl::Status status;
@@ -569,6 +579,7 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
   }
   Held held;
   uint64_t elsewhere = 0;  // in place: blocks that another load has to bring
+  uint64_t loaded_bytes = 0;
   if (in_place) report.offsets.assign(blocks.size(), -1);
   std::deque<size_t> left(blocks.size());
   std::iota(left.begin(), left.end(), size_t{0});
@@ -588,18 +599,24 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
     KVTIDE_RETURN_IF_ERROR(mover_.BringIn(lock, batch, store.serial() + 1, context));
     if (space->deleted) return DeletedError(*space);
     std::vector<Read> reads;
+    bool some_degraded = false;
     for (const size_t index : indices) {
       Block* const block = blocks[index].get();
       if (block->place == nullptr) {
         report.lost.push_back(call.first + index);
         continue;
       }
-      if (in_place && block->place->tier != call.in_place) {
+      const bool degraded = block->kind->IsDegraded();
+      // Who reads in place knows one form.
+      if (in_place && (block->place->tier != call.in_place || degraded)) {
+        if (degraded) report.degraded.push_back(call.first + index);
         elsewhere++;
         continue;
       }
+      some_degraded = some_degraded || degraded;
       Read read;
       read.index = index;
+      read.form = block->form();
       read.place = PinnedPlace(store, block->place);
       read.verify = block->has_checksum && store.tier(block->place->tier).checksum;
       read.checksum = block->checksum;
@@ -609,12 +626,14 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
         !in_place || std::any_of(reads.begin(), reads.end(), [](const Read& read) { return read.verify; });
     if (touches) {
       const Unlocked unlocked(lock);
-      Copies(reads.size(), space->form.bytes, in_place || payload->side_by_side(), [&](size_t i) {
+      const bool side_by_side = in_place || (payload->side_by_side() && !some_degraded);
+      Copies(reads.size(), space->form.bytes, side_by_side, [&](size_t i) {
         Read& read = reads[i];
         std::byte* const data = core_.Data(*read.place.get());
         if (!in_place) {
-          read.status = payload->Read(core_.backend(read.place->tier), read.index, data,
-                                      read.verify ? &read.checksum : nullptr, context.cancellation);
+          read.status =
+              payload->Read(core_.backend(read.place->tier), read.place->tier, read.index, data, read.form,
+                            read.verify ? &read.checksum : nullptr, context.cancellation);
         } else if (read.verify) {
           read.status = CheckBlock({data, space->form.bytes}, read.checksum);
         }
@@ -625,6 +644,8 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
     for (Read& read : reads) {
       if (!read.status.ok() && !absl::IsDataLoss(read.status) && status.ok()) status = read.status;
       if (!absl::IsDataLoss(read.status)) {
+        loaded_bytes += read.form.bytes;
+        if (read.form.layout != space->form.layout) report.degraded.push_back(call.first + read.index);
         if (!in_place) continue;
         report.offsets[read.index] = static_cast<int64_t>(read.place->offset);
         held.places.push_back(std::move(read.place));
@@ -648,15 +669,16 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
     KVTIDE_RETURN_IF_ERROR(status);
   }
   std::sort(report.lost.begin(), report.lost.end());
+  std::sort(report.degraded.begin(), report.degraded.end());
   const uint64_t loaded = call.blocks - report.lost.size() - elsewhere;
   Counters& counters = lock->counters;
   space->loaded += loaded;
   counters.keyed_loaded += loaded;
-  counters.keyed_loaded_bytes += loaded * space->form.bytes;
+  counters.keyed_loaded_bytes += loaded_bytes;
   report.blocks = call.blocks;
   if (!report.lost.empty() && !call.allow_lost) return LostError(report.lost);
   if (held.places.empty()) return report;
-  held.bytes = loaded * space->form.bytes;
+  held.bytes = loaded_bytes;
   counters.keyed_in_place += loaded;
   counters.keyed_in_place_bytes += held.bytes;
   counters.keyed_held += loaded;

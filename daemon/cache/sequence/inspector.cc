@@ -88,7 +88,10 @@ void AddKeyed(const KeyedIndex& keyed, CacheStats& stats) {
   stats.namespaces = keyed.namespaces().size();
   stats.keyed_blocks = keyed.blocks();
   stats.keyed_bytes = keyed.bytes();
-  for (const auto& [id, space] : keyed.namespaces()) stats.durable_keyed_blocks += space->durable.size();
+  for (const auto& [id, space] : keyed.namespaces()) {
+    stats.durable_keyed_blocks += space->durable.size();
+    stats.degraded_keyed_blocks += space->degraded;
+  }
   stats.leases = keyed.leases();
   stats.leases_expired = keyed.expired();
 }

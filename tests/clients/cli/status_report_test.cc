@@ -250,12 +250,16 @@ TEST(StatusReport, TellsOfBlocksThatWereRecodedToFewerBits) {
   sequence.degraded_blocks = 7;
   EXPECT_THAT(RenderSequence(sequence),
               HasSubstr("degraded   7 blocks; cold ones may become turbo3/turbo3, then turbo2/turbo2 when"));
+  sequence.degraded = {{0, 64, 448, "turbo3/turbo3"}};
+  EXPECT_THAT(RenderSequence(sequence), HasSubstr("tokens 64 to 511 of layer group 0 are turbo3/turbo3\n"));
   const nlohmann::json json = nlohmann::json::parse(RenderStatusJson(snapshot));
   EXPECT_EQ(json["tiers"][0]["degraded_blocks"], 12);
   EXPECT_EQ(json["tiers"][0]["degraded_bytes"], 3 << 20);
   const nlohmann::json sequences = nlohmann::json::parse(RenderSequencesJson(snapshot.sequences));
   EXPECT_EQ(sequences[0]["degraded_blocks"], 7);
   EXPECT_EQ(sequences[0]["degrade"][1], "turbo2/turbo2");
+  EXPECT_EQ(sequences[0]["degraded"][0]["first_token"], 64);
+  EXPECT_EQ(sequences[0]["degraded"][0]["pair"], "turbo3/turbo3");
 }
 
 TEST(StatusReport, Json) {

@@ -4,10 +4,12 @@
 
 #include <cmath>
 #include <cstring>
+#include <iostream>
 #include <random>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
 #include "gtest/gtest.h"
 #include "tests/clients/cpp/pool_script.h"
@@ -211,6 +213,112 @@ TEST_P(BlockStoreTest, MemoryOfThePoolNeedsNoCopy) {
   }
   EXPECT_LT(std::sqrt(difference / size), 0.15);
   EXPECT_EQ(*store->Delete(), 4);
+}
+
+// Root of the mean square of what rows are off by, to that of what they should be.
+double ErrorOf(std::span<const uint16_t> rows, std::span<const uint16_t> expected) {
+  double off = 0, whole = 0;
+  for (size_t i = 0; i < expected.size(); i++) {
+    const double value = F16ToF32(expected[i]);
+    off += std::pow(value - F16ToF32(rows[i]), 2);
+    whole += value * value;
+  }
+  return std::sqrt(off / whole);
+}
+
+TEST_P(BlockStoreTest, ANamespaceSaysWhatItsBlocksMayBecome) {
+  NamespaceSpec spec = Tensors("q8_0", absl::StrCat("degrade ", GetParam()));
+  const auto plain = Open(spec);
+  spec.degrade = {"turbo4", "turbo3/turbo2"};
+  const auto store = Open(spec), again = Open(spec);
+  ASSERT_TRUE(plain != nullptr && store != nullptr && again != nullptr);
+  EXPECT_NE(store->namespace_id(), plain->namespace_id());
+  EXPECT_EQ(store->namespace_id(), again->namespace_id());
+  EXPECT_TRUE(again->existed());
+  const std::vector<std::string> keys = Keys(0, 3);
+  const std::vector<uint16_t> rows = Rows(3, 4);
+  ASSERT_TRUE(store->Store(Views(keys), std::as_bytes(std::span(rows))).ok());
+  EXPECT_EQ(plain->Lookup(Views(keys), -1)->hits, 0);
+  const auto found = store->Lookup(Views(keys));
+  ASSERT_TRUE(found.ok()) << found.status();
+  EXPECT_EQ(found->hits, 3);
+  EXPECT_TRUE(found->degraded.empty()) << "there is room";
+  std::vector<uint16_t> loaded(rows.size());
+  std::vector<int64_t> lost, degraded{7};
+  ASSERT_TRUE(store
+                  ->Load(found->lease, 0, 3, std::as_writable_bytes(std::span(loaded)), BlockForm::kDefault,
+                         {}, &lost, &degraded)
+                  .ok());
+  EXPECT_TRUE(lost.empty() && degraded.empty());
+  EXPECT_EQ(*store->Delete(), 3);
+  EXPECT_EQ(*plain->Delete(), 0);
+  const auto refused = [&](const NamespaceSpec& bad, const char* text) {
+    const absl::Status status = BlockStore::Open(*pool_, bad).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
+    EXPECT_TRUE(absl::StrContains(status.message(), text)) << status;
+  };
+  spec.degrade = {"turbo4", "turbo9"};
+  refused(spec, "namespace.degrade[1]");
+  spec.degrade = {"turbo3", "turbo4"};
+  refused(spec, "from the most bits to the fewest");
+  spec.content = client::OpaqueBlocks{1000, "fp8"};
+  spec.degrade = {"turbo3"};
+  refused(spec, "opaque bytes cannot be recoded to fewer bits; leave it out");
+}
+
+// A pool of one size, with a ladder and without one, filled with several times what it holds.
+TEST(EmbeddedBlockStore, PagesAreRecodedToFewerBitsBeforeTheyAreDropped) {
+  client::PoolOptions options;
+  options.embedded_config =
+      R"({"device": "cpu", "device_memory": "1MiB", "host_memory": "4MiB", "compute_threads": 1})";
+  constexpr int kStored = 2000;
+  int64_t plain = 0;  // blocks that are there without a ladder
+  for (const auto& [pair, ladder] :
+       std::vector<std::pair<std::string, std::vector<std::string>>>{{"q8_0", {}},
+                                                                     {"q8_0", {"turbo4", "turbo3"}},
+                                                                     {"f16", {}},
+                                                                     {"f16", {"q8_0", "turbo4", "turbo3"}}}) {
+    const auto pool = Pool::Connect("embedded", options);
+    ASSERT_TRUE(pool.ok()) << pool.status();
+    NamespaceSpec spec = Tensors(pair);
+    spec.degrade = ladder;
+    const auto store = BlockStore::Open(**pool, spec);
+    ASSERT_TRUE(store.ok()) << store.status();
+    int64_t fit = 0;  // when the first was dropped
+    for (int key = 0; key < kStored; key++) {
+      const std::vector<std::string> name = Keys(key, 1), first = Keys(0, 1);
+      const std::vector<uint16_t> rows = Rows(1, static_cast<uint32_t>(key));
+      ASSERT_TRUE((*store)->Store(Views(name), std::as_bytes(std::span(rows))).ok());
+      if (fit == 0 && (*store)->Lookup(Views(first), -1, true)->hits == 0) fit = key;
+    }
+    int64_t there = 0, degraded = 0;
+    double error = 0;
+    for (int key = 0; key < kStored; key++) {
+      const auto found = (*store)->Lookup(Views(Keys(key, 1)));
+      ASSERT_TRUE(found.ok()) << found.status();
+      if (found->hits == 0) continue;
+      std::vector<uint16_t> loaded(kBlockValues);
+      ASSERT_TRUE((*store)->Load(found->lease, 0, 1, std::as_writable_bytes(std::span(loaded))).ok());
+      error += ErrorOf(loaded, Rows(1, static_cast<uint32_t>(key)));
+      there++;
+      degraded += static_cast<int64_t>(found->degraded.size());
+      ASSERT_TRUE((*store)->Release(found->lease).ok());
+    }
+    error /= static_cast<double>(there);
+    std::cout << pair << (ladder.empty() ? "" : " with " + absl::StrJoin(ladder, ", ")) << ": "
+              << fit * kTokens << " tokens before the first was dropped, " << there * kTokens
+              << " in the end, " << degraded << " of " << there << " blocks of fewer bits, rows off by "
+              << 100 * error << " %\n";
+    if (ladder.empty()) {
+      plain = there;
+      EXPECT_EQ(degraded, 0);
+      EXPECT_LT(error, 0.01);
+    } else {
+      EXPECT_GT(there, plain * 3 / 2);
+      EXPECT_GT(degraded, there * 3 / 4);
+      EXPECT_LT(error, 0.3);
+    }
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Ways, BlockStoreTest, ::testing::ValuesIn(kWays),

@@ -717,6 +717,21 @@ TEST(EmbeddedPool, BlocksAreRecodedToFewerBitsBeforeTheTiersAreFull) {
   ASSERT_EQ(all->size(), 1u);
   EXPECT_GT((*all)[0].degraded_blocks, 0);
   EXPECT_EQ((*all)[0].dropped_blocks, 0);
+  EXPECT_TRUE((*all)[0].degraded.empty()) << "of one that is asked for";
+  const auto info = (*pool)->GetSequence(id);
+  ASSERT_TRUE(info.ok()) << info.status();
+  EXPECT_EQ(info->degraded_blocks, (*all)[0].degraded_blocks);
+  int64_t named = 0, end = 0;
+  for (const client::DegradedTokens& range : info->degraded) {
+    EXPECT_EQ(range.layer_group, 0);
+    EXPECT_GE(range.first_token, end);
+    EXPECT_TRUE(range.pair == "turbo4/turbo4" || range.pair == "turbo3/turbo3") << range.pair;
+    end = range.first_token + range.tokens;
+    named += range.tokens;
+  }
+  EXPECT_LE(end, tokens);
+  EXPECT_EQ(named, 64 * info->degraded_blocks);
+  ExpectError((*pool)->GetSequence(id + 1).status(), absl::StatusCode::kNotFound, "holds no sequence");
   const auto stats = (*pool)->GetStats();
   ASSERT_TRUE(stats.ok()) << stats.status();
   int64_t blocks = 0, bytes = 0, of_fewer_bits = 0;

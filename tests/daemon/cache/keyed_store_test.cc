@@ -6,14 +6,20 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <functional>
 #include <map>
 #include <set>
+#include <sstream>
 #include <thread>
 
+#include "daemon/cache/persist/keyed_manifest.h"
 #include "kernels/base/float16.h"
 #include "tests/daemon/cache/cache_fixture.h"
+#include "tests/daemon/cache/keyed_rungs.h"
+#include "tests/source_path.h"
 
 namespace kvtide::testing {
 namespace {
@@ -1138,6 +1144,397 @@ TEST_F(KeyedStoreTest, ListsOfDurableBlocksOfSeveralLivesStayApart) {
   }
   for (int life = 0; life < 4; life++)
     ExpectStamped(Open(Opaque(kOpaqueBytes, absl::StrCat("of life ", life))), life, 3);
+}
+
+// Blocks that are recoded to fewer bits when their tier needs room.
+class KeyedLadderTest : public KeyedStoreTest {
+ protected:
+  static constexpr auto kTensors = BlockPayload::kTensors;
+
+  static NamespaceSpec Degrading(const std::string& pair, const std::vector<std::string>& rungs,
+                                 int tokens = 16, int layers = 3) {
+    NamespaceSpec spec = Tensors(layers, tokens, 2, 64, 64, pair);
+    for (const std::string& rung : rungs) spec.degrade.push_back(Pair(rung));
+    return spec;
+  }
+  static size_t BytesAs(const NamespaceSpec& spec, const std::string& pair) {
+    return BlockLayout(spec.stored_shape(), Pair(pair)).block_bytes();
+  }
+  static size_t RowBytes(const NamespaceSpec& spec) {
+    const PageShape pages = spec.pages();
+    return static_cast<size_t>(spec.rows() * pages.kv_heads * (pages.head_dim_k + pages.head_dim_v)) * 2;
+  }
+  // Rows of f16 that say which key they belong to.
+  static std::vector<std::byte> RowsOf(const NamespaceSpec& spec, int first, int count) {
+    std::vector<std::byte> rows;
+    for (int key = first; key < first + count; key++) {
+      std::mt19937 random(static_cast<unsigned>(key));
+      for (size_t i = 0; i < RowBytes(spec) / 2; i++) {
+        const uint16_t half = F32ToF16(static_cast<float>(random() % 2000) / 1000 - 1);
+        rows.push_back(static_cast<std::byte>(half & 0xff));
+        rows.push_back(static_cast<std::byte>(half >> 8));
+      }
+    }
+    return rows;
+  }
+  std::vector<std::byte> Block(const NamespaceSpec& spec, int key, size_t rungs) const {
+    return AfterRungs(spec, RowsOf(spec, key, 1), std::span(spec.degrade).first(rungs));
+  }
+  absl::StatusOr<StoreReport> StoreRows(NamespaceId space, const NamespaceSpec& spec, int first, int count) {
+    return Store(space, Keys(first, count), RowsOf(spec, first, count), kTensors);
+  }
+  // Each block of keys first to first + count - 1 has these bits (0: the pair's), and answers say so.
+  void ExpectRungs(NamespaceId space, const NamespaceSpec& spec, int first,
+                   const std::vector<size_t>& rungs) {
+    const size_t bytes = RowBytes(spec), count = rungs.size();
+    const absl::StatusOr<LookupReport> found = Lookup(space, Keys(first, static_cast<int>(count)));
+    ASSERT_TRUE(found.ok()) << found.status();
+    ASSERT_EQ(found->hits, count);
+    std::vector<std::byte> payload(count * bytes);
+    const absl::StatusOr<LoadReport> report = Load(found->lease, 0, count, payload, kTensors);
+    ASSERT_TRUE(report.ok()) << report.status();
+    std::vector<uint64_t> degraded;
+    for (size_t i = 0; i < count; i++) {
+      if (rungs[i] > 0) degraded.push_back(i);
+      const std::vector<std::byte> wanted = Block(spec, first + static_cast<int>(i), rungs[i]);
+      EXPECT_TRUE(std::equal(wanted.begin(), wanted.end(), payload.begin() + static_cast<int64_t>(i * bytes)))
+          << "key " << first + static_cast<int>(i) << " after " << rungs[i] << " rungs";
+    }
+    EXPECT_EQ(found->degraded, degraded);
+    EXPECT_EQ(report->degraded, degraded);
+    EXPECT_TRUE(cache_->ReleaseLease(found->lease));
+  }
+  // Idle blocks go down a rung above a watermark of nothing.
+  void StartIdle(size_t host_bytes = 8 * kMiB, size_t disk_bytes = 0) {
+    options_.limits.high_watermark = 0.0001;
+    options_.limits.low_watermark = 0;
+    if (disk_bytes > 0) {
+      StartWithDisk(64 << 10, host_bytes, disk_bytes);
+    } else {
+      Start(64 << 10, host_bytes);
+    }
+  }
+  uint64_t RecodeIdle() {
+    clock_.Advance(absl::Seconds(10));
+    return cache_->RunMovesOnce().degraded_blocks;
+  }
+};
+
+TEST_F(KeyedLadderTest, WhatMakesNoSenseIsRefusedWithWhatToDo) {
+  Start();
+  const auto refused = [&](const NamespaceSpec& spec, const char* text) {
+    EXPECT_TRUE(IsError(cache_->OpenNamespace(spec, Persistence::kNone).status(),
+                        absl::StatusCode::kInvalidArgument, text));
+  };
+  NamespaceSpec opaque = Opaque();
+  opaque.degrade = {Pair("turbo3")};
+  refused(opaque, "opaque bytes cannot be recoded to fewer bits; leave it out, or store K and V as tensors");
+  refused(Degrading("turbo3", {"turbo4"}), "no fewer bytes than turbo3");
+  refused(Degrading("q8_0", {"turbo3", "turbo4"}), "degrade[1]: turbo4");
+  refused(Degrading("q8_0", {"f16"}), "f16 is not of fewer bits");
+  refused(Degrading("q8_0", {"tide3/turbo3"}), "cannot become tide3");
+}
+
+// Whoever opens a namespace knows what its loads may give.
+TEST_F(KeyedLadderTest, AnotherLadderIsAnotherNamespace) {
+  Start();
+  const NamespaceSpec whole = Degrading("q8_0", {}), one = Degrading("q8_0", {"turbo4"}),
+                      two = Degrading("q8_0", {"turbo4", "turbo3"});
+  const std::set<NamespaceId> ids{Open(whole), Open(one), Open(two)};
+  EXPECT_EQ(ids.size(), 3u);
+  EXPECT_EQ(Open(two), *ids.find(Open(two)));
+  ASSERT_TRUE(StoreRows(Open(two), two, 0, 4).ok());
+  EXPECT_EQ(Hits(Open(one), Keys(0, 4)), 0u);
+  EXPECT_EQ(Hits(Open(two), Keys(0, 4)), 4u);
+  EXPECT_EQ(Info(Open(two)).spec.degrade, two.degrade);
+}
+
+TEST_F(KeyedLadderTest, PagesBecomeFewerBitsInsteadOfBeingDropped) {
+  for (const auto& [pair, rungs] : std::map<std::string, std::vector<std::string>>{
+           {"q8_0", {"turbo4", "turbo3"}}, {"f16", {"q8_0", "turbo4", "turbo3"}}, {"f16/q8_0", {"q4_0"}}})
+    for (const int tokens : {16, 64, 20}) {
+      SCOPED_TRACE(absl::StrCat(pair, " ", tokens));
+      const NamespaceSpec spec = Degrading(pair, rungs, tokens), plain = Degrading(pair, {}, tokens);
+      const size_t bytes = BytesAs(spec, pair), least = BytesAs(spec, rungs.back());
+      Start(4096, 30 * bytes);
+      const auto fill = [&](const NamespaceSpec& of) {
+        const NamespaceId space = Open(of);
+        uint64_t most = 0;
+        for (int i = 0; i < 200; i++) {
+          const absl::StatusOr<StoreReport> report = StoreRows(space, of, i, 1);
+          EXPECT_TRUE(report.ok() && report->stored == 1) << report.status();
+          most = std::max(most, Info(space).blocks);
+        }
+        return most;
+      };
+      EXPECT_LE(fill(plain), 30u);
+      ASSERT_TRUE(cache_->DeleteNamespace(Open(plain)).ok());
+      const uint64_t most = fill(spec);
+      EXPECT_GE(most, 30 * bytes / least * 3 / 4);
+      const NamespaceInfo info = Info(Open(spec));
+      EXPECT_GE(info.degraded_blocks, info.blocks * 3 / 4);
+      EXPECT_EQ(cache_->Stats().degraded_keyed_blocks, info.degraded_blocks);
+      EXPECT_LE(cache_->Stats().keyed_bytes, 30 * bytes);
+      cache_->CheckInvariants();
+      // What is there is what was stored, recoded down the rungs, and says so.
+      size_t seen = 0;
+      for (int key = 0; key < 200; key++) {
+        const absl::StatusOr<LookupReport> found = Lookup(Open(spec), Keys(key, 1));
+        ASSERT_TRUE(found.ok());
+        if (found->hits == 0) continue;
+        std::vector<std::byte> payload(RowBytes(spec));
+        ASSERT_TRUE(Load(found->lease, 0, 1, payload, kTensors).ok());
+        size_t rung = 0;
+        while (rung <= rungs.size() && payload != Block(spec, key, rung)) rung++;
+        EXPECT_LE(rung, rungs.size()) << "key " << key;
+        EXPECT_EQ(found->degraded.size(), rung > 0 ? 1u : 0u);
+        EXPECT_TRUE(cache_->ReleaseLease(found->lease));
+        seen++;
+      }
+      EXPECT_EQ(seen, info.blocks);
+      ASSERT_TRUE(cache_->DeleteNamespace(Open(spec)).ok());
+    }
+}
+
+TEST_F(KeyedLadderTest, LoadsGiveWhatIsLeftInTheCallersLayoutTypeAndForm) {
+  StartIdle();
+  const NamespaceSpec spec = Degrading("q8_0", {"turbo4", "turbo3"}, 20);
+  const NamespaceId space = Open(spec);
+  ASSERT_TRUE(StoreRows(space, spec, 0, 3).ok());
+  ExpectRungs(space, spec, 0, {0, 0, 0});
+  EXPECT_EQ(RecodeIdle(), 3u);
+  ExpectRungs(space, spec, 0, {1, 1, 1});
+  ASSERT_TRUE(StoreRows(space, spec, 3, 1).ok());
+  ExpectRungs(space, spec, 0, {1, 1, 1, 0});
+  // A key that is there stays as it is.
+  EXPECT_EQ(StoreRows(space, spec, 0, 2)->present, 2u);
+  ExpectRungs(space, spec, 0, {1, 1, 1, 0});
+  const LookupReport found = Lookup(space, Keys(0, 4)).value();
+  PageLayout layout;
+  layout.type = DataType::kF32;
+  layout.order = PageOrder::kHnd;
+  std::vector<float> rows(2 * RowBytes(spec));
+  const absl::StatusOr<LoadReport> strided =
+      Load(found.lease, 0, 4, std::as_writable_bytes(std::span(rows)), kTensors, layout);
+  ASSERT_TRUE(strided.ok()) << strided.status();
+  EXPECT_EQ(strided->degraded, (std::vector<uint64_t>{0, 1, 2}));
+  const std::vector<std::byte> wanted = Block(spec, 1, 1);
+  const auto of_block = static_cast<size_t>(spec.rows() * 2 * 128);
+  for (int layer = 0; layer < 3; layer++)
+    for (int side = 0; side < 2; side++)
+      for (int token = 0; token < 20; token++)
+        for (int head = 0; head < 2; head++)
+          for (int d = 0; d < 64; d++) {
+            const int page = (layer * 2 + side) * 20 * 2 * 64;
+            uint16_t half = 0;
+            std::memcpy(&half, &wanted[static_cast<size_t>(page + (token * 2 + head) * 64 + d) * 2], 2);
+            ASSERT_EQ(F32ToF16(rows[of_block + static_cast<size_t>(page + (head * 20 + token) * 64 + d)]),
+                      half);
+          }
+  // As bytes: coded in the namespace's pair once more, as if the rows that are left had been stored.
+  std::vector<std::byte> coded(4 * BytesAs(spec, "q8_0"));
+  const absl::StatusOr<LoadReport> bytes = Load(found.lease, 0, 4, coded);
+  ASSERT_TRUE(bytes.ok()) << bytes.status();
+  EXPECT_EQ(bytes->degraded, (std::vector<uint64_t>{0, 1, 2}));
+  // In place: only what is of the namespace's pair.
+  const absl::StatusOr<LoadReport> in_place = LoadInPlace(found.lease, 0, 4);
+  ASSERT_TRUE(in_place.ok()) << in_place.status();
+  EXPECT_EQ(in_place->degraded, (std::vector<uint64_t>{0, 1, 2}));
+  EXPECT_EQ(std::vector<int64_t>(in_place->offsets.begin(), in_place->offsets.begin() + 3),
+            (std::vector<int64_t>{-1, -1, -1}));
+  EXPECT_GE(in_place->offsets[3], 0);
+  EXPECT_TRUE(cache_->ReleasePlaces(in_place->places));
+  EXPECT_TRUE(cache_->ReleaseLease(found.lease));
+  const NamespaceSpec plain = Degrading("q8_0", {}, 20);
+  const NamespaceId other = Open(plain);
+  ASSERT_TRUE(Store(other, Keys(0, 4), coded).ok());
+  const LookupReport copies = Lookup(other, Keys(0, 4)).value();
+  std::vector<std::byte> again(4 * RowBytes(spec));
+  ASSERT_TRUE(Load(copies.lease, 0, 4, again, kTensors).ok());
+  EXPECT_TRUE(cache_->ReleaseLease(copies.lease));
+  const std::vector<CachePair> back{Pair("turbo4"), Pair("q8_0")};
+  for (int key = 0; key < 4; key++) {
+    const std::vector<std::byte> expected =
+        key < 3 ? AfterRungs(spec, RowsOf(spec, key, 1), back) : Block(spec, key, 0);
+    EXPECT_TRUE(std::equal(expected.begin(), expected.end(),
+                           again.begin() + static_cast<int64_t>(static_cast<size_t>(key) * RowBytes(spec))))
+        << key;
+  }
+}
+
+// Who has a lease was told what its blocks are.
+TEST_F(KeyedLadderTest, LeasedBlocksKeepTheirBits) {
+  StartIdle();
+  const NamespaceSpec spec = Degrading("q8_0", {"turbo4"});
+  const NamespaceId space = Open(spec);
+  ASSERT_TRUE(StoreRows(space, spec, 0, 6).ok());
+  const LookupReport held = Lookup(space, Keys(0, 2), absl::Seconds(300)).value();
+  EXPECT_EQ(RecodeIdle(), 4u);
+  EXPECT_EQ(RecodeIdle(), 0u);
+  ExpectRungs(space, spec, 0, {0, 0, 1, 1, 1, 1});
+  EXPECT_TRUE(cache_->ReleaseLease(held.lease));
+  EXPECT_EQ(RecodeIdle(), 2u);
+  ExpectRungs(space, spec, 0, {1, 1, 1, 1, 1, 1});
+}
+
+TEST_F(KeyedLadderTest, ABlockThatIsLeasedWhileItIsRecodedKeepsItsBits) {
+  StartIdle();
+  const NamespaceSpec spec = Degrading("q8_0", {"turbo4"});
+  const NamespaceId space = Open(spec);
+  ASSERT_TRUE(StoreRows(space, spec, 0, 4).ok());
+  LookupReport found;
+  std::vector<std::byte> loaded(2 * RowBytes(spec));
+  bool inside = false;
+  host_->SetHook([&](FaultyBackend::Call call) {
+    if (call != FaultyBackend::kRecode || inside) return;
+    inside = true;
+    found = Lookup(space, Keys(0, 2)).value();
+    EXPECT_TRUE(Load(found.lease, 0, 2, loaded, kTensors).ok());
+  });
+  EXPECT_EQ(RecodeIdle(), 2u);
+  host_->SetHook(nullptr);
+  EXPECT_TRUE(inside);
+  EXPECT_TRUE(found.degraded.empty());
+  std::vector<std::byte> wanted = Block(spec, 0, 0), second = Block(spec, 1, 0);
+  wanted.insert(wanted.end(), second.begin(), second.end());
+  EXPECT_EQ(loaded, wanted);
+  EXPECT_TRUE(cache_->ReleaseLease(found.lease));
+  ExpectRungs(space, spec, 0, {0, 0, 1, 1});
+}
+
+TEST_F(KeyedLadderTest, WhatIsReadWhileTheLeaseEndsIsNotRecodedUnderTheReader) {
+  StartIdle();
+  const NamespaceSpec spec = Degrading("q8_0", {"turbo4"});
+  const NamespaceId space = Open(spec);
+  ASSERT_TRUE(StoreRows(space, spec, 0, 2).ok());
+  const LookupReport found = Lookup(space, Keys(0, 2)).value();
+  uint64_t recoded = 0;
+  bool inside = false;
+  host_->SetHook([&](FaultyBackend::Call call) {
+    if (call != FaultyBackend::kDecode || inside) return;
+    inside = true;
+    EXPECT_TRUE(cache_->ReleaseLease(found.lease));
+    recoded += RecodeIdle();
+  });
+  std::vector<std::byte> loaded(2 * RowBytes(spec));
+  ASSERT_TRUE(Load(found.lease, 0, 2, loaded, kTensors).ok());
+  host_->SetHook(nullptr);
+  EXPECT_TRUE(inside);
+  EXPECT_EQ(recoded, 0u);
+  std::vector<std::byte> wanted = Block(spec, 0, 0), second = Block(spec, 1, 0);
+  wanted.insert(wanted.end(), second.begin(), second.end());
+  EXPECT_EQ(loaded, wanted);
+  EXPECT_EQ(RecodeIdle(), 2u);
+}
+
+TEST_F(KeyedLadderTest, AFailedRecodingLeavesTheBlockAndADamagedOneIsLost) {
+  StartIdle();
+  const NamespaceSpec spec = Degrading("f16", {"q8_0", "turbo4"});
+  const NamespaceId space = Open(spec);
+  ASSERT_TRUE(StoreRows(space, spec, 0, 3).ok());
+  host_->Fail(FaultyBackend::kRecode, 1);
+  EXPECT_EQ(RecodeIdle(), 0u);
+  ExpectRungs(space, spec, 0, {0, 0, 0});
+  EXPECT_EQ(RecodeIdle(), 3u);
+  ExpectRungs(space, spec, 0, {1, 1, 1});
+  const LookupReport found = Lookup(space, Keys(0, 3)).value();
+  host_->Fail(FaultyBackend::kDecode, 1);
+  std::vector<std::byte> rows(3 * RowBytes(spec)), bytes(3 * BytesAs(spec, "f16"));
+  EXPECT_EQ(Load(found.lease, 0, 3, rows, kTensors).status().code(), absl::StatusCode::kInternal);
+  host_->Fail(FaultyBackend::kRecode, 1);
+  EXPECT_EQ(Load(found.lease, 0, 3, bytes).status().code(), absl::StatusCode::kInternal);
+  EXPECT_TRUE(Load(found.lease, 0, 3, bytes).ok());
+  EXPECT_TRUE(cache_->ReleaseLease(found.lease));
+  EXPECT_EQ(RecodeIdle(), 3u);
+  EXPECT_EQ(RecodeIdle(), 0u) << "the last rung";
+  EXPECT_EQ(cache_->DeleteNamespace(space).value(), 3u);
+  EXPECT_EQ(cache_->Stats().degraded_keyed_blocks, 0u);
+}
+
+// They move, rest on the disk and come back with the bits that they have.
+TEST_F(KeyedLadderTest, RecodedBlocksGoToTheDiskAndOutliveARestart) {
+  StartIdle(1 << 20, 4 << 20);
+  const NamespaceSpec spec = Degrading("f16", {"q8_0", "turbo4"}, 64);
+  const NamespaceId space = Open(spec);
+  ASSERT_TRUE(StoreRows(space, spec, 0, 2).ok());
+  ASSERT_TRUE(cache_->PersistNamespace(space).ok());  // whole, and they stay so
+  ASSERT_TRUE(StoreRows(space, spec, 2, 3).ok());
+  EXPECT_EQ(RecodeIdle(), 3u);
+  ExpectRungs(space, spec, 0, {0, 0, 1, 1, 1});
+  ASSERT_TRUE(cache_->PersistNamespace(space).ok());
+  EXPECT_EQ(Info(space).durable_blocks, 5u);
+  EXPECT_EQ(RecodeIdle(), 0u) << "durable";
+  ExpectRungs(space, spec, 0, {0, 0, 1, 1, 1});
+  ASSERT_TRUE(StoreRows(space, spec, 5, 1).ok());  // not durable
+  Restart(true);
+  EXPECT_EQ(Info(space).blocks, 5u);
+  EXPECT_EQ(Info(space).degraded_blocks, 3u);
+  EXPECT_EQ(Info(space).spec.degrade, spec.degrade);
+  ExpectRungs(space, spec, 0, {0, 0, 1, 1, 1});
+  EXPECT_EQ(Open(spec), space);
+  cache_->CheckInvariants();
+  for (int round = 0; round < 6; round++) RecodeIdle();
+  ExpectRungs(space, spec, 0, {0, 0, 1, 1, 1});
+  EXPECT_EQ(cache_->Stats().checksum_failures, 0u);
+}
+
+TEST_F(KeyedLadderTest, LookupsThatDoNotLeaseSayWhatIsDegraded) {
+  StartIdle();
+  const NamespaceSpec spec = Degrading("q8_0", {"turbo4"});
+  const NamespaceId space = Open(spec);
+  ASSERT_TRUE(StoreRows(space, spec, 0, 2).ok());
+  EXPECT_EQ(RecodeIdle(), 2u);
+  ASSERT_TRUE(StoreRows(space, spec, 2, 1).ok());
+  const absl::StatusOr<LookupReport> found = Lookup(space, Keys(0, 4), absl::ZeroDuration());
+  ASSERT_TRUE(found.ok());
+  EXPECT_EQ(found->hits, 3u);
+  EXPECT_EQ(found->degraded, (std::vector<uint64_t>{0, 1}));
+}
+
+// The first 40 bytes of a block are those of version 1, in which there are no ladders.
+TEST(KeyedManifestTest, GoldenBytesOfBothVersions) {
+  KeyedManifest manifest;
+  manifest.written_at = 7;
+  manifest.spec = Tensors(2, 32, 1, 64, 64, "q8_0");
+  manifest.persistence = Persistence::kAll;
+  manifest.id = HashNamespaceSpec(manifest.spec);
+  manifest.blocks = {{{1, 2}, 4096, 3, 4, 0}, {{5, 6}, 8192, 7, 8, 0}};
+  for (const char* version : {"v1", "v2"}) {
+    const bool second = version[1] == '2';
+    if (second) {
+      manifest.spec.degrade = {Pair("turbo4"), Pair("turbo3")};
+      manifest.id = HashNamespaceSpec(manifest.spec);
+      manifest.blocks[1].rung = 2;
+      if (std::getenv("KVTIDE_WRITE_GOLDEN") != nullptr)
+        std::ofstream(SourcePath("tests/golden/cache/keyed_manifest_v2.bin"), std::ios::binary)
+            << EncodeKeyedManifest(manifest);
+    }
+    std::ifstream file(SourcePath(absl::StrCat("tests/golden/cache/keyed_manifest_", version, ".bin")),
+                       std::ios::binary);
+    std::ostringstream text;
+    text << file.rdbuf();
+    const absl::StatusOr<KeyedManifest> read = DecodeKeyedManifest(text.str());
+    ASSERT_TRUE(read.ok()) << version << ": " << read.status();
+    EXPECT_EQ(read->spec, manifest.spec);
+    EXPECT_EQ(read->id, manifest.id) << "the ids of namespaces have changed";
+    EXPECT_EQ(read->written_at, 7);
+    EXPECT_EQ(read->persistence, Persistence::kAll);
+    ASSERT_EQ(read->blocks.size(), 2u);
+    EXPECT_EQ(read->blocks[1].key, manifest.blocks[1].key);
+    EXPECT_EQ(read->blocks[1].offset, 8192u);
+    EXPECT_EQ(read->blocks[1].checksum, 8u);
+    EXPECT_EQ(read->blocks[0].rung, 0);
+    EXPECT_EQ(read->blocks[1].rung, manifest.blocks[1].rung);
+    if (second) {
+      EXPECT_EQ(EncodeKeyedManifest(manifest), text.str());
+    }
+  }
+  std::string bytes = EncodeKeyedManifest(manifest);
+  bytes.back() = 3;
+  EXPECT_TRUE(IsError(DecodeKeyedManifest(bytes).status(), absl::StatusCode::kDataLoss, "none of its pairs"));
+  bytes[4] = 3;
+  EXPECT_TRUE(IsError(DecodeKeyedManifest(bytes).status(), absl::StatusCode::kFailedPrecondition,
+                      "in version 3, this build reads 1 to 2"));
 }
 
 }  // namespace

@@ -105,6 +105,7 @@ CacheStats BusyStats() {
   stats.keyed_blocks = 70003;
   stats.keyed_bytes = 70004;
   stats.durable_keyed_blocks = 70005;
+  stats.degraded_keyed_blocks = 70022;
   stats.leases = 70006;
   stats.keyed_hits = 70007;
   stats.keyed_misses = 70008;

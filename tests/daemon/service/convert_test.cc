@@ -177,12 +177,20 @@ TEST(Convert, SequencesSayWhatTheirBlocksMayBecome) {
   SequenceInfo info;
   info.options = options;
   info.degraded_blocks = 7;
+  info.degraded = {{0, 2, 8, options.degrade[0]}, {1, 5, 6, options.degrade[1]}};
   v1::Sequence sequence;
   ToProto(info, {}, absl::UnixEpoch(), &sequence);
   EXPECT_EQ(sequence.degraded_blocks(), 7);
   ASSERT_EQ(sequence.degrade_size(), 2);
   EXPECT_EQ(sequence.degrade(0), "turbo4/turbo3");
   EXPECT_EQ(sequence.degrade(1), "turbo2/turbo2");
+  ASSERT_EQ(sequence.degraded_size(), 2);
+  EXPECT_EQ(sequence.degraded(0).layer_group(), 0);
+  EXPECT_EQ(sequence.degraded(0).first_token(), 128);
+  EXPECT_EQ(sequence.degraded(0).tokens(), 384);
+  EXPECT_EQ(sequence.degraded(0).pair(), "turbo4/turbo3");
+  EXPECT_EQ(sequence.degraded(1).layer_group(), 1);
+  EXPECT_EQ(sequence.degraded(1).tokens(), 64);
 
   CacheStats stats;
   stats.tiers.resize(2);

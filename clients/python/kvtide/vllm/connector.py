@@ -121,10 +121,15 @@ class KvtideConnector(KVConnectorBase_V1):
         pages, content, what = self._own_pages(layers, caches) if own else self._pages(layers, caches)
         coded = (self._use_copiers(pages, content) or own) and isinstance(content, TensorBlocks)
         parallel, rank = config.parallel_config, self._rank()
+        rungs = self.settings.rungs if isinstance(content, TensorBlocks) else ()
+        if rungs:
+            what += f", where room is short in {', then '.join(rungs)},"
+        elif self.settings.rungs:
+            logger.warning("kvtide: degrade does nothing here: blocks rest as bytes that the daemon does not know how to recode")
         self.namespace = Namespace(
             connector_config.fingerprint(config, names, hash_tokens(config, self._kv_cache_config), rank,
                                          (parallel.pipeline_parallel_size, parallel.tensor_parallel_size)),
-            self.chunk_tokens, content, self.settings.salt)
+            self.chunk_tokens, content, self.settings.salt, rungs)
         links = [self._link(self.settings.timeout), self._link(self.settings.timeout, host_tier=pages.copiers is not None)]
         there = [link.start([self.namespace], wait=self.settings.connect_wait) for link in links]
         self.worker = ConnectorWorker(pages, links[0], links[1], rank, coded=coded, piece_bytes=self.settings.piece_mib << 20,
