@@ -5,9 +5,9 @@
 #   tests/run.sh sdist     the Python package from its source archive alone (part of `python`)
 #   tests/run.sh transformers | llama [pytest arguments ...]     with those libraries, which are installed under build/
 #   tests/run.sh engines [pytest arguments ...]     vLLM on the CPU, which it installs; tests/engines/run.sh says more
-#   tests/run.sh arm64 [--core]     cross-built for arm64, run by QEMU; tests/arm64/run.sh says more
+#   tests/run.sh arm64 [--record] [PART ...]     cross-built for arm64, run by QEMU; tests/arm64/run.sh says more
 #   tests/run.sh fuzz [--seconds N] [NAME ...]     every fuzzer for so long (60 s each), with clang
-#   tests/run.sh image [--record]     the steps of deploy/Dockerfile's CPU image in roots of debootstrap, and the image at work
+#   tests/run.sh image [--platform linux/arm64] [--record]     the steps of deploy/Dockerfile's CPU image in roots of debootstrap, and the image at work
 #   tests/run.sh prometheus [--pictures FOLDER]     a real Prometheus over a real daemon, and promtool, which it gets
 # Packages that are missing are installed first. Uses ccache when it is there.
 set -euo pipefail

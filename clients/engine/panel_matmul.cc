@@ -5,6 +5,8 @@
 
 #include "kernels/base/check.h"
 
+// Sums are arrays of vectors, which those of SVE cannot be, as the compiler does not know their size: arm64 takes NEON.
+#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128)
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "clients/engine/panel_matmul.cc"
 // What follows foreach_target.h is compiled once for each instruction set.

@@ -26,6 +26,7 @@ class Instruction:
 class Stage:
     base: str  # an image or an earlier stage
     name: str  # empty: it has none
+    platform: str  # such as linux/arm64
     instructions: list
 
 
@@ -62,20 +63,35 @@ def filled(text, values):
     return re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, text)
 
 
-def stages(text, arguments=None):
-    """The stages of a Dockerfile; `arguments` as --build-arg gives them."""
-    values, found = {}, []
+def platform_arguments(machine, target):
+    """What BuildKit presets: of the machine that builds and of the image, such as linux/amd64."""
+    found = {}
+    for name, platform in (("BUILD", machine), ("TARGET", target)):
+        system, _, architecture = platform.partition("/")
+        found |= {f"{name}PLATFORM": platform, f"{name}OS": system, f"{name}ARCH": architecture}
+    return found
+
+
+def stages(text, arguments=None, machine="linux/amd64", target=None):
+    """The stages of a Dockerfile; `arguments` as --build-arg gives them, `target` as --platform does, that of the machine without it.
+    An ARG inside a stage is NAME=VALUE."""
+    preset = platform_arguments(machine, target or machine)
+    values, found = dict(preset), []
     for instruction in instructions(text):
+        name, given, default = instruction.text.partition("=")
         if instruction.name == "ARG" and not found:
-            name, _, default = instruction.text.partition("=")
             values[name] = (arguments or {}).get(name, default)
         elif instruction.name == "FROM":
-            match = re.fullmatch(r"(\S+)(?:\s+AS\s+(\S+))?", filled(instruction.text, values), re.I)
-            if not match:
+            flags, rest = options(filled(instruction.text, values))
+            match = re.fullmatch(r"(\S+)(?:\s+AS\s+(\S+))?", rest, re.I)
+            if not match or set(flags) - {"platform"}:
                 raise ValueError(f"line {instruction.line}: {instruction} is not understood")
-            found.append(Stage(match.group(1), match.group(2) or "", []))
+            found.append(Stage(match.group(1), match.group(2) or "", flags.get("platform", preset["TARGETPLATFORM"]), []))
         elif not found:
             raise ValueError(f"line {instruction.line}: {instruction.name} before the first FROM")
+        elif instruction.name == "ARG":
+            known = {**values, **({name: default} if given else {}), **(arguments or {})}
+            found[-1].instructions.append(dataclasses.replace(instruction, text=f"{name}={filled('$' + name, known)}"))
         else:
             found[-1].instructions.append(instruction)
     return found

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Runs what deploy/Dockerfile says, without a container engine, and then what it has made.
 
-usage: image_test.py REPOSITORY WORK [--record] [--keep]
+usage: image_test.py REPOSITORY WORK [--platform linux/ARCHITECTURE] [--record] [--keep]
        image_test.py --self-test REPOSITORY     reads the file and its parts alone
 
 Bases (debian:12) are roots that debootstrap makes of that release from the repositories of this machine; steps run in them by chroot
 in namespaces of their own, as root, as `docker build` would run them. There is no other list of steps than the file's. The build stage
-is lent the compiler's cache of this machine, so that a second run is quick.
+is lent the compiler's cache of this machine, so that a second run is quick. Programs of another architecture run in QEMU, which the
+kernel starts for them (binfmt_misc); where it does not yet, this machine is told to for as long as the test runs.
 Exit codes: 0 all is well, 1 a step failed or the image does not do what it says, 77 this machine cannot do it (and why).
 """
 import json
@@ -23,6 +24,8 @@ import dockerfile
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of an image that says nothing else
 RELEASES = {"debian:12": "bookworm", "debian:13": "trixie"}
+ARCHITECTURE = subprocess.run(["dpkg", "--print-architecture"], check=True, capture_output=True, text=True).stdout.strip()
+ELF_MACHINES = {"amd64": 62, "arm64": 183}
 report = []
 
 
@@ -42,7 +45,29 @@ def sources_of_host():
     return sorted({line for line in lines if line})
 
 
-def make_base(image, folder):
+BINFMT = pathlib.Path("/proc/sys/fs/binfmt_misc")
+
+
+def emulate(architecture):
+    """The kernel starts QEMU for programs of `architecture`, in every root. What takes that back."""
+    name = {"arm64": "qemu-aarch64"}.get(architecture)
+    if name is None:
+        raise Unable(f"programs for {architecture} cannot be run on {ARCHITECTURE}")
+    if not (BINFMT / "register").exists():
+        subprocess.run(["mount", "-t", "binfmt_misc", "binfmt_misc", str(BINFMT)], capture_output=True)
+    if not (BINFMT / "register").exists():
+        raise Unable(f"programs for {architecture}: the kernel has no binfmt_misc")
+    if (BINFMT / name).exists():
+        known = (BINFMT / name).read_text()
+        if not re.search(r"^flags: \S*F", known, re.M):
+            raise Unable(f"{name} is registered without the flag F: in a root its interpreter is not found")
+        return lambda: None
+    # The distribution's line: magic bytes, a program that needs no libraries, flag F (opened now, so that no root has to hold it).
+    (BINFMT / "register").write_text(pathlib.Path(f"/usr/lib/binfmt.d/{name}.conf").read_text().strip())
+    return lambda: (BINFMT / name).write_text("-1")
+
+
+def make_base(image, architecture, folder):
     """A root of the image's release."""
     complete = folder.with_name(folder.name + ".complete")
     if complete.exists():
@@ -55,7 +80,7 @@ def make_base(image, folder):
     if not mirrors:
         raise Unable(f"apt of this machine knows no repository of {release}")
     shutil.rmtree(folder, ignore_errors=True)
-    made = subprocess.run(["debootstrap", "--variant=minbase", release, str(folder), mirrors[0]], capture_output=True, text=True)
+    made = subprocess.run(["debootstrap", "--variant=minbase", f"--arch={architecture}", release, str(folder), mirrors[0]], capture_output=True, text=True)
     if made.returncode != 0:
         raise Unable(f"debootstrap of {release}: {(made.stdout + made.stderr).strip().splitlines()[-1]}")
     (folder / "etc/apt/sources.list").write_text("\n".join(sources) + "\n")
@@ -72,6 +97,7 @@ class Root:
     def __init__(self, folder):
         self.folder = folder
         self.environment = {"PATH": PATH, "HOME": "/root"}
+        self.arguments = {}  # of the build alone
         self.workdir = "/"
         self.user = "0:0"
         self.entry, self.command, self.health, self.ports = [], [], None, []
@@ -99,16 +125,19 @@ class Root:
     def copy(self, origin, sources, target, paths=None):
         """COPY: files to a name or into a folder; of folders, what is in them."""
         to = self.inside(target)
-        for source in sources:
-            at = origin / source.lstrip("/")
+        found = [match for source in sources for match in (sorted(origin.glob(source.lstrip("/"))) if "*" in source else [origin / source.lstrip("/")])]
+        if not found:
+            raise FileNotFoundError(f"COPY: nothing is called {' '.join(sources)}")
+        for at in found:
+            source = str(at.relative_to(origin))
             if not at.exists():
                 raise FileNotFoundError(f"COPY: there is no {source}")
             if not at.is_dir():
-                into = target.endswith("/") or len(sources) > 1 or to.is_dir()
+                into = target.endswith("/") or len(found) > 1 or to.is_dir()
                 (to if into else to.parent).mkdir(parents=True, exist_ok=True)
                 shutil.copy2(at, to / at.name if into else to)
                 continue
-            files = [p for p in paths if source in (".", "/") or p.is_relative_to(source)] if paths is not None else [p.relative_to(at) for p in sorted(at.rglob("*"))]
+            files = [p.relative_to(source) for p in paths if p.is_relative_to(source)] if paths is not None else [p.relative_to(at) for p in sorted(at.rglob("*"))]
             for path in files:
                 place = to / path
                 if (at / path).is_symlink():
@@ -126,21 +155,26 @@ def build(repository, work, stage, roots, lent, environment):
     """The root of a stage, its instructions run in order."""
     base = roots.get(stage.base)
     if base is None:
-        folder = work / "base" / re.sub(r"\W", "_", stage.base)
+        architecture = stage.platform.removeprefix("linux/")
+        folder = work / "base" / f"{re.sub(r'[^a-z0-9]', '_', stage.base)}_{architecture}"
         begin = time.monotonic()
-        make_base(stage.base, folder)
-        say(f"FROM {stage.base}: a root by debootstrap, {time.monotonic() - begin:.0f} s")
+        make_base(stage.base, architecture, folder)
+        say(f"FROM {stage.base} for {stage.platform}: a root by debootstrap, {time.monotonic() - begin:.0f} s")
     else:
         folder = base.folder
     root = Root(work / f"stage{len(roots)}")
     shutil.rmtree(root.folder, ignore_errors=True)
+    root.folder.with_suffix(".log").unlink(missing_ok=True)
     subprocess.run(["cp", "-a", str(folder), str(root.folder)], check=True)
     files = dockerfile.context(repository, repository / "deploy/Dockerfile.dockerignore")
     for instruction in stage.instructions:
         begin = time.monotonic()
         name, text = instruction.name, instruction.text
         if name == "RUN":
-            root.run(text, lent, environment)
+            root.run(text, lent, {**root.arguments, **environment})
+        elif name == "ARG":
+            key, _, value = text.partition("=")
+            root.arguments[key] = value
         elif name == "COPY":
             stage_name, sources, target = dockerfile.copied(text)
             if stage_name:
@@ -210,7 +244,22 @@ class Container:
         self.process.wait()
 
 
-def check_image(root):
+def check_programs(root, architecture):
+    """They are of the image's architecture and stripped, and dpkg knows them and finds them as they were packed."""
+    for program in ("usr/bin/kvtided", "usr/bin/kvtide"):
+        head = (root.folder / program).read_bytes()[:20]
+        assert head[:4] == b"\x7fELF" and int.from_bytes(head[18:20], "little") == ELF_MACHINES[architecture], f"{program} is not for {architecture}"
+        sections = subprocess.run(["readelf", "--section-headers", "--wide", str(root.folder / program)], check=True, capture_output=True, text=True).stdout
+        assert ".text" in sections and ".symtab" not in sections and ".debug" not in sections, f"{program} is not stripped"
+    dpkg = ["dpkg-query", f"--admindir={root.folder}/var/lib/dpkg"]
+    package = subprocess.run([*dpkg, "--show", "--showformat=${Package} ${Version} ${Architecture}, ${Status}", "kvtide"], capture_output=True, text=True).stdout
+    assert package.endswith(f" {architecture}, install ok installed"), f"the package: {package!r}"
+    wrong = subprocess.run(["dpkg", f"--root={root.folder}", "--verify", "kvtide"], capture_output=True, text=True)
+    assert wrong.returncode == 0 and not wrong.stdout.strip(), f"not as they were packed: {wrong.stdout}{wrong.stderr}"
+    say(f"{package}; its programs are for {architecture}, stripped")
+
+
+def check_image(root, architecture):
     """What the final stage promises; raises AssertionError with what it does not."""
     health, asked = root.health
     user, group = (int(n) for n in root.user.split(":"))
@@ -218,6 +267,7 @@ def check_image(root):
     for program in ("cc", "g++", "cmake", "git"):
         found = [p for p in ("usr/bin", "bin", "usr/local/bin") if (root.folder / p / program).exists()]
         assert not found, f"the image has {program}: it ships its build stage"
+    check_programs(root, architecture)
     container = Container(root)
     try:
         begin = time.monotonic()
@@ -241,6 +291,11 @@ def check_image(root):
             scrape = container.execute(["/bin/bash", "-c", f"exec 3<>/dev/tcp/127.0.0.1/{port} && printf 'GET /metrics HTTP/1.0\\r\\n\\r\\n' >&3 && cat <&3"])
             assert "kvtide_build_info" in scrape.stdout, f"no metrics at port {port}: {scrape.stdout[:200]} {scrape.stderr}"
             say(f"EXPOSE {port}: {scrape.stdout.count('kvtide_')} lines of metrics")
+        status = container.execute(["kvtide", "status", "--address", address, "--output", "json"])
+        assert status.returncode == 0 and json.loads(status.stdout), f"kvtide status: {status.stdout[-500:]}{status.stderr}"
+        demo = container.execute(["kvtide", "demo", "--context", "1024", "--generate", "16", "--no-progress", "--output", "json"], 900)
+        assert demo.returncode == 0 and json.loads(demo.stdout), f"kvtide demo: {demo.stdout[-2000:]}{demo.stderr[-2000:]}"
+        say("kvtide demo: the bundled model, its keys and values in a daemon of its own: done")
         code = container.stop()
         assert code == 0, f"SIGTERM: {code}, {container.log.read_text()[-2000:]}"
         say("stopped by SIGTERM: exit code 0")
@@ -254,17 +309,22 @@ def self_test(repository):
     found = dockerfile.stages(text)
     assert [s.base for s in found] == ["debian:12", "debian:12"] and found[0].name == "build", found
     assert [s.base for s in dockerfile.stages(text, {"RUN_IMAGE": "ubuntu:24.04"})] == ["debian:12", "ubuntu:24.04"]
+    crossed = dockerfile.stages(text, target="linux/arm64")
+    assert [s.platform for s in crossed] == ["linux/amd64", "linux/arm64"], "the image for arm64 is not built by this machine's own compiler"
+    assert any(i.name == "ARG" and i.text == "TARGETARCH=arm64" for i in crossed[0].instructions), crossed[0]
+    inside = dockerfile.stages("ARG A=1\nFROM a\nARG A\nARG B=2\nRUN $A$B", {"B": "3"})[0].instructions
+    assert [i.text for i in inside] == ["A=1", "B=3", "$A$B"], inside
     names = [i.name for s in found for i in s.instructions]
     assert {"RUN", "COPY", "WORKDIR", "USER", "ENV", "HEALTHCHECK", "ENTRYPOINT", "CMD"} <= set(names), names
-    run = next(i for i in found[0].instructions if "cmake --preset" in i.text)
-    assert "&& cmake --build" in run.text and "\\" not in run.text, run
+    run = next(i for i in found[1].instructions if "groupadd" in i.text)
+    assert "&& apt-get install" in run.text and "\\" not in run.text, run
     files = {str(p) for p in dockerfile.context(repository, repository / "deploy/Dockerfile.dockerignore")}
     assert "CMakeLists.txt" in files and not any(f.startswith(("build/", ".git/")) for f in files)
     for instruction in (i for s in found for i in s.instructions if i.name == "COPY"):
         origin, sources, _ = dockerfile.copied(instruction.text)
         for source in sources if not origin else ():
             assert (repository / source).exists(), f"COPY of {source}, which is not there"
-    for wrong in ("RUN x", "FROM a\nVOLUME /x", "FROM a\nRUN x \\", "FROM ${NOTHING}"):
+    for wrong in ("RUN x", "FROM a\nVOLUME /x", "FROM a\nRUN x \\", "FROM ${NOTHING}", "FROM --what=x a", "FROM a\nARG NOTHING"):
         try:
             dockerfile.stages(wrong)
         except ValueError:
@@ -288,11 +348,22 @@ def hits(folder):
     return hit, hit + int(counts["cache_miss"])
 
 
+def write_report(file, command, lines):
+    """Replaces what the file says of this command; what it says of others stays."""
+    others = [part for part in file.read_text().strip().split("\n\n") if not part.startswith(f"{command},")] if file.exists() else []
+    file.write_text("\n\n".join(sorted([*others, "\n".join(lines)])) + "\n")
+
+
 def main():
     if sys.argv[1] == "--self-test":
         return self_test(pathlib.Path(sys.argv[2]).resolve())
     repository, work = (pathlib.Path(a).resolve() for a in sys.argv[1:3])
-    record, keep = "--record" in sys.argv, "--keep" in sys.argv
+    record, keep, target = "--record" in sys.argv, "--keep" in sys.argv, f"linux/{ARCHITECTURE}"
+    command = "tests/run.sh image"
+    if "--platform" in sys.argv:
+        target = sys.argv[sys.argv.index("--platform") + 1]
+        command += f" --platform {target}"
+    architecture = target.removeprefix("linux/")
     if os.geteuid() != 0:
         print("image_test.py: chroot and namespaces need root")
         return 77
@@ -301,16 +372,19 @@ def main():
     # As .ci/run and tests/run.sh have it, so that objects of other folders are found.
     lent = {"/ccache": cache} if cache else {}
     environment = {"CCACHE_DIR": "/ccache", "CCACHE_BASEDIR": "/src", "CCACHE_NOHASHDIR": "1"} if cache else {}
-    roots = {}
+    roots, alone = {}, lambda: None
     try:
+        if architecture != ARCHITECTURE:
+            alone = emulate(architecture)
         before = hits(cache)
-        for number, stage in enumerate(dockerfile.stages((repository / "deploy/Dockerfile").read_text())):
+        text = (repository / "deploy/Dockerfile").read_text()
+        for number, stage in enumerate(dockerfile.stages(text, machine=f"linux/{ARCHITECTURE}", target=target)):
             last = roots[stage.name or str(number)] = build(repository, work, stage, roots, lent if number == 0 else {}, environment if number == 0 else {})
         hit, calls = (now - then for now, then in zip(hits(cache), before))
         say(f"compiler's cache: {hit} of {calls} compilations" if cache else "no ccache: everything was compiled")
         size = int(subprocess.run(["du", "-sm", "--one-file-system", str(last.folder)], check=True, capture_output=True, text=True).stdout.split()[0])
         say(f"the image's root: {size} MiB")
-        check_image(last)
+        check_image(last, architecture)
         say(f"all steps done, {time.monotonic() - begin:.0f} s")
     except Unable as why:
         say(f"not executed on this machine: {why}")
@@ -318,10 +392,12 @@ def main():
     except (AssertionError, OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
         say(f"FAILED: {error}")
         code = 1
+    finally:
+        alone()
     if record:
         commit = subprocess.run(["git", "-C", str(repository), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        head = f"tests/run.sh image, {time.strftime('%Y-%m-%d', time.gmtime())}, commit {commit}, {os.cpu_count()} cores that others shared"
-        (repository / "tests/deploy/last_run.txt").write_text("\n".join([head, *report]) + "\n")
+        head = f"{command}, {time.strftime('%Y-%m-%d', time.gmtime())}, commit {commit}, {os.cpu_count()} cores that others shared"
+        write_report(repository / "tests/deploy/last_run.txt", command, [head, *report])
     if not keep:
         for folder in work.glob("stage*"):
             shutil.rmtree(folder, ignore_errors=True)

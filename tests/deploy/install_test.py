@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """What `cmake --install` and cpack put in place works together, and the manifests keep what they promise.
 
-usage: install_test.py REPOSITORY BUILD
+usage: install_test.py REPOSITORY BUILD [WORDS ...]
 
+WORDS start a program of a build for another architecture, such as qemu-aarch64 -L FOLDER.
 Installs the build into a folder of its own and makes the Debian package of it; checks that the unit names programs and files that
 are there, that the user it runs as is declared, that a configuration which exists is left alone and is accepted by kvtided; that
 no manifest or image listens on TCP without being asked, that the sidecar's socket can be opened by its engine, and that what
@@ -19,6 +20,7 @@ import sys
 import tempfile
 
 complaints = []
+emulator = []
 
 
 def check(condition, text):
@@ -28,6 +30,11 @@ def check(condition, text):
 
 def run(*command, **options):
     return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True, **options)
+
+
+def start(program, *words):
+    """The output of an installed program, whatever architecture it is for."""
+    return run(*emulator, program, *words).stdout
 
 
 def missing(program, what):
@@ -89,13 +96,15 @@ def check_package(build, work):
     if missing("dpkg-deb", "the package") or missing("dpkg-shlibdeps", "the package"):
         return
     out = work / "package"
-    run("cpack", "-G", "DEB", "-B", out, "-D", "CPACK_STRIP_FILES=OFF", cwd=build)
+    # Stripping takes its time; where it needs another strip than this machine's it is looked at.
+    run("cpack", "-G", "DEB", "-B", out, "-D", f"CPACK_STRIP_FILES={'ON' if emulator else 'OFF'}", cwd=build)
     packages = list(out.glob("*.deb"))
     check(len(packages) == 1, f"{len(packages)} packages")
     root = work / "unpacked"
     run("dpkg-deb", "-x", packages[0], root)
     fields = run("dpkg-deb", "-f", packages[0], "Package", "Version", "Depends").stdout
-    check("libgrpc++" in fields, f"the package depends on too little: {fields}")
+    check("libgrpc++" in fields and "libjemalloc" in fields and "libc6" in fields, f"the package depends on too little: {fields}")
+    check_architecture(packages[0], root)
     files = run("dpkg-deb", "-c", packages[0]).stdout
     check("/usr/lib/cmake" not in files and ".a\n" not in files, "the package holds the client library's development files")
     check_manual(root)
@@ -104,9 +113,9 @@ def check_package(build, work):
     program, config = check_unit(unit.read_text(), root)
     check_exposure(unit)
     check_installed_and_removed(packages[0], work)
-    version = run(program, "--version").stdout
+    version = start(program, "--version")
     check(version.startswith("kvtided "), f"the packaged program says {version!r}")
-    printed = json.loads(run(program, "--config", config, "--print-config").stdout)
+    printed = json.loads(start(program, "--config", config, "--print-config"))
     check(all(l.startswith("unix:") for l in printed["listen"]), f"the first configuration listens on {printed['listen']}")
     work_control = work / "control"
     run("dpkg-deb", "-e", packages[0], work_control)
@@ -123,6 +132,18 @@ def check_package(build, work):
         check(not bad, f"systemd-analyze: {bad}")
 
 
+def check_architecture(package, root):
+    """The package is of the architecture of its programs; those of another one are stripped all the same."""
+    architecture = run("dpkg-deb", "-f", package, "Architecture").stdout.strip()
+    check(package.name.endswith(f"_{architecture}.deb"), f"{package.name} is of the architecture {architecture}")
+    for program in ("kvtide", "kvtided"):
+        path = root / "usr/bin" / program
+        machine = int.from_bytes(path.read_bytes()[18:20], "little")  # of the ELF header
+        check(machine == {"amd64": 62, "arm64": 183}.get(architecture, machine), f"{program} in a package for {architecture} is for machine {machine}")
+        if emulator and not missing("readelf", "whether programs are stripped"):
+            check(".symtab" not in run("readelf", "--section-headers", "--wide", path).stdout, f"{program} is not stripped")
+
+
 def check_installed_and_removed(package, work):
     """dpkg itself installs the package into a root of its own, removes it and purges it."""
     if missing("dpkg", "install and removal"):
@@ -135,6 +156,9 @@ def check_installed_and_removed(package, work):
         (root / folder).mkdir(parents=True)
     for name in ("var/lib/dpkg/status", "etc/passwd", "etc/group", "etc/shadow", "etc/gshadow"):
         (root / name).touch()
+    mine, its = run("dpkg", "--print-architecture").stdout.strip(), run("dpkg-deb", "-f", package, "Architecture").stdout.strip()
+    if its != mine:
+        (root / "var/lib/dpkg/arch").write_text(f"{mine}\n{its}\n")
 
     def dpkg(*words):
         # The packages that it depends on are this machine's; scripts run here, with DPKG_ROOT.
@@ -154,7 +178,7 @@ def check_installed_and_removed(package, work):
     again = dpkg("--install", str(package))
     check("3GiB" in config.read_text(), "an upgrade overwrites the configuration")
     check("enable --now" not in again, "an upgrade says what a first install does")
-    check(run(root / "usr/bin/kvtide", "config", "check", "--config", config).returncode == 0, "the installed configuration")
+    start(root / "usr/bin/kvtide", "config", "check", "--config", config)
     dpkg("--remove", "kvtide")
     check(not (root / "usr/bin/kvtided").exists() and not list(root.rglob("kvtided.service")), "a removal leaves the program")
     check(config.is_file(), "a removal takes the configuration")
@@ -200,7 +224,8 @@ def check_manifests(repository):
 
 
 def main():
-    repository, build = (pathlib.Path(p).resolve() for p in sys.argv[1:])
+    repository, build = (pathlib.Path(p).resolve() for p in sys.argv[1:3])
+    emulator.extend(sys.argv[3:])
     with tempfile.TemporaryDirectory() as folder:
         work = pathlib.Path(folder)
         unit, root = check_install(build, work)
