@@ -303,6 +303,8 @@ void KeyedSim::Persist(size_t at) {
         report.status().ToString());
   }
   if (depth_ > 0 || fault_ || nested_ != nested || Random(3) != 0) return;
+  const bool exact = Random(4) != 0;
+  if (exact) cache_->PersistChanged();
   // What is there now is there after a crash.
   std::vector<int> there;
   for (const int key : spaces_[at].stored)
@@ -311,7 +313,7 @@ void KeyedSim::Persist(size_t at) {
   // others at a restart where few are allowed.
   if (nested_ != nested || options_.max_keyed_blocks < kPlenty) return;
   // To ask may have found that some are gone: the list of what is durable does not grow by it.
-  RestartNow();
+  RestartNow(false, exact);
   for (const int key : there)
     Expect(Hits(at, key, 1) == 1, absl::StrCat("key ", key, " was durable and is not there after a restart"));
 }
@@ -338,7 +340,7 @@ void KeyedSim::StartOverABadDisk(bool crash) {
   files_->ClearFaults();
 }
 
-void KeyedSim::RestartNow(bool read_faults) {
+void KeyedSim::RestartNow(bool read_faults, bool exact) {
   restarts_++;
   files_->ClearFaults();  // a start on a disk that takes nothing is refused
   sequences_.clear();
@@ -346,7 +348,9 @@ void KeyedSim::RestartNow(bool read_faults) {
   held_.clear();
   for (FaultyBackend* backend : {device_.get(), host_.get()}) backend->SetHook(nullptr);
   const bool crash = Random(2) == 0;
-  lost_ = lost_ || crash;  // other bytes may lie under an old label then
+  // Other bytes may lie behind an old label then: of a write that was torn, or of a block that was written to
+  // a part of the place, while a list that was not renewed names what lay there before.
+  lost_ = lost_ || crash || !exact;
   if (read_faults && Random(2) == 0) {
     StartOverABadDisk(crash);
   } else {
@@ -422,7 +426,7 @@ void KeyedSim::Step(bool nested) {
     cache_->PersistChanged();
     if (!fault_)  // what could not be erased is erased now
       for (Space& space : spaces_) space.on_disk = false;
-    RestartNow(world_.read_faults);
+    RestartNow(world_.read_faults, !fault_);
   }
 }
 

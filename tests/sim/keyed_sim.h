@@ -94,7 +94,8 @@ class KeyedSim : public CacheTest {
   void Release(size_t lease);
   void Delete(size_t space);
   void Persist(size_t space);
-  void RestartNow(bool read_faults = false);
+  // `exact`: the lists of durable blocks name no other ones.
+  void RestartNow(bool read_faults, bool exact);
   void StartOverABadDisk(bool crash);
   void Crowd();
   uint64_t Hits(size_t space, int first, int count);
