@@ -108,6 +108,9 @@ void CacheTest::Restart(bool crash) {
 }
 
 void CacheTest::StartOn(int devices, size_t device_bytes, size_t host_bytes) {
+  // As two processors' memories begin, whatever the device is: so that tests do not depend on what is decided
+  // by a GPU's rates.
+  constexpr double kAttendRate = 1e10, kPromoteRate = 8e9;
   options_.tiers.clear();
   options_.tiers.push_back({"device", device_.get(), device_bytes, false});
   if (devices == 2) {
@@ -119,9 +122,10 @@ void CacheTest::StartOn(int devices, size_t device_bytes, size_t host_bytes) {
     options_.tiers[0].device = "first";
   }
   if (host_bytes > 0) options_.tiers.push_back({"host", host_.get(), host_bytes, true});
+  for (TierOptions& tier : options_.tiers) tier.attend_rate = kAttendRate;
   if (host_bytes > 0) {
-    options_.tiers.back().attend_rate = host_attend_rate_;
-    options_.tiers.back().promote_rate = host_promote_rate_;
+    if (host_attend_rate_ > 0) options_.tiers.back().attend_rate = host_attend_rate_;
+    options_.tiers.back().promote_rate = host_promote_rate_ > 0 ? host_promote_rate_ : kPromoteRate;
   }
   if (disk_ != nullptr)
     options_.tiers.push_back({"disk", nullptr, disk_->capacity_bytes(), true, "", disk_.get(), disk_.get()});

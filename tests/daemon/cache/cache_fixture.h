@@ -75,7 +75,7 @@ class CacheTest : public ::testing::Test {
   std::unique_ptr<FaultFileSystem> files_ = std::make_unique<FaultFileSystem>();
   std::unique_ptr<DiskTier> disk_;
   size_t disk_options_bytes_ = 0;
-  // Of the host tier, for the next start; 0: one memory with the device, as its backend is.
+  // Of the host tier, for the next start; 0: as the device's memory.
   double host_attend_rate_ = 0, host_promote_rate_ = 0;
   uint64_t lives_ = 0;
   std::unique_ptr<KvCache> cache_;
