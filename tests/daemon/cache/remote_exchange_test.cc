@@ -373,7 +373,7 @@ class RemoteKeyedTest : public RemoteExchangeTest {
     return node.cache->LookupBlocks(call);
   }
   // Stores blocks at one node and returns their bytes as they rest.
-  std::vector<std::byte> Store(CacheNode& node, const NamespaceSpec& spec, int keys) {
+  std::vector<std::byte> Store(CacheNode& node, const NamespaceSpec& spec, int keys, bool write = true) {
     const NamespaceInfo info = node.cache->OpenNamespace(spec, Persistence::kNone).value();
     const std::vector<std::byte> payload = Payload(static_cast<size_t>(keys), info.block_bytes);
     const std::vector<std::string> texts = Keys(keys);
@@ -384,7 +384,7 @@ class RemoteKeyedTest : public RemoteExchangeTest {
     call.form = BlockPayload::kBytes;
     call.payload = payload;
     EXPECT_TRUE(node.cache->StoreBlocks(call).ok());
-    node.WriteAll();
+    if (write) node.WriteAll();
     return payload;
   }
   std::vector<std::byte> Load(CacheNode& node, LeaseId lease, size_t blocks, size_t bytes) {
@@ -415,6 +415,36 @@ TEST_F(RemoteKeyedTest, AnotherCacheLoadsWhatOneHasStored) {
     EXPECT_EQ(b.remote_stats().written_blocks, 0u);
     EXPECT_EQ(b.remote_stats().queued_blocks, 0u);
   }
+}
+
+// Others are to find what was stored, not what little room has left of it.
+TEST_F(RemoteKeyedTest, BlocksOfFewerBitsAreNotSentAndWholeOnesAreKept) {
+  NamespaceSpec spec = Rows();
+  spec.degrade = {Pair("turbo3")};
+  CacheNode a(&remote_a_), b(&remote_b_);
+  LiveLimits limits = LiveLimitsOf(a.cache->options());
+  limits.high_watermark = 0.0001;
+  limits.low_watermark = 0;
+  ASSERT_TRUE(a.cache->SetLimits(limits).ok());
+  const NamespaceInfo info = b.cache->OpenNamespace(spec, Persistence::kNone).value();
+  const auto recode = [&] {
+    a.clock.Advance(absl::Seconds(10));
+    a.WriteAll();
+    return a.cache->GetNamespace(info.id)->degraded_blocks;
+  };
+  Store(a, spec, 3, false);
+  EXPECT_EQ(recode(), 3u) << "before they were sent";
+  EXPECT_EQ(a.remote_stats().written_blocks, 0u);
+  EXPECT_EQ(Lookup(b, info.id, 8)->hits, 0u);
+  ASSERT_TRUE(a.cache->DeleteNamespace(info.id).ok());
+  const std::vector<std::byte> payload = Store(a, spec, 3);
+  EXPECT_EQ(a.remote_stats().written_blocks, 3u);
+  EXPECT_EQ(recode(), 3u);
+  const LookupReport found = Lookup(b, info.id, 8).value();
+  ASSERT_EQ(found.hits, 3u);
+  EXPECT_TRUE(found.degraded.empty());
+  EXPECT_EQ(Load(b, found.lease, 3, info.block_bytes), payload);
+  EXPECT_TRUE(b.cache->ReleaseLease(found.lease));
 }
 
 TEST_F(RemoteKeyedTest, OtherTenantsAndNamespacesNeverMeet) {

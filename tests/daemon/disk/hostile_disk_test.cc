@@ -50,6 +50,12 @@ void WriteSeeds(const std::string& folder) {
   keyed.id = HashNamespaceSpec(keyed.spec);
   keyed.blocks = {{{1, 2}, 4096, 5, 6}, {{3, 4}, 12288, 7, 8}};
   write("keyed_manifest.bin", 1, EncodeKeyedManifest(keyed));
+  keyed.spec.opaque.reset();
+  keyed.spec.tensors = TensorContent{2, 1, 64, 64, *ParseCachePair("q8_0")};
+  keyed.spec.degrade = {*ParseCachePair("turbo4"), *ParseCachePair("turbo3")};
+  keyed.id = HashNamespaceSpec(keyed.spec);
+  keyed.blocks[1].rung = 2;
+  write("keyed_manifest_ladder.bin", 1, EncodeKeyedManifest(keyed));
   std::vector<std::byte> page(kDiskPage);
   BlockLabel label;
   label.write_id = 3;
