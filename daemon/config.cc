@@ -482,7 +482,7 @@ absl::StatusOr<DaemonOptions> ResolveConfig(const v1::KvtidedConfig& config) {
   options.insecure_tcp = config.allow_insecure_tcp();
   options.share_pool = config.share_pool();
   options.service.shared_memory.host_sharing = config.host_sharing();
-  options.host_checksum = config.host_checksum();
+  options.host_checksum = !config.has_host_checksum() || config.host_checksum();
   options.gpu_sharing = config.gpu_sharing().empty() ? "ipc" : config.gpu_sharing();
   if (options.gpu_sharing != "ipc" && options.gpu_sharing != "descriptors" && options.gpu_sharing != "auto")
     return absl::InvalidArgumentError(

@@ -33,7 +33,7 @@ struct DaemonOptions {
   int compute_threads = 0;
   absl::Duration shutdown_grace;
   bool insecure_tcp = false;
-  bool host_checksum = false;  // of blocks in the host tier, compared when they leave it or are loaded
+  bool host_checksum = true;  // of blocks in the host tier, compared when they leave it or are loaded
   bool share_pool = false;     // engines of an admin may map the device tier on CPUs, too,
   std::string gpu_sharing;     // and on GPUs by "ipc", "descriptors" or "auto"
   CalibratorOptions calibrate;

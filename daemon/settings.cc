@@ -100,8 +100,8 @@ constexpr Setting kSettings[] = {
      "engines of an admin may map the host tier read-only and load blocks from where they lie; they can read "
      "what all tenants have cached there"},
     {"host_checksum",
-     "blocks in the host tier have checksums, compared when they leave it or are loaded; costs a "
-     "move a quarter of its speed (disk and remote tier always have them)"},
+     "blocks in the host tier have checksums, compared when they leave it or are loaded, in place the first "
+     "time (default true; disk and remote tier always have them)"},
     {"max_sequences", "sequences at a time; 0 = the default (16384)", true},
     {"max_models", "models at a time; 0 = the default (64)", true},
     {"max_tokens", "tokens of one sequence; 0 = the default (4194304)"},

@@ -1,4 +1,4 @@
-// A byte of the daemon's host tier changes behind its back, as bad memory does it: with --host-checksum that
+// A byte of the daemon's host tier changes behind its back, as bad memory does it: with checksums, as it starts, that
 // is told and never served, without it nobody can know.
 #include <fcntl.h>
 #include <unistd.h>
@@ -53,7 +53,7 @@ TEST(Memory, WhatChangesInTheHostTierIsToldWhereItHasChecksums) {
   for (const bool checksums : {true, false}) {
     SCOPED_TRACE(checksums);
     std::vector<std::string> arguments;
-    if (checksums) arguments.push_back("--host-checksum");
+    if (!checksums) arguments.push_back("--host-checksum=false");
     const auto daemon = TestDaemon::Start(arguments);
     ASSERT_NE(daemon, nullptr);
     const auto client = daemon->Connect();

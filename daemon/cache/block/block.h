@@ -42,11 +42,12 @@ struct Place {
   // lie here too.
   uint32_t block = kNoSlot;
   int pictures = 0;
-  int pins = 0;             // copies and seals that run
-  uint32_t slot = kNoSlot;  // its own
-  uint16_t pair_index = 0;  // PairIndexOf, for statistics
-  int8_t tier = 0;          // index into CacheOptions::tiers
-  bool retired = false;     // no block uses it; freed with the last picture, pin and keep
+  int pins = 0;               // copies and seals that run
+  uint32_t slot = kNoSlot;    // its own
+  uint16_t pair_index = 0;    // PairIndexOf, for statistics
+  int8_t tier = 0;            // index into CacheOptions::tiers
+  bool retired : 1 = false;   // no block uses it; freed with the last picture, pin and keep
+  bool compared : 1 = false;  // its bytes with the checksum, by a load in place
 
   size_t extent() const { return extent_units * ExtentAllocator::kAlignment; }
   int keeps() const { return Written().keeps; }

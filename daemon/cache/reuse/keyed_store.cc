@@ -618,7 +618,9 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
       read.index = index;
       read.form = block->form();
       read.place = PinnedPlace(store, block->place);
-      read.verify = block->has_checksum && store.tier(block->place->tier).checksum;
+      // In place once for as long as the block lies there: a processor looks at every byte for it.
+      read.verify = block->has_checksum && store.tier(block->place->tier).checksum &&
+                    !(in_place && block->place->compared);
       read.checksum = block->checksum;
       reads.push_back(std::move(read));
     }
@@ -647,6 +649,7 @@ absl::StatusOr<LoadReport> KeyedStore::Load(const LoadCall& call) {
         loaded_bytes += read.form.bytes;
         if (read.form.layout != space->form.layout) report.degraded.push_back(call.first + read.index);
         if (!in_place) continue;
+        read.place->compared = read.place->compared || (read.verify && read.status.ok());
         report.offsets[read.index] = static_cast<int64_t>(read.place->offset);
         held.places.push_back(std::move(read.place));
         continue;

@@ -170,7 +170,7 @@ TEST(Settings, TheEffectiveConfigurationIsAConfiguration) {
     const std::set<std::string> kNone = {
         "allow",        "quota",         "server_cert",  "server_key",         "remote_auth_file",
         "remote_ca",    "client_ca",     "tokens",       "allow_insecure_tcp", "share_pool",
-        "host_sharing", "disk_key_file", "host_checksum"};
+        "host_sharing", "disk_key_file"};
     for (const Setting& setting : AllSettings())
       EXPECT_TRUE(IsSet(setting, full) || kNone.contains(setting.field)) << setting.field;
   }
