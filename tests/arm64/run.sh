@@ -79,7 +79,7 @@ start() {
     kernels-others) cases "$1" -- --gtest_filter='-*/BackendConformance.*:*/PagedConformance.*' ;;
     package) python3 tests/deploy/install_test.py . "$build" qemu-aarch64 -L "$root" ;;
     daemon) serves ;;
-    image) tests/deploy/image.sh --platform linux/arm64 ;;
+    image) if $record; then tests/deploy/image.sh --platform linux/arm64 --record; else tests/deploy/image.sh --platform linux/arm64; fi ;;
     *) cases "$1" -- ;;
   esac
 }
